@@ -53,17 +53,17 @@ class Module:
     @T.prim_func(s_tir=True)
     def fused_attend(query: T.Buffer((num_tokens, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), tree_mask: T.Buffer((tree_cells,), "uint8", align=1), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), out: T.Buffer((num_tokens, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((num_tokens, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, seq: T.int32, token_begin: T.int32, num_query: T.int32, first_pos: T.int32, kv_head_begin: T.int32, num_kv_heads: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, causal: T.int32, tree_start: T.int64, tree_size: T.int32, query_scale: T.float32, score_scale: T.float32):
         # with T.sblock("root"):
-        q_tile = T.sblock_alloc_buffer((16, 128, 16))
-        row_max = T.sblock_alloc_buffer((16, 16))
-        row_sum = T.sblock_alloc_buffer((16, 16))
-        acc = T.sblock_alloc_buffer((16, 128, 16))
-        total_max = T.sblock_alloc_buffer((16, 16))
-        total_sum = T.sblock_alloc_buffer((16, 16))
-        total_acc = T.sblock_alloc_buffer((16, 128, 16))
-        positions = T.sblock_alloc_buffer((16, 16), "int32")
-        limits = T.sblock_alloc_buffer((16, 16), "int32")
-        places = T.sblock_alloc_buffer((16, 16), "int32")
-        reach = T.sblock_alloc_buffer((16, 4), "int32")
+        q_tile = T.sblock_alloc_buffer((32, 128, 16))
+        row_max = T.sblock_alloc_buffer((32, 16))
+        row_sum = T.sblock_alloc_buffer((32, 16))
+        acc = T.sblock_alloc_buffer((32, 128, 16))
+        total_max = T.sblock_alloc_buffer((32, 16))
+        total_sum = T.sblock_alloc_buffer((32, 16))
+        total_acc = T.sblock_alloc_buffer((32, 128, 16))
+        positions = T.sblock_alloc_buffer((32, 16), "int32")
+        limits = T.sblock_alloc_buffer((32, 16), "int32")
+        places = T.sblock_alloc_buffer((32, 16), "int32")
+        reach = T.sblock_alloc_buffer((32, 4), "int32")
         span = T.sblock_alloc_buffer((2,), "int32")
         context_len: T.let[T.int32] = context_lens[seq]
         head_tiles: T.let[T.int32] = (num_query * 16 + 16 - 1) // 16
@@ -174,18 +174,19 @@ class Module:
                         vstep = T.axis.opaque(num_steps, step)
                         T.reads()
                         T.writes()
-                        key_offsets = T.sblock_alloc_buffer((128,), "int64")
-                        value_offsets = T.sblock_alloc_buffer((128,), "int64")
+                        key_offsets = T.sblock_alloc_buffer((256,), "int64")
+                        value_offsets = T.sblock_alloc_buffer((256,), "int64")
                         tile_start: T.let[T.int32] = read_begin + vstep * 128
                         valid_len: T.let[T.int32] = T.min(range_end - tile_start, 128)
-                        num_offsets: T.let[T.int32] = (valid_len + 8 - 1) // 8 * 8
+                        next_len: T.let[T.int32] = T.max(T.min(range_end - tile_start - 128, 128), 0)
+                        num_offsets: T.let[T.int32] = (valid_len + 8 - 1) // 8 * 8 + next_len
                         last: T.let[T.int32] = range_end - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
-                            T.writes(key_offsets[0:128])
+                            T.writes(key_offsets[0:256])
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(128, t)
+                                    vt = T.axis.spatial(256, t)
                                     T.reads(block_table[seq, T.min(tile_start + vt, last) // 128])
                                     T.writes(key_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
@@ -194,10 +195,10 @@ class Module:
                                     key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
-                            T.writes(value_offsets[0:128])
+                            T.writes(value_offsets[0:256])
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(128, t)
+                                    vt = T.axis.spatial(256, t)
                                     T.reads(block_table[seq, T.min(tile_start + vt, last) // 128])
                                     T.writes(value_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
@@ -214,7 +215,7 @@ class Module:
                                 key_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * v_head
                                 with T.sblock("load_keys"):
-                                    T.reads(key_cache[0:k_span], key_offsets[0:128])
+                                    T.reads(key_cache[0:k_span], key_offsets[0:256])
                                     T.writes(k_tile[0:(valid_len + 7) // 8 * 8, 0:4, 0:2, 0:16])
                                     for to, ti, d_0 in T.grid((valid_len + 8 - 1) // 8, 8, 1):
                                         for d_1 in T.unroll(4):
@@ -223,11 +224,11 @@ class Module:
                                                     with T.sblock("load_keys_element"):
                                                         vt = T.axis.spatial(128, to * 8 + ti)
                                                         vd = T.axis.spatial(128, d_0 * 128 + d_1 * 32 + d_2 * 2 + d_3)
-                                                        T.reads(key_cache[0:k_span], key_offsets[0:128])
+                                                        T.reads(key_cache[0:k_span], key_offsets[0:256])
                                                         T.writes(k_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
                                                         k_tile[vt, vd // 32, vd % 2, vd % 32 // 2] = T.reinterpret("float32", T.Select(vd % 2 == 0, key_cache[key_offsets[vt] + key_head + T.Cast("int64", vd // 2)] << 16, key_cache[key_offsets[vt] + key_head + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                 with T.sblock("load_values"):
-                                    T.reads(value_cache[0:v_span], value_offsets[0:128])
+                                    T.reads(value_cache[0:v_span], value_offsets[0:256])
                                     T.writes(v_tile[0:(valid_len + 7) // 8 * 8, 0:4, 0:2, 0:16])
                                     for to, ti, d_0 in T.grid((valid_len + 8 - 1) // 8, 8, 1):
                                         for d_1 in T.unroll(4):
@@ -236,7 +237,7 @@ class Module:
                                                     with T.sblock("load_values_element"):
                                                         vt = T.axis.spatial(128, to * 8 + ti)
                                                         vd = T.axis.spatial(128, d_0 * 128 + d_1 * 32 + d_2 * 2 + d_3)
-                                                        T.reads(value_cache[0:v_span], value_offsets[0:128])
+                                                        T.reads(value_cache[0:v_span], value_offsets[0:256])
                                                         T.writes(v_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
                                                         v_tile[vt, vd // 32, vd % 2, vd % 32 // 2] = T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + value_head + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + value_head + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                 for row_tile in range(head_tiles):
@@ -253,10 +254,28 @@ class Module:
                                         edges = T.sblock_alloc_buffer((128, 16), "int32")
                                         scaled = T.sblock_alloc_buffer((128, 16))
                                         first: T.let[T.int32] = vkv * head_tiles + vrt
+                                        each: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
+                                        for t in range(each):
+                                            with T.sblock("fetch"):
+                                                vt = T.axis.opaque(128, t)
+                                                T.reads()
+                                                T.writes()
+                                                token: T.let[T.int32] = T.min(vrt * each + vt, next_len - 1)
+                                                for line in range(4):
+                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[128 + (token * 4 + line) // 4] + key_head + T.Cast("int64", (token * 4 + line) % 4 * 16)]), 0, 2, 1)
+                                        each_1: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
+                                        for t in range(each_1):
+                                            with T.sblock("fetch"):
+                                                vt = T.axis.opaque(128, t)
+                                                T.reads()
+                                                T.writes()
+                                                token: T.let[T.int32] = T.min(vrt * each_1 + vt, next_len - 1)
+                                                for line in range(4):
+                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[128 + (token * 4 + line) // 4] + value_head + T.Cast("int64", (token * 4 + line) % 4 * 16)]), 0, 2, 1)
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.min(valid_len, reach[first, 1] - tile_start)
                                             with T.sblock("qk_matmul"):
-                                                T.reads(q_tile[first, 0:128, 0:16], k_tile[0:(valid_len_1 + 7) // 8 * 8, 0:4, 0:2, 0:16], key_offsets[0:128])
+                                                T.reads(q_tile[first, 0:128, 0:16], k_tile[0:(valid_len_1 + 7) // 8 * 8, 0:4, 0:2, 0:16], key_offsets[0:256])
                                                 T.writes(scores[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16])
                                                 scores_global = T.sblock_alloc_buffer((1, (valid_len_1 + 7) // 8 * 8, 16))
                                                 for i in range(1):
@@ -312,6 +331,7 @@ class Module:
                                                 T.reads(scaled[0:(valid_len_1 + 7) // 8 * 8, 0:16])
                                                 T.writes(probs[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16], tile_max[0, 0:16], tile_sum[0, 0:16])
                                                 peak = T.sblock_alloc_buffer((16,))
+                                                room = T.sblock_alloc_buffer((1, 16), "int32")
                                                 for r_init in T.vectorized(16):
                                                     with T.sblock("peak_init"):
                                                         vr = T.axis.spatial(16, r_init)
@@ -332,36 +352,44 @@ class Module:
                                                         T.reads(peak[vr])
                                                         T.writes(tile_max[0, vr])
                                                         tile_max[0, vr] = T.Select(0 < valid_len_1, peak[vr], T.float32(-1000000000000000019884624838656.0))
-                                                for to, ti in T.grid((valid_len_1 + 8 - 1) // 8, 8):
-                                                    for r in T.vectorized(16):
-                                                        with T.sblock("probs"):
-                                                            vt = T.axis.spatial(128, to * 8 + ti)
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(scaled[vt, vr], tile_max[0, vr], places[first, vr])
-                                                            T.writes(probs[0, vt, vr])
-                                                            arg: T.let[T.float32] = scaled[vt, vr] - tile_max[0, vr]
-                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", places[first, vr])))
-                                                            n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", places[first, vr]))
-                                                            f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                            high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
-                                                            p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
-                                                            series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
-                                                            power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                            probs[0, vt, vr] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", places[first, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
-                                                for r_init in T.vectorized(16):
+                                                for r in T.vectorized(16):
+                                                    with T.sblock("room"):
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(places[first, vr])
+                                                        T.writes(room[0, vr])
+                                                        room[0, vr] = places[first, vr]
+                                                for ax1_init in T.vectorized(16):
                                                     with T.sblock("tile_sum_init"):
-                                                        vr = T.axis.spatial(16, r_init)
+                                                        vr = T.axis.spatial(16, ax1_init)
                                                         T.reads()
                                                         T.writes(tile_sum[0, vr])
                                                         tile_sum[0, vr] = T.float32(0.0)
-                                                for to, ti in T.grid((valid_len_1 + 8 - 1) // 8, 8):
-                                                    for r in T.vectorized(16):
-                                                        with T.sblock("tile_sum_update"):
-                                                            vt = T.axis.reduce(128, to * 8 + ti)
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(tile_sum[0, vr], probs[0, vt, vr])
-                                                            T.writes(tile_sum[0, vr])
-                                                            tile_sum[0, vr] = tile_sum[0, vr] + probs[0, vt, vr]
+                                                for to in range((valid_len_1 + 8 - 1) // 8):
+                                                    for ti in range(8):
+                                                        for r in T.vectorized(16):
+                                                            with T.sblock("probs"):
+                                                                vt = T.axis.spatial(128, to * 8 + ti)
+                                                                vr = T.axis.spatial(16, r)
+                                                                T.reads(scaled[vt, vr], tile_max[0, vr], room[0, vr])
+                                                                T.writes(probs[0, vt, vr])
+                                                                arg: T.let[T.float32] = scaled[vt, vr] - tile_max[0, vr]
+                                                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
+                                                                n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room[0, vr]))
+                                                                f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                                                high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                                                p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                                                series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                                                power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
+                                                                probs[0, vt, vr] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
+                                                    for ax0 in range(8):
+                                                        for ax1 in T.vectorized(16):
+                                                            with T.sblock("tile_sum_update"):
+                                                                vt = T.axis.reduce(128, to * 8 + ax0)
+                                                                vr = T.axis.spatial(16, ax1)
+                                                                T.where(to < 16)
+                                                                T.reads(tile_sum[0, vr], probs[0, vt, vr])
+                                                                T.writes(tile_sum[0, vr])
+                                                                tile_sum[0, vr] = tile_sum[0, vr] + probs[0, vt, vr]
                                             with T.sblock("rescale"):
                                                 T.reads(tile_max[0, 0:16], tile_sum[0, 0:16], row_max[first, 0:16], row_sum[first, 0:16])
                                                 T.writes(row_max[first, 0:16], row_sum[first, 0:16], alpha[0, 0:16], beta[0, 0:16])
@@ -564,10 +592,11 @@ class Module:
                 T.writes()
                 if partial_start < 0:
                     with T.sblock("normalize"):
-                        T.reads(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:128, 0:T.min(num_query - vtile % head_tiles, 1) * 16])
+                        T.reads(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:128, 0:16])
                         T.writes(out[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 16:(kv_head_begin + vtile // head_tiles) * 16 + 16, 0:128], lse[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 16:(kv_head_begin + vtile // head_tiles) * 16 + 16])
                         factor = T.sblock_alloc_buffer((16,))
-                        total_acc_global = T.sblock_alloc_buffer((1, 128, 16))
+                        ordered = T.sblock_alloc_buffer((16, 128))
+                        total_acc_global = T.sblock_alloc_buffer((1, 16, 128))
                         for r in T.vectorized(16):
                             with T.sblock("factor"):
                                 vr = T.axis.spatial(16, r)
@@ -575,23 +604,48 @@ class Module:
                                 T.writes(factor[vr])
                                 total: T.let[T.float32] = total_sum[vtile, vr]
                                 factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
-                        for r_0, d_0 in T.grid(T.min(num_query - vtile % head_tiles, 1) * 16, 8):
-                            for ax0, ax1_0, ax2_0, ax1_1, ax2_1 in T.grid(1, 1, 16, 1, 1):
-                                with T.sblock("total_acc_global"):
-                                    v0 = T.axis.spatial(1, ax0)
-                                    v1 = T.axis.spatial(16, r_0 + ax1_0 + ax1_1)
-                                    v2 = T.axis.spatial(128, d_0 * 16 + ax2_0 + ax2_1)
-                                    T.reads(total_acc[vtile + v0, v2, v1])
-                                    T.writes(total_acc_global[v0, v2, v1])
-                                    total_acc_global[v0, v2, v1] = total_acc[vtile + v0, v2, v1]
-                            for r_1 in T.unroll(1):
+                        for r_0, d_0 in T.grid(4, 8):
+                            for ax0, ax1_0, ax2_0 in T.grid(1, 4, 1):
+                                with T.sblock("total_acc_global_o"):
+                                    v0_o = T.axis.spatial(1, ax0)
+                                    v1_o = T.axis.spatial(32, d_0 * 4 + ax1_0)
+                                    v2_o = T.axis.spatial(4, r_0 + ax2_0)
+                                    T.reads(total_acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
+                                    T.writes(total_acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4])
+                                    turned = T.match_buffer(total_acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4], (4, 4), strides=("turned_row", 1), offset_factor=1)
+                                    block = T.match_buffer(total_acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4], (4, 4), strides=("block_row", 1), offset_factor=1)
+                                    v: T.let[T.float32x4] = block[0, T.Ramp(0, 1, 4)]
+                                    v_1: T.let[T.float32x4] = block[1, T.Ramp(0, 1, 4)]
+                                    v_2: T.let[T.float32x4] = block[2, T.Ramp(0, 1, 4)]
+                                    v_3: T.let[T.float32x4] = block[3, T.Ramp(0, 1, 4)]
+                                    v_4: T.let[T.float32x4] = T.Shuffle([v, v_2], [0, 4, 1, 5])
+                                    v_5: T.let[T.float32x4] = T.Shuffle([v, v_2], [2, 6, 3, 7])
+                                    v_6: T.let[T.float32x4] = T.Shuffle([v_1, v_3], [0, 4, 1, 5])
+                                    v_7: T.let[T.float32x4] = T.Shuffle([v_1, v_3], [2, 6, 3, 7])
+                                    v_8: T.let[T.float32x4] = T.Shuffle([v_4, v_6], [0, 4, 1, 5])
+                                    v_9: T.let[T.float32x4] = T.Shuffle([v_4, v_6], [2, 6, 3, 7])
+                                    v_10: T.let[T.float32x4] = T.Shuffle([v_5, v_7], [0, 4, 1, 5])
+                                    v_11: T.let[T.float32x4] = T.Shuffle([v_5, v_7], [2, 6, 3, 7])
+                                    turned[0, 0:4] = v_8
+                                    turned[1, 0:4] = v_9
+                                    turned[2, 0:4] = v_10
+                                    turned[3, 0:4] = v_11
+                            for r_1 in T.unroll(4):
                                 for d_1 in T.vectorized(16):
-                                    with T.sblock("out"):
-                                        vr = T.axis.spatial(16, r_0 + r_1)
+                                    with T.sblock("ordered"):
+                                        vr = T.axis.spatial(16, r_0 * 4 + r_1)
                                         vd = T.axis.spatial(128, d_0 * 16 + d_1)
-                                        T.reads(total_acc_global[0, vd, vr], factor[vr])
-                                        T.writes(out[token_begin + (vtile % head_tiles * 16 + vr) // 16, (kv_head_begin + vtile // head_tiles) * 16 + (vtile % head_tiles * 16 + vr) % 16, vd])
-                                        out[token_begin + (vtile % head_tiles * 16 + vr) // 16, (kv_head_begin + vtile // head_tiles) * 16 + (vtile % head_tiles * 16 + vr) % 16, vd] = T.Cast("float32", total_acc_global[0, vd, vr] * factor[vr])
+                                        T.reads(total_acc_global[0, vr, vd], factor[vr])
+                                        T.writes(ordered[vr, vd])
+                                        ordered[vr, vd] = total_acc_global[0, vr, vd] * factor[vr]
+                        for r, d_0 in T.grid(T.min(num_query * 16 - vtile % head_tiles * 16, 16), 4):
+                            for d_1 in T.vectorized(32):
+                                with T.sblock("out"):
+                                    vr = T.axis.spatial(16, r)
+                                    vd = T.axis.spatial(128, d_0 * 32 + d_1)
+                                    T.reads(ordered[vr, vd])
+                                    T.writes(out[token_begin + (vtile % head_tiles * 16 + vr) // 16, (kv_head_begin + vtile // head_tiles) * 16 + (vtile % head_tiles * 16 + vr) % 16, vd])
+                                    out[token_begin + (vtile % head_tiles * 16 + vr) // 16, (kv_head_begin + vtile // head_tiles) * 16 + (vtile % head_tiles * 16 + vr) % 16, vd] = T.Cast("float32", ordered[vr, vd])
                         for r in range(T.min(num_query - vtile % head_tiles, 1) * 16):
                             with T.sblock("lse"):
                                 vr = T.axis.spatial(16, r)

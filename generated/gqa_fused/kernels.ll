@@ -251,7 +251,7 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor503.i = alloca [16 x float], align 16
+  %factor557.i = alloca [16 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -469,7 +469,7 @@ if_end48:                                         ; preds = %if_then46, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor503.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor557.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -493,7 +493,7 @@ if_end48:                                         ; preds = %if_then46, %if_end4
   %119 = add nsw i32 %118, %111
   %120 = tail call i32 @llvm.smax.i32(i32 %117, i32 %119)
   %121 = sub nsw i32 %120, %116
-  %122 = tail call i32 @llvm.smin.i32(i32 %121, i32 16)
+  %122 = tail call i32 @llvm.smin.i32(i32 %121, i32 32)
   %123 = shl nsw i32 %122, 11
   %124 = sext i32 %123 to i64
   %125 = shl nuw nsw i64 %124, 2
@@ -503,7 +503,7 @@ if_end48:                                         ; preds = %if_then46, %if_end4
   br i1 %127, label %fused_attend_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %if_end48
-  %128 = tail call i32 @llvm.smin.i32(i32 %117, i32 16)
+  %128 = tail call i32 @llvm.smin.i32(i32 %117, i32 32)
   %129 = shl nsw i32 %128, 4
   %130 = sext i32 %129 to i64
   %131 = shl nuw nsw i64 %130, 2
@@ -585,36 +585,36 @@ for_begin_ax1_0.preheader.lr.ph.i:                ; preds = %if_end17.i
   br label %for_begin_ax1_0.preheader.i
 
 for_begin_ax1_0.preheader.i:                      ; preds = %for_body_r.peel.next.i, %for_begin_ax1_0.preheader.lr.ph.i
-  %indvars.iv869.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next870.i, %for_body_r.peel.next.i ]
-  %174 = trunc nuw nsw i64 %indvars.iv869.i to i32
+  %indvars.iv947.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next948.i, %for_body_r.peel.next.i ]
+  %174 = trunc nuw nsw i64 %indvars.iv947.i to i32
   %rmod.i = srem i32 %174, %111
   %rdiv42.i = sdiv i32 %174, %111
   %175 = icmp ne i32 %rmod.i, 0
-  %.not549.i = and i1 %159, %175
-  %176 = select i1 %.not549.i, i32 %111, i32 0
+  %.not607.i = and i1 %159, %175
+  %176 = select i1 %.not607.i, i32 %111, i32 0
   %177 = add nsw i32 %176, %rmod.i
   %178 = shl nsw i32 %177, 2
   %179 = shl nsw i32 %177, 4
   %180 = sub nsw i32 %109, %179
   %181 = shl nsw i32 %177, 3
-  %invariant.op626.i = sub i32 %181, %173
-  %182 = sext i1 %.not549.i to i32
+  %invariant.op684.i = sub i32 %181, %173
+  %182 = sext i1 %.not607.i to i32
   %183 = sext i32 %177 to i64
   %184 = shl nsw i64 %183, 2
-  %invariant.op628.i = add nsw i64 %184, %164
+  %invariant.op686.i = add nsw i64 %184, %164
   %185 = sext i32 %180 to i64
-  %186 = shl i64 %indvars.iv869.i, 11
+  %186 = shl i64 %indvars.iv947.i, 11
   %187 = and i64 %186, 4294965248
-  %invariant.gep1170.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %187
+  %invariant.gep1268.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %187
   br label %for_begin_ax2_0.preheader.i
 
 for_begin_tile108.preheader.i:                    ; preds = %for_body_r.peel.next.i
   %188 = getelementptr inbounds nuw i8, ptr %reach.i, i64 4
   %189 = load <2 x i32>, ptr %188, align 4, !tbaa !5
-  %exitcond877.peel.not.i = icmp eq i32 %117, 1
+  %exitcond955.peel.not.i = icmp eq i32 %117, 1
   %190 = extractelement <2 x i32> %189, i64 0
   %191 = extractelement <2 x i32> %189, i64 1
-  br i1 %exitcond877.peel.not.i, label %for_end_tile110.loopexit.i, label %iter.check, !prof !13
+  br i1 %exitcond955.peel.not.i, label %for_end_tile110.loopexit.i, label %iter.check, !prof !13
 
 iter.check:                                       ; preds = %for_begin_tile108.preheader.i
   %192 = add nsw i64 %wide.trip.count.i, -1
@@ -622,8 +622,8 @@ iter.check:                                       ; preds = %for_begin_tile108.p
   br i1 %min.iters.check, label %if_end118.i.preheader, label %vector.main.loop.iter.check, !prof !16
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
-  %min.iters.check367 = icmp ult i32 %117, 34
-  br i1 %min.iters.check367, label %vec.epilog.ph, label %vector.ph, !prof !16
+  %min.iters.check370 = icmp ult i32 %117, 34
+  br i1 %min.iters.check370, label %vec.epilog.ph, label %vector.ph, !prof !16
 
 vector.ph:                                        ; preds = %vector.main.loop.iter.check
   %n.mod.vf = and i64 %192, 31
@@ -631,19 +631,19 @@ vector.ph:                                        ; preds = %vector.main.loop.it
   %194 = select i1 %193, i64 32, i64 %n.mod.vf
   %n.vec = sub nsw i64 %192, %194
   %broadcast.splat = shufflevector <2 x i32> %189, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat369 = shufflevector <2 x i32> %189, <2 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splat372 = shufflevector <2 x i32> %189, <2 x i32> poison, <8 x i32> zeroinitializer
   br label %vector.body
 
 vector.body:                                      ; preds = %vector.body, %vector.ph
   %index = phi i64 [ 0, %vector.ph ], [ %index.next, %vector.body ]
   %vec.phi = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %207, %vector.body ]
-  %vec.phi370 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %208, %vector.body ]
-  %vec.phi371 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %209, %vector.body ]
-  %vec.phi372 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %210, %vector.body ]
-  %vec.phi373 = phi <8 x i32> [ %broadcast.splat369, %vector.ph ], [ %211, %vector.body ]
-  %vec.phi374 = phi <8 x i32> [ %broadcast.splat369, %vector.ph ], [ %212, %vector.body ]
-  %vec.phi375 = phi <8 x i32> [ %broadcast.splat369, %vector.ph ], [ %213, %vector.body ]
-  %vec.phi376 = phi <8 x i32> [ %broadcast.splat369, %vector.ph ], [ %214, %vector.body ]
+  %vec.phi373 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %208, %vector.body ]
+  %vec.phi374 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %209, %vector.body ]
+  %vec.phi375 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %210, %vector.body ]
+  %vec.phi376 = phi <8 x i32> [ %broadcast.splat372, %vector.ph ], [ %211, %vector.body ]
+  %vec.phi377 = phi <8 x i32> [ %broadcast.splat372, %vector.ph ], [ %212, %vector.body ]
+  %vec.phi378 = phi <8 x i32> [ %broadcast.splat372, %vector.ph ], [ %213, %vector.body ]
+  %vec.phi379 = phi <8 x i32> [ %broadcast.splat372, %vector.ph ], [ %214, %vector.body ]
   %195 = shl i64 %index, 4
   %196 = shl i64 %index, 4
   %197 = shl i64 %index, 4
@@ -658,37 +658,37 @@ vector.body:                                      ; preds = %vector.body, %vecto
   %206 = getelementptr inbounds nuw i8, ptr %202, i64 404
   %wide.vec = load <32 x i32>, ptr %203, align 4, !tbaa !5
   %strided.vec = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec377 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec378 = load <32 x i32>, ptr %204, align 4, !tbaa !5
-  %strided.vec379 = shufflevector <32 x i32> %wide.vec378, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec380 = shufflevector <32 x i32> %wide.vec378, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec381 = load <32 x i32>, ptr %205, align 4, !tbaa !5
+  %strided.vec380 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec381 = load <32 x i32>, ptr %204, align 4, !tbaa !5
   %strided.vec382 = shufflevector <32 x i32> %wide.vec381, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
   %strided.vec383 = shufflevector <32 x i32> %wide.vec381, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec384 = load <32 x i32>, ptr %206, align 4, !tbaa !5
+  %wide.vec384 = load <32 x i32>, ptr %205, align 4, !tbaa !5
   %strided.vec385 = shufflevector <32 x i32> %wide.vec384, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
   %strided.vec386 = shufflevector <32 x i32> %wide.vec384, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %207 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec377)
-  %208 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi370, <8 x i32> %strided.vec380)
-  %209 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi371, <8 x i32> %strided.vec383)
-  %210 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi372, <8 x i32> %strided.vec386)
-  %211 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi373, <8 x i32> %strided.vec)
-  %212 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi374, <8 x i32> %strided.vec379)
-  %213 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi375, <8 x i32> %strided.vec382)
-  %214 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi376, <8 x i32> %strided.vec385)
+  %wide.vec387 = load <32 x i32>, ptr %206, align 4, !tbaa !5
+  %strided.vec388 = shufflevector <32 x i32> %wide.vec387, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec389 = shufflevector <32 x i32> %wide.vec387, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %207 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec380)
+  %208 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi373, <8 x i32> %strided.vec383)
+  %209 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi374, <8 x i32> %strided.vec386)
+  %210 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi375, <8 x i32> %strided.vec389)
+  %211 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi376, <8 x i32> %strided.vec)
+  %212 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi377, <8 x i32> %strided.vec382)
+  %213 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi378, <8 x i32> %strided.vec385)
+  %214 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi379, <8 x i32> %strided.vec388)
   %index.next = add nuw i64 %index, 32
   %215 = icmp eq i64 %index.next, %n.vec
   br i1 %215, label %vec.epilog.iter.check, label %vector.body, !prof !17, !llvm.loop !18
 
 vec.epilog.iter.check:                            ; preds = %vector.body
-  %rdx.minmax389 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %211, <8 x i32> %212)
-  %rdx.minmax390 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax389, <8 x i32> %213)
-  %rdx.minmax391 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax390, <8 x i32> %214)
-  %216 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax391)
+  %rdx.minmax392 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %211, <8 x i32> %212)
+  %rdx.minmax393 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax392, <8 x i32> %213)
+  %rdx.minmax394 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax393, <8 x i32> %214)
+  %216 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax394)
   %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %207, <8 x i32> %208)
-  %rdx.minmax387 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %209)
-  %rdx.minmax388 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax387, <8 x i32> %210)
-  %217 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax388)
+  %rdx.minmax390 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %209)
+  %rdx.minmax391 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax390, <8 x i32> %210)
+  %217 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax391)
   %ind.end = add nsw i64 %n.vec, 1
   %min.epilog.iters.check = icmp samesign ult i64 %194, 5
   %218 = insertelement <2 x i32> poison, i32 %216, i64 0
@@ -698,29 +698,29 @@ vec.epilog.iter.check:                            ; preds = %vector.body
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
   %220 = phi <2 x i32> [ %219, %vec.epilog.iter.check ], [ %189, %vector.main.loop.iter.check ]
-  %n.mod.vf393 = and i64 %192, 3
-  %221 = icmp eq i64 %n.mod.vf393, 0
-  %222 = select i1 %221, i64 4, i64 %n.mod.vf393
-  %n.vec394 = sub nsw i64 %192, %222
-  %223 = add nsw i64 %n.vec394, 1
-  %broadcast.splat396 = shufflevector <2 x i32> %220, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat398 = shufflevector <2 x i32> %220, <2 x i32> poison, <4 x i32> zeroinitializer
+  %n.mod.vf396 = and i64 %192, 3
+  %221 = icmp eq i64 %n.mod.vf396, 0
+  %222 = select i1 %221, i64 4, i64 %n.mod.vf396
+  %n.vec397 = sub nsw i64 %192, %222
+  %223 = add nsw i64 %n.vec397, 1
+  %broadcast.splat399 = shufflevector <2 x i32> %220, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat401 = shufflevector <2 x i32> %220, <2 x i32> poison, <4 x i32> zeroinitializer
   br label %vec.epilog.vector.body
 
 vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
-  %index399 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next405, %vec.epilog.vector.body ]
-  %vec.phi400 = phi <4 x i32> [ %broadcast.splat396, %vec.epilog.ph ], [ %226, %vec.epilog.vector.body ]
-  %vec.phi401 = phi <4 x i32> [ %broadcast.splat398, %vec.epilog.ph ], [ %227, %vec.epilog.vector.body ]
-  %offset.idx = shl i64 %index399, 4
+  %index402 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next408, %vec.epilog.vector.body ]
+  %vec.phi403 = phi <4 x i32> [ %broadcast.splat399, %vec.epilog.ph ], [ %226, %vec.epilog.vector.body ]
+  %vec.phi404 = phi <4 x i32> [ %broadcast.splat401, %vec.epilog.ph ], [ %227, %vec.epilog.vector.body ]
+  %offset.idx = shl i64 %index402, 4
   %224 = getelementptr i8, ptr %reach.i, i64 %offset.idx
   %225 = getelementptr i8, ptr %224, i64 20
-  %wide.vec402 = load <16 x i32>, ptr %225, align 4, !tbaa !5
-  %strided.vec403 = shufflevector <16 x i32> %wide.vec402, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
-  %strided.vec404 = shufflevector <16 x i32> %wide.vec402, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
-  %226 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi400, <4 x i32> %strided.vec404)
-  %227 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi401, <4 x i32> %strided.vec403)
-  %index.next405 = add nuw i64 %index399, 4
-  %228 = icmp eq i64 %index.next405, %n.vec394
+  %wide.vec405 = load <16 x i32>, ptr %225, align 4, !tbaa !5
+  %strided.vec406 = shufflevector <16 x i32> %wide.vec405, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
+  %strided.vec407 = shufflevector <16 x i32> %wide.vec405, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
+  %226 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi403, <4 x i32> %strided.vec407)
+  %227 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi404, <4 x i32> %strided.vec406)
+  %index.next408 = add nuw i64 %index402, 4
+  %228 = icmp eq i64 %index.next408, %n.vec397
   br i1 %228, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !24
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
@@ -729,28 +729,28 @@ vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.b
   br label %if_end118.i.preheader
 
 if_end118.i.preheader:                            ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv873.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %223, %vec.epilog.middle.block ]
-  %span519.sroa.0.0641.i.ph = phi i32 [ %191, %iter.check ], [ %217, %vec.epilog.iter.check ], [ %229, %vec.epilog.middle.block ]
-  %span519.sroa.3.0640.i.ph = phi i32 [ %190, %iter.check ], [ %216, %vec.epilog.iter.check ], [ %230, %vec.epilog.middle.block ]
+  %indvars.iv951.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %223, %vec.epilog.middle.block ]
+  %span574.sroa.0.0699.i.ph = phi i32 [ %191, %iter.check ], [ %217, %vec.epilog.iter.check ], [ %229, %vec.epilog.middle.block ]
+  %span574.sroa.3.0698.i.ph = phi i32 [ %190, %iter.check ], [ %216, %vec.epilog.iter.check ], [ %230, %vec.epilog.middle.block ]
   br label %if_end118.i
 
 for_begin_ax2_0.preheader.i:                      ; preds = %for_end_ax2_0.i, %for_begin_ax1_0.preheader.i
-  %indvars.iv856.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next857.i, %for_end_ax2_0.i ]
-  %231 = trunc i64 %indvars.iv856.i to i32
+  %indvars.iv934.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next935.i, %for_end_ax2_0.i ]
+  %231 = trunc i64 %indvars.iv934.i to i32
   %232 = add i32 %178, %231
   %233 = icmp slt i32 %232, %num_query
-  %234 = shl nuw nsw i64 %indvars.iv856.i, 2
+  %234 = shl nuw nsw i64 %indvars.iv934.i, 2
   %235 = or disjoint i64 %234, 1
   %236 = icmp slt i64 %235, %185
   %237 = shl i32 %231, 1
-  %.reass627.i = add i32 %invariant.op626.i, %237
-  %238 = icmp slt i32 %.reass627.i, -1
+  %.reass685.i = add i32 %invariant.op684.i, %237
+  %238 = icmp slt i32 %.reass685.i, -1
   %239 = or disjoint i64 %234, 3
   %240 = icmp slt i64 %239, %185
-  %.reass629.i = add nsw i64 %invariant.op628.i, %indvars.iv856.i
-  %241 = mul nsw i64 %.reass629.i, %q_batch
+  %.reass687.i = add nsw i64 %invariant.op686.i, %indvars.iv934.i
+  %241 = mul nsw i64 %.reass687.i, %q_batch
   %242 = getelementptr i16, ptr %query, i64 %241
-  %invariant.gep1172.i = getelementptr inbounds nuw float, ptr %invariant.gep1170.i, i64 %234
+  %invariant.gep1270.i = getelementptr inbounds nuw float, ptr %invariant.gep1268.i, i64 %234
   br label %for_body_ax2_0.i
 
 for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
@@ -771,7 +771,7 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %257 = ashr <16 x i32> %256, splat (i32 2)
   %258 = add <16 x i32> %257, %167
   %259 = select <16 x i1> %172, <16 x i32> %169, <16 x i32> %258
-  %260 = shl nsw i64 %indvars.iv869.i, 4
+  %260 = shl nsw i64 %indvars.iv947.i, 4
   %261 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %260
   store <16 x i32> %259, ptr %261, align 4, !tbaa !5
   %262 = add nsw <16 x i32> %259, splat (i32 -1)
@@ -793,127 +793,127 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   store i32 %own.peel.i, ptr %270, align 4, !tbaa !5
   store i32 0, ptr %271, align 4, !tbaa !5
   store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1175.i = getelementptr inbounds nuw i8, ptr %274, i64 4
-  %own.i = load i32, ptr %gep1175.i, align 4, !tbaa !5
+  %gep1273.i = getelementptr inbounds nuw i8, ptr %274, i64 4
+  %own.i = load i32, ptr %gep1273.i, align 4, !tbaa !5
   %275 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
   store i32 %275, ptr %269, align 4, !tbaa !5
   %276 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
   store i32 %276, ptr %270, align 4, !tbaa !5
   store i32 0, ptr %271, align 4, !tbaa !5
   store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1175.i.1 = getelementptr inbounds nuw i8, ptr %274, i64 8
-  %own.i.1 = load i32, ptr %gep1175.i.1, align 4, !tbaa !5
+  %gep1273.i.1 = getelementptr inbounds nuw i8, ptr %274, i64 8
+  %own.i.1 = load i32, ptr %gep1273.i.1, align 4, !tbaa !5
   %277 = tail call i32 @llvm.smin.i32(i32 %275, i32 %own.i.1)
   store i32 %277, ptr %269, align 4, !tbaa !5
   %278 = tail call i32 @llvm.smax.i32(i32 %276, i32 %own.i.1)
   store i32 %278, ptr %270, align 4, !tbaa !5
   store i32 0, ptr %271, align 4, !tbaa !5
   store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1175.i.2 = getelementptr inbounds nuw i8, ptr %274, i64 12
-  %own.i.2 = load i32, ptr %gep1175.i.2, align 4, !tbaa !5
+  %gep1273.i.2 = getelementptr inbounds nuw i8, ptr %274, i64 12
+  %own.i.2 = load i32, ptr %gep1273.i.2, align 4, !tbaa !5
   %279 = tail call i32 @llvm.smin.i32(i32 %277, i32 %own.i.2)
   store i32 %279, ptr %269, align 4, !tbaa !5
   %280 = tail call i32 @llvm.smax.i32(i32 %278, i32 %own.i.2)
   store i32 %280, ptr %270, align 4, !tbaa !5
   store i32 0, ptr %271, align 4, !tbaa !5
   store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1175.i.3 = getelementptr inbounds nuw i8, ptr %274, i64 16
-  %own.i.3 = load i32, ptr %gep1175.i.3, align 4, !tbaa !5
+  %gep1273.i.3 = getelementptr inbounds nuw i8, ptr %274, i64 16
+  %own.i.3 = load i32, ptr %gep1273.i.3, align 4, !tbaa !5
   %281 = tail call i32 @llvm.smin.i32(i32 %279, i32 %own.i.3)
   store i32 %281, ptr %269, align 4, !tbaa !5
   %282 = tail call i32 @llvm.smax.i32(i32 %280, i32 %own.i.3)
   store i32 %282, ptr %270, align 4, !tbaa !5
   store i32 0, ptr %271, align 4, !tbaa !5
   store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1175.i.4 = getelementptr inbounds nuw i8, ptr %274, i64 20
-  %own.i.4 = load i32, ptr %gep1175.i.4, align 4, !tbaa !5
+  %gep1273.i.4 = getelementptr inbounds nuw i8, ptr %274, i64 20
+  %own.i.4 = load i32, ptr %gep1273.i.4, align 4, !tbaa !5
   %283 = tail call i32 @llvm.smin.i32(i32 %281, i32 %own.i.4)
   store i32 %283, ptr %269, align 4, !tbaa !5
   %284 = tail call i32 @llvm.smax.i32(i32 %282, i32 %own.i.4)
   store i32 %284, ptr %270, align 4, !tbaa !5
   store i32 0, ptr %271, align 4, !tbaa !5
   store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1175.i.5 = getelementptr inbounds nuw i8, ptr %274, i64 24
-  %own.i.5 = load i32, ptr %gep1175.i.5, align 4, !tbaa !5
+  %gep1273.i.5 = getelementptr inbounds nuw i8, ptr %274, i64 24
+  %own.i.5 = load i32, ptr %gep1273.i.5, align 4, !tbaa !5
   %285 = tail call i32 @llvm.smin.i32(i32 %283, i32 %own.i.5)
   store i32 %285, ptr %269, align 4, !tbaa !5
   %286 = tail call i32 @llvm.smax.i32(i32 %284, i32 %own.i.5)
   store i32 %286, ptr %270, align 4, !tbaa !5
   store i32 0, ptr %271, align 4, !tbaa !5
   store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1175.i.6 = getelementptr inbounds nuw i8, ptr %274, i64 28
-  %own.i.6 = load i32, ptr %gep1175.i.6, align 4, !tbaa !5
+  %gep1273.i.6 = getelementptr inbounds nuw i8, ptr %274, i64 28
+  %own.i.6 = load i32, ptr %gep1273.i.6, align 4, !tbaa !5
   %287 = tail call i32 @llvm.smin.i32(i32 %285, i32 %own.i.6)
   store i32 %287, ptr %269, align 4, !tbaa !5
   %288 = tail call i32 @llvm.smax.i32(i32 %286, i32 %own.i.6)
   store i32 %288, ptr %270, align 4, !tbaa !5
   store i32 0, ptr %271, align 4, !tbaa !5
   store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1175.i.7 = getelementptr inbounds nuw i8, ptr %274, i64 32
-  %own.i.7 = load i32, ptr %gep1175.i.7, align 4, !tbaa !5
+  %gep1273.i.7 = getelementptr inbounds nuw i8, ptr %274, i64 32
+  %own.i.7 = load i32, ptr %gep1273.i.7, align 4, !tbaa !5
   %289 = tail call i32 @llvm.smin.i32(i32 %287, i32 %own.i.7)
   store i32 %289, ptr %269, align 4, !tbaa !5
   %290 = tail call i32 @llvm.smax.i32(i32 %288, i32 %own.i.7)
   store i32 %290, ptr %270, align 4, !tbaa !5
   store i32 0, ptr %271, align 4, !tbaa !5
   store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1175.i.8 = getelementptr inbounds nuw i8, ptr %274, i64 36
-  %own.i.8 = load i32, ptr %gep1175.i.8, align 4, !tbaa !5
+  %gep1273.i.8 = getelementptr inbounds nuw i8, ptr %274, i64 36
+  %own.i.8 = load i32, ptr %gep1273.i.8, align 4, !tbaa !5
   %291 = tail call i32 @llvm.smin.i32(i32 %289, i32 %own.i.8)
   store i32 %291, ptr %269, align 4, !tbaa !5
   %292 = tail call i32 @llvm.smax.i32(i32 %290, i32 %own.i.8)
   store i32 %292, ptr %270, align 4, !tbaa !5
   store i32 0, ptr %271, align 4, !tbaa !5
   store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1175.i.9 = getelementptr inbounds nuw i8, ptr %274, i64 40
-  %own.i.9 = load i32, ptr %gep1175.i.9, align 4, !tbaa !5
+  %gep1273.i.9 = getelementptr inbounds nuw i8, ptr %274, i64 40
+  %own.i.9 = load i32, ptr %gep1273.i.9, align 4, !tbaa !5
   %293 = tail call i32 @llvm.smin.i32(i32 %291, i32 %own.i.9)
   store i32 %293, ptr %269, align 4, !tbaa !5
   %294 = tail call i32 @llvm.smax.i32(i32 %292, i32 %own.i.9)
   store i32 %294, ptr %270, align 4, !tbaa !5
   store i32 0, ptr %271, align 4, !tbaa !5
   store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1175.i.10 = getelementptr inbounds nuw i8, ptr %274, i64 44
-  %own.i.10 = load i32, ptr %gep1175.i.10, align 4, !tbaa !5
+  %gep1273.i.10 = getelementptr inbounds nuw i8, ptr %274, i64 44
+  %own.i.10 = load i32, ptr %gep1273.i.10, align 4, !tbaa !5
   %295 = tail call i32 @llvm.smin.i32(i32 %293, i32 %own.i.10)
   store i32 %295, ptr %269, align 4, !tbaa !5
   %296 = tail call i32 @llvm.smax.i32(i32 %294, i32 %own.i.10)
   store i32 %296, ptr %270, align 4, !tbaa !5
   store i32 0, ptr %271, align 4, !tbaa !5
   store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1175.i.11 = getelementptr inbounds nuw i8, ptr %274, i64 48
-  %own.i.11 = load i32, ptr %gep1175.i.11, align 4, !tbaa !5
+  %gep1273.i.11 = getelementptr inbounds nuw i8, ptr %274, i64 48
+  %own.i.11 = load i32, ptr %gep1273.i.11, align 4, !tbaa !5
   %297 = tail call i32 @llvm.smin.i32(i32 %295, i32 %own.i.11)
   store i32 %297, ptr %269, align 4, !tbaa !5
   %298 = tail call i32 @llvm.smax.i32(i32 %296, i32 %own.i.11)
   store i32 %298, ptr %270, align 4, !tbaa !5
   store i32 0, ptr %271, align 4, !tbaa !5
   store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1175.i.12 = getelementptr inbounds nuw i8, ptr %274, i64 52
-  %own.i.12 = load i32, ptr %gep1175.i.12, align 4, !tbaa !5
+  %gep1273.i.12 = getelementptr inbounds nuw i8, ptr %274, i64 52
+  %own.i.12 = load i32, ptr %gep1273.i.12, align 4, !tbaa !5
   %299 = tail call i32 @llvm.smin.i32(i32 %297, i32 %own.i.12)
   store i32 %299, ptr %269, align 4, !tbaa !5
   %300 = tail call i32 @llvm.smax.i32(i32 %298, i32 %own.i.12)
   store i32 %300, ptr %270, align 4, !tbaa !5
   store i32 0, ptr %271, align 4, !tbaa !5
   store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1175.i.13 = getelementptr inbounds nuw i8, ptr %274, i64 56
-  %own.i.13 = load i32, ptr %gep1175.i.13, align 4, !tbaa !5
+  %gep1273.i.13 = getelementptr inbounds nuw i8, ptr %274, i64 56
+  %own.i.13 = load i32, ptr %gep1273.i.13, align 4, !tbaa !5
   %301 = tail call i32 @llvm.smin.i32(i32 %299, i32 %own.i.13)
   store i32 %301, ptr %269, align 4, !tbaa !5
   %302 = tail call i32 @llvm.smax.i32(i32 %300, i32 %own.i.13)
   store i32 %302, ptr %270, align 4, !tbaa !5
   store i32 0, ptr %271, align 4, !tbaa !5
   store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1175.i.14 = getelementptr inbounds nuw i8, ptr %274, i64 60
-  %own.i.14 = load i32, ptr %gep1175.i.14, align 4, !tbaa !5
+  %gep1273.i.14 = getelementptr inbounds nuw i8, ptr %274, i64 60
+  %own.i.14 = load i32, ptr %gep1273.i.14, align 4, !tbaa !5
   %303 = tail call i32 @llvm.smin.i32(i32 %301, i32 %own.i.14)
   store i32 %303, ptr %269, align 4, !tbaa !5
   %304 = tail call i32 @llvm.smax.i32(i32 %302, i32 %own.i.14)
   store i32 %304, ptr %270, align 4, !tbaa !5
   store i32 0, ptr %271, align 4, !tbaa !5
   store i32 0, ptr %272, align 4, !tbaa !5
-  %305 = shl i64 %indvars.iv869.i, 13
+  %305 = shl i64 %indvars.iv947.i, 13
   %306 = and i64 %305, 17179860992
   %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %306
   %307 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %260
@@ -921,18 +921,18 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %308 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %260
   store <16 x float> zeroinitializer, ptr %308, align 4, !tbaa !5
   tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep.i, i8 0, i64 8192, i1 false), !tbaa !5
-  %indvars.iv.next870.i = add nuw nsw i64 %indvars.iv869.i, 1
-  %exitcond872.not.i = icmp eq i64 %indvars.iv.next870.i, %wide.trip.count.i
-  br i1 %exitcond872.not.i, label %for_begin_tile108.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
+  %indvars.iv.next948.i = add nuw nsw i64 %indvars.iv947.i, 1
+  %exitcond950.not.i = icmp eq i64 %indvars.iv.next948.i, %wide.trip.count.i
+  br i1 %exitcond950.not.i, label %for_begin_tile108.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
 
 for_body_ax2_0.i:                                 ; preds = %if_end39.i, %for_begin_ax2_0.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_ax2_0.preheader.i ], [ %indvars.iv.next.i, %if_end39.i ]
   br i1 %233, label %if_then19.i, label %if_end20.i
 
 for_end_ax2_0.i:                                  ; preds = %if_end39.i
-  %indvars.iv.next857.i = add nuw nsw i64 %indvars.iv856.i, 1
-  %exitcond860.not.i = icmp eq i64 %indvars.iv.next857.i, 4
-  br i1 %exitcond860.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !26
+  %indvars.iv.next935.i = add nuw nsw i64 %indvars.iv934.i, 1
+  %exitcond938.not.i = icmp eq i64 %indvars.iv.next935.i, 4
+  br i1 %exitcond938.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !26
 
 if_then19.i:                                      ; preds = %for_body_ax2_0.i
   %rdiv.i = sdiv i32 %174, %111
@@ -940,8 +940,8 @@ if_then19.i:                                      ; preds = %for_body_ax2_0.i
   %310 = sext i32 %309 to i64
   %311 = add nsw i64 %162, %310
   %312 = mul i64 %163, %311
-  %.idx1098.i = shl i64 %indvars.iv.i, 3
-  %313 = getelementptr i8, ptr %242, i64 %.idx1098.i
+  %.idx1196.i = shl i64 %indvars.iv.i, 3
+  %313 = getelementptr i8, ptr %242, i64 %.idx1196.i
   %314 = getelementptr i16, ptr %313, i64 %312
   %315 = load <4 x i16>, ptr %314, align 2, !tbaa !5
   %316 = zext <4 x i16> %315 to <4 x i32>
@@ -962,8 +962,8 @@ if_then23.i:                                      ; preds = %if_end20.i
   %324 = shl nsw i64 %323, 2
   %325 = or disjoint i64 %324, 1
   %326 = mul nsw i64 %325, %q_head
-  %.idx1099.i = shl i64 %indvars.iv.i, 3
-  %327 = getelementptr i8, ptr %242, i64 %.idx1099.i
+  %.idx1197.i = shl i64 %indvars.iv.i, 3
+  %327 = getelementptr i8, ptr %242, i64 %.idx1197.i
   %328 = getelementptr i16, ptr %327, i64 %326
   %329 = load <4 x i16>, ptr %328, align 2, !tbaa !5
   %330 = zext <4 x i16> %329 to <4 x i32>
@@ -984,8 +984,8 @@ if_then30.i:                                      ; preds = %if_end25.i
   %338 = shl nsw i64 %337, 2
   %339 = or disjoint i64 %338, 2
   %340 = mul nsw i64 %339, %q_head
-  %.idx1100.i = shl i64 %indvars.iv.i, 3
-  %341 = getelementptr i8, ptr %242, i64 %.idx1100.i
+  %.idx1198.i = shl i64 %indvars.iv.i, 3
+  %341 = getelementptr i8, ptr %242, i64 %.idx1198.i
   %342 = getelementptr i16, ptr %341, i64 %340
   %343 = load <4 x i16>, ptr %342, align 2, !tbaa !5
   %344 = zext <4 x i16> %343 to <4 x i32>
@@ -1005,8 +1005,8 @@ if_then37.i:                                      ; preds = %if_end32.i
   %352 = shl nsw i64 %351, 2
   %353 = or disjoint i64 %352, 3
   %354 = mul nsw i64 %353, %q_head
-  %.idx1101.i = shl i64 %indvars.iv.i, 3
-  %355 = getelementptr i8, ptr %242, i64 %.idx1101.i
+  %.idx1199.i = shl i64 %indvars.iv.i, 3
+  %355 = getelementptr i8, ptr %242, i64 %.idx1199.i
   %356 = getelementptr i16, ptr %355, i64 %354
   %357 = load <4 x i16>, ptr %356, align 2, !tbaa !5
   %358 = zext <4 x i16> %357 to <4 x i32>
@@ -1022,40 +1022,40 @@ if_end39.i:                                       ; preds = %if_then37.i, %if_en
   %365 = shufflevector <4 x float> %320, <4 x float> %348, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %366 = shufflevector <4 x float> %334, <4 x float> %362, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %367 = shufflevector <4 x float> %363, <4 x float> %364, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1102.i = shl nuw nsw i64 %indvars.iv.i, 8
-  %gep1173.i = getelementptr inbounds nuw i8, ptr %invariant.gep1172.i, i64 %.idx1102.i
-  store <4 x float> %367, ptr %gep1173.i, align 4, !tbaa !5
+  %.idx1200.i = shl nuw nsw i64 %indvars.iv.i, 8
+  %gep1271.i = getelementptr inbounds nuw i8, ptr %invariant.gep1270.i, i64 %.idx1200.i
+  store <4 x float> %367, ptr %gep1271.i, align 4, !tbaa !5
   %368 = shufflevector <4 x float> %363, <4 x float> %364, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %369 = getelementptr inbounds nuw i8, ptr %gep1173.i, i64 64
+  %369 = getelementptr inbounds nuw i8, ptr %gep1271.i, i64 64
   store <4 x float> %368, ptr %369, align 4, !tbaa !5
   %370 = shufflevector <4 x float> %365, <4 x float> %366, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %371 = getelementptr inbounds nuw i8, ptr %gep1173.i, i64 128
+  %371 = getelementptr inbounds nuw i8, ptr %gep1271.i, i64 128
   store <4 x float> %370, ptr %371, align 4, !tbaa !5
   %372 = shufflevector <4 x float> %365, <4 x float> %366, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %373 = getelementptr inbounds nuw i8, ptr %gep1173.i, i64 192
+  %373 = getelementptr inbounds nuw i8, ptr %gep1271.i, i64 192
   store <4 x float> %372, ptr %373, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !26
 
 for_end_tile110.loopexit.i:                       ; preds = %if_end118.i, %for_begin_tile108.preheader.i
-  %.lcssa853.i = phi i32 [ %191, %for_begin_tile108.preheader.i ], [ %406, %if_end118.i ]
-  %.lcssa852.i = phi i32 [ %190, %for_begin_tile108.preheader.i ], [ %409, %if_end118.i ]
-  %374 = and i32 %.lcssa853.i, -128
+  %.lcssa931.i = phi i32 [ %191, %for_begin_tile108.preheader.i ], [ %406, %if_end118.i ]
+  %.lcssa930.i = phi i32 [ %190, %for_begin_tile108.preheader.i ], [ %409, %if_end118.i ]
+  %374 = and i32 %.lcssa931.i, -128
   br label %for_end_tile110.i
 
 for_end_tile110.i:                                ; preds = %for_end_tile110.loopexit.i, %if_end17.i
-  %span519.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end17.i ], [ %.lcssa852.i, %for_end_tile110.loopexit.i ]
-  %span519.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end17.i ], [ %374, %for_end_tile110.loopexit.i ]
+  %span574.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end17.i ], [ %.lcssa930.i, %for_end_tile110.loopexit.i ]
+  %span574.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end17.i ], [ %374, %for_end_tile110.loopexit.i ]
   %375 = shl nsw i32 %block_end, 4
-  %key_end.i = tail call i32 @llvm.smin.i32(i32 %375, i32 %span519.sroa.3.0.lcssa.i)
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %375, i32 %span574.sroa.3.0.lcssa.i)
   %376 = shl nsw i32 %block_begin, 4
   %377 = sub nsw i32 %key_end.i, %376
   %378 = tail call i32 @llvm.smax.i32(i32 %377, i32 0)
   %379 = add nuw nsw i32 %378, 4095
   %380 = lshr i32 %379, 12
-  %.not816.i = icmp eq i32 %380, 0
-  br i1 %.not816.i, label %for_begin_tile413.preheader.i, label %for_body_number.lr.ph.i, !prof !16
+  %.not892.i = icmp eq i32 %380, 0
+  br i1 %.not892.i, label %for_begin_tile426.preheader.i, label %for_body_number.lr.ph.i, !prof !16
 
 for_body_number.lr.ph.i:                          ; preds = %for_end_tile110.i
   %381 = mul nsw i64 %table_seq, %153
@@ -1076,9 +1076,9 @@ for_body_number.lr.ph.i:                          ; preds = %for_end_tile110.i
   %393 = add i64 %392, %tree_start
   %394 = sub i64 %393, %391
   %395 = zext i32 %111 to i64
-  %wide.trip.count1002.i = and i64 %56, 4294967295
+  %wide.trip.count1085.i = and i64 %56, 4294967295
   %396 = getelementptr i8, ptr %tree_mask, i64 %394
-  %wide.trip.count1016.i = zext nneg i32 %117 to i64
+  %wide.trip.count1099.i = zext nneg i32 %117 to i64
   %397 = add i64 %tree_start, %392
   %398 = sub i64 %397, %391
   %399 = add i64 %tree_start, %392
@@ -1088,4152 +1088,4380 @@ for_body_number.lr.ph.i:                          ; preds = %for_end_tile110.i
   br label %for_body_number.i
 
 if_end118.i:                                      ; preds = %if_end118.i, %if_end118.i.preheader
-  %indvars.iv873.i = phi i64 [ %indvars.iv.next874.i, %if_end118.i ], [ %indvars.iv873.i.ph, %if_end118.i.preheader ]
-  %span519.sroa.0.0641.i = phi i32 [ %406, %if_end118.i ], [ %span519.sroa.0.0641.i.ph, %if_end118.i.preheader ]
-  %span519.sroa.3.0640.i = phi i32 [ %409, %if_end118.i ], [ %span519.sroa.3.0640.i.ph, %if_end118.i.preheader ]
-  %.idx1104.i = shl nsw i64 %indvars.iv873.i, 4
-  %403 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1104.i
+  %indvars.iv951.i = phi i64 [ %indvars.iv.next952.i, %if_end118.i ], [ %indvars.iv951.i.ph, %if_end118.i.preheader ]
+  %span574.sroa.0.0699.i = phi i32 [ %406, %if_end118.i ], [ %span574.sroa.0.0699.i.ph, %if_end118.i.preheader ]
+  %span574.sroa.3.0698.i = phi i32 [ %409, %if_end118.i ], [ %span574.sroa.3.0698.i.ph, %if_end118.i.preheader ]
+  %.idx1202.i = shl nsw i64 %indvars.iv951.i, 4
+  %403 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1202.i
   %404 = getelementptr inbounds nuw i8, ptr %403, i64 8
   %405 = load i32, ptr %404, align 4, !tbaa !5
-  %406 = tail call i32 @llvm.smin.i32(i32 %span519.sroa.0.0641.i, i32 %405)
+  %406 = tail call i32 @llvm.smin.i32(i32 %span574.sroa.0.0699.i, i32 %405)
   %407 = getelementptr inbounds nuw i8, ptr %403, i64 4
   %408 = load i32, ptr %407, align 4, !tbaa !5
-  %409 = tail call i32 @llvm.smax.i32(i32 %span519.sroa.3.0640.i, i32 %408)
-  %indvars.iv.next874.i = add nuw nsw i64 %indvars.iv873.i, 1
-  %exitcond877.not.i = icmp eq i64 %indvars.iv.next874.i, %wide.trip.count.i
-  br i1 %exitcond877.not.i, label %for_end_tile110.loopexit.i, label %if_end118.i, !prof !27, !llvm.loop !28
+  %409 = tail call i32 @llvm.smax.i32(i32 %span574.sroa.3.0698.i, i32 %408)
+  %indvars.iv.next952.i = add nuw nsw i64 %indvars.iv951.i, 1
+  %exitcond955.not.i = icmp eq i64 %indvars.iv.next952.i, %wide.trip.count.i
+  br i1 %exitcond955.not.i, label %for_end_tile110.loopexit.i, label %if_end118.i, !prof !27, !llvm.loop !28
 
-for_begin_number.i:                               ; preds = %if_end408.i
-  %410 = add nuw nsw i32 %number801.i, 1
-  %exitcond1018.not.i = icmp eq i32 %410, %380
-  %indvars.iv.next213 = add i32 %indvars.iv212, 4096
-  br i1 %exitcond1018.not.i, label %for_begin_tile413.preheader.i, label %for_body_number.i, !prof !13
+for_begin_number.i:                               ; preds = %if_end421.i
+  %410 = add nuw nsw i32 %number872.i, 1
+  %exitcond1101.not.i = icmp eq i32 %410, %380
+  %indvars.iv.next216 = add i32 %indvars.iv215, 4096
+  br i1 %exitcond1101.not.i, label %for_begin_tile426.preheader.i, label %for_body_number.i, !prof !13
 
-for_begin_tile413.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile110.i
-  br i1 %156, label %for_end_tile415.i, label %for_body_tile414.lr.ph.i, !prof !16
+for_begin_tile426.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile110.i
+  br i1 %156, label %for_end_tile428.i, label %for_body_tile427.lr.ph.i, !prof !16
 
-for_body_tile414.lr.ph.i:                         ; preds = %for_begin_tile413.preheader.i
+for_body_tile427.lr.ph.i:                         ; preds = %for_begin_tile426.preheader.i
   %411 = and i64 %62, 2147483648
   %.not = icmp eq i64 %411, 0
   %412 = icmp slt i32 %111, 0
-  %sext79 = shl i64 %54, 32
-  %413 = ashr exact i64 %sext79, 32
+  %sext78 = shl i64 %54, 32
+  %413 = ashr exact i64 %sext78, 32
   %414 = and i64 %62, 4294967295
   %415 = shl nuw nsw i64 %414, 5
-  %.idx530.i = shl nuw nsw i64 %414, 14
-  %sext80 = shl i64 %48, 32
-  %416 = ashr exact i64 %sext80, 32
-  %wide.trip.count1063.i = zext nneg i32 %117 to i64
-  br i1 %.not, label %for_body_tile414.i.preheader, label %for_body_tile414.us.i
+  %.idx585.i = shl nuw nsw i64 %414, 14
+  %sext79 = shl i64 %48, 32
+  %416 = ashr exact i64 %sext79, 32
+  %wide.trip.count1157.i = zext nneg i32 %117 to i64
+  br i1 %.not, label %for_body_tile427.i.preheader, label %for_body_tile427.us.i
 
-for_body_tile414.i.preheader:                     ; preds = %for_body_tile414.lr.ph.i
-  %scevgep485 = getelementptr i8, ptr %partial_acc, i64 %.idx530.i
-  %417 = getelementptr i8, ptr %partial_acc, i64 %.idx530.i
-  %scevgep488 = getelementptr i8, ptr %417, i64 512
-  %scevgep492 = getelementptr i8, ptr %total_acc.i, i64 8128
-  br label %for_body_tile414.i
+for_body_tile427.i.preheader:                     ; preds = %for_body_tile427.lr.ph.i
+  %scevgep488 = getelementptr i8, ptr %partial_acc, i64 %.idx585.i
+  %417 = getelementptr i8, ptr %partial_acc, i64 %.idx585.i
+  %scevgep491 = getelementptr i8, ptr %417, i64 512
+  %scevgep495 = getelementptr i8, ptr %total_acc.i, i64 8128
+  br label %for_body_tile427.i
 
-for_body_tile414.us.i:                            ; preds = %if_end419.loopexit.us.i, %for_body_tile414.lr.ph.i
-  %total_acc_global502.sroa.0.0.i = phi <16 x float> [ %total_acc_global502.sroa.0.31112.i, %if_end419.loopexit.us.i ], [ undef, %for_body_tile414.lr.ph.i ]
-  %indvars.iv1060.i = phi i64 [ %indvars.iv.next1061.i, %if_end419.loopexit.us.i ], [ 0, %for_body_tile414.lr.ph.i ]
-  %418 = shl nsw i64 %indvars.iv1060.i, 4
-  %419 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %418
-  %total.us.i = load <16 x float>, ptr %419, align 4, !tbaa !5
-  %420 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
-  %421 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
-  %422 = select <16 x i1> %421, <16 x float> zeroinitializer, <16 x float> %420
-  store <16 x float> %422, ptr %factor503.i, align 16, !tbaa !29
-  %423 = trunc nuw nsw i64 %indvars.iv1060.i to i32
-  %rmod421.us.i = srem i32 %423, %111
-  %rdiv433.us.i = sdiv i32 %423, %111
-  %424 = icmp ne i32 %rmod421.us.i, 0
-  %.not533.us.i = and i1 %412, %424
-  %425 = select i1 %.not533.us.i, i32 %111, i32 0
-  %426 = add nsw i32 %425, %rmod421.us.i
-  %427 = shl nsw i32 %426, 4
-  %428 = sub nsw i32 %109, %427
-  %429 = icmp sgt i32 %428, 0
-  br i1 %429, label %for_begin_d_0422.preheader.lr.ph.us.i, label %if_end419.loopexit.us.i, !prof !3
+for_body_tile427.us.i:                            ; preds = %if_end432.us.i, %for_body_tile427.lr.ph.i
+  %indvars.iv1154.i = phi i64 [ %indvars.iv.next1155.i, %if_end432.us.i ], [ 0, %for_body_tile427.lr.ph.i ]
+  %418 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %ordered.us.i = tail call ptr %418(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %419 = icmp eq ptr %ordered.us.i, null
+  br i1 %419, label %fused_attend_compute_.exit, label %if_end435.us.i, !prof !8
 
-for_body_r437.us.i:                               ; preds = %for_begin_r436.preheader.us.i, %if_end443.us.i.1
-  %indvars.iv1054.i = phi i64 [ 0, %for_begin_r436.preheader.us.i ], [ %indvars.iv.next1055.i.1, %if_end443.us.i.1 ]
-  %430 = add nuw nsw i64 %indvars.iv1054.i, %418
-  %431 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %430
-  %432 = load float, ptr %431, align 4, !tbaa !5
-  %433 = fcmp oeq float %432, 0.000000e+00
-  br i1 %433, label %if_end443.us.i, label %if_else442.us.i
+if_end435.us.i:                                   ; preds = %for_body_tile427.us.i
+  %420 = shl nsw i64 %indvars.iv1154.i, 4
+  %421 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %420
+  %total.us.i = load <16 x float>, ptr %421, align 4, !tbaa !5
+  %422 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
+  %423 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
+  %424 = select <16 x i1> %423, <16 x float> zeroinitializer, <16 x float> %422
+  store <16 x float> %424, ptr %factor557.i, align 16, !tbaa !29
+  %425 = shl i64 %indvars.iv1154.i, 11
+  %426 = and i64 %425, 4294965248
+  %invariant.gep151 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %426
+  br label %for_begin_d_0437.preheader.us.i
 
-if_else442.us.i:                                  ; preds = %for_body_r437.us.i
-  %434 = getelementptr inbounds nuw i32, ptr %places.i, i64 %430
-  %435 = load i32, ptr %434, align 4, !tbaa !5
-  %436 = shl i32 %435, 23
-  %437 = add i32 %436, 1065353216
-  %438 = bitcast i32 %437 to float
-  %439 = fmul float %432, %438
-  %440 = tail call float @llvm.log.f32(float %439)
-  %441 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %430
-  %442 = load float, ptr %441, align 4, !tbaa !5
-  %443 = fadd float %442, %440
-  br label %if_end443.us.i
+for_end_r_0.us.i:                                 ; preds = %for_end_d_0439.us.i
+  %427 = trunc nuw nsw i64 %indvars.iv1154.i to i32
+  %rmod471.us.i = srem i32 %427, %111
+  %rdiv483.us.i = sdiv i32 %427, %111
+  %428 = icmp ne i32 %rmod471.us.i, 0
+  %.not589.us.i = and i1 %412, %428
+  %429 = select i1 %.not589.us.i, i32 %111, i32 0
+  %430 = add nsw i32 %429, %rmod471.us.i
+  %431 = shl nsw i32 %430, 4
+  %432 = sub nsw i32 %109, %431
+  %433 = icmp sgt i32 %432, 0
+  br i1 %433, label %for_begin_d_0477.preheader.lr.ph.us.i, label %for_end_r488.us.i, !prof !3
 
-if_end443.us.i:                                   ; preds = %if_else442.us.i, %for_body_r437.us.i
-  %444 = phi float [ %443, %if_else442.us.i ], [ 0xFFF0000000000000, %for_body_r437.us.i ]
-  %445 = and i64 %indvars.iv1054.i, 2
-  %446 = lshr i64 %indvars.iv1054.i, 2
-  %447 = add nsw i64 %446, %531
-  %448 = mul nsw i64 %447, %lse_batch
-  %449 = getelementptr float, ptr %523, i64 %448
-  %450 = getelementptr float, ptr %449, i64 %445
-  store float %444, ptr %450, align 4, !tbaa !5
-  %indvars.iv.next1055.i = or disjoint i64 %indvars.iv1054.i, 1
-  %451 = add nuw nsw i64 %indvars.iv.next1055.i, %418
-  %452 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %451
-  %453 = load float, ptr %452, align 4, !tbaa !5
-  %454 = fcmp oeq float %453, 0.000000e+00
-  br i1 %454, label %if_end443.us.i.1, label %if_else442.us.i.1
+for_end_r488.us.i:                                ; preds = %if_end493.us.i.1, %for_end_r_0.us.i
+  %434 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %435 = tail call i32 %434(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
+  %.not586.us.i = icmp eq i32 %435, 0
+  br i1 %.not586.us.i, label %if_end432.us.i, label %fused_attend_compute_.exit, !prof !36
 
-if_else442.us.i.1:                                ; preds = %if_end443.us.i
-  %455 = getelementptr inbounds nuw i32, ptr %places.i, i64 %451
-  %456 = load i32, ptr %455, align 4, !tbaa !5
-  %457 = shl i32 %456, 23
-  %458 = add i32 %457, 1065353216
-  %459 = bitcast i32 %458 to float
-  %460 = fmul float %453, %459
-  %461 = tail call float @llvm.log.f32(float %460)
-  %462 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %451
-  %463 = load float, ptr %462, align 4, !tbaa !5
-  %464 = fadd float %463, %461
-  br label %if_end443.us.i.1
+if_end432.us.i:                                   ; preds = %for_end_r488.us.i
+  %indvars.iv.next1155.i = add nuw nsw i64 %indvars.iv1154.i, 1
+  %exitcond1158.not.i = icmp eq i64 %indvars.iv.next1155.i, %wide.trip.count1157.i
+  br i1 %exitcond1158.not.i, label %for_end_tile428.i, label %for_body_tile427.us.i, !prof !13
 
-if_end443.us.i.1:                                 ; preds = %if_else442.us.i.1, %if_end443.us.i
-  %465 = phi float [ %464, %if_else442.us.i.1 ], [ 0xFFF0000000000000, %if_end443.us.i ]
-  %466 = and i64 %indvars.iv.next1055.i, 3
-  %467 = lshr i64 %indvars.iv1054.i, 2
-  %468 = add nsw i64 %467, %531
-  %469 = mul nsw i64 %468, %lse_batch
-  %470 = getelementptr float, ptr %523, i64 %469
-  %471 = getelementptr float, ptr %470, i64 %466
-  store float %465, ptr %471, align 4, !tbaa !5
-  %indvars.iv.next1055.i.1 = add nuw nsw i64 %indvars.iv1054.i, 2
-  %exitcond1059.not.i.1 = icmp eq i64 %indvars.iv.next1055.i.1, %wide.trip.count1052.i
-  br i1 %exitcond1059.not.i.1, label %if_end419.loopexit.us.i, label %for_body_r437.us.i, !prof !13, !llvm.loop !36
+for_body_r487.us.i:                               ; preds = %for_body_r487.lr.ph.us.i, %if_end493.us.i.1
+  %indvars.iv1148.i = phi i64 [ 0, %for_body_r487.lr.ph.us.i ], [ %indvars.iv.next1149.i.1, %if_end493.us.i.1 ]
+  %436 = add nuw nsw i64 %indvars.iv1148.i, %610
+  %437 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %436
+  %438 = load float, ptr %437, align 4, !tbaa !5
+  %439 = fcmp oeq float %438, 0.000000e+00
+  br i1 %439, label %if_end493.us.i, label %if_else492.us.i
 
-for_end_d_0424.us.i:                              ; preds = %for_begin_ax2_0427.preheader.us.i
-  %indvars.iv.next1049.i = add nuw nsw i64 %indvars.iv1048.i, 1
-  %exitcond1053.not.i = icmp eq i64 %indvars.iv.next1049.i, %wide.trip.count1052.i
-  br i1 %exitcond1053.not.i, label %for_begin_r436.preheader.us.i, label %for_begin_d_0422.preheader.us.i, !prof !13
+if_else492.us.i:                                  ; preds = %for_body_r487.us.i
+  %440 = getelementptr inbounds nuw i32, ptr %places.i, i64 %436
+  %441 = load i32, ptr %440, align 4, !tbaa !5
+  %442 = shl i32 %441, 23
+  %443 = add i32 %442, 1065353216
+  %444 = bitcast i32 %443 to float
+  %445 = fmul float %438, %444
+  %446 = tail call float @llvm.log.f32(float %445)
+  %447 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %436
+  %448 = load float, ptr %447, align 4, !tbaa !5
+  %449 = fadd float %448, %446
+  br label %if_end493.us.i
 
-for_begin_ax2_0427.preheader.us.i:                ; preds = %for_begin_d_0422.preheader.us.i, %for_begin_ax2_0427.preheader.us.i
-  %total_acc_global502.sroa.0.1.i = phi <16 x float> [ %total_acc_global502.sroa.0.2.i, %for_begin_d_0422.preheader.us.i ], [ %total_acc_global502.sroa.0.60.vec.insert.i, %for_begin_ax2_0427.preheader.us.i ]
-  %indvars.iv1044.i = phi i64 [ 0, %for_begin_d_0422.preheader.us.i ], [ %indvars.iv.next1045.i, %for_begin_ax2_0427.preheader.us.i ]
-  %.idx81 = shl nuw nsw i64 %indvars.iv1044.i, 10
-  %472 = getelementptr inbounds nuw i8, ptr %gep152, i64 %.idx81
-  %473 = load float, ptr %472, align 4, !tbaa !5
-  %total_acc_global502.sroa.0.0.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.1.i, float %473, i64 0
-  %474 = getelementptr inbounds nuw i8, ptr %472, i64 64
-  %475 = load float, ptr %474, align 4, !tbaa !5
-  %total_acc_global502.sroa.0.4.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.0.vec.insert.i, float %475, i64 1
-  %476 = getelementptr inbounds nuw i8, ptr %472, i64 128
-  %477 = load float, ptr %476, align 4, !tbaa !5
-  %total_acc_global502.sroa.0.8.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.4.vec.insert.i, float %477, i64 2
-  %478 = getelementptr inbounds nuw i8, ptr %472, i64 192
-  %479 = load float, ptr %478, align 4, !tbaa !5
-  %total_acc_global502.sroa.0.12.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.8.vec.insert.i, float %479, i64 3
-  %480 = getelementptr inbounds nuw i8, ptr %472, i64 256
-  %481 = load float, ptr %480, align 4, !tbaa !5
-  %total_acc_global502.sroa.0.16.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.12.vec.insert.i, float %481, i64 4
-  %482 = getelementptr inbounds nuw i8, ptr %472, i64 320
-  %483 = load float, ptr %482, align 4, !tbaa !5
-  %total_acc_global502.sroa.0.20.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.16.vec.insert.i, float %483, i64 5
-  %484 = getelementptr inbounds nuw i8, ptr %472, i64 384
-  %485 = load float, ptr %484, align 4, !tbaa !5
-  %total_acc_global502.sroa.0.24.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.20.vec.insert.i, float %485, i64 6
-  %486 = getelementptr inbounds nuw i8, ptr %472, i64 448
-  %487 = load float, ptr %486, align 4, !tbaa !5
-  %total_acc_global502.sroa.0.28.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.24.vec.insert.i, float %487, i64 7
-  %488 = getelementptr inbounds nuw i8, ptr %472, i64 512
-  %489 = load float, ptr %488, align 4, !tbaa !5
-  %total_acc_global502.sroa.0.32.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.28.vec.insert.i, float %489, i64 8
-  %490 = getelementptr inbounds nuw i8, ptr %472, i64 576
-  %491 = load float, ptr %490, align 4, !tbaa !5
-  %total_acc_global502.sroa.0.36.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.32.vec.insert.i, float %491, i64 9
-  %492 = getelementptr inbounds nuw i8, ptr %472, i64 640
-  %493 = load float, ptr %492, align 4, !tbaa !5
-  %total_acc_global502.sroa.0.40.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.36.vec.insert.i, float %493, i64 10
-  %494 = getelementptr inbounds nuw i8, ptr %472, i64 704
-  %495 = load float, ptr %494, align 4, !tbaa !5
-  %total_acc_global502.sroa.0.44.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.40.vec.insert.i, float %495, i64 11
-  %496 = getelementptr inbounds nuw i8, ptr %472, i64 768
-  %497 = load float, ptr %496, align 4, !tbaa !5
-  %total_acc_global502.sroa.0.48.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.44.vec.insert.i, float %497, i64 12
-  %498 = getelementptr inbounds nuw i8, ptr %472, i64 832
-  %499 = load float, ptr %498, align 4, !tbaa !5
-  %total_acc_global502.sroa.0.52.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.48.vec.insert.i, float %499, i64 13
-  %500 = getelementptr inbounds nuw i8, ptr %472, i64 896
-  %501 = load float, ptr %500, align 4, !tbaa !5
-  %total_acc_global502.sroa.0.56.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.52.vec.insert.i, float %501, i64 14
-  %502 = getelementptr inbounds nuw i8, ptr %472, i64 960
-  %503 = load float, ptr %502, align 4, !tbaa !5
-  %total_acc_global502.sroa.0.60.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.56.vec.insert.i, float %503, i64 15
-  %504 = fmul <16 x float> %515, %total_acc_global502.sroa.0.60.vec.insert.i
-  %505 = bitcast <16 x float> %504 to <16 x i32>
-  %506 = lshr <16 x i32> %505, splat (i32 16)
-  %507 = and <16 x i32> %506, splat (i32 1)
-  %508 = add nuw <16 x i32> %505, splat (i32 32767)
-  %509 = add nuw <16 x i32> %508, %507
-  %510 = lshr <16 x i32> %509, splat (i32 16)
-  %511 = trunc nuw <16 x i32> %510 to <16 x i16>
-  %gep809.us.idx.i = shl i64 %indvars.iv1044.i, 5
-  %gep809.us.i = getelementptr i8, ptr %invariant.gep808.us.i, i64 %gep809.us.idx.i
-  store <16 x i16> %511, ptr %gep809.us.i, align 2, !tbaa !5
-  %indvars.iv.next1045.i = add nuw nsw i64 %indvars.iv1044.i, 1
-  %exitcond1047.not.i = icmp eq i64 %indvars.iv.next1045.i, 8
-  br i1 %exitcond1047.not.i, label %for_end_d_0424.us.i, label %for_begin_ax2_0427.preheader.us.i, !prof !26
+if_end493.us.i:                                   ; preds = %if_else492.us.i, %for_body_r487.us.i
+  %450 = phi float [ %449, %if_else492.us.i ], [ 0xFFF0000000000000, %for_body_r487.us.i ]
+  %451 = and i64 %indvars.iv1148.i, 2
+  %452 = lshr i64 %indvars.iv1148.i, 2
+  %453 = add nsw i64 %452, %607
+  %454 = mul nsw i64 %453, %lse_batch
+  %455 = getelementptr float, ptr %609, i64 %454
+  %456 = getelementptr float, ptr %455, i64 %451
+  store float %450, ptr %456, align 4, !tbaa !5
+  %indvars.iv.next1149.i = or disjoint i64 %indvars.iv1148.i, 1
+  %457 = add nuw nsw i64 %indvars.iv.next1149.i, %610
+  %458 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %457
+  %459 = load float, ptr %458, align 4, !tbaa !5
+  %460 = fcmp oeq float %459, 0.000000e+00
+  br i1 %460, label %if_end493.us.i.1, label %if_else492.us.i.1
 
-for_begin_d_0422.preheader.us.i:                  ; preds = %for_begin_d_0422.preheader.lr.ph.us.i, %for_end_d_0424.us.i
-  %total_acc_global502.sroa.0.2.i = phi <16 x float> [ %total_acc_global502.sroa.0.0.i, %for_begin_d_0422.preheader.lr.ph.us.i ], [ %total_acc_global502.sroa.0.60.vec.insert.i, %for_end_d_0424.us.i ]
-  %indvars.iv1048.i = phi i64 [ 0, %for_begin_d_0422.preheader.lr.ph.us.i ], [ %indvars.iv.next1049.i, %for_end_d_0424.us.i ]
-  %512 = getelementptr inbounds nuw float, ptr %factor503.i, i64 %indvars.iv1048.i
-  %513 = load float, ptr %512, align 4, !tbaa !38
-  %514 = insertelement <16 x float> poison, float %513, i64 0
-  %515 = shufflevector <16 x float> %514, <16 x float> poison, <16 x i32> zeroinitializer
-  %516 = and i64 %indvars.iv1048.i, 3
-  %517 = or disjoint i64 %516, %528
-  %518 = mul nsw i64 %517, %out_head
-  %519 = lshr i64 %indvars.iv1048.i, 2
-  %520 = add nsw i64 %519, %531
-  %521 = mul nsw i64 %520, %out_batch
-  %522 = getelementptr i16, ptr %out, i64 %521
-  %invariant.gep808.us.i = getelementptr i16, ptr %522, i64 %518
-  %gep152 = getelementptr inbounds nuw float, ptr %invariant.gep151, i64 %indvars.iv1048.i
-  br label %for_begin_ax2_0427.preheader.us.i
+if_else492.us.i.1:                                ; preds = %if_end493.us.i
+  %461 = getelementptr inbounds nuw i32, ptr %places.i, i64 %457
+  %462 = load i32, ptr %461, align 4, !tbaa !5
+  %463 = shl i32 %462, 23
+  %464 = add i32 %463, 1065353216
+  %465 = bitcast i32 %464 to float
+  %466 = fmul float %459, %465
+  %467 = tail call float @llvm.log.f32(float %466)
+  %468 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %457
+  %469 = load float, ptr %468, align 4, !tbaa !5
+  %470 = fadd float %469, %467
+  br label %if_end493.us.i.1
 
-for_begin_r436.preheader.us.i:                    ; preds = %for_end_d_0424.us.i
-  %.idx534.us.i = shl nsw i64 %527, 4
-  %523 = getelementptr i8, ptr %lse, i64 %.idx534.us.i
-  br label %for_body_r437.us.i
+if_end493.us.i.1:                                 ; preds = %if_else492.us.i.1, %if_end493.us.i
+  %471 = phi float [ %470, %if_else492.us.i.1 ], [ 0xFFF0000000000000, %if_end493.us.i ]
+  %472 = and i64 %indvars.iv.next1149.i, 3
+  %473 = lshr i64 %indvars.iv1148.i, 2
+  %474 = add nsw i64 %473, %607
+  %475 = mul nsw i64 %474, %lse_batch
+  %476 = getelementptr float, ptr %609, i64 %475
+  %477 = getelementptr float, ptr %476, i64 %472
+  store float %471, ptr %477, align 4, !tbaa !5
+  %indvars.iv.next1149.i.1 = add nuw nsw i64 %indvars.iv1148.i, 2
+  %exitcond1153.not.i.1 = icmp eq i64 %indvars.iv.next1149.i.1, %wide.trip.count1146.i
+  br i1 %exitcond1153.not.i.1, label %for_end_r488.us.i, label %for_body_r487.us.i, !prof !13, !llvm.loop !37
 
-if_end419.loopexit.us.i:                          ; preds = %if_end443.us.i.1, %for_body_tile414.us.i
-  %total_acc_global502.sroa.0.31112.i = phi <16 x float> [ %total_acc_global502.sroa.0.0.i, %for_body_tile414.us.i ], [ %total_acc_global502.sroa.0.60.vec.insert.i, %if_end443.us.i.1 ]
-  %indvars.iv.next1061.i = add nuw nsw i64 %indvars.iv1060.i, 1
-  %exitcond1064.not.i = icmp eq i64 %indvars.iv.next1061.i, %wide.trip.count1063.i
-  br i1 %exitcond1064.not.i, label %for_end_tile415.i, label %for_body_tile414.us.i, !prof !13
+for_end_d_0439.us.i:                              ; preds = %for_begin_ax1_0442.preheader.us.i
+  %indvars.iv.next1134.i = add nuw nsw i64 %indvars.iv1133.i, 1
+  %exitcond1137.not.i = icmp eq i64 %indvars.iv.next1134.i, 4
+  br i1 %exitcond1137.not.i, label %for_end_r_0.us.i, label %for_begin_d_0437.preheader.us.i, !prof !26
 
-for_begin_d_0422.preheader.lr.ph.us.i:            ; preds = %for_body_tile414.us.i
-  %524 = sext i1 %.not533.us.i to i32
-  %525 = add nsw i32 %rdiv433.us.i, %524
-  %526 = sext i32 %525 to i64
-  %527 = add nsw i64 %413, %526
-  %528 = shl nsw i64 %527, 2
-  %529 = sext i32 %426 to i64
-  %530 = shl nsw i64 %529, 2
-  %531 = add nsw i64 %530, %416
-  %532 = shl i64 %indvars.iv1060.i, 11
-  %533 = and i64 %532, 4294965248
-  %534 = tail call i32 @llvm.umin.i32(i32 %428, i32 16)
-  %wide.trip.count1052.i = zext nneg i32 %534 to i64
-  %invariant.gep151 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %533
-  br label %for_begin_d_0422.preheader.us.i
+for_begin_ax1_0442.preheader.us.i:                ; preds = %for_begin_d_0437.preheader.us.i, %for_begin_ax1_0442.preheader.us.i
+  %indvars.iv1128.i = phi i64 [ 0, %for_begin_d_0437.preheader.us.i ], [ %indvars.iv.next1129.i, %for_begin_ax1_0442.preheader.us.i ]
+  %.idx80 = shl nuw nsw i64 %indvars.iv1128.i, 10
+  %gep154 = getelementptr inbounds nuw i8, ptr %invariant.gep153, i64 %.idx80
+  %v448.us.i = load <4 x float>, ptr %gep154, align 4, !tbaa !5
+  %478 = getelementptr inbounds nuw i8, ptr %gep154, i64 64
+  %v450.us.i = load <4 x float>, ptr %478, align 4, !tbaa !5
+  %479 = getelementptr inbounds nuw i8, ptr %gep154, i64 128
+  %v452.us.i = load <4 x float>, ptr %479, align 4, !tbaa !5
+  %480 = getelementptr inbounds nuw i8, ptr %gep154, i64 192
+  %v454.us.i = load <4 x float>, ptr %480, align 4, !tbaa !5
+  %481 = shufflevector <4 x float> %v448.us.i, <4 x float> %v452.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %482 = shufflevector <4 x float> %v450.us.i, <4 x float> %v454.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %483 = shufflevector <4 x float> %v448.us.i, <4 x float> %v452.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %484 = shufflevector <4 x float> %v450.us.i, <4 x float> %v454.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %485 = shufflevector <4 x float> %481, <4 x float> %482, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %486 = shufflevector <4 x float> %481, <4 x float> %482, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %487 = shufflevector <4 x float> %483, <4 x float> %484, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %488 = shufflevector <4 x float> %483, <4 x float> %484, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %489 = getelementptr inbounds nuw i8, ptr %gep154, i64 256
+  %v448.us.1.i = load <4 x float>, ptr %489, align 4, !tbaa !5
+  %490 = getelementptr inbounds nuw i8, ptr %gep154, i64 320
+  %v450.us.1.i = load <4 x float>, ptr %490, align 4, !tbaa !5
+  %491 = getelementptr inbounds nuw i8, ptr %gep154, i64 384
+  %v452.us.1.i = load <4 x float>, ptr %491, align 4, !tbaa !5
+  %492 = getelementptr inbounds nuw i8, ptr %gep154, i64 448
+  %v454.us.1.i = load <4 x float>, ptr %492, align 4, !tbaa !5
+  %493 = shufflevector <4 x float> %v448.us.1.i, <4 x float> %v452.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %494 = shufflevector <4 x float> %v450.us.1.i, <4 x float> %v454.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %495 = shufflevector <4 x float> %v448.us.1.i, <4 x float> %v452.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %496 = shufflevector <4 x float> %v450.us.1.i, <4 x float> %v454.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %497 = shufflevector <4 x float> %493, <4 x float> %494, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %498 = shufflevector <4 x float> %493, <4 x float> %494, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %499 = shufflevector <4 x float> %495, <4 x float> %496, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %500 = shufflevector <4 x float> %495, <4 x float> %496, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %501 = getelementptr inbounds nuw i8, ptr %gep154, i64 512
+  %v448.us.2.i = load <4 x float>, ptr %501, align 4, !tbaa !5
+  %502 = getelementptr inbounds nuw i8, ptr %gep154, i64 576
+  %v450.us.2.i = load <4 x float>, ptr %502, align 4, !tbaa !5
+  %503 = getelementptr inbounds nuw i8, ptr %gep154, i64 640
+  %v452.us.2.i = load <4 x float>, ptr %503, align 4, !tbaa !5
+  %504 = getelementptr inbounds nuw i8, ptr %gep154, i64 704
+  %v454.us.2.i = load <4 x float>, ptr %504, align 4, !tbaa !5
+  %505 = shufflevector <4 x float> %v448.us.2.i, <4 x float> %v452.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %506 = shufflevector <4 x float> %v450.us.2.i, <4 x float> %v454.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %507 = shufflevector <4 x float> %v448.us.2.i, <4 x float> %v452.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %508 = shufflevector <4 x float> %v450.us.2.i, <4 x float> %v454.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %509 = shufflevector <4 x float> %505, <4 x float> %506, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %510 = shufflevector <4 x float> %505, <4 x float> %506, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %511 = shufflevector <4 x float> %507, <4 x float> %508, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %512 = shufflevector <4 x float> %507, <4 x float> %508, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %513 = getelementptr inbounds nuw i8, ptr %gep154, i64 768
+  %v448.us.3.i = load <4 x float>, ptr %513, align 4, !tbaa !5
+  %514 = getelementptr inbounds nuw i8, ptr %gep154, i64 832
+  %v450.us.3.i = load <4 x float>, ptr %514, align 4, !tbaa !5
+  %515 = getelementptr inbounds nuw i8, ptr %gep154, i64 896
+  %v452.us.3.i = load <4 x float>, ptr %515, align 4, !tbaa !5
+  %516 = getelementptr inbounds nuw i8, ptr %gep154, i64 960
+  %v454.us.3.i = load <4 x float>, ptr %516, align 4, !tbaa !5
+  %517 = shufflevector <4 x float> %v448.us.3.i, <4 x float> %v452.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %518 = shufflevector <4 x float> %v450.us.3.i, <4 x float> %v454.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %519 = shufflevector <4 x float> %v448.us.3.i, <4 x float> %v452.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %520 = shufflevector <4 x float> %v450.us.3.i, <4 x float> %v454.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %521 = shufflevector <4 x float> %517, <4 x float> %518, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %522 = shufflevector <4 x float> %485, <4 x float> %497, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %523 = shufflevector <4 x float> %509, <4 x float> %521, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %524 = shufflevector <8 x float> %522, <8 x float> %523, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %525 = shufflevector <4 x float> %517, <4 x float> %518, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %526 = shufflevector <4 x float> %486, <4 x float> %498, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %527 = shufflevector <4 x float> %510, <4 x float> %525, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %528 = shufflevector <8 x float> %526, <8 x float> %527, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %529 = shufflevector <4 x float> %519, <4 x float> %520, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %530 = shufflevector <4 x float> %487, <4 x float> %499, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %531 = shufflevector <4 x float> %511, <4 x float> %529, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %532 = shufflevector <8 x float> %530, <8 x float> %531, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %533 = shufflevector <4 x float> %519, <4 x float> %520, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %534 = shufflevector <4 x float> %488, <4 x float> %500, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %535 = shufflevector <4 x float> %512, <4 x float> %533, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %536 = shufflevector <8 x float> %534, <8 x float> %535, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %537 = fmul <16 x float> %587, %524
+  %.idx1209.i = shl nuw nsw i64 %indvars.iv1128.i, 6
+  %gep1279.i = getelementptr inbounds nuw i8, ptr %invariant.gep1278.i, i64 %.idx1209.i
+  store <16 x float> %537, ptr %gep1279.i, align 4, !tbaa !5
+  %538 = fmul <16 x float> %591, %528
+  %539 = getelementptr inbounds nuw i8, ptr %gep1279.i, i64 512
+  store <16 x float> %538, ptr %539, align 4, !tbaa !5
+  %540 = fmul <16 x float> %595, %532
+  %541 = getelementptr inbounds nuw i8, ptr %gep1279.i, i64 1024
+  store <16 x float> %540, ptr %541, align 4, !tbaa !5
+  %542 = fmul <16 x float> %599, %536
+  %543 = getelementptr inbounds nuw i8, ptr %gep1279.i, i64 1536
+  store <16 x float> %542, ptr %543, align 4, !tbaa !5
+  %indvars.iv.next1129.i = add nuw nsw i64 %indvars.iv1128.i, 1
+  %exitcond1132.not.i = icmp eq i64 %indvars.iv.next1129.i, 8
+  br i1 %exitcond1132.not.i, label %for_end_d_0439.us.i, label %for_begin_ax1_0442.preheader.us.i, !prof !26
+
+for_begin_d_0477.preheader.us.i:                  ; preds = %for_begin_d_0477.preheader.lr.ph.us.i, %for_begin_d_0477.preheader.us.i
+  %indvars.iv1142.i = phi i64 [ 0, %for_begin_d_0477.preheader.lr.ph.us.i ], [ %indvars.iv.next1143.i, %for_begin_d_0477.preheader.us.i ]
+  %544 = and i64 %indvars.iv1142.i, 3
+  %545 = or disjoint i64 %544, %604
+  %546 = mul nsw i64 %545, %out_head
+  %547 = lshr i64 %indvars.iv1142.i, 2
+  %548 = add nsw i64 %547, %607
+  %549 = mul nsw i64 %548, %out_batch
+  %550 = getelementptr i16, ptr %out, i64 %549
+  %invariant.gep884.us.i = getelementptr i16, ptr %550, i64 %546
+  %.idx81 = shl nsw i64 %indvars.iv1142.i, 9
+  %551 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx81
+  %552 = load <32 x i32>, ptr %551, align 4, !tbaa !5
+  %553 = lshr <32 x i32> %552, splat (i32 16)
+  %554 = and <32 x i32> %553, splat (i32 1)
+  %555 = add nuw <32 x i32> %552, splat (i32 32767)
+  %556 = add nuw <32 x i32> %555, %554
+  %557 = lshr <32 x i32> %556, splat (i32 16)
+  %558 = trunc nuw <32 x i32> %557 to <32 x i16>
+  store <32 x i16> %558, ptr %invariant.gep884.us.i, align 2, !tbaa !5
+  %559 = getelementptr inbounds nuw i8, ptr %551, i64 128
+  %560 = load <32 x i32>, ptr %559, align 4, !tbaa !5
+  %561 = lshr <32 x i32> %560, splat (i32 16)
+  %562 = and <32 x i32> %561, splat (i32 1)
+  %563 = add nuw <32 x i32> %560, splat (i32 32767)
+  %564 = add nuw <32 x i32> %563, %562
+  %565 = lshr <32 x i32> %564, splat (i32 16)
+  %566 = trunc nuw <32 x i32> %565 to <32 x i16>
+  %gep885.us.1.i = getelementptr i8, ptr %invariant.gep884.us.i, i64 64
+  store <32 x i16> %566, ptr %gep885.us.1.i, align 2, !tbaa !5
+  %567 = getelementptr inbounds nuw i8, ptr %551, i64 256
+  %568 = load <32 x i32>, ptr %567, align 4, !tbaa !5
+  %569 = lshr <32 x i32> %568, splat (i32 16)
+  %570 = and <32 x i32> %569, splat (i32 1)
+  %571 = add nuw <32 x i32> %568, splat (i32 32767)
+  %572 = add nuw <32 x i32> %571, %570
+  %573 = lshr <32 x i32> %572, splat (i32 16)
+  %574 = trunc nuw <32 x i32> %573 to <32 x i16>
+  %gep885.us.2.i = getelementptr i8, ptr %invariant.gep884.us.i, i64 128
+  store <32 x i16> %574, ptr %gep885.us.2.i, align 2, !tbaa !5
+  %575 = getelementptr inbounds nuw i8, ptr %551, i64 384
+  %576 = load <32 x i32>, ptr %575, align 4, !tbaa !5
+  %577 = lshr <32 x i32> %576, splat (i32 16)
+  %578 = and <32 x i32> %577, splat (i32 1)
+  %579 = add nuw <32 x i32> %576, splat (i32 32767)
+  %580 = add nuw <32 x i32> %579, %578
+  %581 = lshr <32 x i32> %580, splat (i32 16)
+  %582 = trunc nuw <32 x i32> %581 to <32 x i16>
+  %gep885.us.3.i = getelementptr i8, ptr %invariant.gep884.us.i, i64 192
+  store <32 x i16> %582, ptr %gep885.us.3.i, align 2, !tbaa !5
+  %indvars.iv.next1143.i = add nuw nsw i64 %indvars.iv1142.i, 1
+  %exitcond1147.not.i = icmp eq i64 %indvars.iv.next1143.i, %wide.trip.count1146.i
+  br i1 %exitcond1147.not.i, label %for_body_r487.lr.ph.us.i, label %for_begin_d_0477.preheader.us.i, !prof !13
+
+for_begin_d_0437.preheader.us.i:                  ; preds = %for_end_d_0439.us.i, %if_end435.us.i
+  %indvars.iv1133.i = phi i64 [ %indvars.iv.next1134.i, %for_end_d_0439.us.i ], [ 0, %if_end435.us.i ]
+  %583 = shl nuw nsw i64 %indvars.iv1133.i, 2
+  %584 = getelementptr inbounds nuw float, ptr %factor557.i, i64 %583
+  %585 = load float, ptr %584, align 16, !tbaa !39
+  %586 = insertelement <16 x float> poison, float %585, i64 0
+  %587 = shufflevector <16 x float> %586, <16 x float> poison, <16 x i32> zeroinitializer
+  %588 = getelementptr inbounds nuw i8, ptr %584, i64 4
+  %589 = load float, ptr %588, align 4, !tbaa !39
+  %590 = insertelement <16 x float> poison, float %589, i64 0
+  %591 = shufflevector <16 x float> %590, <16 x float> poison, <16 x i32> zeroinitializer
+  %592 = getelementptr inbounds nuw i8, ptr %584, i64 8
+  %593 = load float, ptr %592, align 8, !tbaa !39
+  %594 = insertelement <16 x float> poison, float %593, i64 0
+  %595 = shufflevector <16 x float> %594, <16 x float> poison, <16 x i32> zeroinitializer
+  %596 = getelementptr inbounds nuw i8, ptr %584, i64 12
+  %597 = load float, ptr %596, align 4, !tbaa !39
+  %598 = insertelement <16 x float> poison, float %597, i64 0
+  %599 = shufflevector <16 x float> %598, <16 x float> poison, <16 x i32> zeroinitializer
+  %.idx1210.i = shl nuw nsw i64 %indvars.iv1133.i, 11
+  %invariant.gep1278.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1210.i
+  %invariant.gep153 = getelementptr inbounds nuw float, ptr %invariant.gep151, i64 %583
+  br label %for_begin_ax1_0442.preheader.us.i
+
+for_begin_d_0477.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
+  %600 = sext i1 %.not589.us.i to i32
+  %601 = add nsw i32 %rdiv483.us.i, %600
+  %602 = sext i32 %601 to i64
+  %603 = add nsw i64 %413, %602
+  %604 = shl nsw i64 %603, 2
+  %605 = sext i32 %430 to i64
+  %606 = shl nsw i64 %605, 2
+  %607 = add nsw i64 %606, %416
+  %608 = tail call i32 @llvm.umin.i32(i32 %432, i32 16)
+  %wide.trip.count1146.i = zext nneg i32 %608 to i64
+  br label %for_begin_d_0477.preheader.us.i
+
+for_body_r487.lr.ph.us.i:                         ; preds = %for_begin_d_0477.preheader.us.i
+  %.idx590.us.i = shl nsw i64 %603, 4
+  %609 = getelementptr i8, ptr %lse, i64 %.idx590.us.i
+  %610 = and i64 %420, 4294967280
+  br label %for_body_r487.us.i
 
 for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
-  %indvars.iv222.in = phi i32 [ %indvars.iv222, %for_begin_number.i ], [ %376, %for_body_number.lr.ph.i ]
-  %indvars.iv212 = phi i32 [ %indvars.iv.next213, %for_begin_number.i ], [ %376, %for_body_number.lr.ph.i ]
-  %number801.i = phi i32 [ %410, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
-  %535 = tail call i32 @llvm.smax.i32(i32 %span519.sroa.0.0.lcssa.i, i32 %indvars.iv212)
-  %smax445 = sext i32 %535 to i64
-  %536 = tail call i32 @llvm.smax.i32(i32 %span519.sroa.0.0.lcssa.i, i32 %indvars.iv212)
-  %smax408 = sext i32 %536 to i64
-  %indvars.iv222 = add i32 %indvars.iv222.in, 4096
-  %smax214 = tail call i32 @llvm.smax.i32(i32 %span519.sroa.0.0.lcssa.i, i32 %indvars.iv212)
-  %537 = add i32 %smax214, %tree_size
-  %538 = sub i32 %context_len.i, %537
-  %539 = tail call i32 @llvm.smax.i32(i32 %span519.sroa.0.0.lcssa.i, i32 %indvars.iv212)
-  %540 = sub i32 0, %539
-  %541 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %row_max.i = tail call ptr %541(i32 1, i32 %dev_id, i64 %143, i32 2, i32 32)
-  %542 = icmp eq ptr %row_max.i, null
-  br i1 %542, label %fused_attend_compute_.exit, label %if_end120.i, !prof !8
+  %indvars.iv225.in = phi i32 [ %indvars.iv225, %for_begin_number.i ], [ %376, %for_body_number.lr.ph.i ]
+  %indvars.iv215 = phi i32 [ %indvars.iv.next216, %for_begin_number.i ], [ %376, %for_body_number.lr.ph.i ]
+  %number872.i = phi i32 [ %410, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %611 = tail call i32 @llvm.smax.i32(i32 %span574.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %smax448 = sext i32 %611 to i64
+  %612 = tail call i32 @llvm.smax.i32(i32 %span574.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %smax411 = sext i32 %612 to i64
+  %indvars.iv225 = add i32 %indvars.iv225.in, 4096
+  %smax217 = tail call i32 @llvm.smax.i32(i32 %span574.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %613 = add i32 %smax217, %tree_size
+  %614 = sub i32 %context_len.i, %613
+  %615 = tail call i32 @llvm.smax.i32(i32 %span574.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %616 = sub i32 0, %615
+  %617 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %row_max.i = tail call ptr %617(i32 1, i32 %dev_id, i64 %143, i32 2, i32 32)
+  %618 = icmp eq ptr %row_max.i, null
+  br i1 %618, label %fused_attend_compute_.exit, label %if_end120.i, !prof !8
 
 if_end120.i:                                      ; preds = %for_body_number.i
-  %543 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %row_sum.i = tail call ptr %543(i32 1, i32 %dev_id, i64 %143, i32 2, i32 32)
-  %544 = icmp eq ptr %row_sum.i, null
-  br i1 %544, label %fused_attend_compute_.exit, label %if_end123.i, !prof !8
+  %619 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %row_sum.i = tail call ptr %619(i32 1, i32 %dev_id, i64 %143, i32 2, i32 32)
+  %620 = icmp eq ptr %row_sum.i, null
+  br i1 %620, label %fused_attend_compute_.exit, label %if_end123.i, !prof !8
 
 if_end123.i:                                      ; preds = %if_end120.i
-  %545 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %acc.i = tail call ptr %545(i32 1, i32 %dev_id, i64 %125, i32 2, i32 32)
-  %546 = icmp eq ptr %acc.i, null
-  br i1 %546, label %fused_attend_compute_.exit, label %if_end126.i, !prof !8
+  %621 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %acc.i = tail call ptr %621(i32 1, i32 %dev_id, i64 %125, i32 2, i32 32)
+  %622 = icmp eq ptr %acc.i, null
+  br i1 %622, label %fused_attend_compute_.exit, label %if_end126.i, !prof !8
 
 if_end126.i:                                      ; preds = %if_end123.i
-  %547 = shl nsw i32 %number801.i, 12
-  %548 = add nsw i32 %547, %376
-  %549 = add nsw i32 %548, 4096
-  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %548, i32 %span519.sroa.0.0.lcssa.i)
-  %550 = tail call i32 @llvm.smin.i32(i32 %549, i32 %key_end.i)
-  %551 = sub nsw i32 %550, %read_begin.i
-  %.fr819.i = freeze i32 %551
-  %552 = icmp slt i32 %.fr819.i, 1
-  %553 = tail call i32 @llvm.smax.i32(i32 %.fr819.i, i32 0)
-  %554 = add nuw nsw i32 %553, 127
-  %555 = lshr i32 %554, 7
-  %.not817.i = icmp eq i32 %555, 0
-  br i1 %.not817.i, label %for_begin_tile344.preheader.i, label %for_body_step.lr.ph.i, !prof !16
+  %623 = shl nsw i32 %number872.i, 12
+  %624 = add nsw i32 %623, %376
+  %625 = add nsw i32 %624, 4096
+  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %624, i32 %span574.sroa.0.0.lcssa.i)
+  %626 = tail call i32 @llvm.smin.i32(i32 %625, i32 %key_end.i)
+  %627 = sub nsw i32 %626, %read_begin.i
+  %.fr895.i = freeze i32 %627
+  %628 = icmp slt i32 %.fr895.i, 1
+  %629 = tail call i32 @llvm.smax.i32(i32 %.fr895.i, i32 0)
+  %630 = add nuw nsw i32 %629, 127
+  %631 = lshr i32 %630, 7
+  %.not893.i = icmp eq i32 %631, 0
+  br i1 %.not893.i, label %for_begin_tile357.preheader.i, label %for_body_step.lr.ph.i, !prof !16
 
 for_body_step.lr.ph.i:                            ; preds = %if_end126.i
-  %556 = add nsw i32 %550, -1
-  %557 = sext i32 %read_begin.i to i64
-  %558 = sext i32 %.fr819.i to i64
-  %wide.trip.count1007.i = zext nneg i32 %555 to i64
-  %559 = getelementptr i8, ptr %396, i64 %557
-  %560 = add i32 %read_begin.i, %tree_size
-  %561 = getelementptr i8, ptr %401, i64 %smax445
-  %562 = getelementptr i8, ptr %402, i64 %smax408
+  %632 = add nsw i32 %626, -1
+  %633 = sext i32 %read_begin.i to i64
+  %wide.trip.count1090.i = zext nneg i32 %631 to i64
+  %634 = getelementptr i8, ptr %396, i64 %633
+  %635 = add i32 %read_begin.i, %tree_size
+  %636 = getelementptr i8, ptr %401, i64 %smax448
+  %637 = getelementptr i8, ptr %402, i64 %smax411
   br label %for_body_step.i
 
-for_begin_step.i:                                 ; preds = %if_end339.i
-  %indvars.iv.next1005.i = add nuw nsw i64 %indvars.iv1004.i, 1
-  %exitcond1008.not.i = icmp eq i64 %indvars.iv.next1005.i, %wide.trip.count1007.i
+for_begin_step.i:                                 ; preds = %if_end352.i
+  %indvars.iv.next1088.i = add nuw nsw i64 %indvars.iv1087.i, 1
+  %exitcond1091.not.i = icmp eq i64 %indvars.iv.next1088.i, %wide.trip.count1090.i
   %indvars.iv.next = add i32 %indvars.iv, -128
-  %indvars.iv.next216 = add i32 %indvars.iv215, -128
-  %indvars.iv.next220 = add i32 %indvars.iv219, -128
-  br i1 %exitcond1008.not.i, label %for_begin_tile344.preheader.i, label %for_body_step.i, !prof !13
+  %indvars.iv.next219 = add i32 %indvars.iv218, -128
+  %indvars.iv.next223 = add i32 %indvars.iv222, -128
+  br i1 %exitcond1091.not.i, label %for_begin_tile357.preheader.i, label %for_body_step.i, !prof !13
 
-for_begin_tile344.preheader.i:                    ; preds = %for_begin_step.i, %if_end126.i
-  %brmerge.i = or i1 %156, %552
-  br i1 %brmerge.i, label %for_end_tile346.i, label %for_body_tile345.i, !prof !39
+for_begin_tile357.preheader.i:                    ; preds = %for_begin_step.i, %if_end126.i
+  %brmerge.i = or i1 %156, %628
+  br i1 %brmerge.i, label %for_end_tile359.i, label %for_body_tile358.i, !prof !40
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
-  %indvars.iv219 = phi i32 [ %indvars.iv.next220, %for_begin_step.i ], [ %540, %for_body_step.lr.ph.i ]
-  %indvars.iv215 = phi i32 [ %indvars.iv.next216, %for_begin_step.i ], [ %538, %for_body_step.lr.ph.i ]
-  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_step.i ], [ %.fr819.i, %for_body_step.lr.ph.i ]
-  %indvars.iv1004.i = phi i64 [ %indvars.iv.next1005.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
-  %smin578 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %563 = add nsw i32 %smin578, 7
-  %564 = and i32 %563, -8
-  %smax579 = tail call i32 @llvm.smax.i32(i32 %564, i32 1)
-  %565 = zext nneg i32 %smax579 to i64
-  %smin575 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %566 = add nsw i32 %smin575, 7
-  %567 = and i32 %566, -8
-  %smax576 = tail call i32 @llvm.smax.i32(i32 %567, i32 1)
-  %568 = zext nneg i32 %smax576 to i64
-  %smax463 = tail call i32 @llvm.smax.i32(i32 %indvars.iv215, i32 0)
-  %569 = shl nuw nsw i64 %indvars.iv1004.i, 7
-  %scevgep446 = getelementptr i8, ptr %561, i64 %569
-  %smax447 = tail call i32 @llvm.smax.i32(i32 %indvars.iv215, i32 0)
-  %570 = zext nneg i32 %smax447 to i64
-  %571 = shl i32 %smax447, 4
-  %smax435 = tail call i32 @llvm.smax.i32(i32 %indvars.iv215, i32 0)
-  %572 = shl i32 %smax435, 4
-  %smax419 = tail call i32 @llvm.smax.i32(i32 %indvars.iv215, i32 0)
-  %573 = shl nuw nsw i64 %indvars.iv1004.i, 7
-  %scevgep = getelementptr i8, ptr %562, i64 %573
-  %smax409 = tail call i32 @llvm.smax.i32(i32 %indvars.iv215, i32 0)
-  %574 = zext nneg i32 %smax409 to i64
-  %575 = shl i32 %smax409, 4
-  %576 = sext i32 %575 to i64
-  %577 = shl nsw i64 %576, 2
-  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv215, i32 0)
-  %578 = shl i32 %smax, 4
-  %smax228 = tail call i32 @llvm.smax.i32(i32 %indvars.iv215, i32 0)
-  %579 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %key_offsets.i = tail call ptr %579(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
-  %580 = icmp eq ptr %key_offsets.i, null
-  br i1 %580, label %fused_attend_compute_.exit, label %if_end129.i, !prof !8
+  %indvars.iv222 = phi i32 [ %indvars.iv.next223, %for_begin_step.i ], [ %616, %for_body_step.lr.ph.i ]
+  %indvars.iv218 = phi i32 [ %indvars.iv.next219, %for_begin_step.i ], [ %614, %for_body_step.lr.ph.i ]
+  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_step.i ], [ %.fr895.i, %for_body_step.lr.ph.i ]
+  %indvars.iv1087.i = phi i64 [ %indvars.iv.next1088.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
+  %smax581 = tail call i32 @llvm.smax.i32(i32 %indvars.iv, i32 128)
+  %umin582 = tail call i32 @llvm.umin.i32(i32 %smax581, i32 256)
+  %638 = add nsw i32 %umin582, -128
+  %smin583 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
+  %639 = add nsw i32 %smin583, 7
+  %640 = and i32 %639, -8
+  %641 = add i32 %638, %640
+  %642 = zext i32 %641 to i64
+  %smax578 = tail call i32 @llvm.smax.i32(i32 %indvars.iv, i32 128)
+  %umin = tail call i32 @llvm.umin.i32(i32 %smax578, i32 256)
+  %643 = add nsw i32 %umin, -128
+  %smin579 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
+  %644 = add nsw i32 %smin579, 7
+  %645 = and i32 %644, -8
+  %646 = add i32 %643, %645
+  %647 = zext i32 %646 to i64
+  %smax466 = tail call i32 @llvm.smax.i32(i32 %indvars.iv218, i32 0)
+  %648 = shl nuw nsw i64 %indvars.iv1087.i, 7
+  %scevgep449 = getelementptr i8, ptr %636, i64 %648
+  %smax450 = tail call i32 @llvm.smax.i32(i32 %indvars.iv218, i32 0)
+  %649 = zext nneg i32 %smax450 to i64
+  %650 = shl i32 %smax450, 4
+  %smax438 = tail call i32 @llvm.smax.i32(i32 %indvars.iv218, i32 0)
+  %651 = shl i32 %smax438, 4
+  %smax422 = tail call i32 @llvm.smax.i32(i32 %indvars.iv218, i32 0)
+  %652 = shl nuw nsw i64 %indvars.iv1087.i, 7
+  %scevgep = getelementptr i8, ptr %637, i64 %652
+  %smax412 = tail call i32 @llvm.smax.i32(i32 %indvars.iv218, i32 0)
+  %653 = zext nneg i32 %smax412 to i64
+  %654 = shl i32 %smax412, 4
+  %655 = sext i32 %654 to i64
+  %656 = shl nsw i64 %655, 2
+  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv218, i32 0)
+  %657 = shl i32 %smax, 4
+  %smax231 = tail call i32 @llvm.smax.i32(i32 %indvars.iv218, i32 0)
+  %658 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %key_offsets.i = tail call ptr %658(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %659 = icmp eq ptr %key_offsets.i, null
+  br i1 %659, label %fused_attend_compute_.exit, label %if_end129.i, !prof !8
 
 if_end129.i:                                      ; preds = %for_body_step.i
-  %581 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %value_offsets.i = tail call ptr %581(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
-  %582 = icmp eq ptr %value_offsets.i, null
-  br i1 %582, label %fused_attend_compute_.exit, label %if_end132.i, !prof !8
+  %660 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %value_offsets.i = tail call ptr %660(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %661 = icmp eq ptr %value_offsets.i, null
+  br i1 %661, label %fused_attend_compute_.exit, label %if_end132.i, !prof !8
 
 if_end132.i:                                      ; preds = %if_end129.i
-  %583 = shl nsw i64 %indvars.iv1004.i, 7
-  %584 = sub nsw i64 %558, %583
-  %585 = trunc nsw i64 %584 to i32
-  %586 = tail call i32 @llvm.smin.i32(i32 %585, i32 128)
-  %587 = add nsw i32 %586, 7
-  %588 = ashr i32 %587, 3
-  %589 = icmp sgt i64 %584, 0
-  br i1 %589, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
+  %662 = shl nsw i64 %indvars.iv1087.i, 7
+  %663 = trunc i64 %662 to i32
+  %664 = sub i32 %.fr895.i, %663
+  %665 = tail call i32 @llvm.smax.i32(i32 %664, i32 128)
+  %666 = tail call i32 @llvm.umin.i32(i32 %665, i32 256)
+  %667 = add nsw i32 %666, -128
+  %668 = tail call i32 @llvm.smin.i32(i32 %664, i32 128)
+  %669 = add nsw i32 %668, 7
+  %670 = ashr i32 %669, 3
+  %671 = and i32 %669, -8
+  %672 = add nsw i32 %667, %671
+  %673 = icmp sgt i32 %672, 0
+  br i1 %673, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
 
 for_body_t.lr.ph.i:                               ; preds = %if_end132.i
-  %590 = add nsw i64 %583, %557
-  %xtraiter = and i64 %568, 1
-  %591 = icmp eq i32 %smax576, 1
-  br i1 %591, label %for_body_t.i.epil.preheader, label %for_body_t.lr.ph.i.new, !prof !4
+  %674 = add nsw i64 %662, %633
+  %xtraiter = and i64 %647, 1
+  %675 = icmp eq i32 %646, 1
+  br i1 %675, label %for_body_t.i.epil.preheader, label %for_body_t.lr.ph.i.new, !prof !4
 
 for_body_t.lr.ph.i.new:                           ; preds = %for_body_t.lr.ph.i
-  %unroll_iter = and i64 %568, 2147483640
+  %unroll_iter = and i64 %647, 4294967294
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i.new
-  %indvars.iv879.i = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %indvars.iv.next880.i.1, %for_body_t.i ]
+  %indvars.iv957.i = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %indvars.iv.next958.i.1, %for_body_t.i ]
   %niter = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %niter.next.1, %for_body_t.i ]
-  %592 = add nsw i64 %indvars.iv879.i, %590
-  %593 = trunc nsw i64 %592 to i32
-  %594 = tail call i32 @llvm.smin.i32(i32 %593, i32 %556)
-  %595 = sext i32 %594 to i64
-  %596 = ashr i64 %595, 4
-  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %596
-  %597 = load i32, ptr %gep.i, align 4, !tbaa !5
-  %block.i = sext i32 %597 to i64
-  %598 = and i64 %595, 15
-  %599 = mul nsw i64 %598, %k_row
-  %600 = mul nsw i64 %k_block, %block.i
-  %601 = add nsw i64 %599, %600
-  %602 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv879.i
-  store i64 %601, ptr %602, align 8, !tbaa !5
-  %indvars.iv.next880.i = or disjoint i64 %indvars.iv879.i, 1
-  %603 = add nsw i64 %indvars.iv.next880.i, %590
-  %604 = trunc nsw i64 %603 to i32
-  %605 = tail call i32 @llvm.smin.i32(i32 %604, i32 %556)
-  %606 = sext i32 %605 to i64
-  %607 = ashr i64 %606, 4
-  %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %607
-  %608 = load i32, ptr %gep.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %608 to i64
-  %609 = and i64 %606, 15
-  %610 = mul nsw i64 %609, %k_row
-  %611 = mul nsw i64 %k_block, %block.i.1
-  %612 = add nsw i64 %610, %611
-  %613 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next880.i
-  store i64 %612, ptr %613, align 8, !tbaa !5
-  %indvars.iv.next880.i.1 = add nuw nsw i64 %indvars.iv879.i, 2
+  %676 = add nsw i64 %indvars.iv957.i, %674
+  %677 = trunc nsw i64 %676 to i32
+  %678 = tail call i32 @llvm.smin.i32(i32 %677, i32 %632)
+  %679 = sext i32 %678 to i64
+  %680 = ashr i64 %679, 4
+  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %680
+  %681 = load i32, ptr %gep.i, align 4, !tbaa !5
+  %block.i = sext i32 %681 to i64
+  %682 = and i64 %679, 15
+  %683 = mul nsw i64 %682, %k_row
+  %684 = mul nsw i64 %k_block, %block.i
+  %685 = add nsw i64 %683, %684
+  %686 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv957.i
+  store i64 %685, ptr %686, align 8, !tbaa !5
+  %indvars.iv.next958.i = or disjoint i64 %indvars.iv957.i, 1
+  %687 = add nsw i64 %indvars.iv.next958.i, %674
+  %688 = trunc nsw i64 %687 to i32
+  %689 = tail call i32 @llvm.smin.i32(i32 %688, i32 %632)
+  %690 = sext i32 %689 to i64
+  %691 = ashr i64 %690, 4
+  %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %691
+  %692 = load i32, ptr %gep.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %692 to i64
+  %693 = and i64 %690, 15
+  %694 = mul nsw i64 %693, %k_row
+  %695 = mul nsw i64 %k_block, %block.i.1
+  %696 = add nsw i64 %694, %695
+  %697 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next958.i
+  store i64 %696, ptr %697, align 8, !tbaa !5
+  %indvars.iv.next958.i.1 = add nuw nsw i64 %indvars.iv957.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_body_t135.i.preheader.unr-lcssa, label %for_body_t.i, !prof !9, !llvm.loop !40
+  br i1 %niter.ncmp.1, label %for_body_t135.i.preheader.unr-lcssa, label %for_body_t.i, !prof !9, !llvm.loop !41
 
 for_body_t135.i.preheader.unr-lcssa:              ; preds = %for_body_t.i
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
   br i1 %lcmp.mod.not, label %for_body_t135.i.preheader, label %for_body_t.i.epil.preheader, !prof !12
 
 for_body_t.i.epil.preheader:                      ; preds = %for_body_t135.i.preheader.unr-lcssa, %for_body_t.lr.ph.i
-  %indvars.iv879.i.epil.init = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next880.i.1, %for_body_t135.i.preheader.unr-lcssa ]
-  %lcmp.mod577 = icmp ne i64 %xtraiter, 0
-  tail call void @llvm.assume(i1 %lcmp.mod577)
-  %614 = add nsw i64 %indvars.iv879.i.epil.init, %590
-  %615 = trunc nsw i64 %614 to i32
-  %616 = tail call i32 @llvm.smin.i32(i32 %615, i32 %556)
-  %617 = sext i32 %616 to i64
-  %618 = ashr i64 %617, 4
-  %gep.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %618
-  %619 = load i32, ptr %gep.i.epil, align 4, !tbaa !5
-  %block.i.epil = sext i32 %619 to i64
-  %620 = and i64 %617, 15
-  %621 = mul nsw i64 %620, %k_row
-  %622 = mul nsw i64 %k_block, %block.i.epil
-  %623 = add nsw i64 %621, %622
-  %624 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv879.i.epil.init
-  store i64 %623, ptr %624, align 8, !tbaa !5
+  %indvars.iv957.i.epil.init = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next958.i.1, %for_body_t135.i.preheader.unr-lcssa ]
+  %lcmp.mod580 = icmp ne i64 %xtraiter, 0
+  tail call void @llvm.assume(i1 %lcmp.mod580)
+  %698 = add nsw i64 %indvars.iv957.i.epil.init, %674
+  %699 = trunc nsw i64 %698 to i32
+  %700 = tail call i32 @llvm.smin.i32(i32 %699, i32 %632)
+  %701 = sext i32 %700 to i64
+  %702 = ashr i64 %701, 4
+  %gep.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %702
+  %703 = load i32, ptr %gep.i.epil, align 4, !tbaa !5
+  %block.i.epil = sext i32 %703 to i64
+  %704 = and i64 %701, 15
+  %705 = mul nsw i64 %704, %k_row
+  %706 = mul nsw i64 %k_block, %block.i.epil
+  %707 = add nsw i64 %705, %706
+  %708 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv957.i.epil.init
+  store i64 %707, ptr %708, align 8, !tbaa !5
   br label %for_body_t135.i.preheader
 
 for_body_t135.i.preheader:                        ; preds = %for_body_t.i.epil.preheader, %for_body_t135.i.preheader.unr-lcssa
-  %xtraiter580 = and i64 %565, 1
-  %625 = icmp eq i32 %smax579, 1
-  br i1 %625, label %for_body_t135.i.epil.preheader, label %for_body_t135.i.preheader.new, !prof !4
+  %xtraiter584 = and i64 %642, 1
+  %709 = icmp eq i32 %641, 1
+  br i1 %709, label %for_body_t135.i.epil.preheader, label %for_body_t135.i.preheader.new, !prof !4
 
 for_body_t135.i.preheader.new:                    ; preds = %for_body_t135.i.preheader
-  %unroll_iter583 = and i64 %565, 2147483640
+  %unroll_iter587 = and i64 %642, 4294967294
   br label %for_body_t135.i
 
 for_begin_kv_head.preheader.i.loopexit.unr-lcssa: ; preds = %for_body_t135.i
-  %lcmp.mod581.not = icmp eq i64 %xtraiter580, 0
-  br i1 %lcmp.mod581.not, label %for_begin_kv_head.preheader.i, label %for_body_t135.i.epil.preheader, !prof !12
+  %lcmp.mod585.not = icmp eq i64 %xtraiter584, 0
+  br i1 %lcmp.mod585.not, label %for_begin_kv_head.preheader.i, label %for_body_t135.i.epil.preheader, !prof !12
 
 for_body_t135.i.epil.preheader:                   ; preds = %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %for_body_t135.i.preheader
-  %indvars.iv882.i.epil.init = phi i64 [ 0, %for_body_t135.i.preheader ], [ %indvars.iv.next883.i.1, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa ]
-  %lcmp.mod582 = icmp ne i64 %xtraiter580, 0
-  tail call void @llvm.assume(i1 %lcmp.mod582)
-  %626 = add nsw i64 %indvars.iv882.i.epil.init, %590
-  %627 = trunc nsw i64 %626 to i32
-  %628 = tail call i32 @llvm.smin.i32(i32 %627, i32 %556)
-  %629 = sext i32 %628 to i64
-  %630 = ashr i64 %629, 4
-  %gep647.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %630
-  %631 = load i32, ptr %gep647.i.epil, align 4, !tbaa !5
-  %block142.i.epil = sext i32 %631 to i64
-  %632 = and i64 %629, 15
-  %633 = mul nsw i64 %632, %v_row
-  %634 = mul nsw i64 %v_block, %block142.i.epil
-  %635 = add nsw i64 %633, %634
-  %636 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv882.i.epil.init
-  store i64 %635, ptr %636, align 8, !tbaa !5
+  %indvars.iv960.i.epil.init = phi i64 [ 0, %for_body_t135.i.preheader ], [ %indvars.iv.next961.i.1, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa ]
+  %lcmp.mod586 = icmp ne i64 %xtraiter584, 0
+  tail call void @llvm.assume(i1 %lcmp.mod586)
+  %710 = add nsw i64 %indvars.iv960.i.epil.init, %674
+  %711 = trunc nsw i64 %710 to i32
+  %712 = tail call i32 @llvm.smin.i32(i32 %711, i32 %632)
+  %713 = sext i32 %712 to i64
+  %714 = ashr i64 %713, 4
+  %gep705.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %714
+  %715 = load i32, ptr %gep705.i.epil, align 4, !tbaa !5
+  %block142.i.epil = sext i32 %715 to i64
+  %716 = and i64 %713, 15
+  %717 = mul nsw i64 %716, %v_row
+  %718 = mul nsw i64 %v_block, %block142.i.epil
+  %719 = add nsw i64 %717, %718
+  %720 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv960.i.epil.init
+  store i64 %719, ptr %720, align 8, !tbaa !5
   br label %for_begin_kv_head.preheader.i
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t135.i.epil.preheader, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %if_end132.i
   br i1 %382, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
 
 for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
-  %637 = icmp sgt i32 %588, 0
-  %638 = add nsw i64 %583, %557
-  %639 = trunc nuw nsw i64 %583 to i32
-  %640 = add i32 %read_begin.i, %639
-  %641 = add i32 %560, %639
-  %.reass718.reass.i = sub i32 %context_len.i, %641
-  %642 = tail call i32 @llvm.smax.i32(i32 %.reass718.reass.i, i32 0)
-  %643 = zext nneg i32 %642 to i64
-  %644 = icmp eq i64 %indvars.iv1004.i, 0
-  %645 = insertelement <16 x i1> poison, i1 %644, i64 0
-  %646 = shufflevector <16 x i1> %645, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count892.i = zext nneg i32 %588 to i64
-  %647 = trunc nsw i64 %638 to i32
-  %648 = getelementptr i8, ptr %559, i64 %583
-  %649 = getelementptr i8, ptr %648, i64 %643
-  %scevgep410 = getelementptr i8, ptr %scevgep, i64 %574
-  %scevgep412 = getelementptr i8, ptr %scevgep, i64 %574
-  %scevgep448 = getelementptr i8, ptr %scevgep446, i64 %570
-  %scevgep452 = getelementptr i8, ptr %scevgep446, i64 %570
-  %broadcast.splatinsert472 = insertelement <8 x i32> poison, i32 %642, i64 0
-  %broadcast.splat473 = shufflevector <8 x i32> %broadcast.splatinsert472, <8 x i32> poison, <8 x i32> zeroinitializer
-  %broadcast.splatinsert427 = insertelement <8 x i32> poison, i32 %642, i64 0
-  %broadcast.splat428 = shufflevector <8 x i32> %broadcast.splatinsert427, <8 x i32> poison, <8 x i32> zeroinitializer
+  %721 = icmp sgt i32 %670, 0
+  %722 = add nsw i32 %666, -129
+  %723 = add nsw i64 %662, %633
+  %724 = add i32 %read_begin.i, %663
+  %725 = add i32 %635, %663
+  %.reass790.reass.i = sub i32 %context_len.i, %725
+  %726 = tail call i32 @llvm.smax.i32(i32 %.reass790.reass.i, i32 0)
+  %727 = zext nneg i32 %726 to i64
+  %728 = icmp eq i64 %indvars.iv1087.i, 0
+  %729 = insertelement <16 x i1> poison, i1 %728, i64 0
+  %730 = shufflevector <16 x i1> %729, <16 x i1> poison, <16 x i32> zeroinitializer
+  %wide.trip.count970.i = zext nneg i32 %670 to i64
+  %731 = trunc nsw i64 %723 to i32
+  %732 = getelementptr i8, ptr %634, i64 %662
+  %733 = getelementptr i8, ptr %732, i64 %727
+  %scevgep413 = getelementptr i8, ptr %scevgep, i64 %653
+  %scevgep415 = getelementptr i8, ptr %scevgep, i64 %653
+  %scevgep451 = getelementptr i8, ptr %scevgep449, i64 %649
+  %scevgep455 = getelementptr i8, ptr %scevgep449, i64 %649
+  %broadcast.splatinsert475 = insertelement <8 x i32> poison, i32 %726, i64 0
+  %broadcast.splat476 = shufflevector <8 x i32> %broadcast.splatinsert475, <8 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splatinsert430 = insertelement <8 x i32> poison, i32 %726, i64 0
+  %broadcast.splat431 = shufflevector <8 x i32> %broadcast.splatinsert430, <8 x i32> poison, <8 x i32> zeroinitializer
   br label %for_body_kv_head.i
 
 for_body_t135.i:                                  ; preds = %for_body_t135.i, %for_body_t135.i.preheader.new
-  %indvars.iv882.i = phi i64 [ 0, %for_body_t135.i.preheader.new ], [ %indvars.iv.next883.i.1, %for_body_t135.i ]
-  %niter584 = phi i64 [ 0, %for_body_t135.i.preheader.new ], [ %niter584.next.1, %for_body_t135.i ]
-  %650 = add nsw i64 %indvars.iv882.i, %590
-  %651 = trunc nsw i64 %650 to i32
-  %652 = tail call i32 @llvm.smin.i32(i32 %651, i32 %556)
-  %653 = sext i32 %652 to i64
-  %654 = ashr i64 %653, 4
-  %gep647.i = getelementptr i32, ptr %invariant.gep.i, i64 %654
-  %655 = load i32, ptr %gep647.i, align 4, !tbaa !5
-  %block142.i = sext i32 %655 to i64
-  %656 = and i64 %653, 15
-  %657 = mul nsw i64 %656, %v_row
-  %658 = mul nsw i64 %v_block, %block142.i
-  %659 = add nsw i64 %657, %658
-  %660 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv882.i
-  store i64 %659, ptr %660, align 8, !tbaa !5
-  %indvars.iv.next883.i = or disjoint i64 %indvars.iv882.i, 1
-  %661 = add nsw i64 %indvars.iv.next883.i, %590
-  %662 = trunc nsw i64 %661 to i32
-  %663 = tail call i32 @llvm.smin.i32(i32 %662, i32 %556)
-  %664 = sext i32 %663 to i64
-  %665 = ashr i64 %664, 4
-  %gep647.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %665
-  %666 = load i32, ptr %gep647.i.1, align 4, !tbaa !5
-  %block142.i.1 = sext i32 %666 to i64
-  %667 = and i64 %664, 15
-  %668 = mul nsw i64 %667, %v_row
-  %669 = mul nsw i64 %v_block, %block142.i.1
-  %670 = add nsw i64 %668, %669
-  %671 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next883.i
-  store i64 %670, ptr %671, align 8, !tbaa !5
-  %indvars.iv.next883.i.1 = add nuw nsw i64 %indvars.iv882.i, 2
-  %niter584.next.1 = add i64 %niter584, 2
-  %niter584.ncmp.1 = icmp eq i64 %niter584.next.1, %unroll_iter583
-  br i1 %niter584.ncmp.1, label %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, label %for_body_t135.i, !prof !9, !llvm.loop !41
+  %indvars.iv960.i = phi i64 [ 0, %for_body_t135.i.preheader.new ], [ %indvars.iv.next961.i.1, %for_body_t135.i ]
+  %niter588 = phi i64 [ 0, %for_body_t135.i.preheader.new ], [ %niter588.next.1, %for_body_t135.i ]
+  %734 = add nsw i64 %indvars.iv960.i, %674
+  %735 = trunc nsw i64 %734 to i32
+  %736 = tail call i32 @llvm.smin.i32(i32 %735, i32 %632)
+  %737 = sext i32 %736 to i64
+  %738 = ashr i64 %737, 4
+  %gep705.i = getelementptr i32, ptr %invariant.gep.i, i64 %738
+  %739 = load i32, ptr %gep705.i, align 4, !tbaa !5
+  %block142.i = sext i32 %739 to i64
+  %740 = and i64 %737, 15
+  %741 = mul nsw i64 %740, %v_row
+  %742 = mul nsw i64 %v_block, %block142.i
+  %743 = add nsw i64 %741, %742
+  %744 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv960.i
+  store i64 %743, ptr %744, align 8, !tbaa !5
+  %indvars.iv.next961.i = or disjoint i64 %indvars.iv960.i, 1
+  %745 = add nsw i64 %indvars.iv.next961.i, %674
+  %746 = trunc nsw i64 %745 to i32
+  %747 = tail call i32 @llvm.smin.i32(i32 %746, i32 %632)
+  %748 = sext i32 %747 to i64
+  %749 = ashr i64 %748, 4
+  %gep705.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %749
+  %750 = load i32, ptr %gep705.i.1, align 4, !tbaa !5
+  %block142.i.1 = sext i32 %750 to i64
+  %751 = and i64 %748, 15
+  %752 = mul nsw i64 %751, %v_row
+  %753 = mul nsw i64 %v_block, %block142.i.1
+  %754 = add nsw i64 %752, %753
+  %755 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next961.i
+  store i64 %754, ptr %755, align 8, !tbaa !5
+  %indvars.iv.next961.i.1 = add nuw nsw i64 %indvars.iv960.i, 2
+  %niter588.next.1 = add i64 %niter588, 2
+  %niter588.ncmp.1 = icmp eq i64 %niter588.next.1, %unroll_iter587
+  br i1 %niter588.ncmp.1, label %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, label %for_body_t135.i, !prof !9, !llvm.loop !42
 
-for_begin_kv_head.i:                              ; preds = %if_end333.i
-  %indvars.iv.next1000.i = add nuw nsw i64 %indvars.iv999.i, 1
-  %exitcond1003.not.i = icmp eq i64 %indvars.iv.next1000.i, %wide.trip.count1002.i
-  br i1 %exitcond1003.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
+for_begin_kv_head.i:                              ; preds = %if_end346.i
+  %indvars.iv.next1083.i = add nuw nsw i64 %indvars.iv1082.i, 1
+  %exitcond1086.not.i = icmp eq i64 %indvars.iv.next1083.i, %wide.trip.count1085.i
+  br i1 %exitcond1086.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i, %for_body_kv_head.lr.ph.i
-  %indvars.iv999.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1000.i, %for_begin_kv_head.i ]
-  %672 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %k_tile.i = tail call ptr %672(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %673 = icmp eq ptr %k_tile.i, null
-  br i1 %673, label %fused_attend_compute_.exit, label %if_end146.i, !prof !8
+  %indvars.iv1082.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1083.i, %for_begin_kv_head.i ]
+  %756 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %k_tile.i = tail call ptr %756(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %757 = icmp eq ptr %k_tile.i, null
+  br i1 %757, label %fused_attend_compute_.exit, label %if_end146.i, !prof !8
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i, %for_begin_kv_head.preheader.i
-  %674 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %675 = tail call i32 %674(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not538.i = icmp eq i32 %675, 0
-  br i1 %.not538.i, label %if_end339.i, label %fused_attend_compute_.exit, !prof !42
+  %758 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %759 = tail call i32 %758(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not594.i = icmp eq i32 %759, 0
+  br i1 %.not594.i, label %if_end352.i, label %fused_attend_compute_.exit, !prof !36
 
 if_end146.i:                                      ; preds = %for_body_kv_head.i
-  %676 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %v_tile.i = tail call ptr %676(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %677 = icmp eq ptr %v_tile.i, null
-  br i1 %677, label %fused_attend_compute_.exit, label %if_end149.i, !prof !8
+  %760 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %v_tile.i = tail call ptr %760(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %761 = icmp eq ptr %v_tile.i, null
+  br i1 %761, label %fused_attend_compute_.exit, label %if_end149.i, !prof !8
 
 if_end149.i:                                      ; preds = %if_end146.i
-  %678 = add nsw i64 %indvars.iv999.i, %383
-  br i1 %637, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
+  %762 = add nsw i64 %indvars.iv1082.i, %383
+  br i1 %721, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
 
 for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end149.i
-  %679 = mul nsw i64 %678, %k_head
-  %invariant.gep648.i = getelementptr i32, ptr %key_cache, i64 %679
+  %763 = mul nsw i64 %762, %k_head
+  %invariant.gep706.i = getelementptr i32, ptr %key_cache, i64 %763
   br label %for_begin_ti.preheader.i
 
 for_begin_ti156.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
-  %680 = mul nsw i64 %678, %v_head
-  %invariant.gep666.i = getelementptr i32, ptr %value_cache, i64 %680
+  %764 = mul nsw i64 %762, %v_head
+  %invariant.gep724.i = getelementptr i32, ptr %value_cache, i64 %764
   br label %for_begin_ti156.preheader.i
 
 for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.lr.ph.i
-  %indvars.iv889.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next890.i, %for_begin_ti.preheader.i ]
-  %.idx = shl nsw i64 %indvars.iv889.i, 6
-  %681 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
-  %682 = load i64, ptr %681, align 8, !tbaa !5
-  %gep649.i = getelementptr i32, ptr %invariant.gep648.i, i64 %682
-  %683 = load <16 x i32>, ptr %gep649.i, align 4, !tbaa !5
-  %684 = shl <16 x i32> %683, splat (i32 16)
-  %.idx68 = shl nsw i64 %indvars.iv889.i, 12
-  %685 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx68
-  store <16 x i32> %684, ptr %685, align 4, !tbaa !5
-  %686 = load i64, ptr %681, align 8, !tbaa !5
-  %gep651.i = getelementptr i32, ptr %invariant.gep648.i, i64 %686
-  %687 = load <16 x i32>, ptr %gep651.i, align 4, !tbaa !5
-  %688 = and <16 x i32> %687, %387
-  %689 = getelementptr inbounds nuw i8, ptr %685, i64 64
-  store <16 x i32> %688, ptr %689, align 4, !tbaa !5
-  %690 = load i64, ptr %681, align 8, !tbaa !5
-  %gep653.i = getelementptr i32, ptr %invariant.gep648.i, i64 %690
-  %691 = getelementptr i8, ptr %gep653.i, i64 64
-  %692 = load <16 x i32>, ptr %691, align 4, !tbaa !5
-  %693 = shl <16 x i32> %692, splat (i32 16)
-  %694 = getelementptr inbounds nuw i8, ptr %685, i64 128
-  store <16 x i32> %693, ptr %694, align 4, !tbaa !5
-  %695 = load i64, ptr %681, align 8, !tbaa !5
-  %gep655.i = getelementptr i32, ptr %invariant.gep648.i, i64 %695
-  %696 = getelementptr i8, ptr %gep655.i, i64 64
-  %697 = load <16 x i32>, ptr %696, align 4, !tbaa !5
-  %698 = and <16 x i32> %697, %387
-  %699 = getelementptr inbounds nuw i8, ptr %685, i64 192
-  store <16 x i32> %698, ptr %699, align 4, !tbaa !5
-  %700 = load i64, ptr %681, align 8, !tbaa !5
-  %gep657.i = getelementptr i32, ptr %invariant.gep648.i, i64 %700
-  %701 = getelementptr i8, ptr %gep657.i, i64 128
-  %702 = load <16 x i32>, ptr %701, align 4, !tbaa !5
-  %703 = shl <16 x i32> %702, splat (i32 16)
-  %704 = getelementptr inbounds nuw i8, ptr %685, i64 256
-  store <16 x i32> %703, ptr %704, align 4, !tbaa !5
-  %705 = load i64, ptr %681, align 8, !tbaa !5
-  %gep659.i = getelementptr i32, ptr %invariant.gep648.i, i64 %705
-  %706 = getelementptr i8, ptr %gep659.i, i64 128
-  %707 = load <16 x i32>, ptr %706, align 4, !tbaa !5
-  %708 = and <16 x i32> %707, %387
-  %709 = getelementptr inbounds nuw i8, ptr %685, i64 320
-  store <16 x i32> %708, ptr %709, align 4, !tbaa !5
-  %710 = load i64, ptr %681, align 8, !tbaa !5
-  %gep661.i = getelementptr i32, ptr %invariant.gep648.i, i64 %710
-  %711 = getelementptr i8, ptr %gep661.i, i64 192
-  %712 = load <16 x i32>, ptr %711, align 4, !tbaa !5
-  %713 = shl <16 x i32> %712, splat (i32 16)
-  %714 = getelementptr inbounds nuw i8, ptr %685, i64 384
-  store <16 x i32> %713, ptr %714, align 4, !tbaa !5
-  %715 = load i64, ptr %681, align 8, !tbaa !5
-  %gep663.i = getelementptr i32, ptr %invariant.gep648.i, i64 %715
-  %716 = getelementptr i8, ptr %gep663.i, i64 192
-  %717 = load <16 x i32>, ptr %716, align 4, !tbaa !5
-  %718 = and <16 x i32> %717, %387
-  %719 = getelementptr inbounds nuw i8, ptr %685, i64 448
-  store <16 x i32> %718, ptr %719, align 4, !tbaa !5
-  %720 = getelementptr inbounds nuw i8, ptr %681, i64 8
-  %721 = load i64, ptr %720, align 8, !tbaa !5
-  %gep649.1.i = getelementptr i32, ptr %invariant.gep648.i, i64 %721
-  %722 = load <16 x i32>, ptr %gep649.1.i, align 4, !tbaa !5
-  %723 = shl <16 x i32> %722, splat (i32 16)
-  %724 = getelementptr inbounds nuw i8, ptr %685, i64 512
-  store <16 x i32> %723, ptr %724, align 4, !tbaa !5
-  %725 = load i64, ptr %720, align 8, !tbaa !5
-  %gep651.1.i = getelementptr i32, ptr %invariant.gep648.i, i64 %725
-  %726 = load <16 x i32>, ptr %gep651.1.i, align 4, !tbaa !5
-  %727 = and <16 x i32> %726, %387
-  %728 = getelementptr inbounds nuw i8, ptr %685, i64 576
-  store <16 x i32> %727, ptr %728, align 4, !tbaa !5
-  %729 = load i64, ptr %720, align 8, !tbaa !5
-  %gep653.1.i = getelementptr i32, ptr %invariant.gep648.i, i64 %729
-  %730 = getelementptr i8, ptr %gep653.1.i, i64 64
-  %731 = load <16 x i32>, ptr %730, align 4, !tbaa !5
-  %732 = shl <16 x i32> %731, splat (i32 16)
-  %733 = getelementptr inbounds nuw i8, ptr %685, i64 640
-  store <16 x i32> %732, ptr %733, align 4, !tbaa !5
-  %734 = load i64, ptr %720, align 8, !tbaa !5
-  %gep655.1.i = getelementptr i32, ptr %invariant.gep648.i, i64 %734
-  %735 = getelementptr i8, ptr %gep655.1.i, i64 64
-  %736 = load <16 x i32>, ptr %735, align 4, !tbaa !5
-  %737 = and <16 x i32> %736, %387
-  %738 = getelementptr inbounds nuw i8, ptr %685, i64 704
-  store <16 x i32> %737, ptr %738, align 4, !tbaa !5
-  %739 = load i64, ptr %720, align 8, !tbaa !5
-  %gep657.1.i = getelementptr i32, ptr %invariant.gep648.i, i64 %739
-  %740 = getelementptr i8, ptr %gep657.1.i, i64 128
-  %741 = load <16 x i32>, ptr %740, align 4, !tbaa !5
-  %742 = shl <16 x i32> %741, splat (i32 16)
-  %743 = getelementptr inbounds nuw i8, ptr %685, i64 768
-  store <16 x i32> %742, ptr %743, align 4, !tbaa !5
-  %744 = load i64, ptr %720, align 8, !tbaa !5
-  %gep659.1.i = getelementptr i32, ptr %invariant.gep648.i, i64 %744
-  %745 = getelementptr i8, ptr %gep659.1.i, i64 128
-  %746 = load <16 x i32>, ptr %745, align 4, !tbaa !5
-  %747 = and <16 x i32> %746, %387
-  %748 = getelementptr inbounds nuw i8, ptr %685, i64 832
-  store <16 x i32> %747, ptr %748, align 4, !tbaa !5
-  %749 = load i64, ptr %720, align 8, !tbaa !5
-  %gep661.1.i = getelementptr i32, ptr %invariant.gep648.i, i64 %749
-  %750 = getelementptr i8, ptr %gep661.1.i, i64 192
-  %751 = load <16 x i32>, ptr %750, align 4, !tbaa !5
-  %752 = shl <16 x i32> %751, splat (i32 16)
-  %753 = getelementptr inbounds nuw i8, ptr %685, i64 896
-  store <16 x i32> %752, ptr %753, align 4, !tbaa !5
-  %754 = load i64, ptr %720, align 8, !tbaa !5
-  %gep663.1.i = getelementptr i32, ptr %invariant.gep648.i, i64 %754
-  %755 = getelementptr i8, ptr %gep663.1.i, i64 192
-  %756 = load <16 x i32>, ptr %755, align 4, !tbaa !5
-  %757 = and <16 x i32> %756, %387
-  %758 = getelementptr inbounds nuw i8, ptr %685, i64 960
-  store <16 x i32> %757, ptr %758, align 4, !tbaa !5
-  %759 = getelementptr inbounds nuw i8, ptr %681, i64 16
-  %760 = load i64, ptr %759, align 8, !tbaa !5
-  %gep649.2.i = getelementptr i32, ptr %invariant.gep648.i, i64 %760
-  %761 = load <16 x i32>, ptr %gep649.2.i, align 4, !tbaa !5
-  %762 = shl <16 x i32> %761, splat (i32 16)
-  %763 = getelementptr inbounds nuw i8, ptr %685, i64 1024
-  store <16 x i32> %762, ptr %763, align 4, !tbaa !5
-  %764 = load i64, ptr %759, align 8, !tbaa !5
-  %gep651.2.i = getelementptr i32, ptr %invariant.gep648.i, i64 %764
-  %765 = load <16 x i32>, ptr %gep651.2.i, align 4, !tbaa !5
-  %766 = and <16 x i32> %765, %387
-  %767 = getelementptr inbounds nuw i8, ptr %685, i64 1088
-  store <16 x i32> %766, ptr %767, align 4, !tbaa !5
-  %768 = load i64, ptr %759, align 8, !tbaa !5
-  %gep653.2.i = getelementptr i32, ptr %invariant.gep648.i, i64 %768
-  %769 = getelementptr i8, ptr %gep653.2.i, i64 64
-  %770 = load <16 x i32>, ptr %769, align 4, !tbaa !5
-  %771 = shl <16 x i32> %770, splat (i32 16)
-  %772 = getelementptr inbounds nuw i8, ptr %685, i64 1152
-  store <16 x i32> %771, ptr %772, align 4, !tbaa !5
-  %773 = load i64, ptr %759, align 8, !tbaa !5
-  %gep655.2.i = getelementptr i32, ptr %invariant.gep648.i, i64 %773
-  %774 = getelementptr i8, ptr %gep655.2.i, i64 64
-  %775 = load <16 x i32>, ptr %774, align 4, !tbaa !5
-  %776 = and <16 x i32> %775, %387
-  %777 = getelementptr inbounds nuw i8, ptr %685, i64 1216
-  store <16 x i32> %776, ptr %777, align 4, !tbaa !5
-  %778 = load i64, ptr %759, align 8, !tbaa !5
-  %gep657.2.i = getelementptr i32, ptr %invariant.gep648.i, i64 %778
-  %779 = getelementptr i8, ptr %gep657.2.i, i64 128
-  %780 = load <16 x i32>, ptr %779, align 4, !tbaa !5
-  %781 = shl <16 x i32> %780, splat (i32 16)
-  %782 = getelementptr inbounds nuw i8, ptr %685, i64 1280
-  store <16 x i32> %781, ptr %782, align 4, !tbaa !5
-  %783 = load i64, ptr %759, align 8, !tbaa !5
-  %gep659.2.i = getelementptr i32, ptr %invariant.gep648.i, i64 %783
-  %784 = getelementptr i8, ptr %gep659.2.i, i64 128
-  %785 = load <16 x i32>, ptr %784, align 4, !tbaa !5
-  %786 = and <16 x i32> %785, %387
-  %787 = getelementptr inbounds nuw i8, ptr %685, i64 1344
-  store <16 x i32> %786, ptr %787, align 4, !tbaa !5
-  %788 = load i64, ptr %759, align 8, !tbaa !5
-  %gep661.2.i = getelementptr i32, ptr %invariant.gep648.i, i64 %788
-  %789 = getelementptr i8, ptr %gep661.2.i, i64 192
-  %790 = load <16 x i32>, ptr %789, align 4, !tbaa !5
-  %791 = shl <16 x i32> %790, splat (i32 16)
-  %792 = getelementptr inbounds nuw i8, ptr %685, i64 1408
-  store <16 x i32> %791, ptr %792, align 4, !tbaa !5
-  %793 = load i64, ptr %759, align 8, !tbaa !5
-  %gep663.2.i = getelementptr i32, ptr %invariant.gep648.i, i64 %793
-  %794 = getelementptr i8, ptr %gep663.2.i, i64 192
-  %795 = load <16 x i32>, ptr %794, align 4, !tbaa !5
-  %796 = and <16 x i32> %795, %387
-  %797 = getelementptr inbounds nuw i8, ptr %685, i64 1472
-  store <16 x i32> %796, ptr %797, align 4, !tbaa !5
-  %798 = getelementptr inbounds nuw i8, ptr %681, i64 24
-  %799 = load i64, ptr %798, align 8, !tbaa !5
-  %gep649.3.i = getelementptr i32, ptr %invariant.gep648.i, i64 %799
-  %800 = load <16 x i32>, ptr %gep649.3.i, align 4, !tbaa !5
-  %801 = shl <16 x i32> %800, splat (i32 16)
-  %802 = getelementptr inbounds nuw i8, ptr %685, i64 1536
-  store <16 x i32> %801, ptr %802, align 4, !tbaa !5
-  %803 = load i64, ptr %798, align 8, !tbaa !5
-  %gep651.3.i = getelementptr i32, ptr %invariant.gep648.i, i64 %803
-  %804 = load <16 x i32>, ptr %gep651.3.i, align 4, !tbaa !5
-  %805 = and <16 x i32> %804, %387
-  %806 = getelementptr inbounds nuw i8, ptr %685, i64 1600
-  store <16 x i32> %805, ptr %806, align 4, !tbaa !5
-  %807 = load i64, ptr %798, align 8, !tbaa !5
-  %gep653.3.i = getelementptr i32, ptr %invariant.gep648.i, i64 %807
-  %808 = getelementptr i8, ptr %gep653.3.i, i64 64
-  %809 = load <16 x i32>, ptr %808, align 4, !tbaa !5
-  %810 = shl <16 x i32> %809, splat (i32 16)
-  %811 = getelementptr inbounds nuw i8, ptr %685, i64 1664
-  store <16 x i32> %810, ptr %811, align 4, !tbaa !5
-  %812 = load i64, ptr %798, align 8, !tbaa !5
-  %gep655.3.i = getelementptr i32, ptr %invariant.gep648.i, i64 %812
-  %813 = getelementptr i8, ptr %gep655.3.i, i64 64
-  %814 = load <16 x i32>, ptr %813, align 4, !tbaa !5
-  %815 = and <16 x i32> %814, %387
-  %816 = getelementptr inbounds nuw i8, ptr %685, i64 1728
-  store <16 x i32> %815, ptr %816, align 4, !tbaa !5
-  %817 = load i64, ptr %798, align 8, !tbaa !5
-  %gep657.3.i = getelementptr i32, ptr %invariant.gep648.i, i64 %817
-  %818 = getelementptr i8, ptr %gep657.3.i, i64 128
-  %819 = load <16 x i32>, ptr %818, align 4, !tbaa !5
-  %820 = shl <16 x i32> %819, splat (i32 16)
-  %821 = getelementptr inbounds nuw i8, ptr %685, i64 1792
-  store <16 x i32> %820, ptr %821, align 4, !tbaa !5
-  %822 = load i64, ptr %798, align 8, !tbaa !5
-  %gep659.3.i = getelementptr i32, ptr %invariant.gep648.i, i64 %822
-  %823 = getelementptr i8, ptr %gep659.3.i, i64 128
-  %824 = load <16 x i32>, ptr %823, align 4, !tbaa !5
-  %825 = and <16 x i32> %824, %387
-  %826 = getelementptr inbounds nuw i8, ptr %685, i64 1856
-  store <16 x i32> %825, ptr %826, align 4, !tbaa !5
-  %827 = load i64, ptr %798, align 8, !tbaa !5
-  %gep661.3.i = getelementptr i32, ptr %invariant.gep648.i, i64 %827
-  %828 = getelementptr i8, ptr %gep661.3.i, i64 192
-  %829 = load <16 x i32>, ptr %828, align 4, !tbaa !5
-  %830 = shl <16 x i32> %829, splat (i32 16)
-  %831 = getelementptr inbounds nuw i8, ptr %685, i64 1920
-  store <16 x i32> %830, ptr %831, align 4, !tbaa !5
-  %832 = load i64, ptr %798, align 8, !tbaa !5
-  %gep663.3.i = getelementptr i32, ptr %invariant.gep648.i, i64 %832
-  %833 = getelementptr i8, ptr %gep663.3.i, i64 192
-  %834 = load <16 x i32>, ptr %833, align 4, !tbaa !5
-  %835 = and <16 x i32> %834, %387
-  %836 = getelementptr inbounds nuw i8, ptr %685, i64 1984
-  store <16 x i32> %835, ptr %836, align 4, !tbaa !5
-  %837 = getelementptr inbounds nuw i8, ptr %681, i64 32
-  %838 = load i64, ptr %837, align 8, !tbaa !5
-  %gep649.4.i = getelementptr i32, ptr %invariant.gep648.i, i64 %838
-  %839 = load <16 x i32>, ptr %gep649.4.i, align 4, !tbaa !5
-  %840 = shl <16 x i32> %839, splat (i32 16)
-  %841 = getelementptr inbounds nuw i8, ptr %685, i64 2048
-  store <16 x i32> %840, ptr %841, align 4, !tbaa !5
-  %842 = load i64, ptr %837, align 8, !tbaa !5
-  %gep651.4.i = getelementptr i32, ptr %invariant.gep648.i, i64 %842
-  %843 = load <16 x i32>, ptr %gep651.4.i, align 4, !tbaa !5
-  %844 = and <16 x i32> %843, %387
-  %845 = getelementptr inbounds nuw i8, ptr %685, i64 2112
-  store <16 x i32> %844, ptr %845, align 4, !tbaa !5
-  %846 = load i64, ptr %837, align 8, !tbaa !5
-  %gep653.4.i = getelementptr i32, ptr %invariant.gep648.i, i64 %846
-  %847 = getelementptr i8, ptr %gep653.4.i, i64 64
-  %848 = load <16 x i32>, ptr %847, align 4, !tbaa !5
-  %849 = shl <16 x i32> %848, splat (i32 16)
-  %850 = getelementptr inbounds nuw i8, ptr %685, i64 2176
-  store <16 x i32> %849, ptr %850, align 4, !tbaa !5
-  %851 = load i64, ptr %837, align 8, !tbaa !5
-  %gep655.4.i = getelementptr i32, ptr %invariant.gep648.i, i64 %851
-  %852 = getelementptr i8, ptr %gep655.4.i, i64 64
-  %853 = load <16 x i32>, ptr %852, align 4, !tbaa !5
-  %854 = and <16 x i32> %853, %387
-  %855 = getelementptr inbounds nuw i8, ptr %685, i64 2240
-  store <16 x i32> %854, ptr %855, align 4, !tbaa !5
-  %856 = load i64, ptr %837, align 8, !tbaa !5
-  %gep657.4.i = getelementptr i32, ptr %invariant.gep648.i, i64 %856
-  %857 = getelementptr i8, ptr %gep657.4.i, i64 128
-  %858 = load <16 x i32>, ptr %857, align 4, !tbaa !5
-  %859 = shl <16 x i32> %858, splat (i32 16)
-  %860 = getelementptr inbounds nuw i8, ptr %685, i64 2304
-  store <16 x i32> %859, ptr %860, align 4, !tbaa !5
-  %861 = load i64, ptr %837, align 8, !tbaa !5
-  %gep659.4.i = getelementptr i32, ptr %invariant.gep648.i, i64 %861
-  %862 = getelementptr i8, ptr %gep659.4.i, i64 128
-  %863 = load <16 x i32>, ptr %862, align 4, !tbaa !5
-  %864 = and <16 x i32> %863, %387
-  %865 = getelementptr inbounds nuw i8, ptr %685, i64 2368
-  store <16 x i32> %864, ptr %865, align 4, !tbaa !5
-  %866 = load i64, ptr %837, align 8, !tbaa !5
-  %gep661.4.i = getelementptr i32, ptr %invariant.gep648.i, i64 %866
-  %867 = getelementptr i8, ptr %gep661.4.i, i64 192
-  %868 = load <16 x i32>, ptr %867, align 4, !tbaa !5
-  %869 = shl <16 x i32> %868, splat (i32 16)
-  %870 = getelementptr inbounds nuw i8, ptr %685, i64 2432
-  store <16 x i32> %869, ptr %870, align 4, !tbaa !5
-  %871 = load i64, ptr %837, align 8, !tbaa !5
-  %gep663.4.i = getelementptr i32, ptr %invariant.gep648.i, i64 %871
-  %872 = getelementptr i8, ptr %gep663.4.i, i64 192
-  %873 = load <16 x i32>, ptr %872, align 4, !tbaa !5
-  %874 = and <16 x i32> %873, %387
-  %875 = getelementptr inbounds nuw i8, ptr %685, i64 2496
-  store <16 x i32> %874, ptr %875, align 4, !tbaa !5
-  %876 = getelementptr inbounds nuw i8, ptr %681, i64 40
-  %877 = load i64, ptr %876, align 8, !tbaa !5
-  %gep649.5.i = getelementptr i32, ptr %invariant.gep648.i, i64 %877
-  %878 = load <16 x i32>, ptr %gep649.5.i, align 4, !tbaa !5
-  %879 = shl <16 x i32> %878, splat (i32 16)
-  %880 = getelementptr inbounds nuw i8, ptr %685, i64 2560
-  store <16 x i32> %879, ptr %880, align 4, !tbaa !5
-  %881 = load i64, ptr %876, align 8, !tbaa !5
-  %gep651.5.i = getelementptr i32, ptr %invariant.gep648.i, i64 %881
-  %882 = load <16 x i32>, ptr %gep651.5.i, align 4, !tbaa !5
-  %883 = and <16 x i32> %882, %387
-  %884 = getelementptr inbounds nuw i8, ptr %685, i64 2624
-  store <16 x i32> %883, ptr %884, align 4, !tbaa !5
-  %885 = load i64, ptr %876, align 8, !tbaa !5
-  %gep653.5.i = getelementptr i32, ptr %invariant.gep648.i, i64 %885
-  %886 = getelementptr i8, ptr %gep653.5.i, i64 64
-  %887 = load <16 x i32>, ptr %886, align 4, !tbaa !5
-  %888 = shl <16 x i32> %887, splat (i32 16)
-  %889 = getelementptr inbounds nuw i8, ptr %685, i64 2688
-  store <16 x i32> %888, ptr %889, align 4, !tbaa !5
-  %890 = load i64, ptr %876, align 8, !tbaa !5
-  %gep655.5.i = getelementptr i32, ptr %invariant.gep648.i, i64 %890
-  %891 = getelementptr i8, ptr %gep655.5.i, i64 64
-  %892 = load <16 x i32>, ptr %891, align 4, !tbaa !5
-  %893 = and <16 x i32> %892, %387
-  %894 = getelementptr inbounds nuw i8, ptr %685, i64 2752
-  store <16 x i32> %893, ptr %894, align 4, !tbaa !5
-  %895 = load i64, ptr %876, align 8, !tbaa !5
-  %gep657.5.i = getelementptr i32, ptr %invariant.gep648.i, i64 %895
-  %896 = getelementptr i8, ptr %gep657.5.i, i64 128
-  %897 = load <16 x i32>, ptr %896, align 4, !tbaa !5
-  %898 = shl <16 x i32> %897, splat (i32 16)
-  %899 = getelementptr inbounds nuw i8, ptr %685, i64 2816
-  store <16 x i32> %898, ptr %899, align 4, !tbaa !5
-  %900 = load i64, ptr %876, align 8, !tbaa !5
-  %gep659.5.i = getelementptr i32, ptr %invariant.gep648.i, i64 %900
-  %901 = getelementptr i8, ptr %gep659.5.i, i64 128
-  %902 = load <16 x i32>, ptr %901, align 4, !tbaa !5
-  %903 = and <16 x i32> %902, %387
-  %904 = getelementptr inbounds nuw i8, ptr %685, i64 2880
-  store <16 x i32> %903, ptr %904, align 4, !tbaa !5
-  %905 = load i64, ptr %876, align 8, !tbaa !5
-  %gep661.5.i = getelementptr i32, ptr %invariant.gep648.i, i64 %905
-  %906 = getelementptr i8, ptr %gep661.5.i, i64 192
-  %907 = load <16 x i32>, ptr %906, align 4, !tbaa !5
-  %908 = shl <16 x i32> %907, splat (i32 16)
-  %909 = getelementptr inbounds nuw i8, ptr %685, i64 2944
-  store <16 x i32> %908, ptr %909, align 4, !tbaa !5
-  %910 = load i64, ptr %876, align 8, !tbaa !5
-  %gep663.5.i = getelementptr i32, ptr %invariant.gep648.i, i64 %910
-  %911 = getelementptr i8, ptr %gep663.5.i, i64 192
-  %912 = load <16 x i32>, ptr %911, align 4, !tbaa !5
-  %913 = and <16 x i32> %912, %387
-  %914 = getelementptr inbounds nuw i8, ptr %685, i64 3008
-  store <16 x i32> %913, ptr %914, align 4, !tbaa !5
-  %915 = getelementptr inbounds nuw i8, ptr %681, i64 48
-  %916 = load i64, ptr %915, align 8, !tbaa !5
-  %gep649.6.i = getelementptr i32, ptr %invariant.gep648.i, i64 %916
-  %917 = load <16 x i32>, ptr %gep649.6.i, align 4, !tbaa !5
-  %918 = shl <16 x i32> %917, splat (i32 16)
-  %919 = getelementptr inbounds nuw i8, ptr %685, i64 3072
-  store <16 x i32> %918, ptr %919, align 4, !tbaa !5
-  %920 = load i64, ptr %915, align 8, !tbaa !5
-  %gep651.6.i = getelementptr i32, ptr %invariant.gep648.i, i64 %920
-  %921 = load <16 x i32>, ptr %gep651.6.i, align 4, !tbaa !5
-  %922 = and <16 x i32> %921, %387
-  %923 = getelementptr inbounds nuw i8, ptr %685, i64 3136
-  store <16 x i32> %922, ptr %923, align 4, !tbaa !5
-  %924 = load i64, ptr %915, align 8, !tbaa !5
-  %gep653.6.i = getelementptr i32, ptr %invariant.gep648.i, i64 %924
-  %925 = getelementptr i8, ptr %gep653.6.i, i64 64
-  %926 = load <16 x i32>, ptr %925, align 4, !tbaa !5
-  %927 = shl <16 x i32> %926, splat (i32 16)
-  %928 = getelementptr inbounds nuw i8, ptr %685, i64 3200
-  store <16 x i32> %927, ptr %928, align 4, !tbaa !5
-  %929 = load i64, ptr %915, align 8, !tbaa !5
-  %gep655.6.i = getelementptr i32, ptr %invariant.gep648.i, i64 %929
-  %930 = getelementptr i8, ptr %gep655.6.i, i64 64
-  %931 = load <16 x i32>, ptr %930, align 4, !tbaa !5
-  %932 = and <16 x i32> %931, %387
-  %933 = getelementptr inbounds nuw i8, ptr %685, i64 3264
-  store <16 x i32> %932, ptr %933, align 4, !tbaa !5
-  %934 = load i64, ptr %915, align 8, !tbaa !5
-  %gep657.6.i = getelementptr i32, ptr %invariant.gep648.i, i64 %934
-  %935 = getelementptr i8, ptr %gep657.6.i, i64 128
-  %936 = load <16 x i32>, ptr %935, align 4, !tbaa !5
-  %937 = shl <16 x i32> %936, splat (i32 16)
-  %938 = getelementptr inbounds nuw i8, ptr %685, i64 3328
-  store <16 x i32> %937, ptr %938, align 4, !tbaa !5
-  %939 = load i64, ptr %915, align 8, !tbaa !5
-  %gep659.6.i = getelementptr i32, ptr %invariant.gep648.i, i64 %939
-  %940 = getelementptr i8, ptr %gep659.6.i, i64 128
-  %941 = load <16 x i32>, ptr %940, align 4, !tbaa !5
-  %942 = and <16 x i32> %941, %387
-  %943 = getelementptr inbounds nuw i8, ptr %685, i64 3392
-  store <16 x i32> %942, ptr %943, align 4, !tbaa !5
-  %944 = load i64, ptr %915, align 8, !tbaa !5
-  %gep661.6.i = getelementptr i32, ptr %invariant.gep648.i, i64 %944
-  %945 = getelementptr i8, ptr %gep661.6.i, i64 192
-  %946 = load <16 x i32>, ptr %945, align 4, !tbaa !5
-  %947 = shl <16 x i32> %946, splat (i32 16)
-  %948 = getelementptr inbounds nuw i8, ptr %685, i64 3456
-  store <16 x i32> %947, ptr %948, align 4, !tbaa !5
-  %949 = load i64, ptr %915, align 8, !tbaa !5
-  %gep663.6.i = getelementptr i32, ptr %invariant.gep648.i, i64 %949
-  %950 = getelementptr i8, ptr %gep663.6.i, i64 192
-  %951 = load <16 x i32>, ptr %950, align 4, !tbaa !5
-  %952 = and <16 x i32> %951, %387
-  %953 = getelementptr inbounds nuw i8, ptr %685, i64 3520
-  store <16 x i32> %952, ptr %953, align 4, !tbaa !5
-  %954 = getelementptr inbounds nuw i8, ptr %681, i64 56
-  %955 = load i64, ptr %954, align 8, !tbaa !5
-  %gep649.7.i = getelementptr i32, ptr %invariant.gep648.i, i64 %955
-  %956 = load <16 x i32>, ptr %gep649.7.i, align 4, !tbaa !5
-  %957 = shl <16 x i32> %956, splat (i32 16)
-  %958 = getelementptr inbounds nuw i8, ptr %685, i64 3584
-  store <16 x i32> %957, ptr %958, align 4, !tbaa !5
-  %959 = load i64, ptr %954, align 8, !tbaa !5
-  %gep651.7.i = getelementptr i32, ptr %invariant.gep648.i, i64 %959
-  %960 = load <16 x i32>, ptr %gep651.7.i, align 4, !tbaa !5
-  %961 = and <16 x i32> %960, %387
-  %962 = getelementptr inbounds nuw i8, ptr %685, i64 3648
-  store <16 x i32> %961, ptr %962, align 4, !tbaa !5
-  %963 = load i64, ptr %954, align 8, !tbaa !5
-  %gep653.7.i = getelementptr i32, ptr %invariant.gep648.i, i64 %963
-  %964 = getelementptr i8, ptr %gep653.7.i, i64 64
-  %965 = load <16 x i32>, ptr %964, align 4, !tbaa !5
-  %966 = shl <16 x i32> %965, splat (i32 16)
-  %967 = getelementptr inbounds nuw i8, ptr %685, i64 3712
-  store <16 x i32> %966, ptr %967, align 4, !tbaa !5
-  %968 = load i64, ptr %954, align 8, !tbaa !5
-  %gep655.7.i = getelementptr i32, ptr %invariant.gep648.i, i64 %968
-  %969 = getelementptr i8, ptr %gep655.7.i, i64 64
-  %970 = load <16 x i32>, ptr %969, align 4, !tbaa !5
-  %971 = and <16 x i32> %970, %387
-  %972 = getelementptr inbounds nuw i8, ptr %685, i64 3776
-  store <16 x i32> %971, ptr %972, align 4, !tbaa !5
-  %973 = load i64, ptr %954, align 8, !tbaa !5
-  %gep657.7.i = getelementptr i32, ptr %invariant.gep648.i, i64 %973
-  %974 = getelementptr i8, ptr %gep657.7.i, i64 128
-  %975 = load <16 x i32>, ptr %974, align 4, !tbaa !5
-  %976 = shl <16 x i32> %975, splat (i32 16)
-  %977 = getelementptr inbounds nuw i8, ptr %685, i64 3840
-  store <16 x i32> %976, ptr %977, align 4, !tbaa !5
-  %978 = load i64, ptr %954, align 8, !tbaa !5
-  %gep659.7.i = getelementptr i32, ptr %invariant.gep648.i, i64 %978
-  %979 = getelementptr i8, ptr %gep659.7.i, i64 128
-  %980 = load <16 x i32>, ptr %979, align 4, !tbaa !5
-  %981 = and <16 x i32> %980, %387
-  %982 = getelementptr inbounds nuw i8, ptr %685, i64 3904
-  store <16 x i32> %981, ptr %982, align 4, !tbaa !5
-  %983 = load i64, ptr %954, align 8, !tbaa !5
-  %gep661.7.i = getelementptr i32, ptr %invariant.gep648.i, i64 %983
-  %984 = getelementptr i8, ptr %gep661.7.i, i64 192
-  %985 = load <16 x i32>, ptr %984, align 4, !tbaa !5
-  %986 = shl <16 x i32> %985, splat (i32 16)
-  %987 = getelementptr inbounds nuw i8, ptr %685, i64 3968
-  store <16 x i32> %986, ptr %987, align 4, !tbaa !5
-  %988 = load i64, ptr %954, align 8, !tbaa !5
-  %gep663.7.i = getelementptr i32, ptr %invariant.gep648.i, i64 %988
-  %989 = getelementptr i8, ptr %gep663.7.i, i64 192
-  %990 = load <16 x i32>, ptr %989, align 4, !tbaa !5
-  %991 = and <16 x i32> %990, %387
-  %992 = getelementptr inbounds nuw i8, ptr %685, i64 4032
-  store <16 x i32> %991, ptr %992, align 4, !tbaa !5
-  %indvars.iv.next890.i = add nuw nsw i64 %indvars.iv889.i, 1
-  %exitcond893.not.i = icmp eq i64 %indvars.iv.next890.i, %wide.trip.count892.i
-  br i1 %exitcond893.not.i, label %for_begin_ti156.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
+  %indvars.iv967.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next968.i, %for_begin_ti.preheader.i ]
+  %.idx = shl nsw i64 %indvars.iv967.i, 6
+  %765 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
+  %766 = load i64, ptr %765, align 8, !tbaa !5
+  %gep707.i = getelementptr i32, ptr %invariant.gep706.i, i64 %766
+  %767 = load <16 x i32>, ptr %gep707.i, align 4, !tbaa !5
+  %768 = shl <16 x i32> %767, splat (i32 16)
+  %.idx68 = shl nsw i64 %indvars.iv967.i, 12
+  %769 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx68
+  store <16 x i32> %768, ptr %769, align 4, !tbaa !5
+  %770 = load i64, ptr %765, align 8, !tbaa !5
+  %gep709.i = getelementptr i32, ptr %invariant.gep706.i, i64 %770
+  %771 = load <16 x i32>, ptr %gep709.i, align 4, !tbaa !5
+  %772 = and <16 x i32> %771, %387
+  %773 = getelementptr inbounds nuw i8, ptr %769, i64 64
+  store <16 x i32> %772, ptr %773, align 4, !tbaa !5
+  %774 = load i64, ptr %765, align 8, !tbaa !5
+  %gep711.i = getelementptr i32, ptr %invariant.gep706.i, i64 %774
+  %775 = getelementptr i8, ptr %gep711.i, i64 64
+  %776 = load <16 x i32>, ptr %775, align 4, !tbaa !5
+  %777 = shl <16 x i32> %776, splat (i32 16)
+  %778 = getelementptr inbounds nuw i8, ptr %769, i64 128
+  store <16 x i32> %777, ptr %778, align 4, !tbaa !5
+  %779 = load i64, ptr %765, align 8, !tbaa !5
+  %gep713.i = getelementptr i32, ptr %invariant.gep706.i, i64 %779
+  %780 = getelementptr i8, ptr %gep713.i, i64 64
+  %781 = load <16 x i32>, ptr %780, align 4, !tbaa !5
+  %782 = and <16 x i32> %781, %387
+  %783 = getelementptr inbounds nuw i8, ptr %769, i64 192
+  store <16 x i32> %782, ptr %783, align 4, !tbaa !5
+  %784 = load i64, ptr %765, align 8, !tbaa !5
+  %gep715.i = getelementptr i32, ptr %invariant.gep706.i, i64 %784
+  %785 = getelementptr i8, ptr %gep715.i, i64 128
+  %786 = load <16 x i32>, ptr %785, align 4, !tbaa !5
+  %787 = shl <16 x i32> %786, splat (i32 16)
+  %788 = getelementptr inbounds nuw i8, ptr %769, i64 256
+  store <16 x i32> %787, ptr %788, align 4, !tbaa !5
+  %789 = load i64, ptr %765, align 8, !tbaa !5
+  %gep717.i = getelementptr i32, ptr %invariant.gep706.i, i64 %789
+  %790 = getelementptr i8, ptr %gep717.i, i64 128
+  %791 = load <16 x i32>, ptr %790, align 4, !tbaa !5
+  %792 = and <16 x i32> %791, %387
+  %793 = getelementptr inbounds nuw i8, ptr %769, i64 320
+  store <16 x i32> %792, ptr %793, align 4, !tbaa !5
+  %794 = load i64, ptr %765, align 8, !tbaa !5
+  %gep719.i = getelementptr i32, ptr %invariant.gep706.i, i64 %794
+  %795 = getelementptr i8, ptr %gep719.i, i64 192
+  %796 = load <16 x i32>, ptr %795, align 4, !tbaa !5
+  %797 = shl <16 x i32> %796, splat (i32 16)
+  %798 = getelementptr inbounds nuw i8, ptr %769, i64 384
+  store <16 x i32> %797, ptr %798, align 4, !tbaa !5
+  %799 = load i64, ptr %765, align 8, !tbaa !5
+  %gep721.i = getelementptr i32, ptr %invariant.gep706.i, i64 %799
+  %800 = getelementptr i8, ptr %gep721.i, i64 192
+  %801 = load <16 x i32>, ptr %800, align 4, !tbaa !5
+  %802 = and <16 x i32> %801, %387
+  %803 = getelementptr inbounds nuw i8, ptr %769, i64 448
+  store <16 x i32> %802, ptr %803, align 4, !tbaa !5
+  %804 = getelementptr inbounds nuw i8, ptr %765, i64 8
+  %805 = load i64, ptr %804, align 8, !tbaa !5
+  %gep707.1.i = getelementptr i32, ptr %invariant.gep706.i, i64 %805
+  %806 = load <16 x i32>, ptr %gep707.1.i, align 4, !tbaa !5
+  %807 = shl <16 x i32> %806, splat (i32 16)
+  %808 = getelementptr inbounds nuw i8, ptr %769, i64 512
+  store <16 x i32> %807, ptr %808, align 4, !tbaa !5
+  %809 = load i64, ptr %804, align 8, !tbaa !5
+  %gep709.1.i = getelementptr i32, ptr %invariant.gep706.i, i64 %809
+  %810 = load <16 x i32>, ptr %gep709.1.i, align 4, !tbaa !5
+  %811 = and <16 x i32> %810, %387
+  %812 = getelementptr inbounds nuw i8, ptr %769, i64 576
+  store <16 x i32> %811, ptr %812, align 4, !tbaa !5
+  %813 = load i64, ptr %804, align 8, !tbaa !5
+  %gep711.1.i = getelementptr i32, ptr %invariant.gep706.i, i64 %813
+  %814 = getelementptr i8, ptr %gep711.1.i, i64 64
+  %815 = load <16 x i32>, ptr %814, align 4, !tbaa !5
+  %816 = shl <16 x i32> %815, splat (i32 16)
+  %817 = getelementptr inbounds nuw i8, ptr %769, i64 640
+  store <16 x i32> %816, ptr %817, align 4, !tbaa !5
+  %818 = load i64, ptr %804, align 8, !tbaa !5
+  %gep713.1.i = getelementptr i32, ptr %invariant.gep706.i, i64 %818
+  %819 = getelementptr i8, ptr %gep713.1.i, i64 64
+  %820 = load <16 x i32>, ptr %819, align 4, !tbaa !5
+  %821 = and <16 x i32> %820, %387
+  %822 = getelementptr inbounds nuw i8, ptr %769, i64 704
+  store <16 x i32> %821, ptr %822, align 4, !tbaa !5
+  %823 = load i64, ptr %804, align 8, !tbaa !5
+  %gep715.1.i = getelementptr i32, ptr %invariant.gep706.i, i64 %823
+  %824 = getelementptr i8, ptr %gep715.1.i, i64 128
+  %825 = load <16 x i32>, ptr %824, align 4, !tbaa !5
+  %826 = shl <16 x i32> %825, splat (i32 16)
+  %827 = getelementptr inbounds nuw i8, ptr %769, i64 768
+  store <16 x i32> %826, ptr %827, align 4, !tbaa !5
+  %828 = load i64, ptr %804, align 8, !tbaa !5
+  %gep717.1.i = getelementptr i32, ptr %invariant.gep706.i, i64 %828
+  %829 = getelementptr i8, ptr %gep717.1.i, i64 128
+  %830 = load <16 x i32>, ptr %829, align 4, !tbaa !5
+  %831 = and <16 x i32> %830, %387
+  %832 = getelementptr inbounds nuw i8, ptr %769, i64 832
+  store <16 x i32> %831, ptr %832, align 4, !tbaa !5
+  %833 = load i64, ptr %804, align 8, !tbaa !5
+  %gep719.1.i = getelementptr i32, ptr %invariant.gep706.i, i64 %833
+  %834 = getelementptr i8, ptr %gep719.1.i, i64 192
+  %835 = load <16 x i32>, ptr %834, align 4, !tbaa !5
+  %836 = shl <16 x i32> %835, splat (i32 16)
+  %837 = getelementptr inbounds nuw i8, ptr %769, i64 896
+  store <16 x i32> %836, ptr %837, align 4, !tbaa !5
+  %838 = load i64, ptr %804, align 8, !tbaa !5
+  %gep721.1.i = getelementptr i32, ptr %invariant.gep706.i, i64 %838
+  %839 = getelementptr i8, ptr %gep721.1.i, i64 192
+  %840 = load <16 x i32>, ptr %839, align 4, !tbaa !5
+  %841 = and <16 x i32> %840, %387
+  %842 = getelementptr inbounds nuw i8, ptr %769, i64 960
+  store <16 x i32> %841, ptr %842, align 4, !tbaa !5
+  %843 = getelementptr inbounds nuw i8, ptr %765, i64 16
+  %844 = load i64, ptr %843, align 8, !tbaa !5
+  %gep707.2.i = getelementptr i32, ptr %invariant.gep706.i, i64 %844
+  %845 = load <16 x i32>, ptr %gep707.2.i, align 4, !tbaa !5
+  %846 = shl <16 x i32> %845, splat (i32 16)
+  %847 = getelementptr inbounds nuw i8, ptr %769, i64 1024
+  store <16 x i32> %846, ptr %847, align 4, !tbaa !5
+  %848 = load i64, ptr %843, align 8, !tbaa !5
+  %gep709.2.i = getelementptr i32, ptr %invariant.gep706.i, i64 %848
+  %849 = load <16 x i32>, ptr %gep709.2.i, align 4, !tbaa !5
+  %850 = and <16 x i32> %849, %387
+  %851 = getelementptr inbounds nuw i8, ptr %769, i64 1088
+  store <16 x i32> %850, ptr %851, align 4, !tbaa !5
+  %852 = load i64, ptr %843, align 8, !tbaa !5
+  %gep711.2.i = getelementptr i32, ptr %invariant.gep706.i, i64 %852
+  %853 = getelementptr i8, ptr %gep711.2.i, i64 64
+  %854 = load <16 x i32>, ptr %853, align 4, !tbaa !5
+  %855 = shl <16 x i32> %854, splat (i32 16)
+  %856 = getelementptr inbounds nuw i8, ptr %769, i64 1152
+  store <16 x i32> %855, ptr %856, align 4, !tbaa !5
+  %857 = load i64, ptr %843, align 8, !tbaa !5
+  %gep713.2.i = getelementptr i32, ptr %invariant.gep706.i, i64 %857
+  %858 = getelementptr i8, ptr %gep713.2.i, i64 64
+  %859 = load <16 x i32>, ptr %858, align 4, !tbaa !5
+  %860 = and <16 x i32> %859, %387
+  %861 = getelementptr inbounds nuw i8, ptr %769, i64 1216
+  store <16 x i32> %860, ptr %861, align 4, !tbaa !5
+  %862 = load i64, ptr %843, align 8, !tbaa !5
+  %gep715.2.i = getelementptr i32, ptr %invariant.gep706.i, i64 %862
+  %863 = getelementptr i8, ptr %gep715.2.i, i64 128
+  %864 = load <16 x i32>, ptr %863, align 4, !tbaa !5
+  %865 = shl <16 x i32> %864, splat (i32 16)
+  %866 = getelementptr inbounds nuw i8, ptr %769, i64 1280
+  store <16 x i32> %865, ptr %866, align 4, !tbaa !5
+  %867 = load i64, ptr %843, align 8, !tbaa !5
+  %gep717.2.i = getelementptr i32, ptr %invariant.gep706.i, i64 %867
+  %868 = getelementptr i8, ptr %gep717.2.i, i64 128
+  %869 = load <16 x i32>, ptr %868, align 4, !tbaa !5
+  %870 = and <16 x i32> %869, %387
+  %871 = getelementptr inbounds nuw i8, ptr %769, i64 1344
+  store <16 x i32> %870, ptr %871, align 4, !tbaa !5
+  %872 = load i64, ptr %843, align 8, !tbaa !5
+  %gep719.2.i = getelementptr i32, ptr %invariant.gep706.i, i64 %872
+  %873 = getelementptr i8, ptr %gep719.2.i, i64 192
+  %874 = load <16 x i32>, ptr %873, align 4, !tbaa !5
+  %875 = shl <16 x i32> %874, splat (i32 16)
+  %876 = getelementptr inbounds nuw i8, ptr %769, i64 1408
+  store <16 x i32> %875, ptr %876, align 4, !tbaa !5
+  %877 = load i64, ptr %843, align 8, !tbaa !5
+  %gep721.2.i = getelementptr i32, ptr %invariant.gep706.i, i64 %877
+  %878 = getelementptr i8, ptr %gep721.2.i, i64 192
+  %879 = load <16 x i32>, ptr %878, align 4, !tbaa !5
+  %880 = and <16 x i32> %879, %387
+  %881 = getelementptr inbounds nuw i8, ptr %769, i64 1472
+  store <16 x i32> %880, ptr %881, align 4, !tbaa !5
+  %882 = getelementptr inbounds nuw i8, ptr %765, i64 24
+  %883 = load i64, ptr %882, align 8, !tbaa !5
+  %gep707.3.i = getelementptr i32, ptr %invariant.gep706.i, i64 %883
+  %884 = load <16 x i32>, ptr %gep707.3.i, align 4, !tbaa !5
+  %885 = shl <16 x i32> %884, splat (i32 16)
+  %886 = getelementptr inbounds nuw i8, ptr %769, i64 1536
+  store <16 x i32> %885, ptr %886, align 4, !tbaa !5
+  %887 = load i64, ptr %882, align 8, !tbaa !5
+  %gep709.3.i = getelementptr i32, ptr %invariant.gep706.i, i64 %887
+  %888 = load <16 x i32>, ptr %gep709.3.i, align 4, !tbaa !5
+  %889 = and <16 x i32> %888, %387
+  %890 = getelementptr inbounds nuw i8, ptr %769, i64 1600
+  store <16 x i32> %889, ptr %890, align 4, !tbaa !5
+  %891 = load i64, ptr %882, align 8, !tbaa !5
+  %gep711.3.i = getelementptr i32, ptr %invariant.gep706.i, i64 %891
+  %892 = getelementptr i8, ptr %gep711.3.i, i64 64
+  %893 = load <16 x i32>, ptr %892, align 4, !tbaa !5
+  %894 = shl <16 x i32> %893, splat (i32 16)
+  %895 = getelementptr inbounds nuw i8, ptr %769, i64 1664
+  store <16 x i32> %894, ptr %895, align 4, !tbaa !5
+  %896 = load i64, ptr %882, align 8, !tbaa !5
+  %gep713.3.i = getelementptr i32, ptr %invariant.gep706.i, i64 %896
+  %897 = getelementptr i8, ptr %gep713.3.i, i64 64
+  %898 = load <16 x i32>, ptr %897, align 4, !tbaa !5
+  %899 = and <16 x i32> %898, %387
+  %900 = getelementptr inbounds nuw i8, ptr %769, i64 1728
+  store <16 x i32> %899, ptr %900, align 4, !tbaa !5
+  %901 = load i64, ptr %882, align 8, !tbaa !5
+  %gep715.3.i = getelementptr i32, ptr %invariant.gep706.i, i64 %901
+  %902 = getelementptr i8, ptr %gep715.3.i, i64 128
+  %903 = load <16 x i32>, ptr %902, align 4, !tbaa !5
+  %904 = shl <16 x i32> %903, splat (i32 16)
+  %905 = getelementptr inbounds nuw i8, ptr %769, i64 1792
+  store <16 x i32> %904, ptr %905, align 4, !tbaa !5
+  %906 = load i64, ptr %882, align 8, !tbaa !5
+  %gep717.3.i = getelementptr i32, ptr %invariant.gep706.i, i64 %906
+  %907 = getelementptr i8, ptr %gep717.3.i, i64 128
+  %908 = load <16 x i32>, ptr %907, align 4, !tbaa !5
+  %909 = and <16 x i32> %908, %387
+  %910 = getelementptr inbounds nuw i8, ptr %769, i64 1856
+  store <16 x i32> %909, ptr %910, align 4, !tbaa !5
+  %911 = load i64, ptr %882, align 8, !tbaa !5
+  %gep719.3.i = getelementptr i32, ptr %invariant.gep706.i, i64 %911
+  %912 = getelementptr i8, ptr %gep719.3.i, i64 192
+  %913 = load <16 x i32>, ptr %912, align 4, !tbaa !5
+  %914 = shl <16 x i32> %913, splat (i32 16)
+  %915 = getelementptr inbounds nuw i8, ptr %769, i64 1920
+  store <16 x i32> %914, ptr %915, align 4, !tbaa !5
+  %916 = load i64, ptr %882, align 8, !tbaa !5
+  %gep721.3.i = getelementptr i32, ptr %invariant.gep706.i, i64 %916
+  %917 = getelementptr i8, ptr %gep721.3.i, i64 192
+  %918 = load <16 x i32>, ptr %917, align 4, !tbaa !5
+  %919 = and <16 x i32> %918, %387
+  %920 = getelementptr inbounds nuw i8, ptr %769, i64 1984
+  store <16 x i32> %919, ptr %920, align 4, !tbaa !5
+  %921 = getelementptr inbounds nuw i8, ptr %765, i64 32
+  %922 = load i64, ptr %921, align 8, !tbaa !5
+  %gep707.4.i = getelementptr i32, ptr %invariant.gep706.i, i64 %922
+  %923 = load <16 x i32>, ptr %gep707.4.i, align 4, !tbaa !5
+  %924 = shl <16 x i32> %923, splat (i32 16)
+  %925 = getelementptr inbounds nuw i8, ptr %769, i64 2048
+  store <16 x i32> %924, ptr %925, align 4, !tbaa !5
+  %926 = load i64, ptr %921, align 8, !tbaa !5
+  %gep709.4.i = getelementptr i32, ptr %invariant.gep706.i, i64 %926
+  %927 = load <16 x i32>, ptr %gep709.4.i, align 4, !tbaa !5
+  %928 = and <16 x i32> %927, %387
+  %929 = getelementptr inbounds nuw i8, ptr %769, i64 2112
+  store <16 x i32> %928, ptr %929, align 4, !tbaa !5
+  %930 = load i64, ptr %921, align 8, !tbaa !5
+  %gep711.4.i = getelementptr i32, ptr %invariant.gep706.i, i64 %930
+  %931 = getelementptr i8, ptr %gep711.4.i, i64 64
+  %932 = load <16 x i32>, ptr %931, align 4, !tbaa !5
+  %933 = shl <16 x i32> %932, splat (i32 16)
+  %934 = getelementptr inbounds nuw i8, ptr %769, i64 2176
+  store <16 x i32> %933, ptr %934, align 4, !tbaa !5
+  %935 = load i64, ptr %921, align 8, !tbaa !5
+  %gep713.4.i = getelementptr i32, ptr %invariant.gep706.i, i64 %935
+  %936 = getelementptr i8, ptr %gep713.4.i, i64 64
+  %937 = load <16 x i32>, ptr %936, align 4, !tbaa !5
+  %938 = and <16 x i32> %937, %387
+  %939 = getelementptr inbounds nuw i8, ptr %769, i64 2240
+  store <16 x i32> %938, ptr %939, align 4, !tbaa !5
+  %940 = load i64, ptr %921, align 8, !tbaa !5
+  %gep715.4.i = getelementptr i32, ptr %invariant.gep706.i, i64 %940
+  %941 = getelementptr i8, ptr %gep715.4.i, i64 128
+  %942 = load <16 x i32>, ptr %941, align 4, !tbaa !5
+  %943 = shl <16 x i32> %942, splat (i32 16)
+  %944 = getelementptr inbounds nuw i8, ptr %769, i64 2304
+  store <16 x i32> %943, ptr %944, align 4, !tbaa !5
+  %945 = load i64, ptr %921, align 8, !tbaa !5
+  %gep717.4.i = getelementptr i32, ptr %invariant.gep706.i, i64 %945
+  %946 = getelementptr i8, ptr %gep717.4.i, i64 128
+  %947 = load <16 x i32>, ptr %946, align 4, !tbaa !5
+  %948 = and <16 x i32> %947, %387
+  %949 = getelementptr inbounds nuw i8, ptr %769, i64 2368
+  store <16 x i32> %948, ptr %949, align 4, !tbaa !5
+  %950 = load i64, ptr %921, align 8, !tbaa !5
+  %gep719.4.i = getelementptr i32, ptr %invariant.gep706.i, i64 %950
+  %951 = getelementptr i8, ptr %gep719.4.i, i64 192
+  %952 = load <16 x i32>, ptr %951, align 4, !tbaa !5
+  %953 = shl <16 x i32> %952, splat (i32 16)
+  %954 = getelementptr inbounds nuw i8, ptr %769, i64 2432
+  store <16 x i32> %953, ptr %954, align 4, !tbaa !5
+  %955 = load i64, ptr %921, align 8, !tbaa !5
+  %gep721.4.i = getelementptr i32, ptr %invariant.gep706.i, i64 %955
+  %956 = getelementptr i8, ptr %gep721.4.i, i64 192
+  %957 = load <16 x i32>, ptr %956, align 4, !tbaa !5
+  %958 = and <16 x i32> %957, %387
+  %959 = getelementptr inbounds nuw i8, ptr %769, i64 2496
+  store <16 x i32> %958, ptr %959, align 4, !tbaa !5
+  %960 = getelementptr inbounds nuw i8, ptr %765, i64 40
+  %961 = load i64, ptr %960, align 8, !tbaa !5
+  %gep707.5.i = getelementptr i32, ptr %invariant.gep706.i, i64 %961
+  %962 = load <16 x i32>, ptr %gep707.5.i, align 4, !tbaa !5
+  %963 = shl <16 x i32> %962, splat (i32 16)
+  %964 = getelementptr inbounds nuw i8, ptr %769, i64 2560
+  store <16 x i32> %963, ptr %964, align 4, !tbaa !5
+  %965 = load i64, ptr %960, align 8, !tbaa !5
+  %gep709.5.i = getelementptr i32, ptr %invariant.gep706.i, i64 %965
+  %966 = load <16 x i32>, ptr %gep709.5.i, align 4, !tbaa !5
+  %967 = and <16 x i32> %966, %387
+  %968 = getelementptr inbounds nuw i8, ptr %769, i64 2624
+  store <16 x i32> %967, ptr %968, align 4, !tbaa !5
+  %969 = load i64, ptr %960, align 8, !tbaa !5
+  %gep711.5.i = getelementptr i32, ptr %invariant.gep706.i, i64 %969
+  %970 = getelementptr i8, ptr %gep711.5.i, i64 64
+  %971 = load <16 x i32>, ptr %970, align 4, !tbaa !5
+  %972 = shl <16 x i32> %971, splat (i32 16)
+  %973 = getelementptr inbounds nuw i8, ptr %769, i64 2688
+  store <16 x i32> %972, ptr %973, align 4, !tbaa !5
+  %974 = load i64, ptr %960, align 8, !tbaa !5
+  %gep713.5.i = getelementptr i32, ptr %invariant.gep706.i, i64 %974
+  %975 = getelementptr i8, ptr %gep713.5.i, i64 64
+  %976 = load <16 x i32>, ptr %975, align 4, !tbaa !5
+  %977 = and <16 x i32> %976, %387
+  %978 = getelementptr inbounds nuw i8, ptr %769, i64 2752
+  store <16 x i32> %977, ptr %978, align 4, !tbaa !5
+  %979 = load i64, ptr %960, align 8, !tbaa !5
+  %gep715.5.i = getelementptr i32, ptr %invariant.gep706.i, i64 %979
+  %980 = getelementptr i8, ptr %gep715.5.i, i64 128
+  %981 = load <16 x i32>, ptr %980, align 4, !tbaa !5
+  %982 = shl <16 x i32> %981, splat (i32 16)
+  %983 = getelementptr inbounds nuw i8, ptr %769, i64 2816
+  store <16 x i32> %982, ptr %983, align 4, !tbaa !5
+  %984 = load i64, ptr %960, align 8, !tbaa !5
+  %gep717.5.i = getelementptr i32, ptr %invariant.gep706.i, i64 %984
+  %985 = getelementptr i8, ptr %gep717.5.i, i64 128
+  %986 = load <16 x i32>, ptr %985, align 4, !tbaa !5
+  %987 = and <16 x i32> %986, %387
+  %988 = getelementptr inbounds nuw i8, ptr %769, i64 2880
+  store <16 x i32> %987, ptr %988, align 4, !tbaa !5
+  %989 = load i64, ptr %960, align 8, !tbaa !5
+  %gep719.5.i = getelementptr i32, ptr %invariant.gep706.i, i64 %989
+  %990 = getelementptr i8, ptr %gep719.5.i, i64 192
+  %991 = load <16 x i32>, ptr %990, align 4, !tbaa !5
+  %992 = shl <16 x i32> %991, splat (i32 16)
+  %993 = getelementptr inbounds nuw i8, ptr %769, i64 2944
+  store <16 x i32> %992, ptr %993, align 4, !tbaa !5
+  %994 = load i64, ptr %960, align 8, !tbaa !5
+  %gep721.5.i = getelementptr i32, ptr %invariant.gep706.i, i64 %994
+  %995 = getelementptr i8, ptr %gep721.5.i, i64 192
+  %996 = load <16 x i32>, ptr %995, align 4, !tbaa !5
+  %997 = and <16 x i32> %996, %387
+  %998 = getelementptr inbounds nuw i8, ptr %769, i64 3008
+  store <16 x i32> %997, ptr %998, align 4, !tbaa !5
+  %999 = getelementptr inbounds nuw i8, ptr %765, i64 48
+  %1000 = load i64, ptr %999, align 8, !tbaa !5
+  %gep707.6.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1000
+  %1001 = load <16 x i32>, ptr %gep707.6.i, align 4, !tbaa !5
+  %1002 = shl <16 x i32> %1001, splat (i32 16)
+  %1003 = getelementptr inbounds nuw i8, ptr %769, i64 3072
+  store <16 x i32> %1002, ptr %1003, align 4, !tbaa !5
+  %1004 = load i64, ptr %999, align 8, !tbaa !5
+  %gep709.6.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1004
+  %1005 = load <16 x i32>, ptr %gep709.6.i, align 4, !tbaa !5
+  %1006 = and <16 x i32> %1005, %387
+  %1007 = getelementptr inbounds nuw i8, ptr %769, i64 3136
+  store <16 x i32> %1006, ptr %1007, align 4, !tbaa !5
+  %1008 = load i64, ptr %999, align 8, !tbaa !5
+  %gep711.6.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1008
+  %1009 = getelementptr i8, ptr %gep711.6.i, i64 64
+  %1010 = load <16 x i32>, ptr %1009, align 4, !tbaa !5
+  %1011 = shl <16 x i32> %1010, splat (i32 16)
+  %1012 = getelementptr inbounds nuw i8, ptr %769, i64 3200
+  store <16 x i32> %1011, ptr %1012, align 4, !tbaa !5
+  %1013 = load i64, ptr %999, align 8, !tbaa !5
+  %gep713.6.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1013
+  %1014 = getelementptr i8, ptr %gep713.6.i, i64 64
+  %1015 = load <16 x i32>, ptr %1014, align 4, !tbaa !5
+  %1016 = and <16 x i32> %1015, %387
+  %1017 = getelementptr inbounds nuw i8, ptr %769, i64 3264
+  store <16 x i32> %1016, ptr %1017, align 4, !tbaa !5
+  %1018 = load i64, ptr %999, align 8, !tbaa !5
+  %gep715.6.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1018
+  %1019 = getelementptr i8, ptr %gep715.6.i, i64 128
+  %1020 = load <16 x i32>, ptr %1019, align 4, !tbaa !5
+  %1021 = shl <16 x i32> %1020, splat (i32 16)
+  %1022 = getelementptr inbounds nuw i8, ptr %769, i64 3328
+  store <16 x i32> %1021, ptr %1022, align 4, !tbaa !5
+  %1023 = load i64, ptr %999, align 8, !tbaa !5
+  %gep717.6.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1023
+  %1024 = getelementptr i8, ptr %gep717.6.i, i64 128
+  %1025 = load <16 x i32>, ptr %1024, align 4, !tbaa !5
+  %1026 = and <16 x i32> %1025, %387
+  %1027 = getelementptr inbounds nuw i8, ptr %769, i64 3392
+  store <16 x i32> %1026, ptr %1027, align 4, !tbaa !5
+  %1028 = load i64, ptr %999, align 8, !tbaa !5
+  %gep719.6.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1028
+  %1029 = getelementptr i8, ptr %gep719.6.i, i64 192
+  %1030 = load <16 x i32>, ptr %1029, align 4, !tbaa !5
+  %1031 = shl <16 x i32> %1030, splat (i32 16)
+  %1032 = getelementptr inbounds nuw i8, ptr %769, i64 3456
+  store <16 x i32> %1031, ptr %1032, align 4, !tbaa !5
+  %1033 = load i64, ptr %999, align 8, !tbaa !5
+  %gep721.6.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1033
+  %1034 = getelementptr i8, ptr %gep721.6.i, i64 192
+  %1035 = load <16 x i32>, ptr %1034, align 4, !tbaa !5
+  %1036 = and <16 x i32> %1035, %387
+  %1037 = getelementptr inbounds nuw i8, ptr %769, i64 3520
+  store <16 x i32> %1036, ptr %1037, align 4, !tbaa !5
+  %1038 = getelementptr inbounds nuw i8, ptr %765, i64 56
+  %1039 = load i64, ptr %1038, align 8, !tbaa !5
+  %gep707.7.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1039
+  %1040 = load <16 x i32>, ptr %gep707.7.i, align 4, !tbaa !5
+  %1041 = shl <16 x i32> %1040, splat (i32 16)
+  %1042 = getelementptr inbounds nuw i8, ptr %769, i64 3584
+  store <16 x i32> %1041, ptr %1042, align 4, !tbaa !5
+  %1043 = load i64, ptr %1038, align 8, !tbaa !5
+  %gep709.7.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1043
+  %1044 = load <16 x i32>, ptr %gep709.7.i, align 4, !tbaa !5
+  %1045 = and <16 x i32> %1044, %387
+  %1046 = getelementptr inbounds nuw i8, ptr %769, i64 3648
+  store <16 x i32> %1045, ptr %1046, align 4, !tbaa !5
+  %1047 = load i64, ptr %1038, align 8, !tbaa !5
+  %gep711.7.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1047
+  %1048 = getelementptr i8, ptr %gep711.7.i, i64 64
+  %1049 = load <16 x i32>, ptr %1048, align 4, !tbaa !5
+  %1050 = shl <16 x i32> %1049, splat (i32 16)
+  %1051 = getelementptr inbounds nuw i8, ptr %769, i64 3712
+  store <16 x i32> %1050, ptr %1051, align 4, !tbaa !5
+  %1052 = load i64, ptr %1038, align 8, !tbaa !5
+  %gep713.7.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1052
+  %1053 = getelementptr i8, ptr %gep713.7.i, i64 64
+  %1054 = load <16 x i32>, ptr %1053, align 4, !tbaa !5
+  %1055 = and <16 x i32> %1054, %387
+  %1056 = getelementptr inbounds nuw i8, ptr %769, i64 3776
+  store <16 x i32> %1055, ptr %1056, align 4, !tbaa !5
+  %1057 = load i64, ptr %1038, align 8, !tbaa !5
+  %gep715.7.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1057
+  %1058 = getelementptr i8, ptr %gep715.7.i, i64 128
+  %1059 = load <16 x i32>, ptr %1058, align 4, !tbaa !5
+  %1060 = shl <16 x i32> %1059, splat (i32 16)
+  %1061 = getelementptr inbounds nuw i8, ptr %769, i64 3840
+  store <16 x i32> %1060, ptr %1061, align 4, !tbaa !5
+  %1062 = load i64, ptr %1038, align 8, !tbaa !5
+  %gep717.7.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1062
+  %1063 = getelementptr i8, ptr %gep717.7.i, i64 128
+  %1064 = load <16 x i32>, ptr %1063, align 4, !tbaa !5
+  %1065 = and <16 x i32> %1064, %387
+  %1066 = getelementptr inbounds nuw i8, ptr %769, i64 3904
+  store <16 x i32> %1065, ptr %1066, align 4, !tbaa !5
+  %1067 = load i64, ptr %1038, align 8, !tbaa !5
+  %gep719.7.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1067
+  %1068 = getelementptr i8, ptr %gep719.7.i, i64 192
+  %1069 = load <16 x i32>, ptr %1068, align 4, !tbaa !5
+  %1070 = shl <16 x i32> %1069, splat (i32 16)
+  %1071 = getelementptr inbounds nuw i8, ptr %769, i64 3968
+  store <16 x i32> %1070, ptr %1071, align 4, !tbaa !5
+  %1072 = load i64, ptr %1038, align 8, !tbaa !5
+  %gep721.7.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1072
+  %1073 = getelementptr i8, ptr %gep721.7.i, i64 192
+  %1074 = load <16 x i32>, ptr %1073, align 4, !tbaa !5
+  %1075 = and <16 x i32> %1074, %387
+  %1076 = getelementptr inbounds nuw i8, ptr %769, i64 4032
+  store <16 x i32> %1075, ptr %1076, align 4, !tbaa !5
+  %indvars.iv.next968.i = add nuw nsw i64 %indvars.iv967.i, 1
+  %exitcond971.not.i = icmp eq i64 %indvars.iv.next968.i, %wide.trip.count970.i
+  br i1 %exitcond971.not.i, label %for_begin_ti156.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
 
 for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti156.preheader.i, %if_end149.i
   br i1 %388, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !3
 
 for_body_row_tile.lr.ph.i:                        ; preds = %for_begin_row_tile.preheader.i
-  %993 = mul nuw nsw i64 %indvars.iv999.i, %395
+  %1077 = mul nuw nsw i64 %indvars.iv1082.i, %395
+  %1078 = mul nsw i64 %762, %k_head
+  %invariant.gep747.i = getelementptr i32, ptr %key_cache, i64 %1078
+  %1079 = mul nsw i64 %762, %v_head
+  %invariant.gep754.i = getelementptr i32, ptr %value_cache, i64 %1079
   br label %for_body_row_tile.i
 
 for_begin_ti156.preheader.i:                      ; preds = %for_begin_ti156.preheader.i, %for_begin_ti156.preheader.lr.ph.i
-  %indvars.iv898.i = phi i64 [ 0, %for_begin_ti156.preheader.lr.ph.i ], [ %indvars.iv.next899.i, %for_begin_ti156.preheader.i ]
-  %.idx69 = shl nsw i64 %indvars.iv898.i, 6
-  %994 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx69
-  %995 = load i64, ptr %994, align 8, !tbaa !5
-  %gep667.i = getelementptr i32, ptr %invariant.gep666.i, i64 %995
-  %996 = load <16 x i32>, ptr %gep667.i, align 4, !tbaa !5
-  %997 = shl <16 x i32> %996, splat (i32 16)
-  %.idx70 = shl nsw i64 %indvars.iv898.i, 12
-  %998 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx70
-  store <16 x i32> %997, ptr %998, align 4, !tbaa !5
-  %999 = load i64, ptr %994, align 8, !tbaa !5
-  %gep669.i = getelementptr i32, ptr %invariant.gep666.i, i64 %999
-  %1000 = load <16 x i32>, ptr %gep669.i, align 4, !tbaa !5
-  %1001 = and <16 x i32> %1000, %387
-  %1002 = getelementptr inbounds nuw i8, ptr %998, i64 64
-  store <16 x i32> %1001, ptr %1002, align 4, !tbaa !5
-  %1003 = load i64, ptr %994, align 8, !tbaa !5
-  %gep671.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1003
-  %1004 = getelementptr i8, ptr %gep671.i, i64 64
-  %1005 = load <16 x i32>, ptr %1004, align 4, !tbaa !5
-  %1006 = shl <16 x i32> %1005, splat (i32 16)
-  %1007 = getelementptr inbounds nuw i8, ptr %998, i64 128
-  store <16 x i32> %1006, ptr %1007, align 4, !tbaa !5
-  %1008 = load i64, ptr %994, align 8, !tbaa !5
-  %gep673.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1008
-  %1009 = getelementptr i8, ptr %gep673.i, i64 64
-  %1010 = load <16 x i32>, ptr %1009, align 4, !tbaa !5
-  %1011 = and <16 x i32> %1010, %387
-  %1012 = getelementptr inbounds nuw i8, ptr %998, i64 192
-  store <16 x i32> %1011, ptr %1012, align 4, !tbaa !5
-  %1013 = load i64, ptr %994, align 8, !tbaa !5
-  %gep675.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1013
-  %1014 = getelementptr i8, ptr %gep675.i, i64 128
-  %1015 = load <16 x i32>, ptr %1014, align 4, !tbaa !5
-  %1016 = shl <16 x i32> %1015, splat (i32 16)
-  %1017 = getelementptr inbounds nuw i8, ptr %998, i64 256
-  store <16 x i32> %1016, ptr %1017, align 4, !tbaa !5
-  %1018 = load i64, ptr %994, align 8, !tbaa !5
-  %gep677.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1018
-  %1019 = getelementptr i8, ptr %gep677.i, i64 128
-  %1020 = load <16 x i32>, ptr %1019, align 4, !tbaa !5
-  %1021 = and <16 x i32> %1020, %387
-  %1022 = getelementptr inbounds nuw i8, ptr %998, i64 320
-  store <16 x i32> %1021, ptr %1022, align 4, !tbaa !5
-  %1023 = load i64, ptr %994, align 8, !tbaa !5
-  %gep679.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1023
-  %1024 = getelementptr i8, ptr %gep679.i, i64 192
-  %1025 = load <16 x i32>, ptr %1024, align 4, !tbaa !5
-  %1026 = shl <16 x i32> %1025, splat (i32 16)
-  %1027 = getelementptr inbounds nuw i8, ptr %998, i64 384
-  store <16 x i32> %1026, ptr %1027, align 4, !tbaa !5
-  %1028 = load i64, ptr %994, align 8, !tbaa !5
-  %gep681.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1028
-  %1029 = getelementptr i8, ptr %gep681.i, i64 192
-  %1030 = load <16 x i32>, ptr %1029, align 4, !tbaa !5
-  %1031 = and <16 x i32> %1030, %387
-  %1032 = getelementptr inbounds nuw i8, ptr %998, i64 448
-  store <16 x i32> %1031, ptr %1032, align 4, !tbaa !5
-  %1033 = getelementptr inbounds nuw i8, ptr %994, i64 8
-  %1034 = load i64, ptr %1033, align 8, !tbaa !5
-  %gep667.1.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1034
-  %1035 = load <16 x i32>, ptr %gep667.1.i, align 4, !tbaa !5
-  %1036 = shl <16 x i32> %1035, splat (i32 16)
-  %1037 = getelementptr inbounds nuw i8, ptr %998, i64 512
-  store <16 x i32> %1036, ptr %1037, align 4, !tbaa !5
-  %1038 = load i64, ptr %1033, align 8, !tbaa !5
-  %gep669.1.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1038
-  %1039 = load <16 x i32>, ptr %gep669.1.i, align 4, !tbaa !5
-  %1040 = and <16 x i32> %1039, %387
-  %1041 = getelementptr inbounds nuw i8, ptr %998, i64 576
-  store <16 x i32> %1040, ptr %1041, align 4, !tbaa !5
-  %1042 = load i64, ptr %1033, align 8, !tbaa !5
-  %gep671.1.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1042
-  %1043 = getelementptr i8, ptr %gep671.1.i, i64 64
-  %1044 = load <16 x i32>, ptr %1043, align 4, !tbaa !5
-  %1045 = shl <16 x i32> %1044, splat (i32 16)
-  %1046 = getelementptr inbounds nuw i8, ptr %998, i64 640
-  store <16 x i32> %1045, ptr %1046, align 4, !tbaa !5
-  %1047 = load i64, ptr %1033, align 8, !tbaa !5
-  %gep673.1.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1047
-  %1048 = getelementptr i8, ptr %gep673.1.i, i64 64
-  %1049 = load <16 x i32>, ptr %1048, align 4, !tbaa !5
-  %1050 = and <16 x i32> %1049, %387
-  %1051 = getelementptr inbounds nuw i8, ptr %998, i64 704
-  store <16 x i32> %1050, ptr %1051, align 4, !tbaa !5
-  %1052 = load i64, ptr %1033, align 8, !tbaa !5
-  %gep675.1.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1052
-  %1053 = getelementptr i8, ptr %gep675.1.i, i64 128
-  %1054 = load <16 x i32>, ptr %1053, align 4, !tbaa !5
-  %1055 = shl <16 x i32> %1054, splat (i32 16)
-  %1056 = getelementptr inbounds nuw i8, ptr %998, i64 768
-  store <16 x i32> %1055, ptr %1056, align 4, !tbaa !5
-  %1057 = load i64, ptr %1033, align 8, !tbaa !5
-  %gep677.1.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1057
-  %1058 = getelementptr i8, ptr %gep677.1.i, i64 128
-  %1059 = load <16 x i32>, ptr %1058, align 4, !tbaa !5
-  %1060 = and <16 x i32> %1059, %387
-  %1061 = getelementptr inbounds nuw i8, ptr %998, i64 832
-  store <16 x i32> %1060, ptr %1061, align 4, !tbaa !5
-  %1062 = load i64, ptr %1033, align 8, !tbaa !5
-  %gep679.1.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1062
-  %1063 = getelementptr i8, ptr %gep679.1.i, i64 192
-  %1064 = load <16 x i32>, ptr %1063, align 4, !tbaa !5
-  %1065 = shl <16 x i32> %1064, splat (i32 16)
-  %1066 = getelementptr inbounds nuw i8, ptr %998, i64 896
-  store <16 x i32> %1065, ptr %1066, align 4, !tbaa !5
-  %1067 = load i64, ptr %1033, align 8, !tbaa !5
-  %gep681.1.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1067
-  %1068 = getelementptr i8, ptr %gep681.1.i, i64 192
-  %1069 = load <16 x i32>, ptr %1068, align 4, !tbaa !5
-  %1070 = and <16 x i32> %1069, %387
-  %1071 = getelementptr inbounds nuw i8, ptr %998, i64 960
-  store <16 x i32> %1070, ptr %1071, align 4, !tbaa !5
-  %1072 = getelementptr inbounds nuw i8, ptr %994, i64 16
-  %1073 = load i64, ptr %1072, align 8, !tbaa !5
-  %gep667.2.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1073
-  %1074 = load <16 x i32>, ptr %gep667.2.i, align 4, !tbaa !5
-  %1075 = shl <16 x i32> %1074, splat (i32 16)
-  %1076 = getelementptr inbounds nuw i8, ptr %998, i64 1024
-  store <16 x i32> %1075, ptr %1076, align 4, !tbaa !5
-  %1077 = load i64, ptr %1072, align 8, !tbaa !5
-  %gep669.2.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1077
-  %1078 = load <16 x i32>, ptr %gep669.2.i, align 4, !tbaa !5
-  %1079 = and <16 x i32> %1078, %387
-  %1080 = getelementptr inbounds nuw i8, ptr %998, i64 1088
-  store <16 x i32> %1079, ptr %1080, align 4, !tbaa !5
-  %1081 = load i64, ptr %1072, align 8, !tbaa !5
-  %gep671.2.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1081
-  %1082 = getelementptr i8, ptr %gep671.2.i, i64 64
-  %1083 = load <16 x i32>, ptr %1082, align 4, !tbaa !5
-  %1084 = shl <16 x i32> %1083, splat (i32 16)
-  %1085 = getelementptr inbounds nuw i8, ptr %998, i64 1152
-  store <16 x i32> %1084, ptr %1085, align 4, !tbaa !5
-  %1086 = load i64, ptr %1072, align 8, !tbaa !5
-  %gep673.2.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1086
-  %1087 = getelementptr i8, ptr %gep673.2.i, i64 64
-  %1088 = load <16 x i32>, ptr %1087, align 4, !tbaa !5
-  %1089 = and <16 x i32> %1088, %387
-  %1090 = getelementptr inbounds nuw i8, ptr %998, i64 1216
-  store <16 x i32> %1089, ptr %1090, align 4, !tbaa !5
-  %1091 = load i64, ptr %1072, align 8, !tbaa !5
-  %gep675.2.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1091
-  %1092 = getelementptr i8, ptr %gep675.2.i, i64 128
-  %1093 = load <16 x i32>, ptr %1092, align 4, !tbaa !5
-  %1094 = shl <16 x i32> %1093, splat (i32 16)
-  %1095 = getelementptr inbounds nuw i8, ptr %998, i64 1280
-  store <16 x i32> %1094, ptr %1095, align 4, !tbaa !5
-  %1096 = load i64, ptr %1072, align 8, !tbaa !5
-  %gep677.2.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1096
-  %1097 = getelementptr i8, ptr %gep677.2.i, i64 128
-  %1098 = load <16 x i32>, ptr %1097, align 4, !tbaa !5
-  %1099 = and <16 x i32> %1098, %387
-  %1100 = getelementptr inbounds nuw i8, ptr %998, i64 1344
-  store <16 x i32> %1099, ptr %1100, align 4, !tbaa !5
-  %1101 = load i64, ptr %1072, align 8, !tbaa !5
-  %gep679.2.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1101
-  %1102 = getelementptr i8, ptr %gep679.2.i, i64 192
-  %1103 = load <16 x i32>, ptr %1102, align 4, !tbaa !5
-  %1104 = shl <16 x i32> %1103, splat (i32 16)
-  %1105 = getelementptr inbounds nuw i8, ptr %998, i64 1408
-  store <16 x i32> %1104, ptr %1105, align 4, !tbaa !5
-  %1106 = load i64, ptr %1072, align 8, !tbaa !5
-  %gep681.2.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1106
-  %1107 = getelementptr i8, ptr %gep681.2.i, i64 192
-  %1108 = load <16 x i32>, ptr %1107, align 4, !tbaa !5
-  %1109 = and <16 x i32> %1108, %387
-  %1110 = getelementptr inbounds nuw i8, ptr %998, i64 1472
-  store <16 x i32> %1109, ptr %1110, align 4, !tbaa !5
-  %1111 = getelementptr inbounds nuw i8, ptr %994, i64 24
-  %1112 = load i64, ptr %1111, align 8, !tbaa !5
-  %gep667.3.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1112
-  %1113 = load <16 x i32>, ptr %gep667.3.i, align 4, !tbaa !5
-  %1114 = shl <16 x i32> %1113, splat (i32 16)
-  %1115 = getelementptr inbounds nuw i8, ptr %998, i64 1536
-  store <16 x i32> %1114, ptr %1115, align 4, !tbaa !5
-  %1116 = load i64, ptr %1111, align 8, !tbaa !5
-  %gep669.3.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1116
-  %1117 = load <16 x i32>, ptr %gep669.3.i, align 4, !tbaa !5
-  %1118 = and <16 x i32> %1117, %387
-  %1119 = getelementptr inbounds nuw i8, ptr %998, i64 1600
-  store <16 x i32> %1118, ptr %1119, align 4, !tbaa !5
-  %1120 = load i64, ptr %1111, align 8, !tbaa !5
-  %gep671.3.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1120
-  %1121 = getelementptr i8, ptr %gep671.3.i, i64 64
-  %1122 = load <16 x i32>, ptr %1121, align 4, !tbaa !5
-  %1123 = shl <16 x i32> %1122, splat (i32 16)
-  %1124 = getelementptr inbounds nuw i8, ptr %998, i64 1664
-  store <16 x i32> %1123, ptr %1124, align 4, !tbaa !5
-  %1125 = load i64, ptr %1111, align 8, !tbaa !5
-  %gep673.3.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1125
-  %1126 = getelementptr i8, ptr %gep673.3.i, i64 64
-  %1127 = load <16 x i32>, ptr %1126, align 4, !tbaa !5
-  %1128 = and <16 x i32> %1127, %387
-  %1129 = getelementptr inbounds nuw i8, ptr %998, i64 1728
-  store <16 x i32> %1128, ptr %1129, align 4, !tbaa !5
-  %1130 = load i64, ptr %1111, align 8, !tbaa !5
-  %gep675.3.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1130
-  %1131 = getelementptr i8, ptr %gep675.3.i, i64 128
-  %1132 = load <16 x i32>, ptr %1131, align 4, !tbaa !5
-  %1133 = shl <16 x i32> %1132, splat (i32 16)
-  %1134 = getelementptr inbounds nuw i8, ptr %998, i64 1792
-  store <16 x i32> %1133, ptr %1134, align 4, !tbaa !5
-  %1135 = load i64, ptr %1111, align 8, !tbaa !5
-  %gep677.3.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1135
-  %1136 = getelementptr i8, ptr %gep677.3.i, i64 128
-  %1137 = load <16 x i32>, ptr %1136, align 4, !tbaa !5
-  %1138 = and <16 x i32> %1137, %387
-  %1139 = getelementptr inbounds nuw i8, ptr %998, i64 1856
-  store <16 x i32> %1138, ptr %1139, align 4, !tbaa !5
-  %1140 = load i64, ptr %1111, align 8, !tbaa !5
-  %gep679.3.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1140
-  %1141 = getelementptr i8, ptr %gep679.3.i, i64 192
-  %1142 = load <16 x i32>, ptr %1141, align 4, !tbaa !5
-  %1143 = shl <16 x i32> %1142, splat (i32 16)
-  %1144 = getelementptr inbounds nuw i8, ptr %998, i64 1920
-  store <16 x i32> %1143, ptr %1144, align 4, !tbaa !5
-  %1145 = load i64, ptr %1111, align 8, !tbaa !5
-  %gep681.3.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1145
-  %1146 = getelementptr i8, ptr %gep681.3.i, i64 192
-  %1147 = load <16 x i32>, ptr %1146, align 4, !tbaa !5
-  %1148 = and <16 x i32> %1147, %387
-  %1149 = getelementptr inbounds nuw i8, ptr %998, i64 1984
-  store <16 x i32> %1148, ptr %1149, align 4, !tbaa !5
-  %1150 = getelementptr inbounds nuw i8, ptr %994, i64 32
-  %1151 = load i64, ptr %1150, align 8, !tbaa !5
-  %gep667.4.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1151
-  %1152 = load <16 x i32>, ptr %gep667.4.i, align 4, !tbaa !5
-  %1153 = shl <16 x i32> %1152, splat (i32 16)
-  %1154 = getelementptr inbounds nuw i8, ptr %998, i64 2048
-  store <16 x i32> %1153, ptr %1154, align 4, !tbaa !5
-  %1155 = load i64, ptr %1150, align 8, !tbaa !5
-  %gep669.4.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1155
-  %1156 = load <16 x i32>, ptr %gep669.4.i, align 4, !tbaa !5
-  %1157 = and <16 x i32> %1156, %387
-  %1158 = getelementptr inbounds nuw i8, ptr %998, i64 2112
-  store <16 x i32> %1157, ptr %1158, align 4, !tbaa !5
-  %1159 = load i64, ptr %1150, align 8, !tbaa !5
-  %gep671.4.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1159
-  %1160 = getelementptr i8, ptr %gep671.4.i, i64 64
-  %1161 = load <16 x i32>, ptr %1160, align 4, !tbaa !5
-  %1162 = shl <16 x i32> %1161, splat (i32 16)
-  %1163 = getelementptr inbounds nuw i8, ptr %998, i64 2176
-  store <16 x i32> %1162, ptr %1163, align 4, !tbaa !5
-  %1164 = load i64, ptr %1150, align 8, !tbaa !5
-  %gep673.4.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1164
-  %1165 = getelementptr i8, ptr %gep673.4.i, i64 64
-  %1166 = load <16 x i32>, ptr %1165, align 4, !tbaa !5
-  %1167 = and <16 x i32> %1166, %387
-  %1168 = getelementptr inbounds nuw i8, ptr %998, i64 2240
-  store <16 x i32> %1167, ptr %1168, align 4, !tbaa !5
-  %1169 = load i64, ptr %1150, align 8, !tbaa !5
-  %gep675.4.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1169
-  %1170 = getelementptr i8, ptr %gep675.4.i, i64 128
-  %1171 = load <16 x i32>, ptr %1170, align 4, !tbaa !5
-  %1172 = shl <16 x i32> %1171, splat (i32 16)
-  %1173 = getelementptr inbounds nuw i8, ptr %998, i64 2304
-  store <16 x i32> %1172, ptr %1173, align 4, !tbaa !5
-  %1174 = load i64, ptr %1150, align 8, !tbaa !5
-  %gep677.4.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1174
-  %1175 = getelementptr i8, ptr %gep677.4.i, i64 128
-  %1176 = load <16 x i32>, ptr %1175, align 4, !tbaa !5
-  %1177 = and <16 x i32> %1176, %387
-  %1178 = getelementptr inbounds nuw i8, ptr %998, i64 2368
-  store <16 x i32> %1177, ptr %1178, align 4, !tbaa !5
-  %1179 = load i64, ptr %1150, align 8, !tbaa !5
-  %gep679.4.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1179
-  %1180 = getelementptr i8, ptr %gep679.4.i, i64 192
-  %1181 = load <16 x i32>, ptr %1180, align 4, !tbaa !5
-  %1182 = shl <16 x i32> %1181, splat (i32 16)
-  %1183 = getelementptr inbounds nuw i8, ptr %998, i64 2432
-  store <16 x i32> %1182, ptr %1183, align 4, !tbaa !5
-  %1184 = load i64, ptr %1150, align 8, !tbaa !5
-  %gep681.4.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1184
-  %1185 = getelementptr i8, ptr %gep681.4.i, i64 192
-  %1186 = load <16 x i32>, ptr %1185, align 4, !tbaa !5
-  %1187 = and <16 x i32> %1186, %387
-  %1188 = getelementptr inbounds nuw i8, ptr %998, i64 2496
-  store <16 x i32> %1187, ptr %1188, align 4, !tbaa !5
-  %1189 = getelementptr inbounds nuw i8, ptr %994, i64 40
-  %1190 = load i64, ptr %1189, align 8, !tbaa !5
-  %gep667.5.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1190
-  %1191 = load <16 x i32>, ptr %gep667.5.i, align 4, !tbaa !5
-  %1192 = shl <16 x i32> %1191, splat (i32 16)
-  %1193 = getelementptr inbounds nuw i8, ptr %998, i64 2560
-  store <16 x i32> %1192, ptr %1193, align 4, !tbaa !5
-  %1194 = load i64, ptr %1189, align 8, !tbaa !5
-  %gep669.5.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1194
-  %1195 = load <16 x i32>, ptr %gep669.5.i, align 4, !tbaa !5
-  %1196 = and <16 x i32> %1195, %387
-  %1197 = getelementptr inbounds nuw i8, ptr %998, i64 2624
-  store <16 x i32> %1196, ptr %1197, align 4, !tbaa !5
-  %1198 = load i64, ptr %1189, align 8, !tbaa !5
-  %gep671.5.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1198
-  %1199 = getelementptr i8, ptr %gep671.5.i, i64 64
-  %1200 = load <16 x i32>, ptr %1199, align 4, !tbaa !5
-  %1201 = shl <16 x i32> %1200, splat (i32 16)
-  %1202 = getelementptr inbounds nuw i8, ptr %998, i64 2688
-  store <16 x i32> %1201, ptr %1202, align 4, !tbaa !5
-  %1203 = load i64, ptr %1189, align 8, !tbaa !5
-  %gep673.5.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1203
-  %1204 = getelementptr i8, ptr %gep673.5.i, i64 64
-  %1205 = load <16 x i32>, ptr %1204, align 4, !tbaa !5
-  %1206 = and <16 x i32> %1205, %387
-  %1207 = getelementptr inbounds nuw i8, ptr %998, i64 2752
-  store <16 x i32> %1206, ptr %1207, align 4, !tbaa !5
-  %1208 = load i64, ptr %1189, align 8, !tbaa !5
-  %gep675.5.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1208
-  %1209 = getelementptr i8, ptr %gep675.5.i, i64 128
-  %1210 = load <16 x i32>, ptr %1209, align 4, !tbaa !5
-  %1211 = shl <16 x i32> %1210, splat (i32 16)
-  %1212 = getelementptr inbounds nuw i8, ptr %998, i64 2816
-  store <16 x i32> %1211, ptr %1212, align 4, !tbaa !5
-  %1213 = load i64, ptr %1189, align 8, !tbaa !5
-  %gep677.5.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1213
-  %1214 = getelementptr i8, ptr %gep677.5.i, i64 128
-  %1215 = load <16 x i32>, ptr %1214, align 4, !tbaa !5
-  %1216 = and <16 x i32> %1215, %387
-  %1217 = getelementptr inbounds nuw i8, ptr %998, i64 2880
-  store <16 x i32> %1216, ptr %1217, align 4, !tbaa !5
-  %1218 = load i64, ptr %1189, align 8, !tbaa !5
-  %gep679.5.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1218
-  %1219 = getelementptr i8, ptr %gep679.5.i, i64 192
-  %1220 = load <16 x i32>, ptr %1219, align 4, !tbaa !5
-  %1221 = shl <16 x i32> %1220, splat (i32 16)
-  %1222 = getelementptr inbounds nuw i8, ptr %998, i64 2944
-  store <16 x i32> %1221, ptr %1222, align 4, !tbaa !5
-  %1223 = load i64, ptr %1189, align 8, !tbaa !5
-  %gep681.5.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1223
-  %1224 = getelementptr i8, ptr %gep681.5.i, i64 192
-  %1225 = load <16 x i32>, ptr %1224, align 4, !tbaa !5
-  %1226 = and <16 x i32> %1225, %387
-  %1227 = getelementptr inbounds nuw i8, ptr %998, i64 3008
-  store <16 x i32> %1226, ptr %1227, align 4, !tbaa !5
-  %1228 = getelementptr inbounds nuw i8, ptr %994, i64 48
-  %1229 = load i64, ptr %1228, align 8, !tbaa !5
-  %gep667.6.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1229
-  %1230 = load <16 x i32>, ptr %gep667.6.i, align 4, !tbaa !5
-  %1231 = shl <16 x i32> %1230, splat (i32 16)
-  %1232 = getelementptr inbounds nuw i8, ptr %998, i64 3072
-  store <16 x i32> %1231, ptr %1232, align 4, !tbaa !5
-  %1233 = load i64, ptr %1228, align 8, !tbaa !5
-  %gep669.6.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1233
-  %1234 = load <16 x i32>, ptr %gep669.6.i, align 4, !tbaa !5
-  %1235 = and <16 x i32> %1234, %387
-  %1236 = getelementptr inbounds nuw i8, ptr %998, i64 3136
-  store <16 x i32> %1235, ptr %1236, align 4, !tbaa !5
-  %1237 = load i64, ptr %1228, align 8, !tbaa !5
-  %gep671.6.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1237
-  %1238 = getelementptr i8, ptr %gep671.6.i, i64 64
-  %1239 = load <16 x i32>, ptr %1238, align 4, !tbaa !5
-  %1240 = shl <16 x i32> %1239, splat (i32 16)
-  %1241 = getelementptr inbounds nuw i8, ptr %998, i64 3200
-  store <16 x i32> %1240, ptr %1241, align 4, !tbaa !5
-  %1242 = load i64, ptr %1228, align 8, !tbaa !5
-  %gep673.6.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1242
-  %1243 = getelementptr i8, ptr %gep673.6.i, i64 64
-  %1244 = load <16 x i32>, ptr %1243, align 4, !tbaa !5
-  %1245 = and <16 x i32> %1244, %387
-  %1246 = getelementptr inbounds nuw i8, ptr %998, i64 3264
-  store <16 x i32> %1245, ptr %1246, align 4, !tbaa !5
-  %1247 = load i64, ptr %1228, align 8, !tbaa !5
-  %gep675.6.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1247
-  %1248 = getelementptr i8, ptr %gep675.6.i, i64 128
-  %1249 = load <16 x i32>, ptr %1248, align 4, !tbaa !5
-  %1250 = shl <16 x i32> %1249, splat (i32 16)
-  %1251 = getelementptr inbounds nuw i8, ptr %998, i64 3328
-  store <16 x i32> %1250, ptr %1251, align 4, !tbaa !5
-  %1252 = load i64, ptr %1228, align 8, !tbaa !5
-  %gep677.6.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1252
-  %1253 = getelementptr i8, ptr %gep677.6.i, i64 128
-  %1254 = load <16 x i32>, ptr %1253, align 4, !tbaa !5
-  %1255 = and <16 x i32> %1254, %387
-  %1256 = getelementptr inbounds nuw i8, ptr %998, i64 3392
-  store <16 x i32> %1255, ptr %1256, align 4, !tbaa !5
-  %1257 = load i64, ptr %1228, align 8, !tbaa !5
-  %gep679.6.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1257
-  %1258 = getelementptr i8, ptr %gep679.6.i, i64 192
-  %1259 = load <16 x i32>, ptr %1258, align 4, !tbaa !5
-  %1260 = shl <16 x i32> %1259, splat (i32 16)
-  %1261 = getelementptr inbounds nuw i8, ptr %998, i64 3456
-  store <16 x i32> %1260, ptr %1261, align 4, !tbaa !5
-  %1262 = load i64, ptr %1228, align 8, !tbaa !5
-  %gep681.6.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1262
-  %1263 = getelementptr i8, ptr %gep681.6.i, i64 192
-  %1264 = load <16 x i32>, ptr %1263, align 4, !tbaa !5
-  %1265 = and <16 x i32> %1264, %387
-  %1266 = getelementptr inbounds nuw i8, ptr %998, i64 3520
-  store <16 x i32> %1265, ptr %1266, align 4, !tbaa !5
-  %1267 = getelementptr inbounds nuw i8, ptr %994, i64 56
-  %1268 = load i64, ptr %1267, align 8, !tbaa !5
-  %gep667.7.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1268
-  %1269 = load <16 x i32>, ptr %gep667.7.i, align 4, !tbaa !5
-  %1270 = shl <16 x i32> %1269, splat (i32 16)
-  %1271 = getelementptr inbounds nuw i8, ptr %998, i64 3584
-  store <16 x i32> %1270, ptr %1271, align 4, !tbaa !5
-  %1272 = load i64, ptr %1267, align 8, !tbaa !5
-  %gep669.7.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1272
-  %1273 = load <16 x i32>, ptr %gep669.7.i, align 4, !tbaa !5
-  %1274 = and <16 x i32> %1273, %387
-  %1275 = getelementptr inbounds nuw i8, ptr %998, i64 3648
-  store <16 x i32> %1274, ptr %1275, align 4, !tbaa !5
-  %1276 = load i64, ptr %1267, align 8, !tbaa !5
-  %gep671.7.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1276
-  %1277 = getelementptr i8, ptr %gep671.7.i, i64 64
-  %1278 = load <16 x i32>, ptr %1277, align 4, !tbaa !5
-  %1279 = shl <16 x i32> %1278, splat (i32 16)
-  %1280 = getelementptr inbounds nuw i8, ptr %998, i64 3712
-  store <16 x i32> %1279, ptr %1280, align 4, !tbaa !5
-  %1281 = load i64, ptr %1267, align 8, !tbaa !5
-  %gep673.7.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1281
-  %1282 = getelementptr i8, ptr %gep673.7.i, i64 64
-  %1283 = load <16 x i32>, ptr %1282, align 4, !tbaa !5
-  %1284 = and <16 x i32> %1283, %387
-  %1285 = getelementptr inbounds nuw i8, ptr %998, i64 3776
-  store <16 x i32> %1284, ptr %1285, align 4, !tbaa !5
-  %1286 = load i64, ptr %1267, align 8, !tbaa !5
-  %gep675.7.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1286
-  %1287 = getelementptr i8, ptr %gep675.7.i, i64 128
-  %1288 = load <16 x i32>, ptr %1287, align 4, !tbaa !5
-  %1289 = shl <16 x i32> %1288, splat (i32 16)
-  %1290 = getelementptr inbounds nuw i8, ptr %998, i64 3840
-  store <16 x i32> %1289, ptr %1290, align 4, !tbaa !5
-  %1291 = load i64, ptr %1267, align 8, !tbaa !5
-  %gep677.7.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1291
-  %1292 = getelementptr i8, ptr %gep677.7.i, i64 128
-  %1293 = load <16 x i32>, ptr %1292, align 4, !tbaa !5
-  %1294 = and <16 x i32> %1293, %387
-  %1295 = getelementptr inbounds nuw i8, ptr %998, i64 3904
-  store <16 x i32> %1294, ptr %1295, align 4, !tbaa !5
-  %1296 = load i64, ptr %1267, align 8, !tbaa !5
-  %gep679.7.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1296
-  %1297 = getelementptr i8, ptr %gep679.7.i, i64 192
-  %1298 = load <16 x i32>, ptr %1297, align 4, !tbaa !5
-  %1299 = shl <16 x i32> %1298, splat (i32 16)
-  %1300 = getelementptr inbounds nuw i8, ptr %998, i64 3968
-  store <16 x i32> %1299, ptr %1300, align 4, !tbaa !5
-  %1301 = load i64, ptr %1267, align 8, !tbaa !5
-  %gep681.7.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1301
-  %1302 = getelementptr i8, ptr %gep681.7.i, i64 192
-  %1303 = load <16 x i32>, ptr %1302, align 4, !tbaa !5
-  %1304 = and <16 x i32> %1303, %387
-  %1305 = getelementptr inbounds nuw i8, ptr %998, i64 4032
-  store <16 x i32> %1304, ptr %1305, align 4, !tbaa !5
-  %indvars.iv.next899.i = add nuw nsw i64 %indvars.iv898.i, 1
-  %exitcond902.not.i = icmp eq i64 %indvars.iv.next899.i, %wide.trip.count892.i
-  br i1 %exitcond902.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti156.preheader.i, !prof !13
+  %indvars.iv976.i = phi i64 [ 0, %for_begin_ti156.preheader.lr.ph.i ], [ %indvars.iv.next977.i, %for_begin_ti156.preheader.i ]
+  %.idx69 = shl nsw i64 %indvars.iv976.i, 6
+  %1080 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx69
+  %1081 = load i64, ptr %1080, align 8, !tbaa !5
+  %gep725.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1081
+  %1082 = load <16 x i32>, ptr %gep725.i, align 4, !tbaa !5
+  %1083 = shl <16 x i32> %1082, splat (i32 16)
+  %.idx70 = shl nsw i64 %indvars.iv976.i, 12
+  %1084 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx70
+  store <16 x i32> %1083, ptr %1084, align 4, !tbaa !5
+  %1085 = load i64, ptr %1080, align 8, !tbaa !5
+  %gep727.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1085
+  %1086 = load <16 x i32>, ptr %gep727.i, align 4, !tbaa !5
+  %1087 = and <16 x i32> %1086, %387
+  %1088 = getelementptr inbounds nuw i8, ptr %1084, i64 64
+  store <16 x i32> %1087, ptr %1088, align 4, !tbaa !5
+  %1089 = load i64, ptr %1080, align 8, !tbaa !5
+  %gep729.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1089
+  %1090 = getelementptr i8, ptr %gep729.i, i64 64
+  %1091 = load <16 x i32>, ptr %1090, align 4, !tbaa !5
+  %1092 = shl <16 x i32> %1091, splat (i32 16)
+  %1093 = getelementptr inbounds nuw i8, ptr %1084, i64 128
+  store <16 x i32> %1092, ptr %1093, align 4, !tbaa !5
+  %1094 = load i64, ptr %1080, align 8, !tbaa !5
+  %gep731.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1094
+  %1095 = getelementptr i8, ptr %gep731.i, i64 64
+  %1096 = load <16 x i32>, ptr %1095, align 4, !tbaa !5
+  %1097 = and <16 x i32> %1096, %387
+  %1098 = getelementptr inbounds nuw i8, ptr %1084, i64 192
+  store <16 x i32> %1097, ptr %1098, align 4, !tbaa !5
+  %1099 = load i64, ptr %1080, align 8, !tbaa !5
+  %gep733.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1099
+  %1100 = getelementptr i8, ptr %gep733.i, i64 128
+  %1101 = load <16 x i32>, ptr %1100, align 4, !tbaa !5
+  %1102 = shl <16 x i32> %1101, splat (i32 16)
+  %1103 = getelementptr inbounds nuw i8, ptr %1084, i64 256
+  store <16 x i32> %1102, ptr %1103, align 4, !tbaa !5
+  %1104 = load i64, ptr %1080, align 8, !tbaa !5
+  %gep735.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1104
+  %1105 = getelementptr i8, ptr %gep735.i, i64 128
+  %1106 = load <16 x i32>, ptr %1105, align 4, !tbaa !5
+  %1107 = and <16 x i32> %1106, %387
+  %1108 = getelementptr inbounds nuw i8, ptr %1084, i64 320
+  store <16 x i32> %1107, ptr %1108, align 4, !tbaa !5
+  %1109 = load i64, ptr %1080, align 8, !tbaa !5
+  %gep737.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1109
+  %1110 = getelementptr i8, ptr %gep737.i, i64 192
+  %1111 = load <16 x i32>, ptr %1110, align 4, !tbaa !5
+  %1112 = shl <16 x i32> %1111, splat (i32 16)
+  %1113 = getelementptr inbounds nuw i8, ptr %1084, i64 384
+  store <16 x i32> %1112, ptr %1113, align 4, !tbaa !5
+  %1114 = load i64, ptr %1080, align 8, !tbaa !5
+  %gep739.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1114
+  %1115 = getelementptr i8, ptr %gep739.i, i64 192
+  %1116 = load <16 x i32>, ptr %1115, align 4, !tbaa !5
+  %1117 = and <16 x i32> %1116, %387
+  %1118 = getelementptr inbounds nuw i8, ptr %1084, i64 448
+  store <16 x i32> %1117, ptr %1118, align 4, !tbaa !5
+  %1119 = getelementptr inbounds nuw i8, ptr %1080, i64 8
+  %1120 = load i64, ptr %1119, align 8, !tbaa !5
+  %gep725.1.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1120
+  %1121 = load <16 x i32>, ptr %gep725.1.i, align 4, !tbaa !5
+  %1122 = shl <16 x i32> %1121, splat (i32 16)
+  %1123 = getelementptr inbounds nuw i8, ptr %1084, i64 512
+  store <16 x i32> %1122, ptr %1123, align 4, !tbaa !5
+  %1124 = load i64, ptr %1119, align 8, !tbaa !5
+  %gep727.1.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1124
+  %1125 = load <16 x i32>, ptr %gep727.1.i, align 4, !tbaa !5
+  %1126 = and <16 x i32> %1125, %387
+  %1127 = getelementptr inbounds nuw i8, ptr %1084, i64 576
+  store <16 x i32> %1126, ptr %1127, align 4, !tbaa !5
+  %1128 = load i64, ptr %1119, align 8, !tbaa !5
+  %gep729.1.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1128
+  %1129 = getelementptr i8, ptr %gep729.1.i, i64 64
+  %1130 = load <16 x i32>, ptr %1129, align 4, !tbaa !5
+  %1131 = shl <16 x i32> %1130, splat (i32 16)
+  %1132 = getelementptr inbounds nuw i8, ptr %1084, i64 640
+  store <16 x i32> %1131, ptr %1132, align 4, !tbaa !5
+  %1133 = load i64, ptr %1119, align 8, !tbaa !5
+  %gep731.1.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1133
+  %1134 = getelementptr i8, ptr %gep731.1.i, i64 64
+  %1135 = load <16 x i32>, ptr %1134, align 4, !tbaa !5
+  %1136 = and <16 x i32> %1135, %387
+  %1137 = getelementptr inbounds nuw i8, ptr %1084, i64 704
+  store <16 x i32> %1136, ptr %1137, align 4, !tbaa !5
+  %1138 = load i64, ptr %1119, align 8, !tbaa !5
+  %gep733.1.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1138
+  %1139 = getelementptr i8, ptr %gep733.1.i, i64 128
+  %1140 = load <16 x i32>, ptr %1139, align 4, !tbaa !5
+  %1141 = shl <16 x i32> %1140, splat (i32 16)
+  %1142 = getelementptr inbounds nuw i8, ptr %1084, i64 768
+  store <16 x i32> %1141, ptr %1142, align 4, !tbaa !5
+  %1143 = load i64, ptr %1119, align 8, !tbaa !5
+  %gep735.1.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1143
+  %1144 = getelementptr i8, ptr %gep735.1.i, i64 128
+  %1145 = load <16 x i32>, ptr %1144, align 4, !tbaa !5
+  %1146 = and <16 x i32> %1145, %387
+  %1147 = getelementptr inbounds nuw i8, ptr %1084, i64 832
+  store <16 x i32> %1146, ptr %1147, align 4, !tbaa !5
+  %1148 = load i64, ptr %1119, align 8, !tbaa !5
+  %gep737.1.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1148
+  %1149 = getelementptr i8, ptr %gep737.1.i, i64 192
+  %1150 = load <16 x i32>, ptr %1149, align 4, !tbaa !5
+  %1151 = shl <16 x i32> %1150, splat (i32 16)
+  %1152 = getelementptr inbounds nuw i8, ptr %1084, i64 896
+  store <16 x i32> %1151, ptr %1152, align 4, !tbaa !5
+  %1153 = load i64, ptr %1119, align 8, !tbaa !5
+  %gep739.1.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1153
+  %1154 = getelementptr i8, ptr %gep739.1.i, i64 192
+  %1155 = load <16 x i32>, ptr %1154, align 4, !tbaa !5
+  %1156 = and <16 x i32> %1155, %387
+  %1157 = getelementptr inbounds nuw i8, ptr %1084, i64 960
+  store <16 x i32> %1156, ptr %1157, align 4, !tbaa !5
+  %1158 = getelementptr inbounds nuw i8, ptr %1080, i64 16
+  %1159 = load i64, ptr %1158, align 8, !tbaa !5
+  %gep725.2.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1159
+  %1160 = load <16 x i32>, ptr %gep725.2.i, align 4, !tbaa !5
+  %1161 = shl <16 x i32> %1160, splat (i32 16)
+  %1162 = getelementptr inbounds nuw i8, ptr %1084, i64 1024
+  store <16 x i32> %1161, ptr %1162, align 4, !tbaa !5
+  %1163 = load i64, ptr %1158, align 8, !tbaa !5
+  %gep727.2.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1163
+  %1164 = load <16 x i32>, ptr %gep727.2.i, align 4, !tbaa !5
+  %1165 = and <16 x i32> %1164, %387
+  %1166 = getelementptr inbounds nuw i8, ptr %1084, i64 1088
+  store <16 x i32> %1165, ptr %1166, align 4, !tbaa !5
+  %1167 = load i64, ptr %1158, align 8, !tbaa !5
+  %gep729.2.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1167
+  %1168 = getelementptr i8, ptr %gep729.2.i, i64 64
+  %1169 = load <16 x i32>, ptr %1168, align 4, !tbaa !5
+  %1170 = shl <16 x i32> %1169, splat (i32 16)
+  %1171 = getelementptr inbounds nuw i8, ptr %1084, i64 1152
+  store <16 x i32> %1170, ptr %1171, align 4, !tbaa !5
+  %1172 = load i64, ptr %1158, align 8, !tbaa !5
+  %gep731.2.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1172
+  %1173 = getelementptr i8, ptr %gep731.2.i, i64 64
+  %1174 = load <16 x i32>, ptr %1173, align 4, !tbaa !5
+  %1175 = and <16 x i32> %1174, %387
+  %1176 = getelementptr inbounds nuw i8, ptr %1084, i64 1216
+  store <16 x i32> %1175, ptr %1176, align 4, !tbaa !5
+  %1177 = load i64, ptr %1158, align 8, !tbaa !5
+  %gep733.2.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1177
+  %1178 = getelementptr i8, ptr %gep733.2.i, i64 128
+  %1179 = load <16 x i32>, ptr %1178, align 4, !tbaa !5
+  %1180 = shl <16 x i32> %1179, splat (i32 16)
+  %1181 = getelementptr inbounds nuw i8, ptr %1084, i64 1280
+  store <16 x i32> %1180, ptr %1181, align 4, !tbaa !5
+  %1182 = load i64, ptr %1158, align 8, !tbaa !5
+  %gep735.2.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1182
+  %1183 = getelementptr i8, ptr %gep735.2.i, i64 128
+  %1184 = load <16 x i32>, ptr %1183, align 4, !tbaa !5
+  %1185 = and <16 x i32> %1184, %387
+  %1186 = getelementptr inbounds nuw i8, ptr %1084, i64 1344
+  store <16 x i32> %1185, ptr %1186, align 4, !tbaa !5
+  %1187 = load i64, ptr %1158, align 8, !tbaa !5
+  %gep737.2.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1187
+  %1188 = getelementptr i8, ptr %gep737.2.i, i64 192
+  %1189 = load <16 x i32>, ptr %1188, align 4, !tbaa !5
+  %1190 = shl <16 x i32> %1189, splat (i32 16)
+  %1191 = getelementptr inbounds nuw i8, ptr %1084, i64 1408
+  store <16 x i32> %1190, ptr %1191, align 4, !tbaa !5
+  %1192 = load i64, ptr %1158, align 8, !tbaa !5
+  %gep739.2.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1192
+  %1193 = getelementptr i8, ptr %gep739.2.i, i64 192
+  %1194 = load <16 x i32>, ptr %1193, align 4, !tbaa !5
+  %1195 = and <16 x i32> %1194, %387
+  %1196 = getelementptr inbounds nuw i8, ptr %1084, i64 1472
+  store <16 x i32> %1195, ptr %1196, align 4, !tbaa !5
+  %1197 = getelementptr inbounds nuw i8, ptr %1080, i64 24
+  %1198 = load i64, ptr %1197, align 8, !tbaa !5
+  %gep725.3.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1198
+  %1199 = load <16 x i32>, ptr %gep725.3.i, align 4, !tbaa !5
+  %1200 = shl <16 x i32> %1199, splat (i32 16)
+  %1201 = getelementptr inbounds nuw i8, ptr %1084, i64 1536
+  store <16 x i32> %1200, ptr %1201, align 4, !tbaa !5
+  %1202 = load i64, ptr %1197, align 8, !tbaa !5
+  %gep727.3.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1202
+  %1203 = load <16 x i32>, ptr %gep727.3.i, align 4, !tbaa !5
+  %1204 = and <16 x i32> %1203, %387
+  %1205 = getelementptr inbounds nuw i8, ptr %1084, i64 1600
+  store <16 x i32> %1204, ptr %1205, align 4, !tbaa !5
+  %1206 = load i64, ptr %1197, align 8, !tbaa !5
+  %gep729.3.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1206
+  %1207 = getelementptr i8, ptr %gep729.3.i, i64 64
+  %1208 = load <16 x i32>, ptr %1207, align 4, !tbaa !5
+  %1209 = shl <16 x i32> %1208, splat (i32 16)
+  %1210 = getelementptr inbounds nuw i8, ptr %1084, i64 1664
+  store <16 x i32> %1209, ptr %1210, align 4, !tbaa !5
+  %1211 = load i64, ptr %1197, align 8, !tbaa !5
+  %gep731.3.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1211
+  %1212 = getelementptr i8, ptr %gep731.3.i, i64 64
+  %1213 = load <16 x i32>, ptr %1212, align 4, !tbaa !5
+  %1214 = and <16 x i32> %1213, %387
+  %1215 = getelementptr inbounds nuw i8, ptr %1084, i64 1728
+  store <16 x i32> %1214, ptr %1215, align 4, !tbaa !5
+  %1216 = load i64, ptr %1197, align 8, !tbaa !5
+  %gep733.3.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1216
+  %1217 = getelementptr i8, ptr %gep733.3.i, i64 128
+  %1218 = load <16 x i32>, ptr %1217, align 4, !tbaa !5
+  %1219 = shl <16 x i32> %1218, splat (i32 16)
+  %1220 = getelementptr inbounds nuw i8, ptr %1084, i64 1792
+  store <16 x i32> %1219, ptr %1220, align 4, !tbaa !5
+  %1221 = load i64, ptr %1197, align 8, !tbaa !5
+  %gep735.3.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1221
+  %1222 = getelementptr i8, ptr %gep735.3.i, i64 128
+  %1223 = load <16 x i32>, ptr %1222, align 4, !tbaa !5
+  %1224 = and <16 x i32> %1223, %387
+  %1225 = getelementptr inbounds nuw i8, ptr %1084, i64 1856
+  store <16 x i32> %1224, ptr %1225, align 4, !tbaa !5
+  %1226 = load i64, ptr %1197, align 8, !tbaa !5
+  %gep737.3.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1226
+  %1227 = getelementptr i8, ptr %gep737.3.i, i64 192
+  %1228 = load <16 x i32>, ptr %1227, align 4, !tbaa !5
+  %1229 = shl <16 x i32> %1228, splat (i32 16)
+  %1230 = getelementptr inbounds nuw i8, ptr %1084, i64 1920
+  store <16 x i32> %1229, ptr %1230, align 4, !tbaa !5
+  %1231 = load i64, ptr %1197, align 8, !tbaa !5
+  %gep739.3.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1231
+  %1232 = getelementptr i8, ptr %gep739.3.i, i64 192
+  %1233 = load <16 x i32>, ptr %1232, align 4, !tbaa !5
+  %1234 = and <16 x i32> %1233, %387
+  %1235 = getelementptr inbounds nuw i8, ptr %1084, i64 1984
+  store <16 x i32> %1234, ptr %1235, align 4, !tbaa !5
+  %1236 = getelementptr inbounds nuw i8, ptr %1080, i64 32
+  %1237 = load i64, ptr %1236, align 8, !tbaa !5
+  %gep725.4.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1237
+  %1238 = load <16 x i32>, ptr %gep725.4.i, align 4, !tbaa !5
+  %1239 = shl <16 x i32> %1238, splat (i32 16)
+  %1240 = getelementptr inbounds nuw i8, ptr %1084, i64 2048
+  store <16 x i32> %1239, ptr %1240, align 4, !tbaa !5
+  %1241 = load i64, ptr %1236, align 8, !tbaa !5
+  %gep727.4.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1241
+  %1242 = load <16 x i32>, ptr %gep727.4.i, align 4, !tbaa !5
+  %1243 = and <16 x i32> %1242, %387
+  %1244 = getelementptr inbounds nuw i8, ptr %1084, i64 2112
+  store <16 x i32> %1243, ptr %1244, align 4, !tbaa !5
+  %1245 = load i64, ptr %1236, align 8, !tbaa !5
+  %gep729.4.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1245
+  %1246 = getelementptr i8, ptr %gep729.4.i, i64 64
+  %1247 = load <16 x i32>, ptr %1246, align 4, !tbaa !5
+  %1248 = shl <16 x i32> %1247, splat (i32 16)
+  %1249 = getelementptr inbounds nuw i8, ptr %1084, i64 2176
+  store <16 x i32> %1248, ptr %1249, align 4, !tbaa !5
+  %1250 = load i64, ptr %1236, align 8, !tbaa !5
+  %gep731.4.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1250
+  %1251 = getelementptr i8, ptr %gep731.4.i, i64 64
+  %1252 = load <16 x i32>, ptr %1251, align 4, !tbaa !5
+  %1253 = and <16 x i32> %1252, %387
+  %1254 = getelementptr inbounds nuw i8, ptr %1084, i64 2240
+  store <16 x i32> %1253, ptr %1254, align 4, !tbaa !5
+  %1255 = load i64, ptr %1236, align 8, !tbaa !5
+  %gep733.4.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1255
+  %1256 = getelementptr i8, ptr %gep733.4.i, i64 128
+  %1257 = load <16 x i32>, ptr %1256, align 4, !tbaa !5
+  %1258 = shl <16 x i32> %1257, splat (i32 16)
+  %1259 = getelementptr inbounds nuw i8, ptr %1084, i64 2304
+  store <16 x i32> %1258, ptr %1259, align 4, !tbaa !5
+  %1260 = load i64, ptr %1236, align 8, !tbaa !5
+  %gep735.4.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1260
+  %1261 = getelementptr i8, ptr %gep735.4.i, i64 128
+  %1262 = load <16 x i32>, ptr %1261, align 4, !tbaa !5
+  %1263 = and <16 x i32> %1262, %387
+  %1264 = getelementptr inbounds nuw i8, ptr %1084, i64 2368
+  store <16 x i32> %1263, ptr %1264, align 4, !tbaa !5
+  %1265 = load i64, ptr %1236, align 8, !tbaa !5
+  %gep737.4.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1265
+  %1266 = getelementptr i8, ptr %gep737.4.i, i64 192
+  %1267 = load <16 x i32>, ptr %1266, align 4, !tbaa !5
+  %1268 = shl <16 x i32> %1267, splat (i32 16)
+  %1269 = getelementptr inbounds nuw i8, ptr %1084, i64 2432
+  store <16 x i32> %1268, ptr %1269, align 4, !tbaa !5
+  %1270 = load i64, ptr %1236, align 8, !tbaa !5
+  %gep739.4.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1270
+  %1271 = getelementptr i8, ptr %gep739.4.i, i64 192
+  %1272 = load <16 x i32>, ptr %1271, align 4, !tbaa !5
+  %1273 = and <16 x i32> %1272, %387
+  %1274 = getelementptr inbounds nuw i8, ptr %1084, i64 2496
+  store <16 x i32> %1273, ptr %1274, align 4, !tbaa !5
+  %1275 = getelementptr inbounds nuw i8, ptr %1080, i64 40
+  %1276 = load i64, ptr %1275, align 8, !tbaa !5
+  %gep725.5.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1276
+  %1277 = load <16 x i32>, ptr %gep725.5.i, align 4, !tbaa !5
+  %1278 = shl <16 x i32> %1277, splat (i32 16)
+  %1279 = getelementptr inbounds nuw i8, ptr %1084, i64 2560
+  store <16 x i32> %1278, ptr %1279, align 4, !tbaa !5
+  %1280 = load i64, ptr %1275, align 8, !tbaa !5
+  %gep727.5.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1280
+  %1281 = load <16 x i32>, ptr %gep727.5.i, align 4, !tbaa !5
+  %1282 = and <16 x i32> %1281, %387
+  %1283 = getelementptr inbounds nuw i8, ptr %1084, i64 2624
+  store <16 x i32> %1282, ptr %1283, align 4, !tbaa !5
+  %1284 = load i64, ptr %1275, align 8, !tbaa !5
+  %gep729.5.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1284
+  %1285 = getelementptr i8, ptr %gep729.5.i, i64 64
+  %1286 = load <16 x i32>, ptr %1285, align 4, !tbaa !5
+  %1287 = shl <16 x i32> %1286, splat (i32 16)
+  %1288 = getelementptr inbounds nuw i8, ptr %1084, i64 2688
+  store <16 x i32> %1287, ptr %1288, align 4, !tbaa !5
+  %1289 = load i64, ptr %1275, align 8, !tbaa !5
+  %gep731.5.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1289
+  %1290 = getelementptr i8, ptr %gep731.5.i, i64 64
+  %1291 = load <16 x i32>, ptr %1290, align 4, !tbaa !5
+  %1292 = and <16 x i32> %1291, %387
+  %1293 = getelementptr inbounds nuw i8, ptr %1084, i64 2752
+  store <16 x i32> %1292, ptr %1293, align 4, !tbaa !5
+  %1294 = load i64, ptr %1275, align 8, !tbaa !5
+  %gep733.5.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1294
+  %1295 = getelementptr i8, ptr %gep733.5.i, i64 128
+  %1296 = load <16 x i32>, ptr %1295, align 4, !tbaa !5
+  %1297 = shl <16 x i32> %1296, splat (i32 16)
+  %1298 = getelementptr inbounds nuw i8, ptr %1084, i64 2816
+  store <16 x i32> %1297, ptr %1298, align 4, !tbaa !5
+  %1299 = load i64, ptr %1275, align 8, !tbaa !5
+  %gep735.5.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1299
+  %1300 = getelementptr i8, ptr %gep735.5.i, i64 128
+  %1301 = load <16 x i32>, ptr %1300, align 4, !tbaa !5
+  %1302 = and <16 x i32> %1301, %387
+  %1303 = getelementptr inbounds nuw i8, ptr %1084, i64 2880
+  store <16 x i32> %1302, ptr %1303, align 4, !tbaa !5
+  %1304 = load i64, ptr %1275, align 8, !tbaa !5
+  %gep737.5.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1304
+  %1305 = getelementptr i8, ptr %gep737.5.i, i64 192
+  %1306 = load <16 x i32>, ptr %1305, align 4, !tbaa !5
+  %1307 = shl <16 x i32> %1306, splat (i32 16)
+  %1308 = getelementptr inbounds nuw i8, ptr %1084, i64 2944
+  store <16 x i32> %1307, ptr %1308, align 4, !tbaa !5
+  %1309 = load i64, ptr %1275, align 8, !tbaa !5
+  %gep739.5.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1309
+  %1310 = getelementptr i8, ptr %gep739.5.i, i64 192
+  %1311 = load <16 x i32>, ptr %1310, align 4, !tbaa !5
+  %1312 = and <16 x i32> %1311, %387
+  %1313 = getelementptr inbounds nuw i8, ptr %1084, i64 3008
+  store <16 x i32> %1312, ptr %1313, align 4, !tbaa !5
+  %1314 = getelementptr inbounds nuw i8, ptr %1080, i64 48
+  %1315 = load i64, ptr %1314, align 8, !tbaa !5
+  %gep725.6.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1315
+  %1316 = load <16 x i32>, ptr %gep725.6.i, align 4, !tbaa !5
+  %1317 = shl <16 x i32> %1316, splat (i32 16)
+  %1318 = getelementptr inbounds nuw i8, ptr %1084, i64 3072
+  store <16 x i32> %1317, ptr %1318, align 4, !tbaa !5
+  %1319 = load i64, ptr %1314, align 8, !tbaa !5
+  %gep727.6.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1319
+  %1320 = load <16 x i32>, ptr %gep727.6.i, align 4, !tbaa !5
+  %1321 = and <16 x i32> %1320, %387
+  %1322 = getelementptr inbounds nuw i8, ptr %1084, i64 3136
+  store <16 x i32> %1321, ptr %1322, align 4, !tbaa !5
+  %1323 = load i64, ptr %1314, align 8, !tbaa !5
+  %gep729.6.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1323
+  %1324 = getelementptr i8, ptr %gep729.6.i, i64 64
+  %1325 = load <16 x i32>, ptr %1324, align 4, !tbaa !5
+  %1326 = shl <16 x i32> %1325, splat (i32 16)
+  %1327 = getelementptr inbounds nuw i8, ptr %1084, i64 3200
+  store <16 x i32> %1326, ptr %1327, align 4, !tbaa !5
+  %1328 = load i64, ptr %1314, align 8, !tbaa !5
+  %gep731.6.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1328
+  %1329 = getelementptr i8, ptr %gep731.6.i, i64 64
+  %1330 = load <16 x i32>, ptr %1329, align 4, !tbaa !5
+  %1331 = and <16 x i32> %1330, %387
+  %1332 = getelementptr inbounds nuw i8, ptr %1084, i64 3264
+  store <16 x i32> %1331, ptr %1332, align 4, !tbaa !5
+  %1333 = load i64, ptr %1314, align 8, !tbaa !5
+  %gep733.6.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1333
+  %1334 = getelementptr i8, ptr %gep733.6.i, i64 128
+  %1335 = load <16 x i32>, ptr %1334, align 4, !tbaa !5
+  %1336 = shl <16 x i32> %1335, splat (i32 16)
+  %1337 = getelementptr inbounds nuw i8, ptr %1084, i64 3328
+  store <16 x i32> %1336, ptr %1337, align 4, !tbaa !5
+  %1338 = load i64, ptr %1314, align 8, !tbaa !5
+  %gep735.6.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1338
+  %1339 = getelementptr i8, ptr %gep735.6.i, i64 128
+  %1340 = load <16 x i32>, ptr %1339, align 4, !tbaa !5
+  %1341 = and <16 x i32> %1340, %387
+  %1342 = getelementptr inbounds nuw i8, ptr %1084, i64 3392
+  store <16 x i32> %1341, ptr %1342, align 4, !tbaa !5
+  %1343 = load i64, ptr %1314, align 8, !tbaa !5
+  %gep737.6.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1343
+  %1344 = getelementptr i8, ptr %gep737.6.i, i64 192
+  %1345 = load <16 x i32>, ptr %1344, align 4, !tbaa !5
+  %1346 = shl <16 x i32> %1345, splat (i32 16)
+  %1347 = getelementptr inbounds nuw i8, ptr %1084, i64 3456
+  store <16 x i32> %1346, ptr %1347, align 4, !tbaa !5
+  %1348 = load i64, ptr %1314, align 8, !tbaa !5
+  %gep739.6.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1348
+  %1349 = getelementptr i8, ptr %gep739.6.i, i64 192
+  %1350 = load <16 x i32>, ptr %1349, align 4, !tbaa !5
+  %1351 = and <16 x i32> %1350, %387
+  %1352 = getelementptr inbounds nuw i8, ptr %1084, i64 3520
+  store <16 x i32> %1351, ptr %1352, align 4, !tbaa !5
+  %1353 = getelementptr inbounds nuw i8, ptr %1080, i64 56
+  %1354 = load i64, ptr %1353, align 8, !tbaa !5
+  %gep725.7.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1354
+  %1355 = load <16 x i32>, ptr %gep725.7.i, align 4, !tbaa !5
+  %1356 = shl <16 x i32> %1355, splat (i32 16)
+  %1357 = getelementptr inbounds nuw i8, ptr %1084, i64 3584
+  store <16 x i32> %1356, ptr %1357, align 4, !tbaa !5
+  %1358 = load i64, ptr %1353, align 8, !tbaa !5
+  %gep727.7.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1358
+  %1359 = load <16 x i32>, ptr %gep727.7.i, align 4, !tbaa !5
+  %1360 = and <16 x i32> %1359, %387
+  %1361 = getelementptr inbounds nuw i8, ptr %1084, i64 3648
+  store <16 x i32> %1360, ptr %1361, align 4, !tbaa !5
+  %1362 = load i64, ptr %1353, align 8, !tbaa !5
+  %gep729.7.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1362
+  %1363 = getelementptr i8, ptr %gep729.7.i, i64 64
+  %1364 = load <16 x i32>, ptr %1363, align 4, !tbaa !5
+  %1365 = shl <16 x i32> %1364, splat (i32 16)
+  %1366 = getelementptr inbounds nuw i8, ptr %1084, i64 3712
+  store <16 x i32> %1365, ptr %1366, align 4, !tbaa !5
+  %1367 = load i64, ptr %1353, align 8, !tbaa !5
+  %gep731.7.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1367
+  %1368 = getelementptr i8, ptr %gep731.7.i, i64 64
+  %1369 = load <16 x i32>, ptr %1368, align 4, !tbaa !5
+  %1370 = and <16 x i32> %1369, %387
+  %1371 = getelementptr inbounds nuw i8, ptr %1084, i64 3776
+  store <16 x i32> %1370, ptr %1371, align 4, !tbaa !5
+  %1372 = load i64, ptr %1353, align 8, !tbaa !5
+  %gep733.7.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1372
+  %1373 = getelementptr i8, ptr %gep733.7.i, i64 128
+  %1374 = load <16 x i32>, ptr %1373, align 4, !tbaa !5
+  %1375 = shl <16 x i32> %1374, splat (i32 16)
+  %1376 = getelementptr inbounds nuw i8, ptr %1084, i64 3840
+  store <16 x i32> %1375, ptr %1376, align 4, !tbaa !5
+  %1377 = load i64, ptr %1353, align 8, !tbaa !5
+  %gep735.7.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1377
+  %1378 = getelementptr i8, ptr %gep735.7.i, i64 128
+  %1379 = load <16 x i32>, ptr %1378, align 4, !tbaa !5
+  %1380 = and <16 x i32> %1379, %387
+  %1381 = getelementptr inbounds nuw i8, ptr %1084, i64 3904
+  store <16 x i32> %1380, ptr %1381, align 4, !tbaa !5
+  %1382 = load i64, ptr %1353, align 8, !tbaa !5
+  %gep737.7.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1382
+  %1383 = getelementptr i8, ptr %gep737.7.i, i64 192
+  %1384 = load <16 x i32>, ptr %1383, align 4, !tbaa !5
+  %1385 = shl <16 x i32> %1384, splat (i32 16)
+  %1386 = getelementptr inbounds nuw i8, ptr %1084, i64 3968
+  store <16 x i32> %1385, ptr %1386, align 4, !tbaa !5
+  %1387 = load i64, ptr %1353, align 8, !tbaa !5
+  %gep739.7.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1387
+  %1388 = getelementptr i8, ptr %gep739.7.i, i64 192
+  %1389 = load <16 x i32>, ptr %1388, align 4, !tbaa !5
+  %1390 = and <16 x i32> %1389, %387
+  %1391 = getelementptr inbounds nuw i8, ptr %1084, i64 4032
+  store <16 x i32> %1390, ptr %1391, align 4, !tbaa !5
+  %indvars.iv.next977.i = add nuw nsw i64 %indvars.iv976.i, 1
+  %exitcond980.not.i = icmp eq i64 %indvars.iv.next977.i, %wide.trip.count970.i
+  br i1 %exitcond980.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti156.preheader.i, !prof !13
 
-for_begin_row_tile.i:                             ; preds = %if_end327.i
-  %indvars.iv.next995.i = add nuw nsw i64 %indvars.iv994.i, 1
-  %exitcond998.not.i = icmp eq i64 %indvars.iv.next995.i, %395
-  br i1 %exitcond998.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
+for_begin_row_tile.i:                             ; preds = %if_end340.i
+  %indvars.iv.next1078.i = add nuw nsw i64 %indvars.iv1077.i, 1
+  %exitcond1081.not.i = icmp eq i64 %indvars.iv.next1078.i, %395
+  br i1 %exitcond1081.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
 
 for_body_row_tile.i:                              ; preds = %for_begin_row_tile.i, %for_body_row_tile.lr.ph.i
-  %indvars.iv994.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next995.i, %for_begin_row_tile.i ]
-  %1306 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scores.i = tail call ptr %1306(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1307 = icmp eq ptr %scores.i, null
-  br i1 %1307, label %fused_attend_compute_.exit, label %if_end162.i, !prof !8
+  %indvars.iv1077.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1078.i, %for_begin_row_tile.i ]
+  %1392 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.i = tail call ptr %1392(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1393 = icmp eq ptr %scores.i, null
+  br i1 %1393, label %fused_attend_compute_.exit, label %if_end162.i, !prof !8
 
 for_end_row_tile.i:                               ; preds = %for_begin_row_tile.i, %for_begin_row_tile.preheader.i
-  %1308 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %1309 = tail call i32 %1308(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not540.i = icmp eq i32 %1309, 0
-  br i1 %.not540.i, label %if_end333.i, label %fused_attend_compute_.exit, !prof !42
+  %1394 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1395 = tail call i32 %1394(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
+  %.not596.i = icmp eq i32 %1395, 0
+  br i1 %.not596.i, label %if_end346.i, label %fused_attend_compute_.exit, !prof !36
 
 if_end162.i:                                      ; preds = %for_body_row_tile.i
-  %1310 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %probs.i = tail call ptr %1310(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1311 = icmp eq ptr %probs.i, null
-  br i1 %1311, label %fused_attend_compute_.exit, label %if_end165.i, !prof !8
+  %1396 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %probs.i = tail call ptr %1396(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1397 = icmp eq ptr %probs.i, null
+  br i1 %1397, label %fused_attend_compute_.exit, label %if_end165.i, !prof !8
 
 if_end165.i:                                      ; preds = %if_end162.i
-  %1312 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %edges.i = tail call ptr %1312(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %1313 = icmp eq ptr %edges.i, null
-  br i1 %1313, label %fused_attend_compute_.exit, label %if_end168.i, !prof !8
+  %1398 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %edges.i = tail call ptr %1398(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %1399 = icmp eq ptr %edges.i, null
+  br i1 %1399, label %fused_attend_compute_.exit, label %if_end168.i, !prof !8
 
 if_end168.i:                                      ; preds = %if_end165.i
-  %1314 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled.i = tail call ptr %1314(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1315 = icmp eq ptr %scaled.i, null
-  br i1 %1315, label %fused_attend_compute_.exit, label %if_end171.i, !prof !8
+  %1400 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled.i = tail call ptr %1400(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1401 = icmp eq ptr %scaled.i, null
+  br i1 %1401, label %fused_attend_compute_.exit, label %if_end171.i, !prof !8
 
 if_end171.i:                                      ; preds = %if_end168.i
-  %1316 = add nuw nsw i64 %indvars.iv994.i, %993
-  %1317 = trunc nuw i64 %1316 to i32
-  %1318 = shl i32 %1317, 2
-  %1319 = sext i32 %1318 to i64
-  %1320 = getelementptr i32, ptr %reach.i, i64 %1319
-  %1321 = getelementptr i8, ptr %1320, i64 4
-  %1322 = load i32, ptr %1321, align 4, !tbaa !5
-  %1323 = sext i32 %1322 to i64
-  %1324 = icmp slt i64 %638, %1323
-  br i1 %1324, label %if_then173.i, label %if_end174.i, !prof !8
+  %1402 = srem i32 %722, %111
+  %1403 = ashr i32 %1402, 31
+  %1404 = sdiv i32 %722, %111
+  %1405 = add nsw i32 %1404, %1403
+  %.not598745.i = icmp slt i32 %1405, 0
+  br i1 %.not598745.i, label %for_end_t184.i, label %for_body_t174.lr.ph.i, !prof !16
 
-if_then173.i:                                     ; preds = %if_end171.i
-  %1325 = tail call i32 @llvm.smin.i32(i32 %550, i32 %1322)
-  %1326 = sub i32 %1325, %647
-  %valid_len176.i = tail call i32 @llvm.smin.i32(i32 %1326, i32 128)
-  %1327 = add nsw i32 %valid_len176.i, 7
-  %1328 = ashr i32 %1327, 3
-  %1329 = icmp sgt i32 %1328, 0
-  br i1 %1329, label %for_begin_d_0.preheader.lr.ph.i, label %for_end_to184.i, !prof !3
+for_body_t174.lr.ph.i:                            ; preds = %if_end171.i
+  %1406 = add nuw i32 %1405, 1
+  %1407 = trunc nuw nsw i64 %indvars.iv1077.i to i32
+  %1408 = mul nuw nsw i32 %1406, %1407
+  %xtraiter589 = and i32 %1406, 3
+  %1409 = icmp ult i32 %1405, 3
+  br i1 %1409, label %for_body_t174.i.epil.preheader, label %for_body_t174.lr.ph.i.new, !prof !43
 
-for_begin_d_0.preheader.lr.ph.i:                  ; preds = %if_then173.i
-  %1330 = shl i32 %1317, 11
-  %1331 = sext i32 %1330 to i64
-  %wide.trip.count919.i = zext nneg i32 %1328 to i64
-  %invariant.gep = getelementptr float, ptr %q_tile.i, i64 %1331
+for_body_t174.lr.ph.i.new:                        ; preds = %for_body_t174.lr.ph.i
+  %unroll_iter592 = and i32 %1406, -4
+  br label %for_body_t174.i
+
+for_body_t174.i:                                  ; preds = %for_body_t174.i, %for_body_t174.lr.ph.i.new
+  %t177746.i = phi i32 [ 0, %for_body_t174.lr.ph.i.new ], [ %1437, %for_body_t174.i ]
+  %niter593 = phi i32 [ 0, %for_body_t174.lr.ph.i.new ], [ %niter593.next.3, %for_body_t174.i ]
+  %1410 = add nuw nsw i32 %t177746.i, %1408
+  %1411 = tail call i32 @llvm.smin.i32(i32 %1410, i32 %722)
+  %1412 = sext i32 %1411 to i64
+  %1413 = getelementptr i64, ptr %key_offsets.i, i64 %1412
+  %1414 = getelementptr i8, ptr %1413, i64 1024
+  %1415 = load i64, ptr %1414, align 8, !tbaa !5
+  %gep748.i = getelementptr i32, ptr %invariant.gep747.i, i64 %1415
+  tail call void @llvm.prefetch.p0(ptr readonly %gep748.i, i32 0, i32 2, i32 1)
+  %gep743.1.i = getelementptr i8, ptr %gep748.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep743.1.i, i32 0, i32 2, i32 1)
+  %gep743.2.i = getelementptr i8, ptr %gep748.i, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep743.2.i, i32 0, i32 2, i32 1)
+  %gep743.3.i = getelementptr i8, ptr %gep748.i, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep743.3.i, i32 0, i32 2, i32 1)
+  %1416 = or disjoint i32 %t177746.i, 1
+  %1417 = add nuw nsw i32 %1416, %1408
+  %1418 = tail call i32 @llvm.smin.i32(i32 %1417, i32 %722)
+  %1419 = sext i32 %1418 to i64
+  %1420 = getelementptr i64, ptr %key_offsets.i, i64 %1419
+  %1421 = getelementptr i8, ptr %1420, i64 1024
+  %1422 = load i64, ptr %1421, align 8, !tbaa !5
+  %gep748.i.1 = getelementptr i32, ptr %invariant.gep747.i, i64 %1422
+  tail call void @llvm.prefetch.p0(ptr readonly %gep748.i.1, i32 0, i32 2, i32 1)
+  %gep743.1.i.1 = getelementptr i8, ptr %gep748.i.1, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep743.1.i.1, i32 0, i32 2, i32 1)
+  %gep743.2.i.1 = getelementptr i8, ptr %gep748.i.1, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep743.2.i.1, i32 0, i32 2, i32 1)
+  %gep743.3.i.1 = getelementptr i8, ptr %gep748.i.1, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep743.3.i.1, i32 0, i32 2, i32 1)
+  %1423 = or disjoint i32 %t177746.i, 2
+  %1424 = add nuw nsw i32 %1423, %1408
+  %1425 = tail call i32 @llvm.smin.i32(i32 %1424, i32 %722)
+  %1426 = sext i32 %1425 to i64
+  %1427 = getelementptr i64, ptr %key_offsets.i, i64 %1426
+  %1428 = getelementptr i8, ptr %1427, i64 1024
+  %1429 = load i64, ptr %1428, align 8, !tbaa !5
+  %gep748.i.2 = getelementptr i32, ptr %invariant.gep747.i, i64 %1429
+  tail call void @llvm.prefetch.p0(ptr readonly %gep748.i.2, i32 0, i32 2, i32 1)
+  %gep743.1.i.2 = getelementptr i8, ptr %gep748.i.2, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep743.1.i.2, i32 0, i32 2, i32 1)
+  %gep743.2.i.2 = getelementptr i8, ptr %gep748.i.2, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep743.2.i.2, i32 0, i32 2, i32 1)
+  %gep743.3.i.2 = getelementptr i8, ptr %gep748.i.2, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep743.3.i.2, i32 0, i32 2, i32 1)
+  %1430 = or disjoint i32 %t177746.i, 3
+  %1431 = add nuw nsw i32 %1430, %1408
+  %1432 = tail call i32 @llvm.smin.i32(i32 %1431, i32 %722)
+  %1433 = sext i32 %1432 to i64
+  %1434 = getelementptr i64, ptr %key_offsets.i, i64 %1433
+  %1435 = getelementptr i8, ptr %1434, i64 1024
+  %1436 = load i64, ptr %1435, align 8, !tbaa !5
+  %gep748.i.3 = getelementptr i32, ptr %invariant.gep747.i, i64 %1436
+  tail call void @llvm.prefetch.p0(ptr readonly %gep748.i.3, i32 0, i32 2, i32 1)
+  %gep743.1.i.3 = getelementptr i8, ptr %gep748.i.3, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep743.1.i.3, i32 0, i32 2, i32 1)
+  %gep743.2.i.3 = getelementptr i8, ptr %gep748.i.3, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep743.2.i.3, i32 0, i32 2, i32 1)
+  %gep743.3.i.3 = getelementptr i8, ptr %gep748.i.3, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep743.3.i.3, i32 0, i32 2, i32 1)
+  %1437 = add nuw i32 %t177746.i, 4
+  %niter593.next.3 = add i32 %niter593, 4
+  %niter593.ncmp.3 = icmp eq i32 %niter593.next.3, %unroll_iter592
+  br i1 %niter593.ncmp.3, label %for_body_t183.i.preheader.unr-lcssa, label %for_body_t174.i, !prof !44, !llvm.loop !45
+
+for_body_t183.i.preheader.unr-lcssa:              ; preds = %for_body_t174.i
+  %lcmp.mod590.not = icmp eq i32 %xtraiter589, 0
+  br i1 %lcmp.mod590.not, label %for_body_t183.i.preheader, label %for_body_t174.i.epil.preheader, !prof !47
+
+for_body_t174.i.epil.preheader:                   ; preds = %for_body_t183.i.preheader.unr-lcssa, %for_body_t174.lr.ph.i
+  %t177746.i.epil.init = phi i32 [ 0, %for_body_t174.lr.ph.i ], [ %1437, %for_body_t183.i.preheader.unr-lcssa ]
+  %lcmp.mod591 = icmp ne i32 %xtraiter589, 0
+  tail call void @llvm.assume(i1 %lcmp.mod591)
+  br label %for_body_t174.i.epil
+
+for_body_t174.i.epil:                             ; preds = %for_body_t174.i.epil, %for_body_t174.i.epil.preheader
+  %t177746.i.epil = phi i32 [ %t177746.i.epil.init, %for_body_t174.i.epil.preheader ], [ %1444, %for_body_t174.i.epil ]
+  %epil.iter = phi i32 [ 0, %for_body_t174.i.epil.preheader ], [ %epil.iter.next, %for_body_t174.i.epil ]
+  %1438 = add nuw nsw i32 %t177746.i.epil, %1408
+  %1439 = tail call i32 @llvm.smin.i32(i32 %1438, i32 %722)
+  %1440 = sext i32 %1439 to i64
+  %1441 = getelementptr i64, ptr %key_offsets.i, i64 %1440
+  %1442 = getelementptr i8, ptr %1441, i64 1024
+  %1443 = load i64, ptr %1442, align 8, !tbaa !5
+  %gep748.i.epil = getelementptr i32, ptr %invariant.gep747.i, i64 %1443
+  tail call void @llvm.prefetch.p0(ptr readonly %gep748.i.epil, i32 0, i32 2, i32 1)
+  %gep743.1.i.epil = getelementptr i8, ptr %gep748.i.epil, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep743.1.i.epil, i32 0, i32 2, i32 1)
+  %gep743.2.i.epil = getelementptr i8, ptr %gep748.i.epil, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep743.2.i.epil, i32 0, i32 2, i32 1)
+  %gep743.3.i.epil = getelementptr i8, ptr %gep748.i.epil, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep743.3.i.epil, i32 0, i32 2, i32 1)
+  %1444 = add nuw i32 %t177746.i.epil, 1
+  %epil.iter.next = add i32 %epil.iter, 1
+  %epil.iter.cmp.not = icmp eq i32 %epil.iter.next, %xtraiter589
+  br i1 %epil.iter.cmp.not, label %for_body_t183.i.preheader, label %for_body_t174.i.epil, !prof !12, !llvm.loop !48
+
+for_body_t183.i.preheader:                        ; preds = %for_body_t174.i.epil, %for_body_t183.i.preheader.unr-lcssa
+  %xtraiter594 = and i32 %1406, 3
+  %1445 = icmp ult i32 %1405, 3
+  br i1 %1445, label %for_body_t183.i.epil.preheader, label %for_body_t183.i.preheader.new, !prof !43
+
+for_body_t183.i.preheader.new:                    ; preds = %for_body_t183.i.preheader
+  %unroll_iter598 = and i32 %1406, -4
+  br label %for_body_t183.i
+
+for_body_t183.i:                                  ; preds = %for_body_t183.i, %for_body_t183.i.preheader.new
+  %t186753.i = phi i32 [ 0, %for_body_t183.i.preheader.new ], [ %1473, %for_body_t183.i ]
+  %niter599 = phi i32 [ 0, %for_body_t183.i.preheader.new ], [ %niter599.next.3, %for_body_t183.i ]
+  %1446 = add nuw nsw i32 %t186753.i, %1408
+  %1447 = tail call i32 @llvm.smin.i32(i32 %1446, i32 %722)
+  %1448 = sext i32 %1447 to i64
+  %1449 = getelementptr i64, ptr %value_offsets.i, i64 %1448
+  %1450 = getelementptr i8, ptr %1449, i64 1024
+  %1451 = load i64, ptr %1450, align 8, !tbaa !5
+  %gep755.i = getelementptr i32, ptr %invariant.gep754.i, i64 %1451
+  tail call void @llvm.prefetch.p0(ptr readonly %gep755.i, i32 0, i32 2, i32 1)
+  %gep750.1.i = getelementptr i8, ptr %gep755.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep750.1.i, i32 0, i32 2, i32 1)
+  %gep750.2.i = getelementptr i8, ptr %gep755.i, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep750.2.i, i32 0, i32 2, i32 1)
+  %gep750.3.i = getelementptr i8, ptr %gep755.i, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep750.3.i, i32 0, i32 2, i32 1)
+  %1452 = or disjoint i32 %t186753.i, 1
+  %1453 = add nuw nsw i32 %1452, %1408
+  %1454 = tail call i32 @llvm.smin.i32(i32 %1453, i32 %722)
+  %1455 = sext i32 %1454 to i64
+  %1456 = getelementptr i64, ptr %value_offsets.i, i64 %1455
+  %1457 = getelementptr i8, ptr %1456, i64 1024
+  %1458 = load i64, ptr %1457, align 8, !tbaa !5
+  %gep755.i.1 = getelementptr i32, ptr %invariant.gep754.i, i64 %1458
+  tail call void @llvm.prefetch.p0(ptr readonly %gep755.i.1, i32 0, i32 2, i32 1)
+  %gep750.1.i.1 = getelementptr i8, ptr %gep755.i.1, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep750.1.i.1, i32 0, i32 2, i32 1)
+  %gep750.2.i.1 = getelementptr i8, ptr %gep755.i.1, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep750.2.i.1, i32 0, i32 2, i32 1)
+  %gep750.3.i.1 = getelementptr i8, ptr %gep755.i.1, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep750.3.i.1, i32 0, i32 2, i32 1)
+  %1459 = or disjoint i32 %t186753.i, 2
+  %1460 = add nuw nsw i32 %1459, %1408
+  %1461 = tail call i32 @llvm.smin.i32(i32 %1460, i32 %722)
+  %1462 = sext i32 %1461 to i64
+  %1463 = getelementptr i64, ptr %value_offsets.i, i64 %1462
+  %1464 = getelementptr i8, ptr %1463, i64 1024
+  %1465 = load i64, ptr %1464, align 8, !tbaa !5
+  %gep755.i.2 = getelementptr i32, ptr %invariant.gep754.i, i64 %1465
+  tail call void @llvm.prefetch.p0(ptr readonly %gep755.i.2, i32 0, i32 2, i32 1)
+  %gep750.1.i.2 = getelementptr i8, ptr %gep755.i.2, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep750.1.i.2, i32 0, i32 2, i32 1)
+  %gep750.2.i.2 = getelementptr i8, ptr %gep755.i.2, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep750.2.i.2, i32 0, i32 2, i32 1)
+  %gep750.3.i.2 = getelementptr i8, ptr %gep755.i.2, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep750.3.i.2, i32 0, i32 2, i32 1)
+  %1466 = or disjoint i32 %t186753.i, 3
+  %1467 = add nuw nsw i32 %1466, %1408
+  %1468 = tail call i32 @llvm.smin.i32(i32 %1467, i32 %722)
+  %1469 = sext i32 %1468 to i64
+  %1470 = getelementptr i64, ptr %value_offsets.i, i64 %1469
+  %1471 = getelementptr i8, ptr %1470, i64 1024
+  %1472 = load i64, ptr %1471, align 8, !tbaa !5
+  %gep755.i.3 = getelementptr i32, ptr %invariant.gep754.i, i64 %1472
+  tail call void @llvm.prefetch.p0(ptr readonly %gep755.i.3, i32 0, i32 2, i32 1)
+  %gep750.1.i.3 = getelementptr i8, ptr %gep755.i.3, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep750.1.i.3, i32 0, i32 2, i32 1)
+  %gep750.2.i.3 = getelementptr i8, ptr %gep755.i.3, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep750.2.i.3, i32 0, i32 2, i32 1)
+  %gep750.3.i.3 = getelementptr i8, ptr %gep755.i.3, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep750.3.i.3, i32 0, i32 2, i32 1)
+  %1473 = add nuw i32 %t186753.i, 4
+  %niter599.next.3 = add i32 %niter599, 4
+  %niter599.ncmp.3 = icmp eq i32 %niter599.next.3, %unroll_iter598
+  br i1 %niter599.ncmp.3, label %for_end_t184.i.loopexit.unr-lcssa, label %for_body_t183.i, !prof !44, !llvm.loop !51
+
+for_end_t184.i.loopexit.unr-lcssa:                ; preds = %for_body_t183.i
+  %lcmp.mod596.not = icmp eq i32 %xtraiter594, 0
+  br i1 %lcmp.mod596.not, label %for_end_t184.i, label %for_body_t183.i.epil.preheader, !prof !47
+
+for_body_t183.i.epil.preheader:                   ; preds = %for_end_t184.i.loopexit.unr-lcssa, %for_body_t183.i.preheader
+  %t186753.i.epil.init = phi i32 [ 0, %for_body_t183.i.preheader ], [ %1473, %for_end_t184.i.loopexit.unr-lcssa ]
+  %lcmp.mod597 = icmp ne i32 %xtraiter594, 0
+  tail call void @llvm.assume(i1 %lcmp.mod597)
+  br label %for_body_t183.i.epil
+
+for_body_t183.i.epil:                             ; preds = %for_body_t183.i.epil, %for_body_t183.i.epil.preheader
+  %t186753.i.epil = phi i32 [ %1480, %for_body_t183.i.epil ], [ %t186753.i.epil.init, %for_body_t183.i.epil.preheader ]
+  %epil.iter595 = phi i32 [ %epil.iter595.next, %for_body_t183.i.epil ], [ 0, %for_body_t183.i.epil.preheader ]
+  %1474 = add nuw nsw i32 %t186753.i.epil, %1408
+  %1475 = tail call i32 @llvm.smin.i32(i32 %1474, i32 %722)
+  %1476 = sext i32 %1475 to i64
+  %1477 = getelementptr i64, ptr %value_offsets.i, i64 %1476
+  %1478 = getelementptr i8, ptr %1477, i64 1024
+  %1479 = load i64, ptr %1478, align 8, !tbaa !5
+  %gep755.i.epil = getelementptr i32, ptr %invariant.gep754.i, i64 %1479
+  tail call void @llvm.prefetch.p0(ptr readonly %gep755.i.epil, i32 0, i32 2, i32 1)
+  %gep750.1.i.epil = getelementptr i8, ptr %gep755.i.epil, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep750.1.i.epil, i32 0, i32 2, i32 1)
+  %gep750.2.i.epil = getelementptr i8, ptr %gep755.i.epil, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep750.2.i.epil, i32 0, i32 2, i32 1)
+  %gep750.3.i.epil = getelementptr i8, ptr %gep755.i.epil, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep750.3.i.epil, i32 0, i32 2, i32 1)
+  %1480 = add nuw i32 %t186753.i.epil, 1
+  %epil.iter595.next = add i32 %epil.iter595, 1
+  %epil.iter595.cmp.not = icmp eq i32 %epil.iter595.next, %xtraiter594
+  br i1 %epil.iter595.cmp.not, label %for_end_t184.i, label %for_body_t183.i.epil, !prof !12, !llvm.loop !52
+
+for_end_t184.i:                                   ; preds = %for_body_t183.i.epil, %for_end_t184.i.loopexit.unr-lcssa, %if_end171.i
+  %1481 = add nuw nsw i64 %indvars.iv1077.i, %1077
+  %1482 = trunc nuw i64 %1481 to i32
+  %1483 = shl i32 %1482, 2
+  %1484 = sext i32 %1483 to i64
+  %1485 = getelementptr i32, ptr %reach.i, i64 %1484
+  %1486 = getelementptr i8, ptr %1485, i64 4
+  %1487 = load i32, ptr %1486, align 4, !tbaa !5
+  %1488 = sext i32 %1487 to i64
+  %1489 = icmp slt i64 %723, %1488
+  br i1 %1489, label %if_then194.i, label %if_end195.i, !prof !8
+
+if_then194.i:                                     ; preds = %for_end_t184.i
+  %1490 = tail call i32 @llvm.smin.i32(i32 %626, i32 %1487)
+  %1491 = sub i32 %1490, %731
+  %valid_len197.i = tail call i32 @llvm.smin.i32(i32 %1491, i32 128)
+  %1492 = add nsw i32 %valid_len197.i, 7
+  %1493 = ashr i32 %1492, 3
+  %1494 = icmp sgt i32 %1493, 0
+  br i1 %1494, label %for_begin_d_0.preheader.lr.ph.i, label %for_end_to205.i, !prof !3
+
+for_begin_d_0.preheader.lr.ph.i:                  ; preds = %if_then194.i
+  %1495 = shl i32 %1482, 11
+  %1496 = sext i32 %1495 to i64
+  %wide.trip.count1007.i = zext nneg i32 %1493 to i64
+  %invariant.gep = getelementptr float, ptr %q_tile.i, i64 %1496
   br label %for_begin_d_0.preheader.i
 
-if_end174.i:                                      ; preds = %if_end319.i, %if_end171.i
-  %1332 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %1333 = tail call i32 %1332(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not542.i = icmp eq i32 %1333, 0
-  br i1 %.not542.i, label %if_end321.i, label %fused_attend_compute_.exit, !prof !42
+if_end195.i:                                      ; preds = %if_end332.i, %for_end_t184.i
+  %1497 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1498 = tail call i32 %1497(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not600.i = icmp eq i32 %1498, 0
+  br i1 %.not600.i, label %if_end334.i, label %fused_attend_compute_.exit, !prof !36
 
-for_begin_to182.preheader.i:                      ; preds = %for_end_d_1.3.i
-  %1334 = shl i32 %1317, 4
-  %1335 = sext i32 %1334 to i64
-  %1336 = getelementptr inbounds i32, ptr %limits.i, i64 %1335
-  br label %for_begin_ti187.preheader.i
+for_begin_to203.preheader.i:                      ; preds = %for_end_d_1.3.i
+  %1499 = shl i32 %1482, 4
+  %1500 = sext i32 %1499 to i64
+  %1501 = getelementptr inbounds i32, ptr %limits.i, i64 %1500
+  br label %for_begin_ti208.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_end_d_1.3.i, %for_begin_d_0.preheader.lr.ph.i
-  %indvars.iv916.i = phi i64 [ 0, %for_begin_d_0.preheader.lr.ph.i ], [ %indvars.iv.next917.i, %for_end_d_1.3.i ]
-  %.idx256 = shl nsw i64 %indvars.iv916.i, 12
-  %1337 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx256
+  %indvars.iv1004.i = phi i64 [ 0, %for_begin_d_0.preheader.lr.ph.i ], [ %indvars.iv.next1005.i, %for_end_d_1.3.i ]
+  %.idx259 = shl nsw i64 %indvars.iv1004.i, 12
+  %1502 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx259
   br label %for_begin_d_2.preheader.i
 
 for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_d_0.preheader.i
-  %indvars.iv907.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next908.i, %for_begin_d_2.preheader.i ]
-  %scores_global513.sroa.0.1702.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1385, %for_begin_d_2.preheader.i ]
-  %scores_global513.sroa.4.1701.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1390, %for_begin_d_2.preheader.i ]
-  %scores_global513.sroa.8.1700.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1395, %for_begin_d_2.preheader.i ]
-  %scores_global513.sroa.12.1699.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1400, %for_begin_d_2.preheader.i ]
-  %scores_global513.sroa.16.1698.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1405, %for_begin_d_2.preheader.i ]
-  %scores_global513.sroa.20.1697.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1410, %for_begin_d_2.preheader.i ]
-  %scores_global513.sroa.24.1696.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1415, %for_begin_d_2.preheader.i ]
-  %scores_global513.sroa.28.1695.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1420, %for_begin_d_2.preheader.i ]
-  %.idx71 = shl i64 %indvars.iv907.i, 7
+  %indvars.iv995.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next996.i, %for_begin_d_2.preheader.i ]
+  %scores_global568.sroa.0.1774.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1550, %for_begin_d_2.preheader.i ]
+  %scores_global568.sroa.4.1773.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1555, %for_begin_d_2.preheader.i ]
+  %scores_global568.sroa.8.1772.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1560, %for_begin_d_2.preheader.i ]
+  %scores_global568.sroa.12.1771.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1565, %for_begin_d_2.preheader.i ]
+  %scores_global568.sroa.16.1770.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1570, %for_begin_d_2.preheader.i ]
+  %scores_global568.sroa.20.1769.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1575, %for_begin_d_2.preheader.i ]
+  %scores_global568.sroa.24.1768.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1580, %for_begin_d_2.preheader.i ]
+  %scores_global568.sroa.28.1767.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1585, %for_begin_d_2.preheader.i ]
+  %.idx71 = shl i64 %indvars.iv995.i, 7
   %gep = getelementptr i8, ptr %invariant.gep, i64 %.idx71
-  %1338 = load <16 x float>, ptr %gep, align 4, !tbaa !5
-  %1339 = getelementptr inbounds nuw float, ptr %1337, i64 %indvars.iv907.i
-  %1340 = load float, ptr %1339, align 4, !tbaa !5
-  %1341 = insertelement <16 x float> poison, float %1340, i64 0
-  %1342 = shufflevector <16 x float> %1341, <16 x float> poison, <16 x i32> zeroinitializer
-  %1343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1338, <16 x float> %1342, <16 x float> %scores_global513.sroa.0.1702.i)
-  %1344 = getelementptr inbounds nuw i8, ptr %1339, i64 512
-  %1345 = load float, ptr %1344, align 4, !tbaa !5
-  %1346 = insertelement <16 x float> poison, float %1345, i64 0
-  %1347 = shufflevector <16 x float> %1346, <16 x float> poison, <16 x i32> zeroinitializer
-  %1348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1338, <16 x float> %1347, <16 x float> %scores_global513.sroa.4.1701.i)
-  %1349 = getelementptr inbounds nuw i8, ptr %1339, i64 1024
-  %1350 = load float, ptr %1349, align 4, !tbaa !5
-  %1351 = insertelement <16 x float> poison, float %1350, i64 0
-  %1352 = shufflevector <16 x float> %1351, <16 x float> poison, <16 x i32> zeroinitializer
-  %1353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1338, <16 x float> %1352, <16 x float> %scores_global513.sroa.8.1700.i)
-  %1354 = getelementptr inbounds nuw i8, ptr %1339, i64 1536
-  %1355 = load float, ptr %1354, align 4, !tbaa !5
-  %1356 = insertelement <16 x float> poison, float %1355, i64 0
-  %1357 = shufflevector <16 x float> %1356, <16 x float> poison, <16 x i32> zeroinitializer
-  %1358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1338, <16 x float> %1357, <16 x float> %scores_global513.sroa.12.1699.i)
-  %1359 = getelementptr inbounds nuw i8, ptr %1339, i64 2048
-  %1360 = load float, ptr %1359, align 4, !tbaa !5
-  %1361 = insertelement <16 x float> poison, float %1360, i64 0
-  %1362 = shufflevector <16 x float> %1361, <16 x float> poison, <16 x i32> zeroinitializer
-  %1363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1338, <16 x float> %1362, <16 x float> %scores_global513.sroa.16.1698.i)
-  %1364 = getelementptr inbounds nuw i8, ptr %1339, i64 2560
-  %1365 = load float, ptr %1364, align 4, !tbaa !5
-  %1366 = insertelement <16 x float> poison, float %1365, i64 0
-  %1367 = shufflevector <16 x float> %1366, <16 x float> poison, <16 x i32> zeroinitializer
-  %1368 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1338, <16 x float> %1367, <16 x float> %scores_global513.sroa.20.1697.i)
-  %1369 = getelementptr inbounds nuw i8, ptr %1339, i64 3072
-  %1370 = load float, ptr %1369, align 4, !tbaa !5
-  %1371 = insertelement <16 x float> poison, float %1370, i64 0
-  %1372 = shufflevector <16 x float> %1371, <16 x float> poison, <16 x i32> zeroinitializer
-  %1373 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1338, <16 x float> %1372, <16 x float> %scores_global513.sroa.24.1696.i)
-  %1374 = getelementptr inbounds nuw i8, ptr %1339, i64 3584
-  %1375 = load float, ptr %1374, align 4, !tbaa !5
-  %1376 = insertelement <16 x float> poison, float %1375, i64 0
-  %1377 = shufflevector <16 x float> %1376, <16 x float> poison, <16 x i32> zeroinitializer
-  %1378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1338, <16 x float> %1377, <16 x float> %scores_global513.sroa.28.1695.i)
-  %1379 = getelementptr i8, ptr %gep, i64 64
-  %1380 = load <16 x float>, ptr %1379, align 4, !tbaa !5
-  %1381 = getelementptr inbounds nuw i8, ptr %1339, i64 64
-  %1382 = load float, ptr %1381, align 4, !tbaa !5
-  %1383 = insertelement <16 x float> poison, float %1382, i64 0
-  %1384 = shufflevector <16 x float> %1383, <16 x float> poison, <16 x i32> zeroinitializer
-  %1385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1380, <16 x float> %1384, <16 x float> %1343)
-  %1386 = getelementptr inbounds nuw i8, ptr %1339, i64 576
-  %1387 = load float, ptr %1386, align 4, !tbaa !5
-  %1388 = insertelement <16 x float> poison, float %1387, i64 0
-  %1389 = shufflevector <16 x float> %1388, <16 x float> poison, <16 x i32> zeroinitializer
-  %1390 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1380, <16 x float> %1389, <16 x float> %1348)
-  %1391 = getelementptr inbounds nuw i8, ptr %1339, i64 1088
-  %1392 = load float, ptr %1391, align 4, !tbaa !5
-  %1393 = insertelement <16 x float> poison, float %1392, i64 0
-  %1394 = shufflevector <16 x float> %1393, <16 x float> poison, <16 x i32> zeroinitializer
-  %1395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1380, <16 x float> %1394, <16 x float> %1353)
-  %1396 = getelementptr inbounds nuw i8, ptr %1339, i64 1600
-  %1397 = load float, ptr %1396, align 4, !tbaa !5
-  %1398 = insertelement <16 x float> poison, float %1397, i64 0
-  %1399 = shufflevector <16 x float> %1398, <16 x float> poison, <16 x i32> zeroinitializer
-  %1400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1380, <16 x float> %1399, <16 x float> %1358)
-  %1401 = getelementptr inbounds nuw i8, ptr %1339, i64 2112
-  %1402 = load float, ptr %1401, align 4, !tbaa !5
-  %1403 = insertelement <16 x float> poison, float %1402, i64 0
-  %1404 = shufflevector <16 x float> %1403, <16 x float> poison, <16 x i32> zeroinitializer
-  %1405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1380, <16 x float> %1404, <16 x float> %1363)
-  %1406 = getelementptr inbounds nuw i8, ptr %1339, i64 2624
-  %1407 = load float, ptr %1406, align 4, !tbaa !5
-  %1408 = insertelement <16 x float> poison, float %1407, i64 0
-  %1409 = shufflevector <16 x float> %1408, <16 x float> poison, <16 x i32> zeroinitializer
-  %1410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1380, <16 x float> %1409, <16 x float> %1368)
-  %1411 = getelementptr inbounds nuw i8, ptr %1339, i64 3136
-  %1412 = load float, ptr %1411, align 4, !tbaa !5
-  %1413 = insertelement <16 x float> poison, float %1412, i64 0
-  %1414 = shufflevector <16 x float> %1413, <16 x float> poison, <16 x i32> zeroinitializer
-  %1415 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1380, <16 x float> %1414, <16 x float> %1373)
-  %1416 = getelementptr inbounds nuw i8, ptr %1339, i64 3648
-  %1417 = load float, ptr %1416, align 4, !tbaa !5
-  %1418 = insertelement <16 x float> poison, float %1417, i64 0
-  %1419 = shufflevector <16 x float> %1418, <16 x float> poison, <16 x i32> zeroinitializer
-  %1420 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1380, <16 x float> %1419, <16 x float> %1378)
-  %indvars.iv.next908.i = add nuw nsw i64 %indvars.iv907.i, 1
-  %exitcond911.not.i = icmp eq i64 %indvars.iv.next908.i, 16
-  br i1 %exitcond911.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !26
-
-for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
-  %1421 = getelementptr inbounds nuw i8, ptr %1337, i64 128
-  br label %for_begin_d_2.preheader.1.i
-
-for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
-  %indvars.iv907.1.i = phi i64 [ %indvars.iv.next908.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global513.sroa.0.1702.1.i = phi <16 x float> [ %1470, %for_begin_d_2.preheader.1.i ], [ %1385, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global513.sroa.4.1701.1.i = phi <16 x float> [ %1475, %for_begin_d_2.preheader.1.i ], [ %1390, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global513.sroa.8.1700.1.i = phi <16 x float> [ %1480, %for_begin_d_2.preheader.1.i ], [ %1395, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global513.sroa.12.1699.1.i = phi <16 x float> [ %1485, %for_begin_d_2.preheader.1.i ], [ %1400, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global513.sroa.16.1698.1.i = phi <16 x float> [ %1490, %for_begin_d_2.preheader.1.i ], [ %1405, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global513.sroa.20.1697.1.i = phi <16 x float> [ %1495, %for_begin_d_2.preheader.1.i ], [ %1410, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global513.sroa.24.1696.1.i = phi <16 x float> [ %1500, %for_begin_d_2.preheader.1.i ], [ %1415, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global513.sroa.28.1695.1.i = phi <16 x float> [ %1505, %for_begin_d_2.preheader.1.i ], [ %1420, %for_begin_d_2.preheader.1.i.preheader ]
-  %.idx72 = shl i64 %indvars.iv907.1.i, 7
-  %gep142 = getelementptr i8, ptr %invariant.gep, i64 %.idx72
-  %1422 = getelementptr i8, ptr %gep142, i64 2048
-  %1423 = load <16 x float>, ptr %1422, align 4, !tbaa !5
-  %1424 = getelementptr inbounds nuw float, ptr %1421, i64 %indvars.iv907.1.i
-  %1425 = load float, ptr %1424, align 4, !tbaa !5
-  %1426 = insertelement <16 x float> poison, float %1425, i64 0
-  %1427 = shufflevector <16 x float> %1426, <16 x float> poison, <16 x i32> zeroinitializer
-  %1428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1423, <16 x float> %1427, <16 x float> %scores_global513.sroa.0.1702.1.i)
-  %1429 = getelementptr inbounds nuw i8, ptr %1424, i64 512
-  %1430 = load float, ptr %1429, align 4, !tbaa !5
-  %1431 = insertelement <16 x float> poison, float %1430, i64 0
-  %1432 = shufflevector <16 x float> %1431, <16 x float> poison, <16 x i32> zeroinitializer
-  %1433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1423, <16 x float> %1432, <16 x float> %scores_global513.sroa.4.1701.1.i)
-  %1434 = getelementptr inbounds nuw i8, ptr %1424, i64 1024
-  %1435 = load float, ptr %1434, align 4, !tbaa !5
-  %1436 = insertelement <16 x float> poison, float %1435, i64 0
-  %1437 = shufflevector <16 x float> %1436, <16 x float> poison, <16 x i32> zeroinitializer
-  %1438 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1423, <16 x float> %1437, <16 x float> %scores_global513.sroa.8.1700.1.i)
-  %1439 = getelementptr inbounds nuw i8, ptr %1424, i64 1536
-  %1440 = load float, ptr %1439, align 4, !tbaa !5
-  %1441 = insertelement <16 x float> poison, float %1440, i64 0
-  %1442 = shufflevector <16 x float> %1441, <16 x float> poison, <16 x i32> zeroinitializer
-  %1443 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1423, <16 x float> %1442, <16 x float> %scores_global513.sroa.12.1699.1.i)
-  %1444 = getelementptr inbounds nuw i8, ptr %1424, i64 2048
-  %1445 = load float, ptr %1444, align 4, !tbaa !5
-  %1446 = insertelement <16 x float> poison, float %1445, i64 0
-  %1447 = shufflevector <16 x float> %1446, <16 x float> poison, <16 x i32> zeroinitializer
-  %1448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1423, <16 x float> %1447, <16 x float> %scores_global513.sroa.16.1698.1.i)
-  %1449 = getelementptr inbounds nuw i8, ptr %1424, i64 2560
-  %1450 = load float, ptr %1449, align 4, !tbaa !5
-  %1451 = insertelement <16 x float> poison, float %1450, i64 0
-  %1452 = shufflevector <16 x float> %1451, <16 x float> poison, <16 x i32> zeroinitializer
-  %1453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1423, <16 x float> %1452, <16 x float> %scores_global513.sroa.20.1697.1.i)
-  %1454 = getelementptr inbounds nuw i8, ptr %1424, i64 3072
-  %1455 = load float, ptr %1454, align 4, !tbaa !5
-  %1456 = insertelement <16 x float> poison, float %1455, i64 0
-  %1457 = shufflevector <16 x float> %1456, <16 x float> poison, <16 x i32> zeroinitializer
-  %1458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1423, <16 x float> %1457, <16 x float> %scores_global513.sroa.24.1696.1.i)
-  %1459 = getelementptr inbounds nuw i8, ptr %1424, i64 3584
-  %1460 = load float, ptr %1459, align 4, !tbaa !5
-  %1461 = insertelement <16 x float> poison, float %1460, i64 0
-  %1462 = shufflevector <16 x float> %1461, <16 x float> poison, <16 x i32> zeroinitializer
-  %1463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1423, <16 x float> %1462, <16 x float> %scores_global513.sroa.28.1695.1.i)
-  %1464 = getelementptr i8, ptr %gep142, i64 2112
-  %1465 = load <16 x float>, ptr %1464, align 4, !tbaa !5
-  %1466 = getelementptr inbounds nuw i8, ptr %1424, i64 64
-  %1467 = load float, ptr %1466, align 4, !tbaa !5
-  %1468 = insertelement <16 x float> poison, float %1467, i64 0
-  %1469 = shufflevector <16 x float> %1468, <16 x float> poison, <16 x i32> zeroinitializer
-  %1470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1469, <16 x float> %1428)
-  %1471 = getelementptr inbounds nuw i8, ptr %1424, i64 576
-  %1472 = load float, ptr %1471, align 4, !tbaa !5
-  %1473 = insertelement <16 x float> poison, float %1472, i64 0
-  %1474 = shufflevector <16 x float> %1473, <16 x float> poison, <16 x i32> zeroinitializer
-  %1475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1474, <16 x float> %1433)
-  %1476 = getelementptr inbounds nuw i8, ptr %1424, i64 1088
-  %1477 = load float, ptr %1476, align 4, !tbaa !5
-  %1478 = insertelement <16 x float> poison, float %1477, i64 0
-  %1479 = shufflevector <16 x float> %1478, <16 x float> poison, <16 x i32> zeroinitializer
-  %1480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1479, <16 x float> %1438)
-  %1481 = getelementptr inbounds nuw i8, ptr %1424, i64 1600
-  %1482 = load float, ptr %1481, align 4, !tbaa !5
-  %1483 = insertelement <16 x float> poison, float %1482, i64 0
-  %1484 = shufflevector <16 x float> %1483, <16 x float> poison, <16 x i32> zeroinitializer
-  %1485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1484, <16 x float> %1443)
-  %1486 = getelementptr inbounds nuw i8, ptr %1424, i64 2112
-  %1487 = load float, ptr %1486, align 4, !tbaa !5
-  %1488 = insertelement <16 x float> poison, float %1487, i64 0
-  %1489 = shufflevector <16 x float> %1488, <16 x float> poison, <16 x i32> zeroinitializer
-  %1490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1489, <16 x float> %1448)
-  %1491 = getelementptr inbounds nuw i8, ptr %1424, i64 2624
-  %1492 = load float, ptr %1491, align 4, !tbaa !5
-  %1493 = insertelement <16 x float> poison, float %1492, i64 0
-  %1494 = shufflevector <16 x float> %1493, <16 x float> poison, <16 x i32> zeroinitializer
-  %1495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1494, <16 x float> %1453)
-  %1496 = getelementptr inbounds nuw i8, ptr %1424, i64 3136
-  %1497 = load float, ptr %1496, align 4, !tbaa !5
-  %1498 = insertelement <16 x float> poison, float %1497, i64 0
-  %1499 = shufflevector <16 x float> %1498, <16 x float> poison, <16 x i32> zeroinitializer
-  %1500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1499, <16 x float> %1458)
-  %1501 = getelementptr inbounds nuw i8, ptr %1424, i64 3648
-  %1502 = load float, ptr %1501, align 4, !tbaa !5
-  %1503 = insertelement <16 x float> poison, float %1502, i64 0
-  %1504 = shufflevector <16 x float> %1503, <16 x float> poison, <16 x i32> zeroinitializer
-  %1505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1504, <16 x float> %1463)
-  %indvars.iv.next908.1.i = add nuw nsw i64 %indvars.iv907.1.i, 1
-  %exitcond911.1.not.i = icmp eq i64 %indvars.iv.next908.1.i, 16
-  br i1 %exitcond911.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !26
-
-for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
-  %1506 = getelementptr inbounds nuw i8, ptr %1337, i64 256
-  br label %for_begin_d_2.preheader.2.i
-
-for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
-  %indvars.iv907.2.i = phi i64 [ %indvars.iv.next908.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global513.sroa.0.1702.2.i = phi <16 x float> [ %1555, %for_begin_d_2.preheader.2.i ], [ %1470, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global513.sroa.4.1701.2.i = phi <16 x float> [ %1560, %for_begin_d_2.preheader.2.i ], [ %1475, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global513.sroa.8.1700.2.i = phi <16 x float> [ %1565, %for_begin_d_2.preheader.2.i ], [ %1480, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global513.sroa.12.1699.2.i = phi <16 x float> [ %1570, %for_begin_d_2.preheader.2.i ], [ %1485, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global513.sroa.16.1698.2.i = phi <16 x float> [ %1575, %for_begin_d_2.preheader.2.i ], [ %1490, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global513.sroa.20.1697.2.i = phi <16 x float> [ %1580, %for_begin_d_2.preheader.2.i ], [ %1495, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global513.sroa.24.1696.2.i = phi <16 x float> [ %1585, %for_begin_d_2.preheader.2.i ], [ %1500, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global513.sroa.28.1695.2.i = phi <16 x float> [ %1590, %for_begin_d_2.preheader.2.i ], [ %1505, %for_begin_d_2.preheader.2.i.preheader ]
-  %.idx73 = shl i64 %indvars.iv907.2.i, 7
-  %gep144 = getelementptr i8, ptr %invariant.gep, i64 %.idx73
-  %1507 = getelementptr i8, ptr %gep144, i64 4096
-  %1508 = load <16 x float>, ptr %1507, align 4, !tbaa !5
-  %1509 = getelementptr inbounds nuw float, ptr %1506, i64 %indvars.iv907.2.i
+  %1503 = load <16 x float>, ptr %gep, align 4, !tbaa !5
+  %1504 = getelementptr inbounds nuw float, ptr %1502, i64 %indvars.iv995.i
+  %1505 = load float, ptr %1504, align 4, !tbaa !5
+  %1506 = insertelement <16 x float> poison, float %1505, i64 0
+  %1507 = shufflevector <16 x float> %1506, <16 x float> poison, <16 x i32> zeroinitializer
+  %1508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1507, <16 x float> %scores_global568.sroa.0.1774.i)
+  %1509 = getelementptr inbounds nuw i8, ptr %1504, i64 512
   %1510 = load float, ptr %1509, align 4, !tbaa !5
   %1511 = insertelement <16 x float> poison, float %1510, i64 0
   %1512 = shufflevector <16 x float> %1511, <16 x float> poison, <16 x i32> zeroinitializer
-  %1513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1508, <16 x float> %1512, <16 x float> %scores_global513.sroa.0.1702.2.i)
-  %1514 = getelementptr inbounds nuw i8, ptr %1509, i64 512
+  %1513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1512, <16 x float> %scores_global568.sroa.4.1773.i)
+  %1514 = getelementptr inbounds nuw i8, ptr %1504, i64 1024
   %1515 = load float, ptr %1514, align 4, !tbaa !5
   %1516 = insertelement <16 x float> poison, float %1515, i64 0
   %1517 = shufflevector <16 x float> %1516, <16 x float> poison, <16 x i32> zeroinitializer
-  %1518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1508, <16 x float> %1517, <16 x float> %scores_global513.sroa.4.1701.2.i)
-  %1519 = getelementptr inbounds nuw i8, ptr %1509, i64 1024
+  %1518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1517, <16 x float> %scores_global568.sroa.8.1772.i)
+  %1519 = getelementptr inbounds nuw i8, ptr %1504, i64 1536
   %1520 = load float, ptr %1519, align 4, !tbaa !5
   %1521 = insertelement <16 x float> poison, float %1520, i64 0
   %1522 = shufflevector <16 x float> %1521, <16 x float> poison, <16 x i32> zeroinitializer
-  %1523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1508, <16 x float> %1522, <16 x float> %scores_global513.sroa.8.1700.2.i)
-  %1524 = getelementptr inbounds nuw i8, ptr %1509, i64 1536
+  %1523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1522, <16 x float> %scores_global568.sroa.12.1771.i)
+  %1524 = getelementptr inbounds nuw i8, ptr %1504, i64 2048
   %1525 = load float, ptr %1524, align 4, !tbaa !5
   %1526 = insertelement <16 x float> poison, float %1525, i64 0
   %1527 = shufflevector <16 x float> %1526, <16 x float> poison, <16 x i32> zeroinitializer
-  %1528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1508, <16 x float> %1527, <16 x float> %scores_global513.sroa.12.1699.2.i)
-  %1529 = getelementptr inbounds nuw i8, ptr %1509, i64 2048
+  %1528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1527, <16 x float> %scores_global568.sroa.16.1770.i)
+  %1529 = getelementptr inbounds nuw i8, ptr %1504, i64 2560
   %1530 = load float, ptr %1529, align 4, !tbaa !5
   %1531 = insertelement <16 x float> poison, float %1530, i64 0
   %1532 = shufflevector <16 x float> %1531, <16 x float> poison, <16 x i32> zeroinitializer
-  %1533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1508, <16 x float> %1532, <16 x float> %scores_global513.sroa.16.1698.2.i)
-  %1534 = getelementptr inbounds nuw i8, ptr %1509, i64 2560
+  %1533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1532, <16 x float> %scores_global568.sroa.20.1769.i)
+  %1534 = getelementptr inbounds nuw i8, ptr %1504, i64 3072
   %1535 = load float, ptr %1534, align 4, !tbaa !5
   %1536 = insertelement <16 x float> poison, float %1535, i64 0
   %1537 = shufflevector <16 x float> %1536, <16 x float> poison, <16 x i32> zeroinitializer
-  %1538 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1508, <16 x float> %1537, <16 x float> %scores_global513.sroa.20.1697.2.i)
-  %1539 = getelementptr inbounds nuw i8, ptr %1509, i64 3072
+  %1538 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1537, <16 x float> %scores_global568.sroa.24.1768.i)
+  %1539 = getelementptr inbounds nuw i8, ptr %1504, i64 3584
   %1540 = load float, ptr %1539, align 4, !tbaa !5
   %1541 = insertelement <16 x float> poison, float %1540, i64 0
   %1542 = shufflevector <16 x float> %1541, <16 x float> poison, <16 x i32> zeroinitializer
-  %1543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1508, <16 x float> %1542, <16 x float> %scores_global513.sroa.24.1696.2.i)
-  %1544 = getelementptr inbounds nuw i8, ptr %1509, i64 3584
-  %1545 = load float, ptr %1544, align 4, !tbaa !5
-  %1546 = insertelement <16 x float> poison, float %1545, i64 0
-  %1547 = shufflevector <16 x float> %1546, <16 x float> poison, <16 x i32> zeroinitializer
-  %1548 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1508, <16 x float> %1547, <16 x float> %scores_global513.sroa.28.1695.2.i)
-  %1549 = getelementptr i8, ptr %gep144, i64 4160
-  %1550 = load <16 x float>, ptr %1549, align 4, !tbaa !5
-  %1551 = getelementptr inbounds nuw i8, ptr %1509, i64 64
+  %1543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1542, <16 x float> %scores_global568.sroa.28.1767.i)
+  %1544 = getelementptr i8, ptr %gep, i64 64
+  %1545 = load <16 x float>, ptr %1544, align 4, !tbaa !5
+  %1546 = getelementptr inbounds nuw i8, ptr %1504, i64 64
+  %1547 = load float, ptr %1546, align 4, !tbaa !5
+  %1548 = insertelement <16 x float> poison, float %1547, i64 0
+  %1549 = shufflevector <16 x float> %1548, <16 x float> poison, <16 x i32> zeroinitializer
+  %1550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1549, <16 x float> %1508)
+  %1551 = getelementptr inbounds nuw i8, ptr %1504, i64 576
   %1552 = load float, ptr %1551, align 4, !tbaa !5
   %1553 = insertelement <16 x float> poison, float %1552, i64 0
   %1554 = shufflevector <16 x float> %1553, <16 x float> poison, <16 x i32> zeroinitializer
-  %1555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1554, <16 x float> %1513)
-  %1556 = getelementptr inbounds nuw i8, ptr %1509, i64 576
+  %1555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1554, <16 x float> %1513)
+  %1556 = getelementptr inbounds nuw i8, ptr %1504, i64 1088
   %1557 = load float, ptr %1556, align 4, !tbaa !5
   %1558 = insertelement <16 x float> poison, float %1557, i64 0
   %1559 = shufflevector <16 x float> %1558, <16 x float> poison, <16 x i32> zeroinitializer
-  %1560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1559, <16 x float> %1518)
-  %1561 = getelementptr inbounds nuw i8, ptr %1509, i64 1088
+  %1560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1559, <16 x float> %1518)
+  %1561 = getelementptr inbounds nuw i8, ptr %1504, i64 1600
   %1562 = load float, ptr %1561, align 4, !tbaa !5
   %1563 = insertelement <16 x float> poison, float %1562, i64 0
   %1564 = shufflevector <16 x float> %1563, <16 x float> poison, <16 x i32> zeroinitializer
-  %1565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1564, <16 x float> %1523)
-  %1566 = getelementptr inbounds nuw i8, ptr %1509, i64 1600
+  %1565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1564, <16 x float> %1523)
+  %1566 = getelementptr inbounds nuw i8, ptr %1504, i64 2112
   %1567 = load float, ptr %1566, align 4, !tbaa !5
   %1568 = insertelement <16 x float> poison, float %1567, i64 0
   %1569 = shufflevector <16 x float> %1568, <16 x float> poison, <16 x i32> zeroinitializer
-  %1570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1569, <16 x float> %1528)
-  %1571 = getelementptr inbounds nuw i8, ptr %1509, i64 2112
+  %1570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1569, <16 x float> %1528)
+  %1571 = getelementptr inbounds nuw i8, ptr %1504, i64 2624
   %1572 = load float, ptr %1571, align 4, !tbaa !5
   %1573 = insertelement <16 x float> poison, float %1572, i64 0
   %1574 = shufflevector <16 x float> %1573, <16 x float> poison, <16 x i32> zeroinitializer
-  %1575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1574, <16 x float> %1533)
-  %1576 = getelementptr inbounds nuw i8, ptr %1509, i64 2624
+  %1575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1574, <16 x float> %1533)
+  %1576 = getelementptr inbounds nuw i8, ptr %1504, i64 3136
   %1577 = load float, ptr %1576, align 4, !tbaa !5
   %1578 = insertelement <16 x float> poison, float %1577, i64 0
   %1579 = shufflevector <16 x float> %1578, <16 x float> poison, <16 x i32> zeroinitializer
-  %1580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1579, <16 x float> %1538)
-  %1581 = getelementptr inbounds nuw i8, ptr %1509, i64 3136
+  %1580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1579, <16 x float> %1538)
+  %1581 = getelementptr inbounds nuw i8, ptr %1504, i64 3648
   %1582 = load float, ptr %1581, align 4, !tbaa !5
   %1583 = insertelement <16 x float> poison, float %1582, i64 0
   %1584 = shufflevector <16 x float> %1583, <16 x float> poison, <16 x i32> zeroinitializer
-  %1585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1584, <16 x float> %1543)
-  %1586 = getelementptr inbounds nuw i8, ptr %1509, i64 3648
-  %1587 = load float, ptr %1586, align 4, !tbaa !5
-  %1588 = insertelement <16 x float> poison, float %1587, i64 0
-  %1589 = shufflevector <16 x float> %1588, <16 x float> poison, <16 x i32> zeroinitializer
-  %1590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1589, <16 x float> %1548)
-  %indvars.iv.next908.2.i = add nuw nsw i64 %indvars.iv907.2.i, 1
-  %exitcond911.2.not.i = icmp eq i64 %indvars.iv.next908.2.i, 16
-  br i1 %exitcond911.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !26
+  %1585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1584, <16 x float> %1543)
+  %indvars.iv.next996.i = add nuw nsw i64 %indvars.iv995.i, 1
+  %exitcond999.not.i = icmp eq i64 %indvars.iv.next996.i, 16
+  br i1 %exitcond999.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !26
 
-for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
-  %1591 = getelementptr inbounds nuw i8, ptr %1337, i64 384
-  br label %for_begin_d_2.preheader.3.i
+for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
+  %1586 = getelementptr inbounds nuw i8, ptr %1502, i64 128
+  br label %for_begin_d_2.preheader.1.i
 
-for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
-  %indvars.iv907.3.i = phi i64 [ %indvars.iv.next908.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global513.sroa.0.1702.3.i = phi <16 x float> [ %1640, %for_begin_d_2.preheader.3.i ], [ %1555, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global513.sroa.4.1701.3.i = phi <16 x float> [ %1645, %for_begin_d_2.preheader.3.i ], [ %1560, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global513.sroa.8.1700.3.i = phi <16 x float> [ %1650, %for_begin_d_2.preheader.3.i ], [ %1565, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global513.sroa.12.1699.3.i = phi <16 x float> [ %1655, %for_begin_d_2.preheader.3.i ], [ %1570, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global513.sroa.16.1698.3.i = phi <16 x float> [ %1660, %for_begin_d_2.preheader.3.i ], [ %1575, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global513.sroa.20.1697.3.i = phi <16 x float> [ %1665, %for_begin_d_2.preheader.3.i ], [ %1580, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global513.sroa.24.1696.3.i = phi <16 x float> [ %1670, %for_begin_d_2.preheader.3.i ], [ %1585, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global513.sroa.28.1695.3.i = phi <16 x float> [ %1675, %for_begin_d_2.preheader.3.i ], [ %1590, %for_begin_d_2.preheader.3.i.preheader ]
-  %.idx74 = shl i64 %indvars.iv907.3.i, 7
-  %gep146 = getelementptr i8, ptr %invariant.gep, i64 %.idx74
-  %1592 = getelementptr i8, ptr %gep146, i64 6144
-  %1593 = load <16 x float>, ptr %1592, align 4, !tbaa !5
-  %1594 = getelementptr inbounds nuw float, ptr %1591, i64 %indvars.iv907.3.i
+for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
+  %indvars.iv995.1.i = phi i64 [ %indvars.iv.next996.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global568.sroa.0.1774.1.i = phi <16 x float> [ %1635, %for_begin_d_2.preheader.1.i ], [ %1550, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global568.sroa.4.1773.1.i = phi <16 x float> [ %1640, %for_begin_d_2.preheader.1.i ], [ %1555, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global568.sroa.8.1772.1.i = phi <16 x float> [ %1645, %for_begin_d_2.preheader.1.i ], [ %1560, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global568.sroa.12.1771.1.i = phi <16 x float> [ %1650, %for_begin_d_2.preheader.1.i ], [ %1565, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global568.sroa.16.1770.1.i = phi <16 x float> [ %1655, %for_begin_d_2.preheader.1.i ], [ %1570, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global568.sroa.20.1769.1.i = phi <16 x float> [ %1660, %for_begin_d_2.preheader.1.i ], [ %1575, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global568.sroa.24.1768.1.i = phi <16 x float> [ %1665, %for_begin_d_2.preheader.1.i ], [ %1580, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global568.sroa.28.1767.1.i = phi <16 x float> [ %1670, %for_begin_d_2.preheader.1.i ], [ %1585, %for_begin_d_2.preheader.1.i.preheader ]
+  %.idx72 = shl i64 %indvars.iv995.1.i, 7
+  %gep142 = getelementptr i8, ptr %invariant.gep, i64 %.idx72
+  %1587 = getelementptr i8, ptr %gep142, i64 2048
+  %1588 = load <16 x float>, ptr %1587, align 4, !tbaa !5
+  %1589 = getelementptr inbounds nuw float, ptr %1586, i64 %indvars.iv995.1.i
+  %1590 = load float, ptr %1589, align 4, !tbaa !5
+  %1591 = insertelement <16 x float> poison, float %1590, i64 0
+  %1592 = shufflevector <16 x float> %1591, <16 x float> poison, <16 x i32> zeroinitializer
+  %1593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1588, <16 x float> %1592, <16 x float> %scores_global568.sroa.0.1774.1.i)
+  %1594 = getelementptr inbounds nuw i8, ptr %1589, i64 512
   %1595 = load float, ptr %1594, align 4, !tbaa !5
   %1596 = insertelement <16 x float> poison, float %1595, i64 0
   %1597 = shufflevector <16 x float> %1596, <16 x float> poison, <16 x i32> zeroinitializer
-  %1598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1593, <16 x float> %1597, <16 x float> %scores_global513.sroa.0.1702.3.i)
-  %1599 = getelementptr inbounds nuw i8, ptr %1594, i64 512
+  %1598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1588, <16 x float> %1597, <16 x float> %scores_global568.sroa.4.1773.1.i)
+  %1599 = getelementptr inbounds nuw i8, ptr %1589, i64 1024
   %1600 = load float, ptr %1599, align 4, !tbaa !5
   %1601 = insertelement <16 x float> poison, float %1600, i64 0
   %1602 = shufflevector <16 x float> %1601, <16 x float> poison, <16 x i32> zeroinitializer
-  %1603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1593, <16 x float> %1602, <16 x float> %scores_global513.sroa.4.1701.3.i)
-  %1604 = getelementptr inbounds nuw i8, ptr %1594, i64 1024
+  %1603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1588, <16 x float> %1602, <16 x float> %scores_global568.sroa.8.1772.1.i)
+  %1604 = getelementptr inbounds nuw i8, ptr %1589, i64 1536
   %1605 = load float, ptr %1604, align 4, !tbaa !5
   %1606 = insertelement <16 x float> poison, float %1605, i64 0
   %1607 = shufflevector <16 x float> %1606, <16 x float> poison, <16 x i32> zeroinitializer
-  %1608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1593, <16 x float> %1607, <16 x float> %scores_global513.sroa.8.1700.3.i)
-  %1609 = getelementptr inbounds nuw i8, ptr %1594, i64 1536
+  %1608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1588, <16 x float> %1607, <16 x float> %scores_global568.sroa.12.1771.1.i)
+  %1609 = getelementptr inbounds nuw i8, ptr %1589, i64 2048
   %1610 = load float, ptr %1609, align 4, !tbaa !5
   %1611 = insertelement <16 x float> poison, float %1610, i64 0
   %1612 = shufflevector <16 x float> %1611, <16 x float> poison, <16 x i32> zeroinitializer
-  %1613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1593, <16 x float> %1612, <16 x float> %scores_global513.sroa.12.1699.3.i)
-  %1614 = getelementptr inbounds nuw i8, ptr %1594, i64 2048
+  %1613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1588, <16 x float> %1612, <16 x float> %scores_global568.sroa.16.1770.1.i)
+  %1614 = getelementptr inbounds nuw i8, ptr %1589, i64 2560
   %1615 = load float, ptr %1614, align 4, !tbaa !5
   %1616 = insertelement <16 x float> poison, float %1615, i64 0
   %1617 = shufflevector <16 x float> %1616, <16 x float> poison, <16 x i32> zeroinitializer
-  %1618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1593, <16 x float> %1617, <16 x float> %scores_global513.sroa.16.1698.3.i)
-  %1619 = getelementptr inbounds nuw i8, ptr %1594, i64 2560
+  %1618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1588, <16 x float> %1617, <16 x float> %scores_global568.sroa.20.1769.1.i)
+  %1619 = getelementptr inbounds nuw i8, ptr %1589, i64 3072
   %1620 = load float, ptr %1619, align 4, !tbaa !5
   %1621 = insertelement <16 x float> poison, float %1620, i64 0
   %1622 = shufflevector <16 x float> %1621, <16 x float> poison, <16 x i32> zeroinitializer
-  %1623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1593, <16 x float> %1622, <16 x float> %scores_global513.sroa.20.1697.3.i)
-  %1624 = getelementptr inbounds nuw i8, ptr %1594, i64 3072
+  %1623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1588, <16 x float> %1622, <16 x float> %scores_global568.sroa.24.1768.1.i)
+  %1624 = getelementptr inbounds nuw i8, ptr %1589, i64 3584
   %1625 = load float, ptr %1624, align 4, !tbaa !5
   %1626 = insertelement <16 x float> poison, float %1625, i64 0
   %1627 = shufflevector <16 x float> %1626, <16 x float> poison, <16 x i32> zeroinitializer
-  %1628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1593, <16 x float> %1627, <16 x float> %scores_global513.sroa.24.1696.3.i)
-  %1629 = getelementptr inbounds nuw i8, ptr %1594, i64 3584
-  %1630 = load float, ptr %1629, align 4, !tbaa !5
-  %1631 = insertelement <16 x float> poison, float %1630, i64 0
-  %1632 = shufflevector <16 x float> %1631, <16 x float> poison, <16 x i32> zeroinitializer
-  %1633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1593, <16 x float> %1632, <16 x float> %scores_global513.sroa.28.1695.3.i)
-  %1634 = getelementptr i8, ptr %gep146, i64 6208
-  %1635 = load <16 x float>, ptr %1634, align 4, !tbaa !5
-  %1636 = getelementptr inbounds nuw i8, ptr %1594, i64 64
+  %1628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1588, <16 x float> %1627, <16 x float> %scores_global568.sroa.28.1767.1.i)
+  %1629 = getelementptr i8, ptr %gep142, i64 2112
+  %1630 = load <16 x float>, ptr %1629, align 4, !tbaa !5
+  %1631 = getelementptr inbounds nuw i8, ptr %1589, i64 64
+  %1632 = load float, ptr %1631, align 4, !tbaa !5
+  %1633 = insertelement <16 x float> poison, float %1632, i64 0
+  %1634 = shufflevector <16 x float> %1633, <16 x float> poison, <16 x i32> zeroinitializer
+  %1635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1634, <16 x float> %1593)
+  %1636 = getelementptr inbounds nuw i8, ptr %1589, i64 576
   %1637 = load float, ptr %1636, align 4, !tbaa !5
   %1638 = insertelement <16 x float> poison, float %1637, i64 0
   %1639 = shufflevector <16 x float> %1638, <16 x float> poison, <16 x i32> zeroinitializer
-  %1640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1639, <16 x float> %1598)
-  %1641 = getelementptr inbounds nuw i8, ptr %1594, i64 576
+  %1640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1639, <16 x float> %1598)
+  %1641 = getelementptr inbounds nuw i8, ptr %1589, i64 1088
   %1642 = load float, ptr %1641, align 4, !tbaa !5
   %1643 = insertelement <16 x float> poison, float %1642, i64 0
   %1644 = shufflevector <16 x float> %1643, <16 x float> poison, <16 x i32> zeroinitializer
-  %1645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1644, <16 x float> %1603)
-  %1646 = getelementptr inbounds nuw i8, ptr %1594, i64 1088
+  %1645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1644, <16 x float> %1603)
+  %1646 = getelementptr inbounds nuw i8, ptr %1589, i64 1600
   %1647 = load float, ptr %1646, align 4, !tbaa !5
   %1648 = insertelement <16 x float> poison, float %1647, i64 0
   %1649 = shufflevector <16 x float> %1648, <16 x float> poison, <16 x i32> zeroinitializer
-  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1649, <16 x float> %1608)
-  %1651 = getelementptr inbounds nuw i8, ptr %1594, i64 1600
+  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1649, <16 x float> %1608)
+  %1651 = getelementptr inbounds nuw i8, ptr %1589, i64 2112
   %1652 = load float, ptr %1651, align 4, !tbaa !5
   %1653 = insertelement <16 x float> poison, float %1652, i64 0
   %1654 = shufflevector <16 x float> %1653, <16 x float> poison, <16 x i32> zeroinitializer
-  %1655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1654, <16 x float> %1613)
-  %1656 = getelementptr inbounds nuw i8, ptr %1594, i64 2112
+  %1655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1654, <16 x float> %1613)
+  %1656 = getelementptr inbounds nuw i8, ptr %1589, i64 2624
   %1657 = load float, ptr %1656, align 4, !tbaa !5
   %1658 = insertelement <16 x float> poison, float %1657, i64 0
   %1659 = shufflevector <16 x float> %1658, <16 x float> poison, <16 x i32> zeroinitializer
-  %1660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1659, <16 x float> %1618)
-  %1661 = getelementptr inbounds nuw i8, ptr %1594, i64 2624
+  %1660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1659, <16 x float> %1618)
+  %1661 = getelementptr inbounds nuw i8, ptr %1589, i64 3136
   %1662 = load float, ptr %1661, align 4, !tbaa !5
   %1663 = insertelement <16 x float> poison, float %1662, i64 0
   %1664 = shufflevector <16 x float> %1663, <16 x float> poison, <16 x i32> zeroinitializer
-  %1665 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1664, <16 x float> %1623)
-  %1666 = getelementptr inbounds nuw i8, ptr %1594, i64 3136
+  %1665 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1664, <16 x float> %1623)
+  %1666 = getelementptr inbounds nuw i8, ptr %1589, i64 3648
   %1667 = load float, ptr %1666, align 4, !tbaa !5
   %1668 = insertelement <16 x float> poison, float %1667, i64 0
   %1669 = shufflevector <16 x float> %1668, <16 x float> poison, <16 x i32> zeroinitializer
-  %1670 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1669, <16 x float> %1628)
-  %1671 = getelementptr inbounds nuw i8, ptr %1594, i64 3648
-  %1672 = load float, ptr %1671, align 4, !tbaa !5
-  %1673 = insertelement <16 x float> poison, float %1672, i64 0
-  %1674 = shufflevector <16 x float> %1673, <16 x float> poison, <16 x i32> zeroinitializer
-  %1675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1674, <16 x float> %1633)
-  %indvars.iv.next908.3.i = add nuw nsw i64 %indvars.iv907.3.i, 1
-  %exitcond911.3.not.i = icmp eq i64 %indvars.iv.next908.3.i, 16
-  br i1 %exitcond911.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !26
+  %1670 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1669, <16 x float> %1628)
+  %indvars.iv.next996.1.i = add nuw nsw i64 %indvars.iv995.1.i, 1
+  %exitcond999.1.not.i = icmp eq i64 %indvars.iv.next996.1.i, 16
+  br i1 %exitcond999.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !26
+
+for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
+  %1671 = getelementptr inbounds nuw i8, ptr %1502, i64 256
+  br label %for_begin_d_2.preheader.2.i
+
+for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
+  %indvars.iv995.2.i = phi i64 [ %indvars.iv.next996.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global568.sroa.0.1774.2.i = phi <16 x float> [ %1720, %for_begin_d_2.preheader.2.i ], [ %1635, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global568.sroa.4.1773.2.i = phi <16 x float> [ %1725, %for_begin_d_2.preheader.2.i ], [ %1640, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global568.sroa.8.1772.2.i = phi <16 x float> [ %1730, %for_begin_d_2.preheader.2.i ], [ %1645, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global568.sroa.12.1771.2.i = phi <16 x float> [ %1735, %for_begin_d_2.preheader.2.i ], [ %1650, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global568.sroa.16.1770.2.i = phi <16 x float> [ %1740, %for_begin_d_2.preheader.2.i ], [ %1655, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global568.sroa.20.1769.2.i = phi <16 x float> [ %1745, %for_begin_d_2.preheader.2.i ], [ %1660, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global568.sroa.24.1768.2.i = phi <16 x float> [ %1750, %for_begin_d_2.preheader.2.i ], [ %1665, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global568.sroa.28.1767.2.i = phi <16 x float> [ %1755, %for_begin_d_2.preheader.2.i ], [ %1670, %for_begin_d_2.preheader.2.i.preheader ]
+  %.idx73 = shl i64 %indvars.iv995.2.i, 7
+  %gep144 = getelementptr i8, ptr %invariant.gep, i64 %.idx73
+  %1672 = getelementptr i8, ptr %gep144, i64 4096
+  %1673 = load <16 x float>, ptr %1672, align 4, !tbaa !5
+  %1674 = getelementptr inbounds nuw float, ptr %1671, i64 %indvars.iv995.2.i
+  %1675 = load float, ptr %1674, align 4, !tbaa !5
+  %1676 = insertelement <16 x float> poison, float %1675, i64 0
+  %1677 = shufflevector <16 x float> %1676, <16 x float> poison, <16 x i32> zeroinitializer
+  %1678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1677, <16 x float> %scores_global568.sroa.0.1774.2.i)
+  %1679 = getelementptr inbounds nuw i8, ptr %1674, i64 512
+  %1680 = load float, ptr %1679, align 4, !tbaa !5
+  %1681 = insertelement <16 x float> poison, float %1680, i64 0
+  %1682 = shufflevector <16 x float> %1681, <16 x float> poison, <16 x i32> zeroinitializer
+  %1683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1682, <16 x float> %scores_global568.sroa.4.1773.2.i)
+  %1684 = getelementptr inbounds nuw i8, ptr %1674, i64 1024
+  %1685 = load float, ptr %1684, align 4, !tbaa !5
+  %1686 = insertelement <16 x float> poison, float %1685, i64 0
+  %1687 = shufflevector <16 x float> %1686, <16 x float> poison, <16 x i32> zeroinitializer
+  %1688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1687, <16 x float> %scores_global568.sroa.8.1772.2.i)
+  %1689 = getelementptr inbounds nuw i8, ptr %1674, i64 1536
+  %1690 = load float, ptr %1689, align 4, !tbaa !5
+  %1691 = insertelement <16 x float> poison, float %1690, i64 0
+  %1692 = shufflevector <16 x float> %1691, <16 x float> poison, <16 x i32> zeroinitializer
+  %1693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1692, <16 x float> %scores_global568.sroa.12.1771.2.i)
+  %1694 = getelementptr inbounds nuw i8, ptr %1674, i64 2048
+  %1695 = load float, ptr %1694, align 4, !tbaa !5
+  %1696 = insertelement <16 x float> poison, float %1695, i64 0
+  %1697 = shufflevector <16 x float> %1696, <16 x float> poison, <16 x i32> zeroinitializer
+  %1698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1697, <16 x float> %scores_global568.sroa.16.1770.2.i)
+  %1699 = getelementptr inbounds nuw i8, ptr %1674, i64 2560
+  %1700 = load float, ptr %1699, align 4, !tbaa !5
+  %1701 = insertelement <16 x float> poison, float %1700, i64 0
+  %1702 = shufflevector <16 x float> %1701, <16 x float> poison, <16 x i32> zeroinitializer
+  %1703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1702, <16 x float> %scores_global568.sroa.20.1769.2.i)
+  %1704 = getelementptr inbounds nuw i8, ptr %1674, i64 3072
+  %1705 = load float, ptr %1704, align 4, !tbaa !5
+  %1706 = insertelement <16 x float> poison, float %1705, i64 0
+  %1707 = shufflevector <16 x float> %1706, <16 x float> poison, <16 x i32> zeroinitializer
+  %1708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1707, <16 x float> %scores_global568.sroa.24.1768.2.i)
+  %1709 = getelementptr inbounds nuw i8, ptr %1674, i64 3584
+  %1710 = load float, ptr %1709, align 4, !tbaa !5
+  %1711 = insertelement <16 x float> poison, float %1710, i64 0
+  %1712 = shufflevector <16 x float> %1711, <16 x float> poison, <16 x i32> zeroinitializer
+  %1713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1712, <16 x float> %scores_global568.sroa.28.1767.2.i)
+  %1714 = getelementptr i8, ptr %gep144, i64 4160
+  %1715 = load <16 x float>, ptr %1714, align 4, !tbaa !5
+  %1716 = getelementptr inbounds nuw i8, ptr %1674, i64 64
+  %1717 = load float, ptr %1716, align 4, !tbaa !5
+  %1718 = insertelement <16 x float> poison, float %1717, i64 0
+  %1719 = shufflevector <16 x float> %1718, <16 x float> poison, <16 x i32> zeroinitializer
+  %1720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1719, <16 x float> %1678)
+  %1721 = getelementptr inbounds nuw i8, ptr %1674, i64 576
+  %1722 = load float, ptr %1721, align 4, !tbaa !5
+  %1723 = insertelement <16 x float> poison, float %1722, i64 0
+  %1724 = shufflevector <16 x float> %1723, <16 x float> poison, <16 x i32> zeroinitializer
+  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1724, <16 x float> %1683)
+  %1726 = getelementptr inbounds nuw i8, ptr %1674, i64 1088
+  %1727 = load float, ptr %1726, align 4, !tbaa !5
+  %1728 = insertelement <16 x float> poison, float %1727, i64 0
+  %1729 = shufflevector <16 x float> %1728, <16 x float> poison, <16 x i32> zeroinitializer
+  %1730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1729, <16 x float> %1688)
+  %1731 = getelementptr inbounds nuw i8, ptr %1674, i64 1600
+  %1732 = load float, ptr %1731, align 4, !tbaa !5
+  %1733 = insertelement <16 x float> poison, float %1732, i64 0
+  %1734 = shufflevector <16 x float> %1733, <16 x float> poison, <16 x i32> zeroinitializer
+  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1734, <16 x float> %1693)
+  %1736 = getelementptr inbounds nuw i8, ptr %1674, i64 2112
+  %1737 = load float, ptr %1736, align 4, !tbaa !5
+  %1738 = insertelement <16 x float> poison, float %1737, i64 0
+  %1739 = shufflevector <16 x float> %1738, <16 x float> poison, <16 x i32> zeroinitializer
+  %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1739, <16 x float> %1698)
+  %1741 = getelementptr inbounds nuw i8, ptr %1674, i64 2624
+  %1742 = load float, ptr %1741, align 4, !tbaa !5
+  %1743 = insertelement <16 x float> poison, float %1742, i64 0
+  %1744 = shufflevector <16 x float> %1743, <16 x float> poison, <16 x i32> zeroinitializer
+  %1745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1744, <16 x float> %1703)
+  %1746 = getelementptr inbounds nuw i8, ptr %1674, i64 3136
+  %1747 = load float, ptr %1746, align 4, !tbaa !5
+  %1748 = insertelement <16 x float> poison, float %1747, i64 0
+  %1749 = shufflevector <16 x float> %1748, <16 x float> poison, <16 x i32> zeroinitializer
+  %1750 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1749, <16 x float> %1708)
+  %1751 = getelementptr inbounds nuw i8, ptr %1674, i64 3648
+  %1752 = load float, ptr %1751, align 4, !tbaa !5
+  %1753 = insertelement <16 x float> poison, float %1752, i64 0
+  %1754 = shufflevector <16 x float> %1753, <16 x float> poison, <16 x i32> zeroinitializer
+  %1755 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1754, <16 x float> %1713)
+  %indvars.iv.next996.2.i = add nuw nsw i64 %indvars.iv995.2.i, 1
+  %exitcond999.2.not.i = icmp eq i64 %indvars.iv.next996.2.i, 16
+  br i1 %exitcond999.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !26
+
+for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
+  %1756 = getelementptr inbounds nuw i8, ptr %1502, i64 384
+  br label %for_begin_d_2.preheader.3.i
+
+for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
+  %indvars.iv995.3.i = phi i64 [ %indvars.iv.next996.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global568.sroa.0.1774.3.i = phi <16 x float> [ %1805, %for_begin_d_2.preheader.3.i ], [ %1720, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global568.sroa.4.1773.3.i = phi <16 x float> [ %1810, %for_begin_d_2.preheader.3.i ], [ %1725, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global568.sroa.8.1772.3.i = phi <16 x float> [ %1815, %for_begin_d_2.preheader.3.i ], [ %1730, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global568.sroa.12.1771.3.i = phi <16 x float> [ %1820, %for_begin_d_2.preheader.3.i ], [ %1735, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global568.sroa.16.1770.3.i = phi <16 x float> [ %1825, %for_begin_d_2.preheader.3.i ], [ %1740, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global568.sroa.20.1769.3.i = phi <16 x float> [ %1830, %for_begin_d_2.preheader.3.i ], [ %1745, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global568.sroa.24.1768.3.i = phi <16 x float> [ %1835, %for_begin_d_2.preheader.3.i ], [ %1750, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global568.sroa.28.1767.3.i = phi <16 x float> [ %1840, %for_begin_d_2.preheader.3.i ], [ %1755, %for_begin_d_2.preheader.3.i.preheader ]
+  %.idx74 = shl i64 %indvars.iv995.3.i, 7
+  %gep146 = getelementptr i8, ptr %invariant.gep, i64 %.idx74
+  %1757 = getelementptr i8, ptr %gep146, i64 6144
+  %1758 = load <16 x float>, ptr %1757, align 4, !tbaa !5
+  %1759 = getelementptr inbounds nuw float, ptr %1756, i64 %indvars.iv995.3.i
+  %1760 = load float, ptr %1759, align 4, !tbaa !5
+  %1761 = insertelement <16 x float> poison, float %1760, i64 0
+  %1762 = shufflevector <16 x float> %1761, <16 x float> poison, <16 x i32> zeroinitializer
+  %1763 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1758, <16 x float> %1762, <16 x float> %scores_global568.sroa.0.1774.3.i)
+  %1764 = getelementptr inbounds nuw i8, ptr %1759, i64 512
+  %1765 = load float, ptr %1764, align 4, !tbaa !5
+  %1766 = insertelement <16 x float> poison, float %1765, i64 0
+  %1767 = shufflevector <16 x float> %1766, <16 x float> poison, <16 x i32> zeroinitializer
+  %1768 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1758, <16 x float> %1767, <16 x float> %scores_global568.sroa.4.1773.3.i)
+  %1769 = getelementptr inbounds nuw i8, ptr %1759, i64 1024
+  %1770 = load float, ptr %1769, align 4, !tbaa !5
+  %1771 = insertelement <16 x float> poison, float %1770, i64 0
+  %1772 = shufflevector <16 x float> %1771, <16 x float> poison, <16 x i32> zeroinitializer
+  %1773 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1758, <16 x float> %1772, <16 x float> %scores_global568.sroa.8.1772.3.i)
+  %1774 = getelementptr inbounds nuw i8, ptr %1759, i64 1536
+  %1775 = load float, ptr %1774, align 4, !tbaa !5
+  %1776 = insertelement <16 x float> poison, float %1775, i64 0
+  %1777 = shufflevector <16 x float> %1776, <16 x float> poison, <16 x i32> zeroinitializer
+  %1778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1758, <16 x float> %1777, <16 x float> %scores_global568.sroa.12.1771.3.i)
+  %1779 = getelementptr inbounds nuw i8, ptr %1759, i64 2048
+  %1780 = load float, ptr %1779, align 4, !tbaa !5
+  %1781 = insertelement <16 x float> poison, float %1780, i64 0
+  %1782 = shufflevector <16 x float> %1781, <16 x float> poison, <16 x i32> zeroinitializer
+  %1783 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1758, <16 x float> %1782, <16 x float> %scores_global568.sroa.16.1770.3.i)
+  %1784 = getelementptr inbounds nuw i8, ptr %1759, i64 2560
+  %1785 = load float, ptr %1784, align 4, !tbaa !5
+  %1786 = insertelement <16 x float> poison, float %1785, i64 0
+  %1787 = shufflevector <16 x float> %1786, <16 x float> poison, <16 x i32> zeroinitializer
+  %1788 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1758, <16 x float> %1787, <16 x float> %scores_global568.sroa.20.1769.3.i)
+  %1789 = getelementptr inbounds nuw i8, ptr %1759, i64 3072
+  %1790 = load float, ptr %1789, align 4, !tbaa !5
+  %1791 = insertelement <16 x float> poison, float %1790, i64 0
+  %1792 = shufflevector <16 x float> %1791, <16 x float> poison, <16 x i32> zeroinitializer
+  %1793 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1758, <16 x float> %1792, <16 x float> %scores_global568.sroa.24.1768.3.i)
+  %1794 = getelementptr inbounds nuw i8, ptr %1759, i64 3584
+  %1795 = load float, ptr %1794, align 4, !tbaa !5
+  %1796 = insertelement <16 x float> poison, float %1795, i64 0
+  %1797 = shufflevector <16 x float> %1796, <16 x float> poison, <16 x i32> zeroinitializer
+  %1798 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1758, <16 x float> %1797, <16 x float> %scores_global568.sroa.28.1767.3.i)
+  %1799 = getelementptr i8, ptr %gep146, i64 6208
+  %1800 = load <16 x float>, ptr %1799, align 4, !tbaa !5
+  %1801 = getelementptr inbounds nuw i8, ptr %1759, i64 64
+  %1802 = load float, ptr %1801, align 4, !tbaa !5
+  %1803 = insertelement <16 x float> poison, float %1802, i64 0
+  %1804 = shufflevector <16 x float> %1803, <16 x float> poison, <16 x i32> zeroinitializer
+  %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1800, <16 x float> %1804, <16 x float> %1763)
+  %1806 = getelementptr inbounds nuw i8, ptr %1759, i64 576
+  %1807 = load float, ptr %1806, align 4, !tbaa !5
+  %1808 = insertelement <16 x float> poison, float %1807, i64 0
+  %1809 = shufflevector <16 x float> %1808, <16 x float> poison, <16 x i32> zeroinitializer
+  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1800, <16 x float> %1809, <16 x float> %1768)
+  %1811 = getelementptr inbounds nuw i8, ptr %1759, i64 1088
+  %1812 = load float, ptr %1811, align 4, !tbaa !5
+  %1813 = insertelement <16 x float> poison, float %1812, i64 0
+  %1814 = shufflevector <16 x float> %1813, <16 x float> poison, <16 x i32> zeroinitializer
+  %1815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1800, <16 x float> %1814, <16 x float> %1773)
+  %1816 = getelementptr inbounds nuw i8, ptr %1759, i64 1600
+  %1817 = load float, ptr %1816, align 4, !tbaa !5
+  %1818 = insertelement <16 x float> poison, float %1817, i64 0
+  %1819 = shufflevector <16 x float> %1818, <16 x float> poison, <16 x i32> zeroinitializer
+  %1820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1800, <16 x float> %1819, <16 x float> %1778)
+  %1821 = getelementptr inbounds nuw i8, ptr %1759, i64 2112
+  %1822 = load float, ptr %1821, align 4, !tbaa !5
+  %1823 = insertelement <16 x float> poison, float %1822, i64 0
+  %1824 = shufflevector <16 x float> %1823, <16 x float> poison, <16 x i32> zeroinitializer
+  %1825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1800, <16 x float> %1824, <16 x float> %1783)
+  %1826 = getelementptr inbounds nuw i8, ptr %1759, i64 2624
+  %1827 = load float, ptr %1826, align 4, !tbaa !5
+  %1828 = insertelement <16 x float> poison, float %1827, i64 0
+  %1829 = shufflevector <16 x float> %1828, <16 x float> poison, <16 x i32> zeroinitializer
+  %1830 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1800, <16 x float> %1829, <16 x float> %1788)
+  %1831 = getelementptr inbounds nuw i8, ptr %1759, i64 3136
+  %1832 = load float, ptr %1831, align 4, !tbaa !5
+  %1833 = insertelement <16 x float> poison, float %1832, i64 0
+  %1834 = shufflevector <16 x float> %1833, <16 x float> poison, <16 x i32> zeroinitializer
+  %1835 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1800, <16 x float> %1834, <16 x float> %1793)
+  %1836 = getelementptr inbounds nuw i8, ptr %1759, i64 3648
+  %1837 = load float, ptr %1836, align 4, !tbaa !5
+  %1838 = insertelement <16 x float> poison, float %1837, i64 0
+  %1839 = shufflevector <16 x float> %1838, <16 x float> poison, <16 x i32> zeroinitializer
+  %1840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1800, <16 x float> %1839, <16 x float> %1798)
+  %indvars.iv.next996.3.i = add nuw nsw i64 %indvars.iv995.3.i, 1
+  %exitcond999.3.not.i = icmp eq i64 %indvars.iv.next996.3.i, 16
+  br i1 %exitcond999.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !26
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
-  %.idx1105.i = shl nsw i64 %indvars.iv916.i, 9
-  %1676 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1105.i
-  store <16 x float> %1640, ptr %1676, align 4, !tbaa !5
-  %1677 = getelementptr inbounds nuw i8, ptr %1676, i64 64
-  store <16 x float> %1645, ptr %1677, align 4, !tbaa !5
-  %1678 = getelementptr inbounds nuw i8, ptr %1676, i64 128
-  store <16 x float> %1650, ptr %1678, align 4, !tbaa !5
-  %1679 = getelementptr inbounds nuw i8, ptr %1676, i64 192
-  store <16 x float> %1655, ptr %1679, align 4, !tbaa !5
-  %1680 = getelementptr inbounds nuw i8, ptr %1676, i64 256
-  store <16 x float> %1660, ptr %1680, align 4, !tbaa !5
-  %1681 = getelementptr inbounds nuw i8, ptr %1676, i64 320
-  store <16 x float> %1665, ptr %1681, align 4, !tbaa !5
-  %1682 = getelementptr inbounds nuw i8, ptr %1676, i64 384
-  store <16 x float> %1670, ptr %1682, align 4, !tbaa !5
-  %1683 = getelementptr inbounds nuw i8, ptr %1676, i64 448
-  store <16 x float> %1675, ptr %1683, align 4, !tbaa !5
-  %indvars.iv.next917.i = add nuw nsw i64 %indvars.iv916.i, 1
-  %exitcond920.not.i = icmp eq i64 %indvars.iv.next917.i, %wide.trip.count919.i
-  br i1 %exitcond920.not.i, label %for_begin_to182.preheader.i, label %for_begin_d_0.preheader.i, !prof !13
+  %.idx1203.i = shl nsw i64 %indvars.iv1004.i, 9
+  %1841 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1203.i
+  store <16 x float> %1805, ptr %1841, align 4, !tbaa !5
+  %1842 = getelementptr inbounds nuw i8, ptr %1841, i64 64
+  store <16 x float> %1810, ptr %1842, align 4, !tbaa !5
+  %1843 = getelementptr inbounds nuw i8, ptr %1841, i64 128
+  store <16 x float> %1815, ptr %1843, align 4, !tbaa !5
+  %1844 = getelementptr inbounds nuw i8, ptr %1841, i64 192
+  store <16 x float> %1820, ptr %1844, align 4, !tbaa !5
+  %1845 = getelementptr inbounds nuw i8, ptr %1841, i64 256
+  store <16 x float> %1825, ptr %1845, align 4, !tbaa !5
+  %1846 = getelementptr inbounds nuw i8, ptr %1841, i64 320
+  store <16 x float> %1830, ptr %1846, align 4, !tbaa !5
+  %1847 = getelementptr inbounds nuw i8, ptr %1841, i64 384
+  store <16 x float> %1835, ptr %1847, align 4, !tbaa !5
+  %1848 = getelementptr inbounds nuw i8, ptr %1841, i64 448
+  store <16 x float> %1840, ptr %1848, align 4, !tbaa !5
+  %indvars.iv.next1005.i = add nuw nsw i64 %indvars.iv1004.i, 1
+  %exitcond1008.not.i = icmp eq i64 %indvars.iv.next1005.i, %wide.trip.count1007.i
+  br i1 %exitcond1008.not.i, label %for_begin_to203.preheader.i, label %for_begin_d_0.preheader.i, !prof !13
 
-for_begin_ti187.preheader.i:                      ; preds = %for_begin_ti187.preheader.i, %for_begin_to182.preheader.i
-  %indvars.iv925.i = phi i64 [ 0, %for_begin_to182.preheader.i ], [ %indvars.iv.next926.i, %for_begin_ti187.preheader.i ]
-  %1684 = shl nsw i64 %indvars.iv925.i, 7
-  %indvars.iv925.tr.i = trunc i64 %indvars.iv925.i to i32
-  %1685 = shl i32 %indvars.iv925.tr.i, 3
-  %1686 = add i32 %1685, %640
-  %1687 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1684
-  %1688 = load <16 x float>, ptr %1687, align 4, !tbaa !5
-  %1689 = fmul <16 x float> %390, %1688
-  %1690 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
-  %1691 = insertelement <16 x i32> poison, i32 %1686, i64 0
-  %1692 = shufflevector <16 x i32> %1691, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1693 = icmp slt <16 x i32> %1692, %1690
-  %1694 = select <16 x i1> %1693, <16 x float> %1689, <16 x float> splat (float 0xFFF0000000000000)
-  %1695 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1684
-  store <16 x float> %1694, ptr %1695, align 4, !tbaa !5
-  %1696 = or disjoint i64 %1684, 16
-  %1697 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1696
-  %1698 = load <16 x float>, ptr %1697, align 4, !tbaa !5
-  %1699 = fmul <16 x float> %390, %1698
-  %1700 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
-  %1701 = or disjoint i32 %1686, 1
-  %1702 = insertelement <16 x i32> poison, i32 %1701, i64 0
-  %1703 = shufflevector <16 x i32> %1702, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1704 = icmp slt <16 x i32> %1703, %1700
-  %1705 = select <16 x i1> %1704, <16 x float> %1699, <16 x float> splat (float 0xFFF0000000000000)
-  %1706 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1696
-  store <16 x float> %1705, ptr %1706, align 4, !tbaa !5
-  %1707 = or disjoint i64 %1684, 32
-  %1708 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1707
-  %1709 = load <16 x float>, ptr %1708, align 4, !tbaa !5
-  %1710 = fmul <16 x float> %390, %1709
-  %1711 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
-  %1712 = or disjoint i32 %1686, 2
-  %1713 = insertelement <16 x i32> poison, i32 %1712, i64 0
-  %1714 = shufflevector <16 x i32> %1713, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1715 = icmp slt <16 x i32> %1714, %1711
-  %1716 = select <16 x i1> %1715, <16 x float> %1710, <16 x float> splat (float 0xFFF0000000000000)
-  %1717 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1707
-  store <16 x float> %1716, ptr %1717, align 4, !tbaa !5
-  %1718 = or disjoint i64 %1684, 48
-  %1719 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1718
-  %1720 = load <16 x float>, ptr %1719, align 4, !tbaa !5
-  %1721 = fmul <16 x float> %390, %1720
-  %1722 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
-  %1723 = or disjoint i32 %1686, 3
-  %1724 = insertelement <16 x i32> poison, i32 %1723, i64 0
-  %1725 = shufflevector <16 x i32> %1724, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1726 = icmp slt <16 x i32> %1725, %1722
-  %1727 = select <16 x i1> %1726, <16 x float> %1721, <16 x float> splat (float 0xFFF0000000000000)
-  %1728 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1718
-  store <16 x float> %1727, ptr %1728, align 4, !tbaa !5
-  %1729 = or disjoint i64 %1684, 64
-  %1730 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1729
-  %1731 = load <16 x float>, ptr %1730, align 4, !tbaa !5
-  %1732 = fmul <16 x float> %390, %1731
-  %1733 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
-  %1734 = or disjoint i32 %1686, 4
-  %1735 = insertelement <16 x i32> poison, i32 %1734, i64 0
-  %1736 = shufflevector <16 x i32> %1735, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1737 = icmp slt <16 x i32> %1736, %1733
-  %1738 = select <16 x i1> %1737, <16 x float> %1732, <16 x float> splat (float 0xFFF0000000000000)
-  %1739 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1729
-  store <16 x float> %1738, ptr %1739, align 4, !tbaa !5
-  %1740 = or disjoint i64 %1684, 80
-  %1741 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1740
-  %1742 = load <16 x float>, ptr %1741, align 4, !tbaa !5
-  %1743 = fmul <16 x float> %390, %1742
-  %1744 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
-  %1745 = or disjoint i32 %1686, 5
-  %1746 = insertelement <16 x i32> poison, i32 %1745, i64 0
-  %1747 = shufflevector <16 x i32> %1746, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1748 = icmp slt <16 x i32> %1747, %1744
-  %1749 = select <16 x i1> %1748, <16 x float> %1743, <16 x float> splat (float 0xFFF0000000000000)
-  %1750 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1740
-  store <16 x float> %1749, ptr %1750, align 4, !tbaa !5
-  %1751 = or disjoint i64 %1684, 96
-  %1752 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1751
-  %1753 = load <16 x float>, ptr %1752, align 4, !tbaa !5
-  %1754 = fmul <16 x float> %390, %1753
-  %1755 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
-  %1756 = or disjoint i32 %1686, 6
-  %1757 = insertelement <16 x i32> poison, i32 %1756, i64 0
-  %1758 = shufflevector <16 x i32> %1757, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1759 = icmp slt <16 x i32> %1758, %1755
-  %1760 = select <16 x i1> %1759, <16 x float> %1754, <16 x float> splat (float 0xFFF0000000000000)
-  %1761 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1751
-  store <16 x float> %1760, ptr %1761, align 4, !tbaa !5
-  %1762 = or disjoint i64 %1684, 112
-  %1763 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1762
-  %1764 = load <16 x float>, ptr %1763, align 4, !tbaa !5
-  %1765 = fmul <16 x float> %390, %1764
-  %1766 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
-  %1767 = or disjoint i32 %1686, 7
-  %1768 = insertelement <16 x i32> poison, i32 %1767, i64 0
-  %1769 = shufflevector <16 x i32> %1768, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1770 = icmp slt <16 x i32> %1769, %1766
-  %1771 = select <16 x i1> %1770, <16 x float> %1765, <16 x float> splat (float 0xFFF0000000000000)
-  %1772 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1762
-  store <16 x float> %1771, ptr %1772, align 4, !tbaa !5
-  %indvars.iv.next926.i = add nuw nsw i64 %indvars.iv925.i, 1
-  %exitcond929.not.i = icmp eq i64 %indvars.iv.next926.i, %wide.trip.count919.i
-  br i1 %exitcond929.not.i, label %for_end_to184.i, label %for_begin_ti187.preheader.i, !prof !13
-
-for_end_to184.i:                                  ; preds = %for_begin_ti187.preheader.i, %if_then173.i
-  br i1 %155, label %if_then192.i, label %if_end193.i, !prof !8
-
-if_then192.i:                                     ; preds = %for_end_to184.i
-  %1773 = srem i32 %1317, %111
-  %1774 = shl nsw i32 %1773, 4
-  %1775 = sub nsw i32 %109, %1774
-  %1776 = icmp sgt i32 %1775, 0
-  br i1 %1776, label %for_body_r195.lr.ph.i, label %if_end193.i, !prof !3
-
-for_body_r195.lr.ph.i:                            ; preds = %if_then192.i
-  %1777 = icmp sgt i32 %valid_len176.i, %642
-  %1778 = sext i32 %1773 to i64
-  %1779 = shl nsw i64 %1778, 2
-  br i1 %1777, label %for_body_r195.us.preheader.i, label %if_end193.i, !prof !3
-
-for_body_r195.us.preheader.i:                     ; preds = %for_body_r195.lr.ph.i
-  %1780 = tail call i32 @llvm.umin.i32(i32 %1775, i32 16)
-  %smin221 = tail call i32 @llvm.smin.i32(i32 %span519.sroa.3.0.lcssa.i, i32 %1322)
-  %smin224 = tail call i32 @llvm.smin.i32(i32 %smin221, i32 %indvars.iv222)
-  %smin225 = tail call i32 @llvm.smin.i32(i32 %smin224, i32 %375)
-  %1781 = add i32 %indvars.iv219, %smin225
-  %smin226 = tail call i32 @llvm.smin.i32(i32 %1781, i32 128)
-  %1782 = sub i32 %smin226, %smax228
-  %1783 = zext i32 %1782 to i64
-  %1784 = add i32 %indvars.iv219, %1325
-  %smin436 = tail call i32 @llvm.smin.i32(i32 %1784, i32 128)
-  %1785 = sub i32 %smin436, %smax435
-  %1786 = zext i32 %1785 to i64
-  %1787 = add nsw i64 %1786, -1
-  %smin453 = tail call i32 @llvm.smin.i32(i32 %1784, i32 128)
-  %1788 = sub i32 %smin453, %smax447
-  %1789 = zext i32 %1788 to i64
-  %scevgep454 = getelementptr i8, ptr %scevgep452, i64 %1789
-  %scevgep457 = getelementptr i8, ptr %scaled.i, i64 -60
-  %1790 = shl nuw nsw i64 %1789, 6
-  %scevgep458 = getelementptr i8, ptr %scevgep457, i64 %1790
-  %1791 = add i32 %indvars.iv219, %1325
-  %smin464 = tail call i32 @llvm.smin.i32(i32 %1791, i32 128)
-  %1792 = sub i32 %smin464, %smax463
-  %1793 = zext i32 %1792 to i64
-  %min.iters.check466 = icmp ult i32 %1792, 24
-  %1794 = trunc i64 %1787 to i32
-  %1795 = add i32 %smax435, %1794
-  %1796 = shl i32 %1795, 4
-  %1797 = icmp ugt i64 %1787, 268435455
-  %mul.result442 = shl nsw i64 %1787, 6
-  %n.vec469 = and i64 %1793, 4294967288
-  %cmp.n482 = icmp eq i64 %n.vec469, %1793
-  %xtraiter585 = and i64 %1793, 3
-  %lcmp.mod586.not = icmp eq i64 %xtraiter585, 0
-  br label %for_body_r195.us.i
-
-for_body_r195.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r195.us.preheader.i
-  %indvar449 = phi i64 [ %indvar.next450, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r195.us.preheader.i ]
-  %r198719.us.i = phi i32 [ %1869, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r195.us.preheader.i ]
-  %1798 = lshr i64 %indvar449, 2
-  %1799 = add nsw i64 %1779, %1798
-  %1800 = mul nsw i64 %392, %1799
-  %scevgep451 = getelementptr i8, ptr %scevgep448, i64 %1800
-  %scevgep455 = getelementptr i8, ptr %scevgep454, i64 %1800
-  %1801 = trunc i64 %indvar449 to i32
-  %1802 = add i32 %571, %1801
-  %1803 = sext i32 %1802 to i64
-  %1804 = shl nsw i64 %1803, 2
-  %scevgep456 = getelementptr i8, ptr %scaled.i, i64 %1804
-  %scevgep459 = getelementptr i8, ptr %scevgep458, i64 %1804
-  %1805 = lshr i32 %r198719.us.i, 2
-  %1806 = zext nneg i32 %1805 to i64
-  %1807 = add nsw i64 %1779, %1806
-  %1808 = mul nsw i64 %1807, %392
-  %1809 = getelementptr i8, ptr %649, i64 %1808
-  br i1 %min.iters.check466, label %for_body_c.us.i.preheader, label %vector.scevcheck434, !prof !16
-
-vector.scevcheck434:                              ; preds = %for_body_r195.us.i
-  %1810 = add i32 %572, %r198719.us.i
-  %1811 = sext i32 %1810 to i64
-  %1812 = shl nsw i64 %1811, 2
-  %scevgep440 = getelementptr i8, ptr %scaled.i, i64 %1812
-  %1813 = add i32 %1796, %r198719.us.i
-  %1814 = icmp slt i32 %1813, %1810
-  %1815 = or i1 %1814, %1797
-  %1816 = getelementptr i8, ptr %scevgep440, i64 %mul.result442
-  %1817 = icmp ult ptr %1816, %scevgep440
-  %1818 = or i1 %1817, %1815
-  br i1 %1818, label %for_body_c.us.i.preheader, label %vector.memcheck444, !prof !16
-
-vector.memcheck444:                               ; preds = %vector.scevcheck434
-  %bound0460 = icmp ult ptr %scevgep451, %scevgep459
-  %bound1461 = icmp ult ptr %scevgep456, %scevgep455
-  %found.conflict462 = and i1 %bound0460, %bound1461
-  br i1 %found.conflict462, label %for_body_c.us.i.preheader, label %vector.ph467, !prof !16
-
-vector.ph467:                                     ; preds = %vector.memcheck444
-  %broadcast.splatinsert470 = insertelement <8 x i32> poison, i32 %r198719.us.i, i64 0
-  %broadcast.splat471 = shufflevector <8 x i32> %broadcast.splatinsert470, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body474
-
-vector.body474:                                   ; preds = %vector.body474, %vector.ph467
-  %index475 = phi i64 [ 0, %vector.ph467 ], [ %index.next479, %vector.body474 ]
-  %vec.ind476 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph467 ], [ %vec.ind.next480, %vector.body474 ]
-  %1819 = getelementptr i8, ptr %1809, i64 %index475
-  %wide.load477 = load <8 x i8>, ptr %1819, align 1, !tbaa !5, !alias.scope !43, !noalias !46
-  %1820 = icmp ne <8 x i8> %wide.load477, zeroinitializer
-  %1821 = add <8 x i32> %broadcast.splat473, %vec.ind476
-  %1822 = shl <8 x i32> %1821, splat (i32 4)
-  %1823 = add nsw <8 x i32> %1822, %broadcast.splat471
-  %1824 = sext <8 x i32> %1823 to <8 x i64>
-  %1825 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %1824
-  %wide.masked.gather478 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %1825, <8 x i1> %1820, <8 x float> poison), !tbaa !5, !alias.scope !46
-  %predphi = select <8 x i1> %1820, <8 x float> %wide.masked.gather478, <8 x float> splat (float 0xFFF0000000000000)
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %1825, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !46
-  %index.next479 = add nuw i64 %index475, 8
-  %vec.ind.next480 = add <8 x i32> %vec.ind476, splat (i32 8)
-  %1826 = icmp eq i64 %index.next479, %n.vec469
-  br i1 %1826, label %middle.block481, label %vector.body474, !prof !48, !llvm.loop !49
-
-middle.block481:                                  ; preds = %vector.body474
-  br i1 %cmp.n482, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !51
-
-for_body_c.us.i.preheader:                        ; preds = %middle.block481, %vector.memcheck444, %vector.scevcheck434, %for_body_r195.us.i
-  %indvars.iv930.i.ph = phi i64 [ 0, %vector.memcheck444 ], [ 0, %vector.scevcheck434 ], [ 0, %for_body_r195.us.i ], [ %n.vec469, %middle.block481 ]
-  br i1 %lcmp.mod586.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
-
-for_body_c.us.i.prol:                             ; preds = %if_end201.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv930.i.prol = phi i64 [ %indvars.iv.next931.i.prol, %if_end201.us.i.prol ], [ %indvars.iv930.i.ph, %for_body_c.us.i.preheader ]
-  %prol.iter = phi i64 [ %prol.iter.next, %if_end201.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
-  %1827 = getelementptr i8, ptr %1809, i64 %indvars.iv930.i.prol
-  %1828 = load i8, ptr %1827, align 1, !tbaa !5
-  %1829 = icmp eq i8 %1828, 0
-  %1830 = trunc i64 %indvars.iv930.i.prol to i32
-  %.pre1069.i.prol = add i32 %642, %1830
-  %.pre1071.i.prol = shl i32 %.pre1069.i.prol, 4
-  %.pre1073.i.prol = add nsw i32 %.pre1071.i.prol, %r198719.us.i
-  %.pre1075.i.prol = sext i32 %.pre1073.i.prol to i64
-  br i1 %1829, label %if_end201.us.i.prol, label %if_else200.us.i.prol
-
-if_else200.us.i.prol:                             ; preds = %for_body_c.us.i.prol
-  %1831 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i.prol
-  %1832 = load float, ptr %1831, align 4, !tbaa !5
-  br label %if_end201.us.i.prol
-
-if_end201.us.i.prol:                              ; preds = %if_else200.us.i.prol, %for_body_c.us.i.prol
-  %1833 = phi float [ %1832, %if_else200.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
-  %1834 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i.prol
-  store float %1833, ptr %1834, align 4, !tbaa !5
-  %indvars.iv.next931.i.prol = add nuw nsw i64 %indvars.iv930.i.prol, 1
-  %prol.iter.next = add i64 %prol.iter, 1
-  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter585
-  br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !52, !llvm.loop !53
-
-for_body_c.us.i.prol.loopexit:                    ; preds = %if_end201.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv930.i.unr = phi i64 [ %indvars.iv930.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next931.i.prol, %if_end201.us.i.prol ]
-  %1835 = sub nsw i64 %indvars.iv930.i.ph, %1793
-  %1836 = icmp ugt i64 %1835, -4
-  br i1 %1836, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
-
-for_body_c.us.i:                                  ; preds = %if_end201.us.i.3, %for_body_c.us.i.prol.loopexit
-  %indvars.iv930.i = phi i64 [ %indvars.iv.next931.i.3, %if_end201.us.i.3 ], [ %indvars.iv930.i.unr, %for_body_c.us.i.prol.loopexit ]
-  %1837 = getelementptr i8, ptr %1809, i64 %indvars.iv930.i
-  %1838 = load i8, ptr %1837, align 1, !tbaa !5
-  %1839 = icmp eq i8 %1838, 0
-  %1840 = trunc i64 %indvars.iv930.i to i32
-  %.pre1069.i = add i32 %642, %1840
-  %.pre1071.i = shl i32 %.pre1069.i, 4
-  %.pre1073.i = add nsw i32 %.pre1071.i, %r198719.us.i
-  %.pre1075.i = sext i32 %.pre1073.i to i64
-  br i1 %1839, label %if_end201.us.i, label %if_else200.us.i
-
-if_else200.us.i:                                  ; preds = %for_body_c.us.i
-  %1841 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i
-  %1842 = load float, ptr %1841, align 4, !tbaa !5
-  br label %if_end201.us.i
-
-if_end201.us.i:                                   ; preds = %if_else200.us.i, %for_body_c.us.i
-  %1843 = phi float [ %1842, %if_else200.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
-  %1844 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i
-  store float %1843, ptr %1844, align 4, !tbaa !5
-  %indvars.iv.next931.i = add nuw nsw i64 %indvars.iv930.i, 1
-  %1845 = getelementptr i8, ptr %1809, i64 %indvars.iv.next931.i
-  %1846 = load i8, ptr %1845, align 1, !tbaa !5
-  %1847 = icmp eq i8 %1846, 0
-  %1848 = trunc i64 %indvars.iv.next931.i to i32
-  %.pre1069.i.1 = add i32 %642, %1848
-  %.pre1071.i.1 = shl i32 %.pre1069.i.1, 4
-  %.pre1073.i.1 = add nsw i32 %.pre1071.i.1, %r198719.us.i
-  %.pre1075.i.1 = sext i32 %.pre1073.i.1 to i64
-  br i1 %1847, label %if_end201.us.i.1, label %if_else200.us.i.1
-
-if_else200.us.i.1:                                ; preds = %if_end201.us.i
-  %1849 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i.1
-  %1850 = load float, ptr %1849, align 4, !tbaa !5
-  br label %if_end201.us.i.1
-
-if_end201.us.i.1:                                 ; preds = %if_else200.us.i.1, %if_end201.us.i
-  %1851 = phi float [ %1850, %if_else200.us.i.1 ], [ 0xFFF0000000000000, %if_end201.us.i ]
-  %1852 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i.1
-  store float %1851, ptr %1852, align 4, !tbaa !5
-  %indvars.iv.next931.i.1 = add nuw nsw i64 %indvars.iv930.i, 2
-  %1853 = getelementptr i8, ptr %1809, i64 %indvars.iv.next931.i.1
-  %1854 = load i8, ptr %1853, align 1, !tbaa !5
-  %1855 = icmp eq i8 %1854, 0
-  %1856 = trunc i64 %indvars.iv.next931.i.1 to i32
-  %.pre1069.i.2 = add i32 %642, %1856
-  %.pre1071.i.2 = shl i32 %.pre1069.i.2, 4
-  %.pre1073.i.2 = add nsw i32 %.pre1071.i.2, %r198719.us.i
-  %.pre1075.i.2 = sext i32 %.pre1073.i.2 to i64
-  br i1 %1855, label %if_end201.us.i.2, label %if_else200.us.i.2
-
-if_else200.us.i.2:                                ; preds = %if_end201.us.i.1
-  %1857 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i.2
-  %1858 = load float, ptr %1857, align 4, !tbaa !5
-  br label %if_end201.us.i.2
-
-if_end201.us.i.2:                                 ; preds = %if_else200.us.i.2, %if_end201.us.i.1
-  %1859 = phi float [ %1858, %if_else200.us.i.2 ], [ 0xFFF0000000000000, %if_end201.us.i.1 ]
-  %1860 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i.2
-  store float %1859, ptr %1860, align 4, !tbaa !5
-  %indvars.iv.next931.i.2 = add nuw nsw i64 %indvars.iv930.i, 3
-  %1861 = getelementptr i8, ptr %1809, i64 %indvars.iv.next931.i.2
-  %1862 = load i8, ptr %1861, align 1, !tbaa !5
-  %1863 = icmp eq i8 %1862, 0
-  %1864 = trunc i64 %indvars.iv.next931.i.2 to i32
-  %.pre1069.i.3 = add i32 %642, %1864
-  %.pre1071.i.3 = shl i32 %.pre1069.i.3, 4
-  %.pre1073.i.3 = add nsw i32 %.pre1071.i.3, %r198719.us.i
-  %.pre1075.i.3 = sext i32 %.pre1073.i.3 to i64
-  br i1 %1863, label %if_end201.us.i.3, label %if_else200.us.i.3
-
-if_else200.us.i.3:                                ; preds = %if_end201.us.i.2
-  %1865 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i.3
-  %1866 = load float, ptr %1865, align 4, !tbaa !5
-  br label %if_end201.us.i.3
-
-if_end201.us.i.3:                                 ; preds = %if_else200.us.i.3, %if_end201.us.i.2
-  %1867 = phi float [ %1866, %if_else200.us.i.3 ], [ 0xFFF0000000000000, %if_end201.us.i.2 ]
-  %1868 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i.3
-  store float %1867, ptr %1868, align 4, !tbaa !5
-  %indvars.iv.next931.i.3 = add nuw nsw i64 %indvars.iv930.i, 4
-  %exitcond227.not.3 = icmp eq i64 %indvars.iv.next931.i.3, %1783
-  br i1 %exitcond227.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !55, !llvm.loop !56
-
-for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end201.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block481
-  %1869 = add nuw nsw i32 %r198719.us.i, 1
-  %exitcond933.not.i = icmp eq i32 %1869, %1780
-  %indvar.next450 = add i64 %indvar449, 1
-  br i1 %exitcond933.not.i, label %if_end193.i, label %for_body_r195.us.i, !prof !13
-
-if_end193.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r195.lr.ph.i, %if_then192.i, %for_end_to184.i
-  br i1 %1329, label %for_begin_ti207.preheader.preheader.i, label %for_begin_to222.preheader.i, !prof !3
-
-for_begin_ti207.preheader.preheader.i:            ; preds = %if_end193.i
-  %wide.trip.count941.i = zext nneg i32 %1328 to i64
-  br label %for_begin_ti207.preheader.i
-
-for_begin_ti207.preheader.i:                      ; preds = %for_begin_ti207.preheader.i, %for_begin_ti207.preheader.preheader.i
-  %indvars.iv938.i = phi i64 [ 0, %for_begin_ti207.preheader.preheader.i ], [ %indvars.iv.next939.i, %for_begin_ti207.preheader.i ]
-  %peak512.sroa.0.0722.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti207.preheader.preheader.i ], [ %1901, %for_begin_ti207.preheader.i ]
-  %.idx75 = shl nsw i64 %indvars.iv938.i, 9
-  %1870 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx75
-  %1871 = load <16 x float>, ptr %1870, align 4, !tbaa !5
-  %1872 = fcmp ogt <16 x float> %peak512.sroa.0.0722.i, %1871
-  %1873 = select <16 x i1> %1872, <16 x float> %peak512.sroa.0.0722.i, <16 x float> %1871
-  %1874 = getelementptr inbounds nuw i8, ptr %1870, i64 64
-  %1875 = load <16 x float>, ptr %1874, align 4, !tbaa !5
-  %1876 = fcmp ogt <16 x float> %1873, %1875
-  %1877 = select <16 x i1> %1876, <16 x float> %1873, <16 x float> %1875
-  %1878 = getelementptr inbounds nuw i8, ptr %1870, i64 128
-  %1879 = load <16 x float>, ptr %1878, align 4, !tbaa !5
-  %1880 = fcmp ogt <16 x float> %1877, %1879
-  %1881 = select <16 x i1> %1880, <16 x float> %1877, <16 x float> %1879
-  %1882 = getelementptr inbounds nuw i8, ptr %1870, i64 192
-  %1883 = load <16 x float>, ptr %1882, align 4, !tbaa !5
-  %1884 = fcmp ogt <16 x float> %1881, %1883
-  %1885 = select <16 x i1> %1884, <16 x float> %1881, <16 x float> %1883
-  %1886 = getelementptr inbounds nuw i8, ptr %1870, i64 256
-  %1887 = load <16 x float>, ptr %1886, align 4, !tbaa !5
-  %1888 = fcmp ogt <16 x float> %1885, %1887
-  %1889 = select <16 x i1> %1888, <16 x float> %1885, <16 x float> %1887
-  %1890 = getelementptr inbounds nuw i8, ptr %1870, i64 320
-  %1891 = load <16 x float>, ptr %1890, align 4, !tbaa !5
-  %1892 = fcmp ogt <16 x float> %1889, %1891
-  %1893 = select <16 x i1> %1892, <16 x float> %1889, <16 x float> %1891
-  %1894 = getelementptr inbounds nuw i8, ptr %1870, i64 384
-  %1895 = load <16 x float>, ptr %1894, align 4, !tbaa !5
-  %1896 = fcmp ogt <16 x float> %1893, %1895
-  %1897 = select <16 x i1> %1896, <16 x float> %1893, <16 x float> %1895
-  %1898 = getelementptr inbounds nuw i8, ptr %1870, i64 448
-  %1899 = load <16 x float>, ptr %1898, align 4, !tbaa !5
-  %1900 = fcmp ogt <16 x float> %1897, %1899
-  %1901 = select <16 x i1> %1900, <16 x float> %1897, <16 x float> %1899
-  %indvars.iv.next939.i = add nuw nsw i64 %indvars.iv938.i, 1
-  %exitcond942.not.i = icmp eq i64 %indvars.iv.next939.i, %wide.trip.count941.i
-  br i1 %exitcond942.not.i, label %for_begin_ti217.preheader.lr.ph.i, label %for_begin_ti207.preheader.i, !prof !13
-
-for_begin_ti217.preheader.lr.ph.i:                ; preds = %for_begin_ti207.preheader.i
-  %1902 = icmp sgt i32 %1326, 0
-  %1903 = insertelement <16 x i1> poison, i1 %1902, i64 0
-  %1904 = shufflevector <16 x i1> %1903, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1905 = select <16 x i1> %1904, <16 x float> %1901, <16 x float> splat (float 0xC6293E5940000000)
-  %1906 = shl i32 %1317, 4
-  %1907 = sext i32 %1906 to i64
-  %1908 = getelementptr inbounds i32, ptr %places.i, i64 %1907
-  br label %for_begin_ti217.preheader.i
-
-for_begin_to222.preheader.i:                      ; preds = %if_end193.i
-  %1909 = icmp sgt i32 %1326, 0
-  %1910 = insertelement <16 x i1> poison, i1 %1909, i64 0
-  %1911 = shufflevector <16 x i1> %1910, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1912 = select <16 x i1> %1911, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
-  %.pre = shl i32 %1317, 4
-  %.pre240 = sext i32 %.pre to i64
-  br label %for_end_to224.i
-
-for_begin_ti217.preheader.i:                      ; preds = %for_begin_ti217.preheader.i, %for_begin_ti217.preheader.lr.ph.i
-  %indvars.iv947.i = phi i64 [ 0, %for_begin_ti217.preheader.lr.ph.i ], [ %indvars.iv.next948.i, %for_begin_ti217.preheader.i ]
-  %1913 = shl nsw i64 %indvars.iv947.i, 7
-  %1914 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1913
-  %1915 = load <16 x float>, ptr %1914, align 4, !tbaa !5
-  %arg.i = fsub <16 x float> %1915, %1905
-  %1916 = load <16 x i32>, ptr %1908, align 4, !tbaa !5
-  %1917 = sitofp <16 x i32> %1916 to <16 x float>
-  %1918 = fsub <16 x float> splat (float 0x4168000FE0000000), %1917
-  %1919 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %1918)
-  %bits.i = bitcast <16 x float> %1919 to <16 x i32>
-  %n.i = fsub <16 x float> %1919, %1918
-  %1920 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
-  %1921 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
-  %1922 = fsub <16 x float> %arg.i, %1921
-  %1923 = fadd <16 x float> %1920, %1922
-  %1924 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1923, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1925 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1924, <16 x float> %1923, <16 x float> splat (float 0x3FA5558F20000000))
-  %1926 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1925, <16 x float> %1923, <16 x float> splat (float 0x3FC5554920000000))
-  %1927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1923, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1928 = fmul <16 x float> %1923, %1923
-  %1929 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1927, <16 x float> %1928, <16 x float> %1923)
-  %1930 = shl <16 x i32> %bits.i, splat (i32 23)
-  %1931 = bitcast <16 x i32> %1930 to <16 x float>
-  %1932 = fadd <16 x float> %1929, splat (float 1.000000e+00)
-  %1933 = fmul <16 x float> %1932, %1931
-  %1934 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1917, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  %1935 = fcmp olt <16 x float> %arg.i, %1934
-  %1936 = select <16 x i1> %1935, <16 x float> zeroinitializer, <16 x float> %1933
-  %1937 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1913
+for_begin_ti208.preheader.i:                      ; preds = %for_begin_ti208.preheader.i, %for_begin_to203.preheader.i
+  %indvars.iv1013.i = phi i64 [ 0, %for_begin_to203.preheader.i ], [ %indvars.iv.next1014.i, %for_begin_ti208.preheader.i ]
+  %1849 = shl nsw i64 %indvars.iv1013.i, 7
+  %indvars.iv1013.tr.i = trunc i64 %indvars.iv1013.i to i32
+  %1850 = shl i32 %indvars.iv1013.tr.i, 3
+  %1851 = add i32 %1850, %724
+  %1852 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1849
+  %1853 = load <16 x float>, ptr %1852, align 4, !tbaa !5
+  %1854 = fmul <16 x float> %390, %1853
+  %1855 = load <16 x i32>, ptr %1501, align 4, !tbaa !5
+  %1856 = insertelement <16 x i32> poison, i32 %1851, i64 0
+  %1857 = shufflevector <16 x i32> %1856, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1858 = icmp slt <16 x i32> %1857, %1855
+  %1859 = select <16 x i1> %1858, <16 x float> %1854, <16 x float> splat (float 0xFFF0000000000000)
+  %1860 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1849
+  store <16 x float> %1859, ptr %1860, align 4, !tbaa !5
+  %1861 = or disjoint i64 %1849, 16
+  %1862 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1861
+  %1863 = load <16 x float>, ptr %1862, align 4, !tbaa !5
+  %1864 = fmul <16 x float> %390, %1863
+  %1865 = load <16 x i32>, ptr %1501, align 4, !tbaa !5
+  %1866 = or disjoint i32 %1851, 1
+  %1867 = insertelement <16 x i32> poison, i32 %1866, i64 0
+  %1868 = shufflevector <16 x i32> %1867, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1869 = icmp slt <16 x i32> %1868, %1865
+  %1870 = select <16 x i1> %1869, <16 x float> %1864, <16 x float> splat (float 0xFFF0000000000000)
+  %1871 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1861
+  store <16 x float> %1870, ptr %1871, align 4, !tbaa !5
+  %1872 = or disjoint i64 %1849, 32
+  %1873 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1872
+  %1874 = load <16 x float>, ptr %1873, align 4, !tbaa !5
+  %1875 = fmul <16 x float> %390, %1874
+  %1876 = load <16 x i32>, ptr %1501, align 4, !tbaa !5
+  %1877 = or disjoint i32 %1851, 2
+  %1878 = insertelement <16 x i32> poison, i32 %1877, i64 0
+  %1879 = shufflevector <16 x i32> %1878, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1880 = icmp slt <16 x i32> %1879, %1876
+  %1881 = select <16 x i1> %1880, <16 x float> %1875, <16 x float> splat (float 0xFFF0000000000000)
+  %1882 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1872
+  store <16 x float> %1881, ptr %1882, align 4, !tbaa !5
+  %1883 = or disjoint i64 %1849, 48
+  %1884 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1883
+  %1885 = load <16 x float>, ptr %1884, align 4, !tbaa !5
+  %1886 = fmul <16 x float> %390, %1885
+  %1887 = load <16 x i32>, ptr %1501, align 4, !tbaa !5
+  %1888 = or disjoint i32 %1851, 3
+  %1889 = insertelement <16 x i32> poison, i32 %1888, i64 0
+  %1890 = shufflevector <16 x i32> %1889, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1891 = icmp slt <16 x i32> %1890, %1887
+  %1892 = select <16 x i1> %1891, <16 x float> %1886, <16 x float> splat (float 0xFFF0000000000000)
+  %1893 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1883
+  store <16 x float> %1892, ptr %1893, align 4, !tbaa !5
+  %1894 = or disjoint i64 %1849, 64
+  %1895 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1894
+  %1896 = load <16 x float>, ptr %1895, align 4, !tbaa !5
+  %1897 = fmul <16 x float> %390, %1896
+  %1898 = load <16 x i32>, ptr %1501, align 4, !tbaa !5
+  %1899 = or disjoint i32 %1851, 4
+  %1900 = insertelement <16 x i32> poison, i32 %1899, i64 0
+  %1901 = shufflevector <16 x i32> %1900, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1902 = icmp slt <16 x i32> %1901, %1898
+  %1903 = select <16 x i1> %1902, <16 x float> %1897, <16 x float> splat (float 0xFFF0000000000000)
+  %1904 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1894
+  store <16 x float> %1903, ptr %1904, align 4, !tbaa !5
+  %1905 = or disjoint i64 %1849, 80
+  %1906 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1905
+  %1907 = load <16 x float>, ptr %1906, align 4, !tbaa !5
+  %1908 = fmul <16 x float> %390, %1907
+  %1909 = load <16 x i32>, ptr %1501, align 4, !tbaa !5
+  %1910 = or disjoint i32 %1851, 5
+  %1911 = insertelement <16 x i32> poison, i32 %1910, i64 0
+  %1912 = shufflevector <16 x i32> %1911, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1913 = icmp slt <16 x i32> %1912, %1909
+  %1914 = select <16 x i1> %1913, <16 x float> %1908, <16 x float> splat (float 0xFFF0000000000000)
+  %1915 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1905
+  store <16 x float> %1914, ptr %1915, align 4, !tbaa !5
+  %1916 = or disjoint i64 %1849, 96
+  %1917 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1916
+  %1918 = load <16 x float>, ptr %1917, align 4, !tbaa !5
+  %1919 = fmul <16 x float> %390, %1918
+  %1920 = load <16 x i32>, ptr %1501, align 4, !tbaa !5
+  %1921 = or disjoint i32 %1851, 6
+  %1922 = insertelement <16 x i32> poison, i32 %1921, i64 0
+  %1923 = shufflevector <16 x i32> %1922, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1924 = icmp slt <16 x i32> %1923, %1920
+  %1925 = select <16 x i1> %1924, <16 x float> %1919, <16 x float> splat (float 0xFFF0000000000000)
+  %1926 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1916
+  store <16 x float> %1925, ptr %1926, align 4, !tbaa !5
+  %1927 = or disjoint i64 %1849, 112
+  %1928 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1927
+  %1929 = load <16 x float>, ptr %1928, align 4, !tbaa !5
+  %1930 = fmul <16 x float> %390, %1929
+  %1931 = load <16 x i32>, ptr %1501, align 4, !tbaa !5
+  %1932 = or disjoint i32 %1851, 7
+  %1933 = insertelement <16 x i32> poison, i32 %1932, i64 0
+  %1934 = shufflevector <16 x i32> %1933, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1935 = icmp slt <16 x i32> %1934, %1931
+  %1936 = select <16 x i1> %1935, <16 x float> %1930, <16 x float> splat (float 0xFFF0000000000000)
+  %1937 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1927
   store <16 x float> %1936, ptr %1937, align 4, !tbaa !5
-  %1938 = or disjoint i64 %1913, 16
-  %1939 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1938
-  %1940 = load <16 x float>, ptr %1939, align 4, !tbaa !5
-  %arg.1.i = fsub <16 x float> %1940, %1905
-  %1941 = load <16 x i32>, ptr %1908, align 4, !tbaa !5
-  %1942 = sitofp <16 x i32> %1941 to <16 x float>
-  %1943 = fsub <16 x float> splat (float 0x4168000FE0000000), %1942
-  %1944 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %1943)
-  %bits.1.i = bitcast <16 x float> %1944 to <16 x i32>
-  %n.1.i = fsub <16 x float> %1944, %1943
-  %1945 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
-  %1946 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
-  %1947 = fsub <16 x float> %arg.1.i, %1946
-  %1948 = fadd <16 x float> %1945, %1947
-  %1949 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1948, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1950 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1949, <16 x float> %1948, <16 x float> splat (float 0x3FA5558F20000000))
-  %1951 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1950, <16 x float> %1948, <16 x float> splat (float 0x3FC5554920000000))
-  %1952 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %1948, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1953 = fmul <16 x float> %1948, %1948
-  %1954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1952, <16 x float> %1953, <16 x float> %1948)
-  %1955 = shl <16 x i32> %bits.1.i, splat (i32 23)
-  %1956 = bitcast <16 x i32> %1955 to <16 x float>
-  %1957 = fadd <16 x float> %1954, splat (float 1.000000e+00)
-  %1958 = fmul <16 x float> %1957, %1956
-  %1959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1942, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  %1960 = fcmp olt <16 x float> %arg.1.i, %1959
-  %1961 = select <16 x i1> %1960, <16 x float> zeroinitializer, <16 x float> %1958
-  %1962 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1938
-  store <16 x float> %1961, ptr %1962, align 4, !tbaa !5
-  %1963 = or disjoint i64 %1913, 32
-  %1964 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1963
-  %1965 = load <16 x float>, ptr %1964, align 4, !tbaa !5
-  %arg.2.i = fsub <16 x float> %1965, %1905
-  %1966 = load <16 x i32>, ptr %1908, align 4, !tbaa !5
-  %1967 = sitofp <16 x i32> %1966 to <16 x float>
-  %1968 = fsub <16 x float> splat (float 0x4168000FE0000000), %1967
-  %1969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %1968)
-  %bits.2.i = bitcast <16 x float> %1969 to <16 x i32>
-  %n.2.i = fsub <16 x float> %1969, %1968
-  %1970 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
-  %1971 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
-  %1972 = fsub <16 x float> %arg.2.i, %1971
-  %1973 = fadd <16 x float> %1970, %1972
-  %1974 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1973, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1975 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1974, <16 x float> %1973, <16 x float> splat (float 0x3FA5558F20000000))
-  %1976 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1975, <16 x float> %1973, <16 x float> splat (float 0x3FC5554920000000))
-  %1977 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1976, <16 x float> %1973, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1978 = fmul <16 x float> %1973, %1973
-  %1979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1977, <16 x float> %1978, <16 x float> %1973)
-  %1980 = shl <16 x i32> %bits.2.i, splat (i32 23)
-  %1981 = bitcast <16 x i32> %1980 to <16 x float>
-  %1982 = fadd <16 x float> %1979, splat (float 1.000000e+00)
-  %1983 = fmul <16 x float> %1982, %1981
-  %1984 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1967, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  %1985 = fcmp olt <16 x float> %arg.2.i, %1984
-  %1986 = select <16 x i1> %1985, <16 x float> zeroinitializer, <16 x float> %1983
-  %1987 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1963
-  store <16 x float> %1986, ptr %1987, align 4, !tbaa !5
-  %1988 = or disjoint i64 %1913, 48
-  %1989 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1988
-  %1990 = load <16 x float>, ptr %1989, align 4, !tbaa !5
-  %arg.3.i = fsub <16 x float> %1990, %1905
-  %1991 = load <16 x i32>, ptr %1908, align 4, !tbaa !5
-  %1992 = sitofp <16 x i32> %1991 to <16 x float>
-  %1993 = fsub <16 x float> splat (float 0x4168000FE0000000), %1992
-  %1994 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %1993)
-  %bits.3.i = bitcast <16 x float> %1994 to <16 x i32>
-  %n.3.i = fsub <16 x float> %1994, %1993
-  %1995 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
-  %1996 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
-  %1997 = fsub <16 x float> %arg.3.i, %1996
-  %1998 = fadd <16 x float> %1995, %1997
-  %1999 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1998, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2000 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1999, <16 x float> %1998, <16 x float> splat (float 0x3FA5558F20000000))
-  %2001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2000, <16 x float> %1998, <16 x float> splat (float 0x3FC5554920000000))
-  %2002 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2001, <16 x float> %1998, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2003 = fmul <16 x float> %1998, %1998
-  %2004 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2002, <16 x float> %2003, <16 x float> %1998)
-  %2005 = shl <16 x i32> %bits.3.i, splat (i32 23)
-  %2006 = bitcast <16 x i32> %2005 to <16 x float>
-  %2007 = fadd <16 x float> %2004, splat (float 1.000000e+00)
-  %2008 = fmul <16 x float> %2007, %2006
-  %2009 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1992, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  %2010 = fcmp olt <16 x float> %arg.3.i, %2009
-  %2011 = select <16 x i1> %2010, <16 x float> zeroinitializer, <16 x float> %2008
-  %2012 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1988
-  store <16 x float> %2011, ptr %2012, align 4, !tbaa !5
-  %2013 = or disjoint i64 %1913, 64
-  %2014 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2013
-  %2015 = load <16 x float>, ptr %2014, align 4, !tbaa !5
-  %arg.4.i = fsub <16 x float> %2015, %1905
-  %2016 = load <16 x i32>, ptr %1908, align 4, !tbaa !5
-  %2017 = sitofp <16 x i32> %2016 to <16 x float>
-  %2018 = fsub <16 x float> splat (float 0x4168000FE0000000), %2017
-  %2019 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2018)
-  %bits.4.i = bitcast <16 x float> %2019 to <16 x i32>
-  %n.4.i = fsub <16 x float> %2019, %2018
-  %2020 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
-  %2021 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
-  %2022 = fsub <16 x float> %arg.4.i, %2021
-  %2023 = fadd <16 x float> %2020, %2022
-  %2024 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2023, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2024, <16 x float> %2023, <16 x float> splat (float 0x3FA5558F20000000))
-  %2026 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2025, <16 x float> %2023, <16 x float> splat (float 0x3FC5554920000000))
-  %2027 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2026, <16 x float> %2023, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2028 = fmul <16 x float> %2023, %2023
-  %2029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2027, <16 x float> %2028, <16 x float> %2023)
-  %2030 = shl <16 x i32> %bits.4.i, splat (i32 23)
-  %2031 = bitcast <16 x i32> %2030 to <16 x float>
-  %2032 = fadd <16 x float> %2029, splat (float 1.000000e+00)
-  %2033 = fmul <16 x float> %2032, %2031
-  %2034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2017, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  %2035 = fcmp olt <16 x float> %arg.4.i, %2034
-  %2036 = select <16 x i1> %2035, <16 x float> zeroinitializer, <16 x float> %2033
-  %2037 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2013
-  store <16 x float> %2036, ptr %2037, align 4, !tbaa !5
-  %2038 = or disjoint i64 %1913, 80
-  %2039 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2038
+  %indvars.iv.next1014.i = add nuw nsw i64 %indvars.iv1013.i, 1
+  %exitcond1017.not.i = icmp eq i64 %indvars.iv.next1014.i, %wide.trip.count1007.i
+  br i1 %exitcond1017.not.i, label %for_end_to205.i, label %for_begin_ti208.preheader.i, !prof !13
+
+for_end_to205.i:                                  ; preds = %for_begin_ti208.preheader.i, %if_then194.i
+  br i1 %155, label %if_then213.i, label %if_end214.i, !prof !8
+
+if_then213.i:                                     ; preds = %for_end_to205.i
+  %1938 = srem i32 %1482, %111
+  %1939 = shl nsw i32 %1938, 4
+  %1940 = sub nsw i32 %109, %1939
+  %1941 = icmp sgt i32 %1940, 0
+  br i1 %1941, label %for_body_r216.lr.ph.i, label %if_end214.i, !prof !3
+
+for_body_r216.lr.ph.i:                            ; preds = %if_then213.i
+  %1942 = icmp sgt i32 %valid_len197.i, %726
+  %1943 = sext i32 %1938 to i64
+  %1944 = shl nsw i64 %1943, 2
+  br i1 %1942, label %for_body_r216.us.preheader.i, label %if_end214.i, !prof !3
+
+for_body_r216.us.preheader.i:                     ; preds = %for_body_r216.lr.ph.i
+  %1945 = tail call i32 @llvm.umin.i32(i32 %1940, i32 16)
+  %smin224 = tail call i32 @llvm.smin.i32(i32 %span574.sroa.3.0.lcssa.i, i32 %1487)
+  %smin227 = tail call i32 @llvm.smin.i32(i32 %smin224, i32 %indvars.iv225)
+  %smin228 = tail call i32 @llvm.smin.i32(i32 %smin227, i32 %375)
+  %1946 = add i32 %indvars.iv222, %smin228
+  %smin229 = tail call i32 @llvm.smin.i32(i32 %1946, i32 128)
+  %1947 = sub i32 %smin229, %smax231
+  %1948 = zext i32 %1947 to i64
+  %1949 = add i32 %indvars.iv222, %1490
+  %smin439 = tail call i32 @llvm.smin.i32(i32 %1949, i32 128)
+  %1950 = sub i32 %smin439, %smax438
+  %1951 = zext i32 %1950 to i64
+  %1952 = add nsw i64 %1951, -1
+  %smin456 = tail call i32 @llvm.smin.i32(i32 %1949, i32 128)
+  %1953 = sub i32 %smin456, %smax450
+  %1954 = zext i32 %1953 to i64
+  %scevgep457 = getelementptr i8, ptr %scevgep455, i64 %1954
+  %scevgep460 = getelementptr i8, ptr %scaled.i, i64 -60
+  %1955 = shl nuw nsw i64 %1954, 6
+  %scevgep461 = getelementptr i8, ptr %scevgep460, i64 %1955
+  %1956 = add i32 %indvars.iv222, %1490
+  %smin467 = tail call i32 @llvm.smin.i32(i32 %1956, i32 128)
+  %1957 = sub i32 %smin467, %smax466
+  %1958 = zext i32 %1957 to i64
+  %min.iters.check469 = icmp ult i32 %1957, 24
+  %1959 = trunc i64 %1952 to i32
+  %1960 = add i32 %smax438, %1959
+  %1961 = shl i32 %1960, 4
+  %1962 = icmp ugt i64 %1952, 268435455
+  %mul.result445 = shl nsw i64 %1952, 6
+  %n.vec472 = and i64 %1958, 4294967288
+  %cmp.n485 = icmp eq i64 %n.vec472, %1958
+  %xtraiter600 = and i64 %1958, 3
+  %lcmp.mod601.not = icmp eq i64 %xtraiter600, 0
+  br label %for_body_r216.us.i
+
+for_body_r216.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r216.us.preheader.i
+  %indvar452 = phi i64 [ %indvar.next453, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r216.us.preheader.i ]
+  %r219791.us.i = phi i32 [ %2034, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r216.us.preheader.i ]
+  %1963 = lshr i64 %indvar452, 2
+  %1964 = add nsw i64 %1944, %1963
+  %1965 = mul nsw i64 %392, %1964
+  %scevgep454 = getelementptr i8, ptr %scevgep451, i64 %1965
+  %scevgep458 = getelementptr i8, ptr %scevgep457, i64 %1965
+  %1966 = trunc i64 %indvar452 to i32
+  %1967 = add i32 %650, %1966
+  %1968 = sext i32 %1967 to i64
+  %1969 = shl nsw i64 %1968, 2
+  %scevgep459 = getelementptr i8, ptr %scaled.i, i64 %1969
+  %scevgep462 = getelementptr i8, ptr %scevgep461, i64 %1969
+  %1970 = lshr i32 %r219791.us.i, 2
+  %1971 = zext nneg i32 %1970 to i64
+  %1972 = add nsw i64 %1944, %1971
+  %1973 = mul nsw i64 %1972, %392
+  %1974 = getelementptr i8, ptr %733, i64 %1973
+  br i1 %min.iters.check469, label %for_body_c.us.i.preheader, label %vector.scevcheck437, !prof !16
+
+vector.scevcheck437:                              ; preds = %for_body_r216.us.i
+  %1975 = add i32 %651, %r219791.us.i
+  %1976 = sext i32 %1975 to i64
+  %1977 = shl nsw i64 %1976, 2
+  %scevgep443 = getelementptr i8, ptr %scaled.i, i64 %1977
+  %1978 = add i32 %1961, %r219791.us.i
+  %1979 = icmp slt i32 %1978, %1975
+  %1980 = or i1 %1979, %1962
+  %1981 = getelementptr i8, ptr %scevgep443, i64 %mul.result445
+  %1982 = icmp ult ptr %1981, %scevgep443
+  %1983 = or i1 %1982, %1980
+  br i1 %1983, label %for_body_c.us.i.preheader, label %vector.memcheck447, !prof !16
+
+vector.memcheck447:                               ; preds = %vector.scevcheck437
+  %bound0463 = icmp ult ptr %scevgep454, %scevgep462
+  %bound1464 = icmp ult ptr %scevgep459, %scevgep458
+  %found.conflict465 = and i1 %bound0463, %bound1464
+  br i1 %found.conflict465, label %for_body_c.us.i.preheader, label %vector.ph470, !prof !16
+
+vector.ph470:                                     ; preds = %vector.memcheck447
+  %broadcast.splatinsert473 = insertelement <8 x i32> poison, i32 %r219791.us.i, i64 0
+  %broadcast.splat474 = shufflevector <8 x i32> %broadcast.splatinsert473, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body477
+
+vector.body477:                                   ; preds = %vector.body477, %vector.ph470
+  %index478 = phi i64 [ 0, %vector.ph470 ], [ %index.next482, %vector.body477 ]
+  %vec.ind479 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph470 ], [ %vec.ind.next483, %vector.body477 ]
+  %1984 = getelementptr i8, ptr %1974, i64 %index478
+  %wide.load480 = load <8 x i8>, ptr %1984, align 1, !tbaa !5, !alias.scope !53, !noalias !56
+  %1985 = icmp ne <8 x i8> %wide.load480, zeroinitializer
+  %1986 = add <8 x i32> %broadcast.splat476, %vec.ind479
+  %1987 = shl <8 x i32> %1986, splat (i32 4)
+  %1988 = add nsw <8 x i32> %1987, %broadcast.splat474
+  %1989 = sext <8 x i32> %1988 to <8 x i64>
+  %1990 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %1989
+  %wide.masked.gather481 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %1990, <8 x i1> %1985, <8 x float> poison), !tbaa !5, !alias.scope !56
+  %predphi = select <8 x i1> %1985, <8 x float> %wide.masked.gather481, <8 x float> splat (float 0xFFF0000000000000)
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %1990, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !56
+  %index.next482 = add nuw i64 %index478, 8
+  %vec.ind.next483 = add <8 x i32> %vec.ind479, splat (i32 8)
+  %1991 = icmp eq i64 %index.next482, %n.vec472
+  br i1 %1991, label %middle.block484, label %vector.body477, !prof !58, !llvm.loop !59
+
+middle.block484:                                  ; preds = %vector.body477
+  br i1 %cmp.n485, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !61
+
+for_body_c.us.i.preheader:                        ; preds = %middle.block484, %vector.memcheck447, %vector.scevcheck437, %for_body_r216.us.i
+  %indvars.iv1018.i.ph = phi i64 [ 0, %vector.memcheck447 ], [ 0, %vector.scevcheck437 ], [ 0, %for_body_r216.us.i ], [ %n.vec472, %middle.block484 ]
+  br i1 %lcmp.mod601.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
+
+for_body_c.us.i.prol:                             ; preds = %if_end222.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv1018.i.prol = phi i64 [ %indvars.iv.next1019.i.prol, %if_end222.us.i.prol ], [ %indvars.iv1018.i.ph, %for_body_c.us.i.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %if_end222.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
+  %1992 = getelementptr i8, ptr %1974, i64 %indvars.iv1018.i.prol
+  %1993 = load i8, ptr %1992, align 1, !tbaa !5
+  %1994 = icmp eq i8 %1993, 0
+  %1995 = trunc i64 %indvars.iv1018.i.prol to i32
+  %.pre1165.i.prol = add i32 %726, %1995
+  %.pre1167.i.prol = shl i32 %.pre1165.i.prol, 4
+  %.pre1169.i.prol = add nsw i32 %.pre1167.i.prol, %r219791.us.i
+  %.pre1171.i.prol = sext i32 %.pre1169.i.prol to i64
+  br i1 %1994, label %if_end222.us.i.prol, label %if_else221.us.i.prol
+
+if_else221.us.i.prol:                             ; preds = %for_body_c.us.i.prol
+  %1996 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i.prol
+  %1997 = load float, ptr %1996, align 4, !tbaa !5
+  br label %if_end222.us.i.prol
+
+if_end222.us.i.prol:                              ; preds = %if_else221.us.i.prol, %for_body_c.us.i.prol
+  %1998 = phi float [ %1997, %if_else221.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
+  %1999 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i.prol
+  store float %1998, ptr %1999, align 4, !tbaa !5
+  %indvars.iv.next1019.i.prol = add nuw nsw i64 %indvars.iv1018.i.prol, 1
+  %prol.iter.next = add i64 %prol.iter, 1
+  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter600
+  br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !62, !llvm.loop !63
+
+for_body_c.us.i.prol.loopexit:                    ; preds = %if_end222.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv1018.i.unr = phi i64 [ %indvars.iv1018.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next1019.i.prol, %if_end222.us.i.prol ]
+  %2000 = sub nsw i64 %indvars.iv1018.i.ph, %1958
+  %2001 = icmp ugt i64 %2000, -4
+  br i1 %2001, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
+
+for_body_c.us.i:                                  ; preds = %if_end222.us.i.3, %for_body_c.us.i.prol.loopexit
+  %indvars.iv1018.i = phi i64 [ %indvars.iv.next1019.i.3, %if_end222.us.i.3 ], [ %indvars.iv1018.i.unr, %for_body_c.us.i.prol.loopexit ]
+  %2002 = getelementptr i8, ptr %1974, i64 %indvars.iv1018.i
+  %2003 = load i8, ptr %2002, align 1, !tbaa !5
+  %2004 = icmp eq i8 %2003, 0
+  %2005 = trunc i64 %indvars.iv1018.i to i32
+  %.pre1165.i = add i32 %726, %2005
+  %.pre1167.i = shl i32 %.pre1165.i, 4
+  %.pre1169.i = add nsw i32 %.pre1167.i, %r219791.us.i
+  %.pre1171.i = sext i32 %.pre1169.i to i64
+  br i1 %2004, label %if_end222.us.i, label %if_else221.us.i
+
+if_else221.us.i:                                  ; preds = %for_body_c.us.i
+  %2006 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i
+  %2007 = load float, ptr %2006, align 4, !tbaa !5
+  br label %if_end222.us.i
+
+if_end222.us.i:                                   ; preds = %if_else221.us.i, %for_body_c.us.i
+  %2008 = phi float [ %2007, %if_else221.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
+  %2009 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i
+  store float %2008, ptr %2009, align 4, !tbaa !5
+  %indvars.iv.next1019.i = add nuw nsw i64 %indvars.iv1018.i, 1
+  %2010 = getelementptr i8, ptr %1974, i64 %indvars.iv.next1019.i
+  %2011 = load i8, ptr %2010, align 1, !tbaa !5
+  %2012 = icmp eq i8 %2011, 0
+  %2013 = trunc i64 %indvars.iv.next1019.i to i32
+  %.pre1165.i.1 = add i32 %726, %2013
+  %.pre1167.i.1 = shl i32 %.pre1165.i.1, 4
+  %.pre1169.i.1 = add nsw i32 %.pre1167.i.1, %r219791.us.i
+  %.pre1171.i.1 = sext i32 %.pre1169.i.1 to i64
+  br i1 %2012, label %if_end222.us.i.1, label %if_else221.us.i.1
+
+if_else221.us.i.1:                                ; preds = %if_end222.us.i
+  %2014 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i.1
+  %2015 = load float, ptr %2014, align 4, !tbaa !5
+  br label %if_end222.us.i.1
+
+if_end222.us.i.1:                                 ; preds = %if_else221.us.i.1, %if_end222.us.i
+  %2016 = phi float [ %2015, %if_else221.us.i.1 ], [ 0xFFF0000000000000, %if_end222.us.i ]
+  %2017 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i.1
+  store float %2016, ptr %2017, align 4, !tbaa !5
+  %indvars.iv.next1019.i.1 = add nuw nsw i64 %indvars.iv1018.i, 2
+  %2018 = getelementptr i8, ptr %1974, i64 %indvars.iv.next1019.i.1
+  %2019 = load i8, ptr %2018, align 1, !tbaa !5
+  %2020 = icmp eq i8 %2019, 0
+  %2021 = trunc i64 %indvars.iv.next1019.i.1 to i32
+  %.pre1165.i.2 = add i32 %726, %2021
+  %.pre1167.i.2 = shl i32 %.pre1165.i.2, 4
+  %.pre1169.i.2 = add nsw i32 %.pre1167.i.2, %r219791.us.i
+  %.pre1171.i.2 = sext i32 %.pre1169.i.2 to i64
+  br i1 %2020, label %if_end222.us.i.2, label %if_else221.us.i.2
+
+if_else221.us.i.2:                                ; preds = %if_end222.us.i.1
+  %2022 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i.2
+  %2023 = load float, ptr %2022, align 4, !tbaa !5
+  br label %if_end222.us.i.2
+
+if_end222.us.i.2:                                 ; preds = %if_else221.us.i.2, %if_end222.us.i.1
+  %2024 = phi float [ %2023, %if_else221.us.i.2 ], [ 0xFFF0000000000000, %if_end222.us.i.1 ]
+  %2025 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i.2
+  store float %2024, ptr %2025, align 4, !tbaa !5
+  %indvars.iv.next1019.i.2 = add nuw nsw i64 %indvars.iv1018.i, 3
+  %2026 = getelementptr i8, ptr %1974, i64 %indvars.iv.next1019.i.2
+  %2027 = load i8, ptr %2026, align 1, !tbaa !5
+  %2028 = icmp eq i8 %2027, 0
+  %2029 = trunc i64 %indvars.iv.next1019.i.2 to i32
+  %.pre1165.i.3 = add i32 %726, %2029
+  %.pre1167.i.3 = shl i32 %.pre1165.i.3, 4
+  %.pre1169.i.3 = add nsw i32 %.pre1167.i.3, %r219791.us.i
+  %.pre1171.i.3 = sext i32 %.pre1169.i.3 to i64
+  br i1 %2028, label %if_end222.us.i.3, label %if_else221.us.i.3
+
+if_else221.us.i.3:                                ; preds = %if_end222.us.i.2
+  %2030 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i.3
+  %2031 = load float, ptr %2030, align 4, !tbaa !5
+  br label %if_end222.us.i.3
+
+if_end222.us.i.3:                                 ; preds = %if_else221.us.i.3, %if_end222.us.i.2
+  %2032 = phi float [ %2031, %if_else221.us.i.3 ], [ 0xFFF0000000000000, %if_end222.us.i.2 ]
+  %2033 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i.3
+  store float %2032, ptr %2033, align 4, !tbaa !5
+  %indvars.iv.next1019.i.3 = add nuw nsw i64 %indvars.iv1018.i, 4
+  %exitcond230.not.3 = icmp eq i64 %indvars.iv.next1019.i.3, %1948
+  br i1 %exitcond230.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !64, !llvm.loop !65
+
+for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end222.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block484
+  %2034 = add nuw nsw i32 %r219791.us.i, 1
+  %exitcond1021.not.i = icmp eq i32 %2034, %1945
+  %indvar.next453 = add i64 %indvar452, 1
+  br i1 %exitcond1021.not.i, label %if_end214.i, label %for_body_r216.us.i, !prof !13
+
+if_end214.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r216.lr.ph.i, %if_then213.i, %for_end_to205.i
+  br i1 %1494, label %for_begin_ti228.preheader.preheader.i, label %for_end_to225.i, !prof !3
+
+for_begin_ti228.preheader.preheader.i:            ; preds = %if_end214.i
+  %wide.trip.count1029.i = zext nneg i32 %1493 to i64
+  br label %for_begin_ti228.preheader.i
+
+for_begin_ti228.preheader.i:                      ; preds = %for_begin_ti228.preheader.i, %for_begin_ti228.preheader.preheader.i
+  %indvars.iv1026.i = phi i64 [ 0, %for_begin_ti228.preheader.preheader.i ], [ %indvars.iv.next1027.i, %for_begin_ti228.preheader.i ]
+  %peak567.sroa.0.0794.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti228.preheader.preheader.i ], [ %2066, %for_begin_ti228.preheader.i ]
+  %.idx75 = shl nsw i64 %indvars.iv1026.i, 9
+  %2035 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx75
+  %2036 = load <16 x float>, ptr %2035, align 4, !tbaa !5
+  %2037 = fcmp ogt <16 x float> %peak567.sroa.0.0794.i, %2036
+  %2038 = select <16 x i1> %2037, <16 x float> %peak567.sroa.0.0794.i, <16 x float> %2036
+  %2039 = getelementptr inbounds nuw i8, ptr %2035, i64 64
   %2040 = load <16 x float>, ptr %2039, align 4, !tbaa !5
-  %arg.5.i = fsub <16 x float> %2040, %1905
-  %2041 = load <16 x i32>, ptr %1908, align 4, !tbaa !5
-  %2042 = sitofp <16 x i32> %2041 to <16 x float>
-  %2043 = fsub <16 x float> splat (float 0x4168000FE0000000), %2042
-  %2044 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2043)
-  %bits.5.i = bitcast <16 x float> %2044 to <16 x i32>
-  %n.5.i = fsub <16 x float> %2044, %2043
-  %2045 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
-  %2046 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
-  %2047 = fsub <16 x float> %arg.5.i, %2046
-  %2048 = fadd <16 x float> %2045, %2047
-  %2049 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2048, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2049, <16 x float> %2048, <16 x float> splat (float 0x3FA5558F20000000))
-  %2051 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2050, <16 x float> %2048, <16 x float> splat (float 0x3FC5554920000000))
-  %2052 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2051, <16 x float> %2048, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2053 = fmul <16 x float> %2048, %2048
-  %2054 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2052, <16 x float> %2053, <16 x float> %2048)
-  %2055 = shl <16 x i32> %bits.5.i, splat (i32 23)
-  %2056 = bitcast <16 x i32> %2055 to <16 x float>
-  %2057 = fadd <16 x float> %2054, splat (float 1.000000e+00)
-  %2058 = fmul <16 x float> %2057, %2056
-  %2059 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  %2060 = fcmp olt <16 x float> %arg.5.i, %2059
-  %2061 = select <16 x i1> %2060, <16 x float> zeroinitializer, <16 x float> %2058
-  %2062 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2038
-  store <16 x float> %2061, ptr %2062, align 4, !tbaa !5
-  %2063 = or disjoint i64 %1913, 96
-  %2064 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2063
-  %2065 = load <16 x float>, ptr %2064, align 4, !tbaa !5
-  %arg.6.i = fsub <16 x float> %2065, %1905
-  %2066 = load <16 x i32>, ptr %1908, align 4, !tbaa !5
-  %2067 = sitofp <16 x i32> %2066 to <16 x float>
-  %2068 = fsub <16 x float> splat (float 0x4168000FE0000000), %2067
-  %2069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2068)
-  %bits.6.i = bitcast <16 x float> %2069 to <16 x i32>
-  %n.6.i = fsub <16 x float> %2069, %2068
-  %2070 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
-  %2071 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
-  %2072 = fsub <16 x float> %arg.6.i, %2071
-  %2073 = fadd <16 x float> %2070, %2072
-  %2074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2073, <16 x float> splat (float 0x3FA5558F20000000))
-  %2076 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2075, <16 x float> %2073, <16 x float> splat (float 0x3FC5554920000000))
-  %2077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2076, <16 x float> %2073, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2078 = fmul <16 x float> %2073, %2073
-  %2079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2077, <16 x float> %2078, <16 x float> %2073)
-  %2080 = shl <16 x i32> %bits.6.i, splat (i32 23)
-  %2081 = bitcast <16 x i32> %2080 to <16 x float>
-  %2082 = fadd <16 x float> %2079, splat (float 1.000000e+00)
-  %2083 = fmul <16 x float> %2082, %2081
-  %2084 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2067, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  %2085 = fcmp olt <16 x float> %arg.6.i, %2084
-  %2086 = select <16 x i1> %2085, <16 x float> zeroinitializer, <16 x float> %2083
-  %2087 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2063
-  store <16 x float> %2086, ptr %2087, align 4, !tbaa !5
-  %2088 = or disjoint i64 %1913, 112
-  %2089 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2088
-  %2090 = load <16 x float>, ptr %2089, align 4, !tbaa !5
-  %arg.7.i = fsub <16 x float> %2090, %1905
-  %2091 = load <16 x i32>, ptr %1908, align 4, !tbaa !5
-  %2092 = sitofp <16 x i32> %2091 to <16 x float>
-  %2093 = fsub <16 x float> splat (float 0x4168000FE0000000), %2092
-  %2094 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2093)
-  %bits.7.i = bitcast <16 x float> %2094 to <16 x i32>
-  %n.7.i = fsub <16 x float> %2094, %2093
-  %2095 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
-  %2096 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
-  %2097 = fsub <16 x float> %arg.7.i, %2096
-  %2098 = fadd <16 x float> %2095, %2097
-  %2099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2098, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2099, <16 x float> %2098, <16 x float> splat (float 0x3FA5558F20000000))
-  %2101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2100, <16 x float> %2098, <16 x float> splat (float 0x3FC5554920000000))
-  %2102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> %2098, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2103 = fmul <16 x float> %2098, %2098
-  %2104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2102, <16 x float> %2103, <16 x float> %2098)
-  %2105 = shl <16 x i32> %bits.7.i, splat (i32 23)
-  %2106 = bitcast <16 x i32> %2105 to <16 x float>
-  %2107 = fadd <16 x float> %2104, splat (float 1.000000e+00)
-  %2108 = fmul <16 x float> %2107, %2106
-  %2109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2092, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  %2110 = fcmp olt <16 x float> %arg.7.i, %2109
-  %2111 = select <16 x i1> %2110, <16 x float> zeroinitializer, <16 x float> %2108
-  %2112 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2088
-  store <16 x float> %2111, ptr %2112, align 4, !tbaa !5
-  %indvars.iv.next948.i = add nuw nsw i64 %indvars.iv947.i, 1
-  %exitcond951.not.i = icmp eq i64 %indvars.iv.next948.i, %wide.trip.count941.i
-  br i1 %exitcond951.not.i, label %for_begin_ti227.preheader.i.preheader, label %for_begin_ti217.preheader.i, !prof !13
+  %2041 = fcmp ogt <16 x float> %2038, %2040
+  %2042 = select <16 x i1> %2041, <16 x float> %2038, <16 x float> %2040
+  %2043 = getelementptr inbounds nuw i8, ptr %2035, i64 128
+  %2044 = load <16 x float>, ptr %2043, align 4, !tbaa !5
+  %2045 = fcmp ogt <16 x float> %2042, %2044
+  %2046 = select <16 x i1> %2045, <16 x float> %2042, <16 x float> %2044
+  %2047 = getelementptr inbounds nuw i8, ptr %2035, i64 192
+  %2048 = load <16 x float>, ptr %2047, align 4, !tbaa !5
+  %2049 = fcmp ogt <16 x float> %2046, %2048
+  %2050 = select <16 x i1> %2049, <16 x float> %2046, <16 x float> %2048
+  %2051 = getelementptr inbounds nuw i8, ptr %2035, i64 256
+  %2052 = load <16 x float>, ptr %2051, align 4, !tbaa !5
+  %2053 = fcmp ogt <16 x float> %2050, %2052
+  %2054 = select <16 x i1> %2053, <16 x float> %2050, <16 x float> %2052
+  %2055 = getelementptr inbounds nuw i8, ptr %2035, i64 320
+  %2056 = load <16 x float>, ptr %2055, align 4, !tbaa !5
+  %2057 = fcmp ogt <16 x float> %2054, %2056
+  %2058 = select <16 x i1> %2057, <16 x float> %2054, <16 x float> %2056
+  %2059 = getelementptr inbounds nuw i8, ptr %2035, i64 384
+  %2060 = load <16 x float>, ptr %2059, align 4, !tbaa !5
+  %2061 = fcmp ogt <16 x float> %2058, %2060
+  %2062 = select <16 x i1> %2061, <16 x float> %2058, <16 x float> %2060
+  %2063 = getelementptr inbounds nuw i8, ptr %2035, i64 448
+  %2064 = load <16 x float>, ptr %2063, align 4, !tbaa !5
+  %2065 = fcmp ogt <16 x float> %2062, %2064
+  %2066 = select <16 x i1> %2065, <16 x float> %2062, <16 x float> %2064
+  %indvars.iv.next1027.i = add nuw nsw i64 %indvars.iv1026.i, 1
+  %exitcond1030.not.i = icmp eq i64 %indvars.iv.next1027.i, %wide.trip.count1029.i
+  br i1 %exitcond1030.not.i, label %for_begin_ti238.preheader.lr.ph.i, label %for_begin_ti228.preheader.i, !prof !13
 
-for_begin_ti227.preheader.i.preheader:            ; preds = %for_begin_ti217.preheader.i
-  %xtraiter587 = and i64 %wide.trip.count941.i, 1
-  %2113 = icmp eq i32 %1328, 1
-  br i1 %2113, label %for_begin_ti227.preheader.i.epil.preheader, label %for_begin_ti227.preheader.i.preheader.new, !prof !4
+for_end_to225.i:                                  ; preds = %if_end214.i
+  %2067 = icmp sgt i32 %1491, 0
+  %2068 = insertelement <16 x i1> poison, i1 %2067, i64 0
+  %2069 = shufflevector <16 x i1> %2068, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2070 = select <16 x i1> %2069, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
+  %2071 = shl i32 %1482, 4
+  %2072 = sext i32 %2071 to i64
+  br label %for_end_to235.i
 
-for_begin_ti227.preheader.i.preheader.new:        ; preds = %for_begin_ti227.preheader.i.preheader
-  %unroll_iter591 = and i64 %wide.trip.count941.i, 2147483646
-  br label %for_begin_ti227.preheader.i
+for_begin_ti238.preheader.lr.ph.i:                ; preds = %for_begin_ti228.preheader.i
+  %2073 = icmp sgt i32 %1491, 0
+  %2074 = insertelement <16 x i1> poison, i1 %2073, i64 0
+  %2075 = shufflevector <16 x i1> %2074, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2076 = select <16 x i1> %2075, <16 x float> %2066, <16 x float> splat (float 0xC6293E5940000000)
+  %2077 = shl i32 %1482, 4
+  %2078 = sext i32 %2077 to i64
+  %2079 = getelementptr inbounds i32, ptr %places.i, i64 %2078
+  %2080 = load <16 x i32>, ptr %2079, align 4, !tbaa !5
+  %2081 = sitofp <16 x i32> %2080 to <16 x float>
+  %2082 = fsub <16 x float> splat (float 0x4168000FE0000000), %2081
+  %2083 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2081, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  br label %for_begin_ti238.preheader.i
 
-for_begin_ti227.preheader.i:                      ; preds = %for_begin_ti227.preheader.i, %for_begin_ti227.preheader.i.preheader.new
-  %indvars.iv956.i = phi i64 [ 0, %for_begin_ti227.preheader.i.preheader.new ], [ %indvars.iv.next957.i.1, %for_begin_ti227.preheader.i ]
-  %tile_sum516.sroa.0.0729.i = phi <16 x float> [ zeroinitializer, %for_begin_ti227.preheader.i.preheader.new ], [ %2162, %for_begin_ti227.preheader.i ]
-  %niter592 = phi i64 [ 0, %for_begin_ti227.preheader.i.preheader.new ], [ %niter592.next.1, %for_begin_ti227.preheader.i ]
-  %.idx76 = shl nsw i64 %indvars.iv956.i, 9
-  %2114 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx76
-  %2115 = load <16 x float>, ptr %2114, align 4, !tbaa !5
-  %2116 = fadd <16 x float> %tile_sum516.sroa.0.0729.i, %2115
-  %2117 = getelementptr inbounds nuw i8, ptr %2114, i64 64
-  %2118 = load <16 x float>, ptr %2117, align 4, !tbaa !5
-  %2119 = fadd <16 x float> %2116, %2118
-  %2120 = getelementptr inbounds nuw i8, ptr %2114, i64 128
-  %2121 = load <16 x float>, ptr %2120, align 4, !tbaa !5
-  %2122 = fadd <16 x float> %2119, %2121
-  %2123 = getelementptr inbounds nuw i8, ptr %2114, i64 192
-  %2124 = load <16 x float>, ptr %2123, align 4, !tbaa !5
-  %2125 = fadd <16 x float> %2122, %2124
-  %2126 = getelementptr inbounds nuw i8, ptr %2114, i64 256
-  %2127 = load <16 x float>, ptr %2126, align 4, !tbaa !5
-  %2128 = fadd <16 x float> %2125, %2127
-  %2129 = getelementptr inbounds nuw i8, ptr %2114, i64 320
-  %2130 = load <16 x float>, ptr %2129, align 4, !tbaa !5
-  %2131 = fadd <16 x float> %2128, %2130
-  %2132 = getelementptr inbounds nuw i8, ptr %2114, i64 384
-  %2133 = load <16 x float>, ptr %2132, align 4, !tbaa !5
-  %2134 = fadd <16 x float> %2131, %2133
-  %2135 = getelementptr inbounds nuw i8, ptr %2114, i64 448
-  %2136 = load <16 x float>, ptr %2135, align 4, !tbaa !5
-  %2137 = fadd <16 x float> %2134, %2136
-  %indvars.iv.next957.i = shl i64 %indvars.iv956.i, 9
-  %2138 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next957.i
-  %2139 = getelementptr inbounds nuw i8, ptr %2138, i64 512
-  %2140 = load <16 x float>, ptr %2139, align 4, !tbaa !5
-  %2141 = fadd <16 x float> %2137, %2140
-  %2142 = getelementptr inbounds nuw i8, ptr %2138, i64 576
-  %2143 = load <16 x float>, ptr %2142, align 4, !tbaa !5
-  %2144 = fadd <16 x float> %2141, %2143
-  %2145 = getelementptr inbounds nuw i8, ptr %2138, i64 640
-  %2146 = load <16 x float>, ptr %2145, align 4, !tbaa !5
-  %2147 = fadd <16 x float> %2144, %2146
-  %2148 = getelementptr inbounds nuw i8, ptr %2138, i64 704
+for_begin_ti238.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti238.preheader.lr.ph.i
+  %indvars.iv1039.i = phi i64 [ 0, %for_begin_ti238.preheader.lr.ph.i ], [ %indvars.iv.next1040.i, %for_end_ax0.i ]
+  %tile_sum571.sroa.0.0800.i = phi <16 x float> [ zeroinitializer, %for_begin_ti238.preheader.lr.ph.i ], [ %.us-phi.i, %for_end_ax0.i ]
+  %2084 = shl nsw i64 %indvars.iv1039.i, 7
+  %2085 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2084
+  %2086 = load <16 x float>, ptr %2085, align 4, !tbaa !5
+  %arg.i = fsub <16 x float> %2086, %2076
+  %2087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2082)
+  %bits.i = bitcast <16 x float> %2087 to <16 x i32>
+  %n.i = fsub <16 x float> %2087, %2082
+  %2088 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
+  %2089 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
+  %2090 = fsub <16 x float> %arg.i, %2089
+  %2091 = fadd <16 x float> %2088, %2090
+  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2092, <16 x float> %2091, <16 x float> splat (float 0x3FA5558F20000000))
+  %2094 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2093, <16 x float> %2091, <16 x float> splat (float 0x3FC5554920000000))
+  %2095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %2091, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2096 = fmul <16 x float> %2091, %2091
+  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2095, <16 x float> %2096, <16 x float> %2091)
+  %2098 = shl <16 x i32> %bits.i, splat (i32 23)
+  %2099 = bitcast <16 x i32> %2098 to <16 x float>
+  %2100 = fadd <16 x float> %2097, splat (float 1.000000e+00)
+  %2101 = fmul <16 x float> %2100, %2099
+  %2102 = fcmp olt <16 x float> %arg.i, %2083
+  %2103 = select <16 x i1> %2102, <16 x float> zeroinitializer, <16 x float> %2101
+  %2104 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2084
+  store <16 x float> %2103, ptr %2104, align 4, !tbaa !5
+  %2105 = or disjoint i64 %2084, 16
+  %2106 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2105
+  %2107 = load <16 x float>, ptr %2106, align 4, !tbaa !5
+  %arg.1.i = fsub <16 x float> %2107, %2076
+  %2108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2082)
+  %bits.1.i = bitcast <16 x float> %2108 to <16 x i32>
+  %n.1.i = fsub <16 x float> %2108, %2082
+  %2109 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
+  %2110 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
+  %2111 = fsub <16 x float> %arg.1.i, %2110
+  %2112 = fadd <16 x float> %2109, %2111
+  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2113, <16 x float> %2112, <16 x float> splat (float 0x3FA5558F20000000))
+  %2115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2112, <16 x float> splat (float 0x3FC5554920000000))
+  %2116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2115, <16 x float> %2112, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2117 = fmul <16 x float> %2112, %2112
+  %2118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2116, <16 x float> %2117, <16 x float> %2112)
+  %2119 = shl <16 x i32> %bits.1.i, splat (i32 23)
+  %2120 = bitcast <16 x i32> %2119 to <16 x float>
+  %2121 = fadd <16 x float> %2118, splat (float 1.000000e+00)
+  %2122 = fmul <16 x float> %2121, %2120
+  %2123 = fcmp olt <16 x float> %arg.1.i, %2083
+  %2124 = select <16 x i1> %2123, <16 x float> zeroinitializer, <16 x float> %2122
+  %2125 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2105
+  store <16 x float> %2124, ptr %2125, align 4, !tbaa !5
+  %2126 = or disjoint i64 %2084, 32
+  %2127 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2126
+  %2128 = load <16 x float>, ptr %2127, align 4, !tbaa !5
+  %arg.2.i = fsub <16 x float> %2128, %2076
+  %2129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2082)
+  %bits.2.i = bitcast <16 x float> %2129 to <16 x i32>
+  %n.2.i = fsub <16 x float> %2129, %2082
+  %2130 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
+  %2131 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
+  %2132 = fsub <16 x float> %arg.2.i, %2131
+  %2133 = fadd <16 x float> %2130, %2132
+  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2133, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2134, <16 x float> %2133, <16 x float> splat (float 0x3FA5558F20000000))
+  %2136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2135, <16 x float> %2133, <16 x float> splat (float 0x3FC5554920000000))
+  %2137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2136, <16 x float> %2133, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2138 = fmul <16 x float> %2133, %2133
+  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2137, <16 x float> %2138, <16 x float> %2133)
+  %2140 = shl <16 x i32> %bits.2.i, splat (i32 23)
+  %2141 = bitcast <16 x i32> %2140 to <16 x float>
+  %2142 = fadd <16 x float> %2139, splat (float 1.000000e+00)
+  %2143 = fmul <16 x float> %2142, %2141
+  %2144 = fcmp olt <16 x float> %arg.2.i, %2083
+  %2145 = select <16 x i1> %2144, <16 x float> zeroinitializer, <16 x float> %2143
+  %2146 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2126
+  store <16 x float> %2145, ptr %2146, align 4, !tbaa !5
+  %2147 = or disjoint i64 %2084, 48
+  %2148 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2147
   %2149 = load <16 x float>, ptr %2148, align 4, !tbaa !5
-  %2150 = fadd <16 x float> %2147, %2149
-  %2151 = getelementptr inbounds nuw i8, ptr %2138, i64 768
-  %2152 = load <16 x float>, ptr %2151, align 4, !tbaa !5
-  %2153 = fadd <16 x float> %2150, %2152
-  %2154 = getelementptr inbounds nuw i8, ptr %2138, i64 832
-  %2155 = load <16 x float>, ptr %2154, align 4, !tbaa !5
-  %2156 = fadd <16 x float> %2153, %2155
-  %2157 = getelementptr inbounds nuw i8, ptr %2138, i64 896
-  %2158 = load <16 x float>, ptr %2157, align 4, !tbaa !5
-  %2159 = fadd <16 x float> %2156, %2158
-  %2160 = getelementptr inbounds nuw i8, ptr %2138, i64 960
-  %2161 = load <16 x float>, ptr %2160, align 4, !tbaa !5
-  %2162 = fadd <16 x float> %2159, %2161
-  %indvars.iv.next957.i.1 = add nuw nsw i64 %indvars.iv956.i, 2
-  %niter592.next.1 = add i64 %niter592, 2
-  %niter592.ncmp.1 = icmp eq i64 %niter592.next.1, %unroll_iter591
-  br i1 %niter592.ncmp.1, label %for_end_to224.i.loopexit.unr-lcssa, label %for_begin_ti227.preheader.i, !prof !9, !llvm.loop !57
-
-for_end_to224.i.loopexit.unr-lcssa:               ; preds = %for_begin_ti227.preheader.i
-  %lcmp.mod588.not = icmp eq i64 %xtraiter587, 0
-  br i1 %lcmp.mod588.not, label %for_end_to224.i, label %for_begin_ti227.preheader.i.epil.preheader, !prof !12
-
-for_begin_ti227.preheader.i.epil.preheader:       ; preds = %for_end_to224.i.loopexit.unr-lcssa, %for_begin_ti227.preheader.i.preheader
-  %indvars.iv956.i.epil.init = phi i64 [ 0, %for_begin_ti227.preheader.i.preheader ], [ %indvars.iv.next957.i.1, %for_end_to224.i.loopexit.unr-lcssa ]
-  %tile_sum516.sroa.0.0729.i.epil.init = phi <16 x float> [ zeroinitializer, %for_begin_ti227.preheader.i.preheader ], [ %2162, %for_end_to224.i.loopexit.unr-lcssa ]
-  %lcmp.mod590 = icmp ne i64 %xtraiter587, 0
-  tail call void @llvm.assume(i1 %lcmp.mod590)
-  %.idx76.epil = shl nsw i64 %indvars.iv956.i.epil.init, 9
-  %2163 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx76.epil
-  %2164 = load <16 x float>, ptr %2163, align 4, !tbaa !5
-  %2165 = fadd <16 x float> %tile_sum516.sroa.0.0729.i.epil.init, %2164
-  %2166 = getelementptr inbounds nuw i8, ptr %2163, i64 64
-  %2167 = load <16 x float>, ptr %2166, align 4, !tbaa !5
-  %2168 = fadd <16 x float> %2165, %2167
-  %2169 = getelementptr inbounds nuw i8, ptr %2163, i64 128
+  %arg.3.i = fsub <16 x float> %2149, %2076
+  %2150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2082)
+  %bits.3.i = bitcast <16 x float> %2150 to <16 x i32>
+  %n.3.i = fsub <16 x float> %2150, %2082
+  %2151 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
+  %2152 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
+  %2153 = fsub <16 x float> %arg.3.i, %2152
+  %2154 = fadd <16 x float> %2151, %2153
+  %2155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2154, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %2154, <16 x float> splat (float 0x3FA5558F20000000))
+  %2157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2154, <16 x float> splat (float 0x3FC5554920000000))
+  %2158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2157, <16 x float> %2154, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2159 = fmul <16 x float> %2154, %2154
+  %2160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2158, <16 x float> %2159, <16 x float> %2154)
+  %2161 = shl <16 x i32> %bits.3.i, splat (i32 23)
+  %2162 = bitcast <16 x i32> %2161 to <16 x float>
+  %2163 = fadd <16 x float> %2160, splat (float 1.000000e+00)
+  %2164 = fmul <16 x float> %2163, %2162
+  %2165 = fcmp olt <16 x float> %arg.3.i, %2083
+  %2166 = select <16 x i1> %2165, <16 x float> zeroinitializer, <16 x float> %2164
+  %2167 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2147
+  store <16 x float> %2166, ptr %2167, align 4, !tbaa !5
+  %2168 = or disjoint i64 %2084, 64
+  %2169 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2168
   %2170 = load <16 x float>, ptr %2169, align 4, !tbaa !5
-  %2171 = fadd <16 x float> %2168, %2170
-  %2172 = getelementptr inbounds nuw i8, ptr %2163, i64 192
-  %2173 = load <16 x float>, ptr %2172, align 4, !tbaa !5
-  %2174 = fadd <16 x float> %2171, %2173
-  %2175 = getelementptr inbounds nuw i8, ptr %2163, i64 256
-  %2176 = load <16 x float>, ptr %2175, align 4, !tbaa !5
-  %2177 = fadd <16 x float> %2174, %2176
-  %2178 = getelementptr inbounds nuw i8, ptr %2163, i64 320
-  %2179 = load <16 x float>, ptr %2178, align 4, !tbaa !5
-  %2180 = fadd <16 x float> %2177, %2179
-  %2181 = getelementptr inbounds nuw i8, ptr %2163, i64 384
-  %2182 = load <16 x float>, ptr %2181, align 4, !tbaa !5
-  %2183 = fadd <16 x float> %2180, %2182
-  %2184 = getelementptr inbounds nuw i8, ptr %2163, i64 448
-  %2185 = load <16 x float>, ptr %2184, align 4, !tbaa !5
-  %2186 = fadd <16 x float> %2183, %2185
-  br label %for_end_to224.i
-
-for_end_to224.i:                                  ; preds = %for_begin_ti227.preheader.i.epil.preheader, %for_end_to224.i.loopexit.unr-lcssa, %for_begin_to222.preheader.i
-  %.pre-phi241 = phi i64 [ %.pre240, %for_begin_to222.preheader.i ], [ %1907, %for_end_to224.i.loopexit.unr-lcssa ], [ %1907, %for_begin_ti227.preheader.i.epil.preheader ]
-  %2187 = phi <16 x float> [ %1912, %for_begin_to222.preheader.i ], [ %1905, %for_end_to224.i.loopexit.unr-lcssa ], [ %1905, %for_begin_ti227.preheader.i.epil.preheader ]
-  %tile_sum516.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to222.preheader.i ], [ %2162, %for_end_to224.i.loopexit.unr-lcssa ], [ %2186, %for_begin_ti227.preheader.i.epil.preheader ]
-  %2188 = getelementptr inbounds float, ptr %row_max.i, i64 %.pre-phi241
-  %2189 = load <16 x float>, ptr %2188, align 4, !tbaa !5
-  %old_max.i = select <16 x i1> %646, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2189
-  %2190 = getelementptr inbounds float, ptr %row_sum.i, i64 %.pre-phi241
+  %arg.4.i = fsub <16 x float> %2170, %2076
+  %2171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2082)
+  %bits.4.i = bitcast <16 x float> %2171 to <16 x i32>
+  %n.4.i = fsub <16 x float> %2171, %2082
+  %2172 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
+  %2173 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
+  %2174 = fsub <16 x float> %arg.4.i, %2173
+  %2175 = fadd <16 x float> %2172, %2174
+  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2175, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2176, <16 x float> %2175, <16 x float> splat (float 0x3FA5558F20000000))
+  %2178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2177, <16 x float> %2175, <16 x float> splat (float 0x3FC5554920000000))
+  %2179 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2178, <16 x float> %2175, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2180 = fmul <16 x float> %2175, %2175
+  %2181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2180, <16 x float> %2175)
+  %2182 = shl <16 x i32> %bits.4.i, splat (i32 23)
+  %2183 = bitcast <16 x i32> %2182 to <16 x float>
+  %2184 = fadd <16 x float> %2181, splat (float 1.000000e+00)
+  %2185 = fmul <16 x float> %2184, %2183
+  %2186 = fcmp olt <16 x float> %arg.4.i, %2083
+  %2187 = select <16 x i1> %2186, <16 x float> zeroinitializer, <16 x float> %2185
+  %2188 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2168
+  store <16 x float> %2187, ptr %2188, align 4, !tbaa !5
+  %2189 = or disjoint i64 %2084, 80
+  %2190 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2189
   %2191 = load <16 x float>, ptr %2190, align 4, !tbaa !5
-  %old_sum.i = select <16 x i1> %646, <16 x float> zeroinitializer, <16 x float> %2191
-  %2192 = fcmp ogt <16 x float> %old_max.i, %2187
-  %2193 = fcmp oeq <16 x float> %tile_sum516.sroa.0.0.lcssa.i, zeroinitializer
-  %2194 = select <16 x i1> %2193, <16 x i1> splat (i1 true), <16 x i1> %2192
-  %old_or_both.i = select <16 x i1> %2194, <16 x float> %old_max.i, <16 x float> %2187
-  %2195 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %2195, <16 x float> %2187, <16 x float> %old_or_both.i
-  %2196 = fsub <16 x float> %old_max.i, %m.i
-  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2196, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2198 = bitcast <16 x float> %2197 to <16 x i32>
-  %2199 = fadd <16 x float> %2197, splat (float 0xC168000FE0000000)
-  %2200 = fmul <16 x float> %2199, splat (float 0x3F2BD01060000000)
-  %2201 = fmul <16 x float> %2199, splat (float 0x3FE6300000000000)
-  %2202 = fsub <16 x float> %2196, %2201
-  %2203 = fadd <16 x float> %2200, %2202
-  %2204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2203, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2204, <16 x float> %2203, <16 x float> splat (float 0x3FA5558F20000000))
-  %2206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2205, <16 x float> %2203, <16 x float> splat (float 0x3FC5554920000000))
-  %2207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2206, <16 x float> %2203, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2208 = fmul <16 x float> %2203, %2203
-  %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2207, <16 x float> %2208, <16 x float> %2203)
-  %2210 = shl <16 x i32> %2198, splat (i32 23)
-  %2211 = bitcast <16 x i32> %2210 to <16 x float>
-  %2212 = fadd <16 x float> %2209, splat (float 1.000000e+00)
-  %2213 = fmul <16 x float> %2212, %2211
-  %2214 = fcmp olt <16 x float> %2196, splat (float -8.700000e+01)
-  %2215 = select <16 x i1> %2214, <16 x float> zeroinitializer, <16 x float> %2213
-  %2216 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %2217 = select <16 x i1> %2216, <16 x float> %2215, <16 x float> zeroinitializer
-  %arg249.i = fsub <16 x float> %2187, %m.i
-  %2218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg249.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2219 = bitcast <16 x float> %2218 to <16 x i32>
-  %2220 = fadd <16 x float> %2218, splat (float 0xC168000FE0000000)
-  %2221 = fmul <16 x float> %2220, splat (float 0x3F2BD01060000000)
-  %2222 = fmul <16 x float> %2220, splat (float 0x3FE6300000000000)
-  %2223 = fsub <16 x float> %arg249.i, %2222
-  %2224 = fadd <16 x float> %2221, %2223
-  %2225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2224, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2225, <16 x float> %2224, <16 x float> splat (float 0x3FA5558F20000000))
-  %2227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2226, <16 x float> %2224, <16 x float> splat (float 0x3FC5554920000000))
-  %2228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2227, <16 x float> %2224, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2229 = fmul <16 x float> %2224, %2224
-  %2230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2229, <16 x float> %2224)
-  %2231 = shl <16 x i32> %2219, splat (i32 23)
-  %2232 = bitcast <16 x i32> %2231 to <16 x float>
-  %2233 = fadd <16 x float> %2230, splat (float 1.000000e+00)
-  %2234 = fmul <16 x float> %2233, %2232
-  %2235 = fcmp olt <16 x float> %arg249.i, splat (float -8.700000e+01)
-  %2236 = select <16 x i1> %2235, <16 x float> zeroinitializer, <16 x float> %2234
-  %2237 = fcmp one <16 x float> %tile_sum516.sroa.0.0.lcssa.i, zeroinitializer
-  %2238 = select <16 x i1> %2237, <16 x float> %2236, <16 x float> zeroinitializer
-  %2239 = fmul <16 x float> %old_sum.i, %2217
-  %2240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_sum516.sroa.0.0.lcssa.i, <16 x float> %2239)
-  store <16 x float> %m.i, ptr %2188, align 4, !tbaa !5
-  store <16 x float> %2240, ptr %2190, align 4, !tbaa !5
-  %2241 = load i32, ptr %1320, align 4, !tbaa !5
-  %2242 = sub i32 %2241, %647
-  %2243 = tail call i32 @llvm.smin.i32(i32 %2242, i32 %valid_len176.i)
-  %2244 = tail call i32 @llvm.smin.i32(i32 %2243, i32 %.reass718.reass.i)
-  %2245 = select i1 %155, i32 %2244, i32 %2243
-  %2246 = tail call i32 @llvm.smax.i32(i32 %2245, i32 0)
-  %num_full.i = lshr i32 %2246, 3
-  %2247 = sub nsw i32 %1328, %num_full.i
-  %2248 = icmp sgt i32 %2247, 0
-  br i1 %2248, label %for_begin_ti272.preheader.lr.ph.i, label %for_end_to269.i, !prof !3
+  %arg.5.i = fsub <16 x float> %2191, %2076
+  %2192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2082)
+  %bits.5.i = bitcast <16 x float> %2192 to <16 x i32>
+  %n.5.i = fsub <16 x float> %2192, %2082
+  %2193 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
+  %2194 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
+  %2195 = fsub <16 x float> %arg.5.i, %2194
+  %2196 = fadd <16 x float> %2193, %2195
+  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2196, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2197, <16 x float> %2196, <16 x float> splat (float 0x3FA5558F20000000))
+  %2199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2196, <16 x float> splat (float 0x3FC5554920000000))
+  %2200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2199, <16 x float> %2196, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2201 = fmul <16 x float> %2196, %2196
+  %2202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2200, <16 x float> %2201, <16 x float> %2196)
+  %2203 = shl <16 x i32> %bits.5.i, splat (i32 23)
+  %2204 = bitcast <16 x i32> %2203 to <16 x float>
+  %2205 = fadd <16 x float> %2202, splat (float 1.000000e+00)
+  %2206 = fmul <16 x float> %2205, %2204
+  %2207 = fcmp olt <16 x float> %arg.5.i, %2083
+  %2208 = select <16 x i1> %2207, <16 x float> zeroinitializer, <16 x float> %2206
+  %2209 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2189
+  store <16 x float> %2208, ptr %2209, align 4, !tbaa !5
+  %2210 = or disjoint i64 %2084, 96
+  %2211 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2210
+  %2212 = load <16 x float>, ptr %2211, align 4, !tbaa !5
+  %arg.6.i = fsub <16 x float> %2212, %2076
+  %2213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2082)
+  %bits.6.i = bitcast <16 x float> %2213 to <16 x i32>
+  %n.6.i = fsub <16 x float> %2213, %2082
+  %2214 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
+  %2215 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
+  %2216 = fsub <16 x float> %arg.6.i, %2215
+  %2217 = fadd <16 x float> %2214, %2216
+  %2218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2217, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2218, <16 x float> %2217, <16 x float> splat (float 0x3FA5558F20000000))
+  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2217, <16 x float> splat (float 0x3FC5554920000000))
+  %2221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2220, <16 x float> %2217, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2222 = fmul <16 x float> %2217, %2217
+  %2223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> %2222, <16 x float> %2217)
+  %2224 = shl <16 x i32> %bits.6.i, splat (i32 23)
+  %2225 = bitcast <16 x i32> %2224 to <16 x float>
+  %2226 = fadd <16 x float> %2223, splat (float 1.000000e+00)
+  %2227 = fmul <16 x float> %2226, %2225
+  %2228 = fcmp olt <16 x float> %arg.6.i, %2083
+  %2229 = select <16 x i1> %2228, <16 x float> zeroinitializer, <16 x float> %2227
+  %2230 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2210
+  store <16 x float> %2229, ptr %2230, align 4, !tbaa !5
+  %2231 = or disjoint i64 %2084, 112
+  %2232 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2231
+  %2233 = load <16 x float>, ptr %2232, align 4, !tbaa !5
+  %arg.7.i = fsub <16 x float> %2233, %2076
+  %2234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2082)
+  %bits.7.i = bitcast <16 x float> %2234 to <16 x i32>
+  %n.7.i = fsub <16 x float> %2234, %2082
+  %2235 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
+  %2236 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
+  %2237 = fsub <16 x float> %arg.7.i, %2236
+  %2238 = fadd <16 x float> %2235, %2237
+  %2239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2239, <16 x float> %2238, <16 x float> splat (float 0x3FA5558F20000000))
+  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2238, <16 x float> splat (float 0x3FC5554920000000))
+  %2242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2241, <16 x float> %2238, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2243 = fmul <16 x float> %2238, %2238
+  %2244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2242, <16 x float> %2243, <16 x float> %2238)
+  %2245 = shl <16 x i32> %bits.7.i, splat (i32 23)
+  %2246 = bitcast <16 x i32> %2245 to <16 x float>
+  %2247 = fadd <16 x float> %2244, splat (float 1.000000e+00)
+  %2248 = fmul <16 x float> %2247, %2246
+  %2249 = fcmp olt <16 x float> %arg.7.i, %2083
+  %2250 = select <16 x i1> %2249, <16 x float> zeroinitializer, <16 x float> %2248
+  %2251 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2231
+  store <16 x float> %2250, ptr %2251, align 4, !tbaa !5
+  %2252 = icmp samesign ult i64 %indvars.iv1039.i, 16
+  br i1 %2252, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
 
-for_begin_ti272.preheader.lr.ph.i:                ; preds = %for_end_to224.i
-  %2249 = getelementptr inbounds i32, ptr %limits.i, i64 %.pre-phi241
-  %2250 = and i32 %2246, 2147483640
-  %2251 = add i32 %2250, %640
-  %wide.trip.count968.i = zext nneg i32 %2247 to i64
-  br label %for_begin_ti272.preheader.i
+for_end_to235.i:                                  ; preds = %for_end_ax0.i, %for_end_to225.i
+  %2253 = phi i64 [ %2072, %for_end_to225.i ], [ %2078, %for_end_ax0.i ]
+  %2254 = phi <16 x float> [ %2070, %for_end_to225.i ], [ %2076, %for_end_ax0.i ]
+  %tile_sum571.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_end_to225.i ], [ %.us-phi.i, %for_end_ax0.i ]
+  %2255 = getelementptr inbounds float, ptr %row_max.i, i64 %2253
+  %2256 = load <16 x float>, ptr %2255, align 4, !tbaa !5
+  %old_max.i = select <16 x i1> %730, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2256
+  %2257 = getelementptr inbounds float, ptr %row_sum.i, i64 %2253
+  %2258 = load <16 x float>, ptr %2257, align 4, !tbaa !5
+  %old_sum.i = select <16 x i1> %730, <16 x float> zeroinitializer, <16 x float> %2258
+  %2259 = fcmp ogt <16 x float> %old_max.i, %2254
+  %2260 = fcmp oeq <16 x float> %tile_sum571.sroa.0.0.lcssa.i, zeroinitializer
+  %2261 = select <16 x i1> %2260, <16 x i1> splat (i1 true), <16 x i1> %2259
+  %old_or_both.i = select <16 x i1> %2261, <16 x float> %old_max.i, <16 x float> %2254
+  %2262 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %2262, <16 x float> %2254, <16 x float> %old_or_both.i
+  %2263 = fsub <16 x float> %old_max.i, %m.i
+  %2264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2265 = bitcast <16 x float> %2264 to <16 x i32>
+  %2266 = fadd <16 x float> %2264, splat (float 0xC168000FE0000000)
+  %2267 = fmul <16 x float> %2266, splat (float 0x3F2BD01060000000)
+  %2268 = fmul <16 x float> %2266, splat (float 0x3FE6300000000000)
+  %2269 = fsub <16 x float> %2263, %2268
+  %2270 = fadd <16 x float> %2267, %2269
+  %2271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2271, <16 x float> %2270, <16 x float> splat (float 0x3FA5558F20000000))
+  %2273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2272, <16 x float> %2270, <16 x float> splat (float 0x3FC5554920000000))
+  %2274 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2273, <16 x float> %2270, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2275 = fmul <16 x float> %2270, %2270
+  %2276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2274, <16 x float> %2275, <16 x float> %2270)
+  %2277 = shl <16 x i32> %2265, splat (i32 23)
+  %2278 = bitcast <16 x i32> %2277 to <16 x float>
+  %2279 = fadd <16 x float> %2276, splat (float 1.000000e+00)
+  %2280 = fmul <16 x float> %2279, %2278
+  %2281 = fcmp olt <16 x float> %2263, splat (float -8.700000e+01)
+  %2282 = select <16 x i1> %2281, <16 x float> zeroinitializer, <16 x float> %2280
+  %2283 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %2284 = select <16 x i1> %2283, <16 x float> %2282, <16 x float> zeroinitializer
+  %arg262.i = fsub <16 x float> %2254, %m.i
+  %2285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg262.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2286 = bitcast <16 x float> %2285 to <16 x i32>
+  %2287 = fadd <16 x float> %2285, splat (float 0xC168000FE0000000)
+  %2288 = fmul <16 x float> %2287, splat (float 0x3F2BD01060000000)
+  %2289 = fmul <16 x float> %2287, splat (float 0x3FE6300000000000)
+  %2290 = fsub <16 x float> %arg262.i, %2289
+  %2291 = fadd <16 x float> %2288, %2290
+  %2292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2291, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2291, <16 x float> splat (float 0x3FA5558F20000000))
+  %2294 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2293, <16 x float> %2291, <16 x float> splat (float 0x3FC5554920000000))
+  %2295 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2291, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2296 = fmul <16 x float> %2291, %2291
+  %2297 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2295, <16 x float> %2296, <16 x float> %2291)
+  %2298 = shl <16 x i32> %2286, splat (i32 23)
+  %2299 = bitcast <16 x i32> %2298 to <16 x float>
+  %2300 = fadd <16 x float> %2297, splat (float 1.000000e+00)
+  %2301 = fmul <16 x float> %2300, %2299
+  %2302 = fcmp olt <16 x float> %arg262.i, splat (float -8.700000e+01)
+  %2303 = select <16 x i1> %2302, <16 x float> zeroinitializer, <16 x float> %2301
+  %2304 = fcmp one <16 x float> %tile_sum571.sroa.0.0.lcssa.i, zeroinitializer
+  %2305 = select <16 x i1> %2304, <16 x float> %2303, <16 x float> zeroinitializer
+  %2306 = fmul <16 x float> %old_sum.i, %2284
+  %2307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_sum571.sroa.0.0.lcssa.i, <16 x float> %2306)
+  store <16 x float> %m.i, ptr %2255, align 4, !tbaa !5
+  store <16 x float> %2307, ptr %2257, align 4, !tbaa !5
+  %2308 = load i32, ptr %1485, align 4, !tbaa !5
+  %2309 = sub i32 %2308, %731
+  %2310 = tail call i32 @llvm.smin.i32(i32 %2309, i32 %valid_len197.i)
+  %2311 = tail call i32 @llvm.smin.i32(i32 %2310, i32 %.reass790.reass.i)
+  %2312 = select i1 %155, i32 %2311, i32 %2310
+  %2313 = tail call i32 @llvm.smax.i32(i32 %2312, i32 0)
+  %num_full.i = lshr i32 %2313, 3
+  %2314 = sub nsw i32 %1493, %num_full.i
+  %2315 = icmp sgt i32 %2314, 0
+  br i1 %2315, label %for_begin_ti285.preheader.lr.ph.i, label %for_end_to282.i, !prof !3
 
-for_begin_ti272.preheader.i:                      ; preds = %for_begin_ti272.preheader.i, %for_begin_ti272.preheader.lr.ph.i
-  %indvars.iv965.i = phi i64 [ 0, %for_begin_ti272.preheader.lr.ph.i ], [ %indvars.iv.next966.i, %for_begin_ti272.preheader.i ]
-  %indvars.iv965.tr.i = trunc i64 %indvars.iv965.i to i32
-  %2252 = shl i32 %indvars.iv965.tr.i, 3
-  %2253 = add i32 %2251, %2252
-  %2254 = add i32 %num_full.i, %indvars.iv965.tr.i
-  %2255 = shl i32 %2254, 7
-  %2256 = sext i32 %2255 to i64
-  %2257 = load <16 x i32>, ptr %2249, align 4, !tbaa !5
-  %2258 = insertelement <16 x i32> poison, i32 %2253, i64 0
-  %2259 = shufflevector <16 x i32> %2258, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2260 = icmp slt <16 x i32> %2259, %2257
-  %2261 = sext <16 x i1> %2260 to <16 x i32>
-  %2262 = getelementptr inbounds i32, ptr %edges.i, i64 %2256
-  store <16 x i32> %2261, ptr %2262, align 4, !tbaa !5
-  %2263 = load <16 x i32>, ptr %2249, align 4, !tbaa !5
-  %2264 = or disjoint i32 %2253, 1
-  %2265 = insertelement <16 x i32> poison, i32 %2264, i64 0
-  %2266 = shufflevector <16 x i32> %2265, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2267 = icmp slt <16 x i32> %2266, %2263
-  %2268 = sext <16 x i1> %2267 to <16 x i32>
-  %2269 = getelementptr i8, ptr %2262, i64 64
-  store <16 x i32> %2268, ptr %2269, align 4, !tbaa !5
-  %2270 = load <16 x i32>, ptr %2249, align 4, !tbaa !5
-  %2271 = or disjoint i32 %2253, 2
-  %2272 = insertelement <16 x i32> poison, i32 %2271, i64 0
-  %2273 = shufflevector <16 x i32> %2272, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2274 = icmp slt <16 x i32> %2273, %2270
-  %2275 = sext <16 x i1> %2274 to <16 x i32>
-  %2276 = getelementptr i8, ptr %2262, i64 128
-  store <16 x i32> %2275, ptr %2276, align 4, !tbaa !5
-  %2277 = load <16 x i32>, ptr %2249, align 4, !tbaa !5
-  %2278 = or disjoint i32 %2253, 3
-  %2279 = insertelement <16 x i32> poison, i32 %2278, i64 0
-  %2280 = shufflevector <16 x i32> %2279, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2281 = icmp slt <16 x i32> %2280, %2277
-  %2282 = sext <16 x i1> %2281 to <16 x i32>
-  %2283 = getelementptr i8, ptr %2262, i64 192
-  store <16 x i32> %2282, ptr %2283, align 4, !tbaa !5
-  %2284 = load <16 x i32>, ptr %2249, align 4, !tbaa !5
-  %2285 = or disjoint i32 %2253, 4
-  %2286 = insertelement <16 x i32> poison, i32 %2285, i64 0
-  %2287 = shufflevector <16 x i32> %2286, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2288 = icmp slt <16 x i32> %2287, %2284
-  %2289 = sext <16 x i1> %2288 to <16 x i32>
-  %2290 = getelementptr i8, ptr %2262, i64 256
-  store <16 x i32> %2289, ptr %2290, align 4, !tbaa !5
-  %2291 = load <16 x i32>, ptr %2249, align 4, !tbaa !5
-  %2292 = or disjoint i32 %2253, 5
-  %2293 = insertelement <16 x i32> poison, i32 %2292, i64 0
-  %2294 = shufflevector <16 x i32> %2293, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2295 = icmp slt <16 x i32> %2294, %2291
-  %2296 = sext <16 x i1> %2295 to <16 x i32>
-  %2297 = getelementptr i8, ptr %2262, i64 320
-  store <16 x i32> %2296, ptr %2297, align 4, !tbaa !5
-  %2298 = load <16 x i32>, ptr %2249, align 4, !tbaa !5
-  %2299 = or disjoint i32 %2253, 6
-  %2300 = insertelement <16 x i32> poison, i32 %2299, i64 0
-  %2301 = shufflevector <16 x i32> %2300, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2302 = icmp slt <16 x i32> %2301, %2298
-  %2303 = sext <16 x i1> %2302 to <16 x i32>
-  %2304 = getelementptr i8, ptr %2262, i64 384
-  store <16 x i32> %2303, ptr %2304, align 4, !tbaa !5
-  %2305 = load <16 x i32>, ptr %2249, align 4, !tbaa !5
-  %narrow.i = or disjoint i32 %2253, 7
-  %2306 = insertelement <16 x i32> poison, i32 %narrow.i, i64 0
-  %2307 = shufflevector <16 x i32> %2306, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2308 = icmp slt <16 x i32> %2307, %2305
-  %2309 = sext <16 x i1> %2308 to <16 x i32>
-  %2310 = getelementptr i8, ptr %2262, i64 448
-  store <16 x i32> %2309, ptr %2310, align 4, !tbaa !5
-  %indvars.iv.next966.i = add nuw nsw i64 %indvars.iv965.i, 1
-  %exitcond969.not.i = icmp eq i64 %indvars.iv.next966.i, %wide.trip.count968.i
-  br i1 %exitcond969.not.i, label %for_end_to269.i, label %for_begin_ti272.preheader.i, !prof !13
+for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti238.preheader.i
+  %2316 = fadd <16 x float> %tile_sum571.sroa.0.0800.i, %2103
+  %2317 = fadd <16 x float> %2316, %2124
+  %2318 = fadd <16 x float> %2317, %2145
+  %2319 = fadd <16 x float> %2318, %2166
+  %2320 = fadd <16 x float> %2319, %2187
+  %2321 = fadd <16 x float> %2320, %2208
+  %2322 = fadd <16 x float> %2321, %2229
+  %2323 = fadd <16 x float> %2322, %2250
+  br label %for_end_ax0.i
 
-for_end_to269.i:                                  ; preds = %for_begin_ti272.preheader.i, %for_end_to224.i
-  br i1 %155, label %if_then277.i, label %if_end278.i, !prof !8
+for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti238.preheader.i
+  %.us-phi.i = phi <16 x float> [ %2323, %for_body_ax0.us.preheader.i ], [ %tile_sum571.sroa.0.0800.i, %for_begin_ti238.preheader.i ]
+  %indvars.iv.next1040.i = add nuw nsw i64 %indvars.iv1039.i, 1
+  %exitcond1043.not.i = icmp eq i64 %indvars.iv.next1040.i, %wide.trip.count1029.i
+  br i1 %exitcond1043.not.i, label %for_end_to235.i, label %for_begin_ti238.preheader.i, !prof !13
 
-if_then277.i:                                     ; preds = %for_end_to269.i
-  %2311 = srem i32 %1317, %111
-  %2312 = shl nsw i32 %2311, 4
-  %2313 = sub nsw i32 %109, %2312
-  %2314 = icmp sgt i32 %2313, 0
-  br i1 %2314, label %for_body_r280.lr.ph.i, label %if_end278.i, !prof !3
+for_begin_ti285.preheader.lr.ph.i:                ; preds = %for_end_to235.i
+  %2324 = getelementptr inbounds i32, ptr %limits.i, i64 %2253
+  %2325 = and i32 %2313, 2147483640
+  %2326 = add i32 %2325, %724
+  %wide.trip.count1051.i = zext nneg i32 %2314 to i64
+  br label %for_begin_ti285.preheader.i
 
-for_body_r280.lr.ph.i:                            ; preds = %if_then277.i
-  %2315 = icmp sgt i32 %valid_len176.i, %642
-  %2316 = sext i32 %2311 to i64
-  %2317 = shl nsw i64 %2316, 2
-  br i1 %2315, label %for_body_r280.us.preheader.i, label %if_end278.i, !prof !3
+for_begin_ti285.preheader.i:                      ; preds = %for_begin_ti285.preheader.i, %for_begin_ti285.preheader.lr.ph.i
+  %indvars.iv1048.i = phi i64 [ 0, %for_begin_ti285.preheader.lr.ph.i ], [ %indvars.iv.next1049.i, %for_begin_ti285.preheader.i ]
+  %indvars.iv1048.tr.i = trunc i64 %indvars.iv1048.i to i32
+  %2327 = shl i32 %indvars.iv1048.tr.i, 3
+  %2328 = add i32 %2326, %2327
+  %2329 = add i32 %num_full.i, %indvars.iv1048.tr.i
+  %2330 = shl i32 %2329, 7
+  %2331 = sext i32 %2330 to i64
+  %2332 = load <16 x i32>, ptr %2324, align 4, !tbaa !5
+  %2333 = insertelement <16 x i32> poison, i32 %2328, i64 0
+  %2334 = shufflevector <16 x i32> %2333, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2335 = icmp slt <16 x i32> %2334, %2332
+  %2336 = sext <16 x i1> %2335 to <16 x i32>
+  %2337 = getelementptr inbounds i32, ptr %edges.i, i64 %2331
+  store <16 x i32> %2336, ptr %2337, align 4, !tbaa !5
+  %2338 = load <16 x i32>, ptr %2324, align 4, !tbaa !5
+  %2339 = or disjoint i32 %2328, 1
+  %2340 = insertelement <16 x i32> poison, i32 %2339, i64 0
+  %2341 = shufflevector <16 x i32> %2340, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2342 = icmp slt <16 x i32> %2341, %2338
+  %2343 = sext <16 x i1> %2342 to <16 x i32>
+  %2344 = getelementptr i8, ptr %2337, i64 64
+  store <16 x i32> %2343, ptr %2344, align 4, !tbaa !5
+  %2345 = load <16 x i32>, ptr %2324, align 4, !tbaa !5
+  %2346 = or disjoint i32 %2328, 2
+  %2347 = insertelement <16 x i32> poison, i32 %2346, i64 0
+  %2348 = shufflevector <16 x i32> %2347, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2349 = icmp slt <16 x i32> %2348, %2345
+  %2350 = sext <16 x i1> %2349 to <16 x i32>
+  %2351 = getelementptr i8, ptr %2337, i64 128
+  store <16 x i32> %2350, ptr %2351, align 4, !tbaa !5
+  %2352 = load <16 x i32>, ptr %2324, align 4, !tbaa !5
+  %2353 = or disjoint i32 %2328, 3
+  %2354 = insertelement <16 x i32> poison, i32 %2353, i64 0
+  %2355 = shufflevector <16 x i32> %2354, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2356 = icmp slt <16 x i32> %2355, %2352
+  %2357 = sext <16 x i1> %2356 to <16 x i32>
+  %2358 = getelementptr i8, ptr %2337, i64 192
+  store <16 x i32> %2357, ptr %2358, align 4, !tbaa !5
+  %2359 = load <16 x i32>, ptr %2324, align 4, !tbaa !5
+  %2360 = or disjoint i32 %2328, 4
+  %2361 = insertelement <16 x i32> poison, i32 %2360, i64 0
+  %2362 = shufflevector <16 x i32> %2361, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2363 = icmp slt <16 x i32> %2362, %2359
+  %2364 = sext <16 x i1> %2363 to <16 x i32>
+  %2365 = getelementptr i8, ptr %2337, i64 256
+  store <16 x i32> %2364, ptr %2365, align 4, !tbaa !5
+  %2366 = load <16 x i32>, ptr %2324, align 4, !tbaa !5
+  %2367 = or disjoint i32 %2328, 5
+  %2368 = insertelement <16 x i32> poison, i32 %2367, i64 0
+  %2369 = shufflevector <16 x i32> %2368, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2370 = icmp slt <16 x i32> %2369, %2366
+  %2371 = sext <16 x i1> %2370 to <16 x i32>
+  %2372 = getelementptr i8, ptr %2337, i64 320
+  store <16 x i32> %2371, ptr %2372, align 4, !tbaa !5
+  %2373 = load <16 x i32>, ptr %2324, align 4, !tbaa !5
+  %2374 = or disjoint i32 %2328, 6
+  %2375 = insertelement <16 x i32> poison, i32 %2374, i64 0
+  %2376 = shufflevector <16 x i32> %2375, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2377 = icmp slt <16 x i32> %2376, %2373
+  %2378 = sext <16 x i1> %2377 to <16 x i32>
+  %2379 = getelementptr i8, ptr %2337, i64 384
+  store <16 x i32> %2378, ptr %2379, align 4, !tbaa !5
+  %2380 = load <16 x i32>, ptr %2324, align 4, !tbaa !5
+  %narrow.i = or disjoint i32 %2328, 7
+  %2381 = insertelement <16 x i32> poison, i32 %narrow.i, i64 0
+  %2382 = shufflevector <16 x i32> %2381, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2383 = icmp slt <16 x i32> %2382, %2380
+  %2384 = sext <16 x i1> %2383 to <16 x i32>
+  %2385 = getelementptr i8, ptr %2337, i64 448
+  store <16 x i32> %2384, ptr %2385, align 4, !tbaa !5
+  %indvars.iv.next1049.i = add nuw nsw i64 %indvars.iv1048.i, 1
+  %exitcond1052.not.i = icmp eq i64 %indvars.iv.next1049.i, %wide.trip.count1051.i
+  br i1 %exitcond1052.not.i, label %for_end_to282.i, label %for_begin_ti285.preheader.i, !prof !13
 
-for_body_r280.us.preheader.i:                     ; preds = %for_body_r280.lr.ph.i
-  %2318 = tail call i32 @llvm.umin.i32(i32 %2313, i32 16)
-  %smin229 = tail call i32 @llvm.smin.i32(i32 %span519.sroa.3.0.lcssa.i, i32 %1322)
-  %smin230 = tail call i32 @llvm.smin.i32(i32 %smin229, i32 %indvars.iv222)
-  %smin231 = tail call i32 @llvm.smin.i32(i32 %smin230, i32 %375)
-  %2319 = add i32 %indvars.iv219, %smin231
-  %smin232 = tail call i32 @llvm.smin.i32(i32 %2319, i32 128)
-  %2320 = sub i32 %smin232, %smax228
-  %2321 = zext i32 %2320 to i64
-  %2322 = add nsw i64 %2321, -1
-  %smin = tail call i32 @llvm.smin.i32(i32 %2319, i32 128)
-  %2323 = sub i32 %smin, %smax409
-  %2324 = zext i32 %2323 to i64
-  %scevgep413 = getelementptr i8, ptr %scevgep412, i64 %2324
-  %scevgep415 = getelementptr i8, ptr %edges.i, i64 %577
-  %scevgep416 = getelementptr i8, ptr %edges.i, i64 -48
-  %scevgep417 = getelementptr i8, ptr %scevgep416, i64 %577
-  %2325 = shl nuw nsw i64 %2324, 6
-  %2326 = add nsw i32 %2318, -4
-  %2327 = zext i32 %2326 to i64
-  %2328 = shl nuw nsw i64 %2327, 2
-  %2329 = getelementptr i8, ptr %scevgep417, i64 %2325
-  %scevgep418 = getelementptr i8, ptr %2329, i64 %2328
-  %2330 = add i32 %indvars.iv219, %smin231
-  %smin420 = tail call i32 @llvm.smin.i32(i32 %2330, i32 128)
-  %2331 = sub i32 %smin420, %smax419
-  %2332 = zext i32 %2331 to i64
-  %min.iters.check421 = icmp ult i32 %2331, 16
-  %2333 = trunc i64 %2322 to i32
-  %2334 = add i32 %smax, %2333
-  %2335 = shl i32 %2334, 4
-  %2336 = icmp ugt i64 %2322, 268435455
-  %n.vec424 = and i64 %2332, 4294967288
-  %cmp.n = icmp eq i64 %n.vec424, %2332
-  %xtraiter593 = and i64 %2332, 3
-  %lcmp.mod594.not = icmp eq i64 %xtraiter593, 0
-  br label %for_body_r280.us.i
+for_end_to282.i:                                  ; preds = %for_begin_ti285.preheader.i, %for_end_to235.i
+  br i1 %155, label %if_then290.i, label %if_end291.i, !prof !8
 
-for_body_r280.us.i:                               ; preds = %for_begin_c284.for_end_c286_crit_edge.us.i, %for_body_r280.us.preheader.i
-  %indvar = phi i64 [ %indvar.next, %for_begin_c284.for_end_c286_crit_edge.us.i ], [ 0, %for_body_r280.us.preheader.i ]
-  %r283737.us.i = phi i32 [ %2410, %for_begin_c284.for_end_c286_crit_edge.us.i ], [ 0, %for_body_r280.us.preheader.i ]
-  %2337 = lshr i64 %indvar, 2
-  %2338 = add nsw i64 %2317, %2337
-  %2339 = mul nsw i64 %392, %2338
-  %scevgep411 = getelementptr i8, ptr %scevgep410, i64 %2339
-  %scevgep414 = getelementptr i8, ptr %scevgep413, i64 %2339
-  %2340 = lshr i32 %r283737.us.i, 2
-  %2341 = zext nneg i32 %2340 to i64
-  %2342 = add nsw i64 %2317, %2341
-  %2343 = mul nsw i64 %2342, %392
-  %2344 = getelementptr i8, ptr %649, i64 %2343
-  br i1 %min.iters.check421, label %for_body_c285.us.i.preheader, label %vector.scevcheck, !prof !16
+if_then290.i:                                     ; preds = %for_end_to282.i
+  %2386 = srem i32 %1482, %111
+  %2387 = shl nsw i32 %2386, 4
+  %2388 = sub nsw i32 %109, %2387
+  %2389 = icmp sgt i32 %2388, 0
+  br i1 %2389, label %for_body_r293.lr.ph.i, label %if_end291.i, !prof !3
 
-vector.scevcheck:                                 ; preds = %for_body_r280.us.i
-  %2345 = add i32 %578, %r283737.us.i
-  %2346 = add i32 %2335, %r283737.us.i
-  %2347 = icmp slt i32 %2346, %2345
-  %2348 = or i1 %2347, %2336
-  br i1 %2348, label %for_body_c285.us.i.preheader, label %vector.memcheck, !prof !16
+for_body_r293.lr.ph.i:                            ; preds = %if_then290.i
+  %2390 = icmp sgt i32 %valid_len197.i, %726
+  %2391 = sext i32 %2386 to i64
+  %2392 = shl nsw i64 %2391, 2
+  br i1 %2390, label %for_body_r293.us.preheader.i, label %if_end291.i, !prof !3
+
+for_body_r293.us.preheader.i:                     ; preds = %for_body_r293.lr.ph.i
+  %2393 = tail call i32 @llvm.umin.i32(i32 %2388, i32 16)
+  %smin232 = tail call i32 @llvm.smin.i32(i32 %span574.sroa.3.0.lcssa.i, i32 %1487)
+  %smin233 = tail call i32 @llvm.smin.i32(i32 %smin232, i32 %indvars.iv225)
+  %smin234 = tail call i32 @llvm.smin.i32(i32 %smin233, i32 %375)
+  %2394 = add i32 %indvars.iv222, %smin234
+  %smin235 = tail call i32 @llvm.smin.i32(i32 %2394, i32 128)
+  %2395 = sub i32 %smin235, %smax231
+  %2396 = zext i32 %2395 to i64
+  %2397 = add nsw i64 %2396, -1
+  %smin = tail call i32 @llvm.smin.i32(i32 %2394, i32 128)
+  %2398 = sub i32 %smin, %smax412
+  %2399 = zext i32 %2398 to i64
+  %scevgep416 = getelementptr i8, ptr %scevgep415, i64 %2399
+  %scevgep418 = getelementptr i8, ptr %edges.i, i64 %656
+  %scevgep419 = getelementptr i8, ptr %edges.i, i64 -48
+  %scevgep420 = getelementptr i8, ptr %scevgep419, i64 %656
+  %2400 = shl nuw nsw i64 %2399, 6
+  %2401 = add nsw i32 %2393, -4
+  %2402 = zext i32 %2401 to i64
+  %2403 = shl nuw nsw i64 %2402, 2
+  %2404 = getelementptr i8, ptr %scevgep420, i64 %2400
+  %scevgep421 = getelementptr i8, ptr %2404, i64 %2403
+  %2405 = add i32 %indvars.iv222, %smin234
+  %smin423 = tail call i32 @llvm.smin.i32(i32 %2405, i32 128)
+  %2406 = sub i32 %smin423, %smax422
+  %2407 = zext i32 %2406 to i64
+  %min.iters.check424 = icmp ult i32 %2406, 16
+  %2408 = trunc i64 %2397 to i32
+  %2409 = add i32 %smax, %2408
+  %2410 = shl i32 %2409, 4
+  %2411 = icmp ugt i64 %2397, 268435455
+  %n.vec427 = and i64 %2407, 4294967288
+  %cmp.n = icmp eq i64 %n.vec427, %2407
+  %xtraiter602 = and i64 %2407, 3
+  %lcmp.mod603.not = icmp eq i64 %xtraiter602, 0
+  br label %for_body_r293.us.i
+
+for_body_r293.us.i:                               ; preds = %for_begin_c297.for_end_c299_crit_edge.us.i, %for_body_r293.us.preheader.i
+  %indvar = phi i64 [ %indvar.next, %for_begin_c297.for_end_c299_crit_edge.us.i ], [ 0, %for_body_r293.us.preheader.i ]
+  %r296808.us.i = phi i32 [ %2485, %for_begin_c297.for_end_c299_crit_edge.us.i ], [ 0, %for_body_r293.us.preheader.i ]
+  %2412 = lshr i64 %indvar, 2
+  %2413 = add nsw i64 %2392, %2412
+  %2414 = mul nsw i64 %392, %2413
+  %scevgep414 = getelementptr i8, ptr %scevgep413, i64 %2414
+  %scevgep417 = getelementptr i8, ptr %scevgep416, i64 %2414
+  %2415 = lshr i32 %r296808.us.i, 2
+  %2416 = zext nneg i32 %2415 to i64
+  %2417 = add nsw i64 %2392, %2416
+  %2418 = mul nsw i64 %2417, %392
+  %2419 = getelementptr i8, ptr %733, i64 %2418
+  br i1 %min.iters.check424, label %for_body_c298.us.i.preheader, label %vector.scevcheck, !prof !16
+
+vector.scevcheck:                                 ; preds = %for_body_r293.us.i
+  %2420 = add i32 %657, %r296808.us.i
+  %2421 = add i32 %2410, %r296808.us.i
+  %2422 = icmp slt i32 %2421, %2420
+  %2423 = or i1 %2422, %2411
+  br i1 %2423, label %for_body_c298.us.i.preheader, label %vector.memcheck, !prof !16
 
 vector.memcheck:                                  ; preds = %vector.scevcheck
-  %bound0 = icmp ult ptr %scevgep411, %scevgep418
-  %bound1 = icmp ult ptr %scevgep415, %scevgep414
+  %bound0 = icmp ult ptr %scevgep414, %scevgep421
+  %bound1 = icmp ult ptr %scevgep418, %scevgep417
   %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_c285.us.i.preheader, label %vector.ph422, !prof !16
+  br i1 %found.conflict, label %for_body_c298.us.i.preheader, label %vector.ph425, !prof !16
 
-vector.ph422:                                     ; preds = %vector.memcheck
-  %broadcast.splatinsert425 = insertelement <8 x i32> poison, i32 %r283737.us.i, i64 0
-  %broadcast.splat426 = shufflevector <8 x i32> %broadcast.splatinsert425, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body429
+vector.ph425:                                     ; preds = %vector.memcheck
+  %broadcast.splatinsert428 = insertelement <8 x i32> poison, i32 %r296808.us.i, i64 0
+  %broadcast.splat429 = shufflevector <8 x i32> %broadcast.splatinsert428, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body432
 
-vector.body429:                                   ; preds = %vector.body429, %vector.ph422
-  %index430 = phi i64 [ 0, %vector.ph422 ], [ %index.next431, %vector.body429 ]
-  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph422 ], [ %vec.ind.next, %vector.body429 ]
-  %2349 = getelementptr i8, ptr %2344, i64 %index430
-  %wide.load = load <8 x i8>, ptr %2349, align 1, !tbaa !5, !alias.scope !58, !noalias !61
-  %2350 = icmp eq <8 x i8> %wide.load, zeroinitializer
-  %2351 = add <8 x i32> %broadcast.splat428, %vec.ind
-  %2352 = shl <8 x i32> %2351, splat (i32 4)
-  %2353 = add nsw <8 x i32> %2352, %broadcast.splat426
-  %2354 = sext <8 x i32> %2353 to <8 x i64>
-  %2355 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2354
-  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2355, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !61
-  %2356 = select <8 x i1> %2350, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2356, <8 x ptr> align 4 %2355, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !61
-  %index.next431 = add nuw i64 %index430, 8
+vector.body432:                                   ; preds = %vector.body432, %vector.ph425
+  %index433 = phi i64 [ 0, %vector.ph425 ], [ %index.next434, %vector.body432 ]
+  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph425 ], [ %vec.ind.next, %vector.body432 ]
+  %2424 = getelementptr i8, ptr %2419, i64 %index433
+  %wide.load = load <8 x i8>, ptr %2424, align 1, !tbaa !5, !alias.scope !66, !noalias !69
+  %2425 = icmp eq <8 x i8> %wide.load, zeroinitializer
+  %2426 = add <8 x i32> %broadcast.splat431, %vec.ind
+  %2427 = shl <8 x i32> %2426, splat (i32 4)
+  %2428 = add nsw <8 x i32> %2427, %broadcast.splat429
+  %2429 = sext <8 x i32> %2428 to <8 x i64>
+  %2430 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2429
+  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2430, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !69
+  %2431 = select <8 x i1> %2425, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2431, <8 x ptr> align 4 %2430, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !69
+  %index.next434 = add nuw i64 %index433, 8
   %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
-  %2357 = icmp eq i64 %index.next431, %n.vec424
-  br i1 %2357, label %middle.block432, label %vector.body429, !prof !48, !llvm.loop !63
+  %2432 = icmp eq i64 %index.next434, %n.vec427
+  br i1 %2432, label %middle.block435, label %vector.body432, !prof !58, !llvm.loop !71
 
-middle.block432:                                  ; preds = %vector.body429
-  br i1 %cmp.n, label %for_begin_c284.for_end_c286_crit_edge.us.i, label %for_body_c285.us.i.preheader, !prof !51
+middle.block435:                                  ; preds = %vector.body432
+  br i1 %cmp.n, label %for_begin_c297.for_end_c299_crit_edge.us.i, label %for_body_c298.us.i.preheader, !prof !61
 
-for_body_c285.us.i.preheader:                     ; preds = %middle.block432, %vector.memcheck, %vector.scevcheck, %for_body_r280.us.i
-  %indvars.iv970.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r280.us.i ], [ %n.vec424, %middle.block432 ]
-  br i1 %lcmp.mod594.not, label %for_body_c285.us.i.prol.loopexit, label %for_body_c285.us.i.prol, !prof !3
+for_body_c298.us.i.preheader:                     ; preds = %middle.block435, %vector.memcheck, %vector.scevcheck, %for_body_r293.us.i
+  %indvars.iv1053.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r293.us.i ], [ %n.vec427, %middle.block435 ]
+  br i1 %lcmp.mod603.not, label %for_body_c298.us.i.prol.loopexit, label %for_body_c298.us.i.prol, !prof !3
 
-for_body_c285.us.i.prol:                          ; preds = %for_body_c285.us.i.prol, %for_body_c285.us.i.preheader
-  %indvars.iv970.i.prol = phi i64 [ %indvars.iv.next971.i.prol, %for_body_c285.us.i.prol ], [ %indvars.iv970.i.ph, %for_body_c285.us.i.preheader ]
-  %prol.iter595 = phi i64 [ %prol.iter595.next, %for_body_c285.us.i.prol ], [ 0, %for_body_c285.us.i.preheader ]
-  %2358 = getelementptr i8, ptr %2344, i64 %indvars.iv970.i.prol
-  %2359 = load i8, ptr %2358, align 1, !tbaa !5
-  %.not546.us.i.prol = icmp eq i8 %2359, 0
-  %2360 = trunc i64 %indvars.iv970.i.prol to i32
-  %2361 = add i32 %642, %2360
-  %2362 = shl i32 %2361, 4
-  %2363 = add nsw i32 %2362, %r283737.us.i
-  %2364 = sext i32 %2363 to i64
-  %2365 = getelementptr inbounds i32, ptr %edges.i, i64 %2364
-  %2366 = load i32, ptr %2365, align 4, !tbaa !5
-  %2367 = select i1 %.not546.us.i.prol, i32 0, i32 %2366
-  store i32 %2367, ptr %2365, align 4, !tbaa !5
-  %indvars.iv.next971.i.prol = add nuw nsw i64 %indvars.iv970.i.prol, 1
-  %prol.iter595.next = add i64 %prol.iter595, 1
-  %prol.iter595.cmp.not = icmp eq i64 %prol.iter595.next, %xtraiter593
-  br i1 %prol.iter595.cmp.not, label %for_body_c285.us.i.prol.loopexit, label %for_body_c285.us.i.prol, !prof !52, !llvm.loop !64
+for_body_c298.us.i.prol:                          ; preds = %for_body_c298.us.i.prol, %for_body_c298.us.i.preheader
+  %indvars.iv1053.i.prol = phi i64 [ %indvars.iv.next1054.i.prol, %for_body_c298.us.i.prol ], [ %indvars.iv1053.i.ph, %for_body_c298.us.i.preheader ]
+  %prol.iter604 = phi i64 [ %prol.iter604.next, %for_body_c298.us.i.prol ], [ 0, %for_body_c298.us.i.preheader ]
+  %2433 = getelementptr i8, ptr %2419, i64 %indvars.iv1053.i.prol
+  %2434 = load i8, ptr %2433, align 1, !tbaa !5
+  %.not604.us.i.prol = icmp eq i8 %2434, 0
+  %2435 = trunc i64 %indvars.iv1053.i.prol to i32
+  %2436 = add i32 %726, %2435
+  %2437 = shl i32 %2436, 4
+  %2438 = add nsw i32 %2437, %r296808.us.i
+  %2439 = sext i32 %2438 to i64
+  %2440 = getelementptr inbounds i32, ptr %edges.i, i64 %2439
+  %2441 = load i32, ptr %2440, align 4, !tbaa !5
+  %2442 = select i1 %.not604.us.i.prol, i32 0, i32 %2441
+  store i32 %2442, ptr %2440, align 4, !tbaa !5
+  %indvars.iv.next1054.i.prol = add nuw nsw i64 %indvars.iv1053.i.prol, 1
+  %prol.iter604.next = add i64 %prol.iter604, 1
+  %prol.iter604.cmp.not = icmp eq i64 %prol.iter604.next, %xtraiter602
+  br i1 %prol.iter604.cmp.not, label %for_body_c298.us.i.prol.loopexit, label %for_body_c298.us.i.prol, !prof !62, !llvm.loop !72
 
-for_body_c285.us.i.prol.loopexit:                 ; preds = %for_body_c285.us.i.prol, %for_body_c285.us.i.preheader
-  %indvars.iv970.i.unr = phi i64 [ %indvars.iv970.i.ph, %for_body_c285.us.i.preheader ], [ %indvars.iv.next971.i.prol, %for_body_c285.us.i.prol ]
-  %2368 = sub nsw i64 %indvars.iv970.i.ph, %2332
-  %2369 = icmp ugt i64 %2368, -4
-  br i1 %2369, label %for_begin_c284.for_end_c286_crit_edge.us.i, label %for_body_c285.us.i, !prof !16
+for_body_c298.us.i.prol.loopexit:                 ; preds = %for_body_c298.us.i.prol, %for_body_c298.us.i.preheader
+  %indvars.iv1053.i.unr = phi i64 [ %indvars.iv1053.i.ph, %for_body_c298.us.i.preheader ], [ %indvars.iv.next1054.i.prol, %for_body_c298.us.i.prol ]
+  %2443 = sub nsw i64 %indvars.iv1053.i.ph, %2407
+  %2444 = icmp ugt i64 %2443, -4
+  br i1 %2444, label %for_begin_c297.for_end_c299_crit_edge.us.i, label %for_body_c298.us.i, !prof !16
 
-for_body_c285.us.i:                               ; preds = %for_body_c285.us.i, %for_body_c285.us.i.prol.loopexit
-  %indvars.iv970.i = phi i64 [ %indvars.iv.next971.i.3, %for_body_c285.us.i ], [ %indvars.iv970.i.unr, %for_body_c285.us.i.prol.loopexit ]
-  %2370 = getelementptr i8, ptr %2344, i64 %indvars.iv970.i
-  %2371 = load i8, ptr %2370, align 1, !tbaa !5
-  %.not546.us.i = icmp eq i8 %2371, 0
-  %2372 = trunc i64 %indvars.iv970.i to i32
-  %2373 = add i32 %642, %2372
-  %2374 = shl i32 %2373, 4
-  %2375 = add nsw i32 %2374, %r283737.us.i
-  %2376 = sext i32 %2375 to i64
-  %2377 = getelementptr inbounds i32, ptr %edges.i, i64 %2376
-  %2378 = load i32, ptr %2377, align 4, !tbaa !5
-  %2379 = select i1 %.not546.us.i, i32 0, i32 %2378
-  store i32 %2379, ptr %2377, align 4, !tbaa !5
-  %indvars.iv.next971.i = add nuw nsw i64 %indvars.iv970.i, 1
-  %2380 = getelementptr i8, ptr %2344, i64 %indvars.iv.next971.i
-  %2381 = load i8, ptr %2380, align 1, !tbaa !5
-  %.not546.us.i.1 = icmp eq i8 %2381, 0
-  %2382 = trunc i64 %indvars.iv.next971.i to i32
-  %2383 = add i32 %642, %2382
-  %2384 = shl i32 %2383, 4
-  %2385 = add nsw i32 %2384, %r283737.us.i
-  %2386 = sext i32 %2385 to i64
-  %2387 = getelementptr inbounds i32, ptr %edges.i, i64 %2386
-  %2388 = load i32, ptr %2387, align 4, !tbaa !5
-  %2389 = select i1 %.not546.us.i.1, i32 0, i32 %2388
-  store i32 %2389, ptr %2387, align 4, !tbaa !5
-  %indvars.iv.next971.i.1 = add nuw nsw i64 %indvars.iv970.i, 2
-  %2390 = getelementptr i8, ptr %2344, i64 %indvars.iv.next971.i.1
-  %2391 = load i8, ptr %2390, align 1, !tbaa !5
-  %.not546.us.i.2 = icmp eq i8 %2391, 0
-  %2392 = trunc i64 %indvars.iv.next971.i.1 to i32
-  %2393 = add i32 %642, %2392
-  %2394 = shl i32 %2393, 4
-  %2395 = add nsw i32 %2394, %r283737.us.i
-  %2396 = sext i32 %2395 to i64
-  %2397 = getelementptr inbounds i32, ptr %edges.i, i64 %2396
-  %2398 = load i32, ptr %2397, align 4, !tbaa !5
-  %2399 = select i1 %.not546.us.i.2, i32 0, i32 %2398
-  store i32 %2399, ptr %2397, align 4, !tbaa !5
-  %indvars.iv.next971.i.2 = add nuw nsw i64 %indvars.iv970.i, 3
-  %2400 = getelementptr i8, ptr %2344, i64 %indvars.iv.next971.i.2
-  %2401 = load i8, ptr %2400, align 1, !tbaa !5
-  %.not546.us.i.3 = icmp eq i8 %2401, 0
-  %2402 = trunc i64 %indvars.iv.next971.i.2 to i32
-  %2403 = add i32 %642, %2402
-  %2404 = shl i32 %2403, 4
-  %2405 = add nsw i32 %2404, %r283737.us.i
-  %2406 = sext i32 %2405 to i64
-  %2407 = getelementptr inbounds i32, ptr %edges.i, i64 %2406
-  %2408 = load i32, ptr %2407, align 4, !tbaa !5
-  %2409 = select i1 %.not546.us.i.3, i32 0, i32 %2408
-  store i32 %2409, ptr %2407, align 4, !tbaa !5
-  %indvars.iv.next971.i.3 = add nuw nsw i64 %indvars.iv970.i, 4
-  %exitcond233.not.3 = icmp eq i64 %indvars.iv.next971.i.3, %2321
-  br i1 %exitcond233.not.3, label %for_begin_c284.for_end_c286_crit_edge.us.i, label %for_body_c285.us.i, !prof !55, !llvm.loop !65
+for_body_c298.us.i:                               ; preds = %for_body_c298.us.i, %for_body_c298.us.i.prol.loopexit
+  %indvars.iv1053.i = phi i64 [ %indvars.iv.next1054.i.3, %for_body_c298.us.i ], [ %indvars.iv1053.i.unr, %for_body_c298.us.i.prol.loopexit ]
+  %2445 = getelementptr i8, ptr %2419, i64 %indvars.iv1053.i
+  %2446 = load i8, ptr %2445, align 1, !tbaa !5
+  %.not604.us.i = icmp eq i8 %2446, 0
+  %2447 = trunc i64 %indvars.iv1053.i to i32
+  %2448 = add i32 %726, %2447
+  %2449 = shl i32 %2448, 4
+  %2450 = add nsw i32 %2449, %r296808.us.i
+  %2451 = sext i32 %2450 to i64
+  %2452 = getelementptr inbounds i32, ptr %edges.i, i64 %2451
+  %2453 = load i32, ptr %2452, align 4, !tbaa !5
+  %2454 = select i1 %.not604.us.i, i32 0, i32 %2453
+  store i32 %2454, ptr %2452, align 4, !tbaa !5
+  %indvars.iv.next1054.i = add nuw nsw i64 %indvars.iv1053.i, 1
+  %2455 = getelementptr i8, ptr %2419, i64 %indvars.iv.next1054.i
+  %2456 = load i8, ptr %2455, align 1, !tbaa !5
+  %.not604.us.i.1 = icmp eq i8 %2456, 0
+  %2457 = trunc i64 %indvars.iv.next1054.i to i32
+  %2458 = add i32 %726, %2457
+  %2459 = shl i32 %2458, 4
+  %2460 = add nsw i32 %2459, %r296808.us.i
+  %2461 = sext i32 %2460 to i64
+  %2462 = getelementptr inbounds i32, ptr %edges.i, i64 %2461
+  %2463 = load i32, ptr %2462, align 4, !tbaa !5
+  %2464 = select i1 %.not604.us.i.1, i32 0, i32 %2463
+  store i32 %2464, ptr %2462, align 4, !tbaa !5
+  %indvars.iv.next1054.i.1 = add nuw nsw i64 %indvars.iv1053.i, 2
+  %2465 = getelementptr i8, ptr %2419, i64 %indvars.iv.next1054.i.1
+  %2466 = load i8, ptr %2465, align 1, !tbaa !5
+  %.not604.us.i.2 = icmp eq i8 %2466, 0
+  %2467 = trunc i64 %indvars.iv.next1054.i.1 to i32
+  %2468 = add i32 %726, %2467
+  %2469 = shl i32 %2468, 4
+  %2470 = add nsw i32 %2469, %r296808.us.i
+  %2471 = sext i32 %2470 to i64
+  %2472 = getelementptr inbounds i32, ptr %edges.i, i64 %2471
+  %2473 = load i32, ptr %2472, align 4, !tbaa !5
+  %2474 = select i1 %.not604.us.i.2, i32 0, i32 %2473
+  store i32 %2474, ptr %2472, align 4, !tbaa !5
+  %indvars.iv.next1054.i.2 = add nuw nsw i64 %indvars.iv1053.i, 3
+  %2475 = getelementptr i8, ptr %2419, i64 %indvars.iv.next1054.i.2
+  %2476 = load i8, ptr %2475, align 1, !tbaa !5
+  %.not604.us.i.3 = icmp eq i8 %2476, 0
+  %2477 = trunc i64 %indvars.iv.next1054.i.2 to i32
+  %2478 = add i32 %726, %2477
+  %2479 = shl i32 %2478, 4
+  %2480 = add nsw i32 %2479, %r296808.us.i
+  %2481 = sext i32 %2480 to i64
+  %2482 = getelementptr inbounds i32, ptr %edges.i, i64 %2481
+  %2483 = load i32, ptr %2482, align 4, !tbaa !5
+  %2484 = select i1 %.not604.us.i.3, i32 0, i32 %2483
+  store i32 %2484, ptr %2482, align 4, !tbaa !5
+  %indvars.iv.next1054.i.3 = add nuw nsw i64 %indvars.iv1053.i, 4
+  %exitcond236.not.3 = icmp eq i64 %indvars.iv.next1054.i.3, %2396
+  br i1 %exitcond236.not.3, label %for_begin_c297.for_end_c299_crit_edge.us.i, label %for_body_c298.us.i, !prof !64, !llvm.loop !73
 
-for_begin_c284.for_end_c286_crit_edge.us.i:       ; preds = %for_body_c285.us.i, %for_body_c285.us.i.prol.loopexit, %middle.block432
-  %2410 = add nuw nsw i32 %r283737.us.i, 1
-  %exitcond974.not.i = icmp eq i32 %2410, %2318
+for_begin_c297.for_end_c299_crit_edge.us.i:       ; preds = %for_body_c298.us.i, %for_body_c298.us.i.prol.loopexit, %middle.block435
+  %2485 = add nuw nsw i32 %r296808.us.i, 1
+  %exitcond1057.not.i = icmp eq i32 %2485, %2393
   %indvar.next = add i64 %indvar, 1
-  br i1 %exitcond974.not.i, label %if_end278.i, label %for_body_r280.us.i, !prof !13
+  br i1 %exitcond1057.not.i, label %if_end291.i, label %for_body_r293.us.i, !prof !13
 
-if_end278.i:                                      ; preds = %for_begin_c284.for_end_c286_crit_edge.us.i, %for_body_r280.lr.ph.i, %if_then277.i, %for_end_to269.i
-  %.not818.i = icmp eq i32 %num_full.i, 0
-  %2411 = and i32 %2246, 2147483640
-  %2412 = icmp sgt i32 %valid_len176.i, %2411
-  %2413 = shl i32 %1317, 11
-  %2414 = shl nuw nsw i32 %num_full.i, 7
-  %2415 = shl nuw nsw i32 %num_full.i, 10
-  %2416 = fmul <16 x float> %2217, zeroinitializer
-  %2417 = zext nneg i32 %2414 to i64
-  %2418 = sext i32 %2413 to i64
-  %wide.trip.count984.i = zext nneg i32 %num_full.i to i64
-  %smin234 = tail call i32 @llvm.smin.i32(i32 %span519.sroa.3.0.lcssa.i, i32 %1322)
-  %smin235 = tail call i32 @llvm.smin.i32(i32 %smin234, i32 %indvars.iv222)
-  %smin236 = tail call i32 @llvm.smin.i32(i32 %smin235, i32 %375)
-  %2419 = add i32 %indvars.iv219, %smin236
-  %2420 = tail call i32 @llvm.smin.i32(i32 %2419, i32 128)
-  %smin237 = sext i32 %2420 to i64
-  %2421 = shl nuw nsw i64 %wide.trip.count984.i, 3
-  %2422 = sub nsw i64 %smin237, %2421
-  %smax238 = tail call i64 @llvm.smax.i64(i64 %2422, i64 1)
-  br label %for_begin_to289.preheader.i
+if_end291.i:                                      ; preds = %for_begin_c297.for_end_c299_crit_edge.us.i, %for_body_r293.lr.ph.i, %if_then290.i, %for_end_to282.i
+  %.not894.i = icmp eq i32 %num_full.i, 0
+  %2486 = and i32 %2313, 2147483640
+  %2487 = icmp sgt i32 %valid_len197.i, %2486
+  %2488 = shl i32 %1482, 11
+  %2489 = shl nuw nsw i32 %num_full.i, 7
+  %2490 = shl nuw nsw i32 %num_full.i, 10
+  %2491 = fmul <16 x float> %2284, zeroinitializer
+  %2492 = zext nneg i32 %2489 to i64
+  %2493 = sext i32 %2488 to i64
+  %wide.trip.count1067.i = zext nneg i32 %num_full.i to i64
+  %smin237 = tail call i32 @llvm.smin.i32(i32 %span574.sroa.3.0.lcssa.i, i32 %1487)
+  %smin238 = tail call i32 @llvm.smin.i32(i32 %smin237, i32 %indvars.iv225)
+  %smin239 = tail call i32 @llvm.smin.i32(i32 %smin238, i32 %375)
+  %2494 = add i32 %indvars.iv222, %smin239
+  %2495 = tail call i32 @llvm.smin.i32(i32 %2494, i32 128)
+  %smin240 = sext i32 %2495 to i64
+  %2496 = shl nuw nsw i64 %wide.trip.count1067.i, 3
+  %2497 = sub nsw i64 %smin240, %2496
+  %smax241 = tail call i64 @llvm.smax.i64(i64 %2497, i64 1)
+  br label %for_begin_to302.preheader.i
 
-for_begin_to289.preheader.i:                      ; preds = %if_end319.i, %if_end278.i
-  %indvars.iv990.i = phi i64 [ 0, %if_end278.i ], [ %indvars.iv.next991.i, %if_end319.i ]
-  br i1 %.not818.i, label %for_end_to291.i, label %for_begin_ti294.preheader.lr.ph.i, !prof !16
+for_begin_to302.preheader.i:                      ; preds = %if_end332.i, %if_end291.i
+  %indvars.iv1073.i = phi i64 [ 0, %if_end291.i ], [ %indvars.iv.next1074.i, %if_end332.i ]
+  br i1 %.not894.i, label %for_end_to304.i, label %for_begin_ti307.preheader.lr.ph.i, !prof !16
 
-for_begin_ti294.preheader.lr.ph.i:                ; preds = %for_begin_to289.preheader.i
-  %2423 = shl i64 %indvars.iv990.i, 2
-  %2424 = and i64 %2423, 12
-  %2425 = shl i64 %indvars.iv990.i, 3
-  %2426 = and i64 %2425, 96
-  %invariant.gep147 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2426
-  %invariant.gep149 = getelementptr inbounds nuw float, ptr %invariant.gep147, i64 %2424
-  br label %for_begin_ti294.preheader.i
+for_begin_ti307.preheader.lr.ph.i:                ; preds = %for_begin_to302.preheader.i
+  %2498 = shl i64 %indvars.iv1073.i, 2
+  %2499 = and i64 %2498, 12
+  %2500 = shl i64 %indvars.iv1073.i, 3
+  %2501 = and i64 %2500, 96
+  %invariant.gep147 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2501
+  %invariant.gep149 = getelementptr inbounds nuw float, ptr %invariant.gep147, i64 %2499
+  br label %for_begin_ti307.preheader.i
 
-for_begin_ti294.preheader.i:                      ; preds = %for_begin_ti294.preheader.i, %for_begin_ti294.preheader.lr.ph.i
-  %indvars.iv980.i = phi i64 [ 0, %for_begin_ti294.preheader.lr.ph.i ], [ %indvars.iv.next981.i, %for_begin_ti294.preheader.i ]
-  %full_acc508.sroa.28.0758.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2761, %for_begin_ti294.preheader.i ]
-  %full_acc508.sroa.24.0757.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2756, %for_begin_ti294.preheader.i ]
-  %full_acc508.sroa.20.0756.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2751, %for_begin_ti294.preheader.i ]
-  %full_acc508.sroa.16.0755.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2746, %for_begin_ti294.preheader.i ]
-  %full_acc508.sroa.12.0754.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2741, %for_begin_ti294.preheader.i ]
-  %full_acc508.sroa.8.0753.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2736, %for_begin_ti294.preheader.i ]
-  %full_acc508.sroa.4.0752.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2731, %for_begin_ti294.preheader.i ]
-  %full_acc508.sroa.0.0751.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2726, %for_begin_ti294.preheader.i ]
-  %.idx77 = shl nsw i64 %indvars.iv980.i, 9
-  %2427 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx77
-  %2428 = load <16 x float>, ptr %2427, align 4, !tbaa !5
-  %.idx78 = shl nsw i64 %indvars.iv980.i, 12
-  %gep150 = getelementptr inbounds nuw i8, ptr %invariant.gep149, i64 %.idx78
-  %2429 = load float, ptr %gep150, align 4, !tbaa !5
-  %2430 = insertelement <16 x float> poison, float %2429, i64 0
-  %2431 = shufflevector <16 x float> %2430, <16 x float> poison, <16 x i32> zeroinitializer
-  %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2431, <16 x float> %full_acc508.sroa.0.0751.i)
-  %2433 = getelementptr inbounds nuw i8, ptr %gep150, i64 64
-  %2434 = load float, ptr %2433, align 4, !tbaa !5
-  %2435 = insertelement <16 x float> poison, float %2434, i64 0
-  %2436 = shufflevector <16 x float> %2435, <16 x float> poison, <16 x i32> zeroinitializer
-  %2437 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2436, <16 x float> %full_acc508.sroa.4.0752.i)
-  %2438 = getelementptr inbounds nuw i8, ptr %gep150, i64 4
-  %2439 = load float, ptr %2438, align 4, !tbaa !5
-  %2440 = insertelement <16 x float> poison, float %2439, i64 0
-  %2441 = shufflevector <16 x float> %2440, <16 x float> poison, <16 x i32> zeroinitializer
-  %2442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2441, <16 x float> %full_acc508.sroa.8.0753.i)
-  %2443 = getelementptr inbounds nuw i8, ptr %gep150, i64 68
-  %2444 = load float, ptr %2443, align 4, !tbaa !5
-  %2445 = insertelement <16 x float> poison, float %2444, i64 0
-  %2446 = shufflevector <16 x float> %2445, <16 x float> poison, <16 x i32> zeroinitializer
-  %2447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2446, <16 x float> %full_acc508.sroa.12.0754.i)
-  %2448 = getelementptr inbounds nuw i8, ptr %gep150, i64 8
-  %2449 = load float, ptr %2448, align 4, !tbaa !5
-  %2450 = insertelement <16 x float> poison, float %2449, i64 0
-  %2451 = shufflevector <16 x float> %2450, <16 x float> poison, <16 x i32> zeroinitializer
-  %2452 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2451, <16 x float> %full_acc508.sroa.16.0755.i)
-  %2453 = getelementptr inbounds nuw i8, ptr %gep150, i64 72
-  %2454 = load float, ptr %2453, align 4, !tbaa !5
-  %2455 = insertelement <16 x float> poison, float %2454, i64 0
-  %2456 = shufflevector <16 x float> %2455, <16 x float> poison, <16 x i32> zeroinitializer
-  %2457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2456, <16 x float> %full_acc508.sroa.20.0756.i)
-  %2458 = getelementptr inbounds nuw i8, ptr %gep150, i64 12
-  %2459 = load float, ptr %2458, align 4, !tbaa !5
-  %2460 = insertelement <16 x float> poison, float %2459, i64 0
-  %2461 = shufflevector <16 x float> %2460, <16 x float> poison, <16 x i32> zeroinitializer
-  %2462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2461, <16 x float> %full_acc508.sroa.24.0757.i)
-  %2463 = getelementptr inbounds nuw i8, ptr %gep150, i64 76
-  %2464 = load float, ptr %2463, align 4, !tbaa !5
-  %2465 = insertelement <16 x float> poison, float %2464, i64 0
-  %2466 = shufflevector <16 x float> %2465, <16 x float> poison, <16 x i32> zeroinitializer
-  %2467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2466, <16 x float> %full_acc508.sroa.28.0758.i)
-  %2468 = getelementptr inbounds nuw i8, ptr %2427, i64 64
-  %2469 = load <16 x float>, ptr %2468, align 4, !tbaa !5
-  %2470 = getelementptr inbounds nuw i8, ptr %gep150, i64 512
-  %2471 = load float, ptr %2470, align 4, !tbaa !5
-  %2472 = insertelement <16 x float> poison, float %2471, i64 0
-  %2473 = shufflevector <16 x float> %2472, <16 x float> poison, <16 x i32> zeroinitializer
-  %2474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2473, <16 x float> %2432)
-  %2475 = getelementptr inbounds nuw i8, ptr %gep150, i64 576
-  %2476 = load float, ptr %2475, align 4, !tbaa !5
-  %2477 = insertelement <16 x float> poison, float %2476, i64 0
-  %2478 = shufflevector <16 x float> %2477, <16 x float> poison, <16 x i32> zeroinitializer
-  %2479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2478, <16 x float> %2437)
-  %2480 = getelementptr inbounds nuw i8, ptr %gep150, i64 516
-  %2481 = load float, ptr %2480, align 4, !tbaa !5
-  %2482 = insertelement <16 x float> poison, float %2481, i64 0
-  %2483 = shufflevector <16 x float> %2482, <16 x float> poison, <16 x i32> zeroinitializer
-  %2484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2483, <16 x float> %2442)
-  %2485 = getelementptr inbounds nuw i8, ptr %gep150, i64 580
-  %2486 = load float, ptr %2485, align 4, !tbaa !5
-  %2487 = insertelement <16 x float> poison, float %2486, i64 0
-  %2488 = shufflevector <16 x float> %2487, <16 x float> poison, <16 x i32> zeroinitializer
-  %2489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2488, <16 x float> %2447)
-  %2490 = getelementptr inbounds nuw i8, ptr %gep150, i64 520
-  %2491 = load float, ptr %2490, align 4, !tbaa !5
-  %2492 = insertelement <16 x float> poison, float %2491, i64 0
-  %2493 = shufflevector <16 x float> %2492, <16 x float> poison, <16 x i32> zeroinitializer
-  %2494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2493, <16 x float> %2452)
-  %2495 = getelementptr inbounds nuw i8, ptr %gep150, i64 584
-  %2496 = load float, ptr %2495, align 4, !tbaa !5
-  %2497 = insertelement <16 x float> poison, float %2496, i64 0
-  %2498 = shufflevector <16 x float> %2497, <16 x float> poison, <16 x i32> zeroinitializer
-  %2499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2498, <16 x float> %2457)
-  %2500 = getelementptr inbounds nuw i8, ptr %gep150, i64 524
-  %2501 = load float, ptr %2500, align 4, !tbaa !5
-  %2502 = insertelement <16 x float> poison, float %2501, i64 0
-  %2503 = shufflevector <16 x float> %2502, <16 x float> poison, <16 x i32> zeroinitializer
-  %2504 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2503, <16 x float> %2462)
-  %2505 = getelementptr inbounds nuw i8, ptr %gep150, i64 588
-  %2506 = load float, ptr %2505, align 4, !tbaa !5
-  %2507 = insertelement <16 x float> poison, float %2506, i64 0
-  %2508 = shufflevector <16 x float> %2507, <16 x float> poison, <16 x i32> zeroinitializer
-  %2509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2508, <16 x float> %2467)
-  %2510 = getelementptr inbounds nuw i8, ptr %2427, i64 128
-  %2511 = load <16 x float>, ptr %2510, align 4, !tbaa !5
-  %2512 = getelementptr inbounds nuw i8, ptr %gep150, i64 1024
-  %2513 = load float, ptr %2512, align 4, !tbaa !5
-  %2514 = insertelement <16 x float> poison, float %2513, i64 0
-  %2515 = shufflevector <16 x float> %2514, <16 x float> poison, <16 x i32> zeroinitializer
-  %2516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2511, <16 x float> %2515, <16 x float> %2474)
-  %2517 = getelementptr inbounds nuw i8, ptr %gep150, i64 1088
-  %2518 = load float, ptr %2517, align 4, !tbaa !5
-  %2519 = insertelement <16 x float> poison, float %2518, i64 0
-  %2520 = shufflevector <16 x float> %2519, <16 x float> poison, <16 x i32> zeroinitializer
-  %2521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2511, <16 x float> %2520, <16 x float> %2479)
-  %2522 = getelementptr inbounds nuw i8, ptr %gep150, i64 1028
-  %2523 = load float, ptr %2522, align 4, !tbaa !5
-  %2524 = insertelement <16 x float> poison, float %2523, i64 0
-  %2525 = shufflevector <16 x float> %2524, <16 x float> poison, <16 x i32> zeroinitializer
-  %2526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2511, <16 x float> %2525, <16 x float> %2484)
-  %2527 = getelementptr inbounds nuw i8, ptr %gep150, i64 1092
-  %2528 = load float, ptr %2527, align 4, !tbaa !5
-  %2529 = insertelement <16 x float> poison, float %2528, i64 0
-  %2530 = shufflevector <16 x float> %2529, <16 x float> poison, <16 x i32> zeroinitializer
-  %2531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2511, <16 x float> %2530, <16 x float> %2489)
-  %2532 = getelementptr inbounds nuw i8, ptr %gep150, i64 1032
-  %2533 = load float, ptr %2532, align 4, !tbaa !5
-  %2534 = insertelement <16 x float> poison, float %2533, i64 0
-  %2535 = shufflevector <16 x float> %2534, <16 x float> poison, <16 x i32> zeroinitializer
-  %2536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2511, <16 x float> %2535, <16 x float> %2494)
-  %2537 = getelementptr inbounds nuw i8, ptr %gep150, i64 1096
-  %2538 = load float, ptr %2537, align 4, !tbaa !5
-  %2539 = insertelement <16 x float> poison, float %2538, i64 0
-  %2540 = shufflevector <16 x float> %2539, <16 x float> poison, <16 x i32> zeroinitializer
-  %2541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2511, <16 x float> %2540, <16 x float> %2499)
-  %2542 = getelementptr inbounds nuw i8, ptr %gep150, i64 1036
-  %2543 = load float, ptr %2542, align 4, !tbaa !5
-  %2544 = insertelement <16 x float> poison, float %2543, i64 0
-  %2545 = shufflevector <16 x float> %2544, <16 x float> poison, <16 x i32> zeroinitializer
-  %2546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2511, <16 x float> %2545, <16 x float> %2504)
-  %2547 = getelementptr inbounds nuw i8, ptr %gep150, i64 1100
-  %2548 = load float, ptr %2547, align 4, !tbaa !5
-  %2549 = insertelement <16 x float> poison, float %2548, i64 0
-  %2550 = shufflevector <16 x float> %2549, <16 x float> poison, <16 x i32> zeroinitializer
-  %2551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2511, <16 x float> %2550, <16 x float> %2509)
-  %2552 = getelementptr inbounds nuw i8, ptr %2427, i64 192
-  %2553 = load <16 x float>, ptr %2552, align 4, !tbaa !5
-  %2554 = getelementptr inbounds nuw i8, ptr %gep150, i64 1536
-  %2555 = load float, ptr %2554, align 4, !tbaa !5
-  %2556 = insertelement <16 x float> poison, float %2555, i64 0
-  %2557 = shufflevector <16 x float> %2556, <16 x float> poison, <16 x i32> zeroinitializer
-  %2558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2557, <16 x float> %2516)
-  %2559 = getelementptr inbounds nuw i8, ptr %gep150, i64 1600
-  %2560 = load float, ptr %2559, align 4, !tbaa !5
-  %2561 = insertelement <16 x float> poison, float %2560, i64 0
-  %2562 = shufflevector <16 x float> %2561, <16 x float> poison, <16 x i32> zeroinitializer
-  %2563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2562, <16 x float> %2521)
-  %2564 = getelementptr inbounds nuw i8, ptr %gep150, i64 1540
-  %2565 = load float, ptr %2564, align 4, !tbaa !5
-  %2566 = insertelement <16 x float> poison, float %2565, i64 0
-  %2567 = shufflevector <16 x float> %2566, <16 x float> poison, <16 x i32> zeroinitializer
-  %2568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2567, <16 x float> %2526)
-  %2569 = getelementptr inbounds nuw i8, ptr %gep150, i64 1604
-  %2570 = load float, ptr %2569, align 4, !tbaa !5
-  %2571 = insertelement <16 x float> poison, float %2570, i64 0
-  %2572 = shufflevector <16 x float> %2571, <16 x float> poison, <16 x i32> zeroinitializer
-  %2573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2572, <16 x float> %2531)
-  %2574 = getelementptr inbounds nuw i8, ptr %gep150, i64 1544
-  %2575 = load float, ptr %2574, align 4, !tbaa !5
-  %2576 = insertelement <16 x float> poison, float %2575, i64 0
-  %2577 = shufflevector <16 x float> %2576, <16 x float> poison, <16 x i32> zeroinitializer
-  %2578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2577, <16 x float> %2536)
-  %2579 = getelementptr inbounds nuw i8, ptr %gep150, i64 1608
-  %2580 = load float, ptr %2579, align 4, !tbaa !5
-  %2581 = insertelement <16 x float> poison, float %2580, i64 0
-  %2582 = shufflevector <16 x float> %2581, <16 x float> poison, <16 x i32> zeroinitializer
-  %2583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2582, <16 x float> %2541)
-  %2584 = getelementptr inbounds nuw i8, ptr %gep150, i64 1548
-  %2585 = load float, ptr %2584, align 4, !tbaa !5
-  %2586 = insertelement <16 x float> poison, float %2585, i64 0
-  %2587 = shufflevector <16 x float> %2586, <16 x float> poison, <16 x i32> zeroinitializer
-  %2588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2587, <16 x float> %2546)
-  %2589 = getelementptr inbounds nuw i8, ptr %gep150, i64 1612
-  %2590 = load float, ptr %2589, align 4, !tbaa !5
-  %2591 = insertelement <16 x float> poison, float %2590, i64 0
-  %2592 = shufflevector <16 x float> %2591, <16 x float> poison, <16 x i32> zeroinitializer
-  %2593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2592, <16 x float> %2551)
-  %2594 = getelementptr inbounds nuw i8, ptr %2427, i64 256
-  %2595 = load <16 x float>, ptr %2594, align 4, !tbaa !5
-  %2596 = getelementptr inbounds nuw i8, ptr %gep150, i64 2048
-  %2597 = load float, ptr %2596, align 4, !tbaa !5
-  %2598 = insertelement <16 x float> poison, float %2597, i64 0
-  %2599 = shufflevector <16 x float> %2598, <16 x float> poison, <16 x i32> zeroinitializer
-  %2600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2599, <16 x float> %2558)
-  %2601 = getelementptr inbounds nuw i8, ptr %gep150, i64 2112
-  %2602 = load float, ptr %2601, align 4, !tbaa !5
-  %2603 = insertelement <16 x float> poison, float %2602, i64 0
-  %2604 = shufflevector <16 x float> %2603, <16 x float> poison, <16 x i32> zeroinitializer
-  %2605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2604, <16 x float> %2563)
-  %2606 = getelementptr inbounds nuw i8, ptr %gep150, i64 2052
-  %2607 = load float, ptr %2606, align 4, !tbaa !5
-  %2608 = insertelement <16 x float> poison, float %2607, i64 0
-  %2609 = shufflevector <16 x float> %2608, <16 x float> poison, <16 x i32> zeroinitializer
-  %2610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2609, <16 x float> %2568)
-  %2611 = getelementptr inbounds nuw i8, ptr %gep150, i64 2116
-  %2612 = load float, ptr %2611, align 4, !tbaa !5
-  %2613 = insertelement <16 x float> poison, float %2612, i64 0
-  %2614 = shufflevector <16 x float> %2613, <16 x float> poison, <16 x i32> zeroinitializer
-  %2615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2614, <16 x float> %2573)
-  %2616 = getelementptr inbounds nuw i8, ptr %gep150, i64 2056
-  %2617 = load float, ptr %2616, align 4, !tbaa !5
-  %2618 = insertelement <16 x float> poison, float %2617, i64 0
-  %2619 = shufflevector <16 x float> %2618, <16 x float> poison, <16 x i32> zeroinitializer
-  %2620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2619, <16 x float> %2578)
-  %2621 = getelementptr inbounds nuw i8, ptr %gep150, i64 2120
-  %2622 = load float, ptr %2621, align 4, !tbaa !5
-  %2623 = insertelement <16 x float> poison, float %2622, i64 0
-  %2624 = shufflevector <16 x float> %2623, <16 x float> poison, <16 x i32> zeroinitializer
-  %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2624, <16 x float> %2583)
-  %2626 = getelementptr inbounds nuw i8, ptr %gep150, i64 2060
-  %2627 = load float, ptr %2626, align 4, !tbaa !5
-  %2628 = insertelement <16 x float> poison, float %2627, i64 0
-  %2629 = shufflevector <16 x float> %2628, <16 x float> poison, <16 x i32> zeroinitializer
-  %2630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2629, <16 x float> %2588)
-  %2631 = getelementptr inbounds nuw i8, ptr %gep150, i64 2124
-  %2632 = load float, ptr %2631, align 4, !tbaa !5
-  %2633 = insertelement <16 x float> poison, float %2632, i64 0
-  %2634 = shufflevector <16 x float> %2633, <16 x float> poison, <16 x i32> zeroinitializer
-  %2635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2634, <16 x float> %2593)
-  %2636 = getelementptr inbounds nuw i8, ptr %2427, i64 320
-  %2637 = load <16 x float>, ptr %2636, align 4, !tbaa !5
-  %2638 = getelementptr inbounds nuw i8, ptr %gep150, i64 2560
-  %2639 = load float, ptr %2638, align 4, !tbaa !5
-  %2640 = insertelement <16 x float> poison, float %2639, i64 0
-  %2641 = shufflevector <16 x float> %2640, <16 x float> poison, <16 x i32> zeroinitializer
-  %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2641, <16 x float> %2600)
-  %2643 = getelementptr inbounds nuw i8, ptr %gep150, i64 2624
-  %2644 = load float, ptr %2643, align 4, !tbaa !5
-  %2645 = insertelement <16 x float> poison, float %2644, i64 0
-  %2646 = shufflevector <16 x float> %2645, <16 x float> poison, <16 x i32> zeroinitializer
-  %2647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2646, <16 x float> %2605)
-  %2648 = getelementptr inbounds nuw i8, ptr %gep150, i64 2564
-  %2649 = load float, ptr %2648, align 4, !tbaa !5
-  %2650 = insertelement <16 x float> poison, float %2649, i64 0
-  %2651 = shufflevector <16 x float> %2650, <16 x float> poison, <16 x i32> zeroinitializer
-  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2651, <16 x float> %2610)
-  %2653 = getelementptr inbounds nuw i8, ptr %gep150, i64 2628
-  %2654 = load float, ptr %2653, align 4, !tbaa !5
-  %2655 = insertelement <16 x float> poison, float %2654, i64 0
-  %2656 = shufflevector <16 x float> %2655, <16 x float> poison, <16 x i32> zeroinitializer
-  %2657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2656, <16 x float> %2615)
-  %2658 = getelementptr inbounds nuw i8, ptr %gep150, i64 2568
-  %2659 = load float, ptr %2658, align 4, !tbaa !5
-  %2660 = insertelement <16 x float> poison, float %2659, i64 0
-  %2661 = shufflevector <16 x float> %2660, <16 x float> poison, <16 x i32> zeroinitializer
-  %2662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2661, <16 x float> %2620)
-  %2663 = getelementptr inbounds nuw i8, ptr %gep150, i64 2632
-  %2664 = load float, ptr %2663, align 4, !tbaa !5
-  %2665 = insertelement <16 x float> poison, float %2664, i64 0
-  %2666 = shufflevector <16 x float> %2665, <16 x float> poison, <16 x i32> zeroinitializer
-  %2667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2666, <16 x float> %2625)
-  %2668 = getelementptr inbounds nuw i8, ptr %gep150, i64 2572
-  %2669 = load float, ptr %2668, align 4, !tbaa !5
-  %2670 = insertelement <16 x float> poison, float %2669, i64 0
-  %2671 = shufflevector <16 x float> %2670, <16 x float> poison, <16 x i32> zeroinitializer
-  %2672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2671, <16 x float> %2630)
-  %2673 = getelementptr inbounds nuw i8, ptr %gep150, i64 2636
-  %2674 = load float, ptr %2673, align 4, !tbaa !5
-  %2675 = insertelement <16 x float> poison, float %2674, i64 0
-  %2676 = shufflevector <16 x float> %2675, <16 x float> poison, <16 x i32> zeroinitializer
-  %2677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2676, <16 x float> %2635)
-  %2678 = getelementptr inbounds nuw i8, ptr %2427, i64 384
-  %2679 = load <16 x float>, ptr %2678, align 4, !tbaa !5
-  %2680 = getelementptr inbounds nuw i8, ptr %gep150, i64 3072
-  %2681 = load float, ptr %2680, align 4, !tbaa !5
-  %2682 = insertelement <16 x float> poison, float %2681, i64 0
-  %2683 = shufflevector <16 x float> %2682, <16 x float> poison, <16 x i32> zeroinitializer
-  %2684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2683, <16 x float> %2642)
-  %2685 = getelementptr inbounds nuw i8, ptr %gep150, i64 3136
-  %2686 = load float, ptr %2685, align 4, !tbaa !5
-  %2687 = insertelement <16 x float> poison, float %2686, i64 0
-  %2688 = shufflevector <16 x float> %2687, <16 x float> poison, <16 x i32> zeroinitializer
-  %2689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2688, <16 x float> %2647)
-  %2690 = getelementptr inbounds nuw i8, ptr %gep150, i64 3076
-  %2691 = load float, ptr %2690, align 4, !tbaa !5
-  %2692 = insertelement <16 x float> poison, float %2691, i64 0
-  %2693 = shufflevector <16 x float> %2692, <16 x float> poison, <16 x i32> zeroinitializer
-  %2694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2693, <16 x float> %2652)
-  %2695 = getelementptr inbounds nuw i8, ptr %gep150, i64 3140
-  %2696 = load float, ptr %2695, align 4, !tbaa !5
-  %2697 = insertelement <16 x float> poison, float %2696, i64 0
-  %2698 = shufflevector <16 x float> %2697, <16 x float> poison, <16 x i32> zeroinitializer
-  %2699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2698, <16 x float> %2657)
-  %2700 = getelementptr inbounds nuw i8, ptr %gep150, i64 3080
-  %2701 = load float, ptr %2700, align 4, !tbaa !5
-  %2702 = insertelement <16 x float> poison, float %2701, i64 0
-  %2703 = shufflevector <16 x float> %2702, <16 x float> poison, <16 x i32> zeroinitializer
-  %2704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2703, <16 x float> %2662)
-  %2705 = getelementptr inbounds nuw i8, ptr %gep150, i64 3144
-  %2706 = load float, ptr %2705, align 4, !tbaa !5
-  %2707 = insertelement <16 x float> poison, float %2706, i64 0
-  %2708 = shufflevector <16 x float> %2707, <16 x float> poison, <16 x i32> zeroinitializer
-  %2709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2708, <16 x float> %2667)
-  %2710 = getelementptr inbounds nuw i8, ptr %gep150, i64 3084
-  %2711 = load float, ptr %2710, align 4, !tbaa !5
-  %2712 = insertelement <16 x float> poison, float %2711, i64 0
-  %2713 = shufflevector <16 x float> %2712, <16 x float> poison, <16 x i32> zeroinitializer
-  %2714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2713, <16 x float> %2672)
-  %2715 = getelementptr inbounds nuw i8, ptr %gep150, i64 3148
-  %2716 = load float, ptr %2715, align 4, !tbaa !5
-  %2717 = insertelement <16 x float> poison, float %2716, i64 0
-  %2718 = shufflevector <16 x float> %2717, <16 x float> poison, <16 x i32> zeroinitializer
-  %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2718, <16 x float> %2677)
-  %2720 = getelementptr inbounds nuw i8, ptr %2427, i64 448
-  %2721 = load <16 x float>, ptr %2720, align 4, !tbaa !5
-  %2722 = getelementptr inbounds nuw i8, ptr %gep150, i64 3584
-  %2723 = load float, ptr %2722, align 4, !tbaa !5
-  %2724 = insertelement <16 x float> poison, float %2723, i64 0
-  %2725 = shufflevector <16 x float> %2724, <16 x float> poison, <16 x i32> zeroinitializer
-  %2726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2721, <16 x float> %2725, <16 x float> %2684)
-  %2727 = getelementptr inbounds nuw i8, ptr %gep150, i64 3648
-  %2728 = load float, ptr %2727, align 4, !tbaa !5
-  %2729 = insertelement <16 x float> poison, float %2728, i64 0
-  %2730 = shufflevector <16 x float> %2729, <16 x float> poison, <16 x i32> zeroinitializer
-  %2731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2721, <16 x float> %2730, <16 x float> %2689)
-  %2732 = getelementptr inbounds nuw i8, ptr %gep150, i64 3588
-  %2733 = load float, ptr %2732, align 4, !tbaa !5
-  %2734 = insertelement <16 x float> poison, float %2733, i64 0
-  %2735 = shufflevector <16 x float> %2734, <16 x float> poison, <16 x i32> zeroinitializer
-  %2736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2721, <16 x float> %2735, <16 x float> %2694)
-  %2737 = getelementptr inbounds nuw i8, ptr %gep150, i64 3652
-  %2738 = load float, ptr %2737, align 4, !tbaa !5
-  %2739 = insertelement <16 x float> poison, float %2738, i64 0
-  %2740 = shufflevector <16 x float> %2739, <16 x float> poison, <16 x i32> zeroinitializer
-  %2741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2721, <16 x float> %2740, <16 x float> %2699)
-  %2742 = getelementptr inbounds nuw i8, ptr %gep150, i64 3592
-  %2743 = load float, ptr %2742, align 4, !tbaa !5
-  %2744 = insertelement <16 x float> poison, float %2743, i64 0
-  %2745 = shufflevector <16 x float> %2744, <16 x float> poison, <16 x i32> zeroinitializer
-  %2746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2721, <16 x float> %2745, <16 x float> %2704)
-  %2747 = getelementptr inbounds nuw i8, ptr %gep150, i64 3656
-  %2748 = load float, ptr %2747, align 4, !tbaa !5
-  %2749 = insertelement <16 x float> poison, float %2748, i64 0
-  %2750 = shufflevector <16 x float> %2749, <16 x float> poison, <16 x i32> zeroinitializer
-  %2751 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2721, <16 x float> %2750, <16 x float> %2709)
-  %2752 = getelementptr inbounds nuw i8, ptr %gep150, i64 3596
-  %2753 = load float, ptr %2752, align 4, !tbaa !5
-  %2754 = insertelement <16 x float> poison, float %2753, i64 0
-  %2755 = shufflevector <16 x float> %2754, <16 x float> poison, <16 x i32> zeroinitializer
-  %2756 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2721, <16 x float> %2755, <16 x float> %2714)
-  %2757 = getelementptr inbounds nuw i8, ptr %gep150, i64 3660
-  %2758 = load float, ptr %2757, align 4, !tbaa !5
-  %2759 = insertelement <16 x float> poison, float %2758, i64 0
-  %2760 = shufflevector <16 x float> %2759, <16 x float> poison, <16 x i32> zeroinitializer
-  %2761 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2721, <16 x float> %2760, <16 x float> %2719)
-  %indvars.iv.next981.i = add nuw nsw i64 %indvars.iv980.i, 1
-  %exitcond985.not.i = icmp eq i64 %indvars.iv.next981.i, %wide.trip.count984.i
-  br i1 %exitcond985.not.i, label %for_end_to291.i, label %for_begin_ti294.preheader.i, !prof !13
+for_begin_ti307.preheader.i:                      ; preds = %for_begin_ti307.preheader.i, %for_begin_ti307.preheader.lr.ph.i
+  %indvars.iv1063.i = phi i64 [ 0, %for_begin_ti307.preheader.lr.ph.i ], [ %indvars.iv.next1064.i, %for_begin_ti307.preheader.i ]
+  %full_acc562.sroa.28.0829.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %2836, %for_begin_ti307.preheader.i ]
+  %full_acc562.sroa.24.0828.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %2831, %for_begin_ti307.preheader.i ]
+  %full_acc562.sroa.20.0827.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %2826, %for_begin_ti307.preheader.i ]
+  %full_acc562.sroa.16.0826.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %2821, %for_begin_ti307.preheader.i ]
+  %full_acc562.sroa.12.0825.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %2816, %for_begin_ti307.preheader.i ]
+  %full_acc562.sroa.8.0824.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %2811, %for_begin_ti307.preheader.i ]
+  %full_acc562.sroa.4.0823.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %2806, %for_begin_ti307.preheader.i ]
+  %full_acc562.sroa.0.0822.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %2801, %for_begin_ti307.preheader.i ]
+  %.idx76 = shl nsw i64 %indvars.iv1063.i, 9
+  %2502 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx76
+  %2503 = load <16 x float>, ptr %2502, align 4, !tbaa !5
+  %.idx77 = shl nsw i64 %indvars.iv1063.i, 12
+  %gep150 = getelementptr inbounds nuw i8, ptr %invariant.gep149, i64 %.idx77
+  %2504 = load float, ptr %gep150, align 4, !tbaa !5
+  %2505 = insertelement <16 x float> poison, float %2504, i64 0
+  %2506 = shufflevector <16 x float> %2505, <16 x float> poison, <16 x i32> zeroinitializer
+  %2507 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %2506, <16 x float> %full_acc562.sroa.0.0822.i)
+  %2508 = getelementptr inbounds nuw i8, ptr %gep150, i64 64
+  %2509 = load float, ptr %2508, align 4, !tbaa !5
+  %2510 = insertelement <16 x float> poison, float %2509, i64 0
+  %2511 = shufflevector <16 x float> %2510, <16 x float> poison, <16 x i32> zeroinitializer
+  %2512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %2511, <16 x float> %full_acc562.sroa.4.0823.i)
+  %2513 = getelementptr inbounds nuw i8, ptr %gep150, i64 4
+  %2514 = load float, ptr %2513, align 4, !tbaa !5
+  %2515 = insertelement <16 x float> poison, float %2514, i64 0
+  %2516 = shufflevector <16 x float> %2515, <16 x float> poison, <16 x i32> zeroinitializer
+  %2517 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %2516, <16 x float> %full_acc562.sroa.8.0824.i)
+  %2518 = getelementptr inbounds nuw i8, ptr %gep150, i64 68
+  %2519 = load float, ptr %2518, align 4, !tbaa !5
+  %2520 = insertelement <16 x float> poison, float %2519, i64 0
+  %2521 = shufflevector <16 x float> %2520, <16 x float> poison, <16 x i32> zeroinitializer
+  %2522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %2521, <16 x float> %full_acc562.sroa.12.0825.i)
+  %2523 = getelementptr inbounds nuw i8, ptr %gep150, i64 8
+  %2524 = load float, ptr %2523, align 4, !tbaa !5
+  %2525 = insertelement <16 x float> poison, float %2524, i64 0
+  %2526 = shufflevector <16 x float> %2525, <16 x float> poison, <16 x i32> zeroinitializer
+  %2527 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %2526, <16 x float> %full_acc562.sroa.16.0826.i)
+  %2528 = getelementptr inbounds nuw i8, ptr %gep150, i64 72
+  %2529 = load float, ptr %2528, align 4, !tbaa !5
+  %2530 = insertelement <16 x float> poison, float %2529, i64 0
+  %2531 = shufflevector <16 x float> %2530, <16 x float> poison, <16 x i32> zeroinitializer
+  %2532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %2531, <16 x float> %full_acc562.sroa.20.0827.i)
+  %2533 = getelementptr inbounds nuw i8, ptr %gep150, i64 12
+  %2534 = load float, ptr %2533, align 4, !tbaa !5
+  %2535 = insertelement <16 x float> poison, float %2534, i64 0
+  %2536 = shufflevector <16 x float> %2535, <16 x float> poison, <16 x i32> zeroinitializer
+  %2537 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %2536, <16 x float> %full_acc562.sroa.24.0828.i)
+  %2538 = getelementptr inbounds nuw i8, ptr %gep150, i64 76
+  %2539 = load float, ptr %2538, align 4, !tbaa !5
+  %2540 = insertelement <16 x float> poison, float %2539, i64 0
+  %2541 = shufflevector <16 x float> %2540, <16 x float> poison, <16 x i32> zeroinitializer
+  %2542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %2541, <16 x float> %full_acc562.sroa.28.0829.i)
+  %2543 = getelementptr inbounds nuw i8, ptr %2502, i64 64
+  %2544 = load <16 x float>, ptr %2543, align 4, !tbaa !5
+  %2545 = getelementptr inbounds nuw i8, ptr %gep150, i64 512
+  %2546 = load float, ptr %2545, align 4, !tbaa !5
+  %2547 = insertelement <16 x float> poison, float %2546, i64 0
+  %2548 = shufflevector <16 x float> %2547, <16 x float> poison, <16 x i32> zeroinitializer
+  %2549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2548, <16 x float> %2507)
+  %2550 = getelementptr inbounds nuw i8, ptr %gep150, i64 576
+  %2551 = load float, ptr %2550, align 4, !tbaa !5
+  %2552 = insertelement <16 x float> poison, float %2551, i64 0
+  %2553 = shufflevector <16 x float> %2552, <16 x float> poison, <16 x i32> zeroinitializer
+  %2554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2553, <16 x float> %2512)
+  %2555 = getelementptr inbounds nuw i8, ptr %gep150, i64 516
+  %2556 = load float, ptr %2555, align 4, !tbaa !5
+  %2557 = insertelement <16 x float> poison, float %2556, i64 0
+  %2558 = shufflevector <16 x float> %2557, <16 x float> poison, <16 x i32> zeroinitializer
+  %2559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2558, <16 x float> %2517)
+  %2560 = getelementptr inbounds nuw i8, ptr %gep150, i64 580
+  %2561 = load float, ptr %2560, align 4, !tbaa !5
+  %2562 = insertelement <16 x float> poison, float %2561, i64 0
+  %2563 = shufflevector <16 x float> %2562, <16 x float> poison, <16 x i32> zeroinitializer
+  %2564 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2563, <16 x float> %2522)
+  %2565 = getelementptr inbounds nuw i8, ptr %gep150, i64 520
+  %2566 = load float, ptr %2565, align 4, !tbaa !5
+  %2567 = insertelement <16 x float> poison, float %2566, i64 0
+  %2568 = shufflevector <16 x float> %2567, <16 x float> poison, <16 x i32> zeroinitializer
+  %2569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2568, <16 x float> %2527)
+  %2570 = getelementptr inbounds nuw i8, ptr %gep150, i64 584
+  %2571 = load float, ptr %2570, align 4, !tbaa !5
+  %2572 = insertelement <16 x float> poison, float %2571, i64 0
+  %2573 = shufflevector <16 x float> %2572, <16 x float> poison, <16 x i32> zeroinitializer
+  %2574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2573, <16 x float> %2532)
+  %2575 = getelementptr inbounds nuw i8, ptr %gep150, i64 524
+  %2576 = load float, ptr %2575, align 4, !tbaa !5
+  %2577 = insertelement <16 x float> poison, float %2576, i64 0
+  %2578 = shufflevector <16 x float> %2577, <16 x float> poison, <16 x i32> zeroinitializer
+  %2579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2578, <16 x float> %2537)
+  %2580 = getelementptr inbounds nuw i8, ptr %gep150, i64 588
+  %2581 = load float, ptr %2580, align 4, !tbaa !5
+  %2582 = insertelement <16 x float> poison, float %2581, i64 0
+  %2583 = shufflevector <16 x float> %2582, <16 x float> poison, <16 x i32> zeroinitializer
+  %2584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2583, <16 x float> %2542)
+  %2585 = getelementptr inbounds nuw i8, ptr %2502, i64 128
+  %2586 = load <16 x float>, ptr %2585, align 4, !tbaa !5
+  %2587 = getelementptr inbounds nuw i8, ptr %gep150, i64 1024
+  %2588 = load float, ptr %2587, align 4, !tbaa !5
+  %2589 = insertelement <16 x float> poison, float %2588, i64 0
+  %2590 = shufflevector <16 x float> %2589, <16 x float> poison, <16 x i32> zeroinitializer
+  %2591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2586, <16 x float> %2590, <16 x float> %2549)
+  %2592 = getelementptr inbounds nuw i8, ptr %gep150, i64 1088
+  %2593 = load float, ptr %2592, align 4, !tbaa !5
+  %2594 = insertelement <16 x float> poison, float %2593, i64 0
+  %2595 = shufflevector <16 x float> %2594, <16 x float> poison, <16 x i32> zeroinitializer
+  %2596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2586, <16 x float> %2595, <16 x float> %2554)
+  %2597 = getelementptr inbounds nuw i8, ptr %gep150, i64 1028
+  %2598 = load float, ptr %2597, align 4, !tbaa !5
+  %2599 = insertelement <16 x float> poison, float %2598, i64 0
+  %2600 = shufflevector <16 x float> %2599, <16 x float> poison, <16 x i32> zeroinitializer
+  %2601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2586, <16 x float> %2600, <16 x float> %2559)
+  %2602 = getelementptr inbounds nuw i8, ptr %gep150, i64 1092
+  %2603 = load float, ptr %2602, align 4, !tbaa !5
+  %2604 = insertelement <16 x float> poison, float %2603, i64 0
+  %2605 = shufflevector <16 x float> %2604, <16 x float> poison, <16 x i32> zeroinitializer
+  %2606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2586, <16 x float> %2605, <16 x float> %2564)
+  %2607 = getelementptr inbounds nuw i8, ptr %gep150, i64 1032
+  %2608 = load float, ptr %2607, align 4, !tbaa !5
+  %2609 = insertelement <16 x float> poison, float %2608, i64 0
+  %2610 = shufflevector <16 x float> %2609, <16 x float> poison, <16 x i32> zeroinitializer
+  %2611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2586, <16 x float> %2610, <16 x float> %2569)
+  %2612 = getelementptr inbounds nuw i8, ptr %gep150, i64 1096
+  %2613 = load float, ptr %2612, align 4, !tbaa !5
+  %2614 = insertelement <16 x float> poison, float %2613, i64 0
+  %2615 = shufflevector <16 x float> %2614, <16 x float> poison, <16 x i32> zeroinitializer
+  %2616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2586, <16 x float> %2615, <16 x float> %2574)
+  %2617 = getelementptr inbounds nuw i8, ptr %gep150, i64 1036
+  %2618 = load float, ptr %2617, align 4, !tbaa !5
+  %2619 = insertelement <16 x float> poison, float %2618, i64 0
+  %2620 = shufflevector <16 x float> %2619, <16 x float> poison, <16 x i32> zeroinitializer
+  %2621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2586, <16 x float> %2620, <16 x float> %2579)
+  %2622 = getelementptr inbounds nuw i8, ptr %gep150, i64 1100
+  %2623 = load float, ptr %2622, align 4, !tbaa !5
+  %2624 = insertelement <16 x float> poison, float %2623, i64 0
+  %2625 = shufflevector <16 x float> %2624, <16 x float> poison, <16 x i32> zeroinitializer
+  %2626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2586, <16 x float> %2625, <16 x float> %2584)
+  %2627 = getelementptr inbounds nuw i8, ptr %2502, i64 192
+  %2628 = load <16 x float>, ptr %2627, align 4, !tbaa !5
+  %2629 = getelementptr inbounds nuw i8, ptr %gep150, i64 1536
+  %2630 = load float, ptr %2629, align 4, !tbaa !5
+  %2631 = insertelement <16 x float> poison, float %2630, i64 0
+  %2632 = shufflevector <16 x float> %2631, <16 x float> poison, <16 x i32> zeroinitializer
+  %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2628, <16 x float> %2632, <16 x float> %2591)
+  %2634 = getelementptr inbounds nuw i8, ptr %gep150, i64 1600
+  %2635 = load float, ptr %2634, align 4, !tbaa !5
+  %2636 = insertelement <16 x float> poison, float %2635, i64 0
+  %2637 = shufflevector <16 x float> %2636, <16 x float> poison, <16 x i32> zeroinitializer
+  %2638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2628, <16 x float> %2637, <16 x float> %2596)
+  %2639 = getelementptr inbounds nuw i8, ptr %gep150, i64 1540
+  %2640 = load float, ptr %2639, align 4, !tbaa !5
+  %2641 = insertelement <16 x float> poison, float %2640, i64 0
+  %2642 = shufflevector <16 x float> %2641, <16 x float> poison, <16 x i32> zeroinitializer
+  %2643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2628, <16 x float> %2642, <16 x float> %2601)
+  %2644 = getelementptr inbounds nuw i8, ptr %gep150, i64 1604
+  %2645 = load float, ptr %2644, align 4, !tbaa !5
+  %2646 = insertelement <16 x float> poison, float %2645, i64 0
+  %2647 = shufflevector <16 x float> %2646, <16 x float> poison, <16 x i32> zeroinitializer
+  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2628, <16 x float> %2647, <16 x float> %2606)
+  %2649 = getelementptr inbounds nuw i8, ptr %gep150, i64 1544
+  %2650 = load float, ptr %2649, align 4, !tbaa !5
+  %2651 = insertelement <16 x float> poison, float %2650, i64 0
+  %2652 = shufflevector <16 x float> %2651, <16 x float> poison, <16 x i32> zeroinitializer
+  %2653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2628, <16 x float> %2652, <16 x float> %2611)
+  %2654 = getelementptr inbounds nuw i8, ptr %gep150, i64 1608
+  %2655 = load float, ptr %2654, align 4, !tbaa !5
+  %2656 = insertelement <16 x float> poison, float %2655, i64 0
+  %2657 = shufflevector <16 x float> %2656, <16 x float> poison, <16 x i32> zeroinitializer
+  %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2628, <16 x float> %2657, <16 x float> %2616)
+  %2659 = getelementptr inbounds nuw i8, ptr %gep150, i64 1548
+  %2660 = load float, ptr %2659, align 4, !tbaa !5
+  %2661 = insertelement <16 x float> poison, float %2660, i64 0
+  %2662 = shufflevector <16 x float> %2661, <16 x float> poison, <16 x i32> zeroinitializer
+  %2663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2628, <16 x float> %2662, <16 x float> %2621)
+  %2664 = getelementptr inbounds nuw i8, ptr %gep150, i64 1612
+  %2665 = load float, ptr %2664, align 4, !tbaa !5
+  %2666 = insertelement <16 x float> poison, float %2665, i64 0
+  %2667 = shufflevector <16 x float> %2666, <16 x float> poison, <16 x i32> zeroinitializer
+  %2668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2628, <16 x float> %2667, <16 x float> %2626)
+  %2669 = getelementptr inbounds nuw i8, ptr %2502, i64 256
+  %2670 = load <16 x float>, ptr %2669, align 4, !tbaa !5
+  %2671 = getelementptr inbounds nuw i8, ptr %gep150, i64 2048
+  %2672 = load float, ptr %2671, align 4, !tbaa !5
+  %2673 = insertelement <16 x float> poison, float %2672, i64 0
+  %2674 = shufflevector <16 x float> %2673, <16 x float> poison, <16 x i32> zeroinitializer
+  %2675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2674, <16 x float> %2633)
+  %2676 = getelementptr inbounds nuw i8, ptr %gep150, i64 2112
+  %2677 = load float, ptr %2676, align 4, !tbaa !5
+  %2678 = insertelement <16 x float> poison, float %2677, i64 0
+  %2679 = shufflevector <16 x float> %2678, <16 x float> poison, <16 x i32> zeroinitializer
+  %2680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2679, <16 x float> %2638)
+  %2681 = getelementptr inbounds nuw i8, ptr %gep150, i64 2052
+  %2682 = load float, ptr %2681, align 4, !tbaa !5
+  %2683 = insertelement <16 x float> poison, float %2682, i64 0
+  %2684 = shufflevector <16 x float> %2683, <16 x float> poison, <16 x i32> zeroinitializer
+  %2685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2684, <16 x float> %2643)
+  %2686 = getelementptr inbounds nuw i8, ptr %gep150, i64 2116
+  %2687 = load float, ptr %2686, align 4, !tbaa !5
+  %2688 = insertelement <16 x float> poison, float %2687, i64 0
+  %2689 = shufflevector <16 x float> %2688, <16 x float> poison, <16 x i32> zeroinitializer
+  %2690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2689, <16 x float> %2648)
+  %2691 = getelementptr inbounds nuw i8, ptr %gep150, i64 2056
+  %2692 = load float, ptr %2691, align 4, !tbaa !5
+  %2693 = insertelement <16 x float> poison, float %2692, i64 0
+  %2694 = shufflevector <16 x float> %2693, <16 x float> poison, <16 x i32> zeroinitializer
+  %2695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2694, <16 x float> %2653)
+  %2696 = getelementptr inbounds nuw i8, ptr %gep150, i64 2120
+  %2697 = load float, ptr %2696, align 4, !tbaa !5
+  %2698 = insertelement <16 x float> poison, float %2697, i64 0
+  %2699 = shufflevector <16 x float> %2698, <16 x float> poison, <16 x i32> zeroinitializer
+  %2700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2699, <16 x float> %2658)
+  %2701 = getelementptr inbounds nuw i8, ptr %gep150, i64 2060
+  %2702 = load float, ptr %2701, align 4, !tbaa !5
+  %2703 = insertelement <16 x float> poison, float %2702, i64 0
+  %2704 = shufflevector <16 x float> %2703, <16 x float> poison, <16 x i32> zeroinitializer
+  %2705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2704, <16 x float> %2663)
+  %2706 = getelementptr inbounds nuw i8, ptr %gep150, i64 2124
+  %2707 = load float, ptr %2706, align 4, !tbaa !5
+  %2708 = insertelement <16 x float> poison, float %2707, i64 0
+  %2709 = shufflevector <16 x float> %2708, <16 x float> poison, <16 x i32> zeroinitializer
+  %2710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2709, <16 x float> %2668)
+  %2711 = getelementptr inbounds nuw i8, ptr %2502, i64 320
+  %2712 = load <16 x float>, ptr %2711, align 4, !tbaa !5
+  %2713 = getelementptr inbounds nuw i8, ptr %gep150, i64 2560
+  %2714 = load float, ptr %2713, align 4, !tbaa !5
+  %2715 = insertelement <16 x float> poison, float %2714, i64 0
+  %2716 = shufflevector <16 x float> %2715, <16 x float> poison, <16 x i32> zeroinitializer
+  %2717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2716, <16 x float> %2675)
+  %2718 = getelementptr inbounds nuw i8, ptr %gep150, i64 2624
+  %2719 = load float, ptr %2718, align 4, !tbaa !5
+  %2720 = insertelement <16 x float> poison, float %2719, i64 0
+  %2721 = shufflevector <16 x float> %2720, <16 x float> poison, <16 x i32> zeroinitializer
+  %2722 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2721, <16 x float> %2680)
+  %2723 = getelementptr inbounds nuw i8, ptr %gep150, i64 2564
+  %2724 = load float, ptr %2723, align 4, !tbaa !5
+  %2725 = insertelement <16 x float> poison, float %2724, i64 0
+  %2726 = shufflevector <16 x float> %2725, <16 x float> poison, <16 x i32> zeroinitializer
+  %2727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2726, <16 x float> %2685)
+  %2728 = getelementptr inbounds nuw i8, ptr %gep150, i64 2628
+  %2729 = load float, ptr %2728, align 4, !tbaa !5
+  %2730 = insertelement <16 x float> poison, float %2729, i64 0
+  %2731 = shufflevector <16 x float> %2730, <16 x float> poison, <16 x i32> zeroinitializer
+  %2732 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2731, <16 x float> %2690)
+  %2733 = getelementptr inbounds nuw i8, ptr %gep150, i64 2568
+  %2734 = load float, ptr %2733, align 4, !tbaa !5
+  %2735 = insertelement <16 x float> poison, float %2734, i64 0
+  %2736 = shufflevector <16 x float> %2735, <16 x float> poison, <16 x i32> zeroinitializer
+  %2737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2736, <16 x float> %2695)
+  %2738 = getelementptr inbounds nuw i8, ptr %gep150, i64 2632
+  %2739 = load float, ptr %2738, align 4, !tbaa !5
+  %2740 = insertelement <16 x float> poison, float %2739, i64 0
+  %2741 = shufflevector <16 x float> %2740, <16 x float> poison, <16 x i32> zeroinitializer
+  %2742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2741, <16 x float> %2700)
+  %2743 = getelementptr inbounds nuw i8, ptr %gep150, i64 2572
+  %2744 = load float, ptr %2743, align 4, !tbaa !5
+  %2745 = insertelement <16 x float> poison, float %2744, i64 0
+  %2746 = shufflevector <16 x float> %2745, <16 x float> poison, <16 x i32> zeroinitializer
+  %2747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2746, <16 x float> %2705)
+  %2748 = getelementptr inbounds nuw i8, ptr %gep150, i64 2636
+  %2749 = load float, ptr %2748, align 4, !tbaa !5
+  %2750 = insertelement <16 x float> poison, float %2749, i64 0
+  %2751 = shufflevector <16 x float> %2750, <16 x float> poison, <16 x i32> zeroinitializer
+  %2752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2751, <16 x float> %2710)
+  %2753 = getelementptr inbounds nuw i8, ptr %2502, i64 384
+  %2754 = load <16 x float>, ptr %2753, align 4, !tbaa !5
+  %2755 = getelementptr inbounds nuw i8, ptr %gep150, i64 3072
+  %2756 = load float, ptr %2755, align 4, !tbaa !5
+  %2757 = insertelement <16 x float> poison, float %2756, i64 0
+  %2758 = shufflevector <16 x float> %2757, <16 x float> poison, <16 x i32> zeroinitializer
+  %2759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2754, <16 x float> %2758, <16 x float> %2717)
+  %2760 = getelementptr inbounds nuw i8, ptr %gep150, i64 3136
+  %2761 = load float, ptr %2760, align 4, !tbaa !5
+  %2762 = insertelement <16 x float> poison, float %2761, i64 0
+  %2763 = shufflevector <16 x float> %2762, <16 x float> poison, <16 x i32> zeroinitializer
+  %2764 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2754, <16 x float> %2763, <16 x float> %2722)
+  %2765 = getelementptr inbounds nuw i8, ptr %gep150, i64 3076
+  %2766 = load float, ptr %2765, align 4, !tbaa !5
+  %2767 = insertelement <16 x float> poison, float %2766, i64 0
+  %2768 = shufflevector <16 x float> %2767, <16 x float> poison, <16 x i32> zeroinitializer
+  %2769 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2754, <16 x float> %2768, <16 x float> %2727)
+  %2770 = getelementptr inbounds nuw i8, ptr %gep150, i64 3140
+  %2771 = load float, ptr %2770, align 4, !tbaa !5
+  %2772 = insertelement <16 x float> poison, float %2771, i64 0
+  %2773 = shufflevector <16 x float> %2772, <16 x float> poison, <16 x i32> zeroinitializer
+  %2774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2754, <16 x float> %2773, <16 x float> %2732)
+  %2775 = getelementptr inbounds nuw i8, ptr %gep150, i64 3080
+  %2776 = load float, ptr %2775, align 4, !tbaa !5
+  %2777 = insertelement <16 x float> poison, float %2776, i64 0
+  %2778 = shufflevector <16 x float> %2777, <16 x float> poison, <16 x i32> zeroinitializer
+  %2779 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2754, <16 x float> %2778, <16 x float> %2737)
+  %2780 = getelementptr inbounds nuw i8, ptr %gep150, i64 3144
+  %2781 = load float, ptr %2780, align 4, !tbaa !5
+  %2782 = insertelement <16 x float> poison, float %2781, i64 0
+  %2783 = shufflevector <16 x float> %2782, <16 x float> poison, <16 x i32> zeroinitializer
+  %2784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2754, <16 x float> %2783, <16 x float> %2742)
+  %2785 = getelementptr inbounds nuw i8, ptr %gep150, i64 3084
+  %2786 = load float, ptr %2785, align 4, !tbaa !5
+  %2787 = insertelement <16 x float> poison, float %2786, i64 0
+  %2788 = shufflevector <16 x float> %2787, <16 x float> poison, <16 x i32> zeroinitializer
+  %2789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2754, <16 x float> %2788, <16 x float> %2747)
+  %2790 = getelementptr inbounds nuw i8, ptr %gep150, i64 3148
+  %2791 = load float, ptr %2790, align 4, !tbaa !5
+  %2792 = insertelement <16 x float> poison, float %2791, i64 0
+  %2793 = shufflevector <16 x float> %2792, <16 x float> poison, <16 x i32> zeroinitializer
+  %2794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2754, <16 x float> %2793, <16 x float> %2752)
+  %2795 = getelementptr inbounds nuw i8, ptr %2502, i64 448
+  %2796 = load <16 x float>, ptr %2795, align 4, !tbaa !5
+  %2797 = getelementptr inbounds nuw i8, ptr %gep150, i64 3584
+  %2798 = load float, ptr %2797, align 4, !tbaa !5
+  %2799 = insertelement <16 x float> poison, float %2798, i64 0
+  %2800 = shufflevector <16 x float> %2799, <16 x float> poison, <16 x i32> zeroinitializer
+  %2801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2796, <16 x float> %2800, <16 x float> %2759)
+  %2802 = getelementptr inbounds nuw i8, ptr %gep150, i64 3648
+  %2803 = load float, ptr %2802, align 4, !tbaa !5
+  %2804 = insertelement <16 x float> poison, float %2803, i64 0
+  %2805 = shufflevector <16 x float> %2804, <16 x float> poison, <16 x i32> zeroinitializer
+  %2806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2796, <16 x float> %2805, <16 x float> %2764)
+  %2807 = getelementptr inbounds nuw i8, ptr %gep150, i64 3588
+  %2808 = load float, ptr %2807, align 4, !tbaa !5
+  %2809 = insertelement <16 x float> poison, float %2808, i64 0
+  %2810 = shufflevector <16 x float> %2809, <16 x float> poison, <16 x i32> zeroinitializer
+  %2811 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2796, <16 x float> %2810, <16 x float> %2769)
+  %2812 = getelementptr inbounds nuw i8, ptr %gep150, i64 3652
+  %2813 = load float, ptr %2812, align 4, !tbaa !5
+  %2814 = insertelement <16 x float> poison, float %2813, i64 0
+  %2815 = shufflevector <16 x float> %2814, <16 x float> poison, <16 x i32> zeroinitializer
+  %2816 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2796, <16 x float> %2815, <16 x float> %2774)
+  %2817 = getelementptr inbounds nuw i8, ptr %gep150, i64 3592
+  %2818 = load float, ptr %2817, align 4, !tbaa !5
+  %2819 = insertelement <16 x float> poison, float %2818, i64 0
+  %2820 = shufflevector <16 x float> %2819, <16 x float> poison, <16 x i32> zeroinitializer
+  %2821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2796, <16 x float> %2820, <16 x float> %2779)
+  %2822 = getelementptr inbounds nuw i8, ptr %gep150, i64 3656
+  %2823 = load float, ptr %2822, align 4, !tbaa !5
+  %2824 = insertelement <16 x float> poison, float %2823, i64 0
+  %2825 = shufflevector <16 x float> %2824, <16 x float> poison, <16 x i32> zeroinitializer
+  %2826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2796, <16 x float> %2825, <16 x float> %2784)
+  %2827 = getelementptr inbounds nuw i8, ptr %gep150, i64 3596
+  %2828 = load float, ptr %2827, align 4, !tbaa !5
+  %2829 = insertelement <16 x float> poison, float %2828, i64 0
+  %2830 = shufflevector <16 x float> %2829, <16 x float> poison, <16 x i32> zeroinitializer
+  %2831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2796, <16 x float> %2830, <16 x float> %2789)
+  %2832 = getelementptr inbounds nuw i8, ptr %gep150, i64 3660
+  %2833 = load float, ptr %2832, align 4, !tbaa !5
+  %2834 = insertelement <16 x float> poison, float %2833, i64 0
+  %2835 = shufflevector <16 x float> %2834, <16 x float> poison, <16 x i32> zeroinitializer
+  %2836 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2796, <16 x float> %2835, <16 x float> %2794)
+  %indvars.iv.next1064.i = add nuw nsw i64 %indvars.iv1063.i, 1
+  %exitcond1068.not.i = icmp eq i64 %indvars.iv.next1064.i, %wide.trip.count1067.i
+  br i1 %exitcond1068.not.i, label %for_end_to304.i, label %for_begin_ti307.preheader.i, !prof !13
 
-for_end_to291.i:                                  ; preds = %for_begin_ti294.preheader.i, %for_begin_to289.preheader.i
-  %full_acc508.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2726, %for_begin_ti294.preheader.i ]
-  %full_acc508.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2731, %for_begin_ti294.preheader.i ]
-  %full_acc508.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2736, %for_begin_ti294.preheader.i ]
-  %full_acc508.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2741, %for_begin_ti294.preheader.i ]
-  %full_acc508.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2746, %for_begin_ti294.preheader.i ]
-  %full_acc508.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2751, %for_begin_ti294.preheader.i ]
-  %full_acc508.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2756, %for_begin_ti294.preheader.i ]
-  %full_acc508.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2761, %for_begin_ti294.preheader.i ]
-  br i1 %2412, label %for_body_ti300.lr.ph.i, label %for_end_ti301.i, !prof !3
+for_end_to304.i:                                  ; preds = %for_begin_ti307.preheader.i, %for_begin_to302.preheader.i
+  %full_acc562.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %2801, %for_begin_ti307.preheader.i ]
+  %full_acc562.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %2806, %for_begin_ti307.preheader.i ]
+  %full_acc562.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %2811, %for_begin_ti307.preheader.i ]
+  %full_acc562.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %2816, %for_begin_ti307.preheader.i ]
+  %full_acc562.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %2821, %for_begin_ti307.preheader.i ]
+  %full_acc562.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %2826, %for_begin_ti307.preheader.i ]
+  %full_acc562.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %2831, %for_begin_ti307.preheader.i ]
+  %full_acc562.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %2836, %for_begin_ti307.preheader.i ]
+  br i1 %2487, label %for_body_ti313.lr.ph.i, label %for_end_ti314.i, !prof !3
 
-for_body_ti300.lr.ph.i:                           ; preds = %for_end_to291.i
-  %indvars.iv990.tr.i = trunc i64 %indvars.iv990.i to i32
-  %2762 = shl i32 %indvars.iv990.tr.i, 2
-  %2763 = and i32 %2762, 12
-  %2764 = shl i32 %indvars.iv990.tr.i, 3
-  %2765 = and i32 %2764, 96
-  %invariant.op786.i = or disjoint i32 %2765, %2415
-  %invariant.op788.i = or disjoint i32 %invariant.op786.i, %2763
-  %2766 = zext nneg i32 %invariant.op788.i to i64
-  %invariant.gep1176.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2766
-  br label %for_body_ti300.i
+for_body_ti313.lr.ph.i:                           ; preds = %for_end_to304.i
+  %indvars.iv1073.tr.i = trunc i64 %indvars.iv1073.i to i32
+  %2837 = shl i32 %indvars.iv1073.tr.i, 2
+  %2838 = and i32 %2837, 12
+  %2839 = shl i32 %indvars.iv1073.tr.i, 3
+  %2840 = and i32 %2839, 96
+  %invariant.op857.i = or disjoint i32 %2840, %2490
+  %invariant.op859.i = or disjoint i32 %invariant.op857.i, %2838
+  %2841 = zext nneg i32 %invariant.op859.i to i64
+  %invariant.gep1274.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2841
+  br label %for_body_ti313.i
 
-for_body_ti300.i:                                 ; preds = %for_body_ti300.i, %for_body_ti300.lr.ph.i
-  %indvars.iv986.i = phi i64 [ 0, %for_body_ti300.lr.ph.i ], [ %indvars.iv.next987.i, %for_body_ti300.i ]
-  %tile_acc509.sroa.0.0776.i = phi <16 x float> [ %full_acc508.sroa.0.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2778, %for_body_ti300.i ]
-  %tile_acc509.sroa.4.0775.i = phi <16 x float> [ %full_acc508.sroa.4.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2785, %for_body_ti300.i ]
-  %tile_acc509.sroa.9.0774.i = phi <16 x float> [ %full_acc508.sroa.8.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2792, %for_body_ti300.i ]
-  %tile_acc509.sroa.13.0773.i = phi <16 x float> [ %full_acc508.sroa.12.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2799, %for_body_ti300.i ]
-  %tile_acc509.sroa.18.0772.i = phi <16 x float> [ %full_acc508.sroa.16.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2806, %for_body_ti300.i ]
-  %tile_acc509.sroa.22.0771.i = phi <16 x float> [ %full_acc508.sroa.20.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2813, %for_body_ti300.i ]
-  %tile_acc509.sroa.27.0770.i = phi <16 x float> [ %full_acc508.sroa.24.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2820, %for_body_ti300.i ]
-  %tile_acc509.sroa.31.0769.i = phi <16 x float> [ %full_acc508.sroa.28.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2827, %for_body_ti300.i ]
-  %2767 = shl nsw i64 %indvars.iv986.i, 4
-  %2768 = add nuw nsw i64 %2767, %2417
-  %2769 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2768
-  %2770 = load <16 x float>, ptr %2769, align 4, !tbaa !5
-  %2771 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2768
-  %2772 = load <16 x i32>, ptr %2771, align 4, !tbaa !5
-  %.idx1108.i = shl nsw i64 %indvars.iv986.i, 9
-  %gep1177.i = getelementptr inbounds nuw i8, ptr %invariant.gep1176.i, i64 %.idx1108.i
-  %2773 = load i32, ptr %gep1177.i, align 4, !tbaa !5
-  %2774 = insertelement <16 x i32> poison, i32 %2773, i64 0
-  %2775 = shufflevector <16 x i32> %2774, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2776 = and <16 x i32> %2775, %2772
-  %2777 = bitcast <16 x i32> %2776 to <16 x float>
-  %2778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2777, <16 x float> %tile_acc509.sroa.0.0776.i)
-  %2779 = getelementptr inbounds nuw i8, ptr %gep1177.i, i64 64
-  %2780 = load i32, ptr %2779, align 4, !tbaa !5
-  %2781 = insertelement <16 x i32> poison, i32 %2780, i64 0
-  %2782 = shufflevector <16 x i32> %2781, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2783 = and <16 x i32> %2782, %2772
-  %2784 = bitcast <16 x i32> %2783 to <16 x float>
-  %2785 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2784, <16 x float> %tile_acc509.sroa.4.0775.i)
-  %2786 = getelementptr inbounds nuw i8, ptr %gep1177.i, i64 4
-  %2787 = load i32, ptr %2786, align 4, !tbaa !5
-  %2788 = insertelement <16 x i32> poison, i32 %2787, i64 0
-  %2789 = shufflevector <16 x i32> %2788, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2790 = and <16 x i32> %2789, %2772
-  %2791 = bitcast <16 x i32> %2790 to <16 x float>
-  %2792 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2791, <16 x float> %tile_acc509.sroa.9.0774.i)
-  %2793 = getelementptr inbounds nuw i8, ptr %gep1177.i, i64 68
-  %2794 = load i32, ptr %2793, align 4, !tbaa !5
-  %2795 = insertelement <16 x i32> poison, i32 %2794, i64 0
-  %2796 = shufflevector <16 x i32> %2795, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2797 = and <16 x i32> %2796, %2772
-  %2798 = bitcast <16 x i32> %2797 to <16 x float>
-  %2799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2798, <16 x float> %tile_acc509.sroa.13.0773.i)
-  %2800 = getelementptr inbounds nuw i8, ptr %gep1177.i, i64 8
-  %2801 = load i32, ptr %2800, align 4, !tbaa !5
-  %2802 = insertelement <16 x i32> poison, i32 %2801, i64 0
-  %2803 = shufflevector <16 x i32> %2802, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2804 = and <16 x i32> %2803, %2772
-  %2805 = bitcast <16 x i32> %2804 to <16 x float>
-  %2806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2805, <16 x float> %tile_acc509.sroa.18.0772.i)
-  %2807 = getelementptr inbounds nuw i8, ptr %gep1177.i, i64 72
-  %2808 = load i32, ptr %2807, align 4, !tbaa !5
-  %2809 = insertelement <16 x i32> poison, i32 %2808, i64 0
-  %2810 = shufflevector <16 x i32> %2809, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2811 = and <16 x i32> %2810, %2772
-  %2812 = bitcast <16 x i32> %2811 to <16 x float>
-  %2813 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2812, <16 x float> %tile_acc509.sroa.22.0771.i)
-  %2814 = getelementptr inbounds nuw i8, ptr %gep1177.i, i64 12
-  %2815 = load i32, ptr %2814, align 4, !tbaa !5
-  %2816 = insertelement <16 x i32> poison, i32 %2815, i64 0
-  %2817 = shufflevector <16 x i32> %2816, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2818 = and <16 x i32> %2817, %2772
-  %2819 = bitcast <16 x i32> %2818 to <16 x float>
-  %2820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2819, <16 x float> %tile_acc509.sroa.27.0770.i)
-  %2821 = getelementptr inbounds nuw i8, ptr %gep1177.i, i64 76
-  %2822 = load i32, ptr %2821, align 4, !tbaa !5
-  %2823 = insertelement <16 x i32> poison, i32 %2822, i64 0
-  %2824 = shufflevector <16 x i32> %2823, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2825 = and <16 x i32> %2824, %2772
-  %2826 = bitcast <16 x i32> %2825 to <16 x float>
-  %2827 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2826, <16 x float> %tile_acc509.sroa.31.0769.i)
-  %indvars.iv.next987.i = add nuw nsw i64 %indvars.iv986.i, 1
-  %exitcond239.not = icmp eq i64 %indvars.iv.next987.i, %smax238
-  br i1 %exitcond239.not, label %for_end_ti301.i, label %for_body_ti300.i, !prof !13
+for_body_ti313.i:                                 ; preds = %for_body_ti313.i, %for_body_ti313.lr.ph.i
+  %indvars.iv1069.i = phi i64 [ 0, %for_body_ti313.lr.ph.i ], [ %indvars.iv.next1070.i, %for_body_ti313.i ]
+  %tile_acc563.sroa.31.0847.i = phi <16 x float> [ %full_acc562.sroa.28.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %2902, %for_body_ti313.i ]
+  %tile_acc563.sroa.0.0846.i = phi <16 x float> [ %full_acc562.sroa.0.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %2853, %for_body_ti313.i ]
+  %tile_acc563.sroa.4.0845.i = phi <16 x float> [ %full_acc562.sroa.4.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %2860, %for_body_ti313.i ]
+  %tile_acc563.sroa.9.0844.i = phi <16 x float> [ %full_acc562.sroa.8.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %2867, %for_body_ti313.i ]
+  %tile_acc563.sroa.13.0843.i = phi <16 x float> [ %full_acc562.sroa.12.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %2874, %for_body_ti313.i ]
+  %tile_acc563.sroa.18.0842.i = phi <16 x float> [ %full_acc562.sroa.16.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %2881, %for_body_ti313.i ]
+  %tile_acc563.sroa.22.0841.i = phi <16 x float> [ %full_acc562.sroa.20.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %2888, %for_body_ti313.i ]
+  %tile_acc563.sroa.27.0840.i = phi <16 x float> [ %full_acc562.sroa.24.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %2895, %for_body_ti313.i ]
+  %2842 = shl nsw i64 %indvars.iv1069.i, 4
+  %2843 = add nuw nsw i64 %2842, %2492
+  %2844 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2843
+  %2845 = load <16 x float>, ptr %2844, align 4, !tbaa !5
+  %2846 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2843
+  %2847 = load <16 x i32>, ptr %2846, align 4, !tbaa !5
+  %.idx1206.i = shl nsw i64 %indvars.iv1069.i, 9
+  %gep1275.i = getelementptr inbounds nuw i8, ptr %invariant.gep1274.i, i64 %.idx1206.i
+  %2848 = load i32, ptr %gep1275.i, align 4, !tbaa !5
+  %2849 = insertelement <16 x i32> poison, i32 %2848, i64 0
+  %2850 = shufflevector <16 x i32> %2849, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2851 = and <16 x i32> %2850, %2847
+  %2852 = bitcast <16 x i32> %2851 to <16 x float>
+  %2853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2845, <16 x float> %2852, <16 x float> %tile_acc563.sroa.0.0846.i)
+  %2854 = getelementptr inbounds nuw i8, ptr %gep1275.i, i64 64
+  %2855 = load i32, ptr %2854, align 4, !tbaa !5
+  %2856 = insertelement <16 x i32> poison, i32 %2855, i64 0
+  %2857 = shufflevector <16 x i32> %2856, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2858 = and <16 x i32> %2857, %2847
+  %2859 = bitcast <16 x i32> %2858 to <16 x float>
+  %2860 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2845, <16 x float> %2859, <16 x float> %tile_acc563.sroa.4.0845.i)
+  %2861 = getelementptr inbounds nuw i8, ptr %gep1275.i, i64 4
+  %2862 = load i32, ptr %2861, align 4, !tbaa !5
+  %2863 = insertelement <16 x i32> poison, i32 %2862, i64 0
+  %2864 = shufflevector <16 x i32> %2863, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2865 = and <16 x i32> %2864, %2847
+  %2866 = bitcast <16 x i32> %2865 to <16 x float>
+  %2867 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2845, <16 x float> %2866, <16 x float> %tile_acc563.sroa.9.0844.i)
+  %2868 = getelementptr inbounds nuw i8, ptr %gep1275.i, i64 68
+  %2869 = load i32, ptr %2868, align 4, !tbaa !5
+  %2870 = insertelement <16 x i32> poison, i32 %2869, i64 0
+  %2871 = shufflevector <16 x i32> %2870, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2872 = and <16 x i32> %2871, %2847
+  %2873 = bitcast <16 x i32> %2872 to <16 x float>
+  %2874 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2845, <16 x float> %2873, <16 x float> %tile_acc563.sroa.13.0843.i)
+  %2875 = getelementptr inbounds nuw i8, ptr %gep1275.i, i64 8
+  %2876 = load i32, ptr %2875, align 4, !tbaa !5
+  %2877 = insertelement <16 x i32> poison, i32 %2876, i64 0
+  %2878 = shufflevector <16 x i32> %2877, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2879 = and <16 x i32> %2878, %2847
+  %2880 = bitcast <16 x i32> %2879 to <16 x float>
+  %2881 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2845, <16 x float> %2880, <16 x float> %tile_acc563.sroa.18.0842.i)
+  %2882 = getelementptr inbounds nuw i8, ptr %gep1275.i, i64 72
+  %2883 = load i32, ptr %2882, align 4, !tbaa !5
+  %2884 = insertelement <16 x i32> poison, i32 %2883, i64 0
+  %2885 = shufflevector <16 x i32> %2884, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2886 = and <16 x i32> %2885, %2847
+  %2887 = bitcast <16 x i32> %2886 to <16 x float>
+  %2888 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2845, <16 x float> %2887, <16 x float> %tile_acc563.sroa.22.0841.i)
+  %2889 = getelementptr inbounds nuw i8, ptr %gep1275.i, i64 12
+  %2890 = load i32, ptr %2889, align 4, !tbaa !5
+  %2891 = insertelement <16 x i32> poison, i32 %2890, i64 0
+  %2892 = shufflevector <16 x i32> %2891, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2893 = and <16 x i32> %2892, %2847
+  %2894 = bitcast <16 x i32> %2893 to <16 x float>
+  %2895 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2845, <16 x float> %2894, <16 x float> %tile_acc563.sroa.27.0840.i)
+  %2896 = getelementptr inbounds nuw i8, ptr %gep1275.i, i64 76
+  %2897 = load i32, ptr %2896, align 4, !tbaa !5
+  %2898 = insertelement <16 x i32> poison, i32 %2897, i64 0
+  %2899 = shufflevector <16 x i32> %2898, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2900 = and <16 x i32> %2899, %2847
+  %2901 = bitcast <16 x i32> %2900 to <16 x float>
+  %2902 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2845, <16 x float> %2901, <16 x float> %tile_acc563.sroa.31.0847.i)
+  %indvars.iv.next1070.i = add nuw nsw i64 %indvars.iv1069.i, 1
+  %exitcond242.not = icmp eq i64 %indvars.iv.next1070.i, %smax241
+  br i1 %exitcond242.not, label %for_end_ti314.i, label %for_body_ti313.i, !prof !13
 
-for_end_ti301.i:                                  ; preds = %for_body_ti300.i, %for_end_to291.i
-  %tile_acc509.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc508.sroa.28.0.lcssa.i, %for_end_to291.i ], [ %2827, %for_body_ti300.i ]
-  %tile_acc509.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc508.sroa.24.0.lcssa.i, %for_end_to291.i ], [ %2820, %for_body_ti300.i ]
-  %tile_acc509.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc508.sroa.20.0.lcssa.i, %for_end_to291.i ], [ %2813, %for_body_ti300.i ]
-  %tile_acc509.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc508.sroa.16.0.lcssa.i, %for_end_to291.i ], [ %2806, %for_body_ti300.i ]
-  %tile_acc509.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc508.sroa.12.0.lcssa.i, %for_end_to291.i ], [ %2799, %for_body_ti300.i ]
-  %tile_acc509.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc508.sroa.8.0.lcssa.i, %for_end_to291.i ], [ %2792, %for_body_ti300.i ]
-  %tile_acc509.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc508.sroa.4.0.lcssa.i, %for_end_to291.i ], [ %2785, %for_body_ti300.i ]
-  %tile_acc509.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc508.sroa.0.0.lcssa.i, %for_end_to291.i ], [ %2778, %for_body_ti300.i ]
-  %2828 = shl nuw nsw i64 %indvars.iv990.i, 7
-  %2829 = add nuw nsw i64 %2828, %2418
-  %2830 = getelementptr inbounds float, ptr %acc.i, i64 %2829
-  br i1 %644, label %if_then318.i, label %if_end317.i, !prof !8
+for_end_ti314.i:                                  ; preds = %for_body_ti313.i, %for_end_to304.i
+  %tile_acc563.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc562.sroa.24.0.lcssa.i, %for_end_to304.i ], [ %2895, %for_body_ti313.i ]
+  %tile_acc563.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc562.sroa.20.0.lcssa.i, %for_end_to304.i ], [ %2888, %for_body_ti313.i ]
+  %tile_acc563.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc562.sroa.16.0.lcssa.i, %for_end_to304.i ], [ %2881, %for_body_ti313.i ]
+  %tile_acc563.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc562.sroa.12.0.lcssa.i, %for_end_to304.i ], [ %2874, %for_body_ti313.i ]
+  %tile_acc563.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc562.sroa.8.0.lcssa.i, %for_end_to304.i ], [ %2867, %for_body_ti313.i ]
+  %tile_acc563.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc562.sroa.4.0.lcssa.i, %for_end_to304.i ], [ %2860, %for_body_ti313.i ]
+  %tile_acc563.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc562.sroa.0.0.lcssa.i, %for_end_to304.i ], [ %2853, %for_body_ti313.i ]
+  %tile_acc563.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc562.sroa.28.0.lcssa.i, %for_end_to304.i ], [ %2902, %for_body_ti313.i ]
+  %2903 = shl nuw nsw i64 %indvars.iv1073.i, 7
+  %2904 = add nuw nsw i64 %2903, %2493
+  %2905 = getelementptr inbounds float, ptr %acc.i, i64 %2904
+  br i1 %728, label %if_then331.i, label %if_end330.i, !prof !8
 
-if_end317.i:                                      ; preds = %for_end_ti301.i
-  %2831 = load <16 x float>, ptr %2830, align 4, !tbaa !5
-  %2832 = fmul <16 x float> %2217, %2831
-  %2833 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.0.0.lcssa.i, <16 x float> %2832)
-  store <16 x float> %2833, ptr %2830, align 4, !tbaa !5
-  %2834 = getelementptr i8, ptr %2830, i64 64
-  %2835 = load <16 x float>, ptr %2834, align 4, !tbaa !5
-  %2836 = fmul <16 x float> %2217, %2835
-  %2837 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.4.0.lcssa.i, <16 x float> %2836)
-  store <16 x float> %2837, ptr %2834, align 4, !tbaa !5
-  %2838 = getelementptr i8, ptr %2830, i64 128
-  %2839 = load <16 x float>, ptr %2838, align 4, !tbaa !5
-  %2840 = fmul <16 x float> %2217, %2839
-  %2841 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.9.0.lcssa.i, <16 x float> %2840)
-  store <16 x float> %2841, ptr %2838, align 4, !tbaa !5
-  %2842 = getelementptr i8, ptr %2830, i64 192
-  %2843 = load <16 x float>, ptr %2842, align 4, !tbaa !5
-  %2844 = fmul <16 x float> %2217, %2843
-  %2845 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.13.0.lcssa.i, <16 x float> %2844)
-  store <16 x float> %2845, ptr %2842, align 4, !tbaa !5
-  %2846 = getelementptr i8, ptr %2830, i64 256
-  %2847 = load <16 x float>, ptr %2846, align 4, !tbaa !5
-  %2848 = fmul <16 x float> %2217, %2847
-  %2849 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.18.0.lcssa.i, <16 x float> %2848)
-  store <16 x float> %2849, ptr %2846, align 4, !tbaa !5
-  %2850 = getelementptr i8, ptr %2830, i64 320
-  %2851 = load <16 x float>, ptr %2850, align 4, !tbaa !5
-  %2852 = fmul <16 x float> %2217, %2851
-  %2853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.22.0.lcssa.i, <16 x float> %2852)
-  store <16 x float> %2853, ptr %2850, align 4, !tbaa !5
-  %2854 = getelementptr i8, ptr %2830, i64 384
-  %2855 = load <16 x float>, ptr %2854, align 4, !tbaa !5
-  %2856 = fmul <16 x float> %2217, %2855
-  %2857 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.27.0.lcssa.i, <16 x float> %2856)
-  store <16 x float> %2857, ptr %2854, align 4, !tbaa !5
-  %.phi.trans.insert.i = getelementptr i8, ptr %2830, i64 448
+if_end330.i:                                      ; preds = %for_end_ti314.i
+  %2906 = load <16 x float>, ptr %2905, align 4, !tbaa !5
+  %2907 = fmul <16 x float> %2284, %2906
+  %2908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.0.0.lcssa.i, <16 x float> %2907)
+  store <16 x float> %2908, ptr %2905, align 4, !tbaa !5
+  %2909 = getelementptr i8, ptr %2905, i64 64
+  %2910 = load <16 x float>, ptr %2909, align 4, !tbaa !5
+  %2911 = fmul <16 x float> %2284, %2910
+  %2912 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.4.0.lcssa.i, <16 x float> %2911)
+  store <16 x float> %2912, ptr %2909, align 4, !tbaa !5
+  %2913 = getelementptr i8, ptr %2905, i64 128
+  %2914 = load <16 x float>, ptr %2913, align 4, !tbaa !5
+  %2915 = fmul <16 x float> %2284, %2914
+  %2916 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.9.0.lcssa.i, <16 x float> %2915)
+  store <16 x float> %2916, ptr %2913, align 4, !tbaa !5
+  %2917 = getelementptr i8, ptr %2905, i64 192
+  %2918 = load <16 x float>, ptr %2917, align 4, !tbaa !5
+  %2919 = fmul <16 x float> %2284, %2918
+  %2920 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.13.0.lcssa.i, <16 x float> %2919)
+  store <16 x float> %2920, ptr %2917, align 4, !tbaa !5
+  %2921 = getelementptr i8, ptr %2905, i64 256
+  %2922 = load <16 x float>, ptr %2921, align 4, !tbaa !5
+  %2923 = fmul <16 x float> %2284, %2922
+  %2924 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.18.0.lcssa.i, <16 x float> %2923)
+  store <16 x float> %2924, ptr %2921, align 4, !tbaa !5
+  %2925 = getelementptr i8, ptr %2905, i64 320
+  %2926 = load <16 x float>, ptr %2925, align 4, !tbaa !5
+  %2927 = fmul <16 x float> %2284, %2926
+  %2928 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.22.0.lcssa.i, <16 x float> %2927)
+  store <16 x float> %2928, ptr %2925, align 4, !tbaa !5
+  %2929 = getelementptr i8, ptr %2905, i64 384
+  %2930 = load <16 x float>, ptr %2929, align 4, !tbaa !5
+  %2931 = fmul <16 x float> %2284, %2930
+  %2932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.27.0.lcssa.i, <16 x float> %2931)
+  store <16 x float> %2932, ptr %2929, align 4, !tbaa !5
+  %.phi.trans.insert.i = getelementptr i8, ptr %2905, i64 448
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
-  %.pre1066.i = fmul <16 x float> %2217, %.pre.i
-  br label %if_end319.i
+  %.pre1162.i = fmul <16 x float> %2284, %.pre.i
+  br label %if_end332.i
 
-if_then318.i:                                     ; preds = %for_end_ti301.i
-  %2858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.0.0.lcssa.i, <16 x float> %2416)
-  store <16 x float> %2858, ptr %2830, align 4, !tbaa !5
-  %2859 = getelementptr i8, ptr %2830, i64 64
-  %2860 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.4.0.lcssa.i, <16 x float> %2416)
-  store <16 x float> %2860, ptr %2859, align 4, !tbaa !5
-  %2861 = getelementptr i8, ptr %2830, i64 128
-  %2862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.9.0.lcssa.i, <16 x float> %2416)
-  store <16 x float> %2862, ptr %2861, align 4, !tbaa !5
-  %2863 = getelementptr i8, ptr %2830, i64 192
-  %2864 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.13.0.lcssa.i, <16 x float> %2416)
-  store <16 x float> %2864, ptr %2863, align 4, !tbaa !5
-  %2865 = getelementptr i8, ptr %2830, i64 256
-  %2866 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.18.0.lcssa.i, <16 x float> %2416)
-  store <16 x float> %2866, ptr %2865, align 4, !tbaa !5
-  %2867 = getelementptr i8, ptr %2830, i64 320
-  %2868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.22.0.lcssa.i, <16 x float> %2416)
-  store <16 x float> %2868, ptr %2867, align 4, !tbaa !5
-  %2869 = getelementptr i8, ptr %2830, i64 384
-  %2870 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.27.0.lcssa.i, <16 x float> %2416)
-  store <16 x float> %2870, ptr %2869, align 4, !tbaa !5
-  br label %if_end319.i
+if_then331.i:                                     ; preds = %for_end_ti314.i
+  %2933 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.0.0.lcssa.i, <16 x float> %2491)
+  store <16 x float> %2933, ptr %2905, align 4, !tbaa !5
+  %2934 = getelementptr i8, ptr %2905, i64 64
+  %2935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.4.0.lcssa.i, <16 x float> %2491)
+  store <16 x float> %2935, ptr %2934, align 4, !tbaa !5
+  %2936 = getelementptr i8, ptr %2905, i64 128
+  %2937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.9.0.lcssa.i, <16 x float> %2491)
+  store <16 x float> %2937, ptr %2936, align 4, !tbaa !5
+  %2938 = getelementptr i8, ptr %2905, i64 192
+  %2939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.13.0.lcssa.i, <16 x float> %2491)
+  store <16 x float> %2939, ptr %2938, align 4, !tbaa !5
+  %2940 = getelementptr i8, ptr %2905, i64 256
+  %2941 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.18.0.lcssa.i, <16 x float> %2491)
+  store <16 x float> %2941, ptr %2940, align 4, !tbaa !5
+  %2942 = getelementptr i8, ptr %2905, i64 320
+  %2943 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.22.0.lcssa.i, <16 x float> %2491)
+  store <16 x float> %2943, ptr %2942, align 4, !tbaa !5
+  %2944 = getelementptr i8, ptr %2905, i64 384
+  %2945 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.27.0.lcssa.i, <16 x float> %2491)
+  store <16 x float> %2945, ptr %2944, align 4, !tbaa !5
+  br label %if_end332.i
 
-if_end319.i:                                      ; preds = %if_then318.i, %if_end317.i
-  %.pre-phi.i = phi <16 x float> [ %.pre1066.i, %if_end317.i ], [ %2416, %if_then318.i ]
-  %2871 = getelementptr inbounds float, ptr %acc.i, i64 %2829
-  %2872 = getelementptr i8, ptr %2871, i64 448
-  %2873 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %2873, ptr %2872, align 4, !tbaa !5
-  %indvars.iv.next991.i = add nuw nsw i64 %indvars.iv990.i, 1
-  %exitcond993.not.i = icmp eq i64 %indvars.iv.next991.i, 16
-  br i1 %exitcond993.not.i, label %if_end174.i, label %for_begin_to289.preheader.i, !prof !26
+if_end332.i:                                      ; preds = %if_then331.i, %if_end330.i
+  %.pre-phi.i = phi <16 x float> [ %.pre1162.i, %if_end330.i ], [ %2491, %if_then331.i ]
+  %2946 = getelementptr inbounds float, ptr %acc.i, i64 %2904
+  %2947 = getelementptr i8, ptr %2946, i64 448
+  %2948 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %2948, ptr %2947, align 4, !tbaa !5
+  %indvars.iv.next1074.i = add nuw nsw i64 %indvars.iv1073.i, 1
+  %exitcond1076.not.i = icmp eq i64 %indvars.iv.next1074.i, 16
+  br i1 %exitcond1076.not.i, label %if_end195.i, label %for_begin_to302.preheader.i, !prof !26
 
-if_end321.i:                                      ; preds = %if_end174.i
-  %2874 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2875 = tail call i32 %2874(i32 1, i32 %dev_id, ptr nonnull %edges.i)
-  %.not543.i = icmp eq i32 %2875, 0
-  br i1 %.not543.i, label %if_end324.i, label %fused_attend_compute_.exit, !prof !42
+if_end334.i:                                      ; preds = %if_end195.i
+  %2949 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2950 = tail call i32 %2949(i32 1, i32 %dev_id, ptr nonnull %edges.i)
+  %.not601.i = icmp eq i32 %2950, 0
+  br i1 %.not601.i, label %if_end337.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end324.i:                                      ; preds = %if_end321.i
-  %2876 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2877 = tail call i32 %2876(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not544.i = icmp eq i32 %2877, 0
-  br i1 %.not544.i, label %if_end327.i, label %fused_attend_compute_.exit, !prof !42
+if_end337.i:                                      ; preds = %if_end334.i
+  %2951 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2952 = tail call i32 %2951(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not602.i = icmp eq i32 %2952, 0
+  br i1 %.not602.i, label %if_end340.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end327.i:                                      ; preds = %if_end324.i
-  %2878 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2879 = tail call i32 %2878(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not545.i = icmp eq i32 %2879, 0
-  br i1 %.not545.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !42
+if_end340.i:                                      ; preds = %if_end337.i
+  %2953 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2954 = tail call i32 %2953(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not603.i = icmp eq i32 %2954, 0
+  br i1 %.not603.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end333.i:                                      ; preds = %for_end_row_tile.i
-  %2880 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2881 = tail call i32 %2880(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not541.i = icmp eq i32 %2881, 0
-  br i1 %.not541.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !42
+if_end346.i:                                      ; preds = %for_end_row_tile.i
+  %2955 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2956 = tail call i32 %2955(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not597.i = icmp eq i32 %2956, 0
+  br i1 %.not597.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end339.i:                                      ; preds = %for_end_kv_head.i
-  %2882 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2883 = tail call i32 %2882(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not539.i = icmp eq i32 %2883, 0
-  br i1 %.not539.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !42
+if_end352.i:                                      ; preds = %for_end_kv_head.i
+  %2957 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2958 = tail call i32 %2957(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not595.i = icmp eq i32 %2958, 0
+  br i1 %.not595.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !36
 
-for_body_tile345.i:                               ; preds = %if_end350.i, %for_begin_tile344.preheader.i
-  %indvars.iv1013.i = phi i64 [ %indvars.iv.next1014.i, %if_end350.i ], [ 0, %for_begin_tile344.preheader.i ]
-  %.idx1109.i = shl nsw i64 %indvars.iv1013.i, 4
-  %2884 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1109.i
-  %2885 = getelementptr inbounds nuw i8, ptr %2884, i64 4
-  %2886 = load i32, ptr %2885, align 4, !tbaa !5
-  %2887 = icmp slt i32 %read_begin.i, %2886
-  br i1 %2887, label %if_then349.i, label %if_end350.i, !prof !8
+for_body_tile358.i:                               ; preds = %if_end363.i, %for_begin_tile357.preheader.i
+  %indvars.iv1096.i = phi i64 [ %indvars.iv.next1097.i, %if_end363.i ], [ 0, %for_begin_tile357.preheader.i ]
+  %.idx1207.i = shl nsw i64 %indvars.iv1096.i, 4
+  %2959 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1207.i
+  %2960 = getelementptr inbounds nuw i8, ptr %2959, i64 4
+  %2961 = load i32, ptr %2960, align 4, !tbaa !5
+  %2962 = icmp slt i32 %read_begin.i, %2961
+  br i1 %2962, label %if_then362.i, label %if_end363.i, !prof !8
 
-for_end_tile346.i:                                ; preds = %if_end350.i, %for_begin_tile344.preheader.i
-  %2888 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2889 = tail call i32 %2888(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not535.i = icmp eq i32 %2889, 0
-  br i1 %.not535.i, label %if_end405.i, label %fused_attend_compute_.exit, !prof !42
+for_end_tile359.i:                                ; preds = %if_end363.i, %for_begin_tile357.preheader.i
+  %2963 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2964 = tail call i32 %2963(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not591.i = icmp eq i32 %2964, 0
+  br i1 %.not591.i, label %if_end418.i, label %fused_attend_compute_.exit, !prof !36
 
-if_then349.i:                                     ; preds = %for_body_tile345.i
-  %2890 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1109.i
-  %old_max356.i = load <16 x float>, ptr %2890, align 4, !tbaa !5
-  %2891 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1109.i
-  %old_sum358.i = load <16 x float>, ptr %2891, align 4, !tbaa !5
-  %2892 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1109.i
-  %2893 = load <16 x float>, ptr %2892, align 4, !tbaa !5
-  %2894 = fcmp ogt <16 x float> %old_max356.i, %2893
-  %2895 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1109.i
-  %2896 = load <16 x float>, ptr %2895, align 4, !tbaa !5
-  %2897 = fcmp oeq <16 x float> %2896, zeroinitializer
-  %2898 = select <16 x i1> %2897, <16 x i1> splat (i1 true), <16 x i1> %2894
-  %old_or_both362.i = select <16 x i1> %2898, <16 x float> %old_max356.i, <16 x float> %2893
-  %2899 = fcmp oeq <16 x float> %old_sum358.i, zeroinitializer
-  %m364.i = select <16 x i1> %2899, <16 x float> %2893, <16 x float> %old_or_both362.i
-  %2900 = fsub <16 x float> %old_max356.i, %m364.i
-  %2901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2900, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2902 = bitcast <16 x float> %2901 to <16 x i32>
-  %2903 = fadd <16 x float> %2901, splat (float 0xC168000FE0000000)
-  %2904 = fmul <16 x float> %2903, splat (float 0x3F2BD01060000000)
-  %2905 = fmul <16 x float> %2903, splat (float 0x3FE6300000000000)
-  %2906 = fsub <16 x float> %2900, %2905
-  %2907 = fadd <16 x float> %2904, %2906
-  %2908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2907, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2909 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2908, <16 x float> %2907, <16 x float> splat (float 0x3FA5558F20000000))
-  %2910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2909, <16 x float> %2907, <16 x float> splat (float 0x3FC5554920000000))
-  %2911 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2910, <16 x float> %2907, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2912 = fmul <16 x float> %2907, %2907
-  %2913 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2911, <16 x float> %2912, <16 x float> %2907)
-  %2914 = shl <16 x i32> %2902, splat (i32 23)
-  %2915 = bitcast <16 x i32> %2914 to <16 x float>
-  %2916 = fadd <16 x float> %2913, splat (float 1.000000e+00)
-  %2917 = fmul <16 x float> %2916, %2915
-  %2918 = fcmp olt <16 x float> %2900, splat (float -8.700000e+01)
-  %2919 = select <16 x i1> %2918, <16 x float> zeroinitializer, <16 x float> %2917
-  %2920 = fcmp one <16 x float> %old_sum358.i, zeroinitializer
-  %2921 = select <16 x i1> %2920, <16 x float> %2919, <16 x float> zeroinitializer
-  %arg382.i = fsub <16 x float> %2893, %m364.i
-  %2922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg382.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2923 = bitcast <16 x float> %2922 to <16 x i32>
-  %2924 = fadd <16 x float> %2922, splat (float 0xC168000FE0000000)
-  %2925 = fmul <16 x float> %2924, splat (float 0x3F2BD01060000000)
-  %2926 = fmul <16 x float> %2924, splat (float 0x3FE6300000000000)
-  %2927 = fsub <16 x float> %arg382.i, %2926
-  %2928 = fadd <16 x float> %2925, %2927
-  %2929 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2928, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2930 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2929, <16 x float> %2928, <16 x float> splat (float 0x3FA5558F20000000))
-  %2931 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2930, <16 x float> %2928, <16 x float> splat (float 0x3FC5554920000000))
-  %2932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2931, <16 x float> %2928, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2933 = fmul <16 x float> %2928, %2928
-  %2934 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2932, <16 x float> %2933, <16 x float> %2928)
-  %2935 = shl <16 x i32> %2923, splat (i32 23)
-  %2936 = bitcast <16 x i32> %2935 to <16 x float>
-  %2937 = fadd <16 x float> %2934, splat (float 1.000000e+00)
-  %2938 = fmul <16 x float> %2937, %2936
-  %2939 = fcmp olt <16 x float> %arg382.i, splat (float -8.700000e+01)
-  %2940 = select <16 x i1> %2939, <16 x float> zeroinitializer, <16 x float> %2938
-  %2941 = fcmp one <16 x float> %2896, zeroinitializer
-  %2942 = select <16 x i1> %2941, <16 x float> %2940, <16 x float> zeroinitializer
-  %2943 = fmul <16 x float> %old_sum358.i, %2921
-  %2944 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2942, <16 x float> %2896, <16 x float> %2943)
-  store <16 x float> %m364.i, ptr %2890, align 4, !tbaa !5
-  store <16 x float> %2944, ptr %2891, align 4, !tbaa !5
-  %2945 = shl i64 %indvars.iv1013.i, 11
-  %2946 = and i64 %2945, 4294965248
-  br label %for_body_d400.i
-
-if_end350.i:                                      ; preds = %for_body_d400.i, %for_body_tile345.i
-  %indvars.iv.next1014.i = add nuw nsw i64 %indvars.iv1013.i, 1
-  %exitcond1017.not.i = icmp eq i64 %indvars.iv.next1014.i, %wide.trip.count1016.i
-  br i1 %exitcond1017.not.i, label %for_end_tile346.i, label %for_body_tile345.i, !prof !13
-
-for_body_d400.i:                                  ; preds = %for_body_d400.i, %if_then349.i
-  %indvars.iv1009.i = phi i64 [ 0, %if_then349.i ], [ %indvars.iv.next1010.i.3, %for_body_d400.i ]
-  %2947 = shl nuw nsw i64 %indvars.iv1009.i, 4
-  %2948 = add nuw nsw i64 %2947, %2946
-  %2949 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2948
-  %2950 = load <16 x float>, ptr %2949, align 4, !tbaa !5
-  %2951 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2948
-  %2952 = load <16 x float>, ptr %2951, align 4, !tbaa !5
-  %2953 = fmul <16 x float> %2921, %2952
-  %2954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2942, <16 x float> %2950, <16 x float> %2953)
-  store <16 x float> %2954, ptr %2951, align 4, !tbaa !5
-  %indvars.iv.next1010.i = shl i64 %indvars.iv1009.i, 4
-  %2955 = or disjoint i64 %indvars.iv.next1010.i, 16
-  %2956 = add nuw nsw i64 %2955, %2946
-  %2957 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2956
-  %2958 = load <16 x float>, ptr %2957, align 4, !tbaa !5
-  %2959 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2956
-  %2960 = load <16 x float>, ptr %2959, align 4, !tbaa !5
-  %2961 = fmul <16 x float> %2921, %2960
-  %2962 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2942, <16 x float> %2958, <16 x float> %2961)
-  store <16 x float> %2962, ptr %2959, align 4, !tbaa !5
-  %indvars.iv.next1010.i.1 = shl i64 %indvars.iv1009.i, 4
-  %2963 = or disjoint i64 %indvars.iv.next1010.i.1, 32
-  %2964 = add nuw nsw i64 %2963, %2946
-  %2965 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2964
-  %2966 = load <16 x float>, ptr %2965, align 4, !tbaa !5
-  %2967 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2964
+if_then362.i:                                     ; preds = %for_body_tile358.i
+  %2965 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1207.i
+  %old_max369.i = load <16 x float>, ptr %2965, align 4, !tbaa !5
+  %2966 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1207.i
+  %old_sum371.i = load <16 x float>, ptr %2966, align 4, !tbaa !5
+  %2967 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1207.i
   %2968 = load <16 x float>, ptr %2967, align 4, !tbaa !5
-  %2969 = fmul <16 x float> %2921, %2968
-  %2970 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2942, <16 x float> %2966, <16 x float> %2969)
-  store <16 x float> %2970, ptr %2967, align 4, !tbaa !5
-  %indvars.iv.next1010.i.2 = shl i64 %indvars.iv1009.i, 4
-  %2971 = or disjoint i64 %indvars.iv.next1010.i.2, 48
-  %2972 = add nuw nsw i64 %2971, %2946
-  %2973 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2972
-  %2974 = load <16 x float>, ptr %2973, align 4, !tbaa !5
-  %2975 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2972
-  %2976 = load <16 x float>, ptr %2975, align 4, !tbaa !5
-  %2977 = fmul <16 x float> %2921, %2976
-  %2978 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2942, <16 x float> %2974, <16 x float> %2977)
-  store <16 x float> %2978, ptr %2975, align 4, !tbaa !5
-  %indvars.iv.next1010.i.3 = add nuw nsw i64 %indvars.iv1009.i, 4
-  %exitcond1012.not.i.3 = icmp eq i64 %indvars.iv.next1010.i.3, 128
-  br i1 %exitcond1012.not.i.3, label %if_end350.i, label %for_body_d400.i, !prof !26, !llvm.loop !66
+  %2969 = fcmp ogt <16 x float> %old_max369.i, %2968
+  %2970 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1207.i
+  %2971 = load <16 x float>, ptr %2970, align 4, !tbaa !5
+  %2972 = fcmp oeq <16 x float> %2971, zeroinitializer
+  %2973 = select <16 x i1> %2972, <16 x i1> splat (i1 true), <16 x i1> %2969
+  %old_or_both375.i = select <16 x i1> %2973, <16 x float> %old_max369.i, <16 x float> %2968
+  %2974 = fcmp oeq <16 x float> %old_sum371.i, zeroinitializer
+  %m377.i = select <16 x i1> %2974, <16 x float> %2968, <16 x float> %old_or_both375.i
+  %2975 = fsub <16 x float> %old_max369.i, %m377.i
+  %2976 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2975, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2977 = bitcast <16 x float> %2976 to <16 x i32>
+  %2978 = fadd <16 x float> %2976, splat (float 0xC168000FE0000000)
+  %2979 = fmul <16 x float> %2978, splat (float 0x3F2BD01060000000)
+  %2980 = fmul <16 x float> %2978, splat (float 0x3FE6300000000000)
+  %2981 = fsub <16 x float> %2975, %2980
+  %2982 = fadd <16 x float> %2979, %2981
+  %2983 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2982, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2984 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2983, <16 x float> %2982, <16 x float> splat (float 0x3FA5558F20000000))
+  %2985 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2984, <16 x float> %2982, <16 x float> splat (float 0x3FC5554920000000))
+  %2986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2985, <16 x float> %2982, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2987 = fmul <16 x float> %2982, %2982
+  %2988 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2986, <16 x float> %2987, <16 x float> %2982)
+  %2989 = shl <16 x i32> %2977, splat (i32 23)
+  %2990 = bitcast <16 x i32> %2989 to <16 x float>
+  %2991 = fadd <16 x float> %2988, splat (float 1.000000e+00)
+  %2992 = fmul <16 x float> %2991, %2990
+  %2993 = fcmp olt <16 x float> %2975, splat (float -8.700000e+01)
+  %2994 = select <16 x i1> %2993, <16 x float> zeroinitializer, <16 x float> %2992
+  %2995 = fcmp one <16 x float> %old_sum371.i, zeroinitializer
+  %2996 = select <16 x i1> %2995, <16 x float> %2994, <16 x float> zeroinitializer
+  %arg395.i = fsub <16 x float> %2968, %m377.i
+  %2997 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg395.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2998 = bitcast <16 x float> %2997 to <16 x i32>
+  %2999 = fadd <16 x float> %2997, splat (float 0xC168000FE0000000)
+  %3000 = fmul <16 x float> %2999, splat (float 0x3F2BD01060000000)
+  %3001 = fmul <16 x float> %2999, splat (float 0x3FE6300000000000)
+  %3002 = fsub <16 x float> %arg395.i, %3001
+  %3003 = fadd <16 x float> %3000, %3002
+  %3004 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3003, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %3005 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3004, <16 x float> %3003, <16 x float> splat (float 0x3FA5558F20000000))
+  %3006 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3005, <16 x float> %3003, <16 x float> splat (float 0x3FC5554920000000))
+  %3007 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3006, <16 x float> %3003, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %3008 = fmul <16 x float> %3003, %3003
+  %3009 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3007, <16 x float> %3008, <16 x float> %3003)
+  %3010 = shl <16 x i32> %2998, splat (i32 23)
+  %3011 = bitcast <16 x i32> %3010 to <16 x float>
+  %3012 = fadd <16 x float> %3009, splat (float 1.000000e+00)
+  %3013 = fmul <16 x float> %3012, %3011
+  %3014 = fcmp olt <16 x float> %arg395.i, splat (float -8.700000e+01)
+  %3015 = select <16 x i1> %3014, <16 x float> zeroinitializer, <16 x float> %3013
+  %3016 = fcmp one <16 x float> %2971, zeroinitializer
+  %3017 = select <16 x i1> %3016, <16 x float> %3015, <16 x float> zeroinitializer
+  %3018 = fmul <16 x float> %old_sum371.i, %2996
+  %3019 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3017, <16 x float> %2971, <16 x float> %3018)
+  store <16 x float> %m377.i, ptr %2965, align 4, !tbaa !5
+  store <16 x float> %3019, ptr %2966, align 4, !tbaa !5
+  %3020 = shl i64 %indvars.iv1096.i, 11
+  %3021 = and i64 %3020, 4294965248
+  br label %for_body_d413.i
 
-if_end405.i:                                      ; preds = %for_end_tile346.i
-  %2979 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2980 = tail call i32 %2979(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
-  %.not536.i = icmp eq i32 %2980, 0
-  br i1 %.not536.i, label %if_end408.i, label %fused_attend_compute_.exit, !prof !42
+if_end363.i:                                      ; preds = %for_body_d413.i, %for_body_tile358.i
+  %indvars.iv.next1097.i = add nuw nsw i64 %indvars.iv1096.i, 1
+  %exitcond1100.not.i = icmp eq i64 %indvars.iv.next1097.i, %wide.trip.count1099.i
+  br i1 %exitcond1100.not.i, label %for_end_tile359.i, label %for_body_tile358.i, !prof !13
 
-if_end408.i:                                      ; preds = %if_end405.i
-  %2981 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2982 = tail call i32 %2981(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
-  %.not537.i = icmp eq i32 %2982, 0
-  br i1 %.not537.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !42
+for_body_d413.i:                                  ; preds = %for_body_d413.i, %if_then362.i
+  %indvars.iv1092.i = phi i64 [ 0, %if_then362.i ], [ %indvars.iv.next1093.i.3, %for_body_d413.i ]
+  %3022 = shl nuw nsw i64 %indvars.iv1092.i, 4
+  %3023 = add nuw nsw i64 %3022, %3021
+  %3024 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3023
+  %3025 = load <16 x float>, ptr %3024, align 4, !tbaa !5
+  %3026 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3023
+  %3027 = load <16 x float>, ptr %3026, align 4, !tbaa !5
+  %3028 = fmul <16 x float> %2996, %3027
+  %3029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3017, <16 x float> %3025, <16 x float> %3028)
+  store <16 x float> %3029, ptr %3026, align 4, !tbaa !5
+  %indvars.iv.next1093.i = shl i64 %indvars.iv1092.i, 4
+  %3030 = or disjoint i64 %indvars.iv.next1093.i, 16
+  %3031 = add nuw nsw i64 %3030, %3021
+  %3032 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3031
+  %3033 = load <16 x float>, ptr %3032, align 4, !tbaa !5
+  %3034 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3031
+  %3035 = load <16 x float>, ptr %3034, align 4, !tbaa !5
+  %3036 = fmul <16 x float> %2996, %3035
+  %3037 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3017, <16 x float> %3033, <16 x float> %3036)
+  store <16 x float> %3037, ptr %3034, align 4, !tbaa !5
+  %indvars.iv.next1093.i.1 = shl i64 %indvars.iv1092.i, 4
+  %3038 = or disjoint i64 %indvars.iv.next1093.i.1, 32
+  %3039 = add nuw nsw i64 %3038, %3021
+  %3040 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3039
+  %3041 = load <16 x float>, ptr %3040, align 4, !tbaa !5
+  %3042 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3039
+  %3043 = load <16 x float>, ptr %3042, align 4, !tbaa !5
+  %3044 = fmul <16 x float> %2996, %3043
+  %3045 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3017, <16 x float> %3041, <16 x float> %3044)
+  store <16 x float> %3045, ptr %3042, align 4, !tbaa !5
+  %indvars.iv.next1093.i.2 = shl i64 %indvars.iv1092.i, 4
+  %3046 = or disjoint i64 %indvars.iv.next1093.i.2, 48
+  %3047 = add nuw nsw i64 %3046, %3021
+  %3048 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3047
+  %3049 = load <16 x float>, ptr %3048, align 4, !tbaa !5
+  %3050 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3047
+  %3051 = load <16 x float>, ptr %3050, align 4, !tbaa !5
+  %3052 = fmul <16 x float> %2996, %3051
+  %3053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3017, <16 x float> %3049, <16 x float> %3052)
+  store <16 x float> %3053, ptr %3050, align 4, !tbaa !5
+  %indvars.iv.next1093.i.3 = add nuw nsw i64 %indvars.iv1092.i, 4
+  %exitcond1095.not.i.3 = icmp eq i64 %indvars.iv.next1093.i.3, 128
+  br i1 %exitcond1095.not.i.3, label %if_end363.i, label %for_body_d413.i, !prof !26, !llvm.loop !74
 
-for_body_tile414.i:                               ; preds = %if_end419.loopexit621.i, %for_body_tile414.i.preheader
-  %indvars.iv1035.i = phi i64 [ %indvars.iv.next1036.i, %if_end419.loopexit621.i ], [ 0, %for_body_tile414.i.preheader ]
-  %2983 = shl i64 %indvars.iv1035.i, 13
-  %2984 = and i64 %2983, 17179860992
-  %scevgep491 = getelementptr i8, ptr %total_acc.i, i64 %2984
-  %2985 = trunc nuw nsw i64 %indvars.iv1035.i to i32
-  %rmod447.i = srem i32 %2985, %111
-  %rdiv454.i = sdiv i32 %2985, %111
-  %2986 = icmp ne i32 %rmod447.i, 0
-  %.not528.i = and i1 %412, %2986
-  %2987 = select i1 %.not528.i, i32 %111, i32 0
-  %2988 = add nsw i32 %2987, %rmod447.i
-  %2989 = shl nsw i32 %2988, 4
-  %2990 = sub nsw i32 %109, %2989
-  %2991 = icmp sgt i32 %2990, 0
-  br i1 %2991, label %for_body_r449.lr.ph.i, label %if_end419.loopexit621.i, !prof !3
+if_end418.i:                                      ; preds = %for_end_tile359.i
+  %3054 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3055 = tail call i32 %3054(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not592.i = icmp eq i32 %3055, 0
+  br i1 %.not592.i, label %if_end421.i, label %fused_attend_compute_.exit, !prof !36
 
-for_end_tile415.i:                                ; preds = %if_end419.loopexit621.i, %if_end419.loopexit.us.i, %for_begin_tile413.preheader.i
-  %2992 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2993 = tail call i32 %2992(i32 1, i32 %dev_id, ptr nonnull %reach.i)
-  %.not.i = icmp eq i32 %2993, 0
-  br i1 %.not.i, label %if_end474.i, label %fused_attend_compute_.exit, !prof !42
+if_end421.i:                                      ; preds = %if_end418.i
+  %3056 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3057 = tail call i32 %3056(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not593.i = icmp eq i32 %3057, 0
+  br i1 %.not593.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end419.loopexit621.i:                          ; preds = %for_end_d467.i, %for_body_tile414.i
-  %indvars.iv.next1036.i = add nuw nsw i64 %indvars.iv1035.i, 1
-  %exitcond1039.not.i = icmp eq i64 %indvars.iv.next1036.i, %wide.trip.count1063.i
-  br i1 %exitcond1039.not.i, label %for_end_tile415.i, label %for_body_tile414.i, !prof !13
+for_body_tile427.i:                               ; preds = %if_end432.loopexit.i, %for_body_tile427.i.preheader
+  %indvars.iv1118.i = phi i64 [ %indvars.iv.next1119.i, %if_end432.loopexit.i ], [ 0, %for_body_tile427.i.preheader ]
+  %3058 = shl i64 %indvars.iv1118.i, 13
+  %3059 = and i64 %3058, 17179860992
+  %scevgep494 = getelementptr i8, ptr %total_acc.i, i64 %3059
+  %3060 = trunc nuw nsw i64 %indvars.iv1118.i to i32
+  %rmod500.i = srem i32 %3060, %111
+  %rdiv507.i = sdiv i32 %3060, %111
+  %3061 = icmp ne i32 %rmod500.i, 0
+  %.not583.i = and i1 %412, %3061
+  %3062 = select i1 %.not583.i, i32 %111, i32 0
+  %3063 = add nsw i32 %3062, %rmod500.i
+  %3064 = shl nsw i32 %3063, 4
+  %3065 = sub nsw i32 %109, %3064
+  %3066 = icmp sgt i32 %3065, 0
+  br i1 %3066, label %for_body_r502.lr.ph.i, label %if_end432.loopexit.i, !prof !3
 
-for_body_r449.lr.ph.i:                            ; preds = %for_body_tile414.i
-  %2994 = sext i1 %.not528.i to i32
-  %2995 = add nsw i32 %rdiv454.i, %2994
-  %2996 = sext i32 %2995 to i64
-  %2997 = sext i32 %2988 to i64
-  %2998 = shl nsw i64 %2997, 7
-  %2999 = add nsw i64 %413, %2996
-  %3000 = shl nsw i64 %2999, 2
-  %3001 = add nsw i64 %2998, %415
-  %3002 = shl i64 %indvars.iv1035.i, 4
-  %3003 = and i64 %3002, 4294967280
-  %3004 = tail call i32 @llvm.umin.i32(i32 %2990, i32 16)
-  %wide.trip.count1023.i = zext nneg i32 %3004 to i64
-  %3005 = add nsw i64 %3001, %3000
-  br label %for_body_r449.i
+for_end_tile428.i:                                ; preds = %if_end432.loopexit.i, %if_end432.us.i, %for_begin_tile426.preheader.i
+  %3067 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3068 = tail call i32 %3067(i32 1, i32 %dev_id, ptr nonnull %reach.i)
+  %.not.i = icmp eq i32 %3068, 0
+  br i1 %.not.i, label %if_end527.i, label %fused_attend_compute_.exit, !prof !36
 
-for_begin_d465.preheader.lr.ph.i:                 ; preds = %for_body_r449.i
-  %.idx.i = shl nsw i64 %2999, 11
-  %3006 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %.idx529.i = shl nsw i64 %2997, 16
-  %3007 = getelementptr i8, ptr %3006, i64 %.idx529.i
-  %invariant.gep805.i = getelementptr i8, ptr %3007, i64 %.idx530.i
-  %3008 = shl i64 %indvars.iv1035.i, 11
-  %3009 = and i64 %3008, 4294965248
-  %invariant.gep1178.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3009
-  %3010 = add nsw i64 %.idx529.i, %.idx.i
-  %scevgep486 = getelementptr i8, ptr %scevgep485, i64 %3010
-  %scevgep489 = getelementptr i8, ptr %scevgep488, i64 %3010
-  %3011 = shl nuw nsw i64 %wide.trip.count1023.i, 2
-  %3012 = getelementptr i8, ptr %scevgep492, i64 %2984
-  %scevgep493 = getelementptr i8, ptr %3012, i64 %3011
-  br label %for_begin_d465.preheader.i
+if_end432.loopexit.i:                             ; preds = %for_end_d520.i, %for_body_tile427.i
+  %indvars.iv.next1119.i = add nuw nsw i64 %indvars.iv1118.i, 1
+  %exitcond1122.not.i = icmp eq i64 %indvars.iv.next1119.i, %wide.trip.count1157.i
+  br i1 %exitcond1122.not.i, label %for_end_tile428.i, label %for_body_tile427.i, !prof !13
 
-for_body_r449.i:                                  ; preds = %for_body_r449.i, %for_body_r449.lr.ph.i
-  %indvars.iv1019.i = phi i64 [ 0, %for_body_r449.lr.ph.i ], [ %indvars.iv.next1020.i.1, %for_body_r449.i ]
-  %3013 = add nuw nsw i64 %indvars.iv1019.i, %3003
-  %3014 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3013
-  %3015 = load float, ptr %3014, align 4, !tbaa !5
-  %3016 = and i64 %indvars.iv1019.i, 2
-  %3017 = shl nuw nsw i64 %indvars.iv1019.i, 3
-  %3018 = and i64 %3017, 17179869152
-  %3019 = or disjoint i64 %3005, %3016
-  %3020 = add nsw i64 %3019, %3018
-  %3021 = getelementptr inbounds float, ptr %partial_max, i64 %3020
-  store float %3015, ptr %3021, align 4, !tbaa !5
-  %3022 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3013
-  %3023 = load float, ptr %3022, align 4, !tbaa !5
-  %3024 = getelementptr inbounds float, ptr %partial_sum, i64 %3020
-  store float %3023, ptr %3024, align 4, !tbaa !5
-  %indvars.iv.next1020.i = or disjoint i64 %indvars.iv1019.i, 1
-  %3025 = add nuw nsw i64 %indvars.iv.next1020.i, %3003
-  %3026 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3025
-  %3027 = load float, ptr %3026, align 4, !tbaa !5
-  %3028 = and i64 %indvars.iv.next1020.i, 3
-  %3029 = shl nuw nsw i64 %indvars.iv1019.i, 3
-  %3030 = and i64 %3029, 17179869152
-  %3031 = or disjoint i64 %3005, %3028
-  %3032 = add nsw i64 %3031, %3030
-  %3033 = getelementptr inbounds float, ptr %partial_max, i64 %3032
-  store float %3027, ptr %3033, align 4, !tbaa !5
-  %3034 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3025
-  %3035 = load float, ptr %3034, align 4, !tbaa !5
-  %3036 = getelementptr inbounds float, ptr %partial_sum, i64 %3032
-  store float %3035, ptr %3036, align 4, !tbaa !5
-  %indvars.iv.next1020.i.1 = add nuw nsw i64 %indvars.iv1019.i, 2
-  %exitcond1024.not.i.1 = icmp eq i64 %indvars.iv.next1020.i.1, %wide.trip.count1023.i
-  br i1 %exitcond1024.not.i.1, label %for_begin_d465.preheader.lr.ph.i, label %for_body_r449.i, !prof !13, !llvm.loop !68
+for_body_r502.lr.ph.i:                            ; preds = %for_body_tile427.i
+  %3069 = sext i1 %.not583.i to i32
+  %3070 = add nsw i32 %rdiv507.i, %3069
+  %3071 = sext i32 %3070 to i64
+  %3072 = sext i32 %3063 to i64
+  %3073 = shl nsw i64 %3072, 7
+  %3074 = add nsw i64 %413, %3071
+  %3075 = shl nsw i64 %3074, 2
+  %3076 = add nsw i64 %3073, %415
+  %3077 = shl i64 %indvars.iv1118.i, 4
+  %3078 = and i64 %3077, 4294967280
+  %3079 = tail call i32 @llvm.umin.i32(i32 %3065, i32 16)
+  %wide.trip.count1106.i = zext nneg i32 %3079 to i64
+  %3080 = add nsw i64 %3076, %3075
+  br label %for_body_r502.i
 
-for_begin_d465.preheader.i:                       ; preds = %for_end_d467.i, %for_begin_d465.preheader.lr.ph.i
-  %indvars.iv1029.i = phi i64 [ 0, %for_begin_d465.preheader.lr.ph.i ], [ %indvars.iv.next1030.i, %for_end_d467.i ]
-  %3037 = shl nuw nsw i64 %indvars.iv1029.i, 7
-  %3038 = and i64 %3037, 384
-  %3039 = shl nuw nsw i64 %indvars.iv1029.i, 10
-  %3040 = and i64 %3039, 2199023251456
-  %gep806.i = getelementptr float, ptr %invariant.gep805.i, i64 %3040
-  %3041 = getelementptr float, ptr %gep806.i, i64 %3038
-  %gep1179.i = getelementptr inbounds nuw float, ptr %invariant.gep1178.i, i64 %indvars.iv1029.i
-  %3042 = shl i64 %indvars.iv1029.i, 12
-  %3043 = and i64 %3042, 8796093005824
-  %3044 = shl i64 %indvars.iv1029.i, 9
-  %3045 = and i64 %3044, 1536
-  %3046 = or disjoint i64 %3043, %3045
-  %scevgep490 = getelementptr i8, ptr %scevgep489, i64 %3046
-  %scevgep487 = getelementptr i8, ptr %scevgep486, i64 %3046
-  %bound0494 = icmp ult ptr %scevgep487, %scevgep493
-  %bound1495 = icmp ult ptr %scevgep491, %scevgep490
-  %found.conflict496 = and i1 %bound0494, %bound1495
-  br i1 %found.conflict496, label %for_body_d466.i, label %vector.body499, !prof !16
+for_begin_d518.preheader.lr.ph.i:                 ; preds = %for_body_r502.i
+  %.idx.i = shl nsw i64 %3074, 11
+  %3081 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %.idx584.i = shl nsw i64 %3072, 16
+  %3082 = getelementptr i8, ptr %3081, i64 %.idx584.i
+  %invariant.gep876.i = getelementptr i8, ptr %3082, i64 %.idx585.i
+  %3083 = shl i64 %indvars.iv1118.i, 11
+  %3084 = and i64 %3083, 4294965248
+  %invariant.gep1276.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3084
+  %3085 = add nsw i64 %.idx584.i, %.idx.i
+  %scevgep489 = getelementptr i8, ptr %scevgep488, i64 %3085
+  %scevgep492 = getelementptr i8, ptr %scevgep491, i64 %3085
+  %3086 = shl nuw nsw i64 %wide.trip.count1106.i, 2
+  %3087 = getelementptr i8, ptr %scevgep495, i64 %3059
+  %scevgep496 = getelementptr i8, ptr %3087, i64 %3086
+  br label %for_begin_d518.preheader.i
 
-vector.body499:                                   ; preds = %for_begin_d465.preheader.i
-  %3047 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3048 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3049 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3050 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather502 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3047, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
-  %wide.masked.gather503 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3048, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
-  %wide.masked.gather504 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3049, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
-  %wide.masked.gather505 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3050, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
-  %3051 = getelementptr i8, ptr %3041, i64 32
-  %3052 = getelementptr i8, ptr %3041, i64 64
-  %3053 = getelementptr i8, ptr %3041, i64 96
-  store <8 x float> %wide.masked.gather502, ptr %3041, align 4, !tbaa !5, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather503, ptr %3051, align 4, !tbaa !5, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather504, ptr %3052, align 4, !tbaa !5, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather505, ptr %3053, align 4, !tbaa !5, !alias.scope !72, !noalias !69
-  %3054 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3055 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3056 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3057 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather502.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3054, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
-  %wide.masked.gather503.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3055, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
-  %wide.masked.gather504.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3056, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
-  %wide.masked.gather505.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3057, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
-  %3058 = getelementptr i8, ptr %3041, i64 128
-  %3059 = getelementptr i8, ptr %3041, i64 160
-  %3060 = getelementptr i8, ptr %3041, i64 192
-  %3061 = getelementptr i8, ptr %3041, i64 224
-  store <8 x float> %wide.masked.gather502.1, ptr %3058, align 4, !tbaa !5, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather503.1, ptr %3059, align 4, !tbaa !5, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather504.1, ptr %3060, align 4, !tbaa !5, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather505.1, ptr %3061, align 4, !tbaa !5, !alias.scope !72, !noalias !69
-  %3062 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3063 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3064 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3065 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather502.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3062, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
-  %wide.masked.gather503.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3063, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
-  %wide.masked.gather504.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3064, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
-  %wide.masked.gather505.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3065, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
-  %3066 = getelementptr i8, ptr %3041, i64 256
-  %3067 = getelementptr i8, ptr %3041, i64 288
-  %3068 = getelementptr i8, ptr %3041, i64 320
-  %3069 = getelementptr i8, ptr %3041, i64 352
-  store <8 x float> %wide.masked.gather502.2, ptr %3066, align 4, !tbaa !5, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather503.2, ptr %3067, align 4, !tbaa !5, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather504.2, ptr %3068, align 4, !tbaa !5, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather505.2, ptr %3069, align 4, !tbaa !5, !alias.scope !72, !noalias !69
-  %3070 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3071 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3072 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3073 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather502.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3070, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
-  %wide.masked.gather503.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3071, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
-  %wide.masked.gather504.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3072, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
-  %wide.masked.gather505.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3073, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
-  %3074 = getelementptr i8, ptr %3041, i64 384
-  %3075 = getelementptr i8, ptr %3041, i64 416
-  %3076 = getelementptr i8, ptr %3041, i64 448
-  %3077 = getelementptr i8, ptr %3041, i64 480
-  store <8 x float> %wide.masked.gather502.3, ptr %3074, align 4, !tbaa !5, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather503.3, ptr %3075, align 4, !tbaa !5, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather504.3, ptr %3076, align 4, !tbaa !5, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather505.3, ptr %3077, align 4, !tbaa !5, !alias.scope !72, !noalias !69
-  br label %for_end_d467.i
+for_body_r502.i:                                  ; preds = %for_body_r502.i, %for_body_r502.lr.ph.i
+  %indvars.iv1102.i = phi i64 [ 0, %for_body_r502.lr.ph.i ], [ %indvars.iv.next1103.i.1, %for_body_r502.i ]
+  %3088 = add nuw nsw i64 %indvars.iv1102.i, %3078
+  %3089 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3088
+  %3090 = load float, ptr %3089, align 4, !tbaa !5
+  %3091 = and i64 %indvars.iv1102.i, 2
+  %3092 = shl nuw nsw i64 %indvars.iv1102.i, 3
+  %3093 = and i64 %3092, 17179869152
+  %3094 = or disjoint i64 %3080, %3091
+  %3095 = add nsw i64 %3094, %3093
+  %3096 = getelementptr inbounds float, ptr %partial_max, i64 %3095
+  store float %3090, ptr %3096, align 4, !tbaa !5
+  %3097 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3088
+  %3098 = load float, ptr %3097, align 4, !tbaa !5
+  %3099 = getelementptr inbounds float, ptr %partial_sum, i64 %3095
+  store float %3098, ptr %3099, align 4, !tbaa !5
+  %indvars.iv.next1103.i = or disjoint i64 %indvars.iv1102.i, 1
+  %3100 = add nuw nsw i64 %indvars.iv.next1103.i, %3078
+  %3101 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3100
+  %3102 = load float, ptr %3101, align 4, !tbaa !5
+  %3103 = and i64 %indvars.iv.next1103.i, 3
+  %3104 = shl nuw nsw i64 %indvars.iv1102.i, 3
+  %3105 = and i64 %3104, 17179869152
+  %3106 = or disjoint i64 %3080, %3103
+  %3107 = add nsw i64 %3106, %3105
+  %3108 = getelementptr inbounds float, ptr %partial_max, i64 %3107
+  store float %3102, ptr %3108, align 4, !tbaa !5
+  %3109 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3100
+  %3110 = load float, ptr %3109, align 4, !tbaa !5
+  %3111 = getelementptr inbounds float, ptr %partial_sum, i64 %3107
+  store float %3110, ptr %3111, align 4, !tbaa !5
+  %indvars.iv.next1103.i.1 = add nuw nsw i64 %indvars.iv1102.i, 2
+  %exitcond1107.not.i.1 = icmp eq i64 %indvars.iv.next1103.i.1, %wide.trip.count1106.i
+  br i1 %exitcond1107.not.i.1, label %for_begin_d518.preheader.lr.ph.i, label %for_body_r502.i, !prof !13, !llvm.loop !76
 
-for_body_d466.i:                                  ; preds = %for_body_d466.i, %for_begin_d465.preheader.i
-  %indvars.iv1025.i = phi i64 [ %indvars.iv.next1026.i.7, %for_body_d466.i ], [ 0, %for_begin_d465.preheader.i ]
-  %.idx1110.i = shl nuw nsw i64 %indvars.iv1025.i, 6
-  %3078 = getelementptr inbounds nuw i8, ptr %gep1179.i, i64 %.idx1110.i
-  %3079 = load float, ptr %3078, align 4, !tbaa !5
-  %3080 = getelementptr float, ptr %3041, i64 %indvars.iv1025.i
-  store float %3079, ptr %3080, align 4, !tbaa !5
-  %indvars.iv.next1026.i = or disjoint i64 %indvars.iv1025.i, 1
-  %.idx1110.i.1 = shl nuw nsw i64 %indvars.iv.next1026.i, 6
-  %3081 = getelementptr inbounds nuw i8, ptr %gep1179.i, i64 %.idx1110.i.1
-  %3082 = load float, ptr %3081, align 4, !tbaa !5
-  %3083 = getelementptr float, ptr %3041, i64 %indvars.iv.next1026.i
-  store float %3082, ptr %3083, align 4, !tbaa !5
-  %indvars.iv.next1026.i.1 = or disjoint i64 %indvars.iv1025.i, 2
-  %.idx1110.i.2 = shl nuw nsw i64 %indvars.iv.next1026.i.1, 6
-  %3084 = getelementptr inbounds nuw i8, ptr %gep1179.i, i64 %.idx1110.i.2
-  %3085 = load float, ptr %3084, align 4, !tbaa !5
-  %3086 = getelementptr float, ptr %3041, i64 %indvars.iv.next1026.i.1
-  store float %3085, ptr %3086, align 4, !tbaa !5
-  %indvars.iv.next1026.i.2 = or disjoint i64 %indvars.iv1025.i, 3
-  %.idx1110.i.3 = shl nuw nsw i64 %indvars.iv.next1026.i.2, 6
-  %3087 = getelementptr inbounds nuw i8, ptr %gep1179.i, i64 %.idx1110.i.3
-  %3088 = load float, ptr %3087, align 4, !tbaa !5
-  %3089 = getelementptr float, ptr %3041, i64 %indvars.iv.next1026.i.2
-  store float %3088, ptr %3089, align 4, !tbaa !5
-  %indvars.iv.next1026.i.3 = or disjoint i64 %indvars.iv1025.i, 4
-  %.idx1110.i.4 = shl nuw nsw i64 %indvars.iv.next1026.i.3, 6
-  %3090 = getelementptr inbounds nuw i8, ptr %gep1179.i, i64 %.idx1110.i.4
-  %3091 = load float, ptr %3090, align 4, !tbaa !5
-  %3092 = getelementptr float, ptr %3041, i64 %indvars.iv.next1026.i.3
-  store float %3091, ptr %3092, align 4, !tbaa !5
-  %indvars.iv.next1026.i.4 = or disjoint i64 %indvars.iv1025.i, 5
-  %.idx1110.i.5 = shl nuw nsw i64 %indvars.iv.next1026.i.4, 6
-  %3093 = getelementptr inbounds nuw i8, ptr %gep1179.i, i64 %.idx1110.i.5
-  %3094 = load float, ptr %3093, align 4, !tbaa !5
-  %3095 = getelementptr float, ptr %3041, i64 %indvars.iv.next1026.i.4
-  store float %3094, ptr %3095, align 4, !tbaa !5
-  %indvars.iv.next1026.i.5 = or disjoint i64 %indvars.iv1025.i, 6
-  %.idx1110.i.6 = shl nuw nsw i64 %indvars.iv.next1026.i.5, 6
-  %3096 = getelementptr inbounds nuw i8, ptr %gep1179.i, i64 %.idx1110.i.6
-  %3097 = load float, ptr %3096, align 4, !tbaa !5
-  %3098 = getelementptr float, ptr %3041, i64 %indvars.iv.next1026.i.5
-  store float %3097, ptr %3098, align 4, !tbaa !5
-  %indvars.iv.next1026.i.6 = or disjoint i64 %indvars.iv1025.i, 7
-  %.idx1110.i.7 = shl nuw nsw i64 %indvars.iv.next1026.i.6, 6
-  %3099 = getelementptr inbounds nuw i8, ptr %gep1179.i, i64 %.idx1110.i.7
-  %3100 = load float, ptr %3099, align 4, !tbaa !5
-  %3101 = getelementptr float, ptr %3041, i64 %indvars.iv.next1026.i.6
-  store float %3100, ptr %3101, align 4, !tbaa !5
-  %indvars.iv.next1026.i.7 = add nuw nsw i64 %indvars.iv1025.i, 8
-  %exitcond1028.not.i.7 = icmp eq i64 %indvars.iv.next1026.i.7, 128
-  br i1 %exitcond1028.not.i.7, label %for_end_d467.i, label %for_body_d466.i, !prof !27, !llvm.loop !74
+for_begin_d518.preheader.i:                       ; preds = %for_end_d520.i, %for_begin_d518.preheader.lr.ph.i
+  %indvars.iv1112.i = phi i64 [ 0, %for_begin_d518.preheader.lr.ph.i ], [ %indvars.iv.next1113.i, %for_end_d520.i ]
+  %3112 = shl nuw nsw i64 %indvars.iv1112.i, 7
+  %3113 = and i64 %3112, 384
+  %3114 = shl nuw nsw i64 %indvars.iv1112.i, 10
+  %3115 = and i64 %3114, 2199023251456
+  %gep877.i = getelementptr float, ptr %invariant.gep876.i, i64 %3115
+  %3116 = getelementptr float, ptr %gep877.i, i64 %3113
+  %gep1277.i = getelementptr inbounds nuw float, ptr %invariant.gep1276.i, i64 %indvars.iv1112.i
+  %3117 = shl i64 %indvars.iv1112.i, 12
+  %3118 = and i64 %3117, 8796093005824
+  %3119 = shl i64 %indvars.iv1112.i, 9
+  %3120 = and i64 %3119, 1536
+  %3121 = or disjoint i64 %3118, %3120
+  %scevgep493 = getelementptr i8, ptr %scevgep492, i64 %3121
+  %scevgep490 = getelementptr i8, ptr %scevgep489, i64 %3121
+  %bound0497 = icmp ult ptr %scevgep490, %scevgep496
+  %bound1498 = icmp ult ptr %scevgep494, %scevgep493
+  %found.conflict499 = and i1 %bound0497, %bound1498
+  br i1 %found.conflict499, label %for_body_d519.i, label %vector.body502, !prof !16
 
-for_end_d467.i:                                   ; preds = %for_body_d466.i, %vector.body499
-  %indvars.iv.next1030.i = add nuw nsw i64 %indvars.iv1029.i, 1
-  %exitcond1034.not.i = icmp eq i64 %indvars.iv.next1030.i, %wide.trip.count1023.i
-  br i1 %exitcond1034.not.i, label %if_end419.loopexit621.i, label %for_begin_d465.preheader.i, !prof !13
+vector.body502:                                   ; preds = %for_begin_d518.preheader.i
+  %3122 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3123 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3124 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3125 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather505 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3122, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %wide.masked.gather506 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3123, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %wide.masked.gather507 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3124, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %wide.masked.gather508 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3125, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %3126 = getelementptr i8, ptr %3116, i64 32
+  %3127 = getelementptr i8, ptr %3116, i64 64
+  %3128 = getelementptr i8, ptr %3116, i64 96
+  store <8 x float> %wide.masked.gather505, ptr %3116, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  store <8 x float> %wide.masked.gather506, ptr %3126, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  store <8 x float> %wide.masked.gather507, ptr %3127, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  store <8 x float> %wide.masked.gather508, ptr %3128, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  %3129 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3130 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3131 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3132 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather505.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3129, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %wide.masked.gather506.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3130, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %wide.masked.gather507.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3131, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %wide.masked.gather508.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3132, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %3133 = getelementptr i8, ptr %3116, i64 128
+  %3134 = getelementptr i8, ptr %3116, i64 160
+  %3135 = getelementptr i8, ptr %3116, i64 192
+  %3136 = getelementptr i8, ptr %3116, i64 224
+  store <8 x float> %wide.masked.gather505.1, ptr %3133, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  store <8 x float> %wide.masked.gather506.1, ptr %3134, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  store <8 x float> %wide.masked.gather507.1, ptr %3135, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  store <8 x float> %wide.masked.gather508.1, ptr %3136, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  %3137 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3138 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3139 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3140 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather505.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3137, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %wide.masked.gather506.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3138, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %wide.masked.gather507.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3139, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %wide.masked.gather508.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3140, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %3141 = getelementptr i8, ptr %3116, i64 256
+  %3142 = getelementptr i8, ptr %3116, i64 288
+  %3143 = getelementptr i8, ptr %3116, i64 320
+  %3144 = getelementptr i8, ptr %3116, i64 352
+  store <8 x float> %wide.masked.gather505.2, ptr %3141, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  store <8 x float> %wide.masked.gather506.2, ptr %3142, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  store <8 x float> %wide.masked.gather507.2, ptr %3143, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  store <8 x float> %wide.masked.gather508.2, ptr %3144, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  %3145 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3146 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3147 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3148 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather505.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3145, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %wide.masked.gather506.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3146, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %wide.masked.gather507.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3147, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %wide.masked.gather508.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3148, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %3149 = getelementptr i8, ptr %3116, i64 384
+  %3150 = getelementptr i8, ptr %3116, i64 416
+  %3151 = getelementptr i8, ptr %3116, i64 448
+  %3152 = getelementptr i8, ptr %3116, i64 480
+  store <8 x float> %wide.masked.gather505.3, ptr %3149, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  store <8 x float> %wide.masked.gather506.3, ptr %3150, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  store <8 x float> %wide.masked.gather507.3, ptr %3151, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  store <8 x float> %wide.masked.gather508.3, ptr %3152, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  br label %for_end_d520.i
 
-if_end474.i:                                      ; preds = %for_end_tile415.i
-  %3102 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3103 = tail call i32 %3102(i32 1, i32 %dev_id, ptr nonnull %places.i)
-  %.not520.i = icmp eq i32 %3103, 0
-  br i1 %.not520.i, label %if_end477.i, label %fused_attend_compute_.exit, !prof !42
+for_body_d519.i:                                  ; preds = %for_body_d519.i, %for_begin_d518.preheader.i
+  %indvars.iv1108.i = phi i64 [ %indvars.iv.next1109.i.7, %for_body_d519.i ], [ 0, %for_begin_d518.preheader.i ]
+  %.idx1208.i = shl nuw nsw i64 %indvars.iv1108.i, 6
+  %3153 = getelementptr inbounds nuw i8, ptr %gep1277.i, i64 %.idx1208.i
+  %3154 = load float, ptr %3153, align 4, !tbaa !5
+  %3155 = getelementptr float, ptr %3116, i64 %indvars.iv1108.i
+  store float %3154, ptr %3155, align 4, !tbaa !5
+  %indvars.iv.next1109.i = or disjoint i64 %indvars.iv1108.i, 1
+  %.idx1208.i.1 = shl nuw nsw i64 %indvars.iv.next1109.i, 6
+  %3156 = getelementptr inbounds nuw i8, ptr %gep1277.i, i64 %.idx1208.i.1
+  %3157 = load float, ptr %3156, align 4, !tbaa !5
+  %3158 = getelementptr float, ptr %3116, i64 %indvars.iv.next1109.i
+  store float %3157, ptr %3158, align 4, !tbaa !5
+  %indvars.iv.next1109.i.1 = or disjoint i64 %indvars.iv1108.i, 2
+  %.idx1208.i.2 = shl nuw nsw i64 %indvars.iv.next1109.i.1, 6
+  %3159 = getelementptr inbounds nuw i8, ptr %gep1277.i, i64 %.idx1208.i.2
+  %3160 = load float, ptr %3159, align 4, !tbaa !5
+  %3161 = getelementptr float, ptr %3116, i64 %indvars.iv.next1109.i.1
+  store float %3160, ptr %3161, align 4, !tbaa !5
+  %indvars.iv.next1109.i.2 = or disjoint i64 %indvars.iv1108.i, 3
+  %.idx1208.i.3 = shl nuw nsw i64 %indvars.iv.next1109.i.2, 6
+  %3162 = getelementptr inbounds nuw i8, ptr %gep1277.i, i64 %.idx1208.i.3
+  %3163 = load float, ptr %3162, align 4, !tbaa !5
+  %3164 = getelementptr float, ptr %3116, i64 %indvars.iv.next1109.i.2
+  store float %3163, ptr %3164, align 4, !tbaa !5
+  %indvars.iv.next1109.i.3 = or disjoint i64 %indvars.iv1108.i, 4
+  %.idx1208.i.4 = shl nuw nsw i64 %indvars.iv.next1109.i.3, 6
+  %3165 = getelementptr inbounds nuw i8, ptr %gep1277.i, i64 %.idx1208.i.4
+  %3166 = load float, ptr %3165, align 4, !tbaa !5
+  %3167 = getelementptr float, ptr %3116, i64 %indvars.iv.next1109.i.3
+  store float %3166, ptr %3167, align 4, !tbaa !5
+  %indvars.iv.next1109.i.4 = or disjoint i64 %indvars.iv1108.i, 5
+  %.idx1208.i.5 = shl nuw nsw i64 %indvars.iv.next1109.i.4, 6
+  %3168 = getelementptr inbounds nuw i8, ptr %gep1277.i, i64 %.idx1208.i.5
+  %3169 = load float, ptr %3168, align 4, !tbaa !5
+  %3170 = getelementptr float, ptr %3116, i64 %indvars.iv.next1109.i.4
+  store float %3169, ptr %3170, align 4, !tbaa !5
+  %indvars.iv.next1109.i.5 = or disjoint i64 %indvars.iv1108.i, 6
+  %.idx1208.i.6 = shl nuw nsw i64 %indvars.iv.next1109.i.5, 6
+  %3171 = getelementptr inbounds nuw i8, ptr %gep1277.i, i64 %.idx1208.i.6
+  %3172 = load float, ptr %3171, align 4, !tbaa !5
+  %3173 = getelementptr float, ptr %3116, i64 %indvars.iv.next1109.i.5
+  store float %3172, ptr %3173, align 4, !tbaa !5
+  %indvars.iv.next1109.i.6 = or disjoint i64 %indvars.iv1108.i, 7
+  %.idx1208.i.7 = shl nuw nsw i64 %indvars.iv.next1109.i.6, 6
+  %3174 = getelementptr inbounds nuw i8, ptr %gep1277.i, i64 %.idx1208.i.7
+  %3175 = load float, ptr %3174, align 4, !tbaa !5
+  %3176 = getelementptr float, ptr %3116, i64 %indvars.iv.next1109.i.6
+  store float %3175, ptr %3176, align 4, !tbaa !5
+  %indvars.iv.next1109.i.7 = add nuw nsw i64 %indvars.iv1108.i, 8
+  %exitcond1111.not.i.7 = icmp eq i64 %indvars.iv.next1109.i.7, 128
+  br i1 %exitcond1111.not.i.7, label %for_end_d520.i, label %for_body_d519.i, !prof !27, !llvm.loop !82
 
-if_end477.i:                                      ; preds = %if_end474.i
-  %3104 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3105 = tail call i32 %3104(i32 1, i32 %dev_id, ptr nonnull %limits.i)
-  %.not521.i = icmp eq i32 %3105, 0
-  br i1 %.not521.i, label %if_end480.i, label %fused_attend_compute_.exit, !prof !42
+for_end_d520.i:                                   ; preds = %for_body_d519.i, %vector.body502
+  %indvars.iv.next1113.i = add nuw nsw i64 %indvars.iv1112.i, 1
+  %exitcond1117.not.i = icmp eq i64 %indvars.iv.next1113.i, %wide.trip.count1106.i
+  br i1 %exitcond1117.not.i, label %if_end432.loopexit.i, label %for_begin_d518.preheader.i, !prof !13
 
-if_end480.i:                                      ; preds = %if_end477.i
-  %3106 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3107 = tail call i32 %3106(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
-  %.not522.i = icmp eq i32 %3107, 0
-  br i1 %.not522.i, label %if_end483.i, label %fused_attend_compute_.exit, !prof !42
+if_end527.i:                                      ; preds = %for_end_tile428.i
+  %3177 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3178 = tail call i32 %3177(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not575.i = icmp eq i32 %3178, 0
+  br i1 %.not575.i, label %if_end530.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end483.i:                                      ; preds = %if_end480.i
-  %3108 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3109 = tail call i32 %3108(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
-  %.not523.i = icmp eq i32 %3109, 0
-  br i1 %.not523.i, label %if_end486.i, label %fused_attend_compute_.exit, !prof !42
+if_end530.i:                                      ; preds = %if_end527.i
+  %3179 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3180 = tail call i32 %3179(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not576.i = icmp eq i32 %3180, 0
+  br i1 %.not576.i, label %if_end533.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end486.i:                                      ; preds = %if_end483.i
-  %3110 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3111 = tail call i32 %3110(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
-  %.not524.i = icmp eq i32 %3111, 0
-  br i1 %.not524.i, label %if_end489.i, label %fused_attend_compute_.exit, !prof !42
+if_end533.i:                                      ; preds = %if_end530.i
+  %3181 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3182 = tail call i32 %3181(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not577.i = icmp eq i32 %3182, 0
+  br i1 %.not577.i, label %if_end536.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end489.i:                                      ; preds = %if_end486.i
-  %3112 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3113 = tail call i32 %3112(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not525.i = icmp ne i32 %3113, 0
-  %..i = sext i1 %.not525.i to i32
+if_end536.i:                                      ; preds = %if_end533.i
+  %3183 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3184 = tail call i32 %3183(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not578.i = icmp eq i32 %3184, 0
+  br i1 %.not578.i, label %if_end539.i, label %fused_attend_compute_.exit, !prof !36
+
+if_end539.i:                                      ; preds = %if_end536.i
+  %3185 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3186 = tail call i32 %3185(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not579.i = icmp eq i32 %3186, 0
+  br i1 %.not579.i, label %if_end542.i, label %fused_attend_compute_.exit, !prof !36
+
+if_end542.i:                                      ; preds = %if_end539.i
+  %3187 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3188 = tail call i32 %3187(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not580.i = icmp ne i32 %3188, 0
+  %..i = sext i1 %.not580.i to i32
   br label %fused_attend_compute_.exit
 
-fused_attend_compute_.exit:                       ; preds = %if_end489.i, %if_end486.i, %if_end483.i, %if_end480.i, %if_end477.i, %if_end474.i, %for_end_tile415.i, %if_end408.i, %if_end405.i, %for_end_tile346.i, %if_end339.i, %if_end333.i, %if_end327.i, %if_end324.i, %if_end321.i, %if_end174.i, %if_end168.i, %if_end165.i, %if_end162.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end146.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end129.i, %for_body_step.i, %if_end123.i, %if_end120.i, %for_body_number.i, %if_end14.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
-  %common.ret.op.i = phi i32 [ -1, %if_end486.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end14.i ], [ -1, %for_end_tile415.i ], [ -1, %if_end474.i ], [ -1, %if_end477.i ], [ %..i, %if_end489.i ], [ -1, %if_end480.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_body_kv_head.i ], [ -1, %if_end483.i ], [ -1, %for_body_step.i ], [ -1, %if_end327.i ], [ -1, %if_end324.i ], [ -1, %if_end321.i ], [ -1, %if_end174.i ], [ -1, %if_end168.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %if_end333.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end146.i ], [ -1, %if_end339.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end129.i ], [ -1, %if_end408.i ], [ -1, %if_end405.i ], [ -1, %for_end_tile346.i ], [ -1, %if_end123.i ], [ -1, %if_end120.i ], [ -1, %for_body_number.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor503.i)
+fused_attend_compute_.exit:                       ; preds = %if_end542.i, %if_end539.i, %if_end536.i, %if_end533.i, %if_end530.i, %if_end527.i, %for_end_tile428.i, %if_end421.i, %if_end418.i, %for_end_tile359.i, %if_end352.i, %if_end346.i, %if_end340.i, %if_end337.i, %if_end334.i, %if_end195.i, %if_end168.i, %if_end165.i, %if_end162.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end146.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end129.i, %for_body_step.i, %if_end123.i, %if_end120.i, %for_body_number.i, %for_end_r488.us.i, %for_body_tile427.us.i, %if_end14.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
+  %common.ret.op.i = phi i32 [ -1, %if_end539.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end14.i ], [ -1, %for_end_tile428.i ], [ -1, %if_end527.i ], [ -1, %if_end530.i ], [ -1, %if_end533.i ], [ -1, %for_body_tile427.us.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_row_tile.i ], [ -1, %if_end536.i ], [ %..i, %if_end542.i ], [ -1, %for_end_r488.us.i ], [ -1, %if_end340.i ], [ -1, %if_end337.i ], [ -1, %if_end334.i ], [ -1, %if_end195.i ], [ -1, %if_end168.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %if_end346.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end146.i ], [ -1, %if_end352.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end129.i ], [ -1, %if_end421.i ], [ -1, %if_end418.i ], [ -1, %for_end_tile359.i ], [ -1, %if_end123.i ], [ -1, %if_end120.i ], [ -1, %for_body_number.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor557.i)
   ret i32 %common.ret.op.i
 }
 
@@ -5677,7 +5905,7 @@ for_begin_step.i:                                 ; preds = %if_end203.i, %for_e
   %222 = and i32 %smin302, 15
   %223 = zext nneg i32 %222 to i64
   %exitcond798.not.i = icmp eq i64 %indvars.iv794.i, %wide.trip.count797.i
-  br i1 %exitcond798.not.i, label %for_begin_tile208.preheader.i, label %for_body_step.i, !prof !42
+  br i1 %exitcond798.not.i, label %for_begin_tile208.preheader.i, label %for_body_step.i, !prof !36
 
 for_begin_tile208.preheader.i:                    ; preds = %for_begin_step.i
   %224 = add nuw nsw i64 %indvars.iv834.i, %106
@@ -5697,7 +5925,7 @@ for_body_tile209.us.i:                            ; preds = %if_end228.us.3.i, %
   %indvars.iv830.i = phi i64 [ %indvars.iv.next831.i, %if_end228.us.3.i ], [ 0, %for_begin_tile208.preheader.i ]
   %234 = shl nuw nsw i64 %indvars.iv830.i, 2
   %235 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %234
-  %total.us.i = load <4 x float>, ptr %235, align 16, !tbaa !75
+  %total.us.i = load <4 x float>, ptr %235, align 16, !tbaa !83
   %236 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %237 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %238 = select <4 x i1> %237, <4 x float> zeroinitializer, <4 x float> %236
@@ -5906,7 +6134,7 @@ for_body_tile209.us.i:                            ; preds = %if_end228.us.3.i, %
   %gep631.us.3.3.i = getelementptr i8, ptr %invariant.gep630.us.3.i, i64 192
   store <32 x i16> %409, ptr %gep631.us.3.3.i, align 2, !tbaa !5
   %410 = getelementptr float, ptr %230, i64 %234
-  %411 = load float, ptr %235, align 16, !tbaa !75
+  %411 = load float, ptr %235, align 16, !tbaa !83
   %412 = fcmp oeq float %411, 0.000000e+00
   br i1 %412, label %if_end228.us.i, label %if_else227.us.i
 
@@ -5914,7 +6142,7 @@ if_else227.us.i:                                  ; preds = %for_body_tile209.us
   %413 = fmul float %411, %233
   %414 = tail call float @llvm.log.f32(float %413)
   %415 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %234
-  %416 = load float, ptr %415, align 16, !tbaa !77
+  %416 = load float, ptr %415, align 16, !tbaa !85
   %417 = fadd float %414, %416
   br label %if_end228.us.i
 
@@ -5922,7 +6150,7 @@ if_end228.us.i:                                   ; preds = %if_else227.us.i, %f
   %418 = phi float [ %417, %if_else227.us.i ], [ 0xFFF0000000000000, %for_body_tile209.us.i ]
   store float %418, ptr %410, align 4, !tbaa !5
   %419 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %282
-  %420 = load float, ptr %419, align 4, !tbaa !75
+  %420 = load float, ptr %419, align 4, !tbaa !83
   %421 = fcmp oeq float %420, 0.000000e+00
   br i1 %421, label %if_end228.us.1.i, label %if_else227.us.1.i
 
@@ -5930,7 +6158,7 @@ if_else227.us.1.i:                                ; preds = %if_end228.us.i
   %422 = fmul float %420, %233
   %423 = tail call float @llvm.log.f32(float %422)
   %424 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %282
-  %425 = load float, ptr %424, align 4, !tbaa !77
+  %425 = load float, ptr %424, align 4, !tbaa !85
   %426 = fadd float %423, %425
   br label %if_end228.us.1.i
 
@@ -5939,7 +6167,7 @@ if_end228.us.1.i:                                 ; preds = %if_else227.us.1.i, 
   %428 = getelementptr i8, ptr %410, i64 4
   store float %427, ptr %428, align 4, !tbaa !5
   %429 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %325
-  %430 = load float, ptr %429, align 8, !tbaa !75
+  %430 = load float, ptr %429, align 8, !tbaa !83
   %431 = fcmp oeq float %430, 0.000000e+00
   br i1 %431, label %if_end228.us.2.i, label %if_else227.us.2.i
 
@@ -5947,7 +6175,7 @@ if_else227.us.2.i:                                ; preds = %if_end228.us.1.i
   %432 = fmul float %430, %233
   %433 = tail call float @llvm.log.f32(float %432)
   %434 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %325
-  %435 = load float, ptr %434, align 8, !tbaa !77
+  %435 = load float, ptr %434, align 8, !tbaa !85
   %436 = fadd float %433, %435
   br label %if_end228.us.2.i
 
@@ -5956,7 +6184,7 @@ if_end228.us.2.i:                                 ; preds = %if_else227.us.2.i, 
   %438 = getelementptr i8, ptr %410, i64 8
   store float %437, ptr %438, align 4, !tbaa !5
   %439 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %368
-  %440 = load float, ptr %439, align 4, !tbaa !75
+  %440 = load float, ptr %439, align 4, !tbaa !83
   %441 = fcmp oeq float %440, 0.000000e+00
   br i1 %441, label %if_end228.us.3.i, label %if_else227.us.3.i
 
@@ -5964,7 +6192,7 @@ if_else227.us.3.i:                                ; preds = %if_end228.us.2.i
   %442 = fmul float %440, %233
   %443 = tail call float @llvm.log.f32(float %442)
   %444 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %368
-  %445 = load float, ptr %444, align 4, !tbaa !77
+  %445 = load float, ptr %444, align 4, !tbaa !85
   %446 = fadd float %443, %445
   br label %if_end228.us.3.i
 
@@ -6040,7 +6268,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %484, ptr %485, align 8, !tbaa !5
   %indvars.iv.next692.i.1 = add nuw nsw i64 %indvars.iv691.i, 2
   %exitcond694.not.i.1 = icmp eq i64 %indvars.iv.next692.i.1, %wide.trip.count.i
-  br i1 %exitcond694.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !79
+  br i1 %exitcond694.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !87
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t21.i, %if_end18.i
   %486 = icmp sgt i32 %458, 0
@@ -6177,12 +6405,12 @@ for_body_t21.i:                                   ; preds = %for_body_t21.i, %fo
   store i64 %535, ptr %536, align 8, !tbaa !5
   %indvars.iv.next696.i.1 = add nuw nsw i64 %indvars.iv695.i, 2
   %exitcond699.not.i.1 = icmp eq i64 %indvars.iv.next696.i.1, %wide.trip.count.i
-  br i1 %exitcond699.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !80
+  br i1 %exitcond699.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !88
 
 for_begin_kv_head.i:                              ; preds = %if_end197.i, %for_begin_kv_head.preheader.i
   %indvars.iv790.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next791.i, %if_end197.i ]
   %exitcond793.not.i = icmp eq i64 %indvars.iv790.i, 8
-  br i1 %exitcond793.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !42
+  br i1 %exitcond793.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !36
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
   %537 = icmp eq i64 %indvars.iv790.i, 7
@@ -6199,7 +6427,7 @@ for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
   %543 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %544 = tail call i32 %543(i32 1, i32 %dev_id, ptr %value_offsets.i)
   %.not277.i = icmp eq i32 %544, 0
-  br i1 %.not277.i, label %if_end203.i, label %fused_decode_compute_.exit, !prof !42
+  br i1 %.not277.i, label %if_end203.i, label %fused_decode_compute_.exit, !prof !36
 
 if_end32.i:                                       ; preds = %for_body_kv_head.i
   %545 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -6277,7 +6505,7 @@ for_end_to.i:                                     ; preds = %for_begin_to.i
   br i1 %587, label %fused_decode_compute_.exit, label %for_body_to52.us.i.preheader, !prof !8
 
 for_body_to52.us.i.preheader:                     ; preds = %for_end_to.i
-  br i1 %498, label %for_body_to52.us.i.epil.preheader, label %for_body_to52.us.i, !prof !81
+  br i1 %498, label %for_body_to52.us.i.epil.preheader, label %for_body_to52.us.i, !prof !43
 
 for_end_to.thread.i:                              ; preds = %for_begin_to.preheader.i
   %588 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -6342,10 +6570,10 @@ for_body_to52.us.i:                               ; preds = %for_body_to52.us.i,
   %indvars.iv.next719.i.3 = add nuw nsw i64 %indvars.iv718.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to52.us.1.i.preheader.unr-lcssa, label %for_body_to52.us.i, !prof !82, !llvm.loop !83
+  br i1 %niter.ncmp.3, label %for_body_to52.us.1.i.preheader.unr-lcssa, label %for_body_to52.us.i, !prof !44, !llvm.loop !89
 
 for_body_to52.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to52.us.i
-  br i1 %lcmp.mod.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil.preheader, !prof !85
+  br i1 %lcmp.mod.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil.preheader, !prof !47
 
 for_body_to52.us.i.epil.preheader:                ; preds = %for_body_to52.us.1.i.preheader.unr-lcssa, %for_body_to52.us.i.preheader
   %indvars.iv718.i.epil.init = phi i64 [ 0, %for_body_to52.us.i.preheader ], [ %indvars.iv.next719.i.3, %for_body_to52.us.1.i.preheader.unr-lcssa ]
@@ -6370,10 +6598,10 @@ for_body_to52.us.i.epil:                          ; preds = %for_body_to52.us.i.
   %indvars.iv.next719.i.epil = add nuw nsw i64 %indvars.iv718.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil, !prof !12, !llvm.loop !86
+  br i1 %epil.iter.cmp.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil, !prof !12, !llvm.loop !90
 
 for_body_to52.us.1.i.preheader:                   ; preds = %for_body_to52.us.i.epil, %for_body_to52.us.1.i.preheader.unr-lcssa
-  br i1 %499, label %for_body_to52.us.1.i.epil.preheader, label %for_body_to52.us.1.i, !prof !81
+  br i1 %499, label %for_body_to52.us.1.i.epil.preheader, label %for_body_to52.us.1.i, !prof !43
 
 for_body_to52.us.1.i:                             ; preds = %for_body_to52.us.1.i, %for_body_to52.us.1.i.preheader
   %indvars.iv718.1.i = phi i64 [ %indvars.iv.next719.1.i.3, %for_body_to52.us.1.i ], [ 0, %for_body_to52.us.1.i.preheader ]
@@ -6436,10 +6664,10 @@ for_body_to52.us.1.i:                             ; preds = %for_body_to52.us.1.
   %indvars.iv.next719.1.i.3 = add nuw nsw i64 %indvars.iv718.1.i, 4
   %niter209.next.3 = add i64 %niter209, 4
   %niter209.ncmp.3 = icmp eq i64 %niter209.next.3, %unroll_iter208
-  br i1 %niter209.ncmp.3, label %for_body_to52.us.2.i.preheader.unr-lcssa, label %for_body_to52.us.1.i, !prof !82, !llvm.loop !88
+  br i1 %niter209.ncmp.3, label %for_body_to52.us.2.i.preheader.unr-lcssa, label %for_body_to52.us.1.i, !prof !44, !llvm.loop !91
 
 for_body_to52.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to52.us.1.i
-  br i1 %lcmp.mod206.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil.preheader, !prof !85
+  br i1 %lcmp.mod206.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil.preheader, !prof !47
 
 for_body_to52.us.1.i.epil.preheader:              ; preds = %for_body_to52.us.2.i.preheader.unr-lcssa, %for_body_to52.us.1.i.preheader
   %indvars.iv718.1.i.epil.init = phi i64 [ 0, %for_body_to52.us.1.i.preheader ], [ %indvars.iv.next719.1.i.3, %for_body_to52.us.2.i.preheader.unr-lcssa ]
@@ -6465,10 +6693,10 @@ for_body_to52.us.1.i.epil:                        ; preds = %for_body_to52.us.1.
   %indvars.iv.next719.1.i.epil = add nuw nsw i64 %indvars.iv718.1.i.epil, 1
   %epil.iter205.next = add i64 %epil.iter205, 1
   %epil.iter205.cmp.not = icmp eq i64 %epil.iter205.next, %xtraiter204
-  br i1 %epil.iter205.cmp.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil, !prof !12, !llvm.loop !89
+  br i1 %epil.iter205.cmp.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil, !prof !12, !llvm.loop !92
 
 for_body_to52.us.2.i.preheader:                   ; preds = %for_body_to52.us.1.i.epil, %for_body_to52.us.2.i.preheader.unr-lcssa
-  br i1 %500, label %for_body_to52.us.2.i.epil.preheader, label %for_body_to52.us.2.i, !prof !81
+  br i1 %500, label %for_body_to52.us.2.i.epil.preheader, label %for_body_to52.us.2.i, !prof !43
 
 for_body_to52.us.2.i:                             ; preds = %for_body_to52.us.2.i, %for_body_to52.us.2.i.preheader
   %indvars.iv718.2.i = phi i64 [ %indvars.iv.next719.2.i.3, %for_body_to52.us.2.i ], [ 0, %for_body_to52.us.2.i.preheader ]
@@ -6531,10 +6759,10 @@ for_body_to52.us.2.i:                             ; preds = %for_body_to52.us.2.
   %indvars.iv.next719.2.i.3 = add nuw nsw i64 %indvars.iv718.2.i, 4
   %niter215.next.3 = add i64 %niter215, 4
   %niter215.ncmp.3 = icmp eq i64 %niter215.next.3, %unroll_iter214
-  br i1 %niter215.ncmp.3, label %for_body_to52.us.3.i.preheader.unr-lcssa, label %for_body_to52.us.2.i, !prof !82, !llvm.loop !90
+  br i1 %niter215.ncmp.3, label %for_body_to52.us.3.i.preheader.unr-lcssa, label %for_body_to52.us.2.i, !prof !44, !llvm.loop !93
 
 for_body_to52.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to52.us.2.i
-  br i1 %lcmp.mod212.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil.preheader, !prof !85
+  br i1 %lcmp.mod212.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil.preheader, !prof !47
 
 for_body_to52.us.2.i.epil.preheader:              ; preds = %for_body_to52.us.3.i.preheader.unr-lcssa, %for_body_to52.us.2.i.preheader
   %indvars.iv718.2.i.epil.init = phi i64 [ 0, %for_body_to52.us.2.i.preheader ], [ %indvars.iv.next719.2.i.3, %for_body_to52.us.3.i.preheader.unr-lcssa ]
@@ -6560,10 +6788,10 @@ for_body_to52.us.2.i.epil:                        ; preds = %for_body_to52.us.2.
   %indvars.iv.next719.2.i.epil = add nuw nsw i64 %indvars.iv718.2.i.epil, 1
   %epil.iter211.next = add i64 %epil.iter211, 1
   %epil.iter211.cmp.not = icmp eq i64 %epil.iter211.next, %xtraiter210
-  br i1 %epil.iter211.cmp.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil, !prof !12, !llvm.loop !91
+  br i1 %epil.iter211.cmp.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil, !prof !12, !llvm.loop !94
 
 for_body_to52.us.3.i.preheader:                   ; preds = %for_body_to52.us.2.i.epil, %for_body_to52.us.3.i.preheader.unr-lcssa
-  br i1 %501, label %for_body_to52.us.3.i.epil.preheader, label %for_body_to52.us.3.i, !prof !81
+  br i1 %501, label %for_body_to52.us.3.i.epil.preheader, label %for_body_to52.us.3.i, !prof !43
 
 for_body_to52.us.3.i:                             ; preds = %for_body_to52.us.3.i, %for_body_to52.us.3.i.preheader
   %indvars.iv718.3.i = phi i64 [ %indvars.iv.next719.3.i.3, %for_body_to52.us.3.i ], [ 0, %for_body_to52.us.3.i.preheader ]
@@ -6626,10 +6854,10 @@ for_body_to52.us.3.i:                             ; preds = %for_body_to52.us.3.
   %indvars.iv.next719.3.i.3 = add nuw nsw i64 %indvars.iv718.3.i, 4
   %niter221.next.3 = add i64 %niter221, 4
   %niter221.ncmp.3 = icmp eq i64 %niter221.next.3, %unroll_iter220
-  br i1 %niter221.ncmp.3, label %for_body_ax162.i.preheader.unr-lcssa, label %for_body_to52.us.3.i, !prof !82, !llvm.loop !92
+  br i1 %niter221.ncmp.3, label %for_body_ax162.i.preheader.unr-lcssa, label %for_body_to52.us.3.i, !prof !44, !llvm.loop !95
 
 for_body_ax162.i.preheader.unr-lcssa:             ; preds = %for_body_to52.us.3.i
-  br i1 %lcmp.mod218.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil.preheader, !prof !85
+  br i1 %lcmp.mod218.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil.preheader, !prof !47
 
 for_body_to52.us.3.i.epil.preheader:              ; preds = %for_body_ax162.i.preheader.unr-lcssa, %for_body_to52.us.3.i.preheader
   %indvars.iv718.3.i.epil.init = phi i64 [ 0, %for_body_to52.us.3.i.preheader ], [ %indvars.iv.next719.3.i.3, %for_body_ax162.i.preheader.unr-lcssa ]
@@ -6655,10 +6883,10 @@ for_body_to52.us.3.i.epil:                        ; preds = %for_body_to52.us.3.
   %indvars.iv.next719.3.i.epil = add nuw nsw i64 %indvars.iv718.3.i.epil, 1
   %epil.iter217.next = add i64 %epil.iter217, 1
   %epil.iter217.cmp.not = icmp eq i64 %epil.iter217.next, %xtraiter216
-  br i1 %epil.iter217.cmp.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil, !prof !12, !llvm.loop !93
+  br i1 %epil.iter217.cmp.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil, !prof !12, !llvm.loop !96
 
 for_body_ax162.i.preheader:                       ; preds = %for_body_to52.us.3.i.epil, %for_body_ax162.i.preheader.unr-lcssa
-  br i1 %502, label %for_body_ax162.i.epil.preheader, label %for_body_ax162.i, !prof !94
+  br i1 %502, label %for_body_ax162.i.epil.preheader, label %for_body_ax162.i, !prof !97
 
 for_begin_r.preheader.i:                          ; preds = %for_begin_line.preheader.i
   %825 = getelementptr inbounds nuw float, ptr %scores.i, i64 %585
@@ -6987,7 +7215,7 @@ for_begin_r.preheader.i:                          ; preds = %for_begin_line.preh
   %1020 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %1021 = tail call i32 %1020(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
   %.not282.i = icmp eq i32 %1021, 0
-  br i1 %.not282.i, label %for_begin_to.i, label %fused_decode_compute_.exit, !prof !42
+  br i1 %.not282.i, label %for_begin_to.i, label %fused_decode_compute_.exit, !prof !36
 
 for_begin_line.preheader.i:                       ; preds = %for_begin_line.preheader.i, %for_begin_ax1_0.preheader.i
   %indvars.iv705.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next706.i, %for_begin_line.preheader.i ]
@@ -7295,10 +7523,10 @@ for_body_ax162.i:                                 ; preds = %for_body_ax162.i, %
   %indvars.iv.next728.i.7 = add nuw nsw i64 %indvars.iv727.i, 8
   %niter228.next.7 = add i64 %niter228, 8
   %niter228.ncmp.7 = icmp eq i64 %niter228.next.7, %unroll_iter227
-  br i1 %niter228.ncmp.7, label %for_end_ax163.i.loopexit.unr-lcssa, label %for_body_ax162.i, !prof !95, !llvm.loop !96
+  br i1 %niter228.ncmp.7, label %for_end_ax163.i.loopexit.unr-lcssa, label %for_body_ax162.i, !prof !98, !llvm.loop !99
 
 for_end_ax163.i.loopexit.unr-lcssa:               ; preds = %for_body_ax162.i
-  br i1 %lcmp.mod224.not, label %for_end_ax163.i, label %for_body_ax162.i.epil.preheader, !prof !97
+  br i1 %lcmp.mod224.not, label %for_end_ax163.i, label %for_body_ax162.i.epil.preheader, !prof !100
 
 for_body_ax162.i.epil.preheader:                  ; preds = %for_end_ax163.i.loopexit.unr-lcssa, %for_body_ax162.i.preheader
   %indvars.iv727.i.epil.init = phi i64 [ 0, %for_body_ax162.i.preheader ], [ %indvars.iv.next728.i.7, %for_end_ax163.i.loopexit.unr-lcssa ]
@@ -7318,7 +7546,7 @@ for_body_ax162.i.epil:                            ; preds = %for_body_ax162.i.ep
   %indvars.iv.next728.i.epil = add nuw nsw i64 %indvars.iv727.i.epil, 1
   %epil.iter223.next = add i64 %epil.iter223, 1
   %epil.iter223.cmp.not = icmp eq i64 %epil.iter223.next, %xtraiter222
-  br i1 %epil.iter223.cmp.not, label %for_end_ax163.i, label %for_body_ax162.i.epil, !prof !85, !llvm.loop !98
+  br i1 %epil.iter223.cmp.not, label %for_end_ax163.i, label %for_body_ax162.i.epil, !prof !47, !llvm.loop !101
 
 for_end_ax163.i:                                  ; preds = %for_body_ax162.i.epil, %for_end_ax163.i.loopexit.unr-lcssa, %for_end_to.thread.i
   %scaled923925928.i = phi ptr [ %scaled922.i, %for_end_to.thread.i ], [ %scaled.i, %for_body_ax162.i.epil ], [ %scaled.i, %for_end_ax163.i.loopexit.unr-lcssa ]
@@ -7375,7 +7603,7 @@ for_end_ax163.i:                                  ; preds = %for_body_ax162.i.ep
   br i1 %486, label %for_body_ax162.1.i.preheader, label %for_end_ax163.1.i, !prof !3
 
 for_body_ax162.1.i.preheader:                     ; preds = %for_end_ax163.i
-  br i1 %503, label %for_body_ax162.1.i.epil.preheader, label %for_body_ax162.1.i, !prof !94
+  br i1 %503, label %for_body_ax162.1.i.epil.preheader, label %for_body_ax162.1.i, !prof !97
 
 for_body_ax162.1.i:                               ; preds = %for_body_ax162.1.i, %for_body_ax162.1.i.preheader
   %indvars.iv727.1.i = phi i64 [ %indvars.iv.next728.1.i.7, %for_body_ax162.1.i ], [ 0, %for_body_ax162.1.i.preheader ]
@@ -7432,10 +7660,10 @@ for_body_ax162.1.i:                               ; preds = %for_body_ax162.1.i,
   %indvars.iv.next728.1.i.7 = add nuw nsw i64 %indvars.iv727.1.i, 8
   %niter235.next.7 = add i64 %niter235, 8
   %niter235.ncmp.7 = icmp eq i64 %niter235.next.7, %unroll_iter234
-  br i1 %niter235.ncmp.7, label %for_end_ax163.1.i.loopexit.unr-lcssa, label %for_body_ax162.1.i, !prof !95, !llvm.loop !99
+  br i1 %niter235.ncmp.7, label %for_end_ax163.1.i.loopexit.unr-lcssa, label %for_body_ax162.1.i, !prof !98, !llvm.loop !102
 
 for_end_ax163.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax162.1.i
-  br i1 %lcmp.mod231.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil.preheader, !prof !97
+  br i1 %lcmp.mod231.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil.preheader, !prof !100
 
 for_body_ax162.1.i.epil.preheader:                ; preds = %for_end_ax163.1.i.loopexit.unr-lcssa, %for_body_ax162.1.i.preheader
   %indvars.iv727.1.i.epil.init = phi i64 [ 0, %for_body_ax162.1.i.preheader ], [ %indvars.iv.next728.1.i.7, %for_end_ax163.1.i.loopexit.unr-lcssa ]
@@ -7456,7 +7684,7 @@ for_body_ax162.1.i.epil:                          ; preds = %for_body_ax162.1.i.
   %indvars.iv.next728.1.i.epil = add nuw nsw i64 %indvars.iv727.1.i.epil, 1
   %epil.iter230.next = add i64 %epil.iter230, 1
   %epil.iter230.cmp.not = icmp eq i64 %epil.iter230.next, %xtraiter229
-  br i1 %epil.iter230.cmp.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil, !prof !85, !llvm.loop !100
+  br i1 %epil.iter230.cmp.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil, !prof !47, !llvm.loop !103
 
 for_end_ax163.1.i:                                ; preds = %for_body_ax162.1.i.epil, %for_end_ax163.1.i.loopexit.unr-lcssa, %for_end_ax163.i
   %peak.rf_global264.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax163.i ], [ %1336, %for_end_ax163.1.i.loopexit.unr-lcssa ], [ %1341, %for_body_ax162.1.i.epil ]
@@ -7512,7 +7740,7 @@ for_end_ax163.1.i:                                ; preds = %for_body_ax162.1.i.
   br i1 %486, label %for_body_ax162.2.i.preheader, label %for_end_ax163.2.i, !prof !3
 
 for_body_ax162.2.i.preheader:                     ; preds = %for_end_ax163.1.i
-  br i1 %504, label %for_body_ax162.2.i.epil.preheader, label %for_body_ax162.2.i, !prof !94
+  br i1 %504, label %for_body_ax162.2.i.epil.preheader, label %for_body_ax162.2.i, !prof !97
 
 for_body_ax162.2.i:                               ; preds = %for_body_ax162.2.i, %for_body_ax162.2.i.preheader
   %indvars.iv727.2.i = phi i64 [ %indvars.iv.next728.2.i.7, %for_body_ax162.2.i ], [ 0, %for_body_ax162.2.i.preheader ]
@@ -7569,10 +7797,10 @@ for_body_ax162.2.i:                               ; preds = %for_body_ax162.2.i,
   %indvars.iv.next728.2.i.7 = add nuw nsw i64 %indvars.iv727.2.i, 8
   %niter242.next.7 = add i64 %niter242, 8
   %niter242.ncmp.7 = icmp eq i64 %niter242.next.7, %unroll_iter241
-  br i1 %niter242.ncmp.7, label %for_end_ax163.2.i.loopexit.unr-lcssa, label %for_body_ax162.2.i, !prof !95, !llvm.loop !101
+  br i1 %niter242.ncmp.7, label %for_end_ax163.2.i.loopexit.unr-lcssa, label %for_body_ax162.2.i, !prof !98, !llvm.loop !104
 
 for_end_ax163.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax162.2.i
-  br i1 %lcmp.mod238.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil.preheader, !prof !97
+  br i1 %lcmp.mod238.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil.preheader, !prof !100
 
 for_body_ax162.2.i.epil.preheader:                ; preds = %for_end_ax163.2.i.loopexit.unr-lcssa, %for_body_ax162.2.i.preheader
   %indvars.iv727.2.i.epil.init = phi i64 [ 0, %for_body_ax162.2.i.preheader ], [ %indvars.iv.next728.2.i.7, %for_end_ax163.2.i.loopexit.unr-lcssa ]
@@ -7593,7 +7821,7 @@ for_body_ax162.2.i.epil:                          ; preds = %for_body_ax162.2.i.
   %indvars.iv.next728.2.i.epil = add nuw nsw i64 %indvars.iv727.2.i.epil, 1
   %epil.iter237.next = add i64 %epil.iter237, 1
   %epil.iter237.cmp.not = icmp eq i64 %epil.iter237.next, %xtraiter236
-  br i1 %epil.iter237.cmp.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil, !prof !85, !llvm.loop !102
+  br i1 %epil.iter237.cmp.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil, !prof !47, !llvm.loop !105
 
 for_end_ax163.2.i:                                ; preds = %for_body_ax162.2.i.epil, %for_end_ax163.2.i.loopexit.unr-lcssa, %for_end_ax163.1.i
   %peak.rf_global264.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax163.1.i ], [ %1413, %for_end_ax163.2.i.loopexit.unr-lcssa ], [ %1418, %for_body_ax162.2.i.epil ]
@@ -7649,7 +7877,7 @@ for_end_ax163.2.i:                                ; preds = %for_body_ax162.2.i.
   br i1 %486, label %for_body_ax162.3.i.preheader, label %for_end_ax163.3.i, !prof !3
 
 for_body_ax162.3.i.preheader:                     ; preds = %for_end_ax163.2.i
-  br i1 %505, label %for_body_ax162.3.i.epil.preheader, label %for_body_ax162.3.i, !prof !94
+  br i1 %505, label %for_body_ax162.3.i.epil.preheader, label %for_body_ax162.3.i, !prof !97
 
 for_body_ax162.3.i:                               ; preds = %for_body_ax162.3.i, %for_body_ax162.3.i.preheader
   %indvars.iv727.3.i = phi i64 [ %indvars.iv.next728.3.i.7, %for_body_ax162.3.i ], [ 0, %for_body_ax162.3.i.preheader ]
@@ -7706,10 +7934,10 @@ for_body_ax162.3.i:                               ; preds = %for_body_ax162.3.i,
   %indvars.iv.next728.3.i.7 = add nuw nsw i64 %indvars.iv727.3.i, 8
   %niter249.next.7 = add i64 %niter249, 8
   %niter249.ncmp.7 = icmp eq i64 %niter249.next.7, %unroll_iter248
-  br i1 %niter249.ncmp.7, label %for_end_ax163.3.i.loopexit.unr-lcssa, label %for_body_ax162.3.i, !prof !95, !llvm.loop !103
+  br i1 %niter249.ncmp.7, label %for_end_ax163.3.i.loopexit.unr-lcssa, label %for_body_ax162.3.i, !prof !98, !llvm.loop !106
 
 for_end_ax163.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax162.3.i
-  br i1 %lcmp.mod245.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil.preheader, !prof !97
+  br i1 %lcmp.mod245.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil.preheader, !prof !100
 
 for_body_ax162.3.i.epil.preheader:                ; preds = %for_end_ax163.3.i.loopexit.unr-lcssa, %for_body_ax162.3.i.preheader
   %indvars.iv727.3.i.epil.init = phi i64 [ 0, %for_body_ax162.3.i.preheader ], [ %indvars.iv.next728.3.i.7, %for_end_ax163.3.i.loopexit.unr-lcssa ]
@@ -7730,7 +7958,7 @@ for_body_ax162.3.i.epil:                          ; preds = %for_body_ax162.3.i.
   %indvars.iv.next728.3.i.epil = add nuw nsw i64 %indvars.iv727.3.i.epil, 1
   %epil.iter244.next = add i64 %epil.iter244, 1
   %epil.iter244.cmp.not = icmp eq i64 %epil.iter244.next, %xtraiter243
-  br i1 %epil.iter244.cmp.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil, !prof !85, !llvm.loop !104
+  br i1 %epil.iter244.cmp.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil, !prof !47, !llvm.loop !107
 
 for_end_ax163.3.i:                                ; preds = %for_body_ax162.3.i.epil, %for_end_ax163.3.i.loopexit.unr-lcssa, %for_end_ax163.2.i
   %peak.rf_global264.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax163.2.i ], [ %1490, %for_end_ax163.3.i.loopexit.unr-lcssa ], [ %1495, %for_body_ax162.3.i.epil ]
@@ -7801,7 +8029,7 @@ for_body_to79.us.i:                               ; preds = %for_body_to79.us.i,
   %indvars.iv.next744.i.1 = add nuw nsw i64 %indvars.iv743.i, 2
   %niter255.next.1 = add i64 %niter255, 2
   %niter255.ncmp.1 = icmp eq i64 %niter255.next.1, %unroll_iter254
-  br i1 %niter255.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa, label %for_body_to79.us.i, !prof !9, !llvm.loop !105
+  br i1 %niter255.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa, label %for_body_to79.us.i, !prof !9, !llvm.loop !108
 
 for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to79.us.i
   br i1 %lcmp.mod252.not, label %for_begin_to78.for_end_to80_crit_edge.us.i, label %for_body_to79.us.i.epil.preheader, !prof !12
@@ -7898,7 +8126,7 @@ for_body_to79.us.1.i:                             ; preds = %for_body_to79.us.1.
   %indvars.iv.next744.1.i.1 = add nuw nsw i64 %indvars.iv743.1.i, 2
   %niter261.next.1 = add i64 %niter261, 2
   %niter261.ncmp.1 = icmp eq i64 %niter261.next.1, %unroll_iter260
-  br i1 %niter261.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa, label %for_body_to79.us.1.i, !prof !9, !llvm.loop !106
+  br i1 %niter261.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa, label %for_body_to79.us.1.i, !prof !9, !llvm.loop !109
 
 for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa: ; preds = %for_body_to79.us.1.i
   br i1 %lcmp.mod258.not, label %for_begin_to78.for_end_to80_crit_edge.us.1.i, label %for_body_to79.us.1.i.epil.preheader, !prof !12
@@ -7996,7 +8224,7 @@ for_body_to79.us.2.i:                             ; preds = %for_body_to79.us.2.
   %indvars.iv.next744.2.i.1 = add nuw nsw i64 %indvars.iv743.2.i, 2
   %niter267.next.1 = add i64 %niter267, 2
   %niter267.ncmp.1 = icmp eq i64 %niter267.next.1, %unroll_iter266
-  br i1 %niter267.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa, label %for_body_to79.us.2.i, !prof !9, !llvm.loop !107
+  br i1 %niter267.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa, label %for_body_to79.us.2.i, !prof !9, !llvm.loop !110
 
 for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa: ; preds = %for_body_to79.us.2.i
   br i1 %lcmp.mod264.not, label %for_begin_to78.for_end_to80_crit_edge.us.2.i, label %for_body_to79.us.2.i.epil.preheader, !prof !12
@@ -8094,7 +8322,7 @@ for_body_to79.us.3.i:                             ; preds = %for_body_to79.us.3.
   %indvars.iv.next744.3.i.1 = add nuw nsw i64 %indvars.iv743.3.i, 2
   %niter273.next.1 = add i64 %niter273, 2
   %niter273.ncmp.1 = icmp eq i64 %niter273.next.1, %unroll_iter272
-  br i1 %niter273.ncmp.1, label %for_body_ax189.i.preheader.unr-lcssa, label %for_body_to79.us.3.i, !prof !9, !llvm.loop !108
+  br i1 %niter273.ncmp.1, label %for_body_ax189.i.preheader.unr-lcssa, label %for_body_to79.us.3.i, !prof !9, !llvm.loop !111
 
 for_body_ax189.i.preheader.unr-lcssa:             ; preds = %for_body_to79.us.3.i
   br i1 %lcmp.mod270.not, label %for_body_ax189.i.preheader, label %for_body_to79.us.3.i.epil.preheader, !prof !12
@@ -8131,7 +8359,7 @@ for_body_to79.us.3.i.epil.preheader:              ; preds = %for_body_ax189.i.pr
   br label %for_body_ax189.i.preheader
 
 for_body_ax189.i.preheader:                       ; preds = %for_body_to79.us.3.i.epil.preheader, %for_body_ax189.i.preheader.unr-lcssa
-  br i1 %510, label %for_body_ax189.i.epil.preheader, label %for_body_ax189.i, !prof !94
+  br i1 %510, label %for_body_ax189.i.epil.preheader, label %for_body_ax189.i, !prof !97
 
 for_body_ax189.i:                                 ; preds = %for_body_ax189.i, %for_body_ax189.i.preheader
   %indvars.iv752.i = phi i64 [ %indvars.iv.next753.i.7, %for_body_ax189.i ], [ 0, %for_body_ax189.i.preheader ]
@@ -8179,10 +8407,10 @@ for_body_ax189.i:                                 ; preds = %for_body_ax189.i, %
   %indvars.iv.next753.i.7 = add nuw nsw i64 %indvars.iv752.i, 8
   %niter280.next.7 = add i64 %niter280, 8
   %niter280.ncmp.7 = icmp eq i64 %niter280.next.7, %unroll_iter279
-  br i1 %niter280.ncmp.7, label %for_end_ax190.i.loopexit.unr-lcssa, label %for_body_ax189.i, !prof !95, !llvm.loop !109
+  br i1 %niter280.ncmp.7, label %for_end_ax190.i.loopexit.unr-lcssa, label %for_body_ax189.i, !prof !98, !llvm.loop !112
 
 for_end_ax190.i.loopexit.unr-lcssa:               ; preds = %for_body_ax189.i
-  br i1 %lcmp.mod276.not, label %for_end_ax190.i, label %for_body_ax189.i.epil.preheader, !prof !97
+  br i1 %lcmp.mod276.not, label %for_end_ax190.i, label %for_body_ax189.i.epil.preheader, !prof !100
 
 for_body_ax189.i.epil.preheader:                  ; preds = %for_end_ax190.i.loopexit.unr-lcssa, %for_body_ax189.i.preheader
   %indvars.iv752.i.epil.init = phi i64 [ 0, %for_body_ax189.i.preheader ], [ %indvars.iv.next753.i.7, %for_end_ax190.i.loopexit.unr-lcssa ]
@@ -8201,7 +8429,7 @@ for_body_ax189.i.epil:                            ; preds = %for_body_ax189.i.ep
   %indvars.iv.next753.i.epil = add nuw nsw i64 %indvars.iv752.i.epil, 1
   %epil.iter275.next = add i64 %epil.iter275, 1
   %epil.iter275.cmp.not = icmp eq i64 %epil.iter275.next, %xtraiter274
-  br i1 %epil.iter275.cmp.not, label %for_end_ax190.i, label %for_body_ax189.i.epil, !prof !85, !llvm.loop !110
+  br i1 %epil.iter275.cmp.not, label %for_end_ax190.i, label %for_body_ax189.i.epil, !prof !47, !llvm.loop !113
 
 for_end_ax190.i:                                  ; preds = %for_body_ax189.i.epil, %for_end_ax190.i.loopexit.unr-lcssa, %for_begin_r73.preheader.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r73.preheader.i ], [ %1812, %for_end_ax190.i.loopexit.unr-lcssa ], [ %1815, %for_body_ax189.i.epil ]
@@ -8241,7 +8469,7 @@ for_end_ax190.i:                                  ; preds = %for_body_ax189.i.ep
   br i1 %486, label %for_body_ax189.1.i.preheader, label %for_end_ax190.1.i, !prof !3
 
 for_body_ax189.1.i.preheader:                     ; preds = %for_end_ax190.i
-  br i1 %511, label %for_body_ax189.1.i.epil.preheader, label %for_body_ax189.1.i, !prof !94
+  br i1 %511, label %for_body_ax189.1.i.epil.preheader, label %for_body_ax189.1.i, !prof !97
 
 for_body_ax189.1.i:                               ; preds = %for_body_ax189.1.i, %for_body_ax189.1.i.preheader
   %indvars.iv752.1.i = phi i64 [ %indvars.iv.next753.1.i.7, %for_body_ax189.1.i ], [ 0, %for_body_ax189.1.i.preheader ]
@@ -8290,10 +8518,10 @@ for_body_ax189.1.i:                               ; preds = %for_body_ax189.1.i,
   %indvars.iv.next753.1.i.7 = add nuw nsw i64 %indvars.iv752.1.i, 8
   %niter287.next.7 = add i64 %niter287, 8
   %niter287.ncmp.7 = icmp eq i64 %niter287.next.7, %unroll_iter286
-  br i1 %niter287.ncmp.7, label %for_end_ax190.1.i.loopexit.unr-lcssa, label %for_body_ax189.1.i, !prof !95, !llvm.loop !111
+  br i1 %niter287.ncmp.7, label %for_end_ax190.1.i.loopexit.unr-lcssa, label %for_body_ax189.1.i, !prof !98, !llvm.loop !114
 
 for_end_ax190.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax189.1.i
-  br i1 %lcmp.mod283.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil.preheader, !prof !97
+  br i1 %lcmp.mod283.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil.preheader, !prof !100
 
 for_body_ax189.1.i.epil.preheader:                ; preds = %for_end_ax190.1.i.loopexit.unr-lcssa, %for_body_ax189.1.i.preheader
   %indvars.iv752.1.i.epil.init = phi i64 [ 0, %for_body_ax189.1.i.preheader ], [ %indvars.iv.next753.1.i.7, %for_end_ax190.1.i.loopexit.unr-lcssa ]
@@ -8313,7 +8541,7 @@ for_body_ax189.1.i.epil:                          ; preds = %for_body_ax189.1.i.
   %indvars.iv.next753.1.i.epil = add nuw nsw i64 %indvars.iv752.1.i.epil, 1
   %epil.iter282.next = add i64 %epil.iter282, 1
   %epil.iter282.cmp.not = icmp eq i64 %epil.iter282.next, %xtraiter281
-  br i1 %epil.iter282.cmp.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil, !prof !85, !llvm.loop !112
+  br i1 %epil.iter282.cmp.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil, !prof !47, !llvm.loop !115
 
 for_end_ax190.1.i:                                ; preds = %for_body_ax189.1.i.epil, %for_end_ax190.1.i.loopexit.unr-lcssa, %for_end_ax190.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax190.i ], [ %1863, %for_end_ax190.1.i.loopexit.unr-lcssa ], [ %1867, %for_body_ax189.1.i.epil ]
@@ -8353,7 +8581,7 @@ for_end_ax190.1.i:                                ; preds = %for_body_ax189.1.i.
   br i1 %486, label %for_body_ax189.2.i.preheader, label %for_end_ax190.2.i, !prof !3
 
 for_body_ax189.2.i.preheader:                     ; preds = %for_end_ax190.1.i
-  br i1 %512, label %for_body_ax189.2.i.epil.preheader, label %for_body_ax189.2.i, !prof !94
+  br i1 %512, label %for_body_ax189.2.i.epil.preheader, label %for_body_ax189.2.i, !prof !97
 
 for_body_ax189.2.i:                               ; preds = %for_body_ax189.2.i, %for_body_ax189.2.i.preheader
   %indvars.iv752.2.i = phi i64 [ %indvars.iv.next753.2.i.7, %for_body_ax189.2.i ], [ 0, %for_body_ax189.2.i.preheader ]
@@ -8402,10 +8630,10 @@ for_body_ax189.2.i:                               ; preds = %for_body_ax189.2.i,
   %indvars.iv.next753.2.i.7 = add nuw nsw i64 %indvars.iv752.2.i, 8
   %niter294.next.7 = add i64 %niter294, 8
   %niter294.ncmp.7 = icmp eq i64 %niter294.next.7, %unroll_iter293
-  br i1 %niter294.ncmp.7, label %for_end_ax190.2.i.loopexit.unr-lcssa, label %for_body_ax189.2.i, !prof !95, !llvm.loop !113
+  br i1 %niter294.ncmp.7, label %for_end_ax190.2.i.loopexit.unr-lcssa, label %for_body_ax189.2.i, !prof !98, !llvm.loop !116
 
 for_end_ax190.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax189.2.i
-  br i1 %lcmp.mod290.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil.preheader, !prof !97
+  br i1 %lcmp.mod290.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil.preheader, !prof !100
 
 for_body_ax189.2.i.epil.preheader:                ; preds = %for_end_ax190.2.i.loopexit.unr-lcssa, %for_body_ax189.2.i.preheader
   %indvars.iv752.2.i.epil.init = phi i64 [ 0, %for_body_ax189.2.i.preheader ], [ %indvars.iv.next753.2.i.7, %for_end_ax190.2.i.loopexit.unr-lcssa ]
@@ -8425,7 +8653,7 @@ for_body_ax189.2.i.epil:                          ; preds = %for_body_ax189.2.i.
   %indvars.iv.next753.2.i.epil = add nuw nsw i64 %indvars.iv752.2.i.epil, 1
   %epil.iter289.next = add i64 %epil.iter289, 1
   %epil.iter289.cmp.not = icmp eq i64 %epil.iter289.next, %xtraiter288
-  br i1 %epil.iter289.cmp.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil, !prof !85, !llvm.loop !114
+  br i1 %epil.iter289.cmp.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil, !prof !47, !llvm.loop !117
 
 for_end_ax190.2.i:                                ; preds = %for_body_ax189.2.i.epil, %for_end_ax190.2.i.loopexit.unr-lcssa, %for_end_ax190.1.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax190.1.i ], [ %1915, %for_end_ax190.2.i.loopexit.unr-lcssa ], [ %1919, %for_body_ax189.2.i.epil ]
@@ -8465,7 +8693,7 @@ for_end_ax190.2.i:                                ; preds = %for_body_ax189.2.i.
   br i1 %486, label %for_body_ax189.3.i.preheader, label %for_end_ax190.3.i, !prof !3
 
 for_body_ax189.3.i.preheader:                     ; preds = %for_end_ax190.2.i
-  br i1 %513, label %for_body_ax189.3.i.epil.preheader, label %for_body_ax189.3.i, !prof !94
+  br i1 %513, label %for_body_ax189.3.i.epil.preheader, label %for_body_ax189.3.i, !prof !97
 
 for_body_ax189.3.i:                               ; preds = %for_body_ax189.3.i, %for_body_ax189.3.i.preheader
   %indvars.iv752.3.i = phi i64 [ %indvars.iv.next753.3.i.7, %for_body_ax189.3.i ], [ 0, %for_body_ax189.3.i.preheader ]
@@ -8514,10 +8742,10 @@ for_body_ax189.3.i:                               ; preds = %for_body_ax189.3.i,
   %indvars.iv.next753.3.i.7 = add nuw nsw i64 %indvars.iv752.3.i, 8
   %niter301.next.7 = add i64 %niter301, 8
   %niter301.ncmp.7 = icmp eq i64 %niter301.next.7, %unroll_iter300
-  br i1 %niter301.ncmp.7, label %for_end_ax190.3.i.loopexit.unr-lcssa, label %for_body_ax189.3.i, !prof !95, !llvm.loop !115
+  br i1 %niter301.ncmp.7, label %for_end_ax190.3.i.loopexit.unr-lcssa, label %for_body_ax189.3.i, !prof !98, !llvm.loop !118
 
 for_end_ax190.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax189.3.i
-  br i1 %lcmp.mod297.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil.preheader, !prof !97
+  br i1 %lcmp.mod297.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil.preheader, !prof !100
 
 for_body_ax189.3.i.epil.preheader:                ; preds = %for_end_ax190.3.i.loopexit.unr-lcssa, %for_body_ax189.3.i.preheader
   %indvars.iv752.3.i.epil.init = phi i64 [ 0, %for_body_ax189.3.i.preheader ], [ %indvars.iv.next753.3.i.7, %for_end_ax190.3.i.loopexit.unr-lcssa ]
@@ -8537,7 +8765,7 @@ for_body_ax189.3.i.epil:                          ; preds = %for_body_ax189.3.i.
   %indvars.iv.next753.3.i.epil = add nuw nsw i64 %indvars.iv752.3.i.epil, 1
   %epil.iter296.next = add i64 %epil.iter296, 1
   %epil.iter296.cmp.not = icmp eq i64 %epil.iter296.next, %xtraiter295
-  br i1 %epil.iter296.cmp.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil, !prof !85, !llvm.loop !116
+  br i1 %epil.iter296.cmp.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil, !prof !47, !llvm.loop !119
 
 for_end_ax190.3.i:                                ; preds = %for_body_ax189.3.i.epil, %for_end_ax190.3.i.loopexit.unr-lcssa, %for_end_ax190.2.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax190.2.i ], [ %1967, %for_end_ax190.3.i.loopexit.unr-lcssa ], [ %1971, %for_body_ax189.3.i.epil ]
@@ -8576,10 +8804,10 @@ for_end_ax190.3.i:                                ; preds = %for_body_ax189.3.i.
   %tile_sum267.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum267.sroa.0.8.vec.insert.i, float %1987, i64 3
   %1988 = shl nuw nsw i64 %indvars.iv790.i, 2
   %1989 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %1988
-  %1990 = load <4 x float>, ptr %1989, align 16, !tbaa !77
+  %1990 = load <4 x float>, ptr %1989, align 16, !tbaa !85
   %old_max.i = select <4 x i1> %490, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %1990
   %1991 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %1988
-  %1992 = load <4 x float>, ptr %1991, align 16, !tbaa !75
+  %1992 = load <4 x float>, ptr %1991, align 16, !tbaa !83
   %old_sum.i = select <4 x i1> %490, <4 x float> zeroinitializer, <4 x float> %1992
   %1993 = fcmp ogt <4 x float> %old_max.i, %tile_max268.sroa.0.3.i
   %1994 = fcmp oeq <4 x float> %tile_sum267.sroa.0.12.vec.insert.i, zeroinitializer
@@ -8633,8 +8861,8 @@ for_end_ax190.3.i:                                ; preds = %for_body_ax189.3.i.
   %2039 = select <4 x i1> %2038, <4 x float> %2037, <4 x float> zeroinitializer
   %2040 = fmul <4 x float> %old_sum.i, %2018
   %2041 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2039, <4 x float> %tile_sum267.sroa.0.12.vec.insert.i, <4 x float> %2040)
-  store <4 x float> %m.i, ptr %1989, align 16, !tbaa !77
-  store <4 x float> %2041, ptr %1991, align 16, !tbaa !75
+  store <4 x float> %m.i, ptr %1989, align 16, !tbaa !85
+  store <4 x float> %2041, ptr %1991, align 16, !tbaa !83
   %2042 = shufflevector <4 x float> %2039, <4 x float> poison, <32 x i32> zeroinitializer
   %2043 = shl nuw nsw i64 %indvars.iv790.i, 9
   %2044 = shufflevector <4 x float> %2018, <4 x float> poison, <32 x i32> zeroinitializer
@@ -8665,7 +8893,7 @@ for_end_d_0_m.i:                                  ; preds = %if_end192.i
   %2056 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2057 = tail call i32 %2056(i32 1, i32 %dev_id, ptr nonnull %scaled923925928.i)
   %.not279.i = icmp eq i32 %2057, 0
-  br i1 %.not279.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !42
+  br i1 %.not279.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !36
 
 for_begin_line130.preheader.i:                    ; preds = %for_begin_line130.preheader.i, %for_begin_line130.preheader.lr.ph.i
   %indvars.iv762.i = phi i64 [ 0, %for_begin_line130.preheader.lr.ph.i ], [ %indvars.iv.next763.i, %for_begin_line130.preheader.i ]
@@ -9435,7 +9663,7 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %indvars.iv.next768.i.1 = add nuw nsw i64 %indvars.iv767.i, 2
   %niter330.next.1 = add i64 %niter330, 2
   %niter330.ncmp.1 = icmp eq i64 %niter330.next.1, %unroll_iter329
-  br i1 %niter330.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !117
+  br i1 %niter330.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !120
 
 if_end144.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end144.i_crit_edge, %for_begin_ax4_0.preheader.i
   %2722 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end144.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
@@ -9493,61 +9721,61 @@ if_end194.i:                                      ; preds = %for_end_d_0_m.i
   %2741 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2742 = tail call i32 %2741(i32 1, i32 %dev_id, ptr %probs.i)
   %.not280.i = icmp eq i32 %2742, 0
-  br i1 %.not280.i, label %if_end197.i, label %fused_decode_compute_.exit, !prof !42
+  br i1 %.not280.i, label %if_end197.i, label %fused_decode_compute_.exit, !prof !36
 
 if_end197.i:                                      ; preds = %if_end194.i
   %2743 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2744 = tail call i32 %2743(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not281.i = icmp eq i32 %2744, 0
-  br i1 %.not281.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !42
+  br i1 %.not281.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !36
 
 if_end203.i:                                      ; preds = %for_end_kv_head.i
   %2745 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2746 = tail call i32 %2745(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not278.i = icmp eq i32 %2746, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not278.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !42
+  br i1 %.not278.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !36
 
 for_body_tile209.i:                               ; preds = %for_body_tile209.i, %for_begin_tile208.preheader.i
   %indvars.iv814.i = phi i64 [ %indvars.iv.next815.i, %for_body_tile209.i ], [ 0, %for_begin_tile208.preheader.i ]
   %2747 = shl nuw nsw i64 %indvars.iv814.i, 2
   %2748 = add nuw nsw i64 %2747, %225
   %2749 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2747
-  %2750 = load float, ptr %2749, align 16, !tbaa !77
+  %2750 = load float, ptr %2749, align 16, !tbaa !85
   %2751 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2748
   store float %2750, ptr %2751, align 4, !tbaa !5
   %2752 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2747
-  %2753 = load float, ptr %2752, align 16, !tbaa !75
+  %2753 = load float, ptr %2752, align 16, !tbaa !83
   %2754 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2748
   store float %2753, ptr %2754, align 4, !tbaa !5
   %2755 = or disjoint i64 %2747, 1
   %2756 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2755
-  %2757 = load float, ptr %2756, align 4, !tbaa !77
+  %2757 = load float, ptr %2756, align 4, !tbaa !85
   %2758 = or disjoint i64 %2748, 1
   %2759 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2758
   store float %2757, ptr %2759, align 4, !tbaa !5
   %2760 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2755
-  %2761 = load float, ptr %2760, align 4, !tbaa !75
+  %2761 = load float, ptr %2760, align 4, !tbaa !83
   %2762 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2758
   store float %2761, ptr %2762, align 4, !tbaa !5
   %2763 = or disjoint i64 %2747, 2
   %2764 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2763
-  %2765 = load float, ptr %2764, align 8, !tbaa !77
+  %2765 = load float, ptr %2764, align 8, !tbaa !85
   %2766 = or disjoint i64 %2748, 2
   %2767 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2766
   store float %2765, ptr %2767, align 4, !tbaa !5
   %2768 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2763
-  %2769 = load float, ptr %2768, align 8, !tbaa !75
+  %2769 = load float, ptr %2768, align 8, !tbaa !83
   %2770 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2766
   store float %2769, ptr %2770, align 4, !tbaa !5
   %2771 = or disjoint i64 %2747, 3
   %2772 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2771
-  %2773 = load float, ptr %2772, align 4, !tbaa !77
+  %2773 = load float, ptr %2772, align 4, !tbaa !85
   %2774 = or disjoint i64 %2748, 3
   %2775 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2774
   store float %2773, ptr %2775, align 4, !tbaa !5
   %2776 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2771
-  %2777 = load float, ptr %2776, align 4, !tbaa !75
+  %2777 = load float, ptr %2776, align 4, !tbaa !83
   %2778 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2774
   store float %2777, ptr %2778, align 4, !tbaa !5
   %2779 = shl nuw nsw i64 %indvars.iv814.i, 9
@@ -9623,13 +9851,13 @@ for_end_tile210.i:                                ; preds = %for_body_tile209.i,
   %2828 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2829 = tail call i32 %2828(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %2829, 0
-  br i1 %.not.i, label %if_end245.i, label %fused_decode_compute_.exit, !prof !42
+  br i1 %.not.i, label %if_end245.i, label %fused_decode_compute_.exit, !prof !36
 
 if_end245.i:                                      ; preds = %for_end_tile210.i
   %2830 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2831 = tail call i32 %2830(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not275.i = icmp eq i32 %2831, 0
-  br i1 %.not275.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !42
+  br i1 %.not275.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !36
 
 fused_decode_compute_.exit:                       ; preds = %if_end245.i, %for_end_tile210.i, %if_end203.i, %if_end197.i, %if_end194.i, %for_end_d_0_m.i, %for_begin_r.preheader.i, %for_end_to.thread.i, %for_end_to.i, %for_body_to.i, %if_end32.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
   %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to.i ], [ 0, %if_end45 ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end197.i ], [ -1, %if_end194.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to.thread.i ], [ -1, %for_end_to.i ], [ -1, %if_end32.i ], [ -1, %if_end203.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end15.i ], [ -1, %for_end_tile210.i ], [ -1, %if_end245.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
@@ -9812,7 +10040,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %83 = select <32 x i1> %82, <32 x float> zeroinitializer, <32 x float> %81
   %84 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %85 = select <32 x i1> %84, <32 x float> %83, <32 x float> zeroinitializer
-  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !118
+  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !121
   %arg2.i = fsub <32 x float> %57, %m.i
   %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %87 = bitcast <32 x float> %86 to <32 x i32>
@@ -9835,7 +10063,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
   %105 = fcmp one <32 x float> %60, zeroinitializer
   %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
-  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !124
+  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !127
   %107 = fmul <32 x float> %old_sum.i, %85
   %108 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %60, <32 x float> %107)
   %.idx.i = shl nsw i64 %54, 14
@@ -9845,13 +10073,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %111 = load float, ptr %110, align 4, !tbaa !130
+  %111 = load float, ptr %110, align 4, !tbaa !133
   %112 = insertelement <16 x float> poison, float %111, i64 0
   %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
   %114 = shl nuw nsw i64 %indvars.iv60.i, 7
   %115 = getelementptr float, ptr %109, i64 %114
   %116 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %117 = load float, ptr %116, align 4, !tbaa !131
+  %117 = load float, ptr %116, align 4, !tbaa !134
   %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
   store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
   %119 = load <16 x float>, ptr %115, align 4, !tbaa !5
@@ -9914,7 +10142,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %151 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %152 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %153 = select <32 x i1> %152, <32 x float> zeroinitializer, <32 x float> %151
-  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !132
+  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !135
   %sext29 = shl i64 %20, 32
   %154 = ashr exact i64 %sext29, 32
   %155 = mul nsw i64 %out_batch, %154
@@ -9924,13 +10152,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !130
+  %158 = load float, ptr %157, align 4, !tbaa !133
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %109, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !131
+  %164 = load float, ptr %163, align 4, !tbaa !134
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
@@ -10000,7 +10228,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !138
+  %215 = load float, ptr %214, align 4, !tbaa !141
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -10121,7 +10349,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !139
+  %310 = load float, ptr %309, align 16, !tbaa !142
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -10136,7 +10364,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !141
+  %317 = load float, ptr %316, align 16, !tbaa !144
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -10146,7 +10374,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !5
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !139
+  %322 = load float, ptr %321, align 4, !tbaa !142
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -10154,7 +10382,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !141
+  %327 = load float, ptr %326, align 4, !tbaa !144
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -10164,7 +10392,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !5
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !139
+  %332 = load float, ptr %331, align 8, !tbaa !142
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -10172,7 +10400,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !141
+  %337 = load float, ptr %336, align 8, !tbaa !144
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -10182,7 +10410,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !5
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !139
+  %342 = load float, ptr %341, align 4, !tbaa !142
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -10190,7 +10418,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !141
+  %347 = load float, ptr %346, align 4, !tbaa !144
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -10200,7 +10428,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !5
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !26, !llvm.loop !143
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !26, !llvm.loop !146
 
 merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
@@ -10388,7 +10616,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <32 x i1> %80, <32 x float> zeroinitializer, <32 x float> %79
   %82 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %83 = select <32 x i1> %82, <32 x float> %81, <32 x float> zeroinitializer
-  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !144
+  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !147
   %arg2.i = fsub <32 x float> %55, %m.i
   %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <32 x float> %84 to <32 x i32>
@@ -10411,7 +10639,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <32 x i1> %101, <32 x float> zeroinitializer, <32 x float> %100
   %103 = fcmp one <32 x float> %58, zeroinitializer
   %104 = select <32 x i1> %103, <32 x float> %102, <32 x float> zeroinitializer
-  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !150
+  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !153
   %105 = fmul <32 x float> %old_sum.i, %83
   %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %58, <32 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
@@ -10421,13 +10649,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !156
+  %109 = load float, ptr %108, align 4, !tbaa !159
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 7
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !157
+  %115 = load float, ptr %114, align 4, !tbaa !160
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
   store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !5
   %117 = load <16 x float>, ptr %113, align 4, !tbaa !5
@@ -10494,7 +10722,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %152 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %153 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %154 = select <32 x i1> %153, <32 x float> zeroinitializer, <32 x float> %152
-  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !158
+  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !161
   %155 = mul nsw i64 %out_batch, %149
   %156 = getelementptr i16, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
@@ -10502,13 +10730,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !156
+  %158 = load float, ptr %157, align 4, !tbaa !159
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %107, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !157
+  %164 = load float, ptr %163, align 4, !tbaa !160
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
@@ -10578,7 +10806,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !164
+  %215 = load float, ptr %214, align 4, !tbaa !167
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -10699,7 +10927,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !165
+  %310 = load float, ptr %309, align 16, !tbaa !168
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -10714,7 +10942,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !167
+  %317 = load float, ptr %316, align 16, !tbaa !170
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -10724,7 +10952,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !5
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !165
+  %322 = load float, ptr %321, align 4, !tbaa !168
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -10732,7 +10960,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !167
+  %327 = load float, ptr %326, align 4, !tbaa !170
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -10742,7 +10970,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !5
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !165
+  %332 = load float, ptr %331, align 8, !tbaa !168
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -10750,7 +10978,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !167
+  %337 = load float, ptr %336, align 8, !tbaa !170
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -10760,7 +10988,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !5
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !165
+  %342 = load float, ptr %341, align 4, !tbaa !168
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -10768,7 +10996,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !167
+  %347 = load float, ptr %346, align 4, !tbaa !170
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -10778,7 +11006,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !5
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !26, !llvm.loop !169
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !26, !llvm.loop !172
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
@@ -10796,14 +11024,14 @@ declare void @llvm.assume(i1 noundef) #2
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare float @llvm.arithmetic.fence.f32(float) #3
 
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
+declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #4
+
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare float @llvm.log.f32(float) #3
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
-declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare float @llvm.fmuladd.f32(float, float, float) #3
@@ -10989,11 +11217,11 @@ declare float @llvm.fabs.f32(float) #3
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare half @llvm.fabs.f16(half) #3
 
-; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
-declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #6
-
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare i32 @llvm.umin.i32(i32, i32) #3
+
+; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
+declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #6
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
 declare void @llvm.lifetime.start.p0(ptr captures(none)) #7
@@ -11094,137 +11322,140 @@ attributes #11 = { nocallback nofree nosync nounwind willreturn memory(argmem: r
 !33 = !{!"buffer0.w512.b0", !34, i64 0}
 !34 = !{!"buffer0.w1024.b0", !35, i64 0}
 !35 = !{!"buffer0", !7, i64 0}
-!36 = distinct !{!36, !37}
-!37 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!38 = !{!35, !35, i64 0}
-!39 = !{!"branch_weights", i32 1048704, i32 133169152}
-!40 = distinct !{!40, !11}
+!36 = !{!"branch_weights", i32 1, i32 1048576}
+!37 = distinct !{!37, !38}
+!38 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!39 = !{!35, !35, i64 0}
+!40 = !{!"branch_weights", i32 1048704, i32 133169152}
 !41 = distinct !{!41, !11}
-!42 = !{!"branch_weights", i32 1, i32 1048576}
-!43 = !{!44}
-!44 = distinct !{!44, !45}
-!45 = distinct !{!45, !"LVerDomain"}
-!46 = !{!47}
-!47 = distinct !{!47, !45}
-!48 = !{!"branch_weights", i32 127, i32 16777081}
-!49 = distinct !{!49, !20, !21, !50}
-!50 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!51 = !{!"branch_weights", i32 1, i32 7}
-!52 = !{!"branch_weights", i32 1, i32 1}
-!53 = distinct !{!53, !54}
-!54 = !{!"llvm.loop.unroll.disable"}
-!55 = !{!"branch_weights", i32 127, i32 0}
-!56 = distinct !{!56, !20, !25}
-!57 = distinct !{!57, !11}
-!58 = !{!59}
-!59 = distinct !{!59, !60}
-!60 = distinct !{!60, !"LVerDomain"}
-!61 = !{!62}
-!62 = distinct !{!62, !60}
-!63 = distinct !{!63, !20, !21, !50}
-!64 = distinct !{!64, !54}
+!42 = distinct !{!42, !11}
+!43 = !{!"branch_weights", i32 6096, i32 2147477552}
+!44 = !{!"branch_weights", i32 8128, i32 2147475520}
+!45 = distinct !{!45, !46}
+!46 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!47 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!48 = distinct !{!48, !49, !50}
+!49 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!50 = !{!"llvm.loop.unroll.disable"}
+!51 = distinct !{!51, !46}
+!52 = distinct !{!52, !49, !50}
+!53 = !{!54}
+!54 = distinct !{!54, !55}
+!55 = distinct !{!55, !"LVerDomain"}
+!56 = !{!57}
+!57 = distinct !{!57, !55}
+!58 = !{!"branch_weights", i32 127, i32 16777081}
+!59 = distinct !{!59, !20, !21, !60}
+!60 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!61 = !{!"branch_weights", i32 1, i32 7}
+!62 = !{!"branch_weights", i32 1, i32 1}
+!63 = distinct !{!63, !50}
+!64 = !{!"branch_weights", i32 127, i32 0}
 !65 = distinct !{!65, !20, !25}
-!66 = distinct !{!66, !67}
-!67 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!68 = distinct !{!68, !37}
+!66 = !{!67}
+!67 = distinct !{!67, !68}
+!68 = distinct !{!68, !"LVerDomain"}
 !69 = !{!70}
-!70 = distinct !{!70, !71}
-!71 = distinct !{!71, !"LVerDomain"}
-!72 = !{!73}
-!73 = distinct !{!73, !71}
-!74 = distinct !{!74, !20, !25}
-!75 = !{!76, !76, i64 0}
-!76 = !{!"buffer1", !7, i64 0}
-!77 = !{!78, !78, i64 0}
-!78 = !{!"buffer2", !7, i64 0}
-!79 = distinct !{!79, !37}
-!80 = distinct !{!80, !37}
-!81 = !{!"branch_weights", i32 6096, i32 2147477552}
-!82 = !{!"branch_weights", i32 8128, i32 2147475520}
-!83 = distinct !{!83, !84}
-!84 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!85 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!86 = distinct !{!86, !87, !54}
-!87 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!88 = distinct !{!88, !84}
-!89 = distinct !{!89, !87, !54}
-!90 = distinct !{!90, !84}
-!91 = distinct !{!91, !87, !54}
-!92 = distinct !{!92, !84}
-!93 = distinct !{!93, !87, !54}
-!94 = !{!"branch_weights", i32 14224, i32 2147469424}
-!95 = !{!"branch_weights", i32 16256, i32 2147467392}
-!96 = distinct !{!96, !50}
-!97 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!98 = distinct !{!98, !87, !54}
-!99 = distinct !{!99, !50}
-!100 = distinct !{!100, !87, !54}
-!101 = distinct !{!101, !50}
-!102 = distinct !{!102, !87, !54}
-!103 = distinct !{!103, !50}
-!104 = distinct !{!104, !87, !54}
-!105 = distinct !{!105, !11}
-!106 = distinct !{!106, !11}
-!107 = distinct !{!107, !11}
+!70 = distinct !{!70, !68}
+!71 = distinct !{!71, !20, !21, !60}
+!72 = distinct !{!72, !50}
+!73 = distinct !{!73, !20, !25}
+!74 = distinct !{!74, !75}
+!75 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!76 = distinct !{!76, !38}
+!77 = !{!78}
+!78 = distinct !{!78, !79}
+!79 = distinct !{!79, !"LVerDomain"}
+!80 = !{!81}
+!81 = distinct !{!81, !79}
+!82 = distinct !{!82, !20, !25}
+!83 = !{!84, !84, i64 0}
+!84 = !{!"buffer1", !7, i64 0}
+!85 = !{!86, !86, i64 0}
+!86 = !{!"buffer2", !7, i64 0}
+!87 = distinct !{!87, !38}
+!88 = distinct !{!88, !38}
+!89 = distinct !{!89, !46}
+!90 = distinct !{!90, !49, !50}
+!91 = distinct !{!91, !46}
+!92 = distinct !{!92, !49, !50}
+!93 = distinct !{!93, !46}
+!94 = distinct !{!94, !49, !50}
+!95 = distinct !{!95, !46}
+!96 = distinct !{!96, !49, !50}
+!97 = !{!"branch_weights", i32 14224, i32 2147469424}
+!98 = !{!"branch_weights", i32 16256, i32 2147467392}
+!99 = distinct !{!99, !60}
+!100 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!101 = distinct !{!101, !49, !50}
+!102 = distinct !{!102, !60}
+!103 = distinct !{!103, !49, !50}
+!104 = distinct !{!104, !60}
+!105 = distinct !{!105, !49, !50}
+!106 = distinct !{!106, !60}
+!107 = distinct !{!107, !49, !50}
 !108 = distinct !{!108, !11}
-!109 = distinct !{!109, !50}
-!110 = distinct !{!110, !87, !54}
-!111 = distinct !{!111, !50}
-!112 = distinct !{!112, !87, !54}
-!113 = distinct !{!113, !50}
-!114 = distinct !{!114, !87, !54}
-!115 = distinct !{!115, !50}
-!116 = distinct !{!116, !87, !54}
-!117 = distinct !{!117, !11}
-!118 = !{!119, !119, i64 0}
-!119 = !{!"buffer3.w128.b0", !120, i64 0}
-!120 = !{!"buffer3.w256.b0", !121, i64 0}
-!121 = !{!"buffer3.w512.b0", !122, i64 0}
-!122 = !{!"buffer3.w1024.b0", !123, i64 0}
-!123 = !{!"buffer3", !7, i64 0}
-!124 = !{!125, !125, i64 0}
-!125 = !{!"buffer4.w128.b0", !126, i64 0}
-!126 = !{!"buffer4.w256.b0", !127, i64 0}
-!127 = !{!"buffer4.w512.b0", !128, i64 0}
-!128 = !{!"buffer4.w1024.b0", !129, i64 0}
-!129 = !{!"buffer4", !7, i64 0}
-!130 = !{!129, !129, i64 0}
-!131 = !{!123, !123, i64 0}
-!132 = !{!133, !133, i64 0}
-!133 = !{!"buffer5.w128.b0", !134, i64 0}
-!134 = !{!"buffer5.w256.b0", !135, i64 0}
-!135 = !{!"buffer5.w512.b0", !136, i64 0}
-!136 = !{!"buffer5.w1024.b0", !137, i64 0}
-!137 = !{!"buffer5", !7, i64 0}
-!138 = !{!137, !137, i64 0}
-!139 = !{!140, !140, i64 0}
-!140 = !{!"buffer6", !7, i64 0}
-!141 = !{!142, !142, i64 0}
-!142 = !{!"buffer7", !7, i64 0}
-!143 = distinct !{!143, !67}
+!109 = distinct !{!109, !11}
+!110 = distinct !{!110, !11}
+!111 = distinct !{!111, !11}
+!112 = distinct !{!112, !60}
+!113 = distinct !{!113, !49, !50}
+!114 = distinct !{!114, !60}
+!115 = distinct !{!115, !49, !50}
+!116 = distinct !{!116, !60}
+!117 = distinct !{!117, !49, !50}
+!118 = distinct !{!118, !60}
+!119 = distinct !{!119, !49, !50}
+!120 = distinct !{!120, !11}
+!121 = !{!122, !122, i64 0}
+!122 = !{!"buffer3.w128.b0", !123, i64 0}
+!123 = !{!"buffer3.w256.b0", !124, i64 0}
+!124 = !{!"buffer3.w512.b0", !125, i64 0}
+!125 = !{!"buffer3.w1024.b0", !126, i64 0}
+!126 = !{!"buffer3", !7, i64 0}
+!127 = !{!128, !128, i64 0}
+!128 = !{!"buffer4.w128.b0", !129, i64 0}
+!129 = !{!"buffer4.w256.b0", !130, i64 0}
+!130 = !{!"buffer4.w512.b0", !131, i64 0}
+!131 = !{!"buffer4.w1024.b0", !132, i64 0}
+!132 = !{!"buffer4", !7, i64 0}
+!133 = !{!132, !132, i64 0}
+!134 = !{!126, !126, i64 0}
+!135 = !{!136, !136, i64 0}
+!136 = !{!"buffer5.w128.b0", !137, i64 0}
+!137 = !{!"buffer5.w256.b0", !138, i64 0}
+!138 = !{!"buffer5.w512.b0", !139, i64 0}
+!139 = !{!"buffer5.w1024.b0", !140, i64 0}
+!140 = !{!"buffer5", !7, i64 0}
+!141 = !{!140, !140, i64 0}
+!142 = !{!143, !143, i64 0}
+!143 = !{!"buffer6", !7, i64 0}
 !144 = !{!145, !145, i64 0}
-!145 = !{!"buffer8.w128.b0", !146, i64 0}
-!146 = !{!"buffer8.w256.b0", !147, i64 0}
-!147 = !{!"buffer8.w512.b0", !148, i64 0}
-!148 = !{!"buffer8.w1024.b0", !149, i64 0}
-!149 = !{!"buffer8", !7, i64 0}
-!150 = !{!151, !151, i64 0}
-!151 = !{!"buffer9.w128.b0", !152, i64 0}
-!152 = !{!"buffer9.w256.b0", !153, i64 0}
-!153 = !{!"buffer9.w512.b0", !154, i64 0}
-!154 = !{!"buffer9.w1024.b0", !155, i64 0}
-!155 = !{!"buffer9", !7, i64 0}
-!156 = !{!155, !155, i64 0}
-!157 = !{!149, !149, i64 0}
-!158 = !{!159, !159, i64 0}
-!159 = !{!"buffer10.w128.b0", !160, i64 0}
-!160 = !{!"buffer10.w256.b0", !161, i64 0}
-!161 = !{!"buffer10.w512.b0", !162, i64 0}
-!162 = !{!"buffer10.w1024.b0", !163, i64 0}
-!163 = !{!"buffer10", !7, i64 0}
-!164 = !{!163, !163, i64 0}
-!165 = !{!166, !166, i64 0}
-!166 = !{!"buffer11", !7, i64 0}
-!167 = !{!168, !168, i64 0}
-!168 = !{!"buffer12", !7, i64 0}
-!169 = distinct !{!169, !67}
+!145 = !{!"buffer7", !7, i64 0}
+!146 = distinct !{!146, !75}
+!147 = !{!148, !148, i64 0}
+!148 = !{!"buffer8.w128.b0", !149, i64 0}
+!149 = !{!"buffer8.w256.b0", !150, i64 0}
+!150 = !{!"buffer8.w512.b0", !151, i64 0}
+!151 = !{!"buffer8.w1024.b0", !152, i64 0}
+!152 = !{!"buffer8", !7, i64 0}
+!153 = !{!154, !154, i64 0}
+!154 = !{!"buffer9.w128.b0", !155, i64 0}
+!155 = !{!"buffer9.w256.b0", !156, i64 0}
+!156 = !{!"buffer9.w512.b0", !157, i64 0}
+!157 = !{!"buffer9.w1024.b0", !158, i64 0}
+!158 = !{!"buffer9", !7, i64 0}
+!159 = !{!158, !158, i64 0}
+!160 = !{!152, !152, i64 0}
+!161 = !{!162, !162, i64 0}
+!162 = !{!"buffer10.w128.b0", !163, i64 0}
+!163 = !{!"buffer10.w256.b0", !164, i64 0}
+!164 = !{!"buffer10.w512.b0", !165, i64 0}
+!165 = !{!"buffer10.w1024.b0", !166, i64 0}
+!166 = !{!"buffer10", !7, i64 0}
+!167 = !{!166, !166, i64 0}
+!168 = !{!169, !169, i64 0}
+!169 = !{!"buffer11", !7, i64 0}
+!170 = !{!171, !171, i64 0}
+!171 = !{!"buffer12", !7, i64 0}
+!172 = distinct !{!172, !75}

@@ -51,17 +51,17 @@ class Module:
     @T.prim_func(s_tir=True)
     def fused_attend(query: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), tree_mask: T.Buffer((tree_cells,), "uint8", align=1), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((num_tokens, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, seq: T.int32, token_begin: T.int32, num_query: T.int32, first_pos: T.int32, kv_head_begin: T.int32, num_kv_heads: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, causal: T.int32, tree_start: T.int64, tree_size: T.int32, query_scale: T.float32, score_scale: T.float32):
         # with T.sblock("root"):
-        q_tile = T.sblock_alloc_buffer((16, 16, 128))
-        row_max = T.sblock_alloc_buffer((16, 16))
-        row_sum = T.sblock_alloc_buffer((16, 16))
-        acc = T.sblock_alloc_buffer((16, 16, 128))
-        total_max = T.sblock_alloc_buffer((16, 16))
-        total_sum = T.sblock_alloc_buffer((16, 16))
-        total_acc = T.sblock_alloc_buffer((16, 16, 128))
-        positions = T.sblock_alloc_buffer((16, 16), "int32")
-        limits = T.sblock_alloc_buffer((16, 16), "int32")
-        places = T.sblock_alloc_buffer((16, 16), "int32")
-        reach = T.sblock_alloc_buffer((16, 4), "int32")
+        q_tile = T.sblock_alloc_buffer((32, 16, 128))
+        row_max = T.sblock_alloc_buffer((32, 16))
+        row_sum = T.sblock_alloc_buffer((32, 16))
+        acc = T.sblock_alloc_buffer((32, 16, 128))
+        total_max = T.sblock_alloc_buffer((32, 16))
+        total_sum = T.sblock_alloc_buffer((32, 16))
+        total_acc = T.sblock_alloc_buffer((32, 16, 128))
+        positions = T.sblock_alloc_buffer((32, 16), "int32")
+        limits = T.sblock_alloc_buffer((32, 16), "int32")
+        places = T.sblock_alloc_buffer((32, 16), "int32")
+        reach = T.sblock_alloc_buffer((32, 4), "int32")
         span = T.sblock_alloc_buffer((2,), "int32")
         context_len: T.let[T.int32] = context_lens[seq]
         head_tiles: T.let[T.int32] = (num_query * 4 + 16 - 1) // 16
@@ -145,18 +145,19 @@ class Module:
                         vstep = T.axis.opaque(num_steps, step)
                         T.reads()
                         T.writes()
-                        key_offsets = T.sblock_alloc_buffer((128,), "int64")
-                        value_offsets = T.sblock_alloc_buffer((128,), "int64")
+                        key_offsets = T.sblock_alloc_buffer((256,), "int64")
+                        value_offsets = T.sblock_alloc_buffer((256,), "int64")
                         tile_start: T.let[T.int32] = read_begin + vstep * 128
                         valid_len: T.let[T.int32] = T.min(range_end - tile_start, 128)
-                        num_offsets: T.let[T.int32] = (valid_len + 8 - 1) // 8 * 8
+                        next_len: T.let[T.int32] = T.max(T.min(range_end - tile_start - 128, 128), 0)
+                        num_offsets: T.let[T.int32] = (valid_len + 8 - 1) // 8 * 8 + next_len
                         last: T.let[T.int32] = range_end - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
-                            T.writes(key_offsets[0:128])
+                            T.writes(key_offsets[0:256])
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(128, t)
+                                    vt = T.axis.spatial(256, t)
                                     T.reads(block_table[seq, T.min(tile_start + vt, last) // 16])
                                     T.writes(key_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
@@ -165,10 +166,10 @@ class Module:
                                     key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
-                            T.writes(value_offsets[0:128])
+                            T.writes(value_offsets[0:256])
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(128, t)
+                                    vt = T.axis.spatial(256, t)
                                     T.reads(block_table[seq, T.min(tile_start + vt, last) // 16])
                                     T.writes(value_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
@@ -185,23 +186,23 @@ class Module:
                                 key_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * v_head
                                 with T.sblock("load_keys"):
-                                    T.reads(key_cache[0:k_span], key_offsets[0:128])
+                                    T.reads(key_cache[0:k_span], key_offsets[0:256])
                                     T.writes(k_tile[0:128, 0:128])
                                     for to, ti, d in T.grid((valid_len + 8 - 1) // 8, 8, 128):
                                         with T.sblock("load_keys_element"):
                                             vt = T.axis.spatial(128, to * 8 + ti)
                                             vd = T.axis.spatial(128, d)
-                                            T.reads(key_cache[0:k_span], key_offsets[0:128])
+                                            T.reads(key_cache[0:k_span], key_offsets[0:256])
                                             T.writes(k_tile[vt, vd])
                                             k_tile[vt, vd] = T.reinterpret("float32", T.Select(vd % 2 == 0, key_cache[key_offsets[vt] + key_head + T.Cast("int64", vd // 2)] << 16, key_cache[key_offsets[vt] + key_head + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                 with T.sblock("load_values"):
-                                    T.reads(value_cache[0:v_span], value_offsets[0:128])
+                                    T.reads(value_cache[0:v_span], value_offsets[0:256])
                                     T.writes(v_tile[0:128, 0:128])
                                     for to, ti, d in T.grid((valid_len + 8 - 1) // 8, 8, 128):
                                         with T.sblock("load_values_element"):
                                             vt = T.axis.spatial(128, to * 8 + ti)
                                             vd = T.axis.spatial(128, d)
-                                            T.reads(value_cache[0:v_span], value_offsets[0:128])
+                                            T.reads(value_cache[0:v_span], value_offsets[0:256])
                                             T.writes(v_tile[vt, vd])
                                             v_tile[vt, vd] = T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + value_head + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + value_head + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                 for row_tile in range(head_tiles):
@@ -218,10 +219,28 @@ class Module:
                                         edges = T.sblock_alloc_buffer((16, 128), "int32")
                                         scaled = T.sblock_alloc_buffer((16, 128))
                                         first: T.let[T.int32] = vkv * head_tiles + vrt
+                                        each: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
+                                        for t in range(each):
+                                            with T.sblock("fetch"):
+                                                vt = T.axis.opaque(128, t)
+                                                T.reads()
+                                                T.writes()
+                                                token: T.let[T.int32] = T.min(vrt * each + vt, next_len - 1)
+                                                for line in range(4):
+                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[128 + (token * 4 + line) // 4] + key_head + T.Cast("int64", (token * 4 + line) % 4 * 16)]), 0, 2, 1)
+                                        each_1: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
+                                        for t in range(each_1):
+                                            with T.sblock("fetch"):
+                                                vt = T.axis.opaque(128, t)
+                                                T.reads()
+                                                T.writes()
+                                                token: T.let[T.int32] = T.min(vrt * each_1 + vt, next_len - 1)
+                                                for line in range(4):
+                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[128 + (token * 4 + line) // 4] + value_head + T.Cast("int64", (token * 4 + line) % 4 * 16)]), 0, 2, 1)
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.min(valid_len, reach[first, 1] - tile_start)
                                             with T.sblock("qk_matmul"):
-                                                T.reads(q_tile[first, 0:16, 0:128], k_tile[0:128, 0:128], key_offsets[0:128])
+                                                T.reads(q_tile[first, 0:16, 0:128], k_tile[0:128, 0:128], key_offsets[0:256])
                                                 T.writes(scores[0, 0:16, 0:128])
                                                 for i, to, ti, r, d in T.grid(1, (valid_len_1 + 8 - 1) // 8, 8, 16, 128):
                                                     with T.sblock("scores"):
@@ -254,6 +273,7 @@ class Module:
                                                 T.reads(scaled[0:16, 0:128])
                                                 T.writes(probs[0, 0:16, 0:128], tile_max[0, 0:16], tile_sum[0, 0:16])
                                                 peak = T.sblock_alloc_buffer((16,))
+                                                room = T.sblock_alloc_buffer((1, 16), "int32")
                                                 for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
                                                     with T.sblock("peak"):
                                                         vt = T.axis.reduce(128, to * 8 + ti)
@@ -269,21 +289,27 @@ class Module:
                                                         T.reads(peak[vr])
                                                         T.writes(tile_max[0, vr])
                                                         tile_max[0, vr] = T.Select(0 < valid_len_1, peak[vr], T.float32(-1000000000000000019884624838656.0))
+                                                for r in range(16):
+                                                    with T.sblock("room"):
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(places[first, vr])
+                                                        T.writes(room[0, vr])
+                                                        room[0, vr] = places[first, vr]
                                                 for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
                                                     with T.sblock("probs"):
                                                         vt = T.axis.spatial(128, to * 8 + ti)
                                                         vr = T.axis.spatial(16, r)
-                                                        T.reads(scaled[vr, vt], tile_max[0, vr], places[first, vr])
+                                                        T.reads(scaled[vr, vt], tile_max[0, vr], room[0, vr])
                                                         T.writes(probs[0, vr, vt])
                                                         arg: T.let[T.float32] = scaled[vr, vt] - tile_max[0, vr]
-                                                        bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", places[first, vr])))
-                                                        n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", places[first, vr]))
+                                                        bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
+                                                        n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room[0, vr]))
                                                         f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
                                                         high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
                                                         p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
                                                         series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                                         power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                        probs[0, vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", places[first, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))
+                                                        probs[0, vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))
                                                 for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
                                                     with T.sblock("tile_sum"):
                                                         vt = T.axis.reduce(128, to * 8 + ti)
@@ -473,6 +499,7 @@ class Module:
                         T.reads(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
                         T.writes(out[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128], lse[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4])
                         factor = T.sblock_alloc_buffer((16,))
+                        ordered = T.sblock_alloc_buffer((16, 128))
                         for r in range(16):
                             with T.sblock("factor"):
                                 vr = T.axis.spatial(16, r)
@@ -480,13 +507,19 @@ class Module:
                                 T.writes(factor[vr])
                                 total: T.let[T.float32] = total_sum[vtile, vr]
                                 factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
+                        for r, d in T.grid(16, 128):
+                            with T.sblock("ordered"):
+                                vr, vd = T.axis.remap("SS", [r, d])
+                                T.reads(total_acc[vtile, vr, vd], factor[vr])
+                                T.writes(ordered[vr, vd])
+                                ordered[vr, vd] = total_acc[vtile, vr, vd] * factor[vr]
                         for r, d in T.grid(T.min(num_query * 4 - vtile % head_tiles * 16, 16), 128):
                             with T.sblock("out"):
                                 vr = T.axis.spatial(16, r)
                                 vd = T.axis.spatial(128, d)
-                                T.reads(total_acc[vtile, vr, vd], factor[vr])
+                                T.reads(ordered[vr, vd])
                                 T.writes(out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd])
-                                out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd] = T.Cast("bfloat16", total_acc[vtile, vr, vd] * factor[vr])
+                                out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd] = T.Cast("bfloat16", ordered[vr, vd])
                         for r in range(T.min(num_query * 4 - vtile % head_tiles * 16, 16)):
                             with T.sblock("lse"):
                                 vr = T.axis.spatial(16, r)

@@ -19,8 +19,8 @@
 #include "cpu/partials.h"
 
 // The kernels, compiled by TVM from TensorIR.
-extern "C" pa::KernelFunction __tvm_ffi_fused_decode, __tvm_ffi_merge_partials, __tvm_ffi_fused_attend,
-    __tvm_ffi_merge_attend, __tvm_ffi_append_key, __tvm_ffi_append_value;
+extern "C" pa::KernelFunction __tvm_ffi_fused_decode, __tvm_ffi_merge_partials, __tvm_ffi_append_key,
+    __tvm_ffi_append_value, __tvm_ffi_fused_attend, __tvm_ffi_merge_attend;
 
 namespace pa {
 namespace {
@@ -42,7 +42,7 @@ struct Spec {
   static constexpr int64_t kSplitBlocks = 16;  // blocks of one range of a long sequence
   static constexpr int64_t kItemTokens = 120;  // tokens after which a work item takes no further sequence
   static constexpr int64_t kRangeBlocks = 256;  // the same where a sequence has several query tokens
-  static constexpr int64_t kAttendRows = 16, kAttendTiles = 16;  // then: rows of a tile, and tiles of a work item
+  static constexpr int64_t kAttendRows = 16, kAttendTiles = 32;  // then: rows of a tile, and tiles of a work item
   static constexpr int64_t kThreadTokens = 30;  // KV tokens of work items that are worth one more thread
 };
 
@@ -73,6 +73,18 @@ struct MergePartials {
   Passed<int64_t> seq, partial_start, num_partials;
 };
 
+struct AppendKey {
+  static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_append_key;
+  Passed<Array> new_, cache, slot_mapping;
+  Passed<int64_t> head_begin, num_heads;
+};
+
+struct AppendValue {
+  static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_append_value;
+  Passed<Array> new_, cache, slot_mapping;
+  Passed<int64_t> head_begin, num_heads;
+};
+
 struct FusedAttend {
   static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_fused_attend;
   Passed<Array> query, key_cache, value_cache, block_table, context_lens, tree_mask, partial_max, partial_sum,
@@ -88,18 +100,6 @@ struct MergeAttend {
   static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_merge_attend;
   Passed<Array> partial_max, partial_sum, partial_acc, out, lse;
   Passed<int64_t> token, num_keys, partial_start, partial_step, num_partials;
-};
-
-struct AppendKey {
-  static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_append_key;
-  Passed<Array> new_, cache, slot_mapping;
-  Passed<int64_t> head_begin, num_heads;
-};
-
-struct AppendValue {
-  static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_append_value;
-  Passed<Array> new_, cache, slot_mapping;
-  Passed<int64_t> head_begin, num_heads;
 };
 
 // One kernel takes a work item of decode through all four stages, tile by tile. Whoever computes the last partial result

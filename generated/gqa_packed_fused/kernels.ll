@@ -1135,14 +1135,7 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor478.i = alloca [16 x float], align 16
-  %beta325481.i = alloca [16 x float], align 16
-  %alpha324482.i = alloca [16 x float], align 16
-  %peak491.i = alloca [16 x float], align 16
-  %beta493.i = alloca [16 x float], align 16
-  %alpha494.i = alloca [16 x float], align 16
-  %tile_sum495.i = alloca [16 x float], align 16
-  %tile_max496.i = alloca [16 x float], align 16
+  %factor538.i = alloca [16 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -1360,14 +1353,7 @@ if_end48:                                         ; preds = %if_then46, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor478.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta325481.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha324482.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %peak491.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta493.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha494.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum495.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %tile_max496.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor538.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -1391,7 +1377,7 @@ if_end48:                                         ; preds = %if_then46, %if_end4
   %119 = add nsw i32 %118, %111
   %120 = tail call i32 @llvm.smax.i32(i32 %117, i32 %119)
   %121 = sub nsw i32 %120, %116
-  %122 = tail call i32 @llvm.smin.i32(i32 %121, i32 16)
+  %122 = tail call i32 @llvm.smin.i32(i32 %121, i32 32)
   %123 = shl nsw i32 %122, 10
   %124 = sext i32 %123 to i64
   %125 = shl nuw nsw i64 %124, 2
@@ -1401,7 +1387,7 @@ if_end48:                                         ; preds = %if_then46, %if_end4
   br i1 %127, label %fused_attend_compute_.exit, label %if_end.i, !prof !7
 
 if_end.i:                                         ; preds = %if_end48
-  %128 = tail call i32 @llvm.smin.i32(i32 %117, i32 16)
+  %128 = tail call i32 @llvm.smin.i32(i32 %117, i32 32)
   %129 = shl nsw i32 %128, 4
   %130 = sext i32 %129 to i64
   %131 = shl nuw nsw i64 %130, 2
@@ -1456,9 +1442,9 @@ if_end17.i:                                       ; preds = %if_end14.i
   %context_len.i = load i32, ptr %154, align 4, !tbaa !4
   %155 = icmp sgt i64 %tree_start, -1
   %156 = icmp slt i32 %117, 1
-  br i1 %156, label %for_end_tile80.i, label %for_begin_r.preheader.lr.ph.i, !prof !11
+  br i1 %156, label %for_end_tile108.i, label %for_body_tile.lr.ph.i, !prof !11
 
-for_begin_r.preheader.lr.ph.i:                    ; preds = %if_end17.i
+for_body_tile.lr.ph.i:                            ; preds = %if_end17.i
   %157 = and i64 %64, 4294967295
   %158 = icmp eq i64 %157, 0
   %159 = icmp slt i32 %111, 0
@@ -1476,5578 +1462,5025 @@ for_begin_r.preheader.lr.ph.i:                    ; preds = %if_end17.i
   %168 = insertelement <16 x i1> poison, i1 %167, i64 0
   %169 = shufflevector <16 x i1> %168, <16 x i1> poison, <16 x i32> zeroinitializer
   %wide.trip.count.i = zext nneg i32 %117 to i64
-  %scevgep162 = getelementptr i8, ptr %q_tile.i, i64 4096
-  %scevgep164 = getelementptr i8, ptr %query, i64 256
+  %scevgep154 = getelementptr i8, ptr %query, i64 256
   %170 = shl i64 %q_batch, 1
   %171 = shl i64 %q_head, 1
   %broadcast.splatinsert = insertelement <8 x float> poison, float %query_scale, i64 0
   %broadcast.splat = shufflevector <8 x float> %broadcast.splatinsert, <8 x float> poison, <8 x i32> zeroinitializer
-  br label %for_begin_r.preheader.i
+  br label %for_body_tile.i
 
-for_begin_r.preheader.i:                          ; preds = %for_body_r57.peel.next.i, %for_begin_r.preheader.lr.ph.i
-  %indvars.iv1408.i = phi i64 [ 0, %for_begin_r.preheader.lr.ph.i ], [ %indvars.iv.next1409.i, %for_body_r57.peel.next.i ]
-  %172 = shl i64 %indvars.iv1408.i, 12
-  %173 = and i64 %172, 17179865088
-  %scevgep = getelementptr i8, ptr %q_tile.i, i64 %173
-  %scevgep163 = getelementptr i8, ptr %scevgep162, i64 %173
-  %174 = trunc nuw nsw i64 %indvars.iv1408.i to i32
-  %175 = shl i64 %indvars.iv1408.i, 12
-  %176 = and i64 %175, 17179865088
-  %rmod.i = srem i32 %174, %111
-  %rdiv.us.i = sdiv i32 %174, %111
-  %177 = icmp ne i32 %rmod.i, 0
-  %.not526.i = and i1 %159, %177
-  %178 = select i1 %.not526.i, i32 %111, i32 0
-  %179 = add nsw i32 %178, %rmod.i
-  %180 = shl nsw i32 %179, 4
-  %181 = sub nsw i32 %109, %180
-  %182 = sext i1 %.not526.i to i32
-  %183 = sext i32 %179 to i64
-  %184 = shl nsw i64 %183, 2
-  %invariant.op.i = add nsw i64 %184, %161
-  %185 = shl i64 %indvars.iv1408.i, 10
-  %186 = and i64 %185, 4294966272
-  %187 = sext i32 %181 to i64
-  %188 = getelementptr i8, ptr %q_tile.i, i64 %176
-  %invariant.gep1674.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %186
-  %189 = add nsw i64 %161, %184
-  br label %for_begin_d.preheader.i
+for_begin_tile.i:                                 ; preds = %for_body_r82.peel.next.i
+  %indvars.iv.next1525.i = add nuw nsw i64 %indvars.iv1524.i, 1
+  %exitcond1527.not.i = icmp eq i64 %indvars.iv.next1525.i, %wide.trip.count.i
+  br i1 %exitcond1527.not.i, label %for_begin_tile106.preheader.i, label %for_body_tile.i, !prof !8
 
-for_begin_tile78.preheader.i:                     ; preds = %for_body_r57.peel.next.i
-  %190 = getelementptr inbounds nuw i8, ptr %reach.i, i64 4
-  %191 = load <2 x i32>, ptr %190, align 4, !tbaa !4
-  %exitcond1416.peel.not.i = icmp eq i32 %117, 1
-  %192 = extractelement <2 x i32> %191, i64 0
-  %193 = extractelement <2 x i32> %191, i64 1
-  br i1 %exitcond1416.peel.not.i, label %for_end_tile80.loopexit.i, label %iter.check, !prof !8
+for_begin_tile106.preheader.i:                    ; preds = %for_begin_tile.i
+  %172 = getelementptr inbounds nuw i8, ptr %reach.i, i64 4
+  %173 = load <2 x i32>, ptr %172, align 4, !tbaa !4
+  %exitcond1532.peel.not.i = icmp eq i32 %117, 1
+  %174 = extractelement <2 x i32> %173, i64 0
+  %175 = extractelement <2 x i32> %173, i64 1
+  br i1 %exitcond1532.peel.not.i, label %for_end_tile108.loopexit.i, label %iter.check, !prof !8
 
-iter.check:                                       ; preds = %for_begin_tile78.preheader.i
-  %194 = add nsw i64 %wide.trip.count.i, -1
+iter.check:                                       ; preds = %for_begin_tile106.preheader.i
+  %176 = add nsw i64 %wide.trip.count.i, -1
   %min.iters.check = icmp ult i32 %117, 6
-  br i1 %min.iters.check, label %if_end88.i.preheader, label %vector.main.loop.iter.check, !prof !11
+  br i1 %min.iters.check, label %if_end116.i.preheader, label %vector.main.loop.iter.check, !prof !11
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
-  %min.iters.check178 = icmp ult i32 %117, 34
-  br i1 %min.iters.check178, label %vec.epilog.ph, label %vector.ph179, !prof !11
+  %min.iters.check168 = icmp ult i32 %117, 34
+  br i1 %min.iters.check168, label %vec.epilog.ph, label %vector.ph169, !prof !11
 
-vector.ph179:                                     ; preds = %vector.main.loop.iter.check
-  %n.mod.vf = and i64 %194, 31
-  %195 = icmp eq i64 %n.mod.vf, 0
-  %196 = select i1 %195, i64 32, i64 %n.mod.vf
-  %n.vec = sub nsw i64 %194, %196
-  %broadcast.splat181 = shufflevector <2 x i32> %191, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat183 = shufflevector <2 x i32> %191, <2 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body184
+vector.ph169:                                     ; preds = %vector.main.loop.iter.check
+  %n.mod.vf = and i64 %176, 31
+  %177 = icmp eq i64 %n.mod.vf, 0
+  %178 = select i1 %177, i64 32, i64 %n.mod.vf
+  %n.vec = sub nsw i64 %176, %178
+  %broadcast.splat171 = shufflevector <2 x i32> %173, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat173 = shufflevector <2 x i32> %173, <2 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body174
 
-vector.body184:                                   ; preds = %vector.body184, %vector.ph179
-  %index185 = phi i64 [ 0, %vector.ph179 ], [ %index.next205, %vector.body184 ]
-  %vec.phi = phi <8 x i32> [ %broadcast.splat181, %vector.ph179 ], [ %209, %vector.body184 ]
-  %vec.phi186 = phi <8 x i32> [ %broadcast.splat181, %vector.ph179 ], [ %210, %vector.body184 ]
-  %vec.phi187 = phi <8 x i32> [ %broadcast.splat181, %vector.ph179 ], [ %211, %vector.body184 ]
-  %vec.phi188 = phi <8 x i32> [ %broadcast.splat181, %vector.ph179 ], [ %212, %vector.body184 ]
-  %vec.phi189 = phi <8 x i32> [ %broadcast.splat183, %vector.ph179 ], [ %213, %vector.body184 ]
-  %vec.phi190 = phi <8 x i32> [ %broadcast.splat183, %vector.ph179 ], [ %214, %vector.body184 ]
-  %vec.phi191 = phi <8 x i32> [ %broadcast.splat183, %vector.ph179 ], [ %215, %vector.body184 ]
-  %vec.phi192 = phi <8 x i32> [ %broadcast.splat183, %vector.ph179 ], [ %216, %vector.body184 ]
-  %197 = shl i64 %index185, 4
-  %198 = shl i64 %index185, 4
-  %199 = shl i64 %index185, 4
-  %200 = shl i64 %index185, 4
-  %201 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %197
-  %202 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %198
-  %203 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %199
-  %204 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %200
-  %205 = getelementptr inbounds nuw i8, ptr %201, i64 20
-  %206 = getelementptr inbounds nuw i8, ptr %202, i64 148
-  %207 = getelementptr inbounds nuw i8, ptr %203, i64 276
-  %208 = getelementptr inbounds nuw i8, ptr %204, i64 404
-  %wide.vec193 = load <32 x i32>, ptr %205, align 4, !tbaa !4
-  %strided.vec194 = shufflevector <32 x i32> %wide.vec193, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec195 = shufflevector <32 x i32> %wide.vec193, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec196 = load <32 x i32>, ptr %206, align 4, !tbaa !4
-  %strided.vec197 = shufflevector <32 x i32> %wide.vec196, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec198 = shufflevector <32 x i32> %wide.vec196, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec199 = load <32 x i32>, ptr %207, align 4, !tbaa !4
-  %strided.vec200 = shufflevector <32 x i32> %wide.vec199, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec201 = shufflevector <32 x i32> %wide.vec199, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec202 = load <32 x i32>, ptr %208, align 4, !tbaa !4
-  %strided.vec203 = shufflevector <32 x i32> %wide.vec202, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec204 = shufflevector <32 x i32> %wide.vec202, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %209 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec195)
-  %210 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi186, <8 x i32> %strided.vec198)
-  %211 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi187, <8 x i32> %strided.vec201)
-  %212 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi188, <8 x i32> %strided.vec204)
-  %213 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi189, <8 x i32> %strided.vec194)
-  %214 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi190, <8 x i32> %strided.vec197)
-  %215 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi191, <8 x i32> %strided.vec200)
-  %216 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi192, <8 x i32> %strided.vec203)
-  %index.next205 = add nuw i64 %index185, 32
-  %217 = icmp eq i64 %index.next205, %n.vec
-  br i1 %217, label %vec.epilog.iter.check, label %vector.body184, !prof !12, !llvm.loop !13
+vector.body174:                                   ; preds = %vector.body174, %vector.ph169
+  %index175 = phi i64 [ 0, %vector.ph169 ], [ %index.next195, %vector.body174 ]
+  %vec.phi = phi <8 x i32> [ %broadcast.splat171, %vector.ph169 ], [ %191, %vector.body174 ]
+  %vec.phi176 = phi <8 x i32> [ %broadcast.splat171, %vector.ph169 ], [ %192, %vector.body174 ]
+  %vec.phi177 = phi <8 x i32> [ %broadcast.splat171, %vector.ph169 ], [ %193, %vector.body174 ]
+  %vec.phi178 = phi <8 x i32> [ %broadcast.splat171, %vector.ph169 ], [ %194, %vector.body174 ]
+  %vec.phi179 = phi <8 x i32> [ %broadcast.splat173, %vector.ph169 ], [ %195, %vector.body174 ]
+  %vec.phi180 = phi <8 x i32> [ %broadcast.splat173, %vector.ph169 ], [ %196, %vector.body174 ]
+  %vec.phi181 = phi <8 x i32> [ %broadcast.splat173, %vector.ph169 ], [ %197, %vector.body174 ]
+  %vec.phi182 = phi <8 x i32> [ %broadcast.splat173, %vector.ph169 ], [ %198, %vector.body174 ]
+  %179 = shl i64 %index175, 4
+  %180 = shl i64 %index175, 4
+  %181 = shl i64 %index175, 4
+  %182 = shl i64 %index175, 4
+  %183 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %179
+  %184 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %180
+  %185 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %181
+  %186 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %182
+  %187 = getelementptr inbounds nuw i8, ptr %183, i64 20
+  %188 = getelementptr inbounds nuw i8, ptr %184, i64 148
+  %189 = getelementptr inbounds nuw i8, ptr %185, i64 276
+  %190 = getelementptr inbounds nuw i8, ptr %186, i64 404
+  %wide.vec183 = load <32 x i32>, ptr %187, align 4, !tbaa !4
+  %strided.vec184 = shufflevector <32 x i32> %wide.vec183, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec185 = shufflevector <32 x i32> %wide.vec183, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec186 = load <32 x i32>, ptr %188, align 4, !tbaa !4
+  %strided.vec187 = shufflevector <32 x i32> %wide.vec186, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec188 = shufflevector <32 x i32> %wide.vec186, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec189 = load <32 x i32>, ptr %189, align 4, !tbaa !4
+  %strided.vec190 = shufflevector <32 x i32> %wide.vec189, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec191 = shufflevector <32 x i32> %wide.vec189, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec192 = load <32 x i32>, ptr %190, align 4, !tbaa !4
+  %strided.vec193 = shufflevector <32 x i32> %wide.vec192, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec194 = shufflevector <32 x i32> %wide.vec192, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %191 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec185)
+  %192 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi176, <8 x i32> %strided.vec188)
+  %193 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi177, <8 x i32> %strided.vec191)
+  %194 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi178, <8 x i32> %strided.vec194)
+  %195 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi179, <8 x i32> %strided.vec184)
+  %196 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi180, <8 x i32> %strided.vec187)
+  %197 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi181, <8 x i32> %strided.vec190)
+  %198 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi182, <8 x i32> %strided.vec193)
+  %index.next195 = add nuw i64 %index175, 32
+  %199 = icmp eq i64 %index.next195, %n.vec
+  br i1 %199, label %vec.epilog.iter.check, label %vector.body174, !prof !12, !llvm.loop !13
 
-vec.epilog.iter.check:                            ; preds = %vector.body184
-  %rdx.minmax209 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %213, <8 x i32> %214)
-  %rdx.minmax210 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax209, <8 x i32> %215)
-  %rdx.minmax211 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax210, <8 x i32> %216)
-  %218 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax211)
-  %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %209, <8 x i32> %210)
-  %rdx.minmax207 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %211)
-  %rdx.minmax208 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax207, <8 x i32> %212)
-  %219 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax208)
+vec.epilog.iter.check:                            ; preds = %vector.body174
+  %rdx.minmax199 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %195, <8 x i32> %196)
+  %rdx.minmax200 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax199, <8 x i32> %197)
+  %rdx.minmax201 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax200, <8 x i32> %198)
+  %200 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax201)
+  %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %191, <8 x i32> %192)
+  %rdx.minmax197 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %193)
+  %rdx.minmax198 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax197, <8 x i32> %194)
+  %201 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax198)
   %ind.end = add nsw i64 %n.vec, 1
-  %min.epilog.iters.check = icmp samesign ult i64 %196, 5
-  %220 = insertelement <2 x i32> poison, i32 %218, i64 0
-  %221 = insertelement <2 x i32> %220, i32 %219, i64 1
-  br i1 %min.epilog.iters.check, label %if_end88.i.preheader, label %vec.epilog.ph, !prof !18
+  %min.epilog.iters.check = icmp samesign ult i64 %178, 5
+  %202 = insertelement <2 x i32> poison, i32 %200, i64 0
+  %203 = insertelement <2 x i32> %202, i32 %201, i64 1
+  br i1 %min.epilog.iters.check, label %if_end116.i.preheader, label %vec.epilog.ph, !prof !18
 
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
-  %222 = phi <2 x i32> [ %221, %vec.epilog.iter.check ], [ %191, %vector.main.loop.iter.check ]
-  %n.mod.vf213 = and i64 %194, 3
-  %223 = icmp eq i64 %n.mod.vf213, 0
-  %224 = select i1 %223, i64 4, i64 %n.mod.vf213
-  %n.vec214 = sub nsw i64 %194, %224
-  %225 = add nsw i64 %n.vec214, 1
-  %broadcast.splat216 = shufflevector <2 x i32> %222, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat218 = shufflevector <2 x i32> %222, <2 x i32> poison, <4 x i32> zeroinitializer
+  %204 = phi <2 x i32> [ %203, %vec.epilog.iter.check ], [ %173, %vector.main.loop.iter.check ]
+  %n.mod.vf203 = and i64 %176, 3
+  %205 = icmp eq i64 %n.mod.vf203, 0
+  %206 = select i1 %205, i64 4, i64 %n.mod.vf203
+  %n.vec204 = sub nsw i64 %176, %206
+  %207 = add nsw i64 %n.vec204, 1
+  %broadcast.splat206 = shufflevector <2 x i32> %204, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat208 = shufflevector <2 x i32> %204, <2 x i32> poison, <4 x i32> zeroinitializer
   br label %vec.epilog.vector.body
 
 vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
-  %index219 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next225, %vec.epilog.vector.body ]
-  %vec.phi220 = phi <4 x i32> [ %broadcast.splat216, %vec.epilog.ph ], [ %228, %vec.epilog.vector.body ]
-  %vec.phi221 = phi <4 x i32> [ %broadcast.splat218, %vec.epilog.ph ], [ %229, %vec.epilog.vector.body ]
-  %offset.idx = shl i64 %index219, 4
-  %226 = getelementptr i8, ptr %reach.i, i64 %offset.idx
-  %227 = getelementptr i8, ptr %226, i64 20
-  %wide.vec222 = load <16 x i32>, ptr %227, align 4, !tbaa !4
-  %strided.vec223 = shufflevector <16 x i32> %wide.vec222, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
-  %strided.vec224 = shufflevector <16 x i32> %wide.vec222, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
-  %228 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi220, <4 x i32> %strided.vec224)
-  %229 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi221, <4 x i32> %strided.vec223)
-  %index.next225 = add nuw i64 %index219, 4
-  %230 = icmp eq i64 %index.next225, %n.vec214
-  br i1 %230, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !19
+  %index209 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next215, %vec.epilog.vector.body ]
+  %vec.phi210 = phi <4 x i32> [ %broadcast.splat206, %vec.epilog.ph ], [ %210, %vec.epilog.vector.body ]
+  %vec.phi211 = phi <4 x i32> [ %broadcast.splat208, %vec.epilog.ph ], [ %211, %vec.epilog.vector.body ]
+  %offset.idx = shl i64 %index209, 4
+  %208 = getelementptr i8, ptr %reach.i, i64 %offset.idx
+  %209 = getelementptr i8, ptr %208, i64 20
+  %wide.vec212 = load <16 x i32>, ptr %209, align 4, !tbaa !4
+  %strided.vec213 = shufflevector <16 x i32> %wide.vec212, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
+  %strided.vec214 = shufflevector <16 x i32> %wide.vec212, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
+  %210 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi210, <4 x i32> %strided.vec214)
+  %211 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi211, <4 x i32> %strided.vec213)
+  %index.next215 = add nuw i64 %index209, 4
+  %212 = icmp eq i64 %index.next215, %n.vec204
+  br i1 %212, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !19
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
-  %231 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %228)
-  %232 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %229)
-  br label %if_end88.i.preheader
+  %213 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %210)
+  %214 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %211)
+  br label %if_end116.i.preheader
 
-if_end88.i.preheader:                             ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv1412.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %225, %vec.epilog.middle.block ]
-  %span497.sroa.0.01155.i.ph = phi i32 [ %193, %iter.check ], [ %219, %vec.epilog.iter.check ], [ %231, %vec.epilog.middle.block ]
-  %span497.sroa.3.01154.i.ph = phi i32 [ %192, %iter.check ], [ %218, %vec.epilog.iter.check ], [ %232, %vec.epilog.middle.block ]
-  br label %if_end88.i
+if_end116.i.preheader:                            ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
+  %indvars.iv1528.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %207, %vec.epilog.middle.block ]
+  %span554.sroa.0.01221.i.ph = phi i32 [ %175, %iter.check ], [ %201, %vec.epilog.iter.check ], [ %213, %vec.epilog.middle.block ]
+  %span554.sroa.3.01220.i.ph = phi i32 [ %174, %iter.check ], [ %200, %vec.epilog.iter.check ], [ %214, %vec.epilog.middle.block ]
+  br label %if_end116.i
+
+for_body_tile.i:                                  ; preds = %for_begin_tile.i, %for_body_tile.lr.ph.i
+  %indvars.iv1524.i = phi i64 [ 0, %for_body_tile.lr.ph.i ], [ %indvars.iv.next1525.i, %for_begin_tile.i ]
+  %215 = trunc nuw nsw i64 %indvars.iv1524.i to i32
+  %216 = shl i64 %indvars.iv1524.i, 13
+  %217 = and i64 %216, 17179860992
+  %scevgep1520.i = getelementptr i8, ptr %total_acc.i, i64 %217
+  %218 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %q_tile_global.i = tail call ptr %218(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
+  %219 = icmp eq ptr %q_tile_global.i, null
+  br i1 %219, label %fused_attend_compute_.exit, label %for_begin_r.preheader.i, !prof !7
+
+for_begin_r.preheader.i:                          ; preds = %for_body_tile.i
+  %rmod.i = srem i32 %215, %111
+  %rdiv.us.i = sdiv i32 %215, %111
+  %220 = icmp ne i32 %rmod.i, 0
+  %.not586.i = and i1 %159, %220
+  %221 = select i1 %.not586.i, i32 %111, i32 0
+  %222 = add nsw i32 %221, %rmod.i
+  %223 = shl nsw i32 %222, 4
+  %224 = sub nsw i32 %109, %223
+  %225 = sext i1 %.not586.i to i32
+  %226 = sext i32 %222 to i64
+  %227 = shl nsw i64 %226, 2
+  %invariant.op.i = add nsw i64 %227, %161
+  %228 = sext i32 %224 to i64
+  %scevgep = getelementptr i8, ptr %q_tile_global.i, i64 4096
+  %229 = add nsw i64 %161, %227
+  br label %for_begin_d.preheader.i
+
+for_begin_ax1_0.preheader.i:                      ; preds = %for_end_d.i
+  %230 = shl i64 %indvars.iv1524.i, 10
+  %231 = and i64 %230, 4294966272
+  %invariant.gep1783.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %231
+  br label %for_body_ax2_0.i
 
 for_begin_d.preheader.i:                          ; preds = %for_end_d.i, %for_begin_r.preheader.i
   %indvar.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvar.next.i, %for_end_d.i ]
-  %233 = icmp slt i64 %indvar.i, %187
-  br i1 %233, label %for_begin_d.preheader.split.us.i, label %for_body_d.preheader.i
+  %232 = icmp slt i64 %indvar.i, %228
+  br i1 %232, label %for_begin_d.preheader.split.us.i, label %for_body_d.preheader.i
 
 for_body_d.preheader.i:                           ; preds = %for_begin_d.preheader.i
-  %234 = shl nuw nsw i64 %indvar.i, 8
-  %scevgep.i = getelementptr i8, ptr %188, i64 %234
+  %233 = shl nuw nsw i64 %indvar.i, 8
+  %scevgep.i = getelementptr i8, ptr %q_tile_global.i, i64 %233
   tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(256) %scevgep.i, i8 0, i64 256, i1 false), !tbaa !4
   br label %for_end_d.i
 
 for_begin_d.preheader.split.us.i:                 ; preds = %for_begin_d.preheader.i
-  %235 = lshr i64 %indvar.i, 2
-  %236 = add nsw i64 %189, %235
-  %237 = mul i64 %170, %236
-  %238 = lshr i64 %indvar.i, 2
-  %.reass.i = add nsw i64 %invariant.op.i, %238
-  %239 = mul nsw i64 %.reass.i, %q_batch
-  %240 = getelementptr i16, ptr %query, i64 %239
-  %241 = and i64 %indvar.i, 3
-  %242 = add nsw i32 %rdiv.us.i, %182
-  %243 = sext i32 %242 to i64
-  %244 = add nsw i64 %160, %243
-  %245 = shl nsw i64 %244, 2
-  %246 = or disjoint i64 %245, %241
-  %247 = mul nsw i64 %246, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %240, i64 %247
-  %.idx1643.i = shl nuw nsw i64 %indvar.i, 8
-  %gep1675.i = getelementptr inbounds nuw i8, ptr %invariant.gep1674.i, i64 %.idx1643.i
-  %248 = mul i64 %171, %246
-  %249 = getelementptr i8, ptr %scevgep164, i64 %237
-  %scevgep165 = getelementptr i8, ptr %249, i64 %248
-  %bound0 = icmp ult ptr %scevgep, %scevgep165
-  %bound1 = icmp ult ptr %invariant.gep.i, %scevgep163
+  %234 = lshr i64 %indvar.i, 2
+  %235 = add nsw i64 %229, %234
+  %236 = mul i64 %170, %235
+  %237 = lshr i64 %indvar.i, 2
+  %.reass.i = add nsw i64 %invariant.op.i, %237
+  %238 = mul nsw i64 %.reass.i, %q_batch
+  %239 = getelementptr i16, ptr %query, i64 %238
+  %240 = and i64 %indvar.i, 3
+  %241 = add nsw i32 %rdiv.us.i, %225
+  %242 = sext i32 %241 to i64
+  %243 = add nsw i64 %160, %242
+  %244 = shl nsw i64 %243, 2
+  %245 = or disjoint i64 %244, %240
+  %246 = mul nsw i64 %245, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %239, i64 %246
+  %.idx1752.i = shl nuw nsw i64 %indvar.i, 8
+  %invariant.gep1781.i = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1752.i
+  %247 = mul i64 %171, %245
+  %248 = getelementptr i8, ptr %scevgep154, i64 %236
+  %scevgep155 = getelementptr i8, ptr %248, i64 %247
+  %bound0 = icmp ult ptr %q_tile_global.i, %scevgep155
+  %bound1 = icmp ult ptr %invariant.gep.i, %scevgep
   %found.conflict = and i1 %bound0, %bound1
   br i1 %found.conflict, label %for_body_d.us.i, label %vector.body, !prof !11
 
 vector.body:                                      ; preds = %for_begin_d.preheader.split.us.i
-  %250 = getelementptr i8, ptr %invariant.gep.i, i64 32
-  %251 = getelementptr i8, ptr %invariant.gep.i, i64 64
-  %252 = getelementptr i8, ptr %invariant.gep.i, i64 96
+  %249 = getelementptr i8, ptr %invariant.gep.i, i64 32
+  %250 = getelementptr i8, ptr %invariant.gep.i, i64 64
+  %251 = getelementptr i8, ptr %invariant.gep.i, i64 96
   %wide.vec = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !21
   %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec166 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec167 = load <16 x i16>, ptr %250, align 2, !tbaa !4, !alias.scope !21
-  %strided.vec168 = shufflevector <16 x i16> %wide.vec167, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec169 = shufflevector <16 x i16> %wide.vec167, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec170 = load <16 x i16>, ptr %251, align 2, !tbaa !4, !alias.scope !21
-  %strided.vec171 = shufflevector <16 x i16> %wide.vec170, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec172 = shufflevector <16 x i16> %wide.vec170, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec173 = load <16 x i16>, ptr %252, align 2, !tbaa !4, !alias.scope !21
-  %strided.vec174 = shufflevector <16 x i16> %wide.vec173, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec175 = shufflevector <16 x i16> %wide.vec173, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %253 = zext <8 x i16> %strided.vec166 to <8 x i32>
-  %254 = zext <8 x i16> %strided.vec169 to <8 x i32>
-  %255 = zext <8 x i16> %strided.vec172 to <8 x i32>
-  %256 = zext <8 x i16> %strided.vec175 to <8 x i32>
+  %strided.vec156 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec157 = load <16 x i16>, ptr %249, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec158 = shufflevector <16 x i16> %wide.vec157, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec159 = shufflevector <16 x i16> %wide.vec157, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec160 = load <16 x i16>, ptr %250, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec161 = shufflevector <16 x i16> %wide.vec160, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec162 = shufflevector <16 x i16> %wide.vec160, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec163 = load <16 x i16>, ptr %251, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec164 = shufflevector <16 x i16> %wide.vec163, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec165 = shufflevector <16 x i16> %wide.vec163, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %252 = zext <8 x i16> %strided.vec156 to <8 x i32>
+  %253 = zext <8 x i16> %strided.vec159 to <8 x i32>
+  %254 = zext <8 x i16> %strided.vec162 to <8 x i32>
+  %255 = zext <8 x i16> %strided.vec165 to <8 x i32>
+  %256 = shl nuw <8 x i32> %252, splat (i32 16)
   %257 = shl nuw <8 x i32> %253, splat (i32 16)
   %258 = shl nuw <8 x i32> %254, splat (i32 16)
   %259 = shl nuw <8 x i32> %255, splat (i32 16)
-  %260 = shl nuw <8 x i32> %256, splat (i32 16)
+  %260 = bitcast <8 x i32> %256 to <8 x float>
   %261 = bitcast <8 x i32> %257 to <8 x float>
   %262 = bitcast <8 x i32> %258 to <8 x float>
   %263 = bitcast <8 x i32> %259 to <8 x float>
-  %264 = bitcast <8 x i32> %260 to <8 x float>
+  %264 = fmul <8 x float> %broadcast.splat, %260
   %265 = fmul <8 x float> %broadcast.splat, %261
   %266 = fmul <8 x float> %broadcast.splat, %262
   %267 = fmul <8 x float> %broadcast.splat, %263
-  %268 = fmul <8 x float> %broadcast.splat, %264
+  %268 = bitcast <8 x float> %264 to <8 x i32>
   %269 = bitcast <8 x float> %265 to <8 x i32>
   %270 = bitcast <8 x float> %266 to <8 x i32>
   %271 = bitcast <8 x float> %267 to <8 x i32>
-  %272 = bitcast <8 x float> %268 to <8 x i32>
-  %273 = zext <8 x i16> %strided.vec to <8 x i32>
-  %274 = zext <8 x i16> %strided.vec168 to <8 x i32>
-  %275 = zext <8 x i16> %strided.vec171 to <8 x i32>
-  %276 = zext <8 x i16> %strided.vec174 to <8 x i32>
+  %272 = zext <8 x i16> %strided.vec to <8 x i32>
+  %273 = zext <8 x i16> %strided.vec158 to <8 x i32>
+  %274 = zext <8 x i16> %strided.vec161 to <8 x i32>
+  %275 = zext <8 x i16> %strided.vec164 to <8 x i32>
+  %276 = shl nuw <8 x i32> %272, splat (i32 16)
   %277 = shl nuw <8 x i32> %273, splat (i32 16)
   %278 = shl nuw <8 x i32> %274, splat (i32 16)
   %279 = shl nuw <8 x i32> %275, splat (i32 16)
-  %280 = shl nuw <8 x i32> %276, splat (i32 16)
+  %280 = bitcast <8 x i32> %276 to <8 x float>
   %281 = bitcast <8 x i32> %277 to <8 x float>
   %282 = bitcast <8 x i32> %278 to <8 x float>
   %283 = bitcast <8 x i32> %279 to <8 x float>
-  %284 = bitcast <8 x i32> %280 to <8 x float>
+  %284 = fmul <8 x float> %broadcast.splat, %280
   %285 = fmul <8 x float> %broadcast.splat, %281
   %286 = fmul <8 x float> %broadcast.splat, %282
   %287 = fmul <8 x float> %broadcast.splat, %283
-  %288 = fmul <8 x float> %broadcast.splat, %284
+  %288 = bitcast <8 x float> %284 to <8 x i32>
   %289 = bitcast <8 x float> %285 to <8 x i32>
   %290 = bitcast <8 x float> %286 to <8 x i32>
   %291 = bitcast <8 x float> %287 to <8 x i32>
-  %292 = bitcast <8 x float> %288 to <8 x i32>
+  %292 = lshr <8 x i32> %288, splat (i32 16)
   %293 = lshr <8 x i32> %289, splat (i32 16)
   %294 = lshr <8 x i32> %290, splat (i32 16)
   %295 = lshr <8 x i32> %291, splat (i32 16)
-  %296 = lshr <8 x i32> %292, splat (i32 16)
+  %296 = or <8 x i32> %292, %268
   %297 = or <8 x i32> %293, %269
   %298 = or <8 x i32> %294, %270
   %299 = or <8 x i32> %295, %271
-  %300 = or <8 x i32> %296, %272
-  %301 = getelementptr inbounds nuw i8, ptr %gep1675.i, i64 32
-  %302 = getelementptr inbounds nuw i8, ptr %gep1675.i, i64 64
-  %303 = getelementptr inbounds nuw i8, ptr %gep1675.i, i64 96
-  store <8 x i32> %297, ptr %gep1675.i, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  %300 = getelementptr inbounds nuw i8, ptr %invariant.gep1781.i, i64 32
+  %301 = getelementptr inbounds nuw i8, ptr %invariant.gep1781.i, i64 64
+  %302 = getelementptr inbounds nuw i8, ptr %invariant.gep1781.i, i64 96
+  store <8 x i32> %296, ptr %invariant.gep1781.i, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %297, ptr %300, align 4, !tbaa !4, !alias.scope !24, !noalias !21
   store <8 x i32> %298, ptr %301, align 4, !tbaa !4, !alias.scope !24, !noalias !21
   store <8 x i32> %299, ptr %302, align 4, !tbaa !4, !alias.scope !24, !noalias !21
-  store <8 x i32> %300, ptr %303, align 4, !tbaa !4, !alias.scope !24, !noalias !21
-  %304 = getelementptr i8, ptr %invariant.gep.i, i64 128
-  %305 = getelementptr i8, ptr %invariant.gep.i, i64 160
-  %306 = getelementptr i8, ptr %invariant.gep.i, i64 192
-  %307 = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %wide.vec.1 = load <16 x i16>, ptr %304, align 2, !tbaa !4, !alias.scope !21
+  %303 = getelementptr i8, ptr %invariant.gep.i, i64 128
+  %304 = getelementptr i8, ptr %invariant.gep.i, i64 160
+  %305 = getelementptr i8, ptr %invariant.gep.i, i64 192
+  %306 = getelementptr i8, ptr %invariant.gep.i, i64 224
+  %wide.vec.1 = load <16 x i16>, ptr %303, align 2, !tbaa !4, !alias.scope !21
   %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec166.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec167.1 = load <16 x i16>, ptr %305, align 2, !tbaa !4, !alias.scope !21
-  %strided.vec168.1 = shufflevector <16 x i16> %wide.vec167.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec169.1 = shufflevector <16 x i16> %wide.vec167.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec170.1 = load <16 x i16>, ptr %306, align 2, !tbaa !4, !alias.scope !21
-  %strided.vec171.1 = shufflevector <16 x i16> %wide.vec170.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec172.1 = shufflevector <16 x i16> %wide.vec170.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec173.1 = load <16 x i16>, ptr %307, align 2, !tbaa !4, !alias.scope !21
-  %strided.vec174.1 = shufflevector <16 x i16> %wide.vec173.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec175.1 = shufflevector <16 x i16> %wide.vec173.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %308 = zext <8 x i16> %strided.vec166.1 to <8 x i32>
-  %309 = zext <8 x i16> %strided.vec169.1 to <8 x i32>
-  %310 = zext <8 x i16> %strided.vec172.1 to <8 x i32>
-  %311 = zext <8 x i16> %strided.vec175.1 to <8 x i32>
+  %strided.vec156.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec157.1 = load <16 x i16>, ptr %304, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec158.1 = shufflevector <16 x i16> %wide.vec157.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec159.1 = shufflevector <16 x i16> %wide.vec157.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec160.1 = load <16 x i16>, ptr %305, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec161.1 = shufflevector <16 x i16> %wide.vec160.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec162.1 = shufflevector <16 x i16> %wide.vec160.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec163.1 = load <16 x i16>, ptr %306, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec164.1 = shufflevector <16 x i16> %wide.vec163.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec165.1 = shufflevector <16 x i16> %wide.vec163.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %307 = zext <8 x i16> %strided.vec156.1 to <8 x i32>
+  %308 = zext <8 x i16> %strided.vec159.1 to <8 x i32>
+  %309 = zext <8 x i16> %strided.vec162.1 to <8 x i32>
+  %310 = zext <8 x i16> %strided.vec165.1 to <8 x i32>
+  %311 = shl nuw <8 x i32> %307, splat (i32 16)
   %312 = shl nuw <8 x i32> %308, splat (i32 16)
   %313 = shl nuw <8 x i32> %309, splat (i32 16)
   %314 = shl nuw <8 x i32> %310, splat (i32 16)
-  %315 = shl nuw <8 x i32> %311, splat (i32 16)
+  %315 = bitcast <8 x i32> %311 to <8 x float>
   %316 = bitcast <8 x i32> %312 to <8 x float>
   %317 = bitcast <8 x i32> %313 to <8 x float>
   %318 = bitcast <8 x i32> %314 to <8 x float>
-  %319 = bitcast <8 x i32> %315 to <8 x float>
+  %319 = fmul <8 x float> %broadcast.splat, %315
   %320 = fmul <8 x float> %broadcast.splat, %316
   %321 = fmul <8 x float> %broadcast.splat, %317
   %322 = fmul <8 x float> %broadcast.splat, %318
-  %323 = fmul <8 x float> %broadcast.splat, %319
+  %323 = bitcast <8 x float> %319 to <8 x i32>
   %324 = bitcast <8 x float> %320 to <8 x i32>
   %325 = bitcast <8 x float> %321 to <8 x i32>
   %326 = bitcast <8 x float> %322 to <8 x i32>
-  %327 = bitcast <8 x float> %323 to <8 x i32>
-  %328 = zext <8 x i16> %strided.vec.1 to <8 x i32>
-  %329 = zext <8 x i16> %strided.vec168.1 to <8 x i32>
-  %330 = zext <8 x i16> %strided.vec171.1 to <8 x i32>
-  %331 = zext <8 x i16> %strided.vec174.1 to <8 x i32>
+  %327 = zext <8 x i16> %strided.vec.1 to <8 x i32>
+  %328 = zext <8 x i16> %strided.vec158.1 to <8 x i32>
+  %329 = zext <8 x i16> %strided.vec161.1 to <8 x i32>
+  %330 = zext <8 x i16> %strided.vec164.1 to <8 x i32>
+  %331 = shl nuw <8 x i32> %327, splat (i32 16)
   %332 = shl nuw <8 x i32> %328, splat (i32 16)
   %333 = shl nuw <8 x i32> %329, splat (i32 16)
   %334 = shl nuw <8 x i32> %330, splat (i32 16)
-  %335 = shl nuw <8 x i32> %331, splat (i32 16)
+  %335 = bitcast <8 x i32> %331 to <8 x float>
   %336 = bitcast <8 x i32> %332 to <8 x float>
   %337 = bitcast <8 x i32> %333 to <8 x float>
   %338 = bitcast <8 x i32> %334 to <8 x float>
-  %339 = bitcast <8 x i32> %335 to <8 x float>
+  %339 = fmul <8 x float> %broadcast.splat, %335
   %340 = fmul <8 x float> %broadcast.splat, %336
   %341 = fmul <8 x float> %broadcast.splat, %337
   %342 = fmul <8 x float> %broadcast.splat, %338
-  %343 = fmul <8 x float> %broadcast.splat, %339
+  %343 = bitcast <8 x float> %339 to <8 x i32>
   %344 = bitcast <8 x float> %340 to <8 x i32>
   %345 = bitcast <8 x float> %341 to <8 x i32>
   %346 = bitcast <8 x float> %342 to <8 x i32>
-  %347 = bitcast <8 x float> %343 to <8 x i32>
+  %347 = lshr <8 x i32> %343, splat (i32 16)
   %348 = lshr <8 x i32> %344, splat (i32 16)
   %349 = lshr <8 x i32> %345, splat (i32 16)
   %350 = lshr <8 x i32> %346, splat (i32 16)
-  %351 = lshr <8 x i32> %347, splat (i32 16)
+  %351 = or <8 x i32> %347, %323
   %352 = or <8 x i32> %348, %324
   %353 = or <8 x i32> %349, %325
   %354 = or <8 x i32> %350, %326
-  %355 = or <8 x i32> %351, %327
-  %356 = getelementptr inbounds nuw i8, ptr %gep1675.i, i64 128
-  %357 = getelementptr inbounds nuw i8, ptr %gep1675.i, i64 160
-  %358 = getelementptr inbounds nuw i8, ptr %gep1675.i, i64 192
-  %359 = getelementptr inbounds nuw i8, ptr %gep1675.i, i64 224
+  %355 = getelementptr inbounds nuw i8, ptr %invariant.gep1781.i, i64 128
+  %356 = getelementptr inbounds nuw i8, ptr %invariant.gep1781.i, i64 160
+  %357 = getelementptr inbounds nuw i8, ptr %invariant.gep1781.i, i64 192
+  %358 = getelementptr inbounds nuw i8, ptr %invariant.gep1781.i, i64 224
+  store <8 x i32> %351, ptr %355, align 4, !tbaa !4, !alias.scope !24, !noalias !21
   store <8 x i32> %352, ptr %356, align 4, !tbaa !4, !alias.scope !24, !noalias !21
   store <8 x i32> %353, ptr %357, align 4, !tbaa !4, !alias.scope !24, !noalias !21
   store <8 x i32> %354, ptr %358, align 4, !tbaa !4, !alias.scope !24, !noalias !21
-  store <8 x i32> %355, ptr %359, align 4, !tbaa !4, !alias.scope !24, !noalias !21
   br label %for_end_d.i
 
 for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %for_begin_d.preheader.split.us.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i.3, %for_body_d.us.i ], [ 0, %for_begin_d.preheader.split.us.i ]
   %gep.idx.i = shl i64 %indvars.iv.i, 2
   %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i
-  %360 = getelementptr i8, ptr %gep.i, i64 2
-  %361 = load i16, ptr %360, align 2, !tbaa !4
-  %362 = zext i16 %361 to i32
-  %363 = shl nuw i32 %362, 16
-  %364 = bitcast i32 %363 to float
-  %365 = fmul float %query_scale, %364
-  %366 = bitcast float %365 to i32
-  %367 = load i16, ptr %gep.i, align 2, !tbaa !4
-  %368 = zext i16 %367 to i32
-  %369 = shl nuw i32 %368, 16
-  %370 = bitcast i32 %369 to float
-  %371 = fmul float %query_scale, %370
-  %372 = bitcast float %371 to i32
-  %373 = lshr i32 %372, 16
-  %374 = or i32 %373, %366
-  %gep1673.i = getelementptr inbounds nuw i32, ptr %gep1675.i, i64 %indvars.iv.i
-  store i32 %374, ptr %gep1673.i, align 4, !tbaa !4
+  %359 = getelementptr i8, ptr %gep.i, i64 2
+  %360 = load i16, ptr %359, align 2, !tbaa !4
+  %361 = zext i16 %360 to i32
+  %362 = shl nuw i32 %361, 16
+  %363 = bitcast i32 %362 to float
+  %364 = fmul float %query_scale, %363
+  %365 = bitcast float %364 to i32
+  %366 = load i16, ptr %gep.i, align 2, !tbaa !4
+  %367 = zext i16 %366 to i32
+  %368 = shl nuw i32 %367, 16
+  %369 = bitcast i32 %368 to float
+  %370 = fmul float %query_scale, %369
+  %371 = bitcast float %370 to i32
+  %372 = lshr i32 %371, 16
+  %373 = or i32 %372, %365
+  %gep1782.i = getelementptr inbounds nuw i32, ptr %invariant.gep1781.i, i64 %indvars.iv.i
+  store i32 %373, ptr %gep1782.i, align 4, !tbaa !4
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
   %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
-  %375 = getelementptr i8, ptr %gep.i.1, i64 2
-  %376 = load i16, ptr %375, align 2, !tbaa !4
-  %377 = zext i16 %376 to i32
-  %378 = shl nuw i32 %377, 16
-  %379 = bitcast i32 %378 to float
-  %380 = fmul float %query_scale, %379
-  %381 = bitcast float %380 to i32
-  %382 = load i16, ptr %gep.i.1, align 2, !tbaa !4
-  %383 = zext i16 %382 to i32
-  %384 = shl nuw i32 %383, 16
-  %385 = bitcast i32 %384 to float
-  %386 = fmul float %query_scale, %385
-  %387 = bitcast float %386 to i32
-  %388 = lshr i32 %387, 16
-  %389 = or i32 %388, %381
-  %gep1673.i.1 = getelementptr inbounds nuw i32, ptr %gep1675.i, i64 %indvars.iv.next.i
-  store i32 %389, ptr %gep1673.i.1, align 4, !tbaa !4
+  %374 = getelementptr i8, ptr %gep.i.1, i64 2
+  %375 = load i16, ptr %374, align 2, !tbaa !4
+  %376 = zext i16 %375 to i32
+  %377 = shl nuw i32 %376, 16
+  %378 = bitcast i32 %377 to float
+  %379 = fmul float %query_scale, %378
+  %380 = bitcast float %379 to i32
+  %381 = load i16, ptr %gep.i.1, align 2, !tbaa !4
+  %382 = zext i16 %381 to i32
+  %383 = shl nuw i32 %382, 16
+  %384 = bitcast i32 %383 to float
+  %385 = fmul float %query_scale, %384
+  %386 = bitcast float %385 to i32
+  %387 = lshr i32 %386, 16
+  %388 = or i32 %387, %380
+  %gep1782.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1781.i, i64 %indvars.iv.next.i
+  store i32 %388, ptr %gep1782.i.1, align 4, !tbaa !4
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
   %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
   %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
-  %390 = getelementptr i8, ptr %gep.i.2, i64 2
-  %391 = load i16, ptr %390, align 2, !tbaa !4
-  %392 = zext i16 %391 to i32
-  %393 = shl nuw i32 %392, 16
-  %394 = bitcast i32 %393 to float
-  %395 = fmul float %query_scale, %394
-  %396 = bitcast float %395 to i32
-  %397 = load i16, ptr %gep.i.2, align 2, !tbaa !4
-  %398 = zext i16 %397 to i32
-  %399 = shl nuw i32 %398, 16
-  %400 = bitcast i32 %399 to float
-  %401 = fmul float %query_scale, %400
-  %402 = bitcast float %401 to i32
-  %403 = lshr i32 %402, 16
-  %404 = or i32 %403, %396
-  %gep1673.i.2 = getelementptr inbounds nuw i32, ptr %gep1675.i, i64 %indvars.iv.next.i.1
-  store i32 %404, ptr %gep1673.i.2, align 4, !tbaa !4
+  %389 = getelementptr i8, ptr %gep.i.2, i64 2
+  %390 = load i16, ptr %389, align 2, !tbaa !4
+  %391 = zext i16 %390 to i32
+  %392 = shl nuw i32 %391, 16
+  %393 = bitcast i32 %392 to float
+  %394 = fmul float %query_scale, %393
+  %395 = bitcast float %394 to i32
+  %396 = load i16, ptr %gep.i.2, align 2, !tbaa !4
+  %397 = zext i16 %396 to i32
+  %398 = shl nuw i32 %397, 16
+  %399 = bitcast i32 %398 to float
+  %400 = fmul float %query_scale, %399
+  %401 = bitcast float %400 to i32
+  %402 = lshr i32 %401, 16
+  %403 = or i32 %402, %395
+  %gep1782.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1781.i, i64 %indvars.iv.next.i.1
+  store i32 %403, ptr %gep1782.i.2, align 4, !tbaa !4
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
   %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
   %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
-  %405 = getelementptr i8, ptr %gep.i.3, i64 2
-  %406 = load i16, ptr %405, align 2, !tbaa !4
-  %407 = zext i16 %406 to i32
-  %408 = shl nuw i32 %407, 16
-  %409 = bitcast i32 %408 to float
-  %410 = fmul float %query_scale, %409
-  %411 = bitcast float %410 to i32
-  %412 = load i16, ptr %gep.i.3, align 2, !tbaa !4
-  %413 = zext i16 %412 to i32
-  %414 = shl nuw i32 %413, 16
-  %415 = bitcast i32 %414 to float
-  %416 = fmul float %query_scale, %415
-  %417 = bitcast float %416 to i32
-  %418 = lshr i32 %417, 16
-  %419 = or i32 %418, %411
-  %gep1673.i.3 = getelementptr inbounds nuw i32, ptr %gep1675.i, i64 %indvars.iv.next.i.2
-  store i32 %419, ptr %gep1673.i.3, align 4, !tbaa !4
+  %404 = getelementptr i8, ptr %gep.i.3, i64 2
+  %405 = load i16, ptr %404, align 2, !tbaa !4
+  %406 = zext i16 %405 to i32
+  %407 = shl nuw i32 %406, 16
+  %408 = bitcast i32 %407 to float
+  %409 = fmul float %query_scale, %408
+  %410 = bitcast float %409 to i32
+  %411 = load i16, ptr %gep.i.3, align 2, !tbaa !4
+  %412 = zext i16 %411 to i32
+  %413 = shl nuw i32 %412, 16
+  %414 = bitcast i32 %413 to float
+  %415 = fmul float %query_scale, %414
+  %416 = bitcast float %415 to i32
+  %417 = lshr i32 %416, 16
+  %418 = or i32 %417, %410
+  %gep1782.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1781.i, i64 %indvars.iv.next.i.2
+  store i32 %418, ptr %gep1782.i.3, align 4, !tbaa !4
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 64
   br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !prof !26, !llvm.loop !27
 
-for_body_r57.peel.next.i:                         ; preds = %for_end_d.i
-  %420 = icmp eq i32 %rmod.i, 0
-  %421 = or i1 %162, %420
-  %422 = select i1 %421, i32 0, i32 %111
-  %423 = add nsw i32 %422, %rmod.i
-  %424 = shl nsw i32 %423, 4
-  %425 = sub nsw i32 %109, %424
-  %426 = tail call i32 @llvm.smin.i32(i32 %425, i32 16)
-  %427 = add nsw i32 %426, -1
-  %428 = insertelement <16 x i32> poison, i32 %427, i64 0
-  %429 = shufflevector <16 x i32> %428, <16 x i32> poison, <16 x i32> zeroinitializer
-  %430 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %429, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>)
-  %431 = insertelement <16 x i32> poison, i32 %424, i64 0
-  %432 = shufflevector <16 x i32> %431, <16 x i32> poison, <16 x i32> zeroinitializer
-  %433 = add nsw <16 x i32> %430, %432
-  %434 = ashr <16 x i32> %433, splat (i32 2)
-  %435 = add <16 x i32> %434, %164
-  %436 = select <16 x i1> %169, <16 x i32> %166, <16 x i32> %435
-  %437 = shl nsw i64 %indvars.iv1408.i, 4
-  %438 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %437
-  store <16 x i32> %436, ptr %438, align 4, !tbaa !4
-  %439 = add nsw <16 x i32> %436, splat (i32 -1)
-  %440 = sitofp <16 x i32> %439 to <16 x float>
-  %441 = bitcast <16 x float> %440 to <16 x i32>
-  %442 = ashr <16 x i32> %441, splat (i32 23)
-  %443 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %442, <16 x i32> splat (i32 125))
-  %444 = add nsw <16 x i32> %443, splat (i32 -125)
-  %445 = getelementptr inbounds nuw i32, ptr %places.i, i64 %437
-  store <16 x i32> %444, ptr %445, align 4, !tbaa !4
-  %446 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %437
-  %447 = getelementptr inbounds nuw i8, ptr %446, i64 4
-  %448 = getelementptr inbounds nuw i8, ptr %446, i64 8
-  %449 = getelementptr inbounds nuw i8, ptr %446, i64 12
-  %450 = and i64 %437, 4294967280
-  %451 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %450
-  %own.peel.i = load i32, ptr %451, align 4, !tbaa !4
-  store i32 %own.peel.i, ptr %446, align 4, !tbaa !4
-  store i32 %own.peel.i, ptr %447, align 4, !tbaa !4
-  store i32 0, ptr %448, align 4, !tbaa !4
-  store i32 0, ptr %449, align 4, !tbaa !4
-  %gep1677.i = getelementptr inbounds nuw i8, ptr %451, i64 4
-  %own.i = load i32, ptr %gep1677.i, align 4, !tbaa !4
-  %452 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
-  store i32 %452, ptr %446, align 4, !tbaa !4
-  %453 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
-  store i32 %453, ptr %447, align 4, !tbaa !4
-  store i32 0, ptr %448, align 4, !tbaa !4
-  store i32 0, ptr %449, align 4, !tbaa !4
-  %gep1677.i.1 = getelementptr inbounds nuw i8, ptr %451, i64 8
-  %own.i.1 = load i32, ptr %gep1677.i.1, align 4, !tbaa !4
-  %454 = tail call i32 @llvm.smin.i32(i32 %452, i32 %own.i.1)
-  store i32 %454, ptr %446, align 4, !tbaa !4
-  %455 = tail call i32 @llvm.smax.i32(i32 %453, i32 %own.i.1)
-  store i32 %455, ptr %447, align 4, !tbaa !4
-  store i32 0, ptr %448, align 4, !tbaa !4
-  store i32 0, ptr %449, align 4, !tbaa !4
-  %gep1677.i.2 = getelementptr inbounds nuw i8, ptr %451, i64 12
-  %own.i.2 = load i32, ptr %gep1677.i.2, align 4, !tbaa !4
-  %456 = tail call i32 @llvm.smin.i32(i32 %454, i32 %own.i.2)
-  store i32 %456, ptr %446, align 4, !tbaa !4
-  %457 = tail call i32 @llvm.smax.i32(i32 %455, i32 %own.i.2)
-  store i32 %457, ptr %447, align 4, !tbaa !4
-  store i32 0, ptr %448, align 4, !tbaa !4
-  store i32 0, ptr %449, align 4, !tbaa !4
-  %gep1677.i.3 = getelementptr inbounds nuw i8, ptr %451, i64 16
-  %own.i.3 = load i32, ptr %gep1677.i.3, align 4, !tbaa !4
-  %458 = tail call i32 @llvm.smin.i32(i32 %456, i32 %own.i.3)
-  store i32 %458, ptr %446, align 4, !tbaa !4
-  %459 = tail call i32 @llvm.smax.i32(i32 %457, i32 %own.i.3)
-  store i32 %459, ptr %447, align 4, !tbaa !4
-  store i32 0, ptr %448, align 4, !tbaa !4
-  store i32 0, ptr %449, align 4, !tbaa !4
-  %gep1677.i.4 = getelementptr inbounds nuw i8, ptr %451, i64 20
-  %own.i.4 = load i32, ptr %gep1677.i.4, align 4, !tbaa !4
-  %460 = tail call i32 @llvm.smin.i32(i32 %458, i32 %own.i.4)
-  store i32 %460, ptr %446, align 4, !tbaa !4
-  %461 = tail call i32 @llvm.smax.i32(i32 %459, i32 %own.i.4)
-  store i32 %461, ptr %447, align 4, !tbaa !4
-  store i32 0, ptr %448, align 4, !tbaa !4
-  store i32 0, ptr %449, align 4, !tbaa !4
-  %gep1677.i.5 = getelementptr inbounds nuw i8, ptr %451, i64 24
-  %own.i.5 = load i32, ptr %gep1677.i.5, align 4, !tbaa !4
-  %462 = tail call i32 @llvm.smin.i32(i32 %460, i32 %own.i.5)
-  store i32 %462, ptr %446, align 4, !tbaa !4
-  %463 = tail call i32 @llvm.smax.i32(i32 %461, i32 %own.i.5)
-  store i32 %463, ptr %447, align 4, !tbaa !4
-  store i32 0, ptr %448, align 4, !tbaa !4
-  store i32 0, ptr %449, align 4, !tbaa !4
-  %gep1677.i.6 = getelementptr inbounds nuw i8, ptr %451, i64 28
-  %own.i.6 = load i32, ptr %gep1677.i.6, align 4, !tbaa !4
-  %464 = tail call i32 @llvm.smin.i32(i32 %462, i32 %own.i.6)
-  store i32 %464, ptr %446, align 4, !tbaa !4
-  %465 = tail call i32 @llvm.smax.i32(i32 %463, i32 %own.i.6)
-  store i32 %465, ptr %447, align 4, !tbaa !4
-  store i32 0, ptr %448, align 4, !tbaa !4
-  store i32 0, ptr %449, align 4, !tbaa !4
-  %gep1677.i.7 = getelementptr inbounds nuw i8, ptr %451, i64 32
-  %own.i.7 = load i32, ptr %gep1677.i.7, align 4, !tbaa !4
-  %466 = tail call i32 @llvm.smin.i32(i32 %464, i32 %own.i.7)
-  store i32 %466, ptr %446, align 4, !tbaa !4
-  %467 = tail call i32 @llvm.smax.i32(i32 %465, i32 %own.i.7)
-  store i32 %467, ptr %447, align 4, !tbaa !4
-  store i32 0, ptr %448, align 4, !tbaa !4
-  store i32 0, ptr %449, align 4, !tbaa !4
-  %gep1677.i.8 = getelementptr inbounds nuw i8, ptr %451, i64 36
-  %own.i.8 = load i32, ptr %gep1677.i.8, align 4, !tbaa !4
-  %468 = tail call i32 @llvm.smin.i32(i32 %466, i32 %own.i.8)
-  store i32 %468, ptr %446, align 4, !tbaa !4
-  %469 = tail call i32 @llvm.smax.i32(i32 %467, i32 %own.i.8)
-  store i32 %469, ptr %447, align 4, !tbaa !4
-  store i32 0, ptr %448, align 4, !tbaa !4
-  store i32 0, ptr %449, align 4, !tbaa !4
-  %gep1677.i.9 = getelementptr inbounds nuw i8, ptr %451, i64 40
-  %own.i.9 = load i32, ptr %gep1677.i.9, align 4, !tbaa !4
-  %470 = tail call i32 @llvm.smin.i32(i32 %468, i32 %own.i.9)
-  store i32 %470, ptr %446, align 4, !tbaa !4
-  %471 = tail call i32 @llvm.smax.i32(i32 %469, i32 %own.i.9)
-  store i32 %471, ptr %447, align 4, !tbaa !4
-  store i32 0, ptr %448, align 4, !tbaa !4
-  store i32 0, ptr %449, align 4, !tbaa !4
-  %gep1677.i.10 = getelementptr inbounds nuw i8, ptr %451, i64 44
-  %own.i.10 = load i32, ptr %gep1677.i.10, align 4, !tbaa !4
-  %472 = tail call i32 @llvm.smin.i32(i32 %470, i32 %own.i.10)
-  store i32 %472, ptr %446, align 4, !tbaa !4
-  %473 = tail call i32 @llvm.smax.i32(i32 %471, i32 %own.i.10)
-  store i32 %473, ptr %447, align 4, !tbaa !4
-  store i32 0, ptr %448, align 4, !tbaa !4
-  store i32 0, ptr %449, align 4, !tbaa !4
-  %gep1677.i.11 = getelementptr inbounds nuw i8, ptr %451, i64 48
-  %own.i.11 = load i32, ptr %gep1677.i.11, align 4, !tbaa !4
-  %474 = tail call i32 @llvm.smin.i32(i32 %472, i32 %own.i.11)
-  store i32 %474, ptr %446, align 4, !tbaa !4
-  %475 = tail call i32 @llvm.smax.i32(i32 %473, i32 %own.i.11)
-  store i32 %475, ptr %447, align 4, !tbaa !4
-  store i32 0, ptr %448, align 4, !tbaa !4
-  store i32 0, ptr %449, align 4, !tbaa !4
-  %gep1677.i.12 = getelementptr inbounds nuw i8, ptr %451, i64 52
-  %own.i.12 = load i32, ptr %gep1677.i.12, align 4, !tbaa !4
-  %476 = tail call i32 @llvm.smin.i32(i32 %474, i32 %own.i.12)
-  store i32 %476, ptr %446, align 4, !tbaa !4
-  %477 = tail call i32 @llvm.smax.i32(i32 %475, i32 %own.i.12)
-  store i32 %477, ptr %447, align 4, !tbaa !4
-  store i32 0, ptr %448, align 4, !tbaa !4
-  store i32 0, ptr %449, align 4, !tbaa !4
-  %gep1677.i.13 = getelementptr inbounds nuw i8, ptr %451, i64 56
-  %own.i.13 = load i32, ptr %gep1677.i.13, align 4, !tbaa !4
-  %478 = tail call i32 @llvm.smin.i32(i32 %476, i32 %own.i.13)
-  store i32 %478, ptr %446, align 4, !tbaa !4
-  %479 = tail call i32 @llvm.smax.i32(i32 %477, i32 %own.i.13)
-  store i32 %479, ptr %447, align 4, !tbaa !4
-  store i32 0, ptr %448, align 4, !tbaa !4
-  store i32 0, ptr %449, align 4, !tbaa !4
-  %gep1677.i.14 = getelementptr inbounds nuw i8, ptr %451, i64 60
-  %own.i.14 = load i32, ptr %gep1677.i.14, align 4, !tbaa !4
-  %480 = tail call i32 @llvm.smin.i32(i32 %478, i32 %own.i.14)
-  store i32 %480, ptr %446, align 4, !tbaa !4
-  %481 = tail call i32 @llvm.smax.i32(i32 %479, i32 %own.i.14)
-  store i32 %481, ptr %447, align 4, !tbaa !4
-  store i32 0, ptr %448, align 4, !tbaa !4
-  store i32 0, ptr %449, align 4, !tbaa !4
-  %482 = shl i64 %indvars.iv1408.i, 13
-  %483 = and i64 %482, 17179860992
-  %scevgep1406.i = getelementptr i8, ptr %total_acc.i, i64 %483
-  %484 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %437
-  store <16 x float> splat (float 0xC6293E5940000000), ptr %484, align 4, !tbaa !4
-  %485 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %437
-  store <16 x float> zeroinitializer, ptr %485, align 4, !tbaa !4
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep1406.i, i8 0, i64 8192, i1 false), !tbaa !4
-  %indvars.iv.next1409.i = add nuw nsw i64 %indvars.iv1408.i, 1
-  %exitcond1411.not.i = icmp eq i64 %indvars.iv.next1409.i, %wide.trip.count.i
-  br i1 %exitcond1411.not.i, label %for_begin_tile78.preheader.i, label %for_begin_r.preheader.i, !prof !8
-
 for_end_d.i:                                      ; preds = %for_body_d.us.i, %vector.body, %for_body_d.preheader.i
   %indvar.next.i = add nuw nsw i64 %indvar.i, 1
-  %exitcond1394.not.i = icmp eq i64 %indvar.next.i, 16
-  br i1 %exitcond1394.not.i, label %for_body_r57.peel.next.i, label %for_begin_d.preheader.i, !prof !28
+  %exitcond1504.not.i = icmp eq i64 %indvar.next.i, 16
+  br i1 %exitcond1504.not.i, label %for_begin_ax1_0.preheader.i, label %for_begin_d.preheader.i, !prof !28
 
-for_end_tile80.loopexit.i:                        ; preds = %if_end88.i, %for_begin_tile78.preheader.i
-  %.lcssa1390.i = phi i32 [ %193, %for_begin_tile78.preheader.i ], [ %517, %if_end88.i ]
-  %.lcssa1389.i = phi i32 [ %192, %for_begin_tile78.preheader.i ], [ %520, %if_end88.i ]
-  %486 = and i32 %.lcssa1390.i, -128
-  br label %for_end_tile80.i
+for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %for_begin_ax1_0.preheader.i
+  %indvars.iv1505.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next1506.i.1, %for_body_ax2_0.i ]
+  %.idx1753.i = shl nuw nsw i64 %indvars.iv1505.i, 4
+  %419 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1753.i
+  %v.i = load <4 x i32>, ptr %419, align 4, !tbaa !4
+  %420 = getelementptr inbounds nuw i8, ptr %419, i64 256
+  %v30.i = load <4 x i32>, ptr %420, align 4, !tbaa !4
+  %421 = getelementptr inbounds nuw i8, ptr %419, i64 512
+  %v32.i = load <4 x i32>, ptr %421, align 4, !tbaa !4
+  %422 = getelementptr inbounds nuw i8, ptr %419, i64 768
+  %v34.i = load <4 x i32>, ptr %422, align 4, !tbaa !4
+  %423 = shufflevector <4 x i32> %v.i, <4 x i32> %v32.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %424 = shufflevector <4 x i32> %v30.i, <4 x i32> %v34.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %425 = shufflevector <4 x i32> %v.i, <4 x i32> %v32.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %426 = shufflevector <4 x i32> %v30.i, <4 x i32> %v34.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %427 = shufflevector <4 x i32> %423, <4 x i32> %424, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1754.i = shl nuw nsw i64 %indvars.iv1505.i, 8
+  %gep1784.i = getelementptr inbounds nuw i8, ptr %invariant.gep1783.i, i64 %.idx1754.i
+  store <4 x i32> %427, ptr %gep1784.i, align 4, !tbaa !4
+  %428 = shufflevector <4 x i32> %423, <4 x i32> %424, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %429 = getelementptr inbounds nuw i8, ptr %gep1784.i, i64 64
+  store <4 x i32> %428, ptr %429, align 4, !tbaa !4
+  %430 = shufflevector <4 x i32> %425, <4 x i32> %426, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %431 = getelementptr inbounds nuw i8, ptr %gep1784.i, i64 128
+  store <4 x i32> %430, ptr %431, align 4, !tbaa !4
+  %432 = shufflevector <4 x i32> %425, <4 x i32> %426, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %433 = getelementptr inbounds nuw i8, ptr %gep1784.i, i64 192
+  store <4 x i32> %432, ptr %433, align 4, !tbaa !4
+  %indvars.iv.next1506.i = or disjoint i64 %indvars.iv1505.i, 1
+  %.idx1753.i.1 = shl nuw nsw i64 %indvars.iv.next1506.i, 4
+  %434 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1753.i.1
+  %v.i.1 = load <4 x i32>, ptr %434, align 4, !tbaa !4
+  %435 = getelementptr inbounds nuw i8, ptr %434, i64 256
+  %v30.i.1 = load <4 x i32>, ptr %435, align 4, !tbaa !4
+  %436 = getelementptr inbounds nuw i8, ptr %434, i64 512
+  %v32.i.1 = load <4 x i32>, ptr %436, align 4, !tbaa !4
+  %437 = getelementptr inbounds nuw i8, ptr %434, i64 768
+  %v34.i.1 = load <4 x i32>, ptr %437, align 4, !tbaa !4
+  %438 = shufflevector <4 x i32> %v.i.1, <4 x i32> %v32.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %439 = shufflevector <4 x i32> %v30.i.1, <4 x i32> %v34.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %440 = shufflevector <4 x i32> %v.i.1, <4 x i32> %v32.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %441 = shufflevector <4 x i32> %v30.i.1, <4 x i32> %v34.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %442 = shufflevector <4 x i32> %438, <4 x i32> %439, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1754.i.1 = shl nuw nsw i64 %indvars.iv.next1506.i, 8
+  %gep1784.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1783.i, i64 %.idx1754.i.1
+  store <4 x i32> %442, ptr %gep1784.i.1, align 4, !tbaa !4
+  %443 = shufflevector <4 x i32> %438, <4 x i32> %439, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %444 = getelementptr inbounds nuw i8, ptr %gep1784.i.1, i64 64
+  store <4 x i32> %443, ptr %444, align 4, !tbaa !4
+  %445 = shufflevector <4 x i32> %440, <4 x i32> %441, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %446 = getelementptr inbounds nuw i8, ptr %gep1784.i.1, i64 128
+  store <4 x i32> %445, ptr %446, align 4, !tbaa !4
+  %447 = shufflevector <4 x i32> %440, <4 x i32> %441, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %448 = getelementptr inbounds nuw i8, ptr %gep1784.i.1, i64 192
+  store <4 x i32> %447, ptr %448, align 4, !tbaa !4
+  %indvars.iv.next1506.i.1 = add nuw nsw i64 %indvars.iv1505.i, 2
+  %exitcond1509.not.i.1 = icmp eq i64 %indvars.iv.next1506.i.1, 16
+  br i1 %exitcond1509.not.i.1, label %for_body_ax2_0.1.i, label %for_body_ax2_0.i, !prof !28, !llvm.loop !29
 
-for_end_tile80.i:                                 ; preds = %for_end_tile80.loopexit.i, %if_end17.i
-  %span497.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end17.i ], [ %.lcssa1389.i, %for_end_tile80.loopexit.i ]
-  %span497.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end17.i ], [ %486, %for_end_tile80.loopexit.i ]
-  %487 = shl nsw i32 %block_end, 4
-  %key_end.i = tail call i32 @llvm.smin.i32(i32 %487, i32 %span497.sroa.3.0.lcssa.i)
-  %488 = shl nsw i32 %block_begin, 4
-  %489 = sub nsw i32 %key_end.i, %488
-  %490 = tail call i32 @llvm.smax.i32(i32 %489, i32 0)
-  %491 = add nuw nsw i32 %490, 4095
-  %492 = lshr i32 %491, 12
-  %.not1378.i = icmp eq i32 %492, 0
-  br i1 %.not1378.i, label %for_begin_tile391.preheader.i, label %for_body_number.lr.ph.i, !prof !11
+for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i, %for_body_ax2_0.i
+  %indvars.iv1505.1.i = phi i64 [ %indvars.iv.next1506.1.i.1, %for_body_ax2_0.1.i ], [ 0, %for_body_ax2_0.i ]
+  %.idx1755.i = shl nuw nsw i64 %indvars.iv1505.1.i, 4
+  %449 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1755.i
+  %450 = getelementptr inbounds nuw i8, ptr %449, i64 1024
+  %v.1.i = load <4 x i32>, ptr %450, align 4, !tbaa !4
+  %451 = getelementptr inbounds nuw i8, ptr %449, i64 1280
+  %v30.1.i = load <4 x i32>, ptr %451, align 4, !tbaa !4
+  %452 = getelementptr inbounds nuw i8, ptr %449, i64 1536
+  %v32.1.i = load <4 x i32>, ptr %452, align 4, !tbaa !4
+  %453 = getelementptr inbounds nuw i8, ptr %449, i64 1792
+  %v34.1.i = load <4 x i32>, ptr %453, align 4, !tbaa !4
+  %454 = shufflevector <4 x i32> %v.1.i, <4 x i32> %v32.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %455 = shufflevector <4 x i32> %v30.1.i, <4 x i32> %v34.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %456 = shufflevector <4 x i32> %v.1.i, <4 x i32> %v32.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %457 = shufflevector <4 x i32> %v30.1.i, <4 x i32> %v34.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %458 = shufflevector <4 x i32> %454, <4 x i32> %455, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1756.i = shl nuw nsw i64 %indvars.iv1505.1.i, 8
+  %gep1786.i = getelementptr inbounds nuw i8, ptr %invariant.gep1783.i, i64 %.idx1756.i
+  %459 = getelementptr inbounds nuw i8, ptr %gep1786.i, i64 16
+  store <4 x i32> %458, ptr %459, align 4, !tbaa !4
+  %460 = shufflevector <4 x i32> %454, <4 x i32> %455, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %461 = getelementptr inbounds nuw i8, ptr %gep1786.i, i64 80
+  store <4 x i32> %460, ptr %461, align 4, !tbaa !4
+  %462 = shufflevector <4 x i32> %456, <4 x i32> %457, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %463 = getelementptr inbounds nuw i8, ptr %gep1786.i, i64 144
+  store <4 x i32> %462, ptr %463, align 4, !tbaa !4
+  %464 = shufflevector <4 x i32> %456, <4 x i32> %457, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %465 = getelementptr inbounds nuw i8, ptr %gep1786.i, i64 208
+  store <4 x i32> %464, ptr %465, align 4, !tbaa !4
+  %indvars.iv.next1506.1.i = or disjoint i64 %indvars.iv1505.1.i, 1
+  %.idx1755.i.1 = shl nuw nsw i64 %indvars.iv.next1506.1.i, 4
+  %466 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1755.i.1
+  %467 = getelementptr inbounds nuw i8, ptr %466, i64 1024
+  %v.1.i.1 = load <4 x i32>, ptr %467, align 4, !tbaa !4
+  %468 = getelementptr inbounds nuw i8, ptr %466, i64 1280
+  %v30.1.i.1 = load <4 x i32>, ptr %468, align 4, !tbaa !4
+  %469 = getelementptr inbounds nuw i8, ptr %466, i64 1536
+  %v32.1.i.1 = load <4 x i32>, ptr %469, align 4, !tbaa !4
+  %470 = getelementptr inbounds nuw i8, ptr %466, i64 1792
+  %v34.1.i.1 = load <4 x i32>, ptr %470, align 4, !tbaa !4
+  %471 = shufflevector <4 x i32> %v.1.i.1, <4 x i32> %v32.1.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %472 = shufflevector <4 x i32> %v30.1.i.1, <4 x i32> %v34.1.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %473 = shufflevector <4 x i32> %v.1.i.1, <4 x i32> %v32.1.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %474 = shufflevector <4 x i32> %v30.1.i.1, <4 x i32> %v34.1.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %475 = shufflevector <4 x i32> %471, <4 x i32> %472, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1756.i.1 = shl nuw nsw i64 %indvars.iv.next1506.1.i, 8
+  %gep1786.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1783.i, i64 %.idx1756.i.1
+  %476 = getelementptr inbounds nuw i8, ptr %gep1786.i.1, i64 16
+  store <4 x i32> %475, ptr %476, align 4, !tbaa !4
+  %477 = shufflevector <4 x i32> %471, <4 x i32> %472, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %478 = getelementptr inbounds nuw i8, ptr %gep1786.i.1, i64 80
+  store <4 x i32> %477, ptr %478, align 4, !tbaa !4
+  %479 = shufflevector <4 x i32> %473, <4 x i32> %474, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %480 = getelementptr inbounds nuw i8, ptr %gep1786.i.1, i64 144
+  store <4 x i32> %479, ptr %480, align 4, !tbaa !4
+  %481 = shufflevector <4 x i32> %473, <4 x i32> %474, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %482 = getelementptr inbounds nuw i8, ptr %gep1786.i.1, i64 208
+  store <4 x i32> %481, ptr %482, align 4, !tbaa !4
+  %indvars.iv.next1506.1.i.1 = add nuw nsw i64 %indvars.iv1505.1.i, 2
+  %exitcond1509.1.not.i.1 = icmp eq i64 %indvars.iv.next1506.1.i.1, 16
+  br i1 %exitcond1509.1.not.i.1, label %for_body_ax2_0.2.i, label %for_body_ax2_0.1.i, !prof !28, !llvm.loop !31
 
-for_body_number.lr.ph.i:                          ; preds = %for_end_tile80.i
-  %493 = shl nsw i32 %122, 11
-  %494 = sext i32 %493 to i64
-  %495 = shl nuw nsw i64 %494, 2
-  %496 = mul nsw i64 %table_seq, %153
-  %497 = getelementptr i32, ptr %block_table, i64 %496
-  %498 = icmp sgt i32 %num_kv_heads, 0
+for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i, %for_body_ax2_0.1.i
+  %indvars.iv1505.2.i = phi i64 [ %indvars.iv.next1506.2.i.1, %for_body_ax2_0.2.i ], [ 0, %for_body_ax2_0.1.i ]
+  %.idx1757.i = shl nuw nsw i64 %indvars.iv1505.2.i, 4
+  %483 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1757.i
+  %484 = getelementptr inbounds nuw i8, ptr %483, i64 2048
+  %v.2.i = load <4 x i32>, ptr %484, align 4, !tbaa !4
+  %485 = getelementptr inbounds nuw i8, ptr %483, i64 2304
+  %v30.2.i = load <4 x i32>, ptr %485, align 4, !tbaa !4
+  %486 = getelementptr inbounds nuw i8, ptr %483, i64 2560
+  %v32.2.i = load <4 x i32>, ptr %486, align 4, !tbaa !4
+  %487 = getelementptr inbounds nuw i8, ptr %483, i64 2816
+  %v34.2.i = load <4 x i32>, ptr %487, align 4, !tbaa !4
+  %488 = shufflevector <4 x i32> %v.2.i, <4 x i32> %v32.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %489 = shufflevector <4 x i32> %v30.2.i, <4 x i32> %v34.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %490 = shufflevector <4 x i32> %v.2.i, <4 x i32> %v32.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %491 = shufflevector <4 x i32> %v30.2.i, <4 x i32> %v34.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %492 = shufflevector <4 x i32> %488, <4 x i32> %489, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1758.i = shl nuw nsw i64 %indvars.iv1505.2.i, 8
+  %gep1788.i = getelementptr inbounds nuw i8, ptr %invariant.gep1783.i, i64 %.idx1758.i
+  %493 = getelementptr inbounds nuw i8, ptr %gep1788.i, i64 32
+  store <4 x i32> %492, ptr %493, align 4, !tbaa !4
+  %494 = shufflevector <4 x i32> %488, <4 x i32> %489, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %495 = getelementptr inbounds nuw i8, ptr %gep1788.i, i64 96
+  store <4 x i32> %494, ptr %495, align 4, !tbaa !4
+  %496 = shufflevector <4 x i32> %490, <4 x i32> %491, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %497 = getelementptr inbounds nuw i8, ptr %gep1788.i, i64 160
+  store <4 x i32> %496, ptr %497, align 4, !tbaa !4
+  %498 = shufflevector <4 x i32> %490, <4 x i32> %491, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %499 = getelementptr inbounds nuw i8, ptr %gep1788.i, i64 224
+  store <4 x i32> %498, ptr %499, align 4, !tbaa !4
+  %indvars.iv.next1506.2.i = or disjoint i64 %indvars.iv1505.2.i, 1
+  %.idx1757.i.1 = shl nuw nsw i64 %indvars.iv.next1506.2.i, 4
+  %500 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1757.i.1
+  %501 = getelementptr inbounds nuw i8, ptr %500, i64 2048
+  %v.2.i.1 = load <4 x i32>, ptr %501, align 4, !tbaa !4
+  %502 = getelementptr inbounds nuw i8, ptr %500, i64 2304
+  %v30.2.i.1 = load <4 x i32>, ptr %502, align 4, !tbaa !4
+  %503 = getelementptr inbounds nuw i8, ptr %500, i64 2560
+  %v32.2.i.1 = load <4 x i32>, ptr %503, align 4, !tbaa !4
+  %504 = getelementptr inbounds nuw i8, ptr %500, i64 2816
+  %v34.2.i.1 = load <4 x i32>, ptr %504, align 4, !tbaa !4
+  %505 = shufflevector <4 x i32> %v.2.i.1, <4 x i32> %v32.2.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %506 = shufflevector <4 x i32> %v30.2.i.1, <4 x i32> %v34.2.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %507 = shufflevector <4 x i32> %v.2.i.1, <4 x i32> %v32.2.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %508 = shufflevector <4 x i32> %v30.2.i.1, <4 x i32> %v34.2.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %509 = shufflevector <4 x i32> %505, <4 x i32> %506, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1758.i.1 = shl nuw nsw i64 %indvars.iv.next1506.2.i, 8
+  %gep1788.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1783.i, i64 %.idx1758.i.1
+  %510 = getelementptr inbounds nuw i8, ptr %gep1788.i.1, i64 32
+  store <4 x i32> %509, ptr %510, align 4, !tbaa !4
+  %511 = shufflevector <4 x i32> %505, <4 x i32> %506, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %512 = getelementptr inbounds nuw i8, ptr %gep1788.i.1, i64 96
+  store <4 x i32> %511, ptr %512, align 4, !tbaa !4
+  %513 = shufflevector <4 x i32> %507, <4 x i32> %508, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %514 = getelementptr inbounds nuw i8, ptr %gep1788.i.1, i64 160
+  store <4 x i32> %513, ptr %514, align 4, !tbaa !4
+  %515 = shufflevector <4 x i32> %507, <4 x i32> %508, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %516 = getelementptr inbounds nuw i8, ptr %gep1788.i.1, i64 224
+  store <4 x i32> %515, ptr %516, align 4, !tbaa !4
+  %indvars.iv.next1506.2.i.1 = add nuw nsw i64 %indvars.iv1505.2.i, 2
+  %exitcond1509.2.not.i.1 = icmp eq i64 %indvars.iv.next1506.2.i.1, 16
+  br i1 %exitcond1509.2.not.i.1, label %for_body_ax2_0.3.i, label %for_body_ax2_0.2.i, !prof !28, !llvm.loop !32
+
+for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i, %for_body_ax2_0.2.i
+  %indvars.iv1505.3.i = phi i64 [ %indvars.iv.next1506.3.i.1, %for_body_ax2_0.3.i ], [ 0, %for_body_ax2_0.2.i ]
+  %.idx1759.i = shl nuw nsw i64 %indvars.iv1505.3.i, 4
+  %517 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1759.i
+  %518 = getelementptr inbounds nuw i8, ptr %517, i64 3072
+  %v.3.i = load <4 x i32>, ptr %518, align 4, !tbaa !4
+  %519 = getelementptr inbounds nuw i8, ptr %517, i64 3328
+  %v30.3.i = load <4 x i32>, ptr %519, align 4, !tbaa !4
+  %520 = getelementptr inbounds nuw i8, ptr %517, i64 3584
+  %v32.3.i = load <4 x i32>, ptr %520, align 4, !tbaa !4
+  %521 = getelementptr inbounds nuw i8, ptr %517, i64 3840
+  %v34.3.i = load <4 x i32>, ptr %521, align 4, !tbaa !4
+  %522 = shufflevector <4 x i32> %v.3.i, <4 x i32> %v32.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %523 = shufflevector <4 x i32> %v30.3.i, <4 x i32> %v34.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %524 = shufflevector <4 x i32> %v.3.i, <4 x i32> %v32.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %525 = shufflevector <4 x i32> %v30.3.i, <4 x i32> %v34.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %526 = shufflevector <4 x i32> %522, <4 x i32> %523, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1760.i = shl nuw nsw i64 %indvars.iv1505.3.i, 8
+  %gep1790.i = getelementptr inbounds nuw i8, ptr %invariant.gep1783.i, i64 %.idx1760.i
+  %527 = getelementptr inbounds nuw i8, ptr %gep1790.i, i64 48
+  store <4 x i32> %526, ptr %527, align 4, !tbaa !4
+  %528 = shufflevector <4 x i32> %522, <4 x i32> %523, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %529 = getelementptr inbounds nuw i8, ptr %gep1790.i, i64 112
+  store <4 x i32> %528, ptr %529, align 4, !tbaa !4
+  %530 = shufflevector <4 x i32> %524, <4 x i32> %525, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %531 = getelementptr inbounds nuw i8, ptr %gep1790.i, i64 176
+  store <4 x i32> %530, ptr %531, align 4, !tbaa !4
+  %532 = shufflevector <4 x i32> %524, <4 x i32> %525, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %533 = getelementptr inbounds nuw i8, ptr %gep1790.i, i64 240
+  store <4 x i32> %532, ptr %533, align 4, !tbaa !4
+  %indvars.iv.next1506.3.i = or disjoint i64 %indvars.iv1505.3.i, 1
+  %.idx1759.i.1 = shl nuw nsw i64 %indvars.iv.next1506.3.i, 4
+  %534 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1759.i.1
+  %535 = getelementptr inbounds nuw i8, ptr %534, i64 3072
+  %v.3.i.1 = load <4 x i32>, ptr %535, align 4, !tbaa !4
+  %536 = getelementptr inbounds nuw i8, ptr %534, i64 3328
+  %v30.3.i.1 = load <4 x i32>, ptr %536, align 4, !tbaa !4
+  %537 = getelementptr inbounds nuw i8, ptr %534, i64 3584
+  %v32.3.i.1 = load <4 x i32>, ptr %537, align 4, !tbaa !4
+  %538 = getelementptr inbounds nuw i8, ptr %534, i64 3840
+  %v34.3.i.1 = load <4 x i32>, ptr %538, align 4, !tbaa !4
+  %539 = shufflevector <4 x i32> %v.3.i.1, <4 x i32> %v32.3.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %540 = shufflevector <4 x i32> %v30.3.i.1, <4 x i32> %v34.3.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %541 = shufflevector <4 x i32> %v.3.i.1, <4 x i32> %v32.3.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %542 = shufflevector <4 x i32> %v30.3.i.1, <4 x i32> %v34.3.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %543 = shufflevector <4 x i32> %539, <4 x i32> %540, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1760.i.1 = shl nuw nsw i64 %indvars.iv.next1506.3.i, 8
+  %gep1790.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1783.i, i64 %.idx1760.i.1
+  %544 = getelementptr inbounds nuw i8, ptr %gep1790.i.1, i64 48
+  store <4 x i32> %543, ptr %544, align 4, !tbaa !4
+  %545 = shufflevector <4 x i32> %539, <4 x i32> %540, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %546 = getelementptr inbounds nuw i8, ptr %gep1790.i.1, i64 112
+  store <4 x i32> %545, ptr %546, align 4, !tbaa !4
+  %547 = shufflevector <4 x i32> %541, <4 x i32> %542, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %548 = getelementptr inbounds nuw i8, ptr %gep1790.i.1, i64 176
+  store <4 x i32> %547, ptr %548, align 4, !tbaa !4
+  %549 = shufflevector <4 x i32> %541, <4 x i32> %542, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %550 = getelementptr inbounds nuw i8, ptr %gep1790.i.1, i64 240
+  store <4 x i32> %549, ptr %550, align 4, !tbaa !4
+  %indvars.iv.next1506.3.i.1 = add nuw nsw i64 %indvars.iv1505.3.i, 2
+  %exitcond1509.3.not.i.1 = icmp eq i64 %indvars.iv.next1506.3.i.1, 16
+  br i1 %exitcond1509.3.not.i.1, label %for_body_r82.peel.next.i, label %for_body_ax2_0.3.i, !prof !28, !llvm.loop !33
+
+for_body_r82.peel.next.i:                         ; preds = %for_body_ax2_0.3.i
+  %551 = icmp eq i32 %rmod.i, 0
+  %552 = or i1 %162, %551
+  %553 = select i1 %552, i32 0, i32 %111
+  %554 = add nsw i32 %553, %rmod.i
+  %555 = shl nsw i32 %554, 4
+  %556 = sub nsw i32 %109, %555
+  %557 = tail call i32 @llvm.smin.i32(i32 %556, i32 16)
+  %558 = add nsw i32 %557, -1
+  %559 = insertelement <16 x i32> poison, i32 %558, i64 0
+  %560 = shufflevector <16 x i32> %559, <16 x i32> poison, <16 x i32> zeroinitializer
+  %561 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %560, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>)
+  %562 = insertelement <16 x i32> poison, i32 %555, i64 0
+  %563 = shufflevector <16 x i32> %562, <16 x i32> poison, <16 x i32> zeroinitializer
+  %564 = add nsw <16 x i32> %561, %563
+  %565 = ashr <16 x i32> %564, splat (i32 2)
+  %566 = add <16 x i32> %565, %164
+  %567 = select <16 x i1> %169, <16 x i32> %166, <16 x i32> %566
+  %568 = shl nsw i64 %indvars.iv1524.i, 4
+  %569 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %568
+  store <16 x i32> %567, ptr %569, align 4, !tbaa !4
+  %570 = add nsw <16 x i32> %567, splat (i32 -1)
+  %571 = sitofp <16 x i32> %570 to <16 x float>
+  %572 = bitcast <16 x float> %571 to <16 x i32>
+  %573 = ashr <16 x i32> %572, splat (i32 23)
+  %574 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %573, <16 x i32> splat (i32 125))
+  %575 = add nsw <16 x i32> %574, splat (i32 -125)
+  %576 = getelementptr inbounds nuw i32, ptr %places.i, i64 %568
+  store <16 x i32> %575, ptr %576, align 4, !tbaa !4
+  %577 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %568
+  %578 = getelementptr inbounds nuw i8, ptr %577, i64 4
+  %579 = getelementptr inbounds nuw i8, ptr %577, i64 8
+  %580 = getelementptr inbounds nuw i8, ptr %577, i64 12
+  %581 = and i64 %568, 4294967280
+  %582 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %581
+  %own.peel.i = load i32, ptr %582, align 4, !tbaa !4
+  store i32 %own.peel.i, ptr %577, align 4, !tbaa !4
+  store i32 %own.peel.i, ptr %578, align 4, !tbaa !4
+  store i32 0, ptr %579, align 4, !tbaa !4
+  store i32 0, ptr %580, align 4, !tbaa !4
+  %gep1792.i = getelementptr inbounds nuw i8, ptr %582, i64 4
+  %own.i = load i32, ptr %gep1792.i, align 4, !tbaa !4
+  %583 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
+  store i32 %583, ptr %577, align 4, !tbaa !4
+  %584 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
+  store i32 %584, ptr %578, align 4, !tbaa !4
+  store i32 0, ptr %579, align 4, !tbaa !4
+  store i32 0, ptr %580, align 4, !tbaa !4
+  %gep1792.i.1 = getelementptr inbounds nuw i8, ptr %582, i64 8
+  %own.i.1 = load i32, ptr %gep1792.i.1, align 4, !tbaa !4
+  %585 = tail call i32 @llvm.smin.i32(i32 %583, i32 %own.i.1)
+  store i32 %585, ptr %577, align 4, !tbaa !4
+  %586 = tail call i32 @llvm.smax.i32(i32 %584, i32 %own.i.1)
+  store i32 %586, ptr %578, align 4, !tbaa !4
+  store i32 0, ptr %579, align 4, !tbaa !4
+  store i32 0, ptr %580, align 4, !tbaa !4
+  %gep1792.i.2 = getelementptr inbounds nuw i8, ptr %582, i64 12
+  %own.i.2 = load i32, ptr %gep1792.i.2, align 4, !tbaa !4
+  %587 = tail call i32 @llvm.smin.i32(i32 %585, i32 %own.i.2)
+  store i32 %587, ptr %577, align 4, !tbaa !4
+  %588 = tail call i32 @llvm.smax.i32(i32 %586, i32 %own.i.2)
+  store i32 %588, ptr %578, align 4, !tbaa !4
+  store i32 0, ptr %579, align 4, !tbaa !4
+  store i32 0, ptr %580, align 4, !tbaa !4
+  %gep1792.i.3 = getelementptr inbounds nuw i8, ptr %582, i64 16
+  %own.i.3 = load i32, ptr %gep1792.i.3, align 4, !tbaa !4
+  %589 = tail call i32 @llvm.smin.i32(i32 %587, i32 %own.i.3)
+  store i32 %589, ptr %577, align 4, !tbaa !4
+  %590 = tail call i32 @llvm.smax.i32(i32 %588, i32 %own.i.3)
+  store i32 %590, ptr %578, align 4, !tbaa !4
+  store i32 0, ptr %579, align 4, !tbaa !4
+  store i32 0, ptr %580, align 4, !tbaa !4
+  %gep1792.i.4 = getelementptr inbounds nuw i8, ptr %582, i64 20
+  %own.i.4 = load i32, ptr %gep1792.i.4, align 4, !tbaa !4
+  %591 = tail call i32 @llvm.smin.i32(i32 %589, i32 %own.i.4)
+  store i32 %591, ptr %577, align 4, !tbaa !4
+  %592 = tail call i32 @llvm.smax.i32(i32 %590, i32 %own.i.4)
+  store i32 %592, ptr %578, align 4, !tbaa !4
+  store i32 0, ptr %579, align 4, !tbaa !4
+  store i32 0, ptr %580, align 4, !tbaa !4
+  %gep1792.i.5 = getelementptr inbounds nuw i8, ptr %582, i64 24
+  %own.i.5 = load i32, ptr %gep1792.i.5, align 4, !tbaa !4
+  %593 = tail call i32 @llvm.smin.i32(i32 %591, i32 %own.i.5)
+  store i32 %593, ptr %577, align 4, !tbaa !4
+  %594 = tail call i32 @llvm.smax.i32(i32 %592, i32 %own.i.5)
+  store i32 %594, ptr %578, align 4, !tbaa !4
+  store i32 0, ptr %579, align 4, !tbaa !4
+  store i32 0, ptr %580, align 4, !tbaa !4
+  %gep1792.i.6 = getelementptr inbounds nuw i8, ptr %582, i64 28
+  %own.i.6 = load i32, ptr %gep1792.i.6, align 4, !tbaa !4
+  %595 = tail call i32 @llvm.smin.i32(i32 %593, i32 %own.i.6)
+  store i32 %595, ptr %577, align 4, !tbaa !4
+  %596 = tail call i32 @llvm.smax.i32(i32 %594, i32 %own.i.6)
+  store i32 %596, ptr %578, align 4, !tbaa !4
+  store i32 0, ptr %579, align 4, !tbaa !4
+  store i32 0, ptr %580, align 4, !tbaa !4
+  %gep1792.i.7 = getelementptr inbounds nuw i8, ptr %582, i64 32
+  %own.i.7 = load i32, ptr %gep1792.i.7, align 4, !tbaa !4
+  %597 = tail call i32 @llvm.smin.i32(i32 %595, i32 %own.i.7)
+  store i32 %597, ptr %577, align 4, !tbaa !4
+  %598 = tail call i32 @llvm.smax.i32(i32 %596, i32 %own.i.7)
+  store i32 %598, ptr %578, align 4, !tbaa !4
+  store i32 0, ptr %579, align 4, !tbaa !4
+  store i32 0, ptr %580, align 4, !tbaa !4
+  %gep1792.i.8 = getelementptr inbounds nuw i8, ptr %582, i64 36
+  %own.i.8 = load i32, ptr %gep1792.i.8, align 4, !tbaa !4
+  %599 = tail call i32 @llvm.smin.i32(i32 %597, i32 %own.i.8)
+  store i32 %599, ptr %577, align 4, !tbaa !4
+  %600 = tail call i32 @llvm.smax.i32(i32 %598, i32 %own.i.8)
+  store i32 %600, ptr %578, align 4, !tbaa !4
+  store i32 0, ptr %579, align 4, !tbaa !4
+  store i32 0, ptr %580, align 4, !tbaa !4
+  %gep1792.i.9 = getelementptr inbounds nuw i8, ptr %582, i64 40
+  %own.i.9 = load i32, ptr %gep1792.i.9, align 4, !tbaa !4
+  %601 = tail call i32 @llvm.smin.i32(i32 %599, i32 %own.i.9)
+  store i32 %601, ptr %577, align 4, !tbaa !4
+  %602 = tail call i32 @llvm.smax.i32(i32 %600, i32 %own.i.9)
+  store i32 %602, ptr %578, align 4, !tbaa !4
+  store i32 0, ptr %579, align 4, !tbaa !4
+  store i32 0, ptr %580, align 4, !tbaa !4
+  %gep1792.i.10 = getelementptr inbounds nuw i8, ptr %582, i64 44
+  %own.i.10 = load i32, ptr %gep1792.i.10, align 4, !tbaa !4
+  %603 = tail call i32 @llvm.smin.i32(i32 %601, i32 %own.i.10)
+  store i32 %603, ptr %577, align 4, !tbaa !4
+  %604 = tail call i32 @llvm.smax.i32(i32 %602, i32 %own.i.10)
+  store i32 %604, ptr %578, align 4, !tbaa !4
+  store i32 0, ptr %579, align 4, !tbaa !4
+  store i32 0, ptr %580, align 4, !tbaa !4
+  %gep1792.i.11 = getelementptr inbounds nuw i8, ptr %582, i64 48
+  %own.i.11 = load i32, ptr %gep1792.i.11, align 4, !tbaa !4
+  %605 = tail call i32 @llvm.smin.i32(i32 %603, i32 %own.i.11)
+  store i32 %605, ptr %577, align 4, !tbaa !4
+  %606 = tail call i32 @llvm.smax.i32(i32 %604, i32 %own.i.11)
+  store i32 %606, ptr %578, align 4, !tbaa !4
+  store i32 0, ptr %579, align 4, !tbaa !4
+  store i32 0, ptr %580, align 4, !tbaa !4
+  %gep1792.i.12 = getelementptr inbounds nuw i8, ptr %582, i64 52
+  %own.i.12 = load i32, ptr %gep1792.i.12, align 4, !tbaa !4
+  %607 = tail call i32 @llvm.smin.i32(i32 %605, i32 %own.i.12)
+  store i32 %607, ptr %577, align 4, !tbaa !4
+  %608 = tail call i32 @llvm.smax.i32(i32 %606, i32 %own.i.12)
+  store i32 %608, ptr %578, align 4, !tbaa !4
+  store i32 0, ptr %579, align 4, !tbaa !4
+  store i32 0, ptr %580, align 4, !tbaa !4
+  %gep1792.i.13 = getelementptr inbounds nuw i8, ptr %582, i64 56
+  %own.i.13 = load i32, ptr %gep1792.i.13, align 4, !tbaa !4
+  %609 = tail call i32 @llvm.smin.i32(i32 %607, i32 %own.i.13)
+  store i32 %609, ptr %577, align 4, !tbaa !4
+  %610 = tail call i32 @llvm.smax.i32(i32 %608, i32 %own.i.13)
+  store i32 %610, ptr %578, align 4, !tbaa !4
+  store i32 0, ptr %579, align 4, !tbaa !4
+  store i32 0, ptr %580, align 4, !tbaa !4
+  %gep1792.i.14 = getelementptr inbounds nuw i8, ptr %582, i64 60
+  %own.i.14 = load i32, ptr %gep1792.i.14, align 4, !tbaa !4
+  %611 = tail call i32 @llvm.smin.i32(i32 %609, i32 %own.i.14)
+  store i32 %611, ptr %577, align 4, !tbaa !4
+  %612 = tail call i32 @llvm.smax.i32(i32 %610, i32 %own.i.14)
+  store i32 %612, ptr %578, align 4, !tbaa !4
+  store i32 0, ptr %579, align 4, !tbaa !4
+  store i32 0, ptr %580, align 4, !tbaa !4
+  %613 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %568
+  store <16 x float> splat (float 0xC6293E5940000000), ptr %613, align 4, !tbaa !4
+  %614 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %568
+  store <16 x float> zeroinitializer, ptr %614, align 4, !tbaa !4
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep1520.i, i8 0, i64 8192, i1 false), !tbaa !4
+  %615 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %616 = tail call i32 %615(i32 1, i32 %dev_id, ptr nonnull %q_tile_global.i)
+  %.not583.i = icmp eq i32 %616, 0
+  br i1 %.not583.i, label %for_begin_tile.i, label %fused_attend_compute_.exit, !prof !34
+
+for_end_tile108.loopexit.i:                       ; preds = %if_end116.i, %for_begin_tile106.preheader.i
+  %.lcssa1500.i = phi i32 [ %175, %for_begin_tile106.preheader.i ], [ %647, %if_end116.i ]
+  %.lcssa1499.i = phi i32 [ %174, %for_begin_tile106.preheader.i ], [ %650, %if_end116.i ]
+  %617 = and i32 %.lcssa1500.i, -256
+  br label %for_end_tile108.i
+
+for_end_tile108.i:                                ; preds = %for_end_tile108.loopexit.i, %if_end17.i
+  %span554.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end17.i ], [ %.lcssa1499.i, %for_end_tile108.loopexit.i ]
+  %span554.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end17.i ], [ %617, %for_end_tile108.loopexit.i ]
+  %618 = shl nsw i32 %block_end, 4
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %618, i32 %span554.sroa.3.0.lcssa.i)
+  %619 = shl nsw i32 %block_begin, 4
+  %620 = sub nsw i32 %key_end.i, %619
+  %621 = tail call i32 @llvm.smax.i32(i32 %620, i32 0)
+  %622 = add nuw nsw i32 %621, 4095
+  %623 = lshr i32 %622, 12
+  %.not1373.i = icmp eq i32 %623, 0
+  br i1 %.not1373.i, label %for_begin_tile408.preheader.i, label %for_body_number.lr.ph.i, !prof !11
+
+for_body_number.lr.ph.i:                          ; preds = %for_end_tile108.i
+  %624 = shl nsw i32 %122, 11
+  %625 = sext i32 %624 to i64
+  %626 = shl nuw nsw i64 %625, 2
+  %627 = mul nsw i64 %table_seq, %153
+  %628 = getelementptr i32, ptr %block_table, i64 %627
+  %629 = icmp sgt i32 %num_kv_heads, 0
   %sext66 = shl i64 %54, 32
-  %499 = ashr exact i64 %sext66, 32
-  %500 = icmp sgt i32 %111, 0
-  %501 = insertelement <32 x float> poison, float %score_scale, i64 0
-  %502 = shufflevector <32 x float> %501, <32 x float> poison, <32 x i32> zeroinitializer
-  %503 = sext i32 %context_len.i to i64
+  %630 = ashr exact i64 %sext66, 32
+  %631 = icmp sgt i32 %111, 0
+  %632 = shl i64 %k_row, 4
+  %633 = insertelement <16 x float> poison, float %score_scale, i64 0
+  %634 = shufflevector <16 x float> %633, <16 x float> poison, <16 x i32> zeroinitializer
+  %635 = sext i32 %context_len.i to i64
   %sext67 = shl i64 %67, 32
-  %504 = ashr exact i64 %sext67, 32
-  %505 = add i64 %504, %tree_start
-  %506 = sub i64 %505, %503
-  %507 = zext i32 %111 to i64
-  %wide.trip.count1546.i = and i64 %56, 4294967295
-  %508 = getelementptr i8, ptr %tree_mask, i64 %506
-  %509 = getelementptr inbounds nuw i8, ptr %tile_max496.i, i64 32
-  %510 = getelementptr inbounds nuw i8, ptr %peak491.i, i64 32
-  %wide.trip.count1564.i = zext nneg i32 %117 to i64
-  %511 = add i64 %tree_start, %504
-  %512 = sub i64 %511, %503
-  %513 = getelementptr i8, ptr %tree_mask, i64 %512
+  %636 = ashr exact i64 %sext67, 32
+  %637 = add i64 %636, %tree_start
+  %638 = sub i64 %637, %635
+  %639 = zext i32 %111 to i64
+  %wide.trip.count1643.i = and i64 %56, 4294967295
+  %640 = getelementptr i8, ptr %tree_mask, i64 %638
+  %wide.trip.count1657.i = zext nneg i32 %117 to i64
+  %641 = add i64 %tree_start, %636
+  %642 = sub i64 %641, %635
+  %643 = getelementptr i8, ptr %tree_mask, i64 %642
   br label %for_body_number.i
 
-if_end88.i:                                       ; preds = %if_end88.i, %if_end88.i.preheader
-  %indvars.iv1412.i = phi i64 [ %indvars.iv.next1413.i, %if_end88.i ], [ %indvars.iv1412.i.ph, %if_end88.i.preheader ]
-  %span497.sroa.0.01155.i = phi i32 [ %517, %if_end88.i ], [ %span497.sroa.0.01155.i.ph, %if_end88.i.preheader ]
-  %span497.sroa.3.01154.i = phi i32 [ %520, %if_end88.i ], [ %span497.sroa.3.01154.i.ph, %if_end88.i.preheader ]
-  %.idx1645.i = shl nsw i64 %indvars.iv1412.i, 4
-  %514 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1645.i
-  %515 = getelementptr inbounds nuw i8, ptr %514, i64 8
-  %516 = load i32, ptr %515, align 4, !tbaa !4
-  %517 = tail call i32 @llvm.smin.i32(i32 %span497.sroa.0.01155.i, i32 %516)
-  %518 = getelementptr inbounds nuw i8, ptr %514, i64 4
-  %519 = load i32, ptr %518, align 4, !tbaa !4
-  %520 = tail call i32 @llvm.smax.i32(i32 %span497.sroa.3.01154.i, i32 %519)
-  %indvars.iv.next1413.i = add nuw nsw i64 %indvars.iv1412.i, 1
-  %exitcond1416.not.i = icmp eq i64 %indvars.iv.next1413.i, %wide.trip.count.i
-  br i1 %exitcond1416.not.i, label %for_end_tile80.loopexit.i, label %if_end88.i, !prof !26, !llvm.loop !29
+if_end116.i:                                      ; preds = %if_end116.i, %if_end116.i.preheader
+  %indvars.iv1528.i = phi i64 [ %indvars.iv.next1529.i, %if_end116.i ], [ %indvars.iv1528.i.ph, %if_end116.i.preheader ]
+  %span554.sroa.0.01221.i = phi i32 [ %647, %if_end116.i ], [ %span554.sroa.0.01221.i.ph, %if_end116.i.preheader ]
+  %span554.sroa.3.01220.i = phi i32 [ %650, %if_end116.i ], [ %span554.sroa.3.01220.i.ph, %if_end116.i.preheader ]
+  %.idx1762.i = shl nsw i64 %indvars.iv1528.i, 4
+  %644 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1762.i
+  %645 = getelementptr inbounds nuw i8, ptr %644, i64 8
+  %646 = load i32, ptr %645, align 4, !tbaa !4
+  %647 = tail call i32 @llvm.smin.i32(i32 %span554.sroa.0.01221.i, i32 %646)
+  %648 = getelementptr inbounds nuw i8, ptr %644, i64 4
+  %649 = load i32, ptr %648, align 4, !tbaa !4
+  %650 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.3.01220.i, i32 %649)
+  %indvars.iv.next1529.i = add nuw nsw i64 %indvars.iv1528.i, 1
+  %exitcond1532.not.i = icmp eq i64 %indvars.iv.next1529.i, %wide.trip.count.i
+  br i1 %exitcond1532.not.i, label %for_end_tile108.loopexit.i, label %if_end116.i, !prof !26, !llvm.loop !35
 
-for_begin_number.i:                               ; preds = %if_end386.i
-  %521 = add nuw nsw i32 %number1365.i, 1
-  %exitcond1566.not.i = icmp eq i32 %521, %492
-  %indvars.iv.next94 = add i32 %indvars.iv93, 4096
-  br i1 %exitcond1566.not.i, label %for_begin_tile391.preheader.i, label %for_body_number.i, !prof !8
+for_begin_number.i:                               ; preds = %if_end403.i
+  %651 = add nuw nsw i32 %number1354.i, 1
+  %exitcond1659.not.i = icmp eq i32 %651, %623
+  %indvars.iv.next102 = add i32 %indvars.iv101, 4096
+  br i1 %exitcond1659.not.i, label %for_begin_tile408.preheader.i, label %for_body_number.i, !prof !8
 
-for_begin_tile391.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile80.i
-  br i1 %156, label %for_end_tile393.i, label %for_body_tile392.lr.ph.i, !prof !11
+for_begin_tile408.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile108.i
+  br i1 %156, label %for_end_tile410.i, label %for_body_tile409.lr.ph.i, !prof !11
 
-for_body_tile392.lr.ph.i:                         ; preds = %for_begin_tile391.preheader.i
-  %522 = and i64 %62, 2147483648
-  %.not = icmp eq i64 %522, 0
-  %523 = icmp slt i32 %111, 0
-  %sext68 = shl i64 %54, 32
-  %524 = ashr exact i64 %sext68, 32
-  %525 = and i64 %62, 4294967295
-  %526 = shl nuw nsw i64 %525, 5
-  %.idx508.i = shl nuw nsw i64 %525, 14
-  %sext69 = shl i64 %48, 32
-  %527 = ashr exact i64 %sext69, 32
-  %wide.trip.count1613.i = zext nneg i32 %117 to i64
-  br i1 %.not, label %for_body_tile392.i, label %for_body_tile392.us.i
+for_body_tile409.lr.ph.i:                         ; preds = %for_begin_tile408.preheader.i
+  %652 = and i64 %62, 2147483648
+  %.not = icmp eq i64 %652, 0
+  %653 = icmp slt i32 %111, 0
+  %sext72 = shl i64 %54, 32
+  %654 = ashr exact i64 %sext72, 32
+  %655 = and i64 %62, 4294967295
+  %656 = shl nuw nsw i64 %655, 5
+  %.idx565.i = shl nuw nsw i64 %655, 14
+  %sext73 = shl i64 %48, 32
+  %657 = ashr exact i64 %sext73, 32
+  %wide.trip.count1715.i = zext nneg i32 %117 to i64
+  br i1 %.not, label %for_body_tile409.i.preheader, label %for_body_tile409.us.i
 
-for_body_tile392.us.i:                            ; preds = %if_end397.loopexit.us.i, %for_body_tile392.lr.ph.i
-  %indvars.iv1610.i = phi i64 [ %indvars.iv.next1611.i, %if_end397.loopexit.us.i ], [ 0, %for_body_tile392.lr.ph.i ]
-  %528 = shl nsw i64 %indvars.iv1610.i, 4
-  %529 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %528
-  %total.us.i = load <16 x float>, ptr %529, align 4, !tbaa !4
-  %530 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
-  %531 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
-  %532 = select <16 x i1> %531, <16 x float> zeroinitializer, <16 x float> %530
-  store <16 x float> %532, ptr %factor478.i, align 16, !tbaa !30
-  %533 = trunc nuw nsw i64 %indvars.iv1610.i to i32
-  %rmod399.us.i = srem i32 %533, %111
-  %rdiv411.us.i = sdiv i32 %533, %111
-  %534 = icmp ne i32 %rmod399.us.i, 0
-  %.not511.us.i = and i1 %523, %534
-  %535 = select i1 %.not511.us.i, i32 %111, i32 0
-  %536 = add nsw i32 %535, %rmod399.us.i
-  %537 = shl nsw i32 %536, 4
-  %538 = sub nsw i32 %109, %537
-  %539 = icmp sgt i32 %538, 0
-  br i1 %539, label %for_begin_d_0405.preheader.lr.ph.us.i, label %if_end397.loopexit.us.i, !prof !3
+for_body_tile409.i.preheader:                     ; preds = %for_body_tile409.lr.ph.i
+  %scevgep256 = getelementptr i8, ptr %partial_acc, i64 %.idx565.i
+  %658 = getelementptr i8, ptr %partial_acc, i64 %.idx565.i
+  %scevgep259 = getelementptr i8, ptr %658, i64 512
+  %scevgep263 = getelementptr i8, ptr %total_acc.i, i64 8128
+  br label %for_body_tile409.i
 
-for_body_r415.us.i:                               ; preds = %for_body_r415.lr.ph.us.i, %if_end421.us.i.1
-  %indvars.iv1604.i = phi i64 [ 0, %for_body_r415.lr.ph.us.i ], [ %indvars.iv.next1605.i.1, %if_end421.us.i.1 ]
-  %540 = add nuw nsw i64 %indvars.iv1604.i, %528
-  %541 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %540
-  %542 = load float, ptr %541, align 4, !tbaa !4
-  %543 = fcmp oeq float %542, 0.000000e+00
-  br i1 %543, label %if_end421.us.i, label %if_else420.us.i
+for_body_tile409.us.i:                            ; preds = %if_end414.us.i, %for_body_tile409.lr.ph.i
+  %indvars.iv1712.i = phi i64 [ %indvars.iv.next1713.i, %if_end414.us.i ], [ 0, %for_body_tile409.lr.ph.i ]
+  %659 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %ordered.us.i = tail call ptr %659(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %660 = icmp eq ptr %ordered.us.i, null
+  br i1 %660, label %fused_attend_compute_.exit, label %if_end417.us.i, !prof !7
 
-if_else420.us.i:                                  ; preds = %for_body_r415.us.i
-  %544 = getelementptr inbounds nuw i32, ptr %places.i, i64 %540
-  %545 = load i32, ptr %544, align 4, !tbaa !4
-  %546 = shl i32 %545, 23
-  %547 = add i32 %546, 1065353216
-  %548 = bitcast i32 %547 to float
-  %549 = fmul float %542, %548
-  %550 = tail call float @llvm.log.f32(float %549)
-  %551 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %540
-  %552 = load float, ptr %551, align 4, !tbaa !4
-  %553 = fadd float %552, %550
-  br label %if_end421.us.i
+if_end417.us.i:                                   ; preds = %for_body_tile409.us.i
+  %661 = shl nsw i64 %indvars.iv1712.i, 4
+  %662 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %661
+  %total.us.i = load <16 x float>, ptr %662, align 4, !tbaa !4
+  %663 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
+  %664 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
+  %665 = select <16 x i1> %664, <16 x float> zeroinitializer, <16 x float> %663
+  store <16 x float> %665, ptr %factor538.i, align 16, !tbaa !36
+  %666 = shl i64 %indvars.iv1712.i, 11
+  %667 = and i64 %666, 4294965248
+  %invariant.gep = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %667
+  br label %for_begin_d_0419.preheader.us.i
 
-if_end421.us.i:                                   ; preds = %if_else420.us.i, %for_body_r415.us.i
-  %554 = phi float [ %553, %if_else420.us.i ], [ 0xFFF0000000000000, %for_body_r415.us.i ]
-  %555 = and i64 %indvars.iv1604.i, 2
-  %556 = lshr i64 %indvars.iv1604.i, 2
-  %557 = add nsw i64 %556, %684
-  %558 = mul nsw i64 %557, %lse_batch
-  %559 = getelementptr float, ptr %686, i64 %558
-  %560 = getelementptr float, ptr %559, i64 %555
-  store float %554, ptr %560, align 4, !tbaa !4
-  %indvars.iv.next1605.i = or disjoint i64 %indvars.iv1604.i, 1
-  %561 = add nuw nsw i64 %indvars.iv.next1605.i, %528
-  %562 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %561
-  %563 = load float, ptr %562, align 4, !tbaa !4
-  %564 = fcmp oeq float %563, 0.000000e+00
-  br i1 %564, label %if_end421.us.i.1, label %if_else420.us.i.1
+for_end_r_0.us.i:                                 ; preds = %for_end_d_0421.us.i
+  %668 = trunc nuw nsw i64 %indvars.iv1712.i to i32
+  %rmod453.us.i = srem i32 %668, %111
+  %rdiv465.us.i = sdiv i32 %668, %111
+  %669 = icmp ne i32 %rmod453.us.i, 0
+  %.not569.us.i = and i1 %653, %669
+  %670 = select i1 %.not569.us.i, i32 %111, i32 0
+  %671 = add nsw i32 %670, %rmod453.us.i
+  %672 = shl nsw i32 %671, 4
+  %673 = sub nsw i32 %109, %672
+  %674 = icmp sgt i32 %673, 0
+  br i1 %674, label %for_begin_d_0459.preheader.lr.ph.us.i, label %for_end_r470.us.i, !prof !3
 
-if_else420.us.i.1:                                ; preds = %if_end421.us.i
-  %565 = getelementptr inbounds nuw i32, ptr %places.i, i64 %561
-  %566 = load i32, ptr %565, align 4, !tbaa !4
-  %567 = shl i32 %566, 23
-  %568 = add i32 %567, 1065353216
-  %569 = bitcast i32 %568 to float
-  %570 = fmul float %563, %569
-  %571 = tail call float @llvm.log.f32(float %570)
-  %572 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %561
-  %573 = load float, ptr %572, align 4, !tbaa !4
-  %574 = fadd float %573, %571
-  br label %if_end421.us.i.1
+for_end_r470.us.i:                                ; preds = %if_end475.us.i.1, %for_end_r_0.us.i
+  %675 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %676 = tail call i32 %675(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
+  %.not566.us.i = icmp eq i32 %676, 0
+  br i1 %.not566.us.i, label %if_end414.us.i, label %fused_attend_compute_.exit, !prof !34
 
-if_end421.us.i.1:                                 ; preds = %if_else420.us.i.1, %if_end421.us.i
-  %575 = phi float [ %574, %if_else420.us.i.1 ], [ 0xFFF0000000000000, %if_end421.us.i ]
-  %576 = and i64 %indvars.iv.next1605.i, 3
-  %577 = lshr i64 %indvars.iv1604.i, 2
-  %578 = add nsw i64 %577, %684
-  %579 = mul nsw i64 %578, %lse_batch
-  %580 = getelementptr float, ptr %686, i64 %579
-  %581 = getelementptr float, ptr %580, i64 %576
-  store float %575, ptr %581, align 4, !tbaa !4
-  %indvars.iv.next1605.i.1 = add nuw nsw i64 %indvars.iv1604.i, 2
-  %exitcond1609.not.i.1 = icmp eq i64 %indvars.iv.next1605.i.1, %wide.trip.count1602.i
-  br i1 %exitcond1609.not.i.1, label %if_end397.loopexit.us.i, label %for_body_r415.us.i, !prof !8, !llvm.loop !37
+if_end414.us.i:                                   ; preds = %for_end_r470.us.i
+  %indvars.iv.next1713.i = add nuw nsw i64 %indvars.iv1712.i, 1
+  %exitcond1716.not.i = icmp eq i64 %indvars.iv.next1713.i, %wide.trip.count1715.i
+  br i1 %exitcond1716.not.i, label %for_end_tile410.i, label %for_body_tile409.us.i, !prof !8
 
-for_begin_d_0405.preheader.us.i:                  ; preds = %for_begin_d_0405.preheader.lr.ph.us.i, %for_begin_d_0405.preheader.us.i
-  %indvars.iv1598.i = phi i64 [ 0, %for_begin_d_0405.preheader.lr.ph.us.i ], [ %indvars.iv.next1599.i, %for_begin_d_0405.preheader.us.i ]
-  %582 = getelementptr inbounds nuw float, ptr %factor478.i, i64 %indvars.iv1598.i
-  %583 = load float, ptr %582, align 4, !tbaa !39
-  %584 = insertelement <16 x float> poison, float %583, i64 0
-  %585 = shufflevector <16 x float> %584, <16 x float> poison, <16 x i32> zeroinitializer
-  %586 = shl nsw i64 %indvars.iv1598.i, 7
-  %587 = add nuw nsw i64 %586, %676
-  %588 = and i64 %indvars.iv1598.i, 3
-  %589 = or disjoint i64 %588, %681
-  %590 = mul nsw i64 %589, %out_head
-  %591 = lshr i64 %indvars.iv1598.i, 2
-  %592 = add nsw i64 %591, %684
-  %593 = mul nsw i64 %592, %out_batch
-  %594 = getelementptr i16, ptr %out, i64 %593
-  %invariant.gep1371.us.i = getelementptr i16, ptr %594, i64 %590
-  %595 = and i64 %587, 4294967168
-  %596 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %595
-  %597 = load <16 x float>, ptr %596, align 4, !tbaa !4
-  %598 = fmul <16 x float> %597, %585
-  %599 = bitcast <16 x float> %598 to <16 x i32>
-  %600 = lshr <16 x i32> %599, splat (i32 16)
-  %601 = and <16 x i32> %600, splat (i32 1)
-  %602 = add nuw <16 x i32> %599, splat (i32 32767)
-  %603 = add nuw <16 x i32> %602, %601
-  %604 = lshr <16 x i32> %603, splat (i32 16)
-  %605 = trunc nuw <16 x i32> %604 to <16 x i16>
-  store <16 x i16> %605, ptr %invariant.gep1371.us.i, align 2, !tbaa !4
-  %606 = getelementptr inbounds nuw i8, ptr %596, i64 64
-  %607 = load <16 x float>, ptr %606, align 4, !tbaa !4
-  %608 = fmul <16 x float> %585, %607
-  %609 = bitcast <16 x float> %608 to <16 x i32>
-  %610 = lshr <16 x i32> %609, splat (i32 16)
-  %611 = and <16 x i32> %610, splat (i32 1)
-  %612 = add nuw <16 x i32> %609, splat (i32 32767)
-  %613 = add nuw <16 x i32> %612, %611
-  %614 = lshr <16 x i32> %613, splat (i32 16)
-  %615 = trunc nuw <16 x i32> %614 to <16 x i16>
-  %gep1372.us.1.i = getelementptr i8, ptr %invariant.gep1371.us.i, i64 32
-  store <16 x i16> %615, ptr %gep1372.us.1.i, align 2, !tbaa !4
-  %616 = getelementptr inbounds nuw i8, ptr %596, i64 128
-  %617 = load <16 x float>, ptr %616, align 4, !tbaa !4
-  %618 = fmul <16 x float> %585, %617
-  %619 = bitcast <16 x float> %618 to <16 x i32>
-  %620 = lshr <16 x i32> %619, splat (i32 16)
-  %621 = and <16 x i32> %620, splat (i32 1)
-  %622 = add nuw <16 x i32> %619, splat (i32 32767)
-  %623 = add nuw <16 x i32> %622, %621
-  %624 = lshr <16 x i32> %623, splat (i32 16)
-  %625 = trunc nuw <16 x i32> %624 to <16 x i16>
-  %gep1372.us.2.i = getelementptr i8, ptr %invariant.gep1371.us.i, i64 64
-  store <16 x i16> %625, ptr %gep1372.us.2.i, align 2, !tbaa !4
-  %626 = getelementptr inbounds nuw i8, ptr %596, i64 192
-  %627 = load <16 x float>, ptr %626, align 4, !tbaa !4
-  %628 = fmul <16 x float> %585, %627
-  %629 = bitcast <16 x float> %628 to <16 x i32>
-  %630 = lshr <16 x i32> %629, splat (i32 16)
-  %631 = and <16 x i32> %630, splat (i32 1)
-  %632 = add nuw <16 x i32> %629, splat (i32 32767)
-  %633 = add nuw <16 x i32> %632, %631
-  %634 = lshr <16 x i32> %633, splat (i32 16)
-  %635 = trunc nuw <16 x i32> %634 to <16 x i16>
-  %gep1372.us.3.i = getelementptr i8, ptr %invariant.gep1371.us.i, i64 96
-  store <16 x i16> %635, ptr %gep1372.us.3.i, align 2, !tbaa !4
-  %636 = getelementptr inbounds nuw i8, ptr %596, i64 256
-  %637 = load <16 x float>, ptr %636, align 4, !tbaa !4
-  %638 = fmul <16 x float> %585, %637
-  %639 = bitcast <16 x float> %638 to <16 x i32>
-  %640 = lshr <16 x i32> %639, splat (i32 16)
-  %641 = and <16 x i32> %640, splat (i32 1)
-  %642 = add nuw <16 x i32> %639, splat (i32 32767)
-  %643 = add nuw <16 x i32> %642, %641
-  %644 = lshr <16 x i32> %643, splat (i32 16)
-  %645 = trunc nuw <16 x i32> %644 to <16 x i16>
-  %gep1372.us.4.i = getelementptr i8, ptr %invariant.gep1371.us.i, i64 128
-  store <16 x i16> %645, ptr %gep1372.us.4.i, align 2, !tbaa !4
-  %646 = getelementptr inbounds nuw i8, ptr %596, i64 320
-  %647 = load <16 x float>, ptr %646, align 4, !tbaa !4
-  %648 = fmul <16 x float> %585, %647
-  %649 = bitcast <16 x float> %648 to <16 x i32>
-  %650 = lshr <16 x i32> %649, splat (i32 16)
-  %651 = and <16 x i32> %650, splat (i32 1)
-  %652 = add nuw <16 x i32> %649, splat (i32 32767)
-  %653 = add nuw <16 x i32> %652, %651
-  %654 = lshr <16 x i32> %653, splat (i32 16)
-  %655 = trunc nuw <16 x i32> %654 to <16 x i16>
-  %gep1372.us.5.i = getelementptr i8, ptr %invariant.gep1371.us.i, i64 160
-  store <16 x i16> %655, ptr %gep1372.us.5.i, align 2, !tbaa !4
-  %656 = getelementptr inbounds nuw i8, ptr %596, i64 384
-  %657 = load <16 x float>, ptr %656, align 4, !tbaa !4
-  %658 = fmul <16 x float> %585, %657
-  %659 = bitcast <16 x float> %658 to <16 x i32>
-  %660 = lshr <16 x i32> %659, splat (i32 16)
-  %661 = and <16 x i32> %660, splat (i32 1)
-  %662 = add nuw <16 x i32> %659, splat (i32 32767)
-  %663 = add nuw <16 x i32> %662, %661
-  %664 = lshr <16 x i32> %663, splat (i32 16)
-  %665 = trunc nuw <16 x i32> %664 to <16 x i16>
-  %gep1372.us.6.i = getelementptr i8, ptr %invariant.gep1371.us.i, i64 192
-  store <16 x i16> %665, ptr %gep1372.us.6.i, align 2, !tbaa !4
-  %666 = getelementptr inbounds nuw i8, ptr %596, i64 448
-  %667 = load <16 x float>, ptr %666, align 4, !tbaa !4
-  %668 = fmul <16 x float> %585, %667
-  %669 = bitcast <16 x float> %668 to <16 x i32>
-  %670 = lshr <16 x i32> %669, splat (i32 16)
-  %671 = and <16 x i32> %670, splat (i32 1)
-  %672 = add nuw <16 x i32> %669, splat (i32 32767)
-  %673 = add nuw <16 x i32> %672, %671
-  %674 = lshr <16 x i32> %673, splat (i32 16)
-  %675 = trunc nuw <16 x i32> %674 to <16 x i16>
-  %gep1372.us.7.i = getelementptr i8, ptr %invariant.gep1371.us.i, i64 224
-  store <16 x i16> %675, ptr %gep1372.us.7.i, align 2, !tbaa !4
-  %indvars.iv.next1599.i = add nuw nsw i64 %indvars.iv1598.i, 1
-  %exitcond1603.not.i = icmp eq i64 %indvars.iv.next1599.i, %wide.trip.count1602.i
-  br i1 %exitcond1603.not.i, label %for_body_r415.lr.ph.us.i, label %for_begin_d_0405.preheader.us.i, !prof !8
+for_body_r469.us.i:                               ; preds = %for_body_r469.lr.ph.us.i, %if_end475.us.i.1
+  %indvars.iv1706.i = phi i64 [ 0, %for_body_r469.lr.ph.us.i ], [ %indvars.iv.next1707.i.1, %if_end475.us.i.1 ]
+  %677 = add nuw nsw i64 %indvars.iv1706.i, %883
+  %678 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %677
+  %679 = load float, ptr %678, align 4, !tbaa !4
+  %680 = fcmp oeq float %679, 0.000000e+00
+  br i1 %680, label %if_end475.us.i, label %if_else474.us.i
 
-if_end397.loopexit.us.i:                          ; preds = %if_end421.us.i.1, %for_body_tile392.us.i
-  %indvars.iv.next1611.i = add nuw nsw i64 %indvars.iv1610.i, 1
-  %exitcond1614.not.i = icmp eq i64 %indvars.iv.next1611.i, %wide.trip.count1613.i
-  br i1 %exitcond1614.not.i, label %for_end_tile393.i, label %for_body_tile392.us.i, !prof !8
+if_else474.us.i:                                  ; preds = %for_body_r469.us.i
+  %681 = getelementptr inbounds nuw i32, ptr %places.i, i64 %677
+  %682 = load i32, ptr %681, align 4, !tbaa !4
+  %683 = shl i32 %682, 23
+  %684 = add i32 %683, 1065353216
+  %685 = bitcast i32 %684 to float
+  %686 = fmul float %679, %685
+  %687 = tail call float @llvm.log.f32(float %686)
+  %688 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %677
+  %689 = load float, ptr %688, align 4, !tbaa !4
+  %690 = fadd float %689, %687
+  br label %if_end475.us.i
 
-for_begin_d_0405.preheader.lr.ph.us.i:            ; preds = %for_body_tile392.us.i
-  %676 = shl nsw i64 %indvars.iv1610.i, 11
-  %677 = sext i1 %.not511.us.i to i32
-  %678 = add nsw i32 %rdiv411.us.i, %677
-  %679 = sext i32 %678 to i64
-  %680 = add nsw i64 %524, %679
-  %681 = shl nsw i64 %680, 2
-  %682 = sext i32 %536 to i64
-  %683 = shl nsw i64 %682, 2
-  %684 = add nsw i64 %683, %527
-  %685 = tail call i32 @llvm.umin.i32(i32 %538, i32 16)
-  %wide.trip.count1602.i = zext nneg i32 %685 to i64
-  br label %for_begin_d_0405.preheader.us.i
+if_end475.us.i:                                   ; preds = %if_else474.us.i, %for_body_r469.us.i
+  %691 = phi float [ %690, %if_else474.us.i ], [ 0xFFF0000000000000, %for_body_r469.us.i ]
+  %692 = and i64 %indvars.iv1706.i, 2
+  %693 = lshr i64 %indvars.iv1706.i, 2
+  %694 = add nsw i64 %693, %880
+  %695 = mul nsw i64 %694, %lse_batch
+  %696 = getelementptr float, ptr %882, i64 %695
+  %697 = getelementptr float, ptr %696, i64 %692
+  store float %691, ptr %697, align 4, !tbaa !4
+  %indvars.iv.next1707.i = or disjoint i64 %indvars.iv1706.i, 1
+  %698 = add nuw nsw i64 %indvars.iv.next1707.i, %883
+  %699 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %698
+  %700 = load float, ptr %699, align 4, !tbaa !4
+  %701 = fcmp oeq float %700, 0.000000e+00
+  br i1 %701, label %if_end475.us.i.1, label %if_else474.us.i.1
 
-for_body_r415.lr.ph.us.i:                         ; preds = %for_begin_d_0405.preheader.us.i
-  %.idx512.us.i = shl nsw i64 %680, 4
-  %686 = getelementptr i8, ptr %lse, i64 %.idx512.us.i
-  br label %for_body_r415.us.i
+if_else474.us.i.1:                                ; preds = %if_end475.us.i
+  %702 = getelementptr inbounds nuw i32, ptr %places.i, i64 %698
+  %703 = load i32, ptr %702, align 4, !tbaa !4
+  %704 = shl i32 %703, 23
+  %705 = add i32 %704, 1065353216
+  %706 = bitcast i32 %705 to float
+  %707 = fmul float %700, %706
+  %708 = tail call float @llvm.log.f32(float %707)
+  %709 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %698
+  %710 = load float, ptr %709, align 4, !tbaa !4
+  %711 = fadd float %710, %708
+  br label %if_end475.us.i.1
+
+if_end475.us.i.1:                                 ; preds = %if_else474.us.i.1, %if_end475.us.i
+  %712 = phi float [ %711, %if_else474.us.i.1 ], [ 0xFFF0000000000000, %if_end475.us.i ]
+  %713 = and i64 %indvars.iv.next1707.i, 3
+  %714 = lshr i64 %indvars.iv1706.i, 2
+  %715 = add nsw i64 %714, %880
+  %716 = mul nsw i64 %715, %lse_batch
+  %717 = getelementptr float, ptr %882, i64 %716
+  %718 = getelementptr float, ptr %717, i64 %713
+  store float %712, ptr %718, align 4, !tbaa !4
+  %indvars.iv.next1707.i.1 = add nuw nsw i64 %indvars.iv1706.i, 2
+  %exitcond1711.not.i.1 = icmp eq i64 %indvars.iv.next1707.i.1, %wide.trip.count1704.i
+  br i1 %exitcond1711.not.i.1, label %for_end_r470.us.i, label %for_body_r469.us.i, !prof !8, !llvm.loop !43
+
+for_end_d_0421.us.i:                              ; preds = %for_begin_ax1_0424.preheader.us.i
+  %indvars.iv.next1692.i = add nuw nsw i64 %indvars.iv1691.i, 1
+  %exitcond1695.not.i = icmp eq i64 %indvars.iv.next1692.i, 4
+  br i1 %exitcond1695.not.i, label %for_end_r_0.us.i, label %for_begin_d_0419.preheader.us.i, !prof !28
+
+for_begin_ax1_0424.preheader.us.i:                ; preds = %for_begin_d_0419.preheader.us.i, %for_begin_ax1_0424.preheader.us.i
+  %indvars.iv1686.i = phi i64 [ 0, %for_begin_d_0419.preheader.us.i ], [ %indvars.iv.next1687.i, %for_begin_ax1_0424.preheader.us.i ]
+  %.idx74 = shl nuw nsw i64 %indvars.iv1686.i, 10
+  %gep88 = getelementptr inbounds nuw i8, ptr %invariant.gep87, i64 %.idx74
+  %v430.us.i = load <4 x float>, ptr %gep88, align 4, !tbaa !4
+  %719 = getelementptr inbounds nuw i8, ptr %gep88, i64 64
+  %v432.us.i = load <4 x float>, ptr %719, align 4, !tbaa !4
+  %720 = getelementptr inbounds nuw i8, ptr %gep88, i64 128
+  %v434.us.i = load <4 x float>, ptr %720, align 4, !tbaa !4
+  %721 = getelementptr inbounds nuw i8, ptr %gep88, i64 192
+  %v436.us.i = load <4 x float>, ptr %721, align 4, !tbaa !4
+  %722 = shufflevector <4 x float> %v430.us.i, <4 x float> %v434.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %723 = shufflevector <4 x float> %v432.us.i, <4 x float> %v436.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %724 = shufflevector <4 x float> %v430.us.i, <4 x float> %v434.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %725 = shufflevector <4 x float> %v432.us.i, <4 x float> %v436.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %726 = shufflevector <4 x float> %722, <4 x float> %723, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %727 = shufflevector <4 x float> %722, <4 x float> %723, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %728 = shufflevector <4 x float> %724, <4 x float> %725, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %729 = shufflevector <4 x float> %724, <4 x float> %725, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %730 = getelementptr inbounds nuw i8, ptr %gep88, i64 256
+  %v430.us.1.i = load <4 x float>, ptr %730, align 4, !tbaa !4
+  %731 = getelementptr inbounds nuw i8, ptr %gep88, i64 320
+  %v432.us.1.i = load <4 x float>, ptr %731, align 4, !tbaa !4
+  %732 = getelementptr inbounds nuw i8, ptr %gep88, i64 384
+  %v434.us.1.i = load <4 x float>, ptr %732, align 4, !tbaa !4
+  %733 = getelementptr inbounds nuw i8, ptr %gep88, i64 448
+  %v436.us.1.i = load <4 x float>, ptr %733, align 4, !tbaa !4
+  %734 = shufflevector <4 x float> %v430.us.1.i, <4 x float> %v434.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %735 = shufflevector <4 x float> %v432.us.1.i, <4 x float> %v436.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %736 = shufflevector <4 x float> %v430.us.1.i, <4 x float> %v434.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %737 = shufflevector <4 x float> %v432.us.1.i, <4 x float> %v436.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %738 = shufflevector <4 x float> %734, <4 x float> %735, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %739 = shufflevector <4 x float> %734, <4 x float> %735, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %740 = shufflevector <4 x float> %736, <4 x float> %737, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %741 = shufflevector <4 x float> %736, <4 x float> %737, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %742 = getelementptr inbounds nuw i8, ptr %gep88, i64 512
+  %v430.us.2.i = load <4 x float>, ptr %742, align 4, !tbaa !4
+  %743 = getelementptr inbounds nuw i8, ptr %gep88, i64 576
+  %v432.us.2.i = load <4 x float>, ptr %743, align 4, !tbaa !4
+  %744 = getelementptr inbounds nuw i8, ptr %gep88, i64 640
+  %v434.us.2.i = load <4 x float>, ptr %744, align 4, !tbaa !4
+  %745 = getelementptr inbounds nuw i8, ptr %gep88, i64 704
+  %v436.us.2.i = load <4 x float>, ptr %745, align 4, !tbaa !4
+  %746 = shufflevector <4 x float> %v430.us.2.i, <4 x float> %v434.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %747 = shufflevector <4 x float> %v432.us.2.i, <4 x float> %v436.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %748 = shufflevector <4 x float> %v430.us.2.i, <4 x float> %v434.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %749 = shufflevector <4 x float> %v432.us.2.i, <4 x float> %v436.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %750 = shufflevector <4 x float> %746, <4 x float> %747, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %751 = shufflevector <4 x float> %746, <4 x float> %747, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %752 = shufflevector <4 x float> %748, <4 x float> %749, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %753 = shufflevector <4 x float> %748, <4 x float> %749, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %754 = getelementptr inbounds nuw i8, ptr %gep88, i64 768
+  %v430.us.3.i = load <4 x float>, ptr %754, align 4, !tbaa !4
+  %755 = getelementptr inbounds nuw i8, ptr %gep88, i64 832
+  %v432.us.3.i = load <4 x float>, ptr %755, align 4, !tbaa !4
+  %756 = getelementptr inbounds nuw i8, ptr %gep88, i64 896
+  %v434.us.3.i = load <4 x float>, ptr %756, align 4, !tbaa !4
+  %757 = getelementptr inbounds nuw i8, ptr %gep88, i64 960
+  %v436.us.3.i = load <4 x float>, ptr %757, align 4, !tbaa !4
+  %758 = shufflevector <4 x float> %v430.us.3.i, <4 x float> %v434.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %759 = shufflevector <4 x float> %v432.us.3.i, <4 x float> %v436.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %760 = shufflevector <4 x float> %v430.us.3.i, <4 x float> %v434.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %761 = shufflevector <4 x float> %v432.us.3.i, <4 x float> %v436.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %762 = shufflevector <4 x float> %758, <4 x float> %759, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %763 = shufflevector <4 x float> %726, <4 x float> %738, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %764 = shufflevector <4 x float> %750, <4 x float> %762, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %765 = shufflevector <8 x float> %763, <8 x float> %764, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %766 = shufflevector <4 x float> %758, <4 x float> %759, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %767 = shufflevector <4 x float> %727, <4 x float> %739, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %768 = shufflevector <4 x float> %751, <4 x float> %766, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %769 = shufflevector <8 x float> %767, <8 x float> %768, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %770 = shufflevector <4 x float> %760, <4 x float> %761, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %771 = shufflevector <4 x float> %728, <4 x float> %740, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %772 = shufflevector <4 x float> %752, <4 x float> %770, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %773 = shufflevector <8 x float> %771, <8 x float> %772, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %774 = shufflevector <4 x float> %760, <4 x float> %761, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %775 = shufflevector <4 x float> %729, <4 x float> %741, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %776 = shufflevector <4 x float> %753, <4 x float> %774, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %777 = shufflevector <8 x float> %775, <8 x float> %776, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %778 = fmul <16 x float> %860, %765
+  %.idx1768.i = shl nuw nsw i64 %indvars.iv1686.i, 6
+  %gep1800.i = getelementptr inbounds nuw i8, ptr %invariant.gep1799.i, i64 %.idx1768.i
+  store <16 x float> %778, ptr %gep1800.i, align 4, !tbaa !4
+  %779 = fmul <16 x float> %864, %769
+  %780 = getelementptr inbounds nuw i8, ptr %gep1800.i, i64 512
+  store <16 x float> %779, ptr %780, align 4, !tbaa !4
+  %781 = fmul <16 x float> %868, %773
+  %782 = getelementptr inbounds nuw i8, ptr %gep1800.i, i64 1024
+  store <16 x float> %781, ptr %782, align 4, !tbaa !4
+  %783 = fmul <16 x float> %872, %777
+  %784 = getelementptr inbounds nuw i8, ptr %gep1800.i, i64 1536
+  store <16 x float> %783, ptr %784, align 4, !tbaa !4
+  %indvars.iv.next1687.i = add nuw nsw i64 %indvars.iv1686.i, 1
+  %exitcond1690.not.i = icmp eq i64 %indvars.iv.next1687.i, 8
+  br i1 %exitcond1690.not.i, label %for_end_d_0421.us.i, label %for_begin_ax1_0424.preheader.us.i, !prof !28
+
+for_begin_d_0459.preheader.us.i:                  ; preds = %for_begin_d_0459.preheader.lr.ph.us.i, %for_begin_d_0459.preheader.us.i
+  %indvars.iv1700.i = phi i64 [ 0, %for_begin_d_0459.preheader.lr.ph.us.i ], [ %indvars.iv.next1701.i, %for_begin_d_0459.preheader.us.i ]
+  %785 = and i64 %indvars.iv1700.i, 3
+  %786 = or disjoint i64 %785, %877
+  %787 = mul nsw i64 %786, %out_head
+  %788 = lshr i64 %indvars.iv1700.i, 2
+  %789 = add nsw i64 %788, %880
+  %790 = mul nsw i64 %789, %out_batch
+  %791 = getelementptr i16, ptr %out, i64 %790
+  %invariant.gep1366.us.i = getelementptr i16, ptr %791, i64 %787
+  %.idx75 = shl nsw i64 %indvars.iv1700.i, 9
+  %792 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx75
+  %793 = load <16 x i32>, ptr %792, align 4, !tbaa !4
+  %794 = lshr <16 x i32> %793, splat (i32 16)
+  %795 = and <16 x i32> %794, splat (i32 1)
+  %796 = add nuw <16 x i32> %793, splat (i32 32767)
+  %797 = add nuw <16 x i32> %796, %795
+  %798 = lshr <16 x i32> %797, splat (i32 16)
+  %799 = trunc nuw <16 x i32> %798 to <16 x i16>
+  store <16 x i16> %799, ptr %invariant.gep1366.us.i, align 2, !tbaa !4
+  %800 = getelementptr inbounds nuw i8, ptr %792, i64 64
+  %801 = load <16 x i32>, ptr %800, align 4, !tbaa !4
+  %802 = lshr <16 x i32> %801, splat (i32 16)
+  %803 = and <16 x i32> %802, splat (i32 1)
+  %804 = add nuw <16 x i32> %801, splat (i32 32767)
+  %805 = add nuw <16 x i32> %804, %803
+  %806 = lshr <16 x i32> %805, splat (i32 16)
+  %807 = trunc nuw <16 x i32> %806 to <16 x i16>
+  %gep1367.us.1.i = getelementptr i8, ptr %invariant.gep1366.us.i, i64 32
+  store <16 x i16> %807, ptr %gep1367.us.1.i, align 2, !tbaa !4
+  %808 = getelementptr inbounds nuw i8, ptr %792, i64 128
+  %809 = load <16 x i32>, ptr %808, align 4, !tbaa !4
+  %810 = lshr <16 x i32> %809, splat (i32 16)
+  %811 = and <16 x i32> %810, splat (i32 1)
+  %812 = add nuw <16 x i32> %809, splat (i32 32767)
+  %813 = add nuw <16 x i32> %812, %811
+  %814 = lshr <16 x i32> %813, splat (i32 16)
+  %815 = trunc nuw <16 x i32> %814 to <16 x i16>
+  %gep1367.us.2.i = getelementptr i8, ptr %invariant.gep1366.us.i, i64 64
+  store <16 x i16> %815, ptr %gep1367.us.2.i, align 2, !tbaa !4
+  %816 = getelementptr inbounds nuw i8, ptr %792, i64 192
+  %817 = load <16 x i32>, ptr %816, align 4, !tbaa !4
+  %818 = lshr <16 x i32> %817, splat (i32 16)
+  %819 = and <16 x i32> %818, splat (i32 1)
+  %820 = add nuw <16 x i32> %817, splat (i32 32767)
+  %821 = add nuw <16 x i32> %820, %819
+  %822 = lshr <16 x i32> %821, splat (i32 16)
+  %823 = trunc nuw <16 x i32> %822 to <16 x i16>
+  %gep1367.us.3.i = getelementptr i8, ptr %invariant.gep1366.us.i, i64 96
+  store <16 x i16> %823, ptr %gep1367.us.3.i, align 2, !tbaa !4
+  %824 = getelementptr inbounds nuw i8, ptr %792, i64 256
+  %825 = load <16 x i32>, ptr %824, align 4, !tbaa !4
+  %826 = lshr <16 x i32> %825, splat (i32 16)
+  %827 = and <16 x i32> %826, splat (i32 1)
+  %828 = add nuw <16 x i32> %825, splat (i32 32767)
+  %829 = add nuw <16 x i32> %828, %827
+  %830 = lshr <16 x i32> %829, splat (i32 16)
+  %831 = trunc nuw <16 x i32> %830 to <16 x i16>
+  %gep1367.us.4.i = getelementptr i8, ptr %invariant.gep1366.us.i, i64 128
+  store <16 x i16> %831, ptr %gep1367.us.4.i, align 2, !tbaa !4
+  %832 = getelementptr inbounds nuw i8, ptr %792, i64 320
+  %833 = load <16 x i32>, ptr %832, align 4, !tbaa !4
+  %834 = lshr <16 x i32> %833, splat (i32 16)
+  %835 = and <16 x i32> %834, splat (i32 1)
+  %836 = add nuw <16 x i32> %833, splat (i32 32767)
+  %837 = add nuw <16 x i32> %836, %835
+  %838 = lshr <16 x i32> %837, splat (i32 16)
+  %839 = trunc nuw <16 x i32> %838 to <16 x i16>
+  %gep1367.us.5.i = getelementptr i8, ptr %invariant.gep1366.us.i, i64 160
+  store <16 x i16> %839, ptr %gep1367.us.5.i, align 2, !tbaa !4
+  %840 = getelementptr inbounds nuw i8, ptr %792, i64 384
+  %841 = load <16 x i32>, ptr %840, align 4, !tbaa !4
+  %842 = lshr <16 x i32> %841, splat (i32 16)
+  %843 = and <16 x i32> %842, splat (i32 1)
+  %844 = add nuw <16 x i32> %841, splat (i32 32767)
+  %845 = add nuw <16 x i32> %844, %843
+  %846 = lshr <16 x i32> %845, splat (i32 16)
+  %847 = trunc nuw <16 x i32> %846 to <16 x i16>
+  %gep1367.us.6.i = getelementptr i8, ptr %invariant.gep1366.us.i, i64 192
+  store <16 x i16> %847, ptr %gep1367.us.6.i, align 2, !tbaa !4
+  %848 = getelementptr inbounds nuw i8, ptr %792, i64 448
+  %849 = load <16 x i32>, ptr %848, align 4, !tbaa !4
+  %850 = lshr <16 x i32> %849, splat (i32 16)
+  %851 = and <16 x i32> %850, splat (i32 1)
+  %852 = add nuw <16 x i32> %849, splat (i32 32767)
+  %853 = add nuw <16 x i32> %852, %851
+  %854 = lshr <16 x i32> %853, splat (i32 16)
+  %855 = trunc nuw <16 x i32> %854 to <16 x i16>
+  %gep1367.us.7.i = getelementptr i8, ptr %invariant.gep1366.us.i, i64 224
+  store <16 x i16> %855, ptr %gep1367.us.7.i, align 2, !tbaa !4
+  %indvars.iv.next1701.i = add nuw nsw i64 %indvars.iv1700.i, 1
+  %exitcond1705.not.i = icmp eq i64 %indvars.iv.next1701.i, %wide.trip.count1704.i
+  br i1 %exitcond1705.not.i, label %for_body_r469.lr.ph.us.i, label %for_begin_d_0459.preheader.us.i, !prof !8
+
+for_begin_d_0419.preheader.us.i:                  ; preds = %for_end_d_0421.us.i, %if_end417.us.i
+  %indvars.iv1691.i = phi i64 [ %indvars.iv.next1692.i, %for_end_d_0421.us.i ], [ 0, %if_end417.us.i ]
+  %856 = shl nuw nsw i64 %indvars.iv1691.i, 2
+  %857 = getelementptr inbounds nuw float, ptr %factor538.i, i64 %856
+  %858 = load float, ptr %857, align 16, !tbaa !45
+  %859 = insertelement <16 x float> poison, float %858, i64 0
+  %860 = shufflevector <16 x float> %859, <16 x float> poison, <16 x i32> zeroinitializer
+  %861 = getelementptr inbounds nuw i8, ptr %857, i64 4
+  %862 = load float, ptr %861, align 4, !tbaa !45
+  %863 = insertelement <16 x float> poison, float %862, i64 0
+  %864 = shufflevector <16 x float> %863, <16 x float> poison, <16 x i32> zeroinitializer
+  %865 = getelementptr inbounds nuw i8, ptr %857, i64 8
+  %866 = load float, ptr %865, align 8, !tbaa !45
+  %867 = insertelement <16 x float> poison, float %866, i64 0
+  %868 = shufflevector <16 x float> %867, <16 x float> poison, <16 x i32> zeroinitializer
+  %869 = getelementptr inbounds nuw i8, ptr %857, i64 12
+  %870 = load float, ptr %869, align 4, !tbaa !45
+  %871 = insertelement <16 x float> poison, float %870, i64 0
+  %872 = shufflevector <16 x float> %871, <16 x float> poison, <16 x i32> zeroinitializer
+  %.idx1769.i = shl nuw nsw i64 %indvars.iv1691.i, 11
+  %invariant.gep1799.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1769.i
+  %invariant.gep87 = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %856
+  br label %for_begin_ax1_0424.preheader.us.i
+
+for_begin_d_0459.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
+  %873 = sext i1 %.not569.us.i to i32
+  %874 = add nsw i32 %rdiv465.us.i, %873
+  %875 = sext i32 %874 to i64
+  %876 = add nsw i64 %654, %875
+  %877 = shl nsw i64 %876, 2
+  %878 = sext i32 %671 to i64
+  %879 = shl nsw i64 %878, 2
+  %880 = add nsw i64 %879, %657
+  %881 = tail call i32 @llvm.umin.i32(i32 %673, i32 16)
+  %wide.trip.count1704.i = zext nneg i32 %881 to i64
+  br label %for_begin_d_0459.preheader.us.i
+
+for_body_r469.lr.ph.us.i:                         ; preds = %for_begin_d_0459.preheader.us.i
+  %.idx570.us.i = shl nsw i64 %876, 4
+  %882 = getelementptr i8, ptr %lse, i64 %.idx570.us.i
+  %883 = and i64 %661, 4294967280
+  br label %for_body_r469.us.i
 
 for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
-  %indvars.iv103.in = phi i32 [ %indvars.iv103, %for_begin_number.i ], [ %488, %for_body_number.lr.ph.i ]
-  %indvars.iv93 = phi i32 [ %indvars.iv.next94, %for_begin_number.i ], [ %488, %for_body_number.lr.ph.i ]
-  %number1365.i = phi i32 [ %521, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
-  %687 = tail call i32 @llvm.smax.i32(i32 %span497.sroa.0.0.lcssa.i, i32 %indvars.iv93)
-  %smax233 = sext i32 %687 to i64
-  %indvars.iv103 = add i32 %indvars.iv103.in, 4096
-  %smax95 = tail call i32 @llvm.smax.i32(i32 %span497.sroa.0.0.lcssa.i, i32 %indvars.iv93)
-  %688 = add i32 %smax95, %tree_size
-  %689 = sub i32 %context_len.i, %688
-  %690 = tail call i32 @llvm.smax.i32(i32 %span497.sroa.0.0.lcssa.i, i32 %indvars.iv93)
-  %691 = sub i32 0, %690
-  %692 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %row_max.i = tail call ptr %692(i32 1, i32 %dev_id, i64 %143, i32 2, i32 32)
-  %693 = icmp eq ptr %row_max.i, null
-  br i1 %693, label %fused_attend_compute_.exit, label %if_end90.i, !prof !7
+  %indvars.iv111.in = phi i32 [ %indvars.iv111, %for_begin_number.i ], [ %619, %for_body_number.lr.ph.i ]
+  %indvars.iv101 = phi i32 [ %indvars.iv.next102, %for_begin_number.i ], [ %619, %for_body_number.lr.ph.i ]
+  %number1354.i = phi i32 [ %651, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %884 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv101)
+  %smax223 = sext i32 %884 to i64
+  %indvars.iv111 = add i32 %indvars.iv111.in, 4096
+  %smax103 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv101)
+  %885 = add i32 %smax103, %tree_size
+  %886 = sub i32 %context_len.i, %885
+  %887 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv101)
+  %888 = sub i32 0, %887
+  %889 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %row_max.i = tail call ptr %889(i32 1, i32 %dev_id, i64 %143, i32 2, i32 32)
+  %890 = icmp eq ptr %row_max.i, null
+  br i1 %890, label %fused_attend_compute_.exit, label %if_end118.i, !prof !7
 
-if_end90.i:                                       ; preds = %for_body_number.i
-  %694 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %row_sum.i = tail call ptr %694(i32 1, i32 %dev_id, i64 %143, i32 2, i32 32)
-  %695 = icmp eq ptr %row_sum.i, null
-  br i1 %695, label %fused_attend_compute_.exit, label %if_end93.i, !prof !7
+if_end118.i:                                      ; preds = %for_body_number.i
+  %891 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %row_sum.i = tail call ptr %891(i32 1, i32 %dev_id, i64 %143, i32 2, i32 32)
+  %892 = icmp eq ptr %row_sum.i, null
+  br i1 %892, label %fused_attend_compute_.exit, label %if_end121.i, !prof !7
 
-if_end93.i:                                       ; preds = %if_end90.i
-  %696 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %acc.i = tail call ptr %696(i32 1, i32 %dev_id, i64 %495, i32 2, i32 32)
-  %697 = icmp eq ptr %acc.i, null
-  br i1 %697, label %fused_attend_compute_.exit, label %if_end96.i, !prof !7
+if_end121.i:                                      ; preds = %if_end118.i
+  %893 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %acc.i = tail call ptr %893(i32 1, i32 %dev_id, i64 %626, i32 2, i32 32)
+  %894 = icmp eq ptr %acc.i, null
+  br i1 %894, label %fused_attend_compute_.exit, label %if_end124.i, !prof !7
 
-if_end96.i:                                       ; preds = %if_end93.i
-  %698 = shl nsw i32 %number1365.i, 12
-  %699 = add nsw i32 %698, %488
-  %700 = add nsw i32 %699, 4096
-  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %699, i32 %span497.sroa.0.0.lcssa.i)
-  %701 = tail call i32 @llvm.smin.i32(i32 %700, i32 %key_end.i)
-  %702 = sub nsw i32 %701, %read_begin.i
-  %.fr1381.i = freeze i32 %702
-  %703 = icmp slt i32 %.fr1381.i, 1
-  %704 = tail call i32 @llvm.smax.i32(i32 %.fr1381.i, i32 0)
-  %705 = add nuw nsw i32 %704, 127
-  %706 = lshr i32 %705, 7
-  %.not1379.i = icmp eq i32 %706, 0
-  br i1 %.not1379.i, label %for_begin_tile317.preheader.i, label %for_body_step.lr.ph.i, !prof !11
+if_end124.i:                                      ; preds = %if_end121.i
+  %895 = shl nsw i32 %number1354.i, 12
+  %896 = add nsw i32 %895, %619
+  %897 = add nsw i32 %896, 4096
+  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %896, i32 %span554.sroa.0.0.lcssa.i)
+  %898 = tail call i32 @llvm.smin.i32(i32 %897, i32 %key_end.i)
+  %899 = sub nsw i32 %898, %read_begin.i
+  %.fr1487.i = freeze i32 %899
+  %900 = icmp slt i32 %.fr1487.i, 1
+  %901 = tail call i32 @llvm.smax.i32(i32 %.fr1487.i, i32 0)
+  %902 = add nuw nsw i32 %901, 255
+  %903 = lshr i32 %902, 8
+  %.not1374.i = icmp eq i32 %903, 0
+  br i1 %.not1374.i, label %for_begin_tile339.preheader.i, label %for_body_step.lr.ph.i, !prof !11
 
-for_body_step.lr.ph.i:                            ; preds = %if_end96.i
-  %707 = add nsw i32 %701, -1
-  %708 = sext i32 %read_begin.i to i64
-  %709 = sext i32 %.fr1381.i to i64
-  %wide.trip.count1551.i = zext nneg i32 %706 to i64
-  %710 = getelementptr i8, ptr %508, i64 %708
-  %711 = add i32 %read_begin.i, %tree_size
-  %712 = getelementptr i8, ptr %513, i64 %smax233
+for_body_step.lr.ph.i:                            ; preds = %if_end124.i
+  %904 = add nsw i32 %898, -1
+  %905 = sext i32 %read_begin.i to i64
+  %wide.trip.count1648.i = zext nneg i32 %903 to i64
+  %906 = getelementptr i8, ptr %640, i64 %905
+  %907 = add i32 %read_begin.i, %tree_size
+  %908 = getelementptr i8, ptr %643, i64 %smax223
   br label %for_body_step.i
 
-for_begin_step.i:                                 ; preds = %if_end312.i
-  %indvars.iv.next1549.i = add nuw nsw i64 %indvars.iv1548.i, 1
-  %exitcond1552.not.i = icmp eq i64 %indvars.iv.next1549.i, %wide.trip.count1551.i
-  %indvars.iv.next = add i32 %indvars.iv, -128
-  %indvars.iv.next97 = add i32 %indvars.iv96, -128
-  %indvars.iv.next101 = add i32 %indvars.iv100, -128
-  br i1 %exitcond1552.not.i, label %for_begin_tile317.preheader.i, label %for_body_step.i, !prof !8
+for_begin_step.i:                                 ; preds = %if_end334.i
+  %indvars.iv.next1646.i = add nuw nsw i64 %indvars.iv1645.i, 1
+  %exitcond1649.not.i = icmp eq i64 %indvars.iv.next1646.i, %wide.trip.count1648.i
+  %indvars.iv.next = add i32 %indvars.iv, -256
+  %indvars.iv.next105 = add i32 %indvars.iv104, -256
+  %indvars.iv.next109 = add i32 %indvars.iv108, -256
+  br i1 %exitcond1649.not.i, label %for_begin_tile339.preheader.i, label %for_body_step.i, !prof !8
 
-for_begin_tile317.preheader.i:                    ; preds = %for_begin_step.i, %if_end96.i
-  %brmerge.i = or i1 %156, %703
-  br i1 %brmerge.i, label %for_end_tile319.i, label %for_body_tile318.i, !prof !40
+for_begin_tile339.preheader.i:                    ; preds = %for_begin_step.i, %if_end124.i
+  %brmerge.i = or i1 %156, %900
+  br i1 %brmerge.i, label %for_end_tile341.i, label %for_body_tile340.i, !prof !46
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
-  %indvars.iv100 = phi i32 [ %indvars.iv.next101, %for_begin_step.i ], [ %691, %for_body_step.lr.ph.i ]
-  %indvars.iv96 = phi i32 [ %indvars.iv.next97, %for_begin_step.i ], [ %689, %for_body_step.lr.ph.i ]
-  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_step.i ], [ %.fr1381.i, %for_body_step.lr.ph.i ]
-  %indvars.iv1548.i = phi i64 [ %indvars.iv.next1549.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
-  %smax463 = tail call i32 @llvm.smax.i32(i32 %indvars.iv96, i32 0)
-  %713 = and i32 %smax463, 1
-  %714 = and i32 %smax463, 1
-  %smax454 = tail call i32 @llvm.smax.i32(i32 %indvars.iv96, i32 0)
-  %715 = zext nneg i32 %smax454 to i64
-  %smin304 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %716 = add nsw i32 %smin304, 31
-  %717 = and i32 %716, -32
-  %smax305 = tail call i32 @llvm.smax.i32(i32 %717, i32 1)
-  %718 = zext nneg i32 %smax305 to i64
-  %smin301 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %719 = add nsw i32 %smin301, 31
-  %720 = and i32 %719, -32
-  %smax302 = tail call i32 @llvm.smax.i32(i32 %720, i32 1)
-  %721 = zext nneg i32 %smax302 to i64
-  %smax243 = tail call i32 @llvm.smax.i32(i32 %indvars.iv96, i32 0)
-  %722 = zext nneg i32 %smax243 to i64
-  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv96, i32 0)
-  %723 = zext nneg i32 %smax to i64
-  %724 = shl nuw nsw i64 %indvars.iv1548.i, 7
-  %scevgep234 = getelementptr i8, ptr %712, i64 %724
-  %smax110 = tail call i32 @llvm.smax.i32(i32 %indvars.iv96, i32 0)
-  %725 = zext nneg i32 %smax110 to i64
-  %726 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %key_offsets.i = tail call ptr %726(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
-  %727 = icmp eq ptr %key_offsets.i, null
-  br i1 %727, label %fused_attend_compute_.exit, label %if_end99.i, !prof !7
+  %indvars.iv108 = phi i32 [ %indvars.iv.next109, %for_begin_step.i ], [ %888, %for_body_step.lr.ph.i ]
+  %indvars.iv104 = phi i32 [ %indvars.iv.next105, %for_begin_step.i ], [ %886, %for_body_step.lr.ph.i ]
+  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_step.i ], [ %.fr1487.i, %for_body_step.lr.ph.i ]
+  %indvars.iv1645.i = phi i64 [ %indvars.iv.next1646.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
+  %smax344 = tail call i32 @llvm.smax.i32(i32 %indvars.iv104, i32 0)
+  %.mask = and i32 %smax344, 1
+  %909 = and i32 %smax344, 1
+  %smax302 = tail call i32 @llvm.smax.i32(i32 %indvars.iv, i32 256)
+  %umin303 = tail call i32 @llvm.umin.i32(i32 %smax302, i32 512)
+  %910 = add nsw i32 %umin303, -256
+  %smin304 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 256)
+  %911 = add nsw i32 %smin304, 7
+  %912 = and i32 %911, -8
+  %913 = add i32 %910, %912
+  %914 = zext i32 %913 to i64
+  %smax299 = tail call i32 @llvm.smax.i32(i32 %indvars.iv, i32 256)
+  %umin = tail call i32 @llvm.umin.i32(i32 %smax299, i32 512)
+  %915 = add nsw i32 %umin, -256
+  %smin300 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 256)
+  %916 = add nsw i32 %smin300, 7
+  %917 = and i32 %916, -8
+  %918 = add i32 %915, %917
+  %919 = zext i32 %918 to i64
+  %smax239 = tail call i32 @llvm.smax.i32(i32 %indvars.iv104, i32 0)
+  %920 = shl nuw nsw i64 %indvars.iv1645.i, 8
+  %scevgep224 = getelementptr i8, ptr %908, i64 %920
+  %smax225 = tail call i32 @llvm.smax.i32(i32 %indvars.iv104, i32 0)
+  %921 = zext nneg i32 %smax225 to i64
+  %922 = shl i32 %smax225, 4
+  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv104, i32 0)
+  %923 = shl i32 %smax, 4
+  %smax117 = tail call i32 @llvm.smax.i32(i32 %indvars.iv104, i32 0)
+  %924 = zext nneg i32 %smax117 to i64
+  %925 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %key_offsets.i = tail call ptr %925(i32 1, i32 %dev_id, i64 4096, i32 0, i32 64)
+  %926 = icmp eq ptr %key_offsets.i, null
+  br i1 %926, label %fused_attend_compute_.exit, label %if_end127.i, !prof !7
 
-if_end99.i:                                       ; preds = %for_body_step.i
-  %728 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %value_offsets.i = tail call ptr %728(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
-  %729 = icmp eq ptr %value_offsets.i, null
-  br i1 %729, label %fused_attend_compute_.exit, label %if_end102.i, !prof !7
+if_end127.i:                                      ; preds = %for_body_step.i
+  %927 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %value_offsets.i = tail call ptr %927(i32 1, i32 %dev_id, i64 4096, i32 0, i32 64)
+  %928 = icmp eq ptr %value_offsets.i, null
+  br i1 %928, label %fused_attend_compute_.exit, label %if_end130.i, !prof !7
 
-if_end102.i:                                      ; preds = %if_end99.i
-  %730 = shl nsw i64 %indvars.iv1548.i, 7
-  %731 = icmp slt i64 %730, %709
-  br i1 %731, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
+if_end130.i:                                      ; preds = %if_end127.i
+  %929 = shl nsw i64 %indvars.iv1645.i, 8
+  %930 = trunc i64 %929 to i32
+  %931 = sub i32 %.fr1487.i, %930
+  %932 = tail call i32 @llvm.smax.i32(i32 %931, i32 256)
+  %933 = tail call i32 @llvm.umin.i32(i32 %932, i32 512)
+  %934 = add nsw i32 %933, -256
+  %935 = tail call i32 @llvm.smin.i32(i32 %931, i32 256)
+  %936 = add nsw i32 %935, 7
+  %937 = and i32 %936, -8
+  %938 = add nsw i32 %934, %937
+  %939 = icmp sgt i32 %938, 0
+  br i1 %939, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
 
-for_body_t.lr.ph.i:                               ; preds = %if_end102.i
-  %732 = add nsw i64 %730, %708
-  %xtraiter = and i64 %721, 1
-  %733 = icmp slt i32 %indvars.iv, 1
-  br i1 %733, label %for_body_t.i.epil.preheader, label %for_body_t.lr.ph.i.new, !prof !41
+for_body_t.lr.ph.i:                               ; preds = %if_end130.i
+  %940 = add nsw i64 %929, %905
+  %xtraiter = and i64 %919, 3
+  %941 = add i32 %918, -1
+  %942 = icmp ult i32 %941, 3
+  br i1 %942, label %for_body_t.i.epil.preheader, label %for_body_t.lr.ph.i.new, !prof !47
 
 for_body_t.lr.ph.i.new:                           ; preds = %for_body_t.lr.ph.i
-  %unroll_iter = and i64 %721, 2147483616
+  %unroll_iter = and i64 %919, 4294967292
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i.new
-  %indvars.iv1418.i = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %indvars.iv.next1419.i.3, %for_body_t.i ]
+  %indvars.iv1534.i = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %indvars.iv.next1535.i.3, %for_body_t.i ]
   %niter = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %niter.next.3, %for_body_t.i ]
-  %734 = add nsw i64 %indvars.iv1418.i, %732
-  %735 = trunc nsw i64 %734 to i32
-  %736 = tail call i32 @llvm.smin.i32(i32 %735, i32 %707)
-  %737 = ashr i32 %736, 4
-  %738 = sext i32 %737 to i64
-  %739 = getelementptr i32, ptr %497, i64 %738
-  %740 = load i32, ptr %739, align 4, !tbaa !4
-  %block.i = sext i32 %740 to i64
-  %741 = mul nsw i64 %k_block, %block.i
-  %742 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1418.i
-  store i64 %741, ptr %742, align 8, !tbaa !4
-  %indvars.iv.next1419.i = or disjoint i64 %indvars.iv1418.i, 1
-  %743 = add nsw i64 %indvars.iv.next1419.i, %732
-  %744 = trunc nsw i64 %743 to i32
-  %745 = tail call i32 @llvm.smin.i32(i32 %744, i32 %707)
-  %746 = ashr i32 %745, 4
-  %747 = sext i32 %746 to i64
-  %748 = getelementptr i32, ptr %497, i64 %747
-  %749 = load i32, ptr %748, align 4, !tbaa !4
-  %block.i.1 = sext i32 %749 to i64
-  %750 = mul nsw i64 %k_block, %block.i.1
-  %751 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1419.i
-  store i64 %750, ptr %751, align 8, !tbaa !4
-  %indvars.iv.next1419.i.1 = or disjoint i64 %indvars.iv1418.i, 2
-  %752 = add nsw i64 %indvars.iv.next1419.i.1, %732
-  %753 = trunc nsw i64 %752 to i32
-  %754 = tail call i32 @llvm.smin.i32(i32 %753, i32 %707)
-  %755 = ashr i32 %754, 4
-  %756 = sext i32 %755 to i64
-  %757 = getelementptr i32, ptr %497, i64 %756
-  %758 = load i32, ptr %757, align 4, !tbaa !4
-  %block.i.2 = sext i32 %758 to i64
-  %759 = mul nsw i64 %k_block, %block.i.2
-  %760 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1419.i.1
-  store i64 %759, ptr %760, align 8, !tbaa !4
-  %indvars.iv.next1419.i.2 = or disjoint i64 %indvars.iv1418.i, 3
-  %761 = add nsw i64 %indvars.iv.next1419.i.2, %732
-  %762 = trunc nsw i64 %761 to i32
-  %763 = tail call i32 @llvm.smin.i32(i32 %762, i32 %707)
-  %764 = ashr i32 %763, 4
-  %765 = sext i32 %764 to i64
-  %766 = getelementptr i32, ptr %497, i64 %765
-  %767 = load i32, ptr %766, align 4, !tbaa !4
-  %block.i.3 = sext i32 %767 to i64
-  %768 = mul nsw i64 %k_block, %block.i.3
-  %769 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1419.i.2
-  store i64 %768, ptr %769, align 8, !tbaa !4
-  %indvars.iv.next1419.i.3 = add nuw nsw i64 %indvars.iv1418.i, 4
+  %943 = add nsw i64 %indvars.iv1534.i, %940
+  %944 = trunc nsw i64 %943 to i32
+  %945 = tail call i32 @llvm.smin.i32(i32 %944, i32 %904)
+  %946 = ashr i32 %945, 4
+  %947 = sext i32 %946 to i64
+  %948 = getelementptr i32, ptr %628, i64 %947
+  %949 = load i32, ptr %948, align 4, !tbaa !4
+  %block.i = sext i32 %949 to i64
+  %950 = mul nsw i64 %k_block, %block.i
+  %951 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1534.i
+  store i64 %950, ptr %951, align 8, !tbaa !4
+  %indvars.iv.next1535.i = or disjoint i64 %indvars.iv1534.i, 1
+  %952 = add nsw i64 %indvars.iv.next1535.i, %940
+  %953 = trunc nsw i64 %952 to i32
+  %954 = tail call i32 @llvm.smin.i32(i32 %953, i32 %904)
+  %955 = ashr i32 %954, 4
+  %956 = sext i32 %955 to i64
+  %957 = getelementptr i32, ptr %628, i64 %956
+  %958 = load i32, ptr %957, align 4, !tbaa !4
+  %block.i.1 = sext i32 %958 to i64
+  %959 = mul nsw i64 %k_block, %block.i.1
+  %960 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1535.i
+  store i64 %959, ptr %960, align 8, !tbaa !4
+  %indvars.iv.next1535.i.1 = or disjoint i64 %indvars.iv1534.i, 2
+  %961 = add nsw i64 %indvars.iv.next1535.i.1, %940
+  %962 = trunc nsw i64 %961 to i32
+  %963 = tail call i32 @llvm.smin.i32(i32 %962, i32 %904)
+  %964 = ashr i32 %963, 4
+  %965 = sext i32 %964 to i64
+  %966 = getelementptr i32, ptr %628, i64 %965
+  %967 = load i32, ptr %966, align 4, !tbaa !4
+  %block.i.2 = sext i32 %967 to i64
+  %968 = mul nsw i64 %k_block, %block.i.2
+  %969 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1535.i.1
+  store i64 %968, ptr %969, align 8, !tbaa !4
+  %indvars.iv.next1535.i.2 = or disjoint i64 %indvars.iv1534.i, 3
+  %970 = add nsw i64 %indvars.iv.next1535.i.2, %940
+  %971 = trunc nsw i64 %970 to i32
+  %972 = tail call i32 @llvm.smin.i32(i32 %971, i32 %904)
+  %973 = ashr i32 %972, 4
+  %974 = sext i32 %973 to i64
+  %975 = getelementptr i32, ptr %628, i64 %974
+  %976 = load i32, ptr %975, align 4, !tbaa !4
+  %block.i.3 = sext i32 %976 to i64
+  %977 = mul nsw i64 %k_block, %block.i.3
+  %978 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1535.i.2
+  store i64 %977, ptr %978, align 8, !tbaa !4
+  %indvars.iv.next1535.i.3 = add nuw nsw i64 %indvars.iv1534.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_t105.i.preheader.unr-lcssa, label %for_body_t.i, !prof !42, !llvm.loop !43
+  br i1 %niter.ncmp.3, label %for_body_t133.i.preheader.unr-lcssa, label %for_body_t.i, !prof !48, !llvm.loop !49
 
-for_body_t105.i.preheader.unr-lcssa:              ; preds = %for_body_t.i
+for_body_t133.i.preheader.unr-lcssa:              ; preds = %for_body_t.i
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br i1 %lcmp.mod.not, label %for_body_t105.i.preheader, label %for_body_t.i.epil.preheader, !prof !45
+  br i1 %lcmp.mod.not, label %for_body_t133.i.preheader, label %for_body_t.i.epil.preheader, !prof !51
 
-for_body_t.i.epil.preheader:                      ; preds = %for_body_t105.i.preheader.unr-lcssa, %for_body_t.lr.ph.i
-  %indvars.iv1418.i.epil.init = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1419.i.3, %for_body_t105.i.preheader.unr-lcssa ]
-  %lcmp.mod303 = icmp ne i64 %xtraiter, 0
-  tail call void @llvm.assume(i1 %lcmp.mod303)
+for_body_t.i.epil.preheader:                      ; preds = %for_body_t133.i.preheader.unr-lcssa, %for_body_t.lr.ph.i
+  %indvars.iv1534.i.epil.init = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1535.i.3, %for_body_t133.i.preheader.unr-lcssa ]
+  %lcmp.mod301 = icmp ne i64 %xtraiter, 0
+  tail call void @llvm.assume(i1 %lcmp.mod301)
   br label %for_body_t.i.epil
 
 for_body_t.i.epil:                                ; preds = %for_body_t.i.epil, %for_body_t.i.epil.preheader
-  %indvars.iv1418.i.epil = phi i64 [ %indvars.iv1418.i.epil.init, %for_body_t.i.epil.preheader ], [ %indvars.iv.next1419.i.epil, %for_body_t.i.epil ]
+  %indvars.iv1534.i.epil = phi i64 [ %indvars.iv1534.i.epil.init, %for_body_t.i.epil.preheader ], [ %indvars.iv.next1535.i.epil, %for_body_t.i.epil ]
   %epil.iter = phi i64 [ 0, %for_body_t.i.epil.preheader ], [ %epil.iter.next, %for_body_t.i.epil ]
-  %770 = add nsw i64 %indvars.iv1418.i.epil, %732
-  %771 = trunc nsw i64 %770 to i32
-  %772 = tail call i32 @llvm.smin.i32(i32 %771, i32 %707)
-  %773 = ashr i32 %772, 4
-  %774 = sext i32 %773 to i64
-  %775 = getelementptr i32, ptr %497, i64 %774
-  %776 = load i32, ptr %775, align 4, !tbaa !4
-  %block.i.epil = sext i32 %776 to i64
-  %777 = mul nsw i64 %k_block, %block.i.epil
-  %778 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1418.i.epil
-  store i64 %777, ptr %778, align 8, !tbaa !4
-  %indvars.iv.next1419.i.epil = add nuw nsw i64 %indvars.iv1418.i.epil, 1
+  %979 = add nsw i64 %indvars.iv1534.i.epil, %940
+  %980 = trunc nsw i64 %979 to i32
+  %981 = tail call i32 @llvm.smin.i32(i32 %980, i32 %904)
+  %982 = ashr i32 %981, 4
+  %983 = sext i32 %982 to i64
+  %984 = getelementptr i32, ptr %628, i64 %983
+  %985 = load i32, ptr %984, align 4, !tbaa !4
+  %block.i.epil = sext i32 %985 to i64
+  %986 = mul nsw i64 %k_block, %block.i.epil
+  %987 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1534.i.epil
+  store i64 %986, ptr %987, align 8, !tbaa !4
+  %indvars.iv.next1535.i.epil = add nuw nsw i64 %indvars.iv1534.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
-  %epil.iter.cmp.not = icmp eq i64 %epil.iter, 0
-  br i1 %epil.iter.cmp.not, label %for_body_t105.i.preheader, label %for_body_t.i.epil, !prof !46, !llvm.loop !47
+  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
+  br i1 %epil.iter.cmp.not, label %for_body_t133.i.preheader, label %for_body_t.i.epil, !prof !52, !llvm.loop !53
 
-for_body_t105.i.preheader:                        ; preds = %for_body_t.i.epil, %for_body_t105.i.preheader.unr-lcssa
-  %xtraiter306 = and i64 %718, 1
-  %779 = icmp slt i32 %indvars.iv, 1
-  br i1 %779, label %for_body_t105.i.epil.preheader, label %for_body_t105.i.preheader.new, !prof !41
+for_body_t133.i.preheader:                        ; preds = %for_body_t.i.epil, %for_body_t133.i.preheader.unr-lcssa
+  %xtraiter305 = and i64 %914, 3
+  %988 = add i32 %913, -1
+  %989 = icmp ult i32 %988, 3
+  br i1 %989, label %for_body_t133.i.epil.preheader, label %for_body_t133.i.preheader.new, !prof !47
 
-for_body_t105.i.preheader.new:                    ; preds = %for_body_t105.i.preheader
-  %unroll_iter310 = and i64 %718, 2147483616
-  br label %for_body_t105.i
+for_body_t133.i.preheader.new:                    ; preds = %for_body_t133.i.preheader
+  %unroll_iter309 = and i64 %914, 4294967292
+  br label %for_body_t133.i
 
-for_begin_kv_head.preheader.i.loopexit.unr-lcssa: ; preds = %for_body_t105.i
-  %lcmp.mod308.not = icmp eq i64 %xtraiter306, 0
-  br i1 %lcmp.mod308.not, label %for_begin_kv_head.preheader.i, label %for_body_t105.i.epil.preheader, !prof !45
+for_begin_kv_head.preheader.i.loopexit.unr-lcssa: ; preds = %for_body_t133.i
+  %lcmp.mod307.not = icmp eq i64 %xtraiter305, 0
+  br i1 %lcmp.mod307.not, label %for_begin_kv_head.preheader.i, label %for_body_t133.i.epil.preheader, !prof !51
 
-for_body_t105.i.epil.preheader:                   ; preds = %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %for_body_t105.i.preheader
-  %indvars.iv1421.i.epil.init = phi i64 [ 0, %for_body_t105.i.preheader ], [ %indvars.iv.next1422.i.3, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa ]
-  %lcmp.mod309 = icmp ne i64 %xtraiter306, 0
-  tail call void @llvm.assume(i1 %lcmp.mod309)
-  br label %for_body_t105.i.epil
+for_body_t133.i.epil.preheader:                   ; preds = %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %for_body_t133.i.preheader
+  %indvars.iv1537.i.epil.init = phi i64 [ 0, %for_body_t133.i.preheader ], [ %indvars.iv.next1538.i.3, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa ]
+  %lcmp.mod308 = icmp ne i64 %xtraiter305, 0
+  tail call void @llvm.assume(i1 %lcmp.mod308)
+  br label %for_body_t133.i.epil
 
-for_body_t105.i.epil:                             ; preds = %for_body_t105.i.epil, %for_body_t105.i.epil.preheader
-  %indvars.iv1421.i.epil = phi i64 [ %indvars.iv.next1422.i.epil, %for_body_t105.i.epil ], [ %indvars.iv1421.i.epil.init, %for_body_t105.i.epil.preheader ]
-  %epil.iter307 = phi i64 [ %epil.iter307.next, %for_body_t105.i.epil ], [ 0, %for_body_t105.i.epil.preheader ]
-  %780 = add nsw i64 %indvars.iv1421.i.epil, %732
-  %781 = trunc nsw i64 %780 to i32
-  %782 = tail call i32 @llvm.smin.i32(i32 %781, i32 %707)
-  %783 = sext i32 %782 to i64
-  %784 = ashr i64 %783, 4
-  %gep1161.i.epil = getelementptr i32, ptr %497, i64 %784
-  %785 = load i32, ptr %gep1161.i.epil, align 4, !tbaa !4
-  %block112.i.epil = sext i32 %785 to i64
-  %786 = lshr i64 %783, 1
-  %787 = and i64 %786, 7
-  %788 = mul nsw i64 %787, %v_row
-  %789 = mul nsw i64 %v_block, %block112.i.epil
-  %790 = add nsw i64 %788, %789
-  %791 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1421.i.epil
-  store i64 %790, ptr %791, align 8, !tbaa !4
-  %indvars.iv.next1422.i.epil = add nuw nsw i64 %indvars.iv1421.i.epil, 1
-  %epil.iter307.next = add i64 %epil.iter307, 1
-  %epil.iter307.cmp.not = icmp eq i64 %epil.iter307, 0
-  br i1 %epil.iter307.cmp.not, label %for_begin_kv_head.preheader.i, label %for_body_t105.i.epil, !prof !46, !llvm.loop !50
+for_body_t133.i.epil:                             ; preds = %for_body_t133.i.epil, %for_body_t133.i.epil.preheader
+  %indvars.iv1537.i.epil = phi i64 [ %indvars.iv.next1538.i.epil, %for_body_t133.i.epil ], [ %indvars.iv1537.i.epil.init, %for_body_t133.i.epil.preheader ]
+  %epil.iter306 = phi i64 [ %epil.iter306.next, %for_body_t133.i.epil ], [ 0, %for_body_t133.i.epil.preheader ]
+  %990 = add nsw i64 %indvars.iv1537.i.epil, %940
+  %991 = trunc nsw i64 %990 to i32
+  %992 = tail call i32 @llvm.smin.i32(i32 %991, i32 %904)
+  %993 = sext i32 %992 to i64
+  %994 = ashr i64 %993, 4
+  %gep1227.i.epil = getelementptr i32, ptr %628, i64 %994
+  %995 = load i32, ptr %gep1227.i.epil, align 4, !tbaa !4
+  %block140.i.epil = sext i32 %995 to i64
+  %996 = lshr i64 %993, 1
+  %997 = and i64 %996, 7
+  %998 = mul nsw i64 %997, %v_row
+  %999 = mul nsw i64 %v_block, %block140.i.epil
+  %1000 = add nsw i64 %998, %999
+  %1001 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1537.i.epil
+  store i64 %1000, ptr %1001, align 8, !tbaa !4
+  %indvars.iv.next1538.i.epil = add nuw nsw i64 %indvars.iv1537.i.epil, 1
+  %epil.iter306.next = add i64 %epil.iter306, 1
+  %epil.iter306.cmp.not = icmp eq i64 %epil.iter306.next, %xtraiter305
+  br i1 %epil.iter306.cmp.not, label %for_begin_kv_head.preheader.i, label %for_body_t133.i.epil, !prof !52, !llvm.loop !56
 
-for_begin_kv_head.preheader.i:                    ; preds = %for_body_t105.i.epil, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %if_end102.i
-  br i1 %498, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
+for_begin_kv_head.preheader.i:                    ; preds = %for_body_t133.i.epil, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %if_end130.i
+  br i1 %629, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
 
 for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
-  %792 = add nsw i64 %730, %708
-  %793 = trunc nuw nsw i64 %730 to i32
-  %794 = add i32 %read_begin.i, %793
-  %795 = add i32 %711, %793
-  %.reass1190.reass.i = sub i32 %context_len.i, %795
-  %796 = tail call i32 @llvm.smax.i32(i32 %.reass1190.reass.i, i32 0)
-  %797 = icmp eq i64 %indvars.iv1548.i, 0
-  %798 = insertelement <16 x i1> poison, i1 %797, i64 0
-  %799 = shufflevector <16 x i1> %798, <16 x i1> poison, <16 x i32> zeroinitializer
-  br i1 %500, label %for_body_kv_head.us.preheader.i, label %for_end_kv_head.i, !prof !3
+  %1002 = add nsw i32 %933, -257
+  %1003 = add nsw i64 %929, %905
+  %1004 = add i32 %read_begin.i, %930
+  %1005 = add i32 %907, %930
+  %.reass1256.reass.i = sub i32 %context_len.i, %1005
+  %1006 = tail call i32 @llvm.smax.i32(i32 %.reass1256.reass.i, i32 0)
+  %1007 = zext nneg i32 %1006 to i64
+  %1008 = icmp eq i64 %indvars.iv1645.i, 0
+  %1009 = insertelement <16 x i1> poison, i1 %1008, i64 0
+  %1010 = shufflevector <16 x i1> %1009, <16 x i1> poison, <16 x i32> zeroinitializer
+  br i1 %631, label %for_body_kv_head.us.preheader.i, label %for_end_kv_head.i, !prof !3
 
 for_body_kv_head.us.preheader.i:                  ; preds = %for_body_kv_head.lr.ph.i
-  %800 = zext nneg i32 %796 to i64
-  %801 = trunc nsw i64 %792 to i32
-  %802 = getelementptr i8, ptr %710, i64 %730
-  %803 = getelementptr i8, ptr %802, i64 %800
-  %scevgep235 = getelementptr i8, ptr %scevgep234, i64 %723
-  %scevgep237 = getelementptr i8, ptr %scevgep234, i64 %723
-  %804 = icmp eq i32 %713, 0
-  %805 = select i1 %804, i32 -65536, i32 65535
-  %.not464 = icmp eq i32 %714, 0
-  %806 = select i1 %.not464, i32 65535, i32 -65536
-  %807 = icmp eq i32 %713, 0
-  %808 = select i1 %807, i32 -65536, i32 65535
-  %.not465 = icmp eq i32 %714, 0
-  %809 = select i1 %.not465, i32 65535, i32 -65536
+  %1011 = trunc nsw i64 %1003 to i32
+  %1012 = getelementptr i8, ptr %906, i64 %929
+  %1013 = getelementptr i8, ptr %1012, i64 %1007
+  %scevgep226 = getelementptr i8, ptr %scevgep224, i64 %921
+  %scevgep228 = getelementptr i8, ptr %scevgep224, i64 %921
+  %broadcast.splatinsert248 = insertelement <8 x i32> poison, i32 %1006, i64 0
+  %broadcast.splat249 = shufflevector <8 x i32> %broadcast.splatinsert248, <8 x i32> poison, <8 x i32> zeroinitializer
+  %1014 = icmp eq i32 %.mask, 0
+  %1015 = select i1 %1014, i32 -65536, i32 65535
+  %.not347 = icmp eq i32 %909, 0
+  %1016 = select i1 %.not347, i32 65535, i32 -65536
+  %1017 = icmp eq i32 %.mask, 0
+  %1018 = select i1 %1017, i32 -65536, i32 65535
+  %.not348 = icmp eq i32 %909, 0
+  %1019 = select i1 %.not348, i32 65535, i32 -65536
   br label %for_body_kv_head.us.i
 
 for_body_kv_head.us.i:                            ; preds = %for_begin_row_tile.for_end_row_tile_crit_edge.us.i, %for_body_kv_head.us.preheader.i
-  %indvars.iv1543.i = phi i64 [ 0, %for_body_kv_head.us.preheader.i ], [ %indvars.iv.next1544.i, %for_begin_row_tile.for_end_row_tile_crit_edge.us.i ]
-  %810 = add nsw i64 %indvars.iv1543.i, %499
-  %811 = mul nuw nsw i64 %indvars.iv1543.i, %507
-  %812 = mul nsw i64 %810, %k_head
-  %invariant.gep1180.us.i = getelementptr i32, ptr %key_cache, i64 %812
-  %813 = mul nsw i64 %810, %v_head
-  %invariant.gep1316.us.i = getelementptr i32, ptr %value_cache, i64 %813
+  %indvars.iv1640.i = phi i64 [ 0, %for_body_kv_head.us.preheader.i ], [ %indvars.iv.next1641.i, %for_begin_row_tile.for_end_row_tile_crit_edge.us.i ]
+  %1020 = add nsw i64 %indvars.iv1640.i, %630
+  %1021 = mul nuw nsw i64 %indvars.iv1640.i, %639
+  %1022 = mul nsw i64 %1020, %k_head
+  %invariant.gep1231.us.i = getelementptr i32, ptr %key_cache, i64 %1022
+  %1023 = mul nsw i64 %1020, %v_head
+  %invariant.gep1238.us.i = getelementptr i32, ptr %value_cache, i64 %1023
   br label %for_body_row_tile.us.i
 
-for_begin_row_tile.us.i:                          ; preds = %if_end306.us.i
-  %indvars.iv.next1539.i = add nuw nsw i64 %indvars.iv1538.i, 1
-  %exitcond1542.not.i = icmp eq i64 %indvars.iv.next1539.i, %507
-  br i1 %exitcond1542.not.i, label %for_begin_row_tile.for_end_row_tile_crit_edge.us.i, label %for_body_row_tile.us.i, !prof !8
+for_begin_row_tile.us.i:                          ; preds = %if_end328.us.i
+  %indvars.iv.next1636.i = add nuw nsw i64 %indvars.iv1635.i, 1
+  %exitcond1639.not.i = icmp eq i64 %indvars.iv.next1636.i, %639
+  br i1 %exitcond1639.not.i, label %for_begin_row_tile.for_end_row_tile_crit_edge.us.i, label %for_body_row_tile.us.i, !prof !8
 
 for_body_row_tile.us.i:                           ; preds = %for_begin_row_tile.us.i, %for_body_kv_head.us.i
-  %indvars.iv1538.i = phi i64 [ 0, %for_body_kv_head.us.i ], [ %indvars.iv.next1539.i, %for_begin_row_tile.us.i ]
-  %814 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scores.us.i = tail call ptr %814(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %815 = icmp eq ptr %scores.us.i, null
-  br i1 %815, label %fused_attend_compute_.exit, label %if_end116.us.i, !prof !7
+  %indvars.iv1635.i = phi i64 [ 0, %for_body_kv_head.us.i ], [ %indvars.iv.next1636.i, %for_begin_row_tile.us.i ]
+  %1024 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scores.us.i = tail call ptr %1024(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %1025 = icmp eq ptr %scores.us.i, null
+  br i1 %1025, label %fused_attend_compute_.exit, label %if_end144.us.i, !prof !7
 
-if_end116.us.i:                                   ; preds = %for_body_row_tile.us.i
-  %816 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %probs.us.i = tail call ptr %816(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %817 = icmp eq ptr %probs.us.i, null
-  br i1 %817, label %fused_attend_compute_.exit, label %if_end119.us.i, !prof !7
+if_end144.us.i:                                   ; preds = %for_body_row_tile.us.i
+  %1026 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %probs.us.i = tail call ptr %1026(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %1027 = icmp eq ptr %probs.us.i, null
+  br i1 %1027, label %fused_attend_compute_.exit, label %if_end147.us.i, !prof !7
 
-if_end119.us.i:                                   ; preds = %if_end116.us.i
-  %818 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %edges.us.i = tail call ptr %818(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
-  %819 = icmp eq ptr %edges.us.i, null
-  br i1 %819, label %fused_attend_compute_.exit, label %if_end122.us.i, !prof !7
+if_end147.us.i:                                   ; preds = %if_end144.us.i
+  %1028 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %edges.us.i = tail call ptr %1028(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %1029 = icmp eq ptr %edges.us.i, null
+  br i1 %1029, label %fused_attend_compute_.exit, label %if_end150.us.i, !prof !7
 
-if_end122.us.i:                                   ; preds = %if_end119.us.i
-  %820 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %prob_pairs.us.i = tail call ptr %820(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
-  %821 = icmp eq ptr %prob_pairs.us.i, null
-  br i1 %821, label %fused_attend_compute_.exit, label %if_end125.us.i, !prof !7
+if_end150.us.i:                                   ; preds = %if_end147.us.i
+  %1030 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %prob_pairs.us.i = tail call ptr %1030(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %1031 = icmp eq ptr %prob_pairs.us.i, null
+  br i1 %1031, label %fused_attend_compute_.exit, label %if_end153.us.i, !prof !7
 
-if_end125.us.i:                                   ; preds = %if_end122.us.i
-  %822 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scaled.us.i = tail call ptr %822(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %823 = icmp eq ptr %scaled.us.i, null
-  br i1 %823, label %fused_attend_compute_.exit, label %if_end128.us.i, !prof !7
+if_end153.us.i:                                   ; preds = %if_end150.us.i
+  %1032 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scaled.us.i = tail call ptr %1032(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %1033 = icmp eq ptr %scaled.us.i, null
+  br i1 %1033, label %fused_attend_compute_.exit, label %if_end156.us.i, !prof !7
 
-if_end128.us.i:                                   ; preds = %if_end125.us.i
-  %824 = add nuw nsw i64 %indvars.iv1538.i, %811
-  %825 = trunc nuw i64 %824 to i32
-  %826 = shl i32 %825, 2
-  %827 = sext i32 %826 to i64
-  %828 = getelementptr i32, ptr %reach.i, i64 %827
-  %829 = getelementptr i8, ptr %828, i64 4
-  %830 = load i32, ptr %829, align 4, !tbaa !4
-  %831 = sext i32 %830 to i64
-  %832 = icmp slt i64 %792, %831
-  br i1 %832, label %if_then130.us.i, label %if_end131.us.i, !prof !7
+if_end156.us.i:                                   ; preds = %if_end153.us.i
+  %1034 = srem i32 %1002, %111
+  %1035 = ashr i32 %1034, 31
+  %1036 = sdiv i32 %1002, %111
+  %1037 = add nsw i32 %1036, %1035
+  %.not5761229.us.i = icmp slt i32 %1037, 0
+  br i1 %.not5761229.us.i, label %for_end_t169.us.i, label %for_body_t159.lr.ph.us.i, !prof !11
 
-if_then130.us.i:                                  ; preds = %if_end128.us.i
-  %833 = tail call i32 @llvm.smin.i32(i32 %701, i32 %830)
-  %834 = sub i32 %833, %801
-  %valid_len133.us.i = tail call i32 @llvm.smin.i32(i32 %834, i32 128)
-  %835 = add nsw i32 %valid_len133.us.i, 31
-  %836 = ashr i32 %835, 5
-  %837 = icmp sgt i32 %836, 0
-  br i1 %837, label %for_begin_r_0_ti_0_fused.preheader.us.us.preheader.i, label %for_begin_r139.preheader.us.i.thread, !prof !3
+for_body_t159.us.i:                               ; preds = %for_body_t159.lr.ph.us.i.new, %for_body_t159.us.i
+  %t1621230.us.i = phi i32 [ 0, %for_body_t159.lr.ph.us.i.new ], [ %1081, %for_body_t159.us.i ]
+  %niter316 = phi i32 [ 0, %for_body_t159.lr.ph.us.i.new ], [ %niter316.next.1, %for_body_t159.us.i ]
+  %1038 = add nuw nsw i32 %t1621230.us.i, %2032
+  %1039 = tail call i32 @llvm.smin.i32(i32 %1038, i32 %1002)
+  %1040 = shl i32 %1039, 2
+  %1041 = and i32 %1040, 60
+  %1042 = and i32 %1039, -16
+  %1043 = sext i32 %1042 to i64
+  %1044 = getelementptr i64, ptr %key_offsets.i, i64 %1043
+  %1045 = getelementptr i8, ptr %1044, i64 2048
+  %1046 = load i64, ptr %1045, align 8, !tbaa !4
+  %gep1232.us.i = getelementptr i32, ptr %invariant.gep1231.us.i, i64 %1046
+  %1047 = zext nneg i32 %1041 to i64
+  %1048 = mul nsw i64 %k_row, %1047
+  %1049 = getelementptr i32, ptr %gep1232.us.i, i64 %1048
+  tail call void @llvm.prefetch.p0(ptr readonly %1049, i32 0, i32 2, i32 1)
+  %1050 = or disjoint i64 %1047, 1
+  %1051 = mul nsw i64 %1050, %k_row
+  %1052 = getelementptr i32, ptr %gep1232.us.i, i64 %1051
+  tail call void @llvm.prefetch.p0(ptr readonly %1052, i32 0, i32 2, i32 1)
+  %1053 = or disjoint i64 %1047, 2
+  %1054 = mul nsw i64 %1053, %k_row
+  %1055 = getelementptr i32, ptr %gep1232.us.i, i64 %1054
+  tail call void @llvm.prefetch.p0(ptr readonly %1055, i32 0, i32 2, i32 1)
+  %1056 = or disjoint i64 %1047, 3
+  %1057 = mul nsw i64 %1056, %k_row
+  %1058 = getelementptr i32, ptr %gep1232.us.i, i64 %1057
+  tail call void @llvm.prefetch.p0(ptr readonly %1058, i32 0, i32 2, i32 1)
+  %1059 = or disjoint i32 %t1621230.us.i, 1
+  %1060 = add nuw nsw i32 %1059, %2032
+  %1061 = tail call i32 @llvm.smin.i32(i32 %1060, i32 %1002)
+  %1062 = shl i32 %1061, 2
+  %1063 = and i32 %1062, 60
+  %1064 = and i32 %1061, -16
+  %1065 = sext i32 %1064 to i64
+  %1066 = getelementptr i64, ptr %key_offsets.i, i64 %1065
+  %1067 = getelementptr i8, ptr %1066, i64 2048
+  %1068 = load i64, ptr %1067, align 8, !tbaa !4
+  %gep1232.us.i.1 = getelementptr i32, ptr %invariant.gep1231.us.i, i64 %1068
+  %1069 = zext nneg i32 %1063 to i64
+  %1070 = mul nsw i64 %k_row, %1069
+  %1071 = getelementptr i32, ptr %gep1232.us.i.1, i64 %1070
+  tail call void @llvm.prefetch.p0(ptr readonly %1071, i32 0, i32 2, i32 1)
+  %1072 = or disjoint i64 %1069, 1
+  %1073 = mul nsw i64 %1072, %k_row
+  %1074 = getelementptr i32, ptr %gep1232.us.i.1, i64 %1073
+  tail call void @llvm.prefetch.p0(ptr readonly %1074, i32 0, i32 2, i32 1)
+  %1075 = or disjoint i64 %1069, 2
+  %1076 = mul nsw i64 %1075, %k_row
+  %1077 = getelementptr i32, ptr %gep1232.us.i.1, i64 %1076
+  tail call void @llvm.prefetch.p0(ptr readonly %1077, i32 0, i32 2, i32 1)
+  %1078 = or disjoint i64 %1069, 3
+  %1079 = mul nsw i64 %1078, %k_row
+  %1080 = getelementptr i32, ptr %gep1232.us.i.1, i64 %1079
+  tail call void @llvm.prefetch.p0(ptr readonly %1080, i32 0, i32 2, i32 1)
+  %1081 = add nuw i32 %t1621230.us.i, 2
+  %niter316.next.1 = add i32 %niter316, 2
+  %niter316.ncmp.1 = icmp eq i32 %niter316.next.1, %unroll_iter315
+  br i1 %niter316.ncmp.1, label %for_body_t168.us.i.preheader.unr-lcssa, label %for_body_t159.us.i, !prof !57, !llvm.loop !58
 
-for_begin_r139.preheader.us.i.thread:             ; preds = %if_then130.us.i
-  %.pre131 = zext nneg i32 %836 to i64
-  %838 = shl i32 %825, 4
-  %839 = sext i32 %838 to i64
-  br label %for_end_r141.us.i
+for_body_t168.us.i.preheader.unr-lcssa:           ; preds = %for_body_t159.us.i
+  %lcmp.mod313.not = icmp eq i32 %xtraiter311, 0
+  br i1 %lcmp.mod313.not, label %for_body_t168.us.i.preheader, label %for_body_t159.us.i.epil.preheader, !prof !52
 
-for_begin_r_0_ti_0_fused.preheader.us.us.preheader.i: ; preds = %if_then130.us.i
-  %840 = shl i32 %825, 10
-  %841 = sext i32 %840 to i64
-  %wide.trip.count1438.i = zext nneg i32 %836 to i64
-  %invariant.gep81 = getelementptr i32, ptr %q_tile.i, i64 %841
-  br label %for_begin_r_0_ti_0_fused.preheader.us.us.i
+for_body_t159.us.i.epil.preheader:                ; preds = %for_body_t159.lr.ph.us.i, %for_body_t168.us.i.preheader.unr-lcssa
+  %t1621230.us.i.epil.init = phi i32 [ 0, %for_body_t159.lr.ph.us.i ], [ %1081, %for_body_t168.us.i.preheader.unr-lcssa ]
+  %lcmp.mod314 = icmp ne i32 %xtraiter311, 0
+  tail call void @llvm.assume(i1 %lcmp.mod314)
+  %1082 = add nuw nsw i32 %t1621230.us.i.epil.init, %2032
+  %1083 = tail call i32 @llvm.smin.i32(i32 %1082, i32 %1002)
+  %1084 = shl i32 %1083, 2
+  %1085 = and i32 %1084, 60
+  %1086 = and i32 %1083, -16
+  %1087 = sext i32 %1086 to i64
+  %1088 = getelementptr i64, ptr %key_offsets.i, i64 %1087
+  %1089 = getelementptr i8, ptr %1088, i64 2048
+  %1090 = load i64, ptr %1089, align 8, !tbaa !4
+  %gep1232.us.i.epil = getelementptr i32, ptr %invariant.gep1231.us.i, i64 %1090
+  %1091 = zext nneg i32 %1085 to i64
+  %1092 = mul nsw i64 %k_row, %1091
+  %1093 = getelementptr i32, ptr %gep1232.us.i.epil, i64 %1092
+  tail call void @llvm.prefetch.p0(ptr readonly %1093, i32 0, i32 2, i32 1)
+  %1094 = or disjoint i64 %1091, 1
+  %1095 = mul nsw i64 %1094, %k_row
+  %1096 = getelementptr i32, ptr %gep1232.us.i.epil, i64 %1095
+  tail call void @llvm.prefetch.p0(ptr readonly %1096, i32 0, i32 2, i32 1)
+  %1097 = or disjoint i64 %1091, 2
+  %1098 = mul nsw i64 %1097, %k_row
+  %1099 = getelementptr i32, ptr %gep1232.us.i.epil, i64 %1098
+  tail call void @llvm.prefetch.p0(ptr readonly %1099, i32 0, i32 2, i32 1)
+  %1100 = or disjoint i64 %1091, 3
+  %1101 = mul nsw i64 %1100, %k_row
+  %1102 = getelementptr i32, ptr %gep1232.us.i.epil, i64 %1101
+  tail call void @llvm.prefetch.p0(ptr readonly %1102, i32 0, i32 2, i32 1)
+  br label %for_body_t168.us.i.preheader
 
-for_end_r141.us.i:                                ; preds = %for_end_to146.us.i.loopexit.us, %for_begin_r139.preheader.us.i.thread
-  %842 = phi i64 [ %839, %for_begin_r139.preheader.us.i.thread ], [ %2324, %for_end_to146.us.i.loopexit.us ]
-  %wide.trip.count1443.i.pre-phi146 = phi i64 [ %.pre131, %for_begin_r139.preheader.us.i.thread ], [ %wide.trip.count1438.i, %for_end_to146.us.i.loopexit.us ]
-  br i1 %155, label %if_then149.us.i, label %if_end150.us.i, !prof !7
+for_body_t168.us.i.preheader:                     ; preds = %for_body_t159.us.i.epil.preheader, %for_body_t168.us.i.preheader.unr-lcssa
+  %xtraiter317 = and i32 %2030, 3
+  %1103 = icmp ult i32 %1037, 3
+  br i1 %1103, label %for_body_t168.us.i.epil.preheader, label %for_body_t168.us.i.preheader.new, !prof !47
 
-if_then149.us.i:                                  ; preds = %for_end_r141.us.i
-  %843 = srem i32 %825, %111
-  %844 = shl nsw i32 %843, 4
-  %845 = sub nsw i32 %109, %844
-  %846 = icmp sgt i32 %845, 0
-  br i1 %846, label %for_body_r152.lr.ph.us.i, label %if_end150.us.i, !prof !3
+for_body_t168.us.i.preheader.new:                 ; preds = %for_body_t168.us.i.preheader
+  %unroll_iter321 = and i32 %2030, -4
+  br label %for_body_t168.us.i
 
-if_end150.us.i:                                   ; preds = %for_end_c.us.i.loopexit.us, %for_body_r152.lr.ph.us.i, %if_then149.us.i, %for_end_r141.us.i
-  %847 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %exact.us.i = tail call ptr %847(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %848 = icmp eq ptr %exact.us.i, null
-  br i1 %848, label %fused_attend_compute_.exit, label %for_body_r163.us.i.preheader, !prof !7
+for_body_t168.us.i:                               ; preds = %for_body_t168.us.i, %for_body_t168.us.i.preheader.new
+  %t1711237.us.i = phi i32 [ 0, %for_body_t168.us.i.preheader.new ], [ %1143, %for_body_t168.us.i ]
+  %niter322 = phi i32 [ 0, %for_body_t168.us.i.preheader.new ], [ %niter322.next.3, %for_body_t168.us.i ]
+  %1104 = add nuw nsw i32 %t1711237.us.i, %2032
+  %1105 = tail call i32 @llvm.smin.i32(i32 %1104, i32 %1002)
+  %1106 = sext i32 %1105 to i64
+  %1107 = getelementptr i64, ptr %value_offsets.i, i64 %1106
+  %1108 = getelementptr i8, ptr %1107, i64 2048
+  %1109 = load i64, ptr %1108, align 8, !tbaa !4
+  %1110 = shl i32 %1105, 6
+  %1111 = and i32 %1110, 64
+  %gep1239.us.i = getelementptr i32, ptr %invariant.gep1238.us.i, i64 %1109
+  %1112 = zext nneg i32 %1111 to i64
+  %gep1234.us.i = getelementptr i32, ptr %gep1239.us.i, i64 %1112
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.i, i32 0, i32 2, i32 1)
+  %gep1234.us.1.i = getelementptr i8, ptr %gep1234.us.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.1.i, i32 0, i32 2, i32 1)
+  %gep1234.us.2.i = getelementptr i8, ptr %gep1234.us.i, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.2.i, i32 0, i32 2, i32 1)
+  %gep1234.us.3.i = getelementptr i8, ptr %gep1234.us.i, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.3.i, i32 0, i32 2, i32 1)
+  %1113 = or disjoint i32 %t1711237.us.i, 1
+  %1114 = add nuw nsw i32 %1113, %2032
+  %1115 = tail call i32 @llvm.smin.i32(i32 %1114, i32 %1002)
+  %1116 = sext i32 %1115 to i64
+  %1117 = getelementptr i64, ptr %value_offsets.i, i64 %1116
+  %1118 = getelementptr i8, ptr %1117, i64 2048
+  %1119 = load i64, ptr %1118, align 8, !tbaa !4
+  %1120 = shl i32 %1115, 6
+  %1121 = and i32 %1120, 64
+  %gep1239.us.i.1 = getelementptr i32, ptr %invariant.gep1238.us.i, i64 %1119
+  %1122 = zext nneg i32 %1121 to i64
+  %gep1234.us.i.1 = getelementptr i32, ptr %gep1239.us.i.1, i64 %1122
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.i.1, i32 0, i32 2, i32 1)
+  %gep1234.us.1.i.1 = getelementptr i8, ptr %gep1234.us.i.1, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.1.i.1, i32 0, i32 2, i32 1)
+  %gep1234.us.2.i.1 = getelementptr i8, ptr %gep1234.us.i.1, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.2.i.1, i32 0, i32 2, i32 1)
+  %gep1234.us.3.i.1 = getelementptr i8, ptr %gep1234.us.i.1, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.3.i.1, i32 0, i32 2, i32 1)
+  %1123 = or disjoint i32 %t1711237.us.i, 2
+  %1124 = add nuw nsw i32 %1123, %2032
+  %1125 = tail call i32 @llvm.smin.i32(i32 %1124, i32 %1002)
+  %1126 = sext i32 %1125 to i64
+  %1127 = getelementptr i64, ptr %value_offsets.i, i64 %1126
+  %1128 = getelementptr i8, ptr %1127, i64 2048
+  %1129 = load i64, ptr %1128, align 8, !tbaa !4
+  %1130 = shl i32 %1125, 6
+  %1131 = and i32 %1130, 64
+  %gep1239.us.i.2 = getelementptr i32, ptr %invariant.gep1238.us.i, i64 %1129
+  %1132 = zext nneg i32 %1131 to i64
+  %gep1234.us.i.2 = getelementptr i32, ptr %gep1239.us.i.2, i64 %1132
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.i.2, i32 0, i32 2, i32 1)
+  %gep1234.us.1.i.2 = getelementptr i8, ptr %gep1234.us.i.2, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.1.i.2, i32 0, i32 2, i32 1)
+  %gep1234.us.2.i.2 = getelementptr i8, ptr %gep1234.us.i.2, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.2.i.2, i32 0, i32 2, i32 1)
+  %gep1234.us.3.i.2 = getelementptr i8, ptr %gep1234.us.i.2, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.3.i.2, i32 0, i32 2, i32 1)
+  %1133 = or disjoint i32 %t1711237.us.i, 3
+  %1134 = add nuw nsw i32 %1133, %2032
+  %1135 = tail call i32 @llvm.smin.i32(i32 %1134, i32 %1002)
+  %1136 = sext i32 %1135 to i64
+  %1137 = getelementptr i64, ptr %value_offsets.i, i64 %1136
+  %1138 = getelementptr i8, ptr %1137, i64 2048
+  %1139 = load i64, ptr %1138, align 8, !tbaa !4
+  %1140 = shl i32 %1135, 6
+  %1141 = and i32 %1140, 64
+  %gep1239.us.i.3 = getelementptr i32, ptr %invariant.gep1238.us.i, i64 %1139
+  %1142 = zext nneg i32 %1141 to i64
+  %gep1234.us.i.3 = getelementptr i32, ptr %gep1239.us.i.3, i64 %1142
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.i.3, i32 0, i32 2, i32 1)
+  %gep1234.us.1.i.3 = getelementptr i8, ptr %gep1234.us.i.3, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.1.i.3, i32 0, i32 2, i32 1)
+  %gep1234.us.2.i.3 = getelementptr i8, ptr %gep1234.us.i.3, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.2.i.3, i32 0, i32 2, i32 1)
+  %gep1234.us.3.i.3 = getelementptr i8, ptr %gep1234.us.i.3, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.3.i.3, i32 0, i32 2, i32 1)
+  %1143 = add nuw i32 %t1711237.us.i, 4
+  %niter322.next.3 = add i32 %niter322, 4
+  %niter322.ncmp.3 = icmp eq i32 %niter322.next.3, %unroll_iter321
+  br i1 %niter322.ncmp.3, label %for_end_t169.us.i.loopexit.unr-lcssa, label %for_body_t168.us.i, !prof !48, !llvm.loop !60
 
-for_body_r163.us.i.preheader:                     ; preds = %if_end150.us.i
-  %849 = add nsw i64 %wide.trip.count1443.i.pre-phi146, -1
-  %xtraiter314 = and i64 %wide.trip.count1443.i.pre-phi146, 7
-  %850 = icmp ult i64 %849, 7
-  %unroll_iter319 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483640
-  %lcmp.mod316.not = icmp eq i64 %xtraiter314, 0
-  %lcmp.mod318 = icmp ne i64 %xtraiter314, 0
-  br label %for_body_r163.us.i
+for_end_t169.us.i.loopexit.unr-lcssa:             ; preds = %for_body_t168.us.i
+  %lcmp.mod319.not = icmp eq i32 %xtraiter317, 0
+  br i1 %lcmp.mod319.not, label %for_end_t169.us.i, label %for_body_t168.us.i.epil.preheader, !prof !51
 
-for_end_r252.us.i:                                ; preds = %for_end_to257.us.i
-  br i1 %155, label %if_then260.us.i, label %if_end261.us.i, !prof !7
+for_body_t168.us.i.epil.preheader:                ; preds = %for_end_t169.us.i.loopexit.unr-lcssa, %for_body_t168.us.i.preheader
+  %t1711237.us.i.epil.init = phi i32 [ 0, %for_body_t168.us.i.preheader ], [ %1143, %for_end_t169.us.i.loopexit.unr-lcssa ]
+  %lcmp.mod320 = icmp ne i32 %xtraiter317, 0
+  tail call void @llvm.assume(i1 %lcmp.mod320)
+  br label %for_body_t168.us.i.epil
 
-if_then260.us.i:                                  ; preds = %for_end_r252.us.i
-  %851 = srem i32 %825, %111
-  %852 = shl nsw i32 %851, 4
-  %853 = sub nsw i32 %109, %852
-  %854 = icmp sgt i32 %853, 0
-  br i1 %854, label %for_body_r263.lr.ph.us.i, label %if_end261.us.i, !prof !3
+for_body_t168.us.i.epil:                          ; preds = %for_body_t168.us.i.epil, %for_body_t168.us.i.epil.preheader
+  %t1711237.us.i.epil = phi i32 [ %1153, %for_body_t168.us.i.epil ], [ %t1711237.us.i.epil.init, %for_body_t168.us.i.epil.preheader ]
+  %epil.iter318 = phi i32 [ %epil.iter318.next, %for_body_t168.us.i.epil ], [ 0, %for_body_t168.us.i.epil.preheader ]
+  %1144 = add nuw nsw i32 %t1711237.us.i.epil, %2032
+  %1145 = tail call i32 @llvm.smin.i32(i32 %1144, i32 %1002)
+  %1146 = sext i32 %1145 to i64
+  %1147 = getelementptr i64, ptr %value_offsets.i, i64 %1146
+  %1148 = getelementptr i8, ptr %1147, i64 2048
+  %1149 = load i64, ptr %1148, align 8, !tbaa !4
+  %1150 = shl i32 %1145, 6
+  %1151 = and i32 %1150, 64
+  %gep1239.us.i.epil = getelementptr i32, ptr %invariant.gep1238.us.i, i64 %1149
+  %1152 = zext nneg i32 %1151 to i64
+  %gep1234.us.i.epil = getelementptr i32, ptr %gep1239.us.i.epil, i64 %1152
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.i.epil, i32 0, i32 2, i32 1)
+  %gep1234.us.1.i.epil = getelementptr i8, ptr %gep1234.us.i.epil, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.1.i.epil, i32 0, i32 2, i32 1)
+  %gep1234.us.2.i.epil = getelementptr i8, ptr %gep1234.us.i.epil, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.2.i.epil, i32 0, i32 2, i32 1)
+  %gep1234.us.3.i.epil = getelementptr i8, ptr %gep1234.us.i.epil, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1234.us.3.i.epil, i32 0, i32 2, i32 1)
+  %1153 = add nuw i32 %t1711237.us.i.epil, 1
+  %epil.iter318.next = add i32 %epil.iter318, 1
+  %epil.iter318.cmp.not = icmp eq i32 %epil.iter318.next, %xtraiter317
+  br i1 %epil.iter318.cmp.not, label %for_end_t169.us.i, label %for_body_t168.us.i.epil, !prof !52, !llvm.loop !61
 
-if_end261.us.i:                                   ; preds = %for_end_c269.us.i, %if_then260.us.i, %for_end_r252.us.i
-  %.not1380.i = icmp eq i32 %num_full.us.i, 0
-  %855 = shl nuw nsw i32 %num_full.us.i, 4
-  %856 = add nsw i32 %valid_len133.us.i, 1
-  %857 = ashr i32 %856, 1
-  %858 = sub nsw i32 %857, %855
-  %859 = icmp sgt i32 %858, 0
-  %860 = shl i32 %825, 11
-  %861 = zext nneg i32 %2002 to i64
-  %862 = sext i32 %860 to i64
-  %863 = zext nneg i32 %855 to i64
-  %wide.trip.count1528.i = zext nneg i32 %858 to i64
-  %invariant.gep1698.i = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %861
-  br label %for_begin_d_0_m.preheader.us.i
-
-for_end_r_0_m.us.i:                               ; preds = %for_end_d_0_m.us.i
-  %864 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %865 = tail call i32 %864(i32 1, i32 %dev_id, ptr nonnull %exact.us.i)
-  %.not518.us.i = icmp eq i32 %865, 0
-  br i1 %.not518.us.i, label %if_end131.us.i, label %fused_attend_compute_.exit, !prof !51
-
-if_end131.us.i:                                   ; preds = %for_end_r_0_m.us.i, %if_end128.us.i
-  %866 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %867 = tail call i32 %866(i32 1, i32 %dev_id, ptr nonnull %scaled.us.i)
-  %.not519.us.i = icmp eq i32 %867, 0
-  br i1 %.not519.us.i, label %if_end297.us.i, label %fused_attend_compute_.exit, !prof !51
-
-if_end297.us.i:                                   ; preds = %if_end131.us.i
-  %868 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %869 = tail call i32 %868(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.us.i)
-  %.not520.us.i = icmp eq i32 %869, 0
-  br i1 %.not520.us.i, label %if_end300.us.i, label %fused_attend_compute_.exit, !prof !51
-
-if_end300.us.i:                                   ; preds = %if_end297.us.i
-  %870 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %871 = tail call i32 %870(i32 1, i32 %dev_id, ptr nonnull %edges.us.i)
-  %.not521.us.i = icmp eq i32 %871, 0
-  br i1 %.not521.us.i, label %if_end303.us.i, label %fused_attend_compute_.exit, !prof !51
-
-if_end303.us.i:                                   ; preds = %if_end300.us.i
-  %872 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %873 = tail call i32 %872(i32 1, i32 %dev_id, ptr nonnull %probs.us.i)
-  %.not522.us.i = icmp eq i32 %873, 0
-  br i1 %.not522.us.i, label %if_end306.us.i, label %fused_attend_compute_.exit, !prof !51
-
-if_end306.us.i:                                   ; preds = %if_end303.us.i
-  %874 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %875 = tail call i32 %874(i32 1, i32 %dev_id, ptr nonnull %scores.us.i)
-  %.not523.us.i = icmp eq i32 %875, 0
-  br i1 %.not523.us.i, label %for_begin_row_tile.us.i, label %fused_attend_compute_.exit, !prof !51
-
-for_end_d_0_m.us.i:                               ; preds = %if_end292.us.i
-  %indvars.iv.next1535.i = add nuw nsw i64 %indvars.iv1534.i, 1
-  %exitcond1537.not.i = icmp eq i64 %indvars.iv.next1535.i, 4
-  br i1 %exitcond1537.not.i, label %for_end_r_0_m.us.i, label %for_begin_d_0_m.preheader.us.i, !prof !28
-
-for_end_to274.us.i:                               ; preds = %for_begin_to272.preheader.us.i, %for_body_to273.us.i
-  %full_acc483.sroa.136.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to272.preheader.us.i ], [ %r.i947.us.i, %for_body_to273.us.i ]
-  %full_acc483.sroa.102.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to272.preheader.us.i ], [ %r.i944.us.i, %for_body_to273.us.i ]
-  %full_acc483.sroa.68.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to272.preheader.us.i ], [ %r.i941.us.i, %for_body_to273.us.i ]
-  %full_acc483.sroa.34.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to272.preheader.us.i ], [ %r.i938.us.i, %for_body_to273.us.i ]
-  %full_acc483.sroa.0.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to272.preheader.us.i ], [ %r.i935.us.i, %for_body_to273.us.i ]
-  %full_acc483.sroa.170.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to272.preheader.us.i ], [ %r.i950.us.i, %for_body_to273.us.i ]
-  %full_acc483.sroa.204.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to272.preheader.us.i ], [ %r.i953.us.i, %for_body_to273.us.i ]
-  %full_acc483.sroa.238.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to272.preheader.us.i ], [ %r.i956.us.i, %for_body_to273.us.i ]
-  br i1 %859, label %for_body_ti.lr.ph.us.i, label %for_end_ti.us.i, !prof !3
-
-for_end_ti.us.i:                                  ; preds = %for_body_ti.us.i, %for_end_to274.us.i
-  %tile_acc484.sroa.28.0.lcssa.us.i = phi <16 x float> [ %full_acc483.sroa.238.0.lcssa.us.i, %for_end_to274.us.i ], [ %r.i980.us.i, %for_body_ti.us.i ]
-  %tile_acc484.sroa.24.0.lcssa.us.i = phi <16 x float> [ %full_acc483.sroa.204.0.lcssa.us.i, %for_end_to274.us.i ], [ %r.i977.us.i, %for_body_ti.us.i ]
-  %tile_acc484.sroa.20.0.lcssa.us.i = phi <16 x float> [ %full_acc483.sroa.170.0.lcssa.us.i, %for_end_to274.us.i ], [ %r.i974.us.i, %for_body_ti.us.i ]
-  %tile_acc484.sroa.16.0.lcssa.us.i = phi <16 x float> [ %full_acc483.sroa.136.0.lcssa.us.i, %for_end_to274.us.i ], [ %r.i971.us.i, %for_body_ti.us.i ]
-  %tile_acc484.sroa.12.0.lcssa.us.i = phi <16 x float> [ %full_acc483.sroa.102.0.lcssa.us.i, %for_end_to274.us.i ], [ %r.i968.us.i, %for_body_ti.us.i ]
-  %tile_acc484.sroa.8.0.lcssa.us.i = phi <16 x float> [ %full_acc483.sroa.68.0.lcssa.us.i, %for_end_to274.us.i ], [ %r.i965.us.i, %for_body_ti.us.i ]
-  %tile_acc484.sroa.4.0.lcssa.us.i = phi <16 x float> [ %full_acc483.sroa.34.0.lcssa.us.i, %for_end_to274.us.i ], [ %r.i962.us.i, %for_body_ti.us.i ]
-  %tile_acc484.sroa.0.0.lcssa.us.i = phi <16 x float> [ %full_acc483.sroa.0.0.lcssa.us.i, %for_end_to274.us.i ], [ %r.i959.us.i, %for_body_ti.us.i ]
-  %876 = shl nuw nsw i64 %indvars.iv1530.i, 5
-  %877 = add nuw nsw i64 %2280, %876
-  %878 = getelementptr inbounds float, ptr %acc.i, i64 %877
-  br i1 %797, label %if_then291.us.i, label %if_end290.us.if_end292.us_crit_edge.i, !prof !7
-
-if_end290.us.if_end292.us_crit_edge.i:            ; preds = %for_end_ti.us.i
-  %879 = load <16 x float>, ptr %878, align 4, !tbaa !4
-  %880 = fmul <16 x float> %2284, %879
-  %881 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %tile_acc484.sroa.0.0.lcssa.us.i, <16 x float> %880)
-  store <16 x float> %881, ptr %878, align 4, !tbaa !4
-  %882 = getelementptr i8, ptr %878, i64 64
-  %883 = load <16 x float>, ptr %882, align 4, !tbaa !4
-  %884 = fmul <16 x float> %2284, %883
-  %885 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %tile_acc484.sroa.4.0.lcssa.us.i, <16 x float> %884)
-  store <16 x float> %885, ptr %882, align 4, !tbaa !4
-  %.phi.trans.insert.i = getelementptr i8, ptr %878, i64 512
-  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !4
-  %.pre1621.i = fmul <16 x float> %2293, %.pre.i
-  %886 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2289, <16 x float> %tile_acc484.sroa.8.0.lcssa.us.i, <16 x float> %.pre1621.i)
-  store <16 x float> %886, ptr %.phi.trans.insert.i, align 4, !tbaa !4
-  %887 = getelementptr i8, ptr %878, i64 576
-  %888 = load <16 x float>, ptr %887, align 4, !tbaa !4
-  %889 = fmul <16 x float> %2293, %888
-  %890 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2289, <16 x float> %tile_acc484.sroa.12.0.lcssa.us.i, <16 x float> %889)
-  store <16 x float> %890, ptr %887, align 4, !tbaa !4
-  %.phi.trans.insert1615.i = getelementptr i8, ptr %878, i64 1024
-  %.pre1616.i = load <16 x float>, ptr %.phi.trans.insert1615.i, align 4, !tbaa !4
-  %.pre1622.i = fmul <16 x float> %2302, %.pre1616.i
-  %891 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2298, <16 x float> %tile_acc484.sroa.16.0.lcssa.us.i, <16 x float> %.pre1622.i)
-  store <16 x float> %891, ptr %.phi.trans.insert1615.i, align 4, !tbaa !4
-  %892 = getelementptr i8, ptr %878, i64 1088
-  %893 = load <16 x float>, ptr %892, align 4, !tbaa !4
-  %894 = fmul <16 x float> %2302, %893
-  %895 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2298, <16 x float> %tile_acc484.sroa.20.0.lcssa.us.i, <16 x float> %894)
-  store <16 x float> %895, ptr %892, align 4, !tbaa !4
-  %.phi.trans.insert1617.i = getelementptr i8, ptr %878, i64 1536
-  %.pre1618.i = load <16 x float>, ptr %.phi.trans.insert1617.i, align 4, !tbaa !4
-  %896 = fmul <16 x float> %2311, %.pre1618.i
-  %897 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2307, <16 x float> %tile_acc484.sroa.24.0.lcssa.us.i, <16 x float> %896)
-  store <16 x float> %897, ptr %.phi.trans.insert1617.i, align 4, !tbaa !4
-  %.phi.trans.insert1619.i = getelementptr i8, ptr %878, i64 1600
-  %.pre1620.i = load <16 x float>, ptr %.phi.trans.insert1619.i, align 4, !tbaa !4
-  %.pre = fmul <16 x float> %2311, %.pre1620.i
-  br label %if_end292.us.i
-
-if_then291.us.i:                                  ; preds = %for_end_ti.us.i
-  %898 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %tile_acc484.sroa.0.0.lcssa.us.i, <16 x float> %2314)
-  store <16 x float> %898, ptr %878, align 4, !tbaa !4
-  %899 = getelementptr i8, ptr %878, i64 64
-  %900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %tile_acc484.sroa.4.0.lcssa.us.i, <16 x float> %2314)
-  store <16 x float> %900, ptr %899, align 4, !tbaa !4
-  %901 = getelementptr i8, ptr %878, i64 512
-  %902 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2289, <16 x float> %tile_acc484.sroa.8.0.lcssa.us.i, <16 x float> %2315)
-  store <16 x float> %902, ptr %901, align 4, !tbaa !4
-  %903 = getelementptr i8, ptr %878, i64 576
-  %904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2289, <16 x float> %tile_acc484.sroa.12.0.lcssa.us.i, <16 x float> %2315)
-  store <16 x float> %904, ptr %903, align 4, !tbaa !4
-  %905 = getelementptr i8, ptr %878, i64 1024
-  %906 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2298, <16 x float> %tile_acc484.sroa.16.0.lcssa.us.i, <16 x float> %2316)
-  store <16 x float> %906, ptr %905, align 4, !tbaa !4
-  %907 = getelementptr i8, ptr %878, i64 1088
-  %908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2298, <16 x float> %tile_acc484.sroa.20.0.lcssa.us.i, <16 x float> %2316)
-  store <16 x float> %908, ptr %907, align 4, !tbaa !4
-  %909 = getelementptr i8, ptr %878, i64 1536
-  %910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2307, <16 x float> %tile_acc484.sroa.24.0.lcssa.us.i, <16 x float> %2317)
-  store <16 x float> %910, ptr %909, align 4, !tbaa !4
-  br label %if_end292.us.i
-
-if_end292.us.i:                                   ; preds = %if_then291.us.i, %if_end290.us.if_end292.us_crit_edge.i
-  %.pre-phi = phi <16 x float> [ %2317, %if_then291.us.i ], [ %.pre, %if_end290.us.if_end292.us_crit_edge.i ]
-  %911 = getelementptr inbounds float, ptr %acc.i, i64 %877
-  %912 = getelementptr i8, ptr %911, i64 1600
-  %913 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2307, <16 x float> %tile_acc484.sroa.28.0.lcssa.us.i, <16 x float> %.pre-phi)
-  store <16 x float> %913, ptr %912, align 4, !tbaa !4
-  %indvars.iv.next1531.i = add nuw nsw i64 %indvars.iv1530.i, 1
-  %exitcond1533.not.i = icmp eq i64 %indvars.iv.next1531.i, 4
-  br i1 %exitcond1533.not.i, label %for_end_d_0_m.us.i, label %for_begin_to272.preheader.us.i, !prof !28
-
-for_body_ti.us.i:                                 ; preds = %for_body_ti.lr.ph.us.i, %for_body_ti.us.i
-  %indvars.iv1525.i = phi i64 [ 0, %for_body_ti.lr.ph.us.i ], [ %indvars.iv.next1526.i, %for_body_ti.us.i ]
-  %tile_acc484.sroa.0.01301.us.i = phi <16 x float> [ %full_acc483.sroa.0.0.lcssa.us.i, %for_body_ti.lr.ph.us.i ], [ %r.i959.us.i, %for_body_ti.us.i ]
-  %tile_acc484.sroa.4.01300.us.i = phi <16 x float> [ %full_acc483.sroa.34.0.lcssa.us.i, %for_body_ti.lr.ph.us.i ], [ %r.i962.us.i, %for_body_ti.us.i ]
-  %tile_acc484.sroa.8.01299.us.i = phi <16 x float> [ %full_acc483.sroa.68.0.lcssa.us.i, %for_body_ti.lr.ph.us.i ], [ %r.i965.us.i, %for_body_ti.us.i ]
-  %tile_acc484.sroa.12.01298.us.i = phi <16 x float> [ %full_acc483.sroa.102.0.lcssa.us.i, %for_body_ti.lr.ph.us.i ], [ %r.i968.us.i, %for_body_ti.us.i ]
-  %tile_acc484.sroa.16.01297.us.i = phi <16 x float> [ %full_acc483.sroa.136.0.lcssa.us.i, %for_body_ti.lr.ph.us.i ], [ %r.i971.us.i, %for_body_ti.us.i ]
-  %tile_acc484.sroa.20.01296.us.i = phi <16 x float> [ %full_acc483.sroa.170.0.lcssa.us.i, %for_body_ti.lr.ph.us.i ], [ %r.i974.us.i, %for_body_ti.us.i ]
-  %tile_acc484.sroa.24.01295.us.i = phi <16 x float> [ %full_acc483.sroa.204.0.lcssa.us.i, %for_body_ti.lr.ph.us.i ], [ %r.i977.us.i, %for_body_ti.us.i ]
-  %tile_acc484.sroa.28.01294.us.i = phi <16 x float> [ %full_acc483.sroa.238.0.lcssa.us.i, %for_body_ti.lr.ph.us.i ], [ %r.i980.us.i, %for_body_ti.us.i ]
-  %914 = add nuw nsw i64 %2313, %indvars.iv1525.i
-  %915 = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %914
-  %916 = load i32, ptr %915, align 4, !tbaa !4
-  %917 = insertelement <16 x i32> poison, i32 %916, i64 0
-  %918 = shufflevector <16 x i32> %917, <16 x i32> poison, <16 x i32> zeroinitializer
-  %919 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %914
-  %920 = load i32, ptr %919, align 4, !tbaa !4
-  %921 = insertelement <16 x i32> poison, i32 %920, i64 0
-  %922 = shufflevector <16 x i32> %921, <16 x i32> poison, <16 x i32> zeroinitializer
-  %.idx1659.i = shl nuw nsw i64 %indvars.iv1525.i, 4
-  %gep1699.i = getelementptr inbounds nuw i8, ptr %invariant.gep1698.i, i64 %.idx1659.i
-  %923 = load i64, ptr %gep1699.i, align 8, !tbaa !4
-  %gep1314.us.i = getelementptr i32, ptr %gep1349.us.i, i64 %923
-  %924 = load <16 x i32>, ptr %gep1314.us.i, align 4, !tbaa !4
-  %925 = and <16 x i32> %924, %922
-  %x.i957.us.i = bitcast <16 x i32> %918 to <32 x bfloat>
-  %y.i958.us.i = bitcast <16 x i32> %925 to <32 x bfloat>
-  %r.i959.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc484.sroa.0.01301.us.i, <32 x bfloat> %x.i957.us.i, <32 x bfloat> %y.i958.us.i)
-  %926 = getelementptr i8, ptr %gep1314.us.i, i64 64
-  %927 = load <16 x i32>, ptr %926, align 4, !tbaa !4
-  %928 = and <16 x i32> %927, %922
-  %y.i961.us.i = bitcast <16 x i32> %928 to <32 x bfloat>
-  %r.i962.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc484.sroa.4.01300.us.i, <32 x bfloat> %x.i957.us.i, <32 x bfloat> %y.i961.us.i)
-  %929 = add nuw nsw i64 %914, 64
-  %930 = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %929
-  %931 = load i32, ptr %930, align 4, !tbaa !4
-  %932 = insertelement <16 x i32> poison, i32 %931, i64 0
-  %933 = shufflevector <16 x i32> %932, <16 x i32> poison, <16 x i32> zeroinitializer
-  %934 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %929
-  %935 = load i32, ptr %934, align 4, !tbaa !4
-  %936 = insertelement <16 x i32> poison, i32 %935, i64 0
-  %937 = shufflevector <16 x i32> %936, <16 x i32> poison, <16 x i32> zeroinitializer
-  %938 = and <16 x i32> %937, %924
-  %x.i963.us.i = bitcast <16 x i32> %933 to <32 x bfloat>
-  %y.i964.us.i = bitcast <16 x i32> %938 to <32 x bfloat>
-  %r.i965.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc484.sroa.8.01299.us.i, <32 x bfloat> %x.i963.us.i, <32 x bfloat> %y.i964.us.i)
-  %939 = and <16 x i32> %937, %927
-  %y.i967.us.i = bitcast <16 x i32> %939 to <32 x bfloat>
-  %r.i968.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc484.sroa.12.01298.us.i, <32 x bfloat> %x.i963.us.i, <32 x bfloat> %y.i967.us.i)
-  %940 = add nuw nsw i64 %914, 128
-  %941 = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %940
-  %942 = load i32, ptr %941, align 4, !tbaa !4
-  %943 = insertelement <16 x i32> poison, i32 %942, i64 0
-  %944 = shufflevector <16 x i32> %943, <16 x i32> poison, <16 x i32> zeroinitializer
-  %945 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %940
-  %946 = load i32, ptr %945, align 4, !tbaa !4
-  %947 = insertelement <16 x i32> poison, i32 %946, i64 0
-  %948 = shufflevector <16 x i32> %947, <16 x i32> poison, <16 x i32> zeroinitializer
-  %949 = and <16 x i32> %948, %924
-  %x.i969.us.i = bitcast <16 x i32> %944 to <32 x bfloat>
-  %y.i970.us.i = bitcast <16 x i32> %949 to <32 x bfloat>
-  %r.i971.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc484.sroa.16.01297.us.i, <32 x bfloat> %x.i969.us.i, <32 x bfloat> %y.i970.us.i)
-  %950 = and <16 x i32> %948, %927
-  %y.i973.us.i = bitcast <16 x i32> %950 to <32 x bfloat>
-  %r.i974.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc484.sroa.20.01296.us.i, <32 x bfloat> %x.i969.us.i, <32 x bfloat> %y.i973.us.i)
-  %951 = add nuw nsw i64 %914, 192
-  %952 = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %951
-  %953 = load i32, ptr %952, align 4, !tbaa !4
-  %954 = insertelement <16 x i32> poison, i32 %953, i64 0
-  %955 = shufflevector <16 x i32> %954, <16 x i32> poison, <16 x i32> zeroinitializer
-  %956 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %951
-  %957 = load i32, ptr %956, align 4, !tbaa !4
-  %958 = insertelement <16 x i32> poison, i32 %957, i64 0
-  %959 = shufflevector <16 x i32> %958, <16 x i32> poison, <16 x i32> zeroinitializer
-  %960 = and <16 x i32> %959, %924
-  %x.i975.us.i = bitcast <16 x i32> %955 to <32 x bfloat>
-  %y.i976.us.i = bitcast <16 x i32> %960 to <32 x bfloat>
-  %r.i977.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc484.sroa.24.01295.us.i, <32 x bfloat> %x.i975.us.i, <32 x bfloat> %y.i976.us.i)
-  %961 = and <16 x i32> %959, %927
-  %y.i979.us.i = bitcast <16 x i32> %961 to <32 x bfloat>
-  %r.i980.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc484.sroa.28.01294.us.i, <32 x bfloat> %x.i975.us.i, <32 x bfloat> %y.i979.us.i)
-  %indvars.iv.next1526.i = add nuw nsw i64 %indvars.iv1525.i, 1
-  %exitcond1529.not.i = icmp eq i64 %indvars.iv.next1526.i, %wide.trip.count1528.i
-  br i1 %exitcond1529.not.i, label %for_end_ti.us.i, label %for_body_ti.us.i, !prof !8
-
-for_body_to273.us.i:                              ; preds = %for_body_to273.lr.ph.us.i, %for_body_to273.us.i
-  %indvars.iv1520.i = phi i64 [ 0, %for_body_to273.lr.ph.us.i ], [ %indvars.iv.next1521.i, %for_body_to273.us.i ]
-  %full_acc483.sroa.238.01220.us.i = phi <16 x float> [ zeroinitializer, %for_body_to273.lr.ph.us.i ], [ %r.i956.us.i, %for_body_to273.us.i ]
-  %full_acc483.sroa.204.01219.us.i = phi <16 x float> [ zeroinitializer, %for_body_to273.lr.ph.us.i ], [ %r.i953.us.i, %for_body_to273.us.i ]
-  %full_acc483.sroa.170.01218.us.i = phi <16 x float> [ zeroinitializer, %for_body_to273.lr.ph.us.i ], [ %r.i950.us.i, %for_body_to273.us.i ]
-  %full_acc483.sroa.0.01217.us.i = phi <16 x float> [ zeroinitializer, %for_body_to273.lr.ph.us.i ], [ %r.i935.us.i, %for_body_to273.us.i ]
-  %full_acc483.sroa.34.01216.us.i = phi <16 x float> [ zeroinitializer, %for_body_to273.lr.ph.us.i ], [ %r.i938.us.i, %for_body_to273.us.i ]
-  %full_acc483.sroa.68.01215.us.i = phi <16 x float> [ zeroinitializer, %for_body_to273.lr.ph.us.i ], [ %r.i941.us.i, %for_body_to273.us.i ]
-  %full_acc483.sroa.102.01214.us.i = phi <16 x float> [ zeroinitializer, %for_body_to273.lr.ph.us.i ], [ %r.i944.us.i, %for_body_to273.us.i ]
-  %full_acc483.sroa.136.01213.us.i = phi <16 x float> [ zeroinitializer, %for_body_to273.lr.ph.us.i ], [ %r.i947.us.i, %for_body_to273.us.i ]
-  %.idx1657.i = shl nsw i64 %indvars.iv1520.i, 6
-  %gep1697.i = getelementptr inbounds nuw i8, ptr %invariant.gep1696.i, i64 %.idx1657.i
-  %962 = load i32, ptr %gep1697.i, align 4, !tbaa !4
-  %963 = insertelement <16 x i32> poison, i32 %962, i64 0
-  %964 = shufflevector <16 x i32> %963, <16 x i32> poison, <16 x i32> zeroinitializer
-  %.idx1658.i = shl nsw i64 %indvars.iv1520.i, 8
-  %965 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1658.i
-  %966 = load i64, ptr %965, align 8, !tbaa !4
-  %gep1233.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %966
-  %967 = load <32 x bfloat>, ptr %gep1233.us.i, align 4, !tbaa !4
-  %x.i573.us.i = bitcast <16 x i32> %964 to <32 x bfloat>
-  %r.i575.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc483.sroa.0.01217.us.i, <32 x bfloat> %x.i573.us.i, <32 x bfloat> %967)
-  %968 = getelementptr i8, ptr %gep1233.us.i, i64 64
-  %969 = load <32 x bfloat>, ptr %968, align 4, !tbaa !4
-  %r.i578.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc483.sroa.34.01216.us.i, <32 x bfloat> %x.i573.us.i, <32 x bfloat> %969)
-  %970 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 256
-  %971 = load i32, ptr %970, align 4, !tbaa !4
-  %972 = insertelement <16 x i32> poison, i32 %971, i64 0
-  %973 = shufflevector <16 x i32> %972, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i579.us.i = bitcast <16 x i32> %973 to <32 x bfloat>
-  %r.i581.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc483.sroa.68.01215.us.i, <32 x bfloat> %x.i579.us.i, <32 x bfloat> %967)
-  %r.i584.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc483.sroa.102.01214.us.i, <32 x bfloat> %x.i579.us.i, <32 x bfloat> %969)
-  %974 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 512
-  %975 = load i32, ptr %974, align 4, !tbaa !4
-  %976 = insertelement <16 x i32> poison, i32 %975, i64 0
-  %977 = shufflevector <16 x i32> %976, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i585.us.i = bitcast <16 x i32> %977 to <32 x bfloat>
-  %r.i587.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc483.sroa.136.01213.us.i, <32 x bfloat> %x.i585.us.i, <32 x bfloat> %967)
-  %r.i590.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc483.sroa.170.01218.us.i, <32 x bfloat> %x.i585.us.i, <32 x bfloat> %969)
-  %978 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 768
-  %979 = load i32, ptr %978, align 4, !tbaa !4
-  %980 = insertelement <16 x i32> poison, i32 %979, i64 0
-  %981 = shufflevector <16 x i32> %980, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i591.us.i = bitcast <16 x i32> %981 to <32 x bfloat>
-  %r.i593.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc483.sroa.204.01219.us.i, <32 x bfloat> %x.i591.us.i, <32 x bfloat> %967)
-  %r.i596.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc483.sroa.238.01220.us.i, <32 x bfloat> %x.i591.us.i, <32 x bfloat> %969)
-  %982 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 4
-  %983 = load i32, ptr %982, align 4, !tbaa !4
-  %984 = insertelement <16 x i32> poison, i32 %983, i64 0
-  %985 = shufflevector <16 x i32> %984, <16 x i32> poison, <16 x i32> zeroinitializer
-  %986 = getelementptr inbounds nuw i8, ptr %965, i64 16
-  %987 = load i64, ptr %986, align 8, !tbaa !4
-  %gep1237.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %987
-  %988 = load <32 x bfloat>, ptr %gep1237.us.i, align 4, !tbaa !4
-  %x.i597.us.i = bitcast <16 x i32> %985 to <32 x bfloat>
-  %r.i599.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i575.us.i, <32 x bfloat> %x.i597.us.i, <32 x bfloat> %988)
-  %989 = getelementptr i8, ptr %gep1237.us.i, i64 64
-  %990 = load <32 x bfloat>, ptr %989, align 4, !tbaa !4
-  %r.i602.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i578.us.i, <32 x bfloat> %x.i597.us.i, <32 x bfloat> %990)
-  %991 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 260
-  %992 = load i32, ptr %991, align 4, !tbaa !4
-  %993 = insertelement <16 x i32> poison, i32 %992, i64 0
-  %994 = shufflevector <16 x i32> %993, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i603.us.i = bitcast <16 x i32> %994 to <32 x bfloat>
-  %r.i605.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i581.us.i, <32 x bfloat> %x.i603.us.i, <32 x bfloat> %988)
-  %r.i608.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i584.us.i, <32 x bfloat> %x.i603.us.i, <32 x bfloat> %990)
-  %995 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 516
-  %996 = load i32, ptr %995, align 4, !tbaa !4
-  %997 = insertelement <16 x i32> poison, i32 %996, i64 0
-  %998 = shufflevector <16 x i32> %997, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i609.us.i = bitcast <16 x i32> %998 to <32 x bfloat>
-  %r.i611.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i587.us.i, <32 x bfloat> %x.i609.us.i, <32 x bfloat> %988)
-  %r.i614.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i590.us.i, <32 x bfloat> %x.i609.us.i, <32 x bfloat> %990)
-  %999 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 772
-  %1000 = load i32, ptr %999, align 4, !tbaa !4
-  %1001 = insertelement <16 x i32> poison, i32 %1000, i64 0
-  %1002 = shufflevector <16 x i32> %1001, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i615.us.i = bitcast <16 x i32> %1002 to <32 x bfloat>
-  %r.i617.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i593.us.i, <32 x bfloat> %x.i615.us.i, <32 x bfloat> %988)
-  %r.i620.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i596.us.i, <32 x bfloat> %x.i615.us.i, <32 x bfloat> %990)
-  %1003 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 8
-  %1004 = load i32, ptr %1003, align 4, !tbaa !4
-  %1005 = insertelement <16 x i32> poison, i32 %1004, i64 0
-  %1006 = shufflevector <16 x i32> %1005, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1007 = getelementptr inbounds nuw i8, ptr %965, i64 32
-  %1008 = load i64, ptr %1007, align 8, !tbaa !4
-  %gep1241.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1008
-  %1009 = load <32 x bfloat>, ptr %gep1241.us.i, align 4, !tbaa !4
-  %x.i621.us.i = bitcast <16 x i32> %1006 to <32 x bfloat>
-  %r.i623.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i599.us.i, <32 x bfloat> %x.i621.us.i, <32 x bfloat> %1009)
-  %1010 = getelementptr i8, ptr %gep1241.us.i, i64 64
-  %1011 = load <32 x bfloat>, ptr %1010, align 4, !tbaa !4
-  %r.i626.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i602.us.i, <32 x bfloat> %x.i621.us.i, <32 x bfloat> %1011)
-  %1012 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 264
-  %1013 = load i32, ptr %1012, align 4, !tbaa !4
-  %1014 = insertelement <16 x i32> poison, i32 %1013, i64 0
-  %1015 = shufflevector <16 x i32> %1014, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i627.us.i = bitcast <16 x i32> %1015 to <32 x bfloat>
-  %r.i629.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i605.us.i, <32 x bfloat> %x.i627.us.i, <32 x bfloat> %1009)
-  %r.i632.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i608.us.i, <32 x bfloat> %x.i627.us.i, <32 x bfloat> %1011)
-  %1016 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 520
-  %1017 = load i32, ptr %1016, align 4, !tbaa !4
-  %1018 = insertelement <16 x i32> poison, i32 %1017, i64 0
-  %1019 = shufflevector <16 x i32> %1018, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i633.us.i = bitcast <16 x i32> %1019 to <32 x bfloat>
-  %r.i635.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i611.us.i, <32 x bfloat> %x.i633.us.i, <32 x bfloat> %1009)
-  %r.i638.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i614.us.i, <32 x bfloat> %x.i633.us.i, <32 x bfloat> %1011)
-  %1020 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 776
-  %1021 = load i32, ptr %1020, align 4, !tbaa !4
-  %1022 = insertelement <16 x i32> poison, i32 %1021, i64 0
-  %1023 = shufflevector <16 x i32> %1022, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i639.us.i = bitcast <16 x i32> %1023 to <32 x bfloat>
-  %r.i641.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i617.us.i, <32 x bfloat> %x.i639.us.i, <32 x bfloat> %1009)
-  %r.i644.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i620.us.i, <32 x bfloat> %x.i639.us.i, <32 x bfloat> %1011)
-  %1024 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 12
-  %1025 = load i32, ptr %1024, align 4, !tbaa !4
-  %1026 = insertelement <16 x i32> poison, i32 %1025, i64 0
-  %1027 = shufflevector <16 x i32> %1026, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1028 = getelementptr inbounds nuw i8, ptr %965, i64 48
-  %1029 = load i64, ptr %1028, align 8, !tbaa !4
-  %gep1245.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1029
-  %1030 = load <32 x bfloat>, ptr %gep1245.us.i, align 4, !tbaa !4
-  %x.i645.us.i = bitcast <16 x i32> %1027 to <32 x bfloat>
-  %r.i647.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i623.us.i, <32 x bfloat> %x.i645.us.i, <32 x bfloat> %1030)
-  %1031 = getelementptr i8, ptr %gep1245.us.i, i64 64
-  %1032 = load <32 x bfloat>, ptr %1031, align 4, !tbaa !4
-  %r.i650.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i626.us.i, <32 x bfloat> %x.i645.us.i, <32 x bfloat> %1032)
-  %1033 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 268
-  %1034 = load i32, ptr %1033, align 4, !tbaa !4
-  %1035 = insertelement <16 x i32> poison, i32 %1034, i64 0
-  %1036 = shufflevector <16 x i32> %1035, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i651.us.i = bitcast <16 x i32> %1036 to <32 x bfloat>
-  %r.i653.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i629.us.i, <32 x bfloat> %x.i651.us.i, <32 x bfloat> %1030)
-  %r.i656.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i632.us.i, <32 x bfloat> %x.i651.us.i, <32 x bfloat> %1032)
-  %1037 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 524
-  %1038 = load i32, ptr %1037, align 4, !tbaa !4
-  %1039 = insertelement <16 x i32> poison, i32 %1038, i64 0
-  %1040 = shufflevector <16 x i32> %1039, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i657.us.i = bitcast <16 x i32> %1040 to <32 x bfloat>
-  %r.i659.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i635.us.i, <32 x bfloat> %x.i657.us.i, <32 x bfloat> %1030)
-  %r.i662.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i638.us.i, <32 x bfloat> %x.i657.us.i, <32 x bfloat> %1032)
-  %1041 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 780
-  %1042 = load i32, ptr %1041, align 4, !tbaa !4
-  %1043 = insertelement <16 x i32> poison, i32 %1042, i64 0
-  %1044 = shufflevector <16 x i32> %1043, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i663.us.i = bitcast <16 x i32> %1044 to <32 x bfloat>
-  %r.i665.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i641.us.i, <32 x bfloat> %x.i663.us.i, <32 x bfloat> %1030)
-  %r.i668.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i644.us.i, <32 x bfloat> %x.i663.us.i, <32 x bfloat> %1032)
-  %1045 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 16
-  %1046 = load i32, ptr %1045, align 4, !tbaa !4
-  %1047 = insertelement <16 x i32> poison, i32 %1046, i64 0
-  %1048 = shufflevector <16 x i32> %1047, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1049 = getelementptr inbounds nuw i8, ptr %965, i64 64
-  %1050 = load i64, ptr %1049, align 8, !tbaa !4
-  %gep1249.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1050
-  %1051 = load <32 x bfloat>, ptr %gep1249.us.i, align 4, !tbaa !4
-  %x.i669.us.i = bitcast <16 x i32> %1048 to <32 x bfloat>
-  %r.i671.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i647.us.i, <32 x bfloat> %x.i669.us.i, <32 x bfloat> %1051)
-  %1052 = getelementptr i8, ptr %gep1249.us.i, i64 64
-  %1053 = load <32 x bfloat>, ptr %1052, align 4, !tbaa !4
-  %r.i674.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i650.us.i, <32 x bfloat> %x.i669.us.i, <32 x bfloat> %1053)
-  %1054 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 272
-  %1055 = load i32, ptr %1054, align 4, !tbaa !4
-  %1056 = insertelement <16 x i32> poison, i32 %1055, i64 0
-  %1057 = shufflevector <16 x i32> %1056, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i675.us.i = bitcast <16 x i32> %1057 to <32 x bfloat>
-  %r.i677.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i653.us.i, <32 x bfloat> %x.i675.us.i, <32 x bfloat> %1051)
-  %r.i680.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i656.us.i, <32 x bfloat> %x.i675.us.i, <32 x bfloat> %1053)
-  %1058 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 528
-  %1059 = load i32, ptr %1058, align 4, !tbaa !4
-  %1060 = insertelement <16 x i32> poison, i32 %1059, i64 0
-  %1061 = shufflevector <16 x i32> %1060, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i681.us.i = bitcast <16 x i32> %1061 to <32 x bfloat>
-  %r.i683.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i659.us.i, <32 x bfloat> %x.i681.us.i, <32 x bfloat> %1051)
-  %r.i686.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i662.us.i, <32 x bfloat> %x.i681.us.i, <32 x bfloat> %1053)
-  %1062 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 784
-  %1063 = load i32, ptr %1062, align 4, !tbaa !4
-  %1064 = insertelement <16 x i32> poison, i32 %1063, i64 0
-  %1065 = shufflevector <16 x i32> %1064, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i687.us.i = bitcast <16 x i32> %1065 to <32 x bfloat>
-  %r.i689.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i665.us.i, <32 x bfloat> %x.i687.us.i, <32 x bfloat> %1051)
-  %r.i692.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i668.us.i, <32 x bfloat> %x.i687.us.i, <32 x bfloat> %1053)
-  %1066 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 20
-  %1067 = load i32, ptr %1066, align 4, !tbaa !4
-  %1068 = insertelement <16 x i32> poison, i32 %1067, i64 0
-  %1069 = shufflevector <16 x i32> %1068, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1070 = getelementptr inbounds nuw i8, ptr %965, i64 80
-  %1071 = load i64, ptr %1070, align 8, !tbaa !4
-  %gep1253.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1071
-  %1072 = load <32 x bfloat>, ptr %gep1253.us.i, align 4, !tbaa !4
-  %x.i693.us.i = bitcast <16 x i32> %1069 to <32 x bfloat>
-  %r.i695.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.us.i, <32 x bfloat> %x.i693.us.i, <32 x bfloat> %1072)
-  %1073 = getelementptr i8, ptr %gep1253.us.i, i64 64
-  %1074 = load <32 x bfloat>, ptr %1073, align 4, !tbaa !4
-  %r.i698.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i674.us.i, <32 x bfloat> %x.i693.us.i, <32 x bfloat> %1074)
-  %1075 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 276
-  %1076 = load i32, ptr %1075, align 4, !tbaa !4
-  %1077 = insertelement <16 x i32> poison, i32 %1076, i64 0
-  %1078 = shufflevector <16 x i32> %1077, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i699.us.i = bitcast <16 x i32> %1078 to <32 x bfloat>
-  %r.i701.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i677.us.i, <32 x bfloat> %x.i699.us.i, <32 x bfloat> %1072)
-  %r.i704.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i680.us.i, <32 x bfloat> %x.i699.us.i, <32 x bfloat> %1074)
-  %1079 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 532
-  %1080 = load i32, ptr %1079, align 4, !tbaa !4
-  %1081 = insertelement <16 x i32> poison, i32 %1080, i64 0
-  %1082 = shufflevector <16 x i32> %1081, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i705.us.i = bitcast <16 x i32> %1082 to <32 x bfloat>
-  %r.i707.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i683.us.i, <32 x bfloat> %x.i705.us.i, <32 x bfloat> %1072)
-  %r.i710.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i686.us.i, <32 x bfloat> %x.i705.us.i, <32 x bfloat> %1074)
-  %1083 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 788
-  %1084 = load i32, ptr %1083, align 4, !tbaa !4
-  %1085 = insertelement <16 x i32> poison, i32 %1084, i64 0
-  %1086 = shufflevector <16 x i32> %1085, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i711.us.i = bitcast <16 x i32> %1086 to <32 x bfloat>
-  %r.i713.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i689.us.i, <32 x bfloat> %x.i711.us.i, <32 x bfloat> %1072)
-  %r.i716.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i692.us.i, <32 x bfloat> %x.i711.us.i, <32 x bfloat> %1074)
-  %1087 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 24
-  %1088 = load i32, ptr %1087, align 4, !tbaa !4
-  %1089 = insertelement <16 x i32> poison, i32 %1088, i64 0
-  %1090 = shufflevector <16 x i32> %1089, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1091 = getelementptr inbounds nuw i8, ptr %965, i64 96
-  %1092 = load i64, ptr %1091, align 8, !tbaa !4
-  %gep1257.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1092
-  %1093 = load <32 x bfloat>, ptr %gep1257.us.i, align 4, !tbaa !4
-  %x.i717.us.i = bitcast <16 x i32> %1090 to <32 x bfloat>
-  %r.i719.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i695.us.i, <32 x bfloat> %x.i717.us.i, <32 x bfloat> %1093)
-  %1094 = getelementptr i8, ptr %gep1257.us.i, i64 64
-  %1095 = load <32 x bfloat>, ptr %1094, align 4, !tbaa !4
-  %r.i722.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i698.us.i, <32 x bfloat> %x.i717.us.i, <32 x bfloat> %1095)
-  %1096 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 280
-  %1097 = load i32, ptr %1096, align 4, !tbaa !4
-  %1098 = insertelement <16 x i32> poison, i32 %1097, i64 0
-  %1099 = shufflevector <16 x i32> %1098, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i723.us.i = bitcast <16 x i32> %1099 to <32 x bfloat>
-  %r.i725.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i701.us.i, <32 x bfloat> %x.i723.us.i, <32 x bfloat> %1093)
-  %r.i728.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i704.us.i, <32 x bfloat> %x.i723.us.i, <32 x bfloat> %1095)
-  %1100 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 536
-  %1101 = load i32, ptr %1100, align 4, !tbaa !4
-  %1102 = insertelement <16 x i32> poison, i32 %1101, i64 0
-  %1103 = shufflevector <16 x i32> %1102, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i729.us.i = bitcast <16 x i32> %1103 to <32 x bfloat>
-  %r.i731.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i707.us.i, <32 x bfloat> %x.i729.us.i, <32 x bfloat> %1093)
-  %r.i734.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i710.us.i, <32 x bfloat> %x.i729.us.i, <32 x bfloat> %1095)
-  %1104 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 792
-  %1105 = load i32, ptr %1104, align 4, !tbaa !4
-  %1106 = insertelement <16 x i32> poison, i32 %1105, i64 0
-  %1107 = shufflevector <16 x i32> %1106, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i735.us.i = bitcast <16 x i32> %1107 to <32 x bfloat>
-  %r.i737.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i713.us.i, <32 x bfloat> %x.i735.us.i, <32 x bfloat> %1093)
-  %r.i740.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i716.us.i, <32 x bfloat> %x.i735.us.i, <32 x bfloat> %1095)
-  %1108 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 28
-  %1109 = load i32, ptr %1108, align 4, !tbaa !4
-  %1110 = insertelement <16 x i32> poison, i32 %1109, i64 0
-  %1111 = shufflevector <16 x i32> %1110, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1112 = getelementptr inbounds nuw i8, ptr %965, i64 112
-  %1113 = load i64, ptr %1112, align 8, !tbaa !4
-  %gep1261.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1113
-  %1114 = load <32 x bfloat>, ptr %gep1261.us.i, align 4, !tbaa !4
-  %x.i741.us.i = bitcast <16 x i32> %1111 to <32 x bfloat>
-  %r.i743.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i719.us.i, <32 x bfloat> %x.i741.us.i, <32 x bfloat> %1114)
-  %1115 = getelementptr i8, ptr %gep1261.us.i, i64 64
-  %1116 = load <32 x bfloat>, ptr %1115, align 4, !tbaa !4
-  %r.i746.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i722.us.i, <32 x bfloat> %x.i741.us.i, <32 x bfloat> %1116)
-  %1117 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 284
-  %1118 = load i32, ptr %1117, align 4, !tbaa !4
-  %1119 = insertelement <16 x i32> poison, i32 %1118, i64 0
-  %1120 = shufflevector <16 x i32> %1119, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i747.us.i = bitcast <16 x i32> %1120 to <32 x bfloat>
-  %r.i749.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i725.us.i, <32 x bfloat> %x.i747.us.i, <32 x bfloat> %1114)
-  %r.i752.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i728.us.i, <32 x bfloat> %x.i747.us.i, <32 x bfloat> %1116)
-  %1121 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 540
-  %1122 = load i32, ptr %1121, align 4, !tbaa !4
-  %1123 = insertelement <16 x i32> poison, i32 %1122, i64 0
-  %1124 = shufflevector <16 x i32> %1123, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i753.us.i = bitcast <16 x i32> %1124 to <32 x bfloat>
-  %r.i755.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i731.us.i, <32 x bfloat> %x.i753.us.i, <32 x bfloat> %1114)
-  %r.i758.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i734.us.i, <32 x bfloat> %x.i753.us.i, <32 x bfloat> %1116)
-  %1125 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 796
-  %1126 = load i32, ptr %1125, align 4, !tbaa !4
-  %1127 = insertelement <16 x i32> poison, i32 %1126, i64 0
-  %1128 = shufflevector <16 x i32> %1127, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i759.us.i = bitcast <16 x i32> %1128 to <32 x bfloat>
-  %r.i761.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i737.us.i, <32 x bfloat> %x.i759.us.i, <32 x bfloat> %1114)
-  %r.i764.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i740.us.i, <32 x bfloat> %x.i759.us.i, <32 x bfloat> %1116)
-  %1129 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 32
-  %1130 = load i32, ptr %1129, align 4, !tbaa !4
-  %1131 = insertelement <16 x i32> poison, i32 %1130, i64 0
-  %1132 = shufflevector <16 x i32> %1131, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1133 = getelementptr inbounds nuw i8, ptr %965, i64 128
-  %1134 = load i64, ptr %1133, align 8, !tbaa !4
-  %gep1265.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1134
-  %1135 = load <32 x bfloat>, ptr %gep1265.us.i, align 4, !tbaa !4
-  %x.i765.us.i = bitcast <16 x i32> %1132 to <32 x bfloat>
-  %r.i767.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i743.us.i, <32 x bfloat> %x.i765.us.i, <32 x bfloat> %1135)
-  %1136 = getelementptr i8, ptr %gep1265.us.i, i64 64
-  %1137 = load <32 x bfloat>, ptr %1136, align 4, !tbaa !4
-  %r.i770.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i746.us.i, <32 x bfloat> %x.i765.us.i, <32 x bfloat> %1137)
-  %1138 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 288
-  %1139 = load i32, ptr %1138, align 4, !tbaa !4
-  %1140 = insertelement <16 x i32> poison, i32 %1139, i64 0
-  %1141 = shufflevector <16 x i32> %1140, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i771.us.i = bitcast <16 x i32> %1141 to <32 x bfloat>
-  %r.i773.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i749.us.i, <32 x bfloat> %x.i771.us.i, <32 x bfloat> %1135)
-  %r.i776.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i752.us.i, <32 x bfloat> %x.i771.us.i, <32 x bfloat> %1137)
-  %1142 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 544
-  %1143 = load i32, ptr %1142, align 4, !tbaa !4
-  %1144 = insertelement <16 x i32> poison, i32 %1143, i64 0
-  %1145 = shufflevector <16 x i32> %1144, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i777.us.i = bitcast <16 x i32> %1145 to <32 x bfloat>
-  %r.i779.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i755.us.i, <32 x bfloat> %x.i777.us.i, <32 x bfloat> %1135)
-  %r.i782.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i758.us.i, <32 x bfloat> %x.i777.us.i, <32 x bfloat> %1137)
-  %1146 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 800
-  %1147 = load i32, ptr %1146, align 4, !tbaa !4
-  %1148 = insertelement <16 x i32> poison, i32 %1147, i64 0
-  %1149 = shufflevector <16 x i32> %1148, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i783.us.i = bitcast <16 x i32> %1149 to <32 x bfloat>
-  %r.i785.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i761.us.i, <32 x bfloat> %x.i783.us.i, <32 x bfloat> %1135)
-  %r.i788.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i764.us.i, <32 x bfloat> %x.i783.us.i, <32 x bfloat> %1137)
-  %1150 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 36
-  %1151 = load i32, ptr %1150, align 4, !tbaa !4
-  %1152 = insertelement <16 x i32> poison, i32 %1151, i64 0
-  %1153 = shufflevector <16 x i32> %1152, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1154 = getelementptr inbounds nuw i8, ptr %965, i64 144
-  %1155 = load i64, ptr %1154, align 8, !tbaa !4
-  %gep1269.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1155
-  %1156 = load <32 x bfloat>, ptr %gep1269.us.i, align 4, !tbaa !4
-  %x.i789.us.i = bitcast <16 x i32> %1153 to <32 x bfloat>
-  %r.i791.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i767.us.i, <32 x bfloat> %x.i789.us.i, <32 x bfloat> %1156)
-  %1157 = getelementptr i8, ptr %gep1269.us.i, i64 64
-  %1158 = load <32 x bfloat>, ptr %1157, align 4, !tbaa !4
-  %r.i794.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i770.us.i, <32 x bfloat> %x.i789.us.i, <32 x bfloat> %1158)
-  %1159 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 292
+for_end_t169.us.i:                                ; preds = %for_body_t168.us.i.epil, %for_end_t169.us.i.loopexit.unr-lcssa, %if_end156.us.i
+  %1154 = add nuw nsw i64 %indvars.iv1635.i, %1021
+  %1155 = trunc nuw i64 %1154 to i32
+  %1156 = shl i32 %1155, 2
+  %1157 = sext i32 %1156 to i64
+  %1158 = getelementptr i32, ptr %reach.i, i64 %1157
+  %1159 = getelementptr i8, ptr %1158, i64 4
   %1160 = load i32, ptr %1159, align 4, !tbaa !4
-  %1161 = insertelement <16 x i32> poison, i32 %1160, i64 0
-  %1162 = shufflevector <16 x i32> %1161, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i795.us.i = bitcast <16 x i32> %1162 to <32 x bfloat>
-  %r.i797.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i773.us.i, <32 x bfloat> %x.i795.us.i, <32 x bfloat> %1156)
-  %r.i800.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i776.us.i, <32 x bfloat> %x.i795.us.i, <32 x bfloat> %1158)
-  %1163 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 548
-  %1164 = load i32, ptr %1163, align 4, !tbaa !4
-  %1165 = insertelement <16 x i32> poison, i32 %1164, i64 0
-  %1166 = shufflevector <16 x i32> %1165, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i801.us.i = bitcast <16 x i32> %1166 to <32 x bfloat>
-  %r.i803.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i779.us.i, <32 x bfloat> %x.i801.us.i, <32 x bfloat> %1156)
-  %r.i806.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i782.us.i, <32 x bfloat> %x.i801.us.i, <32 x bfloat> %1158)
-  %1167 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 804
-  %1168 = load i32, ptr %1167, align 4, !tbaa !4
-  %1169 = insertelement <16 x i32> poison, i32 %1168, i64 0
-  %1170 = shufflevector <16 x i32> %1169, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i807.us.i = bitcast <16 x i32> %1170 to <32 x bfloat>
-  %r.i809.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i785.us.i, <32 x bfloat> %x.i807.us.i, <32 x bfloat> %1156)
-  %r.i812.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i788.us.i, <32 x bfloat> %x.i807.us.i, <32 x bfloat> %1158)
-  %1171 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 40
-  %1172 = load i32, ptr %1171, align 4, !tbaa !4
-  %1173 = insertelement <16 x i32> poison, i32 %1172, i64 0
-  %1174 = shufflevector <16 x i32> %1173, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1175 = getelementptr inbounds nuw i8, ptr %965, i64 160
-  %1176 = load i64, ptr %1175, align 8, !tbaa !4
-  %gep1273.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1176
-  %1177 = load <32 x bfloat>, ptr %gep1273.us.i, align 4, !tbaa !4
-  %x.i813.us.i = bitcast <16 x i32> %1174 to <32 x bfloat>
-  %r.i815.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i791.us.i, <32 x bfloat> %x.i813.us.i, <32 x bfloat> %1177)
-  %1178 = getelementptr i8, ptr %gep1273.us.i, i64 64
-  %1179 = load <32 x bfloat>, ptr %1178, align 4, !tbaa !4
-  %r.i818.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i794.us.i, <32 x bfloat> %x.i813.us.i, <32 x bfloat> %1179)
-  %1180 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 296
-  %1181 = load i32, ptr %1180, align 4, !tbaa !4
-  %1182 = insertelement <16 x i32> poison, i32 %1181, i64 0
-  %1183 = shufflevector <16 x i32> %1182, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i819.us.i = bitcast <16 x i32> %1183 to <32 x bfloat>
-  %r.i821.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i797.us.i, <32 x bfloat> %x.i819.us.i, <32 x bfloat> %1177)
-  %r.i824.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i800.us.i, <32 x bfloat> %x.i819.us.i, <32 x bfloat> %1179)
-  %1184 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 552
-  %1185 = load i32, ptr %1184, align 4, !tbaa !4
-  %1186 = insertelement <16 x i32> poison, i32 %1185, i64 0
-  %1187 = shufflevector <16 x i32> %1186, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i825.us.i = bitcast <16 x i32> %1187 to <32 x bfloat>
-  %r.i827.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i803.us.i, <32 x bfloat> %x.i825.us.i, <32 x bfloat> %1177)
-  %r.i830.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i806.us.i, <32 x bfloat> %x.i825.us.i, <32 x bfloat> %1179)
-  %1188 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 808
-  %1189 = load i32, ptr %1188, align 4, !tbaa !4
-  %1190 = insertelement <16 x i32> poison, i32 %1189, i64 0
-  %1191 = shufflevector <16 x i32> %1190, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i831.us.i = bitcast <16 x i32> %1191 to <32 x bfloat>
-  %r.i833.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i809.us.i, <32 x bfloat> %x.i831.us.i, <32 x bfloat> %1177)
-  %r.i836.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i812.us.i, <32 x bfloat> %x.i831.us.i, <32 x bfloat> %1179)
-  %1192 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 44
-  %1193 = load i32, ptr %1192, align 4, !tbaa !4
-  %1194 = insertelement <16 x i32> poison, i32 %1193, i64 0
-  %1195 = shufflevector <16 x i32> %1194, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1196 = getelementptr inbounds nuw i8, ptr %965, i64 176
-  %1197 = load i64, ptr %1196, align 8, !tbaa !4
-  %gep1277.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1197
-  %1198 = load <32 x bfloat>, ptr %gep1277.us.i, align 4, !tbaa !4
-  %x.i837.us.i = bitcast <16 x i32> %1195 to <32 x bfloat>
-  %r.i839.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i815.us.i, <32 x bfloat> %x.i837.us.i, <32 x bfloat> %1198)
-  %1199 = getelementptr i8, ptr %gep1277.us.i, i64 64
-  %1200 = load <32 x bfloat>, ptr %1199, align 4, !tbaa !4
-  %r.i842.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i818.us.i, <32 x bfloat> %x.i837.us.i, <32 x bfloat> %1200)
-  %1201 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 300
-  %1202 = load i32, ptr %1201, align 4, !tbaa !4
-  %1203 = insertelement <16 x i32> poison, i32 %1202, i64 0
-  %1204 = shufflevector <16 x i32> %1203, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i843.us.i = bitcast <16 x i32> %1204 to <32 x bfloat>
-  %r.i845.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i821.us.i, <32 x bfloat> %x.i843.us.i, <32 x bfloat> %1198)
-  %r.i848.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i824.us.i, <32 x bfloat> %x.i843.us.i, <32 x bfloat> %1200)
-  %1205 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 556
-  %1206 = load i32, ptr %1205, align 4, !tbaa !4
-  %1207 = insertelement <16 x i32> poison, i32 %1206, i64 0
-  %1208 = shufflevector <16 x i32> %1207, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i849.us.i = bitcast <16 x i32> %1208 to <32 x bfloat>
-  %r.i851.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i827.us.i, <32 x bfloat> %x.i849.us.i, <32 x bfloat> %1198)
-  %r.i854.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i830.us.i, <32 x bfloat> %x.i849.us.i, <32 x bfloat> %1200)
-  %1209 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 812
-  %1210 = load i32, ptr %1209, align 4, !tbaa !4
-  %1211 = insertelement <16 x i32> poison, i32 %1210, i64 0
-  %1212 = shufflevector <16 x i32> %1211, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i855.us.i = bitcast <16 x i32> %1212 to <32 x bfloat>
-  %r.i857.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i833.us.i, <32 x bfloat> %x.i855.us.i, <32 x bfloat> %1198)
-  %r.i860.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i836.us.i, <32 x bfloat> %x.i855.us.i, <32 x bfloat> %1200)
-  %1213 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 48
-  %1214 = load i32, ptr %1213, align 4, !tbaa !4
-  %1215 = insertelement <16 x i32> poison, i32 %1214, i64 0
-  %1216 = shufflevector <16 x i32> %1215, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1217 = getelementptr inbounds nuw i8, ptr %965, i64 192
-  %1218 = load i64, ptr %1217, align 8, !tbaa !4
-  %gep1281.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1218
-  %1219 = load <32 x bfloat>, ptr %gep1281.us.i, align 4, !tbaa !4
-  %x.i861.us.i = bitcast <16 x i32> %1216 to <32 x bfloat>
-  %r.i863.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i839.us.i, <32 x bfloat> %x.i861.us.i, <32 x bfloat> %1219)
-  %1220 = getelementptr i8, ptr %gep1281.us.i, i64 64
-  %1221 = load <32 x bfloat>, ptr %1220, align 4, !tbaa !4
-  %r.i866.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i842.us.i, <32 x bfloat> %x.i861.us.i, <32 x bfloat> %1221)
-  %1222 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 304
-  %1223 = load i32, ptr %1222, align 4, !tbaa !4
-  %1224 = insertelement <16 x i32> poison, i32 %1223, i64 0
-  %1225 = shufflevector <16 x i32> %1224, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i867.us.i = bitcast <16 x i32> %1225 to <32 x bfloat>
-  %r.i869.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i845.us.i, <32 x bfloat> %x.i867.us.i, <32 x bfloat> %1219)
-  %r.i872.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i848.us.i, <32 x bfloat> %x.i867.us.i, <32 x bfloat> %1221)
-  %1226 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 560
-  %1227 = load i32, ptr %1226, align 4, !tbaa !4
-  %1228 = insertelement <16 x i32> poison, i32 %1227, i64 0
-  %1229 = shufflevector <16 x i32> %1228, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i873.us.i = bitcast <16 x i32> %1229 to <32 x bfloat>
-  %r.i875.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i851.us.i, <32 x bfloat> %x.i873.us.i, <32 x bfloat> %1219)
-  %r.i878.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i854.us.i, <32 x bfloat> %x.i873.us.i, <32 x bfloat> %1221)
-  %1230 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 816
-  %1231 = load i32, ptr %1230, align 4, !tbaa !4
-  %1232 = insertelement <16 x i32> poison, i32 %1231, i64 0
-  %1233 = shufflevector <16 x i32> %1232, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i879.us.i = bitcast <16 x i32> %1233 to <32 x bfloat>
-  %r.i881.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i857.us.i, <32 x bfloat> %x.i879.us.i, <32 x bfloat> %1219)
-  %r.i884.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i860.us.i, <32 x bfloat> %x.i879.us.i, <32 x bfloat> %1221)
-  %1234 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 52
-  %1235 = load i32, ptr %1234, align 4, !tbaa !4
-  %1236 = insertelement <16 x i32> poison, i32 %1235, i64 0
-  %1237 = shufflevector <16 x i32> %1236, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1238 = getelementptr inbounds nuw i8, ptr %965, i64 208
-  %1239 = load i64, ptr %1238, align 8, !tbaa !4
-  %gep1285.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1239
-  %1240 = load <32 x bfloat>, ptr %gep1285.us.i, align 4, !tbaa !4
-  %x.i885.us.i = bitcast <16 x i32> %1237 to <32 x bfloat>
-  %r.i887.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i863.us.i, <32 x bfloat> %x.i885.us.i, <32 x bfloat> %1240)
-  %1241 = getelementptr i8, ptr %gep1285.us.i, i64 64
-  %1242 = load <32 x bfloat>, ptr %1241, align 4, !tbaa !4
-  %r.i890.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i866.us.i, <32 x bfloat> %x.i885.us.i, <32 x bfloat> %1242)
-  %1243 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 308
-  %1244 = load i32, ptr %1243, align 4, !tbaa !4
-  %1245 = insertelement <16 x i32> poison, i32 %1244, i64 0
-  %1246 = shufflevector <16 x i32> %1245, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i891.us.i = bitcast <16 x i32> %1246 to <32 x bfloat>
-  %r.i893.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i869.us.i, <32 x bfloat> %x.i891.us.i, <32 x bfloat> %1240)
-  %r.i896.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i872.us.i, <32 x bfloat> %x.i891.us.i, <32 x bfloat> %1242)
-  %1247 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 564
-  %1248 = load i32, ptr %1247, align 4, !tbaa !4
-  %1249 = insertelement <16 x i32> poison, i32 %1248, i64 0
-  %1250 = shufflevector <16 x i32> %1249, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i897.us.i = bitcast <16 x i32> %1250 to <32 x bfloat>
-  %r.i899.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i875.us.i, <32 x bfloat> %x.i897.us.i, <32 x bfloat> %1240)
-  %r.i902.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i878.us.i, <32 x bfloat> %x.i897.us.i, <32 x bfloat> %1242)
-  %1251 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 820
-  %1252 = load i32, ptr %1251, align 4, !tbaa !4
-  %1253 = insertelement <16 x i32> poison, i32 %1252, i64 0
-  %1254 = shufflevector <16 x i32> %1253, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i903.us.i = bitcast <16 x i32> %1254 to <32 x bfloat>
-  %r.i905.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i881.us.i, <32 x bfloat> %x.i903.us.i, <32 x bfloat> %1240)
-  %r.i908.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i884.us.i, <32 x bfloat> %x.i903.us.i, <32 x bfloat> %1242)
-  %1255 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 56
-  %1256 = load i32, ptr %1255, align 4, !tbaa !4
-  %1257 = insertelement <16 x i32> poison, i32 %1256, i64 0
-  %1258 = shufflevector <16 x i32> %1257, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1259 = getelementptr inbounds nuw i8, ptr %965, i64 224
-  %1260 = load i64, ptr %1259, align 8, !tbaa !4
-  %gep1289.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1260
-  %1261 = load <32 x bfloat>, ptr %gep1289.us.i, align 4, !tbaa !4
-  %x.i909.us.i = bitcast <16 x i32> %1258 to <32 x bfloat>
-  %r.i911.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i887.us.i, <32 x bfloat> %x.i909.us.i, <32 x bfloat> %1261)
-  %1262 = getelementptr i8, ptr %gep1289.us.i, i64 64
-  %1263 = load <32 x bfloat>, ptr %1262, align 4, !tbaa !4
-  %r.i914.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i890.us.i, <32 x bfloat> %x.i909.us.i, <32 x bfloat> %1263)
-  %1264 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 312
-  %1265 = load i32, ptr %1264, align 4, !tbaa !4
-  %1266 = insertelement <16 x i32> poison, i32 %1265, i64 0
-  %1267 = shufflevector <16 x i32> %1266, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i915.us.i = bitcast <16 x i32> %1267 to <32 x bfloat>
-  %r.i917.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i893.us.i, <32 x bfloat> %x.i915.us.i, <32 x bfloat> %1261)
-  %r.i920.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i896.us.i, <32 x bfloat> %x.i915.us.i, <32 x bfloat> %1263)
-  %1268 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 568
-  %1269 = load i32, ptr %1268, align 4, !tbaa !4
-  %1270 = insertelement <16 x i32> poison, i32 %1269, i64 0
-  %1271 = shufflevector <16 x i32> %1270, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i921.us.i = bitcast <16 x i32> %1271 to <32 x bfloat>
-  %r.i923.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i899.us.i, <32 x bfloat> %x.i921.us.i, <32 x bfloat> %1261)
-  %r.i926.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i902.us.i, <32 x bfloat> %x.i921.us.i, <32 x bfloat> %1263)
-  %1272 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 824
-  %1273 = load i32, ptr %1272, align 4, !tbaa !4
-  %1274 = insertelement <16 x i32> poison, i32 %1273, i64 0
-  %1275 = shufflevector <16 x i32> %1274, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i927.us.i = bitcast <16 x i32> %1275 to <32 x bfloat>
-  %r.i929.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i905.us.i, <32 x bfloat> %x.i927.us.i, <32 x bfloat> %1261)
-  %r.i932.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i908.us.i, <32 x bfloat> %x.i927.us.i, <32 x bfloat> %1263)
-  %1276 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 60
-  %1277 = load i32, ptr %1276, align 4, !tbaa !4
-  %1278 = insertelement <16 x i32> poison, i32 %1277, i64 0
-  %1279 = shufflevector <16 x i32> %1278, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1280 = getelementptr inbounds nuw i8, ptr %965, i64 240
-  %1281 = load i64, ptr %1280, align 8, !tbaa !4
-  %gep1293.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1281
-  %1282 = load <32 x bfloat>, ptr %gep1293.us.i, align 4, !tbaa !4
-  %x.i933.us.i = bitcast <16 x i32> %1279 to <32 x bfloat>
-  %r.i935.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i911.us.i, <32 x bfloat> %x.i933.us.i, <32 x bfloat> %1282)
-  %1283 = getelementptr i8, ptr %gep1293.us.i, i64 64
-  %1284 = load <32 x bfloat>, ptr %1283, align 4, !tbaa !4
-  %r.i938.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i914.us.i, <32 x bfloat> %x.i933.us.i, <32 x bfloat> %1284)
-  %1285 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 316
-  %1286 = load i32, ptr %1285, align 4, !tbaa !4
-  %1287 = insertelement <16 x i32> poison, i32 %1286, i64 0
-  %1288 = shufflevector <16 x i32> %1287, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i939.us.i = bitcast <16 x i32> %1288 to <32 x bfloat>
-  %r.i941.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i917.us.i, <32 x bfloat> %x.i939.us.i, <32 x bfloat> %1282)
-  %r.i944.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i920.us.i, <32 x bfloat> %x.i939.us.i, <32 x bfloat> %1284)
-  %1289 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 572
-  %1290 = load i32, ptr %1289, align 4, !tbaa !4
-  %1291 = insertelement <16 x i32> poison, i32 %1290, i64 0
-  %1292 = shufflevector <16 x i32> %1291, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i945.us.i = bitcast <16 x i32> %1292 to <32 x bfloat>
-  %r.i947.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i923.us.i, <32 x bfloat> %x.i945.us.i, <32 x bfloat> %1282)
-  %r.i950.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i926.us.i, <32 x bfloat> %x.i945.us.i, <32 x bfloat> %1284)
-  %1293 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 828
-  %1294 = load i32, ptr %1293, align 4, !tbaa !4
-  %1295 = insertelement <16 x i32> poison, i32 %1294, i64 0
-  %1296 = shufflevector <16 x i32> %1295, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i951.us.i = bitcast <16 x i32> %1296 to <32 x bfloat>
-  %r.i953.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i929.us.i, <32 x bfloat> %x.i951.us.i, <32 x bfloat> %1282)
-  %r.i956.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i932.us.i, <32 x bfloat> %x.i951.us.i, <32 x bfloat> %1284)
-  %indvars.iv.next1521.i = add nuw nsw i64 %indvars.iv1520.i, 1
-  %exitcond1524.not.i = icmp eq i64 %indvars.iv.next1521.i, %2004
-  br i1 %exitcond1524.not.i, label %for_end_to274.us.i, label %for_body_to273.us.i, !prof !8
+  %1161 = sext i32 %1160 to i64
+  %1162 = icmp slt i64 %1003, %1161
+  br i1 %1162, label %if_then179.us.i, label %if_end180.us.i, !prof !7
 
-for_body_r263.us.i:                               ; preds = %for_body_r263.lr.ph.us.i, %for_end_c269.us.i
-  %r2661212.us.i = phi i32 [ 0, %for_body_r263.lr.ph.us.i ], [ %1312, %for_end_c269.us.i ]
-  br i1 %2553, label %for_body_c268.lr.ph.us.i, label %for_end_c269.us.i, !prof !3
+if_then179.us.i:                                  ; preds = %for_end_t169.us.i
+  %1163 = tail call i32 @llvm.smin.i32(i32 %898, i32 %1160)
+  %1164 = sub i32 %1163, %1011
+  %valid_len182.us.i = tail call i32 @llvm.smin.i32(i32 %1164, i32 256)
+  %1165 = add nsw i32 %valid_len182.us.i, 7
+  %1166 = ashr i32 %1165, 3
+  %1167 = icmp sgt i32 %1166, 0
+  br i1 %1167, label %for_begin_d_0.preheader.us.us.preheader.i, label %for_end_to185.us.i, !prof !3
 
-for_end_c269.us.i.loopexit.unr-lcssa:             ; preds = %for_body_c268.us.i
-  br i1 %lcmp.mod459.not, label %for_end_c269.us.i, label %for_body_c268.us.i.epil.preheader, !prof !45
+for_begin_d_0.preheader.us.us.preheader.i:        ; preds = %if_then179.us.i
+  %1168 = shl i32 %1155, 10
+  %1169 = sext i32 %1168 to i64
+  %wide.trip.count1557.i = zext nneg i32 %1166 to i64
+  %invariant.gep1793.i = getelementptr i32, ptr %q_tile.i, i64 %1169
+  br label %for_begin_d_0.preheader.us.us.i
 
-for_body_c268.us.i.epil.preheader:                ; preds = %for_body_c268.lr.ph.us.i, %for_end_c269.us.i.loopexit.unr-lcssa
-  %indvars.iv1515.i.epil.init = phi i64 [ 0, %for_body_c268.lr.ph.us.i ], [ %indvars.iv.next1516.i.3, %for_end_c269.us.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod460)
-  br label %for_body_c268.us.i.epil
+for_end_to185.us.i:                               ; preds = %for_begin_ti.preheader.us.i, %if_then179.us.i
+  br i1 %155, label %if_then188.us.i, label %if_end189.us.i, !prof !7
 
-for_body_c268.us.i.epil:                          ; preds = %for_body_c268.us.i.epil, %for_body_c268.us.i.epil.preheader
-  %indvars.iv1515.i.epil = phi i64 [ %indvars.iv1515.i.epil.init, %for_body_c268.us.i.epil.preheader ], [ %indvars.iv.next1516.i.epil, %for_body_c268.us.i.epil ]
-  %epil.iter458 = phi i64 [ 0, %for_body_c268.us.i.epil.preheader ], [ %epil.iter458.next, %for_body_c268.us.i.epil ]
-  %1297 = trunc i64 %indvars.iv1515.i.epil to i32
-  %1298 = add i32 %796, %1297
-  %1299 = and i32 %1298, 1
-  %1300 = icmp eq i32 %1299, 0
-  %1301 = select i1 %1300, i32 -65536, i32 65535
-  %1302 = getelementptr i8, ptr %2552, i64 %indvars.iv1515.i.epil
-  %1303 = load i8, ptr %1302, align 1, !tbaa !4
-  %1304 = icmp eq i8 %1303, 0
-  %1305 = select i1 %1304, i32 %1301, i32 -1
-  %1306 = lshr i32 %1298, 1
-  %1307 = add nuw nsw i32 %1306, %2551
-  %1308 = zext nneg i32 %1307 to i64
-  %1309 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1308
-  %1310 = load i32, ptr %1309, align 4, !tbaa !4
-  %1311 = and i32 %1305, %1310
-  store i32 %1311, ptr %1309, align 4, !tbaa !4
-  %indvars.iv.next1516.i.epil = add nuw nsw i64 %indvars.iv1515.i.epil, 1
-  %epil.iter458.next = add i64 %epil.iter458, 1
-  %epil.iter458.cmp.not = icmp eq i64 %epil.iter458.next, %xtraiter457
-  br i1 %epil.iter458.cmp.not, label %for_end_c269.us.i, label %for_body_c268.us.i.epil, !prof !46, !llvm.loop !52
+if_then188.us.i:                                  ; preds = %for_end_to185.us.i
+  %1170 = srem i32 %1155, %111
+  %1171 = shl nsw i32 %1170, 4
+  %1172 = sub nsw i32 %109, %1171
+  %1173 = icmp sgt i32 %1172, 0
+  br i1 %1173, label %for_body_r191.lr.ph.us.i, label %if_end189.us.i, !prof !3
 
-for_end_c269.us.i:                                ; preds = %for_body_c268.us.i.epil, %for_end_c269.us.i.loopexit.unr-lcssa, %for_body_r263.us.i
-  %1312 = add nuw nsw i32 %r2661212.us.i, 1
-  %exitcond1519.not.i = icmp eq i32 %1312, %2556
-  br i1 %exitcond1519.not.i, label %if_end261.us.i, label %for_body_r263.us.i, !prof !8
+if_end189.us.i:                                   ; preds = %for_begin_c.for_end_c_crit_edge.us.us.i, %for_body_r191.lr.ph.us.i, %if_then188.us.i, %for_end_to185.us.i
+  br i1 %1167, label %for_begin_ti203.preheader.us.preheader.i, label %for_begin_to220.preheader.us.thread.i, !prof !3
 
-for_body_c268.us.i:                               ; preds = %for_body_c268.lr.ph.us.i, %for_body_c268.us.i
-  %indvars.iv1515.i = phi i64 [ %indvars.iv.next1516.i.3, %for_body_c268.us.i ], [ 0, %for_body_c268.lr.ph.us.i ]
-  %niter462 = phi i64 [ %niter462.next.3, %for_body_c268.us.i ], [ 0, %for_body_c268.lr.ph.us.i ]
-  %1313 = trunc i64 %indvars.iv1515.i to i32
-  %1314 = add i32 %796, %1313
-  %1315 = getelementptr i8, ptr %2552, i64 %indvars.iv1515.i
-  %1316 = load i8, ptr %1315, align 1, !tbaa !4
-  %1317 = icmp eq i8 %1316, 0
-  %1318 = select i1 %1317, i32 %805, i32 -1
-  %1319 = lshr i32 %1314, 1
-  %1320 = add nuw nsw i32 %1319, %2551
-  %1321 = zext nneg i32 %1320 to i64
-  %1322 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1321
-  %1323 = load i32, ptr %1322, align 4, !tbaa !4
-  %1324 = and i32 %1318, %1323
-  store i32 %1324, ptr %1322, align 4, !tbaa !4
-  %indvars.iv.next1516.i = or disjoint i64 %indvars.iv1515.i, 1
-  %1325 = trunc i64 %indvars.iv.next1516.i to i32
-  %1326 = add i32 %796, %1325
-  %1327 = getelementptr i8, ptr %2552, i64 %indvars.iv.next1516.i
-  %1328 = load i8, ptr %1327, align 1, !tbaa !4
-  %1329 = icmp eq i8 %1328, 0
-  %1330 = select i1 %1329, i32 %806, i32 -1
-  %1331 = lshr i32 %1326, 1
-  %1332 = add nuw nsw i32 %1331, %2551
-  %1333 = zext nneg i32 %1332 to i64
-  %1334 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1333
-  %1335 = load i32, ptr %1334, align 4, !tbaa !4
-  %1336 = and i32 %1330, %1335
-  store i32 %1336, ptr %1334, align 4, !tbaa !4
-  %indvars.iv.next1516.i.1 = or disjoint i64 %indvars.iv1515.i, 2
-  %1337 = trunc i64 %indvars.iv.next1516.i.1 to i32
-  %1338 = add i32 %796, %1337
-  %1339 = getelementptr i8, ptr %2552, i64 %indvars.iv.next1516.i.1
-  %1340 = load i8, ptr %1339, align 1, !tbaa !4
-  %1341 = icmp eq i8 %1340, 0
-  %1342 = select i1 %1341, i32 %808, i32 -1
-  %1343 = lshr i32 %1338, 1
-  %1344 = add nuw nsw i32 %1343, %2551
-  %1345 = zext nneg i32 %1344 to i64
-  %1346 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1345
-  %1347 = load i32, ptr %1346, align 4, !tbaa !4
-  %1348 = and i32 %1342, %1347
-  store i32 %1348, ptr %1346, align 4, !tbaa !4
-  %indvars.iv.next1516.i.2 = or disjoint i64 %indvars.iv1515.i, 3
-  %1349 = trunc i64 %indvars.iv.next1516.i.2 to i32
-  %1350 = add i32 %796, %1349
-  %1351 = getelementptr i8, ptr %2552, i64 %indvars.iv.next1516.i.2
-  %1352 = load i8, ptr %1351, align 1, !tbaa !4
-  %1353 = icmp eq i8 %1352, 0
-  %1354 = select i1 %1353, i32 %809, i32 -1
-  %1355 = lshr i32 %1350, 1
-  %1356 = add nuw nsw i32 %1355, %2551
-  %1357 = zext nneg i32 %1356 to i64
-  %1358 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1357
-  %1359 = load i32, ptr %1358, align 4, !tbaa !4
-  %1360 = and i32 %1354, %1359
-  store i32 %1360, ptr %1358, align 4, !tbaa !4
-  %indvars.iv.next1516.i.3 = add nuw nsw i64 %indvars.iv1515.i, 4
-  %niter462.next.3 = add i64 %niter462, 4
-  %niter462.ncmp.3 = icmp eq i64 %niter462.next.3, %unroll_iter461
-  br i1 %niter462.ncmp.3, label %for_end_c269.us.i.loopexit.unr-lcssa, label %for_body_c268.us.i, !prof !42, !llvm.loop !53
+for_begin_ti203.preheader.us.preheader.i:         ; preds = %if_end189.us.i
+  %wide.trip.count1579.i = zext nneg i32 %1166 to i64
+  %1174 = add nsw i64 %wide.trip.count1579.i, -1
+  %xtraiter325 = and i64 %wide.trip.count1579.i, 1
+  %1175 = icmp eq i64 %1174, 0
+  br i1 %1175, label %for_begin_ti203.preheader.us.i.epil.preheader, label %for_begin_ti203.preheader.us.preheader.i.new, !prof !62
 
-for_body_r251.us.i:                               ; preds = %for_end_to212.us.i.15, %for_end_to257.us.i
-  %indvars.iv1511.i = phi i64 [ %indvars.iv.next1512.i, %for_end_to257.us.i ], [ 0, %for_end_to212.us.i.15 ]
-  br i1 %2001, label %for_body_to256.lr.ph.us.i, label %for_end_to257.us.i, !prof !3
+for_begin_ti203.preheader.us.preheader.i.new:     ; preds = %for_begin_ti203.preheader.us.preheader.i
+  %unroll_iter330 = and i64 %wide.trip.count1579.i, 2147483646
+  br label %for_begin_ti203.preheader.us.i
 
-for_end_to257.us.i:                               ; preds = %for_body_to256.us.i, %for_body_r251.us.i
-  %indvars.iv.next1512.i = add nuw nsw i64 %indvars.iv1511.i, 1
-  %exitcond1514.not.i = icmp eq i64 %indvars.iv.next1512.i, 16
-  br i1 %exitcond1514.not.i, label %for_end_r252.us.i, label %for_body_r251.us.i, !prof !28
+for_begin_to220.preheader.us.thread.i:            ; preds = %if_end189.us.i
+  %1176 = icmp sgt i32 %1164, 0
+  %1177 = insertelement <16 x i1> poison, i1 %1176, i64 0
+  %1178 = shufflevector <16 x i1> %1177, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1179 = select <16 x i1> %1178, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
+  %1180 = shl i32 %1155, 4
+  %1181 = sext i32 %1180 to i64
+  br label %for_end_to222.us.i
 
-for_body_to256.us.i:                              ; preds = %for_body_to256.lr.ph.us.i, %for_body_to256.us.i
-  %indvars.iv1506.i = phi i64 [ 0, %for_body_to256.lr.ph.us.i ], [ %indvars.iv.next1507.i, %for_body_to256.us.i ]
-  %1361 = load i32, ptr %gep1695.i, align 4, !tbaa !4
-  %1362 = insertelement <16 x i32> poison, i32 %1361, i64 0
-  %1363 = shufflevector <16 x i32> %1362, <16 x i32> poison, <16 x i32> zeroinitializer
-  %indvars.iv1506.tr.i = trunc i64 %indvars.iv1506.i to i32
-  %1364 = shl i32 %indvars.iv1506.tr.i, 5
-  %1365 = add i32 %2003, %1364
-  %1366 = insertelement <16 x i32> poison, i32 %1365, i64 0
-  %1367 = shufflevector <16 x i32> %1366, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1368 = add <16 x i32> %1367, <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1369 = icmp slt <16 x i32> %1368, %1363
-  %1370 = select <16 x i1> %1369, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
-  %1371 = insertelement <16 x i32> poison, i32 %1365, i64 0
-  %1372 = insertelement <8 x i32> poison, i32 %1365, i64 0
-  %1373 = shufflevector <8 x i32> %1372, <8 x i32> poison, <8 x i32> zeroinitializer
-  %1374 = or disjoint <8 x i32> %1373, <i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 poison>
-  %1375 = add nsw <8 x i32> %1373, <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 16>
-  %1376 = shufflevector <8 x i32> %1374, <8 x i32> %1375, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 15, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1377 = shufflevector <16 x i32> %1371, <16 x i32> %1376, <16 x i32> <i32 0, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1378 = insertelement <4 x i32> poison, i32 %1365, i64 0
-  %1379 = shufflevector <4 x i32> %1378, <4 x i32> poison, <16 x i32> <i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1380 = add nsw <16 x i32> %1379, <i32 18, i32 20, i32 22, i32 24, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1381 = shufflevector <16 x i32> %1377, <16 x i32> %1380, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison>
-  %1382 = add nsw i32 %1365, 26
-  %1383 = insertelement <16 x i32> %1381, i32 %1382, i64 13
-  %1384 = insertelement <2 x i32> poison, i32 %1365, i64 0
-  %1385 = shufflevector <2 x i32> %1384, <2 x i32> poison, <16 x i32> <i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1386 = add nsw <16 x i32> %1385, <i32 28, i32 30, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1387 = shufflevector <16 x i32> %1383, <16 x i32> %1386, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 16, i32 17>
-  %1388 = icmp slt <16 x i32> %1387, %1363
-  %1389 = select <16 x i1> %1388, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
-  %1390 = or disjoint <16 x i32> %1370, %1389
-  %1391 = add nuw nsw i64 %indvars.iv1506.i, %2004
-  %.idx1655.i = shl i64 %1391, 6
-  %gep1693.i = getelementptr i8, ptr %invariant.gep1692.i, i64 %.idx1655.i
-  store <16 x i32> %1390, ptr %gep1693.i, align 4, !tbaa !4
-  %indvars.iv.next1507.i = add nuw nsw i64 %indvars.iv1506.i, 1
-  %exitcond1510.not.i = icmp eq i64 %indvars.iv.next1507.i, %wide.trip.count1509.i
-  br i1 %exitcond1510.not.i, label %for_end_to257.us.i, label %for_body_to256.us.i, !prof !8
+for_end_to222.us.i.loopexit.unr-lcssa:            ; preds = %for_begin_ti225.preheader.us.i
+  %lcmp.mod334.not = icmp eq i64 %xtraiter332, 0
+  br i1 %lcmp.mod334.not, label %for_end_to222.us.i, label %for_begin_ti225.preheader.us.i.epil.preheader, !prof !52
 
-for_body_to211.lr.ph.us.i.1.unr-lcssa:            ; preds = %for_body_to211.us.i
-  %lcmp.mod336.not = icmp eq i64 %xtraiter334, 0
-  br i1 %lcmp.mod336.not, label %for_body_to211.lr.ph.us.i.1, label %for_body_to211.us.i.epil.preheader, !prof !45
+for_begin_ti225.preheader.us.i.epil.preheader:    ; preds = %for_begin_ti225.preheader.us.i.preheader, %for_end_to222.us.i.loopexit.unr-lcssa
+  %indvars.iv1598.i.epil.init = phi i64 [ 0, %for_begin_ti225.preheader.us.i.preheader ], [ %indvars.iv.next1599.i.1, %for_end_to222.us.i.loopexit.unr-lcssa ]
+  %lcmp.mod335 = icmp ne i64 %xtraiter332, 0
+  tail call void @llvm.assume(i1 %lcmp.mod335)
+  %.idx68.epil = shl nsw i64 %indvars.iv1598.i.epil.init, 9
+  %1182 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx68.epil
+  %1183 = getelementptr inbounds nuw i8, ptr %1182, i64 64
+  %1184 = load <16 x i32>, ptr %1183, align 4, !tbaa !4
+  %1185 = load <16 x i32>, ptr %1182, align 4, !tbaa !4
+  %1186 = lshr <16 x i32> %1185, splat (i32 16)
+  %1187 = or <16 x i32> %1186, %1184
+  %.idx69.epil = shl nsw i64 %indvars.iv1598.i.epil.init, 8
+  %1188 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx69.epil
+  store <16 x i32> %1187, ptr %1188, align 4, !tbaa !4
+  %1189 = getelementptr inbounds nuw i8, ptr %1182, i64 128
+  %1190 = getelementptr inbounds nuw i8, ptr %1182, i64 192
+  %1191 = load <16 x i32>, ptr %1190, align 4, !tbaa !4
+  %1192 = load <16 x i32>, ptr %1189, align 4, !tbaa !4
+  %1193 = lshr <16 x i32> %1192, splat (i32 16)
+  %1194 = or <16 x i32> %1193, %1191
+  %1195 = getelementptr inbounds nuw i8, ptr %1188, i64 64
+  store <16 x i32> %1194, ptr %1195, align 4, !tbaa !4
+  %1196 = getelementptr inbounds nuw i8, ptr %1182, i64 256
+  %1197 = getelementptr inbounds nuw i8, ptr %1182, i64 320
+  %1198 = load <16 x i32>, ptr %1197, align 4, !tbaa !4
+  %1199 = load <16 x i32>, ptr %1196, align 4, !tbaa !4
+  %1200 = lshr <16 x i32> %1199, splat (i32 16)
+  %1201 = or <16 x i32> %1200, %1198
+  %1202 = getelementptr inbounds nuw i8, ptr %1188, i64 128
+  store <16 x i32> %1201, ptr %1202, align 4, !tbaa !4
+  %1203 = getelementptr inbounds nuw i8, ptr %1182, i64 384
+  %1204 = getelementptr inbounds nuw i8, ptr %1182, i64 448
+  %1205 = load <16 x i32>, ptr %1204, align 4, !tbaa !4
+  %1206 = load <16 x i32>, ptr %1203, align 4, !tbaa !4
+  %1207 = lshr <16 x i32> %1206, splat (i32 16)
+  %1208 = or <16 x i32> %1207, %1205
+  %1209 = getelementptr inbounds nuw i8, ptr %1188, i64 192
+  store <16 x i32> %1208, ptr %1209, align 4, !tbaa !4
+  br label %for_end_to222.us.i
 
-for_body_to211.us.i.epil.preheader:               ; preds = %for_body_to211.us.i.preheader, %for_body_to211.lr.ph.us.i.1.unr-lcssa
-  %indvars.iv1497.i.epil.init = phi i64 [ 0, %for_body_to211.us.i.preheader ], [ %indvars.iv.next1498.i.3361, %for_body_to211.lr.ph.us.i.1.unr-lcssa ]
-  %lcmp.mod337 = icmp ne i64 %xtraiter334, 0
-  tail call void @llvm.assume(i1 %lcmp.mod337)
-  br label %for_body_to211.us.i.epil
+for_end_to222.us.i:                               ; preds = %for_begin_ti225.preheader.us.i.epil.preheader, %for_end_to222.us.i.loopexit.unr-lcssa, %for_begin_to220.preheader.us.thread.i
+  %tile_sum552.sroa.0.0.lcssa.us1773.i = phi <16 x float> [ zeroinitializer, %for_begin_to220.preheader.us.thread.i ], [ %.us-phi.us.i, %for_end_to222.us.i.loopexit.unr-lcssa ], [ %.us-phi.us.i, %for_begin_ti225.preheader.us.i.epil.preheader ]
+  %1210 = phi <16 x float> [ %1179, %for_begin_to220.preheader.us.thread.i ], [ %2756, %for_end_to222.us.i.loopexit.unr-lcssa ], [ %2756, %for_begin_ti225.preheader.us.i.epil.preheader ]
+  %1211 = phi i64 [ %1181, %for_begin_to220.preheader.us.thread.i ], [ %2758, %for_end_to222.us.i.loopexit.unr-lcssa ], [ %2758, %for_begin_ti225.preheader.us.i.epil.preheader ]
+  %1212 = getelementptr inbounds float, ptr %row_max.i, i64 %1211
+  %1213 = load <16 x float>, ptr %1212, align 4, !tbaa !4
+  %old_max.us.i = select <16 x i1> %1010, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %1213
+  %1214 = getelementptr inbounds float, ptr %row_sum.i, i64 %1211
+  %1215 = load <16 x float>, ptr %1214, align 4, !tbaa !4
+  %old_sum.us.i = select <16 x i1> %1010, <16 x float> zeroinitializer, <16 x float> %1215
+  %1216 = fcmp ogt <16 x float> %old_max.us.i, %1210
+  %1217 = fcmp oeq <16 x float> %tile_sum552.sroa.0.0.lcssa.us1773.i, zeroinitializer
+  %1218 = select <16 x i1> %1217, <16 x i1> splat (i1 true), <16 x i1> %1216
+  %old_or_both.us.i = select <16 x i1> %1218, <16 x float> %old_max.us.i, <16 x float> %1210
+  %1219 = fcmp oeq <16 x float> %old_sum.us.i, zeroinitializer
+  %m.us.i = select <16 x i1> %1219, <16 x float> %1210, <16 x float> %old_or_both.us.i
+  %1220 = fsub <16 x float> %old_max.us.i, %m.us.i
+  %1221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1220, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1222 = bitcast <16 x float> %1221 to <16 x i32>
+  %1223 = fadd <16 x float> %1221, splat (float 0xC168000FE0000000)
+  %1224 = fmul <16 x float> %1223, splat (float 0x3F2BD01060000000)
+  %1225 = fmul <16 x float> %1223, splat (float 0x3FE6300000000000)
+  %1226 = fsub <16 x float> %1220, %1225
+  %1227 = fadd <16 x float> %1224, %1226
+  %1228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1227, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1228, <16 x float> %1227, <16 x float> splat (float 0x3FA5558F20000000))
+  %1230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1229, <16 x float> %1227, <16 x float> splat (float 0x3FC5554920000000))
+  %1231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1230, <16 x float> %1227, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1232 = fmul <16 x float> %1227, %1227
+  %1233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1231, <16 x float> %1232, <16 x float> %1227)
+  %1234 = shl <16 x i32> %1222, splat (i32 23)
+  %1235 = bitcast <16 x i32> %1234 to <16 x float>
+  %1236 = fadd <16 x float> %1233, splat (float 1.000000e+00)
+  %1237 = fmul <16 x float> %1236, %1235
+  %1238 = fcmp olt <16 x float> %1220, splat (float -8.700000e+01)
+  %1239 = select <16 x i1> %1238, <16 x float> zeroinitializer, <16 x float> %1237
+  %1240 = fcmp one <16 x float> %old_sum.us.i, zeroinitializer
+  %1241 = select <16 x i1> %1240, <16 x float> %1239, <16 x float> zeroinitializer
+  %arg247.us.i = fsub <16 x float> %1210, %m.us.i
+  %1242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg247.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1243 = bitcast <16 x float> %1242 to <16 x i32>
+  %1244 = fadd <16 x float> %1242, splat (float 0xC168000FE0000000)
+  %1245 = fmul <16 x float> %1244, splat (float 0x3F2BD01060000000)
+  %1246 = fmul <16 x float> %1244, splat (float 0x3FE6300000000000)
+  %1247 = fsub <16 x float> %arg247.us.i, %1246
+  %1248 = fadd <16 x float> %1245, %1247
+  %1249 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1248, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1249, <16 x float> %1248, <16 x float> splat (float 0x3FA5558F20000000))
+  %1251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1250, <16 x float> %1248, <16 x float> splat (float 0x3FC5554920000000))
+  %1252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1251, <16 x float> %1248, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1253 = fmul <16 x float> %1248, %1248
+  %1254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1252, <16 x float> %1253, <16 x float> %1248)
+  %1255 = shl <16 x i32> %1243, splat (i32 23)
+  %1256 = bitcast <16 x i32> %1255 to <16 x float>
+  %1257 = fadd <16 x float> %1254, splat (float 1.000000e+00)
+  %1258 = fmul <16 x float> %1257, %1256
+  %1259 = fcmp olt <16 x float> %arg247.us.i, splat (float -8.700000e+01)
+  %1260 = select <16 x i1> %1259, <16 x float> zeroinitializer, <16 x float> %1258
+  %1261 = fcmp one <16 x float> %tile_sum552.sroa.0.0.lcssa.us1773.i, zeroinitializer
+  %1262 = select <16 x i1> %1261, <16 x float> %1260, <16 x float> zeroinitializer
+  %1263 = fmul <16 x float> %old_sum.us.i, %1241
+  %1264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %tile_sum552.sroa.0.0.lcssa.us1773.i, <16 x float> %1263)
+  store <16 x float> %m.us.i, ptr %1212, align 4, !tbaa !4
+  store <16 x float> %1264, ptr %1214, align 4, !tbaa !4
+  %1265 = load i32, ptr %1158, align 4, !tbaa !4
+  %1266 = sub i32 %1265, %1011
+  %1267 = tail call i32 @llvm.smin.i32(i32 %1266, i32 %valid_len182.us.i)
+  %1268 = tail call i32 @llvm.smin.i32(i32 %1267, i32 %.reass1256.reass.i)
+  %1269 = select i1 %155, i32 %1268, i32 %1267
+  %1270 = tail call i32 @llvm.smax.i32(i32 %1269, i32 0)
+  %num_full.us.i = lshr i32 %1270, 3
+  %1271 = sub nsw i32 %1166, %num_full.us.i
+  %1272 = icmp sgt i32 %1271, 0
+  br i1 %1272, label %for_begin_ti270.preheader.lr.ph.us.i, label %for_end_to267.us.i, !prof !3
 
-for_body_to211.us.i.epil:                         ; preds = %for_body_to211.us.i.epil, %for_body_to211.us.i.epil.preheader
-  %indvars.iv1497.i.epil = phi i64 [ %indvars.iv.next1498.i.epil, %for_body_to211.us.i.epil ], [ %indvars.iv1497.i.epil.init, %for_body_to211.us.i.epil.preheader ]
-  %epil.iter335 = phi i64 [ %epil.iter335.next, %for_body_to211.us.i.epil ], [ 0, %for_body_to211.us.i.epil.preheader ]
-  %.idx1651.i.epil = shl nsw i64 %indvars.iv1497.i.epil, 7
-  %gep1689.i.epil = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx1651.i.epil
-  %1392 = load <32 x float>, ptr %gep1689.i.epil, align 4, !tbaa !4
-  %1393 = bitcast <32 x float> %1392 to <32 x i32>
-  %1394 = shufflevector <32 x i32> %1393, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1395 = lshr <16 x i32> %1394, splat (i32 16)
-  %1396 = bitcast <32 x float> %1392 to <32 x i32>
-  %1397 = shufflevector <32 x i32> %1396, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1398 = or <16 x i32> %1395, %1397
-  %.idx1653.i.epil = shl nsw i64 %indvars.iv1497.i.epil, 6
-  %gep1691.i.epil = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx1653.i.epil
-  store <16 x i32> %1398, ptr %gep1691.i.epil, align 4, !tbaa !4
-  %indvars.iv.next1498.i.epil = add nuw nsw i64 %indvars.iv1497.i.epil, 1
-  %epil.iter335.next = add i64 %epil.iter335, 1
-  %epil.iter335.cmp.not = icmp eq i64 %epil.iter335.next, %xtraiter334
-  br i1 %epil.iter335.cmp.not, label %for_body_to211.lr.ph.us.i.1, label %for_body_to211.us.i.epil, !prof !46, !llvm.loop !54
+for_end_to267.us.i:                               ; preds = %for_begin_ti270.preheader.us.i, %for_end_to222.us.i
+  br i1 %155, label %if_then275.us.i, label %if_end276.us.i, !prof !7
 
-for_body_to211.lr.ph.us.i.1:                      ; preds = %for_body_to211.us.i.epil, %for_body_to211.lr.ph.us.i.1.unr-lcssa
-  %invariant.gep1688.i.1 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 512
-  %invariant.gep1690.i.1 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 256
-  %xtraiter364 = and i64 %wide.trip.count1443.i.pre-phi146, 3
-  %1399 = icmp ult i64 %849, 3
-  br i1 %1399, label %for_body_to211.us.i.1.epil.preheader, label %for_body_to211.lr.ph.us.i.1.new, !prof !41
+if_then275.us.i:                                  ; preds = %for_end_to267.us.i
+  %1273 = srem i32 %1155, %111
+  %1274 = shl nsw i32 %1273, 4
+  %1275 = sub nsw i32 %109, %1274
+  %1276 = icmp sgt i32 %1275, 0
+  br i1 %1276, label %for_body_r278.lr.ph.us.i, label %if_end276.us.i, !prof !3
 
-for_body_to211.lr.ph.us.i.1.new:                  ; preds = %for_body_to211.lr.ph.us.i.1
-  %unroll_iter368 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
-  br label %for_body_to211.us.i.1
+if_end276.us.i:                                   ; preds = %for_end_c284.us.i.loopexit.us, %for_body_r278.lr.ph.us.i, %if_then275.us.i, %for_end_to267.us.i
+  %.not1486.i = icmp eq i32 %num_full.us.i, 0
+  %1277 = shl nuw nsw i32 %num_full.us.i, 2
+  %1278 = add nsw i32 %valid_len182.us.i, 1
+  %1279 = ashr i32 %1278, 1
+  %1280 = sub nsw i32 %1279, %1277
+  %1281 = icmp sgt i32 %1280, 0
+  %1282 = shl i32 %1155, 11
+  %1283 = shl nuw nsw i32 %num_full.us.i, 6
+  %1284 = and i32 %1270, 2147483640
+  %1285 = fmul <16 x float> %1241, zeroinitializer
+  %1286 = zext nneg i32 %1283 to i64
+  %1287 = zext nneg i32 %1284 to i64
+  %1288 = sext i32 %1282 to i64
+  %wide.trip.count1624.i = zext nneg i32 %num_full.us.i to i64
+  %wide.trip.count1629.i = zext nneg i32 %1280 to i64
+  %invariant.gep1795.i = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1287
+  br label %for_begin_to287.preheader.us.i
 
-for_body_to211.us.i.1:                            ; preds = %for_body_to211.us.i.1, %for_body_to211.lr.ph.us.i.1.new
-  %indvars.iv1497.i.1 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.1.new ], [ %indvars.iv.next1498.i.1.3, %for_body_to211.us.i.1 ]
-  %niter369 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.1.new ], [ %niter369.next.3, %for_body_to211.us.i.1 ]
-  %.idx1651.i.1 = shl nsw i64 %indvars.iv1497.i.1, 7
-  %gep1689.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.1, i64 %.idx1651.i.1
-  %1400 = load <32 x float>, ptr %gep1689.i.1, align 4, !tbaa !4
-  %1401 = bitcast <32 x float> %1400 to <32 x i32>
-  %1402 = shufflevector <32 x i32> %1401, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1403 = lshr <16 x i32> %1402, splat (i32 16)
-  %1404 = bitcast <32 x float> %1400 to <32 x i32>
-  %1405 = shufflevector <32 x i32> %1404, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1406 = or <16 x i32> %1403, %1405
-  %.idx1653.i.1 = shl nsw i64 %indvars.iv1497.i.1, 6
-  %gep1691.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.1, i64 %.idx1653.i.1
-  store <16 x i32> %1406, ptr %gep1691.i.1, align 4, !tbaa !4
-  %indvars.iv.next1498.i.1 = or disjoint i64 %indvars.iv1497.i.1, 1
-  %.idx1651.i.1.1 = shl nsw i64 %indvars.iv.next1498.i.1, 7
-  %gep1689.i.1.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.1, i64 %.idx1651.i.1.1
-  %1407 = load <32 x float>, ptr %gep1689.i.1.1, align 4, !tbaa !4
-  %1408 = bitcast <32 x float> %1407 to <32 x i32>
-  %1409 = shufflevector <32 x i32> %1408, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1410 = lshr <16 x i32> %1409, splat (i32 16)
-  %1411 = bitcast <32 x float> %1407 to <32 x i32>
-  %1412 = shufflevector <32 x i32> %1411, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1413 = or <16 x i32> %1410, %1412
-  %.idx1653.i.1.1 = shl nsw i64 %indvars.iv.next1498.i.1, 6
-  %gep1691.i.1.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.1, i64 %.idx1653.i.1.1
-  store <16 x i32> %1413, ptr %gep1691.i.1.1, align 4, !tbaa !4
-  %indvars.iv.next1498.i.1.1 = or disjoint i64 %indvars.iv1497.i.1, 2
-  %.idx1651.i.1.2 = shl nsw i64 %indvars.iv.next1498.i.1.1, 7
-  %gep1689.i.1.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.1, i64 %.idx1651.i.1.2
-  %1414 = load <32 x float>, ptr %gep1689.i.1.2, align 4, !tbaa !4
-  %1415 = bitcast <32 x float> %1414 to <32 x i32>
-  %1416 = shufflevector <32 x i32> %1415, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1417 = lshr <16 x i32> %1416, splat (i32 16)
-  %1418 = bitcast <32 x float> %1414 to <32 x i32>
-  %1419 = shufflevector <32 x i32> %1418, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1420 = or <16 x i32> %1417, %1419
-  %.idx1653.i.1.2 = shl nsw i64 %indvars.iv.next1498.i.1.1, 6
-  %gep1691.i.1.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.1, i64 %.idx1653.i.1.2
-  store <16 x i32> %1420, ptr %gep1691.i.1.2, align 4, !tbaa !4
-  %indvars.iv.next1498.i.1.2 = or disjoint i64 %indvars.iv1497.i.1, 3
-  %.idx1651.i.1.3 = shl nsw i64 %indvars.iv.next1498.i.1.2, 7
-  %gep1689.i.1.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.1, i64 %.idx1651.i.1.3
-  %1421 = load <32 x float>, ptr %gep1689.i.1.3, align 4, !tbaa !4
-  %1422 = bitcast <32 x float> %1421 to <32 x i32>
-  %1423 = shufflevector <32 x i32> %1422, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1424 = lshr <16 x i32> %1423, splat (i32 16)
-  %1425 = bitcast <32 x float> %1421 to <32 x i32>
-  %1426 = shufflevector <32 x i32> %1425, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1427 = or <16 x i32> %1424, %1426
-  %.idx1653.i.1.3 = shl nsw i64 %indvars.iv.next1498.i.1.2, 6
-  %gep1691.i.1.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.1, i64 %.idx1653.i.1.3
-  store <16 x i32> %1427, ptr %gep1691.i.1.3, align 4, !tbaa !4
-  %indvars.iv.next1498.i.1.3 = add nuw nsw i64 %indvars.iv1497.i.1, 4
-  %niter369.next.3 = add i64 %niter369, 4
-  %niter369.ncmp.3 = icmp eq i64 %niter369.next.3, %unroll_iter368
-  br i1 %niter369.ncmp.3, label %for_body_to211.lr.ph.us.i.2.unr-lcssa, label %for_body_to211.us.i.1, !prof !42, !llvm.loop !55
+if_end180.us.i:                                   ; preds = %if_end317.us.i, %for_end_t169.us.i
+  %1289 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1290 = tail call i32 %1289(i32 1, i32 %dev_id, ptr nonnull %scaled.us.i)
+  %.not578.us.i = icmp eq i32 %1290, 0
+  br i1 %.not578.us.i, label %if_end319.us.i, label %fused_attend_compute_.exit, !prof !34
 
-for_body_to211.lr.ph.us.i.2.unr-lcssa:            ; preds = %for_body_to211.us.i.1
-  %lcmp.mod366.not = icmp eq i64 %xtraiter364, 0
-  br i1 %lcmp.mod366.not, label %for_body_to211.lr.ph.us.i.2, label %for_body_to211.us.i.1.epil.preheader, !prof !45
+if_end319.us.i:                                   ; preds = %if_end180.us.i
+  %1291 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1292 = tail call i32 %1291(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.us.i)
+  %.not579.us.i = icmp eq i32 %1292, 0
+  br i1 %.not579.us.i, label %if_end322.us.i, label %fused_attend_compute_.exit, !prof !34
 
-for_body_to211.us.i.1.epil.preheader:             ; preds = %for_body_to211.lr.ph.us.i.2.unr-lcssa, %for_body_to211.lr.ph.us.i.1
-  %indvars.iv1497.i.1.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.1 ], [ %indvars.iv.next1498.i.1.3, %for_body_to211.lr.ph.us.i.2.unr-lcssa ]
-  %lcmp.mod367 = icmp ne i64 %xtraiter364, 0
-  tail call void @llvm.assume(i1 %lcmp.mod367)
-  br label %for_body_to211.us.i.1.epil
+if_end322.us.i:                                   ; preds = %if_end319.us.i
+  %1293 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1294 = tail call i32 %1293(i32 1, i32 %dev_id, ptr nonnull %edges.us.i)
+  %.not580.us.i = icmp eq i32 %1294, 0
+  br i1 %.not580.us.i, label %if_end325.us.i, label %fused_attend_compute_.exit, !prof !34
 
-for_body_to211.us.i.1.epil:                       ; preds = %for_body_to211.us.i.1.epil, %for_body_to211.us.i.1.epil.preheader
-  %indvars.iv1497.i.1.epil = phi i64 [ %indvars.iv1497.i.1.epil.init, %for_body_to211.us.i.1.epil.preheader ], [ %indvars.iv.next1498.i.1.epil, %for_body_to211.us.i.1.epil ]
-  %epil.iter365 = phi i64 [ 0, %for_body_to211.us.i.1.epil.preheader ], [ %epil.iter365.next, %for_body_to211.us.i.1.epil ]
-  %.idx1651.i.1.epil = shl nsw i64 %indvars.iv1497.i.1.epil, 7
-  %gep1689.i.1.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.1, i64 %.idx1651.i.1.epil
-  %1428 = load <32 x float>, ptr %gep1689.i.1.epil, align 4, !tbaa !4
-  %1429 = bitcast <32 x float> %1428 to <32 x i32>
-  %1430 = shufflevector <32 x i32> %1429, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1431 = lshr <16 x i32> %1430, splat (i32 16)
-  %1432 = bitcast <32 x float> %1428 to <32 x i32>
-  %1433 = shufflevector <32 x i32> %1432, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1434 = or <16 x i32> %1431, %1433
-  %.idx1653.i.1.epil = shl nsw i64 %indvars.iv1497.i.1.epil, 6
-  %gep1691.i.1.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.1, i64 %.idx1653.i.1.epil
-  store <16 x i32> %1434, ptr %gep1691.i.1.epil, align 4, !tbaa !4
-  %indvars.iv.next1498.i.1.epil = add nuw nsw i64 %indvars.iv1497.i.1.epil, 1
-  %epil.iter365.next = add i64 %epil.iter365, 1
-  %epil.iter365.cmp.not = icmp eq i64 %epil.iter365.next, %xtraiter364
-  br i1 %epil.iter365.cmp.not, label %for_body_to211.lr.ph.us.i.2, label %for_body_to211.us.i.1.epil, !prof !46, !llvm.loop !56
+if_end325.us.i:                                   ; preds = %if_end322.us.i
+  %1295 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1296 = tail call i32 %1295(i32 1, i32 %dev_id, ptr nonnull %probs.us.i)
+  %.not581.us.i = icmp eq i32 %1296, 0
+  br i1 %.not581.us.i, label %if_end328.us.i, label %fused_attend_compute_.exit, !prof !34
 
-for_body_to211.lr.ph.us.i.2:                      ; preds = %for_body_to211.us.i.1.epil, %for_body_to211.lr.ph.us.i.2.unr-lcssa
-  %invariant.gep1688.i.2 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 1024
-  %invariant.gep1690.i.2 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 512
-  %xtraiter370 = and i64 %wide.trip.count1443.i.pre-phi146, 3
-  %1435 = icmp ult i64 %849, 3
-  br i1 %1435, label %for_body_to211.us.i.2.epil.preheader, label %for_body_to211.lr.ph.us.i.2.new, !prof !41
+if_end328.us.i:                                   ; preds = %if_end325.us.i
+  %1297 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1298 = tail call i32 %1297(i32 1, i32 %dev_id, ptr nonnull %scores.us.i)
+  %.not582.us.i = icmp eq i32 %1298, 0
+  br i1 %.not582.us.i, label %for_begin_row_tile.us.i, label %fused_attend_compute_.exit, !prof !34
 
-for_body_to211.lr.ph.us.i.2.new:                  ; preds = %for_body_to211.lr.ph.us.i.2
-  %unroll_iter374 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
-  br label %for_body_to211.us.i.2
+for_end_to289.us.i:                               ; preds = %for_begin_to287.preheader.us.i, %for_begin_ti292.preheader.us.i
+  %full_acc543.sroa.8.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to287.preheader.us.i ], [ %r.i982.us.3.i, %for_begin_ti292.preheader.us.i ]
+  %full_acc543.sroa.4.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to287.preheader.us.i ], [ %r.i979.us.3.i, %for_begin_ti292.preheader.us.i ]
+  %full_acc543.sroa.0.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to287.preheader.us.i ], [ %r.i976.us.3.i, %for_begin_ti292.preheader.us.i ]
+  %full_acc543.sroa.12.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to287.preheader.us.i ], [ %r.i985.us.3.i, %for_begin_ti292.preheader.us.i ]
+  %full_acc543.sroa.16.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to287.preheader.us.i ], [ %r.i988.us.3.i, %for_begin_ti292.preheader.us.i ]
+  %full_acc543.sroa.20.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to287.preheader.us.i ], [ %r.i991.us.3.i, %for_begin_ti292.preheader.us.i ]
+  %full_acc543.sroa.24.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to287.preheader.us.i ], [ %r.i994.us.3.i, %for_begin_ti292.preheader.us.i ]
+  %full_acc543.sroa.28.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to287.preheader.us.i ], [ %r.i997.us.3.i, %for_begin_ti292.preheader.us.i ]
+  br i1 %1281, label %for_body_ti298.lr.ph.us.i, label %for_end_ti299.us.i, !prof !3
 
-for_body_to211.us.i.2:                            ; preds = %for_body_to211.us.i.2, %for_body_to211.lr.ph.us.i.2.new
-  %indvars.iv1497.i.2 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.2.new ], [ %indvars.iv.next1498.i.2.3, %for_body_to211.us.i.2 ]
-  %niter375 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.2.new ], [ %niter375.next.3, %for_body_to211.us.i.2 ]
-  %.idx1651.i.2 = shl nsw i64 %indvars.iv1497.i.2, 7
-  %gep1689.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.2, i64 %.idx1651.i.2
-  %1436 = load <32 x float>, ptr %gep1689.i.2, align 4, !tbaa !4
-  %1437 = bitcast <32 x float> %1436 to <32 x i32>
-  %1438 = shufflevector <32 x i32> %1437, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1439 = lshr <16 x i32> %1438, splat (i32 16)
-  %1440 = bitcast <32 x float> %1436 to <32 x i32>
-  %1441 = shufflevector <32 x i32> %1440, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1442 = or <16 x i32> %1439, %1441
-  %.idx1653.i.2 = shl nsw i64 %indvars.iv1497.i.2, 6
-  %gep1691.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.2, i64 %.idx1653.i.2
-  store <16 x i32> %1442, ptr %gep1691.i.2, align 4, !tbaa !4
-  %indvars.iv.next1498.i.2 = or disjoint i64 %indvars.iv1497.i.2, 1
-  %.idx1651.i.2.1 = shl nsw i64 %indvars.iv.next1498.i.2, 7
-  %gep1689.i.2.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.2, i64 %.idx1651.i.2.1
-  %1443 = load <32 x float>, ptr %gep1689.i.2.1, align 4, !tbaa !4
-  %1444 = bitcast <32 x float> %1443 to <32 x i32>
-  %1445 = shufflevector <32 x i32> %1444, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1446 = lshr <16 x i32> %1445, splat (i32 16)
-  %1447 = bitcast <32 x float> %1443 to <32 x i32>
-  %1448 = shufflevector <32 x i32> %1447, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1449 = or <16 x i32> %1446, %1448
-  %.idx1653.i.2.1 = shl nsw i64 %indvars.iv.next1498.i.2, 6
-  %gep1691.i.2.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.2, i64 %.idx1653.i.2.1
-  store <16 x i32> %1449, ptr %gep1691.i.2.1, align 4, !tbaa !4
-  %indvars.iv.next1498.i.2.1 = or disjoint i64 %indvars.iv1497.i.2, 2
-  %.idx1651.i.2.2 = shl nsw i64 %indvars.iv.next1498.i.2.1, 7
-  %gep1689.i.2.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.2, i64 %.idx1651.i.2.2
-  %1450 = load <32 x float>, ptr %gep1689.i.2.2, align 4, !tbaa !4
-  %1451 = bitcast <32 x float> %1450 to <32 x i32>
-  %1452 = shufflevector <32 x i32> %1451, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1453 = lshr <16 x i32> %1452, splat (i32 16)
-  %1454 = bitcast <32 x float> %1450 to <32 x i32>
-  %1455 = shufflevector <32 x i32> %1454, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1456 = or <16 x i32> %1453, %1455
-  %.idx1653.i.2.2 = shl nsw i64 %indvars.iv.next1498.i.2.1, 6
-  %gep1691.i.2.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.2, i64 %.idx1653.i.2.2
-  store <16 x i32> %1456, ptr %gep1691.i.2.2, align 4, !tbaa !4
-  %indvars.iv.next1498.i.2.2 = or disjoint i64 %indvars.iv1497.i.2, 3
-  %.idx1651.i.2.3 = shl nsw i64 %indvars.iv.next1498.i.2.2, 7
-  %gep1689.i.2.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.2, i64 %.idx1651.i.2.3
-  %1457 = load <32 x float>, ptr %gep1689.i.2.3, align 4, !tbaa !4
-  %1458 = bitcast <32 x float> %1457 to <32 x i32>
-  %1459 = shufflevector <32 x i32> %1458, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1460 = lshr <16 x i32> %1459, splat (i32 16)
-  %1461 = bitcast <32 x float> %1457 to <32 x i32>
-  %1462 = shufflevector <32 x i32> %1461, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1463 = or <16 x i32> %1460, %1462
-  %.idx1653.i.2.3 = shl nsw i64 %indvars.iv.next1498.i.2.2, 6
-  %gep1691.i.2.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.2, i64 %.idx1653.i.2.3
-  store <16 x i32> %1463, ptr %gep1691.i.2.3, align 4, !tbaa !4
-  %indvars.iv.next1498.i.2.3 = add nuw nsw i64 %indvars.iv1497.i.2, 4
-  %niter375.next.3 = add i64 %niter375, 4
-  %niter375.ncmp.3 = icmp eq i64 %niter375.next.3, %unroll_iter374
-  br i1 %niter375.ncmp.3, label %for_body_to211.lr.ph.us.i.3.unr-lcssa, label %for_body_to211.us.i.2, !prof !42, !llvm.loop !57
+for_end_ti299.us.i:                               ; preds = %for_body_ti298.us.i, %for_end_to289.us.i
+  %tile_acc544.sroa.31.0.lcssa.us.i = phi <16 x float> [ %full_acc543.sroa.28.0.lcssa.us.i, %for_end_to289.us.i ], [ %r.i1021.us.i, %for_body_ti298.us.i ]
+  %tile_acc544.sroa.27.0.lcssa.us.i = phi <16 x float> [ %full_acc543.sroa.24.0.lcssa.us.i, %for_end_to289.us.i ], [ %r.i1018.us.i, %for_body_ti298.us.i ]
+  %tile_acc544.sroa.22.0.lcssa.us.i = phi <16 x float> [ %full_acc543.sroa.20.0.lcssa.us.i, %for_end_to289.us.i ], [ %r.i1015.us.i, %for_body_ti298.us.i ]
+  %tile_acc544.sroa.18.0.lcssa.us.i = phi <16 x float> [ %full_acc543.sroa.16.0.lcssa.us.i, %for_end_to289.us.i ], [ %r.i1012.us.i, %for_body_ti298.us.i ]
+  %tile_acc544.sroa.13.0.lcssa.us.i = phi <16 x float> [ %full_acc543.sroa.12.0.lcssa.us.i, %for_end_to289.us.i ], [ %r.i1009.us.i, %for_body_ti298.us.i ]
+  %tile_acc544.sroa.9.0.lcssa.us.i = phi <16 x float> [ %full_acc543.sroa.8.0.lcssa.us.i, %for_end_to289.us.i ], [ %r.i1006.us.i, %for_body_ti298.us.i ]
+  %tile_acc544.sroa.4.0.lcssa.us.i = phi <16 x float> [ %full_acc543.sroa.4.0.lcssa.us.i, %for_end_to289.us.i ], [ %r.i1003.us.i, %for_body_ti298.us.i ]
+  %tile_acc544.sroa.0.0.lcssa.us.i = phi <16 x float> [ %full_acc543.sroa.0.0.lcssa.us.i, %for_end_to289.us.i ], [ %r.i1000.us.i, %for_body_ti298.us.i ]
+  %1299 = shl nuw nsw i64 %indvars.iv1631.i, 7
+  %1300 = add nuw nsw i64 %1299, %1288
+  %1301 = getelementptr inbounds float, ptr %acc.i, i64 %1300
+  br i1 %1008, label %if_then316.us.i, label %if_end315.us.i, !prof !7
 
-for_body_to211.lr.ph.us.i.3.unr-lcssa:            ; preds = %for_body_to211.us.i.2
-  %lcmp.mod372.not = icmp eq i64 %xtraiter370, 0
-  br i1 %lcmp.mod372.not, label %for_body_to211.lr.ph.us.i.3, label %for_body_to211.us.i.2.epil.preheader, !prof !45
+if_end315.us.i:                                   ; preds = %for_end_ti299.us.i
+  %1302 = load <16 x float>, ptr %1301, align 4, !tbaa !4
+  %1303 = fmul <16 x float> %1241, %1302
+  %1304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %tile_acc544.sroa.0.0.lcssa.us.i, <16 x float> %1303)
+  store <16 x float> %1304, ptr %1301, align 4, !tbaa !4
+  %1305 = getelementptr i8, ptr %1301, i64 64
+  %1306 = load <16 x float>, ptr %1305, align 4, !tbaa !4
+  %1307 = fmul <16 x float> %1241, %1306
+  %1308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %tile_acc544.sroa.4.0.lcssa.us.i, <16 x float> %1307)
+  store <16 x float> %1308, ptr %1305, align 4, !tbaa !4
+  %1309 = getelementptr i8, ptr %1301, i64 128
+  %1310 = load <16 x float>, ptr %1309, align 4, !tbaa !4
+  %1311 = fmul <16 x float> %1241, %1310
+  %1312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %tile_acc544.sroa.9.0.lcssa.us.i, <16 x float> %1311)
+  store <16 x float> %1312, ptr %1309, align 4, !tbaa !4
+  %1313 = getelementptr i8, ptr %1301, i64 192
+  %1314 = load <16 x float>, ptr %1313, align 4, !tbaa !4
+  %1315 = fmul <16 x float> %1241, %1314
+  %1316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %tile_acc544.sroa.13.0.lcssa.us.i, <16 x float> %1315)
+  store <16 x float> %1316, ptr %1313, align 4, !tbaa !4
+  %1317 = getelementptr i8, ptr %1301, i64 256
+  %1318 = load <16 x float>, ptr %1317, align 4, !tbaa !4
+  %1319 = fmul <16 x float> %1241, %1318
+  %1320 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %tile_acc544.sroa.18.0.lcssa.us.i, <16 x float> %1319)
+  store <16 x float> %1320, ptr %1317, align 4, !tbaa !4
+  %1321 = getelementptr i8, ptr %1301, i64 320
+  %1322 = load <16 x float>, ptr %1321, align 4, !tbaa !4
+  %1323 = fmul <16 x float> %1241, %1322
+  %1324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %tile_acc544.sroa.22.0.lcssa.us.i, <16 x float> %1323)
+  store <16 x float> %1324, ptr %1321, align 4, !tbaa !4
+  %1325 = getelementptr i8, ptr %1301, i64 384
+  %1326 = load <16 x float>, ptr %1325, align 4, !tbaa !4
+  %1327 = fmul <16 x float> %1241, %1326
+  %1328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %tile_acc544.sroa.27.0.lcssa.us.i, <16 x float> %1327)
+  store <16 x float> %1328, ptr %1325, align 4, !tbaa !4
+  %.phi.trans.insert.i = getelementptr i8, ptr %1301, i64 448
+  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !4
+  %.pre1720.i = fmul <16 x float> %1241, %.pre.i
+  br label %if_end317.us.i
 
-for_body_to211.us.i.2.epil.preheader:             ; preds = %for_body_to211.lr.ph.us.i.3.unr-lcssa, %for_body_to211.lr.ph.us.i.2
-  %indvars.iv1497.i.2.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.2 ], [ %indvars.iv.next1498.i.2.3, %for_body_to211.lr.ph.us.i.3.unr-lcssa ]
-  %lcmp.mod373 = icmp ne i64 %xtraiter370, 0
-  tail call void @llvm.assume(i1 %lcmp.mod373)
-  br label %for_body_to211.us.i.2.epil
+if_then316.us.i:                                  ; preds = %for_end_ti299.us.i
+  %1329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %tile_acc544.sroa.0.0.lcssa.us.i, <16 x float> %1285)
+  store <16 x float> %1329, ptr %1301, align 4, !tbaa !4
+  %1330 = getelementptr i8, ptr %1301, i64 64
+  %1331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %tile_acc544.sroa.4.0.lcssa.us.i, <16 x float> %1285)
+  store <16 x float> %1331, ptr %1330, align 4, !tbaa !4
+  %1332 = getelementptr i8, ptr %1301, i64 128
+  %1333 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %tile_acc544.sroa.9.0.lcssa.us.i, <16 x float> %1285)
+  store <16 x float> %1333, ptr %1332, align 4, !tbaa !4
+  %1334 = getelementptr i8, ptr %1301, i64 192
+  %1335 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %tile_acc544.sroa.13.0.lcssa.us.i, <16 x float> %1285)
+  store <16 x float> %1335, ptr %1334, align 4, !tbaa !4
+  %1336 = getelementptr i8, ptr %1301, i64 256
+  %1337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %tile_acc544.sroa.18.0.lcssa.us.i, <16 x float> %1285)
+  store <16 x float> %1337, ptr %1336, align 4, !tbaa !4
+  %1338 = getelementptr i8, ptr %1301, i64 320
+  %1339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %tile_acc544.sroa.22.0.lcssa.us.i, <16 x float> %1285)
+  store <16 x float> %1339, ptr %1338, align 4, !tbaa !4
+  %1340 = getelementptr i8, ptr %1301, i64 384
+  %1341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %tile_acc544.sroa.27.0.lcssa.us.i, <16 x float> %1285)
+  store <16 x float> %1341, ptr %1340, align 4, !tbaa !4
+  br label %if_end317.us.i
 
-for_body_to211.us.i.2.epil:                       ; preds = %for_body_to211.us.i.2.epil, %for_body_to211.us.i.2.epil.preheader
-  %indvars.iv1497.i.2.epil = phi i64 [ %indvars.iv1497.i.2.epil.init, %for_body_to211.us.i.2.epil.preheader ], [ %indvars.iv.next1498.i.2.epil, %for_body_to211.us.i.2.epil ]
-  %epil.iter371 = phi i64 [ 0, %for_body_to211.us.i.2.epil.preheader ], [ %epil.iter371.next, %for_body_to211.us.i.2.epil ]
-  %.idx1651.i.2.epil = shl nsw i64 %indvars.iv1497.i.2.epil, 7
-  %gep1689.i.2.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.2, i64 %.idx1651.i.2.epil
-  %1464 = load <32 x float>, ptr %gep1689.i.2.epil, align 4, !tbaa !4
-  %1465 = bitcast <32 x float> %1464 to <32 x i32>
-  %1466 = shufflevector <32 x i32> %1465, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1467 = lshr <16 x i32> %1466, splat (i32 16)
-  %1468 = bitcast <32 x float> %1464 to <32 x i32>
-  %1469 = shufflevector <32 x i32> %1468, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1470 = or <16 x i32> %1467, %1469
-  %.idx1653.i.2.epil = shl nsw i64 %indvars.iv1497.i.2.epil, 6
-  %gep1691.i.2.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.2, i64 %.idx1653.i.2.epil
-  store <16 x i32> %1470, ptr %gep1691.i.2.epil, align 4, !tbaa !4
-  %indvars.iv.next1498.i.2.epil = add nuw nsw i64 %indvars.iv1497.i.2.epil, 1
-  %epil.iter371.next = add i64 %epil.iter371, 1
-  %epil.iter371.cmp.not = icmp eq i64 %epil.iter371.next, %xtraiter370
-  br i1 %epil.iter371.cmp.not, label %for_body_to211.lr.ph.us.i.3, label %for_body_to211.us.i.2.epil, !prof !46, !llvm.loop !58
+if_end317.us.i:                                   ; preds = %if_then316.us.i, %if_end315.us.i
+  %.pre-phi.i = phi <16 x float> [ %1285, %if_then316.us.i ], [ %.pre1720.i, %if_end315.us.i ]
+  %1342 = getelementptr inbounds float, ptr %acc.i, i64 %1300
+  %1343 = getelementptr i8, ptr %1342, i64 448
+  %1344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %tile_acc544.sroa.31.0.lcssa.us.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %1344, ptr %1343, align 4, !tbaa !4
+  %indvars.iv.next1632.i = add nuw nsw i64 %indvars.iv1631.i, 1
+  %exitcond1634.not.i = icmp eq i64 %indvars.iv.next1632.i, 16
+  br i1 %exitcond1634.not.i, label %if_end180.us.i, label %for_begin_to287.preheader.us.i, !prof !28
 
-for_body_to211.lr.ph.us.i.3:                      ; preds = %for_body_to211.us.i.2.epil, %for_body_to211.lr.ph.us.i.3.unr-lcssa
-  %invariant.gep1688.i.3 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 1536
-  %invariant.gep1690.i.3 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 768
-  %xtraiter376 = and i64 %wide.trip.count1443.i.pre-phi146, 3
-  %1471 = icmp ult i64 %849, 3
-  br i1 %1471, label %for_body_to211.us.i.3.epil.preheader, label %for_body_to211.lr.ph.us.i.3.new, !prof !41
+for_body_ti298.us.i:                              ; preds = %for_body_ti298.lr.ph.us.i, %for_body_ti298.us.i
+  %indvars.iv1626.i = phi i64 [ 0, %for_body_ti298.lr.ph.us.i ], [ %indvars.iv.next1627.i, %for_body_ti298.us.i ]
+  %tile_acc544.sroa.0.01314.us.i = phi <16 x float> [ %full_acc543.sroa.0.0.lcssa.us.i, %for_body_ti298.lr.ph.us.i ], [ %r.i1000.us.i, %for_body_ti298.us.i ]
+  %tile_acc544.sroa.4.01313.us.i = phi <16 x float> [ %full_acc543.sroa.4.0.lcssa.us.i, %for_body_ti298.lr.ph.us.i ], [ %r.i1003.us.i, %for_body_ti298.us.i ]
+  %tile_acc544.sroa.9.01312.us.i = phi <16 x float> [ %full_acc543.sroa.8.0.lcssa.us.i, %for_body_ti298.lr.ph.us.i ], [ %r.i1006.us.i, %for_body_ti298.us.i ]
+  %tile_acc544.sroa.13.01311.us.i = phi <16 x float> [ %full_acc543.sroa.12.0.lcssa.us.i, %for_body_ti298.lr.ph.us.i ], [ %r.i1009.us.i, %for_body_ti298.us.i ]
+  %tile_acc544.sroa.18.01310.us.i = phi <16 x float> [ %full_acc543.sroa.16.0.lcssa.us.i, %for_body_ti298.lr.ph.us.i ], [ %r.i1012.us.i, %for_body_ti298.us.i ]
+  %tile_acc544.sroa.22.01309.us.i = phi <16 x float> [ %full_acc543.sroa.20.0.lcssa.us.i, %for_body_ti298.lr.ph.us.i ], [ %r.i1015.us.i, %for_body_ti298.us.i ]
+  %tile_acc544.sroa.27.01308.us.i = phi <16 x float> [ %full_acc543.sroa.24.0.lcssa.us.i, %for_body_ti298.lr.ph.us.i ], [ %r.i1018.us.i, %for_body_ti298.us.i ]
+  %tile_acc544.sroa.31.01307.us.i = phi <16 x float> [ %full_acc543.sroa.28.0.lcssa.us.i, %for_body_ti298.lr.ph.us.i ], [ %r.i1021.us.i, %for_body_ti298.us.i ]
+  %1345 = shl nsw i64 %indvars.iv1626.i, 4
+  %1346 = add nuw nsw i64 %1345, %1286
+  %1347 = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %1346
+  %1348 = load <32 x bfloat>, ptr %1347, align 4, !tbaa !4
+  %1349 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1346
+  %1350 = load <16 x i32>, ptr %1349, align 4, !tbaa !4
+  %gep1796.i = getelementptr inbounds nuw i8, ptr %invariant.gep1795.i, i64 %1345
+  %1351 = load i64, ptr %gep1796.i, align 8, !tbaa !4
+  %gep1327.us.i = getelementptr i32, ptr %gep1332.us.i, i64 %1351
+  %1352 = load i32, ptr %gep1327.us.i, align 4, !tbaa !4
+  %1353 = insertelement <16 x i32> poison, i32 %1352, i64 0
+  %1354 = shufflevector <16 x i32> %1353, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1355 = and <16 x i32> %1354, %1350
+  %y.i999.us.i = bitcast <16 x i32> %1355 to <32 x bfloat>
+  %r.i1000.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc544.sroa.0.01314.us.i, <32 x bfloat> %1348, <32 x bfloat> %y.i999.us.i)
+  %1356 = getelementptr i8, ptr %gep1327.us.i, i64 4
+  %1357 = load i32, ptr %1356, align 4, !tbaa !4
+  %1358 = insertelement <16 x i32> poison, i32 %1357, i64 0
+  %1359 = shufflevector <16 x i32> %1358, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1360 = and <16 x i32> %1359, %1350
+  %y.i1002.us.i = bitcast <16 x i32> %1360 to <32 x bfloat>
+  %r.i1003.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc544.sroa.4.01313.us.i, <32 x bfloat> %1348, <32 x bfloat> %y.i1002.us.i)
+  %1361 = getelementptr i8, ptr %gep1327.us.i, i64 8
+  %1362 = load i32, ptr %1361, align 4, !tbaa !4
+  %1363 = insertelement <16 x i32> poison, i32 %1362, i64 0
+  %1364 = shufflevector <16 x i32> %1363, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1365 = and <16 x i32> %1364, %1350
+  %y.i1005.us.i = bitcast <16 x i32> %1365 to <32 x bfloat>
+  %r.i1006.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc544.sroa.9.01312.us.i, <32 x bfloat> %1348, <32 x bfloat> %y.i1005.us.i)
+  %1366 = getelementptr i8, ptr %gep1327.us.i, i64 12
+  %1367 = load i32, ptr %1366, align 4, !tbaa !4
+  %1368 = insertelement <16 x i32> poison, i32 %1367, i64 0
+  %1369 = shufflevector <16 x i32> %1368, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1370 = and <16 x i32> %1369, %1350
+  %y.i1008.us.i = bitcast <16 x i32> %1370 to <32 x bfloat>
+  %r.i1009.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc544.sroa.13.01311.us.i, <32 x bfloat> %1348, <32 x bfloat> %y.i1008.us.i)
+  %1371 = getelementptr i8, ptr %gep1327.us.i, i64 16
+  %1372 = load i32, ptr %1371, align 4, !tbaa !4
+  %1373 = insertelement <16 x i32> poison, i32 %1372, i64 0
+  %1374 = shufflevector <16 x i32> %1373, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1375 = and <16 x i32> %1374, %1350
+  %y.i1011.us.i = bitcast <16 x i32> %1375 to <32 x bfloat>
+  %r.i1012.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc544.sroa.18.01310.us.i, <32 x bfloat> %1348, <32 x bfloat> %y.i1011.us.i)
+  %1376 = getelementptr i8, ptr %gep1327.us.i, i64 20
+  %1377 = load i32, ptr %1376, align 4, !tbaa !4
+  %1378 = insertelement <16 x i32> poison, i32 %1377, i64 0
+  %1379 = shufflevector <16 x i32> %1378, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1380 = and <16 x i32> %1379, %1350
+  %y.i1014.us.i = bitcast <16 x i32> %1380 to <32 x bfloat>
+  %r.i1015.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc544.sroa.22.01309.us.i, <32 x bfloat> %1348, <32 x bfloat> %y.i1014.us.i)
+  %1381 = getelementptr i8, ptr %gep1327.us.i, i64 24
+  %1382 = load i32, ptr %1381, align 4, !tbaa !4
+  %1383 = insertelement <16 x i32> poison, i32 %1382, i64 0
+  %1384 = shufflevector <16 x i32> %1383, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1385 = and <16 x i32> %1384, %1350
+  %y.i1017.us.i = bitcast <16 x i32> %1385 to <32 x bfloat>
+  %r.i1018.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc544.sroa.27.01308.us.i, <32 x bfloat> %1348, <32 x bfloat> %y.i1017.us.i)
+  %1386 = getelementptr i8, ptr %gep1327.us.i, i64 28
+  %1387 = load i32, ptr %1386, align 4, !tbaa !4
+  %1388 = insertelement <16 x i32> poison, i32 %1387, i64 0
+  %1389 = shufflevector <16 x i32> %1388, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1390 = and <16 x i32> %1389, %1350
+  %y.i1020.us.i = bitcast <16 x i32> %1390 to <32 x bfloat>
+  %r.i1021.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc544.sroa.31.01307.us.i, <32 x bfloat> %1348, <32 x bfloat> %y.i1020.us.i)
+  %indvars.iv.next1627.i = add nuw nsw i64 %indvars.iv1626.i, 1
+  %exitcond1630.not.i = icmp eq i64 %indvars.iv.next1627.i, %wide.trip.count1629.i
+  br i1 %exitcond1630.not.i, label %for_end_ti299.us.i, label %for_body_ti298.us.i, !prof !8
 
-for_body_to211.lr.ph.us.i.3.new:                  ; preds = %for_body_to211.lr.ph.us.i.3
-  %unroll_iter380 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
-  br label %for_body_to211.us.i.3
+for_begin_ti292.preheader.us.i:                   ; preds = %for_begin_ti292.preheader.lr.ph.us.i, %for_begin_ti292.preheader.us.i
+  %indvars.iv1621.i = phi i64 [ 0, %for_begin_ti292.preheader.lr.ph.us.i ], [ %indvars.iv.next1622.i, %for_begin_ti292.preheader.us.i ]
+  %full_acc543.sroa.28.01297.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti292.preheader.lr.ph.us.i ], [ %r.i997.us.3.i, %for_begin_ti292.preheader.us.i ]
+  %full_acc543.sroa.24.01296.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti292.preheader.lr.ph.us.i ], [ %r.i994.us.3.i, %for_begin_ti292.preheader.us.i ]
+  %full_acc543.sroa.20.01295.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti292.preheader.lr.ph.us.i ], [ %r.i991.us.3.i, %for_begin_ti292.preheader.us.i ]
+  %full_acc543.sroa.16.01294.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti292.preheader.lr.ph.us.i ], [ %r.i988.us.3.i, %for_begin_ti292.preheader.us.i ]
+  %full_acc543.sroa.12.01293.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti292.preheader.lr.ph.us.i ], [ %r.i985.us.3.i, %for_begin_ti292.preheader.us.i ]
+  %full_acc543.sroa.0.01292.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti292.preheader.lr.ph.us.i ], [ %r.i976.us.3.i, %for_begin_ti292.preheader.us.i ]
+  %full_acc543.sroa.4.01291.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti292.preheader.lr.ph.us.i ], [ %r.i979.us.3.i, %for_begin_ti292.preheader.us.i ]
+  %full_acc543.sroa.8.01290.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti292.preheader.lr.ph.us.i ], [ %r.i982.us.3.i, %for_begin_ti292.preheader.us.i ]
+  %.idx70 = shl nsw i64 %indvars.iv1621.i, 8
+  %1391 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx70
+  %1392 = load <32 x bfloat>, ptr %1391, align 4, !tbaa !4
+  %.idx71 = shl nsw i64 %indvars.iv1621.i, 6
+  %1393 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx71
+  %1394 = load i64, ptr %1393, align 8, !tbaa !4
+  %gep1280.us.i = getelementptr i32, ptr %gep1330.us.i, i64 %1394
+  %1395 = load i32, ptr %gep1280.us.i, align 4, !tbaa !4
+  %1396 = insertelement <16 x i32> poison, i32 %1395, i64 0
+  %1397 = shufflevector <16 x i32> %1396, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i975.us.i = bitcast <16 x i32> %1397 to <32 x bfloat>
+  %r.i976.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc543.sroa.0.01292.us.i, <32 x bfloat> %1392, <32 x bfloat> %y.i975.us.i)
+  %1398 = getelementptr i8, ptr %gep1280.us.i, i64 4
+  %1399 = load i32, ptr %1398, align 4, !tbaa !4
+  %1400 = insertelement <16 x i32> poison, i32 %1399, i64 0
+  %1401 = shufflevector <16 x i32> %1400, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i978.us.i = bitcast <16 x i32> %1401 to <32 x bfloat>
+  %r.i979.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc543.sroa.4.01291.us.i, <32 x bfloat> %1392, <32 x bfloat> %y.i978.us.i)
+  %1402 = getelementptr i8, ptr %gep1280.us.i, i64 8
+  %1403 = load i32, ptr %1402, align 4, !tbaa !4
+  %1404 = insertelement <16 x i32> poison, i32 %1403, i64 0
+  %1405 = shufflevector <16 x i32> %1404, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i981.us.i = bitcast <16 x i32> %1405 to <32 x bfloat>
+  %r.i982.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc543.sroa.8.01290.us.i, <32 x bfloat> %1392, <32 x bfloat> %y.i981.us.i)
+  %1406 = getelementptr i8, ptr %gep1280.us.i, i64 12
+  %1407 = load i32, ptr %1406, align 4, !tbaa !4
+  %1408 = insertelement <16 x i32> poison, i32 %1407, i64 0
+  %1409 = shufflevector <16 x i32> %1408, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i984.us.i = bitcast <16 x i32> %1409 to <32 x bfloat>
+  %r.i985.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc543.sroa.12.01293.us.i, <32 x bfloat> %1392, <32 x bfloat> %y.i984.us.i)
+  %1410 = getelementptr i8, ptr %gep1280.us.i, i64 16
+  %1411 = load i32, ptr %1410, align 4, !tbaa !4
+  %1412 = insertelement <16 x i32> poison, i32 %1411, i64 0
+  %1413 = shufflevector <16 x i32> %1412, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i987.us.i = bitcast <16 x i32> %1413 to <32 x bfloat>
+  %r.i988.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc543.sroa.16.01294.us.i, <32 x bfloat> %1392, <32 x bfloat> %y.i987.us.i)
+  %1414 = getelementptr i8, ptr %gep1280.us.i, i64 20
+  %1415 = load i32, ptr %1414, align 4, !tbaa !4
+  %1416 = insertelement <16 x i32> poison, i32 %1415, i64 0
+  %1417 = shufflevector <16 x i32> %1416, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i990.us.i = bitcast <16 x i32> %1417 to <32 x bfloat>
+  %r.i991.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc543.sroa.20.01295.us.i, <32 x bfloat> %1392, <32 x bfloat> %y.i990.us.i)
+  %1418 = getelementptr i8, ptr %gep1280.us.i, i64 24
+  %1419 = load i32, ptr %1418, align 4, !tbaa !4
+  %1420 = insertelement <16 x i32> poison, i32 %1419, i64 0
+  %1421 = shufflevector <16 x i32> %1420, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i993.us.i = bitcast <16 x i32> %1421 to <32 x bfloat>
+  %r.i994.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc543.sroa.24.01296.us.i, <32 x bfloat> %1392, <32 x bfloat> %y.i993.us.i)
+  %1422 = getelementptr i8, ptr %gep1280.us.i, i64 28
+  %1423 = load i32, ptr %1422, align 4, !tbaa !4
+  %1424 = insertelement <16 x i32> poison, i32 %1423, i64 0
+  %1425 = shufflevector <16 x i32> %1424, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i996.us.i = bitcast <16 x i32> %1425 to <32 x bfloat>
+  %r.i997.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc543.sroa.28.01297.us.i, <32 x bfloat> %1392, <32 x bfloat> %y.i996.us.i)
+  %1426 = getelementptr inbounds nuw i8, ptr %1391, i64 64
+  %1427 = load <32 x bfloat>, ptr %1426, align 4, !tbaa !4
+  %1428 = getelementptr inbounds nuw i8, ptr %1393, i64 16
+  %1429 = load i64, ptr %1428, align 8, !tbaa !4
+  %gep1280.us.1.i = getelementptr i32, ptr %gep1330.us.i, i64 %1429
+  %1430 = load i32, ptr %gep1280.us.1.i, align 4, !tbaa !4
+  %1431 = insertelement <16 x i32> poison, i32 %1430, i64 0
+  %1432 = shufflevector <16 x i32> %1431, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i975.us.1.i = bitcast <16 x i32> %1432 to <32 x bfloat>
+  %r.i976.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i976.us.i, <32 x bfloat> %1427, <32 x bfloat> %y.i975.us.1.i)
+  %1433 = getelementptr i8, ptr %gep1280.us.1.i, i64 4
+  %1434 = load i32, ptr %1433, align 4, !tbaa !4
+  %1435 = insertelement <16 x i32> poison, i32 %1434, i64 0
+  %1436 = shufflevector <16 x i32> %1435, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i978.us.1.i = bitcast <16 x i32> %1436 to <32 x bfloat>
+  %r.i979.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i979.us.i, <32 x bfloat> %1427, <32 x bfloat> %y.i978.us.1.i)
+  %1437 = getelementptr i8, ptr %gep1280.us.1.i, i64 8
+  %1438 = load i32, ptr %1437, align 4, !tbaa !4
+  %1439 = insertelement <16 x i32> poison, i32 %1438, i64 0
+  %1440 = shufflevector <16 x i32> %1439, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i981.us.1.i = bitcast <16 x i32> %1440 to <32 x bfloat>
+  %r.i982.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i982.us.i, <32 x bfloat> %1427, <32 x bfloat> %y.i981.us.1.i)
+  %1441 = getelementptr i8, ptr %gep1280.us.1.i, i64 12
+  %1442 = load i32, ptr %1441, align 4, !tbaa !4
+  %1443 = insertelement <16 x i32> poison, i32 %1442, i64 0
+  %1444 = shufflevector <16 x i32> %1443, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i984.us.1.i = bitcast <16 x i32> %1444 to <32 x bfloat>
+  %r.i985.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i985.us.i, <32 x bfloat> %1427, <32 x bfloat> %y.i984.us.1.i)
+  %1445 = getelementptr i8, ptr %gep1280.us.1.i, i64 16
+  %1446 = load i32, ptr %1445, align 4, !tbaa !4
+  %1447 = insertelement <16 x i32> poison, i32 %1446, i64 0
+  %1448 = shufflevector <16 x i32> %1447, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i987.us.1.i = bitcast <16 x i32> %1448 to <32 x bfloat>
+  %r.i988.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i988.us.i, <32 x bfloat> %1427, <32 x bfloat> %y.i987.us.1.i)
+  %1449 = getelementptr i8, ptr %gep1280.us.1.i, i64 20
+  %1450 = load i32, ptr %1449, align 4, !tbaa !4
+  %1451 = insertelement <16 x i32> poison, i32 %1450, i64 0
+  %1452 = shufflevector <16 x i32> %1451, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i990.us.1.i = bitcast <16 x i32> %1452 to <32 x bfloat>
+  %r.i991.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i991.us.i, <32 x bfloat> %1427, <32 x bfloat> %y.i990.us.1.i)
+  %1453 = getelementptr i8, ptr %gep1280.us.1.i, i64 24
+  %1454 = load i32, ptr %1453, align 4, !tbaa !4
+  %1455 = insertelement <16 x i32> poison, i32 %1454, i64 0
+  %1456 = shufflevector <16 x i32> %1455, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i993.us.1.i = bitcast <16 x i32> %1456 to <32 x bfloat>
+  %r.i994.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i994.us.i, <32 x bfloat> %1427, <32 x bfloat> %y.i993.us.1.i)
+  %1457 = getelementptr i8, ptr %gep1280.us.1.i, i64 28
+  %1458 = load i32, ptr %1457, align 4, !tbaa !4
+  %1459 = insertelement <16 x i32> poison, i32 %1458, i64 0
+  %1460 = shufflevector <16 x i32> %1459, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i996.us.1.i = bitcast <16 x i32> %1460 to <32 x bfloat>
+  %r.i997.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i997.us.i, <32 x bfloat> %1427, <32 x bfloat> %y.i996.us.1.i)
+  %1461 = getelementptr inbounds nuw i8, ptr %1391, i64 128
+  %1462 = load <32 x bfloat>, ptr %1461, align 4, !tbaa !4
+  %1463 = getelementptr inbounds nuw i8, ptr %1393, i64 32
+  %1464 = load i64, ptr %1463, align 8, !tbaa !4
+  %gep1280.us.2.i = getelementptr i32, ptr %gep1330.us.i, i64 %1464
+  %1465 = load i32, ptr %gep1280.us.2.i, align 4, !tbaa !4
+  %1466 = insertelement <16 x i32> poison, i32 %1465, i64 0
+  %1467 = shufflevector <16 x i32> %1466, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i975.us.2.i = bitcast <16 x i32> %1467 to <32 x bfloat>
+  %r.i976.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i976.us.1.i, <32 x bfloat> %1462, <32 x bfloat> %y.i975.us.2.i)
+  %1468 = getelementptr i8, ptr %gep1280.us.2.i, i64 4
+  %1469 = load i32, ptr %1468, align 4, !tbaa !4
+  %1470 = insertelement <16 x i32> poison, i32 %1469, i64 0
+  %1471 = shufflevector <16 x i32> %1470, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i978.us.2.i = bitcast <16 x i32> %1471 to <32 x bfloat>
+  %r.i979.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i979.us.1.i, <32 x bfloat> %1462, <32 x bfloat> %y.i978.us.2.i)
+  %1472 = getelementptr i8, ptr %gep1280.us.2.i, i64 8
+  %1473 = load i32, ptr %1472, align 4, !tbaa !4
+  %1474 = insertelement <16 x i32> poison, i32 %1473, i64 0
+  %1475 = shufflevector <16 x i32> %1474, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i981.us.2.i = bitcast <16 x i32> %1475 to <32 x bfloat>
+  %r.i982.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i982.us.1.i, <32 x bfloat> %1462, <32 x bfloat> %y.i981.us.2.i)
+  %1476 = getelementptr i8, ptr %gep1280.us.2.i, i64 12
+  %1477 = load i32, ptr %1476, align 4, !tbaa !4
+  %1478 = insertelement <16 x i32> poison, i32 %1477, i64 0
+  %1479 = shufflevector <16 x i32> %1478, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i984.us.2.i = bitcast <16 x i32> %1479 to <32 x bfloat>
+  %r.i985.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i985.us.1.i, <32 x bfloat> %1462, <32 x bfloat> %y.i984.us.2.i)
+  %1480 = getelementptr i8, ptr %gep1280.us.2.i, i64 16
+  %1481 = load i32, ptr %1480, align 4, !tbaa !4
+  %1482 = insertelement <16 x i32> poison, i32 %1481, i64 0
+  %1483 = shufflevector <16 x i32> %1482, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i987.us.2.i = bitcast <16 x i32> %1483 to <32 x bfloat>
+  %r.i988.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i988.us.1.i, <32 x bfloat> %1462, <32 x bfloat> %y.i987.us.2.i)
+  %1484 = getelementptr i8, ptr %gep1280.us.2.i, i64 20
+  %1485 = load i32, ptr %1484, align 4, !tbaa !4
+  %1486 = insertelement <16 x i32> poison, i32 %1485, i64 0
+  %1487 = shufflevector <16 x i32> %1486, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i990.us.2.i = bitcast <16 x i32> %1487 to <32 x bfloat>
+  %r.i991.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i991.us.1.i, <32 x bfloat> %1462, <32 x bfloat> %y.i990.us.2.i)
+  %1488 = getelementptr i8, ptr %gep1280.us.2.i, i64 24
+  %1489 = load i32, ptr %1488, align 4, !tbaa !4
+  %1490 = insertelement <16 x i32> poison, i32 %1489, i64 0
+  %1491 = shufflevector <16 x i32> %1490, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i993.us.2.i = bitcast <16 x i32> %1491 to <32 x bfloat>
+  %r.i994.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i994.us.1.i, <32 x bfloat> %1462, <32 x bfloat> %y.i993.us.2.i)
+  %1492 = getelementptr i8, ptr %gep1280.us.2.i, i64 28
+  %1493 = load i32, ptr %1492, align 4, !tbaa !4
+  %1494 = insertelement <16 x i32> poison, i32 %1493, i64 0
+  %1495 = shufflevector <16 x i32> %1494, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i996.us.2.i = bitcast <16 x i32> %1495 to <32 x bfloat>
+  %r.i997.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i997.us.1.i, <32 x bfloat> %1462, <32 x bfloat> %y.i996.us.2.i)
+  %1496 = getelementptr inbounds nuw i8, ptr %1391, i64 192
+  %1497 = load <32 x bfloat>, ptr %1496, align 4, !tbaa !4
+  %1498 = getelementptr inbounds nuw i8, ptr %1393, i64 48
+  %1499 = load i64, ptr %1498, align 8, !tbaa !4
+  %gep1280.us.3.i = getelementptr i32, ptr %gep1330.us.i, i64 %1499
+  %1500 = load i32, ptr %gep1280.us.3.i, align 4, !tbaa !4
+  %1501 = insertelement <16 x i32> poison, i32 %1500, i64 0
+  %1502 = shufflevector <16 x i32> %1501, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i975.us.3.i = bitcast <16 x i32> %1502 to <32 x bfloat>
+  %r.i976.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i976.us.2.i, <32 x bfloat> %1497, <32 x bfloat> %y.i975.us.3.i)
+  %1503 = getelementptr i8, ptr %gep1280.us.3.i, i64 4
+  %1504 = load i32, ptr %1503, align 4, !tbaa !4
+  %1505 = insertelement <16 x i32> poison, i32 %1504, i64 0
+  %1506 = shufflevector <16 x i32> %1505, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i978.us.3.i = bitcast <16 x i32> %1506 to <32 x bfloat>
+  %r.i979.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i979.us.2.i, <32 x bfloat> %1497, <32 x bfloat> %y.i978.us.3.i)
+  %1507 = getelementptr i8, ptr %gep1280.us.3.i, i64 8
+  %1508 = load i32, ptr %1507, align 4, !tbaa !4
+  %1509 = insertelement <16 x i32> poison, i32 %1508, i64 0
+  %1510 = shufflevector <16 x i32> %1509, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i981.us.3.i = bitcast <16 x i32> %1510 to <32 x bfloat>
+  %r.i982.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i982.us.2.i, <32 x bfloat> %1497, <32 x bfloat> %y.i981.us.3.i)
+  %1511 = getelementptr i8, ptr %gep1280.us.3.i, i64 12
+  %1512 = load i32, ptr %1511, align 4, !tbaa !4
+  %1513 = insertelement <16 x i32> poison, i32 %1512, i64 0
+  %1514 = shufflevector <16 x i32> %1513, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i984.us.3.i = bitcast <16 x i32> %1514 to <32 x bfloat>
+  %r.i985.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i985.us.2.i, <32 x bfloat> %1497, <32 x bfloat> %y.i984.us.3.i)
+  %1515 = getelementptr i8, ptr %gep1280.us.3.i, i64 16
+  %1516 = load i32, ptr %1515, align 4, !tbaa !4
+  %1517 = insertelement <16 x i32> poison, i32 %1516, i64 0
+  %1518 = shufflevector <16 x i32> %1517, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i987.us.3.i = bitcast <16 x i32> %1518 to <32 x bfloat>
+  %r.i988.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i988.us.2.i, <32 x bfloat> %1497, <32 x bfloat> %y.i987.us.3.i)
+  %1519 = getelementptr i8, ptr %gep1280.us.3.i, i64 20
+  %1520 = load i32, ptr %1519, align 4, !tbaa !4
+  %1521 = insertelement <16 x i32> poison, i32 %1520, i64 0
+  %1522 = shufflevector <16 x i32> %1521, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i990.us.3.i = bitcast <16 x i32> %1522 to <32 x bfloat>
+  %r.i991.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i991.us.2.i, <32 x bfloat> %1497, <32 x bfloat> %y.i990.us.3.i)
+  %1523 = getelementptr i8, ptr %gep1280.us.3.i, i64 24
+  %1524 = load i32, ptr %1523, align 4, !tbaa !4
+  %1525 = insertelement <16 x i32> poison, i32 %1524, i64 0
+  %1526 = shufflevector <16 x i32> %1525, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i993.us.3.i = bitcast <16 x i32> %1526 to <32 x bfloat>
+  %r.i994.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i994.us.2.i, <32 x bfloat> %1497, <32 x bfloat> %y.i993.us.3.i)
+  %1527 = getelementptr i8, ptr %gep1280.us.3.i, i64 28
+  %1528 = load i32, ptr %1527, align 4, !tbaa !4
+  %1529 = insertelement <16 x i32> poison, i32 %1528, i64 0
+  %1530 = shufflevector <16 x i32> %1529, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i996.us.3.i = bitcast <16 x i32> %1530 to <32 x bfloat>
+  %r.i997.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i997.us.2.i, <32 x bfloat> %1497, <32 x bfloat> %y.i996.us.3.i)
+  %indvars.iv.next1622.i = add nuw nsw i64 %indvars.iv1621.i, 1
+  %exitcond1625.not.i = icmp eq i64 %indvars.iv.next1622.i, %wide.trip.count1624.i
+  br i1 %exitcond1625.not.i, label %for_end_to289.us.i, label %for_begin_ti292.preheader.us.i, !prof !8
 
-for_body_to211.us.i.3:                            ; preds = %for_body_to211.us.i.3, %for_body_to211.lr.ph.us.i.3.new
-  %indvars.iv1497.i.3 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.3.new ], [ %indvars.iv.next1498.i.3.3, %for_body_to211.us.i.3 ]
-  %niter381 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.3.new ], [ %niter381.next.3, %for_body_to211.us.i.3 ]
-  %.idx1651.i.3 = shl nsw i64 %indvars.iv1497.i.3, 7
-  %gep1689.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.3, i64 %.idx1651.i.3
-  %1472 = load <32 x float>, ptr %gep1689.i.3, align 4, !tbaa !4
-  %1473 = bitcast <32 x float> %1472 to <32 x i32>
-  %1474 = shufflevector <32 x i32> %1473, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1475 = lshr <16 x i32> %1474, splat (i32 16)
-  %1476 = bitcast <32 x float> %1472 to <32 x i32>
-  %1477 = shufflevector <32 x i32> %1476, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1478 = or <16 x i32> %1475, %1477
-  %.idx1653.i.3 = shl nsw i64 %indvars.iv1497.i.3, 6
-  %gep1691.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.3, i64 %.idx1653.i.3
-  store <16 x i32> %1478, ptr %gep1691.i.3, align 4, !tbaa !4
-  %indvars.iv.next1498.i.3 = or disjoint i64 %indvars.iv1497.i.3, 1
-  %.idx1651.i.3.1 = shl nsw i64 %indvars.iv.next1498.i.3, 7
-  %gep1689.i.3.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.3, i64 %.idx1651.i.3.1
-  %1479 = load <32 x float>, ptr %gep1689.i.3.1, align 4, !tbaa !4
-  %1480 = bitcast <32 x float> %1479 to <32 x i32>
-  %1481 = shufflevector <32 x i32> %1480, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1482 = lshr <16 x i32> %1481, splat (i32 16)
-  %1483 = bitcast <32 x float> %1479 to <32 x i32>
-  %1484 = shufflevector <32 x i32> %1483, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1485 = or <16 x i32> %1482, %1484
-  %.idx1653.i.3.1 = shl nsw i64 %indvars.iv.next1498.i.3, 6
-  %gep1691.i.3.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.3, i64 %.idx1653.i.3.1
-  store <16 x i32> %1485, ptr %gep1691.i.3.1, align 4, !tbaa !4
-  %indvars.iv.next1498.i.3.1 = or disjoint i64 %indvars.iv1497.i.3, 2
-  %.idx1651.i.3.2 = shl nsw i64 %indvars.iv.next1498.i.3.1, 7
-  %gep1689.i.3.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.3, i64 %.idx1651.i.3.2
-  %1486 = load <32 x float>, ptr %gep1689.i.3.2, align 4, !tbaa !4
-  %1487 = bitcast <32 x float> %1486 to <32 x i32>
-  %1488 = shufflevector <32 x i32> %1487, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1489 = lshr <16 x i32> %1488, splat (i32 16)
-  %1490 = bitcast <32 x float> %1486 to <32 x i32>
-  %1491 = shufflevector <32 x i32> %1490, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1492 = or <16 x i32> %1489, %1491
-  %.idx1653.i.3.2 = shl nsw i64 %indvars.iv.next1498.i.3.1, 6
-  %gep1691.i.3.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.3, i64 %.idx1653.i.3.2
-  store <16 x i32> %1492, ptr %gep1691.i.3.2, align 4, !tbaa !4
-  %indvars.iv.next1498.i.3.2 = or disjoint i64 %indvars.iv1497.i.3, 3
-  %.idx1651.i.3.3 = shl nsw i64 %indvars.iv.next1498.i.3.2, 7
-  %gep1689.i.3.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.3, i64 %.idx1651.i.3.3
-  %1493 = load <32 x float>, ptr %gep1689.i.3.3, align 4, !tbaa !4
-  %1494 = bitcast <32 x float> %1493 to <32 x i32>
-  %1495 = shufflevector <32 x i32> %1494, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1496 = lshr <16 x i32> %1495, splat (i32 16)
-  %1497 = bitcast <32 x float> %1493 to <32 x i32>
-  %1498 = shufflevector <32 x i32> %1497, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1499 = or <16 x i32> %1496, %1498
-  %.idx1653.i.3.3 = shl nsw i64 %indvars.iv.next1498.i.3.2, 6
-  %gep1691.i.3.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.3, i64 %.idx1653.i.3.3
-  store <16 x i32> %1499, ptr %gep1691.i.3.3, align 4, !tbaa !4
-  %indvars.iv.next1498.i.3.3 = add nuw nsw i64 %indvars.iv1497.i.3, 4
-  %niter381.next.3 = add i64 %niter381, 4
-  %niter381.ncmp.3 = icmp eq i64 %niter381.next.3, %unroll_iter380
-  br i1 %niter381.ncmp.3, label %for_body_to211.lr.ph.us.i.4.unr-lcssa, label %for_body_to211.us.i.3, !prof !42, !llvm.loop !59
+for_begin_to287.preheader.us.i:                   ; preds = %if_end317.us.i, %if_end276.us.i
+  %indvars.iv1631.i = phi i64 [ %indvars.iv.next1632.i, %if_end317.us.i ], [ 0, %if_end276.us.i ]
+  br i1 %.not1486.i, label %for_end_to289.us.i, label %for_begin_ti292.preheader.lr.ph.us.i, !prof !11
 
-for_body_to211.lr.ph.us.i.4.unr-lcssa:            ; preds = %for_body_to211.us.i.3
-  %lcmp.mod378.not = icmp eq i64 %xtraiter376, 0
-  br i1 %lcmp.mod378.not, label %for_body_to211.lr.ph.us.i.4, label %for_body_to211.us.i.3.epil.preheader, !prof !45
+for_begin_ti270.preheader.us.i:                   ; preds = %for_begin_ti270.preheader.lr.ph.us.i, %for_begin_ti270.preheader.us.i
+  %indvars.iv1607.i = phi i64 [ 0, %for_begin_ti270.preheader.lr.ph.us.i ], [ %indvars.iv.next1608.i, %for_begin_ti270.preheader.us.i ]
+  %indvars.iv1607.tr.i = trunc i64 %indvars.iv1607.i to i32
+  %1531 = shl i32 %indvars.iv1607.tr.i, 3
+  %1532 = add i32 %2766, %1531
+  %1533 = add i32 %num_full.us.i, %indvars.iv1607.tr.i
+  %1534 = shl i32 %1533, 6
+  %1535 = sext i32 %1534 to i64
+  %1536 = load <16 x i32>, ptr %2764, align 4, !tbaa !4
+  %1537 = or disjoint i32 %1532, 1
+  %1538 = insertelement <16 x i32> poison, i32 %1537, i64 0
+  %1539 = shufflevector <16 x i32> %1538, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1540 = icmp slt <16 x i32> %1539, %1536
+  %1541 = select <16 x i1> %1540, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %1542 = insertelement <16 x i32> poison, i32 %1532, i64 0
+  %1543 = shufflevector <16 x i32> %1542, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1544 = icmp slt <16 x i32> %1543, %1536
+  %1545 = select <16 x i1> %1544, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %1546 = or disjoint <16 x i32> %1541, %1545
+  %1547 = getelementptr inbounds i32, ptr %edges.us.i, i64 %1535
+  store <16 x i32> %1546, ptr %1547, align 4, !tbaa !4
+  %1548 = load <16 x i32>, ptr %2764, align 4, !tbaa !4
+  %1549 = or disjoint i32 %1532, 2
+  %1550 = or i32 %1532, 3
+  %1551 = insertelement <16 x i32> poison, i32 %1550, i64 0
+  %1552 = shufflevector <16 x i32> %1551, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1553 = icmp slt <16 x i32> %1552, %1548
+  %1554 = select <16 x i1> %1553, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %1555 = insertelement <16 x i32> poison, i32 %1549, i64 0
+  %1556 = shufflevector <16 x i32> %1555, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1557 = icmp slt <16 x i32> %1556, %1548
+  %1558 = select <16 x i1> %1557, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %1559 = or disjoint <16 x i32> %1558, %1554
+  %1560 = getelementptr i8, ptr %1547, i64 64
+  store <16 x i32> %1559, ptr %1560, align 4, !tbaa !4
+  %1561 = load <16 x i32>, ptr %2764, align 4, !tbaa !4
+  %1562 = or disjoint i32 %1532, 4
+  %1563 = or i32 %1532, 5
+  %1564 = insertelement <16 x i32> poison, i32 %1563, i64 0
+  %1565 = shufflevector <16 x i32> %1564, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1566 = icmp slt <16 x i32> %1565, %1561
+  %1567 = select <16 x i1> %1566, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %1568 = insertelement <16 x i32> poison, i32 %1562, i64 0
+  %1569 = shufflevector <16 x i32> %1568, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1570 = icmp slt <16 x i32> %1569, %1561
+  %1571 = select <16 x i1> %1570, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %1572 = or disjoint <16 x i32> %1571, %1567
+  %1573 = getelementptr i8, ptr %1547, i64 128
+  store <16 x i32> %1572, ptr %1573, align 4, !tbaa !4
+  %1574 = load <16 x i32>, ptr %2764, align 4, !tbaa !4
+  %1575 = or disjoint i32 %1532, 6
+  %1576 = or i32 %1532, 7
+  %1577 = insertelement <16 x i32> poison, i32 %1576, i64 0
+  %1578 = shufflevector <16 x i32> %1577, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1579 = icmp slt <16 x i32> %1578, %1574
+  %1580 = select <16 x i1> %1579, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %1581 = insertelement <16 x i32> poison, i32 %1575, i64 0
+  %1582 = shufflevector <16 x i32> %1581, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1583 = icmp slt <16 x i32> %1582, %1574
+  %1584 = select <16 x i1> %1583, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %1585 = or disjoint <16 x i32> %1584, %1580
+  %1586 = getelementptr i8, ptr %1547, i64 192
+  store <16 x i32> %1585, ptr %1586, align 4, !tbaa !4
+  %indvars.iv.next1608.i = add nuw nsw i64 %indvars.iv1607.i, 1
+  %exitcond1611.not.i = icmp eq i64 %indvars.iv.next1608.i, %wide.trip.count1610.i
+  br i1 %exitcond1611.not.i, label %for_end_to267.us.i, label %for_begin_ti270.preheader.us.i, !prof !8
 
-for_body_to211.us.i.3.epil.preheader:             ; preds = %for_body_to211.lr.ph.us.i.4.unr-lcssa, %for_body_to211.lr.ph.us.i.3
-  %indvars.iv1497.i.3.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.3 ], [ %indvars.iv.next1498.i.3.3, %for_body_to211.lr.ph.us.i.4.unr-lcssa ]
-  %lcmp.mod379 = icmp ne i64 %xtraiter376, 0
-  tail call void @llvm.assume(i1 %lcmp.mod379)
-  br label %for_body_to211.us.i.3.epil
-
-for_body_to211.us.i.3.epil:                       ; preds = %for_body_to211.us.i.3.epil, %for_body_to211.us.i.3.epil.preheader
-  %indvars.iv1497.i.3.epil = phi i64 [ %indvars.iv1497.i.3.epil.init, %for_body_to211.us.i.3.epil.preheader ], [ %indvars.iv.next1498.i.3.epil, %for_body_to211.us.i.3.epil ]
-  %epil.iter377 = phi i64 [ 0, %for_body_to211.us.i.3.epil.preheader ], [ %epil.iter377.next, %for_body_to211.us.i.3.epil ]
-  %.idx1651.i.3.epil = shl nsw i64 %indvars.iv1497.i.3.epil, 7
-  %gep1689.i.3.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.3, i64 %.idx1651.i.3.epil
-  %1500 = load <32 x float>, ptr %gep1689.i.3.epil, align 4, !tbaa !4
-  %1501 = bitcast <32 x float> %1500 to <32 x i32>
-  %1502 = shufflevector <32 x i32> %1501, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1503 = lshr <16 x i32> %1502, splat (i32 16)
-  %1504 = bitcast <32 x float> %1500 to <32 x i32>
-  %1505 = shufflevector <32 x i32> %1504, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1506 = or <16 x i32> %1503, %1505
-  %.idx1653.i.3.epil = shl nsw i64 %indvars.iv1497.i.3.epil, 6
-  %gep1691.i.3.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.3, i64 %.idx1653.i.3.epil
-  store <16 x i32> %1506, ptr %gep1691.i.3.epil, align 4, !tbaa !4
-  %indvars.iv.next1498.i.3.epil = add nuw nsw i64 %indvars.iv1497.i.3.epil, 1
-  %epil.iter377.next = add i64 %epil.iter377, 1
-  %epil.iter377.cmp.not = icmp eq i64 %epil.iter377.next, %xtraiter376
-  br i1 %epil.iter377.cmp.not, label %for_body_to211.lr.ph.us.i.4, label %for_body_to211.us.i.3.epil, !prof !46, !llvm.loop !60
-
-for_body_to211.lr.ph.us.i.4:                      ; preds = %for_body_to211.us.i.3.epil, %for_body_to211.lr.ph.us.i.4.unr-lcssa
-  %invariant.gep1688.i.4 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 2048
-  %invariant.gep1690.i.4 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 1024
-  %xtraiter382 = and i64 %wide.trip.count1443.i.pre-phi146, 3
-  %1507 = icmp ult i64 %849, 3
-  br i1 %1507, label %for_body_to211.us.i.4.epil.preheader, label %for_body_to211.lr.ph.us.i.4.new, !prof !41
-
-for_body_to211.lr.ph.us.i.4.new:                  ; preds = %for_body_to211.lr.ph.us.i.4
-  %unroll_iter386 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
-  br label %for_body_to211.us.i.4
-
-for_body_to211.us.i.4:                            ; preds = %for_body_to211.us.i.4, %for_body_to211.lr.ph.us.i.4.new
-  %indvars.iv1497.i.4 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.4.new ], [ %indvars.iv.next1498.i.4.3, %for_body_to211.us.i.4 ]
-  %niter387 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.4.new ], [ %niter387.next.3, %for_body_to211.us.i.4 ]
-  %.idx1651.i.4 = shl nsw i64 %indvars.iv1497.i.4, 7
-  %gep1689.i.4 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.4, i64 %.idx1651.i.4
-  %1508 = load <32 x float>, ptr %gep1689.i.4, align 4, !tbaa !4
-  %1509 = bitcast <32 x float> %1508 to <32 x i32>
-  %1510 = shufflevector <32 x i32> %1509, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1511 = lshr <16 x i32> %1510, splat (i32 16)
-  %1512 = bitcast <32 x float> %1508 to <32 x i32>
-  %1513 = shufflevector <32 x i32> %1512, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1514 = or <16 x i32> %1511, %1513
-  %.idx1653.i.4 = shl nsw i64 %indvars.iv1497.i.4, 6
-  %gep1691.i.4 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.4, i64 %.idx1653.i.4
-  store <16 x i32> %1514, ptr %gep1691.i.4, align 4, !tbaa !4
-  %indvars.iv.next1498.i.4 = or disjoint i64 %indvars.iv1497.i.4, 1
-  %.idx1651.i.4.1 = shl nsw i64 %indvars.iv.next1498.i.4, 7
-  %gep1689.i.4.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.4, i64 %.idx1651.i.4.1
-  %1515 = load <32 x float>, ptr %gep1689.i.4.1, align 4, !tbaa !4
-  %1516 = bitcast <32 x float> %1515 to <32 x i32>
-  %1517 = shufflevector <32 x i32> %1516, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1518 = lshr <16 x i32> %1517, splat (i32 16)
-  %1519 = bitcast <32 x float> %1515 to <32 x i32>
-  %1520 = shufflevector <32 x i32> %1519, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1521 = or <16 x i32> %1518, %1520
-  %.idx1653.i.4.1 = shl nsw i64 %indvars.iv.next1498.i.4, 6
-  %gep1691.i.4.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.4, i64 %.idx1653.i.4.1
-  store <16 x i32> %1521, ptr %gep1691.i.4.1, align 4, !tbaa !4
-  %indvars.iv.next1498.i.4.1 = or disjoint i64 %indvars.iv1497.i.4, 2
-  %.idx1651.i.4.2 = shl nsw i64 %indvars.iv.next1498.i.4.1, 7
-  %gep1689.i.4.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.4, i64 %.idx1651.i.4.2
-  %1522 = load <32 x float>, ptr %gep1689.i.4.2, align 4, !tbaa !4
-  %1523 = bitcast <32 x float> %1522 to <32 x i32>
-  %1524 = shufflevector <32 x i32> %1523, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1525 = lshr <16 x i32> %1524, splat (i32 16)
-  %1526 = bitcast <32 x float> %1522 to <32 x i32>
-  %1527 = shufflevector <32 x i32> %1526, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1528 = or <16 x i32> %1525, %1527
-  %.idx1653.i.4.2 = shl nsw i64 %indvars.iv.next1498.i.4.1, 6
-  %gep1691.i.4.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.4, i64 %.idx1653.i.4.2
-  store <16 x i32> %1528, ptr %gep1691.i.4.2, align 4, !tbaa !4
-  %indvars.iv.next1498.i.4.2 = or disjoint i64 %indvars.iv1497.i.4, 3
-  %.idx1651.i.4.3 = shl nsw i64 %indvars.iv.next1498.i.4.2, 7
-  %gep1689.i.4.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.4, i64 %.idx1651.i.4.3
-  %1529 = load <32 x float>, ptr %gep1689.i.4.3, align 4, !tbaa !4
-  %1530 = bitcast <32 x float> %1529 to <32 x i32>
-  %1531 = shufflevector <32 x i32> %1530, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1532 = lshr <16 x i32> %1531, splat (i32 16)
-  %1533 = bitcast <32 x float> %1529 to <32 x i32>
-  %1534 = shufflevector <32 x i32> %1533, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1535 = or <16 x i32> %1532, %1534
-  %.idx1653.i.4.3 = shl nsw i64 %indvars.iv.next1498.i.4.2, 6
-  %gep1691.i.4.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.4, i64 %.idx1653.i.4.3
-  store <16 x i32> %1535, ptr %gep1691.i.4.3, align 4, !tbaa !4
-  %indvars.iv.next1498.i.4.3 = add nuw nsw i64 %indvars.iv1497.i.4, 4
-  %niter387.next.3 = add i64 %niter387, 4
-  %niter387.ncmp.3 = icmp eq i64 %niter387.next.3, %unroll_iter386
-  br i1 %niter387.ncmp.3, label %for_body_to211.lr.ph.us.i.5.unr-lcssa, label %for_body_to211.us.i.4, !prof !42, !llvm.loop !61
-
-for_body_to211.lr.ph.us.i.5.unr-lcssa:            ; preds = %for_body_to211.us.i.4
-  %lcmp.mod384.not = icmp eq i64 %xtraiter382, 0
-  br i1 %lcmp.mod384.not, label %for_body_to211.lr.ph.us.i.5, label %for_body_to211.us.i.4.epil.preheader, !prof !45
-
-for_body_to211.us.i.4.epil.preheader:             ; preds = %for_body_to211.lr.ph.us.i.5.unr-lcssa, %for_body_to211.lr.ph.us.i.4
-  %indvars.iv1497.i.4.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.4 ], [ %indvars.iv.next1498.i.4.3, %for_body_to211.lr.ph.us.i.5.unr-lcssa ]
-  %lcmp.mod385 = icmp ne i64 %xtraiter382, 0
-  tail call void @llvm.assume(i1 %lcmp.mod385)
-  br label %for_body_to211.us.i.4.epil
-
-for_body_to211.us.i.4.epil:                       ; preds = %for_body_to211.us.i.4.epil, %for_body_to211.us.i.4.epil.preheader
-  %indvars.iv1497.i.4.epil = phi i64 [ %indvars.iv1497.i.4.epil.init, %for_body_to211.us.i.4.epil.preheader ], [ %indvars.iv.next1498.i.4.epil, %for_body_to211.us.i.4.epil ]
-  %epil.iter383 = phi i64 [ 0, %for_body_to211.us.i.4.epil.preheader ], [ %epil.iter383.next, %for_body_to211.us.i.4.epil ]
-  %.idx1651.i.4.epil = shl nsw i64 %indvars.iv1497.i.4.epil, 7
-  %gep1689.i.4.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.4, i64 %.idx1651.i.4.epil
-  %1536 = load <32 x float>, ptr %gep1689.i.4.epil, align 4, !tbaa !4
-  %1537 = bitcast <32 x float> %1536 to <32 x i32>
-  %1538 = shufflevector <32 x i32> %1537, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1539 = lshr <16 x i32> %1538, splat (i32 16)
-  %1540 = bitcast <32 x float> %1536 to <32 x i32>
-  %1541 = shufflevector <32 x i32> %1540, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1542 = or <16 x i32> %1539, %1541
-  %.idx1653.i.4.epil = shl nsw i64 %indvars.iv1497.i.4.epil, 6
-  %gep1691.i.4.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.4, i64 %.idx1653.i.4.epil
-  store <16 x i32> %1542, ptr %gep1691.i.4.epil, align 4, !tbaa !4
-  %indvars.iv.next1498.i.4.epil = add nuw nsw i64 %indvars.iv1497.i.4.epil, 1
-  %epil.iter383.next = add i64 %epil.iter383, 1
-  %epil.iter383.cmp.not = icmp eq i64 %epil.iter383.next, %xtraiter382
-  br i1 %epil.iter383.cmp.not, label %for_body_to211.lr.ph.us.i.5, label %for_body_to211.us.i.4.epil, !prof !46, !llvm.loop !62
-
-for_body_to211.lr.ph.us.i.5:                      ; preds = %for_body_to211.us.i.4.epil, %for_body_to211.lr.ph.us.i.5.unr-lcssa
-  %invariant.gep1688.i.5 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 2560
-  %invariant.gep1690.i.5 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 1280
-  %xtraiter388 = and i64 %wide.trip.count1443.i.pre-phi146, 3
-  %1543 = icmp ult i64 %849, 3
-  br i1 %1543, label %for_body_to211.us.i.5.epil.preheader, label %for_body_to211.lr.ph.us.i.5.new, !prof !41
-
-for_body_to211.lr.ph.us.i.5.new:                  ; preds = %for_body_to211.lr.ph.us.i.5
-  %unroll_iter392 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
-  br label %for_body_to211.us.i.5
-
-for_body_to211.us.i.5:                            ; preds = %for_body_to211.us.i.5, %for_body_to211.lr.ph.us.i.5.new
-  %indvars.iv1497.i.5 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.5.new ], [ %indvars.iv.next1498.i.5.3, %for_body_to211.us.i.5 ]
-  %niter393 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.5.new ], [ %niter393.next.3, %for_body_to211.us.i.5 ]
-  %.idx1651.i.5 = shl nsw i64 %indvars.iv1497.i.5, 7
-  %gep1689.i.5 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.5, i64 %.idx1651.i.5
-  %1544 = load <32 x float>, ptr %gep1689.i.5, align 4, !tbaa !4
-  %1545 = bitcast <32 x float> %1544 to <32 x i32>
-  %1546 = shufflevector <32 x i32> %1545, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1547 = lshr <16 x i32> %1546, splat (i32 16)
-  %1548 = bitcast <32 x float> %1544 to <32 x i32>
-  %1549 = shufflevector <32 x i32> %1548, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1550 = or <16 x i32> %1547, %1549
-  %.idx1653.i.5 = shl nsw i64 %indvars.iv1497.i.5, 6
-  %gep1691.i.5 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.5, i64 %.idx1653.i.5
-  store <16 x i32> %1550, ptr %gep1691.i.5, align 4, !tbaa !4
-  %indvars.iv.next1498.i.5 = or disjoint i64 %indvars.iv1497.i.5, 1
-  %.idx1651.i.5.1 = shl nsw i64 %indvars.iv.next1498.i.5, 7
-  %gep1689.i.5.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.5, i64 %.idx1651.i.5.1
-  %1551 = load <32 x float>, ptr %gep1689.i.5.1, align 4, !tbaa !4
-  %1552 = bitcast <32 x float> %1551 to <32 x i32>
-  %1553 = shufflevector <32 x i32> %1552, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1554 = lshr <16 x i32> %1553, splat (i32 16)
-  %1555 = bitcast <32 x float> %1551 to <32 x i32>
-  %1556 = shufflevector <32 x i32> %1555, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1557 = or <16 x i32> %1554, %1556
-  %.idx1653.i.5.1 = shl nsw i64 %indvars.iv.next1498.i.5, 6
-  %gep1691.i.5.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.5, i64 %.idx1653.i.5.1
-  store <16 x i32> %1557, ptr %gep1691.i.5.1, align 4, !tbaa !4
-  %indvars.iv.next1498.i.5.1 = or disjoint i64 %indvars.iv1497.i.5, 2
-  %.idx1651.i.5.2 = shl nsw i64 %indvars.iv.next1498.i.5.1, 7
-  %gep1689.i.5.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.5, i64 %.idx1651.i.5.2
-  %1558 = load <32 x float>, ptr %gep1689.i.5.2, align 4, !tbaa !4
-  %1559 = bitcast <32 x float> %1558 to <32 x i32>
-  %1560 = shufflevector <32 x i32> %1559, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1561 = lshr <16 x i32> %1560, splat (i32 16)
-  %1562 = bitcast <32 x float> %1558 to <32 x i32>
-  %1563 = shufflevector <32 x i32> %1562, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1564 = or <16 x i32> %1561, %1563
-  %.idx1653.i.5.2 = shl nsw i64 %indvars.iv.next1498.i.5.1, 6
-  %gep1691.i.5.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.5, i64 %.idx1653.i.5.2
-  store <16 x i32> %1564, ptr %gep1691.i.5.2, align 4, !tbaa !4
-  %indvars.iv.next1498.i.5.2 = or disjoint i64 %indvars.iv1497.i.5, 3
-  %.idx1651.i.5.3 = shl nsw i64 %indvars.iv.next1498.i.5.2, 7
-  %gep1689.i.5.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.5, i64 %.idx1651.i.5.3
-  %1565 = load <32 x float>, ptr %gep1689.i.5.3, align 4, !tbaa !4
-  %1566 = bitcast <32 x float> %1565 to <32 x i32>
-  %1567 = shufflevector <32 x i32> %1566, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1568 = lshr <16 x i32> %1567, splat (i32 16)
-  %1569 = bitcast <32 x float> %1565 to <32 x i32>
-  %1570 = shufflevector <32 x i32> %1569, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1571 = or <16 x i32> %1568, %1570
-  %.idx1653.i.5.3 = shl nsw i64 %indvars.iv.next1498.i.5.2, 6
-  %gep1691.i.5.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.5, i64 %.idx1653.i.5.3
-  store <16 x i32> %1571, ptr %gep1691.i.5.3, align 4, !tbaa !4
-  %indvars.iv.next1498.i.5.3 = add nuw nsw i64 %indvars.iv1497.i.5, 4
-  %niter393.next.3 = add i64 %niter393, 4
-  %niter393.ncmp.3 = icmp eq i64 %niter393.next.3, %unroll_iter392
-  br i1 %niter393.ncmp.3, label %for_body_to211.lr.ph.us.i.6.unr-lcssa, label %for_body_to211.us.i.5, !prof !42, !llvm.loop !63
-
-for_body_to211.lr.ph.us.i.6.unr-lcssa:            ; preds = %for_body_to211.us.i.5
-  %lcmp.mod390.not = icmp eq i64 %xtraiter388, 0
-  br i1 %lcmp.mod390.not, label %for_body_to211.lr.ph.us.i.6, label %for_body_to211.us.i.5.epil.preheader, !prof !45
-
-for_body_to211.us.i.5.epil.preheader:             ; preds = %for_body_to211.lr.ph.us.i.6.unr-lcssa, %for_body_to211.lr.ph.us.i.5
-  %indvars.iv1497.i.5.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.5 ], [ %indvars.iv.next1498.i.5.3, %for_body_to211.lr.ph.us.i.6.unr-lcssa ]
-  %lcmp.mod391 = icmp ne i64 %xtraiter388, 0
-  tail call void @llvm.assume(i1 %lcmp.mod391)
-  br label %for_body_to211.us.i.5.epil
-
-for_body_to211.us.i.5.epil:                       ; preds = %for_body_to211.us.i.5.epil, %for_body_to211.us.i.5.epil.preheader
-  %indvars.iv1497.i.5.epil = phi i64 [ %indvars.iv1497.i.5.epil.init, %for_body_to211.us.i.5.epil.preheader ], [ %indvars.iv.next1498.i.5.epil, %for_body_to211.us.i.5.epil ]
-  %epil.iter389 = phi i64 [ 0, %for_body_to211.us.i.5.epil.preheader ], [ %epil.iter389.next, %for_body_to211.us.i.5.epil ]
-  %.idx1651.i.5.epil = shl nsw i64 %indvars.iv1497.i.5.epil, 7
-  %gep1689.i.5.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.5, i64 %.idx1651.i.5.epil
-  %1572 = load <32 x float>, ptr %gep1689.i.5.epil, align 4, !tbaa !4
-  %1573 = bitcast <32 x float> %1572 to <32 x i32>
-  %1574 = shufflevector <32 x i32> %1573, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1575 = lshr <16 x i32> %1574, splat (i32 16)
-  %1576 = bitcast <32 x float> %1572 to <32 x i32>
-  %1577 = shufflevector <32 x i32> %1576, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1578 = or <16 x i32> %1575, %1577
-  %.idx1653.i.5.epil = shl nsw i64 %indvars.iv1497.i.5.epil, 6
-  %gep1691.i.5.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.5, i64 %.idx1653.i.5.epil
-  store <16 x i32> %1578, ptr %gep1691.i.5.epil, align 4, !tbaa !4
-  %indvars.iv.next1498.i.5.epil = add nuw nsw i64 %indvars.iv1497.i.5.epil, 1
-  %epil.iter389.next = add i64 %epil.iter389, 1
-  %epil.iter389.cmp.not = icmp eq i64 %epil.iter389.next, %xtraiter388
-  br i1 %epil.iter389.cmp.not, label %for_body_to211.lr.ph.us.i.6, label %for_body_to211.us.i.5.epil, !prof !46, !llvm.loop !64
-
-for_body_to211.lr.ph.us.i.6:                      ; preds = %for_body_to211.us.i.5.epil, %for_body_to211.lr.ph.us.i.6.unr-lcssa
-  %invariant.gep1688.i.6 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 3072
-  %invariant.gep1690.i.6 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 1536
-  %xtraiter394 = and i64 %wide.trip.count1443.i.pre-phi146, 3
-  %1579 = icmp ult i64 %849, 3
-  br i1 %1579, label %for_body_to211.us.i.6.epil.preheader, label %for_body_to211.lr.ph.us.i.6.new, !prof !41
-
-for_body_to211.lr.ph.us.i.6.new:                  ; preds = %for_body_to211.lr.ph.us.i.6
-  %unroll_iter398 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
-  br label %for_body_to211.us.i.6
-
-for_body_to211.us.i.6:                            ; preds = %for_body_to211.us.i.6, %for_body_to211.lr.ph.us.i.6.new
-  %indvars.iv1497.i.6 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.6.new ], [ %indvars.iv.next1498.i.6.3, %for_body_to211.us.i.6 ]
-  %niter399 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.6.new ], [ %niter399.next.3, %for_body_to211.us.i.6 ]
-  %.idx1651.i.6 = shl nsw i64 %indvars.iv1497.i.6, 7
-  %gep1689.i.6 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.6, i64 %.idx1651.i.6
-  %1580 = load <32 x float>, ptr %gep1689.i.6, align 4, !tbaa !4
-  %1581 = bitcast <32 x float> %1580 to <32 x i32>
-  %1582 = shufflevector <32 x i32> %1581, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1583 = lshr <16 x i32> %1582, splat (i32 16)
-  %1584 = bitcast <32 x float> %1580 to <32 x i32>
-  %1585 = shufflevector <32 x i32> %1584, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1586 = or <16 x i32> %1583, %1585
-  %.idx1653.i.6 = shl nsw i64 %indvars.iv1497.i.6, 6
-  %gep1691.i.6 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.6, i64 %.idx1653.i.6
-  store <16 x i32> %1586, ptr %gep1691.i.6, align 4, !tbaa !4
-  %indvars.iv.next1498.i.6 = or disjoint i64 %indvars.iv1497.i.6, 1
-  %.idx1651.i.6.1 = shl nsw i64 %indvars.iv.next1498.i.6, 7
-  %gep1689.i.6.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.6, i64 %.idx1651.i.6.1
-  %1587 = load <32 x float>, ptr %gep1689.i.6.1, align 4, !tbaa !4
-  %1588 = bitcast <32 x float> %1587 to <32 x i32>
-  %1589 = shufflevector <32 x i32> %1588, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1590 = lshr <16 x i32> %1589, splat (i32 16)
-  %1591 = bitcast <32 x float> %1587 to <32 x i32>
-  %1592 = shufflevector <32 x i32> %1591, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1593 = or <16 x i32> %1590, %1592
-  %.idx1653.i.6.1 = shl nsw i64 %indvars.iv.next1498.i.6, 6
-  %gep1691.i.6.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.6, i64 %.idx1653.i.6.1
-  store <16 x i32> %1593, ptr %gep1691.i.6.1, align 4, !tbaa !4
-  %indvars.iv.next1498.i.6.1 = or disjoint i64 %indvars.iv1497.i.6, 2
-  %.idx1651.i.6.2 = shl nsw i64 %indvars.iv.next1498.i.6.1, 7
-  %gep1689.i.6.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.6, i64 %.idx1651.i.6.2
-  %1594 = load <32 x float>, ptr %gep1689.i.6.2, align 4, !tbaa !4
-  %1595 = bitcast <32 x float> %1594 to <32 x i32>
-  %1596 = shufflevector <32 x i32> %1595, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1597 = lshr <16 x i32> %1596, splat (i32 16)
-  %1598 = bitcast <32 x float> %1594 to <32 x i32>
-  %1599 = shufflevector <32 x i32> %1598, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1600 = or <16 x i32> %1597, %1599
-  %.idx1653.i.6.2 = shl nsw i64 %indvars.iv.next1498.i.6.1, 6
-  %gep1691.i.6.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.6, i64 %.idx1653.i.6.2
-  store <16 x i32> %1600, ptr %gep1691.i.6.2, align 4, !tbaa !4
-  %indvars.iv.next1498.i.6.2 = or disjoint i64 %indvars.iv1497.i.6, 3
-  %.idx1651.i.6.3 = shl nsw i64 %indvars.iv.next1498.i.6.2, 7
-  %gep1689.i.6.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.6, i64 %.idx1651.i.6.3
-  %1601 = load <32 x float>, ptr %gep1689.i.6.3, align 4, !tbaa !4
-  %1602 = bitcast <32 x float> %1601 to <32 x i32>
-  %1603 = shufflevector <32 x i32> %1602, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1604 = lshr <16 x i32> %1603, splat (i32 16)
-  %1605 = bitcast <32 x float> %1601 to <32 x i32>
-  %1606 = shufflevector <32 x i32> %1605, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1607 = or <16 x i32> %1604, %1606
-  %.idx1653.i.6.3 = shl nsw i64 %indvars.iv.next1498.i.6.2, 6
-  %gep1691.i.6.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.6, i64 %.idx1653.i.6.3
-  store <16 x i32> %1607, ptr %gep1691.i.6.3, align 4, !tbaa !4
-  %indvars.iv.next1498.i.6.3 = add nuw nsw i64 %indvars.iv1497.i.6, 4
-  %niter399.next.3 = add i64 %niter399, 4
-  %niter399.ncmp.3 = icmp eq i64 %niter399.next.3, %unroll_iter398
-  br i1 %niter399.ncmp.3, label %for_body_to211.lr.ph.us.i.7.unr-lcssa, label %for_body_to211.us.i.6, !prof !42, !llvm.loop !65
-
-for_body_to211.lr.ph.us.i.7.unr-lcssa:            ; preds = %for_body_to211.us.i.6
-  %lcmp.mod396.not = icmp eq i64 %xtraiter394, 0
-  br i1 %lcmp.mod396.not, label %for_body_to211.lr.ph.us.i.7, label %for_body_to211.us.i.6.epil.preheader, !prof !45
-
-for_body_to211.us.i.6.epil.preheader:             ; preds = %for_body_to211.lr.ph.us.i.7.unr-lcssa, %for_body_to211.lr.ph.us.i.6
-  %indvars.iv1497.i.6.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.6 ], [ %indvars.iv.next1498.i.6.3, %for_body_to211.lr.ph.us.i.7.unr-lcssa ]
-  %lcmp.mod397 = icmp ne i64 %xtraiter394, 0
-  tail call void @llvm.assume(i1 %lcmp.mod397)
-  br label %for_body_to211.us.i.6.epil
-
-for_body_to211.us.i.6.epil:                       ; preds = %for_body_to211.us.i.6.epil, %for_body_to211.us.i.6.epil.preheader
-  %indvars.iv1497.i.6.epil = phi i64 [ %indvars.iv1497.i.6.epil.init, %for_body_to211.us.i.6.epil.preheader ], [ %indvars.iv.next1498.i.6.epil, %for_body_to211.us.i.6.epil ]
-  %epil.iter395 = phi i64 [ 0, %for_body_to211.us.i.6.epil.preheader ], [ %epil.iter395.next, %for_body_to211.us.i.6.epil ]
-  %.idx1651.i.6.epil = shl nsw i64 %indvars.iv1497.i.6.epil, 7
-  %gep1689.i.6.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.6, i64 %.idx1651.i.6.epil
-  %1608 = load <32 x float>, ptr %gep1689.i.6.epil, align 4, !tbaa !4
-  %1609 = bitcast <32 x float> %1608 to <32 x i32>
-  %1610 = shufflevector <32 x i32> %1609, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1611 = lshr <16 x i32> %1610, splat (i32 16)
-  %1612 = bitcast <32 x float> %1608 to <32 x i32>
-  %1613 = shufflevector <32 x i32> %1612, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1614 = or <16 x i32> %1611, %1613
-  %.idx1653.i.6.epil = shl nsw i64 %indvars.iv1497.i.6.epil, 6
-  %gep1691.i.6.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.6, i64 %.idx1653.i.6.epil
-  store <16 x i32> %1614, ptr %gep1691.i.6.epil, align 4, !tbaa !4
-  %indvars.iv.next1498.i.6.epil = add nuw nsw i64 %indvars.iv1497.i.6.epil, 1
-  %epil.iter395.next = add i64 %epil.iter395, 1
-  %epil.iter395.cmp.not = icmp eq i64 %epil.iter395.next, %xtraiter394
-  br i1 %epil.iter395.cmp.not, label %for_body_to211.lr.ph.us.i.7, label %for_body_to211.us.i.6.epil, !prof !46, !llvm.loop !66
-
-for_body_to211.lr.ph.us.i.7:                      ; preds = %for_body_to211.us.i.6.epil, %for_body_to211.lr.ph.us.i.7.unr-lcssa
-  %invariant.gep1688.i.7 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 3584
-  %invariant.gep1690.i.7 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 1792
-  %xtraiter400 = and i64 %wide.trip.count1443.i.pre-phi146, 3
-  %1615 = icmp ult i64 %849, 3
-  br i1 %1615, label %for_body_to211.us.i.7.epil.preheader, label %for_body_to211.lr.ph.us.i.7.new, !prof !41
-
-for_body_to211.lr.ph.us.i.7.new:                  ; preds = %for_body_to211.lr.ph.us.i.7
-  %unroll_iter404 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
-  br label %for_body_to211.us.i.7
-
-for_body_to211.us.i.7:                            ; preds = %for_body_to211.us.i.7, %for_body_to211.lr.ph.us.i.7.new
-  %indvars.iv1497.i.7 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.7.new ], [ %indvars.iv.next1498.i.7.3, %for_body_to211.us.i.7 ]
-  %niter405 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.7.new ], [ %niter405.next.3, %for_body_to211.us.i.7 ]
-  %.idx1651.i.7 = shl nsw i64 %indvars.iv1497.i.7, 7
-  %gep1689.i.7 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.7, i64 %.idx1651.i.7
-  %1616 = load <32 x float>, ptr %gep1689.i.7, align 4, !tbaa !4
-  %1617 = bitcast <32 x float> %1616 to <32 x i32>
-  %1618 = shufflevector <32 x i32> %1617, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+for_begin_ti225.preheader.us.i:                   ; preds = %for_begin_ti225.preheader.us.i.preheader.new, %for_begin_ti225.preheader.us.i
+  %indvars.iv1598.i = phi i64 [ 0, %for_begin_ti225.preheader.us.i.preheader.new ], [ %indvars.iv.next1599.i.1, %for_begin_ti225.preheader.us.i ]
+  %niter337 = phi i64 [ 0, %for_begin_ti225.preheader.us.i.preheader.new ], [ %niter337.next.1, %for_begin_ti225.preheader.us.i ]
+  %.idx68 = shl nsw i64 %indvars.iv1598.i, 9
+  %1587 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx68
+  %1588 = getelementptr inbounds nuw i8, ptr %1587, i64 64
+  %1589 = load <16 x i32>, ptr %1588, align 4, !tbaa !4
+  %1590 = load <16 x i32>, ptr %1587, align 4, !tbaa !4
+  %1591 = lshr <16 x i32> %1590, splat (i32 16)
+  %1592 = or <16 x i32> %1591, %1589
+  %.idx69 = shl nsw i64 %indvars.iv1598.i, 8
+  %1593 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx69
+  store <16 x i32> %1592, ptr %1593, align 4, !tbaa !4
+  %1594 = getelementptr inbounds nuw i8, ptr %1587, i64 128
+  %1595 = getelementptr inbounds nuw i8, ptr %1587, i64 192
+  %1596 = load <16 x i32>, ptr %1595, align 4, !tbaa !4
+  %1597 = load <16 x i32>, ptr %1594, align 4, !tbaa !4
+  %1598 = lshr <16 x i32> %1597, splat (i32 16)
+  %1599 = or <16 x i32> %1598, %1596
+  %1600 = getelementptr inbounds nuw i8, ptr %1593, i64 64
+  store <16 x i32> %1599, ptr %1600, align 4, !tbaa !4
+  %1601 = getelementptr inbounds nuw i8, ptr %1587, i64 256
+  %1602 = getelementptr inbounds nuw i8, ptr %1587, i64 320
+  %1603 = load <16 x i32>, ptr %1602, align 4, !tbaa !4
+  %1604 = load <16 x i32>, ptr %1601, align 4, !tbaa !4
+  %1605 = lshr <16 x i32> %1604, splat (i32 16)
+  %1606 = or <16 x i32> %1605, %1603
+  %1607 = getelementptr inbounds nuw i8, ptr %1593, i64 128
+  store <16 x i32> %1606, ptr %1607, align 4, !tbaa !4
+  %1608 = getelementptr inbounds nuw i8, ptr %1587, i64 384
+  %1609 = getelementptr inbounds nuw i8, ptr %1587, i64 448
+  %1610 = load <16 x i32>, ptr %1609, align 4, !tbaa !4
+  %1611 = load <16 x i32>, ptr %1608, align 4, !tbaa !4
+  %1612 = lshr <16 x i32> %1611, splat (i32 16)
+  %1613 = or <16 x i32> %1612, %1610
+  %1614 = getelementptr inbounds nuw i8, ptr %1593, i64 192
+  store <16 x i32> %1613, ptr %1614, align 4, !tbaa !4
+  %indvars.iv.next1599.i = or disjoint i64 %indvars.iv1598.i, 1
+  %.idx68.1 = shl nsw i64 %indvars.iv.next1599.i, 9
+  %1615 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx68.1
+  %1616 = getelementptr inbounds nuw i8, ptr %1615, i64 64
+  %1617 = load <16 x i32>, ptr %1616, align 4, !tbaa !4
+  %1618 = load <16 x i32>, ptr %1615, align 4, !tbaa !4
   %1619 = lshr <16 x i32> %1618, splat (i32 16)
-  %1620 = bitcast <32 x float> %1616 to <32 x i32>
-  %1621 = shufflevector <32 x i32> %1620, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1622 = or <16 x i32> %1619, %1621
-  %.idx1653.i.7 = shl nsw i64 %indvars.iv1497.i.7, 6
-  %gep1691.i.7 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.7, i64 %.idx1653.i.7
-  store <16 x i32> %1622, ptr %gep1691.i.7, align 4, !tbaa !4
-  %indvars.iv.next1498.i.7 = or disjoint i64 %indvars.iv1497.i.7, 1
-  %.idx1651.i.7.1 = shl nsw i64 %indvars.iv.next1498.i.7, 7
-  %gep1689.i.7.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.7, i64 %.idx1651.i.7.1
-  %1623 = load <32 x float>, ptr %gep1689.i.7.1, align 4, !tbaa !4
-  %1624 = bitcast <32 x float> %1623 to <32 x i32>
-  %1625 = shufflevector <32 x i32> %1624, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1620 = or <16 x i32> %1619, %1617
+  %.idx69.1 = shl nsw i64 %indvars.iv.next1599.i, 8
+  %1621 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx69.1
+  store <16 x i32> %1620, ptr %1621, align 4, !tbaa !4
+  %1622 = getelementptr inbounds nuw i8, ptr %1615, i64 128
+  %1623 = getelementptr inbounds nuw i8, ptr %1615, i64 192
+  %1624 = load <16 x i32>, ptr %1623, align 4, !tbaa !4
+  %1625 = load <16 x i32>, ptr %1622, align 4, !tbaa !4
   %1626 = lshr <16 x i32> %1625, splat (i32 16)
-  %1627 = bitcast <32 x float> %1623 to <32 x i32>
-  %1628 = shufflevector <32 x i32> %1627, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1629 = or <16 x i32> %1626, %1628
-  %.idx1653.i.7.1 = shl nsw i64 %indvars.iv.next1498.i.7, 6
-  %gep1691.i.7.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.7, i64 %.idx1653.i.7.1
-  store <16 x i32> %1629, ptr %gep1691.i.7.1, align 4, !tbaa !4
-  %indvars.iv.next1498.i.7.1 = or disjoint i64 %indvars.iv1497.i.7, 2
-  %.idx1651.i.7.2 = shl nsw i64 %indvars.iv.next1498.i.7.1, 7
-  %gep1689.i.7.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.7, i64 %.idx1651.i.7.2
-  %1630 = load <32 x float>, ptr %gep1689.i.7.2, align 4, !tbaa !4
-  %1631 = bitcast <32 x float> %1630 to <32 x i32>
-  %1632 = shufflevector <32 x i32> %1631, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1627 = or <16 x i32> %1626, %1624
+  %1628 = getelementptr inbounds nuw i8, ptr %1621, i64 64
+  store <16 x i32> %1627, ptr %1628, align 4, !tbaa !4
+  %1629 = getelementptr inbounds nuw i8, ptr %1615, i64 256
+  %1630 = getelementptr inbounds nuw i8, ptr %1615, i64 320
+  %1631 = load <16 x i32>, ptr %1630, align 4, !tbaa !4
+  %1632 = load <16 x i32>, ptr %1629, align 4, !tbaa !4
   %1633 = lshr <16 x i32> %1632, splat (i32 16)
-  %1634 = bitcast <32 x float> %1630 to <32 x i32>
-  %1635 = shufflevector <32 x i32> %1634, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1636 = or <16 x i32> %1633, %1635
-  %.idx1653.i.7.2 = shl nsw i64 %indvars.iv.next1498.i.7.1, 6
-  %gep1691.i.7.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.7, i64 %.idx1653.i.7.2
-  store <16 x i32> %1636, ptr %gep1691.i.7.2, align 4, !tbaa !4
-  %indvars.iv.next1498.i.7.2 = or disjoint i64 %indvars.iv1497.i.7, 3
-  %.idx1651.i.7.3 = shl nsw i64 %indvars.iv.next1498.i.7.2, 7
-  %gep1689.i.7.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.7, i64 %.idx1651.i.7.3
-  %1637 = load <32 x float>, ptr %gep1689.i.7.3, align 4, !tbaa !4
-  %1638 = bitcast <32 x float> %1637 to <32 x i32>
-  %1639 = shufflevector <32 x i32> %1638, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1634 = or <16 x i32> %1633, %1631
+  %1635 = getelementptr inbounds nuw i8, ptr %1621, i64 128
+  store <16 x i32> %1634, ptr %1635, align 4, !tbaa !4
+  %1636 = getelementptr inbounds nuw i8, ptr %1615, i64 384
+  %1637 = getelementptr inbounds nuw i8, ptr %1615, i64 448
+  %1638 = load <16 x i32>, ptr %1637, align 4, !tbaa !4
+  %1639 = load <16 x i32>, ptr %1636, align 4, !tbaa !4
   %1640 = lshr <16 x i32> %1639, splat (i32 16)
-  %1641 = bitcast <32 x float> %1637 to <32 x i32>
-  %1642 = shufflevector <32 x i32> %1641, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1643 = or <16 x i32> %1640, %1642
-  %.idx1653.i.7.3 = shl nsw i64 %indvars.iv.next1498.i.7.2, 6
-  %gep1691.i.7.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.7, i64 %.idx1653.i.7.3
-  store <16 x i32> %1643, ptr %gep1691.i.7.3, align 4, !tbaa !4
-  %indvars.iv.next1498.i.7.3 = add nuw nsw i64 %indvars.iv1497.i.7, 4
-  %niter405.next.3 = add i64 %niter405, 4
-  %niter405.ncmp.3 = icmp eq i64 %niter405.next.3, %unroll_iter404
-  br i1 %niter405.ncmp.3, label %for_body_to211.lr.ph.us.i.8.unr-lcssa, label %for_body_to211.us.i.7, !prof !42, !llvm.loop !67
+  %1641 = or <16 x i32> %1640, %1638
+  %1642 = getelementptr inbounds nuw i8, ptr %1621, i64 192
+  store <16 x i32> %1641, ptr %1642, align 4, !tbaa !4
+  %indvars.iv.next1599.i.1 = add nuw nsw i64 %indvars.iv1598.i, 2
+  %niter337.next.1 = add i64 %niter337, 2
+  %niter337.ncmp.1 = icmp eq i64 %niter337.next.1, %unroll_iter336
+  br i1 %niter337.ncmp.1, label %for_end_to222.us.i.loopexit.unr-lcssa, label %for_begin_ti225.preheader.us.i, !prof !57, !llvm.loop !63
 
-for_body_to211.lr.ph.us.i.8.unr-lcssa:            ; preds = %for_body_to211.us.i.7
-  %lcmp.mod402.not = icmp eq i64 %xtraiter400, 0
-  br i1 %lcmp.mod402.not, label %for_body_to211.lr.ph.us.i.8, label %for_body_to211.us.i.7.epil.preheader, !prof !45
+for_body_ax0.us.us.preheader.i:                   ; preds = %for_begin_ti213.preheader.us.i
+  %1643 = bitcast <16 x i32> %1846 to <16 x float>
+  %1644 = bitcast <16 x i32> %1819 to <16 x float>
+  %1645 = bitcast <16 x i32> %1792 to <16 x float>
+  %1646 = bitcast <16 x i32> %1873 to <16 x float>
+  %1647 = load <16 x float>, ptr %1685, align 4, !tbaa !4
+  %1648 = fadd <16 x float> %tile_sum552.sroa.0.01266.us.i, %1647
+  %1649 = load <16 x float>, ptr %1712, align 4, !tbaa !4
+  %1650 = fadd <16 x float> %1648, %1649
+  %1651 = load <16 x float>, ptr %1739, align 4, !tbaa !4
+  %1652 = fadd <16 x float> %1650, %1651
+  %1653 = load <16 x float>, ptr %1766, align 4, !tbaa !4
+  %1654 = fadd <16 x float> %1652, %1653
+  %1655 = fadd <16 x float> %1654, %1645
+  %1656 = fadd <16 x float> %1655, %1644
+  %1657 = fadd <16 x float> %1656, %1643
+  %1658 = fadd <16 x float> %1657, %1646
+  br label %for_end_ax0.us.i
 
-for_body_to211.us.i.7.epil.preheader:             ; preds = %for_body_to211.lr.ph.us.i.8.unr-lcssa, %for_body_to211.lr.ph.us.i.7
-  %indvars.iv1497.i.7.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.7 ], [ %indvars.iv.next1498.i.7.3, %for_body_to211.lr.ph.us.i.8.unr-lcssa ]
-  %lcmp.mod403 = icmp ne i64 %xtraiter400, 0
-  tail call void @llvm.assume(i1 %lcmp.mod403)
-  br label %for_body_to211.us.i.7.epil
-
-for_body_to211.us.i.7.epil:                       ; preds = %for_body_to211.us.i.7.epil, %for_body_to211.us.i.7.epil.preheader
-  %indvars.iv1497.i.7.epil = phi i64 [ %indvars.iv1497.i.7.epil.init, %for_body_to211.us.i.7.epil.preheader ], [ %indvars.iv.next1498.i.7.epil, %for_body_to211.us.i.7.epil ]
-  %epil.iter401 = phi i64 [ 0, %for_body_to211.us.i.7.epil.preheader ], [ %epil.iter401.next, %for_body_to211.us.i.7.epil ]
-  %.idx1651.i.7.epil = shl nsw i64 %indvars.iv1497.i.7.epil, 7
-  %gep1689.i.7.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.7, i64 %.idx1651.i.7.epil
-  %1644 = load <32 x float>, ptr %gep1689.i.7.epil, align 4, !tbaa !4
-  %1645 = bitcast <32 x float> %1644 to <32 x i32>
-  %1646 = shufflevector <32 x i32> %1645, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1647 = lshr <16 x i32> %1646, splat (i32 16)
-  %1648 = bitcast <32 x float> %1644 to <32 x i32>
-  %1649 = shufflevector <32 x i32> %1648, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1650 = or <16 x i32> %1647, %1649
-  %.idx1653.i.7.epil = shl nsw i64 %indvars.iv1497.i.7.epil, 6
-  %gep1691.i.7.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.7, i64 %.idx1653.i.7.epil
-  store <16 x i32> %1650, ptr %gep1691.i.7.epil, align 4, !tbaa !4
-  %indvars.iv.next1498.i.7.epil = add nuw nsw i64 %indvars.iv1497.i.7.epil, 1
-  %epil.iter401.next = add i64 %epil.iter401, 1
-  %epil.iter401.cmp.not = icmp eq i64 %epil.iter401.next, %xtraiter400
-  br i1 %epil.iter401.cmp.not, label %for_body_to211.lr.ph.us.i.8, label %for_body_to211.us.i.7.epil, !prof !46, !llvm.loop !68
-
-for_body_to211.lr.ph.us.i.8:                      ; preds = %for_body_to211.us.i.7.epil, %for_body_to211.lr.ph.us.i.8.unr-lcssa
-  %invariant.gep1688.i.8 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 4096
-  %invariant.gep1690.i.8 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 2048
-  %xtraiter406 = and i64 %wide.trip.count1443.i.pre-phi146, 3
-  %1651 = icmp ult i64 %849, 3
-  br i1 %1651, label %for_body_to211.us.i.8.epil.preheader, label %for_body_to211.lr.ph.us.i.8.new, !prof !41
-
-for_body_to211.lr.ph.us.i.8.new:                  ; preds = %for_body_to211.lr.ph.us.i.8
-  %unroll_iter410 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
-  br label %for_body_to211.us.i.8
-
-for_body_to211.us.i.8:                            ; preds = %for_body_to211.us.i.8, %for_body_to211.lr.ph.us.i.8.new
-  %indvars.iv1497.i.8 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.8.new ], [ %indvars.iv.next1498.i.8.3, %for_body_to211.us.i.8 ]
-  %niter411 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.8.new ], [ %niter411.next.3, %for_body_to211.us.i.8 ]
-  %.idx1651.i.8 = shl nsw i64 %indvars.iv1497.i.8, 7
-  %gep1689.i.8 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.8, i64 %.idx1651.i.8
-  %1652 = load <32 x float>, ptr %gep1689.i.8, align 4, !tbaa !4
-  %1653 = bitcast <32 x float> %1652 to <32 x i32>
-  %1654 = shufflevector <32 x i32> %1653, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1655 = lshr <16 x i32> %1654, splat (i32 16)
-  %1656 = bitcast <32 x float> %1652 to <32 x i32>
-  %1657 = shufflevector <32 x i32> %1656, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1658 = or <16 x i32> %1655, %1657
-  %.idx1653.i.8 = shl nsw i64 %indvars.iv1497.i.8, 6
-  %gep1691.i.8 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.8, i64 %.idx1653.i.8
-  store <16 x i32> %1658, ptr %gep1691.i.8, align 4, !tbaa !4
-  %indvars.iv.next1498.i.8 = or disjoint i64 %indvars.iv1497.i.8, 1
-  %.idx1651.i.8.1 = shl nsw i64 %indvars.iv.next1498.i.8, 7
-  %gep1689.i.8.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.8, i64 %.idx1651.i.8.1
-  %1659 = load <32 x float>, ptr %gep1689.i.8.1, align 4, !tbaa !4
-  %1660 = bitcast <32 x float> %1659 to <32 x i32>
-  %1661 = shufflevector <32 x i32> %1660, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1662 = lshr <16 x i32> %1661, splat (i32 16)
-  %1663 = bitcast <32 x float> %1659 to <32 x i32>
-  %1664 = shufflevector <32 x i32> %1663, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1665 = or <16 x i32> %1662, %1664
-  %.idx1653.i.8.1 = shl nsw i64 %indvars.iv.next1498.i.8, 6
-  %gep1691.i.8.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.8, i64 %.idx1653.i.8.1
-  store <16 x i32> %1665, ptr %gep1691.i.8.1, align 4, !tbaa !4
-  %indvars.iv.next1498.i.8.1 = or disjoint i64 %indvars.iv1497.i.8, 2
-  %.idx1651.i.8.2 = shl nsw i64 %indvars.iv.next1498.i.8.1, 7
-  %gep1689.i.8.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.8, i64 %.idx1651.i.8.2
-  %1666 = load <32 x float>, ptr %gep1689.i.8.2, align 4, !tbaa !4
-  %1667 = bitcast <32 x float> %1666 to <32 x i32>
-  %1668 = shufflevector <32 x i32> %1667, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1669 = lshr <16 x i32> %1668, splat (i32 16)
-  %1670 = bitcast <32 x float> %1666 to <32 x i32>
-  %1671 = shufflevector <32 x i32> %1670, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1672 = or <16 x i32> %1669, %1671
-  %.idx1653.i.8.2 = shl nsw i64 %indvars.iv.next1498.i.8.1, 6
-  %gep1691.i.8.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.8, i64 %.idx1653.i.8.2
-  store <16 x i32> %1672, ptr %gep1691.i.8.2, align 4, !tbaa !4
-  %indvars.iv.next1498.i.8.2 = or disjoint i64 %indvars.iv1497.i.8, 3
-  %.idx1651.i.8.3 = shl nsw i64 %indvars.iv.next1498.i.8.2, 7
-  %gep1689.i.8.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.8, i64 %.idx1651.i.8.3
-  %1673 = load <32 x float>, ptr %gep1689.i.8.3, align 4, !tbaa !4
-  %1674 = bitcast <32 x float> %1673 to <32 x i32>
-  %1675 = shufflevector <32 x i32> %1674, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1676 = lshr <16 x i32> %1675, splat (i32 16)
-  %1677 = bitcast <32 x float> %1673 to <32 x i32>
-  %1678 = shufflevector <32 x i32> %1677, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1679 = or <16 x i32> %1676, %1678
-  %.idx1653.i.8.3 = shl nsw i64 %indvars.iv.next1498.i.8.2, 6
-  %gep1691.i.8.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.8, i64 %.idx1653.i.8.3
-  store <16 x i32> %1679, ptr %gep1691.i.8.3, align 4, !tbaa !4
-  %indvars.iv.next1498.i.8.3 = add nuw nsw i64 %indvars.iv1497.i.8, 4
-  %niter411.next.3 = add i64 %niter411, 4
-  %niter411.ncmp.3 = icmp eq i64 %niter411.next.3, %unroll_iter410
-  br i1 %niter411.ncmp.3, label %for_body_to211.lr.ph.us.i.9.unr-lcssa, label %for_body_to211.us.i.8, !prof !42, !llvm.loop !69
-
-for_body_to211.lr.ph.us.i.9.unr-lcssa:            ; preds = %for_body_to211.us.i.8
-  %lcmp.mod408.not = icmp eq i64 %xtraiter406, 0
-  br i1 %lcmp.mod408.not, label %for_body_to211.lr.ph.us.i.9, label %for_body_to211.us.i.8.epil.preheader, !prof !45
-
-for_body_to211.us.i.8.epil.preheader:             ; preds = %for_body_to211.lr.ph.us.i.9.unr-lcssa, %for_body_to211.lr.ph.us.i.8
-  %indvars.iv1497.i.8.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.8 ], [ %indvars.iv.next1498.i.8.3, %for_body_to211.lr.ph.us.i.9.unr-lcssa ]
-  %lcmp.mod409 = icmp ne i64 %xtraiter406, 0
-  tail call void @llvm.assume(i1 %lcmp.mod409)
-  br label %for_body_to211.us.i.8.epil
-
-for_body_to211.us.i.8.epil:                       ; preds = %for_body_to211.us.i.8.epil, %for_body_to211.us.i.8.epil.preheader
-  %indvars.iv1497.i.8.epil = phi i64 [ %indvars.iv1497.i.8.epil.init, %for_body_to211.us.i.8.epil.preheader ], [ %indvars.iv.next1498.i.8.epil, %for_body_to211.us.i.8.epil ]
-  %epil.iter407 = phi i64 [ 0, %for_body_to211.us.i.8.epil.preheader ], [ %epil.iter407.next, %for_body_to211.us.i.8.epil ]
-  %.idx1651.i.8.epil = shl nsw i64 %indvars.iv1497.i.8.epil, 7
-  %gep1689.i.8.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.8, i64 %.idx1651.i.8.epil
-  %1680 = load <32 x float>, ptr %gep1689.i.8.epil, align 4, !tbaa !4
-  %1681 = bitcast <32 x float> %1680 to <32 x i32>
-  %1682 = shufflevector <32 x i32> %1681, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1683 = lshr <16 x i32> %1682, splat (i32 16)
-  %1684 = bitcast <32 x float> %1680 to <32 x i32>
-  %1685 = shufflevector <32 x i32> %1684, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1686 = or <16 x i32> %1683, %1685
-  %.idx1653.i.8.epil = shl nsw i64 %indvars.iv1497.i.8.epil, 6
-  %gep1691.i.8.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.8, i64 %.idx1653.i.8.epil
-  store <16 x i32> %1686, ptr %gep1691.i.8.epil, align 4, !tbaa !4
-  %indvars.iv.next1498.i.8.epil = add nuw nsw i64 %indvars.iv1497.i.8.epil, 1
-  %epil.iter407.next = add i64 %epil.iter407, 1
-  %epil.iter407.cmp.not = icmp eq i64 %epil.iter407.next, %xtraiter406
-  br i1 %epil.iter407.cmp.not, label %for_body_to211.lr.ph.us.i.9, label %for_body_to211.us.i.8.epil, !prof !46, !llvm.loop !70
-
-for_body_to211.lr.ph.us.i.9:                      ; preds = %for_body_to211.us.i.8.epil, %for_body_to211.lr.ph.us.i.9.unr-lcssa
-  %invariant.gep1688.i.9 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 4608
-  %invariant.gep1690.i.9 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 2304
-  %xtraiter412 = and i64 %wide.trip.count1443.i.pre-phi146, 3
-  %1687 = icmp ult i64 %849, 3
-  br i1 %1687, label %for_body_to211.us.i.9.epil.preheader, label %for_body_to211.lr.ph.us.i.9.new, !prof !41
-
-for_body_to211.lr.ph.us.i.9.new:                  ; preds = %for_body_to211.lr.ph.us.i.9
-  %unroll_iter416 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
-  br label %for_body_to211.us.i.9
-
-for_body_to211.us.i.9:                            ; preds = %for_body_to211.us.i.9, %for_body_to211.lr.ph.us.i.9.new
-  %indvars.iv1497.i.9 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.9.new ], [ %indvars.iv.next1498.i.9.3, %for_body_to211.us.i.9 ]
-  %niter417 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.9.new ], [ %niter417.next.3, %for_body_to211.us.i.9 ]
-  %.idx1651.i.9 = shl nsw i64 %indvars.iv1497.i.9, 7
-  %gep1689.i.9 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.9, i64 %.idx1651.i.9
-  %1688 = load <32 x float>, ptr %gep1689.i.9, align 4, !tbaa !4
-  %1689 = bitcast <32 x float> %1688 to <32 x i32>
-  %1690 = shufflevector <32 x i32> %1689, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1691 = lshr <16 x i32> %1690, splat (i32 16)
-  %1692 = bitcast <32 x float> %1688 to <32 x i32>
-  %1693 = shufflevector <32 x i32> %1692, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1694 = or <16 x i32> %1691, %1693
-  %.idx1653.i.9 = shl nsw i64 %indvars.iv1497.i.9, 6
-  %gep1691.i.9 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.9, i64 %.idx1653.i.9
-  store <16 x i32> %1694, ptr %gep1691.i.9, align 4, !tbaa !4
-  %indvars.iv.next1498.i.9 = or disjoint i64 %indvars.iv1497.i.9, 1
-  %.idx1651.i.9.1 = shl nsw i64 %indvars.iv.next1498.i.9, 7
-  %gep1689.i.9.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.9, i64 %.idx1651.i.9.1
-  %1695 = load <32 x float>, ptr %gep1689.i.9.1, align 4, !tbaa !4
-  %1696 = bitcast <32 x float> %1695 to <32 x i32>
-  %1697 = shufflevector <32 x i32> %1696, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1698 = lshr <16 x i32> %1697, splat (i32 16)
-  %1699 = bitcast <32 x float> %1695 to <32 x i32>
-  %1700 = shufflevector <32 x i32> %1699, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1701 = or <16 x i32> %1698, %1700
-  %.idx1653.i.9.1 = shl nsw i64 %indvars.iv.next1498.i.9, 6
-  %gep1691.i.9.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.9, i64 %.idx1653.i.9.1
-  store <16 x i32> %1701, ptr %gep1691.i.9.1, align 4, !tbaa !4
-  %indvars.iv.next1498.i.9.1 = or disjoint i64 %indvars.iv1497.i.9, 2
-  %.idx1651.i.9.2 = shl nsw i64 %indvars.iv.next1498.i.9.1, 7
-  %gep1689.i.9.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.9, i64 %.idx1651.i.9.2
-  %1702 = load <32 x float>, ptr %gep1689.i.9.2, align 4, !tbaa !4
-  %1703 = bitcast <32 x float> %1702 to <32 x i32>
-  %1704 = shufflevector <32 x i32> %1703, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1705 = lshr <16 x i32> %1704, splat (i32 16)
-  %1706 = bitcast <32 x float> %1702 to <32 x i32>
-  %1707 = shufflevector <32 x i32> %1706, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1708 = or <16 x i32> %1705, %1707
-  %.idx1653.i.9.2 = shl nsw i64 %indvars.iv.next1498.i.9.1, 6
-  %gep1691.i.9.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.9, i64 %.idx1653.i.9.2
-  store <16 x i32> %1708, ptr %gep1691.i.9.2, align 4, !tbaa !4
-  %indvars.iv.next1498.i.9.2 = or disjoint i64 %indvars.iv1497.i.9, 3
-  %.idx1651.i.9.3 = shl nsw i64 %indvars.iv.next1498.i.9.2, 7
-  %gep1689.i.9.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.9, i64 %.idx1651.i.9.3
-  %1709 = load <32 x float>, ptr %gep1689.i.9.3, align 4, !tbaa !4
-  %1710 = bitcast <32 x float> %1709 to <32 x i32>
-  %1711 = shufflevector <32 x i32> %1710, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1712 = lshr <16 x i32> %1711, splat (i32 16)
-  %1713 = bitcast <32 x float> %1709 to <32 x i32>
-  %1714 = shufflevector <32 x i32> %1713, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1715 = or <16 x i32> %1712, %1714
-  %.idx1653.i.9.3 = shl nsw i64 %indvars.iv.next1498.i.9.2, 6
-  %gep1691.i.9.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.9, i64 %.idx1653.i.9.3
-  store <16 x i32> %1715, ptr %gep1691.i.9.3, align 4, !tbaa !4
-  %indvars.iv.next1498.i.9.3 = add nuw nsw i64 %indvars.iv1497.i.9, 4
-  %niter417.next.3 = add i64 %niter417, 4
-  %niter417.ncmp.3 = icmp eq i64 %niter417.next.3, %unroll_iter416
-  br i1 %niter417.ncmp.3, label %for_body_to211.lr.ph.us.i.10.unr-lcssa, label %for_body_to211.us.i.9, !prof !42, !llvm.loop !71
-
-for_body_to211.lr.ph.us.i.10.unr-lcssa:           ; preds = %for_body_to211.us.i.9
-  %lcmp.mod414.not = icmp eq i64 %xtraiter412, 0
-  br i1 %lcmp.mod414.not, label %for_body_to211.lr.ph.us.i.10, label %for_body_to211.us.i.9.epil.preheader, !prof !45
-
-for_body_to211.us.i.9.epil.preheader:             ; preds = %for_body_to211.lr.ph.us.i.10.unr-lcssa, %for_body_to211.lr.ph.us.i.9
-  %indvars.iv1497.i.9.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.9 ], [ %indvars.iv.next1498.i.9.3, %for_body_to211.lr.ph.us.i.10.unr-lcssa ]
-  %lcmp.mod415 = icmp ne i64 %xtraiter412, 0
-  tail call void @llvm.assume(i1 %lcmp.mod415)
-  br label %for_body_to211.us.i.9.epil
-
-for_body_to211.us.i.9.epil:                       ; preds = %for_body_to211.us.i.9.epil, %for_body_to211.us.i.9.epil.preheader
-  %indvars.iv1497.i.9.epil = phi i64 [ %indvars.iv1497.i.9.epil.init, %for_body_to211.us.i.9.epil.preheader ], [ %indvars.iv.next1498.i.9.epil, %for_body_to211.us.i.9.epil ]
-  %epil.iter413 = phi i64 [ 0, %for_body_to211.us.i.9.epil.preheader ], [ %epil.iter413.next, %for_body_to211.us.i.9.epil ]
-  %.idx1651.i.9.epil = shl nsw i64 %indvars.iv1497.i.9.epil, 7
-  %gep1689.i.9.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.9, i64 %.idx1651.i.9.epil
-  %1716 = load <32 x float>, ptr %gep1689.i.9.epil, align 4, !tbaa !4
-  %1717 = bitcast <32 x float> %1716 to <32 x i32>
-  %1718 = shufflevector <32 x i32> %1717, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1719 = lshr <16 x i32> %1718, splat (i32 16)
-  %1720 = bitcast <32 x float> %1716 to <32 x i32>
-  %1721 = shufflevector <32 x i32> %1720, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1722 = or <16 x i32> %1719, %1721
-  %.idx1653.i.9.epil = shl nsw i64 %indvars.iv1497.i.9.epil, 6
-  %gep1691.i.9.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.9, i64 %.idx1653.i.9.epil
-  store <16 x i32> %1722, ptr %gep1691.i.9.epil, align 4, !tbaa !4
-  %indvars.iv.next1498.i.9.epil = add nuw nsw i64 %indvars.iv1497.i.9.epil, 1
-  %epil.iter413.next = add i64 %epil.iter413, 1
-  %epil.iter413.cmp.not = icmp eq i64 %epil.iter413.next, %xtraiter412
-  br i1 %epil.iter413.cmp.not, label %for_body_to211.lr.ph.us.i.10, label %for_body_to211.us.i.9.epil, !prof !46, !llvm.loop !72
-
-for_body_to211.lr.ph.us.i.10:                     ; preds = %for_body_to211.us.i.9.epil, %for_body_to211.lr.ph.us.i.10.unr-lcssa
-  %invariant.gep1688.i.10 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 5120
-  %invariant.gep1690.i.10 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 2560
-  %xtraiter418 = and i64 %wide.trip.count1443.i.pre-phi146, 3
-  %1723 = icmp ult i64 %849, 3
-  br i1 %1723, label %for_body_to211.us.i.10.epil.preheader, label %for_body_to211.lr.ph.us.i.10.new, !prof !41
-
-for_body_to211.lr.ph.us.i.10.new:                 ; preds = %for_body_to211.lr.ph.us.i.10
-  %unroll_iter422 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
-  br label %for_body_to211.us.i.10
-
-for_body_to211.us.i.10:                           ; preds = %for_body_to211.us.i.10, %for_body_to211.lr.ph.us.i.10.new
-  %indvars.iv1497.i.10 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.10.new ], [ %indvars.iv.next1498.i.10.3, %for_body_to211.us.i.10 ]
-  %niter423 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.10.new ], [ %niter423.next.3, %for_body_to211.us.i.10 ]
-  %.idx1651.i.10 = shl nsw i64 %indvars.iv1497.i.10, 7
-  %gep1689.i.10 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.10, i64 %.idx1651.i.10
-  %1724 = load <32 x float>, ptr %gep1689.i.10, align 4, !tbaa !4
-  %1725 = bitcast <32 x float> %1724 to <32 x i32>
-  %1726 = shufflevector <32 x i32> %1725, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1727 = lshr <16 x i32> %1726, splat (i32 16)
-  %1728 = bitcast <32 x float> %1724 to <32 x i32>
-  %1729 = shufflevector <32 x i32> %1728, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1730 = or <16 x i32> %1727, %1729
-  %.idx1653.i.10 = shl nsw i64 %indvars.iv1497.i.10, 6
-  %gep1691.i.10 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.10, i64 %.idx1653.i.10
-  store <16 x i32> %1730, ptr %gep1691.i.10, align 4, !tbaa !4
-  %indvars.iv.next1498.i.10 = or disjoint i64 %indvars.iv1497.i.10, 1
-  %.idx1651.i.10.1 = shl nsw i64 %indvars.iv.next1498.i.10, 7
-  %gep1689.i.10.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.10, i64 %.idx1651.i.10.1
-  %1731 = load <32 x float>, ptr %gep1689.i.10.1, align 4, !tbaa !4
-  %1732 = bitcast <32 x float> %1731 to <32 x i32>
-  %1733 = shufflevector <32 x i32> %1732, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+for_begin_ti213.preheader.us.i:                   ; preds = %for_begin_ti213.preheader.lr.ph.us.i, %for_end_ax0.us.i
+  %indvars.iv1589.i = phi i64 [ 0, %for_begin_ti213.preheader.lr.ph.us.i ], [ %indvars.iv.next1590.i, %for_end_ax0.us.i ]
+  %tile_sum552.sroa.0.01266.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti213.preheader.lr.ph.us.i ], [ %.us-phi.us.i, %for_end_ax0.us.i ]
+  %1659 = shl nsw i64 %indvars.iv1589.i, 7
+  %1660 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1659
+  %1661 = load <16 x float>, ptr %1660, align 4, !tbaa !4
+  %arg.us.i = fsub <16 x float> %1661, %2756
+  %1662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2762)
+  %bits.us.i = bitcast <16 x float> %1662 to <16 x i32>
+  %n.us.i = fsub <16 x float> %1662, %2762
+  %1663 = fmul <16 x float> %n.us.i, splat (float 0x3F2BD01060000000)
+  %1664 = fmul <16 x float> %n.us.i, splat (float 0x3FE6300000000000)
+  %1665 = fsub <16 x float> %arg.us.i, %1664
+  %1666 = fadd <16 x float> %1663, %1665
+  %1667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1666, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1667, <16 x float> %1666, <16 x float> splat (float 0x3FA5558F20000000))
+  %1669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1668, <16 x float> %1666, <16 x float> splat (float 0x3FC5554920000000))
+  %1670 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1669, <16 x float> %1666, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1671 = fmul <16 x float> %1666, %1666
+  %1672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1671, <16 x float> %1666)
+  %1673 = shl <16 x i32> %bits.us.i, splat (i32 23)
+  %1674 = bitcast <16 x i32> %1673 to <16 x float>
+  %1675 = fadd <16 x float> %1672, splat (float 1.000000e+00)
+  %1676 = fmul <16 x float> %1675, %1674
+  %1677 = fcmp olt <16 x float> %arg.us.i, %2763
+  %1678 = select <16 x i1> %1677, <16 x float> zeroinitializer, <16 x float> %1676
+  %1679 = bitcast <16 x float> %1678 to <16 x i32>
+  %1680 = lshr <16 x i32> %1679, splat (i32 16)
+  %1681 = and <16 x i32> %1680, splat (i32 1)
+  %1682 = add nsw <16 x i32> %1679, splat (i32 32767)
+  %1683 = add nsw <16 x i32> %1682, %1681
+  %1684 = and <16 x i32> %1683, splat (i32 -65536)
+  %1685 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1659
+  store <16 x i32> %1684, ptr %1685, align 4, !tbaa !4
+  %1686 = or disjoint i64 %1659, 16
+  %1687 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1686
+  %1688 = load <16 x float>, ptr %1687, align 4, !tbaa !4
+  %arg.us.1.i = fsub <16 x float> %1688, %2756
+  %1689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2762)
+  %bits.us.1.i = bitcast <16 x float> %1689 to <16 x i32>
+  %n.us.1.i = fsub <16 x float> %1689, %2762
+  %1690 = fmul <16 x float> %n.us.1.i, splat (float 0x3F2BD01060000000)
+  %1691 = fmul <16 x float> %n.us.1.i, splat (float 0x3FE6300000000000)
+  %1692 = fsub <16 x float> %arg.us.1.i, %1691
+  %1693 = fadd <16 x float> %1690, %1692
+  %1694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1693, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1694, <16 x float> %1693, <16 x float> splat (float 0x3FA5558F20000000))
+  %1696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1693, <16 x float> splat (float 0x3FC5554920000000))
+  %1697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1696, <16 x float> %1693, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1698 = fmul <16 x float> %1693, %1693
+  %1699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1698, <16 x float> %1693)
+  %1700 = shl <16 x i32> %bits.us.1.i, splat (i32 23)
+  %1701 = bitcast <16 x i32> %1700 to <16 x float>
+  %1702 = fadd <16 x float> %1699, splat (float 1.000000e+00)
+  %1703 = fmul <16 x float> %1702, %1701
+  %1704 = fcmp olt <16 x float> %arg.us.1.i, %2763
+  %1705 = select <16 x i1> %1704, <16 x float> zeroinitializer, <16 x float> %1703
+  %1706 = bitcast <16 x float> %1705 to <16 x i32>
+  %1707 = lshr <16 x i32> %1706, splat (i32 16)
+  %1708 = and <16 x i32> %1707, splat (i32 1)
+  %1709 = add nsw <16 x i32> %1706, splat (i32 32767)
+  %1710 = add nsw <16 x i32> %1709, %1708
+  %1711 = and <16 x i32> %1710, splat (i32 -65536)
+  %1712 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1686
+  store <16 x i32> %1711, ptr %1712, align 4, !tbaa !4
+  %1713 = or disjoint i64 %1659, 32
+  %1714 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1713
+  %1715 = load <16 x float>, ptr %1714, align 4, !tbaa !4
+  %arg.us.2.i = fsub <16 x float> %1715, %2756
+  %1716 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2762)
+  %bits.us.2.i = bitcast <16 x float> %1716 to <16 x i32>
+  %n.us.2.i = fsub <16 x float> %1716, %2762
+  %1717 = fmul <16 x float> %n.us.2.i, splat (float 0x3F2BD01060000000)
+  %1718 = fmul <16 x float> %n.us.2.i, splat (float 0x3FE6300000000000)
+  %1719 = fsub <16 x float> %arg.us.2.i, %1718
+  %1720 = fadd <16 x float> %1717, %1719
+  %1721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1720, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1722 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> %1720, <16 x float> splat (float 0x3FA5558F20000000))
+  %1723 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1722, <16 x float> %1720, <16 x float> splat (float 0x3FC5554920000000))
+  %1724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1720, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1725 = fmul <16 x float> %1720, %1720
+  %1726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1724, <16 x float> %1725, <16 x float> %1720)
+  %1727 = shl <16 x i32> %bits.us.2.i, splat (i32 23)
+  %1728 = bitcast <16 x i32> %1727 to <16 x float>
+  %1729 = fadd <16 x float> %1726, splat (float 1.000000e+00)
+  %1730 = fmul <16 x float> %1729, %1728
+  %1731 = fcmp olt <16 x float> %arg.us.2.i, %2763
+  %1732 = select <16 x i1> %1731, <16 x float> zeroinitializer, <16 x float> %1730
+  %1733 = bitcast <16 x float> %1732 to <16 x i32>
   %1734 = lshr <16 x i32> %1733, splat (i32 16)
-  %1735 = bitcast <32 x float> %1731 to <32 x i32>
-  %1736 = shufflevector <32 x i32> %1735, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1737 = or <16 x i32> %1734, %1736
-  %.idx1653.i.10.1 = shl nsw i64 %indvars.iv.next1498.i.10, 6
-  %gep1691.i.10.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.10, i64 %.idx1653.i.10.1
-  store <16 x i32> %1737, ptr %gep1691.i.10.1, align 4, !tbaa !4
-  %indvars.iv.next1498.i.10.1 = or disjoint i64 %indvars.iv1497.i.10, 2
-  %.idx1651.i.10.2 = shl nsw i64 %indvars.iv.next1498.i.10.1, 7
-  %gep1689.i.10.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.10, i64 %.idx1651.i.10.2
-  %1738 = load <32 x float>, ptr %gep1689.i.10.2, align 4, !tbaa !4
-  %1739 = bitcast <32 x float> %1738 to <32 x i32>
-  %1740 = shufflevector <32 x i32> %1739, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1741 = lshr <16 x i32> %1740, splat (i32 16)
-  %1742 = bitcast <32 x float> %1738 to <32 x i32>
-  %1743 = shufflevector <32 x i32> %1742, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1744 = or <16 x i32> %1741, %1743
-  %.idx1653.i.10.2 = shl nsw i64 %indvars.iv.next1498.i.10.1, 6
-  %gep1691.i.10.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.10, i64 %.idx1653.i.10.2
-  store <16 x i32> %1744, ptr %gep1691.i.10.2, align 4, !tbaa !4
-  %indvars.iv.next1498.i.10.2 = or disjoint i64 %indvars.iv1497.i.10, 3
-  %.idx1651.i.10.3 = shl nsw i64 %indvars.iv.next1498.i.10.2, 7
-  %gep1689.i.10.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.10, i64 %.idx1651.i.10.3
-  %1745 = load <32 x float>, ptr %gep1689.i.10.3, align 4, !tbaa !4
-  %1746 = bitcast <32 x float> %1745 to <32 x i32>
-  %1747 = shufflevector <32 x i32> %1746, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1748 = lshr <16 x i32> %1747, splat (i32 16)
-  %1749 = bitcast <32 x float> %1745 to <32 x i32>
-  %1750 = shufflevector <32 x i32> %1749, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1751 = or <16 x i32> %1748, %1750
-  %.idx1653.i.10.3 = shl nsw i64 %indvars.iv.next1498.i.10.2, 6
-  %gep1691.i.10.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.10, i64 %.idx1653.i.10.3
-  store <16 x i32> %1751, ptr %gep1691.i.10.3, align 4, !tbaa !4
-  %indvars.iv.next1498.i.10.3 = add nuw nsw i64 %indvars.iv1497.i.10, 4
-  %niter423.next.3 = add i64 %niter423, 4
-  %niter423.ncmp.3 = icmp eq i64 %niter423.next.3, %unroll_iter422
-  br i1 %niter423.ncmp.3, label %for_body_to211.lr.ph.us.i.11.unr-lcssa, label %for_body_to211.us.i.10, !prof !42, !llvm.loop !73
-
-for_body_to211.lr.ph.us.i.11.unr-lcssa:           ; preds = %for_body_to211.us.i.10
-  %lcmp.mod420.not = icmp eq i64 %xtraiter418, 0
-  br i1 %lcmp.mod420.not, label %for_body_to211.lr.ph.us.i.11, label %for_body_to211.us.i.10.epil.preheader, !prof !45
-
-for_body_to211.us.i.10.epil.preheader:            ; preds = %for_body_to211.lr.ph.us.i.11.unr-lcssa, %for_body_to211.lr.ph.us.i.10
-  %indvars.iv1497.i.10.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.10 ], [ %indvars.iv.next1498.i.10.3, %for_body_to211.lr.ph.us.i.11.unr-lcssa ]
-  %lcmp.mod421 = icmp ne i64 %xtraiter418, 0
-  tail call void @llvm.assume(i1 %lcmp.mod421)
-  br label %for_body_to211.us.i.10.epil
-
-for_body_to211.us.i.10.epil:                      ; preds = %for_body_to211.us.i.10.epil, %for_body_to211.us.i.10.epil.preheader
-  %indvars.iv1497.i.10.epil = phi i64 [ %indvars.iv1497.i.10.epil.init, %for_body_to211.us.i.10.epil.preheader ], [ %indvars.iv.next1498.i.10.epil, %for_body_to211.us.i.10.epil ]
-  %epil.iter419 = phi i64 [ 0, %for_body_to211.us.i.10.epil.preheader ], [ %epil.iter419.next, %for_body_to211.us.i.10.epil ]
-  %.idx1651.i.10.epil = shl nsw i64 %indvars.iv1497.i.10.epil, 7
-  %gep1689.i.10.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.10, i64 %.idx1651.i.10.epil
-  %1752 = load <32 x float>, ptr %gep1689.i.10.epil, align 4, !tbaa !4
-  %1753 = bitcast <32 x float> %1752 to <32 x i32>
-  %1754 = shufflevector <32 x i32> %1753, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1755 = lshr <16 x i32> %1754, splat (i32 16)
-  %1756 = bitcast <32 x float> %1752 to <32 x i32>
-  %1757 = shufflevector <32 x i32> %1756, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1758 = or <16 x i32> %1755, %1757
-  %.idx1653.i.10.epil = shl nsw i64 %indvars.iv1497.i.10.epil, 6
-  %gep1691.i.10.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.10, i64 %.idx1653.i.10.epil
-  store <16 x i32> %1758, ptr %gep1691.i.10.epil, align 4, !tbaa !4
-  %indvars.iv.next1498.i.10.epil = add nuw nsw i64 %indvars.iv1497.i.10.epil, 1
-  %epil.iter419.next = add i64 %epil.iter419, 1
-  %epil.iter419.cmp.not = icmp eq i64 %epil.iter419.next, %xtraiter418
-  br i1 %epil.iter419.cmp.not, label %for_body_to211.lr.ph.us.i.11, label %for_body_to211.us.i.10.epil, !prof !46, !llvm.loop !74
-
-for_body_to211.lr.ph.us.i.11:                     ; preds = %for_body_to211.us.i.10.epil, %for_body_to211.lr.ph.us.i.11.unr-lcssa
-  %invariant.gep1688.i.11 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 5632
-  %invariant.gep1690.i.11 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 2816
-  %xtraiter424 = and i64 %wide.trip.count1443.i.pre-phi146, 3
-  %1759 = icmp ult i64 %849, 3
-  br i1 %1759, label %for_body_to211.us.i.11.epil.preheader, label %for_body_to211.lr.ph.us.i.11.new, !prof !41
-
-for_body_to211.lr.ph.us.i.11.new:                 ; preds = %for_body_to211.lr.ph.us.i.11
-  %unroll_iter428 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
-  br label %for_body_to211.us.i.11
-
-for_body_to211.us.i.11:                           ; preds = %for_body_to211.us.i.11, %for_body_to211.lr.ph.us.i.11.new
-  %indvars.iv1497.i.11 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.11.new ], [ %indvars.iv.next1498.i.11.3, %for_body_to211.us.i.11 ]
-  %niter429 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.11.new ], [ %niter429.next.3, %for_body_to211.us.i.11 ]
-  %.idx1651.i.11 = shl nsw i64 %indvars.iv1497.i.11, 7
-  %gep1689.i.11 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.11, i64 %.idx1651.i.11
-  %1760 = load <32 x float>, ptr %gep1689.i.11, align 4, !tbaa !4
-  %1761 = bitcast <32 x float> %1760 to <32 x i32>
-  %1762 = shufflevector <32 x i32> %1761, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1763 = lshr <16 x i32> %1762, splat (i32 16)
-  %1764 = bitcast <32 x float> %1760 to <32 x i32>
-  %1765 = shufflevector <32 x i32> %1764, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1766 = or <16 x i32> %1763, %1765
-  %.idx1653.i.11 = shl nsw i64 %indvars.iv1497.i.11, 6
-  %gep1691.i.11 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.11, i64 %.idx1653.i.11
-  store <16 x i32> %1766, ptr %gep1691.i.11, align 4, !tbaa !4
-  %indvars.iv.next1498.i.11 = or disjoint i64 %indvars.iv1497.i.11, 1
-  %.idx1651.i.11.1 = shl nsw i64 %indvars.iv.next1498.i.11, 7
-  %gep1689.i.11.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.11, i64 %.idx1651.i.11.1
-  %1767 = load <32 x float>, ptr %gep1689.i.11.1, align 4, !tbaa !4
-  %1768 = bitcast <32 x float> %1767 to <32 x i32>
-  %1769 = shufflevector <32 x i32> %1768, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1770 = lshr <16 x i32> %1769, splat (i32 16)
-  %1771 = bitcast <32 x float> %1767 to <32 x i32>
-  %1772 = shufflevector <32 x i32> %1771, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1773 = or <16 x i32> %1770, %1772
-  %.idx1653.i.11.1 = shl nsw i64 %indvars.iv.next1498.i.11, 6
-  %gep1691.i.11.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.11, i64 %.idx1653.i.11.1
-  store <16 x i32> %1773, ptr %gep1691.i.11.1, align 4, !tbaa !4
-  %indvars.iv.next1498.i.11.1 = or disjoint i64 %indvars.iv1497.i.11, 2
-  %.idx1651.i.11.2 = shl nsw i64 %indvars.iv.next1498.i.11.1, 7
-  %gep1689.i.11.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.11, i64 %.idx1651.i.11.2
-  %1774 = load <32 x float>, ptr %gep1689.i.11.2, align 4, !tbaa !4
-  %1775 = bitcast <32 x float> %1774 to <32 x i32>
-  %1776 = shufflevector <32 x i32> %1775, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1777 = lshr <16 x i32> %1776, splat (i32 16)
-  %1778 = bitcast <32 x float> %1774 to <32 x i32>
-  %1779 = shufflevector <32 x i32> %1778, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1780 = or <16 x i32> %1777, %1779
-  %.idx1653.i.11.2 = shl nsw i64 %indvars.iv.next1498.i.11.1, 6
-  %gep1691.i.11.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.11, i64 %.idx1653.i.11.2
-  store <16 x i32> %1780, ptr %gep1691.i.11.2, align 4, !tbaa !4
-  %indvars.iv.next1498.i.11.2 = or disjoint i64 %indvars.iv1497.i.11, 3
-  %.idx1651.i.11.3 = shl nsw i64 %indvars.iv.next1498.i.11.2, 7
-  %gep1689.i.11.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.11, i64 %.idx1651.i.11.3
-  %1781 = load <32 x float>, ptr %gep1689.i.11.3, align 4, !tbaa !4
-  %1782 = bitcast <32 x float> %1781 to <32 x i32>
-  %1783 = shufflevector <32 x i32> %1782, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1784 = lshr <16 x i32> %1783, splat (i32 16)
-  %1785 = bitcast <32 x float> %1781 to <32 x i32>
-  %1786 = shufflevector <32 x i32> %1785, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1787 = or <16 x i32> %1784, %1786
-  %.idx1653.i.11.3 = shl nsw i64 %indvars.iv.next1498.i.11.2, 6
-  %gep1691.i.11.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.11, i64 %.idx1653.i.11.3
-  store <16 x i32> %1787, ptr %gep1691.i.11.3, align 4, !tbaa !4
-  %indvars.iv.next1498.i.11.3 = add nuw nsw i64 %indvars.iv1497.i.11, 4
-  %niter429.next.3 = add i64 %niter429, 4
-  %niter429.ncmp.3 = icmp eq i64 %niter429.next.3, %unroll_iter428
-  br i1 %niter429.ncmp.3, label %for_body_to211.lr.ph.us.i.12.unr-lcssa, label %for_body_to211.us.i.11, !prof !42, !llvm.loop !75
-
-for_body_to211.lr.ph.us.i.12.unr-lcssa:           ; preds = %for_body_to211.us.i.11
-  %lcmp.mod426.not = icmp eq i64 %xtraiter424, 0
-  br i1 %lcmp.mod426.not, label %for_body_to211.lr.ph.us.i.12, label %for_body_to211.us.i.11.epil.preheader, !prof !45
-
-for_body_to211.us.i.11.epil.preheader:            ; preds = %for_body_to211.lr.ph.us.i.12.unr-lcssa, %for_body_to211.lr.ph.us.i.11
-  %indvars.iv1497.i.11.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.11 ], [ %indvars.iv.next1498.i.11.3, %for_body_to211.lr.ph.us.i.12.unr-lcssa ]
-  %lcmp.mod427 = icmp ne i64 %xtraiter424, 0
-  tail call void @llvm.assume(i1 %lcmp.mod427)
-  br label %for_body_to211.us.i.11.epil
-
-for_body_to211.us.i.11.epil:                      ; preds = %for_body_to211.us.i.11.epil, %for_body_to211.us.i.11.epil.preheader
-  %indvars.iv1497.i.11.epil = phi i64 [ %indvars.iv1497.i.11.epil.init, %for_body_to211.us.i.11.epil.preheader ], [ %indvars.iv.next1498.i.11.epil, %for_body_to211.us.i.11.epil ]
-  %epil.iter425 = phi i64 [ 0, %for_body_to211.us.i.11.epil.preheader ], [ %epil.iter425.next, %for_body_to211.us.i.11.epil ]
-  %.idx1651.i.11.epil = shl nsw i64 %indvars.iv1497.i.11.epil, 7
-  %gep1689.i.11.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.11, i64 %.idx1651.i.11.epil
-  %1788 = load <32 x float>, ptr %gep1689.i.11.epil, align 4, !tbaa !4
-  %1789 = bitcast <32 x float> %1788 to <32 x i32>
-  %1790 = shufflevector <32 x i32> %1789, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1791 = lshr <16 x i32> %1790, splat (i32 16)
-  %1792 = bitcast <32 x float> %1788 to <32 x i32>
-  %1793 = shufflevector <32 x i32> %1792, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1794 = or <16 x i32> %1791, %1793
-  %.idx1653.i.11.epil = shl nsw i64 %indvars.iv1497.i.11.epil, 6
-  %gep1691.i.11.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.11, i64 %.idx1653.i.11.epil
-  store <16 x i32> %1794, ptr %gep1691.i.11.epil, align 4, !tbaa !4
-  %indvars.iv.next1498.i.11.epil = add nuw nsw i64 %indvars.iv1497.i.11.epil, 1
-  %epil.iter425.next = add i64 %epil.iter425, 1
-  %epil.iter425.cmp.not = icmp eq i64 %epil.iter425.next, %xtraiter424
-  br i1 %epil.iter425.cmp.not, label %for_body_to211.lr.ph.us.i.12, label %for_body_to211.us.i.11.epil, !prof !46, !llvm.loop !76
-
-for_body_to211.lr.ph.us.i.12:                     ; preds = %for_body_to211.us.i.11.epil, %for_body_to211.lr.ph.us.i.12.unr-lcssa
-  %invariant.gep1688.i.12 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 6144
-  %invariant.gep1690.i.12 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 3072
-  %xtraiter430 = and i64 %wide.trip.count1443.i.pre-phi146, 3
-  %1795 = icmp ult i64 %849, 3
-  br i1 %1795, label %for_body_to211.us.i.12.epil.preheader, label %for_body_to211.lr.ph.us.i.12.new, !prof !41
-
-for_body_to211.lr.ph.us.i.12.new:                 ; preds = %for_body_to211.lr.ph.us.i.12
-  %unroll_iter434 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
-  br label %for_body_to211.us.i.12
-
-for_body_to211.us.i.12:                           ; preds = %for_body_to211.us.i.12, %for_body_to211.lr.ph.us.i.12.new
-  %indvars.iv1497.i.12 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.12.new ], [ %indvars.iv.next1498.i.12.3, %for_body_to211.us.i.12 ]
-  %niter435 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.12.new ], [ %niter435.next.3, %for_body_to211.us.i.12 ]
-  %.idx1651.i.12 = shl nsw i64 %indvars.iv1497.i.12, 7
-  %gep1689.i.12 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.12, i64 %.idx1651.i.12
-  %1796 = load <32 x float>, ptr %gep1689.i.12, align 4, !tbaa !4
-  %1797 = bitcast <32 x float> %1796 to <32 x i32>
-  %1798 = shufflevector <32 x i32> %1797, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1799 = lshr <16 x i32> %1798, splat (i32 16)
-  %1800 = bitcast <32 x float> %1796 to <32 x i32>
-  %1801 = shufflevector <32 x i32> %1800, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1802 = or <16 x i32> %1799, %1801
-  %.idx1653.i.12 = shl nsw i64 %indvars.iv1497.i.12, 6
-  %gep1691.i.12 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.12, i64 %.idx1653.i.12
-  store <16 x i32> %1802, ptr %gep1691.i.12, align 4, !tbaa !4
-  %indvars.iv.next1498.i.12 = or disjoint i64 %indvars.iv1497.i.12, 1
-  %.idx1651.i.12.1 = shl nsw i64 %indvars.iv.next1498.i.12, 7
-  %gep1689.i.12.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.12, i64 %.idx1651.i.12.1
-  %1803 = load <32 x float>, ptr %gep1689.i.12.1, align 4, !tbaa !4
-  %1804 = bitcast <32 x float> %1803 to <32 x i32>
-  %1805 = shufflevector <32 x i32> %1804, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1806 = lshr <16 x i32> %1805, splat (i32 16)
-  %1807 = bitcast <32 x float> %1803 to <32 x i32>
-  %1808 = shufflevector <32 x i32> %1807, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1809 = or <16 x i32> %1806, %1808
-  %.idx1653.i.12.1 = shl nsw i64 %indvars.iv.next1498.i.12, 6
-  %gep1691.i.12.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.12, i64 %.idx1653.i.12.1
-  store <16 x i32> %1809, ptr %gep1691.i.12.1, align 4, !tbaa !4
-  %indvars.iv.next1498.i.12.1 = or disjoint i64 %indvars.iv1497.i.12, 2
-  %.idx1651.i.12.2 = shl nsw i64 %indvars.iv.next1498.i.12.1, 7
-  %gep1689.i.12.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.12, i64 %.idx1651.i.12.2
-  %1810 = load <32 x float>, ptr %gep1689.i.12.2, align 4, !tbaa !4
-  %1811 = bitcast <32 x float> %1810 to <32 x i32>
-  %1812 = shufflevector <32 x i32> %1811, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1813 = lshr <16 x i32> %1812, splat (i32 16)
-  %1814 = bitcast <32 x float> %1810 to <32 x i32>
-  %1815 = shufflevector <32 x i32> %1814, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1816 = or <16 x i32> %1813, %1815
-  %.idx1653.i.12.2 = shl nsw i64 %indvars.iv.next1498.i.12.1, 6
-  %gep1691.i.12.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.12, i64 %.idx1653.i.12.2
-  store <16 x i32> %1816, ptr %gep1691.i.12.2, align 4, !tbaa !4
-  %indvars.iv.next1498.i.12.2 = or disjoint i64 %indvars.iv1497.i.12, 3
-  %.idx1651.i.12.3 = shl nsw i64 %indvars.iv.next1498.i.12.2, 7
-  %gep1689.i.12.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.12, i64 %.idx1651.i.12.3
-  %1817 = load <32 x float>, ptr %gep1689.i.12.3, align 4, !tbaa !4
-  %1818 = bitcast <32 x float> %1817 to <32 x i32>
-  %1819 = shufflevector <32 x i32> %1818, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1820 = lshr <16 x i32> %1819, splat (i32 16)
-  %1821 = bitcast <32 x float> %1817 to <32 x i32>
-  %1822 = shufflevector <32 x i32> %1821, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1823 = or <16 x i32> %1820, %1822
-  %.idx1653.i.12.3 = shl nsw i64 %indvars.iv.next1498.i.12.2, 6
-  %gep1691.i.12.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.12, i64 %.idx1653.i.12.3
-  store <16 x i32> %1823, ptr %gep1691.i.12.3, align 4, !tbaa !4
-  %indvars.iv.next1498.i.12.3 = add nuw nsw i64 %indvars.iv1497.i.12, 4
-  %niter435.next.3 = add i64 %niter435, 4
-  %niter435.ncmp.3 = icmp eq i64 %niter435.next.3, %unroll_iter434
-  br i1 %niter435.ncmp.3, label %for_body_to211.lr.ph.us.i.13.unr-lcssa, label %for_body_to211.us.i.12, !prof !42, !llvm.loop !77
-
-for_body_to211.lr.ph.us.i.13.unr-lcssa:           ; preds = %for_body_to211.us.i.12
-  %lcmp.mod432.not = icmp eq i64 %xtraiter430, 0
-  br i1 %lcmp.mod432.not, label %for_body_to211.lr.ph.us.i.13, label %for_body_to211.us.i.12.epil.preheader, !prof !45
-
-for_body_to211.us.i.12.epil.preheader:            ; preds = %for_body_to211.lr.ph.us.i.13.unr-lcssa, %for_body_to211.lr.ph.us.i.12
-  %indvars.iv1497.i.12.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.12 ], [ %indvars.iv.next1498.i.12.3, %for_body_to211.lr.ph.us.i.13.unr-lcssa ]
-  %lcmp.mod433 = icmp ne i64 %xtraiter430, 0
-  tail call void @llvm.assume(i1 %lcmp.mod433)
-  br label %for_body_to211.us.i.12.epil
-
-for_body_to211.us.i.12.epil:                      ; preds = %for_body_to211.us.i.12.epil, %for_body_to211.us.i.12.epil.preheader
-  %indvars.iv1497.i.12.epil = phi i64 [ %indvars.iv1497.i.12.epil.init, %for_body_to211.us.i.12.epil.preheader ], [ %indvars.iv.next1498.i.12.epil, %for_body_to211.us.i.12.epil ]
-  %epil.iter431 = phi i64 [ 0, %for_body_to211.us.i.12.epil.preheader ], [ %epil.iter431.next, %for_body_to211.us.i.12.epil ]
-  %.idx1651.i.12.epil = shl nsw i64 %indvars.iv1497.i.12.epil, 7
-  %gep1689.i.12.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.12, i64 %.idx1651.i.12.epil
-  %1824 = load <32 x float>, ptr %gep1689.i.12.epil, align 4, !tbaa !4
-  %1825 = bitcast <32 x float> %1824 to <32 x i32>
-  %1826 = shufflevector <32 x i32> %1825, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1827 = lshr <16 x i32> %1826, splat (i32 16)
-  %1828 = bitcast <32 x float> %1824 to <32 x i32>
-  %1829 = shufflevector <32 x i32> %1828, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1830 = or <16 x i32> %1827, %1829
-  %.idx1653.i.12.epil = shl nsw i64 %indvars.iv1497.i.12.epil, 6
-  %gep1691.i.12.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.12, i64 %.idx1653.i.12.epil
-  store <16 x i32> %1830, ptr %gep1691.i.12.epil, align 4, !tbaa !4
-  %indvars.iv.next1498.i.12.epil = add nuw nsw i64 %indvars.iv1497.i.12.epil, 1
-  %epil.iter431.next = add i64 %epil.iter431, 1
-  %epil.iter431.cmp.not = icmp eq i64 %epil.iter431.next, %xtraiter430
-  br i1 %epil.iter431.cmp.not, label %for_body_to211.lr.ph.us.i.13, label %for_body_to211.us.i.12.epil, !prof !46, !llvm.loop !78
-
-for_body_to211.lr.ph.us.i.13:                     ; preds = %for_body_to211.us.i.12.epil, %for_body_to211.lr.ph.us.i.13.unr-lcssa
-  %invariant.gep1688.i.13 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 6656
-  %invariant.gep1690.i.13 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 3328
-  %xtraiter436 = and i64 %wide.trip.count1443.i.pre-phi146, 3
-  %1831 = icmp ult i64 %849, 3
-  br i1 %1831, label %for_body_to211.us.i.13.epil.preheader, label %for_body_to211.lr.ph.us.i.13.new, !prof !41
-
-for_body_to211.lr.ph.us.i.13.new:                 ; preds = %for_body_to211.lr.ph.us.i.13
-  %unroll_iter440 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
-  br label %for_body_to211.us.i.13
-
-for_body_to211.us.i.13:                           ; preds = %for_body_to211.us.i.13, %for_body_to211.lr.ph.us.i.13.new
-  %indvars.iv1497.i.13 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.13.new ], [ %indvars.iv.next1498.i.13.3, %for_body_to211.us.i.13 ]
-  %niter441 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.13.new ], [ %niter441.next.3, %for_body_to211.us.i.13 ]
-  %.idx1651.i.13 = shl nsw i64 %indvars.iv1497.i.13, 7
-  %gep1689.i.13 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.13, i64 %.idx1651.i.13
-  %1832 = load <32 x float>, ptr %gep1689.i.13, align 4, !tbaa !4
-  %1833 = bitcast <32 x float> %1832 to <32 x i32>
-  %1834 = shufflevector <32 x i32> %1833, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1835 = lshr <16 x i32> %1834, splat (i32 16)
-  %1836 = bitcast <32 x float> %1832 to <32 x i32>
-  %1837 = shufflevector <32 x i32> %1836, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1838 = or <16 x i32> %1835, %1837
-  %.idx1653.i.13 = shl nsw i64 %indvars.iv1497.i.13, 6
-  %gep1691.i.13 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.13, i64 %.idx1653.i.13
-  store <16 x i32> %1838, ptr %gep1691.i.13, align 4, !tbaa !4
-  %indvars.iv.next1498.i.13 = or disjoint i64 %indvars.iv1497.i.13, 1
-  %.idx1651.i.13.1 = shl nsw i64 %indvars.iv.next1498.i.13, 7
-  %gep1689.i.13.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.13, i64 %.idx1651.i.13.1
-  %1839 = load <32 x float>, ptr %gep1689.i.13.1, align 4, !tbaa !4
-  %1840 = bitcast <32 x float> %1839 to <32 x i32>
-  %1841 = shufflevector <32 x i32> %1840, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1735 = and <16 x i32> %1734, splat (i32 1)
+  %1736 = add nsw <16 x i32> %1733, splat (i32 32767)
+  %1737 = add nsw <16 x i32> %1736, %1735
+  %1738 = and <16 x i32> %1737, splat (i32 -65536)
+  %1739 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1713
+  store <16 x i32> %1738, ptr %1739, align 4, !tbaa !4
+  %1740 = or disjoint i64 %1659, 48
+  %1741 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1740
+  %1742 = load <16 x float>, ptr %1741, align 4, !tbaa !4
+  %arg.us.3.i = fsub <16 x float> %1742, %2756
+  %1743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2762)
+  %bits.us.3.i = bitcast <16 x float> %1743 to <16 x i32>
+  %n.us.3.i = fsub <16 x float> %1743, %2762
+  %1744 = fmul <16 x float> %n.us.3.i, splat (float 0x3F2BD01060000000)
+  %1745 = fmul <16 x float> %n.us.3.i, splat (float 0x3FE6300000000000)
+  %1746 = fsub <16 x float> %arg.us.3.i, %1745
+  %1747 = fadd <16 x float> %1744, %1746
+  %1748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1747, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1748, <16 x float> %1747, <16 x float> splat (float 0x3FA5558F20000000))
+  %1750 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1749, <16 x float> %1747, <16 x float> splat (float 0x3FC5554920000000))
+  %1751 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1750, <16 x float> %1747, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1752 = fmul <16 x float> %1747, %1747
+  %1753 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1751, <16 x float> %1752, <16 x float> %1747)
+  %1754 = shl <16 x i32> %bits.us.3.i, splat (i32 23)
+  %1755 = bitcast <16 x i32> %1754 to <16 x float>
+  %1756 = fadd <16 x float> %1753, splat (float 1.000000e+00)
+  %1757 = fmul <16 x float> %1756, %1755
+  %1758 = fcmp olt <16 x float> %arg.us.3.i, %2763
+  %1759 = select <16 x i1> %1758, <16 x float> zeroinitializer, <16 x float> %1757
+  %1760 = bitcast <16 x float> %1759 to <16 x i32>
+  %1761 = lshr <16 x i32> %1760, splat (i32 16)
+  %1762 = and <16 x i32> %1761, splat (i32 1)
+  %1763 = add nsw <16 x i32> %1760, splat (i32 32767)
+  %1764 = add nsw <16 x i32> %1763, %1762
+  %1765 = and <16 x i32> %1764, splat (i32 -65536)
+  %1766 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1740
+  store <16 x i32> %1765, ptr %1766, align 4, !tbaa !4
+  %1767 = or disjoint i64 %1659, 64
+  %1768 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1767
+  %1769 = load <16 x float>, ptr %1768, align 4, !tbaa !4
+  %arg.us.4.i = fsub <16 x float> %1769, %2756
+  %1770 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2762)
+  %bits.us.4.i = bitcast <16 x float> %1770 to <16 x i32>
+  %n.us.4.i = fsub <16 x float> %1770, %2762
+  %1771 = fmul <16 x float> %n.us.4.i, splat (float 0x3F2BD01060000000)
+  %1772 = fmul <16 x float> %n.us.4.i, splat (float 0x3FE6300000000000)
+  %1773 = fsub <16 x float> %arg.us.4.i, %1772
+  %1774 = fadd <16 x float> %1771, %1773
+  %1775 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1774, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1775, <16 x float> %1774, <16 x float> splat (float 0x3FA5558F20000000))
+  %1777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1776, <16 x float> %1774, <16 x float> splat (float 0x3FC5554920000000))
+  %1778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1777, <16 x float> %1774, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1779 = fmul <16 x float> %1774, %1774
+  %1780 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1778, <16 x float> %1779, <16 x float> %1774)
+  %1781 = shl <16 x i32> %bits.us.4.i, splat (i32 23)
+  %1782 = bitcast <16 x i32> %1781 to <16 x float>
+  %1783 = fadd <16 x float> %1780, splat (float 1.000000e+00)
+  %1784 = fmul <16 x float> %1783, %1782
+  %1785 = fcmp olt <16 x float> %arg.us.4.i, %2763
+  %1786 = select <16 x i1> %1785, <16 x float> zeroinitializer, <16 x float> %1784
+  %1787 = bitcast <16 x float> %1786 to <16 x i32>
+  %1788 = lshr <16 x i32> %1787, splat (i32 16)
+  %1789 = and <16 x i32> %1788, splat (i32 1)
+  %1790 = add nsw <16 x i32> %1787, splat (i32 32767)
+  %1791 = add nsw <16 x i32> %1790, %1789
+  %1792 = and <16 x i32> %1791, splat (i32 -65536)
+  %1793 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1767
+  store <16 x i32> %1792, ptr %1793, align 4, !tbaa !4
+  %1794 = or disjoint i64 %1659, 80
+  %1795 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1794
+  %1796 = load <16 x float>, ptr %1795, align 4, !tbaa !4
+  %arg.us.5.i = fsub <16 x float> %1796, %2756
+  %1797 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2762)
+  %bits.us.5.i = bitcast <16 x float> %1797 to <16 x i32>
+  %n.us.5.i = fsub <16 x float> %1797, %2762
+  %1798 = fmul <16 x float> %n.us.5.i, splat (float 0x3F2BD01060000000)
+  %1799 = fmul <16 x float> %n.us.5.i, splat (float 0x3FE6300000000000)
+  %1800 = fsub <16 x float> %arg.us.5.i, %1799
+  %1801 = fadd <16 x float> %1798, %1800
+  %1802 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1801, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1803 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1802, <16 x float> %1801, <16 x float> splat (float 0x3FA5558F20000000))
+  %1804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1803, <16 x float> %1801, <16 x float> splat (float 0x3FC5554920000000))
+  %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1804, <16 x float> %1801, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1806 = fmul <16 x float> %1801, %1801
+  %1807 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1805, <16 x float> %1806, <16 x float> %1801)
+  %1808 = shl <16 x i32> %bits.us.5.i, splat (i32 23)
+  %1809 = bitcast <16 x i32> %1808 to <16 x float>
+  %1810 = fadd <16 x float> %1807, splat (float 1.000000e+00)
+  %1811 = fmul <16 x float> %1810, %1809
+  %1812 = fcmp olt <16 x float> %arg.us.5.i, %2763
+  %1813 = select <16 x i1> %1812, <16 x float> zeroinitializer, <16 x float> %1811
+  %1814 = bitcast <16 x float> %1813 to <16 x i32>
+  %1815 = lshr <16 x i32> %1814, splat (i32 16)
+  %1816 = and <16 x i32> %1815, splat (i32 1)
+  %1817 = add nsw <16 x i32> %1814, splat (i32 32767)
+  %1818 = add nsw <16 x i32> %1817, %1816
+  %1819 = and <16 x i32> %1818, splat (i32 -65536)
+  %1820 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1794
+  store <16 x i32> %1819, ptr %1820, align 4, !tbaa !4
+  %1821 = or disjoint i64 %1659, 96
+  %1822 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1821
+  %1823 = load <16 x float>, ptr %1822, align 4, !tbaa !4
+  %arg.us.6.i = fsub <16 x float> %1823, %2756
+  %1824 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2762)
+  %bits.us.6.i = bitcast <16 x float> %1824 to <16 x i32>
+  %n.us.6.i = fsub <16 x float> %1824, %2762
+  %1825 = fmul <16 x float> %n.us.6.i, splat (float 0x3F2BD01060000000)
+  %1826 = fmul <16 x float> %n.us.6.i, splat (float 0x3FE6300000000000)
+  %1827 = fsub <16 x float> %arg.us.6.i, %1826
+  %1828 = fadd <16 x float> %1825, %1827
+  %1829 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1830 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1829, <16 x float> %1828, <16 x float> splat (float 0x3FA5558F20000000))
+  %1831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1830, <16 x float> %1828, <16 x float> splat (float 0x3FC5554920000000))
+  %1832 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1831, <16 x float> %1828, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1833 = fmul <16 x float> %1828, %1828
+  %1834 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1832, <16 x float> %1833, <16 x float> %1828)
+  %1835 = shl <16 x i32> %bits.us.6.i, splat (i32 23)
+  %1836 = bitcast <16 x i32> %1835 to <16 x float>
+  %1837 = fadd <16 x float> %1834, splat (float 1.000000e+00)
+  %1838 = fmul <16 x float> %1837, %1836
+  %1839 = fcmp olt <16 x float> %arg.us.6.i, %2763
+  %1840 = select <16 x i1> %1839, <16 x float> zeroinitializer, <16 x float> %1838
+  %1841 = bitcast <16 x float> %1840 to <16 x i32>
   %1842 = lshr <16 x i32> %1841, splat (i32 16)
-  %1843 = bitcast <32 x float> %1839 to <32 x i32>
-  %1844 = shufflevector <32 x i32> %1843, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1845 = or <16 x i32> %1842, %1844
-  %.idx1653.i.13.1 = shl nsw i64 %indvars.iv.next1498.i.13, 6
-  %gep1691.i.13.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.13, i64 %.idx1653.i.13.1
-  store <16 x i32> %1845, ptr %gep1691.i.13.1, align 4, !tbaa !4
-  %indvars.iv.next1498.i.13.1 = or disjoint i64 %indvars.iv1497.i.13, 2
-  %.idx1651.i.13.2 = shl nsw i64 %indvars.iv.next1498.i.13.1, 7
-  %gep1689.i.13.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.13, i64 %.idx1651.i.13.2
-  %1846 = load <32 x float>, ptr %gep1689.i.13.2, align 4, !tbaa !4
-  %1847 = bitcast <32 x float> %1846 to <32 x i32>
-  %1848 = shufflevector <32 x i32> %1847, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1849 = lshr <16 x i32> %1848, splat (i32 16)
-  %1850 = bitcast <32 x float> %1846 to <32 x i32>
-  %1851 = shufflevector <32 x i32> %1850, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1852 = or <16 x i32> %1849, %1851
-  %.idx1653.i.13.2 = shl nsw i64 %indvars.iv.next1498.i.13.1, 6
-  %gep1691.i.13.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.13, i64 %.idx1653.i.13.2
-  store <16 x i32> %1852, ptr %gep1691.i.13.2, align 4, !tbaa !4
-  %indvars.iv.next1498.i.13.2 = or disjoint i64 %indvars.iv1497.i.13, 3
-  %.idx1651.i.13.3 = shl nsw i64 %indvars.iv.next1498.i.13.2, 7
-  %gep1689.i.13.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.13, i64 %.idx1651.i.13.3
-  %1853 = load <32 x float>, ptr %gep1689.i.13.3, align 4, !tbaa !4
-  %1854 = bitcast <32 x float> %1853 to <32 x i32>
-  %1855 = shufflevector <32 x i32> %1854, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1856 = lshr <16 x i32> %1855, splat (i32 16)
-  %1857 = bitcast <32 x float> %1853 to <32 x i32>
-  %1858 = shufflevector <32 x i32> %1857, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1859 = or <16 x i32> %1856, %1858
-  %.idx1653.i.13.3 = shl nsw i64 %indvars.iv.next1498.i.13.2, 6
-  %gep1691.i.13.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.13, i64 %.idx1653.i.13.3
-  store <16 x i32> %1859, ptr %gep1691.i.13.3, align 4, !tbaa !4
-  %indvars.iv.next1498.i.13.3 = add nuw nsw i64 %indvars.iv1497.i.13, 4
-  %niter441.next.3 = add i64 %niter441, 4
-  %niter441.ncmp.3 = icmp eq i64 %niter441.next.3, %unroll_iter440
-  br i1 %niter441.ncmp.3, label %for_body_to211.lr.ph.us.i.14.unr-lcssa, label %for_body_to211.us.i.13, !prof !42, !llvm.loop !79
+  %1843 = and <16 x i32> %1842, splat (i32 1)
+  %1844 = add nsw <16 x i32> %1841, splat (i32 32767)
+  %1845 = add nsw <16 x i32> %1844, %1843
+  %1846 = and <16 x i32> %1845, splat (i32 -65536)
+  %1847 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1821
+  store <16 x i32> %1846, ptr %1847, align 4, !tbaa !4
+  %1848 = or disjoint i64 %1659, 112
+  %1849 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1848
+  %1850 = load <16 x float>, ptr %1849, align 4, !tbaa !4
+  %arg.us.7.i = fsub <16 x float> %1850, %2756
+  %1851 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2762)
+  %bits.us.7.i = bitcast <16 x float> %1851 to <16 x i32>
+  %n.us.7.i = fsub <16 x float> %1851, %2762
+  %1852 = fmul <16 x float> %n.us.7.i, splat (float 0x3F2BD01060000000)
+  %1853 = fmul <16 x float> %n.us.7.i, splat (float 0x3FE6300000000000)
+  %1854 = fsub <16 x float> %arg.us.7.i, %1853
+  %1855 = fadd <16 x float> %1852, %1854
+  %1856 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1855, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1857 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1856, <16 x float> %1855, <16 x float> splat (float 0x3FA5558F20000000))
+  %1858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1857, <16 x float> %1855, <16 x float> splat (float 0x3FC5554920000000))
+  %1859 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1858, <16 x float> %1855, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1860 = fmul <16 x float> %1855, %1855
+  %1861 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1859, <16 x float> %1860, <16 x float> %1855)
+  %1862 = shl <16 x i32> %bits.us.7.i, splat (i32 23)
+  %1863 = bitcast <16 x i32> %1862 to <16 x float>
+  %1864 = fadd <16 x float> %1861, splat (float 1.000000e+00)
+  %1865 = fmul <16 x float> %1864, %1863
+  %1866 = fcmp olt <16 x float> %arg.us.7.i, %2763
+  %1867 = select <16 x i1> %1866, <16 x float> zeroinitializer, <16 x float> %1865
+  %1868 = bitcast <16 x float> %1867 to <16 x i32>
+  %1869 = lshr <16 x i32> %1868, splat (i32 16)
+  %1870 = and <16 x i32> %1869, splat (i32 1)
+  %1871 = add nsw <16 x i32> %1868, splat (i32 32767)
+  %1872 = add nsw <16 x i32> %1871, %1870
+  %1873 = and <16 x i32> %1872, splat (i32 -65536)
+  %1874 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1848
+  store <16 x i32> %1873, ptr %1874, align 4, !tbaa !4
+  %1875 = icmp samesign ult i64 %indvars.iv1589.i, 32
+  br i1 %1875, label %for_body_ax0.us.us.preheader.i, label %for_end_ax0.us.i, !prof !7
 
-for_body_to211.lr.ph.us.i.14.unr-lcssa:           ; preds = %for_body_to211.us.i.13
-  %lcmp.mod438.not = icmp eq i64 %xtraiter436, 0
-  br i1 %lcmp.mod438.not, label %for_body_to211.lr.ph.us.i.14, label %for_body_to211.us.i.13.epil.preheader, !prof !45
+for_begin_ti203.preheader.us.i:                   ; preds = %for_begin_ti203.preheader.us.i, %for_begin_ti203.preheader.us.preheader.i.new
+  %indvars.iv1576.i = phi i64 [ 0, %for_begin_ti203.preheader.us.preheader.i.new ], [ %indvars.iv.next1577.i.1, %for_begin_ti203.preheader.us.i ]
+  %peak548.sroa.0.01260.us.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti203.preheader.us.preheader.i.new ], [ %1940, %for_begin_ti203.preheader.us.i ]
+  %niter331 = phi i64 [ 0, %for_begin_ti203.preheader.us.preheader.i.new ], [ %niter331.next.1, %for_begin_ti203.preheader.us.i ]
+  %.idx = shl nsw i64 %indvars.iv1576.i, 9
+  %1876 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx
+  %1877 = load <16 x float>, ptr %1876, align 4, !tbaa !4
+  %1878 = fcmp ogt <16 x float> %peak548.sroa.0.01260.us.i, %1877
+  %1879 = select <16 x i1> %1878, <16 x float> %peak548.sroa.0.01260.us.i, <16 x float> %1877
+  %1880 = getelementptr inbounds nuw i8, ptr %1876, i64 64
+  %1881 = load <16 x float>, ptr %1880, align 4, !tbaa !4
+  %1882 = fcmp ogt <16 x float> %1879, %1881
+  %1883 = select <16 x i1> %1882, <16 x float> %1879, <16 x float> %1881
+  %1884 = getelementptr inbounds nuw i8, ptr %1876, i64 128
+  %1885 = load <16 x float>, ptr %1884, align 4, !tbaa !4
+  %1886 = fcmp ogt <16 x float> %1883, %1885
+  %1887 = select <16 x i1> %1886, <16 x float> %1883, <16 x float> %1885
+  %1888 = getelementptr inbounds nuw i8, ptr %1876, i64 192
+  %1889 = load <16 x float>, ptr %1888, align 4, !tbaa !4
+  %1890 = fcmp ogt <16 x float> %1887, %1889
+  %1891 = select <16 x i1> %1890, <16 x float> %1887, <16 x float> %1889
+  %1892 = getelementptr inbounds nuw i8, ptr %1876, i64 256
+  %1893 = load <16 x float>, ptr %1892, align 4, !tbaa !4
+  %1894 = fcmp ogt <16 x float> %1891, %1893
+  %1895 = select <16 x i1> %1894, <16 x float> %1891, <16 x float> %1893
+  %1896 = getelementptr inbounds nuw i8, ptr %1876, i64 320
+  %1897 = load <16 x float>, ptr %1896, align 4, !tbaa !4
+  %1898 = fcmp ogt <16 x float> %1895, %1897
+  %1899 = select <16 x i1> %1898, <16 x float> %1895, <16 x float> %1897
+  %1900 = getelementptr inbounds nuw i8, ptr %1876, i64 384
+  %1901 = load <16 x float>, ptr %1900, align 4, !tbaa !4
+  %1902 = fcmp ogt <16 x float> %1899, %1901
+  %1903 = select <16 x i1> %1902, <16 x float> %1899, <16 x float> %1901
+  %1904 = getelementptr inbounds nuw i8, ptr %1876, i64 448
+  %1905 = load <16 x float>, ptr %1904, align 4, !tbaa !4
+  %1906 = fcmp ogt <16 x float> %1903, %1905
+  %1907 = select <16 x i1> %1906, <16 x float> %1903, <16 x float> %1905
+  %indvars.iv.next1577.i = shl i64 %indvars.iv1576.i, 9
+  %1908 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %indvars.iv.next1577.i
+  %1909 = getelementptr inbounds nuw i8, ptr %1908, i64 512
+  %1910 = load <16 x float>, ptr %1909, align 4, !tbaa !4
+  %1911 = fcmp ogt <16 x float> %1907, %1910
+  %1912 = select <16 x i1> %1911, <16 x float> %1907, <16 x float> %1910
+  %1913 = getelementptr inbounds nuw i8, ptr %1908, i64 576
+  %1914 = load <16 x float>, ptr %1913, align 4, !tbaa !4
+  %1915 = fcmp ogt <16 x float> %1912, %1914
+  %1916 = select <16 x i1> %1915, <16 x float> %1912, <16 x float> %1914
+  %1917 = getelementptr inbounds nuw i8, ptr %1908, i64 640
+  %1918 = load <16 x float>, ptr %1917, align 4, !tbaa !4
+  %1919 = fcmp ogt <16 x float> %1916, %1918
+  %1920 = select <16 x i1> %1919, <16 x float> %1916, <16 x float> %1918
+  %1921 = getelementptr inbounds nuw i8, ptr %1908, i64 704
+  %1922 = load <16 x float>, ptr %1921, align 4, !tbaa !4
+  %1923 = fcmp ogt <16 x float> %1920, %1922
+  %1924 = select <16 x i1> %1923, <16 x float> %1920, <16 x float> %1922
+  %1925 = getelementptr inbounds nuw i8, ptr %1908, i64 768
+  %1926 = load <16 x float>, ptr %1925, align 4, !tbaa !4
+  %1927 = fcmp ogt <16 x float> %1924, %1926
+  %1928 = select <16 x i1> %1927, <16 x float> %1924, <16 x float> %1926
+  %1929 = getelementptr inbounds nuw i8, ptr %1908, i64 832
+  %1930 = load <16 x float>, ptr %1929, align 4, !tbaa !4
+  %1931 = fcmp ogt <16 x float> %1928, %1930
+  %1932 = select <16 x i1> %1931, <16 x float> %1928, <16 x float> %1930
+  %1933 = getelementptr inbounds nuw i8, ptr %1908, i64 896
+  %1934 = load <16 x float>, ptr %1933, align 4, !tbaa !4
+  %1935 = fcmp ogt <16 x float> %1932, %1934
+  %1936 = select <16 x i1> %1935, <16 x float> %1932, <16 x float> %1934
+  %1937 = getelementptr inbounds nuw i8, ptr %1908, i64 960
+  %1938 = load <16 x float>, ptr %1937, align 4, !tbaa !4
+  %1939 = fcmp ogt <16 x float> %1936, %1938
+  %1940 = select <16 x i1> %1939, <16 x float> %1936, <16 x float> %1938
+  %indvars.iv.next1577.i.1 = add nuw nsw i64 %indvars.iv1576.i, 2
+  %niter331.next.1 = add i64 %niter331, 2
+  %niter331.ncmp.1 = icmp eq i64 %niter331.next.1, %unroll_iter330
+  br i1 %niter331.ncmp.1, label %for_begin_ti213.preheader.lr.ph.us.i.unr-lcssa, label %for_begin_ti203.preheader.us.i, !prof !57, !llvm.loop !64
 
-for_body_to211.us.i.13.epil.preheader:            ; preds = %for_body_to211.lr.ph.us.i.14.unr-lcssa, %for_body_to211.lr.ph.us.i.13
-  %indvars.iv1497.i.13.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.13 ], [ %indvars.iv.next1498.i.13.3, %for_body_to211.lr.ph.us.i.14.unr-lcssa ]
-  %lcmp.mod439 = icmp ne i64 %xtraiter436, 0
-  tail call void @llvm.assume(i1 %lcmp.mod439)
-  br label %for_body_to211.us.i.13.epil
+for_begin_ti.preheader.us.i:                      ; preds = %for_end_i.us.i, %for_begin_ti.preheader.us.i
+  %indvars.iv1563.i = phi i64 [ 0, %for_end_i.us.i ], [ %indvars.iv.next1564.i, %for_begin_ti.preheader.us.i ]
+  %1941 = shl nsw i64 %indvars.iv1563.i, 7
+  %indvars.iv1563.tr.i = trunc i64 %indvars.iv1563.i to i32
+  %1942 = shl i32 %indvars.iv1563.tr.i, 3
+  %1943 = add i32 %1942, %1004
+  %1944 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1941
+  %1945 = load <16 x float>, ptr %1944, align 4, !tbaa !4
+  %1946 = fmul <16 x float> %634, %1945
+  %1947 = load <16 x i32>, ptr %2036, align 4, !tbaa !4
+  %1948 = insertelement <16 x i32> poison, i32 %1943, i64 0
+  %1949 = shufflevector <16 x i32> %1948, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1950 = icmp slt <16 x i32> %1949, %1947
+  %1951 = select <16 x i1> %1950, <16 x float> %1946, <16 x float> splat (float 0xFFF0000000000000)
+  %1952 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1941
+  store <16 x float> %1951, ptr %1952, align 4, !tbaa !4
+  %1953 = or disjoint i64 %1941, 16
+  %1954 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1953
+  %1955 = load <16 x float>, ptr %1954, align 4, !tbaa !4
+  %1956 = fmul <16 x float> %634, %1955
+  %1957 = load <16 x i32>, ptr %2036, align 4, !tbaa !4
+  %1958 = or disjoint i32 %1943, 1
+  %1959 = insertelement <16 x i32> poison, i32 %1958, i64 0
+  %1960 = shufflevector <16 x i32> %1959, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1961 = icmp slt <16 x i32> %1960, %1957
+  %1962 = select <16 x i1> %1961, <16 x float> %1956, <16 x float> splat (float 0xFFF0000000000000)
+  %1963 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1953
+  store <16 x float> %1962, ptr %1963, align 4, !tbaa !4
+  %1964 = or disjoint i64 %1941, 32
+  %1965 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1964
+  %1966 = load <16 x float>, ptr %1965, align 4, !tbaa !4
+  %1967 = fmul <16 x float> %634, %1966
+  %1968 = load <16 x i32>, ptr %2036, align 4, !tbaa !4
+  %1969 = or disjoint i32 %1943, 2
+  %1970 = insertelement <16 x i32> poison, i32 %1969, i64 0
+  %1971 = shufflevector <16 x i32> %1970, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1972 = icmp slt <16 x i32> %1971, %1968
+  %1973 = select <16 x i1> %1972, <16 x float> %1967, <16 x float> splat (float 0xFFF0000000000000)
+  %1974 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1964
+  store <16 x float> %1973, ptr %1974, align 4, !tbaa !4
+  %1975 = or disjoint i64 %1941, 48
+  %1976 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1975
+  %1977 = load <16 x float>, ptr %1976, align 4, !tbaa !4
+  %1978 = fmul <16 x float> %634, %1977
+  %1979 = load <16 x i32>, ptr %2036, align 4, !tbaa !4
+  %1980 = or disjoint i32 %1943, 3
+  %1981 = insertelement <16 x i32> poison, i32 %1980, i64 0
+  %1982 = shufflevector <16 x i32> %1981, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1983 = icmp slt <16 x i32> %1982, %1979
+  %1984 = select <16 x i1> %1983, <16 x float> %1978, <16 x float> splat (float 0xFFF0000000000000)
+  %1985 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1975
+  store <16 x float> %1984, ptr %1985, align 4, !tbaa !4
+  %1986 = or disjoint i64 %1941, 64
+  %1987 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1986
+  %1988 = load <16 x float>, ptr %1987, align 4, !tbaa !4
+  %1989 = fmul <16 x float> %634, %1988
+  %1990 = load <16 x i32>, ptr %2036, align 4, !tbaa !4
+  %1991 = or disjoint i32 %1943, 4
+  %1992 = insertelement <16 x i32> poison, i32 %1991, i64 0
+  %1993 = shufflevector <16 x i32> %1992, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1994 = icmp slt <16 x i32> %1993, %1990
+  %1995 = select <16 x i1> %1994, <16 x float> %1989, <16 x float> splat (float 0xFFF0000000000000)
+  %1996 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1986
+  store <16 x float> %1995, ptr %1996, align 4, !tbaa !4
+  %1997 = or disjoint i64 %1941, 80
+  %1998 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1997
+  %1999 = load <16 x float>, ptr %1998, align 4, !tbaa !4
+  %2000 = fmul <16 x float> %634, %1999
+  %2001 = load <16 x i32>, ptr %2036, align 4, !tbaa !4
+  %2002 = or disjoint i32 %1943, 5
+  %2003 = insertelement <16 x i32> poison, i32 %2002, i64 0
+  %2004 = shufflevector <16 x i32> %2003, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2005 = icmp slt <16 x i32> %2004, %2001
+  %2006 = select <16 x i1> %2005, <16 x float> %2000, <16 x float> splat (float 0xFFF0000000000000)
+  %2007 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1997
+  store <16 x float> %2006, ptr %2007, align 4, !tbaa !4
+  %2008 = or disjoint i64 %1941, 96
+  %2009 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2008
+  %2010 = load <16 x float>, ptr %2009, align 4, !tbaa !4
+  %2011 = fmul <16 x float> %634, %2010
+  %2012 = load <16 x i32>, ptr %2036, align 4, !tbaa !4
+  %2013 = or disjoint i32 %1943, 6
+  %2014 = insertelement <16 x i32> poison, i32 %2013, i64 0
+  %2015 = shufflevector <16 x i32> %2014, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2016 = icmp slt <16 x i32> %2015, %2012
+  %2017 = select <16 x i1> %2016, <16 x float> %2011, <16 x float> splat (float 0xFFF0000000000000)
+  %2018 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2008
+  store <16 x float> %2017, ptr %2018, align 4, !tbaa !4
+  %2019 = or disjoint i64 %1941, 112
+  %2020 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2019
+  %2021 = load <16 x float>, ptr %2020, align 4, !tbaa !4
+  %2022 = fmul <16 x float> %634, %2021
+  %2023 = load <16 x i32>, ptr %2036, align 4, !tbaa !4
+  %2024 = or disjoint i32 %1943, 7
+  %2025 = insertelement <16 x i32> poison, i32 %2024, i64 0
+  %2026 = shufflevector <16 x i32> %2025, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2027 = icmp slt <16 x i32> %2026, %2023
+  %2028 = select <16 x i1> %2027, <16 x float> %2022, <16 x float> splat (float 0xFFF0000000000000)
+  %2029 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2019
+  store <16 x float> %2028, ptr %2029, align 4, !tbaa !4
+  %indvars.iv.next1564.i = add nuw nsw i64 %indvars.iv1563.i, 1
+  %exitcond1567.not.i = icmp eq i64 %indvars.iv.next1564.i, %wide.trip.count1557.i
+  br i1 %exitcond1567.not.i, label %for_end_to185.us.i, label %for_begin_ti.preheader.us.i, !prof !8
 
-for_body_to211.us.i.13.epil:                      ; preds = %for_body_to211.us.i.13.epil, %for_body_to211.us.i.13.epil.preheader
-  %indvars.iv1497.i.13.epil = phi i64 [ %indvars.iv1497.i.13.epil.init, %for_body_to211.us.i.13.epil.preheader ], [ %indvars.iv.next1498.i.13.epil, %for_body_to211.us.i.13.epil ]
-  %epil.iter437 = phi i64 [ 0, %for_body_to211.us.i.13.epil.preheader ], [ %epil.iter437.next, %for_body_to211.us.i.13.epil ]
-  %.idx1651.i.13.epil = shl nsw i64 %indvars.iv1497.i.13.epil, 7
-  %gep1689.i.13.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.13, i64 %.idx1651.i.13.epil
-  %1860 = load <32 x float>, ptr %gep1689.i.13.epil, align 4, !tbaa !4
-  %1861 = bitcast <32 x float> %1860 to <32 x i32>
-  %1862 = shufflevector <32 x i32> %1861, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1863 = lshr <16 x i32> %1862, splat (i32 16)
-  %1864 = bitcast <32 x float> %1860 to <32 x i32>
-  %1865 = shufflevector <32 x i32> %1864, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1866 = or <16 x i32> %1863, %1865
-  %.idx1653.i.13.epil = shl nsw i64 %indvars.iv1497.i.13.epil, 6
-  %gep1691.i.13.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.13, i64 %.idx1653.i.13.epil
-  store <16 x i32> %1866, ptr %gep1691.i.13.epil, align 4, !tbaa !4
-  %indvars.iv.next1498.i.13.epil = add nuw nsw i64 %indvars.iv1497.i.13.epil, 1
-  %epil.iter437.next = add i64 %epil.iter437, 1
-  %epil.iter437.cmp.not = icmp eq i64 %epil.iter437.next, %xtraiter436
-  br i1 %epil.iter437.cmp.not, label %for_body_to211.lr.ph.us.i.14, label %for_body_to211.us.i.13.epil, !prof !46, !llvm.loop !80
+for_body_t159.lr.ph.us.i:                         ; preds = %if_end156.us.i
+  %2030 = add nuw i32 %1037, 1
+  %2031 = trunc nuw nsw i64 %indvars.iv1635.i to i32
+  %2032 = mul nuw nsw i32 %2030, %2031
+  %xtraiter311 = and i32 %2030, 1
+  %2033 = icmp eq i32 %1037, 0
+  br i1 %2033, label %for_body_t159.us.i.epil.preheader, label %for_body_t159.lr.ph.us.i.new, !prof !62
 
-for_body_to211.lr.ph.us.i.14:                     ; preds = %for_body_to211.us.i.13.epil, %for_body_to211.lr.ph.us.i.14.unr-lcssa
-  %invariant.gep1688.i.14 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 7168
-  %invariant.gep1690.i.14 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 3584
-  %xtraiter442 = and i64 %wide.trip.count1443.i.pre-phi146, 3
-  %1867 = icmp ult i64 %849, 3
-  br i1 %1867, label %for_body_to211.us.i.14.epil.preheader, label %for_body_to211.lr.ph.us.i.14.new, !prof !41
+for_body_t159.lr.ph.us.i.new:                     ; preds = %for_body_t159.lr.ph.us.i
+  %unroll_iter315 = and i32 %2030, -2
+  br label %for_body_t159.us.i
 
-for_body_to211.lr.ph.us.i.14.new:                 ; preds = %for_body_to211.lr.ph.us.i.14
-  %unroll_iter446 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
-  br label %for_body_to211.us.i.14
+for_end_i.us.i:                                   ; preds = %for_end_d_0.us.us.i
+  %2034 = shl i32 %1155, 4
+  %2035 = sext i32 %2034 to i64
+  %2036 = getelementptr inbounds i32, ptr %limits.i, i64 %2035
+  br label %for_begin_ti.preheader.us.i
 
-for_body_to211.us.i.14:                           ; preds = %for_body_to211.us.i.14, %for_body_to211.lr.ph.us.i.14.new
-  %indvars.iv1497.i.14 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.14.new ], [ %indvars.iv.next1498.i.14.3, %for_body_to211.us.i.14 ]
-  %niter447 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.14.new ], [ %niter447.next.3, %for_body_to211.us.i.14 ]
-  %.idx1651.i.14 = shl nsw i64 %indvars.iv1497.i.14, 7
-  %gep1689.i.14 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.14, i64 %.idx1651.i.14
-  %1868 = load <32 x float>, ptr %gep1689.i.14, align 4, !tbaa !4
-  %1869 = bitcast <32 x float> %1868 to <32 x i32>
-  %1870 = shufflevector <32 x i32> %1869, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1871 = lshr <16 x i32> %1870, splat (i32 16)
-  %1872 = bitcast <32 x float> %1868 to <32 x i32>
-  %1873 = shufflevector <32 x i32> %1872, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1874 = or <16 x i32> %1871, %1873
-  %.idx1653.i.14 = shl nsw i64 %indvars.iv1497.i.14, 6
-  %gep1691.i.14 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.14, i64 %.idx1653.i.14
-  store <16 x i32> %1874, ptr %gep1691.i.14, align 4, !tbaa !4
-  %indvars.iv.next1498.i.14 = or disjoint i64 %indvars.iv1497.i.14, 1
-  %.idx1651.i.14.1 = shl nsw i64 %indvars.iv.next1498.i.14, 7
-  %gep1689.i.14.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.14, i64 %.idx1651.i.14.1
-  %1875 = load <32 x float>, ptr %gep1689.i.14.1, align 4, !tbaa !4
-  %1876 = bitcast <32 x float> %1875 to <32 x i32>
-  %1877 = shufflevector <32 x i32> %1876, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1878 = lshr <16 x i32> %1877, splat (i32 16)
-  %1879 = bitcast <32 x float> %1875 to <32 x i32>
-  %1880 = shufflevector <32 x i32> %1879, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1881 = or <16 x i32> %1878, %1880
-  %.idx1653.i.14.1 = shl nsw i64 %indvars.iv.next1498.i.14, 6
-  %gep1691.i.14.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.14, i64 %.idx1653.i.14.1
-  store <16 x i32> %1881, ptr %gep1691.i.14.1, align 4, !tbaa !4
-  %indvars.iv.next1498.i.14.1 = or disjoint i64 %indvars.iv1497.i.14, 2
-  %.idx1651.i.14.2 = shl nsw i64 %indvars.iv.next1498.i.14.1, 7
-  %gep1689.i.14.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.14, i64 %.idx1651.i.14.2
-  %1882 = load <32 x float>, ptr %gep1689.i.14.2, align 4, !tbaa !4
-  %1883 = bitcast <32 x float> %1882 to <32 x i32>
-  %1884 = shufflevector <32 x i32> %1883, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1885 = lshr <16 x i32> %1884, splat (i32 16)
-  %1886 = bitcast <32 x float> %1882 to <32 x i32>
-  %1887 = shufflevector <32 x i32> %1886, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1888 = or <16 x i32> %1885, %1887
-  %.idx1653.i.14.2 = shl nsw i64 %indvars.iv.next1498.i.14.1, 6
-  %gep1691.i.14.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.14, i64 %.idx1653.i.14.2
-  store <16 x i32> %1888, ptr %gep1691.i.14.2, align 4, !tbaa !4
-  %indvars.iv.next1498.i.14.2 = or disjoint i64 %indvars.iv1497.i.14, 3
-  %.idx1651.i.14.3 = shl nsw i64 %indvars.iv.next1498.i.14.2, 7
-  %gep1689.i.14.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.14, i64 %.idx1651.i.14.3
-  %1889 = load <32 x float>, ptr %gep1689.i.14.3, align 4, !tbaa !4
-  %1890 = bitcast <32 x float> %1889 to <32 x i32>
-  %1891 = shufflevector <32 x i32> %1890, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1892 = lshr <16 x i32> %1891, splat (i32 16)
-  %1893 = bitcast <32 x float> %1889 to <32 x i32>
-  %1894 = shufflevector <32 x i32> %1893, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1895 = or <16 x i32> %1892, %1894
-  %.idx1653.i.14.3 = shl nsw i64 %indvars.iv.next1498.i.14.2, 6
-  %gep1691.i.14.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.14, i64 %.idx1653.i.14.3
-  store <16 x i32> %1895, ptr %gep1691.i.14.3, align 4, !tbaa !4
-  %indvars.iv.next1498.i.14.3 = add nuw nsw i64 %indvars.iv1497.i.14, 4
-  %niter447.next.3 = add i64 %niter447, 4
-  %niter447.ncmp.3 = icmp eq i64 %niter447.next.3, %unroll_iter446
-  br i1 %niter447.ncmp.3, label %for_body_to211.lr.ph.us.i.15.unr-lcssa, label %for_body_to211.us.i.14, !prof !42, !llvm.loop !81
+for_end_d_0.us.us.i:                              ; preds = %for_body_d_0.us.us.i
+  %.idx1764.i = shl nsw i64 %indvars.iv1554.i, 9
+  %2037 = getelementptr inbounds nuw i8, ptr %scores.us.i, i64 %.idx1764.i
+  store <16 x float> %r.i952.us.us.i, ptr %2037, align 4, !tbaa !4
+  %2038 = getelementptr inbounds nuw i8, ptr %2037, i64 64
+  store <16 x float> %r.i955.us.us.i, ptr %2038, align 4, !tbaa !4
+  %2039 = getelementptr inbounds nuw i8, ptr %2037, i64 128
+  store <16 x float> %r.i958.us.us.i, ptr %2039, align 4, !tbaa !4
+  %2040 = getelementptr inbounds nuw i8, ptr %2037, i64 192
+  store <16 x float> %r.i961.us.us.i, ptr %2040, align 4, !tbaa !4
+  %2041 = getelementptr inbounds nuw i8, ptr %2037, i64 256
+  store <16 x float> %r.i964.us.us.i, ptr %2041, align 4, !tbaa !4
+  %2042 = getelementptr inbounds nuw i8, ptr %2037, i64 320
+  store <16 x float> %r.i967.us.us.i, ptr %2042, align 4, !tbaa !4
+  %2043 = getelementptr inbounds nuw i8, ptr %2037, i64 384
+  store <16 x float> %r.i970.us.us.i, ptr %2043, align 4, !tbaa !4
+  %2044 = getelementptr inbounds nuw i8, ptr %2037, i64 448
+  store <16 x float> %r.i973.us.us.i, ptr %2044, align 4, !tbaa !4
+  %indvars.iv.next1555.i = add nuw nsw i64 %indvars.iv1554.i, 1
+  %exitcond1558.not.i = icmp eq i64 %indvars.iv.next1555.i, %wide.trip.count1557.i
+  br i1 %exitcond1558.not.i, label %for_end_i.us.i, label %for_begin_d_0.preheader.us.us.i, !prof !8
 
-for_body_to211.lr.ph.us.i.15.unr-lcssa:           ; preds = %for_body_to211.us.i.14
-  %lcmp.mod444.not = icmp eq i64 %xtraiter442, 0
-  br i1 %lcmp.mod444.not, label %for_body_to211.lr.ph.us.i.15, label %for_body_to211.us.i.14.epil.preheader, !prof !45
-
-for_body_to211.us.i.14.epil.preheader:            ; preds = %for_body_to211.lr.ph.us.i.15.unr-lcssa, %for_body_to211.lr.ph.us.i.14
-  %indvars.iv1497.i.14.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.14 ], [ %indvars.iv.next1498.i.14.3, %for_body_to211.lr.ph.us.i.15.unr-lcssa ]
-  %lcmp.mod445 = icmp ne i64 %xtraiter442, 0
-  tail call void @llvm.assume(i1 %lcmp.mod445)
-  br label %for_body_to211.us.i.14.epil
-
-for_body_to211.us.i.14.epil:                      ; preds = %for_body_to211.us.i.14.epil, %for_body_to211.us.i.14.epil.preheader
-  %indvars.iv1497.i.14.epil = phi i64 [ %indvars.iv1497.i.14.epil.init, %for_body_to211.us.i.14.epil.preheader ], [ %indvars.iv.next1498.i.14.epil, %for_body_to211.us.i.14.epil ]
-  %epil.iter443 = phi i64 [ 0, %for_body_to211.us.i.14.epil.preheader ], [ %epil.iter443.next, %for_body_to211.us.i.14.epil ]
-  %.idx1651.i.14.epil = shl nsw i64 %indvars.iv1497.i.14.epil, 7
-  %gep1689.i.14.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.14, i64 %.idx1651.i.14.epil
-  %1896 = load <32 x float>, ptr %gep1689.i.14.epil, align 4, !tbaa !4
-  %1897 = bitcast <32 x float> %1896 to <32 x i32>
-  %1898 = shufflevector <32 x i32> %1897, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1899 = lshr <16 x i32> %1898, splat (i32 16)
-  %1900 = bitcast <32 x float> %1896 to <32 x i32>
-  %1901 = shufflevector <32 x i32> %1900, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1902 = or <16 x i32> %1899, %1901
-  %.idx1653.i.14.epil = shl nsw i64 %indvars.iv1497.i.14.epil, 6
-  %gep1691.i.14.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.14, i64 %.idx1653.i.14.epil
-  store <16 x i32> %1902, ptr %gep1691.i.14.epil, align 4, !tbaa !4
-  %indvars.iv.next1498.i.14.epil = add nuw nsw i64 %indvars.iv1497.i.14.epil, 1
-  %epil.iter443.next = add i64 %epil.iter443, 1
-  %epil.iter443.cmp.not = icmp eq i64 %epil.iter443.next, %xtraiter442
-  br i1 %epil.iter443.cmp.not, label %for_body_to211.lr.ph.us.i.15, label %for_body_to211.us.i.14.epil, !prof !46, !llvm.loop !82
-
-for_body_to211.lr.ph.us.i.15:                     ; preds = %for_body_to211.us.i.14.epil, %for_body_to211.lr.ph.us.i.15.unr-lcssa
-  %invariant.gep1688.i.15 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 7680
-  %invariant.gep1690.i.15 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 3840
-  %xtraiter448 = and i64 %wide.trip.count1443.i.pre-phi146, 3
-  %1903 = icmp ult i64 %849, 3
-  br i1 %1903, label %for_body_to211.us.i.15.epil.preheader, label %for_body_to211.lr.ph.us.i.15.new, !prof !41
-
-for_body_to211.lr.ph.us.i.15.new:                 ; preds = %for_body_to211.lr.ph.us.i.15
-  %unroll_iter452 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
-  br label %for_body_to211.us.i.15
-
-for_body_to211.us.i.15:                           ; preds = %for_body_to211.us.i.15, %for_body_to211.lr.ph.us.i.15.new
-  %indvars.iv1497.i.15 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.15.new ], [ %indvars.iv.next1498.i.15.3, %for_body_to211.us.i.15 ]
-  %niter453 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.15.new ], [ %niter453.next.3, %for_body_to211.us.i.15 ]
-  %.idx1651.i.15 = shl nsw i64 %indvars.iv1497.i.15, 7
-  %gep1689.i.15 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.15, i64 %.idx1651.i.15
-  %1904 = load <32 x float>, ptr %gep1689.i.15, align 4, !tbaa !4
-  %1905 = bitcast <32 x float> %1904 to <32 x i32>
-  %1906 = shufflevector <32 x i32> %1905, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1907 = lshr <16 x i32> %1906, splat (i32 16)
-  %1908 = bitcast <32 x float> %1904 to <32 x i32>
-  %1909 = shufflevector <32 x i32> %1908, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1910 = or <16 x i32> %1907, %1909
-  %.idx1653.i.15 = shl nsw i64 %indvars.iv1497.i.15, 6
-  %gep1691.i.15 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.15, i64 %.idx1653.i.15
-  store <16 x i32> %1910, ptr %gep1691.i.15, align 4, !tbaa !4
-  %indvars.iv.next1498.i.15 = or disjoint i64 %indvars.iv1497.i.15, 1
-  %.idx1651.i.15.1 = shl nsw i64 %indvars.iv.next1498.i.15, 7
-  %gep1689.i.15.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.15, i64 %.idx1651.i.15.1
-  %1911 = load <32 x float>, ptr %gep1689.i.15.1, align 4, !tbaa !4
-  %1912 = bitcast <32 x float> %1911 to <32 x i32>
-  %1913 = shufflevector <32 x i32> %1912, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1914 = lshr <16 x i32> %1913, splat (i32 16)
-  %1915 = bitcast <32 x float> %1911 to <32 x i32>
-  %1916 = shufflevector <32 x i32> %1915, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1917 = or <16 x i32> %1914, %1916
-  %.idx1653.i.15.1 = shl nsw i64 %indvars.iv.next1498.i.15, 6
-  %gep1691.i.15.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.15, i64 %.idx1653.i.15.1
-  store <16 x i32> %1917, ptr %gep1691.i.15.1, align 4, !tbaa !4
-  %indvars.iv.next1498.i.15.1 = or disjoint i64 %indvars.iv1497.i.15, 2
-  %.idx1651.i.15.2 = shl nsw i64 %indvars.iv.next1498.i.15.1, 7
-  %gep1689.i.15.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.15, i64 %.idx1651.i.15.2
-  %1918 = load <32 x float>, ptr %gep1689.i.15.2, align 4, !tbaa !4
-  %1919 = bitcast <32 x float> %1918 to <32 x i32>
-  %1920 = shufflevector <32 x i32> %1919, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1921 = lshr <16 x i32> %1920, splat (i32 16)
-  %1922 = bitcast <32 x float> %1918 to <32 x i32>
-  %1923 = shufflevector <32 x i32> %1922, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1924 = or <16 x i32> %1921, %1923
-  %.idx1653.i.15.2 = shl nsw i64 %indvars.iv.next1498.i.15.1, 6
-  %gep1691.i.15.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.15, i64 %.idx1653.i.15.2
-  store <16 x i32> %1924, ptr %gep1691.i.15.2, align 4, !tbaa !4
-  %indvars.iv.next1498.i.15.2 = or disjoint i64 %indvars.iv1497.i.15, 3
-  %.idx1651.i.15.3 = shl nsw i64 %indvars.iv.next1498.i.15.2, 7
-  %gep1689.i.15.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.15, i64 %.idx1651.i.15.3
-  %1925 = load <32 x float>, ptr %gep1689.i.15.3, align 4, !tbaa !4
-  %1926 = bitcast <32 x float> %1925 to <32 x i32>
-  %1927 = shufflevector <32 x i32> %1926, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1928 = lshr <16 x i32> %1927, splat (i32 16)
-  %1929 = bitcast <32 x float> %1925 to <32 x i32>
-  %1930 = shufflevector <32 x i32> %1929, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1931 = or <16 x i32> %1928, %1930
-  %.idx1653.i.15.3 = shl nsw i64 %indvars.iv.next1498.i.15.2, 6
-  %gep1691.i.15.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.15, i64 %.idx1653.i.15.3
-  store <16 x i32> %1931, ptr %gep1691.i.15.3, align 4, !tbaa !4
-  %indvars.iv.next1498.i.15.3 = add nuw nsw i64 %indvars.iv1497.i.15, 4
-  %niter453.next.3 = add i64 %niter453, 4
-  %niter453.ncmp.3 = icmp eq i64 %niter453.next.3, %unroll_iter452
-  br i1 %niter453.ncmp.3, label %for_end_to212.us.i.15.loopexit.unr-lcssa, label %for_body_to211.us.i.15, !prof !42, !llvm.loop !83
-
-for_end_to212.us.i.15.loopexit.unr-lcssa:         ; preds = %for_body_to211.us.i.15
-  %lcmp.mod450.not = icmp eq i64 %xtraiter448, 0
-  br i1 %lcmp.mod450.not, label %for_end_to212.us.i.15, label %for_body_to211.us.i.15.epil.preheader, !prof !45
-
-for_body_to211.us.i.15.epil.preheader:            ; preds = %for_end_to212.us.i.15.loopexit.unr-lcssa, %for_body_to211.lr.ph.us.i.15
-  %indvars.iv1497.i.15.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.15 ], [ %indvars.iv.next1498.i.15.3, %for_end_to212.us.i.15.loopexit.unr-lcssa ]
-  %lcmp.mod451 = icmp ne i64 %xtraiter448, 0
-  tail call void @llvm.assume(i1 %lcmp.mod451)
-  br label %for_body_to211.us.i.15.epil
-
-for_body_to211.us.i.15.epil:                      ; preds = %for_body_to211.us.i.15.epil, %for_body_to211.us.i.15.epil.preheader
-  %indvars.iv1497.i.15.epil = phi i64 [ %indvars.iv1497.i.15.epil.init, %for_body_to211.us.i.15.epil.preheader ], [ %indvars.iv.next1498.i.15.epil, %for_body_to211.us.i.15.epil ]
-  %epil.iter449 = phi i64 [ 0, %for_body_to211.us.i.15.epil.preheader ], [ %epil.iter449.next, %for_body_to211.us.i.15.epil ]
-  %.idx1651.i.15.epil = shl nsw i64 %indvars.iv1497.i.15.epil, 7
-  %gep1689.i.15.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.15, i64 %.idx1651.i.15.epil
-  %1932 = load <32 x float>, ptr %gep1689.i.15.epil, align 4, !tbaa !4
-  %1933 = bitcast <32 x float> %1932 to <32 x i32>
-  %1934 = shufflevector <32 x i32> %1933, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1935 = lshr <16 x i32> %1934, splat (i32 16)
-  %1936 = bitcast <32 x float> %1932 to <32 x i32>
-  %1937 = shufflevector <32 x i32> %1936, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1938 = or <16 x i32> %1935, %1937
-  %.idx1653.i.15.epil = shl nsw i64 %indvars.iv1497.i.15.epil, 6
-  %gep1691.i.15.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.15, i64 %.idx1653.i.15.epil
-  store <16 x i32> %1938, ptr %gep1691.i.15.epil, align 4, !tbaa !4
-  %indvars.iv.next1498.i.15.epil = add nuw nsw i64 %indvars.iv1497.i.15.epil, 1
-  %epil.iter449.next = add i64 %epil.iter449, 1
-  %epil.iter449.cmp.not = icmp eq i64 %epil.iter449.next, %xtraiter448
-  br i1 %epil.iter449.cmp.not, label %for_end_to212.us.i.15, label %for_body_to211.us.i.15.epil, !prof !46, !llvm.loop !84
-
-for_end_to212.us.i.15:                            ; preds = %for_body_r206.us.i.preheader, %for_body_to211.us.i.15.epil, %for_end_to212.us.i.15.loopexit.unr-lcssa
-  %1939 = getelementptr inbounds float, ptr %row_max.i, i64 %842
-  %1940 = load <16 x float>, ptr %1939, align 4, !tbaa !4
-  %old_max.us.i = select <16 x i1> %799, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %1940
-  %1941 = getelementptr inbounds float, ptr %row_sum.i, i64 %842
-  %1942 = load <16 x float>, ptr %1941, align 4, !tbaa !4
-  %old_sum.us.i = select <16 x i1> %799, <16 x float> zeroinitializer, <16 x float> %1942
-  %1943 = load <16 x float>, ptr %tile_max496.i, align 16, !tbaa !85
-  %1944 = fcmp ogt <16 x float> %old_max.us.i, %1943
-  %1945 = load <16 x float>, ptr %tile_sum495.i, align 16, !tbaa !92
-  %1946 = fcmp oeq <16 x float> %1945, zeroinitializer
-  %1947 = select <16 x i1> %1946, <16 x i1> splat (i1 true), <16 x i1> %1944
-  %old_or_both.us.i = select <16 x i1> %1947, <16 x float> %old_max.us.i, <16 x float> %1943
-  %1948 = fcmp oeq <16 x float> %old_sum.us.i, zeroinitializer
-  %m.us.i = select <16 x i1> %1948, <16 x float> %1943, <16 x float> %old_or_both.us.i
-  %1949 = fsub <16 x float> %old_max.us.i, %m.us.i
-  %1950 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1949, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1951 = bitcast <16 x float> %1950 to <16 x i32>
-  %1952 = fadd <16 x float> %1950, splat (float 0xC168000FE0000000)
-  %1953 = fmul <16 x float> %1952, splat (float 0x3F2BD01060000000)
-  %1954 = fmul <16 x float> %1952, splat (float 0x3FE6300000000000)
-  %1955 = fsub <16 x float> %1949, %1954
-  %1956 = fadd <16 x float> %1953, %1955
-  %1957 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1956, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1957, <16 x float> %1956, <16 x float> splat (float 0x3FA5558F20000000))
-  %1959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1956, <16 x float> splat (float 0x3FC5554920000000))
-  %1960 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1959, <16 x float> %1956, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1961 = fmul <16 x float> %1956, %1956
-  %1962 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1960, <16 x float> %1961, <16 x float> %1956)
-  %1963 = shl <16 x i32> %1951, splat (i32 23)
-  %1964 = bitcast <16 x i32> %1963 to <16 x float>
-  %1965 = fadd <16 x float> %1962, splat (float 1.000000e+00)
-  %1966 = fmul <16 x float> %1965, %1964
-  %1967 = fcmp olt <16 x float> %1949, splat (float -8.700000e+01)
-  %1968 = select <16 x i1> %1967, <16 x float> zeroinitializer, <16 x float> %1966
-  %1969 = fcmp one <16 x float> %old_sum.us.i, zeroinitializer
-  %1970 = select <16 x i1> %1969, <16 x float> %1968, <16 x float> zeroinitializer
-  store <16 x float> %1970, ptr %alpha494.i, align 16, !tbaa !99
-  %arg232.us.i = fsub <16 x float> %1943, %m.us.i
-  %1971 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg232.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1972 = bitcast <16 x float> %1971 to <16 x i32>
-  %1973 = fadd <16 x float> %1971, splat (float 0xC168000FE0000000)
-  %1974 = fmul <16 x float> %1973, splat (float 0x3F2BD01060000000)
-  %1975 = fmul <16 x float> %1973, splat (float 0x3FE6300000000000)
-  %1976 = fsub <16 x float> %arg232.us.i, %1975
-  %1977 = fadd <16 x float> %1974, %1976
-  %1978 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1977, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1978, <16 x float> %1977, <16 x float> splat (float 0x3FA5558F20000000))
-  %1980 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1979, <16 x float> %1977, <16 x float> splat (float 0x3FC5554920000000))
-  %1981 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1980, <16 x float> %1977, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1982 = fmul <16 x float> %1977, %1977
-  %1983 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1981, <16 x float> %1982, <16 x float> %1977)
-  %1984 = shl <16 x i32> %1972, splat (i32 23)
-  %1985 = bitcast <16 x i32> %1984 to <16 x float>
-  %1986 = fadd <16 x float> %1983, splat (float 1.000000e+00)
-  %1987 = fmul <16 x float> %1986, %1985
-  %1988 = fcmp olt <16 x float> %arg232.us.i, splat (float -8.700000e+01)
-  %1989 = select <16 x i1> %1988, <16 x float> zeroinitializer, <16 x float> %1987
-  %1990 = fcmp one <16 x float> %1945, zeroinitializer
-  %1991 = select <16 x i1> %1990, <16 x float> %1989, <16 x float> zeroinitializer
-  store <16 x float> %1991, ptr %beta493.i, align 16, !tbaa !106
-  %1992 = fmul <16 x float> %old_sum.us.i, %1970
-  %1993 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1991, <16 x float> %1945, <16 x float> %1992)
-  store <16 x float> %m.us.i, ptr %1939, align 4, !tbaa !4
-  store <16 x float> %1993, ptr %1941, align 4, !tbaa !4
-  %1994 = load i32, ptr %828, align 4, !tbaa !4
-  %1995 = sub i32 %1994, %801
-  %1996 = tail call i32 @llvm.smin.i32(i32 %1995, i32 %valid_len133.us.i)
-  %1997 = tail call i32 @llvm.smin.i32(i32 %1996, i32 %.reass1190.reass.i)
-  %1998 = select i1 %155, i32 %1997, i32 %1996
-  %1999 = tail call i32 @llvm.smax.i32(i32 %1998, i32 0)
-  %num_full.us.i = lshr i32 %1999, 5
-  %2000 = sub nsw i32 %836, %num_full.us.i
-  %2001 = icmp sgt i32 %2000, 0
-  %2002 = and i32 %1999, 2147483616
-  %2003 = add i32 %2002, %794
-  %2004 = zext nneg i32 %num_full.us.i to i64
-  %wide.trip.count1509.i = zext nneg i32 %2000 to i64
-  %2005 = getelementptr i32, ptr %limits.i, i64 %842
-  br label %for_body_r251.us.i
-
-for_body_to211.us.i:                              ; preds = %for_body_to211.us.i.preheader.new, %for_body_to211.us.i
-  %indvars.iv1497.i = phi i64 [ 0, %for_body_to211.us.i.preheader.new ], [ %indvars.iv.next1498.i.3361, %for_body_to211.us.i ]
-  %niter339 = phi i64 [ 0, %for_body_to211.us.i.preheader.new ], [ %niter339.next.3, %for_body_to211.us.i ]
-  %.idx1651.i = shl nsw i64 %indvars.iv1497.i, 7
-  %gep1689.i = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx1651.i
-  %2006 = load <32 x float>, ptr %gep1689.i, align 4, !tbaa !4
-  %2007 = bitcast <32 x float> %2006 to <32 x i32>
-  %2008 = shufflevector <32 x i32> %2007, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2009 = lshr <16 x i32> %2008, splat (i32 16)
-  %2010 = bitcast <32 x float> %2006 to <32 x i32>
-  %2011 = shufflevector <32 x i32> %2010, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2012 = or <16 x i32> %2009, %2011
-  %.idx1653.i = shl nsw i64 %indvars.iv1497.i, 6
-  %gep1691.i = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx1653.i
-  store <16 x i32> %2012, ptr %gep1691.i, align 4, !tbaa !4
-  %indvars.iv.next1498.i = or disjoint i64 %indvars.iv1497.i, 1
-  %.idx1651.i.1341 = shl nsw i64 %indvars.iv.next1498.i, 7
-  %gep1689.i.1342 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx1651.i.1341
-  %2013 = load <32 x float>, ptr %gep1689.i.1342, align 4, !tbaa !4
-  %2014 = bitcast <32 x float> %2013 to <32 x i32>
-  %2015 = shufflevector <32 x i32> %2014, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2016 = lshr <16 x i32> %2015, splat (i32 16)
-  %2017 = bitcast <32 x float> %2013 to <32 x i32>
-  %2018 = shufflevector <32 x i32> %2017, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2019 = or <16 x i32> %2016, %2018
-  %.idx1653.i.1343 = shl nsw i64 %indvars.iv.next1498.i, 6
-  %gep1691.i.1344 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx1653.i.1343
-  store <16 x i32> %2019, ptr %gep1691.i.1344, align 4, !tbaa !4
-  %indvars.iv.next1498.i.1345 = or disjoint i64 %indvars.iv1497.i, 2
-  %.idx1651.i.2349 = shl nsw i64 %indvars.iv.next1498.i.1345, 7
-  %gep1689.i.2350 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx1651.i.2349
-  %2020 = load <32 x float>, ptr %gep1689.i.2350, align 4, !tbaa !4
-  %2021 = bitcast <32 x float> %2020 to <32 x i32>
-  %2022 = shufflevector <32 x i32> %2021, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2023 = lshr <16 x i32> %2022, splat (i32 16)
-  %2024 = bitcast <32 x float> %2020 to <32 x i32>
-  %2025 = shufflevector <32 x i32> %2024, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2026 = or <16 x i32> %2023, %2025
-  %.idx1653.i.2351 = shl nsw i64 %indvars.iv.next1498.i.1345, 6
-  %gep1691.i.2352 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx1653.i.2351
-  store <16 x i32> %2026, ptr %gep1691.i.2352, align 4, !tbaa !4
-  %indvars.iv.next1498.i.2353 = or disjoint i64 %indvars.iv1497.i, 3
-  %.idx1651.i.3357 = shl nsw i64 %indvars.iv.next1498.i.2353, 7
-  %gep1689.i.3358 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx1651.i.3357
-  %2027 = load <32 x float>, ptr %gep1689.i.3358, align 4, !tbaa !4
-  %2028 = bitcast <32 x float> %2027 to <32 x i32>
-  %2029 = shufflevector <32 x i32> %2028, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2030 = lshr <16 x i32> %2029, splat (i32 16)
-  %2031 = bitcast <32 x float> %2027 to <32 x i32>
-  %2032 = shufflevector <32 x i32> %2031, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2033 = or <16 x i32> %2030, %2032
-  %.idx1653.i.3359 = shl nsw i64 %indvars.iv.next1498.i.2353, 6
-  %gep1691.i.3360 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx1653.i.3359
-  store <16 x i32> %2033, ptr %gep1691.i.3360, align 4, !tbaa !4
-  %indvars.iv.next1498.i.3361 = add nuw nsw i64 %indvars.iv1497.i, 4
-  %niter339.next.3 = add i64 %niter339, 4
-  %niter339.ncmp.3 = icmp eq i64 %niter339.next.3, %unroll_iter338
-  br i1 %niter339.ncmp.3, label %for_body_to211.lr.ph.us.i.1.unr-lcssa, label %for_body_to211.us.i, !prof !42, !llvm.loop !113
-
-for_body_r196.us.i:                               ; preds = %for_body_r196.us.i.preheader, %for_end_ax1202.us.i
-  %indvars.iv1493.i = phi i64 [ %indvars.iv.next1494.i, %for_end_ax1202.us.i ], [ 0, %for_body_r196.us.i.preheader ]
-  br i1 %837, label %for_body_ax1201.lr.ph.us.i, label %for_end_ax1202.us.i, !prof !3
-
-for_end_ax1202.us.i.loopexit.unr-lcssa:           ; preds = %for_body_ax1201.us.i
-  br i1 %lcmp.mod329.not, label %for_end_ax1202.us.i, label %for_body_ax1201.us.i.epil.preheader, !prof !114
-
-for_body_ax1201.us.i.epil.preheader:              ; preds = %for_body_ax1201.lr.ph.us.i, %for_end_ax1202.us.i.loopexit.unr-lcssa
-  %indvars.iv1488.i.epil.init = phi i64 [ 0, %for_body_ax1201.lr.ph.us.i ], [ %indvars.iv.next1489.i.7, %for_end_ax1202.us.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global487.sroa.0.01201.us.i.epil.init = phi <32 x float> [ zeroinitializer, %for_body_ax1201.lr.ph.us.i ], [ %2092, %for_end_ax1202.us.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod331)
-  br label %for_body_ax1201.us.i.epil
-
-for_body_ax1201.us.i.epil:                        ; preds = %for_body_ax1201.us.i.epil, %for_body_ax1201.us.i.epil.preheader
-  %indvars.iv1488.i.epil = phi i64 [ %indvars.iv1488.i.epil.init, %for_body_ax1201.us.i.epil.preheader ], [ %indvars.iv.next1489.i.epil, %for_body_ax1201.us.i.epil ]
-  %tile_sum.rf_global487.sroa.0.01201.us.i.epil = phi <32 x float> [ %tile_sum.rf_global487.sroa.0.01201.us.i.epil.init, %for_body_ax1201.us.i.epil.preheader ], [ %2035, %for_body_ax1201.us.i.epil ]
-  %epil.iter328 = phi i64 [ 0, %for_body_ax1201.us.i.epil.preheader ], [ %epil.iter328.next, %for_body_ax1201.us.i.epil ]
-  %.idx1649.i.epil = shl nsw i64 %indvars.iv1488.i.epil, 7
-  %gep1687.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1686.i, i64 %.idx1649.i.epil
-  %2034 = load <32 x float>, ptr %gep1687.i.epil, align 4, !tbaa !4
-  %2035 = fadd <32 x float> %tile_sum.rf_global487.sroa.0.01201.us.i.epil, %2034
-  %indvars.iv.next1489.i.epil = add nuw nsw i64 %indvars.iv1488.i.epil, 1
-  %epil.iter328.next = add i64 %epil.iter328, 1
-  %epil.iter328.cmp.not = icmp eq i64 %epil.iter328.next, %xtraiter327
-  br i1 %epil.iter328.cmp.not, label %for_end_ax1202.us.i, label %for_body_ax1201.us.i.epil, !prof !45, !llvm.loop !115
-
-for_end_ax1202.us.i:                              ; preds = %for_body_ax1201.us.i.epil, %for_end_ax1202.us.i.loopexit.unr-lcssa, %for_body_r196.us.i
-  %tile_sum.rf_global487.sroa.0.0.lcssa.us.i = phi <32 x float> [ zeroinitializer, %for_body_r196.us.i ], [ %2092, %for_end_ax1202.us.i.loopexit.unr-lcssa ], [ %2035, %for_body_ax1201.us.i.epil ]
-  %2036 = getelementptr inbounds nuw float, ptr %tile_sum495.i, i64 %indvars.iv1493.i
-  %tile_sum.rf488.sroa.0.0.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 0
-  %2037 = fadd float %tile_sum.rf488.sroa.0.0.vec.extract.us.i, 0.000000e+00
-  %tile_sum.rf488.sroa.0.4.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 1
-  %2038 = fadd float %tile_sum.rf488.sroa.0.4.vec.extract.us.i, %2037
-  %tile_sum.rf488.sroa.0.8.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 2
-  %2039 = fadd float %tile_sum.rf488.sroa.0.8.vec.extract.us.i, %2038
-  %tile_sum.rf488.sroa.0.12.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 3
-  %2040 = fadd float %tile_sum.rf488.sroa.0.12.vec.extract.us.i, %2039
-  %tile_sum.rf488.sroa.0.16.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 4
-  %2041 = fadd float %tile_sum.rf488.sroa.0.16.vec.extract.us.i, %2040
-  %tile_sum.rf488.sroa.0.20.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 5
-  %2042 = fadd float %tile_sum.rf488.sroa.0.20.vec.extract.us.i, %2041
-  %tile_sum.rf488.sroa.0.24.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 6
-  %2043 = fadd float %tile_sum.rf488.sroa.0.24.vec.extract.us.i, %2042
-  %tile_sum.rf488.sroa.0.28.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 7
-  %2044 = fadd float %tile_sum.rf488.sroa.0.28.vec.extract.us.i, %2043
-  %tile_sum.rf488.sroa.0.32.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 8
-  %2045 = fadd float %tile_sum.rf488.sroa.0.32.vec.extract.us.i, %2044
-  %tile_sum.rf488.sroa.0.36.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 9
-  %2046 = fadd float %tile_sum.rf488.sroa.0.36.vec.extract.us.i, %2045
-  %tile_sum.rf488.sroa.0.40.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 10
-  %2047 = fadd float %tile_sum.rf488.sroa.0.40.vec.extract.us.i, %2046
-  %tile_sum.rf488.sroa.0.44.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 11
-  %2048 = fadd float %tile_sum.rf488.sroa.0.44.vec.extract.us.i, %2047
-  %tile_sum.rf488.sroa.0.48.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 12
-  %2049 = fadd float %tile_sum.rf488.sroa.0.48.vec.extract.us.i, %2048
-  %tile_sum.rf488.sroa.0.52.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 13
-  %2050 = fadd float %tile_sum.rf488.sroa.0.52.vec.extract.us.i, %2049
-  %tile_sum.rf488.sroa.0.56.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 14
-  %2051 = fadd float %tile_sum.rf488.sroa.0.56.vec.extract.us.i, %2050
-  %tile_sum.rf488.sroa.0.60.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 15
-  %2052 = fadd float %tile_sum.rf488.sroa.0.60.vec.extract.us.i, %2051
-  %tile_sum.rf488.sroa.0.64.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 16
-  %2053 = fadd float %tile_sum.rf488.sroa.0.64.vec.extract.us.i, %2052
-  %tile_sum.rf488.sroa.0.68.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 17
-  %2054 = fadd float %tile_sum.rf488.sroa.0.68.vec.extract.us.i, %2053
-  %tile_sum.rf488.sroa.0.72.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 18
-  %2055 = fadd float %tile_sum.rf488.sroa.0.72.vec.extract.us.i, %2054
-  %tile_sum.rf488.sroa.0.76.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 19
-  %2056 = fadd float %tile_sum.rf488.sroa.0.76.vec.extract.us.i, %2055
-  %tile_sum.rf488.sroa.0.80.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 20
-  %2057 = fadd float %tile_sum.rf488.sroa.0.80.vec.extract.us.i, %2056
-  %tile_sum.rf488.sroa.0.84.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 21
-  %2058 = fadd float %tile_sum.rf488.sroa.0.84.vec.extract.us.i, %2057
-  %tile_sum.rf488.sroa.0.88.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 22
-  %2059 = fadd float %tile_sum.rf488.sroa.0.88.vec.extract.us.i, %2058
-  %tile_sum.rf488.sroa.0.92.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 23
-  %2060 = fadd float %tile_sum.rf488.sroa.0.92.vec.extract.us.i, %2059
-  %tile_sum.rf488.sroa.0.96.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 24
-  %2061 = fadd float %tile_sum.rf488.sroa.0.96.vec.extract.us.i, %2060
-  %tile_sum.rf488.sroa.0.100.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 25
-  %2062 = fadd float %tile_sum.rf488.sroa.0.100.vec.extract.us.i, %2061
-  %tile_sum.rf488.sroa.0.104.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 26
-  %2063 = fadd float %tile_sum.rf488.sroa.0.104.vec.extract.us.i, %2062
-  %tile_sum.rf488.sroa.0.108.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 27
-  %2064 = fadd float %tile_sum.rf488.sroa.0.108.vec.extract.us.i, %2063
-  %tile_sum.rf488.sroa.0.112.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 28
-  %2065 = fadd float %tile_sum.rf488.sroa.0.112.vec.extract.us.i, %2064
-  %tile_sum.rf488.sroa.0.116.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 29
-  %2066 = fadd float %tile_sum.rf488.sroa.0.116.vec.extract.us.i, %2065
-  %tile_sum.rf488.sroa.0.120.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 30
-  %2067 = fadd float %tile_sum.rf488.sroa.0.120.vec.extract.us.i, %2066
-  %tile_sum.rf488.sroa.0.124.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 31
-  %2068 = fadd float %tile_sum.rf488.sroa.0.124.vec.extract.us.i, %2067
-  store float %2068, ptr %2036, align 4, !tbaa !116
-  %indvars.iv.next1494.i = add nuw nsw i64 %indvars.iv1493.i, 1
-  %exitcond1496.not.i = icmp eq i64 %indvars.iv.next1494.i, 16
-  br i1 %exitcond1496.not.i, label %for_body_r206.us.i.preheader, label %for_body_r196.us.i, !prof !28
-
-for_body_r206.us.i.preheader:                     ; preds = %for_end_ax1202.us.i
-  br i1 %837, label %for_body_to211.us.i.preheader, label %for_end_to212.us.i.15, !prof !3
-
-for_body_to211.us.i.preheader:                    ; preds = %for_body_r206.us.i.preheader
-  %xtraiter334 = and i64 %wide.trip.count1443.i.pre-phi146, 3
-  %2069 = icmp ult i64 %849, 3
-  br i1 %2069, label %for_body_to211.us.i.epil.preheader, label %for_body_to211.us.i.preheader.new, !prof !41
-
-for_body_to211.us.i.preheader.new:                ; preds = %for_body_to211.us.i.preheader
-  %unroll_iter338 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
-  br label %for_body_to211.us.i
-
-for_body_ax1201.us.i:                             ; preds = %for_body_ax1201.lr.ph.us.i, %for_body_ax1201.us.i
-  %indvars.iv1488.i = phi i64 [ %indvars.iv.next1489.i.7, %for_body_ax1201.us.i ], [ 0, %for_body_ax1201.lr.ph.us.i ]
-  %tile_sum.rf_global487.sroa.0.01201.us.i = phi <32 x float> [ %2092, %for_body_ax1201.us.i ], [ zeroinitializer, %for_body_ax1201.lr.ph.us.i ]
-  %niter333 = phi i64 [ %niter333.next.7, %for_body_ax1201.us.i ], [ 0, %for_body_ax1201.lr.ph.us.i ]
-  %.idx1649.i = shl nsw i64 %indvars.iv1488.i, 7
-  %gep1687.i = getelementptr inbounds nuw i8, ptr %invariant.gep1686.i, i64 %.idx1649.i
-  %2070 = load <32 x float>, ptr %gep1687.i, align 4, !tbaa !4
-  %2071 = fadd <32 x float> %tile_sum.rf_global487.sroa.0.01201.us.i, %2070
-  %indvars.iv.next1489.i = shl i64 %indvars.iv1488.i, 7
-  %2072 = getelementptr inbounds nuw i8, ptr %invariant.gep1686.i, i64 %indvars.iv.next1489.i
-  %gep1687.i.1 = getelementptr inbounds nuw i8, ptr %2072, i64 128
-  %2073 = load <32 x float>, ptr %gep1687.i.1, align 4, !tbaa !4
-  %2074 = fadd <32 x float> %2071, %2073
-  %indvars.iv.next1489.i.1 = shl i64 %indvars.iv1488.i, 7
-  %2075 = getelementptr inbounds nuw i8, ptr %invariant.gep1686.i, i64 %indvars.iv.next1489.i.1
-  %gep1687.i.2 = getelementptr inbounds nuw i8, ptr %2075, i64 256
-  %2076 = load <32 x float>, ptr %gep1687.i.2, align 4, !tbaa !4
-  %2077 = fadd <32 x float> %2074, %2076
-  %indvars.iv.next1489.i.2 = shl i64 %indvars.iv1488.i, 7
-  %2078 = getelementptr inbounds nuw i8, ptr %invariant.gep1686.i, i64 %indvars.iv.next1489.i.2
-  %gep1687.i.3 = getelementptr inbounds nuw i8, ptr %2078, i64 384
-  %2079 = load <32 x float>, ptr %gep1687.i.3, align 4, !tbaa !4
-  %2080 = fadd <32 x float> %2077, %2079
-  %indvars.iv.next1489.i.3 = shl i64 %indvars.iv1488.i, 7
-  %2081 = getelementptr inbounds nuw i8, ptr %invariant.gep1686.i, i64 %indvars.iv.next1489.i.3
-  %gep1687.i.4 = getelementptr inbounds nuw i8, ptr %2081, i64 512
-  %2082 = load <32 x float>, ptr %gep1687.i.4, align 4, !tbaa !4
-  %2083 = fadd <32 x float> %2080, %2082
-  %indvars.iv.next1489.i.4 = shl i64 %indvars.iv1488.i, 7
-  %2084 = getelementptr inbounds nuw i8, ptr %invariant.gep1686.i, i64 %indvars.iv.next1489.i.4
-  %gep1687.i.5 = getelementptr inbounds nuw i8, ptr %2084, i64 640
-  %2085 = load <32 x float>, ptr %gep1687.i.5, align 4, !tbaa !4
-  %2086 = fadd <32 x float> %2083, %2085
-  %indvars.iv.next1489.i.5 = shl i64 %indvars.iv1488.i, 7
-  %2087 = getelementptr inbounds nuw i8, ptr %invariant.gep1686.i, i64 %indvars.iv.next1489.i.5
-  %gep1687.i.6 = getelementptr inbounds nuw i8, ptr %2087, i64 768
-  %2088 = load <32 x float>, ptr %gep1687.i.6, align 4, !tbaa !4
-  %2089 = fadd <32 x float> %2086, %2088
-  %indvars.iv.next1489.i.6 = shl i64 %indvars.iv1488.i, 7
-  %2090 = getelementptr inbounds nuw i8, ptr %invariant.gep1686.i, i64 %indvars.iv.next1489.i.6
-  %gep1687.i.7 = getelementptr inbounds nuw i8, ptr %2090, i64 896
-  %2091 = load <32 x float>, ptr %gep1687.i.7, align 4, !tbaa !4
-  %2092 = fadd <32 x float> %2089, %2091
-  %indvars.iv.next1489.i.7 = add nuw nsw i64 %indvars.iv1488.i, 8
-  %niter333.next.7 = add i64 %niter333, 8
-  %niter333.ncmp.7 = icmp eq i64 %niter333.next.7, %unroll_iter332
-  br i1 %niter333.ncmp.7, label %for_end_ax1202.us.i.loopexit.unr-lcssa, label %for_body_ax1201.us.i, !prof !117, !llvm.loop !118
-
-for_body_r186.us.i:                               ; preds = %for_body_r186.us.i.preheader, %for_end_to192.us.i
-  %indvars.iv1484.i = phi i64 [ %indvars.iv.next1485.i, %for_end_to192.us.i ], [ 0, %for_body_r186.us.i.preheader ]
-  br i1 %837, label %for_body_to191.lr.ph.us.i, label %for_end_to192.us.i, !prof !3
-
-for_end_to192.us.i.loopexit.unr-lcssa:            ; preds = %for_body_to191.us.i
-  br i1 %lcmp.mod323.not, label %for_end_to192.us.i, label %for_body_to191.us.i.epil.preheader, !prof !45
-
-for_body_to191.us.i.epil.preheader:               ; preds = %for_body_to191.lr.ph.us.i, %for_end_to192.us.i.loopexit.unr-lcssa
-  %indvars.iv1479.i.epil.init = phi i64 [ 0, %for_body_to191.lr.ph.us.i ], [ %indvars.iv.next1480.i.3, %for_end_to192.us.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod324)
-  br label %for_body_to191.us.i.epil
-
-for_body_to191.us.i.epil:                         ; preds = %for_body_to191.us.i.epil, %for_body_to191.us.i.epil.preheader
-  %indvars.iv1479.i.epil = phi i64 [ %indvars.iv1479.i.epil.init, %for_body_to191.us.i.epil.preheader ], [ %indvars.iv.next1480.i.epil, %for_body_to191.us.i.epil ]
-  %epil.iter322 = phi i64 [ 0, %for_body_to191.us.i.epil.preheader ], [ %epil.iter322.next, %for_body_to191.us.i.epil ]
-  %2093 = shl nsw i64 %indvars.iv1479.i.epil, 5
-  %2094 = add nuw nsw i64 %2093, %2546
-  %2095 = getelementptr inbounds nuw float, ptr %exact.us.i, i64 %2094
-  %2096 = load <32 x i32>, ptr %2095, align 4, !tbaa !4
-  %2097 = lshr <32 x i32> %2096, splat (i32 16)
-  %2098 = and <32 x i32> %2097, splat (i32 1)
-  %2099 = add nsw <32 x i32> %2096, splat (i32 32767)
-  %2100 = add nsw <32 x i32> %2099, %2098
-  %2101 = and <32 x i32> %2100, splat (i32 -65536)
-  %2102 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %2094
-  store <32 x i32> %2101, ptr %2102, align 4, !tbaa !4
-  %indvars.iv.next1480.i.epil = add nuw nsw i64 %indvars.iv1479.i.epil, 1
-  %epil.iter322.next = add i64 %epil.iter322, 1
-  %epil.iter322.cmp.not = icmp eq i64 %epil.iter322.next, %xtraiter321
-  br i1 %epil.iter322.cmp.not, label %for_end_to192.us.i, label %for_body_to191.us.i.epil, !prof !46, !llvm.loop !120
-
-for_end_to192.us.i:                               ; preds = %for_body_to191.us.i.epil, %for_end_to192.us.i.loopexit.unr-lcssa, %for_body_r186.us.i
-  %indvars.iv.next1485.i = add nuw nsw i64 %indvars.iv1484.i, 1
-  %exitcond1487.not.i = icmp eq i64 %indvars.iv.next1485.i, 16
-  br i1 %exitcond1487.not.i, label %for_body_r196.us.i.preheader, label %for_body_r186.us.i, !prof !28
-
-for_body_r196.us.i.preheader:                     ; preds = %for_end_to192.us.i
-  %xtraiter327 = and i64 %wide.trip.count1443.i.pre-phi146, 7
-  %2103 = icmp ult i64 %849, 7
-  %unroll_iter332 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483640
-  %lcmp.mod329.not = icmp eq i64 %xtraiter327, 0
-  %lcmp.mod331 = icmp ne i64 %xtraiter327, 0
-  br label %for_body_r196.us.i
-
-for_body_to191.us.i:                              ; preds = %for_body_to191.lr.ph.us.i, %for_body_to191.us.i
-  %indvars.iv1479.i = phi i64 [ %indvars.iv.next1480.i.3, %for_body_to191.us.i ], [ 0, %for_body_to191.lr.ph.us.i ]
-  %niter326 = phi i64 [ %niter326.next.3, %for_body_to191.us.i ], [ 0, %for_body_to191.lr.ph.us.i ]
-  %2104 = shl nsw i64 %indvars.iv1479.i, 5
-  %2105 = add nuw nsw i64 %2104, %2546
-  %2106 = getelementptr inbounds nuw float, ptr %exact.us.i, i64 %2105
-  %2107 = load <32 x i32>, ptr %2106, align 4, !tbaa !4
-  %2108 = lshr <32 x i32> %2107, splat (i32 16)
-  %2109 = and <32 x i32> %2108, splat (i32 1)
-  %2110 = add nsw <32 x i32> %2107, splat (i32 32767)
-  %2111 = add nsw <32 x i32> %2110, %2109
-  %2112 = and <32 x i32> %2111, splat (i32 -65536)
-  %2113 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %2105
-  store <32 x i32> %2112, ptr %2113, align 4, !tbaa !4
-  %indvars.iv.next1480.i = shl i64 %indvars.iv1479.i, 5
-  %2114 = or disjoint i64 %indvars.iv.next1480.i, 32
-  %2115 = add nuw nsw i64 %2114, %2546
-  %2116 = getelementptr inbounds nuw float, ptr %exact.us.i, i64 %2115
-  %2117 = load <32 x i32>, ptr %2116, align 4, !tbaa !4
-  %2118 = lshr <32 x i32> %2117, splat (i32 16)
-  %2119 = and <32 x i32> %2118, splat (i32 1)
-  %2120 = add nsw <32 x i32> %2117, splat (i32 32767)
-  %2121 = add nsw <32 x i32> %2120, %2119
-  %2122 = and <32 x i32> %2121, splat (i32 -65536)
-  %2123 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %2115
-  store <32 x i32> %2122, ptr %2123, align 4, !tbaa !4
-  %indvars.iv.next1480.i.1 = shl i64 %indvars.iv1479.i, 5
-  %2124 = or disjoint i64 %indvars.iv.next1480.i.1, 64
-  %2125 = add nuw nsw i64 %2124, %2546
-  %2126 = getelementptr inbounds nuw float, ptr %exact.us.i, i64 %2125
-  %2127 = load <32 x i32>, ptr %2126, align 4, !tbaa !4
-  %2128 = lshr <32 x i32> %2127, splat (i32 16)
-  %2129 = and <32 x i32> %2128, splat (i32 1)
-  %2130 = add nsw <32 x i32> %2127, splat (i32 32767)
-  %2131 = add nsw <32 x i32> %2130, %2129
-  %2132 = and <32 x i32> %2131, splat (i32 -65536)
-  %2133 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %2125
-  store <32 x i32> %2132, ptr %2133, align 4, !tbaa !4
-  %indvars.iv.next1480.i.2 = shl i64 %indvars.iv1479.i, 5
-  %2134 = or disjoint i64 %indvars.iv.next1480.i.2, 96
-  %2135 = add nuw nsw i64 %2134, %2546
-  %2136 = getelementptr inbounds nuw float, ptr %exact.us.i, i64 %2135
-  %2137 = load <32 x i32>, ptr %2136, align 4, !tbaa !4
-  %2138 = lshr <32 x i32> %2137, splat (i32 16)
-  %2139 = and <32 x i32> %2138, splat (i32 1)
-  %2140 = add nsw <32 x i32> %2137, splat (i32 32767)
-  %2141 = add nsw <32 x i32> %2140, %2139
-  %2142 = and <32 x i32> %2141, splat (i32 -65536)
-  %2143 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %2135
-  store <32 x i32> %2142, ptr %2143, align 4, !tbaa !4
-  %indvars.iv.next1480.i.3 = add nuw nsw i64 %indvars.iv1479.i, 4
-  %niter326.next.3 = add i64 %niter326, 4
-  %niter326.ncmp.3 = icmp eq i64 %niter326.next.3, %unroll_iter325
-  br i1 %niter326.ncmp.3, label %for_end_to192.us.i.loopexit.unr-lcssa, label %for_body_to191.us.i, !prof !42, !llvm.loop !121
-
-for_body_r176.us.i:                               ; preds = %for_begin_r167.preheader.us.i, %for_end_to182.us.i
-  %indvars.iv1475.i = phi i64 [ 0, %for_begin_r167.preheader.us.i ], [ %indvars.iv.next1476.i, %for_end_to182.us.i ]
-  br i1 %837, label %for_body_to181.lr.ph.us.i, label %for_end_to182.us.i, !prof !3
-
-for_end_to182.us.i:                               ; preds = %for_body_to181.us.i, %for_body_r176.us.i
-  %indvars.iv.next1476.i = add nuw nsw i64 %indvars.iv1475.i, 1
-  %exitcond1478.not.i = icmp eq i64 %indvars.iv.next1476.i, 16
-  br i1 %exitcond1478.not.i, label %for_body_r186.us.i.preheader, label %for_body_r176.us.i, !prof !28
-
-for_body_r186.us.i.preheader:                     ; preds = %for_end_to182.us.i
-  %xtraiter321 = and i64 %wide.trip.count1443.i.pre-phi146, 3
-  %2144 = icmp ult i64 %849, 3
-  %unroll_iter325 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
-  %lcmp.mod323.not = icmp eq i64 %xtraiter321, 0
-  %lcmp.mod324 = icmp ne i64 %xtraiter321, 0
-  br label %for_body_r186.us.i
-
-for_body_to181.us.i:                              ; preds = %for_body_to181.lr.ph.us.i, %for_body_to181.us.i
-  %indvars.iv1470.i = phi i64 [ 0, %for_body_to181.lr.ph.us.i ], [ %indvars.iv.next1471.i, %for_body_to181.us.i ]
-  %2145 = shl nsw i64 %indvars.iv1470.i, 5
-  %2146 = add nuw nsw i64 %2145, %2545
-  %2147 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2146
-  %2148 = load <32 x float>, ptr %2147, align 4, !tbaa !4
-  %arg.us.i = fsub <32 x float> %2148, %2544
-  %2149 = load i32, ptr %gep1685.i, align 4, !tbaa !4
-  %2150 = sitofp i32 %2149 to float
-  %2151 = fsub float 0x4168000FE0000000, %2150
-  %2152 = insertelement <32 x float> poison, float %2151, i64 0
-  %2153 = shufflevector <32 x float> %2152, <32 x float> poison, <32 x i32> zeroinitializer
-  %2154 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> %2153)
-  %bits.us.i = bitcast <32 x float> %2154 to <32 x i32>
-  %n.us.i = fsub <32 x float> %2154, %2153
-  %2155 = fmul <32 x float> %n.us.i, splat (float 0x3F2BD01060000000)
-  %2156 = fmul <32 x float> %n.us.i, splat (float 0x3FE6300000000000)
-  %2157 = fsub <32 x float> %arg.us.i, %2156
-  %2158 = fadd <32 x float> %2155, %2157
-  %2159 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2158, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %2160 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2159, <32 x float> %2158, <32 x float> splat (float 0x3FA5558F20000000))
-  %2161 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2160, <32 x float> %2158, <32 x float> splat (float 0x3FC5554920000000))
-  %2162 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2161, <32 x float> %2158, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %2163 = fmul <32 x float> %2158, %2158
-  %2164 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2162, <32 x float> %2163, <32 x float> %2158)
-  %2165 = shl <32 x i32> %bits.us.i, splat (i32 23)
-  %2166 = bitcast <32 x i32> %2165 to <32 x float>
-  %2167 = fadd <32 x float> %2164, splat (float 1.000000e+00)
-  %2168 = fmul <32 x float> %2167, %2166
-  %2169 = tail call float @llvm.fmuladd.f32(float %2150, float 0x3FE62E4300000000, float -8.700000e+01)
-  %2170 = insertelement <32 x float> poison, float %2169, i64 0
-  %2171 = shufflevector <32 x float> %2170, <32 x float> poison, <32 x i32> zeroinitializer
-  %2172 = fcmp olt <32 x float> %arg.us.i, %2171
-  %2173 = select <32 x i1> %2172, <32 x float> zeroinitializer, <32 x float> %2168
-  %2174 = getelementptr inbounds nuw float, ptr %exact.us.i, i64 %2146
-  store <32 x float> %2173, ptr %2174, align 4, !tbaa !4
-  %indvars.iv.next1471.i = add nuw nsw i64 %indvars.iv1470.i, 1
-  %exitcond1474.not.i = icmp eq i64 %indvars.iv.next1471.i, %wide.trip.count1443.i.pre-phi146
-  br i1 %exitcond1474.not.i, label %for_end_to182.us.i, label %for_body_to181.us.i, !prof !8
-
-for_body_r163.us.i:                               ; preds = %for_end_ax1.us.i, %for_body_r163.us.i.preheader
-  %indvars.iv1462.i = phi i64 [ %indvars.iv.next1463.i, %for_end_ax1.us.i ], [ 0, %for_body_r163.us.i.preheader ]
-  br i1 %837, label %for_body_ax1.lr.ph.us.i, label %for_end_ax1.us.i, !prof !3
-
-for_end_ax1.us.i.loopexit.unr-lcssa:              ; preds = %for_body_ax1.us.i
-  br i1 %lcmp.mod316.not, label %for_end_ax1.us.i, label %for_body_ax1.us.i.epil.preheader, !prof !114
-
-for_body_ax1.us.i.epil.preheader:                 ; preds = %for_body_ax1.lr.ph.us.i, %for_end_ax1.us.i.loopexit.unr-lcssa
-  %indvars.iv1457.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.us.i ], [ %indvars.iv.next1458.i.7, %for_end_ax1.us.i.loopexit.unr-lcssa ]
-  %peak.rf_global489.sroa.0.01192.us.i.epil.init = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.us.i ], [ %2273, %for_end_ax1.us.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod318)
-  br label %for_body_ax1.us.i.epil
-
-for_body_ax1.us.i.epil:                           ; preds = %for_body_ax1.us.i.epil, %for_body_ax1.us.i.epil.preheader
-  %indvars.iv1457.i.epil = phi i64 [ %indvars.iv1457.i.epil.init, %for_body_ax1.us.i.epil.preheader ], [ %indvars.iv.next1458.i.epil, %for_body_ax1.us.i.epil ]
-  %peak.rf_global489.sroa.0.01192.us.i.epil = phi <32 x float> [ %peak.rf_global489.sroa.0.01192.us.i.epil.init, %for_body_ax1.us.i.epil.preheader ], [ %2177, %for_body_ax1.us.i.epil ]
-  %epil.iter315 = phi i64 [ 0, %for_body_ax1.us.i.epil.preheader ], [ %epil.iter315.next, %for_body_ax1.us.i.epil ]
-  %.idx1647.i.epil = shl nsw i64 %indvars.iv1457.i.epil, 7
-  %gep1683.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1682.i, i64 %.idx1647.i.epil
-  %2175 = load <32 x float>, ptr %gep1683.i.epil, align 4, !tbaa !4
-  %2176 = fcmp ogt <32 x float> %peak.rf_global489.sroa.0.01192.us.i.epil, %2175
-  %2177 = select <32 x i1> %2176, <32 x float> %peak.rf_global489.sroa.0.01192.us.i.epil, <32 x float> %2175
-  %indvars.iv.next1458.i.epil = add nuw nsw i64 %indvars.iv1457.i.epil, 1
-  %epil.iter315.next = add i64 %epil.iter315, 1
-  %epil.iter315.cmp.not = icmp eq i64 %epil.iter315.next, %xtraiter314
-  br i1 %epil.iter315.cmp.not, label %for_end_ax1.us.i, label %for_body_ax1.us.i.epil, !prof !45, !llvm.loop !122
-
-for_end_ax1.us.i:                                 ; preds = %for_body_ax1.us.i.epil, %for_end_ax1.us.i.loopexit.unr-lcssa, %for_body_r163.us.i
-  %peak.rf_global489.sroa.0.0.lcssa.us.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_r163.us.i ], [ %2273, %for_end_ax1.us.i.loopexit.unr-lcssa ], [ %2177, %for_body_ax1.us.i.epil ]
-  %2178 = getelementptr inbounds nuw float, ptr %peak491.i, i64 %indvars.iv1462.i
-  %peak.rf490.sroa.0.0.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 0
-  %2179 = fcmp olt float %peak.rf490.sroa.0.0.vec.extract.us.i, 0xC7EFFFFFE0000000
-  %2180 = select i1 %2179, float 0xC7EFFFFFE0000000, float %peak.rf490.sroa.0.0.vec.extract.us.i
-  %peak.rf490.sroa.0.4.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 1
-  %2181 = fcmp ogt float %2180, %peak.rf490.sroa.0.4.vec.extract.us.i
-  %2182 = select i1 %2181, float %2180, float %peak.rf490.sroa.0.4.vec.extract.us.i
-  %peak.rf490.sroa.0.8.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 2
-  %2183 = fcmp ogt float %2182, %peak.rf490.sroa.0.8.vec.extract.us.i
-  %2184 = select i1 %2183, float %2182, float %peak.rf490.sroa.0.8.vec.extract.us.i
-  %peak.rf490.sroa.0.12.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 3
-  %2185 = fcmp ogt float %2184, %peak.rf490.sroa.0.12.vec.extract.us.i
-  %2186 = select i1 %2185, float %2184, float %peak.rf490.sroa.0.12.vec.extract.us.i
-  %peak.rf490.sroa.0.16.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 4
-  %2187 = fcmp ogt float %2186, %peak.rf490.sroa.0.16.vec.extract.us.i
-  %2188 = select i1 %2187, float %2186, float %peak.rf490.sroa.0.16.vec.extract.us.i
-  %peak.rf490.sroa.0.20.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 5
-  %2189 = fcmp ogt float %2188, %peak.rf490.sroa.0.20.vec.extract.us.i
-  %2190 = select i1 %2189, float %2188, float %peak.rf490.sroa.0.20.vec.extract.us.i
-  %peak.rf490.sroa.0.24.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 6
-  %2191 = fcmp ogt float %2190, %peak.rf490.sroa.0.24.vec.extract.us.i
-  %2192 = select i1 %2191, float %2190, float %peak.rf490.sroa.0.24.vec.extract.us.i
-  %peak.rf490.sroa.0.28.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 7
-  %2193 = fcmp ogt float %2192, %peak.rf490.sroa.0.28.vec.extract.us.i
-  %2194 = select i1 %2193, float %2192, float %peak.rf490.sroa.0.28.vec.extract.us.i
-  %peak.rf490.sroa.0.32.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 8
-  %2195 = fcmp ogt float %2194, %peak.rf490.sroa.0.32.vec.extract.us.i
-  %2196 = select i1 %2195, float %2194, float %peak.rf490.sroa.0.32.vec.extract.us.i
-  %peak.rf490.sroa.0.36.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 9
-  %2197 = fcmp ogt float %2196, %peak.rf490.sroa.0.36.vec.extract.us.i
-  %2198 = select i1 %2197, float %2196, float %peak.rf490.sroa.0.36.vec.extract.us.i
-  %peak.rf490.sroa.0.40.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 10
-  %2199 = fcmp ogt float %2198, %peak.rf490.sroa.0.40.vec.extract.us.i
-  %2200 = select i1 %2199, float %2198, float %peak.rf490.sroa.0.40.vec.extract.us.i
-  %peak.rf490.sroa.0.44.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 11
-  %2201 = fcmp ogt float %2200, %peak.rf490.sroa.0.44.vec.extract.us.i
-  %2202 = select i1 %2201, float %2200, float %peak.rf490.sroa.0.44.vec.extract.us.i
-  %peak.rf490.sroa.0.48.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 12
-  %2203 = fcmp ogt float %2202, %peak.rf490.sroa.0.48.vec.extract.us.i
-  %2204 = select i1 %2203, float %2202, float %peak.rf490.sroa.0.48.vec.extract.us.i
-  %peak.rf490.sroa.0.52.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 13
-  %2205 = fcmp ogt float %2204, %peak.rf490.sroa.0.52.vec.extract.us.i
-  %2206 = select i1 %2205, float %2204, float %peak.rf490.sroa.0.52.vec.extract.us.i
-  %peak.rf490.sroa.0.56.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 14
-  %2207 = fcmp ogt float %2206, %peak.rf490.sroa.0.56.vec.extract.us.i
-  %2208 = select i1 %2207, float %2206, float %peak.rf490.sroa.0.56.vec.extract.us.i
-  %peak.rf490.sroa.0.60.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 15
-  %2209 = fcmp ogt float %2208, %peak.rf490.sroa.0.60.vec.extract.us.i
-  %2210 = select i1 %2209, float %2208, float %peak.rf490.sroa.0.60.vec.extract.us.i
-  %peak.rf490.sroa.0.64.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 16
-  %2211 = fcmp ogt float %2210, %peak.rf490.sroa.0.64.vec.extract.us.i
-  %2212 = select i1 %2211, float %2210, float %peak.rf490.sroa.0.64.vec.extract.us.i
-  %peak.rf490.sroa.0.68.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 17
-  %2213 = fcmp ogt float %2212, %peak.rf490.sroa.0.68.vec.extract.us.i
-  %2214 = select i1 %2213, float %2212, float %peak.rf490.sroa.0.68.vec.extract.us.i
-  %peak.rf490.sroa.0.72.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 18
-  %2215 = fcmp ogt float %2214, %peak.rf490.sroa.0.72.vec.extract.us.i
-  %2216 = select i1 %2215, float %2214, float %peak.rf490.sroa.0.72.vec.extract.us.i
-  %peak.rf490.sroa.0.76.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 19
-  %2217 = fcmp ogt float %2216, %peak.rf490.sroa.0.76.vec.extract.us.i
-  %2218 = select i1 %2217, float %2216, float %peak.rf490.sroa.0.76.vec.extract.us.i
-  %peak.rf490.sroa.0.80.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 20
-  %2219 = fcmp ogt float %2218, %peak.rf490.sroa.0.80.vec.extract.us.i
-  %2220 = select i1 %2219, float %2218, float %peak.rf490.sroa.0.80.vec.extract.us.i
-  %peak.rf490.sroa.0.84.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 21
-  %2221 = fcmp ogt float %2220, %peak.rf490.sroa.0.84.vec.extract.us.i
-  %2222 = select i1 %2221, float %2220, float %peak.rf490.sroa.0.84.vec.extract.us.i
-  %peak.rf490.sroa.0.88.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 22
-  %2223 = fcmp ogt float %2222, %peak.rf490.sroa.0.88.vec.extract.us.i
-  %2224 = select i1 %2223, float %2222, float %peak.rf490.sroa.0.88.vec.extract.us.i
-  %peak.rf490.sroa.0.92.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 23
-  %2225 = fcmp ogt float %2224, %peak.rf490.sroa.0.92.vec.extract.us.i
-  %2226 = select i1 %2225, float %2224, float %peak.rf490.sroa.0.92.vec.extract.us.i
-  %peak.rf490.sroa.0.96.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 24
-  %2227 = fcmp ogt float %2226, %peak.rf490.sroa.0.96.vec.extract.us.i
-  %2228 = select i1 %2227, float %2226, float %peak.rf490.sroa.0.96.vec.extract.us.i
-  %peak.rf490.sroa.0.100.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 25
-  %2229 = fcmp ogt float %2228, %peak.rf490.sroa.0.100.vec.extract.us.i
-  %2230 = select i1 %2229, float %2228, float %peak.rf490.sroa.0.100.vec.extract.us.i
-  %peak.rf490.sroa.0.104.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 26
-  %2231 = fcmp ogt float %2230, %peak.rf490.sroa.0.104.vec.extract.us.i
-  %2232 = select i1 %2231, float %2230, float %peak.rf490.sroa.0.104.vec.extract.us.i
-  %peak.rf490.sroa.0.108.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 27
-  %2233 = fcmp ogt float %2232, %peak.rf490.sroa.0.108.vec.extract.us.i
-  %2234 = select i1 %2233, float %2232, float %peak.rf490.sroa.0.108.vec.extract.us.i
-  %peak.rf490.sroa.0.112.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 28
-  %2235 = fcmp ogt float %2234, %peak.rf490.sroa.0.112.vec.extract.us.i
-  %2236 = select i1 %2235, float %2234, float %peak.rf490.sroa.0.112.vec.extract.us.i
-  %peak.rf490.sroa.0.116.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 29
-  %2237 = fcmp ogt float %2236, %peak.rf490.sroa.0.116.vec.extract.us.i
-  %2238 = select i1 %2237, float %2236, float %peak.rf490.sroa.0.116.vec.extract.us.i
-  %peak.rf490.sroa.0.120.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 30
-  %2239 = fcmp ogt float %2238, %peak.rf490.sroa.0.120.vec.extract.us.i
-  %2240 = select i1 %2239, float %2238, float %peak.rf490.sroa.0.120.vec.extract.us.i
-  %peak.rf490.sroa.0.124.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 31
-  %2241 = fcmp ogt float %2240, %peak.rf490.sroa.0.124.vec.extract.us.i
-  %2242 = select i1 %2241, float %2240, float %peak.rf490.sroa.0.124.vec.extract.us.i
-  store float %2242, ptr %2178, align 4, !tbaa !123
-  %indvars.iv.next1463.i = add nuw nsw i64 %indvars.iv1462.i, 1
-  %exitcond1465.not.i = icmp eq i64 %indvars.iv.next1463.i, 16
-  br i1 %exitcond1465.not.i, label %for_begin_r167.preheader.us.i, label %for_body_r163.us.i, !prof !28
-
-for_body_ax1.us.i:                                ; preds = %for_body_ax1.lr.ph.us.i, %for_body_ax1.us.i
-  %indvars.iv1457.i = phi i64 [ %indvars.iv.next1458.i.7, %for_body_ax1.us.i ], [ 0, %for_body_ax1.lr.ph.us.i ]
-  %peak.rf_global489.sroa.0.01192.us.i = phi <32 x float> [ %2273, %for_body_ax1.us.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.us.i ]
-  %niter320 = phi i64 [ %niter320.next.7, %for_body_ax1.us.i ], [ 0, %for_body_ax1.lr.ph.us.i ]
-  %.idx1647.i = shl nsw i64 %indvars.iv1457.i, 7
-  %gep1683.i = getelementptr inbounds nuw i8, ptr %invariant.gep1682.i, i64 %.idx1647.i
-  %2243 = load <32 x float>, ptr %gep1683.i, align 4, !tbaa !4
-  %2244 = fcmp ogt <32 x float> %peak.rf_global489.sroa.0.01192.us.i, %2243
-  %2245 = select <32 x i1> %2244, <32 x float> %peak.rf_global489.sroa.0.01192.us.i, <32 x float> %2243
-  %indvars.iv.next1458.i = shl i64 %indvars.iv1457.i, 7
-  %2246 = getelementptr inbounds nuw i8, ptr %invariant.gep1682.i, i64 %indvars.iv.next1458.i
-  %gep1683.i.1 = getelementptr inbounds nuw i8, ptr %2246, i64 128
-  %2247 = load <32 x float>, ptr %gep1683.i.1, align 4, !tbaa !4
-  %2248 = fcmp ogt <32 x float> %2245, %2247
-  %2249 = select <32 x i1> %2248, <32 x float> %2245, <32 x float> %2247
-  %indvars.iv.next1458.i.1 = shl i64 %indvars.iv1457.i, 7
-  %2250 = getelementptr inbounds nuw i8, ptr %invariant.gep1682.i, i64 %indvars.iv.next1458.i.1
-  %gep1683.i.2 = getelementptr inbounds nuw i8, ptr %2250, i64 256
-  %2251 = load <32 x float>, ptr %gep1683.i.2, align 4, !tbaa !4
-  %2252 = fcmp ogt <32 x float> %2249, %2251
-  %2253 = select <32 x i1> %2252, <32 x float> %2249, <32 x float> %2251
-  %indvars.iv.next1458.i.2 = shl i64 %indvars.iv1457.i, 7
-  %2254 = getelementptr inbounds nuw i8, ptr %invariant.gep1682.i, i64 %indvars.iv.next1458.i.2
-  %gep1683.i.3 = getelementptr inbounds nuw i8, ptr %2254, i64 384
-  %2255 = load <32 x float>, ptr %gep1683.i.3, align 4, !tbaa !4
-  %2256 = fcmp ogt <32 x float> %2253, %2255
-  %2257 = select <32 x i1> %2256, <32 x float> %2253, <32 x float> %2255
-  %indvars.iv.next1458.i.3 = shl i64 %indvars.iv1457.i, 7
-  %2258 = getelementptr inbounds nuw i8, ptr %invariant.gep1682.i, i64 %indvars.iv.next1458.i.3
-  %gep1683.i.4 = getelementptr inbounds nuw i8, ptr %2258, i64 512
-  %2259 = load <32 x float>, ptr %gep1683.i.4, align 4, !tbaa !4
-  %2260 = fcmp ogt <32 x float> %2257, %2259
-  %2261 = select <32 x i1> %2260, <32 x float> %2257, <32 x float> %2259
-  %indvars.iv.next1458.i.4 = shl i64 %indvars.iv1457.i, 7
-  %2262 = getelementptr inbounds nuw i8, ptr %invariant.gep1682.i, i64 %indvars.iv.next1458.i.4
-  %gep1683.i.5 = getelementptr inbounds nuw i8, ptr %2262, i64 640
-  %2263 = load <32 x float>, ptr %gep1683.i.5, align 4, !tbaa !4
-  %2264 = fcmp ogt <32 x float> %2261, %2263
-  %2265 = select <32 x i1> %2264, <32 x float> %2261, <32 x float> %2263
-  %indvars.iv.next1458.i.5 = shl i64 %indvars.iv1457.i, 7
-  %2266 = getelementptr inbounds nuw i8, ptr %invariant.gep1682.i, i64 %indvars.iv.next1458.i.5
-  %gep1683.i.6 = getelementptr inbounds nuw i8, ptr %2266, i64 768
-  %2267 = load <32 x float>, ptr %gep1683.i.6, align 4, !tbaa !4
-  %2268 = fcmp ogt <32 x float> %2265, %2267
-  %2269 = select <32 x i1> %2268, <32 x float> %2265, <32 x float> %2267
-  %indvars.iv.next1458.i.6 = shl i64 %indvars.iv1457.i, 7
-  %2270 = getelementptr inbounds nuw i8, ptr %invariant.gep1682.i, i64 %indvars.iv.next1458.i.6
-  %gep1683.i.7 = getelementptr inbounds nuw i8, ptr %2270, i64 896
-  %2271 = load <32 x float>, ptr %gep1683.i.7, align 4, !tbaa !4
-  %2272 = fcmp ogt <32 x float> %2269, %2271
-  %2273 = select <32 x i1> %2272, <32 x float> %2269, <32 x float> %2271
-  %indvars.iv.next1458.i.7 = add nuw nsw i64 %indvars.iv1457.i, 8
-  %niter320.next.7 = add i64 %niter320, 8
-  %niter320.ncmp.7 = icmp eq i64 %niter320.next.7, %unroll_iter319
-  br i1 %niter320.ncmp.7, label %for_end_ax1.us.i.loopexit.unr-lcssa, label %for_body_ax1.us.i, !prof !117, !llvm.loop !125
-
-for_begin_to272.preheader.us.i:                   ; preds = %for_begin_d_0_m.preheader.us.i, %if_end292.us.i
-  %indvars.iv1530.i = phi i64 [ 0, %for_begin_d_0_m.preheader.us.i ], [ %indvars.iv.next1531.i, %if_end292.us.i ]
-  br i1 %.not1380.i, label %for_end_to274.us.i, label %for_body_to273.lr.ph.us.i, !prof !11
-
-for_begin_d_0_m.preheader.us.i:                   ; preds = %for_end_d_0_m.us.i, %if_end261.us.i
-  %indvars.iv1534.i = phi i64 [ %indvars.iv.next1535.i, %for_end_d_0_m.us.i ], [ 0, %if_end261.us.i ]
-  %2274 = shl nuw nsw i64 %indvars.iv1534.i, 2
-  %2275 = getelementptr inbounds nuw float, ptr %beta493.i, i64 %2274
-  %2276 = load float, ptr %2275, align 16, !tbaa !126
-  %2277 = insertelement <16 x float> poison, float %2276, i64 0
-  %2278 = shufflevector <16 x float> %2277, <16 x float> poison, <16 x i32> zeroinitializer
-  %2279 = shl nuw nsw i64 %indvars.iv1534.i, 9
-  %2280 = add nuw nsw i64 %2279, %862
-  %2281 = getelementptr inbounds nuw float, ptr %alpha494.i, i64 %2274
-  %2282 = load float, ptr %2281, align 16, !tbaa !127
-  %2283 = insertelement <16 x float> poison, float %2282, i64 0
-  %2284 = shufflevector <16 x float> %2283, <16 x float> poison, <16 x i32> zeroinitializer
-  %2285 = or disjoint i64 %2274, 1
-  %2286 = getelementptr inbounds nuw float, ptr %beta493.i, i64 %2285
-  %2287 = load float, ptr %2286, align 4, !tbaa !126
-  %2288 = insertelement <16 x float> poison, float %2287, i64 0
-  %2289 = shufflevector <16 x float> %2288, <16 x float> poison, <16 x i32> zeroinitializer
-  %2290 = getelementptr inbounds nuw float, ptr %alpha494.i, i64 %2285
-  %2291 = load float, ptr %2290, align 4, !tbaa !127
-  %2292 = insertelement <16 x float> poison, float %2291, i64 0
-  %2293 = shufflevector <16 x float> %2292, <16 x float> poison, <16 x i32> zeroinitializer
-  %2294 = or disjoint i64 %2274, 2
-  %2295 = getelementptr inbounds nuw float, ptr %beta493.i, i64 %2294
-  %2296 = load float, ptr %2295, align 8, !tbaa !126
-  %2297 = insertelement <16 x float> poison, float %2296, i64 0
-  %2298 = shufflevector <16 x float> %2297, <16 x float> poison, <16 x i32> zeroinitializer
-  %2299 = getelementptr inbounds nuw float, ptr %alpha494.i, i64 %2294
-  %2300 = load float, ptr %2299, align 8, !tbaa !127
-  %2301 = insertelement <16 x float> poison, float %2300, i64 0
-  %2302 = shufflevector <16 x float> %2301, <16 x float> poison, <16 x i32> zeroinitializer
-  %2303 = or disjoint i64 %2274, 3
-  %2304 = getelementptr inbounds nuw float, ptr %beta493.i, i64 %2303
-  %2305 = load float, ptr %2304, align 4, !tbaa !126
-  %2306 = insertelement <16 x float> poison, float %2305, i64 0
-  %2307 = shufflevector <16 x float> %2306, <16 x float> poison, <16 x i32> zeroinitializer
-  %2308 = getelementptr inbounds nuw float, ptr %alpha494.i, i64 %2303
-  %2309 = load float, ptr %2308, align 4, !tbaa !127
-  %2310 = insertelement <16 x float> poison, float %2309, i64 0
-  %2311 = shufflevector <16 x float> %2310, <16 x float> poison, <16 x i32> zeroinitializer
-  %2312 = shl nuw nsw i64 %indvars.iv1534.i, 8
-  %2313 = add nuw nsw i64 %2312, %863
-  %2314 = fmul <16 x float> %2284, zeroinitializer
-  %2315 = fmul <16 x float> %2293, zeroinitializer
-  %2316 = fmul <16 x float> %2302, zeroinitializer
-  %invariant.gep1696.i = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %2312
-  %2317 = fmul <16 x float> %2311, zeroinitializer
-  br label %for_begin_to272.preheader.us.i
-
-for_begin_r167.preheader.us.i:                    ; preds = %for_end_ax1.us.i
-  %2318 = icmp sgt i32 %834, 0
-  %2319 = load <8 x float>, ptr %peak491.i, align 16
-  %2320 = load <8 x float>, ptr %510, align 16
-  %2321 = select i1 %2318, <8 x float> %2319, <8 x float> splat (float 0xC6293E5940000000)
-  %2322 = select i1 %2318, <8 x float> %2320, <8 x float> splat (float 0xC6293E5940000000)
-  store <8 x float> %2321, ptr %tile_max496.i, align 16, !tbaa !128
-  store <8 x float> %2322, ptr %509, align 16, !tbaa !128
-  %invariant.gep1684.i = getelementptr i32, ptr %places.i, i64 %842
-  br label %for_body_r176.us.i
-
-for_begin_r139.preheader.us.i:                    ; preds = %for_end_r_0_ti_0_fused.us.us.i
-  %2323 = shl i32 %825, 4
-  %2324 = sext i32 %2323 to i64
-  %invariant.gep1680.i = getelementptr i32, ptr %limits.i, i64 %2324
-  br label %for_body_r140.us.i.us
-
-for_body_r140.us.i.us:                            ; preds = %for_end_to146.us.i.loopexit.us, %for_begin_r139.preheader.us.i
-  %indvars.iv1445.i.us = phi i64 [ %indvars.iv.next1446.i.us, %for_end_to146.us.i.loopexit.us ], [ 0, %for_begin_r139.preheader.us.i ]
-  %2325 = shl nuw nsw i64 %indvars.iv1445.i.us, 7
-  %gep1681.i.us = getelementptr i32, ptr %invariant.gep1680.i, i64 %indvars.iv1445.i.us
-  br label %for_body_to145.us.i.us
-
-for_body_to145.us.i.us:                           ; preds = %for_body_to145.us.i.us, %for_body_r140.us.i.us
-  %indvars.iv1440.i.us = phi i64 [ 0, %for_body_r140.us.i.us ], [ %indvars.iv.next1441.i.us, %for_body_to145.us.i.us ]
-  %2326 = shl nsw i64 %indvars.iv1440.i.us, 5
-  %2327 = add nuw nsw i64 %2326, %2325
-  %2328 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2327
-  %2329 = load <32 x float>, ptr %2328, align 4, !tbaa !4
-  %2330 = fmul <32 x float> %502, %2329
-  %2331 = load i32, ptr %gep1681.i.us, align 4, !tbaa !4
-  %2332 = insertelement <32 x i32> poison, i32 %2331, i64 0
-  %2333 = shufflevector <32 x i32> %2332, <32 x i32> poison, <32 x i32> zeroinitializer
-  %2334 = trunc nuw nsw i64 %2326 to i32
-  %2335 = add i32 %794, %2334
-  %2336 = insertelement <32 x i32> poison, i32 %2335, i64 0
-  %2337 = insertelement <16 x i32> poison, i32 %2335, i64 0
-  %2338 = shufflevector <16 x i32> %2337, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2339 = or disjoint <16 x i32> %2338, <i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 poison>
-  %2340 = add nsw <16 x i32> %2338, <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 16>
-  %2341 = shufflevector <16 x i32> %2339, <16 x i32> %2340, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 31, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2342 = shufflevector <32 x i32> %2336, <32 x i32> %2341, <32 x i32> <i32 0, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2343 = insertelement <8 x i32> poison, i32 %2335, i64 0
-  %2344 = shufflevector <8 x i32> %2343, <8 x i32> poison, <32 x i32> <i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2345 = add nsw <32 x i32> %2344, <i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2346 = shufflevector <32 x i32> %2342, <32 x i32> %2345, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2347 = insertelement <4 x i32> poison, i32 %2335, i64 0
-  %2348 = shufflevector <4 x i32> %2347, <4 x i32> poison, <32 x i32> <i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2349 = add nsw <32 x i32> %2348, <i32 25, i32 26, i32 27, i32 28, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2350 = shufflevector <32 x i32> %2346, <32 x i32> %2349, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 32, i32 33, i32 34, i32 35, i32 poison, i32 poison, i32 poison>
-  %2351 = add nsw i32 %2335, 29
-  %2352 = insertelement <32 x i32> %2350, i32 %2351, i64 29
-  %2353 = insertelement <2 x i32> poison, i32 %2335, i64 0
-  %2354 = shufflevector <2 x i32> %2353, <2 x i32> poison, <32 x i32> <i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2355 = add nsw <32 x i32> %2354, <i32 30, i32 31, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2356 = shufflevector <32 x i32> %2352, <32 x i32> %2355, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 32, i32 33>
-  %2357 = icmp slt <32 x i32> %2356, %2333
-  %2358 = select <32 x i1> %2357, <32 x float> %2330, <32 x float> splat (float 0xFFF0000000000000)
-  %2359 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2327
-  store <32 x float> %2358, ptr %2359, align 4, !tbaa !4
-  %indvars.iv.next1441.i.us = add nuw nsw i64 %indvars.iv1440.i.us, 1
-  %exitcond1444.not.i.us = icmp eq i64 %indvars.iv.next1441.i.us, %wide.trip.count1438.i
-  br i1 %exitcond1444.not.i.us, label %for_end_to146.us.i.loopexit.us, label %for_body_to145.us.i.us, !prof !8
-
-for_end_to146.us.i.loopexit.us:                   ; preds = %for_body_to145.us.i.us
-  %indvars.iv.next1446.i.us = add nuw nsw i64 %indvars.iv1445.i.us, 1
-  %exitcond1448.not.i.us = icmp eq i64 %indvars.iv.next1446.i.us, 16
-  br i1 %exitcond1448.not.i.us, label %for_end_r141.us.i, label %for_body_r140.us.i.us, !prof !28
-
-for_end_r_0_ti_0_fused.us.us.i:                   ; preds = %for_end_d_0136.us.us.i
-  %indvars.iv.next1436.i = add nuw nsw i64 %indvars.iv1435.i, 1
-  %exitcond1439.not.i = icmp eq i64 %indvars.iv.next1436.i, %wide.trip.count1438.i
-  br i1 %exitcond1439.not.i, label %for_begin_r139.preheader.us.i, label %for_begin_r_0_ti_0_fused.preheader.us.us.i, !prof !8
-
-for_end_d_0136.us.us.i:                           ; preds = %for_begin_d_1.preheader.us.us.i
-  %.idx1646.i = shl nuw nsw i64 %indvars.iv1431.i, 11
-  %gep1679.i = getelementptr inbounds nuw i8, ptr %invariant.gep1678.i, i64 %.idx1646.i
-  store <16 x float> %r.i551.us.us.1.i, ptr %gep1679.i, align 4, !tbaa !4
-  %2360 = getelementptr inbounds nuw i8, ptr %gep1679.i, i64 64
-  store <16 x float> %r.i554.us.us.1.i, ptr %2360, align 4, !tbaa !4
-  %2361 = getelementptr inbounds nuw i8, ptr %gep1679.i, i64 512
-  store <16 x float> %r.i557.us.us.1.i, ptr %2361, align 4, !tbaa !4
-  %2362 = getelementptr inbounds nuw i8, ptr %gep1679.i, i64 576
-  store <16 x float> %r.i560.us.us.1.i, ptr %2362, align 4, !tbaa !4
-  %2363 = getelementptr inbounds nuw i8, ptr %gep1679.i, i64 1024
-  store <16 x float> %r.i563.us.us.1.i, ptr %2363, align 4, !tbaa !4
-  %2364 = getelementptr inbounds nuw i8, ptr %gep1679.i, i64 1088
-  store <16 x float> %r.i566.us.us.1.i, ptr %2364, align 4, !tbaa !4
-  %2365 = getelementptr inbounds nuw i8, ptr %gep1679.i, i64 1536
-  store <16 x float> %r.i569.us.us.1.i, ptr %2365, align 4, !tbaa !4
-  %2366 = getelementptr inbounds nuw i8, ptr %gep1679.i, i64 1600
-  store <16 x float> %r.i572.us.us.1.i, ptr %2366, align 4, !tbaa !4
-  %indvars.iv.next1432.i = add nuw nsw i64 %indvars.iv1431.i, 1
-  %exitcond1434.not.i = icmp eq i64 %indvars.iv.next1432.i, 4
-  br i1 %exitcond1434.not.i, label %for_end_r_0_ti_0_fused.us.us.i, label %for_begin_d_0134.preheader.us.us.i, !prof !28
-
-for_begin_d_1.preheader.us.us.i:                  ; preds = %for_begin_d_0134.preheader.us.us.i, %for_begin_d_1.preheader.us.us.i
-  %indvars.iv1427.i = phi i64 [ 0, %for_begin_d_0134.preheader.us.us.i ], [ %indvars.iv.next1428.i, %for_begin_d_1.preheader.us.us.i ]
-  %scores_global492.sroa.0.01178.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0134.preheader.us.us.i ], [ %r.i551.us.us.1.i, %for_begin_d_1.preheader.us.us.i ]
-  %scores_global492.sroa.6.01177.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0134.preheader.us.us.i ], [ %r.i554.us.us.1.i, %for_begin_d_1.preheader.us.us.i ]
-  %scores_global492.sroa.12.01176.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0134.preheader.us.us.i ], [ %r.i557.us.us.1.i, %for_begin_d_1.preheader.us.us.i ]
-  %scores_global492.sroa.18.01175.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0134.preheader.us.us.i ], [ %r.i560.us.us.1.i, %for_begin_d_1.preheader.us.us.i ]
-  %scores_global492.sroa.24.01174.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0134.preheader.us.us.i ], [ %r.i563.us.us.1.i, %for_begin_d_1.preheader.us.us.i ]
-  %scores_global492.sroa.30.01173.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0134.preheader.us.us.i ], [ %r.i566.us.us.1.i, %for_begin_d_1.preheader.us.us.i ]
-  %scores_global492.sroa.36.01172.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0134.preheader.us.us.i ], [ %r.i569.us.us.1.i, %for_begin_d_1.preheader.us.us.i ]
-  %scores_global492.sroa.42.01171.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0134.preheader.us.us.i ], [ %r.i572.us.us.1.i, %for_begin_d_1.preheader.us.us.i ]
-  %2367 = shl nuw nsw i64 %indvars.iv1427.i, 2
-  %gep80 = getelementptr i32, ptr %gep, i64 %2367
-  %2368 = load i32, ptr %gep80, align 4, !tbaa !4
-  %2369 = insertelement <16 x i32> poison, i32 %2368, i64 0
-  %2370 = shufflevector <16 x i32> %2369, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2371 = mul nsw i64 %2367, %k_row
-  %2372 = getelementptr i32, ptr %gep1181.us.us.i, i64 %2371
-  %2373 = load <32 x bfloat>, ptr %2372, align 4, !tbaa !4
-  %x.i.us.us.i = bitcast <16 x i32> %2370 to <32 x bfloat>
-  %r.i.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global492.sroa.0.01178.us.us.i, <32 x bfloat> %x.i.us.us.i, <32 x bfloat> %2373)
-  %2374 = getelementptr i32, ptr %gep1183.us.us.i, i64 %2371
-  %2375 = load <32 x bfloat>, ptr %2374, align 4, !tbaa !4
-  %r.i530.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global492.sroa.6.01177.us.us.i, <32 x bfloat> %x.i.us.us.i, <32 x bfloat> %2375)
-  %2376 = getelementptr i8, ptr %gep80, i64 256
+for_body_d_0.us.us.i:                             ; preds = %for_begin_d_0.preheader.us.us.i, %for_body_d_0.us.us.i
+  %indvars.iv1550.i = phi i64 [ 0, %for_begin_d_0.preheader.us.us.i ], [ %indvars.iv.next1551.i, %for_body_d_0.us.us.i ]
+  %scores_global549.sroa.0.01249.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i952.us.us.i, %for_body_d_0.us.us.i ]
+  %scores_global549.sroa.34.01248.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i955.us.us.i, %for_body_d_0.us.us.i ]
+  %scores_global549.sroa.68.01247.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i958.us.us.i, %for_body_d_0.us.us.i ]
+  %scores_global549.sroa.102.01246.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i961.us.us.i, %for_body_d_0.us.us.i ]
+  %scores_global549.sroa.136.01245.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i964.us.us.i, %for_body_d_0.us.us.i ]
+  %scores_global549.sroa.170.01244.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i967.us.us.i, %for_body_d_0.us.us.i ]
+  %scores_global549.sroa.204.01243.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i970.us.us.i, %for_body_d_0.us.us.i ]
+  %scores_global549.sroa.238.01242.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i973.us.us.i, %for_body_d_0.us.us.i ]
+  %.idx1763.i = shl i64 %indvars.iv1550.i, 10
+  %gep1794.i = getelementptr i8, ptr %invariant.gep1793.i, i64 %.idx1763.i
+  %2045 = load <32 x bfloat>, ptr %gep1794.i, align 4, !tbaa !4
+  %2046 = mul i64 %632, %indvars.iv1550.i
+  %2047 = getelementptr i32, ptr %2626, i64 %2046
+  %2048 = load i32, ptr %2047, align 4, !tbaa !4
+  %2049 = insertelement <16 x i32> poison, i32 %2048, i64 0
+  %2050 = shufflevector <16 x i32> %2049, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i.us.us.i = bitcast <16 x i32> %2050 to <32 x bfloat>
+  %r.i.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global549.sroa.0.01249.us.us.i, <32 x bfloat> %2045, <32 x bfloat> %y.i.us.us.i)
+  %2051 = getelementptr i8, ptr %2047, i64 4
+  %2052 = load i32, ptr %2051, align 4, !tbaa !4
+  %2053 = insertelement <16 x i32> poison, i32 %2052, i64 0
+  %2054 = shufflevector <16 x i32> %2053, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i594.us.us.i = bitcast <16 x i32> %2054 to <32 x bfloat>
+  %r.i595.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global549.sroa.34.01248.us.us.i, <32 x bfloat> %2045, <32 x bfloat> %y.i594.us.us.i)
+  %2055 = getelementptr i8, ptr %2047, i64 8
+  %2056 = load i32, ptr %2055, align 4, !tbaa !4
+  %2057 = insertelement <16 x i32> poison, i32 %2056, i64 0
+  %2058 = shufflevector <16 x i32> %2057, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i597.us.us.i = bitcast <16 x i32> %2058 to <32 x bfloat>
+  %r.i598.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global549.sroa.68.01247.us.us.i, <32 x bfloat> %2045, <32 x bfloat> %y.i597.us.us.i)
+  %2059 = getelementptr i8, ptr %2047, i64 12
+  %2060 = load i32, ptr %2059, align 4, !tbaa !4
+  %2061 = insertelement <16 x i32> poison, i32 %2060, i64 0
+  %2062 = shufflevector <16 x i32> %2061, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i600.us.us.i = bitcast <16 x i32> %2062 to <32 x bfloat>
+  %r.i601.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global549.sroa.102.01246.us.us.i, <32 x bfloat> %2045, <32 x bfloat> %y.i600.us.us.i)
+  %2063 = getelementptr i8, ptr %2047, i64 16
+  %2064 = load i32, ptr %2063, align 4, !tbaa !4
+  %2065 = insertelement <16 x i32> poison, i32 %2064, i64 0
+  %2066 = shufflevector <16 x i32> %2065, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i603.us.us.i = bitcast <16 x i32> %2066 to <32 x bfloat>
+  %r.i604.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global549.sroa.136.01245.us.us.i, <32 x bfloat> %2045, <32 x bfloat> %y.i603.us.us.i)
+  %2067 = getelementptr i8, ptr %2047, i64 20
+  %2068 = load i32, ptr %2067, align 4, !tbaa !4
+  %2069 = insertelement <16 x i32> poison, i32 %2068, i64 0
+  %2070 = shufflevector <16 x i32> %2069, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i606.us.us.i = bitcast <16 x i32> %2070 to <32 x bfloat>
+  %r.i607.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global549.sroa.170.01244.us.us.i, <32 x bfloat> %2045, <32 x bfloat> %y.i606.us.us.i)
+  %2071 = getelementptr i8, ptr %2047, i64 24
+  %2072 = load i32, ptr %2071, align 4, !tbaa !4
+  %2073 = insertelement <16 x i32> poison, i32 %2072, i64 0
+  %2074 = shufflevector <16 x i32> %2073, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i609.us.us.i = bitcast <16 x i32> %2074 to <32 x bfloat>
+  %r.i610.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global549.sroa.204.01243.us.us.i, <32 x bfloat> %2045, <32 x bfloat> %y.i609.us.us.i)
+  %2075 = getelementptr i8, ptr %2047, i64 28
+  %2076 = load i32, ptr %2075, align 4, !tbaa !4
+  %2077 = insertelement <16 x i32> poison, i32 %2076, i64 0
+  %2078 = shufflevector <16 x i32> %2077, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i612.us.us.i = bitcast <16 x i32> %2078 to <32 x bfloat>
+  %r.i613.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global549.sroa.238.01242.us.us.i, <32 x bfloat> %2045, <32 x bfloat> %y.i612.us.us.i)
+  %2079 = getelementptr i8, ptr %gep1794.i, i64 64
+  %2080 = load <32 x bfloat>, ptr %2079, align 4, !tbaa !4
+  %2081 = shl nuw nsw i64 %indvars.iv1550.i, 4
+  %2082 = or disjoint i64 %2081, 1
+  %2083 = mul nsw i64 %2082, %k_row
+  %2084 = getelementptr i32, ptr %2626, i64 %2083
+  %2085 = load i32, ptr %2084, align 4, !tbaa !4
+  %2086 = insertelement <16 x i32> poison, i32 %2085, i64 0
+  %2087 = shufflevector <16 x i32> %2086, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i615.us.us.i = bitcast <16 x i32> %2087 to <32 x bfloat>
+  %r.i616.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.us.i, <32 x bfloat> %2080, <32 x bfloat> %y.i615.us.us.i)
+  %2088 = getelementptr i8, ptr %2084, i64 4
+  %2089 = load i32, ptr %2088, align 4, !tbaa !4
+  %2090 = insertelement <16 x i32> poison, i32 %2089, i64 0
+  %2091 = shufflevector <16 x i32> %2090, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i618.us.us.i = bitcast <16 x i32> %2091 to <32 x bfloat>
+  %r.i619.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i595.us.us.i, <32 x bfloat> %2080, <32 x bfloat> %y.i618.us.us.i)
+  %2092 = getelementptr i8, ptr %2084, i64 8
+  %2093 = load i32, ptr %2092, align 4, !tbaa !4
+  %2094 = insertelement <16 x i32> poison, i32 %2093, i64 0
+  %2095 = shufflevector <16 x i32> %2094, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i621.us.us.i = bitcast <16 x i32> %2095 to <32 x bfloat>
+  %r.i622.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i598.us.us.i, <32 x bfloat> %2080, <32 x bfloat> %y.i621.us.us.i)
+  %2096 = getelementptr i8, ptr %2084, i64 12
+  %2097 = load i32, ptr %2096, align 4, !tbaa !4
+  %2098 = insertelement <16 x i32> poison, i32 %2097, i64 0
+  %2099 = shufflevector <16 x i32> %2098, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i624.us.us.i = bitcast <16 x i32> %2099 to <32 x bfloat>
+  %r.i625.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i601.us.us.i, <32 x bfloat> %2080, <32 x bfloat> %y.i624.us.us.i)
+  %2100 = getelementptr i8, ptr %2084, i64 16
+  %2101 = load i32, ptr %2100, align 4, !tbaa !4
+  %2102 = insertelement <16 x i32> poison, i32 %2101, i64 0
+  %2103 = shufflevector <16 x i32> %2102, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i627.us.us.i = bitcast <16 x i32> %2103 to <32 x bfloat>
+  %r.i628.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i604.us.us.i, <32 x bfloat> %2080, <32 x bfloat> %y.i627.us.us.i)
+  %2104 = getelementptr i8, ptr %2084, i64 20
+  %2105 = load i32, ptr %2104, align 4, !tbaa !4
+  %2106 = insertelement <16 x i32> poison, i32 %2105, i64 0
+  %2107 = shufflevector <16 x i32> %2106, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i630.us.us.i = bitcast <16 x i32> %2107 to <32 x bfloat>
+  %r.i631.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i607.us.us.i, <32 x bfloat> %2080, <32 x bfloat> %y.i630.us.us.i)
+  %2108 = getelementptr i8, ptr %2084, i64 24
+  %2109 = load i32, ptr %2108, align 4, !tbaa !4
+  %2110 = insertelement <16 x i32> poison, i32 %2109, i64 0
+  %2111 = shufflevector <16 x i32> %2110, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i633.us.us.i = bitcast <16 x i32> %2111 to <32 x bfloat>
+  %r.i634.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i610.us.us.i, <32 x bfloat> %2080, <32 x bfloat> %y.i633.us.us.i)
+  %2112 = getelementptr i8, ptr %2084, i64 28
+  %2113 = load i32, ptr %2112, align 4, !tbaa !4
+  %2114 = insertelement <16 x i32> poison, i32 %2113, i64 0
+  %2115 = shufflevector <16 x i32> %2114, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i636.us.us.i = bitcast <16 x i32> %2115 to <32 x bfloat>
+  %r.i637.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i613.us.us.i, <32 x bfloat> %2080, <32 x bfloat> %y.i636.us.us.i)
+  %2116 = getelementptr i8, ptr %gep1794.i, i64 128
+  %2117 = load <32 x bfloat>, ptr %2116, align 4, !tbaa !4
+  %2118 = or disjoint i64 %2081, 2
+  %2119 = mul nsw i64 %2118, %k_row
+  %2120 = getelementptr i32, ptr %2626, i64 %2119
+  %2121 = load i32, ptr %2120, align 4, !tbaa !4
+  %2122 = insertelement <16 x i32> poison, i32 %2121, i64 0
+  %2123 = shufflevector <16 x i32> %2122, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i639.us.us.i = bitcast <16 x i32> %2123 to <32 x bfloat>
+  %r.i640.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i616.us.us.i, <32 x bfloat> %2117, <32 x bfloat> %y.i639.us.us.i)
+  %2124 = getelementptr i8, ptr %2120, i64 4
+  %2125 = load i32, ptr %2124, align 4, !tbaa !4
+  %2126 = insertelement <16 x i32> poison, i32 %2125, i64 0
+  %2127 = shufflevector <16 x i32> %2126, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i642.us.us.i = bitcast <16 x i32> %2127 to <32 x bfloat>
+  %r.i643.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i619.us.us.i, <32 x bfloat> %2117, <32 x bfloat> %y.i642.us.us.i)
+  %2128 = getelementptr i8, ptr %2120, i64 8
+  %2129 = load i32, ptr %2128, align 4, !tbaa !4
+  %2130 = insertelement <16 x i32> poison, i32 %2129, i64 0
+  %2131 = shufflevector <16 x i32> %2130, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i645.us.us.i = bitcast <16 x i32> %2131 to <32 x bfloat>
+  %r.i646.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i622.us.us.i, <32 x bfloat> %2117, <32 x bfloat> %y.i645.us.us.i)
+  %2132 = getelementptr i8, ptr %2120, i64 12
+  %2133 = load i32, ptr %2132, align 4, !tbaa !4
+  %2134 = insertelement <16 x i32> poison, i32 %2133, i64 0
+  %2135 = shufflevector <16 x i32> %2134, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i648.us.us.i = bitcast <16 x i32> %2135 to <32 x bfloat>
+  %r.i649.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i625.us.us.i, <32 x bfloat> %2117, <32 x bfloat> %y.i648.us.us.i)
+  %2136 = getelementptr i8, ptr %2120, i64 16
+  %2137 = load i32, ptr %2136, align 4, !tbaa !4
+  %2138 = insertelement <16 x i32> poison, i32 %2137, i64 0
+  %2139 = shufflevector <16 x i32> %2138, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i651.us.us.i = bitcast <16 x i32> %2139 to <32 x bfloat>
+  %r.i652.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i628.us.us.i, <32 x bfloat> %2117, <32 x bfloat> %y.i651.us.us.i)
+  %2140 = getelementptr i8, ptr %2120, i64 20
+  %2141 = load i32, ptr %2140, align 4, !tbaa !4
+  %2142 = insertelement <16 x i32> poison, i32 %2141, i64 0
+  %2143 = shufflevector <16 x i32> %2142, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i654.us.us.i = bitcast <16 x i32> %2143 to <32 x bfloat>
+  %r.i655.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i631.us.us.i, <32 x bfloat> %2117, <32 x bfloat> %y.i654.us.us.i)
+  %2144 = getelementptr i8, ptr %2120, i64 24
+  %2145 = load i32, ptr %2144, align 4, !tbaa !4
+  %2146 = insertelement <16 x i32> poison, i32 %2145, i64 0
+  %2147 = shufflevector <16 x i32> %2146, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i657.us.us.i = bitcast <16 x i32> %2147 to <32 x bfloat>
+  %r.i658.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i634.us.us.i, <32 x bfloat> %2117, <32 x bfloat> %y.i657.us.us.i)
+  %2148 = getelementptr i8, ptr %2120, i64 28
+  %2149 = load i32, ptr %2148, align 4, !tbaa !4
+  %2150 = insertelement <16 x i32> poison, i32 %2149, i64 0
+  %2151 = shufflevector <16 x i32> %2150, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i660.us.us.i = bitcast <16 x i32> %2151 to <32 x bfloat>
+  %r.i661.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i637.us.us.i, <32 x bfloat> %2117, <32 x bfloat> %y.i660.us.us.i)
+  %2152 = getelementptr i8, ptr %gep1794.i, i64 192
+  %2153 = load <32 x bfloat>, ptr %2152, align 4, !tbaa !4
+  %2154 = or disjoint i64 %2081, 3
+  %2155 = mul nsw i64 %2154, %k_row
+  %2156 = getelementptr i32, ptr %2626, i64 %2155
+  %2157 = load i32, ptr %2156, align 4, !tbaa !4
+  %2158 = insertelement <16 x i32> poison, i32 %2157, i64 0
+  %2159 = shufflevector <16 x i32> %2158, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i663.us.us.i = bitcast <16 x i32> %2159 to <32 x bfloat>
+  %r.i664.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i640.us.us.i, <32 x bfloat> %2153, <32 x bfloat> %y.i663.us.us.i)
+  %2160 = getelementptr i8, ptr %2156, i64 4
+  %2161 = load i32, ptr %2160, align 4, !tbaa !4
+  %2162 = insertelement <16 x i32> poison, i32 %2161, i64 0
+  %2163 = shufflevector <16 x i32> %2162, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i666.us.us.i = bitcast <16 x i32> %2163 to <32 x bfloat>
+  %r.i667.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i643.us.us.i, <32 x bfloat> %2153, <32 x bfloat> %y.i666.us.us.i)
+  %2164 = getelementptr i8, ptr %2156, i64 8
+  %2165 = load i32, ptr %2164, align 4, !tbaa !4
+  %2166 = insertelement <16 x i32> poison, i32 %2165, i64 0
+  %2167 = shufflevector <16 x i32> %2166, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i669.us.us.i = bitcast <16 x i32> %2167 to <32 x bfloat>
+  %r.i670.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i646.us.us.i, <32 x bfloat> %2153, <32 x bfloat> %y.i669.us.us.i)
+  %2168 = getelementptr i8, ptr %2156, i64 12
+  %2169 = load i32, ptr %2168, align 4, !tbaa !4
+  %2170 = insertelement <16 x i32> poison, i32 %2169, i64 0
+  %2171 = shufflevector <16 x i32> %2170, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i672.us.us.i = bitcast <16 x i32> %2171 to <32 x bfloat>
+  %r.i673.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i649.us.us.i, <32 x bfloat> %2153, <32 x bfloat> %y.i672.us.us.i)
+  %2172 = getelementptr i8, ptr %2156, i64 16
+  %2173 = load i32, ptr %2172, align 4, !tbaa !4
+  %2174 = insertelement <16 x i32> poison, i32 %2173, i64 0
+  %2175 = shufflevector <16 x i32> %2174, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i675.us.us.i = bitcast <16 x i32> %2175 to <32 x bfloat>
+  %r.i676.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i652.us.us.i, <32 x bfloat> %2153, <32 x bfloat> %y.i675.us.us.i)
+  %2176 = getelementptr i8, ptr %2156, i64 20
+  %2177 = load i32, ptr %2176, align 4, !tbaa !4
+  %2178 = insertelement <16 x i32> poison, i32 %2177, i64 0
+  %2179 = shufflevector <16 x i32> %2178, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i678.us.us.i = bitcast <16 x i32> %2179 to <32 x bfloat>
+  %r.i679.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i655.us.us.i, <32 x bfloat> %2153, <32 x bfloat> %y.i678.us.us.i)
+  %2180 = getelementptr i8, ptr %2156, i64 24
+  %2181 = load i32, ptr %2180, align 4, !tbaa !4
+  %2182 = insertelement <16 x i32> poison, i32 %2181, i64 0
+  %2183 = shufflevector <16 x i32> %2182, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i681.us.us.i = bitcast <16 x i32> %2183 to <32 x bfloat>
+  %r.i682.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i658.us.us.i, <32 x bfloat> %2153, <32 x bfloat> %y.i681.us.us.i)
+  %2184 = getelementptr i8, ptr %2156, i64 28
+  %2185 = load i32, ptr %2184, align 4, !tbaa !4
+  %2186 = insertelement <16 x i32> poison, i32 %2185, i64 0
+  %2187 = shufflevector <16 x i32> %2186, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i684.us.us.i = bitcast <16 x i32> %2187 to <32 x bfloat>
+  %r.i685.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i661.us.us.i, <32 x bfloat> %2153, <32 x bfloat> %y.i684.us.us.i)
+  %2188 = getelementptr i8, ptr %gep1794.i, i64 256
+  %2189 = load <32 x bfloat>, ptr %2188, align 4, !tbaa !4
+  %2190 = or disjoint i64 %2081, 4
+  %2191 = mul nsw i64 %2190, %k_row
+  %2192 = getelementptr i32, ptr %2626, i64 %2191
+  %2193 = load i32, ptr %2192, align 4, !tbaa !4
+  %2194 = insertelement <16 x i32> poison, i32 %2193, i64 0
+  %2195 = shufflevector <16 x i32> %2194, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i687.us.us.i = bitcast <16 x i32> %2195 to <32 x bfloat>
+  %r.i688.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i664.us.us.i, <32 x bfloat> %2189, <32 x bfloat> %y.i687.us.us.i)
+  %2196 = getelementptr i8, ptr %2192, i64 4
+  %2197 = load i32, ptr %2196, align 4, !tbaa !4
+  %2198 = insertelement <16 x i32> poison, i32 %2197, i64 0
+  %2199 = shufflevector <16 x i32> %2198, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i690.us.us.i = bitcast <16 x i32> %2199 to <32 x bfloat>
+  %r.i691.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i667.us.us.i, <32 x bfloat> %2189, <32 x bfloat> %y.i690.us.us.i)
+  %2200 = getelementptr i8, ptr %2192, i64 8
+  %2201 = load i32, ptr %2200, align 4, !tbaa !4
+  %2202 = insertelement <16 x i32> poison, i32 %2201, i64 0
+  %2203 = shufflevector <16 x i32> %2202, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i693.us.us.i = bitcast <16 x i32> %2203 to <32 x bfloat>
+  %r.i694.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i670.us.us.i, <32 x bfloat> %2189, <32 x bfloat> %y.i693.us.us.i)
+  %2204 = getelementptr i8, ptr %2192, i64 12
+  %2205 = load i32, ptr %2204, align 4, !tbaa !4
+  %2206 = insertelement <16 x i32> poison, i32 %2205, i64 0
+  %2207 = shufflevector <16 x i32> %2206, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i696.us.us.i = bitcast <16 x i32> %2207 to <32 x bfloat>
+  %r.i697.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i673.us.us.i, <32 x bfloat> %2189, <32 x bfloat> %y.i696.us.us.i)
+  %2208 = getelementptr i8, ptr %2192, i64 16
+  %2209 = load i32, ptr %2208, align 4, !tbaa !4
+  %2210 = insertelement <16 x i32> poison, i32 %2209, i64 0
+  %2211 = shufflevector <16 x i32> %2210, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i699.us.us.i = bitcast <16 x i32> %2211 to <32 x bfloat>
+  %r.i700.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i676.us.us.i, <32 x bfloat> %2189, <32 x bfloat> %y.i699.us.us.i)
+  %2212 = getelementptr i8, ptr %2192, i64 20
+  %2213 = load i32, ptr %2212, align 4, !tbaa !4
+  %2214 = insertelement <16 x i32> poison, i32 %2213, i64 0
+  %2215 = shufflevector <16 x i32> %2214, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i702.us.us.i = bitcast <16 x i32> %2215 to <32 x bfloat>
+  %r.i703.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i679.us.us.i, <32 x bfloat> %2189, <32 x bfloat> %y.i702.us.us.i)
+  %2216 = getelementptr i8, ptr %2192, i64 24
+  %2217 = load i32, ptr %2216, align 4, !tbaa !4
+  %2218 = insertelement <16 x i32> poison, i32 %2217, i64 0
+  %2219 = shufflevector <16 x i32> %2218, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i705.us.us.i = bitcast <16 x i32> %2219 to <32 x bfloat>
+  %r.i706.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i682.us.us.i, <32 x bfloat> %2189, <32 x bfloat> %y.i705.us.us.i)
+  %2220 = getelementptr i8, ptr %2192, i64 28
+  %2221 = load i32, ptr %2220, align 4, !tbaa !4
+  %2222 = insertelement <16 x i32> poison, i32 %2221, i64 0
+  %2223 = shufflevector <16 x i32> %2222, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i708.us.us.i = bitcast <16 x i32> %2223 to <32 x bfloat>
+  %r.i709.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i685.us.us.i, <32 x bfloat> %2189, <32 x bfloat> %y.i708.us.us.i)
+  %2224 = getelementptr i8, ptr %gep1794.i, i64 320
+  %2225 = load <32 x bfloat>, ptr %2224, align 4, !tbaa !4
+  %2226 = or disjoint i64 %2081, 5
+  %2227 = mul nsw i64 %2226, %k_row
+  %2228 = getelementptr i32, ptr %2626, i64 %2227
+  %2229 = load i32, ptr %2228, align 4, !tbaa !4
+  %2230 = insertelement <16 x i32> poison, i32 %2229, i64 0
+  %2231 = shufflevector <16 x i32> %2230, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i711.us.us.i = bitcast <16 x i32> %2231 to <32 x bfloat>
+  %r.i712.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i688.us.us.i, <32 x bfloat> %2225, <32 x bfloat> %y.i711.us.us.i)
+  %2232 = getelementptr i8, ptr %2228, i64 4
+  %2233 = load i32, ptr %2232, align 4, !tbaa !4
+  %2234 = insertelement <16 x i32> poison, i32 %2233, i64 0
+  %2235 = shufflevector <16 x i32> %2234, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i714.us.us.i = bitcast <16 x i32> %2235 to <32 x bfloat>
+  %r.i715.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i691.us.us.i, <32 x bfloat> %2225, <32 x bfloat> %y.i714.us.us.i)
+  %2236 = getelementptr i8, ptr %2228, i64 8
+  %2237 = load i32, ptr %2236, align 4, !tbaa !4
+  %2238 = insertelement <16 x i32> poison, i32 %2237, i64 0
+  %2239 = shufflevector <16 x i32> %2238, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i717.us.us.i = bitcast <16 x i32> %2239 to <32 x bfloat>
+  %r.i718.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i694.us.us.i, <32 x bfloat> %2225, <32 x bfloat> %y.i717.us.us.i)
+  %2240 = getelementptr i8, ptr %2228, i64 12
+  %2241 = load i32, ptr %2240, align 4, !tbaa !4
+  %2242 = insertelement <16 x i32> poison, i32 %2241, i64 0
+  %2243 = shufflevector <16 x i32> %2242, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i720.us.us.i = bitcast <16 x i32> %2243 to <32 x bfloat>
+  %r.i721.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i697.us.us.i, <32 x bfloat> %2225, <32 x bfloat> %y.i720.us.us.i)
+  %2244 = getelementptr i8, ptr %2228, i64 16
+  %2245 = load i32, ptr %2244, align 4, !tbaa !4
+  %2246 = insertelement <16 x i32> poison, i32 %2245, i64 0
+  %2247 = shufflevector <16 x i32> %2246, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i723.us.us.i = bitcast <16 x i32> %2247 to <32 x bfloat>
+  %r.i724.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.us.us.i, <32 x bfloat> %2225, <32 x bfloat> %y.i723.us.us.i)
+  %2248 = getelementptr i8, ptr %2228, i64 20
+  %2249 = load i32, ptr %2248, align 4, !tbaa !4
+  %2250 = insertelement <16 x i32> poison, i32 %2249, i64 0
+  %2251 = shufflevector <16 x i32> %2250, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i726.us.us.i = bitcast <16 x i32> %2251 to <32 x bfloat>
+  %r.i727.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i703.us.us.i, <32 x bfloat> %2225, <32 x bfloat> %y.i726.us.us.i)
+  %2252 = getelementptr i8, ptr %2228, i64 24
+  %2253 = load i32, ptr %2252, align 4, !tbaa !4
+  %2254 = insertelement <16 x i32> poison, i32 %2253, i64 0
+  %2255 = shufflevector <16 x i32> %2254, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i729.us.us.i = bitcast <16 x i32> %2255 to <32 x bfloat>
+  %r.i730.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i706.us.us.i, <32 x bfloat> %2225, <32 x bfloat> %y.i729.us.us.i)
+  %2256 = getelementptr i8, ptr %2228, i64 28
+  %2257 = load i32, ptr %2256, align 4, !tbaa !4
+  %2258 = insertelement <16 x i32> poison, i32 %2257, i64 0
+  %2259 = shufflevector <16 x i32> %2258, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i732.us.us.i = bitcast <16 x i32> %2259 to <32 x bfloat>
+  %r.i733.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i709.us.us.i, <32 x bfloat> %2225, <32 x bfloat> %y.i732.us.us.i)
+  %2260 = getelementptr i8, ptr %gep1794.i, i64 384
+  %2261 = load <32 x bfloat>, ptr %2260, align 4, !tbaa !4
+  %2262 = or disjoint i64 %2081, 6
+  %2263 = mul nsw i64 %2262, %k_row
+  %2264 = getelementptr i32, ptr %2626, i64 %2263
+  %2265 = load i32, ptr %2264, align 4, !tbaa !4
+  %2266 = insertelement <16 x i32> poison, i32 %2265, i64 0
+  %2267 = shufflevector <16 x i32> %2266, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i735.us.us.i = bitcast <16 x i32> %2267 to <32 x bfloat>
+  %r.i736.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i712.us.us.i, <32 x bfloat> %2261, <32 x bfloat> %y.i735.us.us.i)
+  %2268 = getelementptr i8, ptr %2264, i64 4
+  %2269 = load i32, ptr %2268, align 4, !tbaa !4
+  %2270 = insertelement <16 x i32> poison, i32 %2269, i64 0
+  %2271 = shufflevector <16 x i32> %2270, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i738.us.us.i = bitcast <16 x i32> %2271 to <32 x bfloat>
+  %r.i739.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i715.us.us.i, <32 x bfloat> %2261, <32 x bfloat> %y.i738.us.us.i)
+  %2272 = getelementptr i8, ptr %2264, i64 8
+  %2273 = load i32, ptr %2272, align 4, !tbaa !4
+  %2274 = insertelement <16 x i32> poison, i32 %2273, i64 0
+  %2275 = shufflevector <16 x i32> %2274, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i741.us.us.i = bitcast <16 x i32> %2275 to <32 x bfloat>
+  %r.i742.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i718.us.us.i, <32 x bfloat> %2261, <32 x bfloat> %y.i741.us.us.i)
+  %2276 = getelementptr i8, ptr %2264, i64 12
+  %2277 = load i32, ptr %2276, align 4, !tbaa !4
+  %2278 = insertelement <16 x i32> poison, i32 %2277, i64 0
+  %2279 = shufflevector <16 x i32> %2278, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i744.us.us.i = bitcast <16 x i32> %2279 to <32 x bfloat>
+  %r.i745.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i721.us.us.i, <32 x bfloat> %2261, <32 x bfloat> %y.i744.us.us.i)
+  %2280 = getelementptr i8, ptr %2264, i64 16
+  %2281 = load i32, ptr %2280, align 4, !tbaa !4
+  %2282 = insertelement <16 x i32> poison, i32 %2281, i64 0
+  %2283 = shufflevector <16 x i32> %2282, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i747.us.us.i = bitcast <16 x i32> %2283 to <32 x bfloat>
+  %r.i748.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i724.us.us.i, <32 x bfloat> %2261, <32 x bfloat> %y.i747.us.us.i)
+  %2284 = getelementptr i8, ptr %2264, i64 20
+  %2285 = load i32, ptr %2284, align 4, !tbaa !4
+  %2286 = insertelement <16 x i32> poison, i32 %2285, i64 0
+  %2287 = shufflevector <16 x i32> %2286, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i750.us.us.i = bitcast <16 x i32> %2287 to <32 x bfloat>
+  %r.i751.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i727.us.us.i, <32 x bfloat> %2261, <32 x bfloat> %y.i750.us.us.i)
+  %2288 = getelementptr i8, ptr %2264, i64 24
+  %2289 = load i32, ptr %2288, align 4, !tbaa !4
+  %2290 = insertelement <16 x i32> poison, i32 %2289, i64 0
+  %2291 = shufflevector <16 x i32> %2290, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i753.us.us.i = bitcast <16 x i32> %2291 to <32 x bfloat>
+  %r.i754.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i730.us.us.i, <32 x bfloat> %2261, <32 x bfloat> %y.i753.us.us.i)
+  %2292 = getelementptr i8, ptr %2264, i64 28
+  %2293 = load i32, ptr %2292, align 4, !tbaa !4
+  %2294 = insertelement <16 x i32> poison, i32 %2293, i64 0
+  %2295 = shufflevector <16 x i32> %2294, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i756.us.us.i = bitcast <16 x i32> %2295 to <32 x bfloat>
+  %r.i757.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i733.us.us.i, <32 x bfloat> %2261, <32 x bfloat> %y.i756.us.us.i)
+  %2296 = getelementptr i8, ptr %gep1794.i, i64 448
+  %2297 = load <32 x bfloat>, ptr %2296, align 4, !tbaa !4
+  %2298 = or disjoint i64 %2081, 7
+  %2299 = mul nsw i64 %2298, %k_row
+  %2300 = getelementptr i32, ptr %2626, i64 %2299
+  %2301 = load i32, ptr %2300, align 4, !tbaa !4
+  %2302 = insertelement <16 x i32> poison, i32 %2301, i64 0
+  %2303 = shufflevector <16 x i32> %2302, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i759.us.us.i = bitcast <16 x i32> %2303 to <32 x bfloat>
+  %r.i760.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i736.us.us.i, <32 x bfloat> %2297, <32 x bfloat> %y.i759.us.us.i)
+  %2304 = getelementptr i8, ptr %2300, i64 4
+  %2305 = load i32, ptr %2304, align 4, !tbaa !4
+  %2306 = insertelement <16 x i32> poison, i32 %2305, i64 0
+  %2307 = shufflevector <16 x i32> %2306, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i762.us.us.i = bitcast <16 x i32> %2307 to <32 x bfloat>
+  %r.i763.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i739.us.us.i, <32 x bfloat> %2297, <32 x bfloat> %y.i762.us.us.i)
+  %2308 = getelementptr i8, ptr %2300, i64 8
+  %2309 = load i32, ptr %2308, align 4, !tbaa !4
+  %2310 = insertelement <16 x i32> poison, i32 %2309, i64 0
+  %2311 = shufflevector <16 x i32> %2310, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i765.us.us.i = bitcast <16 x i32> %2311 to <32 x bfloat>
+  %r.i766.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i742.us.us.i, <32 x bfloat> %2297, <32 x bfloat> %y.i765.us.us.i)
+  %2312 = getelementptr i8, ptr %2300, i64 12
+  %2313 = load i32, ptr %2312, align 4, !tbaa !4
+  %2314 = insertelement <16 x i32> poison, i32 %2313, i64 0
+  %2315 = shufflevector <16 x i32> %2314, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i768.us.us.i = bitcast <16 x i32> %2315 to <32 x bfloat>
+  %r.i769.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i745.us.us.i, <32 x bfloat> %2297, <32 x bfloat> %y.i768.us.us.i)
+  %2316 = getelementptr i8, ptr %2300, i64 16
+  %2317 = load i32, ptr %2316, align 4, !tbaa !4
+  %2318 = insertelement <16 x i32> poison, i32 %2317, i64 0
+  %2319 = shufflevector <16 x i32> %2318, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i771.us.us.i = bitcast <16 x i32> %2319 to <32 x bfloat>
+  %r.i772.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i748.us.us.i, <32 x bfloat> %2297, <32 x bfloat> %y.i771.us.us.i)
+  %2320 = getelementptr i8, ptr %2300, i64 20
+  %2321 = load i32, ptr %2320, align 4, !tbaa !4
+  %2322 = insertelement <16 x i32> poison, i32 %2321, i64 0
+  %2323 = shufflevector <16 x i32> %2322, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i774.us.us.i = bitcast <16 x i32> %2323 to <32 x bfloat>
+  %r.i775.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i751.us.us.i, <32 x bfloat> %2297, <32 x bfloat> %y.i774.us.us.i)
+  %2324 = getelementptr i8, ptr %2300, i64 24
+  %2325 = load i32, ptr %2324, align 4, !tbaa !4
+  %2326 = insertelement <16 x i32> poison, i32 %2325, i64 0
+  %2327 = shufflevector <16 x i32> %2326, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i777.us.us.i = bitcast <16 x i32> %2327 to <32 x bfloat>
+  %r.i778.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i754.us.us.i, <32 x bfloat> %2297, <32 x bfloat> %y.i777.us.us.i)
+  %2328 = getelementptr i8, ptr %2300, i64 28
+  %2329 = load i32, ptr %2328, align 4, !tbaa !4
+  %2330 = insertelement <16 x i32> poison, i32 %2329, i64 0
+  %2331 = shufflevector <16 x i32> %2330, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i780.us.us.i = bitcast <16 x i32> %2331 to <32 x bfloat>
+  %r.i781.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i757.us.us.i, <32 x bfloat> %2297, <32 x bfloat> %y.i780.us.us.i)
+  %2332 = getelementptr i8, ptr %gep1794.i, i64 512
+  %2333 = load <32 x bfloat>, ptr %2332, align 4, !tbaa !4
+  %2334 = or disjoint i64 %2081, 8
+  %2335 = mul nsw i64 %2334, %k_row
+  %2336 = getelementptr i32, ptr %2626, i64 %2335
+  %2337 = load i32, ptr %2336, align 4, !tbaa !4
+  %2338 = insertelement <16 x i32> poison, i32 %2337, i64 0
+  %2339 = shufflevector <16 x i32> %2338, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i783.us.us.i = bitcast <16 x i32> %2339 to <32 x bfloat>
+  %r.i784.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i760.us.us.i, <32 x bfloat> %2333, <32 x bfloat> %y.i783.us.us.i)
+  %2340 = getelementptr i8, ptr %2336, i64 4
+  %2341 = load i32, ptr %2340, align 4, !tbaa !4
+  %2342 = insertelement <16 x i32> poison, i32 %2341, i64 0
+  %2343 = shufflevector <16 x i32> %2342, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i786.us.us.i = bitcast <16 x i32> %2343 to <32 x bfloat>
+  %r.i787.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i763.us.us.i, <32 x bfloat> %2333, <32 x bfloat> %y.i786.us.us.i)
+  %2344 = getelementptr i8, ptr %2336, i64 8
+  %2345 = load i32, ptr %2344, align 4, !tbaa !4
+  %2346 = insertelement <16 x i32> poison, i32 %2345, i64 0
+  %2347 = shufflevector <16 x i32> %2346, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i789.us.us.i = bitcast <16 x i32> %2347 to <32 x bfloat>
+  %r.i790.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i766.us.us.i, <32 x bfloat> %2333, <32 x bfloat> %y.i789.us.us.i)
+  %2348 = getelementptr i8, ptr %2336, i64 12
+  %2349 = load i32, ptr %2348, align 4, !tbaa !4
+  %2350 = insertelement <16 x i32> poison, i32 %2349, i64 0
+  %2351 = shufflevector <16 x i32> %2350, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i792.us.us.i = bitcast <16 x i32> %2351 to <32 x bfloat>
+  %r.i793.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i769.us.us.i, <32 x bfloat> %2333, <32 x bfloat> %y.i792.us.us.i)
+  %2352 = getelementptr i8, ptr %2336, i64 16
+  %2353 = load i32, ptr %2352, align 4, !tbaa !4
+  %2354 = insertelement <16 x i32> poison, i32 %2353, i64 0
+  %2355 = shufflevector <16 x i32> %2354, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i795.us.us.i = bitcast <16 x i32> %2355 to <32 x bfloat>
+  %r.i796.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i772.us.us.i, <32 x bfloat> %2333, <32 x bfloat> %y.i795.us.us.i)
+  %2356 = getelementptr i8, ptr %2336, i64 20
+  %2357 = load i32, ptr %2356, align 4, !tbaa !4
+  %2358 = insertelement <16 x i32> poison, i32 %2357, i64 0
+  %2359 = shufflevector <16 x i32> %2358, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i798.us.us.i = bitcast <16 x i32> %2359 to <32 x bfloat>
+  %r.i799.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i775.us.us.i, <32 x bfloat> %2333, <32 x bfloat> %y.i798.us.us.i)
+  %2360 = getelementptr i8, ptr %2336, i64 24
+  %2361 = load i32, ptr %2360, align 4, !tbaa !4
+  %2362 = insertelement <16 x i32> poison, i32 %2361, i64 0
+  %2363 = shufflevector <16 x i32> %2362, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i801.us.us.i = bitcast <16 x i32> %2363 to <32 x bfloat>
+  %r.i802.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i778.us.us.i, <32 x bfloat> %2333, <32 x bfloat> %y.i801.us.us.i)
+  %2364 = getelementptr i8, ptr %2336, i64 28
+  %2365 = load i32, ptr %2364, align 4, !tbaa !4
+  %2366 = insertelement <16 x i32> poison, i32 %2365, i64 0
+  %2367 = shufflevector <16 x i32> %2366, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i804.us.us.i = bitcast <16 x i32> %2367 to <32 x bfloat>
+  %r.i805.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i781.us.us.i, <32 x bfloat> %2333, <32 x bfloat> %y.i804.us.us.i)
+  %2368 = getelementptr i8, ptr %gep1794.i, i64 576
+  %2369 = load <32 x bfloat>, ptr %2368, align 4, !tbaa !4
+  %2370 = or disjoint i64 %2081, 9
+  %2371 = mul nsw i64 %2370, %k_row
+  %2372 = getelementptr i32, ptr %2626, i64 %2371
+  %2373 = load i32, ptr %2372, align 4, !tbaa !4
+  %2374 = insertelement <16 x i32> poison, i32 %2373, i64 0
+  %2375 = shufflevector <16 x i32> %2374, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i807.us.us.i = bitcast <16 x i32> %2375 to <32 x bfloat>
+  %r.i808.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i784.us.us.i, <32 x bfloat> %2369, <32 x bfloat> %y.i807.us.us.i)
+  %2376 = getelementptr i8, ptr %2372, i64 4
   %2377 = load i32, ptr %2376, align 4, !tbaa !4
   %2378 = insertelement <16 x i32> poison, i32 %2377, i64 0
   %2379 = shufflevector <16 x i32> %2378, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i531.us.us.i = bitcast <16 x i32> %2379 to <32 x bfloat>
-  %r.i533.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global492.sroa.12.01176.us.us.i, <32 x bfloat> %x.i531.us.us.i, <32 x bfloat> %2373)
-  %r.i536.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global492.sroa.18.01175.us.us.i, <32 x bfloat> %x.i531.us.us.i, <32 x bfloat> %2375)
-  %2380 = getelementptr i8, ptr %gep80, i64 512
+  %y.i810.us.us.i = bitcast <16 x i32> %2379 to <32 x bfloat>
+  %r.i811.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i787.us.us.i, <32 x bfloat> %2369, <32 x bfloat> %y.i810.us.us.i)
+  %2380 = getelementptr i8, ptr %2372, i64 8
   %2381 = load i32, ptr %2380, align 4, !tbaa !4
   %2382 = insertelement <16 x i32> poison, i32 %2381, i64 0
   %2383 = shufflevector <16 x i32> %2382, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i537.us.us.i = bitcast <16 x i32> %2383 to <32 x bfloat>
-  %r.i539.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global492.sroa.24.01174.us.us.i, <32 x bfloat> %x.i537.us.us.i, <32 x bfloat> %2373)
-  %r.i542.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global492.sroa.30.01173.us.us.i, <32 x bfloat> %x.i537.us.us.i, <32 x bfloat> %2375)
-  %2384 = getelementptr i8, ptr %gep80, i64 768
+  %y.i813.us.us.i = bitcast <16 x i32> %2383 to <32 x bfloat>
+  %r.i814.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i790.us.us.i, <32 x bfloat> %2369, <32 x bfloat> %y.i813.us.us.i)
+  %2384 = getelementptr i8, ptr %2372, i64 12
   %2385 = load i32, ptr %2384, align 4, !tbaa !4
   %2386 = insertelement <16 x i32> poison, i32 %2385, i64 0
   %2387 = shufflevector <16 x i32> %2386, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i543.us.us.i = bitcast <16 x i32> %2387 to <32 x bfloat>
-  %r.i545.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global492.sroa.36.01172.us.us.i, <32 x bfloat> %x.i543.us.us.i, <32 x bfloat> %2373)
-  %r.i548.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global492.sroa.42.01171.us.us.i, <32 x bfloat> %x.i543.us.us.i, <32 x bfloat> %2375)
-  %2388 = getelementptr i8, ptr %gep80, i64 4
+  %y.i816.us.us.i = bitcast <16 x i32> %2387 to <32 x bfloat>
+  %r.i817.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i793.us.us.i, <32 x bfloat> %2369, <32 x bfloat> %y.i816.us.us.i)
+  %2388 = getelementptr i8, ptr %2372, i64 16
   %2389 = load i32, ptr %2388, align 4, !tbaa !4
   %2390 = insertelement <16 x i32> poison, i32 %2389, i64 0
   %2391 = shufflevector <16 x i32> %2390, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2392 = or disjoint i64 %2367, 1
-  %2393 = mul nsw i64 %2392, %k_row
-  %2394 = getelementptr i32, ptr %gep1181.us.us.i, i64 %2393
-  %2395 = load <32 x bfloat>, ptr %2394, align 4, !tbaa !4
-  %x.i549.us.us.i = bitcast <16 x i32> %2391 to <32 x bfloat>
-  %r.i551.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.us.i, <32 x bfloat> %x.i549.us.us.i, <32 x bfloat> %2395)
-  %2396 = getelementptr i32, ptr %gep1183.us.us.i, i64 %2393
-  %2397 = load <32 x bfloat>, ptr %2396, align 4, !tbaa !4
-  %r.i554.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i530.us.us.i, <32 x bfloat> %x.i549.us.us.i, <32 x bfloat> %2397)
-  %2398 = getelementptr i8, ptr %gep80, i64 260
-  %2399 = load i32, ptr %2398, align 4, !tbaa !4
-  %2400 = insertelement <16 x i32> poison, i32 %2399, i64 0
-  %2401 = shufflevector <16 x i32> %2400, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i555.us.us.i = bitcast <16 x i32> %2401 to <32 x bfloat>
-  %r.i557.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i533.us.us.i, <32 x bfloat> %x.i555.us.us.i, <32 x bfloat> %2395)
-  %r.i560.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i536.us.us.i, <32 x bfloat> %x.i555.us.us.i, <32 x bfloat> %2397)
-  %2402 = getelementptr i8, ptr %gep80, i64 516
-  %2403 = load i32, ptr %2402, align 4, !tbaa !4
-  %2404 = insertelement <16 x i32> poison, i32 %2403, i64 0
-  %2405 = shufflevector <16 x i32> %2404, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i561.us.us.i = bitcast <16 x i32> %2405 to <32 x bfloat>
-  %r.i563.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i539.us.us.i, <32 x bfloat> %x.i561.us.us.i, <32 x bfloat> %2395)
-  %r.i566.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i542.us.us.i, <32 x bfloat> %x.i561.us.us.i, <32 x bfloat> %2397)
-  %2406 = getelementptr i8, ptr %gep80, i64 772
-  %2407 = load i32, ptr %2406, align 4, !tbaa !4
-  %2408 = insertelement <16 x i32> poison, i32 %2407, i64 0
-  %2409 = shufflevector <16 x i32> %2408, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i567.us.us.i = bitcast <16 x i32> %2409 to <32 x bfloat>
-  %r.i569.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i545.us.us.i, <32 x bfloat> %x.i567.us.us.i, <32 x bfloat> %2395)
-  %r.i572.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i548.us.us.i, <32 x bfloat> %x.i567.us.us.i, <32 x bfloat> %2397)
-  %2410 = getelementptr i8, ptr %gep80, i64 8
-  %2411 = load i32, ptr %2410, align 4, !tbaa !4
-  %2412 = insertelement <16 x i32> poison, i32 %2411, i64 0
-  %2413 = shufflevector <16 x i32> %2412, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2414 = or disjoint i64 %2367, 2
-  %2415 = mul nsw i64 %2414, %k_row
-  %2416 = getelementptr i32, ptr %gep1181.us.us.i, i64 %2415
-  %2417 = load <32 x bfloat>, ptr %2416, align 4, !tbaa !4
-  %x.i.us.us.1.i = bitcast <16 x i32> %2413 to <32 x bfloat>
-  %r.i.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i551.us.us.i, <32 x bfloat> %x.i.us.us.1.i, <32 x bfloat> %2417)
-  %2418 = getelementptr i32, ptr %gep1183.us.us.i, i64 %2415
-  %2419 = load <32 x bfloat>, ptr %2418, align 4, !tbaa !4
-  %r.i530.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i554.us.us.i, <32 x bfloat> %x.i.us.us.1.i, <32 x bfloat> %2419)
-  %2420 = getelementptr i8, ptr %gep80, i64 264
+  %y.i819.us.us.i = bitcast <16 x i32> %2391 to <32 x bfloat>
+  %r.i820.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i796.us.us.i, <32 x bfloat> %2369, <32 x bfloat> %y.i819.us.us.i)
+  %2392 = getelementptr i8, ptr %2372, i64 20
+  %2393 = load i32, ptr %2392, align 4, !tbaa !4
+  %2394 = insertelement <16 x i32> poison, i32 %2393, i64 0
+  %2395 = shufflevector <16 x i32> %2394, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i822.us.us.i = bitcast <16 x i32> %2395 to <32 x bfloat>
+  %r.i823.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i799.us.us.i, <32 x bfloat> %2369, <32 x bfloat> %y.i822.us.us.i)
+  %2396 = getelementptr i8, ptr %2372, i64 24
+  %2397 = load i32, ptr %2396, align 4, !tbaa !4
+  %2398 = insertelement <16 x i32> poison, i32 %2397, i64 0
+  %2399 = shufflevector <16 x i32> %2398, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i825.us.us.i = bitcast <16 x i32> %2399 to <32 x bfloat>
+  %r.i826.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i802.us.us.i, <32 x bfloat> %2369, <32 x bfloat> %y.i825.us.us.i)
+  %2400 = getelementptr i8, ptr %2372, i64 28
+  %2401 = load i32, ptr %2400, align 4, !tbaa !4
+  %2402 = insertelement <16 x i32> poison, i32 %2401, i64 0
+  %2403 = shufflevector <16 x i32> %2402, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i828.us.us.i = bitcast <16 x i32> %2403 to <32 x bfloat>
+  %r.i829.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i805.us.us.i, <32 x bfloat> %2369, <32 x bfloat> %y.i828.us.us.i)
+  %2404 = getelementptr i8, ptr %gep1794.i, i64 640
+  %2405 = load <32 x bfloat>, ptr %2404, align 4, !tbaa !4
+  %2406 = or disjoint i64 %2081, 10
+  %2407 = mul nsw i64 %2406, %k_row
+  %2408 = getelementptr i32, ptr %2626, i64 %2407
+  %2409 = load i32, ptr %2408, align 4, !tbaa !4
+  %2410 = insertelement <16 x i32> poison, i32 %2409, i64 0
+  %2411 = shufflevector <16 x i32> %2410, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i831.us.us.i = bitcast <16 x i32> %2411 to <32 x bfloat>
+  %r.i832.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i808.us.us.i, <32 x bfloat> %2405, <32 x bfloat> %y.i831.us.us.i)
+  %2412 = getelementptr i8, ptr %2408, i64 4
+  %2413 = load i32, ptr %2412, align 4, !tbaa !4
+  %2414 = insertelement <16 x i32> poison, i32 %2413, i64 0
+  %2415 = shufflevector <16 x i32> %2414, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i834.us.us.i = bitcast <16 x i32> %2415 to <32 x bfloat>
+  %r.i835.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i811.us.us.i, <32 x bfloat> %2405, <32 x bfloat> %y.i834.us.us.i)
+  %2416 = getelementptr i8, ptr %2408, i64 8
+  %2417 = load i32, ptr %2416, align 4, !tbaa !4
+  %2418 = insertelement <16 x i32> poison, i32 %2417, i64 0
+  %2419 = shufflevector <16 x i32> %2418, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i837.us.us.i = bitcast <16 x i32> %2419 to <32 x bfloat>
+  %r.i838.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i814.us.us.i, <32 x bfloat> %2405, <32 x bfloat> %y.i837.us.us.i)
+  %2420 = getelementptr i8, ptr %2408, i64 12
   %2421 = load i32, ptr %2420, align 4, !tbaa !4
   %2422 = insertelement <16 x i32> poison, i32 %2421, i64 0
   %2423 = shufflevector <16 x i32> %2422, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i531.us.us.1.i = bitcast <16 x i32> %2423 to <32 x bfloat>
-  %r.i533.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i557.us.us.i, <32 x bfloat> %x.i531.us.us.1.i, <32 x bfloat> %2417)
-  %r.i536.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i560.us.us.i, <32 x bfloat> %x.i531.us.us.1.i, <32 x bfloat> %2419)
-  %2424 = getelementptr i8, ptr %gep80, i64 520
+  %y.i840.us.us.i = bitcast <16 x i32> %2423 to <32 x bfloat>
+  %r.i841.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i817.us.us.i, <32 x bfloat> %2405, <32 x bfloat> %y.i840.us.us.i)
+  %2424 = getelementptr i8, ptr %2408, i64 16
   %2425 = load i32, ptr %2424, align 4, !tbaa !4
   %2426 = insertelement <16 x i32> poison, i32 %2425, i64 0
   %2427 = shufflevector <16 x i32> %2426, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i537.us.us.1.i = bitcast <16 x i32> %2427 to <32 x bfloat>
-  %r.i539.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i563.us.us.i, <32 x bfloat> %x.i537.us.us.1.i, <32 x bfloat> %2417)
-  %r.i542.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i566.us.us.i, <32 x bfloat> %x.i537.us.us.1.i, <32 x bfloat> %2419)
-  %2428 = getelementptr i8, ptr %gep80, i64 776
+  %y.i843.us.us.i = bitcast <16 x i32> %2427 to <32 x bfloat>
+  %r.i844.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i820.us.us.i, <32 x bfloat> %2405, <32 x bfloat> %y.i843.us.us.i)
+  %2428 = getelementptr i8, ptr %2408, i64 20
   %2429 = load i32, ptr %2428, align 4, !tbaa !4
   %2430 = insertelement <16 x i32> poison, i32 %2429, i64 0
   %2431 = shufflevector <16 x i32> %2430, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i543.us.us.1.i = bitcast <16 x i32> %2431 to <32 x bfloat>
-  %r.i545.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i569.us.us.i, <32 x bfloat> %x.i543.us.us.1.i, <32 x bfloat> %2417)
-  %r.i548.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i572.us.us.i, <32 x bfloat> %x.i543.us.us.1.i, <32 x bfloat> %2419)
-  %2432 = getelementptr i8, ptr %gep80, i64 12
+  %y.i846.us.us.i = bitcast <16 x i32> %2431 to <32 x bfloat>
+  %r.i847.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i823.us.us.i, <32 x bfloat> %2405, <32 x bfloat> %y.i846.us.us.i)
+  %2432 = getelementptr i8, ptr %2408, i64 24
   %2433 = load i32, ptr %2432, align 4, !tbaa !4
   %2434 = insertelement <16 x i32> poison, i32 %2433, i64 0
   %2435 = shufflevector <16 x i32> %2434, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2436 = or disjoint i64 %2367, 3
-  %2437 = mul nsw i64 %2436, %k_row
-  %2438 = getelementptr i32, ptr %gep1181.us.us.i, i64 %2437
-  %2439 = load <32 x bfloat>, ptr %2438, align 4, !tbaa !4
-  %x.i549.us.us.1.i = bitcast <16 x i32> %2435 to <32 x bfloat>
-  %r.i551.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.us.1.i, <32 x bfloat> %x.i549.us.us.1.i, <32 x bfloat> %2439)
-  %2440 = getelementptr i32, ptr %gep1183.us.us.i, i64 %2437
+  %y.i849.us.us.i = bitcast <16 x i32> %2435 to <32 x bfloat>
+  %r.i850.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i826.us.us.i, <32 x bfloat> %2405, <32 x bfloat> %y.i849.us.us.i)
+  %2436 = getelementptr i8, ptr %2408, i64 28
+  %2437 = load i32, ptr %2436, align 4, !tbaa !4
+  %2438 = insertelement <16 x i32> poison, i32 %2437, i64 0
+  %2439 = shufflevector <16 x i32> %2438, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i852.us.us.i = bitcast <16 x i32> %2439 to <32 x bfloat>
+  %r.i853.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i829.us.us.i, <32 x bfloat> %2405, <32 x bfloat> %y.i852.us.us.i)
+  %2440 = getelementptr i8, ptr %gep1794.i, i64 704
   %2441 = load <32 x bfloat>, ptr %2440, align 4, !tbaa !4
-  %r.i554.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i530.us.us.1.i, <32 x bfloat> %x.i549.us.us.1.i, <32 x bfloat> %2441)
-  %2442 = getelementptr i8, ptr %gep80, i64 268
-  %2443 = load i32, ptr %2442, align 4, !tbaa !4
-  %2444 = insertelement <16 x i32> poison, i32 %2443, i64 0
-  %2445 = shufflevector <16 x i32> %2444, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i555.us.us.1.i = bitcast <16 x i32> %2445 to <32 x bfloat>
-  %r.i557.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i533.us.us.1.i, <32 x bfloat> %x.i555.us.us.1.i, <32 x bfloat> %2439)
-  %r.i560.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i536.us.us.1.i, <32 x bfloat> %x.i555.us.us.1.i, <32 x bfloat> %2441)
-  %2446 = getelementptr i8, ptr %gep80, i64 524
-  %2447 = load i32, ptr %2446, align 4, !tbaa !4
-  %2448 = insertelement <16 x i32> poison, i32 %2447, i64 0
-  %2449 = shufflevector <16 x i32> %2448, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i561.us.us.1.i = bitcast <16 x i32> %2449 to <32 x bfloat>
-  %r.i563.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i539.us.us.1.i, <32 x bfloat> %x.i561.us.us.1.i, <32 x bfloat> %2439)
-  %r.i566.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i542.us.us.1.i, <32 x bfloat> %x.i561.us.us.1.i, <32 x bfloat> %2441)
-  %2450 = getelementptr i8, ptr %gep80, i64 780
-  %2451 = load i32, ptr %2450, align 4, !tbaa !4
-  %2452 = insertelement <16 x i32> poison, i32 %2451, i64 0
-  %2453 = shufflevector <16 x i32> %2452, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i567.us.us.1.i = bitcast <16 x i32> %2453 to <32 x bfloat>
-  %r.i569.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i545.us.us.1.i, <32 x bfloat> %x.i567.us.us.1.i, <32 x bfloat> %2439)
-  %r.i572.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i548.us.us.1.i, <32 x bfloat> %x.i567.us.us.1.i, <32 x bfloat> %2441)
-  %indvars.iv.next1428.i = add nuw nsw i64 %indvars.iv1427.i, 1
-  %exitcond1430.not.i = icmp eq i64 %indvars.iv.next1428.i, 16
-  br i1 %exitcond1430.not.i, label %for_end_d_0136.us.us.i, label %for_begin_d_1.preheader.us.us.i, !prof !28
+  %2442 = or disjoint i64 %2081, 11
+  %2443 = mul nsw i64 %2442, %k_row
+  %2444 = getelementptr i32, ptr %2626, i64 %2443
+  %2445 = load i32, ptr %2444, align 4, !tbaa !4
+  %2446 = insertelement <16 x i32> poison, i32 %2445, i64 0
+  %2447 = shufflevector <16 x i32> %2446, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i855.us.us.i = bitcast <16 x i32> %2447 to <32 x bfloat>
+  %r.i856.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i832.us.us.i, <32 x bfloat> %2441, <32 x bfloat> %y.i855.us.us.i)
+  %2448 = getelementptr i8, ptr %2444, i64 4
+  %2449 = load i32, ptr %2448, align 4, !tbaa !4
+  %2450 = insertelement <16 x i32> poison, i32 %2449, i64 0
+  %2451 = shufflevector <16 x i32> %2450, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i858.us.us.i = bitcast <16 x i32> %2451 to <32 x bfloat>
+  %r.i859.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i835.us.us.i, <32 x bfloat> %2441, <32 x bfloat> %y.i858.us.us.i)
+  %2452 = getelementptr i8, ptr %2444, i64 8
+  %2453 = load i32, ptr %2452, align 4, !tbaa !4
+  %2454 = insertelement <16 x i32> poison, i32 %2453, i64 0
+  %2455 = shufflevector <16 x i32> %2454, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i861.us.us.i = bitcast <16 x i32> %2455 to <32 x bfloat>
+  %r.i862.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i838.us.us.i, <32 x bfloat> %2441, <32 x bfloat> %y.i861.us.us.i)
+  %2456 = getelementptr i8, ptr %2444, i64 12
+  %2457 = load i32, ptr %2456, align 4, !tbaa !4
+  %2458 = insertelement <16 x i32> poison, i32 %2457, i64 0
+  %2459 = shufflevector <16 x i32> %2458, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i864.us.us.i = bitcast <16 x i32> %2459 to <32 x bfloat>
+  %r.i865.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i841.us.us.i, <32 x bfloat> %2441, <32 x bfloat> %y.i864.us.us.i)
+  %2460 = getelementptr i8, ptr %2444, i64 16
+  %2461 = load i32, ptr %2460, align 4, !tbaa !4
+  %2462 = insertelement <16 x i32> poison, i32 %2461, i64 0
+  %2463 = shufflevector <16 x i32> %2462, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i867.us.us.i = bitcast <16 x i32> %2463 to <32 x bfloat>
+  %r.i868.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i844.us.us.i, <32 x bfloat> %2441, <32 x bfloat> %y.i867.us.us.i)
+  %2464 = getelementptr i8, ptr %2444, i64 20
+  %2465 = load i32, ptr %2464, align 4, !tbaa !4
+  %2466 = insertelement <16 x i32> poison, i32 %2465, i64 0
+  %2467 = shufflevector <16 x i32> %2466, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i870.us.us.i = bitcast <16 x i32> %2467 to <32 x bfloat>
+  %r.i871.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i847.us.us.i, <32 x bfloat> %2441, <32 x bfloat> %y.i870.us.us.i)
+  %2468 = getelementptr i8, ptr %2444, i64 24
+  %2469 = load i32, ptr %2468, align 4, !tbaa !4
+  %2470 = insertelement <16 x i32> poison, i32 %2469, i64 0
+  %2471 = shufflevector <16 x i32> %2470, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i873.us.us.i = bitcast <16 x i32> %2471 to <32 x bfloat>
+  %r.i874.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i850.us.us.i, <32 x bfloat> %2441, <32 x bfloat> %y.i873.us.us.i)
+  %2472 = getelementptr i8, ptr %2444, i64 28
+  %2473 = load i32, ptr %2472, align 4, !tbaa !4
+  %2474 = insertelement <16 x i32> poison, i32 %2473, i64 0
+  %2475 = shufflevector <16 x i32> %2474, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i876.us.us.i = bitcast <16 x i32> %2475 to <32 x bfloat>
+  %r.i877.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i853.us.us.i, <32 x bfloat> %2441, <32 x bfloat> %y.i876.us.us.i)
+  %2476 = getelementptr i8, ptr %gep1794.i, i64 768
+  %2477 = load <32 x bfloat>, ptr %2476, align 4, !tbaa !4
+  %2478 = or disjoint i64 %2081, 12
+  %2479 = mul nsw i64 %2478, %k_row
+  %2480 = getelementptr i32, ptr %2626, i64 %2479
+  %2481 = load i32, ptr %2480, align 4, !tbaa !4
+  %2482 = insertelement <16 x i32> poison, i32 %2481, i64 0
+  %2483 = shufflevector <16 x i32> %2482, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i879.us.us.i = bitcast <16 x i32> %2483 to <32 x bfloat>
+  %r.i880.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i856.us.us.i, <32 x bfloat> %2477, <32 x bfloat> %y.i879.us.us.i)
+  %2484 = getelementptr i8, ptr %2480, i64 4
+  %2485 = load i32, ptr %2484, align 4, !tbaa !4
+  %2486 = insertelement <16 x i32> poison, i32 %2485, i64 0
+  %2487 = shufflevector <16 x i32> %2486, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i882.us.us.i = bitcast <16 x i32> %2487 to <32 x bfloat>
+  %r.i883.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i859.us.us.i, <32 x bfloat> %2477, <32 x bfloat> %y.i882.us.us.i)
+  %2488 = getelementptr i8, ptr %2480, i64 8
+  %2489 = load i32, ptr %2488, align 4, !tbaa !4
+  %2490 = insertelement <16 x i32> poison, i32 %2489, i64 0
+  %2491 = shufflevector <16 x i32> %2490, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i885.us.us.i = bitcast <16 x i32> %2491 to <32 x bfloat>
+  %r.i886.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i862.us.us.i, <32 x bfloat> %2477, <32 x bfloat> %y.i885.us.us.i)
+  %2492 = getelementptr i8, ptr %2480, i64 12
+  %2493 = load i32, ptr %2492, align 4, !tbaa !4
+  %2494 = insertelement <16 x i32> poison, i32 %2493, i64 0
+  %2495 = shufflevector <16 x i32> %2494, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i888.us.us.i = bitcast <16 x i32> %2495 to <32 x bfloat>
+  %r.i889.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i865.us.us.i, <32 x bfloat> %2477, <32 x bfloat> %y.i888.us.us.i)
+  %2496 = getelementptr i8, ptr %2480, i64 16
+  %2497 = load i32, ptr %2496, align 4, !tbaa !4
+  %2498 = insertelement <16 x i32> poison, i32 %2497, i64 0
+  %2499 = shufflevector <16 x i32> %2498, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i891.us.us.i = bitcast <16 x i32> %2499 to <32 x bfloat>
+  %r.i892.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i868.us.us.i, <32 x bfloat> %2477, <32 x bfloat> %y.i891.us.us.i)
+  %2500 = getelementptr i8, ptr %2480, i64 20
+  %2501 = load i32, ptr %2500, align 4, !tbaa !4
+  %2502 = insertelement <16 x i32> poison, i32 %2501, i64 0
+  %2503 = shufflevector <16 x i32> %2502, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i894.us.us.i = bitcast <16 x i32> %2503 to <32 x bfloat>
+  %r.i895.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i871.us.us.i, <32 x bfloat> %2477, <32 x bfloat> %y.i894.us.us.i)
+  %2504 = getelementptr i8, ptr %2480, i64 24
+  %2505 = load i32, ptr %2504, align 4, !tbaa !4
+  %2506 = insertelement <16 x i32> poison, i32 %2505, i64 0
+  %2507 = shufflevector <16 x i32> %2506, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i897.us.us.i = bitcast <16 x i32> %2507 to <32 x bfloat>
+  %r.i898.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i874.us.us.i, <32 x bfloat> %2477, <32 x bfloat> %y.i897.us.us.i)
+  %2508 = getelementptr i8, ptr %2480, i64 28
+  %2509 = load i32, ptr %2508, align 4, !tbaa !4
+  %2510 = insertelement <16 x i32> poison, i32 %2509, i64 0
+  %2511 = shufflevector <16 x i32> %2510, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i900.us.us.i = bitcast <16 x i32> %2511 to <32 x bfloat>
+  %r.i901.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i877.us.us.i, <32 x bfloat> %2477, <32 x bfloat> %y.i900.us.us.i)
+  %2512 = getelementptr i8, ptr %gep1794.i, i64 832
+  %2513 = load <32 x bfloat>, ptr %2512, align 4, !tbaa !4
+  %2514 = or disjoint i64 %2081, 13
+  %2515 = mul nsw i64 %2514, %k_row
+  %2516 = getelementptr i32, ptr %2626, i64 %2515
+  %2517 = load i32, ptr %2516, align 4, !tbaa !4
+  %2518 = insertelement <16 x i32> poison, i32 %2517, i64 0
+  %2519 = shufflevector <16 x i32> %2518, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i903.us.us.i = bitcast <16 x i32> %2519 to <32 x bfloat>
+  %r.i904.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i880.us.us.i, <32 x bfloat> %2513, <32 x bfloat> %y.i903.us.us.i)
+  %2520 = getelementptr i8, ptr %2516, i64 4
+  %2521 = load i32, ptr %2520, align 4, !tbaa !4
+  %2522 = insertelement <16 x i32> poison, i32 %2521, i64 0
+  %2523 = shufflevector <16 x i32> %2522, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i906.us.us.i = bitcast <16 x i32> %2523 to <32 x bfloat>
+  %r.i907.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i883.us.us.i, <32 x bfloat> %2513, <32 x bfloat> %y.i906.us.us.i)
+  %2524 = getelementptr i8, ptr %2516, i64 8
+  %2525 = load i32, ptr %2524, align 4, !tbaa !4
+  %2526 = insertelement <16 x i32> poison, i32 %2525, i64 0
+  %2527 = shufflevector <16 x i32> %2526, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i909.us.us.i = bitcast <16 x i32> %2527 to <32 x bfloat>
+  %r.i910.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i886.us.us.i, <32 x bfloat> %2513, <32 x bfloat> %y.i909.us.us.i)
+  %2528 = getelementptr i8, ptr %2516, i64 12
+  %2529 = load i32, ptr %2528, align 4, !tbaa !4
+  %2530 = insertelement <16 x i32> poison, i32 %2529, i64 0
+  %2531 = shufflevector <16 x i32> %2530, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i912.us.us.i = bitcast <16 x i32> %2531 to <32 x bfloat>
+  %r.i913.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i889.us.us.i, <32 x bfloat> %2513, <32 x bfloat> %y.i912.us.us.i)
+  %2532 = getelementptr i8, ptr %2516, i64 16
+  %2533 = load i32, ptr %2532, align 4, !tbaa !4
+  %2534 = insertelement <16 x i32> poison, i32 %2533, i64 0
+  %2535 = shufflevector <16 x i32> %2534, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i915.us.us.i = bitcast <16 x i32> %2535 to <32 x bfloat>
+  %r.i916.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i892.us.us.i, <32 x bfloat> %2513, <32 x bfloat> %y.i915.us.us.i)
+  %2536 = getelementptr i8, ptr %2516, i64 20
+  %2537 = load i32, ptr %2536, align 4, !tbaa !4
+  %2538 = insertelement <16 x i32> poison, i32 %2537, i64 0
+  %2539 = shufflevector <16 x i32> %2538, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i918.us.us.i = bitcast <16 x i32> %2539 to <32 x bfloat>
+  %r.i919.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i895.us.us.i, <32 x bfloat> %2513, <32 x bfloat> %y.i918.us.us.i)
+  %2540 = getelementptr i8, ptr %2516, i64 24
+  %2541 = load i32, ptr %2540, align 4, !tbaa !4
+  %2542 = insertelement <16 x i32> poison, i32 %2541, i64 0
+  %2543 = shufflevector <16 x i32> %2542, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i921.us.us.i = bitcast <16 x i32> %2543 to <32 x bfloat>
+  %r.i922.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i898.us.us.i, <32 x bfloat> %2513, <32 x bfloat> %y.i921.us.us.i)
+  %2544 = getelementptr i8, ptr %2516, i64 28
+  %2545 = load i32, ptr %2544, align 4, !tbaa !4
+  %2546 = insertelement <16 x i32> poison, i32 %2545, i64 0
+  %2547 = shufflevector <16 x i32> %2546, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i924.us.us.i = bitcast <16 x i32> %2547 to <32 x bfloat>
+  %r.i925.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i901.us.us.i, <32 x bfloat> %2513, <32 x bfloat> %y.i924.us.us.i)
+  %2548 = getelementptr i8, ptr %gep1794.i, i64 896
+  %2549 = load <32 x bfloat>, ptr %2548, align 4, !tbaa !4
+  %2550 = or disjoint i64 %2081, 14
+  %2551 = mul nsw i64 %2550, %k_row
+  %2552 = getelementptr i32, ptr %2626, i64 %2551
+  %2553 = load i32, ptr %2552, align 4, !tbaa !4
+  %2554 = insertelement <16 x i32> poison, i32 %2553, i64 0
+  %2555 = shufflevector <16 x i32> %2554, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i927.us.us.i = bitcast <16 x i32> %2555 to <32 x bfloat>
+  %r.i928.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i904.us.us.i, <32 x bfloat> %2549, <32 x bfloat> %y.i927.us.us.i)
+  %2556 = getelementptr i8, ptr %2552, i64 4
+  %2557 = load i32, ptr %2556, align 4, !tbaa !4
+  %2558 = insertelement <16 x i32> poison, i32 %2557, i64 0
+  %2559 = shufflevector <16 x i32> %2558, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i930.us.us.i = bitcast <16 x i32> %2559 to <32 x bfloat>
+  %r.i931.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i907.us.us.i, <32 x bfloat> %2549, <32 x bfloat> %y.i930.us.us.i)
+  %2560 = getelementptr i8, ptr %2552, i64 8
+  %2561 = load i32, ptr %2560, align 4, !tbaa !4
+  %2562 = insertelement <16 x i32> poison, i32 %2561, i64 0
+  %2563 = shufflevector <16 x i32> %2562, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i933.us.us.i = bitcast <16 x i32> %2563 to <32 x bfloat>
+  %r.i934.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i910.us.us.i, <32 x bfloat> %2549, <32 x bfloat> %y.i933.us.us.i)
+  %2564 = getelementptr i8, ptr %2552, i64 12
+  %2565 = load i32, ptr %2564, align 4, !tbaa !4
+  %2566 = insertelement <16 x i32> poison, i32 %2565, i64 0
+  %2567 = shufflevector <16 x i32> %2566, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i936.us.us.i = bitcast <16 x i32> %2567 to <32 x bfloat>
+  %r.i937.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i913.us.us.i, <32 x bfloat> %2549, <32 x bfloat> %y.i936.us.us.i)
+  %2568 = getelementptr i8, ptr %2552, i64 16
+  %2569 = load i32, ptr %2568, align 4, !tbaa !4
+  %2570 = insertelement <16 x i32> poison, i32 %2569, i64 0
+  %2571 = shufflevector <16 x i32> %2570, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i939.us.us.i = bitcast <16 x i32> %2571 to <32 x bfloat>
+  %r.i940.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i916.us.us.i, <32 x bfloat> %2549, <32 x bfloat> %y.i939.us.us.i)
+  %2572 = getelementptr i8, ptr %2552, i64 20
+  %2573 = load i32, ptr %2572, align 4, !tbaa !4
+  %2574 = insertelement <16 x i32> poison, i32 %2573, i64 0
+  %2575 = shufflevector <16 x i32> %2574, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i942.us.us.i = bitcast <16 x i32> %2575 to <32 x bfloat>
+  %r.i943.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i919.us.us.i, <32 x bfloat> %2549, <32 x bfloat> %y.i942.us.us.i)
+  %2576 = getelementptr i8, ptr %2552, i64 24
+  %2577 = load i32, ptr %2576, align 4, !tbaa !4
+  %2578 = insertelement <16 x i32> poison, i32 %2577, i64 0
+  %2579 = shufflevector <16 x i32> %2578, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i945.us.us.i = bitcast <16 x i32> %2579 to <32 x bfloat>
+  %r.i946.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i922.us.us.i, <32 x bfloat> %2549, <32 x bfloat> %y.i945.us.us.i)
+  %2580 = getelementptr i8, ptr %2552, i64 28
+  %2581 = load i32, ptr %2580, align 4, !tbaa !4
+  %2582 = insertelement <16 x i32> poison, i32 %2581, i64 0
+  %2583 = shufflevector <16 x i32> %2582, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i948.us.us.i = bitcast <16 x i32> %2583 to <32 x bfloat>
+  %r.i949.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i925.us.us.i, <32 x bfloat> %2549, <32 x bfloat> %y.i948.us.us.i)
+  %2584 = getelementptr i8, ptr %gep1794.i, i64 960
+  %2585 = load <32 x bfloat>, ptr %2584, align 4, !tbaa !4
+  %2586 = or disjoint i64 %2081, 15
+  %2587 = mul nsw i64 %2586, %k_row
+  %2588 = getelementptr i32, ptr %2626, i64 %2587
+  %2589 = load i32, ptr %2588, align 4, !tbaa !4
+  %2590 = insertelement <16 x i32> poison, i32 %2589, i64 0
+  %2591 = shufflevector <16 x i32> %2590, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i951.us.us.i = bitcast <16 x i32> %2591 to <32 x bfloat>
+  %r.i952.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i928.us.us.i, <32 x bfloat> %2585, <32 x bfloat> %y.i951.us.us.i)
+  %2592 = getelementptr i8, ptr %2588, i64 4
+  %2593 = load i32, ptr %2592, align 4, !tbaa !4
+  %2594 = insertelement <16 x i32> poison, i32 %2593, i64 0
+  %2595 = shufflevector <16 x i32> %2594, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i954.us.us.i = bitcast <16 x i32> %2595 to <32 x bfloat>
+  %r.i955.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i931.us.us.i, <32 x bfloat> %2585, <32 x bfloat> %y.i954.us.us.i)
+  %2596 = getelementptr i8, ptr %2588, i64 8
+  %2597 = load i32, ptr %2596, align 4, !tbaa !4
+  %2598 = insertelement <16 x i32> poison, i32 %2597, i64 0
+  %2599 = shufflevector <16 x i32> %2598, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i957.us.us.i = bitcast <16 x i32> %2599 to <32 x bfloat>
+  %r.i958.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i934.us.us.i, <32 x bfloat> %2585, <32 x bfloat> %y.i957.us.us.i)
+  %2600 = getelementptr i8, ptr %2588, i64 12
+  %2601 = load i32, ptr %2600, align 4, !tbaa !4
+  %2602 = insertelement <16 x i32> poison, i32 %2601, i64 0
+  %2603 = shufflevector <16 x i32> %2602, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i960.us.us.i = bitcast <16 x i32> %2603 to <32 x bfloat>
+  %r.i961.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i937.us.us.i, <32 x bfloat> %2585, <32 x bfloat> %y.i960.us.us.i)
+  %2604 = getelementptr i8, ptr %2588, i64 16
+  %2605 = load i32, ptr %2604, align 4, !tbaa !4
+  %2606 = insertelement <16 x i32> poison, i32 %2605, i64 0
+  %2607 = shufflevector <16 x i32> %2606, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i963.us.us.i = bitcast <16 x i32> %2607 to <32 x bfloat>
+  %r.i964.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i940.us.us.i, <32 x bfloat> %2585, <32 x bfloat> %y.i963.us.us.i)
+  %2608 = getelementptr i8, ptr %2588, i64 20
+  %2609 = load i32, ptr %2608, align 4, !tbaa !4
+  %2610 = insertelement <16 x i32> poison, i32 %2609, i64 0
+  %2611 = shufflevector <16 x i32> %2610, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i966.us.us.i = bitcast <16 x i32> %2611 to <32 x bfloat>
+  %r.i967.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i943.us.us.i, <32 x bfloat> %2585, <32 x bfloat> %y.i966.us.us.i)
+  %2612 = getelementptr i8, ptr %2588, i64 24
+  %2613 = load i32, ptr %2612, align 4, !tbaa !4
+  %2614 = insertelement <16 x i32> poison, i32 %2613, i64 0
+  %2615 = shufflevector <16 x i32> %2614, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i969.us.us.i = bitcast <16 x i32> %2615 to <32 x bfloat>
+  %r.i970.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i946.us.us.i, <32 x bfloat> %2585, <32 x bfloat> %y.i969.us.us.i)
+  %2616 = getelementptr i8, ptr %2588, i64 28
+  %2617 = load i32, ptr %2616, align 4, !tbaa !4
+  %2618 = insertelement <16 x i32> poison, i32 %2617, i64 0
+  %2619 = shufflevector <16 x i32> %2618, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i972.us.us.i = bitcast <16 x i32> %2619 to <32 x bfloat>
+  %r.i973.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i949.us.us.i, <32 x bfloat> %2585, <32 x bfloat> %y.i972.us.us.i)
+  %indvars.iv.next1551.i = add nuw nsw i64 %indvars.iv1550.i, 1
+  %exitcond1553.not.i = icmp eq i64 %indvars.iv.next1551.i, 4
+  br i1 %exitcond1553.not.i, label %for_end_d_0.us.us.i, label %for_body_d_0.us.us.i, !prof !28
 
-for_begin_d_0134.preheader.us.us.i:               ; preds = %for_begin_r_0_ti_0_fused.preheader.us.us.i, %for_end_d_0136.us.us.i
-  %indvars.iv1431.i = phi i64 [ 0, %for_begin_r_0_ti_0_fused.preheader.us.us.i ], [ %indvars.iv.next1432.i, %for_end_d_0136.us.us.i ]
-  %2454 = load i64, ptr %2457, align 8, !tbaa !4
-  %gep1181.us.us.i = getelementptr i32, ptr %invariant.gep1180.us.i, i64 %2454
-  %2455 = load i64, ptr %2458, align 8, !tbaa !4
-  %gep1183.us.us.i = getelementptr i32, ptr %invariant.gep1180.us.i, i64 %2455
-  %.idx = shl i64 %indvars.iv1431.i, 10
-  %gep = getelementptr i8, ptr %invariant.gep81, i64 %.idx
-  br label %for_begin_d_1.preheader.us.us.i
+for_begin_d_0.preheader.us.us.i:                  ; preds = %for_end_d_0.us.us.i, %for_begin_d_0.preheader.us.us.preheader.i
+  %indvars.iv1554.i = phi i64 [ 0, %for_begin_d_0.preheader.us.us.preheader.i ], [ %indvars.iv.next1555.i, %for_end_d_0.us.us.i ]
+  %2620 = shl nuw nsw i64 %indvars.iv1554.i, 3
+  %2621 = and i64 %2620, 17179869168
+  %2622 = and i64 %2620, 2147483632
+  %2623 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %2622
+  %2624 = load i64, ptr %2623, align 8, !tbaa !4
+  %2625 = add i64 %2620, %1022
+  %invariant.op1240.us.us.i = add i64 %2625, %2624
+  %.reass1241.us.us.i = sub i64 %invariant.op1240.us.us.i, %2621
+  %2626 = getelementptr i32, ptr %key_cache, i64 %.reass1241.us.us.i
+  br label %for_body_d_0.us.us.i
 
-for_begin_r_0_ti_0_fused.preheader.us.us.i:       ; preds = %for_end_r_0_ti_0_fused.us.us.i, %for_begin_r_0_ti_0_fused.preheader.us.us.preheader.i
-  %indvars.iv1435.i = phi i64 [ 0, %for_begin_r_0_ti_0_fused.preheader.us.us.preheader.i ], [ %indvars.iv.next1436.i, %for_end_r_0_ti_0_fused.us.us.i ]
-  %2456 = shl nsw i64 %indvars.iv1435.i, 5
-  %2457 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %2456
-  %2458 = getelementptr inbounds nuw i8, ptr %2457, i64 128
-  %invariant.gep1678.i = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2456
-  br label %for_begin_d_0134.preheader.us.us.i
+for_body_r191.lr.ph.us.i:                         ; preds = %if_then188.us.i
+  %2627 = icmp sgt i32 %valid_len182.us.i, %1006
+  %2628 = sext i32 %1170 to i64
+  %2629 = shl nsw i64 %2628, 2
+  br i1 %2627, label %for_body_r191.us.us.preheader.i, label %if_end189.us.i, !prof !3
 
-for_body_r152.lr.ph.us.i:                         ; preds = %if_then149.us.i
-  %2459 = icmp sgt i32 %valid_len133.us.i, %796
-  %2460 = sext i32 %843 to i64
-  %2461 = shl nsw i64 %2460, 2
-  %2462 = tail call i32 @llvm.umin.i32(i32 %845, i32 16)
-  %wide.trip.count1455.i = zext nneg i32 %2462 to i64
-  br i1 %2459, label %for_body_r152.us.i.us.preheader, label %if_end150.us.i, !prof !3
+for_body_r191.us.us.preheader.i:                  ; preds = %for_body_r191.lr.ph.us.i
+  %2630 = tail call i32 @llvm.umin.i32(i32 %1172, i32 16)
+  %smin110 = tail call i32 @llvm.smin.i32(i32 %span554.sroa.3.0.lcssa.i, i32 %1160)
+  %smin113 = tail call i32 @llvm.smin.i32(i32 %smin110, i32 %indvars.iv111)
+  %smin114 = tail call i32 @llvm.smin.i32(i32 %smin113, i32 %618)
+  %2631 = add i32 %indvars.iv108, %smin114
+  %smin115 = tail call i32 @llvm.smin.i32(i32 %2631, i32 256)
+  %2632 = sub i32 %smin115, %smax117
+  %2633 = zext i32 %2632 to i64
+  %2634 = add i32 %indvars.iv108, %1163
+  %smin = tail call i32 @llvm.smin.i32(i32 %2634, i32 256)
+  %2635 = sub i32 %smin, %smax
+  %2636 = zext i32 %2635 to i64
+  %2637 = add nsw i64 %2636, -1
+  %smin229 = tail call i32 @llvm.smin.i32(i32 %2634, i32 256)
+  %2638 = sub i32 %smin229, %smax225
+  %2639 = zext i32 %2638 to i64
+  %scevgep230 = getelementptr i8, ptr %scevgep228, i64 %2639
+  %scevgep233 = getelementptr i8, ptr %scaled.us.i, i64 -60
+  %2640 = shl nuw nsw i64 %2639, 6
+  %scevgep234 = getelementptr i8, ptr %scevgep233, i64 %2640
+  %2641 = add i32 %indvars.iv108, %1163
+  %smin240 = tail call i32 @llvm.smin.i32(i32 %2641, i32 256)
+  %2642 = sub i32 %smin240, %smax239
+  %2643 = zext i32 %2642 to i64
+  %min.iters.check242 = icmp ult i32 %2642, 24
+  %2644 = trunc i64 %2637 to i32
+  %2645 = add i32 %smax, %2644
+  %2646 = shl i32 %2645, 4
+  %2647 = icmp ugt i64 %2637, 268435455
+  %mul.result220 = shl nsw i64 %2637, 6
+  %n.vec245 = and i64 %2643, 4294967288
+  %cmp.n = icmp eq i64 %n.vec245, %2643
+  %xtraiter323 = and i64 %2643, 3
+  %lcmp.mod324.not = icmp eq i64 %xtraiter323, 0
+  br label %for_body_r191.us.us.i
 
-for_body_r152.us.i.us.preheader:                  ; preds = %for_body_r152.lr.ph.us.i
-  %smin102 = tail call i32 @llvm.smin.i32(i32 %span497.sroa.3.0.lcssa.i, i32 %830)
-  %smin105 = tail call i32 @llvm.smin.i32(i32 %smin102, i32 %indvars.iv103)
-  %smin106 = tail call i32 @llvm.smin.i32(i32 %smin105, i32 %487)
-  %2463 = add i32 %indvars.iv100, %smin106
-  %2464 = tail call i32 @llvm.smin.i32(i32 %2463, i32 128)
-  %smin107 = sext i32 %2464 to i64
-  %2465 = sub nsw i64 %smin107, %725
-  %smax108 = tail call i64 @llvm.smax.i64(i64 %2465, i64 1)
-  %2466 = add i32 %indvars.iv100, %833
-  %2467 = tail call i32 @llvm.smin.i32(i32 %2466, i32 128)
-  %smin = sext i32 %2467 to i64
-  %2468 = sub nsw i64 %smin, %723
-  %smax230 = tail call i64 @llvm.smax.i64(i64 %2468, i64 1)
-  %2469 = shl nuw nsw i64 %smax230, 2
-  %scevgep231 = getelementptr i8, ptr %scaled.us.i, i64 %2469
-  %scevgep238 = getelementptr i8, ptr %scevgep237, i64 %smax230
-  %2470 = add i32 %indvars.iv100, %833
-  %2471 = tail call i32 @llvm.smin.i32(i32 %2470, i32 128)
-  %smin244 = sext i32 %2471 to i64
-  %2472 = sub nsw i64 %smin244, %722
-  %smax245 = tail call i64 @llvm.smax.i64(i64 %2472, i64 1)
-  %min.iters.check247 = icmp slt i64 %2472, 8
-  %min.iters.check250 = icmp slt i64 %2472, 32
-  %n.mod.vf253 = and i64 %smax245, 24
-  %n.vec254 = and i64 %smax245, 9223372036854775776
-  %cmp.n = icmp eq i64 %smax245, %n.vec254
-  %min.epilog.iters.check271 = icmp eq i64 %n.mod.vf253, 0
-  %n.vec274 = and i64 %smax245, 9223372036854775800
-  %cmp.n282 = icmp eq i64 %smax245, %n.vec274
-  %xtraiter312 = and i64 %smax245, 3
-  %lcmp.mod313.not = icmp eq i64 %xtraiter312, 0
-  br label %iter.check249
+for_body_r191.us.us.i:                            ; preds = %for_begin_c.for_end_c_crit_edge.us.us.i, %for_body_r191.us.us.preheader.i
+  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.us.i ], [ 0, %for_body_r191.us.us.preheader.i ]
+  %r1941257.us.us.i = phi i32 [ %2719, %for_begin_c.for_end_c_crit_edge.us.us.i ], [ 0, %for_body_r191.us.us.preheader.i ]
+  %2648 = lshr i64 %indvar, 2
+  %2649 = add nsw i64 %2629, %2648
+  %2650 = mul nsw i64 %636, %2649
+  %scevgep227 = getelementptr i8, ptr %scevgep226, i64 %2650
+  %scevgep231 = getelementptr i8, ptr %scevgep230, i64 %2650
+  %2651 = trunc i64 %indvar to i32
+  %2652 = add i32 %922, %2651
+  %2653 = sext i32 %2652 to i64
+  %2654 = shl nsw i64 %2653, 2
+  %scevgep232 = getelementptr i8, ptr %scaled.us.i, i64 %2654
+  %scevgep235 = getelementptr i8, ptr %scevgep234, i64 %2654
+  %2655 = lshr i32 %r1941257.us.us.i, 2
+  %2656 = zext nneg i32 %2655 to i64
+  %2657 = add nsw i64 %2629, %2656
+  %2658 = mul nsw i64 %2657, %636
+  %2659 = getelementptr i8, ptr %1013, i64 %2658
+  br i1 %min.iters.check242, label %for_body_c.us.us.i.preheader, label %vector.scevcheck, !prof !11
 
-iter.check249:                                    ; preds = %for_end_c.us.i.loopexit.us, %for_body_r152.us.i.us.preheader
-  %indvars.iv1452.i.us = phi i64 [ %indvars.iv.next1453.i.us, %for_end_c.us.i.loopexit.us ], [ 0, %for_body_r152.us.i.us.preheader ]
-  %2473 = lshr i64 %indvars.iv1452.i.us, 2
-  %2474 = and i64 %2473, 1073741823
-  %2475 = add nsw i64 %2474, %2461
-  %2476 = mul nsw i64 %2475, %504
-  %indvars.iv1452.tr.i.us = trunc i64 %indvars.iv1452.i.us to i32
-  %2477 = shl i32 %indvars.iv1452.tr.i.us, 7
-  %2478 = add i32 %2477, %796
-  %2479 = zext i32 %2478 to i64
-  %2480 = getelementptr i8, ptr %803, i64 %2476
-  br i1 %min.iters.check247, label %for_body_c.us.i.us.preheader, label %vector.memcheck228, !prof !11
+vector.scevcheck:                                 ; preds = %for_body_r191.us.us.i
+  %2660 = add i32 %923, %r1941257.us.us.i
+  %2661 = sext i32 %2660 to i64
+  %2662 = shl nsw i64 %2661, 2
+  %scevgep218 = getelementptr i8, ptr %scaled.us.i, i64 %2662
+  %2663 = add i32 %2646, %r1941257.us.us.i
+  %2664 = icmp slt i32 %2663, %2660
+  %2665 = or i1 %2664, %2647
+  %2666 = getelementptr i8, ptr %scevgep218, i64 %mul.result220
+  %2667 = icmp ult ptr %2666, %scevgep218
+  %2668 = or i1 %2667, %2665
+  br i1 %2668, label %for_body_c.us.us.i.preheader, label %vector.memcheck222, !prof !11
 
-vector.memcheck228:                               ; preds = %iter.check249
-  %2481 = lshr i64 %indvars.iv1452.i.us, 2
-  %2482 = and i64 %2481, 1073741823
-  %2483 = add nsw i64 %2461, %2482
-  %2484 = mul nsw i64 %504, %2483
-  %scevgep239 = getelementptr i8, ptr %scevgep238, i64 %2484
-  %scevgep236 = getelementptr i8, ptr %scevgep235, i64 %2484
-  %indvars.iv1452.i.us.tr = trunc i64 %indvars.iv1452.i.us to i32
-  %2485 = shl i32 %indvars.iv1452.i.us.tr, 7
-  %2486 = add i32 %2485, %smax
-  %2487 = zext i32 %2486 to i64
-  %2488 = shl nuw nsw i64 %2487, 2
-  %scevgep232 = getelementptr i8, ptr %scevgep231, i64 %2488
-  %scevgep229 = getelementptr i8, ptr %scaled.us.i, i64 %2488
-  %bound0240 = icmp ult ptr %scevgep229, %scevgep239
-  %bound1241 = icmp ult ptr %scevgep236, %scevgep232
-  %found.conflict242 = and i1 %bound0240, %bound1241
-  br i1 %found.conflict242, label %for_body_c.us.i.us.preheader, label %vector.main.loop.iter.check251, !prof !11
+vector.memcheck222:                               ; preds = %vector.scevcheck
+  %bound0236 = icmp ult ptr %scevgep227, %scevgep235
+  %bound1237 = icmp ult ptr %scevgep232, %scevgep231
+  %found.conflict238 = and i1 %bound0236, %bound1237
+  br i1 %found.conflict238, label %for_body_c.us.us.i.preheader, label %vector.ph243, !prof !11
 
-vector.main.loop.iter.check251:                   ; preds = %vector.memcheck228
-  br i1 %min.iters.check250, label %vec.epilog.ph272, label %vector.ph252, !prof !11
+vector.ph243:                                     ; preds = %vector.memcheck222
+  %broadcast.splatinsert246 = insertelement <8 x i32> poison, i32 %r1941257.us.us.i, i64 0
+  %broadcast.splat247 = shufflevector <8 x i32> %broadcast.splatinsert246, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body250
 
-vector.ph252:                                     ; preds = %vector.main.loop.iter.check251
-  %invariant.gep = getelementptr float, ptr %scaled.us.i, i64 %2479
-  br label %vector.body255
+vector.body250:                                   ; preds = %vector.body250, %vector.ph243
+  %index251 = phi i64 [ 0, %vector.ph243 ], [ %index.next252, %vector.body250 ]
+  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph243 ], [ %vec.ind.next, %vector.body250 ]
+  %2669 = getelementptr i8, ptr %2659, i64 %index251
+  %wide.load = load <8 x i8>, ptr %2669, align 1, !tbaa !4, !alias.scope !65, !noalias !68
+  %2670 = icmp ne <8 x i8> %wide.load, zeroinitializer
+  %2671 = add <8 x i32> %broadcast.splat249, %vec.ind
+  %2672 = shl <8 x i32> %2671, splat (i32 4)
+  %2673 = add nsw <8 x i32> %2672, %broadcast.splat247
+  %2674 = sext <8 x i32> %2673 to <8 x i64>
+  %2675 = getelementptr inbounds float, ptr %scaled.us.i, <8 x i64> %2674
+  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2675, <8 x i1> %2670, <8 x float> poison), !tbaa !4, !alias.scope !68
+  %predphi = select <8 x i1> %2670, <8 x float> %wide.masked.gather, <8 x float> splat (float 0xFFF0000000000000)
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2675, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !68
+  %index.next252 = add nuw i64 %index251, 8
+  %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
+  %2676 = icmp eq i64 %index.next252, %n.vec245
+  br i1 %2676, label %middle.block253, label %vector.body250, !prof !70, !llvm.loop !71
 
-vector.body255:                                   ; preds = %vector.body255, %vector.ph252
-  %index256 = phi i64 [ 0, %vector.ph252 ], [ %index.next266, %vector.body255 ]
-  %2489 = getelementptr i8, ptr %2480, i64 %index256
-  %2490 = getelementptr i8, ptr %2489, i64 8
-  %2491 = getelementptr i8, ptr %2489, i64 16
-  %2492 = getelementptr i8, ptr %2489, i64 24
-  %wide.load = load <8 x i8>, ptr %2489, align 1, !tbaa !4, !alias.scope !129
-  %wide.load257 = load <8 x i8>, ptr %2490, align 1, !tbaa !4, !alias.scope !129
-  %wide.load258 = load <8 x i8>, ptr %2491, align 1, !tbaa !4, !alias.scope !129
-  %wide.load259 = load <8 x i8>, ptr %2492, align 1, !tbaa !4, !alias.scope !129
-  %2493 = icmp ne <8 x i8> %wide.load, zeroinitializer
-  %2494 = icmp ne <8 x i8> %wide.load257, zeroinitializer
-  %2495 = icmp ne <8 x i8> %wide.load258, zeroinitializer
-  %2496 = icmp ne <8 x i8> %wide.load259, zeroinitializer
-  %gep482 = getelementptr float, ptr %invariant.gep, i64 %index256
-  %2497 = getelementptr i8, ptr %gep482, i64 32
-  %2498 = getelementptr i8, ptr %gep482, i64 64
-  %2499 = getelementptr i8, ptr %gep482, i64 96
-  %predphi = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %gep482, <8 x i1> %2493, <8 x float> splat (float 0xFFF0000000000000))
-  %predphi263 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %2497, <8 x i1> %2494, <8 x float> splat (float 0xFFF0000000000000))
-  %predphi264 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %2498, <8 x i1> %2495, <8 x float> splat (float 0xFFF0000000000000))
-  %predphi265 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %2499, <8 x i1> %2496, <8 x float> splat (float 0xFFF0000000000000))
-  store <8 x float> %predphi, ptr %gep482, align 4, !tbaa !4, !alias.scope !132, !noalias !129
-  store <8 x float> %predphi263, ptr %2497, align 4, !tbaa !4, !alias.scope !132, !noalias !129
-  store <8 x float> %predphi264, ptr %2498, align 4, !tbaa !4, !alias.scope !132, !noalias !129
-  store <8 x float> %predphi265, ptr %2499, align 4, !tbaa !4, !alias.scope !132, !noalias !129
-  %index.next266 = add nuw i64 %index256, 32
-  %2500 = icmp eq i64 %index.next266, %n.vec254
-  br i1 %2500, label %middle.block267, label %vector.body255, !prof !12, !llvm.loop !134
+middle.block253:                                  ; preds = %vector.body250
+  br i1 %cmp.n, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i.preheader, !prof !73
 
-middle.block267:                                  ; preds = %vector.body255
-  br i1 %cmp.n, label %for_end_c.us.i.loopexit.us, label %vec.epilog.iter.check270, !prof !135
+for_body_c.us.us.i.preheader:                     ; preds = %middle.block253, %vector.memcheck222, %vector.scevcheck, %for_body_r191.us.us.i
+  %indvars.iv1568.i.ph = phi i64 [ 0, %vector.memcheck222 ], [ 0, %vector.scevcheck ], [ 0, %for_body_r191.us.us.i ], [ %n.vec245, %middle.block253 ]
+  br i1 %lcmp.mod324.not, label %for_body_c.us.us.i.prol.loopexit, label %for_body_c.us.us.i.prol, !prof !3
 
-vec.epilog.iter.check270:                         ; preds = %middle.block267
-  br i1 %min.epilog.iters.check271, label %for_body_c.us.i.us.preheader, label %vec.epilog.ph272, !prof !136
+for_body_c.us.us.i.prol:                          ; preds = %if_end197.us.us.i.prol, %for_body_c.us.us.i.preheader
+  %indvars.iv1568.i.prol = phi i64 [ %indvars.iv.next1569.i.prol, %if_end197.us.us.i.prol ], [ %indvars.iv1568.i.ph, %for_body_c.us.us.i.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %if_end197.us.us.i.prol ], [ 0, %for_body_c.us.us.i.preheader ]
+  %2677 = getelementptr i8, ptr %2659, i64 %indvars.iv1568.i.prol
+  %2678 = load i8, ptr %2677, align 1, !tbaa !4
+  %2679 = icmp eq i8 %2678, 0
+  %2680 = trunc i64 %indvars.iv1568.i.prol to i32
+  %.pre1723.i.prol = add i32 %1006, %2680
+  %.pre1725.i.prol = shl i32 %.pre1723.i.prol, 4
+  %.pre1727.i.prol = add nsw i32 %.pre1725.i.prol, %r1941257.us.us.i
+  %.pre1729.i.prol = sext i32 %.pre1727.i.prol to i64
+  br i1 %2679, label %if_end197.us.us.i.prol, label %if_else196.us.us.i.prol
 
-vec.epilog.ph272:                                 ; preds = %vec.epilog.iter.check270, %vector.main.loop.iter.check251
-  %vec.epilog.resume.val268 = phi i64 [ %n.vec254, %vec.epilog.iter.check270 ], [ 0, %vector.main.loop.iter.check251 ]
-  %invariant.gep483 = getelementptr float, ptr %scaled.us.i, i64 %2479
-  br label %vec.epilog.vector.body275
+if_else196.us.us.i.prol:                          ; preds = %for_body_c.us.us.i.prol
+  %2681 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1729.i.prol
+  %2682 = load float, ptr %2681, align 4, !tbaa !4
+  br label %if_end197.us.us.i.prol
 
-vec.epilog.vector.body275:                        ; preds = %vec.epilog.vector.body275, %vec.epilog.ph272
-  %index276 = phi i64 [ %vec.epilog.resume.val268, %vec.epilog.ph272 ], [ %index.next280, %vec.epilog.vector.body275 ]
-  %2501 = getelementptr i8, ptr %2480, i64 %index276
-  %wide.load277 = load <8 x i8>, ptr %2501, align 1, !tbaa !4, !alias.scope !129
-  %2502 = icmp ne <8 x i8> %wide.load277, zeroinitializer
-  %gep484 = getelementptr float, ptr %invariant.gep483, i64 %index276
-  %predphi279 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %gep484, <8 x i1> %2502, <8 x float> splat (float 0xFFF0000000000000))
-  store <8 x float> %predphi279, ptr %gep484, align 4, !tbaa !4, !alias.scope !132, !noalias !129
-  %index.next280 = add nuw i64 %index276, 8
-  %2503 = icmp eq i64 %index.next280, %n.vec274
-  br i1 %2503, label %vec.epilog.middle.block281, label %vec.epilog.vector.body275, !prof !26, !llvm.loop !137
-
-vec.epilog.middle.block281:                       ; preds = %vec.epilog.vector.body275
-  br i1 %cmp.n282, label %for_end_c.us.i.loopexit.us, label %for_body_c.us.i.us.preheader, !prof !138
-
-for_body_c.us.i.us.preheader:                     ; preds = %vec.epilog.middle.block281, %vec.epilog.iter.check270, %vector.memcheck228, %iter.check249
-  %indvars.iv1449.i.us.ph = phi i64 [ 0, %iter.check249 ], [ 0, %vector.memcheck228 ], [ %n.vec254, %vec.epilog.iter.check270 ], [ %n.vec274, %vec.epilog.middle.block281 ]
-  br i1 %lcmp.mod313.not, label %for_body_c.us.i.us.prol.loopexit, label %for_body_c.us.i.us.prol, !prof !3
-
-for_body_c.us.i.us.prol:                          ; preds = %if_end158.us.i.us.prol, %for_body_c.us.i.us.preheader
-  %indvars.iv1449.i.us.prol = phi i64 [ %indvars.iv.next1450.i.us.prol, %if_end158.us.i.us.prol ], [ %indvars.iv1449.i.us.ph, %for_body_c.us.i.us.preheader ]
-  %prol.iter = phi i64 [ %prol.iter.next, %if_end158.us.i.us.prol ], [ 0, %for_body_c.us.i.us.preheader ]
-  %2504 = getelementptr i8, ptr %2480, i64 %indvars.iv1449.i.us.prol
-  %2505 = load i8, ptr %2504, align 1, !tbaa !4
-  %2506 = icmp eq i8 %2505, 0
-  %.pre1624.i.us.prol = add nuw nsw i64 %indvars.iv1449.i.us.prol, %2479
-  br i1 %2506, label %if_end158.us.i.us.prol, label %if_else157.us.i.us.prol
-
-if_else157.us.i.us.prol:                          ; preds = %for_body_c.us.i.us.prol
-  %2507 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us.prol
-  %2508 = load float, ptr %2507, align 4, !tbaa !4
-  br label %if_end158.us.i.us.prol
-
-if_end158.us.i.us.prol:                           ; preds = %if_else157.us.i.us.prol, %for_body_c.us.i.us.prol
-  %2509 = phi float [ %2508, %if_else157.us.i.us.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.us.prol ]
-  %2510 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us.prol
-  store float %2509, ptr %2510, align 4, !tbaa !4
-  %indvars.iv.next1450.i.us.prol = add nuw nsw i64 %indvars.iv1449.i.us.prol, 1
+if_end197.us.us.i.prol:                           ; preds = %if_else196.us.us.i.prol, %for_body_c.us.us.i.prol
+  %2683 = phi float [ %2682, %if_else196.us.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.us.i.prol ]
+  %2684 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1729.i.prol
+  store float %2683, ptr %2684, align 4, !tbaa !4
+  %indvars.iv.next1569.i.prol = add nuw nsw i64 %indvars.iv1568.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
-  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter312
-  br i1 %prol.iter.cmp.not, label %for_body_c.us.i.us.prol.loopexit, label %for_body_c.us.i.us.prol, !prof !139, !llvm.loop !140
+  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter323
+  br i1 %prol.iter.cmp.not, label %for_body_c.us.us.i.prol.loopexit, label %for_body_c.us.us.i.prol, !prof !74, !llvm.loop !75
 
-for_body_c.us.i.us.prol.loopexit:                 ; preds = %if_end158.us.i.us.prol, %for_body_c.us.i.us.preheader
-  %indvars.iv1449.i.us.unr = phi i64 [ %indvars.iv1449.i.us.ph, %for_body_c.us.i.us.preheader ], [ %indvars.iv.next1450.i.us.prol, %if_end158.us.i.us.prol ]
-  %2511 = sub nsw i64 %indvars.iv1449.i.us.ph, %smax245
-  %2512 = icmp ugt i64 %2511, -4
-  br i1 %2512, label %for_end_c.us.i.loopexit.us, label %for_body_c.us.i.us, !prof !11
+for_body_c.us.us.i.prol.loopexit:                 ; preds = %if_end197.us.us.i.prol, %for_body_c.us.us.i.preheader
+  %indvars.iv1568.i.unr = phi i64 [ %indvars.iv1568.i.ph, %for_body_c.us.us.i.preheader ], [ %indvars.iv.next1569.i.prol, %if_end197.us.us.i.prol ]
+  %2685 = sub nsw i64 %indvars.iv1568.i.ph, %2643
+  %2686 = icmp ugt i64 %2685, -4
+  br i1 %2686, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i, !prof !11
 
-for_body_c.us.i.us:                               ; preds = %if_end158.us.i.us.3, %for_body_c.us.i.us.prol.loopexit
-  %indvars.iv1449.i.us = phi i64 [ %indvars.iv.next1450.i.us.3, %if_end158.us.i.us.3 ], [ %indvars.iv1449.i.us.unr, %for_body_c.us.i.us.prol.loopexit ]
-  %2513 = getelementptr i8, ptr %2480, i64 %indvars.iv1449.i.us
-  %2514 = load i8, ptr %2513, align 1, !tbaa !4
-  %2515 = icmp eq i8 %2514, 0
-  %.pre1624.i.us = add nuw nsw i64 %indvars.iv1449.i.us, %2479
-  br i1 %2515, label %if_end158.us.i.us, label %if_else157.us.i.us
+for_body_c.us.us.i:                               ; preds = %if_end197.us.us.i.3, %for_body_c.us.us.i.prol.loopexit
+  %indvars.iv1568.i = phi i64 [ %indvars.iv.next1569.i.3, %if_end197.us.us.i.3 ], [ %indvars.iv1568.i.unr, %for_body_c.us.us.i.prol.loopexit ]
+  %2687 = getelementptr i8, ptr %2659, i64 %indvars.iv1568.i
+  %2688 = load i8, ptr %2687, align 1, !tbaa !4
+  %2689 = icmp eq i8 %2688, 0
+  %2690 = trunc i64 %indvars.iv1568.i to i32
+  %.pre1723.i = add i32 %1006, %2690
+  %.pre1725.i = shl i32 %.pre1723.i, 4
+  %.pre1727.i = add nsw i32 %.pre1725.i, %r1941257.us.us.i
+  %.pre1729.i = sext i32 %.pre1727.i to i64
+  br i1 %2689, label %if_end197.us.us.i, label %if_else196.us.us.i
 
-if_else157.us.i.us:                               ; preds = %for_body_c.us.i.us
-  %2516 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us
-  %2517 = load float, ptr %2516, align 4, !tbaa !4
-  br label %if_end158.us.i.us
+if_else196.us.us.i:                               ; preds = %for_body_c.us.us.i
+  %2691 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1729.i
+  %2692 = load float, ptr %2691, align 4, !tbaa !4
+  br label %if_end197.us.us.i
 
-if_end158.us.i.us:                                ; preds = %if_else157.us.i.us, %for_body_c.us.i.us
-  %2518 = phi float [ %2517, %if_else157.us.i.us ], [ 0xFFF0000000000000, %for_body_c.us.i.us ]
-  %2519 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us
-  store float %2518, ptr %2519, align 4, !tbaa !4
-  %indvars.iv.next1450.i.us = add nuw nsw i64 %indvars.iv1449.i.us, 1
-  %2520 = getelementptr i8, ptr %2480, i64 %indvars.iv.next1450.i.us
-  %2521 = load i8, ptr %2520, align 1, !tbaa !4
-  %2522 = icmp eq i8 %2521, 0
-  %.pre1624.i.us.1 = add nuw nsw i64 %indvars.iv.next1450.i.us, %2479
-  br i1 %2522, label %if_end158.us.i.us.1, label %if_else157.us.i.us.1
+if_end197.us.us.i:                                ; preds = %if_else196.us.us.i, %for_body_c.us.us.i
+  %2693 = phi float [ %2692, %if_else196.us.us.i ], [ 0xFFF0000000000000, %for_body_c.us.us.i ]
+  %2694 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1729.i
+  store float %2693, ptr %2694, align 4, !tbaa !4
+  %indvars.iv.next1569.i = add nuw nsw i64 %indvars.iv1568.i, 1
+  %2695 = getelementptr i8, ptr %2659, i64 %indvars.iv.next1569.i
+  %2696 = load i8, ptr %2695, align 1, !tbaa !4
+  %2697 = icmp eq i8 %2696, 0
+  %2698 = trunc i64 %indvars.iv.next1569.i to i32
+  %.pre1723.i.1 = add i32 %1006, %2698
+  %.pre1725.i.1 = shl i32 %.pre1723.i.1, 4
+  %.pre1727.i.1 = add nsw i32 %.pre1725.i.1, %r1941257.us.us.i
+  %.pre1729.i.1 = sext i32 %.pre1727.i.1 to i64
+  br i1 %2697, label %if_end197.us.us.i.1, label %if_else196.us.us.i.1
 
-if_else157.us.i.us.1:                             ; preds = %if_end158.us.i.us
-  %2523 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us.1
-  %2524 = load float, ptr %2523, align 4, !tbaa !4
-  br label %if_end158.us.i.us.1
+if_else196.us.us.i.1:                             ; preds = %if_end197.us.us.i
+  %2699 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1729.i.1
+  %2700 = load float, ptr %2699, align 4, !tbaa !4
+  br label %if_end197.us.us.i.1
 
-if_end158.us.i.us.1:                              ; preds = %if_else157.us.i.us.1, %if_end158.us.i.us
-  %2525 = phi float [ %2524, %if_else157.us.i.us.1 ], [ 0xFFF0000000000000, %if_end158.us.i.us ]
-  %2526 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us.1
-  store float %2525, ptr %2526, align 4, !tbaa !4
-  %indvars.iv.next1450.i.us.1 = add nuw nsw i64 %indvars.iv1449.i.us, 2
-  %2527 = getelementptr i8, ptr %2480, i64 %indvars.iv.next1450.i.us.1
-  %2528 = load i8, ptr %2527, align 1, !tbaa !4
-  %2529 = icmp eq i8 %2528, 0
-  %.pre1624.i.us.2 = add nuw nsw i64 %indvars.iv.next1450.i.us.1, %2479
-  br i1 %2529, label %if_end158.us.i.us.2, label %if_else157.us.i.us.2
+if_end197.us.us.i.1:                              ; preds = %if_else196.us.us.i.1, %if_end197.us.us.i
+  %2701 = phi float [ %2700, %if_else196.us.us.i.1 ], [ 0xFFF0000000000000, %if_end197.us.us.i ]
+  %2702 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1729.i.1
+  store float %2701, ptr %2702, align 4, !tbaa !4
+  %indvars.iv.next1569.i.1 = add nuw nsw i64 %indvars.iv1568.i, 2
+  %2703 = getelementptr i8, ptr %2659, i64 %indvars.iv.next1569.i.1
+  %2704 = load i8, ptr %2703, align 1, !tbaa !4
+  %2705 = icmp eq i8 %2704, 0
+  %2706 = trunc i64 %indvars.iv.next1569.i.1 to i32
+  %.pre1723.i.2 = add i32 %1006, %2706
+  %.pre1725.i.2 = shl i32 %.pre1723.i.2, 4
+  %.pre1727.i.2 = add nsw i32 %.pre1725.i.2, %r1941257.us.us.i
+  %.pre1729.i.2 = sext i32 %.pre1727.i.2 to i64
+  br i1 %2705, label %if_end197.us.us.i.2, label %if_else196.us.us.i.2
 
-if_else157.us.i.us.2:                             ; preds = %if_end158.us.i.us.1
-  %2530 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us.2
-  %2531 = load float, ptr %2530, align 4, !tbaa !4
-  br label %if_end158.us.i.us.2
+if_else196.us.us.i.2:                             ; preds = %if_end197.us.us.i.1
+  %2707 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1729.i.2
+  %2708 = load float, ptr %2707, align 4, !tbaa !4
+  br label %if_end197.us.us.i.2
 
-if_end158.us.i.us.2:                              ; preds = %if_else157.us.i.us.2, %if_end158.us.i.us.1
-  %2532 = phi float [ %2531, %if_else157.us.i.us.2 ], [ 0xFFF0000000000000, %if_end158.us.i.us.1 ]
-  %2533 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us.2
-  store float %2532, ptr %2533, align 4, !tbaa !4
-  %indvars.iv.next1450.i.us.2 = add nuw nsw i64 %indvars.iv1449.i.us, 3
-  %2534 = getelementptr i8, ptr %2480, i64 %indvars.iv.next1450.i.us.2
-  %2535 = load i8, ptr %2534, align 1, !tbaa !4
-  %2536 = icmp eq i8 %2535, 0
-  %.pre1624.i.us.3 = add nuw nsw i64 %indvars.iv.next1450.i.us.2, %2479
-  br i1 %2536, label %if_end158.us.i.us.3, label %if_else157.us.i.us.3
+if_end197.us.us.i.2:                              ; preds = %if_else196.us.us.i.2, %if_end197.us.us.i.1
+  %2709 = phi float [ %2708, %if_else196.us.us.i.2 ], [ 0xFFF0000000000000, %if_end197.us.us.i.1 ]
+  %2710 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1729.i.2
+  store float %2709, ptr %2710, align 4, !tbaa !4
+  %indvars.iv.next1569.i.2 = add nuw nsw i64 %indvars.iv1568.i, 3
+  %2711 = getelementptr i8, ptr %2659, i64 %indvars.iv.next1569.i.2
+  %2712 = load i8, ptr %2711, align 1, !tbaa !4
+  %2713 = icmp eq i8 %2712, 0
+  %2714 = trunc i64 %indvars.iv.next1569.i.2 to i32
+  %.pre1723.i.3 = add i32 %1006, %2714
+  %.pre1725.i.3 = shl i32 %.pre1723.i.3, 4
+  %.pre1727.i.3 = add nsw i32 %.pre1725.i.3, %r1941257.us.us.i
+  %.pre1729.i.3 = sext i32 %.pre1727.i.3 to i64
+  br i1 %2713, label %if_end197.us.us.i.3, label %if_else196.us.us.i.3
 
-if_else157.us.i.us.3:                             ; preds = %if_end158.us.i.us.2
-  %2537 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us.3
-  %2538 = load float, ptr %2537, align 4, !tbaa !4
-  br label %if_end158.us.i.us.3
+if_else196.us.us.i.3:                             ; preds = %if_end197.us.us.i.2
+  %2715 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1729.i.3
+  %2716 = load float, ptr %2715, align 4, !tbaa !4
+  br label %if_end197.us.us.i.3
 
-if_end158.us.i.us.3:                              ; preds = %if_else157.us.i.us.3, %if_end158.us.i.us.2
-  %2539 = phi float [ %2538, %if_else157.us.i.us.3 ], [ 0xFFF0000000000000, %if_end158.us.i.us.2 ]
-  %2540 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us.3
-  store float %2539, ptr %2540, align 4, !tbaa !4
-  %indvars.iv.next1450.i.us.3 = add nuw nsw i64 %indvars.iv1449.i.us, 4
-  %exitcond109.not.3 = icmp eq i64 %indvars.iv.next1450.i.us.3, %smax108
-  br i1 %exitcond109.not.3, label %for_end_c.us.i.loopexit.us, label %for_body_c.us.i.us, !prof !141, !llvm.loop !142
+if_end197.us.us.i.3:                              ; preds = %if_else196.us.us.i.3, %if_end197.us.us.i.2
+  %2717 = phi float [ %2716, %if_else196.us.us.i.3 ], [ 0xFFF0000000000000, %if_end197.us.us.i.2 ]
+  %2718 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1729.i.3
+  store float %2717, ptr %2718, align 4, !tbaa !4
+  %indvars.iv.next1569.i.3 = add nuw nsw i64 %indvars.iv1568.i, 4
+  %exitcond116.not.3 = icmp eq i64 %indvars.iv.next1569.i.3, %2633
+  br i1 %exitcond116.not.3, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i, !prof !76, !llvm.loop !77
 
-for_end_c.us.i.loopexit.us:                       ; preds = %if_end158.us.i.us.3, %for_body_c.us.i.us.prol.loopexit, %vec.epilog.middle.block281, %middle.block267
-  %indvars.iv.next1453.i.us = add nuw nsw i64 %indvars.iv1452.i.us, 1
-  %exitcond1456.not.i.us = icmp eq i64 %indvars.iv.next1453.i.us, %wide.trip.count1455.i
-  br i1 %exitcond1456.not.i.us, label %if_end150.us.i, label %iter.check249, !prof !8
+for_begin_c.for_end_c_crit_edge.us.us.i:          ; preds = %if_end197.us.us.i.3, %for_body_c.us.us.i.prol.loopexit, %middle.block253
+  %2719 = add nuw nsw i32 %r1941257.us.us.i, 1
+  %exitcond1571.not.i = icmp eq i32 %2719, %2630
+  %indvar.next = add i64 %indvar, 1
+  br i1 %exitcond1571.not.i, label %if_end189.us.i, label %for_body_r191.us.us.i, !prof !8
 
-for_body_ax1.lr.ph.us.i:                          ; preds = %for_body_r163.us.i
-  %.idx1648.i = shl nuw nsw i64 %indvars.iv1462.i, 9
-  %invariant.gep1682.i = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx1648.i
-  br i1 %850, label %for_body_ax1.us.i.epil.preheader, label %for_body_ax1.us.i, !prof !143
+for_end_ax0.us.i:                                 ; preds = %for_begin_ti213.preheader.us.i, %for_body_ax0.us.us.preheader.i
+  %.us-phi.us.i = phi <16 x float> [ %1658, %for_body_ax0.us.us.preheader.i ], [ %tile_sum552.sroa.0.01266.us.i, %for_begin_ti213.preheader.us.i ]
+  %indvars.iv.next1590.i = add nuw nsw i64 %indvars.iv1589.i, 1
+  %exitcond1593.not.i = icmp eq i64 %indvars.iv.next1590.i, %wide.trip.count1579.i
+  br i1 %exitcond1593.not.i, label %for_begin_ti225.preheader.us.i.preheader, label %for_begin_ti213.preheader.us.i, !prof !8
 
-for_body_to181.lr.ph.us.i:                        ; preds = %for_body_r176.us.i
-  %2541 = getelementptr inbounds nuw float, ptr %tile_max496.i, i64 %indvars.iv1475.i
-  %2542 = load float, ptr %2541, align 4, !tbaa !128
-  %2543 = insertelement <32 x float> poison, float %2542, i64 0
-  %2544 = shufflevector <32 x float> %2543, <32 x float> poison, <32 x i32> zeroinitializer
-  %2545 = shl nuw nsw i64 %indvars.iv1475.i, 7
-  %gep1685.i = getelementptr i32, ptr %invariant.gep1684.i, i64 %indvars.iv1475.i
-  br label %for_body_to181.us.i
+for_begin_ti225.preheader.us.i.preheader:         ; preds = %for_end_ax0.us.i
+  %xtraiter332 = and i64 %wide.trip.count1579.i, 1
+  %2720 = icmp eq i64 %1174, 0
+  br i1 %2720, label %for_begin_ti225.preheader.us.i.epil.preheader, label %for_begin_ti225.preheader.us.i.preheader.new, !prof !62
 
-for_body_to191.lr.ph.us.i:                        ; preds = %for_body_r186.us.i
-  %2546 = shl nuw nsw i64 %indvars.iv1484.i, 7
-  br i1 %2144, label %for_body_to191.us.i.epil.preheader, label %for_body_to191.us.i, !prof !41
+for_begin_ti225.preheader.us.i.preheader.new:     ; preds = %for_begin_ti225.preheader.us.i.preheader
+  %unroll_iter336 = and i64 %wide.trip.count1579.i, 2147483646
+  br label %for_begin_ti225.preheader.us.i
 
-for_body_ax1201.lr.ph.us.i:                       ; preds = %for_body_r196.us.i
-  %.idx1650.i = shl nuw nsw i64 %indvars.iv1493.i, 9
-  %invariant.gep1686.i = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx1650.i
-  br i1 %2103, label %for_body_ax1201.us.i.epil.preheader, label %for_body_ax1201.us.i, !prof !143
+for_begin_ti213.preheader.lr.ph.us.i.unr-lcssa:   ; preds = %for_begin_ti203.preheader.us.i
+  %lcmp.mod327.not = icmp eq i64 %xtraiter325, 0
+  br i1 %lcmp.mod327.not, label %for_begin_ti213.preheader.lr.ph.us.i, label %for_begin_ti203.preheader.us.i.epil.preheader, !prof !52
 
-for_body_to256.lr.ph.us.i:                        ; preds = %for_body_r251.us.i
-  %gep1695.i = getelementptr i32, ptr %2005, i64 %indvars.iv1511.i
-  %.idx1656.i = shl i64 %indvars.iv1511.i, 8
-  %invariant.gep1692.i = getelementptr i8, ptr %edges.us.i, i64 %.idx1656.i
-  br label %for_body_to256.us.i
+for_begin_ti203.preheader.us.i.epil.preheader:    ; preds = %for_begin_ti213.preheader.lr.ph.us.i.unr-lcssa, %for_begin_ti203.preheader.us.preheader.i
+  %indvars.iv1576.i.epil.init = phi i64 [ 0, %for_begin_ti203.preheader.us.preheader.i ], [ %indvars.iv.next1577.i.1, %for_begin_ti213.preheader.lr.ph.us.i.unr-lcssa ]
+  %peak548.sroa.0.01260.us.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti203.preheader.us.preheader.i ], [ %1940, %for_begin_ti213.preheader.lr.ph.us.i.unr-lcssa ]
+  %lcmp.mod329 = icmp ne i64 %xtraiter325, 0
+  tail call void @llvm.assume(i1 %lcmp.mod329)
+  %.idx.epil = shl nsw i64 %indvars.iv1576.i.epil.init, 9
+  %2721 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx.epil
+  %2722 = load <16 x float>, ptr %2721, align 4, !tbaa !4
+  %2723 = fcmp ogt <16 x float> %peak548.sroa.0.01260.us.i.epil.init, %2722
+  %2724 = select <16 x i1> %2723, <16 x float> %peak548.sroa.0.01260.us.i.epil.init, <16 x float> %2722
+  %2725 = getelementptr inbounds nuw i8, ptr %2721, i64 64
+  %2726 = load <16 x float>, ptr %2725, align 4, !tbaa !4
+  %2727 = fcmp ogt <16 x float> %2724, %2726
+  %2728 = select <16 x i1> %2727, <16 x float> %2724, <16 x float> %2726
+  %2729 = getelementptr inbounds nuw i8, ptr %2721, i64 128
+  %2730 = load <16 x float>, ptr %2729, align 4, !tbaa !4
+  %2731 = fcmp ogt <16 x float> %2728, %2730
+  %2732 = select <16 x i1> %2731, <16 x float> %2728, <16 x float> %2730
+  %2733 = getelementptr inbounds nuw i8, ptr %2721, i64 192
+  %2734 = load <16 x float>, ptr %2733, align 4, !tbaa !4
+  %2735 = fcmp ogt <16 x float> %2732, %2734
+  %2736 = select <16 x i1> %2735, <16 x float> %2732, <16 x float> %2734
+  %2737 = getelementptr inbounds nuw i8, ptr %2721, i64 256
+  %2738 = load <16 x float>, ptr %2737, align 4, !tbaa !4
+  %2739 = fcmp ogt <16 x float> %2736, %2738
+  %2740 = select <16 x i1> %2739, <16 x float> %2736, <16 x float> %2738
+  %2741 = getelementptr inbounds nuw i8, ptr %2721, i64 320
+  %2742 = load <16 x float>, ptr %2741, align 4, !tbaa !4
+  %2743 = fcmp ogt <16 x float> %2740, %2742
+  %2744 = select <16 x i1> %2743, <16 x float> %2740, <16 x float> %2742
+  %2745 = getelementptr inbounds nuw i8, ptr %2721, i64 384
+  %2746 = load <16 x float>, ptr %2745, align 4, !tbaa !4
+  %2747 = fcmp ogt <16 x float> %2744, %2746
+  %2748 = select <16 x i1> %2747, <16 x float> %2744, <16 x float> %2746
+  %2749 = getelementptr inbounds nuw i8, ptr %2721, i64 448
+  %2750 = load <16 x float>, ptr %2749, align 4, !tbaa !4
+  %2751 = fcmp ogt <16 x float> %2748, %2750
+  %2752 = select <16 x i1> %2751, <16 x float> %2748, <16 x float> %2750
+  br label %for_begin_ti213.preheader.lr.ph.us.i
 
-for_body_c268.lr.ph.us.i:                         ; preds = %for_body_r263.us.i
-  %2547 = lshr i32 %r2661212.us.i, 2
-  %2548 = zext nneg i32 %2547 to i64
-  %2549 = add nsw i64 %2555, %2548
-  %2550 = mul nsw i64 %2549, %504
-  %2551 = shl nsw i32 %r2661212.us.i, 6
-  %2552 = getelementptr i8, ptr %803, i64 %2550
-  br i1 %2560, label %for_body_c268.us.i.epil.preheader, label %for_body_c268.us.i, !prof !41
+for_begin_ti213.preheader.lr.ph.us.i:             ; preds = %for_begin_ti203.preheader.us.i.epil.preheader, %for_begin_ti213.preheader.lr.ph.us.i.unr-lcssa
+  %.lcssa = phi <16 x float> [ %1940, %for_begin_ti213.preheader.lr.ph.us.i.unr-lcssa ], [ %2752, %for_begin_ti203.preheader.us.i.epil.preheader ]
+  %2753 = icmp sgt i32 %1164, 0
+  %2754 = insertelement <16 x i1> poison, i1 %2753, i64 0
+  %2755 = shufflevector <16 x i1> %2754, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2756 = select <16 x i1> %2755, <16 x float> %.lcssa, <16 x float> splat (float 0xC6293E5940000000)
+  %2757 = shl i32 %1155, 4
+  %2758 = sext i32 %2757 to i64
+  %2759 = getelementptr inbounds i32, ptr %places.i, i64 %2758
+  %2760 = load <16 x i32>, ptr %2759, align 4, !tbaa !4
+  %2761 = sitofp <16 x i32> %2760 to <16 x float>
+  %2762 = fsub <16 x float> splat (float 0x4168000FE0000000), %2761
+  %2763 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2761, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  br label %for_begin_ti213.preheader.us.i
 
-for_body_r263.lr.ph.us.i:                         ; preds = %if_then260.us.i
-  %2553 = icmp sgt i32 %valid_len133.us.i, %796
-  %2554 = sext i32 %851 to i64
-  %2555 = shl nsw i64 %2554, 2
-  %2556 = tail call i32 @llvm.umin.i32(i32 %853, i32 16)
-  %2557 = add i32 %indvars.iv100, %833
-  %2558 = tail call i32 @llvm.smin.i32(i32 %2557, i32 128)
-  %smin455 = sext i32 %2558 to i64
-  %2559 = sub nsw i64 %smin455, %715
-  %smax456 = tail call i64 @llvm.smax.i64(i64 %2559, i64 1)
-  %xtraiter457 = and i64 %smax456, 3
-  %2560 = icmp slt i64 %2559, 4
-  %unroll_iter461 = and i64 %smax456, 9223372036854775804
-  %lcmp.mod459.not = icmp eq i64 %xtraiter457, 0
-  %lcmp.mod460 = icmp ne i64 %xtraiter457, 0
-  br label %for_body_r263.us.i
+for_begin_ti270.preheader.lr.ph.us.i:             ; preds = %for_end_to222.us.i
+  %2764 = getelementptr inbounds i32, ptr %limits.i, i64 %1211
+  %2765 = and i32 %1270, 2147483640
+  %2766 = add i32 %2765, %1004
+  %wide.trip.count1610.i = zext nneg i32 %1271 to i64
+  br label %for_begin_ti270.preheader.us.i
 
-for_body_to273.lr.ph.us.i:                        ; preds = %for_begin_to272.preheader.us.i
-  %gep1317.us.idx.i = shl i64 %indvars.iv1530.i, 7
-  %gep1317.us.i = getelementptr i8, ptr %invariant.gep1316.us.i, i64 %gep1317.us.idx.i
-  br label %for_body_to273.us.i
+for_body_r278.lr.ph.us.i:                         ; preds = %if_then275.us.i
+  %2767 = icmp sgt i32 %valid_len182.us.i, %1006
+  %2768 = sext i32 %1273 to i64
+  %2769 = shl nsw i64 %2768, 2
+  %2770 = tail call i32 @llvm.umin.i32(i32 %1275, i32 16)
+  br i1 %2767, label %for_body_r278.us.i.us.preheader, label %if_end276.us.i, !prof !3
 
-for_body_ti.lr.ph.us.i:                           ; preds = %for_end_to274.us.i
-  %gep1349.us.idx.i = shl i64 %indvars.iv1530.i, 7
-  %gep1349.us.i = getelementptr i8, ptr %invariant.gep1316.us.i, i64 %gep1349.us.idx.i
-  br label %for_body_ti.us.i
+for_body_r278.us.i.us.preheader:                  ; preds = %for_body_r278.lr.ph.us.i
+  %smin118 = tail call i32 @llvm.smin.i32(i32 %span554.sroa.3.0.lcssa.i, i32 %1160)
+  %smin119 = tail call i32 @llvm.smin.i32(i32 %smin118, i32 %indvars.iv111)
+  %smin120 = tail call i32 @llvm.smin.i32(i32 %smin119, i32 %618)
+  %2771 = add i32 %indvars.iv108, %smin120
+  %2772 = tail call i32 @llvm.smin.i32(i32 %2771, i32 256)
+  %smin121 = sext i32 %2772 to i64
+  %2773 = sub nsw i64 %smin121, %924
+  %smax122 = tail call i64 @llvm.smax.i64(i64 %2773, i64 1)
+  %xtraiter338 = and i64 %smax122, 3
+  %2774 = icmp slt i64 %2773, 4
+  %unroll_iter342 = and i64 %smax122, 9223372036854775804
+  %lcmp.mod340.not = icmp eq i64 %xtraiter338, 0
+  %lcmp.mod341 = icmp ne i64 %xtraiter338, 0
+  br label %for_body_r278.us.i.us
+
+for_body_r278.us.i.us:                            ; preds = %for_end_c284.us.i.loopexit.us, %for_body_r278.us.i.us.preheader
+  %r2811276.us.i.us = phi i32 [ %2843, %for_end_c284.us.i.loopexit.us ], [ 0, %for_body_r278.us.i.us.preheader ]
+  %2775 = lshr i32 %r2811276.us.i.us, 2
+  %2776 = zext nneg i32 %2775 to i64
+  %2777 = add nsw i64 %2769, %2776
+  %2778 = mul nsw i64 %2777, %636
+  %2779 = getelementptr i8, ptr %1013, i64 %2778
+  br i1 %2774, label %for_body_c283.us.i.us.epil.preheader, label %for_body_c283.us.i.us, !prof !47
+
+for_body_c283.us.i.us:                            ; preds = %for_body_c283.us.i.us, %for_body_r278.us.i.us
+  %indvars.iv1612.i.us = phi i64 [ %indvars.iv.next1613.i.us.3, %for_body_c283.us.i.us ], [ 0, %for_body_r278.us.i.us ]
+  %niter343 = phi i64 [ %niter343.next.3, %for_body_c283.us.i.us ], [ 0, %for_body_r278.us.i.us ]
+  %2780 = getelementptr i8, ptr %2779, i64 %indvars.iv1612.i.us
+  %2781 = load i8, ptr %2780, align 1, !tbaa !4
+  %2782 = icmp eq i8 %2781, 0
+  %2783 = select i1 %2782, i32 %1015, i32 -1
+  %2784 = trunc i64 %indvars.iv1612.i.us to i32
+  %.tr.i.us = add i32 %1006, %2784
+  %2785 = shl i32 %.tr.i.us, 3
+  %2786 = and i32 %2785, 2147483632
+  %2787 = add nuw nsw i32 %2786, %r2811276.us.i.us
+  %2788 = zext nneg i32 %2787 to i64
+  %2789 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2788
+  %2790 = load i32, ptr %2789, align 4, !tbaa !4
+  %2791 = and i32 %2783, %2790
+  store i32 %2791, ptr %2789, align 4, !tbaa !4
+  %indvars.iv.next1613.i.us = or disjoint i64 %indvars.iv1612.i.us, 1
+  %2792 = getelementptr i8, ptr %2779, i64 %indvars.iv.next1613.i.us
+  %2793 = load i8, ptr %2792, align 1, !tbaa !4
+  %2794 = icmp eq i8 %2793, 0
+  %2795 = select i1 %2794, i32 %1016, i32 -1
+  %2796 = trunc i64 %indvars.iv.next1613.i.us to i32
+  %.tr.i.us.1 = add i32 %1006, %2796
+  %2797 = shl i32 %.tr.i.us.1, 3
+  %2798 = and i32 %2797, 2147483632
+  %2799 = add nuw nsw i32 %2798, %r2811276.us.i.us
+  %2800 = zext nneg i32 %2799 to i64
+  %2801 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2800
+  %2802 = load i32, ptr %2801, align 4, !tbaa !4
+  %2803 = and i32 %2795, %2802
+  store i32 %2803, ptr %2801, align 4, !tbaa !4
+  %indvars.iv.next1613.i.us.1 = or disjoint i64 %indvars.iv1612.i.us, 2
+  %2804 = getelementptr i8, ptr %2779, i64 %indvars.iv.next1613.i.us.1
+  %2805 = load i8, ptr %2804, align 1, !tbaa !4
+  %2806 = icmp eq i8 %2805, 0
+  %2807 = select i1 %2806, i32 %1018, i32 -1
+  %2808 = trunc i64 %indvars.iv.next1613.i.us.1 to i32
+  %.tr.i.us.2 = add i32 %1006, %2808
+  %2809 = shl i32 %.tr.i.us.2, 3
+  %2810 = and i32 %2809, 2147483632
+  %2811 = add nuw nsw i32 %2810, %r2811276.us.i.us
+  %2812 = zext nneg i32 %2811 to i64
+  %2813 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2812
+  %2814 = load i32, ptr %2813, align 4, !tbaa !4
+  %2815 = and i32 %2807, %2814
+  store i32 %2815, ptr %2813, align 4, !tbaa !4
+  %indvars.iv.next1613.i.us.2 = or disjoint i64 %indvars.iv1612.i.us, 3
+  %2816 = getelementptr i8, ptr %2779, i64 %indvars.iv.next1613.i.us.2
+  %2817 = load i8, ptr %2816, align 1, !tbaa !4
+  %2818 = icmp eq i8 %2817, 0
+  %2819 = select i1 %2818, i32 %1019, i32 -1
+  %2820 = trunc i64 %indvars.iv.next1613.i.us.2 to i32
+  %.tr.i.us.3 = add i32 %1006, %2820
+  %2821 = shl i32 %.tr.i.us.3, 3
+  %2822 = and i32 %2821, 2147483632
+  %2823 = add nuw nsw i32 %2822, %r2811276.us.i.us
+  %2824 = zext nneg i32 %2823 to i64
+  %2825 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2824
+  %2826 = load i32, ptr %2825, align 4, !tbaa !4
+  %2827 = and i32 %2819, %2826
+  store i32 %2827, ptr %2825, align 4, !tbaa !4
+  %indvars.iv.next1613.i.us.3 = add nuw nsw i64 %indvars.iv1612.i.us, 4
+  %niter343.next.3 = add i64 %niter343, 4
+  %niter343.ncmp.3 = icmp eq i64 %niter343.next.3, %unroll_iter342
+  br i1 %niter343.ncmp.3, label %for_end_c284.us.i.loopexit.us.unr-lcssa, label %for_body_c283.us.i.us, !prof !48, !llvm.loop !78
+
+for_end_c284.us.i.loopexit.us.unr-lcssa:          ; preds = %for_body_c283.us.i.us
+  br i1 %lcmp.mod340.not, label %for_end_c284.us.i.loopexit.us, label %for_body_c283.us.i.us.epil.preheader, !prof !51
+
+for_body_c283.us.i.us.epil.preheader:             ; preds = %for_end_c284.us.i.loopexit.us.unr-lcssa, %for_body_r278.us.i.us
+  %indvars.iv1612.i.us.epil.init = phi i64 [ 0, %for_body_r278.us.i.us ], [ %indvars.iv.next1613.i.us.3, %for_end_c284.us.i.loopexit.us.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod341)
+  br label %for_body_c283.us.i.us.epil
+
+for_body_c283.us.i.us.epil:                       ; preds = %for_body_c283.us.i.us.epil, %for_body_c283.us.i.us.epil.preheader
+  %indvars.iv1612.i.us.epil = phi i64 [ %indvars.iv1612.i.us.epil.init, %for_body_c283.us.i.us.epil.preheader ], [ %indvars.iv.next1613.i.us.epil, %for_body_c283.us.i.us.epil ]
+  %epil.iter339 = phi i64 [ 0, %for_body_c283.us.i.us.epil.preheader ], [ %epil.iter339.next, %for_body_c283.us.i.us.epil ]
+  %2828 = add nuw nsw i64 %indvars.iv1612.i.us.epil, %1007
+  %2829 = and i64 %2828, 1
+  %2830 = icmp eq i64 %2829, 0
+  %2831 = select i1 %2830, i32 -65536, i32 65535
+  %2832 = getelementptr i8, ptr %2779, i64 %indvars.iv1612.i.us.epil
+  %2833 = load i8, ptr %2832, align 1, !tbaa !4
+  %2834 = icmp eq i8 %2833, 0
+  %2835 = select i1 %2834, i32 %2831, i32 -1
+  %.tr.i.us.epil = trunc i64 %2828 to i32
+  %2836 = shl i32 %.tr.i.us.epil, 3
+  %2837 = and i32 %2836, 2147483632
+  %2838 = add nuw nsw i32 %2837, %r2811276.us.i.us
+  %2839 = zext nneg i32 %2838 to i64
+  %2840 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2839
+  %2841 = load i32, ptr %2840, align 4, !tbaa !4
+  %2842 = and i32 %2835, %2841
+  store i32 %2842, ptr %2840, align 4, !tbaa !4
+  %indvars.iv.next1613.i.us.epil = add nuw nsw i64 %indvars.iv1612.i.us.epil, 1
+  %epil.iter339.next = add i64 %epil.iter339, 1
+  %epil.iter339.cmp.not = icmp eq i64 %epil.iter339.next, %xtraiter338
+  br i1 %epil.iter339.cmp.not, label %for_end_c284.us.i.loopexit.us, label %for_body_c283.us.i.us.epil, !prof !52, !llvm.loop !79
+
+for_end_c284.us.i.loopexit.us:                    ; preds = %for_body_c283.us.i.us.epil, %for_end_c284.us.i.loopexit.us.unr-lcssa
+  %2843 = add nuw nsw i32 %r2811276.us.i.us, 1
+  %exitcond1616.not.i.us = icmp eq i32 %2843, %2770
+  br i1 %exitcond1616.not.i.us, label %if_end276.us.i, label %for_body_r278.us.i.us, !prof !8
+
+for_begin_ti292.preheader.lr.ph.us.i:             ; preds = %for_begin_to287.preheader.us.i
+  %gep1330.us.idx.i = shl i64 %indvars.iv1631.i, 5
+  %gep1330.us.i = getelementptr i8, ptr %invariant.gep1238.us.i, i64 %gep1330.us.idx.i
+  br label %for_begin_ti292.preheader.us.i
+
+for_body_ti298.lr.ph.us.i:                        ; preds = %for_end_to289.us.i
+  %gep1332.us.idx.i = shl i64 %indvars.iv1631.i, 5
+  %gep1332.us.i = getelementptr i8, ptr %invariant.gep1238.us.i, i64 %gep1332.us.idx.i
+  br label %for_body_ti298.us.i
 
 for_begin_row_tile.for_end_row_tile_crit_edge.us.i: ; preds = %for_begin_row_tile.us.i
-  %indvars.iv.next1544.i = add nuw nsw i64 %indvars.iv1543.i, 1
-  %exitcond1547.not.i = icmp eq i64 %indvars.iv.next1544.i, %wide.trip.count1546.i
-  br i1 %exitcond1547.not.i, label %for_end_kv_head.i, label %for_body_kv_head.us.i, !prof !8
+  %indvars.iv.next1641.i = add nuw nsw i64 %indvars.iv1640.i, 1
+  %exitcond1644.not.i = icmp eq i64 %indvars.iv.next1641.i, %wide.trip.count1643.i
+  br i1 %exitcond1644.not.i, label %for_end_kv_head.i, label %for_body_kv_head.us.i, !prof !8
 
-for_body_t105.i:                                  ; preds = %for_body_t105.i, %for_body_t105.i.preheader.new
-  %indvars.iv1421.i = phi i64 [ 0, %for_body_t105.i.preheader.new ], [ %indvars.iv.next1422.i.3, %for_body_t105.i ]
-  %niter311 = phi i64 [ 0, %for_body_t105.i.preheader.new ], [ %niter311.next.3, %for_body_t105.i ]
-  %2561 = add nsw i64 %indvars.iv1421.i, %732
-  %2562 = trunc nsw i64 %2561 to i32
-  %2563 = tail call i32 @llvm.smin.i32(i32 %2562, i32 %707)
-  %2564 = sext i32 %2563 to i64
-  %2565 = ashr i64 %2564, 4
-  %gep1161.i = getelementptr i32, ptr %497, i64 %2565
-  %2566 = load i32, ptr %gep1161.i, align 4, !tbaa !4
-  %block112.i = sext i32 %2566 to i64
-  %2567 = lshr i64 %2564, 1
-  %2568 = and i64 %2567, 7
-  %2569 = mul nsw i64 %2568, %v_row
-  %2570 = mul nsw i64 %v_block, %block112.i
-  %2571 = add nsw i64 %2569, %2570
-  %2572 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1421.i
-  store i64 %2571, ptr %2572, align 8, !tbaa !4
-  %indvars.iv.next1422.i = or disjoint i64 %indvars.iv1421.i, 1
-  %2573 = add nsw i64 %indvars.iv.next1422.i, %732
-  %2574 = trunc nsw i64 %2573 to i32
-  %2575 = tail call i32 @llvm.smin.i32(i32 %2574, i32 %707)
-  %2576 = sext i32 %2575 to i64
-  %2577 = ashr i64 %2576, 4
-  %gep1161.i.1 = getelementptr i32, ptr %497, i64 %2577
-  %2578 = load i32, ptr %gep1161.i.1, align 4, !tbaa !4
-  %block112.i.1 = sext i32 %2578 to i64
-  %2579 = lshr i64 %2576, 1
-  %2580 = and i64 %2579, 7
-  %2581 = mul nsw i64 %2580, %v_row
-  %2582 = mul nsw i64 %v_block, %block112.i.1
-  %2583 = add nsw i64 %2581, %2582
-  %2584 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1422.i
-  store i64 %2583, ptr %2584, align 8, !tbaa !4
-  %indvars.iv.next1422.i.1 = or disjoint i64 %indvars.iv1421.i, 2
-  %2585 = add nsw i64 %indvars.iv.next1422.i.1, %732
-  %2586 = trunc nsw i64 %2585 to i32
-  %2587 = tail call i32 @llvm.smin.i32(i32 %2586, i32 %707)
-  %2588 = sext i32 %2587 to i64
-  %2589 = ashr i64 %2588, 4
-  %gep1161.i.2 = getelementptr i32, ptr %497, i64 %2589
-  %2590 = load i32, ptr %gep1161.i.2, align 4, !tbaa !4
-  %block112.i.2 = sext i32 %2590 to i64
-  %2591 = lshr i64 %2588, 1
-  %2592 = and i64 %2591, 7
-  %2593 = mul nsw i64 %2592, %v_row
-  %2594 = mul nsw i64 %v_block, %block112.i.2
-  %2595 = add nsw i64 %2593, %2594
-  %2596 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1422.i.1
-  store i64 %2595, ptr %2596, align 8, !tbaa !4
-  %indvars.iv.next1422.i.2 = or disjoint i64 %indvars.iv1421.i, 3
-  %2597 = add nsw i64 %indvars.iv.next1422.i.2, %732
-  %2598 = trunc nsw i64 %2597 to i32
-  %2599 = tail call i32 @llvm.smin.i32(i32 %2598, i32 %707)
-  %2600 = sext i32 %2599 to i64
-  %2601 = ashr i64 %2600, 4
-  %gep1161.i.3 = getelementptr i32, ptr %497, i64 %2601
-  %2602 = load i32, ptr %gep1161.i.3, align 4, !tbaa !4
-  %block112.i.3 = sext i32 %2602 to i64
-  %2603 = lshr i64 %2600, 1
-  %2604 = and i64 %2603, 7
-  %2605 = mul nsw i64 %2604, %v_row
-  %2606 = mul nsw i64 %v_block, %block112.i.3
-  %2607 = add nsw i64 %2605, %2606
-  %2608 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1422.i.2
-  store i64 %2607, ptr %2608, align 8, !tbaa !4
-  %indvars.iv.next1422.i.3 = add nuw nsw i64 %indvars.iv1421.i, 4
-  %niter311.next.3 = add i64 %niter311, 4
-  %niter311.ncmp.3 = icmp eq i64 %niter311.next.3, %unroll_iter310
-  br i1 %niter311.ncmp.3, label %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, label %for_body_t105.i, !prof !42, !llvm.loop !144
+for_body_t133.i:                                  ; preds = %for_body_t133.i, %for_body_t133.i.preheader.new
+  %indvars.iv1537.i = phi i64 [ 0, %for_body_t133.i.preheader.new ], [ %indvars.iv.next1538.i.3, %for_body_t133.i ]
+  %niter310 = phi i64 [ 0, %for_body_t133.i.preheader.new ], [ %niter310.next.3, %for_body_t133.i ]
+  %2844 = add nsw i64 %indvars.iv1537.i, %940
+  %2845 = trunc nsw i64 %2844 to i32
+  %2846 = tail call i32 @llvm.smin.i32(i32 %2845, i32 %904)
+  %2847 = sext i32 %2846 to i64
+  %2848 = ashr i64 %2847, 4
+  %gep1227.i = getelementptr i32, ptr %628, i64 %2848
+  %2849 = load i32, ptr %gep1227.i, align 4, !tbaa !4
+  %block140.i = sext i32 %2849 to i64
+  %2850 = lshr i64 %2847, 1
+  %2851 = and i64 %2850, 7
+  %2852 = mul nsw i64 %2851, %v_row
+  %2853 = mul nsw i64 %v_block, %block140.i
+  %2854 = add nsw i64 %2852, %2853
+  %2855 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1537.i
+  store i64 %2854, ptr %2855, align 8, !tbaa !4
+  %indvars.iv.next1538.i = or disjoint i64 %indvars.iv1537.i, 1
+  %2856 = add nsw i64 %indvars.iv.next1538.i, %940
+  %2857 = trunc nsw i64 %2856 to i32
+  %2858 = tail call i32 @llvm.smin.i32(i32 %2857, i32 %904)
+  %2859 = sext i32 %2858 to i64
+  %2860 = ashr i64 %2859, 4
+  %gep1227.i.1 = getelementptr i32, ptr %628, i64 %2860
+  %2861 = load i32, ptr %gep1227.i.1, align 4, !tbaa !4
+  %block140.i.1 = sext i32 %2861 to i64
+  %2862 = lshr i64 %2859, 1
+  %2863 = and i64 %2862, 7
+  %2864 = mul nsw i64 %2863, %v_row
+  %2865 = mul nsw i64 %v_block, %block140.i.1
+  %2866 = add nsw i64 %2864, %2865
+  %2867 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1538.i
+  store i64 %2866, ptr %2867, align 8, !tbaa !4
+  %indvars.iv.next1538.i.1 = or disjoint i64 %indvars.iv1537.i, 2
+  %2868 = add nsw i64 %indvars.iv.next1538.i.1, %940
+  %2869 = trunc nsw i64 %2868 to i32
+  %2870 = tail call i32 @llvm.smin.i32(i32 %2869, i32 %904)
+  %2871 = sext i32 %2870 to i64
+  %2872 = ashr i64 %2871, 4
+  %gep1227.i.2 = getelementptr i32, ptr %628, i64 %2872
+  %2873 = load i32, ptr %gep1227.i.2, align 4, !tbaa !4
+  %block140.i.2 = sext i32 %2873 to i64
+  %2874 = lshr i64 %2871, 1
+  %2875 = and i64 %2874, 7
+  %2876 = mul nsw i64 %2875, %v_row
+  %2877 = mul nsw i64 %v_block, %block140.i.2
+  %2878 = add nsw i64 %2876, %2877
+  %2879 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1538.i.1
+  store i64 %2878, ptr %2879, align 8, !tbaa !4
+  %indvars.iv.next1538.i.2 = or disjoint i64 %indvars.iv1537.i, 3
+  %2880 = add nsw i64 %indvars.iv.next1538.i.2, %940
+  %2881 = trunc nsw i64 %2880 to i32
+  %2882 = tail call i32 @llvm.smin.i32(i32 %2881, i32 %904)
+  %2883 = sext i32 %2882 to i64
+  %2884 = ashr i64 %2883, 4
+  %gep1227.i.3 = getelementptr i32, ptr %628, i64 %2884
+  %2885 = load i32, ptr %gep1227.i.3, align 4, !tbaa !4
+  %block140.i.3 = sext i32 %2885 to i64
+  %2886 = lshr i64 %2883, 1
+  %2887 = and i64 %2886, 7
+  %2888 = mul nsw i64 %2887, %v_row
+  %2889 = mul nsw i64 %v_block, %block140.i.3
+  %2890 = add nsw i64 %2888, %2889
+  %2891 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1538.i.2
+  store i64 %2890, ptr %2891, align 8, !tbaa !4
+  %indvars.iv.next1538.i.3 = add nuw nsw i64 %indvars.iv1537.i, 4
+  %niter310.next.3 = add i64 %niter310, 4
+  %niter310.ncmp.3 = icmp eq i64 %niter310.next.3, %unroll_iter309
+  br i1 %niter310.ncmp.3, label %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, label %for_body_t133.i, !prof !48, !llvm.loop !80
 
 for_end_kv_head.i:                                ; preds = %for_begin_row_tile.for_end_row_tile_crit_edge.us.i, %for_body_kv_head.lr.ph.i, %for_begin_kv_head.preheader.i
-  %2609 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2610 = tail call i32 %2609(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not516.i = icmp eq i32 %2610, 0
-  br i1 %.not516.i, label %if_end312.i, label %fused_attend_compute_.exit, !prof !51
+  %2892 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2893 = tail call i32 %2892(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not574.i = icmp eq i32 %2893, 0
+  br i1 %.not574.i, label %if_end334.i, label %fused_attend_compute_.exit, !prof !34
 
-if_end312.i:                                      ; preds = %for_end_kv_head.i
-  %2611 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2612 = tail call i32 %2611(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not517.i = icmp eq i32 %2612, 0
-  br i1 %.not517.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !51
+if_end334.i:                                      ; preds = %for_end_kv_head.i
+  %2894 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2895 = tail call i32 %2894(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not575.i = icmp eq i32 %2895, 0
+  br i1 %.not575.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !34
 
-for_body_tile318.i:                               ; preds = %if_end323.i, %for_begin_tile317.preheader.i
-  %indvars.iv1561.i = phi i64 [ %indvars.iv.next1562.i, %if_end323.i ], [ 0, %for_begin_tile317.preheader.i ]
-  %.idx1660.i = shl nsw i64 %indvars.iv1561.i, 4
-  %2613 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1660.i
-  %2614 = getelementptr inbounds nuw i8, ptr %2613, i64 4
-  %2615 = load i32, ptr %2614, align 4, !tbaa !4
-  %2616 = icmp slt i32 %read_begin.i, %2615
-  br i1 %2616, label %if_then322.i, label %if_end323.i, !prof !7
+for_body_tile340.i:                               ; preds = %if_end345.i, %for_begin_tile339.preheader.i
+  %indvars.iv1654.i = phi i64 [ %indvars.iv.next1655.i, %if_end345.i ], [ 0, %for_begin_tile339.preheader.i ]
+  %.idx1766.i = shl nsw i64 %indvars.iv1654.i, 4
+  %2896 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1766.i
+  %2897 = getelementptr inbounds nuw i8, ptr %2896, i64 4
+  %2898 = load i32, ptr %2897, align 4, !tbaa !4
+  %2899 = icmp slt i32 %read_begin.i, %2898
+  br i1 %2899, label %if_then344.i, label %if_end345.i, !prof !7
 
-for_end_tile319.i:                                ; preds = %if_end323.i, %for_begin_tile317.preheader.i
-  %2617 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2618 = tail call i32 %2617(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not513.i = icmp eq i32 %2618, 0
-  br i1 %.not513.i, label %if_end383.i, label %fused_attend_compute_.exit, !prof !51
+for_end_tile341.i:                                ; preds = %if_end345.i, %for_begin_tile339.preheader.i
+  %2900 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2901 = tail call i32 %2900(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not571.i = icmp eq i32 %2901, 0
+  br i1 %.not571.i, label %if_end400.i, label %fused_attend_compute_.exit, !prof !34
 
-if_then322.i:                                     ; preds = %for_body_tile318.i
-  %2619 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1660.i
-  %old_max329.i = load <16 x float>, ptr %2619, align 4, !tbaa !4
-  %2620 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1660.i
-  %old_sum331.i = load <16 x float>, ptr %2620, align 4, !tbaa !4
-  %2621 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1660.i
-  %2622 = load <16 x float>, ptr %2621, align 4, !tbaa !4
-  %2623 = fcmp ogt <16 x float> %old_max329.i, %2622
-  %2624 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1660.i
-  %2625 = load <16 x float>, ptr %2624, align 4, !tbaa !4
-  %2626 = fcmp oeq <16 x float> %2625, zeroinitializer
-  %2627 = select <16 x i1> %2626, <16 x i1> splat (i1 true), <16 x i1> %2623
-  %old_or_both335.i = select <16 x i1> %2627, <16 x float> %old_max329.i, <16 x float> %2622
-  %2628 = fcmp oeq <16 x float> %old_sum331.i, zeroinitializer
-  %m337.i = select <16 x i1> %2628, <16 x float> %2622, <16 x float> %old_or_both335.i
-  %2629 = fsub <16 x float> %old_max329.i, %m337.i
-  %2630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2629, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2631 = bitcast <16 x float> %2630 to <16 x i32>
-  %2632 = fadd <16 x float> %2630, splat (float 0xC168000FE0000000)
-  %2633 = fmul <16 x float> %2632, splat (float 0x3F2BD01060000000)
-  %2634 = fmul <16 x float> %2632, splat (float 0x3FE6300000000000)
-  %2635 = fsub <16 x float> %2629, %2634
-  %2636 = fadd <16 x float> %2633, %2635
-  %2637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2636, <16 x float> splat (float 0x3FA5558F20000000))
-  %2639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2638, <16 x float> %2636, <16 x float> splat (float 0x3FC5554920000000))
-  %2640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2639, <16 x float> %2636, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2641 = fmul <16 x float> %2636, %2636
-  %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2640, <16 x float> %2641, <16 x float> %2636)
-  %2643 = shl <16 x i32> %2631, splat (i32 23)
-  %2644 = bitcast <16 x i32> %2643 to <16 x float>
-  %2645 = fadd <16 x float> %2642, splat (float 1.000000e+00)
-  %2646 = fmul <16 x float> %2645, %2644
-  %2647 = fcmp olt <16 x float> %2629, splat (float -8.700000e+01)
-  %2648 = select <16 x i1> %2647, <16 x float> zeroinitializer, <16 x float> %2646
-  %2649 = fcmp one <16 x float> %old_sum331.i, zeroinitializer
-  %2650 = select <16 x i1> %2649, <16 x float> %2648, <16 x float> zeroinitializer
-  store <16 x float> %2650, ptr %alpha324482.i, align 16, !tbaa !145
-  %arg355.i = fsub <16 x float> %2622, %m337.i
-  %2651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg355.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2652 = bitcast <16 x float> %2651 to <16 x i32>
-  %2653 = fadd <16 x float> %2651, splat (float 0xC168000FE0000000)
-  %2654 = fmul <16 x float> %2653, splat (float 0x3F2BD01060000000)
-  %2655 = fmul <16 x float> %2653, splat (float 0x3FE6300000000000)
-  %2656 = fsub <16 x float> %arg355.i, %2655
-  %2657 = fadd <16 x float> %2654, %2656
-  %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2657, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2658, <16 x float> %2657, <16 x float> splat (float 0x3FA5558F20000000))
-  %2660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2659, <16 x float> %2657, <16 x float> splat (float 0x3FC5554920000000))
-  %2661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2657, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2662 = fmul <16 x float> %2657, %2657
-  %2663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2661, <16 x float> %2662, <16 x float> %2657)
-  %2664 = shl <16 x i32> %2652, splat (i32 23)
-  %2665 = bitcast <16 x i32> %2664 to <16 x float>
-  %2666 = fadd <16 x float> %2663, splat (float 1.000000e+00)
-  %2667 = fmul <16 x float> %2666, %2665
-  %2668 = fcmp olt <16 x float> %arg355.i, splat (float -8.700000e+01)
-  %2669 = select <16 x i1> %2668, <16 x float> zeroinitializer, <16 x float> %2667
-  %2670 = fcmp one <16 x float> %2625, zeroinitializer
-  %2671 = select <16 x i1> %2670, <16 x float> %2669, <16 x float> zeroinitializer
-  store <16 x float> %2671, ptr %beta325481.i, align 16, !tbaa !152
-  %2672 = fmul <16 x float> %old_sum331.i, %2650
-  %2673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2671, <16 x float> %2625, <16 x float> %2672)
-  store <16 x float> %m337.i, ptr %2619, align 4, !tbaa !4
-  store <16 x float> %2673, ptr %2620, align 4, !tbaa !4
-  %2674 = shl i64 %indvars.iv1561.i, 11
-  %2675 = and i64 %2674, 4294965248
-  br label %for_begin_d_0377.preheader.i
+if_then344.i:                                     ; preds = %for_body_tile340.i
+  %2902 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1766.i
+  %old_max351.i = load <16 x float>, ptr %2902, align 4, !tbaa !4
+  %2903 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1766.i
+  %old_sum353.i = load <16 x float>, ptr %2903, align 4, !tbaa !4
+  %2904 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1766.i
+  %2905 = load <16 x float>, ptr %2904, align 4, !tbaa !4
+  %2906 = fcmp ogt <16 x float> %old_max351.i, %2905
+  %2907 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1766.i
+  %2908 = load <16 x float>, ptr %2907, align 4, !tbaa !4
+  %2909 = fcmp oeq <16 x float> %2908, zeroinitializer
+  %2910 = select <16 x i1> %2909, <16 x i1> splat (i1 true), <16 x i1> %2906
+  %old_or_both357.i = select <16 x i1> %2910, <16 x float> %old_max351.i, <16 x float> %2905
+  %2911 = fcmp oeq <16 x float> %old_sum353.i, zeroinitializer
+  %m359.i = select <16 x i1> %2911, <16 x float> %2905, <16 x float> %old_or_both357.i
+  %2912 = fsub <16 x float> %old_max351.i, %m359.i
+  %2913 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2912, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2914 = bitcast <16 x float> %2913 to <16 x i32>
+  %2915 = fadd <16 x float> %2913, splat (float 0xC168000FE0000000)
+  %2916 = fmul <16 x float> %2915, splat (float 0x3F2BD01060000000)
+  %2917 = fmul <16 x float> %2915, splat (float 0x3FE6300000000000)
+  %2918 = fsub <16 x float> %2912, %2917
+  %2919 = fadd <16 x float> %2916, %2918
+  %2920 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2919, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2921 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2920, <16 x float> %2919, <16 x float> splat (float 0x3FA5558F20000000))
+  %2922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2921, <16 x float> %2919, <16 x float> splat (float 0x3FC5554920000000))
+  %2923 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2922, <16 x float> %2919, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2924 = fmul <16 x float> %2919, %2919
+  %2925 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2923, <16 x float> %2924, <16 x float> %2919)
+  %2926 = shl <16 x i32> %2914, splat (i32 23)
+  %2927 = bitcast <16 x i32> %2926 to <16 x float>
+  %2928 = fadd <16 x float> %2925, splat (float 1.000000e+00)
+  %2929 = fmul <16 x float> %2928, %2927
+  %2930 = fcmp olt <16 x float> %2912, splat (float -8.700000e+01)
+  %2931 = select <16 x i1> %2930, <16 x float> zeroinitializer, <16 x float> %2929
+  %2932 = fcmp one <16 x float> %old_sum353.i, zeroinitializer
+  %2933 = select <16 x i1> %2932, <16 x float> %2931, <16 x float> zeroinitializer
+  %arg377.i = fsub <16 x float> %2905, %m359.i
+  %2934 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg377.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2935 = bitcast <16 x float> %2934 to <16 x i32>
+  %2936 = fadd <16 x float> %2934, splat (float 0xC168000FE0000000)
+  %2937 = fmul <16 x float> %2936, splat (float 0x3F2BD01060000000)
+  %2938 = fmul <16 x float> %2936, splat (float 0x3FE6300000000000)
+  %2939 = fsub <16 x float> %arg377.i, %2938
+  %2940 = fadd <16 x float> %2937, %2939
+  %2941 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2940, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2942 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2941, <16 x float> %2940, <16 x float> splat (float 0x3FA5558F20000000))
+  %2943 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2942, <16 x float> %2940, <16 x float> splat (float 0x3FC5554920000000))
+  %2944 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2943, <16 x float> %2940, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2945 = fmul <16 x float> %2940, %2940
+  %2946 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2944, <16 x float> %2945, <16 x float> %2940)
+  %2947 = shl <16 x i32> %2935, splat (i32 23)
+  %2948 = bitcast <16 x i32> %2947 to <16 x float>
+  %2949 = fadd <16 x float> %2946, splat (float 1.000000e+00)
+  %2950 = fmul <16 x float> %2949, %2948
+  %2951 = fcmp olt <16 x float> %arg377.i, splat (float -8.700000e+01)
+  %2952 = select <16 x i1> %2951, <16 x float> zeroinitializer, <16 x float> %2950
+  %2953 = fcmp one <16 x float> %2908, zeroinitializer
+  %2954 = select <16 x i1> %2953, <16 x float> %2952, <16 x float> zeroinitializer
+  %2955 = fmul <16 x float> %old_sum353.i, %2933
+  %2956 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2954, <16 x float> %2908, <16 x float> %2955)
+  store <16 x float> %m359.i, ptr %2902, align 4, !tbaa !4
+  store <16 x float> %2956, ptr %2903, align 4, !tbaa !4
+  %2957 = shl i64 %indvars.iv1654.i, 11
+  %2958 = and i64 %2957, 4294965248
+  br label %for_body_d395.i
 
-if_end323.i:                                      ; preds = %for_begin_d_0377.preheader.i, %for_body_tile318.i
-  %indvars.iv.next1562.i = add nuw nsw i64 %indvars.iv1561.i, 1
-  %exitcond1565.not.i = icmp eq i64 %indvars.iv.next1562.i, %wide.trip.count1564.i
-  br i1 %exitcond1565.not.i, label %for_end_tile319.i, label %for_body_tile318.i, !prof !8
+if_end345.i:                                      ; preds = %for_body_d395.i, %for_body_tile340.i
+  %indvars.iv.next1655.i = add nuw nsw i64 %indvars.iv1654.i, 1
+  %exitcond1658.not.i = icmp eq i64 %indvars.iv.next1655.i, %wide.trip.count1657.i
+  br i1 %exitcond1658.not.i, label %for_end_tile341.i, label %for_body_tile340.i, !prof !8
 
-for_begin_d_0377.preheader.i:                     ; preds = %for_begin_d_0377.preheader.i, %if_then322.i
-  %indvars.iv1557.i = phi i64 [ 0, %if_then322.i ], [ %indvars.iv.next1558.i, %for_begin_d_0377.preheader.i ]
-  %2676 = getelementptr inbounds nuw float, ptr %beta325481.i, i64 %indvars.iv1557.i
-  %2677 = load float, ptr %2676, align 4, !tbaa !159
-  %2678 = insertelement <16 x float> poison, float %2677, i64 0
-  %2679 = shufflevector <16 x float> %2678, <16 x float> poison, <16 x i32> zeroinitializer
-  %2680 = shl nuw nsw i64 %indvars.iv1557.i, 7
-  %2681 = add nuw nsw i64 %2680, %2675
-  %2682 = getelementptr inbounds nuw float, ptr %alpha324482.i, i64 %indvars.iv1557.i
-  %2683 = load float, ptr %2682, align 4, !tbaa !160
-  %2684 = insertelement <16 x float> poison, float %2683, i64 0
-  %2685 = shufflevector <16 x float> %2684, <16 x float> poison, <16 x i32> zeroinitializer
-  %2686 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2681
-  %2687 = load <16 x float>, ptr %2686, align 4, !tbaa !4
-  %2688 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2681
-  %2689 = load <16 x float>, ptr %2688, align 4, !tbaa !4
-  %2690 = fmul <16 x float> %2689, %2685
-  %2691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2687, <16 x float> %2690)
-  store <16 x float> %2691, ptr %2688, align 4, !tbaa !4
-  %2692 = or disjoint i64 %2681, 16
-  %2693 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2692
-  %2694 = load <16 x float>, ptr %2693, align 4, !tbaa !4
-  %2695 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2692
-  %2696 = load <16 x float>, ptr %2695, align 4, !tbaa !4
-  %2697 = fmul <16 x float> %2685, %2696
-  %2698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2694, <16 x float> %2697)
-  store <16 x float> %2698, ptr %2695, align 4, !tbaa !4
-  %2699 = or disjoint i64 %2681, 32
-  %2700 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2699
-  %2701 = load <16 x float>, ptr %2700, align 4, !tbaa !4
-  %2702 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2699
-  %2703 = load <16 x float>, ptr %2702, align 4, !tbaa !4
-  %2704 = fmul <16 x float> %2685, %2703
-  %2705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2701, <16 x float> %2704)
-  store <16 x float> %2705, ptr %2702, align 4, !tbaa !4
-  %2706 = or disjoint i64 %2681, 48
-  %2707 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2706
-  %2708 = load <16 x float>, ptr %2707, align 4, !tbaa !4
-  %2709 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2706
-  %2710 = load <16 x float>, ptr %2709, align 4, !tbaa !4
-  %2711 = fmul <16 x float> %2685, %2710
-  %2712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2708, <16 x float> %2711)
-  store <16 x float> %2712, ptr %2709, align 4, !tbaa !4
-  %2713 = or disjoint i64 %2681, 64
-  %2714 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2713
-  %2715 = load <16 x float>, ptr %2714, align 4, !tbaa !4
-  %2716 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2713
-  %2717 = load <16 x float>, ptr %2716, align 4, !tbaa !4
-  %2718 = fmul <16 x float> %2685, %2717
-  %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2715, <16 x float> %2718)
-  store <16 x float> %2719, ptr %2716, align 4, !tbaa !4
-  %2720 = or disjoint i64 %2681, 80
-  %2721 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2720
-  %2722 = load <16 x float>, ptr %2721, align 4, !tbaa !4
-  %2723 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2720
-  %2724 = load <16 x float>, ptr %2723, align 4, !tbaa !4
-  %2725 = fmul <16 x float> %2685, %2724
-  %2726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2722, <16 x float> %2725)
-  store <16 x float> %2726, ptr %2723, align 4, !tbaa !4
-  %2727 = or disjoint i64 %2681, 96
-  %2728 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2727
-  %2729 = load <16 x float>, ptr %2728, align 4, !tbaa !4
-  %2730 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2727
-  %2731 = load <16 x float>, ptr %2730, align 4, !tbaa !4
-  %2732 = fmul <16 x float> %2685, %2731
-  %2733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2729, <16 x float> %2732)
-  store <16 x float> %2733, ptr %2730, align 4, !tbaa !4
-  %2734 = or disjoint i64 %2681, 112
-  %2735 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2734
-  %2736 = load <16 x float>, ptr %2735, align 4, !tbaa !4
-  %2737 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2734
-  %2738 = load <16 x float>, ptr %2737, align 4, !tbaa !4
-  %2739 = fmul <16 x float> %2685, %2738
-  %2740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2736, <16 x float> %2739)
-  store <16 x float> %2740, ptr %2737, align 4, !tbaa !4
-  %indvars.iv.next1558.i = add nuw nsw i64 %indvars.iv1557.i, 1
-  %exitcond1560.not.i = icmp eq i64 %indvars.iv.next1558.i, 16
-  br i1 %exitcond1560.not.i, label %if_end323.i, label %for_begin_d_0377.preheader.i, !prof !28
+for_body_d395.i:                                  ; preds = %for_body_d395.i, %if_then344.i
+  %indvars.iv1650.i = phi i64 [ 0, %if_then344.i ], [ %indvars.iv.next1651.i.3, %for_body_d395.i ]
+  %2959 = shl nuw nsw i64 %indvars.iv1650.i, 4
+  %2960 = add nuw nsw i64 %2959, %2958
+  %2961 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2960
+  %2962 = load <16 x float>, ptr %2961, align 4, !tbaa !4
+  %2963 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2960
+  %2964 = load <16 x float>, ptr %2963, align 4, !tbaa !4
+  %2965 = fmul <16 x float> %2933, %2964
+  %2966 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2954, <16 x float> %2962, <16 x float> %2965)
+  store <16 x float> %2966, ptr %2963, align 4, !tbaa !4
+  %indvars.iv.next1651.i = shl i64 %indvars.iv1650.i, 4
+  %2967 = or disjoint i64 %indvars.iv.next1651.i, 16
+  %2968 = add nuw nsw i64 %2967, %2958
+  %2969 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2968
+  %2970 = load <16 x float>, ptr %2969, align 4, !tbaa !4
+  %2971 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2968
+  %2972 = load <16 x float>, ptr %2971, align 4, !tbaa !4
+  %2973 = fmul <16 x float> %2933, %2972
+  %2974 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2954, <16 x float> %2970, <16 x float> %2973)
+  store <16 x float> %2974, ptr %2971, align 4, !tbaa !4
+  %indvars.iv.next1651.i.1 = shl i64 %indvars.iv1650.i, 4
+  %2975 = or disjoint i64 %indvars.iv.next1651.i.1, 32
+  %2976 = add nuw nsw i64 %2975, %2958
+  %2977 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2976
+  %2978 = load <16 x float>, ptr %2977, align 4, !tbaa !4
+  %2979 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2976
+  %2980 = load <16 x float>, ptr %2979, align 4, !tbaa !4
+  %2981 = fmul <16 x float> %2933, %2980
+  %2982 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2954, <16 x float> %2978, <16 x float> %2981)
+  store <16 x float> %2982, ptr %2979, align 4, !tbaa !4
+  %indvars.iv.next1651.i.2 = shl i64 %indvars.iv1650.i, 4
+  %2983 = or disjoint i64 %indvars.iv.next1651.i.2, 48
+  %2984 = add nuw nsw i64 %2983, %2958
+  %2985 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2984
+  %2986 = load <16 x float>, ptr %2985, align 4, !tbaa !4
+  %2987 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2984
+  %2988 = load <16 x float>, ptr %2987, align 4, !tbaa !4
+  %2989 = fmul <16 x float> %2933, %2988
+  %2990 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2954, <16 x float> %2986, <16 x float> %2989)
+  store <16 x float> %2990, ptr %2987, align 4, !tbaa !4
+  %indvars.iv.next1651.i.3 = add nuw nsw i64 %indvars.iv1650.i, 4
+  %exitcond1653.not.i.3 = icmp eq i64 %indvars.iv.next1651.i.3, 128
+  br i1 %exitcond1653.not.i.3, label %if_end345.i, label %for_body_d395.i, !prof !28, !llvm.loop !81
 
-if_end383.i:                                      ; preds = %for_end_tile319.i
-  %2741 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2742 = tail call i32 %2741(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
-  %.not514.i = icmp eq i32 %2742, 0
-  br i1 %.not514.i, label %if_end386.i, label %fused_attend_compute_.exit, !prof !51
+if_end400.i:                                      ; preds = %for_end_tile341.i
+  %2991 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2992 = tail call i32 %2991(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not572.i = icmp eq i32 %2992, 0
+  br i1 %.not572.i, label %if_end403.i, label %fused_attend_compute_.exit, !prof !34
 
-if_end386.i:                                      ; preds = %if_end383.i
-  %2743 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2744 = tail call i32 %2743(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
-  %.not515.i = icmp eq i32 %2744, 0
-  br i1 %.not515.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !51
+if_end403.i:                                      ; preds = %if_end400.i
+  %2993 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2994 = tail call i32 %2993(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not573.i = icmp eq i32 %2994, 0
+  br i1 %.not573.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !34
 
-for_body_tile392.i:                               ; preds = %if_end397.loopexit1145.i, %for_body_tile392.lr.ph.i
-  %indvars.iv1589.i = phi i64 [ %indvars.iv.next1590.i, %if_end397.loopexit1145.i ], [ 0, %for_body_tile392.lr.ph.i ]
-  %2745 = trunc nuw nsw i64 %indvars.iv1589.i to i32
-  %rmod425.i = srem i32 %2745, %111
-  %rdiv432.i = sdiv i32 %2745, %111
-  %2746 = icmp ne i32 %rmod425.i, 0
-  %.not506.i = and i1 %523, %2746
-  %2747 = select i1 %.not506.i, i32 %111, i32 0
-  %2748 = add nsw i32 %2747, %rmod425.i
-  %2749 = shl nsw i32 %2748, 4
-  %2750 = sub nsw i32 %109, %2749
-  %2751 = icmp sgt i32 %2750, 0
-  br i1 %2751, label %for_body_r427.lr.ph.i, label %if_end397.loopexit1145.i, !prof !3
+for_body_tile409.i:                               ; preds = %if_end414.loopexit.i, %for_body_tile409.i.preheader
+  %indvars.iv1676.i = phi i64 [ %indvars.iv.next1677.i, %if_end414.loopexit.i ], [ 0, %for_body_tile409.i.preheader ]
+  %2995 = shl i64 %indvars.iv1676.i, 13
+  %2996 = and i64 %2995, 17179860992
+  %scevgep262 = getelementptr i8, ptr %total_acc.i, i64 %2996
+  %2997 = trunc nuw nsw i64 %indvars.iv1676.i to i32
+  %rmod482.i = srem i32 %2997, %111
+  %rdiv489.i = sdiv i32 %2997, %111
+  %2998 = icmp ne i32 %rmod482.i, 0
+  %.not563.i = and i1 %653, %2998
+  %2999 = select i1 %.not563.i, i32 %111, i32 0
+  %3000 = add nsw i32 %2999, %rmod482.i
+  %3001 = shl nsw i32 %3000, 4
+  %3002 = sub nsw i32 %109, %3001
+  %3003 = icmp sgt i32 %3002, 0
+  br i1 %3003, label %for_body_r484.lr.ph.i, label %if_end414.loopexit.i, !prof !3
 
-for_end_tile393.i:                                ; preds = %if_end397.loopexit1145.i, %if_end397.loopexit.us.i, %for_begin_tile391.preheader.i
-  %2752 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2753 = tail call i32 %2752(i32 1, i32 %dev_id, ptr nonnull %reach.i)
-  %.not.i = icmp eq i32 %2753, 0
-  br i1 %.not.i, label %if_end452.i, label %fused_attend_compute_.exit, !prof !51
+for_end_tile410.i:                                ; preds = %if_end414.loopexit.i, %if_end414.us.i, %for_begin_tile408.preheader.i
+  %3004 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3005 = tail call i32 %3004(i32 1, i32 %dev_id, ptr nonnull %reach.i)
+  %.not.i = icmp eq i32 %3005, 0
+  br i1 %.not.i, label %if_end509.i, label %fused_attend_compute_.exit, !prof !34
 
-if_end397.loopexit1145.i:                         ; preds = %for_begin_d_0443.preheader.i, %for_body_tile392.i
-  %indvars.iv.next1590.i = add nuw nsw i64 %indvars.iv1589.i, 1
-  %exitcond1593.not.i = icmp eq i64 %indvars.iv.next1590.i, %wide.trip.count1613.i
-  br i1 %exitcond1593.not.i, label %for_end_tile393.i, label %for_body_tile392.i, !prof !8
+if_end414.loopexit.i:                             ; preds = %for_end_d502.i, %for_body_tile409.i
+  %indvars.iv.next1677.i = add nuw nsw i64 %indvars.iv1676.i, 1
+  %exitcond1680.not.i = icmp eq i64 %indvars.iv.next1677.i, %wide.trip.count1715.i
+  br i1 %exitcond1680.not.i, label %for_end_tile410.i, label %for_body_tile409.i, !prof !8
 
-for_body_r427.lr.ph.i:                            ; preds = %for_body_tile392.i
-  %2754 = sext i1 %.not506.i to i32
-  %2755 = add nsw i32 %rdiv432.i, %2754
-  %2756 = sext i32 %2755 to i64
-  %2757 = sext i32 %2748 to i64
-  %2758 = shl nsw i64 %2757, 7
-  %2759 = add nsw i64 %524, %2756
-  %2760 = shl nsw i64 %2759, 2
-  %2761 = add nsw i64 %2758, %526
-  %2762 = shl i64 %indvars.iv1589.i, 4
-  %2763 = and i64 %2762, 4294967280
-  %2764 = tail call i32 @llvm.umin.i32(i32 %2750, i32 16)
-  %wide.trip.count1571.i = zext nneg i32 %2764 to i64
-  %2765 = add nsw i64 %2761, %2760
-  %2766 = or disjoint i64 %2765, 1
-  %2767 = or disjoint i64 %2765, 2
-  %2768 = or disjoint i64 %2765, 3
-  br label %for_body_r427.i
+for_body_r484.lr.ph.i:                            ; preds = %for_body_tile409.i
+  %3006 = sext i1 %.not563.i to i32
+  %3007 = add nsw i32 %rdiv489.i, %3006
+  %3008 = sext i32 %3007 to i64
+  %3009 = sext i32 %3000 to i64
+  %3010 = shl nsw i64 %3009, 7
+  %3011 = add nsw i64 %654, %3008
+  %3012 = shl nsw i64 %3011, 2
+  %3013 = add nsw i64 %3010, %656
+  %3014 = shl i64 %indvars.iv1676.i, 4
+  %3015 = and i64 %3014, 4294967280
+  %3016 = tail call i32 @llvm.umin.i32(i32 %3002, i32 16)
+  %wide.trip.count1664.i = zext nneg i32 %3016 to i64
+  %3017 = add nsw i64 %3013, %3012
+  %3018 = or disjoint i64 %3017, 1
+  %3019 = or disjoint i64 %3017, 2
+  %3020 = or disjoint i64 %3017, 3
+  br label %for_body_r484.i
 
-for_begin_d_0443.preheader.lr.ph.i:               ; preds = %for_body_r427.i
-  %2769 = shl nsw i64 %indvars.iv1589.i, 11
-  %.idx.i = shl nsw i64 %2759, 11
-  %2770 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %.idx507.i = shl nsw i64 %2757, 16
-  %2771 = getelementptr i8, ptr %2770, i64 %.idx507.i
-  %invariant.gep1369.i = getelementptr i8, ptr %2771, i64 %.idx508.i
-  br label %for_begin_d_0443.preheader.i
+for_begin_d500.preheader.lr.ph.i:                 ; preds = %for_body_r484.i
+  %.idx.i = shl nsw i64 %3011, 11
+  %3021 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %.idx564.i = shl nsw i64 %3009, 16
+  %3022 = getelementptr i8, ptr %3021, i64 %.idx564.i
+  %invariant.gep1358.i = getelementptr i8, ptr %3022, i64 %.idx565.i
+  %3023 = shl i64 %indvars.iv1676.i, 11
+  %3024 = and i64 %3023, 4294965248
+  %invariant.gep1797.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3024
+  %3025 = add nsw i64 %.idx564.i, %.idx.i
+  %scevgep257 = getelementptr i8, ptr %scevgep256, i64 %3025
+  %scevgep260 = getelementptr i8, ptr %scevgep259, i64 %3025
+  %3026 = shl nuw nsw i64 %wide.trip.count1664.i, 2
+  %3027 = getelementptr i8, ptr %scevgep263, i64 %2996
+  %scevgep264 = getelementptr i8, ptr %3027, i64 %3026
+  br label %for_begin_d500.preheader.i
 
-for_body_r427.i:                                  ; preds = %for_body_r427.i, %for_body_r427.lr.ph.i
-  %indvars.iv1567.i = phi i64 [ 0, %for_body_r427.lr.ph.i ], [ %indvars.iv.next1568.i.3, %for_body_r427.i ]
-  %2772 = add nuw nsw i64 %indvars.iv1567.i, %2763
-  %2773 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2772
-  %2774 = load float, ptr %2773, align 4, !tbaa !4
-  %2775 = shl nuw nsw i64 %indvars.iv1567.i, 3
-  %2776 = and i64 %2775, 17179869152
-  %2777 = add nsw i64 %2765, %2776
-  %2778 = getelementptr inbounds float, ptr %partial_max, i64 %2777
-  store float %2774, ptr %2778, align 4, !tbaa !4
-  %2779 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2772
-  %2780 = load float, ptr %2779, align 4, !tbaa !4
-  %2781 = getelementptr inbounds float, ptr %partial_sum, i64 %2777
-  store float %2780, ptr %2781, align 4, !tbaa !4
-  %indvars.iv.next1568.i = or disjoint i64 %indvars.iv1567.i, 1
-  %2782 = add nuw nsw i64 %indvars.iv.next1568.i, %2763
-  %2783 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2782
-  %2784 = load float, ptr %2783, align 4, !tbaa !4
-  %2785 = shl nuw nsw i64 %indvars.iv1567.i, 3
-  %2786 = and i64 %2785, 17179869152
-  %2787 = add nsw i64 %2766, %2786
-  %2788 = getelementptr inbounds float, ptr %partial_max, i64 %2787
-  store float %2784, ptr %2788, align 4, !tbaa !4
-  %2789 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2782
-  %2790 = load float, ptr %2789, align 4, !tbaa !4
-  %2791 = getelementptr inbounds float, ptr %partial_sum, i64 %2787
-  store float %2790, ptr %2791, align 4, !tbaa !4
-  %indvars.iv.next1568.i.1 = or disjoint i64 %indvars.iv1567.i, 2
-  %2792 = add nuw nsw i64 %indvars.iv.next1568.i.1, %2763
-  %2793 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2792
-  %2794 = load float, ptr %2793, align 4, !tbaa !4
-  %2795 = shl nuw nsw i64 %indvars.iv1567.i, 3
-  %2796 = and i64 %2795, 17179869152
-  %2797 = add nsw i64 %2767, %2796
-  %2798 = getelementptr inbounds float, ptr %partial_max, i64 %2797
-  store float %2794, ptr %2798, align 4, !tbaa !4
-  %2799 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2792
-  %2800 = load float, ptr %2799, align 4, !tbaa !4
-  %2801 = getelementptr inbounds float, ptr %partial_sum, i64 %2797
-  store float %2800, ptr %2801, align 4, !tbaa !4
-  %indvars.iv.next1568.i.2 = or disjoint i64 %indvars.iv1567.i, 3
-  %2802 = add nuw nsw i64 %indvars.iv.next1568.i.2, %2763
-  %2803 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2802
-  %2804 = load float, ptr %2803, align 4, !tbaa !4
-  %2805 = shl nuw nsw i64 %indvars.iv1567.i, 3
-  %2806 = and i64 %2805, 17179869152
-  %2807 = add nsw i64 %2768, %2806
-  %2808 = getelementptr inbounds float, ptr %partial_max, i64 %2807
-  store float %2804, ptr %2808, align 4, !tbaa !4
-  %2809 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2802
-  %2810 = load float, ptr %2809, align 4, !tbaa !4
-  %2811 = getelementptr inbounds float, ptr %partial_sum, i64 %2807
-  store float %2810, ptr %2811, align 4, !tbaa !4
-  %indvars.iv.next1568.i.3 = add nuw nsw i64 %indvars.iv1567.i, 4
-  %exitcond1572.not.i.3 = icmp eq i64 %indvars.iv.next1568.i.3, %wide.trip.count1571.i
-  br i1 %exitcond1572.not.i.3, label %for_begin_d_0443.preheader.lr.ph.i, label %for_body_r427.i, !prof !8, !llvm.loop !161
+for_body_r484.i:                                  ; preds = %for_body_r484.i, %for_body_r484.lr.ph.i
+  %indvars.iv1660.i = phi i64 [ 0, %for_body_r484.lr.ph.i ], [ %indvars.iv.next1661.i.3, %for_body_r484.i ]
+  %3028 = add nuw nsw i64 %indvars.iv1660.i, %3015
+  %3029 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3028
+  %3030 = load float, ptr %3029, align 4, !tbaa !4
+  %3031 = shl nuw nsw i64 %indvars.iv1660.i, 3
+  %3032 = and i64 %3031, 17179869152
+  %3033 = add nsw i64 %3017, %3032
+  %3034 = getelementptr inbounds float, ptr %partial_max, i64 %3033
+  store float %3030, ptr %3034, align 4, !tbaa !4
+  %3035 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3028
+  %3036 = load float, ptr %3035, align 4, !tbaa !4
+  %3037 = getelementptr inbounds float, ptr %partial_sum, i64 %3033
+  store float %3036, ptr %3037, align 4, !tbaa !4
+  %indvars.iv.next1661.i = or disjoint i64 %indvars.iv1660.i, 1
+  %3038 = add nuw nsw i64 %indvars.iv.next1661.i, %3015
+  %3039 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3038
+  %3040 = load float, ptr %3039, align 4, !tbaa !4
+  %3041 = shl nuw nsw i64 %indvars.iv1660.i, 3
+  %3042 = and i64 %3041, 17179869152
+  %3043 = add nsw i64 %3018, %3042
+  %3044 = getelementptr inbounds float, ptr %partial_max, i64 %3043
+  store float %3040, ptr %3044, align 4, !tbaa !4
+  %3045 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3038
+  %3046 = load float, ptr %3045, align 4, !tbaa !4
+  %3047 = getelementptr inbounds float, ptr %partial_sum, i64 %3043
+  store float %3046, ptr %3047, align 4, !tbaa !4
+  %indvars.iv.next1661.i.1 = or disjoint i64 %indvars.iv1660.i, 2
+  %3048 = add nuw nsw i64 %indvars.iv.next1661.i.1, %3015
+  %3049 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3048
+  %3050 = load float, ptr %3049, align 4, !tbaa !4
+  %3051 = shl nuw nsw i64 %indvars.iv1660.i, 3
+  %3052 = and i64 %3051, 17179869152
+  %3053 = add nsw i64 %3019, %3052
+  %3054 = getelementptr inbounds float, ptr %partial_max, i64 %3053
+  store float %3050, ptr %3054, align 4, !tbaa !4
+  %3055 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3048
+  %3056 = load float, ptr %3055, align 4, !tbaa !4
+  %3057 = getelementptr inbounds float, ptr %partial_sum, i64 %3053
+  store float %3056, ptr %3057, align 4, !tbaa !4
+  %indvars.iv.next1661.i.2 = or disjoint i64 %indvars.iv1660.i, 3
+  %3058 = add nuw nsw i64 %indvars.iv.next1661.i.2, %3015
+  %3059 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3058
+  %3060 = load float, ptr %3059, align 4, !tbaa !4
+  %3061 = shl nuw nsw i64 %indvars.iv1660.i, 3
+  %3062 = and i64 %3061, 17179869152
+  %3063 = add nsw i64 %3020, %3062
+  %3064 = getelementptr inbounds float, ptr %partial_max, i64 %3063
+  store float %3060, ptr %3064, align 4, !tbaa !4
+  %3065 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3058
+  %3066 = load float, ptr %3065, align 4, !tbaa !4
+  %3067 = getelementptr inbounds float, ptr %partial_sum, i64 %3063
+  store float %3066, ptr %3067, align 4, !tbaa !4
+  %indvars.iv.next1661.i.3 = add nuw nsw i64 %indvars.iv1660.i, 4
+  %exitcond1665.not.i.3 = icmp eq i64 %indvars.iv.next1661.i.3, %wide.trip.count1664.i
+  br i1 %exitcond1665.not.i.3, label %for_begin_d500.preheader.lr.ph.i, label %for_body_r484.i, !prof !8, !llvm.loop !83
 
-for_begin_d_0443.preheader.i:                     ; preds = %for_begin_d_0443.preheader.i, %for_begin_d_0443.preheader.lr.ph.i
-  %indvars.iv1583.i = phi i64 [ 0, %for_begin_d_0443.preheader.lr.ph.i ], [ %indvars.iv.next1584.i.1, %for_begin_d_0443.preheader.i ]
-  %2812 = shl nsw i64 %indvars.iv1583.i, 7
-  %2813 = add nuw nsw i64 %2812, %2769
-  %2814 = and i64 %2812, 256
-  %2815 = shl nuw nsw i64 %indvars.iv1583.i, 10
-  %2816 = and i64 %2815, 2199023251456
-  %gep1370.i = getelementptr float, ptr %invariant.gep1369.i, i64 %2816
-  %2817 = getelementptr float, ptr %gep1370.i, i64 %2814
-  %2818 = and i64 %2813, 4294967040
-  %2819 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2818
-  %2820 = load <16 x float>, ptr %2819, align 4, !tbaa !4
-  store <16 x float> %2820, ptr %2817, align 4, !tbaa !4
-  %2821 = getelementptr inbounds nuw i8, ptr %2819, i64 64
-  %2822 = load <16 x float>, ptr %2821, align 4, !tbaa !4
-  %2823 = getelementptr i8, ptr %2817, i64 64
-  store <16 x float> %2822, ptr %2823, align 4, !tbaa !4
-  %2824 = getelementptr inbounds nuw i8, ptr %2819, i64 128
-  %2825 = load <16 x float>, ptr %2824, align 4, !tbaa !4
-  %2826 = getelementptr i8, ptr %2817, i64 128
-  store <16 x float> %2825, ptr %2826, align 4, !tbaa !4
-  %2827 = getelementptr inbounds nuw i8, ptr %2819, i64 192
-  %2828 = load <16 x float>, ptr %2827, align 4, !tbaa !4
-  %2829 = getelementptr i8, ptr %2817, i64 192
-  store <16 x float> %2828, ptr %2829, align 4, !tbaa !4
-  %2830 = getelementptr inbounds nuw i8, ptr %2819, i64 256
-  %2831 = load <16 x float>, ptr %2830, align 4, !tbaa !4
-  %2832 = getelementptr i8, ptr %2817, i64 256
-  store <16 x float> %2831, ptr %2832, align 4, !tbaa !4
-  %2833 = getelementptr inbounds nuw i8, ptr %2819, i64 320
-  %2834 = load <16 x float>, ptr %2833, align 4, !tbaa !4
-  %2835 = getelementptr i8, ptr %2817, i64 320
-  store <16 x float> %2834, ptr %2835, align 4, !tbaa !4
-  %2836 = getelementptr inbounds nuw i8, ptr %2819, i64 384
-  %2837 = load <16 x float>, ptr %2836, align 4, !tbaa !4
-  %2838 = getelementptr i8, ptr %2817, i64 384
-  store <16 x float> %2837, ptr %2838, align 4, !tbaa !4
-  %2839 = getelementptr inbounds nuw i8, ptr %2819, i64 448
-  %2840 = load <16 x float>, ptr %2839, align 4, !tbaa !4
-  %2841 = getelementptr i8, ptr %2817, i64 448
-  store <16 x float> %2840, ptr %2841, align 4, !tbaa !4
-  %indvars.iv.next1584.i = shl i64 %indvars.iv1583.i, 7
-  %2842 = or disjoint i64 %indvars.iv.next1584.i, 128
-  %2843 = add nuw nsw i64 %2842, %2769
-  %2844 = and i64 %2842, 384
-  %2845 = shl nuw nsw i64 %indvars.iv1583.i, 10
-  %2846 = and i64 %2845, 2199023251456
-  %gep1370.i.1 = getelementptr float, ptr %invariant.gep1369.i, i64 %2846
-  %2847 = getelementptr float, ptr %gep1370.i.1, i64 %2844
-  %2848 = and i64 %2843, 4294967168
-  %2849 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2848
-  %2850 = load <16 x float>, ptr %2849, align 4, !tbaa !4
-  store <16 x float> %2850, ptr %2847, align 4, !tbaa !4
-  %2851 = getelementptr inbounds nuw i8, ptr %2849, i64 64
-  %2852 = load <16 x float>, ptr %2851, align 4, !tbaa !4
-  %2853 = getelementptr i8, ptr %2847, i64 64
-  store <16 x float> %2852, ptr %2853, align 4, !tbaa !4
-  %2854 = getelementptr inbounds nuw i8, ptr %2849, i64 128
-  %2855 = load <16 x float>, ptr %2854, align 4, !tbaa !4
-  %2856 = getelementptr i8, ptr %2847, i64 128
-  store <16 x float> %2855, ptr %2856, align 4, !tbaa !4
-  %2857 = getelementptr inbounds nuw i8, ptr %2849, i64 192
-  %2858 = load <16 x float>, ptr %2857, align 4, !tbaa !4
-  %2859 = getelementptr i8, ptr %2847, i64 192
-  store <16 x float> %2858, ptr %2859, align 4, !tbaa !4
-  %2860 = getelementptr inbounds nuw i8, ptr %2849, i64 256
-  %2861 = load <16 x float>, ptr %2860, align 4, !tbaa !4
-  %2862 = getelementptr i8, ptr %2847, i64 256
-  store <16 x float> %2861, ptr %2862, align 4, !tbaa !4
-  %2863 = getelementptr inbounds nuw i8, ptr %2849, i64 320
-  %2864 = load <16 x float>, ptr %2863, align 4, !tbaa !4
-  %2865 = getelementptr i8, ptr %2847, i64 320
-  store <16 x float> %2864, ptr %2865, align 4, !tbaa !4
-  %2866 = getelementptr inbounds nuw i8, ptr %2849, i64 384
-  %2867 = load <16 x float>, ptr %2866, align 4, !tbaa !4
-  %2868 = getelementptr i8, ptr %2847, i64 384
-  store <16 x float> %2867, ptr %2868, align 4, !tbaa !4
-  %2869 = getelementptr inbounds nuw i8, ptr %2849, i64 448
-  %2870 = load <16 x float>, ptr %2869, align 4, !tbaa !4
-  %2871 = getelementptr i8, ptr %2847, i64 448
-  store <16 x float> %2870, ptr %2871, align 4, !tbaa !4
-  %indvars.iv.next1584.i.1 = add nuw nsw i64 %indvars.iv1583.i, 2
-  %exitcond1588.not.i.1 = icmp eq i64 %indvars.iv.next1584.i.1, %wide.trip.count1571.i
-  br i1 %exitcond1588.not.i.1, label %if_end397.loopexit1145.i, label %for_begin_d_0443.preheader.i, !prof !8, !llvm.loop !163
+for_begin_d500.preheader.i:                       ; preds = %for_end_d502.i, %for_begin_d500.preheader.lr.ph.i
+  %indvars.iv1670.i = phi i64 [ 0, %for_begin_d500.preheader.lr.ph.i ], [ %indvars.iv.next1671.i, %for_end_d502.i ]
+  %3068 = shl nuw nsw i64 %indvars.iv1670.i, 7
+  %3069 = and i64 %3068, 384
+  %3070 = shl nuw nsw i64 %indvars.iv1670.i, 10
+  %3071 = and i64 %3070, 2199023251456
+  %gep1359.i = getelementptr float, ptr %invariant.gep1358.i, i64 %3071
+  %3072 = getelementptr float, ptr %gep1359.i, i64 %3069
+  %gep1798.i = getelementptr inbounds nuw float, ptr %invariant.gep1797.i, i64 %indvars.iv1670.i
+  %3073 = shl i64 %indvars.iv1670.i, 12
+  %3074 = and i64 %3073, 8796093005824
+  %3075 = shl i64 %indvars.iv1670.i, 9
+  %3076 = and i64 %3075, 1536
+  %3077 = or disjoint i64 %3074, %3076
+  %scevgep261 = getelementptr i8, ptr %scevgep260, i64 %3077
+  %scevgep258 = getelementptr i8, ptr %scevgep257, i64 %3077
+  %bound0265 = icmp ult ptr %scevgep258, %scevgep264
+  %bound1266 = icmp ult ptr %scevgep262, %scevgep261
+  %found.conflict267 = and i1 %bound0265, %bound1266
+  br i1 %found.conflict267, label %for_body_d501.i, label %vector.body270, !prof !11
 
-if_end452.i:                                      ; preds = %for_end_tile393.i
-  %2872 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2873 = tail call i32 %2872(i32 1, i32 %dev_id, ptr nonnull %places.i)
-  %.not498.i = icmp eq i32 %2873, 0
-  br i1 %.not498.i, label %if_end455.i, label %fused_attend_compute_.exit, !prof !51
+vector.body270:                                   ; preds = %for_begin_d500.preheader.i
+  %3078 = getelementptr inbounds nuw i8, ptr %gep1798.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3079 = getelementptr inbounds nuw i8, ptr %gep1798.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3080 = getelementptr inbounds nuw i8, ptr %gep1798.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3081 = getelementptr inbounds nuw i8, ptr %gep1798.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather273 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3078, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !85
+  %wide.masked.gather274 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3079, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !85
+  %wide.masked.gather275 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3080, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !85
+  %wide.masked.gather276 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3081, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !85
+  %3082 = getelementptr i8, ptr %3072, i64 32
+  %3083 = getelementptr i8, ptr %3072, i64 64
+  %3084 = getelementptr i8, ptr %3072, i64 96
+  store <8 x float> %wide.masked.gather273, ptr %3072, align 4, !tbaa !4, !alias.scope !88, !noalias !85
+  store <8 x float> %wide.masked.gather274, ptr %3082, align 4, !tbaa !4, !alias.scope !88, !noalias !85
+  store <8 x float> %wide.masked.gather275, ptr %3083, align 4, !tbaa !4, !alias.scope !88, !noalias !85
+  store <8 x float> %wide.masked.gather276, ptr %3084, align 4, !tbaa !4, !alias.scope !88, !noalias !85
+  %3085 = getelementptr inbounds nuw i8, ptr %gep1798.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3086 = getelementptr inbounds nuw i8, ptr %gep1798.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3087 = getelementptr inbounds nuw i8, ptr %gep1798.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3088 = getelementptr inbounds nuw i8, ptr %gep1798.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather273.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3085, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !85
+  %wide.masked.gather274.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3086, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !85
+  %wide.masked.gather275.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3087, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !85
+  %wide.masked.gather276.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3088, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !85
+  %3089 = getelementptr i8, ptr %3072, i64 128
+  %3090 = getelementptr i8, ptr %3072, i64 160
+  %3091 = getelementptr i8, ptr %3072, i64 192
+  %3092 = getelementptr i8, ptr %3072, i64 224
+  store <8 x float> %wide.masked.gather273.1, ptr %3089, align 4, !tbaa !4, !alias.scope !88, !noalias !85
+  store <8 x float> %wide.masked.gather274.1, ptr %3090, align 4, !tbaa !4, !alias.scope !88, !noalias !85
+  store <8 x float> %wide.masked.gather275.1, ptr %3091, align 4, !tbaa !4, !alias.scope !88, !noalias !85
+  store <8 x float> %wide.masked.gather276.1, ptr %3092, align 4, !tbaa !4, !alias.scope !88, !noalias !85
+  %3093 = getelementptr inbounds nuw i8, ptr %gep1798.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3094 = getelementptr inbounds nuw i8, ptr %gep1798.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3095 = getelementptr inbounds nuw i8, ptr %gep1798.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3096 = getelementptr inbounds nuw i8, ptr %gep1798.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather273.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3093, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !85
+  %wide.masked.gather274.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3094, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !85
+  %wide.masked.gather275.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3095, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !85
+  %wide.masked.gather276.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3096, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !85
+  %3097 = getelementptr i8, ptr %3072, i64 256
+  %3098 = getelementptr i8, ptr %3072, i64 288
+  %3099 = getelementptr i8, ptr %3072, i64 320
+  %3100 = getelementptr i8, ptr %3072, i64 352
+  store <8 x float> %wide.masked.gather273.2, ptr %3097, align 4, !tbaa !4, !alias.scope !88, !noalias !85
+  store <8 x float> %wide.masked.gather274.2, ptr %3098, align 4, !tbaa !4, !alias.scope !88, !noalias !85
+  store <8 x float> %wide.masked.gather275.2, ptr %3099, align 4, !tbaa !4, !alias.scope !88, !noalias !85
+  store <8 x float> %wide.masked.gather276.2, ptr %3100, align 4, !tbaa !4, !alias.scope !88, !noalias !85
+  %3101 = getelementptr inbounds nuw i8, ptr %gep1798.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3102 = getelementptr inbounds nuw i8, ptr %gep1798.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3103 = getelementptr inbounds nuw i8, ptr %gep1798.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3104 = getelementptr inbounds nuw i8, ptr %gep1798.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather273.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3101, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !85
+  %wide.masked.gather274.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3102, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !85
+  %wide.masked.gather275.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3103, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !85
+  %wide.masked.gather276.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3104, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !85
+  %3105 = getelementptr i8, ptr %3072, i64 384
+  %3106 = getelementptr i8, ptr %3072, i64 416
+  %3107 = getelementptr i8, ptr %3072, i64 448
+  %3108 = getelementptr i8, ptr %3072, i64 480
+  store <8 x float> %wide.masked.gather273.3, ptr %3105, align 4, !tbaa !4, !alias.scope !88, !noalias !85
+  store <8 x float> %wide.masked.gather274.3, ptr %3106, align 4, !tbaa !4, !alias.scope !88, !noalias !85
+  store <8 x float> %wide.masked.gather275.3, ptr %3107, align 4, !tbaa !4, !alias.scope !88, !noalias !85
+  store <8 x float> %wide.masked.gather276.3, ptr %3108, align 4, !tbaa !4, !alias.scope !88, !noalias !85
+  br label %for_end_d502.i
 
-if_end455.i:                                      ; preds = %if_end452.i
-  %2874 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2875 = tail call i32 %2874(i32 1, i32 %dev_id, ptr nonnull %limits.i)
-  %.not499.i = icmp eq i32 %2875, 0
-  br i1 %.not499.i, label %if_end458.i, label %fused_attend_compute_.exit, !prof !51
+for_body_d501.i:                                  ; preds = %for_body_d501.i, %for_begin_d500.preheader.i
+  %indvars.iv1666.i = phi i64 [ %indvars.iv.next1667.i.7, %for_body_d501.i ], [ 0, %for_begin_d500.preheader.i ]
+  %.idx1767.i = shl nuw nsw i64 %indvars.iv1666.i, 6
+  %3109 = getelementptr inbounds nuw i8, ptr %gep1798.i, i64 %.idx1767.i
+  %3110 = load float, ptr %3109, align 4, !tbaa !4
+  %3111 = getelementptr float, ptr %3072, i64 %indvars.iv1666.i
+  store float %3110, ptr %3111, align 4, !tbaa !4
+  %indvars.iv.next1667.i = or disjoint i64 %indvars.iv1666.i, 1
+  %.idx1767.i.1 = shl nuw nsw i64 %indvars.iv.next1667.i, 6
+  %3112 = getelementptr inbounds nuw i8, ptr %gep1798.i, i64 %.idx1767.i.1
+  %3113 = load float, ptr %3112, align 4, !tbaa !4
+  %3114 = getelementptr float, ptr %3072, i64 %indvars.iv.next1667.i
+  store float %3113, ptr %3114, align 4, !tbaa !4
+  %indvars.iv.next1667.i.1 = or disjoint i64 %indvars.iv1666.i, 2
+  %.idx1767.i.2 = shl nuw nsw i64 %indvars.iv.next1667.i.1, 6
+  %3115 = getelementptr inbounds nuw i8, ptr %gep1798.i, i64 %.idx1767.i.2
+  %3116 = load float, ptr %3115, align 4, !tbaa !4
+  %3117 = getelementptr float, ptr %3072, i64 %indvars.iv.next1667.i.1
+  store float %3116, ptr %3117, align 4, !tbaa !4
+  %indvars.iv.next1667.i.2 = or disjoint i64 %indvars.iv1666.i, 3
+  %.idx1767.i.3 = shl nuw nsw i64 %indvars.iv.next1667.i.2, 6
+  %3118 = getelementptr inbounds nuw i8, ptr %gep1798.i, i64 %.idx1767.i.3
+  %3119 = load float, ptr %3118, align 4, !tbaa !4
+  %3120 = getelementptr float, ptr %3072, i64 %indvars.iv.next1667.i.2
+  store float %3119, ptr %3120, align 4, !tbaa !4
+  %indvars.iv.next1667.i.3 = or disjoint i64 %indvars.iv1666.i, 4
+  %.idx1767.i.4 = shl nuw nsw i64 %indvars.iv.next1667.i.3, 6
+  %3121 = getelementptr inbounds nuw i8, ptr %gep1798.i, i64 %.idx1767.i.4
+  %3122 = load float, ptr %3121, align 4, !tbaa !4
+  %3123 = getelementptr float, ptr %3072, i64 %indvars.iv.next1667.i.3
+  store float %3122, ptr %3123, align 4, !tbaa !4
+  %indvars.iv.next1667.i.4 = or disjoint i64 %indvars.iv1666.i, 5
+  %.idx1767.i.5 = shl nuw nsw i64 %indvars.iv.next1667.i.4, 6
+  %3124 = getelementptr inbounds nuw i8, ptr %gep1798.i, i64 %.idx1767.i.5
+  %3125 = load float, ptr %3124, align 4, !tbaa !4
+  %3126 = getelementptr float, ptr %3072, i64 %indvars.iv.next1667.i.4
+  store float %3125, ptr %3126, align 4, !tbaa !4
+  %indvars.iv.next1667.i.5 = or disjoint i64 %indvars.iv1666.i, 6
+  %.idx1767.i.6 = shl nuw nsw i64 %indvars.iv.next1667.i.5, 6
+  %3127 = getelementptr inbounds nuw i8, ptr %gep1798.i, i64 %.idx1767.i.6
+  %3128 = load float, ptr %3127, align 4, !tbaa !4
+  %3129 = getelementptr float, ptr %3072, i64 %indvars.iv.next1667.i.5
+  store float %3128, ptr %3129, align 4, !tbaa !4
+  %indvars.iv.next1667.i.6 = or disjoint i64 %indvars.iv1666.i, 7
+  %.idx1767.i.7 = shl nuw nsw i64 %indvars.iv.next1667.i.6, 6
+  %3130 = getelementptr inbounds nuw i8, ptr %gep1798.i, i64 %.idx1767.i.7
+  %3131 = load float, ptr %3130, align 4, !tbaa !4
+  %3132 = getelementptr float, ptr %3072, i64 %indvars.iv.next1667.i.6
+  store float %3131, ptr %3132, align 4, !tbaa !4
+  %indvars.iv.next1667.i.7 = add nuw nsw i64 %indvars.iv1666.i, 8
+  %exitcond1669.not.i.7 = icmp eq i64 %indvars.iv.next1667.i.7, 128
+  br i1 %exitcond1669.not.i.7, label %for_end_d502.i, label %for_body_d501.i, !prof !26, !llvm.loop !90
 
-if_end458.i:                                      ; preds = %if_end455.i
-  %2876 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2877 = tail call i32 %2876(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
-  %.not500.i = icmp eq i32 %2877, 0
-  br i1 %.not500.i, label %if_end461.i, label %fused_attend_compute_.exit, !prof !51
+for_end_d502.i:                                   ; preds = %for_body_d501.i, %vector.body270
+  %indvars.iv.next1671.i = add nuw nsw i64 %indvars.iv1670.i, 1
+  %exitcond1675.not.i = icmp eq i64 %indvars.iv.next1671.i, %wide.trip.count1664.i
+  br i1 %exitcond1675.not.i, label %if_end414.loopexit.i, label %for_begin_d500.preheader.i, !prof !8
 
-if_end461.i:                                      ; preds = %if_end458.i
-  %2878 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2879 = tail call i32 %2878(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
-  %.not501.i = icmp eq i32 %2879, 0
-  br i1 %.not501.i, label %if_end464.i, label %fused_attend_compute_.exit, !prof !51
+if_end509.i:                                      ; preds = %for_end_tile410.i
+  %3133 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3134 = tail call i32 %3133(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not555.i = icmp eq i32 %3134, 0
+  br i1 %.not555.i, label %if_end512.i, label %fused_attend_compute_.exit, !prof !34
 
-if_end464.i:                                      ; preds = %if_end461.i
-  %2880 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2881 = tail call i32 %2880(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
-  %.not502.i = icmp eq i32 %2881, 0
-  br i1 %.not502.i, label %if_end467.i, label %fused_attend_compute_.exit, !prof !51
+if_end512.i:                                      ; preds = %if_end509.i
+  %3135 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3136 = tail call i32 %3135(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not556.i = icmp eq i32 %3136, 0
+  br i1 %.not556.i, label %if_end515.i, label %fused_attend_compute_.exit, !prof !34
 
-if_end467.i:                                      ; preds = %if_end464.i
-  %2882 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2883 = tail call i32 %2882(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not503.i = icmp ne i32 %2883, 0
-  %..i = sext i1 %.not503.i to i32
+if_end515.i:                                      ; preds = %if_end512.i
+  %3137 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3138 = tail call i32 %3137(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not557.i = icmp eq i32 %3138, 0
+  br i1 %.not557.i, label %if_end518.i, label %fused_attend_compute_.exit, !prof !34
+
+if_end518.i:                                      ; preds = %if_end515.i
+  %3139 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3140 = tail call i32 %3139(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not558.i = icmp eq i32 %3140, 0
+  br i1 %.not558.i, label %if_end521.i, label %fused_attend_compute_.exit, !prof !34
+
+if_end521.i:                                      ; preds = %if_end518.i
+  %3141 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3142 = tail call i32 %3141(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not559.i = icmp eq i32 %3142, 0
+  br i1 %.not559.i, label %if_end524.i, label %fused_attend_compute_.exit, !prof !34
+
+if_end524.i:                                      ; preds = %if_end521.i
+  %3143 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3144 = tail call i32 %3143(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not560.i = icmp ne i32 %3144, 0
+  %..i = sext i1 %.not560.i to i32
   br label %fused_attend_compute_.exit
 
-fused_attend_compute_.exit:                       ; preds = %if_end467.i, %if_end464.i, %if_end461.i, %if_end458.i, %if_end455.i, %if_end452.i, %for_end_tile393.i, %if_end386.i, %if_end383.i, %for_end_tile319.i, %if_end312.i, %for_end_kv_head.i, %if_end306.us.i, %if_end303.us.i, %if_end300.us.i, %if_end297.us.i, %if_end131.us.i, %for_end_r_0_m.us.i, %if_end150.us.i, %if_end125.us.i, %if_end122.us.i, %if_end119.us.i, %if_end116.us.i, %for_body_row_tile.us.i, %if_end99.i, %for_body_step.i, %if_end93.i, %if_end90.i, %for_body_number.i, %if_end14.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
-  %common.ret.op.i = phi i32 [ -1, %if_end464.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end14.i ], [ -1, %for_end_tile393.i ], [ -1, %if_end452.i ], [ -1, %for_body_step.i ], [ -1, %if_end455.i ], [ -1, %if_end458.i ], [ %..i, %if_end467.i ], [ -1, %if_end461.i ], [ -1, %for_body_row_tile.us.i ], [ -1, %if_end306.us.i ], [ -1, %if_end303.us.i ], [ -1, %if_end300.us.i ], [ -1, %if_end297.us.i ], [ -1, %if_end131.us.i ], [ -1, %for_end_r_0_m.us.i ], [ -1, %if_end150.us.i ], [ -1, %if_end125.us.i ], [ -1, %if_end122.us.i ], [ -1, %if_end119.us.i ], [ -1, %if_end116.us.i ], [ -1, %if_end312.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end99.i ], [ -1, %if_end386.i ], [ -1, %if_end383.i ], [ -1, %for_end_tile319.i ], [ -1, %if_end93.i ], [ -1, %if_end90.i ], [ -1, %for_body_number.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor478.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta325481.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha324482.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %peak491.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta493.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha494.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum495.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %tile_max496.i)
+fused_attend_compute_.exit:                       ; preds = %if_end524.i, %if_end521.i, %if_end518.i, %if_end515.i, %if_end512.i, %if_end509.i, %for_end_tile410.i, %if_end403.i, %if_end400.i, %for_end_tile341.i, %if_end334.i, %for_end_kv_head.i, %if_end328.us.i, %if_end325.us.i, %if_end322.us.i, %if_end319.us.i, %if_end180.us.i, %if_end153.us.i, %if_end150.us.i, %if_end147.us.i, %if_end144.us.i, %for_body_row_tile.us.i, %if_end127.i, %for_body_step.i, %if_end121.i, %if_end118.i, %for_body_number.i, %for_end_r470.us.i, %for_body_tile409.us.i, %for_body_r82.peel.next.i, %for_body_tile.i, %if_end14.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
+  %common.ret.op.i = phi i32 [ -1, %if_end521.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end14.i ], [ -1, %if_end518.i ], [ -1, %for_body_tile409.us.i ], [ %..i, %if_end524.i ], [ -1, %for_end_tile410.i ], [ -1, %if_end509.i ], [ -1, %for_body_step.i ], [ -1, %for_body_number.i ], [ -1, %if_end512.i ], [ -1, %if_end515.i ], [ -1, %for_body_row_tile.us.i ], [ -1, %for_end_r470.us.i ], [ -1, %if_end328.us.i ], [ -1, %if_end325.us.i ], [ -1, %if_end322.us.i ], [ -1, %if_end319.us.i ], [ -1, %if_end180.us.i ], [ -1, %if_end153.us.i ], [ -1, %if_end150.us.i ], [ -1, %if_end147.us.i ], [ -1, %if_end144.us.i ], [ -1, %if_end334.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end127.i ], [ -1, %if_end403.i ], [ -1, %if_end400.i ], [ -1, %for_end_tile341.i ], [ -1, %if_end121.i ], [ -1, %if_end118.i ], [ -1, %for_body_r82.peel.next.i ], [ -1, %for_body_tile.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor538.i)
   ret i32 %common.ret.op.i
 }
 
@@ -7422,16 +6855,16 @@ vector.body166:                                   ; preds = %for_begin_r.prehead
   %165 = getelementptr i8, ptr %invariant.gep.i, i64 32
   %166 = getelementptr i8, ptr %invariant.gep.i, i64 64
   %167 = getelementptr i8, ptr %invariant.gep.i, i64 96
-  %wide.vec168 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !164
+  %wide.vec168 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !91
   %strided.vec169 = shufflevector <16 x i16> %wide.vec168, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec170 = shufflevector <16 x i16> %wide.vec168, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec171 = load <16 x i16>, ptr %165, align 2, !tbaa !4, !alias.scope !164
+  %wide.vec171 = load <16 x i16>, ptr %165, align 2, !tbaa !4, !alias.scope !91
   %strided.vec172 = shufflevector <16 x i16> %wide.vec171, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec173 = shufflevector <16 x i16> %wide.vec171, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec174 = load <16 x i16>, ptr %166, align 2, !tbaa !4, !alias.scope !164
+  %wide.vec174 = load <16 x i16>, ptr %166, align 2, !tbaa !4, !alias.scope !91
   %strided.vec175 = shufflevector <16 x i16> %wide.vec174, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec176 = shufflevector <16 x i16> %wide.vec174, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec177 = load <16 x i16>, ptr %167, align 2, !tbaa !4, !alias.scope !164
+  %wide.vec177 = load <16 x i16>, ptr %167, align 2, !tbaa !4, !alias.scope !91
   %strided.vec178 = shufflevector <16 x i16> %wide.vec177, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec179 = shufflevector <16 x i16> %wide.vec177, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %168 = zext <8 x i16> %strided.vec170 to <8 x i32>
@@ -7485,24 +6918,24 @@ vector.body166:                                   ; preds = %for_begin_r.prehead
   %216 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 32
   %217 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 64
   %218 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 96
-  store <8 x i32> %212, ptr %invariant.gep1307.i, align 4, !tbaa !4, !alias.scope !167, !noalias !164
-  store <8 x i32> %213, ptr %216, align 4, !tbaa !4, !alias.scope !167, !noalias !164
-  store <8 x i32> %214, ptr %217, align 4, !tbaa !4, !alias.scope !167, !noalias !164
-  store <8 x i32> %215, ptr %218, align 4, !tbaa !4, !alias.scope !167, !noalias !164
+  store <8 x i32> %212, ptr %invariant.gep1307.i, align 4, !tbaa !4, !alias.scope !94, !noalias !91
+  store <8 x i32> %213, ptr %216, align 4, !tbaa !4, !alias.scope !94, !noalias !91
+  store <8 x i32> %214, ptr %217, align 4, !tbaa !4, !alias.scope !94, !noalias !91
+  store <8 x i32> %215, ptr %218, align 4, !tbaa !4, !alias.scope !94, !noalias !91
   %219 = getelementptr i8, ptr %invariant.gep.i, i64 128
   %220 = getelementptr i8, ptr %invariant.gep.i, i64 160
   %221 = getelementptr i8, ptr %invariant.gep.i, i64 192
   %222 = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %wide.vec168.1 = load <16 x i16>, ptr %219, align 2, !tbaa !4, !alias.scope !164
+  %wide.vec168.1 = load <16 x i16>, ptr %219, align 2, !tbaa !4, !alias.scope !91
   %strided.vec169.1 = shufflevector <16 x i16> %wide.vec168.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec170.1 = shufflevector <16 x i16> %wide.vec168.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec171.1 = load <16 x i16>, ptr %220, align 2, !tbaa !4, !alias.scope !164
+  %wide.vec171.1 = load <16 x i16>, ptr %220, align 2, !tbaa !4, !alias.scope !91
   %strided.vec172.1 = shufflevector <16 x i16> %wide.vec171.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec173.1 = shufflevector <16 x i16> %wide.vec171.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec174.1 = load <16 x i16>, ptr %221, align 2, !tbaa !4, !alias.scope !164
+  %wide.vec174.1 = load <16 x i16>, ptr %221, align 2, !tbaa !4, !alias.scope !91
   %strided.vec175.1 = shufflevector <16 x i16> %wide.vec174.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec176.1 = shufflevector <16 x i16> %wide.vec174.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec177.1 = load <16 x i16>, ptr %222, align 2, !tbaa !4, !alias.scope !164
+  %wide.vec177.1 = load <16 x i16>, ptr %222, align 2, !tbaa !4, !alias.scope !91
   %strided.vec178.1 = shufflevector <16 x i16> %wide.vec177.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec179.1 = shufflevector <16 x i16> %wide.vec177.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %223 = zext <8 x i16> %strided.vec170.1 to <8 x i32>
@@ -7557,10 +6990,10 @@ vector.body166:                                   ; preds = %for_begin_r.prehead
   %272 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 160
   %273 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 192
   %274 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 224
-  store <8 x i32> %267, ptr %271, align 4, !tbaa !4, !alias.scope !167, !noalias !164
-  store <8 x i32> %268, ptr %272, align 4, !tbaa !4, !alias.scope !167, !noalias !164
-  store <8 x i32> %269, ptr %273, align 4, !tbaa !4, !alias.scope !167, !noalias !164
-  store <8 x i32> %270, ptr %274, align 4, !tbaa !4, !alias.scope !167, !noalias !164
+  store <8 x i32> %267, ptr %271, align 4, !tbaa !4, !alias.scope !94, !noalias !91
+  store <8 x i32> %268, ptr %272, align 4, !tbaa !4, !alias.scope !94, !noalias !91
+  store <8 x i32> %269, ptr %273, align 4, !tbaa !4, !alias.scope !94, !noalias !91
+  store <8 x i32> %270, ptr %274, align 4, !tbaa !4, !alias.scope !94, !noalias !91
   br label %for_end_d.i
 
 for_end_tile.i:                                   ; preds = %for_end_d.3.i
@@ -7674,7 +7107,7 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   store i32 %355, ptr %gep1308.i.3, align 4, !tbaa !4
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 64
-  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !26, !llvm.loop !169
+  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !26, !llvm.loop !96
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body166
   %356 = or disjoint i64 %163, 1
@@ -7686,16 +7119,16 @@ vector.body138:                                   ; preds = %for_end_d.i
   %358 = getelementptr i8, ptr %invariant.gep.1.i, i64 32
   %359 = getelementptr i8, ptr %invariant.gep.1.i, i64 64
   %360 = getelementptr i8, ptr %invariant.gep.1.i, i64 96
-  %wide.vec140 = load <16 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !4, !alias.scope !170
+  %wide.vec140 = load <16 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !4, !alias.scope !97
   %strided.vec141 = shufflevector <16 x i16> %wide.vec140, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec142 = shufflevector <16 x i16> %wide.vec140, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec143 = load <16 x i16>, ptr %358, align 2, !tbaa !4, !alias.scope !170
+  %wide.vec143 = load <16 x i16>, ptr %358, align 2, !tbaa !4, !alias.scope !97
   %strided.vec144 = shufflevector <16 x i16> %wide.vec143, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec145 = shufflevector <16 x i16> %wide.vec143, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec146 = load <16 x i16>, ptr %359, align 2, !tbaa !4, !alias.scope !170
+  %wide.vec146 = load <16 x i16>, ptr %359, align 2, !tbaa !4, !alias.scope !97
   %strided.vec147 = shufflevector <16 x i16> %wide.vec146, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec148 = shufflevector <16 x i16> %wide.vec146, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec149 = load <16 x i16>, ptr %360, align 2, !tbaa !4, !alias.scope !170
+  %wide.vec149 = load <16 x i16>, ptr %360, align 2, !tbaa !4, !alias.scope !97
   %strided.vec150 = shufflevector <16 x i16> %wide.vec149, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec151 = shufflevector <16 x i16> %wide.vec149, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %361 = zext <8 x i16> %strided.vec142 to <8 x i32>
@@ -7750,24 +7183,24 @@ vector.body138:                                   ; preds = %for_end_d.i
   %410 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 288
   %411 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 320
   %412 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 352
-  store <8 x i32> %405, ptr %409, align 4, !tbaa !4, !alias.scope !173, !noalias !170
-  store <8 x i32> %406, ptr %410, align 4, !tbaa !4, !alias.scope !173, !noalias !170
-  store <8 x i32> %407, ptr %411, align 4, !tbaa !4, !alias.scope !173, !noalias !170
-  store <8 x i32> %408, ptr %412, align 4, !tbaa !4, !alias.scope !173, !noalias !170
+  store <8 x i32> %405, ptr %409, align 4, !tbaa !4, !alias.scope !100, !noalias !97
+  store <8 x i32> %406, ptr %410, align 4, !tbaa !4, !alias.scope !100, !noalias !97
+  store <8 x i32> %407, ptr %411, align 4, !tbaa !4, !alias.scope !100, !noalias !97
+  store <8 x i32> %408, ptr %412, align 4, !tbaa !4, !alias.scope !100, !noalias !97
   %413 = getelementptr i8, ptr %invariant.gep.1.i, i64 128
   %414 = getelementptr i8, ptr %invariant.gep.1.i, i64 160
   %415 = getelementptr i8, ptr %invariant.gep.1.i, i64 192
   %416 = getelementptr i8, ptr %invariant.gep.1.i, i64 224
-  %wide.vec140.1 = load <16 x i16>, ptr %413, align 2, !tbaa !4, !alias.scope !170
+  %wide.vec140.1 = load <16 x i16>, ptr %413, align 2, !tbaa !4, !alias.scope !97
   %strided.vec141.1 = shufflevector <16 x i16> %wide.vec140.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec142.1 = shufflevector <16 x i16> %wide.vec140.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec143.1 = load <16 x i16>, ptr %414, align 2, !tbaa !4, !alias.scope !170
+  %wide.vec143.1 = load <16 x i16>, ptr %414, align 2, !tbaa !4, !alias.scope !97
   %strided.vec144.1 = shufflevector <16 x i16> %wide.vec143.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec145.1 = shufflevector <16 x i16> %wide.vec143.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec146.1 = load <16 x i16>, ptr %415, align 2, !tbaa !4, !alias.scope !170
+  %wide.vec146.1 = load <16 x i16>, ptr %415, align 2, !tbaa !4, !alias.scope !97
   %strided.vec147.1 = shufflevector <16 x i16> %wide.vec146.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec148.1 = shufflevector <16 x i16> %wide.vec146.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec149.1 = load <16 x i16>, ptr %416, align 2, !tbaa !4, !alias.scope !170
+  %wide.vec149.1 = load <16 x i16>, ptr %416, align 2, !tbaa !4, !alias.scope !97
   %strided.vec150.1 = shufflevector <16 x i16> %wide.vec149.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec151.1 = shufflevector <16 x i16> %wide.vec149.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %417 = zext <8 x i16> %strided.vec142.1 to <8 x i32>
@@ -7822,10 +7255,10 @@ vector.body138:                                   ; preds = %for_end_d.i
   %466 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 416
   %467 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 448
   %468 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 480
-  store <8 x i32> %461, ptr %465, align 4, !tbaa !4, !alias.scope !173, !noalias !170
-  store <8 x i32> %462, ptr %466, align 4, !tbaa !4, !alias.scope !173, !noalias !170
-  store <8 x i32> %463, ptr %467, align 4, !tbaa !4, !alias.scope !173, !noalias !170
-  store <8 x i32> %464, ptr %468, align 4, !tbaa !4, !alias.scope !173, !noalias !170
+  store <8 x i32> %461, ptr %465, align 4, !tbaa !4, !alias.scope !100, !noalias !97
+  store <8 x i32> %462, ptr %466, align 4, !tbaa !4, !alias.scope !100, !noalias !97
+  store <8 x i32> %463, ptr %467, align 4, !tbaa !4, !alias.scope !100, !noalias !97
+  store <8 x i32> %464, ptr %468, align 4, !tbaa !4, !alias.scope !100, !noalias !97
   br label %for_end_d.1.i
 
 for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
@@ -7915,7 +7348,7 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   store i32 %531, ptr %532, align 4, !tbaa !4
   %indvars.iv.next.1.i.3 = add nuw nsw i64 %indvars.iv.1.i, 4
   %exitcond.1.not.i.3 = icmp eq i64 %indvars.iv.next.1.i.3, 64
-  br i1 %exitcond.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !26, !llvm.loop !175
+  br i1 %exitcond.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !26, !llvm.loop !102
 
 for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body138
   %533 = or disjoint i64 %163, 2
@@ -7927,16 +7360,16 @@ vector.body109:                                   ; preds = %for_end_d.1.i
   %535 = getelementptr i8, ptr %invariant.gep.2.i, i64 32
   %536 = getelementptr i8, ptr %invariant.gep.2.i, i64 64
   %537 = getelementptr i8, ptr %invariant.gep.2.i, i64 96
-  %wide.vec111 = load <16 x i16>, ptr %invariant.gep.2.i, align 2, !tbaa !4, !alias.scope !176
+  %wide.vec111 = load <16 x i16>, ptr %invariant.gep.2.i, align 2, !tbaa !4, !alias.scope !103
   %strided.vec112 = shufflevector <16 x i16> %wide.vec111, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec113 = shufflevector <16 x i16> %wide.vec111, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec114 = load <16 x i16>, ptr %535, align 2, !tbaa !4, !alias.scope !176
+  %wide.vec114 = load <16 x i16>, ptr %535, align 2, !tbaa !4, !alias.scope !103
   %strided.vec115 = shufflevector <16 x i16> %wide.vec114, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec116 = shufflevector <16 x i16> %wide.vec114, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec117 = load <16 x i16>, ptr %536, align 2, !tbaa !4, !alias.scope !176
+  %wide.vec117 = load <16 x i16>, ptr %536, align 2, !tbaa !4, !alias.scope !103
   %strided.vec118 = shufflevector <16 x i16> %wide.vec117, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec119 = shufflevector <16 x i16> %wide.vec117, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec120 = load <16 x i16>, ptr %537, align 2, !tbaa !4, !alias.scope !176
+  %wide.vec120 = load <16 x i16>, ptr %537, align 2, !tbaa !4, !alias.scope !103
   %strided.vec121 = shufflevector <16 x i16> %wide.vec120, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec122 = shufflevector <16 x i16> %wide.vec120, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %538 = zext <8 x i16> %strided.vec113 to <8 x i32>
@@ -7991,24 +7424,24 @@ vector.body109:                                   ; preds = %for_end_d.1.i
   %587 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 544
   %588 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 576
   %589 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 608
-  store <8 x i32> %582, ptr %586, align 4, !tbaa !4, !alias.scope !179, !noalias !176
-  store <8 x i32> %583, ptr %587, align 4, !tbaa !4, !alias.scope !179, !noalias !176
-  store <8 x i32> %584, ptr %588, align 4, !tbaa !4, !alias.scope !179, !noalias !176
-  store <8 x i32> %585, ptr %589, align 4, !tbaa !4, !alias.scope !179, !noalias !176
+  store <8 x i32> %582, ptr %586, align 4, !tbaa !4, !alias.scope !106, !noalias !103
+  store <8 x i32> %583, ptr %587, align 4, !tbaa !4, !alias.scope !106, !noalias !103
+  store <8 x i32> %584, ptr %588, align 4, !tbaa !4, !alias.scope !106, !noalias !103
+  store <8 x i32> %585, ptr %589, align 4, !tbaa !4, !alias.scope !106, !noalias !103
   %590 = getelementptr i8, ptr %invariant.gep.2.i, i64 128
   %591 = getelementptr i8, ptr %invariant.gep.2.i, i64 160
   %592 = getelementptr i8, ptr %invariant.gep.2.i, i64 192
   %593 = getelementptr i8, ptr %invariant.gep.2.i, i64 224
-  %wide.vec111.1 = load <16 x i16>, ptr %590, align 2, !tbaa !4, !alias.scope !176
+  %wide.vec111.1 = load <16 x i16>, ptr %590, align 2, !tbaa !4, !alias.scope !103
   %strided.vec112.1 = shufflevector <16 x i16> %wide.vec111.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec113.1 = shufflevector <16 x i16> %wide.vec111.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec114.1 = load <16 x i16>, ptr %591, align 2, !tbaa !4, !alias.scope !176
+  %wide.vec114.1 = load <16 x i16>, ptr %591, align 2, !tbaa !4, !alias.scope !103
   %strided.vec115.1 = shufflevector <16 x i16> %wide.vec114.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec116.1 = shufflevector <16 x i16> %wide.vec114.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec117.1 = load <16 x i16>, ptr %592, align 2, !tbaa !4, !alias.scope !176
+  %wide.vec117.1 = load <16 x i16>, ptr %592, align 2, !tbaa !4, !alias.scope !103
   %strided.vec118.1 = shufflevector <16 x i16> %wide.vec117.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec119.1 = shufflevector <16 x i16> %wide.vec117.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec120.1 = load <16 x i16>, ptr %593, align 2, !tbaa !4, !alias.scope !176
+  %wide.vec120.1 = load <16 x i16>, ptr %593, align 2, !tbaa !4, !alias.scope !103
   %strided.vec121.1 = shufflevector <16 x i16> %wide.vec120.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec122.1 = shufflevector <16 x i16> %wide.vec120.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %594 = zext <8 x i16> %strided.vec113.1 to <8 x i32>
@@ -8063,10 +7496,10 @@ vector.body109:                                   ; preds = %for_end_d.1.i
   %643 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 672
   %644 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 704
   %645 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 736
-  store <8 x i32> %638, ptr %642, align 4, !tbaa !4, !alias.scope !179, !noalias !176
-  store <8 x i32> %639, ptr %643, align 4, !tbaa !4, !alias.scope !179, !noalias !176
-  store <8 x i32> %640, ptr %644, align 4, !tbaa !4, !alias.scope !179, !noalias !176
-  store <8 x i32> %641, ptr %645, align 4, !tbaa !4, !alias.scope !179, !noalias !176
+  store <8 x i32> %638, ptr %642, align 4, !tbaa !4, !alias.scope !106, !noalias !103
+  store <8 x i32> %639, ptr %643, align 4, !tbaa !4, !alias.scope !106, !noalias !103
+  store <8 x i32> %640, ptr %644, align 4, !tbaa !4, !alias.scope !106, !noalias !103
+  store <8 x i32> %641, ptr %645, align 4, !tbaa !4, !alias.scope !106, !noalias !103
   br label %for_end_d.2.i
 
 for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
@@ -8156,7 +7589,7 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   store i32 %708, ptr %709, align 4, !tbaa !4
   %indvars.iv.next.2.i.3 = add nuw nsw i64 %indvars.iv.2.i, 4
   %exitcond.2.not.i.3 = icmp eq i64 %indvars.iv.next.2.i.3, 64
-  br i1 %exitcond.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !26, !llvm.loop !181
+  br i1 %exitcond.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !26, !llvm.loop !108
 
 for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body109
   %710 = or disjoint i64 %163, 3
@@ -8168,16 +7601,16 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %712 = getelementptr i8, ptr %invariant.gep.3.i, i64 32
   %713 = getelementptr i8, ptr %invariant.gep.3.i, i64 64
   %714 = getelementptr i8, ptr %invariant.gep.3.i, i64 96
-  %wide.vec = load <16 x i16>, ptr %invariant.gep.3.i, align 2, !tbaa !4, !alias.scope !182
+  %wide.vec = load <16 x i16>, ptr %invariant.gep.3.i, align 2, !tbaa !4, !alias.scope !109
   %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec86 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec87 = load <16 x i16>, ptr %712, align 2, !tbaa !4, !alias.scope !182
+  %wide.vec87 = load <16 x i16>, ptr %712, align 2, !tbaa !4, !alias.scope !109
   %strided.vec88 = shufflevector <16 x i16> %wide.vec87, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec89 = shufflevector <16 x i16> %wide.vec87, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec90 = load <16 x i16>, ptr %713, align 2, !tbaa !4, !alias.scope !182
+  %wide.vec90 = load <16 x i16>, ptr %713, align 2, !tbaa !4, !alias.scope !109
   %strided.vec91 = shufflevector <16 x i16> %wide.vec90, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec92 = shufflevector <16 x i16> %wide.vec90, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec93 = load <16 x i16>, ptr %714, align 2, !tbaa !4, !alias.scope !182
+  %wide.vec93 = load <16 x i16>, ptr %714, align 2, !tbaa !4, !alias.scope !109
   %strided.vec94 = shufflevector <16 x i16> %wide.vec93, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec95 = shufflevector <16 x i16> %wide.vec93, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %715 = zext <8 x i16> %strided.vec86 to <8 x i32>
@@ -8232,24 +7665,24 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %764 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 800
   %765 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 832
   %766 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 864
-  store <8 x i32> %759, ptr %763, align 4, !tbaa !4, !alias.scope !185, !noalias !182
-  store <8 x i32> %760, ptr %764, align 4, !tbaa !4, !alias.scope !185, !noalias !182
-  store <8 x i32> %761, ptr %765, align 4, !tbaa !4, !alias.scope !185, !noalias !182
-  store <8 x i32> %762, ptr %766, align 4, !tbaa !4, !alias.scope !185, !noalias !182
+  store <8 x i32> %759, ptr %763, align 4, !tbaa !4, !alias.scope !112, !noalias !109
+  store <8 x i32> %760, ptr %764, align 4, !tbaa !4, !alias.scope !112, !noalias !109
+  store <8 x i32> %761, ptr %765, align 4, !tbaa !4, !alias.scope !112, !noalias !109
+  store <8 x i32> %762, ptr %766, align 4, !tbaa !4, !alias.scope !112, !noalias !109
   %767 = getelementptr i8, ptr %invariant.gep.3.i, i64 128
   %768 = getelementptr i8, ptr %invariant.gep.3.i, i64 160
   %769 = getelementptr i8, ptr %invariant.gep.3.i, i64 192
   %770 = getelementptr i8, ptr %invariant.gep.3.i, i64 224
-  %wide.vec.1 = load <16 x i16>, ptr %767, align 2, !tbaa !4, !alias.scope !182
+  %wide.vec.1 = load <16 x i16>, ptr %767, align 2, !tbaa !4, !alias.scope !109
   %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec86.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec87.1 = load <16 x i16>, ptr %768, align 2, !tbaa !4, !alias.scope !182
+  %wide.vec87.1 = load <16 x i16>, ptr %768, align 2, !tbaa !4, !alias.scope !109
   %strided.vec88.1 = shufflevector <16 x i16> %wide.vec87.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec89.1 = shufflevector <16 x i16> %wide.vec87.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec90.1 = load <16 x i16>, ptr %769, align 2, !tbaa !4, !alias.scope !182
+  %wide.vec90.1 = load <16 x i16>, ptr %769, align 2, !tbaa !4, !alias.scope !109
   %strided.vec91.1 = shufflevector <16 x i16> %wide.vec90.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec92.1 = shufflevector <16 x i16> %wide.vec90.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec93.1 = load <16 x i16>, ptr %770, align 2, !tbaa !4, !alias.scope !182
+  %wide.vec93.1 = load <16 x i16>, ptr %770, align 2, !tbaa !4, !alias.scope !109
   %strided.vec94.1 = shufflevector <16 x i16> %wide.vec93.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec95.1 = shufflevector <16 x i16> %wide.vec93.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %771 = zext <8 x i16> %strided.vec86.1 to <8 x i32>
@@ -8304,10 +7737,10 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %820 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 928
   %821 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 960
   %822 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 992
-  store <8 x i32> %815, ptr %819, align 4, !tbaa !4, !alias.scope !185, !noalias !182
-  store <8 x i32> %816, ptr %820, align 4, !tbaa !4, !alias.scope !185, !noalias !182
-  store <8 x i32> %817, ptr %821, align 4, !tbaa !4, !alias.scope !185, !noalias !182
-  store <8 x i32> %818, ptr %822, align 4, !tbaa !4, !alias.scope !185, !noalias !182
+  store <8 x i32> %815, ptr %819, align 4, !tbaa !4, !alias.scope !112, !noalias !109
+  store <8 x i32> %816, ptr %820, align 4, !tbaa !4, !alias.scope !112, !noalias !109
+  store <8 x i32> %817, ptr %821, align 4, !tbaa !4, !alias.scope !112, !noalias !109
+  store <8 x i32> %818, ptr %822, align 4, !tbaa !4, !alias.scope !112, !noalias !109
   br label %for_end_d.3.i
 
 for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
@@ -8397,7 +7830,7 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   store i32 %885, ptr %886, align 4, !tbaa !4
   %indvars.iv.next.3.i.3 = add nuw nsw i64 %indvars.iv.3.i, 4
   %exitcond.3.not.i.3 = icmp eq i64 %indvars.iv.next.3.i.3, 64
-  br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !26, !llvm.loop !187
+  br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !26, !llvm.loop !114
 
 for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body
   %indvars.iv.next1096.i = add nuw nsw i64 %indvars.iv1095.i, 1
@@ -8413,7 +7846,7 @@ for_begin_step.i:                                 ; preds = %if_end172.i, %for_e
   %888 = lshr i32 %narrow, 1
   %889 = zext nneg i32 %888 to i64
   %exitcond1206.not.i = icmp eq i64 %indvars.iv1202.i, %wide.trip.count1205.i
-  br i1 %exitcond1206.not.i, label %for_begin_tile177.preheader.i, label %for_body_step.i, !prof !51
+  br i1 %exitcond1206.not.i, label %for_begin_tile177.preheader.i, label %for_body_step.i, !prof !34
 
 for_begin_tile177.preheader.i:                    ; preds = %for_begin_step.i
   %890 = add nuw nsw i64 %indvars.iv1242.i, %100
@@ -8433,7 +7866,7 @@ for_body_tile178.us.i:                            ; preds = %if_end202.us.3.i, %
   %indvars.iv1238.i = phi i64 [ %indvars.iv.next1239.i, %if_end202.us.3.i ], [ 0, %for_begin_tile177.preheader.i ]
   %900 = shl nuw nsw i64 %indvars.iv1238.i, 2
   %901 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %900
-  %total.us.i = load <4 x float>, ptr %901, align 16, !tbaa !188
+  %total.us.i = load <4 x float>, ptr %901, align 16, !tbaa !115
   %902 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %903 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %904 = select <4 x i1> %903, <4 x float> zeroinitializer, <4 x float> %902
@@ -8834,7 +8267,7 @@ for_body_tile178.us.i:                            ; preds = %if_end202.us.3.i, %
   %gep1071.us.7.i.3 = getelementptr i8, ptr %invariant.gep1070.us.i.3, i64 224
   store <16 x i16> %1231, ptr %gep1071.us.7.i.3, align 2, !tbaa !4
   %1232 = getelementptr float, ptr %896, i64 %900
-  %1233 = load float, ptr %901, align 16, !tbaa !188
+  %1233 = load float, ptr %901, align 16, !tbaa !115
   %1234 = fcmp oeq float %1233, 0.000000e+00
   br i1 %1234, label %if_end202.us.i, label %if_else201.us.i
 
@@ -8842,7 +8275,7 @@ if_else201.us.i:                                  ; preds = %for_body_tile178.us
   %1235 = fmul float %1233, %899
   %1236 = tail call float @llvm.log.f32(float %1235)
   %1237 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %900
-  %1238 = load float, ptr %1237, align 16, !tbaa !190
+  %1238 = load float, ptr %1237, align 16, !tbaa !117
   %1239 = fadd float %1236, %1238
   br label %if_end202.us.i
 
@@ -8851,7 +8284,7 @@ if_end202.us.i:                                   ; preds = %if_else201.us.i, %f
   store float %1240, ptr %1232, align 4, !tbaa !4
   %1241 = or disjoint i64 %900, 1
   %1242 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %1241
-  %1243 = load float, ptr %1242, align 4, !tbaa !188
+  %1243 = load float, ptr %1242, align 4, !tbaa !115
   %1244 = fcmp oeq float %1243, 0.000000e+00
   br i1 %1244, label %if_end202.us.1.i, label %if_else201.us.1.i
 
@@ -8859,7 +8292,7 @@ if_else201.us.1.i:                                ; preds = %if_end202.us.i
   %1245 = fmul float %1243, %899
   %1246 = tail call float @llvm.log.f32(float %1245)
   %1247 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %1241
-  %1248 = load float, ptr %1247, align 4, !tbaa !190
+  %1248 = load float, ptr %1247, align 4, !tbaa !117
   %1249 = fadd float %1246, %1248
   br label %if_end202.us.1.i
 
@@ -8869,7 +8302,7 @@ if_end202.us.1.i:                                 ; preds = %if_else201.us.1.i, 
   store float %1250, ptr %1251, align 4, !tbaa !4
   %1252 = or disjoint i64 %900, 2
   %1253 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %1252
-  %1254 = load float, ptr %1253, align 8, !tbaa !188
+  %1254 = load float, ptr %1253, align 8, !tbaa !115
   %1255 = fcmp oeq float %1254, 0.000000e+00
   br i1 %1255, label %if_end202.us.2.i, label %if_else201.us.2.i
 
@@ -8877,7 +8310,7 @@ if_else201.us.2.i:                                ; preds = %if_end202.us.1.i
   %1256 = fmul float %1254, %899
   %1257 = tail call float @llvm.log.f32(float %1256)
   %1258 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %1252
-  %1259 = load float, ptr %1258, align 8, !tbaa !190
+  %1259 = load float, ptr %1258, align 8, !tbaa !117
   %1260 = fadd float %1257, %1259
   br label %if_end202.us.2.i
 
@@ -8887,7 +8320,7 @@ if_end202.us.2.i:                                 ; preds = %if_else201.us.2.i, 
   store float %1261, ptr %1262, align 4, !tbaa !4
   %1263 = or disjoint i64 %900, 3
   %1264 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %1263
-  %1265 = load float, ptr %1264, align 4, !tbaa !188
+  %1265 = load float, ptr %1264, align 4, !tbaa !115
   %1266 = fcmp oeq float %1265, 0.000000e+00
   br i1 %1266, label %if_end202.us.3.i, label %if_else201.us.3.i
 
@@ -8895,7 +8328,7 @@ if_else201.us.3.i:                                ; preds = %if_end202.us.2.i
   %1267 = fmul float %1265, %899
   %1268 = tail call float @llvm.log.f32(float %1267)
   %1269 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %1263
-  %1270 = load float, ptr %1269, align 4, !tbaa !190
+  %1270 = load float, ptr %1269, align 4, !tbaa !117
   %1271 = fadd float %1268, %1270
   br label %if_end202.us.3.i
 
@@ -8989,7 +8422,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %1323, ptr %1324, align 8, !tbaa !4
   %indvars.iv.next1100.i.3 = add nuw nsw i64 %indvars.iv1099.i, 4
   %exitcond1102.not.i.3 = icmp eq i64 %indvars.iv.next1100.i.3, %wide.trip.count.i
-  br i1 %exitcond1102.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !192
+  br i1 %exitcond1102.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !119
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
   %1325 = icmp sgt i32 %1283, 0
@@ -9151,12 +8584,12 @@ for_body_t11.i:                                   ; preds = %for_body_t11.i, %fo
   store i64 %1399, ptr %1400, align 8, !tbaa !4
   %indvars.iv.next1104.i.3 = add nuw nsw i64 %indvars.iv1103.i, 4
   %exitcond1107.not.i.3 = icmp eq i64 %indvars.iv.next1104.i.3, %wide.trip.count.i
-  br i1 %exitcond1107.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !193
+  br i1 %exitcond1107.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !120
 
 for_begin_kv_head.i:                              ; preds = %if_end166.i, %for_begin_kv_head.preheader.i
   %indvars.iv1198.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1199.i, %if_end166.i ]
   %exitcond1201.not.i = icmp eq i64 %indvars.iv1198.i, 8
-  br i1 %exitcond1201.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !51
+  br i1 %exitcond1201.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !34
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
   %1401 = icmp eq i64 %indvars.iv1198.i, 7
@@ -9171,7 +8604,7 @@ for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
   %1405 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %1406 = tail call i32 %1405(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
   %.not245.i = icmp eq i32 %1406, 0
-  br i1 %.not245.i, label %if_end172.i, label %fused_decode_compute_.exit, !prof !51
+  br i1 %.not245.i, label %if_end172.i, label %fused_decode_compute_.exit, !prof !34
 
 if_end22.i:                                       ; preds = %for_body_kv_head.i
   %1407 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -9440,7 +8873,7 @@ for_begin_r36.preheader.i:                        ; preds = %if_end31.i
   br i1 %1325, label %for_body_to42.us.i.preheader, label %for_begin_ax1.preheader.i.preheader, !prof !3
 
 for_body_to42.us.i.preheader:                     ; preds = %for_begin_r36.preheader.i
-  br i1 %1338, label %for_body_to42.us.i.epil.preheader, label %for_body_to42.us.i, !prof !41
+  br i1 %1338, label %for_body_to42.us.i.epil.preheader, label %for_body_to42.us.i, !prof !47
 
 for_body_to42.us.i:                               ; preds = %for_body_to42.us.i, %for_body_to42.us.i.preheader
   %indvars.iv1124.i = phi i64 [ %indvars.iv.next1125.i.3, %for_body_to42.us.i ], [ 0, %for_body_to42.us.i.preheader ]
@@ -9499,10 +8932,10 @@ for_body_to42.us.i:                               ; preds = %for_body_to42.us.i,
   %indvars.iv.next1125.i.3 = add nuw nsw i64 %indvars.iv1124.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to42.us.1.i.preheader.unr-lcssa, label %for_body_to42.us.i, !prof !42, !llvm.loop !194
+  br i1 %niter.ncmp.3, label %for_body_to42.us.1.i.preheader.unr-lcssa, label %for_body_to42.us.i, !prof !48, !llvm.loop !121
 
 for_body_to42.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to42.us.i
-  br i1 %lcmp.mod.not, label %for_body_to42.us.1.i.preheader, label %for_body_to42.us.i.epil.preheader, !prof !45
+  br i1 %lcmp.mod.not, label %for_body_to42.us.1.i.preheader, label %for_body_to42.us.i.epil.preheader, !prof !51
 
 for_body_to42.us.i.epil.preheader:                ; preds = %for_body_to42.us.1.i.preheader.unr-lcssa, %for_body_to42.us.i.preheader
   %indvars.iv1124.i.epil.init = phi i64 [ 0, %for_body_to42.us.i.preheader ], [ %indvars.iv.next1125.i.3, %for_body_to42.us.1.i.preheader.unr-lcssa ]
@@ -9527,10 +8960,10 @@ for_body_to42.us.i.epil:                          ; preds = %for_body_to42.us.i.
   %indvars.iv.next1125.i.epil = add nuw nsw i64 %indvars.iv1124.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to42.us.1.i.preheader, label %for_body_to42.us.i.epil, !prof !46, !llvm.loop !195
+  br i1 %epil.iter.cmp.not, label %for_body_to42.us.1.i.preheader, label %for_body_to42.us.i.epil, !prof !52, !llvm.loop !122
 
 for_body_to42.us.1.i.preheader:                   ; preds = %for_body_to42.us.i.epil, %for_body_to42.us.1.i.preheader.unr-lcssa
-  br i1 %1339, label %for_body_to42.us.1.i.epil.preheader, label %for_body_to42.us.1.i, !prof !41
+  br i1 %1339, label %for_body_to42.us.1.i.epil.preheader, label %for_body_to42.us.1.i, !prof !47
 
 for_body_to42.us.1.i:                             ; preds = %for_body_to42.us.1.i, %for_body_to42.us.1.i.preheader
   %indvars.iv1124.1.i = phi i64 [ %indvars.iv.next1125.1.i.3, %for_body_to42.us.1.i ], [ 0, %for_body_to42.us.1.i.preheader ]
@@ -9593,10 +9026,10 @@ for_body_to42.us.1.i:                             ; preds = %for_body_to42.us.1.
   %indvars.iv.next1125.1.i.3 = add nuw nsw i64 %indvars.iv1124.1.i, 4
   %niter199.next.3 = add i64 %niter199, 4
   %niter199.ncmp.3 = icmp eq i64 %niter199.next.3, %unroll_iter198
-  br i1 %niter199.ncmp.3, label %for_body_to42.us.2.i.preheader.unr-lcssa, label %for_body_to42.us.1.i, !prof !42, !llvm.loop !196
+  br i1 %niter199.ncmp.3, label %for_body_to42.us.2.i.preheader.unr-lcssa, label %for_body_to42.us.1.i, !prof !48, !llvm.loop !123
 
 for_body_to42.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to42.us.1.i
-  br i1 %lcmp.mod196.not, label %for_body_to42.us.2.i.preheader, label %for_body_to42.us.1.i.epil.preheader, !prof !45
+  br i1 %lcmp.mod196.not, label %for_body_to42.us.2.i.preheader, label %for_body_to42.us.1.i.epil.preheader, !prof !51
 
 for_body_to42.us.1.i.epil.preheader:              ; preds = %for_body_to42.us.2.i.preheader.unr-lcssa, %for_body_to42.us.1.i.preheader
   %indvars.iv1124.1.i.epil.init = phi i64 [ 0, %for_body_to42.us.1.i.preheader ], [ %indvars.iv.next1125.1.i.3, %for_body_to42.us.2.i.preheader.unr-lcssa ]
@@ -9622,10 +9055,10 @@ for_body_to42.us.1.i.epil:                        ; preds = %for_body_to42.us.1.
   %indvars.iv.next1125.1.i.epil = add nuw nsw i64 %indvars.iv1124.1.i.epil, 1
   %epil.iter195.next = add i64 %epil.iter195, 1
   %epil.iter195.cmp.not = icmp eq i64 %epil.iter195.next, %xtraiter194
-  br i1 %epil.iter195.cmp.not, label %for_body_to42.us.2.i.preheader, label %for_body_to42.us.1.i.epil, !prof !46, !llvm.loop !197
+  br i1 %epil.iter195.cmp.not, label %for_body_to42.us.2.i.preheader, label %for_body_to42.us.1.i.epil, !prof !52, !llvm.loop !124
 
 for_body_to42.us.2.i.preheader:                   ; preds = %for_body_to42.us.1.i.epil, %for_body_to42.us.2.i.preheader.unr-lcssa
-  br i1 %1340, label %for_body_to42.us.2.i.epil.preheader, label %for_body_to42.us.2.i, !prof !41
+  br i1 %1340, label %for_body_to42.us.2.i.epil.preheader, label %for_body_to42.us.2.i, !prof !47
 
 for_body_to42.us.2.i:                             ; preds = %for_body_to42.us.2.i, %for_body_to42.us.2.i.preheader
   %indvars.iv1124.2.i = phi i64 [ %indvars.iv.next1125.2.i.3, %for_body_to42.us.2.i ], [ 0, %for_body_to42.us.2.i.preheader ]
@@ -9688,10 +9121,10 @@ for_body_to42.us.2.i:                             ; preds = %for_body_to42.us.2.
   %indvars.iv.next1125.2.i.3 = add nuw nsw i64 %indvars.iv1124.2.i, 4
   %niter205.next.3 = add i64 %niter205, 4
   %niter205.ncmp.3 = icmp eq i64 %niter205.next.3, %unroll_iter204
-  br i1 %niter205.ncmp.3, label %for_body_to42.us.3.i.preheader.unr-lcssa, label %for_body_to42.us.2.i, !prof !42, !llvm.loop !198
+  br i1 %niter205.ncmp.3, label %for_body_to42.us.3.i.preheader.unr-lcssa, label %for_body_to42.us.2.i, !prof !48, !llvm.loop !125
 
 for_body_to42.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to42.us.2.i
-  br i1 %lcmp.mod202.not, label %for_body_to42.us.3.i.preheader, label %for_body_to42.us.2.i.epil.preheader, !prof !45
+  br i1 %lcmp.mod202.not, label %for_body_to42.us.3.i.preheader, label %for_body_to42.us.2.i.epil.preheader, !prof !51
 
 for_body_to42.us.2.i.epil.preheader:              ; preds = %for_body_to42.us.3.i.preheader.unr-lcssa, %for_body_to42.us.2.i.preheader
   %indvars.iv1124.2.i.epil.init = phi i64 [ 0, %for_body_to42.us.2.i.preheader ], [ %indvars.iv.next1125.2.i.3, %for_body_to42.us.3.i.preheader.unr-lcssa ]
@@ -9717,10 +9150,10 @@ for_body_to42.us.2.i.epil:                        ; preds = %for_body_to42.us.2.
   %indvars.iv.next1125.2.i.epil = add nuw nsw i64 %indvars.iv1124.2.i.epil, 1
   %epil.iter201.next = add i64 %epil.iter201, 1
   %epil.iter201.cmp.not = icmp eq i64 %epil.iter201.next, %xtraiter200
-  br i1 %epil.iter201.cmp.not, label %for_body_to42.us.3.i.preheader, label %for_body_to42.us.2.i.epil, !prof !46, !llvm.loop !199
+  br i1 %epil.iter201.cmp.not, label %for_body_to42.us.3.i.preheader, label %for_body_to42.us.2.i.epil, !prof !52, !llvm.loop !126
 
 for_body_to42.us.3.i.preheader:                   ; preds = %for_body_to42.us.2.i.epil, %for_body_to42.us.3.i.preheader.unr-lcssa
-  br i1 %1341, label %for_body_to42.us.3.i.epil.preheader, label %for_body_to42.us.3.i, !prof !41
+  br i1 %1341, label %for_body_to42.us.3.i.epil.preheader, label %for_body_to42.us.3.i, !prof !47
 
 for_body_to42.us.3.i:                             ; preds = %for_body_to42.us.3.i, %for_body_to42.us.3.i.preheader
   %indvars.iv1124.3.i = phi i64 [ %indvars.iv.next1125.3.i.3, %for_body_to42.us.3.i ], [ 0, %for_body_to42.us.3.i.preheader ]
@@ -9783,10 +9216,10 @@ for_body_to42.us.3.i:                             ; preds = %for_body_to42.us.3.
   %indvars.iv.next1125.3.i.3 = add nuw nsw i64 %indvars.iv1124.3.i, 4
   %niter211.next.3 = add i64 %niter211, 4
   %niter211.ncmp.3 = icmp eq i64 %niter211.next.3, %unroll_iter210
-  br i1 %niter211.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to42.us.3.i, !prof !42, !llvm.loop !200
+  br i1 %niter211.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to42.us.3.i, !prof !48, !llvm.loop !127
 
 for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to42.us.3.i
-  br i1 %lcmp.mod208.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to42.us.3.i.epil.preheader, !prof !45
+  br i1 %lcmp.mod208.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to42.us.3.i.epil.preheader, !prof !51
 
 for_body_to42.us.3.i.epil.preheader:              ; preds = %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to42.us.3.i.preheader
   %indvars.iv1124.3.i.epil.init = phi i64 [ 0, %for_body_to42.us.3.i.preheader ], [ %indvars.iv.next1125.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
@@ -9812,7 +9245,7 @@ for_body_to42.us.3.i.epil:                        ; preds = %for_body_to42.us.3.
   %indvars.iv.next1125.3.i.epil = add nuw nsw i64 %indvars.iv1124.3.i.epil, 1
   %epil.iter207.next = add i64 %epil.iter207, 1
   %epil.iter207.cmp.not = icmp eq i64 %epil.iter207.next, %xtraiter206
-  br i1 %epil.iter207.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to42.us.3.i.epil, !prof !46, !llvm.loop !201
+  br i1 %epil.iter207.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to42.us.3.i.epil, !prof !52, !llvm.loop !128
 
 for_begin_ax1.preheader.i.preheader:              ; preds = %for_body_to42.us.3.i.epil, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_begin_r36.preheader.i
   br label %for_begin_ax1.preheader.i
@@ -9824,7 +9257,7 @@ for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %for
 for_body_ax1.lr.ph.i:                             ; preds = %for_begin_ax1.preheader.i
   %.idx1276.i = shl nuw nsw i64 %indvars.iv1138.i, 9
   %invariant.gep1315.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1276.i
-  br i1 %1342, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !143
+  br i1 %1342, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !129
 
 for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.lr.ph.i
   %indvars.iv1133.i = phi i64 [ %indvars.iv.next1134.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
@@ -9880,10 +9313,10 @@ for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %fo
   %indvars.iv.next1134.i.7 = add nuw nsw i64 %indvars.iv1133.i, 8
   %niter218.next.7 = add i64 %niter218, 8
   %niter218.ncmp.7 = icmp eq i64 %niter218.next.7, %unroll_iter217
-  br i1 %niter218.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !117, !llvm.loop !202
+  br i1 %niter218.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !130, !llvm.loop !131
 
 for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
-  br i1 %lcmp.mod214.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !114
+  br i1 %lcmp.mod214.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !132
 
 for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.lr.ph.i
   %indvars.iv1133.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1134.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
@@ -9903,7 +9336,7 @@ for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil
   %indvars.iv.next1134.i.epil = add nuw nsw i64 %indvars.iv1133.i.epil, 1
   %epil.iter213.next = add i64 %epil.iter213, 1
   %epil.iter213.cmp.not = icmp eq i64 %epil.iter213.next, %xtraiter212
-  br i1 %epil.iter213.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !45, !llvm.loop !203
+  br i1 %epil.iter213.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !51, !llvm.loop !133
 
 for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_begin_ax1.preheader.i
   %peak.rf_global233.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1817, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1820, %for_body_ax1.i.epil ]
@@ -10004,7 +9437,7 @@ for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil
   %peak.rf234.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 31
   %1884 = fcmp ogt float %1883, %peak.rf234.sroa.0.124.vec.extract.i
   %1885 = select i1 %1884, float %1883, float %peak.rf234.sroa.0.124.vec.extract.i
-  store float %1885, ptr %1821, align 4, !tbaa !204
+  store float %1885, ptr %1821, align 4, !tbaa !134
   %indvars.iv.next1139.i = add nuw nsw i64 %indvars.iv1138.i, 1
   %exitcond1141.not.i = icmp eq i64 %indvars.iv.next1139.i, 4
   br i1 %exitcond1141.not.i, label %for_body_r52.preheader.i, label %for_begin_ax1.preheader.i, !prof !28
@@ -10160,7 +9593,7 @@ for_body_to64.us.3.i:                             ; preds = %for_body_to64.us.3.
   br i1 %exitcond1150.3.not.i, label %for_body_to74.us.i.preheader, label %for_body_to64.us.3.i, !prof !8
 
 for_body_to74.us.i.preheader:                     ; preds = %for_body_to64.us.3.i
-  br i1 %1343, label %for_body_to74.us.i.epil.preheader, label %for_body_to74.us.i, !prof !41
+  br i1 %1343, label %for_body_to74.us.i.epil.preheader, label %for_body_to74.us.i, !prof !47
 
 for_body_to74.us.i:                               ; preds = %for_body_to74.us.i, %for_body_to74.us.i.preheader
   %indvars.iv1155.i = phi i64 [ %indvars.iv.next1156.i.3, %for_body_to74.us.i ], [ 0, %for_body_to74.us.i.preheader ]
@@ -10211,10 +9644,10 @@ for_body_to74.us.i:                               ; preds = %for_body_to74.us.i,
   %indvars.iv.next1156.i.3 = add nuw nsw i64 %indvars.iv1155.i, 4
   %niter224.next.3 = add i64 %niter224, 4
   %niter224.ncmp.3 = icmp eq i64 %niter224.next.3, %unroll_iter223
-  br i1 %niter224.ncmp.3, label %for_body_to74.us.1.i.preheader.unr-lcssa, label %for_body_to74.us.i, !prof !42, !llvm.loop !206
+  br i1 %niter224.ncmp.3, label %for_body_to74.us.1.i.preheader.unr-lcssa, label %for_body_to74.us.i, !prof !48, !llvm.loop !136
 
 for_body_to74.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to74.us.i
-  br i1 %lcmp.mod221.not, label %for_body_to74.us.1.i.preheader, label %for_body_to74.us.i.epil.preheader, !prof !45
+  br i1 %lcmp.mod221.not, label %for_body_to74.us.1.i.preheader, label %for_body_to74.us.i.epil.preheader, !prof !51
 
 for_body_to74.us.i.epil.preheader:                ; preds = %for_body_to74.us.1.i.preheader.unr-lcssa, %for_body_to74.us.i.preheader
   %indvars.iv1155.i.epil.init = phi i64 [ 0, %for_body_to74.us.i.preheader ], [ %indvars.iv.next1156.i.3, %for_body_to74.us.1.i.preheader.unr-lcssa ]
@@ -10237,10 +9670,10 @@ for_body_to74.us.i.epil:                          ; preds = %for_body_to74.us.i.
   %indvars.iv.next1156.i.epil = add nuw nsw i64 %indvars.iv1155.i.epil, 1
   %epil.iter220.next = add i64 %epil.iter220, 1
   %epil.iter220.cmp.not = icmp eq i64 %epil.iter220.next, %xtraiter219
-  br i1 %epil.iter220.cmp.not, label %for_body_to74.us.1.i.preheader, label %for_body_to74.us.i.epil, !prof !46, !llvm.loop !207
+  br i1 %epil.iter220.cmp.not, label %for_body_to74.us.1.i.preheader, label %for_body_to74.us.i.epil, !prof !52, !llvm.loop !137
 
 for_body_to74.us.1.i.preheader:                   ; preds = %for_body_to74.us.i.epil, %for_body_to74.us.1.i.preheader.unr-lcssa
-  br i1 %1344, label %for_body_to74.us.1.i.epil.preheader, label %for_body_to74.us.1.i, !prof !41
+  br i1 %1344, label %for_body_to74.us.1.i.epil.preheader, label %for_body_to74.us.1.i, !prof !47
 
 for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.i, %for_body_to74.us.1.i.preheader
   %indvars.iv1155.1.i = phi i64 [ %indvars.iv.next1156.1.i.3, %for_body_to74.us.1.i ], [ 0, %for_body_to74.us.1.i.preheader ]
@@ -10292,10 +9725,10 @@ for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.
   %indvars.iv.next1156.1.i.3 = add nuw nsw i64 %indvars.iv1155.1.i, 4
   %niter230.next.3 = add i64 %niter230, 4
   %niter230.ncmp.3 = icmp eq i64 %niter230.next.3, %unroll_iter229
-  br i1 %niter230.ncmp.3, label %for_body_to74.us.2.i.preheader.unr-lcssa, label %for_body_to74.us.1.i, !prof !42, !llvm.loop !208
+  br i1 %niter230.ncmp.3, label %for_body_to74.us.2.i.preheader.unr-lcssa, label %for_body_to74.us.1.i, !prof !48, !llvm.loop !138
 
 for_body_to74.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to74.us.1.i
-  br i1 %lcmp.mod227.not, label %for_body_to74.us.2.i.preheader, label %for_body_to74.us.1.i.epil.preheader, !prof !45
+  br i1 %lcmp.mod227.not, label %for_body_to74.us.2.i.preheader, label %for_body_to74.us.1.i.epil.preheader, !prof !51
 
 for_body_to74.us.1.i.epil.preheader:              ; preds = %for_body_to74.us.2.i.preheader.unr-lcssa, %for_body_to74.us.1.i.preheader
   %indvars.iv1155.1.i.epil.init = phi i64 [ 0, %for_body_to74.us.1.i.preheader ], [ %indvars.iv.next1156.1.i.3, %for_body_to74.us.2.i.preheader.unr-lcssa ]
@@ -10319,10 +9752,10 @@ for_body_to74.us.1.i.epil:                        ; preds = %for_body_to74.us.1.
   %indvars.iv.next1156.1.i.epil = add nuw nsw i64 %indvars.iv1155.1.i.epil, 1
   %epil.iter226.next = add i64 %epil.iter226, 1
   %epil.iter226.cmp.not = icmp eq i64 %epil.iter226.next, %xtraiter225
-  br i1 %epil.iter226.cmp.not, label %for_body_to74.us.2.i.preheader, label %for_body_to74.us.1.i.epil, !prof !46, !llvm.loop !209
+  br i1 %epil.iter226.cmp.not, label %for_body_to74.us.2.i.preheader, label %for_body_to74.us.1.i.epil, !prof !52, !llvm.loop !139
 
 for_body_to74.us.2.i.preheader:                   ; preds = %for_body_to74.us.1.i.epil, %for_body_to74.us.2.i.preheader.unr-lcssa
-  br i1 %1345, label %for_body_to74.us.2.i.epil.preheader, label %for_body_to74.us.2.i, !prof !41
+  br i1 %1345, label %for_body_to74.us.2.i.epil.preheader, label %for_body_to74.us.2.i, !prof !47
 
 for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.i, %for_body_to74.us.2.i.preheader
   %indvars.iv1155.2.i = phi i64 [ %indvars.iv.next1156.2.i.3, %for_body_to74.us.2.i ], [ 0, %for_body_to74.us.2.i.preheader ]
@@ -10374,10 +9807,10 @@ for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.
   %indvars.iv.next1156.2.i.3 = add nuw nsw i64 %indvars.iv1155.2.i, 4
   %niter236.next.3 = add i64 %niter236, 4
   %niter236.ncmp.3 = icmp eq i64 %niter236.next.3, %unroll_iter235
-  br i1 %niter236.ncmp.3, label %for_body_to74.us.3.i.preheader.unr-lcssa, label %for_body_to74.us.2.i, !prof !42, !llvm.loop !210
+  br i1 %niter236.ncmp.3, label %for_body_to74.us.3.i.preheader.unr-lcssa, label %for_body_to74.us.2.i, !prof !48, !llvm.loop !140
 
 for_body_to74.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to74.us.2.i
-  br i1 %lcmp.mod233.not, label %for_body_to74.us.3.i.preheader, label %for_body_to74.us.2.i.epil.preheader, !prof !45
+  br i1 %lcmp.mod233.not, label %for_body_to74.us.3.i.preheader, label %for_body_to74.us.2.i.epil.preheader, !prof !51
 
 for_body_to74.us.2.i.epil.preheader:              ; preds = %for_body_to74.us.3.i.preheader.unr-lcssa, %for_body_to74.us.2.i.preheader
   %indvars.iv1155.2.i.epil.init = phi i64 [ 0, %for_body_to74.us.2.i.preheader ], [ %indvars.iv.next1156.2.i.3, %for_body_to74.us.3.i.preheader.unr-lcssa ]
@@ -10401,10 +9834,10 @@ for_body_to74.us.2.i.epil:                        ; preds = %for_body_to74.us.2.
   %indvars.iv.next1156.2.i.epil = add nuw nsw i64 %indvars.iv1155.2.i.epil, 1
   %epil.iter232.next = add i64 %epil.iter232, 1
   %epil.iter232.cmp.not = icmp eq i64 %epil.iter232.next, %xtraiter231
-  br i1 %epil.iter232.cmp.not, label %for_body_to74.us.3.i.preheader, label %for_body_to74.us.2.i.epil, !prof !46, !llvm.loop !211
+  br i1 %epil.iter232.cmp.not, label %for_body_to74.us.3.i.preheader, label %for_body_to74.us.2.i.epil, !prof !52, !llvm.loop !141
 
 for_body_to74.us.3.i.preheader:                   ; preds = %for_body_to74.us.2.i.epil, %for_body_to74.us.3.i.preheader.unr-lcssa
-  br i1 %1346, label %for_body_to74.us.3.i.epil.preheader, label %for_body_to74.us.3.i, !prof !41
+  br i1 %1346, label %for_body_to74.us.3.i.epil.preheader, label %for_body_to74.us.3.i, !prof !47
 
 for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.i, %for_body_to74.us.3.i.preheader
   %indvars.iv1155.3.i = phi i64 [ %indvars.iv.next1156.3.i.3, %for_body_to74.us.3.i ], [ 0, %for_body_to74.us.3.i.preheader ]
@@ -10456,10 +9889,10 @@ for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.
   %indvars.iv.next1156.3.i.3 = add nuw nsw i64 %indvars.iv1155.3.i, 4
   %niter242.next.3 = add i64 %niter242, 4
   %niter242.ncmp.3 = icmp eq i64 %niter242.next.3, %unroll_iter241
-  br i1 %niter242.ncmp.3, label %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to74.us.3.i, !prof !42, !llvm.loop !212
+  br i1 %niter242.ncmp.3, label %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to74.us.3.i, !prof !48, !llvm.loop !142
 
 for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to74.us.3.i
-  br i1 %lcmp.mod239.not, label %for_begin_ax183.preheader.i.preheader, label %for_body_to74.us.3.i.epil.preheader, !prof !45
+  br i1 %lcmp.mod239.not, label %for_begin_ax183.preheader.i.preheader, label %for_body_to74.us.3.i.epil.preheader, !prof !51
 
 for_body_to74.us.3.i.epil.preheader:              ; preds = %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to74.us.3.i.preheader
   %indvars.iv1155.3.i.epil.init = phi i64 [ 0, %for_body_to74.us.3.i.preheader ], [ %indvars.iv.next1156.3.i.3, %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa ]
@@ -10483,7 +9916,7 @@ for_body_to74.us.3.i.epil:                        ; preds = %for_body_to74.us.3.
   %indvars.iv.next1156.3.i.epil = add nuw nsw i64 %indvars.iv1155.3.i.epil, 1
   %epil.iter238.next = add i64 %epil.iter238, 1
   %epil.iter238.cmp.not = icmp eq i64 %epil.iter238.next, %xtraiter237
-  br i1 %epil.iter238.cmp.not, label %for_begin_ax183.preheader.i.preheader, label %for_body_to74.us.3.i.epil, !prof !46, !llvm.loop !213
+  br i1 %epil.iter238.cmp.not, label %for_begin_ax183.preheader.i.preheader, label %for_body_to74.us.3.i.epil, !prof !52, !llvm.loop !143
 
 for_begin_ax183.preheader.i.preheader:            ; preds = %for_body_to74.us.3.i.epil, %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, %for_body_r52.preheader.i
   br label %for_begin_ax183.preheader.i
@@ -10495,7 +9928,7 @@ for_begin_ax183.preheader.i:                      ; preds = %for_end_ax185.i, %f
 for_body_ax184.lr.ph.i:                           ; preds = %for_begin_ax183.preheader.i
   %.idx1278.i = shl nuw nsw i64 %indvars.iv1169.i, 9
   %invariant.gep1317.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1278.i
-  br i1 %1347, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !143
+  br i1 %1347, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !129
 
 for_body_ax184.i:                                 ; preds = %for_body_ax184.i, %for_body_ax184.lr.ph.i
   %indvars.iv1164.i = phi i64 [ %indvars.iv.next1165.i.7, %for_body_ax184.i ], [ 0, %for_body_ax184.lr.ph.i ]
@@ -10543,10 +9976,10 @@ for_body_ax184.i:                                 ; preds = %for_body_ax184.i, %
   %indvars.iv.next1165.i.7 = add nuw nsw i64 %indvars.iv1164.i, 8
   %niter249.next.7 = add i64 %niter249, 8
   %niter249.ncmp.7 = icmp eq i64 %niter249.next.7, %unroll_iter248
-  br i1 %niter249.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !117, !llvm.loop !214
+  br i1 %niter249.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !130, !llvm.loop !144
 
 for_end_ax185.i.loopexit.unr-lcssa:               ; preds = %for_body_ax184.i
-  br i1 %lcmp.mod245.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !114
+  br i1 %lcmp.mod245.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !132
 
 for_body_ax184.i.epil.preheader:                  ; preds = %for_end_ax185.i.loopexit.unr-lcssa, %for_body_ax184.lr.ph.i
   %indvars.iv1164.i.epil.init = phi i64 [ 0, %for_body_ax184.lr.ph.i ], [ %indvars.iv.next1165.i.7, %for_end_ax185.i.loopexit.unr-lcssa ]
@@ -10565,7 +9998,7 @@ for_body_ax184.i.epil:                            ; preds = %for_body_ax184.i.ep
   %indvars.iv.next1165.i.epil = add nuw nsw i64 %indvars.iv1164.i.epil, 1
   %epil.iter244.next = add i64 %epil.iter244, 1
   %epil.iter244.cmp.not = icmp eq i64 %epil.iter244.next, %xtraiter243
-  br i1 %epil.iter244.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !45, !llvm.loop !215
+  br i1 %epil.iter244.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !51, !llvm.loop !145
 
 for_end_ax185.i:                                  ; preds = %for_body_ax184.i.epil, %for_end_ax185.i.loopexit.unr-lcssa, %for_begin_ax183.preheader.i
   %tile_sum.rf_global231.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax183.preheader.i ], [ %2195, %for_end_ax185.i.loopexit.unr-lcssa ], [ %2197, %for_body_ax184.i.epil ]
@@ -10634,7 +10067,7 @@ for_end_ax185.i:                                  ; preds = %for_body_ax184.i.ep
   %2229 = fadd float %tile_sum.rf232.sroa.0.120.vec.extract.i, %2228
   %tile_sum.rf232.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 31
   %2230 = fadd float %tile_sum.rf232.sroa.0.124.vec.extract.i, %2229
-  store float %2230, ptr %2198, align 4, !tbaa !216
+  store float %2230, ptr %2198, align 4, !tbaa !146
   %indvars.iv.next1170.i = add nuw nsw i64 %indvars.iv1169.i, 1
   %exitcond1172.not.i = icmp eq i64 %indvars.iv.next1170.i, 4
   br i1 %exitcond1172.not.i, label %for_begin_to93.preheader.preheader.i, label %for_begin_ax183.preheader.i, !prof !28
@@ -10643,7 +10076,7 @@ for_begin_to93.preheader.preheader.i:             ; preds = %for_end_ax185.i
   br i1 %1325, label %for_body_to94.i.preheader, label %for_end_to95.3.i, !prof !3
 
 for_body_to94.i.preheader:                        ; preds = %for_begin_to93.preheader.preheader.i
-  br i1 %1348, label %for_body_to94.i.epil.preheader, label %for_body_to94.i, !prof !41
+  br i1 %1348, label %for_body_to94.i.epil.preheader, label %for_body_to94.i, !prof !47
 
 for_body_to94.i:                                  ; preds = %for_body_to94.i, %for_body_to94.i.preheader
   %indvars.iv1173.i = phi i64 [ %indvars.iv.next1174.i.3, %for_body_to94.i ], [ 0, %for_body_to94.i.preheader ]
@@ -10702,10 +10135,10 @@ for_body_to94.i:                                  ; preds = %for_body_to94.i, %f
   %indvars.iv.next1174.i.3 = add nuw nsw i64 %indvars.iv1173.i, 4
   %niter255.next.3 = add i64 %niter255, 4
   %niter255.ncmp.3 = icmp eq i64 %niter255.next.3, %unroll_iter254
-  br i1 %niter255.ncmp.3, label %for_body_to94.1.i.preheader.unr-lcssa, label %for_body_to94.i, !prof !42, !llvm.loop !218
+  br i1 %niter255.ncmp.3, label %for_body_to94.1.i.preheader.unr-lcssa, label %for_body_to94.i, !prof !48, !llvm.loop !148
 
 for_body_to94.1.i.preheader.unr-lcssa:            ; preds = %for_body_to94.i
-  br i1 %lcmp.mod252.not, label %for_body_to94.1.i.preheader, label %for_body_to94.i.epil.preheader, !prof !45
+  br i1 %lcmp.mod252.not, label %for_body_to94.1.i.preheader, label %for_body_to94.i.epil.preheader, !prof !51
 
 for_body_to94.i.epil.preheader:                   ; preds = %for_body_to94.1.i.preheader.unr-lcssa, %for_body_to94.i.preheader
   %indvars.iv1173.i.epil.init = phi i64 [ 0, %for_body_to94.i.preheader ], [ %indvars.iv.next1174.i.3, %for_body_to94.1.i.preheader.unr-lcssa ]
@@ -10730,10 +10163,10 @@ for_body_to94.i.epil:                             ; preds = %for_body_to94.i.epi
   %indvars.iv.next1174.i.epil = add nuw nsw i64 %indvars.iv1173.i.epil, 1
   %epil.iter251.next = add i64 %epil.iter251, 1
   %epil.iter251.cmp.not = icmp eq i64 %epil.iter251.next, %xtraiter250
-  br i1 %epil.iter251.cmp.not, label %for_body_to94.1.i.preheader, label %for_body_to94.i.epil, !prof !46, !llvm.loop !219
+  br i1 %epil.iter251.cmp.not, label %for_body_to94.1.i.preheader, label %for_body_to94.i.epil, !prof !52, !llvm.loop !149
 
 for_body_to94.1.i.preheader:                      ; preds = %for_body_to94.i.epil, %for_body_to94.1.i.preheader.unr-lcssa
-  br i1 %1349, label %for_body_to94.1.i.epil.preheader, label %for_body_to94.1.i, !prof !41
+  br i1 %1349, label %for_body_to94.1.i.epil.preheader, label %for_body_to94.1.i, !prof !47
 
 for_body_to94.1.i:                                ; preds = %for_body_to94.1.i, %for_body_to94.1.i.preheader
   %indvars.iv1173.1.i = phi i64 [ %indvars.iv.next1174.1.i.3, %for_body_to94.1.i ], [ 0, %for_body_to94.1.i.preheader ]
@@ -10800,10 +10233,10 @@ for_body_to94.1.i:                                ; preds = %for_body_to94.1.i, 
   %indvars.iv.next1174.1.i.3 = add nuw nsw i64 %indvars.iv1173.1.i, 4
   %niter261.next.3 = add i64 %niter261, 4
   %niter261.ncmp.3 = icmp eq i64 %niter261.next.3, %unroll_iter260
-  br i1 %niter261.ncmp.3, label %for_body_to94.2.i.preheader.unr-lcssa, label %for_body_to94.1.i, !prof !42, !llvm.loop !220
+  br i1 %niter261.ncmp.3, label %for_body_to94.2.i.preheader.unr-lcssa, label %for_body_to94.1.i, !prof !48, !llvm.loop !150
 
 for_body_to94.2.i.preheader.unr-lcssa:            ; preds = %for_body_to94.1.i
-  br i1 %lcmp.mod258.not, label %for_body_to94.2.i.preheader, label %for_body_to94.1.i.epil.preheader, !prof !45
+  br i1 %lcmp.mod258.not, label %for_body_to94.2.i.preheader, label %for_body_to94.1.i.epil.preheader, !prof !51
 
 for_body_to94.1.i.epil.preheader:                 ; preds = %for_body_to94.2.i.preheader.unr-lcssa, %for_body_to94.1.i.preheader
   %indvars.iv1173.1.i.epil.init = phi i64 [ 0, %for_body_to94.1.i.preheader ], [ %indvars.iv.next1174.1.i.3, %for_body_to94.2.i.preheader.unr-lcssa ]
@@ -10830,10 +10263,10 @@ for_body_to94.1.i.epil:                           ; preds = %for_body_to94.1.i.e
   %indvars.iv.next1174.1.i.epil = add nuw nsw i64 %indvars.iv1173.1.i.epil, 1
   %epil.iter257.next = add i64 %epil.iter257, 1
   %epil.iter257.cmp.not = icmp eq i64 %epil.iter257.next, %xtraiter256
-  br i1 %epil.iter257.cmp.not, label %for_body_to94.2.i.preheader, label %for_body_to94.1.i.epil, !prof !46, !llvm.loop !221
+  br i1 %epil.iter257.cmp.not, label %for_body_to94.2.i.preheader, label %for_body_to94.1.i.epil, !prof !52, !llvm.loop !151
 
 for_body_to94.2.i.preheader:                      ; preds = %for_body_to94.1.i.epil, %for_body_to94.2.i.preheader.unr-lcssa
-  br i1 %1350, label %for_body_to94.2.i.epil.preheader, label %for_body_to94.2.i, !prof !41
+  br i1 %1350, label %for_body_to94.2.i.epil.preheader, label %for_body_to94.2.i, !prof !47
 
 for_body_to94.2.i:                                ; preds = %for_body_to94.2.i, %for_body_to94.2.i.preheader
   %indvars.iv1173.2.i = phi i64 [ %indvars.iv.next1174.2.i.3, %for_body_to94.2.i ], [ 0, %for_body_to94.2.i.preheader ]
@@ -10900,10 +10333,10 @@ for_body_to94.2.i:                                ; preds = %for_body_to94.2.i, 
   %indvars.iv.next1174.2.i.3 = add nuw nsw i64 %indvars.iv1173.2.i, 4
   %niter267.next.3 = add i64 %niter267, 4
   %niter267.ncmp.3 = icmp eq i64 %niter267.next.3, %unroll_iter266
-  br i1 %niter267.ncmp.3, label %for_body_to94.3.i.preheader.unr-lcssa, label %for_body_to94.2.i, !prof !42, !llvm.loop !222
+  br i1 %niter267.ncmp.3, label %for_body_to94.3.i.preheader.unr-lcssa, label %for_body_to94.2.i, !prof !48, !llvm.loop !152
 
 for_body_to94.3.i.preheader.unr-lcssa:            ; preds = %for_body_to94.2.i
-  br i1 %lcmp.mod264.not, label %for_body_to94.3.i.preheader, label %for_body_to94.2.i.epil.preheader, !prof !45
+  br i1 %lcmp.mod264.not, label %for_body_to94.3.i.preheader, label %for_body_to94.2.i.epil.preheader, !prof !51
 
 for_body_to94.2.i.epil.preheader:                 ; preds = %for_body_to94.3.i.preheader.unr-lcssa, %for_body_to94.2.i.preheader
   %indvars.iv1173.2.i.epil.init = phi i64 [ 0, %for_body_to94.2.i.preheader ], [ %indvars.iv.next1174.2.i.3, %for_body_to94.3.i.preheader.unr-lcssa ]
@@ -10930,10 +10363,10 @@ for_body_to94.2.i.epil:                           ; preds = %for_body_to94.2.i.e
   %indvars.iv.next1174.2.i.epil = add nuw nsw i64 %indvars.iv1173.2.i.epil, 1
   %epil.iter263.next = add i64 %epil.iter263, 1
   %epil.iter263.cmp.not = icmp eq i64 %epil.iter263.next, %xtraiter262
-  br i1 %epil.iter263.cmp.not, label %for_body_to94.3.i.preheader, label %for_body_to94.2.i.epil, !prof !46, !llvm.loop !223
+  br i1 %epil.iter263.cmp.not, label %for_body_to94.3.i.preheader, label %for_body_to94.2.i.epil, !prof !52, !llvm.loop !153
 
 for_body_to94.3.i.preheader:                      ; preds = %for_body_to94.2.i.epil, %for_body_to94.3.i.preheader.unr-lcssa
-  br i1 %1351, label %for_body_to94.3.i.epil.preheader, label %for_body_to94.3.i, !prof !41
+  br i1 %1351, label %for_body_to94.3.i.epil.preheader, label %for_body_to94.3.i, !prof !47
 
 for_body_to94.3.i:                                ; preds = %for_body_to94.3.i, %for_body_to94.3.i.preheader
   %indvars.iv1173.3.i = phi i64 [ %indvars.iv.next1174.3.i.3, %for_body_to94.3.i ], [ 0, %for_body_to94.3.i.preheader ]
@@ -11000,10 +10433,10 @@ for_body_to94.3.i:                                ; preds = %for_body_to94.3.i, 
   %indvars.iv.next1174.3.i.3 = add nuw nsw i64 %indvars.iv1173.3.i, 4
   %niter273.next.3 = add i64 %niter273, 4
   %niter273.ncmp.3 = icmp eq i64 %niter273.next.3, %unroll_iter272
-  br i1 %niter273.ncmp.3, label %for_end_to95.3.i.loopexit.unr-lcssa, label %for_body_to94.3.i, !prof !42, !llvm.loop !224
+  br i1 %niter273.ncmp.3, label %for_end_to95.3.i.loopexit.unr-lcssa, label %for_body_to94.3.i, !prof !48, !llvm.loop !154
 
 for_end_to95.3.i.loopexit.unr-lcssa:              ; preds = %for_body_to94.3.i
-  br i1 %lcmp.mod270.not, label %for_end_to95.3.i, label %for_body_to94.3.i.epil.preheader, !prof !45
+  br i1 %lcmp.mod270.not, label %for_end_to95.3.i, label %for_body_to94.3.i.epil.preheader, !prof !51
 
 for_body_to94.3.i.epil.preheader:                 ; preds = %for_end_to95.3.i.loopexit.unr-lcssa, %for_body_to94.3.i.preheader
   %indvars.iv1173.3.i.epil.init = phi i64 [ 0, %for_body_to94.3.i.preheader ], [ %indvars.iv.next1174.3.i.3, %for_end_to95.3.i.loopexit.unr-lcssa ]
@@ -11030,18 +10463,18 @@ for_body_to94.3.i.epil:                           ; preds = %for_body_to94.3.i.e
   %indvars.iv.next1174.3.i.epil = add nuw nsw i64 %indvars.iv1173.3.i.epil, 1
   %epil.iter269.next = add i64 %epil.iter269, 1
   %epil.iter269.cmp.not = icmp eq i64 %epil.iter269.next, %xtraiter268
-  br i1 %epil.iter269.cmp.not, label %for_end_to95.3.i, label %for_body_to94.3.i.epil, !prof !46, !llvm.loop !225
+  br i1 %epil.iter269.cmp.not, label %for_end_to95.3.i, label %for_body_to94.3.i.epil, !prof !52, !llvm.loop !155
 
 for_end_to95.3.i:                                 ; preds = %for_body_to94.3.i.epil, %for_end_to95.3.i.loopexit.unr-lcssa, %for_begin_to93.preheader.preheader.i
   %2441 = shl nuw nsw i64 %indvars.iv1198.i, 2
   %2442 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %2441
-  %2443 = load <4 x float>, ptr %2442, align 16, !tbaa !190
+  %2443 = load <4 x float>, ptr %2442, align 16, !tbaa !117
   %old_max.i = select <4 x i1> %1329, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2443
   %2444 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %2441
-  %2445 = load <4 x float>, ptr %2444, align 16, !tbaa !188
+  %2445 = load <4 x float>, ptr %2444, align 16, !tbaa !115
   %old_sum.i = select <4 x i1> %1329, <4 x float> zeroinitializer, <4 x float> %2445
   %2446 = fcmp ogt <4 x float> %old_max.i, %1887
-  %2447 = load <4 x float>, ptr %tile_sum236.i, align 16, !tbaa !226
+  %2447 = load <4 x float>, ptr %tile_sum236.i, align 16, !tbaa !156
   %2448 = fcmp oeq <4 x float> %2447, zeroinitializer
   %2449 = select <4 x i1> %2448, <4 x i1> splat (i1 true), <4 x i1> %2446
   %old_or_both.i = select <4 x i1> %2449, <4 x float> %old_max.i, <4 x float> %1887
@@ -11093,8 +10526,8 @@ for_end_to95.3.i:                                 ; preds = %for_body_to94.3.i.e
   %2493 = select <4 x i1> %2492, <4 x float> %2491, <4 x float> zeroinitializer
   %2494 = fmul <4 x float> %old_sum.i, %2472
   %2495 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2493, <4 x float> %2447, <4 x float> %2494)
-  store <4 x float> %m.i, ptr %2442, align 16, !tbaa !190
-  store <4 x float> %2495, ptr %2444, align 16, !tbaa !188
+  store <4 x float> %m.i, ptr %2442, align 16, !tbaa !117
+  store <4 x float> %2495, ptr %2444, align 16, !tbaa !115
   %2496 = shufflevector <4 x float> %2493, <4 x float> poison, <16 x i32> zeroinitializer
   %2497 = shl nuw nsw i64 %indvars.iv1198.i, 9
   %2498 = shufflevector <4 x float> %2472, <4 x float> poison, <16 x i32> zeroinitializer
@@ -11136,7 +10569,7 @@ for_end_d_0_m.i:                                  ; preds = %if_end155.i
   %2512 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %2513 = tail call i32 %2512(i32 1, i32 %dev_id, ptr nonnull %exact.i)
   %.not247.i = icmp eq i32 %2513, 0
-  br i1 %.not247.i, label %if_end157.i, label %fused_decode_compute_.exit, !prof !51
+  br i1 %.not247.i, label %if_end157.i, label %fused_decode_compute_.exit, !prof !34
 
 for_begin_line135.preheader.i:                    ; preds = %for_begin_line135.preheader.i, %for_begin_line135.preheader.lr.ph.i
   %indvars.iv1186.i = phi i64 [ 0, %for_begin_line135.preheader.lr.ph.i ], [ %indvars.iv.next1187.i, %for_begin_line135.preheader.i ]
@@ -11797,7 +11230,7 @@ for_end_to132.i:                                  ; preds = %for_begin_line135.p
 for_body_ti.lr.ph.i:                              ; preds = %for_end_to132.i
   %gep1066.idx.i = shl i64 %indvars.iv1194.i, 7
   %gep1066.i = getelementptr i8, ptr %invariant.gep1033.i, i64 %gep1066.idx.i
-  br i1 %1352, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !234
+  br i1 %1352, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !62
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
   %indvars.iv1191.i = phi i64 [ %indvars.iv.next1192.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
@@ -11908,10 +11341,10 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %indvars.iv.next1192.i.1 = add nuw nsw i64 %indvars.iv1191.i, 2
   %niter288.next.1 = add nuw i64 %niter288, 2
   %niter288.ncmp.1 = icmp eq i64 %niter288.next.1, %unroll_iter287
-  br i1 %niter288.ncmp.1, label %for_end_ti.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !235, !llvm.loop !236
+  br i1 %niter288.ncmp.1, label %for_end_ti.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !57, !llvm.loop !164
 
 for_end_ti.i.loopexit.unr-lcssa:                  ; preds = %for_body_ti.i
-  br i1 %lcmp.mod277.not, label %for_end_ti.i, label %for_body_ti.i.epil.preheader, !prof !46
+  br i1 %lcmp.mod277.not, label %for_end_ti.i, label %for_body_ti.i.epil.preheader, !prof !52
 
 for_body_ti.i.epil.preheader:                     ; preds = %for_end_ti.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
   %indvars.iv1191.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next1192.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
@@ -12064,73 +11497,73 @@ if_end157.i:                                      ; preds = %for_end_d_0_m.i
   %3002 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3003 = tail call i32 %3002(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
   %.not248.i = icmp eq i32 %3003, 0
-  br i1 %.not248.i, label %if_end160.i, label %fused_decode_compute_.exit, !prof !51
+  br i1 %.not248.i, label %if_end160.i, label %fused_decode_compute_.exit, !prof !34
 
 if_end160.i:                                      ; preds = %if_end157.i
   %3004 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3005 = tail call i32 %3004(i32 1, i32 %dev_id, ptr nonnull %probs.i)
   %.not249.i = icmp eq i32 %3005, 0
-  br i1 %.not249.i, label %if_end163.i, label %fused_decode_compute_.exit, !prof !51
+  br i1 %.not249.i, label %if_end163.i, label %fused_decode_compute_.exit, !prof !34
 
 if_end163.i:                                      ; preds = %if_end160.i
   %3006 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3007 = tail call i32 %3006(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
   %.not250.i = icmp eq i32 %3007, 0
-  br i1 %.not250.i, label %if_end166.i, label %fused_decode_compute_.exit, !prof !51
+  br i1 %.not250.i, label %if_end166.i, label %fused_decode_compute_.exit, !prof !34
 
 if_end166.i:                                      ; preds = %if_end163.i
   %3008 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3009 = tail call i32 %3008(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not251.i = icmp eq i32 %3009, 0
-  br i1 %.not251.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !51
+  br i1 %.not251.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !34
 
 if_end172.i:                                      ; preds = %for_end_kv_head.i
   %3010 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3011 = tail call i32 %3010(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not246.i = icmp eq i32 %3011, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not246.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !51
+  br i1 %.not246.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !34
 
 for_body_tile178.i:                               ; preds = %for_body_tile178.i, %for_begin_tile177.preheader.i
   %indvars.iv1222.i = phi i64 [ %indvars.iv.next1223.i, %for_body_tile178.i ], [ 0, %for_begin_tile177.preheader.i ]
   %3012 = shl nuw nsw i64 %indvars.iv1222.i, 2
   %3013 = add nuw nsw i64 %3012, %891
   %3014 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3012
-  %3015 = load float, ptr %3014, align 16, !tbaa !190
+  %3015 = load float, ptr %3014, align 16, !tbaa !117
   %3016 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3013
   store float %3015, ptr %3016, align 4, !tbaa !4
   %3017 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3012
-  %3018 = load float, ptr %3017, align 16, !tbaa !188
+  %3018 = load float, ptr %3017, align 16, !tbaa !115
   %3019 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3013
   store float %3018, ptr %3019, align 4, !tbaa !4
   %3020 = or disjoint i64 %3012, 1
   %3021 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3020
-  %3022 = load float, ptr %3021, align 4, !tbaa !190
+  %3022 = load float, ptr %3021, align 4, !tbaa !117
   %3023 = or disjoint i64 %3013, 1
   %3024 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3023
   store float %3022, ptr %3024, align 4, !tbaa !4
   %3025 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3020
-  %3026 = load float, ptr %3025, align 4, !tbaa !188
+  %3026 = load float, ptr %3025, align 4, !tbaa !115
   %3027 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3023
   store float %3026, ptr %3027, align 4, !tbaa !4
   %3028 = or disjoint i64 %3012, 2
   %3029 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3028
-  %3030 = load float, ptr %3029, align 8, !tbaa !190
+  %3030 = load float, ptr %3029, align 8, !tbaa !117
   %3031 = or disjoint i64 %3013, 2
   %3032 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3031
   store float %3030, ptr %3032, align 4, !tbaa !4
   %3033 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3028
-  %3034 = load float, ptr %3033, align 8, !tbaa !188
+  %3034 = load float, ptr %3033, align 8, !tbaa !115
   %3035 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3031
   store float %3034, ptr %3035, align 4, !tbaa !4
   %3036 = or disjoint i64 %3012, 3
   %3037 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3036
-  %3038 = load float, ptr %3037, align 4, !tbaa !190
+  %3038 = load float, ptr %3037, align 4, !tbaa !117
   %3039 = or disjoint i64 %3013, 3
   %3040 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3039
   store float %3038, ptr %3040, align 4, !tbaa !4
   %3041 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3036
-  %3042 = load float, ptr %3041, align 4, !tbaa !188
+  %3042 = load float, ptr %3041, align 4, !tbaa !115
   %3043 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3039
   store float %3042, ptr %3043, align 4, !tbaa !4
   %3044 = shl nuw nsw i64 %indvars.iv1222.i, 9
@@ -12270,13 +11703,13 @@ for_end_tile179.i:                                ; preds = %for_body_tile178.i,
   %3141 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3142 = tail call i32 %3141(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %3142, 0
-  br i1 %.not.i, label %if_end219.i, label %fused_decode_compute_.exit, !prof !51
+  br i1 %.not.i, label %if_end219.i, label %fused_decode_compute_.exit, !prof !34
 
 if_end219.i:                                      ; preds = %for_end_tile179.i
   %3143 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3144 = tail call i32 %3143(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not243.i = icmp eq i32 %3144, 0
-  br i1 %.not243.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !51
+  br i1 %.not243.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !34
 
 fused_decode_compute_.exit:                       ; preds = %if_end219.i, %for_end_tile179.i, %if_end172.i, %if_end166.i, %if_end163.i, %if_end160.i, %if_end157.i, %for_end_d_0_m.i, %if_end31.i, %if_end28.i, %for_end_i.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
   %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end166.i ], [ -1, %if_end163.i ], [ -1, %if_end160.i ], [ -1, %if_end157.i ], [ -1, %for_end_d_0_m.i ], [ -1, %if_end31.i ], [ -1, %if_end28.i ], [ -1, %for_end_i.i ], [ -1, %if_end22.i ], [ -1, %if_end172.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end219.i ], [ -1, %for_end_tile179.i ], [ 0, %for_begin_s.i ], [ -1, %if_end.i ], [ -1, %for_body_s.i ]
@@ -12461,7 +11894,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %83 = select <32 x i1> %82, <32 x float> zeroinitializer, <32 x float> %81
   %84 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %85 = select <32 x i1> %84, <32 x float> %83, <32 x float> zeroinitializer
-  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !238
+  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !165
   %arg2.i = fsub <32 x float> %57, %m.i
   %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %87 = bitcast <32 x float> %86 to <32 x i32>
@@ -12484,7 +11917,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
   %105 = fcmp one <32 x float> %60, zeroinitializer
   %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
-  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !244
+  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !171
   %107 = fmul <32 x float> %old_sum.i, %85
   %108 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %60, <32 x float> %107)
   %.idx.i = shl nsw i64 %54, 14
@@ -12494,13 +11927,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %111 = load float, ptr %110, align 4, !tbaa !250
+  %111 = load float, ptr %110, align 4, !tbaa !177
   %112 = insertelement <16 x float> poison, float %111, i64 0
   %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
   %114 = shl nuw nsw i64 %indvars.iv60.i, 7
   %115 = getelementptr float, ptr %109, i64 %114
   %116 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %117 = load float, ptr %116, align 4, !tbaa !251
+  %117 = load float, ptr %116, align 4, !tbaa !178
   %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
   store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !4
   %119 = load <16 x float>, ptr %115, align 4, !tbaa !4
@@ -12563,7 +11996,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %151 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %152 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %153 = select <32 x i1> %152, <32 x float> zeroinitializer, <32 x float> %151
-  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !252
+  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !179
   %sext29 = shl i64 %20, 32
   %154 = ashr exact i64 %sext29, 32
   %155 = mul nsw i64 %out_batch, %154
@@ -12573,13 +12006,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !250
+  %158 = load float, ptr %157, align 4, !tbaa !177
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %109, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !251
+  %164 = load float, ptr %163, align 4, !tbaa !178
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !4
@@ -12649,7 +12082,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !258
+  %215 = load float, ptr %214, align 4, !tbaa !185
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -12770,7 +12203,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !259
+  %310 = load float, ptr %309, align 16, !tbaa !186
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -12785,7 +12218,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !261
+  %317 = load float, ptr %316, align 16, !tbaa !188
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -12795,7 +12228,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !4
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !259
+  %322 = load float, ptr %321, align 4, !tbaa !186
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -12803,7 +12236,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !261
+  %327 = load float, ptr %326, align 4, !tbaa !188
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -12813,7 +12246,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !4
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !259
+  %332 = load float, ptr %331, align 8, !tbaa !186
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -12821,7 +12254,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !261
+  %337 = load float, ptr %336, align 8, !tbaa !188
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -12831,7 +12264,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !4
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !259
+  %342 = load float, ptr %341, align 4, !tbaa !186
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -12839,7 +12272,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !261
+  %347 = load float, ptr %346, align 4, !tbaa !188
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -12849,7 +12282,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !4
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !263
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !190
 
 merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
@@ -13037,7 +12470,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <32 x i1> %80, <32 x float> zeroinitializer, <32 x float> %79
   %82 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %83 = select <32 x i1> %82, <32 x float> %81, <32 x float> zeroinitializer
-  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !265
+  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !191
   %arg2.i = fsub <32 x float> %55, %m.i
   %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <32 x float> %84 to <32 x i32>
@@ -13060,7 +12493,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <32 x i1> %101, <32 x float> zeroinitializer, <32 x float> %100
   %103 = fcmp one <32 x float> %58, zeroinitializer
   %104 = select <32 x i1> %103, <32 x float> %102, <32 x float> zeroinitializer
-  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !271
+  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !197
   %105 = fmul <32 x float> %old_sum.i, %83
   %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %58, <32 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
@@ -13070,13 +12503,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !277
+  %109 = load float, ptr %108, align 4, !tbaa !203
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 7
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !278
+  %115 = load float, ptr %114, align 4, !tbaa !204
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
   store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !4
   %117 = load <16 x float>, ptr %113, align 4, !tbaa !4
@@ -13143,7 +12576,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %152 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %153 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %154 = select <32 x i1> %153, <32 x float> zeroinitializer, <32 x float> %152
-  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !279
+  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !205
   %155 = mul nsw i64 %out_batch, %149
   %156 = getelementptr i16, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
@@ -13151,13 +12584,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !277
+  %158 = load float, ptr %157, align 4, !tbaa !203
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %107, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !278
+  %164 = load float, ptr %163, align 4, !tbaa !204
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !4
@@ -13227,7 +12660,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !285
+  %215 = load float, ptr %214, align 4, !tbaa !211
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -13348,7 +12781,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !286
+  %310 = load float, ptr %309, align 16, !tbaa !212
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -13363,7 +12796,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !288
+  %317 = load float, ptr %316, align 16, !tbaa !214
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -13373,7 +12806,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !4
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !286
+  %322 = load float, ptr %321, align 4, !tbaa !212
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -13381,7 +12814,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !288
+  %327 = load float, ptr %326, align 4, !tbaa !214
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -13391,7 +12824,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !4
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !286
+  %332 = load float, ptr %331, align 8, !tbaa !212
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -13399,7 +12832,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !288
+  %337 = load float, ptr %336, align 8, !tbaa !214
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -13409,7 +12842,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !4
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !286
+  %342 = load float, ptr %341, align 4, !tbaa !212
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -13417,7 +12850,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !288
+  %347 = load float, ptr %346, align 4, !tbaa !214
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -13427,7 +12860,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !4
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !290
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !216
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
@@ -13442,23 +12875,23 @@ merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
 declare void @llvm.assume(i1 noundef) #2
 
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fmuladd.f32(float, float, float) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.log.f32(float) #3
-
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
-declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #4
+declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <4 x float> @llvm.fmuladd.v4f32(<4 x float>, <4 x float>, <4 x float>) #3
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.log.f32(float) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fmuladd.f32(float, float, float) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x float> @llvm.fmuladd.v4f32(<4 x float>, <4 x float>, <4 x float>) #4
 
 ; Function Attrs: nofree nosync nounwind memory(none)
 define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #5 section ".text.tvm.fp16.conv" {
@@ -13618,31 +13051,31 @@ b6:                                               ; preds = %b5, %b4, %b3, %b1
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>) #6
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #3
+declare i32 @llvm.smin.i32(i32, i32) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smax.i32(i32, i32) #3
+declare i32 @llvm.smax.i32(i32, i32) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>) #3
+declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>) #3
+declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umax.i32(i32, i32) #3
+declare i32 @llvm.umax.i32(i32, i32) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fabs.f32(float) #3
+declare float @llvm.fabs.f32(float) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare half @llvm.fabs.f16(half) #3
+declare half @llvm.fabs.f16(half) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.umin.i32(i32, i32) #4
 
 ; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
 declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #7
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umin.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
 declare void @llvm.lifetime.start.p0(ptr captures(none)) #8
@@ -13651,13 +13084,13 @@ declare void @llvm.lifetime.start.p0(ptr captures(none)) #8
 declare void @llvm.lifetime.end.p0(ptr captures(none)) #8
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i64 @llvm.smax.i64(i64, i64) #3
+declare i64 @llvm.smax.i64(i64, i64) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #3
+declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <8 x i32> @llvm.smax.v8i32(<8 x i32>, <8 x i32>) #3
+declare <8 x i32> @llvm.smax.v8i32(<8 x i32>, <8 x i32>) #4
 
 ; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
 declare i32 @llvm.vector.reduce.smin.v8i32(<8 x i32>) #9
@@ -13666,10 +13099,10 @@ declare i32 @llvm.vector.reduce.smin.v8i32(<8 x i32>) #9
 declare i32 @llvm.vector.reduce.smax.v8i32(<8 x i32>) #9
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #3
+declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <4 x i32> @llvm.smax.v4i32(<4 x i32>, <4 x i32>) #3
+declare <4 x i32> @llvm.smax.v4i32(<4 x i32>, <4 x i32>) #4
 
 ; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
 declare i32 @llvm.vector.reduce.smin.v4i32(<4 x i32>) #9
@@ -13677,23 +13110,28 @@ declare i32 @llvm.vector.reduce.smin.v4i32(<4 x i32>) #9
 ; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
 declare i32 @llvm.vector.reduce.smax.v4i32(<4 x i32>) #9
 
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <8 x float> @llvm.masked.load.v8f32.p0(ptr captures(none), <8 x i1>, <8 x float>) #10
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
+declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #10
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
+declare void @llvm.masked.scatter.v8f32.v8p0(<8 x float>, <8 x ptr>, <8 x i1>) #11
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #10
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #12
 
 attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="sapphirerapids" }
 attributes #1 = { "target-cpu"="sapphirerapids" }
 attributes #2 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
-attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
+attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
+attributes #4 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
 attributes #5 = { nofree nosync nounwind memory(none) "target-cpu"="sapphirerapids" "target-features" }
 attributes #6 = { nocallback nofree nosync nounwind willreturn memory(none) }
 attributes #7 = { nocallback nofree nounwind willreturn memory(argmem: write) }
 attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
 attributes #9 = { nocallback nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #10 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #10 = { nocallback nofree nosync nounwind willreturn memory(read) }
+attributes #11 = { nocallback nofree nosync nounwind willreturn memory(write) }
+attributes #12 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
 
 !llvm.module.flags = !{!0, !1, !2}
 
@@ -13726,265 +13164,191 @@ attributes #10 = { nocallback nofree nosync nounwind willreturn memory(argmem: r
 !26 = !{!"branch_weights", i32 1, i32 0}
 !27 = distinct !{!27, !15, !20}
 !28 = !{!"branch_weights", i32 1, i32 1048575}
-!29 = distinct !{!29, !14, !16, !15, !20}
-!30 = !{!31, !31, i64 0}
-!31 = !{!"buffer0.w64.b0", !32, i64 0}
-!32 = !{!"buffer0.w128.b0", !33, i64 0}
-!33 = !{!"buffer0.w256.b0", !34, i64 0}
-!34 = !{!"buffer0.w512.b0", !35, i64 0}
-!35 = !{!"buffer0.w1024.b0", !36, i64 0}
-!36 = !{!"buffer0", !6, i64 0}
-!37 = distinct !{!37, !38}
-!38 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!39 = !{!36, !36, i64 0}
-!40 = !{!"branch_weights", i32 1048704, i32 133169152}
-!41 = !{!"branch_weights", i32 6096, i32 2147477552}
-!42 = !{!"branch_weights", i32 8128, i32 2147475520}
+!29 = distinct !{!29, !30}
+!30 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!31 = distinct !{!31, !30}
+!32 = distinct !{!32, !30}
+!33 = distinct !{!33, !30}
+!34 = !{!"branch_weights", i32 1, i32 1048576}
+!35 = distinct !{!35, !14, !16, !15, !20}
+!36 = !{!37, !37, i64 0}
+!37 = !{!"buffer0.w64.b0", !38, i64 0}
+!38 = !{!"buffer0.w128.b0", !39, i64 0}
+!39 = !{!"buffer0.w256.b0", !40, i64 0}
+!40 = !{!"buffer0.w512.b0", !41, i64 0}
+!41 = !{!"buffer0.w1024.b0", !42, i64 0}
+!42 = !{!"buffer0", !6, i64 0}
 !43 = distinct !{!43, !44}
-!44 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!45 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!46 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!47 = distinct !{!47, !48, !49}
-!48 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!49 = !{!"llvm.loop.unroll.disable"}
-!50 = distinct !{!50, !48, !49}
-!51 = !{!"branch_weights", i32 1, i32 1048576}
-!52 = distinct !{!52, !48, !49}
-!53 = distinct !{!53, !44}
-!54 = distinct !{!54, !48, !49}
-!55 = distinct !{!55, !44}
-!56 = distinct !{!56, !48, !49}
-!57 = distinct !{!57, !44}
-!58 = distinct !{!58, !48, !49}
-!59 = distinct !{!59, !44}
-!60 = distinct !{!60, !48, !49}
-!61 = distinct !{!61, !44}
-!62 = distinct !{!62, !48, !49}
-!63 = distinct !{!63, !44}
-!64 = distinct !{!64, !48, !49}
-!65 = distinct !{!65, !44}
-!66 = distinct !{!66, !48, !49}
-!67 = distinct !{!67, !44}
-!68 = distinct !{!68, !48, !49}
-!69 = distinct !{!69, !44}
-!70 = distinct !{!70, !48, !49}
-!71 = distinct !{!71, !44}
-!72 = distinct !{!72, !48, !49}
-!73 = distinct !{!73, !44}
-!74 = distinct !{!74, !48, !49}
-!75 = distinct !{!75, !44}
-!76 = distinct !{!76, !48, !49}
-!77 = distinct !{!77, !44}
-!78 = distinct !{!78, !48, !49}
-!79 = distinct !{!79, !44}
-!80 = distinct !{!80, !48, !49}
-!81 = distinct !{!81, !44}
-!82 = distinct !{!82, !48, !49}
-!83 = distinct !{!83, !44}
-!84 = distinct !{!84, !48, !49}
-!85 = !{!86, !86, i64 0}
-!86 = !{!"buffer1.w64.b0", !87, i64 0}
-!87 = !{!"buffer1.w128.b0", !88, i64 0}
-!88 = !{!"buffer1.w256.b0", !89, i64 0}
-!89 = !{!"buffer1.w512.b0", !90, i64 0}
-!90 = !{!"buffer1.w1024.b0", !91, i64 0}
-!91 = !{!"buffer1", !6, i64 0}
-!92 = !{!93, !93, i64 0}
-!93 = !{!"buffer2.w64.b0", !94, i64 0}
-!94 = !{!"buffer2.w128.b0", !95, i64 0}
-!95 = !{!"buffer2.w256.b0", !96, i64 0}
-!96 = !{!"buffer2.w512.b0", !97, i64 0}
-!97 = !{!"buffer2.w1024.b0", !98, i64 0}
-!98 = !{!"buffer2", !6, i64 0}
-!99 = !{!100, !100, i64 0}
-!100 = !{!"buffer3.w64.b0", !101, i64 0}
-!101 = !{!"buffer3.w128.b0", !102, i64 0}
-!102 = !{!"buffer3.w256.b0", !103, i64 0}
-!103 = !{!"buffer3.w512.b0", !104, i64 0}
-!104 = !{!"buffer3.w1024.b0", !105, i64 0}
-!105 = !{!"buffer3", !6, i64 0}
-!106 = !{!107, !107, i64 0}
-!107 = !{!"buffer4.w64.b0", !108, i64 0}
-!108 = !{!"buffer4.w128.b0", !109, i64 0}
-!109 = !{!"buffer4.w256.b0", !110, i64 0}
-!110 = !{!"buffer4.w512.b0", !111, i64 0}
-!111 = !{!"buffer4.w1024.b0", !112, i64 0}
-!112 = !{!"buffer4", !6, i64 0}
-!113 = distinct !{!113, !44}
-!114 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!115 = distinct !{!115, !48, !49}
-!116 = !{!98, !98, i64 0}
-!117 = !{!"branch_weights", i32 16256, i32 2147467392}
-!118 = distinct !{!118, !119}
-!119 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!120 = distinct !{!120, !48, !49}
-!121 = distinct !{!121, !44}
-!122 = distinct !{!122, !48, !49}
-!123 = !{!124, !124, i64 0}
-!124 = !{!"buffer5", !6, i64 0}
-!125 = distinct !{!125, !119}
-!126 = !{!112, !112, i64 0}
-!127 = !{!105, !105, i64 0}
-!128 = !{!91, !91, i64 0}
-!129 = !{!130}
-!130 = distinct !{!130, !131}
-!131 = distinct !{!131, !"LVerDomain"}
-!132 = !{!133}
-!133 = distinct !{!133, !131}
-!134 = distinct !{!134, !15, !16, !17}
-!135 = !{!"branch_weights", i32 1, i32 31}
-!136 = !{!"branch_weights", i32 8, i32 24}
-!137 = distinct !{!137, !15, !16, !20}
-!138 = !{!"branch_weights", i32 1, i32 7}
-!139 = !{!"branch_weights", i32 1, i32 1}
-!140 = distinct !{!140, !49}
-!141 = !{!"branch_weights", i32 127, i32 0}
-!142 = distinct !{!142, !15, !20}
-!143 = !{!"branch_weights", i32 14224, i32 2147469424}
-!144 = distinct !{!144, !44}
-!145 = !{!146, !146, i64 0}
-!146 = !{!"buffer6.w64.b0", !147, i64 0}
-!147 = !{!"buffer6.w128.b0", !148, i64 0}
-!148 = !{!"buffer6.w256.b0", !149, i64 0}
-!149 = !{!"buffer6.w512.b0", !150, i64 0}
-!150 = !{!"buffer6.w1024.b0", !151, i64 0}
-!151 = !{!"buffer6", !6, i64 0}
-!152 = !{!153, !153, i64 0}
-!153 = !{!"buffer7.w64.b0", !154, i64 0}
-!154 = !{!"buffer7.w128.b0", !155, i64 0}
-!155 = !{!"buffer7.w256.b0", !156, i64 0}
-!156 = !{!"buffer7.w512.b0", !157, i64 0}
-!157 = !{!"buffer7.w1024.b0", !158, i64 0}
-!158 = !{!"buffer7", !6, i64 0}
-!159 = !{!158, !158, i64 0}
-!160 = !{!151, !151, i64 0}
-!161 = distinct !{!161, !162}
-!162 = !{!"llvm.loop.estimated_trip_count", i32 264209}
-!163 = distinct !{!163, !38}
-!164 = !{!165}
-!165 = distinct !{!165, !166}
-!166 = distinct !{!166, !"LVerDomain"}
-!167 = !{!168}
-!168 = distinct !{!168, !166}
-!169 = distinct !{!169, !15, !20}
-!170 = !{!171}
-!171 = distinct !{!171, !172}
-!172 = distinct !{!172, !"LVerDomain"}
-!173 = !{!174}
-!174 = distinct !{!174, !172}
-!175 = distinct !{!175, !15, !20}
-!176 = !{!177}
-!177 = distinct !{!177, !178}
-!178 = distinct !{!178, !"LVerDomain"}
-!179 = !{!180}
-!180 = distinct !{!180, !178}
-!181 = distinct !{!181, !15, !20}
-!182 = !{!183}
-!183 = distinct !{!183, !184}
-!184 = distinct !{!184, !"LVerDomain"}
-!185 = !{!186}
-!186 = distinct !{!186, !184}
-!187 = distinct !{!187, !15, !20}
+!44 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!45 = !{!42, !42, i64 0}
+!46 = !{!"branch_weights", i32 1048704, i32 133169152}
+!47 = !{!"branch_weights", i32 6096, i32 2147477552}
+!48 = !{!"branch_weights", i32 8128, i32 2147475520}
+!49 = distinct !{!49, !50}
+!50 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!51 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!52 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!53 = distinct !{!53, !54, !55}
+!54 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!55 = !{!"llvm.loop.unroll.disable"}
+!56 = distinct !{!56, !54, !55}
+!57 = !{!"branch_weights", i32 4064, i32 2147479584}
+!58 = distinct !{!58, !59}
+!59 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!60 = distinct !{!60, !50}
+!61 = distinct !{!61, !54, !55}
+!62 = !{!"branch_weights", i32 2032, i32 2147481616}
+!63 = distinct !{!63, !59}
+!64 = distinct !{!64, !59}
+!65 = !{!66}
+!66 = distinct !{!66, !67}
+!67 = distinct !{!67, !"LVerDomain"}
+!68 = !{!69}
+!69 = distinct !{!69, !67}
+!70 = !{!"branch_weights", i32 127, i32 16777081}
+!71 = distinct !{!71, !15, !16, !72}
+!72 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!73 = !{!"branch_weights", i32 1, i32 7}
+!74 = !{!"branch_weights", i32 1, i32 1}
+!75 = distinct !{!75, !55}
+!76 = !{!"branch_weights", i32 127, i32 0}
+!77 = distinct !{!77, !15, !20}
+!78 = distinct !{!78, !50}
+!79 = distinct !{!79, !54, !55}
+!80 = distinct !{!80, !50}
+!81 = distinct !{!81, !82}
+!82 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!83 = distinct !{!83, !84}
+!84 = !{!"llvm.loop.estimated_trip_count", i32 264209}
+!85 = !{!86}
+!86 = distinct !{!86, !87}
+!87 = distinct !{!87, !"LVerDomain"}
+!88 = !{!89}
+!89 = distinct !{!89, !87}
+!90 = distinct !{!90, !15, !20}
+!91 = !{!92}
+!92 = distinct !{!92, !93}
+!93 = distinct !{!93, !"LVerDomain"}
+!94 = !{!95}
+!95 = distinct !{!95, !93}
+!96 = distinct !{!96, !15, !20}
+!97 = !{!98}
+!98 = distinct !{!98, !99}
+!99 = distinct !{!99, !"LVerDomain"}
+!100 = !{!101}
+!101 = distinct !{!101, !99}
+!102 = distinct !{!102, !15, !20}
+!103 = !{!104}
+!104 = distinct !{!104, !105}
+!105 = distinct !{!105, !"LVerDomain"}
+!106 = !{!107}
+!107 = distinct !{!107, !105}
+!108 = distinct !{!108, !15, !20}
+!109 = !{!110}
+!110 = distinct !{!110, !111}
+!111 = distinct !{!111, !"LVerDomain"}
+!112 = !{!113}
+!113 = distinct !{!113, !111}
+!114 = distinct !{!114, !15, !20}
+!115 = !{!116, !116, i64 0}
+!116 = !{!"buffer1", !6, i64 0}
+!117 = !{!118, !118, i64 0}
+!118 = !{!"buffer2", !6, i64 0}
+!119 = distinct !{!119, !84}
+!120 = distinct !{!120, !84}
+!121 = distinct !{!121, !50}
+!122 = distinct !{!122, !54, !55}
+!123 = distinct !{!123, !50}
+!124 = distinct !{!124, !54, !55}
+!125 = distinct !{!125, !50}
+!126 = distinct !{!126, !54, !55}
+!127 = distinct !{!127, !50}
+!128 = distinct !{!128, !54, !55}
+!129 = !{!"branch_weights", i32 14224, i32 2147469424}
+!130 = !{!"branch_weights", i32 16256, i32 2147467392}
+!131 = distinct !{!131, !72}
+!132 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!133 = distinct !{!133, !54, !55}
+!134 = !{!135, !135, i64 0}
+!135 = !{!"buffer3", !6, i64 0}
+!136 = distinct !{!136, !50}
+!137 = distinct !{!137, !54, !55}
+!138 = distinct !{!138, !50}
+!139 = distinct !{!139, !54, !55}
+!140 = distinct !{!140, !50}
+!141 = distinct !{!141, !54, !55}
+!142 = distinct !{!142, !50}
+!143 = distinct !{!143, !54, !55}
+!144 = distinct !{!144, !72}
+!145 = distinct !{!145, !54, !55}
+!146 = !{!147, !147, i64 0}
+!147 = !{!"buffer4", !6, i64 0}
+!148 = distinct !{!148, !50}
+!149 = distinct !{!149, !54, !55}
+!150 = distinct !{!150, !50}
+!151 = distinct !{!151, !54, !55}
+!152 = distinct !{!152, !50}
+!153 = distinct !{!153, !54, !55}
+!154 = distinct !{!154, !50}
+!155 = distinct !{!155, !54, !55}
+!156 = !{!157, !157, i64 0}
+!157 = !{!"buffer4.w16.b0", !158, i64 0}
+!158 = !{!"buffer4.w32.b0", !159, i64 0}
+!159 = !{!"buffer4.w64.b0", !160, i64 0}
+!160 = !{!"buffer4.w128.b0", !161, i64 0}
+!161 = !{!"buffer4.w256.b0", !162, i64 0}
+!162 = !{!"buffer4.w512.b0", !163, i64 0}
+!163 = !{!"buffer4.w1024.b0", !147, i64 0}
+!164 = distinct !{!164, !59}
+!165 = !{!166, !166, i64 0}
+!166 = !{!"buffer5.w128.b0", !167, i64 0}
+!167 = !{!"buffer5.w256.b0", !168, i64 0}
+!168 = !{!"buffer5.w512.b0", !169, i64 0}
+!169 = !{!"buffer5.w1024.b0", !170, i64 0}
+!170 = !{!"buffer5", !6, i64 0}
+!171 = !{!172, !172, i64 0}
+!172 = !{!"buffer6.w128.b0", !173, i64 0}
+!173 = !{!"buffer6.w256.b0", !174, i64 0}
+!174 = !{!"buffer6.w512.b0", !175, i64 0}
+!175 = !{!"buffer6.w1024.b0", !176, i64 0}
+!176 = !{!"buffer6", !6, i64 0}
+!177 = !{!176, !176, i64 0}
+!178 = !{!170, !170, i64 0}
+!179 = !{!180, !180, i64 0}
+!180 = !{!"buffer7.w128.b0", !181, i64 0}
+!181 = !{!"buffer7.w256.b0", !182, i64 0}
+!182 = !{!"buffer7.w512.b0", !183, i64 0}
+!183 = !{!"buffer7.w1024.b0", !184, i64 0}
+!184 = !{!"buffer7", !6, i64 0}
+!185 = !{!184, !184, i64 0}
+!186 = !{!187, !187, i64 0}
+!187 = !{!"buffer8", !6, i64 0}
 !188 = !{!189, !189, i64 0}
-!189 = !{!"buffer8", !6, i64 0}
-!190 = !{!191, !191, i64 0}
-!191 = !{!"buffer9", !6, i64 0}
-!192 = distinct !{!192, !162}
-!193 = distinct !{!193, !162}
-!194 = distinct !{!194, !44}
-!195 = distinct !{!195, !48, !49}
-!196 = distinct !{!196, !44}
-!197 = distinct !{!197, !48, !49}
-!198 = distinct !{!198, !44}
-!199 = distinct !{!199, !48, !49}
-!200 = distinct !{!200, !44}
-!201 = distinct !{!201, !48, !49}
-!202 = distinct !{!202, !119}
-!203 = distinct !{!203, !48, !49}
-!204 = !{!205, !205, i64 0}
-!205 = !{!"buffer10", !6, i64 0}
-!206 = distinct !{!206, !44}
-!207 = distinct !{!207, !48, !49}
-!208 = distinct !{!208, !44}
-!209 = distinct !{!209, !48, !49}
-!210 = distinct !{!210, !44}
-!211 = distinct !{!211, !48, !49}
-!212 = distinct !{!212, !44}
-!213 = distinct !{!213, !48, !49}
-!214 = distinct !{!214, !119}
-!215 = distinct !{!215, !48, !49}
-!216 = !{!217, !217, i64 0}
-!217 = !{!"buffer11", !6, i64 0}
-!218 = distinct !{!218, !44}
-!219 = distinct !{!219, !48, !49}
-!220 = distinct !{!220, !44}
-!221 = distinct !{!221, !48, !49}
-!222 = distinct !{!222, !44}
-!223 = distinct !{!223, !48, !49}
-!224 = distinct !{!224, !44}
-!225 = distinct !{!225, !48, !49}
-!226 = !{!227, !227, i64 0}
-!227 = !{!"buffer11.w16.b0", !228, i64 0}
-!228 = !{!"buffer11.w32.b0", !229, i64 0}
-!229 = !{!"buffer11.w64.b0", !230, i64 0}
-!230 = !{!"buffer11.w128.b0", !231, i64 0}
-!231 = !{!"buffer11.w256.b0", !232, i64 0}
-!232 = !{!"buffer11.w512.b0", !233, i64 0}
-!233 = !{!"buffer11.w1024.b0", !217, i64 0}
-!234 = !{!"branch_weights", i32 2032, i32 2147481616}
-!235 = !{!"branch_weights", i32 4064, i32 2147479584}
-!236 = distinct !{!236, !237}
-!237 = !{!"llvm.loop.estimated_trip_count", i32 528416}
-!238 = !{!239, !239, i64 0}
-!239 = !{!"buffer12.w128.b0", !240, i64 0}
-!240 = !{!"buffer12.w256.b0", !241, i64 0}
-!241 = !{!"buffer12.w512.b0", !242, i64 0}
-!242 = !{!"buffer12.w1024.b0", !243, i64 0}
-!243 = !{!"buffer12", !6, i64 0}
-!244 = !{!245, !245, i64 0}
-!245 = !{!"buffer13.w128.b0", !246, i64 0}
-!246 = !{!"buffer13.w256.b0", !247, i64 0}
-!247 = !{!"buffer13.w512.b0", !248, i64 0}
-!248 = !{!"buffer13.w1024.b0", !249, i64 0}
-!249 = !{!"buffer13", !6, i64 0}
-!250 = !{!249, !249, i64 0}
-!251 = !{!243, !243, i64 0}
-!252 = !{!253, !253, i64 0}
-!253 = !{!"buffer14.w128.b0", !254, i64 0}
-!254 = !{!"buffer14.w256.b0", !255, i64 0}
-!255 = !{!"buffer14.w512.b0", !256, i64 0}
-!256 = !{!"buffer14.w1024.b0", !257, i64 0}
-!257 = !{!"buffer14", !6, i64 0}
-!258 = !{!257, !257, i64 0}
-!259 = !{!260, !260, i64 0}
-!260 = !{!"buffer15", !6, i64 0}
-!261 = !{!262, !262, i64 0}
-!262 = !{!"buffer16", !6, i64 0}
-!263 = distinct !{!263, !264}
-!264 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!265 = !{!266, !266, i64 0}
-!266 = !{!"buffer17.w128.b0", !267, i64 0}
-!267 = !{!"buffer17.w256.b0", !268, i64 0}
-!268 = !{!"buffer17.w512.b0", !269, i64 0}
-!269 = !{!"buffer17.w1024.b0", !270, i64 0}
-!270 = !{!"buffer17", !6, i64 0}
-!271 = !{!272, !272, i64 0}
-!272 = !{!"buffer18.w128.b0", !273, i64 0}
-!273 = !{!"buffer18.w256.b0", !274, i64 0}
-!274 = !{!"buffer18.w512.b0", !275, i64 0}
-!275 = !{!"buffer18.w1024.b0", !276, i64 0}
-!276 = !{!"buffer18", !6, i64 0}
-!277 = !{!276, !276, i64 0}
-!278 = !{!270, !270, i64 0}
-!279 = !{!280, !280, i64 0}
-!280 = !{!"buffer19.w128.b0", !281, i64 0}
-!281 = !{!"buffer19.w256.b0", !282, i64 0}
-!282 = !{!"buffer19.w512.b0", !283, i64 0}
-!283 = !{!"buffer19.w1024.b0", !284, i64 0}
-!284 = !{!"buffer19", !6, i64 0}
-!285 = !{!284, !284, i64 0}
-!286 = !{!287, !287, i64 0}
-!287 = !{!"buffer20", !6, i64 0}
-!288 = !{!289, !289, i64 0}
-!289 = !{!"buffer21", !6, i64 0}
-!290 = distinct !{!290, !264}
+!189 = !{!"buffer9", !6, i64 0}
+!190 = distinct !{!190, !82}
+!191 = !{!192, !192, i64 0}
+!192 = !{!"buffer10.w128.b0", !193, i64 0}
+!193 = !{!"buffer10.w256.b0", !194, i64 0}
+!194 = !{!"buffer10.w512.b0", !195, i64 0}
+!195 = !{!"buffer10.w1024.b0", !196, i64 0}
+!196 = !{!"buffer10", !6, i64 0}
+!197 = !{!198, !198, i64 0}
+!198 = !{!"buffer11.w128.b0", !199, i64 0}
+!199 = !{!"buffer11.w256.b0", !200, i64 0}
+!200 = !{!"buffer11.w512.b0", !201, i64 0}
+!201 = !{!"buffer11.w1024.b0", !202, i64 0}
+!202 = !{!"buffer11", !6, i64 0}
+!203 = !{!202, !202, i64 0}
+!204 = !{!196, !196, i64 0}
+!205 = !{!206, !206, i64 0}
+!206 = !{!"buffer12.w128.b0", !207, i64 0}
+!207 = !{!"buffer12.w256.b0", !208, i64 0}
+!208 = !{!"buffer12.w512.b0", !209, i64 0}
+!209 = !{!"buffer12.w1024.b0", !210, i64 0}
+!210 = !{!"buffer12", !6, i64 0}
+!211 = !{!210, !210, i64 0}
+!212 = !{!213, !213, i64 0}
+!213 = !{!"buffer13", !6, i64 0}
+!214 = !{!215, !215, i64 0}
+!215 = !{!"buffer14", !6, i64 0}
+!216 = distinct !{!216, !82}

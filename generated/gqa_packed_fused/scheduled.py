@@ -73,17 +73,17 @@ class Module:
     @T.prim_func(s_tir=True)
     def fused_attend(query: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), tree_mask: T.Buffer((tree_cells,), "uint8", align=1), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((num_tokens, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, seq: T.int32, token_begin: T.int32, num_query: T.int32, first_pos: T.int32, kv_head_begin: T.int32, num_kv_heads: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, causal: T.int32, tree_start: T.int64, tree_size: T.int32, query_scale: T.float32, score_scale: T.float32):
         # with T.sblock("root"):
-        q_tile = T.sblock_alloc_buffer((16, 16, 64), "int32")
-        row_max = T.sblock_alloc_buffer((16, 16))
-        row_sum = T.sblock_alloc_buffer((16, 16))
-        acc = T.sblock_alloc_buffer((16, 16, 128))
-        total_max = T.sblock_alloc_buffer((16, 16))
-        total_sum = T.sblock_alloc_buffer((16, 16))
-        total_acc = T.sblock_alloc_buffer((16, 16, 128))
-        positions = T.sblock_alloc_buffer((16, 16), "int32")
-        limits = T.sblock_alloc_buffer((16, 16), "int32")
-        places = T.sblock_alloc_buffer((16, 16), "int32")
-        reach = T.sblock_alloc_buffer((16, 4), "int32")
+        q_tile = T.sblock_alloc_buffer((32, 64, 16), "int32")
+        row_max = T.sblock_alloc_buffer((32, 16))
+        row_sum = T.sblock_alloc_buffer((32, 16))
+        acc = T.sblock_alloc_buffer((32, 128, 16))
+        total_max = T.sblock_alloc_buffer((32, 16))
+        total_sum = T.sblock_alloc_buffer((32, 16))
+        total_acc = T.sblock_alloc_buffer((32, 128, 16))
+        positions = T.sblock_alloc_buffer((32, 16), "int32")
+        limits = T.sblock_alloc_buffer((32, 16), "int32")
+        places = T.sblock_alloc_buffer((32, 16), "int32")
+        reach = T.sblock_alloc_buffer((32, 4), "int32")
         span = T.sblock_alloc_buffer((2,), "int32")
         context_len: T.let[T.int32] = context_lens[seq]
         head_tiles: T.let[T.int32] = (num_query * 4 + 16 - 1) // 16
@@ -96,13 +96,37 @@ class Module:
                 T.writes()
                 with T.sblock("load_query"):
                     T.reads(query[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128])
-                    T.writes(q_tile[vtile, 0:16, 0:64])
+                    T.writes(q_tile[vtile, 0:64, 0:16])
+                    q_tile_global = T.sblock_alloc_buffer((1, 16, 64), "int32")
                     for r, d in T.grid(16, 64):
                         with T.sblock("q_tile"):
                             vr, vd = T.axis.remap("SS", [r, d])
                             T.reads(query[vtile % head_tiles * 4 + vr // 4 + token_begin, kv_head_begin * 4 + vtile // head_tiles * 4 + vr % 4, vd * 2:vd * 2 + 2])
-                            T.writes(q_tile[vtile, vr, vd])
-                            q_tile[vtile, vr, vd] = T.if_then_else(vr < T.min(num_query * 4 - vtile % head_tiles * 16, 16), T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, 2 * vd]) * query_scale) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, 2 * vd + 1]) * query_scale), 0)
+                            T.writes(q_tile_global[0, vr, vd])
+                            q_tile_global[0, vr, vd] = T.if_then_else(vr < T.min(num_query * 4 - vtile % head_tiles * 16, 16), T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, 2 * vd]) * query_scale) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, 2 * vd + 1]) * query_scale), 0)
+                    for ax0, ax1_0, ax2_0 in T.grid(1, 4, 16):
+                        with T.sblock("q_tile_global_o"):
+                            v0_o, v1_o, v2_o = T.axis.remap("SSS", [ax0, ax1_0, ax2_0])
+                            T.reads(q_tile_global[v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
+                            T.writes(q_tile[vtile, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4])
+                            turned = T.match_buffer(q_tile[vtile, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4], (4, 4), "int32", strides=("turned_row", 1), offset_factor=1)
+                            block = T.match_buffer(q_tile_global[v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4], (4, 4), "int32", strides=("block_row", 1), offset_factor=1)
+                            v: T.let[T.int32x4] = block[0, T.Ramp(0, 1, 4)]
+                            v_1: T.let[T.int32x4] = block[1, T.Ramp(0, 1, 4)]
+                            v_2: T.let[T.int32x4] = block[2, T.Ramp(0, 1, 4)]
+                            v_3: T.let[T.int32x4] = block[3, T.Ramp(0, 1, 4)]
+                            v_4: T.let[T.int32x4] = T.Shuffle([v, v_2], [0, 4, 1, 5])
+                            v_5: T.let[T.int32x4] = T.Shuffle([v, v_2], [2, 6, 3, 7])
+                            v_6: T.let[T.int32x4] = T.Shuffle([v_1, v_3], [0, 4, 1, 5])
+                            v_7: T.let[T.int32x4] = T.Shuffle([v_1, v_3], [2, 6, 3, 7])
+                            v_8: T.let[T.int32x4] = T.Shuffle([v_4, v_6], [0, 4, 1, 5])
+                            v_9: T.let[T.int32x4] = T.Shuffle([v_4, v_6], [2, 6, 3, 7])
+                            v_10: T.let[T.int32x4] = T.Shuffle([v_5, v_7], [0, 4, 1, 5])
+                            v_11: T.let[T.int32x4] = T.Shuffle([v_5, v_7], [2, 6, 3, 7])
+                            turned[0, 0:4] = v_8
+                            turned[1, 0:4] = v_9
+                            turned[2, 0:4] = v_10
+                            turned[3, 0:4] = v_11
                 with T.sblock("bounds"):
                     T.reads()
                     T.writes(positions[vtile, 0:16], limits[vtile, 0:16], reach[vtile, 0:4])
@@ -129,7 +153,7 @@ class Module:
                             reach[vtile, 3] = T.Select(vr == 0, begin, T.max(reach[vtile, 3], begin))
                 with T.sblock("empty_state"):
                     T.reads()
-                    T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
+                    T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:128, 0:16])
                     for r in T.vectorized(16):
                         with T.sblock("empty_row"):
                             vr = T.axis.spatial(16, r)
@@ -137,14 +161,13 @@ class Module:
                             T.writes(total_max[vtile, vr], total_sum[vtile, vr])
                             total_max[vtile, vr] = T.float32(-1000000000000000019884624838656.0)
                             total_sum[vtile, vr] = T.float32(0.0)
-                    for r, d_0 in T.grid(16, 8):
-                        for d_1 in T.vectorized(16):
+                    for d in range(128):
+                        for r in T.vectorized(16):
                             with T.sblock("empty_acc"):
-                                vr = T.axis.spatial(16, r)
-                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                vr, vd = T.axis.remap("SS", [r, d])
                                 T.reads()
-                                T.writes(total_acc[vtile, vr, vd])
-                                total_acc[vtile, vr, vd] = T.float32(0.0)
+                                T.writes(total_acc[vtile, vd, vr])
+                                total_acc[vtile, vd, vr] = T.float32(0.0)
         for tile in range(num_tiles):
             with T.sblock("span"):
                 vtile = T.axis.opaque(num_tiles, tile)
@@ -162,25 +185,26 @@ class Module:
                 T.writes()
                 range_begin: T.let[T.int32] = first_key + vrange * 4096
                 range_end: T.let[T.int32] = T.min(range_begin + 4096, key_end)
-                read_begin: T.let[T.int32] = T.max(range_begin, span[0] - span[0] % 128)
-                num_steps: T.let[T.int32] = (T.max(range_end - read_begin, 0) + 128 - 1) // 128
+                read_begin: T.let[T.int32] = T.max(range_begin, span[0] - span[0] % 256)
+                num_steps: T.let[T.int32] = (T.max(range_end - read_begin, 0) + 256 - 1) // 256
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
                         T.reads()
                         T.writes()
-                        key_offsets = T.sblock_alloc_buffer((128,), "int64")
-                        value_offsets = T.sblock_alloc_buffer((128,), "int64")
-                        tile_start: T.let[T.int32] = read_begin + vstep * 128
-                        valid_len: T.let[T.int32] = T.min(range_end - tile_start, 128)
-                        num_offsets: T.let[T.int32] = (valid_len + 32 - 1) // 32 * 32
+                        key_offsets = T.sblock_alloc_buffer((512,), "int64")
+                        value_offsets = T.sblock_alloc_buffer((512,), "int64")
+                        tile_start: T.let[T.int32] = read_begin + vstep * 256
+                        valid_len: T.let[T.int32] = T.min(range_end - tile_start, 256)
+                        next_len: T.let[T.int32] = T.max(T.min(range_end - tile_start - 256, 256), 0)
+                        num_offsets: T.let[T.int32] = (valid_len + 8 - 1) // 8 * 8 + next_len
                         last: T.let[T.int32] = range_end - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
-                            T.writes(key_offsets[0:128])
+                            T.writes(key_offsets[0:512])
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(128, t)
+                                    vt = T.axis.spatial(512, t)
                                     T.reads(block_table[seq, T.min(tile_start + vt, last) // 16])
                                     T.writes(key_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
@@ -189,10 +213,10 @@ class Module:
                                     key_offsets[vt] = block * k_block + T.Cast("int64", slot - slot % 16)
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
-                            T.writes(value_offsets[0:128])
+                            T.writes(value_offsets[0:512])
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(128, t)
+                                    vt = T.axis.spatial(512, t)
                                     T.reads(block_table[seq, T.min(tile_start + vt, last) // 16])
                                     T.writes(value_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
@@ -211,206 +235,165 @@ class Module:
                                         vrt = T.axis.spatial(head_tiles, row_tile)
                                         T.reads()
                                         T.writes()
-                                        scores = T.sblock_alloc_buffer((1, 16, 128))
-                                        probs = T.sblock_alloc_buffer((1, 16, 128))
+                                        scores = T.sblock_alloc_buffer((1, 256, 16))
+                                        probs = T.sblock_alloc_buffer((1, 256, 16))
                                         tile_max = T.sblock_alloc_buffer((1, 16))
                                         tile_sum = T.sblock_alloc_buffer((1, 16))
                                         alpha = T.sblock_alloc_buffer((1, 16))
                                         beta = T.sblock_alloc_buffer((1, 16))
-                                        edges = T.sblock_alloc_buffer((16, 64), "int32")
-                                        prob_pairs = T.sblock_alloc_buffer((1, 16, 64), "int32")
-                                        scaled = T.sblock_alloc_buffer((16, 128))
+                                        edges = T.sblock_alloc_buffer((128, 16), "int32")
+                                        prob_pairs = T.sblock_alloc_buffer((1, 128, 16), "int32")
+                                        scaled = T.sblock_alloc_buffer((256, 16))
                                         first: T.let[T.int32] = vkv * head_tiles + vrt
+                                        each: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
+                                        for t in range(each):
+                                            with T.sblock("fetch"):
+                                                vt = T.axis.opaque(256, t)
+                                                T.reads()
+                                                T.writes()
+                                                token: T.let[T.int32] = T.min(vrt * each + vt, next_len - 1)
+                                                for line in range(4):
+                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[256 + (token * 4 + line) // 64 * 16] + key_head + T.Cast("int64", T.min((token * 4 + line) % 64, 63)) * k_row]), 0, 2, 1)
+                                        each_1: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
+                                        for t in range(each_1):
+                                            with T.sblock("fetch"):
+                                                vt = T.axis.opaque(256, t)
+                                                T.reads()
+                                                T.writes()
+                                                token: T.let[T.int32] = T.min(vrt * each_1 + vt, next_len - 1)
+                                                for line in range(4):
+                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[256 + (token * 4 + line) // 4] + value_head + T.Cast("int64", ((256 + (token * 4 + line) // 4) % 2 * 4 + (token * 4 + line) % 4) * 16)]), 0, 2, 1)
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.min(valid_len, reach[first, 1] - tile_start)
                                             with T.sblock("qk_matmul"):
-                                                T.reads(q_tile[first, 0:16, 0:64], key_cache[0:k_span], key_offsets[0:128])
-                                                T.writes(scores[0, 0:16, 0:128])
-                                                scores_global = T.sblock_alloc_buffer((1, 16, (valid_len_1 + 31) // 32 * 32))
-                                                for i, to, r_0_ti_0_fused in T.grid(1, (valid_len_1 + 32 - 1) // 32, 4):
-                                                    for r_1_init in T.unroll(4):
-                                                        for ti_1_init in T.unroll(2):
-                                                            for ti_2_init in T.vectorized(16):
+                                                T.reads(q_tile[first, 0:64, 0:16], key_cache[0:k_span], key_offsets[0:512])
+                                                T.writes(scores[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16])
+                                                scores_global = T.sblock_alloc_buffer((1, (valid_len_1 + 7) // 8 * 8, 16))
+                                                for i in range(1):
+                                                    for to in T.serial((valid_len_1 + 8 - 1) // 8, annotations={"pa.fetch.group": "next_keys", "pa.fetch.here": "next_keys"}):
+                                                        for ti_init in T.unroll(8):
+                                                            for r_init in T.vectorized(16):
                                                                 with T.sblock("scores_init"):
-                                                                    vt = T.axis.spatial(128, to * 32 + ti_1_init * 16 + ti_2_init)
-                                                                    vi = T.axis.spatial(1, i)
-                                                                    vr = T.axis.spatial(16, r_0_ti_0_fused * 4 + r_1_init)
+                                                                    vt = T.axis.spatial(256, to * 8 + ti_init)
+                                                                    vi, vr = T.axis.remap("SS", [i, r_init])
                                                                     T.reads()
-                                                                    T.writes(scores_global[0, vr, vt])
-                                                                    scores_global[0, vr, vt] = T.float32(0.0)
-                                                    for d_0, d_1 in T.grid(16, 2):
-                                                        for d_2 in T.unroll(2):
-                                                            for r_1 in T.unroll(4):
-                                                                for ti_1 in T.unroll(2):
-                                                                    for ti_2 in T.vectorized(16):
-                                                                        with T.sblock("scores_update"):
-                                                                            vt = T.axis.spatial(128, to * 32 + ti_1 * 16 + ti_2)
-                                                                            vi = T.axis.spatial(1, i)
-                                                                            vr = T.axis.spatial(16, r_0_ti_0_fused * 4 + r_1)
-                                                                            vd = T.axis.reduce(64, d_0 * 4 + d_1 * 2 + d_2)
-                                                                            T.reads(scores_global[0, vr, vt], q_tile[first + vi, vr, vd], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
-                                                                            T.writes(scores_global[0, vr, vt])
-                                                                            scores_global[0, vr, vt] = scores_global[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
-                                                    for ax0 in range(1):
-                                                        for ax1 in T.unroll(4):
-                                                            for ax2_0 in T.unroll(2):
-                                                                for ax2_1 in T.vectorized(16):
+                                                                    T.writes(scores_global[0, vt, vr])
+                                                                    scores_global[0, vt, vr] = T.float32(0.0)
+                                                        for d_0 in range(4):
+                                                            for d_1 in T.unroll(16):
+                                                                for d_2 in range(1):
+                                                                    for ti in T.unroll(8):
+                                                                        for r in T.vectorized(16):
+                                                                            with T.sblock("scores_update"):
+                                                                                vt = T.axis.spatial(256, to * 8 + ti)
+                                                                                vi, vr = T.axis.remap("SS", [i, r])
+                                                                                vd = T.axis.reduce(64, d_0 * 16 + d_1 + d_2)
+                                                                                T.reads(scores_global[0, vt, vr], q_tile[first, vd, vr], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
+                                                                                T.writes(scores_global[0, vt, vr])
+                                                                                scores_global[0, vt, vr] = scores_global[0, vt, vr] + (T.reinterpret("float32", q_tile[first, vd, vr] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first, vd, vr] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
+                                                        for ax0 in range(1):
+                                                            for ax1 in T.unroll(8):
+                                                                for ax2 in T.vectorized(16):
                                                                     with T.sblock("scores_global"):
                                                                         v0 = T.axis.spatial(1, ax0)
-                                                                        v1 = T.axis.spatial(16, r_0_ti_0_fused * 4 + ax1)
-                                                                        v2 = T.axis.spatial((valid_len_1 + 31) // 32 * 32, to * 32 + ax2_0 * 16 + ax2_1)
+                                                                        v1 = T.axis.spatial((valid_len_1 + 7) // 8 * 8, to * 8 + ax1)
+                                                                        v2 = T.axis.spatial(16, ax2)
                                                                         T.reads(scores_global[v0, v1, v2])
                                                                         T.writes(scores[v0, v1, v2])
                                                                         scores[v0, v1, v2] = scores_global[v0, v1, v2]
                                             with T.sblock("seen_scores"):
-                                                T.reads(scores[0, 0:16, 0:128])
-                                                T.writes(scaled[0:16, 0:128])
-                                                for r, to in T.grid(16, (valid_len_1 + 32 - 1) // 32):
-                                                    for ti in T.vectorized(32):
+                                                T.reads(scores[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16])
+                                                T.writes(scaled[0:T.max((valid_len_1 + 7) // 8 * 8, T.max(valid_len_1, T.max(context_len - tree_size - tile_start, 0))), 0:16])
+                                                for to, ti in T.grid((valid_len_1 + 8 - 1) // 8, 8):
+                                                    for r in T.vectorized(16):
                                                         with T.sblock("scaled"):
-                                                            vo = T.axis.spatial(4, to)
+                                                            vo = T.axis.spatial(32, to)
                                                             vi, vr = T.axis.remap("SS", [ti, r])
-                                                            T.reads(limits[first, vr], scores[0, vr, vo * 32 + vi])
-                                                            T.writes(scaled[vr, vo * 32 + vi])
-                                                            scaled[vr, vo * 32 + vi] = T.Select(tile_start + vo * 32 + vi < limits[first, vr], scores[0, vr, vo * 32 + vi] * score_scale, T.float32("-inf"))
+                                                            T.reads(limits[first, vr], scores[0, vo * 8 + vi, vr])
+                                                            T.writes(scaled[vo * 8 + vi, vr])
+                                                            scaled[vo * 8 + vi, vr] = T.Select(tile_start + vo * 8 + vi < limits[first, vr], scores[0, vo * 8 + vi, vr] * score_scale, T.float32("-inf"))
                                                 if tree_start >= T.int64(0):
                                                     for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
                                                         with T.sblock("hidden_scores_2"):
                                                             vr = T.axis.opaque(16, r)
-                                                            vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
-                                                            T.reads(scaled[vr, vc], tree_mask[0:tree_cells])
-                                                            T.writes(scaled[vr, vc])
-                                                            scaled[vr, vc] = T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.float32("-inf"), scaled[vr, vc])
+                                                            vc = T.axis.opaque(256, T.max(context_len - tree_size - tile_start, 0) + c)
+                                                            T.reads(scaled[vc, vr], tree_mask[0:tree_cells])
+                                                            T.writes(scaled[vc, vr])
+                                                            scaled[vc, vr] = T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.float32("-inf"), scaled[vc, vr])
                                             with T.sblock("softmax_prepare"):
-                                                T.reads(scaled[0:16, 0:128])
-                                                T.writes(probs[0, 0:16, 0:128], tile_max[0, 0:16], tile_sum[0, 0:16])
+                                                T.reads(scaled[0:(valid_len_1 + 7) // 8 * 8, 0:16])
+                                                T.writes(probs[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16], tile_max[0, 0:16], tile_sum[0, 0:16])
                                                 peak = T.sblock_alloc_buffer((16,))
-                                                exact = T.sblock_alloc_buffer((16, 128))
-                                                peak_rf = T.sblock_alloc_buffer((16, 32))
-                                                peak_rf_global = T.sblock_alloc_buffer((16, 32))
-                                                tile_sum_rf = T.sblock_alloc_buffer((1, 16, 32))
-                                                tile_sum_rf_global = T.sblock_alloc_buffer((1, 16, 32))
-                                                for r in range(16):
-                                                    for ax0_init in T.vectorized(32):
-                                                        for ax2_init in range(1):
-                                                            with T.sblock("peak_rf_init"):
-                                                                vti = T.axis.spatial(32, ax0_init)
-                                                                vr = T.axis.spatial(16, r + ax2_init)
-                                                                T.reads()
-                                                                T.writes(peak_rf_global[vr, vti])
-                                                                peak_rf_global[vr, vti] = T.float32(-340282346638528859811704183484516925440.0)
-                                                    for ax1 in range((valid_len_1 + 31) // 32):
-                                                        for ax0 in T.vectorized(32):
-                                                            for ax2 in range(1):
-                                                                with T.sblock("peak_rf_update"):
-                                                                    vti = T.axis.spatial(32, ax0)
-                                                                    vto = T.axis.reduce((valid_len_1 + 32 - 1) // 32, ax1)
-                                                                    vr = T.axis.spatial(16, r + ax2)
-                                                                    T.reads(peak_rf_global[vr, vti], scaled[vr, vto * 32 + vti])
-                                                                    T.writes(peak_rf_global[vr, vti])
-                                                                    peak_rf_global[vr, vti] = T.max(peak_rf_global[vr, vti], scaled[vr, vto * 32 + vti])
-                                                    for ax0 in range(1):
-                                                        for ax1 in T.vectorized(32):
-                                                            with T.sblock("peak.rf_global"):
-                                                                v0 = T.axis.spatial(16, r + ax0)
-                                                                v1 = T.axis.spatial(32, ax1)
-                                                                T.reads(peak_rf_global[v0, v1])
-                                                                T.writes(peak_rf[v0, v1])
-                                                                peak_rf[v0, v1] = peak_rf_global[v0, v1]
+                                                room = T.sblock_alloc_buffer((1, 16), "int32")
+                                                for r_init in T.vectorized(16):
                                                     with T.sblock("peak_init"):
-                                                        vr = T.axis.spatial(16, r)
+                                                        vr = T.axis.spatial(16, r_init)
                                                         T.reads()
                                                         T.writes(peak[vr])
                                                         peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                    for ti in T.unroll(32):
+                                                for to, ti in T.grid((valid_len_1 + 8 - 1) // 8, 8):
+                                                    for r in T.vectorized(16):
                                                         with T.sblock("peak_update"):
-                                                            vti, vr = T.axis.remap("RS", [ti, r])
-                                                            T.reads(peak[vr], peak_rf[vr, vti])
+                                                            vt = T.axis.reduce(256, to * 8 + ti)
+                                                            vr = T.axis.spatial(16, r)
+                                                            T.reads(peak[vr], scaled[vt, vr])
                                                             T.writes(peak[vr])
-                                                            peak[vr] = T.max(peak[vr], peak_rf[vr, vti])
-                                                for r in range(16):
+                                                            peak[vr] = T.max(peak[vr], scaled[vt, vr])
+                                                for r in T.vectorized(16):
                                                     with T.sblock("tile_max"):
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(peak[vr])
                                                         T.writes(tile_max[0, vr])
                                                         tile_max[0, vr] = T.Select(0 < valid_len_1, peak[vr], T.float32(-1000000000000000019884624838656.0))
-                                                for r, to in T.grid(16, (valid_len_1 + 32 - 1) // 32):
-                                                    for ti in T.vectorized(32):
-                                                        with T.sblock("exact"):
-                                                            vt = T.axis.spatial(128, to * 32 + ti)
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(scaled[vr, vt], tile_max[0, vr], places[first, vr])
-                                                            T.writes(exact[vr, vt])
-                                                            arg: T.let[T.float32] = scaled[vr, vt] - tile_max[0, vr]
-                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", places[first, vr])))
-                                                            n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", places[first, vr]))
-                                                            f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                            high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
-                                                            p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
-                                                            series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
-                                                            power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                            exact[vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", places[first, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))
-                                                for r, to in T.grid(16, (valid_len_1 + 32 - 1) // 32):
-                                                    for ti in T.vectorized(32):
-                                                        with T.sblock("probs"):
-                                                            vt = T.axis.spatial(128, to * 32 + ti)
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(exact[vr, vt])
-                                                            T.writes(probs[0, vr, vt])
-                                                            probs[0, vr, vt] = T.reinterpret("float32", T.reinterpret("int32", exact[vr, vt]) + 32767 + (T.reinterpret("int32", exact[vr, vt]) >> 16 & 1) & -65536)
-                                                for r in range(16):
-                                                    for ax0_init in T.vectorized(32):
-                                                        for ax2_init in range(1):
-                                                            with T.sblock("tile_sum_rf_init"):
-                                                                vti = T.axis.spatial(32, ax0_init)
-                                                                vr = T.axis.spatial(16, r + ax2_init)
-                                                                T.reads()
-                                                                T.writes(tile_sum_rf_global[0, vr, vti])
-                                                                tile_sum_rf_global[0, vr, vti] = T.float32(0.0)
-                                                    for ax1 in range((valid_len_1 + 31) // 32):
-                                                        for ax0 in T.vectorized(32):
-                                                            for ax2 in range(1):
-                                                                with T.sblock("tile_sum_rf_update"):
-                                                                    vti = T.axis.spatial(32, ax0)
-                                                                    vto = T.axis.reduce((valid_len_1 + 32 - 1) // 32, ax1)
-                                                                    vr = T.axis.spatial(16, r + ax2)
-                                                                    T.reads(tile_sum_rf_global[0, vr, vti], probs[0, vr, vto * 32 + vti])
-                                                                    T.writes(tile_sum_rf_global[0, vr, vti])
-                                                                    tile_sum_rf_global[0, vr, vti] = tile_sum_rf_global[0, vr, vti] + probs[0, vr, vto * 32 + vti]
-                                                    for ax0, ax1 in T.grid(1, 1):
-                                                        for ax2 in T.vectorized(32):
-                                                            with T.sblock("tile_sum.rf_global"):
-                                                                v0 = T.axis.spatial(1, ax0)
-                                                                v1 = T.axis.spatial(16, r + ax1)
-                                                                v2 = T.axis.spatial(32, ax2)
-                                                                T.reads(tile_sum_rf_global[v0, v1, v2])
-                                                                T.writes(tile_sum_rf[v0, v1, v2])
-                                                                tile_sum_rf[v0, v1, v2] = tile_sum_rf_global[v0, v1, v2]
-                                                    with T.sblock("tile_sum_init"):
+                                                for r in T.vectorized(16):
+                                                    with T.sblock("room"):
                                                         vr = T.axis.spatial(16, r)
+                                                        T.reads(places[first, vr])
+                                                        T.writes(room[0, vr])
+                                                        room[0, vr] = places[first, vr]
+                                                for ax1_init in T.vectorized(16):
+                                                    with T.sblock("tile_sum_init"):
+                                                        vr = T.axis.spatial(16, ax1_init)
                                                         T.reads()
                                                         T.writes(tile_sum[0, vr])
                                                         tile_sum[0, vr] = T.float32(0.0)
-                                                    for ti in T.unroll(32):
-                                                        with T.sblock("tile_sum_update"):
-                                                            vti, vr = T.axis.remap("RS", [ti, r])
-                                                            T.reads(tile_sum[0, vr], tile_sum_rf[0, vr, vti])
-                                                            T.writes(tile_sum[0, vr])
-                                                            tile_sum[0, vr] = tile_sum[0, vr] + tile_sum_rf[0, vr, vti]
+                                                for to in range((valid_len_1 + 8 - 1) // 8):
+                                                    for ti in range(8):
+                                                        for r in T.vectorized(16):
+                                                            with T.sblock("probs"):
+                                                                vt = T.axis.spatial(256, to * 8 + ti)
+                                                                vr = T.axis.spatial(16, r)
+                                                                T.reads(scaled[vt, vr], tile_max[0, vr], room[0, vr])
+                                                                T.writes(probs[0, vt, vr])
+                                                                arg: T.let[T.float32] = scaled[vt, vr] - tile_max[0, vr]
+                                                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
+                                                                n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room[0, vr]))
+                                                                f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                                                high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                                                p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                                                series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                                                power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
+                                                                probs[0, vt, vr] = T.reinterpret("float32", T.reinterpret("int32", T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)) + 32767 + (T.reinterpret("int32", T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)) >> 16 & 1) & -65536)
+                                                    for ax0 in range(8):
+                                                        for ax1 in T.vectorized(16):
+                                                            with T.sblock("tile_sum_update"):
+                                                                vt = T.axis.reduce(256, to * 8 + ax0)
+                                                                vr = T.axis.spatial(16, ax1)
+                                                                T.where(to < 32)
+                                                                T.reads(tile_sum[0, vr], probs[0, vt, vr])
+                                                                T.writes(tile_sum[0, vr])
+                                                                tile_sum[0, vr] = tile_sum[0, vr] + probs[0, vt, vr]
                                             with T.sblock("pair_probs"):
-                                                T.reads(probs[0, 0:16, 0:128])
-                                                T.writes(prob_pairs[0, 0:16, 0:64])
-                                                for r, to in T.grid(16, (valid_len_1 + 32 - 1) // 32):
-                                                    with T.sblock("pairs_o"):
-                                                        vt_o, vr_o = T.axis.remap("SS", [to, r])
-                                                        T.reads(probs[0, vr_o, vt_o * 32:vt_o * 32 + 32])
-                                                        T.writes(prob_pairs[0, vr_o, vt_o * 16:vt_o * 16 + 16])
-                                                        pairs = T.match_buffer(prob_pairs[0, vr_o, vt_o * 16:vt_o * 16 + 16], (16,), "int32", offset_factor=1)
-                                                        numbers = T.match_buffer(probs[0, vr_o, vt_o * 32:vt_o * 32 + 32], (32,), offset_factor=1)
-                                                        evens: T.let[T.float32x16] = T.Shuffle([numbers[T.Ramp(0, 1, 32)]], [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30])
-                                                        odds: T.let[T.float32x16] = T.Shuffle([numbers[T.Ramp(0, 1, 32)]], [1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31])
-                                                        low: T.let[T.int32x16] = T.reinterpret("int32x16", evens) >> T.Broadcast(16, 16) & T.Broadcast(65535, 16)
-                                                        pairs[0:16] = low | T.reinterpret("int32x16", odds)
+                                                T.reads(probs[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16])
+                                                T.writes(prob_pairs[0, 0:(valid_len_1 + 7) // 8 * 4, 0:16])
+                                                for to, ti in T.grid((valid_len_1 + 8 - 1) // 8, 4):
+                                                    for r in T.vectorized(16):
+                                                        with T.sblock("pairs"):
+                                                            vt = T.axis.spatial(128, to * 4 + ti)
+                                                            vr = T.axis.spatial(16, r)
+                                                            T.reads(probs[0, vt * 2:vt * 2 + 2, vr])
+                                                            T.writes(prob_pairs[0, vt, vr])
+                                                            prob_pairs[0, vt, vr] = T.reinterpret("int32", probs[0, vt * 2, vr]) >> 16 & 65535 | T.reinterpret("int32", probs[0, vt * 2 + 1, vr])
                                             with T.sblock("rescale"):
                                                 T.reads(tile_max[0, 0:16], tile_sum[0, 0:16], row_max[first, 0:16], row_sum[first, 0:16])
                                                 T.writes(row_max[first, 0:16], row_sum[first, 0:16], alpha[0, 0:16], beta[0, 0:16])
@@ -459,94 +442,81 @@ class Module:
                                                         T.writes(row_max[first, vr], row_sum[first, vr])
                                                         row_max[first, vr] = new_max[vr]
                                                         row_sum[first, vr] = new_sum[vr]
-                                            num_full: T.let[T.int32] = T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 32
+                                            num_full: T.let[T.int32] = T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 8
                                             with T.sblock("edges"):
                                                 T.reads()
-                                                T.writes(edges[0:16, 0:64])
-                                                for r, to in T.grid(16, (valid_len_1 + 32 - 1) // 32 - num_full):
-                                                    for ti in T.vectorized(16):
+                                                T.writes(edges[T.min(num_full * 4, T.max(context_len - tree_size - tile_start, 0) // 2):T.min(num_full * 4, T.max(context_len - tree_size - tile_start, 0) // 2) + (T.max((valid_len_1 + 7) // 8 * 4, (T.max(valid_len_1, T.max(context_len - tree_size - tile_start, 0)) - 1) // 2 + 1) - T.min(num_full * 4, T.max(context_len - tree_size - tile_start, 0) // 2)), 0:16])
+                                                for to, ti in T.grid((valid_len_1 + 8 - 1) // 8 - num_full, 4):
+                                                    for r in T.vectorized(16):
                                                         with T.sblock("edge"):
-                                                            vt = T.axis.spatial(64, (num_full + to) * 16 + ti)
+                                                            vt = T.axis.spatial(128, (num_full + to) * 4 + ti)
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(limits[first, vr])
-                                                            T.writes(edges[vr, vt])
-                                                            edges[vr, vt] = T.Select(tile_start + vt * 2 < limits[first, vr], -1, 0) & 65535 | T.Select(tile_start + vt * 2 + 1 < limits[first, vr], -1, 0) & -65536
+                                                            T.writes(edges[vt, vr])
+                                                            edges[vt, vr] = T.Select(tile_start + vt * 2 < limits[first, vr], -1, 0) & 65535 | T.Select(tile_start + vt * 2 + 1 < limits[first, vr], -1, 0) & -65536
                                                 if tree_start >= T.int64(0):
                                                     for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
                                                         with T.sblock("hidden_words"):
                                                             vr = T.axis.opaque(16, r)
-                                                            vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
-                                                            T.reads(edges[vr, vc // 2], tree_mask[0:tree_cells])
-                                                            T.writes(edges[vr, vc // 2])
-                                                            edges[vr, vc // 2] = edges[vr, vc // 2] & T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.Select(vc % 2 == 0, -65536, 65535), -1)
+                                                            vc = T.axis.opaque(256, T.max(context_len - tree_size - tile_start, 0) + c)
+                                                            T.reads(edges[vc // 2, vr], tree_mask[0:tree_cells])
+                                                            T.writes(edges[vc // 2, vr])
+                                                            edges[vc // 2, vr] = edges[vc // 2, vr] & T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.Select(vc % 2 == 0, -65536, 65535), -1)
                                             with T.sblock("pv_update"):
                                                 T.reads()
                                                 T.writes()
-                                                tile_acc = T.sblock_alloc_buffer((1, 16, 128))
-                                                full_acc = T.sblock_alloc_buffer((1, 16, 128))
-                                                for i_m, r_0_m, d_0_m in T.grid(1, 4, 4):
-                                                    for r_1_init in T.unroll(4):
-                                                        for d_1_init in T.unroll(2):
-                                                            for d_3_init in T.unroll(1):
-                                                                for d_2_init in T.vectorized(16):
-                                                                    with T.sblock("full_groups_init"):
-                                                                        vi = T.axis.spatial(1, i_m)
-                                                                        vr = T.axis.spatial(16, r_0_m * 4 + r_1_init)
-                                                                        vd = T.axis.spatial(128, d_0_m * 32 + d_1_init * 16 + d_2_init + d_3_init)
-                                                                        T.reads()
-                                                                        T.writes(full_acc[vi, vr, vd])
-                                                                        full_acc[vi, vr, vd] = T.float32(0.0)
-                                                    for to in range(num_full):
-                                                        for ti in T.unroll(16):
-                                                            for r_1 in T.unroll(4):
-                                                                for d_1 in T.unroll(2):
-                                                                    for d_3 in T.unroll(1):
-                                                                        for d_2 in T.vectorized(16):
-                                                                            with T.sblock("full_groups_update"):
-                                                                                vt = T.axis.reduce(64, to * 16 + ti)
-                                                                                vi = T.axis.spatial(1, i_m)
-                                                                                vr = T.axis.spatial(16, r_0_m * 4 + r_1)
-                                                                                vd = T.axis.spatial(128, d_0_m * 32 + d_1 * 16 + d_2 + d_3)
-                                                                                T.reads(full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
-                                                                                T.writes(full_acc[vi, vr, vd])
-                                                                                full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
-                                                    for r_1_init in T.unroll(4):
-                                                        for d_1_init in T.unroll(2):
-                                                            for d_3_init in T.unroll(1):
-                                                                for d_2_init in T.vectorized(16):
-                                                                    with T.sblock("tile_acc_init"):
-                                                                        vi = T.axis.spatial(1, i_m)
-                                                                        vr = T.axis.spatial(16, r_0_m * 4 + r_1_init)
-                                                                        vd = T.axis.spatial(128, d_0_m * 32 + d_1_init * 16 + d_2_init + d_3_init)
-                                                                        T.reads()
-                                                                        T.writes(tile_acc[0, vr, vd])
-                                                                        tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
-                                                    for ti in range((valid_len_1 - num_full * 32 + 2 - 1) // 2):
-                                                        for r_1 in T.unroll(4):
-                                                            for d_1 in T.unroll(2):
-                                                                for d_3 in T.unroll(1):
-                                                                    for d_2 in T.vectorized(16):
-                                                                        with T.sblock("tile_acc_update"):
-                                                                            vt = T.axis.reduce(64, ti + num_full * 16)
-                                                                            vi = T.axis.spatial(1, i_m)
-                                                                            vr = T.axis.spatial(16, r_0_m * 4 + r_1)
-                                                                            vd = T.axis.spatial(128, d_0_m * 32 + d_1 * 16 + d_2 + d_3)
-                                                                            T.reads(tile_acc[0, vr, vd], full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], edges[vr, vt])
-                                                                            T.writes(tile_acc[0, vr, vd])
-                                                                            tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vr, vt]) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vr, vt] & -65536))
-                                                    for r_1 in T.unroll(4):
-                                                        for d_1_0 in T.unroll(2):
-                                                            for d_1_1 in T.vectorized(16):
+                                                tile_acc = T.sblock_alloc_buffer((1, 128, 16))
+                                                full_acc = T.sblock_alloc_buffer((1, 128, 16))
+                                                for i_m in range(1):
+                                                    for d_0_m in T.serial(16, annotations={"pa.fetch.pass": "next_values"}):
+                                                        for d_1_init in T.unroll(8):
+                                                            for r_init in T.vectorized(16):
+                                                                with T.sblock("full_groups_init"):
+                                                                    vi, vr = T.axis.remap("SS", [i_m, r_init])
+                                                                    vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
+                                                                    T.reads()
+                                                                    T.writes(full_acc[vi, vd, vr])
+                                                                    full_acc[vi, vd, vr] = T.float32(0.0)
+                                                        for to in T.serial(num_full, annotations={"pa.fetch.group": "next_values", "pa.fetch.here": "next_values"}):
+                                                            for ti in range(4):
+                                                                for d_1 in T.unroll(8):
+                                                                    for r in T.vectorized(16):
+                                                                        with T.sblock("full_groups_update"):
+                                                                            vt = T.axis.reduce(128, to * 4 + ti)
+                                                                            vi, vr = T.axis.remap("SS", [i_m, r])
+                                                                            vd = T.axis.spatial(128, d_0_m * 8 + d_1)
+                                                                            T.reads(full_acc[vi, vd, vr], prob_pairs[0, vt, vr], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
+                                                                            T.writes(full_acc[vi, vd, vr])
+                                                                            full_acc[vi, vd, vr] = full_acc[vi, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
+                                                        for d_1_init in T.unroll(8):
+                                                            for r_init in T.vectorized(16):
+                                                                with T.sblock("tile_acc_init"):
+                                                                    vi, vr = T.axis.remap("SS", [i_m, r_init])
+                                                                    vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
+                                                                    T.reads()
+                                                                    T.writes(tile_acc[0, vd, vr])
+                                                                    tile_acc[0, vd, vr] = full_acc[vi, vd, vr]
+                                                        for ti in range((valid_len_1 - num_full * 8 + 2 - 1) // 2):
+                                                            for d_1 in T.unroll(8):
+                                                                for r in T.vectorized(16):
+                                                                    with T.sblock("tile_acc_update"):
+                                                                        vt = T.axis.reduce(128, ti + num_full * 4)
+                                                                        vi, vr = T.axis.remap("SS", [i_m, r])
+                                                                        vd = T.axis.spatial(128, d_0_m * 8 + d_1)
+                                                                        T.reads(tile_acc[0, vd, vr], full_acc[vi, vd, vr], prob_pairs[0, vt, vr], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], edges[vt, vr])
+                                                                        T.writes(tile_acc[0, vd, vr])
+                                                                        tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vt, vr]) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vt, vr] & -65536))
+                                                        for d_1 in T.unroll(8):
+                                                            for r in T.vectorized(16):
                                                                 with T.sblock("acc"):
-                                                                    vi = T.axis.spatial(1, i_m)
-                                                                    vr = T.axis.spatial(16, r_0_m * 4 + r_1)
-                                                                    vd = T.axis.spatial(128, d_0_m * 32 + d_1_0 * 16 + d_1_1)
+                                                                    vi, vr = T.axis.remap("SS", [i_m, r])
+                                                                    vd = T.axis.spatial(128, d_0_m * 8 + d_1)
                                                                     vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                    T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
-                                                                    T.writes(acc[first + vi, vr, vd])
+                                                                    T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vd, vr])
+                                                                    T.writes(acc[first, vd, vr])
                                                                     with T.init():
-                                                                        acc[first + vi, vr, vd] = T.float32(0.0)
-                                                                    acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
+                                                                        acc[first, vd, vr] = T.float32(0.0)
+                                                                    acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc[vi, vd, vr]
                 for tile in range(num_tiles):
                     with T.sblock("range_state"):
                         vtile = T.axis.spatial(num_tiles, tile)
@@ -554,8 +524,8 @@ class Module:
                         T.writes()
                         if num_steps > 0 and read_begin < reach[vtile, 1]:
                             with T.sblock("online_update"):
-                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:16, 0:128], total_max[vtile, 0:16], total_sum[vtile, 0:16])
-                                T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
+                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:128, 0:16], total_max[vtile, 0:16], total_sum[vtile, 0:16])
+                                T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:128, 0:16])
                                 alpha = T.sblock_alloc_buffer((1, 16))
                                 beta = T.sblock_alloc_buffer((1, 16))
                                 with T.sblock("range_rescale"):
@@ -568,8 +538,8 @@ class Module:
                                             vr = T.axis.spatial(16, r)
                                             T.reads(total_max[vtile, vr], total_sum[vtile, vr], row_max[vtile, vr], row_sum[vtile, vr])
                                             T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
-                                            old_max: T.let[T.float32] = T.Select(T.bool(False), T.float32(-1000000000000000019884624838656.0), total_max[vtile, vr])
-                                            old_sum: T.let[T.float32] = T.Select(T.bool(False), T.float32(0.0), total_sum[vtile, vr])
+                                            old_max: T.let[T.float32] = total_max[vtile, vr]
+                                            old_sum: T.let[T.float32] = total_sum[vtile, vr]
                                             both: T.let[T.float32] = T.max(old_max, row_max[vtile, vr])
                                             old_or_both: T.let[T.float32] = T.Select(row_sum[vtile, vr] == T.float32(0.0), old_max, both)
                                             m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), row_max[vtile, vr], old_or_both)
@@ -597,7 +567,7 @@ class Module:
                                             vr = T.axis.spatial(16, r)
                                             T.reads(total_sum[vtile, vr], alpha[0, vr], beta[0, vr], row_sum[vtile, vr])
                                             T.writes(new_sum[vr])
-                                            previous: T.let[T.float32] = T.Select(T.bool(False), T.float32(0.0), total_sum[vtile, vr])
+                                            previous: T.let[T.float32] = total_sum[vtile, vr]
                                             new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * row_sum[vtile, vr]
                                     for r in T.vectorized(16):
                                         with T.sblock("range_row"):
@@ -607,19 +577,18 @@ class Module:
                                             total_max[vtile, vr] = new_max[vr]
                                             total_sum[vtile, vr] = new_sum[vr]
                                 with T.sblock("range_fold"):
-                                    T.reads(acc[vtile, 0:16, 0:128], alpha[0, 0:16], beta[0, 0:16])
-                                    T.writes(total_acc[vtile, 0:16, 0:128])
-                                    for i, r, d_0 in T.grid(1, 16, 8):
-                                        for d_1 in T.vectorized(16):
+                                    T.reads(acc[vtile, 0:128, 0:16], alpha[0, 0:16], beta[0, 0:16])
+                                    T.writes(total_acc[vtile, 0:128, 0:16])
+                                    for i, d in T.grid(1, 128):
+                                        for r in T.vectorized(16):
                                             with T.sblock("range_acc"):
-                                                vi, vr = T.axis.remap("SS", [i, r])
-                                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                                vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                                                 vstep = T.axis.reduce(2, 1)
-                                                T.reads(alpha[vi, vr], beta[vi, vr], acc[vtile + vi, vr, vd])
-                                                T.writes(total_acc[vtile + vi, vr, vd])
+                                                T.reads(alpha[vi, vr], beta[vi, vr], acc[vtile, vd, vr])
+                                                T.writes(total_acc[vtile, vd, vr])
                                                 with T.init():
-                                                    total_acc[vtile + vi, vr, vd] = T.float32(0.0)
-                                                total_acc[vtile + vi, vr, vd] = alpha[vi, vr] * total_acc[vtile + vi, vr, vd] + beta[vi, vr] * acc[vtile + vi, vr, vd]
+                                                    total_acc[vtile, vd, vr] = T.float32(0.0)
+                                                total_acc[vtile, vd, vr] = alpha[vi, vr] * total_acc[vtile, vd, vr] + beta[vi, vr] * acc[vtile, vd, vr]
         for tile in range(num_tiles):
             with T.sblock("result"):
                 vtile = T.axis.spatial(num_tiles, tile)
@@ -627,9 +596,11 @@ class Module:
                 T.writes()
                 if partial_start < 0:
                     with T.sblock("normalize"):
-                        T.reads(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
+                        T.reads(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:128, 0:16])
                         T.writes(out[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128], lse[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4])
                         factor = T.sblock_alloc_buffer((16,))
+                        ordered = T.sblock_alloc_buffer((16, 128))
+                        total_acc_global = T.sblock_alloc_buffer((1, 16, 128))
                         for r in T.vectorized(16):
                             with T.sblock("factor"):
                                 vr = T.axis.spatial(16, r)
@@ -637,14 +608,48 @@ class Module:
                                 T.writes(factor[vr])
                                 total: T.let[T.float32] = total_sum[vtile, vr]
                                 factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
+                        for r_0, d_0 in T.grid(4, 8):
+                            for ax0, ax1_0, ax2_0 in T.grid(1, 4, 1):
+                                with T.sblock("total_acc_global_o"):
+                                    v0_o = T.axis.spatial(1, ax0)
+                                    v1_o = T.axis.spatial(32, d_0 * 4 + ax1_0)
+                                    v2_o = T.axis.spatial(4, r_0 + ax2_0)
+                                    T.reads(total_acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
+                                    T.writes(total_acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4])
+                                    turned = T.match_buffer(total_acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4], (4, 4), strides=("turned_row", 1), offset_factor=1)
+                                    block = T.match_buffer(total_acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4], (4, 4), strides=("block_row", 1), offset_factor=1)
+                                    v: T.let[T.float32x4] = block[0, T.Ramp(0, 1, 4)]
+                                    v_1: T.let[T.float32x4] = block[1, T.Ramp(0, 1, 4)]
+                                    v_2: T.let[T.float32x4] = block[2, T.Ramp(0, 1, 4)]
+                                    v_3: T.let[T.float32x4] = block[3, T.Ramp(0, 1, 4)]
+                                    v_4: T.let[T.float32x4] = T.Shuffle([v, v_2], [0, 4, 1, 5])
+                                    v_5: T.let[T.float32x4] = T.Shuffle([v, v_2], [2, 6, 3, 7])
+                                    v_6: T.let[T.float32x4] = T.Shuffle([v_1, v_3], [0, 4, 1, 5])
+                                    v_7: T.let[T.float32x4] = T.Shuffle([v_1, v_3], [2, 6, 3, 7])
+                                    v_8: T.let[T.float32x4] = T.Shuffle([v_4, v_6], [0, 4, 1, 5])
+                                    v_9: T.let[T.float32x4] = T.Shuffle([v_4, v_6], [2, 6, 3, 7])
+                                    v_10: T.let[T.float32x4] = T.Shuffle([v_5, v_7], [0, 4, 1, 5])
+                                    v_11: T.let[T.float32x4] = T.Shuffle([v_5, v_7], [2, 6, 3, 7])
+                                    turned[0, 0:4] = v_8
+                                    turned[1, 0:4] = v_9
+                                    turned[2, 0:4] = v_10
+                                    turned[3, 0:4] = v_11
+                            for r_1 in T.unroll(4):
+                                for d_1 in T.vectorized(16):
+                                    with T.sblock("ordered"):
+                                        vr = T.axis.spatial(16, r_0 * 4 + r_1)
+                                        vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                        T.reads(total_acc_global[0, vr, vd], factor[vr])
+                                        T.writes(ordered[vr, vd])
+                                        ordered[vr, vd] = total_acc_global[0, vr, vd] * factor[vr]
                         for r, d_0 in T.grid(T.min(num_query * 4 - vtile % head_tiles * 16, 16), 8):
                             for d_1 in T.vectorized(16):
                                 with T.sblock("out"):
                                     vr = T.axis.spatial(16, r)
                                     vd = T.axis.spatial(128, d_0 * 16 + d_1)
-                                    T.reads(total_acc[vtile, vr, vd], factor[vr])
+                                    T.reads(ordered[vr, vd])
                                     T.writes(out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd])
-                                    out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd] = T.Cast("bfloat16", total_acc[vtile, vr, vd] * factor[vr])
+                                    out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd] = T.Cast("bfloat16", ordered[vr, vd])
                         for r in range(T.min(num_query * 4 - vtile % head_tiles * 16, 16)):
                             with T.sblock("lse"):
                                 vr = T.axis.spatial(16, r)
@@ -653,7 +658,7 @@ class Module:
                                 lse[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4] = T.Select(total_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), total_max[vtile, vr] + T.log(total_sum[vtile, vr] * T.reinterpret("float32", places[vtile, vr] + 127 << 23)))
                 else:
                     with T.sblock("store_partial"):
-                        T.reads(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
+                        T.reads(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:128, 0:T.min(num_query * 4 - vtile % head_tiles * 16, 16)])
                         T.writes(partial_max[partial_start:partial_start + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4], partial_sum[partial_start:partial_start + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4], partial_acc[partial_start:partial_start + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128])
                         for r in range(T.min(num_query * 4 - vtile % head_tiles * 16, 16)):
                             with T.sblock("store_row"):
@@ -662,14 +667,13 @@ class Module:
                                 T.writes(partial_max[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4], partial_sum[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4])
                                 partial_max[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4] = total_max[vtile, vr]
                                 partial_sum[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4] = total_sum[vtile, vr]
-                        for r, d_0 in T.grid(T.min(num_query * 4 - vtile % head_tiles * 16, 16), 8):
-                            for d_1 in T.vectorized(16):
-                                with T.sblock("store_acc"):
-                                    vr = T.axis.spatial(16, r)
-                                    vd = T.axis.spatial(128, d_0 * 16 + d_1)
-                                    T.reads(total_acc[vtile, vr, vd])
-                                    T.writes(partial_acc[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd])
-                                    partial_acc[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd] = total_acc[vtile, vr, vd]
+                        for r, d in T.grid(T.min(num_query * 4 - vtile % head_tiles * 16, 16), 128):
+                            with T.sblock("store_acc"):
+                                vr = T.axis.spatial(16, r)
+                                vd = T.axis.spatial(128, d)
+                                T.reads(total_acc[vtile, vd, vr])
+                                T.writes(partial_acc[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd])
+                                partial_acc[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd] = total_acc[vtile, vd, vr]
 
     @T.prim_func(s_tir=True)
     def fused_decode(query: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, query_scale: T.float32, score_scale: T.float32):

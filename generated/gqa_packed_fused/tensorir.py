@@ -69,17 +69,17 @@ class Module:
     @T.prim_func(s_tir=True)
     def fused_attend(query: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), tree_mask: T.Buffer((tree_cells,), "uint8", align=1), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((num_tokens, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, seq: T.int32, token_begin: T.int32, num_query: T.int32, first_pos: T.int32, kv_head_begin: T.int32, num_kv_heads: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, causal: T.int32, tree_start: T.int64, tree_size: T.int32, query_scale: T.float32, score_scale: T.float32):
         # with T.sblock("root"):
-        q_tile = T.sblock_alloc_buffer((16, 16, 64), "int32")
-        row_max = T.sblock_alloc_buffer((16, 16))
-        row_sum = T.sblock_alloc_buffer((16, 16))
-        acc = T.sblock_alloc_buffer((16, 16, 128))
-        total_max = T.sblock_alloc_buffer((16, 16))
-        total_sum = T.sblock_alloc_buffer((16, 16))
-        total_acc = T.sblock_alloc_buffer((16, 16, 128))
-        positions = T.sblock_alloc_buffer((16, 16), "int32")
-        limits = T.sblock_alloc_buffer((16, 16), "int32")
-        places = T.sblock_alloc_buffer((16, 16), "int32")
-        reach = T.sblock_alloc_buffer((16, 4), "int32")
+        q_tile = T.sblock_alloc_buffer((32, 16, 64), "int32")
+        row_max = T.sblock_alloc_buffer((32, 16))
+        row_sum = T.sblock_alloc_buffer((32, 16))
+        acc = T.sblock_alloc_buffer((32, 16, 128))
+        total_max = T.sblock_alloc_buffer((32, 16))
+        total_sum = T.sblock_alloc_buffer((32, 16))
+        total_acc = T.sblock_alloc_buffer((32, 16, 128))
+        positions = T.sblock_alloc_buffer((32, 16), "int32")
+        limits = T.sblock_alloc_buffer((32, 16), "int32")
+        places = T.sblock_alloc_buffer((32, 16), "int32")
+        reach = T.sblock_alloc_buffer((32, 4), "int32")
         span = T.sblock_alloc_buffer((2,), "int32")
         context_len: T.let[T.int32] = context_lens[seq]
         head_tiles: T.let[T.int32] = (num_query * 4 + 16 - 1) // 16
@@ -156,25 +156,26 @@ class Module:
                 T.writes()
                 range_begin: T.let[T.int32] = first_key + vrange * 4096
                 range_end: T.let[T.int32] = T.min(range_begin + 4096, key_end)
-                read_begin: T.let[T.int32] = T.max(range_begin, span[0] - span[0] % 128)
-                num_steps: T.let[T.int32] = (T.max(range_end - read_begin, 0) + 128 - 1) // 128
+                read_begin: T.let[T.int32] = T.max(range_begin, span[0] - span[0] % 256)
+                num_steps: T.let[T.int32] = (T.max(range_end - read_begin, 0) + 256 - 1) // 256
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
                         T.reads()
                         T.writes()
-                        key_offsets = T.sblock_alloc_buffer((128,), "int64")
-                        value_offsets = T.sblock_alloc_buffer((128,), "int64")
-                        tile_start: T.let[T.int32] = read_begin + vstep * 128
-                        valid_len: T.let[T.int32] = T.min(range_end - tile_start, 128)
-                        num_offsets: T.let[T.int32] = (valid_len + 32 - 1) // 32 * 32
+                        key_offsets = T.sblock_alloc_buffer((512,), "int64")
+                        value_offsets = T.sblock_alloc_buffer((512,), "int64")
+                        tile_start: T.let[T.int32] = read_begin + vstep * 256
+                        valid_len: T.let[T.int32] = T.min(range_end - tile_start, 256)
+                        next_len: T.let[T.int32] = T.max(T.min(range_end - tile_start - 256, 256), 0)
+                        num_offsets: T.let[T.int32] = (valid_len + 8 - 1) // 8 * 8 + next_len
                         last: T.let[T.int32] = range_end - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
-                            T.writes(key_offsets[0:128])
+                            T.writes(key_offsets[0:512])
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(128, t)
+                                    vt = T.axis.spatial(512, t)
                                     T.reads(block_table[seq, T.min(tile_start + vt, last) // 16])
                                     T.writes(key_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
@@ -183,10 +184,10 @@ class Module:
                                     key_offsets[vt] = block * k_block + T.Cast("int64", slot - slot % 16)
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
-                            T.writes(value_offsets[0:128])
+                            T.writes(value_offsets[0:512])
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(128, t)
+                                    vt = T.axis.spatial(512, t)
                                     T.reads(block_table[seq, T.min(tile_start + vt, last) // 16])
                                     T.writes(value_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
@@ -205,24 +206,42 @@ class Module:
                                         vrt = T.axis.spatial(head_tiles, row_tile)
                                         T.reads()
                                         T.writes()
-                                        scores = T.sblock_alloc_buffer((1, 16, 128))
-                                        probs = T.sblock_alloc_buffer((1, 16, 128))
+                                        scores = T.sblock_alloc_buffer((1, 16, 256))
+                                        probs = T.sblock_alloc_buffer((1, 16, 256))
                                         tile_max = T.sblock_alloc_buffer((1, 16))
                                         tile_sum = T.sblock_alloc_buffer((1, 16))
                                         alpha = T.sblock_alloc_buffer((1, 16))
                                         beta = T.sblock_alloc_buffer((1, 16))
-                                        edges = T.sblock_alloc_buffer((16, 64), "int32")
-                                        prob_pairs = T.sblock_alloc_buffer((1, 16, 64), "int32")
-                                        scaled = T.sblock_alloc_buffer((16, 128))
+                                        edges = T.sblock_alloc_buffer((16, 128), "int32")
+                                        prob_pairs = T.sblock_alloc_buffer((1, 16, 128), "int32")
+                                        scaled = T.sblock_alloc_buffer((16, 256))
                                         first: T.let[T.int32] = vkv * head_tiles + vrt
+                                        each: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
+                                        for t in range(each):
+                                            with T.sblock("fetch"):
+                                                vt = T.axis.opaque(256, t)
+                                                T.reads()
+                                                T.writes()
+                                                token: T.let[T.int32] = T.min(vrt * each + vt, next_len - 1)
+                                                for line in range(4):
+                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[256 + (token * 4 + line) // 64 * 16] + key_head + T.Cast("int64", T.min((token * 4 + line) % 64, 63)) * k_row]), 0, 2, 1)
+                                        each_1: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
+                                        for t in range(each_1):
+                                            with T.sblock("fetch"):
+                                                vt = T.axis.opaque(256, t)
+                                                T.reads()
+                                                T.writes()
+                                                token: T.let[T.int32] = T.min(vrt * each_1 + vt, next_len - 1)
+                                                for line in range(4):
+                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[256 + (token * 4 + line) // 4] + value_head + T.Cast("int64", ((256 + (token * 4 + line) // 4) % 2 * 4 + (token * 4 + line) % 4) * 16)]), 0, 2, 1)
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.min(valid_len, reach[first, 1] - tile_start)
                                             with T.sblock("qk_matmul"):
-                                                T.reads(q_tile[first, 0:16, 0:64], key_cache[0:k_span], key_offsets[0:128])
-                                                T.writes(scores[0, 0:16, 0:128])
-                                                for i, to, ti, r, d in T.grid(1, (valid_len_1 + 32 - 1) // 32, 32, 16, 64):
+                                                T.reads(q_tile[first, 0:16, 0:64], key_cache[0:k_span], key_offsets[0:512])
+                                                T.writes(scores[0, 0:16, 0:256])
+                                                for i, to, ti, r, d in T.grid(1, (valid_len_1 + 8 - 1) // 8, 8, 16, 64):
                                                     with T.sblock("scores"):
-                                                        vt = T.axis.spatial(128, to * 32 + ti)
+                                                        vt = T.axis.spatial(256, to * 8 + ti)
                                                         vi, vr, vd = T.axis.remap("SSR", [i, r, d])
                                                         T.reads(q_tile[first + vi, vr, vd], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
                                                         T.writes(scores[0, vr, vt])
@@ -230,31 +249,31 @@ class Module:
                                                             scores[0, vr, vt] = T.float32(0.0)
                                                         scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
                                             with T.sblock("seen_scores"):
-                                                T.reads(scores[0, 0:16, 0:128])
-                                                T.writes(scaled[0:16, 0:128])
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 32 - 1) // 32, 32):
+                                                T.reads(scores[0, 0:16, 0:256])
+                                                T.writes(scaled[0:16, 0:256])
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
                                                     with T.sblock("scaled"):
-                                                        vo = T.axis.spatial(4, to)
+                                                        vo = T.axis.spatial(32, to)
                                                         vi, vr = T.axis.remap("SS", [ti, r])
-                                                        T.reads(limits[first, vr], scores[0, vr, vo * 32 + vi])
-                                                        T.writes(scaled[vr, vo * 32 + vi])
-                                                        scaled[vr, vo * 32 + vi] = T.Select(tile_start + vo * 32 + vi < limits[first, vr], scores[0, vr, vo * 32 + vi] * score_scale, T.float32("-inf"))
+                                                        T.reads(limits[first, vr], scores[0, vr, vo * 8 + vi])
+                                                        T.writes(scaled[vr, vo * 8 + vi])
+                                                        scaled[vr, vo * 8 + vi] = T.Select(tile_start + vo * 8 + vi < limits[first, vr], scores[0, vr, vo * 8 + vi] * score_scale, T.float32("-inf"))
                                                 if tree_start >= T.int64(0):
                                                     for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
                                                         with T.sblock("hidden_scores_2"):
                                                             vr = T.axis.opaque(16, r)
-                                                            vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
+                                                            vc = T.axis.opaque(256, T.max(context_len - tree_size - tile_start, 0) + c)
                                                             T.reads(scaled[vr, vc], tree_mask[0:tree_cells])
                                                             T.writes(scaled[vr, vc])
                                                             scaled[vr, vc] = T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.float32("-inf"), scaled[vr, vc])
                                             with T.sblock("softmax_prepare"):
-                                                T.reads(scaled[0:16, 0:128])
-                                                T.writes(probs[0, 0:16, 0:128], tile_max[0, 0:16], tile_sum[0, 0:16])
+                                                T.reads(scaled[0:16, 0:256])
+                                                T.writes(probs[0, 0:16, 0:256], tile_max[0, 0:16], tile_sum[0, 0:16])
                                                 peak = T.sblock_alloc_buffer((16,))
-                                                exact = T.sblock_alloc_buffer((16, 128))
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 32 - 1) // 32, 32):
+                                                room = T.sblock_alloc_buffer((1, 16), "int32")
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
                                                     with T.sblock("peak"):
-                                                        vt = T.axis.reduce(128, to * 32 + ti)
+                                                        vt = T.axis.reduce(256, to * 8 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(scaled[vr, vt])
                                                         T.writes(peak[vr])
@@ -267,31 +286,30 @@ class Module:
                                                         T.reads(peak[vr])
                                                         T.writes(tile_max[0, vr])
                                                         tile_max[0, vr] = T.Select(0 < valid_len_1, peak[vr], T.float32(-1000000000000000019884624838656.0))
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 32 - 1) // 32, 32):
-                                                    with T.sblock("exact"):
-                                                        vt = T.axis.spatial(128, to * 32 + ti)
+                                                for r in range(16):
+                                                    with T.sblock("room"):
                                                         vr = T.axis.spatial(16, r)
-                                                        T.reads(scaled[vr, vt], tile_max[0, vr], places[first, vr])
-                                                        T.writes(exact[vr, vt])
+                                                        T.reads(places[first, vr])
+                                                        T.writes(room[0, vr])
+                                                        room[0, vr] = places[first, vr]
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
+                                                    with T.sblock("probs"):
+                                                        vt = T.axis.spatial(256, to * 8 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(scaled[vr, vt], tile_max[0, vr], room[0, vr])
+                                                        T.writes(probs[0, vr, vt])
                                                         arg: T.let[T.float32] = scaled[vr, vt] - tile_max[0, vr]
-                                                        bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", places[first, vr])))
-                                                        n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", places[first, vr]))
+                                                        bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
+                                                        n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room[0, vr]))
                                                         f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
                                                         high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
                                                         p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
                                                         series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                                         power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                        exact[vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", places[first, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 32 - 1) // 32, 32):
-                                                    with T.sblock("probs"):
-                                                        vt = T.axis.spatial(128, to * 32 + ti)
-                                                        vr = T.axis.spatial(16, r)
-                                                        T.reads(exact[vr, vt])
-                                                        T.writes(probs[0, vr, vt])
-                                                        probs[0, vr, vt] = T.reinterpret("float32", T.reinterpret("int32", exact[vr, vt]) + 32767 + (T.reinterpret("int32", exact[vr, vt]) >> 16 & 1) & -65536)
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 32 - 1) // 32, 32):
+                                                        probs[0, vr, vt] = T.reinterpret("float32", T.reinterpret("int32", T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))) + 32767 + (T.reinterpret("int32", T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))) >> 16 & 1) & -65536)
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
                                                     with T.sblock("tile_sum"):
-                                                        vt = T.axis.reduce(128, to * 32 + ti)
+                                                        vt = T.axis.reduce(256, to * 8 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(probs[0, vr, vt])
                                                         T.writes(tile_sum[0, vr])
@@ -299,11 +317,11 @@ class Module:
                                                             tile_sum[0, vr] = T.float32(0.0)
                                                         tile_sum[0, vr] = tile_sum[0, vr] + probs[0, vr, vt]
                                             with T.sblock("pair_probs"):
-                                                T.reads(probs[0, 0:16, 0:128])
-                                                T.writes(prob_pairs[0, 0:16, 0:64])
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 32 - 1) // 32, 16):
+                                                T.reads(probs[0, 0:16, 0:256])
+                                                T.writes(prob_pairs[0, 0:16, 0:128])
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 4):
                                                     with T.sblock("pairs"):
-                                                        vt = T.axis.spatial(64, to * 16 + ti)
+                                                        vt = T.axis.spatial(128, to * 4 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(probs[0, vr, vt * 2:vt * 2 + 2])
                                                         T.writes(prob_pairs[0, vr, vt])
@@ -356,13 +374,13 @@ class Module:
                                                         T.writes(row_max[first, vr], row_sum[first, vr])
                                                         row_max[first, vr] = new_max[vr]
                                                         row_sum[first, vr] = new_sum[vr]
-                                            num_full: T.let[T.int32] = T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 32
+                                            num_full: T.let[T.int32] = T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 8
                                             with T.sblock("edges"):
                                                 T.reads()
-                                                T.writes(edges[0:16, 0:64])
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 32 - 1) // 32 - num_full, 16):
+                                                T.writes(edges[0:16, 0:128])
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8 - num_full, 4):
                                                     with T.sblock("edge"):
-                                                        vt = T.axis.spatial(64, (num_full + to) * 16 + ti)
+                                                        vt = T.axis.spatial(128, (num_full + to) * 4 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(limits[first, vr])
                                                         T.writes(edges[vr, vt])
@@ -371,7 +389,7 @@ class Module:
                                                     for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
                                                         with T.sblock("hidden_words"):
                                                             vr = T.axis.opaque(16, r)
-                                                            vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
+                                                            vc = T.axis.opaque(256, T.max(context_len - tree_size - tile_start, 0) + c)
                                                             T.reads(edges[vr, vc // 2], tree_mask[0:tree_cells])
                                                             T.writes(edges[vr, vc // 2])
                                                             edges[vr, vc // 2] = edges[vr, vc // 2] & T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.Select(vc % 2 == 0, -65536, 65535), -1)
@@ -380,18 +398,18 @@ class Module:
                                                 T.writes()
                                                 tile_acc = T.sblock_alloc_buffer((1, 16, 128))
                                                 full_acc = T.sblock_alloc_buffer((1, 16, 128))
-                                                for i, to, ti, r, d in T.grid(1, num_full, 16, 16, 128):
+                                                for i, to, ti, r, d in T.grid(1, num_full, 4, 16, 128):
                                                     with T.sblock("full_groups"):
-                                                        vt = T.axis.reduce(64, to * 16 + ti)
+                                                        vt = T.axis.reduce(128, to * 4 + ti)
                                                         vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                                                         T.reads(prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
                                                         T.writes(full_acc[vi, vr, vd])
                                                         with T.init():
                                                             full_acc[vi, vr, vd] = T.float32(0.0)
                                                         full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
-                                                for i, ti, r, d in T.grid(1, (valid_len_1 - num_full * 32 + 2 - 1) // 2, 16, 128):
+                                                for i, ti, r, d in T.grid(1, (valid_len_1 - num_full * 8 + 2 - 1) // 2, 16, 128):
                                                     with T.sblock("tile_acc"):
-                                                        vt = T.axis.reduce(64, num_full * 16 + ti)
+                                                        vt = T.axis.reduce(128, num_full * 4 + ti)
                                                         vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                                                         T.reads(full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], edges[vr, vt])
                                                         T.writes(tile_acc[0, vr, vd])
@@ -488,6 +506,7 @@ class Module:
                         T.reads(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
                         T.writes(out[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128], lse[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4])
                         factor = T.sblock_alloc_buffer((16,))
+                        ordered = T.sblock_alloc_buffer((16, 128))
                         for r in range(16):
                             with T.sblock("factor"):
                                 vr = T.axis.spatial(16, r)
@@ -495,13 +514,19 @@ class Module:
                                 T.writes(factor[vr])
                                 total: T.let[T.float32] = total_sum[vtile, vr]
                                 factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
+                        for r, d in T.grid(16, 128):
+                            with T.sblock("ordered"):
+                                vr, vd = T.axis.remap("SS", [r, d])
+                                T.reads(total_acc[vtile, vr, vd], factor[vr])
+                                T.writes(ordered[vr, vd])
+                                ordered[vr, vd] = total_acc[vtile, vr, vd] * factor[vr]
                         for r, d in T.grid(T.min(num_query * 4 - vtile % head_tiles * 16, 16), 128):
                             with T.sblock("out"):
                                 vr = T.axis.spatial(16, r)
                                 vd = T.axis.spatial(128, d)
-                                T.reads(total_acc[vtile, vr, vd], factor[vr])
+                                T.reads(ordered[vr, vd])
                                 T.writes(out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd])
-                                out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd] = T.Cast("bfloat16", total_acc[vtile, vr, vd] * factor[vr])
+                                out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd] = T.Cast("bfloat16", ordered[vr, vd])
                         for r in range(T.min(num_query * 4 - vtile % head_tiles * 16, 16)):
                             with T.sblock("lse"):
                                 vr = T.axis.spatial(16, r)
