@@ -1,9 +1,9 @@
-"""Tiling: the sizes that kernels and schedules agree on. A target's policy chooses them; nothing here imports TVM."""
+"""Tiling: the sizes that kernels and schedules agree on. A target's policy chooses them, without importing TVM."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 
@@ -95,6 +95,13 @@ class Tiling:
     def num_offsets(self) -> int:
         """Tokens whose places in the cache are looked up at once: a padded tile, and what is fetched of the next."""
         return self.padded_kv_tile + (self.kv_tile if self.prefetches else 0)
+
+    @staticmethod
+    def fence(value: Any) -> Any:
+        """The same expression of float32, of which nothing is known that could be simplified; no instruction."""
+        from tvm.script import tirx as T
+
+        return T.call_llvm_intrin("float32", "llvm.arithmetic.fence", value)
 
     def row_tiles(self, spec: PagedAttentionSpec) -> int:
         """Tiles of rows that cover one group."""

@@ -30,7 +30,7 @@ WITH_MASKS = [
 ]
 ALL_SPECS = [*SPECS.values(), HEADS_IN_LANES, *WITH_MASKS]
 
-ON_CUDA = PagedAttentionSpec(8, 2, 64, 16, "bfloat16")
+ON_CUDA = PagedAttentionSpec(8, 2, 64, 16, "bfloat16", **MASKED)
 
 STAGES = {name: module.STAGES for name, module in schedules._STRATEGIES.items()}
 SCALAR = [module.SCALAR for module in schedules._STRATEGIES.values()]
@@ -43,6 +43,9 @@ def worked_on():
     for spec, cpu, pipeline in itertools.product(ALL_SPECS, CPUS.values(), PIPELINES):
         tiles = tiling.choose(spec, cpu, pipeline)
         modules.append((kernels.build(spec, tiles, pipeline), tiles))
+        if pipeline == "fused":
+            of_attend = tiling.choose_attend(spec, cpu)
+            modules.append((kernels.build_attend(spec, of_attend), of_attend))
     tiles = cuda_tiling.staged(ON_CUDA)
     modules.append((cuda.build_staged(ON_CUDA, tiles)[0], tiles))
     found = []

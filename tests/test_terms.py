@@ -12,6 +12,7 @@ from pa_compiler import tvmscript as script
 from pa_compiler.cpu import build, target
 from pa_compiler.kernels.terms import lowered
 from pa_compiler.score import Term
+from pa_compiler.tiles import Tiling
 
 COUNT, LANES = 1 << 14, 16
 X, Y = Term("score", "float32"), Term("y", "float32")
@@ -112,7 +113,7 @@ def evaluate(numbers):
                     T.reads(x[at], y[at], i[at], j[at])
                     T.writes(out[at])
                     given = T.meta_var(dict(zip(ARGUMENTS, (x[at], y[at], i[at], j[at]), strict=True)))
-                    out[at] = lowered(term, given, {}, {}).expression
+                    out[at] = lowered(term, given, {}, {}, Tiling.fence).expression
 
         sch = tvm.s_tir.Schedule(tvm.IRModule({"kernel": kernel}))
         sch.work_on("kernel")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 
@@ -25,6 +25,13 @@ MMA_TOKENS = 16
 
 MMA_HEADS = 8
 """Query heads of one mma.m16n8k16."""
+
+
+def fence(value: Any) -> Any:
+    """The same expression of float32, of which nothing is known that could be simplified; no instruction."""
+    from tvm.script import tirx as T
+
+    return T.cuda.uint_as_float(T.cuda.float_as_uint(value))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,16 @@ from typing import ClassVar
 from pa_compiler import score
 from pa_compiler.bounds import residual_mask
 from pa_compiler.cuda import gpus
-from pa_compiler.cuda.tiles import MMA_TOKENS, WARP, CudaTiling, FmaTiling, TensorCoreTiling, chunks, copy_lanes
+from pa_compiler.cuda.tiles import (
+    MMA_TOKENS,
+    WARP,
+    CudaTiling,
+    FmaTiling,
+    TensorCoreTiling,
+    chunks,
+    copy_lanes,
+    fence,
+)
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiles import Element, Tiling, equal_tile
 
@@ -80,6 +89,7 @@ class ThreadsTiling(Tiling):
     """Sizes of the staged pipeline, of which nothing is tuned: schedules/cuda/threads.py."""
 
     strategy: ClassVar[str] = "cuda_threads"
+    fence = staticmethod(fence)
 
 
 def staged(spec: PagedAttentionSpec) -> ThreadsTiling:

@@ -50,6 +50,7 @@ class Computed(NamedTuple):
         arrays: Inputs and constants by name.
         batch: The sequence.
         query_pos: Position of its query token, 0 of an empty sequence; OfRows where it has several.
+        fence: The target's (Tiling.fence).
         columns: For each of ScoreFunctions.columns its values, [tokens].
         visible: Of a mask, where it has been computed.
     """
@@ -57,6 +58,7 @@ class Computed(NamedTuple):
     arrays: Mapping[str, Buffer]
     batch: Expr
     query_pos: Expr | OfRows
+    fence: Callable[[Expr], Expr]
     columns: Sequence[Buffer] = ()
     visible: Visible | None = None
 
@@ -75,7 +77,7 @@ class Computed(NamedTuple):
         for array in self.arrays.values():
             if not isinstance(array.shape[0], tir.IntImm):
                 known["batch_size"] = T.Cast("int32", array.shape[0])
-        return lowered(term, known, self.arrays, kept)
+        return lowered(term, known, self.arrays, kept, self.fence)
 
     def of_columns(self, functions: ScoreFunctions, column: Expr) -> dict[Term, Expr]:
         """What is kept for a column."""
@@ -102,7 +104,7 @@ def compute_columns(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., 
     ) -> Computed | None:
         if not functions.present:
             return None
-        computed = Computed(arrays, seq, T.bind(T.max(context_len - 1, 0)))
+        computed = Computed(arrays, seq, T.bind(T.max(context_len - 1, 0)), tiling.fence)
         if not functions.any_columns:
             return computed
         kept = [allocate("column_term", (tokens,), kept_dtype(term)) for term in functions.columns]

@@ -23,8 +23,16 @@ _MAGNITUDE = 0x7FFFFFFF
 """The bits of a float32 without its sign."""
 
 
+Fence = Callable[[Expr], Expr]
+"""A number of float32 -> the same, of which TVM knows nothing."""
+
+
 def lowered(
-    term: Term, arguments: Mapping[str, Expr | Value], arrays: Mapping[str, Buffer], kept: Mapping[Term, Expr]
+    term: Term,
+    arguments: Mapping[str, Expr | Value],
+    arrays: Mapping[str, Buffer],
+    kept: Mapping[Term, Expr],
+    fence: Fence,
 ) -> Value:
     """A term as an expression. What is used more than once in it is computed once.
 
@@ -36,6 +44,7 @@ def lowered(
         arguments: By name; also "batch_size", the sequences of the call. Those that are read as Values.
         arrays: By name; as arrays.py matches them.
         kept: Where the values of some terms are, those of bools as int32.
+        fence: Of the target (Tiling.fence).
     """
     order = _without_kept(term, kept)
     operands = [arg for each in order for arg in each.args * (1 + (each.op in _REPEATING))]
@@ -46,10 +55,10 @@ def lowered(
     for each in order:
         if isinstance(argument := arguments.get(each.op), Value):
             reads += argument.reads
-        value = _operation(each, [known[arg] for arg in each.args], arguments, arrays)
+        value = _operation(each, [known[arg] for arg in each.args], arguments, arrays, fence)
         if uses[each] > 1 and each.op != "number":
             variable = Var(each.op, each.dtype)
-            bound.append((variable, _opaque(value, each.dtype)))
+            bound.append((variable, _opaque(value, each.dtype, fence)))
             value = variable
         known[each] = value
     result = known[term]
@@ -69,7 +78,7 @@ def _without_kept(term: Term, kept: Mapping[Term, Expr]) -> list[Term]:
 
 
 def _operation(
-    term: Term, args: list[Expr], arguments: Mapping[str, Expr | Value], arrays: Mapping[str, Buffer]
+    term: Term, args: list[Expr], arguments: Mapping[str, Expr | Value], arrays: Mapping[str, Buffer], fence: Fence
 ) -> Expr:
     if term.op in arguments:
         argument = arguments[term.op]
@@ -82,19 +91,21 @@ def _operation(
     if term.op == "cast":
         return _CASTS[term.args[0].dtype, term.dtype](args[0])
     of = term.args[0].dtype
+    if (term.op, of) in _NEGATING:
+        return _NEGATING[term.op, of](lambda x: T.Not(_opaque(x, "bool", fence)), *args)
     return (_OPERATIONS.get((term.op, of)) or _OPERATIONS[term.op, ""])(*args)
 
 
-def _opaque(value: Expr, dtype: str) -> Expr:
-    """The same value, of which TVM knows nothing, by a fence that is no instruction.
+def _opaque(value: Expr, dtype: str, fence: Fence) -> Expr:
+    """The same value, of which TVM knows nothing.
 
     TVM would replace a variable by its value wherever it stands, and knows no NaN: it takes what is not less for
     greater or equal.
     """
     if dtype == "float32":
-        return T.call_llvm_intrin("float32", "llvm.arithmetic.fence", value)
+        return fence(value)
     bits = T.Select(value, T.int32(-1), T.int32(0)) if dtype == "bool" else value
-    fenced = T.reinterpret("int32", _opaque(T.reinterpret("float32", bits), "float32"))
+    fenced = T.reinterpret("int32", fence(T.reinterpret("float32", bits)))
     return tir.NE(fenced, T.int32(0)) if dtype == "bool" else fenced
 
 
@@ -195,10 +206,6 @@ def _truncated(x: Expr) -> Expr:
     return Let(number, x, T.Cast("int32", T.Select(number > low, T.Select(number < high, number, high), low)))
 
 
-def _not(x: Expr) -> Expr:
-    return T.Not(_opaque(x, "bool"))
-
-
 _REPEATING = {"tanh", "exp", "absolute", "floor_divide", "remainder", "equal", "xor"}
 """Operations whose expressions have an operand more than once."""
 
@@ -217,6 +224,13 @@ _CASTS = {
     ("bool", "int32"): lambda x: T.Select(x, T.int32(1), T.int32(0)),
     **{(dtype, dtype): lambda x: x for dtype in ("float32", "int32", "bool")},
 }
+
+_NEGATING: dict[tuple[str, str], Callable[..., Expr]] = {
+    ("not", "bool"): lambda negated, a: negated(a),
+    ("equal", "bool"): lambda negated, a, b: T.Select(a, b, negated(b)),
+    ("xor", "bool"): lambda negated, a, b: T.Select(a, negated(b), b),
+}
+"""Operations that negate a bool, which is hidden from TVM; as _OPERATIONS."""
 
 _OPERATIONS: dict[tuple[str, str], Callable[..., Expr]] = {
     ("add", "float32"): tir.Add,
@@ -242,14 +256,11 @@ _OPERATIONS: dict[tuple[str, str], Callable[..., Expr]] = {
     ("or", "int32"): T.bitwise_or,
     ("xor", "int32"): T.bitwise_xor,
     ("not", "int32"): lambda x: T.bitwise_xor(x, T.int32(-1)),
-    ("equal", "bool"): lambda a, b: T.Select(a, b, _not(b)),
     ("less", ""): tir.LT,
     ("less_equal", ""): tir.LE,
     ("equal", ""): tir.EQ,
     ("and", "bool"): T.And,
     ("or", "bool"): T.Or,
-    ("xor", "bool"): lambda a, b: T.Select(a, _not(b), b),
-    ("not", "bool"): _not,
     ("where", ""): T.Select,
     ("exp", ""): functions.exp,
     ("log", ""): functions.log,

@@ -16,7 +16,7 @@ from tvm.s_tir.schedule import SBlockRV
 from tvm.tirx import IntImm
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
-from pa_compiler.schedules.cpu import attend, head_dim_in_lanes
+from pa_compiler.schedules.cpu import attend, functions, head_dim_in_lanes
 from pa_compiler.schedules.cpu.head_dim_in_lanes import evens_first, in_registers, vectorize_rows
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.transpose import turn
@@ -66,8 +66,7 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
 
 def visible_rows(sch: Schedule, tiling: VectorTiling) -> None:
     """What a mask shows each row: vertical too."""
-    pairs = ("visible_pairs",) if tiling.values.terms == 2 else ()
-    for name in (*head_dim_in_lanes.steps(sch, "visible_rows", "mask_step"), "visible", *pairs):
+    for name in functions.visible_steps(sch, tiling):
         _rows_last(sch, name)
         row, group, token = sch.get_loops(name)[-3:]
         sch.reorder(group, token, row)
@@ -77,7 +76,7 @@ def visible_rows(sch: Schedule, tiling: VectorTiling) -> None:
 def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     """Vertical in every step."""
     exact = ("exact",) if tiling.values.terms == 2 and not tiling.many_tokens else ()
-    steps = head_dim_in_lanes.score_steps(sch, tiling)
+    steps = functions.score_steps(sch, tiling)
     _rows_last(sch, *steps, "scaled", *exact, "probs")
     for name in (*steps, "scaled", "peak", *exact, "probs", "tile_sum"):
         row, group, token = sch.get_loops(sch.get_sblock(name))[-3:]
@@ -161,7 +160,7 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "load_query": load_query,
     "load_keys": load_keys,
     "load_values": load_values,
-    "columns": head_dim_in_lanes.columns,
+    "columns": functions.columns,
     "qk_matmul": qk_matmul,
     "visible_rows": visible_rows,
     "softmax_prepare": softmax_prepare,

@@ -10,6 +10,7 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer, Let, Var
 
 from pa_compiler.cuda.kernels.state import Registers
+from pa_compiler.cuda.tiles import fence
 from pa_compiler.kernels.functions import tanh
 from pa_compiler.kernels.rows import sees_any
 from pa_compiler.kernels.score_functions import ScoreFunctions
@@ -133,7 +134,7 @@ class Functions:
         """A term for the key at a position; past the sequence's end as for its last."""
         last = T.max(scoring.context_len - 1, 0)
         known = {"batch": scoring.seq, "query_pos": last, "key_pos": T.min(position, last), "batch_size": scoring.batch}
-        return lowered(term, known | arguments, scoring.arrays, {})
+        return lowered(term, known | arguments, scoring.arrays, {}, fence).expression
 
 
 def _quotient(a: Expr, b: Expr) -> Expr:
