@@ -28,14 +28,14 @@ def check(module, sequences, **options):
 @every_layout
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "not_causal"])
 def test_results_are_near_float64(compiled, spec, causal):
-    module = compiled(spec)
+    module = compiled(spec, attend=True)
     for seed, poison in enumerate(("nan", "inf", "huge")):
         check(module, MIX[seed:] + MIX[:seed], seed=seed, poison=poison, causal=causal)
 
 
 @every_layout
 def test_contexts_around_the_ends_of_blocks_and_tiles(compiled, spec):
-    module = compiled(spec)
+    module = compiled(spec, attend=True)
     ends = sorted({end + offset for end in (spec.block_size, 16, 128, 256) for offset in (-1, 0, 1)} - {0})
     for count in (2, 5, 33):
         check(module, [(min(count, length), length) for length in ends])
@@ -43,12 +43,12 @@ def test_contexts_around_the_ends_of_blocks_and_tiles(compiled, spec):
 
 @every_layout
 def test_a_prompt(compiled, spec):
-    check(compiled(spec), [(512, 512), (70, 513)], index=np.int64)
+    check(compiled(spec, attend=True), [(512, 512), (70, 513)], index=np.int64)
 
 
 def test_a_context_of_several_ranges(compiled):
     cut = attend_range_blocks(BASE) * BASE.block_size
-    check(compiled(BASE), [(3, cut - 1), (2, cut + 1), (16, 2 * cut + 1)])
+    check(compiled(BASE, attend=True), [(3, cut - 1), (2, cut + 1), (16, 2 * cut + 1)])
 
 
 def trees(counts, rng):
@@ -68,7 +68,7 @@ def test_trees(compiled, spec, dtype):
     rng = np.random.default_rng(0)
     sequences = [(8, 8), (1, 40), (9, 100), (1, 1), (0, 5), (40, 300), (1, 6), (2, 2)]
     mask = trees([count for count, _ in sequences], rng).astype(dtype) * dtype(3)
-    check(compiled(spec), sequences, tree_mask=mask)
+    check(compiled(spec, attend=True), sequences, tree_mask=mask)
 
 
 SCORED = {
@@ -81,7 +81,7 @@ SCORED = {
 @pytest.mark.parametrize("fields", SCORED.values(), ids=SCORED)
 @pytest.mark.parametrize("name", ["float32", "bfloat16_packed"])
 def test_windows_and_score_functions(compiled, name, fields):
-    module = compiled(dataclasses.replace(SPECS[name], **fields))
+    module = compiled(dataclasses.replace(SPECS[name], **fields), attend=True)
     check(module, MIX)
     check(module, [(40, 200), (2, 5)], causal=False)
     check(module, [(5, 30), (1, 3)], tree_mask=trees([5, 1], np.random.default_rng(1)))
@@ -96,7 +96,7 @@ def every_third(batch, head, query_pos, key_pos):
 
 
 def test_functions(compiled):
-    module = compiled(dataclasses.replace(BASE, score_mod=bias, mask_mod=every_third))
+    module = compiled(dataclasses.replace(BASE, score_mod=bias, mask_mod=every_third), attend=True)
     check(module, MIX)
     check(module, [(40, 200), (2, 5)], causal=False)
 
@@ -111,7 +111,7 @@ def of_sequence(batch, head, query_pos, key_pos, *, first):
 
 def test_functions_with_inputs(compiled):
     inputs = {"table": ("float32", (6, 300)), "first": ("int32", ("batch",))}
-    module = compiled(dataclasses.replace(BASE, score_mod=by_table, mask_mod=of_sequence, inputs=inputs))
+    module = compiled(dataclasses.replace(BASE, score_mod=by_table, mask_mod=of_sequence, inputs=inputs), attend=True)
     rng = np.random.default_rng(0)
     given = {"table": rng.standard_normal((6, 300), np.float32), "first": np.arange(len(MIX), dtype=np.int32)}
     ragged = make_ragged(module.spec, MIX)
@@ -122,7 +122,7 @@ def test_functions_with_inputs(compiled):
 @every_layout
 @pytest.mark.parametrize("window", [None, 50])
 def test_one_query_token_each_is_decode(compiled, spec, window):
-    module = compiled(dataclasses.replace(spec, window=window))
+    module = compiled(dataclasses.replace(spec, window=window), attend=True)
     lengths = [5000, 1, 17, 2049, 33, 40, 1, 129, 7, 4099, *range(1, 20)]
     ragged = make_ragged(module.spec, [(1, length) for length in lengths])
     expected = module.decode(ragged.query, *ragged.inputs.arguments[1:], return_lse=True)
@@ -134,7 +134,7 @@ def test_one_query_token_each_is_decode(compiled, spec, window):
 
 @every_layout
 def test_single_query_tokens_between_others_are_decode(compiled, spec):
-    module = compiled(spec)
+    module = compiled(spec, attend=True)
     ragged = make_ragged(spec, MIX)
     out, lse = ragged.attend(module)
     for sequence in np.flatnonzero(np.array(ragged.counts) == 1):
@@ -152,7 +152,7 @@ CHUNKS = {"halves": [350, 350], "two_first": [2, 698], "hundreds": [100] * 7, "o
 @pytest.mark.parametrize("before", [0, 37], ids=["a_prompt", "after_a_context"])
 def test_a_prompt_in_chunks(compiled, spec, before):
     """The cache is full from the first chunk on: what comes after a chunk has no part in it."""
-    module = compiled(spec)
+    module = compiled(spec, attend=True)
     ragged = make_ragged(spec, [(700, 700 + before)])
     expected = ragged.attend(module)
     for chunks in CHUNKS.values():
@@ -166,7 +166,7 @@ def test_a_prompt_in_chunks(compiled, spec, before):
 @every_layout
 def test_threads(compiled, spec):
     """Long contexts are cut into ranges where there are threads for them, and heads are divided."""
-    module = compiled(spec)
+    module = compiled(spec, attend=True)
     cut = attend_range_blocks(spec) * spec.block_size
     ragged = make_ragged(spec, [*MIX, (3, cut + 100), (100, 400), (2, 2 * cut)])
     module.num_threads = 1
@@ -179,7 +179,7 @@ def test_threads(compiled, spec):
 
 @every_layout
 def test_alone_and_in_a_batch(compiled, spec):
-    module = compiled(spec)
+    module = compiled(spec, attend=True)
     ragged = make_ragged(spec, [*MIX, (512, 600)])
     out, lse = ragged.attend(module)
     for sequence, (begin, end) in enumerate(zip(ragged.query_start_loc, ragged.query_start_loc[1:], strict=False)):
@@ -195,7 +195,7 @@ def test_alone_and_in_a_batch(compiled, spec):
 @every_layout
 def test_what_comes_later_has_no_part(compiled, spec):
     """Whatever the keys and values of later tokens are, NaN among them."""
-    module = compiled(spec)
+    module = compiled(spec, attend=True)
     ragged = make_ragged(spec, [(40, 60)])
     expected = ragged.attend(module)
     spoiled = [cache.copy() for cache in ragged.arguments[1:3]]
@@ -213,7 +213,7 @@ def test_what_comes_later_has_no_part(compiled, spec):
 
 
 def test_no_query_tokens(compiled):
-    module = compiled(BASE)
+    module = compiled(BASE, attend=True)
     for sequences in ([], [(0, 5)], [(0, 0), (0, 9)]):
         out, lse = make_ragged(BASE, sequences).attend(module)
         assert out.shape == (0, 6, 24)
@@ -221,7 +221,7 @@ def test_no_query_tokens(compiled):
 
 
 def test_out_is_made_like_query(compiled):
-    module, ragged = compiled(BASE), make_ragged(BASE, [(3, 5), (1, 2)])
+    module, ragged = compiled(BASE, attend=True), make_ragged(BASE, [(3, 5), (1, 2)])
     out = module.attend(*ragged.arguments)
     expected = reference.attend(*ragged.arguments)
     assert (out.shape, out.dtype) == ((4, 6, 24), np.float32)
@@ -234,12 +234,14 @@ def test_out_is_made_like_query(compiled):
     assert_same_bits(with_lse[0], out)
 
 
-def test_the_staged_pipeline_has_none(compiled):
-    module, ragged = compiled(BASE, "staged"), make_ragged(BASE, [(3, 5)])
+@pytest.mark.parametrize(
+    ("pipeline", "attend", "which"),
+    [("staged", True, "of the staged pipeline"), ("fused", False, "compiled with attend=False")],
+)
+def test_not_every_module_has_it(compiled, pipeline, attend, which):
+    module, ragged = compiled(BASE, pipeline, attend=attend), make_ragged(BASE, [(3, 5)])
     assert not module.has_attend
-    with pytest.raises(
-        NotImplementedError, match=r"^attend: expected .* fused pipeline, got one of the staged pipeline$"
-    ):
+    with pytest.raises(NotImplementedError, match=rf"^attend: expected .* fused pipeline, .*, got one {which}$"):
         module.attend(*ragged.arguments)
     with pytest.raises(NotImplementedError, match=r"^attend: "):
         module.plan(np.array([5]), np.array([0, 3]))

@@ -92,7 +92,7 @@ BAD = [
     ("error", "argument", "shows", "change"), [each[1:] for each in BAD], ids=[each[0] for each in BAD]
 )
 def test_bad_arguments(compiled, error, argument, shows, change):
-    module, call = compiled(SPEC), good_call()
+    module, call = compiled(SPEC, attend=True), good_call()
     arguments = vars(call) | change(call)
     arrays = [array for array in (*vars(call).values(), *arguments.values()) if isinstance(array, np.ndarray)]
     assert_refused(lambda: module.attend(**arguments), error, argument, shows, arrays)
@@ -100,7 +100,7 @@ def test_bad_arguments(compiled, error, argument, shows, change):
 
 def test_the_good_call_is_good(compiled):
     call = good_call()
-    compiled(SPEC).attend(**vars(call))
+    compiled(SPEC, attend=True).attend(**vars(call))
     assert np.isfinite(call.out).all()
     assert np.isfinite(call.lse).all()
 
@@ -109,11 +109,11 @@ def test_ids_that_no_query_token_needs_are_not_looked_at(compiled):
     """Those of a sequence without query tokens, past a context, and before a window, of several query tokens too."""
     call = good_call()
     call.block_table[1] = 99
-    compiled(SPEC).attend(**vars(call))
+    compiled(SPEC, attend=True).attend(**vars(call))
     ragged = make_ragged(SPEC, [(3, 33)])
     table = ragged.inputs.block_table.copy()
     table[0, :2] = 99  # the first of the query tokens, at position 30, sees keys from 16 on
-    windowed = compiled(dataclasses.replace(SPEC, window=15))
+    windowed = compiled(dataclasses.replace(SPEC, window=15), attend=True)
     windowed.attend(*ragged.arguments[:3], table, *ragged.arguments[4:])
     table[0, 2] = 99
     with pytest.raises(IndexError, match=r"got 99 for sequence 0 at position 2$"):

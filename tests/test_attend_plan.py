@@ -60,7 +60,7 @@ def visits(spec, items, starts):
 @pytest.mark.parametrize("threads", [1, 2, 16])
 def test_each_token_head_and_block_once(compiled, sequences, window, threads):
     spec = dataclasses.replace(BASE, window=window)
-    items, starts = plan(compiled(spec), sequences, threads)
+    items, starts = plan(compiled(spec, attend=True), sequences, threads)
     found = visits(spec, items, starts)
     assert set(found.values()) <= {1}
     for seq, (count, length) in enumerate(sequences):
@@ -76,7 +76,7 @@ def test_each_token_head_and_block_once(compiled, sequences, window, threads):
 def test_items(compiled, spec, sequences):
     """They fit into the kernels' scratch, are of one sequence, and read no block that none of their tokens sees."""
     for threads in (1, 3):
-        items, starts = plan(compiled(spec), sequences, threads)
+        items, starts = plan(compiled(spec, attend=True), sequences, threads)
         for item in items:
             if isinstance(item, WorkItem):
                 assert {sequences[item.batch_start + i][0] for i in range(item.num_seqs)} == {1}
@@ -94,14 +94,14 @@ def test_items(compiled, spec, sequences):
 @every_spec
 @every_batch
 def test_the_same_lengths_and_threads_give_the_same_plan(compiled, spec, sequences):
-    module = compiled(spec)
+    module = compiled(spec, attend=True)
     for threads in (1, 2, 8):
         assert plan(module, sequences, threads)[0] == plan(module, sequences, threads)[0]
 
 
 @every_batch
 def test_the_longest_item_is_dealt_first(compiled, sequences):
-    items, _ = plan(compiled(BASE), sequences)
+    items, _ = plan(compiled(BASE, attend=True), sequences)
     for kind, field in ((AttendItem, "work"), (WorkItem, "num_tokens")):
         work = [getattr(item, field) for item in items if isinstance(item, kind)]
         assert work == sorted(work, reverse=True)
@@ -109,7 +109,7 @@ def test_the_longest_item_is_dealt_first(compiled, sequences):
 
 def test_keys_are_cut_at_multiples_of_a_range(compiled):
     """And not at all for one thread, or where there are items enough."""
-    module, cut = compiled(BASE), attend_range_blocks(BASE)
+    module, cut = compiled(BASE, attend=True), attend_range_blocks(BASE)
     length = (3 * cut + 1) * BASE.block_size
     items, _ = plan(module, [(2, length)], 8)
     assert {(item.block_begin, item.block_end) for item in items} == {
@@ -123,7 +123,7 @@ def test_keys_are_cut_at_multiples_of_a_range(compiled):
 
 def test_work_is_divided_for_the_threads(compiled):
     """No thread has more than its share and one item."""
-    module = compiled(dataclasses.replace(BASE, num_heads=32, num_kv_heads=8))
+    module = compiled(dataclasses.replace(BASE, num_heads=32, num_kv_heads=8), attend=True)
     for sequences in ([(4, 9000)], [(512, 512)], [(512, 8192), *[(1, 2000)] * 31], [(4, 2048)] * 8):
         for threads in (2, 4, 8):
             work = [item.work for item in plan(module, sequences, threads)[0] if isinstance(item, AttendItem)]
@@ -131,14 +131,14 @@ def test_work_is_divided_for_the_threads(compiled):
 
 
 def test_a_triangle_is_half_of_a_square(compiled):
-    items, _ = plan(compiled(BASE), [(1024, 1024)], 1)
+    items, _ = plan(compiled(BASE, attend=True), [(1024, 1024)], 1)
     triangle = sum(item.work for item in items)
-    items, _ = plan(compiled(BASE), [(1024, 9 * 1024)], 1)
+    items, _ = plan(compiled(BASE, attend=True), [(1024, 9 * 1024)], 1)
     assert triangle == pytest.approx(sum(item.work for item in items) / 17, rel=0.05)
 
 
 def test_plans_for_many_query_tokens_are_fast(compiled):
-    items, _ = plan(compiled(BASE), [(1, 1000)] * 1000 + [(16384, 16384)], 2)
+    items, _ = plan(compiled(BASE, attend=True), [(1, 1000)] * 1000 + [(16384, 16384)], 2)
     assert len(items) < 2000
 
 
@@ -154,4 +154,4 @@ def test_plans_for_many_query_tokens_are_fast(compiled):
 )
 def test_bad_lengths(compiled, lens, starts, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        compiled(BASE).plan(np.array(lens), np.array(starts))
+        compiled(BASE, attend=True).plan(np.array(lens), np.array(starts))

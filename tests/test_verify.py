@@ -278,7 +278,7 @@ def test_draws_of_attend_reach_what_is_hard():
     ids=["one_element", "logarithm_to_base_2", "writes_its_inputs"],
 )
 def test_wrong_results_of_attend_fail(compiled, spoil, message):
-    module = BrokenWithQueries(compiled(BASE), spoil)
+    module = BrokenWithQueries(compiled(BASE, attend=True), spoil)
     results = [verify.verify(module, seed=SEED, draw=number) for number in range(DRAWS)]
     assert not any(result.failures for result in results[::2])
     messages = [failure.message for result in results for failure in result.failures]

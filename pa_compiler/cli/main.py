@@ -96,16 +96,20 @@ def bench(
     _compare(out, case, inputs, heads)
 
 
+_ATTEND = click.option("--attend/--no-attend", default=True, help="With or without attend, which takes time to compile.")
+
+
 @main.command()
 @spec_options
+@_ATTEND
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The shared library."
 )
-def build(output: Path, target: Any, pipeline: str, **_: Any) -> None:
+def build(output: Path, target: Any, pipeline: str, attend: bool, **_: Any) -> None:
     """Compile a spec to one shared library, for pa_compiler.load()."""
     spec = replace(cases.DEFAULT.spec)
     with _step("Compiling"), usage_errors():
-        module = compiler.compile_to_save(spec, target, pipeline)
+        module = compiler.compile_to_save(spec, target, pipeline, attend=attend)
     try:
         module.save(output)
     except OSError as error:
@@ -133,12 +137,13 @@ for _name, _run in library_cli.COMMANDS.items():
 
 @main.command()
 @spec_options
+@_ATTEND
 @click.option("--stage", type=click.Choice(list(_LEXERS)), default="tensorir", help="Stage to print.")
-def inspect(stage: str, target: Any, pipeline: str, **_: Any) -> None:
+def inspect(stage: str, target: Any, pipeline: str, attend: bool, **_: Any) -> None:
     """Print what one stage of the compiler produced for a spec."""
     spec = replace(cases.DEFAULT.spec)
     with _step("Compiling"), usage_errors():
-        texts = compiler.emit(spec, target, pipeline)
+        texts = compiler.emit(spec, target, pipeline, attend=attend)
         if stage not in texts:
             raise ValueError(f"stage: expected one of {', '.join(texts)} for this target, got {stage!r}")
     report.print_code(_STDOUT, texts[stage], _LEXERS[stage])
@@ -226,9 +231,9 @@ def _check_memory(case: cases.Case) -> None:
         raise click.UsageError(f"{needed / 1e9:.1f} GB are needed and this machine has {memory / 1e9:.1f} GB.")
 
 
-def _compile(spec: PagedAttentionSpec, target: Any, pipeline: str) -> Module:
+def _compile(spec: PagedAttentionSpec, target: Any, pipeline: str, attend: bool) -> Module:
     with _step("Compiling"), usage_errors():
-        return pa_compiler.compile(spec, target, pipeline)
+        return pa_compiler.compile(spec, target, pipeline, attend=attend)
 
 
 def _prepare(case_name: str, target: Any, pipeline: str, threads: int | None) -> tuple[cases.Case, Module]:
@@ -237,7 +242,7 @@ def _prepare(case_name: str, target: Any, pipeline: str, threads: int | None) ->
     base = cases.CASES.get(case_name, cases.DEFAULT)
     case = replace(base, spec=replace(base.spec))
     _check_memory(case)
-    module = _compile(case.spec, target, pipeline)
+    module = _compile(case.spec, target, pipeline, attend=case.query_lens is not None)
     if threads is not None:
         module.num_threads = threads
     return case, module

@@ -76,10 +76,17 @@ def host_text(
     return host.render(spec, tiles, cpu, pipeline, host.kernels(unscheduled))
 
 
-def emit(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> dict[str, str]:
+def attends(pipeline: str) -> bool:
+    """Whether libraries of a pipeline can have attend: the staged one has no kernels of it."""
+    return pipeline == "fused"
+
+
+def emit(
+    spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool, directory: Path
+) -> dict[str, str]:
     """The text of every stage; directory is for intermediate files."""
     cpu = _target.resolve(config)
-    tiles, of_attend = tiling.choose(spec, cpu, pipeline), _of_attend(spec, cpu, pipeline)
+    tiles, of_attend = tiling.choose(spec, cpu, pipeline), tiling.choose_attend(spec, cpu) if attend else None
     unscheduled = build_kernels(spec, tiles, pipeline, of_attend)
     text = host_text(spec, cpu, tiles, pipeline, unscheduled)
     lowered = lower(unscheduled, spec, tiles, of_attend)
@@ -87,17 +94,22 @@ def emit(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, direct
     return _texts(lowered, text, compiled)
 
 
-def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> Built:
+def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool, directory: Path) -> Built:
     """Lower, compile and link, with the tiles that the policy chooses."""
     cpu = _target.resolve(config)
-    return build_with_tiles(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory)
+    of_attend = tiling.choose_attend(spec, cpu) if attend else None
+    return build_with_tiles(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory, of_attend)
 
 
 def build_with_tiles(
-    spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: Tiling, pipeline: str, directory: Path
+    spec: PagedAttentionSpec,
+    cpu: _target.CpuTarget,
+    tiles: Tiling,
+    pipeline: str,
+    directory: Path,
+    of_attend: Tiling | None = None,
 ) -> Built:
     """Lower, compile and link. The library and intermediate files lie in directory."""
-    of_attend = _of_attend(spec, cpu, pipeline)
     unscheduled = build_kernels(spec, tiles, pipeline, of_attend)
     text = host_text(spec, cpu, tiles, pipeline, unscheduled)
     interrupts.check()
@@ -108,11 +120,6 @@ def build_with_tiles(
         library = native.link(compiling, compiled.asm, directory, tuple(CPU_ENTRY_POINTS), tables)
     config, features = json.loads(cpu.config), _target.instruction_sets(cpu)
     return Built(library, _texts(lowered, text, compiled), config, features, compiled.asm)
-
-
-def _of_attend(spec: PagedAttentionSpec, cpu: _target.CpuTarget, pipeline: str) -> Tiling | None:
-    """The tiles of attend's kernels, which the staged pipeline has not."""
-    return tiling.choose_attend(spec, cpu) if pipeline == "fused" else None
 
 
 def _texts(lowered: Lowered, host_text: str, compiled: Kernels) -> dict[str, str]:

@@ -190,12 +190,15 @@ class Calls(ThreadSettings):
 
     @property
     def has_attend(self) -> bool:
-        """Whether the library has attend: those for a CPU, of the fused pipeline."""
+        """Whether the library has attend: those for a CPU, of the fused pipeline, that are compiled with it."""
         return self._attend is not None
 
     def _lacks_attend(self) -> str:
-        where = "for a GPU" if self._on_gpu else f"of the {self.pipeline} pipeline"
-        return f"attend: expected a module for a CPU, of the fused pipeline, got one {where}"
+        if self._on_gpu or self.pipeline != "fused":
+            which = "for a GPU" if self._on_gpu else f"of the {self.pipeline} pipeline"
+        else:
+            which = "compiled with attend=False"
+        return f"attend: expected a module for a CPU, of the fused pipeline, compiled with attend=True, got one {which}"
 
     def append_kv(
         self,
