@@ -100,7 +100,13 @@ def _has_attend(attend: bool, config: dict[str, Any], pipeline: str) -> bool:
 
 
 def _compiled(
-    spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str, attend: bool, *, cache: bool, needs_cache: bool
+    spec: PagedAttentionSpec,
+    target: backends.TargetLike,
+    pipeline: str,
+    attend: bool,
+    *,
+    cache: bool,
+    needs_cache: bool,
 ) -> Module:
     config = _checked(spec, target, pipeline)
     attend = _has_attend(attend, config, pipeline)

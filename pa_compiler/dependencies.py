@@ -19,9 +19,7 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("pa-compiler", "apache-tvm", "apache-tvm-ffi")}
 
 
-def inputs(
-    spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool = False
-) -> dict[str, object]:
+def inputs(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool = False) -> dict[str, object]:
     """All that a build depends on but the programs that it runs."""
     return {
         "spec": spec.stated(),

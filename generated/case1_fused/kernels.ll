@@ -249,7791 +249,6 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
   ret i32 0
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
-entry:
-  %factor556.i = alloca [16 x float], align 16
-  %query.type_index = load i32, ptr %args, align 4
-  %0 = icmp eq i32 %query.type_index, 70
-  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
-  %2 = load ptr, ptr %1, align 8
-  %query.handle.idx = select i1 %0, i64 24, i64 0
-  %query.handle = getelementptr inbounds nuw i8, ptr %2, i64 %query.handle.idx
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %key_cache.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %key_cache.type_index, 70
-  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
-  %6 = load ptr, ptr %5, align 8
-  %key_cache.handle.idx = select i1 %4, i64 24, i64 0
-  %key_cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %key_cache.handle.idx
-  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %value_cache.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %value_cache.type_index, 70
-  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
-  %10 = load ptr, ptr %9, align 8
-  %value_cache.handle.idx = select i1 %8, i64 24, i64 0
-  %value_cache.handle = getelementptr inbounds nuw i8, ptr %10, i64 %value_cache.handle.idx
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
-  %12 = getelementptr inbounds nuw i8, ptr %args, i64 56
-  %13 = load ptr, ptr %12, align 8
-  %14 = getelementptr inbounds nuw i8, ptr %args, i64 72
-  %15 = load ptr, ptr %14, align 8
-  %16 = getelementptr inbounds nuw i8, ptr %args, i64 88
-  %17 = load ptr, ptr %16, align 8
-  %18 = getelementptr inbounds nuw i8, ptr %args, i64 104
-  %19 = load ptr, ptr %18, align 8
-  %20 = getelementptr inbounds nuw i8, ptr %args, i64 120
-  %21 = load ptr, ptr %20, align 8
-  %22 = getelementptr inbounds nuw i8, ptr %args, i64 136
-  %23 = load ptr, ptr %22, align 8
-  %24 = getelementptr inbounds nuw i8, ptr %args, i64 152
-  %25 = load ptr, ptr %24, align 8
-  %26 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr nonnull align 8 %11, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
-  %27 = shufflevector <29 x i32> %26, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %28 = icmp eq <8 x i32> %27, splat (i32 70)
-  %29 = extractelement <8 x i1> %28, i64 0
-  %block_table.handle.idx = select i1 %29, i64 24, i64 0
-  %block_table.handle = getelementptr inbounds nuw i8, ptr %13, i64 %block_table.handle.idx
-  %30 = extractelement <8 x i1> %28, i64 1
-  %context_lens.handle.idx = select i1 %30, i64 24, i64 0
-  %context_lens.handle = getelementptr inbounds nuw i8, ptr %15, i64 %context_lens.handle.idx
-  %31 = extractelement <8 x i1> %28, i64 2
-  %tree_mask.handle.idx = select i1 %31, i64 24, i64 0
-  %tree_mask.handle = getelementptr inbounds nuw i8, ptr %17, i64 %tree_mask.handle.idx
-  %32 = extractelement <8 x i1> %28, i64 3
-  %partial_max.handle.idx = select i1 %32, i64 24, i64 0
-  %partial_max.handle = getelementptr inbounds nuw i8, ptr %19, i64 %partial_max.handle.idx
-  %33 = extractelement <8 x i1> %28, i64 4
-  %partial_sum.handle.idx = select i1 %33, i64 24, i64 0
-  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %21, i64 %partial_sum.handle.idx
-  %34 = extractelement <8 x i1> %28, i64 5
-  %partial_acc.handle.idx = select i1 %34, i64 24, i64 0
-  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %23, i64 %partial_acc.handle.idx
-  %35 = extractelement <8 x i1> %28, i64 6
-  %out.handle.idx = select i1 %35, i64 24, i64 0
-  %out.handle = getelementptr inbounds nuw i8, ptr %25, i64 %out.handle.idx
-  %36 = getelementptr inbounds nuw i8, ptr %args, i64 168
-  %37 = load ptr, ptr %36, align 8
-  %38 = extractelement <8 x i1> %28, i64 7
-  %lse.handle.idx = select i1 %38, i64 24, i64 0
-  %lse.handle = getelementptr inbounds nuw i8, ptr %37, i64 %lse.handle.idx
-  %39 = getelementptr inbounds nuw i8, ptr %args, i64 184
-  %k_block = load i64, ptr %39, align 8
-  %40 = getelementptr inbounds nuw i8, ptr %args, i64 200
-  %k_row = load i64, ptr %40, align 8
-  %41 = getelementptr inbounds nuw i8, ptr %args, i64 216
-  %k_head = load i64, ptr %41, align 8
-  %42 = getelementptr inbounds nuw i8, ptr %args, i64 232
-  %v_block = load i64, ptr %42, align 8
-  %43 = getelementptr inbounds nuw i8, ptr %args, i64 248
-  %v_row = load i64, ptr %43, align 8
-  %44 = getelementptr inbounds nuw i8, ptr %args, i64 264
-  %v_head = load i64, ptr %44, align 8
-  %45 = getelementptr inbounds nuw i8, ptr %args, i64 280
-  %46 = load i64, ptr %45, align 8
-  %47 = getelementptr inbounds nuw i8, ptr %args, i64 296
-  %48 = load i64, ptr %47, align 8
-  %49 = getelementptr inbounds nuw i8, ptr %args, i64 312
-  %50 = load i64, ptr %49, align 8
-  %51 = getelementptr inbounds nuw i8, ptr %args, i64 328
-  %52 = load i64, ptr %51, align 8
-  %53 = getelementptr inbounds nuw i8, ptr %args, i64 344
-  %54 = load i64, ptr %53, align 8
-  %55 = getelementptr inbounds nuw i8, ptr %args, i64 360
-  %56 = load i64, ptr %55, align 8
-  %57 = getelementptr inbounds nuw i8, ptr %args, i64 376
-  %58 = load i64, ptr %57, align 8
-  %59 = getelementptr inbounds nuw i8, ptr %args, i64 392
-  %60 = load i64, ptr %59, align 8
-  %61 = getelementptr inbounds nuw i8, ptr %args, i64 408
-  %62 = load i64, ptr %61, align 8
-  %63 = getelementptr inbounds nuw i8, ptr %args, i64 424
-  %64 = load i64, ptr %63, align 8
-  %65 = getelementptr inbounds nuw i8, ptr %args, i64 440
-  %tree_start = load i64, ptr %65, align 8
-  %66 = getelementptr inbounds nuw i8, ptr %args, i64 456
-  %67 = load i64, ptr %66, align 8
-  %68 = getelementptr inbounds nuw i8, ptr %args, i64 464
-  %query_scale.type_index = load i32, ptr %68, align 8
-  %69 = getelementptr inbounds nuw i8, ptr %args, i64 472
-  %70 = load i64, ptr %69, align 8
-  %71 = getelementptr inbounds nuw i8, ptr %args, i64 480
-  %score_scale.type_index = load i32, ptr %71, align 8
-  %72 = getelementptr inbounds nuw i8, ptr %args, i64 488
-  %73 = load i64, ptr %72, align 8
-  %74 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
-  %fused_attend.query_shape = load ptr, ptr %74, align 8
-  %75 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
-  %fused_attend.query_strides = load ptr, ptr %75, align 8
-  %76 = icmp eq ptr %fused_attend.query_strides, null
-  %77 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 16
-  %78 = getelementptr inbounds nuw i8, ptr %fused_attend.query_strides, i64 8
-  %q_head.in = select i1 %76, ptr %77, ptr %78
-  %q_head = load i64, ptr %q_head.in, align 8
-  br i1 %76, label %if_then34, label %if_else35
-
-if_then34:                                        ; preds = %entry
-  %79 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 8
-  %80 = load i64, ptr %79, align 8
-  %81 = load i64, ptr %77, align 8
-  %82 = mul nsw i64 %81, %80
-  br label %if_end36
-
-if_else35:                                        ; preds = %entry
-  %83 = load i64, ptr %fused_attend.query_strides, align 8
-  br label %if_end36
-
-if_end36:                                         ; preds = %if_else35, %if_then34
-  %q_batch = phi i64 [ %82, %if_then34 ], [ %83, %if_else35 ]
-  %84 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
-  %dev_id = load i32, ptr %84, align 4
-  %85 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
-  %fused_attend.block_table_shape = load ptr, ptr %85, align 8
-  %86 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
-  %fused_attend.block_table_strides = load ptr, ptr %86, align 8
-  %87 = icmp eq ptr %fused_attend.block_table_strides, null
-  %88 = getelementptr inbounds nuw i8, ptr %fused_attend.block_table_shape, i64 8
-  %table_seq.in = select i1 %87, ptr %88, ptr %fused_attend.block_table_strides
-  %table_seq = load i64, ptr %table_seq.in, align 8
-  %89 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %fused_attend.out_shape = load ptr, ptr %89, align 8
-  %90 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %fused_attend.out_strides = load ptr, ptr %90, align 8
-  %91 = icmp eq ptr %fused_attend.out_strides, null
-  %92 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 16
-  %93 = getelementptr inbounds nuw i8, ptr %fused_attend.out_strides, i64 8
-  %out_head.in = select i1 %91, ptr %92, ptr %93
-  %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %91, label %if_then43, label %if_else44
-
-if_then43:                                        ; preds = %if_end36
-  %94 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 8
-  %95 = load i64, ptr %94, align 8
-  %96 = load i64, ptr %92, align 8
-  %97 = mul nsw i64 %96, %95
-  br label %if_end45
-
-if_else44:                                        ; preds = %if_end36
-  %98 = load i64, ptr %fused_attend.out_strides, align 8
-  br label %if_end45
-
-if_end45:                                         ; preds = %if_else44, %if_then43
-  %out_batch = phi i64 [ %97, %if_then43 ], [ %98, %if_else44 ]
-  %99 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %fused_attend.lse_strides = load ptr, ptr %99, align 8
-  %100 = icmp eq ptr %fused_attend.lse_strides, null
-  br i1 %100, label %if_then46, label %if_end48
-
-if_then46:                                        ; preds = %if_end45
-  %101 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %fused_attend.lse_shape = load ptr, ptr %101, align 8
-  %102 = getelementptr inbounds nuw i8, ptr %fused_attend.lse_shape, i64 8
-  br label %if_end48
-
-if_end48:                                         ; preds = %if_then46, %if_end45
-  %lse_batch.in = phi ptr [ %102, %if_then46 ], [ %fused_attend.lse_strides, %if_end45 ]
-  %lse_batch = load i64, ptr %lse_batch.in, align 8
-  %103 = icmp eq i32 %score_scale.type_index, 3
-  %.cast63 = bitcast i64 %73 to double
-  %104 = fptrunc double %.cast63 to float
-  %105 = sitofp i64 %73 to float
-  %score_scale = select i1 %103, float %104, float %105
-  %106 = icmp eq i32 %query_scale.type_index, 3
-  %.cast = bitcast i64 %70 to double
-  %107 = fptrunc double %.cast to float
-  %108 = sitofp i64 %70 to float
-  %query_scale = select i1 %106, float %107, float %108
-  %tree_size = trunc i64 %67 to i32
-  %block_end = trunc i64 %60 to i32
-  %block_begin = trunc i64 %58 to i32
-  %num_kv_heads = trunc i64 %56 to i32
-  %first_pos = trunc i64 %52 to i32
-  %num_query = trunc i64 %50 to i32
-  %query = load ptr, ptr %query.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
-  %key_cache = load ptr, ptr %key_cache.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
-  %value_cache = load ptr, ptr %value_cache.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
-  %block_table = load ptr, ptr %block_table.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
-  %context_lens = load ptr, ptr %context_lens.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
-  %tree_mask = load ptr, ptr %tree_mask.handle, align 8
-  %partial_max = load ptr, ptr %partial_max.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
-  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
-  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  %out = load ptr, ptr %out.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
-  %lse = load ptr, ptr %lse.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor556.i)
-  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %109 = add nsw i32 %num_kv_heads, -1
-  %110 = mul nsw i32 %109, %num_query
-  %111 = icmp sgt i32 %num_query, -1
-  %112 = tail call i32 @llvm.smin.i32(i32 %110, i32 0)
-  %113 = select i1 %111, i32 0, i32 %112
-  %114 = mul i32 %num_kv_heads, %num_query
-  %115 = select i1 %111, i32 %110, i32 0
-  %116 = add nsw i32 %115, %num_query
-  %117 = tail call i32 @llvm.smax.i32(i32 %114, i32 %116)
-  %118 = sub nsw i32 %117, %113
-  %119 = tail call i32 @llvm.smin.i32(i32 %118, i32 32)
-  %120 = shl nsw i32 %119, 11
-  %121 = sext i32 %120 to i64
-  %122 = shl nuw nsw i64 %121, 2
-  %123 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %q_tile.i = tail call ptr %123(i32 1, i32 %dev_id, i64 %122, i32 2, i32 32)
-  %124 = icmp eq ptr %q_tile.i, null
-  br i1 %124, label %fused_attend_compute_.exit, label %if_end.i, !prof !8
-
-if_end.i:                                         ; preds = %if_end48
-  %125 = tail call i32 @llvm.smin.i32(i32 %114, i32 32)
-  %126 = shl nsw i32 %125, 4
-  %127 = sext i32 %126 to i64
-  %128 = shl nuw nsw i64 %127, 2
-  %129 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %total_max.i = tail call ptr %129(i32 1, i32 %dev_id, i64 %128, i32 2, i32 32)
-  %130 = icmp eq ptr %total_max.i, null
-  br i1 %130, label %fused_attend_compute_.exit, label %if_end2.i, !prof !8
-
-if_end2.i:                                        ; preds = %if_end.i
-  %131 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %total_sum.i = tail call ptr %131(i32 1, i32 %dev_id, i64 %128, i32 2, i32 32)
-  %132 = icmp eq ptr %total_sum.i, null
-  br i1 %132, label %fused_attend_compute_.exit, label %if_end5.i, !prof !8
-
-if_end5.i:                                        ; preds = %if_end2.i
-  %133 = shl nsw i32 %125, 11
-  %134 = sext i32 %133 to i64
-  %135 = shl nuw nsw i64 %134, 2
-  %136 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %total_acc.i = tail call ptr %136(i32 1, i32 %dev_id, i64 %135, i32 2, i32 32)
-  %137 = icmp eq ptr %total_acc.i, null
-  br i1 %137, label %fused_attend_compute_.exit, label %if_end8.i, !prof !8
-
-if_end8.i:                                        ; preds = %if_end5.i
-  %138 = shl nsw i32 %119, 4
-  %139 = sext i32 %138 to i64
-  %140 = shl nuw nsw i64 %139, 2
-  %141 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %limits.i = tail call ptr %141(i32 1, i32 %dev_id, i64 %140, i32 0, i32 32)
-  %142 = icmp eq ptr %limits.i, null
-  br i1 %142, label %fused_attend_compute_.exit, label %if_end11.i, !prof !8
-
-if_end11.i:                                       ; preds = %if_end8.i
-  %143 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %places.i = tail call ptr %143(i32 1, i32 %dev_id, i64 %140, i32 0, i32 32)
-  %144 = icmp eq ptr %places.i, null
-  br i1 %144, label %fused_attend_compute_.exit, label %if_end14.i, !prof !8
-
-if_end14.i:                                       ; preds = %if_end11.i
-  %145 = shl nsw i32 %119, 2
-  %146 = sext i32 %145 to i64
-  %147 = shl nuw nsw i64 %146, 2
-  %148 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %reach.i = tail call ptr %148(i32 1, i32 %dev_id, i64 %147, i32 0, i32 32)
-  %149 = icmp eq ptr %reach.i, null
-  br i1 %149, label %fused_attend_compute_.exit, label %if_end17.i, !prof !8
-
-if_end17.i:                                       ; preds = %if_end14.i
-  %sext = shl i64 %46, 32
-  %150 = ashr exact i64 %sext, 32
-  %151 = getelementptr inbounds i32, ptr %context_lens, i64 %150
-  %context_len.i = load i32, ptr %151, align 4, !tbaa !5
-  %152 = icmp sgt i64 %tree_start, -1
-  %153 = icmp slt i32 %114, 1
-  br i1 %153, label %for_end_tile110.i, label %for_begin_ax1_0.preheader.lr.ph.i, !prof !16
-
-for_begin_ax1_0.preheader.lr.ph.i:                ; preds = %if_end17.i
-  %154 = and i64 %64, 4294967295
-  %155 = icmp eq i64 %154, 0
-  %156 = insertelement <4 x float> poison, float %query_scale, i64 0
-  %157 = shufflevector <4 x float> %156, <4 x float> poison, <4 x i32> zeroinitializer
-  %sext64 = shl i64 %54, 32
-  %158 = ashr exact i64 %sext64, 32
-  %sext65 = shl i64 %48, 32
-  %159 = ashr exact i64 %sext65, 32
-  %.scalar.i = add i32 %first_pos, 1
-  %160 = insertelement <16 x i32> poison, i32 %.scalar.i, i64 0
-  %161 = shufflevector <16 x i32> %160, <16 x i32> poison, <16 x i32> zeroinitializer
-  %162 = insertelement <16 x i32> poison, i32 %context_len.i, i64 0
-  %163 = shufflevector <16 x i32> %162, <16 x i32> poison, <16 x i32> zeroinitializer
-  %164 = or i1 %155, %152
-  %165 = insertelement <16 x i1> poison, i1 %164, i64 0
-  %166 = shufflevector <16 x i1> %165, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count.i = zext nneg i32 %114 to i64
-  br label %for_begin_ax1_0.preheader.i
-
-for_begin_ax1_0.preheader.i:                      ; preds = %for_body_r.peel.next.i, %for_begin_ax1_0.preheader.lr.ph.i
-  %indvars.iv941.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next942.i, %for_body_r.peel.next.i ]
-  %167 = trunc nuw nsw i64 %indvars.iv941.i to i32
-  %rmod.i = srem i32 %167, %num_query
-  %rdiv42.i = sdiv i32 %167, %num_query
-  %168 = icmp eq i32 %rmod.i, 0
-  %169 = or i1 %111, %168
-  %170 = select i1 %169, i32 0, i32 %num_query
-  %171 = add nsw i32 %170, %rmod.i
-  %172 = icmp slt i32 %171, %num_query
-  %173 = sub nsw i32 %num_query, %171
-  %174 = shl nsw i32 %173, 4
-  %175 = sub i32 %171, %num_query
-  %invariant.op687.i = shl i32 %175, 3
-  %not.601.i = xor i1 %169, true
-  %176 = sext i1 %not.601.i to i32
-  %177 = sext i32 %171 to i64
-  %178 = add nsw i64 %159, %177
-  %179 = mul nsw i64 %178, %q_batch
-  %180 = getelementptr i16, ptr %query, i64 %179
-  %181 = sext i32 %174 to i64
-  %182 = shl i64 %indvars.iv941.i, 11
-  %183 = and i64 %182, 4294965248
-  %invariant.gep1267.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %183
-  br label %for_begin_ax2_0.preheader.i
-
-for_begin_tile108.preheader.i:                    ; preds = %for_body_r.peel.next.i
-  %184 = getelementptr inbounds nuw i8, ptr %reach.i, i64 4
-  %185 = load <2 x i32>, ptr %184, align 4, !tbaa !5
-  %exitcond949.peel.not.i = icmp eq i32 %114, 1
-  %186 = extractelement <2 x i32> %185, i64 0
-  %187 = extractelement <2 x i32> %185, i64 1
-  br i1 %exitcond949.peel.not.i, label %for_end_tile110.loopexit.i, label %iter.check, !prof !13
-
-iter.check:                                       ; preds = %for_begin_tile108.preheader.i
-  %188 = add nsw i64 %wide.trip.count.i, -1
-  %min.iters.check = icmp ult i32 %114, 6
-  br i1 %min.iters.check, label %if_end118.i.preheader, label %vector.main.loop.iter.check, !prof !16
-
-vector.main.loop.iter.check:                      ; preds = %iter.check
-  %min.iters.check383 = icmp ult i32 %114, 34
-  br i1 %min.iters.check383, label %vec.epilog.ph, label %vector.ph, !prof !16
-
-vector.ph:                                        ; preds = %vector.main.loop.iter.check
-  %n.mod.vf = and i64 %188, 31
-  %189 = icmp eq i64 %n.mod.vf, 0
-  %190 = select i1 %189, i64 32, i64 %n.mod.vf
-  %n.vec = sub nsw i64 %188, %190
-  %broadcast.splat = shufflevector <2 x i32> %185, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat385 = shufflevector <2 x i32> %185, <2 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body
-
-vector.body:                                      ; preds = %vector.body, %vector.ph
-  %index = phi i64 [ 0, %vector.ph ], [ %index.next, %vector.body ]
-  %vec.phi = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %203, %vector.body ]
-  %vec.phi386 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %204, %vector.body ]
-  %vec.phi387 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %205, %vector.body ]
-  %vec.phi388 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %206, %vector.body ]
-  %vec.phi389 = phi <8 x i32> [ %broadcast.splat385, %vector.ph ], [ %207, %vector.body ]
-  %vec.phi390 = phi <8 x i32> [ %broadcast.splat385, %vector.ph ], [ %208, %vector.body ]
-  %vec.phi391 = phi <8 x i32> [ %broadcast.splat385, %vector.ph ], [ %209, %vector.body ]
-  %vec.phi392 = phi <8 x i32> [ %broadcast.splat385, %vector.ph ], [ %210, %vector.body ]
-  %191 = shl i64 %index, 4
-  %192 = shl i64 %index, 4
-  %193 = shl i64 %index, 4
-  %194 = shl i64 %index, 4
-  %195 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %191
-  %196 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %192
-  %197 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %193
-  %198 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %194
-  %199 = getelementptr inbounds nuw i8, ptr %195, i64 20
-  %200 = getelementptr inbounds nuw i8, ptr %196, i64 148
-  %201 = getelementptr inbounds nuw i8, ptr %197, i64 276
-  %202 = getelementptr inbounds nuw i8, ptr %198, i64 404
-  %wide.vec = load <32 x i32>, ptr %199, align 4, !tbaa !5
-  %strided.vec = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec393 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec394 = load <32 x i32>, ptr %200, align 4, !tbaa !5
-  %strided.vec395 = shufflevector <32 x i32> %wide.vec394, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec396 = shufflevector <32 x i32> %wide.vec394, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec397 = load <32 x i32>, ptr %201, align 4, !tbaa !5
-  %strided.vec398 = shufflevector <32 x i32> %wide.vec397, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec399 = shufflevector <32 x i32> %wide.vec397, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec400 = load <32 x i32>, ptr %202, align 4, !tbaa !5
-  %strided.vec401 = shufflevector <32 x i32> %wide.vec400, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec402 = shufflevector <32 x i32> %wide.vec400, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %203 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec393)
-  %204 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi386, <8 x i32> %strided.vec396)
-  %205 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi387, <8 x i32> %strided.vec399)
-  %206 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi388, <8 x i32> %strided.vec402)
-  %207 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi389, <8 x i32> %strided.vec)
-  %208 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi390, <8 x i32> %strided.vec395)
-  %209 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi391, <8 x i32> %strided.vec398)
-  %210 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi392, <8 x i32> %strided.vec401)
-  %index.next = add nuw i64 %index, 32
-  %211 = icmp eq i64 %index.next, %n.vec
-  br i1 %211, label %vec.epilog.iter.check, label %vector.body, !prof !17, !llvm.loop !18
-
-vec.epilog.iter.check:                            ; preds = %vector.body
-  %rdx.minmax405 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %207, <8 x i32> %208)
-  %rdx.minmax406 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax405, <8 x i32> %209)
-  %rdx.minmax407 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax406, <8 x i32> %210)
-  %212 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax407)
-  %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %203, <8 x i32> %204)
-  %rdx.minmax403 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %205)
-  %rdx.minmax404 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax403, <8 x i32> %206)
-  %213 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax404)
-  %ind.end = add nsw i64 %n.vec, 1
-  %min.epilog.iters.check = icmp samesign ult i64 %190, 5
-  %214 = insertelement <2 x i32> poison, i32 %212, i64 0
-  %215 = insertelement <2 x i32> %214, i32 %213, i64 1
-  br i1 %min.epilog.iters.check, label %if_end118.i.preheader, label %vec.epilog.ph, !prof !23
-
-vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
-  %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
-  %216 = phi <2 x i32> [ %215, %vec.epilog.iter.check ], [ %185, %vector.main.loop.iter.check ]
-  %n.mod.vf409 = and i64 %188, 3
-  %217 = icmp eq i64 %n.mod.vf409, 0
-  %218 = select i1 %217, i64 4, i64 %n.mod.vf409
-  %n.vec410 = sub nsw i64 %188, %218
-  %219 = add nsw i64 %n.vec410, 1
-  %broadcast.splat412 = shufflevector <2 x i32> %216, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat414 = shufflevector <2 x i32> %216, <2 x i32> poison, <4 x i32> zeroinitializer
-  br label %vec.epilog.vector.body
-
-vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
-  %index415 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next421, %vec.epilog.vector.body ]
-  %vec.phi416 = phi <4 x i32> [ %broadcast.splat412, %vec.epilog.ph ], [ %222, %vec.epilog.vector.body ]
-  %vec.phi417 = phi <4 x i32> [ %broadcast.splat414, %vec.epilog.ph ], [ %223, %vec.epilog.vector.body ]
-  %offset.idx = shl i64 %index415, 4
-  %220 = getelementptr i8, ptr %reach.i, i64 %offset.idx
-  %221 = getelementptr i8, ptr %220, i64 20
-  %wide.vec418 = load <16 x i32>, ptr %221, align 4, !tbaa !5
-  %strided.vec419 = shufflevector <16 x i32> %wide.vec418, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
-  %strided.vec420 = shufflevector <16 x i32> %wide.vec418, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
-  %222 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi416, <4 x i32> %strided.vec420)
-  %223 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi417, <4 x i32> %strided.vec419)
-  %index.next421 = add nuw i64 %index415, 4
-  %224 = icmp eq i64 %index.next421, %n.vec410
-  br i1 %224, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !24
-
-vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
-  %225 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %222)
-  %226 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %223)
-  br label %if_end118.i.preheader
-
-if_end118.i.preheader:                            ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv945.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %219, %vec.epilog.middle.block ]
-  %span573.sroa.0.0694.i.ph = phi i32 [ %187, %iter.check ], [ %213, %vec.epilog.iter.check ], [ %225, %vec.epilog.middle.block ]
-  %span573.sroa.3.0693.i.ph = phi i32 [ %186, %iter.check ], [ %212, %vec.epilog.iter.check ], [ %226, %vec.epilog.middle.block ]
-  br label %if_end118.i
-
-for_begin_ax2_0.preheader.i:                      ; preds = %for_end_ax2_0.i, %for_begin_ax1_0.preheader.i
-  %indvars.iv927.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next928.i, %for_end_ax2_0.i ]
-  %227 = shl nuw nsw i64 %indvars.iv927.i, 2
-  %228 = or disjoint i64 %227, 1
-  %229 = icmp slt i64 %228, %181
-  %indvars.iv927.tr.i = trunc i64 %indvars.iv927.i to i32
-  %230 = shl i32 %indvars.iv927.tr.i, 1
-  %231 = add i32 %230, %invariant.op687.i
-  %232 = icmp slt i32 %231, -1
-  %233 = or disjoint i64 %227, 3
-  %234 = icmp slt i64 %233, %181
-  %235 = or disjoint i64 %227, 2
-  %invariant.gep1269.i = getelementptr inbounds nuw float, ptr %invariant.gep1267.i, i64 %227
-  br label %for_body_ax2_0.i
-
-for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
-  %236 = tail call i32 @llvm.smin.i32(i32 %173, i32 1)
-  %237 = shl nsw i32 %236, 4
-  %238 = add nsw i32 %237, -1
-  %239 = insertelement <16 x i32> poison, i32 %238, i64 0
-  %240 = shufflevector <16 x i32> %239, <16 x i32> poison, <16 x i32> zeroinitializer
-  %241 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %240, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>)
-  %242 = shl nsw i32 %171, 4
-  %243 = insertelement <16 x i32> poison, i32 %242, i64 0
-  %244 = shufflevector <16 x i32> %243, <16 x i32> poison, <16 x i32> zeroinitializer
-  %245 = add nsw <16 x i32> %241, %244
-  %246 = ashr <16 x i32> %245, splat (i32 4)
-  %247 = add <16 x i32> %246, %161
-  %248 = select <16 x i1> %166, <16 x i32> %163, <16 x i32> %247
-  %249 = shl nsw i64 %indvars.iv941.i, 4
-  %250 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %249
-  store <16 x i32> %248, ptr %250, align 4, !tbaa !5
-  %251 = add nsw <16 x i32> %248, splat (i32 -1)
-  %252 = sitofp <16 x i32> %251 to <16 x float>
-  %253 = bitcast <16 x float> %252 to <16 x i32>
-  %254 = ashr <16 x i32> %253, splat (i32 23)
-  %255 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %254, <16 x i32> splat (i32 125))
-  %256 = add nsw <16 x i32> %255, splat (i32 -125)
-  %257 = getelementptr inbounds nuw i32, ptr %places.i, i64 %249
-  store <16 x i32> %256, ptr %257, align 4, !tbaa !5
-  %258 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %249
-  %259 = getelementptr inbounds nuw i8, ptr %258, i64 4
-  %260 = getelementptr inbounds nuw i8, ptr %258, i64 8
-  %261 = getelementptr inbounds nuw i8, ptr %258, i64 12
-  %262 = and i64 %249, 4294967280
-  %263 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %262
-  %own.peel.i = load i32, ptr %263, align 4, !tbaa !5
-  store i32 %own.peel.i, ptr %258, align 4, !tbaa !5
-  store i32 %own.peel.i, ptr %259, align 4, !tbaa !5
-  store i32 0, ptr %260, align 4, !tbaa !5
-  store i32 0, ptr %261, align 4, !tbaa !5
-  %gep1272.i = getelementptr inbounds nuw i8, ptr %263, i64 4
-  %own.i = load i32, ptr %gep1272.i, align 4, !tbaa !5
-  %264 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
-  store i32 %264, ptr %258, align 4, !tbaa !5
-  %265 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
-  store i32 %265, ptr %259, align 4, !tbaa !5
-  store i32 0, ptr %260, align 4, !tbaa !5
-  store i32 0, ptr %261, align 4, !tbaa !5
-  %gep1272.i.1 = getelementptr inbounds nuw i8, ptr %263, i64 8
-  %own.i.1 = load i32, ptr %gep1272.i.1, align 4, !tbaa !5
-  %266 = tail call i32 @llvm.smin.i32(i32 %264, i32 %own.i.1)
-  store i32 %266, ptr %258, align 4, !tbaa !5
-  %267 = tail call i32 @llvm.smax.i32(i32 %265, i32 %own.i.1)
-  store i32 %267, ptr %259, align 4, !tbaa !5
-  store i32 0, ptr %260, align 4, !tbaa !5
-  store i32 0, ptr %261, align 4, !tbaa !5
-  %gep1272.i.2 = getelementptr inbounds nuw i8, ptr %263, i64 12
-  %own.i.2 = load i32, ptr %gep1272.i.2, align 4, !tbaa !5
-  %268 = tail call i32 @llvm.smin.i32(i32 %266, i32 %own.i.2)
-  store i32 %268, ptr %258, align 4, !tbaa !5
-  %269 = tail call i32 @llvm.smax.i32(i32 %267, i32 %own.i.2)
-  store i32 %269, ptr %259, align 4, !tbaa !5
-  store i32 0, ptr %260, align 4, !tbaa !5
-  store i32 0, ptr %261, align 4, !tbaa !5
-  %gep1272.i.3 = getelementptr inbounds nuw i8, ptr %263, i64 16
-  %own.i.3 = load i32, ptr %gep1272.i.3, align 4, !tbaa !5
-  %270 = tail call i32 @llvm.smin.i32(i32 %268, i32 %own.i.3)
-  store i32 %270, ptr %258, align 4, !tbaa !5
-  %271 = tail call i32 @llvm.smax.i32(i32 %269, i32 %own.i.3)
-  store i32 %271, ptr %259, align 4, !tbaa !5
-  store i32 0, ptr %260, align 4, !tbaa !5
-  store i32 0, ptr %261, align 4, !tbaa !5
-  %gep1272.i.4 = getelementptr inbounds nuw i8, ptr %263, i64 20
-  %own.i.4 = load i32, ptr %gep1272.i.4, align 4, !tbaa !5
-  %272 = tail call i32 @llvm.smin.i32(i32 %270, i32 %own.i.4)
-  store i32 %272, ptr %258, align 4, !tbaa !5
-  %273 = tail call i32 @llvm.smax.i32(i32 %271, i32 %own.i.4)
-  store i32 %273, ptr %259, align 4, !tbaa !5
-  store i32 0, ptr %260, align 4, !tbaa !5
-  store i32 0, ptr %261, align 4, !tbaa !5
-  %gep1272.i.5 = getelementptr inbounds nuw i8, ptr %263, i64 24
-  %own.i.5 = load i32, ptr %gep1272.i.5, align 4, !tbaa !5
-  %274 = tail call i32 @llvm.smin.i32(i32 %272, i32 %own.i.5)
-  store i32 %274, ptr %258, align 4, !tbaa !5
-  %275 = tail call i32 @llvm.smax.i32(i32 %273, i32 %own.i.5)
-  store i32 %275, ptr %259, align 4, !tbaa !5
-  store i32 0, ptr %260, align 4, !tbaa !5
-  store i32 0, ptr %261, align 4, !tbaa !5
-  %gep1272.i.6 = getelementptr inbounds nuw i8, ptr %263, i64 28
-  %own.i.6 = load i32, ptr %gep1272.i.6, align 4, !tbaa !5
-  %276 = tail call i32 @llvm.smin.i32(i32 %274, i32 %own.i.6)
-  store i32 %276, ptr %258, align 4, !tbaa !5
-  %277 = tail call i32 @llvm.smax.i32(i32 %275, i32 %own.i.6)
-  store i32 %277, ptr %259, align 4, !tbaa !5
-  store i32 0, ptr %260, align 4, !tbaa !5
-  store i32 0, ptr %261, align 4, !tbaa !5
-  %gep1272.i.7 = getelementptr inbounds nuw i8, ptr %263, i64 32
-  %own.i.7 = load i32, ptr %gep1272.i.7, align 4, !tbaa !5
-  %278 = tail call i32 @llvm.smin.i32(i32 %276, i32 %own.i.7)
-  store i32 %278, ptr %258, align 4, !tbaa !5
-  %279 = tail call i32 @llvm.smax.i32(i32 %277, i32 %own.i.7)
-  store i32 %279, ptr %259, align 4, !tbaa !5
-  store i32 0, ptr %260, align 4, !tbaa !5
-  store i32 0, ptr %261, align 4, !tbaa !5
-  %gep1272.i.8 = getelementptr inbounds nuw i8, ptr %263, i64 36
-  %own.i.8 = load i32, ptr %gep1272.i.8, align 4, !tbaa !5
-  %280 = tail call i32 @llvm.smin.i32(i32 %278, i32 %own.i.8)
-  store i32 %280, ptr %258, align 4, !tbaa !5
-  %281 = tail call i32 @llvm.smax.i32(i32 %279, i32 %own.i.8)
-  store i32 %281, ptr %259, align 4, !tbaa !5
-  store i32 0, ptr %260, align 4, !tbaa !5
-  store i32 0, ptr %261, align 4, !tbaa !5
-  %gep1272.i.9 = getelementptr inbounds nuw i8, ptr %263, i64 40
-  %own.i.9 = load i32, ptr %gep1272.i.9, align 4, !tbaa !5
-  %282 = tail call i32 @llvm.smin.i32(i32 %280, i32 %own.i.9)
-  store i32 %282, ptr %258, align 4, !tbaa !5
-  %283 = tail call i32 @llvm.smax.i32(i32 %281, i32 %own.i.9)
-  store i32 %283, ptr %259, align 4, !tbaa !5
-  store i32 0, ptr %260, align 4, !tbaa !5
-  store i32 0, ptr %261, align 4, !tbaa !5
-  %gep1272.i.10 = getelementptr inbounds nuw i8, ptr %263, i64 44
-  %own.i.10 = load i32, ptr %gep1272.i.10, align 4, !tbaa !5
-  %284 = tail call i32 @llvm.smin.i32(i32 %282, i32 %own.i.10)
-  store i32 %284, ptr %258, align 4, !tbaa !5
-  %285 = tail call i32 @llvm.smax.i32(i32 %283, i32 %own.i.10)
-  store i32 %285, ptr %259, align 4, !tbaa !5
-  store i32 0, ptr %260, align 4, !tbaa !5
-  store i32 0, ptr %261, align 4, !tbaa !5
-  %gep1272.i.11 = getelementptr inbounds nuw i8, ptr %263, i64 48
-  %own.i.11 = load i32, ptr %gep1272.i.11, align 4, !tbaa !5
-  %286 = tail call i32 @llvm.smin.i32(i32 %284, i32 %own.i.11)
-  store i32 %286, ptr %258, align 4, !tbaa !5
-  %287 = tail call i32 @llvm.smax.i32(i32 %285, i32 %own.i.11)
-  store i32 %287, ptr %259, align 4, !tbaa !5
-  store i32 0, ptr %260, align 4, !tbaa !5
-  store i32 0, ptr %261, align 4, !tbaa !5
-  %gep1272.i.12 = getelementptr inbounds nuw i8, ptr %263, i64 52
-  %own.i.12 = load i32, ptr %gep1272.i.12, align 4, !tbaa !5
-  %288 = tail call i32 @llvm.smin.i32(i32 %286, i32 %own.i.12)
-  store i32 %288, ptr %258, align 4, !tbaa !5
-  %289 = tail call i32 @llvm.smax.i32(i32 %287, i32 %own.i.12)
-  store i32 %289, ptr %259, align 4, !tbaa !5
-  store i32 0, ptr %260, align 4, !tbaa !5
-  store i32 0, ptr %261, align 4, !tbaa !5
-  %gep1272.i.13 = getelementptr inbounds nuw i8, ptr %263, i64 56
-  %own.i.13 = load i32, ptr %gep1272.i.13, align 4, !tbaa !5
-  %290 = tail call i32 @llvm.smin.i32(i32 %288, i32 %own.i.13)
-  store i32 %290, ptr %258, align 4, !tbaa !5
-  %291 = tail call i32 @llvm.smax.i32(i32 %289, i32 %own.i.13)
-  store i32 %291, ptr %259, align 4, !tbaa !5
-  store i32 0, ptr %260, align 4, !tbaa !5
-  store i32 0, ptr %261, align 4, !tbaa !5
-  %gep1272.i.14 = getelementptr inbounds nuw i8, ptr %263, i64 60
-  %own.i.14 = load i32, ptr %gep1272.i.14, align 4, !tbaa !5
-  %292 = tail call i32 @llvm.smin.i32(i32 %290, i32 %own.i.14)
-  store i32 %292, ptr %258, align 4, !tbaa !5
-  %293 = tail call i32 @llvm.smax.i32(i32 %291, i32 %own.i.14)
-  store i32 %293, ptr %259, align 4, !tbaa !5
-  store i32 0, ptr %260, align 4, !tbaa !5
-  store i32 0, ptr %261, align 4, !tbaa !5
-  %294 = shl i64 %indvars.iv941.i, 13
-  %295 = and i64 %294, 17179860992
-  %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %295
-  %296 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %249
-  store <16 x float> splat (float 0xC6293E5940000000), ptr %296, align 4, !tbaa !5
-  %297 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %249
-  store <16 x float> zeroinitializer, ptr %297, align 4, !tbaa !5
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep.i, i8 0, i64 8192, i1 false), !tbaa !5
-  %indvars.iv.next942.i = add nuw nsw i64 %indvars.iv941.i, 1
-  %exitcond944.not.i = icmp eq i64 %indvars.iv.next942.i, %wide.trip.count.i
-  br i1 %exitcond944.not.i, label %for_begin_tile108.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
-
-for_body_ax2_0.i:                                 ; preds = %if_end39.i, %for_begin_ax2_0.preheader.i
-  %indvars.iv.i = phi i64 [ 0, %for_begin_ax2_0.preheader.i ], [ %indvars.iv.next.i, %if_end39.i ]
-  br i1 %172, label %if_then19.i, label %if_end20.i
-
-for_end_ax2_0.i:                                  ; preds = %if_end39.i
-  %indvars.iv.next928.i = add nuw nsw i64 %indvars.iv927.i, 1
-  %exitcond932.not.i = icmp eq i64 %indvars.iv.next928.i, 4
-  br i1 %exitcond932.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !26
-
-if_then19.i:                                      ; preds = %for_body_ax2_0.i
-  %rdiv.i = sdiv i32 %167, %num_query
-  %298 = add nsw i32 %rdiv.i, %176
-  %299 = sext i32 %298 to i64
-  %300 = add nsw i64 %158, %299
-  %301 = shl nsw i64 %300, 4
-  %302 = add nuw nsw i64 %301, %227
-  %303 = mul nsw i64 %302, %q_head
-  %.idx1195.i = shl i64 %indvars.iv.i, 3
-  %304 = getelementptr i8, ptr %180, i64 %.idx1195.i
-  %305 = getelementptr i16, ptr %304, i64 %303
-  %306 = load <4 x i16>, ptr %305, align 2, !tbaa !5
-  %307 = zext <4 x i16> %306 to <4 x i32>
-  %308 = shl nuw <4 x i32> %307, splat (i32 16)
-  %309 = bitcast <4 x i32> %308 to <4 x float>
-  %310 = fmul <4 x float> %157, %309
-  br label %if_end20.i
-
-if_end20.i:                                       ; preds = %if_then19.i, %for_body_ax2_0.i
-  %311 = phi <4 x float> [ %310, %if_then19.i ], [ zeroinitializer, %for_body_ax2_0.i ]
-  br i1 %229, label %if_then23.i, label %if_end25.i
-
-if_then23.i:                                      ; preds = %if_end20.i
-  %rdiv28.i = sdiv i32 %167, %num_query
-  %312 = add nsw i32 %rdiv28.i, %176
-  %313 = sext i32 %312 to i64
-  %314 = add nsw i64 %158, %313
-  %315 = shl nsw i64 %314, 4
-  %.reass682.i = add nuw nsw i64 %315, %228
-  %316 = mul nsw i64 %.reass682.i, %q_head
-  %.idx1196.i = shl i64 %indvars.iv.i, 3
-  %317 = getelementptr i8, ptr %180, i64 %.idx1196.i
-  %318 = getelementptr i16, ptr %317, i64 %316
-  %319 = load <4 x i16>, ptr %318, align 2, !tbaa !5
-  %320 = zext <4 x i16> %319 to <4 x i32>
-  %321 = shl nuw <4 x i32> %320, splat (i32 16)
-  %322 = bitcast <4 x i32> %321 to <4 x float>
-  %323 = fmul <4 x float> %157, %322
-  br label %if_end25.i
-
-if_end25.i:                                       ; preds = %if_then23.i, %if_end20.i
-  %324 = phi <4 x float> [ %323, %if_then23.i ], [ zeroinitializer, %if_end20.i ]
-  br i1 %232, label %if_then30.i, label %if_end32.i
-
-if_then30.i:                                      ; preds = %if_end25.i
-  %rdiv35.i = sdiv i32 %167, %num_query
-  %325 = add nsw i32 %rdiv35.i, %176
-  %326 = sext i32 %325 to i64
-  %327 = add nsw i64 %158, %326
-  %328 = shl nsw i64 %327, 4
-  %.reass684.i = add nuw nsw i64 %235, %328
-  %329 = mul nsw i64 %.reass684.i, %q_head
-  %.idx1197.i = shl i64 %indvars.iv.i, 3
-  %330 = getelementptr i8, ptr %180, i64 %.idx1197.i
-  %331 = getelementptr i16, ptr %330, i64 %329
-  %332 = load <4 x i16>, ptr %331, align 2, !tbaa !5
-  %333 = zext <4 x i16> %332 to <4 x i32>
-  %334 = shl nuw <4 x i32> %333, splat (i32 16)
-  %335 = bitcast <4 x i32> %334 to <4 x float>
-  %336 = fmul <4 x float> %157, %335
-  br label %if_end32.i
-
-if_end32.i:                                       ; preds = %if_then30.i, %if_end25.i
-  %337 = phi <4 x float> [ %336, %if_then30.i ], [ zeroinitializer, %if_end25.i ]
-  br i1 %234, label %if_then37.i, label %if_end39.i
-
-if_then37.i:                                      ; preds = %if_end32.i
-  %338 = add nsw i32 %rdiv42.i, %176
-  %339 = sext i32 %338 to i64
-  %340 = add nsw i64 %158, %339
-  %341 = shl nsw i64 %340, 4
-  %.reass686.i = add nuw nsw i64 %341, %233
-  %342 = mul nsw i64 %.reass686.i, %q_head
-  %.idx1198.i = shl i64 %indvars.iv.i, 3
-  %343 = getelementptr i8, ptr %180, i64 %.idx1198.i
-  %344 = getelementptr i16, ptr %343, i64 %342
-  %345 = load <4 x i16>, ptr %344, align 2, !tbaa !5
-  %346 = zext <4 x i16> %345 to <4 x i32>
-  %347 = shl nuw <4 x i32> %346, splat (i32 16)
-  %348 = bitcast <4 x i32> %347 to <4 x float>
-  %349 = fmul <4 x float> %157, %348
-  br label %if_end39.i
-
-if_end39.i:                                       ; preds = %if_then37.i, %if_end32.i
-  %350 = phi <4 x float> [ %349, %if_then37.i ], [ zeroinitializer, %if_end32.i ]
-  %351 = shufflevector <4 x float> %311, <4 x float> %337, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %352 = shufflevector <4 x float> %324, <4 x float> %350, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %353 = shufflevector <4 x float> %311, <4 x float> %337, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %354 = shufflevector <4 x float> %324, <4 x float> %350, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %355 = shufflevector <4 x float> %351, <4 x float> %352, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1199.i = shl nuw nsw i64 %indvars.iv.i, 8
-  %gep1270.i = getelementptr inbounds nuw i8, ptr %invariant.gep1269.i, i64 %.idx1199.i
-  store <4 x float> %355, ptr %gep1270.i, align 4, !tbaa !5
-  %356 = shufflevector <4 x float> %351, <4 x float> %352, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %357 = getelementptr inbounds nuw i8, ptr %gep1270.i, i64 64
-  store <4 x float> %356, ptr %357, align 4, !tbaa !5
-  %358 = shufflevector <4 x float> %353, <4 x float> %354, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %359 = getelementptr inbounds nuw i8, ptr %gep1270.i, i64 128
-  store <4 x float> %358, ptr %359, align 4, !tbaa !5
-  %360 = shufflevector <4 x float> %353, <4 x float> %354, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %361 = getelementptr inbounds nuw i8, ptr %gep1270.i, i64 192
-  store <4 x float> %360, ptr %361, align 4, !tbaa !5
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !26
-
-for_end_tile110.loopexit.i:                       ; preds = %if_end118.i, %for_begin_tile108.preheader.i
-  %.lcssa924.i = phi i32 [ %187, %for_begin_tile108.preheader.i ], [ %394, %if_end118.i ]
-  %.lcssa923.i = phi i32 [ %186, %for_begin_tile108.preheader.i ], [ %397, %if_end118.i ]
-  %362 = and i32 %.lcssa924.i, -128
-  br label %for_end_tile110.i
-
-for_end_tile110.i:                                ; preds = %for_end_tile110.loopexit.i, %if_end17.i
-  %span573.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end17.i ], [ %.lcssa923.i, %for_end_tile110.loopexit.i ]
-  %span573.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end17.i ], [ %362, %for_end_tile110.loopexit.i ]
-  %363 = shl nsw i32 %block_end, 7
-  %key_end.i = tail call i32 @llvm.smin.i32(i32 %363, i32 %span573.sroa.3.0.lcssa.i)
-  %364 = shl nsw i32 %block_begin, 7
-  %365 = sub nsw i32 %key_end.i, %364
-  %366 = tail call i32 @llvm.smax.i32(i32 %365, i32 0)
-  %367 = add nuw nsw i32 %366, 4095
-  %368 = lshr i32 %367, 12
-  %.not885.i = icmp eq i32 %368, 0
-  br i1 %.not885.i, label %for_begin_tile426.preheader.i, label %for_body_number.lr.ph.i, !prof !16
-
-for_body_number.lr.ph.i:                          ; preds = %for_end_tile110.i
-  %369 = mul nsw i64 %table_seq, %150
-  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %369
-  %370 = icmp sgt i32 %num_kv_heads, 0
-  %sext66 = shl i64 %54, 32
-  %371 = ashr exact i64 %sext66, 32
-  %372 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
-  %373 = insertelement <16 x float> poison, float %372, i64 0
-  %374 = bitcast <16 x float> %373 to <16 x i32>
-  %375 = shufflevector <16 x i32> %374, <16 x i32> poison, <16 x i32> zeroinitializer
-  %376 = icmp sgt i32 %num_query, 0
-  %377 = insertelement <16 x float> poison, float %score_scale, i64 0
-  %378 = shufflevector <16 x float> %377, <16 x float> poison, <16 x i32> zeroinitializer
-  %379 = sext i32 %context_len.i to i64
-  %sext67 = shl i64 %67, 32
-  %380 = ashr exact i64 %sext67, 32
-  %381 = add i64 %380, %tree_start
-  %382 = sub i64 %381, %379
-  %383 = and i64 %50, 4294967295
-  %wide.trip.count1079.i = and i64 %56, 4294967295
-  %384 = getelementptr i8, ptr %tree_mask, i64 %382
-  %wide.trip.count1093.i = zext nneg i32 %114 to i64
-  %385 = add i64 %tree_start, %380
-  %386 = sub i64 %385, %379
-  %387 = add i64 %tree_start, %380
-  %388 = sub i64 %387, %379
-  %389 = getelementptr i8, ptr %tree_mask, i64 %388
-  %390 = getelementptr i8, ptr %tree_mask, i64 %386
-  br label %for_body_number.i
-
-if_end118.i:                                      ; preds = %if_end118.i, %if_end118.i.preheader
-  %indvars.iv945.i = phi i64 [ %indvars.iv.next946.i, %if_end118.i ], [ %indvars.iv945.i.ph, %if_end118.i.preheader ]
-  %span573.sroa.0.0694.i = phi i32 [ %394, %if_end118.i ], [ %span573.sroa.0.0694.i.ph, %if_end118.i.preheader ]
-  %span573.sroa.3.0693.i = phi i32 [ %397, %if_end118.i ], [ %span573.sroa.3.0693.i.ph, %if_end118.i.preheader ]
-  %.idx1201.i = shl nsw i64 %indvars.iv945.i, 4
-  %391 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1201.i
-  %392 = getelementptr inbounds nuw i8, ptr %391, i64 8
-  %393 = load i32, ptr %392, align 4, !tbaa !5
-  %394 = tail call i32 @llvm.smin.i32(i32 %span573.sroa.0.0694.i, i32 %393)
-  %395 = getelementptr inbounds nuw i8, ptr %391, i64 4
-  %396 = load i32, ptr %395, align 4, !tbaa !5
-  %397 = tail call i32 @llvm.smax.i32(i32 %span573.sroa.3.0693.i, i32 %396)
-  %indvars.iv.next946.i = add nuw nsw i64 %indvars.iv945.i, 1
-  %exitcond949.not.i = icmp eq i64 %indvars.iv.next946.i, %wide.trip.count.i
-  br i1 %exitcond949.not.i, label %for_end_tile110.loopexit.i, label %if_end118.i, !prof !27, !llvm.loop !28
-
-for_begin_number.i:                               ; preds = %if_end421.i
-  %398 = add nuw nsw i32 %number867.i, 1
-  %exitcond1095.not.i = icmp eq i32 %398, %368
-  %indvars.iv.next214 = add i32 %indvars.iv213, 4096
-  br i1 %exitcond1095.not.i, label %for_begin_tile426.preheader.i, label %for_body_number.i, !prof !13
-
-for_begin_tile426.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile110.i
-  br i1 %153, label %for_end_tile428.i, label %for_body_tile427.lr.ph.i, !prof !16
-
-for_body_tile427.lr.ph.i:                         ; preds = %for_begin_tile426.preheader.i
-  %399 = and i64 %62, 2147483648
-  %.not = icmp eq i64 %399, 0
-  %sext78 = shl i64 %54, 32
-  %400 = ashr exact i64 %sext78, 32
-  %401 = and i64 %62, 4294967295
-  %402 = add nsw i64 %401, %400
-  %sext79 = shl i64 %48, 32
-  %403 = ashr exact i64 %sext79, 32
-  %wide.trip.count1155.i = zext nneg i32 %114 to i64
-  br i1 %.not, label %for_body_tile427.i.preheader, label %for_body_tile427.us.i
-
-for_body_tile427.i.preheader:                     ; preds = %for_body_tile427.lr.ph.i
-  %scevgep488 = getelementptr i8, ptr %partial_acc, i64 8192
-  %scevgep490 = getelementptr i8, ptr %total_acc.i, i64 60
-  %scevgep492 = getelementptr i8, ptr %total_acc.i, i64 8192
-  %scevgep510 = getelementptr i8, ptr %partial_acc, i64 7680
-  %scevgep512 = getelementptr i8, ptr %total_acc.i, i64 56
-  %scevgep514 = getelementptr i8, ptr %total_acc.i, i64 8188
-  %scevgep535 = getelementptr i8, ptr %partial_acc, i64 7168
-  %scevgep537 = getelementptr i8, ptr %total_acc.i, i64 52
-  %scevgep539 = getelementptr i8, ptr %total_acc.i, i64 8184
-  %scevgep560 = getelementptr i8, ptr %partial_acc, i64 6656
-  %scevgep562 = getelementptr i8, ptr %total_acc.i, i64 48
-  %scevgep564 = getelementptr i8, ptr %total_acc.i, i64 8180
-  %scevgep585 = getelementptr i8, ptr %partial_acc, i64 6144
-  %scevgep587 = getelementptr i8, ptr %total_acc.i, i64 44
-  %scevgep589 = getelementptr i8, ptr %total_acc.i, i64 8176
-  %scevgep610 = getelementptr i8, ptr %partial_acc, i64 5632
-  %scevgep612 = getelementptr i8, ptr %total_acc.i, i64 40
-  %scevgep614 = getelementptr i8, ptr %total_acc.i, i64 8172
-  %scevgep635 = getelementptr i8, ptr %partial_acc, i64 5120
-  %scevgep637 = getelementptr i8, ptr %total_acc.i, i64 36
-  %scevgep639 = getelementptr i8, ptr %total_acc.i, i64 8168
-  %scevgep660 = getelementptr i8, ptr %partial_acc, i64 4608
-  %scevgep662 = getelementptr i8, ptr %total_acc.i, i64 32
-  %scevgep664 = getelementptr i8, ptr %total_acc.i, i64 8164
-  %scevgep685 = getelementptr i8, ptr %partial_acc, i64 4096
-  %scevgep687 = getelementptr i8, ptr %total_acc.i, i64 28
-  %scevgep689 = getelementptr i8, ptr %total_acc.i, i64 8160
-  %scevgep710 = getelementptr i8, ptr %partial_acc, i64 3584
-  %scevgep712 = getelementptr i8, ptr %total_acc.i, i64 24
-  %scevgep714 = getelementptr i8, ptr %total_acc.i, i64 8156
-  %scevgep735 = getelementptr i8, ptr %partial_acc, i64 3072
-  %scevgep737 = getelementptr i8, ptr %total_acc.i, i64 20
-  %scevgep739 = getelementptr i8, ptr %total_acc.i, i64 8152
-  %scevgep760 = getelementptr i8, ptr %partial_acc, i64 2560
-  %scevgep762 = getelementptr i8, ptr %total_acc.i, i64 16
-  %scevgep764 = getelementptr i8, ptr %total_acc.i, i64 8148
-  %scevgep785 = getelementptr i8, ptr %partial_acc, i64 2048
-  %scevgep787 = getelementptr i8, ptr %total_acc.i, i64 12
-  %scevgep789 = getelementptr i8, ptr %total_acc.i, i64 8144
-  %scevgep810 = getelementptr i8, ptr %partial_acc, i64 1536
-  %scevgep812 = getelementptr i8, ptr %total_acc.i, i64 8
-  %scevgep814 = getelementptr i8, ptr %total_acc.i, i64 8140
-  %scevgep835 = getelementptr i8, ptr %partial_acc, i64 1024
-  %scevgep837 = getelementptr i8, ptr %total_acc.i, i64 4
-  %scevgep839 = getelementptr i8, ptr %total_acc.i, i64 8136
-  %scevgep860 = getelementptr i8, ptr %partial_acc, i64 512
-  %scevgep863 = getelementptr i8, ptr %total_acc.i, i64 8132
-  br label %for_body_tile427.i
-
-for_body_tile427.us.i:                            ; preds = %if_end432.us.i, %for_body_tile427.lr.ph.i
-  %indvars.iv1152.i = phi i64 [ %indvars.iv.next1153.i, %if_end432.us.i ], [ 0, %for_body_tile427.lr.ph.i ]
-  %404 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %ordered.us.i = tail call ptr %404(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %405 = icmp eq ptr %ordered.us.i, null
-  br i1 %405, label %fused_attend_compute_.exit, label %if_end435.us.i, !prof !8
-
-if_end435.us.i:                                   ; preds = %for_body_tile427.us.i
-  %406 = shl nsw i64 %indvars.iv1152.i, 4
-  %407 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %406
-  %total.us.i = load <16 x float>, ptr %407, align 4, !tbaa !5
-  %408 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
-  %409 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
-  %410 = select <16 x i1> %409, <16 x float> zeroinitializer, <16 x float> %408
-  store <16 x float> %410, ptr %factor556.i, align 16, !tbaa !29
-  %411 = shl i64 %indvars.iv1152.i, 11
-  %412 = and i64 %411, 4294965248
-  %invariant.gep150 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %412
-  br label %for_begin_d_0437.preheader.us.i
-
-for_end_r_0.us.i:                                 ; preds = %for_end_d_0439.us.i
-  %413 = trunc nuw nsw i64 %indvars.iv1152.i to i32
-  %rmod471.us.i = srem i32 %413, %num_query
-  %rdiv483.us.i = sdiv i32 %413, %num_query
-  %414 = icmp eq i32 %rmod471.us.i, 0
-  %415 = or i1 %111, %414
-  %416 = select i1 %415, i32 0, i32 %num_query
-  %417 = add nsw i32 %416, %rmod471.us.i
-  %418 = icmp slt i32 %417, %num_query
-  br i1 %418, label %for_begin_d_0477.preheader.lr.ph.us.i, label %for_end_r488.us.i, !prof !3
-
-for_end_r488.us.i:                                ; preds = %if_end493.us.i.15, %for_end_r_0.us.i
-  %419 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %420 = tail call i32 %419(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
-  %.not582.us.i = icmp eq i32 %420, 0
-  br i1 %.not582.us.i, label %if_end432.us.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end432.us.i:                                   ; preds = %for_end_r488.us.i
-  %indvars.iv.next1153.i = add nuw nsw i64 %indvars.iv1152.i, 1
-  %exitcond1156.not.i = icmp eq i64 %indvars.iv.next1153.i, %wide.trip.count1155.i
-  br i1 %exitcond1156.not.i, label %for_end_tile428.i, label %for_body_tile427.us.i, !prof !13
-
-if_else492.us.i:                                  ; preds = %for_begin_d_0477.preheader.lr.ph.us.i
-  %421 = getelementptr inbounds nuw i32, ptr %places.i, i64 %925
-  %422 = load i32, ptr %421, align 4, !tbaa !5
-  %423 = shl i32 %422, 23
-  %424 = add i32 %423, 1065353216
-  %425 = bitcast i32 %424 to float
-  %426 = fmul float %927, %425
-  %427 = tail call float @llvm.log.f32(float %426)
-  %428 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %925
-  %429 = load float, ptr %428, align 4, !tbaa !5
-  %430 = fadd float %429, %427
-  br label %if_end493.us.i
-
-if_end493.us.i:                                   ; preds = %for_begin_d_0477.preheader.lr.ph.us.i, %if_else492.us.i
-  %431 = phi float [ %430, %if_else492.us.i ], [ 0xFFF0000000000000, %for_begin_d_0477.preheader.lr.ph.us.i ]
-  store float %431, ptr %924, align 4, !tbaa !5
-  %432 = or disjoint i64 %925, 1
-  %433 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %432
-  %434 = load float, ptr %433, align 4, !tbaa !5
-  %435 = fcmp oeq float %434, 0.000000e+00
-  br i1 %435, label %if_end493.us.i.1, label %if_else492.us.i.1
-
-if_else492.us.i.1:                                ; preds = %if_end493.us.i
-  %436 = getelementptr inbounds nuw i32, ptr %places.i, i64 %432
-  %437 = load i32, ptr %436, align 4, !tbaa !5
-  %438 = shl i32 %437, 23
-  %439 = add i32 %438, 1065353216
-  %440 = bitcast i32 %439 to float
-  %441 = fmul float %434, %440
-  %442 = tail call float @llvm.log.f32(float %441)
-  %443 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %432
-  %444 = load float, ptr %443, align 4, !tbaa !5
-  %445 = fadd float %444, %442
-  br label %if_end493.us.i.1
-
-if_end493.us.i.1:                                 ; preds = %if_else492.us.i.1, %if_end493.us.i
-  %446 = phi float [ %445, %if_else492.us.i.1 ], [ 0xFFF0000000000000, %if_end493.us.i ]
-  %447 = getelementptr i8, ptr %924, i64 4
-  store float %446, ptr %447, align 4, !tbaa !5
-  %448 = or disjoint i64 %925, 2
-  %449 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %448
-  %450 = load float, ptr %449, align 4, !tbaa !5
-  %451 = fcmp oeq float %450, 0.000000e+00
-  br i1 %451, label %if_end493.us.i.2, label %if_else492.us.i.2
-
-if_else492.us.i.2:                                ; preds = %if_end493.us.i.1
-  %452 = getelementptr inbounds nuw i32, ptr %places.i, i64 %448
-  %453 = load i32, ptr %452, align 4, !tbaa !5
-  %454 = shl i32 %453, 23
-  %455 = add i32 %454, 1065353216
-  %456 = bitcast i32 %455 to float
-  %457 = fmul float %450, %456
-  %458 = tail call float @llvm.log.f32(float %457)
-  %459 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %448
-  %460 = load float, ptr %459, align 4, !tbaa !5
-  %461 = fadd float %460, %458
-  br label %if_end493.us.i.2
-
-if_end493.us.i.2:                                 ; preds = %if_else492.us.i.2, %if_end493.us.i.1
-  %462 = phi float [ %461, %if_else492.us.i.2 ], [ 0xFFF0000000000000, %if_end493.us.i.1 ]
-  %463 = getelementptr i8, ptr %924, i64 8
-  store float %462, ptr %463, align 4, !tbaa !5
-  %464 = or disjoint i64 %925, 3
-  %465 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %464
-  %466 = load float, ptr %465, align 4, !tbaa !5
-  %467 = fcmp oeq float %466, 0.000000e+00
-  br i1 %467, label %if_end493.us.i.3, label %if_else492.us.i.3
-
-if_else492.us.i.3:                                ; preds = %if_end493.us.i.2
-  %468 = getelementptr inbounds nuw i32, ptr %places.i, i64 %464
-  %469 = load i32, ptr %468, align 4, !tbaa !5
-  %470 = shl i32 %469, 23
-  %471 = add i32 %470, 1065353216
-  %472 = bitcast i32 %471 to float
-  %473 = fmul float %466, %472
-  %474 = tail call float @llvm.log.f32(float %473)
-  %475 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %464
-  %476 = load float, ptr %475, align 4, !tbaa !5
-  %477 = fadd float %476, %474
-  br label %if_end493.us.i.3
-
-if_end493.us.i.3:                                 ; preds = %if_else492.us.i.3, %if_end493.us.i.2
-  %478 = phi float [ %477, %if_else492.us.i.3 ], [ 0xFFF0000000000000, %if_end493.us.i.2 ]
-  %479 = getelementptr i8, ptr %924, i64 12
-  store float %478, ptr %479, align 4, !tbaa !5
-  %480 = or disjoint i64 %925, 4
-  %481 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %480
-  %482 = load float, ptr %481, align 4, !tbaa !5
-  %483 = fcmp oeq float %482, 0.000000e+00
-  br i1 %483, label %if_end493.us.i.4, label %if_else492.us.i.4
-
-if_else492.us.i.4:                                ; preds = %if_end493.us.i.3
-  %484 = getelementptr inbounds nuw i32, ptr %places.i, i64 %480
-  %485 = load i32, ptr %484, align 4, !tbaa !5
-  %486 = shl i32 %485, 23
-  %487 = add i32 %486, 1065353216
-  %488 = bitcast i32 %487 to float
-  %489 = fmul float %482, %488
-  %490 = tail call float @llvm.log.f32(float %489)
-  %491 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %480
-  %492 = load float, ptr %491, align 4, !tbaa !5
-  %493 = fadd float %492, %490
-  br label %if_end493.us.i.4
-
-if_end493.us.i.4:                                 ; preds = %if_else492.us.i.4, %if_end493.us.i.3
-  %494 = phi float [ %493, %if_else492.us.i.4 ], [ 0xFFF0000000000000, %if_end493.us.i.3 ]
-  %495 = getelementptr i8, ptr %924, i64 16
-  store float %494, ptr %495, align 4, !tbaa !5
-  %496 = or disjoint i64 %925, 5
-  %497 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %496
-  %498 = load float, ptr %497, align 4, !tbaa !5
-  %499 = fcmp oeq float %498, 0.000000e+00
-  br i1 %499, label %if_end493.us.i.5, label %if_else492.us.i.5
-
-if_else492.us.i.5:                                ; preds = %if_end493.us.i.4
-  %500 = getelementptr inbounds nuw i32, ptr %places.i, i64 %496
-  %501 = load i32, ptr %500, align 4, !tbaa !5
-  %502 = shl i32 %501, 23
-  %503 = add i32 %502, 1065353216
-  %504 = bitcast i32 %503 to float
-  %505 = fmul float %498, %504
-  %506 = tail call float @llvm.log.f32(float %505)
-  %507 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %496
-  %508 = load float, ptr %507, align 4, !tbaa !5
-  %509 = fadd float %508, %506
-  br label %if_end493.us.i.5
-
-if_end493.us.i.5:                                 ; preds = %if_else492.us.i.5, %if_end493.us.i.4
-  %510 = phi float [ %509, %if_else492.us.i.5 ], [ 0xFFF0000000000000, %if_end493.us.i.4 ]
-  %511 = getelementptr i8, ptr %924, i64 20
-  store float %510, ptr %511, align 4, !tbaa !5
-  %512 = or disjoint i64 %925, 6
-  %513 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %512
-  %514 = load float, ptr %513, align 4, !tbaa !5
-  %515 = fcmp oeq float %514, 0.000000e+00
-  br i1 %515, label %if_end493.us.i.6, label %if_else492.us.i.6
-
-if_else492.us.i.6:                                ; preds = %if_end493.us.i.5
-  %516 = getelementptr inbounds nuw i32, ptr %places.i, i64 %512
-  %517 = load i32, ptr %516, align 4, !tbaa !5
-  %518 = shl i32 %517, 23
-  %519 = add i32 %518, 1065353216
-  %520 = bitcast i32 %519 to float
-  %521 = fmul float %514, %520
-  %522 = tail call float @llvm.log.f32(float %521)
-  %523 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %512
-  %524 = load float, ptr %523, align 4, !tbaa !5
-  %525 = fadd float %524, %522
-  br label %if_end493.us.i.6
-
-if_end493.us.i.6:                                 ; preds = %if_else492.us.i.6, %if_end493.us.i.5
-  %526 = phi float [ %525, %if_else492.us.i.6 ], [ 0xFFF0000000000000, %if_end493.us.i.5 ]
-  %527 = getelementptr i8, ptr %924, i64 24
-  store float %526, ptr %527, align 4, !tbaa !5
-  %528 = or disjoint i64 %925, 7
-  %529 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %528
-  %530 = load float, ptr %529, align 4, !tbaa !5
-  %531 = fcmp oeq float %530, 0.000000e+00
-  br i1 %531, label %if_end493.us.i.7, label %if_else492.us.i.7
-
-if_else492.us.i.7:                                ; preds = %if_end493.us.i.6
-  %532 = getelementptr inbounds nuw i32, ptr %places.i, i64 %528
-  %533 = load i32, ptr %532, align 4, !tbaa !5
-  %534 = shl i32 %533, 23
-  %535 = add i32 %534, 1065353216
-  %536 = bitcast i32 %535 to float
-  %537 = fmul float %530, %536
-  %538 = tail call float @llvm.log.f32(float %537)
-  %539 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %528
-  %540 = load float, ptr %539, align 4, !tbaa !5
-  %541 = fadd float %540, %538
-  br label %if_end493.us.i.7
-
-if_end493.us.i.7:                                 ; preds = %if_else492.us.i.7, %if_end493.us.i.6
-  %542 = phi float [ %541, %if_else492.us.i.7 ], [ 0xFFF0000000000000, %if_end493.us.i.6 ]
-  %543 = getelementptr i8, ptr %924, i64 28
-  store float %542, ptr %543, align 4, !tbaa !5
-  %544 = or disjoint i64 %925, 8
-  %545 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %544
-  %546 = load float, ptr %545, align 4, !tbaa !5
-  %547 = fcmp oeq float %546, 0.000000e+00
-  br i1 %547, label %if_end493.us.i.8, label %if_else492.us.i.8
-
-if_else492.us.i.8:                                ; preds = %if_end493.us.i.7
-  %548 = getelementptr inbounds nuw i32, ptr %places.i, i64 %544
-  %549 = load i32, ptr %548, align 4, !tbaa !5
-  %550 = shl i32 %549, 23
-  %551 = add i32 %550, 1065353216
-  %552 = bitcast i32 %551 to float
-  %553 = fmul float %546, %552
-  %554 = tail call float @llvm.log.f32(float %553)
-  %555 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %544
-  %556 = load float, ptr %555, align 4, !tbaa !5
-  %557 = fadd float %556, %554
-  br label %if_end493.us.i.8
-
-if_end493.us.i.8:                                 ; preds = %if_else492.us.i.8, %if_end493.us.i.7
-  %558 = phi float [ %557, %if_else492.us.i.8 ], [ 0xFFF0000000000000, %if_end493.us.i.7 ]
-  %559 = getelementptr i8, ptr %924, i64 32
-  store float %558, ptr %559, align 4, !tbaa !5
-  %560 = or disjoint i64 %925, 9
-  %561 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %560
-  %562 = load float, ptr %561, align 4, !tbaa !5
-  %563 = fcmp oeq float %562, 0.000000e+00
-  br i1 %563, label %if_end493.us.i.9, label %if_else492.us.i.9
-
-if_else492.us.i.9:                                ; preds = %if_end493.us.i.8
-  %564 = getelementptr inbounds nuw i32, ptr %places.i, i64 %560
-  %565 = load i32, ptr %564, align 4, !tbaa !5
-  %566 = shl i32 %565, 23
-  %567 = add i32 %566, 1065353216
-  %568 = bitcast i32 %567 to float
-  %569 = fmul float %562, %568
-  %570 = tail call float @llvm.log.f32(float %569)
-  %571 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %560
-  %572 = load float, ptr %571, align 4, !tbaa !5
-  %573 = fadd float %572, %570
-  br label %if_end493.us.i.9
-
-if_end493.us.i.9:                                 ; preds = %if_else492.us.i.9, %if_end493.us.i.8
-  %574 = phi float [ %573, %if_else492.us.i.9 ], [ 0xFFF0000000000000, %if_end493.us.i.8 ]
-  %575 = getelementptr i8, ptr %924, i64 36
-  store float %574, ptr %575, align 4, !tbaa !5
-  %576 = or disjoint i64 %925, 10
-  %577 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %576
-  %578 = load float, ptr %577, align 4, !tbaa !5
-  %579 = fcmp oeq float %578, 0.000000e+00
-  br i1 %579, label %if_end493.us.i.10, label %if_else492.us.i.10
-
-if_else492.us.i.10:                               ; preds = %if_end493.us.i.9
-  %580 = getelementptr inbounds nuw i32, ptr %places.i, i64 %576
-  %581 = load i32, ptr %580, align 4, !tbaa !5
-  %582 = shl i32 %581, 23
-  %583 = add i32 %582, 1065353216
-  %584 = bitcast i32 %583 to float
-  %585 = fmul float %578, %584
-  %586 = tail call float @llvm.log.f32(float %585)
-  %587 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %576
-  %588 = load float, ptr %587, align 4, !tbaa !5
-  %589 = fadd float %588, %586
-  br label %if_end493.us.i.10
-
-if_end493.us.i.10:                                ; preds = %if_else492.us.i.10, %if_end493.us.i.9
-  %590 = phi float [ %589, %if_else492.us.i.10 ], [ 0xFFF0000000000000, %if_end493.us.i.9 ]
-  %591 = getelementptr i8, ptr %924, i64 40
-  store float %590, ptr %591, align 4, !tbaa !5
-  %592 = or disjoint i64 %925, 11
-  %593 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %592
-  %594 = load float, ptr %593, align 4, !tbaa !5
-  %595 = fcmp oeq float %594, 0.000000e+00
-  br i1 %595, label %if_end493.us.i.11, label %if_else492.us.i.11
-
-if_else492.us.i.11:                               ; preds = %if_end493.us.i.10
-  %596 = getelementptr inbounds nuw i32, ptr %places.i, i64 %592
-  %597 = load i32, ptr %596, align 4, !tbaa !5
-  %598 = shl i32 %597, 23
-  %599 = add i32 %598, 1065353216
-  %600 = bitcast i32 %599 to float
-  %601 = fmul float %594, %600
-  %602 = tail call float @llvm.log.f32(float %601)
-  %603 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %592
-  %604 = load float, ptr %603, align 4, !tbaa !5
-  %605 = fadd float %604, %602
-  br label %if_end493.us.i.11
-
-if_end493.us.i.11:                                ; preds = %if_else492.us.i.11, %if_end493.us.i.10
-  %606 = phi float [ %605, %if_else492.us.i.11 ], [ 0xFFF0000000000000, %if_end493.us.i.10 ]
-  %607 = getelementptr i8, ptr %924, i64 44
-  store float %606, ptr %607, align 4, !tbaa !5
-  %608 = or disjoint i64 %925, 12
-  %609 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %608
-  %610 = load float, ptr %609, align 4, !tbaa !5
-  %611 = fcmp oeq float %610, 0.000000e+00
-  br i1 %611, label %if_end493.us.i.12, label %if_else492.us.i.12
-
-if_else492.us.i.12:                               ; preds = %if_end493.us.i.11
-  %612 = getelementptr inbounds nuw i32, ptr %places.i, i64 %608
-  %613 = load i32, ptr %612, align 4, !tbaa !5
-  %614 = shl i32 %613, 23
-  %615 = add i32 %614, 1065353216
-  %616 = bitcast i32 %615 to float
-  %617 = fmul float %610, %616
-  %618 = tail call float @llvm.log.f32(float %617)
-  %619 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %608
-  %620 = load float, ptr %619, align 4, !tbaa !5
-  %621 = fadd float %620, %618
-  br label %if_end493.us.i.12
-
-if_end493.us.i.12:                                ; preds = %if_else492.us.i.12, %if_end493.us.i.11
-  %622 = phi float [ %621, %if_else492.us.i.12 ], [ 0xFFF0000000000000, %if_end493.us.i.11 ]
-  %623 = getelementptr i8, ptr %924, i64 48
-  store float %622, ptr %623, align 4, !tbaa !5
-  %624 = or disjoint i64 %925, 13
-  %625 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %624
-  %626 = load float, ptr %625, align 4, !tbaa !5
-  %627 = fcmp oeq float %626, 0.000000e+00
-  br i1 %627, label %if_end493.us.i.13, label %if_else492.us.i.13
-
-if_else492.us.i.13:                               ; preds = %if_end493.us.i.12
-  %628 = getelementptr inbounds nuw i32, ptr %places.i, i64 %624
-  %629 = load i32, ptr %628, align 4, !tbaa !5
-  %630 = shl i32 %629, 23
-  %631 = add i32 %630, 1065353216
-  %632 = bitcast i32 %631 to float
-  %633 = fmul float %626, %632
-  %634 = tail call float @llvm.log.f32(float %633)
-  %635 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %624
-  %636 = load float, ptr %635, align 4, !tbaa !5
-  %637 = fadd float %636, %634
-  br label %if_end493.us.i.13
-
-if_end493.us.i.13:                                ; preds = %if_else492.us.i.13, %if_end493.us.i.12
-  %638 = phi float [ %637, %if_else492.us.i.13 ], [ 0xFFF0000000000000, %if_end493.us.i.12 ]
-  %639 = getelementptr i8, ptr %924, i64 52
-  store float %638, ptr %639, align 4, !tbaa !5
-  %640 = or disjoint i64 %925, 14
-  %641 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %640
-  %642 = load float, ptr %641, align 4, !tbaa !5
-  %643 = fcmp oeq float %642, 0.000000e+00
-  br i1 %643, label %if_end493.us.i.14, label %if_else492.us.i.14
-
-if_else492.us.i.14:                               ; preds = %if_end493.us.i.13
-  %644 = getelementptr inbounds nuw i32, ptr %places.i, i64 %640
-  %645 = load i32, ptr %644, align 4, !tbaa !5
-  %646 = shl i32 %645, 23
-  %647 = add i32 %646, 1065353216
-  %648 = bitcast i32 %647 to float
-  %649 = fmul float %642, %648
-  %650 = tail call float @llvm.log.f32(float %649)
-  %651 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %640
-  %652 = load float, ptr %651, align 4, !tbaa !5
-  %653 = fadd float %652, %650
-  br label %if_end493.us.i.14
-
-if_end493.us.i.14:                                ; preds = %if_else492.us.i.14, %if_end493.us.i.13
-  %654 = phi float [ %653, %if_else492.us.i.14 ], [ 0xFFF0000000000000, %if_end493.us.i.13 ]
-  %655 = getelementptr i8, ptr %924, i64 56
-  store float %654, ptr %655, align 4, !tbaa !5
-  %656 = or disjoint i64 %925, 15
-  %657 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %656
-  %658 = load float, ptr %657, align 4, !tbaa !5
-  %659 = fcmp oeq float %658, 0.000000e+00
-  br i1 %659, label %if_end493.us.i.15, label %if_else492.us.i.15
-
-if_else492.us.i.15:                               ; preds = %if_end493.us.i.14
-  %660 = getelementptr inbounds nuw i32, ptr %places.i, i64 %656
-  %661 = load i32, ptr %660, align 4, !tbaa !5
-  %662 = shl i32 %661, 23
-  %663 = add i32 %662, 1065353216
-  %664 = bitcast i32 %663 to float
-  %665 = fmul float %658, %664
-  %666 = tail call float @llvm.log.f32(float %665)
-  %667 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %656
-  %668 = load float, ptr %667, align 4, !tbaa !5
-  %669 = fadd float %668, %666
-  br label %if_end493.us.i.15
-
-if_end493.us.i.15:                                ; preds = %if_else492.us.i.15, %if_end493.us.i.14
-  %670 = phi float [ %669, %if_else492.us.i.15 ], [ 0xFFF0000000000000, %if_end493.us.i.14 ]
-  %671 = getelementptr i8, ptr %924, i64 60
-  store float %670, ptr %671, align 4, !tbaa !5
-  br label %for_end_r488.us.i
-
-for_end_d_0439.us.i:                              ; preds = %for_begin_ax1_0442.preheader.us.i
-  %indvars.iv.next1130.i = add nuw nsw i64 %indvars.iv1129.i, 1
-  %exitcond1133.not.i = icmp eq i64 %indvars.iv.next1130.i, 4
-  br i1 %exitcond1133.not.i, label %for_end_r_0.us.i, label %for_begin_d_0437.preheader.us.i, !prof !26
-
-for_begin_ax1_0442.preheader.us.i:                ; preds = %for_begin_d_0437.preheader.us.i, %for_begin_ax1_0442.preheader.us.i
-  %indvars.iv1124.i = phi i64 [ 0, %for_begin_d_0437.preheader.us.i ], [ %indvars.iv.next1125.i, %for_begin_ax1_0442.preheader.us.i ]
-  %.idx80 = shl nuw nsw i64 %indvars.iv1124.i, 10
-  %gep153 = getelementptr inbounds nuw i8, ptr %invariant.gep152, i64 %.idx80
-  %v448.us.i = load <4 x float>, ptr %gep153, align 4, !tbaa !5
-  %672 = getelementptr inbounds nuw i8, ptr %gep153, i64 64
-  %v450.us.i = load <4 x float>, ptr %672, align 4, !tbaa !5
-  %673 = getelementptr inbounds nuw i8, ptr %gep153, i64 128
-  %v452.us.i = load <4 x float>, ptr %673, align 4, !tbaa !5
-  %674 = getelementptr inbounds nuw i8, ptr %gep153, i64 192
-  %v454.us.i = load <4 x float>, ptr %674, align 4, !tbaa !5
-  %675 = shufflevector <4 x float> %v448.us.i, <4 x float> %v452.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %676 = shufflevector <4 x float> %v450.us.i, <4 x float> %v454.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %677 = shufflevector <4 x float> %v448.us.i, <4 x float> %v452.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %678 = shufflevector <4 x float> %v450.us.i, <4 x float> %v454.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %679 = shufflevector <4 x float> %675, <4 x float> %676, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %680 = shufflevector <4 x float> %675, <4 x float> %676, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %681 = shufflevector <4 x float> %677, <4 x float> %678, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %682 = shufflevector <4 x float> %677, <4 x float> %678, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %683 = getelementptr inbounds nuw i8, ptr %gep153, i64 256
-  %v448.us.1.i = load <4 x float>, ptr %683, align 4, !tbaa !5
-  %684 = getelementptr inbounds nuw i8, ptr %gep153, i64 320
-  %v450.us.1.i = load <4 x float>, ptr %684, align 4, !tbaa !5
-  %685 = getelementptr inbounds nuw i8, ptr %gep153, i64 384
-  %v452.us.1.i = load <4 x float>, ptr %685, align 4, !tbaa !5
-  %686 = getelementptr inbounds nuw i8, ptr %gep153, i64 448
-  %v454.us.1.i = load <4 x float>, ptr %686, align 4, !tbaa !5
-  %687 = shufflevector <4 x float> %v448.us.1.i, <4 x float> %v452.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %688 = shufflevector <4 x float> %v450.us.1.i, <4 x float> %v454.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %689 = shufflevector <4 x float> %v448.us.1.i, <4 x float> %v452.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %690 = shufflevector <4 x float> %v450.us.1.i, <4 x float> %v454.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %691 = shufflevector <4 x float> %687, <4 x float> %688, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %692 = shufflevector <4 x float> %687, <4 x float> %688, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %693 = shufflevector <4 x float> %689, <4 x float> %690, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %694 = shufflevector <4 x float> %689, <4 x float> %690, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %695 = getelementptr inbounds nuw i8, ptr %gep153, i64 512
-  %v448.us.2.i = load <4 x float>, ptr %695, align 4, !tbaa !5
-  %696 = getelementptr inbounds nuw i8, ptr %gep153, i64 576
-  %v450.us.2.i = load <4 x float>, ptr %696, align 4, !tbaa !5
-  %697 = getelementptr inbounds nuw i8, ptr %gep153, i64 640
-  %v452.us.2.i = load <4 x float>, ptr %697, align 4, !tbaa !5
-  %698 = getelementptr inbounds nuw i8, ptr %gep153, i64 704
-  %v454.us.2.i = load <4 x float>, ptr %698, align 4, !tbaa !5
-  %699 = shufflevector <4 x float> %v448.us.2.i, <4 x float> %v452.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %700 = shufflevector <4 x float> %v450.us.2.i, <4 x float> %v454.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %701 = shufflevector <4 x float> %v448.us.2.i, <4 x float> %v452.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %702 = shufflevector <4 x float> %v450.us.2.i, <4 x float> %v454.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %703 = shufflevector <4 x float> %699, <4 x float> %700, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %704 = shufflevector <4 x float> %699, <4 x float> %700, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %705 = shufflevector <4 x float> %701, <4 x float> %702, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %706 = shufflevector <4 x float> %701, <4 x float> %702, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %707 = getelementptr inbounds nuw i8, ptr %gep153, i64 768
-  %v448.us.3.i = load <4 x float>, ptr %707, align 4, !tbaa !5
-  %708 = getelementptr inbounds nuw i8, ptr %gep153, i64 832
-  %v450.us.3.i = load <4 x float>, ptr %708, align 4, !tbaa !5
-  %709 = getelementptr inbounds nuw i8, ptr %gep153, i64 896
-  %v452.us.3.i = load <4 x float>, ptr %709, align 4, !tbaa !5
-  %710 = getelementptr inbounds nuw i8, ptr %gep153, i64 960
-  %v454.us.3.i = load <4 x float>, ptr %710, align 4, !tbaa !5
-  %711 = shufflevector <4 x float> %v448.us.3.i, <4 x float> %v452.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %712 = shufflevector <4 x float> %v450.us.3.i, <4 x float> %v454.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %713 = shufflevector <4 x float> %v448.us.3.i, <4 x float> %v452.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %714 = shufflevector <4 x float> %v450.us.3.i, <4 x float> %v454.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %715 = shufflevector <4 x float> %711, <4 x float> %712, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %716 = shufflevector <4 x float> %679, <4 x float> %691, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %717 = shufflevector <4 x float> %703, <4 x float> %715, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %718 = shufflevector <8 x float> %716, <8 x float> %717, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %719 = shufflevector <4 x float> %711, <4 x float> %712, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %720 = shufflevector <4 x float> %680, <4 x float> %692, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %721 = shufflevector <4 x float> %704, <4 x float> %719, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %722 = shufflevector <8 x float> %720, <8 x float> %721, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %723 = shufflevector <4 x float> %713, <4 x float> %714, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %724 = shufflevector <4 x float> %681, <4 x float> %693, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %725 = shufflevector <4 x float> %705, <4 x float> %723, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %726 = shufflevector <8 x float> %724, <8 x float> %725, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %727 = shufflevector <4 x float> %713, <4 x float> %714, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %728 = shufflevector <4 x float> %682, <4 x float> %694, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %729 = shufflevector <4 x float> %706, <4 x float> %727, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %730 = shufflevector <8 x float> %728, <8 x float> %729, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %731 = fmul <16 x float> %742, %718
-  %.idx1208.i = shl nuw nsw i64 %indvars.iv1124.i, 6
-  %gep1278.i = getelementptr inbounds nuw i8, ptr %invariant.gep1277.i, i64 %.idx1208.i
-  store <16 x float> %731, ptr %gep1278.i, align 4, !tbaa !5
-  %732 = fmul <16 x float> %746, %722
-  %733 = getelementptr inbounds nuw i8, ptr %gep1278.i, i64 512
-  store <16 x float> %732, ptr %733, align 4, !tbaa !5
-  %734 = fmul <16 x float> %750, %726
-  %735 = getelementptr inbounds nuw i8, ptr %gep1278.i, i64 1024
-  store <16 x float> %734, ptr %735, align 4, !tbaa !5
-  %736 = fmul <16 x float> %754, %730
-  %737 = getelementptr inbounds nuw i8, ptr %gep1278.i, i64 1536
-  store <16 x float> %736, ptr %737, align 4, !tbaa !5
-  %indvars.iv.next1125.i = add nuw nsw i64 %indvars.iv1124.i, 1
-  %exitcond1128.not.i = icmp eq i64 %indvars.iv.next1125.i, 8
-  br i1 %exitcond1128.not.i, label %for_end_d_0439.us.i, label %for_begin_ax1_0442.preheader.us.i, !prof !26
-
-for_begin_d_0437.preheader.us.i:                  ; preds = %for_end_d_0439.us.i, %if_end435.us.i
-  %indvars.iv1129.i = phi i64 [ %indvars.iv.next1130.i, %for_end_d_0439.us.i ], [ 0, %if_end435.us.i ]
-  %738 = shl nuw nsw i64 %indvars.iv1129.i, 2
-  %739 = getelementptr inbounds nuw float, ptr %factor556.i, i64 %738
-  %740 = load float, ptr %739, align 16, !tbaa !37
-  %741 = insertelement <16 x float> poison, float %740, i64 0
-  %742 = shufflevector <16 x float> %741, <16 x float> poison, <16 x i32> zeroinitializer
-  %743 = getelementptr inbounds nuw i8, ptr %739, i64 4
-  %744 = load float, ptr %743, align 4, !tbaa !37
-  %745 = insertelement <16 x float> poison, float %744, i64 0
-  %746 = shufflevector <16 x float> %745, <16 x float> poison, <16 x i32> zeroinitializer
-  %747 = getelementptr inbounds nuw i8, ptr %739, i64 8
-  %748 = load float, ptr %747, align 8, !tbaa !37
-  %749 = insertelement <16 x float> poison, float %748, i64 0
-  %750 = shufflevector <16 x float> %749, <16 x float> poison, <16 x i32> zeroinitializer
-  %751 = getelementptr inbounds nuw i8, ptr %739, i64 12
-  %752 = load float, ptr %751, align 4, !tbaa !37
-  %753 = insertelement <16 x float> poison, float %752, i64 0
-  %754 = shufflevector <16 x float> %753, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx1209.i = shl nuw nsw i64 %indvars.iv1129.i, 11
-  %invariant.gep1277.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1209.i
-  %invariant.gep152 = getelementptr inbounds nuw float, ptr %invariant.gep150, i64 %738
-  br label %for_begin_ax1_0442.preheader.us.i
-
-for_begin_d_0477.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
-  %not.585.us.i = xor i1 %415, true
-  %755 = sext i1 %not.585.us.i to i32
-  %756 = add nsw i32 %rdiv483.us.i, %755
-  %757 = sext i32 %756 to i64
-  %758 = add nsw i64 %400, %757
-  %759 = shl nsw i64 %758, 4
-  %760 = sext i32 %417 to i64
-  %761 = add nsw i64 %403, %760
-  %762 = mul nsw i64 %761, %out_batch
-  %763 = getelementptr float, ptr %out, i64 %762
-  %764 = mul nsw i64 %759, %out_head
-  %invariant.gep877.us.i = getelementptr float, ptr %763, i64 %764
-  %765 = load <32 x float>, ptr %ordered.us.i, align 4, !tbaa !5
-  store <32 x float> %765, ptr %invariant.gep877.us.i, align 4, !tbaa !5
-  %766 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 128
-  %767 = load <32 x float>, ptr %766, align 4, !tbaa !5
-  %gep878.us.1.i = getelementptr i8, ptr %invariant.gep877.us.i, i64 128
-  store <32 x float> %767, ptr %gep878.us.1.i, align 4, !tbaa !5
-  %768 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 256
-  %769 = load <32 x float>, ptr %768, align 4, !tbaa !5
-  %gep878.us.2.i = getelementptr i8, ptr %invariant.gep877.us.i, i64 256
-  store <32 x float> %769, ptr %gep878.us.2.i, align 4, !tbaa !5
-  %770 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 384
-  %771 = load <32 x float>, ptr %770, align 4, !tbaa !5
-  %gep878.us.3.i = getelementptr i8, ptr %invariant.gep877.us.i, i64 384
-  store <32 x float> %771, ptr %gep878.us.3.i, align 4, !tbaa !5
-  %772 = or disjoint i64 %759, 1
-  %773 = mul nsw i64 %772, %out_head
-  %invariant.gep877.us.i.1 = getelementptr float, ptr %763, i64 %773
-  %774 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 512
-  %775 = load <32 x float>, ptr %774, align 4, !tbaa !5
-  store <32 x float> %775, ptr %invariant.gep877.us.i.1, align 4, !tbaa !5
-  %776 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 640
-  %777 = load <32 x float>, ptr %776, align 4, !tbaa !5
-  %gep878.us.1.i.1 = getelementptr i8, ptr %invariant.gep877.us.i.1, i64 128
-  store <32 x float> %777, ptr %gep878.us.1.i.1, align 4, !tbaa !5
-  %778 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 768
-  %779 = load <32 x float>, ptr %778, align 4, !tbaa !5
-  %gep878.us.2.i.1 = getelementptr i8, ptr %invariant.gep877.us.i.1, i64 256
-  store <32 x float> %779, ptr %gep878.us.2.i.1, align 4, !tbaa !5
-  %780 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 896
-  %781 = load <32 x float>, ptr %780, align 4, !tbaa !5
-  %gep878.us.3.i.1 = getelementptr i8, ptr %invariant.gep877.us.i.1, i64 384
-  store <32 x float> %781, ptr %gep878.us.3.i.1, align 4, !tbaa !5
-  %782 = or disjoint i64 %759, 2
-  %783 = mul nsw i64 %782, %out_head
-  %invariant.gep877.us.i.2 = getelementptr float, ptr %763, i64 %783
-  %784 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 1024
-  %785 = load <32 x float>, ptr %784, align 4, !tbaa !5
-  store <32 x float> %785, ptr %invariant.gep877.us.i.2, align 4, !tbaa !5
-  %786 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 1152
-  %787 = load <32 x float>, ptr %786, align 4, !tbaa !5
-  %gep878.us.1.i.2 = getelementptr i8, ptr %invariant.gep877.us.i.2, i64 128
-  store <32 x float> %787, ptr %gep878.us.1.i.2, align 4, !tbaa !5
-  %788 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 1280
-  %789 = load <32 x float>, ptr %788, align 4, !tbaa !5
-  %gep878.us.2.i.2 = getelementptr i8, ptr %invariant.gep877.us.i.2, i64 256
-  store <32 x float> %789, ptr %gep878.us.2.i.2, align 4, !tbaa !5
-  %790 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 1408
-  %791 = load <32 x float>, ptr %790, align 4, !tbaa !5
-  %gep878.us.3.i.2 = getelementptr i8, ptr %invariant.gep877.us.i.2, i64 384
-  store <32 x float> %791, ptr %gep878.us.3.i.2, align 4, !tbaa !5
-  %792 = or disjoint i64 %759, 3
-  %793 = mul nsw i64 %792, %out_head
-  %invariant.gep877.us.i.3 = getelementptr float, ptr %763, i64 %793
-  %794 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 1536
-  %795 = load <32 x float>, ptr %794, align 4, !tbaa !5
-  store <32 x float> %795, ptr %invariant.gep877.us.i.3, align 4, !tbaa !5
-  %796 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 1664
-  %797 = load <32 x float>, ptr %796, align 4, !tbaa !5
-  %gep878.us.1.i.3 = getelementptr i8, ptr %invariant.gep877.us.i.3, i64 128
-  store <32 x float> %797, ptr %gep878.us.1.i.3, align 4, !tbaa !5
-  %798 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 1792
-  %799 = load <32 x float>, ptr %798, align 4, !tbaa !5
-  %gep878.us.2.i.3 = getelementptr i8, ptr %invariant.gep877.us.i.3, i64 256
-  store <32 x float> %799, ptr %gep878.us.2.i.3, align 4, !tbaa !5
-  %800 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 1920
-  %801 = load <32 x float>, ptr %800, align 4, !tbaa !5
-  %gep878.us.3.i.3 = getelementptr i8, ptr %invariant.gep877.us.i.3, i64 384
-  store <32 x float> %801, ptr %gep878.us.3.i.3, align 4, !tbaa !5
-  %802 = or disjoint i64 %759, 4
-  %803 = mul nsw i64 %802, %out_head
-  %invariant.gep877.us.i.4 = getelementptr float, ptr %763, i64 %803
-  %804 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 2048
-  %805 = load <32 x float>, ptr %804, align 4, !tbaa !5
-  store <32 x float> %805, ptr %invariant.gep877.us.i.4, align 4, !tbaa !5
-  %806 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 2176
-  %807 = load <32 x float>, ptr %806, align 4, !tbaa !5
-  %gep878.us.1.i.4 = getelementptr i8, ptr %invariant.gep877.us.i.4, i64 128
-  store <32 x float> %807, ptr %gep878.us.1.i.4, align 4, !tbaa !5
-  %808 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 2304
-  %809 = load <32 x float>, ptr %808, align 4, !tbaa !5
-  %gep878.us.2.i.4 = getelementptr i8, ptr %invariant.gep877.us.i.4, i64 256
-  store <32 x float> %809, ptr %gep878.us.2.i.4, align 4, !tbaa !5
-  %810 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 2432
-  %811 = load <32 x float>, ptr %810, align 4, !tbaa !5
-  %gep878.us.3.i.4 = getelementptr i8, ptr %invariant.gep877.us.i.4, i64 384
-  store <32 x float> %811, ptr %gep878.us.3.i.4, align 4, !tbaa !5
-  %812 = or disjoint i64 %759, 5
-  %813 = mul nsw i64 %812, %out_head
-  %invariant.gep877.us.i.5 = getelementptr float, ptr %763, i64 %813
-  %814 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 2560
-  %815 = load <32 x float>, ptr %814, align 4, !tbaa !5
-  store <32 x float> %815, ptr %invariant.gep877.us.i.5, align 4, !tbaa !5
-  %816 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 2688
-  %817 = load <32 x float>, ptr %816, align 4, !tbaa !5
-  %gep878.us.1.i.5 = getelementptr i8, ptr %invariant.gep877.us.i.5, i64 128
-  store <32 x float> %817, ptr %gep878.us.1.i.5, align 4, !tbaa !5
-  %818 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 2816
-  %819 = load <32 x float>, ptr %818, align 4, !tbaa !5
-  %gep878.us.2.i.5 = getelementptr i8, ptr %invariant.gep877.us.i.5, i64 256
-  store <32 x float> %819, ptr %gep878.us.2.i.5, align 4, !tbaa !5
-  %820 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 2944
-  %821 = load <32 x float>, ptr %820, align 4, !tbaa !5
-  %gep878.us.3.i.5 = getelementptr i8, ptr %invariant.gep877.us.i.5, i64 384
-  store <32 x float> %821, ptr %gep878.us.3.i.5, align 4, !tbaa !5
-  %822 = or disjoint i64 %759, 6
-  %823 = mul nsw i64 %822, %out_head
-  %invariant.gep877.us.i.6 = getelementptr float, ptr %763, i64 %823
-  %824 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 3072
-  %825 = load <32 x float>, ptr %824, align 4, !tbaa !5
-  store <32 x float> %825, ptr %invariant.gep877.us.i.6, align 4, !tbaa !5
-  %826 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 3200
-  %827 = load <32 x float>, ptr %826, align 4, !tbaa !5
-  %gep878.us.1.i.6 = getelementptr i8, ptr %invariant.gep877.us.i.6, i64 128
-  store <32 x float> %827, ptr %gep878.us.1.i.6, align 4, !tbaa !5
-  %828 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 3328
-  %829 = load <32 x float>, ptr %828, align 4, !tbaa !5
-  %gep878.us.2.i.6 = getelementptr i8, ptr %invariant.gep877.us.i.6, i64 256
-  store <32 x float> %829, ptr %gep878.us.2.i.6, align 4, !tbaa !5
-  %830 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 3456
-  %831 = load <32 x float>, ptr %830, align 4, !tbaa !5
-  %gep878.us.3.i.6 = getelementptr i8, ptr %invariant.gep877.us.i.6, i64 384
-  store <32 x float> %831, ptr %gep878.us.3.i.6, align 4, !tbaa !5
-  %832 = or disjoint i64 %759, 7
-  %833 = mul nsw i64 %832, %out_head
-  %invariant.gep877.us.i.7 = getelementptr float, ptr %763, i64 %833
-  %834 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 3584
-  %835 = load <32 x float>, ptr %834, align 4, !tbaa !5
-  store <32 x float> %835, ptr %invariant.gep877.us.i.7, align 4, !tbaa !5
-  %836 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 3712
-  %837 = load <32 x float>, ptr %836, align 4, !tbaa !5
-  %gep878.us.1.i.7 = getelementptr i8, ptr %invariant.gep877.us.i.7, i64 128
-  store <32 x float> %837, ptr %gep878.us.1.i.7, align 4, !tbaa !5
-  %838 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 3840
-  %839 = load <32 x float>, ptr %838, align 4, !tbaa !5
-  %gep878.us.2.i.7 = getelementptr i8, ptr %invariant.gep877.us.i.7, i64 256
-  store <32 x float> %839, ptr %gep878.us.2.i.7, align 4, !tbaa !5
-  %840 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 3968
-  %841 = load <32 x float>, ptr %840, align 4, !tbaa !5
-  %gep878.us.3.i.7 = getelementptr i8, ptr %invariant.gep877.us.i.7, i64 384
-  store <32 x float> %841, ptr %gep878.us.3.i.7, align 4, !tbaa !5
-  %842 = or disjoint i64 %759, 8
-  %843 = mul nsw i64 %842, %out_head
-  %invariant.gep877.us.i.8 = getelementptr float, ptr %763, i64 %843
-  %844 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 4096
-  %845 = load <32 x float>, ptr %844, align 4, !tbaa !5
-  store <32 x float> %845, ptr %invariant.gep877.us.i.8, align 4, !tbaa !5
-  %846 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 4224
-  %847 = load <32 x float>, ptr %846, align 4, !tbaa !5
-  %gep878.us.1.i.8 = getelementptr i8, ptr %invariant.gep877.us.i.8, i64 128
-  store <32 x float> %847, ptr %gep878.us.1.i.8, align 4, !tbaa !5
-  %848 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 4352
-  %849 = load <32 x float>, ptr %848, align 4, !tbaa !5
-  %gep878.us.2.i.8 = getelementptr i8, ptr %invariant.gep877.us.i.8, i64 256
-  store <32 x float> %849, ptr %gep878.us.2.i.8, align 4, !tbaa !5
-  %850 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 4480
-  %851 = load <32 x float>, ptr %850, align 4, !tbaa !5
-  %gep878.us.3.i.8 = getelementptr i8, ptr %invariant.gep877.us.i.8, i64 384
-  store <32 x float> %851, ptr %gep878.us.3.i.8, align 4, !tbaa !5
-  %852 = or disjoint i64 %759, 9
-  %853 = mul nsw i64 %852, %out_head
-  %invariant.gep877.us.i.9 = getelementptr float, ptr %763, i64 %853
-  %854 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 4608
-  %855 = load <32 x float>, ptr %854, align 4, !tbaa !5
-  store <32 x float> %855, ptr %invariant.gep877.us.i.9, align 4, !tbaa !5
-  %856 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 4736
-  %857 = load <32 x float>, ptr %856, align 4, !tbaa !5
-  %gep878.us.1.i.9 = getelementptr i8, ptr %invariant.gep877.us.i.9, i64 128
-  store <32 x float> %857, ptr %gep878.us.1.i.9, align 4, !tbaa !5
-  %858 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 4864
-  %859 = load <32 x float>, ptr %858, align 4, !tbaa !5
-  %gep878.us.2.i.9 = getelementptr i8, ptr %invariant.gep877.us.i.9, i64 256
-  store <32 x float> %859, ptr %gep878.us.2.i.9, align 4, !tbaa !5
-  %860 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 4992
-  %861 = load <32 x float>, ptr %860, align 4, !tbaa !5
-  %gep878.us.3.i.9 = getelementptr i8, ptr %invariant.gep877.us.i.9, i64 384
-  store <32 x float> %861, ptr %gep878.us.3.i.9, align 4, !tbaa !5
-  %862 = or disjoint i64 %759, 10
-  %863 = mul nsw i64 %862, %out_head
-  %invariant.gep877.us.i.10 = getelementptr float, ptr %763, i64 %863
-  %864 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 5120
-  %865 = load <32 x float>, ptr %864, align 4, !tbaa !5
-  store <32 x float> %865, ptr %invariant.gep877.us.i.10, align 4, !tbaa !5
-  %866 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 5248
-  %867 = load <32 x float>, ptr %866, align 4, !tbaa !5
-  %gep878.us.1.i.10 = getelementptr i8, ptr %invariant.gep877.us.i.10, i64 128
-  store <32 x float> %867, ptr %gep878.us.1.i.10, align 4, !tbaa !5
-  %868 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 5376
-  %869 = load <32 x float>, ptr %868, align 4, !tbaa !5
-  %gep878.us.2.i.10 = getelementptr i8, ptr %invariant.gep877.us.i.10, i64 256
-  store <32 x float> %869, ptr %gep878.us.2.i.10, align 4, !tbaa !5
-  %870 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 5504
-  %871 = load <32 x float>, ptr %870, align 4, !tbaa !5
-  %gep878.us.3.i.10 = getelementptr i8, ptr %invariant.gep877.us.i.10, i64 384
-  store <32 x float> %871, ptr %gep878.us.3.i.10, align 4, !tbaa !5
-  %872 = or disjoint i64 %759, 11
-  %873 = mul nsw i64 %872, %out_head
-  %invariant.gep877.us.i.11 = getelementptr float, ptr %763, i64 %873
-  %874 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 5632
-  %875 = load <32 x float>, ptr %874, align 4, !tbaa !5
-  store <32 x float> %875, ptr %invariant.gep877.us.i.11, align 4, !tbaa !5
-  %876 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 5760
-  %877 = load <32 x float>, ptr %876, align 4, !tbaa !5
-  %gep878.us.1.i.11 = getelementptr i8, ptr %invariant.gep877.us.i.11, i64 128
-  store <32 x float> %877, ptr %gep878.us.1.i.11, align 4, !tbaa !5
-  %878 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 5888
-  %879 = load <32 x float>, ptr %878, align 4, !tbaa !5
-  %gep878.us.2.i.11 = getelementptr i8, ptr %invariant.gep877.us.i.11, i64 256
-  store <32 x float> %879, ptr %gep878.us.2.i.11, align 4, !tbaa !5
-  %880 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 6016
-  %881 = load <32 x float>, ptr %880, align 4, !tbaa !5
-  %gep878.us.3.i.11 = getelementptr i8, ptr %invariant.gep877.us.i.11, i64 384
-  store <32 x float> %881, ptr %gep878.us.3.i.11, align 4, !tbaa !5
-  %882 = or disjoint i64 %759, 12
-  %883 = mul nsw i64 %882, %out_head
-  %invariant.gep877.us.i.12 = getelementptr float, ptr %763, i64 %883
-  %884 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 6144
-  %885 = load <32 x float>, ptr %884, align 4, !tbaa !5
-  store <32 x float> %885, ptr %invariant.gep877.us.i.12, align 4, !tbaa !5
-  %886 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 6272
-  %887 = load <32 x float>, ptr %886, align 4, !tbaa !5
-  %gep878.us.1.i.12 = getelementptr i8, ptr %invariant.gep877.us.i.12, i64 128
-  store <32 x float> %887, ptr %gep878.us.1.i.12, align 4, !tbaa !5
-  %888 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 6400
-  %889 = load <32 x float>, ptr %888, align 4, !tbaa !5
-  %gep878.us.2.i.12 = getelementptr i8, ptr %invariant.gep877.us.i.12, i64 256
-  store <32 x float> %889, ptr %gep878.us.2.i.12, align 4, !tbaa !5
-  %890 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 6528
-  %891 = load <32 x float>, ptr %890, align 4, !tbaa !5
-  %gep878.us.3.i.12 = getelementptr i8, ptr %invariant.gep877.us.i.12, i64 384
-  store <32 x float> %891, ptr %gep878.us.3.i.12, align 4, !tbaa !5
-  %892 = or disjoint i64 %759, 13
-  %893 = mul nsw i64 %892, %out_head
-  %invariant.gep877.us.i.13 = getelementptr float, ptr %763, i64 %893
-  %894 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 6656
-  %895 = load <32 x float>, ptr %894, align 4, !tbaa !5
-  store <32 x float> %895, ptr %invariant.gep877.us.i.13, align 4, !tbaa !5
-  %896 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 6784
-  %897 = load <32 x float>, ptr %896, align 4, !tbaa !5
-  %gep878.us.1.i.13 = getelementptr i8, ptr %invariant.gep877.us.i.13, i64 128
-  store <32 x float> %897, ptr %gep878.us.1.i.13, align 4, !tbaa !5
-  %898 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 6912
-  %899 = load <32 x float>, ptr %898, align 4, !tbaa !5
-  %gep878.us.2.i.13 = getelementptr i8, ptr %invariant.gep877.us.i.13, i64 256
-  store <32 x float> %899, ptr %gep878.us.2.i.13, align 4, !tbaa !5
-  %900 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 7040
-  %901 = load <32 x float>, ptr %900, align 4, !tbaa !5
-  %gep878.us.3.i.13 = getelementptr i8, ptr %invariant.gep877.us.i.13, i64 384
-  store <32 x float> %901, ptr %gep878.us.3.i.13, align 4, !tbaa !5
-  %902 = or disjoint i64 %759, 14
-  %903 = mul nsw i64 %902, %out_head
-  %invariant.gep877.us.i.14 = getelementptr float, ptr %763, i64 %903
-  %904 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 7168
-  %905 = load <32 x float>, ptr %904, align 4, !tbaa !5
-  store <32 x float> %905, ptr %invariant.gep877.us.i.14, align 4, !tbaa !5
-  %906 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 7296
-  %907 = load <32 x float>, ptr %906, align 4, !tbaa !5
-  %gep878.us.1.i.14 = getelementptr i8, ptr %invariant.gep877.us.i.14, i64 128
-  store <32 x float> %907, ptr %gep878.us.1.i.14, align 4, !tbaa !5
-  %908 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 7424
-  %909 = load <32 x float>, ptr %908, align 4, !tbaa !5
-  %gep878.us.2.i.14 = getelementptr i8, ptr %invariant.gep877.us.i.14, i64 256
-  store <32 x float> %909, ptr %gep878.us.2.i.14, align 4, !tbaa !5
-  %910 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 7552
-  %911 = load <32 x float>, ptr %910, align 4, !tbaa !5
-  %gep878.us.3.i.14 = getelementptr i8, ptr %invariant.gep877.us.i.14, i64 384
-  store <32 x float> %911, ptr %gep878.us.3.i.14, align 4, !tbaa !5
-  %912 = or disjoint i64 %759, 15
-  %913 = mul nsw i64 %912, %out_head
-  %invariant.gep877.us.i.15 = getelementptr float, ptr %763, i64 %913
-  %914 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 7680
-  %915 = load <32 x float>, ptr %914, align 4, !tbaa !5
-  store <32 x float> %915, ptr %invariant.gep877.us.i.15, align 4, !tbaa !5
-  %916 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 7808
-  %917 = load <32 x float>, ptr %916, align 4, !tbaa !5
-  %gep878.us.1.i.15 = getelementptr i8, ptr %invariant.gep877.us.i.15, i64 128
-  store <32 x float> %917, ptr %gep878.us.1.i.15, align 4, !tbaa !5
-  %918 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 7936
-  %919 = load <32 x float>, ptr %918, align 4, !tbaa !5
-  %gep878.us.2.i.15 = getelementptr i8, ptr %invariant.gep877.us.i.15, i64 256
-  store <32 x float> %919, ptr %gep878.us.2.i.15, align 4, !tbaa !5
-  %920 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 8064
-  %921 = load <32 x float>, ptr %920, align 4, !tbaa !5
-  %gep878.us.3.i.15 = getelementptr i8, ptr %invariant.gep877.us.i.15, i64 384
-  store <32 x float> %921, ptr %gep878.us.3.i.15, align 4, !tbaa !5
-  %922 = mul nsw i64 %761, %lse_batch
-  %.idx584.us.i = shl nsw i64 %758, 6
-  %923 = getelementptr i8, ptr %lse, i64 %.idx584.us.i
-  %924 = getelementptr float, ptr %923, i64 %922
-  %925 = and i64 %406, 4294967280
-  %926 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %925
-  %927 = load float, ptr %926, align 4, !tbaa !5
-  %928 = fcmp oeq float %927, 0.000000e+00
-  br i1 %928, label %if_end493.us.i, label %if_else492.us.i
-
-for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
-  %indvars.iv223.in = phi i32 [ %indvars.iv223, %for_begin_number.i ], [ %364, %for_body_number.lr.ph.i ]
-  %indvars.iv213 = phi i32 [ %indvars.iv.next214, %for_begin_number.i ], [ %364, %for_body_number.lr.ph.i ]
-  %number867.i = phi i32 [ %398, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
-  %929 = tail call i32 @llvm.smax.i32(i32 %span573.sroa.0.0.lcssa.i, i32 %indvars.iv213)
-  %smax453 = sext i32 %929 to i64
-  %930 = tail call i32 @llvm.smax.i32(i32 %span573.sroa.0.0.lcssa.i, i32 %indvars.iv213)
-  %smax424 = sext i32 %930 to i64
-  %indvars.iv223 = add i32 %indvars.iv223.in, 4096
-  %smax215 = tail call i32 @llvm.smax.i32(i32 %span573.sroa.0.0.lcssa.i, i32 %indvars.iv213)
-  %931 = add i32 %smax215, %tree_size
-  %932 = sub i32 %context_len.i, %931
-  %933 = tail call i32 @llvm.smax.i32(i32 %span573.sroa.0.0.lcssa.i, i32 %indvars.iv213)
-  %934 = sub i32 0, %933
-  %935 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %row_max.i = tail call ptr %935(i32 1, i32 %dev_id, i64 %140, i32 2, i32 32)
-  %936 = icmp eq ptr %row_max.i, null
-  br i1 %936, label %fused_attend_compute_.exit, label %if_end120.i, !prof !8
-
-if_end120.i:                                      ; preds = %for_body_number.i
-  %937 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %row_sum.i = tail call ptr %937(i32 1, i32 %dev_id, i64 %140, i32 2, i32 32)
-  %938 = icmp eq ptr %row_sum.i, null
-  br i1 %938, label %fused_attend_compute_.exit, label %if_end123.i, !prof !8
-
-if_end123.i:                                      ; preds = %if_end120.i
-  %939 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %acc.i = tail call ptr %939(i32 1, i32 %dev_id, i64 %122, i32 2, i32 32)
-  %940 = icmp eq ptr %acc.i, null
-  br i1 %940, label %fused_attend_compute_.exit, label %if_end126.i, !prof !8
-
-if_end126.i:                                      ; preds = %if_end123.i
-  %941 = shl nsw i32 %number867.i, 12
-  %942 = add nsw i32 %941, %364
-  %943 = add nsw i32 %942, 4096
-  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %942, i32 %span573.sroa.0.0.lcssa.i)
-  %944 = tail call i32 @llvm.smin.i32(i32 %943, i32 %key_end.i)
-  %945 = sub nsw i32 %944, %read_begin.i
-  %.fr888.i = freeze i32 %945
-  %946 = icmp slt i32 %.fr888.i, 1
-  %947 = tail call i32 @llvm.smax.i32(i32 %.fr888.i, i32 0)
-  %948 = add nuw nsw i32 %947, 127
-  %949 = lshr i32 %948, 7
-  %.not886.i = icmp eq i32 %949, 0
-  br i1 %.not886.i, label %for_begin_tile357.preheader.i, label %for_body_step.lr.ph.i, !prof !16
-
-for_body_step.lr.ph.i:                            ; preds = %if_end126.i
-  %950 = add nsw i32 %944, -1
-  %951 = sext i32 %read_begin.i to i64
-  %wide.trip.count1084.i = zext nneg i32 %949 to i64
-  %952 = getelementptr i8, ptr %384, i64 %951
-  %953 = add i32 %read_begin.i, %tree_size
-  %954 = getelementptr i8, ptr %389, i64 %smax453
-  %955 = getelementptr i8, ptr %390, i64 %smax424
-  br label %for_body_step.i
-
-for_begin_step.i:                                 ; preds = %if_end352.i
-  %indvars.iv.next1082.i = add nuw nsw i64 %indvars.iv1081.i, 1
-  %exitcond1085.not.i = icmp eq i64 %indvars.iv.next1082.i, %wide.trip.count1084.i
-  %indvars.iv.next = add i32 %indvars.iv, -128
-  %indvars.iv.next217 = add i32 %indvars.iv216, -128
-  %indvars.iv.next221 = add i32 %indvars.iv220, -128
-  br i1 %exitcond1085.not.i, label %for_begin_tile357.preheader.i, label %for_body_step.i, !prof !13
-
-for_begin_tile357.preheader.i:                    ; preds = %for_begin_step.i, %if_end126.i
-  %brmerge.i = or i1 %153, %946
-  br i1 %brmerge.i, label %for_end_tile359.i, label %for_body_tile358.i, !prof !38
-
-for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
-  %indvars.iv220 = phi i32 [ %indvars.iv.next221, %for_begin_step.i ], [ %934, %for_body_step.lr.ph.i ]
-  %indvars.iv216 = phi i32 [ %indvars.iv.next217, %for_begin_step.i ], [ %932, %for_body_step.lr.ph.i ]
-  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_step.i ], [ %.fr888.i, %for_body_step.lr.ph.i ]
-  %indvars.iv1081.i = phi i64 [ %indvars.iv.next1082.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
-  %smax968 = tail call i32 @llvm.smax.i32(i32 %indvars.iv, i32 128)
-  %umin969 = tail call i32 @llvm.umin.i32(i32 %smax968, i32 256)
-  %956 = add nsw i32 %umin969, -128
-  %smin970 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %957 = add nsw i32 %smin970, 7
-  %958 = and i32 %957, -8
-  %959 = add i32 %956, %958
-  %960 = zext i32 %959 to i64
-  %smax965 = tail call i32 @llvm.smax.i32(i32 %indvars.iv, i32 128)
-  %umin = tail call i32 @llvm.umin.i32(i32 %smax965, i32 256)
-  %961 = add nsw i32 %umin, -128
-  %smin966 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %962 = add nsw i32 %smin966, 7
-  %963 = and i32 %962, -8
-  %964 = add i32 %961, %963
-  %965 = zext i32 %964 to i64
-  %smax466 = tail call i32 @llvm.smax.i32(i32 %indvars.iv216, i32 0)
-  %966 = shl nuw nsw i64 %indvars.iv1081.i, 7
-  %scevgep454 = getelementptr i8, ptr %954, i64 %966
-  %smax455 = tail call i32 @llvm.smax.i32(i32 %indvars.iv216, i32 0)
-  %967 = zext nneg i32 %smax455 to i64
-  %968 = shl i32 %smax455, 4
-  %969 = sext i32 %968 to i64
-  %970 = shl nsw i64 %969, 2
-  %smax444 = tail call i32 @llvm.smax.i32(i32 %indvars.iv216, i32 0)
-  %971 = shl i32 %smax444, 4
-  %972 = sext i32 %971 to i64
-  %973 = shl nuw nsw i64 %indvars.iv1081.i, 7
-  %scevgep = getelementptr i8, ptr %955, i64 %973
-  %smax425 = tail call i32 @llvm.smax.i32(i32 %indvars.iv216, i32 0)
-  %974 = zext nneg i32 %smax425 to i64
-  %975 = shl i32 %smax425, 4
-  %976 = sext i32 %975 to i64
-  %977 = shl nsw i64 %976, 2
-  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv216, i32 0)
-  %978 = shl i32 %smax, 4
-  %smax229 = tail call i32 @llvm.smax.i32(i32 %indvars.iv216, i32 0)
-  %979 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %key_offsets.i = tail call ptr %979(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %980 = icmp eq ptr %key_offsets.i, null
-  br i1 %980, label %fused_attend_compute_.exit, label %if_end129.i, !prof !8
-
-if_end129.i:                                      ; preds = %for_body_step.i
-  %981 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %value_offsets.i = tail call ptr %981(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %982 = icmp eq ptr %value_offsets.i, null
-  br i1 %982, label %fused_attend_compute_.exit, label %if_end132.i, !prof !8
-
-if_end132.i:                                      ; preds = %if_end129.i
-  %983 = shl nsw i64 %indvars.iv1081.i, 7
-  %984 = trunc i64 %983 to i32
-  %985 = sub i32 %.fr888.i, %984
-  %986 = tail call i32 @llvm.smax.i32(i32 %985, i32 128)
-  %987 = tail call i32 @llvm.umin.i32(i32 %986, i32 256)
-  %988 = add nsw i32 %987, -128
-  %989 = tail call i32 @llvm.smin.i32(i32 %985, i32 128)
-  %990 = add nsw i32 %989, 7
-  %991 = ashr i32 %990, 3
-  %992 = and i32 %990, -8
-  %993 = add nsw i32 %988, %992
-  %994 = icmp sgt i32 %993, 0
-  br i1 %994, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
-
-for_body_t.lr.ph.i:                               ; preds = %if_end132.i
-  %995 = add nsw i64 %983, %951
-  %xtraiter = and i64 %965, 1
-  %996 = icmp eq i32 %964, 1
-  br i1 %996, label %for_body_t.i.epil.preheader, label %for_body_t.lr.ph.i.new, !prof !4
-
-for_body_t.lr.ph.i.new:                           ; preds = %for_body_t.lr.ph.i
-  %unroll_iter = and i64 %965, 4294967294
-  br label %for_body_t.i
-
-for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i.new
-  %indvars.iv951.i = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %indvars.iv.next952.i.1, %for_body_t.i ]
-  %niter = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %niter.next.1, %for_body_t.i ]
-  %997 = add nsw i64 %indvars.iv951.i, %995
-  %998 = trunc nsw i64 %997 to i32
-  %999 = tail call i32 @llvm.smin.i32(i32 %998, i32 %950)
-  %1000 = sext i32 %999 to i64
-  %1001 = ashr i64 %1000, 7
-  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %1001
-  %1002 = load i32, ptr %gep.i, align 4, !tbaa !5
-  %block.i = sext i32 %1002 to i64
-  %1003 = and i64 %1000, 127
-  %1004 = mul nsw i64 %1003, %k_row
-  %1005 = mul nsw i64 %k_block, %block.i
-  %1006 = add nsw i64 %1004, %1005
-  %1007 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv951.i
-  store i64 %1006, ptr %1007, align 8, !tbaa !5
-  %indvars.iv.next952.i = or disjoint i64 %indvars.iv951.i, 1
-  %1008 = add nsw i64 %indvars.iv.next952.i, %995
-  %1009 = trunc nsw i64 %1008 to i32
-  %1010 = tail call i32 @llvm.smin.i32(i32 %1009, i32 %950)
-  %1011 = sext i32 %1010 to i64
-  %1012 = ashr i64 %1011, 7
-  %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %1012
-  %1013 = load i32, ptr %gep.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %1013 to i64
-  %1014 = and i64 %1011, 127
-  %1015 = mul nsw i64 %1014, %k_row
-  %1016 = mul nsw i64 %k_block, %block.i.1
-  %1017 = add nsw i64 %1015, %1016
-  %1018 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next952.i
-  store i64 %1017, ptr %1018, align 8, !tbaa !5
-  %indvars.iv.next952.i.1 = add nuw nsw i64 %indvars.iv951.i, 2
-  %niter.next.1 = add i64 %niter, 2
-  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_body_t135.i.preheader.unr-lcssa, label %for_body_t.i, !prof !9, !llvm.loop !39
-
-for_body_t135.i.preheader.unr-lcssa:              ; preds = %for_body_t.i
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br i1 %lcmp.mod.not, label %for_body_t135.i.preheader, label %for_body_t.i.epil.preheader, !prof !12
-
-for_body_t.i.epil.preheader:                      ; preds = %for_body_t135.i.preheader.unr-lcssa, %for_body_t.lr.ph.i
-  %indvars.iv951.i.epil.init = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next952.i.1, %for_body_t135.i.preheader.unr-lcssa ]
-  %lcmp.mod967 = icmp ne i64 %xtraiter, 0
-  tail call void @llvm.assume(i1 %lcmp.mod967)
-  %1019 = add nsw i64 %indvars.iv951.i.epil.init, %995
-  %1020 = trunc nsw i64 %1019 to i32
-  %1021 = tail call i32 @llvm.smin.i32(i32 %1020, i32 %950)
-  %1022 = sext i32 %1021 to i64
-  %1023 = ashr i64 %1022, 7
-  %gep.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %1023
-  %1024 = load i32, ptr %gep.i.epil, align 4, !tbaa !5
-  %block.i.epil = sext i32 %1024 to i64
-  %1025 = and i64 %1022, 127
-  %1026 = mul nsw i64 %1025, %k_row
-  %1027 = mul nsw i64 %k_block, %block.i.epil
-  %1028 = add nsw i64 %1026, %1027
-  %1029 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv951.i.epil.init
-  store i64 %1028, ptr %1029, align 8, !tbaa !5
-  br label %for_body_t135.i.preheader
-
-for_body_t135.i.preheader:                        ; preds = %for_body_t.i.epil.preheader, %for_body_t135.i.preheader.unr-lcssa
-  %xtraiter971 = and i64 %960, 1
-  %1030 = icmp eq i32 %959, 1
-  br i1 %1030, label %for_body_t135.i.epil.preheader, label %for_body_t135.i.preheader.new, !prof !4
-
-for_body_t135.i.preheader.new:                    ; preds = %for_body_t135.i.preheader
-  %unroll_iter974 = and i64 %960, 4294967294
-  br label %for_body_t135.i
-
-for_begin_kv_head.preheader.i.loopexit.unr-lcssa: ; preds = %for_body_t135.i
-  %lcmp.mod972.not = icmp eq i64 %xtraiter971, 0
-  br i1 %lcmp.mod972.not, label %for_begin_kv_head.preheader.i, label %for_body_t135.i.epil.preheader, !prof !12
-
-for_body_t135.i.epil.preheader:                   ; preds = %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %for_body_t135.i.preheader
-  %indvars.iv954.i.epil.init = phi i64 [ 0, %for_body_t135.i.preheader ], [ %indvars.iv.next955.i.1, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa ]
-  %lcmp.mod973 = icmp ne i64 %xtraiter971, 0
-  tail call void @llvm.assume(i1 %lcmp.mod973)
-  %1031 = add nsw i64 %indvars.iv954.i.epil.init, %995
-  %1032 = trunc nsw i64 %1031 to i32
-  %1033 = tail call i32 @llvm.smin.i32(i32 %1032, i32 %950)
-  %1034 = sext i32 %1033 to i64
-  %1035 = ashr i64 %1034, 7
-  %gep700.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %1035
-  %1036 = load i32, ptr %gep700.i.epil, align 4, !tbaa !5
-  %block142.i.epil = sext i32 %1036 to i64
-  %1037 = and i64 %1034, 127
-  %1038 = mul nsw i64 %1037, %v_row
-  %1039 = mul nsw i64 %v_block, %block142.i.epil
-  %1040 = add nsw i64 %1038, %1039
-  %1041 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv954.i.epil.init
-  store i64 %1040, ptr %1041, align 8, !tbaa !5
-  br label %for_begin_kv_head.preheader.i
-
-for_begin_kv_head.preheader.i:                    ; preds = %for_body_t135.i.epil.preheader, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %if_end132.i
-  br i1 %370, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
-
-for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
-  %1042 = icmp sgt i32 %991, 0
-  %1043 = add nsw i32 %987, -129
-  %1044 = add nsw i64 %983, %951
-  %1045 = add i32 %read_begin.i, %984
-  %1046 = add i32 %953, %984
-  %.reass785.reass.i = sub i32 %context_len.i, %1046
-  %1047 = tail call i32 @llvm.smax.i32(i32 %.reass785.reass.i, i32 0)
-  %1048 = zext nneg i32 %1047 to i64
-  %1049 = icmp eq i64 %indvars.iv1081.i, 0
-  %1050 = insertelement <16 x i1> poison, i1 %1049, i64 0
-  %1051 = shufflevector <16 x i1> %1050, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count964.i = zext nneg i32 %991 to i64
-  %1052 = trunc nsw i64 %1044 to i32
-  %1053 = getelementptr i8, ptr %952, i64 %983
-  %1054 = getelementptr i8, ptr %1053, i64 %1048
-  %scevgep426 = getelementptr i8, ptr %scevgep, i64 %974
-  %scevgep456 = getelementptr i8, ptr %scevgep454, i64 %967
-  %scevgep458 = getelementptr i8, ptr %scevgep454, i64 %967
-  %broadcast.splatinsert475 = insertelement <8 x i32> poison, i32 %1047, i64 0
-  %broadcast.splat476 = shufflevector <8 x i32> %broadcast.splatinsert475, <8 x i32> poison, <8 x i32> zeroinitializer
-  %broadcast.splatinsert436 = insertelement <8 x i32> poison, i32 %1047, i64 0
-  %broadcast.splat437 = shufflevector <8 x i32> %broadcast.splatinsert436, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %for_body_kv_head.i
-
-for_body_t135.i:                                  ; preds = %for_body_t135.i, %for_body_t135.i.preheader.new
-  %indvars.iv954.i = phi i64 [ 0, %for_body_t135.i.preheader.new ], [ %indvars.iv.next955.i.1, %for_body_t135.i ]
-  %niter975 = phi i64 [ 0, %for_body_t135.i.preheader.new ], [ %niter975.next.1, %for_body_t135.i ]
-  %1055 = add nsw i64 %indvars.iv954.i, %995
-  %1056 = trunc nsw i64 %1055 to i32
-  %1057 = tail call i32 @llvm.smin.i32(i32 %1056, i32 %950)
-  %1058 = sext i32 %1057 to i64
-  %1059 = ashr i64 %1058, 7
-  %gep700.i = getelementptr i32, ptr %invariant.gep.i, i64 %1059
-  %1060 = load i32, ptr %gep700.i, align 4, !tbaa !5
-  %block142.i = sext i32 %1060 to i64
-  %1061 = and i64 %1058, 127
-  %1062 = mul nsw i64 %1061, %v_row
-  %1063 = mul nsw i64 %v_block, %block142.i
-  %1064 = add nsw i64 %1062, %1063
-  %1065 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv954.i
-  store i64 %1064, ptr %1065, align 8, !tbaa !5
-  %indvars.iv.next955.i = or disjoint i64 %indvars.iv954.i, 1
-  %1066 = add nsw i64 %indvars.iv.next955.i, %995
-  %1067 = trunc nsw i64 %1066 to i32
-  %1068 = tail call i32 @llvm.smin.i32(i32 %1067, i32 %950)
-  %1069 = sext i32 %1068 to i64
-  %1070 = ashr i64 %1069, 7
-  %gep700.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %1070
-  %1071 = load i32, ptr %gep700.i.1, align 4, !tbaa !5
-  %block142.i.1 = sext i32 %1071 to i64
-  %1072 = and i64 %1069, 127
-  %1073 = mul nsw i64 %1072, %v_row
-  %1074 = mul nsw i64 %v_block, %block142.i.1
-  %1075 = add nsw i64 %1073, %1074
-  %1076 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next955.i
-  store i64 %1075, ptr %1076, align 8, !tbaa !5
-  %indvars.iv.next955.i.1 = add nuw nsw i64 %indvars.iv954.i, 2
-  %niter975.next.1 = add i64 %niter975, 2
-  %niter975.ncmp.1 = icmp eq i64 %niter975.next.1, %unroll_iter974
-  br i1 %niter975.ncmp.1, label %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, label %for_body_t135.i, !prof !9, !llvm.loop !40
-
-for_begin_kv_head.i:                              ; preds = %if_end346.i
-  %indvars.iv.next1077.i = add nuw nsw i64 %indvars.iv1076.i, 1
-  %exitcond1080.not.i = icmp eq i64 %indvars.iv.next1077.i, %wide.trip.count1079.i
-  br i1 %exitcond1080.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
-
-for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i, %for_body_kv_head.lr.ph.i
-  %indvars.iv1076.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1077.i, %for_begin_kv_head.i ]
-  %1077 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %k_tile.i = tail call ptr %1077(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %1078 = icmp eq ptr %k_tile.i, null
-  br i1 %1078, label %fused_attend_compute_.exit, label %if_end146.i, !prof !8
-
-for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i, %for_begin_kv_head.preheader.i
-  %1079 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %1080 = tail call i32 %1079(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not589.i = icmp eq i32 %1080, 0
-  br i1 %.not589.i, label %if_end352.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end146.i:                                      ; preds = %for_body_kv_head.i
-  %1081 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %v_tile.i = tail call ptr %1081(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %1082 = icmp eq ptr %v_tile.i, null
-  br i1 %1082, label %fused_attend_compute_.exit, label %if_end149.i, !prof !8
-
-if_end149.i:                                      ; preds = %if_end146.i
-  %1083 = add nsw i64 %indvars.iv1076.i, %371
-  br i1 %1042, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
-
-for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end149.i
-  %1084 = mul nsw i64 %1083, %k_head
-  %invariant.gep701.i = getelementptr i32, ptr %key_cache, i64 %1084
-  br label %for_begin_ti.preheader.i
-
-for_begin_ti156.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
-  %1085 = mul nsw i64 %1083, %v_head
-  %invariant.gep719.i = getelementptr i32, ptr %value_cache, i64 %1085
-  br label %for_begin_ti156.preheader.i
-
-for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.lr.ph.i
-  %indvars.iv961.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next962.i, %for_begin_ti.preheader.i ]
-  %.idx = shl nsw i64 %indvars.iv961.i, 6
-  %1086 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
-  %1087 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep702.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1087
-  %1088 = load <16 x i32>, ptr %gep702.i, align 4, !tbaa !5
-  %1089 = shl <16 x i32> %1088, splat (i32 16)
-  %.idx68 = shl nsw i64 %indvars.iv961.i, 12
-  %1090 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx68
-  store <16 x i32> %1089, ptr %1090, align 4, !tbaa !5
-  %1091 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep704.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1091
-  %1092 = load <16 x i32>, ptr %gep704.i, align 4, !tbaa !5
-  %1093 = and <16 x i32> %1092, %375
-  %1094 = getelementptr inbounds nuw i8, ptr %1090, i64 64
-  store <16 x i32> %1093, ptr %1094, align 4, !tbaa !5
-  %1095 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep706.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1095
-  %1096 = getelementptr i8, ptr %gep706.i, i64 64
-  %1097 = load <16 x i32>, ptr %1096, align 4, !tbaa !5
-  %1098 = shl <16 x i32> %1097, splat (i32 16)
-  %1099 = getelementptr inbounds nuw i8, ptr %1090, i64 128
-  store <16 x i32> %1098, ptr %1099, align 4, !tbaa !5
-  %1100 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep708.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1100
-  %1101 = getelementptr i8, ptr %gep708.i, i64 64
-  %1102 = load <16 x i32>, ptr %1101, align 4, !tbaa !5
-  %1103 = and <16 x i32> %1102, %375
-  %1104 = getelementptr inbounds nuw i8, ptr %1090, i64 192
-  store <16 x i32> %1103, ptr %1104, align 4, !tbaa !5
-  %1105 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep710.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1105
-  %1106 = getelementptr i8, ptr %gep710.i, i64 128
-  %1107 = load <16 x i32>, ptr %1106, align 4, !tbaa !5
-  %1108 = shl <16 x i32> %1107, splat (i32 16)
-  %1109 = getelementptr inbounds nuw i8, ptr %1090, i64 256
-  store <16 x i32> %1108, ptr %1109, align 4, !tbaa !5
-  %1110 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep712.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1110
-  %1111 = getelementptr i8, ptr %gep712.i, i64 128
-  %1112 = load <16 x i32>, ptr %1111, align 4, !tbaa !5
-  %1113 = and <16 x i32> %1112, %375
-  %1114 = getelementptr inbounds nuw i8, ptr %1090, i64 320
-  store <16 x i32> %1113, ptr %1114, align 4, !tbaa !5
-  %1115 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep714.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1115
-  %1116 = getelementptr i8, ptr %gep714.i, i64 192
-  %1117 = load <16 x i32>, ptr %1116, align 4, !tbaa !5
-  %1118 = shl <16 x i32> %1117, splat (i32 16)
-  %1119 = getelementptr inbounds nuw i8, ptr %1090, i64 384
-  store <16 x i32> %1118, ptr %1119, align 4, !tbaa !5
-  %1120 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep716.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1120
-  %1121 = getelementptr i8, ptr %gep716.i, i64 192
-  %1122 = load <16 x i32>, ptr %1121, align 4, !tbaa !5
-  %1123 = and <16 x i32> %1122, %375
-  %1124 = getelementptr inbounds nuw i8, ptr %1090, i64 448
-  store <16 x i32> %1123, ptr %1124, align 4, !tbaa !5
-  %1125 = getelementptr inbounds nuw i8, ptr %1086, i64 8
-  %1126 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep702.1.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1126
-  %1127 = load <16 x i32>, ptr %gep702.1.i, align 4, !tbaa !5
-  %1128 = shl <16 x i32> %1127, splat (i32 16)
-  %1129 = getelementptr inbounds nuw i8, ptr %1090, i64 512
-  store <16 x i32> %1128, ptr %1129, align 4, !tbaa !5
-  %1130 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep704.1.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1130
-  %1131 = load <16 x i32>, ptr %gep704.1.i, align 4, !tbaa !5
-  %1132 = and <16 x i32> %1131, %375
-  %1133 = getelementptr inbounds nuw i8, ptr %1090, i64 576
-  store <16 x i32> %1132, ptr %1133, align 4, !tbaa !5
-  %1134 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep706.1.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1134
-  %1135 = getelementptr i8, ptr %gep706.1.i, i64 64
-  %1136 = load <16 x i32>, ptr %1135, align 4, !tbaa !5
-  %1137 = shl <16 x i32> %1136, splat (i32 16)
-  %1138 = getelementptr inbounds nuw i8, ptr %1090, i64 640
-  store <16 x i32> %1137, ptr %1138, align 4, !tbaa !5
-  %1139 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep708.1.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1139
-  %1140 = getelementptr i8, ptr %gep708.1.i, i64 64
-  %1141 = load <16 x i32>, ptr %1140, align 4, !tbaa !5
-  %1142 = and <16 x i32> %1141, %375
-  %1143 = getelementptr inbounds nuw i8, ptr %1090, i64 704
-  store <16 x i32> %1142, ptr %1143, align 4, !tbaa !5
-  %1144 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep710.1.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1144
-  %1145 = getelementptr i8, ptr %gep710.1.i, i64 128
-  %1146 = load <16 x i32>, ptr %1145, align 4, !tbaa !5
-  %1147 = shl <16 x i32> %1146, splat (i32 16)
-  %1148 = getelementptr inbounds nuw i8, ptr %1090, i64 768
-  store <16 x i32> %1147, ptr %1148, align 4, !tbaa !5
-  %1149 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep712.1.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1149
-  %1150 = getelementptr i8, ptr %gep712.1.i, i64 128
-  %1151 = load <16 x i32>, ptr %1150, align 4, !tbaa !5
-  %1152 = and <16 x i32> %1151, %375
-  %1153 = getelementptr inbounds nuw i8, ptr %1090, i64 832
-  store <16 x i32> %1152, ptr %1153, align 4, !tbaa !5
-  %1154 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep714.1.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1154
-  %1155 = getelementptr i8, ptr %gep714.1.i, i64 192
-  %1156 = load <16 x i32>, ptr %1155, align 4, !tbaa !5
-  %1157 = shl <16 x i32> %1156, splat (i32 16)
-  %1158 = getelementptr inbounds nuw i8, ptr %1090, i64 896
-  store <16 x i32> %1157, ptr %1158, align 4, !tbaa !5
-  %1159 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep716.1.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1159
-  %1160 = getelementptr i8, ptr %gep716.1.i, i64 192
-  %1161 = load <16 x i32>, ptr %1160, align 4, !tbaa !5
-  %1162 = and <16 x i32> %1161, %375
-  %1163 = getelementptr inbounds nuw i8, ptr %1090, i64 960
-  store <16 x i32> %1162, ptr %1163, align 4, !tbaa !5
-  %1164 = getelementptr inbounds nuw i8, ptr %1086, i64 16
-  %1165 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep702.2.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1165
-  %1166 = load <16 x i32>, ptr %gep702.2.i, align 4, !tbaa !5
-  %1167 = shl <16 x i32> %1166, splat (i32 16)
-  %1168 = getelementptr inbounds nuw i8, ptr %1090, i64 1024
-  store <16 x i32> %1167, ptr %1168, align 4, !tbaa !5
-  %1169 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep704.2.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1169
-  %1170 = load <16 x i32>, ptr %gep704.2.i, align 4, !tbaa !5
-  %1171 = and <16 x i32> %1170, %375
-  %1172 = getelementptr inbounds nuw i8, ptr %1090, i64 1088
-  store <16 x i32> %1171, ptr %1172, align 4, !tbaa !5
-  %1173 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep706.2.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1173
-  %1174 = getelementptr i8, ptr %gep706.2.i, i64 64
-  %1175 = load <16 x i32>, ptr %1174, align 4, !tbaa !5
-  %1176 = shl <16 x i32> %1175, splat (i32 16)
-  %1177 = getelementptr inbounds nuw i8, ptr %1090, i64 1152
-  store <16 x i32> %1176, ptr %1177, align 4, !tbaa !5
-  %1178 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep708.2.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1178
-  %1179 = getelementptr i8, ptr %gep708.2.i, i64 64
-  %1180 = load <16 x i32>, ptr %1179, align 4, !tbaa !5
-  %1181 = and <16 x i32> %1180, %375
-  %1182 = getelementptr inbounds nuw i8, ptr %1090, i64 1216
-  store <16 x i32> %1181, ptr %1182, align 4, !tbaa !5
-  %1183 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep710.2.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1183
-  %1184 = getelementptr i8, ptr %gep710.2.i, i64 128
-  %1185 = load <16 x i32>, ptr %1184, align 4, !tbaa !5
-  %1186 = shl <16 x i32> %1185, splat (i32 16)
-  %1187 = getelementptr inbounds nuw i8, ptr %1090, i64 1280
-  store <16 x i32> %1186, ptr %1187, align 4, !tbaa !5
-  %1188 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep712.2.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1188
-  %1189 = getelementptr i8, ptr %gep712.2.i, i64 128
-  %1190 = load <16 x i32>, ptr %1189, align 4, !tbaa !5
-  %1191 = and <16 x i32> %1190, %375
-  %1192 = getelementptr inbounds nuw i8, ptr %1090, i64 1344
-  store <16 x i32> %1191, ptr %1192, align 4, !tbaa !5
-  %1193 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep714.2.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1193
-  %1194 = getelementptr i8, ptr %gep714.2.i, i64 192
-  %1195 = load <16 x i32>, ptr %1194, align 4, !tbaa !5
-  %1196 = shl <16 x i32> %1195, splat (i32 16)
-  %1197 = getelementptr inbounds nuw i8, ptr %1090, i64 1408
-  store <16 x i32> %1196, ptr %1197, align 4, !tbaa !5
-  %1198 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep716.2.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1198
-  %1199 = getelementptr i8, ptr %gep716.2.i, i64 192
-  %1200 = load <16 x i32>, ptr %1199, align 4, !tbaa !5
-  %1201 = and <16 x i32> %1200, %375
-  %1202 = getelementptr inbounds nuw i8, ptr %1090, i64 1472
-  store <16 x i32> %1201, ptr %1202, align 4, !tbaa !5
-  %1203 = getelementptr inbounds nuw i8, ptr %1086, i64 24
-  %1204 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep702.3.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1204
-  %1205 = load <16 x i32>, ptr %gep702.3.i, align 4, !tbaa !5
-  %1206 = shl <16 x i32> %1205, splat (i32 16)
-  %1207 = getelementptr inbounds nuw i8, ptr %1090, i64 1536
-  store <16 x i32> %1206, ptr %1207, align 4, !tbaa !5
-  %1208 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep704.3.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1208
-  %1209 = load <16 x i32>, ptr %gep704.3.i, align 4, !tbaa !5
-  %1210 = and <16 x i32> %1209, %375
-  %1211 = getelementptr inbounds nuw i8, ptr %1090, i64 1600
-  store <16 x i32> %1210, ptr %1211, align 4, !tbaa !5
-  %1212 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep706.3.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1212
-  %1213 = getelementptr i8, ptr %gep706.3.i, i64 64
-  %1214 = load <16 x i32>, ptr %1213, align 4, !tbaa !5
-  %1215 = shl <16 x i32> %1214, splat (i32 16)
-  %1216 = getelementptr inbounds nuw i8, ptr %1090, i64 1664
-  store <16 x i32> %1215, ptr %1216, align 4, !tbaa !5
-  %1217 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep708.3.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1217
-  %1218 = getelementptr i8, ptr %gep708.3.i, i64 64
-  %1219 = load <16 x i32>, ptr %1218, align 4, !tbaa !5
-  %1220 = and <16 x i32> %1219, %375
-  %1221 = getelementptr inbounds nuw i8, ptr %1090, i64 1728
-  store <16 x i32> %1220, ptr %1221, align 4, !tbaa !5
-  %1222 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep710.3.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1222
-  %1223 = getelementptr i8, ptr %gep710.3.i, i64 128
-  %1224 = load <16 x i32>, ptr %1223, align 4, !tbaa !5
-  %1225 = shl <16 x i32> %1224, splat (i32 16)
-  %1226 = getelementptr inbounds nuw i8, ptr %1090, i64 1792
-  store <16 x i32> %1225, ptr %1226, align 4, !tbaa !5
-  %1227 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep712.3.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1227
-  %1228 = getelementptr i8, ptr %gep712.3.i, i64 128
-  %1229 = load <16 x i32>, ptr %1228, align 4, !tbaa !5
-  %1230 = and <16 x i32> %1229, %375
-  %1231 = getelementptr inbounds nuw i8, ptr %1090, i64 1856
-  store <16 x i32> %1230, ptr %1231, align 4, !tbaa !5
-  %1232 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep714.3.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1232
-  %1233 = getelementptr i8, ptr %gep714.3.i, i64 192
-  %1234 = load <16 x i32>, ptr %1233, align 4, !tbaa !5
-  %1235 = shl <16 x i32> %1234, splat (i32 16)
-  %1236 = getelementptr inbounds nuw i8, ptr %1090, i64 1920
-  store <16 x i32> %1235, ptr %1236, align 4, !tbaa !5
-  %1237 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep716.3.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1237
-  %1238 = getelementptr i8, ptr %gep716.3.i, i64 192
-  %1239 = load <16 x i32>, ptr %1238, align 4, !tbaa !5
-  %1240 = and <16 x i32> %1239, %375
-  %1241 = getelementptr inbounds nuw i8, ptr %1090, i64 1984
-  store <16 x i32> %1240, ptr %1241, align 4, !tbaa !5
-  %1242 = getelementptr inbounds nuw i8, ptr %1086, i64 32
-  %1243 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep702.4.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1243
-  %1244 = load <16 x i32>, ptr %gep702.4.i, align 4, !tbaa !5
-  %1245 = shl <16 x i32> %1244, splat (i32 16)
-  %1246 = getelementptr inbounds nuw i8, ptr %1090, i64 2048
-  store <16 x i32> %1245, ptr %1246, align 4, !tbaa !5
-  %1247 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep704.4.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1247
-  %1248 = load <16 x i32>, ptr %gep704.4.i, align 4, !tbaa !5
-  %1249 = and <16 x i32> %1248, %375
-  %1250 = getelementptr inbounds nuw i8, ptr %1090, i64 2112
-  store <16 x i32> %1249, ptr %1250, align 4, !tbaa !5
-  %1251 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep706.4.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1251
-  %1252 = getelementptr i8, ptr %gep706.4.i, i64 64
-  %1253 = load <16 x i32>, ptr %1252, align 4, !tbaa !5
-  %1254 = shl <16 x i32> %1253, splat (i32 16)
-  %1255 = getelementptr inbounds nuw i8, ptr %1090, i64 2176
-  store <16 x i32> %1254, ptr %1255, align 4, !tbaa !5
-  %1256 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep708.4.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1256
-  %1257 = getelementptr i8, ptr %gep708.4.i, i64 64
-  %1258 = load <16 x i32>, ptr %1257, align 4, !tbaa !5
-  %1259 = and <16 x i32> %1258, %375
-  %1260 = getelementptr inbounds nuw i8, ptr %1090, i64 2240
-  store <16 x i32> %1259, ptr %1260, align 4, !tbaa !5
-  %1261 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep710.4.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1261
-  %1262 = getelementptr i8, ptr %gep710.4.i, i64 128
-  %1263 = load <16 x i32>, ptr %1262, align 4, !tbaa !5
-  %1264 = shl <16 x i32> %1263, splat (i32 16)
-  %1265 = getelementptr inbounds nuw i8, ptr %1090, i64 2304
-  store <16 x i32> %1264, ptr %1265, align 4, !tbaa !5
-  %1266 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep712.4.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1266
-  %1267 = getelementptr i8, ptr %gep712.4.i, i64 128
-  %1268 = load <16 x i32>, ptr %1267, align 4, !tbaa !5
-  %1269 = and <16 x i32> %1268, %375
-  %1270 = getelementptr inbounds nuw i8, ptr %1090, i64 2368
-  store <16 x i32> %1269, ptr %1270, align 4, !tbaa !5
-  %1271 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep714.4.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1271
-  %1272 = getelementptr i8, ptr %gep714.4.i, i64 192
-  %1273 = load <16 x i32>, ptr %1272, align 4, !tbaa !5
-  %1274 = shl <16 x i32> %1273, splat (i32 16)
-  %1275 = getelementptr inbounds nuw i8, ptr %1090, i64 2432
-  store <16 x i32> %1274, ptr %1275, align 4, !tbaa !5
-  %1276 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep716.4.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1276
-  %1277 = getelementptr i8, ptr %gep716.4.i, i64 192
-  %1278 = load <16 x i32>, ptr %1277, align 4, !tbaa !5
-  %1279 = and <16 x i32> %1278, %375
-  %1280 = getelementptr inbounds nuw i8, ptr %1090, i64 2496
-  store <16 x i32> %1279, ptr %1280, align 4, !tbaa !5
-  %1281 = getelementptr inbounds nuw i8, ptr %1086, i64 40
-  %1282 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep702.5.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1282
-  %1283 = load <16 x i32>, ptr %gep702.5.i, align 4, !tbaa !5
-  %1284 = shl <16 x i32> %1283, splat (i32 16)
-  %1285 = getelementptr inbounds nuw i8, ptr %1090, i64 2560
-  store <16 x i32> %1284, ptr %1285, align 4, !tbaa !5
-  %1286 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep704.5.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1286
-  %1287 = load <16 x i32>, ptr %gep704.5.i, align 4, !tbaa !5
-  %1288 = and <16 x i32> %1287, %375
-  %1289 = getelementptr inbounds nuw i8, ptr %1090, i64 2624
-  store <16 x i32> %1288, ptr %1289, align 4, !tbaa !5
-  %1290 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep706.5.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1290
-  %1291 = getelementptr i8, ptr %gep706.5.i, i64 64
-  %1292 = load <16 x i32>, ptr %1291, align 4, !tbaa !5
-  %1293 = shl <16 x i32> %1292, splat (i32 16)
-  %1294 = getelementptr inbounds nuw i8, ptr %1090, i64 2688
-  store <16 x i32> %1293, ptr %1294, align 4, !tbaa !5
-  %1295 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep708.5.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1295
-  %1296 = getelementptr i8, ptr %gep708.5.i, i64 64
-  %1297 = load <16 x i32>, ptr %1296, align 4, !tbaa !5
-  %1298 = and <16 x i32> %1297, %375
-  %1299 = getelementptr inbounds nuw i8, ptr %1090, i64 2752
-  store <16 x i32> %1298, ptr %1299, align 4, !tbaa !5
-  %1300 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep710.5.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1300
-  %1301 = getelementptr i8, ptr %gep710.5.i, i64 128
-  %1302 = load <16 x i32>, ptr %1301, align 4, !tbaa !5
-  %1303 = shl <16 x i32> %1302, splat (i32 16)
-  %1304 = getelementptr inbounds nuw i8, ptr %1090, i64 2816
-  store <16 x i32> %1303, ptr %1304, align 4, !tbaa !5
-  %1305 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep712.5.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1305
-  %1306 = getelementptr i8, ptr %gep712.5.i, i64 128
-  %1307 = load <16 x i32>, ptr %1306, align 4, !tbaa !5
-  %1308 = and <16 x i32> %1307, %375
-  %1309 = getelementptr inbounds nuw i8, ptr %1090, i64 2880
-  store <16 x i32> %1308, ptr %1309, align 4, !tbaa !5
-  %1310 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep714.5.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1310
-  %1311 = getelementptr i8, ptr %gep714.5.i, i64 192
-  %1312 = load <16 x i32>, ptr %1311, align 4, !tbaa !5
-  %1313 = shl <16 x i32> %1312, splat (i32 16)
-  %1314 = getelementptr inbounds nuw i8, ptr %1090, i64 2944
-  store <16 x i32> %1313, ptr %1314, align 4, !tbaa !5
-  %1315 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep716.5.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1315
-  %1316 = getelementptr i8, ptr %gep716.5.i, i64 192
-  %1317 = load <16 x i32>, ptr %1316, align 4, !tbaa !5
-  %1318 = and <16 x i32> %1317, %375
-  %1319 = getelementptr inbounds nuw i8, ptr %1090, i64 3008
-  store <16 x i32> %1318, ptr %1319, align 4, !tbaa !5
-  %1320 = getelementptr inbounds nuw i8, ptr %1086, i64 48
-  %1321 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep702.6.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1321
-  %1322 = load <16 x i32>, ptr %gep702.6.i, align 4, !tbaa !5
-  %1323 = shl <16 x i32> %1322, splat (i32 16)
-  %1324 = getelementptr inbounds nuw i8, ptr %1090, i64 3072
-  store <16 x i32> %1323, ptr %1324, align 4, !tbaa !5
-  %1325 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep704.6.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1325
-  %1326 = load <16 x i32>, ptr %gep704.6.i, align 4, !tbaa !5
-  %1327 = and <16 x i32> %1326, %375
-  %1328 = getelementptr inbounds nuw i8, ptr %1090, i64 3136
-  store <16 x i32> %1327, ptr %1328, align 4, !tbaa !5
-  %1329 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep706.6.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1329
-  %1330 = getelementptr i8, ptr %gep706.6.i, i64 64
-  %1331 = load <16 x i32>, ptr %1330, align 4, !tbaa !5
-  %1332 = shl <16 x i32> %1331, splat (i32 16)
-  %1333 = getelementptr inbounds nuw i8, ptr %1090, i64 3200
-  store <16 x i32> %1332, ptr %1333, align 4, !tbaa !5
-  %1334 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep708.6.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1334
-  %1335 = getelementptr i8, ptr %gep708.6.i, i64 64
-  %1336 = load <16 x i32>, ptr %1335, align 4, !tbaa !5
-  %1337 = and <16 x i32> %1336, %375
-  %1338 = getelementptr inbounds nuw i8, ptr %1090, i64 3264
-  store <16 x i32> %1337, ptr %1338, align 4, !tbaa !5
-  %1339 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep710.6.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1339
-  %1340 = getelementptr i8, ptr %gep710.6.i, i64 128
-  %1341 = load <16 x i32>, ptr %1340, align 4, !tbaa !5
-  %1342 = shl <16 x i32> %1341, splat (i32 16)
-  %1343 = getelementptr inbounds nuw i8, ptr %1090, i64 3328
-  store <16 x i32> %1342, ptr %1343, align 4, !tbaa !5
-  %1344 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep712.6.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1344
-  %1345 = getelementptr i8, ptr %gep712.6.i, i64 128
-  %1346 = load <16 x i32>, ptr %1345, align 4, !tbaa !5
-  %1347 = and <16 x i32> %1346, %375
-  %1348 = getelementptr inbounds nuw i8, ptr %1090, i64 3392
-  store <16 x i32> %1347, ptr %1348, align 4, !tbaa !5
-  %1349 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep714.6.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1349
-  %1350 = getelementptr i8, ptr %gep714.6.i, i64 192
-  %1351 = load <16 x i32>, ptr %1350, align 4, !tbaa !5
-  %1352 = shl <16 x i32> %1351, splat (i32 16)
-  %1353 = getelementptr inbounds nuw i8, ptr %1090, i64 3456
-  store <16 x i32> %1352, ptr %1353, align 4, !tbaa !5
-  %1354 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep716.6.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1354
-  %1355 = getelementptr i8, ptr %gep716.6.i, i64 192
-  %1356 = load <16 x i32>, ptr %1355, align 4, !tbaa !5
-  %1357 = and <16 x i32> %1356, %375
-  %1358 = getelementptr inbounds nuw i8, ptr %1090, i64 3520
-  store <16 x i32> %1357, ptr %1358, align 4, !tbaa !5
-  %1359 = getelementptr inbounds nuw i8, ptr %1086, i64 56
-  %1360 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep702.7.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1360
-  %1361 = load <16 x i32>, ptr %gep702.7.i, align 4, !tbaa !5
-  %1362 = shl <16 x i32> %1361, splat (i32 16)
-  %1363 = getelementptr inbounds nuw i8, ptr %1090, i64 3584
-  store <16 x i32> %1362, ptr %1363, align 4, !tbaa !5
-  %1364 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep704.7.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1364
-  %1365 = load <16 x i32>, ptr %gep704.7.i, align 4, !tbaa !5
-  %1366 = and <16 x i32> %1365, %375
-  %1367 = getelementptr inbounds nuw i8, ptr %1090, i64 3648
-  store <16 x i32> %1366, ptr %1367, align 4, !tbaa !5
-  %1368 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep706.7.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1368
-  %1369 = getelementptr i8, ptr %gep706.7.i, i64 64
-  %1370 = load <16 x i32>, ptr %1369, align 4, !tbaa !5
-  %1371 = shl <16 x i32> %1370, splat (i32 16)
-  %1372 = getelementptr inbounds nuw i8, ptr %1090, i64 3712
-  store <16 x i32> %1371, ptr %1372, align 4, !tbaa !5
-  %1373 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep708.7.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1373
-  %1374 = getelementptr i8, ptr %gep708.7.i, i64 64
-  %1375 = load <16 x i32>, ptr %1374, align 4, !tbaa !5
-  %1376 = and <16 x i32> %1375, %375
-  %1377 = getelementptr inbounds nuw i8, ptr %1090, i64 3776
-  store <16 x i32> %1376, ptr %1377, align 4, !tbaa !5
-  %1378 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep710.7.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1378
-  %1379 = getelementptr i8, ptr %gep710.7.i, i64 128
-  %1380 = load <16 x i32>, ptr %1379, align 4, !tbaa !5
-  %1381 = shl <16 x i32> %1380, splat (i32 16)
-  %1382 = getelementptr inbounds nuw i8, ptr %1090, i64 3840
-  store <16 x i32> %1381, ptr %1382, align 4, !tbaa !5
-  %1383 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep712.7.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1383
-  %1384 = getelementptr i8, ptr %gep712.7.i, i64 128
-  %1385 = load <16 x i32>, ptr %1384, align 4, !tbaa !5
-  %1386 = and <16 x i32> %1385, %375
-  %1387 = getelementptr inbounds nuw i8, ptr %1090, i64 3904
-  store <16 x i32> %1386, ptr %1387, align 4, !tbaa !5
-  %1388 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep714.7.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1388
-  %1389 = getelementptr i8, ptr %gep714.7.i, i64 192
-  %1390 = load <16 x i32>, ptr %1389, align 4, !tbaa !5
-  %1391 = shl <16 x i32> %1390, splat (i32 16)
-  %1392 = getelementptr inbounds nuw i8, ptr %1090, i64 3968
-  store <16 x i32> %1391, ptr %1392, align 4, !tbaa !5
-  %1393 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep716.7.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1393
-  %1394 = getelementptr i8, ptr %gep716.7.i, i64 192
-  %1395 = load <16 x i32>, ptr %1394, align 4, !tbaa !5
-  %1396 = and <16 x i32> %1395, %375
-  %1397 = getelementptr inbounds nuw i8, ptr %1090, i64 4032
-  store <16 x i32> %1396, ptr %1397, align 4, !tbaa !5
-  %indvars.iv.next962.i = add nuw nsw i64 %indvars.iv961.i, 1
-  %exitcond965.not.i = icmp eq i64 %indvars.iv.next962.i, %wide.trip.count964.i
-  br i1 %exitcond965.not.i, label %for_begin_ti156.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
-
-for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti156.preheader.i, %if_end149.i
-  br i1 %376, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !3
-
-for_body_row_tile.lr.ph.i:                        ; preds = %for_begin_row_tile.preheader.i
-  %1398 = mul i64 %indvars.iv1076.i, %50
-  %1399 = mul nsw i64 %1083, %k_head
-  %invariant.gep742.i = getelementptr i32, ptr %key_cache, i64 %1399
-  %1400 = mul nsw i64 %1083, %v_head
-  %invariant.gep749.i = getelementptr i32, ptr %value_cache, i64 %1400
-  br label %for_body_row_tile.i
-
-for_begin_ti156.preheader.i:                      ; preds = %for_begin_ti156.preheader.i, %for_begin_ti156.preheader.lr.ph.i
-  %indvars.iv970.i = phi i64 [ 0, %for_begin_ti156.preheader.lr.ph.i ], [ %indvars.iv.next971.i, %for_begin_ti156.preheader.i ]
-  %.idx69 = shl nsw i64 %indvars.iv970.i, 6
-  %1401 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx69
-  %1402 = load i64, ptr %1401, align 8, !tbaa !5
-  %gep720.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1402
-  %1403 = load <16 x i32>, ptr %gep720.i, align 4, !tbaa !5
-  %1404 = shl <16 x i32> %1403, splat (i32 16)
-  %.idx70 = shl nsw i64 %indvars.iv970.i, 12
-  %1405 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx70
-  store <16 x i32> %1404, ptr %1405, align 4, !tbaa !5
-  %1406 = load i64, ptr %1401, align 8, !tbaa !5
-  %gep722.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1406
-  %1407 = load <16 x i32>, ptr %gep722.i, align 4, !tbaa !5
-  %1408 = and <16 x i32> %1407, %375
-  %1409 = getelementptr inbounds nuw i8, ptr %1405, i64 64
-  store <16 x i32> %1408, ptr %1409, align 4, !tbaa !5
-  %1410 = load i64, ptr %1401, align 8, !tbaa !5
-  %gep724.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1410
-  %1411 = getelementptr i8, ptr %gep724.i, i64 64
-  %1412 = load <16 x i32>, ptr %1411, align 4, !tbaa !5
-  %1413 = shl <16 x i32> %1412, splat (i32 16)
-  %1414 = getelementptr inbounds nuw i8, ptr %1405, i64 128
-  store <16 x i32> %1413, ptr %1414, align 4, !tbaa !5
-  %1415 = load i64, ptr %1401, align 8, !tbaa !5
-  %gep726.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1415
-  %1416 = getelementptr i8, ptr %gep726.i, i64 64
-  %1417 = load <16 x i32>, ptr %1416, align 4, !tbaa !5
-  %1418 = and <16 x i32> %1417, %375
-  %1419 = getelementptr inbounds nuw i8, ptr %1405, i64 192
-  store <16 x i32> %1418, ptr %1419, align 4, !tbaa !5
-  %1420 = load i64, ptr %1401, align 8, !tbaa !5
-  %gep728.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1420
-  %1421 = getelementptr i8, ptr %gep728.i, i64 128
-  %1422 = load <16 x i32>, ptr %1421, align 4, !tbaa !5
-  %1423 = shl <16 x i32> %1422, splat (i32 16)
-  %1424 = getelementptr inbounds nuw i8, ptr %1405, i64 256
-  store <16 x i32> %1423, ptr %1424, align 4, !tbaa !5
-  %1425 = load i64, ptr %1401, align 8, !tbaa !5
-  %gep730.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1425
-  %1426 = getelementptr i8, ptr %gep730.i, i64 128
-  %1427 = load <16 x i32>, ptr %1426, align 4, !tbaa !5
-  %1428 = and <16 x i32> %1427, %375
-  %1429 = getelementptr inbounds nuw i8, ptr %1405, i64 320
-  store <16 x i32> %1428, ptr %1429, align 4, !tbaa !5
-  %1430 = load i64, ptr %1401, align 8, !tbaa !5
-  %gep732.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1430
-  %1431 = getelementptr i8, ptr %gep732.i, i64 192
-  %1432 = load <16 x i32>, ptr %1431, align 4, !tbaa !5
-  %1433 = shl <16 x i32> %1432, splat (i32 16)
-  %1434 = getelementptr inbounds nuw i8, ptr %1405, i64 384
-  store <16 x i32> %1433, ptr %1434, align 4, !tbaa !5
-  %1435 = load i64, ptr %1401, align 8, !tbaa !5
-  %gep734.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1435
-  %1436 = getelementptr i8, ptr %gep734.i, i64 192
-  %1437 = load <16 x i32>, ptr %1436, align 4, !tbaa !5
-  %1438 = and <16 x i32> %1437, %375
-  %1439 = getelementptr inbounds nuw i8, ptr %1405, i64 448
-  store <16 x i32> %1438, ptr %1439, align 4, !tbaa !5
-  %1440 = getelementptr inbounds nuw i8, ptr %1401, i64 8
-  %1441 = load i64, ptr %1440, align 8, !tbaa !5
-  %gep720.1.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1441
-  %1442 = load <16 x i32>, ptr %gep720.1.i, align 4, !tbaa !5
-  %1443 = shl <16 x i32> %1442, splat (i32 16)
-  %1444 = getelementptr inbounds nuw i8, ptr %1405, i64 512
-  store <16 x i32> %1443, ptr %1444, align 4, !tbaa !5
-  %1445 = load i64, ptr %1440, align 8, !tbaa !5
-  %gep722.1.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1445
-  %1446 = load <16 x i32>, ptr %gep722.1.i, align 4, !tbaa !5
-  %1447 = and <16 x i32> %1446, %375
-  %1448 = getelementptr inbounds nuw i8, ptr %1405, i64 576
-  store <16 x i32> %1447, ptr %1448, align 4, !tbaa !5
-  %1449 = load i64, ptr %1440, align 8, !tbaa !5
-  %gep724.1.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1449
-  %1450 = getelementptr i8, ptr %gep724.1.i, i64 64
-  %1451 = load <16 x i32>, ptr %1450, align 4, !tbaa !5
-  %1452 = shl <16 x i32> %1451, splat (i32 16)
-  %1453 = getelementptr inbounds nuw i8, ptr %1405, i64 640
-  store <16 x i32> %1452, ptr %1453, align 4, !tbaa !5
-  %1454 = load i64, ptr %1440, align 8, !tbaa !5
-  %gep726.1.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1454
-  %1455 = getelementptr i8, ptr %gep726.1.i, i64 64
-  %1456 = load <16 x i32>, ptr %1455, align 4, !tbaa !5
-  %1457 = and <16 x i32> %1456, %375
-  %1458 = getelementptr inbounds nuw i8, ptr %1405, i64 704
-  store <16 x i32> %1457, ptr %1458, align 4, !tbaa !5
-  %1459 = load i64, ptr %1440, align 8, !tbaa !5
-  %gep728.1.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1459
-  %1460 = getelementptr i8, ptr %gep728.1.i, i64 128
-  %1461 = load <16 x i32>, ptr %1460, align 4, !tbaa !5
-  %1462 = shl <16 x i32> %1461, splat (i32 16)
-  %1463 = getelementptr inbounds nuw i8, ptr %1405, i64 768
-  store <16 x i32> %1462, ptr %1463, align 4, !tbaa !5
-  %1464 = load i64, ptr %1440, align 8, !tbaa !5
-  %gep730.1.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1464
-  %1465 = getelementptr i8, ptr %gep730.1.i, i64 128
-  %1466 = load <16 x i32>, ptr %1465, align 4, !tbaa !5
-  %1467 = and <16 x i32> %1466, %375
-  %1468 = getelementptr inbounds nuw i8, ptr %1405, i64 832
-  store <16 x i32> %1467, ptr %1468, align 4, !tbaa !5
-  %1469 = load i64, ptr %1440, align 8, !tbaa !5
-  %gep732.1.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1469
-  %1470 = getelementptr i8, ptr %gep732.1.i, i64 192
-  %1471 = load <16 x i32>, ptr %1470, align 4, !tbaa !5
-  %1472 = shl <16 x i32> %1471, splat (i32 16)
-  %1473 = getelementptr inbounds nuw i8, ptr %1405, i64 896
-  store <16 x i32> %1472, ptr %1473, align 4, !tbaa !5
-  %1474 = load i64, ptr %1440, align 8, !tbaa !5
-  %gep734.1.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1474
-  %1475 = getelementptr i8, ptr %gep734.1.i, i64 192
-  %1476 = load <16 x i32>, ptr %1475, align 4, !tbaa !5
-  %1477 = and <16 x i32> %1476, %375
-  %1478 = getelementptr inbounds nuw i8, ptr %1405, i64 960
-  store <16 x i32> %1477, ptr %1478, align 4, !tbaa !5
-  %1479 = getelementptr inbounds nuw i8, ptr %1401, i64 16
-  %1480 = load i64, ptr %1479, align 8, !tbaa !5
-  %gep720.2.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1480
-  %1481 = load <16 x i32>, ptr %gep720.2.i, align 4, !tbaa !5
-  %1482 = shl <16 x i32> %1481, splat (i32 16)
-  %1483 = getelementptr inbounds nuw i8, ptr %1405, i64 1024
-  store <16 x i32> %1482, ptr %1483, align 4, !tbaa !5
-  %1484 = load i64, ptr %1479, align 8, !tbaa !5
-  %gep722.2.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1484
-  %1485 = load <16 x i32>, ptr %gep722.2.i, align 4, !tbaa !5
-  %1486 = and <16 x i32> %1485, %375
-  %1487 = getelementptr inbounds nuw i8, ptr %1405, i64 1088
-  store <16 x i32> %1486, ptr %1487, align 4, !tbaa !5
-  %1488 = load i64, ptr %1479, align 8, !tbaa !5
-  %gep724.2.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1488
-  %1489 = getelementptr i8, ptr %gep724.2.i, i64 64
-  %1490 = load <16 x i32>, ptr %1489, align 4, !tbaa !5
-  %1491 = shl <16 x i32> %1490, splat (i32 16)
-  %1492 = getelementptr inbounds nuw i8, ptr %1405, i64 1152
-  store <16 x i32> %1491, ptr %1492, align 4, !tbaa !5
-  %1493 = load i64, ptr %1479, align 8, !tbaa !5
-  %gep726.2.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1493
-  %1494 = getelementptr i8, ptr %gep726.2.i, i64 64
-  %1495 = load <16 x i32>, ptr %1494, align 4, !tbaa !5
-  %1496 = and <16 x i32> %1495, %375
-  %1497 = getelementptr inbounds nuw i8, ptr %1405, i64 1216
-  store <16 x i32> %1496, ptr %1497, align 4, !tbaa !5
-  %1498 = load i64, ptr %1479, align 8, !tbaa !5
-  %gep728.2.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1498
-  %1499 = getelementptr i8, ptr %gep728.2.i, i64 128
-  %1500 = load <16 x i32>, ptr %1499, align 4, !tbaa !5
-  %1501 = shl <16 x i32> %1500, splat (i32 16)
-  %1502 = getelementptr inbounds nuw i8, ptr %1405, i64 1280
-  store <16 x i32> %1501, ptr %1502, align 4, !tbaa !5
-  %1503 = load i64, ptr %1479, align 8, !tbaa !5
-  %gep730.2.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1503
-  %1504 = getelementptr i8, ptr %gep730.2.i, i64 128
-  %1505 = load <16 x i32>, ptr %1504, align 4, !tbaa !5
-  %1506 = and <16 x i32> %1505, %375
-  %1507 = getelementptr inbounds nuw i8, ptr %1405, i64 1344
-  store <16 x i32> %1506, ptr %1507, align 4, !tbaa !5
-  %1508 = load i64, ptr %1479, align 8, !tbaa !5
-  %gep732.2.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1508
-  %1509 = getelementptr i8, ptr %gep732.2.i, i64 192
-  %1510 = load <16 x i32>, ptr %1509, align 4, !tbaa !5
-  %1511 = shl <16 x i32> %1510, splat (i32 16)
-  %1512 = getelementptr inbounds nuw i8, ptr %1405, i64 1408
-  store <16 x i32> %1511, ptr %1512, align 4, !tbaa !5
-  %1513 = load i64, ptr %1479, align 8, !tbaa !5
-  %gep734.2.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1513
-  %1514 = getelementptr i8, ptr %gep734.2.i, i64 192
-  %1515 = load <16 x i32>, ptr %1514, align 4, !tbaa !5
-  %1516 = and <16 x i32> %1515, %375
-  %1517 = getelementptr inbounds nuw i8, ptr %1405, i64 1472
-  store <16 x i32> %1516, ptr %1517, align 4, !tbaa !5
-  %1518 = getelementptr inbounds nuw i8, ptr %1401, i64 24
-  %1519 = load i64, ptr %1518, align 8, !tbaa !5
-  %gep720.3.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1519
-  %1520 = load <16 x i32>, ptr %gep720.3.i, align 4, !tbaa !5
-  %1521 = shl <16 x i32> %1520, splat (i32 16)
-  %1522 = getelementptr inbounds nuw i8, ptr %1405, i64 1536
-  store <16 x i32> %1521, ptr %1522, align 4, !tbaa !5
-  %1523 = load i64, ptr %1518, align 8, !tbaa !5
-  %gep722.3.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1523
-  %1524 = load <16 x i32>, ptr %gep722.3.i, align 4, !tbaa !5
-  %1525 = and <16 x i32> %1524, %375
-  %1526 = getelementptr inbounds nuw i8, ptr %1405, i64 1600
-  store <16 x i32> %1525, ptr %1526, align 4, !tbaa !5
-  %1527 = load i64, ptr %1518, align 8, !tbaa !5
-  %gep724.3.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1527
-  %1528 = getelementptr i8, ptr %gep724.3.i, i64 64
-  %1529 = load <16 x i32>, ptr %1528, align 4, !tbaa !5
-  %1530 = shl <16 x i32> %1529, splat (i32 16)
-  %1531 = getelementptr inbounds nuw i8, ptr %1405, i64 1664
-  store <16 x i32> %1530, ptr %1531, align 4, !tbaa !5
-  %1532 = load i64, ptr %1518, align 8, !tbaa !5
-  %gep726.3.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1532
-  %1533 = getelementptr i8, ptr %gep726.3.i, i64 64
-  %1534 = load <16 x i32>, ptr %1533, align 4, !tbaa !5
-  %1535 = and <16 x i32> %1534, %375
-  %1536 = getelementptr inbounds nuw i8, ptr %1405, i64 1728
-  store <16 x i32> %1535, ptr %1536, align 4, !tbaa !5
-  %1537 = load i64, ptr %1518, align 8, !tbaa !5
-  %gep728.3.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1537
-  %1538 = getelementptr i8, ptr %gep728.3.i, i64 128
-  %1539 = load <16 x i32>, ptr %1538, align 4, !tbaa !5
-  %1540 = shl <16 x i32> %1539, splat (i32 16)
-  %1541 = getelementptr inbounds nuw i8, ptr %1405, i64 1792
-  store <16 x i32> %1540, ptr %1541, align 4, !tbaa !5
-  %1542 = load i64, ptr %1518, align 8, !tbaa !5
-  %gep730.3.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1542
-  %1543 = getelementptr i8, ptr %gep730.3.i, i64 128
-  %1544 = load <16 x i32>, ptr %1543, align 4, !tbaa !5
-  %1545 = and <16 x i32> %1544, %375
-  %1546 = getelementptr inbounds nuw i8, ptr %1405, i64 1856
-  store <16 x i32> %1545, ptr %1546, align 4, !tbaa !5
-  %1547 = load i64, ptr %1518, align 8, !tbaa !5
-  %gep732.3.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1547
-  %1548 = getelementptr i8, ptr %gep732.3.i, i64 192
-  %1549 = load <16 x i32>, ptr %1548, align 4, !tbaa !5
-  %1550 = shl <16 x i32> %1549, splat (i32 16)
-  %1551 = getelementptr inbounds nuw i8, ptr %1405, i64 1920
-  store <16 x i32> %1550, ptr %1551, align 4, !tbaa !5
-  %1552 = load i64, ptr %1518, align 8, !tbaa !5
-  %gep734.3.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1552
-  %1553 = getelementptr i8, ptr %gep734.3.i, i64 192
-  %1554 = load <16 x i32>, ptr %1553, align 4, !tbaa !5
-  %1555 = and <16 x i32> %1554, %375
-  %1556 = getelementptr inbounds nuw i8, ptr %1405, i64 1984
-  store <16 x i32> %1555, ptr %1556, align 4, !tbaa !5
-  %1557 = getelementptr inbounds nuw i8, ptr %1401, i64 32
-  %1558 = load i64, ptr %1557, align 8, !tbaa !5
-  %gep720.4.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1558
-  %1559 = load <16 x i32>, ptr %gep720.4.i, align 4, !tbaa !5
-  %1560 = shl <16 x i32> %1559, splat (i32 16)
-  %1561 = getelementptr inbounds nuw i8, ptr %1405, i64 2048
-  store <16 x i32> %1560, ptr %1561, align 4, !tbaa !5
-  %1562 = load i64, ptr %1557, align 8, !tbaa !5
-  %gep722.4.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1562
-  %1563 = load <16 x i32>, ptr %gep722.4.i, align 4, !tbaa !5
-  %1564 = and <16 x i32> %1563, %375
-  %1565 = getelementptr inbounds nuw i8, ptr %1405, i64 2112
-  store <16 x i32> %1564, ptr %1565, align 4, !tbaa !5
-  %1566 = load i64, ptr %1557, align 8, !tbaa !5
-  %gep724.4.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1566
-  %1567 = getelementptr i8, ptr %gep724.4.i, i64 64
-  %1568 = load <16 x i32>, ptr %1567, align 4, !tbaa !5
-  %1569 = shl <16 x i32> %1568, splat (i32 16)
-  %1570 = getelementptr inbounds nuw i8, ptr %1405, i64 2176
-  store <16 x i32> %1569, ptr %1570, align 4, !tbaa !5
-  %1571 = load i64, ptr %1557, align 8, !tbaa !5
-  %gep726.4.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1571
-  %1572 = getelementptr i8, ptr %gep726.4.i, i64 64
-  %1573 = load <16 x i32>, ptr %1572, align 4, !tbaa !5
-  %1574 = and <16 x i32> %1573, %375
-  %1575 = getelementptr inbounds nuw i8, ptr %1405, i64 2240
-  store <16 x i32> %1574, ptr %1575, align 4, !tbaa !5
-  %1576 = load i64, ptr %1557, align 8, !tbaa !5
-  %gep728.4.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1576
-  %1577 = getelementptr i8, ptr %gep728.4.i, i64 128
-  %1578 = load <16 x i32>, ptr %1577, align 4, !tbaa !5
-  %1579 = shl <16 x i32> %1578, splat (i32 16)
-  %1580 = getelementptr inbounds nuw i8, ptr %1405, i64 2304
-  store <16 x i32> %1579, ptr %1580, align 4, !tbaa !5
-  %1581 = load i64, ptr %1557, align 8, !tbaa !5
-  %gep730.4.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1581
-  %1582 = getelementptr i8, ptr %gep730.4.i, i64 128
-  %1583 = load <16 x i32>, ptr %1582, align 4, !tbaa !5
-  %1584 = and <16 x i32> %1583, %375
-  %1585 = getelementptr inbounds nuw i8, ptr %1405, i64 2368
-  store <16 x i32> %1584, ptr %1585, align 4, !tbaa !5
-  %1586 = load i64, ptr %1557, align 8, !tbaa !5
-  %gep732.4.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1586
-  %1587 = getelementptr i8, ptr %gep732.4.i, i64 192
-  %1588 = load <16 x i32>, ptr %1587, align 4, !tbaa !5
-  %1589 = shl <16 x i32> %1588, splat (i32 16)
-  %1590 = getelementptr inbounds nuw i8, ptr %1405, i64 2432
-  store <16 x i32> %1589, ptr %1590, align 4, !tbaa !5
-  %1591 = load i64, ptr %1557, align 8, !tbaa !5
-  %gep734.4.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1591
-  %1592 = getelementptr i8, ptr %gep734.4.i, i64 192
-  %1593 = load <16 x i32>, ptr %1592, align 4, !tbaa !5
-  %1594 = and <16 x i32> %1593, %375
-  %1595 = getelementptr inbounds nuw i8, ptr %1405, i64 2496
-  store <16 x i32> %1594, ptr %1595, align 4, !tbaa !5
-  %1596 = getelementptr inbounds nuw i8, ptr %1401, i64 40
-  %1597 = load i64, ptr %1596, align 8, !tbaa !5
-  %gep720.5.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1597
-  %1598 = load <16 x i32>, ptr %gep720.5.i, align 4, !tbaa !5
-  %1599 = shl <16 x i32> %1598, splat (i32 16)
-  %1600 = getelementptr inbounds nuw i8, ptr %1405, i64 2560
-  store <16 x i32> %1599, ptr %1600, align 4, !tbaa !5
-  %1601 = load i64, ptr %1596, align 8, !tbaa !5
-  %gep722.5.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1601
-  %1602 = load <16 x i32>, ptr %gep722.5.i, align 4, !tbaa !5
-  %1603 = and <16 x i32> %1602, %375
-  %1604 = getelementptr inbounds nuw i8, ptr %1405, i64 2624
-  store <16 x i32> %1603, ptr %1604, align 4, !tbaa !5
-  %1605 = load i64, ptr %1596, align 8, !tbaa !5
-  %gep724.5.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1605
-  %1606 = getelementptr i8, ptr %gep724.5.i, i64 64
-  %1607 = load <16 x i32>, ptr %1606, align 4, !tbaa !5
-  %1608 = shl <16 x i32> %1607, splat (i32 16)
-  %1609 = getelementptr inbounds nuw i8, ptr %1405, i64 2688
-  store <16 x i32> %1608, ptr %1609, align 4, !tbaa !5
-  %1610 = load i64, ptr %1596, align 8, !tbaa !5
-  %gep726.5.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1610
-  %1611 = getelementptr i8, ptr %gep726.5.i, i64 64
-  %1612 = load <16 x i32>, ptr %1611, align 4, !tbaa !5
-  %1613 = and <16 x i32> %1612, %375
-  %1614 = getelementptr inbounds nuw i8, ptr %1405, i64 2752
-  store <16 x i32> %1613, ptr %1614, align 4, !tbaa !5
-  %1615 = load i64, ptr %1596, align 8, !tbaa !5
-  %gep728.5.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1615
-  %1616 = getelementptr i8, ptr %gep728.5.i, i64 128
-  %1617 = load <16 x i32>, ptr %1616, align 4, !tbaa !5
-  %1618 = shl <16 x i32> %1617, splat (i32 16)
-  %1619 = getelementptr inbounds nuw i8, ptr %1405, i64 2816
-  store <16 x i32> %1618, ptr %1619, align 4, !tbaa !5
-  %1620 = load i64, ptr %1596, align 8, !tbaa !5
-  %gep730.5.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1620
-  %1621 = getelementptr i8, ptr %gep730.5.i, i64 128
-  %1622 = load <16 x i32>, ptr %1621, align 4, !tbaa !5
-  %1623 = and <16 x i32> %1622, %375
-  %1624 = getelementptr inbounds nuw i8, ptr %1405, i64 2880
-  store <16 x i32> %1623, ptr %1624, align 4, !tbaa !5
-  %1625 = load i64, ptr %1596, align 8, !tbaa !5
-  %gep732.5.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1625
-  %1626 = getelementptr i8, ptr %gep732.5.i, i64 192
-  %1627 = load <16 x i32>, ptr %1626, align 4, !tbaa !5
-  %1628 = shl <16 x i32> %1627, splat (i32 16)
-  %1629 = getelementptr inbounds nuw i8, ptr %1405, i64 2944
-  store <16 x i32> %1628, ptr %1629, align 4, !tbaa !5
-  %1630 = load i64, ptr %1596, align 8, !tbaa !5
-  %gep734.5.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1630
-  %1631 = getelementptr i8, ptr %gep734.5.i, i64 192
-  %1632 = load <16 x i32>, ptr %1631, align 4, !tbaa !5
-  %1633 = and <16 x i32> %1632, %375
-  %1634 = getelementptr inbounds nuw i8, ptr %1405, i64 3008
-  store <16 x i32> %1633, ptr %1634, align 4, !tbaa !5
-  %1635 = getelementptr inbounds nuw i8, ptr %1401, i64 48
-  %1636 = load i64, ptr %1635, align 8, !tbaa !5
-  %gep720.6.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1636
-  %1637 = load <16 x i32>, ptr %gep720.6.i, align 4, !tbaa !5
-  %1638 = shl <16 x i32> %1637, splat (i32 16)
-  %1639 = getelementptr inbounds nuw i8, ptr %1405, i64 3072
-  store <16 x i32> %1638, ptr %1639, align 4, !tbaa !5
-  %1640 = load i64, ptr %1635, align 8, !tbaa !5
-  %gep722.6.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1640
-  %1641 = load <16 x i32>, ptr %gep722.6.i, align 4, !tbaa !5
-  %1642 = and <16 x i32> %1641, %375
-  %1643 = getelementptr inbounds nuw i8, ptr %1405, i64 3136
-  store <16 x i32> %1642, ptr %1643, align 4, !tbaa !5
-  %1644 = load i64, ptr %1635, align 8, !tbaa !5
-  %gep724.6.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1644
-  %1645 = getelementptr i8, ptr %gep724.6.i, i64 64
-  %1646 = load <16 x i32>, ptr %1645, align 4, !tbaa !5
-  %1647 = shl <16 x i32> %1646, splat (i32 16)
-  %1648 = getelementptr inbounds nuw i8, ptr %1405, i64 3200
-  store <16 x i32> %1647, ptr %1648, align 4, !tbaa !5
-  %1649 = load i64, ptr %1635, align 8, !tbaa !5
-  %gep726.6.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1649
-  %1650 = getelementptr i8, ptr %gep726.6.i, i64 64
-  %1651 = load <16 x i32>, ptr %1650, align 4, !tbaa !5
-  %1652 = and <16 x i32> %1651, %375
-  %1653 = getelementptr inbounds nuw i8, ptr %1405, i64 3264
-  store <16 x i32> %1652, ptr %1653, align 4, !tbaa !5
-  %1654 = load i64, ptr %1635, align 8, !tbaa !5
-  %gep728.6.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1654
-  %1655 = getelementptr i8, ptr %gep728.6.i, i64 128
-  %1656 = load <16 x i32>, ptr %1655, align 4, !tbaa !5
-  %1657 = shl <16 x i32> %1656, splat (i32 16)
-  %1658 = getelementptr inbounds nuw i8, ptr %1405, i64 3328
-  store <16 x i32> %1657, ptr %1658, align 4, !tbaa !5
-  %1659 = load i64, ptr %1635, align 8, !tbaa !5
-  %gep730.6.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1659
-  %1660 = getelementptr i8, ptr %gep730.6.i, i64 128
-  %1661 = load <16 x i32>, ptr %1660, align 4, !tbaa !5
-  %1662 = and <16 x i32> %1661, %375
-  %1663 = getelementptr inbounds nuw i8, ptr %1405, i64 3392
-  store <16 x i32> %1662, ptr %1663, align 4, !tbaa !5
-  %1664 = load i64, ptr %1635, align 8, !tbaa !5
-  %gep732.6.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1664
-  %1665 = getelementptr i8, ptr %gep732.6.i, i64 192
-  %1666 = load <16 x i32>, ptr %1665, align 4, !tbaa !5
-  %1667 = shl <16 x i32> %1666, splat (i32 16)
-  %1668 = getelementptr inbounds nuw i8, ptr %1405, i64 3456
-  store <16 x i32> %1667, ptr %1668, align 4, !tbaa !5
-  %1669 = load i64, ptr %1635, align 8, !tbaa !5
-  %gep734.6.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1669
-  %1670 = getelementptr i8, ptr %gep734.6.i, i64 192
-  %1671 = load <16 x i32>, ptr %1670, align 4, !tbaa !5
-  %1672 = and <16 x i32> %1671, %375
-  %1673 = getelementptr inbounds nuw i8, ptr %1405, i64 3520
-  store <16 x i32> %1672, ptr %1673, align 4, !tbaa !5
-  %1674 = getelementptr inbounds nuw i8, ptr %1401, i64 56
-  %1675 = load i64, ptr %1674, align 8, !tbaa !5
-  %gep720.7.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1675
-  %1676 = load <16 x i32>, ptr %gep720.7.i, align 4, !tbaa !5
-  %1677 = shl <16 x i32> %1676, splat (i32 16)
-  %1678 = getelementptr inbounds nuw i8, ptr %1405, i64 3584
-  store <16 x i32> %1677, ptr %1678, align 4, !tbaa !5
-  %1679 = load i64, ptr %1674, align 8, !tbaa !5
-  %gep722.7.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1679
-  %1680 = load <16 x i32>, ptr %gep722.7.i, align 4, !tbaa !5
-  %1681 = and <16 x i32> %1680, %375
-  %1682 = getelementptr inbounds nuw i8, ptr %1405, i64 3648
-  store <16 x i32> %1681, ptr %1682, align 4, !tbaa !5
-  %1683 = load i64, ptr %1674, align 8, !tbaa !5
-  %gep724.7.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1683
-  %1684 = getelementptr i8, ptr %gep724.7.i, i64 64
-  %1685 = load <16 x i32>, ptr %1684, align 4, !tbaa !5
-  %1686 = shl <16 x i32> %1685, splat (i32 16)
-  %1687 = getelementptr inbounds nuw i8, ptr %1405, i64 3712
-  store <16 x i32> %1686, ptr %1687, align 4, !tbaa !5
-  %1688 = load i64, ptr %1674, align 8, !tbaa !5
-  %gep726.7.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1688
-  %1689 = getelementptr i8, ptr %gep726.7.i, i64 64
-  %1690 = load <16 x i32>, ptr %1689, align 4, !tbaa !5
-  %1691 = and <16 x i32> %1690, %375
-  %1692 = getelementptr inbounds nuw i8, ptr %1405, i64 3776
-  store <16 x i32> %1691, ptr %1692, align 4, !tbaa !5
-  %1693 = load i64, ptr %1674, align 8, !tbaa !5
-  %gep728.7.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1693
-  %1694 = getelementptr i8, ptr %gep728.7.i, i64 128
-  %1695 = load <16 x i32>, ptr %1694, align 4, !tbaa !5
-  %1696 = shl <16 x i32> %1695, splat (i32 16)
-  %1697 = getelementptr inbounds nuw i8, ptr %1405, i64 3840
-  store <16 x i32> %1696, ptr %1697, align 4, !tbaa !5
-  %1698 = load i64, ptr %1674, align 8, !tbaa !5
-  %gep730.7.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1698
-  %1699 = getelementptr i8, ptr %gep730.7.i, i64 128
-  %1700 = load <16 x i32>, ptr %1699, align 4, !tbaa !5
-  %1701 = and <16 x i32> %1700, %375
-  %1702 = getelementptr inbounds nuw i8, ptr %1405, i64 3904
-  store <16 x i32> %1701, ptr %1702, align 4, !tbaa !5
-  %1703 = load i64, ptr %1674, align 8, !tbaa !5
-  %gep732.7.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1703
-  %1704 = getelementptr i8, ptr %gep732.7.i, i64 192
-  %1705 = load <16 x i32>, ptr %1704, align 4, !tbaa !5
-  %1706 = shl <16 x i32> %1705, splat (i32 16)
-  %1707 = getelementptr inbounds nuw i8, ptr %1405, i64 3968
-  store <16 x i32> %1706, ptr %1707, align 4, !tbaa !5
-  %1708 = load i64, ptr %1674, align 8, !tbaa !5
-  %gep734.7.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1708
-  %1709 = getelementptr i8, ptr %gep734.7.i, i64 192
-  %1710 = load <16 x i32>, ptr %1709, align 4, !tbaa !5
-  %1711 = and <16 x i32> %1710, %375
-  %1712 = getelementptr inbounds nuw i8, ptr %1405, i64 4032
-  store <16 x i32> %1711, ptr %1712, align 4, !tbaa !5
-  %indvars.iv.next971.i = add nuw nsw i64 %indvars.iv970.i, 1
-  %exitcond974.not.i = icmp eq i64 %indvars.iv.next971.i, %wide.trip.count964.i
-  br i1 %exitcond974.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti156.preheader.i, !prof !13
-
-for_begin_row_tile.i:                             ; preds = %if_end340.i
-  %indvars.iv.next1072.i = add nuw nsw i64 %indvars.iv1071.i, 1
-  %exitcond1075.not.i = icmp eq i64 %indvars.iv.next1072.i, %383
-  br i1 %exitcond1075.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
-
-for_body_row_tile.i:                              ; preds = %for_begin_row_tile.i, %for_body_row_tile.lr.ph.i
-  %indvars.iv1071.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1072.i, %for_begin_row_tile.i ]
-  %1713 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scores.i = tail call ptr %1713(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1714 = icmp eq ptr %scores.i, null
-  br i1 %1714, label %fused_attend_compute_.exit, label %if_end162.i, !prof !8
-
-for_end_row_tile.i:                               ; preds = %for_begin_row_tile.i, %for_begin_row_tile.preheader.i
-  %1715 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %1716 = tail call i32 %1715(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not591.i = icmp eq i32 %1716, 0
-  br i1 %.not591.i, label %if_end346.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end162.i:                                      ; preds = %for_body_row_tile.i
-  %1717 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %probs.i = tail call ptr %1717(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1718 = icmp eq ptr %probs.i, null
-  br i1 %1718, label %fused_attend_compute_.exit, label %if_end165.i, !prof !8
-
-if_end165.i:                                      ; preds = %if_end162.i
-  %1719 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %edges.i = tail call ptr %1719(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %1720 = icmp eq ptr %edges.i, null
-  br i1 %1720, label %fused_attend_compute_.exit, label %if_end168.i, !prof !8
-
-if_end168.i:                                      ; preds = %if_end165.i
-  %1721 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled.i = tail call ptr %1721(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1722 = icmp eq ptr %scaled.i, null
-  br i1 %1722, label %fused_attend_compute_.exit, label %if_end171.i, !prof !8
-
-if_end171.i:                                      ; preds = %if_end168.i
-  %1723 = srem i32 %1043, %num_query
-  %1724 = ashr i32 %1723, 31
-  %1725 = sdiv i32 %1043, %num_query
-  %1726 = add nsw i32 %1725, %1724
-  %.not593740.i = icmp slt i32 %1726, 0
-  br i1 %.not593740.i, label %for_end_t184.i, label %for_body_t174.lr.ph.i, !prof !16
-
-for_body_t174.lr.ph.i:                            ; preds = %if_end171.i
-  %1727 = add nuw i32 %1726, 1
-  %1728 = trunc nuw nsw i64 %indvars.iv1071.i to i32
-  %1729 = mul nuw nsw i32 %1727, %1728
-  %xtraiter976 = and i32 %1727, 3
-  %1730 = icmp ult i32 %1726, 3
-  br i1 %1730, label %for_body_t174.i.epil.preheader, label %for_body_t174.lr.ph.i.new, !prof !41
-
-for_body_t174.lr.ph.i.new:                        ; preds = %for_body_t174.lr.ph.i
-  %unroll_iter979 = and i32 %1727, -4
-  br label %for_body_t174.i
-
-for_body_t174.i:                                  ; preds = %for_body_t174.i, %for_body_t174.lr.ph.i.new
-  %t177741.i = phi i32 [ 0, %for_body_t174.lr.ph.i.new ], [ %1758, %for_body_t174.i ]
-  %niter980 = phi i32 [ 0, %for_body_t174.lr.ph.i.new ], [ %niter980.next.3, %for_body_t174.i ]
-  %1731 = add nuw nsw i32 %t177741.i, %1729
-  %1732 = tail call i32 @llvm.smin.i32(i32 %1731, i32 %1043)
-  %1733 = sext i32 %1732 to i64
-  %1734 = getelementptr i64, ptr %key_offsets.i, i64 %1733
-  %1735 = getelementptr i8, ptr %1734, i64 1024
-  %1736 = load i64, ptr %1735, align 8, !tbaa !5
-  %gep743.i = getelementptr i32, ptr %invariant.gep742.i, i64 %1736
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.i, i32 0, i32 2, i32 1)
-  %gep738.1.i = getelementptr i8, ptr %gep743.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep738.1.i, i32 0, i32 2, i32 1)
-  %gep738.2.i = getelementptr i8, ptr %gep743.i, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep738.2.i, i32 0, i32 2, i32 1)
-  %gep738.3.i = getelementptr i8, ptr %gep743.i, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep738.3.i, i32 0, i32 2, i32 1)
-  %1737 = or disjoint i32 %t177741.i, 1
-  %1738 = add nuw nsw i32 %1737, %1729
-  %1739 = tail call i32 @llvm.smin.i32(i32 %1738, i32 %1043)
-  %1740 = sext i32 %1739 to i64
-  %1741 = getelementptr i64, ptr %key_offsets.i, i64 %1740
-  %1742 = getelementptr i8, ptr %1741, i64 1024
-  %1743 = load i64, ptr %1742, align 8, !tbaa !5
-  %gep743.i.1 = getelementptr i32, ptr %invariant.gep742.i, i64 %1743
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.i.1, i32 0, i32 2, i32 1)
-  %gep738.1.i.1 = getelementptr i8, ptr %gep743.i.1, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep738.1.i.1, i32 0, i32 2, i32 1)
-  %gep738.2.i.1 = getelementptr i8, ptr %gep743.i.1, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep738.2.i.1, i32 0, i32 2, i32 1)
-  %gep738.3.i.1 = getelementptr i8, ptr %gep743.i.1, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep738.3.i.1, i32 0, i32 2, i32 1)
-  %1744 = or disjoint i32 %t177741.i, 2
-  %1745 = add nuw nsw i32 %1744, %1729
-  %1746 = tail call i32 @llvm.smin.i32(i32 %1745, i32 %1043)
-  %1747 = sext i32 %1746 to i64
-  %1748 = getelementptr i64, ptr %key_offsets.i, i64 %1747
-  %1749 = getelementptr i8, ptr %1748, i64 1024
-  %1750 = load i64, ptr %1749, align 8, !tbaa !5
-  %gep743.i.2 = getelementptr i32, ptr %invariant.gep742.i, i64 %1750
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.i.2, i32 0, i32 2, i32 1)
-  %gep738.1.i.2 = getelementptr i8, ptr %gep743.i.2, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep738.1.i.2, i32 0, i32 2, i32 1)
-  %gep738.2.i.2 = getelementptr i8, ptr %gep743.i.2, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep738.2.i.2, i32 0, i32 2, i32 1)
-  %gep738.3.i.2 = getelementptr i8, ptr %gep743.i.2, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep738.3.i.2, i32 0, i32 2, i32 1)
-  %1751 = or disjoint i32 %t177741.i, 3
-  %1752 = add nuw nsw i32 %1751, %1729
-  %1753 = tail call i32 @llvm.smin.i32(i32 %1752, i32 %1043)
-  %1754 = sext i32 %1753 to i64
-  %1755 = getelementptr i64, ptr %key_offsets.i, i64 %1754
-  %1756 = getelementptr i8, ptr %1755, i64 1024
-  %1757 = load i64, ptr %1756, align 8, !tbaa !5
-  %gep743.i.3 = getelementptr i32, ptr %invariant.gep742.i, i64 %1757
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.i.3, i32 0, i32 2, i32 1)
-  %gep738.1.i.3 = getelementptr i8, ptr %gep743.i.3, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep738.1.i.3, i32 0, i32 2, i32 1)
-  %gep738.2.i.3 = getelementptr i8, ptr %gep743.i.3, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep738.2.i.3, i32 0, i32 2, i32 1)
-  %gep738.3.i.3 = getelementptr i8, ptr %gep743.i.3, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep738.3.i.3, i32 0, i32 2, i32 1)
-  %1758 = add nuw i32 %t177741.i, 4
-  %niter980.next.3 = add i32 %niter980, 4
-  %niter980.ncmp.3 = icmp eq i32 %niter980.next.3, %unroll_iter979
-  br i1 %niter980.ncmp.3, label %for_body_t183.i.preheader.unr-lcssa, label %for_body_t174.i, !prof !42, !llvm.loop !43
-
-for_body_t183.i.preheader.unr-lcssa:              ; preds = %for_body_t174.i
-  %lcmp.mod977.not = icmp eq i32 %xtraiter976, 0
-  br i1 %lcmp.mod977.not, label %for_body_t183.i.preheader, label %for_body_t174.i.epil.preheader, !prof !45
-
-for_body_t174.i.epil.preheader:                   ; preds = %for_body_t183.i.preheader.unr-lcssa, %for_body_t174.lr.ph.i
-  %t177741.i.epil.init = phi i32 [ 0, %for_body_t174.lr.ph.i ], [ %1758, %for_body_t183.i.preheader.unr-lcssa ]
-  %lcmp.mod978 = icmp ne i32 %xtraiter976, 0
-  tail call void @llvm.assume(i1 %lcmp.mod978)
-  br label %for_body_t174.i.epil
-
-for_body_t174.i.epil:                             ; preds = %for_body_t174.i.epil, %for_body_t174.i.epil.preheader
-  %t177741.i.epil = phi i32 [ %t177741.i.epil.init, %for_body_t174.i.epil.preheader ], [ %1765, %for_body_t174.i.epil ]
-  %epil.iter = phi i32 [ 0, %for_body_t174.i.epil.preheader ], [ %epil.iter.next, %for_body_t174.i.epil ]
-  %1759 = add nuw nsw i32 %t177741.i.epil, %1729
-  %1760 = tail call i32 @llvm.smin.i32(i32 %1759, i32 %1043)
-  %1761 = sext i32 %1760 to i64
-  %1762 = getelementptr i64, ptr %key_offsets.i, i64 %1761
-  %1763 = getelementptr i8, ptr %1762, i64 1024
-  %1764 = load i64, ptr %1763, align 8, !tbaa !5
-  %gep743.i.epil = getelementptr i32, ptr %invariant.gep742.i, i64 %1764
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.i.epil, i32 0, i32 2, i32 1)
-  %gep738.1.i.epil = getelementptr i8, ptr %gep743.i.epil, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep738.1.i.epil, i32 0, i32 2, i32 1)
-  %gep738.2.i.epil = getelementptr i8, ptr %gep743.i.epil, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep738.2.i.epil, i32 0, i32 2, i32 1)
-  %gep738.3.i.epil = getelementptr i8, ptr %gep743.i.epil, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep738.3.i.epil, i32 0, i32 2, i32 1)
-  %1765 = add nuw i32 %t177741.i.epil, 1
-  %epil.iter.next = add i32 %epil.iter, 1
-  %epil.iter.cmp.not = icmp eq i32 %epil.iter.next, %xtraiter976
-  br i1 %epil.iter.cmp.not, label %for_body_t183.i.preheader, label %for_body_t174.i.epil, !prof !12, !llvm.loop !46
-
-for_body_t183.i.preheader:                        ; preds = %for_body_t174.i.epil, %for_body_t183.i.preheader.unr-lcssa
-  %xtraiter981 = and i32 %1727, 3
-  %1766 = icmp ult i32 %1726, 3
-  br i1 %1766, label %for_body_t183.i.epil.preheader, label %for_body_t183.i.preheader.new, !prof !41
-
-for_body_t183.i.preheader.new:                    ; preds = %for_body_t183.i.preheader
-  %unroll_iter985 = and i32 %1727, -4
-  br label %for_body_t183.i
-
-for_body_t183.i:                                  ; preds = %for_body_t183.i, %for_body_t183.i.preheader.new
-  %t186748.i = phi i32 [ 0, %for_body_t183.i.preheader.new ], [ %1794, %for_body_t183.i ]
-  %niter986 = phi i32 [ 0, %for_body_t183.i.preheader.new ], [ %niter986.next.3, %for_body_t183.i ]
-  %1767 = add nuw nsw i32 %t186748.i, %1729
-  %1768 = tail call i32 @llvm.smin.i32(i32 %1767, i32 %1043)
-  %1769 = sext i32 %1768 to i64
-  %1770 = getelementptr i64, ptr %value_offsets.i, i64 %1769
-  %1771 = getelementptr i8, ptr %1770, i64 1024
-  %1772 = load i64, ptr %1771, align 8, !tbaa !5
-  %gep750.i = getelementptr i32, ptr %invariant.gep749.i, i64 %1772
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.i, i32 0, i32 2, i32 1)
-  %gep745.1.i = getelementptr i8, ptr %gep750.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep745.1.i, i32 0, i32 2, i32 1)
-  %gep745.2.i = getelementptr i8, ptr %gep750.i, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep745.2.i, i32 0, i32 2, i32 1)
-  %gep745.3.i = getelementptr i8, ptr %gep750.i, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep745.3.i, i32 0, i32 2, i32 1)
-  %1773 = or disjoint i32 %t186748.i, 1
-  %1774 = add nuw nsw i32 %1773, %1729
-  %1775 = tail call i32 @llvm.smin.i32(i32 %1774, i32 %1043)
-  %1776 = sext i32 %1775 to i64
-  %1777 = getelementptr i64, ptr %value_offsets.i, i64 %1776
-  %1778 = getelementptr i8, ptr %1777, i64 1024
-  %1779 = load i64, ptr %1778, align 8, !tbaa !5
-  %gep750.i.1 = getelementptr i32, ptr %invariant.gep749.i, i64 %1779
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.i.1, i32 0, i32 2, i32 1)
-  %gep745.1.i.1 = getelementptr i8, ptr %gep750.i.1, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep745.1.i.1, i32 0, i32 2, i32 1)
-  %gep745.2.i.1 = getelementptr i8, ptr %gep750.i.1, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep745.2.i.1, i32 0, i32 2, i32 1)
-  %gep745.3.i.1 = getelementptr i8, ptr %gep750.i.1, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep745.3.i.1, i32 0, i32 2, i32 1)
-  %1780 = or disjoint i32 %t186748.i, 2
-  %1781 = add nuw nsw i32 %1780, %1729
-  %1782 = tail call i32 @llvm.smin.i32(i32 %1781, i32 %1043)
-  %1783 = sext i32 %1782 to i64
-  %1784 = getelementptr i64, ptr %value_offsets.i, i64 %1783
-  %1785 = getelementptr i8, ptr %1784, i64 1024
-  %1786 = load i64, ptr %1785, align 8, !tbaa !5
-  %gep750.i.2 = getelementptr i32, ptr %invariant.gep749.i, i64 %1786
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.i.2, i32 0, i32 2, i32 1)
-  %gep745.1.i.2 = getelementptr i8, ptr %gep750.i.2, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep745.1.i.2, i32 0, i32 2, i32 1)
-  %gep745.2.i.2 = getelementptr i8, ptr %gep750.i.2, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep745.2.i.2, i32 0, i32 2, i32 1)
-  %gep745.3.i.2 = getelementptr i8, ptr %gep750.i.2, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep745.3.i.2, i32 0, i32 2, i32 1)
-  %1787 = or disjoint i32 %t186748.i, 3
-  %1788 = add nuw nsw i32 %1787, %1729
-  %1789 = tail call i32 @llvm.smin.i32(i32 %1788, i32 %1043)
-  %1790 = sext i32 %1789 to i64
-  %1791 = getelementptr i64, ptr %value_offsets.i, i64 %1790
-  %1792 = getelementptr i8, ptr %1791, i64 1024
-  %1793 = load i64, ptr %1792, align 8, !tbaa !5
-  %gep750.i.3 = getelementptr i32, ptr %invariant.gep749.i, i64 %1793
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.i.3, i32 0, i32 2, i32 1)
-  %gep745.1.i.3 = getelementptr i8, ptr %gep750.i.3, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep745.1.i.3, i32 0, i32 2, i32 1)
-  %gep745.2.i.3 = getelementptr i8, ptr %gep750.i.3, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep745.2.i.3, i32 0, i32 2, i32 1)
-  %gep745.3.i.3 = getelementptr i8, ptr %gep750.i.3, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep745.3.i.3, i32 0, i32 2, i32 1)
-  %1794 = add nuw i32 %t186748.i, 4
-  %niter986.next.3 = add i32 %niter986, 4
-  %niter986.ncmp.3 = icmp eq i32 %niter986.next.3, %unroll_iter985
-  br i1 %niter986.ncmp.3, label %for_end_t184.i.loopexit.unr-lcssa, label %for_body_t183.i, !prof !42, !llvm.loop !49
-
-for_end_t184.i.loopexit.unr-lcssa:                ; preds = %for_body_t183.i
-  %lcmp.mod983.not = icmp eq i32 %xtraiter981, 0
-  br i1 %lcmp.mod983.not, label %for_end_t184.i, label %for_body_t183.i.epil.preheader, !prof !45
-
-for_body_t183.i.epil.preheader:                   ; preds = %for_end_t184.i.loopexit.unr-lcssa, %for_body_t183.i.preheader
-  %t186748.i.epil.init = phi i32 [ 0, %for_body_t183.i.preheader ], [ %1794, %for_end_t184.i.loopexit.unr-lcssa ]
-  %lcmp.mod984 = icmp ne i32 %xtraiter981, 0
-  tail call void @llvm.assume(i1 %lcmp.mod984)
-  br label %for_body_t183.i.epil
-
-for_body_t183.i.epil:                             ; preds = %for_body_t183.i.epil, %for_body_t183.i.epil.preheader
-  %t186748.i.epil = phi i32 [ %1801, %for_body_t183.i.epil ], [ %t186748.i.epil.init, %for_body_t183.i.epil.preheader ]
-  %epil.iter982 = phi i32 [ %epil.iter982.next, %for_body_t183.i.epil ], [ 0, %for_body_t183.i.epil.preheader ]
-  %1795 = add nuw nsw i32 %t186748.i.epil, %1729
-  %1796 = tail call i32 @llvm.smin.i32(i32 %1795, i32 %1043)
-  %1797 = sext i32 %1796 to i64
-  %1798 = getelementptr i64, ptr %value_offsets.i, i64 %1797
-  %1799 = getelementptr i8, ptr %1798, i64 1024
-  %1800 = load i64, ptr %1799, align 8, !tbaa !5
-  %gep750.i.epil = getelementptr i32, ptr %invariant.gep749.i, i64 %1800
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.i.epil, i32 0, i32 2, i32 1)
-  %gep745.1.i.epil = getelementptr i8, ptr %gep750.i.epil, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep745.1.i.epil, i32 0, i32 2, i32 1)
-  %gep745.2.i.epil = getelementptr i8, ptr %gep750.i.epil, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep745.2.i.epil, i32 0, i32 2, i32 1)
-  %gep745.3.i.epil = getelementptr i8, ptr %gep750.i.epil, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep745.3.i.epil, i32 0, i32 2, i32 1)
-  %1801 = add nuw i32 %t186748.i.epil, 1
-  %epil.iter982.next = add i32 %epil.iter982, 1
-  %epil.iter982.cmp.not = icmp eq i32 %epil.iter982.next, %xtraiter981
-  br i1 %epil.iter982.cmp.not, label %for_end_t184.i, label %for_body_t183.i.epil, !prof !12, !llvm.loop !50
-
-for_end_t184.i:                                   ; preds = %for_body_t183.i.epil, %for_end_t184.i.loopexit.unr-lcssa, %if_end171.i
-  %1802 = add i64 %indvars.iv1071.i, %1398
-  %1803 = trunc i64 %1802 to i32
-  %1804 = shl i32 %1803, 2
-  %1805 = sext i32 %1804 to i64
-  %1806 = getelementptr i32, ptr %reach.i, i64 %1805
-  %1807 = getelementptr i8, ptr %1806, i64 4
-  %1808 = load i32, ptr %1807, align 4, !tbaa !5
-  %1809 = sext i32 %1808 to i64
-  %1810 = icmp slt i64 %1044, %1809
-  br i1 %1810, label %if_then194.i, label %if_end195.i, !prof !8
-
-if_then194.i:                                     ; preds = %for_end_t184.i
-  %1811 = tail call i32 @llvm.smin.i32(i32 %944, i32 %1808)
-  %1812 = sub i32 %1811, %1052
-  %valid_len197.i = tail call i32 @llvm.smin.i32(i32 %1812, i32 128)
-  %1813 = add nsw i32 %valid_len197.i, 7
-  %1814 = ashr i32 %1813, 3
-  %1815 = icmp sgt i32 %1814, 0
-  br i1 %1815, label %for_begin_d_0.preheader.lr.ph.i, label %for_end_to205.i, !prof !3
-
-for_begin_d_0.preheader.lr.ph.i:                  ; preds = %if_then194.i
-  %1816 = shl i32 %1803, 11
-  %1817 = sext i32 %1816 to i64
-  %wide.trip.count1001.i = zext nneg i32 %1814 to i64
-  %invariant.gep = getelementptr float, ptr %q_tile.i, i64 %1817
-  br label %for_begin_d_0.preheader.i
-
-if_end195.i:                                      ; preds = %if_end332.i, %for_end_t184.i
-  %1818 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %1819 = tail call i32 %1818(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not595.i = icmp eq i32 %1819, 0
-  br i1 %.not595.i, label %if_end334.i, label %fused_attend_compute_.exit, !prof !36
-
-for_begin_to203.preheader.i:                      ; preds = %for_end_d_1.3.i
-  %1820 = shl i32 %1803, 4
-  %1821 = sext i32 %1820 to i64
-  %1822 = getelementptr inbounds i32, ptr %limits.i, i64 %1821
-  br label %for_begin_ti208.preheader.i
-
-for_begin_d_0.preheader.i:                        ; preds = %for_end_d_1.3.i, %for_begin_d_0.preheader.lr.ph.i
-  %indvars.iv998.i = phi i64 [ 0, %for_begin_d_0.preheader.lr.ph.i ], [ %indvars.iv.next999.i, %for_end_d_1.3.i ]
-  %.idx271 = shl nsw i64 %indvars.iv998.i, 12
-  %1823 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx271
-  br label %for_begin_d_2.preheader.i
-
-for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_d_0.preheader.i
-  %indvars.iv989.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next990.i, %for_begin_d_2.preheader.i ]
-  %scores_global567.sroa.0.1769.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1871, %for_begin_d_2.preheader.i ]
-  %scores_global567.sroa.4.1768.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1876, %for_begin_d_2.preheader.i ]
-  %scores_global567.sroa.8.1767.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1881, %for_begin_d_2.preheader.i ]
-  %scores_global567.sroa.12.1766.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1886, %for_begin_d_2.preheader.i ]
-  %scores_global567.sroa.16.1765.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1891, %for_begin_d_2.preheader.i ]
-  %scores_global567.sroa.20.1764.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1896, %for_begin_d_2.preheader.i ]
-  %scores_global567.sroa.24.1763.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1901, %for_begin_d_2.preheader.i ]
-  %scores_global567.sroa.28.1762.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1906, %for_begin_d_2.preheader.i ]
-  %.idx71 = shl i64 %indvars.iv989.i, 7
-  %gep = getelementptr i8, ptr %invariant.gep, i64 %.idx71
-  %1824 = load <16 x float>, ptr %gep, align 4, !tbaa !5
-  %1825 = getelementptr inbounds nuw float, ptr %1823, i64 %indvars.iv989.i
-  %1826 = load float, ptr %1825, align 4, !tbaa !5
-  %1827 = insertelement <16 x float> poison, float %1826, i64 0
-  %1828 = shufflevector <16 x float> %1827, <16 x float> poison, <16 x i32> zeroinitializer
-  %1829 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1828, <16 x float> %scores_global567.sroa.0.1769.i)
-  %1830 = getelementptr inbounds nuw i8, ptr %1825, i64 512
-  %1831 = load float, ptr %1830, align 4, !tbaa !5
-  %1832 = insertelement <16 x float> poison, float %1831, i64 0
-  %1833 = shufflevector <16 x float> %1832, <16 x float> poison, <16 x i32> zeroinitializer
-  %1834 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1833, <16 x float> %scores_global567.sroa.4.1768.i)
-  %1835 = getelementptr inbounds nuw i8, ptr %1825, i64 1024
-  %1836 = load float, ptr %1835, align 4, !tbaa !5
-  %1837 = insertelement <16 x float> poison, float %1836, i64 0
-  %1838 = shufflevector <16 x float> %1837, <16 x float> poison, <16 x i32> zeroinitializer
-  %1839 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1838, <16 x float> %scores_global567.sroa.8.1767.i)
-  %1840 = getelementptr inbounds nuw i8, ptr %1825, i64 1536
-  %1841 = load float, ptr %1840, align 4, !tbaa !5
-  %1842 = insertelement <16 x float> poison, float %1841, i64 0
-  %1843 = shufflevector <16 x float> %1842, <16 x float> poison, <16 x i32> zeroinitializer
-  %1844 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1843, <16 x float> %scores_global567.sroa.12.1766.i)
-  %1845 = getelementptr inbounds nuw i8, ptr %1825, i64 2048
-  %1846 = load float, ptr %1845, align 4, !tbaa !5
-  %1847 = insertelement <16 x float> poison, float %1846, i64 0
-  %1848 = shufflevector <16 x float> %1847, <16 x float> poison, <16 x i32> zeroinitializer
-  %1849 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1848, <16 x float> %scores_global567.sroa.16.1765.i)
-  %1850 = getelementptr inbounds nuw i8, ptr %1825, i64 2560
-  %1851 = load float, ptr %1850, align 4, !tbaa !5
-  %1852 = insertelement <16 x float> poison, float %1851, i64 0
-  %1853 = shufflevector <16 x float> %1852, <16 x float> poison, <16 x i32> zeroinitializer
-  %1854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1853, <16 x float> %scores_global567.sroa.20.1764.i)
-  %1855 = getelementptr inbounds nuw i8, ptr %1825, i64 3072
-  %1856 = load float, ptr %1855, align 4, !tbaa !5
-  %1857 = insertelement <16 x float> poison, float %1856, i64 0
-  %1858 = shufflevector <16 x float> %1857, <16 x float> poison, <16 x i32> zeroinitializer
-  %1859 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1858, <16 x float> %scores_global567.sroa.24.1763.i)
-  %1860 = getelementptr inbounds nuw i8, ptr %1825, i64 3584
-  %1861 = load float, ptr %1860, align 4, !tbaa !5
-  %1862 = insertelement <16 x float> poison, float %1861, i64 0
-  %1863 = shufflevector <16 x float> %1862, <16 x float> poison, <16 x i32> zeroinitializer
-  %1864 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1863, <16 x float> %scores_global567.sroa.28.1762.i)
-  %1865 = getelementptr i8, ptr %gep, i64 64
-  %1866 = load <16 x float>, ptr %1865, align 4, !tbaa !5
-  %1867 = getelementptr inbounds nuw i8, ptr %1825, i64 64
-  %1868 = load float, ptr %1867, align 4, !tbaa !5
-  %1869 = insertelement <16 x float> poison, float %1868, i64 0
-  %1870 = shufflevector <16 x float> %1869, <16 x float> poison, <16 x i32> zeroinitializer
-  %1871 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1866, <16 x float> %1870, <16 x float> %1829)
-  %1872 = getelementptr inbounds nuw i8, ptr %1825, i64 576
-  %1873 = load float, ptr %1872, align 4, !tbaa !5
-  %1874 = insertelement <16 x float> poison, float %1873, i64 0
-  %1875 = shufflevector <16 x float> %1874, <16 x float> poison, <16 x i32> zeroinitializer
-  %1876 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1866, <16 x float> %1875, <16 x float> %1834)
-  %1877 = getelementptr inbounds nuw i8, ptr %1825, i64 1088
-  %1878 = load float, ptr %1877, align 4, !tbaa !5
-  %1879 = insertelement <16 x float> poison, float %1878, i64 0
-  %1880 = shufflevector <16 x float> %1879, <16 x float> poison, <16 x i32> zeroinitializer
-  %1881 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1866, <16 x float> %1880, <16 x float> %1839)
-  %1882 = getelementptr inbounds nuw i8, ptr %1825, i64 1600
-  %1883 = load float, ptr %1882, align 4, !tbaa !5
-  %1884 = insertelement <16 x float> poison, float %1883, i64 0
-  %1885 = shufflevector <16 x float> %1884, <16 x float> poison, <16 x i32> zeroinitializer
-  %1886 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1866, <16 x float> %1885, <16 x float> %1844)
-  %1887 = getelementptr inbounds nuw i8, ptr %1825, i64 2112
-  %1888 = load float, ptr %1887, align 4, !tbaa !5
-  %1889 = insertelement <16 x float> poison, float %1888, i64 0
-  %1890 = shufflevector <16 x float> %1889, <16 x float> poison, <16 x i32> zeroinitializer
-  %1891 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1866, <16 x float> %1890, <16 x float> %1849)
-  %1892 = getelementptr inbounds nuw i8, ptr %1825, i64 2624
-  %1893 = load float, ptr %1892, align 4, !tbaa !5
-  %1894 = insertelement <16 x float> poison, float %1893, i64 0
-  %1895 = shufflevector <16 x float> %1894, <16 x float> poison, <16 x i32> zeroinitializer
-  %1896 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1866, <16 x float> %1895, <16 x float> %1854)
-  %1897 = getelementptr inbounds nuw i8, ptr %1825, i64 3136
-  %1898 = load float, ptr %1897, align 4, !tbaa !5
-  %1899 = insertelement <16 x float> poison, float %1898, i64 0
-  %1900 = shufflevector <16 x float> %1899, <16 x float> poison, <16 x i32> zeroinitializer
-  %1901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1866, <16 x float> %1900, <16 x float> %1859)
-  %1902 = getelementptr inbounds nuw i8, ptr %1825, i64 3648
-  %1903 = load float, ptr %1902, align 4, !tbaa !5
-  %1904 = insertelement <16 x float> poison, float %1903, i64 0
-  %1905 = shufflevector <16 x float> %1904, <16 x float> poison, <16 x i32> zeroinitializer
-  %1906 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1866, <16 x float> %1905, <16 x float> %1864)
-  %indvars.iv.next990.i = add nuw nsw i64 %indvars.iv989.i, 1
-  %exitcond993.not.i = icmp eq i64 %indvars.iv.next990.i, 16
-  br i1 %exitcond993.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !26
-
-for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
-  %1907 = getelementptr inbounds nuw i8, ptr %1823, i64 128
-  br label %for_begin_d_2.preheader.1.i
-
-for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
-  %indvars.iv989.1.i = phi i64 [ %indvars.iv.next990.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global567.sroa.0.1769.1.i = phi <16 x float> [ %1956, %for_begin_d_2.preheader.1.i ], [ %1871, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global567.sroa.4.1768.1.i = phi <16 x float> [ %1961, %for_begin_d_2.preheader.1.i ], [ %1876, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global567.sroa.8.1767.1.i = phi <16 x float> [ %1966, %for_begin_d_2.preheader.1.i ], [ %1881, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global567.sroa.12.1766.1.i = phi <16 x float> [ %1971, %for_begin_d_2.preheader.1.i ], [ %1886, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global567.sroa.16.1765.1.i = phi <16 x float> [ %1976, %for_begin_d_2.preheader.1.i ], [ %1891, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global567.sroa.20.1764.1.i = phi <16 x float> [ %1981, %for_begin_d_2.preheader.1.i ], [ %1896, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global567.sroa.24.1763.1.i = phi <16 x float> [ %1986, %for_begin_d_2.preheader.1.i ], [ %1901, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global567.sroa.28.1762.1.i = phi <16 x float> [ %1991, %for_begin_d_2.preheader.1.i ], [ %1906, %for_begin_d_2.preheader.1.i.preheader ]
-  %.idx72 = shl i64 %indvars.iv989.1.i, 7
-  %gep141 = getelementptr i8, ptr %invariant.gep, i64 %.idx72
-  %1908 = getelementptr i8, ptr %gep141, i64 2048
-  %1909 = load <16 x float>, ptr %1908, align 4, !tbaa !5
-  %1910 = getelementptr inbounds nuw float, ptr %1907, i64 %indvars.iv989.1.i
-  %1911 = load float, ptr %1910, align 4, !tbaa !5
-  %1912 = insertelement <16 x float> poison, float %1911, i64 0
-  %1913 = shufflevector <16 x float> %1912, <16 x float> poison, <16 x i32> zeroinitializer
-  %1914 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1913, <16 x float> %scores_global567.sroa.0.1769.1.i)
-  %1915 = getelementptr inbounds nuw i8, ptr %1910, i64 512
-  %1916 = load float, ptr %1915, align 4, !tbaa !5
-  %1917 = insertelement <16 x float> poison, float %1916, i64 0
-  %1918 = shufflevector <16 x float> %1917, <16 x float> poison, <16 x i32> zeroinitializer
-  %1919 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1918, <16 x float> %scores_global567.sroa.4.1768.1.i)
-  %1920 = getelementptr inbounds nuw i8, ptr %1910, i64 1024
-  %1921 = load float, ptr %1920, align 4, !tbaa !5
-  %1922 = insertelement <16 x float> poison, float %1921, i64 0
-  %1923 = shufflevector <16 x float> %1922, <16 x float> poison, <16 x i32> zeroinitializer
-  %1924 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1923, <16 x float> %scores_global567.sroa.8.1767.1.i)
-  %1925 = getelementptr inbounds nuw i8, ptr %1910, i64 1536
-  %1926 = load float, ptr %1925, align 4, !tbaa !5
-  %1927 = insertelement <16 x float> poison, float %1926, i64 0
-  %1928 = shufflevector <16 x float> %1927, <16 x float> poison, <16 x i32> zeroinitializer
-  %1929 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1928, <16 x float> %scores_global567.sroa.12.1766.1.i)
-  %1930 = getelementptr inbounds nuw i8, ptr %1910, i64 2048
-  %1931 = load float, ptr %1930, align 4, !tbaa !5
-  %1932 = insertelement <16 x float> poison, float %1931, i64 0
-  %1933 = shufflevector <16 x float> %1932, <16 x float> poison, <16 x i32> zeroinitializer
-  %1934 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1933, <16 x float> %scores_global567.sroa.16.1765.1.i)
-  %1935 = getelementptr inbounds nuw i8, ptr %1910, i64 2560
-  %1936 = load float, ptr %1935, align 4, !tbaa !5
-  %1937 = insertelement <16 x float> poison, float %1936, i64 0
-  %1938 = shufflevector <16 x float> %1937, <16 x float> poison, <16 x i32> zeroinitializer
-  %1939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1938, <16 x float> %scores_global567.sroa.20.1764.1.i)
-  %1940 = getelementptr inbounds nuw i8, ptr %1910, i64 3072
-  %1941 = load float, ptr %1940, align 4, !tbaa !5
-  %1942 = insertelement <16 x float> poison, float %1941, i64 0
-  %1943 = shufflevector <16 x float> %1942, <16 x float> poison, <16 x i32> zeroinitializer
-  %1944 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1943, <16 x float> %scores_global567.sroa.24.1763.1.i)
-  %1945 = getelementptr inbounds nuw i8, ptr %1910, i64 3584
-  %1946 = load float, ptr %1945, align 4, !tbaa !5
-  %1947 = insertelement <16 x float> poison, float %1946, i64 0
-  %1948 = shufflevector <16 x float> %1947, <16 x float> poison, <16 x i32> zeroinitializer
-  %1949 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1948, <16 x float> %scores_global567.sroa.28.1762.1.i)
-  %1950 = getelementptr i8, ptr %gep141, i64 2112
-  %1951 = load <16 x float>, ptr %1950, align 4, !tbaa !5
-  %1952 = getelementptr inbounds nuw i8, ptr %1910, i64 64
-  %1953 = load float, ptr %1952, align 4, !tbaa !5
-  %1954 = insertelement <16 x float> poison, float %1953, i64 0
-  %1955 = shufflevector <16 x float> %1954, <16 x float> poison, <16 x i32> zeroinitializer
-  %1956 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %1955, <16 x float> %1914)
-  %1957 = getelementptr inbounds nuw i8, ptr %1910, i64 576
-  %1958 = load float, ptr %1957, align 4, !tbaa !5
-  %1959 = insertelement <16 x float> poison, float %1958, i64 0
-  %1960 = shufflevector <16 x float> %1959, <16 x float> poison, <16 x i32> zeroinitializer
-  %1961 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %1960, <16 x float> %1919)
-  %1962 = getelementptr inbounds nuw i8, ptr %1910, i64 1088
-  %1963 = load float, ptr %1962, align 4, !tbaa !5
-  %1964 = insertelement <16 x float> poison, float %1963, i64 0
-  %1965 = shufflevector <16 x float> %1964, <16 x float> poison, <16 x i32> zeroinitializer
-  %1966 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %1965, <16 x float> %1924)
-  %1967 = getelementptr inbounds nuw i8, ptr %1910, i64 1600
-  %1968 = load float, ptr %1967, align 4, !tbaa !5
-  %1969 = insertelement <16 x float> poison, float %1968, i64 0
-  %1970 = shufflevector <16 x float> %1969, <16 x float> poison, <16 x i32> zeroinitializer
-  %1971 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %1970, <16 x float> %1929)
-  %1972 = getelementptr inbounds nuw i8, ptr %1910, i64 2112
-  %1973 = load float, ptr %1972, align 4, !tbaa !5
-  %1974 = insertelement <16 x float> poison, float %1973, i64 0
-  %1975 = shufflevector <16 x float> %1974, <16 x float> poison, <16 x i32> zeroinitializer
-  %1976 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %1975, <16 x float> %1934)
-  %1977 = getelementptr inbounds nuw i8, ptr %1910, i64 2624
-  %1978 = load float, ptr %1977, align 4, !tbaa !5
-  %1979 = insertelement <16 x float> poison, float %1978, i64 0
-  %1980 = shufflevector <16 x float> %1979, <16 x float> poison, <16 x i32> zeroinitializer
-  %1981 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %1980, <16 x float> %1939)
-  %1982 = getelementptr inbounds nuw i8, ptr %1910, i64 3136
-  %1983 = load float, ptr %1982, align 4, !tbaa !5
-  %1984 = insertelement <16 x float> poison, float %1983, i64 0
-  %1985 = shufflevector <16 x float> %1984, <16 x float> poison, <16 x i32> zeroinitializer
-  %1986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %1985, <16 x float> %1944)
-  %1987 = getelementptr inbounds nuw i8, ptr %1910, i64 3648
-  %1988 = load float, ptr %1987, align 4, !tbaa !5
-  %1989 = insertelement <16 x float> poison, float %1988, i64 0
-  %1990 = shufflevector <16 x float> %1989, <16 x float> poison, <16 x i32> zeroinitializer
-  %1991 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %1990, <16 x float> %1949)
-  %indvars.iv.next990.1.i = add nuw nsw i64 %indvars.iv989.1.i, 1
-  %exitcond993.1.not.i = icmp eq i64 %indvars.iv.next990.1.i, 16
-  br i1 %exitcond993.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !26
-
-for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
-  %1992 = getelementptr inbounds nuw i8, ptr %1823, i64 256
-  br label %for_begin_d_2.preheader.2.i
-
-for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
-  %indvars.iv989.2.i = phi i64 [ %indvars.iv.next990.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global567.sroa.0.1769.2.i = phi <16 x float> [ %2041, %for_begin_d_2.preheader.2.i ], [ %1956, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global567.sroa.4.1768.2.i = phi <16 x float> [ %2046, %for_begin_d_2.preheader.2.i ], [ %1961, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global567.sroa.8.1767.2.i = phi <16 x float> [ %2051, %for_begin_d_2.preheader.2.i ], [ %1966, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global567.sroa.12.1766.2.i = phi <16 x float> [ %2056, %for_begin_d_2.preheader.2.i ], [ %1971, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global567.sroa.16.1765.2.i = phi <16 x float> [ %2061, %for_begin_d_2.preheader.2.i ], [ %1976, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global567.sroa.20.1764.2.i = phi <16 x float> [ %2066, %for_begin_d_2.preheader.2.i ], [ %1981, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global567.sroa.24.1763.2.i = phi <16 x float> [ %2071, %for_begin_d_2.preheader.2.i ], [ %1986, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global567.sroa.28.1762.2.i = phi <16 x float> [ %2076, %for_begin_d_2.preheader.2.i ], [ %1991, %for_begin_d_2.preheader.2.i.preheader ]
-  %.idx73 = shl i64 %indvars.iv989.2.i, 7
-  %gep143 = getelementptr i8, ptr %invariant.gep, i64 %.idx73
-  %1993 = getelementptr i8, ptr %gep143, i64 4096
-  %1994 = load <16 x float>, ptr %1993, align 4, !tbaa !5
-  %1995 = getelementptr inbounds nuw float, ptr %1992, i64 %indvars.iv989.2.i
-  %1996 = load float, ptr %1995, align 4, !tbaa !5
-  %1997 = insertelement <16 x float> poison, float %1996, i64 0
-  %1998 = shufflevector <16 x float> %1997, <16 x float> poison, <16 x i32> zeroinitializer
-  %1999 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1994, <16 x float> %1998, <16 x float> %scores_global567.sroa.0.1769.2.i)
-  %2000 = getelementptr inbounds nuw i8, ptr %1995, i64 512
-  %2001 = load float, ptr %2000, align 4, !tbaa !5
-  %2002 = insertelement <16 x float> poison, float %2001, i64 0
-  %2003 = shufflevector <16 x float> %2002, <16 x float> poison, <16 x i32> zeroinitializer
-  %2004 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1994, <16 x float> %2003, <16 x float> %scores_global567.sroa.4.1768.2.i)
-  %2005 = getelementptr inbounds nuw i8, ptr %1995, i64 1024
-  %2006 = load float, ptr %2005, align 4, !tbaa !5
-  %2007 = insertelement <16 x float> poison, float %2006, i64 0
-  %2008 = shufflevector <16 x float> %2007, <16 x float> poison, <16 x i32> zeroinitializer
-  %2009 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1994, <16 x float> %2008, <16 x float> %scores_global567.sroa.8.1767.2.i)
-  %2010 = getelementptr inbounds nuw i8, ptr %1995, i64 1536
-  %2011 = load float, ptr %2010, align 4, !tbaa !5
-  %2012 = insertelement <16 x float> poison, float %2011, i64 0
-  %2013 = shufflevector <16 x float> %2012, <16 x float> poison, <16 x i32> zeroinitializer
-  %2014 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1994, <16 x float> %2013, <16 x float> %scores_global567.sroa.12.1766.2.i)
-  %2015 = getelementptr inbounds nuw i8, ptr %1995, i64 2048
-  %2016 = load float, ptr %2015, align 4, !tbaa !5
-  %2017 = insertelement <16 x float> poison, float %2016, i64 0
-  %2018 = shufflevector <16 x float> %2017, <16 x float> poison, <16 x i32> zeroinitializer
-  %2019 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1994, <16 x float> %2018, <16 x float> %scores_global567.sroa.16.1765.2.i)
-  %2020 = getelementptr inbounds nuw i8, ptr %1995, i64 2560
-  %2021 = load float, ptr %2020, align 4, !tbaa !5
-  %2022 = insertelement <16 x float> poison, float %2021, i64 0
-  %2023 = shufflevector <16 x float> %2022, <16 x float> poison, <16 x i32> zeroinitializer
-  %2024 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1994, <16 x float> %2023, <16 x float> %scores_global567.sroa.20.1764.2.i)
-  %2025 = getelementptr inbounds nuw i8, ptr %1995, i64 3072
-  %2026 = load float, ptr %2025, align 4, !tbaa !5
-  %2027 = insertelement <16 x float> poison, float %2026, i64 0
-  %2028 = shufflevector <16 x float> %2027, <16 x float> poison, <16 x i32> zeroinitializer
-  %2029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1994, <16 x float> %2028, <16 x float> %scores_global567.sroa.24.1763.2.i)
-  %2030 = getelementptr inbounds nuw i8, ptr %1995, i64 3584
-  %2031 = load float, ptr %2030, align 4, !tbaa !5
-  %2032 = insertelement <16 x float> poison, float %2031, i64 0
-  %2033 = shufflevector <16 x float> %2032, <16 x float> poison, <16 x i32> zeroinitializer
-  %2034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1994, <16 x float> %2033, <16 x float> %scores_global567.sroa.28.1762.2.i)
-  %2035 = getelementptr i8, ptr %gep143, i64 4160
-  %2036 = load <16 x float>, ptr %2035, align 4, !tbaa !5
-  %2037 = getelementptr inbounds nuw i8, ptr %1995, i64 64
-  %2038 = load float, ptr %2037, align 4, !tbaa !5
-  %2039 = insertelement <16 x float> poison, float %2038, i64 0
-  %2040 = shufflevector <16 x float> %2039, <16 x float> poison, <16 x i32> zeroinitializer
-  %2041 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2036, <16 x float> %2040, <16 x float> %1999)
-  %2042 = getelementptr inbounds nuw i8, ptr %1995, i64 576
-  %2043 = load float, ptr %2042, align 4, !tbaa !5
-  %2044 = insertelement <16 x float> poison, float %2043, i64 0
-  %2045 = shufflevector <16 x float> %2044, <16 x float> poison, <16 x i32> zeroinitializer
-  %2046 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2036, <16 x float> %2045, <16 x float> %2004)
-  %2047 = getelementptr inbounds nuw i8, ptr %1995, i64 1088
-  %2048 = load float, ptr %2047, align 4, !tbaa !5
-  %2049 = insertelement <16 x float> poison, float %2048, i64 0
-  %2050 = shufflevector <16 x float> %2049, <16 x float> poison, <16 x i32> zeroinitializer
-  %2051 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2036, <16 x float> %2050, <16 x float> %2009)
-  %2052 = getelementptr inbounds nuw i8, ptr %1995, i64 1600
-  %2053 = load float, ptr %2052, align 4, !tbaa !5
-  %2054 = insertelement <16 x float> poison, float %2053, i64 0
-  %2055 = shufflevector <16 x float> %2054, <16 x float> poison, <16 x i32> zeroinitializer
-  %2056 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2036, <16 x float> %2055, <16 x float> %2014)
-  %2057 = getelementptr inbounds nuw i8, ptr %1995, i64 2112
-  %2058 = load float, ptr %2057, align 4, !tbaa !5
-  %2059 = insertelement <16 x float> poison, float %2058, i64 0
-  %2060 = shufflevector <16 x float> %2059, <16 x float> poison, <16 x i32> zeroinitializer
-  %2061 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2036, <16 x float> %2060, <16 x float> %2019)
-  %2062 = getelementptr inbounds nuw i8, ptr %1995, i64 2624
-  %2063 = load float, ptr %2062, align 4, !tbaa !5
-  %2064 = insertelement <16 x float> poison, float %2063, i64 0
-  %2065 = shufflevector <16 x float> %2064, <16 x float> poison, <16 x i32> zeroinitializer
-  %2066 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2036, <16 x float> %2065, <16 x float> %2024)
-  %2067 = getelementptr inbounds nuw i8, ptr %1995, i64 3136
-  %2068 = load float, ptr %2067, align 4, !tbaa !5
-  %2069 = insertelement <16 x float> poison, float %2068, i64 0
-  %2070 = shufflevector <16 x float> %2069, <16 x float> poison, <16 x i32> zeroinitializer
-  %2071 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2036, <16 x float> %2070, <16 x float> %2029)
-  %2072 = getelementptr inbounds nuw i8, ptr %1995, i64 3648
-  %2073 = load float, ptr %2072, align 4, !tbaa !5
-  %2074 = insertelement <16 x float> poison, float %2073, i64 0
-  %2075 = shufflevector <16 x float> %2074, <16 x float> poison, <16 x i32> zeroinitializer
-  %2076 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2036, <16 x float> %2075, <16 x float> %2034)
-  %indvars.iv.next990.2.i = add nuw nsw i64 %indvars.iv989.2.i, 1
-  %exitcond993.2.not.i = icmp eq i64 %indvars.iv.next990.2.i, 16
-  br i1 %exitcond993.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !26
-
-for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
-  %2077 = getelementptr inbounds nuw i8, ptr %1823, i64 384
-  br label %for_begin_d_2.preheader.3.i
-
-for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
-  %indvars.iv989.3.i = phi i64 [ %indvars.iv.next990.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global567.sroa.0.1769.3.i = phi <16 x float> [ %2126, %for_begin_d_2.preheader.3.i ], [ %2041, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global567.sroa.4.1768.3.i = phi <16 x float> [ %2131, %for_begin_d_2.preheader.3.i ], [ %2046, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global567.sroa.8.1767.3.i = phi <16 x float> [ %2136, %for_begin_d_2.preheader.3.i ], [ %2051, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global567.sroa.12.1766.3.i = phi <16 x float> [ %2141, %for_begin_d_2.preheader.3.i ], [ %2056, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global567.sroa.16.1765.3.i = phi <16 x float> [ %2146, %for_begin_d_2.preheader.3.i ], [ %2061, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global567.sroa.20.1764.3.i = phi <16 x float> [ %2151, %for_begin_d_2.preheader.3.i ], [ %2066, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global567.sroa.24.1763.3.i = phi <16 x float> [ %2156, %for_begin_d_2.preheader.3.i ], [ %2071, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global567.sroa.28.1762.3.i = phi <16 x float> [ %2161, %for_begin_d_2.preheader.3.i ], [ %2076, %for_begin_d_2.preheader.3.i.preheader ]
-  %.idx74 = shl i64 %indvars.iv989.3.i, 7
-  %gep145 = getelementptr i8, ptr %invariant.gep, i64 %.idx74
-  %2078 = getelementptr i8, ptr %gep145, i64 6144
-  %2079 = load <16 x float>, ptr %2078, align 4, !tbaa !5
-  %2080 = getelementptr inbounds nuw float, ptr %2077, i64 %indvars.iv989.3.i
-  %2081 = load float, ptr %2080, align 4, !tbaa !5
-  %2082 = insertelement <16 x float> poison, float %2081, i64 0
-  %2083 = shufflevector <16 x float> %2082, <16 x float> poison, <16 x i32> zeroinitializer
-  %2084 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2079, <16 x float> %2083, <16 x float> %scores_global567.sroa.0.1769.3.i)
-  %2085 = getelementptr inbounds nuw i8, ptr %2080, i64 512
-  %2086 = load float, ptr %2085, align 4, !tbaa !5
-  %2087 = insertelement <16 x float> poison, float %2086, i64 0
-  %2088 = shufflevector <16 x float> %2087, <16 x float> poison, <16 x i32> zeroinitializer
-  %2089 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2079, <16 x float> %2088, <16 x float> %scores_global567.sroa.4.1768.3.i)
-  %2090 = getelementptr inbounds nuw i8, ptr %2080, i64 1024
-  %2091 = load float, ptr %2090, align 4, !tbaa !5
-  %2092 = insertelement <16 x float> poison, float %2091, i64 0
-  %2093 = shufflevector <16 x float> %2092, <16 x float> poison, <16 x i32> zeroinitializer
-  %2094 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2079, <16 x float> %2093, <16 x float> %scores_global567.sroa.8.1767.3.i)
-  %2095 = getelementptr inbounds nuw i8, ptr %2080, i64 1536
-  %2096 = load float, ptr %2095, align 4, !tbaa !5
-  %2097 = insertelement <16 x float> poison, float %2096, i64 0
-  %2098 = shufflevector <16 x float> %2097, <16 x float> poison, <16 x i32> zeroinitializer
-  %2099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2079, <16 x float> %2098, <16 x float> %scores_global567.sroa.12.1766.3.i)
-  %2100 = getelementptr inbounds nuw i8, ptr %2080, i64 2048
-  %2101 = load float, ptr %2100, align 4, !tbaa !5
-  %2102 = insertelement <16 x float> poison, float %2101, i64 0
-  %2103 = shufflevector <16 x float> %2102, <16 x float> poison, <16 x i32> zeroinitializer
-  %2104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2079, <16 x float> %2103, <16 x float> %scores_global567.sroa.16.1765.3.i)
-  %2105 = getelementptr inbounds nuw i8, ptr %2080, i64 2560
-  %2106 = load float, ptr %2105, align 4, !tbaa !5
-  %2107 = insertelement <16 x float> poison, float %2106, i64 0
-  %2108 = shufflevector <16 x float> %2107, <16 x float> poison, <16 x i32> zeroinitializer
-  %2109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2079, <16 x float> %2108, <16 x float> %scores_global567.sroa.20.1764.3.i)
-  %2110 = getelementptr inbounds nuw i8, ptr %2080, i64 3072
-  %2111 = load float, ptr %2110, align 4, !tbaa !5
-  %2112 = insertelement <16 x float> poison, float %2111, i64 0
-  %2113 = shufflevector <16 x float> %2112, <16 x float> poison, <16 x i32> zeroinitializer
-  %2114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2079, <16 x float> %2113, <16 x float> %scores_global567.sroa.24.1763.3.i)
-  %2115 = getelementptr inbounds nuw i8, ptr %2080, i64 3584
-  %2116 = load float, ptr %2115, align 4, !tbaa !5
-  %2117 = insertelement <16 x float> poison, float %2116, i64 0
-  %2118 = shufflevector <16 x float> %2117, <16 x float> poison, <16 x i32> zeroinitializer
-  %2119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2079, <16 x float> %2118, <16 x float> %scores_global567.sroa.28.1762.3.i)
-  %2120 = getelementptr i8, ptr %gep145, i64 6208
-  %2121 = load <16 x float>, ptr %2120, align 4, !tbaa !5
-  %2122 = getelementptr inbounds nuw i8, ptr %2080, i64 64
-  %2123 = load float, ptr %2122, align 4, !tbaa !5
-  %2124 = insertelement <16 x float> poison, float %2123, i64 0
-  %2125 = shufflevector <16 x float> %2124, <16 x float> poison, <16 x i32> zeroinitializer
-  %2126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2121, <16 x float> %2125, <16 x float> %2084)
-  %2127 = getelementptr inbounds nuw i8, ptr %2080, i64 576
-  %2128 = load float, ptr %2127, align 4, !tbaa !5
-  %2129 = insertelement <16 x float> poison, float %2128, i64 0
-  %2130 = shufflevector <16 x float> %2129, <16 x float> poison, <16 x i32> zeroinitializer
-  %2131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2121, <16 x float> %2130, <16 x float> %2089)
-  %2132 = getelementptr inbounds nuw i8, ptr %2080, i64 1088
-  %2133 = load float, ptr %2132, align 4, !tbaa !5
-  %2134 = insertelement <16 x float> poison, float %2133, i64 0
-  %2135 = shufflevector <16 x float> %2134, <16 x float> poison, <16 x i32> zeroinitializer
-  %2136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2121, <16 x float> %2135, <16 x float> %2094)
-  %2137 = getelementptr inbounds nuw i8, ptr %2080, i64 1600
-  %2138 = load float, ptr %2137, align 4, !tbaa !5
-  %2139 = insertelement <16 x float> poison, float %2138, i64 0
-  %2140 = shufflevector <16 x float> %2139, <16 x float> poison, <16 x i32> zeroinitializer
-  %2141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2121, <16 x float> %2140, <16 x float> %2099)
-  %2142 = getelementptr inbounds nuw i8, ptr %2080, i64 2112
-  %2143 = load float, ptr %2142, align 4, !tbaa !5
-  %2144 = insertelement <16 x float> poison, float %2143, i64 0
-  %2145 = shufflevector <16 x float> %2144, <16 x float> poison, <16 x i32> zeroinitializer
-  %2146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2121, <16 x float> %2145, <16 x float> %2104)
-  %2147 = getelementptr inbounds nuw i8, ptr %2080, i64 2624
-  %2148 = load float, ptr %2147, align 4, !tbaa !5
-  %2149 = insertelement <16 x float> poison, float %2148, i64 0
-  %2150 = shufflevector <16 x float> %2149, <16 x float> poison, <16 x i32> zeroinitializer
-  %2151 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2121, <16 x float> %2150, <16 x float> %2109)
-  %2152 = getelementptr inbounds nuw i8, ptr %2080, i64 3136
-  %2153 = load float, ptr %2152, align 4, !tbaa !5
-  %2154 = insertelement <16 x float> poison, float %2153, i64 0
-  %2155 = shufflevector <16 x float> %2154, <16 x float> poison, <16 x i32> zeroinitializer
-  %2156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2121, <16 x float> %2155, <16 x float> %2114)
-  %2157 = getelementptr inbounds nuw i8, ptr %2080, i64 3648
-  %2158 = load float, ptr %2157, align 4, !tbaa !5
-  %2159 = insertelement <16 x float> poison, float %2158, i64 0
-  %2160 = shufflevector <16 x float> %2159, <16 x float> poison, <16 x i32> zeroinitializer
-  %2161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2121, <16 x float> %2160, <16 x float> %2119)
-  %indvars.iv.next990.3.i = add nuw nsw i64 %indvars.iv989.3.i, 1
-  %exitcond993.3.not.i = icmp eq i64 %indvars.iv.next990.3.i, 16
-  br i1 %exitcond993.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !26
-
-for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
-  %.idx1202.i = shl nsw i64 %indvars.iv998.i, 9
-  %2162 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1202.i
-  store <16 x float> %2126, ptr %2162, align 4, !tbaa !5
-  %2163 = getelementptr inbounds nuw i8, ptr %2162, i64 64
-  store <16 x float> %2131, ptr %2163, align 4, !tbaa !5
-  %2164 = getelementptr inbounds nuw i8, ptr %2162, i64 128
-  store <16 x float> %2136, ptr %2164, align 4, !tbaa !5
-  %2165 = getelementptr inbounds nuw i8, ptr %2162, i64 192
-  store <16 x float> %2141, ptr %2165, align 4, !tbaa !5
-  %2166 = getelementptr inbounds nuw i8, ptr %2162, i64 256
-  store <16 x float> %2146, ptr %2166, align 4, !tbaa !5
-  %2167 = getelementptr inbounds nuw i8, ptr %2162, i64 320
-  store <16 x float> %2151, ptr %2167, align 4, !tbaa !5
-  %2168 = getelementptr inbounds nuw i8, ptr %2162, i64 384
-  store <16 x float> %2156, ptr %2168, align 4, !tbaa !5
-  %2169 = getelementptr inbounds nuw i8, ptr %2162, i64 448
-  store <16 x float> %2161, ptr %2169, align 4, !tbaa !5
-  %indvars.iv.next999.i = add nuw nsw i64 %indvars.iv998.i, 1
-  %exitcond1002.not.i = icmp eq i64 %indvars.iv.next999.i, %wide.trip.count1001.i
-  br i1 %exitcond1002.not.i, label %for_begin_to203.preheader.i, label %for_begin_d_0.preheader.i, !prof !13
-
-for_begin_ti208.preheader.i:                      ; preds = %for_begin_ti208.preheader.i, %for_begin_to203.preheader.i
-  %indvars.iv1007.i = phi i64 [ 0, %for_begin_to203.preheader.i ], [ %indvars.iv.next1008.i, %for_begin_ti208.preheader.i ]
-  %2170 = shl nsw i64 %indvars.iv1007.i, 7
-  %indvars.iv1007.tr.i = trunc i64 %indvars.iv1007.i to i32
-  %2171 = shl i32 %indvars.iv1007.tr.i, 3
-  %2172 = add i32 %2171, %1045
-  %2173 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2170
-  %2174 = load <16 x float>, ptr %2173, align 4, !tbaa !5
-  %2175 = fmul <16 x float> %378, %2174
-  %2176 = load <16 x i32>, ptr %1822, align 4, !tbaa !5
-  %2177 = insertelement <16 x i32> poison, i32 %2172, i64 0
-  %2178 = shufflevector <16 x i32> %2177, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2179 = icmp slt <16 x i32> %2178, %2176
-  %2180 = select <16 x i1> %2179, <16 x float> %2175, <16 x float> splat (float 0xFFF0000000000000)
-  %2181 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2170
-  store <16 x float> %2180, ptr %2181, align 4, !tbaa !5
-  %2182 = or disjoint i64 %2170, 16
-  %2183 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2182
-  %2184 = load <16 x float>, ptr %2183, align 4, !tbaa !5
-  %2185 = fmul <16 x float> %378, %2184
-  %2186 = load <16 x i32>, ptr %1822, align 4, !tbaa !5
-  %2187 = or disjoint i32 %2172, 1
-  %2188 = insertelement <16 x i32> poison, i32 %2187, i64 0
-  %2189 = shufflevector <16 x i32> %2188, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2190 = icmp slt <16 x i32> %2189, %2186
-  %2191 = select <16 x i1> %2190, <16 x float> %2185, <16 x float> splat (float 0xFFF0000000000000)
-  %2192 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2182
-  store <16 x float> %2191, ptr %2192, align 4, !tbaa !5
-  %2193 = or disjoint i64 %2170, 32
-  %2194 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2193
-  %2195 = load <16 x float>, ptr %2194, align 4, !tbaa !5
-  %2196 = fmul <16 x float> %378, %2195
-  %2197 = load <16 x i32>, ptr %1822, align 4, !tbaa !5
-  %2198 = or disjoint i32 %2172, 2
-  %2199 = insertelement <16 x i32> poison, i32 %2198, i64 0
-  %2200 = shufflevector <16 x i32> %2199, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2201 = icmp slt <16 x i32> %2200, %2197
-  %2202 = select <16 x i1> %2201, <16 x float> %2196, <16 x float> splat (float 0xFFF0000000000000)
-  %2203 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2193
-  store <16 x float> %2202, ptr %2203, align 4, !tbaa !5
-  %2204 = or disjoint i64 %2170, 48
-  %2205 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2204
-  %2206 = load <16 x float>, ptr %2205, align 4, !tbaa !5
-  %2207 = fmul <16 x float> %378, %2206
-  %2208 = load <16 x i32>, ptr %1822, align 4, !tbaa !5
-  %2209 = or disjoint i32 %2172, 3
-  %2210 = insertelement <16 x i32> poison, i32 %2209, i64 0
-  %2211 = shufflevector <16 x i32> %2210, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2212 = icmp slt <16 x i32> %2211, %2208
-  %2213 = select <16 x i1> %2212, <16 x float> %2207, <16 x float> splat (float 0xFFF0000000000000)
-  %2214 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2204
-  store <16 x float> %2213, ptr %2214, align 4, !tbaa !5
-  %2215 = or disjoint i64 %2170, 64
-  %2216 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2215
-  %2217 = load <16 x float>, ptr %2216, align 4, !tbaa !5
-  %2218 = fmul <16 x float> %378, %2217
-  %2219 = load <16 x i32>, ptr %1822, align 4, !tbaa !5
-  %2220 = or disjoint i32 %2172, 4
-  %2221 = insertelement <16 x i32> poison, i32 %2220, i64 0
-  %2222 = shufflevector <16 x i32> %2221, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2223 = icmp slt <16 x i32> %2222, %2219
-  %2224 = select <16 x i1> %2223, <16 x float> %2218, <16 x float> splat (float 0xFFF0000000000000)
-  %2225 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2215
-  store <16 x float> %2224, ptr %2225, align 4, !tbaa !5
-  %2226 = or disjoint i64 %2170, 80
-  %2227 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2226
-  %2228 = load <16 x float>, ptr %2227, align 4, !tbaa !5
-  %2229 = fmul <16 x float> %378, %2228
-  %2230 = load <16 x i32>, ptr %1822, align 4, !tbaa !5
-  %2231 = or disjoint i32 %2172, 5
-  %2232 = insertelement <16 x i32> poison, i32 %2231, i64 0
-  %2233 = shufflevector <16 x i32> %2232, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2234 = icmp slt <16 x i32> %2233, %2230
-  %2235 = select <16 x i1> %2234, <16 x float> %2229, <16 x float> splat (float 0xFFF0000000000000)
-  %2236 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2226
-  store <16 x float> %2235, ptr %2236, align 4, !tbaa !5
-  %2237 = or disjoint i64 %2170, 96
-  %2238 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2237
-  %2239 = load <16 x float>, ptr %2238, align 4, !tbaa !5
-  %2240 = fmul <16 x float> %378, %2239
-  %2241 = load <16 x i32>, ptr %1822, align 4, !tbaa !5
-  %2242 = or disjoint i32 %2172, 6
-  %2243 = insertelement <16 x i32> poison, i32 %2242, i64 0
-  %2244 = shufflevector <16 x i32> %2243, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2245 = icmp slt <16 x i32> %2244, %2241
-  %2246 = select <16 x i1> %2245, <16 x float> %2240, <16 x float> splat (float 0xFFF0000000000000)
-  %2247 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2237
-  store <16 x float> %2246, ptr %2247, align 4, !tbaa !5
-  %2248 = or disjoint i64 %2170, 112
-  %2249 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2248
-  %2250 = load <16 x float>, ptr %2249, align 4, !tbaa !5
-  %2251 = fmul <16 x float> %378, %2250
-  %2252 = load <16 x i32>, ptr %1822, align 4, !tbaa !5
-  %2253 = or disjoint i32 %2172, 7
-  %2254 = insertelement <16 x i32> poison, i32 %2253, i64 0
-  %2255 = shufflevector <16 x i32> %2254, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2256 = icmp slt <16 x i32> %2255, %2252
-  %2257 = select <16 x i1> %2256, <16 x float> %2251, <16 x float> splat (float 0xFFF0000000000000)
-  %2258 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2248
-  store <16 x float> %2257, ptr %2258, align 4, !tbaa !5
-  %indvars.iv.next1008.i = add nuw nsw i64 %indvars.iv1007.i, 1
-  %exitcond1011.not.i = icmp eq i64 %indvars.iv.next1008.i, %wide.trip.count1001.i
-  br i1 %exitcond1011.not.i, label %for_end_to205.i, label %for_begin_ti208.preheader.i, !prof !13
-
-for_end_to205.i:                                  ; preds = %for_begin_ti208.preheader.i, %if_then194.i
-  %2259 = icmp sgt i32 %valid_len197.i, %1047
-  %or.cond = select i1 %152, i1 %2259, i1 false, !prof !51
-  br i1 %or.cond, label %for_body_r216.us.preheader.i, label %if_end214.i, !prof !51
-
-for_body_r216.us.preheader.i:                     ; preds = %for_end_to205.i
-  %2260 = srem i32 %1803, %num_query
-  %2261 = sext i32 %2260 to i64
-  %2262 = mul nsw i64 %380, %2261
-  %2263 = getelementptr i8, ptr %1054, i64 %2262
-  %smin222 = tail call i32 @llvm.smin.i32(i32 %span573.sroa.3.0.lcssa.i, i32 %1808)
-  %smin225 = tail call i32 @llvm.smin.i32(i32 %smin222, i32 %indvars.iv223)
-  %smin226 = tail call i32 @llvm.smin.i32(i32 %smin225, i32 %363)
-  %2264 = add i32 %indvars.iv220, %smin226
-  %smin227 = tail call i32 @llvm.smin.i32(i32 %2264, i32 128)
-  %2265 = sub i32 %smin227, %smax229
-  %2266 = zext i32 %2265 to i64
-  %2267 = add i32 %indvars.iv220, %1811
-  %smin = tail call i32 @llvm.smin.i32(i32 %2267, i32 128)
-  %2268 = sub i32 %smin, %smax444
-  %2269 = zext i32 %2268 to i64
-  %2270 = add nsw i64 %2269, -1
-  %scevgep457 = getelementptr i8, ptr %scevgep456, i64 %2262
-  %smin459 = tail call i32 @llvm.smin.i32(i32 %2267, i32 128)
-  %2271 = sub i32 %smin459, %smax455
-  %2272 = zext i32 %2271 to i64
-  %2273 = getelementptr i8, ptr %scevgep458, i64 %2262
-  %scevgep460 = getelementptr i8, ptr %2273, i64 %2272
-  %scevgep461 = getelementptr i8, ptr %scaled.i, i64 %970
-  %2274 = shl nuw nsw i64 %2272, 6
-  %scevgep462 = getelementptr i8, ptr %scevgep461, i64 %2274
-  %2275 = add i32 %indvars.iv220, %1811
-  %smin467 = tail call i32 @llvm.smin.i32(i32 %2275, i32 128)
-  %2276 = sub i32 %smin467, %smax466
-  %2277 = zext i32 %2276 to i64
-  %min.iters.check469 = icmp ult i32 %2276, 24
-  %2278 = trunc i64 %2270 to i32
-  %mul.result446 = shl i32 %2278, 4
-  %2279 = icmp ugt i64 %2270, 268435455
-  %mul.result450 = shl nsw i64 %2270, 6
-  %bound0463 = icmp ult ptr %scevgep457, %scevgep462
-  %bound1464 = icmp ult ptr %scevgep461, %scevgep460
-  %found.conflict465 = and i1 %bound0463, %bound1464
-  %n.vec472 = and i64 %2277, 4294967288
-  %cmp.n485 = icmp eq i64 %n.vec472, %2277
-  %xtraiter987 = and i64 %2277, 3
-  %lcmp.mod988.not = icmp eq i64 %xtraiter987, 0
-  br label %for_body_r216.us.i
-
-for_body_r216.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r216.us.preheader.i
-  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r216.us.preheader.i ]
-  %r219786.us.i = phi i32 [ %2339, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r216.us.preheader.i ]
-  br i1 %min.iters.check469, label %for_body_c.us.i.preheader, label %vector.scevcheck443, !prof !16
-
-vector.scevcheck443:                              ; preds = %for_body_r216.us.i
-  %2280 = add i64 %indvar, %972
-  %2281 = shl i64 %2280, 2
-  %scevgep448 = getelementptr i8, ptr %scaled.i, i64 %2281
-  %2282 = add i32 %971, %r219786.us.i
-  %2283 = add i32 %2282, %mul.result446
-  %2284 = icmp slt i32 %2283, %2282
-  %2285 = or i1 %2284, %2279
-  %2286 = getelementptr i8, ptr %scevgep448, i64 %mul.result450
-  %2287 = icmp ult ptr %2286, %scevgep448
-  %2288 = or i1 %2287, %2285
-  %brmerge = select i1 %2288, i1 true, i1 %found.conflict465, !prof !16
-  br i1 %brmerge, label %for_body_c.us.i.preheader, label %vector.ph470, !prof !52
-
-vector.ph470:                                     ; preds = %vector.scevcheck443
-  %broadcast.splatinsert473 = insertelement <8 x i32> poison, i32 %r219786.us.i, i64 0
-  %broadcast.splat474 = shufflevector <8 x i32> %broadcast.splatinsert473, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body477
-
-vector.body477:                                   ; preds = %vector.body477, %vector.ph470
-  %index478 = phi i64 [ 0, %vector.ph470 ], [ %index.next482, %vector.body477 ]
-  %vec.ind479 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph470 ], [ %vec.ind.next483, %vector.body477 ]
-  %2289 = getelementptr i8, ptr %2263, i64 %index478
-  %wide.load480 = load <8 x i8>, ptr %2289, align 1, !tbaa !5, !alias.scope !53, !noalias !56
-  %2290 = icmp ne <8 x i8> %wide.load480, zeroinitializer
-  %2291 = add <8 x i32> %broadcast.splat476, %vec.ind479
-  %2292 = shl <8 x i32> %2291, splat (i32 4)
-  %2293 = add nsw <8 x i32> %2292, %broadcast.splat474
-  %2294 = sext <8 x i32> %2293 to <8 x i64>
-  %2295 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %2294
-  %wide.masked.gather481 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2295, <8 x i1> %2290, <8 x float> poison), !tbaa !5, !alias.scope !56
-  %predphi = select <8 x i1> %2290, <8 x float> %wide.masked.gather481, <8 x float> splat (float 0xFFF0000000000000)
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2295, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !56
-  %index.next482 = add nuw i64 %index478, 8
-  %vec.ind.next483 = add <8 x i32> %vec.ind479, splat (i32 8)
-  %2296 = icmp eq i64 %index.next482, %n.vec472
-  br i1 %2296, label %middle.block484, label %vector.body477, !prof !58, !llvm.loop !59
-
-middle.block484:                                  ; preds = %vector.body477
-  br i1 %cmp.n485, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !61
-
-for_body_c.us.i.preheader:                        ; preds = %middle.block484, %vector.scevcheck443, %for_body_r216.us.i
-  %indvars.iv1012.i.ph = phi i64 [ %n.vec472, %middle.block484 ], [ 0, %vector.scevcheck443 ], [ 0, %for_body_r216.us.i ]
-  br i1 %lcmp.mod988.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
-
-for_body_c.us.i.prol:                             ; preds = %if_end222.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv1012.i.prol = phi i64 [ %indvars.iv.next1013.i.prol, %if_end222.us.i.prol ], [ %indvars.iv1012.i.ph, %for_body_c.us.i.preheader ]
-  %prol.iter = phi i64 [ %prol.iter.next, %if_end222.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
-  %2297 = getelementptr i8, ptr %2263, i64 %indvars.iv1012.i.prol
-  %2298 = load i8, ptr %2297, align 1, !tbaa !5
-  %2299 = icmp eq i8 %2298, 0
-  %2300 = trunc i64 %indvars.iv1012.i.prol to i32
-  %.pre1163.i.prol = add i32 %1047, %2300
-  %.pre1165.i.prol = shl i32 %.pre1163.i.prol, 4
-  %.pre1167.i.prol = add nsw i32 %.pre1165.i.prol, %r219786.us.i
-  %.pre1169.i.prol = sext i32 %.pre1167.i.prol to i64
-  br i1 %2299, label %if_end222.us.i.prol, label %if_else221.us.i.prol
-
-if_else221.us.i.prol:                             ; preds = %for_body_c.us.i.prol
-  %2301 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1169.i.prol
-  %2302 = load float, ptr %2301, align 4, !tbaa !5
-  br label %if_end222.us.i.prol
-
-if_end222.us.i.prol:                              ; preds = %if_else221.us.i.prol, %for_body_c.us.i.prol
-  %2303 = phi float [ %2302, %if_else221.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
-  %2304 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1169.i.prol
-  store float %2303, ptr %2304, align 4, !tbaa !5
-  %indvars.iv.next1013.i.prol = add nuw nsw i64 %indvars.iv1012.i.prol, 1
-  %prol.iter.next = add i64 %prol.iter, 1
-  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter987
-  br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !62, !llvm.loop !63
-
-for_body_c.us.i.prol.loopexit:                    ; preds = %if_end222.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv1012.i.unr = phi i64 [ %indvars.iv1012.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next1013.i.prol, %if_end222.us.i.prol ]
-  %2305 = sub nsw i64 %indvars.iv1012.i.ph, %2277
-  %2306 = icmp ugt i64 %2305, -4
-  br i1 %2306, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
-
-for_body_c.us.i:                                  ; preds = %if_end222.us.i.3, %for_body_c.us.i.prol.loopexit
-  %indvars.iv1012.i = phi i64 [ %indvars.iv.next1013.i.3, %if_end222.us.i.3 ], [ %indvars.iv1012.i.unr, %for_body_c.us.i.prol.loopexit ]
-  %2307 = getelementptr i8, ptr %2263, i64 %indvars.iv1012.i
-  %2308 = load i8, ptr %2307, align 1, !tbaa !5
-  %2309 = icmp eq i8 %2308, 0
-  %2310 = trunc i64 %indvars.iv1012.i to i32
-  %.pre1163.i = add i32 %1047, %2310
-  %.pre1165.i = shl i32 %.pre1163.i, 4
-  %.pre1167.i = add nsw i32 %.pre1165.i, %r219786.us.i
-  %.pre1169.i = sext i32 %.pre1167.i to i64
-  br i1 %2309, label %if_end222.us.i, label %if_else221.us.i
-
-if_else221.us.i:                                  ; preds = %for_body_c.us.i
-  %2311 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1169.i
-  %2312 = load float, ptr %2311, align 4, !tbaa !5
-  br label %if_end222.us.i
-
-if_end222.us.i:                                   ; preds = %if_else221.us.i, %for_body_c.us.i
-  %2313 = phi float [ %2312, %if_else221.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
-  %2314 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1169.i
-  store float %2313, ptr %2314, align 4, !tbaa !5
-  %indvars.iv.next1013.i = add nuw nsw i64 %indvars.iv1012.i, 1
-  %2315 = getelementptr i8, ptr %2263, i64 %indvars.iv.next1013.i
-  %2316 = load i8, ptr %2315, align 1, !tbaa !5
-  %2317 = icmp eq i8 %2316, 0
-  %2318 = trunc i64 %indvars.iv.next1013.i to i32
-  %.pre1163.i.1 = add i32 %1047, %2318
-  %.pre1165.i.1 = shl i32 %.pre1163.i.1, 4
-  %.pre1167.i.1 = add nsw i32 %.pre1165.i.1, %r219786.us.i
-  %.pre1169.i.1 = sext i32 %.pre1167.i.1 to i64
-  br i1 %2317, label %if_end222.us.i.1, label %if_else221.us.i.1
-
-if_else221.us.i.1:                                ; preds = %if_end222.us.i
-  %2319 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1169.i.1
-  %2320 = load float, ptr %2319, align 4, !tbaa !5
-  br label %if_end222.us.i.1
-
-if_end222.us.i.1:                                 ; preds = %if_else221.us.i.1, %if_end222.us.i
-  %2321 = phi float [ %2320, %if_else221.us.i.1 ], [ 0xFFF0000000000000, %if_end222.us.i ]
-  %2322 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1169.i.1
-  store float %2321, ptr %2322, align 4, !tbaa !5
-  %indvars.iv.next1013.i.1 = add nuw nsw i64 %indvars.iv1012.i, 2
-  %2323 = getelementptr i8, ptr %2263, i64 %indvars.iv.next1013.i.1
-  %2324 = load i8, ptr %2323, align 1, !tbaa !5
-  %2325 = icmp eq i8 %2324, 0
-  %2326 = trunc i64 %indvars.iv.next1013.i.1 to i32
-  %.pre1163.i.2 = add i32 %1047, %2326
-  %.pre1165.i.2 = shl i32 %.pre1163.i.2, 4
-  %.pre1167.i.2 = add nsw i32 %.pre1165.i.2, %r219786.us.i
-  %.pre1169.i.2 = sext i32 %.pre1167.i.2 to i64
-  br i1 %2325, label %if_end222.us.i.2, label %if_else221.us.i.2
-
-if_else221.us.i.2:                                ; preds = %if_end222.us.i.1
-  %2327 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1169.i.2
-  %2328 = load float, ptr %2327, align 4, !tbaa !5
-  br label %if_end222.us.i.2
-
-if_end222.us.i.2:                                 ; preds = %if_else221.us.i.2, %if_end222.us.i.1
-  %2329 = phi float [ %2328, %if_else221.us.i.2 ], [ 0xFFF0000000000000, %if_end222.us.i.1 ]
-  %2330 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1169.i.2
-  store float %2329, ptr %2330, align 4, !tbaa !5
-  %indvars.iv.next1013.i.2 = add nuw nsw i64 %indvars.iv1012.i, 3
-  %2331 = getelementptr i8, ptr %2263, i64 %indvars.iv.next1013.i.2
-  %2332 = load i8, ptr %2331, align 1, !tbaa !5
-  %2333 = icmp eq i8 %2332, 0
-  %2334 = trunc i64 %indvars.iv.next1013.i.2 to i32
-  %.pre1163.i.3 = add i32 %1047, %2334
-  %.pre1165.i.3 = shl i32 %.pre1163.i.3, 4
-  %.pre1167.i.3 = add nsw i32 %.pre1165.i.3, %r219786.us.i
-  %.pre1169.i.3 = sext i32 %.pre1167.i.3 to i64
-  br i1 %2333, label %if_end222.us.i.3, label %if_else221.us.i.3
-
-if_else221.us.i.3:                                ; preds = %if_end222.us.i.2
-  %2335 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1169.i.3
-  %2336 = load float, ptr %2335, align 4, !tbaa !5
-  br label %if_end222.us.i.3
-
-if_end222.us.i.3:                                 ; preds = %if_else221.us.i.3, %if_end222.us.i.2
-  %2337 = phi float [ %2336, %if_else221.us.i.3 ], [ 0xFFF0000000000000, %if_end222.us.i.2 ]
-  %2338 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1169.i.3
-  store float %2337, ptr %2338, align 4, !tbaa !5
-  %indvars.iv.next1013.i.3 = add nuw nsw i64 %indvars.iv1012.i, 4
-  %exitcond228.not.3 = icmp eq i64 %indvars.iv.next1013.i.3, %2266
-  br i1 %exitcond228.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !64, !llvm.loop !65
-
-for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end222.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block484
-  %2339 = add nuw nsw i32 %r219786.us.i, 1
-  %exitcond1015.not.i = icmp eq i32 %2339, 16
-  %indvar.next = add i64 %indvar, 1
-  br i1 %exitcond1015.not.i, label %if_end214.i, label %for_body_r216.us.i, !prof !13
-
-if_end214.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_end_to205.i
-  br i1 %1815, label %for_begin_ti228.preheader.preheader.i, label %for_end_to225.i, !prof !3
-
-for_begin_ti228.preheader.preheader.i:            ; preds = %if_end214.i
-  %wide.trip.count1023.i = zext nneg i32 %1814 to i64
-  br label %for_begin_ti228.preheader.i
-
-for_begin_ti228.preheader.i:                      ; preds = %for_begin_ti228.preheader.i, %for_begin_ti228.preheader.preheader.i
-  %indvars.iv1020.i = phi i64 [ 0, %for_begin_ti228.preheader.preheader.i ], [ %indvars.iv.next1021.i, %for_begin_ti228.preheader.i ]
-  %peak566.sroa.0.0789.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti228.preheader.preheader.i ], [ %2371, %for_begin_ti228.preheader.i ]
-  %.idx75 = shl nsw i64 %indvars.iv1020.i, 9
-  %2340 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx75
-  %2341 = load <16 x float>, ptr %2340, align 4, !tbaa !5
-  %2342 = fcmp ogt <16 x float> %peak566.sroa.0.0789.i, %2341
-  %2343 = select <16 x i1> %2342, <16 x float> %peak566.sroa.0.0789.i, <16 x float> %2341
-  %2344 = getelementptr inbounds nuw i8, ptr %2340, i64 64
-  %2345 = load <16 x float>, ptr %2344, align 4, !tbaa !5
-  %2346 = fcmp ogt <16 x float> %2343, %2345
-  %2347 = select <16 x i1> %2346, <16 x float> %2343, <16 x float> %2345
-  %2348 = getelementptr inbounds nuw i8, ptr %2340, i64 128
-  %2349 = load <16 x float>, ptr %2348, align 4, !tbaa !5
-  %2350 = fcmp ogt <16 x float> %2347, %2349
-  %2351 = select <16 x i1> %2350, <16 x float> %2347, <16 x float> %2349
-  %2352 = getelementptr inbounds nuw i8, ptr %2340, i64 192
-  %2353 = load <16 x float>, ptr %2352, align 4, !tbaa !5
-  %2354 = fcmp ogt <16 x float> %2351, %2353
-  %2355 = select <16 x i1> %2354, <16 x float> %2351, <16 x float> %2353
-  %2356 = getelementptr inbounds nuw i8, ptr %2340, i64 256
-  %2357 = load <16 x float>, ptr %2356, align 4, !tbaa !5
-  %2358 = fcmp ogt <16 x float> %2355, %2357
-  %2359 = select <16 x i1> %2358, <16 x float> %2355, <16 x float> %2357
-  %2360 = getelementptr inbounds nuw i8, ptr %2340, i64 320
-  %2361 = load <16 x float>, ptr %2360, align 4, !tbaa !5
-  %2362 = fcmp ogt <16 x float> %2359, %2361
-  %2363 = select <16 x i1> %2362, <16 x float> %2359, <16 x float> %2361
-  %2364 = getelementptr inbounds nuw i8, ptr %2340, i64 384
-  %2365 = load <16 x float>, ptr %2364, align 4, !tbaa !5
-  %2366 = fcmp ogt <16 x float> %2363, %2365
-  %2367 = select <16 x i1> %2366, <16 x float> %2363, <16 x float> %2365
-  %2368 = getelementptr inbounds nuw i8, ptr %2340, i64 448
-  %2369 = load <16 x float>, ptr %2368, align 4, !tbaa !5
-  %2370 = fcmp ogt <16 x float> %2367, %2369
-  %2371 = select <16 x i1> %2370, <16 x float> %2367, <16 x float> %2369
-  %indvars.iv.next1021.i = add nuw nsw i64 %indvars.iv1020.i, 1
-  %exitcond1024.not.i = icmp eq i64 %indvars.iv.next1021.i, %wide.trip.count1023.i
-  br i1 %exitcond1024.not.i, label %for_begin_ti238.preheader.lr.ph.i, label %for_begin_ti228.preheader.i, !prof !13
-
-for_end_to225.i:                                  ; preds = %if_end214.i
-  %2372 = icmp sgt i32 %1812, 0
-  %2373 = insertelement <16 x i1> poison, i1 %2372, i64 0
-  %2374 = shufflevector <16 x i1> %2373, <16 x i1> poison, <16 x i32> zeroinitializer
-  %2375 = select <16 x i1> %2374, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
-  %2376 = shl i32 %1803, 4
-  %2377 = sext i32 %2376 to i64
-  br label %for_end_to235.i
-
-for_begin_ti238.preheader.lr.ph.i:                ; preds = %for_begin_ti228.preheader.i
-  %2378 = icmp sgt i32 %1812, 0
-  %2379 = insertelement <16 x i1> poison, i1 %2378, i64 0
-  %2380 = shufflevector <16 x i1> %2379, <16 x i1> poison, <16 x i32> zeroinitializer
-  %2381 = select <16 x i1> %2380, <16 x float> %2371, <16 x float> splat (float 0xC6293E5940000000)
-  %2382 = shl i32 %1803, 4
-  %2383 = sext i32 %2382 to i64
-  %2384 = getelementptr inbounds i32, ptr %places.i, i64 %2383
-  %2385 = load <16 x i32>, ptr %2384, align 4, !tbaa !5
-  %2386 = sitofp <16 x i32> %2385 to <16 x float>
-  %2387 = fsub <16 x float> splat (float 0x4168000FE0000000), %2386
-  %2388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2386, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  br label %for_begin_ti238.preheader.i
-
-for_begin_ti238.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti238.preheader.lr.ph.i
-  %indvars.iv1033.i = phi i64 [ 0, %for_begin_ti238.preheader.lr.ph.i ], [ %indvars.iv.next1034.i, %for_end_ax0.i ]
-  %tile_sum570.sroa.0.0795.i = phi <16 x float> [ zeroinitializer, %for_begin_ti238.preheader.lr.ph.i ], [ %.us-phi.i, %for_end_ax0.i ]
-  %2389 = shl nsw i64 %indvars.iv1033.i, 7
-  %2390 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2389
-  %2391 = load <16 x float>, ptr %2390, align 4, !tbaa !5
-  %arg.i = fsub <16 x float> %2391, %2381
-  %2392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2387)
-  %bits.i = bitcast <16 x float> %2392 to <16 x i32>
-  %n.i = fsub <16 x float> %2392, %2387
-  %2393 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
-  %2394 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
-  %2395 = fsub <16 x float> %arg.i, %2394
-  %2396 = fadd <16 x float> %2393, %2395
-  %2397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2397, <16 x float> %2396, <16 x float> splat (float 0x3FA5558F20000000))
-  %2399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2398, <16 x float> %2396, <16 x float> splat (float 0x3FC5554920000000))
-  %2400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2399, <16 x float> %2396, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2401 = fmul <16 x float> %2396, %2396
-  %2402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2400, <16 x float> %2401, <16 x float> %2396)
-  %2403 = shl <16 x i32> %bits.i, splat (i32 23)
-  %2404 = bitcast <16 x i32> %2403 to <16 x float>
-  %2405 = fadd <16 x float> %2402, splat (float 1.000000e+00)
-  %2406 = fmul <16 x float> %2405, %2404
-  %2407 = fcmp olt <16 x float> %arg.i, %2388
-  %2408 = select <16 x i1> %2407, <16 x float> zeroinitializer, <16 x float> %2406
-  %2409 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2389
-  store <16 x float> %2408, ptr %2409, align 4, !tbaa !5
-  %2410 = or disjoint i64 %2389, 16
-  %2411 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2410
-  %2412 = load <16 x float>, ptr %2411, align 4, !tbaa !5
-  %arg.1.i = fsub <16 x float> %2412, %2381
-  %2413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2387)
-  %bits.1.i = bitcast <16 x float> %2413 to <16 x i32>
-  %n.1.i = fsub <16 x float> %2413, %2387
-  %2414 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
-  %2415 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
-  %2416 = fsub <16 x float> %arg.1.i, %2415
-  %2417 = fadd <16 x float> %2414, %2416
-  %2418 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2417, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2418, <16 x float> %2417, <16 x float> splat (float 0x3FA5558F20000000))
-  %2420 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2419, <16 x float> %2417, <16 x float> splat (float 0x3FC5554920000000))
-  %2421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2417, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2422 = fmul <16 x float> %2417, %2417
-  %2423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2421, <16 x float> %2422, <16 x float> %2417)
-  %2424 = shl <16 x i32> %bits.1.i, splat (i32 23)
-  %2425 = bitcast <16 x i32> %2424 to <16 x float>
-  %2426 = fadd <16 x float> %2423, splat (float 1.000000e+00)
-  %2427 = fmul <16 x float> %2426, %2425
-  %2428 = fcmp olt <16 x float> %arg.1.i, %2388
-  %2429 = select <16 x i1> %2428, <16 x float> zeroinitializer, <16 x float> %2427
-  %2430 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2410
-  store <16 x float> %2429, ptr %2430, align 4, !tbaa !5
-  %2431 = or disjoint i64 %2389, 32
-  %2432 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2431
-  %2433 = load <16 x float>, ptr %2432, align 4, !tbaa !5
-  %arg.2.i = fsub <16 x float> %2433, %2381
-  %2434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2387)
-  %bits.2.i = bitcast <16 x float> %2434 to <16 x i32>
-  %n.2.i = fsub <16 x float> %2434, %2387
-  %2435 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
-  %2436 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
-  %2437 = fsub <16 x float> %arg.2.i, %2436
-  %2438 = fadd <16 x float> %2435, %2437
-  %2439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2439, <16 x float> %2438, <16 x float> splat (float 0x3FA5558F20000000))
-  %2441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2440, <16 x float> %2438, <16 x float> splat (float 0x3FC5554920000000))
-  %2442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2441, <16 x float> %2438, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2443 = fmul <16 x float> %2438, %2438
-  %2444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2442, <16 x float> %2443, <16 x float> %2438)
-  %2445 = shl <16 x i32> %bits.2.i, splat (i32 23)
-  %2446 = bitcast <16 x i32> %2445 to <16 x float>
-  %2447 = fadd <16 x float> %2444, splat (float 1.000000e+00)
-  %2448 = fmul <16 x float> %2447, %2446
-  %2449 = fcmp olt <16 x float> %arg.2.i, %2388
-  %2450 = select <16 x i1> %2449, <16 x float> zeroinitializer, <16 x float> %2448
-  %2451 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2431
-  store <16 x float> %2450, ptr %2451, align 4, !tbaa !5
-  %2452 = or disjoint i64 %2389, 48
-  %2453 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2452
-  %2454 = load <16 x float>, ptr %2453, align 4, !tbaa !5
-  %arg.3.i = fsub <16 x float> %2454, %2381
-  %2455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2387)
-  %bits.3.i = bitcast <16 x float> %2455 to <16 x i32>
-  %n.3.i = fsub <16 x float> %2455, %2387
-  %2456 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
-  %2457 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
-  %2458 = fsub <16 x float> %arg.3.i, %2457
-  %2459 = fadd <16 x float> %2456, %2458
-  %2460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2459, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2460, <16 x float> %2459, <16 x float> splat (float 0x3FA5558F20000000))
-  %2462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2461, <16 x float> %2459, <16 x float> splat (float 0x3FC5554920000000))
-  %2463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2462, <16 x float> %2459, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2464 = fmul <16 x float> %2459, %2459
-  %2465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2464, <16 x float> %2459)
-  %2466 = shl <16 x i32> %bits.3.i, splat (i32 23)
-  %2467 = bitcast <16 x i32> %2466 to <16 x float>
-  %2468 = fadd <16 x float> %2465, splat (float 1.000000e+00)
-  %2469 = fmul <16 x float> %2468, %2467
-  %2470 = fcmp olt <16 x float> %arg.3.i, %2388
-  %2471 = select <16 x i1> %2470, <16 x float> zeroinitializer, <16 x float> %2469
-  %2472 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2452
-  store <16 x float> %2471, ptr %2472, align 4, !tbaa !5
-  %2473 = or disjoint i64 %2389, 64
-  %2474 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2473
-  %2475 = load <16 x float>, ptr %2474, align 4, !tbaa !5
-  %arg.4.i = fsub <16 x float> %2475, %2381
-  %2476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2387)
-  %bits.4.i = bitcast <16 x float> %2476 to <16 x i32>
-  %n.4.i = fsub <16 x float> %2476, %2387
-  %2477 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
-  %2478 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
-  %2479 = fsub <16 x float> %arg.4.i, %2478
-  %2480 = fadd <16 x float> %2477, %2479
-  %2481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2480, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2480, <16 x float> splat (float 0x3FA5558F20000000))
-  %2483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2482, <16 x float> %2480, <16 x float> splat (float 0x3FC5554920000000))
-  %2484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2480, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2485 = fmul <16 x float> %2480, %2480
-  %2486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2484, <16 x float> %2485, <16 x float> %2480)
-  %2487 = shl <16 x i32> %bits.4.i, splat (i32 23)
-  %2488 = bitcast <16 x i32> %2487 to <16 x float>
-  %2489 = fadd <16 x float> %2486, splat (float 1.000000e+00)
-  %2490 = fmul <16 x float> %2489, %2488
-  %2491 = fcmp olt <16 x float> %arg.4.i, %2388
-  %2492 = select <16 x i1> %2491, <16 x float> zeroinitializer, <16 x float> %2490
-  %2493 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2473
-  store <16 x float> %2492, ptr %2493, align 4, !tbaa !5
-  %2494 = or disjoint i64 %2389, 80
-  %2495 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2494
-  %2496 = load <16 x float>, ptr %2495, align 4, !tbaa !5
-  %arg.5.i = fsub <16 x float> %2496, %2381
-  %2497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2387)
-  %bits.5.i = bitcast <16 x float> %2497 to <16 x i32>
-  %n.5.i = fsub <16 x float> %2497, %2387
-  %2498 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
-  %2499 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
-  %2500 = fsub <16 x float> %arg.5.i, %2499
-  %2501 = fadd <16 x float> %2498, %2500
-  %2502 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2503 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2502, <16 x float> %2501, <16 x float> splat (float 0x3FA5558F20000000))
-  %2504 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %2501, <16 x float> splat (float 0x3FC5554920000000))
-  %2505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2504, <16 x float> %2501, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2506 = fmul <16 x float> %2501, %2501
-  %2507 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2506, <16 x float> %2501)
-  %2508 = shl <16 x i32> %bits.5.i, splat (i32 23)
-  %2509 = bitcast <16 x i32> %2508 to <16 x float>
-  %2510 = fadd <16 x float> %2507, splat (float 1.000000e+00)
-  %2511 = fmul <16 x float> %2510, %2509
-  %2512 = fcmp olt <16 x float> %arg.5.i, %2388
-  %2513 = select <16 x i1> %2512, <16 x float> zeroinitializer, <16 x float> %2511
-  %2514 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2494
-  store <16 x float> %2513, ptr %2514, align 4, !tbaa !5
-  %2515 = or disjoint i64 %2389, 96
-  %2516 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2515
-  %2517 = load <16 x float>, ptr %2516, align 4, !tbaa !5
-  %arg.6.i = fsub <16 x float> %2517, %2381
-  %2518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2387)
-  %bits.6.i = bitcast <16 x float> %2518 to <16 x i32>
-  %n.6.i = fsub <16 x float> %2518, %2387
-  %2519 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
-  %2520 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
-  %2521 = fsub <16 x float> %arg.6.i, %2520
-  %2522 = fadd <16 x float> %2519, %2521
-  %2523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2523, <16 x float> %2522, <16 x float> splat (float 0x3FA5558F20000000))
-  %2525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2524, <16 x float> %2522, <16 x float> splat (float 0x3FC5554920000000))
-  %2526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2522, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2527 = fmul <16 x float> %2522, %2522
-  %2528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2526, <16 x float> %2527, <16 x float> %2522)
-  %2529 = shl <16 x i32> %bits.6.i, splat (i32 23)
-  %2530 = bitcast <16 x i32> %2529 to <16 x float>
-  %2531 = fadd <16 x float> %2528, splat (float 1.000000e+00)
-  %2532 = fmul <16 x float> %2531, %2530
-  %2533 = fcmp olt <16 x float> %arg.6.i, %2388
-  %2534 = select <16 x i1> %2533, <16 x float> zeroinitializer, <16 x float> %2532
-  %2535 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2515
-  store <16 x float> %2534, ptr %2535, align 4, !tbaa !5
-  %2536 = or disjoint i64 %2389, 112
-  %2537 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2536
-  %2538 = load <16 x float>, ptr %2537, align 4, !tbaa !5
-  %arg.7.i = fsub <16 x float> %2538, %2381
-  %2539 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2387)
-  %bits.7.i = bitcast <16 x float> %2539 to <16 x i32>
-  %n.7.i = fsub <16 x float> %2539, %2387
-  %2540 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
-  %2541 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
-  %2542 = fsub <16 x float> %arg.7.i, %2541
-  %2543 = fadd <16 x float> %2540, %2542
-  %2544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2543, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2543, <16 x float> splat (float 0x3FA5558F20000000))
-  %2546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2545, <16 x float> %2543, <16 x float> splat (float 0x3FC5554920000000))
-  %2547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2546, <16 x float> %2543, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2548 = fmul <16 x float> %2543, %2543
-  %2549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2547, <16 x float> %2548, <16 x float> %2543)
-  %2550 = shl <16 x i32> %bits.7.i, splat (i32 23)
-  %2551 = bitcast <16 x i32> %2550 to <16 x float>
-  %2552 = fadd <16 x float> %2549, splat (float 1.000000e+00)
-  %2553 = fmul <16 x float> %2552, %2551
-  %2554 = fcmp olt <16 x float> %arg.7.i, %2388
-  %2555 = select <16 x i1> %2554, <16 x float> zeroinitializer, <16 x float> %2553
-  %2556 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2536
-  store <16 x float> %2555, ptr %2556, align 4, !tbaa !5
-  %2557 = icmp samesign ult i64 %indvars.iv1033.i, 16
-  br i1 %2557, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
-
-for_end_to235.i:                                  ; preds = %for_end_ax0.i, %for_end_to225.i
-  %2558 = phi i64 [ %2377, %for_end_to225.i ], [ %2383, %for_end_ax0.i ]
-  %2559 = phi <16 x float> [ %2375, %for_end_to225.i ], [ %2381, %for_end_ax0.i ]
-  %tile_sum570.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_end_to225.i ], [ %.us-phi.i, %for_end_ax0.i ]
-  %2560 = getelementptr inbounds float, ptr %row_max.i, i64 %2558
-  %2561 = load <16 x float>, ptr %2560, align 4, !tbaa !5
-  %old_max.i = select <16 x i1> %1051, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2561
-  %2562 = getelementptr inbounds float, ptr %row_sum.i, i64 %2558
-  %2563 = load <16 x float>, ptr %2562, align 4, !tbaa !5
-  %old_sum.i = select <16 x i1> %1051, <16 x float> zeroinitializer, <16 x float> %2563
-  %2564 = fcmp ogt <16 x float> %old_max.i, %2559
-  %2565 = fcmp oeq <16 x float> %tile_sum570.sroa.0.0.lcssa.i, zeroinitializer
-  %2566 = select <16 x i1> %2565, <16 x i1> splat (i1 true), <16 x i1> %2564
-  %old_or_both.i = select <16 x i1> %2566, <16 x float> %old_max.i, <16 x float> %2559
-  %2567 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %2567, <16 x float> %2559, <16 x float> %old_or_both.i
-  %2568 = fsub <16 x float> %old_max.i, %m.i
-  %2569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2570 = bitcast <16 x float> %2569 to <16 x i32>
-  %2571 = fadd <16 x float> %2569, splat (float 0xC168000FE0000000)
-  %2572 = fmul <16 x float> %2571, splat (float 0x3F2BD01060000000)
-  %2573 = fmul <16 x float> %2571, splat (float 0x3FE6300000000000)
-  %2574 = fsub <16 x float> %2568, %2573
-  %2575 = fadd <16 x float> %2572, %2574
-  %2576 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2575, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2575, <16 x float> splat (float 0x3FA5558F20000000))
-  %2578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2577, <16 x float> %2575, <16 x float> splat (float 0x3FC5554920000000))
-  %2579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2578, <16 x float> %2575, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2580 = fmul <16 x float> %2575, %2575
-  %2581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2580, <16 x float> %2575)
-  %2582 = shl <16 x i32> %2570, splat (i32 23)
-  %2583 = bitcast <16 x i32> %2582 to <16 x float>
-  %2584 = fadd <16 x float> %2581, splat (float 1.000000e+00)
-  %2585 = fmul <16 x float> %2584, %2583
-  %2586 = fcmp olt <16 x float> %2568, splat (float -8.700000e+01)
-  %2587 = select <16 x i1> %2586, <16 x float> zeroinitializer, <16 x float> %2585
-  %2588 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %2589 = select <16 x i1> %2588, <16 x float> %2587, <16 x float> zeroinitializer
-  %arg262.i = fsub <16 x float> %2559, %m.i
-  %2590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg262.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2591 = bitcast <16 x float> %2590 to <16 x i32>
-  %2592 = fadd <16 x float> %2590, splat (float 0xC168000FE0000000)
-  %2593 = fmul <16 x float> %2592, splat (float 0x3F2BD01060000000)
-  %2594 = fmul <16 x float> %2592, splat (float 0x3FE6300000000000)
-  %2595 = fsub <16 x float> %arg262.i, %2594
-  %2596 = fadd <16 x float> %2593, %2595
-  %2597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2596, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2597, <16 x float> %2596, <16 x float> splat (float 0x3FA5558F20000000))
-  %2599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2598, <16 x float> %2596, <16 x float> splat (float 0x3FC5554920000000))
-  %2600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2599, <16 x float> %2596, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2601 = fmul <16 x float> %2596, %2596
-  %2602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2600, <16 x float> %2601, <16 x float> %2596)
-  %2603 = shl <16 x i32> %2591, splat (i32 23)
-  %2604 = bitcast <16 x i32> %2603 to <16 x float>
-  %2605 = fadd <16 x float> %2602, splat (float 1.000000e+00)
-  %2606 = fmul <16 x float> %2605, %2604
-  %2607 = fcmp olt <16 x float> %arg262.i, splat (float -8.700000e+01)
-  %2608 = select <16 x i1> %2607, <16 x float> zeroinitializer, <16 x float> %2606
-  %2609 = fcmp one <16 x float> %tile_sum570.sroa.0.0.lcssa.i, zeroinitializer
-  %2610 = select <16 x i1> %2609, <16 x float> %2608, <16 x float> zeroinitializer
-  %2611 = fmul <16 x float> %old_sum.i, %2589
-  %2612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2610, <16 x float> %tile_sum570.sroa.0.0.lcssa.i, <16 x float> %2611)
-  store <16 x float> %m.i, ptr %2560, align 4, !tbaa !5
-  store <16 x float> %2612, ptr %2562, align 4, !tbaa !5
-  %2613 = load i32, ptr %1806, align 4, !tbaa !5
-  %2614 = sub i32 %2613, %1052
-  %2615 = tail call i32 @llvm.smin.i32(i32 %2614, i32 %valid_len197.i)
-  %2616 = tail call i32 @llvm.smin.i32(i32 %2615, i32 %.reass785.reass.i)
-  %2617 = select i1 %152, i32 %2616, i32 %2615
-  %2618 = tail call i32 @llvm.smax.i32(i32 %2617, i32 0)
-  %num_full.i = lshr i32 %2618, 3
-  %2619 = sub nsw i32 %1814, %num_full.i
-  %2620 = icmp sgt i32 %2619, 0
-  br i1 %2620, label %for_begin_ti285.preheader.lr.ph.i, label %for_end_to282.i, !prof !3
-
-for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti238.preheader.i
-  %2621 = fadd <16 x float> %tile_sum570.sroa.0.0795.i, %2408
-  %2622 = fadd <16 x float> %2621, %2429
-  %2623 = fadd <16 x float> %2622, %2450
-  %2624 = fadd <16 x float> %2623, %2471
-  %2625 = fadd <16 x float> %2624, %2492
-  %2626 = fadd <16 x float> %2625, %2513
-  %2627 = fadd <16 x float> %2626, %2534
-  %2628 = fadd <16 x float> %2627, %2555
-  br label %for_end_ax0.i
-
-for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti238.preheader.i
-  %.us-phi.i = phi <16 x float> [ %2628, %for_body_ax0.us.preheader.i ], [ %tile_sum570.sroa.0.0795.i, %for_begin_ti238.preheader.i ]
-  %indvars.iv.next1034.i = add nuw nsw i64 %indvars.iv1033.i, 1
-  %exitcond1037.not.i = icmp eq i64 %indvars.iv.next1034.i, %wide.trip.count1023.i
-  br i1 %exitcond1037.not.i, label %for_end_to235.i, label %for_begin_ti238.preheader.i, !prof !13
-
-for_begin_ti285.preheader.lr.ph.i:                ; preds = %for_end_to235.i
-  %2629 = getelementptr inbounds i32, ptr %limits.i, i64 %2558
-  %2630 = and i32 %2618, 2147483640
-  %2631 = add i32 %2630, %1045
-  %wide.trip.count1045.i = zext nneg i32 %2619 to i64
-  br label %for_begin_ti285.preheader.i
-
-for_begin_ti285.preheader.i:                      ; preds = %for_begin_ti285.preheader.i, %for_begin_ti285.preheader.lr.ph.i
-  %indvars.iv1042.i = phi i64 [ 0, %for_begin_ti285.preheader.lr.ph.i ], [ %indvars.iv.next1043.i, %for_begin_ti285.preheader.i ]
-  %indvars.iv1042.tr.i = trunc i64 %indvars.iv1042.i to i32
-  %2632 = shl i32 %indvars.iv1042.tr.i, 3
-  %2633 = add i32 %2631, %2632
-  %2634 = add i32 %num_full.i, %indvars.iv1042.tr.i
-  %2635 = shl i32 %2634, 7
-  %2636 = sext i32 %2635 to i64
-  %2637 = load <16 x i32>, ptr %2629, align 4, !tbaa !5
-  %2638 = insertelement <16 x i32> poison, i32 %2633, i64 0
-  %2639 = shufflevector <16 x i32> %2638, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2640 = icmp slt <16 x i32> %2639, %2637
-  %2641 = sext <16 x i1> %2640 to <16 x i32>
-  %2642 = getelementptr inbounds i32, ptr %edges.i, i64 %2636
-  store <16 x i32> %2641, ptr %2642, align 4, !tbaa !5
-  %2643 = load <16 x i32>, ptr %2629, align 4, !tbaa !5
-  %2644 = or disjoint i32 %2633, 1
-  %2645 = insertelement <16 x i32> poison, i32 %2644, i64 0
-  %2646 = shufflevector <16 x i32> %2645, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2647 = icmp slt <16 x i32> %2646, %2643
-  %2648 = sext <16 x i1> %2647 to <16 x i32>
-  %2649 = getelementptr i8, ptr %2642, i64 64
-  store <16 x i32> %2648, ptr %2649, align 4, !tbaa !5
-  %2650 = load <16 x i32>, ptr %2629, align 4, !tbaa !5
-  %2651 = or disjoint i32 %2633, 2
-  %2652 = insertelement <16 x i32> poison, i32 %2651, i64 0
-  %2653 = shufflevector <16 x i32> %2652, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2654 = icmp slt <16 x i32> %2653, %2650
-  %2655 = sext <16 x i1> %2654 to <16 x i32>
-  %2656 = getelementptr i8, ptr %2642, i64 128
-  store <16 x i32> %2655, ptr %2656, align 4, !tbaa !5
-  %2657 = load <16 x i32>, ptr %2629, align 4, !tbaa !5
-  %2658 = or disjoint i32 %2633, 3
-  %2659 = insertelement <16 x i32> poison, i32 %2658, i64 0
-  %2660 = shufflevector <16 x i32> %2659, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2661 = icmp slt <16 x i32> %2660, %2657
-  %2662 = sext <16 x i1> %2661 to <16 x i32>
-  %2663 = getelementptr i8, ptr %2642, i64 192
-  store <16 x i32> %2662, ptr %2663, align 4, !tbaa !5
-  %2664 = load <16 x i32>, ptr %2629, align 4, !tbaa !5
-  %2665 = or disjoint i32 %2633, 4
-  %2666 = insertelement <16 x i32> poison, i32 %2665, i64 0
-  %2667 = shufflevector <16 x i32> %2666, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2668 = icmp slt <16 x i32> %2667, %2664
-  %2669 = sext <16 x i1> %2668 to <16 x i32>
-  %2670 = getelementptr i8, ptr %2642, i64 256
-  store <16 x i32> %2669, ptr %2670, align 4, !tbaa !5
-  %2671 = load <16 x i32>, ptr %2629, align 4, !tbaa !5
-  %2672 = or disjoint i32 %2633, 5
-  %2673 = insertelement <16 x i32> poison, i32 %2672, i64 0
-  %2674 = shufflevector <16 x i32> %2673, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2675 = icmp slt <16 x i32> %2674, %2671
-  %2676 = sext <16 x i1> %2675 to <16 x i32>
-  %2677 = getelementptr i8, ptr %2642, i64 320
-  store <16 x i32> %2676, ptr %2677, align 4, !tbaa !5
-  %2678 = load <16 x i32>, ptr %2629, align 4, !tbaa !5
-  %2679 = or disjoint i32 %2633, 6
-  %2680 = insertelement <16 x i32> poison, i32 %2679, i64 0
-  %2681 = shufflevector <16 x i32> %2680, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2682 = icmp slt <16 x i32> %2681, %2678
-  %2683 = sext <16 x i1> %2682 to <16 x i32>
-  %2684 = getelementptr i8, ptr %2642, i64 384
-  store <16 x i32> %2683, ptr %2684, align 4, !tbaa !5
-  %2685 = load <16 x i32>, ptr %2629, align 4, !tbaa !5
-  %narrow.i = or disjoint i32 %2633, 7
-  %2686 = insertelement <16 x i32> poison, i32 %narrow.i, i64 0
-  %2687 = shufflevector <16 x i32> %2686, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2688 = icmp slt <16 x i32> %2687, %2685
-  %2689 = sext <16 x i1> %2688 to <16 x i32>
-  %2690 = getelementptr i8, ptr %2642, i64 448
-  store <16 x i32> %2689, ptr %2690, align 4, !tbaa !5
-  %indvars.iv.next1043.i = add nuw nsw i64 %indvars.iv1042.i, 1
-  %exitcond1046.not.i = icmp eq i64 %indvars.iv.next1043.i, %wide.trip.count1045.i
-  br i1 %exitcond1046.not.i, label %for_end_to282.i, label %for_begin_ti285.preheader.i, !prof !13
-
-for_end_to282.i:                                  ; preds = %for_begin_ti285.preheader.i, %for_end_to235.i
-  %2691 = icmp sgt i32 %valid_len197.i, %1047
-  %or.cond883 = select i1 %152, i1 %2691, i1 false, !prof !51
-  br i1 %or.cond883, label %for_body_r293.us.preheader.i, label %if_end291.i, !prof !51
-
-for_body_r293.us.preheader.i:                     ; preds = %for_end_to282.i
-  %2692 = srem i32 %1803, %num_query
-  %2693 = sext i32 %2692 to i64
-  %2694 = mul nsw i64 %380, %2693
-  %2695 = getelementptr i8, ptr %1054, i64 %2694
-  %smin230 = tail call i32 @llvm.smin.i32(i32 %span573.sroa.3.0.lcssa.i, i32 %1808)
-  %smin231 = tail call i32 @llvm.smin.i32(i32 %smin230, i32 %indvars.iv223)
-  %smin232 = tail call i32 @llvm.smin.i32(i32 %smin231, i32 %363)
-  %2696 = add i32 %indvars.iv220, %smin232
-  %smin233 = tail call i32 @llvm.smin.i32(i32 %2696, i32 128)
-  %2697 = sub i32 %smin233, %smax229
-  %2698 = zext i32 %2697 to i64
-  %2699 = add nsw i64 %2698, -1
-  %2700 = getelementptr i8, ptr %scevgep426, i64 %2694
-  %scevgep427 = getelementptr i8, ptr %2700, i64 %2698
-  %scevgep428 = getelementptr i8, ptr %edges.i, i64 %977
-  %2701 = shl nuw nsw i64 %2698, 6
-  %scevgep429 = getelementptr i8, ptr %scevgep428, i64 %2701
-  %min.iters.check430 = icmp ult i32 %2697, 16
-  %2702 = trunc i64 %2699 to i32
-  %2703 = add i32 %smax, %2702
-  %2704 = shl i32 %2703, 4
-  %2705 = icmp ugt i64 %2699, 268435455
-  %bound0 = icmp ult ptr %2695, %scevgep429
-  %bound1 = icmp ult ptr %scevgep428, %scevgep427
-  %found.conflict = and i1 %bound0, %bound1
-  %n.vec433 = and i64 %2698, 536870904
-  %cmp.n = icmp eq i64 %n.vec433, %2698
-  %xtraiter989 = and i64 %2698, 3
-  %lcmp.mod990.not = icmp eq i64 %xtraiter989, 0
-  br label %for_body_r293.us.i
-
-for_body_r293.us.i:                               ; preds = %for_begin_c297.for_end_c299_crit_edge.us.i, %for_body_r293.us.preheader.i
-  %r296803.us.i = phi i32 [ %2771, %for_begin_c297.for_end_c299_crit_edge.us.i ], [ 0, %for_body_r293.us.preheader.i ]
-  br i1 %min.iters.check430, label %for_body_c298.us.i.preheader, label %vector.scevcheck, !prof !16
-
-vector.scevcheck:                                 ; preds = %for_body_r293.us.i
-  %2706 = add i32 %978, %r296803.us.i
-  %2707 = add i32 %2704, %r296803.us.i
-  %2708 = icmp slt i32 %2707, %2706
-  %2709 = or i1 %2708, %2705
-  %brmerge1091 = select i1 %2709, i1 true, i1 %found.conflict, !prof !16
-  br i1 %brmerge1091, label %for_body_c298.us.i.preheader, label %vector.ph431, !prof !52
-
-vector.ph431:                                     ; preds = %vector.scevcheck
-  %broadcast.splatinsert434 = insertelement <8 x i32> poison, i32 %r296803.us.i, i64 0
-  %broadcast.splat435 = shufflevector <8 x i32> %broadcast.splatinsert434, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body438
-
-vector.body438:                                   ; preds = %vector.body438, %vector.ph431
-  %index439 = phi i64 [ 0, %vector.ph431 ], [ %index.next440, %vector.body438 ]
-  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph431 ], [ %vec.ind.next, %vector.body438 ]
-  %2710 = getelementptr i8, ptr %2695, i64 %index439
-  %wide.load = load <8 x i8>, ptr %2710, align 1, !tbaa !5, !alias.scope !66, !noalias !69
-  %2711 = icmp eq <8 x i8> %wide.load, zeroinitializer
-  %2712 = add <8 x i32> %broadcast.splat437, %vec.ind
-  %2713 = shl <8 x i32> %2712, splat (i32 4)
-  %2714 = add nsw <8 x i32> %2713, %broadcast.splat435
-  %2715 = sext <8 x i32> %2714 to <8 x i64>
-  %2716 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2715
-  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2716, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !69
-  %2717 = select <8 x i1> %2711, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2717, <8 x ptr> align 4 %2716, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !69
-  %index.next440 = add nuw i64 %index439, 8
-  %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
-  %2718 = icmp eq i64 %index.next440, %n.vec433
-  br i1 %2718, label %middle.block441, label %vector.body438, !prof !58, !llvm.loop !71
-
-middle.block441:                                  ; preds = %vector.body438
-  br i1 %cmp.n, label %for_begin_c297.for_end_c299_crit_edge.us.i, label %for_body_c298.us.i.preheader, !prof !61
-
-for_body_c298.us.i.preheader:                     ; preds = %middle.block441, %vector.scevcheck, %for_body_r293.us.i
-  %indvars.iv1047.i.ph = phi i64 [ %n.vec433, %middle.block441 ], [ 0, %vector.scevcheck ], [ 0, %for_body_r293.us.i ]
-  br i1 %lcmp.mod990.not, label %for_body_c298.us.i.prol.loopexit, label %for_body_c298.us.i.prol, !prof !3
-
-for_body_c298.us.i.prol:                          ; preds = %for_body_c298.us.i.prol, %for_body_c298.us.i.preheader
-  %indvars.iv1047.i.prol = phi i64 [ %indvars.iv.next1048.i.prol, %for_body_c298.us.i.prol ], [ %indvars.iv1047.i.ph, %for_body_c298.us.i.preheader ]
-  %prol.iter991 = phi i64 [ %prol.iter991.next, %for_body_c298.us.i.prol ], [ 0, %for_body_c298.us.i.preheader ]
-  %2719 = getelementptr i8, ptr %2695, i64 %indvars.iv1047.i.prol
-  %2720 = load i8, ptr %2719, align 1, !tbaa !5
-  %.not600.us.i.prol = icmp eq i8 %2720, 0
-  %2721 = trunc i64 %indvars.iv1047.i.prol to i32
-  %2722 = add i32 %1047, %2721
-  %2723 = shl i32 %2722, 4
-  %2724 = add nsw i32 %2723, %r296803.us.i
-  %2725 = sext i32 %2724 to i64
-  %2726 = getelementptr inbounds i32, ptr %edges.i, i64 %2725
-  %2727 = load i32, ptr %2726, align 4, !tbaa !5
-  %2728 = select i1 %.not600.us.i.prol, i32 0, i32 %2727
-  store i32 %2728, ptr %2726, align 4, !tbaa !5
-  %indvars.iv.next1048.i.prol = add nuw nsw i64 %indvars.iv1047.i.prol, 1
-  %prol.iter991.next = add i64 %prol.iter991, 1
-  %prol.iter991.cmp.not = icmp eq i64 %prol.iter991.next, %xtraiter989
-  br i1 %prol.iter991.cmp.not, label %for_body_c298.us.i.prol.loopexit, label %for_body_c298.us.i.prol, !prof !62, !llvm.loop !72
-
-for_body_c298.us.i.prol.loopexit:                 ; preds = %for_body_c298.us.i.prol, %for_body_c298.us.i.preheader
-  %indvars.iv1047.i.unr = phi i64 [ %indvars.iv1047.i.ph, %for_body_c298.us.i.preheader ], [ %indvars.iv.next1048.i.prol, %for_body_c298.us.i.prol ]
-  %2729 = sub nsw i64 %indvars.iv1047.i.ph, %2698
-  %2730 = icmp ugt i64 %2729, -4
-  br i1 %2730, label %for_begin_c297.for_end_c299_crit_edge.us.i, label %for_body_c298.us.i, !prof !16
-
-for_body_c298.us.i:                               ; preds = %for_body_c298.us.i, %for_body_c298.us.i.prol.loopexit
-  %indvars.iv1047.i = phi i64 [ %indvars.iv.next1048.i.3, %for_body_c298.us.i ], [ %indvars.iv1047.i.unr, %for_body_c298.us.i.prol.loopexit ]
-  %2731 = getelementptr i8, ptr %2695, i64 %indvars.iv1047.i
-  %2732 = load i8, ptr %2731, align 1, !tbaa !5
-  %.not600.us.i = icmp eq i8 %2732, 0
-  %2733 = trunc i64 %indvars.iv1047.i to i32
-  %2734 = add i32 %1047, %2733
-  %2735 = shl i32 %2734, 4
-  %2736 = add nsw i32 %2735, %r296803.us.i
-  %2737 = sext i32 %2736 to i64
-  %2738 = getelementptr inbounds i32, ptr %edges.i, i64 %2737
-  %2739 = load i32, ptr %2738, align 4, !tbaa !5
-  %2740 = select i1 %.not600.us.i, i32 0, i32 %2739
-  store i32 %2740, ptr %2738, align 4, !tbaa !5
-  %indvars.iv.next1048.i = add nuw nsw i64 %indvars.iv1047.i, 1
-  %2741 = getelementptr i8, ptr %2695, i64 %indvars.iv.next1048.i
-  %2742 = load i8, ptr %2741, align 1, !tbaa !5
-  %.not600.us.i.1 = icmp eq i8 %2742, 0
-  %2743 = trunc i64 %indvars.iv.next1048.i to i32
-  %2744 = add i32 %1047, %2743
-  %2745 = shl i32 %2744, 4
-  %2746 = add nsw i32 %2745, %r296803.us.i
-  %2747 = sext i32 %2746 to i64
-  %2748 = getelementptr inbounds i32, ptr %edges.i, i64 %2747
-  %2749 = load i32, ptr %2748, align 4, !tbaa !5
-  %2750 = select i1 %.not600.us.i.1, i32 0, i32 %2749
-  store i32 %2750, ptr %2748, align 4, !tbaa !5
-  %indvars.iv.next1048.i.1 = add nuw nsw i64 %indvars.iv1047.i, 2
-  %2751 = getelementptr i8, ptr %2695, i64 %indvars.iv.next1048.i.1
-  %2752 = load i8, ptr %2751, align 1, !tbaa !5
-  %.not600.us.i.2 = icmp eq i8 %2752, 0
-  %2753 = trunc i64 %indvars.iv.next1048.i.1 to i32
-  %2754 = add i32 %1047, %2753
-  %2755 = shl i32 %2754, 4
-  %2756 = add nsw i32 %2755, %r296803.us.i
-  %2757 = sext i32 %2756 to i64
-  %2758 = getelementptr inbounds i32, ptr %edges.i, i64 %2757
-  %2759 = load i32, ptr %2758, align 4, !tbaa !5
-  %2760 = select i1 %.not600.us.i.2, i32 0, i32 %2759
-  store i32 %2760, ptr %2758, align 4, !tbaa !5
-  %indvars.iv.next1048.i.2 = add nuw nsw i64 %indvars.iv1047.i, 3
-  %2761 = getelementptr i8, ptr %2695, i64 %indvars.iv.next1048.i.2
-  %2762 = load i8, ptr %2761, align 1, !tbaa !5
-  %.not600.us.i.3 = icmp eq i8 %2762, 0
-  %2763 = trunc i64 %indvars.iv.next1048.i.2 to i32
-  %2764 = add i32 %1047, %2763
-  %2765 = shl i32 %2764, 4
-  %2766 = add nsw i32 %2765, %r296803.us.i
-  %2767 = sext i32 %2766 to i64
-  %2768 = getelementptr inbounds i32, ptr %edges.i, i64 %2767
-  %2769 = load i32, ptr %2768, align 4, !tbaa !5
-  %2770 = select i1 %.not600.us.i.3, i32 0, i32 %2769
-  store i32 %2770, ptr %2768, align 4, !tbaa !5
-  %indvars.iv.next1048.i.3 = add nuw nsw i64 %indvars.iv1047.i, 4
-  %exitcond234.not.3 = icmp eq i64 %indvars.iv.next1048.i.3, %2698
-  br i1 %exitcond234.not.3, label %for_begin_c297.for_end_c299_crit_edge.us.i, label %for_body_c298.us.i, !prof !64, !llvm.loop !73
-
-for_begin_c297.for_end_c299_crit_edge.us.i:       ; preds = %for_body_c298.us.i, %for_body_c298.us.i.prol.loopexit, %middle.block441
-  %2771 = add nuw nsw i32 %r296803.us.i, 1
-  %exitcond1051.not.i = icmp eq i32 %2771, 16
-  br i1 %exitcond1051.not.i, label %if_end291.i, label %for_body_r293.us.i, !prof !13
-
-if_end291.i:                                      ; preds = %for_begin_c297.for_end_c299_crit_edge.us.i, %for_end_to282.i
-  %.not887.i = icmp eq i32 %num_full.i, 0
-  %2772 = and i32 %2618, 2147483640
-  %2773 = icmp sgt i32 %valid_len197.i, %2772
-  %2774 = shl i32 %1803, 11
-  %2775 = shl nuw nsw i32 %num_full.i, 7
-  %2776 = shl nuw nsw i32 %num_full.i, 10
-  %2777 = fmul <16 x float> %2589, zeroinitializer
-  %2778 = zext nneg i32 %2775 to i64
-  %2779 = sext i32 %2774 to i64
-  %wide.trip.count1061.i = zext nneg i32 %num_full.i to i64
-  %smin235 = tail call i32 @llvm.smin.i32(i32 %span573.sroa.3.0.lcssa.i, i32 %1808)
-  %smin236 = tail call i32 @llvm.smin.i32(i32 %smin235, i32 %indvars.iv223)
-  %smin237 = tail call i32 @llvm.smin.i32(i32 %smin236, i32 %363)
-  %2780 = add i32 %indvars.iv220, %smin237
-  %2781 = tail call i32 @llvm.smin.i32(i32 %2780, i32 128)
-  %smin238 = sext i32 %2781 to i64
-  %2782 = shl nuw nsw i64 %wide.trip.count1061.i, 3
-  %2783 = sub nsw i64 %smin238, %2782
-  %smax239 = tail call i64 @llvm.smax.i64(i64 %2783, i64 1)
-  br label %for_begin_to302.preheader.i
-
-for_begin_to302.preheader.i:                      ; preds = %if_end332.i, %if_end291.i
-  %indvars.iv1067.i = phi i64 [ 0, %if_end291.i ], [ %indvars.iv.next1068.i, %if_end332.i ]
-  br i1 %.not887.i, label %for_end_to304.i, label %for_begin_ti307.preheader.lr.ph.i, !prof !16
-
-for_begin_ti307.preheader.lr.ph.i:                ; preds = %for_begin_to302.preheader.i
-  %2784 = shl i64 %indvars.iv1067.i, 2
-  %2785 = and i64 %2784, 12
-  %2786 = shl i64 %indvars.iv1067.i, 3
-  %2787 = and i64 %2786, 96
-  %invariant.gep146 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2787
-  %invariant.gep148 = getelementptr inbounds nuw float, ptr %invariant.gep146, i64 %2785
-  br label %for_begin_ti307.preheader.i
-
-for_begin_ti307.preheader.i:                      ; preds = %for_begin_ti307.preheader.i, %for_begin_ti307.preheader.lr.ph.i
-  %indvars.iv1057.i = phi i64 [ 0, %for_begin_ti307.preheader.lr.ph.i ], [ %indvars.iv.next1058.i, %for_begin_ti307.preheader.i ]
-  %full_acc561.sroa.28.0824.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %3122, %for_begin_ti307.preheader.i ]
-  %full_acc561.sroa.24.0823.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %3117, %for_begin_ti307.preheader.i ]
-  %full_acc561.sroa.20.0822.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %3112, %for_begin_ti307.preheader.i ]
-  %full_acc561.sroa.16.0821.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %3107, %for_begin_ti307.preheader.i ]
-  %full_acc561.sroa.12.0820.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %3102, %for_begin_ti307.preheader.i ]
-  %full_acc561.sroa.8.0819.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %3097, %for_begin_ti307.preheader.i ]
-  %full_acc561.sroa.4.0818.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %3092, %for_begin_ti307.preheader.i ]
-  %full_acc561.sroa.0.0817.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %3087, %for_begin_ti307.preheader.i ]
-  %.idx76 = shl nsw i64 %indvars.iv1057.i, 9
-  %2788 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx76
-  %2789 = load <16 x float>, ptr %2788, align 4, !tbaa !5
-  %.idx77 = shl nsw i64 %indvars.iv1057.i, 12
-  %gep149 = getelementptr inbounds nuw i8, ptr %invariant.gep148, i64 %.idx77
-  %2790 = load float, ptr %gep149, align 4, !tbaa !5
-  %2791 = insertelement <16 x float> poison, float %2790, i64 0
-  %2792 = shufflevector <16 x float> %2791, <16 x float> poison, <16 x i32> zeroinitializer
-  %2793 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2789, <16 x float> %2792, <16 x float> %full_acc561.sroa.0.0817.i)
-  %2794 = getelementptr inbounds nuw i8, ptr %gep149, i64 64
-  %2795 = load float, ptr %2794, align 4, !tbaa !5
-  %2796 = insertelement <16 x float> poison, float %2795, i64 0
-  %2797 = shufflevector <16 x float> %2796, <16 x float> poison, <16 x i32> zeroinitializer
-  %2798 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2789, <16 x float> %2797, <16 x float> %full_acc561.sroa.4.0818.i)
-  %2799 = getelementptr inbounds nuw i8, ptr %gep149, i64 4
-  %2800 = load float, ptr %2799, align 4, !tbaa !5
-  %2801 = insertelement <16 x float> poison, float %2800, i64 0
-  %2802 = shufflevector <16 x float> %2801, <16 x float> poison, <16 x i32> zeroinitializer
-  %2803 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2789, <16 x float> %2802, <16 x float> %full_acc561.sroa.8.0819.i)
-  %2804 = getelementptr inbounds nuw i8, ptr %gep149, i64 68
-  %2805 = load float, ptr %2804, align 4, !tbaa !5
-  %2806 = insertelement <16 x float> poison, float %2805, i64 0
-  %2807 = shufflevector <16 x float> %2806, <16 x float> poison, <16 x i32> zeroinitializer
-  %2808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2789, <16 x float> %2807, <16 x float> %full_acc561.sroa.12.0820.i)
-  %2809 = getelementptr inbounds nuw i8, ptr %gep149, i64 8
-  %2810 = load float, ptr %2809, align 4, !tbaa !5
-  %2811 = insertelement <16 x float> poison, float %2810, i64 0
-  %2812 = shufflevector <16 x float> %2811, <16 x float> poison, <16 x i32> zeroinitializer
-  %2813 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2789, <16 x float> %2812, <16 x float> %full_acc561.sroa.16.0821.i)
-  %2814 = getelementptr inbounds nuw i8, ptr %gep149, i64 72
-  %2815 = load float, ptr %2814, align 4, !tbaa !5
-  %2816 = insertelement <16 x float> poison, float %2815, i64 0
-  %2817 = shufflevector <16 x float> %2816, <16 x float> poison, <16 x i32> zeroinitializer
-  %2818 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2789, <16 x float> %2817, <16 x float> %full_acc561.sroa.20.0822.i)
-  %2819 = getelementptr inbounds nuw i8, ptr %gep149, i64 12
-  %2820 = load float, ptr %2819, align 4, !tbaa !5
-  %2821 = insertelement <16 x float> poison, float %2820, i64 0
-  %2822 = shufflevector <16 x float> %2821, <16 x float> poison, <16 x i32> zeroinitializer
-  %2823 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2789, <16 x float> %2822, <16 x float> %full_acc561.sroa.24.0823.i)
-  %2824 = getelementptr inbounds nuw i8, ptr %gep149, i64 76
-  %2825 = load float, ptr %2824, align 4, !tbaa !5
-  %2826 = insertelement <16 x float> poison, float %2825, i64 0
-  %2827 = shufflevector <16 x float> %2826, <16 x float> poison, <16 x i32> zeroinitializer
-  %2828 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2789, <16 x float> %2827, <16 x float> %full_acc561.sroa.28.0824.i)
-  %2829 = getelementptr inbounds nuw i8, ptr %2788, i64 64
-  %2830 = load <16 x float>, ptr %2829, align 4, !tbaa !5
-  %2831 = getelementptr inbounds nuw i8, ptr %gep149, i64 512
-  %2832 = load float, ptr %2831, align 4, !tbaa !5
-  %2833 = insertelement <16 x float> poison, float %2832, i64 0
-  %2834 = shufflevector <16 x float> %2833, <16 x float> poison, <16 x i32> zeroinitializer
-  %2835 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2830, <16 x float> %2834, <16 x float> %2793)
-  %2836 = getelementptr inbounds nuw i8, ptr %gep149, i64 576
-  %2837 = load float, ptr %2836, align 4, !tbaa !5
-  %2838 = insertelement <16 x float> poison, float %2837, i64 0
-  %2839 = shufflevector <16 x float> %2838, <16 x float> poison, <16 x i32> zeroinitializer
-  %2840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2830, <16 x float> %2839, <16 x float> %2798)
-  %2841 = getelementptr inbounds nuw i8, ptr %gep149, i64 516
-  %2842 = load float, ptr %2841, align 4, !tbaa !5
-  %2843 = insertelement <16 x float> poison, float %2842, i64 0
-  %2844 = shufflevector <16 x float> %2843, <16 x float> poison, <16 x i32> zeroinitializer
-  %2845 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2830, <16 x float> %2844, <16 x float> %2803)
-  %2846 = getelementptr inbounds nuw i8, ptr %gep149, i64 580
-  %2847 = load float, ptr %2846, align 4, !tbaa !5
-  %2848 = insertelement <16 x float> poison, float %2847, i64 0
-  %2849 = shufflevector <16 x float> %2848, <16 x float> poison, <16 x i32> zeroinitializer
-  %2850 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2830, <16 x float> %2849, <16 x float> %2808)
-  %2851 = getelementptr inbounds nuw i8, ptr %gep149, i64 520
-  %2852 = load float, ptr %2851, align 4, !tbaa !5
-  %2853 = insertelement <16 x float> poison, float %2852, i64 0
-  %2854 = shufflevector <16 x float> %2853, <16 x float> poison, <16 x i32> zeroinitializer
-  %2855 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2830, <16 x float> %2854, <16 x float> %2813)
-  %2856 = getelementptr inbounds nuw i8, ptr %gep149, i64 584
-  %2857 = load float, ptr %2856, align 4, !tbaa !5
-  %2858 = insertelement <16 x float> poison, float %2857, i64 0
-  %2859 = shufflevector <16 x float> %2858, <16 x float> poison, <16 x i32> zeroinitializer
-  %2860 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2830, <16 x float> %2859, <16 x float> %2818)
-  %2861 = getelementptr inbounds nuw i8, ptr %gep149, i64 524
-  %2862 = load float, ptr %2861, align 4, !tbaa !5
-  %2863 = insertelement <16 x float> poison, float %2862, i64 0
-  %2864 = shufflevector <16 x float> %2863, <16 x float> poison, <16 x i32> zeroinitializer
-  %2865 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2830, <16 x float> %2864, <16 x float> %2823)
-  %2866 = getelementptr inbounds nuw i8, ptr %gep149, i64 588
-  %2867 = load float, ptr %2866, align 4, !tbaa !5
-  %2868 = insertelement <16 x float> poison, float %2867, i64 0
-  %2869 = shufflevector <16 x float> %2868, <16 x float> poison, <16 x i32> zeroinitializer
-  %2870 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2830, <16 x float> %2869, <16 x float> %2828)
-  %2871 = getelementptr inbounds nuw i8, ptr %2788, i64 128
-  %2872 = load <16 x float>, ptr %2871, align 4, !tbaa !5
-  %2873 = getelementptr inbounds nuw i8, ptr %gep149, i64 1024
-  %2874 = load float, ptr %2873, align 4, !tbaa !5
-  %2875 = insertelement <16 x float> poison, float %2874, i64 0
-  %2876 = shufflevector <16 x float> %2875, <16 x float> poison, <16 x i32> zeroinitializer
-  %2877 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2876, <16 x float> %2835)
-  %2878 = getelementptr inbounds nuw i8, ptr %gep149, i64 1088
-  %2879 = load float, ptr %2878, align 4, !tbaa !5
-  %2880 = insertelement <16 x float> poison, float %2879, i64 0
-  %2881 = shufflevector <16 x float> %2880, <16 x float> poison, <16 x i32> zeroinitializer
-  %2882 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2881, <16 x float> %2840)
-  %2883 = getelementptr inbounds nuw i8, ptr %gep149, i64 1028
-  %2884 = load float, ptr %2883, align 4, !tbaa !5
-  %2885 = insertelement <16 x float> poison, float %2884, i64 0
-  %2886 = shufflevector <16 x float> %2885, <16 x float> poison, <16 x i32> zeroinitializer
-  %2887 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2886, <16 x float> %2845)
-  %2888 = getelementptr inbounds nuw i8, ptr %gep149, i64 1092
-  %2889 = load float, ptr %2888, align 4, !tbaa !5
-  %2890 = insertelement <16 x float> poison, float %2889, i64 0
-  %2891 = shufflevector <16 x float> %2890, <16 x float> poison, <16 x i32> zeroinitializer
-  %2892 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2891, <16 x float> %2850)
-  %2893 = getelementptr inbounds nuw i8, ptr %gep149, i64 1032
-  %2894 = load float, ptr %2893, align 4, !tbaa !5
-  %2895 = insertelement <16 x float> poison, float %2894, i64 0
-  %2896 = shufflevector <16 x float> %2895, <16 x float> poison, <16 x i32> zeroinitializer
-  %2897 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2896, <16 x float> %2855)
-  %2898 = getelementptr inbounds nuw i8, ptr %gep149, i64 1096
-  %2899 = load float, ptr %2898, align 4, !tbaa !5
-  %2900 = insertelement <16 x float> poison, float %2899, i64 0
-  %2901 = shufflevector <16 x float> %2900, <16 x float> poison, <16 x i32> zeroinitializer
-  %2902 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2901, <16 x float> %2860)
-  %2903 = getelementptr inbounds nuw i8, ptr %gep149, i64 1036
-  %2904 = load float, ptr %2903, align 4, !tbaa !5
-  %2905 = insertelement <16 x float> poison, float %2904, i64 0
-  %2906 = shufflevector <16 x float> %2905, <16 x float> poison, <16 x i32> zeroinitializer
-  %2907 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2906, <16 x float> %2865)
-  %2908 = getelementptr inbounds nuw i8, ptr %gep149, i64 1100
-  %2909 = load float, ptr %2908, align 4, !tbaa !5
-  %2910 = insertelement <16 x float> poison, float %2909, i64 0
-  %2911 = shufflevector <16 x float> %2910, <16 x float> poison, <16 x i32> zeroinitializer
-  %2912 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2911, <16 x float> %2870)
-  %2913 = getelementptr inbounds nuw i8, ptr %2788, i64 192
-  %2914 = load <16 x float>, ptr %2913, align 4, !tbaa !5
-  %2915 = getelementptr inbounds nuw i8, ptr %gep149, i64 1536
-  %2916 = load float, ptr %2915, align 4, !tbaa !5
-  %2917 = insertelement <16 x float> poison, float %2916, i64 0
-  %2918 = shufflevector <16 x float> %2917, <16 x float> poison, <16 x i32> zeroinitializer
-  %2919 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2914, <16 x float> %2918, <16 x float> %2877)
-  %2920 = getelementptr inbounds nuw i8, ptr %gep149, i64 1600
-  %2921 = load float, ptr %2920, align 4, !tbaa !5
-  %2922 = insertelement <16 x float> poison, float %2921, i64 0
-  %2923 = shufflevector <16 x float> %2922, <16 x float> poison, <16 x i32> zeroinitializer
-  %2924 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2914, <16 x float> %2923, <16 x float> %2882)
-  %2925 = getelementptr inbounds nuw i8, ptr %gep149, i64 1540
-  %2926 = load float, ptr %2925, align 4, !tbaa !5
-  %2927 = insertelement <16 x float> poison, float %2926, i64 0
-  %2928 = shufflevector <16 x float> %2927, <16 x float> poison, <16 x i32> zeroinitializer
-  %2929 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2914, <16 x float> %2928, <16 x float> %2887)
-  %2930 = getelementptr inbounds nuw i8, ptr %gep149, i64 1604
-  %2931 = load float, ptr %2930, align 4, !tbaa !5
-  %2932 = insertelement <16 x float> poison, float %2931, i64 0
-  %2933 = shufflevector <16 x float> %2932, <16 x float> poison, <16 x i32> zeroinitializer
-  %2934 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2914, <16 x float> %2933, <16 x float> %2892)
-  %2935 = getelementptr inbounds nuw i8, ptr %gep149, i64 1544
-  %2936 = load float, ptr %2935, align 4, !tbaa !5
-  %2937 = insertelement <16 x float> poison, float %2936, i64 0
-  %2938 = shufflevector <16 x float> %2937, <16 x float> poison, <16 x i32> zeroinitializer
-  %2939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2914, <16 x float> %2938, <16 x float> %2897)
-  %2940 = getelementptr inbounds nuw i8, ptr %gep149, i64 1608
-  %2941 = load float, ptr %2940, align 4, !tbaa !5
-  %2942 = insertelement <16 x float> poison, float %2941, i64 0
-  %2943 = shufflevector <16 x float> %2942, <16 x float> poison, <16 x i32> zeroinitializer
-  %2944 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2914, <16 x float> %2943, <16 x float> %2902)
-  %2945 = getelementptr inbounds nuw i8, ptr %gep149, i64 1548
-  %2946 = load float, ptr %2945, align 4, !tbaa !5
-  %2947 = insertelement <16 x float> poison, float %2946, i64 0
-  %2948 = shufflevector <16 x float> %2947, <16 x float> poison, <16 x i32> zeroinitializer
-  %2949 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2914, <16 x float> %2948, <16 x float> %2907)
-  %2950 = getelementptr inbounds nuw i8, ptr %gep149, i64 1612
-  %2951 = load float, ptr %2950, align 4, !tbaa !5
-  %2952 = insertelement <16 x float> poison, float %2951, i64 0
-  %2953 = shufflevector <16 x float> %2952, <16 x float> poison, <16 x i32> zeroinitializer
-  %2954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2914, <16 x float> %2953, <16 x float> %2912)
-  %2955 = getelementptr inbounds nuw i8, ptr %2788, i64 256
-  %2956 = load <16 x float>, ptr %2955, align 4, !tbaa !5
-  %2957 = getelementptr inbounds nuw i8, ptr %gep149, i64 2048
-  %2958 = load float, ptr %2957, align 4, !tbaa !5
-  %2959 = insertelement <16 x float> poison, float %2958, i64 0
-  %2960 = shufflevector <16 x float> %2959, <16 x float> poison, <16 x i32> zeroinitializer
-  %2961 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2956, <16 x float> %2960, <16 x float> %2919)
-  %2962 = getelementptr inbounds nuw i8, ptr %gep149, i64 2112
-  %2963 = load float, ptr %2962, align 4, !tbaa !5
-  %2964 = insertelement <16 x float> poison, float %2963, i64 0
-  %2965 = shufflevector <16 x float> %2964, <16 x float> poison, <16 x i32> zeroinitializer
-  %2966 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2956, <16 x float> %2965, <16 x float> %2924)
-  %2967 = getelementptr inbounds nuw i8, ptr %gep149, i64 2052
-  %2968 = load float, ptr %2967, align 4, !tbaa !5
-  %2969 = insertelement <16 x float> poison, float %2968, i64 0
-  %2970 = shufflevector <16 x float> %2969, <16 x float> poison, <16 x i32> zeroinitializer
-  %2971 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2956, <16 x float> %2970, <16 x float> %2929)
-  %2972 = getelementptr inbounds nuw i8, ptr %gep149, i64 2116
-  %2973 = load float, ptr %2972, align 4, !tbaa !5
-  %2974 = insertelement <16 x float> poison, float %2973, i64 0
-  %2975 = shufflevector <16 x float> %2974, <16 x float> poison, <16 x i32> zeroinitializer
-  %2976 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2956, <16 x float> %2975, <16 x float> %2934)
-  %2977 = getelementptr inbounds nuw i8, ptr %gep149, i64 2056
-  %2978 = load float, ptr %2977, align 4, !tbaa !5
-  %2979 = insertelement <16 x float> poison, float %2978, i64 0
-  %2980 = shufflevector <16 x float> %2979, <16 x float> poison, <16 x i32> zeroinitializer
-  %2981 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2956, <16 x float> %2980, <16 x float> %2939)
-  %2982 = getelementptr inbounds nuw i8, ptr %gep149, i64 2120
-  %2983 = load float, ptr %2982, align 4, !tbaa !5
-  %2984 = insertelement <16 x float> poison, float %2983, i64 0
-  %2985 = shufflevector <16 x float> %2984, <16 x float> poison, <16 x i32> zeroinitializer
-  %2986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2956, <16 x float> %2985, <16 x float> %2944)
-  %2987 = getelementptr inbounds nuw i8, ptr %gep149, i64 2060
-  %2988 = load float, ptr %2987, align 4, !tbaa !5
-  %2989 = insertelement <16 x float> poison, float %2988, i64 0
-  %2990 = shufflevector <16 x float> %2989, <16 x float> poison, <16 x i32> zeroinitializer
-  %2991 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2956, <16 x float> %2990, <16 x float> %2949)
-  %2992 = getelementptr inbounds nuw i8, ptr %gep149, i64 2124
-  %2993 = load float, ptr %2992, align 4, !tbaa !5
-  %2994 = insertelement <16 x float> poison, float %2993, i64 0
-  %2995 = shufflevector <16 x float> %2994, <16 x float> poison, <16 x i32> zeroinitializer
-  %2996 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2956, <16 x float> %2995, <16 x float> %2954)
-  %2997 = getelementptr inbounds nuw i8, ptr %2788, i64 320
-  %2998 = load <16 x float>, ptr %2997, align 4, !tbaa !5
-  %2999 = getelementptr inbounds nuw i8, ptr %gep149, i64 2560
-  %3000 = load float, ptr %2999, align 4, !tbaa !5
-  %3001 = insertelement <16 x float> poison, float %3000, i64 0
-  %3002 = shufflevector <16 x float> %3001, <16 x float> poison, <16 x i32> zeroinitializer
-  %3003 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2998, <16 x float> %3002, <16 x float> %2961)
-  %3004 = getelementptr inbounds nuw i8, ptr %gep149, i64 2624
-  %3005 = load float, ptr %3004, align 4, !tbaa !5
-  %3006 = insertelement <16 x float> poison, float %3005, i64 0
-  %3007 = shufflevector <16 x float> %3006, <16 x float> poison, <16 x i32> zeroinitializer
-  %3008 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2998, <16 x float> %3007, <16 x float> %2966)
-  %3009 = getelementptr inbounds nuw i8, ptr %gep149, i64 2564
-  %3010 = load float, ptr %3009, align 4, !tbaa !5
-  %3011 = insertelement <16 x float> poison, float %3010, i64 0
-  %3012 = shufflevector <16 x float> %3011, <16 x float> poison, <16 x i32> zeroinitializer
-  %3013 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2998, <16 x float> %3012, <16 x float> %2971)
-  %3014 = getelementptr inbounds nuw i8, ptr %gep149, i64 2628
-  %3015 = load float, ptr %3014, align 4, !tbaa !5
-  %3016 = insertelement <16 x float> poison, float %3015, i64 0
-  %3017 = shufflevector <16 x float> %3016, <16 x float> poison, <16 x i32> zeroinitializer
-  %3018 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2998, <16 x float> %3017, <16 x float> %2976)
-  %3019 = getelementptr inbounds nuw i8, ptr %gep149, i64 2568
-  %3020 = load float, ptr %3019, align 4, !tbaa !5
-  %3021 = insertelement <16 x float> poison, float %3020, i64 0
-  %3022 = shufflevector <16 x float> %3021, <16 x float> poison, <16 x i32> zeroinitializer
-  %3023 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2998, <16 x float> %3022, <16 x float> %2981)
-  %3024 = getelementptr inbounds nuw i8, ptr %gep149, i64 2632
-  %3025 = load float, ptr %3024, align 4, !tbaa !5
-  %3026 = insertelement <16 x float> poison, float %3025, i64 0
-  %3027 = shufflevector <16 x float> %3026, <16 x float> poison, <16 x i32> zeroinitializer
-  %3028 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2998, <16 x float> %3027, <16 x float> %2986)
-  %3029 = getelementptr inbounds nuw i8, ptr %gep149, i64 2572
-  %3030 = load float, ptr %3029, align 4, !tbaa !5
-  %3031 = insertelement <16 x float> poison, float %3030, i64 0
-  %3032 = shufflevector <16 x float> %3031, <16 x float> poison, <16 x i32> zeroinitializer
-  %3033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2998, <16 x float> %3032, <16 x float> %2991)
-  %3034 = getelementptr inbounds nuw i8, ptr %gep149, i64 2636
-  %3035 = load float, ptr %3034, align 4, !tbaa !5
-  %3036 = insertelement <16 x float> poison, float %3035, i64 0
-  %3037 = shufflevector <16 x float> %3036, <16 x float> poison, <16 x i32> zeroinitializer
-  %3038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2998, <16 x float> %3037, <16 x float> %2996)
-  %3039 = getelementptr inbounds nuw i8, ptr %2788, i64 384
-  %3040 = load <16 x float>, ptr %3039, align 4, !tbaa !5
-  %3041 = getelementptr inbounds nuw i8, ptr %gep149, i64 3072
-  %3042 = load float, ptr %3041, align 4, !tbaa !5
-  %3043 = insertelement <16 x float> poison, float %3042, i64 0
-  %3044 = shufflevector <16 x float> %3043, <16 x float> poison, <16 x i32> zeroinitializer
-  %3045 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3040, <16 x float> %3044, <16 x float> %3003)
-  %3046 = getelementptr inbounds nuw i8, ptr %gep149, i64 3136
-  %3047 = load float, ptr %3046, align 4, !tbaa !5
-  %3048 = insertelement <16 x float> poison, float %3047, i64 0
-  %3049 = shufflevector <16 x float> %3048, <16 x float> poison, <16 x i32> zeroinitializer
-  %3050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3040, <16 x float> %3049, <16 x float> %3008)
-  %3051 = getelementptr inbounds nuw i8, ptr %gep149, i64 3076
-  %3052 = load float, ptr %3051, align 4, !tbaa !5
-  %3053 = insertelement <16 x float> poison, float %3052, i64 0
-  %3054 = shufflevector <16 x float> %3053, <16 x float> poison, <16 x i32> zeroinitializer
-  %3055 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3040, <16 x float> %3054, <16 x float> %3013)
-  %3056 = getelementptr inbounds nuw i8, ptr %gep149, i64 3140
-  %3057 = load float, ptr %3056, align 4, !tbaa !5
-  %3058 = insertelement <16 x float> poison, float %3057, i64 0
-  %3059 = shufflevector <16 x float> %3058, <16 x float> poison, <16 x i32> zeroinitializer
-  %3060 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3040, <16 x float> %3059, <16 x float> %3018)
-  %3061 = getelementptr inbounds nuw i8, ptr %gep149, i64 3080
-  %3062 = load float, ptr %3061, align 4, !tbaa !5
-  %3063 = insertelement <16 x float> poison, float %3062, i64 0
-  %3064 = shufflevector <16 x float> %3063, <16 x float> poison, <16 x i32> zeroinitializer
-  %3065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3040, <16 x float> %3064, <16 x float> %3023)
-  %3066 = getelementptr inbounds nuw i8, ptr %gep149, i64 3144
-  %3067 = load float, ptr %3066, align 4, !tbaa !5
-  %3068 = insertelement <16 x float> poison, float %3067, i64 0
-  %3069 = shufflevector <16 x float> %3068, <16 x float> poison, <16 x i32> zeroinitializer
-  %3070 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3040, <16 x float> %3069, <16 x float> %3028)
-  %3071 = getelementptr inbounds nuw i8, ptr %gep149, i64 3084
-  %3072 = load float, ptr %3071, align 4, !tbaa !5
-  %3073 = insertelement <16 x float> poison, float %3072, i64 0
-  %3074 = shufflevector <16 x float> %3073, <16 x float> poison, <16 x i32> zeroinitializer
-  %3075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3040, <16 x float> %3074, <16 x float> %3033)
-  %3076 = getelementptr inbounds nuw i8, ptr %gep149, i64 3148
-  %3077 = load float, ptr %3076, align 4, !tbaa !5
-  %3078 = insertelement <16 x float> poison, float %3077, i64 0
-  %3079 = shufflevector <16 x float> %3078, <16 x float> poison, <16 x i32> zeroinitializer
-  %3080 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3040, <16 x float> %3079, <16 x float> %3038)
-  %3081 = getelementptr inbounds nuw i8, ptr %2788, i64 448
-  %3082 = load <16 x float>, ptr %3081, align 4, !tbaa !5
-  %3083 = getelementptr inbounds nuw i8, ptr %gep149, i64 3584
-  %3084 = load float, ptr %3083, align 4, !tbaa !5
-  %3085 = insertelement <16 x float> poison, float %3084, i64 0
-  %3086 = shufflevector <16 x float> %3085, <16 x float> poison, <16 x i32> zeroinitializer
-  %3087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3082, <16 x float> %3086, <16 x float> %3045)
-  %3088 = getelementptr inbounds nuw i8, ptr %gep149, i64 3648
-  %3089 = load float, ptr %3088, align 4, !tbaa !5
-  %3090 = insertelement <16 x float> poison, float %3089, i64 0
-  %3091 = shufflevector <16 x float> %3090, <16 x float> poison, <16 x i32> zeroinitializer
-  %3092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3082, <16 x float> %3091, <16 x float> %3050)
-  %3093 = getelementptr inbounds nuw i8, ptr %gep149, i64 3588
-  %3094 = load float, ptr %3093, align 4, !tbaa !5
-  %3095 = insertelement <16 x float> poison, float %3094, i64 0
-  %3096 = shufflevector <16 x float> %3095, <16 x float> poison, <16 x i32> zeroinitializer
-  %3097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3082, <16 x float> %3096, <16 x float> %3055)
-  %3098 = getelementptr inbounds nuw i8, ptr %gep149, i64 3652
-  %3099 = load float, ptr %3098, align 4, !tbaa !5
-  %3100 = insertelement <16 x float> poison, float %3099, i64 0
-  %3101 = shufflevector <16 x float> %3100, <16 x float> poison, <16 x i32> zeroinitializer
-  %3102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3082, <16 x float> %3101, <16 x float> %3060)
-  %3103 = getelementptr inbounds nuw i8, ptr %gep149, i64 3592
-  %3104 = load float, ptr %3103, align 4, !tbaa !5
-  %3105 = insertelement <16 x float> poison, float %3104, i64 0
-  %3106 = shufflevector <16 x float> %3105, <16 x float> poison, <16 x i32> zeroinitializer
-  %3107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3082, <16 x float> %3106, <16 x float> %3065)
-  %3108 = getelementptr inbounds nuw i8, ptr %gep149, i64 3656
-  %3109 = load float, ptr %3108, align 4, !tbaa !5
-  %3110 = insertelement <16 x float> poison, float %3109, i64 0
-  %3111 = shufflevector <16 x float> %3110, <16 x float> poison, <16 x i32> zeroinitializer
-  %3112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3082, <16 x float> %3111, <16 x float> %3070)
-  %3113 = getelementptr inbounds nuw i8, ptr %gep149, i64 3596
-  %3114 = load float, ptr %3113, align 4, !tbaa !5
-  %3115 = insertelement <16 x float> poison, float %3114, i64 0
-  %3116 = shufflevector <16 x float> %3115, <16 x float> poison, <16 x i32> zeroinitializer
-  %3117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3082, <16 x float> %3116, <16 x float> %3075)
-  %3118 = getelementptr inbounds nuw i8, ptr %gep149, i64 3660
-  %3119 = load float, ptr %3118, align 4, !tbaa !5
-  %3120 = insertelement <16 x float> poison, float %3119, i64 0
-  %3121 = shufflevector <16 x float> %3120, <16 x float> poison, <16 x i32> zeroinitializer
-  %3122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3082, <16 x float> %3121, <16 x float> %3080)
-  %indvars.iv.next1058.i = add nuw nsw i64 %indvars.iv1057.i, 1
-  %exitcond1062.not.i = icmp eq i64 %indvars.iv.next1058.i, %wide.trip.count1061.i
-  br i1 %exitcond1062.not.i, label %for_end_to304.i, label %for_begin_ti307.preheader.i, !prof !13
-
-for_end_to304.i:                                  ; preds = %for_begin_ti307.preheader.i, %for_begin_to302.preheader.i
-  %full_acc561.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %3087, %for_begin_ti307.preheader.i ]
-  %full_acc561.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %3092, %for_begin_ti307.preheader.i ]
-  %full_acc561.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %3097, %for_begin_ti307.preheader.i ]
-  %full_acc561.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %3102, %for_begin_ti307.preheader.i ]
-  %full_acc561.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %3107, %for_begin_ti307.preheader.i ]
-  %full_acc561.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %3112, %for_begin_ti307.preheader.i ]
-  %full_acc561.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %3117, %for_begin_ti307.preheader.i ]
-  %full_acc561.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %3122, %for_begin_ti307.preheader.i ]
-  br i1 %2773, label %for_body_ti313.lr.ph.i, label %for_end_ti314.i, !prof !3
-
-for_body_ti313.lr.ph.i:                           ; preds = %for_end_to304.i
-  %indvars.iv1067.tr.i = trunc i64 %indvars.iv1067.i to i32
-  %3123 = shl i32 %indvars.iv1067.tr.i, 2
-  %3124 = and i32 %3123, 12
-  %3125 = shl i32 %indvars.iv1067.tr.i, 3
-  %3126 = and i32 %3125, 96
-  %invariant.op852.i = or disjoint i32 %3126, %2776
-  %invariant.op854.i = or disjoint i32 %invariant.op852.i, %3124
-  %3127 = zext nneg i32 %invariant.op854.i to i64
-  %invariant.gep1273.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %3127
-  br label %for_body_ti313.i
-
-for_body_ti313.i:                                 ; preds = %for_body_ti313.i, %for_body_ti313.lr.ph.i
-  %indvars.iv1063.i = phi i64 [ 0, %for_body_ti313.lr.ph.i ], [ %indvars.iv.next1064.i, %for_body_ti313.i ]
-  %tile_acc562.sroa.31.0842.i = phi <16 x float> [ %full_acc561.sroa.28.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %3188, %for_body_ti313.i ]
-  %tile_acc562.sroa.0.0841.i = phi <16 x float> [ %full_acc561.sroa.0.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %3139, %for_body_ti313.i ]
-  %tile_acc562.sroa.4.0840.i = phi <16 x float> [ %full_acc561.sroa.4.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %3146, %for_body_ti313.i ]
-  %tile_acc562.sroa.9.0839.i = phi <16 x float> [ %full_acc561.sroa.8.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %3153, %for_body_ti313.i ]
-  %tile_acc562.sroa.13.0838.i = phi <16 x float> [ %full_acc561.sroa.12.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %3160, %for_body_ti313.i ]
-  %tile_acc562.sroa.18.0837.i = phi <16 x float> [ %full_acc561.sroa.16.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %3167, %for_body_ti313.i ]
-  %tile_acc562.sroa.22.0836.i = phi <16 x float> [ %full_acc561.sroa.20.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %3174, %for_body_ti313.i ]
-  %tile_acc562.sroa.27.0835.i = phi <16 x float> [ %full_acc561.sroa.24.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %3181, %for_body_ti313.i ]
-  %3128 = shl nsw i64 %indvars.iv1063.i, 4
-  %3129 = add nuw nsw i64 %3128, %2778
-  %3130 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3129
-  %3131 = load <16 x float>, ptr %3130, align 4, !tbaa !5
-  %3132 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %3129
-  %3133 = load <16 x i32>, ptr %3132, align 4, !tbaa !5
-  %.idx1205.i = shl nsw i64 %indvars.iv1063.i, 9
-  %gep1274.i = getelementptr inbounds nuw i8, ptr %invariant.gep1273.i, i64 %.idx1205.i
-  %3134 = load i32, ptr %gep1274.i, align 4, !tbaa !5
-  %3135 = insertelement <16 x i32> poison, i32 %3134, i64 0
-  %3136 = shufflevector <16 x i32> %3135, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3137 = and <16 x i32> %3136, %3133
-  %3138 = bitcast <16 x i32> %3137 to <16 x float>
-  %3139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3131, <16 x float> %3138, <16 x float> %tile_acc562.sroa.0.0841.i)
-  %3140 = getelementptr inbounds nuw i8, ptr %gep1274.i, i64 64
-  %3141 = load i32, ptr %3140, align 4, !tbaa !5
-  %3142 = insertelement <16 x i32> poison, i32 %3141, i64 0
-  %3143 = shufflevector <16 x i32> %3142, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3144 = and <16 x i32> %3143, %3133
-  %3145 = bitcast <16 x i32> %3144 to <16 x float>
-  %3146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3131, <16 x float> %3145, <16 x float> %tile_acc562.sroa.4.0840.i)
-  %3147 = getelementptr inbounds nuw i8, ptr %gep1274.i, i64 4
-  %3148 = load i32, ptr %3147, align 4, !tbaa !5
-  %3149 = insertelement <16 x i32> poison, i32 %3148, i64 0
-  %3150 = shufflevector <16 x i32> %3149, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3151 = and <16 x i32> %3150, %3133
-  %3152 = bitcast <16 x i32> %3151 to <16 x float>
-  %3153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3131, <16 x float> %3152, <16 x float> %tile_acc562.sroa.9.0839.i)
-  %3154 = getelementptr inbounds nuw i8, ptr %gep1274.i, i64 68
-  %3155 = load i32, ptr %3154, align 4, !tbaa !5
-  %3156 = insertelement <16 x i32> poison, i32 %3155, i64 0
-  %3157 = shufflevector <16 x i32> %3156, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3158 = and <16 x i32> %3157, %3133
-  %3159 = bitcast <16 x i32> %3158 to <16 x float>
-  %3160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3131, <16 x float> %3159, <16 x float> %tile_acc562.sroa.13.0838.i)
-  %3161 = getelementptr inbounds nuw i8, ptr %gep1274.i, i64 8
-  %3162 = load i32, ptr %3161, align 4, !tbaa !5
-  %3163 = insertelement <16 x i32> poison, i32 %3162, i64 0
-  %3164 = shufflevector <16 x i32> %3163, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3165 = and <16 x i32> %3164, %3133
-  %3166 = bitcast <16 x i32> %3165 to <16 x float>
-  %3167 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3131, <16 x float> %3166, <16 x float> %tile_acc562.sroa.18.0837.i)
-  %3168 = getelementptr inbounds nuw i8, ptr %gep1274.i, i64 72
-  %3169 = load i32, ptr %3168, align 4, !tbaa !5
-  %3170 = insertelement <16 x i32> poison, i32 %3169, i64 0
-  %3171 = shufflevector <16 x i32> %3170, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3172 = and <16 x i32> %3171, %3133
-  %3173 = bitcast <16 x i32> %3172 to <16 x float>
-  %3174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3131, <16 x float> %3173, <16 x float> %tile_acc562.sroa.22.0836.i)
-  %3175 = getelementptr inbounds nuw i8, ptr %gep1274.i, i64 12
-  %3176 = load i32, ptr %3175, align 4, !tbaa !5
-  %3177 = insertelement <16 x i32> poison, i32 %3176, i64 0
-  %3178 = shufflevector <16 x i32> %3177, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3179 = and <16 x i32> %3178, %3133
-  %3180 = bitcast <16 x i32> %3179 to <16 x float>
-  %3181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3131, <16 x float> %3180, <16 x float> %tile_acc562.sroa.27.0835.i)
-  %3182 = getelementptr inbounds nuw i8, ptr %gep1274.i, i64 76
-  %3183 = load i32, ptr %3182, align 4, !tbaa !5
-  %3184 = insertelement <16 x i32> poison, i32 %3183, i64 0
-  %3185 = shufflevector <16 x i32> %3184, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3186 = and <16 x i32> %3185, %3133
-  %3187 = bitcast <16 x i32> %3186 to <16 x float>
-  %3188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3131, <16 x float> %3187, <16 x float> %tile_acc562.sroa.31.0842.i)
-  %indvars.iv.next1064.i = add nuw nsw i64 %indvars.iv1063.i, 1
-  %exitcond240.not = icmp eq i64 %indvars.iv.next1064.i, %smax239
-  br i1 %exitcond240.not, label %for_end_ti314.i, label %for_body_ti313.i, !prof !13
-
-for_end_ti314.i:                                  ; preds = %for_body_ti313.i, %for_end_to304.i
-  %tile_acc562.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc561.sroa.24.0.lcssa.i, %for_end_to304.i ], [ %3181, %for_body_ti313.i ]
-  %tile_acc562.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc561.sroa.20.0.lcssa.i, %for_end_to304.i ], [ %3174, %for_body_ti313.i ]
-  %tile_acc562.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc561.sroa.16.0.lcssa.i, %for_end_to304.i ], [ %3167, %for_body_ti313.i ]
-  %tile_acc562.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc561.sroa.12.0.lcssa.i, %for_end_to304.i ], [ %3160, %for_body_ti313.i ]
-  %tile_acc562.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc561.sroa.8.0.lcssa.i, %for_end_to304.i ], [ %3153, %for_body_ti313.i ]
-  %tile_acc562.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc561.sroa.4.0.lcssa.i, %for_end_to304.i ], [ %3146, %for_body_ti313.i ]
-  %tile_acc562.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc561.sroa.0.0.lcssa.i, %for_end_to304.i ], [ %3139, %for_body_ti313.i ]
-  %tile_acc562.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc561.sroa.28.0.lcssa.i, %for_end_to304.i ], [ %3188, %for_body_ti313.i ]
-  %3189 = shl nuw nsw i64 %indvars.iv1067.i, 7
-  %3190 = add nuw nsw i64 %3189, %2779
-  %3191 = getelementptr inbounds float, ptr %acc.i, i64 %3190
-  br i1 %1049, label %if_then331.i, label %if_end330.i, !prof !8
-
-if_end330.i:                                      ; preds = %for_end_ti314.i
-  %3192 = load <16 x float>, ptr %3191, align 4, !tbaa !5
-  %3193 = fmul <16 x float> %2589, %3192
-  %3194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2610, <16 x float> %tile_acc562.sroa.0.0.lcssa.i, <16 x float> %3193)
-  store <16 x float> %3194, ptr %3191, align 4, !tbaa !5
-  %3195 = getelementptr i8, ptr %3191, i64 64
-  %3196 = load <16 x float>, ptr %3195, align 4, !tbaa !5
-  %3197 = fmul <16 x float> %2589, %3196
-  %3198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2610, <16 x float> %tile_acc562.sroa.4.0.lcssa.i, <16 x float> %3197)
-  store <16 x float> %3198, ptr %3195, align 4, !tbaa !5
-  %3199 = getelementptr i8, ptr %3191, i64 128
-  %3200 = load <16 x float>, ptr %3199, align 4, !tbaa !5
-  %3201 = fmul <16 x float> %2589, %3200
-  %3202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2610, <16 x float> %tile_acc562.sroa.9.0.lcssa.i, <16 x float> %3201)
-  store <16 x float> %3202, ptr %3199, align 4, !tbaa !5
-  %3203 = getelementptr i8, ptr %3191, i64 192
-  %3204 = load <16 x float>, ptr %3203, align 4, !tbaa !5
-  %3205 = fmul <16 x float> %2589, %3204
-  %3206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2610, <16 x float> %tile_acc562.sroa.13.0.lcssa.i, <16 x float> %3205)
-  store <16 x float> %3206, ptr %3203, align 4, !tbaa !5
-  %3207 = getelementptr i8, ptr %3191, i64 256
-  %3208 = load <16 x float>, ptr %3207, align 4, !tbaa !5
-  %3209 = fmul <16 x float> %2589, %3208
-  %3210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2610, <16 x float> %tile_acc562.sroa.18.0.lcssa.i, <16 x float> %3209)
-  store <16 x float> %3210, ptr %3207, align 4, !tbaa !5
-  %3211 = getelementptr i8, ptr %3191, i64 320
-  %3212 = load <16 x float>, ptr %3211, align 4, !tbaa !5
-  %3213 = fmul <16 x float> %2589, %3212
-  %3214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2610, <16 x float> %tile_acc562.sroa.22.0.lcssa.i, <16 x float> %3213)
-  store <16 x float> %3214, ptr %3211, align 4, !tbaa !5
-  %3215 = getelementptr i8, ptr %3191, i64 384
-  %3216 = load <16 x float>, ptr %3215, align 4, !tbaa !5
-  %3217 = fmul <16 x float> %2589, %3216
-  %3218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2610, <16 x float> %tile_acc562.sroa.27.0.lcssa.i, <16 x float> %3217)
-  store <16 x float> %3218, ptr %3215, align 4, !tbaa !5
-  %.phi.trans.insert.i = getelementptr i8, ptr %3191, i64 448
-  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
-  %.pre1160.i = fmul <16 x float> %2589, %.pre.i
-  br label %if_end332.i
-
-if_then331.i:                                     ; preds = %for_end_ti314.i
-  %3219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2610, <16 x float> %tile_acc562.sroa.0.0.lcssa.i, <16 x float> %2777)
-  store <16 x float> %3219, ptr %3191, align 4, !tbaa !5
-  %3220 = getelementptr i8, ptr %3191, i64 64
-  %3221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2610, <16 x float> %tile_acc562.sroa.4.0.lcssa.i, <16 x float> %2777)
-  store <16 x float> %3221, ptr %3220, align 4, !tbaa !5
-  %3222 = getelementptr i8, ptr %3191, i64 128
-  %3223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2610, <16 x float> %tile_acc562.sroa.9.0.lcssa.i, <16 x float> %2777)
-  store <16 x float> %3223, ptr %3222, align 4, !tbaa !5
-  %3224 = getelementptr i8, ptr %3191, i64 192
-  %3225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2610, <16 x float> %tile_acc562.sroa.13.0.lcssa.i, <16 x float> %2777)
-  store <16 x float> %3225, ptr %3224, align 4, !tbaa !5
-  %3226 = getelementptr i8, ptr %3191, i64 256
-  %3227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2610, <16 x float> %tile_acc562.sroa.18.0.lcssa.i, <16 x float> %2777)
-  store <16 x float> %3227, ptr %3226, align 4, !tbaa !5
-  %3228 = getelementptr i8, ptr %3191, i64 320
-  %3229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2610, <16 x float> %tile_acc562.sroa.22.0.lcssa.i, <16 x float> %2777)
-  store <16 x float> %3229, ptr %3228, align 4, !tbaa !5
-  %3230 = getelementptr i8, ptr %3191, i64 384
-  %3231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2610, <16 x float> %tile_acc562.sroa.27.0.lcssa.i, <16 x float> %2777)
-  store <16 x float> %3231, ptr %3230, align 4, !tbaa !5
-  br label %if_end332.i
-
-if_end332.i:                                      ; preds = %if_then331.i, %if_end330.i
-  %.pre-phi.i = phi <16 x float> [ %.pre1160.i, %if_end330.i ], [ %2777, %if_then331.i ]
-  %3232 = getelementptr inbounds float, ptr %acc.i, i64 %3190
-  %3233 = getelementptr i8, ptr %3232, i64 448
-  %3234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2610, <16 x float> %tile_acc562.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %3234, ptr %3233, align 4, !tbaa !5
-  %indvars.iv.next1068.i = add nuw nsw i64 %indvars.iv1067.i, 1
-  %exitcond1070.not.i = icmp eq i64 %indvars.iv.next1068.i, 16
-  br i1 %exitcond1070.not.i, label %if_end195.i, label %for_begin_to302.preheader.i, !prof !26
-
-if_end334.i:                                      ; preds = %if_end195.i
-  %3235 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3236 = tail call i32 %3235(i32 1, i32 %dev_id, ptr nonnull %edges.i)
-  %.not596.i = icmp eq i32 %3236, 0
-  br i1 %.not596.i, label %if_end337.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end337.i:                                      ; preds = %if_end334.i
-  %3237 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3238 = tail call i32 %3237(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not597.i = icmp eq i32 %3238, 0
-  br i1 %.not597.i, label %if_end340.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end340.i:                                      ; preds = %if_end337.i
-  %3239 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3240 = tail call i32 %3239(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not598.i = icmp eq i32 %3240, 0
-  br i1 %.not598.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end346.i:                                      ; preds = %for_end_row_tile.i
-  %3241 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3242 = tail call i32 %3241(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not592.i = icmp eq i32 %3242, 0
-  br i1 %.not592.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end352.i:                                      ; preds = %for_end_kv_head.i
-  %3243 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3244 = tail call i32 %3243(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not590.i = icmp eq i32 %3244, 0
-  br i1 %.not590.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !36
-
-for_body_tile358.i:                               ; preds = %if_end363.i, %for_begin_tile357.preheader.i
-  %indvars.iv1090.i = phi i64 [ %indvars.iv.next1091.i, %if_end363.i ], [ 0, %for_begin_tile357.preheader.i ]
-  %.idx1206.i = shl nsw i64 %indvars.iv1090.i, 4
-  %3245 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1206.i
-  %3246 = getelementptr inbounds nuw i8, ptr %3245, i64 4
-  %3247 = load i32, ptr %3246, align 4, !tbaa !5
-  %3248 = icmp slt i32 %read_begin.i, %3247
-  br i1 %3248, label %if_then362.i, label %if_end363.i, !prof !8
-
-for_end_tile359.i:                                ; preds = %if_end363.i, %for_begin_tile357.preheader.i
-  %3249 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3250 = tail call i32 %3249(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not586.i = icmp eq i32 %3250, 0
-  br i1 %.not586.i, label %if_end418.i, label %fused_attend_compute_.exit, !prof !36
-
-if_then362.i:                                     ; preds = %for_body_tile358.i
-  %3251 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1206.i
-  %old_max369.i = load <16 x float>, ptr %3251, align 4, !tbaa !5
-  %3252 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1206.i
-  %old_sum371.i = load <16 x float>, ptr %3252, align 4, !tbaa !5
-  %3253 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1206.i
-  %3254 = load <16 x float>, ptr %3253, align 4, !tbaa !5
-  %3255 = fcmp ogt <16 x float> %old_max369.i, %3254
-  %3256 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1206.i
-  %3257 = load <16 x float>, ptr %3256, align 4, !tbaa !5
-  %3258 = fcmp oeq <16 x float> %3257, zeroinitializer
-  %3259 = select <16 x i1> %3258, <16 x i1> splat (i1 true), <16 x i1> %3255
-  %old_or_both375.i = select <16 x i1> %3259, <16 x float> %old_max369.i, <16 x float> %3254
-  %3260 = fcmp oeq <16 x float> %old_sum371.i, zeroinitializer
-  %m377.i = select <16 x i1> %3260, <16 x float> %3254, <16 x float> %old_or_both375.i
-  %3261 = fsub <16 x float> %old_max369.i, %m377.i
-  %3262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3261, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %3263 = bitcast <16 x float> %3262 to <16 x i32>
-  %3264 = fadd <16 x float> %3262, splat (float 0xC168000FE0000000)
-  %3265 = fmul <16 x float> %3264, splat (float 0x3F2BD01060000000)
-  %3266 = fmul <16 x float> %3264, splat (float 0x3FE6300000000000)
-  %3267 = fsub <16 x float> %3261, %3266
-  %3268 = fadd <16 x float> %3265, %3267
-  %3269 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3268, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %3270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3269, <16 x float> %3268, <16 x float> splat (float 0x3FA5558F20000000))
-  %3271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3270, <16 x float> %3268, <16 x float> splat (float 0x3FC5554920000000))
-  %3272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3271, <16 x float> %3268, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %3273 = fmul <16 x float> %3268, %3268
-  %3274 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3272, <16 x float> %3273, <16 x float> %3268)
-  %3275 = shl <16 x i32> %3263, splat (i32 23)
-  %3276 = bitcast <16 x i32> %3275 to <16 x float>
-  %3277 = fadd <16 x float> %3274, splat (float 1.000000e+00)
-  %3278 = fmul <16 x float> %3277, %3276
-  %3279 = fcmp olt <16 x float> %3261, splat (float -8.700000e+01)
-  %3280 = select <16 x i1> %3279, <16 x float> zeroinitializer, <16 x float> %3278
-  %3281 = fcmp one <16 x float> %old_sum371.i, zeroinitializer
-  %3282 = select <16 x i1> %3281, <16 x float> %3280, <16 x float> zeroinitializer
-  %arg395.i = fsub <16 x float> %3254, %m377.i
-  %3283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg395.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %3284 = bitcast <16 x float> %3283 to <16 x i32>
-  %3285 = fadd <16 x float> %3283, splat (float 0xC168000FE0000000)
-  %3286 = fmul <16 x float> %3285, splat (float 0x3F2BD01060000000)
-  %3287 = fmul <16 x float> %3285, splat (float 0x3FE6300000000000)
-  %3288 = fsub <16 x float> %arg395.i, %3287
-  %3289 = fadd <16 x float> %3286, %3288
-  %3290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3289, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %3291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3290, <16 x float> %3289, <16 x float> splat (float 0x3FA5558F20000000))
-  %3292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3291, <16 x float> %3289, <16 x float> splat (float 0x3FC5554920000000))
-  %3293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3292, <16 x float> %3289, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %3294 = fmul <16 x float> %3289, %3289
-  %3295 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3293, <16 x float> %3294, <16 x float> %3289)
-  %3296 = shl <16 x i32> %3284, splat (i32 23)
-  %3297 = bitcast <16 x i32> %3296 to <16 x float>
-  %3298 = fadd <16 x float> %3295, splat (float 1.000000e+00)
-  %3299 = fmul <16 x float> %3298, %3297
-  %3300 = fcmp olt <16 x float> %arg395.i, splat (float -8.700000e+01)
-  %3301 = select <16 x i1> %3300, <16 x float> zeroinitializer, <16 x float> %3299
-  %3302 = fcmp one <16 x float> %3257, zeroinitializer
-  %3303 = select <16 x i1> %3302, <16 x float> %3301, <16 x float> zeroinitializer
-  %3304 = fmul <16 x float> %old_sum371.i, %3282
-  %3305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3303, <16 x float> %3257, <16 x float> %3304)
-  store <16 x float> %m377.i, ptr %3251, align 4, !tbaa !5
-  store <16 x float> %3305, ptr %3252, align 4, !tbaa !5
-  %3306 = shl i64 %indvars.iv1090.i, 11
-  %3307 = and i64 %3306, 4294965248
-  br label %for_body_d413.i
-
-if_end363.i:                                      ; preds = %for_body_d413.i, %for_body_tile358.i
-  %indvars.iv.next1091.i = add nuw nsw i64 %indvars.iv1090.i, 1
-  %exitcond1094.not.i = icmp eq i64 %indvars.iv.next1091.i, %wide.trip.count1093.i
-  br i1 %exitcond1094.not.i, label %for_end_tile359.i, label %for_body_tile358.i, !prof !13
-
-for_body_d413.i:                                  ; preds = %for_body_d413.i, %if_then362.i
-  %indvars.iv1086.i = phi i64 [ 0, %if_then362.i ], [ %indvars.iv.next1087.i.3, %for_body_d413.i ]
-  %3308 = shl nuw nsw i64 %indvars.iv1086.i, 4
-  %3309 = add nuw nsw i64 %3308, %3307
-  %3310 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3309
-  %3311 = load <16 x float>, ptr %3310, align 4, !tbaa !5
-  %3312 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3309
-  %3313 = load <16 x float>, ptr %3312, align 4, !tbaa !5
-  %3314 = fmul <16 x float> %3282, %3313
-  %3315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3303, <16 x float> %3311, <16 x float> %3314)
-  store <16 x float> %3315, ptr %3312, align 4, !tbaa !5
-  %indvars.iv.next1087.i = shl i64 %indvars.iv1086.i, 4
-  %3316 = or disjoint i64 %indvars.iv.next1087.i, 16
-  %3317 = add nuw nsw i64 %3316, %3307
-  %3318 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3317
-  %3319 = load <16 x float>, ptr %3318, align 4, !tbaa !5
-  %3320 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3317
-  %3321 = load <16 x float>, ptr %3320, align 4, !tbaa !5
-  %3322 = fmul <16 x float> %3282, %3321
-  %3323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3303, <16 x float> %3319, <16 x float> %3322)
-  store <16 x float> %3323, ptr %3320, align 4, !tbaa !5
-  %indvars.iv.next1087.i.1 = shl i64 %indvars.iv1086.i, 4
-  %3324 = or disjoint i64 %indvars.iv.next1087.i.1, 32
-  %3325 = add nuw nsw i64 %3324, %3307
-  %3326 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3325
-  %3327 = load <16 x float>, ptr %3326, align 4, !tbaa !5
-  %3328 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3325
-  %3329 = load <16 x float>, ptr %3328, align 4, !tbaa !5
-  %3330 = fmul <16 x float> %3282, %3329
-  %3331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3303, <16 x float> %3327, <16 x float> %3330)
-  store <16 x float> %3331, ptr %3328, align 4, !tbaa !5
-  %indvars.iv.next1087.i.2 = shl i64 %indvars.iv1086.i, 4
-  %3332 = or disjoint i64 %indvars.iv.next1087.i.2, 48
-  %3333 = add nuw nsw i64 %3332, %3307
-  %3334 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3333
-  %3335 = load <16 x float>, ptr %3334, align 4, !tbaa !5
-  %3336 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3333
-  %3337 = load <16 x float>, ptr %3336, align 4, !tbaa !5
-  %3338 = fmul <16 x float> %3282, %3337
-  %3339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3303, <16 x float> %3335, <16 x float> %3338)
-  store <16 x float> %3339, ptr %3336, align 4, !tbaa !5
-  %indvars.iv.next1087.i.3 = add nuw nsw i64 %indvars.iv1086.i, 4
-  %exitcond1089.not.i.3 = icmp eq i64 %indvars.iv.next1087.i.3, 128
-  br i1 %exitcond1089.not.i.3, label %if_end363.i, label %for_body_d413.i, !prof !26, !llvm.loop !74
-
-if_end418.i:                                      ; preds = %for_end_tile359.i
-  %3340 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3341 = tail call i32 %3340(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
-  %.not587.i = icmp eq i32 %3341, 0
-  br i1 %.not587.i, label %if_end421.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end421.i:                                      ; preds = %if_end418.i
-  %3342 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3343 = tail call i32 %3342(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
-  %.not588.i = icmp eq i32 %3343, 0
-  br i1 %.not588.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !36
-
-for_body_tile427.i:                               ; preds = %if_end432.loopexit.i, %for_body_tile427.i.preheader
-  %indvars.iv1114.i = phi i64 [ %indvars.iv.next1115.i, %if_end432.loopexit.i ], [ 0, %for_body_tile427.i.preheader ]
-  %3344 = shl i64 %indvars.iv1114.i, 13
-  %3345 = and i64 %3344, 17179860992
-  %scevgep838 = getelementptr i8, ptr %scevgep837, i64 %3345
-  %scevgep840 = getelementptr i8, ptr %scevgep839, i64 %3345
-  %3346 = shl i64 %indvars.iv1114.i, 13
-  %3347 = and i64 %3346, 17179860992
-  %scevgep813 = getelementptr i8, ptr %scevgep812, i64 %3347
-  %scevgep815 = getelementptr i8, ptr %scevgep814, i64 %3347
-  %3348 = shl i64 %indvars.iv1114.i, 13
-  %3349 = and i64 %3348, 17179860992
-  %scevgep788 = getelementptr i8, ptr %scevgep787, i64 %3349
-  %scevgep790 = getelementptr i8, ptr %scevgep789, i64 %3349
-  %3350 = shl i64 %indvars.iv1114.i, 13
-  %3351 = and i64 %3350, 17179860992
-  %scevgep763 = getelementptr i8, ptr %scevgep762, i64 %3351
-  %scevgep765 = getelementptr i8, ptr %scevgep764, i64 %3351
-  %3352 = shl i64 %indvars.iv1114.i, 13
-  %3353 = and i64 %3352, 17179860992
-  %scevgep738 = getelementptr i8, ptr %scevgep737, i64 %3353
-  %scevgep740 = getelementptr i8, ptr %scevgep739, i64 %3353
-  %3354 = shl i64 %indvars.iv1114.i, 13
-  %3355 = and i64 %3354, 17179860992
-  %scevgep713 = getelementptr i8, ptr %scevgep712, i64 %3355
-  %scevgep715 = getelementptr i8, ptr %scevgep714, i64 %3355
-  %3356 = shl i64 %indvars.iv1114.i, 13
-  %3357 = and i64 %3356, 17179860992
-  %scevgep688 = getelementptr i8, ptr %scevgep687, i64 %3357
-  %scevgep690 = getelementptr i8, ptr %scevgep689, i64 %3357
-  %3358 = shl i64 %indvars.iv1114.i, 13
-  %3359 = and i64 %3358, 17179860992
-  %scevgep663 = getelementptr i8, ptr %scevgep662, i64 %3359
-  %scevgep665 = getelementptr i8, ptr %scevgep664, i64 %3359
-  %3360 = shl i64 %indvars.iv1114.i, 13
-  %3361 = and i64 %3360, 17179860992
-  %scevgep638 = getelementptr i8, ptr %scevgep637, i64 %3361
-  %scevgep640 = getelementptr i8, ptr %scevgep639, i64 %3361
-  %3362 = shl i64 %indvars.iv1114.i, 13
-  %3363 = and i64 %3362, 17179860992
-  %scevgep613 = getelementptr i8, ptr %scevgep612, i64 %3363
-  %scevgep615 = getelementptr i8, ptr %scevgep614, i64 %3363
-  %3364 = shl i64 %indvars.iv1114.i, 13
-  %3365 = and i64 %3364, 17179860992
-  %scevgep588 = getelementptr i8, ptr %scevgep587, i64 %3365
-  %scevgep590 = getelementptr i8, ptr %scevgep589, i64 %3365
-  %3366 = shl i64 %indvars.iv1114.i, 13
-  %3367 = and i64 %3366, 17179860992
-  %scevgep563 = getelementptr i8, ptr %scevgep562, i64 %3367
-  %scevgep565 = getelementptr i8, ptr %scevgep564, i64 %3367
-  %3368 = shl i64 %indvars.iv1114.i, 13
-  %3369 = and i64 %3368, 17179860992
-  %scevgep538 = getelementptr i8, ptr %scevgep537, i64 %3369
-  %scevgep540 = getelementptr i8, ptr %scevgep539, i64 %3369
-  %3370 = shl i64 %indvars.iv1114.i, 13
-  %3371 = and i64 %3370, 17179860992
-  %scevgep513 = getelementptr i8, ptr %scevgep512, i64 %3371
-  %scevgep515 = getelementptr i8, ptr %scevgep514, i64 %3371
-  %3372 = shl i64 %indvars.iv1114.i, 13
-  %3373 = and i64 %3372, 17179860992
-  %scevgep491 = getelementptr i8, ptr %scevgep490, i64 %3373
-  %scevgep493 = getelementptr i8, ptr %scevgep492, i64 %3373
-  %3374 = trunc nuw nsw i64 %indvars.iv1114.i to i32
-  %rmod500.i = srem i32 %3374, %num_query
-  %rdiv507.i = sdiv i32 %3374, %num_query
-  %3375 = icmp eq i32 %rmod500.i, 0
-  %3376 = or i1 %111, %3375
-  %3377 = select i1 %3376, i32 0, i32 %num_query
-  %3378 = add nsw i32 %3377, %rmod500.i
-  %3379 = icmp slt i32 %3378, %num_query
-  br i1 %3379, label %for_body_r502.lr.ph.i, label %if_end432.loopexit.i, !prof !3
-
-for_end_tile428.i:                                ; preds = %if_end432.loopexit.i, %if_end432.us.i, %for_begin_tile426.preheader.i
-  %3380 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3381 = tail call i32 %3380(i32 1, i32 %dev_id, ptr nonnull %reach.i)
-  %.not.i = icmp eq i32 %3381, 0
-  br i1 %.not.i, label %if_end527.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end432.loopexit.i:                             ; preds = %for_body_d519.i.15, %vector.body499, %for_body_tile427.i
-  %indvars.iv.next1115.i = add nuw nsw i64 %indvars.iv1114.i, 1
-  %exitcond1118.not.i = icmp eq i64 %indvars.iv.next1115.i, %wide.trip.count1155.i
-  br i1 %exitcond1118.not.i, label %for_end_tile428.i, label %for_body_tile427.i, !prof !13
-
-for_body_r502.lr.ph.i:                            ; preds = %for_body_tile427.i
-  %3382 = shl i64 %indvars.iv1114.i, 13
-  %3383 = and i64 %3382, 17179860992
-  %scevgep864 = getelementptr i8, ptr %scevgep863, i64 %3383
-  %scevgep862 = getelementptr i8, ptr %total_acc.i, i64 %3383
-  %not.581.i = xor i1 %3376, true
-  %3384 = sext i1 %not.581.i to i32
-  %3385 = add nsw i32 %rdiv507.i, %3384
-  %3386 = sext i32 %3385 to i64
-  %3387 = sext i32 %3378 to i64
-  %3388 = add nsw i64 %402, %3387
-  %3389 = add nsw i64 %3388, %3386
-  %3390 = shl nsw i64 %3389, 4
-  %3391 = shl i64 %indvars.iv1114.i, 4
-  %3392 = and i64 %3391, 4294967280
-  %3393 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3392
-  %3394 = load float, ptr %3393, align 4, !tbaa !5
-  %3395 = getelementptr inbounds float, ptr %partial_max, i64 %3390
-  store float %3394, ptr %3395, align 4, !tbaa !5
-  %3396 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3392
-  %3397 = load float, ptr %3396, align 4, !tbaa !5
-  %3398 = getelementptr inbounds float, ptr %partial_sum, i64 %3390
-  store float %3397, ptr %3398, align 4, !tbaa !5
-  %3399 = or disjoint i64 %3392, 1
-  %3400 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3399
-  %3401 = load float, ptr %3400, align 4, !tbaa !5
-  %3402 = or disjoint i64 %3390, 1
-  %3403 = getelementptr inbounds float, ptr %partial_max, i64 %3402
-  store float %3401, ptr %3403, align 4, !tbaa !5
-  %3404 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3399
-  %3405 = load float, ptr %3404, align 4, !tbaa !5
-  %3406 = getelementptr inbounds float, ptr %partial_sum, i64 %3402
-  store float %3405, ptr %3406, align 4, !tbaa !5
-  %3407 = or disjoint i64 %3392, 2
-  %3408 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3407
-  %3409 = load float, ptr %3408, align 4, !tbaa !5
-  %3410 = or disjoint i64 %3390, 2
-  %3411 = getelementptr inbounds float, ptr %partial_max, i64 %3410
-  store float %3409, ptr %3411, align 4, !tbaa !5
-  %3412 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3407
-  %3413 = load float, ptr %3412, align 4, !tbaa !5
-  %3414 = getelementptr inbounds float, ptr %partial_sum, i64 %3410
-  store float %3413, ptr %3414, align 4, !tbaa !5
-  %3415 = or disjoint i64 %3392, 3
-  %3416 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3415
-  %3417 = load float, ptr %3416, align 4, !tbaa !5
-  %3418 = or disjoint i64 %3390, 3
-  %3419 = getelementptr inbounds float, ptr %partial_max, i64 %3418
-  store float %3417, ptr %3419, align 4, !tbaa !5
-  %3420 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3415
-  %3421 = load float, ptr %3420, align 4, !tbaa !5
-  %3422 = getelementptr inbounds float, ptr %partial_sum, i64 %3418
-  store float %3421, ptr %3422, align 4, !tbaa !5
-  %3423 = or disjoint i64 %3392, 4
-  %3424 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3423
-  %3425 = load float, ptr %3424, align 4, !tbaa !5
-  %3426 = or disjoint i64 %3390, 4
-  %3427 = getelementptr inbounds float, ptr %partial_max, i64 %3426
-  store float %3425, ptr %3427, align 4, !tbaa !5
-  %3428 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3423
-  %3429 = load float, ptr %3428, align 4, !tbaa !5
-  %3430 = getelementptr inbounds float, ptr %partial_sum, i64 %3426
-  store float %3429, ptr %3430, align 4, !tbaa !5
-  %3431 = or disjoint i64 %3392, 5
-  %3432 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3431
-  %3433 = load float, ptr %3432, align 4, !tbaa !5
-  %3434 = or disjoint i64 %3390, 5
-  %3435 = getelementptr inbounds float, ptr %partial_max, i64 %3434
-  store float %3433, ptr %3435, align 4, !tbaa !5
-  %3436 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3431
-  %3437 = load float, ptr %3436, align 4, !tbaa !5
-  %3438 = getelementptr inbounds float, ptr %partial_sum, i64 %3434
-  store float %3437, ptr %3438, align 4, !tbaa !5
-  %3439 = or disjoint i64 %3392, 6
-  %3440 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3439
-  %3441 = load float, ptr %3440, align 4, !tbaa !5
-  %3442 = or disjoint i64 %3390, 6
-  %3443 = getelementptr inbounds float, ptr %partial_max, i64 %3442
-  store float %3441, ptr %3443, align 4, !tbaa !5
-  %3444 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3439
-  %3445 = load float, ptr %3444, align 4, !tbaa !5
-  %3446 = getelementptr inbounds float, ptr %partial_sum, i64 %3442
-  store float %3445, ptr %3446, align 4, !tbaa !5
-  %3447 = or disjoint i64 %3392, 7
-  %3448 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3447
-  %3449 = load float, ptr %3448, align 4, !tbaa !5
-  %3450 = or disjoint i64 %3390, 7
-  %3451 = getelementptr inbounds float, ptr %partial_max, i64 %3450
-  store float %3449, ptr %3451, align 4, !tbaa !5
-  %3452 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3447
-  %3453 = load float, ptr %3452, align 4, !tbaa !5
-  %3454 = getelementptr inbounds float, ptr %partial_sum, i64 %3450
-  store float %3453, ptr %3454, align 4, !tbaa !5
-  %3455 = or disjoint i64 %3392, 8
-  %3456 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3455
-  %3457 = load float, ptr %3456, align 4, !tbaa !5
-  %3458 = or disjoint i64 %3390, 8
-  %3459 = getelementptr inbounds float, ptr %partial_max, i64 %3458
-  store float %3457, ptr %3459, align 4, !tbaa !5
-  %3460 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3455
-  %3461 = load float, ptr %3460, align 4, !tbaa !5
-  %3462 = getelementptr inbounds float, ptr %partial_sum, i64 %3458
-  store float %3461, ptr %3462, align 4, !tbaa !5
-  %3463 = or disjoint i64 %3392, 9
-  %3464 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3463
-  %3465 = load float, ptr %3464, align 4, !tbaa !5
-  %3466 = or disjoint i64 %3390, 9
-  %3467 = getelementptr inbounds float, ptr %partial_max, i64 %3466
-  store float %3465, ptr %3467, align 4, !tbaa !5
-  %3468 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3463
-  %3469 = load float, ptr %3468, align 4, !tbaa !5
-  %3470 = getelementptr inbounds float, ptr %partial_sum, i64 %3466
-  store float %3469, ptr %3470, align 4, !tbaa !5
-  %3471 = or disjoint i64 %3392, 10
-  %3472 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3471
-  %3473 = load float, ptr %3472, align 4, !tbaa !5
-  %3474 = or disjoint i64 %3390, 10
-  %3475 = getelementptr inbounds float, ptr %partial_max, i64 %3474
-  store float %3473, ptr %3475, align 4, !tbaa !5
-  %3476 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3471
-  %3477 = load float, ptr %3476, align 4, !tbaa !5
-  %3478 = getelementptr inbounds float, ptr %partial_sum, i64 %3474
-  store float %3477, ptr %3478, align 4, !tbaa !5
-  %3479 = or disjoint i64 %3392, 11
-  %3480 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3479
-  %3481 = load float, ptr %3480, align 4, !tbaa !5
-  %3482 = or disjoint i64 %3390, 11
-  %3483 = getelementptr inbounds float, ptr %partial_max, i64 %3482
-  store float %3481, ptr %3483, align 4, !tbaa !5
-  %3484 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3479
-  %3485 = load float, ptr %3484, align 4, !tbaa !5
-  %3486 = getelementptr inbounds float, ptr %partial_sum, i64 %3482
-  store float %3485, ptr %3486, align 4, !tbaa !5
-  %3487 = or disjoint i64 %3392, 12
-  %3488 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3487
-  %3489 = load float, ptr %3488, align 4, !tbaa !5
-  %3490 = or disjoint i64 %3390, 12
-  %3491 = getelementptr inbounds float, ptr %partial_max, i64 %3490
-  store float %3489, ptr %3491, align 4, !tbaa !5
-  %3492 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3487
-  %3493 = load float, ptr %3492, align 4, !tbaa !5
-  %3494 = getelementptr inbounds float, ptr %partial_sum, i64 %3490
-  store float %3493, ptr %3494, align 4, !tbaa !5
-  %3495 = or disjoint i64 %3392, 13
-  %3496 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3495
-  %3497 = load float, ptr %3496, align 4, !tbaa !5
-  %3498 = or disjoint i64 %3390, 13
-  %3499 = getelementptr inbounds float, ptr %partial_max, i64 %3498
-  store float %3497, ptr %3499, align 4, !tbaa !5
-  %3500 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3495
-  %3501 = load float, ptr %3500, align 4, !tbaa !5
-  %3502 = getelementptr inbounds float, ptr %partial_sum, i64 %3498
-  store float %3501, ptr %3502, align 4, !tbaa !5
-  %3503 = or disjoint i64 %3392, 14
-  %3504 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3503
-  %3505 = load float, ptr %3504, align 4, !tbaa !5
-  %3506 = or disjoint i64 %3390, 14
-  %3507 = getelementptr inbounds float, ptr %partial_max, i64 %3506
-  store float %3505, ptr %3507, align 4, !tbaa !5
-  %3508 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3503
-  %3509 = load float, ptr %3508, align 4, !tbaa !5
-  %3510 = getelementptr inbounds float, ptr %partial_sum, i64 %3506
-  store float %3509, ptr %3510, align 4, !tbaa !5
-  %3511 = or disjoint i64 %3392, 15
-  %3512 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3511
-  %3513 = load float, ptr %3512, align 4, !tbaa !5
-  %3514 = or disjoint i64 %3390, 15
-  %3515 = getelementptr inbounds float, ptr %partial_max, i64 %3514
-  store float %3513, ptr %3515, align 4, !tbaa !5
-  %3516 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3511
-  %3517 = load float, ptr %3516, align 4, !tbaa !5
-  %3518 = getelementptr inbounds float, ptr %partial_sum, i64 %3514
-  store float %3517, ptr %3518, align 4, !tbaa !5
-  %.idx.i = shl nsw i64 %3389, 13
-  %3519 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %3520 = shl i64 %indvars.iv1114.i, 11
-  %3521 = and i64 %3520, 4294965248
-  %invariant.gep1275.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3521
-  %scevgep861 = getelementptr i8, ptr %scevgep860, i64 %.idx.i
-  %bound0865 = icmp ult ptr %3519, %scevgep864
-  %bound1866 = icmp ult ptr %scevgep862, %scevgep861
-  %found.conflict867 = and i1 %bound0865, %bound1866
-  br i1 %found.conflict867, label %for_body_d519.i, label %vector.body870, !prof !16
-
-vector.body870:                                   ; preds = %for_body_r502.lr.ph.i
-  %3522 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3523 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3524 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3525 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather876 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3522, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather877 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3523, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather878 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3524, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather879 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3525, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3526 = getelementptr i8, ptr %3519, i64 32
-  %3527 = getelementptr i8, ptr %3519, i64 64
-  %3528 = getelementptr i8, ptr %3519, i64 96
-  store <8 x float> %wide.masked.gather876, ptr %3519, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather877, ptr %3526, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather878, ptr %3527, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather879, ptr %3528, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  %3529 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3530 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3531 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3532 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather876.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3529, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather877.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3530, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather878.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3531, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather879.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3532, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3533 = getelementptr i8, ptr %3519, i64 128
-  %3534 = getelementptr i8, ptr %3519, i64 160
-  %3535 = getelementptr i8, ptr %3519, i64 192
-  %3536 = getelementptr i8, ptr %3519, i64 224
-  store <8 x float> %wide.masked.gather876.1, ptr %3533, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather877.1, ptr %3534, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather878.1, ptr %3535, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather879.1, ptr %3536, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  %3537 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3538 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3539 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3540 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather876.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3537, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather877.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3538, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather878.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3539, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather879.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3540, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3541 = getelementptr i8, ptr %3519, i64 256
-  %3542 = getelementptr i8, ptr %3519, i64 288
-  %3543 = getelementptr i8, ptr %3519, i64 320
-  %3544 = getelementptr i8, ptr %3519, i64 352
-  store <8 x float> %wide.masked.gather876.2, ptr %3541, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather877.2, ptr %3542, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather878.2, ptr %3543, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather879.2, ptr %3544, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  %3545 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3546 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3547 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3548 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather876.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3545, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather877.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3546, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather878.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3547, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather879.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3548, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3549 = getelementptr i8, ptr %3519, i64 384
-  %3550 = getelementptr i8, ptr %3519, i64 416
-  %3551 = getelementptr i8, ptr %3519, i64 448
-  %3552 = getelementptr i8, ptr %3519, i64 480
-  store <8 x float> %wide.masked.gather876.3, ptr %3549, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather877.3, ptr %3550, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather878.3, ptr %3551, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather879.3, ptr %3552, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  br label %for_end_d520.i
-
-for_body_d519.i:                                  ; preds = %for_body_d519.i, %for_body_r502.lr.ph.i
-  %indvars.iv1104.i = phi i64 [ %indvars.iv.next1105.i.71024, %for_body_d519.i ], [ 0, %for_body_r502.lr.ph.i ]
-  %.idx1207.i = shl nuw nsw i64 %indvars.iv1104.i, 6
-  %3553 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 %.idx1207.i
-  %3554 = load float, ptr %3553, align 4, !tbaa !5
-  %3555 = getelementptr float, ptr %3519, i64 %indvars.iv1104.i
-  store float %3554, ptr %3555, align 4, !tbaa !5
-  %indvars.iv.next1105.i = or disjoint i64 %indvars.iv1104.i, 1
-  %.idx1207.i.1993 = shl nuw nsw i64 %indvars.iv.next1105.i, 6
-  %3556 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 %.idx1207.i.1993
-  %3557 = load float, ptr %3556, align 4, !tbaa !5
-  %3558 = getelementptr float, ptr %3519, i64 %indvars.iv.next1105.i
-  store float %3557, ptr %3558, align 4, !tbaa !5
-  %indvars.iv.next1105.i.1994 = or disjoint i64 %indvars.iv1104.i, 2
-  %.idx1207.i.2998 = shl nuw nsw i64 %indvars.iv.next1105.i.1994, 6
-  %3559 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 %.idx1207.i.2998
-  %3560 = load float, ptr %3559, align 4, !tbaa !5
-  %3561 = getelementptr float, ptr %3519, i64 %indvars.iv.next1105.i.1994
-  store float %3560, ptr %3561, align 4, !tbaa !5
-  %indvars.iv.next1105.i.2999 = or disjoint i64 %indvars.iv1104.i, 3
-  %.idx1207.i.31003 = shl nuw nsw i64 %indvars.iv.next1105.i.2999, 6
-  %3562 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 %.idx1207.i.31003
-  %3563 = load float, ptr %3562, align 4, !tbaa !5
-  %3564 = getelementptr float, ptr %3519, i64 %indvars.iv.next1105.i.2999
-  store float %3563, ptr %3564, align 4, !tbaa !5
-  %indvars.iv.next1105.i.31004 = or disjoint i64 %indvars.iv1104.i, 4
-  %.idx1207.i.41008 = shl nuw nsw i64 %indvars.iv.next1105.i.31004, 6
-  %3565 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 %.idx1207.i.41008
-  %3566 = load float, ptr %3565, align 4, !tbaa !5
-  %3567 = getelementptr float, ptr %3519, i64 %indvars.iv.next1105.i.31004
-  store float %3566, ptr %3567, align 4, !tbaa !5
-  %indvars.iv.next1105.i.41009 = or disjoint i64 %indvars.iv1104.i, 5
-  %.idx1207.i.51013 = shl nuw nsw i64 %indvars.iv.next1105.i.41009, 6
-  %3568 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 %.idx1207.i.51013
-  %3569 = load float, ptr %3568, align 4, !tbaa !5
-  %3570 = getelementptr float, ptr %3519, i64 %indvars.iv.next1105.i.41009
-  store float %3569, ptr %3570, align 4, !tbaa !5
-  %indvars.iv.next1105.i.51014 = or disjoint i64 %indvars.iv1104.i, 6
-  %.idx1207.i.61018 = shl nuw nsw i64 %indvars.iv.next1105.i.51014, 6
-  %3571 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 %.idx1207.i.61018
-  %3572 = load float, ptr %3571, align 4, !tbaa !5
-  %3573 = getelementptr float, ptr %3519, i64 %indvars.iv.next1105.i.51014
-  store float %3572, ptr %3573, align 4, !tbaa !5
-  %indvars.iv.next1105.i.61019 = or disjoint i64 %indvars.iv1104.i, 7
-  %.idx1207.i.71023 = shl nuw nsw i64 %indvars.iv.next1105.i.61019, 6
-  %3574 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 %.idx1207.i.71023
-  %3575 = load float, ptr %3574, align 4, !tbaa !5
-  %3576 = getelementptr float, ptr %3519, i64 %indvars.iv.next1105.i.61019
-  store float %3575, ptr %3576, align 4, !tbaa !5
-  %indvars.iv.next1105.i.71024 = add nuw nsw i64 %indvars.iv1104.i, 8
-  %exitcond1107.not.i.71025 = icmp eq i64 %indvars.iv.next1105.i.71024, 128
-  br i1 %exitcond1107.not.i.71025, label %for_end_d520.i, label %for_body_d519.i, !prof !27, !llvm.loop !81
-
-for_end_d520.i:                                   ; preds = %for_body_d519.i, %vector.body870
-  %3577 = getelementptr i8, ptr %3519, i64 512
-  %gep1276.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 4
-  %scevgep836 = getelementptr i8, ptr %scevgep835, i64 %.idx.i
-  %bound0841 = icmp ult ptr %3577, %scevgep840
-  %bound1842 = icmp ult ptr %scevgep838, %scevgep836
-  %found.conflict843 = and i1 %bound0841, %bound1842
-  br i1 %found.conflict843, label %for_body_d519.i.1, label %vector.body846, !prof !16
-
-vector.body846:                                   ; preds = %for_end_d520.i
-  %3578 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3579 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3580 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3581 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather852 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3578, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather853 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3579, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather854 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3580, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather855 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3581, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3582 = getelementptr i8, ptr %3519, i64 544
-  %3583 = getelementptr i8, ptr %3519, i64 576
-  %3584 = getelementptr i8, ptr %3519, i64 608
-  store <8 x float> %wide.masked.gather852, ptr %3577, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather853, ptr %3582, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather854, ptr %3583, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather855, ptr %3584, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  %3585 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3586 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3587 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3588 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather852.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3585, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather853.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3586, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather854.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3587, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather855.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3588, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3589 = getelementptr i8, ptr %3519, i64 640
-  %3590 = getelementptr i8, ptr %3519, i64 672
-  %3591 = getelementptr i8, ptr %3519, i64 704
-  %3592 = getelementptr i8, ptr %3519, i64 736
-  store <8 x float> %wide.masked.gather852.1, ptr %3589, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather853.1, ptr %3590, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather854.1, ptr %3591, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather855.1, ptr %3592, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  %3593 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3594 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3595 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3596 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather852.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3593, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather853.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3594, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather854.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3595, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather855.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3596, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3597 = getelementptr i8, ptr %3519, i64 768
-  %3598 = getelementptr i8, ptr %3519, i64 800
-  %3599 = getelementptr i8, ptr %3519, i64 832
-  %3600 = getelementptr i8, ptr %3519, i64 864
-  store <8 x float> %wide.masked.gather852.2, ptr %3597, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather853.2, ptr %3598, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather854.2, ptr %3599, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather855.2, ptr %3600, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  %3601 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3602 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3603 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3604 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather852.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3601, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather853.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3602, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather854.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3603, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather855.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3604, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3605 = getelementptr i8, ptr %3519, i64 896
-  %3606 = getelementptr i8, ptr %3519, i64 928
-  %3607 = getelementptr i8, ptr %3519, i64 960
-  %3608 = getelementptr i8, ptr %3519, i64 992
-  store <8 x float> %wide.masked.gather852.3, ptr %3605, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather853.3, ptr %3606, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather854.3, ptr %3607, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather855.3, ptr %3608, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  br label %for_end_d520.i.1
-
-for_body_d519.i.1:                                ; preds = %for_body_d519.i.1, %for_end_d520.i
-  %indvars.iv1104.i.1 = phi i64 [ %indvars.iv.next1105.i.1.7, %for_body_d519.i.1 ], [ 0, %for_end_d520.i ]
-  %.idx1207.i.1 = shl nuw nsw i64 %indvars.iv1104.i.1, 6
-  %3609 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, i64 %.idx1207.i.1
-  %3610 = load float, ptr %3609, align 4, !tbaa !5
-  %3611 = getelementptr float, ptr %3577, i64 %indvars.iv1104.i.1
-  store float %3610, ptr %3611, align 4, !tbaa !5
-  %indvars.iv.next1105.i.1 = or disjoint i64 %indvars.iv1104.i.1, 1
-  %.idx1207.i.1.1 = shl nuw nsw i64 %indvars.iv.next1105.i.1, 6
-  %3612 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, i64 %.idx1207.i.1.1
-  %3613 = load float, ptr %3612, align 4, !tbaa !5
-  %3614 = getelementptr float, ptr %3577, i64 %indvars.iv.next1105.i.1
-  store float %3613, ptr %3614, align 4, !tbaa !5
-  %indvars.iv.next1105.i.1.1 = or disjoint i64 %indvars.iv1104.i.1, 2
-  %.idx1207.i.1.2 = shl nuw nsw i64 %indvars.iv.next1105.i.1.1, 6
-  %3615 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, i64 %.idx1207.i.1.2
-  %3616 = load float, ptr %3615, align 4, !tbaa !5
-  %3617 = getelementptr float, ptr %3577, i64 %indvars.iv.next1105.i.1.1
-  store float %3616, ptr %3617, align 4, !tbaa !5
-  %indvars.iv.next1105.i.1.2 = or disjoint i64 %indvars.iv1104.i.1, 3
-  %.idx1207.i.1.3 = shl nuw nsw i64 %indvars.iv.next1105.i.1.2, 6
-  %3618 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, i64 %.idx1207.i.1.3
-  %3619 = load float, ptr %3618, align 4, !tbaa !5
-  %3620 = getelementptr float, ptr %3577, i64 %indvars.iv.next1105.i.1.2
-  store float %3619, ptr %3620, align 4, !tbaa !5
-  %indvars.iv.next1105.i.1.3 = or disjoint i64 %indvars.iv1104.i.1, 4
-  %.idx1207.i.1.4 = shl nuw nsw i64 %indvars.iv.next1105.i.1.3, 6
-  %3621 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, i64 %.idx1207.i.1.4
-  %3622 = load float, ptr %3621, align 4, !tbaa !5
-  %3623 = getelementptr float, ptr %3577, i64 %indvars.iv.next1105.i.1.3
-  store float %3622, ptr %3623, align 4, !tbaa !5
-  %indvars.iv.next1105.i.1.4 = or disjoint i64 %indvars.iv1104.i.1, 5
-  %.idx1207.i.1.5 = shl nuw nsw i64 %indvars.iv.next1105.i.1.4, 6
-  %3624 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, i64 %.idx1207.i.1.5
-  %3625 = load float, ptr %3624, align 4, !tbaa !5
-  %3626 = getelementptr float, ptr %3577, i64 %indvars.iv.next1105.i.1.4
-  store float %3625, ptr %3626, align 4, !tbaa !5
-  %indvars.iv.next1105.i.1.5 = or disjoint i64 %indvars.iv1104.i.1, 6
-  %.idx1207.i.1.6 = shl nuw nsw i64 %indvars.iv.next1105.i.1.5, 6
-  %3627 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, i64 %.idx1207.i.1.6
-  %3628 = load float, ptr %3627, align 4, !tbaa !5
-  %3629 = getelementptr float, ptr %3577, i64 %indvars.iv.next1105.i.1.5
-  store float %3628, ptr %3629, align 4, !tbaa !5
-  %indvars.iv.next1105.i.1.6 = or disjoint i64 %indvars.iv1104.i.1, 7
-  %.idx1207.i.1.7 = shl nuw nsw i64 %indvars.iv.next1105.i.1.6, 6
-  %3630 = getelementptr inbounds nuw i8, ptr %gep1276.i.1, i64 %.idx1207.i.1.7
-  %3631 = load float, ptr %3630, align 4, !tbaa !5
-  %3632 = getelementptr float, ptr %3577, i64 %indvars.iv.next1105.i.1.6
-  store float %3631, ptr %3632, align 4, !tbaa !5
-  %indvars.iv.next1105.i.1.7 = add nuw nsw i64 %indvars.iv1104.i.1, 8
-  %exitcond1107.not.i.1.7 = icmp eq i64 %indvars.iv.next1105.i.1.7, 128
-  br i1 %exitcond1107.not.i.1.7, label %for_end_d520.i.1, label %for_body_d519.i.1, !prof !27, !llvm.loop !87
-
-for_end_d520.i.1:                                 ; preds = %for_body_d519.i.1, %vector.body846
-  %3633 = getelementptr i8, ptr %3519, i64 1024
-  %gep1276.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 8
-  %scevgep811 = getelementptr i8, ptr %scevgep810, i64 %.idx.i
-  %bound0816 = icmp ult ptr %3633, %scevgep815
-  %bound1817 = icmp ult ptr %scevgep813, %scevgep811
-  %found.conflict818 = and i1 %bound0816, %bound1817
-  br i1 %found.conflict818, label %for_body_d519.i.2, label %vector.body821, !prof !16
-
-vector.body821:                                   ; preds = %for_end_d520.i.1
-  %3634 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3635 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3636 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3637 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather827 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3634, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather828 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3635, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather829 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3636, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather830 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3637, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3638 = getelementptr i8, ptr %3519, i64 1056
-  %3639 = getelementptr i8, ptr %3519, i64 1088
-  %3640 = getelementptr i8, ptr %3519, i64 1120
-  store <8 x float> %wide.masked.gather827, ptr %3633, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather828, ptr %3638, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather829, ptr %3639, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather830, ptr %3640, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  %3641 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3642 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3643 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3644 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather827.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3641, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather828.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3642, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather829.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3643, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather830.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3644, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3645 = getelementptr i8, ptr %3519, i64 1152
-  %3646 = getelementptr i8, ptr %3519, i64 1184
-  %3647 = getelementptr i8, ptr %3519, i64 1216
-  %3648 = getelementptr i8, ptr %3519, i64 1248
-  store <8 x float> %wide.masked.gather827.1, ptr %3645, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather828.1, ptr %3646, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather829.1, ptr %3647, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather830.1, ptr %3648, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  %3649 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3650 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3651 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3652 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather827.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3649, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather828.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3650, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather829.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3651, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather830.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3652, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3653 = getelementptr i8, ptr %3519, i64 1280
-  %3654 = getelementptr i8, ptr %3519, i64 1312
-  %3655 = getelementptr i8, ptr %3519, i64 1344
-  %3656 = getelementptr i8, ptr %3519, i64 1376
-  store <8 x float> %wide.masked.gather827.2, ptr %3653, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather828.2, ptr %3654, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather829.2, ptr %3655, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather830.2, ptr %3656, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  %3657 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3658 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3659 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3660 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather827.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3657, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather828.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3658, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather829.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3659, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather830.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3660, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3661 = getelementptr i8, ptr %3519, i64 1408
-  %3662 = getelementptr i8, ptr %3519, i64 1440
-  %3663 = getelementptr i8, ptr %3519, i64 1472
-  %3664 = getelementptr i8, ptr %3519, i64 1504
-  store <8 x float> %wide.masked.gather827.3, ptr %3661, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather828.3, ptr %3662, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather829.3, ptr %3663, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather830.3, ptr %3664, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  br label %for_end_d520.i.2
-
-for_body_d519.i.2:                                ; preds = %for_body_d519.i.2, %for_end_d520.i.1
-  %indvars.iv1104.i.2 = phi i64 [ %indvars.iv.next1105.i.2.7, %for_body_d519.i.2 ], [ 0, %for_end_d520.i.1 ]
-  %.idx1207.i.2 = shl nuw nsw i64 %indvars.iv1104.i.2, 6
-  %3665 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, i64 %.idx1207.i.2
-  %3666 = load float, ptr %3665, align 4, !tbaa !5
-  %3667 = getelementptr float, ptr %3633, i64 %indvars.iv1104.i.2
-  store float %3666, ptr %3667, align 4, !tbaa !5
-  %indvars.iv.next1105.i.2 = or disjoint i64 %indvars.iv1104.i.2, 1
-  %.idx1207.i.2.1 = shl nuw nsw i64 %indvars.iv.next1105.i.2, 6
-  %3668 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, i64 %.idx1207.i.2.1
-  %3669 = load float, ptr %3668, align 4, !tbaa !5
-  %3670 = getelementptr float, ptr %3633, i64 %indvars.iv.next1105.i.2
-  store float %3669, ptr %3670, align 4, !tbaa !5
-  %indvars.iv.next1105.i.2.1 = or disjoint i64 %indvars.iv1104.i.2, 2
-  %.idx1207.i.2.2 = shl nuw nsw i64 %indvars.iv.next1105.i.2.1, 6
-  %3671 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, i64 %.idx1207.i.2.2
-  %3672 = load float, ptr %3671, align 4, !tbaa !5
-  %3673 = getelementptr float, ptr %3633, i64 %indvars.iv.next1105.i.2.1
-  store float %3672, ptr %3673, align 4, !tbaa !5
-  %indvars.iv.next1105.i.2.2 = or disjoint i64 %indvars.iv1104.i.2, 3
-  %.idx1207.i.2.3 = shl nuw nsw i64 %indvars.iv.next1105.i.2.2, 6
-  %3674 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, i64 %.idx1207.i.2.3
-  %3675 = load float, ptr %3674, align 4, !tbaa !5
-  %3676 = getelementptr float, ptr %3633, i64 %indvars.iv.next1105.i.2.2
-  store float %3675, ptr %3676, align 4, !tbaa !5
-  %indvars.iv.next1105.i.2.3 = or disjoint i64 %indvars.iv1104.i.2, 4
-  %.idx1207.i.2.4 = shl nuw nsw i64 %indvars.iv.next1105.i.2.3, 6
-  %3677 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, i64 %.idx1207.i.2.4
-  %3678 = load float, ptr %3677, align 4, !tbaa !5
-  %3679 = getelementptr float, ptr %3633, i64 %indvars.iv.next1105.i.2.3
-  store float %3678, ptr %3679, align 4, !tbaa !5
-  %indvars.iv.next1105.i.2.4 = or disjoint i64 %indvars.iv1104.i.2, 5
-  %.idx1207.i.2.5 = shl nuw nsw i64 %indvars.iv.next1105.i.2.4, 6
-  %3680 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, i64 %.idx1207.i.2.5
-  %3681 = load float, ptr %3680, align 4, !tbaa !5
-  %3682 = getelementptr float, ptr %3633, i64 %indvars.iv.next1105.i.2.4
-  store float %3681, ptr %3682, align 4, !tbaa !5
-  %indvars.iv.next1105.i.2.5 = or disjoint i64 %indvars.iv1104.i.2, 6
-  %.idx1207.i.2.6 = shl nuw nsw i64 %indvars.iv.next1105.i.2.5, 6
-  %3683 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, i64 %.idx1207.i.2.6
-  %3684 = load float, ptr %3683, align 4, !tbaa !5
-  %3685 = getelementptr float, ptr %3633, i64 %indvars.iv.next1105.i.2.5
-  store float %3684, ptr %3685, align 4, !tbaa !5
-  %indvars.iv.next1105.i.2.6 = or disjoint i64 %indvars.iv1104.i.2, 7
-  %.idx1207.i.2.7 = shl nuw nsw i64 %indvars.iv.next1105.i.2.6, 6
-  %3686 = getelementptr inbounds nuw i8, ptr %gep1276.i.2, i64 %.idx1207.i.2.7
-  %3687 = load float, ptr %3686, align 4, !tbaa !5
-  %3688 = getelementptr float, ptr %3633, i64 %indvars.iv.next1105.i.2.6
-  store float %3687, ptr %3688, align 4, !tbaa !5
-  %indvars.iv.next1105.i.2.7 = add nuw nsw i64 %indvars.iv1104.i.2, 8
-  %exitcond1107.not.i.2.7 = icmp eq i64 %indvars.iv.next1105.i.2.7, 128
-  br i1 %exitcond1107.not.i.2.7, label %for_end_d520.i.2, label %for_body_d519.i.2, !prof !27, !llvm.loop !93
-
-for_end_d520.i.2:                                 ; preds = %for_body_d519.i.2, %vector.body821
-  %3689 = getelementptr i8, ptr %3519, i64 1536
-  %gep1276.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 12
-  %scevgep786 = getelementptr i8, ptr %scevgep785, i64 %.idx.i
-  %bound0791 = icmp ult ptr %3689, %scevgep790
-  %bound1792 = icmp ult ptr %scevgep788, %scevgep786
-  %found.conflict793 = and i1 %bound0791, %bound1792
-  br i1 %found.conflict793, label %for_body_d519.i.3, label %vector.body796, !prof !16
-
-vector.body796:                                   ; preds = %for_end_d520.i.2
-  %3690 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3691 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3692 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3693 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather802 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3690, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather803 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3691, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather804 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3692, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather805 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3693, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3694 = getelementptr i8, ptr %3519, i64 1568
-  %3695 = getelementptr i8, ptr %3519, i64 1600
-  %3696 = getelementptr i8, ptr %3519, i64 1632
-  store <8 x float> %wide.masked.gather802, ptr %3689, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather803, ptr %3694, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather804, ptr %3695, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather805, ptr %3696, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  %3697 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3698 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3699 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3700 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather802.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3697, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather803.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3698, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather804.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3699, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather805.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3700, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3701 = getelementptr i8, ptr %3519, i64 1664
-  %3702 = getelementptr i8, ptr %3519, i64 1696
-  %3703 = getelementptr i8, ptr %3519, i64 1728
-  %3704 = getelementptr i8, ptr %3519, i64 1760
-  store <8 x float> %wide.masked.gather802.1, ptr %3701, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather803.1, ptr %3702, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather804.1, ptr %3703, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather805.1, ptr %3704, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  %3705 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3706 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3707 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3708 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather802.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3705, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather803.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3706, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather804.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3707, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather805.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3708, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3709 = getelementptr i8, ptr %3519, i64 1792
-  %3710 = getelementptr i8, ptr %3519, i64 1824
-  %3711 = getelementptr i8, ptr %3519, i64 1856
-  %3712 = getelementptr i8, ptr %3519, i64 1888
-  store <8 x float> %wide.masked.gather802.2, ptr %3709, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather803.2, ptr %3710, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather804.2, ptr %3711, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather805.2, ptr %3712, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  %3713 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3714 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3715 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3716 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather802.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3713, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather803.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3714, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather804.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3715, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather805.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3716, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3717 = getelementptr i8, ptr %3519, i64 1920
-  %3718 = getelementptr i8, ptr %3519, i64 1952
-  %3719 = getelementptr i8, ptr %3519, i64 1984
-  %3720 = getelementptr i8, ptr %3519, i64 2016
-  store <8 x float> %wide.masked.gather802.3, ptr %3717, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather803.3, ptr %3718, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather804.3, ptr %3719, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather805.3, ptr %3720, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  br label %for_end_d520.i.3
-
-for_body_d519.i.3:                                ; preds = %for_body_d519.i.3, %for_end_d520.i.2
-  %indvars.iv1104.i.3 = phi i64 [ %indvars.iv.next1105.i.3.7, %for_body_d519.i.3 ], [ 0, %for_end_d520.i.2 ]
-  %.idx1207.i.3 = shl nuw nsw i64 %indvars.iv1104.i.3, 6
-  %3721 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, i64 %.idx1207.i.3
-  %3722 = load float, ptr %3721, align 4, !tbaa !5
-  %3723 = getelementptr float, ptr %3689, i64 %indvars.iv1104.i.3
-  store float %3722, ptr %3723, align 4, !tbaa !5
-  %indvars.iv.next1105.i.3 = or disjoint i64 %indvars.iv1104.i.3, 1
-  %.idx1207.i.3.1 = shl nuw nsw i64 %indvars.iv.next1105.i.3, 6
-  %3724 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, i64 %.idx1207.i.3.1
-  %3725 = load float, ptr %3724, align 4, !tbaa !5
-  %3726 = getelementptr float, ptr %3689, i64 %indvars.iv.next1105.i.3
-  store float %3725, ptr %3726, align 4, !tbaa !5
-  %indvars.iv.next1105.i.3.1 = or disjoint i64 %indvars.iv1104.i.3, 2
-  %.idx1207.i.3.2 = shl nuw nsw i64 %indvars.iv.next1105.i.3.1, 6
-  %3727 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, i64 %.idx1207.i.3.2
-  %3728 = load float, ptr %3727, align 4, !tbaa !5
-  %3729 = getelementptr float, ptr %3689, i64 %indvars.iv.next1105.i.3.1
-  store float %3728, ptr %3729, align 4, !tbaa !5
-  %indvars.iv.next1105.i.3.2 = or disjoint i64 %indvars.iv1104.i.3, 3
-  %.idx1207.i.3.3 = shl nuw nsw i64 %indvars.iv.next1105.i.3.2, 6
-  %3730 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, i64 %.idx1207.i.3.3
-  %3731 = load float, ptr %3730, align 4, !tbaa !5
-  %3732 = getelementptr float, ptr %3689, i64 %indvars.iv.next1105.i.3.2
-  store float %3731, ptr %3732, align 4, !tbaa !5
-  %indvars.iv.next1105.i.3.3 = or disjoint i64 %indvars.iv1104.i.3, 4
-  %.idx1207.i.3.4 = shl nuw nsw i64 %indvars.iv.next1105.i.3.3, 6
-  %3733 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, i64 %.idx1207.i.3.4
-  %3734 = load float, ptr %3733, align 4, !tbaa !5
-  %3735 = getelementptr float, ptr %3689, i64 %indvars.iv.next1105.i.3.3
-  store float %3734, ptr %3735, align 4, !tbaa !5
-  %indvars.iv.next1105.i.3.4 = or disjoint i64 %indvars.iv1104.i.3, 5
-  %.idx1207.i.3.5 = shl nuw nsw i64 %indvars.iv.next1105.i.3.4, 6
-  %3736 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, i64 %.idx1207.i.3.5
-  %3737 = load float, ptr %3736, align 4, !tbaa !5
-  %3738 = getelementptr float, ptr %3689, i64 %indvars.iv.next1105.i.3.4
-  store float %3737, ptr %3738, align 4, !tbaa !5
-  %indvars.iv.next1105.i.3.5 = or disjoint i64 %indvars.iv1104.i.3, 6
-  %.idx1207.i.3.6 = shl nuw nsw i64 %indvars.iv.next1105.i.3.5, 6
-  %3739 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, i64 %.idx1207.i.3.6
-  %3740 = load float, ptr %3739, align 4, !tbaa !5
-  %3741 = getelementptr float, ptr %3689, i64 %indvars.iv.next1105.i.3.5
-  store float %3740, ptr %3741, align 4, !tbaa !5
-  %indvars.iv.next1105.i.3.6 = or disjoint i64 %indvars.iv1104.i.3, 7
-  %.idx1207.i.3.7 = shl nuw nsw i64 %indvars.iv.next1105.i.3.6, 6
-  %3742 = getelementptr inbounds nuw i8, ptr %gep1276.i.3, i64 %.idx1207.i.3.7
-  %3743 = load float, ptr %3742, align 4, !tbaa !5
-  %3744 = getelementptr float, ptr %3689, i64 %indvars.iv.next1105.i.3.6
-  store float %3743, ptr %3744, align 4, !tbaa !5
-  %indvars.iv.next1105.i.3.7 = add nuw nsw i64 %indvars.iv1104.i.3, 8
-  %exitcond1107.not.i.3.7 = icmp eq i64 %indvars.iv.next1105.i.3.7, 128
-  br i1 %exitcond1107.not.i.3.7, label %for_end_d520.i.3, label %for_body_d519.i.3, !prof !27, !llvm.loop !99
-
-for_end_d520.i.3:                                 ; preds = %for_body_d519.i.3, %vector.body796
-  %3745 = getelementptr i8, ptr %3519, i64 2048
-  %gep1276.i.4 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 16
-  %scevgep761 = getelementptr i8, ptr %scevgep760, i64 %.idx.i
-  %bound0766 = icmp ult ptr %3745, %scevgep765
-  %bound1767 = icmp ult ptr %scevgep763, %scevgep761
-  %found.conflict768 = and i1 %bound0766, %bound1767
-  br i1 %found.conflict768, label %for_body_d519.i.4, label %vector.body771, !prof !16
-
-vector.body771:                                   ; preds = %for_end_d520.i.3
-  %3746 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3747 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3748 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3749 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather777 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3746, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather778 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3747, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather779 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3748, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather780 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3749, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3750 = getelementptr i8, ptr %3519, i64 2080
-  %3751 = getelementptr i8, ptr %3519, i64 2112
-  %3752 = getelementptr i8, ptr %3519, i64 2144
-  store <8 x float> %wide.masked.gather777, ptr %3745, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather778, ptr %3750, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather779, ptr %3751, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather780, ptr %3752, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  %3753 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3754 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3755 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3756 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather777.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3753, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather778.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3754, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather779.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3755, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather780.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3756, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3757 = getelementptr i8, ptr %3519, i64 2176
-  %3758 = getelementptr i8, ptr %3519, i64 2208
-  %3759 = getelementptr i8, ptr %3519, i64 2240
-  %3760 = getelementptr i8, ptr %3519, i64 2272
-  store <8 x float> %wide.masked.gather777.1, ptr %3757, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather778.1, ptr %3758, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather779.1, ptr %3759, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather780.1, ptr %3760, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  %3761 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3762 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3763 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3764 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather777.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3761, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather778.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3762, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather779.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3763, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather780.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3764, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3765 = getelementptr i8, ptr %3519, i64 2304
-  %3766 = getelementptr i8, ptr %3519, i64 2336
-  %3767 = getelementptr i8, ptr %3519, i64 2368
-  %3768 = getelementptr i8, ptr %3519, i64 2400
-  store <8 x float> %wide.masked.gather777.2, ptr %3765, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather778.2, ptr %3766, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather779.2, ptr %3767, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather780.2, ptr %3768, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  %3769 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3770 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3771 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3772 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather777.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3769, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather778.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3770, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather779.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3771, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather780.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3772, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3773 = getelementptr i8, ptr %3519, i64 2432
-  %3774 = getelementptr i8, ptr %3519, i64 2464
-  %3775 = getelementptr i8, ptr %3519, i64 2496
-  %3776 = getelementptr i8, ptr %3519, i64 2528
-  store <8 x float> %wide.masked.gather777.3, ptr %3773, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather778.3, ptr %3774, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather779.3, ptr %3775, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather780.3, ptr %3776, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  br label %for_end_d520.i.4
-
-for_body_d519.i.4:                                ; preds = %for_body_d519.i.4, %for_end_d520.i.3
-  %indvars.iv1104.i.4 = phi i64 [ %indvars.iv.next1105.i.4.7, %for_body_d519.i.4 ], [ 0, %for_end_d520.i.3 ]
-  %.idx1207.i.4 = shl nuw nsw i64 %indvars.iv1104.i.4, 6
-  %3777 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, i64 %.idx1207.i.4
-  %3778 = load float, ptr %3777, align 4, !tbaa !5
-  %3779 = getelementptr float, ptr %3745, i64 %indvars.iv1104.i.4
-  store float %3778, ptr %3779, align 4, !tbaa !5
-  %indvars.iv.next1105.i.4 = or disjoint i64 %indvars.iv1104.i.4, 1
-  %.idx1207.i.4.1 = shl nuw nsw i64 %indvars.iv.next1105.i.4, 6
-  %3780 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, i64 %.idx1207.i.4.1
-  %3781 = load float, ptr %3780, align 4, !tbaa !5
-  %3782 = getelementptr float, ptr %3745, i64 %indvars.iv.next1105.i.4
-  store float %3781, ptr %3782, align 4, !tbaa !5
-  %indvars.iv.next1105.i.4.1 = or disjoint i64 %indvars.iv1104.i.4, 2
-  %.idx1207.i.4.2 = shl nuw nsw i64 %indvars.iv.next1105.i.4.1, 6
-  %3783 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, i64 %.idx1207.i.4.2
-  %3784 = load float, ptr %3783, align 4, !tbaa !5
-  %3785 = getelementptr float, ptr %3745, i64 %indvars.iv.next1105.i.4.1
-  store float %3784, ptr %3785, align 4, !tbaa !5
-  %indvars.iv.next1105.i.4.2 = or disjoint i64 %indvars.iv1104.i.4, 3
-  %.idx1207.i.4.3 = shl nuw nsw i64 %indvars.iv.next1105.i.4.2, 6
-  %3786 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, i64 %.idx1207.i.4.3
-  %3787 = load float, ptr %3786, align 4, !tbaa !5
-  %3788 = getelementptr float, ptr %3745, i64 %indvars.iv.next1105.i.4.2
-  store float %3787, ptr %3788, align 4, !tbaa !5
-  %indvars.iv.next1105.i.4.3 = or disjoint i64 %indvars.iv1104.i.4, 4
-  %.idx1207.i.4.4 = shl nuw nsw i64 %indvars.iv.next1105.i.4.3, 6
-  %3789 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, i64 %.idx1207.i.4.4
-  %3790 = load float, ptr %3789, align 4, !tbaa !5
-  %3791 = getelementptr float, ptr %3745, i64 %indvars.iv.next1105.i.4.3
-  store float %3790, ptr %3791, align 4, !tbaa !5
-  %indvars.iv.next1105.i.4.4 = or disjoint i64 %indvars.iv1104.i.4, 5
-  %.idx1207.i.4.5 = shl nuw nsw i64 %indvars.iv.next1105.i.4.4, 6
-  %3792 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, i64 %.idx1207.i.4.5
-  %3793 = load float, ptr %3792, align 4, !tbaa !5
-  %3794 = getelementptr float, ptr %3745, i64 %indvars.iv.next1105.i.4.4
-  store float %3793, ptr %3794, align 4, !tbaa !5
-  %indvars.iv.next1105.i.4.5 = or disjoint i64 %indvars.iv1104.i.4, 6
-  %.idx1207.i.4.6 = shl nuw nsw i64 %indvars.iv.next1105.i.4.5, 6
-  %3795 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, i64 %.idx1207.i.4.6
-  %3796 = load float, ptr %3795, align 4, !tbaa !5
-  %3797 = getelementptr float, ptr %3745, i64 %indvars.iv.next1105.i.4.5
-  store float %3796, ptr %3797, align 4, !tbaa !5
-  %indvars.iv.next1105.i.4.6 = or disjoint i64 %indvars.iv1104.i.4, 7
-  %.idx1207.i.4.7 = shl nuw nsw i64 %indvars.iv.next1105.i.4.6, 6
-  %3798 = getelementptr inbounds nuw i8, ptr %gep1276.i.4, i64 %.idx1207.i.4.7
-  %3799 = load float, ptr %3798, align 4, !tbaa !5
-  %3800 = getelementptr float, ptr %3745, i64 %indvars.iv.next1105.i.4.6
-  store float %3799, ptr %3800, align 4, !tbaa !5
-  %indvars.iv.next1105.i.4.7 = add nuw nsw i64 %indvars.iv1104.i.4, 8
-  %exitcond1107.not.i.4.7 = icmp eq i64 %indvars.iv.next1105.i.4.7, 128
-  br i1 %exitcond1107.not.i.4.7, label %for_end_d520.i.4, label %for_body_d519.i.4, !prof !27, !llvm.loop !105
-
-for_end_d520.i.4:                                 ; preds = %for_body_d519.i.4, %vector.body771
-  %3801 = getelementptr i8, ptr %3519, i64 2560
-  %gep1276.i.5 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 20
-  %scevgep736 = getelementptr i8, ptr %scevgep735, i64 %.idx.i
-  %bound0741 = icmp ult ptr %3801, %scevgep740
-  %bound1742 = icmp ult ptr %scevgep738, %scevgep736
-  %found.conflict743 = and i1 %bound0741, %bound1742
-  br i1 %found.conflict743, label %for_body_d519.i.5, label %vector.body746, !prof !16
-
-vector.body746:                                   ; preds = %for_end_d520.i.4
-  %3802 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3803 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3804 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3805 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather752 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3802, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather753 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3803, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather754 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3804, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather755 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3805, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3806 = getelementptr i8, ptr %3519, i64 2592
-  %3807 = getelementptr i8, ptr %3519, i64 2624
-  %3808 = getelementptr i8, ptr %3519, i64 2656
-  store <8 x float> %wide.masked.gather752, ptr %3801, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather753, ptr %3806, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather754, ptr %3807, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather755, ptr %3808, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  %3809 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3810 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3811 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3812 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather752.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3809, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather753.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3810, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather754.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3811, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather755.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3812, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3813 = getelementptr i8, ptr %3519, i64 2688
-  %3814 = getelementptr i8, ptr %3519, i64 2720
-  %3815 = getelementptr i8, ptr %3519, i64 2752
-  %3816 = getelementptr i8, ptr %3519, i64 2784
-  store <8 x float> %wide.masked.gather752.1, ptr %3813, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather753.1, ptr %3814, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather754.1, ptr %3815, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather755.1, ptr %3816, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  %3817 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3818 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3819 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3820 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather752.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3817, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather753.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3818, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather754.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3819, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather755.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3820, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3821 = getelementptr i8, ptr %3519, i64 2816
-  %3822 = getelementptr i8, ptr %3519, i64 2848
-  %3823 = getelementptr i8, ptr %3519, i64 2880
-  %3824 = getelementptr i8, ptr %3519, i64 2912
-  store <8 x float> %wide.masked.gather752.2, ptr %3821, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather753.2, ptr %3822, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather754.2, ptr %3823, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather755.2, ptr %3824, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  %3825 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3826 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3827 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3828 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather752.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3825, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather753.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3826, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather754.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3827, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather755.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3828, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3829 = getelementptr i8, ptr %3519, i64 2944
-  %3830 = getelementptr i8, ptr %3519, i64 2976
-  %3831 = getelementptr i8, ptr %3519, i64 3008
-  %3832 = getelementptr i8, ptr %3519, i64 3040
-  store <8 x float> %wide.masked.gather752.3, ptr %3829, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather753.3, ptr %3830, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather754.3, ptr %3831, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather755.3, ptr %3832, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  br label %for_end_d520.i.5
-
-for_body_d519.i.5:                                ; preds = %for_body_d519.i.5, %for_end_d520.i.4
-  %indvars.iv1104.i.5 = phi i64 [ %indvars.iv.next1105.i.5.7, %for_body_d519.i.5 ], [ 0, %for_end_d520.i.4 ]
-  %.idx1207.i.5 = shl nuw nsw i64 %indvars.iv1104.i.5, 6
-  %3833 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, i64 %.idx1207.i.5
-  %3834 = load float, ptr %3833, align 4, !tbaa !5
-  %3835 = getelementptr float, ptr %3801, i64 %indvars.iv1104.i.5
-  store float %3834, ptr %3835, align 4, !tbaa !5
-  %indvars.iv.next1105.i.5 = or disjoint i64 %indvars.iv1104.i.5, 1
-  %.idx1207.i.5.1 = shl nuw nsw i64 %indvars.iv.next1105.i.5, 6
-  %3836 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, i64 %.idx1207.i.5.1
-  %3837 = load float, ptr %3836, align 4, !tbaa !5
-  %3838 = getelementptr float, ptr %3801, i64 %indvars.iv.next1105.i.5
-  store float %3837, ptr %3838, align 4, !tbaa !5
-  %indvars.iv.next1105.i.5.1 = or disjoint i64 %indvars.iv1104.i.5, 2
-  %.idx1207.i.5.2 = shl nuw nsw i64 %indvars.iv.next1105.i.5.1, 6
-  %3839 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, i64 %.idx1207.i.5.2
-  %3840 = load float, ptr %3839, align 4, !tbaa !5
-  %3841 = getelementptr float, ptr %3801, i64 %indvars.iv.next1105.i.5.1
-  store float %3840, ptr %3841, align 4, !tbaa !5
-  %indvars.iv.next1105.i.5.2 = or disjoint i64 %indvars.iv1104.i.5, 3
-  %.idx1207.i.5.3 = shl nuw nsw i64 %indvars.iv.next1105.i.5.2, 6
-  %3842 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, i64 %.idx1207.i.5.3
-  %3843 = load float, ptr %3842, align 4, !tbaa !5
-  %3844 = getelementptr float, ptr %3801, i64 %indvars.iv.next1105.i.5.2
-  store float %3843, ptr %3844, align 4, !tbaa !5
-  %indvars.iv.next1105.i.5.3 = or disjoint i64 %indvars.iv1104.i.5, 4
-  %.idx1207.i.5.4 = shl nuw nsw i64 %indvars.iv.next1105.i.5.3, 6
-  %3845 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, i64 %.idx1207.i.5.4
-  %3846 = load float, ptr %3845, align 4, !tbaa !5
-  %3847 = getelementptr float, ptr %3801, i64 %indvars.iv.next1105.i.5.3
-  store float %3846, ptr %3847, align 4, !tbaa !5
-  %indvars.iv.next1105.i.5.4 = or disjoint i64 %indvars.iv1104.i.5, 5
-  %.idx1207.i.5.5 = shl nuw nsw i64 %indvars.iv.next1105.i.5.4, 6
-  %3848 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, i64 %.idx1207.i.5.5
-  %3849 = load float, ptr %3848, align 4, !tbaa !5
-  %3850 = getelementptr float, ptr %3801, i64 %indvars.iv.next1105.i.5.4
-  store float %3849, ptr %3850, align 4, !tbaa !5
-  %indvars.iv.next1105.i.5.5 = or disjoint i64 %indvars.iv1104.i.5, 6
-  %.idx1207.i.5.6 = shl nuw nsw i64 %indvars.iv.next1105.i.5.5, 6
-  %3851 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, i64 %.idx1207.i.5.6
-  %3852 = load float, ptr %3851, align 4, !tbaa !5
-  %3853 = getelementptr float, ptr %3801, i64 %indvars.iv.next1105.i.5.5
-  store float %3852, ptr %3853, align 4, !tbaa !5
-  %indvars.iv.next1105.i.5.6 = or disjoint i64 %indvars.iv1104.i.5, 7
-  %.idx1207.i.5.7 = shl nuw nsw i64 %indvars.iv.next1105.i.5.6, 6
-  %3854 = getelementptr inbounds nuw i8, ptr %gep1276.i.5, i64 %.idx1207.i.5.7
-  %3855 = load float, ptr %3854, align 4, !tbaa !5
-  %3856 = getelementptr float, ptr %3801, i64 %indvars.iv.next1105.i.5.6
-  store float %3855, ptr %3856, align 4, !tbaa !5
-  %indvars.iv.next1105.i.5.7 = add nuw nsw i64 %indvars.iv1104.i.5, 8
-  %exitcond1107.not.i.5.7 = icmp eq i64 %indvars.iv.next1105.i.5.7, 128
-  br i1 %exitcond1107.not.i.5.7, label %for_end_d520.i.5, label %for_body_d519.i.5, !prof !27, !llvm.loop !111
-
-for_end_d520.i.5:                                 ; preds = %for_body_d519.i.5, %vector.body746
-  %3857 = getelementptr i8, ptr %3519, i64 3072
-  %gep1276.i.6 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 24
-  %scevgep711 = getelementptr i8, ptr %scevgep710, i64 %.idx.i
-  %bound0716 = icmp ult ptr %3857, %scevgep715
-  %bound1717 = icmp ult ptr %scevgep713, %scevgep711
-  %found.conflict718 = and i1 %bound0716, %bound1717
-  br i1 %found.conflict718, label %for_body_d519.i.6, label %vector.body721, !prof !16
-
-vector.body721:                                   ; preds = %for_end_d520.i.5
-  %3858 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3859 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3860 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3861 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather727 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3858, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather728 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3859, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather729 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3860, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather730 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3861, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %3862 = getelementptr i8, ptr %3519, i64 3104
-  %3863 = getelementptr i8, ptr %3519, i64 3136
-  %3864 = getelementptr i8, ptr %3519, i64 3168
-  store <8 x float> %wide.masked.gather727, ptr %3857, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather728, ptr %3862, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather729, ptr %3863, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather730, ptr %3864, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  %3865 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3866 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3867 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3868 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather727.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3865, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather728.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3866, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather729.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3867, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather730.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3868, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %3869 = getelementptr i8, ptr %3519, i64 3200
-  %3870 = getelementptr i8, ptr %3519, i64 3232
-  %3871 = getelementptr i8, ptr %3519, i64 3264
-  %3872 = getelementptr i8, ptr %3519, i64 3296
-  store <8 x float> %wide.masked.gather727.1, ptr %3869, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather728.1, ptr %3870, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather729.1, ptr %3871, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather730.1, ptr %3872, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  %3873 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3874 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3875 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3876 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather727.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3873, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather728.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3874, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather729.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3875, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather730.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3876, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %3877 = getelementptr i8, ptr %3519, i64 3328
-  %3878 = getelementptr i8, ptr %3519, i64 3360
-  %3879 = getelementptr i8, ptr %3519, i64 3392
-  %3880 = getelementptr i8, ptr %3519, i64 3424
-  store <8 x float> %wide.masked.gather727.2, ptr %3877, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather728.2, ptr %3878, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather729.2, ptr %3879, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather730.2, ptr %3880, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  %3881 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3882 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3883 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3884 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather727.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3881, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather728.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3882, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather729.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3883, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather730.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3884, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %3885 = getelementptr i8, ptr %3519, i64 3456
-  %3886 = getelementptr i8, ptr %3519, i64 3488
-  %3887 = getelementptr i8, ptr %3519, i64 3520
-  %3888 = getelementptr i8, ptr %3519, i64 3552
-  store <8 x float> %wide.masked.gather727.3, ptr %3885, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather728.3, ptr %3886, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather729.3, ptr %3887, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather730.3, ptr %3888, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  br label %for_end_d520.i.6
-
-for_body_d519.i.6:                                ; preds = %for_body_d519.i.6, %for_end_d520.i.5
-  %indvars.iv1104.i.6 = phi i64 [ %indvars.iv.next1105.i.6.7, %for_body_d519.i.6 ], [ 0, %for_end_d520.i.5 ]
-  %.idx1207.i.6 = shl nuw nsw i64 %indvars.iv1104.i.6, 6
-  %3889 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, i64 %.idx1207.i.6
-  %3890 = load float, ptr %3889, align 4, !tbaa !5
-  %3891 = getelementptr float, ptr %3857, i64 %indvars.iv1104.i.6
-  store float %3890, ptr %3891, align 4, !tbaa !5
-  %indvars.iv.next1105.i.6 = or disjoint i64 %indvars.iv1104.i.6, 1
-  %.idx1207.i.6.1 = shl nuw nsw i64 %indvars.iv.next1105.i.6, 6
-  %3892 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, i64 %.idx1207.i.6.1
-  %3893 = load float, ptr %3892, align 4, !tbaa !5
-  %3894 = getelementptr float, ptr %3857, i64 %indvars.iv.next1105.i.6
-  store float %3893, ptr %3894, align 4, !tbaa !5
-  %indvars.iv.next1105.i.6.1 = or disjoint i64 %indvars.iv1104.i.6, 2
-  %.idx1207.i.6.2 = shl nuw nsw i64 %indvars.iv.next1105.i.6.1, 6
-  %3895 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, i64 %.idx1207.i.6.2
-  %3896 = load float, ptr %3895, align 4, !tbaa !5
-  %3897 = getelementptr float, ptr %3857, i64 %indvars.iv.next1105.i.6.1
-  store float %3896, ptr %3897, align 4, !tbaa !5
-  %indvars.iv.next1105.i.6.2 = or disjoint i64 %indvars.iv1104.i.6, 3
-  %.idx1207.i.6.3 = shl nuw nsw i64 %indvars.iv.next1105.i.6.2, 6
-  %3898 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, i64 %.idx1207.i.6.3
-  %3899 = load float, ptr %3898, align 4, !tbaa !5
-  %3900 = getelementptr float, ptr %3857, i64 %indvars.iv.next1105.i.6.2
-  store float %3899, ptr %3900, align 4, !tbaa !5
-  %indvars.iv.next1105.i.6.3 = or disjoint i64 %indvars.iv1104.i.6, 4
-  %.idx1207.i.6.4 = shl nuw nsw i64 %indvars.iv.next1105.i.6.3, 6
-  %3901 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, i64 %.idx1207.i.6.4
-  %3902 = load float, ptr %3901, align 4, !tbaa !5
-  %3903 = getelementptr float, ptr %3857, i64 %indvars.iv.next1105.i.6.3
-  store float %3902, ptr %3903, align 4, !tbaa !5
-  %indvars.iv.next1105.i.6.4 = or disjoint i64 %indvars.iv1104.i.6, 5
-  %.idx1207.i.6.5 = shl nuw nsw i64 %indvars.iv.next1105.i.6.4, 6
-  %3904 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, i64 %.idx1207.i.6.5
-  %3905 = load float, ptr %3904, align 4, !tbaa !5
-  %3906 = getelementptr float, ptr %3857, i64 %indvars.iv.next1105.i.6.4
-  store float %3905, ptr %3906, align 4, !tbaa !5
-  %indvars.iv.next1105.i.6.5 = or disjoint i64 %indvars.iv1104.i.6, 6
-  %.idx1207.i.6.6 = shl nuw nsw i64 %indvars.iv.next1105.i.6.5, 6
-  %3907 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, i64 %.idx1207.i.6.6
-  %3908 = load float, ptr %3907, align 4, !tbaa !5
-  %3909 = getelementptr float, ptr %3857, i64 %indvars.iv.next1105.i.6.5
-  store float %3908, ptr %3909, align 4, !tbaa !5
-  %indvars.iv.next1105.i.6.6 = or disjoint i64 %indvars.iv1104.i.6, 7
-  %.idx1207.i.6.7 = shl nuw nsw i64 %indvars.iv.next1105.i.6.6, 6
-  %3910 = getelementptr inbounds nuw i8, ptr %gep1276.i.6, i64 %.idx1207.i.6.7
-  %3911 = load float, ptr %3910, align 4, !tbaa !5
-  %3912 = getelementptr float, ptr %3857, i64 %indvars.iv.next1105.i.6.6
-  store float %3911, ptr %3912, align 4, !tbaa !5
-  %indvars.iv.next1105.i.6.7 = add nuw nsw i64 %indvars.iv1104.i.6, 8
-  %exitcond1107.not.i.6.7 = icmp eq i64 %indvars.iv.next1105.i.6.7, 128
-  br i1 %exitcond1107.not.i.6.7, label %for_end_d520.i.6, label %for_body_d519.i.6, !prof !27, !llvm.loop !117
-
-for_end_d520.i.6:                                 ; preds = %for_body_d519.i.6, %vector.body721
-  %3913 = getelementptr i8, ptr %3519, i64 3584
-  %gep1276.i.7 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 28
-  %scevgep686 = getelementptr i8, ptr %scevgep685, i64 %.idx.i
-  %bound0691 = icmp ult ptr %3913, %scevgep690
-  %bound1692 = icmp ult ptr %scevgep688, %scevgep686
-  %found.conflict693 = and i1 %bound0691, %bound1692
-  br i1 %found.conflict693, label %for_body_d519.i.7, label %vector.body696, !prof !16
-
-vector.body696:                                   ; preds = %for_end_d520.i.6
-  %3914 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3915 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3916 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3917 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather702 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3914, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather703 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3915, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather704 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3916, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather705 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3917, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %3918 = getelementptr i8, ptr %3519, i64 3616
-  %3919 = getelementptr i8, ptr %3519, i64 3648
-  %3920 = getelementptr i8, ptr %3519, i64 3680
-  store <8 x float> %wide.masked.gather702, ptr %3913, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather703, ptr %3918, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather704, ptr %3919, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather705, ptr %3920, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  %3921 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3922 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3923 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3924 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather702.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3921, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather703.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3922, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather704.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3923, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather705.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3924, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %3925 = getelementptr i8, ptr %3519, i64 3712
-  %3926 = getelementptr i8, ptr %3519, i64 3744
-  %3927 = getelementptr i8, ptr %3519, i64 3776
-  %3928 = getelementptr i8, ptr %3519, i64 3808
-  store <8 x float> %wide.masked.gather702.1, ptr %3925, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather703.1, ptr %3926, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather704.1, ptr %3927, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather705.1, ptr %3928, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  %3929 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3930 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3931 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3932 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather702.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3929, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather703.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3930, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather704.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3931, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather705.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3932, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %3933 = getelementptr i8, ptr %3519, i64 3840
-  %3934 = getelementptr i8, ptr %3519, i64 3872
-  %3935 = getelementptr i8, ptr %3519, i64 3904
-  %3936 = getelementptr i8, ptr %3519, i64 3936
-  store <8 x float> %wide.masked.gather702.2, ptr %3933, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather703.2, ptr %3934, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather704.2, ptr %3935, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather705.2, ptr %3936, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  %3937 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3938 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3939 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3940 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather702.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3937, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather703.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3938, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather704.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3939, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather705.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3940, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %3941 = getelementptr i8, ptr %3519, i64 3968
-  %3942 = getelementptr i8, ptr %3519, i64 4000
-  %3943 = getelementptr i8, ptr %3519, i64 4032
-  %3944 = getelementptr i8, ptr %3519, i64 4064
-  store <8 x float> %wide.masked.gather702.3, ptr %3941, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather703.3, ptr %3942, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather704.3, ptr %3943, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather705.3, ptr %3944, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  br label %for_end_d520.i.7
-
-for_body_d519.i.7:                                ; preds = %for_body_d519.i.7, %for_end_d520.i.6
-  %indvars.iv1104.i.7 = phi i64 [ %indvars.iv.next1105.i.7.7, %for_body_d519.i.7 ], [ 0, %for_end_d520.i.6 ]
-  %.idx1207.i.7 = shl nuw nsw i64 %indvars.iv1104.i.7, 6
-  %3945 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, i64 %.idx1207.i.7
-  %3946 = load float, ptr %3945, align 4, !tbaa !5
-  %3947 = getelementptr float, ptr %3913, i64 %indvars.iv1104.i.7
-  store float %3946, ptr %3947, align 4, !tbaa !5
-  %indvars.iv.next1105.i.7 = or disjoint i64 %indvars.iv1104.i.7, 1
-  %.idx1207.i.7.1 = shl nuw nsw i64 %indvars.iv.next1105.i.7, 6
-  %3948 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, i64 %.idx1207.i.7.1
-  %3949 = load float, ptr %3948, align 4, !tbaa !5
-  %3950 = getelementptr float, ptr %3913, i64 %indvars.iv.next1105.i.7
-  store float %3949, ptr %3950, align 4, !tbaa !5
-  %indvars.iv.next1105.i.7.1 = or disjoint i64 %indvars.iv1104.i.7, 2
-  %.idx1207.i.7.2 = shl nuw nsw i64 %indvars.iv.next1105.i.7.1, 6
-  %3951 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, i64 %.idx1207.i.7.2
-  %3952 = load float, ptr %3951, align 4, !tbaa !5
-  %3953 = getelementptr float, ptr %3913, i64 %indvars.iv.next1105.i.7.1
-  store float %3952, ptr %3953, align 4, !tbaa !5
-  %indvars.iv.next1105.i.7.2 = or disjoint i64 %indvars.iv1104.i.7, 3
-  %.idx1207.i.7.3 = shl nuw nsw i64 %indvars.iv.next1105.i.7.2, 6
-  %3954 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, i64 %.idx1207.i.7.3
-  %3955 = load float, ptr %3954, align 4, !tbaa !5
-  %3956 = getelementptr float, ptr %3913, i64 %indvars.iv.next1105.i.7.2
-  store float %3955, ptr %3956, align 4, !tbaa !5
-  %indvars.iv.next1105.i.7.3 = or disjoint i64 %indvars.iv1104.i.7, 4
-  %.idx1207.i.7.4 = shl nuw nsw i64 %indvars.iv.next1105.i.7.3, 6
-  %3957 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, i64 %.idx1207.i.7.4
-  %3958 = load float, ptr %3957, align 4, !tbaa !5
-  %3959 = getelementptr float, ptr %3913, i64 %indvars.iv.next1105.i.7.3
-  store float %3958, ptr %3959, align 4, !tbaa !5
-  %indvars.iv.next1105.i.7.4 = or disjoint i64 %indvars.iv1104.i.7, 5
-  %.idx1207.i.7.5 = shl nuw nsw i64 %indvars.iv.next1105.i.7.4, 6
-  %3960 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, i64 %.idx1207.i.7.5
-  %3961 = load float, ptr %3960, align 4, !tbaa !5
-  %3962 = getelementptr float, ptr %3913, i64 %indvars.iv.next1105.i.7.4
-  store float %3961, ptr %3962, align 4, !tbaa !5
-  %indvars.iv.next1105.i.7.5 = or disjoint i64 %indvars.iv1104.i.7, 6
-  %.idx1207.i.7.6 = shl nuw nsw i64 %indvars.iv.next1105.i.7.5, 6
-  %3963 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, i64 %.idx1207.i.7.6
-  %3964 = load float, ptr %3963, align 4, !tbaa !5
-  %3965 = getelementptr float, ptr %3913, i64 %indvars.iv.next1105.i.7.5
-  store float %3964, ptr %3965, align 4, !tbaa !5
-  %indvars.iv.next1105.i.7.6 = or disjoint i64 %indvars.iv1104.i.7, 7
-  %.idx1207.i.7.7 = shl nuw nsw i64 %indvars.iv.next1105.i.7.6, 6
-  %3966 = getelementptr inbounds nuw i8, ptr %gep1276.i.7, i64 %.idx1207.i.7.7
-  %3967 = load float, ptr %3966, align 4, !tbaa !5
-  %3968 = getelementptr float, ptr %3913, i64 %indvars.iv.next1105.i.7.6
-  store float %3967, ptr %3968, align 4, !tbaa !5
-  %indvars.iv.next1105.i.7.7 = add nuw nsw i64 %indvars.iv1104.i.7, 8
-  %exitcond1107.not.i.7.7 = icmp eq i64 %indvars.iv.next1105.i.7.7, 128
-  br i1 %exitcond1107.not.i.7.7, label %for_end_d520.i.7, label %for_body_d519.i.7, !prof !27, !llvm.loop !123
-
-for_end_d520.i.7:                                 ; preds = %for_body_d519.i.7, %vector.body696
-  %3969 = getelementptr i8, ptr %3519, i64 4096
-  %gep1276.i.8 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 32
-  %scevgep661 = getelementptr i8, ptr %scevgep660, i64 %.idx.i
-  %bound0666 = icmp ult ptr %3969, %scevgep665
-  %bound1667 = icmp ult ptr %scevgep663, %scevgep661
-  %found.conflict668 = and i1 %bound0666, %bound1667
-  br i1 %found.conflict668, label %for_body_d519.i.8, label %vector.body671, !prof !16
-
-vector.body671:                                   ; preds = %for_end_d520.i.7
-  %3970 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3971 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3972 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3973 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather677 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3970, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather678 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3971, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather679 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3972, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather680 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3973, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %3974 = getelementptr i8, ptr %3519, i64 4128
-  %3975 = getelementptr i8, ptr %3519, i64 4160
-  %3976 = getelementptr i8, ptr %3519, i64 4192
-  store <8 x float> %wide.masked.gather677, ptr %3969, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather678, ptr %3974, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather679, ptr %3975, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather680, ptr %3976, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  %3977 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3978 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3979 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3980 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather677.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3977, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather678.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3978, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather679.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3979, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather680.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3980, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %3981 = getelementptr i8, ptr %3519, i64 4224
-  %3982 = getelementptr i8, ptr %3519, i64 4256
-  %3983 = getelementptr i8, ptr %3519, i64 4288
-  %3984 = getelementptr i8, ptr %3519, i64 4320
-  store <8 x float> %wide.masked.gather677.1, ptr %3981, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather678.1, ptr %3982, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather679.1, ptr %3983, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather680.1, ptr %3984, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  %3985 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3986 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3987 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3988 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather677.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3985, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather678.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3986, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather679.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3987, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather680.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3988, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %3989 = getelementptr i8, ptr %3519, i64 4352
-  %3990 = getelementptr i8, ptr %3519, i64 4384
-  %3991 = getelementptr i8, ptr %3519, i64 4416
-  %3992 = getelementptr i8, ptr %3519, i64 4448
-  store <8 x float> %wide.masked.gather677.2, ptr %3989, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather678.2, ptr %3990, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather679.2, ptr %3991, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather680.2, ptr %3992, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  %3993 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3994 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3995 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3996 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather677.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3993, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather678.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3994, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather679.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3995, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather680.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3996, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %3997 = getelementptr i8, ptr %3519, i64 4480
-  %3998 = getelementptr i8, ptr %3519, i64 4512
-  %3999 = getelementptr i8, ptr %3519, i64 4544
-  %4000 = getelementptr i8, ptr %3519, i64 4576
-  store <8 x float> %wide.masked.gather677.3, ptr %3997, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather678.3, ptr %3998, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather679.3, ptr %3999, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather680.3, ptr %4000, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  br label %for_end_d520.i.8
-
-for_body_d519.i.8:                                ; preds = %for_body_d519.i.8, %for_end_d520.i.7
-  %indvars.iv1104.i.8 = phi i64 [ %indvars.iv.next1105.i.8.7, %for_body_d519.i.8 ], [ 0, %for_end_d520.i.7 ]
-  %.idx1207.i.8 = shl nuw nsw i64 %indvars.iv1104.i.8, 6
-  %4001 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, i64 %.idx1207.i.8
-  %4002 = load float, ptr %4001, align 4, !tbaa !5
-  %4003 = getelementptr float, ptr %3969, i64 %indvars.iv1104.i.8
-  store float %4002, ptr %4003, align 4, !tbaa !5
-  %indvars.iv.next1105.i.8 = or disjoint i64 %indvars.iv1104.i.8, 1
-  %.idx1207.i.8.1 = shl nuw nsw i64 %indvars.iv.next1105.i.8, 6
-  %4004 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, i64 %.idx1207.i.8.1
-  %4005 = load float, ptr %4004, align 4, !tbaa !5
-  %4006 = getelementptr float, ptr %3969, i64 %indvars.iv.next1105.i.8
-  store float %4005, ptr %4006, align 4, !tbaa !5
-  %indvars.iv.next1105.i.8.1 = or disjoint i64 %indvars.iv1104.i.8, 2
-  %.idx1207.i.8.2 = shl nuw nsw i64 %indvars.iv.next1105.i.8.1, 6
-  %4007 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, i64 %.idx1207.i.8.2
-  %4008 = load float, ptr %4007, align 4, !tbaa !5
-  %4009 = getelementptr float, ptr %3969, i64 %indvars.iv.next1105.i.8.1
-  store float %4008, ptr %4009, align 4, !tbaa !5
-  %indvars.iv.next1105.i.8.2 = or disjoint i64 %indvars.iv1104.i.8, 3
-  %.idx1207.i.8.3 = shl nuw nsw i64 %indvars.iv.next1105.i.8.2, 6
-  %4010 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, i64 %.idx1207.i.8.3
-  %4011 = load float, ptr %4010, align 4, !tbaa !5
-  %4012 = getelementptr float, ptr %3969, i64 %indvars.iv.next1105.i.8.2
-  store float %4011, ptr %4012, align 4, !tbaa !5
-  %indvars.iv.next1105.i.8.3 = or disjoint i64 %indvars.iv1104.i.8, 4
-  %.idx1207.i.8.4 = shl nuw nsw i64 %indvars.iv.next1105.i.8.3, 6
-  %4013 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, i64 %.idx1207.i.8.4
-  %4014 = load float, ptr %4013, align 4, !tbaa !5
-  %4015 = getelementptr float, ptr %3969, i64 %indvars.iv.next1105.i.8.3
-  store float %4014, ptr %4015, align 4, !tbaa !5
-  %indvars.iv.next1105.i.8.4 = or disjoint i64 %indvars.iv1104.i.8, 5
-  %.idx1207.i.8.5 = shl nuw nsw i64 %indvars.iv.next1105.i.8.4, 6
-  %4016 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, i64 %.idx1207.i.8.5
-  %4017 = load float, ptr %4016, align 4, !tbaa !5
-  %4018 = getelementptr float, ptr %3969, i64 %indvars.iv.next1105.i.8.4
-  store float %4017, ptr %4018, align 4, !tbaa !5
-  %indvars.iv.next1105.i.8.5 = or disjoint i64 %indvars.iv1104.i.8, 6
-  %.idx1207.i.8.6 = shl nuw nsw i64 %indvars.iv.next1105.i.8.5, 6
-  %4019 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, i64 %.idx1207.i.8.6
-  %4020 = load float, ptr %4019, align 4, !tbaa !5
-  %4021 = getelementptr float, ptr %3969, i64 %indvars.iv.next1105.i.8.5
-  store float %4020, ptr %4021, align 4, !tbaa !5
-  %indvars.iv.next1105.i.8.6 = or disjoint i64 %indvars.iv1104.i.8, 7
-  %.idx1207.i.8.7 = shl nuw nsw i64 %indvars.iv.next1105.i.8.6, 6
-  %4022 = getelementptr inbounds nuw i8, ptr %gep1276.i.8, i64 %.idx1207.i.8.7
-  %4023 = load float, ptr %4022, align 4, !tbaa !5
-  %4024 = getelementptr float, ptr %3969, i64 %indvars.iv.next1105.i.8.6
-  store float %4023, ptr %4024, align 4, !tbaa !5
-  %indvars.iv.next1105.i.8.7 = add nuw nsw i64 %indvars.iv1104.i.8, 8
-  %exitcond1107.not.i.8.7 = icmp eq i64 %indvars.iv.next1105.i.8.7, 128
-  br i1 %exitcond1107.not.i.8.7, label %for_end_d520.i.8, label %for_body_d519.i.8, !prof !27, !llvm.loop !129
-
-for_end_d520.i.8:                                 ; preds = %for_body_d519.i.8, %vector.body671
-  %4025 = getelementptr i8, ptr %3519, i64 4608
-  %gep1276.i.9 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 36
-  %scevgep636 = getelementptr i8, ptr %scevgep635, i64 %.idx.i
-  %bound0641 = icmp ult ptr %4025, %scevgep640
-  %bound1642 = icmp ult ptr %scevgep638, %scevgep636
-  %found.conflict643 = and i1 %bound0641, %bound1642
-  br i1 %found.conflict643, label %for_body_d519.i.9, label %vector.body646, !prof !16
-
-vector.body646:                                   ; preds = %for_end_d520.i.8
-  %4026 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4027 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4028 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4029 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather652 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4026, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
-  %wide.masked.gather653 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4027, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
-  %wide.masked.gather654 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4028, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
-  %wide.masked.gather655 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4029, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
-  %4030 = getelementptr i8, ptr %3519, i64 4640
-  %4031 = getelementptr i8, ptr %3519, i64 4672
-  %4032 = getelementptr i8, ptr %3519, i64 4704
-  store <8 x float> %wide.masked.gather652, ptr %4025, align 4, !tbaa !5, !alias.scope !133, !noalias !130
-  store <8 x float> %wide.masked.gather653, ptr %4030, align 4, !tbaa !5, !alias.scope !133, !noalias !130
-  store <8 x float> %wide.masked.gather654, ptr %4031, align 4, !tbaa !5, !alias.scope !133, !noalias !130
-  store <8 x float> %wide.masked.gather655, ptr %4032, align 4, !tbaa !5, !alias.scope !133, !noalias !130
-  %4033 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4034 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4035 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4036 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather652.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4033, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
-  %wide.masked.gather653.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4034, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
-  %wide.masked.gather654.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4035, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
-  %wide.masked.gather655.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4036, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
-  %4037 = getelementptr i8, ptr %3519, i64 4736
-  %4038 = getelementptr i8, ptr %3519, i64 4768
-  %4039 = getelementptr i8, ptr %3519, i64 4800
-  %4040 = getelementptr i8, ptr %3519, i64 4832
-  store <8 x float> %wide.masked.gather652.1, ptr %4037, align 4, !tbaa !5, !alias.scope !133, !noalias !130
-  store <8 x float> %wide.masked.gather653.1, ptr %4038, align 4, !tbaa !5, !alias.scope !133, !noalias !130
-  store <8 x float> %wide.masked.gather654.1, ptr %4039, align 4, !tbaa !5, !alias.scope !133, !noalias !130
-  store <8 x float> %wide.masked.gather655.1, ptr %4040, align 4, !tbaa !5, !alias.scope !133, !noalias !130
-  %4041 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4042 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4043 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4044 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather652.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4041, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
-  %wide.masked.gather653.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4042, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
-  %wide.masked.gather654.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4043, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
-  %wide.masked.gather655.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4044, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
-  %4045 = getelementptr i8, ptr %3519, i64 4864
-  %4046 = getelementptr i8, ptr %3519, i64 4896
-  %4047 = getelementptr i8, ptr %3519, i64 4928
-  %4048 = getelementptr i8, ptr %3519, i64 4960
-  store <8 x float> %wide.masked.gather652.2, ptr %4045, align 4, !tbaa !5, !alias.scope !133, !noalias !130
-  store <8 x float> %wide.masked.gather653.2, ptr %4046, align 4, !tbaa !5, !alias.scope !133, !noalias !130
-  store <8 x float> %wide.masked.gather654.2, ptr %4047, align 4, !tbaa !5, !alias.scope !133, !noalias !130
-  store <8 x float> %wide.masked.gather655.2, ptr %4048, align 4, !tbaa !5, !alias.scope !133, !noalias !130
-  %4049 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4050 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4051 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4052 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather652.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4049, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
-  %wide.masked.gather653.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4050, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
-  %wide.masked.gather654.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4051, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
-  %wide.masked.gather655.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4052, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
-  %4053 = getelementptr i8, ptr %3519, i64 4992
-  %4054 = getelementptr i8, ptr %3519, i64 5024
-  %4055 = getelementptr i8, ptr %3519, i64 5056
-  %4056 = getelementptr i8, ptr %3519, i64 5088
-  store <8 x float> %wide.masked.gather652.3, ptr %4053, align 4, !tbaa !5, !alias.scope !133, !noalias !130
-  store <8 x float> %wide.masked.gather653.3, ptr %4054, align 4, !tbaa !5, !alias.scope !133, !noalias !130
-  store <8 x float> %wide.masked.gather654.3, ptr %4055, align 4, !tbaa !5, !alias.scope !133, !noalias !130
-  store <8 x float> %wide.masked.gather655.3, ptr %4056, align 4, !tbaa !5, !alias.scope !133, !noalias !130
-  br label %for_end_d520.i.9
-
-for_body_d519.i.9:                                ; preds = %for_body_d519.i.9, %for_end_d520.i.8
-  %indvars.iv1104.i.9 = phi i64 [ %indvars.iv.next1105.i.9.7, %for_body_d519.i.9 ], [ 0, %for_end_d520.i.8 ]
-  %.idx1207.i.9 = shl nuw nsw i64 %indvars.iv1104.i.9, 6
-  %4057 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, i64 %.idx1207.i.9
-  %4058 = load float, ptr %4057, align 4, !tbaa !5
-  %4059 = getelementptr float, ptr %4025, i64 %indvars.iv1104.i.9
-  store float %4058, ptr %4059, align 4, !tbaa !5
-  %indvars.iv.next1105.i.9 = or disjoint i64 %indvars.iv1104.i.9, 1
-  %.idx1207.i.9.1 = shl nuw nsw i64 %indvars.iv.next1105.i.9, 6
-  %4060 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, i64 %.idx1207.i.9.1
-  %4061 = load float, ptr %4060, align 4, !tbaa !5
-  %4062 = getelementptr float, ptr %4025, i64 %indvars.iv.next1105.i.9
-  store float %4061, ptr %4062, align 4, !tbaa !5
-  %indvars.iv.next1105.i.9.1 = or disjoint i64 %indvars.iv1104.i.9, 2
-  %.idx1207.i.9.2 = shl nuw nsw i64 %indvars.iv.next1105.i.9.1, 6
-  %4063 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, i64 %.idx1207.i.9.2
-  %4064 = load float, ptr %4063, align 4, !tbaa !5
-  %4065 = getelementptr float, ptr %4025, i64 %indvars.iv.next1105.i.9.1
-  store float %4064, ptr %4065, align 4, !tbaa !5
-  %indvars.iv.next1105.i.9.2 = or disjoint i64 %indvars.iv1104.i.9, 3
-  %.idx1207.i.9.3 = shl nuw nsw i64 %indvars.iv.next1105.i.9.2, 6
-  %4066 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, i64 %.idx1207.i.9.3
-  %4067 = load float, ptr %4066, align 4, !tbaa !5
-  %4068 = getelementptr float, ptr %4025, i64 %indvars.iv.next1105.i.9.2
-  store float %4067, ptr %4068, align 4, !tbaa !5
-  %indvars.iv.next1105.i.9.3 = or disjoint i64 %indvars.iv1104.i.9, 4
-  %.idx1207.i.9.4 = shl nuw nsw i64 %indvars.iv.next1105.i.9.3, 6
-  %4069 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, i64 %.idx1207.i.9.4
-  %4070 = load float, ptr %4069, align 4, !tbaa !5
-  %4071 = getelementptr float, ptr %4025, i64 %indvars.iv.next1105.i.9.3
-  store float %4070, ptr %4071, align 4, !tbaa !5
-  %indvars.iv.next1105.i.9.4 = or disjoint i64 %indvars.iv1104.i.9, 5
-  %.idx1207.i.9.5 = shl nuw nsw i64 %indvars.iv.next1105.i.9.4, 6
-  %4072 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, i64 %.idx1207.i.9.5
-  %4073 = load float, ptr %4072, align 4, !tbaa !5
-  %4074 = getelementptr float, ptr %4025, i64 %indvars.iv.next1105.i.9.4
-  store float %4073, ptr %4074, align 4, !tbaa !5
-  %indvars.iv.next1105.i.9.5 = or disjoint i64 %indvars.iv1104.i.9, 6
-  %.idx1207.i.9.6 = shl nuw nsw i64 %indvars.iv.next1105.i.9.5, 6
-  %4075 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, i64 %.idx1207.i.9.6
-  %4076 = load float, ptr %4075, align 4, !tbaa !5
-  %4077 = getelementptr float, ptr %4025, i64 %indvars.iv.next1105.i.9.5
-  store float %4076, ptr %4077, align 4, !tbaa !5
-  %indvars.iv.next1105.i.9.6 = or disjoint i64 %indvars.iv1104.i.9, 7
-  %.idx1207.i.9.7 = shl nuw nsw i64 %indvars.iv.next1105.i.9.6, 6
-  %4078 = getelementptr inbounds nuw i8, ptr %gep1276.i.9, i64 %.idx1207.i.9.7
-  %4079 = load float, ptr %4078, align 4, !tbaa !5
-  %4080 = getelementptr float, ptr %4025, i64 %indvars.iv.next1105.i.9.6
-  store float %4079, ptr %4080, align 4, !tbaa !5
-  %indvars.iv.next1105.i.9.7 = add nuw nsw i64 %indvars.iv1104.i.9, 8
-  %exitcond1107.not.i.9.7 = icmp eq i64 %indvars.iv.next1105.i.9.7, 128
-  br i1 %exitcond1107.not.i.9.7, label %for_end_d520.i.9, label %for_body_d519.i.9, !prof !27, !llvm.loop !135
-
-for_end_d520.i.9:                                 ; preds = %for_body_d519.i.9, %vector.body646
-  %4081 = getelementptr i8, ptr %3519, i64 5120
-  %gep1276.i.10 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 40
-  %scevgep611 = getelementptr i8, ptr %scevgep610, i64 %.idx.i
-  %bound0616 = icmp ult ptr %4081, %scevgep615
-  %bound1617 = icmp ult ptr %scevgep613, %scevgep611
-  %found.conflict618 = and i1 %bound0616, %bound1617
-  br i1 %found.conflict618, label %for_body_d519.i.10, label %vector.body621, !prof !16
-
-vector.body621:                                   ; preds = %for_end_d520.i.9
-  %4082 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4083 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4084 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4085 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather627 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4082, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !136
-  %wide.masked.gather628 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4083, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !136
-  %wide.masked.gather629 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4084, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !136
-  %wide.masked.gather630 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4085, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !136
-  %4086 = getelementptr i8, ptr %3519, i64 5152
-  %4087 = getelementptr i8, ptr %3519, i64 5184
-  %4088 = getelementptr i8, ptr %3519, i64 5216
-  store <8 x float> %wide.masked.gather627, ptr %4081, align 4, !tbaa !5, !alias.scope !139, !noalias !136
-  store <8 x float> %wide.masked.gather628, ptr %4086, align 4, !tbaa !5, !alias.scope !139, !noalias !136
-  store <8 x float> %wide.masked.gather629, ptr %4087, align 4, !tbaa !5, !alias.scope !139, !noalias !136
-  store <8 x float> %wide.masked.gather630, ptr %4088, align 4, !tbaa !5, !alias.scope !139, !noalias !136
-  %4089 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4090 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4091 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4092 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather627.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4089, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !136
-  %wide.masked.gather628.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4090, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !136
-  %wide.masked.gather629.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4091, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !136
-  %wide.masked.gather630.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4092, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !136
-  %4093 = getelementptr i8, ptr %3519, i64 5248
-  %4094 = getelementptr i8, ptr %3519, i64 5280
-  %4095 = getelementptr i8, ptr %3519, i64 5312
-  %4096 = getelementptr i8, ptr %3519, i64 5344
-  store <8 x float> %wide.masked.gather627.1, ptr %4093, align 4, !tbaa !5, !alias.scope !139, !noalias !136
-  store <8 x float> %wide.masked.gather628.1, ptr %4094, align 4, !tbaa !5, !alias.scope !139, !noalias !136
-  store <8 x float> %wide.masked.gather629.1, ptr %4095, align 4, !tbaa !5, !alias.scope !139, !noalias !136
-  store <8 x float> %wide.masked.gather630.1, ptr %4096, align 4, !tbaa !5, !alias.scope !139, !noalias !136
-  %4097 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4098 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4099 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4100 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather627.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4097, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !136
-  %wide.masked.gather628.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4098, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !136
-  %wide.masked.gather629.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !136
-  %wide.masked.gather630.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4100, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !136
-  %4101 = getelementptr i8, ptr %3519, i64 5376
-  %4102 = getelementptr i8, ptr %3519, i64 5408
-  %4103 = getelementptr i8, ptr %3519, i64 5440
-  %4104 = getelementptr i8, ptr %3519, i64 5472
-  store <8 x float> %wide.masked.gather627.2, ptr %4101, align 4, !tbaa !5, !alias.scope !139, !noalias !136
-  store <8 x float> %wide.masked.gather628.2, ptr %4102, align 4, !tbaa !5, !alias.scope !139, !noalias !136
-  store <8 x float> %wide.masked.gather629.2, ptr %4103, align 4, !tbaa !5, !alias.scope !139, !noalias !136
-  store <8 x float> %wide.masked.gather630.2, ptr %4104, align 4, !tbaa !5, !alias.scope !139, !noalias !136
-  %4105 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4106 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4107 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4108 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather627.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4105, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !136
-  %wide.masked.gather628.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4106, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !136
-  %wide.masked.gather629.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4107, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !136
-  %wide.masked.gather630.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4108, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !136
-  %4109 = getelementptr i8, ptr %3519, i64 5504
-  %4110 = getelementptr i8, ptr %3519, i64 5536
-  %4111 = getelementptr i8, ptr %3519, i64 5568
-  %4112 = getelementptr i8, ptr %3519, i64 5600
-  store <8 x float> %wide.masked.gather627.3, ptr %4109, align 4, !tbaa !5, !alias.scope !139, !noalias !136
-  store <8 x float> %wide.masked.gather628.3, ptr %4110, align 4, !tbaa !5, !alias.scope !139, !noalias !136
-  store <8 x float> %wide.masked.gather629.3, ptr %4111, align 4, !tbaa !5, !alias.scope !139, !noalias !136
-  store <8 x float> %wide.masked.gather630.3, ptr %4112, align 4, !tbaa !5, !alias.scope !139, !noalias !136
-  br label %for_end_d520.i.10
-
-for_body_d519.i.10:                               ; preds = %for_body_d519.i.10, %for_end_d520.i.9
-  %indvars.iv1104.i.10 = phi i64 [ %indvars.iv.next1105.i.10.7, %for_body_d519.i.10 ], [ 0, %for_end_d520.i.9 ]
-  %.idx1207.i.10 = shl nuw nsw i64 %indvars.iv1104.i.10, 6
-  %4113 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, i64 %.idx1207.i.10
-  %4114 = load float, ptr %4113, align 4, !tbaa !5
-  %4115 = getelementptr float, ptr %4081, i64 %indvars.iv1104.i.10
-  store float %4114, ptr %4115, align 4, !tbaa !5
-  %indvars.iv.next1105.i.10 = or disjoint i64 %indvars.iv1104.i.10, 1
-  %.idx1207.i.10.1 = shl nuw nsw i64 %indvars.iv.next1105.i.10, 6
-  %4116 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, i64 %.idx1207.i.10.1
-  %4117 = load float, ptr %4116, align 4, !tbaa !5
-  %4118 = getelementptr float, ptr %4081, i64 %indvars.iv.next1105.i.10
-  store float %4117, ptr %4118, align 4, !tbaa !5
-  %indvars.iv.next1105.i.10.1 = or disjoint i64 %indvars.iv1104.i.10, 2
-  %.idx1207.i.10.2 = shl nuw nsw i64 %indvars.iv.next1105.i.10.1, 6
-  %4119 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, i64 %.idx1207.i.10.2
-  %4120 = load float, ptr %4119, align 4, !tbaa !5
-  %4121 = getelementptr float, ptr %4081, i64 %indvars.iv.next1105.i.10.1
-  store float %4120, ptr %4121, align 4, !tbaa !5
-  %indvars.iv.next1105.i.10.2 = or disjoint i64 %indvars.iv1104.i.10, 3
-  %.idx1207.i.10.3 = shl nuw nsw i64 %indvars.iv.next1105.i.10.2, 6
-  %4122 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, i64 %.idx1207.i.10.3
-  %4123 = load float, ptr %4122, align 4, !tbaa !5
-  %4124 = getelementptr float, ptr %4081, i64 %indvars.iv.next1105.i.10.2
-  store float %4123, ptr %4124, align 4, !tbaa !5
-  %indvars.iv.next1105.i.10.3 = or disjoint i64 %indvars.iv1104.i.10, 4
-  %.idx1207.i.10.4 = shl nuw nsw i64 %indvars.iv.next1105.i.10.3, 6
-  %4125 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, i64 %.idx1207.i.10.4
-  %4126 = load float, ptr %4125, align 4, !tbaa !5
-  %4127 = getelementptr float, ptr %4081, i64 %indvars.iv.next1105.i.10.3
-  store float %4126, ptr %4127, align 4, !tbaa !5
-  %indvars.iv.next1105.i.10.4 = or disjoint i64 %indvars.iv1104.i.10, 5
-  %.idx1207.i.10.5 = shl nuw nsw i64 %indvars.iv.next1105.i.10.4, 6
-  %4128 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, i64 %.idx1207.i.10.5
-  %4129 = load float, ptr %4128, align 4, !tbaa !5
-  %4130 = getelementptr float, ptr %4081, i64 %indvars.iv.next1105.i.10.4
-  store float %4129, ptr %4130, align 4, !tbaa !5
-  %indvars.iv.next1105.i.10.5 = or disjoint i64 %indvars.iv1104.i.10, 6
-  %.idx1207.i.10.6 = shl nuw nsw i64 %indvars.iv.next1105.i.10.5, 6
-  %4131 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, i64 %.idx1207.i.10.6
-  %4132 = load float, ptr %4131, align 4, !tbaa !5
-  %4133 = getelementptr float, ptr %4081, i64 %indvars.iv.next1105.i.10.5
-  store float %4132, ptr %4133, align 4, !tbaa !5
-  %indvars.iv.next1105.i.10.6 = or disjoint i64 %indvars.iv1104.i.10, 7
-  %.idx1207.i.10.7 = shl nuw nsw i64 %indvars.iv.next1105.i.10.6, 6
-  %4134 = getelementptr inbounds nuw i8, ptr %gep1276.i.10, i64 %.idx1207.i.10.7
-  %4135 = load float, ptr %4134, align 4, !tbaa !5
-  %4136 = getelementptr float, ptr %4081, i64 %indvars.iv.next1105.i.10.6
-  store float %4135, ptr %4136, align 4, !tbaa !5
-  %indvars.iv.next1105.i.10.7 = add nuw nsw i64 %indvars.iv1104.i.10, 8
-  %exitcond1107.not.i.10.7 = icmp eq i64 %indvars.iv.next1105.i.10.7, 128
-  br i1 %exitcond1107.not.i.10.7, label %for_end_d520.i.10, label %for_body_d519.i.10, !prof !27, !llvm.loop !141
-
-for_end_d520.i.10:                                ; preds = %for_body_d519.i.10, %vector.body621
-  %4137 = getelementptr i8, ptr %3519, i64 5632
-  %gep1276.i.11 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 44
-  %scevgep586 = getelementptr i8, ptr %scevgep585, i64 %.idx.i
-  %bound0591 = icmp ult ptr %4137, %scevgep590
-  %bound1592 = icmp ult ptr %scevgep588, %scevgep586
-  %found.conflict593 = and i1 %bound0591, %bound1592
-  br i1 %found.conflict593, label %for_body_d519.i.11, label %vector.body596, !prof !16
-
-vector.body596:                                   ; preds = %for_end_d520.i.10
-  %4138 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4139 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4140 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4141 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather602 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4138, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !142
-  %wide.masked.gather603 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4139, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !142
-  %wide.masked.gather604 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4140, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !142
-  %wide.masked.gather605 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4141, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !142
-  %4142 = getelementptr i8, ptr %3519, i64 5664
-  %4143 = getelementptr i8, ptr %3519, i64 5696
-  %4144 = getelementptr i8, ptr %3519, i64 5728
-  store <8 x float> %wide.masked.gather602, ptr %4137, align 4, !tbaa !5, !alias.scope !145, !noalias !142
-  store <8 x float> %wide.masked.gather603, ptr %4142, align 4, !tbaa !5, !alias.scope !145, !noalias !142
-  store <8 x float> %wide.masked.gather604, ptr %4143, align 4, !tbaa !5, !alias.scope !145, !noalias !142
-  store <8 x float> %wide.masked.gather605, ptr %4144, align 4, !tbaa !5, !alias.scope !145, !noalias !142
-  %4145 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4146 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4147 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4148 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather602.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4145, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !142
-  %wide.masked.gather603.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4146, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !142
-  %wide.masked.gather604.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4147, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !142
-  %wide.masked.gather605.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4148, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !142
-  %4149 = getelementptr i8, ptr %3519, i64 5760
-  %4150 = getelementptr i8, ptr %3519, i64 5792
-  %4151 = getelementptr i8, ptr %3519, i64 5824
-  %4152 = getelementptr i8, ptr %3519, i64 5856
-  store <8 x float> %wide.masked.gather602.1, ptr %4149, align 4, !tbaa !5, !alias.scope !145, !noalias !142
-  store <8 x float> %wide.masked.gather603.1, ptr %4150, align 4, !tbaa !5, !alias.scope !145, !noalias !142
-  store <8 x float> %wide.masked.gather604.1, ptr %4151, align 4, !tbaa !5, !alias.scope !145, !noalias !142
-  store <8 x float> %wide.masked.gather605.1, ptr %4152, align 4, !tbaa !5, !alias.scope !145, !noalias !142
-  %4153 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4154 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4155 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4156 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather602.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4153, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !142
-  %wide.masked.gather603.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4154, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !142
-  %wide.masked.gather604.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4155, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !142
-  %wide.masked.gather605.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4156, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !142
-  %4157 = getelementptr i8, ptr %3519, i64 5888
-  %4158 = getelementptr i8, ptr %3519, i64 5920
-  %4159 = getelementptr i8, ptr %3519, i64 5952
-  %4160 = getelementptr i8, ptr %3519, i64 5984
-  store <8 x float> %wide.masked.gather602.2, ptr %4157, align 4, !tbaa !5, !alias.scope !145, !noalias !142
-  store <8 x float> %wide.masked.gather603.2, ptr %4158, align 4, !tbaa !5, !alias.scope !145, !noalias !142
-  store <8 x float> %wide.masked.gather604.2, ptr %4159, align 4, !tbaa !5, !alias.scope !145, !noalias !142
-  store <8 x float> %wide.masked.gather605.2, ptr %4160, align 4, !tbaa !5, !alias.scope !145, !noalias !142
-  %4161 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4162 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4163 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4164 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather602.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4161, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !142
-  %wide.masked.gather603.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4162, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !142
-  %wide.masked.gather604.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4163, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !142
-  %wide.masked.gather605.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4164, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !142
-  %4165 = getelementptr i8, ptr %3519, i64 6016
-  %4166 = getelementptr i8, ptr %3519, i64 6048
-  %4167 = getelementptr i8, ptr %3519, i64 6080
-  %4168 = getelementptr i8, ptr %3519, i64 6112
-  store <8 x float> %wide.masked.gather602.3, ptr %4165, align 4, !tbaa !5, !alias.scope !145, !noalias !142
-  store <8 x float> %wide.masked.gather603.3, ptr %4166, align 4, !tbaa !5, !alias.scope !145, !noalias !142
-  store <8 x float> %wide.masked.gather604.3, ptr %4167, align 4, !tbaa !5, !alias.scope !145, !noalias !142
-  store <8 x float> %wide.masked.gather605.3, ptr %4168, align 4, !tbaa !5, !alias.scope !145, !noalias !142
-  br label %for_end_d520.i.11
-
-for_body_d519.i.11:                               ; preds = %for_body_d519.i.11, %for_end_d520.i.10
-  %indvars.iv1104.i.11 = phi i64 [ %indvars.iv.next1105.i.11.7, %for_body_d519.i.11 ], [ 0, %for_end_d520.i.10 ]
-  %.idx1207.i.11 = shl nuw nsw i64 %indvars.iv1104.i.11, 6
-  %4169 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, i64 %.idx1207.i.11
-  %4170 = load float, ptr %4169, align 4, !tbaa !5
-  %4171 = getelementptr float, ptr %4137, i64 %indvars.iv1104.i.11
-  store float %4170, ptr %4171, align 4, !tbaa !5
-  %indvars.iv.next1105.i.11 = or disjoint i64 %indvars.iv1104.i.11, 1
-  %.idx1207.i.11.1 = shl nuw nsw i64 %indvars.iv.next1105.i.11, 6
-  %4172 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, i64 %.idx1207.i.11.1
-  %4173 = load float, ptr %4172, align 4, !tbaa !5
-  %4174 = getelementptr float, ptr %4137, i64 %indvars.iv.next1105.i.11
-  store float %4173, ptr %4174, align 4, !tbaa !5
-  %indvars.iv.next1105.i.11.1 = or disjoint i64 %indvars.iv1104.i.11, 2
-  %.idx1207.i.11.2 = shl nuw nsw i64 %indvars.iv.next1105.i.11.1, 6
-  %4175 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, i64 %.idx1207.i.11.2
-  %4176 = load float, ptr %4175, align 4, !tbaa !5
-  %4177 = getelementptr float, ptr %4137, i64 %indvars.iv.next1105.i.11.1
-  store float %4176, ptr %4177, align 4, !tbaa !5
-  %indvars.iv.next1105.i.11.2 = or disjoint i64 %indvars.iv1104.i.11, 3
-  %.idx1207.i.11.3 = shl nuw nsw i64 %indvars.iv.next1105.i.11.2, 6
-  %4178 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, i64 %.idx1207.i.11.3
-  %4179 = load float, ptr %4178, align 4, !tbaa !5
-  %4180 = getelementptr float, ptr %4137, i64 %indvars.iv.next1105.i.11.2
-  store float %4179, ptr %4180, align 4, !tbaa !5
-  %indvars.iv.next1105.i.11.3 = or disjoint i64 %indvars.iv1104.i.11, 4
-  %.idx1207.i.11.4 = shl nuw nsw i64 %indvars.iv.next1105.i.11.3, 6
-  %4181 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, i64 %.idx1207.i.11.4
-  %4182 = load float, ptr %4181, align 4, !tbaa !5
-  %4183 = getelementptr float, ptr %4137, i64 %indvars.iv.next1105.i.11.3
-  store float %4182, ptr %4183, align 4, !tbaa !5
-  %indvars.iv.next1105.i.11.4 = or disjoint i64 %indvars.iv1104.i.11, 5
-  %.idx1207.i.11.5 = shl nuw nsw i64 %indvars.iv.next1105.i.11.4, 6
-  %4184 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, i64 %.idx1207.i.11.5
-  %4185 = load float, ptr %4184, align 4, !tbaa !5
-  %4186 = getelementptr float, ptr %4137, i64 %indvars.iv.next1105.i.11.4
-  store float %4185, ptr %4186, align 4, !tbaa !5
-  %indvars.iv.next1105.i.11.5 = or disjoint i64 %indvars.iv1104.i.11, 6
-  %.idx1207.i.11.6 = shl nuw nsw i64 %indvars.iv.next1105.i.11.5, 6
-  %4187 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, i64 %.idx1207.i.11.6
-  %4188 = load float, ptr %4187, align 4, !tbaa !5
-  %4189 = getelementptr float, ptr %4137, i64 %indvars.iv.next1105.i.11.5
-  store float %4188, ptr %4189, align 4, !tbaa !5
-  %indvars.iv.next1105.i.11.6 = or disjoint i64 %indvars.iv1104.i.11, 7
-  %.idx1207.i.11.7 = shl nuw nsw i64 %indvars.iv.next1105.i.11.6, 6
-  %4190 = getelementptr inbounds nuw i8, ptr %gep1276.i.11, i64 %.idx1207.i.11.7
-  %4191 = load float, ptr %4190, align 4, !tbaa !5
-  %4192 = getelementptr float, ptr %4137, i64 %indvars.iv.next1105.i.11.6
-  store float %4191, ptr %4192, align 4, !tbaa !5
-  %indvars.iv.next1105.i.11.7 = add nuw nsw i64 %indvars.iv1104.i.11, 8
-  %exitcond1107.not.i.11.7 = icmp eq i64 %indvars.iv.next1105.i.11.7, 128
-  br i1 %exitcond1107.not.i.11.7, label %for_end_d520.i.11, label %for_body_d519.i.11, !prof !27, !llvm.loop !147
-
-for_end_d520.i.11:                                ; preds = %for_body_d519.i.11, %vector.body596
-  %4193 = getelementptr i8, ptr %3519, i64 6144
-  %gep1276.i.12 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 48
-  %scevgep561 = getelementptr i8, ptr %scevgep560, i64 %.idx.i
-  %bound0566 = icmp ult ptr %4193, %scevgep565
-  %bound1567 = icmp ult ptr %scevgep563, %scevgep561
-  %found.conflict568 = and i1 %bound0566, %bound1567
-  br i1 %found.conflict568, label %for_body_d519.i.12, label %vector.body571, !prof !16
-
-vector.body571:                                   ; preds = %for_end_d520.i.11
-  %4194 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4195 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4196 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4197 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather577 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4194, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !148
-  %wide.masked.gather578 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4195, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !148
-  %wide.masked.gather579 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4196, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !148
-  %wide.masked.gather580 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4197, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !148
-  %4198 = getelementptr i8, ptr %3519, i64 6176
-  %4199 = getelementptr i8, ptr %3519, i64 6208
-  %4200 = getelementptr i8, ptr %3519, i64 6240
-  store <8 x float> %wide.masked.gather577, ptr %4193, align 4, !tbaa !5, !alias.scope !151, !noalias !148
-  store <8 x float> %wide.masked.gather578, ptr %4198, align 4, !tbaa !5, !alias.scope !151, !noalias !148
-  store <8 x float> %wide.masked.gather579, ptr %4199, align 4, !tbaa !5, !alias.scope !151, !noalias !148
-  store <8 x float> %wide.masked.gather580, ptr %4200, align 4, !tbaa !5, !alias.scope !151, !noalias !148
-  %4201 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4202 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4203 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4204 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather577.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4201, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !148
-  %wide.masked.gather578.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4202, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !148
-  %wide.masked.gather579.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4203, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !148
-  %wide.masked.gather580.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4204, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !148
-  %4205 = getelementptr i8, ptr %3519, i64 6272
-  %4206 = getelementptr i8, ptr %3519, i64 6304
-  %4207 = getelementptr i8, ptr %3519, i64 6336
-  %4208 = getelementptr i8, ptr %3519, i64 6368
-  store <8 x float> %wide.masked.gather577.1, ptr %4205, align 4, !tbaa !5, !alias.scope !151, !noalias !148
-  store <8 x float> %wide.masked.gather578.1, ptr %4206, align 4, !tbaa !5, !alias.scope !151, !noalias !148
-  store <8 x float> %wide.masked.gather579.1, ptr %4207, align 4, !tbaa !5, !alias.scope !151, !noalias !148
-  store <8 x float> %wide.masked.gather580.1, ptr %4208, align 4, !tbaa !5, !alias.scope !151, !noalias !148
-  %4209 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4210 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4211 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4212 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather577.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4209, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !148
-  %wide.masked.gather578.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4210, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !148
-  %wide.masked.gather579.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4211, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !148
-  %wide.masked.gather580.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4212, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !148
-  %4213 = getelementptr i8, ptr %3519, i64 6400
-  %4214 = getelementptr i8, ptr %3519, i64 6432
-  %4215 = getelementptr i8, ptr %3519, i64 6464
-  %4216 = getelementptr i8, ptr %3519, i64 6496
-  store <8 x float> %wide.masked.gather577.2, ptr %4213, align 4, !tbaa !5, !alias.scope !151, !noalias !148
-  store <8 x float> %wide.masked.gather578.2, ptr %4214, align 4, !tbaa !5, !alias.scope !151, !noalias !148
-  store <8 x float> %wide.masked.gather579.2, ptr %4215, align 4, !tbaa !5, !alias.scope !151, !noalias !148
-  store <8 x float> %wide.masked.gather580.2, ptr %4216, align 4, !tbaa !5, !alias.scope !151, !noalias !148
-  %4217 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4218 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4219 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4220 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather577.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4217, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !148
-  %wide.masked.gather578.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4218, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !148
-  %wide.masked.gather579.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4219, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !148
-  %wide.masked.gather580.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4220, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !148
-  %4221 = getelementptr i8, ptr %3519, i64 6528
-  %4222 = getelementptr i8, ptr %3519, i64 6560
-  %4223 = getelementptr i8, ptr %3519, i64 6592
-  %4224 = getelementptr i8, ptr %3519, i64 6624
-  store <8 x float> %wide.masked.gather577.3, ptr %4221, align 4, !tbaa !5, !alias.scope !151, !noalias !148
-  store <8 x float> %wide.masked.gather578.3, ptr %4222, align 4, !tbaa !5, !alias.scope !151, !noalias !148
-  store <8 x float> %wide.masked.gather579.3, ptr %4223, align 4, !tbaa !5, !alias.scope !151, !noalias !148
-  store <8 x float> %wide.masked.gather580.3, ptr %4224, align 4, !tbaa !5, !alias.scope !151, !noalias !148
-  br label %for_end_d520.i.12
-
-for_body_d519.i.12:                               ; preds = %for_body_d519.i.12, %for_end_d520.i.11
-  %indvars.iv1104.i.12 = phi i64 [ %indvars.iv.next1105.i.12.7, %for_body_d519.i.12 ], [ 0, %for_end_d520.i.11 ]
-  %.idx1207.i.12 = shl nuw nsw i64 %indvars.iv1104.i.12, 6
-  %4225 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, i64 %.idx1207.i.12
-  %4226 = load float, ptr %4225, align 4, !tbaa !5
-  %4227 = getelementptr float, ptr %4193, i64 %indvars.iv1104.i.12
-  store float %4226, ptr %4227, align 4, !tbaa !5
-  %indvars.iv.next1105.i.12 = or disjoint i64 %indvars.iv1104.i.12, 1
-  %.idx1207.i.12.1 = shl nuw nsw i64 %indvars.iv.next1105.i.12, 6
-  %4228 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, i64 %.idx1207.i.12.1
-  %4229 = load float, ptr %4228, align 4, !tbaa !5
-  %4230 = getelementptr float, ptr %4193, i64 %indvars.iv.next1105.i.12
-  store float %4229, ptr %4230, align 4, !tbaa !5
-  %indvars.iv.next1105.i.12.1 = or disjoint i64 %indvars.iv1104.i.12, 2
-  %.idx1207.i.12.2 = shl nuw nsw i64 %indvars.iv.next1105.i.12.1, 6
-  %4231 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, i64 %.idx1207.i.12.2
-  %4232 = load float, ptr %4231, align 4, !tbaa !5
-  %4233 = getelementptr float, ptr %4193, i64 %indvars.iv.next1105.i.12.1
-  store float %4232, ptr %4233, align 4, !tbaa !5
-  %indvars.iv.next1105.i.12.2 = or disjoint i64 %indvars.iv1104.i.12, 3
-  %.idx1207.i.12.3 = shl nuw nsw i64 %indvars.iv.next1105.i.12.2, 6
-  %4234 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, i64 %.idx1207.i.12.3
-  %4235 = load float, ptr %4234, align 4, !tbaa !5
-  %4236 = getelementptr float, ptr %4193, i64 %indvars.iv.next1105.i.12.2
-  store float %4235, ptr %4236, align 4, !tbaa !5
-  %indvars.iv.next1105.i.12.3 = or disjoint i64 %indvars.iv1104.i.12, 4
-  %.idx1207.i.12.4 = shl nuw nsw i64 %indvars.iv.next1105.i.12.3, 6
-  %4237 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, i64 %.idx1207.i.12.4
-  %4238 = load float, ptr %4237, align 4, !tbaa !5
-  %4239 = getelementptr float, ptr %4193, i64 %indvars.iv.next1105.i.12.3
-  store float %4238, ptr %4239, align 4, !tbaa !5
-  %indvars.iv.next1105.i.12.4 = or disjoint i64 %indvars.iv1104.i.12, 5
-  %.idx1207.i.12.5 = shl nuw nsw i64 %indvars.iv.next1105.i.12.4, 6
-  %4240 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, i64 %.idx1207.i.12.5
-  %4241 = load float, ptr %4240, align 4, !tbaa !5
-  %4242 = getelementptr float, ptr %4193, i64 %indvars.iv.next1105.i.12.4
-  store float %4241, ptr %4242, align 4, !tbaa !5
-  %indvars.iv.next1105.i.12.5 = or disjoint i64 %indvars.iv1104.i.12, 6
-  %.idx1207.i.12.6 = shl nuw nsw i64 %indvars.iv.next1105.i.12.5, 6
-  %4243 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, i64 %.idx1207.i.12.6
-  %4244 = load float, ptr %4243, align 4, !tbaa !5
-  %4245 = getelementptr float, ptr %4193, i64 %indvars.iv.next1105.i.12.5
-  store float %4244, ptr %4245, align 4, !tbaa !5
-  %indvars.iv.next1105.i.12.6 = or disjoint i64 %indvars.iv1104.i.12, 7
-  %.idx1207.i.12.7 = shl nuw nsw i64 %indvars.iv.next1105.i.12.6, 6
-  %4246 = getelementptr inbounds nuw i8, ptr %gep1276.i.12, i64 %.idx1207.i.12.7
-  %4247 = load float, ptr %4246, align 4, !tbaa !5
-  %4248 = getelementptr float, ptr %4193, i64 %indvars.iv.next1105.i.12.6
-  store float %4247, ptr %4248, align 4, !tbaa !5
-  %indvars.iv.next1105.i.12.7 = add nuw nsw i64 %indvars.iv1104.i.12, 8
-  %exitcond1107.not.i.12.7 = icmp eq i64 %indvars.iv.next1105.i.12.7, 128
-  br i1 %exitcond1107.not.i.12.7, label %for_end_d520.i.12, label %for_body_d519.i.12, !prof !27, !llvm.loop !153
-
-for_end_d520.i.12:                                ; preds = %for_body_d519.i.12, %vector.body571
-  %4249 = getelementptr i8, ptr %3519, i64 6656
-  %gep1276.i.13 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 52
-  %scevgep536 = getelementptr i8, ptr %scevgep535, i64 %.idx.i
-  %bound0541 = icmp ult ptr %4249, %scevgep540
-  %bound1542 = icmp ult ptr %scevgep538, %scevgep536
-  %found.conflict543 = and i1 %bound0541, %bound1542
-  br i1 %found.conflict543, label %for_body_d519.i.13, label %vector.body546, !prof !16
-
-vector.body546:                                   ; preds = %for_end_d520.i.12
-  %4250 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4251 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4252 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4253 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather552 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4250, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !154
-  %wide.masked.gather553 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4251, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !154
-  %wide.masked.gather554 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4252, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !154
-  %wide.masked.gather555 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4253, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !154
-  %4254 = getelementptr i8, ptr %3519, i64 6688
-  %4255 = getelementptr i8, ptr %3519, i64 6720
-  %4256 = getelementptr i8, ptr %3519, i64 6752
-  store <8 x float> %wide.masked.gather552, ptr %4249, align 4, !tbaa !5, !alias.scope !157, !noalias !154
-  store <8 x float> %wide.masked.gather553, ptr %4254, align 4, !tbaa !5, !alias.scope !157, !noalias !154
-  store <8 x float> %wide.masked.gather554, ptr %4255, align 4, !tbaa !5, !alias.scope !157, !noalias !154
-  store <8 x float> %wide.masked.gather555, ptr %4256, align 4, !tbaa !5, !alias.scope !157, !noalias !154
-  %4257 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4258 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4259 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4260 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather552.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4257, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !154
-  %wide.masked.gather553.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4258, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !154
-  %wide.masked.gather554.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4259, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !154
-  %wide.masked.gather555.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4260, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !154
-  %4261 = getelementptr i8, ptr %3519, i64 6784
-  %4262 = getelementptr i8, ptr %3519, i64 6816
-  %4263 = getelementptr i8, ptr %3519, i64 6848
-  %4264 = getelementptr i8, ptr %3519, i64 6880
-  store <8 x float> %wide.masked.gather552.1, ptr %4261, align 4, !tbaa !5, !alias.scope !157, !noalias !154
-  store <8 x float> %wide.masked.gather553.1, ptr %4262, align 4, !tbaa !5, !alias.scope !157, !noalias !154
-  store <8 x float> %wide.masked.gather554.1, ptr %4263, align 4, !tbaa !5, !alias.scope !157, !noalias !154
-  store <8 x float> %wide.masked.gather555.1, ptr %4264, align 4, !tbaa !5, !alias.scope !157, !noalias !154
-  %4265 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4266 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4267 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4268 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather552.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4265, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !154
-  %wide.masked.gather553.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4266, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !154
-  %wide.masked.gather554.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4267, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !154
-  %wide.masked.gather555.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4268, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !154
-  %4269 = getelementptr i8, ptr %3519, i64 6912
-  %4270 = getelementptr i8, ptr %3519, i64 6944
-  %4271 = getelementptr i8, ptr %3519, i64 6976
-  %4272 = getelementptr i8, ptr %3519, i64 7008
-  store <8 x float> %wide.masked.gather552.2, ptr %4269, align 4, !tbaa !5, !alias.scope !157, !noalias !154
-  store <8 x float> %wide.masked.gather553.2, ptr %4270, align 4, !tbaa !5, !alias.scope !157, !noalias !154
-  store <8 x float> %wide.masked.gather554.2, ptr %4271, align 4, !tbaa !5, !alias.scope !157, !noalias !154
-  store <8 x float> %wide.masked.gather555.2, ptr %4272, align 4, !tbaa !5, !alias.scope !157, !noalias !154
-  %4273 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4274 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4275 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4276 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather552.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4273, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !154
-  %wide.masked.gather553.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4274, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !154
-  %wide.masked.gather554.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4275, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !154
-  %wide.masked.gather555.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4276, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !154
-  %4277 = getelementptr i8, ptr %3519, i64 7040
-  %4278 = getelementptr i8, ptr %3519, i64 7072
-  %4279 = getelementptr i8, ptr %3519, i64 7104
-  %4280 = getelementptr i8, ptr %3519, i64 7136
-  store <8 x float> %wide.masked.gather552.3, ptr %4277, align 4, !tbaa !5, !alias.scope !157, !noalias !154
-  store <8 x float> %wide.masked.gather553.3, ptr %4278, align 4, !tbaa !5, !alias.scope !157, !noalias !154
-  store <8 x float> %wide.masked.gather554.3, ptr %4279, align 4, !tbaa !5, !alias.scope !157, !noalias !154
-  store <8 x float> %wide.masked.gather555.3, ptr %4280, align 4, !tbaa !5, !alias.scope !157, !noalias !154
-  br label %for_end_d520.i.13
-
-for_body_d519.i.13:                               ; preds = %for_body_d519.i.13, %for_end_d520.i.12
-  %indvars.iv1104.i.13 = phi i64 [ %indvars.iv.next1105.i.13.7, %for_body_d519.i.13 ], [ 0, %for_end_d520.i.12 ]
-  %.idx1207.i.13 = shl nuw nsw i64 %indvars.iv1104.i.13, 6
-  %4281 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, i64 %.idx1207.i.13
-  %4282 = load float, ptr %4281, align 4, !tbaa !5
-  %4283 = getelementptr float, ptr %4249, i64 %indvars.iv1104.i.13
-  store float %4282, ptr %4283, align 4, !tbaa !5
-  %indvars.iv.next1105.i.13 = or disjoint i64 %indvars.iv1104.i.13, 1
-  %.idx1207.i.13.1 = shl nuw nsw i64 %indvars.iv.next1105.i.13, 6
-  %4284 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, i64 %.idx1207.i.13.1
-  %4285 = load float, ptr %4284, align 4, !tbaa !5
-  %4286 = getelementptr float, ptr %4249, i64 %indvars.iv.next1105.i.13
-  store float %4285, ptr %4286, align 4, !tbaa !5
-  %indvars.iv.next1105.i.13.1 = or disjoint i64 %indvars.iv1104.i.13, 2
-  %.idx1207.i.13.2 = shl nuw nsw i64 %indvars.iv.next1105.i.13.1, 6
-  %4287 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, i64 %.idx1207.i.13.2
-  %4288 = load float, ptr %4287, align 4, !tbaa !5
-  %4289 = getelementptr float, ptr %4249, i64 %indvars.iv.next1105.i.13.1
-  store float %4288, ptr %4289, align 4, !tbaa !5
-  %indvars.iv.next1105.i.13.2 = or disjoint i64 %indvars.iv1104.i.13, 3
-  %.idx1207.i.13.3 = shl nuw nsw i64 %indvars.iv.next1105.i.13.2, 6
-  %4290 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, i64 %.idx1207.i.13.3
-  %4291 = load float, ptr %4290, align 4, !tbaa !5
-  %4292 = getelementptr float, ptr %4249, i64 %indvars.iv.next1105.i.13.2
-  store float %4291, ptr %4292, align 4, !tbaa !5
-  %indvars.iv.next1105.i.13.3 = or disjoint i64 %indvars.iv1104.i.13, 4
-  %.idx1207.i.13.4 = shl nuw nsw i64 %indvars.iv.next1105.i.13.3, 6
-  %4293 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, i64 %.idx1207.i.13.4
-  %4294 = load float, ptr %4293, align 4, !tbaa !5
-  %4295 = getelementptr float, ptr %4249, i64 %indvars.iv.next1105.i.13.3
-  store float %4294, ptr %4295, align 4, !tbaa !5
-  %indvars.iv.next1105.i.13.4 = or disjoint i64 %indvars.iv1104.i.13, 5
-  %.idx1207.i.13.5 = shl nuw nsw i64 %indvars.iv.next1105.i.13.4, 6
-  %4296 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, i64 %.idx1207.i.13.5
-  %4297 = load float, ptr %4296, align 4, !tbaa !5
-  %4298 = getelementptr float, ptr %4249, i64 %indvars.iv.next1105.i.13.4
-  store float %4297, ptr %4298, align 4, !tbaa !5
-  %indvars.iv.next1105.i.13.5 = or disjoint i64 %indvars.iv1104.i.13, 6
-  %.idx1207.i.13.6 = shl nuw nsw i64 %indvars.iv.next1105.i.13.5, 6
-  %4299 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, i64 %.idx1207.i.13.6
-  %4300 = load float, ptr %4299, align 4, !tbaa !5
-  %4301 = getelementptr float, ptr %4249, i64 %indvars.iv.next1105.i.13.5
-  store float %4300, ptr %4301, align 4, !tbaa !5
-  %indvars.iv.next1105.i.13.6 = or disjoint i64 %indvars.iv1104.i.13, 7
-  %.idx1207.i.13.7 = shl nuw nsw i64 %indvars.iv.next1105.i.13.6, 6
-  %4302 = getelementptr inbounds nuw i8, ptr %gep1276.i.13, i64 %.idx1207.i.13.7
-  %4303 = load float, ptr %4302, align 4, !tbaa !5
-  %4304 = getelementptr float, ptr %4249, i64 %indvars.iv.next1105.i.13.6
-  store float %4303, ptr %4304, align 4, !tbaa !5
-  %indvars.iv.next1105.i.13.7 = add nuw nsw i64 %indvars.iv1104.i.13, 8
-  %exitcond1107.not.i.13.7 = icmp eq i64 %indvars.iv.next1105.i.13.7, 128
-  br i1 %exitcond1107.not.i.13.7, label %for_end_d520.i.13, label %for_body_d519.i.13, !prof !27, !llvm.loop !159
-
-for_end_d520.i.13:                                ; preds = %for_body_d519.i.13, %vector.body546
-  %4305 = getelementptr i8, ptr %3519, i64 7168
-  %gep1276.i.14 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 56
-  %scevgep511 = getelementptr i8, ptr %scevgep510, i64 %.idx.i
-  %bound0516 = icmp ult ptr %4305, %scevgep515
-  %bound1517 = icmp ult ptr %scevgep513, %scevgep511
-  %found.conflict518 = and i1 %bound0516, %bound1517
-  br i1 %found.conflict518, label %for_body_d519.i.14, label %vector.body521, !prof !16
-
-vector.body521:                                   ; preds = %for_end_d520.i.13
-  %4306 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4307 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4308 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4309 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather527 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4306, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !160
-  %wide.masked.gather528 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4307, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !160
-  %wide.masked.gather529 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4308, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !160
-  %wide.masked.gather530 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4309, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !160
-  %4310 = getelementptr i8, ptr %3519, i64 7200
-  %4311 = getelementptr i8, ptr %3519, i64 7232
-  %4312 = getelementptr i8, ptr %3519, i64 7264
-  store <8 x float> %wide.masked.gather527, ptr %4305, align 4, !tbaa !5, !alias.scope !163, !noalias !160
-  store <8 x float> %wide.masked.gather528, ptr %4310, align 4, !tbaa !5, !alias.scope !163, !noalias !160
-  store <8 x float> %wide.masked.gather529, ptr %4311, align 4, !tbaa !5, !alias.scope !163, !noalias !160
-  store <8 x float> %wide.masked.gather530, ptr %4312, align 4, !tbaa !5, !alias.scope !163, !noalias !160
-  %4313 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4314 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4315 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4316 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather527.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4313, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !160
-  %wide.masked.gather528.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4314, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !160
-  %wide.masked.gather529.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4315, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !160
-  %wide.masked.gather530.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4316, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !160
-  %4317 = getelementptr i8, ptr %3519, i64 7296
-  %4318 = getelementptr i8, ptr %3519, i64 7328
-  %4319 = getelementptr i8, ptr %3519, i64 7360
-  %4320 = getelementptr i8, ptr %3519, i64 7392
-  store <8 x float> %wide.masked.gather527.1, ptr %4317, align 4, !tbaa !5, !alias.scope !163, !noalias !160
-  store <8 x float> %wide.masked.gather528.1, ptr %4318, align 4, !tbaa !5, !alias.scope !163, !noalias !160
-  store <8 x float> %wide.masked.gather529.1, ptr %4319, align 4, !tbaa !5, !alias.scope !163, !noalias !160
-  store <8 x float> %wide.masked.gather530.1, ptr %4320, align 4, !tbaa !5, !alias.scope !163, !noalias !160
-  %4321 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4322 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4323 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4324 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather527.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4321, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !160
-  %wide.masked.gather528.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4322, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !160
-  %wide.masked.gather529.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4323, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !160
-  %wide.masked.gather530.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4324, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !160
-  %4325 = getelementptr i8, ptr %3519, i64 7424
-  %4326 = getelementptr i8, ptr %3519, i64 7456
-  %4327 = getelementptr i8, ptr %3519, i64 7488
-  %4328 = getelementptr i8, ptr %3519, i64 7520
-  store <8 x float> %wide.masked.gather527.2, ptr %4325, align 4, !tbaa !5, !alias.scope !163, !noalias !160
-  store <8 x float> %wide.masked.gather528.2, ptr %4326, align 4, !tbaa !5, !alias.scope !163, !noalias !160
-  store <8 x float> %wide.masked.gather529.2, ptr %4327, align 4, !tbaa !5, !alias.scope !163, !noalias !160
-  store <8 x float> %wide.masked.gather530.2, ptr %4328, align 4, !tbaa !5, !alias.scope !163, !noalias !160
-  %4329 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4330 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4331 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4332 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather527.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4329, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !160
-  %wide.masked.gather528.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4330, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !160
-  %wide.masked.gather529.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4331, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !160
-  %wide.masked.gather530.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4332, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !160
-  %4333 = getelementptr i8, ptr %3519, i64 7552
-  %4334 = getelementptr i8, ptr %3519, i64 7584
-  %4335 = getelementptr i8, ptr %3519, i64 7616
-  %4336 = getelementptr i8, ptr %3519, i64 7648
-  store <8 x float> %wide.masked.gather527.3, ptr %4333, align 4, !tbaa !5, !alias.scope !163, !noalias !160
-  store <8 x float> %wide.masked.gather528.3, ptr %4334, align 4, !tbaa !5, !alias.scope !163, !noalias !160
-  store <8 x float> %wide.masked.gather529.3, ptr %4335, align 4, !tbaa !5, !alias.scope !163, !noalias !160
-  store <8 x float> %wide.masked.gather530.3, ptr %4336, align 4, !tbaa !5, !alias.scope !163, !noalias !160
-  br label %for_end_d520.i.14
-
-for_body_d519.i.14:                               ; preds = %for_body_d519.i.14, %for_end_d520.i.13
-  %indvars.iv1104.i.14 = phi i64 [ %indvars.iv.next1105.i.14.7, %for_body_d519.i.14 ], [ 0, %for_end_d520.i.13 ]
-  %.idx1207.i.14 = shl nuw nsw i64 %indvars.iv1104.i.14, 6
-  %4337 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, i64 %.idx1207.i.14
-  %4338 = load float, ptr %4337, align 4, !tbaa !5
-  %4339 = getelementptr float, ptr %4305, i64 %indvars.iv1104.i.14
-  store float %4338, ptr %4339, align 4, !tbaa !5
-  %indvars.iv.next1105.i.14 = or disjoint i64 %indvars.iv1104.i.14, 1
-  %.idx1207.i.14.1 = shl nuw nsw i64 %indvars.iv.next1105.i.14, 6
-  %4340 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, i64 %.idx1207.i.14.1
-  %4341 = load float, ptr %4340, align 4, !tbaa !5
-  %4342 = getelementptr float, ptr %4305, i64 %indvars.iv.next1105.i.14
-  store float %4341, ptr %4342, align 4, !tbaa !5
-  %indvars.iv.next1105.i.14.1 = or disjoint i64 %indvars.iv1104.i.14, 2
-  %.idx1207.i.14.2 = shl nuw nsw i64 %indvars.iv.next1105.i.14.1, 6
-  %4343 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, i64 %.idx1207.i.14.2
-  %4344 = load float, ptr %4343, align 4, !tbaa !5
-  %4345 = getelementptr float, ptr %4305, i64 %indvars.iv.next1105.i.14.1
-  store float %4344, ptr %4345, align 4, !tbaa !5
-  %indvars.iv.next1105.i.14.2 = or disjoint i64 %indvars.iv1104.i.14, 3
-  %.idx1207.i.14.3 = shl nuw nsw i64 %indvars.iv.next1105.i.14.2, 6
-  %4346 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, i64 %.idx1207.i.14.3
-  %4347 = load float, ptr %4346, align 4, !tbaa !5
-  %4348 = getelementptr float, ptr %4305, i64 %indvars.iv.next1105.i.14.2
-  store float %4347, ptr %4348, align 4, !tbaa !5
-  %indvars.iv.next1105.i.14.3 = or disjoint i64 %indvars.iv1104.i.14, 4
-  %.idx1207.i.14.4 = shl nuw nsw i64 %indvars.iv.next1105.i.14.3, 6
-  %4349 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, i64 %.idx1207.i.14.4
-  %4350 = load float, ptr %4349, align 4, !tbaa !5
-  %4351 = getelementptr float, ptr %4305, i64 %indvars.iv.next1105.i.14.3
-  store float %4350, ptr %4351, align 4, !tbaa !5
-  %indvars.iv.next1105.i.14.4 = or disjoint i64 %indvars.iv1104.i.14, 5
-  %.idx1207.i.14.5 = shl nuw nsw i64 %indvars.iv.next1105.i.14.4, 6
-  %4352 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, i64 %.idx1207.i.14.5
-  %4353 = load float, ptr %4352, align 4, !tbaa !5
-  %4354 = getelementptr float, ptr %4305, i64 %indvars.iv.next1105.i.14.4
-  store float %4353, ptr %4354, align 4, !tbaa !5
-  %indvars.iv.next1105.i.14.5 = or disjoint i64 %indvars.iv1104.i.14, 6
-  %.idx1207.i.14.6 = shl nuw nsw i64 %indvars.iv.next1105.i.14.5, 6
-  %4355 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, i64 %.idx1207.i.14.6
-  %4356 = load float, ptr %4355, align 4, !tbaa !5
-  %4357 = getelementptr float, ptr %4305, i64 %indvars.iv.next1105.i.14.5
-  store float %4356, ptr %4357, align 4, !tbaa !5
-  %indvars.iv.next1105.i.14.6 = or disjoint i64 %indvars.iv1104.i.14, 7
-  %.idx1207.i.14.7 = shl nuw nsw i64 %indvars.iv.next1105.i.14.6, 6
-  %4358 = getelementptr inbounds nuw i8, ptr %gep1276.i.14, i64 %.idx1207.i.14.7
-  %4359 = load float, ptr %4358, align 4, !tbaa !5
-  %4360 = getelementptr float, ptr %4305, i64 %indvars.iv.next1105.i.14.6
-  store float %4359, ptr %4360, align 4, !tbaa !5
-  %indvars.iv.next1105.i.14.7 = add nuw nsw i64 %indvars.iv1104.i.14, 8
-  %exitcond1107.not.i.14.7 = icmp eq i64 %indvars.iv.next1105.i.14.7, 128
-  br i1 %exitcond1107.not.i.14.7, label %for_end_d520.i.14, label %for_body_d519.i.14, !prof !27, !llvm.loop !165
-
-for_end_d520.i.14:                                ; preds = %for_body_d519.i.14, %vector.body521
-  %4361 = getelementptr i8, ptr %3519, i64 7680
-  %gep1276.i.15 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 60
-  %scevgep489 = getelementptr i8, ptr %scevgep488, i64 %.idx.i
-  %bound0494 = icmp ult ptr %4361, %scevgep493
-  %bound1495 = icmp ult ptr %scevgep491, %scevgep489
-  %found.conflict496 = and i1 %bound0494, %bound1495
-  br i1 %found.conflict496, label %for_body_d519.i.15, label %vector.body499, !prof !16
-
-vector.body499:                                   ; preds = %for_end_d520.i.14
-  %4362 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4363 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4364 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4365 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather502 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4362, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !166
-  %wide.masked.gather503 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4363, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !166
-  %wide.masked.gather504 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4364, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !166
-  %wide.masked.gather505 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4365, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !166
-  %4366 = getelementptr i8, ptr %3519, i64 7712
-  %4367 = getelementptr i8, ptr %3519, i64 7744
-  %4368 = getelementptr i8, ptr %3519, i64 7776
-  store <8 x float> %wide.masked.gather502, ptr %4361, align 4, !tbaa !5, !alias.scope !169, !noalias !166
-  store <8 x float> %wide.masked.gather503, ptr %4366, align 4, !tbaa !5, !alias.scope !169, !noalias !166
-  store <8 x float> %wide.masked.gather504, ptr %4367, align 4, !tbaa !5, !alias.scope !169, !noalias !166
-  store <8 x float> %wide.masked.gather505, ptr %4368, align 4, !tbaa !5, !alias.scope !169, !noalias !166
-  %4369 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4370 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4371 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4372 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather502.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4369, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !166
-  %wide.masked.gather503.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4370, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !166
-  %wide.masked.gather504.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4371, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !166
-  %wide.masked.gather505.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4372, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !166
-  %4373 = getelementptr i8, ptr %3519, i64 7808
-  %4374 = getelementptr i8, ptr %3519, i64 7840
-  %4375 = getelementptr i8, ptr %3519, i64 7872
-  %4376 = getelementptr i8, ptr %3519, i64 7904
-  store <8 x float> %wide.masked.gather502.1, ptr %4373, align 4, !tbaa !5, !alias.scope !169, !noalias !166
-  store <8 x float> %wide.masked.gather503.1, ptr %4374, align 4, !tbaa !5, !alias.scope !169, !noalias !166
-  store <8 x float> %wide.masked.gather504.1, ptr %4375, align 4, !tbaa !5, !alias.scope !169, !noalias !166
-  store <8 x float> %wide.masked.gather505.1, ptr %4376, align 4, !tbaa !5, !alias.scope !169, !noalias !166
-  %4377 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4378 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4379 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4380 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather502.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4377, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !166
-  %wide.masked.gather503.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4378, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !166
-  %wide.masked.gather504.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4379, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !166
-  %wide.masked.gather505.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4380, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !166
-  %4381 = getelementptr i8, ptr %3519, i64 7936
-  %4382 = getelementptr i8, ptr %3519, i64 7968
-  %4383 = getelementptr i8, ptr %3519, i64 8000
-  %4384 = getelementptr i8, ptr %3519, i64 8032
-  store <8 x float> %wide.masked.gather502.2, ptr %4381, align 4, !tbaa !5, !alias.scope !169, !noalias !166
-  store <8 x float> %wide.masked.gather503.2, ptr %4382, align 4, !tbaa !5, !alias.scope !169, !noalias !166
-  store <8 x float> %wide.masked.gather504.2, ptr %4383, align 4, !tbaa !5, !alias.scope !169, !noalias !166
-  store <8 x float> %wide.masked.gather505.2, ptr %4384, align 4, !tbaa !5, !alias.scope !169, !noalias !166
-  %4385 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4386 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4387 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4388 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather502.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4385, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !166
-  %wide.masked.gather503.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4386, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !166
-  %wide.masked.gather504.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4387, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !166
-  %wide.masked.gather505.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4388, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !166
-  %4389 = getelementptr i8, ptr %3519, i64 8064
-  %4390 = getelementptr i8, ptr %3519, i64 8096
-  %4391 = getelementptr i8, ptr %3519, i64 8128
-  %4392 = getelementptr i8, ptr %3519, i64 8160
-  store <8 x float> %wide.masked.gather502.3, ptr %4389, align 4, !tbaa !5, !alias.scope !169, !noalias !166
-  store <8 x float> %wide.masked.gather503.3, ptr %4390, align 4, !tbaa !5, !alias.scope !169, !noalias !166
-  store <8 x float> %wide.masked.gather504.3, ptr %4391, align 4, !tbaa !5, !alias.scope !169, !noalias !166
-  store <8 x float> %wide.masked.gather505.3, ptr %4392, align 4, !tbaa !5, !alias.scope !169, !noalias !166
-  br label %if_end432.loopexit.i
-
-for_body_d519.i.15:                               ; preds = %for_body_d519.i.15, %for_end_d520.i.14
-  %indvars.iv1104.i.15 = phi i64 [ %indvars.iv.next1105.i.15.7, %for_body_d519.i.15 ], [ 0, %for_end_d520.i.14 ]
-  %.idx1207.i.15 = shl nuw nsw i64 %indvars.iv1104.i.15, 6
-  %4393 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, i64 %.idx1207.i.15
-  %4394 = load float, ptr %4393, align 4, !tbaa !5
-  %4395 = getelementptr float, ptr %4361, i64 %indvars.iv1104.i.15
-  store float %4394, ptr %4395, align 4, !tbaa !5
-  %indvars.iv.next1105.i.15 = or disjoint i64 %indvars.iv1104.i.15, 1
-  %.idx1207.i.15.1 = shl nuw nsw i64 %indvars.iv.next1105.i.15, 6
-  %4396 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, i64 %.idx1207.i.15.1
-  %4397 = load float, ptr %4396, align 4, !tbaa !5
-  %4398 = getelementptr float, ptr %4361, i64 %indvars.iv.next1105.i.15
-  store float %4397, ptr %4398, align 4, !tbaa !5
-  %indvars.iv.next1105.i.15.1 = or disjoint i64 %indvars.iv1104.i.15, 2
-  %.idx1207.i.15.2 = shl nuw nsw i64 %indvars.iv.next1105.i.15.1, 6
-  %4399 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, i64 %.idx1207.i.15.2
-  %4400 = load float, ptr %4399, align 4, !tbaa !5
-  %4401 = getelementptr float, ptr %4361, i64 %indvars.iv.next1105.i.15.1
-  store float %4400, ptr %4401, align 4, !tbaa !5
-  %indvars.iv.next1105.i.15.2 = or disjoint i64 %indvars.iv1104.i.15, 3
-  %.idx1207.i.15.3 = shl nuw nsw i64 %indvars.iv.next1105.i.15.2, 6
-  %4402 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, i64 %.idx1207.i.15.3
-  %4403 = load float, ptr %4402, align 4, !tbaa !5
-  %4404 = getelementptr float, ptr %4361, i64 %indvars.iv.next1105.i.15.2
-  store float %4403, ptr %4404, align 4, !tbaa !5
-  %indvars.iv.next1105.i.15.3 = or disjoint i64 %indvars.iv1104.i.15, 4
-  %.idx1207.i.15.4 = shl nuw nsw i64 %indvars.iv.next1105.i.15.3, 6
-  %4405 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, i64 %.idx1207.i.15.4
-  %4406 = load float, ptr %4405, align 4, !tbaa !5
-  %4407 = getelementptr float, ptr %4361, i64 %indvars.iv.next1105.i.15.3
-  store float %4406, ptr %4407, align 4, !tbaa !5
-  %indvars.iv.next1105.i.15.4 = or disjoint i64 %indvars.iv1104.i.15, 5
-  %.idx1207.i.15.5 = shl nuw nsw i64 %indvars.iv.next1105.i.15.4, 6
-  %4408 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, i64 %.idx1207.i.15.5
-  %4409 = load float, ptr %4408, align 4, !tbaa !5
-  %4410 = getelementptr float, ptr %4361, i64 %indvars.iv.next1105.i.15.4
-  store float %4409, ptr %4410, align 4, !tbaa !5
-  %indvars.iv.next1105.i.15.5 = or disjoint i64 %indvars.iv1104.i.15, 6
-  %.idx1207.i.15.6 = shl nuw nsw i64 %indvars.iv.next1105.i.15.5, 6
-  %4411 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, i64 %.idx1207.i.15.6
-  %4412 = load float, ptr %4411, align 4, !tbaa !5
-  %4413 = getelementptr float, ptr %4361, i64 %indvars.iv.next1105.i.15.5
-  store float %4412, ptr %4413, align 4, !tbaa !5
-  %indvars.iv.next1105.i.15.6 = or disjoint i64 %indvars.iv1104.i.15, 7
-  %.idx1207.i.15.7 = shl nuw nsw i64 %indvars.iv.next1105.i.15.6, 6
-  %4414 = getelementptr inbounds nuw i8, ptr %gep1276.i.15, i64 %.idx1207.i.15.7
-  %4415 = load float, ptr %4414, align 4, !tbaa !5
-  %4416 = getelementptr float, ptr %4361, i64 %indvars.iv.next1105.i.15.6
-  store float %4415, ptr %4416, align 4, !tbaa !5
-  %indvars.iv.next1105.i.15.7 = add nuw nsw i64 %indvars.iv1104.i.15, 8
-  %exitcond1107.not.i.15.7 = icmp eq i64 %indvars.iv.next1105.i.15.7, 128
-  br i1 %exitcond1107.not.i.15.7, label %if_end432.loopexit.i, label %for_body_d519.i.15, !prof !27, !llvm.loop !171
-
-if_end527.i:                                      ; preds = %for_end_tile428.i
-  %4417 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %4418 = tail call i32 %4417(i32 1, i32 %dev_id, ptr nonnull %places.i)
-  %.not574.i = icmp eq i32 %4418, 0
-  br i1 %.not574.i, label %if_end530.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end530.i:                                      ; preds = %if_end527.i
-  %4419 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %4420 = tail call i32 %4419(i32 1, i32 %dev_id, ptr nonnull %limits.i)
-  %.not575.i = icmp eq i32 %4420, 0
-  br i1 %.not575.i, label %if_end533.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end533.i:                                      ; preds = %if_end530.i
-  %4421 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %4422 = tail call i32 %4421(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
-  %.not576.i = icmp eq i32 %4422, 0
-  br i1 %.not576.i, label %if_end536.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end536.i:                                      ; preds = %if_end533.i
-  %4423 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %4424 = tail call i32 %4423(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
-  %.not577.i = icmp eq i32 %4424, 0
-  br i1 %.not577.i, label %if_end539.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end539.i:                                      ; preds = %if_end536.i
-  %4425 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %4426 = tail call i32 %4425(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
-  %.not578.i = icmp eq i32 %4426, 0
-  br i1 %.not578.i, label %if_end542.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end542.i:                                      ; preds = %if_end539.i
-  %4427 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %4428 = tail call i32 %4427(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not579.i = icmp ne i32 %4428, 0
-  %..i = sext i1 %.not579.i to i32
-  br label %fused_attend_compute_.exit
-
-fused_attend_compute_.exit:                       ; preds = %if_end542.i, %if_end539.i, %if_end536.i, %if_end533.i, %if_end530.i, %if_end527.i, %for_end_tile428.i, %if_end421.i, %if_end418.i, %for_end_tile359.i, %if_end352.i, %if_end346.i, %if_end340.i, %if_end337.i, %if_end334.i, %if_end195.i, %if_end168.i, %if_end165.i, %if_end162.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end146.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end129.i, %for_body_step.i, %if_end123.i, %if_end120.i, %for_body_number.i, %for_end_r488.us.i, %for_body_tile427.us.i, %if_end14.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
-  %common.ret.op.i = phi i32 [ -1, %if_end539.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end14.i ], [ -1, %for_end_tile428.i ], [ -1, %if_end527.i ], [ -1, %if_end530.i ], [ -1, %if_end533.i ], [ -1, %for_body_tile427.us.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_row_tile.i ], [ -1, %if_end536.i ], [ %..i, %if_end542.i ], [ -1, %for_end_r488.us.i ], [ -1, %if_end340.i ], [ -1, %if_end337.i ], [ -1, %if_end334.i ], [ -1, %if_end195.i ], [ -1, %if_end168.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %if_end346.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end146.i ], [ -1, %if_end352.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end129.i ], [ -1, %if_end421.i ], [ -1, %if_end418.i ], [ -1, %for_end_tile359.i ], [ -1, %if_end123.i ], [ -1, %if_end120.i ], [ -1, %for_body_number.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor556.i)
-  ret i32 %common.ret.op.i
-}
-
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
   %factor261.i = alloca [16 x float], align 16
@@ -8465,7 +680,7 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   store <4 x float> %227, ptr %228, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !26
+  br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !16
 
 for_end_ax2_0.i:                                  ; preds = %for_body_ax2_0.i
   %gep352.1.i = getelementptr i8, ptr %invariant.gep351.i, i64 %96
@@ -8519,7 +734,7 @@ for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i,
   store <4 x float> %265, ptr %266, align 4, !tbaa !5
   %indvars.iv.next.1.i = add nuw nsw i64 %indvars.iv.1.i, 1
   %exitcond.1.not.i = icmp eq i64 %indvars.iv.next.1.i, 32
-  br i1 %exitcond.1.not.i, label %for_end_ax2_0.1.i, label %for_body_ax2_0.1.i, !prof !26
+  br i1 %exitcond.1.not.i, label %for_end_ax2_0.1.i, label %for_body_ax2_0.1.i, !prof !16
 
 for_end_ax2_0.1.i:                                ; preds = %for_body_ax2_0.1.i
   %gep352.2.i = getelementptr i8, ptr %invariant.gep351.i, i64 %.idx285.2.i
@@ -8573,7 +788,7 @@ for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i,
   store <4 x float> %303, ptr %304, align 4, !tbaa !5
   %indvars.iv.next.2.i = add nuw nsw i64 %indvars.iv.2.i, 1
   %exitcond.2.not.i = icmp eq i64 %indvars.iv.next.2.i, 32
-  br i1 %exitcond.2.not.i, label %for_end_ax2_0.2.i, label %for_body_ax2_0.2.i, !prof !26
+  br i1 %exitcond.2.not.i, label %for_end_ax2_0.2.i, label %for_body_ax2_0.2.i, !prof !16
 
 for_end_ax2_0.2.i:                                ; preds = %for_body_ax2_0.2.i
   %gep352.3.i = getelementptr i8, ptr %invariant.gep351.i, i64 %.idx285.3.i
@@ -8627,7 +842,7 @@ for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i,
   store <4 x float> %341, ptr %342, align 4, !tbaa !5
   %indvars.iv.next.3.i = add nuw nsw i64 %indvars.iv.3.i, 1
   %exitcond.3.not.i = icmp eq i64 %indvars.iv.next.3.i, 32
-  br i1 %exitcond.3.not.i, label %for_end_ax2_0.3.i, label %for_body_ax2_0.3.i, !prof !26
+  br i1 %exitcond.3.not.i, label %for_end_ax2_0.3.i, label %for_body_ax2_0.3.i, !prof !16
 
 for_end_ax2_0.3.i:                                ; preds = %for_body_ax2_0.3.i
   %343 = add nsw i32 %192, -1
@@ -8660,7 +875,7 @@ for_end_ax2_0.3.i:                                ; preds = %for_body_ax2_0.3.i
 for_begin_step.i:                                 ; preds = %if_end197.i
   %exitcond639.not.i = icmp eq i64 %indvars.iv.next636.i, %wide.trip.count638.i
   %indvars.iv.next = add nsw i32 %indvars.iv, -128
-  br i1 %exitcond639.not.i, label %for_end_step.i, label %for_body_step.i, !prof !26
+  br i1 %exitcond639.not.i, label %for_end_step.i, label %for_body_step.i, !prof !16
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_end_ax2_0.3.i
   %indvars.iv = phi i32 [ %range_len.i, %for_end_ax2_0.3.i ], [ %indvars.iv.next, %for_begin_step.i ]
@@ -8797,72 +1012,72 @@ for_begin_r241.preheader.i:                       ; preds = %for_end_step.i
   %bound0621 = icmp ult ptr %scevgep618, %scevgep620
   %bound1622 = icmp ult ptr %acc.i, %scevgep619
   %found.conflict623 = and i1 %bound0621, %bound1622
-  br i1 %found.conflict623, label %for_body_d.i, label %vector.body626, !prof !16
+  br i1 %found.conflict623, label %for_body_d.i, label %vector.body626, !prof !17
 
 vector.body626:                                   ; preds = %for_begin_r241.preheader.i
   %417 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
   %418 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
   %419 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
   %420 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather632 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %417, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !172
-  %wide.masked.gather633 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %418, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !172
-  %wide.masked.gather634 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %419, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !172
-  %wide.masked.gather635 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %420, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !172
+  %wide.masked.gather632 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %417, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather633 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %418, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather634 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %419, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather635 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %420, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
   %421 = getelementptr inbounds nuw i8, ptr %416, i64 32
   %422 = getelementptr inbounds nuw i8, ptr %416, i64 64
   %423 = getelementptr inbounds nuw i8, ptr %416, i64 96
-  store <8 x float> %wide.masked.gather632, ptr %416, align 4, !tbaa !5, !alias.scope !175, !noalias !172
-  store <8 x float> %wide.masked.gather633, ptr %421, align 4, !tbaa !5, !alias.scope !175, !noalias !172
-  store <8 x float> %wide.masked.gather634, ptr %422, align 4, !tbaa !5, !alias.scope !175, !noalias !172
-  store <8 x float> %wide.masked.gather635, ptr %423, align 4, !tbaa !5, !alias.scope !175, !noalias !172
+  store <8 x float> %wide.masked.gather632, ptr %416, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather633, ptr %421, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather634, ptr %422, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather635, ptr %423, align 4, !tbaa !5, !alias.scope !21, !noalias !18
   %424 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %425 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %426 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
   %427 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather632.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %424, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !172
-  %wide.masked.gather633.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %425, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !172
-  %wide.masked.gather634.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %426, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !172
-  %wide.masked.gather635.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %427, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !172
+  %wide.masked.gather632.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %424, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather633.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %425, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather634.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %426, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather635.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %427, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
   %428 = getelementptr inbounds nuw i8, ptr %416, i64 128
   %429 = getelementptr inbounds nuw i8, ptr %416, i64 160
   %430 = getelementptr inbounds nuw i8, ptr %416, i64 192
   %431 = getelementptr inbounds nuw i8, ptr %416, i64 224
-  store <8 x float> %wide.masked.gather632.1, ptr %428, align 4, !tbaa !5, !alias.scope !175, !noalias !172
-  store <8 x float> %wide.masked.gather633.1, ptr %429, align 4, !tbaa !5, !alias.scope !175, !noalias !172
-  store <8 x float> %wide.masked.gather634.1, ptr %430, align 4, !tbaa !5, !alias.scope !175, !noalias !172
-  store <8 x float> %wide.masked.gather635.1, ptr %431, align 4, !tbaa !5, !alias.scope !175, !noalias !172
+  store <8 x float> %wide.masked.gather632.1, ptr %428, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather633.1, ptr %429, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather634.1, ptr %430, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather635.1, ptr %431, align 4, !tbaa !5, !alias.scope !21, !noalias !18
   %432 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %433 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %434 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
   %435 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather632.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %432, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !172
-  %wide.masked.gather633.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %433, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !172
-  %wide.masked.gather634.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %434, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !172
-  %wide.masked.gather635.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %435, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !172
+  %wide.masked.gather632.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %432, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather633.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %433, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather634.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %434, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather635.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %435, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
   %436 = getelementptr inbounds nuw i8, ptr %416, i64 256
   %437 = getelementptr inbounds nuw i8, ptr %416, i64 288
   %438 = getelementptr inbounds nuw i8, ptr %416, i64 320
   %439 = getelementptr inbounds nuw i8, ptr %416, i64 352
-  store <8 x float> %wide.masked.gather632.2, ptr %436, align 4, !tbaa !5, !alias.scope !175, !noalias !172
-  store <8 x float> %wide.masked.gather633.2, ptr %437, align 4, !tbaa !5, !alias.scope !175, !noalias !172
-  store <8 x float> %wide.masked.gather634.2, ptr %438, align 4, !tbaa !5, !alias.scope !175, !noalias !172
-  store <8 x float> %wide.masked.gather635.2, ptr %439, align 4, !tbaa !5, !alias.scope !175, !noalias !172
+  store <8 x float> %wide.masked.gather632.2, ptr %436, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather633.2, ptr %437, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather634.2, ptr %438, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather635.2, ptr %439, align 4, !tbaa !5, !alias.scope !21, !noalias !18
   %440 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %441 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %442 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
   %443 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather632.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %440, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !172
-  %wide.masked.gather633.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %441, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !172
-  %wide.masked.gather634.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %442, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !172
-  %wide.masked.gather635.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %443, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !172
+  %wide.masked.gather632.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %440, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather633.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %441, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather634.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %442, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather635.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %443, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
   %444 = getelementptr inbounds nuw i8, ptr %416, i64 384
   %445 = getelementptr inbounds nuw i8, ptr %416, i64 416
   %446 = getelementptr inbounds nuw i8, ptr %416, i64 448
   %447 = getelementptr inbounds nuw i8, ptr %416, i64 480
-  store <8 x float> %wide.masked.gather632.3, ptr %444, align 4, !tbaa !5, !alias.scope !175, !noalias !172
-  store <8 x float> %wide.masked.gather633.3, ptr %445, align 4, !tbaa !5, !alias.scope !175, !noalias !172
-  store <8 x float> %wide.masked.gather634.3, ptr %446, align 4, !tbaa !5, !alias.scope !175, !noalias !172
-  store <8 x float> %wide.masked.gather635.3, ptr %447, align 4, !tbaa !5, !alias.scope !175, !noalias !172
+  store <8 x float> %wide.masked.gather632.3, ptr %444, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather633.3, ptr %445, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather634.3, ptr %446, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather635.3, ptr %447, align 4, !tbaa !5, !alias.scope !21, !noalias !18
   br label %for_end_d.i
 
 if_end27.i:                                       ; preds = %for_body_step.i
@@ -8923,7 +1138,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %481, ptr %482, align 8, !tbaa !5
   %indvars.iv.next531.i.1 = add nuw nsw i64 %indvars.iv530.i, 2
   %exitcond533.not.i.1 = icmp eq i64 %indvars.iv.next531.i.1, %wide.trip.count.i
-  br i1 %exitcond533.not.i.1, label %for_body_t33.i, label %for_body_t.i, !prof !13, !llvm.loop !177
+  br i1 %exitcond533.not.i.1, label %for_body_t33.i, label %for_body_t.i, !prof !13, !llvm.loop !23
 
 for_body_t33.i:                                   ; preds = %for_body_t33.i, %for_body_t.i
   %indvars.iv534.i = phi i64 [ %indvars.iv.next535.i.1, %for_body_t33.i ], [ 0, %for_body_t.i ]
@@ -8958,7 +1173,7 @@ for_body_t33.i:                                   ; preds = %for_body_t33.i, %fo
   store i64 %503, ptr %504, align 8, !tbaa !5
   %indvars.iv.next535.i.1 = add nuw nsw i64 %indvars.iv534.i, 2
   %exitcond538.not.i.1 = icmp eq i64 %indvars.iv.next535.i.1, %wide.trip.count.i
-  br i1 %exitcond538.not.i.1, label %for_end_t34.i, label %for_body_t33.i, !prof !13, !llvm.loop !179
+  br i1 %exitcond538.not.i.1, label %for_end_t34.i, label %for_body_t33.i, !prof !13, !llvm.loop !25
 
 for_end_t34.i:                                    ; preds = %for_body_t33.i, %if_end30.i
   %505 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -10098,7 +2313,7 @@ for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.prehe
   %1405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1404, <16 x float> %1363)
   %indvars.iv.next563.i = add nuw nsw i64 %indvars.iv562.i, 1
   %exitcond566.not.i = icmp eq i64 %indvars.iv.next563.i, 16
-  br i1 %exitcond566.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !26
+  br i1 %exitcond566.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !16
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
   %1406 = getelementptr inbounds nuw i8, ptr %1316, i64 128
@@ -10202,7 +2417,7 @@ for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.prehe
   %1491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1490, <16 x float> %1449)
   %indvars.iv.next563.1.i = add nuw nsw i64 %indvars.iv562.1.i, 1
   %exitcond566.1.not.i = icmp eq i64 %indvars.iv.next563.1.i, 16
-  br i1 %exitcond566.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !26
+  br i1 %exitcond566.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !16
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
   %1492 = getelementptr inbounds nuw i8, ptr %1316, i64 256
@@ -10306,7 +2521,7 @@ for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.prehe
   %1577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1576, <16 x float> %1535)
   %indvars.iv.next563.2.i = add nuw nsw i64 %indvars.iv562.2.i, 1
   %exitcond566.2.not.i = icmp eq i64 %indvars.iv.next563.2.i, 16
-  br i1 %exitcond566.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !26
+  br i1 %exitcond566.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !16
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
   %1578 = getelementptr inbounds nuw i8, ptr %1316, i64 384
@@ -10410,7 +2625,7 @@ for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.prehe
   %1663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1662, <16 x float> %1621)
   %indvars.iv.next563.3.i = add nuw nsw i64 %indvars.iv562.3.i, 1
   %exitcond566.3.not.i = icmp eq i64 %indvars.iv.next563.3.i, 16
-  br i1 %exitcond566.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !26
+  br i1 %exitcond566.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !16
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
   %.idx780.i = shl nsw i64 %indvars.iv571.i, 9
@@ -10849,7 +3064,7 @@ for_begin_ti108.preheader.i:                      ; preds = %for_begin_ti108.pre
   %indvars.iv.next608.i.1 = add nuw nsw i64 %indvars.iv607.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_end_to105.i.loopexit.unr-lcssa, label %for_begin_ti108.preheader.i, !prof !9, !llvm.loop !180
+  br i1 %niter.ncmp.1, label %for_end_to105.i.loopexit.unr-lcssa, label %for_begin_ti108.preheader.i, !prof !9, !llvm.loop !26
 
 for_end_to105.i.loopexit.unr-lcssa:               ; preds = %for_begin_ti108.preheader.i
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
@@ -10991,7 +3206,7 @@ for_end_d_0_m.i:                                  ; preds = %if_end180.i
   %2111 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2112 = tail call i32 %2111(i32 1, i32 %dev_id, ptr nonnull %scaled785787789792795.i)
   %.not278.i = icmp eq i32 %2112, 0
-  br i1 %.not278.i, label %if_end182.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not278.i, label %if_end182.i, label %fused_decode_compute_.exit, !prof !27
 
 for_begin_line150.preheader.i:                    ; preds = %for_begin_line150.preheader.i, %for_begin_line150.preheader.lr.ph.i
   %indvars.iv620.i = phi i64 [ 0, %for_begin_line150.preheader.lr.ph.i ], [ %indvars.iv.next621.i, %for_begin_line150.preheader.i ]
@@ -11370,7 +3585,7 @@ for_end_to147.i:                                  ; preds = %for_begin_line150.p
   %full_acc262.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2450, %for_begin_line150.preheader.i ]
   %full_acc262.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2455, %for_begin_line150.preheader.i ]
   %full_acc262.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2460, %for_begin_line150.preheader.i ]
-  br i1 %.not490.i, label %for_end_ti162.i, label %for_body_ti161.lr.ph.i, !prof !16
+  br i1 %.not490.i, label %for_end_ti162.i, label %for_body_ti161.lr.ph.i, !prof !17
 
 for_body_ti161.lr.ph.i:                           ; preds = %for_end_to147.i
   %indvars.iv631.tr.i = trunc i64 %indvars.iv631.i to i32
@@ -11783,49 +3998,49 @@ if_end180.i:                                      ; preds = %if_then179.i, %if_e
   store <16 x float> %2807, ptr %2806, align 4, !tbaa !5
   %indvars.iv.next632.i = add nuw nsw i64 %indvars.iv631.i, 1
   %exitcond634.not.i = icmp eq i64 %indvars.iv.next632.i, 16
-  br i1 %exitcond634.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !26
+  br i1 %exitcond634.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
 
 if_end182.i:                                      ; preds = %for_end_d_0_m.i
   %2808 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2809 = tail call i32 %2808(i32 1, i32 %dev_id, ptr nonnull %probs.i)
   %.not279.i = icmp eq i32 %2809, 0
-  br i1 %.not279.i, label %if_end185.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not279.i, label %if_end185.i, label %fused_decode_compute_.exit, !prof !27
 
 if_end185.i:                                      ; preds = %if_end182.i
   %2810 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2811 = tail call i32 %2810(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not280.i = icmp eq i32 %2811, 0
-  br i1 %.not280.i, label %if_end188.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not280.i, label %if_end188.i, label %fused_decode_compute_.exit, !prof !27
 
 if_end188.i:                                      ; preds = %if_end185.i
   %2812 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2813 = tail call i32 %2812(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
   %.not281.i = icmp eq i32 %2813, 0
-  br i1 %.not281.i, label %if_end191.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not281.i, label %if_end191.i, label %fused_decode_compute_.exit, !prof !27
 
 if_end191.i:                                      ; preds = %if_end188.i
   %2814 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2815 = tail call i32 %2814(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
   %.not282.i = icmp eq i32 %2815, 0
-  br i1 %.not282.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not282.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !27
 
 if_end194.i:                                      ; preds = %if_end191.i
   %2816 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2817 = tail call i32 %2816(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
   %.not283.i = icmp eq i32 %2817, 0
-  br i1 %.not283.i, label %if_end197.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not283.i, label %if_end197.i, label %fused_decode_compute_.exit, !prof !27
 
 if_end197.i:                                      ; preds = %if_end194.i
   %2818 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2819 = tail call i32 %2818(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not284.i = icmp eq i32 %2819, 0
-  br i1 %.not284.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not284.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !27
 
 if_then202.i:                                     ; preds = %for_end_step.i
   %2820 = fdiv <16 x float> splat (float 1.000000e+00), %2110
   %2821 = fcmp oeq <16 x float> %2110, zeroinitializer
   %2822 = select <16 x i1> %2821, <16 x float> zeroinitializer, <16 x float> %2820
-  store <16 x float> %2822, ptr %factor261.i, align 16, !tbaa !181
+  store <16 x float> %2822, ptr %factor261.i, align 16, !tbaa !28
   %2823 = mul nsw i64 %190, %out_batch
   %invariant.gep473.i = getelementptr float, ptr %out, i64 %2823
   br label %for_begin_d_0204.preheader.i
@@ -11834,7 +4049,7 @@ if_end203.i:                                      ; preds = %for_body_d.15.i, %v
   %2824 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2825 = tail call i32 %2824(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %2825, 0
-  br i1 %.not.i, label %if_end252.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not.i, label %if_end252.i, label %fused_decode_compute_.exit, !prof !27
 
 for_begin_r.preheader.i:                          ; preds = %for_end_d_0206.i
   %2826 = mul nsw i64 %190, %lse_batch
@@ -11850,25 +4065,25 @@ for_begin_d_0204.preheader.i:                     ; preds = %for_end_d_0206.i, %
   %indvars.iv662.i = phi i64 [ 0, %if_then202.i ], [ %indvars.iv.next663.i, %for_end_d_0206.i ]
   %2832 = shl nuw nsw i64 %indvars.iv662.i, 2
   %2833 = getelementptr inbounds nuw float, ptr %factor261.i, i64 %2832
-  %2834 = load float, ptr %2833, align 16, !tbaa !188
+  %2834 = load float, ptr %2833, align 16, !tbaa !35
   %2835 = insertelement <16 x float> poison, float %2834, i64 0
   %2836 = shufflevector <16 x float> %2835, <16 x float> poison, <16 x i32> zeroinitializer
   %.idx277.i = mul i64 %104, %indvars.iv662.i
   %gep474.i = getelementptr i8, ptr %invariant.gep473.i, i64 %.idx277.i
   %2837 = getelementptr inbounds nuw i8, ptr %2833, i64 4
-  %2838 = load float, ptr %2837, align 4, !tbaa !188
+  %2838 = load float, ptr %2837, align 4, !tbaa !35
   %2839 = insertelement <16 x float> poison, float %2838, i64 0
   %2840 = shufflevector <16 x float> %2839, <16 x float> poison, <16 x i32> zeroinitializer
   %2841 = or disjoint i64 %2832, 1
   %2842 = mul nsw i64 %2841, %out_head
   %2843 = getelementptr inbounds nuw i8, ptr %2833, i64 8
-  %2844 = load float, ptr %2843, align 8, !tbaa !188
+  %2844 = load float, ptr %2843, align 8, !tbaa !35
   %2845 = insertelement <16 x float> poison, float %2844, i64 0
   %2846 = shufflevector <16 x float> %2845, <16 x float> poison, <16 x i32> zeroinitializer
   %2847 = or disjoint i64 %2832, 2
   %2848 = mul nsw i64 %2847, %out_head
   %2849 = getelementptr inbounds nuw i8, ptr %2833, i64 12
-  %2850 = load float, ptr %2849, align 4, !tbaa !188
+  %2850 = load float, ptr %2849, align 4, !tbaa !35
   %2851 = insertelement <16 x float> poison, float %2850, i64 0
   %2852 = shufflevector <16 x float> %2851, <16 x float> poison, <16 x i32> zeroinitializer
   %2853 = or disjoint i64 %2832, 3
@@ -11971,12 +4186,12 @@ for_begin_ax1_0209.preheader.i:                   ; preds = %for_begin_ax1_0209.
   store <16 x float> %2921, ptr %2922, align 4, !tbaa !5
   %indvars.iv.next658.i = add nuw nsw i64 %indvars.iv657.i, 1
   %exitcond661.not.i = icmp eq i64 %indvars.iv.next658.i, 8
-  br i1 %exitcond661.not.i, label %for_end_d_0206.i, label %for_begin_ax1_0209.preheader.i, !prof !26
+  br i1 %exitcond661.not.i, label %for_end_d_0206.i, label %for_begin_ax1_0209.preheader.i, !prof !16
 
 for_end_d_0206.i:                                 ; preds = %for_begin_ax1_0209.preheader.i
   %indvars.iv.next663.i = add nuw nsw i64 %indvars.iv662.i, 1
   %exitcond665.not.i = icmp eq i64 %indvars.iv.next663.i, 4
-  br i1 %exitcond665.not.i, label %for_begin_r.preheader.i, label %for_begin_d_0204.preheader.i, !prof !26
+  br i1 %exitcond665.not.i, label %for_begin_r.preheader.i, label %for_begin_d_0204.preheader.i, !prof !16
 
 if_else239.i:                                     ; preds = %for_begin_r.preheader.i
   %2923 = fmul float %row_sum273.sroa.0.0.vec.extract712.i, %2830
@@ -12266,7 +4481,7 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   store float %3039, ptr %3040, align 4, !tbaa !5
   %indvars.iv.next645.i.7 = add nuw nsw i64 %indvars.iv644.i, 8
   %exitcond647.not.i.7 = icmp eq i64 %indvars.iv.next645.i.7, 128
-  br i1 %exitcond647.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !27, !llvm.loop !189
+  br i1 %exitcond647.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !36, !llvm.loop !37
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body626
   %3041 = getelementptr inbounds nuw i8, ptr %416, i64 512
@@ -12275,7 +4490,7 @@ for_end_d.i:                                      ; preds = %for_body_d.i, %vect
   %bound0599 = icmp ult ptr %scevgep595, %scevgep598
   %bound1600 = icmp ult ptr %scevgep597, %scevgep596
   %found.conflict601 = and i1 %bound0599, %bound1600
-  br i1 %found.conflict601, label %for_body_d.1.i, label %vector.body604, !prof !16
+  br i1 %found.conflict601, label %for_body_d.1.i, label %vector.body604, !prof !17
 
 vector.body604:                                   ; preds = %for_end_d.i
   %3042 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -12286,17 +4501,17 @@ vector.body604:                                   ; preds = %for_end_d.i
   %3047 = getelementptr inbounds nuw i8, <8 x ptr> %3043, i64 4
   %3048 = getelementptr inbounds nuw i8, <8 x ptr> %3044, i64 4
   %3049 = getelementptr inbounds nuw i8, <8 x ptr> %3045, i64 4
-  %wide.masked.gather610 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3046, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !190
-  %wide.masked.gather611 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3047, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !190
-  %wide.masked.gather612 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3048, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !190
-  %wide.masked.gather613 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3049, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !190
+  %wide.masked.gather610 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3046, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather611 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3047, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather612 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3048, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather613 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3049, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
   %3050 = getelementptr inbounds nuw i8, ptr %416, i64 544
   %3051 = getelementptr inbounds nuw i8, ptr %416, i64 576
   %3052 = getelementptr inbounds nuw i8, ptr %416, i64 608
-  store <8 x float> %wide.masked.gather610, ptr %3041, align 4, !tbaa !5, !alias.scope !193, !noalias !190
-  store <8 x float> %wide.masked.gather611, ptr %3050, align 4, !tbaa !5, !alias.scope !193, !noalias !190
-  store <8 x float> %wide.masked.gather612, ptr %3051, align 4, !tbaa !5, !alias.scope !193, !noalias !190
-  store <8 x float> %wide.masked.gather613, ptr %3052, align 4, !tbaa !5, !alias.scope !193, !noalias !190
+  store <8 x float> %wide.masked.gather610, ptr %3041, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather611, ptr %3050, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather612, ptr %3051, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather613, ptr %3052, align 4, !tbaa !5, !alias.scope !43, !noalias !40
   %3053 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3054 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3055 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -12305,18 +4520,18 @@ vector.body604:                                   ; preds = %for_end_d.i
   %3058 = getelementptr inbounds nuw i8, <8 x ptr> %3054, i64 4
   %3059 = getelementptr inbounds nuw i8, <8 x ptr> %3055, i64 4
   %3060 = getelementptr inbounds nuw i8, <8 x ptr> %3056, i64 4
-  %wide.masked.gather610.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3057, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !190
-  %wide.masked.gather611.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3058, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !190
-  %wide.masked.gather612.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3059, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !190
-  %wide.masked.gather613.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3060, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !190
+  %wide.masked.gather610.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3057, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather611.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3058, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather612.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3059, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather613.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3060, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
   %3061 = getelementptr inbounds nuw i8, ptr %416, i64 640
   %3062 = getelementptr inbounds nuw i8, ptr %416, i64 672
   %3063 = getelementptr inbounds nuw i8, ptr %416, i64 704
   %3064 = getelementptr inbounds nuw i8, ptr %416, i64 736
-  store <8 x float> %wide.masked.gather610.1, ptr %3061, align 4, !tbaa !5, !alias.scope !193, !noalias !190
-  store <8 x float> %wide.masked.gather611.1, ptr %3062, align 4, !tbaa !5, !alias.scope !193, !noalias !190
-  store <8 x float> %wide.masked.gather612.1, ptr %3063, align 4, !tbaa !5, !alias.scope !193, !noalias !190
-  store <8 x float> %wide.masked.gather613.1, ptr %3064, align 4, !tbaa !5, !alias.scope !193, !noalias !190
+  store <8 x float> %wide.masked.gather610.1, ptr %3061, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather611.1, ptr %3062, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather612.1, ptr %3063, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather613.1, ptr %3064, align 4, !tbaa !5, !alias.scope !43, !noalias !40
   %3065 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3066 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3067 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -12325,18 +4540,18 @@ vector.body604:                                   ; preds = %for_end_d.i
   %3070 = getelementptr inbounds nuw i8, <8 x ptr> %3066, i64 4
   %3071 = getelementptr inbounds nuw i8, <8 x ptr> %3067, i64 4
   %3072 = getelementptr inbounds nuw i8, <8 x ptr> %3068, i64 4
-  %wide.masked.gather610.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3069, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !190
-  %wide.masked.gather611.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3070, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !190
-  %wide.masked.gather612.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3071, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !190
-  %wide.masked.gather613.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3072, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !190
+  %wide.masked.gather610.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3069, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather611.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3070, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather612.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3071, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather613.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3072, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
   %3073 = getelementptr inbounds nuw i8, ptr %416, i64 768
   %3074 = getelementptr inbounds nuw i8, ptr %416, i64 800
   %3075 = getelementptr inbounds nuw i8, ptr %416, i64 832
   %3076 = getelementptr inbounds nuw i8, ptr %416, i64 864
-  store <8 x float> %wide.masked.gather610.2, ptr %3073, align 4, !tbaa !5, !alias.scope !193, !noalias !190
-  store <8 x float> %wide.masked.gather611.2, ptr %3074, align 4, !tbaa !5, !alias.scope !193, !noalias !190
-  store <8 x float> %wide.masked.gather612.2, ptr %3075, align 4, !tbaa !5, !alias.scope !193, !noalias !190
-  store <8 x float> %wide.masked.gather613.2, ptr %3076, align 4, !tbaa !5, !alias.scope !193, !noalias !190
+  store <8 x float> %wide.masked.gather610.2, ptr %3073, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather611.2, ptr %3074, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather612.2, ptr %3075, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather613.2, ptr %3076, align 4, !tbaa !5, !alias.scope !43, !noalias !40
   %3077 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3078 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3079 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -12345,18 +4560,18 @@ vector.body604:                                   ; preds = %for_end_d.i
   %3082 = getelementptr inbounds nuw i8, <8 x ptr> %3078, i64 4
   %3083 = getelementptr inbounds nuw i8, <8 x ptr> %3079, i64 4
   %3084 = getelementptr inbounds nuw i8, <8 x ptr> %3080, i64 4
-  %wide.masked.gather610.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3081, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !190
-  %wide.masked.gather611.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3082, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !190
-  %wide.masked.gather612.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3083, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !190
-  %wide.masked.gather613.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3084, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !190
+  %wide.masked.gather610.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3081, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather611.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3082, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather612.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3083, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather613.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3084, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
   %3085 = getelementptr inbounds nuw i8, ptr %416, i64 896
   %3086 = getelementptr inbounds nuw i8, ptr %416, i64 928
   %3087 = getelementptr inbounds nuw i8, ptr %416, i64 960
   %3088 = getelementptr inbounds nuw i8, ptr %416, i64 992
-  store <8 x float> %wide.masked.gather610.3, ptr %3085, align 4, !tbaa !5, !alias.scope !193, !noalias !190
-  store <8 x float> %wide.masked.gather611.3, ptr %3086, align 4, !tbaa !5, !alias.scope !193, !noalias !190
-  store <8 x float> %wide.masked.gather612.3, ptr %3087, align 4, !tbaa !5, !alias.scope !193, !noalias !190
-  store <8 x float> %wide.masked.gather613.3, ptr %3088, align 4, !tbaa !5, !alias.scope !193, !noalias !190
+  store <8 x float> %wide.masked.gather610.3, ptr %3085, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather611.3, ptr %3086, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather612.3, ptr %3087, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather613.3, ptr %3088, align 4, !tbaa !5, !alias.scope !43, !noalias !40
   br label %for_end_d.1.i
 
 for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
@@ -12418,7 +4633,7 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   store float %3119, ptr %3120, align 4, !tbaa !5
   %indvars.iv.next645.1.i.7 = add nuw nsw i64 %indvars.iv644.1.i, 8
   %exitcond647.1.not.i.7 = icmp eq i64 %indvars.iv.next645.1.i.7, 128
-  br i1 %exitcond647.1.not.i.7, label %for_end_d.1.i, label %for_body_d.1.i, !prof !27, !llvm.loop !195
+  br i1 %exitcond647.1.not.i.7, label %for_end_d.1.i, label %for_body_d.1.i, !prof !36, !llvm.loop !45
 
 for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body604
   %3121 = getelementptr inbounds nuw i8, ptr %416, i64 1024
@@ -12427,7 +4642,7 @@ for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %ve
   %bound0576 = icmp ult ptr %scevgep572, %scevgep575
   %bound1577 = icmp ult ptr %scevgep574, %scevgep573
   %found.conflict578 = and i1 %bound0576, %bound1577
-  br i1 %found.conflict578, label %for_body_d.2.i, label %vector.body581, !prof !16
+  br i1 %found.conflict578, label %for_body_d.2.i, label %vector.body581, !prof !17
 
 vector.body581:                                   ; preds = %for_end_d.1.i
   %3122 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -12438,17 +4653,17 @@ vector.body581:                                   ; preds = %for_end_d.1.i
   %3127 = getelementptr inbounds nuw i8, <8 x ptr> %3123, i64 8
   %3128 = getelementptr inbounds nuw i8, <8 x ptr> %3124, i64 8
   %3129 = getelementptr inbounds nuw i8, <8 x ptr> %3125, i64 8
-  %wide.masked.gather587 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3126, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !196
-  %wide.masked.gather588 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3127, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !196
-  %wide.masked.gather589 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3128, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !196
-  %wide.masked.gather590 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3129, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !196
+  %wide.masked.gather587 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3126, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather588 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3127, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather589 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3128, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather590 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3129, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
   %3130 = getelementptr inbounds nuw i8, ptr %416, i64 1056
   %3131 = getelementptr inbounds nuw i8, ptr %416, i64 1088
   %3132 = getelementptr inbounds nuw i8, ptr %416, i64 1120
-  store <8 x float> %wide.masked.gather587, ptr %3121, align 4, !tbaa !5, !alias.scope !199, !noalias !196
-  store <8 x float> %wide.masked.gather588, ptr %3130, align 4, !tbaa !5, !alias.scope !199, !noalias !196
-  store <8 x float> %wide.masked.gather589, ptr %3131, align 4, !tbaa !5, !alias.scope !199, !noalias !196
-  store <8 x float> %wide.masked.gather590, ptr %3132, align 4, !tbaa !5, !alias.scope !199, !noalias !196
+  store <8 x float> %wide.masked.gather587, ptr %3121, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather588, ptr %3130, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather589, ptr %3131, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather590, ptr %3132, align 4, !tbaa !5, !alias.scope !49, !noalias !46
   %3133 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3134 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3135 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -12457,18 +4672,18 @@ vector.body581:                                   ; preds = %for_end_d.1.i
   %3138 = getelementptr inbounds nuw i8, <8 x ptr> %3134, i64 8
   %3139 = getelementptr inbounds nuw i8, <8 x ptr> %3135, i64 8
   %3140 = getelementptr inbounds nuw i8, <8 x ptr> %3136, i64 8
-  %wide.masked.gather587.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3137, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !196
-  %wide.masked.gather588.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3138, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !196
-  %wide.masked.gather589.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3139, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !196
-  %wide.masked.gather590.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3140, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !196
+  %wide.masked.gather587.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3137, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather588.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3138, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather589.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3139, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather590.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3140, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
   %3141 = getelementptr inbounds nuw i8, ptr %416, i64 1152
   %3142 = getelementptr inbounds nuw i8, ptr %416, i64 1184
   %3143 = getelementptr inbounds nuw i8, ptr %416, i64 1216
   %3144 = getelementptr inbounds nuw i8, ptr %416, i64 1248
-  store <8 x float> %wide.masked.gather587.1, ptr %3141, align 4, !tbaa !5, !alias.scope !199, !noalias !196
-  store <8 x float> %wide.masked.gather588.1, ptr %3142, align 4, !tbaa !5, !alias.scope !199, !noalias !196
-  store <8 x float> %wide.masked.gather589.1, ptr %3143, align 4, !tbaa !5, !alias.scope !199, !noalias !196
-  store <8 x float> %wide.masked.gather590.1, ptr %3144, align 4, !tbaa !5, !alias.scope !199, !noalias !196
+  store <8 x float> %wide.masked.gather587.1, ptr %3141, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather588.1, ptr %3142, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather589.1, ptr %3143, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather590.1, ptr %3144, align 4, !tbaa !5, !alias.scope !49, !noalias !46
   %3145 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3146 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3147 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -12477,18 +4692,18 @@ vector.body581:                                   ; preds = %for_end_d.1.i
   %3150 = getelementptr inbounds nuw i8, <8 x ptr> %3146, i64 8
   %3151 = getelementptr inbounds nuw i8, <8 x ptr> %3147, i64 8
   %3152 = getelementptr inbounds nuw i8, <8 x ptr> %3148, i64 8
-  %wide.masked.gather587.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !196
-  %wide.masked.gather588.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !196
-  %wide.masked.gather589.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3151, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !196
-  %wide.masked.gather590.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3152, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !196
+  %wide.masked.gather587.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather588.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather589.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3151, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather590.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3152, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
   %3153 = getelementptr inbounds nuw i8, ptr %416, i64 1280
   %3154 = getelementptr inbounds nuw i8, ptr %416, i64 1312
   %3155 = getelementptr inbounds nuw i8, ptr %416, i64 1344
   %3156 = getelementptr inbounds nuw i8, ptr %416, i64 1376
-  store <8 x float> %wide.masked.gather587.2, ptr %3153, align 4, !tbaa !5, !alias.scope !199, !noalias !196
-  store <8 x float> %wide.masked.gather588.2, ptr %3154, align 4, !tbaa !5, !alias.scope !199, !noalias !196
-  store <8 x float> %wide.masked.gather589.2, ptr %3155, align 4, !tbaa !5, !alias.scope !199, !noalias !196
-  store <8 x float> %wide.masked.gather590.2, ptr %3156, align 4, !tbaa !5, !alias.scope !199, !noalias !196
+  store <8 x float> %wide.masked.gather587.2, ptr %3153, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather588.2, ptr %3154, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather589.2, ptr %3155, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather590.2, ptr %3156, align 4, !tbaa !5, !alias.scope !49, !noalias !46
   %3157 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3158 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3159 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -12497,18 +4712,18 @@ vector.body581:                                   ; preds = %for_end_d.1.i
   %3162 = getelementptr inbounds nuw i8, <8 x ptr> %3158, i64 8
   %3163 = getelementptr inbounds nuw i8, <8 x ptr> %3159, i64 8
   %3164 = getelementptr inbounds nuw i8, <8 x ptr> %3160, i64 8
-  %wide.masked.gather587.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3161, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !196
-  %wide.masked.gather588.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3162, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !196
-  %wide.masked.gather589.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3163, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !196
-  %wide.masked.gather590.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3164, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !196
+  %wide.masked.gather587.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3161, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather588.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3162, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather589.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3163, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather590.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3164, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
   %3165 = getelementptr inbounds nuw i8, ptr %416, i64 1408
   %3166 = getelementptr inbounds nuw i8, ptr %416, i64 1440
   %3167 = getelementptr inbounds nuw i8, ptr %416, i64 1472
   %3168 = getelementptr inbounds nuw i8, ptr %416, i64 1504
-  store <8 x float> %wide.masked.gather587.3, ptr %3165, align 4, !tbaa !5, !alias.scope !199, !noalias !196
-  store <8 x float> %wide.masked.gather588.3, ptr %3166, align 4, !tbaa !5, !alias.scope !199, !noalias !196
-  store <8 x float> %wide.masked.gather589.3, ptr %3167, align 4, !tbaa !5, !alias.scope !199, !noalias !196
-  store <8 x float> %wide.masked.gather590.3, ptr %3168, align 4, !tbaa !5, !alias.scope !199, !noalias !196
+  store <8 x float> %wide.masked.gather587.3, ptr %3165, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather588.3, ptr %3166, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather589.3, ptr %3167, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather590.3, ptr %3168, align 4, !tbaa !5, !alias.scope !49, !noalias !46
   br label %for_end_d.2.i
 
 for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
@@ -12570,7 +4785,7 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   store float %3199, ptr %3200, align 4, !tbaa !5
   %indvars.iv.next645.2.i.7 = add nuw nsw i64 %indvars.iv644.2.i, 8
   %exitcond647.2.not.i.7 = icmp eq i64 %indvars.iv.next645.2.i.7, 128
-  br i1 %exitcond647.2.not.i.7, label %for_end_d.2.i, label %for_body_d.2.i, !prof !27, !llvm.loop !201
+  br i1 %exitcond647.2.not.i.7, label %for_end_d.2.i, label %for_body_d.2.i, !prof !36, !llvm.loop !51
 
 for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body581
   %3201 = getelementptr inbounds nuw i8, ptr %416, i64 1536
@@ -12579,7 +4794,7 @@ for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %ve
   %bound0553 = icmp ult ptr %scevgep549, %scevgep552
   %bound1554 = icmp ult ptr %scevgep551, %scevgep550
   %found.conflict555 = and i1 %bound0553, %bound1554
-  br i1 %found.conflict555, label %for_body_d.3.i, label %vector.body558, !prof !16
+  br i1 %found.conflict555, label %for_body_d.3.i, label %vector.body558, !prof !17
 
 vector.body558:                                   ; preds = %for_end_d.2.i
   %3202 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -12590,17 +4805,17 @@ vector.body558:                                   ; preds = %for_end_d.2.i
   %3207 = getelementptr inbounds nuw i8, <8 x ptr> %3203, i64 12
   %3208 = getelementptr inbounds nuw i8, <8 x ptr> %3204, i64 12
   %3209 = getelementptr inbounds nuw i8, <8 x ptr> %3205, i64 12
-  %wide.masked.gather564 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3206, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !202
-  %wide.masked.gather565 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3207, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !202
-  %wide.masked.gather566 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3208, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !202
-  %wide.masked.gather567 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3209, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !202
+  %wide.masked.gather564 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3206, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather565 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3207, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather566 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3208, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather567 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3209, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
   %3210 = getelementptr inbounds nuw i8, ptr %416, i64 1568
   %3211 = getelementptr inbounds nuw i8, ptr %416, i64 1600
   %3212 = getelementptr inbounds nuw i8, ptr %416, i64 1632
-  store <8 x float> %wide.masked.gather564, ptr %3201, align 4, !tbaa !5, !alias.scope !205, !noalias !202
-  store <8 x float> %wide.masked.gather565, ptr %3210, align 4, !tbaa !5, !alias.scope !205, !noalias !202
-  store <8 x float> %wide.masked.gather566, ptr %3211, align 4, !tbaa !5, !alias.scope !205, !noalias !202
-  store <8 x float> %wide.masked.gather567, ptr %3212, align 4, !tbaa !5, !alias.scope !205, !noalias !202
+  store <8 x float> %wide.masked.gather564, ptr %3201, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather565, ptr %3210, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather566, ptr %3211, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather567, ptr %3212, align 4, !tbaa !5, !alias.scope !55, !noalias !52
   %3213 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3214 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3215 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -12609,18 +4824,18 @@ vector.body558:                                   ; preds = %for_end_d.2.i
   %3218 = getelementptr inbounds nuw i8, <8 x ptr> %3214, i64 12
   %3219 = getelementptr inbounds nuw i8, <8 x ptr> %3215, i64 12
   %3220 = getelementptr inbounds nuw i8, <8 x ptr> %3216, i64 12
-  %wide.masked.gather564.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3217, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !202
-  %wide.masked.gather565.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3218, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !202
-  %wide.masked.gather566.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3219, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !202
-  %wide.masked.gather567.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3220, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !202
+  %wide.masked.gather564.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3217, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather565.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3218, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather566.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3219, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather567.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3220, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
   %3221 = getelementptr inbounds nuw i8, ptr %416, i64 1664
   %3222 = getelementptr inbounds nuw i8, ptr %416, i64 1696
   %3223 = getelementptr inbounds nuw i8, ptr %416, i64 1728
   %3224 = getelementptr inbounds nuw i8, ptr %416, i64 1760
-  store <8 x float> %wide.masked.gather564.1, ptr %3221, align 4, !tbaa !5, !alias.scope !205, !noalias !202
-  store <8 x float> %wide.masked.gather565.1, ptr %3222, align 4, !tbaa !5, !alias.scope !205, !noalias !202
-  store <8 x float> %wide.masked.gather566.1, ptr %3223, align 4, !tbaa !5, !alias.scope !205, !noalias !202
-  store <8 x float> %wide.masked.gather567.1, ptr %3224, align 4, !tbaa !5, !alias.scope !205, !noalias !202
+  store <8 x float> %wide.masked.gather564.1, ptr %3221, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather565.1, ptr %3222, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather566.1, ptr %3223, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather567.1, ptr %3224, align 4, !tbaa !5, !alias.scope !55, !noalias !52
   %3225 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3226 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3227 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -12629,18 +4844,18 @@ vector.body558:                                   ; preds = %for_end_d.2.i
   %3230 = getelementptr inbounds nuw i8, <8 x ptr> %3226, i64 12
   %3231 = getelementptr inbounds nuw i8, <8 x ptr> %3227, i64 12
   %3232 = getelementptr inbounds nuw i8, <8 x ptr> %3228, i64 12
-  %wide.masked.gather564.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3229, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !202
-  %wide.masked.gather565.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3230, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !202
-  %wide.masked.gather566.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3231, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !202
-  %wide.masked.gather567.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3232, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !202
+  %wide.masked.gather564.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3229, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather565.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3230, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather566.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3231, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather567.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3232, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
   %3233 = getelementptr inbounds nuw i8, ptr %416, i64 1792
   %3234 = getelementptr inbounds nuw i8, ptr %416, i64 1824
   %3235 = getelementptr inbounds nuw i8, ptr %416, i64 1856
   %3236 = getelementptr inbounds nuw i8, ptr %416, i64 1888
-  store <8 x float> %wide.masked.gather564.2, ptr %3233, align 4, !tbaa !5, !alias.scope !205, !noalias !202
-  store <8 x float> %wide.masked.gather565.2, ptr %3234, align 4, !tbaa !5, !alias.scope !205, !noalias !202
-  store <8 x float> %wide.masked.gather566.2, ptr %3235, align 4, !tbaa !5, !alias.scope !205, !noalias !202
-  store <8 x float> %wide.masked.gather567.2, ptr %3236, align 4, !tbaa !5, !alias.scope !205, !noalias !202
+  store <8 x float> %wide.masked.gather564.2, ptr %3233, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather565.2, ptr %3234, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather566.2, ptr %3235, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather567.2, ptr %3236, align 4, !tbaa !5, !alias.scope !55, !noalias !52
   %3237 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3238 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3239 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -12649,18 +4864,18 @@ vector.body558:                                   ; preds = %for_end_d.2.i
   %3242 = getelementptr inbounds nuw i8, <8 x ptr> %3238, i64 12
   %3243 = getelementptr inbounds nuw i8, <8 x ptr> %3239, i64 12
   %3244 = getelementptr inbounds nuw i8, <8 x ptr> %3240, i64 12
-  %wide.masked.gather564.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3241, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !202
-  %wide.masked.gather565.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3242, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !202
-  %wide.masked.gather566.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3243, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !202
-  %wide.masked.gather567.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3244, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !202
+  %wide.masked.gather564.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3241, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather565.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3242, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather566.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3243, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather567.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3244, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
   %3245 = getelementptr inbounds nuw i8, ptr %416, i64 1920
   %3246 = getelementptr inbounds nuw i8, ptr %416, i64 1952
   %3247 = getelementptr inbounds nuw i8, ptr %416, i64 1984
   %3248 = getelementptr inbounds nuw i8, ptr %416, i64 2016
-  store <8 x float> %wide.masked.gather564.3, ptr %3245, align 4, !tbaa !5, !alias.scope !205, !noalias !202
-  store <8 x float> %wide.masked.gather565.3, ptr %3246, align 4, !tbaa !5, !alias.scope !205, !noalias !202
-  store <8 x float> %wide.masked.gather566.3, ptr %3247, align 4, !tbaa !5, !alias.scope !205, !noalias !202
-  store <8 x float> %wide.masked.gather567.3, ptr %3248, align 4, !tbaa !5, !alias.scope !205, !noalias !202
+  store <8 x float> %wide.masked.gather564.3, ptr %3245, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather565.3, ptr %3246, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather566.3, ptr %3247, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather567.3, ptr %3248, align 4, !tbaa !5, !alias.scope !55, !noalias !52
   br label %for_end_d.3.i
 
 for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
@@ -12722,7 +4937,7 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   store float %3279, ptr %3280, align 4, !tbaa !5
   %indvars.iv.next645.3.i.7 = add nuw nsw i64 %indvars.iv644.3.i, 8
   %exitcond647.3.not.i.7 = icmp eq i64 %indvars.iv.next645.3.i.7, 128
-  br i1 %exitcond647.3.not.i.7, label %for_end_d.3.i, label %for_body_d.3.i, !prof !27, !llvm.loop !207
+  br i1 %exitcond647.3.not.i.7, label %for_end_d.3.i, label %for_body_d.3.i, !prof !36, !llvm.loop !57
 
 for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body558
   %3281 = getelementptr inbounds nuw i8, ptr %416, i64 2048
@@ -12731,7 +4946,7 @@ for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %ve
   %bound0530 = icmp ult ptr %scevgep526, %scevgep529
   %bound1531 = icmp ult ptr %scevgep528, %scevgep527
   %found.conflict532 = and i1 %bound0530, %bound1531
-  br i1 %found.conflict532, label %for_body_d.4.i, label %vector.body535, !prof !16
+  br i1 %found.conflict532, label %for_body_d.4.i, label %vector.body535, !prof !17
 
 vector.body535:                                   ; preds = %for_end_d.3.i
   %3282 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -12742,17 +4957,17 @@ vector.body535:                                   ; preds = %for_end_d.3.i
   %3287 = getelementptr inbounds nuw i8, <8 x ptr> %3283, i64 16
   %3288 = getelementptr inbounds nuw i8, <8 x ptr> %3284, i64 16
   %3289 = getelementptr inbounds nuw i8, <8 x ptr> %3285, i64 16
-  %wide.masked.gather541 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3286, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !208
-  %wide.masked.gather542 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3287, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !208
-  %wide.masked.gather543 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3288, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !208
-  %wide.masked.gather544 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3289, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !208
+  %wide.masked.gather541 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3286, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather542 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3287, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather543 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3288, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather544 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3289, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
   %3290 = getelementptr inbounds nuw i8, ptr %416, i64 2080
   %3291 = getelementptr inbounds nuw i8, ptr %416, i64 2112
   %3292 = getelementptr inbounds nuw i8, ptr %416, i64 2144
-  store <8 x float> %wide.masked.gather541, ptr %3281, align 4, !tbaa !5, !alias.scope !211, !noalias !208
-  store <8 x float> %wide.masked.gather542, ptr %3290, align 4, !tbaa !5, !alias.scope !211, !noalias !208
-  store <8 x float> %wide.masked.gather543, ptr %3291, align 4, !tbaa !5, !alias.scope !211, !noalias !208
-  store <8 x float> %wide.masked.gather544, ptr %3292, align 4, !tbaa !5, !alias.scope !211, !noalias !208
+  store <8 x float> %wide.masked.gather541, ptr %3281, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather542, ptr %3290, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather543, ptr %3291, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather544, ptr %3292, align 4, !tbaa !5, !alias.scope !61, !noalias !58
   %3293 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3294 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3295 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -12761,18 +4976,18 @@ vector.body535:                                   ; preds = %for_end_d.3.i
   %3298 = getelementptr inbounds nuw i8, <8 x ptr> %3294, i64 16
   %3299 = getelementptr inbounds nuw i8, <8 x ptr> %3295, i64 16
   %3300 = getelementptr inbounds nuw i8, <8 x ptr> %3296, i64 16
-  %wide.masked.gather541.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3297, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !208
-  %wide.masked.gather542.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3298, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !208
-  %wide.masked.gather543.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3299, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !208
-  %wide.masked.gather544.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3300, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !208
+  %wide.masked.gather541.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3297, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather542.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3298, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather543.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3299, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather544.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3300, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
   %3301 = getelementptr inbounds nuw i8, ptr %416, i64 2176
   %3302 = getelementptr inbounds nuw i8, ptr %416, i64 2208
   %3303 = getelementptr inbounds nuw i8, ptr %416, i64 2240
   %3304 = getelementptr inbounds nuw i8, ptr %416, i64 2272
-  store <8 x float> %wide.masked.gather541.1, ptr %3301, align 4, !tbaa !5, !alias.scope !211, !noalias !208
-  store <8 x float> %wide.masked.gather542.1, ptr %3302, align 4, !tbaa !5, !alias.scope !211, !noalias !208
-  store <8 x float> %wide.masked.gather543.1, ptr %3303, align 4, !tbaa !5, !alias.scope !211, !noalias !208
-  store <8 x float> %wide.masked.gather544.1, ptr %3304, align 4, !tbaa !5, !alias.scope !211, !noalias !208
+  store <8 x float> %wide.masked.gather541.1, ptr %3301, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather542.1, ptr %3302, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather543.1, ptr %3303, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather544.1, ptr %3304, align 4, !tbaa !5, !alias.scope !61, !noalias !58
   %3305 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3306 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3307 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -12781,18 +4996,18 @@ vector.body535:                                   ; preds = %for_end_d.3.i
   %3310 = getelementptr inbounds nuw i8, <8 x ptr> %3306, i64 16
   %3311 = getelementptr inbounds nuw i8, <8 x ptr> %3307, i64 16
   %3312 = getelementptr inbounds nuw i8, <8 x ptr> %3308, i64 16
-  %wide.masked.gather541.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3309, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !208
-  %wide.masked.gather542.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3310, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !208
-  %wide.masked.gather543.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3311, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !208
-  %wide.masked.gather544.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3312, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !208
+  %wide.masked.gather541.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3309, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather542.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3310, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather543.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3311, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather544.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3312, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
   %3313 = getelementptr inbounds nuw i8, ptr %416, i64 2304
   %3314 = getelementptr inbounds nuw i8, ptr %416, i64 2336
   %3315 = getelementptr inbounds nuw i8, ptr %416, i64 2368
   %3316 = getelementptr inbounds nuw i8, ptr %416, i64 2400
-  store <8 x float> %wide.masked.gather541.2, ptr %3313, align 4, !tbaa !5, !alias.scope !211, !noalias !208
-  store <8 x float> %wide.masked.gather542.2, ptr %3314, align 4, !tbaa !5, !alias.scope !211, !noalias !208
-  store <8 x float> %wide.masked.gather543.2, ptr %3315, align 4, !tbaa !5, !alias.scope !211, !noalias !208
-  store <8 x float> %wide.masked.gather544.2, ptr %3316, align 4, !tbaa !5, !alias.scope !211, !noalias !208
+  store <8 x float> %wide.masked.gather541.2, ptr %3313, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather542.2, ptr %3314, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather543.2, ptr %3315, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather544.2, ptr %3316, align 4, !tbaa !5, !alias.scope !61, !noalias !58
   %3317 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3318 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3319 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -12801,18 +5016,18 @@ vector.body535:                                   ; preds = %for_end_d.3.i
   %3322 = getelementptr inbounds nuw i8, <8 x ptr> %3318, i64 16
   %3323 = getelementptr inbounds nuw i8, <8 x ptr> %3319, i64 16
   %3324 = getelementptr inbounds nuw i8, <8 x ptr> %3320, i64 16
-  %wide.masked.gather541.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3321, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !208
-  %wide.masked.gather542.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3322, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !208
-  %wide.masked.gather543.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3323, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !208
-  %wide.masked.gather544.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3324, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !208
+  %wide.masked.gather541.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3321, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather542.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3322, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather543.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3323, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather544.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3324, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
   %3325 = getelementptr inbounds nuw i8, ptr %416, i64 2432
   %3326 = getelementptr inbounds nuw i8, ptr %416, i64 2464
   %3327 = getelementptr inbounds nuw i8, ptr %416, i64 2496
   %3328 = getelementptr inbounds nuw i8, ptr %416, i64 2528
-  store <8 x float> %wide.masked.gather541.3, ptr %3325, align 4, !tbaa !5, !alias.scope !211, !noalias !208
-  store <8 x float> %wide.masked.gather542.3, ptr %3326, align 4, !tbaa !5, !alias.scope !211, !noalias !208
-  store <8 x float> %wide.masked.gather543.3, ptr %3327, align 4, !tbaa !5, !alias.scope !211, !noalias !208
-  store <8 x float> %wide.masked.gather544.3, ptr %3328, align 4, !tbaa !5, !alias.scope !211, !noalias !208
+  store <8 x float> %wide.masked.gather541.3, ptr %3325, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather542.3, ptr %3326, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather543.3, ptr %3327, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather544.3, ptr %3328, align 4, !tbaa !5, !alias.scope !61, !noalias !58
   br label %for_end_d.4.i
 
 for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %for_end_d.3.i
@@ -12874,7 +5089,7 @@ for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %fo
   store float %3359, ptr %3360, align 4, !tbaa !5
   %indvars.iv.next645.4.i.7 = add nuw nsw i64 %indvars.iv644.4.i, 8
   %exitcond647.4.not.i.7 = icmp eq i64 %indvars.iv.next645.4.i.7, 128
-  br i1 %exitcond647.4.not.i.7, label %for_end_d.4.i, label %for_body_d.4.i, !prof !27, !llvm.loop !213
+  br i1 %exitcond647.4.not.i.7, label %for_end_d.4.i, label %for_body_d.4.i, !prof !36, !llvm.loop !63
 
 for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %vector.body535
   %3361 = getelementptr inbounds nuw i8, ptr %416, i64 2560
@@ -12883,7 +5098,7 @@ for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %ve
   %bound0507 = icmp ult ptr %scevgep503, %scevgep506
   %bound1508 = icmp ult ptr %scevgep505, %scevgep504
   %found.conflict509 = and i1 %bound0507, %bound1508
-  br i1 %found.conflict509, label %for_body_d.5.i, label %vector.body512, !prof !16
+  br i1 %found.conflict509, label %for_body_d.5.i, label %vector.body512, !prof !17
 
 vector.body512:                                   ; preds = %for_end_d.4.i
   %3362 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -12894,17 +5109,17 @@ vector.body512:                                   ; preds = %for_end_d.4.i
   %3367 = getelementptr inbounds nuw i8, <8 x ptr> %3363, i64 20
   %3368 = getelementptr inbounds nuw i8, <8 x ptr> %3364, i64 20
   %3369 = getelementptr inbounds nuw i8, <8 x ptr> %3365, i64 20
-  %wide.masked.gather518 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3366, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !214
-  %wide.masked.gather519 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3367, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !214
-  %wide.masked.gather520 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3368, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !214
-  %wide.masked.gather521 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3369, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !214
+  %wide.masked.gather518 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3366, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather519 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3367, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather520 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3368, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather521 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3369, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
   %3370 = getelementptr inbounds nuw i8, ptr %416, i64 2592
   %3371 = getelementptr inbounds nuw i8, ptr %416, i64 2624
   %3372 = getelementptr inbounds nuw i8, ptr %416, i64 2656
-  store <8 x float> %wide.masked.gather518, ptr %3361, align 4, !tbaa !5, !alias.scope !217, !noalias !214
-  store <8 x float> %wide.masked.gather519, ptr %3370, align 4, !tbaa !5, !alias.scope !217, !noalias !214
-  store <8 x float> %wide.masked.gather520, ptr %3371, align 4, !tbaa !5, !alias.scope !217, !noalias !214
-  store <8 x float> %wide.masked.gather521, ptr %3372, align 4, !tbaa !5, !alias.scope !217, !noalias !214
+  store <8 x float> %wide.masked.gather518, ptr %3361, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather519, ptr %3370, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather520, ptr %3371, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather521, ptr %3372, align 4, !tbaa !5, !alias.scope !67, !noalias !64
   %3373 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3374 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3375 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -12913,18 +5128,18 @@ vector.body512:                                   ; preds = %for_end_d.4.i
   %3378 = getelementptr inbounds nuw i8, <8 x ptr> %3374, i64 20
   %3379 = getelementptr inbounds nuw i8, <8 x ptr> %3375, i64 20
   %3380 = getelementptr inbounds nuw i8, <8 x ptr> %3376, i64 20
-  %wide.masked.gather518.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3377, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !214
-  %wide.masked.gather519.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3378, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !214
-  %wide.masked.gather520.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3379, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !214
-  %wide.masked.gather521.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3380, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !214
+  %wide.masked.gather518.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3377, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather519.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3378, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather520.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3379, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather521.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3380, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
   %3381 = getelementptr inbounds nuw i8, ptr %416, i64 2688
   %3382 = getelementptr inbounds nuw i8, ptr %416, i64 2720
   %3383 = getelementptr inbounds nuw i8, ptr %416, i64 2752
   %3384 = getelementptr inbounds nuw i8, ptr %416, i64 2784
-  store <8 x float> %wide.masked.gather518.1, ptr %3381, align 4, !tbaa !5, !alias.scope !217, !noalias !214
-  store <8 x float> %wide.masked.gather519.1, ptr %3382, align 4, !tbaa !5, !alias.scope !217, !noalias !214
-  store <8 x float> %wide.masked.gather520.1, ptr %3383, align 4, !tbaa !5, !alias.scope !217, !noalias !214
-  store <8 x float> %wide.masked.gather521.1, ptr %3384, align 4, !tbaa !5, !alias.scope !217, !noalias !214
+  store <8 x float> %wide.masked.gather518.1, ptr %3381, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather519.1, ptr %3382, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather520.1, ptr %3383, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather521.1, ptr %3384, align 4, !tbaa !5, !alias.scope !67, !noalias !64
   %3385 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3386 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3387 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -12933,18 +5148,18 @@ vector.body512:                                   ; preds = %for_end_d.4.i
   %3390 = getelementptr inbounds nuw i8, <8 x ptr> %3386, i64 20
   %3391 = getelementptr inbounds nuw i8, <8 x ptr> %3387, i64 20
   %3392 = getelementptr inbounds nuw i8, <8 x ptr> %3388, i64 20
-  %wide.masked.gather518.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3389, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !214
-  %wide.masked.gather519.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3390, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !214
-  %wide.masked.gather520.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3391, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !214
-  %wide.masked.gather521.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3392, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !214
+  %wide.masked.gather518.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3389, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather519.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3390, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather520.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3391, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather521.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3392, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
   %3393 = getelementptr inbounds nuw i8, ptr %416, i64 2816
   %3394 = getelementptr inbounds nuw i8, ptr %416, i64 2848
   %3395 = getelementptr inbounds nuw i8, ptr %416, i64 2880
   %3396 = getelementptr inbounds nuw i8, ptr %416, i64 2912
-  store <8 x float> %wide.masked.gather518.2, ptr %3393, align 4, !tbaa !5, !alias.scope !217, !noalias !214
-  store <8 x float> %wide.masked.gather519.2, ptr %3394, align 4, !tbaa !5, !alias.scope !217, !noalias !214
-  store <8 x float> %wide.masked.gather520.2, ptr %3395, align 4, !tbaa !5, !alias.scope !217, !noalias !214
-  store <8 x float> %wide.masked.gather521.2, ptr %3396, align 4, !tbaa !5, !alias.scope !217, !noalias !214
+  store <8 x float> %wide.masked.gather518.2, ptr %3393, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather519.2, ptr %3394, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather520.2, ptr %3395, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather521.2, ptr %3396, align 4, !tbaa !5, !alias.scope !67, !noalias !64
   %3397 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3398 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3399 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -12953,18 +5168,18 @@ vector.body512:                                   ; preds = %for_end_d.4.i
   %3402 = getelementptr inbounds nuw i8, <8 x ptr> %3398, i64 20
   %3403 = getelementptr inbounds nuw i8, <8 x ptr> %3399, i64 20
   %3404 = getelementptr inbounds nuw i8, <8 x ptr> %3400, i64 20
-  %wide.masked.gather518.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3401, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !214
-  %wide.masked.gather519.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3402, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !214
-  %wide.masked.gather520.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3403, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !214
-  %wide.masked.gather521.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3404, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !214
+  %wide.masked.gather518.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3401, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather519.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3402, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather520.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3403, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather521.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3404, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
   %3405 = getelementptr inbounds nuw i8, ptr %416, i64 2944
   %3406 = getelementptr inbounds nuw i8, ptr %416, i64 2976
   %3407 = getelementptr inbounds nuw i8, ptr %416, i64 3008
   %3408 = getelementptr inbounds nuw i8, ptr %416, i64 3040
-  store <8 x float> %wide.masked.gather518.3, ptr %3405, align 4, !tbaa !5, !alias.scope !217, !noalias !214
-  store <8 x float> %wide.masked.gather519.3, ptr %3406, align 4, !tbaa !5, !alias.scope !217, !noalias !214
-  store <8 x float> %wide.masked.gather520.3, ptr %3407, align 4, !tbaa !5, !alias.scope !217, !noalias !214
-  store <8 x float> %wide.masked.gather521.3, ptr %3408, align 4, !tbaa !5, !alias.scope !217, !noalias !214
+  store <8 x float> %wide.masked.gather518.3, ptr %3405, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather519.3, ptr %3406, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather520.3, ptr %3407, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather521.3, ptr %3408, align 4, !tbaa !5, !alias.scope !67, !noalias !64
   br label %for_end_d.5.i
 
 for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %for_end_d.4.i
@@ -13026,7 +5241,7 @@ for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %fo
   store float %3439, ptr %3440, align 4, !tbaa !5
   %indvars.iv.next645.5.i.7 = add nuw nsw i64 %indvars.iv644.5.i, 8
   %exitcond647.5.not.i.7 = icmp eq i64 %indvars.iv.next645.5.i.7, 128
-  br i1 %exitcond647.5.not.i.7, label %for_end_d.5.i, label %for_body_d.5.i, !prof !27, !llvm.loop !219
+  br i1 %exitcond647.5.not.i.7, label %for_end_d.5.i, label %for_body_d.5.i, !prof !36, !llvm.loop !69
 
 for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %vector.body512
   %3441 = getelementptr inbounds nuw i8, ptr %416, i64 3072
@@ -13035,7 +5250,7 @@ for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %ve
   %bound0484 = icmp ult ptr %scevgep480, %scevgep483
   %bound1485 = icmp ult ptr %scevgep482, %scevgep481
   %found.conflict486 = and i1 %bound0484, %bound1485
-  br i1 %found.conflict486, label %for_body_d.6.i, label %vector.body489, !prof !16
+  br i1 %found.conflict486, label %for_body_d.6.i, label %vector.body489, !prof !17
 
 vector.body489:                                   ; preds = %for_end_d.5.i
   %3442 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -13046,17 +5261,17 @@ vector.body489:                                   ; preds = %for_end_d.5.i
   %3447 = getelementptr inbounds nuw i8, <8 x ptr> %3443, i64 24
   %3448 = getelementptr inbounds nuw i8, <8 x ptr> %3444, i64 24
   %3449 = getelementptr inbounds nuw i8, <8 x ptr> %3445, i64 24
-  %wide.masked.gather495 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3446, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !220
-  %wide.masked.gather496 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3447, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !220
-  %wide.masked.gather497 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3448, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !220
-  %wide.masked.gather498 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3449, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !220
+  %wide.masked.gather495 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3446, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather496 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3447, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather497 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3448, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather498 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3449, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
   %3450 = getelementptr inbounds nuw i8, ptr %416, i64 3104
   %3451 = getelementptr inbounds nuw i8, ptr %416, i64 3136
   %3452 = getelementptr inbounds nuw i8, ptr %416, i64 3168
-  store <8 x float> %wide.masked.gather495, ptr %3441, align 4, !tbaa !5, !alias.scope !223, !noalias !220
-  store <8 x float> %wide.masked.gather496, ptr %3450, align 4, !tbaa !5, !alias.scope !223, !noalias !220
-  store <8 x float> %wide.masked.gather497, ptr %3451, align 4, !tbaa !5, !alias.scope !223, !noalias !220
-  store <8 x float> %wide.masked.gather498, ptr %3452, align 4, !tbaa !5, !alias.scope !223, !noalias !220
+  store <8 x float> %wide.masked.gather495, ptr %3441, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather496, ptr %3450, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather497, ptr %3451, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather498, ptr %3452, align 4, !tbaa !5, !alias.scope !73, !noalias !70
   %3453 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3454 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3455 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -13065,18 +5280,18 @@ vector.body489:                                   ; preds = %for_end_d.5.i
   %3458 = getelementptr inbounds nuw i8, <8 x ptr> %3454, i64 24
   %3459 = getelementptr inbounds nuw i8, <8 x ptr> %3455, i64 24
   %3460 = getelementptr inbounds nuw i8, <8 x ptr> %3456, i64 24
-  %wide.masked.gather495.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3457, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !220
-  %wide.masked.gather496.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3458, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !220
-  %wide.masked.gather497.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3459, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !220
-  %wide.masked.gather498.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3460, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !220
+  %wide.masked.gather495.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3457, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather496.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3458, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather497.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3459, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather498.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3460, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
   %3461 = getelementptr inbounds nuw i8, ptr %416, i64 3200
   %3462 = getelementptr inbounds nuw i8, ptr %416, i64 3232
   %3463 = getelementptr inbounds nuw i8, ptr %416, i64 3264
   %3464 = getelementptr inbounds nuw i8, ptr %416, i64 3296
-  store <8 x float> %wide.masked.gather495.1, ptr %3461, align 4, !tbaa !5, !alias.scope !223, !noalias !220
-  store <8 x float> %wide.masked.gather496.1, ptr %3462, align 4, !tbaa !5, !alias.scope !223, !noalias !220
-  store <8 x float> %wide.masked.gather497.1, ptr %3463, align 4, !tbaa !5, !alias.scope !223, !noalias !220
-  store <8 x float> %wide.masked.gather498.1, ptr %3464, align 4, !tbaa !5, !alias.scope !223, !noalias !220
+  store <8 x float> %wide.masked.gather495.1, ptr %3461, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather496.1, ptr %3462, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather497.1, ptr %3463, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather498.1, ptr %3464, align 4, !tbaa !5, !alias.scope !73, !noalias !70
   %3465 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3466 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3467 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -13085,18 +5300,18 @@ vector.body489:                                   ; preds = %for_end_d.5.i
   %3470 = getelementptr inbounds nuw i8, <8 x ptr> %3466, i64 24
   %3471 = getelementptr inbounds nuw i8, <8 x ptr> %3467, i64 24
   %3472 = getelementptr inbounds nuw i8, <8 x ptr> %3468, i64 24
-  %wide.masked.gather495.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3469, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !220
-  %wide.masked.gather496.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3470, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !220
-  %wide.masked.gather497.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3471, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !220
-  %wide.masked.gather498.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3472, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !220
+  %wide.masked.gather495.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3469, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather496.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3470, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather497.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3471, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather498.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3472, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
   %3473 = getelementptr inbounds nuw i8, ptr %416, i64 3328
   %3474 = getelementptr inbounds nuw i8, ptr %416, i64 3360
   %3475 = getelementptr inbounds nuw i8, ptr %416, i64 3392
   %3476 = getelementptr inbounds nuw i8, ptr %416, i64 3424
-  store <8 x float> %wide.masked.gather495.2, ptr %3473, align 4, !tbaa !5, !alias.scope !223, !noalias !220
-  store <8 x float> %wide.masked.gather496.2, ptr %3474, align 4, !tbaa !5, !alias.scope !223, !noalias !220
-  store <8 x float> %wide.masked.gather497.2, ptr %3475, align 4, !tbaa !5, !alias.scope !223, !noalias !220
-  store <8 x float> %wide.masked.gather498.2, ptr %3476, align 4, !tbaa !5, !alias.scope !223, !noalias !220
+  store <8 x float> %wide.masked.gather495.2, ptr %3473, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather496.2, ptr %3474, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather497.2, ptr %3475, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather498.2, ptr %3476, align 4, !tbaa !5, !alias.scope !73, !noalias !70
   %3477 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3478 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3479 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -13105,18 +5320,18 @@ vector.body489:                                   ; preds = %for_end_d.5.i
   %3482 = getelementptr inbounds nuw i8, <8 x ptr> %3478, i64 24
   %3483 = getelementptr inbounds nuw i8, <8 x ptr> %3479, i64 24
   %3484 = getelementptr inbounds nuw i8, <8 x ptr> %3480, i64 24
-  %wide.masked.gather495.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3481, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !220
-  %wide.masked.gather496.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3482, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !220
-  %wide.masked.gather497.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3483, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !220
-  %wide.masked.gather498.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3484, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !220
+  %wide.masked.gather495.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3481, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather496.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3482, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather497.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3483, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather498.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3484, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
   %3485 = getelementptr inbounds nuw i8, ptr %416, i64 3456
   %3486 = getelementptr inbounds nuw i8, ptr %416, i64 3488
   %3487 = getelementptr inbounds nuw i8, ptr %416, i64 3520
   %3488 = getelementptr inbounds nuw i8, ptr %416, i64 3552
-  store <8 x float> %wide.masked.gather495.3, ptr %3485, align 4, !tbaa !5, !alias.scope !223, !noalias !220
-  store <8 x float> %wide.masked.gather496.3, ptr %3486, align 4, !tbaa !5, !alias.scope !223, !noalias !220
-  store <8 x float> %wide.masked.gather497.3, ptr %3487, align 4, !tbaa !5, !alias.scope !223, !noalias !220
-  store <8 x float> %wide.masked.gather498.3, ptr %3488, align 4, !tbaa !5, !alias.scope !223, !noalias !220
+  store <8 x float> %wide.masked.gather495.3, ptr %3485, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather496.3, ptr %3486, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather497.3, ptr %3487, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather498.3, ptr %3488, align 4, !tbaa !5, !alias.scope !73, !noalias !70
   br label %for_end_d.6.i
 
 for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %for_end_d.5.i
@@ -13178,7 +5393,7 @@ for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %fo
   store float %3519, ptr %3520, align 4, !tbaa !5
   %indvars.iv.next645.6.i.7 = add nuw nsw i64 %indvars.iv644.6.i, 8
   %exitcond647.6.not.i.7 = icmp eq i64 %indvars.iv.next645.6.i.7, 128
-  br i1 %exitcond647.6.not.i.7, label %for_end_d.6.i, label %for_body_d.6.i, !prof !27, !llvm.loop !225
+  br i1 %exitcond647.6.not.i.7, label %for_end_d.6.i, label %for_body_d.6.i, !prof !36, !llvm.loop !75
 
 for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %vector.body489
   %3521 = getelementptr inbounds nuw i8, ptr %416, i64 3584
@@ -13187,7 +5402,7 @@ for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %ve
   %bound0461 = icmp ult ptr %scevgep457, %scevgep460
   %bound1462 = icmp ult ptr %scevgep459, %scevgep458
   %found.conflict463 = and i1 %bound0461, %bound1462
-  br i1 %found.conflict463, label %for_body_d.7.i, label %vector.body466, !prof !16
+  br i1 %found.conflict463, label %for_body_d.7.i, label %vector.body466, !prof !17
 
 vector.body466:                                   ; preds = %for_end_d.6.i
   %3522 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -13198,17 +5413,17 @@ vector.body466:                                   ; preds = %for_end_d.6.i
   %3527 = getelementptr inbounds nuw i8, <8 x ptr> %3523, i64 28
   %3528 = getelementptr inbounds nuw i8, <8 x ptr> %3524, i64 28
   %3529 = getelementptr inbounds nuw i8, <8 x ptr> %3525, i64 28
-  %wide.masked.gather472 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3526, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !226
-  %wide.masked.gather473 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3527, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !226
-  %wide.masked.gather474 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3528, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !226
-  %wide.masked.gather475 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3529, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !226
+  %wide.masked.gather472 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3526, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather473 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3527, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather474 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3528, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather475 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3529, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
   %3530 = getelementptr inbounds nuw i8, ptr %416, i64 3616
   %3531 = getelementptr inbounds nuw i8, ptr %416, i64 3648
   %3532 = getelementptr inbounds nuw i8, ptr %416, i64 3680
-  store <8 x float> %wide.masked.gather472, ptr %3521, align 4, !tbaa !5, !alias.scope !229, !noalias !226
-  store <8 x float> %wide.masked.gather473, ptr %3530, align 4, !tbaa !5, !alias.scope !229, !noalias !226
-  store <8 x float> %wide.masked.gather474, ptr %3531, align 4, !tbaa !5, !alias.scope !229, !noalias !226
-  store <8 x float> %wide.masked.gather475, ptr %3532, align 4, !tbaa !5, !alias.scope !229, !noalias !226
+  store <8 x float> %wide.masked.gather472, ptr %3521, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather473, ptr %3530, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather474, ptr %3531, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather475, ptr %3532, align 4, !tbaa !5, !alias.scope !79, !noalias !76
   %3533 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3534 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3535 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -13217,18 +5432,18 @@ vector.body466:                                   ; preds = %for_end_d.6.i
   %3538 = getelementptr inbounds nuw i8, <8 x ptr> %3534, i64 28
   %3539 = getelementptr inbounds nuw i8, <8 x ptr> %3535, i64 28
   %3540 = getelementptr inbounds nuw i8, <8 x ptr> %3536, i64 28
-  %wide.masked.gather472.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3537, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !226
-  %wide.masked.gather473.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3538, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !226
-  %wide.masked.gather474.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3539, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !226
-  %wide.masked.gather475.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3540, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !226
+  %wide.masked.gather472.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3537, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather473.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3538, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather474.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3539, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather475.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3540, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
   %3541 = getelementptr inbounds nuw i8, ptr %416, i64 3712
   %3542 = getelementptr inbounds nuw i8, ptr %416, i64 3744
   %3543 = getelementptr inbounds nuw i8, ptr %416, i64 3776
   %3544 = getelementptr inbounds nuw i8, ptr %416, i64 3808
-  store <8 x float> %wide.masked.gather472.1, ptr %3541, align 4, !tbaa !5, !alias.scope !229, !noalias !226
-  store <8 x float> %wide.masked.gather473.1, ptr %3542, align 4, !tbaa !5, !alias.scope !229, !noalias !226
-  store <8 x float> %wide.masked.gather474.1, ptr %3543, align 4, !tbaa !5, !alias.scope !229, !noalias !226
-  store <8 x float> %wide.masked.gather475.1, ptr %3544, align 4, !tbaa !5, !alias.scope !229, !noalias !226
+  store <8 x float> %wide.masked.gather472.1, ptr %3541, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather473.1, ptr %3542, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather474.1, ptr %3543, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather475.1, ptr %3544, align 4, !tbaa !5, !alias.scope !79, !noalias !76
   %3545 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3546 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3547 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -13237,18 +5452,18 @@ vector.body466:                                   ; preds = %for_end_d.6.i
   %3550 = getelementptr inbounds nuw i8, <8 x ptr> %3546, i64 28
   %3551 = getelementptr inbounds nuw i8, <8 x ptr> %3547, i64 28
   %3552 = getelementptr inbounds nuw i8, <8 x ptr> %3548, i64 28
-  %wide.masked.gather472.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3549, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !226
-  %wide.masked.gather473.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3550, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !226
-  %wide.masked.gather474.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3551, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !226
-  %wide.masked.gather475.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3552, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !226
+  %wide.masked.gather472.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3549, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather473.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3550, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather474.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3551, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather475.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3552, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
   %3553 = getelementptr inbounds nuw i8, ptr %416, i64 3840
   %3554 = getelementptr inbounds nuw i8, ptr %416, i64 3872
   %3555 = getelementptr inbounds nuw i8, ptr %416, i64 3904
   %3556 = getelementptr inbounds nuw i8, ptr %416, i64 3936
-  store <8 x float> %wide.masked.gather472.2, ptr %3553, align 4, !tbaa !5, !alias.scope !229, !noalias !226
-  store <8 x float> %wide.masked.gather473.2, ptr %3554, align 4, !tbaa !5, !alias.scope !229, !noalias !226
-  store <8 x float> %wide.masked.gather474.2, ptr %3555, align 4, !tbaa !5, !alias.scope !229, !noalias !226
-  store <8 x float> %wide.masked.gather475.2, ptr %3556, align 4, !tbaa !5, !alias.scope !229, !noalias !226
+  store <8 x float> %wide.masked.gather472.2, ptr %3553, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather473.2, ptr %3554, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather474.2, ptr %3555, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather475.2, ptr %3556, align 4, !tbaa !5, !alias.scope !79, !noalias !76
   %3557 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3558 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3559 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -13257,18 +5472,18 @@ vector.body466:                                   ; preds = %for_end_d.6.i
   %3562 = getelementptr inbounds nuw i8, <8 x ptr> %3558, i64 28
   %3563 = getelementptr inbounds nuw i8, <8 x ptr> %3559, i64 28
   %3564 = getelementptr inbounds nuw i8, <8 x ptr> %3560, i64 28
-  %wide.masked.gather472.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3561, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !226
-  %wide.masked.gather473.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3562, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !226
-  %wide.masked.gather474.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3563, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !226
-  %wide.masked.gather475.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3564, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !226
+  %wide.masked.gather472.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3561, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather473.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3562, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather474.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3563, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather475.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3564, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
   %3565 = getelementptr inbounds nuw i8, ptr %416, i64 3968
   %3566 = getelementptr inbounds nuw i8, ptr %416, i64 4000
   %3567 = getelementptr inbounds nuw i8, ptr %416, i64 4032
   %3568 = getelementptr inbounds nuw i8, ptr %416, i64 4064
-  store <8 x float> %wide.masked.gather472.3, ptr %3565, align 4, !tbaa !5, !alias.scope !229, !noalias !226
-  store <8 x float> %wide.masked.gather473.3, ptr %3566, align 4, !tbaa !5, !alias.scope !229, !noalias !226
-  store <8 x float> %wide.masked.gather474.3, ptr %3567, align 4, !tbaa !5, !alias.scope !229, !noalias !226
-  store <8 x float> %wide.masked.gather475.3, ptr %3568, align 4, !tbaa !5, !alias.scope !229, !noalias !226
+  store <8 x float> %wide.masked.gather472.3, ptr %3565, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather473.3, ptr %3566, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather474.3, ptr %3567, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather475.3, ptr %3568, align 4, !tbaa !5, !alias.scope !79, !noalias !76
   br label %for_end_d.7.i
 
 for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %for_end_d.6.i
@@ -13330,7 +5545,7 @@ for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %fo
   store float %3599, ptr %3600, align 4, !tbaa !5
   %indvars.iv.next645.7.i.7 = add nuw nsw i64 %indvars.iv644.7.i, 8
   %exitcond647.7.not.i.7 = icmp eq i64 %indvars.iv.next645.7.i.7, 128
-  br i1 %exitcond647.7.not.i.7, label %for_end_d.7.i, label %for_body_d.7.i, !prof !27, !llvm.loop !231
+  br i1 %exitcond647.7.not.i.7, label %for_end_d.7.i, label %for_body_d.7.i, !prof !36, !llvm.loop !81
 
 for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %vector.body466
   %3601 = getelementptr inbounds nuw i8, ptr %416, i64 4096
@@ -13339,7 +5554,7 @@ for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %ve
   %bound0438 = icmp ult ptr %scevgep434, %scevgep437
   %bound1439 = icmp ult ptr %scevgep436, %scevgep435
   %found.conflict440 = and i1 %bound0438, %bound1439
-  br i1 %found.conflict440, label %for_body_d.8.i, label %vector.body443, !prof !16
+  br i1 %found.conflict440, label %for_body_d.8.i, label %vector.body443, !prof !17
 
 vector.body443:                                   ; preds = %for_end_d.7.i
   %3602 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -13350,17 +5565,17 @@ vector.body443:                                   ; preds = %for_end_d.7.i
   %3607 = getelementptr inbounds nuw i8, <8 x ptr> %3603, i64 32
   %3608 = getelementptr inbounds nuw i8, <8 x ptr> %3604, i64 32
   %3609 = getelementptr inbounds nuw i8, <8 x ptr> %3605, i64 32
-  %wide.masked.gather449 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3606, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !232
-  %wide.masked.gather450 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3607, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !232
-  %wide.masked.gather451 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3608, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !232
-  %wide.masked.gather452 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3609, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !232
+  %wide.masked.gather449 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3606, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather450 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3607, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather451 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3608, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather452 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3609, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
   %3610 = getelementptr inbounds nuw i8, ptr %416, i64 4128
   %3611 = getelementptr inbounds nuw i8, ptr %416, i64 4160
   %3612 = getelementptr inbounds nuw i8, ptr %416, i64 4192
-  store <8 x float> %wide.masked.gather449, ptr %3601, align 4, !tbaa !5, !alias.scope !235, !noalias !232
-  store <8 x float> %wide.masked.gather450, ptr %3610, align 4, !tbaa !5, !alias.scope !235, !noalias !232
-  store <8 x float> %wide.masked.gather451, ptr %3611, align 4, !tbaa !5, !alias.scope !235, !noalias !232
-  store <8 x float> %wide.masked.gather452, ptr %3612, align 4, !tbaa !5, !alias.scope !235, !noalias !232
+  store <8 x float> %wide.masked.gather449, ptr %3601, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather450, ptr %3610, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather451, ptr %3611, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather452, ptr %3612, align 4, !tbaa !5, !alias.scope !85, !noalias !82
   %3613 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3614 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3615 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -13369,18 +5584,18 @@ vector.body443:                                   ; preds = %for_end_d.7.i
   %3618 = getelementptr inbounds nuw i8, <8 x ptr> %3614, i64 32
   %3619 = getelementptr inbounds nuw i8, <8 x ptr> %3615, i64 32
   %3620 = getelementptr inbounds nuw i8, <8 x ptr> %3616, i64 32
-  %wide.masked.gather449.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3617, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !232
-  %wide.masked.gather450.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3618, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !232
-  %wide.masked.gather451.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3619, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !232
-  %wide.masked.gather452.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3620, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !232
+  %wide.masked.gather449.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3617, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather450.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3618, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather451.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3619, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather452.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3620, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
   %3621 = getelementptr inbounds nuw i8, ptr %416, i64 4224
   %3622 = getelementptr inbounds nuw i8, ptr %416, i64 4256
   %3623 = getelementptr inbounds nuw i8, ptr %416, i64 4288
   %3624 = getelementptr inbounds nuw i8, ptr %416, i64 4320
-  store <8 x float> %wide.masked.gather449.1, ptr %3621, align 4, !tbaa !5, !alias.scope !235, !noalias !232
-  store <8 x float> %wide.masked.gather450.1, ptr %3622, align 4, !tbaa !5, !alias.scope !235, !noalias !232
-  store <8 x float> %wide.masked.gather451.1, ptr %3623, align 4, !tbaa !5, !alias.scope !235, !noalias !232
-  store <8 x float> %wide.masked.gather452.1, ptr %3624, align 4, !tbaa !5, !alias.scope !235, !noalias !232
+  store <8 x float> %wide.masked.gather449.1, ptr %3621, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather450.1, ptr %3622, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather451.1, ptr %3623, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather452.1, ptr %3624, align 4, !tbaa !5, !alias.scope !85, !noalias !82
   %3625 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3626 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3627 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -13389,18 +5604,18 @@ vector.body443:                                   ; preds = %for_end_d.7.i
   %3630 = getelementptr inbounds nuw i8, <8 x ptr> %3626, i64 32
   %3631 = getelementptr inbounds nuw i8, <8 x ptr> %3627, i64 32
   %3632 = getelementptr inbounds nuw i8, <8 x ptr> %3628, i64 32
-  %wide.masked.gather449.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3629, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !232
-  %wide.masked.gather450.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3630, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !232
-  %wide.masked.gather451.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3631, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !232
-  %wide.masked.gather452.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3632, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !232
+  %wide.masked.gather449.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3629, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather450.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3630, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather451.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3631, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather452.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3632, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
   %3633 = getelementptr inbounds nuw i8, ptr %416, i64 4352
   %3634 = getelementptr inbounds nuw i8, ptr %416, i64 4384
   %3635 = getelementptr inbounds nuw i8, ptr %416, i64 4416
   %3636 = getelementptr inbounds nuw i8, ptr %416, i64 4448
-  store <8 x float> %wide.masked.gather449.2, ptr %3633, align 4, !tbaa !5, !alias.scope !235, !noalias !232
-  store <8 x float> %wide.masked.gather450.2, ptr %3634, align 4, !tbaa !5, !alias.scope !235, !noalias !232
-  store <8 x float> %wide.masked.gather451.2, ptr %3635, align 4, !tbaa !5, !alias.scope !235, !noalias !232
-  store <8 x float> %wide.masked.gather452.2, ptr %3636, align 4, !tbaa !5, !alias.scope !235, !noalias !232
+  store <8 x float> %wide.masked.gather449.2, ptr %3633, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather450.2, ptr %3634, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather451.2, ptr %3635, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather452.2, ptr %3636, align 4, !tbaa !5, !alias.scope !85, !noalias !82
   %3637 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3638 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3639 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -13409,18 +5624,18 @@ vector.body443:                                   ; preds = %for_end_d.7.i
   %3642 = getelementptr inbounds nuw i8, <8 x ptr> %3638, i64 32
   %3643 = getelementptr inbounds nuw i8, <8 x ptr> %3639, i64 32
   %3644 = getelementptr inbounds nuw i8, <8 x ptr> %3640, i64 32
-  %wide.masked.gather449.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3641, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !232
-  %wide.masked.gather450.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3642, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !232
-  %wide.masked.gather451.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3643, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !232
-  %wide.masked.gather452.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3644, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !232
+  %wide.masked.gather449.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3641, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather450.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3642, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather451.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3643, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather452.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3644, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
   %3645 = getelementptr inbounds nuw i8, ptr %416, i64 4480
   %3646 = getelementptr inbounds nuw i8, ptr %416, i64 4512
   %3647 = getelementptr inbounds nuw i8, ptr %416, i64 4544
   %3648 = getelementptr inbounds nuw i8, ptr %416, i64 4576
-  store <8 x float> %wide.masked.gather449.3, ptr %3645, align 4, !tbaa !5, !alias.scope !235, !noalias !232
-  store <8 x float> %wide.masked.gather450.3, ptr %3646, align 4, !tbaa !5, !alias.scope !235, !noalias !232
-  store <8 x float> %wide.masked.gather451.3, ptr %3647, align 4, !tbaa !5, !alias.scope !235, !noalias !232
-  store <8 x float> %wide.masked.gather452.3, ptr %3648, align 4, !tbaa !5, !alias.scope !235, !noalias !232
+  store <8 x float> %wide.masked.gather449.3, ptr %3645, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather450.3, ptr %3646, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather451.3, ptr %3647, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather452.3, ptr %3648, align 4, !tbaa !5, !alias.scope !85, !noalias !82
   br label %for_end_d.8.i
 
 for_body_d.8.i:                                   ; preds = %for_body_d.8.i, %for_end_d.7.i
@@ -13482,7 +5697,7 @@ for_body_d.8.i:                                   ; preds = %for_body_d.8.i, %fo
   store float %3679, ptr %3680, align 4, !tbaa !5
   %indvars.iv.next645.8.i.7 = add nuw nsw i64 %indvars.iv644.8.i, 8
   %exitcond647.8.not.i.7 = icmp eq i64 %indvars.iv.next645.8.i.7, 128
-  br i1 %exitcond647.8.not.i.7, label %for_end_d.8.i, label %for_body_d.8.i, !prof !27, !llvm.loop !237
+  br i1 %exitcond647.8.not.i.7, label %for_end_d.8.i, label %for_body_d.8.i, !prof !36, !llvm.loop !87
 
 for_end_d.8.i:                                    ; preds = %for_body_d.8.i, %vector.body443
   %3681 = getelementptr inbounds nuw i8, ptr %416, i64 4608
@@ -13491,7 +5706,7 @@ for_end_d.8.i:                                    ; preds = %for_body_d.8.i, %ve
   %bound0415 = icmp ult ptr %scevgep411, %scevgep414
   %bound1416 = icmp ult ptr %scevgep413, %scevgep412
   %found.conflict417 = and i1 %bound0415, %bound1416
-  br i1 %found.conflict417, label %for_body_d.9.i, label %vector.body420, !prof !16
+  br i1 %found.conflict417, label %for_body_d.9.i, label %vector.body420, !prof !17
 
 vector.body420:                                   ; preds = %for_end_d.8.i
   %3682 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -13502,17 +5717,17 @@ vector.body420:                                   ; preds = %for_end_d.8.i
   %3687 = getelementptr inbounds nuw i8, <8 x ptr> %3683, i64 36
   %3688 = getelementptr inbounds nuw i8, <8 x ptr> %3684, i64 36
   %3689 = getelementptr inbounds nuw i8, <8 x ptr> %3685, i64 36
-  %wide.masked.gather426 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3686, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !238
-  %wide.masked.gather427 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3687, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !238
-  %wide.masked.gather428 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3688, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !238
-  %wide.masked.gather429 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3689, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !238
+  %wide.masked.gather426 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3686, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather427 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3687, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather428 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3688, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather429 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3689, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
   %3690 = getelementptr inbounds nuw i8, ptr %416, i64 4640
   %3691 = getelementptr inbounds nuw i8, ptr %416, i64 4672
   %3692 = getelementptr inbounds nuw i8, ptr %416, i64 4704
-  store <8 x float> %wide.masked.gather426, ptr %3681, align 4, !tbaa !5, !alias.scope !241, !noalias !238
-  store <8 x float> %wide.masked.gather427, ptr %3690, align 4, !tbaa !5, !alias.scope !241, !noalias !238
-  store <8 x float> %wide.masked.gather428, ptr %3691, align 4, !tbaa !5, !alias.scope !241, !noalias !238
-  store <8 x float> %wide.masked.gather429, ptr %3692, align 4, !tbaa !5, !alias.scope !241, !noalias !238
+  store <8 x float> %wide.masked.gather426, ptr %3681, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather427, ptr %3690, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather428, ptr %3691, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather429, ptr %3692, align 4, !tbaa !5, !alias.scope !91, !noalias !88
   %3693 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3694 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3695 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -13521,18 +5736,18 @@ vector.body420:                                   ; preds = %for_end_d.8.i
   %3698 = getelementptr inbounds nuw i8, <8 x ptr> %3694, i64 36
   %3699 = getelementptr inbounds nuw i8, <8 x ptr> %3695, i64 36
   %3700 = getelementptr inbounds nuw i8, <8 x ptr> %3696, i64 36
-  %wide.masked.gather426.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3697, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !238
-  %wide.masked.gather427.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3698, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !238
-  %wide.masked.gather428.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3699, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !238
-  %wide.masked.gather429.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3700, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !238
+  %wide.masked.gather426.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3697, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather427.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3698, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather428.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3699, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather429.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3700, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
   %3701 = getelementptr inbounds nuw i8, ptr %416, i64 4736
   %3702 = getelementptr inbounds nuw i8, ptr %416, i64 4768
   %3703 = getelementptr inbounds nuw i8, ptr %416, i64 4800
   %3704 = getelementptr inbounds nuw i8, ptr %416, i64 4832
-  store <8 x float> %wide.masked.gather426.1, ptr %3701, align 4, !tbaa !5, !alias.scope !241, !noalias !238
-  store <8 x float> %wide.masked.gather427.1, ptr %3702, align 4, !tbaa !5, !alias.scope !241, !noalias !238
-  store <8 x float> %wide.masked.gather428.1, ptr %3703, align 4, !tbaa !5, !alias.scope !241, !noalias !238
-  store <8 x float> %wide.masked.gather429.1, ptr %3704, align 4, !tbaa !5, !alias.scope !241, !noalias !238
+  store <8 x float> %wide.masked.gather426.1, ptr %3701, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather427.1, ptr %3702, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather428.1, ptr %3703, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather429.1, ptr %3704, align 4, !tbaa !5, !alias.scope !91, !noalias !88
   %3705 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3706 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3707 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -13541,18 +5756,18 @@ vector.body420:                                   ; preds = %for_end_d.8.i
   %3710 = getelementptr inbounds nuw i8, <8 x ptr> %3706, i64 36
   %3711 = getelementptr inbounds nuw i8, <8 x ptr> %3707, i64 36
   %3712 = getelementptr inbounds nuw i8, <8 x ptr> %3708, i64 36
-  %wide.masked.gather426.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3709, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !238
-  %wide.masked.gather427.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3710, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !238
-  %wide.masked.gather428.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3711, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !238
-  %wide.masked.gather429.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3712, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !238
+  %wide.masked.gather426.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3709, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather427.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3710, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather428.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3711, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather429.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3712, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
   %3713 = getelementptr inbounds nuw i8, ptr %416, i64 4864
   %3714 = getelementptr inbounds nuw i8, ptr %416, i64 4896
   %3715 = getelementptr inbounds nuw i8, ptr %416, i64 4928
   %3716 = getelementptr inbounds nuw i8, ptr %416, i64 4960
-  store <8 x float> %wide.masked.gather426.2, ptr %3713, align 4, !tbaa !5, !alias.scope !241, !noalias !238
-  store <8 x float> %wide.masked.gather427.2, ptr %3714, align 4, !tbaa !5, !alias.scope !241, !noalias !238
-  store <8 x float> %wide.masked.gather428.2, ptr %3715, align 4, !tbaa !5, !alias.scope !241, !noalias !238
-  store <8 x float> %wide.masked.gather429.2, ptr %3716, align 4, !tbaa !5, !alias.scope !241, !noalias !238
+  store <8 x float> %wide.masked.gather426.2, ptr %3713, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather427.2, ptr %3714, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather428.2, ptr %3715, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather429.2, ptr %3716, align 4, !tbaa !5, !alias.scope !91, !noalias !88
   %3717 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3718 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3719 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -13561,18 +5776,18 @@ vector.body420:                                   ; preds = %for_end_d.8.i
   %3722 = getelementptr inbounds nuw i8, <8 x ptr> %3718, i64 36
   %3723 = getelementptr inbounds nuw i8, <8 x ptr> %3719, i64 36
   %3724 = getelementptr inbounds nuw i8, <8 x ptr> %3720, i64 36
-  %wide.masked.gather426.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3721, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !238
-  %wide.masked.gather427.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3722, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !238
-  %wide.masked.gather428.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3723, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !238
-  %wide.masked.gather429.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3724, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !238
+  %wide.masked.gather426.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3721, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather427.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3722, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather428.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3723, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather429.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3724, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
   %3725 = getelementptr inbounds nuw i8, ptr %416, i64 4992
   %3726 = getelementptr inbounds nuw i8, ptr %416, i64 5024
   %3727 = getelementptr inbounds nuw i8, ptr %416, i64 5056
   %3728 = getelementptr inbounds nuw i8, ptr %416, i64 5088
-  store <8 x float> %wide.masked.gather426.3, ptr %3725, align 4, !tbaa !5, !alias.scope !241, !noalias !238
-  store <8 x float> %wide.masked.gather427.3, ptr %3726, align 4, !tbaa !5, !alias.scope !241, !noalias !238
-  store <8 x float> %wide.masked.gather428.3, ptr %3727, align 4, !tbaa !5, !alias.scope !241, !noalias !238
-  store <8 x float> %wide.masked.gather429.3, ptr %3728, align 4, !tbaa !5, !alias.scope !241, !noalias !238
+  store <8 x float> %wide.masked.gather426.3, ptr %3725, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather427.3, ptr %3726, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather428.3, ptr %3727, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather429.3, ptr %3728, align 4, !tbaa !5, !alias.scope !91, !noalias !88
   br label %for_end_d.9.i
 
 for_body_d.9.i:                                   ; preds = %for_body_d.9.i, %for_end_d.8.i
@@ -13634,7 +5849,7 @@ for_body_d.9.i:                                   ; preds = %for_body_d.9.i, %fo
   store float %3759, ptr %3760, align 4, !tbaa !5
   %indvars.iv.next645.9.i.7 = add nuw nsw i64 %indvars.iv644.9.i, 8
   %exitcond647.9.not.i.7 = icmp eq i64 %indvars.iv.next645.9.i.7, 128
-  br i1 %exitcond647.9.not.i.7, label %for_end_d.9.i, label %for_body_d.9.i, !prof !27, !llvm.loop !243
+  br i1 %exitcond647.9.not.i.7, label %for_end_d.9.i, label %for_body_d.9.i, !prof !36, !llvm.loop !93
 
 for_end_d.9.i:                                    ; preds = %for_body_d.9.i, %vector.body420
   %3761 = getelementptr inbounds nuw i8, ptr %416, i64 5120
@@ -13643,7 +5858,7 @@ for_end_d.9.i:                                    ; preds = %for_body_d.9.i, %ve
   %bound0392 = icmp ult ptr %scevgep388, %scevgep391
   %bound1393 = icmp ult ptr %scevgep390, %scevgep389
   %found.conflict394 = and i1 %bound0392, %bound1393
-  br i1 %found.conflict394, label %for_body_d.10.i, label %vector.body397, !prof !16
+  br i1 %found.conflict394, label %for_body_d.10.i, label %vector.body397, !prof !17
 
 vector.body397:                                   ; preds = %for_end_d.9.i
   %3762 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -13654,17 +5869,17 @@ vector.body397:                                   ; preds = %for_end_d.9.i
   %3767 = getelementptr inbounds nuw i8, <8 x ptr> %3763, i64 40
   %3768 = getelementptr inbounds nuw i8, <8 x ptr> %3764, i64 40
   %3769 = getelementptr inbounds nuw i8, <8 x ptr> %3765, i64 40
-  %wide.masked.gather403 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3766, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !244
-  %wide.masked.gather404 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3767, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !244
-  %wide.masked.gather405 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3768, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !244
-  %wide.masked.gather406 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3769, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !244
+  %wide.masked.gather403 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3766, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather404 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3767, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather405 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3768, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather406 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3769, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
   %3770 = getelementptr inbounds nuw i8, ptr %416, i64 5152
   %3771 = getelementptr inbounds nuw i8, ptr %416, i64 5184
   %3772 = getelementptr inbounds nuw i8, ptr %416, i64 5216
-  store <8 x float> %wide.masked.gather403, ptr %3761, align 4, !tbaa !5, !alias.scope !247, !noalias !244
-  store <8 x float> %wide.masked.gather404, ptr %3770, align 4, !tbaa !5, !alias.scope !247, !noalias !244
-  store <8 x float> %wide.masked.gather405, ptr %3771, align 4, !tbaa !5, !alias.scope !247, !noalias !244
-  store <8 x float> %wide.masked.gather406, ptr %3772, align 4, !tbaa !5, !alias.scope !247, !noalias !244
+  store <8 x float> %wide.masked.gather403, ptr %3761, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather404, ptr %3770, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather405, ptr %3771, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather406, ptr %3772, align 4, !tbaa !5, !alias.scope !97, !noalias !94
   %3773 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3774 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3775 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -13673,18 +5888,18 @@ vector.body397:                                   ; preds = %for_end_d.9.i
   %3778 = getelementptr inbounds nuw i8, <8 x ptr> %3774, i64 40
   %3779 = getelementptr inbounds nuw i8, <8 x ptr> %3775, i64 40
   %3780 = getelementptr inbounds nuw i8, <8 x ptr> %3776, i64 40
-  %wide.masked.gather403.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3777, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !244
-  %wide.masked.gather404.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3778, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !244
-  %wide.masked.gather405.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3779, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !244
-  %wide.masked.gather406.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3780, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !244
+  %wide.masked.gather403.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3777, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather404.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3778, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather405.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3779, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather406.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3780, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
   %3781 = getelementptr inbounds nuw i8, ptr %416, i64 5248
   %3782 = getelementptr inbounds nuw i8, ptr %416, i64 5280
   %3783 = getelementptr inbounds nuw i8, ptr %416, i64 5312
   %3784 = getelementptr inbounds nuw i8, ptr %416, i64 5344
-  store <8 x float> %wide.masked.gather403.1, ptr %3781, align 4, !tbaa !5, !alias.scope !247, !noalias !244
-  store <8 x float> %wide.masked.gather404.1, ptr %3782, align 4, !tbaa !5, !alias.scope !247, !noalias !244
-  store <8 x float> %wide.masked.gather405.1, ptr %3783, align 4, !tbaa !5, !alias.scope !247, !noalias !244
-  store <8 x float> %wide.masked.gather406.1, ptr %3784, align 4, !tbaa !5, !alias.scope !247, !noalias !244
+  store <8 x float> %wide.masked.gather403.1, ptr %3781, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather404.1, ptr %3782, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather405.1, ptr %3783, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather406.1, ptr %3784, align 4, !tbaa !5, !alias.scope !97, !noalias !94
   %3785 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3786 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3787 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -13693,18 +5908,18 @@ vector.body397:                                   ; preds = %for_end_d.9.i
   %3790 = getelementptr inbounds nuw i8, <8 x ptr> %3786, i64 40
   %3791 = getelementptr inbounds nuw i8, <8 x ptr> %3787, i64 40
   %3792 = getelementptr inbounds nuw i8, <8 x ptr> %3788, i64 40
-  %wide.masked.gather403.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3789, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !244
-  %wide.masked.gather404.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3790, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !244
-  %wide.masked.gather405.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3791, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !244
-  %wide.masked.gather406.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3792, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !244
+  %wide.masked.gather403.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3789, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather404.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3790, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather405.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3791, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather406.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3792, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
   %3793 = getelementptr inbounds nuw i8, ptr %416, i64 5376
   %3794 = getelementptr inbounds nuw i8, ptr %416, i64 5408
   %3795 = getelementptr inbounds nuw i8, ptr %416, i64 5440
   %3796 = getelementptr inbounds nuw i8, ptr %416, i64 5472
-  store <8 x float> %wide.masked.gather403.2, ptr %3793, align 4, !tbaa !5, !alias.scope !247, !noalias !244
-  store <8 x float> %wide.masked.gather404.2, ptr %3794, align 4, !tbaa !5, !alias.scope !247, !noalias !244
-  store <8 x float> %wide.masked.gather405.2, ptr %3795, align 4, !tbaa !5, !alias.scope !247, !noalias !244
-  store <8 x float> %wide.masked.gather406.2, ptr %3796, align 4, !tbaa !5, !alias.scope !247, !noalias !244
+  store <8 x float> %wide.masked.gather403.2, ptr %3793, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather404.2, ptr %3794, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather405.2, ptr %3795, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather406.2, ptr %3796, align 4, !tbaa !5, !alias.scope !97, !noalias !94
   %3797 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3798 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3799 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -13713,18 +5928,18 @@ vector.body397:                                   ; preds = %for_end_d.9.i
   %3802 = getelementptr inbounds nuw i8, <8 x ptr> %3798, i64 40
   %3803 = getelementptr inbounds nuw i8, <8 x ptr> %3799, i64 40
   %3804 = getelementptr inbounds nuw i8, <8 x ptr> %3800, i64 40
-  %wide.masked.gather403.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3801, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !244
-  %wide.masked.gather404.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3802, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !244
-  %wide.masked.gather405.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3803, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !244
-  %wide.masked.gather406.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3804, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !244
+  %wide.masked.gather403.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3801, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather404.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3802, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather405.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3803, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather406.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3804, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
   %3805 = getelementptr inbounds nuw i8, ptr %416, i64 5504
   %3806 = getelementptr inbounds nuw i8, ptr %416, i64 5536
   %3807 = getelementptr inbounds nuw i8, ptr %416, i64 5568
   %3808 = getelementptr inbounds nuw i8, ptr %416, i64 5600
-  store <8 x float> %wide.masked.gather403.3, ptr %3805, align 4, !tbaa !5, !alias.scope !247, !noalias !244
-  store <8 x float> %wide.masked.gather404.3, ptr %3806, align 4, !tbaa !5, !alias.scope !247, !noalias !244
-  store <8 x float> %wide.masked.gather405.3, ptr %3807, align 4, !tbaa !5, !alias.scope !247, !noalias !244
-  store <8 x float> %wide.masked.gather406.3, ptr %3808, align 4, !tbaa !5, !alias.scope !247, !noalias !244
+  store <8 x float> %wide.masked.gather403.3, ptr %3805, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather404.3, ptr %3806, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather405.3, ptr %3807, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather406.3, ptr %3808, align 4, !tbaa !5, !alias.scope !97, !noalias !94
   br label %for_end_d.10.i
 
 for_body_d.10.i:                                  ; preds = %for_body_d.10.i, %for_end_d.9.i
@@ -13786,7 +6001,7 @@ for_body_d.10.i:                                  ; preds = %for_body_d.10.i, %f
   store float %3839, ptr %3840, align 4, !tbaa !5
   %indvars.iv.next645.10.i.7 = add nuw nsw i64 %indvars.iv644.10.i, 8
   %exitcond647.10.not.i.7 = icmp eq i64 %indvars.iv.next645.10.i.7, 128
-  br i1 %exitcond647.10.not.i.7, label %for_end_d.10.i, label %for_body_d.10.i, !prof !27, !llvm.loop !249
+  br i1 %exitcond647.10.not.i.7, label %for_end_d.10.i, label %for_body_d.10.i, !prof !36, !llvm.loop !99
 
 for_end_d.10.i:                                   ; preds = %for_body_d.10.i, %vector.body397
   %3841 = getelementptr inbounds nuw i8, ptr %416, i64 5632
@@ -13795,7 +6010,7 @@ for_end_d.10.i:                                   ; preds = %for_body_d.10.i, %v
   %bound0369 = icmp ult ptr %scevgep365, %scevgep368
   %bound1370 = icmp ult ptr %scevgep367, %scevgep366
   %found.conflict371 = and i1 %bound0369, %bound1370
-  br i1 %found.conflict371, label %for_body_d.11.i, label %vector.body374, !prof !16
+  br i1 %found.conflict371, label %for_body_d.11.i, label %vector.body374, !prof !17
 
 vector.body374:                                   ; preds = %for_end_d.10.i
   %3842 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -13806,17 +6021,17 @@ vector.body374:                                   ; preds = %for_end_d.10.i
   %3847 = getelementptr inbounds nuw i8, <8 x ptr> %3843, i64 44
   %3848 = getelementptr inbounds nuw i8, <8 x ptr> %3844, i64 44
   %3849 = getelementptr inbounds nuw i8, <8 x ptr> %3845, i64 44
-  %wide.masked.gather380 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3846, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !250
-  %wide.masked.gather381 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3847, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !250
-  %wide.masked.gather382 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3848, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !250
-  %wide.masked.gather383 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3849, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !250
+  %wide.masked.gather380 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3846, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather381 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3847, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather382 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3848, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather383 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3849, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
   %3850 = getelementptr inbounds nuw i8, ptr %416, i64 5664
   %3851 = getelementptr inbounds nuw i8, ptr %416, i64 5696
   %3852 = getelementptr inbounds nuw i8, ptr %416, i64 5728
-  store <8 x float> %wide.masked.gather380, ptr %3841, align 4, !tbaa !5, !alias.scope !253, !noalias !250
-  store <8 x float> %wide.masked.gather381, ptr %3850, align 4, !tbaa !5, !alias.scope !253, !noalias !250
-  store <8 x float> %wide.masked.gather382, ptr %3851, align 4, !tbaa !5, !alias.scope !253, !noalias !250
-  store <8 x float> %wide.masked.gather383, ptr %3852, align 4, !tbaa !5, !alias.scope !253, !noalias !250
+  store <8 x float> %wide.masked.gather380, ptr %3841, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather381, ptr %3850, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather382, ptr %3851, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather383, ptr %3852, align 4, !tbaa !5, !alias.scope !103, !noalias !100
   %3853 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3854 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3855 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -13825,18 +6040,18 @@ vector.body374:                                   ; preds = %for_end_d.10.i
   %3858 = getelementptr inbounds nuw i8, <8 x ptr> %3854, i64 44
   %3859 = getelementptr inbounds nuw i8, <8 x ptr> %3855, i64 44
   %3860 = getelementptr inbounds nuw i8, <8 x ptr> %3856, i64 44
-  %wide.masked.gather380.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3857, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !250
-  %wide.masked.gather381.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3858, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !250
-  %wide.masked.gather382.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3859, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !250
-  %wide.masked.gather383.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3860, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !250
+  %wide.masked.gather380.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3857, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather381.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3858, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather382.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3859, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather383.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3860, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
   %3861 = getelementptr inbounds nuw i8, ptr %416, i64 5760
   %3862 = getelementptr inbounds nuw i8, ptr %416, i64 5792
   %3863 = getelementptr inbounds nuw i8, ptr %416, i64 5824
   %3864 = getelementptr inbounds nuw i8, ptr %416, i64 5856
-  store <8 x float> %wide.masked.gather380.1, ptr %3861, align 4, !tbaa !5, !alias.scope !253, !noalias !250
-  store <8 x float> %wide.masked.gather381.1, ptr %3862, align 4, !tbaa !5, !alias.scope !253, !noalias !250
-  store <8 x float> %wide.masked.gather382.1, ptr %3863, align 4, !tbaa !5, !alias.scope !253, !noalias !250
-  store <8 x float> %wide.masked.gather383.1, ptr %3864, align 4, !tbaa !5, !alias.scope !253, !noalias !250
+  store <8 x float> %wide.masked.gather380.1, ptr %3861, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather381.1, ptr %3862, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather382.1, ptr %3863, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather383.1, ptr %3864, align 4, !tbaa !5, !alias.scope !103, !noalias !100
   %3865 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3866 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3867 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -13845,18 +6060,18 @@ vector.body374:                                   ; preds = %for_end_d.10.i
   %3870 = getelementptr inbounds nuw i8, <8 x ptr> %3866, i64 44
   %3871 = getelementptr inbounds nuw i8, <8 x ptr> %3867, i64 44
   %3872 = getelementptr inbounds nuw i8, <8 x ptr> %3868, i64 44
-  %wide.masked.gather380.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3869, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !250
-  %wide.masked.gather381.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3870, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !250
-  %wide.masked.gather382.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3871, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !250
-  %wide.masked.gather383.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3872, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !250
+  %wide.masked.gather380.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3869, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather381.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3870, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather382.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3871, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather383.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3872, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
   %3873 = getelementptr inbounds nuw i8, ptr %416, i64 5888
   %3874 = getelementptr inbounds nuw i8, ptr %416, i64 5920
   %3875 = getelementptr inbounds nuw i8, ptr %416, i64 5952
   %3876 = getelementptr inbounds nuw i8, ptr %416, i64 5984
-  store <8 x float> %wide.masked.gather380.2, ptr %3873, align 4, !tbaa !5, !alias.scope !253, !noalias !250
-  store <8 x float> %wide.masked.gather381.2, ptr %3874, align 4, !tbaa !5, !alias.scope !253, !noalias !250
-  store <8 x float> %wide.masked.gather382.2, ptr %3875, align 4, !tbaa !5, !alias.scope !253, !noalias !250
-  store <8 x float> %wide.masked.gather383.2, ptr %3876, align 4, !tbaa !5, !alias.scope !253, !noalias !250
+  store <8 x float> %wide.masked.gather380.2, ptr %3873, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather381.2, ptr %3874, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather382.2, ptr %3875, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather383.2, ptr %3876, align 4, !tbaa !5, !alias.scope !103, !noalias !100
   %3877 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3878 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3879 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -13865,18 +6080,18 @@ vector.body374:                                   ; preds = %for_end_d.10.i
   %3882 = getelementptr inbounds nuw i8, <8 x ptr> %3878, i64 44
   %3883 = getelementptr inbounds nuw i8, <8 x ptr> %3879, i64 44
   %3884 = getelementptr inbounds nuw i8, <8 x ptr> %3880, i64 44
-  %wide.masked.gather380.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3881, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !250
-  %wide.masked.gather381.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3882, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !250
-  %wide.masked.gather382.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3883, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !250
-  %wide.masked.gather383.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3884, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !250
+  %wide.masked.gather380.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3881, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather381.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3882, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather382.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3883, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather383.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3884, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
   %3885 = getelementptr inbounds nuw i8, ptr %416, i64 6016
   %3886 = getelementptr inbounds nuw i8, ptr %416, i64 6048
   %3887 = getelementptr inbounds nuw i8, ptr %416, i64 6080
   %3888 = getelementptr inbounds nuw i8, ptr %416, i64 6112
-  store <8 x float> %wide.masked.gather380.3, ptr %3885, align 4, !tbaa !5, !alias.scope !253, !noalias !250
-  store <8 x float> %wide.masked.gather381.3, ptr %3886, align 4, !tbaa !5, !alias.scope !253, !noalias !250
-  store <8 x float> %wide.masked.gather382.3, ptr %3887, align 4, !tbaa !5, !alias.scope !253, !noalias !250
-  store <8 x float> %wide.masked.gather383.3, ptr %3888, align 4, !tbaa !5, !alias.scope !253, !noalias !250
+  store <8 x float> %wide.masked.gather380.3, ptr %3885, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather381.3, ptr %3886, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather382.3, ptr %3887, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather383.3, ptr %3888, align 4, !tbaa !5, !alias.scope !103, !noalias !100
   br label %for_end_d.11.i
 
 for_body_d.11.i:                                  ; preds = %for_body_d.11.i, %for_end_d.10.i
@@ -13938,7 +6153,7 @@ for_body_d.11.i:                                  ; preds = %for_body_d.11.i, %f
   store float %3919, ptr %3920, align 4, !tbaa !5
   %indvars.iv.next645.11.i.7 = add nuw nsw i64 %indvars.iv644.11.i, 8
   %exitcond647.11.not.i.7 = icmp eq i64 %indvars.iv.next645.11.i.7, 128
-  br i1 %exitcond647.11.not.i.7, label %for_end_d.11.i, label %for_body_d.11.i, !prof !27, !llvm.loop !255
+  br i1 %exitcond647.11.not.i.7, label %for_end_d.11.i, label %for_body_d.11.i, !prof !36, !llvm.loop !105
 
 for_end_d.11.i:                                   ; preds = %for_body_d.11.i, %vector.body374
   %3921 = getelementptr inbounds nuw i8, ptr %416, i64 6144
@@ -13947,7 +6162,7 @@ for_end_d.11.i:                                   ; preds = %for_body_d.11.i, %v
   %bound0346 = icmp ult ptr %scevgep342, %scevgep345
   %bound1347 = icmp ult ptr %scevgep344, %scevgep343
   %found.conflict348 = and i1 %bound0346, %bound1347
-  br i1 %found.conflict348, label %for_body_d.12.i, label %vector.body351, !prof !16
+  br i1 %found.conflict348, label %for_body_d.12.i, label %vector.body351, !prof !17
 
 vector.body351:                                   ; preds = %for_end_d.11.i
   %3922 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -13958,17 +6173,17 @@ vector.body351:                                   ; preds = %for_end_d.11.i
   %3927 = getelementptr inbounds nuw i8, <8 x ptr> %3923, i64 48
   %3928 = getelementptr inbounds nuw i8, <8 x ptr> %3924, i64 48
   %3929 = getelementptr inbounds nuw i8, <8 x ptr> %3925, i64 48
-  %wide.masked.gather357 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3926, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !256
-  %wide.masked.gather358 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3927, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !256
-  %wide.masked.gather359 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3928, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !256
-  %wide.masked.gather360 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3929, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !256
+  %wide.masked.gather357 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3926, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather358 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3927, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather359 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3928, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather360 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3929, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
   %3930 = getelementptr inbounds nuw i8, ptr %416, i64 6176
   %3931 = getelementptr inbounds nuw i8, ptr %416, i64 6208
   %3932 = getelementptr inbounds nuw i8, ptr %416, i64 6240
-  store <8 x float> %wide.masked.gather357, ptr %3921, align 4, !tbaa !5, !alias.scope !259, !noalias !256
-  store <8 x float> %wide.masked.gather358, ptr %3930, align 4, !tbaa !5, !alias.scope !259, !noalias !256
-  store <8 x float> %wide.masked.gather359, ptr %3931, align 4, !tbaa !5, !alias.scope !259, !noalias !256
-  store <8 x float> %wide.masked.gather360, ptr %3932, align 4, !tbaa !5, !alias.scope !259, !noalias !256
+  store <8 x float> %wide.masked.gather357, ptr %3921, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather358, ptr %3930, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather359, ptr %3931, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather360, ptr %3932, align 4, !tbaa !5, !alias.scope !109, !noalias !106
   %3933 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3934 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3935 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -13977,18 +6192,18 @@ vector.body351:                                   ; preds = %for_end_d.11.i
   %3938 = getelementptr inbounds nuw i8, <8 x ptr> %3934, i64 48
   %3939 = getelementptr inbounds nuw i8, <8 x ptr> %3935, i64 48
   %3940 = getelementptr inbounds nuw i8, <8 x ptr> %3936, i64 48
-  %wide.masked.gather357.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3937, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !256
-  %wide.masked.gather358.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3938, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !256
-  %wide.masked.gather359.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3939, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !256
-  %wide.masked.gather360.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3940, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !256
+  %wide.masked.gather357.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3937, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather358.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3938, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather359.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3939, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather360.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3940, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
   %3941 = getelementptr inbounds nuw i8, ptr %416, i64 6272
   %3942 = getelementptr inbounds nuw i8, ptr %416, i64 6304
   %3943 = getelementptr inbounds nuw i8, ptr %416, i64 6336
   %3944 = getelementptr inbounds nuw i8, ptr %416, i64 6368
-  store <8 x float> %wide.masked.gather357.1, ptr %3941, align 4, !tbaa !5, !alias.scope !259, !noalias !256
-  store <8 x float> %wide.masked.gather358.1, ptr %3942, align 4, !tbaa !5, !alias.scope !259, !noalias !256
-  store <8 x float> %wide.masked.gather359.1, ptr %3943, align 4, !tbaa !5, !alias.scope !259, !noalias !256
-  store <8 x float> %wide.masked.gather360.1, ptr %3944, align 4, !tbaa !5, !alias.scope !259, !noalias !256
+  store <8 x float> %wide.masked.gather357.1, ptr %3941, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather358.1, ptr %3942, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather359.1, ptr %3943, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather360.1, ptr %3944, align 4, !tbaa !5, !alias.scope !109, !noalias !106
   %3945 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3946 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3947 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -13997,18 +6212,18 @@ vector.body351:                                   ; preds = %for_end_d.11.i
   %3950 = getelementptr inbounds nuw i8, <8 x ptr> %3946, i64 48
   %3951 = getelementptr inbounds nuw i8, <8 x ptr> %3947, i64 48
   %3952 = getelementptr inbounds nuw i8, <8 x ptr> %3948, i64 48
-  %wide.masked.gather357.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3949, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !256
-  %wide.masked.gather358.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3950, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !256
-  %wide.masked.gather359.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3951, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !256
-  %wide.masked.gather360.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3952, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !256
+  %wide.masked.gather357.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3949, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather358.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3950, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather359.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3951, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather360.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3952, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
   %3953 = getelementptr inbounds nuw i8, ptr %416, i64 6400
   %3954 = getelementptr inbounds nuw i8, ptr %416, i64 6432
   %3955 = getelementptr inbounds nuw i8, ptr %416, i64 6464
   %3956 = getelementptr inbounds nuw i8, ptr %416, i64 6496
-  store <8 x float> %wide.masked.gather357.2, ptr %3953, align 4, !tbaa !5, !alias.scope !259, !noalias !256
-  store <8 x float> %wide.masked.gather358.2, ptr %3954, align 4, !tbaa !5, !alias.scope !259, !noalias !256
-  store <8 x float> %wide.masked.gather359.2, ptr %3955, align 4, !tbaa !5, !alias.scope !259, !noalias !256
-  store <8 x float> %wide.masked.gather360.2, ptr %3956, align 4, !tbaa !5, !alias.scope !259, !noalias !256
+  store <8 x float> %wide.masked.gather357.2, ptr %3953, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather358.2, ptr %3954, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather359.2, ptr %3955, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather360.2, ptr %3956, align 4, !tbaa !5, !alias.scope !109, !noalias !106
   %3957 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3958 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3959 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -14017,18 +6232,18 @@ vector.body351:                                   ; preds = %for_end_d.11.i
   %3962 = getelementptr inbounds nuw i8, <8 x ptr> %3958, i64 48
   %3963 = getelementptr inbounds nuw i8, <8 x ptr> %3959, i64 48
   %3964 = getelementptr inbounds nuw i8, <8 x ptr> %3960, i64 48
-  %wide.masked.gather357.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3961, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !256
-  %wide.masked.gather358.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3962, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !256
-  %wide.masked.gather359.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3963, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !256
-  %wide.masked.gather360.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3964, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !256
+  %wide.masked.gather357.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3961, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather358.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3962, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather359.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3963, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather360.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3964, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
   %3965 = getelementptr inbounds nuw i8, ptr %416, i64 6528
   %3966 = getelementptr inbounds nuw i8, ptr %416, i64 6560
   %3967 = getelementptr inbounds nuw i8, ptr %416, i64 6592
   %3968 = getelementptr inbounds nuw i8, ptr %416, i64 6624
-  store <8 x float> %wide.masked.gather357.3, ptr %3965, align 4, !tbaa !5, !alias.scope !259, !noalias !256
-  store <8 x float> %wide.masked.gather358.3, ptr %3966, align 4, !tbaa !5, !alias.scope !259, !noalias !256
-  store <8 x float> %wide.masked.gather359.3, ptr %3967, align 4, !tbaa !5, !alias.scope !259, !noalias !256
-  store <8 x float> %wide.masked.gather360.3, ptr %3968, align 4, !tbaa !5, !alias.scope !259, !noalias !256
+  store <8 x float> %wide.masked.gather357.3, ptr %3965, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather358.3, ptr %3966, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather359.3, ptr %3967, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather360.3, ptr %3968, align 4, !tbaa !5, !alias.scope !109, !noalias !106
   br label %for_end_d.12.i
 
 for_body_d.12.i:                                  ; preds = %for_body_d.12.i, %for_end_d.11.i
@@ -14090,7 +6305,7 @@ for_body_d.12.i:                                  ; preds = %for_body_d.12.i, %f
   store float %3999, ptr %4000, align 4, !tbaa !5
   %indvars.iv.next645.12.i.7 = add nuw nsw i64 %indvars.iv644.12.i, 8
   %exitcond647.12.not.i.7 = icmp eq i64 %indvars.iv.next645.12.i.7, 128
-  br i1 %exitcond647.12.not.i.7, label %for_end_d.12.i, label %for_body_d.12.i, !prof !27, !llvm.loop !261
+  br i1 %exitcond647.12.not.i.7, label %for_end_d.12.i, label %for_body_d.12.i, !prof !36, !llvm.loop !111
 
 for_end_d.12.i:                                   ; preds = %for_body_d.12.i, %vector.body351
   %4001 = getelementptr inbounds nuw i8, ptr %416, i64 6656
@@ -14099,7 +6314,7 @@ for_end_d.12.i:                                   ; preds = %for_body_d.12.i, %v
   %bound0323 = icmp ult ptr %scevgep319, %scevgep322
   %bound1324 = icmp ult ptr %scevgep321, %scevgep320
   %found.conflict325 = and i1 %bound0323, %bound1324
-  br i1 %found.conflict325, label %for_body_d.13.i, label %vector.body328, !prof !16
+  br i1 %found.conflict325, label %for_body_d.13.i, label %vector.body328, !prof !17
 
 vector.body328:                                   ; preds = %for_end_d.12.i
   %4002 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -14110,17 +6325,17 @@ vector.body328:                                   ; preds = %for_end_d.12.i
   %4007 = getelementptr inbounds nuw i8, <8 x ptr> %4003, i64 52
   %4008 = getelementptr inbounds nuw i8, <8 x ptr> %4004, i64 52
   %4009 = getelementptr inbounds nuw i8, <8 x ptr> %4005, i64 52
-  %wide.masked.gather334 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4006, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !262
-  %wide.masked.gather335 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4007, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !262
-  %wide.masked.gather336 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4008, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !262
-  %wide.masked.gather337 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4009, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !262
+  %wide.masked.gather334 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4006, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather335 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4007, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather336 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4008, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather337 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4009, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
   %4010 = getelementptr inbounds nuw i8, ptr %416, i64 6688
   %4011 = getelementptr inbounds nuw i8, ptr %416, i64 6720
   %4012 = getelementptr inbounds nuw i8, ptr %416, i64 6752
-  store <8 x float> %wide.masked.gather334, ptr %4001, align 4, !tbaa !5, !alias.scope !265, !noalias !262
-  store <8 x float> %wide.masked.gather335, ptr %4010, align 4, !tbaa !5, !alias.scope !265, !noalias !262
-  store <8 x float> %wide.masked.gather336, ptr %4011, align 4, !tbaa !5, !alias.scope !265, !noalias !262
-  store <8 x float> %wide.masked.gather337, ptr %4012, align 4, !tbaa !5, !alias.scope !265, !noalias !262
+  store <8 x float> %wide.masked.gather334, ptr %4001, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather335, ptr %4010, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather336, ptr %4011, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather337, ptr %4012, align 4, !tbaa !5, !alias.scope !115, !noalias !112
   %4013 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %4014 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %4015 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -14129,18 +6344,18 @@ vector.body328:                                   ; preds = %for_end_d.12.i
   %4018 = getelementptr inbounds nuw i8, <8 x ptr> %4014, i64 52
   %4019 = getelementptr inbounds nuw i8, <8 x ptr> %4015, i64 52
   %4020 = getelementptr inbounds nuw i8, <8 x ptr> %4016, i64 52
-  %wide.masked.gather334.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4017, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !262
-  %wide.masked.gather335.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4018, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !262
-  %wide.masked.gather336.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4019, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !262
-  %wide.masked.gather337.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4020, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !262
+  %wide.masked.gather334.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4017, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather335.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4018, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather336.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4019, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather337.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4020, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
   %4021 = getelementptr inbounds nuw i8, ptr %416, i64 6784
   %4022 = getelementptr inbounds nuw i8, ptr %416, i64 6816
   %4023 = getelementptr inbounds nuw i8, ptr %416, i64 6848
   %4024 = getelementptr inbounds nuw i8, ptr %416, i64 6880
-  store <8 x float> %wide.masked.gather334.1, ptr %4021, align 4, !tbaa !5, !alias.scope !265, !noalias !262
-  store <8 x float> %wide.masked.gather335.1, ptr %4022, align 4, !tbaa !5, !alias.scope !265, !noalias !262
-  store <8 x float> %wide.masked.gather336.1, ptr %4023, align 4, !tbaa !5, !alias.scope !265, !noalias !262
-  store <8 x float> %wide.masked.gather337.1, ptr %4024, align 4, !tbaa !5, !alias.scope !265, !noalias !262
+  store <8 x float> %wide.masked.gather334.1, ptr %4021, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather335.1, ptr %4022, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather336.1, ptr %4023, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather337.1, ptr %4024, align 4, !tbaa !5, !alias.scope !115, !noalias !112
   %4025 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %4026 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %4027 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -14149,18 +6364,18 @@ vector.body328:                                   ; preds = %for_end_d.12.i
   %4030 = getelementptr inbounds nuw i8, <8 x ptr> %4026, i64 52
   %4031 = getelementptr inbounds nuw i8, <8 x ptr> %4027, i64 52
   %4032 = getelementptr inbounds nuw i8, <8 x ptr> %4028, i64 52
-  %wide.masked.gather334.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4029, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !262
-  %wide.masked.gather335.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4030, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !262
-  %wide.masked.gather336.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4031, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !262
-  %wide.masked.gather337.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4032, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !262
+  %wide.masked.gather334.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4029, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather335.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4030, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather336.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4031, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather337.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4032, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
   %4033 = getelementptr inbounds nuw i8, ptr %416, i64 6912
   %4034 = getelementptr inbounds nuw i8, ptr %416, i64 6944
   %4035 = getelementptr inbounds nuw i8, ptr %416, i64 6976
   %4036 = getelementptr inbounds nuw i8, ptr %416, i64 7008
-  store <8 x float> %wide.masked.gather334.2, ptr %4033, align 4, !tbaa !5, !alias.scope !265, !noalias !262
-  store <8 x float> %wide.masked.gather335.2, ptr %4034, align 4, !tbaa !5, !alias.scope !265, !noalias !262
-  store <8 x float> %wide.masked.gather336.2, ptr %4035, align 4, !tbaa !5, !alias.scope !265, !noalias !262
-  store <8 x float> %wide.masked.gather337.2, ptr %4036, align 4, !tbaa !5, !alias.scope !265, !noalias !262
+  store <8 x float> %wide.masked.gather334.2, ptr %4033, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather335.2, ptr %4034, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather336.2, ptr %4035, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather337.2, ptr %4036, align 4, !tbaa !5, !alias.scope !115, !noalias !112
   %4037 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %4038 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %4039 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -14169,18 +6384,18 @@ vector.body328:                                   ; preds = %for_end_d.12.i
   %4042 = getelementptr inbounds nuw i8, <8 x ptr> %4038, i64 52
   %4043 = getelementptr inbounds nuw i8, <8 x ptr> %4039, i64 52
   %4044 = getelementptr inbounds nuw i8, <8 x ptr> %4040, i64 52
-  %wide.masked.gather334.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4041, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !262
-  %wide.masked.gather335.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4042, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !262
-  %wide.masked.gather336.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4043, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !262
-  %wide.masked.gather337.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4044, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !262
+  %wide.masked.gather334.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4041, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather335.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4042, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather336.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4043, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather337.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4044, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
   %4045 = getelementptr inbounds nuw i8, ptr %416, i64 7040
   %4046 = getelementptr inbounds nuw i8, ptr %416, i64 7072
   %4047 = getelementptr inbounds nuw i8, ptr %416, i64 7104
   %4048 = getelementptr inbounds nuw i8, ptr %416, i64 7136
-  store <8 x float> %wide.masked.gather334.3, ptr %4045, align 4, !tbaa !5, !alias.scope !265, !noalias !262
-  store <8 x float> %wide.masked.gather335.3, ptr %4046, align 4, !tbaa !5, !alias.scope !265, !noalias !262
-  store <8 x float> %wide.masked.gather336.3, ptr %4047, align 4, !tbaa !5, !alias.scope !265, !noalias !262
-  store <8 x float> %wide.masked.gather337.3, ptr %4048, align 4, !tbaa !5, !alias.scope !265, !noalias !262
+  store <8 x float> %wide.masked.gather334.3, ptr %4045, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather335.3, ptr %4046, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather336.3, ptr %4047, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather337.3, ptr %4048, align 4, !tbaa !5, !alias.scope !115, !noalias !112
   br label %for_end_d.13.i
 
 for_body_d.13.i:                                  ; preds = %for_body_d.13.i, %for_end_d.12.i
@@ -14242,7 +6457,7 @@ for_body_d.13.i:                                  ; preds = %for_body_d.13.i, %f
   store float %4079, ptr %4080, align 4, !tbaa !5
   %indvars.iv.next645.13.i.7 = add nuw nsw i64 %indvars.iv644.13.i, 8
   %exitcond647.13.not.i.7 = icmp eq i64 %indvars.iv.next645.13.i.7, 128
-  br i1 %exitcond647.13.not.i.7, label %for_end_d.13.i, label %for_body_d.13.i, !prof !27, !llvm.loop !267
+  br i1 %exitcond647.13.not.i.7, label %for_end_d.13.i, label %for_body_d.13.i, !prof !36, !llvm.loop !117
 
 for_end_d.13.i:                                   ; preds = %for_body_d.13.i, %vector.body328
   %4081 = getelementptr inbounds nuw i8, ptr %416, i64 7168
@@ -14251,7 +6466,7 @@ for_end_d.13.i:                                   ; preds = %for_body_d.13.i, %v
   %bound0300 = icmp ult ptr %scevgep296, %scevgep299
   %bound1301 = icmp ult ptr %scevgep298, %scevgep297
   %found.conflict302 = and i1 %bound0300, %bound1301
-  br i1 %found.conflict302, label %for_body_d.14.i, label %vector.body305, !prof !16
+  br i1 %found.conflict302, label %for_body_d.14.i, label %vector.body305, !prof !17
 
 vector.body305:                                   ; preds = %for_end_d.13.i
   %4082 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -14262,17 +6477,17 @@ vector.body305:                                   ; preds = %for_end_d.13.i
   %4087 = getelementptr inbounds nuw i8, <8 x ptr> %4083, i64 56
   %4088 = getelementptr inbounds nuw i8, <8 x ptr> %4084, i64 56
   %4089 = getelementptr inbounds nuw i8, <8 x ptr> %4085, i64 56
-  %wide.masked.gather311 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4086, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !268
-  %wide.masked.gather312 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4087, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !268
-  %wide.masked.gather313 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4088, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !268
-  %wide.masked.gather314 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4089, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !268
+  %wide.masked.gather311 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4086, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather312 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4087, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather313 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4088, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather314 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4089, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
   %4090 = getelementptr inbounds nuw i8, ptr %416, i64 7200
   %4091 = getelementptr inbounds nuw i8, ptr %416, i64 7232
   %4092 = getelementptr inbounds nuw i8, ptr %416, i64 7264
-  store <8 x float> %wide.masked.gather311, ptr %4081, align 4, !tbaa !5, !alias.scope !271, !noalias !268
-  store <8 x float> %wide.masked.gather312, ptr %4090, align 4, !tbaa !5, !alias.scope !271, !noalias !268
-  store <8 x float> %wide.masked.gather313, ptr %4091, align 4, !tbaa !5, !alias.scope !271, !noalias !268
-  store <8 x float> %wide.masked.gather314, ptr %4092, align 4, !tbaa !5, !alias.scope !271, !noalias !268
+  store <8 x float> %wide.masked.gather311, ptr %4081, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather312, ptr %4090, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather313, ptr %4091, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather314, ptr %4092, align 4, !tbaa !5, !alias.scope !121, !noalias !118
   %4093 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %4094 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %4095 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -14281,18 +6496,18 @@ vector.body305:                                   ; preds = %for_end_d.13.i
   %4098 = getelementptr inbounds nuw i8, <8 x ptr> %4094, i64 56
   %4099 = getelementptr inbounds nuw i8, <8 x ptr> %4095, i64 56
   %4100 = getelementptr inbounds nuw i8, <8 x ptr> %4096, i64 56
-  %wide.masked.gather311.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4097, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !268
-  %wide.masked.gather312.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4098, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !268
-  %wide.masked.gather313.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !268
-  %wide.masked.gather314.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4100, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !268
+  %wide.masked.gather311.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4097, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather312.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4098, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather313.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather314.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4100, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
   %4101 = getelementptr inbounds nuw i8, ptr %416, i64 7296
   %4102 = getelementptr inbounds nuw i8, ptr %416, i64 7328
   %4103 = getelementptr inbounds nuw i8, ptr %416, i64 7360
   %4104 = getelementptr inbounds nuw i8, ptr %416, i64 7392
-  store <8 x float> %wide.masked.gather311.1, ptr %4101, align 4, !tbaa !5, !alias.scope !271, !noalias !268
-  store <8 x float> %wide.masked.gather312.1, ptr %4102, align 4, !tbaa !5, !alias.scope !271, !noalias !268
-  store <8 x float> %wide.masked.gather313.1, ptr %4103, align 4, !tbaa !5, !alias.scope !271, !noalias !268
-  store <8 x float> %wide.masked.gather314.1, ptr %4104, align 4, !tbaa !5, !alias.scope !271, !noalias !268
+  store <8 x float> %wide.masked.gather311.1, ptr %4101, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather312.1, ptr %4102, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather313.1, ptr %4103, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather314.1, ptr %4104, align 4, !tbaa !5, !alias.scope !121, !noalias !118
   %4105 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %4106 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %4107 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -14301,18 +6516,18 @@ vector.body305:                                   ; preds = %for_end_d.13.i
   %4110 = getelementptr inbounds nuw i8, <8 x ptr> %4106, i64 56
   %4111 = getelementptr inbounds nuw i8, <8 x ptr> %4107, i64 56
   %4112 = getelementptr inbounds nuw i8, <8 x ptr> %4108, i64 56
-  %wide.masked.gather311.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4109, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !268
-  %wide.masked.gather312.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4110, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !268
-  %wide.masked.gather313.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4111, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !268
-  %wide.masked.gather314.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4112, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !268
+  %wide.masked.gather311.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4109, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather312.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4110, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather313.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4111, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather314.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4112, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
   %4113 = getelementptr inbounds nuw i8, ptr %416, i64 7424
   %4114 = getelementptr inbounds nuw i8, ptr %416, i64 7456
   %4115 = getelementptr inbounds nuw i8, ptr %416, i64 7488
   %4116 = getelementptr inbounds nuw i8, ptr %416, i64 7520
-  store <8 x float> %wide.masked.gather311.2, ptr %4113, align 4, !tbaa !5, !alias.scope !271, !noalias !268
-  store <8 x float> %wide.masked.gather312.2, ptr %4114, align 4, !tbaa !5, !alias.scope !271, !noalias !268
-  store <8 x float> %wide.masked.gather313.2, ptr %4115, align 4, !tbaa !5, !alias.scope !271, !noalias !268
-  store <8 x float> %wide.masked.gather314.2, ptr %4116, align 4, !tbaa !5, !alias.scope !271, !noalias !268
+  store <8 x float> %wide.masked.gather311.2, ptr %4113, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather312.2, ptr %4114, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather313.2, ptr %4115, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather314.2, ptr %4116, align 4, !tbaa !5, !alias.scope !121, !noalias !118
   %4117 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %4118 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %4119 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -14321,18 +6536,18 @@ vector.body305:                                   ; preds = %for_end_d.13.i
   %4122 = getelementptr inbounds nuw i8, <8 x ptr> %4118, i64 56
   %4123 = getelementptr inbounds nuw i8, <8 x ptr> %4119, i64 56
   %4124 = getelementptr inbounds nuw i8, <8 x ptr> %4120, i64 56
-  %wide.masked.gather311.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4121, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !268
-  %wide.masked.gather312.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4122, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !268
-  %wide.masked.gather313.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4123, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !268
-  %wide.masked.gather314.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4124, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !268
+  %wide.masked.gather311.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4121, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather312.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4122, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather313.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4123, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather314.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4124, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
   %4125 = getelementptr inbounds nuw i8, ptr %416, i64 7552
   %4126 = getelementptr inbounds nuw i8, ptr %416, i64 7584
   %4127 = getelementptr inbounds nuw i8, ptr %416, i64 7616
   %4128 = getelementptr inbounds nuw i8, ptr %416, i64 7648
-  store <8 x float> %wide.masked.gather311.3, ptr %4125, align 4, !tbaa !5, !alias.scope !271, !noalias !268
-  store <8 x float> %wide.masked.gather312.3, ptr %4126, align 4, !tbaa !5, !alias.scope !271, !noalias !268
-  store <8 x float> %wide.masked.gather313.3, ptr %4127, align 4, !tbaa !5, !alias.scope !271, !noalias !268
-  store <8 x float> %wide.masked.gather314.3, ptr %4128, align 4, !tbaa !5, !alias.scope !271, !noalias !268
+  store <8 x float> %wide.masked.gather311.3, ptr %4125, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather312.3, ptr %4126, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather313.3, ptr %4127, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather314.3, ptr %4128, align 4, !tbaa !5, !alias.scope !121, !noalias !118
   br label %for_end_d.14.i
 
 for_body_d.14.i:                                  ; preds = %for_body_d.14.i, %for_end_d.13.i
@@ -14394,7 +6609,7 @@ for_body_d.14.i:                                  ; preds = %for_body_d.14.i, %f
   store float %4159, ptr %4160, align 4, !tbaa !5
   %indvars.iv.next645.14.i.7 = add nuw nsw i64 %indvars.iv644.14.i, 8
   %exitcond647.14.not.i.7 = icmp eq i64 %indvars.iv.next645.14.i.7, 128
-  br i1 %exitcond647.14.not.i.7, label %for_end_d.14.i, label %for_body_d.14.i, !prof !27, !llvm.loop !273
+  br i1 %exitcond647.14.not.i.7, label %for_end_d.14.i, label %for_body_d.14.i, !prof !36, !llvm.loop !123
 
 for_end_d.14.i:                                   ; preds = %for_body_d.14.i, %vector.body305
   %4161 = getelementptr inbounds nuw i8, ptr %416, i64 7680
@@ -14403,7 +6618,7 @@ for_end_d.14.i:                                   ; preds = %for_body_d.14.i, %v
   %bound0 = icmp ult ptr %scevgep, %scevgep291
   %bound1 = icmp ult ptr %scevgep290, %scevgep289
   %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_d.15.i, label %vector.body, !prof !16
+  br i1 %found.conflict, label %for_body_d.15.i, label %vector.body, !prof !17
 
 vector.body:                                      ; preds = %for_end_d.14.i
   %4162 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -14414,17 +6629,17 @@ vector.body:                                      ; preds = %for_end_d.14.i
   %4167 = getelementptr inbounds nuw i8, <8 x ptr> %4163, i64 60
   %4168 = getelementptr inbounds nuw i8, <8 x ptr> %4164, i64 60
   %4169 = getelementptr inbounds nuw i8, <8 x ptr> %4165, i64 60
-  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4166, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !274
-  %wide.masked.gather292 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !274
-  %wide.masked.gather293 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4168, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !274
-  %wide.masked.gather294 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4169, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !274
+  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4166, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather292 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather293 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4168, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather294 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4169, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
   %4170 = getelementptr inbounds nuw i8, ptr %416, i64 7712
   %4171 = getelementptr inbounds nuw i8, ptr %416, i64 7744
   %4172 = getelementptr inbounds nuw i8, ptr %416, i64 7776
-  store <8 x float> %wide.masked.gather, ptr %4161, align 4, !tbaa !5, !alias.scope !277, !noalias !274
-  store <8 x float> %wide.masked.gather292, ptr %4170, align 4, !tbaa !5, !alias.scope !277, !noalias !274
-  store <8 x float> %wide.masked.gather293, ptr %4171, align 4, !tbaa !5, !alias.scope !277, !noalias !274
-  store <8 x float> %wide.masked.gather294, ptr %4172, align 4, !tbaa !5, !alias.scope !277, !noalias !274
+  store <8 x float> %wide.masked.gather, ptr %4161, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather292, ptr %4170, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather293, ptr %4171, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather294, ptr %4172, align 4, !tbaa !5, !alias.scope !127, !noalias !124
   %4173 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %4174 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %4175 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -14433,18 +6648,18 @@ vector.body:                                      ; preds = %for_end_d.14.i
   %4178 = getelementptr inbounds nuw i8, <8 x ptr> %4174, i64 60
   %4179 = getelementptr inbounds nuw i8, <8 x ptr> %4175, i64 60
   %4180 = getelementptr inbounds nuw i8, <8 x ptr> %4176, i64 60
-  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4177, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !274
-  %wide.masked.gather292.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4178, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !274
-  %wide.masked.gather293.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4179, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !274
-  %wide.masked.gather294.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4180, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !274
+  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4177, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather292.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4178, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather293.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4179, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather294.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4180, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
   %4181 = getelementptr inbounds nuw i8, ptr %416, i64 7808
   %4182 = getelementptr inbounds nuw i8, ptr %416, i64 7840
   %4183 = getelementptr inbounds nuw i8, ptr %416, i64 7872
   %4184 = getelementptr inbounds nuw i8, ptr %416, i64 7904
-  store <8 x float> %wide.masked.gather.1, ptr %4181, align 4, !tbaa !5, !alias.scope !277, !noalias !274
-  store <8 x float> %wide.masked.gather292.1, ptr %4182, align 4, !tbaa !5, !alias.scope !277, !noalias !274
-  store <8 x float> %wide.masked.gather293.1, ptr %4183, align 4, !tbaa !5, !alias.scope !277, !noalias !274
-  store <8 x float> %wide.masked.gather294.1, ptr %4184, align 4, !tbaa !5, !alias.scope !277, !noalias !274
+  store <8 x float> %wide.masked.gather.1, ptr %4181, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather292.1, ptr %4182, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather293.1, ptr %4183, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather294.1, ptr %4184, align 4, !tbaa !5, !alias.scope !127, !noalias !124
   %4185 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %4186 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %4187 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -14453,18 +6668,18 @@ vector.body:                                      ; preds = %for_end_d.14.i
   %4190 = getelementptr inbounds nuw i8, <8 x ptr> %4186, i64 60
   %4191 = getelementptr inbounds nuw i8, <8 x ptr> %4187, i64 60
   %4192 = getelementptr inbounds nuw i8, <8 x ptr> %4188, i64 60
-  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4189, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !274
-  %wide.masked.gather292.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4190, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !274
-  %wide.masked.gather293.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4191, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !274
-  %wide.masked.gather294.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4192, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !274
+  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4189, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather292.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4190, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather293.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4191, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather294.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4192, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
   %4193 = getelementptr inbounds nuw i8, ptr %416, i64 7936
   %4194 = getelementptr inbounds nuw i8, ptr %416, i64 7968
   %4195 = getelementptr inbounds nuw i8, ptr %416, i64 8000
   %4196 = getelementptr inbounds nuw i8, ptr %416, i64 8032
-  store <8 x float> %wide.masked.gather.2, ptr %4193, align 4, !tbaa !5, !alias.scope !277, !noalias !274
-  store <8 x float> %wide.masked.gather292.2, ptr %4194, align 4, !tbaa !5, !alias.scope !277, !noalias !274
-  store <8 x float> %wide.masked.gather293.2, ptr %4195, align 4, !tbaa !5, !alias.scope !277, !noalias !274
-  store <8 x float> %wide.masked.gather294.2, ptr %4196, align 4, !tbaa !5, !alias.scope !277, !noalias !274
+  store <8 x float> %wide.masked.gather.2, ptr %4193, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather292.2, ptr %4194, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather293.2, ptr %4195, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather294.2, ptr %4196, align 4, !tbaa !5, !alias.scope !127, !noalias !124
   %4197 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %4198 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %4199 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -14473,18 +6688,18 @@ vector.body:                                      ; preds = %for_end_d.14.i
   %4202 = getelementptr inbounds nuw i8, <8 x ptr> %4198, i64 60
   %4203 = getelementptr inbounds nuw i8, <8 x ptr> %4199, i64 60
   %4204 = getelementptr inbounds nuw i8, <8 x ptr> %4200, i64 60
-  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4201, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !274
-  %wide.masked.gather292.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4202, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !274
-  %wide.masked.gather293.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4203, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !274
-  %wide.masked.gather294.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4204, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !274
+  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4201, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather292.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4202, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather293.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4203, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather294.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4204, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
   %4205 = getelementptr inbounds nuw i8, ptr %416, i64 8064
   %4206 = getelementptr inbounds nuw i8, ptr %416, i64 8096
   %4207 = getelementptr inbounds nuw i8, ptr %416, i64 8128
   %4208 = getelementptr inbounds nuw i8, ptr %416, i64 8160
-  store <8 x float> %wide.masked.gather.3, ptr %4205, align 4, !tbaa !5, !alias.scope !277, !noalias !274
-  store <8 x float> %wide.masked.gather292.3, ptr %4206, align 4, !tbaa !5, !alias.scope !277, !noalias !274
-  store <8 x float> %wide.masked.gather293.3, ptr %4207, align 4, !tbaa !5, !alias.scope !277, !noalias !274
-  store <8 x float> %wide.masked.gather294.3, ptr %4208, align 4, !tbaa !5, !alias.scope !277, !noalias !274
+  store <8 x float> %wide.masked.gather.3, ptr %4205, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather292.3, ptr %4206, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather293.3, ptr %4207, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather294.3, ptr %4208, align 4, !tbaa !5, !alias.scope !127, !noalias !124
   br label %if_end203.i
 
 for_body_d.15.i:                                  ; preds = %for_body_d.15.i, %for_end_d.14.i
@@ -14546,686 +6761,17 @@ for_body_d.15.i:                                  ; preds = %for_body_d.15.i, %f
   store float %4239, ptr %4240, align 4, !tbaa !5
   %indvars.iv.next645.15.i.7 = add nuw nsw i64 %indvars.iv644.15.i, 8
   %exitcond647.15.not.i.7 = icmp eq i64 %indvars.iv.next645.15.i.7, 128
-  br i1 %exitcond647.15.not.i.7, label %if_end203.i, label %for_body_d.15.i, !prof !27, !llvm.loop !279
+  br i1 %exitcond647.15.not.i.7, label %if_end203.i, label %for_body_d.15.i, !prof !36, !llvm.loop !129
 
 if_end252.i:                                      ; preds = %if_end203.i
   %4241 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %4242 = tail call i32 %4241(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not276.i = icmp eq i32 %4242, 0
-  br i1 %.not276.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not276.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !27
 
 fused_decode_compute_.exit:                       ; preds = %if_end252.i, %if_end203.i, %if_end197.i, %if_end194.i, %if_end191.i, %if_end188.i, %if_end185.i, %if_end182.i, %for_end_d_0_m.i, %for_end_to67.thread.i, %for_end_to67.i, %if_end60.i, %for_end_to51.i, %if_end44.i, %for_end_t34.i, %if_end27.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
   %common.ret.op.i = phi i32 [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end197.i ], [ -1, %if_end194.i ], [ -1, %if_end191.i ], [ -1, %if_end188.i ], [ -1, %if_end185.i ], [ -1, %if_end182.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to67.thread.i ], [ -1, %for_end_to67.i ], [ -1, %if_end60.i ], [ -1, %for_end_to51.i ], [ -1, %if_end44.i ], [ -1, %for_end_t34.i ], [ -1, %if_end27.i ], [ -1, %if_end.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end203.i ], [ -1, %if_end252.i ]
   call void @llvm.lifetime.end.p0(ptr nonnull %factor261.i)
-  ret i32 %common.ret.op.i
-}
-
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
-entry:
-  %factor34.i = alloca [16 x float], align 16
-  %beta37.i = alloca [16 x float], align 16
-  %alpha38.i = alloca [16 x float], align 16
-  %partial_max.type_index = load i32, ptr %args, align 4
-  %0 = icmp eq i32 %partial_max.type_index, 70
-  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
-  %2 = load ptr, ptr %1, align 8
-  %partial_max.handle.idx = select i1 %0, i64 24, i64 0
-  %partial_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %partial_max.handle.idx
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %partial_sum.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %partial_sum.type_index, 70
-  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
-  %6 = load ptr, ptr %5, align 8
-  %partial_sum.handle.idx = select i1 %4, i64 24, i64 0
-  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_sum.handle.idx
-  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %partial_acc.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %partial_acc.type_index, 70
-  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
-  %10 = load ptr, ptr %9, align 8
-  %partial_acc.handle.idx = select i1 %8, i64 24, i64 0
-  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_acc.handle.idx
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
-  %out.type_index = load i32, ptr %11, align 8
-  %12 = icmp eq i32 %out.type_index, 70
-  %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
-  %14 = load ptr, ptr %13, align 8
-  %out.handle.idx = select i1 %12, i64 24, i64 0
-  %out.handle = getelementptr inbounds nuw i8, ptr %14, i64 %out.handle.idx
-  %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
-  %lse.type_index = load i32, ptr %15, align 8
-  %16 = icmp eq i32 %lse.type_index, 70
-  %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
-  %18 = load ptr, ptr %17, align 8
-  %lse.handle.idx = select i1 %16, i64 24, i64 0
-  %lse.handle = getelementptr inbounds nuw i8, ptr %18, i64 %lse.handle.idx
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
-  %20 = load i64, ptr %19, align 8
-  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
-  %22 = load i64, ptr %21, align 8
-  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
-  %24 = load i64, ptr %23, align 8
-  %25 = getelementptr inbounds nuw i8, ptr %args, i64 136
-  %26 = load i64, ptr %25, align 8
-  %27 = getelementptr inbounds nuw i8, ptr %args, i64 152
-  %28 = load i64, ptr %27, align 8
-  %29 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
-  %dev_id = load i32, ptr %29, align 4
-  %30 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %merge_attend.out_shape = load ptr, ptr %30, align 8
-  %31 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %merge_attend.out_strides = load ptr, ptr %31, align 8
-  %32 = icmp eq ptr %merge_attend.out_strides, null
-  %33 = getelementptr inbounds nuw i8, ptr %merge_attend.out_shape, i64 16
-  %34 = getelementptr inbounds nuw i8, ptr %merge_attend.out_strides, i64 8
-  %out_head.in = select i1 %32, ptr %33, ptr %34
-  %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %32, label %if_then16, label %if_else17
-
-if_then16:                                        ; preds = %entry
-  %35 = getelementptr inbounds nuw i8, ptr %merge_attend.out_shape, i64 8
-  %36 = load i64, ptr %35, align 8
-  %37 = load i64, ptr %33, align 8
-  %38 = mul nsw i64 %37, %36
-  br label %if_end18
-
-if_else17:                                        ; preds = %entry
-  %39 = load i64, ptr %merge_attend.out_strides, align 8
-  br label %if_end18
-
-if_end18:                                         ; preds = %if_else17, %if_then16
-  %out_batch = phi i64 [ %38, %if_then16 ], [ %39, %if_else17 ]
-  %40 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %merge_attend.lse_strides = load ptr, ptr %40, align 8
-  %41 = icmp eq ptr %merge_attend.lse_strides, null
-  br i1 %41, label %if_then19, label %if_end21
-
-if_then19:                                        ; preds = %if_end18
-  %42 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %merge_attend.lse_shape = load ptr, ptr %42, align 8
-  %43 = getelementptr inbounds nuw i8, ptr %merge_attend.lse_shape, i64 8
-  br label %if_end21
-
-if_end21:                                         ; preds = %if_then19, %if_end18
-  %lse_batch.in = phi ptr [ %43, %if_then19 ], [ %merge_attend.lse_strides, %if_end18 ]
-  %lse_batch = load i64, ptr %lse_batch.in, align 8
-  %num_keys = trunc i64 %22 to i32
-  %partial_max = load ptr, ptr %partial_max.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
-  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
-  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  %out = load ptr, ptr %out.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
-  %lse = load ptr, ptr %lse.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor34.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta37.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %45 = icmp eq ptr %acc.i, null
-  br i1 %45, label %merge_attend_compute_.exit, label %for_begin_step.preheader.i, !prof !8
-
-for_begin_step.preheader.i:                       ; preds = %if_end21
-  %num_partials = trunc i64 %28 to i32
-  %46 = icmp sgt i32 %num_partials, 0
-  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
-
-for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
-  %sext = shl i64 %24, 32
-  %47 = ashr exact i64 %sext, 32
-  %sext28 = shl i64 %26, 32
-  %48 = ashr exact i64 %sext28, 32
-  %wide.trip.count.i = and i64 %28, 2147483647
-  br label %for_body_step.i
-
-for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
-  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
-  %49 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
-  %total4145.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %108, %for_end_r_0.i ]
-  %50 = mul nsw i64 %indvars.iv64.i, %48
-  %51 = icmp eq i64 %indvars.iv64.i, 0
-  %52 = insertelement <16 x i1> poison, i1 %51, i64 0
-  %53 = shufflevector <16 x i1> %52, <16 x i1> poison, <16 x i32> zeroinitializer
-  %old_max.i = select <16 x i1> %53, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %49
-  %old_sum.i = select <16 x i1> %53, <16 x float> zeroinitializer, <16 x float> %total4145.i
-  %54 = add nsw i64 %50, %47
-  %55 = shl nsw i64 %54, 4
-  %56 = getelementptr inbounds float, ptr %partial_max, i64 %55
-  %57 = load <16 x float>, ptr %56, align 4, !tbaa !5
-  %58 = fcmp ogt <16 x float> %old_max.i, %57
-  %59 = getelementptr inbounds float, ptr %partial_sum, i64 %55
-  %60 = load <16 x float>, ptr %59, align 4, !tbaa !5
-  %61 = fcmp oeq <16 x float> %60, zeroinitializer
-  %62 = select <16 x i1> %61, <16 x i1> splat (i1 true), <16 x i1> %58
-  %old_or_both.i = select <16 x i1> %62, <16 x float> %old_max.i, <16 x float> %57
-  %63 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %63, <16 x float> %57, <16 x float> %old_or_both.i
-  %64 = fsub <16 x float> %old_max.i, %m.i
-  %65 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %64, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %66 = bitcast <16 x float> %65 to <16 x i32>
-  %67 = fadd <16 x float> %65, splat (float 0xC168000FE0000000)
-  %68 = fmul <16 x float> %67, splat (float 0x3F2BD01060000000)
-  %69 = fmul <16 x float> %67, splat (float 0x3FE6300000000000)
-  %70 = fsub <16 x float> %64, %69
-  %71 = fadd <16 x float> %68, %70
-  %72 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %71, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %73 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %72, <16 x float> %71, <16 x float> splat (float 0x3FA5558F20000000))
-  %74 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %73, <16 x float> %71, <16 x float> splat (float 0x3FC5554920000000))
-  %75 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %74, <16 x float> %71, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %76 = fmul <16 x float> %71, %71
-  %77 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %75, <16 x float> %76, <16 x float> %71)
-  %78 = shl <16 x i32> %66, splat (i32 23)
-  %79 = bitcast <16 x i32> %78 to <16 x float>
-  %80 = fadd <16 x float> %77, splat (float 1.000000e+00)
-  %81 = fmul <16 x float> %80, %79
-  %82 = fcmp olt <16 x float> %64, splat (float -8.700000e+01)
-  %83 = select <16 x i1> %82, <16 x float> zeroinitializer, <16 x float> %81
-  %84 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %85 = select <16 x i1> %84, <16 x float> %83, <16 x float> zeroinitializer
-  store <16 x float> %85, ptr %alpha38.i, align 16, !tbaa !280
-  %arg2.i = fsub <16 x float> %57, %m.i
-  %86 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %87 = bitcast <16 x float> %86 to <16 x i32>
-  %88 = fadd <16 x float> %86, splat (float 0xC168000FE0000000)
-  %89 = fmul <16 x float> %88, splat (float 0x3F2BD01060000000)
-  %90 = fmul <16 x float> %88, splat (float 0x3FE6300000000000)
-  %91 = fsub <16 x float> %arg2.i, %90
-  %92 = fadd <16 x float> %89, %91
-  %93 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %92, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %94 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %92, <16 x float> splat (float 0x3FA5558F20000000))
-  %95 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %94, <16 x float> %92, <16 x float> splat (float 0x3FC5554920000000))
-  %96 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %95, <16 x float> %92, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %97 = fmul <16 x float> %92, %92
-  %98 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %97, <16 x float> %92)
-  %99 = shl <16 x i32> %87, splat (i32 23)
-  %100 = bitcast <16 x i32> %99 to <16 x float>
-  %101 = fadd <16 x float> %98, splat (float 1.000000e+00)
-  %102 = fmul <16 x float> %101, %100
-  %103 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
-  %104 = select <16 x i1> %103, <16 x float> zeroinitializer, <16 x float> %102
-  %105 = fcmp one <16 x float> %60, zeroinitializer
-  %106 = select <16 x i1> %105, <16 x float> %104, <16 x float> zeroinitializer
-  store <16 x float> %106, ptr %beta37.i, align 16, !tbaa !287
-  %107 = fmul <16 x float> %old_sum.i, %85
-  %108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %60, <16 x float> %107)
-  %.idx.i = shl nsw i64 %54, 13
-  %109 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %51, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
-
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %111 = load float, ptr %110, align 4, !tbaa !294
-  %112 = insertelement <16 x float> poison, float %111, i64 0
-  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
-  %114 = shl nuw nsw i64 %indvars.iv60.i, 7
-  %115 = getelementptr float, ptr %109, i64 %114
-  %116 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %117 = load float, ptr %116, align 4, !tbaa !295
-  %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
-  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
-  %119 = load <16 x float>, ptr %115, align 4, !tbaa !5
-  %.scalar = fmul float %117, 0.000000e+00
-  %120 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %121 = shufflevector <16 x float> %120, <16 x float> poison, <16 x i32> zeroinitializer
-  %122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %119, <16 x float> %121)
-  store <16 x float> %122, ptr %118, align 4, !tbaa !5
-  %123 = getelementptr inbounds nuw i8, ptr %118, i64 64
-  store <16 x float> zeroinitializer, ptr %123, align 4, !tbaa !5
-  %124 = getelementptr i8, ptr %115, i64 64
-  %125 = load <16 x float>, ptr %124, align 4, !tbaa !5
-  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %125, <16 x float> %121)
-  store <16 x float> %126, ptr %123, align 4, !tbaa !5
-  %127 = getelementptr inbounds nuw i8, ptr %118, i64 128
-  store <16 x float> zeroinitializer, ptr %127, align 4, !tbaa !5
-  %128 = getelementptr i8, ptr %115, i64 128
-  %129 = load <16 x float>, ptr %128, align 4, !tbaa !5
-  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %129, <16 x float> %121)
-  store <16 x float> %130, ptr %127, align 4, !tbaa !5
-  %131 = getelementptr inbounds nuw i8, ptr %118, i64 192
-  store <16 x float> zeroinitializer, ptr %131, align 4, !tbaa !5
-  %132 = getelementptr i8, ptr %115, i64 192
-  %133 = load <16 x float>, ptr %132, align 4, !tbaa !5
-  %134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %133, <16 x float> %121)
-  store <16 x float> %134, ptr %131, align 4, !tbaa !5
-  %135 = getelementptr inbounds nuw i8, ptr %118, i64 256
-  store <16 x float> zeroinitializer, ptr %135, align 4, !tbaa !5
-  %136 = getelementptr i8, ptr %115, i64 256
-  %137 = load <16 x float>, ptr %136, align 4, !tbaa !5
-  %138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %137, <16 x float> %121)
-  store <16 x float> %138, ptr %135, align 4, !tbaa !5
-  %139 = getelementptr inbounds nuw i8, ptr %118, i64 320
-  store <16 x float> zeroinitializer, ptr %139, align 4, !tbaa !5
-  %140 = getelementptr i8, ptr %115, i64 320
-  %141 = load <16 x float>, ptr %140, align 4, !tbaa !5
-  %142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %141, <16 x float> %121)
-  store <16 x float> %142, ptr %139, align 4, !tbaa !5
-  %143 = getelementptr inbounds nuw i8, ptr %118, i64 384
-  store <16 x float> zeroinitializer, ptr %143, align 4, !tbaa !5
-  %144 = getelementptr i8, ptr %115, i64 384
-  %145 = load <16 x float>, ptr %144, align 4, !tbaa !5
-  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %145, <16 x float> %121)
-  store <16 x float> %146, ptr %143, align 4, !tbaa !5
-  %147 = getelementptr inbounds nuw i8, ptr %118, i64 448
-  store <16 x float> zeroinitializer, ptr %147, align 4, !tbaa !5
-  %148 = getelementptr i8, ptr %115, i64 448
-  %149 = load <16 x float>, ptr %148, align 4, !tbaa !5
-  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %149, <16 x float> %121)
-  store <16 x float> %150, ptr %147, align 4, !tbaa !5
-  %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
-  %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 16
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !26
-
-for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %108, %for_end_r_0.i ]
-  %m44.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
-  %151 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
-  %152 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
-  %153 = select <16 x i1> %152, <16 x float> zeroinitializer, <16 x float> %151
-  store <16 x float> %153, ptr %factor34.i, align 16, !tbaa !296
-  %sext29 = shl i64 %20, 32
-  %154 = ashr exact i64 %sext29, 32
-  %155 = mul nsw i64 %out_batch, %154
-  %156 = getelementptr float, ptr %out, i64 %155
-  br label %for_begin_d_019.preheader.i
-
-for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !294
-  %159 = insertelement <16 x float> poison, float %158, i64 0
-  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = shl nuw nsw i64 %indvars.iv.i, 7
-  %162 = getelementptr float, ptr %109, i64 %161
-  %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !295
-  %165 = insertelement <16 x float> poison, float %164, i64 0
-  %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
-  %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
-  %168 = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
-  %170 = fmul <16 x float> %169, %166
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %167, <16 x float> %170)
-  store <16 x float> %171, ptr %168, align 4, !tbaa !5
-  %172 = getelementptr i8, ptr %162, i64 64
-  %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
-  %174 = getelementptr inbounds nuw i8, ptr %168, i64 64
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
-  %176 = fmul <16 x float> %166, %175
-  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %173, <16 x float> %176)
-  store <16 x float> %177, ptr %174, align 4, !tbaa !5
-  %178 = getelementptr i8, ptr %162, i64 128
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
-  %180 = getelementptr inbounds nuw i8, ptr %168, i64 128
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
-  %182 = fmul <16 x float> %166, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %179, <16 x float> %182)
-  store <16 x float> %183, ptr %180, align 4, !tbaa !5
-  %184 = getelementptr i8, ptr %162, i64 192
-  %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
-  %186 = getelementptr inbounds nuw i8, ptr %168, i64 192
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
-  %188 = fmul <16 x float> %166, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %185, <16 x float> %188)
-  store <16 x float> %189, ptr %186, align 4, !tbaa !5
-  %190 = getelementptr i8, ptr %162, i64 256
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
-  %192 = getelementptr inbounds nuw i8, ptr %168, i64 256
-  %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
-  %194 = fmul <16 x float> %166, %193
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %191, <16 x float> %194)
-  store <16 x float> %195, ptr %192, align 4, !tbaa !5
-  %196 = getelementptr i8, ptr %162, i64 320
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
-  %198 = getelementptr inbounds nuw i8, ptr %168, i64 320
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
-  %200 = fmul <16 x float> %166, %199
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %197, <16 x float> %200)
-  store <16 x float> %201, ptr %198, align 4, !tbaa !5
-  %202 = getelementptr i8, ptr %162, i64 384
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
-  %204 = getelementptr inbounds nuw i8, ptr %168, i64 384
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
-  %206 = fmul <16 x float> %166, %205
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %203, <16 x float> %206)
-  store <16 x float> %207, ptr %204, align 4, !tbaa !5
-  %208 = getelementptr i8, ptr %162, i64 448
-  %209 = load <16 x float>, ptr %208, align 4, !tbaa !5
-  %210 = getelementptr inbounds nuw i8, ptr %168, i64 448
-  %211 = load <16 x float>, ptr %210, align 4, !tbaa !5
-  %212 = fmul <16 x float> %166, %211
-  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %209, <16 x float> %212)
-  store <16 x float> %213, ptr %210, align 4, !tbaa !5
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !26
-
-for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
-  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
-  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
-
-for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
-  %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
-  %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !303
-  %216 = insertelement <16 x float> poison, float %215, i64 0
-  %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
-  %218 = mul nsw i64 %indvars.iv72.i, %out_head
-  %invariant.gep.i = getelementptr float, ptr %156, i64 %218
-  %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
-  %219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %220 = load <16 x float>, ptr %219, align 4, !tbaa !5
-  %221 = fmul <16 x float> %220, %217
-  store <16 x float> %221, ptr %invariant.gep.i, align 4, !tbaa !5
-  %222 = getelementptr inbounds nuw i8, ptr %219, i64 64
-  %223 = load <16 x float>, ptr %222, align 4, !tbaa !5
-  %224 = fmul <16 x float> %217, %223
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x float> %224, ptr %gep.1.i, align 4, !tbaa !5
-  %225 = getelementptr inbounds nuw i8, ptr %219, i64 128
-  %226 = load <16 x float>, ptr %225, align 4, !tbaa !5
-  %227 = fmul <16 x float> %217, %226
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x float> %227, ptr %gep.2.i, align 4, !tbaa !5
-  %228 = getelementptr inbounds nuw i8, ptr %219, i64 192
-  %229 = load <16 x float>, ptr %228, align 4, !tbaa !5
-  %230 = fmul <16 x float> %217, %229
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x float> %230, ptr %gep.3.i, align 4, !tbaa !5
-  %231 = getelementptr inbounds nuw i8, ptr %219, i64 256
-  %232 = load <16 x float>, ptr %231, align 4, !tbaa !5
-  %233 = fmul <16 x float> %217, %232
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 256
-  store <16 x float> %233, ptr %gep.4.i, align 4, !tbaa !5
-  %234 = getelementptr inbounds nuw i8, ptr %219, i64 320
-  %235 = load <16 x float>, ptr %234, align 4, !tbaa !5
-  %236 = fmul <16 x float> %217, %235
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 320
-  store <16 x float> %236, ptr %gep.5.i, align 4, !tbaa !5
-  %237 = getelementptr inbounds nuw i8, ptr %219, i64 384
-  %238 = load <16 x float>, ptr %237, align 4, !tbaa !5
-  %239 = fmul <16 x float> %217, %238
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 384
-  store <16 x float> %239, ptr %gep.6.i, align 4, !tbaa !5
-  %240 = getelementptr inbounds nuw i8, ptr %219, i64 448
-  %241 = load <16 x float>, ptr %240, align 4, !tbaa !5
-  %242 = fmul <16 x float> %217, %241
-  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 448
-  store <16 x float> %242, ptr %gep.7.i, align 4, !tbaa !5
-  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
-  %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 16
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !26
-
-for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %243 = add nsw i32 %num_keys, -1
-  %244 = sitofp i32 %243 to float
-  %245 = bitcast float %244 to i32
-  %246 = ashr i32 %245, 23
-  %247 = mul nsw i64 %lse_batch, %154
-  %248 = getelementptr float, ptr %lse, i64 %247
-  %249 = tail call i32 @llvm.smax.i32(i32 %246, i32 125)
-  %250 = shl nuw nsw i32 %249, 23
-  %251 = add nuw i32 %250, 16777216
-  %252 = bitcast i32 %251 to float
-  %row_sum39.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
-  %253 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
-  br i1 %253, label %if_end30.i, label %if_else.i
-
-if_else.i:                                        ; preds = %for_begin_r24.preheader.i
-  %254 = fmul float %row_sum39.sroa.0.0.vec.extract.i, %252
-  %255 = tail call float @llvm.log.f32(float %254)
-  %row_max40.sroa.0.0.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 0
-  %256 = fadd float %row_max40.sroa.0.0.vec.extract.i, %255
-  br label %if_end30.i
-
-if_end30.i:                                       ; preds = %if_else.i, %for_begin_r24.preheader.i
-  %257 = phi float [ %256, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
-  store float %257, ptr %248, align 4, !tbaa !5
-  %row_sum39.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
-  %258 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
-  br i1 %258, label %if_end30.1.i, label %if_else.1.i
-
-if_else.1.i:                                      ; preds = %if_end30.i
-  %259 = fmul float %row_sum39.sroa.0.4.vec.extract.i, %252
-  %260 = tail call float @llvm.log.f32(float %259)
-  %row_max40.sroa.0.4.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 1
-  %261 = fadd float %row_max40.sroa.0.4.vec.extract.i, %260
-  br label %if_end30.1.i
-
-if_end30.1.i:                                     ; preds = %if_else.1.i, %if_end30.i
-  %262 = phi float [ %261, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
-  %263 = getelementptr i8, ptr %248, i64 4
-  store float %262, ptr %263, align 4, !tbaa !5
-  %row_sum39.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
-  %264 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
-  br i1 %264, label %if_end30.2.i, label %if_else.2.i
-
-if_else.2.i:                                      ; preds = %if_end30.1.i
-  %265 = fmul float %row_sum39.sroa.0.8.vec.extract.i, %252
-  %266 = tail call float @llvm.log.f32(float %265)
-  %row_max40.sroa.0.8.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 2
-  %267 = fadd float %row_max40.sroa.0.8.vec.extract.i, %266
-  br label %if_end30.2.i
-
-if_end30.2.i:                                     ; preds = %if_else.2.i, %if_end30.1.i
-  %268 = phi float [ %267, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
-  %269 = getelementptr i8, ptr %248, i64 8
-  store float %268, ptr %269, align 4, !tbaa !5
-  %row_sum39.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
-  %270 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
-  br i1 %270, label %if_end30.3.i, label %if_else.3.i
-
-if_else.3.i:                                      ; preds = %if_end30.2.i
-  %271 = fmul float %row_sum39.sroa.0.12.vec.extract.i, %252
-  %272 = tail call float @llvm.log.f32(float %271)
-  %row_max40.sroa.0.12.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 3
-  %273 = fadd float %row_max40.sroa.0.12.vec.extract.i, %272
-  br label %if_end30.3.i
-
-if_end30.3.i:                                     ; preds = %if_else.3.i, %if_end30.2.i
-  %274 = phi float [ %273, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
-  %275 = getelementptr i8, ptr %248, i64 12
-  store float %274, ptr %275, align 4, !tbaa !5
-  %row_sum39.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
-  %276 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
-  br i1 %276, label %if_end30.4.i, label %if_else.4.i
-
-if_else.4.i:                                      ; preds = %if_end30.3.i
-  %277 = fmul float %row_sum39.sroa.0.16.vec.extract.i, %252
-  %278 = tail call float @llvm.log.f32(float %277)
-  %row_max40.sroa.0.16.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 4
-  %279 = fadd float %row_max40.sroa.0.16.vec.extract.i, %278
-  br label %if_end30.4.i
-
-if_end30.4.i:                                     ; preds = %if_else.4.i, %if_end30.3.i
-  %280 = phi float [ %279, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
-  %281 = getelementptr i8, ptr %248, i64 16
-  store float %280, ptr %281, align 4, !tbaa !5
-  %row_sum39.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
-  %282 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
-  br i1 %282, label %if_end30.5.i, label %if_else.5.i
-
-if_else.5.i:                                      ; preds = %if_end30.4.i
-  %283 = fmul float %row_sum39.sroa.0.20.vec.extract.i, %252
-  %284 = tail call float @llvm.log.f32(float %283)
-  %row_max40.sroa.0.20.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 5
-  %285 = fadd float %row_max40.sroa.0.20.vec.extract.i, %284
-  br label %if_end30.5.i
-
-if_end30.5.i:                                     ; preds = %if_else.5.i, %if_end30.4.i
-  %286 = phi float [ %285, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
-  %287 = getelementptr i8, ptr %248, i64 20
-  store float %286, ptr %287, align 4, !tbaa !5
-  %row_sum39.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
-  %288 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
-  br i1 %288, label %if_end30.6.i, label %if_else.6.i
-
-if_else.6.i:                                      ; preds = %if_end30.5.i
-  %289 = fmul float %row_sum39.sroa.0.24.vec.extract.i, %252
-  %290 = tail call float @llvm.log.f32(float %289)
-  %row_max40.sroa.0.24.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 6
-  %291 = fadd float %row_max40.sroa.0.24.vec.extract.i, %290
-  br label %if_end30.6.i
-
-if_end30.6.i:                                     ; preds = %if_else.6.i, %if_end30.5.i
-  %292 = phi float [ %291, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
-  %293 = getelementptr i8, ptr %248, i64 24
-  store float %292, ptr %293, align 4, !tbaa !5
-  %row_sum39.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
-  %294 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
-  br i1 %294, label %if_end30.7.i, label %if_else.7.i
-
-if_else.7.i:                                      ; preds = %if_end30.6.i
-  %295 = fmul float %row_sum39.sroa.0.28.vec.extract.i, %252
-  %296 = tail call float @llvm.log.f32(float %295)
-  %row_max40.sroa.0.28.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 7
-  %297 = fadd float %row_max40.sroa.0.28.vec.extract.i, %296
-  br label %if_end30.7.i
-
-if_end30.7.i:                                     ; preds = %if_else.7.i, %if_end30.6.i
-  %298 = phi float [ %297, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
-  %299 = getelementptr i8, ptr %248, i64 28
-  store float %298, ptr %299, align 4, !tbaa !5
-  %row_sum39.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
-  %300 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
-  br i1 %300, label %if_end30.8.i, label %if_else.8.i
-
-if_else.8.i:                                      ; preds = %if_end30.7.i
-  %301 = fmul float %row_sum39.sroa.0.32.vec.extract.i, %252
-  %302 = tail call float @llvm.log.f32(float %301)
-  %row_max40.sroa.0.32.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 8
-  %303 = fadd float %row_max40.sroa.0.32.vec.extract.i, %302
-  br label %if_end30.8.i
-
-if_end30.8.i:                                     ; preds = %if_else.8.i, %if_end30.7.i
-  %304 = phi float [ %303, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
-  %305 = getelementptr i8, ptr %248, i64 32
-  store float %304, ptr %305, align 4, !tbaa !5
-  %row_sum39.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
-  %306 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
-  br i1 %306, label %if_end30.9.i, label %if_else.9.i
-
-if_else.9.i:                                      ; preds = %if_end30.8.i
-  %307 = fmul float %row_sum39.sroa.0.36.vec.extract.i, %252
-  %308 = tail call float @llvm.log.f32(float %307)
-  %row_max40.sroa.0.36.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 9
-  %309 = fadd float %row_max40.sroa.0.36.vec.extract.i, %308
-  br label %if_end30.9.i
-
-if_end30.9.i:                                     ; preds = %if_else.9.i, %if_end30.8.i
-  %310 = phi float [ %309, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
-  %311 = getelementptr i8, ptr %248, i64 36
-  store float %310, ptr %311, align 4, !tbaa !5
-  %row_sum39.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
-  %312 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
-  br i1 %312, label %if_end30.10.i, label %if_else.10.i
-
-if_else.10.i:                                     ; preds = %if_end30.9.i
-  %313 = fmul float %row_sum39.sroa.0.40.vec.extract.i, %252
-  %314 = tail call float @llvm.log.f32(float %313)
-  %row_max40.sroa.0.40.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 10
-  %315 = fadd float %row_max40.sroa.0.40.vec.extract.i, %314
-  br label %if_end30.10.i
-
-if_end30.10.i:                                    ; preds = %if_else.10.i, %if_end30.9.i
-  %316 = phi float [ %315, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
-  %317 = getelementptr i8, ptr %248, i64 40
-  store float %316, ptr %317, align 4, !tbaa !5
-  %row_sum39.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
-  %318 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
-  br i1 %318, label %if_end30.11.i, label %if_else.11.i
-
-if_else.11.i:                                     ; preds = %if_end30.10.i
-  %319 = fmul float %row_sum39.sroa.0.44.vec.extract.i, %252
-  %320 = tail call float @llvm.log.f32(float %319)
-  %row_max40.sroa.0.44.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 11
-  %321 = fadd float %row_max40.sroa.0.44.vec.extract.i, %320
-  br label %if_end30.11.i
-
-if_end30.11.i:                                    ; preds = %if_else.11.i, %if_end30.10.i
-  %322 = phi float [ %321, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
-  %323 = getelementptr i8, ptr %248, i64 44
-  store float %322, ptr %323, align 4, !tbaa !5
-  %row_sum39.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
-  %324 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
-  br i1 %324, label %if_end30.12.i, label %if_else.12.i
-
-if_else.12.i:                                     ; preds = %if_end30.11.i
-  %325 = fmul float %row_sum39.sroa.0.48.vec.extract.i, %252
-  %326 = tail call float @llvm.log.f32(float %325)
-  %row_max40.sroa.0.48.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 12
-  %327 = fadd float %row_max40.sroa.0.48.vec.extract.i, %326
-  br label %if_end30.12.i
-
-if_end30.12.i:                                    ; preds = %if_else.12.i, %if_end30.11.i
-  %328 = phi float [ %327, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
-  %329 = getelementptr i8, ptr %248, i64 48
-  store float %328, ptr %329, align 4, !tbaa !5
-  %row_sum39.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
-  %330 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
-  br i1 %330, label %if_end30.13.i, label %if_else.13.i
-
-if_else.13.i:                                     ; preds = %if_end30.12.i
-  %331 = fmul float %row_sum39.sroa.0.52.vec.extract.i, %252
-  %332 = tail call float @llvm.log.f32(float %331)
-  %row_max40.sroa.0.52.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 13
-  %333 = fadd float %row_max40.sroa.0.52.vec.extract.i, %332
-  br label %if_end30.13.i
-
-if_end30.13.i:                                    ; preds = %if_else.13.i, %if_end30.12.i
-  %334 = phi float [ %333, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
-  %335 = getelementptr i8, ptr %248, i64 52
-  store float %334, ptr %335, align 4, !tbaa !5
-  %row_sum39.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
-  %336 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
-  br i1 %336, label %if_end30.14.i, label %if_else.14.i
-
-if_else.14.i:                                     ; preds = %if_end30.13.i
-  %337 = fmul float %row_sum39.sroa.0.56.vec.extract.i, %252
-  %338 = tail call float @llvm.log.f32(float %337)
-  %row_max40.sroa.0.56.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 14
-  %339 = fadd float %row_max40.sroa.0.56.vec.extract.i, %338
-  br label %if_end30.14.i
-
-if_end30.14.i:                                    ; preds = %if_else.14.i, %if_end30.13.i
-  %340 = phi float [ %339, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
-  %341 = getelementptr i8, ptr %248, i64 56
-  store float %340, ptr %341, align 4, !tbaa !5
-  %row_sum39.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
-  %342 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %342, label %if_end30.15.i, label %if_else.15.i
-
-if_else.15.i:                                     ; preds = %if_end30.14.i
-  %343 = fmul float %row_sum39.sroa.0.60.vec.extract.i, %252
-  %344 = tail call float @llvm.log.f32(float %343)
-  %row_max40.sroa.0.60.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 15
-  %345 = fadd float %row_max40.sroa.0.60.vec.extract.i, %344
-  br label %if_end30.15.i
-
-if_end30.15.i:                                    ; preds = %if_else.15.i, %if_end30.14.i
-  %346 = phi float [ %345, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
-  %347 = getelementptr i8, ptr %248, i64 60
-  store float %346, ptr %347, align 4, !tbaa !5
-  %348 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %349 = tail call i32 %348(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %349, 0
-  %..i = sext i1 %.not.i to i32
-  br label %merge_attend_compute_.exit
-
-merge_attend_compute_.exit:                       ; preds = %if_end30.15.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end30.15.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
   ret i32 %common.ret.op.i
 }
 
@@ -15401,7 +6947,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <16 x i1> %80, <16 x float> zeroinitializer, <16 x float> %79
   %82 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %83 = select <16 x i1> %82, <16 x float> %81, <16 x float> zeroinitializer
-  store <16 x float> %83, ptr %alpha38.i, align 16, !tbaa !304
+  store <16 x float> %83, ptr %alpha38.i, align 16, !tbaa !130
   %arg2.i = fsub <16 x float> %55, %m.i
   %84 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <16 x float> %84 to <16 x i32>
@@ -15424,7 +6970,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <16 x i1> %101, <16 x float> zeroinitializer, <16 x float> %100
   %103 = fcmp one <16 x float> %58, zeroinitializer
   %104 = select <16 x i1> %103, <16 x float> %102, <16 x float> zeroinitializer
-  store <16 x float> %104, ptr %beta37.i, align 16, !tbaa !311
+  store <16 x float> %104, ptr %beta37.i, align 16, !tbaa !137
   %105 = fmul <16 x float> %old_sum.i, %83
   %106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %104, <16 x float> %58, <16 x float> %105)
   %.idx.i = shl nsw i64 %52, 13
@@ -15434,13 +6980,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !318
+  %109 = load float, ptr %108, align 4, !tbaa !144
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 7
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !319
+  %115 = load float, ptr %114, align 4, !tbaa !145
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
   store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !5
   %117 = load <16 x float>, ptr %113, align 4, !tbaa !5
@@ -15493,7 +7039,7 @@ for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.prehe
   store <16 x float> %148, ptr %145, align 4, !tbaa !5
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 16
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !26
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !16
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
@@ -15505,7 +7051,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %152 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
   %153 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
   %154 = select <16 x i1> %153, <16 x float> zeroinitializer, <16 x float> %152
-  store <16 x float> %154, ptr %factor34.i, align 16, !tbaa !320
+  store <16 x float> %154, ptr %factor34.i, align 16, !tbaa !146
   %155 = mul nsw i64 %out_batch, %149
   %156 = getelementptr float, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
@@ -15513,13 +7059,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !318
+  %158 = load float, ptr %157, align 4, !tbaa !144
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %107, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !319
+  %164 = load float, ptr %163, align 4, !tbaa !145
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
@@ -15579,7 +7125,7 @@ for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.prehe
   store <16 x float> %213, ptr %210, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !26
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !16
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
@@ -15589,7 +7135,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !327
+  %215 = load float, ptr %214, align 4, !tbaa !153
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -15636,7 +7182,7 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   store <16 x float> %242, ptr %gep.7.i, align 4, !tbaa !5
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 16
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !26
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !16
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
   %243 = add nsw i32 %151, -1
@@ -15915,10 +7461,10 @@ declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 imma
 declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.log.f32(float) #3
+declare float @llvm.fmuladd.f32(float, float, float) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fmuladd.f32(float, float, float) #3
+declare float @llvm.log.f32(float) #3
 
 ; Function Attrs: nofree nosync nounwind memory(none)
 define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #5 section ".text.tvm.fp16.conv" {
@@ -16075,16 +7621,10 @@ b6:                                               ; preds = %b5, %b4, %b3, %b1
 }
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare i32 @llvm.smax.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>) #3
+declare i32 @llvm.smin.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare i32 @llvm.umax.i32(i32, i32) #3
@@ -16095,59 +7635,17 @@ declare float @llvm.fabs.f32(float) #3
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare half @llvm.fabs.f16(half) #3
 
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umin.i32(i32, i32) #3
-
-; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
-declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #6
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #6
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.start.p0(ptr captures(none)) #7
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.end.p0(ptr captures(none)) #7
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i64 @llvm.smax.i64(i64, i64) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <8 x i32> @llvm.smax.v8i32(<8 x i32>, <8 x i32>) #3
-
-; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smin.v8i32(<8 x i32>) #8
-
-; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smax.v8i32(<8 x i32>) #8
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <4 x i32> @llvm.smax.v4i32(<4 x i32>, <4 x i32>) #3
-
-; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smin.v4i32(<4 x i32>) #8
-
-; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smax.v4i32(<4 x i32>) #8
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #6
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
-declare <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr>, <8 x i1>, <8 x i32>) #9
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
-declare void @llvm.masked.scatter.v8i32.v8p0(<8 x i32>, <8 x ptr>, <8 x i1>) #10
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
-declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #9
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
-declare void @llvm.masked.scatter.v8f32.v8p0(<8 x float>, <8 x ptr>, <8 x i1>) #10
+declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #7
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #11
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #8
 
 attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
 attributes #1 = { "target-cpu"="x86-64-v4" }
@@ -16155,12 +7653,9 @@ attributes #2 = { nocallback nofree nosync nounwind willreturn memory(inaccessib
 attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
 attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
 attributes #5 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
-attributes #6 = { nocallback nofree nounwind willreturn memory(argmem: write) }
-attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #8 = { nocallback nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #9 = { nocallback nofree nosync nounwind willreturn memory(read) }
-attributes #10 = { nocallback nofree nosync nounwind willreturn memory(write) }
-attributes #11 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #6 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #7 = { nocallback nofree nosync nounwind willreturn memory(read) }
+attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
 
 !llvm.module.flags = !{!0, !1, !2}
 
@@ -16180,315 +7675,141 @@ attributes #11 = { nocallback nofree nosync nounwind willreturn memory(argmem: r
 !13 = !{!"branch_weights", i32 127, i32 134217601}
 !14 = !{!15, !15, i64 0}
 !15 = !{!"ctx_ptr", !7, i64 0}
-!16 = !{!"branch_weights", i32 1, i32 127}
-!17 = !{!"branch_weights", i32 127, i32 4194175}
-!18 = distinct !{!18, !19, !20, !21, !22}
-!19 = !{!"llvm.loop.peeled.count", i32 1}
-!20 = !{!"llvm.loop.isvectorized", i32 1}
-!21 = !{!"llvm.loop.unroll.runtime.disable"}
-!22 = !{!"llvm.loop.estimated_trip_count", i32 33026}
-!23 = !{!"branch_weights", i32 4, i32 28}
-!24 = distinct !{!24, !19, !20, !25, !21}
-!25 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!26 = !{!"branch_weights", i32 1, i32 1048575}
-!27 = !{!"branch_weights", i32 1, i32 0}
-!28 = distinct !{!28, !19, !21, !20, !25}
-!29 = !{!30, !30, i64 0}
-!30 = !{!"buffer0.w64.b0", !31, i64 0}
-!31 = !{!"buffer0.w128.b0", !32, i64 0}
-!32 = !{!"buffer0.w256.b0", !33, i64 0}
-!33 = !{!"buffer0.w512.b0", !34, i64 0}
-!34 = !{!"buffer0.w1024.b0", !35, i64 0}
-!35 = !{!"buffer0", !7, i64 0}
-!36 = !{!"branch_weights", i32 1, i32 1048576}
-!37 = !{!35, !35, i64 0}
-!38 = !{!"branch_weights", i32 1048704, i32 133169152}
-!39 = distinct !{!39, !11}
-!40 = distinct !{!40, !11}
-!41 = !{!"branch_weights", i32 6096, i32 2147477552}
-!42 = !{!"branch_weights", i32 8128, i32 2147475520}
-!43 = distinct !{!43, !44}
-!44 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!45 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!46 = distinct !{!46, !47, !48}
-!47 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!48 = !{!"llvm.loop.unroll.disable"}
-!49 = distinct !{!49, !44}
-!50 = distinct !{!50, !47, !48}
-!51 = !{!"branch_weights", i32 -66846720, i32 66850816}
-!52 = !{!"branch_weights", i32 255, i32 16129}
-!53 = !{!54}
-!54 = distinct !{!54, !55}
-!55 = distinct !{!55, !"LVerDomain"}
-!56 = !{!57}
-!57 = distinct !{!57, !55}
-!58 = !{!"branch_weights", i32 127, i32 16777081}
-!59 = distinct !{!59, !20, !21, !60}
-!60 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!61 = !{!"branch_weights", i32 1, i32 7}
-!62 = !{!"branch_weights", i32 1, i32 1}
-!63 = distinct !{!63, !48}
-!64 = !{!"branch_weights", i32 127, i32 0}
-!65 = distinct !{!65, !20, !25}
-!66 = !{!67}
-!67 = distinct !{!67, !68}
-!68 = distinct !{!68, !"LVerDomain"}
-!69 = !{!70}
-!70 = distinct !{!70, !68}
-!71 = distinct !{!71, !20, !21, !60}
-!72 = distinct !{!72, !48}
-!73 = distinct !{!73, !20, !25}
-!74 = distinct !{!74, !75}
-!75 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!16 = !{!"branch_weights", i32 1, i32 1048575}
+!17 = !{!"branch_weights", i32 1, i32 127}
+!18 = !{!19}
+!19 = distinct !{!19, !20}
+!20 = distinct !{!20, !"LVerDomain"}
+!21 = !{!22}
+!22 = distinct !{!22, !20}
+!23 = distinct !{!23, !24}
+!24 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!25 = distinct !{!25, !24}
+!26 = distinct !{!26, !11}
+!27 = !{!"branch_weights", i32 1, i32 1048576}
+!28 = !{!29, !29, i64 0}
+!29 = !{!"buffer0.w64.b0", !30, i64 0}
+!30 = !{!"buffer0.w128.b0", !31, i64 0}
+!31 = !{!"buffer0.w256.b0", !32, i64 0}
+!32 = !{!"buffer0.w512.b0", !33, i64 0}
+!33 = !{!"buffer0.w1024.b0", !34, i64 0}
+!34 = !{!"buffer0", !7, i64 0}
+!35 = !{!34, !34, i64 0}
+!36 = !{!"branch_weights", i32 1, i32 0}
+!37 = distinct !{!37, !38, !39}
+!38 = !{!"llvm.loop.isvectorized", i32 1}
+!39 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!40 = !{!41}
+!41 = distinct !{!41, !42}
+!42 = distinct !{!42, !"LVerDomain"}
+!43 = !{!44}
+!44 = distinct !{!44, !42}
+!45 = distinct !{!45, !38, !39}
+!46 = !{!47}
+!47 = distinct !{!47, !48}
+!48 = distinct !{!48, !"LVerDomain"}
+!49 = !{!50}
+!50 = distinct !{!50, !48}
+!51 = distinct !{!51, !38, !39}
+!52 = !{!53}
+!53 = distinct !{!53, !54}
+!54 = distinct !{!54, !"LVerDomain"}
+!55 = !{!56}
+!56 = distinct !{!56, !54}
+!57 = distinct !{!57, !38, !39}
+!58 = !{!59}
+!59 = distinct !{!59, !60}
+!60 = distinct !{!60, !"LVerDomain"}
+!61 = !{!62}
+!62 = distinct !{!62, !60}
+!63 = distinct !{!63, !38, !39}
+!64 = !{!65}
+!65 = distinct !{!65, !66}
+!66 = distinct !{!66, !"LVerDomain"}
+!67 = !{!68}
+!68 = distinct !{!68, !66}
+!69 = distinct !{!69, !38, !39}
+!70 = !{!71}
+!71 = distinct !{!71, !72}
+!72 = distinct !{!72, !"LVerDomain"}
+!73 = !{!74}
+!74 = distinct !{!74, !72}
+!75 = distinct !{!75, !38, !39}
 !76 = !{!77}
 !77 = distinct !{!77, !78}
 !78 = distinct !{!78, !"LVerDomain"}
 !79 = !{!80}
 !80 = distinct !{!80, !78}
-!81 = distinct !{!81, !20, !25}
+!81 = distinct !{!81, !38, !39}
 !82 = !{!83}
 !83 = distinct !{!83, !84}
 !84 = distinct !{!84, !"LVerDomain"}
 !85 = !{!86}
 !86 = distinct !{!86, !84}
-!87 = distinct !{!87, !20, !25}
+!87 = distinct !{!87, !38, !39}
 !88 = !{!89}
 !89 = distinct !{!89, !90}
 !90 = distinct !{!90, !"LVerDomain"}
 !91 = !{!92}
 !92 = distinct !{!92, !90}
-!93 = distinct !{!93, !20, !25}
+!93 = distinct !{!93, !38, !39}
 !94 = !{!95}
 !95 = distinct !{!95, !96}
 !96 = distinct !{!96, !"LVerDomain"}
 !97 = !{!98}
 !98 = distinct !{!98, !96}
-!99 = distinct !{!99, !20, !25}
+!99 = distinct !{!99, !38, !39}
 !100 = !{!101}
 !101 = distinct !{!101, !102}
 !102 = distinct !{!102, !"LVerDomain"}
 !103 = !{!104}
 !104 = distinct !{!104, !102}
-!105 = distinct !{!105, !20, !25}
+!105 = distinct !{!105, !38, !39}
 !106 = !{!107}
 !107 = distinct !{!107, !108}
 !108 = distinct !{!108, !"LVerDomain"}
 !109 = !{!110}
 !110 = distinct !{!110, !108}
-!111 = distinct !{!111, !20, !25}
+!111 = distinct !{!111, !38, !39}
 !112 = !{!113}
 !113 = distinct !{!113, !114}
 !114 = distinct !{!114, !"LVerDomain"}
 !115 = !{!116}
 !116 = distinct !{!116, !114}
-!117 = distinct !{!117, !20, !25}
+!117 = distinct !{!117, !38, !39}
 !118 = !{!119}
 !119 = distinct !{!119, !120}
 !120 = distinct !{!120, !"LVerDomain"}
 !121 = !{!122}
 !122 = distinct !{!122, !120}
-!123 = distinct !{!123, !20, !25}
+!123 = distinct !{!123, !38, !39}
 !124 = !{!125}
 !125 = distinct !{!125, !126}
 !126 = distinct !{!126, !"LVerDomain"}
 !127 = !{!128}
 !128 = distinct !{!128, !126}
-!129 = distinct !{!129, !20, !25}
-!130 = !{!131}
-!131 = distinct !{!131, !132}
-!132 = distinct !{!132, !"LVerDomain"}
-!133 = !{!134}
-!134 = distinct !{!134, !132}
-!135 = distinct !{!135, !20, !25}
-!136 = !{!137}
-!137 = distinct !{!137, !138}
-!138 = distinct !{!138, !"LVerDomain"}
-!139 = !{!140}
-!140 = distinct !{!140, !138}
-!141 = distinct !{!141, !20, !25}
-!142 = !{!143}
-!143 = distinct !{!143, !144}
-!144 = distinct !{!144, !"LVerDomain"}
-!145 = !{!146}
-!146 = distinct !{!146, !144}
-!147 = distinct !{!147, !20, !25}
-!148 = !{!149}
-!149 = distinct !{!149, !150}
-!150 = distinct !{!150, !"LVerDomain"}
-!151 = !{!152}
-!152 = distinct !{!152, !150}
-!153 = distinct !{!153, !20, !25}
-!154 = !{!155}
-!155 = distinct !{!155, !156}
-!156 = distinct !{!156, !"LVerDomain"}
-!157 = !{!158}
-!158 = distinct !{!158, !156}
-!159 = distinct !{!159, !20, !25}
-!160 = !{!161}
-!161 = distinct !{!161, !162}
-!162 = distinct !{!162, !"LVerDomain"}
-!163 = !{!164}
-!164 = distinct !{!164, !162}
-!165 = distinct !{!165, !20, !25}
-!166 = !{!167}
-!167 = distinct !{!167, !168}
-!168 = distinct !{!168, !"LVerDomain"}
-!169 = !{!170}
-!170 = distinct !{!170, !168}
-!171 = distinct !{!171, !20, !25}
-!172 = !{!173}
-!173 = distinct !{!173, !174}
-!174 = distinct !{!174, !"LVerDomain"}
-!175 = !{!176}
-!176 = distinct !{!176, !174}
-!177 = distinct !{!177, !178}
-!178 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!179 = distinct !{!179, !178}
-!180 = distinct !{!180, !11}
-!181 = !{!182, !182, i64 0}
-!182 = !{!"buffer1.w64.b0", !183, i64 0}
-!183 = !{!"buffer1.w128.b0", !184, i64 0}
-!184 = !{!"buffer1.w256.b0", !185, i64 0}
-!185 = !{!"buffer1.w512.b0", !186, i64 0}
-!186 = !{!"buffer1.w1024.b0", !187, i64 0}
-!187 = !{!"buffer1", !7, i64 0}
-!188 = !{!187, !187, i64 0}
-!189 = distinct !{!189, !20, !25}
-!190 = !{!191}
-!191 = distinct !{!191, !192}
-!192 = distinct !{!192, !"LVerDomain"}
-!193 = !{!194}
-!194 = distinct !{!194, !192}
-!195 = distinct !{!195, !20, !25}
-!196 = !{!197}
-!197 = distinct !{!197, !198}
-!198 = distinct !{!198, !"LVerDomain"}
-!199 = !{!200}
-!200 = distinct !{!200, !198}
-!201 = distinct !{!201, !20, !25}
-!202 = !{!203}
-!203 = distinct !{!203, !204}
-!204 = distinct !{!204, !"LVerDomain"}
-!205 = !{!206}
-!206 = distinct !{!206, !204}
-!207 = distinct !{!207, !20, !25}
-!208 = !{!209}
-!209 = distinct !{!209, !210}
-!210 = distinct !{!210, !"LVerDomain"}
-!211 = !{!212}
-!212 = distinct !{!212, !210}
-!213 = distinct !{!213, !20, !25}
-!214 = !{!215}
-!215 = distinct !{!215, !216}
-!216 = distinct !{!216, !"LVerDomain"}
-!217 = !{!218}
-!218 = distinct !{!218, !216}
-!219 = distinct !{!219, !20, !25}
-!220 = !{!221}
-!221 = distinct !{!221, !222}
-!222 = distinct !{!222, !"LVerDomain"}
-!223 = !{!224}
-!224 = distinct !{!224, !222}
-!225 = distinct !{!225, !20, !25}
-!226 = !{!227}
-!227 = distinct !{!227, !228}
-!228 = distinct !{!228, !"LVerDomain"}
-!229 = !{!230}
-!230 = distinct !{!230, !228}
-!231 = distinct !{!231, !20, !25}
-!232 = !{!233}
-!233 = distinct !{!233, !234}
-!234 = distinct !{!234, !"LVerDomain"}
-!235 = !{!236}
-!236 = distinct !{!236, !234}
-!237 = distinct !{!237, !20, !25}
-!238 = !{!239}
-!239 = distinct !{!239, !240}
-!240 = distinct !{!240, !"LVerDomain"}
-!241 = !{!242}
-!242 = distinct !{!242, !240}
-!243 = distinct !{!243, !20, !25}
-!244 = !{!245}
-!245 = distinct !{!245, !246}
-!246 = distinct !{!246, !"LVerDomain"}
-!247 = !{!248}
-!248 = distinct !{!248, !246}
-!249 = distinct !{!249, !20, !25}
-!250 = !{!251}
-!251 = distinct !{!251, !252}
-!252 = distinct !{!252, !"LVerDomain"}
-!253 = !{!254}
-!254 = distinct !{!254, !252}
-!255 = distinct !{!255, !20, !25}
-!256 = !{!257}
-!257 = distinct !{!257, !258}
-!258 = distinct !{!258, !"LVerDomain"}
-!259 = !{!260}
-!260 = distinct !{!260, !258}
-!261 = distinct !{!261, !20, !25}
-!262 = !{!263}
-!263 = distinct !{!263, !264}
-!264 = distinct !{!264, !"LVerDomain"}
-!265 = !{!266}
-!266 = distinct !{!266, !264}
-!267 = distinct !{!267, !20, !25}
-!268 = !{!269}
-!269 = distinct !{!269, !270}
-!270 = distinct !{!270, !"LVerDomain"}
-!271 = !{!272}
-!272 = distinct !{!272, !270}
-!273 = distinct !{!273, !20, !25}
-!274 = !{!275}
-!275 = distinct !{!275, !276}
-!276 = distinct !{!276, !"LVerDomain"}
-!277 = !{!278}
-!278 = distinct !{!278, !276}
-!279 = distinct !{!279, !20, !25}
-!280 = !{!281, !281, i64 0}
-!281 = !{!"buffer2.w64.b0", !282, i64 0}
-!282 = !{!"buffer2.w128.b0", !283, i64 0}
-!283 = !{!"buffer2.w256.b0", !284, i64 0}
-!284 = !{!"buffer2.w512.b0", !285, i64 0}
-!285 = !{!"buffer2.w1024.b0", !286, i64 0}
-!286 = !{!"buffer2", !7, i64 0}
-!287 = !{!288, !288, i64 0}
-!288 = !{!"buffer3.w64.b0", !289, i64 0}
-!289 = !{!"buffer3.w128.b0", !290, i64 0}
-!290 = !{!"buffer3.w256.b0", !291, i64 0}
-!291 = !{!"buffer3.w512.b0", !292, i64 0}
-!292 = !{!"buffer3.w1024.b0", !293, i64 0}
-!293 = !{!"buffer3", !7, i64 0}
-!294 = !{!293, !293, i64 0}
-!295 = !{!286, !286, i64 0}
-!296 = !{!297, !297, i64 0}
-!297 = !{!"buffer4.w64.b0", !298, i64 0}
-!298 = !{!"buffer4.w128.b0", !299, i64 0}
-!299 = !{!"buffer4.w256.b0", !300, i64 0}
-!300 = !{!"buffer4.w512.b0", !301, i64 0}
-!301 = !{!"buffer4.w1024.b0", !302, i64 0}
-!302 = !{!"buffer4", !7, i64 0}
-!303 = !{!302, !302, i64 0}
-!304 = !{!305, !305, i64 0}
-!305 = !{!"buffer5.w64.b0", !306, i64 0}
-!306 = !{!"buffer5.w128.b0", !307, i64 0}
-!307 = !{!"buffer5.w256.b0", !308, i64 0}
-!308 = !{!"buffer5.w512.b0", !309, i64 0}
-!309 = !{!"buffer5.w1024.b0", !310, i64 0}
-!310 = !{!"buffer5", !7, i64 0}
-!311 = !{!312, !312, i64 0}
-!312 = !{!"buffer6.w64.b0", !313, i64 0}
-!313 = !{!"buffer6.w128.b0", !314, i64 0}
-!314 = !{!"buffer6.w256.b0", !315, i64 0}
-!315 = !{!"buffer6.w512.b0", !316, i64 0}
-!316 = !{!"buffer6.w1024.b0", !317, i64 0}
-!317 = !{!"buffer6", !7, i64 0}
-!318 = !{!317, !317, i64 0}
-!319 = !{!310, !310, i64 0}
-!320 = !{!321, !321, i64 0}
-!321 = !{!"buffer7.w64.b0", !322, i64 0}
-!322 = !{!"buffer7.w128.b0", !323, i64 0}
-!323 = !{!"buffer7.w256.b0", !324, i64 0}
-!324 = !{!"buffer7.w512.b0", !325, i64 0}
-!325 = !{!"buffer7.w1024.b0", !326, i64 0}
-!326 = !{!"buffer7", !7, i64 0}
-!327 = !{!326, !326, i64 0}
+!129 = distinct !{!129, !38, !39}
+!130 = !{!131, !131, i64 0}
+!131 = !{!"buffer1.w64.b0", !132, i64 0}
+!132 = !{!"buffer1.w128.b0", !133, i64 0}
+!133 = !{!"buffer1.w256.b0", !134, i64 0}
+!134 = !{!"buffer1.w512.b0", !135, i64 0}
+!135 = !{!"buffer1.w1024.b0", !136, i64 0}
+!136 = !{!"buffer1", !7, i64 0}
+!137 = !{!138, !138, i64 0}
+!138 = !{!"buffer2.w64.b0", !139, i64 0}
+!139 = !{!"buffer2.w128.b0", !140, i64 0}
+!140 = !{!"buffer2.w256.b0", !141, i64 0}
+!141 = !{!"buffer2.w512.b0", !142, i64 0}
+!142 = !{!"buffer2.w1024.b0", !143, i64 0}
+!143 = !{!"buffer2", !7, i64 0}
+!144 = !{!143, !143, i64 0}
+!145 = !{!136, !136, i64 0}
+!146 = !{!147, !147, i64 0}
+!147 = !{!"buffer3.w64.b0", !148, i64 0}
+!148 = !{!"buffer3.w128.b0", !149, i64 0}
+!149 = !{!"buffer3.w256.b0", !150, i64 0}
+!150 = !{!"buffer3.w512.b0", !151, i64 0}
+!151 = !{!"buffer3.w1024.b0", !152, i64 0}
+!152 = !{!"buffer3", !7, i64 0}
+!153 = !{!152, !152, i64 0}

@@ -188,4859 +188,6 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
   ret i32 0
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
-entry:
-  %factor584.i = alloca [16 x float], align 16
-  %column_term601.i = alloca [64 x i32], align 16
-  %query.type_index = load i32, ptr %args, align 4
-  %0 = icmp eq i32 %query.type_index, 70
-  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
-  %2 = load ptr, ptr %1, align 8
-  %query.handle.idx = select i1 %0, i64 24, i64 0
-  %query.handle = getelementptr inbounds nuw i8, ptr %2, i64 %query.handle.idx
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %key_cache.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %key_cache.type_index, 70
-  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
-  %6 = load ptr, ptr %5, align 8
-  %key_cache.handle.idx = select i1 %4, i64 24, i64 0
-  %key_cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %key_cache.handle.idx
-  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %value_cache.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %value_cache.type_index, 70
-  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
-  %10 = load ptr, ptr %9, align 8
-  %value_cache.handle.idx = select i1 %8, i64 24, i64 0
-  %value_cache.handle = getelementptr inbounds nuw i8, ptr %10, i64 %value_cache.handle.idx
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
-  %12 = getelementptr inbounds nuw i8, ptr %args, i64 56
-  %13 = load ptr, ptr %12, align 8
-  %14 = getelementptr inbounds nuw i8, ptr %args, i64 72
-  %15 = load ptr, ptr %14, align 8
-  %16 = getelementptr inbounds nuw i8, ptr %args, i64 88
-  %17 = load ptr, ptr %16, align 8
-  %18 = getelementptr inbounds nuw i8, ptr %args, i64 104
-  %19 = load ptr, ptr %18, align 8
-  %20 = getelementptr inbounds nuw i8, ptr %args, i64 120
-  %21 = load ptr, ptr %20, align 8
-  %22 = getelementptr inbounds nuw i8, ptr %args, i64 136
-  %23 = load ptr, ptr %22, align 8
-  %24 = getelementptr inbounds nuw i8, ptr %args, i64 152
-  %25 = load ptr, ptr %24, align 8
-  %26 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr nonnull align 8 %11, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
-  %27 = shufflevector <29 x i32> %26, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %28 = icmp eq <8 x i32> %27, splat (i32 70)
-  %29 = extractelement <8 x i1> %28, i64 0
-  %block_table.handle.idx = select i1 %29, i64 24, i64 0
-  %block_table.handle = getelementptr inbounds nuw i8, ptr %13, i64 %block_table.handle.idx
-  %30 = extractelement <8 x i1> %28, i64 1
-  %context_lens.handle.idx = select i1 %30, i64 24, i64 0
-  %context_lens.handle = getelementptr inbounds nuw i8, ptr %15, i64 %context_lens.handle.idx
-  %31 = extractelement <8 x i1> %28, i64 2
-  %tree_mask.handle.idx = select i1 %31, i64 24, i64 0
-  %tree_mask.handle = getelementptr inbounds nuw i8, ptr %17, i64 %tree_mask.handle.idx
-  %32 = extractelement <8 x i1> %28, i64 3
-  %partial_max.handle.idx = select i1 %32, i64 24, i64 0
-  %partial_max.handle = getelementptr inbounds nuw i8, ptr %19, i64 %partial_max.handle.idx
-  %33 = extractelement <8 x i1> %28, i64 4
-  %partial_sum.handle.idx = select i1 %33, i64 24, i64 0
-  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %21, i64 %partial_sum.handle.idx
-  %34 = extractelement <8 x i1> %28, i64 5
-  %partial_acc.handle.idx = select i1 %34, i64 24, i64 0
-  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %23, i64 %partial_acc.handle.idx
-  %35 = extractelement <8 x i1> %28, i64 6
-  %out.handle.idx = select i1 %35, i64 24, i64 0
-  %out.handle = getelementptr inbounds nuw i8, ptr %25, i64 %out.handle.idx
-  %36 = getelementptr inbounds nuw i8, ptr %args, i64 168
-  %37 = load ptr, ptr %36, align 8
-  %38 = extractelement <8 x i1> %28, i64 7
-  %lse.handle.idx = select i1 %38, i64 24, i64 0
-  %lse.handle = getelementptr inbounds nuw i8, ptr %37, i64 %lse.handle.idx
-  %39 = getelementptr inbounds nuw i8, ptr %args, i64 184
-  %k_block = load i64, ptr %39, align 8
-  %40 = getelementptr inbounds nuw i8, ptr %args, i64 200
-  %k_row = load i64, ptr %40, align 8
-  %41 = getelementptr inbounds nuw i8, ptr %args, i64 216
-  %k_head = load i64, ptr %41, align 8
-  %42 = getelementptr inbounds nuw i8, ptr %args, i64 232
-  %v_block = load i64, ptr %42, align 8
-  %43 = getelementptr inbounds nuw i8, ptr %args, i64 248
-  %v_row = load i64, ptr %43, align 8
-  %44 = getelementptr inbounds nuw i8, ptr %args, i64 264
-  %v_head = load i64, ptr %44, align 8
-  %45 = getelementptr inbounds nuw i8, ptr %args, i64 280
-  %46 = load i64, ptr %45, align 8
-  %47 = getelementptr inbounds nuw i8, ptr %args, i64 296
-  %48 = load i64, ptr %47, align 8
-  %49 = getelementptr inbounds nuw i8, ptr %args, i64 312
-  %50 = load i64, ptr %49, align 8
-  %51 = getelementptr inbounds nuw i8, ptr %args, i64 328
-  %52 = load i64, ptr %51, align 8
-  %53 = getelementptr inbounds nuw i8, ptr %args, i64 344
-  %54 = load i64, ptr %53, align 8
-  %55 = getelementptr inbounds nuw i8, ptr %args, i64 360
-  %56 = load i64, ptr %55, align 8
-  %57 = getelementptr inbounds nuw i8, ptr %args, i64 376
-  %58 = load i64, ptr %57, align 8
-  %59 = getelementptr inbounds nuw i8, ptr %args, i64 392
-  %60 = load i64, ptr %59, align 8
-  %61 = getelementptr inbounds nuw i8, ptr %args, i64 408
-  %62 = load i64, ptr %61, align 8
-  %63 = getelementptr inbounds nuw i8, ptr %args, i64 424
-  %64 = load i64, ptr %63, align 8
-  %65 = getelementptr inbounds nuw i8, ptr %args, i64 440
-  %tree_start = load i64, ptr %65, align 8
-  %66 = getelementptr inbounds nuw i8, ptr %args, i64 456
-  %67 = load i64, ptr %66, align 8
-  %68 = getelementptr inbounds nuw i8, ptr %args, i64 464
-  %query_scale.type_index = load i32, ptr %68, align 8
-  %69 = getelementptr inbounds nuw i8, ptr %args, i64 472
-  %70 = load i64, ptr %69, align 8
-  %71 = getelementptr inbounds nuw i8, ptr %args, i64 480
-  %score_scale.type_index = load i32, ptr %71, align 8
-  %72 = getelementptr inbounds nuw i8, ptr %args, i64 488
-  %73 = load i64, ptr %72, align 8
-  %74 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
-  %fused_attend.query_shape = load ptr, ptr %74, align 8
-  %75 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
-  %fused_attend.query_strides = load ptr, ptr %75, align 8
-  %76 = icmp eq ptr %fused_attend.query_strides, null
-  %77 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 16
-  %78 = getelementptr inbounds nuw i8, ptr %fused_attend.query_strides, i64 8
-  %q_head.in = select i1 %76, ptr %77, ptr %78
-  %q_head = load i64, ptr %q_head.in, align 8
-  br i1 %76, label %if_then34, label %if_else35
-
-if_then34:                                        ; preds = %entry
-  %79 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 8
-  %80 = load i64, ptr %79, align 8
-  %81 = load i64, ptr %77, align 8
-  %82 = mul nsw i64 %81, %80
-  br label %if_end36
-
-if_else35:                                        ; preds = %entry
-  %83 = load i64, ptr %fused_attend.query_strides, align 8
-  br label %if_end36
-
-if_end36:                                         ; preds = %if_else35, %if_then34
-  %q_batch = phi i64 [ %82, %if_then34 ], [ %83, %if_else35 ]
-  %84 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
-  %dev_id = load i32, ptr %84, align 4
-  %85 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
-  %fused_attend.block_table_shape = load ptr, ptr %85, align 8
-  %86 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
-  %fused_attend.block_table_strides = load ptr, ptr %86, align 8
-  %87 = icmp eq ptr %fused_attend.block_table_strides, null
-  %88 = getelementptr inbounds nuw i8, ptr %fused_attend.block_table_shape, i64 8
-  %table_seq.in = select i1 %87, ptr %88, ptr %fused_attend.block_table_strides
-  %table_seq = load i64, ptr %table_seq.in, align 8
-  %89 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %fused_attend.out_shape = load ptr, ptr %89, align 8
-  %90 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %fused_attend.out_strides = load ptr, ptr %90, align 8
-  %91 = icmp eq ptr %fused_attend.out_strides, null
-  %92 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 16
-  %93 = getelementptr inbounds nuw i8, ptr %fused_attend.out_strides, i64 8
-  %out_head.in = select i1 %91, ptr %92, ptr %93
-  %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %91, label %if_then43, label %if_else44
-
-if_then43:                                        ; preds = %if_end36
-  %94 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 8
-  %95 = load i64, ptr %94, align 8
-  %96 = load i64, ptr %92, align 8
-  %97 = mul nsw i64 %96, %95
-  br label %if_end45
-
-if_else44:                                        ; preds = %if_end36
-  %98 = load i64, ptr %fused_attend.out_strides, align 8
-  br label %if_end45
-
-if_end45:                                         ; preds = %if_else44, %if_then43
-  %out_batch = phi i64 [ %97, %if_then43 ], [ %98, %if_else44 ]
-  %99 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %fused_attend.lse_strides = load ptr, ptr %99, align 8
-  %100 = icmp eq ptr %fused_attend.lse_strides, null
-  br i1 %100, label %if_then46, label %if_end48
-
-if_then46:                                        ; preds = %if_end45
-  %101 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %fused_attend.lse_shape = load ptr, ptr %101, align 8
-  %102 = getelementptr inbounds nuw i8, ptr %fused_attend.lse_shape, i64 8
-  br label %if_end48
-
-if_end48:                                         ; preds = %if_then46, %if_end45
-  %lse_batch.in = phi ptr [ %102, %if_then46 ], [ %fused_attend.lse_strides, %if_end45 ]
-  %lse_batch = load i64, ptr %lse_batch.in, align 8
-  %103 = icmp eq i32 %score_scale.type_index, 3
-  %.cast63 = bitcast i64 %73 to double
-  %104 = fptrunc double %.cast63 to float
-  %105 = sitofp i64 %73 to float
-  %score_scale = select i1 %103, float %104, float %105
-  %106 = icmp eq i32 %query_scale.type_index, 3
-  %.cast = bitcast i64 %70 to double
-  %107 = fptrunc double %.cast to float
-  %108 = sitofp i64 %70 to float
-  %query_scale = select i1 %106, float %107, float %108
-  %tree_size = trunc i64 %67 to i32
-  %block_end = trunc i64 %60 to i32
-  %block_begin = trunc i64 %58 to i32
-  %num_kv_heads = trunc i64 %56 to i32
-  %kv_head_begin = trunc i64 %54 to i32
-  %first_pos = trunc i64 %52 to i32
-  %num_query = trunc i64 %50 to i32
-  %query = load ptr, ptr %query.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
-  %key_cache = load ptr, ptr %key_cache.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
-  %value_cache = load ptr, ptr %value_cache.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
-  %block_table = load ptr, ptr %block_table.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
-  %context_lens = load ptr, ptr %context_lens.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
-  %tree_mask = load ptr, ptr %tree_mask.handle, align 8
-  %partial_max = load ptr, ptr %partial_max.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
-  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
-  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  %out = load ptr, ptr %out.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
-  %lse = load ptr, ptr %lse.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor584.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %column_term601.i)
-  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %109 = shl nsw i32 %num_query, 1
-  %110 = add nsw i32 %109, 15
-  %111 = ashr i32 %110, 4
-  %112 = add nsw i32 %num_kv_heads, -1
-  %113 = mul nsw i32 %112, %111
-  %114 = icmp sgt i32 %num_query, -8
-  %115 = tail call i32 @llvm.smin.i32(i32 %113, i32 0)
-  %116 = select i1 %114, i32 0, i32 %115
-  %117 = mul i32 %111, %num_kv_heads
-  %118 = select i1 %114, i32 %113, i32 0
-  %119 = add nsw i32 %118, %111
-  %120 = tail call i32 @llvm.smax.i32(i32 %117, i32 %119)
-  %121 = sub nsw i32 %120, %116
-  %122 = tail call i32 @llvm.smin.i32(i32 %121, i32 32)
-  %123 = shl nsw i32 %122, 12
-  %124 = sext i32 %123 to i64
-  %125 = shl nuw nsw i64 %124, 2
-  %126 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %q_tile.i = tail call ptr %126(i32 1, i32 %dev_id, i64 %125, i32 2, i32 32)
-  %127 = icmp eq ptr %q_tile.i, null
-  br i1 %127, label %fused_attend_compute_.exit, label %if_end.i, !prof !7
-
-if_end.i:                                         ; preds = %if_end48
-  %128 = tail call i32 @llvm.smin.i32(i32 %117, i32 32)
-  %129 = shl nsw i32 %128, 4
-  %130 = sext i32 %129 to i64
-  %131 = shl nuw nsw i64 %130, 2
-  %132 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %total_max.i = tail call ptr %132(i32 1, i32 %dev_id, i64 %131, i32 2, i32 32)
-  %133 = icmp eq ptr %total_max.i, null
-  br i1 %133, label %fused_attend_compute_.exit, label %if_end2.i, !prof !7
-
-if_end2.i:                                        ; preds = %if_end.i
-  %134 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %total_sum.i = tail call ptr %134(i32 1, i32 %dev_id, i64 %131, i32 2, i32 32)
-  %135 = icmp eq ptr %total_sum.i, null
-  br i1 %135, label %fused_attend_compute_.exit, label %if_end5.i, !prof !7
-
-if_end5.i:                                        ; preds = %if_end2.i
-  %136 = shl nsw i32 %128, 12
-  %137 = sext i32 %136 to i64
-  %138 = shl nuw nsw i64 %137, 2
-  %139 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %total_acc.i = tail call ptr %139(i32 1, i32 %dev_id, i64 %138, i32 2, i32 32)
-  %140 = icmp eq ptr %total_acc.i, null
-  br i1 %140, label %fused_attend_compute_.exit, label %if_end8.i, !prof !7
-
-if_end8.i:                                        ; preds = %if_end5.i
-  %141 = shl nsw i32 %122, 4
-  %142 = sext i32 %141 to i64
-  %143 = shl nuw nsw i64 %142, 2
-  %144 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %positions.i = tail call ptr %144(i32 1, i32 %dev_id, i64 %143, i32 0, i32 32)
-  %145 = icmp eq ptr %positions.i, null
-  br i1 %145, label %fused_attend_compute_.exit, label %if_end11.i, !prof !7
-
-if_end11.i:                                       ; preds = %if_end8.i
-  %146 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %limits.i = tail call ptr %146(i32 1, i32 %dev_id, i64 %143, i32 0, i32 32)
-  %147 = icmp eq ptr %limits.i, null
-  br i1 %147, label %fused_attend_compute_.exit, label %if_end14.i, !prof !7
-
-if_end14.i:                                       ; preds = %if_end11.i
-  %148 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %begins.i = tail call ptr %148(i32 1, i32 %dev_id, i64 %143, i32 0, i32 32)
-  %149 = icmp eq ptr %begins.i, null
-  br i1 %149, label %fused_attend_compute_.exit, label %if_end17.i, !prof !7
-
-if_end17.i:                                       ; preds = %if_end14.i
-  %150 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %places.i = tail call ptr %150(i32 1, i32 %dev_id, i64 %143, i32 0, i32 32)
-  %151 = icmp eq ptr %places.i, null
-  br i1 %151, label %fused_attend_compute_.exit, label %if_end20.i, !prof !7
-
-if_end20.i:                                       ; preds = %if_end17.i
-  %152 = shl nsw i32 %122, 2
-  %153 = sext i32 %152 to i64
-  %154 = shl nuw nsw i64 %153, 2
-  %155 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %reach.i = tail call ptr %155(i32 1, i32 %dev_id, i64 %154, i32 0, i32 32)
-  %156 = icmp eq ptr %reach.i, null
-  br i1 %156, label %fused_attend_compute_.exit, label %if_end23.i, !prof !7
-
-if_end23.i:                                       ; preds = %if_end20.i
-  %sext = shl i64 %46, 32
-  %157 = ashr exact i64 %sext, 32
-  %158 = getelementptr inbounds i32, ptr %context_lens, i64 %157
-  %context_len.i = load i32, ptr %158, align 4, !tbaa !4
-  %159 = icmp sgt i64 %tree_start, -1
-  %160 = icmp slt i32 %117, 1
-  br i1 %160, label %for_end_tile122.i, label %for_begin_ax1_0.preheader.lr.ph.i, !prof !11
-
-for_begin_ax1_0.preheader.lr.ph.i:                ; preds = %if_end23.i
-  %161 = and i64 %64, 4294967295
-  %162 = icmp eq i64 %161, 0
-  %163 = icmp slt i32 %111, 0
-  %164 = insertelement <4 x float> poison, float %query_scale, i64 0
-  %165 = shufflevector <4 x float> %164, <4 x float> poison, <4 x i32> zeroinitializer
-  %sext64 = shl i64 %54, 32
-  %166 = ashr exact i64 %sext64, 32
-  %167 = shl i64 %q_head, 1
-  %sext65 = shl i64 %48, 32
-  %168 = ashr exact i64 %sext65, 32
-  %169 = add nsw i64 %168, 1
-  %170 = icmp sgt i32 %111, -1
-  %171 = insertelement <16 x i32> poison, i32 %first_pos, i64 0
-  %172 = shufflevector <16 x i32> %171, <16 x i32> poison, <16 x i32> zeroinitializer
-  %173 = insertelement <16 x i32> poison, i32 %context_len.i, i64 0
-  %174 = shufflevector <16 x i32> %173, <16 x i32> poison, <16 x i32> zeroinitializer
-  %175 = or i1 %162, %159
-  %176 = insertelement <16 x i1> poison, i1 %175, i64 0
-  %177 = shufflevector <16 x i1> %176, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count.i = zext nneg i32 %117 to i64
-  br label %for_begin_ax1_0.preheader.i
-
-for_begin_ax1_0.preheader.i:                      ; preds = %for_body_r.peel.next.i, %for_begin_ax1_0.preheader.lr.ph.i
-  %indvars.iv1013.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next1014.i, %for_body_r.peel.next.i ]
-  %178 = trunc nuw nsw i64 %indvars.iv1013.i to i32
-  %rmod.i = srem i32 %178, %111
-  %rdiv48.i = sdiv i32 %178, %111
-  %179 = icmp ne i32 %rmod.i, 0
-  %.not639.i = and i1 %163, %179
-  %180 = select i1 %.not639.i, i32 %111, i32 0
-  %181 = add nsw i32 %180, %rmod.i
-  %182 = shl nsw i32 %181, 3
-  %invariant.op717.i = sub i32 %182, %num_query
-  %183 = shl nsw i32 %181, 4
-  %184 = sub nsw i32 %109, %183
-  %185 = sext i1 %.not639.i to i32
-  %186 = sext i32 %181 to i64
-  %187 = shl nsw i64 %186, 3
-  %invariant.op719.i = add nsw i64 %187, %168
-  %invariant.op723.i = add nsw i64 %169, %187
-  %188 = sext i32 %184 to i64
-  %189 = shl i64 %indvars.iv1013.i, 12
-  %190 = and i64 %189, 4294963200
-  %invariant.gep1327.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %190
-  br label %for_begin_ax2_0.preheader.i
-
-for_begin_tile120.preheader.i:                    ; preds = %for_body_r.peel.next.i
-  %191 = getelementptr inbounds nuw i8, ptr %reach.i, i64 4
-  %192 = load <2 x i32>, ptr %191, align 4, !tbaa !4
-  %exitcond1021.peel.not.i = icmp eq i32 %117, 1
-  %193 = extractelement <2 x i32> %192, i64 0
-  %194 = extractelement <2 x i32> %192, i64 1
-  br i1 %exitcond1021.peel.not.i, label %for_end_tile122.i, label %iter.check, !prof !8
-
-iter.check:                                       ; preds = %for_begin_tile120.preheader.i
-  %195 = add nsw i64 %wide.trip.count.i, -1
-  %min.iters.check = icmp ult i32 %117, 6
-  br i1 %min.iters.check, label %if_end130.i.preheader, label %vector.main.loop.iter.check, !prof !11
-
-vector.main.loop.iter.check:                      ; preds = %iter.check
-  %min.iters.check266 = icmp ult i32 %117, 34
-  br i1 %min.iters.check266, label %vec.epilog.ph, label %vector.ph, !prof !11
-
-vector.ph:                                        ; preds = %vector.main.loop.iter.check
-  %n.mod.vf = and i64 %195, 31
-  %196 = icmp eq i64 %n.mod.vf, 0
-  %197 = select i1 %196, i64 32, i64 %n.mod.vf
-  %n.vec = sub nsw i64 %195, %197
-  %broadcast.splat = shufflevector <2 x i32> %192, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat268 = shufflevector <2 x i32> %192, <2 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body
-
-vector.body:                                      ; preds = %vector.body, %vector.ph
-  %index = phi i64 [ 0, %vector.ph ], [ %index.next, %vector.body ]
-  %vec.phi = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %210, %vector.body ]
-  %vec.phi269 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %211, %vector.body ]
-  %vec.phi270 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %212, %vector.body ]
-  %vec.phi271 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %213, %vector.body ]
-  %vec.phi272 = phi <8 x i32> [ %broadcast.splat268, %vector.ph ], [ %214, %vector.body ]
-  %vec.phi273 = phi <8 x i32> [ %broadcast.splat268, %vector.ph ], [ %215, %vector.body ]
-  %vec.phi274 = phi <8 x i32> [ %broadcast.splat268, %vector.ph ], [ %216, %vector.body ]
-  %vec.phi275 = phi <8 x i32> [ %broadcast.splat268, %vector.ph ], [ %217, %vector.body ]
-  %198 = shl i64 %index, 4
-  %199 = shl i64 %index, 4
-  %200 = shl i64 %index, 4
-  %201 = shl i64 %index, 4
-  %202 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %198
-  %203 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %199
-  %204 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %200
-  %205 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %201
-  %206 = getelementptr inbounds nuw i8, ptr %202, i64 20
-  %207 = getelementptr inbounds nuw i8, ptr %203, i64 148
-  %208 = getelementptr inbounds nuw i8, ptr %204, i64 276
-  %209 = getelementptr inbounds nuw i8, ptr %205, i64 404
-  %wide.vec = load <32 x i32>, ptr %206, align 4, !tbaa !4
-  %strided.vec = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec276 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec277 = load <32 x i32>, ptr %207, align 4, !tbaa !4
-  %strided.vec278 = shufflevector <32 x i32> %wide.vec277, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec279 = shufflevector <32 x i32> %wide.vec277, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec280 = load <32 x i32>, ptr %208, align 4, !tbaa !4
-  %strided.vec281 = shufflevector <32 x i32> %wide.vec280, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec282 = shufflevector <32 x i32> %wide.vec280, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec283 = load <32 x i32>, ptr %209, align 4, !tbaa !4
-  %strided.vec284 = shufflevector <32 x i32> %wide.vec283, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec285 = shufflevector <32 x i32> %wide.vec283, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %210 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec276)
-  %211 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi269, <8 x i32> %strided.vec279)
-  %212 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi270, <8 x i32> %strided.vec282)
-  %213 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi271, <8 x i32> %strided.vec285)
-  %214 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi272, <8 x i32> %strided.vec)
-  %215 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi273, <8 x i32> %strided.vec278)
-  %216 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi274, <8 x i32> %strided.vec281)
-  %217 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi275, <8 x i32> %strided.vec284)
-  %index.next = add nuw i64 %index, 32
-  %218 = icmp eq i64 %index.next, %n.vec
-  br i1 %218, label %vec.epilog.iter.check, label %vector.body, !prof !12, !llvm.loop !13
-
-vec.epilog.iter.check:                            ; preds = %vector.body
-  %rdx.minmax288 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %214, <8 x i32> %215)
-  %rdx.minmax289 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax288, <8 x i32> %216)
-  %rdx.minmax290 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax289, <8 x i32> %217)
-  %219 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax290)
-  %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %210, <8 x i32> %211)
-  %rdx.minmax286 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %212)
-  %rdx.minmax287 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax286, <8 x i32> %213)
-  %220 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax287)
-  %ind.end = add nsw i64 %n.vec, 1
-  %min.epilog.iters.check = icmp samesign ult i64 %197, 5
-  %221 = insertelement <2 x i32> poison, i32 %219, i64 0
-  %222 = insertelement <2 x i32> %221, i32 %220, i64 1
-  br i1 %min.epilog.iters.check, label %if_end130.i.preheader, label %vec.epilog.ph, !prof !18
-
-vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
-  %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
-  %223 = phi <2 x i32> [ %222, %vec.epilog.iter.check ], [ %192, %vector.main.loop.iter.check ]
-  %n.mod.vf292 = and i64 %195, 3
-  %224 = icmp eq i64 %n.mod.vf292, 0
-  %225 = select i1 %224, i64 4, i64 %n.mod.vf292
-  %n.vec293 = sub nsw i64 %195, %225
-  %226 = add nsw i64 %n.vec293, 1
-  %broadcast.splat295 = shufflevector <2 x i32> %223, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat297 = shufflevector <2 x i32> %223, <2 x i32> poison, <4 x i32> zeroinitializer
-  br label %vec.epilog.vector.body
-
-vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
-  %index298 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next304, %vec.epilog.vector.body ]
-  %vec.phi299 = phi <4 x i32> [ %broadcast.splat295, %vec.epilog.ph ], [ %229, %vec.epilog.vector.body ]
-  %vec.phi300 = phi <4 x i32> [ %broadcast.splat297, %vec.epilog.ph ], [ %230, %vec.epilog.vector.body ]
-  %offset.idx = shl i64 %index298, 4
-  %227 = getelementptr i8, ptr %reach.i, i64 %offset.idx
-  %228 = getelementptr i8, ptr %227, i64 20
-  %wide.vec301 = load <16 x i32>, ptr %228, align 4, !tbaa !4
-  %strided.vec302 = shufflevector <16 x i32> %wide.vec301, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
-  %strided.vec303 = shufflevector <16 x i32> %wide.vec301, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
-  %229 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi299, <4 x i32> %strided.vec303)
-  %230 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi300, <4 x i32> %strided.vec302)
-  %index.next304 = add nuw i64 %index298, 4
-  %231 = icmp eq i64 %index.next304, %n.vec293
-  br i1 %231, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !19
-
-vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
-  %232 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %229)
-  %233 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %230)
-  br label %if_end130.i.preheader
-
-if_end130.i.preheader:                            ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv1017.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %226, %vec.epilog.middle.block ]
-  %span603.sroa.0.0732.i.ph = phi i32 [ %194, %iter.check ], [ %220, %vec.epilog.iter.check ], [ %232, %vec.epilog.middle.block ]
-  %span603.sroa.5.0731.i.ph = phi i32 [ %193, %iter.check ], [ %219, %vec.epilog.iter.check ], [ %233, %vec.epilog.middle.block ]
-  br label %if_end130.i
-
-for_begin_ax2_0.preheader.i:                      ; preds = %for_end_ax2_0.i, %for_begin_ax1_0.preheader.i
-  %indvars.iv1000.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next1001.i, %for_end_ax2_0.i ]
-  %234 = shl nuw nsw i64 %indvars.iv1000.i, 1
-  %235 = trunc nuw nsw i64 %234 to i32
-  %.reass718.i = add i32 %invariant.op717.i, %235
-  %236 = icmp slt i32 %.reass718.i, 0
-  %237 = shl nuw nsw i64 %indvars.iv1000.i, 2
-  %238 = or disjoint i64 %237, 1
-  %239 = icmp slt i64 %238, %188
-  %240 = icmp slt i32 %.reass718.i, -1
-  %241 = or disjoint i64 %237, 3
-  %242 = icmp slt i64 %241, %188
-  %.reass720.i = add nsw i64 %invariant.op719.i, %234
-  %243 = mul nsw i64 %.reass720.i, %q_batch
-  %244 = getelementptr i16, ptr %query, i64 %243
-  %.reass724.i = add nsw i64 %invariant.op723.i, %234
-  %245 = mul nsw i64 %.reass724.i, %q_batch
-  %246 = getelementptr i16, ptr %query, i64 %245
-  %invariant.gep1329.i = getelementptr inbounds nuw float, ptr %invariant.gep1327.i, i64 %237
-  br label %for_body_ax2_0.i
-
-for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
-  %247 = icmp eq i32 %rmod.i, 0
-  %248 = or i1 %170, %247
-  %249 = select i1 %248, i32 0, i32 %111
-  %250 = add nsw i32 %249, %rmod.i
-  %251 = shl nsw i32 %250, 4
-  %252 = sub nsw i32 %109, %251
-  %253 = tail call i32 @llvm.smin.i32(i32 %252, i32 16)
-  %254 = add nsw i32 %253, -1
-  %255 = insertelement <16 x i32> poison, i32 %254, i64 0
-  %256 = shufflevector <16 x i32> %255, <16 x i32> poison, <16 x i32> zeroinitializer
-  %257 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %256, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>)
-  %258 = insertelement <16 x i32> poison, i32 %251, i64 0
-  %259 = shufflevector <16 x i32> %258, <16 x i32> poison, <16 x i32> zeroinitializer
-  %260 = add nsw <16 x i32> %257, %259
-  %261 = ashr <16 x i32> %260, splat (i32 1)
-  %262 = add nsw <16 x i32> %261, %172
-  %263 = add nsw <16 x i32> %262, splat (i32 1)
-  %264 = shl nsw i64 %indvars.iv1013.i, 4
-  %265 = getelementptr inbounds nuw i32, ptr %positions.i, i64 %264
-  store <16 x i32> %262, ptr %265, align 4, !tbaa !4
-  %266 = select <16 x i1> %177, <16 x i32> %174, <16 x i32> %263
-  %267 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %264
-  store <16 x i32> %266, ptr %267, align 4, !tbaa !4
-  %268 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %262, <16 x i32> splat (i32 4095))
-  %269 = add nsw <16 x i32> %268, splat (i32 -4095)
-  %270 = getelementptr inbounds nuw i32, ptr %begins.i, i64 %264
-  store <16 x i32> %269, ptr %270, align 4, !tbaa !4
-  %271 = add nsw <16 x i32> %266, splat (i32 -1)
-  %272 = sitofp <16 x i32> %271 to <16 x float>
-  %273 = bitcast <16 x float> %272 to <16 x i32>
-  %274 = ashr <16 x i32> %273, splat (i32 23)
-  %275 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %274, <16 x i32> splat (i32 125))
-  %276 = add nsw <16 x i32> %275, splat (i32 -125)
-  %277 = getelementptr inbounds nuw i32, ptr %places.i, i64 %264
-  store <16 x i32> %276, ptr %277, align 4, !tbaa !4
-  %278 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %264
-  %279 = getelementptr inbounds nuw i8, ptr %278, i64 4
-  %280 = getelementptr inbounds nuw i8, ptr %278, i64 8
-  %281 = getelementptr inbounds nuw i8, ptr %278, i64 12
-  %282 = and i64 %264, 4294967280
-  %283 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %282
-  %own.peel.i = load i32, ptr %283, align 4, !tbaa !4
-  %284 = getelementptr inbounds nuw i32, ptr %begins.i, i64 %282
-  %begin.peel.i = load i32, ptr %284, align 4, !tbaa !4
-  store i32 %own.peel.i, ptr %278, align 4, !tbaa !4
-  store i32 %own.peel.i, ptr %279, align 4, !tbaa !4
-  store i32 %begin.peel.i, ptr %280, align 4, !tbaa !4
-  store i32 %begin.peel.i, ptr %281, align 4, !tbaa !4
-  %285 = or disjoint i64 %282, 1
-  %286 = getelementptr inbounds nuw i32, ptr %begins.i, i64 %285
-  %begin.i = load i32, ptr %286, align 4, !tbaa !4
-  %287 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %285
-  %own.i = load i32, ptr %287, align 4, !tbaa !4
-  %288 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
-  store i32 %288, ptr %278, align 4, !tbaa !4
-  %289 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
-  store i32 %289, ptr %279, align 4, !tbaa !4
-  %290 = tail call i32 @llvm.smin.i32(i32 %begin.peel.i, i32 %begin.i)
-  store i32 %290, ptr %280, align 4, !tbaa !4
-  %291 = tail call i32 @llvm.smax.i32(i32 %begin.peel.i, i32 %begin.i)
-  store i32 %291, ptr %281, align 4, !tbaa !4
-  %292 = or disjoint i64 %282, 2
-  %293 = getelementptr inbounds nuw i32, ptr %begins.i, i64 %292
-  %begin.i.1 = load i32, ptr %293, align 4, !tbaa !4
-  %294 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %292
-  %own.i.1 = load i32, ptr %294, align 4, !tbaa !4
-  %295 = tail call i32 @llvm.smin.i32(i32 %288, i32 %own.i.1)
-  store i32 %295, ptr %278, align 4, !tbaa !4
-  %296 = tail call i32 @llvm.smax.i32(i32 %289, i32 %own.i.1)
-  store i32 %296, ptr %279, align 4, !tbaa !4
-  %297 = tail call i32 @llvm.smin.i32(i32 %290, i32 %begin.i.1)
-  store i32 %297, ptr %280, align 4, !tbaa !4
-  %298 = tail call i32 @llvm.smax.i32(i32 %291, i32 %begin.i.1)
-  store i32 %298, ptr %281, align 4, !tbaa !4
-  %299 = or disjoint i64 %282, 3
-  %300 = getelementptr inbounds nuw i32, ptr %begins.i, i64 %299
-  %begin.i.2 = load i32, ptr %300, align 4, !tbaa !4
-  %301 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %299
-  %own.i.2 = load i32, ptr %301, align 4, !tbaa !4
-  %302 = tail call i32 @llvm.smin.i32(i32 %295, i32 %own.i.2)
-  store i32 %302, ptr %278, align 4, !tbaa !4
-  %303 = tail call i32 @llvm.smax.i32(i32 %296, i32 %own.i.2)
-  store i32 %303, ptr %279, align 4, !tbaa !4
-  %304 = tail call i32 @llvm.smin.i32(i32 %297, i32 %begin.i.2)
-  store i32 %304, ptr %280, align 4, !tbaa !4
-  %305 = tail call i32 @llvm.smax.i32(i32 %298, i32 %begin.i.2)
-  store i32 %305, ptr %281, align 4, !tbaa !4
-  %306 = or disjoint i64 %282, 4
-  %307 = getelementptr inbounds nuw i32, ptr %begins.i, i64 %306
-  %begin.i.3 = load i32, ptr %307, align 4, !tbaa !4
-  %308 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %306
-  %own.i.3 = load i32, ptr %308, align 4, !tbaa !4
-  %309 = tail call i32 @llvm.smin.i32(i32 %302, i32 %own.i.3)
-  store i32 %309, ptr %278, align 4, !tbaa !4
-  %310 = tail call i32 @llvm.smax.i32(i32 %303, i32 %own.i.3)
-  store i32 %310, ptr %279, align 4, !tbaa !4
-  %311 = tail call i32 @llvm.smin.i32(i32 %304, i32 %begin.i.3)
-  store i32 %311, ptr %280, align 4, !tbaa !4
-  %312 = tail call i32 @llvm.smax.i32(i32 %305, i32 %begin.i.3)
-  store i32 %312, ptr %281, align 4, !tbaa !4
-  %313 = or disjoint i64 %282, 5
-  %314 = getelementptr inbounds nuw i32, ptr %begins.i, i64 %313
-  %begin.i.4 = load i32, ptr %314, align 4, !tbaa !4
-  %315 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %313
-  %own.i.4 = load i32, ptr %315, align 4, !tbaa !4
-  %316 = tail call i32 @llvm.smin.i32(i32 %309, i32 %own.i.4)
-  store i32 %316, ptr %278, align 4, !tbaa !4
-  %317 = tail call i32 @llvm.smax.i32(i32 %310, i32 %own.i.4)
-  store i32 %317, ptr %279, align 4, !tbaa !4
-  %318 = tail call i32 @llvm.smin.i32(i32 %311, i32 %begin.i.4)
-  store i32 %318, ptr %280, align 4, !tbaa !4
-  %319 = tail call i32 @llvm.smax.i32(i32 %312, i32 %begin.i.4)
-  store i32 %319, ptr %281, align 4, !tbaa !4
-  %320 = or disjoint i64 %282, 6
-  %321 = getelementptr inbounds nuw i32, ptr %begins.i, i64 %320
-  %begin.i.5 = load i32, ptr %321, align 4, !tbaa !4
-  %322 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %320
-  %own.i.5 = load i32, ptr %322, align 4, !tbaa !4
-  %323 = tail call i32 @llvm.smin.i32(i32 %316, i32 %own.i.5)
-  store i32 %323, ptr %278, align 4, !tbaa !4
-  %324 = tail call i32 @llvm.smax.i32(i32 %317, i32 %own.i.5)
-  store i32 %324, ptr %279, align 4, !tbaa !4
-  %325 = tail call i32 @llvm.smin.i32(i32 %318, i32 %begin.i.5)
-  store i32 %325, ptr %280, align 4, !tbaa !4
-  %326 = tail call i32 @llvm.smax.i32(i32 %319, i32 %begin.i.5)
-  store i32 %326, ptr %281, align 4, !tbaa !4
-  %327 = or disjoint i64 %282, 7
-  %328 = getelementptr inbounds nuw i32, ptr %begins.i, i64 %327
-  %begin.i.6 = load i32, ptr %328, align 4, !tbaa !4
-  %329 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %327
-  %own.i.6 = load i32, ptr %329, align 4, !tbaa !4
-  %330 = tail call i32 @llvm.smin.i32(i32 %323, i32 %own.i.6)
-  store i32 %330, ptr %278, align 4, !tbaa !4
-  %331 = tail call i32 @llvm.smax.i32(i32 %324, i32 %own.i.6)
-  store i32 %331, ptr %279, align 4, !tbaa !4
-  %332 = tail call i32 @llvm.smin.i32(i32 %325, i32 %begin.i.6)
-  store i32 %332, ptr %280, align 4, !tbaa !4
-  %333 = tail call i32 @llvm.smax.i32(i32 %326, i32 %begin.i.6)
-  store i32 %333, ptr %281, align 4, !tbaa !4
-  %334 = or disjoint i64 %282, 8
-  %335 = getelementptr inbounds nuw i32, ptr %begins.i, i64 %334
-  %begin.i.7 = load i32, ptr %335, align 4, !tbaa !4
-  %336 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %334
-  %own.i.7 = load i32, ptr %336, align 4, !tbaa !4
-  %337 = tail call i32 @llvm.smin.i32(i32 %330, i32 %own.i.7)
-  store i32 %337, ptr %278, align 4, !tbaa !4
-  %338 = tail call i32 @llvm.smax.i32(i32 %331, i32 %own.i.7)
-  store i32 %338, ptr %279, align 4, !tbaa !4
-  %339 = tail call i32 @llvm.smin.i32(i32 %332, i32 %begin.i.7)
-  store i32 %339, ptr %280, align 4, !tbaa !4
-  %340 = tail call i32 @llvm.smax.i32(i32 %333, i32 %begin.i.7)
-  store i32 %340, ptr %281, align 4, !tbaa !4
-  %341 = or disjoint i64 %282, 9
-  %342 = getelementptr inbounds nuw i32, ptr %begins.i, i64 %341
-  %begin.i.8 = load i32, ptr %342, align 4, !tbaa !4
-  %343 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %341
-  %own.i.8 = load i32, ptr %343, align 4, !tbaa !4
-  %344 = tail call i32 @llvm.smin.i32(i32 %337, i32 %own.i.8)
-  store i32 %344, ptr %278, align 4, !tbaa !4
-  %345 = tail call i32 @llvm.smax.i32(i32 %338, i32 %own.i.8)
-  store i32 %345, ptr %279, align 4, !tbaa !4
-  %346 = tail call i32 @llvm.smin.i32(i32 %339, i32 %begin.i.8)
-  store i32 %346, ptr %280, align 4, !tbaa !4
-  %347 = tail call i32 @llvm.smax.i32(i32 %340, i32 %begin.i.8)
-  store i32 %347, ptr %281, align 4, !tbaa !4
-  %348 = or disjoint i64 %282, 10
-  %349 = getelementptr inbounds nuw i32, ptr %begins.i, i64 %348
-  %begin.i.9 = load i32, ptr %349, align 4, !tbaa !4
-  %350 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %348
-  %own.i.9 = load i32, ptr %350, align 4, !tbaa !4
-  %351 = tail call i32 @llvm.smin.i32(i32 %344, i32 %own.i.9)
-  store i32 %351, ptr %278, align 4, !tbaa !4
-  %352 = tail call i32 @llvm.smax.i32(i32 %345, i32 %own.i.9)
-  store i32 %352, ptr %279, align 4, !tbaa !4
-  %353 = tail call i32 @llvm.smin.i32(i32 %346, i32 %begin.i.9)
-  store i32 %353, ptr %280, align 4, !tbaa !4
-  %354 = tail call i32 @llvm.smax.i32(i32 %347, i32 %begin.i.9)
-  store i32 %354, ptr %281, align 4, !tbaa !4
-  %355 = or disjoint i64 %282, 11
-  %356 = getelementptr inbounds nuw i32, ptr %begins.i, i64 %355
-  %begin.i.10 = load i32, ptr %356, align 4, !tbaa !4
-  %357 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %355
-  %own.i.10 = load i32, ptr %357, align 4, !tbaa !4
-  %358 = tail call i32 @llvm.smin.i32(i32 %351, i32 %own.i.10)
-  store i32 %358, ptr %278, align 4, !tbaa !4
-  %359 = tail call i32 @llvm.smax.i32(i32 %352, i32 %own.i.10)
-  store i32 %359, ptr %279, align 4, !tbaa !4
-  %360 = tail call i32 @llvm.smin.i32(i32 %353, i32 %begin.i.10)
-  store i32 %360, ptr %280, align 4, !tbaa !4
-  %361 = tail call i32 @llvm.smax.i32(i32 %354, i32 %begin.i.10)
-  store i32 %361, ptr %281, align 4, !tbaa !4
-  %362 = or disjoint i64 %282, 12
-  %363 = getelementptr inbounds nuw i32, ptr %begins.i, i64 %362
-  %begin.i.11 = load i32, ptr %363, align 4, !tbaa !4
-  %364 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %362
-  %own.i.11 = load i32, ptr %364, align 4, !tbaa !4
-  %365 = tail call i32 @llvm.smin.i32(i32 %358, i32 %own.i.11)
-  store i32 %365, ptr %278, align 4, !tbaa !4
-  %366 = tail call i32 @llvm.smax.i32(i32 %359, i32 %own.i.11)
-  store i32 %366, ptr %279, align 4, !tbaa !4
-  %367 = tail call i32 @llvm.smin.i32(i32 %360, i32 %begin.i.11)
-  store i32 %367, ptr %280, align 4, !tbaa !4
-  %368 = tail call i32 @llvm.smax.i32(i32 %361, i32 %begin.i.11)
-  store i32 %368, ptr %281, align 4, !tbaa !4
-  %369 = or disjoint i64 %282, 13
-  %370 = getelementptr inbounds nuw i32, ptr %begins.i, i64 %369
-  %begin.i.12 = load i32, ptr %370, align 4, !tbaa !4
-  %371 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %369
-  %own.i.12 = load i32, ptr %371, align 4, !tbaa !4
-  %372 = tail call i32 @llvm.smin.i32(i32 %365, i32 %own.i.12)
-  store i32 %372, ptr %278, align 4, !tbaa !4
-  %373 = tail call i32 @llvm.smax.i32(i32 %366, i32 %own.i.12)
-  store i32 %373, ptr %279, align 4, !tbaa !4
-  %374 = tail call i32 @llvm.smin.i32(i32 %367, i32 %begin.i.12)
-  store i32 %374, ptr %280, align 4, !tbaa !4
-  %375 = tail call i32 @llvm.smax.i32(i32 %368, i32 %begin.i.12)
-  store i32 %375, ptr %281, align 4, !tbaa !4
-  %376 = or disjoint i64 %282, 14
-  %377 = getelementptr inbounds nuw i32, ptr %begins.i, i64 %376
-  %begin.i.13 = load i32, ptr %377, align 4, !tbaa !4
-  %378 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %376
-  %own.i.13 = load i32, ptr %378, align 4, !tbaa !4
-  %379 = tail call i32 @llvm.smin.i32(i32 %372, i32 %own.i.13)
-  store i32 %379, ptr %278, align 4, !tbaa !4
-  %380 = tail call i32 @llvm.smax.i32(i32 %373, i32 %own.i.13)
-  store i32 %380, ptr %279, align 4, !tbaa !4
-  %381 = tail call i32 @llvm.smin.i32(i32 %374, i32 %begin.i.13)
-  store i32 %381, ptr %280, align 4, !tbaa !4
-  %382 = tail call i32 @llvm.smax.i32(i32 %375, i32 %begin.i.13)
-  store i32 %382, ptr %281, align 4, !tbaa !4
-  %383 = or disjoint i64 %282, 15
-  %384 = getelementptr inbounds nuw i32, ptr %begins.i, i64 %383
-  %begin.i.14 = load i32, ptr %384, align 4, !tbaa !4
-  %385 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %383
-  %own.i.14 = load i32, ptr %385, align 4, !tbaa !4
-  %386 = tail call i32 @llvm.smin.i32(i32 %379, i32 %own.i.14)
-  store i32 %386, ptr %278, align 4, !tbaa !4
-  %387 = tail call i32 @llvm.smax.i32(i32 %380, i32 %own.i.14)
-  store i32 %387, ptr %279, align 4, !tbaa !4
-  %388 = tail call i32 @llvm.smin.i32(i32 %381, i32 %begin.i.14)
-  store i32 %388, ptr %280, align 4, !tbaa !4
-  %389 = tail call i32 @llvm.smax.i32(i32 %382, i32 %begin.i.14)
-  store i32 %389, ptr %281, align 4, !tbaa !4
-  %390 = shl i64 %indvars.iv1013.i, 14
-  %391 = and i64 %390, 17179852800
-  %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %391
-  %392 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %264
-  store <16 x float> splat (float 0xC6293E5940000000), ptr %392, align 4, !tbaa !4
-  %393 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %264
-  store <16 x float> zeroinitializer, ptr %393, align 4, !tbaa !4
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(16384) %scevgep.i, i8 0, i64 16384, i1 false), !tbaa !4
-  %indvars.iv.next1014.i = add nuw nsw i64 %indvars.iv1013.i, 1
-  %exitcond1016.not.i = icmp eq i64 %indvars.iv.next1014.i, %wide.trip.count.i
-  br i1 %exitcond1016.not.i, label %for_begin_tile120.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !8
-
-for_body_ax2_0.i:                                 ; preds = %if_end45.i, %for_begin_ax2_0.preheader.i
-  %indvars.iv.i = phi i64 [ 0, %for_begin_ax2_0.preheader.i ], [ %indvars.iv.next.i, %if_end45.i ]
-  br i1 %236, label %if_then25.i, label %if_end26.i
-
-for_end_ax2_0.i:                                  ; preds = %if_end45.i
-  %indvars.iv.next1001.i = add nuw nsw i64 %indvars.iv1000.i, 1
-  %exitcond1004.not.i = icmp eq i64 %indvars.iv.next1001.i, 4
-  br i1 %exitcond1004.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !21
-
-if_then25.i:                                      ; preds = %for_body_ax2_0.i
-  %rdiv.i = sdiv i32 %178, %111
-  %394 = add nsw i32 %rdiv.i, %185
-  %395 = sext i32 %394 to i64
-  %396 = add nsw i64 %166, %395
-  %397 = mul i64 %396, %167
-  %.idx1273.i = shl i64 %indvars.iv.i, 3
-  %398 = getelementptr i8, ptr %244, i64 %.idx1273.i
-  %399 = getelementptr i16, ptr %398, i64 %397
-  %400 = load <4 x i16>, ptr %399, align 2, !tbaa !4
-  %401 = zext <4 x i16> %400 to <4 x i32>
-  %402 = shl nuw <4 x i32> %401, splat (i32 16)
-  %403 = bitcast <4 x i32> %402 to <4 x float>
-  %404 = fmul <4 x float> %165, %403
-  br label %if_end26.i
-
-if_end26.i:                                       ; preds = %if_then25.i, %for_body_ax2_0.i
-  %405 = phi <4 x float> [ %404, %if_then25.i ], [ zeroinitializer, %for_body_ax2_0.i ]
-  br i1 %239, label %if_then29.i, label %if_end31.i
-
-if_then29.i:                                      ; preds = %if_end26.i
-  %rdiv34.i = sdiv i32 %178, %111
-  %406 = add nsw i32 %rdiv34.i, %185
-  %407 = sext i32 %406 to i64
-  %408 = add nsw i64 %166, %407
-  %409 = shl nsw i64 %408, 1
-  %410 = or disjoint i64 %409, 1
-  %411 = mul nsw i64 %410, %q_head
-  %.idx1274.i = shl i64 %indvars.iv.i, 3
-  %412 = getelementptr i8, ptr %244, i64 %.idx1274.i
-  %413 = getelementptr i16, ptr %412, i64 %411
-  %414 = load <4 x i16>, ptr %413, align 2, !tbaa !4
-  %415 = zext <4 x i16> %414 to <4 x i32>
-  %416 = shl nuw <4 x i32> %415, splat (i32 16)
-  %417 = bitcast <4 x i32> %416 to <4 x float>
-  %418 = fmul <4 x float> %165, %417
-  br label %if_end31.i
-
-if_end31.i:                                       ; preds = %if_then29.i, %if_end26.i
-  %419 = phi <4 x float> [ %418, %if_then29.i ], [ zeroinitializer, %if_end26.i ]
-  br i1 %240, label %if_then36.i, label %if_end38.i
-
-if_then36.i:                                      ; preds = %if_end31.i
-  %rdiv41.i = sdiv i32 %178, %111
-  %420 = add nsw i32 %rdiv41.i, %185
-  %421 = sext i32 %420 to i64
-  %422 = add nsw i64 %166, %421
-  %423 = mul i64 %422, %167
-  %.idx1275.i = shl i64 %indvars.iv.i, 3
-  %424 = getelementptr i8, ptr %246, i64 %.idx1275.i
-  %425 = getelementptr i16, ptr %424, i64 %423
-  %426 = load <4 x i16>, ptr %425, align 2, !tbaa !4
-  %427 = zext <4 x i16> %426 to <4 x i32>
-  %428 = shl nuw <4 x i32> %427, splat (i32 16)
-  %429 = bitcast <4 x i32> %428 to <4 x float>
-  %430 = fmul <4 x float> %165, %429
-  br label %if_end38.i
-
-if_end38.i:                                       ; preds = %if_then36.i, %if_end31.i
-  %431 = phi <4 x float> [ %430, %if_then36.i ], [ zeroinitializer, %if_end31.i ]
-  br i1 %242, label %if_then43.i, label %if_end45.i
-
-if_then43.i:                                      ; preds = %if_end38.i
-  %432 = add nsw i32 %rdiv48.i, %185
-  %433 = sext i32 %432 to i64
-  %434 = add nsw i64 %166, %433
-  %435 = shl nsw i64 %434, 1
-  %436 = or disjoint i64 %435, 1
-  %437 = mul nsw i64 %436, %q_head
-  %.idx1276.i = shl i64 %indvars.iv.i, 3
-  %438 = getelementptr i8, ptr %246, i64 %.idx1276.i
-  %439 = getelementptr i16, ptr %438, i64 %437
-  %440 = load <4 x i16>, ptr %439, align 2, !tbaa !4
-  %441 = zext <4 x i16> %440 to <4 x i32>
-  %442 = shl nuw <4 x i32> %441, splat (i32 16)
-  %443 = bitcast <4 x i32> %442 to <4 x float>
-  %444 = fmul <4 x float> %165, %443
-  br label %if_end45.i
-
-if_end45.i:                                       ; preds = %if_then43.i, %if_end38.i
-  %445 = phi <4 x float> [ %444, %if_then43.i ], [ zeroinitializer, %if_end38.i ]
-  %446 = shufflevector <4 x float> %405, <4 x float> %431, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %447 = shufflevector <4 x float> %419, <4 x float> %445, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %448 = shufflevector <4 x float> %405, <4 x float> %431, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %449 = shufflevector <4 x float> %419, <4 x float> %445, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %450 = shufflevector <4 x float> %446, <4 x float> %447, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1277.i = shl nuw nsw i64 %indvars.iv.i, 8
-  %gep1330.i = getelementptr inbounds nuw i8, ptr %invariant.gep1329.i, i64 %.idx1277.i
-  store <4 x float> %450, ptr %gep1330.i, align 4, !tbaa !4
-  %451 = shufflevector <4 x float> %446, <4 x float> %447, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %452 = getelementptr inbounds nuw i8, ptr %gep1330.i, i64 64
-  store <4 x float> %451, ptr %452, align 4, !tbaa !4
-  %453 = shufflevector <4 x float> %448, <4 x float> %449, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %454 = getelementptr inbounds nuw i8, ptr %gep1330.i, i64 128
-  store <4 x float> %453, ptr %454, align 4, !tbaa !4
-  %455 = shufflevector <4 x float> %448, <4 x float> %449, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %456 = getelementptr inbounds nuw i8, ptr %gep1330.i, i64 192
-  store <4 x float> %455, ptr %456, align 4, !tbaa !4
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 64
-  br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !21
-
-for_end_tile122.i:                                ; preds = %if_end130.i, %for_begin_tile120.preheader.i, %if_end23.i
-  %span603.sroa.5.0.lcssa.i = phi i32 [ %193, %for_begin_tile120.preheader.i ], [ undef, %if_end23.i ], [ %496, %if_end130.i ]
-  %span603.sroa.0.0.lcssa.i = phi i32 [ %194, %for_begin_tile120.preheader.i ], [ undef, %if_end23.i ], [ %493, %if_end130.i ]
-  %457 = shl nsw i32 %block_end, 4
-  %key_end.i = tail call i32 @llvm.smin.i32(i32 %457, i32 %span603.sroa.5.0.lcssa.i)
-  %458 = shl nsw i32 %block_begin, 4
-  %459 = sub nsw i32 %key_end.i, %458
-  %460 = tail call i32 @llvm.smax.i32(i32 %459, i32 0)
-  %461 = add nuw nsw i32 %460, 4095
-  %462 = lshr i32 %461, 12
-  %.not958.i = icmp eq i32 %462, 0
-  br i1 %.not958.i, label %for_begin_tile446.preheader.i, label %for_body_number.lr.ph.i, !prof !11
-
-for_body_number.lr.ph.i:                          ; preds = %for_end_tile122.i
-  %463 = and i32 %span603.sroa.0.0.lcssa.i, -64
-  %464 = mul nsw i64 %table_seq, %157
-  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %464
-  %465 = tail call i32 @llvm.smax.i32(i32 %context_len.i, i32 1)
-  %466 = add nsw i32 %465, -1
-  %467 = insertelement <8 x i32> poison, i32 %466, i64 0
-  %468 = shufflevector <8 x i32> %467, <8 x i32> poison, <8 x i32> zeroinitializer
-  %469 = icmp sgt i32 %num_kv_heads, 0
-  %sext66 = shl i64 %54, 32
-  %470 = ashr exact i64 %sext66, 32
-  %471 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
-  %472 = insertelement <16 x float> poison, float %471, i64 0
-  %473 = bitcast <16 x float> %472 to <16 x i32>
-  %474 = shufflevector <16 x i32> %473, <16 x i32> poison, <16 x i32> zeroinitializer
-  %475 = icmp sgt i32 %111, 0
-  %476 = insertelement <16 x float> poison, float %score_scale, i64 0
-  %477 = shufflevector <16 x float> %476, <16 x float> poison, <16 x i32> zeroinitializer
-  %478 = sext i32 %context_len.i to i64
-  %sext67 = shl i64 %67, 32
-  %479 = ashr exact i64 %sext67, 32
-  %480 = add i64 %479, %tree_start
-  %481 = sub i64 %480, %478
-  %482 = zext i32 %111 to i64
-  %wide.trip.count1160.i = and i64 %56, 4294967295
-  %483 = getelementptr i8, ptr %tree_mask, i64 %481
-  %wide.trip.count1174.i = zext nneg i32 %117 to i64
-  %484 = add i64 %tree_start, %479
-  %485 = sub i64 %484, %478
-  %486 = add i64 %tree_start, %479
-  %487 = sub i64 %486, %478
-  %488 = getelementptr i8, ptr %tree_mask, i64 %487
-  %489 = getelementptr i8, ptr %tree_mask, i64 %485
-  br label %for_body_number.i
-
-if_end130.i:                                      ; preds = %if_end130.i, %if_end130.i.preheader
-  %indvars.iv1017.i = phi i64 [ %indvars.iv.next1018.i, %if_end130.i ], [ %indvars.iv1017.i.ph, %if_end130.i.preheader ]
-  %span603.sroa.0.0732.i = phi i32 [ %493, %if_end130.i ], [ %span603.sroa.0.0732.i.ph, %if_end130.i.preheader ]
-  %span603.sroa.5.0731.i = phi i32 [ %496, %if_end130.i ], [ %span603.sroa.5.0731.i.ph, %if_end130.i.preheader ]
-  %.idx1279.i = shl nsw i64 %indvars.iv1017.i, 4
-  %490 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1279.i
-  %491 = getelementptr inbounds nuw i8, ptr %490, i64 8
-  %492 = load i32, ptr %491, align 4, !tbaa !4
-  %493 = tail call i32 @llvm.smin.i32(i32 %span603.sroa.0.0732.i, i32 %492)
-  %494 = getelementptr inbounds nuw i8, ptr %490, i64 4
-  %495 = load i32, ptr %494, align 4, !tbaa !4
-  %496 = tail call i32 @llvm.smax.i32(i32 %span603.sroa.5.0731.i, i32 %495)
-  %indvars.iv.next1018.i = add nuw nsw i64 %indvars.iv1017.i, 1
-  %exitcond1021.not.i = icmp eq i64 %indvars.iv.next1018.i, %wide.trip.count.i
-  br i1 %exitcond1021.not.i, label %for_end_tile122.i, label %if_end130.i, !prof !22, !llvm.loop !23
-
-for_begin_number.i:                               ; preds = %if_end441.i
-  %497 = add nuw nsw i32 %number939.i, 1
-  %exitcond1176.not.i = icmp eq i32 %497, %462
-  %indvars.iv.next159 = add i32 %indvars.iv158, 4096
-  br i1 %exitcond1176.not.i, label %for_begin_tile446.preheader.i, label %for_body_number.i, !prof !8
-
-for_begin_tile446.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile122.i
-  br i1 %160, label %for_end_tile448.i, label %for_body_tile447.lr.ph.i, !prof !11
-
-for_body_tile447.lr.ph.i:                         ; preds = %for_begin_tile446.preheader.i
-  %498 = and i64 %62, 2147483648
-  %.not = icmp eq i64 %498, 0
-  %499 = icmp slt i32 %111, 0
-  %sext73 = shl i64 %54, 32
-  %500 = ashr exact i64 %sext73, 32
-  %501 = and i64 %62, 4294967295
-  %502 = shl nuw nsw i64 %501, 4
-  %.idx616.i = shl nuw nsw i64 %501, 14
-  %sext74 = shl i64 %48, 32
-  %503 = ashr exact i64 %sext74, 32
-  %wide.trip.count1232.i = zext nneg i32 %117 to i64
-  br i1 %.not, label %for_body_tile447.i.preheader, label %for_body_tile447.us.i
-
-for_body_tile447.i.preheader:                     ; preds = %for_body_tile447.lr.ph.i
-  %scevgep384 = getelementptr i8, ptr %partial_acc, i64 %.idx616.i
-  %504 = getelementptr i8, ptr %partial_acc, i64 %.idx616.i
-  %scevgep387 = getelementptr i8, ptr %504, i64 1024
-  %scevgep391 = getelementptr i8, ptr %total_acc.i, i64 16320
-  br label %for_body_tile447.i
-
-for_body_tile447.us.i:                            ; preds = %if_end452.us.i, %for_body_tile447.lr.ph.i
-  %indvars.iv1229.i = phi i64 [ %indvars.iv.next1230.i, %if_end452.us.i ], [ 0, %for_body_tile447.lr.ph.i ]
-  %505 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %ordered.us.i = tail call ptr %505(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %506 = icmp eq ptr %ordered.us.i, null
-  br i1 %506, label %fused_attend_compute_.exit, label %if_end455.us.i, !prof !7
-
-if_end455.us.i:                                   ; preds = %for_body_tile447.us.i
-  %507 = shl nsw i64 %indvars.iv1229.i, 4
-  %508 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %507
-  %total.us.i = load <16 x float>, ptr %508, align 4, !tbaa !4
-  %509 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
-  %510 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
-  %511 = select <16 x i1> %510, <16 x float> zeroinitializer, <16 x float> %509
-  store <16 x float> %511, ptr %factor584.i, align 16, !tbaa !24
-  %512 = shl i64 %indvars.iv1229.i, 12
-  %513 = and i64 %512, 4294963200
-  %invariant.gep119 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %513
-  br label %for_begin_d_0457.preheader.us.i
-
-for_end_r_0.us.i:                                 ; preds = %for_end_d_0459.us.i
-  %514 = trunc nuw nsw i64 %indvars.iv1229.i to i32
-  %rmod491.us.i = srem i32 %514, %111
-  %rdiv503.us.i = sdiv i32 %514, %111
-  %515 = icmp ne i32 %rmod491.us.i, 0
-  %.not620.us.i = and i1 %499, %515
-  %516 = select i1 %.not620.us.i, i32 %111, i32 0
-  %517 = add nsw i32 %516, %rmod491.us.i
-  %518 = shl nsw i32 %517, 4
-  %519 = sub nsw i32 %109, %518
-  %520 = icmp sgt i32 %519, 0
-  br i1 %520, label %for_begin_d_0497.preheader.lr.ph.us.i, label %for_end_r508.us.i, !prof !3
-
-for_end_r508.us.i:                                ; preds = %if_end513.us.i.1, %for_end_r_0.us.i
-  %521 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %522 = tail call i32 %521(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
-  %.not617.us.i = icmp eq i32 %522, 0
-  br i1 %.not617.us.i, label %if_end452.us.i, label %fused_attend_compute_.exit, !prof !31
-
-if_end452.us.i:                                   ; preds = %for_end_r508.us.i
-  %indvars.iv.next1230.i = add nuw nsw i64 %indvars.iv1229.i, 1
-  %exitcond1233.not.i = icmp eq i64 %indvars.iv.next1230.i, %wide.trip.count1232.i
-  br i1 %exitcond1233.not.i, label %for_end_tile448.i, label %for_body_tile447.us.i, !prof !8
-
-for_body_r507.us.i:                               ; preds = %for_body_r507.lr.ph.us.i, %if_end513.us.i.1
-  %indvars.iv1223.i = phi i64 [ 0, %for_body_r507.lr.ph.us.i ], [ %indvars.iv.next1224.i.1, %if_end513.us.i.1 ]
-  %523 = add nuw nsw i64 %indvars.iv1223.i, %726
-  %524 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %523
-  %525 = load float, ptr %524, align 4, !tbaa !4
-  %526 = fcmp oeq float %525, 0.000000e+00
-  br i1 %526, label %if_end513.us.i, label %if_else512.us.i
-
-if_else512.us.i:                                  ; preds = %for_body_r507.us.i
-  %527 = getelementptr inbounds nuw i32, ptr %places.i, i64 %523
-  %528 = load i32, ptr %527, align 4, !tbaa !4
-  %529 = shl i32 %528, 23
-  %530 = add i32 %529, 1065353216
-  %531 = bitcast i32 %530 to float
-  %532 = fmul float %525, %531
-  %533 = tail call float @llvm.log.f32(float %532)
-  %534 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %523
-  %535 = load float, ptr %534, align 4, !tbaa !4
-  %536 = fadd float %535, %533
-  br label %if_end513.us.i
-
-if_end513.us.i:                                   ; preds = %if_else512.us.i, %for_body_r507.us.i
-  %537 = phi float [ %536, %if_else512.us.i ], [ 0xFFF0000000000000, %for_body_r507.us.i ]
-  %538 = lshr exact i64 %indvars.iv1223.i, 1
-  %539 = add nsw i64 %538, %723
-  %540 = mul nsw i64 %539, %lse_batch
-  %541 = getelementptr float, ptr %725, i64 %540
-  store float %537, ptr %541, align 4, !tbaa !4
-  %indvars.iv.next1224.i = or disjoint i64 %indvars.iv1223.i, 1
-  %542 = add nuw nsw i64 %indvars.iv.next1224.i, %726
-  %543 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %542
-  %544 = load float, ptr %543, align 4, !tbaa !4
-  %545 = fcmp oeq float %544, 0.000000e+00
-  br i1 %545, label %if_end513.us.i.1, label %if_else512.us.i.1
-
-if_else512.us.i.1:                                ; preds = %if_end513.us.i
-  %546 = getelementptr inbounds nuw i32, ptr %places.i, i64 %542
-  %547 = load i32, ptr %546, align 4, !tbaa !4
-  %548 = shl i32 %547, 23
-  %549 = add i32 %548, 1065353216
-  %550 = bitcast i32 %549 to float
-  %551 = fmul float %544, %550
-  %552 = tail call float @llvm.log.f32(float %551)
-  %553 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %542
-  %554 = load float, ptr %553, align 4, !tbaa !4
-  %555 = fadd float %554, %552
-  br label %if_end513.us.i.1
-
-if_end513.us.i.1:                                 ; preds = %if_else512.us.i.1, %if_end513.us.i
-  %556 = phi float [ %555, %if_else512.us.i.1 ], [ 0xFFF0000000000000, %if_end513.us.i ]
-  %557 = lshr exact i64 %indvars.iv1223.i, 1
-  %558 = add nsw i64 %557, %723
-  %559 = mul nsw i64 %558, %lse_batch
-  %560 = getelementptr float, ptr %725, i64 %559
-  %561 = getelementptr i8, ptr %560, i64 4
-  store float %556, ptr %561, align 4, !tbaa !4
-  %indvars.iv.next1224.i.1 = add nuw nsw i64 %indvars.iv1223.i, 2
-  %exitcond1228.not.i.1 = icmp eq i64 %indvars.iv.next1224.i.1, %wide.trip.count1221.i
-  br i1 %exitcond1228.not.i.1, label %for_end_r508.us.i, label %for_body_r507.us.i, !prof !8, !llvm.loop !32
-
-for_end_d_0459.us.i:                              ; preds = %for_begin_ax1_0462.preheader.us.i
-  %indvars.iv.next1209.i = add nuw nsw i64 %indvars.iv1208.i, 1
-  %exitcond1212.not.i = icmp eq i64 %indvars.iv.next1209.i, 4
-  br i1 %exitcond1212.not.i, label %for_end_r_0.us.i, label %for_begin_d_0457.preheader.us.i, !prof !21
-
-for_begin_ax1_0462.preheader.us.i:                ; preds = %for_begin_d_0457.preheader.us.i, %for_begin_ax1_0462.preheader.us.i
-  %indvars.iv1203.i = phi i64 [ 0, %for_begin_d_0457.preheader.us.i ], [ %indvars.iv.next1204.i, %for_begin_ax1_0462.preheader.us.i ]
-  %.idx75 = shl nuw nsw i64 %indvars.iv1203.i, 10
-  %gep122 = getelementptr inbounds nuw i8, ptr %invariant.gep121, i64 %.idx75
-  %v468.us.i = load <4 x float>, ptr %gep122, align 4, !tbaa !4
-  %562 = getelementptr inbounds nuw i8, ptr %gep122, i64 64
-  %v470.us.i = load <4 x float>, ptr %562, align 4, !tbaa !4
-  %563 = getelementptr inbounds nuw i8, ptr %gep122, i64 128
-  %v472.us.i = load <4 x float>, ptr %563, align 4, !tbaa !4
-  %564 = getelementptr inbounds nuw i8, ptr %gep122, i64 192
-  %v474.us.i = load <4 x float>, ptr %564, align 4, !tbaa !4
-  %565 = shufflevector <4 x float> %v468.us.i, <4 x float> %v472.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %566 = shufflevector <4 x float> %v470.us.i, <4 x float> %v474.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %567 = shufflevector <4 x float> %v468.us.i, <4 x float> %v472.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %568 = shufflevector <4 x float> %v470.us.i, <4 x float> %v474.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %569 = shufflevector <4 x float> %565, <4 x float> %566, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %570 = shufflevector <4 x float> %565, <4 x float> %566, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %571 = shufflevector <4 x float> %567, <4 x float> %568, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %572 = shufflevector <4 x float> %567, <4 x float> %568, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %573 = getelementptr inbounds nuw i8, ptr %gep122, i64 256
-  %v468.us.1.i = load <4 x float>, ptr %573, align 4, !tbaa !4
-  %574 = getelementptr inbounds nuw i8, ptr %gep122, i64 320
-  %v470.us.1.i = load <4 x float>, ptr %574, align 4, !tbaa !4
-  %575 = getelementptr inbounds nuw i8, ptr %gep122, i64 384
-  %v472.us.1.i = load <4 x float>, ptr %575, align 4, !tbaa !4
-  %576 = getelementptr inbounds nuw i8, ptr %gep122, i64 448
-  %v474.us.1.i = load <4 x float>, ptr %576, align 4, !tbaa !4
-  %577 = shufflevector <4 x float> %v468.us.1.i, <4 x float> %v472.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %578 = shufflevector <4 x float> %v470.us.1.i, <4 x float> %v474.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %579 = shufflevector <4 x float> %v468.us.1.i, <4 x float> %v472.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %580 = shufflevector <4 x float> %v470.us.1.i, <4 x float> %v474.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %581 = shufflevector <4 x float> %577, <4 x float> %578, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %582 = shufflevector <4 x float> %577, <4 x float> %578, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %583 = shufflevector <4 x float> %579, <4 x float> %580, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %584 = shufflevector <4 x float> %579, <4 x float> %580, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %585 = getelementptr inbounds nuw i8, ptr %gep122, i64 512
-  %v468.us.2.i = load <4 x float>, ptr %585, align 4, !tbaa !4
-  %586 = getelementptr inbounds nuw i8, ptr %gep122, i64 576
-  %v470.us.2.i = load <4 x float>, ptr %586, align 4, !tbaa !4
-  %587 = getelementptr inbounds nuw i8, ptr %gep122, i64 640
-  %v472.us.2.i = load <4 x float>, ptr %587, align 4, !tbaa !4
-  %588 = getelementptr inbounds nuw i8, ptr %gep122, i64 704
-  %v474.us.2.i = load <4 x float>, ptr %588, align 4, !tbaa !4
-  %589 = shufflevector <4 x float> %v468.us.2.i, <4 x float> %v472.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %590 = shufflevector <4 x float> %v470.us.2.i, <4 x float> %v474.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %591 = shufflevector <4 x float> %v468.us.2.i, <4 x float> %v472.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %592 = shufflevector <4 x float> %v470.us.2.i, <4 x float> %v474.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %593 = shufflevector <4 x float> %589, <4 x float> %590, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %594 = shufflevector <4 x float> %589, <4 x float> %590, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %595 = shufflevector <4 x float> %591, <4 x float> %592, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %596 = shufflevector <4 x float> %591, <4 x float> %592, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %597 = getelementptr inbounds nuw i8, ptr %gep122, i64 768
-  %v468.us.3.i = load <4 x float>, ptr %597, align 4, !tbaa !4
-  %598 = getelementptr inbounds nuw i8, ptr %gep122, i64 832
-  %v470.us.3.i = load <4 x float>, ptr %598, align 4, !tbaa !4
-  %599 = getelementptr inbounds nuw i8, ptr %gep122, i64 896
-  %v472.us.3.i = load <4 x float>, ptr %599, align 4, !tbaa !4
-  %600 = getelementptr inbounds nuw i8, ptr %gep122, i64 960
-  %v474.us.3.i = load <4 x float>, ptr %600, align 4, !tbaa !4
-  %601 = shufflevector <4 x float> %v468.us.3.i, <4 x float> %v472.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %602 = shufflevector <4 x float> %v470.us.3.i, <4 x float> %v474.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %603 = shufflevector <4 x float> %v468.us.3.i, <4 x float> %v472.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %604 = shufflevector <4 x float> %v470.us.3.i, <4 x float> %v474.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %605 = shufflevector <4 x float> %601, <4 x float> %602, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %606 = shufflevector <4 x float> %569, <4 x float> %581, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %607 = shufflevector <4 x float> %593, <4 x float> %605, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %608 = shufflevector <8 x float> %606, <8 x float> %607, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %609 = shufflevector <4 x float> %601, <4 x float> %602, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %610 = shufflevector <4 x float> %570, <4 x float> %582, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %611 = shufflevector <4 x float> %594, <4 x float> %609, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %612 = shufflevector <8 x float> %610, <8 x float> %611, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %613 = shufflevector <4 x float> %603, <4 x float> %604, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %614 = shufflevector <4 x float> %571, <4 x float> %583, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %615 = shufflevector <4 x float> %595, <4 x float> %613, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %616 = shufflevector <8 x float> %614, <8 x float> %615, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %617 = shufflevector <4 x float> %603, <4 x float> %604, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %618 = shufflevector <4 x float> %572, <4 x float> %584, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %619 = shufflevector <4 x float> %596, <4 x float> %617, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %620 = shufflevector <8 x float> %618, <8 x float> %619, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %621 = fmul <16 x float> %703, %608
-  %.idx1292.i = shl nuw nsw i64 %indvars.iv1203.i, 6
-  %gep1346.i = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 %.idx1292.i
-  store <16 x float> %621, ptr %gep1346.i, align 4, !tbaa !4
-  %622 = fmul <16 x float> %707, %612
-  %623 = getelementptr inbounds nuw i8, ptr %gep1346.i, i64 1024
-  store <16 x float> %622, ptr %623, align 4, !tbaa !4
-  %624 = fmul <16 x float> %711, %616
-  %625 = getelementptr inbounds nuw i8, ptr %gep1346.i, i64 2048
-  store <16 x float> %624, ptr %625, align 4, !tbaa !4
-  %626 = fmul <16 x float> %715, %620
-  %627 = getelementptr inbounds nuw i8, ptr %gep1346.i, i64 3072
-  store <16 x float> %626, ptr %627, align 4, !tbaa !4
-  %indvars.iv.next1204.i = add nuw nsw i64 %indvars.iv1203.i, 1
-  %exitcond1207.not.i = icmp eq i64 %indvars.iv.next1204.i, 16
-  br i1 %exitcond1207.not.i, label %for_end_d_0459.us.i, label %for_begin_ax1_0462.preheader.us.i, !prof !21
-
-for_begin_d_0497.preheader.us.i:                  ; preds = %for_begin_d_0497.preheader.lr.ph.us.i, %for_begin_d_0497.preheader.us.i
-  %indvars.iv1217.i = phi i64 [ 0, %for_begin_d_0497.preheader.lr.ph.us.i ], [ %indvars.iv.next1218.i, %for_begin_d_0497.preheader.us.i ]
-  %628 = and i64 %indvars.iv1217.i, 1
-  %629 = or disjoint i64 %628, %720
-  %630 = mul nsw i64 %629, %out_head
-  %631 = lshr i64 %indvars.iv1217.i, 1
-  %632 = add nsw i64 %631, %723
-  %633 = mul nsw i64 %632, %out_batch
-  %634 = getelementptr i16, ptr %out, i64 %633
-  %invariant.gep951.us.i = getelementptr i16, ptr %634, i64 %630
-  %.idx76 = shl nsw i64 %indvars.iv1217.i, 10
-  %635 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx76
-  %636 = load <32 x i32>, ptr %635, align 4, !tbaa !4
-  %637 = lshr <32 x i32> %636, splat (i32 16)
-  %638 = and <32 x i32> %637, splat (i32 1)
-  %639 = add nuw <32 x i32> %636, splat (i32 32767)
-  %640 = add nuw <32 x i32> %639, %638
-  %641 = lshr <32 x i32> %640, splat (i32 16)
-  %642 = trunc nuw <32 x i32> %641 to <32 x i16>
-  store <32 x i16> %642, ptr %invariant.gep951.us.i, align 2, !tbaa !4
-  %643 = getelementptr inbounds nuw i8, ptr %635, i64 128
-  %644 = load <32 x i32>, ptr %643, align 4, !tbaa !4
-  %645 = lshr <32 x i32> %644, splat (i32 16)
-  %646 = and <32 x i32> %645, splat (i32 1)
-  %647 = add nuw <32 x i32> %644, splat (i32 32767)
-  %648 = add nuw <32 x i32> %647, %646
-  %649 = lshr <32 x i32> %648, splat (i32 16)
-  %650 = trunc nuw <32 x i32> %649 to <32 x i16>
-  %gep952.us.1.i = getelementptr i8, ptr %invariant.gep951.us.i, i64 64
-  store <32 x i16> %650, ptr %gep952.us.1.i, align 2, !tbaa !4
-  %651 = getelementptr inbounds nuw i8, ptr %635, i64 256
-  %652 = load <32 x i32>, ptr %651, align 4, !tbaa !4
-  %653 = lshr <32 x i32> %652, splat (i32 16)
-  %654 = and <32 x i32> %653, splat (i32 1)
-  %655 = add nuw <32 x i32> %652, splat (i32 32767)
-  %656 = add nuw <32 x i32> %655, %654
-  %657 = lshr <32 x i32> %656, splat (i32 16)
-  %658 = trunc nuw <32 x i32> %657 to <32 x i16>
-  %gep952.us.2.i = getelementptr i8, ptr %invariant.gep951.us.i, i64 128
-  store <32 x i16> %658, ptr %gep952.us.2.i, align 2, !tbaa !4
-  %659 = getelementptr inbounds nuw i8, ptr %635, i64 384
-  %660 = load <32 x i32>, ptr %659, align 4, !tbaa !4
-  %661 = lshr <32 x i32> %660, splat (i32 16)
-  %662 = and <32 x i32> %661, splat (i32 1)
-  %663 = add nuw <32 x i32> %660, splat (i32 32767)
-  %664 = add nuw <32 x i32> %663, %662
-  %665 = lshr <32 x i32> %664, splat (i32 16)
-  %666 = trunc nuw <32 x i32> %665 to <32 x i16>
-  %gep952.us.3.i = getelementptr i8, ptr %invariant.gep951.us.i, i64 192
-  store <32 x i16> %666, ptr %gep952.us.3.i, align 2, !tbaa !4
-  %667 = getelementptr inbounds nuw i8, ptr %635, i64 512
-  %668 = load <32 x i32>, ptr %667, align 4, !tbaa !4
-  %669 = lshr <32 x i32> %668, splat (i32 16)
-  %670 = and <32 x i32> %669, splat (i32 1)
-  %671 = add nuw <32 x i32> %668, splat (i32 32767)
-  %672 = add nuw <32 x i32> %671, %670
-  %673 = lshr <32 x i32> %672, splat (i32 16)
-  %674 = trunc nuw <32 x i32> %673 to <32 x i16>
-  %gep952.us.4.i = getelementptr i8, ptr %invariant.gep951.us.i, i64 256
-  store <32 x i16> %674, ptr %gep952.us.4.i, align 2, !tbaa !4
-  %675 = getelementptr inbounds nuw i8, ptr %635, i64 640
-  %676 = load <32 x i32>, ptr %675, align 4, !tbaa !4
-  %677 = lshr <32 x i32> %676, splat (i32 16)
-  %678 = and <32 x i32> %677, splat (i32 1)
-  %679 = add nuw <32 x i32> %676, splat (i32 32767)
-  %680 = add nuw <32 x i32> %679, %678
-  %681 = lshr <32 x i32> %680, splat (i32 16)
-  %682 = trunc nuw <32 x i32> %681 to <32 x i16>
-  %gep952.us.5.i = getelementptr i8, ptr %invariant.gep951.us.i, i64 320
-  store <32 x i16> %682, ptr %gep952.us.5.i, align 2, !tbaa !4
-  %683 = getelementptr inbounds nuw i8, ptr %635, i64 768
-  %684 = load <32 x i32>, ptr %683, align 4, !tbaa !4
-  %685 = lshr <32 x i32> %684, splat (i32 16)
-  %686 = and <32 x i32> %685, splat (i32 1)
-  %687 = add nuw <32 x i32> %684, splat (i32 32767)
-  %688 = add nuw <32 x i32> %687, %686
-  %689 = lshr <32 x i32> %688, splat (i32 16)
-  %690 = trunc nuw <32 x i32> %689 to <32 x i16>
-  %gep952.us.6.i = getelementptr i8, ptr %invariant.gep951.us.i, i64 384
-  store <32 x i16> %690, ptr %gep952.us.6.i, align 2, !tbaa !4
-  %691 = getelementptr inbounds nuw i8, ptr %635, i64 896
-  %692 = load <32 x i32>, ptr %691, align 4, !tbaa !4
-  %693 = lshr <32 x i32> %692, splat (i32 16)
-  %694 = and <32 x i32> %693, splat (i32 1)
-  %695 = add nuw <32 x i32> %692, splat (i32 32767)
-  %696 = add nuw <32 x i32> %695, %694
-  %697 = lshr <32 x i32> %696, splat (i32 16)
-  %698 = trunc nuw <32 x i32> %697 to <32 x i16>
-  %gep952.us.7.i = getelementptr i8, ptr %invariant.gep951.us.i, i64 448
-  store <32 x i16> %698, ptr %gep952.us.7.i, align 2, !tbaa !4
-  %indvars.iv.next1218.i = add nuw nsw i64 %indvars.iv1217.i, 1
-  %exitcond1222.not.i = icmp eq i64 %indvars.iv.next1218.i, %wide.trip.count1221.i
-  br i1 %exitcond1222.not.i, label %for_body_r507.lr.ph.us.i, label %for_begin_d_0497.preheader.us.i, !prof !8
-
-for_begin_d_0457.preheader.us.i:                  ; preds = %for_end_d_0459.us.i, %if_end455.us.i
-  %indvars.iv1208.i = phi i64 [ %indvars.iv.next1209.i, %for_end_d_0459.us.i ], [ 0, %if_end455.us.i ]
-  %699 = shl nuw nsw i64 %indvars.iv1208.i, 2
-  %700 = getelementptr inbounds nuw float, ptr %factor584.i, i64 %699
-  %701 = load float, ptr %700, align 16, !tbaa !34
-  %702 = insertelement <16 x float> poison, float %701, i64 0
-  %703 = shufflevector <16 x float> %702, <16 x float> poison, <16 x i32> zeroinitializer
-  %704 = getelementptr inbounds nuw i8, ptr %700, i64 4
-  %705 = load float, ptr %704, align 4, !tbaa !34
-  %706 = insertelement <16 x float> poison, float %705, i64 0
-  %707 = shufflevector <16 x float> %706, <16 x float> poison, <16 x i32> zeroinitializer
-  %708 = getelementptr inbounds nuw i8, ptr %700, i64 8
-  %709 = load float, ptr %708, align 8, !tbaa !34
-  %710 = insertelement <16 x float> poison, float %709, i64 0
-  %711 = shufflevector <16 x float> %710, <16 x float> poison, <16 x i32> zeroinitializer
-  %712 = getelementptr inbounds nuw i8, ptr %700, i64 12
-  %713 = load float, ptr %712, align 4, !tbaa !34
-  %714 = insertelement <16 x float> poison, float %713, i64 0
-  %715 = shufflevector <16 x float> %714, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx1293.i = shl nuw nsw i64 %indvars.iv1208.i, 12
-  %invariant.gep1345.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1293.i
-  %invariant.gep121 = getelementptr inbounds nuw float, ptr %invariant.gep119, i64 %699
-  br label %for_begin_ax1_0462.preheader.us.i
-
-for_begin_d_0497.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
-  %716 = sext i1 %.not620.us.i to i32
-  %717 = add nsw i32 %rdiv503.us.i, %716
-  %718 = sext i32 %717 to i64
-  %719 = add nsw i64 %500, %718
-  %720 = shl nsw i64 %719, 1
-  %721 = sext i32 %517 to i64
-  %722 = shl nsw i64 %721, 3
-  %723 = add nsw i64 %722, %503
-  %724 = tail call i32 @llvm.umin.i32(i32 %519, i32 16)
-  %wide.trip.count1221.i = zext nneg i32 %724 to i64
-  br label %for_begin_d_0497.preheader.us.i
-
-for_body_r507.lr.ph.us.i:                         ; preds = %for_begin_d_0497.preheader.us.i
-  %.idx621.us.i = shl nsw i64 %719, 3
-  %725 = getelementptr i8, ptr %lse, i64 %.idx621.us.i
-  %726 = and i64 %507, 4294967280
-  br label %for_body_r507.us.i
-
-for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
-  %indvars.iv168.in = phi i32 [ %indvars.iv168, %for_begin_number.i ], [ %458, %for_body_number.lr.ph.i ]
-  %indvars.iv158 = phi i32 [ %indvars.iv.next159, %for_begin_number.i ], [ %458, %for_body_number.lr.ph.i ]
-  %number939.i = phi i32 [ %497, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
-  %727 = tail call i32 @llvm.smax.i32(i32 %indvars.iv158, i32 %463)
-  %smax344 = sext i32 %727 to i64
-  %728 = tail call i32 @llvm.smax.i32(i32 %indvars.iv158, i32 %463)
-  %smax307 = sext i32 %728 to i64
-  %indvars.iv168 = add i32 %indvars.iv168.in, 4096
-  %smax160 = tail call i32 @llvm.smax.i32(i32 %indvars.iv158, i32 %463)
-  %729 = add i32 %smax160, %tree_size
-  %730 = sub i32 %context_len.i, %729
-  %731 = tail call i32 @llvm.smax.i32(i32 %indvars.iv158, i32 %463)
-  %732 = sub i32 0, %731
-  %733 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %row_max.i = tail call ptr %733(i32 1, i32 %dev_id, i64 %143, i32 2, i32 32)
-  %734 = icmp eq ptr %row_max.i, null
-  br i1 %734, label %fused_attend_compute_.exit, label %if_end132.i, !prof !7
-
-if_end132.i:                                      ; preds = %for_body_number.i
-  %735 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %row_sum.i = tail call ptr %735(i32 1, i32 %dev_id, i64 %143, i32 2, i32 32)
-  %736 = icmp eq ptr %row_sum.i, null
-  br i1 %736, label %fused_attend_compute_.exit, label %if_end135.i, !prof !7
-
-if_end135.i:                                      ; preds = %if_end132.i
-  %737 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %acc.i = tail call ptr %737(i32 1, i32 %dev_id, i64 %125, i32 2, i32 32)
-  %738 = icmp eq ptr %acc.i, null
-  br i1 %738, label %fused_attend_compute_.exit, label %if_end138.i, !prof !7
-
-if_end138.i:                                      ; preds = %if_end135.i
-  %739 = shl nsw i32 %number939.i, 12
-  %740 = add nsw i32 %739, %458
-  %741 = add nsw i32 %740, 4096
-  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %740, i32 %463)
-  %742 = tail call i32 @llvm.smin.i32(i32 %741, i32 %key_end.i)
-  %743 = sub nsw i32 %742, %read_begin.i
-  %.fr961.i = freeze i32 %743
-  %744 = icmp slt i32 %.fr961.i, 1
-  %745 = tail call i32 @llvm.smax.i32(i32 %.fr961.i, i32 0)
-  %746 = add nuw nsw i32 %745, 63
-  %747 = lshr i32 %746, 6
-  %.not959.i = icmp eq i32 %747, 0
-  br i1 %.not959.i, label %for_begin_tile377.preheader.i, label %for_body_step.lr.ph.i, !prof !11
-
-for_body_step.lr.ph.i:                            ; preds = %if_end138.i
-  %748 = add nsw i32 %742, -1
-  %749 = sext i32 %read_begin.i to i64
-  %wide.trip.count1165.i = zext nneg i32 %747 to i64
-  %750 = getelementptr i8, ptr %483, i64 %749
-  %751 = add i32 %read_begin.i, %tree_size
-  %752 = getelementptr i8, ptr %488, i64 %smax344
-  %753 = getelementptr i8, ptr %489, i64 %smax307
-  br label %for_body_step.i
-
-for_begin_step.i:                                 ; preds = %if_end372.i
-  %indvars.iv.next1163.i = add nuw nsw i64 %indvars.iv1162.i, 1
-  %exitcond1166.not.i = icmp eq i64 %indvars.iv.next1163.i, %wide.trip.count1165.i
-  %indvars.iv.next = add i32 %indvars.iv, -64
-  %indvars.iv.next162 = add i32 %indvars.iv161, -64
-  %indvars.iv.next166 = add i32 %indvars.iv165, -64
-  br i1 %exitcond1166.not.i, label %for_begin_tile377.preheader.i, label %for_body_step.i, !prof !8
-
-for_begin_tile377.preheader.i:                    ; preds = %for_begin_step.i, %if_end138.i
-  %brmerge.i = or i1 %160, %744
-  br i1 %brmerge.i, label %for_end_tile379.i, label %for_body_tile378.i, !prof !35
-
-for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
-  %indvars.iv165 = phi i32 [ %indvars.iv.next166, %for_begin_step.i ], [ %732, %for_body_step.lr.ph.i ]
-  %indvars.iv161 = phi i32 [ %indvars.iv.next162, %for_begin_step.i ], [ %730, %for_body_step.lr.ph.i ]
-  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_step.i ], [ %.fr961.i, %for_body_step.lr.ph.i ]
-  %indvars.iv1162.i = phi i64 [ %indvars.iv.next1163.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
-  %smax453 = tail call i32 @llvm.smax.i32(i32 %indvars.iv, i32 64)
-  %umin454 = tail call i32 @llvm.umin.i32(i32 %smax453, i32 128)
-  %754 = add nsw i32 %umin454, -64
-  %smin455 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 64)
-  %755 = add nsw i32 %smin455, 7
-  %756 = and i32 %755, -8
-  %757 = add i32 %754, %756
-  %758 = zext i32 %757 to i64
-  %smax450 = tail call i32 @llvm.smax.i32(i32 %indvars.iv, i32 64)
-  %umin = tail call i32 @llvm.umin.i32(i32 %smax450, i32 128)
-  %759 = add nsw i32 %umin, -64
-  %smin451 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 64)
-  %760 = add nsw i32 %smin451, 7
-  %761 = and i32 %760, -8
-  %762 = add i32 %759, %761
-  %763 = zext i32 %762 to i64
-  %smax362 = tail call i32 @llvm.smax.i32(i32 %indvars.iv161, i32 0)
-  %764 = shl nuw nsw i64 %indvars.iv1162.i, 6
-  %scevgep345 = getelementptr i8, ptr %752, i64 %764
-  %smax346 = tail call i32 @llvm.smax.i32(i32 %indvars.iv161, i32 0)
-  %765 = zext nneg i32 %smax346 to i64
-  %766 = shl i32 %smax346, 4
-  %smax334 = tail call i32 @llvm.smax.i32(i32 %indvars.iv161, i32 0)
-  %767 = shl i32 %smax334, 4
-  %smax318 = tail call i32 @llvm.smax.i32(i32 %indvars.iv161, i32 0)
-  %768 = shl nuw nsw i64 %indvars.iv1162.i, 6
-  %scevgep = getelementptr i8, ptr %753, i64 %768
-  %smax308 = tail call i32 @llvm.smax.i32(i32 %indvars.iv161, i32 0)
-  %769 = zext nneg i32 %smax308 to i64
-  %770 = shl i32 %smax308, 4
-  %771 = sext i32 %770 to i64
-  %772 = shl nsw i64 %771, 2
-  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv161, i32 0)
-  %773 = shl i32 %smax, 4
-  %smax174 = tail call i32 @llvm.smax.i32(i32 %indvars.iv161, i32 0)
-  %774 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %key_offsets.i = tail call ptr %774(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
-  %775 = icmp eq ptr %key_offsets.i, null
-  br i1 %775, label %fused_attend_compute_.exit, label %if_end141.i, !prof !7
-
-if_end141.i:                                      ; preds = %for_body_step.i
-  %776 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %value_offsets.i = tail call ptr %776(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
-  %777 = icmp eq ptr %value_offsets.i, null
-  br i1 %777, label %fused_attend_compute_.exit, label %if_end144.i, !prof !7
-
-if_end144.i:                                      ; preds = %if_end141.i
-  %778 = shl nsw i64 %indvars.iv1162.i, 6
-  %779 = trunc i64 %778 to i32
-  %780 = sub i32 %.fr961.i, %779
-  %781 = tail call i32 @llvm.smax.i32(i32 %780, i32 64)
-  %782 = tail call i32 @llvm.umin.i32(i32 %781, i32 128)
-  %783 = add nsw i32 %782, -64
-  %784 = tail call i32 @llvm.smin.i32(i32 %780, i32 64)
-  %785 = add nsw i32 %784, 7
-  %786 = ashr i32 %785, 3
-  %787 = and i32 %785, -8
-  %788 = add nsw i32 %783, %787
-  %789 = icmp sgt i32 %788, 0
-  br i1 %789, label %for_body_t.lr.ph.i, label %for_begin_v.preheader.i, !prof !3
-
-for_body_t.lr.ph.i:                               ; preds = %if_end144.i
-  %790 = add nsw i64 %778, %749
-  %xtraiter = and i64 %763, 1
-  %791 = icmp eq i32 %762, 1
-  br i1 %791, label %for_body_t.i.epil.preheader, label %for_body_t.lr.ph.i.new, !prof !36
-
-for_body_t.lr.ph.i.new:                           ; preds = %for_body_t.lr.ph.i
-  %unroll_iter = and i64 %763, 4294967294
-  br label %for_body_t.i
-
-for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i.new
-  %indvars.iv1023.i = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %indvars.iv.next1024.i.1, %for_body_t.i ]
-  %niter = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %niter.next.1, %for_body_t.i ]
-  %792 = add nsw i64 %indvars.iv1023.i, %790
-  %793 = trunc nsw i64 %792 to i32
-  %794 = tail call i32 @llvm.smin.i32(i32 %793, i32 %748)
-  %token.i = tail call i32 @llvm.smax.i32(i32 %794, i32 %span603.sroa.0.0.lcssa.i)
-  %795 = sext i32 %token.i to i64
-  %796 = ashr i64 %795, 4
-  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %796
-  %797 = load i32, ptr %gep.i, align 4, !tbaa !4
-  %block.i = sext i32 %797 to i64
-  %798 = and i64 %795, 15
-  %799 = mul nsw i64 %798, %k_row
-  %800 = mul nsw i64 %k_block, %block.i
-  %801 = add nsw i64 %799, %800
-  %802 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1023.i
-  store i64 %801, ptr %802, align 8, !tbaa !4
-  %indvars.iv.next1024.i = or disjoint i64 %indvars.iv1023.i, 1
-  %803 = add nsw i64 %indvars.iv.next1024.i, %790
-  %804 = trunc nsw i64 %803 to i32
-  %805 = tail call i32 @llvm.smin.i32(i32 %804, i32 %748)
-  %token.i.1 = tail call i32 @llvm.smax.i32(i32 %805, i32 %span603.sroa.0.0.lcssa.i)
-  %806 = sext i32 %token.i.1 to i64
-  %807 = ashr i64 %806, 4
-  %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %807
-  %808 = load i32, ptr %gep.i.1, align 4, !tbaa !4
-  %block.i.1 = sext i32 %808 to i64
-  %809 = and i64 %806, 15
-  %810 = mul nsw i64 %809, %k_row
-  %811 = mul nsw i64 %k_block, %block.i.1
-  %812 = add nsw i64 %810, %811
-  %813 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1024.i
-  store i64 %812, ptr %813, align 8, !tbaa !4
-  %indvars.iv.next1024.i.1 = add nuw nsw i64 %indvars.iv1023.i, 2
-  %niter.next.1 = add i64 %niter, 2
-  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_body_t147.i.preheader.unr-lcssa, label %for_body_t.i, !prof !37, !llvm.loop !38
-
-for_body_t147.i.preheader.unr-lcssa:              ; preds = %for_body_t.i
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br i1 %lcmp.mod.not, label %for_body_t147.i.preheader, label %for_body_t.i.epil.preheader, !prof !40
-
-for_body_t.i.epil.preheader:                      ; preds = %for_body_t147.i.preheader.unr-lcssa, %for_body_t.lr.ph.i
-  %indvars.iv1023.i.epil.init = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1024.i.1, %for_body_t147.i.preheader.unr-lcssa ]
-  %lcmp.mod452 = icmp ne i64 %xtraiter, 0
-  tail call void @llvm.assume(i1 %lcmp.mod452)
-  %814 = add nsw i64 %indvars.iv1023.i.epil.init, %790
-  %815 = trunc nsw i64 %814 to i32
-  %816 = tail call i32 @llvm.smin.i32(i32 %815, i32 %748)
-  %token.i.epil = tail call i32 @llvm.smax.i32(i32 %816, i32 %span603.sroa.0.0.lcssa.i)
-  %817 = sext i32 %token.i.epil to i64
-  %818 = ashr i64 %817, 4
-  %gep.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %818
-  %819 = load i32, ptr %gep.i.epil, align 4, !tbaa !4
-  %block.i.epil = sext i32 %819 to i64
-  %820 = and i64 %817, 15
-  %821 = mul nsw i64 %820, %k_row
-  %822 = mul nsw i64 %k_block, %block.i.epil
-  %823 = add nsw i64 %821, %822
-  %824 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1023.i.epil.init
-  store i64 %823, ptr %824, align 8, !tbaa !4
-  br label %for_body_t147.i.preheader
-
-for_body_t147.i.preheader:                        ; preds = %for_body_t.i.epil.preheader, %for_body_t147.i.preheader.unr-lcssa
-  %xtraiter456 = and i64 %758, 1
-  %825 = icmp eq i32 %757, 1
-  br i1 %825, label %for_body_t147.i.epil.preheader, label %for_body_t147.i.preheader.new, !prof !36
-
-for_body_t147.i.preheader.new:                    ; preds = %for_body_t147.i.preheader
-  %unroll_iter459 = and i64 %758, 4294967294
-  br label %for_body_t147.i
-
-for_begin_v.preheader.i.loopexit.unr-lcssa:       ; preds = %for_body_t147.i
-  %lcmp.mod457.not = icmp eq i64 %xtraiter456, 0
-  br i1 %lcmp.mod457.not, label %for_begin_v.preheader.i, label %for_body_t147.i.epil.preheader, !prof !40
-
-for_body_t147.i.epil.preheader:                   ; preds = %for_begin_v.preheader.i.loopexit.unr-lcssa, %for_body_t147.i.preheader
-  %indvars.iv1026.i.epil.init = phi i64 [ 0, %for_body_t147.i.preheader ], [ %indvars.iv.next1027.i.1, %for_begin_v.preheader.i.loopexit.unr-lcssa ]
-  %lcmp.mod458 = icmp ne i64 %xtraiter456, 0
-  tail call void @llvm.assume(i1 %lcmp.mod458)
-  %826 = add nsw i64 %indvars.iv1026.i.epil.init, %790
-  %827 = trunc nsw i64 %826 to i32
-  %828 = tail call i32 @llvm.smin.i32(i32 %827, i32 %748)
-  %token152.i.epil = tail call i32 @llvm.smax.i32(i32 %828, i32 %span603.sroa.0.0.lcssa.i)
-  %829 = sext i32 %token152.i.epil to i64
-  %830 = ashr i64 %829, 4
-  %gep738.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %830
-  %831 = load i32, ptr %gep738.i.epil, align 4, !tbaa !4
-  %block154.i.epil = sext i32 %831 to i64
-  %832 = and i64 %829, 15
-  %833 = mul nsw i64 %832, %v_row
-  %834 = mul nsw i64 %v_block, %block154.i.epil
-  %835 = add nsw i64 %833, %834
-  %836 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1026.i.epil.init
-  store i64 %835, ptr %836, align 8, !tbaa !4
-  br label %for_begin_v.preheader.i
-
-for_begin_v.preheader.i:                          ; preds = %for_body_t147.i.epil.preheader, %for_begin_v.preheader.i.loopexit.unr-lcssa, %if_end144.i
-  %837 = icmp sgt i32 %786, 0
-  br i1 %837, label %for_body_v.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
-
-for_body_v.lr.ph.i:                               ; preds = %for_begin_v.preheader.i
-  %838 = add i32 %read_begin.i, %779
-  %wide.trip.count1032.i = zext nneg i32 %786 to i64
-  %xtraiter461 = and i64 %wide.trip.count1032.i, 1
-  %839 = icmp eq i32 %786, 1
-  br i1 %839, label %for_body_v.i.epil.preheader, label %for_body_v.lr.ph.i.new, !prof !36
-
-for_body_v.lr.ph.i.new:                           ; preds = %for_body_v.lr.ph.i
-  %unroll_iter464 = and i64 %wide.trip.count1032.i, 2147483646
-  br label %for_body_v.i
-
-for_body_t147.i:                                  ; preds = %for_body_t147.i, %for_body_t147.i.preheader.new
-  %indvars.iv1026.i = phi i64 [ 0, %for_body_t147.i.preheader.new ], [ %indvars.iv.next1027.i.1, %for_body_t147.i ]
-  %niter460 = phi i64 [ 0, %for_body_t147.i.preheader.new ], [ %niter460.next.1, %for_body_t147.i ]
-  %840 = add nsw i64 %indvars.iv1026.i, %790
-  %841 = trunc nsw i64 %840 to i32
-  %842 = tail call i32 @llvm.smin.i32(i32 %841, i32 %748)
-  %token152.i = tail call i32 @llvm.smax.i32(i32 %842, i32 %span603.sroa.0.0.lcssa.i)
-  %843 = sext i32 %token152.i to i64
-  %844 = ashr i64 %843, 4
-  %gep738.i = getelementptr i32, ptr %invariant.gep.i, i64 %844
-  %845 = load i32, ptr %gep738.i, align 4, !tbaa !4
-  %block154.i = sext i32 %845 to i64
-  %846 = and i64 %843, 15
-  %847 = mul nsw i64 %846, %v_row
-  %848 = mul nsw i64 %v_block, %block154.i
-  %849 = add nsw i64 %847, %848
-  %850 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1026.i
-  store i64 %849, ptr %850, align 8, !tbaa !4
-  %indvars.iv.next1027.i = or disjoint i64 %indvars.iv1026.i, 1
-  %851 = add nsw i64 %indvars.iv.next1027.i, %790
-  %852 = trunc nsw i64 %851 to i32
-  %853 = tail call i32 @llvm.smin.i32(i32 %852, i32 %748)
-  %token152.i.1 = tail call i32 @llvm.smax.i32(i32 %853, i32 %span603.sroa.0.0.lcssa.i)
-  %854 = sext i32 %token152.i.1 to i64
-  %855 = ashr i64 %854, 4
-  %gep738.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %855
-  %856 = load i32, ptr %gep738.i.1, align 4, !tbaa !4
-  %block154.i.1 = sext i32 %856 to i64
-  %857 = and i64 %854, 15
-  %858 = mul nsw i64 %857, %v_row
-  %859 = mul nsw i64 %v_block, %block154.i.1
-  %860 = add nsw i64 %858, %859
-  %861 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1027.i
-  store i64 %860, ptr %861, align 8, !tbaa !4
-  %indvars.iv.next1027.i.1 = add nuw nsw i64 %indvars.iv1026.i, 2
-  %niter460.next.1 = add i64 %niter460, 2
-  %niter460.ncmp.1 = icmp eq i64 %niter460.next.1, %unroll_iter459
-  br i1 %niter460.ncmp.1, label %for_begin_v.preheader.i.loopexit.unr-lcssa, label %for_body_t147.i, !prof !37, !llvm.loop !41
-
-for_begin_kv_head.preheader.i.loopexit.unr-lcssa: ; preds = %for_body_v.i
-  %lcmp.mod462.not = icmp eq i64 %xtraiter461, 0
-  br i1 %lcmp.mod462.not, label %for_begin_kv_head.preheader.i, label %for_body_v.i.epil.preheader, !prof !40
-
-for_body_v.i.epil.preheader:                      ; preds = %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %for_body_v.lr.ph.i
-  %indvars.iv1029.i.epil.init = phi i64 [ 0, %for_body_v.lr.ph.i ], [ %indvars.iv.next1030.i.1, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa ]
-  %lcmp.mod463 = icmp ne i64 %xtraiter461, 0
-  tail call void @llvm.assume(i1 %lcmp.mod463)
-  %862 = shl nsw i64 %indvars.iv1029.i.epil.init, 3
-  %863 = trunc nuw nsw i64 %862 to i32
-  %864 = add i32 %838, %863
-  %865 = insertelement <8 x i32> poison, i32 %864, i64 0
-  %866 = insertelement <4 x i32> poison, i32 %864, i64 0
-  %867 = shufflevector <4 x i32> %866, <4 x i32> poison, <8 x i32> <i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison>
-  %868 = or disjoint <8 x i32> %867, <i32 1, i32 2, i32 3, i32 4, i32 poison, i32 poison, i32 poison, i32 poison>
-  %869 = shufflevector <8 x i32> %865, <8 x i32> %868, <8 x i32> <i32 0, i32 8, i32 9, i32 10, i32 11, i32 poison, i32 poison, i32 poison>
-  %870 = or disjoint i32 %864, 5
-  %871 = insertelement <8 x i32> %869, i32 %870, i64 5
-  %872 = insertelement <2 x i32> poison, i32 %864, i64 0
-  %873 = shufflevector <2 x i32> %872, <2 x i32> poison, <8 x i32> <i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %874 = or disjoint <8 x i32> %873, <i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %875 = shufflevector <8 x i32> %871, <8 x i32> %874, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 8, i32 9>
-  %876 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %875, <8 x i32> %468)
-  %877 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %876, <8 x i32> zeroinitializer)
-  %878 = getelementptr inbounds nuw i32, ptr %column_term601.i, i64 %862
-  store <8 x i32> %877, ptr %878, align 16, !tbaa !42
-  br label %for_begin_kv_head.preheader.i
-
-for_begin_kv_head.preheader.i:                    ; preds = %for_body_v.i.epil.preheader, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %for_begin_v.preheader.i
-  br i1 %469, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
-
-for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
-  %879 = add nsw i32 %782, -65
-  %880 = add nsw i64 %778, %749
-  %881 = add i32 %read_begin.i, %779
-  %882 = add i32 %751, %779
-  %.reass857.reass.i = sub i32 %context_len.i, %882
-  %883 = tail call i32 @llvm.smax.i32(i32 %.reass857.reass.i, i32 0)
-  %884 = zext nneg i32 %883 to i64
-  %885 = icmp eq i64 %indvars.iv1162.i, 0
-  %886 = insertelement <16 x i1> poison, i1 %885, i64 0
-  %887 = shufflevector <16 x i1> %886, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count1041.i = zext nneg i32 %786 to i64
-  %888 = trunc nsw i64 %880 to i32
-  %889 = getelementptr i8, ptr %750, i64 %778
-  %890 = getelementptr i8, ptr %889, i64 %884
-  %scevgep309 = getelementptr i8, ptr %scevgep, i64 %769
-  %scevgep311 = getelementptr i8, ptr %scevgep, i64 %769
-  %scevgep347 = getelementptr i8, ptr %scevgep345, i64 %765
-  %scevgep351 = getelementptr i8, ptr %scevgep345, i64 %765
-  %broadcast.splatinsert371 = insertelement <8 x i32> poison, i32 %883, i64 0
-  %broadcast.splat372 = shufflevector <8 x i32> %broadcast.splatinsert371, <8 x i32> poison, <8 x i32> zeroinitializer
-  %broadcast.splatinsert326 = insertelement <8 x i32> poison, i32 %883, i64 0
-  %broadcast.splat327 = shufflevector <8 x i32> %broadcast.splatinsert326, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %for_body_kv_head.i
-
-for_body_v.i:                                     ; preds = %for_body_v.i, %for_body_v.lr.ph.i.new
-  %indvars.iv1029.i = phi i64 [ 0, %for_body_v.lr.ph.i.new ], [ %indvars.iv.next1030.i.1, %for_body_v.i ]
-  %niter465 = phi i64 [ 0, %for_body_v.lr.ph.i.new ], [ %niter465.next.1, %for_body_v.i ]
-  %891 = shl nsw i64 %indvars.iv1029.i, 3
-  %892 = trunc nuw nsw i64 %891 to i32
-  %893 = add i32 %838, %892
-  %894 = insertelement <8 x i32> poison, i32 %893, i64 0
-  %895 = insertelement <4 x i32> poison, i32 %893, i64 0
-  %896 = shufflevector <4 x i32> %895, <4 x i32> poison, <8 x i32> <i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison>
-  %897 = or disjoint <8 x i32> %896, <i32 1, i32 2, i32 3, i32 4, i32 poison, i32 poison, i32 poison, i32 poison>
-  %898 = shufflevector <8 x i32> %894, <8 x i32> %897, <8 x i32> <i32 0, i32 8, i32 9, i32 10, i32 11, i32 poison, i32 poison, i32 poison>
-  %899 = or disjoint i32 %893, 5
-  %900 = insertelement <8 x i32> %898, i32 %899, i64 5
-  %901 = insertelement <2 x i32> poison, i32 %893, i64 0
-  %902 = shufflevector <2 x i32> %901, <2 x i32> poison, <8 x i32> <i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %903 = or disjoint <8 x i32> %902, <i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %904 = shufflevector <8 x i32> %900, <8 x i32> %903, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 8, i32 9>
-  %905 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %904, <8 x i32> %468)
-  %906 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %905, <8 x i32> zeroinitializer)
-  %907 = getelementptr inbounds nuw i32, ptr %column_term601.i, i64 %891
-  store <8 x i32> %906, ptr %907, align 16, !tbaa !42
-  %indvars.iv.next1030.i = shl i64 %indvars.iv1029.i, 3
-  %908 = or disjoint i64 %indvars.iv.next1030.i, 8
-  %909 = trunc nuw nsw i64 %908 to i32
-  %910 = add i32 %838, %909
-  %911 = insertelement <8 x i32> poison, i32 %910, i64 0
-  %912 = insertelement <4 x i32> poison, i32 %910, i64 0
-  %913 = shufflevector <4 x i32> %912, <4 x i32> poison, <8 x i32> <i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison>
-  %914 = or disjoint <8 x i32> %913, <i32 1, i32 2, i32 3, i32 4, i32 poison, i32 poison, i32 poison, i32 poison>
-  %915 = shufflevector <8 x i32> %911, <8 x i32> %914, <8 x i32> <i32 0, i32 8, i32 9, i32 10, i32 11, i32 poison, i32 poison, i32 poison>
-  %916 = or disjoint i32 %910, 5
-  %917 = insertelement <8 x i32> %915, i32 %916, i64 5
-  %918 = insertelement <2 x i32> poison, i32 %910, i64 0
-  %919 = shufflevector <2 x i32> %918, <2 x i32> poison, <8 x i32> <i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %920 = or disjoint <8 x i32> %919, <i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %921 = shufflevector <8 x i32> %917, <8 x i32> %920, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 8, i32 9>
-  %922 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %921, <8 x i32> %468)
-  %923 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %922, <8 x i32> zeroinitializer)
-  %924 = getelementptr inbounds nuw i32, ptr %column_term601.i, i64 %908
-  store <8 x i32> %923, ptr %924, align 16, !tbaa !42
-  %indvars.iv.next1030.i.1 = add nuw nsw i64 %indvars.iv1029.i, 2
-  %niter465.next.1 = add i64 %niter465, 2
-  %niter465.ncmp.1 = icmp eq i64 %niter465.next.1, %unroll_iter464
-  br i1 %niter465.ncmp.1, label %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, label %for_body_v.i, !prof !37, !llvm.loop !44
-
-for_begin_kv_head.i:                              ; preds = %if_end366.i
-  %indvars.iv.next1158.i = add nuw nsw i64 %indvars.iv1157.i, 1
-  %exitcond1161.not.i = icmp eq i64 %indvars.iv.next1158.i, %wide.trip.count1160.i
-  br i1 %exitcond1161.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !8
-
-for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i, %for_body_kv_head.lr.ph.i
-  %indvars.iv1157.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1158.i, %for_begin_kv_head.i ]
-  %925 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %k_tile.i = tail call ptr %925(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %926 = icmp eq ptr %k_tile.i, null
-  br i1 %926, label %fused_attend_compute_.exit, label %if_end161.i, !prof !7
-
-for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i, %for_begin_kv_head.preheader.i
-  %927 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %928 = tail call i32 %927(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not625.i = icmp eq i32 %928, 0
-  br i1 %.not625.i, label %if_end372.i, label %fused_attend_compute_.exit, !prof !31
-
-if_end161.i:                                      ; preds = %for_body_kv_head.i
-  %929 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %v_tile.i = tail call ptr %929(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %930 = icmp eq ptr %v_tile.i, null
-  br i1 %930, label %fused_attend_compute_.exit, label %if_end164.i, !prof !7
-
-if_end164.i:                                      ; preds = %if_end161.i
-  %931 = add nsw i64 %indvars.iv1157.i, %470
-  br i1 %837, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
-
-for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end164.i
-  %932 = mul nsw i64 %931, %k_head
-  %invariant.gep740.i = getelementptr i32, ptr %key_cache, i64 %932
-  br label %for_begin_ti.preheader.i
-
-for_begin_to166.preheader.i:                      ; preds = %for_end_ti.i
-  %933 = mul nsw i64 %931, %v_head
-  %invariant.gep774.i = getelementptr i32, ptr %value_cache, i64 %933
-  br label %for_begin_ti171.preheader.i
-
-for_begin_ti.preheader.i:                         ; preds = %for_end_ti.i, %for_begin_ti.preheader.lr.ph.i
-  %indvars.iv1038.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next1039.i, %for_end_ti.i ]
-  %.idx1280.i = shl nsw i64 %indvars.iv1038.i, 6
-  %invariant.gep1331.i = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx1280.i
-  %.idx1282.i = shl nsw i64 %indvars.iv1038.i, 13
-  %invariant.gep1333.i = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx1282.i
-  br label %for_body_ti.i
-
-for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_begin_ti.preheader.i
-  %indvars.iv1034.i = phi i64 [ 0, %for_begin_ti.preheader.i ], [ %indvars.iv.next1035.i, %for_body_ti.i ]
-  %gep1332.i = getelementptr inbounds nuw i64, ptr %invariant.gep1331.i, i64 %indvars.iv1034.i
-  %934 = load i64, ptr %gep1332.i, align 8, !tbaa !4
-  %gep741.i = getelementptr i32, ptr %invariant.gep740.i, i64 %934
-  %935 = load <16 x i32>, ptr %gep741.i, align 4, !tbaa !4
-  %936 = shl <16 x i32> %935, splat (i32 16)
-  %.idx1281.i = shl nuw nsw i64 %indvars.iv1034.i, 10
-  %gep1334.i = getelementptr inbounds nuw i8, ptr %invariant.gep1333.i, i64 %.idx1281.i
-  store <16 x i32> %936, ptr %gep1334.i, align 4, !tbaa !4
-  %937 = load i64, ptr %gep1332.i, align 8, !tbaa !4
-  %gep743.i = getelementptr i32, ptr %invariant.gep740.i, i64 %937
-  %938 = load <16 x i32>, ptr %gep743.i, align 4, !tbaa !4
-  %939 = and <16 x i32> %938, %474
-  %940 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 64
-  store <16 x i32> %939, ptr %940, align 4, !tbaa !4
-  %941 = load i64, ptr %gep1332.i, align 8, !tbaa !4
-  %gep745.i = getelementptr i32, ptr %invariant.gep740.i, i64 %941
-  %942 = getelementptr i8, ptr %gep745.i, i64 64
-  %943 = load <16 x i32>, ptr %942, align 4, !tbaa !4
-  %944 = shl <16 x i32> %943, splat (i32 16)
-  %945 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 128
-  store <16 x i32> %944, ptr %945, align 4, !tbaa !4
-  %946 = load i64, ptr %gep1332.i, align 8, !tbaa !4
-  %gep747.i = getelementptr i32, ptr %invariant.gep740.i, i64 %946
-  %947 = getelementptr i8, ptr %gep747.i, i64 64
-  %948 = load <16 x i32>, ptr %947, align 4, !tbaa !4
-  %949 = and <16 x i32> %948, %474
-  %950 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 192
-  store <16 x i32> %949, ptr %950, align 4, !tbaa !4
-  %951 = load i64, ptr %gep1332.i, align 8, !tbaa !4
-  %gep749.i = getelementptr i32, ptr %invariant.gep740.i, i64 %951
-  %952 = getelementptr i8, ptr %gep749.i, i64 128
-  %953 = load <16 x i32>, ptr %952, align 4, !tbaa !4
-  %954 = shl <16 x i32> %953, splat (i32 16)
-  %955 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 256
-  store <16 x i32> %954, ptr %955, align 4, !tbaa !4
-  %956 = load i64, ptr %gep1332.i, align 8, !tbaa !4
-  %gep751.i = getelementptr i32, ptr %invariant.gep740.i, i64 %956
-  %957 = getelementptr i8, ptr %gep751.i, i64 128
-  %958 = load <16 x i32>, ptr %957, align 4, !tbaa !4
-  %959 = and <16 x i32> %958, %474
-  %960 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 320
-  store <16 x i32> %959, ptr %960, align 4, !tbaa !4
-  %961 = load i64, ptr %gep1332.i, align 8, !tbaa !4
-  %gep753.i = getelementptr i32, ptr %invariant.gep740.i, i64 %961
-  %962 = getelementptr i8, ptr %gep753.i, i64 192
-  %963 = load <16 x i32>, ptr %962, align 4, !tbaa !4
-  %964 = shl <16 x i32> %963, splat (i32 16)
-  %965 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 384
-  store <16 x i32> %964, ptr %965, align 4, !tbaa !4
-  %966 = load i64, ptr %gep1332.i, align 8, !tbaa !4
-  %gep755.i = getelementptr i32, ptr %invariant.gep740.i, i64 %966
-  %967 = getelementptr i8, ptr %gep755.i, i64 192
-  %968 = load <16 x i32>, ptr %967, align 4, !tbaa !4
-  %969 = and <16 x i32> %968, %474
-  %970 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 448
-  store <16 x i32> %969, ptr %970, align 4, !tbaa !4
-  %971 = load i64, ptr %gep1332.i, align 8, !tbaa !4
-  %gep757.i = getelementptr i32, ptr %invariant.gep740.i, i64 %971
-  %972 = getelementptr i8, ptr %gep757.i, i64 256
-  %973 = load <16 x i32>, ptr %972, align 4, !tbaa !4
-  %974 = shl <16 x i32> %973, splat (i32 16)
-  %975 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 512
-  store <16 x i32> %974, ptr %975, align 4, !tbaa !4
-  %976 = load i64, ptr %gep1332.i, align 8, !tbaa !4
-  %gep759.i = getelementptr i32, ptr %invariant.gep740.i, i64 %976
-  %977 = getelementptr i8, ptr %gep759.i, i64 256
-  %978 = load <16 x i32>, ptr %977, align 4, !tbaa !4
-  %979 = and <16 x i32> %978, %474
-  %980 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 576
-  store <16 x i32> %979, ptr %980, align 4, !tbaa !4
-  %981 = load i64, ptr %gep1332.i, align 8, !tbaa !4
-  %gep761.i = getelementptr i32, ptr %invariant.gep740.i, i64 %981
-  %982 = getelementptr i8, ptr %gep761.i, i64 320
-  %983 = load <16 x i32>, ptr %982, align 4, !tbaa !4
-  %984 = shl <16 x i32> %983, splat (i32 16)
-  %985 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 640
-  store <16 x i32> %984, ptr %985, align 4, !tbaa !4
-  %986 = load i64, ptr %gep1332.i, align 8, !tbaa !4
-  %gep763.i = getelementptr i32, ptr %invariant.gep740.i, i64 %986
-  %987 = getelementptr i8, ptr %gep763.i, i64 320
-  %988 = load <16 x i32>, ptr %987, align 4, !tbaa !4
-  %989 = and <16 x i32> %988, %474
-  %990 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 704
-  store <16 x i32> %989, ptr %990, align 4, !tbaa !4
-  %991 = load i64, ptr %gep1332.i, align 8, !tbaa !4
-  %gep765.i = getelementptr i32, ptr %invariant.gep740.i, i64 %991
-  %992 = getelementptr i8, ptr %gep765.i, i64 384
-  %993 = load <16 x i32>, ptr %992, align 4, !tbaa !4
-  %994 = shl <16 x i32> %993, splat (i32 16)
-  %995 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 768
-  store <16 x i32> %994, ptr %995, align 4, !tbaa !4
-  %996 = load i64, ptr %gep1332.i, align 8, !tbaa !4
-  %gep767.i = getelementptr i32, ptr %invariant.gep740.i, i64 %996
-  %997 = getelementptr i8, ptr %gep767.i, i64 384
-  %998 = load <16 x i32>, ptr %997, align 4, !tbaa !4
-  %999 = and <16 x i32> %998, %474
-  %1000 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 832
-  store <16 x i32> %999, ptr %1000, align 4, !tbaa !4
-  %1001 = load i64, ptr %gep1332.i, align 8, !tbaa !4
-  %gep769.i = getelementptr i32, ptr %invariant.gep740.i, i64 %1001
-  %1002 = getelementptr i8, ptr %gep769.i, i64 448
-  %1003 = load <16 x i32>, ptr %1002, align 4, !tbaa !4
-  %1004 = shl <16 x i32> %1003, splat (i32 16)
-  %1005 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 896
-  store <16 x i32> %1004, ptr %1005, align 4, !tbaa !4
-  %1006 = load i64, ptr %gep1332.i, align 8, !tbaa !4
-  %gep771.i = getelementptr i32, ptr %invariant.gep740.i, i64 %1006
-  %1007 = getelementptr i8, ptr %gep771.i, i64 448
-  %1008 = load <16 x i32>, ptr %1007, align 4, !tbaa !4
-  %1009 = and <16 x i32> %1008, %474
-  %1010 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 960
-  store <16 x i32> %1009, ptr %1010, align 4, !tbaa !4
-  %indvars.iv.next1035.i = add nuw nsw i64 %indvars.iv1034.i, 1
-  %exitcond1037.not.i = icmp eq i64 %indvars.iv.next1035.i, 8
-  br i1 %exitcond1037.not.i, label %for_end_ti.i, label %for_body_ti.i, !prof !21
-
-for_end_ti.i:                                     ; preds = %for_body_ti.i
-  %indvars.iv.next1039.i = add nuw nsw i64 %indvars.iv1038.i, 1
-  %exitcond1042.not.i = icmp eq i64 %indvars.iv.next1039.i, %wide.trip.count1041.i
-  br i1 %exitcond1042.not.i, label %for_begin_to166.preheader.i, label %for_begin_ti.preheader.i, !prof !8
-
-for_begin_row_tile.preheader.i:                   ; preds = %for_end_ti173.i, %if_end164.i
-  br i1 %475, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !3
-
-for_body_row_tile.lr.ph.i:                        ; preds = %for_begin_row_tile.preheader.i
-  %1011 = mul nuw nsw i64 %indvars.iv1157.i, %482
-  %1012 = mul nsw i64 %931, %k_head
-  %invariant.gep813.i = getelementptr i32, ptr %key_cache, i64 %1012
-  %1013 = mul nsw i64 %931, %v_head
-  %invariant.gep820.i = getelementptr i32, ptr %value_cache, i64 %1013
-  %1014 = trunc nuw nsw i64 %indvars.iv1157.i to i32
-  %1015 = add i32 %1014, %kv_head_begin
-  br label %for_body_row_tile.i
-
-for_begin_ti171.preheader.i:                      ; preds = %for_end_ti173.i, %for_begin_to166.preheader.i
-  %indvars.iv1047.i = phi i64 [ 0, %for_begin_to166.preheader.i ], [ %indvars.iv.next1048.i, %for_end_ti173.i ]
-  %.idx1283.i = shl nsw i64 %indvars.iv1047.i, 6
-  %invariant.gep1335.i = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1283.i
-  %.idx1285.i = shl nsw i64 %indvars.iv1047.i, 13
-  %invariant.gep1337.i = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx1285.i
-  br label %for_body_ti172.i
-
-for_body_ti172.i:                                 ; preds = %for_body_ti172.i, %for_begin_ti171.preheader.i
-  %indvars.iv1043.i = phi i64 [ 0, %for_begin_ti171.preheader.i ], [ %indvars.iv.next1044.i, %for_body_ti172.i ]
-  %gep1336.i = getelementptr inbounds nuw i64, ptr %invariant.gep1335.i, i64 %indvars.iv1043.i
-  %1016 = load i64, ptr %gep1336.i, align 8, !tbaa !4
-  %gep775.i = getelementptr i32, ptr %invariant.gep774.i, i64 %1016
-  %1017 = load <16 x i32>, ptr %gep775.i, align 4, !tbaa !4
-  %1018 = shl <16 x i32> %1017, splat (i32 16)
-  %.idx1284.i = shl nuw nsw i64 %indvars.iv1043.i, 10
-  %gep1338.i = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %.idx1284.i
-  store <16 x i32> %1018, ptr %gep1338.i, align 4, !tbaa !4
-  %1019 = load i64, ptr %gep1336.i, align 8, !tbaa !4
-  %gep777.i = getelementptr i32, ptr %invariant.gep774.i, i64 %1019
-  %1020 = load <16 x i32>, ptr %gep777.i, align 4, !tbaa !4
-  %1021 = and <16 x i32> %1020, %474
-  %1022 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 64
-  store <16 x i32> %1021, ptr %1022, align 4, !tbaa !4
-  %1023 = load i64, ptr %gep1336.i, align 8, !tbaa !4
-  %gep779.i = getelementptr i32, ptr %invariant.gep774.i, i64 %1023
-  %1024 = getelementptr i8, ptr %gep779.i, i64 64
-  %1025 = load <16 x i32>, ptr %1024, align 4, !tbaa !4
-  %1026 = shl <16 x i32> %1025, splat (i32 16)
-  %1027 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 128
-  store <16 x i32> %1026, ptr %1027, align 4, !tbaa !4
-  %1028 = load i64, ptr %gep1336.i, align 8, !tbaa !4
-  %gep781.i = getelementptr i32, ptr %invariant.gep774.i, i64 %1028
-  %1029 = getelementptr i8, ptr %gep781.i, i64 64
-  %1030 = load <16 x i32>, ptr %1029, align 4, !tbaa !4
-  %1031 = and <16 x i32> %1030, %474
-  %1032 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 192
-  store <16 x i32> %1031, ptr %1032, align 4, !tbaa !4
-  %1033 = load i64, ptr %gep1336.i, align 8, !tbaa !4
-  %gep783.i = getelementptr i32, ptr %invariant.gep774.i, i64 %1033
-  %1034 = getelementptr i8, ptr %gep783.i, i64 128
-  %1035 = load <16 x i32>, ptr %1034, align 4, !tbaa !4
-  %1036 = shl <16 x i32> %1035, splat (i32 16)
-  %1037 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 256
-  store <16 x i32> %1036, ptr %1037, align 4, !tbaa !4
-  %1038 = load i64, ptr %gep1336.i, align 8, !tbaa !4
-  %gep785.i = getelementptr i32, ptr %invariant.gep774.i, i64 %1038
-  %1039 = getelementptr i8, ptr %gep785.i, i64 128
-  %1040 = load <16 x i32>, ptr %1039, align 4, !tbaa !4
-  %1041 = and <16 x i32> %1040, %474
-  %1042 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 320
-  store <16 x i32> %1041, ptr %1042, align 4, !tbaa !4
-  %1043 = load i64, ptr %gep1336.i, align 8, !tbaa !4
-  %gep787.i = getelementptr i32, ptr %invariant.gep774.i, i64 %1043
-  %1044 = getelementptr i8, ptr %gep787.i, i64 192
-  %1045 = load <16 x i32>, ptr %1044, align 4, !tbaa !4
-  %1046 = shl <16 x i32> %1045, splat (i32 16)
-  %1047 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 384
-  store <16 x i32> %1046, ptr %1047, align 4, !tbaa !4
-  %1048 = load i64, ptr %gep1336.i, align 8, !tbaa !4
-  %gep789.i = getelementptr i32, ptr %invariant.gep774.i, i64 %1048
-  %1049 = getelementptr i8, ptr %gep789.i, i64 192
-  %1050 = load <16 x i32>, ptr %1049, align 4, !tbaa !4
-  %1051 = and <16 x i32> %1050, %474
-  %1052 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 448
-  store <16 x i32> %1051, ptr %1052, align 4, !tbaa !4
-  %1053 = load i64, ptr %gep1336.i, align 8, !tbaa !4
-  %gep791.i = getelementptr i32, ptr %invariant.gep774.i, i64 %1053
-  %1054 = getelementptr i8, ptr %gep791.i, i64 256
-  %1055 = load <16 x i32>, ptr %1054, align 4, !tbaa !4
-  %1056 = shl <16 x i32> %1055, splat (i32 16)
-  %1057 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 512
-  store <16 x i32> %1056, ptr %1057, align 4, !tbaa !4
-  %1058 = load i64, ptr %gep1336.i, align 8, !tbaa !4
-  %gep793.i = getelementptr i32, ptr %invariant.gep774.i, i64 %1058
-  %1059 = getelementptr i8, ptr %gep793.i, i64 256
-  %1060 = load <16 x i32>, ptr %1059, align 4, !tbaa !4
-  %1061 = and <16 x i32> %1060, %474
-  %1062 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 576
-  store <16 x i32> %1061, ptr %1062, align 4, !tbaa !4
-  %1063 = load i64, ptr %gep1336.i, align 8, !tbaa !4
-  %gep795.i = getelementptr i32, ptr %invariant.gep774.i, i64 %1063
-  %1064 = getelementptr i8, ptr %gep795.i, i64 320
-  %1065 = load <16 x i32>, ptr %1064, align 4, !tbaa !4
-  %1066 = shl <16 x i32> %1065, splat (i32 16)
-  %1067 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 640
-  store <16 x i32> %1066, ptr %1067, align 4, !tbaa !4
-  %1068 = load i64, ptr %gep1336.i, align 8, !tbaa !4
-  %gep797.i = getelementptr i32, ptr %invariant.gep774.i, i64 %1068
-  %1069 = getelementptr i8, ptr %gep797.i, i64 320
-  %1070 = load <16 x i32>, ptr %1069, align 4, !tbaa !4
-  %1071 = and <16 x i32> %1070, %474
-  %1072 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 704
-  store <16 x i32> %1071, ptr %1072, align 4, !tbaa !4
-  %1073 = load i64, ptr %gep1336.i, align 8, !tbaa !4
-  %gep799.i = getelementptr i32, ptr %invariant.gep774.i, i64 %1073
-  %1074 = getelementptr i8, ptr %gep799.i, i64 384
-  %1075 = load <16 x i32>, ptr %1074, align 4, !tbaa !4
-  %1076 = shl <16 x i32> %1075, splat (i32 16)
-  %1077 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 768
-  store <16 x i32> %1076, ptr %1077, align 4, !tbaa !4
-  %1078 = load i64, ptr %gep1336.i, align 8, !tbaa !4
-  %gep801.i = getelementptr i32, ptr %invariant.gep774.i, i64 %1078
-  %1079 = getelementptr i8, ptr %gep801.i, i64 384
-  %1080 = load <16 x i32>, ptr %1079, align 4, !tbaa !4
-  %1081 = and <16 x i32> %1080, %474
-  %1082 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 832
-  store <16 x i32> %1081, ptr %1082, align 4, !tbaa !4
-  %1083 = load i64, ptr %gep1336.i, align 8, !tbaa !4
-  %gep803.i = getelementptr i32, ptr %invariant.gep774.i, i64 %1083
-  %1084 = getelementptr i8, ptr %gep803.i, i64 448
-  %1085 = load <16 x i32>, ptr %1084, align 4, !tbaa !4
-  %1086 = shl <16 x i32> %1085, splat (i32 16)
-  %1087 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 896
-  store <16 x i32> %1086, ptr %1087, align 4, !tbaa !4
-  %1088 = load i64, ptr %gep1336.i, align 8, !tbaa !4
-  %gep805.i = getelementptr i32, ptr %invariant.gep774.i, i64 %1088
-  %1089 = getelementptr i8, ptr %gep805.i, i64 448
-  %1090 = load <16 x i32>, ptr %1089, align 4, !tbaa !4
-  %1091 = and <16 x i32> %1090, %474
-  %1092 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 960
-  store <16 x i32> %1091, ptr %1092, align 4, !tbaa !4
-  %indvars.iv.next1044.i = add nuw nsw i64 %indvars.iv1043.i, 1
-  %exitcond1046.not.i = icmp eq i64 %indvars.iv.next1044.i, 8
-  br i1 %exitcond1046.not.i, label %for_end_ti173.i, label %for_body_ti172.i, !prof !21
-
-for_end_ti173.i:                                  ; preds = %for_body_ti172.i
-  %indvars.iv.next1048.i = add nuw nsw i64 %indvars.iv1047.i, 1
-  %exitcond1051.not.i = icmp eq i64 %indvars.iv.next1048.i, %wide.trip.count1041.i
-  br i1 %exitcond1051.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti171.preheader.i, !prof !8
-
-for_begin_row_tile.i:                             ; preds = %if_end360.i
-  %indvars.iv.next1153.i = add nuw nsw i64 %indvars.iv1152.i, 1
-  %exitcond1156.not.i = icmp eq i64 %indvars.iv.next1153.i, %482
-  br i1 %exitcond1156.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !8
-
-for_body_row_tile.i:                              ; preds = %for_begin_row_tile.i, %for_body_row_tile.lr.ph.i
-  %indvars.iv1152.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1153.i, %for_begin_row_tile.i ]
-  %1093 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scores.i = tail call ptr %1093(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
-  %1094 = icmp eq ptr %scores.i, null
-  br i1 %1094, label %fused_attend_compute_.exit, label %if_end177.i, !prof !7
-
-for_end_row_tile.i:                               ; preds = %for_begin_row_tile.i, %for_begin_row_tile.preheader.i
-  %1095 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1096 = tail call i32 %1095(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not627.i = icmp eq i32 %1096, 0
-  br i1 %.not627.i, label %if_end366.i, label %fused_attend_compute_.exit, !prof !31
-
-if_end177.i:                                      ; preds = %for_body_row_tile.i
-  %1097 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %probs.i = tail call ptr %1097(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
-  %1098 = icmp eq ptr %probs.i, null
-  br i1 %1098, label %fused_attend_compute_.exit, label %if_end180.i, !prof !7
-
-if_end180.i:                                      ; preds = %if_end177.i
-  %1099 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %edges.i = tail call ptr %1099(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
-  %1100 = icmp eq ptr %edges.i, null
-  br i1 %1100, label %fused_attend_compute_.exit, label %if_end183.i, !prof !7
-
-if_end183.i:                                      ; preds = %if_end180.i
-  %1101 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scaled.i = tail call ptr %1101(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
-  %1102 = icmp eq ptr %scaled.i, null
-  br i1 %1102, label %fused_attend_compute_.exit, label %if_end186.i, !prof !7
-
-if_end186.i:                                      ; preds = %if_end183.i
-  %1103 = srem i32 %879, %111
-  %1104 = ashr i32 %1103, 31
-  %1105 = sdiv i32 %879, %111
-  %1106 = add nsw i32 %1105, %1104
-  %.not629811.i = icmp slt i32 %1106, 0
-  br i1 %.not629811.i, label %for_end_t199.i, label %for_body_t189.lr.ph.i, !prof !11
-
-for_body_t189.lr.ph.i:                            ; preds = %if_end186.i
-  %1107 = add nuw i32 %1106, 1
-  %1108 = trunc nuw nsw i64 %indvars.iv1152.i to i32
-  %1109 = mul nuw nsw i32 %1107, %1108
-  %xtraiter466 = and i32 %1107, 1
-  %1110 = icmp eq i32 %1106, 0
-  br i1 %1110, label %for_body_t189.i.epil.preheader, label %for_body_t189.lr.ph.i.new, !prof !36
-
-for_body_t189.lr.ph.i.new:                        ; preds = %for_body_t189.lr.ph.i
-  %unroll_iter469 = and i32 %1107, -2
-  br label %for_body_t189.i
-
-for_body_t189.i:                                  ; preds = %for_body_t189.i, %for_body_t189.lr.ph.i.new
-  %t192812.i = phi i32 [ 0, %for_body_t189.lr.ph.i.new ], [ %1124, %for_body_t189.i ]
-  %niter470 = phi i32 [ 0, %for_body_t189.lr.ph.i.new ], [ %niter470.next.1, %for_body_t189.i ]
-  %1111 = add nuw nsw i32 %t192812.i, %1109
-  %1112 = tail call i32 @llvm.smin.i32(i32 %1111, i32 %879)
-  %1113 = sext i32 %1112 to i64
-  %1114 = getelementptr i64, ptr %key_offsets.i, i64 %1113
-  %1115 = getelementptr i8, ptr %1114, i64 512
-  %1116 = load i64, ptr %1115, align 8, !tbaa !4
-  %gep814.i = getelementptr i32, ptr %invariant.gep813.i, i64 %1116
-  tail call void @llvm.prefetch.p0(ptr readonly %gep814.i, i32 0, i32 2, i32 1)
-  %gep809.1.i = getelementptr i8, ptr %gep814.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.1.i, i32 0, i32 2, i32 1)
-  %gep809.2.i = getelementptr i8, ptr %gep814.i, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.2.i, i32 0, i32 2, i32 1)
-  %gep809.3.i = getelementptr i8, ptr %gep814.i, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.3.i, i32 0, i32 2, i32 1)
-  %gep809.4.i = getelementptr i8, ptr %gep814.i, i64 256
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.4.i, i32 0, i32 2, i32 1)
-  %gep809.5.i = getelementptr i8, ptr %gep814.i, i64 320
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.5.i, i32 0, i32 2, i32 1)
-  %gep809.6.i = getelementptr i8, ptr %gep814.i, i64 384
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.6.i, i32 0, i32 2, i32 1)
-  %gep809.7.i = getelementptr i8, ptr %gep814.i, i64 448
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.7.i, i32 0, i32 2, i32 1)
-  %1117 = or disjoint i32 %t192812.i, 1
-  %1118 = add nuw nsw i32 %1117, %1109
-  %1119 = tail call i32 @llvm.smin.i32(i32 %1118, i32 %879)
-  %1120 = sext i32 %1119 to i64
-  %1121 = getelementptr i64, ptr %key_offsets.i, i64 %1120
-  %1122 = getelementptr i8, ptr %1121, i64 512
-  %1123 = load i64, ptr %1122, align 8, !tbaa !4
-  %gep814.i.1 = getelementptr i32, ptr %invariant.gep813.i, i64 %1123
-  tail call void @llvm.prefetch.p0(ptr readonly %gep814.i.1, i32 0, i32 2, i32 1)
-  %gep809.1.i.1 = getelementptr i8, ptr %gep814.i.1, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.1.i.1, i32 0, i32 2, i32 1)
-  %gep809.2.i.1 = getelementptr i8, ptr %gep814.i.1, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.2.i.1, i32 0, i32 2, i32 1)
-  %gep809.3.i.1 = getelementptr i8, ptr %gep814.i.1, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.3.i.1, i32 0, i32 2, i32 1)
-  %gep809.4.i.1 = getelementptr i8, ptr %gep814.i.1, i64 256
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.4.i.1, i32 0, i32 2, i32 1)
-  %gep809.5.i.1 = getelementptr i8, ptr %gep814.i.1, i64 320
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.5.i.1, i32 0, i32 2, i32 1)
-  %gep809.6.i.1 = getelementptr i8, ptr %gep814.i.1, i64 384
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.6.i.1, i32 0, i32 2, i32 1)
-  %gep809.7.i.1 = getelementptr i8, ptr %gep814.i.1, i64 448
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.7.i.1, i32 0, i32 2, i32 1)
-  %1124 = add nuw i32 %t192812.i, 2
-  %niter470.next.1 = add i32 %niter470, 2
-  %niter470.ncmp.1 = icmp eq i32 %niter470.next.1, %unroll_iter469
-  br i1 %niter470.ncmp.1, label %for_body_t198.i.preheader.unr-lcssa, label %for_body_t189.i, !prof !37, !llvm.loop !45
-
-for_body_t198.i.preheader.unr-lcssa:              ; preds = %for_body_t189.i
-  %lcmp.mod467.not = icmp eq i32 %xtraiter466, 0
-  br i1 %lcmp.mod467.not, label %for_body_t198.i.preheader, label %for_body_t189.i.epil.preheader, !prof !40
-
-for_body_t189.i.epil.preheader:                   ; preds = %for_body_t198.i.preheader.unr-lcssa, %for_body_t189.lr.ph.i
-  %t192812.i.epil.init = phi i32 [ 0, %for_body_t189.lr.ph.i ], [ %1124, %for_body_t198.i.preheader.unr-lcssa ]
-  %lcmp.mod468 = icmp ne i32 %xtraiter466, 0
-  tail call void @llvm.assume(i1 %lcmp.mod468)
-  %1125 = add nuw nsw i32 %t192812.i.epil.init, %1109
-  %1126 = tail call i32 @llvm.smin.i32(i32 %1125, i32 %879)
-  %1127 = sext i32 %1126 to i64
-  %1128 = getelementptr i64, ptr %key_offsets.i, i64 %1127
-  %1129 = getelementptr i8, ptr %1128, i64 512
-  %1130 = load i64, ptr %1129, align 8, !tbaa !4
-  %gep814.i.epil = getelementptr i32, ptr %invariant.gep813.i, i64 %1130
-  tail call void @llvm.prefetch.p0(ptr readonly %gep814.i.epil, i32 0, i32 2, i32 1)
-  %gep809.1.i.epil = getelementptr i8, ptr %gep814.i.epil, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.1.i.epil, i32 0, i32 2, i32 1)
-  %gep809.2.i.epil = getelementptr i8, ptr %gep814.i.epil, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.2.i.epil, i32 0, i32 2, i32 1)
-  %gep809.3.i.epil = getelementptr i8, ptr %gep814.i.epil, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.3.i.epil, i32 0, i32 2, i32 1)
-  %gep809.4.i.epil = getelementptr i8, ptr %gep814.i.epil, i64 256
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.4.i.epil, i32 0, i32 2, i32 1)
-  %gep809.5.i.epil = getelementptr i8, ptr %gep814.i.epil, i64 320
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.5.i.epil, i32 0, i32 2, i32 1)
-  %gep809.6.i.epil = getelementptr i8, ptr %gep814.i.epil, i64 384
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.6.i.epil, i32 0, i32 2, i32 1)
-  %gep809.7.i.epil = getelementptr i8, ptr %gep814.i.epil, i64 448
-  tail call void @llvm.prefetch.p0(ptr readonly %gep809.7.i.epil, i32 0, i32 2, i32 1)
-  br label %for_body_t198.i.preheader
-
-for_body_t198.i.preheader:                        ; preds = %for_body_t189.i.epil.preheader, %for_body_t198.i.preheader.unr-lcssa
-  %xtraiter471 = and i32 %1107, 1
-  %1131 = icmp eq i32 %1106, 0
-  br i1 %1131, label %for_body_t198.i.epil.preheader, label %for_body_t198.i.preheader.new, !prof !36
-
-for_body_t198.i.preheader.new:                    ; preds = %for_body_t198.i.preheader
-  %unroll_iter474 = and i32 %1107, -2
-  br label %for_body_t198.i
-
-for_body_t198.i:                                  ; preds = %for_body_t198.i, %for_body_t198.i.preheader.new
-  %t201819.i = phi i32 [ 0, %for_body_t198.i.preheader.new ], [ %1145, %for_body_t198.i ]
-  %niter475 = phi i32 [ 0, %for_body_t198.i.preheader.new ], [ %niter475.next.1, %for_body_t198.i ]
-  %1132 = add nuw nsw i32 %t201819.i, %1109
-  %1133 = tail call i32 @llvm.smin.i32(i32 %1132, i32 %879)
-  %1134 = sext i32 %1133 to i64
-  %1135 = getelementptr i64, ptr %value_offsets.i, i64 %1134
-  %1136 = getelementptr i8, ptr %1135, i64 512
-  %1137 = load i64, ptr %1136, align 8, !tbaa !4
-  %gep821.i = getelementptr i32, ptr %invariant.gep820.i, i64 %1137
-  tail call void @llvm.prefetch.p0(ptr readonly %gep821.i, i32 0, i32 2, i32 1)
-  %gep816.1.i = getelementptr i8, ptr %gep821.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.1.i, i32 0, i32 2, i32 1)
-  %gep816.2.i = getelementptr i8, ptr %gep821.i, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.2.i, i32 0, i32 2, i32 1)
-  %gep816.3.i = getelementptr i8, ptr %gep821.i, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.3.i, i32 0, i32 2, i32 1)
-  %gep816.4.i = getelementptr i8, ptr %gep821.i, i64 256
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.4.i, i32 0, i32 2, i32 1)
-  %gep816.5.i = getelementptr i8, ptr %gep821.i, i64 320
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.5.i, i32 0, i32 2, i32 1)
-  %gep816.6.i = getelementptr i8, ptr %gep821.i, i64 384
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.6.i, i32 0, i32 2, i32 1)
-  %gep816.7.i = getelementptr i8, ptr %gep821.i, i64 448
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.7.i, i32 0, i32 2, i32 1)
-  %1138 = or disjoint i32 %t201819.i, 1
-  %1139 = add nuw nsw i32 %1138, %1109
-  %1140 = tail call i32 @llvm.smin.i32(i32 %1139, i32 %879)
-  %1141 = sext i32 %1140 to i64
-  %1142 = getelementptr i64, ptr %value_offsets.i, i64 %1141
-  %1143 = getelementptr i8, ptr %1142, i64 512
-  %1144 = load i64, ptr %1143, align 8, !tbaa !4
-  %gep821.i.1 = getelementptr i32, ptr %invariant.gep820.i, i64 %1144
-  tail call void @llvm.prefetch.p0(ptr readonly %gep821.i.1, i32 0, i32 2, i32 1)
-  %gep816.1.i.1 = getelementptr i8, ptr %gep821.i.1, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.1.i.1, i32 0, i32 2, i32 1)
-  %gep816.2.i.1 = getelementptr i8, ptr %gep821.i.1, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.2.i.1, i32 0, i32 2, i32 1)
-  %gep816.3.i.1 = getelementptr i8, ptr %gep821.i.1, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.3.i.1, i32 0, i32 2, i32 1)
-  %gep816.4.i.1 = getelementptr i8, ptr %gep821.i.1, i64 256
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.4.i.1, i32 0, i32 2, i32 1)
-  %gep816.5.i.1 = getelementptr i8, ptr %gep821.i.1, i64 320
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.5.i.1, i32 0, i32 2, i32 1)
-  %gep816.6.i.1 = getelementptr i8, ptr %gep821.i.1, i64 384
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.6.i.1, i32 0, i32 2, i32 1)
-  %gep816.7.i.1 = getelementptr i8, ptr %gep821.i.1, i64 448
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.7.i.1, i32 0, i32 2, i32 1)
-  %1145 = add nuw i32 %t201819.i, 2
-  %niter475.next.1 = add i32 %niter475, 2
-  %niter475.ncmp.1 = icmp eq i32 %niter475.next.1, %unroll_iter474
-  br i1 %niter475.ncmp.1, label %for_end_t199.i.loopexit.unr-lcssa, label %for_body_t198.i, !prof !37, !llvm.loop !46
-
-for_end_t199.i.loopexit.unr-lcssa:                ; preds = %for_body_t198.i
-  %lcmp.mod472.not = icmp eq i32 %xtraiter471, 0
-  br i1 %lcmp.mod472.not, label %for_end_t199.i, label %for_body_t198.i.epil.preheader, !prof !40
-
-for_body_t198.i.epil.preheader:                   ; preds = %for_end_t199.i.loopexit.unr-lcssa, %for_body_t198.i.preheader
-  %t201819.i.epil.init = phi i32 [ 0, %for_body_t198.i.preheader ], [ %1145, %for_end_t199.i.loopexit.unr-lcssa ]
-  %lcmp.mod473 = icmp ne i32 %xtraiter471, 0
-  tail call void @llvm.assume(i1 %lcmp.mod473)
-  %1146 = add nuw nsw i32 %t201819.i.epil.init, %1109
-  %1147 = tail call i32 @llvm.smin.i32(i32 %1146, i32 %879)
-  %1148 = sext i32 %1147 to i64
-  %1149 = getelementptr i64, ptr %value_offsets.i, i64 %1148
-  %1150 = getelementptr i8, ptr %1149, i64 512
-  %1151 = load i64, ptr %1150, align 8, !tbaa !4
-  %gep821.i.epil = getelementptr i32, ptr %invariant.gep820.i, i64 %1151
-  tail call void @llvm.prefetch.p0(ptr readonly %gep821.i.epil, i32 0, i32 2, i32 1)
-  %gep816.1.i.epil = getelementptr i8, ptr %gep821.i.epil, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.1.i.epil, i32 0, i32 2, i32 1)
-  %gep816.2.i.epil = getelementptr i8, ptr %gep821.i.epil, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.2.i.epil, i32 0, i32 2, i32 1)
-  %gep816.3.i.epil = getelementptr i8, ptr %gep821.i.epil, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.3.i.epil, i32 0, i32 2, i32 1)
-  %gep816.4.i.epil = getelementptr i8, ptr %gep821.i.epil, i64 256
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.4.i.epil, i32 0, i32 2, i32 1)
-  %gep816.5.i.epil = getelementptr i8, ptr %gep821.i.epil, i64 320
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.5.i.epil, i32 0, i32 2, i32 1)
-  %gep816.6.i.epil = getelementptr i8, ptr %gep821.i.epil, i64 384
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.6.i.epil, i32 0, i32 2, i32 1)
-  %gep816.7.i.epil = getelementptr i8, ptr %gep821.i.epil, i64 448
-  tail call void @llvm.prefetch.p0(ptr readonly %gep816.7.i.epil, i32 0, i32 2, i32 1)
-  br label %for_end_t199.i
-
-for_end_t199.i:                                   ; preds = %for_body_t198.i.epil.preheader, %for_end_t199.i.loopexit.unr-lcssa, %if_end186.i
-  %1152 = add nuw nsw i64 %indvars.iv1152.i, %1011
-  %1153 = trunc nuw i64 %1152 to i32
-  %1154 = shl i32 %1153, 2
-  %1155 = sext i32 %1154 to i64
-  %1156 = getelementptr i32, ptr %reach.i, i64 %1155
-  %1157 = getelementptr i8, ptr %1156, i64 4
-  %1158 = load i32, ptr %1157, align 4, !tbaa !4
-  %1159 = sext i32 %1158 to i64
-  %1160 = icmp slt i64 %880, %1159
-  br i1 %1160, label %if_then209.i, label %if_end210.i, !prof !7
-
-if_then209.i:                                     ; preds = %for_end_t199.i
-  %1161 = tail call i32 @llvm.smin.i32(i32 %742, i32 %1158)
-  %1162 = sub i32 %1161, %888
-  %valid_len212.i = tail call i32 @llvm.smin.i32(i32 %1162, i32 64)
-  %1163 = add nsw i32 %valid_len212.i, 7
-  %1164 = ashr i32 %1163, 3
-  %1165 = icmp sgt i32 %1164, 0
-  br i1 %1165, label %for_begin_d_0.preheader.lr.ph.i, label %for_begin_v218.preheader.i, !prof !3
-
-for_begin_d_0.preheader.lr.ph.i:                  ; preds = %if_then209.i
-  %1166 = shl i32 %1153, 12
-  %1167 = sext i32 %1166 to i64
-  %wide.trip.count1078.i = zext nneg i32 %1164 to i64
-  %invariant.gep113 = getelementptr float, ptr %q_tile.i, i64 %1167
-  br label %for_begin_d_0.preheader.i
-
-if_end210.i:                                      ; preds = %if_end352.i, %for_end_t199.i
-  %1168 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1169 = tail call i32 %1168(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not632.i = icmp eq i32 %1169, 0
-  br i1 %.not632.i, label %if_end354.i, label %fused_attend_compute_.exit, !prof !31
-
-for_begin_v218.preheader.i:                       ; preds = %for_end_d_0.i, %if_then209.i
-  %1170 = trunc nuw nsw i64 %indvars.iv1152.i to i32
-  %1171 = udiv i32 %1170, %111
-  %1172 = add i32 %1015, %1171
-  %1173 = shl i32 %1172, 1
-  %1174 = or disjoint i32 %1173, 1
-  %1175 = insertelement <2 x i32> poison, i32 %1173, i64 0
-  %1176 = insertelement <2 x i32> %1175, i32 %1174, i64 1
-  %1177 = tail call <2 x i32> @llvm.smin.v2i32(<2 x i32> %1176, <2 x i32> splat (i32 15))
-  %1178 = add nsw <2 x i32> %1177, splat (i32 1)
-  %1179 = sitofp <2 x i32> %1178 to <2 x float>
-  %1180 = fmul <2 x float> %1179, splat (float 6.250000e-02)
-  %1181 = shufflevector <2 x float> %1180, <2 x float> poison, <16 x i32> <i32 0, i32 1, i32 0, i32 1, i32 0, i32 1, i32 0, i32 1, i32 0, i32 1, i32 0, i32 1, i32 0, i32 1, i32 0, i32 1>
-  br i1 %1165, label %for_begin_ti228.preheader.lr.ph.i, label %for_end_to225.i, !prof !3
-
-for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_begin_d_0.preheader.lr.ph.i
-  %indvars.iv1075.i = phi i64 [ 0, %for_begin_d_0.preheader.lr.ph.i ], [ %indvars.iv.next1076.i, %for_end_d_0.i ]
-  %.idx70 = shl nsw i64 %indvars.iv1075.i, 13
-  %invariant.gep = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx70
-  br label %for_begin_d_1.preheader.i
-
-for_begin_d_1.preheader.i:                        ; preds = %for_end_d_1.i, %for_begin_d_0.preheader.i
-  %indvars.iv1071.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next1072.i, %for_end_d_1.i ]
-  %scores_global596.sroa.0.0849.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1237, %for_end_d_1.i ]
-  %scores_global596.sroa.4.0848.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1242, %for_end_d_1.i ]
-  %scores_global596.sroa.8.0847.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1247, %for_end_d_1.i ]
-  %scores_global596.sroa.12.0846.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1252, %for_end_d_1.i ]
-  %scores_global596.sroa.16.0845.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1257, %for_end_d_1.i ]
-  %scores_global596.sroa.20.0844.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1262, %for_end_d_1.i ]
-  %scores_global596.sroa.24.0843.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1267, %for_end_d_1.i ]
-  %scores_global596.sroa.28.0842.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1272, %for_end_d_1.i ]
-  %.idx68 = shl i64 %indvars.iv1071.i, 11
-  %gep = getelementptr i8, ptr %invariant.gep113, i64 %.idx68
-  %.idx69 = shl nuw nsw i64 %indvars.iv1071.i, 7
-  %gep114 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx69
-  br label %for_begin_d_2.preheader.i
-
-for_end_d_0.i:                                    ; preds = %for_end_d_1.i
-  %.idx1286.i = shl nsw i64 %indvars.iv1075.i, 9
-  %1182 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1286.i
-  store <16 x float> %1237, ptr %1182, align 4, !tbaa !4
-  %1183 = getelementptr inbounds nuw i8, ptr %1182, i64 64
-  store <16 x float> %1242, ptr %1183, align 4, !tbaa !4
-  %1184 = getelementptr inbounds nuw i8, ptr %1182, i64 128
-  store <16 x float> %1247, ptr %1184, align 4, !tbaa !4
-  %1185 = getelementptr inbounds nuw i8, ptr %1182, i64 192
-  store <16 x float> %1252, ptr %1185, align 4, !tbaa !4
-  %1186 = getelementptr inbounds nuw i8, ptr %1182, i64 256
-  store <16 x float> %1257, ptr %1186, align 4, !tbaa !4
-  %1187 = getelementptr inbounds nuw i8, ptr %1182, i64 320
-  store <16 x float> %1262, ptr %1187, align 4, !tbaa !4
-  %1188 = getelementptr inbounds nuw i8, ptr %1182, i64 384
-  store <16 x float> %1267, ptr %1188, align 4, !tbaa !4
-  %1189 = getelementptr inbounds nuw i8, ptr %1182, i64 448
-  store <16 x float> %1272, ptr %1189, align 4, !tbaa !4
-  %indvars.iv.next1076.i = add nuw nsw i64 %indvars.iv1075.i, 1
-  %exitcond1079.not.i = icmp eq i64 %indvars.iv.next1076.i, %wide.trip.count1078.i
-  br i1 %exitcond1079.not.i, label %for_begin_v218.preheader.i, label %for_begin_d_0.preheader.i, !prof !8
-
-for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_d_1.preheader.i
-  %indvars.iv1066.i = phi i64 [ 0, %for_begin_d_1.preheader.i ], [ %indvars.iv.next1067.i, %for_begin_d_2.preheader.i ]
-  %scores_global596.sroa.0.1840.i = phi <16 x float> [ %scores_global596.sroa.0.0849.i, %for_begin_d_1.preheader.i ], [ %1237, %for_begin_d_2.preheader.i ]
-  %scores_global596.sroa.4.1839.i = phi <16 x float> [ %scores_global596.sroa.4.0848.i, %for_begin_d_1.preheader.i ], [ %1242, %for_begin_d_2.preheader.i ]
-  %scores_global596.sroa.8.1838.i = phi <16 x float> [ %scores_global596.sroa.8.0847.i, %for_begin_d_1.preheader.i ], [ %1247, %for_begin_d_2.preheader.i ]
-  %scores_global596.sroa.12.1837.i = phi <16 x float> [ %scores_global596.sroa.12.0846.i, %for_begin_d_1.preheader.i ], [ %1252, %for_begin_d_2.preheader.i ]
-  %scores_global596.sroa.16.1836.i = phi <16 x float> [ %scores_global596.sroa.16.0845.i, %for_begin_d_1.preheader.i ], [ %1257, %for_begin_d_2.preheader.i ]
-  %scores_global596.sroa.20.1835.i = phi <16 x float> [ %scores_global596.sroa.20.0844.i, %for_begin_d_1.preheader.i ], [ %1262, %for_begin_d_2.preheader.i ]
-  %scores_global596.sroa.24.1834.i = phi <16 x float> [ %scores_global596.sroa.24.0843.i, %for_begin_d_1.preheader.i ], [ %1267, %for_begin_d_2.preheader.i ]
-  %scores_global596.sroa.28.1833.i = phi <16 x float> [ %scores_global596.sroa.28.0842.i, %for_begin_d_1.preheader.i ], [ %1272, %for_begin_d_2.preheader.i ]
-  %.idx = shl i64 %indvars.iv1066.i, 7
-  %gep112 = getelementptr i8, ptr %gep, i64 %.idx
-  %1190 = load <16 x float>, ptr %gep112, align 4, !tbaa !4
-  %1191 = getelementptr inbounds nuw float, ptr %gep114, i64 %indvars.iv1066.i
-  %1192 = load float, ptr %1191, align 4, !tbaa !4
-  %1193 = insertelement <16 x float> poison, float %1192, i64 0
-  %1194 = shufflevector <16 x float> %1193, <16 x float> poison, <16 x i32> zeroinitializer
-  %1195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1190, <16 x float> %1194, <16 x float> %scores_global596.sroa.0.1840.i)
-  %1196 = getelementptr inbounds nuw i8, ptr %1191, i64 1024
-  %1197 = load float, ptr %1196, align 4, !tbaa !4
-  %1198 = insertelement <16 x float> poison, float %1197, i64 0
-  %1199 = shufflevector <16 x float> %1198, <16 x float> poison, <16 x i32> zeroinitializer
-  %1200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1190, <16 x float> %1199, <16 x float> %scores_global596.sroa.4.1839.i)
-  %1201 = getelementptr inbounds nuw i8, ptr %1191, i64 2048
-  %1202 = load float, ptr %1201, align 4, !tbaa !4
-  %1203 = insertelement <16 x float> poison, float %1202, i64 0
-  %1204 = shufflevector <16 x float> %1203, <16 x float> poison, <16 x i32> zeroinitializer
-  %1205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1190, <16 x float> %1204, <16 x float> %scores_global596.sroa.8.1838.i)
-  %1206 = getelementptr inbounds nuw i8, ptr %1191, i64 3072
-  %1207 = load float, ptr %1206, align 4, !tbaa !4
-  %1208 = insertelement <16 x float> poison, float %1207, i64 0
-  %1209 = shufflevector <16 x float> %1208, <16 x float> poison, <16 x i32> zeroinitializer
-  %1210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1190, <16 x float> %1209, <16 x float> %scores_global596.sroa.12.1837.i)
-  %1211 = getelementptr inbounds nuw i8, ptr %1191, i64 4096
-  %1212 = load float, ptr %1211, align 4, !tbaa !4
-  %1213 = insertelement <16 x float> poison, float %1212, i64 0
-  %1214 = shufflevector <16 x float> %1213, <16 x float> poison, <16 x i32> zeroinitializer
-  %1215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1190, <16 x float> %1214, <16 x float> %scores_global596.sroa.16.1836.i)
-  %1216 = getelementptr inbounds nuw i8, ptr %1191, i64 5120
-  %1217 = load float, ptr %1216, align 4, !tbaa !4
-  %1218 = insertelement <16 x float> poison, float %1217, i64 0
-  %1219 = shufflevector <16 x float> %1218, <16 x float> poison, <16 x i32> zeroinitializer
-  %1220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1190, <16 x float> %1219, <16 x float> %scores_global596.sroa.20.1835.i)
-  %1221 = getelementptr inbounds nuw i8, ptr %1191, i64 6144
-  %1222 = load float, ptr %1221, align 4, !tbaa !4
-  %1223 = insertelement <16 x float> poison, float %1222, i64 0
-  %1224 = shufflevector <16 x float> %1223, <16 x float> poison, <16 x i32> zeroinitializer
-  %1225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1190, <16 x float> %1224, <16 x float> %scores_global596.sroa.24.1834.i)
-  %1226 = getelementptr inbounds nuw i8, ptr %1191, i64 7168
-  %1227 = load float, ptr %1226, align 4, !tbaa !4
-  %1228 = insertelement <16 x float> poison, float %1227, i64 0
-  %1229 = shufflevector <16 x float> %1228, <16 x float> poison, <16 x i32> zeroinitializer
-  %1230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1190, <16 x float> %1229, <16 x float> %scores_global596.sroa.28.1833.i)
-  %1231 = getelementptr i8, ptr %gep112, i64 64
-  %1232 = load <16 x float>, ptr %1231, align 4, !tbaa !4
-  %1233 = getelementptr inbounds nuw i8, ptr %1191, i64 64
-  %1234 = load float, ptr %1233, align 4, !tbaa !4
-  %1235 = insertelement <16 x float> poison, float %1234, i64 0
-  %1236 = shufflevector <16 x float> %1235, <16 x float> poison, <16 x i32> zeroinitializer
-  %1237 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1232, <16 x float> %1236, <16 x float> %1195)
-  %1238 = getelementptr inbounds nuw i8, ptr %1191, i64 1088
-  %1239 = load float, ptr %1238, align 4, !tbaa !4
-  %1240 = insertelement <16 x float> poison, float %1239, i64 0
-  %1241 = shufflevector <16 x float> %1240, <16 x float> poison, <16 x i32> zeroinitializer
-  %1242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1232, <16 x float> %1241, <16 x float> %1200)
-  %1243 = getelementptr inbounds nuw i8, ptr %1191, i64 2112
-  %1244 = load float, ptr %1243, align 4, !tbaa !4
-  %1245 = insertelement <16 x float> poison, float %1244, i64 0
-  %1246 = shufflevector <16 x float> %1245, <16 x float> poison, <16 x i32> zeroinitializer
-  %1247 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1232, <16 x float> %1246, <16 x float> %1205)
-  %1248 = getelementptr inbounds nuw i8, ptr %1191, i64 3136
-  %1249 = load float, ptr %1248, align 4, !tbaa !4
-  %1250 = insertelement <16 x float> poison, float %1249, i64 0
-  %1251 = shufflevector <16 x float> %1250, <16 x float> poison, <16 x i32> zeroinitializer
-  %1252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1232, <16 x float> %1251, <16 x float> %1210)
-  %1253 = getelementptr inbounds nuw i8, ptr %1191, i64 4160
-  %1254 = load float, ptr %1253, align 4, !tbaa !4
-  %1255 = insertelement <16 x float> poison, float %1254, i64 0
-  %1256 = shufflevector <16 x float> %1255, <16 x float> poison, <16 x i32> zeroinitializer
-  %1257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1232, <16 x float> %1256, <16 x float> %1215)
-  %1258 = getelementptr inbounds nuw i8, ptr %1191, i64 5184
-  %1259 = load float, ptr %1258, align 4, !tbaa !4
-  %1260 = insertelement <16 x float> poison, float %1259, i64 0
-  %1261 = shufflevector <16 x float> %1260, <16 x float> poison, <16 x i32> zeroinitializer
-  %1262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1232, <16 x float> %1261, <16 x float> %1220)
-  %1263 = getelementptr inbounds nuw i8, ptr %1191, i64 6208
-  %1264 = load float, ptr %1263, align 4, !tbaa !4
-  %1265 = insertelement <16 x float> poison, float %1264, i64 0
-  %1266 = shufflevector <16 x float> %1265, <16 x float> poison, <16 x i32> zeroinitializer
-  %1267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1232, <16 x float> %1266, <16 x float> %1225)
-  %1268 = getelementptr inbounds nuw i8, ptr %1191, i64 7232
-  %1269 = load float, ptr %1268, align 4, !tbaa !4
-  %1270 = insertelement <16 x float> poison, float %1269, i64 0
-  %1271 = shufflevector <16 x float> %1270, <16 x float> poison, <16 x i32> zeroinitializer
-  %1272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1232, <16 x float> %1271, <16 x float> %1230)
-  %indvars.iv.next1067.i = add nuw nsw i64 %indvars.iv1066.i, 1
-  %exitcond1070.not.i = icmp eq i64 %indvars.iv.next1067.i, 16
-  br i1 %exitcond1070.not.i, label %for_end_d_1.i, label %for_begin_d_2.preheader.i, !prof !21
-
-for_end_d_1.i:                                    ; preds = %for_begin_d_2.preheader.i
-  %indvars.iv.next1072.i = add nuw nsw i64 %indvars.iv1071.i, 1
-  %exitcond1074.not.i = icmp eq i64 %indvars.iv.next1072.i, 8
-  br i1 %exitcond1074.not.i, label %for_end_d_0.i, label %for_begin_d_1.preheader.i, !prof !21
-
-for_begin_ti228.preheader.lr.ph.i:                ; preds = %for_begin_v218.preheader.i
-  %1273 = shl i32 %1153, 4
-  %1274 = sext i32 %1273 to i64
-  %1275 = getelementptr inbounds i32, ptr %positions.i, i64 %1274
-  %1276 = getelementptr inbounds i32, ptr %begins.i, i64 %1274
-  %1277 = getelementptr inbounds i32, ptr %limits.i, i64 %1274
-  %wide.trip.count1091.i = zext nneg i32 %1164 to i64
-  br label %for_begin_ti228.preheader.i
-
-for_begin_ti228.preheader.i:                      ; preds = %for_begin_ti228.preheader.i, %for_begin_ti228.preheader.lr.ph.i
-  %indvars.iv1088.i = phi i64 [ 0, %for_begin_ti228.preheader.lr.ph.i ], [ %indvars.iv.next1089.i, %for_begin_ti228.preheader.i ]
-  %1278 = shl nsw i64 %indvars.iv1088.i, 3
-  %1279 = shl nsw i64 %indvars.iv1088.i, 7
-  %1280 = trunc nuw nsw i64 %1278 to i32
-  %1281 = add i32 %881, %1280
-  %invariant.gep1339.i = getelementptr inbounds nuw i32, ptr %column_term601.i, i64 %1278
-  %1282 = load i32, ptr %invariant.gep1339.i, align 16, !tbaa !42
-  %1283 = load <16 x i32>, ptr %1275, align 4, !tbaa !4
-  %1284 = insertelement <16 x i32> poison, i32 %1282, i64 0
-  %1285 = shufflevector <16 x i32> %1284, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1286 = sub <16 x i32> %1283, %1285
-  %1287 = sitofp <16 x i32> %1286 to <16 x float>
-  %1288 = fmul <16 x float> %1181, %1287
-  %1289 = fmul <16 x float> %1288, splat (float 7.812500e-03)
-  %1290 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1279
-  %1291 = load <16 x float>, ptr %1290, align 4, !tbaa !4
-  %1292 = fmul <16 x float> %477, %1291
-  %1293 = fmul <16 x float> %1292, splat (float 0x3F947AE140000000)
-  %1294 = fcmp olt <16 x float> %1293, splat (float -9.000000e+00)
-  %1295 = select <16 x i1> %1294, <16 x float> splat (float -9.000000e+00), <16 x float> %1293
-  %1296 = fcmp ogt <16 x float> %1293, splat (float 9.000000e+00)
-  %tanh_x.i = select <16 x i1> %1296, <16 x float> splat (float 9.000000e+00), <16 x float> %1295
-  %tanh_square.i = fmul <16 x float> %tanh_x.i, %tanh_x.i
-  %1297 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.i, <16 x float> splat (float 0x3E4CADA000000000), <16 x float> splat (float 0x3EF59C27C0000000))
-  %1298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1297, <16 x float> %tanh_square.i, <16 x float> splat (float 0x3F6CA2C220000000))
-  %1299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1298, <16 x float> %tanh_square.i, <16 x float> splat (float 0x3FC120B120000000))
-  %1300 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1299, <16 x float> %tanh_square.i, <16 x float> splat (float 1.000000e+00))
-  %1301 = fmul <16 x float> %tanh_x.i, %1300
-  %1302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.i, <16 x float> splat (float 0x3EAA17E860000000), <16 x float> splat (float 0x3F358859C0000000))
-  %1303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1302, <16 x float> %tanh_square.i, <16 x float> splat (float 0x3F9A7F7C80000000))
-  %1304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1303, <16 x float> %tanh_square.i, <16 x float> splat (float 0x3FDDE5AD20000000))
-  %1305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1304, <16 x float> %tanh_square.i, <16 x float> splat (float 1.000000e+00))
-  %1306 = fdiv <16 x float> %1301, %1305
-  %1307 = fmul <16 x float> %1306, splat (float 5.000000e+01)
-  %1308 = fsub <16 x float> %1307, %1289
-  %1309 = insertelement <16 x i32> poison, i32 %1281, i64 0
-  %1310 = shufflevector <16 x i32> %1309, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1311 = load <16 x i32>, ptr %1276, align 4, !tbaa !4
-  %1312 = icmp sle <16 x i32> %1311, %1310
-  %1313 = load <16 x i32>, ptr %1277, align 4, !tbaa !4
-  %1314 = icmp slt <16 x i32> %1310, %1313
-  %1315 = and <16 x i1> %1312, %1314
-  %1316 = select <16 x i1> %1315, <16 x float> %1308, <16 x float> splat (float 0xFFF0000000000000)
-  %1317 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1279
-  store <16 x float> %1316, ptr %1317, align 4, !tbaa !4
-  %gep1340.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1339.i, i64 4
-  %1318 = load i32, ptr %gep1340.i.1, align 4, !tbaa !42
-  %1319 = load <16 x i32>, ptr %1275, align 4, !tbaa !4
-  %1320 = insertelement <16 x i32> poison, i32 %1318, i64 0
-  %1321 = shufflevector <16 x i32> %1320, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1322 = sub <16 x i32> %1319, %1321
-  %1323 = sitofp <16 x i32> %1322 to <16 x float>
-  %1324 = fmul <16 x float> %1181, %1323
-  %1325 = fmul <16 x float> %1324, splat (float 7.812500e-03)
-  %1326 = or disjoint i64 %1279, 16
-  %1327 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1326
-  %1328 = load <16 x float>, ptr %1327, align 4, !tbaa !4
-  %1329 = fmul <16 x float> %477, %1328
-  %1330 = fmul <16 x float> %1329, splat (float 0x3F947AE140000000)
-  %1331 = fcmp olt <16 x float> %1330, splat (float -9.000000e+00)
-  %1332 = select <16 x i1> %1331, <16 x float> splat (float -9.000000e+00), <16 x float> %1330
-  %1333 = fcmp ogt <16 x float> %1330, splat (float 9.000000e+00)
-  %tanh_x.i.1 = select <16 x i1> %1333, <16 x float> splat (float 9.000000e+00), <16 x float> %1332
-  %tanh_square.i.1 = fmul <16 x float> %tanh_x.i.1, %tanh_x.i.1
-  %1334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.i.1, <16 x float> splat (float 0x3E4CADA000000000), <16 x float> splat (float 0x3EF59C27C0000000))
-  %1335 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %tanh_square.i.1, <16 x float> splat (float 0x3F6CA2C220000000))
-  %1336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1335, <16 x float> %tanh_square.i.1, <16 x float> splat (float 0x3FC120B120000000))
-  %1337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1336, <16 x float> %tanh_square.i.1, <16 x float> splat (float 1.000000e+00))
-  %1338 = fmul <16 x float> %tanh_x.i.1, %1337
-  %1339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.i.1, <16 x float> splat (float 0x3EAA17E860000000), <16 x float> splat (float 0x3F358859C0000000))
-  %1340 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1339, <16 x float> %tanh_square.i.1, <16 x float> splat (float 0x3F9A7F7C80000000))
-  %1341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1340, <16 x float> %tanh_square.i.1, <16 x float> splat (float 0x3FDDE5AD20000000))
-  %1342 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1341, <16 x float> %tanh_square.i.1, <16 x float> splat (float 1.000000e+00))
-  %1343 = fdiv <16 x float> %1338, %1342
-  %1344 = fmul <16 x float> %1343, splat (float 5.000000e+01)
-  %1345 = fsub <16 x float> %1344, %1325
-  %1346 = or disjoint i32 %1281, 1
-  %1347 = insertelement <16 x i32> poison, i32 %1346, i64 0
-  %1348 = shufflevector <16 x i32> %1347, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1349 = load <16 x i32>, ptr %1276, align 4, !tbaa !4
-  %1350 = icmp sle <16 x i32> %1349, %1348
-  %1351 = load <16 x i32>, ptr %1277, align 4, !tbaa !4
-  %1352 = icmp slt <16 x i32> %1348, %1351
-  %1353 = and <16 x i1> %1350, %1352
-  %1354 = select <16 x i1> %1353, <16 x float> %1345, <16 x float> splat (float 0xFFF0000000000000)
-  %1355 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1326
-  store <16 x float> %1354, ptr %1355, align 4, !tbaa !4
-  %gep1340.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1339.i, i64 8
-  %1356 = load i32, ptr %gep1340.i.2, align 8, !tbaa !42
-  %1357 = load <16 x i32>, ptr %1275, align 4, !tbaa !4
-  %1358 = insertelement <16 x i32> poison, i32 %1356, i64 0
-  %1359 = shufflevector <16 x i32> %1358, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1360 = sub <16 x i32> %1357, %1359
-  %1361 = sitofp <16 x i32> %1360 to <16 x float>
-  %1362 = fmul <16 x float> %1181, %1361
-  %1363 = fmul <16 x float> %1362, splat (float 7.812500e-03)
-  %1364 = or disjoint i64 %1279, 32
-  %1365 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1364
-  %1366 = load <16 x float>, ptr %1365, align 4, !tbaa !4
-  %1367 = fmul <16 x float> %477, %1366
-  %1368 = fmul <16 x float> %1367, splat (float 0x3F947AE140000000)
-  %1369 = fcmp olt <16 x float> %1368, splat (float -9.000000e+00)
-  %1370 = select <16 x i1> %1369, <16 x float> splat (float -9.000000e+00), <16 x float> %1368
-  %1371 = fcmp ogt <16 x float> %1368, splat (float 9.000000e+00)
-  %tanh_x.i.2 = select <16 x i1> %1371, <16 x float> splat (float 9.000000e+00), <16 x float> %1370
-  %tanh_square.i.2 = fmul <16 x float> %tanh_x.i.2, %tanh_x.i.2
-  %1372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.i.2, <16 x float> splat (float 0x3E4CADA000000000), <16 x float> splat (float 0x3EF59C27C0000000))
-  %1373 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1372, <16 x float> %tanh_square.i.2, <16 x float> splat (float 0x3F6CA2C220000000))
-  %1374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1373, <16 x float> %tanh_square.i.2, <16 x float> splat (float 0x3FC120B120000000))
-  %1375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1374, <16 x float> %tanh_square.i.2, <16 x float> splat (float 1.000000e+00))
-  %1376 = fmul <16 x float> %tanh_x.i.2, %1375
-  %1377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.i.2, <16 x float> splat (float 0x3EAA17E860000000), <16 x float> splat (float 0x3F358859C0000000))
-  %1378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1377, <16 x float> %tanh_square.i.2, <16 x float> splat (float 0x3F9A7F7C80000000))
-  %1379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1378, <16 x float> %tanh_square.i.2, <16 x float> splat (float 0x3FDDE5AD20000000))
-  %1380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1379, <16 x float> %tanh_square.i.2, <16 x float> splat (float 1.000000e+00))
-  %1381 = fdiv <16 x float> %1376, %1380
-  %1382 = fmul <16 x float> %1381, splat (float 5.000000e+01)
-  %1383 = fsub <16 x float> %1382, %1363
-  %1384 = or disjoint i32 %1281, 2
-  %1385 = insertelement <16 x i32> poison, i32 %1384, i64 0
-  %1386 = shufflevector <16 x i32> %1385, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1387 = load <16 x i32>, ptr %1276, align 4, !tbaa !4
-  %1388 = icmp sle <16 x i32> %1387, %1386
-  %1389 = load <16 x i32>, ptr %1277, align 4, !tbaa !4
-  %1390 = icmp slt <16 x i32> %1386, %1389
-  %1391 = and <16 x i1> %1388, %1390
-  %1392 = select <16 x i1> %1391, <16 x float> %1383, <16 x float> splat (float 0xFFF0000000000000)
-  %1393 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1364
-  store <16 x float> %1392, ptr %1393, align 4, !tbaa !4
-  %gep1340.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1339.i, i64 12
-  %1394 = load i32, ptr %gep1340.i.3, align 4, !tbaa !42
-  %1395 = load <16 x i32>, ptr %1275, align 4, !tbaa !4
-  %1396 = insertelement <16 x i32> poison, i32 %1394, i64 0
-  %1397 = shufflevector <16 x i32> %1396, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1398 = sub <16 x i32> %1395, %1397
-  %1399 = sitofp <16 x i32> %1398 to <16 x float>
-  %1400 = fmul <16 x float> %1181, %1399
-  %1401 = fmul <16 x float> %1400, splat (float 7.812500e-03)
-  %1402 = or disjoint i64 %1279, 48
-  %1403 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1402
-  %1404 = load <16 x float>, ptr %1403, align 4, !tbaa !4
-  %1405 = fmul <16 x float> %477, %1404
-  %1406 = fmul <16 x float> %1405, splat (float 0x3F947AE140000000)
-  %1407 = fcmp olt <16 x float> %1406, splat (float -9.000000e+00)
-  %1408 = select <16 x i1> %1407, <16 x float> splat (float -9.000000e+00), <16 x float> %1406
-  %1409 = fcmp ogt <16 x float> %1406, splat (float 9.000000e+00)
-  %tanh_x.i.3 = select <16 x i1> %1409, <16 x float> splat (float 9.000000e+00), <16 x float> %1408
-  %tanh_square.i.3 = fmul <16 x float> %tanh_x.i.3, %tanh_x.i.3
-  %1410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.i.3, <16 x float> splat (float 0x3E4CADA000000000), <16 x float> splat (float 0x3EF59C27C0000000))
-  %1411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1410, <16 x float> %tanh_square.i.3, <16 x float> splat (float 0x3F6CA2C220000000))
-  %1412 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1411, <16 x float> %tanh_square.i.3, <16 x float> splat (float 0x3FC120B120000000))
-  %1413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1412, <16 x float> %tanh_square.i.3, <16 x float> splat (float 1.000000e+00))
-  %1414 = fmul <16 x float> %tanh_x.i.3, %1413
-  %1415 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.i.3, <16 x float> splat (float 0x3EAA17E860000000), <16 x float> splat (float 0x3F358859C0000000))
-  %1416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1415, <16 x float> %tanh_square.i.3, <16 x float> splat (float 0x3F9A7F7C80000000))
-  %1417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1416, <16 x float> %tanh_square.i.3, <16 x float> splat (float 0x3FDDE5AD20000000))
-  %1418 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1417, <16 x float> %tanh_square.i.3, <16 x float> splat (float 1.000000e+00))
-  %1419 = fdiv <16 x float> %1414, %1418
-  %1420 = fmul <16 x float> %1419, splat (float 5.000000e+01)
-  %1421 = fsub <16 x float> %1420, %1401
-  %1422 = or disjoint i32 %1281, 3
-  %1423 = insertelement <16 x i32> poison, i32 %1422, i64 0
-  %1424 = shufflevector <16 x i32> %1423, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1425 = load <16 x i32>, ptr %1276, align 4, !tbaa !4
-  %1426 = icmp sle <16 x i32> %1425, %1424
-  %1427 = load <16 x i32>, ptr %1277, align 4, !tbaa !4
-  %1428 = icmp slt <16 x i32> %1424, %1427
-  %1429 = and <16 x i1> %1426, %1428
-  %1430 = select <16 x i1> %1429, <16 x float> %1421, <16 x float> splat (float 0xFFF0000000000000)
-  %1431 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1402
-  store <16 x float> %1430, ptr %1431, align 4, !tbaa !4
-  %gep1340.i.4 = getelementptr inbounds nuw i8, ptr %invariant.gep1339.i, i64 16
-  %1432 = load i32, ptr %gep1340.i.4, align 16, !tbaa !42
-  %1433 = load <16 x i32>, ptr %1275, align 4, !tbaa !4
-  %1434 = insertelement <16 x i32> poison, i32 %1432, i64 0
-  %1435 = shufflevector <16 x i32> %1434, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1436 = sub <16 x i32> %1433, %1435
-  %1437 = sitofp <16 x i32> %1436 to <16 x float>
-  %1438 = fmul <16 x float> %1181, %1437
-  %1439 = fmul <16 x float> %1438, splat (float 7.812500e-03)
-  %1440 = or disjoint i64 %1279, 64
-  %1441 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1440
-  %1442 = load <16 x float>, ptr %1441, align 4, !tbaa !4
-  %1443 = fmul <16 x float> %477, %1442
-  %1444 = fmul <16 x float> %1443, splat (float 0x3F947AE140000000)
-  %1445 = fcmp olt <16 x float> %1444, splat (float -9.000000e+00)
-  %1446 = select <16 x i1> %1445, <16 x float> splat (float -9.000000e+00), <16 x float> %1444
-  %1447 = fcmp ogt <16 x float> %1444, splat (float 9.000000e+00)
-  %tanh_x.i.4 = select <16 x i1> %1447, <16 x float> splat (float 9.000000e+00), <16 x float> %1446
-  %tanh_square.i.4 = fmul <16 x float> %tanh_x.i.4, %tanh_x.i.4
-  %1448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.i.4, <16 x float> splat (float 0x3E4CADA000000000), <16 x float> splat (float 0x3EF59C27C0000000))
-  %1449 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1448, <16 x float> %tanh_square.i.4, <16 x float> splat (float 0x3F6CA2C220000000))
-  %1450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1449, <16 x float> %tanh_square.i.4, <16 x float> splat (float 0x3FC120B120000000))
-  %1451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1450, <16 x float> %tanh_square.i.4, <16 x float> splat (float 1.000000e+00))
-  %1452 = fmul <16 x float> %tanh_x.i.4, %1451
-  %1453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.i.4, <16 x float> splat (float 0x3EAA17E860000000), <16 x float> splat (float 0x3F358859C0000000))
-  %1454 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1453, <16 x float> %tanh_square.i.4, <16 x float> splat (float 0x3F9A7F7C80000000))
-  %1455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1454, <16 x float> %tanh_square.i.4, <16 x float> splat (float 0x3FDDE5AD20000000))
-  %1456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1455, <16 x float> %tanh_square.i.4, <16 x float> splat (float 1.000000e+00))
-  %1457 = fdiv <16 x float> %1452, %1456
-  %1458 = fmul <16 x float> %1457, splat (float 5.000000e+01)
-  %1459 = fsub <16 x float> %1458, %1439
-  %1460 = or disjoint i32 %1281, 4
-  %1461 = insertelement <16 x i32> poison, i32 %1460, i64 0
-  %1462 = shufflevector <16 x i32> %1461, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1463 = load <16 x i32>, ptr %1276, align 4, !tbaa !4
-  %1464 = icmp sle <16 x i32> %1463, %1462
-  %1465 = load <16 x i32>, ptr %1277, align 4, !tbaa !4
-  %1466 = icmp slt <16 x i32> %1462, %1465
-  %1467 = and <16 x i1> %1464, %1466
-  %1468 = select <16 x i1> %1467, <16 x float> %1459, <16 x float> splat (float 0xFFF0000000000000)
-  %1469 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1440
-  store <16 x float> %1468, ptr %1469, align 4, !tbaa !4
-  %gep1340.i.5 = getelementptr inbounds nuw i8, ptr %invariant.gep1339.i, i64 20
-  %1470 = load i32, ptr %gep1340.i.5, align 4, !tbaa !42
-  %1471 = load <16 x i32>, ptr %1275, align 4, !tbaa !4
-  %1472 = insertelement <16 x i32> poison, i32 %1470, i64 0
-  %1473 = shufflevector <16 x i32> %1472, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1474 = sub <16 x i32> %1471, %1473
-  %1475 = sitofp <16 x i32> %1474 to <16 x float>
-  %1476 = fmul <16 x float> %1181, %1475
-  %1477 = fmul <16 x float> %1476, splat (float 7.812500e-03)
-  %1478 = or disjoint i64 %1279, 80
-  %1479 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1478
-  %1480 = load <16 x float>, ptr %1479, align 4, !tbaa !4
-  %1481 = fmul <16 x float> %477, %1480
-  %1482 = fmul <16 x float> %1481, splat (float 0x3F947AE140000000)
-  %1483 = fcmp olt <16 x float> %1482, splat (float -9.000000e+00)
-  %1484 = select <16 x i1> %1483, <16 x float> splat (float -9.000000e+00), <16 x float> %1482
-  %1485 = fcmp ogt <16 x float> %1482, splat (float 9.000000e+00)
-  %tanh_x.i.5 = select <16 x i1> %1485, <16 x float> splat (float 9.000000e+00), <16 x float> %1484
-  %tanh_square.i.5 = fmul <16 x float> %tanh_x.i.5, %tanh_x.i.5
-  %1486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.i.5, <16 x float> splat (float 0x3E4CADA000000000), <16 x float> splat (float 0x3EF59C27C0000000))
-  %1487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1486, <16 x float> %tanh_square.i.5, <16 x float> splat (float 0x3F6CA2C220000000))
-  %1488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1487, <16 x float> %tanh_square.i.5, <16 x float> splat (float 0x3FC120B120000000))
-  %1489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1488, <16 x float> %tanh_square.i.5, <16 x float> splat (float 1.000000e+00))
-  %1490 = fmul <16 x float> %tanh_x.i.5, %1489
-  %1491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.i.5, <16 x float> splat (float 0x3EAA17E860000000), <16 x float> splat (float 0x3F358859C0000000))
-  %1492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1491, <16 x float> %tanh_square.i.5, <16 x float> splat (float 0x3F9A7F7C80000000))
-  %1493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1492, <16 x float> %tanh_square.i.5, <16 x float> splat (float 0x3FDDE5AD20000000))
-  %1494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1493, <16 x float> %tanh_square.i.5, <16 x float> splat (float 1.000000e+00))
-  %1495 = fdiv <16 x float> %1490, %1494
-  %1496 = fmul <16 x float> %1495, splat (float 5.000000e+01)
-  %1497 = fsub <16 x float> %1496, %1477
-  %1498 = or disjoint i32 %1281, 5
-  %1499 = insertelement <16 x i32> poison, i32 %1498, i64 0
-  %1500 = shufflevector <16 x i32> %1499, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1501 = load <16 x i32>, ptr %1276, align 4, !tbaa !4
-  %1502 = icmp sle <16 x i32> %1501, %1500
-  %1503 = load <16 x i32>, ptr %1277, align 4, !tbaa !4
-  %1504 = icmp slt <16 x i32> %1500, %1503
-  %1505 = and <16 x i1> %1502, %1504
-  %1506 = select <16 x i1> %1505, <16 x float> %1497, <16 x float> splat (float 0xFFF0000000000000)
-  %1507 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1478
-  store <16 x float> %1506, ptr %1507, align 4, !tbaa !4
-  %gep1340.i.6 = getelementptr inbounds nuw i8, ptr %invariant.gep1339.i, i64 24
-  %1508 = load i32, ptr %gep1340.i.6, align 8, !tbaa !42
-  %1509 = load <16 x i32>, ptr %1275, align 4, !tbaa !4
-  %1510 = insertelement <16 x i32> poison, i32 %1508, i64 0
-  %1511 = shufflevector <16 x i32> %1510, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1512 = sub <16 x i32> %1509, %1511
-  %1513 = sitofp <16 x i32> %1512 to <16 x float>
-  %1514 = fmul <16 x float> %1181, %1513
-  %1515 = fmul <16 x float> %1514, splat (float 7.812500e-03)
-  %1516 = or disjoint i64 %1279, 96
-  %1517 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1516
-  %1518 = load <16 x float>, ptr %1517, align 4, !tbaa !4
-  %1519 = fmul <16 x float> %477, %1518
-  %1520 = fmul <16 x float> %1519, splat (float 0x3F947AE140000000)
-  %1521 = fcmp olt <16 x float> %1520, splat (float -9.000000e+00)
-  %1522 = select <16 x i1> %1521, <16 x float> splat (float -9.000000e+00), <16 x float> %1520
-  %1523 = fcmp ogt <16 x float> %1520, splat (float 9.000000e+00)
-  %tanh_x.i.6 = select <16 x i1> %1523, <16 x float> splat (float 9.000000e+00), <16 x float> %1522
-  %tanh_square.i.6 = fmul <16 x float> %tanh_x.i.6, %tanh_x.i.6
-  %1524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.i.6, <16 x float> splat (float 0x3E4CADA000000000), <16 x float> splat (float 0x3EF59C27C0000000))
-  %1525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1524, <16 x float> %tanh_square.i.6, <16 x float> splat (float 0x3F6CA2C220000000))
-  %1526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %tanh_square.i.6, <16 x float> splat (float 0x3FC120B120000000))
-  %1527 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1526, <16 x float> %tanh_square.i.6, <16 x float> splat (float 1.000000e+00))
-  %1528 = fmul <16 x float> %tanh_x.i.6, %1527
-  %1529 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.i.6, <16 x float> splat (float 0x3EAA17E860000000), <16 x float> splat (float 0x3F358859C0000000))
-  %1530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %tanh_square.i.6, <16 x float> splat (float 0x3F9A7F7C80000000))
-  %1531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %tanh_square.i.6, <16 x float> splat (float 0x3FDDE5AD20000000))
-  %1532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %tanh_square.i.6, <16 x float> splat (float 1.000000e+00))
-  %1533 = fdiv <16 x float> %1528, %1532
-  %1534 = fmul <16 x float> %1533, splat (float 5.000000e+01)
-  %1535 = fsub <16 x float> %1534, %1515
-  %1536 = or disjoint i32 %1281, 6
-  %1537 = insertelement <16 x i32> poison, i32 %1536, i64 0
-  %1538 = shufflevector <16 x i32> %1537, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1539 = load <16 x i32>, ptr %1276, align 4, !tbaa !4
-  %1540 = icmp sle <16 x i32> %1539, %1538
-  %1541 = load <16 x i32>, ptr %1277, align 4, !tbaa !4
-  %1542 = icmp slt <16 x i32> %1538, %1541
-  %1543 = and <16 x i1> %1540, %1542
-  %1544 = select <16 x i1> %1543, <16 x float> %1535, <16 x float> splat (float 0xFFF0000000000000)
-  %1545 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1516
-  store <16 x float> %1544, ptr %1545, align 4, !tbaa !4
-  %gep1340.i.7 = getelementptr inbounds nuw i8, ptr %invariant.gep1339.i, i64 28
-  %1546 = load i32, ptr %gep1340.i.7, align 4, !tbaa !42
-  %1547 = load <16 x i32>, ptr %1275, align 4, !tbaa !4
-  %1548 = insertelement <16 x i32> poison, i32 %1546, i64 0
-  %1549 = shufflevector <16 x i32> %1548, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1550 = sub <16 x i32> %1547, %1549
-  %1551 = sitofp <16 x i32> %1550 to <16 x float>
-  %1552 = fmul <16 x float> %1181, %1551
-  %1553 = fmul <16 x float> %1552, splat (float 7.812500e-03)
-  %1554 = or disjoint i64 %1279, 112
-  %1555 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1554
-  %1556 = load <16 x float>, ptr %1555, align 4, !tbaa !4
-  %1557 = fmul <16 x float> %477, %1556
-  %1558 = fmul <16 x float> %1557, splat (float 0x3F947AE140000000)
-  %1559 = fcmp olt <16 x float> %1558, splat (float -9.000000e+00)
-  %1560 = select <16 x i1> %1559, <16 x float> splat (float -9.000000e+00), <16 x float> %1558
-  %1561 = fcmp ogt <16 x float> %1558, splat (float 9.000000e+00)
-  %tanh_x.i.7 = select <16 x i1> %1561, <16 x float> splat (float 9.000000e+00), <16 x float> %1560
-  %tanh_square.i.7 = fmul <16 x float> %tanh_x.i.7, %tanh_x.i.7
-  %1562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.i.7, <16 x float> splat (float 0x3E4CADA000000000), <16 x float> splat (float 0x3EF59C27C0000000))
-  %1563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1562, <16 x float> %tanh_square.i.7, <16 x float> splat (float 0x3F6CA2C220000000))
-  %1564 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1563, <16 x float> %tanh_square.i.7, <16 x float> splat (float 0x3FC120B120000000))
-  %1565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1564, <16 x float> %tanh_square.i.7, <16 x float> splat (float 1.000000e+00))
-  %1566 = fmul <16 x float> %tanh_x.i.7, %1565
-  %1567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.i.7, <16 x float> splat (float 0x3EAA17E860000000), <16 x float> splat (float 0x3F358859C0000000))
-  %1568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %tanh_square.i.7, <16 x float> splat (float 0x3F9A7F7C80000000))
-  %1569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1568, <16 x float> %tanh_square.i.7, <16 x float> splat (float 0x3FDDE5AD20000000))
-  %1570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1569, <16 x float> %tanh_square.i.7, <16 x float> splat (float 1.000000e+00))
-  %1571 = fdiv <16 x float> %1566, %1570
-  %1572 = fmul <16 x float> %1571, splat (float 5.000000e+01)
-  %1573 = fsub <16 x float> %1572, %1553
-  %1574 = or disjoint i32 %1281, 7
-  %1575 = insertelement <16 x i32> poison, i32 %1574, i64 0
-  %1576 = shufflevector <16 x i32> %1575, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1577 = load <16 x i32>, ptr %1276, align 4, !tbaa !4
-  %1578 = icmp sle <16 x i32> %1577, %1576
-  %1579 = load <16 x i32>, ptr %1277, align 4, !tbaa !4
-  %1580 = icmp slt <16 x i32> %1576, %1579
-  %1581 = and <16 x i1> %1578, %1580
-  %1582 = select <16 x i1> %1581, <16 x float> %1573, <16 x float> splat (float 0xFFF0000000000000)
-  %1583 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1554
-  store <16 x float> %1582, ptr %1583, align 4, !tbaa !4
-  %indvars.iv.next1089.i = add nuw nsw i64 %indvars.iv1088.i, 1
-  %exitcond1092.not.i = icmp eq i64 %indvars.iv.next1089.i, %wide.trip.count1091.i
-  br i1 %exitcond1092.not.i, label %for_end_to225.i, label %for_begin_ti228.preheader.i, !prof !8
-
-for_end_to225.i:                                  ; preds = %for_begin_ti228.preheader.i, %for_begin_v218.preheader.i
-  br i1 %159, label %if_then233.i, label %if_end234.i, !prof !7
-
-if_then233.i:                                     ; preds = %for_end_to225.i
-  %1584 = srem i32 %1153, %111
-  %1585 = shl nsw i32 %1584, 4
-  %1586 = sub nsw i32 %109, %1585
-  %1587 = icmp sgt i32 %1586, 0
-  br i1 %1587, label %for_body_r236.lr.ph.i, label %if_end234.i, !prof !3
-
-for_body_r236.lr.ph.i:                            ; preds = %if_then233.i
-  %1588 = icmp sgt i32 %valid_len212.i, %883
-  %1589 = sext i32 %1584 to i64
-  %1590 = shl nsw i64 %1589, 3
-  br i1 %1588, label %for_body_r236.us.preheader.i, label %if_end234.i, !prof !3
-
-for_body_r236.us.preheader.i:                     ; preds = %for_body_r236.lr.ph.i
-  %1591 = tail call i32 @llvm.umin.i32(i32 %1586, i32 16)
-  %smin167 = tail call i32 @llvm.smin.i32(i32 %span603.sroa.5.0.lcssa.i, i32 %1158)
-  %smin170 = tail call i32 @llvm.smin.i32(i32 %smin167, i32 %indvars.iv168)
-  %smin171 = tail call i32 @llvm.smin.i32(i32 %smin170, i32 %457)
-  %1592 = add i32 %indvars.iv165, %smin171
-  %smin172 = tail call i32 @llvm.smin.i32(i32 %1592, i32 64)
-  %1593 = sub i32 %smin172, %smax174
-  %1594 = zext i32 %1593 to i64
-  %1595 = add i32 %indvars.iv165, %1161
-  %smin335 = tail call i32 @llvm.smin.i32(i32 %1595, i32 64)
-  %1596 = sub i32 %smin335, %smax334
-  %1597 = zext i32 %1596 to i64
-  %1598 = add nsw i64 %1597, -1
-  %smin352 = tail call i32 @llvm.smin.i32(i32 %1595, i32 64)
-  %1599 = sub i32 %smin352, %smax346
-  %1600 = zext i32 %1599 to i64
-  %scevgep353 = getelementptr i8, ptr %scevgep351, i64 %1600
-  %scevgep356 = getelementptr i8, ptr %scaled.i, i64 -60
-  %1601 = shl nuw nsw i64 %1600, 6
-  %scevgep357 = getelementptr i8, ptr %scevgep356, i64 %1601
-  %1602 = add i32 %indvars.iv165, %1161
-  %smin363 = tail call i32 @llvm.smin.i32(i32 %1602, i32 64)
-  %1603 = sub i32 %smin363, %smax362
-  %1604 = zext i32 %1603 to i64
-  %min.iters.check365 = icmp ult i32 %1603, 24
-  %1605 = trunc i64 %1598 to i32
-  %1606 = add i32 %smax334, %1605
-  %1607 = shl i32 %1606, 4
-  %1608 = icmp ugt i64 %1598, 268435455
-  %mul.result341 = shl nsw i64 %1598, 6
-  %n.vec368 = and i64 %1604, 4294967288
-  %cmp.n381 = icmp eq i64 %n.vec368, %1604
-  %xtraiter476 = and i64 %1604, 3
-  %lcmp.mod477.not = icmp eq i64 %xtraiter476, 0
-  br label %for_body_r236.us.i
-
-for_body_r236.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r236.us.preheader.i
-  %indvar348 = phi i64 [ %indvar.next349, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r236.us.preheader.i ]
-  %r239858.us.i = phi i32 [ %1680, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r236.us.preheader.i ]
-  %1609 = lshr i64 %indvar348, 1
-  %1610 = add nsw i64 %1590, %1609
-  %1611 = mul nsw i64 %479, %1610
-  %scevgep350 = getelementptr i8, ptr %scevgep347, i64 %1611
-  %scevgep354 = getelementptr i8, ptr %scevgep353, i64 %1611
-  %1612 = trunc i64 %indvar348 to i32
-  %1613 = add i32 %766, %1612
-  %1614 = sext i32 %1613 to i64
-  %1615 = shl nsw i64 %1614, 2
-  %scevgep355 = getelementptr i8, ptr %scaled.i, i64 %1615
-  %scevgep358 = getelementptr i8, ptr %scevgep357, i64 %1615
-  %1616 = lshr i32 %r239858.us.i, 1
-  %1617 = zext nneg i32 %1616 to i64
-  %1618 = add nsw i64 %1590, %1617
-  %1619 = mul nsw i64 %1618, %479
-  %1620 = getelementptr i8, ptr %890, i64 %1619
-  br i1 %min.iters.check365, label %for_body_c.us.i.preheader, label %vector.scevcheck333, !prof !11
-
-vector.scevcheck333:                              ; preds = %for_body_r236.us.i
-  %1621 = add i32 %767, %r239858.us.i
-  %1622 = sext i32 %1621 to i64
-  %1623 = shl nsw i64 %1622, 2
-  %scevgep339 = getelementptr i8, ptr %scaled.i, i64 %1623
-  %1624 = add i32 %1607, %r239858.us.i
-  %1625 = icmp slt i32 %1624, %1621
-  %1626 = or i1 %1625, %1608
-  %1627 = getelementptr i8, ptr %scevgep339, i64 %mul.result341
-  %1628 = icmp ult ptr %1627, %scevgep339
-  %1629 = or i1 %1628, %1626
-  br i1 %1629, label %for_body_c.us.i.preheader, label %vector.memcheck343, !prof !11
-
-vector.memcheck343:                               ; preds = %vector.scevcheck333
-  %bound0359 = icmp ult ptr %scevgep350, %scevgep358
-  %bound1360 = icmp ult ptr %scevgep355, %scevgep354
-  %found.conflict361 = and i1 %bound0359, %bound1360
-  br i1 %found.conflict361, label %for_body_c.us.i.preheader, label %vector.ph366, !prof !11
-
-vector.ph366:                                     ; preds = %vector.memcheck343
-  %broadcast.splatinsert369 = insertelement <8 x i32> poison, i32 %r239858.us.i, i64 0
-  %broadcast.splat370 = shufflevector <8 x i32> %broadcast.splatinsert369, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body373
-
-vector.body373:                                   ; preds = %vector.body373, %vector.ph366
-  %index374 = phi i64 [ 0, %vector.ph366 ], [ %index.next378, %vector.body373 ]
-  %vec.ind375 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph366 ], [ %vec.ind.next379, %vector.body373 ]
-  %1630 = getelementptr i8, ptr %1620, i64 %index374
-  %wide.load376 = load <8 x i8>, ptr %1630, align 1, !tbaa !4, !alias.scope !47, !noalias !50
-  %1631 = icmp ne <8 x i8> %wide.load376, zeroinitializer
-  %1632 = add <8 x i32> %broadcast.splat372, %vec.ind375
-  %1633 = shl <8 x i32> %1632, splat (i32 4)
-  %1634 = add nsw <8 x i32> %1633, %broadcast.splat370
-  %1635 = sext <8 x i32> %1634 to <8 x i64>
-  %1636 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %1635
-  %wide.masked.gather377 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %1636, <8 x i1> %1631, <8 x float> poison), !tbaa !4, !alias.scope !50
-  %predphi = select <8 x i1> %1631, <8 x float> %wide.masked.gather377, <8 x float> splat (float 0xFFF0000000000000)
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %1636, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !50
-  %index.next378 = add nuw i64 %index374, 8
-  %vec.ind.next379 = add <8 x i32> %vec.ind375, splat (i32 8)
-  %1637 = icmp eq i64 %index.next378, %n.vec368
-  br i1 %1637, label %middle.block380, label %vector.body373, !prof !52, !llvm.loop !53
-
-middle.block380:                                  ; preds = %vector.body373
-  br i1 %cmp.n381, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !55
-
-for_body_c.us.i.preheader:                        ; preds = %middle.block380, %vector.memcheck343, %vector.scevcheck333, %for_body_r236.us.i
-  %indvars.iv1093.i.ph = phi i64 [ 0, %vector.memcheck343 ], [ 0, %vector.scevcheck333 ], [ 0, %for_body_r236.us.i ], [ %n.vec368, %middle.block380 ]
-  br i1 %lcmp.mod477.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
-
-for_body_c.us.i.prol:                             ; preds = %if_end242.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv1093.i.prol = phi i64 [ %indvars.iv.next1094.i.prol, %if_end242.us.i.prol ], [ %indvars.iv1093.i.ph, %for_body_c.us.i.preheader ]
-  %prol.iter = phi i64 [ %prol.iter.next, %if_end242.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
-  %1638 = getelementptr i8, ptr %1620, i64 %indvars.iv1093.i.prol
-  %1639 = load i8, ptr %1638, align 1, !tbaa !4
-  %1640 = icmp eq i8 %1639, 0
-  %1641 = trunc i64 %indvars.iv1093.i.prol to i32
-  %.pre1241.i.prol = add i32 %883, %1641
-  %.pre1243.i.prol = shl i32 %.pre1241.i.prol, 4
-  %.pre1245.i.prol = add nsw i32 %.pre1243.i.prol, %r239858.us.i
-  %.pre1247.i.prol = sext i32 %.pre1245.i.prol to i64
-  br i1 %1640, label %if_end242.us.i.prol, label %if_else241.us.i.prol
-
-if_else241.us.i.prol:                             ; preds = %for_body_c.us.i.prol
-  %1642 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1247.i.prol
-  %1643 = load float, ptr %1642, align 4, !tbaa !4
-  br label %if_end242.us.i.prol
-
-if_end242.us.i.prol:                              ; preds = %if_else241.us.i.prol, %for_body_c.us.i.prol
-  %1644 = phi float [ %1643, %if_else241.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
-  %1645 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1247.i.prol
-  store float %1644, ptr %1645, align 4, !tbaa !4
-  %indvars.iv.next1094.i.prol = add nuw nsw i64 %indvars.iv1093.i.prol, 1
-  %prol.iter.next = add i64 %prol.iter, 1
-  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter476
-  br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !56, !llvm.loop !57
-
-for_body_c.us.i.prol.loopexit:                    ; preds = %if_end242.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv1093.i.unr = phi i64 [ %indvars.iv1093.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next1094.i.prol, %if_end242.us.i.prol ]
-  %1646 = sub nsw i64 %indvars.iv1093.i.ph, %1604
-  %1647 = icmp ugt i64 %1646, -4
-  br i1 %1647, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !11
-
-for_body_c.us.i:                                  ; preds = %if_end242.us.i.3, %for_body_c.us.i.prol.loopexit
-  %indvars.iv1093.i = phi i64 [ %indvars.iv.next1094.i.3, %if_end242.us.i.3 ], [ %indvars.iv1093.i.unr, %for_body_c.us.i.prol.loopexit ]
-  %1648 = getelementptr i8, ptr %1620, i64 %indvars.iv1093.i
-  %1649 = load i8, ptr %1648, align 1, !tbaa !4
-  %1650 = icmp eq i8 %1649, 0
-  %1651 = trunc i64 %indvars.iv1093.i to i32
-  %.pre1241.i = add i32 %883, %1651
-  %.pre1243.i = shl i32 %.pre1241.i, 4
-  %.pre1245.i = add nsw i32 %.pre1243.i, %r239858.us.i
-  %.pre1247.i = sext i32 %.pre1245.i to i64
-  br i1 %1650, label %if_end242.us.i, label %if_else241.us.i
-
-if_else241.us.i:                                  ; preds = %for_body_c.us.i
-  %1652 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1247.i
-  %1653 = load float, ptr %1652, align 4, !tbaa !4
-  br label %if_end242.us.i
-
-if_end242.us.i:                                   ; preds = %if_else241.us.i, %for_body_c.us.i
-  %1654 = phi float [ %1653, %if_else241.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
-  %1655 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1247.i
-  store float %1654, ptr %1655, align 4, !tbaa !4
-  %indvars.iv.next1094.i = add nuw nsw i64 %indvars.iv1093.i, 1
-  %1656 = getelementptr i8, ptr %1620, i64 %indvars.iv.next1094.i
-  %1657 = load i8, ptr %1656, align 1, !tbaa !4
-  %1658 = icmp eq i8 %1657, 0
-  %1659 = trunc i64 %indvars.iv.next1094.i to i32
-  %.pre1241.i.1 = add i32 %883, %1659
-  %.pre1243.i.1 = shl i32 %.pre1241.i.1, 4
-  %.pre1245.i.1 = add nsw i32 %.pre1243.i.1, %r239858.us.i
-  %.pre1247.i.1 = sext i32 %.pre1245.i.1 to i64
-  br i1 %1658, label %if_end242.us.i.1, label %if_else241.us.i.1
-
-if_else241.us.i.1:                                ; preds = %if_end242.us.i
-  %1660 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1247.i.1
-  %1661 = load float, ptr %1660, align 4, !tbaa !4
-  br label %if_end242.us.i.1
-
-if_end242.us.i.1:                                 ; preds = %if_else241.us.i.1, %if_end242.us.i
-  %1662 = phi float [ %1661, %if_else241.us.i.1 ], [ 0xFFF0000000000000, %if_end242.us.i ]
-  %1663 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1247.i.1
-  store float %1662, ptr %1663, align 4, !tbaa !4
-  %indvars.iv.next1094.i.1 = add nuw nsw i64 %indvars.iv1093.i, 2
-  %1664 = getelementptr i8, ptr %1620, i64 %indvars.iv.next1094.i.1
-  %1665 = load i8, ptr %1664, align 1, !tbaa !4
-  %1666 = icmp eq i8 %1665, 0
-  %1667 = trunc i64 %indvars.iv.next1094.i.1 to i32
-  %.pre1241.i.2 = add i32 %883, %1667
-  %.pre1243.i.2 = shl i32 %.pre1241.i.2, 4
-  %.pre1245.i.2 = add nsw i32 %.pre1243.i.2, %r239858.us.i
-  %.pre1247.i.2 = sext i32 %.pre1245.i.2 to i64
-  br i1 %1666, label %if_end242.us.i.2, label %if_else241.us.i.2
-
-if_else241.us.i.2:                                ; preds = %if_end242.us.i.1
-  %1668 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1247.i.2
-  %1669 = load float, ptr %1668, align 4, !tbaa !4
-  br label %if_end242.us.i.2
-
-if_end242.us.i.2:                                 ; preds = %if_else241.us.i.2, %if_end242.us.i.1
-  %1670 = phi float [ %1669, %if_else241.us.i.2 ], [ 0xFFF0000000000000, %if_end242.us.i.1 ]
-  %1671 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1247.i.2
-  store float %1670, ptr %1671, align 4, !tbaa !4
-  %indvars.iv.next1094.i.2 = add nuw nsw i64 %indvars.iv1093.i, 3
-  %1672 = getelementptr i8, ptr %1620, i64 %indvars.iv.next1094.i.2
-  %1673 = load i8, ptr %1672, align 1, !tbaa !4
-  %1674 = icmp eq i8 %1673, 0
-  %1675 = trunc i64 %indvars.iv.next1094.i.2 to i32
-  %.pre1241.i.3 = add i32 %883, %1675
-  %.pre1243.i.3 = shl i32 %.pre1241.i.3, 4
-  %.pre1245.i.3 = add nsw i32 %.pre1243.i.3, %r239858.us.i
-  %.pre1247.i.3 = sext i32 %.pre1245.i.3 to i64
-  br i1 %1674, label %if_end242.us.i.3, label %if_else241.us.i.3
-
-if_else241.us.i.3:                                ; preds = %if_end242.us.i.2
-  %1676 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1247.i.3
-  %1677 = load float, ptr %1676, align 4, !tbaa !4
-  br label %if_end242.us.i.3
-
-if_end242.us.i.3:                                 ; preds = %if_else241.us.i.3, %if_end242.us.i.2
-  %1678 = phi float [ %1677, %if_else241.us.i.3 ], [ 0xFFF0000000000000, %if_end242.us.i.2 ]
-  %1679 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1247.i.3
-  store float %1678, ptr %1679, align 4, !tbaa !4
-  %indvars.iv.next1094.i.3 = add nuw nsw i64 %indvars.iv1093.i, 4
-  %exitcond173.not.3 = icmp eq i64 %indvars.iv.next1094.i.3, %1594
-  br i1 %exitcond173.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !59, !llvm.loop !60
-
-for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end242.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block380
-  %1680 = add nuw nsw i32 %r239858.us.i, 1
-  %exitcond1096.not.i = icmp eq i32 %1680, %1591
-  %indvar.next349 = add i64 %indvar348, 1
-  br i1 %exitcond1096.not.i, label %if_end234.i, label %for_body_r236.us.i, !prof !8
-
-if_end234.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r236.lr.ph.i, %if_then233.i, %for_end_to225.i
-  br i1 %1165, label %for_begin_ti248.preheader.preheader.i, label %for_end_to245.i, !prof !3
-
-for_begin_ti248.preheader.preheader.i:            ; preds = %if_end234.i
-  %wide.trip.count1104.i = zext nneg i32 %1164 to i64
-  br label %for_begin_ti248.preheader.i
-
-for_begin_ti248.preheader.i:                      ; preds = %for_begin_ti248.preheader.i, %for_begin_ti248.preheader.preheader.i
-  %indvars.iv1101.i = phi i64 [ 0, %for_begin_ti248.preheader.preheader.i ], [ %indvars.iv.next1102.i, %for_begin_ti248.preheader.i ]
-  %peak594.sroa.0.0861.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti248.preheader.preheader.i ], [ %1712, %for_begin_ti248.preheader.i ]
-  %.idx71 = shl nsw i64 %indvars.iv1101.i, 9
-  %1681 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx71
-  %1682 = load <16 x float>, ptr %1681, align 4, !tbaa !4
-  %1683 = fcmp ogt <16 x float> %peak594.sroa.0.0861.i, %1682
-  %1684 = select <16 x i1> %1683, <16 x float> %peak594.sroa.0.0861.i, <16 x float> %1682
-  %1685 = getelementptr inbounds nuw i8, ptr %1681, i64 64
-  %1686 = load <16 x float>, ptr %1685, align 4, !tbaa !4
-  %1687 = fcmp ogt <16 x float> %1684, %1686
-  %1688 = select <16 x i1> %1687, <16 x float> %1684, <16 x float> %1686
-  %1689 = getelementptr inbounds nuw i8, ptr %1681, i64 128
-  %1690 = load <16 x float>, ptr %1689, align 4, !tbaa !4
-  %1691 = fcmp ogt <16 x float> %1688, %1690
-  %1692 = select <16 x i1> %1691, <16 x float> %1688, <16 x float> %1690
-  %1693 = getelementptr inbounds nuw i8, ptr %1681, i64 192
-  %1694 = load <16 x float>, ptr %1693, align 4, !tbaa !4
-  %1695 = fcmp ogt <16 x float> %1692, %1694
-  %1696 = select <16 x i1> %1695, <16 x float> %1692, <16 x float> %1694
-  %1697 = getelementptr inbounds nuw i8, ptr %1681, i64 256
-  %1698 = load <16 x float>, ptr %1697, align 4, !tbaa !4
-  %1699 = fcmp ogt <16 x float> %1696, %1698
-  %1700 = select <16 x i1> %1699, <16 x float> %1696, <16 x float> %1698
-  %1701 = getelementptr inbounds nuw i8, ptr %1681, i64 320
-  %1702 = load <16 x float>, ptr %1701, align 4, !tbaa !4
-  %1703 = fcmp ogt <16 x float> %1700, %1702
-  %1704 = select <16 x i1> %1703, <16 x float> %1700, <16 x float> %1702
-  %1705 = getelementptr inbounds nuw i8, ptr %1681, i64 384
-  %1706 = load <16 x float>, ptr %1705, align 4, !tbaa !4
-  %1707 = fcmp ogt <16 x float> %1704, %1706
-  %1708 = select <16 x i1> %1707, <16 x float> %1704, <16 x float> %1706
-  %1709 = getelementptr inbounds nuw i8, ptr %1681, i64 448
-  %1710 = load <16 x float>, ptr %1709, align 4, !tbaa !4
-  %1711 = fcmp ogt <16 x float> %1708, %1710
-  %1712 = select <16 x i1> %1711, <16 x float> %1708, <16 x float> %1710
-  %indvars.iv.next1102.i = add nuw nsw i64 %indvars.iv1101.i, 1
-  %exitcond1105.not.i = icmp eq i64 %indvars.iv.next1102.i, %wide.trip.count1104.i
-  br i1 %exitcond1105.not.i, label %for_begin_ti258.preheader.lr.ph.i, label %for_begin_ti248.preheader.i, !prof !8
-
-for_end_to245.i:                                  ; preds = %if_end234.i
-  %1713 = icmp sgt i32 %1162, 0
-  %1714 = insertelement <16 x i1> poison, i1 %1713, i64 0
-  %1715 = shufflevector <16 x i1> %1714, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1716 = select <16 x i1> %1715, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
-  %1717 = shl i32 %1153, 4
-  %1718 = sext i32 %1717 to i64
-  br label %for_end_to255.i
-
-for_begin_ti258.preheader.lr.ph.i:                ; preds = %for_begin_ti248.preheader.i
-  %1719 = icmp sgt i32 %1162, 0
-  %1720 = insertelement <16 x i1> poison, i1 %1719, i64 0
-  %1721 = shufflevector <16 x i1> %1720, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1722 = select <16 x i1> %1721, <16 x float> %1712, <16 x float> splat (float 0xC6293E5940000000)
-  %1723 = shl i32 %1153, 4
-  %1724 = sext i32 %1723 to i64
-  %1725 = getelementptr inbounds i32, ptr %places.i, i64 %1724
-  %1726 = load <16 x i32>, ptr %1725, align 4, !tbaa !4
-  %1727 = sitofp <16 x i32> %1726 to <16 x float>
-  %1728 = fsub <16 x float> splat (float 0x4168000FE0000000), %1727
-  %1729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1727, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  br label %for_begin_ti258.preheader.i
-
-for_begin_ti258.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti258.preheader.lr.ph.i
-  %indvars.iv1114.i = phi i64 [ 0, %for_begin_ti258.preheader.lr.ph.i ], [ %indvars.iv.next1115.i, %for_end_ax0.i ]
-  %tile_sum599.sroa.0.0867.i = phi <16 x float> [ zeroinitializer, %for_begin_ti258.preheader.lr.ph.i ], [ %.us-phi.i, %for_end_ax0.i ]
-  %1730 = shl nsw i64 %indvars.iv1114.i, 7
-  %1731 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1730
-  %1732 = load <16 x float>, ptr %1731, align 4, !tbaa !4
-  %arg.i = fsub <16 x float> %1732, %1722
-  %1733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %1728)
-  %bits.i = bitcast <16 x float> %1733 to <16 x i32>
-  %n.i = fsub <16 x float> %1733, %1728
-  %1734 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
-  %1735 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
-  %1736 = fsub <16 x float> %arg.i, %1735
-  %1737 = fadd <16 x float> %1734, %1736
-  %1738 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1738, <16 x float> %1737, <16 x float> splat (float 0x3FA5558F20000000))
-  %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1737, <16 x float> splat (float 0x3FC5554920000000))
-  %1741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1740, <16 x float> %1737, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1742 = fmul <16 x float> %1737, %1737
-  %1743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1741, <16 x float> %1742, <16 x float> %1737)
-  %1744 = shl <16 x i32> %bits.i, splat (i32 23)
-  %1745 = bitcast <16 x i32> %1744 to <16 x float>
-  %1746 = fadd <16 x float> %1743, splat (float 1.000000e+00)
-  %1747 = fmul <16 x float> %1746, %1745
-  %1748 = fcmp olt <16 x float> %arg.i, %1729
-  %1749 = select <16 x i1> %1748, <16 x float> zeroinitializer, <16 x float> %1747
-  %1750 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1730
-  store <16 x float> %1749, ptr %1750, align 4, !tbaa !4
-  %1751 = or disjoint i64 %1730, 16
-  %1752 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1751
-  %1753 = load <16 x float>, ptr %1752, align 4, !tbaa !4
-  %arg.1.i = fsub <16 x float> %1753, %1722
-  %1754 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %1728)
-  %bits.1.i = bitcast <16 x float> %1754 to <16 x i32>
-  %n.1.i = fsub <16 x float> %1754, %1728
-  %1755 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
-  %1756 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
-  %1757 = fsub <16 x float> %arg.1.i, %1756
-  %1758 = fadd <16 x float> %1755, %1757
-  %1759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1758, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1760 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1759, <16 x float> %1758, <16 x float> splat (float 0x3FA5558F20000000))
-  %1761 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1760, <16 x float> %1758, <16 x float> splat (float 0x3FC5554920000000))
-  %1762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1758, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1763 = fmul <16 x float> %1758, %1758
-  %1764 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1762, <16 x float> %1763, <16 x float> %1758)
-  %1765 = shl <16 x i32> %bits.1.i, splat (i32 23)
-  %1766 = bitcast <16 x i32> %1765 to <16 x float>
-  %1767 = fadd <16 x float> %1764, splat (float 1.000000e+00)
-  %1768 = fmul <16 x float> %1767, %1766
-  %1769 = fcmp olt <16 x float> %arg.1.i, %1729
-  %1770 = select <16 x i1> %1769, <16 x float> zeroinitializer, <16 x float> %1768
-  %1771 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1751
-  store <16 x float> %1770, ptr %1771, align 4, !tbaa !4
-  %1772 = or disjoint i64 %1730, 32
-  %1773 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1772
-  %1774 = load <16 x float>, ptr %1773, align 4, !tbaa !4
-  %arg.2.i = fsub <16 x float> %1774, %1722
-  %1775 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %1728)
-  %bits.2.i = bitcast <16 x float> %1775 to <16 x i32>
-  %n.2.i = fsub <16 x float> %1775, %1728
-  %1776 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
-  %1777 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
-  %1778 = fsub <16 x float> %arg.2.i, %1777
-  %1779 = fadd <16 x float> %1776, %1778
-  %1780 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1779, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1781 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1779, <16 x float> splat (float 0x3FA5558F20000000))
-  %1782 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1781, <16 x float> %1779, <16 x float> splat (float 0x3FC5554920000000))
-  %1783 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1782, <16 x float> %1779, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1784 = fmul <16 x float> %1779, %1779
-  %1785 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1783, <16 x float> %1784, <16 x float> %1779)
-  %1786 = shl <16 x i32> %bits.2.i, splat (i32 23)
-  %1787 = bitcast <16 x i32> %1786 to <16 x float>
-  %1788 = fadd <16 x float> %1785, splat (float 1.000000e+00)
-  %1789 = fmul <16 x float> %1788, %1787
-  %1790 = fcmp olt <16 x float> %arg.2.i, %1729
-  %1791 = select <16 x i1> %1790, <16 x float> zeroinitializer, <16 x float> %1789
-  %1792 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1772
-  store <16 x float> %1791, ptr %1792, align 4, !tbaa !4
-  %1793 = or disjoint i64 %1730, 48
-  %1794 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1793
-  %1795 = load <16 x float>, ptr %1794, align 4, !tbaa !4
-  %arg.3.i = fsub <16 x float> %1795, %1722
-  %1796 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %1728)
-  %bits.3.i = bitcast <16 x float> %1796 to <16 x i32>
-  %n.3.i = fsub <16 x float> %1796, %1728
-  %1797 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
-  %1798 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
-  %1799 = fsub <16 x float> %arg.3.i, %1798
-  %1800 = fadd <16 x float> %1797, %1799
-  %1801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1800, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1802 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1801, <16 x float> %1800, <16 x float> splat (float 0x3FA5558F20000000))
-  %1803 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1802, <16 x float> %1800, <16 x float> splat (float 0x3FC5554920000000))
-  %1804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1803, <16 x float> %1800, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1805 = fmul <16 x float> %1800, %1800
-  %1806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1804, <16 x float> %1805, <16 x float> %1800)
-  %1807 = shl <16 x i32> %bits.3.i, splat (i32 23)
-  %1808 = bitcast <16 x i32> %1807 to <16 x float>
-  %1809 = fadd <16 x float> %1806, splat (float 1.000000e+00)
-  %1810 = fmul <16 x float> %1809, %1808
-  %1811 = fcmp olt <16 x float> %arg.3.i, %1729
-  %1812 = select <16 x i1> %1811, <16 x float> zeroinitializer, <16 x float> %1810
-  %1813 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1793
-  store <16 x float> %1812, ptr %1813, align 4, !tbaa !4
-  %1814 = or disjoint i64 %1730, 64
-  %1815 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1814
-  %1816 = load <16 x float>, ptr %1815, align 4, !tbaa !4
-  %arg.4.i = fsub <16 x float> %1816, %1722
-  %1817 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %1728)
-  %bits.4.i = bitcast <16 x float> %1817 to <16 x i32>
-  %n.4.i = fsub <16 x float> %1817, %1728
-  %1818 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
-  %1819 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
-  %1820 = fsub <16 x float> %arg.4.i, %1819
-  %1821 = fadd <16 x float> %1818, %1820
-  %1822 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1821, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1823 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1821, <16 x float> splat (float 0x3FA5558F20000000))
-  %1824 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1823, <16 x float> %1821, <16 x float> splat (float 0x3FC5554920000000))
-  %1825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1821, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1826 = fmul <16 x float> %1821, %1821
-  %1827 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1825, <16 x float> %1826, <16 x float> %1821)
-  %1828 = shl <16 x i32> %bits.4.i, splat (i32 23)
-  %1829 = bitcast <16 x i32> %1828 to <16 x float>
-  %1830 = fadd <16 x float> %1827, splat (float 1.000000e+00)
-  %1831 = fmul <16 x float> %1830, %1829
-  %1832 = fcmp olt <16 x float> %arg.4.i, %1729
-  %1833 = select <16 x i1> %1832, <16 x float> zeroinitializer, <16 x float> %1831
-  %1834 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1814
-  store <16 x float> %1833, ptr %1834, align 4, !tbaa !4
-  %1835 = or disjoint i64 %1730, 80
-  %1836 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1835
-  %1837 = load <16 x float>, ptr %1836, align 4, !tbaa !4
-  %arg.5.i = fsub <16 x float> %1837, %1722
-  %1838 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %1728)
-  %bits.5.i = bitcast <16 x float> %1838 to <16 x i32>
-  %n.5.i = fsub <16 x float> %1838, %1728
-  %1839 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
-  %1840 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
-  %1841 = fsub <16 x float> %arg.5.i, %1840
-  %1842 = fadd <16 x float> %1839, %1841
-  %1843 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1842, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1844 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1843, <16 x float> %1842, <16 x float> splat (float 0x3FA5558F20000000))
-  %1845 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1844, <16 x float> %1842, <16 x float> splat (float 0x3FC5554920000000))
-  %1846 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1845, <16 x float> %1842, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1847 = fmul <16 x float> %1842, %1842
-  %1848 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1846, <16 x float> %1847, <16 x float> %1842)
-  %1849 = shl <16 x i32> %bits.5.i, splat (i32 23)
-  %1850 = bitcast <16 x i32> %1849 to <16 x float>
-  %1851 = fadd <16 x float> %1848, splat (float 1.000000e+00)
-  %1852 = fmul <16 x float> %1851, %1850
-  %1853 = fcmp olt <16 x float> %arg.5.i, %1729
-  %1854 = select <16 x i1> %1853, <16 x float> zeroinitializer, <16 x float> %1852
-  %1855 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1835
-  store <16 x float> %1854, ptr %1855, align 4, !tbaa !4
-  %1856 = or disjoint i64 %1730, 96
-  %1857 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1856
-  %1858 = load <16 x float>, ptr %1857, align 4, !tbaa !4
-  %arg.6.i = fsub <16 x float> %1858, %1722
-  %1859 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %1728)
-  %bits.6.i = bitcast <16 x float> %1859 to <16 x i32>
-  %n.6.i = fsub <16 x float> %1859, %1728
-  %1860 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
-  %1861 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
-  %1862 = fsub <16 x float> %arg.6.i, %1861
-  %1863 = fadd <16 x float> %1860, %1862
-  %1864 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1863, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1865 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1864, <16 x float> %1863, <16 x float> splat (float 0x3FA5558F20000000))
-  %1866 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1865, <16 x float> %1863, <16 x float> splat (float 0x3FC5554920000000))
-  %1867 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1866, <16 x float> %1863, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1868 = fmul <16 x float> %1863, %1863
-  %1869 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1867, <16 x float> %1868, <16 x float> %1863)
-  %1870 = shl <16 x i32> %bits.6.i, splat (i32 23)
-  %1871 = bitcast <16 x i32> %1870 to <16 x float>
-  %1872 = fadd <16 x float> %1869, splat (float 1.000000e+00)
-  %1873 = fmul <16 x float> %1872, %1871
-  %1874 = fcmp olt <16 x float> %arg.6.i, %1729
-  %1875 = select <16 x i1> %1874, <16 x float> zeroinitializer, <16 x float> %1873
-  %1876 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1856
-  store <16 x float> %1875, ptr %1876, align 4, !tbaa !4
-  %1877 = or disjoint i64 %1730, 112
-  %1878 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1877
-  %1879 = load <16 x float>, ptr %1878, align 4, !tbaa !4
-  %arg.7.i = fsub <16 x float> %1879, %1722
-  %1880 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %1728)
-  %bits.7.i = bitcast <16 x float> %1880 to <16 x i32>
-  %n.7.i = fsub <16 x float> %1880, %1728
-  %1881 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
-  %1882 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
-  %1883 = fsub <16 x float> %arg.7.i, %1882
-  %1884 = fadd <16 x float> %1881, %1883
-  %1885 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1884, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1886 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1885, <16 x float> %1884, <16 x float> splat (float 0x3FA5558F20000000))
-  %1887 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1886, <16 x float> %1884, <16 x float> splat (float 0x3FC5554920000000))
-  %1888 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1887, <16 x float> %1884, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1889 = fmul <16 x float> %1884, %1884
-  %1890 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1888, <16 x float> %1889, <16 x float> %1884)
-  %1891 = shl <16 x i32> %bits.7.i, splat (i32 23)
-  %1892 = bitcast <16 x i32> %1891 to <16 x float>
-  %1893 = fadd <16 x float> %1890, splat (float 1.000000e+00)
-  %1894 = fmul <16 x float> %1893, %1892
-  %1895 = fcmp olt <16 x float> %arg.7.i, %1729
-  %1896 = select <16 x i1> %1895, <16 x float> zeroinitializer, <16 x float> %1894
-  %1897 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1877
-  store <16 x float> %1896, ptr %1897, align 4, !tbaa !4
-  %1898 = icmp samesign ult i64 %indvars.iv1114.i, 8
-  br i1 %1898, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !7
-
-for_end_to255.i:                                  ; preds = %for_end_ax0.i, %for_end_to245.i
-  %1899 = phi i64 [ %1718, %for_end_to245.i ], [ %1724, %for_end_ax0.i ]
-  %1900 = phi <16 x float> [ %1716, %for_end_to245.i ], [ %1722, %for_end_ax0.i ]
-  %tile_sum599.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_end_to245.i ], [ %.us-phi.i, %for_end_ax0.i ]
-  %1901 = getelementptr inbounds float, ptr %row_max.i, i64 %1899
-  %1902 = load <16 x float>, ptr %1901, align 4, !tbaa !4
-  %old_max.i = select <16 x i1> %887, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %1902
-  %1903 = getelementptr inbounds float, ptr %row_sum.i, i64 %1899
-  %1904 = load <16 x float>, ptr %1903, align 4, !tbaa !4
-  %old_sum.i = select <16 x i1> %887, <16 x float> zeroinitializer, <16 x float> %1904
-  %1905 = fcmp ogt <16 x float> %old_max.i, %1900
-  %1906 = fcmp oeq <16 x float> %tile_sum599.sroa.0.0.lcssa.i, zeroinitializer
-  %1907 = select <16 x i1> %1906, <16 x i1> splat (i1 true), <16 x i1> %1905
-  %old_or_both.i = select <16 x i1> %1907, <16 x float> %old_max.i, <16 x float> %1900
-  %1908 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %1908, <16 x float> %1900, <16 x float> %old_or_both.i
-  %1909 = fsub <16 x float> %old_max.i, %m.i
-  %1910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1911 = bitcast <16 x float> %1910 to <16 x i32>
-  %1912 = fadd <16 x float> %1910, splat (float 0xC168000FE0000000)
-  %1913 = fmul <16 x float> %1912, splat (float 0x3F2BD01060000000)
-  %1914 = fmul <16 x float> %1912, splat (float 0x3FE6300000000000)
-  %1915 = fsub <16 x float> %1909, %1914
-  %1916 = fadd <16 x float> %1913, %1915
-  %1917 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1916, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1918 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1917, <16 x float> %1916, <16 x float> splat (float 0x3FA5558F20000000))
-  %1919 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1918, <16 x float> %1916, <16 x float> splat (float 0x3FC5554920000000))
-  %1920 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1919, <16 x float> %1916, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1921 = fmul <16 x float> %1916, %1916
-  %1922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1920, <16 x float> %1921, <16 x float> %1916)
-  %1923 = shl <16 x i32> %1911, splat (i32 23)
-  %1924 = bitcast <16 x i32> %1923 to <16 x float>
-  %1925 = fadd <16 x float> %1922, splat (float 1.000000e+00)
-  %1926 = fmul <16 x float> %1925, %1924
-  %1927 = fcmp olt <16 x float> %1909, splat (float -8.700000e+01)
-  %1928 = select <16 x i1> %1927, <16 x float> zeroinitializer, <16 x float> %1926
-  %1929 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %1930 = select <16 x i1> %1929, <16 x float> %1928, <16 x float> zeroinitializer
-  %arg282.i = fsub <16 x float> %1900, %m.i
-  %1931 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg282.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1932 = bitcast <16 x float> %1931 to <16 x i32>
-  %1933 = fadd <16 x float> %1931, splat (float 0xC168000FE0000000)
-  %1934 = fmul <16 x float> %1933, splat (float 0x3F2BD01060000000)
-  %1935 = fmul <16 x float> %1933, splat (float 0x3FE6300000000000)
-  %1936 = fsub <16 x float> %arg282.i, %1935
-  %1937 = fadd <16 x float> %1934, %1936
-  %1938 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1937, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1938, <16 x float> %1937, <16 x float> splat (float 0x3FA5558F20000000))
-  %1940 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1939, <16 x float> %1937, <16 x float> splat (float 0x3FC5554920000000))
-  %1941 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1940, <16 x float> %1937, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1942 = fmul <16 x float> %1937, %1937
-  %1943 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1941, <16 x float> %1942, <16 x float> %1937)
-  %1944 = shl <16 x i32> %1932, splat (i32 23)
-  %1945 = bitcast <16 x i32> %1944 to <16 x float>
-  %1946 = fadd <16 x float> %1943, splat (float 1.000000e+00)
-  %1947 = fmul <16 x float> %1946, %1945
-  %1948 = fcmp olt <16 x float> %arg282.i, splat (float -8.700000e+01)
-  %1949 = select <16 x i1> %1948, <16 x float> zeroinitializer, <16 x float> %1947
-  %1950 = fcmp one <16 x float> %tile_sum599.sroa.0.0.lcssa.i, zeroinitializer
-  %1951 = select <16 x i1> %1950, <16 x float> %1949, <16 x float> zeroinitializer
-  %1952 = fmul <16 x float> %old_sum.i, %1930
-  %1953 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %tile_sum599.sroa.0.0.lcssa.i, <16 x float> %1952)
-  store <16 x float> %m.i, ptr %1901, align 4, !tbaa !4
-  store <16 x float> %1953, ptr %1903, align 4, !tbaa !4
-  %1954 = load i32, ptr %1156, align 4, !tbaa !4
-  %1955 = sub i32 %1954, %888
-  %1956 = tail call i32 @llvm.smin.i32(i32 %1955, i32 %valid_len212.i)
-  %1957 = tail call i32 @llvm.smin.i32(i32 %1956, i32 %.reass857.reass.i)
-  %1958 = select i1 %159, i32 %1957, i32 %1956
-  %1959 = tail call i32 @llvm.smax.i32(i32 %1958, i32 0)
-  %1960 = lshr i32 %1959, 3
-  %1961 = getelementptr i8, ptr %1156, i64 12
-  %1962 = load i32, ptr %1961, align 4, !tbaa !4
-  %1963 = sext i32 %1962 to i64
-  %.not631.i = icmp slt i64 %880, %1963
-  %num_full.i = select i1 %.not631.i, i32 0, i32 %1960
-  %1964 = sub nsw i32 %1164, %num_full.i
-  %1965 = icmp sgt i32 %1964, 0
-  br i1 %1965, label %for_begin_ti305.preheader.lr.ph.i, label %for_end_to302.i, !prof !3
-
-for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti258.preheader.i
-  %1966 = fadd <16 x float> %tile_sum599.sroa.0.0867.i, %1749
-  %1967 = fadd <16 x float> %1966, %1770
-  %1968 = fadd <16 x float> %1967, %1791
-  %1969 = fadd <16 x float> %1968, %1812
-  %1970 = fadd <16 x float> %1969, %1833
-  %1971 = fadd <16 x float> %1970, %1854
-  %1972 = fadd <16 x float> %1971, %1875
-  %1973 = fadd <16 x float> %1972, %1896
-  br label %for_end_ax0.i
-
-for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti258.preheader.i
-  %.us-phi.i = phi <16 x float> [ %1973, %for_body_ax0.us.preheader.i ], [ %tile_sum599.sroa.0.0867.i, %for_begin_ti258.preheader.i ]
-  %indvars.iv.next1115.i = add nuw nsw i64 %indvars.iv1114.i, 1
-  %exitcond1118.not.i = icmp eq i64 %indvars.iv.next1115.i, %wide.trip.count1104.i
-  br i1 %exitcond1118.not.i, label %for_end_to255.i, label %for_begin_ti258.preheader.i, !prof !8
-
-for_begin_ti305.preheader.lr.ph.i:                ; preds = %for_end_to255.i
-  %1974 = getelementptr inbounds i32, ptr %begins.i, i64 %1899
-  %1975 = getelementptr inbounds i32, ptr %limits.i, i64 %1899
-  %wide.trip.count1126.i = zext nneg i32 %1964 to i64
-  br label %for_begin_ti305.preheader.i
-
-for_begin_ti305.preheader.i:                      ; preds = %for_begin_ti305.preheader.i, %for_begin_ti305.preheader.lr.ph.i
-  %indvars.iv1123.i = phi i64 [ 0, %for_begin_ti305.preheader.lr.ph.i ], [ %indvars.iv.next1124.i, %for_begin_ti305.preheader.i ]
-  %1976 = trunc i64 %indvars.iv1123.i to i32
-  %.tr.i = add i32 %num_full.i, %1976
-  %1977 = shl i32 %.tr.i, 3
-  %1978 = add i32 %1977, %881
-  %1979 = shl i32 %.tr.i, 7
-  %1980 = sext i32 %1979 to i64
-  %1981 = insertelement <16 x i32> poison, i32 %1978, i64 0
-  %1982 = shufflevector <16 x i32> %1981, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1983 = load <16 x i32>, ptr %1974, align 4, !tbaa !4
-  %1984 = icmp sle <16 x i32> %1983, %1982
-  %1985 = load <16 x i32>, ptr %1975, align 4, !tbaa !4
-  %1986 = icmp slt <16 x i32> %1982, %1985
-  %1987 = and <16 x i1> %1984, %1986
-  %1988 = sext <16 x i1> %1987 to <16 x i32>
-  %1989 = getelementptr inbounds i32, ptr %edges.i, i64 %1980
-  store <16 x i32> %1988, ptr %1989, align 4, !tbaa !4
-  %1990 = or disjoint i32 %1978, 1
-  %1991 = insertelement <16 x i32> poison, i32 %1990, i64 0
-  %1992 = shufflevector <16 x i32> %1991, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1993 = load <16 x i32>, ptr %1974, align 4, !tbaa !4
-  %1994 = icmp sle <16 x i32> %1993, %1992
-  %1995 = load <16 x i32>, ptr %1975, align 4, !tbaa !4
-  %1996 = icmp slt <16 x i32> %1992, %1995
-  %1997 = and <16 x i1> %1994, %1996
-  %1998 = sext <16 x i1> %1997 to <16 x i32>
-  %1999 = getelementptr i8, ptr %1989, i64 64
-  store <16 x i32> %1998, ptr %1999, align 4, !tbaa !4
-  %2000 = or disjoint i32 %1978, 2
-  %2001 = insertelement <16 x i32> poison, i32 %2000, i64 0
-  %2002 = shufflevector <16 x i32> %2001, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2003 = load <16 x i32>, ptr %1974, align 4, !tbaa !4
-  %2004 = icmp sle <16 x i32> %2003, %2002
-  %2005 = load <16 x i32>, ptr %1975, align 4, !tbaa !4
-  %2006 = icmp slt <16 x i32> %2002, %2005
-  %2007 = and <16 x i1> %2004, %2006
-  %2008 = sext <16 x i1> %2007 to <16 x i32>
-  %2009 = getelementptr i8, ptr %1989, i64 128
-  store <16 x i32> %2008, ptr %2009, align 4, !tbaa !4
-  %2010 = or disjoint i32 %1978, 3
-  %2011 = insertelement <16 x i32> poison, i32 %2010, i64 0
-  %2012 = shufflevector <16 x i32> %2011, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2013 = load <16 x i32>, ptr %1974, align 4, !tbaa !4
-  %2014 = icmp sle <16 x i32> %2013, %2012
-  %2015 = load <16 x i32>, ptr %1975, align 4, !tbaa !4
-  %2016 = icmp slt <16 x i32> %2012, %2015
-  %2017 = and <16 x i1> %2014, %2016
-  %2018 = sext <16 x i1> %2017 to <16 x i32>
-  %2019 = getelementptr i8, ptr %1989, i64 192
-  store <16 x i32> %2018, ptr %2019, align 4, !tbaa !4
-  %2020 = or disjoint i32 %1978, 4
-  %2021 = insertelement <16 x i32> poison, i32 %2020, i64 0
-  %2022 = shufflevector <16 x i32> %2021, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2023 = load <16 x i32>, ptr %1974, align 4, !tbaa !4
-  %2024 = icmp sle <16 x i32> %2023, %2022
-  %2025 = load <16 x i32>, ptr %1975, align 4, !tbaa !4
-  %2026 = icmp slt <16 x i32> %2022, %2025
-  %2027 = and <16 x i1> %2024, %2026
-  %2028 = sext <16 x i1> %2027 to <16 x i32>
-  %2029 = getelementptr i8, ptr %1989, i64 256
-  store <16 x i32> %2028, ptr %2029, align 4, !tbaa !4
-  %2030 = or disjoint i32 %1978, 5
-  %2031 = insertelement <16 x i32> poison, i32 %2030, i64 0
-  %2032 = shufflevector <16 x i32> %2031, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2033 = load <16 x i32>, ptr %1974, align 4, !tbaa !4
-  %2034 = icmp sle <16 x i32> %2033, %2032
-  %2035 = load <16 x i32>, ptr %1975, align 4, !tbaa !4
-  %2036 = icmp slt <16 x i32> %2032, %2035
-  %2037 = and <16 x i1> %2034, %2036
-  %2038 = sext <16 x i1> %2037 to <16 x i32>
-  %2039 = getelementptr i8, ptr %1989, i64 320
-  store <16 x i32> %2038, ptr %2039, align 4, !tbaa !4
-  %2040 = or disjoint i32 %1978, 6
-  %2041 = insertelement <16 x i32> poison, i32 %2040, i64 0
-  %2042 = shufflevector <16 x i32> %2041, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2043 = load <16 x i32>, ptr %1974, align 4, !tbaa !4
-  %2044 = icmp sle <16 x i32> %2043, %2042
-  %2045 = load <16 x i32>, ptr %1975, align 4, !tbaa !4
-  %2046 = icmp slt <16 x i32> %2042, %2045
-  %2047 = and <16 x i1> %2044, %2046
-  %2048 = sext <16 x i1> %2047 to <16 x i32>
-  %2049 = getelementptr i8, ptr %1989, i64 384
-  store <16 x i32> %2048, ptr %2049, align 4, !tbaa !4
-  %2050 = or disjoint i32 %1978, 7
-  %2051 = insertelement <16 x i32> poison, i32 %2050, i64 0
-  %2052 = shufflevector <16 x i32> %2051, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2053 = load <16 x i32>, ptr %1974, align 4, !tbaa !4
-  %2054 = icmp sle <16 x i32> %2053, %2052
-  %2055 = load <16 x i32>, ptr %1975, align 4, !tbaa !4
-  %2056 = icmp slt <16 x i32> %2052, %2055
-  %2057 = and <16 x i1> %2054, %2056
-  %2058 = sext <16 x i1> %2057 to <16 x i32>
-  %2059 = getelementptr i8, ptr %1989, i64 448
-  store <16 x i32> %2058, ptr %2059, align 4, !tbaa !4
-  %indvars.iv.next1124.i = add nuw nsw i64 %indvars.iv1123.i, 1
-  %exitcond1127.not.i = icmp eq i64 %indvars.iv.next1124.i, %wide.trip.count1126.i
-  br i1 %exitcond1127.not.i, label %for_end_to302.i, label %for_begin_ti305.preheader.i, !prof !8
-
-for_end_to302.i:                                  ; preds = %for_begin_ti305.preheader.i, %for_end_to255.i
-  br i1 %159, label %if_then310.i, label %if_end311.i, !prof !7
-
-if_then310.i:                                     ; preds = %for_end_to302.i
-  %2060 = srem i32 %1153, %111
-  %2061 = shl nsw i32 %2060, 4
-  %2062 = sub nsw i32 %109, %2061
-  %2063 = icmp sgt i32 %2062, 0
-  br i1 %2063, label %for_body_r313.lr.ph.i, label %if_end311.i, !prof !3
-
-for_body_r313.lr.ph.i:                            ; preds = %if_then310.i
-  %2064 = icmp sgt i32 %valid_len212.i, %883
-  %2065 = sext i32 %2060 to i64
-  %2066 = shl nsw i64 %2065, 3
-  br i1 %2064, label %for_body_r313.us.preheader.i, label %if_end311.i, !prof !3
-
-for_body_r313.us.preheader.i:                     ; preds = %for_body_r313.lr.ph.i
-  %2067 = tail call i32 @llvm.umin.i32(i32 %2062, i32 16)
-  %smin175 = tail call i32 @llvm.smin.i32(i32 %span603.sroa.5.0.lcssa.i, i32 %1158)
-  %smin176 = tail call i32 @llvm.smin.i32(i32 %smin175, i32 %indvars.iv168)
-  %smin177 = tail call i32 @llvm.smin.i32(i32 %smin176, i32 %457)
-  %2068 = add i32 %indvars.iv165, %smin177
-  %smin178 = tail call i32 @llvm.smin.i32(i32 %2068, i32 64)
-  %2069 = sub i32 %smin178, %smax174
-  %2070 = zext i32 %2069 to i64
-  %2071 = add nsw i64 %2070, -1
-  %smin = tail call i32 @llvm.smin.i32(i32 %2068, i32 64)
-  %2072 = sub i32 %smin, %smax308
-  %2073 = zext i32 %2072 to i64
-  %scevgep312 = getelementptr i8, ptr %scevgep311, i64 %2073
-  %scevgep314 = getelementptr i8, ptr %edges.i, i64 %772
-  %scevgep315 = getelementptr i8, ptr %edges.i, i64 -56
-  %scevgep316 = getelementptr i8, ptr %scevgep315, i64 %772
-  %2074 = shl nuw nsw i64 %2073, 6
-  %2075 = add nsw i32 %2067, -2
-  %2076 = zext i32 %2075 to i64
-  %2077 = shl nuw nsw i64 %2076, 2
-  %2078 = getelementptr i8, ptr %scevgep316, i64 %2074
-  %scevgep317 = getelementptr i8, ptr %2078, i64 %2077
-  %2079 = add i32 %indvars.iv165, %smin177
-  %smin319 = tail call i32 @llvm.smin.i32(i32 %2079, i32 64)
-  %2080 = sub i32 %smin319, %smax318
-  %2081 = zext i32 %2080 to i64
-  %min.iters.check320 = icmp ult i32 %2080, 16
-  %2082 = trunc i64 %2071 to i32
-  %2083 = add i32 %smax, %2082
-  %2084 = shl i32 %2083, 4
-  %2085 = icmp ugt i64 %2071, 268435455
-  %n.vec323 = and i64 %2081, 4294967288
-  %cmp.n = icmp eq i64 %n.vec323, %2081
-  %xtraiter478 = and i64 %2081, 3
-  %lcmp.mod479.not = icmp eq i64 %xtraiter478, 0
-  br label %for_body_r313.us.i
-
-for_body_r313.us.i:                               ; preds = %for_begin_c317.for_end_c319_crit_edge.us.i, %for_body_r313.us.preheader.i
-  %indvar = phi i64 [ %indvar.next, %for_begin_c317.for_end_c319_crit_edge.us.i ], [ 0, %for_body_r313.us.preheader.i ]
-  %r316875.us.i = phi i32 [ %2159, %for_begin_c317.for_end_c319_crit_edge.us.i ], [ 0, %for_body_r313.us.preheader.i ]
-  %2086 = lshr i64 %indvar, 1
-  %2087 = add nsw i64 %2066, %2086
-  %2088 = mul nsw i64 %479, %2087
-  %scevgep310 = getelementptr i8, ptr %scevgep309, i64 %2088
-  %scevgep313 = getelementptr i8, ptr %scevgep312, i64 %2088
-  %2089 = lshr i32 %r316875.us.i, 1
-  %2090 = zext nneg i32 %2089 to i64
-  %2091 = add nsw i64 %2066, %2090
-  %2092 = mul nsw i64 %2091, %479
-  %2093 = getelementptr i8, ptr %890, i64 %2092
-  br i1 %min.iters.check320, label %for_body_c318.us.i.preheader, label %vector.scevcheck, !prof !11
-
-vector.scevcheck:                                 ; preds = %for_body_r313.us.i
-  %2094 = add i32 %773, %r316875.us.i
-  %2095 = add i32 %2084, %r316875.us.i
-  %2096 = icmp slt i32 %2095, %2094
-  %2097 = or i1 %2096, %2085
-  br i1 %2097, label %for_body_c318.us.i.preheader, label %vector.memcheck, !prof !11
-
-vector.memcheck:                                  ; preds = %vector.scevcheck
-  %bound0 = icmp ult ptr %scevgep310, %scevgep317
-  %bound1 = icmp ult ptr %scevgep314, %scevgep313
-  %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_c318.us.i.preheader, label %vector.ph321, !prof !11
-
-vector.ph321:                                     ; preds = %vector.memcheck
-  %broadcast.splatinsert324 = insertelement <8 x i32> poison, i32 %r316875.us.i, i64 0
-  %broadcast.splat325 = shufflevector <8 x i32> %broadcast.splatinsert324, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body328
-
-vector.body328:                                   ; preds = %vector.body328, %vector.ph321
-  %index329 = phi i64 [ 0, %vector.ph321 ], [ %index.next330, %vector.body328 ]
-  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph321 ], [ %vec.ind.next, %vector.body328 ]
-  %2098 = getelementptr i8, ptr %2093, i64 %index329
-  %wide.load = load <8 x i8>, ptr %2098, align 1, !tbaa !4, !alias.scope !61, !noalias !64
-  %2099 = icmp eq <8 x i8> %wide.load, zeroinitializer
-  %2100 = add <8 x i32> %broadcast.splat327, %vec.ind
-  %2101 = shl <8 x i32> %2100, splat (i32 4)
-  %2102 = add nsw <8 x i32> %2101, %broadcast.splat325
-  %2103 = sext <8 x i32> %2102 to <8 x i64>
-  %2104 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2103
-  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2104, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4, !alias.scope !64
-  %2105 = select <8 x i1> %2099, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2105, <8 x ptr> align 4 %2104, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !64
-  %index.next330 = add nuw i64 %index329, 8
-  %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
-  %2106 = icmp eq i64 %index.next330, %n.vec323
-  br i1 %2106, label %middle.block331, label %vector.body328, !prof !52, !llvm.loop !66
-
-middle.block331:                                  ; preds = %vector.body328
-  br i1 %cmp.n, label %for_begin_c317.for_end_c319_crit_edge.us.i, label %for_body_c318.us.i.preheader, !prof !55
-
-for_body_c318.us.i.preheader:                     ; preds = %middle.block331, %vector.memcheck, %vector.scevcheck, %for_body_r313.us.i
-  %indvars.iv1128.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r313.us.i ], [ %n.vec323, %middle.block331 ]
-  br i1 %lcmp.mod479.not, label %for_body_c318.us.i.prol.loopexit, label %for_body_c318.us.i.prol, !prof !3
-
-for_body_c318.us.i.prol:                          ; preds = %for_body_c318.us.i.prol, %for_body_c318.us.i.preheader
-  %indvars.iv1128.i.prol = phi i64 [ %indvars.iv.next1129.i.prol, %for_body_c318.us.i.prol ], [ %indvars.iv1128.i.ph, %for_body_c318.us.i.preheader ]
-  %prol.iter480 = phi i64 [ %prol.iter480.next, %for_body_c318.us.i.prol ], [ 0, %for_body_c318.us.i.preheader ]
-  %2107 = getelementptr i8, ptr %2093, i64 %indvars.iv1128.i.prol
-  %2108 = load i8, ptr %2107, align 1, !tbaa !4
-  %.not636.us.i.prol = icmp eq i8 %2108, 0
-  %2109 = trunc i64 %indvars.iv1128.i.prol to i32
-  %2110 = add i32 %883, %2109
-  %2111 = shl i32 %2110, 4
-  %2112 = add nsw i32 %2111, %r316875.us.i
-  %2113 = sext i32 %2112 to i64
-  %2114 = getelementptr inbounds i32, ptr %edges.i, i64 %2113
-  %2115 = load i32, ptr %2114, align 4, !tbaa !4
-  %2116 = select i1 %.not636.us.i.prol, i32 0, i32 %2115
-  store i32 %2116, ptr %2114, align 4, !tbaa !4
-  %indvars.iv.next1129.i.prol = add nuw nsw i64 %indvars.iv1128.i.prol, 1
-  %prol.iter480.next = add i64 %prol.iter480, 1
-  %prol.iter480.cmp.not = icmp eq i64 %prol.iter480.next, %xtraiter478
-  br i1 %prol.iter480.cmp.not, label %for_body_c318.us.i.prol.loopexit, label %for_body_c318.us.i.prol, !prof !56, !llvm.loop !67
-
-for_body_c318.us.i.prol.loopexit:                 ; preds = %for_body_c318.us.i.prol, %for_body_c318.us.i.preheader
-  %indvars.iv1128.i.unr = phi i64 [ %indvars.iv1128.i.ph, %for_body_c318.us.i.preheader ], [ %indvars.iv.next1129.i.prol, %for_body_c318.us.i.prol ]
-  %2117 = sub nsw i64 %indvars.iv1128.i.ph, %2081
-  %2118 = icmp ugt i64 %2117, -4
-  br i1 %2118, label %for_begin_c317.for_end_c319_crit_edge.us.i, label %for_body_c318.us.i, !prof !11
-
-for_body_c318.us.i:                               ; preds = %for_body_c318.us.i, %for_body_c318.us.i.prol.loopexit
-  %indvars.iv1128.i = phi i64 [ %indvars.iv.next1129.i.3, %for_body_c318.us.i ], [ %indvars.iv1128.i.unr, %for_body_c318.us.i.prol.loopexit ]
-  %2119 = getelementptr i8, ptr %2093, i64 %indvars.iv1128.i
-  %2120 = load i8, ptr %2119, align 1, !tbaa !4
-  %.not636.us.i = icmp eq i8 %2120, 0
-  %2121 = trunc i64 %indvars.iv1128.i to i32
-  %2122 = add i32 %883, %2121
-  %2123 = shl i32 %2122, 4
-  %2124 = add nsw i32 %2123, %r316875.us.i
-  %2125 = sext i32 %2124 to i64
-  %2126 = getelementptr inbounds i32, ptr %edges.i, i64 %2125
-  %2127 = load i32, ptr %2126, align 4, !tbaa !4
-  %2128 = select i1 %.not636.us.i, i32 0, i32 %2127
-  store i32 %2128, ptr %2126, align 4, !tbaa !4
-  %indvars.iv.next1129.i = add nuw nsw i64 %indvars.iv1128.i, 1
-  %2129 = getelementptr i8, ptr %2093, i64 %indvars.iv.next1129.i
-  %2130 = load i8, ptr %2129, align 1, !tbaa !4
-  %.not636.us.i.1 = icmp eq i8 %2130, 0
-  %2131 = trunc i64 %indvars.iv.next1129.i to i32
-  %2132 = add i32 %883, %2131
-  %2133 = shl i32 %2132, 4
-  %2134 = add nsw i32 %2133, %r316875.us.i
-  %2135 = sext i32 %2134 to i64
-  %2136 = getelementptr inbounds i32, ptr %edges.i, i64 %2135
-  %2137 = load i32, ptr %2136, align 4, !tbaa !4
-  %2138 = select i1 %.not636.us.i.1, i32 0, i32 %2137
-  store i32 %2138, ptr %2136, align 4, !tbaa !4
-  %indvars.iv.next1129.i.1 = add nuw nsw i64 %indvars.iv1128.i, 2
-  %2139 = getelementptr i8, ptr %2093, i64 %indvars.iv.next1129.i.1
-  %2140 = load i8, ptr %2139, align 1, !tbaa !4
-  %.not636.us.i.2 = icmp eq i8 %2140, 0
-  %2141 = trunc i64 %indvars.iv.next1129.i.1 to i32
-  %2142 = add i32 %883, %2141
-  %2143 = shl i32 %2142, 4
-  %2144 = add nsw i32 %2143, %r316875.us.i
-  %2145 = sext i32 %2144 to i64
-  %2146 = getelementptr inbounds i32, ptr %edges.i, i64 %2145
-  %2147 = load i32, ptr %2146, align 4, !tbaa !4
-  %2148 = select i1 %.not636.us.i.2, i32 0, i32 %2147
-  store i32 %2148, ptr %2146, align 4, !tbaa !4
-  %indvars.iv.next1129.i.2 = add nuw nsw i64 %indvars.iv1128.i, 3
-  %2149 = getelementptr i8, ptr %2093, i64 %indvars.iv.next1129.i.2
-  %2150 = load i8, ptr %2149, align 1, !tbaa !4
-  %.not636.us.i.3 = icmp eq i8 %2150, 0
-  %2151 = trunc i64 %indvars.iv.next1129.i.2 to i32
-  %2152 = add i32 %883, %2151
-  %2153 = shl i32 %2152, 4
-  %2154 = add nsw i32 %2153, %r316875.us.i
-  %2155 = sext i32 %2154 to i64
-  %2156 = getelementptr inbounds i32, ptr %edges.i, i64 %2155
-  %2157 = load i32, ptr %2156, align 4, !tbaa !4
-  %2158 = select i1 %.not636.us.i.3, i32 0, i32 %2157
-  store i32 %2158, ptr %2156, align 4, !tbaa !4
-  %indvars.iv.next1129.i.3 = add nuw nsw i64 %indvars.iv1128.i, 4
-  %exitcond179.not.3 = icmp eq i64 %indvars.iv.next1129.i.3, %2070
-  br i1 %exitcond179.not.3, label %for_begin_c317.for_end_c319_crit_edge.us.i, label %for_body_c318.us.i, !prof !59, !llvm.loop !68
-
-for_begin_c317.for_end_c319_crit_edge.us.i:       ; preds = %for_body_c318.us.i, %for_body_c318.us.i.prol.loopexit, %middle.block331
-  %2159 = add nuw nsw i32 %r316875.us.i, 1
-  %exitcond1132.not.i = icmp eq i32 %2159, %2067
-  %indvar.next = add i64 %indvar, 1
-  br i1 %exitcond1132.not.i, label %if_end311.i, label %for_body_r313.us.i, !prof !8
-
-if_end311.i:                                      ; preds = %for_begin_c317.for_end_c319_crit_edge.us.i, %for_body_r313.lr.ph.i, %if_then310.i, %for_end_to302.i
-  %.not960.i = icmp eq i32 %num_full.i, 0
-  %2160 = shl nuw nsw i32 %num_full.i, 3
-  %2161 = icmp sgt i32 %valid_len212.i, %2160
-  %2162 = shl i32 %1153, 12
-  %2163 = shl nuw nsw i32 %num_full.i, 7
-  %2164 = shl nuw nsw i32 %num_full.i, 11
-  %2165 = fmul <16 x float> %1930, zeroinitializer
-  %2166 = zext nneg i32 %2163 to i64
-  %2167 = sext i32 %2162 to i64
-  %wide.trip.count1142.i = zext nneg i32 %num_full.i to i64
-  %smin180 = tail call i32 @llvm.smin.i32(i32 %span603.sroa.5.0.lcssa.i, i32 %1158)
-  %smin181 = tail call i32 @llvm.smin.i32(i32 %smin180, i32 %indvars.iv168)
-  %smin182 = tail call i32 @llvm.smin.i32(i32 %smin181, i32 %457)
-  %2168 = add i32 %indvars.iv165, %smin182
-  %2169 = tail call i32 @llvm.smin.i32(i32 %2168, i32 64)
-  %smin183 = sext i32 %2169 to i64
-  %2170 = shl nuw nsw i64 %wide.trip.count1142.i, 3
-  %2171 = sub nsw i64 %smin183, %2170
-  %smax184 = tail call i64 @llvm.smax.i64(i64 %2171, i64 1)
-  br label %for_begin_to322.preheader.i
-
-for_begin_to322.preheader.i:                      ; preds = %if_end352.i, %if_end311.i
-  %indvars.iv1148.i = phi i64 [ 0, %if_end311.i ], [ %indvars.iv.next1149.i, %if_end352.i ]
-  br i1 %.not960.i, label %for_end_to324.i, label %for_begin_ti327.preheader.lr.ph.i, !prof !11
-
-for_begin_ti327.preheader.lr.ph.i:                ; preds = %for_begin_to322.preheader.i
-  %2172 = shl i64 %indvars.iv1148.i, 2
-  %2173 = and i64 %2172, 12
-  %2174 = shl i64 %indvars.iv1148.i, 3
-  %2175 = and i64 %2174, 224
-  %invariant.gep115 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2175
-  %invariant.gep117 = getelementptr inbounds nuw float, ptr %invariant.gep115, i64 %2173
-  br label %for_begin_ti327.preheader.i
-
-for_begin_ti327.preheader.i:                      ; preds = %for_begin_ti327.preheader.i, %for_begin_ti327.preheader.lr.ph.i
-  %indvars.iv1138.i = phi i64 [ 0, %for_begin_ti327.preheader.lr.ph.i ], [ %indvars.iv.next1139.i, %for_begin_ti327.preheader.i ]
-  %full_acc589.sroa.28.0896.i = phi <16 x float> [ zeroinitializer, %for_begin_ti327.preheader.lr.ph.i ], [ %2511, %for_begin_ti327.preheader.i ]
-  %full_acc589.sroa.24.0895.i = phi <16 x float> [ zeroinitializer, %for_begin_ti327.preheader.lr.ph.i ], [ %2506, %for_begin_ti327.preheader.i ]
-  %full_acc589.sroa.20.0894.i = phi <16 x float> [ zeroinitializer, %for_begin_ti327.preheader.lr.ph.i ], [ %2501, %for_begin_ti327.preheader.i ]
-  %full_acc589.sroa.16.0893.i = phi <16 x float> [ zeroinitializer, %for_begin_ti327.preheader.lr.ph.i ], [ %2496, %for_begin_ti327.preheader.i ]
-  %full_acc589.sroa.12.0892.i = phi <16 x float> [ zeroinitializer, %for_begin_ti327.preheader.lr.ph.i ], [ %2491, %for_begin_ti327.preheader.i ]
-  %full_acc589.sroa.8.0891.i = phi <16 x float> [ zeroinitializer, %for_begin_ti327.preheader.lr.ph.i ], [ %2486, %for_begin_ti327.preheader.i ]
-  %full_acc589.sroa.4.0890.i = phi <16 x float> [ zeroinitializer, %for_begin_ti327.preheader.lr.ph.i ], [ %2481, %for_begin_ti327.preheader.i ]
-  %full_acc589.sroa.0.0889.i = phi <16 x float> [ zeroinitializer, %for_begin_ti327.preheader.lr.ph.i ], [ %2476, %for_begin_ti327.preheader.i ]
-  %2176 = shl nsw i64 %indvars.iv1138.i, 11
-  %.masked.i = and i64 %2176, 4294965248
-  %.idx72 = shl nsw i64 %indvars.iv1138.i, 9
-  %2177 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx72
-  %2178 = load <16 x float>, ptr %2177, align 4, !tbaa !4
-  %gep118 = getelementptr inbounds nuw float, ptr %invariant.gep117, i64 %.masked.i
-  %2179 = load float, ptr %gep118, align 4, !tbaa !4
-  %2180 = insertelement <16 x float> poison, float %2179, i64 0
-  %2181 = shufflevector <16 x float> %2180, <16 x float> poison, <16 x i32> zeroinitializer
-  %2182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2178, <16 x float> %2181, <16 x float> %full_acc589.sroa.0.0889.i)
-  %2183 = getelementptr inbounds nuw i8, ptr %gep118, i64 64
-  %2184 = load float, ptr %2183, align 4, !tbaa !4
-  %2185 = insertelement <16 x float> poison, float %2184, i64 0
-  %2186 = shufflevector <16 x float> %2185, <16 x float> poison, <16 x i32> zeroinitializer
-  %2187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2178, <16 x float> %2186, <16 x float> %full_acc589.sroa.4.0890.i)
-  %2188 = getelementptr inbounds nuw i8, ptr %gep118, i64 4
-  %2189 = load float, ptr %2188, align 4, !tbaa !4
-  %2190 = insertelement <16 x float> poison, float %2189, i64 0
-  %2191 = shufflevector <16 x float> %2190, <16 x float> poison, <16 x i32> zeroinitializer
-  %2192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2178, <16 x float> %2191, <16 x float> %full_acc589.sroa.8.0891.i)
-  %2193 = getelementptr inbounds nuw i8, ptr %gep118, i64 68
-  %2194 = load float, ptr %2193, align 4, !tbaa !4
-  %2195 = insertelement <16 x float> poison, float %2194, i64 0
-  %2196 = shufflevector <16 x float> %2195, <16 x float> poison, <16 x i32> zeroinitializer
-  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2178, <16 x float> %2196, <16 x float> %full_acc589.sroa.12.0892.i)
-  %2198 = getelementptr inbounds nuw i8, ptr %gep118, i64 8
-  %2199 = load float, ptr %2198, align 4, !tbaa !4
-  %2200 = insertelement <16 x float> poison, float %2199, i64 0
-  %2201 = shufflevector <16 x float> %2200, <16 x float> poison, <16 x i32> zeroinitializer
-  %2202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2178, <16 x float> %2201, <16 x float> %full_acc589.sroa.16.0893.i)
-  %2203 = getelementptr inbounds nuw i8, ptr %gep118, i64 72
-  %2204 = load float, ptr %2203, align 4, !tbaa !4
-  %2205 = insertelement <16 x float> poison, float %2204, i64 0
-  %2206 = shufflevector <16 x float> %2205, <16 x float> poison, <16 x i32> zeroinitializer
-  %2207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2178, <16 x float> %2206, <16 x float> %full_acc589.sroa.20.0894.i)
-  %2208 = getelementptr inbounds nuw i8, ptr %gep118, i64 12
-  %2209 = load float, ptr %2208, align 4, !tbaa !4
-  %2210 = insertelement <16 x float> poison, float %2209, i64 0
-  %2211 = shufflevector <16 x float> %2210, <16 x float> poison, <16 x i32> zeroinitializer
-  %2212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2178, <16 x float> %2211, <16 x float> %full_acc589.sroa.24.0895.i)
-  %2213 = getelementptr inbounds nuw i8, ptr %gep118, i64 76
-  %2214 = load float, ptr %2213, align 4, !tbaa !4
-  %2215 = insertelement <16 x float> poison, float %2214, i64 0
-  %2216 = shufflevector <16 x float> %2215, <16 x float> poison, <16 x i32> zeroinitializer
-  %2217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2178, <16 x float> %2216, <16 x float> %full_acc589.sroa.28.0896.i)
-  %2218 = getelementptr inbounds nuw i8, ptr %2177, i64 64
-  %2219 = load <16 x float>, ptr %2218, align 4, !tbaa !4
-  %2220 = getelementptr inbounds nuw i8, ptr %gep118, i64 1024
-  %2221 = load float, ptr %2220, align 4, !tbaa !4
-  %2222 = insertelement <16 x float> poison, float %2221, i64 0
-  %2223 = shufflevector <16 x float> %2222, <16 x float> poison, <16 x i32> zeroinitializer
-  %2224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2223, <16 x float> %2182)
-  %2225 = getelementptr inbounds nuw i8, ptr %gep118, i64 1088
-  %2226 = load float, ptr %2225, align 4, !tbaa !4
-  %2227 = insertelement <16 x float> poison, float %2226, i64 0
-  %2228 = shufflevector <16 x float> %2227, <16 x float> poison, <16 x i32> zeroinitializer
-  %2229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2228, <16 x float> %2187)
-  %2230 = getelementptr inbounds nuw i8, ptr %gep118, i64 1028
-  %2231 = load float, ptr %2230, align 4, !tbaa !4
-  %2232 = insertelement <16 x float> poison, float %2231, i64 0
-  %2233 = shufflevector <16 x float> %2232, <16 x float> poison, <16 x i32> zeroinitializer
-  %2234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2233, <16 x float> %2192)
-  %2235 = getelementptr inbounds nuw i8, ptr %gep118, i64 1092
-  %2236 = load float, ptr %2235, align 4, !tbaa !4
-  %2237 = insertelement <16 x float> poison, float %2236, i64 0
-  %2238 = shufflevector <16 x float> %2237, <16 x float> poison, <16 x i32> zeroinitializer
-  %2239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2238, <16 x float> %2197)
-  %2240 = getelementptr inbounds nuw i8, ptr %gep118, i64 1032
-  %2241 = load float, ptr %2240, align 4, !tbaa !4
-  %2242 = insertelement <16 x float> poison, float %2241, i64 0
-  %2243 = shufflevector <16 x float> %2242, <16 x float> poison, <16 x i32> zeroinitializer
-  %2244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2243, <16 x float> %2202)
-  %2245 = getelementptr inbounds nuw i8, ptr %gep118, i64 1096
-  %2246 = load float, ptr %2245, align 4, !tbaa !4
-  %2247 = insertelement <16 x float> poison, float %2246, i64 0
-  %2248 = shufflevector <16 x float> %2247, <16 x float> poison, <16 x i32> zeroinitializer
-  %2249 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2248, <16 x float> %2207)
-  %2250 = getelementptr inbounds nuw i8, ptr %gep118, i64 1036
-  %2251 = load float, ptr %2250, align 4, !tbaa !4
-  %2252 = insertelement <16 x float> poison, float %2251, i64 0
-  %2253 = shufflevector <16 x float> %2252, <16 x float> poison, <16 x i32> zeroinitializer
-  %2254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2253, <16 x float> %2212)
-  %2255 = getelementptr inbounds nuw i8, ptr %gep118, i64 1100
-  %2256 = load float, ptr %2255, align 4, !tbaa !4
-  %2257 = insertelement <16 x float> poison, float %2256, i64 0
-  %2258 = shufflevector <16 x float> %2257, <16 x float> poison, <16 x i32> zeroinitializer
-  %2259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2258, <16 x float> %2217)
-  %2260 = getelementptr inbounds nuw i8, ptr %2177, i64 128
-  %2261 = load <16 x float>, ptr %2260, align 4, !tbaa !4
-  %2262 = getelementptr inbounds nuw i8, ptr %gep118, i64 2048
-  %2263 = load float, ptr %2262, align 4, !tbaa !4
-  %2264 = insertelement <16 x float> poison, float %2263, i64 0
-  %2265 = shufflevector <16 x float> %2264, <16 x float> poison, <16 x i32> zeroinitializer
-  %2266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2265, <16 x float> %2224)
-  %2267 = getelementptr inbounds nuw i8, ptr %gep118, i64 2112
-  %2268 = load float, ptr %2267, align 4, !tbaa !4
-  %2269 = insertelement <16 x float> poison, float %2268, i64 0
-  %2270 = shufflevector <16 x float> %2269, <16 x float> poison, <16 x i32> zeroinitializer
-  %2271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2270, <16 x float> %2229)
-  %2272 = getelementptr inbounds nuw i8, ptr %gep118, i64 2052
-  %2273 = load float, ptr %2272, align 4, !tbaa !4
-  %2274 = insertelement <16 x float> poison, float %2273, i64 0
-  %2275 = shufflevector <16 x float> %2274, <16 x float> poison, <16 x i32> zeroinitializer
-  %2276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2275, <16 x float> %2234)
-  %2277 = getelementptr inbounds nuw i8, ptr %gep118, i64 2116
-  %2278 = load float, ptr %2277, align 4, !tbaa !4
-  %2279 = insertelement <16 x float> poison, float %2278, i64 0
-  %2280 = shufflevector <16 x float> %2279, <16 x float> poison, <16 x i32> zeroinitializer
-  %2281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2280, <16 x float> %2239)
-  %2282 = getelementptr inbounds nuw i8, ptr %gep118, i64 2056
-  %2283 = load float, ptr %2282, align 4, !tbaa !4
-  %2284 = insertelement <16 x float> poison, float %2283, i64 0
-  %2285 = shufflevector <16 x float> %2284, <16 x float> poison, <16 x i32> zeroinitializer
-  %2286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2285, <16 x float> %2244)
-  %2287 = getelementptr inbounds nuw i8, ptr %gep118, i64 2120
-  %2288 = load float, ptr %2287, align 4, !tbaa !4
-  %2289 = insertelement <16 x float> poison, float %2288, i64 0
-  %2290 = shufflevector <16 x float> %2289, <16 x float> poison, <16 x i32> zeroinitializer
-  %2291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2290, <16 x float> %2249)
-  %2292 = getelementptr inbounds nuw i8, ptr %gep118, i64 2060
-  %2293 = load float, ptr %2292, align 4, !tbaa !4
-  %2294 = insertelement <16 x float> poison, float %2293, i64 0
-  %2295 = shufflevector <16 x float> %2294, <16 x float> poison, <16 x i32> zeroinitializer
-  %2296 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2295, <16 x float> %2254)
-  %2297 = getelementptr inbounds nuw i8, ptr %gep118, i64 2124
-  %2298 = load float, ptr %2297, align 4, !tbaa !4
-  %2299 = insertelement <16 x float> poison, float %2298, i64 0
-  %2300 = shufflevector <16 x float> %2299, <16 x float> poison, <16 x i32> zeroinitializer
-  %2301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2300, <16 x float> %2259)
-  %2302 = getelementptr inbounds nuw i8, ptr %2177, i64 192
-  %2303 = load <16 x float>, ptr %2302, align 4, !tbaa !4
-  %2304 = getelementptr inbounds nuw i8, ptr %gep118, i64 3072
-  %2305 = load float, ptr %2304, align 4, !tbaa !4
-  %2306 = insertelement <16 x float> poison, float %2305, i64 0
-  %2307 = shufflevector <16 x float> %2306, <16 x float> poison, <16 x i32> zeroinitializer
-  %2308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2303, <16 x float> %2307, <16 x float> %2266)
-  %2309 = getelementptr inbounds nuw i8, ptr %gep118, i64 3136
-  %2310 = load float, ptr %2309, align 4, !tbaa !4
-  %2311 = insertelement <16 x float> poison, float %2310, i64 0
-  %2312 = shufflevector <16 x float> %2311, <16 x float> poison, <16 x i32> zeroinitializer
-  %2313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2303, <16 x float> %2312, <16 x float> %2271)
-  %2314 = getelementptr inbounds nuw i8, ptr %gep118, i64 3076
-  %2315 = load float, ptr %2314, align 4, !tbaa !4
-  %2316 = insertelement <16 x float> poison, float %2315, i64 0
-  %2317 = shufflevector <16 x float> %2316, <16 x float> poison, <16 x i32> zeroinitializer
-  %2318 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2303, <16 x float> %2317, <16 x float> %2276)
-  %2319 = getelementptr inbounds nuw i8, ptr %gep118, i64 3140
-  %2320 = load float, ptr %2319, align 4, !tbaa !4
-  %2321 = insertelement <16 x float> poison, float %2320, i64 0
-  %2322 = shufflevector <16 x float> %2321, <16 x float> poison, <16 x i32> zeroinitializer
-  %2323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2303, <16 x float> %2322, <16 x float> %2281)
-  %2324 = getelementptr inbounds nuw i8, ptr %gep118, i64 3080
-  %2325 = load float, ptr %2324, align 4, !tbaa !4
-  %2326 = insertelement <16 x float> poison, float %2325, i64 0
-  %2327 = shufflevector <16 x float> %2326, <16 x float> poison, <16 x i32> zeroinitializer
-  %2328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2303, <16 x float> %2327, <16 x float> %2286)
-  %2329 = getelementptr inbounds nuw i8, ptr %gep118, i64 3144
-  %2330 = load float, ptr %2329, align 4, !tbaa !4
-  %2331 = insertelement <16 x float> poison, float %2330, i64 0
-  %2332 = shufflevector <16 x float> %2331, <16 x float> poison, <16 x i32> zeroinitializer
-  %2333 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2303, <16 x float> %2332, <16 x float> %2291)
-  %2334 = getelementptr inbounds nuw i8, ptr %gep118, i64 3084
-  %2335 = load float, ptr %2334, align 4, !tbaa !4
-  %2336 = insertelement <16 x float> poison, float %2335, i64 0
-  %2337 = shufflevector <16 x float> %2336, <16 x float> poison, <16 x i32> zeroinitializer
-  %2338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2303, <16 x float> %2337, <16 x float> %2296)
-  %2339 = getelementptr inbounds nuw i8, ptr %gep118, i64 3148
-  %2340 = load float, ptr %2339, align 4, !tbaa !4
-  %2341 = insertelement <16 x float> poison, float %2340, i64 0
-  %2342 = shufflevector <16 x float> %2341, <16 x float> poison, <16 x i32> zeroinitializer
-  %2343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2303, <16 x float> %2342, <16 x float> %2301)
-  %2344 = getelementptr inbounds nuw i8, ptr %2177, i64 256
-  %2345 = load <16 x float>, ptr %2344, align 4, !tbaa !4
-  %2346 = getelementptr inbounds nuw i8, ptr %gep118, i64 4096
-  %2347 = load float, ptr %2346, align 4, !tbaa !4
-  %2348 = insertelement <16 x float> poison, float %2347, i64 0
-  %2349 = shufflevector <16 x float> %2348, <16 x float> poison, <16 x i32> zeroinitializer
-  %2350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2345, <16 x float> %2349, <16 x float> %2308)
-  %2351 = getelementptr inbounds nuw i8, ptr %gep118, i64 4160
-  %2352 = load float, ptr %2351, align 4, !tbaa !4
-  %2353 = insertelement <16 x float> poison, float %2352, i64 0
-  %2354 = shufflevector <16 x float> %2353, <16 x float> poison, <16 x i32> zeroinitializer
-  %2355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2345, <16 x float> %2354, <16 x float> %2313)
-  %2356 = getelementptr inbounds nuw i8, ptr %gep118, i64 4100
-  %2357 = load float, ptr %2356, align 4, !tbaa !4
-  %2358 = insertelement <16 x float> poison, float %2357, i64 0
-  %2359 = shufflevector <16 x float> %2358, <16 x float> poison, <16 x i32> zeroinitializer
-  %2360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2345, <16 x float> %2359, <16 x float> %2318)
-  %2361 = getelementptr inbounds nuw i8, ptr %gep118, i64 4164
-  %2362 = load float, ptr %2361, align 4, !tbaa !4
-  %2363 = insertelement <16 x float> poison, float %2362, i64 0
-  %2364 = shufflevector <16 x float> %2363, <16 x float> poison, <16 x i32> zeroinitializer
-  %2365 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2345, <16 x float> %2364, <16 x float> %2323)
-  %2366 = getelementptr inbounds nuw i8, ptr %gep118, i64 4104
-  %2367 = load float, ptr %2366, align 4, !tbaa !4
-  %2368 = insertelement <16 x float> poison, float %2367, i64 0
-  %2369 = shufflevector <16 x float> %2368, <16 x float> poison, <16 x i32> zeroinitializer
-  %2370 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2345, <16 x float> %2369, <16 x float> %2328)
-  %2371 = getelementptr inbounds nuw i8, ptr %gep118, i64 4168
-  %2372 = load float, ptr %2371, align 4, !tbaa !4
-  %2373 = insertelement <16 x float> poison, float %2372, i64 0
-  %2374 = shufflevector <16 x float> %2373, <16 x float> poison, <16 x i32> zeroinitializer
-  %2375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2345, <16 x float> %2374, <16 x float> %2333)
-  %2376 = getelementptr inbounds nuw i8, ptr %gep118, i64 4108
-  %2377 = load float, ptr %2376, align 4, !tbaa !4
-  %2378 = insertelement <16 x float> poison, float %2377, i64 0
-  %2379 = shufflevector <16 x float> %2378, <16 x float> poison, <16 x i32> zeroinitializer
-  %2380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2345, <16 x float> %2379, <16 x float> %2338)
-  %2381 = getelementptr inbounds nuw i8, ptr %gep118, i64 4172
-  %2382 = load float, ptr %2381, align 4, !tbaa !4
-  %2383 = insertelement <16 x float> poison, float %2382, i64 0
-  %2384 = shufflevector <16 x float> %2383, <16 x float> poison, <16 x i32> zeroinitializer
-  %2385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2345, <16 x float> %2384, <16 x float> %2343)
-  %2386 = getelementptr inbounds nuw i8, ptr %2177, i64 320
-  %2387 = load <16 x float>, ptr %2386, align 4, !tbaa !4
-  %2388 = getelementptr inbounds nuw i8, ptr %gep118, i64 5120
-  %2389 = load float, ptr %2388, align 4, !tbaa !4
-  %2390 = insertelement <16 x float> poison, float %2389, i64 0
-  %2391 = shufflevector <16 x float> %2390, <16 x float> poison, <16 x i32> zeroinitializer
-  %2392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2387, <16 x float> %2391, <16 x float> %2350)
-  %2393 = getelementptr inbounds nuw i8, ptr %gep118, i64 5184
-  %2394 = load float, ptr %2393, align 4, !tbaa !4
-  %2395 = insertelement <16 x float> poison, float %2394, i64 0
-  %2396 = shufflevector <16 x float> %2395, <16 x float> poison, <16 x i32> zeroinitializer
-  %2397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2387, <16 x float> %2396, <16 x float> %2355)
-  %2398 = getelementptr inbounds nuw i8, ptr %gep118, i64 5124
-  %2399 = load float, ptr %2398, align 4, !tbaa !4
-  %2400 = insertelement <16 x float> poison, float %2399, i64 0
-  %2401 = shufflevector <16 x float> %2400, <16 x float> poison, <16 x i32> zeroinitializer
-  %2402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2387, <16 x float> %2401, <16 x float> %2360)
-  %2403 = getelementptr inbounds nuw i8, ptr %gep118, i64 5188
-  %2404 = load float, ptr %2403, align 4, !tbaa !4
-  %2405 = insertelement <16 x float> poison, float %2404, i64 0
-  %2406 = shufflevector <16 x float> %2405, <16 x float> poison, <16 x i32> zeroinitializer
-  %2407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2387, <16 x float> %2406, <16 x float> %2365)
-  %2408 = getelementptr inbounds nuw i8, ptr %gep118, i64 5128
-  %2409 = load float, ptr %2408, align 4, !tbaa !4
-  %2410 = insertelement <16 x float> poison, float %2409, i64 0
-  %2411 = shufflevector <16 x float> %2410, <16 x float> poison, <16 x i32> zeroinitializer
-  %2412 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2387, <16 x float> %2411, <16 x float> %2370)
-  %2413 = getelementptr inbounds nuw i8, ptr %gep118, i64 5192
-  %2414 = load float, ptr %2413, align 4, !tbaa !4
-  %2415 = insertelement <16 x float> poison, float %2414, i64 0
-  %2416 = shufflevector <16 x float> %2415, <16 x float> poison, <16 x i32> zeroinitializer
-  %2417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2387, <16 x float> %2416, <16 x float> %2375)
-  %2418 = getelementptr inbounds nuw i8, ptr %gep118, i64 5132
-  %2419 = load float, ptr %2418, align 4, !tbaa !4
-  %2420 = insertelement <16 x float> poison, float %2419, i64 0
-  %2421 = shufflevector <16 x float> %2420, <16 x float> poison, <16 x i32> zeroinitializer
-  %2422 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2387, <16 x float> %2421, <16 x float> %2380)
-  %2423 = getelementptr inbounds nuw i8, ptr %gep118, i64 5196
-  %2424 = load float, ptr %2423, align 4, !tbaa !4
-  %2425 = insertelement <16 x float> poison, float %2424, i64 0
-  %2426 = shufflevector <16 x float> %2425, <16 x float> poison, <16 x i32> zeroinitializer
-  %2427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2387, <16 x float> %2426, <16 x float> %2385)
-  %2428 = getelementptr inbounds nuw i8, ptr %2177, i64 384
-  %2429 = load <16 x float>, ptr %2428, align 4, !tbaa !4
-  %2430 = getelementptr inbounds nuw i8, ptr %gep118, i64 6144
-  %2431 = load float, ptr %2430, align 4, !tbaa !4
-  %2432 = insertelement <16 x float> poison, float %2431, i64 0
-  %2433 = shufflevector <16 x float> %2432, <16 x float> poison, <16 x i32> zeroinitializer
-  %2434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2429, <16 x float> %2433, <16 x float> %2392)
-  %2435 = getelementptr inbounds nuw i8, ptr %gep118, i64 6208
-  %2436 = load float, ptr %2435, align 4, !tbaa !4
-  %2437 = insertelement <16 x float> poison, float %2436, i64 0
-  %2438 = shufflevector <16 x float> %2437, <16 x float> poison, <16 x i32> zeroinitializer
-  %2439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2429, <16 x float> %2438, <16 x float> %2397)
-  %2440 = getelementptr inbounds nuw i8, ptr %gep118, i64 6148
-  %2441 = load float, ptr %2440, align 4, !tbaa !4
-  %2442 = insertelement <16 x float> poison, float %2441, i64 0
-  %2443 = shufflevector <16 x float> %2442, <16 x float> poison, <16 x i32> zeroinitializer
-  %2444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2429, <16 x float> %2443, <16 x float> %2402)
-  %2445 = getelementptr inbounds nuw i8, ptr %gep118, i64 6212
-  %2446 = load float, ptr %2445, align 4, !tbaa !4
-  %2447 = insertelement <16 x float> poison, float %2446, i64 0
-  %2448 = shufflevector <16 x float> %2447, <16 x float> poison, <16 x i32> zeroinitializer
-  %2449 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2429, <16 x float> %2448, <16 x float> %2407)
-  %2450 = getelementptr inbounds nuw i8, ptr %gep118, i64 6152
-  %2451 = load float, ptr %2450, align 4, !tbaa !4
-  %2452 = insertelement <16 x float> poison, float %2451, i64 0
-  %2453 = shufflevector <16 x float> %2452, <16 x float> poison, <16 x i32> zeroinitializer
-  %2454 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2429, <16 x float> %2453, <16 x float> %2412)
-  %2455 = getelementptr inbounds nuw i8, ptr %gep118, i64 6216
-  %2456 = load float, ptr %2455, align 4, !tbaa !4
-  %2457 = insertelement <16 x float> poison, float %2456, i64 0
-  %2458 = shufflevector <16 x float> %2457, <16 x float> poison, <16 x i32> zeroinitializer
-  %2459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2429, <16 x float> %2458, <16 x float> %2417)
-  %2460 = getelementptr inbounds nuw i8, ptr %gep118, i64 6156
-  %2461 = load float, ptr %2460, align 4, !tbaa !4
-  %2462 = insertelement <16 x float> poison, float %2461, i64 0
-  %2463 = shufflevector <16 x float> %2462, <16 x float> poison, <16 x i32> zeroinitializer
-  %2464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2429, <16 x float> %2463, <16 x float> %2422)
-  %2465 = getelementptr inbounds nuw i8, ptr %gep118, i64 6220
-  %2466 = load float, ptr %2465, align 4, !tbaa !4
-  %2467 = insertelement <16 x float> poison, float %2466, i64 0
-  %2468 = shufflevector <16 x float> %2467, <16 x float> poison, <16 x i32> zeroinitializer
-  %2469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2429, <16 x float> %2468, <16 x float> %2427)
-  %2470 = getelementptr inbounds nuw i8, ptr %2177, i64 448
-  %2471 = load <16 x float>, ptr %2470, align 4, !tbaa !4
-  %2472 = getelementptr inbounds nuw i8, ptr %gep118, i64 7168
-  %2473 = load float, ptr %2472, align 4, !tbaa !4
-  %2474 = insertelement <16 x float> poison, float %2473, i64 0
-  %2475 = shufflevector <16 x float> %2474, <16 x float> poison, <16 x i32> zeroinitializer
-  %2476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2471, <16 x float> %2475, <16 x float> %2434)
-  %2477 = getelementptr inbounds nuw i8, ptr %gep118, i64 7232
-  %2478 = load float, ptr %2477, align 4, !tbaa !4
-  %2479 = insertelement <16 x float> poison, float %2478, i64 0
-  %2480 = shufflevector <16 x float> %2479, <16 x float> poison, <16 x i32> zeroinitializer
-  %2481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2471, <16 x float> %2480, <16 x float> %2439)
-  %2482 = getelementptr inbounds nuw i8, ptr %gep118, i64 7172
-  %2483 = load float, ptr %2482, align 4, !tbaa !4
-  %2484 = insertelement <16 x float> poison, float %2483, i64 0
-  %2485 = shufflevector <16 x float> %2484, <16 x float> poison, <16 x i32> zeroinitializer
-  %2486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2471, <16 x float> %2485, <16 x float> %2444)
-  %2487 = getelementptr inbounds nuw i8, ptr %gep118, i64 7236
-  %2488 = load float, ptr %2487, align 4, !tbaa !4
-  %2489 = insertelement <16 x float> poison, float %2488, i64 0
-  %2490 = shufflevector <16 x float> %2489, <16 x float> poison, <16 x i32> zeroinitializer
-  %2491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2471, <16 x float> %2490, <16 x float> %2449)
-  %2492 = getelementptr inbounds nuw i8, ptr %gep118, i64 7176
-  %2493 = load float, ptr %2492, align 4, !tbaa !4
-  %2494 = insertelement <16 x float> poison, float %2493, i64 0
-  %2495 = shufflevector <16 x float> %2494, <16 x float> poison, <16 x i32> zeroinitializer
-  %2496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2471, <16 x float> %2495, <16 x float> %2454)
-  %2497 = getelementptr inbounds nuw i8, ptr %gep118, i64 7240
-  %2498 = load float, ptr %2497, align 4, !tbaa !4
-  %2499 = insertelement <16 x float> poison, float %2498, i64 0
-  %2500 = shufflevector <16 x float> %2499, <16 x float> poison, <16 x i32> zeroinitializer
-  %2501 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2471, <16 x float> %2500, <16 x float> %2459)
-  %2502 = getelementptr inbounds nuw i8, ptr %gep118, i64 7180
-  %2503 = load float, ptr %2502, align 4, !tbaa !4
-  %2504 = insertelement <16 x float> poison, float %2503, i64 0
-  %2505 = shufflevector <16 x float> %2504, <16 x float> poison, <16 x i32> zeroinitializer
-  %2506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2471, <16 x float> %2505, <16 x float> %2464)
-  %2507 = getelementptr inbounds nuw i8, ptr %gep118, i64 7244
-  %2508 = load float, ptr %2507, align 4, !tbaa !4
-  %2509 = insertelement <16 x float> poison, float %2508, i64 0
-  %2510 = shufflevector <16 x float> %2509, <16 x float> poison, <16 x i32> zeroinitializer
-  %2511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2471, <16 x float> %2510, <16 x float> %2469)
-  %indvars.iv.next1139.i = add nuw nsw i64 %indvars.iv1138.i, 1
-  %exitcond1143.not.i = icmp eq i64 %indvars.iv.next1139.i, %wide.trip.count1142.i
-  br i1 %exitcond1143.not.i, label %for_end_to324.i, label %for_begin_ti327.preheader.i, !prof !8
-
-for_end_to324.i:                                  ; preds = %for_begin_ti327.preheader.i, %for_begin_to322.preheader.i
-  %full_acc589.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to322.preheader.i ], [ %2476, %for_begin_ti327.preheader.i ]
-  %full_acc589.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to322.preheader.i ], [ %2481, %for_begin_ti327.preheader.i ]
-  %full_acc589.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to322.preheader.i ], [ %2486, %for_begin_ti327.preheader.i ]
-  %full_acc589.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to322.preheader.i ], [ %2491, %for_begin_ti327.preheader.i ]
-  %full_acc589.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to322.preheader.i ], [ %2496, %for_begin_ti327.preheader.i ]
-  %full_acc589.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to322.preheader.i ], [ %2501, %for_begin_ti327.preheader.i ]
-  %full_acc589.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to322.preheader.i ], [ %2506, %for_begin_ti327.preheader.i ]
-  %full_acc589.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to322.preheader.i ], [ %2511, %for_begin_ti327.preheader.i ]
-  br i1 %2161, label %for_body_ti333.lr.ph.i, label %for_end_ti334.i, !prof !3
-
-for_body_ti333.lr.ph.i:                           ; preds = %for_end_to324.i
-  %indvars.iv1148.tr.i = trunc i64 %indvars.iv1148.i to i32
-  %2512 = shl i32 %indvars.iv1148.tr.i, 2
-  %2513 = and i32 %2512, 12
-  %2514 = shl i32 %indvars.iv1148.tr.i, 3
-  %2515 = and i32 %2514, 224
-  %invariant.op924.i = or disjoint i32 %2515, %2164
-  %invariant.op926.i = or disjoint i32 %invariant.op924.i, %2513
-  %2516 = zext nneg i32 %invariant.op926.i to i64
-  %invariant.gep1341.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2516
-  br label %for_body_ti333.i
-
-for_body_ti333.i:                                 ; preds = %for_body_ti333.i, %for_body_ti333.lr.ph.i
-  %indvars.iv1144.i = phi i64 [ 0, %for_body_ti333.lr.ph.i ], [ %indvars.iv.next1145.i, %for_body_ti333.i ]
-  %tile_acc590.sroa.31.0914.i = phi <16 x float> [ %full_acc589.sroa.28.0.lcssa.i, %for_body_ti333.lr.ph.i ], [ %2577, %for_body_ti333.i ]
-  %tile_acc590.sroa.0.0913.i = phi <16 x float> [ %full_acc589.sroa.0.0.lcssa.i, %for_body_ti333.lr.ph.i ], [ %2528, %for_body_ti333.i ]
-  %tile_acc590.sroa.4.0912.i = phi <16 x float> [ %full_acc589.sroa.4.0.lcssa.i, %for_body_ti333.lr.ph.i ], [ %2535, %for_body_ti333.i ]
-  %tile_acc590.sroa.9.0911.i = phi <16 x float> [ %full_acc589.sroa.8.0.lcssa.i, %for_body_ti333.lr.ph.i ], [ %2542, %for_body_ti333.i ]
-  %tile_acc590.sroa.13.0910.i = phi <16 x float> [ %full_acc589.sroa.12.0.lcssa.i, %for_body_ti333.lr.ph.i ], [ %2549, %for_body_ti333.i ]
-  %tile_acc590.sroa.18.0909.i = phi <16 x float> [ %full_acc589.sroa.16.0.lcssa.i, %for_body_ti333.lr.ph.i ], [ %2556, %for_body_ti333.i ]
-  %tile_acc590.sroa.22.0908.i = phi <16 x float> [ %full_acc589.sroa.20.0.lcssa.i, %for_body_ti333.lr.ph.i ], [ %2563, %for_body_ti333.i ]
-  %tile_acc590.sroa.27.0907.i = phi <16 x float> [ %full_acc589.sroa.24.0.lcssa.i, %for_body_ti333.lr.ph.i ], [ %2570, %for_body_ti333.i ]
-  %2517 = shl nsw i64 %indvars.iv1144.i, 4
-  %2518 = add nuw nsw i64 %2517, %2166
-  %2519 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2518
-  %2520 = load <16 x float>, ptr %2519, align 4, !tbaa !4
-  %2521 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2518
-  %2522 = load <16 x i32>, ptr %2521, align 4, !tbaa !4
-  %.idx1289.i = shl nsw i64 %indvars.iv1144.i, 10
-  %gep1342.i = getelementptr inbounds nuw i8, ptr %invariant.gep1341.i, i64 %.idx1289.i
-  %2523 = load i32, ptr %gep1342.i, align 4, !tbaa !4
-  %2524 = insertelement <16 x i32> poison, i32 %2523, i64 0
-  %2525 = shufflevector <16 x i32> %2524, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2526 = and <16 x i32> %2525, %2522
-  %2527 = bitcast <16 x i32> %2526 to <16 x float>
-  %2528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2520, <16 x float> %2527, <16 x float> %tile_acc590.sroa.0.0913.i)
-  %2529 = getelementptr i8, ptr %gep1342.i, i64 64
-  %2530 = load i32, ptr %2529, align 4, !tbaa !4
-  %2531 = insertelement <16 x i32> poison, i32 %2530, i64 0
-  %2532 = shufflevector <16 x i32> %2531, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2533 = and <16 x i32> %2532, %2522
-  %2534 = bitcast <16 x i32> %2533 to <16 x float>
-  %2535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2520, <16 x float> %2534, <16 x float> %tile_acc590.sroa.4.0912.i)
-  %2536 = getelementptr i8, ptr %gep1342.i, i64 4
-  %2537 = load i32, ptr %2536, align 4, !tbaa !4
-  %2538 = insertelement <16 x i32> poison, i32 %2537, i64 0
-  %2539 = shufflevector <16 x i32> %2538, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2540 = and <16 x i32> %2539, %2522
-  %2541 = bitcast <16 x i32> %2540 to <16 x float>
-  %2542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2520, <16 x float> %2541, <16 x float> %tile_acc590.sroa.9.0911.i)
-  %2543 = getelementptr i8, ptr %gep1342.i, i64 68
-  %2544 = load i32, ptr %2543, align 4, !tbaa !4
-  %2545 = insertelement <16 x i32> poison, i32 %2544, i64 0
-  %2546 = shufflevector <16 x i32> %2545, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2547 = and <16 x i32> %2546, %2522
-  %2548 = bitcast <16 x i32> %2547 to <16 x float>
-  %2549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2520, <16 x float> %2548, <16 x float> %tile_acc590.sroa.13.0910.i)
-  %2550 = getelementptr i8, ptr %gep1342.i, i64 8
-  %2551 = load i32, ptr %2550, align 4, !tbaa !4
-  %2552 = insertelement <16 x i32> poison, i32 %2551, i64 0
-  %2553 = shufflevector <16 x i32> %2552, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2554 = and <16 x i32> %2553, %2522
-  %2555 = bitcast <16 x i32> %2554 to <16 x float>
-  %2556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2520, <16 x float> %2555, <16 x float> %tile_acc590.sroa.18.0909.i)
-  %2557 = getelementptr i8, ptr %gep1342.i, i64 72
-  %2558 = load i32, ptr %2557, align 4, !tbaa !4
-  %2559 = insertelement <16 x i32> poison, i32 %2558, i64 0
-  %2560 = shufflevector <16 x i32> %2559, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2561 = and <16 x i32> %2560, %2522
-  %2562 = bitcast <16 x i32> %2561 to <16 x float>
-  %2563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2520, <16 x float> %2562, <16 x float> %tile_acc590.sroa.22.0908.i)
-  %2564 = getelementptr i8, ptr %gep1342.i, i64 12
-  %2565 = load i32, ptr %2564, align 4, !tbaa !4
-  %2566 = insertelement <16 x i32> poison, i32 %2565, i64 0
-  %2567 = shufflevector <16 x i32> %2566, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2568 = and <16 x i32> %2567, %2522
-  %2569 = bitcast <16 x i32> %2568 to <16 x float>
-  %2570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2520, <16 x float> %2569, <16 x float> %tile_acc590.sroa.27.0907.i)
-  %2571 = getelementptr i8, ptr %gep1342.i, i64 76
-  %2572 = load i32, ptr %2571, align 4, !tbaa !4
-  %2573 = insertelement <16 x i32> poison, i32 %2572, i64 0
-  %2574 = shufflevector <16 x i32> %2573, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2575 = and <16 x i32> %2574, %2522
-  %2576 = bitcast <16 x i32> %2575 to <16 x float>
-  %2577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2520, <16 x float> %2576, <16 x float> %tile_acc590.sroa.31.0914.i)
-  %indvars.iv.next1145.i = add nuw nsw i64 %indvars.iv1144.i, 1
-  %exitcond185.not = icmp eq i64 %indvars.iv.next1145.i, %smax184
-  br i1 %exitcond185.not, label %for_end_ti334.i, label %for_body_ti333.i, !prof !8
-
-for_end_ti334.i:                                  ; preds = %for_body_ti333.i, %for_end_to324.i
-  %tile_acc590.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc589.sroa.24.0.lcssa.i, %for_end_to324.i ], [ %2570, %for_body_ti333.i ]
-  %tile_acc590.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc589.sroa.20.0.lcssa.i, %for_end_to324.i ], [ %2563, %for_body_ti333.i ]
-  %tile_acc590.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc589.sroa.16.0.lcssa.i, %for_end_to324.i ], [ %2556, %for_body_ti333.i ]
-  %tile_acc590.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc589.sroa.12.0.lcssa.i, %for_end_to324.i ], [ %2549, %for_body_ti333.i ]
-  %tile_acc590.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc589.sroa.8.0.lcssa.i, %for_end_to324.i ], [ %2542, %for_body_ti333.i ]
-  %tile_acc590.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc589.sroa.4.0.lcssa.i, %for_end_to324.i ], [ %2535, %for_body_ti333.i ]
-  %tile_acc590.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc589.sroa.0.0.lcssa.i, %for_end_to324.i ], [ %2528, %for_body_ti333.i ]
-  %tile_acc590.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc589.sroa.28.0.lcssa.i, %for_end_to324.i ], [ %2577, %for_body_ti333.i ]
-  %2578 = shl nuw nsw i64 %indvars.iv1148.i, 7
-  %2579 = add nuw nsw i64 %2578, %2167
-  %2580 = getelementptr inbounds float, ptr %acc.i, i64 %2579
-  br i1 %885, label %if_then351.i, label %if_end350.i, !prof !7
-
-if_end350.i:                                      ; preds = %for_end_ti334.i
-  %2581 = load <16 x float>, ptr %2580, align 4, !tbaa !4
-  %2582 = fmul <16 x float> %1930, %2581
-  %2583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %tile_acc590.sroa.0.0.lcssa.i, <16 x float> %2582)
-  store <16 x float> %2583, ptr %2580, align 4, !tbaa !4
-  %2584 = getelementptr i8, ptr %2580, i64 64
-  %2585 = load <16 x float>, ptr %2584, align 4, !tbaa !4
-  %2586 = fmul <16 x float> %1930, %2585
-  %2587 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %tile_acc590.sroa.4.0.lcssa.i, <16 x float> %2586)
-  store <16 x float> %2587, ptr %2584, align 4, !tbaa !4
-  %2588 = getelementptr i8, ptr %2580, i64 128
-  %2589 = load <16 x float>, ptr %2588, align 4, !tbaa !4
-  %2590 = fmul <16 x float> %1930, %2589
-  %2591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %tile_acc590.sroa.9.0.lcssa.i, <16 x float> %2590)
-  store <16 x float> %2591, ptr %2588, align 4, !tbaa !4
-  %2592 = getelementptr i8, ptr %2580, i64 192
-  %2593 = load <16 x float>, ptr %2592, align 4, !tbaa !4
-  %2594 = fmul <16 x float> %1930, %2593
-  %2595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %tile_acc590.sroa.13.0.lcssa.i, <16 x float> %2594)
-  store <16 x float> %2595, ptr %2592, align 4, !tbaa !4
-  %2596 = getelementptr i8, ptr %2580, i64 256
-  %2597 = load <16 x float>, ptr %2596, align 4, !tbaa !4
-  %2598 = fmul <16 x float> %1930, %2597
-  %2599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %tile_acc590.sroa.18.0.lcssa.i, <16 x float> %2598)
-  store <16 x float> %2599, ptr %2596, align 4, !tbaa !4
-  %2600 = getelementptr i8, ptr %2580, i64 320
-  %2601 = load <16 x float>, ptr %2600, align 4, !tbaa !4
-  %2602 = fmul <16 x float> %1930, %2601
-  %2603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %tile_acc590.sroa.22.0.lcssa.i, <16 x float> %2602)
-  store <16 x float> %2603, ptr %2600, align 4, !tbaa !4
-  %2604 = getelementptr i8, ptr %2580, i64 384
-  %2605 = load <16 x float>, ptr %2604, align 4, !tbaa !4
-  %2606 = fmul <16 x float> %1930, %2605
-  %2607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %tile_acc590.sroa.27.0.lcssa.i, <16 x float> %2606)
-  store <16 x float> %2607, ptr %2604, align 4, !tbaa !4
-  %.phi.trans.insert.i = getelementptr i8, ptr %2580, i64 448
-  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !4
-  %.pre1238.i = fmul <16 x float> %1930, %.pre.i
-  br label %if_end352.i
-
-if_then351.i:                                     ; preds = %for_end_ti334.i
-  %2608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %tile_acc590.sroa.0.0.lcssa.i, <16 x float> %2165)
-  store <16 x float> %2608, ptr %2580, align 4, !tbaa !4
-  %2609 = getelementptr i8, ptr %2580, i64 64
-  %2610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %tile_acc590.sroa.4.0.lcssa.i, <16 x float> %2165)
-  store <16 x float> %2610, ptr %2609, align 4, !tbaa !4
-  %2611 = getelementptr i8, ptr %2580, i64 128
-  %2612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %tile_acc590.sroa.9.0.lcssa.i, <16 x float> %2165)
-  store <16 x float> %2612, ptr %2611, align 4, !tbaa !4
-  %2613 = getelementptr i8, ptr %2580, i64 192
-  %2614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %tile_acc590.sroa.13.0.lcssa.i, <16 x float> %2165)
-  store <16 x float> %2614, ptr %2613, align 4, !tbaa !4
-  %2615 = getelementptr i8, ptr %2580, i64 256
-  %2616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %tile_acc590.sroa.18.0.lcssa.i, <16 x float> %2165)
-  store <16 x float> %2616, ptr %2615, align 4, !tbaa !4
-  %2617 = getelementptr i8, ptr %2580, i64 320
-  %2618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %tile_acc590.sroa.22.0.lcssa.i, <16 x float> %2165)
-  store <16 x float> %2618, ptr %2617, align 4, !tbaa !4
-  %2619 = getelementptr i8, ptr %2580, i64 384
-  %2620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %tile_acc590.sroa.27.0.lcssa.i, <16 x float> %2165)
-  store <16 x float> %2620, ptr %2619, align 4, !tbaa !4
-  br label %if_end352.i
-
-if_end352.i:                                      ; preds = %if_then351.i, %if_end350.i
-  %.pre-phi.i = phi <16 x float> [ %.pre1238.i, %if_end350.i ], [ %2165, %if_then351.i ]
-  %2621 = getelementptr inbounds float, ptr %acc.i, i64 %2579
-  %2622 = getelementptr i8, ptr %2621, i64 448
-  %2623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %tile_acc590.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %2623, ptr %2622, align 4, !tbaa !4
-  %indvars.iv.next1149.i = add nuw nsw i64 %indvars.iv1148.i, 1
-  %exitcond1151.not.i = icmp eq i64 %indvars.iv.next1149.i, 32
-  br i1 %exitcond1151.not.i, label %if_end210.i, label %for_begin_to322.preheader.i, !prof !21
-
-if_end354.i:                                      ; preds = %if_end210.i
-  %2624 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2625 = tail call i32 %2624(i32 1, i32 %dev_id, ptr nonnull %edges.i)
-  %.not633.i = icmp eq i32 %2625, 0
-  br i1 %.not633.i, label %if_end357.i, label %fused_attend_compute_.exit, !prof !31
-
-if_end357.i:                                      ; preds = %if_end354.i
-  %2626 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2627 = tail call i32 %2626(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not634.i = icmp eq i32 %2627, 0
-  br i1 %.not634.i, label %if_end360.i, label %fused_attend_compute_.exit, !prof !31
-
-if_end360.i:                                      ; preds = %if_end357.i
-  %2628 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2629 = tail call i32 %2628(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not635.i = icmp eq i32 %2629, 0
-  br i1 %.not635.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !31
-
-if_end366.i:                                      ; preds = %for_end_row_tile.i
-  %2630 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2631 = tail call i32 %2630(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not628.i = icmp eq i32 %2631, 0
-  br i1 %.not628.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !31
-
-if_end372.i:                                      ; preds = %for_end_kv_head.i
-  %2632 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2633 = tail call i32 %2632(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not626.i = icmp eq i32 %2633, 0
-  br i1 %.not626.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !31
-
-for_body_tile378.i:                               ; preds = %if_end383.i, %for_begin_tile377.preheader.i
-  %indvars.iv1171.i = phi i64 [ %indvars.iv.next1172.i, %if_end383.i ], [ 0, %for_begin_tile377.preheader.i ]
-  %.idx1290.i = shl nsw i64 %indvars.iv1171.i, 4
-  %2634 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1290.i
-  %2635 = getelementptr inbounds nuw i8, ptr %2634, i64 4
-  %2636 = load i32, ptr %2635, align 4, !tbaa !4
-  %2637 = icmp slt i32 %read_begin.i, %2636
-  br i1 %2637, label %if_then382.i, label %if_end383.i, !prof !7
-
-for_end_tile379.i:                                ; preds = %if_end383.i, %for_begin_tile377.preheader.i
-  %2638 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2639 = tail call i32 %2638(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not622.i = icmp eq i32 %2639, 0
-  br i1 %.not622.i, label %if_end438.i, label %fused_attend_compute_.exit, !prof !31
-
-if_then382.i:                                     ; preds = %for_body_tile378.i
-  %2640 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1290.i
-  %old_max389.i = load <16 x float>, ptr %2640, align 4, !tbaa !4
-  %2641 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1290.i
-  %old_sum391.i = load <16 x float>, ptr %2641, align 4, !tbaa !4
-  %2642 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1290.i
-  %2643 = load <16 x float>, ptr %2642, align 4, !tbaa !4
-  %2644 = fcmp ogt <16 x float> %old_max389.i, %2643
-  %2645 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1290.i
-  %2646 = load <16 x float>, ptr %2645, align 4, !tbaa !4
-  %2647 = fcmp oeq <16 x float> %2646, zeroinitializer
-  %2648 = select <16 x i1> %2647, <16 x i1> splat (i1 true), <16 x i1> %2644
-  %old_or_both395.i = select <16 x i1> %2648, <16 x float> %old_max389.i, <16 x float> %2643
-  %2649 = fcmp oeq <16 x float> %old_sum391.i, zeroinitializer
-  %m397.i = select <16 x i1> %2649, <16 x float> %2643, <16 x float> %old_or_both395.i
-  %2650 = fsub <16 x float> %old_max389.i, %m397.i
-  %2651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2650, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2652 = bitcast <16 x float> %2651 to <16 x i32>
-  %2653 = fadd <16 x float> %2651, splat (float 0xC168000FE0000000)
-  %2654 = fmul <16 x float> %2653, splat (float 0x3F2BD01060000000)
-  %2655 = fmul <16 x float> %2653, splat (float 0x3FE6300000000000)
-  %2656 = fsub <16 x float> %2650, %2655
-  %2657 = fadd <16 x float> %2654, %2656
-  %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2657, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2658, <16 x float> %2657, <16 x float> splat (float 0x3FA5558F20000000))
-  %2660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2659, <16 x float> %2657, <16 x float> splat (float 0x3FC5554920000000))
-  %2661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2657, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2662 = fmul <16 x float> %2657, %2657
-  %2663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2661, <16 x float> %2662, <16 x float> %2657)
-  %2664 = shl <16 x i32> %2652, splat (i32 23)
-  %2665 = bitcast <16 x i32> %2664 to <16 x float>
-  %2666 = fadd <16 x float> %2663, splat (float 1.000000e+00)
-  %2667 = fmul <16 x float> %2666, %2665
-  %2668 = fcmp olt <16 x float> %2650, splat (float -8.700000e+01)
-  %2669 = select <16 x i1> %2668, <16 x float> zeroinitializer, <16 x float> %2667
-  %2670 = fcmp one <16 x float> %old_sum391.i, zeroinitializer
-  %2671 = select <16 x i1> %2670, <16 x float> %2669, <16 x float> zeroinitializer
-  %arg415.i = fsub <16 x float> %2643, %m397.i
-  %2672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg415.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2673 = bitcast <16 x float> %2672 to <16 x i32>
-  %2674 = fadd <16 x float> %2672, splat (float 0xC168000FE0000000)
-  %2675 = fmul <16 x float> %2674, splat (float 0x3F2BD01060000000)
-  %2676 = fmul <16 x float> %2674, splat (float 0x3FE6300000000000)
-  %2677 = fsub <16 x float> %arg415.i, %2676
-  %2678 = fadd <16 x float> %2675, %2677
-  %2679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2678, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2678, <16 x float> splat (float 0x3FA5558F20000000))
-  %2681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2680, <16 x float> %2678, <16 x float> splat (float 0x3FC5554920000000))
-  %2682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2681, <16 x float> %2678, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2683 = fmul <16 x float> %2678, %2678
-  %2684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2682, <16 x float> %2683, <16 x float> %2678)
-  %2685 = shl <16 x i32> %2673, splat (i32 23)
-  %2686 = bitcast <16 x i32> %2685 to <16 x float>
-  %2687 = fadd <16 x float> %2684, splat (float 1.000000e+00)
-  %2688 = fmul <16 x float> %2687, %2686
-  %2689 = fcmp olt <16 x float> %arg415.i, splat (float -8.700000e+01)
-  %2690 = select <16 x i1> %2689, <16 x float> zeroinitializer, <16 x float> %2688
-  %2691 = fcmp one <16 x float> %2646, zeroinitializer
-  %2692 = select <16 x i1> %2691, <16 x float> %2690, <16 x float> zeroinitializer
-  %2693 = fmul <16 x float> %old_sum391.i, %2671
-  %2694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2692, <16 x float> %2646, <16 x float> %2693)
-  store <16 x float> %m397.i, ptr %2640, align 4, !tbaa !4
-  store <16 x float> %2694, ptr %2641, align 4, !tbaa !4
-  %2695 = shl i64 %indvars.iv1171.i, 12
-  %2696 = and i64 %2695, 4294963200
-  br label %for_body_d433.i
-
-if_end383.i:                                      ; preds = %for_body_d433.i, %for_body_tile378.i
-  %indvars.iv.next1172.i = add nuw nsw i64 %indvars.iv1171.i, 1
-  %exitcond1175.not.i = icmp eq i64 %indvars.iv.next1172.i, %wide.trip.count1174.i
-  br i1 %exitcond1175.not.i, label %for_end_tile379.i, label %for_body_tile378.i, !prof !8
-
-for_body_d433.i:                                  ; preds = %for_body_d433.i, %if_then382.i
-  %indvars.iv1167.i = phi i64 [ 0, %if_then382.i ], [ %indvars.iv.next1168.i.3, %for_body_d433.i ]
-  %2697 = shl nuw nsw i64 %indvars.iv1167.i, 4
-  %2698 = add nuw nsw i64 %2697, %2696
-  %2699 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2698
-  %2700 = load <16 x float>, ptr %2699, align 4, !tbaa !4
-  %2701 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2698
-  %2702 = load <16 x float>, ptr %2701, align 4, !tbaa !4
-  %2703 = fmul <16 x float> %2671, %2702
-  %2704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2692, <16 x float> %2700, <16 x float> %2703)
-  store <16 x float> %2704, ptr %2701, align 4, !tbaa !4
-  %indvars.iv.next1168.i = shl i64 %indvars.iv1167.i, 4
-  %2705 = or disjoint i64 %indvars.iv.next1168.i, 16
-  %2706 = add nuw nsw i64 %2705, %2696
-  %2707 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2706
-  %2708 = load <16 x float>, ptr %2707, align 4, !tbaa !4
-  %2709 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2706
-  %2710 = load <16 x float>, ptr %2709, align 4, !tbaa !4
-  %2711 = fmul <16 x float> %2671, %2710
-  %2712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2692, <16 x float> %2708, <16 x float> %2711)
-  store <16 x float> %2712, ptr %2709, align 4, !tbaa !4
-  %indvars.iv.next1168.i.1 = shl i64 %indvars.iv1167.i, 4
-  %2713 = or disjoint i64 %indvars.iv.next1168.i.1, 32
-  %2714 = add nuw nsw i64 %2713, %2696
-  %2715 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2714
-  %2716 = load <16 x float>, ptr %2715, align 4, !tbaa !4
-  %2717 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2714
-  %2718 = load <16 x float>, ptr %2717, align 4, !tbaa !4
-  %2719 = fmul <16 x float> %2671, %2718
-  %2720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2692, <16 x float> %2716, <16 x float> %2719)
-  store <16 x float> %2720, ptr %2717, align 4, !tbaa !4
-  %indvars.iv.next1168.i.2 = shl i64 %indvars.iv1167.i, 4
-  %2721 = or disjoint i64 %indvars.iv.next1168.i.2, 48
-  %2722 = add nuw nsw i64 %2721, %2696
-  %2723 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2722
-  %2724 = load <16 x float>, ptr %2723, align 4, !tbaa !4
-  %2725 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2722
-  %2726 = load <16 x float>, ptr %2725, align 4, !tbaa !4
-  %2727 = fmul <16 x float> %2671, %2726
-  %2728 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2692, <16 x float> %2724, <16 x float> %2727)
-  store <16 x float> %2728, ptr %2725, align 4, !tbaa !4
-  %indvars.iv.next1168.i.3 = add nuw nsw i64 %indvars.iv1167.i, 4
-  %exitcond1170.not.i.3 = icmp eq i64 %indvars.iv.next1168.i.3, 256
-  br i1 %exitcond1170.not.i.3, label %if_end383.i, label %for_body_d433.i, !prof !21, !llvm.loop !69
-
-if_end438.i:                                      ; preds = %for_end_tile379.i
-  %2729 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2730 = tail call i32 %2729(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
-  %.not623.i = icmp eq i32 %2730, 0
-  br i1 %.not623.i, label %if_end441.i, label %fused_attend_compute_.exit, !prof !31
-
-if_end441.i:                                      ; preds = %if_end438.i
-  %2731 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2732 = tail call i32 %2731(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
-  %.not624.i = icmp eq i32 %2732, 0
-  br i1 %.not624.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !31
-
-for_body_tile447.i:                               ; preds = %if_end452.loopexit.i, %for_body_tile447.i.preheader
-  %indvars.iv1193.i = phi i64 [ %indvars.iv.next1194.i, %if_end452.loopexit.i ], [ 0, %for_body_tile447.i.preheader ]
-  %2733 = shl i64 %indvars.iv1193.i, 14
-  %2734 = and i64 %2733, 17179852800
-  %scevgep390 = getelementptr i8, ptr %total_acc.i, i64 %2734
-  %2735 = trunc nuw nsw i64 %indvars.iv1193.i to i32
-  %rmod520.i = srem i32 %2735, %111
-  %rdiv527.i = sdiv i32 %2735, %111
-  %2736 = icmp ne i32 %rmod520.i, 0
-  %.not614.i = and i1 %499, %2736
-  %2737 = select i1 %.not614.i, i32 %111, i32 0
-  %2738 = add nsw i32 %2737, %rmod520.i
-  %2739 = shl nsw i32 %2738, 4
-  %2740 = sub nsw i32 %109, %2739
-  %2741 = icmp sgt i32 %2740, 0
-  br i1 %2741, label %for_body_r522.lr.ph.i, label %if_end452.loopexit.i, !prof !3
-
-for_end_tile448.i:                                ; preds = %if_end452.loopexit.i, %if_end452.us.i, %for_begin_tile446.preheader.i
-  %2742 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2743 = tail call i32 %2742(i32 1, i32 %dev_id, ptr nonnull %reach.i)
-  %.not.i = icmp eq i32 %2743, 0
-  br i1 %.not.i, label %if_end547.i, label %fused_attend_compute_.exit, !prof !31
-
-if_end452.loopexit.i:                             ; preds = %for_end_d540.i, %for_body_tile447.i
-  %indvars.iv.next1194.i = add nuw nsw i64 %indvars.iv1193.i, 1
-  %exitcond1197.not.i = icmp eq i64 %indvars.iv.next1194.i, %wide.trip.count1232.i
-  br i1 %exitcond1197.not.i, label %for_end_tile448.i, label %for_body_tile447.i, !prof !8
-
-for_body_r522.lr.ph.i:                            ; preds = %for_body_tile447.i
-  %2744 = sext i1 %.not614.i to i32
-  %2745 = add nsw i32 %rdiv527.i, %2744
-  %2746 = sext i32 %2745 to i64
-  %2747 = sext i32 %2738 to i64
-  %2748 = shl nsw i64 %2747, 7
-  %2749 = add nsw i64 %500, %2746
-  %2750 = shl nsw i64 %2749, 1
-  %2751 = add nsw i64 %2748, %502
-  %2752 = shl i64 %indvars.iv1193.i, 4
-  %2753 = and i64 %2752, 4294967280
-  %2754 = tail call i32 @llvm.umin.i32(i32 %2740, i32 16)
-  %wide.trip.count1181.i = zext nneg i32 %2754 to i64
-  %2755 = add nsw i64 %2751, %2750
-  %2756 = or disjoint i64 %2755, 1
-  br label %for_body_r522.i
-
-for_begin_d538.preheader.lr.ph.i:                 ; preds = %for_body_r522.i
-  %.idx.i = shl nsw i64 %2749, 11
-  %2757 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %.idx615.i = shl nsw i64 %2747, 17
-  %2758 = getelementptr i8, ptr %2757, i64 %.idx615.i
-  %invariant.gep943.i = getelementptr i8, ptr %2758, i64 %.idx616.i
-  %2759 = shl i64 %indvars.iv1193.i, 12
-  %2760 = and i64 %2759, 4294963200
-  %invariant.gep1343.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2760
-  %2761 = add nsw i64 %.idx615.i, %.idx.i
-  %scevgep385 = getelementptr i8, ptr %scevgep384, i64 %2761
-  %scevgep388 = getelementptr i8, ptr %scevgep387, i64 %2761
-  %2762 = shl nuw nsw i64 %wide.trip.count1181.i, 2
-  %2763 = getelementptr i8, ptr %scevgep391, i64 %2734
-  %scevgep392 = getelementptr i8, ptr %2763, i64 %2762
-  br label %for_begin_d538.preheader.i
-
-for_body_r522.i:                                  ; preds = %for_body_r522.i, %for_body_r522.lr.ph.i
-  %indvars.iv1177.i = phi i64 [ 0, %for_body_r522.lr.ph.i ], [ %indvars.iv.next1178.i.1, %for_body_r522.i ]
-  %2764 = add nuw nsw i64 %indvars.iv1177.i, %2753
-  %2765 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2764
-  %2766 = load float, ptr %2765, align 4, !tbaa !4
-  %2767 = shl nuw nsw i64 %indvars.iv1177.i, 3
-  %2768 = and i64 %2767, 17179869168
-  %2769 = add nsw i64 %2755, %2768
-  %2770 = getelementptr inbounds float, ptr %partial_max, i64 %2769
-  store float %2766, ptr %2770, align 4, !tbaa !4
-  %2771 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2764
-  %2772 = load float, ptr %2771, align 4, !tbaa !4
-  %2773 = getelementptr inbounds float, ptr %partial_sum, i64 %2769
-  store float %2772, ptr %2773, align 4, !tbaa !4
-  %indvars.iv.next1178.i = or disjoint i64 %indvars.iv1177.i, 1
-  %2774 = add nuw nsw i64 %indvars.iv.next1178.i, %2753
-  %2775 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2774
-  %2776 = load float, ptr %2775, align 4, !tbaa !4
-  %2777 = shl nuw nsw i64 %indvars.iv1177.i, 3
-  %2778 = and i64 %2777, 17179869168
-  %2779 = add nsw i64 %2756, %2778
-  %2780 = getelementptr inbounds float, ptr %partial_max, i64 %2779
-  store float %2776, ptr %2780, align 4, !tbaa !4
-  %2781 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2774
-  %2782 = load float, ptr %2781, align 4, !tbaa !4
-  %2783 = getelementptr inbounds float, ptr %partial_sum, i64 %2779
-  store float %2782, ptr %2783, align 4, !tbaa !4
-  %indvars.iv.next1178.i.1 = add nuw nsw i64 %indvars.iv1177.i, 2
-  %exitcond1182.not.i.1 = icmp eq i64 %indvars.iv.next1178.i.1, %wide.trip.count1181.i
-  br i1 %exitcond1182.not.i.1, label %for_begin_d538.preheader.lr.ph.i, label %for_body_r522.i, !prof !8, !llvm.loop !71
-
-for_begin_d538.preheader.i:                       ; preds = %for_end_d540.i, %for_begin_d538.preheader.lr.ph.i
-  %indvars.iv1187.i = phi i64 [ 0, %for_begin_d538.preheader.lr.ph.i ], [ %indvars.iv.next1188.i, %for_end_d540.i ]
-  %2784 = shl nuw nsw i64 %indvars.iv1187.i, 8
-  %2785 = and i64 %2784, 256
-  %2786 = shl nuw nsw i64 %indvars.iv1187.i, 11
-  %2787 = and i64 %2786, 4398046507008
-  %gep944.i = getelementptr float, ptr %invariant.gep943.i, i64 %2787
-  %2788 = getelementptr float, ptr %gep944.i, i64 %2785
-  %gep1344.i = getelementptr inbounds nuw float, ptr %invariant.gep1343.i, i64 %indvars.iv1187.i
-  %2789 = shl i64 %indvars.iv1187.i, 13
-  %2790 = and i64 %2789, 17592186028032
-  %2791 = shl i64 %indvars.iv1187.i, 10
-  %2792 = and i64 %2791, 1024
-  %2793 = or disjoint i64 %2790, %2792
-  %scevgep389 = getelementptr i8, ptr %scevgep388, i64 %2793
-  %scevgep386 = getelementptr i8, ptr %scevgep385, i64 %2793
-  %bound0393 = icmp ult ptr %scevgep386, %scevgep392
-  %bound1394 = icmp ult ptr %scevgep390, %scevgep389
-  %found.conflict395 = and i1 %bound0393, %bound1394
-  br i1 %found.conflict395, label %for_body_d539.i, label %vector.body398, !prof !11
-
-vector.body398:                                   ; preds = %for_begin_d538.preheader.i
-  %2794 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %2795 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %2796 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %2797 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather401 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2794, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather402 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2795, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather403 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2796, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather404 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2797, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %2798 = getelementptr i8, ptr %2788, i64 32
-  %2799 = getelementptr i8, ptr %2788, i64 64
-  %2800 = getelementptr i8, ptr %2788, i64 96
-  store <8 x float> %wide.masked.gather401, ptr %2788, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather402, ptr %2798, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather403, ptr %2799, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather404, ptr %2800, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  %2801 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %2802 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %2803 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %2804 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather401.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2801, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather402.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2802, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather403.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2803, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather404.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2804, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %2805 = getelementptr i8, ptr %2788, i64 128
-  %2806 = getelementptr i8, ptr %2788, i64 160
-  %2807 = getelementptr i8, ptr %2788, i64 192
-  %2808 = getelementptr i8, ptr %2788, i64 224
-  store <8 x float> %wide.masked.gather401.1, ptr %2805, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather402.1, ptr %2806, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather403.1, ptr %2807, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather404.1, ptr %2808, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  %2809 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %2810 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %2811 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %2812 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather401.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2809, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather402.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2810, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather403.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2811, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather404.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2812, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %2813 = getelementptr i8, ptr %2788, i64 256
-  %2814 = getelementptr i8, ptr %2788, i64 288
-  %2815 = getelementptr i8, ptr %2788, i64 320
-  %2816 = getelementptr i8, ptr %2788, i64 352
-  store <8 x float> %wide.masked.gather401.2, ptr %2813, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather402.2, ptr %2814, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather403.2, ptr %2815, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather404.2, ptr %2816, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  %2817 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %2818 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %2819 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %2820 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather401.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2817, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather402.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2818, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather403.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2819, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather404.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2820, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %2821 = getelementptr i8, ptr %2788, i64 384
-  %2822 = getelementptr i8, ptr %2788, i64 416
-  %2823 = getelementptr i8, ptr %2788, i64 448
-  %2824 = getelementptr i8, ptr %2788, i64 480
-  store <8 x float> %wide.masked.gather401.3, ptr %2821, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather402.3, ptr %2822, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather403.3, ptr %2823, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather404.3, ptr %2824, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  %2825 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 8192, i64 8256, i64 8320, i64 8384, i64 8448, i64 8512, i64 8576, i64 8640>
-  %2826 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 8704, i64 8768, i64 8832, i64 8896, i64 8960, i64 9024, i64 9088, i64 9152>
-  %2827 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 9216, i64 9280, i64 9344, i64 9408, i64 9472, i64 9536, i64 9600, i64 9664>
-  %2828 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 9728, i64 9792, i64 9856, i64 9920, i64 9984, i64 10048, i64 10112, i64 10176>
-  %wide.masked.gather401.4 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2825, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather402.4 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2826, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather403.4 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2827, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather404.4 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2828, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %2829 = getelementptr i8, ptr %2788, i64 512
-  %2830 = getelementptr i8, ptr %2788, i64 544
-  %2831 = getelementptr i8, ptr %2788, i64 576
-  %2832 = getelementptr i8, ptr %2788, i64 608
-  store <8 x float> %wide.masked.gather401.4, ptr %2829, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather402.4, ptr %2830, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather403.4, ptr %2831, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather404.4, ptr %2832, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  %2833 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 10240, i64 10304, i64 10368, i64 10432, i64 10496, i64 10560, i64 10624, i64 10688>
-  %2834 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 10752, i64 10816, i64 10880, i64 10944, i64 11008, i64 11072, i64 11136, i64 11200>
-  %2835 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 11264, i64 11328, i64 11392, i64 11456, i64 11520, i64 11584, i64 11648, i64 11712>
-  %2836 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 11776, i64 11840, i64 11904, i64 11968, i64 12032, i64 12096, i64 12160, i64 12224>
-  %wide.masked.gather401.5 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2833, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather402.5 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2834, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather403.5 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2835, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather404.5 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2836, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %2837 = getelementptr i8, ptr %2788, i64 640
-  %2838 = getelementptr i8, ptr %2788, i64 672
-  %2839 = getelementptr i8, ptr %2788, i64 704
-  %2840 = getelementptr i8, ptr %2788, i64 736
-  store <8 x float> %wide.masked.gather401.5, ptr %2837, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather402.5, ptr %2838, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather403.5, ptr %2839, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather404.5, ptr %2840, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  %2841 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 12288, i64 12352, i64 12416, i64 12480, i64 12544, i64 12608, i64 12672, i64 12736>
-  %2842 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 12800, i64 12864, i64 12928, i64 12992, i64 13056, i64 13120, i64 13184, i64 13248>
-  %2843 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 13312, i64 13376, i64 13440, i64 13504, i64 13568, i64 13632, i64 13696, i64 13760>
-  %2844 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 13824, i64 13888, i64 13952, i64 14016, i64 14080, i64 14144, i64 14208, i64 14272>
-  %wide.masked.gather401.6 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2841, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather402.6 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2842, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather403.6 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2843, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather404.6 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2844, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %2845 = getelementptr i8, ptr %2788, i64 768
-  %2846 = getelementptr i8, ptr %2788, i64 800
-  %2847 = getelementptr i8, ptr %2788, i64 832
-  %2848 = getelementptr i8, ptr %2788, i64 864
-  store <8 x float> %wide.masked.gather401.6, ptr %2845, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather402.6, ptr %2846, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather403.6, ptr %2847, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather404.6, ptr %2848, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  %2849 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 14336, i64 14400, i64 14464, i64 14528, i64 14592, i64 14656, i64 14720, i64 14784>
-  %2850 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 14848, i64 14912, i64 14976, i64 15040, i64 15104, i64 15168, i64 15232, i64 15296>
-  %2851 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 15360, i64 15424, i64 15488, i64 15552, i64 15616, i64 15680, i64 15744, i64 15808>
-  %2852 = getelementptr inbounds nuw i8, ptr %gep1344.i, <8 x i64> <i64 15872, i64 15936, i64 16000, i64 16064, i64 16128, i64 16192, i64 16256, i64 16320>
-  %wide.masked.gather401.7 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2849, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather402.7 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2850, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather403.7 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2851, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %wide.masked.gather404.7 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2852, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !72
-  %2853 = getelementptr i8, ptr %2788, i64 896
-  %2854 = getelementptr i8, ptr %2788, i64 928
-  %2855 = getelementptr i8, ptr %2788, i64 960
-  %2856 = getelementptr i8, ptr %2788, i64 992
-  store <8 x float> %wide.masked.gather401.7, ptr %2853, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather402.7, ptr %2854, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather403.7, ptr %2855, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  store <8 x float> %wide.masked.gather404.7, ptr %2856, align 4, !tbaa !4, !alias.scope !75, !noalias !72
-  br label %for_end_d540.i
-
-for_body_d539.i:                                  ; preds = %for_body_d539.i, %for_begin_d538.preheader.i
-  %indvars.iv1183.i = phi i64 [ %indvars.iv.next1184.i.7, %for_body_d539.i ], [ 0, %for_begin_d538.preheader.i ]
-  %.idx1291.i = shl nuw nsw i64 %indvars.iv1183.i, 6
-  %2857 = getelementptr inbounds nuw i8, ptr %gep1344.i, i64 %.idx1291.i
-  %2858 = load float, ptr %2857, align 4, !tbaa !4
-  %2859 = getelementptr float, ptr %2788, i64 %indvars.iv1183.i
-  store float %2858, ptr %2859, align 4, !tbaa !4
-  %indvars.iv.next1184.i = or disjoint i64 %indvars.iv1183.i, 1
-  %.idx1291.i.1 = shl nuw nsw i64 %indvars.iv.next1184.i, 6
-  %2860 = getelementptr inbounds nuw i8, ptr %gep1344.i, i64 %.idx1291.i.1
-  %2861 = load float, ptr %2860, align 4, !tbaa !4
-  %2862 = getelementptr float, ptr %2788, i64 %indvars.iv.next1184.i
-  store float %2861, ptr %2862, align 4, !tbaa !4
-  %indvars.iv.next1184.i.1 = or disjoint i64 %indvars.iv1183.i, 2
-  %.idx1291.i.2 = shl nuw nsw i64 %indvars.iv.next1184.i.1, 6
-  %2863 = getelementptr inbounds nuw i8, ptr %gep1344.i, i64 %.idx1291.i.2
-  %2864 = load float, ptr %2863, align 4, !tbaa !4
-  %2865 = getelementptr float, ptr %2788, i64 %indvars.iv.next1184.i.1
-  store float %2864, ptr %2865, align 4, !tbaa !4
-  %indvars.iv.next1184.i.2 = or disjoint i64 %indvars.iv1183.i, 3
-  %.idx1291.i.3 = shl nuw nsw i64 %indvars.iv.next1184.i.2, 6
-  %2866 = getelementptr inbounds nuw i8, ptr %gep1344.i, i64 %.idx1291.i.3
-  %2867 = load float, ptr %2866, align 4, !tbaa !4
-  %2868 = getelementptr float, ptr %2788, i64 %indvars.iv.next1184.i.2
-  store float %2867, ptr %2868, align 4, !tbaa !4
-  %indvars.iv.next1184.i.3 = or disjoint i64 %indvars.iv1183.i, 4
-  %.idx1291.i.4 = shl nuw nsw i64 %indvars.iv.next1184.i.3, 6
-  %2869 = getelementptr inbounds nuw i8, ptr %gep1344.i, i64 %.idx1291.i.4
-  %2870 = load float, ptr %2869, align 4, !tbaa !4
-  %2871 = getelementptr float, ptr %2788, i64 %indvars.iv.next1184.i.3
-  store float %2870, ptr %2871, align 4, !tbaa !4
-  %indvars.iv.next1184.i.4 = or disjoint i64 %indvars.iv1183.i, 5
-  %.idx1291.i.5 = shl nuw nsw i64 %indvars.iv.next1184.i.4, 6
-  %2872 = getelementptr inbounds nuw i8, ptr %gep1344.i, i64 %.idx1291.i.5
-  %2873 = load float, ptr %2872, align 4, !tbaa !4
-  %2874 = getelementptr float, ptr %2788, i64 %indvars.iv.next1184.i.4
-  store float %2873, ptr %2874, align 4, !tbaa !4
-  %indvars.iv.next1184.i.5 = or disjoint i64 %indvars.iv1183.i, 6
-  %.idx1291.i.6 = shl nuw nsw i64 %indvars.iv.next1184.i.5, 6
-  %2875 = getelementptr inbounds nuw i8, ptr %gep1344.i, i64 %.idx1291.i.6
-  %2876 = load float, ptr %2875, align 4, !tbaa !4
-  %2877 = getelementptr float, ptr %2788, i64 %indvars.iv.next1184.i.5
-  store float %2876, ptr %2877, align 4, !tbaa !4
-  %indvars.iv.next1184.i.6 = or disjoint i64 %indvars.iv1183.i, 7
-  %.idx1291.i.7 = shl nuw nsw i64 %indvars.iv.next1184.i.6, 6
-  %2878 = getelementptr inbounds nuw i8, ptr %gep1344.i, i64 %.idx1291.i.7
-  %2879 = load float, ptr %2878, align 4, !tbaa !4
-  %2880 = getelementptr float, ptr %2788, i64 %indvars.iv.next1184.i.6
-  store float %2879, ptr %2880, align 4, !tbaa !4
-  %indvars.iv.next1184.i.7 = add nuw nsw i64 %indvars.iv1183.i, 8
-  %exitcond1186.not.i.7 = icmp eq i64 %indvars.iv.next1184.i.7, 256
-  br i1 %exitcond1186.not.i.7, label %for_end_d540.i, label %for_body_d539.i, !prof !22, !llvm.loop !77
-
-for_end_d540.i:                                   ; preds = %for_body_d539.i, %vector.body398
-  %indvars.iv.next1188.i = add nuw nsw i64 %indvars.iv1187.i, 1
-  %exitcond1192.not.i = icmp eq i64 %indvars.iv.next1188.i, %wide.trip.count1181.i
-  br i1 %exitcond1192.not.i, label %if_end452.loopexit.i, label %for_begin_d538.preheader.i, !prof !8
-
-if_end547.i:                                      ; preds = %for_end_tile448.i
-  %2881 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2882 = tail call i32 %2881(i32 1, i32 %dev_id, ptr nonnull %places.i)
-  %.not604.i = icmp eq i32 %2882, 0
-  br i1 %.not604.i, label %if_end550.i, label %fused_attend_compute_.exit, !prof !31
-
-if_end550.i:                                      ; preds = %if_end547.i
-  %2883 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2884 = tail call i32 %2883(i32 1, i32 %dev_id, ptr nonnull %begins.i)
-  %.not605.i = icmp eq i32 %2884, 0
-  br i1 %.not605.i, label %if_end553.i, label %fused_attend_compute_.exit, !prof !31
-
-if_end553.i:                                      ; preds = %if_end550.i
-  %2885 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2886 = tail call i32 %2885(i32 1, i32 %dev_id, ptr nonnull %limits.i)
-  %.not606.i = icmp eq i32 %2886, 0
-  br i1 %.not606.i, label %if_end556.i, label %fused_attend_compute_.exit, !prof !31
-
-if_end556.i:                                      ; preds = %if_end553.i
-  %2887 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2888 = tail call i32 %2887(i32 1, i32 %dev_id, ptr nonnull %positions.i)
-  %.not607.i = icmp eq i32 %2888, 0
-  br i1 %.not607.i, label %if_end559.i, label %fused_attend_compute_.exit, !prof !31
-
-if_end559.i:                                      ; preds = %if_end556.i
-  %2889 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2890 = tail call i32 %2889(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
-  %.not608.i = icmp eq i32 %2890, 0
-  br i1 %.not608.i, label %if_end562.i, label %fused_attend_compute_.exit, !prof !31
-
-if_end562.i:                                      ; preds = %if_end559.i
-  %2891 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2892 = tail call i32 %2891(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
-  %.not609.i = icmp eq i32 %2892, 0
-  br i1 %.not609.i, label %if_end565.i, label %fused_attend_compute_.exit, !prof !31
-
-if_end565.i:                                      ; preds = %if_end562.i
-  %2893 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2894 = tail call i32 %2893(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
-  %.not610.i = icmp eq i32 %2894, 0
-  br i1 %.not610.i, label %if_end568.i, label %fused_attend_compute_.exit, !prof !31
-
-if_end568.i:                                      ; preds = %if_end565.i
-  %2895 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2896 = tail call i32 %2895(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not611.i = icmp ne i32 %2896, 0
-  %..i = sext i1 %.not611.i to i32
-  br label %fused_attend_compute_.exit
-
-fused_attend_compute_.exit:                       ; preds = %if_end568.i, %if_end565.i, %if_end562.i, %if_end559.i, %if_end556.i, %if_end553.i, %if_end550.i, %if_end547.i, %for_end_tile448.i, %if_end441.i, %if_end438.i, %for_end_tile379.i, %if_end372.i, %if_end366.i, %if_end360.i, %if_end357.i, %if_end354.i, %if_end210.i, %if_end183.i, %if_end180.i, %if_end177.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end161.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end141.i, %for_body_step.i, %if_end135.i, %if_end132.i, %for_body_number.i, %for_end_r508.us.i, %for_body_tile447.us.i, %if_end20.i, %if_end17.i, %if_end14.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
-  %common.ret.op.i = phi i32 [ -1, %if_end565.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end14.i ], [ -1, %if_end17.i ], [ -1, %if_end20.i ], [ -1, %if_end556.i ], [ -1, %if_end559.i ], [ -1, %for_body_tile447.us.i ], [ -1, %if_end562.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_row_tile.i ], [ %..i, %if_end568.i ], [ -1, %for_end_tile448.i ], [ -1, %if_end547.i ], [ -1, %if_end550.i ], [ -1, %if_end553.i ], [ -1, %for_end_r508.us.i ], [ -1, %if_end360.i ], [ -1, %if_end357.i ], [ -1, %if_end354.i ], [ -1, %if_end210.i ], [ -1, %if_end183.i ], [ -1, %if_end180.i ], [ -1, %if_end177.i ], [ -1, %if_end366.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end161.i ], [ -1, %if_end372.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end141.i ], [ -1, %if_end441.i ], [ -1, %if_end438.i ], [ -1, %for_end_tile379.i ], [ -1, %if_end135.i ], [ -1, %if_end132.i ], [ -1, %for_body_number.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor584.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %column_term601.i)
-  ret i32 %common.ret.op.i
-}
-
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
   %scaled273.i = alloca [128 x float], align 16
@@ -5842,7 +989,7 @@ for_begin_ax1.preheader.i:                        ; preds = %for_begin_ax1.prehe
   store <4 x float> %483, ptr %484, align 4, !tbaa !4
   %indvars.iv.next618.i = add nuw nsw i64 %indvars.iv617.i, 1
   %exitcond620.not.i = icmp eq i64 %indvars.iv.next618.i, 8
-  br i1 %exitcond620.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !21
+  br i1 %exitcond620.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !11
 
 for_end_tile.i:                                   ; preds = %for_begin_ax1.preheader.i
   %485 = add nsw i32 %142, -1
@@ -5884,7 +1031,7 @@ for_begin_step.i:                                 ; preds = %if_end204.i, %for_e
   %507 = and i32 %smin197, 15
   %508 = zext nneg i32 %507 to i64
   %exitcond747.not.i = icmp eq i32 %step.i, %496
-  br i1 %exitcond747.not.i, label %for_begin_tile209.preheader.i, label %for_body_step.i, !prof !31
+  br i1 %exitcond747.not.i, label %for_begin_tile209.preheader.i, label %for_body_step.i, !prof !12
 
 for_begin_tile209.preheader.i:                    ; preds = %for_begin_step.i
   %509 = mul nsw i64 %140, %out_batch
@@ -5901,17 +1048,17 @@ for_body_tile210.preheader.i:                     ; preds = %for_begin_tile209.p
   %.idx.i = shl nuw nsw i64 %516, 14
   %517 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
   %518 = shl nuw nsw i64 %516, 4
-  %519 = load float, ptr %row_max284.i, align 16, !tbaa !78
+  %519 = load float, ptr %row_max284.i, align 16, !tbaa !13
   %520 = getelementptr inbounds nuw float, ptr %partial_max, i64 %518
   store float %519, ptr %520, align 4, !tbaa !4
-  %521 = load float, ptr %row_sum283.i, align 16, !tbaa !80
+  %521 = load float, ptr %row_sum283.i, align 16, !tbaa !15
   %522 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %518
   store float %521, ptr %522, align 4, !tbaa !4
-  %523 = load float, ptr %106, align 4, !tbaa !78
+  %523 = load float, ptr %106, align 4, !tbaa !13
   %524 = or disjoint i64 %518, 1
   %525 = getelementptr inbounds nuw float, ptr %partial_max, i64 %524
   store float %523, ptr %525, align 4, !tbaa !4
-  %526 = load float, ptr %107, align 4, !tbaa !80
+  %526 = load float, ptr %107, align 4, !tbaa !15
   %527 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %524
   store float %526, ptr %527, align 4, !tbaa !4
   %528 = load <32 x float>, ptr %acc.i, align 4, !tbaa !4
@@ -5977,17 +1124,17 @@ for_body_tile210.preheader.i:                     ; preds = %for_begin_tile209.p
   %573 = getelementptr inbounds nuw i8, ptr %517, i64 1920
   store <32 x float> %572, ptr %573, align 4, !tbaa !4
   %574 = or disjoint i64 %518, 2
-  %575 = load float, ptr %108, align 8, !tbaa !78
+  %575 = load float, ptr %108, align 8, !tbaa !13
   %576 = getelementptr inbounds nuw float, ptr %partial_max, i64 %574
   store float %575, ptr %576, align 4, !tbaa !4
-  %577 = load float, ptr %109, align 8, !tbaa !80
+  %577 = load float, ptr %109, align 8, !tbaa !15
   %578 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %574
   store float %577, ptr %578, align 4, !tbaa !4
-  %579 = load float, ptr %110, align 4, !tbaa !78
+  %579 = load float, ptr %110, align 4, !tbaa !13
   %580 = or disjoint i64 %518, 3
   %581 = getelementptr inbounds nuw float, ptr %partial_max, i64 %580
   store float %579, ptr %581, align 4, !tbaa !4
-  %582 = load float, ptr %111, align 4, !tbaa !80
+  %582 = load float, ptr %111, align 4, !tbaa !15
   %583 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %580
   store float %582, ptr %583, align 4, !tbaa !4
   %584 = getelementptr inbounds nuw i8, ptr %517, i64 2048
@@ -6055,17 +1202,17 @@ for_body_tile210.preheader.i:                     ; preds = %for_begin_tile209.p
   %631 = getelementptr inbounds nuw i8, ptr %517, i64 3968
   store <32 x float> %630, ptr %631, align 4, !tbaa !4
   %632 = or disjoint i64 %518, 4
-  %633 = load float, ptr %112, align 16, !tbaa !78
+  %633 = load float, ptr %112, align 16, !tbaa !13
   %634 = getelementptr inbounds nuw float, ptr %partial_max, i64 %632
   store float %633, ptr %634, align 4, !tbaa !4
-  %635 = load float, ptr %113, align 16, !tbaa !80
+  %635 = load float, ptr %113, align 16, !tbaa !15
   %636 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %632
   store float %635, ptr %636, align 4, !tbaa !4
-  %637 = load float, ptr %114, align 4, !tbaa !78
+  %637 = load float, ptr %114, align 4, !tbaa !13
   %638 = or disjoint i64 %518, 5
   %639 = getelementptr inbounds nuw float, ptr %partial_max, i64 %638
   store float %637, ptr %639, align 4, !tbaa !4
-  %640 = load float, ptr %115, align 4, !tbaa !80
+  %640 = load float, ptr %115, align 4, !tbaa !15
   %641 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %638
   store float %640, ptr %641, align 4, !tbaa !4
   %642 = getelementptr inbounds nuw i8, ptr %517, i64 4096
@@ -6133,17 +1280,17 @@ for_body_tile210.preheader.i:                     ; preds = %for_begin_tile209.p
   %689 = getelementptr inbounds nuw i8, ptr %517, i64 6016
   store <32 x float> %688, ptr %689, align 4, !tbaa !4
   %690 = or disjoint i64 %518, 6
-  %691 = load float, ptr %116, align 8, !tbaa !78
+  %691 = load float, ptr %116, align 8, !tbaa !13
   %692 = getelementptr inbounds nuw float, ptr %partial_max, i64 %690
   store float %691, ptr %692, align 4, !tbaa !4
-  %693 = load float, ptr %117, align 8, !tbaa !80
+  %693 = load float, ptr %117, align 8, !tbaa !15
   %694 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %690
   store float %693, ptr %694, align 4, !tbaa !4
-  %695 = load float, ptr %118, align 4, !tbaa !78
+  %695 = load float, ptr %118, align 4, !tbaa !13
   %696 = or disjoint i64 %518, 7
   %697 = getelementptr inbounds nuw float, ptr %partial_max, i64 %696
   store float %695, ptr %697, align 4, !tbaa !4
-  %698 = load float, ptr %119, align 4, !tbaa !80
+  %698 = load float, ptr %119, align 4, !tbaa !15
   %699 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %696
   store float %698, ptr %699, align 4, !tbaa !4
   %700 = getelementptr inbounds nuw i8, ptr %517, i64 6144
@@ -6211,17 +1358,17 @@ for_body_tile210.preheader.i:                     ; preds = %for_begin_tile209.p
   %747 = getelementptr inbounds nuw i8, ptr %517, i64 8064
   store <32 x float> %746, ptr %747, align 4, !tbaa !4
   %748 = or disjoint i64 %518, 8
-  %749 = load float, ptr %120, align 16, !tbaa !78
+  %749 = load float, ptr %120, align 16, !tbaa !13
   %750 = getelementptr inbounds nuw float, ptr %partial_max, i64 %748
   store float %749, ptr %750, align 4, !tbaa !4
-  %751 = load float, ptr %121, align 16, !tbaa !80
+  %751 = load float, ptr %121, align 16, !tbaa !15
   %752 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %748
   store float %751, ptr %752, align 4, !tbaa !4
-  %753 = load float, ptr %122, align 4, !tbaa !78
+  %753 = load float, ptr %122, align 4, !tbaa !13
   %754 = or disjoint i64 %518, 9
   %755 = getelementptr inbounds nuw float, ptr %partial_max, i64 %754
   store float %753, ptr %755, align 4, !tbaa !4
-  %756 = load float, ptr %123, align 4, !tbaa !80
+  %756 = load float, ptr %123, align 4, !tbaa !15
   %757 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %754
   store float %756, ptr %757, align 4, !tbaa !4
   %758 = getelementptr inbounds nuw i8, ptr %517, i64 8192
@@ -6289,17 +1436,17 @@ for_body_tile210.preheader.i:                     ; preds = %for_begin_tile209.p
   %805 = getelementptr inbounds nuw i8, ptr %517, i64 10112
   store <32 x float> %804, ptr %805, align 4, !tbaa !4
   %806 = or disjoint i64 %518, 10
-  %807 = load float, ptr %124, align 8, !tbaa !78
+  %807 = load float, ptr %124, align 8, !tbaa !13
   %808 = getelementptr inbounds nuw float, ptr %partial_max, i64 %806
   store float %807, ptr %808, align 4, !tbaa !4
-  %809 = load float, ptr %125, align 8, !tbaa !80
+  %809 = load float, ptr %125, align 8, !tbaa !15
   %810 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %806
   store float %809, ptr %810, align 4, !tbaa !4
-  %811 = load float, ptr %126, align 4, !tbaa !78
+  %811 = load float, ptr %126, align 4, !tbaa !13
   %812 = or disjoint i64 %518, 11
   %813 = getelementptr inbounds nuw float, ptr %partial_max, i64 %812
   store float %811, ptr %813, align 4, !tbaa !4
-  %814 = load float, ptr %127, align 4, !tbaa !80
+  %814 = load float, ptr %127, align 4, !tbaa !15
   %815 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %812
   store float %814, ptr %815, align 4, !tbaa !4
   %816 = getelementptr inbounds nuw i8, ptr %517, i64 10240
@@ -6367,17 +1514,17 @@ for_body_tile210.preheader.i:                     ; preds = %for_begin_tile209.p
   %863 = getelementptr inbounds nuw i8, ptr %517, i64 12160
   store <32 x float> %862, ptr %863, align 4, !tbaa !4
   %864 = or disjoint i64 %518, 12
-  %865 = load float, ptr %128, align 16, !tbaa !78
+  %865 = load float, ptr %128, align 16, !tbaa !13
   %866 = getelementptr inbounds nuw float, ptr %partial_max, i64 %864
   store float %865, ptr %866, align 4, !tbaa !4
-  %867 = load float, ptr %129, align 16, !tbaa !80
+  %867 = load float, ptr %129, align 16, !tbaa !15
   %868 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %864
   store float %867, ptr %868, align 4, !tbaa !4
-  %869 = load float, ptr %130, align 4, !tbaa !78
+  %869 = load float, ptr %130, align 4, !tbaa !13
   %870 = or disjoint i64 %518, 13
   %871 = getelementptr inbounds nuw float, ptr %partial_max, i64 %870
   store float %869, ptr %871, align 4, !tbaa !4
-  %872 = load float, ptr %131, align 4, !tbaa !80
+  %872 = load float, ptr %131, align 4, !tbaa !15
   %873 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %870
   store float %872, ptr %873, align 4, !tbaa !4
   %874 = getelementptr inbounds nuw i8, ptr %517, i64 12288
@@ -6445,17 +1592,17 @@ for_body_tile210.preheader.i:                     ; preds = %for_begin_tile209.p
   %921 = getelementptr inbounds nuw i8, ptr %517, i64 14208
   store <32 x float> %920, ptr %921, align 4, !tbaa !4
   %922 = or disjoint i64 %518, 14
-  %923 = load float, ptr %132, align 8, !tbaa !78
+  %923 = load float, ptr %132, align 8, !tbaa !13
   %924 = getelementptr inbounds nuw float, ptr %partial_max, i64 %922
   store float %923, ptr %924, align 4, !tbaa !4
-  %925 = load float, ptr %133, align 8, !tbaa !80
+  %925 = load float, ptr %133, align 8, !tbaa !15
   %926 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %922
   store float %925, ptr %926, align 4, !tbaa !4
-  %927 = load float, ptr %134, align 4, !tbaa !78
+  %927 = load float, ptr %134, align 4, !tbaa !13
   %928 = or disjoint i64 %518, 15
   %929 = getelementptr inbounds nuw float, ptr %partial_max, i64 %928
   store float %927, ptr %929, align 4, !tbaa !4
-  %930 = load float, ptr %135, align 4, !tbaa !80
+  %930 = load float, ptr %135, align 4, !tbaa !15
   %931 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %928
   store float %930, ptr %931, align 4, !tbaa !4
   %932 = getelementptr inbounds nuw i8, ptr %517, i64 14336
@@ -6528,7 +1675,7 @@ for_body_tile210.us.i:                            ; preds = %if_end234.us.1.i, %
   %indvars.iv776.i = phi i64 [ %indvars.iv.next777.i, %if_end234.us.1.i ], [ 0, %for_begin_tile209.preheader.i ]
   %980 = shl nuw nsw i64 %indvars.iv776.i, 1
   %981 = getelementptr inbounds nuw float, ptr %row_sum283.i, i64 %980
-  %total.us.i = load <2 x float>, ptr %981, align 8, !tbaa !80
+  %total.us.i = load <2 x float>, ptr %981, align 8, !tbaa !15
   %982 = fdiv <2 x float> splat (float 1.000000e+00), %total.us.i
   %983 = fcmp oeq <2 x float> %total.us.i, zeroinitializer
   %984 = select <2 x i1> %983, <2 x float> zeroinitializer, <2 x float> %982
@@ -6731,7 +1878,7 @@ for_body_tile210.us.i:                            ; preds = %if_end234.us.1.i, %
   %gep572.us.7.1.i = getelementptr i8, ptr %invariant.gep571.us.1.i, i64 448
   store <32 x i16> %1149, ptr %gep572.us.7.1.i, align 2, !tbaa !4
   %1150 = getelementptr float, ptr %512, i64 %980
-  %1151 = load float, ptr %981, align 8, !tbaa !80
+  %1151 = load float, ptr %981, align 8, !tbaa !15
   %1152 = fcmp oeq float %1151, 0.000000e+00
   br i1 %1152, label %if_end234.us.i, label %if_else233.us.i
 
@@ -6739,7 +1886,7 @@ if_else233.us.i:                                  ; preds = %for_body_tile210.us
   %1153 = fmul float %1151, %515
   %1154 = tail call float @llvm.log.f32(float %1153)
   %1155 = getelementptr inbounds nuw float, ptr %row_max284.i, i64 %980
-  %1156 = load float, ptr %1155, align 8, !tbaa !78
+  %1156 = load float, ptr %1155, align 8, !tbaa !13
   %1157 = fadd float %1154, %1156
   br label %if_end234.us.i
 
@@ -6747,7 +1894,7 @@ if_end234.us.i:                                   ; preds = %if_else233.us.i, %f
   %1158 = phi float [ %1157, %if_else233.us.i ], [ 0xFFF0000000000000, %for_body_tile210.us.i ]
   store float %1158, ptr %1150, align 4, !tbaa !4
   %1159 = getelementptr inbounds nuw float, ptr %row_sum283.i, i64 %1068
-  %1160 = load float, ptr %1159, align 4, !tbaa !80
+  %1160 = load float, ptr %1159, align 4, !tbaa !15
   %1161 = fcmp oeq float %1160, 0.000000e+00
   br i1 %1161, label %if_end234.us.1.i, label %if_else233.us.1.i
 
@@ -6755,7 +1902,7 @@ if_else233.us.1.i:                                ; preds = %if_end234.us.i
   %1162 = fmul float %1160, %515
   %1163 = tail call float @llvm.log.f32(float %1162)
   %1164 = getelementptr inbounds nuw float, ptr %row_max284.i, i64 %1068
-  %1165 = load float, ptr %1164, align 4, !tbaa !78
+  %1165 = load float, ptr %1164, align 4, !tbaa !13
   %1166 = fadd float %1163, %1165
   br label %if_end234.us.1.i
 
@@ -6765,7 +1912,7 @@ if_end234.us.1.i:                                 ; preds = %if_else233.us.1.i, 
   store float %1167, ptr %1168, align 4, !tbaa !4
   %indvars.iv.next777.i = add nuw nsw i64 %indvars.iv776.i, 1
   %exitcond779.not.i = icmp eq i64 %indvars.iv.next777.i, 8
-  br i1 %exitcond779.not.i, label %for_end_tile211.i, label %for_body_tile210.us.i, !prof !21
+  br i1 %exitcond779.not.i, label %for_end_tile211.i, label %for_body_tile210.us.i, !prof !11
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
   %1169 = shl nsw i32 %step.i, 6
@@ -6808,11 +1955,11 @@ vector.body136:                                   ; preds = %vector.body136, %fo
   %1194 = mul nsw <4 x i64> %broadcast.splat135, %1191
   %1195 = add nsw <4 x i64> %1193, %1194
   %1196 = getelementptr inbounds nuw i64, ptr %key_offsets281.i, i64 %index137
-  store <4 x i64> %1195, ptr %1196, align 16, !tbaa !82
+  store <4 x i64> %1195, ptr %1196, align 16, !tbaa !17
   %index.next140 = add nuw i64 %index137, 4
   %vec.ind.next141 = add <4 x i32> %vec.ind138, splat (i32 4)
   %1197 = icmp eq i64 %index.next140, %wide.trip.count.i
-  br i1 %1197, label %vector.ph, label %vector.body136, !prof !84, !llvm.loop !85
+  br i1 %1197, label %vector.ph, label %vector.body136, !prof !19, !llvm.loop !20
 
 vector.ph:                                        ; preds = %vector.body136
   %broadcast.splatinsert = insertelement <4 x i32> poison, i32 %1180, i64 0
@@ -6839,11 +1986,11 @@ vector.body:                                      ; preds = %vector.body, %vecto
   %1211 = mul nsw <4 x i64> %broadcast.splat123, %1208
   %1212 = add nsw <4 x i64> %1210, %1211
   %1213 = getelementptr inbounds nuw i64, ptr %value_offsets280.i, i64 %index
-  store <4 x i64> %1212, ptr %1213, align 16, !tbaa !87
+  store <4 x i64> %1212, ptr %1213, align 16, !tbaa !24
   %index.next = add nuw i64 %index, 4
   %vec.ind.next = add <4 x i32> %vec.ind, splat (i32 4)
   %1214 = icmp eq i64 %index.next, %wide.trip.count.i
-  br i1 %1214, label %for_end_t16.i, label %vector.body, !prof !84, !llvm.loop !89
+  br i1 %1214, label %for_end_t16.i, label %vector.body, !prof !19, !llvm.loop !26
 
 for_end_t16.i:                                    ; preds = %vector.body, %for_body_step.i
   %1215 = icmp sgt i32 %1174, 0
@@ -6864,7 +2011,7 @@ for_body_v.lr.ph.i:                               ; preds = %for_end_t16.i
   %wide.trip.count633.i = zext nneg i32 %1174 to i64
   %xtraiter = and i64 %wide.trip.count633.i, 1
   %1226 = icmp eq i32 %1174, 1
-  br i1 %1226, label %for_body_v.i.epil.preheader, label %for_body_v.lr.ph.i.new, !prof !36
+  br i1 %1226, label %for_body_v.i.epil.preheader, label %for_body_v.lr.ph.i.new, !prof !27
 
 for_body_v.lr.ph.i.new:                           ; preds = %for_body_v.lr.ph.i
   %unroll_iter = and i64 %wide.trip.count633.i, 2147483646
@@ -6887,7 +2034,7 @@ for_body_v.i:                                     ; preds = %for_body_v.i, %for_
   %1238 = sub <16 x i32> %1225, %1237
   %1239 = sitofp <16 x i32> %1238 to <16 x float>
   %1240 = getelementptr inbounds nuw float, ptr %column_term279.i, i64 %1227
-  store <16 x float> %1239, ptr %1240, align 16, !tbaa !90
+  store <16 x float> %1239, ptr %1240, align 16, !tbaa !28
   %indvars.iv.next631.i = shl i64 %indvars.iv630.i, 4
   %1241 = or disjoint i64 %indvars.iv.next631.i, 16
   %1242 = trunc i64 %1241 to i32
@@ -6903,15 +2050,15 @@ for_body_v.i:                                     ; preds = %for_body_v.i, %for_
   %1252 = sub <16 x i32> %1225, %1251
   %1253 = sitofp <16 x i32> %1252 to <16 x float>
   %1254 = getelementptr inbounds nuw float, ptr %column_term279.i, i64 %1241
-  store <16 x float> %1253, ptr %1254, align 16, !tbaa !90
+  store <16 x float> %1253, ptr %1254, align 16, !tbaa !28
   %indvars.iv.next631.i.1 = add nuw nsw i64 %indvars.iv630.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_end_v.i.loopexit.unr-lcssa, label %for_body_v.i, !prof !37, !llvm.loop !92
+  br i1 %niter.ncmp.1, label %for_end_v.i.loopexit.unr-lcssa, label %for_body_v.i, !prof !30, !llvm.loop !31
 
 for_end_v.i.loopexit.unr-lcssa:                   ; preds = %for_body_v.i
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br i1 %lcmp.mod.not, label %for_end_v.i, label %for_body_v.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod.not, label %for_end_v.i, label %for_body_v.i.epil.preheader, !prof !33
 
 for_body_v.i.epil.preheader:                      ; preds = %for_end_v.i.loopexit.unr-lcssa, %for_body_v.lr.ph.i
   %indvars.iv630.i.epil.init = phi i64 [ 0, %for_body_v.lr.ph.i ], [ %indvars.iv.next631.i.1, %for_end_v.i.loopexit.unr-lcssa ]
@@ -6931,7 +2078,7 @@ for_body_v.i.epil.preheader:                      ; preds = %for_end_v.i.loopexi
   %1266 = sub <16 x i32> %1225, %1265
   %1267 = sitofp <16 x i32> %1266 to <16 x float>
   %1268 = getelementptr inbounds nuw float, ptr %column_term279.i, i64 %1255
-  store <16 x float> %1267, ptr %1268, align 16, !tbaa !90
+  store <16 x float> %1267, ptr %1268, align 16, !tbaa !28
   br label %for_end_v.i
 
 for_end_v.i:                                      ; preds = %for_body_v.i.epil.preheader, %for_end_v.i.loopexit.unr-lcssa, %for_end_t16.i
@@ -6998,7 +2145,7 @@ for_begin_i.preheader.i:                          ; preds = %for_end_i.i, %for_b
 for_begin_i.i:                                    ; preds = %for_begin_r.preheader.i
   %indvars.iv.next647.i = add nuw nsw i64 %indvars.iv646.i, 1
   %exitcond649.not.i = icmp eq i64 %indvars.iv.next647.i, 8
-  br i1 %exitcond649.not.i, label %for_end_i.i, label %for_body_i.i, !prof !21
+  br i1 %exitcond649.not.i, label %for_end_i.i, label %for_body_i.i, !prof !11
 
 for_body_i.i:                                     ; preds = %for_begin_i.i, %for_begin_i.preheader.i
   %indvars.iv646.i = phi i64 [ 0, %for_begin_i.preheader.i ], [ %indvars.iv.next647.i, %for_begin_i.i ]
@@ -7216,22 +2363,22 @@ for_begin_r.preheader.i:                          ; preds = %for_begin_ax4.prehe
   %1416 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %1417 = tail call i32 %1416(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
   %.not290.i = icmp eq i32 %1417, 0
-  br i1 %.not290.i, label %for_begin_i.i, label %fused_decode_compute_.exit, !prof !31
+  br i1 %.not290.i, label %for_begin_i.i, label %fused_decode_compute_.exit, !prof !12
 
 for_begin_ax4.preheader.i:                        ; preds = %for_begin_ax4.preheader.i, %for_begin_ax1_0.preheader.i
   %indvars.iv639.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next640.i, %for_begin_ax4.preheader.i ]
   %.idx822.i = shl nuw nsw i64 %indvars.iv639.i, 5
   %gep847.i = getelementptr inbounds nuw i8, ptr %invariant.gep846.i, i64 %.idx822.i
-  %1418 = load i64, ptr %gep847.i, align 16, !tbaa !82
+  %1418 = load i64, ptr %gep847.i, align 16, !tbaa !17
   %gep469.i = getelementptr i32, ptr %invariant.gep468.i, i64 %1418
   %1419 = getelementptr inbounds nuw i8, ptr %gep847.i, i64 8
-  %1420 = load i64, ptr %1419, align 8, !tbaa !82
+  %1420 = load i64, ptr %1419, align 8, !tbaa !17
   %gep471.i = getelementptr i32, ptr %invariant.gep468.i, i64 %1420
   %1421 = getelementptr inbounds nuw i8, ptr %gep847.i, i64 16
-  %1422 = load i64, ptr %1421, align 16, !tbaa !82
+  %1422 = load i64, ptr %1421, align 16, !tbaa !17
   %gep473.i = getelementptr i32, ptr %invariant.gep468.i, i64 %1422
   %1423 = getelementptr inbounds nuw i8, ptr %gep847.i, i64 24
-  %1424 = load i64, ptr %1423, align 8, !tbaa !82
+  %1424 = load i64, ptr %1423, align 8, !tbaa !17
   %gep475.i = getelementptr i32, ptr %invariant.gep468.i, i64 %1424
   %1425 = load <16 x float>, ptr %1288, align 4, !tbaa !4
   %1426 = load <16 x i32>, ptr %gep469.i, align 4, !tbaa !4
@@ -7600,7 +2747,7 @@ for_begin_ax4.preheader.i:                        ; preds = %for_begin_ax4.prehe
   store <16 x float> %1744, ptr %1752, align 4, !tbaa !4
   %indvars.iv.next640.i = add nuw nsw i64 %indvars.iv639.i, 1
   %exitcond642.not.i = icmp eq i64 %indvars.iv.next640.i, 4
-  br i1 %exitcond642.not.i, label %for_begin_r.preheader.i, label %for_begin_ax4.preheader.i, !prof !21
+  br i1 %exitcond642.not.i, label %for_begin_r.preheader.i, label %for_begin_ax4.preheader.i, !prof !11
 
 for_begin_v45.preheader.i:                        ; preds = %for_end_ax194.1.i, %for_begin_i40.preheader.i
   %indvars.iv696.i = phi i64 [ 0, %for_begin_i40.preheader.i ], [ %indvars.iv.next697.i, %for_end_ax194.1.i ]
@@ -7637,7 +2784,7 @@ for_body_to56.us.i:                               ; preds = %for_body_to56.us.i,
   %indvars.iv658.i = phi i64 [ 0, %for_begin_to55.preheader.us.preheader.i ], [ %indvars.iv.next659.i, %for_body_to56.us.i ]
   %1769 = shl nsw i64 %indvars.iv658.i, 4
   %1770 = getelementptr inbounds nuw float, ptr %column_term279.i, i64 %1769
-  %1771 = load <16 x float>, ptr %1770, align 16, !tbaa !90
+  %1771 = load <16 x float>, ptr %1770, align 16, !tbaa !28
   %1772 = fmul <16 x float> %1767, %1771
   %1773 = fmul <16 x float> %1772, splat (float 7.812500e-03)
   %1774 = getelementptr inbounds nuw float, ptr %1768, i64 %1769
@@ -7668,7 +2815,7 @@ for_body_to56.us.i:                               ; preds = %for_body_to56.us.i,
   %1797 = icmp sgt <16 x i32> %1796, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %1798 = select <16 x i1> %1797, <16 x float> %1792, <16 x float> splat (float 0xFFF0000000000000)
   %1799 = getelementptr inbounds nuw float, ptr %scaled273.i, i64 %1769
-  store <16 x float> %1798, ptr %1799, align 16, !tbaa !93
+  store <16 x float> %1798, ptr %1799, align 16, !tbaa !34
   %indvars.iv.next659.i = add nuw nsw i64 %indvars.iv658.i, 1
   %exitcond662.not.i = icmp eq i64 %indvars.iv.next659.i, %wide.trip.count653.i
   br i1 %exitcond662.not.i, label %for_begin_to55.for_end_to57_crit_edge.us.i, label %for_body_to56.us.i, !prof !8
@@ -7683,7 +2830,7 @@ for_body_to56.us.1.i:                             ; preds = %for_body_to56.us.1.
   %indvars.iv658.1.i = phi i64 [ 0, %for_begin_to55.for_end_to57_crit_edge.us.i ], [ %indvars.iv.next659.1.i, %for_body_to56.us.1.i ]
   %1803 = shl nsw i64 %indvars.iv658.1.i, 4
   %1804 = getelementptr inbounds nuw float, ptr %column_term279.i, i64 %1803
-  %1805 = load <16 x float>, ptr %1804, align 16, !tbaa !90
+  %1805 = load <16 x float>, ptr %1804, align 16, !tbaa !28
   %1806 = fmul <16 x float> %1801, %1805
   %1807 = fmul <16 x float> %1806, splat (float 7.812500e-03)
   %1808 = getelementptr inbounds nuw float, ptr %1802, i64 %1803
@@ -7715,13 +2862,13 @@ for_body_to56.us.1.i:                             ; preds = %for_body_to56.us.1.
   %1832 = select <16 x i1> %1831, <16 x float> %1826, <16 x float> splat (float 0xFFF0000000000000)
   %1833 = getelementptr inbounds nuw float, ptr %scaled273.i, i64 %1803
   %1834 = getelementptr inbounds nuw i8, ptr %1833, i64 256
-  store <16 x float> %1832, ptr %1834, align 16, !tbaa !93
+  store <16 x float> %1832, ptr %1834, align 16, !tbaa !34
   %indvars.iv.next659.1.i = add nuw nsw i64 %indvars.iv658.1.i, 1
   %exitcond662.1.not.i = icmp eq i64 %indvars.iv.next659.1.i, %wide.trip.count653.i
   br i1 %exitcond662.1.not.i, label %for_body_ax166.i.preheader, label %for_body_to56.us.1.i, !prof !8
 
 for_body_ax166.i.preheader:                       ; preds = %for_body_to56.us.1.i
-  br i1 %1278, label %for_body_ax166.i.epil.preheader, label %for_body_ax166.i, !prof !95
+  br i1 %1278, label %for_body_ax166.i.epil.preheader, label %for_body_ax166.i, !prof !36
 
 for_body_r71.us.preheader.i:                      ; preds = %for_end_ax167.1.i
   %peak.rf270.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.1.i, i64 0
@@ -7781,58 +2928,58 @@ for_body_ax166.i:                                 ; preds = %for_body_ax166.i, %
   %niter163 = phi i64 [ %niter163.next.7, %for_body_ax166.i ], [ 0, %for_body_ax166.i.preheader ]
   %.idx824.i = shl nsw i64 %indvars.iv666.i, 6
   %1867 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %.idx824.i
-  %1868 = load <16 x float>, ptr %1867, align 16, !tbaa !93
+  %1868 = load <16 x float>, ptr %1867, align 16, !tbaa !34
   %1869 = fcmp ogt <16 x float> %peak.rf_global269.sroa.0.0483.i, %1868
   %1870 = select <16 x i1> %1869, <16 x float> %peak.rf_global269.sroa.0.0483.i, <16 x float> %1868
   %indvars.iv.next667.i = shl i64 %indvars.iv666.i, 6
   %1871 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.i
   %1872 = getelementptr inbounds nuw i8, ptr %1871, i64 64
-  %1873 = load <16 x float>, ptr %1872, align 16, !tbaa !93
+  %1873 = load <16 x float>, ptr %1872, align 16, !tbaa !34
   %1874 = fcmp ogt <16 x float> %1870, %1873
   %1875 = select <16 x i1> %1874, <16 x float> %1870, <16 x float> %1873
   %indvars.iv.next667.i.1 = shl i64 %indvars.iv666.i, 6
   %1876 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.i.1
   %1877 = getelementptr inbounds nuw i8, ptr %1876, i64 128
-  %1878 = load <16 x float>, ptr %1877, align 16, !tbaa !93
+  %1878 = load <16 x float>, ptr %1877, align 16, !tbaa !34
   %1879 = fcmp ogt <16 x float> %1875, %1878
   %1880 = select <16 x i1> %1879, <16 x float> %1875, <16 x float> %1878
   %indvars.iv.next667.i.2 = shl i64 %indvars.iv666.i, 6
   %1881 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.i.2
   %1882 = getelementptr inbounds nuw i8, ptr %1881, i64 192
-  %1883 = load <16 x float>, ptr %1882, align 16, !tbaa !93
+  %1883 = load <16 x float>, ptr %1882, align 16, !tbaa !34
   %1884 = fcmp ogt <16 x float> %1880, %1883
   %1885 = select <16 x i1> %1884, <16 x float> %1880, <16 x float> %1883
   %indvars.iv.next667.i.3 = shl i64 %indvars.iv666.i, 6
   %1886 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.i.3
   %1887 = getelementptr inbounds nuw i8, ptr %1886, i64 256
-  %1888 = load <16 x float>, ptr %1887, align 16, !tbaa !93
+  %1888 = load <16 x float>, ptr %1887, align 16, !tbaa !34
   %1889 = fcmp ogt <16 x float> %1885, %1888
   %1890 = select <16 x i1> %1889, <16 x float> %1885, <16 x float> %1888
   %indvars.iv.next667.i.4 = shl i64 %indvars.iv666.i, 6
   %1891 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.i.4
   %1892 = getelementptr inbounds nuw i8, ptr %1891, i64 320
-  %1893 = load <16 x float>, ptr %1892, align 16, !tbaa !93
+  %1893 = load <16 x float>, ptr %1892, align 16, !tbaa !34
   %1894 = fcmp ogt <16 x float> %1890, %1893
   %1895 = select <16 x i1> %1894, <16 x float> %1890, <16 x float> %1893
   %indvars.iv.next667.i.5 = shl i64 %indvars.iv666.i, 6
   %1896 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.i.5
   %1897 = getelementptr inbounds nuw i8, ptr %1896, i64 384
-  %1898 = load <16 x float>, ptr %1897, align 16, !tbaa !93
+  %1898 = load <16 x float>, ptr %1897, align 16, !tbaa !34
   %1899 = fcmp ogt <16 x float> %1895, %1898
   %1900 = select <16 x i1> %1899, <16 x float> %1895, <16 x float> %1898
   %indvars.iv.next667.i.6 = shl i64 %indvars.iv666.i, 6
   %1901 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.i.6
   %1902 = getelementptr inbounds nuw i8, ptr %1901, i64 448
-  %1903 = load <16 x float>, ptr %1902, align 16, !tbaa !93
+  %1903 = load <16 x float>, ptr %1902, align 16, !tbaa !34
   %1904 = fcmp ogt <16 x float> %1900, %1903
   %1905 = select <16 x i1> %1904, <16 x float> %1900, <16 x float> %1903
   %indvars.iv.next667.i.7 = add nuw nsw i64 %indvars.iv666.i, 8
   %niter163.next.7 = add i64 %niter163, 8
   %niter163.ncmp.7 = icmp eq i64 %niter163.next.7, %unroll_iter162
-  br i1 %niter163.ncmp.7, label %for_end_ax167.i.loopexit.unr-lcssa, label %for_body_ax166.i, !prof !96, !llvm.loop !97
+  br i1 %niter163.ncmp.7, label %for_end_ax167.i.loopexit.unr-lcssa, label %for_body_ax166.i, !prof !37, !llvm.loop !38
 
 for_end_ax167.i.loopexit.unr-lcssa:               ; preds = %for_body_ax166.i
-  br i1 %lcmp.mod159.not, label %for_end_ax167.i, label %for_body_ax166.i.epil.preheader, !prof !98
+  br i1 %lcmp.mod159.not, label %for_end_ax167.i, label %for_body_ax166.i.epil.preheader, !prof !40
 
 for_body_ax166.i.epil.preheader:                  ; preds = %for_end_ax167.i.loopexit.unr-lcssa, %for_body_ax166.i.preheader
   %indvars.iv666.i.epil.init = phi i64 [ 0, %for_body_ax166.i.preheader ], [ %indvars.iv.next667.i.7, %for_end_ax167.i.loopexit.unr-lcssa ]
@@ -7846,13 +2993,13 @@ for_body_ax166.i.epil:                            ; preds = %for_body_ax166.i.ep
   %epil.iter = phi i64 [ %epil.iter.next, %for_body_ax166.i.epil ], [ 0, %for_body_ax166.i.epil.preheader ]
   %.idx824.i.epil = shl nsw i64 %indvars.iv666.i.epil, 6
   %1906 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %.idx824.i.epil
-  %1907 = load <16 x float>, ptr %1906, align 16, !tbaa !93
+  %1907 = load <16 x float>, ptr %1906, align 16, !tbaa !34
   %1908 = fcmp ogt <16 x float> %peak.rf_global269.sroa.0.0483.i.epil, %1907
   %1909 = select <16 x i1> %1908, <16 x float> %peak.rf_global269.sroa.0.0483.i.epil, <16 x float> %1907
   %indvars.iv.next667.i.epil = add nuw nsw i64 %indvars.iv666.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter158
-  br i1 %epil.iter.cmp.not, label %for_end_ax167.i, label %for_body_ax166.i.epil, !prof !99, !llvm.loop !100
+  br i1 %epil.iter.cmp.not, label %for_end_ax167.i, label %for_body_ax166.i.epil, !prof !41, !llvm.loop !42
 
 for_end_ax167.i:                                  ; preds = %for_body_ax166.i.epil, %for_end_ax167.i.loopexit.unr-lcssa, %for_begin_v45.preheader.i
   %peak.rf_global269.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_v45.preheader.i ], [ %1905, %for_end_ax167.i.loopexit.unr-lcssa ], [ %1909, %for_body_ax166.i.epil ]
@@ -7908,7 +3055,7 @@ for_end_ax167.i:                                  ; preds = %for_body_ax166.i.ep
   br i1 %1215, label %for_body_ax166.1.i.preheader, label %for_end_ax167.1.i, !prof !3
 
 for_body_ax166.1.i.preheader:                     ; preds = %for_end_ax167.i
-  br i1 %1279, label %for_body_ax166.1.i.epil.preheader, label %for_body_ax166.1.i, !prof !95
+  br i1 %1279, label %for_body_ax166.1.i.epil.preheader, label %for_body_ax166.1.i, !prof !36
 
 for_body_ax166.1.i:                               ; preds = %for_body_ax166.1.i, %for_body_ax166.1.i.preheader
   %indvars.iv666.1.i = phi i64 [ %indvars.iv.next667.1.i.7, %for_body_ax166.1.i ], [ 0, %for_body_ax166.1.i.preheader ]
@@ -7917,58 +3064,58 @@ for_body_ax166.1.i:                               ; preds = %for_body_ax166.1.i,
   %.idx825.i = shl nsw i64 %indvars.iv666.1.i, 6
   %1942 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %.idx825.i
   %1943 = getelementptr inbounds nuw i8, ptr %1942, i64 256
-  %1944 = load <16 x float>, ptr %1943, align 16, !tbaa !93
+  %1944 = load <16 x float>, ptr %1943, align 16, !tbaa !34
   %1945 = fcmp ogt <16 x float> %peak.rf_global269.sroa.0.0483.1.i, %1944
   %1946 = select <16 x i1> %1945, <16 x float> %peak.rf_global269.sroa.0.0483.1.i, <16 x float> %1944
   %indvars.iv.next667.1.i = shl i64 %indvars.iv666.1.i, 6
   %1947 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.1.i
   %1948 = getelementptr inbounds nuw i8, ptr %1947, i64 320
-  %1949 = load <16 x float>, ptr %1948, align 16, !tbaa !93
+  %1949 = load <16 x float>, ptr %1948, align 16, !tbaa !34
   %1950 = fcmp ogt <16 x float> %1946, %1949
   %1951 = select <16 x i1> %1950, <16 x float> %1946, <16 x float> %1949
   %indvars.iv.next667.1.i.1 = shl i64 %indvars.iv666.1.i, 6
   %1952 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.1.i.1
   %1953 = getelementptr inbounds nuw i8, ptr %1952, i64 384
-  %1954 = load <16 x float>, ptr %1953, align 16, !tbaa !93
+  %1954 = load <16 x float>, ptr %1953, align 16, !tbaa !34
   %1955 = fcmp ogt <16 x float> %1951, %1954
   %1956 = select <16 x i1> %1955, <16 x float> %1951, <16 x float> %1954
   %indvars.iv.next667.1.i.2 = shl i64 %indvars.iv666.1.i, 6
   %1957 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.1.i.2
   %1958 = getelementptr inbounds nuw i8, ptr %1957, i64 448
-  %1959 = load <16 x float>, ptr %1958, align 16, !tbaa !93
+  %1959 = load <16 x float>, ptr %1958, align 16, !tbaa !34
   %1960 = fcmp ogt <16 x float> %1956, %1959
   %1961 = select <16 x i1> %1960, <16 x float> %1956, <16 x float> %1959
   %indvars.iv.next667.1.i.3 = shl i64 %indvars.iv666.1.i, 6
   %1962 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.1.i.3
   %1963 = getelementptr inbounds nuw i8, ptr %1962, i64 512
-  %1964 = load <16 x float>, ptr %1963, align 16, !tbaa !93
+  %1964 = load <16 x float>, ptr %1963, align 16, !tbaa !34
   %1965 = fcmp ogt <16 x float> %1961, %1964
   %1966 = select <16 x i1> %1965, <16 x float> %1961, <16 x float> %1964
   %indvars.iv.next667.1.i.4 = shl i64 %indvars.iv666.1.i, 6
   %1967 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.1.i.4
   %1968 = getelementptr inbounds nuw i8, ptr %1967, i64 576
-  %1969 = load <16 x float>, ptr %1968, align 16, !tbaa !93
+  %1969 = load <16 x float>, ptr %1968, align 16, !tbaa !34
   %1970 = fcmp ogt <16 x float> %1966, %1969
   %1971 = select <16 x i1> %1970, <16 x float> %1966, <16 x float> %1969
   %indvars.iv.next667.1.i.5 = shl i64 %indvars.iv666.1.i, 6
   %1972 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.1.i.5
   %1973 = getelementptr inbounds nuw i8, ptr %1972, i64 640
-  %1974 = load <16 x float>, ptr %1973, align 16, !tbaa !93
+  %1974 = load <16 x float>, ptr %1973, align 16, !tbaa !34
   %1975 = fcmp ogt <16 x float> %1971, %1974
   %1976 = select <16 x i1> %1975, <16 x float> %1971, <16 x float> %1974
   %indvars.iv.next667.1.i.6 = shl i64 %indvars.iv666.1.i, 6
   %1977 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.1.i.6
   %1978 = getelementptr inbounds nuw i8, ptr %1977, i64 704
-  %1979 = load <16 x float>, ptr %1978, align 16, !tbaa !93
+  %1979 = load <16 x float>, ptr %1978, align 16, !tbaa !34
   %1980 = fcmp ogt <16 x float> %1976, %1979
   %1981 = select <16 x i1> %1980, <16 x float> %1976, <16 x float> %1979
   %indvars.iv.next667.1.i.7 = add nuw nsw i64 %indvars.iv666.1.i, 8
   %niter170.next.7 = add i64 %niter170, 8
   %niter170.ncmp.7 = icmp eq i64 %niter170.next.7, %unroll_iter169
-  br i1 %niter170.ncmp.7, label %for_end_ax167.1.i.loopexit.unr-lcssa, label %for_body_ax166.1.i, !prof !96, !llvm.loop !102
+  br i1 %niter170.ncmp.7, label %for_end_ax167.1.i.loopexit.unr-lcssa, label %for_body_ax166.1.i, !prof !37, !llvm.loop !45
 
 for_end_ax167.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax166.1.i
-  br i1 %lcmp.mod166.not, label %for_end_ax167.1.i, label %for_body_ax166.1.i.epil.preheader, !prof !98
+  br i1 %lcmp.mod166.not, label %for_end_ax167.1.i, label %for_body_ax166.1.i.epil.preheader, !prof !40
 
 for_body_ax166.1.i.epil.preheader:                ; preds = %for_end_ax167.1.i.loopexit.unr-lcssa, %for_body_ax166.1.i.preheader
   %indvars.iv666.1.i.epil.init = phi i64 [ 0, %for_body_ax166.1.i.preheader ], [ %indvars.iv.next667.1.i.7, %for_end_ax167.1.i.loopexit.unr-lcssa ]
@@ -7983,13 +3130,13 @@ for_body_ax166.1.i.epil:                          ; preds = %for_body_ax166.1.i.
   %.idx825.i.epil = shl nsw i64 %indvars.iv666.1.i.epil, 6
   %1982 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %.idx825.i.epil
   %1983 = getelementptr inbounds nuw i8, ptr %1982, i64 256
-  %1984 = load <16 x float>, ptr %1983, align 16, !tbaa !93
+  %1984 = load <16 x float>, ptr %1983, align 16, !tbaa !34
   %1985 = fcmp ogt <16 x float> %peak.rf_global269.sroa.0.0483.1.i.epil, %1984
   %1986 = select <16 x i1> %1985, <16 x float> %peak.rf_global269.sroa.0.0483.1.i.epil, <16 x float> %1984
   %indvars.iv.next667.1.i.epil = add nuw nsw i64 %indvars.iv666.1.i.epil, 1
   %epil.iter165.next = add i64 %epil.iter165, 1
   %epil.iter165.cmp.not = icmp eq i64 %epil.iter165.next, %xtraiter164
-  br i1 %epil.iter165.cmp.not, label %for_end_ax167.1.i, label %for_body_ax166.1.i.epil, !prof !99, !llvm.loop !103
+  br i1 %epil.iter165.cmp.not, label %for_end_ax167.1.i, label %for_body_ax166.1.i.epil, !prof !41, !llvm.loop !46
 
 for_end_ax167.1.i:                                ; preds = %for_body_ax166.1.i.epil, %for_end_ax167.1.i.loopexit.unr-lcssa, %for_end_ax167.i
   %peak.rf_global269.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax167.i ], [ %1981, %for_end_ax167.1.i.loopexit.unr-lcssa ], [ %1986, %for_body_ax166.1.i.epil ]
@@ -8002,14 +3149,14 @@ for_begin_r77.preheader.i:                        ; preds = %for_end_ax167.1.i, 
 for_begin_to82.preheader.us.preheader.i:          ; preds = %for_begin_r77.preheader.i
   %1987 = shufflevector <2 x float> %tile_max275.sroa.0.3.i, <2 x float> poison, <16 x i32> zeroinitializer
   %1988 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1758
-  br i1 %1280, label %for_body_to83.us.i.epil.preheader, label %for_body_to83.us.i, !prof !36
+  br i1 %1280, label %for_body_to83.us.i.epil.preheader, label %for_body_to83.us.i, !prof !27
 
 for_body_to83.us.i:                               ; preds = %for_body_to83.us.i, %for_begin_to82.preheader.us.preheader.i
   %indvars.iv680.i = phi i64 [ %indvars.iv.next681.i.1, %for_body_to83.us.i ], [ 0, %for_begin_to82.preheader.us.preheader.i ]
   %niter176 = phi i64 [ %niter176.next.1, %for_body_to83.us.i ], [ 0, %for_begin_to82.preheader.us.preheader.i ]
   %1989 = shl nsw i64 %indvars.iv680.i, 4
   %1990 = getelementptr inbounds nuw float, ptr %scaled273.i, i64 %1989
-  %1991 = load <16 x float>, ptr %1990, align 16, !tbaa !93
+  %1991 = load <16 x float>, ptr %1990, align 16, !tbaa !34
   %arg.us.i = fsub <16 x float> %1991, %1987
   %1992 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %503)
   %1993 = bitcast <16 x float> %1992 to <16 x i32>
@@ -8035,7 +3182,7 @@ for_body_to83.us.i:                               ; preds = %for_body_to83.us.i,
   %indvars.iv.next681.i = shl i64 %indvars.iv680.i, 4
   %2012 = or disjoint i64 %indvars.iv.next681.i, 16
   %2013 = getelementptr inbounds nuw float, ptr %scaled273.i, i64 %2012
-  %2014 = load <16 x float>, ptr %2013, align 16, !tbaa !93
+  %2014 = load <16 x float>, ptr %2013, align 16, !tbaa !34
   %arg.us.i.1 = fsub <16 x float> %2014, %1987
   %2015 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %503)
   %2016 = bitcast <16 x float> %2015 to <16 x i32>
@@ -8061,17 +3208,17 @@ for_body_to83.us.i:                               ; preds = %for_body_to83.us.i,
   %indvars.iv.next681.i.1 = add nuw nsw i64 %indvars.iv680.i, 2
   %niter176.next.1 = add i64 %niter176, 2
   %niter176.ncmp.1 = icmp eq i64 %niter176.next.1, %unroll_iter175
-  br i1 %niter176.ncmp.1, label %for_begin_to82.for_end_to84_crit_edge.us.i.unr-lcssa, label %for_body_to83.us.i, !prof !37, !llvm.loop !104
+  br i1 %niter176.ncmp.1, label %for_begin_to82.for_end_to84_crit_edge.us.i.unr-lcssa, label %for_body_to83.us.i, !prof !30, !llvm.loop !47
 
 for_begin_to82.for_end_to84_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to83.us.i
-  br i1 %lcmp.mod173.not, label %for_begin_to82.for_end_to84_crit_edge.us.i, label %for_body_to83.us.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod173.not, label %for_begin_to82.for_end_to84_crit_edge.us.i, label %for_body_to83.us.i.epil.preheader, !prof !33
 
 for_body_to83.us.i.epil.preheader:                ; preds = %for_begin_to82.for_end_to84_crit_edge.us.i.unr-lcssa, %for_begin_to82.preheader.us.preheader.i
   %indvars.iv680.i.epil.init = phi i64 [ 0, %for_begin_to82.preheader.us.preheader.i ], [ %indvars.iv.next681.i.1, %for_begin_to82.for_end_to84_crit_edge.us.i.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod174)
   %2035 = shl nsw i64 %indvars.iv680.i.epil.init, 4
   %2036 = getelementptr inbounds nuw float, ptr %scaled273.i, i64 %2035
-  %2037 = load <16 x float>, ptr %2036, align 16, !tbaa !93
+  %2037 = load <16 x float>, ptr %2036, align 16, !tbaa !34
   %arg.us.i.epil = fsub <16 x float> %2037, %1987
   %2038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %503)
   %2039 = bitcast <16 x float> %2038 to <16 x i32>
@@ -8099,7 +3246,7 @@ for_body_to83.us.i.epil.preheader:                ; preds = %for_begin_to82.for_
 for_begin_to82.for_end_to84_crit_edge.us.i:       ; preds = %for_body_to83.us.i.epil.preheader, %for_begin_to82.for_end_to84_crit_edge.us.i.unr-lcssa
   %2058 = shufflevector <2 x float> %tile_max275.sroa.0.3.i, <2 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
   %2059 = getelementptr inbounds nuw i8, ptr %1988, i64 256
-  br i1 %1281, label %for_body_to83.us.1.i.epil.preheader, label %for_body_to83.us.1.i, !prof !36
+  br i1 %1281, label %for_body_to83.us.1.i.epil.preheader, label %for_body_to83.us.1.i, !prof !27
 
 for_body_to83.us.1.i:                             ; preds = %for_body_to83.us.1.i, %for_begin_to82.for_end_to84_crit_edge.us.i
   %indvars.iv680.1.i = phi i64 [ %indvars.iv.next681.1.i.1, %for_body_to83.us.1.i ], [ 0, %for_begin_to82.for_end_to84_crit_edge.us.i ]
@@ -8107,7 +3254,7 @@ for_body_to83.us.1.i:                             ; preds = %for_body_to83.us.1.
   %2060 = shl nsw i64 %indvars.iv680.1.i, 4
   %2061 = getelementptr inbounds nuw float, ptr %scaled273.i, i64 %2060
   %2062 = getelementptr inbounds nuw i8, ptr %2061, i64 256
-  %2063 = load <16 x float>, ptr %2062, align 16, !tbaa !93
+  %2063 = load <16 x float>, ptr %2062, align 16, !tbaa !34
   %arg.us.1.i = fsub <16 x float> %2063, %2058
   %2064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %503)
   %2065 = bitcast <16 x float> %2064 to <16 x i32>
@@ -8134,7 +3281,7 @@ for_body_to83.us.1.i:                             ; preds = %for_body_to83.us.1.
   %2084 = or disjoint i64 %indvars.iv.next681.1.i, 16
   %2085 = getelementptr inbounds nuw float, ptr %scaled273.i, i64 %2084
   %2086 = getelementptr inbounds nuw i8, ptr %2085, i64 256
-  %2087 = load <16 x float>, ptr %2086, align 16, !tbaa !93
+  %2087 = load <16 x float>, ptr %2086, align 16, !tbaa !34
   %arg.us.1.i.1 = fsub <16 x float> %2087, %2058
   %2088 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %503)
   %2089 = bitcast <16 x float> %2088 to <16 x i32>
@@ -8160,10 +3307,10 @@ for_body_to83.us.1.i:                             ; preds = %for_body_to83.us.1.
   %indvars.iv.next681.1.i.1 = add nuw nsw i64 %indvars.iv680.1.i, 2
   %niter182.next.1 = add i64 %niter182, 2
   %niter182.ncmp.1 = icmp eq i64 %niter182.next.1, %unroll_iter181
-  br i1 %niter182.ncmp.1, label %for_body_ax193.i.preheader.unr-lcssa, label %for_body_to83.us.1.i, !prof !37, !llvm.loop !105
+  br i1 %niter182.ncmp.1, label %for_body_ax193.i.preheader.unr-lcssa, label %for_body_to83.us.1.i, !prof !30, !llvm.loop !48
 
 for_body_ax193.i.preheader.unr-lcssa:             ; preds = %for_body_to83.us.1.i
-  br i1 %lcmp.mod179.not, label %for_body_ax193.i.preheader, label %for_body_to83.us.1.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod179.not, label %for_body_ax193.i.preheader, label %for_body_to83.us.1.i.epil.preheader, !prof !33
 
 for_body_to83.us.1.i.epil.preheader:              ; preds = %for_body_ax193.i.preheader.unr-lcssa, %for_begin_to82.for_end_to84_crit_edge.us.i
   %indvars.iv680.1.i.epil.init = phi i64 [ 0, %for_begin_to82.for_end_to84_crit_edge.us.i ], [ %indvars.iv.next681.1.i.1, %for_body_ax193.i.preheader.unr-lcssa ]
@@ -8171,7 +3318,7 @@ for_body_to83.us.1.i.epil.preheader:              ; preds = %for_body_ax193.i.pr
   %2108 = shl nsw i64 %indvars.iv680.1.i.epil.init, 4
   %2109 = getelementptr inbounds nuw float, ptr %scaled273.i, i64 %2108
   %2110 = getelementptr inbounds nuw i8, ptr %2109, i64 256
-  %2111 = load <16 x float>, ptr %2110, align 16, !tbaa !93
+  %2111 = load <16 x float>, ptr %2110, align 16, !tbaa !34
   %arg.us.1.i.epil = fsub <16 x float> %2111, %2058
   %2112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %503)
   %2113 = bitcast <16 x float> %2112 to <16 x i32>
@@ -8197,7 +3344,7 @@ for_body_to83.us.1.i.epil.preheader:              ; preds = %for_body_ax193.i.pr
   br label %for_body_ax193.i.preheader
 
 for_body_ax193.i.preheader:                       ; preds = %for_body_to83.us.1.i.epil.preheader, %for_body_ax193.i.preheader.unr-lcssa
-  br i1 %1282, label %for_body_ax193.i.epil.preheader, label %for_body_ax193.i, !prof !95
+  br i1 %1282, label %for_body_ax193.i.epil.preheader, label %for_body_ax193.i, !prof !36
 
 for_body_ax193.i:                                 ; preds = %for_body_ax193.i, %for_body_ax193.i.preheader
   %indvars.iv688.i = phi i64 [ %indvars.iv.next689.i.7, %for_body_ax193.i ], [ 0, %for_body_ax193.i.preheader ]
@@ -8245,10 +3392,10 @@ for_body_ax193.i:                                 ; preds = %for_body_ax193.i, %
   %indvars.iv.next689.i.7 = add nuw nsw i64 %indvars.iv688.i, 8
   %niter189.next.7 = add i64 %niter189, 8
   %niter189.ncmp.7 = icmp eq i64 %niter189.next.7, %unroll_iter188
-  br i1 %niter189.ncmp.7, label %for_end_ax194.i.loopexit.unr-lcssa, label %for_body_ax193.i, !prof !96, !llvm.loop !106
+  br i1 %niter189.ncmp.7, label %for_end_ax194.i.loopexit.unr-lcssa, label %for_body_ax193.i, !prof !37, !llvm.loop !49
 
 for_end_ax194.i.loopexit.unr-lcssa:               ; preds = %for_body_ax193.i
-  br i1 %lcmp.mod185.not, label %for_end_ax194.i, label %for_body_ax193.i.epil.preheader, !prof !98
+  br i1 %lcmp.mod185.not, label %for_end_ax194.i, label %for_body_ax193.i.epil.preheader, !prof !40
 
 for_body_ax193.i.epil.preheader:                  ; preds = %for_end_ax194.i.loopexit.unr-lcssa, %for_body_ax193.i.preheader
   %indvars.iv688.i.epil.init = phi i64 [ 0, %for_body_ax193.i.preheader ], [ %indvars.iv.next689.i.7, %for_end_ax194.i.loopexit.unr-lcssa ]
@@ -8267,7 +3414,7 @@ for_body_ax193.i.epil:                            ; preds = %for_body_ax193.i.ep
   %indvars.iv.next689.i.epil = add nuw nsw i64 %indvars.iv688.i.epil, 1
   %epil.iter184.next = add i64 %epil.iter184, 1
   %epil.iter184.cmp.not = icmp eq i64 %epil.iter184.next, %xtraiter183
-  br i1 %epil.iter184.cmp.not, label %for_end_ax194.i, label %for_body_ax193.i.epil, !prof !99, !llvm.loop !107
+  br i1 %epil.iter184.cmp.not, label %for_end_ax194.i, label %for_body_ax193.i.epil, !prof !41, !llvm.loop !50
 
 for_end_ax194.i:                                  ; preds = %for_body_ax193.i.epil, %for_end_ax194.i.loopexit.unr-lcssa, %for_begin_r77.preheader.i
   %tile_sum.rf_global267.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r77.preheader.i ], [ %2162, %for_end_ax194.i.loopexit.unr-lcssa ], [ %2165, %for_body_ax193.i.epil ]
@@ -8309,7 +3456,7 @@ for_end_ax194.i:                                  ; preds = %for_body_ax193.i.ep
 for_body_ax193.lr.ph.1.i:                         ; preds = %for_end_ax194.i
   %2182 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1758
   %2183 = getelementptr inbounds nuw i8, ptr %2182, i64 256
-  br i1 %1283, label %for_body_ax193.1.i.epil.preheader, label %for_body_ax193.1.i, !prof !95
+  br i1 %1283, label %for_body_ax193.1.i.epil.preheader, label %for_body_ax193.1.i, !prof !36
 
 for_body_ax193.1.i:                               ; preds = %for_body_ax193.1.i, %for_body_ax193.lr.ph.1.i
   %indvars.iv688.1.i = phi i64 [ %indvars.iv.next689.1.i.7, %for_body_ax193.1.i ], [ 0, %for_body_ax193.lr.ph.1.i ]
@@ -8357,10 +3504,10 @@ for_body_ax193.1.i:                               ; preds = %for_body_ax193.1.i,
   %indvars.iv.next689.1.i.7 = add nuw nsw i64 %indvars.iv688.1.i, 8
   %niter196.next.7 = add i64 %niter196, 8
   %niter196.ncmp.7 = icmp eq i64 %niter196.next.7, %unroll_iter195
-  br i1 %niter196.ncmp.7, label %for_end_ax194.1.i.loopexit.unr-lcssa, label %for_body_ax193.1.i, !prof !96, !llvm.loop !108
+  br i1 %niter196.ncmp.7, label %for_end_ax194.1.i.loopexit.unr-lcssa, label %for_body_ax193.1.i, !prof !37, !llvm.loop !51
 
 for_end_ax194.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax193.1.i
-  br i1 %lcmp.mod192.not, label %for_end_ax194.1.i, label %for_body_ax193.1.i.epil.preheader, !prof !98
+  br i1 %lcmp.mod192.not, label %for_end_ax194.1.i, label %for_body_ax193.1.i.epil.preheader, !prof !40
 
 for_body_ax193.1.i.epil.preheader:                ; preds = %for_end_ax194.1.i.loopexit.unr-lcssa, %for_body_ax193.lr.ph.1.i
   %indvars.iv688.1.i.epil.init = phi i64 [ 0, %for_body_ax193.lr.ph.1.i ], [ %indvars.iv.next689.1.i.7, %for_end_ax194.1.i.loopexit.unr-lcssa ]
@@ -8379,7 +3526,7 @@ for_body_ax193.1.i.epil:                          ; preds = %for_body_ax193.1.i.
   %indvars.iv.next689.1.i.epil = add nuw nsw i64 %indvars.iv688.1.i.epil, 1
   %epil.iter191.next = add i64 %epil.iter191, 1
   %epil.iter191.cmp.not = icmp eq i64 %epil.iter191.next, %xtraiter190
-  br i1 %epil.iter191.cmp.not, label %for_end_ax194.1.i, label %for_body_ax193.1.i.epil, !prof !99, !llvm.loop !109
+  br i1 %epil.iter191.cmp.not, label %for_end_ax194.1.i, label %for_body_ax193.1.i.epil, !prof !41, !llvm.loop !52
 
 for_end_ax194.1.i:                                ; preds = %for_body_ax193.1.i.epil, %for_end_ax194.1.i.loopexit.unr-lcssa, %for_end_ax194.i
   %tile_sum.rf_global267.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax194.i ], [ %2214, %for_end_ax194.1.i.loopexit.unr-lcssa ], [ %2217, %for_body_ax193.1.i.epil ]
@@ -8417,10 +3564,10 @@ for_end_ax194.1.i:                                ; preds = %for_body_ax193.1.i.
   %2233 = fadd float %tile_sum.rf268.sroa.0.60.vec.extract.1.i, %2232
   %tile_sum274.sroa.0.4.vec.insert.i = insertelement <2 x float> %tile_sum274.sroa.0.0.vec.insert.i, float %2233, i64 1
   %2234 = getelementptr inbounds nuw float, ptr %row_max284.i, i64 %1753
-  %2235 = load <2 x float>, ptr %2234, align 8, !tbaa !78
+  %2235 = load <2 x float>, ptr %2234, align 8, !tbaa !13
   %old_max.i = select <2 x i1> %1276, <2 x float> splat (float 0xC6293E5940000000), <2 x float> %2235
   %2236 = getelementptr inbounds nuw float, ptr %row_sum283.i, i64 %1753
-  %2237 = load <2 x float>, ptr %2236, align 8, !tbaa !80
+  %2237 = load <2 x float>, ptr %2236, align 8, !tbaa !15
   %old_sum.i = select <2 x i1> %1276, <2 x float> zeroinitializer, <2 x float> %2237
   %2238 = fcmp ogt <2 x float> %old_max.i, %tile_max275.sroa.0.3.i
   %2239 = fcmp oeq <2 x float> %tile_sum274.sroa.0.4.vec.insert.i, zeroinitializer
@@ -8451,7 +3598,7 @@ for_end_ax194.1.i:                                ; preds = %for_body_ax193.1.i.
   %2262 = fcmp one <2 x float> %old_sum.i, zeroinitializer
   %2263 = select <2 x i1> %2262, <2 x float> %2261, <2 x float> zeroinitializer
   %2264 = getelementptr inbounds nuw float, ptr %alpha278.i, i64 %1753
-  store <2 x float> %2263, ptr %2264, align 8, !tbaa !110
+  store <2 x float> %2263, ptr %2264, align 8, !tbaa !53
   %arg114.i = fsub <2 x float> %tile_max275.sroa.0.3.i, %m.i
   %2265 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %arg114.i, <2 x float> splat (float 0x3FF7154760000000), <2 x float> splat (float 0x4168000FE0000000))
   %2266 = bitcast <2 x float> %2265 to <2 x i32>
@@ -8475,14 +3622,14 @@ for_end_ax194.1.i:                                ; preds = %for_body_ax193.1.i.
   %2284 = fcmp one <2 x float> %tile_sum274.sroa.0.4.vec.insert.i, zeroinitializer
   %2285 = select <2 x i1> %2284, <2 x float> %2283, <2 x float> zeroinitializer
   %2286 = getelementptr inbounds nuw float, ptr %beta277.i, i64 %1753
-  store <2 x float> %2285, ptr %2286, align 8, !tbaa !112
+  store <2 x float> %2285, ptr %2286, align 8, !tbaa !55
   %2287 = fmul <2 x float> %old_sum.i, %2263
   %2288 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2285, <2 x float> %tile_sum274.sroa.0.4.vec.insert.i, <2 x float> %2287)
-  store <2 x float> %m.i, ptr %2234, align 8, !tbaa !78
-  store <2 x float> %2288, ptr %2236, align 8, !tbaa !80
+  store <2 x float> %m.i, ptr %2234, align 8, !tbaa !13
+  store <2 x float> %2288, ptr %2236, align 8, !tbaa !15
   %indvars.iv.next697.i = add nuw nsw i64 %indvars.iv696.i, 1
   %exitcond699.not.i = icmp eq i64 %indvars.iv.next697.i, 8
-  br i1 %exitcond699.not.i, label %for_end_i42.i, label %for_begin_v45.preheader.i, !prof !21
+  br i1 %exitcond699.not.i, label %for_end_i42.i, label %for_begin_v45.preheader.i, !prof !11
 
 for_begin_i137.preheader.preheader.i:             ; preds = %for_begin_d_0_init.preheader.preheader.i
   %wide.trip.count718.i = zext nneg i32 %1761 to i64
@@ -8506,52 +3653,52 @@ for_begin_i137.preheader.i:                       ; preds = %for_end_i139.i, %fo
   %indvars.iv715.i = phi i64 [ 0, %for_begin_i137.preheader.preheader.i ], [ %indvars.iv.next716.i, %for_end_i139.i ]
   %2293 = shl nsw i64 %indvars.iv715.i, 4
   %2294 = getelementptr inbounds nuw i64, ptr %value_offsets280.i, i64 %2293
-  %2295 = load i64, ptr %2294, align 16, !tbaa !87
+  %2295 = load i64, ptr %2294, align 16, !tbaa !24
   %2296 = getelementptr i32, ptr %value_cache, i64 %2295
   %2297 = getelementptr inbounds nuw i8, ptr %2294, i64 8
-  %2298 = load i64, ptr %2297, align 8, !tbaa !87
+  %2298 = load i64, ptr %2297, align 8, !tbaa !24
   %2299 = getelementptr i32, ptr %value_cache, i64 %2298
   %2300 = getelementptr inbounds nuw i8, ptr %2294, i64 16
-  %2301 = load i64, ptr %2300, align 16, !tbaa !87
+  %2301 = load i64, ptr %2300, align 16, !tbaa !24
   %2302 = getelementptr i32, ptr %value_cache, i64 %2301
   %2303 = getelementptr inbounds nuw i8, ptr %2294, i64 24
-  %2304 = load i64, ptr %2303, align 8, !tbaa !87
+  %2304 = load i64, ptr %2303, align 8, !tbaa !24
   %2305 = getelementptr i32, ptr %value_cache, i64 %2304
   %2306 = getelementptr inbounds nuw i8, ptr %2294, i64 32
-  %2307 = load i64, ptr %2306, align 16, !tbaa !87
+  %2307 = load i64, ptr %2306, align 16, !tbaa !24
   %2308 = getelementptr i32, ptr %value_cache, i64 %2307
   %2309 = getelementptr inbounds nuw i8, ptr %2294, i64 40
-  %2310 = load i64, ptr %2309, align 8, !tbaa !87
+  %2310 = load i64, ptr %2309, align 8, !tbaa !24
   %2311 = getelementptr i32, ptr %value_cache, i64 %2310
   %2312 = getelementptr inbounds nuw i8, ptr %2294, i64 48
-  %2313 = load i64, ptr %2312, align 16, !tbaa !87
+  %2313 = load i64, ptr %2312, align 16, !tbaa !24
   %2314 = getelementptr i32, ptr %value_cache, i64 %2313
   %2315 = getelementptr inbounds nuw i8, ptr %2294, i64 56
-  %2316 = load i64, ptr %2315, align 8, !tbaa !87
+  %2316 = load i64, ptr %2315, align 8, !tbaa !24
   %2317 = getelementptr i32, ptr %value_cache, i64 %2316
   %2318 = getelementptr inbounds nuw i8, ptr %2294, i64 64
-  %2319 = load i64, ptr %2318, align 16, !tbaa !87
+  %2319 = load i64, ptr %2318, align 16, !tbaa !24
   %2320 = getelementptr i32, ptr %value_cache, i64 %2319
   %2321 = getelementptr inbounds nuw i8, ptr %2294, i64 72
-  %2322 = load i64, ptr %2321, align 8, !tbaa !87
+  %2322 = load i64, ptr %2321, align 8, !tbaa !24
   %2323 = getelementptr i32, ptr %value_cache, i64 %2322
   %2324 = getelementptr inbounds nuw i8, ptr %2294, i64 80
-  %2325 = load i64, ptr %2324, align 16, !tbaa !87
+  %2325 = load i64, ptr %2324, align 16, !tbaa !24
   %2326 = getelementptr i32, ptr %value_cache, i64 %2325
   %2327 = getelementptr inbounds nuw i8, ptr %2294, i64 88
-  %2328 = load i64, ptr %2327, align 8, !tbaa !87
+  %2328 = load i64, ptr %2327, align 8, !tbaa !24
   %2329 = getelementptr i32, ptr %value_cache, i64 %2328
   %2330 = getelementptr inbounds nuw i8, ptr %2294, i64 96
-  %2331 = load i64, ptr %2330, align 16, !tbaa !87
+  %2331 = load i64, ptr %2330, align 16, !tbaa !24
   %2332 = getelementptr i32, ptr %value_cache, i64 %2331
   %2333 = getelementptr inbounds nuw i8, ptr %2294, i64 104
-  %2334 = load i64, ptr %2333, align 8, !tbaa !87
+  %2334 = load i64, ptr %2333, align 8, !tbaa !24
   %2335 = getelementptr i32, ptr %value_cache, i64 %2334
   %2336 = getelementptr inbounds nuw i8, ptr %2294, i64 112
-  %2337 = load i64, ptr %2336, align 16, !tbaa !87
+  %2337 = load i64, ptr %2336, align 16, !tbaa !24
   %2338 = getelementptr i32, ptr %value_cache, i64 %2337
   %2339 = getelementptr inbounds nuw i8, ptr %2294, i64 120
-  %2340 = load i64, ptr %2339, align 8, !tbaa !87
+  %2340 = load i64, ptr %2339, align 8, !tbaa !24
   %2341 = getelementptr i32, ptr %value_cache, i64 %2340
   %invariant.gep850.i = getelementptr inbounds nuw float, ptr %probs.i, i64 %2293
   br label %for_begin_d_0.preheader.i
@@ -9071,32 +4218,32 @@ for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %fo
   store <16 x float> %2797, ptr %2795, align 4, !tbaa !4
   %indvars.iv.next708.i = add nuw nsw i64 %indvars.iv707.i, 1
   %exitcond710.not.i = icmp eq i64 %indvars.iv.next708.i, 4
-  br i1 %exitcond710.not.i, label %for_end_d_0.i, label %for_body_d_0.i, !prof !21
+  br i1 %exitcond710.not.i, label %for_end_d_0.i, label %for_body_d_0.i, !prof !11
 
 for_end_d_0.i:                                    ; preds = %for_body_d_0.i
   %indvars.iv.next712.i = add nuw nsw i64 %indvars.iv711.i, 1
   %exitcond714.not.i = icmp eq i64 %indvars.iv.next712.i, 8
-  br i1 %exitcond714.not.i, label %for_end_i139.i, label %for_begin_d_0.preheader.i, !prof !21
+  br i1 %exitcond714.not.i, label %for_end_i139.i, label %for_begin_d_0.preheader.i, !prof !11
 
 for_begin_d_0_m.preheader.i:                      ; preds = %for_end_d_0_m.i, %for_begin_i_m.preheader.i
   %indvars.iv743.i = phi i64 [ 0, %for_begin_i_m.preheader.i ], [ %indvars.iv.next744.i, %for_end_d_0_m.i ]
   %2798 = shl nuw nsw i64 %indvars.iv743.i, 9
   %2799 = shl nuw nsw i64 %indvars.iv743.i, 1
   %2800 = getelementptr inbounds nuw float, ptr %beta277.i, i64 %2799
-  %2801 = load float, ptr %2800, align 8, !tbaa !112
+  %2801 = load float, ptr %2800, align 8, !tbaa !55
   %2802 = insertelement <32 x float> poison, float %2801, i64 0
   %2803 = shufflevector <32 x float> %2802, <32 x float> poison, <32 x i32> zeroinitializer
   %2804 = getelementptr inbounds nuw float, ptr %alpha278.i, i64 %2799
-  %2805 = load float, ptr %2804, align 8, !tbaa !110
+  %2805 = load float, ptr %2804, align 8, !tbaa !53
   %2806 = insertelement <32 x float> poison, float %2805, i64 0
   %2807 = shufflevector <32 x float> %2806, <32 x float> poison, <32 x i32> zeroinitializer
   %2808 = or disjoint i64 %2799, 1
   %2809 = getelementptr inbounds nuw float, ptr %beta277.i, i64 %2808
-  %2810 = load float, ptr %2809, align 4, !tbaa !112
+  %2810 = load float, ptr %2809, align 4, !tbaa !55
   %2811 = insertelement <32 x float> poison, float %2810, i64 0
   %2812 = shufflevector <32 x float> %2811, <32 x float> poison, <32 x i32> zeroinitializer
   %2813 = getelementptr inbounds nuw float, ptr %alpha278.i, i64 %2808
-  %2814 = load float, ptr %2813, align 4, !tbaa !110
+  %2814 = load float, ptr %2813, align 4, !tbaa !53
   %2815 = insertelement <32 x float> poison, float %2814, i64 0
   %2816 = shufflevector <32 x float> %2815, <32 x float> poison, <32 x i32> zeroinitializer
   %2817 = mul nsw i64 %indvars.iv743.i, %v_head
@@ -9108,7 +4255,7 @@ for_end_i_m.i:                                    ; preds = %for_end_d_0_m.i
   %2818 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %2819 = tail call i32 %2818(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
   %.not287.i = icmp eq i32 %2819, 0
-  br i1 %.not287.i, label %if_end201.i, label %fused_decode_compute_.exit, !prof !31
+  br i1 %.not287.i, label %if_end201.i, label %fused_decode_compute_.exit, !prof !12
 
 for_body_d_0_m.i:                                 ; preds = %if_end199.i, %for_begin_d_0_m.preheader.i
   %indvars.iv739.i = phi i64 [ 0, %for_begin_d_0_m.preheader.i ], [ %indvars.iv.next740.i, %if_end199.i ]
@@ -9133,20 +4280,20 @@ for_body_d_0_m.i:                                 ; preds = %if_end199.i, %for_b
   %2838 = load <16 x float>, ptr %2837, align 4, !tbaa !4
   %2839 = getelementptr inbounds nuw i8, ptr %2822, i64 1216
   %2840 = load <16 x float>, ptr %2839, align 4, !tbaa !4
-  br i1 %.not583.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !11
+  br i1 %.not583.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !57
 
 for_body_ti.lr.ph.i:                              ; preds = %for_body_d_0_m.i
   %gep566.idx.i = shl i64 %indvars.iv739.i, 7
   %gep566.i = getelementptr i8, ptr %invariant.gep565.i, i64 %gep566.idx.i
-  br i1 %2292, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !36
+  br i1 %2292, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !27
 
 for_end_d_0_m.i:                                  ; preds = %if_end199.i
   %indvars.iv.next744.i = add nuw nsw i64 %indvars.iv743.i, 1
   %exitcond746.not.i = icmp eq i64 %indvars.iv.next744.i, 8
-  br i1 %exitcond746.not.i, label %for_end_i_m.i, label %for_begin_d_0_m.preheader.i, !prof !21
+  br i1 %exitcond746.not.i, label %for_end_i_m.i, label %for_begin_d_0_m.preheader.i, !prof !11
 
 for_begin_ax4_0.preheader.i.loopexit.unr-lcssa:   ; preds = %for_body_ti.i
-  br i1 %lcmp.mod214.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod214.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !33
 
 for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
   %indvars.iv720.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next721.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
@@ -9164,7 +4311,7 @@ for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.pre
   %2843 = insertelement <16 x float> poison, float %2842, i64 0
   %2844 = shufflevector <16 x float> %2843, <16 x float> poison, <16 x i32> zeroinitializer
   %gep853.i.epil = getelementptr i64, ptr %invariant.gep852.i, i64 %indvars.iv720.i.epil.init
-  %2845 = load i64, ptr %gep853.i.epil, align 8, !tbaa !87
+  %2845 = load i64, ptr %gep853.i.epil, align 8, !tbaa !24
   %gep557.i.epil = getelementptr i32, ptr %gep566.i, i64 %2845
   %2846 = load <16 x i32>, ptr %gep557.i.epil, align 4, !tbaa !4
   %2847 = shl <16 x i32> %2846, splat (i32 16)
@@ -9224,7 +4371,7 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %2880 = insertelement <16 x float> poison, float %2879, i64 0
   %2881 = shufflevector <16 x float> %2880, <16 x float> poison, <16 x i32> zeroinitializer
   %gep853.i = getelementptr i64, ptr %invariant.gep852.i, i64 %indvars.iv720.i
-  %2882 = load i64, ptr %gep853.i, align 16, !tbaa !87
+  %2882 = load i64, ptr %gep853.i, align 16, !tbaa !24
   %gep557.i = getelementptr i32, ptr %gep566.i, i64 %2882
   %2883 = load <16 x i32>, ptr %gep557.i, align 4, !tbaa !4
   %2884 = shl <16 x i32> %2883, splat (i32 16)
@@ -9255,7 +4402,7 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %2908 = insertelement <16 x float> poison, float %2907, i64 0
   %2909 = shufflevector <16 x float> %2908, <16 x float> poison, <16 x i32> zeroinitializer
   %gep853.i.1 = getelementptr i64, ptr %invariant.gep852.i, i64 %indvars.iv.next721.i
-  %2910 = load i64, ptr %gep853.i.1, align 8, !tbaa !87
+  %2910 = load i64, ptr %gep853.i.1, align 8, !tbaa !24
   %gep557.i.1 = getelementptr i32, ptr %gep566.i, i64 %2910
   %2911 = load <16 x i32>, ptr %gep557.i.1, align 4, !tbaa !4
   %2912 = shl <16 x i32> %2911, splat (i32 16)
@@ -9283,7 +4430,7 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %indvars.iv.next721.i.1 = add nuw nsw i64 %indvars.iv720.i, 2
   %niter225.next.1 = add i64 %niter225, 2
   %niter225.ncmp.1 = icmp eq i64 %niter225.next.1, %unroll_iter224
-  br i1 %niter225.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !37, !llvm.loop !114
+  br i1 %niter225.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !30, !llvm.loop !58
 
 if_end151.i:                                      ; preds = %for_begin_ax4_0.preheader.if_end151_crit_edge.i, %for_begin_ax4_0.preheader.i
   %2934 = phi <32 x float> [ %.pre.i, %for_begin_ax4_0.preheader.if_end151_crit_edge.i ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
@@ -9335,32 +4482,32 @@ if_end199.i:                                      ; preds = %if_end183.if_end199
   store <32 x float> %2952, ptr %2950, align 4, !tbaa !4
   %indvars.iv.next740.i = add nuw nsw i64 %indvars.iv739.i, 1
   %exitcond742.not.i = icmp eq i64 %indvars.iv.next740.i, 4
-  br i1 %exitcond742.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !21
+  br i1 %exitcond742.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !11
 
 if_end201.i:                                      ; preds = %for_end_i_m.i
   %2953 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %2954 = tail call i32 %2953(i32 1, i32 %dev_id, ptr nonnull %probs.i)
   %.not288.i = icmp eq i32 %2954, 0
-  br i1 %.not288.i, label %if_end204.i, label %fused_decode_compute_.exit, !prof !31
+  br i1 %.not288.i, label %if_end204.i, label %fused_decode_compute_.exit, !prof !12
 
 if_end204.i:                                      ; preds = %if_end201.i
   %2955 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %2956 = tail call i32 %2955(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not289.i = icmp eq i32 %2956, 0
   %indvars.iv.next = add i32 %indvars.iv, -64
-  br i1 %.not289.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !31
+  br i1 %.not289.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !12
 
 for_end_tile211.i:                                ; preds = %if_end234.us.1.i, %for_body_tile210.preheader.i
   %2957 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %2958 = tail call i32 %2957(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %2958, 0
-  br i1 %.not.i, label %if_end251.i, label %fused_decode_compute_.exit, !prof !31
+  br i1 %.not.i, label %if_end251.i, label %fused_decode_compute_.exit, !prof !12
 
 if_end251.i:                                      ; preds = %for_end_tile211.i
   %2959 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %2960 = tail call i32 %2959(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not285.i = icmp eq i32 %2960, 0
-  br i1 %.not285.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !31
+  br i1 %.not285.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !12
 
 fused_decode_compute_.exit:                       ; preds = %if_end251.i, %for_end_tile211.i, %if_end204.i, %if_end201.i, %for_end_i_m.i, %for_end_i42.i, %for_begin_r.preheader.i, %for_body_i.i, %if_end29.i, %for_end_v.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
   %common.ret.op.i = phi i32 [ -1, %for_body_i.i ], [ -1, %for_end_v.i ], [ 0, %if_end45 ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end204.i ], [ -1, %if_end201.i ], [ -1, %for_end_i_m.i ], [ -1, %for_end_i42.i ], [ -1, %if_end29.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end251.i ], [ -1, %for_end_tile211.i ], [ -1, %if_end.i ]
@@ -9372,931 +4519,6 @@ fused_decode_compute_.exit:                       ; preds = %if_end251.i, %for_e
   call void @llvm.lifetime.end.p0(ptr nonnull %key_offsets281.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %row_sum283.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %row_max284.i)
-  ret i32 %common.ret.op.i
-}
-
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
-entry:
-  %factor34.i = alloca [16 x float], align 16
-  %beta37.i = alloca [16 x float], align 16
-  %alpha38.i = alloca [16 x float], align 16
-  %partial_max.type_index = load i32, ptr %args, align 4
-  %0 = icmp eq i32 %partial_max.type_index, 70
-  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
-  %2 = load ptr, ptr %1, align 8
-  %partial_max.handle.idx = select i1 %0, i64 24, i64 0
-  %partial_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %partial_max.handle.idx
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %partial_sum.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %partial_sum.type_index, 70
-  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
-  %6 = load ptr, ptr %5, align 8
-  %partial_sum.handle.idx = select i1 %4, i64 24, i64 0
-  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_sum.handle.idx
-  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %partial_acc.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %partial_acc.type_index, 70
-  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
-  %10 = load ptr, ptr %9, align 8
-  %partial_acc.handle.idx = select i1 %8, i64 24, i64 0
-  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_acc.handle.idx
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
-  %out.type_index = load i32, ptr %11, align 8
-  %12 = icmp eq i32 %out.type_index, 70
-  %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
-  %14 = load ptr, ptr %13, align 8
-  %out.handle.idx = select i1 %12, i64 24, i64 0
-  %out.handle = getelementptr inbounds nuw i8, ptr %14, i64 %out.handle.idx
-  %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
-  %lse.type_index = load i32, ptr %15, align 8
-  %16 = icmp eq i32 %lse.type_index, 70
-  %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
-  %18 = load ptr, ptr %17, align 8
-  %lse.handle.idx = select i1 %16, i64 24, i64 0
-  %lse.handle = getelementptr inbounds nuw i8, ptr %18, i64 %lse.handle.idx
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
-  %20 = load i64, ptr %19, align 8
-  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
-  %22 = load i64, ptr %21, align 8
-  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
-  %24 = load i64, ptr %23, align 8
-  %25 = getelementptr inbounds nuw i8, ptr %args, i64 136
-  %26 = load i64, ptr %25, align 8
-  %27 = getelementptr inbounds nuw i8, ptr %args, i64 152
-  %28 = load i64, ptr %27, align 8
-  %29 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
-  %dev_id = load i32, ptr %29, align 4
-  %30 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %merge_attend.out_shape = load ptr, ptr %30, align 8
-  %31 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %merge_attend.out_strides = load ptr, ptr %31, align 8
-  %32 = icmp eq ptr %merge_attend.out_strides, null
-  %33 = getelementptr inbounds nuw i8, ptr %merge_attend.out_shape, i64 16
-  %34 = getelementptr inbounds nuw i8, ptr %merge_attend.out_strides, i64 8
-  %out_head.in = select i1 %32, ptr %33, ptr %34
-  %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %32, label %if_then16, label %if_else17
-
-if_then16:                                        ; preds = %entry
-  %35 = getelementptr inbounds nuw i8, ptr %merge_attend.out_shape, i64 8
-  %36 = load i64, ptr %35, align 8
-  %37 = load i64, ptr %33, align 8
-  %38 = mul nsw i64 %37, %36
-  br label %if_end18
-
-if_else17:                                        ; preds = %entry
-  %39 = load i64, ptr %merge_attend.out_strides, align 8
-  br label %if_end18
-
-if_end18:                                         ; preds = %if_else17, %if_then16
-  %out_batch = phi i64 [ %38, %if_then16 ], [ %39, %if_else17 ]
-  %40 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %merge_attend.lse_strides = load ptr, ptr %40, align 8
-  %41 = icmp eq ptr %merge_attend.lse_strides, null
-  br i1 %41, label %if_then19, label %if_end21
-
-if_then19:                                        ; preds = %if_end18
-  %42 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %merge_attend.lse_shape = load ptr, ptr %42, align 8
-  %43 = getelementptr inbounds nuw i8, ptr %merge_attend.lse_shape, i64 8
-  br label %if_end21
-
-if_end21:                                         ; preds = %if_then19, %if_end18
-  %lse_batch.in = phi ptr [ %43, %if_then19 ], [ %merge_attend.lse_strides, %if_end18 ]
-  %lse_batch = load i64, ptr %lse_batch.in, align 8
-  %num_keys = trunc i64 %22 to i32
-  %partial_max = load ptr, ptr %partial_max.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
-  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
-  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  %out = load ptr, ptr %out.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
-  %lse = load ptr, ptr %lse.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor34.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta37.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %45 = icmp eq ptr %acc.i, null
-  br i1 %45, label %merge_attend_compute_.exit, label %for_begin_step.preheader.i, !prof !7
-
-for_begin_step.preheader.i:                       ; preds = %if_end21
-  %num_partials = trunc i64 %28 to i32
-  %46 = icmp sgt i32 %num_partials, 0
-  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
-
-for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
-  %sext = shl i64 %24, 32
-  %47 = ashr exact i64 %sext, 32
-  %sext28 = shl i64 %26, 32
-  %48 = ashr exact i64 %sext28, 32
-  %wide.trip.count.i = and i64 %28, 2147483647
-  br label %for_body_step.i
-
-for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
-  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
-  %49 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
-  %total4145.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %108, %for_end_r_0.i ]
-  %50 = mul nsw i64 %indvars.iv64.i, %48
-  %51 = icmp eq i64 %indvars.iv64.i, 0
-  %52 = insertelement <16 x i1> poison, i1 %51, i64 0
-  %53 = shufflevector <16 x i1> %52, <16 x i1> poison, <16 x i32> zeroinitializer
-  %old_max.i = select <16 x i1> %53, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %49
-  %old_sum.i = select <16 x i1> %53, <16 x float> zeroinitializer, <16 x float> %total4145.i
-  %54 = add nsw i64 %50, %47
-  %55 = shl nsw i64 %54, 4
-  %56 = getelementptr inbounds float, ptr %partial_max, i64 %55
-  %57 = load <16 x float>, ptr %56, align 4, !tbaa !4
-  %58 = fcmp ogt <16 x float> %old_max.i, %57
-  %59 = getelementptr inbounds float, ptr %partial_sum, i64 %55
-  %60 = load <16 x float>, ptr %59, align 4, !tbaa !4
-  %61 = fcmp oeq <16 x float> %60, zeroinitializer
-  %62 = select <16 x i1> %61, <16 x i1> splat (i1 true), <16 x i1> %58
-  %old_or_both.i = select <16 x i1> %62, <16 x float> %old_max.i, <16 x float> %57
-  %63 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %63, <16 x float> %57, <16 x float> %old_or_both.i
-  %64 = fsub <16 x float> %old_max.i, %m.i
-  %65 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %64, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %66 = bitcast <16 x float> %65 to <16 x i32>
-  %67 = fadd <16 x float> %65, splat (float 0xC168000FE0000000)
-  %68 = fmul <16 x float> %67, splat (float 0x3F2BD01060000000)
-  %69 = fmul <16 x float> %67, splat (float 0x3FE6300000000000)
-  %70 = fsub <16 x float> %64, %69
-  %71 = fadd <16 x float> %68, %70
-  %72 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %71, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %73 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %72, <16 x float> %71, <16 x float> splat (float 0x3FA5558F20000000))
-  %74 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %73, <16 x float> %71, <16 x float> splat (float 0x3FC5554920000000))
-  %75 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %74, <16 x float> %71, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %76 = fmul <16 x float> %71, %71
-  %77 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %75, <16 x float> %76, <16 x float> %71)
-  %78 = shl <16 x i32> %66, splat (i32 23)
-  %79 = bitcast <16 x i32> %78 to <16 x float>
-  %80 = fadd <16 x float> %77, splat (float 1.000000e+00)
-  %81 = fmul <16 x float> %80, %79
-  %82 = fcmp olt <16 x float> %64, splat (float -8.700000e+01)
-  %83 = select <16 x i1> %82, <16 x float> zeroinitializer, <16 x float> %81
-  %84 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %85 = select <16 x i1> %84, <16 x float> %83, <16 x float> zeroinitializer
-  store <16 x float> %85, ptr %alpha38.i, align 16, !tbaa !115
-  %arg2.i = fsub <16 x float> %57, %m.i
-  %86 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %87 = bitcast <16 x float> %86 to <16 x i32>
-  %88 = fadd <16 x float> %86, splat (float 0xC168000FE0000000)
-  %89 = fmul <16 x float> %88, splat (float 0x3F2BD01060000000)
-  %90 = fmul <16 x float> %88, splat (float 0x3FE6300000000000)
-  %91 = fsub <16 x float> %arg2.i, %90
-  %92 = fadd <16 x float> %89, %91
-  %93 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %92, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %94 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %92, <16 x float> splat (float 0x3FA5558F20000000))
-  %95 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %94, <16 x float> %92, <16 x float> splat (float 0x3FC5554920000000))
-  %96 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %95, <16 x float> %92, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %97 = fmul <16 x float> %92, %92
-  %98 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %97, <16 x float> %92)
-  %99 = shl <16 x i32> %87, splat (i32 23)
-  %100 = bitcast <16 x i32> %99 to <16 x float>
-  %101 = fadd <16 x float> %98, splat (float 1.000000e+00)
-  %102 = fmul <16 x float> %101, %100
-  %103 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
-  %104 = select <16 x i1> %103, <16 x float> zeroinitializer, <16 x float> %102
-  %105 = fcmp one <16 x float> %60, zeroinitializer
-  %106 = select <16 x i1> %105, <16 x float> %104, <16 x float> zeroinitializer
-  store <16 x float> %106, ptr %beta37.i, align 16, !tbaa !122
-  %107 = fmul <16 x float> %old_sum.i, %85
-  %108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %60, <16 x float> %107)
-  %.idx.i = shl nsw i64 %54, 14
-  %109 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %51, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !7
-
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %111 = load float, ptr %110, align 4, !tbaa !129
-  %112 = insertelement <16 x float> poison, float %111, i64 0
-  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
-  %114 = shl nuw nsw i64 %indvars.iv60.i, 8
-  %115 = getelementptr float, ptr %109, i64 %114
-  %116 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %117 = load float, ptr %116, align 4, !tbaa !130
-  %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
-  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !4
-  %119 = load <16 x float>, ptr %115, align 4, !tbaa !4
-  %.scalar = fmul float %117, 0.000000e+00
-  %120 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %121 = shufflevector <16 x float> %120, <16 x float> poison, <16 x i32> zeroinitializer
-  %122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %119, <16 x float> %121)
-  store <16 x float> %122, ptr %118, align 4, !tbaa !4
-  %123 = getelementptr inbounds nuw i8, ptr %118, i64 64
-  store <16 x float> zeroinitializer, ptr %123, align 4, !tbaa !4
-  %124 = getelementptr i8, ptr %115, i64 64
-  %125 = load <16 x float>, ptr %124, align 4, !tbaa !4
-  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %125, <16 x float> %121)
-  store <16 x float> %126, ptr %123, align 4, !tbaa !4
-  %127 = getelementptr inbounds nuw i8, ptr %118, i64 128
-  store <16 x float> zeroinitializer, ptr %127, align 4, !tbaa !4
-  %128 = getelementptr i8, ptr %115, i64 128
-  %129 = load <16 x float>, ptr %128, align 4, !tbaa !4
-  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %129, <16 x float> %121)
-  store <16 x float> %130, ptr %127, align 4, !tbaa !4
-  %131 = getelementptr inbounds nuw i8, ptr %118, i64 192
-  store <16 x float> zeroinitializer, ptr %131, align 4, !tbaa !4
-  %132 = getelementptr i8, ptr %115, i64 192
-  %133 = load <16 x float>, ptr %132, align 4, !tbaa !4
-  %134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %133, <16 x float> %121)
-  store <16 x float> %134, ptr %131, align 4, !tbaa !4
-  %135 = getelementptr inbounds nuw i8, ptr %118, i64 256
-  store <16 x float> zeroinitializer, ptr %135, align 4, !tbaa !4
-  %136 = getelementptr i8, ptr %115, i64 256
-  %137 = load <16 x float>, ptr %136, align 4, !tbaa !4
-  %138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %137, <16 x float> %121)
-  store <16 x float> %138, ptr %135, align 4, !tbaa !4
-  %139 = getelementptr inbounds nuw i8, ptr %118, i64 320
-  store <16 x float> zeroinitializer, ptr %139, align 4, !tbaa !4
-  %140 = getelementptr i8, ptr %115, i64 320
-  %141 = load <16 x float>, ptr %140, align 4, !tbaa !4
-  %142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %141, <16 x float> %121)
-  store <16 x float> %142, ptr %139, align 4, !tbaa !4
-  %143 = getelementptr inbounds nuw i8, ptr %118, i64 384
-  store <16 x float> zeroinitializer, ptr %143, align 4, !tbaa !4
-  %144 = getelementptr i8, ptr %115, i64 384
-  %145 = load <16 x float>, ptr %144, align 4, !tbaa !4
-  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %145, <16 x float> %121)
-  store <16 x float> %146, ptr %143, align 4, !tbaa !4
-  %147 = getelementptr inbounds nuw i8, ptr %118, i64 448
-  store <16 x float> zeroinitializer, ptr %147, align 4, !tbaa !4
-  %148 = getelementptr i8, ptr %115, i64 448
-  %149 = load <16 x float>, ptr %148, align 4, !tbaa !4
-  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %149, <16 x float> %121)
-  store <16 x float> %150, ptr %147, align 4, !tbaa !4
-  %151 = getelementptr inbounds nuw i8, ptr %118, i64 512
-  store <16 x float> zeroinitializer, ptr %151, align 4, !tbaa !4
-  %152 = getelementptr i8, ptr %115, i64 512
-  %153 = load <16 x float>, ptr %152, align 4, !tbaa !4
-  %154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %153, <16 x float> %121)
-  store <16 x float> %154, ptr %151, align 4, !tbaa !4
-  %155 = getelementptr inbounds nuw i8, ptr %118, i64 576
-  store <16 x float> zeroinitializer, ptr %155, align 4, !tbaa !4
-  %156 = getelementptr i8, ptr %115, i64 576
-  %157 = load <16 x float>, ptr %156, align 4, !tbaa !4
-  %158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %157, <16 x float> %121)
-  store <16 x float> %158, ptr %155, align 4, !tbaa !4
-  %159 = getelementptr inbounds nuw i8, ptr %118, i64 640
-  store <16 x float> zeroinitializer, ptr %159, align 4, !tbaa !4
-  %160 = getelementptr i8, ptr %115, i64 640
-  %161 = load <16 x float>, ptr %160, align 4, !tbaa !4
-  %162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %161, <16 x float> %121)
-  store <16 x float> %162, ptr %159, align 4, !tbaa !4
-  %163 = getelementptr inbounds nuw i8, ptr %118, i64 704
-  store <16 x float> zeroinitializer, ptr %163, align 4, !tbaa !4
-  %164 = getelementptr i8, ptr %115, i64 704
-  %165 = load <16 x float>, ptr %164, align 4, !tbaa !4
-  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %165, <16 x float> %121)
-  store <16 x float> %166, ptr %163, align 4, !tbaa !4
-  %167 = getelementptr inbounds nuw i8, ptr %118, i64 768
-  store <16 x float> zeroinitializer, ptr %167, align 4, !tbaa !4
-  %168 = getelementptr i8, ptr %115, i64 768
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !4
-  %170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %169, <16 x float> %121)
-  store <16 x float> %170, ptr %167, align 4, !tbaa !4
-  %171 = getelementptr inbounds nuw i8, ptr %118, i64 832
-  store <16 x float> zeroinitializer, ptr %171, align 4, !tbaa !4
-  %172 = getelementptr i8, ptr %115, i64 832
-  %173 = load <16 x float>, ptr %172, align 4, !tbaa !4
-  %174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %173, <16 x float> %121)
-  store <16 x float> %174, ptr %171, align 4, !tbaa !4
-  %175 = getelementptr inbounds nuw i8, ptr %118, i64 896
-  store <16 x float> zeroinitializer, ptr %175, align 4, !tbaa !4
-  %176 = getelementptr i8, ptr %115, i64 896
-  %177 = load <16 x float>, ptr %176, align 4, !tbaa !4
-  %178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %177, <16 x float> %121)
-  store <16 x float> %178, ptr %175, align 4, !tbaa !4
-  %179 = getelementptr inbounds nuw i8, ptr %118, i64 960
-  store <16 x float> zeroinitializer, ptr %179, align 4, !tbaa !4
-  %180 = getelementptr i8, ptr %115, i64 960
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !4
-  %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %181, <16 x float> %121)
-  store <16 x float> %182, ptr %179, align 4, !tbaa !4
-  %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
-  %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 16
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !21
-
-for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %108, %for_end_r_0.i ]
-  %m44.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
-  %183 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
-  %184 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
-  %185 = select <16 x i1> %184, <16 x float> zeroinitializer, <16 x float> %183
-  store <16 x float> %185, ptr %factor34.i, align 16, !tbaa !131
-  %sext29 = shl i64 %20, 32
-  %186 = ashr exact i64 %sext29, 32
-  %187 = mul nsw i64 %out_batch, %186
-  %188 = getelementptr i16, ptr %out, i64 %187
-  br label %for_begin_d_019.preheader.i
-
-for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %189 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %190 = load float, ptr %189, align 4, !tbaa !129
-  %191 = insertelement <16 x float> poison, float %190, i64 0
-  %192 = shufflevector <16 x float> %191, <16 x float> poison, <16 x i32> zeroinitializer
-  %193 = shl nuw nsw i64 %indvars.iv.i, 8
-  %194 = getelementptr float, ptr %109, i64 %193
-  %195 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %196 = load float, ptr %195, align 4, !tbaa !130
-  %197 = insertelement <16 x float> poison, float %196, i64 0
-  %198 = shufflevector <16 x float> %197, <16 x float> poison, <16 x i32> zeroinitializer
-  %199 = load <16 x float>, ptr %194, align 4, !tbaa !4
-  %200 = getelementptr inbounds nuw float, ptr %acc.i, i64 %193
-  %201 = load <16 x float>, ptr %200, align 4, !tbaa !4
-  %202 = fmul <16 x float> %201, %198
-  %203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %199, <16 x float> %202)
-  store <16 x float> %203, ptr %200, align 4, !tbaa !4
-  %204 = getelementptr i8, ptr %194, i64 64
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !4
-  %206 = getelementptr inbounds nuw i8, ptr %200, i64 64
-  %207 = load <16 x float>, ptr %206, align 4, !tbaa !4
-  %208 = fmul <16 x float> %198, %207
-  %209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %205, <16 x float> %208)
-  store <16 x float> %209, ptr %206, align 4, !tbaa !4
-  %210 = getelementptr i8, ptr %194, i64 128
-  %211 = load <16 x float>, ptr %210, align 4, !tbaa !4
-  %212 = getelementptr inbounds nuw i8, ptr %200, i64 128
-  %213 = load <16 x float>, ptr %212, align 4, !tbaa !4
-  %214 = fmul <16 x float> %198, %213
-  %215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %211, <16 x float> %214)
-  store <16 x float> %215, ptr %212, align 4, !tbaa !4
-  %216 = getelementptr i8, ptr %194, i64 192
-  %217 = load <16 x float>, ptr %216, align 4, !tbaa !4
-  %218 = getelementptr inbounds nuw i8, ptr %200, i64 192
-  %219 = load <16 x float>, ptr %218, align 4, !tbaa !4
-  %220 = fmul <16 x float> %198, %219
-  %221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %217, <16 x float> %220)
-  store <16 x float> %221, ptr %218, align 4, !tbaa !4
-  %222 = getelementptr i8, ptr %194, i64 256
-  %223 = load <16 x float>, ptr %222, align 4, !tbaa !4
-  %224 = getelementptr inbounds nuw i8, ptr %200, i64 256
-  %225 = load <16 x float>, ptr %224, align 4, !tbaa !4
-  %226 = fmul <16 x float> %198, %225
-  %227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %223, <16 x float> %226)
-  store <16 x float> %227, ptr %224, align 4, !tbaa !4
-  %228 = getelementptr i8, ptr %194, i64 320
-  %229 = load <16 x float>, ptr %228, align 4, !tbaa !4
-  %230 = getelementptr inbounds nuw i8, ptr %200, i64 320
-  %231 = load <16 x float>, ptr %230, align 4, !tbaa !4
-  %232 = fmul <16 x float> %198, %231
-  %233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %229, <16 x float> %232)
-  store <16 x float> %233, ptr %230, align 4, !tbaa !4
-  %234 = getelementptr i8, ptr %194, i64 384
-  %235 = load <16 x float>, ptr %234, align 4, !tbaa !4
-  %236 = getelementptr inbounds nuw i8, ptr %200, i64 384
-  %237 = load <16 x float>, ptr %236, align 4, !tbaa !4
-  %238 = fmul <16 x float> %198, %237
-  %239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %235, <16 x float> %238)
-  store <16 x float> %239, ptr %236, align 4, !tbaa !4
-  %240 = getelementptr i8, ptr %194, i64 448
-  %241 = load <16 x float>, ptr %240, align 4, !tbaa !4
-  %242 = getelementptr inbounds nuw i8, ptr %200, i64 448
-  %243 = load <16 x float>, ptr %242, align 4, !tbaa !4
-  %244 = fmul <16 x float> %198, %243
-  %245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %241, <16 x float> %244)
-  store <16 x float> %245, ptr %242, align 4, !tbaa !4
-  %246 = getelementptr i8, ptr %194, i64 512
-  %247 = load <16 x float>, ptr %246, align 4, !tbaa !4
-  %248 = getelementptr inbounds nuw i8, ptr %200, i64 512
-  %249 = load <16 x float>, ptr %248, align 4, !tbaa !4
-  %250 = fmul <16 x float> %198, %249
-  %251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %247, <16 x float> %250)
-  store <16 x float> %251, ptr %248, align 4, !tbaa !4
-  %252 = getelementptr i8, ptr %194, i64 576
-  %253 = load <16 x float>, ptr %252, align 4, !tbaa !4
-  %254 = getelementptr inbounds nuw i8, ptr %200, i64 576
-  %255 = load <16 x float>, ptr %254, align 4, !tbaa !4
-  %256 = fmul <16 x float> %198, %255
-  %257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %253, <16 x float> %256)
-  store <16 x float> %257, ptr %254, align 4, !tbaa !4
-  %258 = getelementptr i8, ptr %194, i64 640
-  %259 = load <16 x float>, ptr %258, align 4, !tbaa !4
-  %260 = getelementptr inbounds nuw i8, ptr %200, i64 640
-  %261 = load <16 x float>, ptr %260, align 4, !tbaa !4
-  %262 = fmul <16 x float> %198, %261
-  %263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %259, <16 x float> %262)
-  store <16 x float> %263, ptr %260, align 4, !tbaa !4
-  %264 = getelementptr i8, ptr %194, i64 704
-  %265 = load <16 x float>, ptr %264, align 4, !tbaa !4
-  %266 = getelementptr inbounds nuw i8, ptr %200, i64 704
-  %267 = load <16 x float>, ptr %266, align 4, !tbaa !4
-  %268 = fmul <16 x float> %198, %267
-  %269 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %265, <16 x float> %268)
-  store <16 x float> %269, ptr %266, align 4, !tbaa !4
-  %270 = getelementptr i8, ptr %194, i64 768
-  %271 = load <16 x float>, ptr %270, align 4, !tbaa !4
-  %272 = getelementptr inbounds nuw i8, ptr %200, i64 768
-  %273 = load <16 x float>, ptr %272, align 4, !tbaa !4
-  %274 = fmul <16 x float> %198, %273
-  %275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %271, <16 x float> %274)
-  store <16 x float> %275, ptr %272, align 4, !tbaa !4
-  %276 = getelementptr i8, ptr %194, i64 832
-  %277 = load <16 x float>, ptr %276, align 4, !tbaa !4
-  %278 = getelementptr inbounds nuw i8, ptr %200, i64 832
-  %279 = load <16 x float>, ptr %278, align 4, !tbaa !4
-  %280 = fmul <16 x float> %198, %279
-  %281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %277, <16 x float> %280)
-  store <16 x float> %281, ptr %278, align 4, !tbaa !4
-  %282 = getelementptr i8, ptr %194, i64 896
-  %283 = load <16 x float>, ptr %282, align 4, !tbaa !4
-  %284 = getelementptr inbounds nuw i8, ptr %200, i64 896
-  %285 = load <16 x float>, ptr %284, align 4, !tbaa !4
-  %286 = fmul <16 x float> %198, %285
-  %287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %283, <16 x float> %286)
-  store <16 x float> %287, ptr %284, align 4, !tbaa !4
-  %288 = getelementptr i8, ptr %194, i64 960
-  %289 = load <16 x float>, ptr %288, align 4, !tbaa !4
-  %290 = getelementptr inbounds nuw i8, ptr %200, i64 960
-  %291 = load <16 x float>, ptr %290, align 4, !tbaa !4
-  %292 = fmul <16 x float> %198, %291
-  %293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %289, <16 x float> %292)
-  store <16 x float> %293, ptr %290, align 4, !tbaa !4
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !21
-
-for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
-  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
-  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
-
-for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
-  %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
-  %294 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %295 = load float, ptr %294, align 4, !tbaa !138
-  %296 = insertelement <16 x float> poison, float %295, i64 0
-  %297 = shufflevector <16 x float> %296, <16 x float> poison, <16 x i32> zeroinitializer
-  %298 = mul nsw i64 %indvars.iv72.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %188, i64 %298
-  %.idx = shl nuw nsw i64 %indvars.iv72.i, 10
-  %299 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %300 = load <16 x float>, ptr %299, align 4, !tbaa !4
-  %301 = fmul <16 x float> %300, %297
-  %302 = bitcast <16 x float> %301 to <16 x i32>
-  %303 = lshr <16 x i32> %302, splat (i32 16)
-  %304 = and <16 x i32> %303, splat (i32 1)
-  %305 = add nuw <16 x i32> %302, splat (i32 32767)
-  %306 = add nuw <16 x i32> %305, %304
-  %307 = lshr <16 x i32> %306, splat (i32 16)
-  %308 = trunc nuw <16 x i32> %307 to <16 x i16>
-  store <16 x i16> %308, ptr %invariant.gep.i, align 2, !tbaa !4
-  %309 = getelementptr inbounds nuw i8, ptr %299, i64 64
-  %310 = load <16 x float>, ptr %309, align 4, !tbaa !4
-  %311 = fmul <16 x float> %297, %310
-  %312 = bitcast <16 x float> %311 to <16 x i32>
-  %313 = lshr <16 x i32> %312, splat (i32 16)
-  %314 = and <16 x i32> %313, splat (i32 1)
-  %315 = add nuw <16 x i32> %312, splat (i32 32767)
-  %316 = add nuw <16 x i32> %315, %314
-  %317 = lshr <16 x i32> %316, splat (i32 16)
-  %318 = trunc nuw <16 x i32> %317 to <16 x i16>
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %318, ptr %gep.1.i, align 2, !tbaa !4
-  %319 = getelementptr inbounds nuw i8, ptr %299, i64 128
-  %320 = load <16 x float>, ptr %319, align 4, !tbaa !4
-  %321 = fmul <16 x float> %297, %320
-  %322 = bitcast <16 x float> %321 to <16 x i32>
-  %323 = lshr <16 x i32> %322, splat (i32 16)
-  %324 = and <16 x i32> %323, splat (i32 1)
-  %325 = add nuw <16 x i32> %322, splat (i32 32767)
-  %326 = add nuw <16 x i32> %325, %324
-  %327 = lshr <16 x i32> %326, splat (i32 16)
-  %328 = trunc nuw <16 x i32> %327 to <16 x i16>
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %328, ptr %gep.2.i, align 2, !tbaa !4
-  %329 = getelementptr inbounds nuw i8, ptr %299, i64 192
-  %330 = load <16 x float>, ptr %329, align 4, !tbaa !4
-  %331 = fmul <16 x float> %297, %330
-  %332 = bitcast <16 x float> %331 to <16 x i32>
-  %333 = lshr <16 x i32> %332, splat (i32 16)
-  %334 = and <16 x i32> %333, splat (i32 1)
-  %335 = add nuw <16 x i32> %332, splat (i32 32767)
-  %336 = add nuw <16 x i32> %335, %334
-  %337 = lshr <16 x i32> %336, splat (i32 16)
-  %338 = trunc nuw <16 x i32> %337 to <16 x i16>
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %338, ptr %gep.3.i, align 2, !tbaa !4
-  %339 = getelementptr inbounds nuw i8, ptr %299, i64 256
-  %340 = load <16 x float>, ptr %339, align 4, !tbaa !4
-  %341 = fmul <16 x float> %297, %340
-  %342 = bitcast <16 x float> %341 to <16 x i32>
-  %343 = lshr <16 x i32> %342, splat (i32 16)
-  %344 = and <16 x i32> %343, splat (i32 1)
-  %345 = add nuw <16 x i32> %342, splat (i32 32767)
-  %346 = add nuw <16 x i32> %345, %344
-  %347 = lshr <16 x i32> %346, splat (i32 16)
-  %348 = trunc nuw <16 x i32> %347 to <16 x i16>
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %348, ptr %gep.4.i, align 2, !tbaa !4
-  %349 = getelementptr inbounds nuw i8, ptr %299, i64 320
-  %350 = load <16 x float>, ptr %349, align 4, !tbaa !4
-  %351 = fmul <16 x float> %297, %350
-  %352 = bitcast <16 x float> %351 to <16 x i32>
-  %353 = lshr <16 x i32> %352, splat (i32 16)
-  %354 = and <16 x i32> %353, splat (i32 1)
-  %355 = add nuw <16 x i32> %352, splat (i32 32767)
-  %356 = add nuw <16 x i32> %355, %354
-  %357 = lshr <16 x i32> %356, splat (i32 16)
-  %358 = trunc nuw <16 x i32> %357 to <16 x i16>
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %358, ptr %gep.5.i, align 2, !tbaa !4
-  %359 = getelementptr inbounds nuw i8, ptr %299, i64 384
-  %360 = load <16 x float>, ptr %359, align 4, !tbaa !4
-  %361 = fmul <16 x float> %297, %360
-  %362 = bitcast <16 x float> %361 to <16 x i32>
-  %363 = lshr <16 x i32> %362, splat (i32 16)
-  %364 = and <16 x i32> %363, splat (i32 1)
-  %365 = add nuw <16 x i32> %362, splat (i32 32767)
-  %366 = add nuw <16 x i32> %365, %364
-  %367 = lshr <16 x i32> %366, splat (i32 16)
-  %368 = trunc nuw <16 x i32> %367 to <16 x i16>
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %368, ptr %gep.6.i, align 2, !tbaa !4
-  %369 = getelementptr inbounds nuw i8, ptr %299, i64 448
-  %370 = load <16 x float>, ptr %369, align 4, !tbaa !4
-  %371 = fmul <16 x float> %297, %370
-  %372 = bitcast <16 x float> %371 to <16 x i32>
-  %373 = lshr <16 x i32> %372, splat (i32 16)
-  %374 = and <16 x i32> %373, splat (i32 1)
-  %375 = add nuw <16 x i32> %372, splat (i32 32767)
-  %376 = add nuw <16 x i32> %375, %374
-  %377 = lshr <16 x i32> %376, splat (i32 16)
-  %378 = trunc nuw <16 x i32> %377 to <16 x i16>
-  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %378, ptr %gep.7.i, align 2, !tbaa !4
-  %379 = getelementptr inbounds nuw i8, ptr %299, i64 512
-  %380 = load <16 x float>, ptr %379, align 4, !tbaa !4
-  %381 = fmul <16 x float> %297, %380
-  %382 = bitcast <16 x float> %381 to <16 x i32>
-  %383 = lshr <16 x i32> %382, splat (i32 16)
-  %384 = and <16 x i32> %383, splat (i32 1)
-  %385 = add nuw <16 x i32> %382, splat (i32 32767)
-  %386 = add nuw <16 x i32> %385, %384
-  %387 = lshr <16 x i32> %386, splat (i32 16)
-  %388 = trunc nuw <16 x i32> %387 to <16 x i16>
-  %gep.8.i = getelementptr i8, ptr %invariant.gep.i, i64 256
-  store <16 x i16> %388, ptr %gep.8.i, align 2, !tbaa !4
-  %389 = getelementptr inbounds nuw i8, ptr %299, i64 576
-  %390 = load <16 x float>, ptr %389, align 4, !tbaa !4
-  %391 = fmul <16 x float> %297, %390
-  %392 = bitcast <16 x float> %391 to <16 x i32>
-  %393 = lshr <16 x i32> %392, splat (i32 16)
-  %394 = and <16 x i32> %393, splat (i32 1)
-  %395 = add nuw <16 x i32> %392, splat (i32 32767)
-  %396 = add nuw <16 x i32> %395, %394
-  %397 = lshr <16 x i32> %396, splat (i32 16)
-  %398 = trunc nuw <16 x i32> %397 to <16 x i16>
-  %gep.9.i = getelementptr i8, ptr %invariant.gep.i, i64 288
-  store <16 x i16> %398, ptr %gep.9.i, align 2, !tbaa !4
-  %399 = getelementptr inbounds nuw i8, ptr %299, i64 640
-  %400 = load <16 x float>, ptr %399, align 4, !tbaa !4
-  %401 = fmul <16 x float> %297, %400
-  %402 = bitcast <16 x float> %401 to <16 x i32>
-  %403 = lshr <16 x i32> %402, splat (i32 16)
-  %404 = and <16 x i32> %403, splat (i32 1)
-  %405 = add nuw <16 x i32> %402, splat (i32 32767)
-  %406 = add nuw <16 x i32> %405, %404
-  %407 = lshr <16 x i32> %406, splat (i32 16)
-  %408 = trunc nuw <16 x i32> %407 to <16 x i16>
-  %gep.10.i = getelementptr i8, ptr %invariant.gep.i, i64 320
-  store <16 x i16> %408, ptr %gep.10.i, align 2, !tbaa !4
-  %409 = getelementptr inbounds nuw i8, ptr %299, i64 704
-  %410 = load <16 x float>, ptr %409, align 4, !tbaa !4
-  %411 = fmul <16 x float> %297, %410
-  %412 = bitcast <16 x float> %411 to <16 x i32>
-  %413 = lshr <16 x i32> %412, splat (i32 16)
-  %414 = and <16 x i32> %413, splat (i32 1)
-  %415 = add nuw <16 x i32> %412, splat (i32 32767)
-  %416 = add nuw <16 x i32> %415, %414
-  %417 = lshr <16 x i32> %416, splat (i32 16)
-  %418 = trunc nuw <16 x i32> %417 to <16 x i16>
-  %gep.11.i = getelementptr i8, ptr %invariant.gep.i, i64 352
-  store <16 x i16> %418, ptr %gep.11.i, align 2, !tbaa !4
-  %419 = getelementptr inbounds nuw i8, ptr %299, i64 768
-  %420 = load <16 x float>, ptr %419, align 4, !tbaa !4
-  %421 = fmul <16 x float> %297, %420
-  %422 = bitcast <16 x float> %421 to <16 x i32>
-  %423 = lshr <16 x i32> %422, splat (i32 16)
-  %424 = and <16 x i32> %423, splat (i32 1)
-  %425 = add nuw <16 x i32> %422, splat (i32 32767)
-  %426 = add nuw <16 x i32> %425, %424
-  %427 = lshr <16 x i32> %426, splat (i32 16)
-  %428 = trunc nuw <16 x i32> %427 to <16 x i16>
-  %gep.12.i = getelementptr i8, ptr %invariant.gep.i, i64 384
-  store <16 x i16> %428, ptr %gep.12.i, align 2, !tbaa !4
-  %429 = getelementptr inbounds nuw i8, ptr %299, i64 832
-  %430 = load <16 x float>, ptr %429, align 4, !tbaa !4
-  %431 = fmul <16 x float> %297, %430
-  %432 = bitcast <16 x float> %431 to <16 x i32>
-  %433 = lshr <16 x i32> %432, splat (i32 16)
-  %434 = and <16 x i32> %433, splat (i32 1)
-  %435 = add nuw <16 x i32> %432, splat (i32 32767)
-  %436 = add nuw <16 x i32> %435, %434
-  %437 = lshr <16 x i32> %436, splat (i32 16)
-  %438 = trunc nuw <16 x i32> %437 to <16 x i16>
-  %gep.13.i = getelementptr i8, ptr %invariant.gep.i, i64 416
-  store <16 x i16> %438, ptr %gep.13.i, align 2, !tbaa !4
-  %439 = getelementptr inbounds nuw i8, ptr %299, i64 896
-  %440 = load <16 x float>, ptr %439, align 4, !tbaa !4
-  %441 = fmul <16 x float> %297, %440
-  %442 = bitcast <16 x float> %441 to <16 x i32>
-  %443 = lshr <16 x i32> %442, splat (i32 16)
-  %444 = and <16 x i32> %443, splat (i32 1)
-  %445 = add nuw <16 x i32> %442, splat (i32 32767)
-  %446 = add nuw <16 x i32> %445, %444
-  %447 = lshr <16 x i32> %446, splat (i32 16)
-  %448 = trunc nuw <16 x i32> %447 to <16 x i16>
-  %gep.14.i = getelementptr i8, ptr %invariant.gep.i, i64 448
-  store <16 x i16> %448, ptr %gep.14.i, align 2, !tbaa !4
-  %449 = getelementptr inbounds nuw i8, ptr %299, i64 960
-  %450 = load <16 x float>, ptr %449, align 4, !tbaa !4
-  %451 = fmul <16 x float> %297, %450
-  %452 = bitcast <16 x float> %451 to <16 x i32>
-  %453 = lshr <16 x i32> %452, splat (i32 16)
-  %454 = and <16 x i32> %453, splat (i32 1)
-  %455 = add nuw <16 x i32> %452, splat (i32 32767)
-  %456 = add nuw <16 x i32> %455, %454
-  %457 = lshr <16 x i32> %456, splat (i32 16)
-  %458 = trunc nuw <16 x i32> %457 to <16 x i16>
-  %gep.15.i = getelementptr i8, ptr %invariant.gep.i, i64 480
-  store <16 x i16> %458, ptr %gep.15.i, align 2, !tbaa !4
-  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
-  %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 16
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !21
-
-for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %459 = add nsw i32 %num_keys, -1
-  %460 = sitofp i32 %459 to float
-  %461 = bitcast float %460 to i32
-  %462 = ashr i32 %461, 23
-  %463 = mul nsw i64 %lse_batch, %186
-  %464 = getelementptr float, ptr %lse, i64 %463
-  %465 = tail call i32 @llvm.smax.i32(i32 %462, i32 125)
-  %466 = shl nuw nsw i32 %465, 23
-  %467 = add nuw i32 %466, 16777216
-  %468 = bitcast i32 %467 to float
-  %row_sum39.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
-  %469 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
-  br i1 %469, label %if_end30.i, label %if_else.i
-
-if_else.i:                                        ; preds = %for_begin_r24.preheader.i
-  %470 = fmul float %row_sum39.sroa.0.0.vec.extract.i, %468
-  %471 = tail call float @llvm.log.f32(float %470)
-  %row_max40.sroa.0.0.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 0
-  %472 = fadd float %row_max40.sroa.0.0.vec.extract.i, %471
-  br label %if_end30.i
-
-if_end30.i:                                       ; preds = %if_else.i, %for_begin_r24.preheader.i
-  %473 = phi float [ %472, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
-  store float %473, ptr %464, align 4, !tbaa !4
-  %row_sum39.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
-  %474 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
-  br i1 %474, label %if_end30.1.i, label %if_else.1.i
-
-if_else.1.i:                                      ; preds = %if_end30.i
-  %475 = fmul float %row_sum39.sroa.0.4.vec.extract.i, %468
-  %476 = tail call float @llvm.log.f32(float %475)
-  %row_max40.sroa.0.4.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 1
-  %477 = fadd float %row_max40.sroa.0.4.vec.extract.i, %476
-  br label %if_end30.1.i
-
-if_end30.1.i:                                     ; preds = %if_else.1.i, %if_end30.i
-  %478 = phi float [ %477, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
-  %479 = getelementptr i8, ptr %464, i64 4
-  store float %478, ptr %479, align 4, !tbaa !4
-  %row_sum39.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
-  %480 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
-  br i1 %480, label %if_end30.2.i, label %if_else.2.i
-
-if_else.2.i:                                      ; preds = %if_end30.1.i
-  %481 = fmul float %row_sum39.sroa.0.8.vec.extract.i, %468
-  %482 = tail call float @llvm.log.f32(float %481)
-  %row_max40.sroa.0.8.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 2
-  %483 = fadd float %row_max40.sroa.0.8.vec.extract.i, %482
-  br label %if_end30.2.i
-
-if_end30.2.i:                                     ; preds = %if_else.2.i, %if_end30.1.i
-  %484 = phi float [ %483, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
-  %485 = getelementptr i8, ptr %464, i64 8
-  store float %484, ptr %485, align 4, !tbaa !4
-  %row_sum39.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
-  %486 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
-  br i1 %486, label %if_end30.3.i, label %if_else.3.i
-
-if_else.3.i:                                      ; preds = %if_end30.2.i
-  %487 = fmul float %row_sum39.sroa.0.12.vec.extract.i, %468
-  %488 = tail call float @llvm.log.f32(float %487)
-  %row_max40.sroa.0.12.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 3
-  %489 = fadd float %row_max40.sroa.0.12.vec.extract.i, %488
-  br label %if_end30.3.i
-
-if_end30.3.i:                                     ; preds = %if_else.3.i, %if_end30.2.i
-  %490 = phi float [ %489, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
-  %491 = getelementptr i8, ptr %464, i64 12
-  store float %490, ptr %491, align 4, !tbaa !4
-  %row_sum39.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
-  %492 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
-  br i1 %492, label %if_end30.4.i, label %if_else.4.i
-
-if_else.4.i:                                      ; preds = %if_end30.3.i
-  %493 = fmul float %row_sum39.sroa.0.16.vec.extract.i, %468
-  %494 = tail call float @llvm.log.f32(float %493)
-  %row_max40.sroa.0.16.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 4
-  %495 = fadd float %row_max40.sroa.0.16.vec.extract.i, %494
-  br label %if_end30.4.i
-
-if_end30.4.i:                                     ; preds = %if_else.4.i, %if_end30.3.i
-  %496 = phi float [ %495, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
-  %497 = getelementptr i8, ptr %464, i64 16
-  store float %496, ptr %497, align 4, !tbaa !4
-  %row_sum39.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
-  %498 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
-  br i1 %498, label %if_end30.5.i, label %if_else.5.i
-
-if_else.5.i:                                      ; preds = %if_end30.4.i
-  %499 = fmul float %row_sum39.sroa.0.20.vec.extract.i, %468
-  %500 = tail call float @llvm.log.f32(float %499)
-  %row_max40.sroa.0.20.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 5
-  %501 = fadd float %row_max40.sroa.0.20.vec.extract.i, %500
-  br label %if_end30.5.i
-
-if_end30.5.i:                                     ; preds = %if_else.5.i, %if_end30.4.i
-  %502 = phi float [ %501, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
-  %503 = getelementptr i8, ptr %464, i64 20
-  store float %502, ptr %503, align 4, !tbaa !4
-  %row_sum39.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
-  %504 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
-  br i1 %504, label %if_end30.6.i, label %if_else.6.i
-
-if_else.6.i:                                      ; preds = %if_end30.5.i
-  %505 = fmul float %row_sum39.sroa.0.24.vec.extract.i, %468
-  %506 = tail call float @llvm.log.f32(float %505)
-  %row_max40.sroa.0.24.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 6
-  %507 = fadd float %row_max40.sroa.0.24.vec.extract.i, %506
-  br label %if_end30.6.i
-
-if_end30.6.i:                                     ; preds = %if_else.6.i, %if_end30.5.i
-  %508 = phi float [ %507, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
-  %509 = getelementptr i8, ptr %464, i64 24
-  store float %508, ptr %509, align 4, !tbaa !4
-  %row_sum39.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
-  %510 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
-  br i1 %510, label %if_end30.7.i, label %if_else.7.i
-
-if_else.7.i:                                      ; preds = %if_end30.6.i
-  %511 = fmul float %row_sum39.sroa.0.28.vec.extract.i, %468
-  %512 = tail call float @llvm.log.f32(float %511)
-  %row_max40.sroa.0.28.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 7
-  %513 = fadd float %row_max40.sroa.0.28.vec.extract.i, %512
-  br label %if_end30.7.i
-
-if_end30.7.i:                                     ; preds = %if_else.7.i, %if_end30.6.i
-  %514 = phi float [ %513, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
-  %515 = getelementptr i8, ptr %464, i64 28
-  store float %514, ptr %515, align 4, !tbaa !4
-  %row_sum39.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
-  %516 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
-  br i1 %516, label %if_end30.8.i, label %if_else.8.i
-
-if_else.8.i:                                      ; preds = %if_end30.7.i
-  %517 = fmul float %row_sum39.sroa.0.32.vec.extract.i, %468
-  %518 = tail call float @llvm.log.f32(float %517)
-  %row_max40.sroa.0.32.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 8
-  %519 = fadd float %row_max40.sroa.0.32.vec.extract.i, %518
-  br label %if_end30.8.i
-
-if_end30.8.i:                                     ; preds = %if_else.8.i, %if_end30.7.i
-  %520 = phi float [ %519, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
-  %521 = getelementptr i8, ptr %464, i64 32
-  store float %520, ptr %521, align 4, !tbaa !4
-  %row_sum39.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
-  %522 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
-  br i1 %522, label %if_end30.9.i, label %if_else.9.i
-
-if_else.9.i:                                      ; preds = %if_end30.8.i
-  %523 = fmul float %row_sum39.sroa.0.36.vec.extract.i, %468
-  %524 = tail call float @llvm.log.f32(float %523)
-  %row_max40.sroa.0.36.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 9
-  %525 = fadd float %row_max40.sroa.0.36.vec.extract.i, %524
-  br label %if_end30.9.i
-
-if_end30.9.i:                                     ; preds = %if_else.9.i, %if_end30.8.i
-  %526 = phi float [ %525, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
-  %527 = getelementptr i8, ptr %464, i64 36
-  store float %526, ptr %527, align 4, !tbaa !4
-  %row_sum39.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
-  %528 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
-  br i1 %528, label %if_end30.10.i, label %if_else.10.i
-
-if_else.10.i:                                     ; preds = %if_end30.9.i
-  %529 = fmul float %row_sum39.sroa.0.40.vec.extract.i, %468
-  %530 = tail call float @llvm.log.f32(float %529)
-  %row_max40.sroa.0.40.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 10
-  %531 = fadd float %row_max40.sroa.0.40.vec.extract.i, %530
-  br label %if_end30.10.i
-
-if_end30.10.i:                                    ; preds = %if_else.10.i, %if_end30.9.i
-  %532 = phi float [ %531, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
-  %533 = getelementptr i8, ptr %464, i64 40
-  store float %532, ptr %533, align 4, !tbaa !4
-  %row_sum39.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
-  %534 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
-  br i1 %534, label %if_end30.11.i, label %if_else.11.i
-
-if_else.11.i:                                     ; preds = %if_end30.10.i
-  %535 = fmul float %row_sum39.sroa.0.44.vec.extract.i, %468
-  %536 = tail call float @llvm.log.f32(float %535)
-  %row_max40.sroa.0.44.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 11
-  %537 = fadd float %row_max40.sroa.0.44.vec.extract.i, %536
-  br label %if_end30.11.i
-
-if_end30.11.i:                                    ; preds = %if_else.11.i, %if_end30.10.i
-  %538 = phi float [ %537, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
-  %539 = getelementptr i8, ptr %464, i64 44
-  store float %538, ptr %539, align 4, !tbaa !4
-  %row_sum39.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
-  %540 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
-  br i1 %540, label %if_end30.12.i, label %if_else.12.i
-
-if_else.12.i:                                     ; preds = %if_end30.11.i
-  %541 = fmul float %row_sum39.sroa.0.48.vec.extract.i, %468
-  %542 = tail call float @llvm.log.f32(float %541)
-  %row_max40.sroa.0.48.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 12
-  %543 = fadd float %row_max40.sroa.0.48.vec.extract.i, %542
-  br label %if_end30.12.i
-
-if_end30.12.i:                                    ; preds = %if_else.12.i, %if_end30.11.i
-  %544 = phi float [ %543, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
-  %545 = getelementptr i8, ptr %464, i64 48
-  store float %544, ptr %545, align 4, !tbaa !4
-  %row_sum39.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
-  %546 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
-  br i1 %546, label %if_end30.13.i, label %if_else.13.i
-
-if_else.13.i:                                     ; preds = %if_end30.12.i
-  %547 = fmul float %row_sum39.sroa.0.52.vec.extract.i, %468
-  %548 = tail call float @llvm.log.f32(float %547)
-  %row_max40.sroa.0.52.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 13
-  %549 = fadd float %row_max40.sroa.0.52.vec.extract.i, %548
-  br label %if_end30.13.i
-
-if_end30.13.i:                                    ; preds = %if_else.13.i, %if_end30.12.i
-  %550 = phi float [ %549, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
-  %551 = getelementptr i8, ptr %464, i64 52
-  store float %550, ptr %551, align 4, !tbaa !4
-  %row_sum39.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
-  %552 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
-  br i1 %552, label %if_end30.14.i, label %if_else.14.i
-
-if_else.14.i:                                     ; preds = %if_end30.13.i
-  %553 = fmul float %row_sum39.sroa.0.56.vec.extract.i, %468
-  %554 = tail call float @llvm.log.f32(float %553)
-  %row_max40.sroa.0.56.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 14
-  %555 = fadd float %row_max40.sroa.0.56.vec.extract.i, %554
-  br label %if_end30.14.i
-
-if_end30.14.i:                                    ; preds = %if_else.14.i, %if_end30.13.i
-  %556 = phi float [ %555, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
-  %557 = getelementptr i8, ptr %464, i64 56
-  store float %556, ptr %557, align 4, !tbaa !4
-  %row_sum39.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
-  %558 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %558, label %if_end30.15.i, label %if_else.15.i
-
-if_else.15.i:                                     ; preds = %if_end30.14.i
-  %559 = fmul float %row_sum39.sroa.0.60.vec.extract.i, %468
-  %560 = tail call float @llvm.log.f32(float %559)
-  %row_max40.sroa.0.60.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 15
-  %561 = fadd float %row_max40.sroa.0.60.vec.extract.i, %560
-  br label %if_end30.15.i
-
-if_end30.15.i:                                    ; preds = %if_else.15.i, %if_end30.14.i
-  %562 = phi float [ %561, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
-  %563 = getelementptr i8, ptr %464, i64 60
-  store float %562, ptr %563, align 4, !tbaa !4
-  %564 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %565 = tail call i32 %564(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %565, 0
-  %..i = sext i1 %.not.i to i32
-  br label %merge_attend_compute_.exit
-
-merge_attend_compute_.exit:                       ; preds = %if_end30.15.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end30.15.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
   ret i32 %common.ret.op.i
 }
 
@@ -10472,7 +4694,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <16 x i1> %80, <16 x float> zeroinitializer, <16 x float> %79
   %82 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %83 = select <16 x i1> %82, <16 x float> %81, <16 x float> zeroinitializer
-  store <16 x float> %83, ptr %alpha38.i, align 16, !tbaa !139
+  store <16 x float> %83, ptr %alpha38.i, align 16, !tbaa !59
   %arg2.i = fsub <16 x float> %55, %m.i
   %84 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <16 x float> %84 to <16 x i32>
@@ -10495,7 +4717,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <16 x i1> %101, <16 x float> zeroinitializer, <16 x float> %100
   %103 = fcmp one <16 x float> %58, zeroinitializer
   %104 = select <16 x i1> %103, <16 x float> %102, <16 x float> zeroinitializer
-  store <16 x float> %104, ptr %beta37.i, align 16, !tbaa !146
+  store <16 x float> %104, ptr %beta37.i, align 16, !tbaa !66
   %105 = fmul <16 x float> %old_sum.i, %83
   %106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %104, <16 x float> %58, <16 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
@@ -10505,13 +4727,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !153
+  %109 = load float, ptr %108, align 4, !tbaa !73
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 8
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !154
+  %115 = load float, ptr %114, align 4, !tbaa !74
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
   store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !4
   %117 = load <16 x float>, ptr %113, align 4, !tbaa !4
@@ -10612,7 +4834,7 @@ for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.prehe
   store <16 x float> %180, ptr %177, align 4, !tbaa !4
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 16
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !21
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !11
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
@@ -10624,7 +4846,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %184 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
   %185 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
   %186 = select <16 x i1> %185, <16 x float> zeroinitializer, <16 x float> %184
-  store <16 x float> %186, ptr %factor34.i, align 16, !tbaa !155
+  store <16 x float> %186, ptr %factor34.i, align 16, !tbaa !75
   %187 = mul nsw i64 %out_batch, %181
   %188 = getelementptr i16, ptr %out, i64 %187
   br label %for_begin_d_019.preheader.i
@@ -10632,13 +4854,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %189 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %190 = load float, ptr %189, align 4, !tbaa !153
+  %190 = load float, ptr %189, align 4, !tbaa !73
   %191 = insertelement <16 x float> poison, float %190, i64 0
   %192 = shufflevector <16 x float> %191, <16 x float> poison, <16 x i32> zeroinitializer
   %193 = shl nuw nsw i64 %indvars.iv.i, 8
   %194 = getelementptr float, ptr %107, i64 %193
   %195 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %196 = load float, ptr %195, align 4, !tbaa !154
+  %196 = load float, ptr %195, align 4, !tbaa !74
   %197 = insertelement <16 x float> poison, float %196, i64 0
   %198 = shufflevector <16 x float> %197, <16 x float> poison, <16 x i32> zeroinitializer
   %199 = load <16 x float>, ptr %194, align 4, !tbaa !4
@@ -10754,7 +4976,7 @@ for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.prehe
   store <16 x float> %293, ptr %290, align 4, !tbaa !4
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !21
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !11
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
@@ -10764,7 +4986,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %294 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %295 = load float, ptr %294, align 4, !tbaa !162
+  %295 = load float, ptr %294, align 4, !tbaa !82
   %296 = insertelement <16 x float> poison, float %295, i64 0
   %297 = shufflevector <16 x float> %296, <16 x float> poison, <16 x i32> zeroinitializer
   %298 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -10963,7 +5185,7 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   store <16 x i16> %458, ptr %gep.15.i, align 2, !tbaa !4
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 16
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !21
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !11
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
   %459 = add nsw i32 %183, -1
@@ -11235,14 +5457,8 @@ declare void @llvm.assume(i1 noundef) #2
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare float @llvm.arithmetic.fence.f32(float) #3
 
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
-declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #4
-
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.log.f32(float) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare float @llvm.fmuladd.f32(float, float, float) #3
@@ -11253,8 +5469,11 @@ declare <2 x float> @llvm.fmuladd.v2f32(<2 x float>, <2 x float>, <2 x float>) #
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #3
 
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.log.f32(float) #3
+
 ; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #5 section ".text.tvm.fp16.conv" {
+define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #4 section ".text.tvm.fp16.conv" {
 b0:
   %v0 = bitcast float %a0 to i32
   %0 = tail call float @llvm.fabs.f32(float %a0)
@@ -11342,7 +5561,7 @@ b13:                                              ; preds = %b12, %b11, %b10, %b
 }
 
 ; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #5 section ".text.tvm.fp16.conv" {
+define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #4 section ".text.tvm.fp16.conv" {
 b0:
   %0 = tail call half @llvm.fabs.f16(half %a0)
   %v1 = bitcast half %0 to i16
@@ -11408,16 +5627,13 @@ b6:                                               ; preds = %b5, %b4, %b3, %b1
 }
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare i32 @llvm.smax.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #3
+declare i32 @llvm.smin.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <8 x i32> @llvm.smax.v8i32(<8 x i32>, <8 x i32>) #3
+declare i32 @llvm.umax.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>) #3
@@ -11426,80 +5642,38 @@ declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>) #3
 declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umax.i32(i32, i32) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare float @llvm.fabs.f32(float) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare half @llvm.fabs.f16(half) #3
 
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umin.i32(i32, i32) #3
-
 ; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
-declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #6
+declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #5
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.start.p0(ptr captures(none)) #7
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #6
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.end.p0(ptr captures(none)) #7
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i64 @llvm.smax.i64(i64, i64) #3
-
-; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smin.v8i32(<8 x i32>) #8
-
-; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smax.v8i32(<8 x i32>) #8
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #6
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #3
 
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <4 x i32> @llvm.smax.v4i32(<4 x i32>, <4 x i32>) #3
-
-; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smin.v4i32(<4 x i32>) #8
-
-; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smax.v4i32(<4 x i32>) #8
-
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
-declare <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr>, <8 x i1>, <8 x i32>) #9
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
-declare void @llvm.masked.scatter.v8i32.v8p0(<8 x i32>, <8 x ptr>, <8 x i1>) #10
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
-declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #9
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
-declare void @llvm.masked.scatter.v8f32.v8p0(<8 x float>, <8 x ptr>, <8 x i1>) #10
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <2 x i32> @llvm.smin.v2i32(<2 x i32>, <2 x i32>) #3
+declare <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr>, <4 x i1>, <4 x i32>) #7
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #11
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
-declare <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr>, <4 x i1>, <4 x i32>) #9
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #8
 
 attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
 attributes #1 = { "target-cpu"="x86-64-v4" }
 attributes #2 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
 attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
-attributes #5 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
-attributes #6 = { nocallback nofree nounwind willreturn memory(argmem: write) }
-attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #8 = { nocallback nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #9 = { nocallback nofree nosync nounwind willreturn memory(read) }
-attributes #10 = { nocallback nofree nosync nounwind willreturn memory(write) }
-attributes #11 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #4 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
+attributes #5 = { nocallback nofree nounwind willreturn memory(argmem: write) }
+attributes #6 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #7 = { nocallback nofree nosync nounwind willreturn memory(read) }
+attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
 
 !llvm.module.flags = !{!0, !1, !2}
 
@@ -11514,155 +5688,75 @@ attributes #11 = { nocallback nofree nosync nounwind willreturn memory(argmem: r
 !8 = !{!"branch_weights", i32 127, i32 134217601}
 !9 = !{!10, !10, i64 0}
 !10 = !{!"ctx_ptr", !6, i64 0}
-!11 = !{!"branch_weights", i32 1, i32 127}
-!12 = !{!"branch_weights", i32 127, i32 4194175}
-!13 = distinct !{!13, !14, !15, !16, !17}
-!14 = !{!"llvm.loop.peeled.count", i32 1}
-!15 = !{!"llvm.loop.isvectorized", i32 1}
-!16 = !{!"llvm.loop.unroll.runtime.disable"}
-!17 = !{!"llvm.loop.estimated_trip_count", i32 33026}
-!18 = !{!"branch_weights", i32 4, i32 28}
-!19 = distinct !{!19, !14, !15, !20, !16}
-!20 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!21 = !{!"branch_weights", i32 1, i32 1048575}
-!22 = !{!"branch_weights", i32 1, i32 0}
-!23 = distinct !{!23, !14, !16, !15, !20}
+!11 = !{!"branch_weights", i32 1, i32 1048575}
+!12 = !{!"branch_weights", i32 1, i32 1048576}
+!13 = !{!14, !14, i64 0}
+!14 = !{!"buffer0", !6, i64 0}
+!15 = !{!16, !16, i64 0}
+!16 = !{!"buffer1", !6, i64 0}
+!17 = !{!18, !18, i64 0}
+!18 = !{!"buffer2", !6, i64 0}
+!19 = !{!"branch_weights", i32 127, i32 33554289}
+!20 = distinct !{!20, !21, !22, !23}
+!21 = !{!"llvm.loop.isvectorized", i32 1}
+!22 = !{!"llvm.loop.unroll.runtime.disable"}
+!23 = !{!"llvm.loop.estimated_trip_count", i32 264208}
 !24 = !{!25, !25, i64 0}
-!25 = !{!"buffer0.w64.b0", !26, i64 0}
-!26 = !{!"buffer0.w128.b0", !27, i64 0}
-!27 = !{!"buffer0.w256.b0", !28, i64 0}
-!28 = !{!"buffer0.w512.b0", !29, i64 0}
-!29 = !{!"buffer0.w1024.b0", !30, i64 0}
-!30 = !{!"buffer0", !6, i64 0}
-!31 = !{!"branch_weights", i32 1, i32 1048576}
-!32 = distinct !{!32, !33}
-!33 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!34 = !{!30, !30, i64 0}
-!35 = !{!"branch_weights", i32 1048704, i32 133169152}
-!36 = !{!"branch_weights", i32 2032, i32 2147481616}
-!37 = !{!"branch_weights", i32 4064, i32 2147479584}
+!25 = !{!"buffer3", !6, i64 0}
+!26 = distinct !{!26, !21, !22, !23}
+!27 = !{!"branch_weights", i32 2032, i32 2147481616}
+!28 = !{!29, !29, i64 0}
+!29 = !{!"buffer4", !6, i64 0}
+!30 = !{!"branch_weights", i32 4064, i32 2147479584}
+!31 = distinct !{!31, !32}
+!32 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!33 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!34 = !{!35, !35, i64 0}
+!35 = !{!"buffer5", !6, i64 0}
+!36 = !{!"branch_weights", i32 14224, i32 2147469424}
+!37 = !{!"branch_weights", i32 16256, i32 2147467392}
 !38 = distinct !{!38, !39}
-!39 = !{!"llvm.loop.estimated_trip_count", i32 528416}
-!40 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!41 = distinct !{!41, !39}
-!42 = !{!43, !43, i64 0}
-!43 = !{!"buffer1", !6, i64 0}
-!44 = distinct !{!44, !39}
+!39 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!40 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!41 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!42 = distinct !{!42, !43, !44}
+!43 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!44 = !{!"llvm.loop.unroll.disable"}
 !45 = distinct !{!45, !39}
-!46 = distinct !{!46, !39}
-!47 = !{!48}
-!48 = distinct !{!48, !49}
-!49 = distinct !{!49, !"LVerDomain"}
-!50 = !{!51}
-!51 = distinct !{!51, !49}
-!52 = !{!"branch_weights", i32 127, i32 16777081}
-!53 = distinct !{!53, !15, !16, !54}
-!54 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!55 = !{!"branch_weights", i32 1, i32 7}
-!56 = !{!"branch_weights", i32 1, i32 1}
-!57 = distinct !{!57, !58}
-!58 = !{!"llvm.loop.unroll.disable"}
-!59 = !{!"branch_weights", i32 127, i32 0}
-!60 = distinct !{!60, !15, !20}
-!61 = !{!62}
-!62 = distinct !{!62, !63}
-!63 = distinct !{!63, !"LVerDomain"}
-!64 = !{!65}
-!65 = distinct !{!65, !63}
-!66 = distinct !{!66, !15, !16, !54}
-!67 = distinct !{!67, !58}
-!68 = distinct !{!68, !15, !20}
-!69 = distinct !{!69, !70}
-!70 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!71 = distinct !{!71, !33}
-!72 = !{!73}
-!73 = distinct !{!73, !74}
-!74 = distinct !{!74, !"LVerDomain"}
-!75 = !{!76}
-!76 = distinct !{!76, !74}
-!77 = distinct !{!77, !15, !20}
-!78 = !{!79, !79, i64 0}
-!79 = !{!"buffer2", !6, i64 0}
-!80 = !{!81, !81, i64 0}
-!81 = !{!"buffer3", !6, i64 0}
-!82 = !{!83, !83, i64 0}
-!83 = !{!"buffer4", !6, i64 0}
-!84 = !{!"branch_weights", i32 127, i32 33554289}
-!85 = distinct !{!85, !15, !16, !86}
-!86 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!87 = !{!88, !88, i64 0}
-!88 = !{!"buffer5", !6, i64 0}
-!89 = distinct !{!89, !15, !16, !86}
-!90 = !{!91, !91, i64 0}
-!91 = !{!"buffer6", !6, i64 0}
-!92 = distinct !{!92, !39}
-!93 = !{!94, !94, i64 0}
-!94 = !{!"buffer7", !6, i64 0}
-!95 = !{!"branch_weights", i32 14224, i32 2147469424}
-!96 = !{!"branch_weights", i32 16256, i32 2147467392}
-!97 = distinct !{!97, !54}
-!98 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!99 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!100 = distinct !{!100, !101, !58}
-!101 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!102 = distinct !{!102, !54}
-!103 = distinct !{!103, !101, !58}
-!104 = distinct !{!104, !39}
-!105 = distinct !{!105, !39}
-!106 = distinct !{!106, !54}
-!107 = distinct !{!107, !101, !58}
-!108 = distinct !{!108, !54}
-!109 = distinct !{!109, !101, !58}
-!110 = !{!111, !111, i64 0}
-!111 = !{!"buffer8", !6, i64 0}
-!112 = !{!113, !113, i64 0}
-!113 = !{!"buffer9", !6, i64 0}
-!114 = distinct !{!114, !39}
-!115 = !{!116, !116, i64 0}
-!116 = !{!"buffer10.w64.b0", !117, i64 0}
-!117 = !{!"buffer10.w128.b0", !118, i64 0}
-!118 = !{!"buffer10.w256.b0", !119, i64 0}
-!119 = !{!"buffer10.w512.b0", !120, i64 0}
-!120 = !{!"buffer10.w1024.b0", !121, i64 0}
-!121 = !{!"buffer10", !6, i64 0}
-!122 = !{!123, !123, i64 0}
-!123 = !{!"buffer11.w64.b0", !124, i64 0}
-!124 = !{!"buffer11.w128.b0", !125, i64 0}
-!125 = !{!"buffer11.w256.b0", !126, i64 0}
-!126 = !{!"buffer11.w512.b0", !127, i64 0}
-!127 = !{!"buffer11.w1024.b0", !128, i64 0}
-!128 = !{!"buffer11", !6, i64 0}
-!129 = !{!128, !128, i64 0}
-!130 = !{!121, !121, i64 0}
-!131 = !{!132, !132, i64 0}
-!132 = !{!"buffer12.w64.b0", !133, i64 0}
-!133 = !{!"buffer12.w128.b0", !134, i64 0}
-!134 = !{!"buffer12.w256.b0", !135, i64 0}
-!135 = !{!"buffer12.w512.b0", !136, i64 0}
-!136 = !{!"buffer12.w1024.b0", !137, i64 0}
-!137 = !{!"buffer12", !6, i64 0}
-!138 = !{!137, !137, i64 0}
-!139 = !{!140, !140, i64 0}
-!140 = !{!"buffer13.w64.b0", !141, i64 0}
-!141 = !{!"buffer13.w128.b0", !142, i64 0}
-!142 = !{!"buffer13.w256.b0", !143, i64 0}
-!143 = !{!"buffer13.w512.b0", !144, i64 0}
-!144 = !{!"buffer13.w1024.b0", !145, i64 0}
-!145 = !{!"buffer13", !6, i64 0}
-!146 = !{!147, !147, i64 0}
-!147 = !{!"buffer14.w64.b0", !148, i64 0}
-!148 = !{!"buffer14.w128.b0", !149, i64 0}
-!149 = !{!"buffer14.w256.b0", !150, i64 0}
-!150 = !{!"buffer14.w512.b0", !151, i64 0}
-!151 = !{!"buffer14.w1024.b0", !152, i64 0}
-!152 = !{!"buffer14", !6, i64 0}
-!153 = !{!152, !152, i64 0}
-!154 = !{!145, !145, i64 0}
-!155 = !{!156, !156, i64 0}
-!156 = !{!"buffer15.w64.b0", !157, i64 0}
-!157 = !{!"buffer15.w128.b0", !158, i64 0}
-!158 = !{!"buffer15.w256.b0", !159, i64 0}
-!159 = !{!"buffer15.w512.b0", !160, i64 0}
-!160 = !{!"buffer15.w1024.b0", !161, i64 0}
-!161 = !{!"buffer15", !6, i64 0}
-!162 = !{!161, !161, i64 0}
+!46 = distinct !{!46, !43, !44}
+!47 = distinct !{!47, !32}
+!48 = distinct !{!48, !32}
+!49 = distinct !{!49, !39}
+!50 = distinct !{!50, !43, !44}
+!51 = distinct !{!51, !39}
+!52 = distinct !{!52, !43, !44}
+!53 = !{!54, !54, i64 0}
+!54 = !{!"buffer6", !6, i64 0}
+!55 = !{!56, !56, i64 0}
+!56 = !{!"buffer7", !6, i64 0}
+!57 = !{!"branch_weights", i32 1, i32 127}
+!58 = distinct !{!58, !32}
+!59 = !{!60, !60, i64 0}
+!60 = !{!"buffer8.w64.b0", !61, i64 0}
+!61 = !{!"buffer8.w128.b0", !62, i64 0}
+!62 = !{!"buffer8.w256.b0", !63, i64 0}
+!63 = !{!"buffer8.w512.b0", !64, i64 0}
+!64 = !{!"buffer8.w1024.b0", !65, i64 0}
+!65 = !{!"buffer8", !6, i64 0}
+!66 = !{!67, !67, i64 0}
+!67 = !{!"buffer9.w64.b0", !68, i64 0}
+!68 = !{!"buffer9.w128.b0", !69, i64 0}
+!69 = !{!"buffer9.w256.b0", !70, i64 0}
+!70 = !{!"buffer9.w512.b0", !71, i64 0}
+!71 = !{!"buffer9.w1024.b0", !72, i64 0}
+!72 = !{!"buffer9", !6, i64 0}
+!73 = !{!72, !72, i64 0}
+!74 = !{!65, !65, i64 0}
+!75 = !{!76, !76, i64 0}
+!76 = !{!"buffer10.w64.b0", !77, i64 0}
+!77 = !{!"buffer10.w128.b0", !78, i64 0}
+!78 = !{!"buffer10.w256.b0", !79, i64 0}
+!79 = !{!"buffer10.w512.b0", !80, i64 0}
+!80 = !{!"buffer10.w1024.b0", !81, i64 0}
+!81 = !{!"buffer10", !6, i64 0}
+!82 = !{!81, !81, i64 0}

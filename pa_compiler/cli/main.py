@@ -96,7 +96,9 @@ def bench(
     _compare(out, case, inputs, heads)
 
 
-_ATTEND = click.option("--attend/--no-attend", default=True, help="With or without attend, which takes time to compile.")
+_ATTEND = click.option(
+    "--attend/--no-attend", default=True, help="With or without attend, which takes time to compile."
+)
 
 
 @main.command()
