@@ -82,7 +82,7 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         edges = T.sblock_alloc_buffer((rows, tokens // terms), "int32")
         of = T.meta_var(rows_of(item, first))
         sight = T.meta_var(Sight(item.bounds, first, of, item.tree))
-        valid_len: T.let = T.min(whole.valid_len, sight.reach(LIMIT) - whole.start)
+        valid_len: T.let = script.opaque(T.min(whole.valid_len, sight.reach(LIMIT) - whole.start))
         tile = T.meta_var(whole._replace(valid_len=valid_len, sight=sight))
         qk_stage(q_tile, first, keys, key_head, tile, scores, 0)
         if in_pairs:
@@ -97,7 +97,7 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         if in_pairs:
             pairs_stage(probs, weights, 0, tile.num_groups)
         rescale_stage(added, running, Factors(alpha, beta, 0), step)
-        num_full: T.let = full_groups(tile)
+        num_full: T.let = script.opaque(full_groups(tile))
         edges_stage(edges, tile, num_full)
         with T.sblock("pv_update"):
             T.reads()

@@ -146,8 +146,8 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     T.reads()
                     T.writes()
                     range_begin: T.let = first_key + vrange * range_tokens
-                    range_end: T.let = T.min(range_begin + range_tokens, key_end)
-                    read_begin: T.let = T.max(range_begin, span[0] - T.floormod(span[0], kv_tile))
+                    range_end: T.let = script.opaque(T.min(range_begin + range_tokens, key_end))
+                    read_begin: T.let = script.opaque(T.max(range_begin, span[0] - T.floormod(span[0], kv_tile)))
                     num_steps: T.let = T.ceildiv(T.max(range_end - read_begin, 0), kv_tile)
                     for step in range(num_steps):
                         with T.sblock("kv_tile"):
@@ -237,10 +237,10 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
         q_tile, key_cache, value_cache, block_table, of_functions, item, running, step, num_steps, start, range_end,
         first_token, context_len,
     ):  # fmt: skip
-        tile_start: T.let = start
-        valid_len: T.let = T.min(range_end - tile_start, tiling.kv_tile)
+        tile_start: T.let = script.opaque(start)
+        valid_len: T.let = script.opaque(T.min(range_end - tile_start, tiling.kv_tile))
         tile = T.meta_var(Tile(tiling, tile_start, valid_len))
-        next_len: T.let = T.max(T.min(range_end - tile_start - tiling.kv_tile, tiling.kv_tile), 0)
+        next_len: T.let = script.opaque(T.max(T.min(range_end - tile_start - tiling.kv_tile, tiling.kv_tile), 0))
         num_offsets: T.let = tile.num_groups * tiling.token_group + (next_len if tiling.prefetches else 0)
         last: T.let = range_end - 1
         key_offsets_stage(block_table, key_cache, tile, item.seq, last, num_offsets, first_token)
@@ -267,7 +267,7 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                         vrt = T.axis.spatial(item.head_tiles, row_tile)
                         T.reads()
                         T.writes()
-                        first: T.let = vkv * item.head_tiles + vrt
+                        first: T.let = script.opaque(vkv * item.head_tiles + vrt)
                         if tiling.prefetches:
                             fetch_keys(key_cache, key_head, vrt, item.head_tiles, next_len)
                             if not spec.shared_kv:
