@@ -251,7 +251,8 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor557.i = alloca [16 x float], align 16
+  %factor552.i = alloca [16 x float], align 16
+  %reach570.i = alloca [128 x i32], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -469,7 +470,8 @@ if_end48:                                         ; preds = %if_then46, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor557.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor552.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %reach570.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -480,4988 +482,4962 @@ if_end48:                                         ; preds = %if_then46, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %109 = shl nsw i32 %num_query, 2
-  %110 = add nsw i32 %109, 15
-  %111 = ashr i32 %110, 4
-  %112 = add nsw i32 %num_kv_heads, -1
-  %113 = mul nsw i32 %112, %111
-  %114 = icmp sgt i32 %num_query, -4
-  %115 = tail call i32 @llvm.smin.i32(i32 %113, i32 0)
-  %116 = select i1 %114, i32 0, i32 %115
-  %117 = mul i32 %111, %num_kv_heads
-  %118 = select i1 %114, i32 %113, i32 0
-  %119 = add nsw i32 %118, %111
-  %120 = tail call i32 @llvm.smax.i32(i32 %117, i32 %119)
-  %121 = sub nsw i32 %120, %116
-  %122 = tail call i32 @llvm.smin.i32(i32 %121, i32 32)
-  %123 = shl nsw i32 %122, 11
+  %109 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %q_tile.i = tail call ptr %109(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
+  %110 = icmp eq ptr %q_tile.i, null
+  br i1 %110, label %fused_attend_compute_.exit, label %if_end.i, !prof !8
+
+if_end.i:                                         ; preds = %if_end48
+  %111 = shl nsw i32 %num_query, 2
+  %112 = add nsw i32 %111, 15
+  %113 = ashr i32 %112, 4
+  %114 = mul i32 %113, %num_kv_heads
+  %115 = tail call i32 @llvm.smin.i32(i32 %114, i32 32)
+  %116 = shl nsw i32 %115, 4
+  %117 = sext i32 %116 to i64
+  %118 = shl nuw nsw i64 %117, 2
+  %119 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %total_max.i = tail call ptr %119(i32 1, i32 %dev_id, i64 %118, i32 2, i32 32)
+  %120 = icmp eq ptr %total_max.i, null
+  br i1 %120, label %fused_attend_compute_.exit, label %if_end2.i, !prof !8
+
+if_end2.i:                                        ; preds = %if_end.i
+  %121 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %total_sum.i = tail call ptr %121(i32 1, i32 %dev_id, i64 %118, i32 2, i32 32)
+  %122 = icmp eq ptr %total_sum.i, null
+  br i1 %122, label %fused_attend_compute_.exit, label %if_end5.i, !prof !8
+
+if_end5.i:                                        ; preds = %if_end2.i
+  %123 = shl nsw i32 %115, 11
   %124 = sext i32 %123 to i64
   %125 = shl nuw nsw i64 %124, 2
   %126 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %q_tile.i = tail call ptr %126(i32 1, i32 %dev_id, i64 %125, i32 2, i32 32)
-  %127 = icmp eq ptr %q_tile.i, null
-  br i1 %127, label %fused_attend_compute_.exit, label %if_end.i, !prof !8
-
-if_end.i:                                         ; preds = %if_end48
-  %128 = tail call i32 @llvm.smin.i32(i32 %117, i32 32)
-  %129 = shl nsw i32 %128, 4
-  %130 = sext i32 %129 to i64
-  %131 = shl nuw nsw i64 %130, 2
-  %132 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %total_max.i = tail call ptr %132(i32 1, i32 %dev_id, i64 %131, i32 2, i32 32)
-  %133 = icmp eq ptr %total_max.i, null
-  br i1 %133, label %fused_attend_compute_.exit, label %if_end2.i, !prof !8
-
-if_end2.i:                                        ; preds = %if_end.i
-  %134 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %total_sum.i = tail call ptr %134(i32 1, i32 %dev_id, i64 %131, i32 2, i32 32)
-  %135 = icmp eq ptr %total_sum.i, null
-  br i1 %135, label %fused_attend_compute_.exit, label %if_end5.i, !prof !8
-
-if_end5.i:                                        ; preds = %if_end2.i
-  %136 = shl nsw i32 %128, 11
-  %137 = sext i32 %136 to i64
-  %138 = shl nuw nsw i64 %137, 2
-  %139 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %total_acc.i = tail call ptr %139(i32 1, i32 %dev_id, i64 %138, i32 2, i32 32)
-  %140 = icmp eq ptr %total_acc.i, null
-  br i1 %140, label %fused_attend_compute_.exit, label %if_end8.i, !prof !8
+  %total_acc.i = tail call ptr %126(i32 1, i32 %dev_id, i64 %125, i32 2, i32 32)
+  %127 = icmp eq ptr %total_acc.i, null
+  br i1 %127, label %fused_attend_compute_.exit, label %if_end8.i, !prof !8
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %141 = shl nsw i32 %122, 4
-  %142 = sext i32 %141 to i64
-  %143 = shl nuw nsw i64 %142, 2
-  %144 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %limits.i = tail call ptr %144(i32 1, i32 %dev_id, i64 %143, i32 0, i32 32)
-  %145 = icmp eq ptr %limits.i, null
-  br i1 %145, label %fused_attend_compute_.exit, label %if_end11.i, !prof !8
+  %128 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %limits.i = tail call ptr %128(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
+  %129 = icmp eq ptr %limits.i, null
+  br i1 %129, label %fused_attend_compute_.exit, label %if_end11.i, !prof !8
 
 if_end11.i:                                       ; preds = %if_end8.i
-  %146 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %places.i = tail call ptr %146(i32 1, i32 %dev_id, i64 %143, i32 0, i32 32)
-  %147 = icmp eq ptr %places.i, null
-  br i1 %147, label %fused_attend_compute_.exit, label %if_end14.i, !prof !8
+  %130 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %places.i = tail call ptr %130(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
+  %131 = icmp eq ptr %places.i, null
+  br i1 %131, label %fused_attend_compute_.exit, label %if_end14.i, !prof !8
 
 if_end14.i:                                       ; preds = %if_end11.i
-  %148 = shl nsw i32 %122, 2
-  %149 = sext i32 %148 to i64
-  %150 = shl nuw nsw i64 %149, 2
-  %151 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %reach.i = tail call ptr %151(i32 1, i32 %dev_id, i64 %150, i32 0, i32 32)
-  %152 = icmp eq ptr %reach.i, null
-  br i1 %152, label %fused_attend_compute_.exit, label %if_end17.i, !prof !8
-
-if_end17.i:                                       ; preds = %if_end14.i
   %sext = shl i64 %46, 32
-  %153 = ashr exact i64 %sext, 32
-  %154 = getelementptr inbounds i32, ptr %context_lens, i64 %153
-  %context_len.i = load i32, ptr %154, align 4, !tbaa !5
-  %155 = icmp sgt i64 %tree_start, -1
-  %156 = icmp slt i32 %117, 1
-  br i1 %156, label %for_end_tile110.i, label %for_begin_ax1_0.preheader.lr.ph.i, !prof !16
+  %132 = ashr exact i64 %sext, 32
+  %133 = getelementptr inbounds i32, ptr %context_lens, i64 %132
+  %context_len.i = load i32, ptr %133, align 4, !tbaa !5
+  %134 = icmp sgt i64 %tree_start, -1
+  %135 = icmp slt i32 %114, 1
+  br i1 %135, label %for_end_tile107.i, label %for_begin_ax1_0.preheader.lr.ph.i, !prof !16
 
-for_begin_ax1_0.preheader.lr.ph.i:                ; preds = %if_end17.i
-  %157 = and i64 %64, 4294967295
-  %158 = icmp eq i64 %157, 0
-  %159 = icmp slt i32 %111, 0
-  %160 = insertelement <4 x float> poison, float %query_scale, i64 0
-  %161 = shufflevector <4 x float> %160, <4 x float> poison, <4 x i32> zeroinitializer
+for_begin_ax1_0.preheader.lr.ph.i:                ; preds = %if_end14.i
+  %136 = and i64 %64, 4294967295
+  %137 = icmp eq i64 %136, 0
+  %138 = icmp slt i32 %113, 0
+  %139 = insertelement <4 x float> poison, float %query_scale, i64 0
+  %140 = shufflevector <4 x float> %139, <4 x float> poison, <4 x i32> zeroinitializer
   %sext64 = shl i64 %54, 32
-  %162 = ashr exact i64 %sext64, 32
-  %163 = shl i64 %q_head, 2
+  %141 = ashr exact i64 %sext64, 32
+  %142 = shl i64 %q_head, 2
   %sext65 = shl i64 %48, 32
-  %164 = ashr exact i64 %sext65, 32
-  %165 = icmp sgt i32 %111, -1
+  %143 = ashr exact i64 %sext65, 32
+  %144 = icmp sgt i32 %113, -1
   %.scalar.i = add i32 %first_pos, 1
-  %166 = insertelement <16 x i32> poison, i32 %.scalar.i, i64 0
-  %167 = shufflevector <16 x i32> %166, <16 x i32> poison, <16 x i32> zeroinitializer
-  %168 = insertelement <16 x i32> poison, i32 %context_len.i, i64 0
-  %169 = shufflevector <16 x i32> %168, <16 x i32> poison, <16 x i32> zeroinitializer
-  %170 = or i1 %158, %155
-  %171 = insertelement <16 x i1> poison, i1 %170, i64 0
-  %172 = shufflevector <16 x i1> %171, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count.i = zext nneg i32 %117 to i64
-  %173 = shl i32 %num_query, 1
+  %145 = insertelement <16 x i32> poison, i32 %.scalar.i, i64 0
+  %146 = shufflevector <16 x i32> %145, <16 x i32> poison, <16 x i32> zeroinitializer
+  %147 = insertelement <16 x i32> poison, i32 %context_len.i, i64 0
+  %148 = shufflevector <16 x i32> %147, <16 x i32> poison, <16 x i32> zeroinitializer
+  %149 = or i1 %137, %134
+  %150 = insertelement <16 x i1> poison, i1 %149, i64 0
+  %151 = shufflevector <16 x i1> %150, <16 x i1> poison, <16 x i32> zeroinitializer
+  %wide.trip.count.i = zext nneg i32 %114 to i64
+  %152 = shl i32 %num_query, 1
   br label %for_begin_ax1_0.preheader.i
 
 for_begin_ax1_0.preheader.i:                      ; preds = %for_body_r.peel.next.i, %for_begin_ax1_0.preheader.lr.ph.i
-  %indvars.iv947.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next948.i, %for_body_r.peel.next.i ]
-  %174 = trunc nuw nsw i64 %indvars.iv947.i to i32
-  %rmod.i = srem i32 %174, %111
-  %rdiv42.i = sdiv i32 %174, %111
-  %175 = icmp ne i32 %rmod.i, 0
-  %.not607.i = and i1 %159, %175
-  %176 = select i1 %.not607.i, i32 %111, i32 0
-  %177 = add nsw i32 %176, %rmod.i
-  %178 = shl nsw i32 %177, 2
-  %179 = shl nsw i32 %177, 4
-  %180 = sub nsw i32 %109, %179
-  %181 = shl nsw i32 %177, 3
-  %invariant.op684.i = sub i32 %181, %173
-  %182 = sext i1 %.not607.i to i32
-  %183 = sext i32 %177 to i64
-  %184 = shl nsw i64 %183, 2
-  %invariant.op686.i = add nsw i64 %184, %164
-  %185 = sext i32 %180 to i64
-  %186 = shl i64 %indvars.iv947.i, 11
-  %187 = and i64 %186, 4294965248
-  %invariant.gep1268.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %187
+  %indvars.iv930.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next931.i, %for_body_r.peel.next.i ]
+  %153 = trunc nuw nsw i64 %indvars.iv930.i to i32
+  %rmod.i = srem i32 %153, %113
+  %rdiv39.i = sdiv i32 %153, %113
+  %154 = icmp ne i32 %rmod.i, 0
+  %.not602.i = and i1 %138, %154
+  %155 = select i1 %.not602.i, i32 %113, i32 0
+  %156 = add nsw i32 %155, %rmod.i
+  %157 = shl nsw i32 %156, 2
+  %158 = shl nsw i32 %156, 4
+  %159 = sub nsw i32 %111, %158
+  %160 = shl nsw i32 %156, 3
+  %invariant.op676.i = sub i32 %160, %152
+  %161 = sext i1 %.not602.i to i32
+  %162 = sext i32 %156 to i64
+  %163 = shl nsw i64 %162, 2
+  %invariant.op678.i = add nsw i64 %163, %143
+  %164 = sext i32 %159 to i64
+  %165 = shl i64 %indvars.iv930.i, 11
+  %166 = and i64 %165, 4294965248
+  %invariant.gep1249.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %166
   br label %for_begin_ax2_0.preheader.i
 
-for_begin_tile108.preheader.i:                    ; preds = %for_body_r.peel.next.i
-  %188 = getelementptr inbounds nuw i8, ptr %reach.i, i64 4
-  %189 = load <2 x i32>, ptr %188, align 4, !tbaa !5
-  %exitcond955.peel.not.i = icmp eq i32 %117, 1
-  %190 = extractelement <2 x i32> %189, i64 0
-  %191 = extractelement <2 x i32> %189, i64 1
-  br i1 %exitcond955.peel.not.i, label %for_end_tile110.loopexit.i, label %iter.check, !prof !13
+for_begin_tile105.preheader.i:                    ; preds = %for_body_r.peel.next.i
+  %167 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 4
+  %168 = load <2 x i32>, ptr %167, align 4
+  %exitcond938.peel.not.i = icmp eq i32 %114, 1
+  %169 = extractelement <2 x i32> %168, i64 0
+  %170 = extractelement <2 x i32> %168, i64 1
+  br i1 %exitcond938.peel.not.i, label %for_end_tile107.loopexit.i, label %iter.check, !prof !13
 
-iter.check:                                       ; preds = %for_begin_tile108.preheader.i
-  %192 = add nsw i64 %wide.trip.count.i, -1
-  %min.iters.check = icmp ult i32 %117, 6
-  br i1 %min.iters.check, label %if_end118.i.preheader, label %vector.main.loop.iter.check, !prof !16
+iter.check:                                       ; preds = %for_begin_tile105.preheader.i
+  %171 = add nsw i64 %wide.trip.count.i, -1
+  %min.iters.check = icmp ult i32 %114, 6
+  br i1 %min.iters.check, label %if_end115.i.preheader, label %vector.main.loop.iter.check, !prof !16
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
-  %min.iters.check370 = icmp ult i32 %117, 34
-  br i1 %min.iters.check370, label %vec.epilog.ph, label %vector.ph, !prof !16
+  %min.iters.check368 = icmp ult i32 %114, 34
+  br i1 %min.iters.check368, label %vec.epilog.ph, label %vector.ph, !prof !16
 
 vector.ph:                                        ; preds = %vector.main.loop.iter.check
-  %n.mod.vf = and i64 %192, 31
-  %193 = icmp eq i64 %n.mod.vf, 0
-  %194 = select i1 %193, i64 32, i64 %n.mod.vf
-  %n.vec = sub nsw i64 %192, %194
-  %broadcast.splat = shufflevector <2 x i32> %189, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat372 = shufflevector <2 x i32> %189, <2 x i32> poison, <8 x i32> zeroinitializer
+  %n.mod.vf = and i64 %171, 31
+  %172 = icmp eq i64 %n.mod.vf, 0
+  %173 = select i1 %172, i64 32, i64 %n.mod.vf
+  %n.vec = sub nsw i64 %171, %173
+  %broadcast.splat = shufflevector <2 x i32> %168, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat370 = shufflevector <2 x i32> %168, <2 x i32> poison, <8 x i32> zeroinitializer
   br label %vector.body
 
 vector.body:                                      ; preds = %vector.body, %vector.ph
   %index = phi i64 [ 0, %vector.ph ], [ %index.next, %vector.body ]
-  %vec.phi = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %207, %vector.body ]
-  %vec.phi373 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %208, %vector.body ]
-  %vec.phi374 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %209, %vector.body ]
-  %vec.phi375 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %210, %vector.body ]
-  %vec.phi376 = phi <8 x i32> [ %broadcast.splat372, %vector.ph ], [ %211, %vector.body ]
-  %vec.phi377 = phi <8 x i32> [ %broadcast.splat372, %vector.ph ], [ %212, %vector.body ]
-  %vec.phi378 = phi <8 x i32> [ %broadcast.splat372, %vector.ph ], [ %213, %vector.body ]
-  %vec.phi379 = phi <8 x i32> [ %broadcast.splat372, %vector.ph ], [ %214, %vector.body ]
-  %195 = shl i64 %index, 4
-  %196 = shl i64 %index, 4
-  %197 = shl i64 %index, 4
-  %198 = shl i64 %index, 4
-  %199 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %195
-  %200 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %196
-  %201 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %197
-  %202 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %198
-  %203 = getelementptr inbounds nuw i8, ptr %199, i64 20
-  %204 = getelementptr inbounds nuw i8, ptr %200, i64 148
-  %205 = getelementptr inbounds nuw i8, ptr %201, i64 276
-  %206 = getelementptr inbounds nuw i8, ptr %202, i64 404
-  %wide.vec = load <32 x i32>, ptr %203, align 4, !tbaa !5
+  %vec.phi = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %186, %vector.body ]
+  %vec.phi371 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %187, %vector.body ]
+  %vec.phi372 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %188, %vector.body ]
+  %vec.phi373 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %189, %vector.body ]
+  %vec.phi374 = phi <8 x i32> [ %broadcast.splat370, %vector.ph ], [ %190, %vector.body ]
+  %vec.phi375 = phi <8 x i32> [ %broadcast.splat370, %vector.ph ], [ %191, %vector.body ]
+  %vec.phi376 = phi <8 x i32> [ %broadcast.splat370, %vector.ph ], [ %192, %vector.body ]
+  %vec.phi377 = phi <8 x i32> [ %broadcast.splat370, %vector.ph ], [ %193, %vector.body ]
+  %174 = shl i64 %index, 4
+  %175 = shl i64 %index, 4
+  %176 = shl i64 %index, 4
+  %177 = shl i64 %index, 4
+  %178 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %174
+  %179 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %175
+  %180 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %176
+  %181 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %177
+  %182 = getelementptr inbounds nuw i8, ptr %178, i64 20
+  %183 = getelementptr inbounds nuw i8, ptr %179, i64 148
+  %184 = getelementptr inbounds nuw i8, ptr %180, i64 276
+  %185 = getelementptr inbounds nuw i8, ptr %181, i64 404
+  %wide.vec = load <32 x i32>, ptr %182, align 4, !tbaa !17
   %strided.vec = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec380 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec381 = load <32 x i32>, ptr %204, align 4, !tbaa !5
-  %strided.vec382 = shufflevector <32 x i32> %wide.vec381, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec383 = shufflevector <32 x i32> %wide.vec381, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec384 = load <32 x i32>, ptr %205, align 4, !tbaa !5
-  %strided.vec385 = shufflevector <32 x i32> %wide.vec384, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec386 = shufflevector <32 x i32> %wide.vec384, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec387 = load <32 x i32>, ptr %206, align 4, !tbaa !5
-  %strided.vec388 = shufflevector <32 x i32> %wide.vec387, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec389 = shufflevector <32 x i32> %wide.vec387, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %207 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec380)
-  %208 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi373, <8 x i32> %strided.vec383)
-  %209 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi374, <8 x i32> %strided.vec386)
-  %210 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi375, <8 x i32> %strided.vec389)
-  %211 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi376, <8 x i32> %strided.vec)
-  %212 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi377, <8 x i32> %strided.vec382)
-  %213 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi378, <8 x i32> %strided.vec385)
-  %214 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi379, <8 x i32> %strided.vec388)
+  %strided.vec378 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec379 = load <32 x i32>, ptr %183, align 4, !tbaa !17
+  %strided.vec380 = shufflevector <32 x i32> %wide.vec379, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec381 = shufflevector <32 x i32> %wide.vec379, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec382 = load <32 x i32>, ptr %184, align 4, !tbaa !17
+  %strided.vec383 = shufflevector <32 x i32> %wide.vec382, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec384 = shufflevector <32 x i32> %wide.vec382, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec385 = load <32 x i32>, ptr %185, align 4, !tbaa !17
+  %strided.vec386 = shufflevector <32 x i32> %wide.vec385, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec387 = shufflevector <32 x i32> %wide.vec385, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %186 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec378)
+  %187 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi371, <8 x i32> %strided.vec381)
+  %188 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi372, <8 x i32> %strided.vec384)
+  %189 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi373, <8 x i32> %strided.vec387)
+  %190 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi374, <8 x i32> %strided.vec)
+  %191 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi375, <8 x i32> %strided.vec380)
+  %192 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi376, <8 x i32> %strided.vec383)
+  %193 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi377, <8 x i32> %strided.vec386)
   %index.next = add nuw i64 %index, 32
-  %215 = icmp eq i64 %index.next, %n.vec
-  br i1 %215, label %vec.epilog.iter.check, label %vector.body, !prof !17, !llvm.loop !18
+  %194 = icmp eq i64 %index.next, %n.vec
+  br i1 %194, label %vec.epilog.iter.check, label %vector.body, !prof !19, !llvm.loop !20
 
 vec.epilog.iter.check:                            ; preds = %vector.body
-  %rdx.minmax392 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %211, <8 x i32> %212)
-  %rdx.minmax393 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax392, <8 x i32> %213)
-  %rdx.minmax394 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax393, <8 x i32> %214)
-  %216 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax394)
-  %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %207, <8 x i32> %208)
-  %rdx.minmax390 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %209)
-  %rdx.minmax391 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax390, <8 x i32> %210)
-  %217 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax391)
+  %rdx.minmax390 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %190, <8 x i32> %191)
+  %rdx.minmax391 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax390, <8 x i32> %192)
+  %rdx.minmax392 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax391, <8 x i32> %193)
+  %195 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax392)
+  %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %186, <8 x i32> %187)
+  %rdx.minmax388 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %188)
+  %rdx.minmax389 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax388, <8 x i32> %189)
+  %196 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax389)
   %ind.end = add nsw i64 %n.vec, 1
-  %min.epilog.iters.check = icmp samesign ult i64 %194, 5
-  %218 = insertelement <2 x i32> poison, i32 %216, i64 0
-  %219 = insertelement <2 x i32> %218, i32 %217, i64 1
-  br i1 %min.epilog.iters.check, label %if_end118.i.preheader, label %vec.epilog.ph, !prof !23
+  %min.epilog.iters.check = icmp samesign ult i64 %173, 5
+  %197 = insertelement <2 x i32> poison, i32 %195, i64 0
+  %198 = insertelement <2 x i32> %197, i32 %196, i64 1
+  br i1 %min.epilog.iters.check, label %if_end115.i.preheader, label %vec.epilog.ph, !prof !25
 
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
-  %220 = phi <2 x i32> [ %219, %vec.epilog.iter.check ], [ %189, %vector.main.loop.iter.check ]
-  %n.mod.vf396 = and i64 %192, 3
-  %221 = icmp eq i64 %n.mod.vf396, 0
-  %222 = select i1 %221, i64 4, i64 %n.mod.vf396
-  %n.vec397 = sub nsw i64 %192, %222
-  %223 = add nsw i64 %n.vec397, 1
-  %broadcast.splat399 = shufflevector <2 x i32> %220, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat401 = shufflevector <2 x i32> %220, <2 x i32> poison, <4 x i32> zeroinitializer
+  %199 = phi <2 x i32> [ %198, %vec.epilog.iter.check ], [ %168, %vector.main.loop.iter.check ]
+  %n.mod.vf394 = and i64 %171, 3
+  %200 = icmp eq i64 %n.mod.vf394, 0
+  %201 = select i1 %200, i64 4, i64 %n.mod.vf394
+  %n.vec395 = sub nsw i64 %171, %201
+  %202 = add nsw i64 %n.vec395, 1
+  %broadcast.splat397 = shufflevector <2 x i32> %199, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat399 = shufflevector <2 x i32> %199, <2 x i32> poison, <4 x i32> zeroinitializer
   br label %vec.epilog.vector.body
 
 vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
-  %index402 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next408, %vec.epilog.vector.body ]
-  %vec.phi403 = phi <4 x i32> [ %broadcast.splat399, %vec.epilog.ph ], [ %226, %vec.epilog.vector.body ]
-  %vec.phi404 = phi <4 x i32> [ %broadcast.splat401, %vec.epilog.ph ], [ %227, %vec.epilog.vector.body ]
-  %offset.idx = shl i64 %index402, 4
-  %224 = getelementptr i8, ptr %reach.i, i64 %offset.idx
-  %225 = getelementptr i8, ptr %224, i64 20
-  %wide.vec405 = load <16 x i32>, ptr %225, align 4, !tbaa !5
-  %strided.vec406 = shufflevector <16 x i32> %wide.vec405, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
-  %strided.vec407 = shufflevector <16 x i32> %wide.vec405, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
-  %226 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi403, <4 x i32> %strided.vec407)
-  %227 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi404, <4 x i32> %strided.vec406)
-  %index.next408 = add nuw i64 %index402, 4
-  %228 = icmp eq i64 %index.next408, %n.vec397
-  br i1 %228, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !24
+  %index400 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next406, %vec.epilog.vector.body ]
+  %vec.phi401 = phi <4 x i32> [ %broadcast.splat397, %vec.epilog.ph ], [ %205, %vec.epilog.vector.body ]
+  %vec.phi402 = phi <4 x i32> [ %broadcast.splat399, %vec.epilog.ph ], [ %206, %vec.epilog.vector.body ]
+  %offset.idx = shl i64 %index400, 4
+  %203 = getelementptr i8, ptr %reach570.i, i64 %offset.idx
+  %204 = getelementptr i8, ptr %203, i64 20
+  %wide.vec403 = load <16 x i32>, ptr %204, align 4, !tbaa !17
+  %strided.vec404 = shufflevector <16 x i32> %wide.vec403, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
+  %strided.vec405 = shufflevector <16 x i32> %wide.vec403, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
+  %205 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi401, <4 x i32> %strided.vec405)
+  %206 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi402, <4 x i32> %strided.vec404)
+  %index.next406 = add nuw i64 %index400, 4
+  %207 = icmp eq i64 %index.next406, %n.vec395
+  br i1 %207, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !26
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
-  %229 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %226)
-  %230 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %227)
-  br label %if_end118.i.preheader
+  %208 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %205)
+  %209 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %206)
+  br label %if_end115.i.preheader
 
-if_end118.i.preheader:                            ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv951.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %223, %vec.epilog.middle.block ]
-  %span574.sroa.0.0699.i.ph = phi i32 [ %191, %iter.check ], [ %217, %vec.epilog.iter.check ], [ %229, %vec.epilog.middle.block ]
-  %span574.sroa.3.0698.i.ph = phi i32 [ %190, %iter.check ], [ %216, %vec.epilog.iter.check ], [ %230, %vec.epilog.middle.block ]
-  br label %if_end118.i
+if_end115.i.preheader:                            ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
+  %indvars.iv934.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %202, %vec.epilog.middle.block ]
+  %span569.sroa.0.0691.i.ph = phi i32 [ %170, %iter.check ], [ %196, %vec.epilog.iter.check ], [ %208, %vec.epilog.middle.block ]
+  %span569.sroa.3.0690.i.ph = phi i32 [ %169, %iter.check ], [ %195, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
+  br label %if_end115.i
 
 for_begin_ax2_0.preheader.i:                      ; preds = %for_end_ax2_0.i, %for_begin_ax1_0.preheader.i
-  %indvars.iv934.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next935.i, %for_end_ax2_0.i ]
-  %231 = trunc i64 %indvars.iv934.i to i32
-  %232 = add i32 %178, %231
-  %233 = icmp slt i32 %232, %num_query
-  %234 = shl nuw nsw i64 %indvars.iv934.i, 2
-  %235 = or disjoint i64 %234, 1
-  %236 = icmp slt i64 %235, %185
-  %237 = shl i32 %231, 1
-  %.reass685.i = add i32 %invariant.op684.i, %237
-  %238 = icmp slt i32 %.reass685.i, -1
-  %239 = or disjoint i64 %234, 3
-  %240 = icmp slt i64 %239, %185
-  %.reass687.i = add nsw i64 %invariant.op686.i, %indvars.iv934.i
-  %241 = mul nsw i64 %.reass687.i, %q_batch
-  %242 = getelementptr i16, ptr %query, i64 %241
-  %invariant.gep1270.i = getelementptr inbounds nuw float, ptr %invariant.gep1268.i, i64 %234
+  %indvars.iv917.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next918.i, %for_end_ax2_0.i ]
+  %210 = trunc i64 %indvars.iv917.i to i32
+  %211 = add i32 %157, %210
+  %212 = icmp slt i32 %211, %num_query
+  %213 = shl nuw nsw i64 %indvars.iv917.i, 2
+  %214 = or disjoint i64 %213, 1
+  %215 = icmp slt i64 %214, %164
+  %216 = shl i32 %210, 1
+  %.reass677.i = add i32 %invariant.op676.i, %216
+  %217 = icmp slt i32 %.reass677.i, -1
+  %218 = or disjoint i64 %213, 3
+  %219 = icmp slt i64 %218, %164
+  %.reass679.i = add nsw i64 %invariant.op678.i, %indvars.iv917.i
+  %220 = mul nsw i64 %.reass679.i, %q_batch
+  %221 = getelementptr i16, ptr %query, i64 %220
+  %invariant.gep1251.i = getelementptr inbounds nuw float, ptr %invariant.gep1249.i, i64 %213
   br label %for_body_ax2_0.i
 
 for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
-  %243 = icmp eq i32 %rmod.i, 0
-  %244 = or i1 %165, %243
-  %245 = select i1 %244, i32 0, i32 %111
-  %246 = add nsw i32 %245, %rmod.i
-  %247 = shl nsw i32 %246, 4
-  %248 = sub nsw i32 %109, %247
-  %249 = tail call i32 @llvm.smin.i32(i32 %248, i32 16)
-  %250 = add nsw i32 %249, -1
-  %251 = insertelement <16 x i32> poison, i32 %250, i64 0
-  %252 = shufflevector <16 x i32> %251, <16 x i32> poison, <16 x i32> zeroinitializer
-  %253 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %252, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>)
-  %254 = insertelement <16 x i32> poison, i32 %247, i64 0
-  %255 = shufflevector <16 x i32> %254, <16 x i32> poison, <16 x i32> zeroinitializer
-  %256 = add nsw <16 x i32> %253, %255
-  %257 = ashr <16 x i32> %256, splat (i32 2)
-  %258 = add <16 x i32> %257, %167
-  %259 = select <16 x i1> %172, <16 x i32> %169, <16 x i32> %258
-  %260 = shl nsw i64 %indvars.iv947.i, 4
-  %261 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %260
-  store <16 x i32> %259, ptr %261, align 4, !tbaa !5
-  %262 = add nsw <16 x i32> %259, splat (i32 -1)
-  %263 = sitofp <16 x i32> %262 to <16 x float>
-  %264 = bitcast <16 x float> %263 to <16 x i32>
-  %265 = ashr <16 x i32> %264, splat (i32 23)
-  %266 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %265, <16 x i32> splat (i32 125))
-  %267 = add nsw <16 x i32> %266, splat (i32 -125)
-  %268 = getelementptr inbounds nuw i32, ptr %places.i, i64 %260
-  store <16 x i32> %267, ptr %268, align 4, !tbaa !5
-  %269 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %260
-  %270 = getelementptr inbounds nuw i8, ptr %269, i64 4
-  %271 = getelementptr inbounds nuw i8, ptr %269, i64 8
-  %272 = getelementptr inbounds nuw i8, ptr %269, i64 12
-  %273 = and i64 %260, 4294967280
-  %274 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %273
-  %own.peel.i = load i32, ptr %274, align 4, !tbaa !5
-  store i32 %own.peel.i, ptr %269, align 4, !tbaa !5
-  store i32 %own.peel.i, ptr %270, align 4, !tbaa !5
-  store i32 0, ptr %271, align 4, !tbaa !5
-  store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1273.i = getelementptr inbounds nuw i8, ptr %274, i64 4
-  %own.i = load i32, ptr %gep1273.i, align 4, !tbaa !5
-  %275 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
-  store i32 %275, ptr %269, align 4, !tbaa !5
-  %276 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
-  store i32 %276, ptr %270, align 4, !tbaa !5
-  store i32 0, ptr %271, align 4, !tbaa !5
-  store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1273.i.1 = getelementptr inbounds nuw i8, ptr %274, i64 8
-  %own.i.1 = load i32, ptr %gep1273.i.1, align 4, !tbaa !5
-  %277 = tail call i32 @llvm.smin.i32(i32 %275, i32 %own.i.1)
-  store i32 %277, ptr %269, align 4, !tbaa !5
-  %278 = tail call i32 @llvm.smax.i32(i32 %276, i32 %own.i.1)
-  store i32 %278, ptr %270, align 4, !tbaa !5
-  store i32 0, ptr %271, align 4, !tbaa !5
-  store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1273.i.2 = getelementptr inbounds nuw i8, ptr %274, i64 12
-  %own.i.2 = load i32, ptr %gep1273.i.2, align 4, !tbaa !5
-  %279 = tail call i32 @llvm.smin.i32(i32 %277, i32 %own.i.2)
-  store i32 %279, ptr %269, align 4, !tbaa !5
-  %280 = tail call i32 @llvm.smax.i32(i32 %278, i32 %own.i.2)
-  store i32 %280, ptr %270, align 4, !tbaa !5
-  store i32 0, ptr %271, align 4, !tbaa !5
-  store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1273.i.3 = getelementptr inbounds nuw i8, ptr %274, i64 16
-  %own.i.3 = load i32, ptr %gep1273.i.3, align 4, !tbaa !5
-  %281 = tail call i32 @llvm.smin.i32(i32 %279, i32 %own.i.3)
-  store i32 %281, ptr %269, align 4, !tbaa !5
-  %282 = tail call i32 @llvm.smax.i32(i32 %280, i32 %own.i.3)
-  store i32 %282, ptr %270, align 4, !tbaa !5
-  store i32 0, ptr %271, align 4, !tbaa !5
-  store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1273.i.4 = getelementptr inbounds nuw i8, ptr %274, i64 20
-  %own.i.4 = load i32, ptr %gep1273.i.4, align 4, !tbaa !5
-  %283 = tail call i32 @llvm.smin.i32(i32 %281, i32 %own.i.4)
-  store i32 %283, ptr %269, align 4, !tbaa !5
-  %284 = tail call i32 @llvm.smax.i32(i32 %282, i32 %own.i.4)
-  store i32 %284, ptr %270, align 4, !tbaa !5
-  store i32 0, ptr %271, align 4, !tbaa !5
-  store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1273.i.5 = getelementptr inbounds nuw i8, ptr %274, i64 24
-  %own.i.5 = load i32, ptr %gep1273.i.5, align 4, !tbaa !5
-  %285 = tail call i32 @llvm.smin.i32(i32 %283, i32 %own.i.5)
-  store i32 %285, ptr %269, align 4, !tbaa !5
-  %286 = tail call i32 @llvm.smax.i32(i32 %284, i32 %own.i.5)
-  store i32 %286, ptr %270, align 4, !tbaa !5
-  store i32 0, ptr %271, align 4, !tbaa !5
-  store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1273.i.6 = getelementptr inbounds nuw i8, ptr %274, i64 28
-  %own.i.6 = load i32, ptr %gep1273.i.6, align 4, !tbaa !5
-  %287 = tail call i32 @llvm.smin.i32(i32 %285, i32 %own.i.6)
-  store i32 %287, ptr %269, align 4, !tbaa !5
-  %288 = tail call i32 @llvm.smax.i32(i32 %286, i32 %own.i.6)
-  store i32 %288, ptr %270, align 4, !tbaa !5
-  store i32 0, ptr %271, align 4, !tbaa !5
-  store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1273.i.7 = getelementptr inbounds nuw i8, ptr %274, i64 32
-  %own.i.7 = load i32, ptr %gep1273.i.7, align 4, !tbaa !5
-  %289 = tail call i32 @llvm.smin.i32(i32 %287, i32 %own.i.7)
-  store i32 %289, ptr %269, align 4, !tbaa !5
-  %290 = tail call i32 @llvm.smax.i32(i32 %288, i32 %own.i.7)
-  store i32 %290, ptr %270, align 4, !tbaa !5
-  store i32 0, ptr %271, align 4, !tbaa !5
-  store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1273.i.8 = getelementptr inbounds nuw i8, ptr %274, i64 36
-  %own.i.8 = load i32, ptr %gep1273.i.8, align 4, !tbaa !5
-  %291 = tail call i32 @llvm.smin.i32(i32 %289, i32 %own.i.8)
-  store i32 %291, ptr %269, align 4, !tbaa !5
-  %292 = tail call i32 @llvm.smax.i32(i32 %290, i32 %own.i.8)
-  store i32 %292, ptr %270, align 4, !tbaa !5
-  store i32 0, ptr %271, align 4, !tbaa !5
-  store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1273.i.9 = getelementptr inbounds nuw i8, ptr %274, i64 40
-  %own.i.9 = load i32, ptr %gep1273.i.9, align 4, !tbaa !5
-  %293 = tail call i32 @llvm.smin.i32(i32 %291, i32 %own.i.9)
-  store i32 %293, ptr %269, align 4, !tbaa !5
-  %294 = tail call i32 @llvm.smax.i32(i32 %292, i32 %own.i.9)
-  store i32 %294, ptr %270, align 4, !tbaa !5
-  store i32 0, ptr %271, align 4, !tbaa !5
-  store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1273.i.10 = getelementptr inbounds nuw i8, ptr %274, i64 44
-  %own.i.10 = load i32, ptr %gep1273.i.10, align 4, !tbaa !5
-  %295 = tail call i32 @llvm.smin.i32(i32 %293, i32 %own.i.10)
-  store i32 %295, ptr %269, align 4, !tbaa !5
-  %296 = tail call i32 @llvm.smax.i32(i32 %294, i32 %own.i.10)
-  store i32 %296, ptr %270, align 4, !tbaa !5
-  store i32 0, ptr %271, align 4, !tbaa !5
-  store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1273.i.11 = getelementptr inbounds nuw i8, ptr %274, i64 48
-  %own.i.11 = load i32, ptr %gep1273.i.11, align 4, !tbaa !5
-  %297 = tail call i32 @llvm.smin.i32(i32 %295, i32 %own.i.11)
-  store i32 %297, ptr %269, align 4, !tbaa !5
-  %298 = tail call i32 @llvm.smax.i32(i32 %296, i32 %own.i.11)
-  store i32 %298, ptr %270, align 4, !tbaa !5
-  store i32 0, ptr %271, align 4, !tbaa !5
-  store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1273.i.12 = getelementptr inbounds nuw i8, ptr %274, i64 52
-  %own.i.12 = load i32, ptr %gep1273.i.12, align 4, !tbaa !5
-  %299 = tail call i32 @llvm.smin.i32(i32 %297, i32 %own.i.12)
-  store i32 %299, ptr %269, align 4, !tbaa !5
-  %300 = tail call i32 @llvm.smax.i32(i32 %298, i32 %own.i.12)
-  store i32 %300, ptr %270, align 4, !tbaa !5
-  store i32 0, ptr %271, align 4, !tbaa !5
-  store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1273.i.13 = getelementptr inbounds nuw i8, ptr %274, i64 56
-  %own.i.13 = load i32, ptr %gep1273.i.13, align 4, !tbaa !5
-  %301 = tail call i32 @llvm.smin.i32(i32 %299, i32 %own.i.13)
-  store i32 %301, ptr %269, align 4, !tbaa !5
-  %302 = tail call i32 @llvm.smax.i32(i32 %300, i32 %own.i.13)
-  store i32 %302, ptr %270, align 4, !tbaa !5
-  store i32 0, ptr %271, align 4, !tbaa !5
-  store i32 0, ptr %272, align 4, !tbaa !5
-  %gep1273.i.14 = getelementptr inbounds nuw i8, ptr %274, i64 60
-  %own.i.14 = load i32, ptr %gep1273.i.14, align 4, !tbaa !5
-  %303 = tail call i32 @llvm.smin.i32(i32 %301, i32 %own.i.14)
-  store i32 %303, ptr %269, align 4, !tbaa !5
-  %304 = tail call i32 @llvm.smax.i32(i32 %302, i32 %own.i.14)
-  store i32 %304, ptr %270, align 4, !tbaa !5
-  store i32 0, ptr %271, align 4, !tbaa !5
-  store i32 0, ptr %272, align 4, !tbaa !5
-  %305 = shl i64 %indvars.iv947.i, 13
-  %306 = and i64 %305, 17179860992
-  %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %306
-  %307 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %260
-  store <16 x float> splat (float 0xC6293E5940000000), ptr %307, align 4, !tbaa !5
-  %308 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %260
-  store <16 x float> zeroinitializer, ptr %308, align 4, !tbaa !5
+  %222 = icmp eq i32 %rmod.i, 0
+  %223 = or i1 %144, %222
+  %224 = select i1 %223, i32 0, i32 %113
+  %225 = add nsw i32 %224, %rmod.i
+  %226 = shl nsw i32 %225, 4
+  %227 = sub nsw i32 %111, %226
+  %228 = tail call i32 @llvm.smin.i32(i32 %227, i32 16)
+  %229 = add nsw i32 %228, -1
+  %230 = insertelement <16 x i32> poison, i32 %229, i64 0
+  %231 = shufflevector <16 x i32> %230, <16 x i32> poison, <16 x i32> zeroinitializer
+  %232 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %231, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>)
+  %233 = insertelement <16 x i32> poison, i32 %226, i64 0
+  %234 = shufflevector <16 x i32> %233, <16 x i32> poison, <16 x i32> zeroinitializer
+  %235 = add nsw <16 x i32> %232, %234
+  %236 = ashr <16 x i32> %235, splat (i32 2)
+  %237 = add <16 x i32> %236, %146
+  %238 = select <16 x i1> %151, <16 x i32> %148, <16 x i32> %237
+  %239 = shl nsw i64 %indvars.iv930.i, 4
+  %240 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %239
+  store <16 x i32> %238, ptr %240, align 4, !tbaa !5
+  %241 = add nsw <16 x i32> %238, splat (i32 -1)
+  %242 = sitofp <16 x i32> %241 to <16 x float>
+  %243 = bitcast <16 x float> %242 to <16 x i32>
+  %244 = ashr <16 x i32> %243, splat (i32 23)
+  %245 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %244, <16 x i32> splat (i32 125))
+  %246 = add nsw <16 x i32> %245, splat (i32 -125)
+  %247 = getelementptr inbounds nuw i32, ptr %places.i, i64 %239
+  store <16 x i32> %246, ptr %247, align 4, !tbaa !5
+  %248 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %239
+  %249 = getelementptr inbounds nuw i8, ptr %248, i64 4
+  %250 = getelementptr inbounds nuw i8, ptr %248, i64 8
+  %251 = getelementptr inbounds nuw i8, ptr %248, i64 12
+  %252 = and i64 %239, 4294967280
+  %253 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %252
+  %own.peel.i = load i32, ptr %253, align 4, !tbaa !5
+  %gep1254.i = getelementptr inbounds nuw i8, ptr %253, i64 4
+  %own.i = load i32, ptr %gep1254.i, align 4, !tbaa !5
+  %254 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
+  %255 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
+  %gep1254.i.1 = getelementptr inbounds nuw i8, ptr %253, i64 8
+  %own.i.1 = load i32, ptr %gep1254.i.1, align 4, !tbaa !5
+  %256 = tail call i32 @llvm.smin.i32(i32 %254, i32 %own.i.1)
+  %257 = tail call i32 @llvm.smax.i32(i32 %255, i32 %own.i.1)
+  %gep1254.i.2 = getelementptr inbounds nuw i8, ptr %253, i64 12
+  %own.i.2 = load i32, ptr %gep1254.i.2, align 4, !tbaa !5
+  %258 = tail call i32 @llvm.smin.i32(i32 %256, i32 %own.i.2)
+  %259 = tail call i32 @llvm.smax.i32(i32 %257, i32 %own.i.2)
+  %gep1254.i.3 = getelementptr inbounds nuw i8, ptr %253, i64 16
+  %own.i.3 = load i32, ptr %gep1254.i.3, align 4, !tbaa !5
+  %260 = tail call i32 @llvm.smin.i32(i32 %258, i32 %own.i.3)
+  %261 = tail call i32 @llvm.smax.i32(i32 %259, i32 %own.i.3)
+  %gep1254.i.4 = getelementptr inbounds nuw i8, ptr %253, i64 20
+  %own.i.4 = load i32, ptr %gep1254.i.4, align 4, !tbaa !5
+  %262 = tail call i32 @llvm.smin.i32(i32 %260, i32 %own.i.4)
+  %263 = tail call i32 @llvm.smax.i32(i32 %261, i32 %own.i.4)
+  %gep1254.i.5 = getelementptr inbounds nuw i8, ptr %253, i64 24
+  %own.i.5 = load i32, ptr %gep1254.i.5, align 4, !tbaa !5
+  %264 = tail call i32 @llvm.smin.i32(i32 %262, i32 %own.i.5)
+  %265 = tail call i32 @llvm.smax.i32(i32 %263, i32 %own.i.5)
+  %gep1254.i.6 = getelementptr inbounds nuw i8, ptr %253, i64 28
+  %own.i.6 = load i32, ptr %gep1254.i.6, align 4, !tbaa !5
+  %266 = tail call i32 @llvm.smin.i32(i32 %264, i32 %own.i.6)
+  %267 = tail call i32 @llvm.smax.i32(i32 %265, i32 %own.i.6)
+  %gep1254.i.7 = getelementptr inbounds nuw i8, ptr %253, i64 32
+  %own.i.7 = load i32, ptr %gep1254.i.7, align 4, !tbaa !5
+  %268 = tail call i32 @llvm.smin.i32(i32 %266, i32 %own.i.7)
+  %269 = tail call i32 @llvm.smax.i32(i32 %267, i32 %own.i.7)
+  %gep1254.i.8 = getelementptr inbounds nuw i8, ptr %253, i64 36
+  %own.i.8 = load i32, ptr %gep1254.i.8, align 4, !tbaa !5
+  %270 = tail call i32 @llvm.smin.i32(i32 %268, i32 %own.i.8)
+  %271 = tail call i32 @llvm.smax.i32(i32 %269, i32 %own.i.8)
+  %gep1254.i.9 = getelementptr inbounds nuw i8, ptr %253, i64 40
+  %own.i.9 = load i32, ptr %gep1254.i.9, align 4, !tbaa !5
+  %272 = tail call i32 @llvm.smin.i32(i32 %270, i32 %own.i.9)
+  %273 = tail call i32 @llvm.smax.i32(i32 %271, i32 %own.i.9)
+  %gep1254.i.10 = getelementptr inbounds nuw i8, ptr %253, i64 44
+  %own.i.10 = load i32, ptr %gep1254.i.10, align 4, !tbaa !5
+  %274 = tail call i32 @llvm.smin.i32(i32 %272, i32 %own.i.10)
+  %275 = tail call i32 @llvm.smax.i32(i32 %273, i32 %own.i.10)
+  %gep1254.i.11 = getelementptr inbounds nuw i8, ptr %253, i64 48
+  %own.i.11 = load i32, ptr %gep1254.i.11, align 4, !tbaa !5
+  %276 = tail call i32 @llvm.smin.i32(i32 %274, i32 %own.i.11)
+  %277 = tail call i32 @llvm.smax.i32(i32 %275, i32 %own.i.11)
+  %gep1254.i.12 = getelementptr inbounds nuw i8, ptr %253, i64 52
+  %own.i.12 = load i32, ptr %gep1254.i.12, align 4, !tbaa !5
+  %278 = tail call i32 @llvm.smin.i32(i32 %276, i32 %own.i.12)
+  %279 = tail call i32 @llvm.smax.i32(i32 %277, i32 %own.i.12)
+  %gep1254.i.13 = getelementptr inbounds nuw i8, ptr %253, i64 56
+  %own.i.13 = load i32, ptr %gep1254.i.13, align 4, !tbaa !5
+  %280 = tail call i32 @llvm.smin.i32(i32 %278, i32 %own.i.13)
+  %281 = tail call i32 @llvm.smax.i32(i32 %279, i32 %own.i.13)
+  %gep1254.i.14 = getelementptr inbounds nuw i8, ptr %253, i64 60
+  %own.i.14 = load i32, ptr %gep1254.i.14, align 4, !tbaa !5
+  %282 = tail call i32 @llvm.smin.i32(i32 %280, i32 %own.i.14)
+  %283 = tail call i32 @llvm.smax.i32(i32 %281, i32 %own.i.14)
+  %284 = shl i64 %indvars.iv930.i, 13
+  %285 = and i64 %284, 17179860992
+  %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %285
+  store i32 %282, ptr %248, align 16, !tbaa !17
+  store i32 %283, ptr %249, align 4, !tbaa !17
+  store i32 0, ptr %250, align 8, !tbaa !17
+  store i32 0, ptr %251, align 4, !tbaa !17
+  %286 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %239
+  store <16 x float> splat (float 0xC6293E5940000000), ptr %286, align 4, !tbaa !5
+  %287 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %239
+  store <16 x float> zeroinitializer, ptr %287, align 4, !tbaa !5
   tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep.i, i8 0, i64 8192, i1 false), !tbaa !5
-  %indvars.iv.next948.i = add nuw nsw i64 %indvars.iv947.i, 1
-  %exitcond950.not.i = icmp eq i64 %indvars.iv.next948.i, %wide.trip.count.i
-  br i1 %exitcond950.not.i, label %for_begin_tile108.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
+  %indvars.iv.next931.i = add nuw nsw i64 %indvars.iv930.i, 1
+  %exitcond933.not.i = icmp eq i64 %indvars.iv.next931.i, %wide.trip.count.i
+  br i1 %exitcond933.not.i, label %for_begin_tile105.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
 
-for_body_ax2_0.i:                                 ; preds = %if_end39.i, %for_begin_ax2_0.preheader.i
-  %indvars.iv.i = phi i64 [ 0, %for_begin_ax2_0.preheader.i ], [ %indvars.iv.next.i, %if_end39.i ]
-  br i1 %233, label %if_then19.i, label %if_end20.i
+for_body_ax2_0.i:                                 ; preds = %if_end36.i, %for_begin_ax2_0.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_ax2_0.preheader.i ], [ %indvars.iv.next.i, %if_end36.i ]
+  br i1 %212, label %if_then16.i, label %if_end17.i
 
-for_end_ax2_0.i:                                  ; preds = %if_end39.i
-  %indvars.iv.next935.i = add nuw nsw i64 %indvars.iv934.i, 1
-  %exitcond938.not.i = icmp eq i64 %indvars.iv.next935.i, 4
-  br i1 %exitcond938.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !26
+for_end_ax2_0.i:                                  ; preds = %if_end36.i
+  %indvars.iv.next918.i = add nuw nsw i64 %indvars.iv917.i, 1
+  %exitcond921.not.i = icmp eq i64 %indvars.iv.next918.i, 4
+  br i1 %exitcond921.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !28
 
-if_then19.i:                                      ; preds = %for_body_ax2_0.i
-  %rdiv.i = sdiv i32 %174, %111
-  %309 = add nsw i32 %rdiv.i, %182
-  %310 = sext i32 %309 to i64
-  %311 = add nsw i64 %162, %310
-  %312 = mul i64 %163, %311
-  %.idx1196.i = shl i64 %indvars.iv.i, 3
-  %313 = getelementptr i8, ptr %242, i64 %.idx1196.i
-  %314 = getelementptr i16, ptr %313, i64 %312
-  %315 = load <4 x i16>, ptr %314, align 2, !tbaa !5
-  %316 = zext <4 x i16> %315 to <4 x i32>
-  %317 = shl nuw <4 x i32> %316, splat (i32 16)
-  %318 = bitcast <4 x i32> %317 to <4 x float>
-  %319 = fmul <4 x float> %161, %318
-  br label %if_end20.i
+if_then16.i:                                      ; preds = %for_body_ax2_0.i
+  %rdiv.i = sdiv i32 %153, %113
+  %288 = add nsw i32 %rdiv.i, %161
+  %289 = sext i32 %288 to i64
+  %290 = add nsw i64 %141, %289
+  %291 = mul i64 %142, %290
+  %.idx1175.i = shl i64 %indvars.iv.i, 3
+  %292 = getelementptr i8, ptr %221, i64 %.idx1175.i
+  %293 = getelementptr i16, ptr %292, i64 %291
+  %294 = load <4 x i16>, ptr %293, align 2, !tbaa !5
+  %295 = zext <4 x i16> %294 to <4 x i32>
+  %296 = shl nuw <4 x i32> %295, splat (i32 16)
+  %297 = bitcast <4 x i32> %296 to <4 x float>
+  %298 = fmul <4 x float> %140, %297
+  br label %if_end17.i
 
-if_end20.i:                                       ; preds = %if_then19.i, %for_body_ax2_0.i
-  %320 = phi <4 x float> [ %319, %if_then19.i ], [ zeroinitializer, %for_body_ax2_0.i ]
-  br i1 %236, label %if_then23.i, label %if_end25.i
+if_end17.i:                                       ; preds = %if_then16.i, %for_body_ax2_0.i
+  %299 = phi <4 x float> [ %298, %if_then16.i ], [ zeroinitializer, %for_body_ax2_0.i ]
+  br i1 %215, label %if_then20.i, label %if_end22.i
 
-if_then23.i:                                      ; preds = %if_end20.i
-  %rdiv28.i = sdiv i32 %174, %111
-  %321 = add nsw i32 %rdiv28.i, %182
-  %322 = sext i32 %321 to i64
-  %323 = add nsw i64 %162, %322
-  %324 = shl nsw i64 %323, 2
-  %325 = or disjoint i64 %324, 1
-  %326 = mul nsw i64 %325, %q_head
-  %.idx1197.i = shl i64 %indvars.iv.i, 3
-  %327 = getelementptr i8, ptr %242, i64 %.idx1197.i
-  %328 = getelementptr i16, ptr %327, i64 %326
-  %329 = load <4 x i16>, ptr %328, align 2, !tbaa !5
-  %330 = zext <4 x i16> %329 to <4 x i32>
-  %331 = shl nuw <4 x i32> %330, splat (i32 16)
-  %332 = bitcast <4 x i32> %331 to <4 x float>
-  %333 = fmul <4 x float> %161, %332
-  br label %if_end25.i
+if_then20.i:                                      ; preds = %if_end17.i
+  %rdiv25.i = sdiv i32 %153, %113
+  %300 = add nsw i32 %rdiv25.i, %161
+  %301 = sext i32 %300 to i64
+  %302 = add nsw i64 %141, %301
+  %303 = shl nsw i64 %302, 2
+  %304 = or disjoint i64 %303, 1
+  %305 = mul nsw i64 %304, %q_head
+  %.idx1176.i = shl i64 %indvars.iv.i, 3
+  %306 = getelementptr i8, ptr %221, i64 %.idx1176.i
+  %307 = getelementptr i16, ptr %306, i64 %305
+  %308 = load <4 x i16>, ptr %307, align 2, !tbaa !5
+  %309 = zext <4 x i16> %308 to <4 x i32>
+  %310 = shl nuw <4 x i32> %309, splat (i32 16)
+  %311 = bitcast <4 x i32> %310 to <4 x float>
+  %312 = fmul <4 x float> %140, %311
+  br label %if_end22.i
 
-if_end25.i:                                       ; preds = %if_then23.i, %if_end20.i
-  %334 = phi <4 x float> [ %333, %if_then23.i ], [ zeroinitializer, %if_end20.i ]
-  br i1 %238, label %if_then30.i, label %if_end32.i
+if_end22.i:                                       ; preds = %if_then20.i, %if_end17.i
+  %313 = phi <4 x float> [ %312, %if_then20.i ], [ zeroinitializer, %if_end17.i ]
+  br i1 %217, label %if_then27.i, label %if_end29.i
 
-if_then30.i:                                      ; preds = %if_end25.i
-  %rdiv35.i = sdiv i32 %174, %111
-  %335 = add nsw i32 %rdiv35.i, %182
-  %336 = sext i32 %335 to i64
-  %337 = add nsw i64 %162, %336
-  %338 = shl nsw i64 %337, 2
-  %339 = or disjoint i64 %338, 2
-  %340 = mul nsw i64 %339, %q_head
-  %.idx1198.i = shl i64 %indvars.iv.i, 3
-  %341 = getelementptr i8, ptr %242, i64 %.idx1198.i
-  %342 = getelementptr i16, ptr %341, i64 %340
-  %343 = load <4 x i16>, ptr %342, align 2, !tbaa !5
-  %344 = zext <4 x i16> %343 to <4 x i32>
-  %345 = shl nuw <4 x i32> %344, splat (i32 16)
-  %346 = bitcast <4 x i32> %345 to <4 x float>
-  %347 = fmul <4 x float> %161, %346
-  br label %if_end32.i
+if_then27.i:                                      ; preds = %if_end22.i
+  %rdiv32.i = sdiv i32 %153, %113
+  %314 = add nsw i32 %rdiv32.i, %161
+  %315 = sext i32 %314 to i64
+  %316 = add nsw i64 %141, %315
+  %317 = shl nsw i64 %316, 2
+  %318 = or disjoint i64 %317, 2
+  %319 = mul nsw i64 %318, %q_head
+  %.idx1177.i = shl i64 %indvars.iv.i, 3
+  %320 = getelementptr i8, ptr %221, i64 %.idx1177.i
+  %321 = getelementptr i16, ptr %320, i64 %319
+  %322 = load <4 x i16>, ptr %321, align 2, !tbaa !5
+  %323 = zext <4 x i16> %322 to <4 x i32>
+  %324 = shl nuw <4 x i32> %323, splat (i32 16)
+  %325 = bitcast <4 x i32> %324 to <4 x float>
+  %326 = fmul <4 x float> %140, %325
+  br label %if_end29.i
 
-if_end32.i:                                       ; preds = %if_then30.i, %if_end25.i
-  %348 = phi <4 x float> [ %347, %if_then30.i ], [ zeroinitializer, %if_end25.i ]
-  br i1 %240, label %if_then37.i, label %if_end39.i
+if_end29.i:                                       ; preds = %if_then27.i, %if_end22.i
+  %327 = phi <4 x float> [ %326, %if_then27.i ], [ zeroinitializer, %if_end22.i ]
+  br i1 %219, label %if_then34.i, label %if_end36.i
 
-if_then37.i:                                      ; preds = %if_end32.i
-  %349 = add nsw i32 %rdiv42.i, %182
-  %350 = sext i32 %349 to i64
-  %351 = add nsw i64 %162, %350
-  %352 = shl nsw i64 %351, 2
-  %353 = or disjoint i64 %352, 3
-  %354 = mul nsw i64 %353, %q_head
-  %.idx1199.i = shl i64 %indvars.iv.i, 3
-  %355 = getelementptr i8, ptr %242, i64 %.idx1199.i
-  %356 = getelementptr i16, ptr %355, i64 %354
-  %357 = load <4 x i16>, ptr %356, align 2, !tbaa !5
-  %358 = zext <4 x i16> %357 to <4 x i32>
-  %359 = shl nuw <4 x i32> %358, splat (i32 16)
-  %360 = bitcast <4 x i32> %359 to <4 x float>
-  %361 = fmul <4 x float> %161, %360
-  br label %if_end39.i
+if_then34.i:                                      ; preds = %if_end29.i
+  %328 = add nsw i32 %rdiv39.i, %161
+  %329 = sext i32 %328 to i64
+  %330 = add nsw i64 %141, %329
+  %331 = shl nsw i64 %330, 2
+  %332 = or disjoint i64 %331, 3
+  %333 = mul nsw i64 %332, %q_head
+  %.idx1178.i = shl i64 %indvars.iv.i, 3
+  %334 = getelementptr i8, ptr %221, i64 %.idx1178.i
+  %335 = getelementptr i16, ptr %334, i64 %333
+  %336 = load <4 x i16>, ptr %335, align 2, !tbaa !5
+  %337 = zext <4 x i16> %336 to <4 x i32>
+  %338 = shl nuw <4 x i32> %337, splat (i32 16)
+  %339 = bitcast <4 x i32> %338 to <4 x float>
+  %340 = fmul <4 x float> %140, %339
+  br label %if_end36.i
 
-if_end39.i:                                       ; preds = %if_then37.i, %if_end32.i
-  %362 = phi <4 x float> [ %361, %if_then37.i ], [ zeroinitializer, %if_end32.i ]
-  %363 = shufflevector <4 x float> %320, <4 x float> %348, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %364 = shufflevector <4 x float> %334, <4 x float> %362, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %365 = shufflevector <4 x float> %320, <4 x float> %348, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %366 = shufflevector <4 x float> %334, <4 x float> %362, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %367 = shufflevector <4 x float> %363, <4 x float> %364, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1200.i = shl nuw nsw i64 %indvars.iv.i, 8
-  %gep1271.i = getelementptr inbounds nuw i8, ptr %invariant.gep1270.i, i64 %.idx1200.i
-  store <4 x float> %367, ptr %gep1271.i, align 4, !tbaa !5
-  %368 = shufflevector <4 x float> %363, <4 x float> %364, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %369 = getelementptr inbounds nuw i8, ptr %gep1271.i, i64 64
-  store <4 x float> %368, ptr %369, align 4, !tbaa !5
-  %370 = shufflevector <4 x float> %365, <4 x float> %366, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %371 = getelementptr inbounds nuw i8, ptr %gep1271.i, i64 128
-  store <4 x float> %370, ptr %371, align 4, !tbaa !5
-  %372 = shufflevector <4 x float> %365, <4 x float> %366, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %373 = getelementptr inbounds nuw i8, ptr %gep1271.i, i64 192
-  store <4 x float> %372, ptr %373, align 4, !tbaa !5
+if_end36.i:                                       ; preds = %if_then34.i, %if_end29.i
+  %341 = phi <4 x float> [ %340, %if_then34.i ], [ zeroinitializer, %if_end29.i ]
+  %342 = shufflevector <4 x float> %299, <4 x float> %327, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %343 = shufflevector <4 x float> %313, <4 x float> %341, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %344 = shufflevector <4 x float> %299, <4 x float> %327, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %345 = shufflevector <4 x float> %313, <4 x float> %341, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %346 = shufflevector <4 x float> %342, <4 x float> %343, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1179.i = shl nuw nsw i64 %indvars.iv.i, 8
+  %gep1252.i = getelementptr inbounds nuw i8, ptr %invariant.gep1251.i, i64 %.idx1179.i
+  store <4 x float> %346, ptr %gep1252.i, align 4, !tbaa !5
+  %347 = shufflevector <4 x float> %342, <4 x float> %343, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %348 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 64
+  store <4 x float> %347, ptr %348, align 4, !tbaa !5
+  %349 = shufflevector <4 x float> %344, <4 x float> %345, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %350 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 128
+  store <4 x float> %349, ptr %350, align 4, !tbaa !5
+  %351 = shufflevector <4 x float> %344, <4 x float> %345, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %352 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 192
+  store <4 x float> %351, ptr %352, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !26
+  br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !28
 
-for_end_tile110.loopexit.i:                       ; preds = %if_end118.i, %for_begin_tile108.preheader.i
-  %.lcssa931.i = phi i32 [ %191, %for_begin_tile108.preheader.i ], [ %406, %if_end118.i ]
-  %.lcssa930.i = phi i32 [ %190, %for_begin_tile108.preheader.i ], [ %409, %if_end118.i ]
-  %374 = and i32 %.lcssa931.i, -128
-  br label %for_end_tile110.i
+for_end_tile107.loopexit.i:                       ; preds = %if_end115.i, %for_begin_tile105.preheader.i
+  %.lcssa914.i = phi i32 [ %170, %for_begin_tile105.preheader.i ], [ %386, %if_end115.i ]
+  %.lcssa913.i = phi i32 [ %169, %for_begin_tile105.preheader.i ], [ %389, %if_end115.i ]
+  %353 = and i32 %.lcssa914.i, -128
+  br label %for_end_tile107.i
 
-for_end_tile110.i:                                ; preds = %for_end_tile110.loopexit.i, %if_end17.i
-  %span574.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end17.i ], [ %.lcssa930.i, %for_end_tile110.loopexit.i ]
-  %span574.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end17.i ], [ %374, %for_end_tile110.loopexit.i ]
-  %375 = shl nsw i32 %block_end, 4
-  %key_end.i = tail call i32 @llvm.smin.i32(i32 %375, i32 %span574.sroa.3.0.lcssa.i)
-  %376 = shl nsw i32 %block_begin, 4
-  %377 = sub nsw i32 %key_end.i, %376
-  %378 = tail call i32 @llvm.smax.i32(i32 %377, i32 0)
-  %379 = add nuw nsw i32 %378, 4095
-  %380 = lshr i32 %379, 12
-  %.not892.i = icmp eq i32 %380, 0
-  br i1 %.not892.i, label %for_begin_tile426.preheader.i, label %for_body_number.lr.ph.i, !prof !16
+for_end_tile107.i:                                ; preds = %for_end_tile107.loopexit.i, %if_end14.i
+  %span569.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end14.i ], [ %.lcssa913.i, %for_end_tile107.loopexit.i ]
+  %span569.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end14.i ], [ %353, %for_end_tile107.loopexit.i ]
+  %354 = shl nsw i32 %block_end, 4
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %354, i32 %span569.sroa.3.0.lcssa.i)
+  %355 = shl nsw i32 %block_begin, 4
+  %356 = sub nsw i32 %key_end.i, %355
+  %357 = tail call i32 @llvm.smax.i32(i32 %356, i32 0)
+  %358 = add nuw nsw i32 %357, 4095
+  %359 = lshr i32 %358, 12
+  %.not875.i = icmp eq i32 %359, 0
+  br i1 %.not875.i, label %for_begin_tile423.preheader.i, label %for_body_number.lr.ph.i, !prof !16
 
-for_body_number.lr.ph.i:                          ; preds = %for_end_tile110.i
-  %381 = mul nsw i64 %table_seq, %153
-  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %381
-  %382 = icmp sgt i32 %num_kv_heads, 0
+for_body_number.lr.ph.i:                          ; preds = %for_end_tile107.i
+  %360 = mul nsw i64 %table_seq, %132
+  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %360
+  %361 = icmp sgt i32 %num_kv_heads, 0
   %sext66 = shl i64 %54, 32
-  %383 = ashr exact i64 %sext66, 32
-  %384 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
-  %385 = insertelement <16 x float> poison, float %384, i64 0
-  %386 = bitcast <16 x float> %385 to <16 x i32>
-  %387 = shufflevector <16 x i32> %386, <16 x i32> poison, <16 x i32> zeroinitializer
-  %388 = icmp sgt i32 %111, 0
-  %389 = insertelement <16 x float> poison, float %score_scale, i64 0
-  %390 = shufflevector <16 x float> %389, <16 x float> poison, <16 x i32> zeroinitializer
-  %391 = sext i32 %context_len.i to i64
+  %362 = ashr exact i64 %sext66, 32
+  %363 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
+  %364 = insertelement <16 x float> poison, float %363, i64 0
+  %365 = bitcast <16 x float> %364 to <16 x i32>
+  %366 = shufflevector <16 x i32> %365, <16 x i32> poison, <16 x i32> zeroinitializer
+  %367 = icmp sgt i32 %113, 0
+  %368 = insertelement <16 x float> poison, float %score_scale, i64 0
+  %369 = shufflevector <16 x float> %368, <16 x float> poison, <16 x i32> zeroinitializer
+  %370 = sext i32 %context_len.i to i64
   %sext67 = shl i64 %67, 32
-  %392 = ashr exact i64 %sext67, 32
-  %393 = add i64 %392, %tree_start
-  %394 = sub i64 %393, %391
-  %395 = zext i32 %111 to i64
-  %wide.trip.count1085.i = and i64 %56, 4294967295
-  %396 = getelementptr i8, ptr %tree_mask, i64 %394
-  %wide.trip.count1099.i = zext nneg i32 %117 to i64
-  %397 = add i64 %tree_start, %392
-  %398 = sub i64 %397, %391
-  %399 = add i64 %tree_start, %392
-  %400 = sub i64 %399, %391
-  %401 = getelementptr i8, ptr %tree_mask, i64 %400
-  %402 = getelementptr i8, ptr %tree_mask, i64 %398
+  %371 = ashr exact i64 %sext67, 32
+  %372 = add i64 %371, %tree_start
+  %373 = sub i64 %372, %370
+  %374 = sext i32 %113 to i64
+  %wide.trip.count1065.i = and i64 %56, 4294967295
+  %wide.trip.count1060.i = zext nneg i32 %113 to i64
+  %375 = getelementptr i8, ptr %tree_mask, i64 %373
+  %wide.trip.count1079.i = zext nneg i32 %114 to i64
+  %376 = add i64 %tree_start, %371
+  %377 = sub i64 %376, %370
+  %378 = add i32 %355, 4096
+  %379 = add i64 %tree_start, %371
+  %380 = sub i64 %379, %370
+  %381 = getelementptr i8, ptr %tree_mask, i64 %380
+  %382 = getelementptr i8, ptr %tree_mask, i64 %377
   br label %for_body_number.i
 
-if_end118.i:                                      ; preds = %if_end118.i, %if_end118.i.preheader
-  %indvars.iv951.i = phi i64 [ %indvars.iv.next952.i, %if_end118.i ], [ %indvars.iv951.i.ph, %if_end118.i.preheader ]
-  %span574.sroa.0.0699.i = phi i32 [ %406, %if_end118.i ], [ %span574.sroa.0.0699.i.ph, %if_end118.i.preheader ]
-  %span574.sroa.3.0698.i = phi i32 [ %409, %if_end118.i ], [ %span574.sroa.3.0698.i.ph, %if_end118.i.preheader ]
-  %.idx1202.i = shl nsw i64 %indvars.iv951.i, 4
-  %403 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1202.i
-  %404 = getelementptr inbounds nuw i8, ptr %403, i64 8
-  %405 = load i32, ptr %404, align 4, !tbaa !5
-  %406 = tail call i32 @llvm.smin.i32(i32 %span574.sroa.0.0699.i, i32 %405)
-  %407 = getelementptr inbounds nuw i8, ptr %403, i64 4
-  %408 = load i32, ptr %407, align 4, !tbaa !5
-  %409 = tail call i32 @llvm.smax.i32(i32 %span574.sroa.3.0698.i, i32 %408)
-  %indvars.iv.next952.i = add nuw nsw i64 %indvars.iv951.i, 1
-  %exitcond955.not.i = icmp eq i64 %indvars.iv.next952.i, %wide.trip.count.i
-  br i1 %exitcond955.not.i, label %for_end_tile110.loopexit.i, label %if_end118.i, !prof !27, !llvm.loop !28
+if_end115.i:                                      ; preds = %if_end115.i, %if_end115.i.preheader
+  %indvars.iv934.i = phi i64 [ %indvars.iv.next935.i, %if_end115.i ], [ %indvars.iv934.i.ph, %if_end115.i.preheader ]
+  %span569.sroa.0.0691.i = phi i32 [ %386, %if_end115.i ], [ %span569.sroa.0.0691.i.ph, %if_end115.i.preheader ]
+  %span569.sroa.3.0690.i = phi i32 [ %389, %if_end115.i ], [ %span569.sroa.3.0690.i.ph, %if_end115.i.preheader ]
+  %.idx1181.i = shl nsw i64 %indvars.iv934.i, 4
+  %383 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %.idx1181.i
+  %384 = getelementptr inbounds nuw i8, ptr %383, i64 8
+  %385 = load i32, ptr %384, align 8, !tbaa !17
+  %386 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.0.0691.i, i32 %385)
+  %387 = getelementptr inbounds nuw i8, ptr %383, i64 4
+  %388 = load i32, ptr %387, align 4, !tbaa !17
+  %389 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.3.0690.i, i32 %388)
+  %indvars.iv.next935.i = add nuw nsw i64 %indvars.iv934.i, 1
+  %exitcond938.not.i = icmp eq i64 %indvars.iv.next935.i, %wide.trip.count.i
+  br i1 %exitcond938.not.i, label %for_end_tile107.loopexit.i, label %if_end115.i, !prof !29, !llvm.loop !30
 
-for_begin_number.i:                               ; preds = %if_end421.i
-  %410 = add nuw nsw i32 %number872.i, 1
-  %exitcond1101.not.i = icmp eq i32 %410, %380
+for_begin_number.i:                               ; preds = %if_end418.i
+  %390 = add nuw nsw i32 %number855.i, 1
+  %exitcond1081.not.i = icmp eq i32 %390, %359
   %indvars.iv.next216 = add i32 %indvars.iv215, 4096
-  br i1 %exitcond1101.not.i, label %for_begin_tile426.preheader.i, label %for_body_number.i, !prof !13
+  br i1 %exitcond1081.not.i, label %for_begin_tile423.preheader.i, label %for_body_number.i, !prof !13
 
-for_begin_tile426.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile110.i
-  br i1 %156, label %for_end_tile428.i, label %for_body_tile427.lr.ph.i, !prof !16
+for_begin_tile423.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile107.i
+  br i1 %135, label %for_end_tile425.i, label %for_body_tile424.lr.ph.i, !prof !16
 
-for_body_tile427.lr.ph.i:                         ; preds = %for_begin_tile426.preheader.i
-  %411 = and i64 %62, 2147483648
-  %.not = icmp eq i64 %411, 0
-  %412 = icmp slt i32 %111, 0
+for_body_tile424.lr.ph.i:                         ; preds = %for_begin_tile423.preheader.i
+  %391 = and i64 %62, 2147483648
+  %.not = icmp eq i64 %391, 0
+  %392 = icmp slt i32 %113, 0
   %sext78 = shl i64 %54, 32
-  %413 = ashr exact i64 %sext78, 32
-  %414 = and i64 %62, 4294967295
-  %415 = shl nuw nsw i64 %414, 5
-  %.idx585.i = shl nuw nsw i64 %414, 14
+  %393 = ashr exact i64 %sext78, 32
+  %394 = and i64 %62, 4294967295
+  %395 = shl nuw nsw i64 %394, 5
+  %.idx580.i = shl nuw nsw i64 %394, 14
   %sext79 = shl i64 %48, 32
-  %416 = ashr exact i64 %sext79, 32
-  %wide.trip.count1157.i = zext nneg i32 %117 to i64
-  br i1 %.not, label %for_body_tile427.i.preheader, label %for_body_tile427.us.i
+  %396 = ashr exact i64 %sext79, 32
+  %wide.trip.count1136.i = zext nneg i32 %114 to i64
+  br i1 %.not, label %for_body_tile424.i.preheader, label %for_body_tile424.us.i
 
-for_body_tile427.i.preheader:                     ; preds = %for_body_tile427.lr.ph.i
-  %scevgep488 = getelementptr i8, ptr %partial_acc, i64 %.idx585.i
-  %417 = getelementptr i8, ptr %partial_acc, i64 %.idx585.i
-  %scevgep491 = getelementptr i8, ptr %417, i64 512
-  %scevgep495 = getelementptr i8, ptr %total_acc.i, i64 8128
-  br label %for_body_tile427.i
+for_body_tile424.i.preheader:                     ; preds = %for_body_tile424.lr.ph.i
+  %scevgep508 = getelementptr i8, ptr %partial_acc, i64 %.idx580.i
+  %397 = getelementptr i8, ptr %partial_acc, i64 %.idx580.i
+  %scevgep511 = getelementptr i8, ptr %397, i64 512
+  %scevgep515 = getelementptr i8, ptr %total_acc.i, i64 8128
+  br label %for_body_tile424.i
 
-for_body_tile427.us.i:                            ; preds = %if_end432.us.i, %for_body_tile427.lr.ph.i
-  %indvars.iv1154.i = phi i64 [ %indvars.iv.next1155.i, %if_end432.us.i ], [ 0, %for_body_tile427.lr.ph.i ]
-  %418 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %ordered.us.i = tail call ptr %418(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %419 = icmp eq ptr %ordered.us.i, null
-  br i1 %419, label %fused_attend_compute_.exit, label %if_end435.us.i, !prof !8
+for_body_tile424.us.i:                            ; preds = %if_end429.us.i, %for_body_tile424.lr.ph.i
+  %indvars.iv1133.i = phi i64 [ %indvars.iv.next1134.i, %if_end429.us.i ], [ 0, %for_body_tile424.lr.ph.i ]
+  %398 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %ordered.us.i = tail call ptr %398(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %399 = icmp eq ptr %ordered.us.i, null
+  br i1 %399, label %fused_attend_compute_.exit, label %if_end432.us.i, !prof !8
 
-if_end435.us.i:                                   ; preds = %for_body_tile427.us.i
-  %420 = shl nsw i64 %indvars.iv1154.i, 4
-  %421 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %420
-  %total.us.i = load <16 x float>, ptr %421, align 4, !tbaa !5
-  %422 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
-  %423 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
-  %424 = select <16 x i1> %423, <16 x float> zeroinitializer, <16 x float> %422
-  store <16 x float> %424, ptr %factor557.i, align 16, !tbaa !29
-  %425 = shl i64 %indvars.iv1154.i, 11
-  %426 = and i64 %425, 4294965248
-  %invariant.gep151 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %426
-  br label %for_begin_d_0437.preheader.us.i
+if_end432.us.i:                                   ; preds = %for_body_tile424.us.i
+  %400 = shl nsw i64 %indvars.iv1133.i, 4
+  %401 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %400
+  %total.us.i = load <16 x float>, ptr %401, align 4, !tbaa !5
+  %402 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
+  %403 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
+  %404 = select <16 x i1> %403, <16 x float> zeroinitializer, <16 x float> %402
+  store <16 x float> %404, ptr %factor552.i, align 16, !tbaa !31
+  %405 = shl i64 %indvars.iv1133.i, 11
+  %406 = and i64 %405, 4294965248
+  %invariant.gep152 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %406
+  br label %for_begin_d_0434.preheader.us.i
 
-for_end_r_0.us.i:                                 ; preds = %for_end_d_0439.us.i
-  %427 = trunc nuw nsw i64 %indvars.iv1154.i to i32
-  %rmod471.us.i = srem i32 %427, %111
-  %rdiv483.us.i = sdiv i32 %427, %111
-  %428 = icmp ne i32 %rmod471.us.i, 0
-  %.not589.us.i = and i1 %412, %428
-  %429 = select i1 %.not589.us.i, i32 %111, i32 0
-  %430 = add nsw i32 %429, %rmod471.us.i
-  %431 = shl nsw i32 %430, 4
-  %432 = sub nsw i32 %109, %431
-  %433 = icmp sgt i32 %432, 0
-  br i1 %433, label %for_begin_d_0477.preheader.lr.ph.us.i, label %for_end_r488.us.i, !prof !3
+for_end_r_0.us.i:                                 ; preds = %for_end_d_0436.us.i
+  %407 = trunc nuw nsw i64 %indvars.iv1133.i to i32
+  %rmod468.us.i = srem i32 %407, %113
+  %rdiv480.us.i = sdiv i32 %407, %113
+  %408 = icmp ne i32 %rmod468.us.i, 0
+  %.not584.us.i = and i1 %392, %408
+  %409 = select i1 %.not584.us.i, i32 %113, i32 0
+  %410 = add nsw i32 %409, %rmod468.us.i
+  %411 = shl nsw i32 %410, 4
+  %412 = sub nsw i32 %111, %411
+  %413 = icmp sgt i32 %412, 0
+  br i1 %413, label %for_begin_d_0474.preheader.lr.ph.us.i, label %for_end_r485.us.i, !prof !3
 
-for_end_r488.us.i:                                ; preds = %if_end493.us.i.1, %for_end_r_0.us.i
-  %434 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %435 = tail call i32 %434(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
-  %.not586.us.i = icmp eq i32 %435, 0
-  br i1 %.not586.us.i, label %if_end432.us.i, label %fused_attend_compute_.exit, !prof !36
+for_end_r485.us.i:                                ; preds = %if_end490.us.i.1, %for_end_r_0.us.i
+  %414 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %415 = tail call i32 %414(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
+  %.not581.us.i = icmp eq i32 %415, 0
+  br i1 %.not581.us.i, label %if_end429.us.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end432.us.i:                                   ; preds = %for_end_r488.us.i
-  %indvars.iv.next1155.i = add nuw nsw i64 %indvars.iv1154.i, 1
-  %exitcond1158.not.i = icmp eq i64 %indvars.iv.next1155.i, %wide.trip.count1157.i
-  br i1 %exitcond1158.not.i, label %for_end_tile428.i, label %for_body_tile427.us.i, !prof !13
-
-for_body_r487.us.i:                               ; preds = %for_body_r487.lr.ph.us.i, %if_end493.us.i.1
-  %indvars.iv1148.i = phi i64 [ 0, %for_body_r487.lr.ph.us.i ], [ %indvars.iv.next1149.i.1, %if_end493.us.i.1 ]
-  %436 = add nuw nsw i64 %indvars.iv1148.i, %610
-  %437 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %436
-  %438 = load float, ptr %437, align 4, !tbaa !5
-  %439 = fcmp oeq float %438, 0.000000e+00
-  br i1 %439, label %if_end493.us.i, label %if_else492.us.i
-
-if_else492.us.i:                                  ; preds = %for_body_r487.us.i
-  %440 = getelementptr inbounds nuw i32, ptr %places.i, i64 %436
-  %441 = load i32, ptr %440, align 4, !tbaa !5
-  %442 = shl i32 %441, 23
-  %443 = add i32 %442, 1065353216
-  %444 = bitcast i32 %443 to float
-  %445 = fmul float %438, %444
-  %446 = tail call float @llvm.log.f32(float %445)
-  %447 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %436
-  %448 = load float, ptr %447, align 4, !tbaa !5
-  %449 = fadd float %448, %446
-  br label %if_end493.us.i
-
-if_end493.us.i:                                   ; preds = %if_else492.us.i, %for_body_r487.us.i
-  %450 = phi float [ %449, %if_else492.us.i ], [ 0xFFF0000000000000, %for_body_r487.us.i ]
-  %451 = and i64 %indvars.iv1148.i, 2
-  %452 = lshr i64 %indvars.iv1148.i, 2
-  %453 = add nsw i64 %452, %607
-  %454 = mul nsw i64 %453, %lse_batch
-  %455 = getelementptr float, ptr %609, i64 %454
-  %456 = getelementptr float, ptr %455, i64 %451
-  store float %450, ptr %456, align 4, !tbaa !5
-  %indvars.iv.next1149.i = or disjoint i64 %indvars.iv1148.i, 1
-  %457 = add nuw nsw i64 %indvars.iv.next1149.i, %610
-  %458 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %457
-  %459 = load float, ptr %458, align 4, !tbaa !5
-  %460 = fcmp oeq float %459, 0.000000e+00
-  br i1 %460, label %if_end493.us.i.1, label %if_else492.us.i.1
-
-if_else492.us.i.1:                                ; preds = %if_end493.us.i
-  %461 = getelementptr inbounds nuw i32, ptr %places.i, i64 %457
-  %462 = load i32, ptr %461, align 4, !tbaa !5
-  %463 = shl i32 %462, 23
-  %464 = add i32 %463, 1065353216
-  %465 = bitcast i32 %464 to float
-  %466 = fmul float %459, %465
-  %467 = tail call float @llvm.log.f32(float %466)
-  %468 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %457
-  %469 = load float, ptr %468, align 4, !tbaa !5
-  %470 = fadd float %469, %467
-  br label %if_end493.us.i.1
-
-if_end493.us.i.1:                                 ; preds = %if_else492.us.i.1, %if_end493.us.i
-  %471 = phi float [ %470, %if_else492.us.i.1 ], [ 0xFFF0000000000000, %if_end493.us.i ]
-  %472 = and i64 %indvars.iv.next1149.i, 3
-  %473 = lshr i64 %indvars.iv1148.i, 2
-  %474 = add nsw i64 %473, %607
-  %475 = mul nsw i64 %474, %lse_batch
-  %476 = getelementptr float, ptr %609, i64 %475
-  %477 = getelementptr float, ptr %476, i64 %472
-  store float %471, ptr %477, align 4, !tbaa !5
-  %indvars.iv.next1149.i.1 = add nuw nsw i64 %indvars.iv1148.i, 2
-  %exitcond1153.not.i.1 = icmp eq i64 %indvars.iv.next1149.i.1, %wide.trip.count1146.i
-  br i1 %exitcond1153.not.i.1, label %for_end_r488.us.i, label %for_body_r487.us.i, !prof !13, !llvm.loop !37
-
-for_end_d_0439.us.i:                              ; preds = %for_begin_ax1_0442.preheader.us.i
+if_end429.us.i:                                   ; preds = %for_end_r485.us.i
   %indvars.iv.next1134.i = add nuw nsw i64 %indvars.iv1133.i, 1
-  %exitcond1137.not.i = icmp eq i64 %indvars.iv.next1134.i, 4
-  br i1 %exitcond1137.not.i, label %for_end_r_0.us.i, label %for_begin_d_0437.preheader.us.i, !prof !26
+  %exitcond1137.not.i = icmp eq i64 %indvars.iv.next1134.i, %wide.trip.count1136.i
+  br i1 %exitcond1137.not.i, label %for_end_tile425.i, label %for_body_tile424.us.i, !prof !13
 
-for_begin_ax1_0442.preheader.us.i:                ; preds = %for_begin_d_0437.preheader.us.i, %for_begin_ax1_0442.preheader.us.i
-  %indvars.iv1128.i = phi i64 [ 0, %for_begin_d_0437.preheader.us.i ], [ %indvars.iv.next1129.i, %for_begin_ax1_0442.preheader.us.i ]
-  %.idx80 = shl nuw nsw i64 %indvars.iv1128.i, 10
-  %gep154 = getelementptr inbounds nuw i8, ptr %invariant.gep153, i64 %.idx80
-  %v448.us.i = load <4 x float>, ptr %gep154, align 4, !tbaa !5
-  %478 = getelementptr inbounds nuw i8, ptr %gep154, i64 64
-  %v450.us.i = load <4 x float>, ptr %478, align 4, !tbaa !5
-  %479 = getelementptr inbounds nuw i8, ptr %gep154, i64 128
-  %v452.us.i = load <4 x float>, ptr %479, align 4, !tbaa !5
-  %480 = getelementptr inbounds nuw i8, ptr %gep154, i64 192
-  %v454.us.i = load <4 x float>, ptr %480, align 4, !tbaa !5
-  %481 = shufflevector <4 x float> %v448.us.i, <4 x float> %v452.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %482 = shufflevector <4 x float> %v450.us.i, <4 x float> %v454.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %483 = shufflevector <4 x float> %v448.us.i, <4 x float> %v452.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %484 = shufflevector <4 x float> %v450.us.i, <4 x float> %v454.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %485 = shufflevector <4 x float> %481, <4 x float> %482, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %486 = shufflevector <4 x float> %481, <4 x float> %482, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %487 = shufflevector <4 x float> %483, <4 x float> %484, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %488 = shufflevector <4 x float> %483, <4 x float> %484, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %489 = getelementptr inbounds nuw i8, ptr %gep154, i64 256
-  %v448.us.1.i = load <4 x float>, ptr %489, align 4, !tbaa !5
-  %490 = getelementptr inbounds nuw i8, ptr %gep154, i64 320
-  %v450.us.1.i = load <4 x float>, ptr %490, align 4, !tbaa !5
-  %491 = getelementptr inbounds nuw i8, ptr %gep154, i64 384
-  %v452.us.1.i = load <4 x float>, ptr %491, align 4, !tbaa !5
-  %492 = getelementptr inbounds nuw i8, ptr %gep154, i64 448
-  %v454.us.1.i = load <4 x float>, ptr %492, align 4, !tbaa !5
-  %493 = shufflevector <4 x float> %v448.us.1.i, <4 x float> %v452.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %494 = shufflevector <4 x float> %v450.us.1.i, <4 x float> %v454.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %495 = shufflevector <4 x float> %v448.us.1.i, <4 x float> %v452.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %496 = shufflevector <4 x float> %v450.us.1.i, <4 x float> %v454.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %497 = shufflevector <4 x float> %493, <4 x float> %494, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %498 = shufflevector <4 x float> %493, <4 x float> %494, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %499 = shufflevector <4 x float> %495, <4 x float> %496, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %500 = shufflevector <4 x float> %495, <4 x float> %496, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %501 = getelementptr inbounds nuw i8, ptr %gep154, i64 512
-  %v448.us.2.i = load <4 x float>, ptr %501, align 4, !tbaa !5
-  %502 = getelementptr inbounds nuw i8, ptr %gep154, i64 576
-  %v450.us.2.i = load <4 x float>, ptr %502, align 4, !tbaa !5
-  %503 = getelementptr inbounds nuw i8, ptr %gep154, i64 640
-  %v452.us.2.i = load <4 x float>, ptr %503, align 4, !tbaa !5
-  %504 = getelementptr inbounds nuw i8, ptr %gep154, i64 704
-  %v454.us.2.i = load <4 x float>, ptr %504, align 4, !tbaa !5
-  %505 = shufflevector <4 x float> %v448.us.2.i, <4 x float> %v452.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %506 = shufflevector <4 x float> %v450.us.2.i, <4 x float> %v454.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %507 = shufflevector <4 x float> %v448.us.2.i, <4 x float> %v452.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %508 = shufflevector <4 x float> %v450.us.2.i, <4 x float> %v454.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %509 = shufflevector <4 x float> %505, <4 x float> %506, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %510 = shufflevector <4 x float> %505, <4 x float> %506, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %511 = shufflevector <4 x float> %507, <4 x float> %508, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %512 = shufflevector <4 x float> %507, <4 x float> %508, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %513 = getelementptr inbounds nuw i8, ptr %gep154, i64 768
-  %v448.us.3.i = load <4 x float>, ptr %513, align 4, !tbaa !5
-  %514 = getelementptr inbounds nuw i8, ptr %gep154, i64 832
-  %v450.us.3.i = load <4 x float>, ptr %514, align 4, !tbaa !5
-  %515 = getelementptr inbounds nuw i8, ptr %gep154, i64 896
-  %v452.us.3.i = load <4 x float>, ptr %515, align 4, !tbaa !5
-  %516 = getelementptr inbounds nuw i8, ptr %gep154, i64 960
-  %v454.us.3.i = load <4 x float>, ptr %516, align 4, !tbaa !5
-  %517 = shufflevector <4 x float> %v448.us.3.i, <4 x float> %v452.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %518 = shufflevector <4 x float> %v450.us.3.i, <4 x float> %v454.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %519 = shufflevector <4 x float> %v448.us.3.i, <4 x float> %v452.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %520 = shufflevector <4 x float> %v450.us.3.i, <4 x float> %v454.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %521 = shufflevector <4 x float> %517, <4 x float> %518, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %522 = shufflevector <4 x float> %485, <4 x float> %497, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %523 = shufflevector <4 x float> %509, <4 x float> %521, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %524 = shufflevector <8 x float> %522, <8 x float> %523, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %525 = shufflevector <4 x float> %517, <4 x float> %518, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %526 = shufflevector <4 x float> %486, <4 x float> %498, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %527 = shufflevector <4 x float> %510, <4 x float> %525, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %528 = shufflevector <8 x float> %526, <8 x float> %527, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %529 = shufflevector <4 x float> %519, <4 x float> %520, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %530 = shufflevector <4 x float> %487, <4 x float> %499, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %531 = shufflevector <4 x float> %511, <4 x float> %529, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %532 = shufflevector <8 x float> %530, <8 x float> %531, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %533 = shufflevector <4 x float> %519, <4 x float> %520, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %534 = shufflevector <4 x float> %488, <4 x float> %500, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %535 = shufflevector <4 x float> %512, <4 x float> %533, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %536 = shufflevector <8 x float> %534, <8 x float> %535, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %537 = fmul <16 x float> %587, %524
-  %.idx1209.i = shl nuw nsw i64 %indvars.iv1128.i, 6
-  %gep1279.i = getelementptr inbounds nuw i8, ptr %invariant.gep1278.i, i64 %.idx1209.i
-  store <16 x float> %537, ptr %gep1279.i, align 4, !tbaa !5
-  %538 = fmul <16 x float> %591, %528
-  %539 = getelementptr inbounds nuw i8, ptr %gep1279.i, i64 512
-  store <16 x float> %538, ptr %539, align 4, !tbaa !5
-  %540 = fmul <16 x float> %595, %532
-  %541 = getelementptr inbounds nuw i8, ptr %gep1279.i, i64 1024
-  store <16 x float> %540, ptr %541, align 4, !tbaa !5
-  %542 = fmul <16 x float> %599, %536
-  %543 = getelementptr inbounds nuw i8, ptr %gep1279.i, i64 1536
-  store <16 x float> %542, ptr %543, align 4, !tbaa !5
-  %indvars.iv.next1129.i = add nuw nsw i64 %indvars.iv1128.i, 1
-  %exitcond1132.not.i = icmp eq i64 %indvars.iv.next1129.i, 8
-  br i1 %exitcond1132.not.i, label %for_end_d_0439.us.i, label %for_begin_ax1_0442.preheader.us.i, !prof !26
+for_body_r484.us.i:                               ; preds = %for_body_r484.lr.ph.us.i, %if_end490.us.i.1
+  %indvars.iv1127.i = phi i64 [ 0, %for_body_r484.lr.ph.us.i ], [ %indvars.iv.next1128.i.1, %if_end490.us.i.1 ]
+  %416 = add nuw nsw i64 %indvars.iv1127.i, %590
+  %417 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %416
+  %418 = load float, ptr %417, align 4, !tbaa !5
+  %419 = fcmp oeq float %418, 0.000000e+00
+  br i1 %419, label %if_end490.us.i, label %if_else489.us.i
 
-for_begin_d_0477.preheader.us.i:                  ; preds = %for_begin_d_0477.preheader.lr.ph.us.i, %for_begin_d_0477.preheader.us.i
-  %indvars.iv1142.i = phi i64 [ 0, %for_begin_d_0477.preheader.lr.ph.us.i ], [ %indvars.iv.next1143.i, %for_begin_d_0477.preheader.us.i ]
-  %544 = and i64 %indvars.iv1142.i, 3
-  %545 = or disjoint i64 %544, %604
-  %546 = mul nsw i64 %545, %out_head
-  %547 = lshr i64 %indvars.iv1142.i, 2
-  %548 = add nsw i64 %547, %607
-  %549 = mul nsw i64 %548, %out_batch
-  %550 = getelementptr i16, ptr %out, i64 %549
-  %invariant.gep884.us.i = getelementptr i16, ptr %550, i64 %546
-  %.idx81 = shl nsw i64 %indvars.iv1142.i, 9
-  %551 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx81
-  %552 = load <32 x i32>, ptr %551, align 4, !tbaa !5
+if_else489.us.i:                                  ; preds = %for_body_r484.us.i
+  %420 = getelementptr inbounds nuw i32, ptr %places.i, i64 %416
+  %421 = load i32, ptr %420, align 4, !tbaa !5
+  %422 = shl i32 %421, 23
+  %423 = add i32 %422, 1065353216
+  %424 = bitcast i32 %423 to float
+  %425 = fmul float %418, %424
+  %426 = tail call float @llvm.log.f32(float %425)
+  %427 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %416
+  %428 = load float, ptr %427, align 4, !tbaa !5
+  %429 = fadd float %428, %426
+  br label %if_end490.us.i
+
+if_end490.us.i:                                   ; preds = %if_else489.us.i, %for_body_r484.us.i
+  %430 = phi float [ %429, %if_else489.us.i ], [ 0xFFF0000000000000, %for_body_r484.us.i ]
+  %431 = and i64 %indvars.iv1127.i, 2
+  %432 = lshr i64 %indvars.iv1127.i, 2
+  %433 = add nsw i64 %432, %587
+  %434 = mul nsw i64 %433, %lse_batch
+  %435 = getelementptr float, ptr %589, i64 %434
+  %436 = getelementptr float, ptr %435, i64 %431
+  store float %430, ptr %436, align 4, !tbaa !5
+  %indvars.iv.next1128.i = or disjoint i64 %indvars.iv1127.i, 1
+  %437 = add nuw nsw i64 %indvars.iv.next1128.i, %590
+  %438 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %437
+  %439 = load float, ptr %438, align 4, !tbaa !5
+  %440 = fcmp oeq float %439, 0.000000e+00
+  br i1 %440, label %if_end490.us.i.1, label %if_else489.us.i.1
+
+if_else489.us.i.1:                                ; preds = %if_end490.us.i
+  %441 = getelementptr inbounds nuw i32, ptr %places.i, i64 %437
+  %442 = load i32, ptr %441, align 4, !tbaa !5
+  %443 = shl i32 %442, 23
+  %444 = add i32 %443, 1065353216
+  %445 = bitcast i32 %444 to float
+  %446 = fmul float %439, %445
+  %447 = tail call float @llvm.log.f32(float %446)
+  %448 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %437
+  %449 = load float, ptr %448, align 4, !tbaa !5
+  %450 = fadd float %449, %447
+  br label %if_end490.us.i.1
+
+if_end490.us.i.1:                                 ; preds = %if_else489.us.i.1, %if_end490.us.i
+  %451 = phi float [ %450, %if_else489.us.i.1 ], [ 0xFFF0000000000000, %if_end490.us.i ]
+  %452 = and i64 %indvars.iv.next1128.i, 3
+  %453 = lshr i64 %indvars.iv1127.i, 2
+  %454 = add nsw i64 %453, %587
+  %455 = mul nsw i64 %454, %lse_batch
+  %456 = getelementptr float, ptr %589, i64 %455
+  %457 = getelementptr float, ptr %456, i64 %452
+  store float %451, ptr %457, align 4, !tbaa !5
+  %indvars.iv.next1128.i.1 = add nuw nsw i64 %indvars.iv1127.i, 2
+  %exitcond1132.not.i.1 = icmp eq i64 %indvars.iv.next1128.i.1, %wide.trip.count1125.i
+  br i1 %exitcond1132.not.i.1, label %for_end_r485.us.i, label %for_body_r484.us.i, !prof !13, !llvm.loop !39
+
+for_end_d_0436.us.i:                              ; preds = %for_begin_ax1_0439.preheader.us.i
+  %indvars.iv.next1113.i = add nuw nsw i64 %indvars.iv1112.i, 1
+  %exitcond1116.not.i = icmp eq i64 %indvars.iv.next1113.i, 4
+  br i1 %exitcond1116.not.i, label %for_end_r_0.us.i, label %for_begin_d_0434.preheader.us.i, !prof !28
+
+for_begin_ax1_0439.preheader.us.i:                ; preds = %for_begin_d_0434.preheader.us.i, %for_begin_ax1_0439.preheader.us.i
+  %indvars.iv1107.i = phi i64 [ 0, %for_begin_d_0434.preheader.us.i ], [ %indvars.iv.next1108.i, %for_begin_ax1_0439.preheader.us.i ]
+  %.idx80 = shl nuw nsw i64 %indvars.iv1107.i, 10
+  %gep155 = getelementptr inbounds nuw i8, ptr %invariant.gep154, i64 %.idx80
+  %v445.us.i = load <4 x float>, ptr %gep155, align 4, !tbaa !5
+  %458 = getelementptr inbounds nuw i8, ptr %gep155, i64 64
+  %v447.us.i = load <4 x float>, ptr %458, align 4, !tbaa !5
+  %459 = getelementptr inbounds nuw i8, ptr %gep155, i64 128
+  %v449.us.i = load <4 x float>, ptr %459, align 4, !tbaa !5
+  %460 = getelementptr inbounds nuw i8, ptr %gep155, i64 192
+  %v451.us.i = load <4 x float>, ptr %460, align 4, !tbaa !5
+  %461 = shufflevector <4 x float> %v445.us.i, <4 x float> %v449.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %462 = shufflevector <4 x float> %v447.us.i, <4 x float> %v451.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %463 = shufflevector <4 x float> %v445.us.i, <4 x float> %v449.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %464 = shufflevector <4 x float> %v447.us.i, <4 x float> %v451.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %465 = shufflevector <4 x float> %461, <4 x float> %462, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %466 = shufflevector <4 x float> %461, <4 x float> %462, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %467 = shufflevector <4 x float> %463, <4 x float> %464, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %468 = shufflevector <4 x float> %463, <4 x float> %464, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %469 = getelementptr inbounds nuw i8, ptr %gep155, i64 256
+  %v445.us.1.i = load <4 x float>, ptr %469, align 4, !tbaa !5
+  %470 = getelementptr inbounds nuw i8, ptr %gep155, i64 320
+  %v447.us.1.i = load <4 x float>, ptr %470, align 4, !tbaa !5
+  %471 = getelementptr inbounds nuw i8, ptr %gep155, i64 384
+  %v449.us.1.i = load <4 x float>, ptr %471, align 4, !tbaa !5
+  %472 = getelementptr inbounds nuw i8, ptr %gep155, i64 448
+  %v451.us.1.i = load <4 x float>, ptr %472, align 4, !tbaa !5
+  %473 = shufflevector <4 x float> %v445.us.1.i, <4 x float> %v449.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %474 = shufflevector <4 x float> %v447.us.1.i, <4 x float> %v451.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %475 = shufflevector <4 x float> %v445.us.1.i, <4 x float> %v449.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %476 = shufflevector <4 x float> %v447.us.1.i, <4 x float> %v451.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %477 = shufflevector <4 x float> %473, <4 x float> %474, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %478 = shufflevector <4 x float> %473, <4 x float> %474, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %479 = shufflevector <4 x float> %475, <4 x float> %476, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %480 = shufflevector <4 x float> %475, <4 x float> %476, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %481 = getelementptr inbounds nuw i8, ptr %gep155, i64 512
+  %v445.us.2.i = load <4 x float>, ptr %481, align 4, !tbaa !5
+  %482 = getelementptr inbounds nuw i8, ptr %gep155, i64 576
+  %v447.us.2.i = load <4 x float>, ptr %482, align 4, !tbaa !5
+  %483 = getelementptr inbounds nuw i8, ptr %gep155, i64 640
+  %v449.us.2.i = load <4 x float>, ptr %483, align 4, !tbaa !5
+  %484 = getelementptr inbounds nuw i8, ptr %gep155, i64 704
+  %v451.us.2.i = load <4 x float>, ptr %484, align 4, !tbaa !5
+  %485 = shufflevector <4 x float> %v445.us.2.i, <4 x float> %v449.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %486 = shufflevector <4 x float> %v447.us.2.i, <4 x float> %v451.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %487 = shufflevector <4 x float> %v445.us.2.i, <4 x float> %v449.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %488 = shufflevector <4 x float> %v447.us.2.i, <4 x float> %v451.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %489 = shufflevector <4 x float> %485, <4 x float> %486, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %490 = shufflevector <4 x float> %485, <4 x float> %486, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %491 = shufflevector <4 x float> %487, <4 x float> %488, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %492 = shufflevector <4 x float> %487, <4 x float> %488, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %493 = getelementptr inbounds nuw i8, ptr %gep155, i64 768
+  %v445.us.3.i = load <4 x float>, ptr %493, align 4, !tbaa !5
+  %494 = getelementptr inbounds nuw i8, ptr %gep155, i64 832
+  %v447.us.3.i = load <4 x float>, ptr %494, align 4, !tbaa !5
+  %495 = getelementptr inbounds nuw i8, ptr %gep155, i64 896
+  %v449.us.3.i = load <4 x float>, ptr %495, align 4, !tbaa !5
+  %496 = getelementptr inbounds nuw i8, ptr %gep155, i64 960
+  %v451.us.3.i = load <4 x float>, ptr %496, align 4, !tbaa !5
+  %497 = shufflevector <4 x float> %v445.us.3.i, <4 x float> %v449.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %498 = shufflevector <4 x float> %v447.us.3.i, <4 x float> %v451.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %499 = shufflevector <4 x float> %v445.us.3.i, <4 x float> %v449.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %500 = shufflevector <4 x float> %v447.us.3.i, <4 x float> %v451.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %501 = shufflevector <4 x float> %497, <4 x float> %498, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %502 = shufflevector <4 x float> %465, <4 x float> %477, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %503 = shufflevector <4 x float> %489, <4 x float> %501, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %504 = shufflevector <8 x float> %502, <8 x float> %503, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %505 = shufflevector <4 x float> %497, <4 x float> %498, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %506 = shufflevector <4 x float> %466, <4 x float> %478, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %507 = shufflevector <4 x float> %490, <4 x float> %505, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %508 = shufflevector <8 x float> %506, <8 x float> %507, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %509 = shufflevector <4 x float> %499, <4 x float> %500, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %510 = shufflevector <4 x float> %467, <4 x float> %479, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %511 = shufflevector <4 x float> %491, <4 x float> %509, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %512 = shufflevector <8 x float> %510, <8 x float> %511, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %513 = shufflevector <4 x float> %499, <4 x float> %500, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %514 = shufflevector <4 x float> %468, <4 x float> %480, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %515 = shufflevector <4 x float> %492, <4 x float> %513, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %516 = shufflevector <8 x float> %514, <8 x float> %515, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %517 = fmul <16 x float> %567, %504
+  %.idx1190.i = shl nuw nsw i64 %indvars.iv1107.i, 6
+  %gep1262.i = getelementptr inbounds nuw i8, ptr %invariant.gep1261.i, i64 %.idx1190.i
+  store <16 x float> %517, ptr %gep1262.i, align 4, !tbaa !5
+  %518 = fmul <16 x float> %571, %508
+  %519 = getelementptr inbounds nuw i8, ptr %gep1262.i, i64 512
+  store <16 x float> %518, ptr %519, align 4, !tbaa !5
+  %520 = fmul <16 x float> %575, %512
+  %521 = getelementptr inbounds nuw i8, ptr %gep1262.i, i64 1024
+  store <16 x float> %520, ptr %521, align 4, !tbaa !5
+  %522 = fmul <16 x float> %579, %516
+  %523 = getelementptr inbounds nuw i8, ptr %gep1262.i, i64 1536
+  store <16 x float> %522, ptr %523, align 4, !tbaa !5
+  %indvars.iv.next1108.i = add nuw nsw i64 %indvars.iv1107.i, 1
+  %exitcond1111.not.i = icmp eq i64 %indvars.iv.next1108.i, 8
+  br i1 %exitcond1111.not.i, label %for_end_d_0436.us.i, label %for_begin_ax1_0439.preheader.us.i, !prof !28
+
+for_begin_d_0474.preheader.us.i:                  ; preds = %for_begin_d_0474.preheader.lr.ph.us.i, %for_begin_d_0474.preheader.us.i
+  %indvars.iv1121.i = phi i64 [ 0, %for_begin_d_0474.preheader.lr.ph.us.i ], [ %indvars.iv.next1122.i, %for_begin_d_0474.preheader.us.i ]
+  %524 = and i64 %indvars.iv1121.i, 3
+  %525 = or disjoint i64 %524, %584
+  %526 = mul nsw i64 %525, %out_head
+  %527 = lshr i64 %indvars.iv1121.i, 2
+  %528 = add nsw i64 %527, %587
+  %529 = mul nsw i64 %528, %out_batch
+  %530 = getelementptr i16, ptr %out, i64 %529
+  %invariant.gep867.us.i = getelementptr i16, ptr %530, i64 %526
+  %.idx81 = shl nsw i64 %indvars.iv1121.i, 9
+  %531 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx81
+  %532 = load <32 x i32>, ptr %531, align 4, !tbaa !5
+  %533 = lshr <32 x i32> %532, splat (i32 16)
+  %534 = and <32 x i32> %533, splat (i32 1)
+  %535 = add nuw <32 x i32> %532, splat (i32 32767)
+  %536 = add nuw <32 x i32> %535, %534
+  %537 = lshr <32 x i32> %536, splat (i32 16)
+  %538 = trunc nuw <32 x i32> %537 to <32 x i16>
+  store <32 x i16> %538, ptr %invariant.gep867.us.i, align 2, !tbaa !5
+  %539 = getelementptr inbounds nuw i8, ptr %531, i64 128
+  %540 = load <32 x i32>, ptr %539, align 4, !tbaa !5
+  %541 = lshr <32 x i32> %540, splat (i32 16)
+  %542 = and <32 x i32> %541, splat (i32 1)
+  %543 = add nuw <32 x i32> %540, splat (i32 32767)
+  %544 = add nuw <32 x i32> %543, %542
+  %545 = lshr <32 x i32> %544, splat (i32 16)
+  %546 = trunc nuw <32 x i32> %545 to <32 x i16>
+  %gep868.us.1.i = getelementptr i8, ptr %invariant.gep867.us.i, i64 64
+  store <32 x i16> %546, ptr %gep868.us.1.i, align 2, !tbaa !5
+  %547 = getelementptr inbounds nuw i8, ptr %531, i64 256
+  %548 = load <32 x i32>, ptr %547, align 4, !tbaa !5
+  %549 = lshr <32 x i32> %548, splat (i32 16)
+  %550 = and <32 x i32> %549, splat (i32 1)
+  %551 = add nuw <32 x i32> %548, splat (i32 32767)
+  %552 = add nuw <32 x i32> %551, %550
   %553 = lshr <32 x i32> %552, splat (i32 16)
-  %554 = and <32 x i32> %553, splat (i32 1)
-  %555 = add nuw <32 x i32> %552, splat (i32 32767)
-  %556 = add nuw <32 x i32> %555, %554
+  %554 = trunc nuw <32 x i32> %553 to <32 x i16>
+  %gep868.us.2.i = getelementptr i8, ptr %invariant.gep867.us.i, i64 128
+  store <32 x i16> %554, ptr %gep868.us.2.i, align 2, !tbaa !5
+  %555 = getelementptr inbounds nuw i8, ptr %531, i64 384
+  %556 = load <32 x i32>, ptr %555, align 4, !tbaa !5
   %557 = lshr <32 x i32> %556, splat (i32 16)
-  %558 = trunc nuw <32 x i32> %557 to <32 x i16>
-  store <32 x i16> %558, ptr %invariant.gep884.us.i, align 2, !tbaa !5
-  %559 = getelementptr inbounds nuw i8, ptr %551, i64 128
-  %560 = load <32 x i32>, ptr %559, align 4, !tbaa !5
+  %558 = and <32 x i32> %557, splat (i32 1)
+  %559 = add nuw <32 x i32> %556, splat (i32 32767)
+  %560 = add nuw <32 x i32> %559, %558
   %561 = lshr <32 x i32> %560, splat (i32 16)
-  %562 = and <32 x i32> %561, splat (i32 1)
-  %563 = add nuw <32 x i32> %560, splat (i32 32767)
-  %564 = add nuw <32 x i32> %563, %562
-  %565 = lshr <32 x i32> %564, splat (i32 16)
-  %566 = trunc nuw <32 x i32> %565 to <32 x i16>
-  %gep885.us.1.i = getelementptr i8, ptr %invariant.gep884.us.i, i64 64
-  store <32 x i16> %566, ptr %gep885.us.1.i, align 2, !tbaa !5
-  %567 = getelementptr inbounds nuw i8, ptr %551, i64 256
-  %568 = load <32 x i32>, ptr %567, align 4, !tbaa !5
-  %569 = lshr <32 x i32> %568, splat (i32 16)
-  %570 = and <32 x i32> %569, splat (i32 1)
-  %571 = add nuw <32 x i32> %568, splat (i32 32767)
-  %572 = add nuw <32 x i32> %571, %570
-  %573 = lshr <32 x i32> %572, splat (i32 16)
-  %574 = trunc nuw <32 x i32> %573 to <32 x i16>
-  %gep885.us.2.i = getelementptr i8, ptr %invariant.gep884.us.i, i64 128
-  store <32 x i16> %574, ptr %gep885.us.2.i, align 2, !tbaa !5
-  %575 = getelementptr inbounds nuw i8, ptr %551, i64 384
-  %576 = load <32 x i32>, ptr %575, align 4, !tbaa !5
-  %577 = lshr <32 x i32> %576, splat (i32 16)
-  %578 = and <32 x i32> %577, splat (i32 1)
-  %579 = add nuw <32 x i32> %576, splat (i32 32767)
-  %580 = add nuw <32 x i32> %579, %578
-  %581 = lshr <32 x i32> %580, splat (i32 16)
-  %582 = trunc nuw <32 x i32> %581 to <32 x i16>
-  %gep885.us.3.i = getelementptr i8, ptr %invariant.gep884.us.i, i64 192
-  store <32 x i16> %582, ptr %gep885.us.3.i, align 2, !tbaa !5
-  %indvars.iv.next1143.i = add nuw nsw i64 %indvars.iv1142.i, 1
-  %exitcond1147.not.i = icmp eq i64 %indvars.iv.next1143.i, %wide.trip.count1146.i
-  br i1 %exitcond1147.not.i, label %for_body_r487.lr.ph.us.i, label %for_begin_d_0477.preheader.us.i, !prof !13
+  %562 = trunc nuw <32 x i32> %561 to <32 x i16>
+  %gep868.us.3.i = getelementptr i8, ptr %invariant.gep867.us.i, i64 192
+  store <32 x i16> %562, ptr %gep868.us.3.i, align 2, !tbaa !5
+  %indvars.iv.next1122.i = add nuw nsw i64 %indvars.iv1121.i, 1
+  %exitcond1126.not.i = icmp eq i64 %indvars.iv.next1122.i, %wide.trip.count1125.i
+  br i1 %exitcond1126.not.i, label %for_body_r484.lr.ph.us.i, label %for_begin_d_0474.preheader.us.i, !prof !13
 
-for_begin_d_0437.preheader.us.i:                  ; preds = %for_end_d_0439.us.i, %if_end435.us.i
-  %indvars.iv1133.i = phi i64 [ %indvars.iv.next1134.i, %for_end_d_0439.us.i ], [ 0, %if_end435.us.i ]
-  %583 = shl nuw nsw i64 %indvars.iv1133.i, 2
-  %584 = getelementptr inbounds nuw float, ptr %factor557.i, i64 %583
-  %585 = load float, ptr %584, align 16, !tbaa !39
-  %586 = insertelement <16 x float> poison, float %585, i64 0
-  %587 = shufflevector <16 x float> %586, <16 x float> poison, <16 x i32> zeroinitializer
-  %588 = getelementptr inbounds nuw i8, ptr %584, i64 4
-  %589 = load float, ptr %588, align 4, !tbaa !39
-  %590 = insertelement <16 x float> poison, float %589, i64 0
-  %591 = shufflevector <16 x float> %590, <16 x float> poison, <16 x i32> zeroinitializer
-  %592 = getelementptr inbounds nuw i8, ptr %584, i64 8
-  %593 = load float, ptr %592, align 8, !tbaa !39
-  %594 = insertelement <16 x float> poison, float %593, i64 0
-  %595 = shufflevector <16 x float> %594, <16 x float> poison, <16 x i32> zeroinitializer
-  %596 = getelementptr inbounds nuw i8, ptr %584, i64 12
-  %597 = load float, ptr %596, align 4, !tbaa !39
-  %598 = insertelement <16 x float> poison, float %597, i64 0
-  %599 = shufflevector <16 x float> %598, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx1210.i = shl nuw nsw i64 %indvars.iv1133.i, 11
-  %invariant.gep1278.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1210.i
-  %invariant.gep153 = getelementptr inbounds nuw float, ptr %invariant.gep151, i64 %583
-  br label %for_begin_ax1_0442.preheader.us.i
+for_begin_d_0434.preheader.us.i:                  ; preds = %for_end_d_0436.us.i, %if_end432.us.i
+  %indvars.iv1112.i = phi i64 [ %indvars.iv.next1113.i, %for_end_d_0436.us.i ], [ 0, %if_end432.us.i ]
+  %563 = shl nuw nsw i64 %indvars.iv1112.i, 2
+  %564 = getelementptr inbounds nuw float, ptr %factor552.i, i64 %563
+  %565 = load float, ptr %564, align 16, !tbaa !41
+  %566 = insertelement <16 x float> poison, float %565, i64 0
+  %567 = shufflevector <16 x float> %566, <16 x float> poison, <16 x i32> zeroinitializer
+  %568 = getelementptr inbounds nuw i8, ptr %564, i64 4
+  %569 = load float, ptr %568, align 4, !tbaa !41
+  %570 = insertelement <16 x float> poison, float %569, i64 0
+  %571 = shufflevector <16 x float> %570, <16 x float> poison, <16 x i32> zeroinitializer
+  %572 = getelementptr inbounds nuw i8, ptr %564, i64 8
+  %573 = load float, ptr %572, align 8, !tbaa !41
+  %574 = insertelement <16 x float> poison, float %573, i64 0
+  %575 = shufflevector <16 x float> %574, <16 x float> poison, <16 x i32> zeroinitializer
+  %576 = getelementptr inbounds nuw i8, ptr %564, i64 12
+  %577 = load float, ptr %576, align 4, !tbaa !41
+  %578 = insertelement <16 x float> poison, float %577, i64 0
+  %579 = shufflevector <16 x float> %578, <16 x float> poison, <16 x i32> zeroinitializer
+  %.idx1191.i = shl nuw nsw i64 %indvars.iv1112.i, 11
+  %invariant.gep1261.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1191.i
+  %invariant.gep154 = getelementptr inbounds nuw float, ptr %invariant.gep152, i64 %563
+  br label %for_begin_ax1_0439.preheader.us.i
 
-for_begin_d_0477.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
-  %600 = sext i1 %.not589.us.i to i32
-  %601 = add nsw i32 %rdiv483.us.i, %600
-  %602 = sext i32 %601 to i64
-  %603 = add nsw i64 %413, %602
-  %604 = shl nsw i64 %603, 2
-  %605 = sext i32 %430 to i64
-  %606 = shl nsw i64 %605, 2
-  %607 = add nsw i64 %606, %416
-  %608 = tail call i32 @llvm.umin.i32(i32 %432, i32 16)
-  %wide.trip.count1146.i = zext nneg i32 %608 to i64
-  br label %for_begin_d_0477.preheader.us.i
+for_begin_d_0474.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
+  %580 = sext i1 %.not584.us.i to i32
+  %581 = add nsw i32 %rdiv480.us.i, %580
+  %582 = sext i32 %581 to i64
+  %583 = add nsw i64 %393, %582
+  %584 = shl nsw i64 %583, 2
+  %585 = sext i32 %410 to i64
+  %586 = shl nsw i64 %585, 2
+  %587 = add nsw i64 %586, %396
+  %588 = tail call i32 @llvm.umin.i32(i32 %412, i32 16)
+  %wide.trip.count1125.i = zext nneg i32 %588 to i64
+  br label %for_begin_d_0474.preheader.us.i
 
-for_body_r487.lr.ph.us.i:                         ; preds = %for_begin_d_0477.preheader.us.i
-  %.idx590.us.i = shl nsw i64 %603, 4
-  %609 = getelementptr i8, ptr %lse, i64 %.idx590.us.i
-  %610 = and i64 %420, 4294967280
-  br label %for_body_r487.us.i
+for_body_r484.lr.ph.us.i:                         ; preds = %for_begin_d_0474.preheader.us.i
+  %.idx585.us.i = shl nsw i64 %583, 4
+  %589 = getelementptr i8, ptr %lse, i64 %.idx585.us.i
+  %590 = and i64 %400, 4294967280
+  br label %for_body_r484.us.i
 
 for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
-  %indvars.iv225.in = phi i32 [ %indvars.iv225, %for_begin_number.i ], [ %376, %for_body_number.lr.ph.i ]
-  %indvars.iv215 = phi i32 [ %indvars.iv.next216, %for_begin_number.i ], [ %376, %for_body_number.lr.ph.i ]
-  %number872.i = phi i32 [ %410, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
-  %611 = tail call i32 @llvm.smax.i32(i32 %span574.sroa.0.0.lcssa.i, i32 %indvars.iv215)
-  %smax448 = sext i32 %611 to i64
-  %612 = tail call i32 @llvm.smax.i32(i32 %span574.sroa.0.0.lcssa.i, i32 %indvars.iv215)
-  %smax411 = sext i32 %612 to i64
-  %indvars.iv225 = add i32 %indvars.iv225.in, 4096
-  %smax217 = tail call i32 @llvm.smax.i32(i32 %span574.sroa.0.0.lcssa.i, i32 %indvars.iv215)
-  %613 = add i32 %smax217, %tree_size
-  %614 = sub i32 %context_len.i, %613
-  %615 = tail call i32 @llvm.smax.i32(i32 %span574.sroa.0.0.lcssa.i, i32 %indvars.iv215)
-  %616 = sub i32 0, %615
-  %617 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %row_max.i = tail call ptr %617(i32 1, i32 %dev_id, i64 %143, i32 2, i32 32)
-  %618 = icmp eq ptr %row_max.i, null
-  br i1 %618, label %fused_attend_compute_.exit, label %if_end120.i, !prof !8
+  %indvars.iv215 = phi i32 [ %indvars.iv.next216, %for_begin_number.i ], [ %355, %for_body_number.lr.ph.i ]
+  %indvars.iv.in = phi i32 [ %indvars.iv, %for_begin_number.i ], [ %355, %for_body_number.lr.ph.i ]
+  %number855.i = phi i32 [ %390, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %591 = shl nuw nsw i32 %number855.i, 12
+  %592 = add i32 %378, %591
+  %smin605 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %592)
+  %smin606 = tail call i32 @llvm.smin.i32(i32 %smin605, i32 %354)
+  %smax607 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %593 = shl nuw nsw i32 %number855.i, 12
+  %594 = add i32 %378, %593
+  %smin600 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %594)
+  %smin601 = tail call i32 @llvm.smin.i32(i32 %smin600, i32 %354)
+  %smax = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %595 = shl nuw nsw i32 %number855.i, 12
+  %596 = add i32 %378, %595
+  %smin483 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %596)
+  %smin484 = tail call i32 @llvm.smin.i32(i32 %smin483, i32 %354)
+  %smax485 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %597 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %smax462 = sext i32 %597 to i64
+  %598 = add i32 %597, %tree_size
+  %599 = sub i32 %context_len.i, %598
+  %600 = shl nuw nsw i32 %number855.i, 12
+  %601 = add i32 %378, %600
+  %smin467 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %601)
+  %smin468 = tail call i32 @llvm.smin.i32(i32 %smin467, i32 %354)
+  %smax469 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %602 = sub i32 %smin468, %smax469
+  %603 = shl nuw nsw i32 %number855.i, 12
+  %604 = add i32 %378, %603
+  %smin447 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %604)
+  %smin448 = tail call i32 @llvm.smin.i32(i32 %smin447, i32 %354)
+  %smax449 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %605 = sub i32 %smin448, %smax449
+  %606 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %607 = add i32 %606, %tree_size
+  %608 = sub i32 %context_len.i, %607
+  %609 = shl nuw nsw i32 %number855.i, 12
+  %610 = add i32 %378, %609
+  %smin427 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %610)
+  %smin428 = tail call i32 @llvm.smin.i32(i32 %smin427, i32 %354)
+  %smax429 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %611 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %smax410 = sext i32 %611 to i64
+  %612 = add i32 %611, %tree_size
+  %613 = sub i32 %context_len.i, %612
+  %614 = shl nuw nsw i32 %number855.i, 12
+  %615 = add i32 %378, %614
+  %smin414 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %615)
+  %smin415 = tail call i32 @llvm.smin.i32(i32 %smin414, i32 %354)
+  %smax416 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %616 = sub i32 %smin415, %smax416
+  %617 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %618 = add i32 %617, %tree_size
+  %indvars.iv = add i32 %indvars.iv.in, 4096
+  %619 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %620 = add i32 %619, %tree_size
+  %621 = sub i32 %context_len.i, %620
+  %622 = sub i32 0, %619
+  %smin = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %indvars.iv)
+  %smin214 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %354)
+  %623 = sub i32 %smin214, %619
+  %624 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %row_max.i = tail call ptr %624(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %625 = icmp eq ptr %row_max.i, null
+  br i1 %625, label %fused_attend_compute_.exit, label %if_end117.i, !prof !8
 
-if_end120.i:                                      ; preds = %for_body_number.i
-  %619 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %row_sum.i = tail call ptr %619(i32 1, i32 %dev_id, i64 %143, i32 2, i32 32)
-  %620 = icmp eq ptr %row_sum.i, null
-  br i1 %620, label %fused_attend_compute_.exit, label %if_end123.i, !prof !8
+if_end117.i:                                      ; preds = %for_body_number.i
+  %626 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %row_sum.i = tail call ptr %626(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %627 = icmp eq ptr %row_sum.i, null
+  br i1 %627, label %fused_attend_compute_.exit, label %if_end120.i, !prof !8
+
+if_end120.i:                                      ; preds = %if_end117.i
+  %628 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %acc.i = tail call ptr %628(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
+  %629 = icmp eq ptr %acc.i, null
+  br i1 %629, label %fused_attend_compute_.exit, label %if_end123.i, !prof !8
 
 if_end123.i:                                      ; preds = %if_end120.i
-  %621 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %acc.i = tail call ptr %621(i32 1, i32 %dev_id, i64 %125, i32 2, i32 32)
-  %622 = icmp eq ptr %acc.i, null
-  br i1 %622, label %fused_attend_compute_.exit, label %if_end126.i, !prof !8
+  %630 = shl nsw i32 %number855.i, 12
+  %631 = add nsw i32 %630, %355
+  %632 = add nsw i32 %631, 4096
+  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %631, i32 %span569.sroa.0.0.lcssa.i)
+  %633 = tail call i32 @llvm.smin.i32(i32 %632, i32 %key_end.i)
+  %634 = sub nsw i32 %633, %read_begin.i
+  %.fr878.i = freeze i32 %634
+  %635 = icmp slt i32 %.fr878.i, 1
+  %636 = tail call i32 @llvm.smax.i32(i32 %.fr878.i, i32 0)
+  %637 = add nuw nsw i32 %636, 127
+  %638 = lshr i32 %637, 7
+  %.not876.i = icmp eq i32 %638, 0
+  br i1 %.not876.i, label %for_begin_tile354.preheader.i, label %for_body_step.lr.ph.i, !prof !16
 
-if_end126.i:                                      ; preds = %if_end123.i
-  %623 = shl nsw i32 %number872.i, 12
-  %624 = add nsw i32 %623, %376
-  %625 = add nsw i32 %624, 4096
-  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %624, i32 %span574.sroa.0.0.lcssa.i)
-  %626 = tail call i32 @llvm.smin.i32(i32 %625, i32 %key_end.i)
-  %627 = sub nsw i32 %626, %read_begin.i
-  %.fr895.i = freeze i32 %627
-  %628 = icmp slt i32 %.fr895.i, 1
-  %629 = tail call i32 @llvm.smax.i32(i32 %.fr895.i, i32 0)
-  %630 = add nuw nsw i32 %629, 127
-  %631 = lshr i32 %630, 7
-  %.not893.i = icmp eq i32 %631, 0
-  br i1 %.not893.i, label %for_begin_tile357.preheader.i, label %for_body_step.lr.ph.i, !prof !16
-
-for_body_step.lr.ph.i:                            ; preds = %if_end126.i
-  %632 = add nsw i32 %626, -1
-  %633 = sext i32 %read_begin.i to i64
-  %wide.trip.count1090.i = zext nneg i32 %631 to i64
-  %634 = getelementptr i8, ptr %396, i64 %633
-  %635 = add i32 %read_begin.i, %tree_size
-  %636 = getelementptr i8, ptr %401, i64 %smax448
-  %637 = getelementptr i8, ptr %402, i64 %smax411
+for_body_step.lr.ph.i:                            ; preds = %if_end123.i
+  %639 = add nsw i32 %633, -1
+  %640 = sext i32 %read_begin.i to i64
+  %wide.trip.count1070.i = zext nneg i32 %638 to i64
+  %641 = getelementptr i8, ptr %381, i64 %smax462
+  %642 = getelementptr i8, ptr %382, i64 %smax410
   br label %for_body_step.i
 
-for_begin_step.i:                                 ; preds = %if_end352.i
-  %indvars.iv.next1088.i = add nuw nsw i64 %indvars.iv1087.i, 1
-  %exitcond1091.not.i = icmp eq i64 %indvars.iv.next1088.i, %wide.trip.count1090.i
-  %indvars.iv.next = add i32 %indvars.iv, -128
-  %indvars.iv.next219 = add i32 %indvars.iv218, -128
-  %indvars.iv.next223 = add i32 %indvars.iv222, -128
-  br i1 %exitcond1091.not.i, label %for_begin_tile357.preheader.i, label %for_body_step.i, !prof !13
+for_begin_step.i:                                 ; preds = %if_end349.i
+  %indvars.iv.next1068.i = add nuw nsw i64 %indvars.iv1067.i, 1
+  %exitcond1071.not.i = icmp eq i64 %indvars.iv.next1068.i, %wide.trip.count1070.i
+  %indvars.iv.next218 = add i32 %indvars.iv217, -128
+  %indvars.iv.next227 = add i32 %indvars.iv226, -128
+  %indvars.iv.next230 = add i32 %indvars.iv229, -128
+  br i1 %exitcond1071.not.i, label %for_begin_tile354.preheader.i, label %for_body_step.i, !prof !13
 
-for_begin_tile357.preheader.i:                    ; preds = %for_begin_step.i, %if_end126.i
-  %brmerge.i = or i1 %156, %628
-  br i1 %brmerge.i, label %for_end_tile359.i, label %for_body_tile358.i, !prof !40
+for_begin_tile354.preheader.i:                    ; preds = %for_begin_step.i, %if_end123.i
+  %brmerge.i = or i1 %135, %635
+  br i1 %brmerge.i, label %for_end_tile356.i, label %for_body_tile355.i, !prof !42
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
-  %indvars.iv222 = phi i32 [ %indvars.iv.next223, %for_begin_step.i ], [ %616, %for_body_step.lr.ph.i ]
-  %indvars.iv218 = phi i32 [ %indvars.iv.next219, %for_begin_step.i ], [ %614, %for_body_step.lr.ph.i ]
-  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_step.i ], [ %.fr895.i, %for_body_step.lr.ph.i ]
-  %indvars.iv1087.i = phi i64 [ %indvars.iv.next1088.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
-  %smax581 = tail call i32 @llvm.smax.i32(i32 %indvars.iv, i32 128)
-  %umin582 = tail call i32 @llvm.umin.i32(i32 %smax581, i32 256)
-  %638 = add nsw i32 %umin582, -128
-  %smin583 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %639 = add nsw i32 %smin583, 7
-  %640 = and i32 %639, -8
-  %641 = add i32 %638, %640
-  %642 = zext i32 %641 to i64
-  %smax578 = tail call i32 @llvm.smax.i32(i32 %indvars.iv, i32 128)
-  %umin = tail call i32 @llvm.umin.i32(i32 %smax578, i32 256)
-  %643 = add nsw i32 %umin, -128
-  %smin579 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %644 = add nsw i32 %smin579, 7
-  %645 = and i32 %644, -8
-  %646 = add i32 %643, %645
-  %647 = zext i32 %646 to i64
-  %smax466 = tail call i32 @llvm.smax.i32(i32 %indvars.iv218, i32 0)
-  %648 = shl nuw nsw i64 %indvars.iv1087.i, 7
-  %scevgep449 = getelementptr i8, ptr %636, i64 %648
-  %smax450 = tail call i32 @llvm.smax.i32(i32 %indvars.iv218, i32 0)
-  %649 = zext nneg i32 %smax450 to i64
-  %650 = shl i32 %smax450, 4
-  %smax438 = tail call i32 @llvm.smax.i32(i32 %indvars.iv218, i32 0)
-  %651 = shl i32 %smax438, 4
-  %smax422 = tail call i32 @llvm.smax.i32(i32 %indvars.iv218, i32 0)
-  %652 = shl nuw nsw i64 %indvars.iv1087.i, 7
-  %scevgep = getelementptr i8, ptr %637, i64 %652
-  %smax412 = tail call i32 @llvm.smax.i32(i32 %indvars.iv218, i32 0)
-  %653 = zext nneg i32 %smax412 to i64
-  %654 = shl i32 %smax412, 4
-  %655 = sext i32 %654 to i64
-  %656 = shl nsw i64 %655, 2
-  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv218, i32 0)
-  %657 = shl i32 %smax, 4
-  %smax231 = tail call i32 @llvm.smax.i32(i32 %indvars.iv218, i32 0)
-  %658 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %key_offsets.i = tail call ptr %658(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %659 = icmp eq ptr %key_offsets.i, null
-  br i1 %659, label %fused_attend_compute_.exit, label %if_end129.i, !prof !8
+  %indvars.iv229 = phi i32 [ %indvars.iv.next230, %for_begin_step.i ], [ %622, %for_body_step.lr.ph.i ]
+  %indvars.iv226 = phi i32 [ %indvars.iv.next227, %for_begin_step.i ], [ %621, %for_body_step.lr.ph.i ]
+  %indvars.iv217 = phi i32 [ %indvars.iv.next218, %for_begin_step.i ], [ %623, %for_body_step.lr.ph.i ]
+  %indvars.iv1067.i = phi i64 [ %indvars.iv.next1068.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
+  %indvars.iv1067.i.tr634 = trunc i64 %indvars.iv1067.i to i32
+  %643 = shl i32 %indvars.iv1067.i.tr634, 7
+  %644 = add i32 %smax607, %643
+  %645 = sub i32 %smin606, %644
+  %smax608 = tail call i32 @llvm.smax.i32(i32 %645, i32 128)
+  %umin609 = tail call i32 @llvm.umin.i32(i32 %smax608, i32 256)
+  %646 = add nsw i32 %umin609, -128
+  %smin610 = tail call i32 @llvm.smin.i32(i32 %645, i32 128)
+  %647 = add nsw i32 %smin610, 7
+  %648 = and i32 %647, -8
+  %649 = add i32 %646, %648
+  %650 = zext i32 %649 to i64
+  %indvars.iv1067.i.tr635 = trunc i64 %indvars.iv1067.i to i32
+  %651 = shl i32 %indvars.iv1067.i.tr635, 7
+  %652 = add i32 %smax, %651
+  %653 = sub i32 %smin601, %652
+  %smax602 = tail call i32 @llvm.smax.i32(i32 %653, i32 128)
+  %umin = tail call i32 @llvm.umin.i32(i32 %smax602, i32 256)
+  %654 = add nsw i32 %umin, -128
+  %smin603 = tail call i32 @llvm.smin.i32(i32 %653, i32 128)
+  %655 = add nsw i32 %smin603, 7
+  %656 = and i32 %655, -8
+  %657 = add i32 %654, %656
+  %658 = zext i32 %657 to i64
+  %smax482 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %indvars.iv1067.i.tr = trunc i64 %indvars.iv1067.i to i32
+  %659 = shl i32 %indvars.iv1067.i.tr, 7
+  %660 = add i32 %smax485, %659
+  %661 = sub i32 %smin484, %660
+  %662 = shl nuw nsw i64 %indvars.iv1067.i, 7
+  %scevgep463 = getelementptr i8, ptr %641, i64 %662
+  %663 = mul nsw i64 %indvars.iv1067.i, -128
+  %664 = trunc i64 %663 to i32
+  %665 = add i32 %599, %664
+  %smax464 = tail call i32 @llvm.smax.i32(i32 %665, i32 0)
+  %666 = zext nneg i32 %smax464 to i64
+  %smax466 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %667 = trunc i64 %663 to i32
+  %668 = add i32 %602, %667
+  %669 = shl i32 %smax464, 4
+  %670 = sext i32 %669 to i64
+  %671 = shl nsw i64 %670, 2
+  %smax446 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %672 = mul nsw i64 %indvars.iv1067.i, -128
+  %673 = trunc i64 %672 to i32
+  %674 = add i32 %605, %673
+  %675 = trunc i64 %672 to i32
+  %676 = add i32 %608, %675
+  %smax453 = tail call i32 @llvm.smax.i32(i32 %676, i32 0)
+  %677 = shl i32 %smax453, 4
+  %678 = sext i32 %677 to i64
+  %smax426 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %indvars.iv1067.i.tr532 = trunc i64 %indvars.iv1067.i to i32
+  %679 = shl i32 %indvars.iv1067.i.tr532, 7
+  %680 = add i32 %smax429, %679
+  %681 = sub i32 %smin428, %680
+  %682 = shl nuw nsw i64 %indvars.iv1067.i, 7
+  %scevgep = getelementptr i8, ptr %642, i64 %682
+  %683 = mul nsw i64 %indvars.iv1067.i, -128
+  %684 = trunc i64 %683 to i32
+  %685 = add i32 %613, %684
+  %smax411 = tail call i32 @llvm.smax.i32(i32 %685, i32 0)
+  %686 = zext nneg i32 %smax411 to i64
+  %smax413 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %687 = trunc i64 %683 to i32
+  %688 = add i32 %616, %687
+  %689 = shl i32 %smax411, 4
+  %690 = sext i32 %689 to i64
+  %691 = shl nsw i64 %690, 2
+  %indvars.iv1067.i.tr533 = trunc i64 %indvars.iv1067.i to i32
+  %692 = shl i32 %indvars.iv1067.i.tr533, 7
+  %693 = add i32 %618, %692
+  %694 = sub i32 %context_len.i, %693
+  %smax409 = tail call i32 @llvm.smax.i32(i32 %694, i32 0)
+  %695 = shl i32 %smax409, 4
+  %smax234 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %696 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %key_offsets.i = tail call ptr %696(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %697 = icmp eq ptr %key_offsets.i, null
+  br i1 %697, label %fused_attend_compute_.exit, label %if_end126.i, !prof !8
 
-if_end129.i:                                      ; preds = %for_body_step.i
-  %660 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %value_offsets.i = tail call ptr %660(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %661 = icmp eq ptr %value_offsets.i, null
-  br i1 %661, label %fused_attend_compute_.exit, label %if_end132.i, !prof !8
+if_end126.i:                                      ; preds = %for_body_step.i
+  %698 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %value_offsets.i = tail call ptr %698(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %699 = icmp eq ptr %value_offsets.i, null
+  br i1 %699, label %fused_attend_compute_.exit, label %if_end129.i, !prof !8
 
-if_end132.i:                                      ; preds = %if_end129.i
-  %662 = shl nsw i64 %indvars.iv1087.i, 7
-  %663 = trunc i64 %662 to i32
-  %664 = sub i32 %.fr895.i, %663
-  %665 = tail call i32 @llvm.smax.i32(i32 %664, i32 128)
-  %666 = tail call i32 @llvm.umin.i32(i32 %665, i32 256)
-  %667 = add nsw i32 %666, -128
-  %668 = tail call i32 @llvm.smin.i32(i32 %664, i32 128)
-  %669 = add nsw i32 %668, 7
-  %670 = ashr i32 %669, 3
-  %671 = and i32 %669, -8
-  %672 = add nsw i32 %667, %671
-  %673 = icmp sgt i32 %672, 0
-  br i1 %673, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
+if_end129.i:                                      ; preds = %if_end126.i
+  %700 = shl nsw i64 %indvars.iv1067.i, 7
+  %701 = add nsw i64 %700, %640
+  %702 = trunc i64 %701 to i32
+  %703 = sub i32 %633, %702
+  %704 = tail call i32 @llvm.smax.i32(i32 %703, i32 128)
+  %705 = tail call i32 @llvm.umin.i32(i32 %704, i32 256)
+  %706 = add nsw i32 %705, -128
+  %707 = tail call i32 @llvm.smin.i32(i32 %703, i32 128)
+  %708 = add nsw i32 %707, 7
+  %709 = ashr i32 %708, 3
+  %710 = and i32 %708, -8
+  %711 = add nsw i32 %706, %710
+  %712 = icmp sgt i32 %711, 0
+  br i1 %712, label %for_body_t.i.preheader, label %for_begin_kv_head.preheader.i, !prof !3
 
-for_body_t.lr.ph.i:                               ; preds = %if_end132.i
-  %674 = add nsw i64 %662, %633
-  %xtraiter = and i64 %647, 1
-  %675 = icmp eq i32 %646, 1
-  br i1 %675, label %for_body_t.i.epil.preheader, label %for_body_t.lr.ph.i.new, !prof !4
+for_body_t.i.preheader:                           ; preds = %if_end129.i
+  %xtraiter = and i64 %658, 1
+  %713 = icmp eq i32 %657, 1
+  br i1 %713, label %for_body_t.i.epil.preheader, label %for_body_t.i.preheader.new, !prof !4
 
-for_body_t.lr.ph.i.new:                           ; preds = %for_body_t.lr.ph.i
-  %unroll_iter = and i64 %647, 4294967294
+for_body_t.i.preheader.new:                       ; preds = %for_body_t.i.preheader
+  %unroll_iter = and i64 %658, 4294967294
   br label %for_body_t.i
 
-for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i.new
-  %indvars.iv957.i = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %indvars.iv.next958.i.1, %for_body_t.i ]
-  %niter = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %niter.next.1, %for_body_t.i ]
-  %676 = add nsw i64 %indvars.iv957.i, %674
-  %677 = trunc nsw i64 %676 to i32
-  %678 = tail call i32 @llvm.smin.i32(i32 %677, i32 %632)
-  %679 = sext i32 %678 to i64
-  %680 = ashr i64 %679, 4
-  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %680
-  %681 = load i32, ptr %gep.i, align 4, !tbaa !5
-  %block.i = sext i32 %681 to i64
-  %682 = and i64 %679, 15
-  %683 = mul nsw i64 %682, %k_row
-  %684 = mul nsw i64 %k_block, %block.i
-  %685 = add nsw i64 %683, %684
-  %686 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv957.i
-  store i64 %685, ptr %686, align 8, !tbaa !5
-  %indvars.iv.next958.i = or disjoint i64 %indvars.iv957.i, 1
-  %687 = add nsw i64 %indvars.iv.next958.i, %674
-  %688 = trunc nsw i64 %687 to i32
-  %689 = tail call i32 @llvm.smin.i32(i32 %688, i32 %632)
-  %690 = sext i32 %689 to i64
-  %691 = ashr i64 %690, 4
-  %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %691
-  %692 = load i32, ptr %gep.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %692 to i64
-  %693 = and i64 %690, 15
-  %694 = mul nsw i64 %693, %k_row
-  %695 = mul nsw i64 %k_block, %block.i.1
-  %696 = add nsw i64 %694, %695
-  %697 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next958.i
-  store i64 %696, ptr %697, align 8, !tbaa !5
-  %indvars.iv.next958.i.1 = add nuw nsw i64 %indvars.iv957.i, 2
+for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.i.preheader.new
+  %indvars.iv940.i = phi i64 [ 0, %for_body_t.i.preheader.new ], [ %indvars.iv.next941.i.1, %for_body_t.i ]
+  %niter = phi i64 [ 0, %for_body_t.i.preheader.new ], [ %niter.next.1, %for_body_t.i ]
+  %714 = add nsw i64 %indvars.iv940.i, %701
+  %715 = trunc nsw i64 %714 to i32
+  %716 = tail call i32 @llvm.smin.i32(i32 %715, i32 %639)
+  %717 = sext i32 %716 to i64
+  %718 = ashr i64 %717, 4
+  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %718
+  %719 = load i32, ptr %gep.i, align 4, !tbaa !5
+  %block.i = sext i32 %719 to i64
+  %720 = and i64 %717, 15
+  %721 = mul nsw i64 %720, %k_row
+  %722 = mul nsw i64 %k_block, %block.i
+  %723 = add nsw i64 %721, %722
+  %724 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv940.i
+  store i64 %723, ptr %724, align 8, !tbaa !5
+  %indvars.iv.next941.i = or disjoint i64 %indvars.iv940.i, 1
+  %725 = add nsw i64 %indvars.iv.next941.i, %701
+  %726 = trunc nsw i64 %725 to i32
+  %727 = tail call i32 @llvm.smin.i32(i32 %726, i32 %639)
+  %728 = sext i32 %727 to i64
+  %729 = ashr i64 %728, 4
+  %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %729
+  %730 = load i32, ptr %gep.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %730 to i64
+  %731 = and i64 %728, 15
+  %732 = mul nsw i64 %731, %k_row
+  %733 = mul nsw i64 %k_block, %block.i.1
+  %734 = add nsw i64 %732, %733
+  %735 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next941.i
+  store i64 %734, ptr %735, align 8, !tbaa !5
+  %indvars.iv.next941.i.1 = add nuw nsw i64 %indvars.iv940.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_body_t135.i.preheader.unr-lcssa, label %for_body_t.i, !prof !9, !llvm.loop !41
+  br i1 %niter.ncmp.1, label %for_body_t132.i.preheader.unr-lcssa, label %for_body_t.i, !prof !9, !llvm.loop !43
 
-for_body_t135.i.preheader.unr-lcssa:              ; preds = %for_body_t.i
+for_body_t132.i.preheader.unr-lcssa:              ; preds = %for_body_t.i
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br i1 %lcmp.mod.not, label %for_body_t135.i.preheader, label %for_body_t.i.epil.preheader, !prof !12
+  br i1 %lcmp.mod.not, label %for_body_t132.i.preheader, label %for_body_t.i.epil.preheader, !prof !12
 
-for_body_t.i.epil.preheader:                      ; preds = %for_body_t135.i.preheader.unr-lcssa, %for_body_t.lr.ph.i
-  %indvars.iv957.i.epil.init = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next958.i.1, %for_body_t135.i.preheader.unr-lcssa ]
-  %lcmp.mod580 = icmp ne i64 %xtraiter, 0
-  tail call void @llvm.assume(i1 %lcmp.mod580)
-  %698 = add nsw i64 %indvars.iv957.i.epil.init, %674
-  %699 = trunc nsw i64 %698 to i32
-  %700 = tail call i32 @llvm.smin.i32(i32 %699, i32 %632)
-  %701 = sext i32 %700 to i64
-  %702 = ashr i64 %701, 4
-  %gep.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %702
-  %703 = load i32, ptr %gep.i.epil, align 4, !tbaa !5
-  %block.i.epil = sext i32 %703 to i64
-  %704 = and i64 %701, 15
-  %705 = mul nsw i64 %704, %k_row
-  %706 = mul nsw i64 %k_block, %block.i.epil
-  %707 = add nsw i64 %705, %706
-  %708 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv957.i.epil.init
-  store i64 %707, ptr %708, align 8, !tbaa !5
-  br label %for_body_t135.i.preheader
+for_body_t.i.epil.preheader:                      ; preds = %for_body_t132.i.preheader.unr-lcssa, %for_body_t.i.preheader
+  %indvars.iv940.i.epil.init = phi i64 [ 0, %for_body_t.i.preheader ], [ %indvars.iv.next941.i.1, %for_body_t132.i.preheader.unr-lcssa ]
+  %lcmp.mod604 = icmp ne i64 %xtraiter, 0
+  tail call void @llvm.assume(i1 %lcmp.mod604)
+  %736 = add nsw i64 %indvars.iv940.i.epil.init, %701
+  %737 = trunc nsw i64 %736 to i32
+  %738 = tail call i32 @llvm.smin.i32(i32 %737, i32 %639)
+  %739 = sext i32 %738 to i64
+  %740 = ashr i64 %739, 4
+  %gep.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %740
+  %741 = load i32, ptr %gep.i.epil, align 4, !tbaa !5
+  %block.i.epil = sext i32 %741 to i64
+  %742 = and i64 %739, 15
+  %743 = mul nsw i64 %742, %k_row
+  %744 = mul nsw i64 %k_block, %block.i.epil
+  %745 = add nsw i64 %743, %744
+  %746 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv940.i.epil.init
+  store i64 %745, ptr %746, align 8, !tbaa !5
+  br label %for_body_t132.i.preheader
 
-for_body_t135.i.preheader:                        ; preds = %for_body_t.i.epil.preheader, %for_body_t135.i.preheader.unr-lcssa
-  %xtraiter584 = and i64 %642, 1
-  %709 = icmp eq i32 %641, 1
-  br i1 %709, label %for_body_t135.i.epil.preheader, label %for_body_t135.i.preheader.new, !prof !4
+for_body_t132.i.preheader:                        ; preds = %for_body_t.i.epil.preheader, %for_body_t132.i.preheader.unr-lcssa
+  %xtraiter611 = and i64 %650, 1
+  %747 = icmp eq i32 %649, 1
+  br i1 %747, label %for_body_t132.i.epil.preheader, label %for_body_t132.i.preheader.new, !prof !4
 
-for_body_t135.i.preheader.new:                    ; preds = %for_body_t135.i.preheader
-  %unroll_iter587 = and i64 %642, 4294967294
-  br label %for_body_t135.i
+for_body_t132.i.preheader.new:                    ; preds = %for_body_t132.i.preheader
+  %unroll_iter614 = and i64 %650, 4294967294
+  br label %for_body_t132.i
 
-for_begin_kv_head.preheader.i.loopexit.unr-lcssa: ; preds = %for_body_t135.i
-  %lcmp.mod585.not = icmp eq i64 %xtraiter584, 0
-  br i1 %lcmp.mod585.not, label %for_begin_kv_head.preheader.i, label %for_body_t135.i.epil.preheader, !prof !12
+for_begin_kv_head.preheader.i.loopexit.unr-lcssa: ; preds = %for_body_t132.i
+  %lcmp.mod612.not = icmp eq i64 %xtraiter611, 0
+  br i1 %lcmp.mod612.not, label %for_begin_kv_head.preheader.i, label %for_body_t132.i.epil.preheader, !prof !12
 
-for_body_t135.i.epil.preheader:                   ; preds = %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %for_body_t135.i.preheader
-  %indvars.iv960.i.epil.init = phi i64 [ 0, %for_body_t135.i.preheader ], [ %indvars.iv.next961.i.1, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa ]
-  %lcmp.mod586 = icmp ne i64 %xtraiter584, 0
-  tail call void @llvm.assume(i1 %lcmp.mod586)
-  %710 = add nsw i64 %indvars.iv960.i.epil.init, %674
-  %711 = trunc nsw i64 %710 to i32
-  %712 = tail call i32 @llvm.smin.i32(i32 %711, i32 %632)
-  %713 = sext i32 %712 to i64
-  %714 = ashr i64 %713, 4
-  %gep705.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %714
-  %715 = load i32, ptr %gep705.i.epil, align 4, !tbaa !5
-  %block142.i.epil = sext i32 %715 to i64
-  %716 = and i64 %713, 15
-  %717 = mul nsw i64 %716, %v_row
-  %718 = mul nsw i64 %v_block, %block142.i.epil
-  %719 = add nsw i64 %717, %718
-  %720 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv960.i.epil.init
-  store i64 %719, ptr %720, align 8, !tbaa !5
+for_body_t132.i.epil.preheader:                   ; preds = %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %for_body_t132.i.preheader
+  %indvars.iv943.i.epil.init = phi i64 [ 0, %for_body_t132.i.preheader ], [ %indvars.iv.next944.i.1, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa ]
+  %lcmp.mod613 = icmp ne i64 %xtraiter611, 0
+  tail call void @llvm.assume(i1 %lcmp.mod613)
+  %748 = add nsw i64 %indvars.iv943.i.epil.init, %701
+  %749 = trunc nsw i64 %748 to i32
+  %750 = tail call i32 @llvm.smin.i32(i32 %749, i32 %639)
+  %751 = sext i32 %750 to i64
+  %752 = ashr i64 %751, 4
+  %gep697.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %752
+  %753 = load i32, ptr %gep697.i.epil, align 4, !tbaa !5
+  %block139.i.epil = sext i32 %753 to i64
+  %754 = and i64 %751, 15
+  %755 = mul nsw i64 %754, %v_row
+  %756 = mul nsw i64 %v_block, %block139.i.epil
+  %757 = add nsw i64 %755, %756
+  %758 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv943.i.epil.init
+  store i64 %757, ptr %758, align 8, !tbaa !5
   br label %for_begin_kv_head.preheader.i
 
-for_begin_kv_head.preheader.i:                    ; preds = %for_body_t135.i.epil.preheader, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %if_end132.i
-  br i1 %382, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
+for_begin_kv_head.preheader.i:                    ; preds = %for_body_t132.i.epil.preheader, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %if_end129.i
+  br i1 %361, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
 
 for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
-  %721 = icmp sgt i32 %670, 0
-  %722 = add nsw i32 %666, -129
-  %723 = add nsw i64 %662, %633
-  %724 = add i32 %read_begin.i, %663
-  %725 = add i32 %635, %663
-  %.reass790.reass.i = sub i32 %context_len.i, %725
-  %726 = tail call i32 @llvm.smax.i32(i32 %.reass790.reass.i, i32 0)
-  %727 = zext nneg i32 %726 to i64
-  %728 = icmp eq i64 %indvars.iv1087.i, 0
-  %729 = insertelement <16 x i1> poison, i1 %728, i64 0
-  %730 = shufflevector <16 x i1> %729, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count970.i = zext nneg i32 %670 to i64
-  %731 = trunc nsw i64 %723 to i32
-  %732 = getelementptr i8, ptr %634, i64 %662
-  %733 = getelementptr i8, ptr %732, i64 %727
-  %scevgep413 = getelementptr i8, ptr %scevgep, i64 %653
-  %scevgep415 = getelementptr i8, ptr %scevgep, i64 %653
-  %scevgep451 = getelementptr i8, ptr %scevgep449, i64 %649
-  %scevgep455 = getelementptr i8, ptr %scevgep449, i64 %649
-  %broadcast.splatinsert475 = insertelement <8 x i32> poison, i32 %726, i64 0
-  %broadcast.splat476 = shufflevector <8 x i32> %broadcast.splatinsert475, <8 x i32> poison, <8 x i32> zeroinitializer
-  %broadcast.splatinsert430 = insertelement <8 x i32> poison, i32 %726, i64 0
-  %broadcast.splat431 = shufflevector <8 x i32> %broadcast.splatinsert430, <8 x i32> poison, <8 x i32> zeroinitializer
+  %759 = icmp sgt i32 %709, 0
+  %760 = add nsw i32 %705, -129
+  %761 = add i32 %tree_size, %702
+  %762 = sub i32 %context_len.i, %761
+  %763 = tail call i32 @llvm.smax.i32(i32 %762, i32 0)
+  %764 = zext nneg i32 %763 to i64
+  %765 = icmp eq i64 %indvars.iv1067.i, 0
+  %766 = insertelement <16 x i1> poison, i1 %765, i64 0
+  %767 = shufflevector <16 x i1> %766, <16 x i1> poison, <16 x i32> zeroinitializer
+  %wide.trip.count953.i = zext nneg i32 %709 to i64
+  %768 = getelementptr i8, ptr %375, i64 %701
+  %769 = getelementptr i8, ptr %768, i64 %764
+  %scevgep412 = getelementptr i8, ptr %scevgep, i64 %686
+  %scevgep465 = getelementptr i8, ptr %scevgep463, i64 %666
+  %broadcast.splatinsert495 = insertelement <8 x i32> poison, i32 %763, i64 0
+  %broadcast.splat496 = shufflevector <8 x i32> %broadcast.splatinsert495, <8 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splatinsert438 = insertelement <8 x i32> poison, i32 %763, i64 0
+  %broadcast.splat439 = shufflevector <8 x i32> %broadcast.splatinsert438, <8 x i32> poison, <8 x i32> zeroinitializer
   br label %for_body_kv_head.i
 
-for_body_t135.i:                                  ; preds = %for_body_t135.i, %for_body_t135.i.preheader.new
-  %indvars.iv960.i = phi i64 [ 0, %for_body_t135.i.preheader.new ], [ %indvars.iv.next961.i.1, %for_body_t135.i ]
-  %niter588 = phi i64 [ 0, %for_body_t135.i.preheader.new ], [ %niter588.next.1, %for_body_t135.i ]
-  %734 = add nsw i64 %indvars.iv960.i, %674
-  %735 = trunc nsw i64 %734 to i32
-  %736 = tail call i32 @llvm.smin.i32(i32 %735, i32 %632)
-  %737 = sext i32 %736 to i64
-  %738 = ashr i64 %737, 4
-  %gep705.i = getelementptr i32, ptr %invariant.gep.i, i64 %738
-  %739 = load i32, ptr %gep705.i, align 4, !tbaa !5
-  %block142.i = sext i32 %739 to i64
-  %740 = and i64 %737, 15
-  %741 = mul nsw i64 %740, %v_row
-  %742 = mul nsw i64 %v_block, %block142.i
-  %743 = add nsw i64 %741, %742
-  %744 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv960.i
-  store i64 %743, ptr %744, align 8, !tbaa !5
-  %indvars.iv.next961.i = or disjoint i64 %indvars.iv960.i, 1
-  %745 = add nsw i64 %indvars.iv.next961.i, %674
-  %746 = trunc nsw i64 %745 to i32
-  %747 = tail call i32 @llvm.smin.i32(i32 %746, i32 %632)
-  %748 = sext i32 %747 to i64
-  %749 = ashr i64 %748, 4
-  %gep705.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %749
-  %750 = load i32, ptr %gep705.i.1, align 4, !tbaa !5
-  %block142.i.1 = sext i32 %750 to i64
-  %751 = and i64 %748, 15
-  %752 = mul nsw i64 %751, %v_row
-  %753 = mul nsw i64 %v_block, %block142.i.1
-  %754 = add nsw i64 %752, %753
-  %755 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next961.i
-  store i64 %754, ptr %755, align 8, !tbaa !5
-  %indvars.iv.next961.i.1 = add nuw nsw i64 %indvars.iv960.i, 2
-  %niter588.next.1 = add i64 %niter588, 2
-  %niter588.ncmp.1 = icmp eq i64 %niter588.next.1, %unroll_iter587
-  br i1 %niter588.ncmp.1, label %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, label %for_body_t135.i, !prof !9, !llvm.loop !42
+for_body_t132.i:                                  ; preds = %for_body_t132.i, %for_body_t132.i.preheader.new
+  %indvars.iv943.i = phi i64 [ 0, %for_body_t132.i.preheader.new ], [ %indvars.iv.next944.i.1, %for_body_t132.i ]
+  %niter615 = phi i64 [ 0, %for_body_t132.i.preheader.new ], [ %niter615.next.1, %for_body_t132.i ]
+  %770 = add nsw i64 %indvars.iv943.i, %701
+  %771 = trunc nsw i64 %770 to i32
+  %772 = tail call i32 @llvm.smin.i32(i32 %771, i32 %639)
+  %773 = sext i32 %772 to i64
+  %774 = ashr i64 %773, 4
+  %gep697.i = getelementptr i32, ptr %invariant.gep.i, i64 %774
+  %775 = load i32, ptr %gep697.i, align 4, !tbaa !5
+  %block139.i = sext i32 %775 to i64
+  %776 = and i64 %773, 15
+  %777 = mul nsw i64 %776, %v_row
+  %778 = mul nsw i64 %v_block, %block139.i
+  %779 = add nsw i64 %777, %778
+  %780 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv943.i
+  store i64 %779, ptr %780, align 8, !tbaa !5
+  %indvars.iv.next944.i = or disjoint i64 %indvars.iv943.i, 1
+  %781 = add nsw i64 %indvars.iv.next944.i, %701
+  %782 = trunc nsw i64 %781 to i32
+  %783 = tail call i32 @llvm.smin.i32(i32 %782, i32 %639)
+  %784 = sext i32 %783 to i64
+  %785 = ashr i64 %784, 4
+  %gep697.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %785
+  %786 = load i32, ptr %gep697.i.1, align 4, !tbaa !5
+  %block139.i.1 = sext i32 %786 to i64
+  %787 = and i64 %784, 15
+  %788 = mul nsw i64 %787, %v_row
+  %789 = mul nsw i64 %v_block, %block139.i.1
+  %790 = add nsw i64 %788, %789
+  %791 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next944.i
+  store i64 %790, ptr %791, align 8, !tbaa !5
+  %indvars.iv.next944.i.1 = add nuw nsw i64 %indvars.iv943.i, 2
+  %niter615.next.1 = add i64 %niter615, 2
+  %niter615.ncmp.1 = icmp eq i64 %niter615.next.1, %unroll_iter614
+  br i1 %niter615.ncmp.1, label %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, label %for_body_t132.i, !prof !9, !llvm.loop !44
 
-for_begin_kv_head.i:                              ; preds = %if_end346.i
-  %indvars.iv.next1083.i = add nuw nsw i64 %indvars.iv1082.i, 1
-  %exitcond1086.not.i = icmp eq i64 %indvars.iv.next1083.i, %wide.trip.count1085.i
-  br i1 %exitcond1086.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
+for_begin_kv_head.i:                              ; preds = %if_end343.i
+  %indvars.iv.next1063.i = add nuw nsw i64 %indvars.iv1062.i, 1
+  %exitcond1066.not.i = icmp eq i64 %indvars.iv.next1063.i, %wide.trip.count1065.i
+  br i1 %exitcond1066.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i, %for_body_kv_head.lr.ph.i
-  %indvars.iv1082.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1083.i, %for_begin_kv_head.i ]
-  %756 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %k_tile.i = tail call ptr %756(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %757 = icmp eq ptr %k_tile.i, null
-  br i1 %757, label %fused_attend_compute_.exit, label %if_end146.i, !prof !8
+  %indvars.iv1062.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1063.i, %for_begin_kv_head.i ]
+  %792 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %k_tile.i = tail call ptr %792(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %793 = icmp eq ptr %k_tile.i, null
+  br i1 %793, label %fused_attend_compute_.exit, label %if_end143.i, !prof !8
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i, %for_begin_kv_head.preheader.i
-  %758 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %759 = tail call i32 %758(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not594.i = icmp eq i32 %759, 0
-  br i1 %.not594.i, label %if_end352.i, label %fused_attend_compute_.exit, !prof !36
+  %794 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %795 = tail call i32 %794(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not589.i = icmp eq i32 %795, 0
+  br i1 %.not589.i, label %if_end349.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end146.i:                                      ; preds = %for_body_kv_head.i
-  %760 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %v_tile.i = tail call ptr %760(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %761 = icmp eq ptr %v_tile.i, null
-  br i1 %761, label %fused_attend_compute_.exit, label %if_end149.i, !prof !8
+if_end143.i:                                      ; preds = %for_body_kv_head.i
+  %796 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %v_tile.i = tail call ptr %796(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %797 = icmp eq ptr %v_tile.i, null
+  br i1 %797, label %fused_attend_compute_.exit, label %if_end146.i, !prof !8
 
-if_end149.i:                                      ; preds = %if_end146.i
-  %762 = add nsw i64 %indvars.iv1082.i, %383
-  br i1 %721, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
+if_end146.i:                                      ; preds = %if_end143.i
+  %798 = add nsw i64 %indvars.iv1062.i, %362
+  br i1 %759, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
 
-for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end149.i
-  %763 = mul nsw i64 %762, %k_head
-  %invariant.gep706.i = getelementptr i32, ptr %key_cache, i64 %763
+for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end146.i
+  %799 = mul nsw i64 %798, %k_head
+  %invariant.gep698.i = getelementptr i32, ptr %key_cache, i64 %799
   br label %for_begin_ti.preheader.i
 
-for_begin_ti156.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
-  %764 = mul nsw i64 %762, %v_head
-  %invariant.gep724.i = getelementptr i32, ptr %value_cache, i64 %764
-  br label %for_begin_ti156.preheader.i
+for_begin_ti153.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
+  %800 = mul nsw i64 %798, %v_head
+  %invariant.gep716.i = getelementptr i32, ptr %value_cache, i64 %800
+  br label %for_begin_ti153.preheader.i
 
 for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.lr.ph.i
-  %indvars.iv967.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next968.i, %for_begin_ti.preheader.i ]
-  %.idx = shl nsw i64 %indvars.iv967.i, 6
-  %765 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
-  %766 = load i64, ptr %765, align 8, !tbaa !5
-  %gep707.i = getelementptr i32, ptr %invariant.gep706.i, i64 %766
-  %767 = load <16 x i32>, ptr %gep707.i, align 4, !tbaa !5
-  %768 = shl <16 x i32> %767, splat (i32 16)
-  %.idx68 = shl nsw i64 %indvars.iv967.i, 12
-  %769 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx68
-  store <16 x i32> %768, ptr %769, align 4, !tbaa !5
-  %770 = load i64, ptr %765, align 8, !tbaa !5
-  %gep709.i = getelementptr i32, ptr %invariant.gep706.i, i64 %770
-  %771 = load <16 x i32>, ptr %gep709.i, align 4, !tbaa !5
-  %772 = and <16 x i32> %771, %387
-  %773 = getelementptr inbounds nuw i8, ptr %769, i64 64
-  store <16 x i32> %772, ptr %773, align 4, !tbaa !5
-  %774 = load i64, ptr %765, align 8, !tbaa !5
-  %gep711.i = getelementptr i32, ptr %invariant.gep706.i, i64 %774
-  %775 = getelementptr i8, ptr %gep711.i, i64 64
-  %776 = load <16 x i32>, ptr %775, align 4, !tbaa !5
-  %777 = shl <16 x i32> %776, splat (i32 16)
-  %778 = getelementptr inbounds nuw i8, ptr %769, i64 128
-  store <16 x i32> %777, ptr %778, align 4, !tbaa !5
-  %779 = load i64, ptr %765, align 8, !tbaa !5
-  %gep713.i = getelementptr i32, ptr %invariant.gep706.i, i64 %779
-  %780 = getelementptr i8, ptr %gep713.i, i64 64
-  %781 = load <16 x i32>, ptr %780, align 4, !tbaa !5
-  %782 = and <16 x i32> %781, %387
-  %783 = getelementptr inbounds nuw i8, ptr %769, i64 192
-  store <16 x i32> %782, ptr %783, align 4, !tbaa !5
-  %784 = load i64, ptr %765, align 8, !tbaa !5
-  %gep715.i = getelementptr i32, ptr %invariant.gep706.i, i64 %784
-  %785 = getelementptr i8, ptr %gep715.i, i64 128
-  %786 = load <16 x i32>, ptr %785, align 4, !tbaa !5
-  %787 = shl <16 x i32> %786, splat (i32 16)
-  %788 = getelementptr inbounds nuw i8, ptr %769, i64 256
-  store <16 x i32> %787, ptr %788, align 4, !tbaa !5
-  %789 = load i64, ptr %765, align 8, !tbaa !5
-  %gep717.i = getelementptr i32, ptr %invariant.gep706.i, i64 %789
-  %790 = getelementptr i8, ptr %gep717.i, i64 128
-  %791 = load <16 x i32>, ptr %790, align 4, !tbaa !5
-  %792 = and <16 x i32> %791, %387
-  %793 = getelementptr inbounds nuw i8, ptr %769, i64 320
-  store <16 x i32> %792, ptr %793, align 4, !tbaa !5
-  %794 = load i64, ptr %765, align 8, !tbaa !5
-  %gep719.i = getelementptr i32, ptr %invariant.gep706.i, i64 %794
-  %795 = getelementptr i8, ptr %gep719.i, i64 192
-  %796 = load <16 x i32>, ptr %795, align 4, !tbaa !5
-  %797 = shl <16 x i32> %796, splat (i32 16)
-  %798 = getelementptr inbounds nuw i8, ptr %769, i64 384
-  store <16 x i32> %797, ptr %798, align 4, !tbaa !5
-  %799 = load i64, ptr %765, align 8, !tbaa !5
-  %gep721.i = getelementptr i32, ptr %invariant.gep706.i, i64 %799
-  %800 = getelementptr i8, ptr %gep721.i, i64 192
-  %801 = load <16 x i32>, ptr %800, align 4, !tbaa !5
-  %802 = and <16 x i32> %801, %387
-  %803 = getelementptr inbounds nuw i8, ptr %769, i64 448
-  store <16 x i32> %802, ptr %803, align 4, !tbaa !5
-  %804 = getelementptr inbounds nuw i8, ptr %765, i64 8
-  %805 = load i64, ptr %804, align 8, !tbaa !5
-  %gep707.1.i = getelementptr i32, ptr %invariant.gep706.i, i64 %805
-  %806 = load <16 x i32>, ptr %gep707.1.i, align 4, !tbaa !5
-  %807 = shl <16 x i32> %806, splat (i32 16)
-  %808 = getelementptr inbounds nuw i8, ptr %769, i64 512
-  store <16 x i32> %807, ptr %808, align 4, !tbaa !5
-  %809 = load i64, ptr %804, align 8, !tbaa !5
-  %gep709.1.i = getelementptr i32, ptr %invariant.gep706.i, i64 %809
-  %810 = load <16 x i32>, ptr %gep709.1.i, align 4, !tbaa !5
-  %811 = and <16 x i32> %810, %387
-  %812 = getelementptr inbounds nuw i8, ptr %769, i64 576
-  store <16 x i32> %811, ptr %812, align 4, !tbaa !5
-  %813 = load i64, ptr %804, align 8, !tbaa !5
-  %gep711.1.i = getelementptr i32, ptr %invariant.gep706.i, i64 %813
-  %814 = getelementptr i8, ptr %gep711.1.i, i64 64
-  %815 = load <16 x i32>, ptr %814, align 4, !tbaa !5
-  %816 = shl <16 x i32> %815, splat (i32 16)
-  %817 = getelementptr inbounds nuw i8, ptr %769, i64 640
-  store <16 x i32> %816, ptr %817, align 4, !tbaa !5
-  %818 = load i64, ptr %804, align 8, !tbaa !5
-  %gep713.1.i = getelementptr i32, ptr %invariant.gep706.i, i64 %818
-  %819 = getelementptr i8, ptr %gep713.1.i, i64 64
-  %820 = load <16 x i32>, ptr %819, align 4, !tbaa !5
-  %821 = and <16 x i32> %820, %387
-  %822 = getelementptr inbounds nuw i8, ptr %769, i64 704
-  store <16 x i32> %821, ptr %822, align 4, !tbaa !5
-  %823 = load i64, ptr %804, align 8, !tbaa !5
-  %gep715.1.i = getelementptr i32, ptr %invariant.gep706.i, i64 %823
-  %824 = getelementptr i8, ptr %gep715.1.i, i64 128
-  %825 = load <16 x i32>, ptr %824, align 4, !tbaa !5
-  %826 = shl <16 x i32> %825, splat (i32 16)
-  %827 = getelementptr inbounds nuw i8, ptr %769, i64 768
-  store <16 x i32> %826, ptr %827, align 4, !tbaa !5
-  %828 = load i64, ptr %804, align 8, !tbaa !5
-  %gep717.1.i = getelementptr i32, ptr %invariant.gep706.i, i64 %828
-  %829 = getelementptr i8, ptr %gep717.1.i, i64 128
-  %830 = load <16 x i32>, ptr %829, align 4, !tbaa !5
-  %831 = and <16 x i32> %830, %387
-  %832 = getelementptr inbounds nuw i8, ptr %769, i64 832
-  store <16 x i32> %831, ptr %832, align 4, !tbaa !5
-  %833 = load i64, ptr %804, align 8, !tbaa !5
-  %gep719.1.i = getelementptr i32, ptr %invariant.gep706.i, i64 %833
-  %834 = getelementptr i8, ptr %gep719.1.i, i64 192
-  %835 = load <16 x i32>, ptr %834, align 4, !tbaa !5
-  %836 = shl <16 x i32> %835, splat (i32 16)
-  %837 = getelementptr inbounds nuw i8, ptr %769, i64 896
-  store <16 x i32> %836, ptr %837, align 4, !tbaa !5
-  %838 = load i64, ptr %804, align 8, !tbaa !5
-  %gep721.1.i = getelementptr i32, ptr %invariant.gep706.i, i64 %838
-  %839 = getelementptr i8, ptr %gep721.1.i, i64 192
-  %840 = load <16 x i32>, ptr %839, align 4, !tbaa !5
-  %841 = and <16 x i32> %840, %387
-  %842 = getelementptr inbounds nuw i8, ptr %769, i64 960
-  store <16 x i32> %841, ptr %842, align 4, !tbaa !5
-  %843 = getelementptr inbounds nuw i8, ptr %765, i64 16
-  %844 = load i64, ptr %843, align 8, !tbaa !5
-  %gep707.2.i = getelementptr i32, ptr %invariant.gep706.i, i64 %844
-  %845 = load <16 x i32>, ptr %gep707.2.i, align 4, !tbaa !5
-  %846 = shl <16 x i32> %845, splat (i32 16)
-  %847 = getelementptr inbounds nuw i8, ptr %769, i64 1024
-  store <16 x i32> %846, ptr %847, align 4, !tbaa !5
-  %848 = load i64, ptr %843, align 8, !tbaa !5
-  %gep709.2.i = getelementptr i32, ptr %invariant.gep706.i, i64 %848
-  %849 = load <16 x i32>, ptr %gep709.2.i, align 4, !tbaa !5
-  %850 = and <16 x i32> %849, %387
-  %851 = getelementptr inbounds nuw i8, ptr %769, i64 1088
-  store <16 x i32> %850, ptr %851, align 4, !tbaa !5
-  %852 = load i64, ptr %843, align 8, !tbaa !5
-  %gep711.2.i = getelementptr i32, ptr %invariant.gep706.i, i64 %852
-  %853 = getelementptr i8, ptr %gep711.2.i, i64 64
-  %854 = load <16 x i32>, ptr %853, align 4, !tbaa !5
-  %855 = shl <16 x i32> %854, splat (i32 16)
-  %856 = getelementptr inbounds nuw i8, ptr %769, i64 1152
-  store <16 x i32> %855, ptr %856, align 4, !tbaa !5
-  %857 = load i64, ptr %843, align 8, !tbaa !5
-  %gep713.2.i = getelementptr i32, ptr %invariant.gep706.i, i64 %857
-  %858 = getelementptr i8, ptr %gep713.2.i, i64 64
-  %859 = load <16 x i32>, ptr %858, align 4, !tbaa !5
-  %860 = and <16 x i32> %859, %387
-  %861 = getelementptr inbounds nuw i8, ptr %769, i64 1216
-  store <16 x i32> %860, ptr %861, align 4, !tbaa !5
-  %862 = load i64, ptr %843, align 8, !tbaa !5
-  %gep715.2.i = getelementptr i32, ptr %invariant.gep706.i, i64 %862
-  %863 = getelementptr i8, ptr %gep715.2.i, i64 128
-  %864 = load <16 x i32>, ptr %863, align 4, !tbaa !5
-  %865 = shl <16 x i32> %864, splat (i32 16)
-  %866 = getelementptr inbounds nuw i8, ptr %769, i64 1280
-  store <16 x i32> %865, ptr %866, align 4, !tbaa !5
-  %867 = load i64, ptr %843, align 8, !tbaa !5
-  %gep717.2.i = getelementptr i32, ptr %invariant.gep706.i, i64 %867
-  %868 = getelementptr i8, ptr %gep717.2.i, i64 128
-  %869 = load <16 x i32>, ptr %868, align 4, !tbaa !5
-  %870 = and <16 x i32> %869, %387
-  %871 = getelementptr inbounds nuw i8, ptr %769, i64 1344
-  store <16 x i32> %870, ptr %871, align 4, !tbaa !5
-  %872 = load i64, ptr %843, align 8, !tbaa !5
-  %gep719.2.i = getelementptr i32, ptr %invariant.gep706.i, i64 %872
-  %873 = getelementptr i8, ptr %gep719.2.i, i64 192
-  %874 = load <16 x i32>, ptr %873, align 4, !tbaa !5
-  %875 = shl <16 x i32> %874, splat (i32 16)
-  %876 = getelementptr inbounds nuw i8, ptr %769, i64 1408
-  store <16 x i32> %875, ptr %876, align 4, !tbaa !5
-  %877 = load i64, ptr %843, align 8, !tbaa !5
-  %gep721.2.i = getelementptr i32, ptr %invariant.gep706.i, i64 %877
-  %878 = getelementptr i8, ptr %gep721.2.i, i64 192
-  %879 = load <16 x i32>, ptr %878, align 4, !tbaa !5
-  %880 = and <16 x i32> %879, %387
-  %881 = getelementptr inbounds nuw i8, ptr %769, i64 1472
-  store <16 x i32> %880, ptr %881, align 4, !tbaa !5
-  %882 = getelementptr inbounds nuw i8, ptr %765, i64 24
-  %883 = load i64, ptr %882, align 8, !tbaa !5
-  %gep707.3.i = getelementptr i32, ptr %invariant.gep706.i, i64 %883
-  %884 = load <16 x i32>, ptr %gep707.3.i, align 4, !tbaa !5
-  %885 = shl <16 x i32> %884, splat (i32 16)
-  %886 = getelementptr inbounds nuw i8, ptr %769, i64 1536
-  store <16 x i32> %885, ptr %886, align 4, !tbaa !5
-  %887 = load i64, ptr %882, align 8, !tbaa !5
-  %gep709.3.i = getelementptr i32, ptr %invariant.gep706.i, i64 %887
-  %888 = load <16 x i32>, ptr %gep709.3.i, align 4, !tbaa !5
-  %889 = and <16 x i32> %888, %387
-  %890 = getelementptr inbounds nuw i8, ptr %769, i64 1600
-  store <16 x i32> %889, ptr %890, align 4, !tbaa !5
-  %891 = load i64, ptr %882, align 8, !tbaa !5
-  %gep711.3.i = getelementptr i32, ptr %invariant.gep706.i, i64 %891
-  %892 = getelementptr i8, ptr %gep711.3.i, i64 64
-  %893 = load <16 x i32>, ptr %892, align 4, !tbaa !5
-  %894 = shl <16 x i32> %893, splat (i32 16)
-  %895 = getelementptr inbounds nuw i8, ptr %769, i64 1664
-  store <16 x i32> %894, ptr %895, align 4, !tbaa !5
-  %896 = load i64, ptr %882, align 8, !tbaa !5
-  %gep713.3.i = getelementptr i32, ptr %invariant.gep706.i, i64 %896
-  %897 = getelementptr i8, ptr %gep713.3.i, i64 64
-  %898 = load <16 x i32>, ptr %897, align 4, !tbaa !5
-  %899 = and <16 x i32> %898, %387
-  %900 = getelementptr inbounds nuw i8, ptr %769, i64 1728
-  store <16 x i32> %899, ptr %900, align 4, !tbaa !5
-  %901 = load i64, ptr %882, align 8, !tbaa !5
-  %gep715.3.i = getelementptr i32, ptr %invariant.gep706.i, i64 %901
-  %902 = getelementptr i8, ptr %gep715.3.i, i64 128
-  %903 = load <16 x i32>, ptr %902, align 4, !tbaa !5
-  %904 = shl <16 x i32> %903, splat (i32 16)
-  %905 = getelementptr inbounds nuw i8, ptr %769, i64 1792
-  store <16 x i32> %904, ptr %905, align 4, !tbaa !5
-  %906 = load i64, ptr %882, align 8, !tbaa !5
-  %gep717.3.i = getelementptr i32, ptr %invariant.gep706.i, i64 %906
-  %907 = getelementptr i8, ptr %gep717.3.i, i64 128
-  %908 = load <16 x i32>, ptr %907, align 4, !tbaa !5
-  %909 = and <16 x i32> %908, %387
-  %910 = getelementptr inbounds nuw i8, ptr %769, i64 1856
-  store <16 x i32> %909, ptr %910, align 4, !tbaa !5
-  %911 = load i64, ptr %882, align 8, !tbaa !5
-  %gep719.3.i = getelementptr i32, ptr %invariant.gep706.i, i64 %911
-  %912 = getelementptr i8, ptr %gep719.3.i, i64 192
-  %913 = load <16 x i32>, ptr %912, align 4, !tbaa !5
-  %914 = shl <16 x i32> %913, splat (i32 16)
-  %915 = getelementptr inbounds nuw i8, ptr %769, i64 1920
-  store <16 x i32> %914, ptr %915, align 4, !tbaa !5
-  %916 = load i64, ptr %882, align 8, !tbaa !5
-  %gep721.3.i = getelementptr i32, ptr %invariant.gep706.i, i64 %916
-  %917 = getelementptr i8, ptr %gep721.3.i, i64 192
-  %918 = load <16 x i32>, ptr %917, align 4, !tbaa !5
-  %919 = and <16 x i32> %918, %387
-  %920 = getelementptr inbounds nuw i8, ptr %769, i64 1984
-  store <16 x i32> %919, ptr %920, align 4, !tbaa !5
-  %921 = getelementptr inbounds nuw i8, ptr %765, i64 32
-  %922 = load i64, ptr %921, align 8, !tbaa !5
-  %gep707.4.i = getelementptr i32, ptr %invariant.gep706.i, i64 %922
-  %923 = load <16 x i32>, ptr %gep707.4.i, align 4, !tbaa !5
-  %924 = shl <16 x i32> %923, splat (i32 16)
-  %925 = getelementptr inbounds nuw i8, ptr %769, i64 2048
-  store <16 x i32> %924, ptr %925, align 4, !tbaa !5
-  %926 = load i64, ptr %921, align 8, !tbaa !5
-  %gep709.4.i = getelementptr i32, ptr %invariant.gep706.i, i64 %926
-  %927 = load <16 x i32>, ptr %gep709.4.i, align 4, !tbaa !5
-  %928 = and <16 x i32> %927, %387
-  %929 = getelementptr inbounds nuw i8, ptr %769, i64 2112
-  store <16 x i32> %928, ptr %929, align 4, !tbaa !5
-  %930 = load i64, ptr %921, align 8, !tbaa !5
-  %gep711.4.i = getelementptr i32, ptr %invariant.gep706.i, i64 %930
-  %931 = getelementptr i8, ptr %gep711.4.i, i64 64
-  %932 = load <16 x i32>, ptr %931, align 4, !tbaa !5
-  %933 = shl <16 x i32> %932, splat (i32 16)
-  %934 = getelementptr inbounds nuw i8, ptr %769, i64 2176
-  store <16 x i32> %933, ptr %934, align 4, !tbaa !5
-  %935 = load i64, ptr %921, align 8, !tbaa !5
-  %gep713.4.i = getelementptr i32, ptr %invariant.gep706.i, i64 %935
-  %936 = getelementptr i8, ptr %gep713.4.i, i64 64
-  %937 = load <16 x i32>, ptr %936, align 4, !tbaa !5
-  %938 = and <16 x i32> %937, %387
-  %939 = getelementptr inbounds nuw i8, ptr %769, i64 2240
-  store <16 x i32> %938, ptr %939, align 4, !tbaa !5
-  %940 = load i64, ptr %921, align 8, !tbaa !5
-  %gep715.4.i = getelementptr i32, ptr %invariant.gep706.i, i64 %940
-  %941 = getelementptr i8, ptr %gep715.4.i, i64 128
-  %942 = load <16 x i32>, ptr %941, align 4, !tbaa !5
-  %943 = shl <16 x i32> %942, splat (i32 16)
-  %944 = getelementptr inbounds nuw i8, ptr %769, i64 2304
-  store <16 x i32> %943, ptr %944, align 4, !tbaa !5
-  %945 = load i64, ptr %921, align 8, !tbaa !5
-  %gep717.4.i = getelementptr i32, ptr %invariant.gep706.i, i64 %945
-  %946 = getelementptr i8, ptr %gep717.4.i, i64 128
-  %947 = load <16 x i32>, ptr %946, align 4, !tbaa !5
-  %948 = and <16 x i32> %947, %387
-  %949 = getelementptr inbounds nuw i8, ptr %769, i64 2368
-  store <16 x i32> %948, ptr %949, align 4, !tbaa !5
-  %950 = load i64, ptr %921, align 8, !tbaa !5
-  %gep719.4.i = getelementptr i32, ptr %invariant.gep706.i, i64 %950
-  %951 = getelementptr i8, ptr %gep719.4.i, i64 192
-  %952 = load <16 x i32>, ptr %951, align 4, !tbaa !5
-  %953 = shl <16 x i32> %952, splat (i32 16)
-  %954 = getelementptr inbounds nuw i8, ptr %769, i64 2432
-  store <16 x i32> %953, ptr %954, align 4, !tbaa !5
-  %955 = load i64, ptr %921, align 8, !tbaa !5
-  %gep721.4.i = getelementptr i32, ptr %invariant.gep706.i, i64 %955
-  %956 = getelementptr i8, ptr %gep721.4.i, i64 192
-  %957 = load <16 x i32>, ptr %956, align 4, !tbaa !5
-  %958 = and <16 x i32> %957, %387
-  %959 = getelementptr inbounds nuw i8, ptr %769, i64 2496
-  store <16 x i32> %958, ptr %959, align 4, !tbaa !5
-  %960 = getelementptr inbounds nuw i8, ptr %765, i64 40
-  %961 = load i64, ptr %960, align 8, !tbaa !5
-  %gep707.5.i = getelementptr i32, ptr %invariant.gep706.i, i64 %961
-  %962 = load <16 x i32>, ptr %gep707.5.i, align 4, !tbaa !5
-  %963 = shl <16 x i32> %962, splat (i32 16)
-  %964 = getelementptr inbounds nuw i8, ptr %769, i64 2560
-  store <16 x i32> %963, ptr %964, align 4, !tbaa !5
-  %965 = load i64, ptr %960, align 8, !tbaa !5
-  %gep709.5.i = getelementptr i32, ptr %invariant.gep706.i, i64 %965
-  %966 = load <16 x i32>, ptr %gep709.5.i, align 4, !tbaa !5
-  %967 = and <16 x i32> %966, %387
-  %968 = getelementptr inbounds nuw i8, ptr %769, i64 2624
-  store <16 x i32> %967, ptr %968, align 4, !tbaa !5
-  %969 = load i64, ptr %960, align 8, !tbaa !5
-  %gep711.5.i = getelementptr i32, ptr %invariant.gep706.i, i64 %969
-  %970 = getelementptr i8, ptr %gep711.5.i, i64 64
-  %971 = load <16 x i32>, ptr %970, align 4, !tbaa !5
-  %972 = shl <16 x i32> %971, splat (i32 16)
-  %973 = getelementptr inbounds nuw i8, ptr %769, i64 2688
-  store <16 x i32> %972, ptr %973, align 4, !tbaa !5
-  %974 = load i64, ptr %960, align 8, !tbaa !5
-  %gep713.5.i = getelementptr i32, ptr %invariant.gep706.i, i64 %974
-  %975 = getelementptr i8, ptr %gep713.5.i, i64 64
-  %976 = load <16 x i32>, ptr %975, align 4, !tbaa !5
-  %977 = and <16 x i32> %976, %387
-  %978 = getelementptr inbounds nuw i8, ptr %769, i64 2752
-  store <16 x i32> %977, ptr %978, align 4, !tbaa !5
-  %979 = load i64, ptr %960, align 8, !tbaa !5
-  %gep715.5.i = getelementptr i32, ptr %invariant.gep706.i, i64 %979
-  %980 = getelementptr i8, ptr %gep715.5.i, i64 128
-  %981 = load <16 x i32>, ptr %980, align 4, !tbaa !5
-  %982 = shl <16 x i32> %981, splat (i32 16)
-  %983 = getelementptr inbounds nuw i8, ptr %769, i64 2816
-  store <16 x i32> %982, ptr %983, align 4, !tbaa !5
-  %984 = load i64, ptr %960, align 8, !tbaa !5
-  %gep717.5.i = getelementptr i32, ptr %invariant.gep706.i, i64 %984
-  %985 = getelementptr i8, ptr %gep717.5.i, i64 128
-  %986 = load <16 x i32>, ptr %985, align 4, !tbaa !5
-  %987 = and <16 x i32> %986, %387
-  %988 = getelementptr inbounds nuw i8, ptr %769, i64 2880
-  store <16 x i32> %987, ptr %988, align 4, !tbaa !5
-  %989 = load i64, ptr %960, align 8, !tbaa !5
-  %gep719.5.i = getelementptr i32, ptr %invariant.gep706.i, i64 %989
-  %990 = getelementptr i8, ptr %gep719.5.i, i64 192
-  %991 = load <16 x i32>, ptr %990, align 4, !tbaa !5
-  %992 = shl <16 x i32> %991, splat (i32 16)
-  %993 = getelementptr inbounds nuw i8, ptr %769, i64 2944
-  store <16 x i32> %992, ptr %993, align 4, !tbaa !5
-  %994 = load i64, ptr %960, align 8, !tbaa !5
-  %gep721.5.i = getelementptr i32, ptr %invariant.gep706.i, i64 %994
-  %995 = getelementptr i8, ptr %gep721.5.i, i64 192
-  %996 = load <16 x i32>, ptr %995, align 4, !tbaa !5
-  %997 = and <16 x i32> %996, %387
-  %998 = getelementptr inbounds nuw i8, ptr %769, i64 3008
-  store <16 x i32> %997, ptr %998, align 4, !tbaa !5
-  %999 = getelementptr inbounds nuw i8, ptr %765, i64 48
-  %1000 = load i64, ptr %999, align 8, !tbaa !5
-  %gep707.6.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1000
-  %1001 = load <16 x i32>, ptr %gep707.6.i, align 4, !tbaa !5
-  %1002 = shl <16 x i32> %1001, splat (i32 16)
-  %1003 = getelementptr inbounds nuw i8, ptr %769, i64 3072
-  store <16 x i32> %1002, ptr %1003, align 4, !tbaa !5
-  %1004 = load i64, ptr %999, align 8, !tbaa !5
-  %gep709.6.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1004
-  %1005 = load <16 x i32>, ptr %gep709.6.i, align 4, !tbaa !5
-  %1006 = and <16 x i32> %1005, %387
-  %1007 = getelementptr inbounds nuw i8, ptr %769, i64 3136
-  store <16 x i32> %1006, ptr %1007, align 4, !tbaa !5
-  %1008 = load i64, ptr %999, align 8, !tbaa !5
-  %gep711.6.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1008
-  %1009 = getelementptr i8, ptr %gep711.6.i, i64 64
-  %1010 = load <16 x i32>, ptr %1009, align 4, !tbaa !5
-  %1011 = shl <16 x i32> %1010, splat (i32 16)
-  %1012 = getelementptr inbounds nuw i8, ptr %769, i64 3200
-  store <16 x i32> %1011, ptr %1012, align 4, !tbaa !5
-  %1013 = load i64, ptr %999, align 8, !tbaa !5
-  %gep713.6.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1013
-  %1014 = getelementptr i8, ptr %gep713.6.i, i64 64
-  %1015 = load <16 x i32>, ptr %1014, align 4, !tbaa !5
-  %1016 = and <16 x i32> %1015, %387
-  %1017 = getelementptr inbounds nuw i8, ptr %769, i64 3264
-  store <16 x i32> %1016, ptr %1017, align 4, !tbaa !5
-  %1018 = load i64, ptr %999, align 8, !tbaa !5
-  %gep715.6.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1018
-  %1019 = getelementptr i8, ptr %gep715.6.i, i64 128
-  %1020 = load <16 x i32>, ptr %1019, align 4, !tbaa !5
-  %1021 = shl <16 x i32> %1020, splat (i32 16)
-  %1022 = getelementptr inbounds nuw i8, ptr %769, i64 3328
-  store <16 x i32> %1021, ptr %1022, align 4, !tbaa !5
-  %1023 = load i64, ptr %999, align 8, !tbaa !5
-  %gep717.6.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1023
-  %1024 = getelementptr i8, ptr %gep717.6.i, i64 128
-  %1025 = load <16 x i32>, ptr %1024, align 4, !tbaa !5
-  %1026 = and <16 x i32> %1025, %387
-  %1027 = getelementptr inbounds nuw i8, ptr %769, i64 3392
-  store <16 x i32> %1026, ptr %1027, align 4, !tbaa !5
-  %1028 = load i64, ptr %999, align 8, !tbaa !5
-  %gep719.6.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1028
-  %1029 = getelementptr i8, ptr %gep719.6.i, i64 192
-  %1030 = load <16 x i32>, ptr %1029, align 4, !tbaa !5
-  %1031 = shl <16 x i32> %1030, splat (i32 16)
-  %1032 = getelementptr inbounds nuw i8, ptr %769, i64 3456
-  store <16 x i32> %1031, ptr %1032, align 4, !tbaa !5
-  %1033 = load i64, ptr %999, align 8, !tbaa !5
-  %gep721.6.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1033
-  %1034 = getelementptr i8, ptr %gep721.6.i, i64 192
-  %1035 = load <16 x i32>, ptr %1034, align 4, !tbaa !5
-  %1036 = and <16 x i32> %1035, %387
-  %1037 = getelementptr inbounds nuw i8, ptr %769, i64 3520
-  store <16 x i32> %1036, ptr %1037, align 4, !tbaa !5
-  %1038 = getelementptr inbounds nuw i8, ptr %765, i64 56
-  %1039 = load i64, ptr %1038, align 8, !tbaa !5
-  %gep707.7.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1039
-  %1040 = load <16 x i32>, ptr %gep707.7.i, align 4, !tbaa !5
-  %1041 = shl <16 x i32> %1040, splat (i32 16)
-  %1042 = getelementptr inbounds nuw i8, ptr %769, i64 3584
-  store <16 x i32> %1041, ptr %1042, align 4, !tbaa !5
-  %1043 = load i64, ptr %1038, align 8, !tbaa !5
-  %gep709.7.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1043
-  %1044 = load <16 x i32>, ptr %gep709.7.i, align 4, !tbaa !5
-  %1045 = and <16 x i32> %1044, %387
-  %1046 = getelementptr inbounds nuw i8, ptr %769, i64 3648
-  store <16 x i32> %1045, ptr %1046, align 4, !tbaa !5
-  %1047 = load i64, ptr %1038, align 8, !tbaa !5
-  %gep711.7.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1047
-  %1048 = getelementptr i8, ptr %gep711.7.i, i64 64
-  %1049 = load <16 x i32>, ptr %1048, align 4, !tbaa !5
-  %1050 = shl <16 x i32> %1049, splat (i32 16)
-  %1051 = getelementptr inbounds nuw i8, ptr %769, i64 3712
-  store <16 x i32> %1050, ptr %1051, align 4, !tbaa !5
-  %1052 = load i64, ptr %1038, align 8, !tbaa !5
-  %gep713.7.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1052
-  %1053 = getelementptr i8, ptr %gep713.7.i, i64 64
-  %1054 = load <16 x i32>, ptr %1053, align 4, !tbaa !5
-  %1055 = and <16 x i32> %1054, %387
-  %1056 = getelementptr inbounds nuw i8, ptr %769, i64 3776
-  store <16 x i32> %1055, ptr %1056, align 4, !tbaa !5
-  %1057 = load i64, ptr %1038, align 8, !tbaa !5
-  %gep715.7.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1057
-  %1058 = getelementptr i8, ptr %gep715.7.i, i64 128
-  %1059 = load <16 x i32>, ptr %1058, align 4, !tbaa !5
-  %1060 = shl <16 x i32> %1059, splat (i32 16)
-  %1061 = getelementptr inbounds nuw i8, ptr %769, i64 3840
-  store <16 x i32> %1060, ptr %1061, align 4, !tbaa !5
-  %1062 = load i64, ptr %1038, align 8, !tbaa !5
-  %gep717.7.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1062
-  %1063 = getelementptr i8, ptr %gep717.7.i, i64 128
-  %1064 = load <16 x i32>, ptr %1063, align 4, !tbaa !5
-  %1065 = and <16 x i32> %1064, %387
-  %1066 = getelementptr inbounds nuw i8, ptr %769, i64 3904
-  store <16 x i32> %1065, ptr %1066, align 4, !tbaa !5
-  %1067 = load i64, ptr %1038, align 8, !tbaa !5
-  %gep719.7.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1067
-  %1068 = getelementptr i8, ptr %gep719.7.i, i64 192
-  %1069 = load <16 x i32>, ptr %1068, align 4, !tbaa !5
-  %1070 = shl <16 x i32> %1069, splat (i32 16)
-  %1071 = getelementptr inbounds nuw i8, ptr %769, i64 3968
-  store <16 x i32> %1070, ptr %1071, align 4, !tbaa !5
-  %1072 = load i64, ptr %1038, align 8, !tbaa !5
-  %gep721.7.i = getelementptr i32, ptr %invariant.gep706.i, i64 %1072
-  %1073 = getelementptr i8, ptr %gep721.7.i, i64 192
-  %1074 = load <16 x i32>, ptr %1073, align 4, !tbaa !5
-  %1075 = and <16 x i32> %1074, %387
-  %1076 = getelementptr inbounds nuw i8, ptr %769, i64 4032
-  store <16 x i32> %1075, ptr %1076, align 4, !tbaa !5
-  %indvars.iv.next968.i = add nuw nsw i64 %indvars.iv967.i, 1
-  %exitcond971.not.i = icmp eq i64 %indvars.iv.next968.i, %wide.trip.count970.i
-  br i1 %exitcond971.not.i, label %for_begin_ti156.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
+  %indvars.iv950.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next951.i, %for_begin_ti.preheader.i ]
+  %.idx = shl nsw i64 %indvars.iv950.i, 6
+  %801 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
+  %802 = load i64, ptr %801, align 8, !tbaa !5
+  %gep699.i = getelementptr i32, ptr %invariant.gep698.i, i64 %802
+  %803 = load <16 x i32>, ptr %gep699.i, align 4, !tbaa !5
+  %804 = shl <16 x i32> %803, splat (i32 16)
+  %.idx68 = shl nsw i64 %indvars.iv950.i, 12
+  %805 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx68
+  store <16 x i32> %804, ptr %805, align 4, !tbaa !5
+  %806 = load i64, ptr %801, align 8, !tbaa !5
+  %gep701.i = getelementptr i32, ptr %invariant.gep698.i, i64 %806
+  %807 = load <16 x i32>, ptr %gep701.i, align 4, !tbaa !5
+  %808 = and <16 x i32> %807, %366
+  %809 = getelementptr inbounds nuw i8, ptr %805, i64 64
+  store <16 x i32> %808, ptr %809, align 4, !tbaa !5
+  %810 = load i64, ptr %801, align 8, !tbaa !5
+  %gep703.i = getelementptr i32, ptr %invariant.gep698.i, i64 %810
+  %811 = getelementptr i8, ptr %gep703.i, i64 64
+  %812 = load <16 x i32>, ptr %811, align 4, !tbaa !5
+  %813 = shl <16 x i32> %812, splat (i32 16)
+  %814 = getelementptr inbounds nuw i8, ptr %805, i64 128
+  store <16 x i32> %813, ptr %814, align 4, !tbaa !5
+  %815 = load i64, ptr %801, align 8, !tbaa !5
+  %gep705.i = getelementptr i32, ptr %invariant.gep698.i, i64 %815
+  %816 = getelementptr i8, ptr %gep705.i, i64 64
+  %817 = load <16 x i32>, ptr %816, align 4, !tbaa !5
+  %818 = and <16 x i32> %817, %366
+  %819 = getelementptr inbounds nuw i8, ptr %805, i64 192
+  store <16 x i32> %818, ptr %819, align 4, !tbaa !5
+  %820 = load i64, ptr %801, align 8, !tbaa !5
+  %gep707.i = getelementptr i32, ptr %invariant.gep698.i, i64 %820
+  %821 = getelementptr i8, ptr %gep707.i, i64 128
+  %822 = load <16 x i32>, ptr %821, align 4, !tbaa !5
+  %823 = shl <16 x i32> %822, splat (i32 16)
+  %824 = getelementptr inbounds nuw i8, ptr %805, i64 256
+  store <16 x i32> %823, ptr %824, align 4, !tbaa !5
+  %825 = load i64, ptr %801, align 8, !tbaa !5
+  %gep709.i = getelementptr i32, ptr %invariant.gep698.i, i64 %825
+  %826 = getelementptr i8, ptr %gep709.i, i64 128
+  %827 = load <16 x i32>, ptr %826, align 4, !tbaa !5
+  %828 = and <16 x i32> %827, %366
+  %829 = getelementptr inbounds nuw i8, ptr %805, i64 320
+  store <16 x i32> %828, ptr %829, align 4, !tbaa !5
+  %830 = load i64, ptr %801, align 8, !tbaa !5
+  %gep711.i = getelementptr i32, ptr %invariant.gep698.i, i64 %830
+  %831 = getelementptr i8, ptr %gep711.i, i64 192
+  %832 = load <16 x i32>, ptr %831, align 4, !tbaa !5
+  %833 = shl <16 x i32> %832, splat (i32 16)
+  %834 = getelementptr inbounds nuw i8, ptr %805, i64 384
+  store <16 x i32> %833, ptr %834, align 4, !tbaa !5
+  %835 = load i64, ptr %801, align 8, !tbaa !5
+  %gep713.i = getelementptr i32, ptr %invariant.gep698.i, i64 %835
+  %836 = getelementptr i8, ptr %gep713.i, i64 192
+  %837 = load <16 x i32>, ptr %836, align 4, !tbaa !5
+  %838 = and <16 x i32> %837, %366
+  %839 = getelementptr inbounds nuw i8, ptr %805, i64 448
+  store <16 x i32> %838, ptr %839, align 4, !tbaa !5
+  %840 = getelementptr inbounds nuw i8, ptr %801, i64 8
+  %841 = load i64, ptr %840, align 8, !tbaa !5
+  %gep699.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %841
+  %842 = load <16 x i32>, ptr %gep699.1.i, align 4, !tbaa !5
+  %843 = shl <16 x i32> %842, splat (i32 16)
+  %844 = getelementptr inbounds nuw i8, ptr %805, i64 512
+  store <16 x i32> %843, ptr %844, align 4, !tbaa !5
+  %845 = load i64, ptr %840, align 8, !tbaa !5
+  %gep701.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %845
+  %846 = load <16 x i32>, ptr %gep701.1.i, align 4, !tbaa !5
+  %847 = and <16 x i32> %846, %366
+  %848 = getelementptr inbounds nuw i8, ptr %805, i64 576
+  store <16 x i32> %847, ptr %848, align 4, !tbaa !5
+  %849 = load i64, ptr %840, align 8, !tbaa !5
+  %gep703.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %849
+  %850 = getelementptr i8, ptr %gep703.1.i, i64 64
+  %851 = load <16 x i32>, ptr %850, align 4, !tbaa !5
+  %852 = shl <16 x i32> %851, splat (i32 16)
+  %853 = getelementptr inbounds nuw i8, ptr %805, i64 640
+  store <16 x i32> %852, ptr %853, align 4, !tbaa !5
+  %854 = load i64, ptr %840, align 8, !tbaa !5
+  %gep705.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %854
+  %855 = getelementptr i8, ptr %gep705.1.i, i64 64
+  %856 = load <16 x i32>, ptr %855, align 4, !tbaa !5
+  %857 = and <16 x i32> %856, %366
+  %858 = getelementptr inbounds nuw i8, ptr %805, i64 704
+  store <16 x i32> %857, ptr %858, align 4, !tbaa !5
+  %859 = load i64, ptr %840, align 8, !tbaa !5
+  %gep707.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %859
+  %860 = getelementptr i8, ptr %gep707.1.i, i64 128
+  %861 = load <16 x i32>, ptr %860, align 4, !tbaa !5
+  %862 = shl <16 x i32> %861, splat (i32 16)
+  %863 = getelementptr inbounds nuw i8, ptr %805, i64 768
+  store <16 x i32> %862, ptr %863, align 4, !tbaa !5
+  %864 = load i64, ptr %840, align 8, !tbaa !5
+  %gep709.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %864
+  %865 = getelementptr i8, ptr %gep709.1.i, i64 128
+  %866 = load <16 x i32>, ptr %865, align 4, !tbaa !5
+  %867 = and <16 x i32> %866, %366
+  %868 = getelementptr inbounds nuw i8, ptr %805, i64 832
+  store <16 x i32> %867, ptr %868, align 4, !tbaa !5
+  %869 = load i64, ptr %840, align 8, !tbaa !5
+  %gep711.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %869
+  %870 = getelementptr i8, ptr %gep711.1.i, i64 192
+  %871 = load <16 x i32>, ptr %870, align 4, !tbaa !5
+  %872 = shl <16 x i32> %871, splat (i32 16)
+  %873 = getelementptr inbounds nuw i8, ptr %805, i64 896
+  store <16 x i32> %872, ptr %873, align 4, !tbaa !5
+  %874 = load i64, ptr %840, align 8, !tbaa !5
+  %gep713.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %874
+  %875 = getelementptr i8, ptr %gep713.1.i, i64 192
+  %876 = load <16 x i32>, ptr %875, align 4, !tbaa !5
+  %877 = and <16 x i32> %876, %366
+  %878 = getelementptr inbounds nuw i8, ptr %805, i64 960
+  store <16 x i32> %877, ptr %878, align 4, !tbaa !5
+  %879 = getelementptr inbounds nuw i8, ptr %801, i64 16
+  %880 = load i64, ptr %879, align 8, !tbaa !5
+  %gep699.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %880
+  %881 = load <16 x i32>, ptr %gep699.2.i, align 4, !tbaa !5
+  %882 = shl <16 x i32> %881, splat (i32 16)
+  %883 = getelementptr inbounds nuw i8, ptr %805, i64 1024
+  store <16 x i32> %882, ptr %883, align 4, !tbaa !5
+  %884 = load i64, ptr %879, align 8, !tbaa !5
+  %gep701.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %884
+  %885 = load <16 x i32>, ptr %gep701.2.i, align 4, !tbaa !5
+  %886 = and <16 x i32> %885, %366
+  %887 = getelementptr inbounds nuw i8, ptr %805, i64 1088
+  store <16 x i32> %886, ptr %887, align 4, !tbaa !5
+  %888 = load i64, ptr %879, align 8, !tbaa !5
+  %gep703.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %888
+  %889 = getelementptr i8, ptr %gep703.2.i, i64 64
+  %890 = load <16 x i32>, ptr %889, align 4, !tbaa !5
+  %891 = shl <16 x i32> %890, splat (i32 16)
+  %892 = getelementptr inbounds nuw i8, ptr %805, i64 1152
+  store <16 x i32> %891, ptr %892, align 4, !tbaa !5
+  %893 = load i64, ptr %879, align 8, !tbaa !5
+  %gep705.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %893
+  %894 = getelementptr i8, ptr %gep705.2.i, i64 64
+  %895 = load <16 x i32>, ptr %894, align 4, !tbaa !5
+  %896 = and <16 x i32> %895, %366
+  %897 = getelementptr inbounds nuw i8, ptr %805, i64 1216
+  store <16 x i32> %896, ptr %897, align 4, !tbaa !5
+  %898 = load i64, ptr %879, align 8, !tbaa !5
+  %gep707.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %898
+  %899 = getelementptr i8, ptr %gep707.2.i, i64 128
+  %900 = load <16 x i32>, ptr %899, align 4, !tbaa !5
+  %901 = shl <16 x i32> %900, splat (i32 16)
+  %902 = getelementptr inbounds nuw i8, ptr %805, i64 1280
+  store <16 x i32> %901, ptr %902, align 4, !tbaa !5
+  %903 = load i64, ptr %879, align 8, !tbaa !5
+  %gep709.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %903
+  %904 = getelementptr i8, ptr %gep709.2.i, i64 128
+  %905 = load <16 x i32>, ptr %904, align 4, !tbaa !5
+  %906 = and <16 x i32> %905, %366
+  %907 = getelementptr inbounds nuw i8, ptr %805, i64 1344
+  store <16 x i32> %906, ptr %907, align 4, !tbaa !5
+  %908 = load i64, ptr %879, align 8, !tbaa !5
+  %gep711.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %908
+  %909 = getelementptr i8, ptr %gep711.2.i, i64 192
+  %910 = load <16 x i32>, ptr %909, align 4, !tbaa !5
+  %911 = shl <16 x i32> %910, splat (i32 16)
+  %912 = getelementptr inbounds nuw i8, ptr %805, i64 1408
+  store <16 x i32> %911, ptr %912, align 4, !tbaa !5
+  %913 = load i64, ptr %879, align 8, !tbaa !5
+  %gep713.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %913
+  %914 = getelementptr i8, ptr %gep713.2.i, i64 192
+  %915 = load <16 x i32>, ptr %914, align 4, !tbaa !5
+  %916 = and <16 x i32> %915, %366
+  %917 = getelementptr inbounds nuw i8, ptr %805, i64 1472
+  store <16 x i32> %916, ptr %917, align 4, !tbaa !5
+  %918 = getelementptr inbounds nuw i8, ptr %801, i64 24
+  %919 = load i64, ptr %918, align 8, !tbaa !5
+  %gep699.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %919
+  %920 = load <16 x i32>, ptr %gep699.3.i, align 4, !tbaa !5
+  %921 = shl <16 x i32> %920, splat (i32 16)
+  %922 = getelementptr inbounds nuw i8, ptr %805, i64 1536
+  store <16 x i32> %921, ptr %922, align 4, !tbaa !5
+  %923 = load i64, ptr %918, align 8, !tbaa !5
+  %gep701.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %923
+  %924 = load <16 x i32>, ptr %gep701.3.i, align 4, !tbaa !5
+  %925 = and <16 x i32> %924, %366
+  %926 = getelementptr inbounds nuw i8, ptr %805, i64 1600
+  store <16 x i32> %925, ptr %926, align 4, !tbaa !5
+  %927 = load i64, ptr %918, align 8, !tbaa !5
+  %gep703.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %927
+  %928 = getelementptr i8, ptr %gep703.3.i, i64 64
+  %929 = load <16 x i32>, ptr %928, align 4, !tbaa !5
+  %930 = shl <16 x i32> %929, splat (i32 16)
+  %931 = getelementptr inbounds nuw i8, ptr %805, i64 1664
+  store <16 x i32> %930, ptr %931, align 4, !tbaa !5
+  %932 = load i64, ptr %918, align 8, !tbaa !5
+  %gep705.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %932
+  %933 = getelementptr i8, ptr %gep705.3.i, i64 64
+  %934 = load <16 x i32>, ptr %933, align 4, !tbaa !5
+  %935 = and <16 x i32> %934, %366
+  %936 = getelementptr inbounds nuw i8, ptr %805, i64 1728
+  store <16 x i32> %935, ptr %936, align 4, !tbaa !5
+  %937 = load i64, ptr %918, align 8, !tbaa !5
+  %gep707.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %937
+  %938 = getelementptr i8, ptr %gep707.3.i, i64 128
+  %939 = load <16 x i32>, ptr %938, align 4, !tbaa !5
+  %940 = shl <16 x i32> %939, splat (i32 16)
+  %941 = getelementptr inbounds nuw i8, ptr %805, i64 1792
+  store <16 x i32> %940, ptr %941, align 4, !tbaa !5
+  %942 = load i64, ptr %918, align 8, !tbaa !5
+  %gep709.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %942
+  %943 = getelementptr i8, ptr %gep709.3.i, i64 128
+  %944 = load <16 x i32>, ptr %943, align 4, !tbaa !5
+  %945 = and <16 x i32> %944, %366
+  %946 = getelementptr inbounds nuw i8, ptr %805, i64 1856
+  store <16 x i32> %945, ptr %946, align 4, !tbaa !5
+  %947 = load i64, ptr %918, align 8, !tbaa !5
+  %gep711.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %947
+  %948 = getelementptr i8, ptr %gep711.3.i, i64 192
+  %949 = load <16 x i32>, ptr %948, align 4, !tbaa !5
+  %950 = shl <16 x i32> %949, splat (i32 16)
+  %951 = getelementptr inbounds nuw i8, ptr %805, i64 1920
+  store <16 x i32> %950, ptr %951, align 4, !tbaa !5
+  %952 = load i64, ptr %918, align 8, !tbaa !5
+  %gep713.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %952
+  %953 = getelementptr i8, ptr %gep713.3.i, i64 192
+  %954 = load <16 x i32>, ptr %953, align 4, !tbaa !5
+  %955 = and <16 x i32> %954, %366
+  %956 = getelementptr inbounds nuw i8, ptr %805, i64 1984
+  store <16 x i32> %955, ptr %956, align 4, !tbaa !5
+  %957 = getelementptr inbounds nuw i8, ptr %801, i64 32
+  %958 = load i64, ptr %957, align 8, !tbaa !5
+  %gep699.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %958
+  %959 = load <16 x i32>, ptr %gep699.4.i, align 4, !tbaa !5
+  %960 = shl <16 x i32> %959, splat (i32 16)
+  %961 = getelementptr inbounds nuw i8, ptr %805, i64 2048
+  store <16 x i32> %960, ptr %961, align 4, !tbaa !5
+  %962 = load i64, ptr %957, align 8, !tbaa !5
+  %gep701.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %962
+  %963 = load <16 x i32>, ptr %gep701.4.i, align 4, !tbaa !5
+  %964 = and <16 x i32> %963, %366
+  %965 = getelementptr inbounds nuw i8, ptr %805, i64 2112
+  store <16 x i32> %964, ptr %965, align 4, !tbaa !5
+  %966 = load i64, ptr %957, align 8, !tbaa !5
+  %gep703.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %966
+  %967 = getelementptr i8, ptr %gep703.4.i, i64 64
+  %968 = load <16 x i32>, ptr %967, align 4, !tbaa !5
+  %969 = shl <16 x i32> %968, splat (i32 16)
+  %970 = getelementptr inbounds nuw i8, ptr %805, i64 2176
+  store <16 x i32> %969, ptr %970, align 4, !tbaa !5
+  %971 = load i64, ptr %957, align 8, !tbaa !5
+  %gep705.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %971
+  %972 = getelementptr i8, ptr %gep705.4.i, i64 64
+  %973 = load <16 x i32>, ptr %972, align 4, !tbaa !5
+  %974 = and <16 x i32> %973, %366
+  %975 = getelementptr inbounds nuw i8, ptr %805, i64 2240
+  store <16 x i32> %974, ptr %975, align 4, !tbaa !5
+  %976 = load i64, ptr %957, align 8, !tbaa !5
+  %gep707.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %976
+  %977 = getelementptr i8, ptr %gep707.4.i, i64 128
+  %978 = load <16 x i32>, ptr %977, align 4, !tbaa !5
+  %979 = shl <16 x i32> %978, splat (i32 16)
+  %980 = getelementptr inbounds nuw i8, ptr %805, i64 2304
+  store <16 x i32> %979, ptr %980, align 4, !tbaa !5
+  %981 = load i64, ptr %957, align 8, !tbaa !5
+  %gep709.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %981
+  %982 = getelementptr i8, ptr %gep709.4.i, i64 128
+  %983 = load <16 x i32>, ptr %982, align 4, !tbaa !5
+  %984 = and <16 x i32> %983, %366
+  %985 = getelementptr inbounds nuw i8, ptr %805, i64 2368
+  store <16 x i32> %984, ptr %985, align 4, !tbaa !5
+  %986 = load i64, ptr %957, align 8, !tbaa !5
+  %gep711.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %986
+  %987 = getelementptr i8, ptr %gep711.4.i, i64 192
+  %988 = load <16 x i32>, ptr %987, align 4, !tbaa !5
+  %989 = shl <16 x i32> %988, splat (i32 16)
+  %990 = getelementptr inbounds nuw i8, ptr %805, i64 2432
+  store <16 x i32> %989, ptr %990, align 4, !tbaa !5
+  %991 = load i64, ptr %957, align 8, !tbaa !5
+  %gep713.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %991
+  %992 = getelementptr i8, ptr %gep713.4.i, i64 192
+  %993 = load <16 x i32>, ptr %992, align 4, !tbaa !5
+  %994 = and <16 x i32> %993, %366
+  %995 = getelementptr inbounds nuw i8, ptr %805, i64 2496
+  store <16 x i32> %994, ptr %995, align 4, !tbaa !5
+  %996 = getelementptr inbounds nuw i8, ptr %801, i64 40
+  %997 = load i64, ptr %996, align 8, !tbaa !5
+  %gep699.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %997
+  %998 = load <16 x i32>, ptr %gep699.5.i, align 4, !tbaa !5
+  %999 = shl <16 x i32> %998, splat (i32 16)
+  %1000 = getelementptr inbounds nuw i8, ptr %805, i64 2560
+  store <16 x i32> %999, ptr %1000, align 4, !tbaa !5
+  %1001 = load i64, ptr %996, align 8, !tbaa !5
+  %gep701.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1001
+  %1002 = load <16 x i32>, ptr %gep701.5.i, align 4, !tbaa !5
+  %1003 = and <16 x i32> %1002, %366
+  %1004 = getelementptr inbounds nuw i8, ptr %805, i64 2624
+  store <16 x i32> %1003, ptr %1004, align 4, !tbaa !5
+  %1005 = load i64, ptr %996, align 8, !tbaa !5
+  %gep703.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1005
+  %1006 = getelementptr i8, ptr %gep703.5.i, i64 64
+  %1007 = load <16 x i32>, ptr %1006, align 4, !tbaa !5
+  %1008 = shl <16 x i32> %1007, splat (i32 16)
+  %1009 = getelementptr inbounds nuw i8, ptr %805, i64 2688
+  store <16 x i32> %1008, ptr %1009, align 4, !tbaa !5
+  %1010 = load i64, ptr %996, align 8, !tbaa !5
+  %gep705.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1010
+  %1011 = getelementptr i8, ptr %gep705.5.i, i64 64
+  %1012 = load <16 x i32>, ptr %1011, align 4, !tbaa !5
+  %1013 = and <16 x i32> %1012, %366
+  %1014 = getelementptr inbounds nuw i8, ptr %805, i64 2752
+  store <16 x i32> %1013, ptr %1014, align 4, !tbaa !5
+  %1015 = load i64, ptr %996, align 8, !tbaa !5
+  %gep707.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1015
+  %1016 = getelementptr i8, ptr %gep707.5.i, i64 128
+  %1017 = load <16 x i32>, ptr %1016, align 4, !tbaa !5
+  %1018 = shl <16 x i32> %1017, splat (i32 16)
+  %1019 = getelementptr inbounds nuw i8, ptr %805, i64 2816
+  store <16 x i32> %1018, ptr %1019, align 4, !tbaa !5
+  %1020 = load i64, ptr %996, align 8, !tbaa !5
+  %gep709.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1020
+  %1021 = getelementptr i8, ptr %gep709.5.i, i64 128
+  %1022 = load <16 x i32>, ptr %1021, align 4, !tbaa !5
+  %1023 = and <16 x i32> %1022, %366
+  %1024 = getelementptr inbounds nuw i8, ptr %805, i64 2880
+  store <16 x i32> %1023, ptr %1024, align 4, !tbaa !5
+  %1025 = load i64, ptr %996, align 8, !tbaa !5
+  %gep711.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1025
+  %1026 = getelementptr i8, ptr %gep711.5.i, i64 192
+  %1027 = load <16 x i32>, ptr %1026, align 4, !tbaa !5
+  %1028 = shl <16 x i32> %1027, splat (i32 16)
+  %1029 = getelementptr inbounds nuw i8, ptr %805, i64 2944
+  store <16 x i32> %1028, ptr %1029, align 4, !tbaa !5
+  %1030 = load i64, ptr %996, align 8, !tbaa !5
+  %gep713.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1030
+  %1031 = getelementptr i8, ptr %gep713.5.i, i64 192
+  %1032 = load <16 x i32>, ptr %1031, align 4, !tbaa !5
+  %1033 = and <16 x i32> %1032, %366
+  %1034 = getelementptr inbounds nuw i8, ptr %805, i64 3008
+  store <16 x i32> %1033, ptr %1034, align 4, !tbaa !5
+  %1035 = getelementptr inbounds nuw i8, ptr %801, i64 48
+  %1036 = load i64, ptr %1035, align 8, !tbaa !5
+  %gep699.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1036
+  %1037 = load <16 x i32>, ptr %gep699.6.i, align 4, !tbaa !5
+  %1038 = shl <16 x i32> %1037, splat (i32 16)
+  %1039 = getelementptr inbounds nuw i8, ptr %805, i64 3072
+  store <16 x i32> %1038, ptr %1039, align 4, !tbaa !5
+  %1040 = load i64, ptr %1035, align 8, !tbaa !5
+  %gep701.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1040
+  %1041 = load <16 x i32>, ptr %gep701.6.i, align 4, !tbaa !5
+  %1042 = and <16 x i32> %1041, %366
+  %1043 = getelementptr inbounds nuw i8, ptr %805, i64 3136
+  store <16 x i32> %1042, ptr %1043, align 4, !tbaa !5
+  %1044 = load i64, ptr %1035, align 8, !tbaa !5
+  %gep703.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1044
+  %1045 = getelementptr i8, ptr %gep703.6.i, i64 64
+  %1046 = load <16 x i32>, ptr %1045, align 4, !tbaa !5
+  %1047 = shl <16 x i32> %1046, splat (i32 16)
+  %1048 = getelementptr inbounds nuw i8, ptr %805, i64 3200
+  store <16 x i32> %1047, ptr %1048, align 4, !tbaa !5
+  %1049 = load i64, ptr %1035, align 8, !tbaa !5
+  %gep705.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1049
+  %1050 = getelementptr i8, ptr %gep705.6.i, i64 64
+  %1051 = load <16 x i32>, ptr %1050, align 4, !tbaa !5
+  %1052 = and <16 x i32> %1051, %366
+  %1053 = getelementptr inbounds nuw i8, ptr %805, i64 3264
+  store <16 x i32> %1052, ptr %1053, align 4, !tbaa !5
+  %1054 = load i64, ptr %1035, align 8, !tbaa !5
+  %gep707.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1054
+  %1055 = getelementptr i8, ptr %gep707.6.i, i64 128
+  %1056 = load <16 x i32>, ptr %1055, align 4, !tbaa !5
+  %1057 = shl <16 x i32> %1056, splat (i32 16)
+  %1058 = getelementptr inbounds nuw i8, ptr %805, i64 3328
+  store <16 x i32> %1057, ptr %1058, align 4, !tbaa !5
+  %1059 = load i64, ptr %1035, align 8, !tbaa !5
+  %gep709.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1059
+  %1060 = getelementptr i8, ptr %gep709.6.i, i64 128
+  %1061 = load <16 x i32>, ptr %1060, align 4, !tbaa !5
+  %1062 = and <16 x i32> %1061, %366
+  %1063 = getelementptr inbounds nuw i8, ptr %805, i64 3392
+  store <16 x i32> %1062, ptr %1063, align 4, !tbaa !5
+  %1064 = load i64, ptr %1035, align 8, !tbaa !5
+  %gep711.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1064
+  %1065 = getelementptr i8, ptr %gep711.6.i, i64 192
+  %1066 = load <16 x i32>, ptr %1065, align 4, !tbaa !5
+  %1067 = shl <16 x i32> %1066, splat (i32 16)
+  %1068 = getelementptr inbounds nuw i8, ptr %805, i64 3456
+  store <16 x i32> %1067, ptr %1068, align 4, !tbaa !5
+  %1069 = load i64, ptr %1035, align 8, !tbaa !5
+  %gep713.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1069
+  %1070 = getelementptr i8, ptr %gep713.6.i, i64 192
+  %1071 = load <16 x i32>, ptr %1070, align 4, !tbaa !5
+  %1072 = and <16 x i32> %1071, %366
+  %1073 = getelementptr inbounds nuw i8, ptr %805, i64 3520
+  store <16 x i32> %1072, ptr %1073, align 4, !tbaa !5
+  %1074 = getelementptr inbounds nuw i8, ptr %801, i64 56
+  %1075 = load i64, ptr %1074, align 8, !tbaa !5
+  %gep699.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1075
+  %1076 = load <16 x i32>, ptr %gep699.7.i, align 4, !tbaa !5
+  %1077 = shl <16 x i32> %1076, splat (i32 16)
+  %1078 = getelementptr inbounds nuw i8, ptr %805, i64 3584
+  store <16 x i32> %1077, ptr %1078, align 4, !tbaa !5
+  %1079 = load i64, ptr %1074, align 8, !tbaa !5
+  %gep701.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1079
+  %1080 = load <16 x i32>, ptr %gep701.7.i, align 4, !tbaa !5
+  %1081 = and <16 x i32> %1080, %366
+  %1082 = getelementptr inbounds nuw i8, ptr %805, i64 3648
+  store <16 x i32> %1081, ptr %1082, align 4, !tbaa !5
+  %1083 = load i64, ptr %1074, align 8, !tbaa !5
+  %gep703.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1083
+  %1084 = getelementptr i8, ptr %gep703.7.i, i64 64
+  %1085 = load <16 x i32>, ptr %1084, align 4, !tbaa !5
+  %1086 = shl <16 x i32> %1085, splat (i32 16)
+  %1087 = getelementptr inbounds nuw i8, ptr %805, i64 3712
+  store <16 x i32> %1086, ptr %1087, align 4, !tbaa !5
+  %1088 = load i64, ptr %1074, align 8, !tbaa !5
+  %gep705.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1088
+  %1089 = getelementptr i8, ptr %gep705.7.i, i64 64
+  %1090 = load <16 x i32>, ptr %1089, align 4, !tbaa !5
+  %1091 = and <16 x i32> %1090, %366
+  %1092 = getelementptr inbounds nuw i8, ptr %805, i64 3776
+  store <16 x i32> %1091, ptr %1092, align 4, !tbaa !5
+  %1093 = load i64, ptr %1074, align 8, !tbaa !5
+  %gep707.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1093
+  %1094 = getelementptr i8, ptr %gep707.7.i, i64 128
+  %1095 = load <16 x i32>, ptr %1094, align 4, !tbaa !5
+  %1096 = shl <16 x i32> %1095, splat (i32 16)
+  %1097 = getelementptr inbounds nuw i8, ptr %805, i64 3840
+  store <16 x i32> %1096, ptr %1097, align 4, !tbaa !5
+  %1098 = load i64, ptr %1074, align 8, !tbaa !5
+  %gep709.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1098
+  %1099 = getelementptr i8, ptr %gep709.7.i, i64 128
+  %1100 = load <16 x i32>, ptr %1099, align 4, !tbaa !5
+  %1101 = and <16 x i32> %1100, %366
+  %1102 = getelementptr inbounds nuw i8, ptr %805, i64 3904
+  store <16 x i32> %1101, ptr %1102, align 4, !tbaa !5
+  %1103 = load i64, ptr %1074, align 8, !tbaa !5
+  %gep711.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1103
+  %1104 = getelementptr i8, ptr %gep711.7.i, i64 192
+  %1105 = load <16 x i32>, ptr %1104, align 4, !tbaa !5
+  %1106 = shl <16 x i32> %1105, splat (i32 16)
+  %1107 = getelementptr inbounds nuw i8, ptr %805, i64 3968
+  store <16 x i32> %1106, ptr %1107, align 4, !tbaa !5
+  %1108 = load i64, ptr %1074, align 8, !tbaa !5
+  %gep713.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1108
+  %1109 = getelementptr i8, ptr %gep713.7.i, i64 192
+  %1110 = load <16 x i32>, ptr %1109, align 4, !tbaa !5
+  %1111 = and <16 x i32> %1110, %366
+  %1112 = getelementptr inbounds nuw i8, ptr %805, i64 4032
+  store <16 x i32> %1111, ptr %1112, align 4, !tbaa !5
+  %indvars.iv.next951.i = add nuw nsw i64 %indvars.iv950.i, 1
+  %exitcond954.not.i = icmp eq i64 %indvars.iv.next951.i, %wide.trip.count953.i
+  br i1 %exitcond954.not.i, label %for_begin_ti153.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
 
-for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti156.preheader.i, %if_end149.i
-  br i1 %388, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !3
+for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti153.preheader.i, %if_end146.i
+  br i1 %367, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !3
 
 for_body_row_tile.lr.ph.i:                        ; preds = %for_begin_row_tile.preheader.i
-  %1077 = mul nuw nsw i64 %indvars.iv1082.i, %395
-  %1078 = mul nsw i64 %762, %k_head
-  %invariant.gep747.i = getelementptr i32, ptr %key_cache, i64 %1078
-  %1079 = mul nsw i64 %762, %v_head
-  %invariant.gep754.i = getelementptr i32, ptr %value_cache, i64 %1079
+  %1113 = mul nuw nsw i64 %indvars.iv1062.i, %374
+  %1114 = mul nsw i64 %798, %k_head
+  %invariant.gep739.i = getelementptr i32, ptr %key_cache, i64 %1114
+  %1115 = mul nsw i64 %798, %v_head
+  %invariant.gep746.i = getelementptr i32, ptr %value_cache, i64 %1115
   br label %for_body_row_tile.i
 
-for_begin_ti156.preheader.i:                      ; preds = %for_begin_ti156.preheader.i, %for_begin_ti156.preheader.lr.ph.i
-  %indvars.iv976.i = phi i64 [ 0, %for_begin_ti156.preheader.lr.ph.i ], [ %indvars.iv.next977.i, %for_begin_ti156.preheader.i ]
-  %.idx69 = shl nsw i64 %indvars.iv976.i, 6
-  %1080 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx69
-  %1081 = load i64, ptr %1080, align 8, !tbaa !5
-  %gep725.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1081
-  %1082 = load <16 x i32>, ptr %gep725.i, align 4, !tbaa !5
-  %1083 = shl <16 x i32> %1082, splat (i32 16)
-  %.idx70 = shl nsw i64 %indvars.iv976.i, 12
-  %1084 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx70
-  store <16 x i32> %1083, ptr %1084, align 4, !tbaa !5
-  %1085 = load i64, ptr %1080, align 8, !tbaa !5
-  %gep727.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1085
-  %1086 = load <16 x i32>, ptr %gep727.i, align 4, !tbaa !5
-  %1087 = and <16 x i32> %1086, %387
-  %1088 = getelementptr inbounds nuw i8, ptr %1084, i64 64
-  store <16 x i32> %1087, ptr %1088, align 4, !tbaa !5
-  %1089 = load i64, ptr %1080, align 8, !tbaa !5
-  %gep729.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1089
-  %1090 = getelementptr i8, ptr %gep729.i, i64 64
-  %1091 = load <16 x i32>, ptr %1090, align 4, !tbaa !5
-  %1092 = shl <16 x i32> %1091, splat (i32 16)
-  %1093 = getelementptr inbounds nuw i8, ptr %1084, i64 128
-  store <16 x i32> %1092, ptr %1093, align 4, !tbaa !5
-  %1094 = load i64, ptr %1080, align 8, !tbaa !5
-  %gep731.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1094
-  %1095 = getelementptr i8, ptr %gep731.i, i64 64
-  %1096 = load <16 x i32>, ptr %1095, align 4, !tbaa !5
-  %1097 = and <16 x i32> %1096, %387
-  %1098 = getelementptr inbounds nuw i8, ptr %1084, i64 192
-  store <16 x i32> %1097, ptr %1098, align 4, !tbaa !5
-  %1099 = load i64, ptr %1080, align 8, !tbaa !5
-  %gep733.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1099
-  %1100 = getelementptr i8, ptr %gep733.i, i64 128
-  %1101 = load <16 x i32>, ptr %1100, align 4, !tbaa !5
-  %1102 = shl <16 x i32> %1101, splat (i32 16)
-  %1103 = getelementptr inbounds nuw i8, ptr %1084, i64 256
-  store <16 x i32> %1102, ptr %1103, align 4, !tbaa !5
-  %1104 = load i64, ptr %1080, align 8, !tbaa !5
-  %gep735.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1104
-  %1105 = getelementptr i8, ptr %gep735.i, i64 128
-  %1106 = load <16 x i32>, ptr %1105, align 4, !tbaa !5
-  %1107 = and <16 x i32> %1106, %387
-  %1108 = getelementptr inbounds nuw i8, ptr %1084, i64 320
-  store <16 x i32> %1107, ptr %1108, align 4, !tbaa !5
-  %1109 = load i64, ptr %1080, align 8, !tbaa !5
-  %gep737.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1109
-  %1110 = getelementptr i8, ptr %gep737.i, i64 192
-  %1111 = load <16 x i32>, ptr %1110, align 4, !tbaa !5
-  %1112 = shl <16 x i32> %1111, splat (i32 16)
-  %1113 = getelementptr inbounds nuw i8, ptr %1084, i64 384
-  store <16 x i32> %1112, ptr %1113, align 4, !tbaa !5
-  %1114 = load i64, ptr %1080, align 8, !tbaa !5
-  %gep739.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1114
-  %1115 = getelementptr i8, ptr %gep739.i, i64 192
-  %1116 = load <16 x i32>, ptr %1115, align 4, !tbaa !5
-  %1117 = and <16 x i32> %1116, %387
-  %1118 = getelementptr inbounds nuw i8, ptr %1084, i64 448
-  store <16 x i32> %1117, ptr %1118, align 4, !tbaa !5
-  %1119 = getelementptr inbounds nuw i8, ptr %1080, i64 8
-  %1120 = load i64, ptr %1119, align 8, !tbaa !5
-  %gep725.1.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1120
-  %1121 = load <16 x i32>, ptr %gep725.1.i, align 4, !tbaa !5
-  %1122 = shl <16 x i32> %1121, splat (i32 16)
-  %1123 = getelementptr inbounds nuw i8, ptr %1084, i64 512
-  store <16 x i32> %1122, ptr %1123, align 4, !tbaa !5
-  %1124 = load i64, ptr %1119, align 8, !tbaa !5
-  %gep727.1.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1124
-  %1125 = load <16 x i32>, ptr %gep727.1.i, align 4, !tbaa !5
-  %1126 = and <16 x i32> %1125, %387
-  %1127 = getelementptr inbounds nuw i8, ptr %1084, i64 576
-  store <16 x i32> %1126, ptr %1127, align 4, !tbaa !5
-  %1128 = load i64, ptr %1119, align 8, !tbaa !5
-  %gep729.1.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1128
-  %1129 = getelementptr i8, ptr %gep729.1.i, i64 64
-  %1130 = load <16 x i32>, ptr %1129, align 4, !tbaa !5
-  %1131 = shl <16 x i32> %1130, splat (i32 16)
-  %1132 = getelementptr inbounds nuw i8, ptr %1084, i64 640
-  store <16 x i32> %1131, ptr %1132, align 4, !tbaa !5
-  %1133 = load i64, ptr %1119, align 8, !tbaa !5
-  %gep731.1.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1133
-  %1134 = getelementptr i8, ptr %gep731.1.i, i64 64
-  %1135 = load <16 x i32>, ptr %1134, align 4, !tbaa !5
-  %1136 = and <16 x i32> %1135, %387
-  %1137 = getelementptr inbounds nuw i8, ptr %1084, i64 704
-  store <16 x i32> %1136, ptr %1137, align 4, !tbaa !5
-  %1138 = load i64, ptr %1119, align 8, !tbaa !5
-  %gep733.1.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1138
-  %1139 = getelementptr i8, ptr %gep733.1.i, i64 128
-  %1140 = load <16 x i32>, ptr %1139, align 4, !tbaa !5
-  %1141 = shl <16 x i32> %1140, splat (i32 16)
-  %1142 = getelementptr inbounds nuw i8, ptr %1084, i64 768
-  store <16 x i32> %1141, ptr %1142, align 4, !tbaa !5
-  %1143 = load i64, ptr %1119, align 8, !tbaa !5
-  %gep735.1.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1143
-  %1144 = getelementptr i8, ptr %gep735.1.i, i64 128
-  %1145 = load <16 x i32>, ptr %1144, align 4, !tbaa !5
-  %1146 = and <16 x i32> %1145, %387
-  %1147 = getelementptr inbounds nuw i8, ptr %1084, i64 832
-  store <16 x i32> %1146, ptr %1147, align 4, !tbaa !5
-  %1148 = load i64, ptr %1119, align 8, !tbaa !5
-  %gep737.1.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1148
-  %1149 = getelementptr i8, ptr %gep737.1.i, i64 192
-  %1150 = load <16 x i32>, ptr %1149, align 4, !tbaa !5
-  %1151 = shl <16 x i32> %1150, splat (i32 16)
-  %1152 = getelementptr inbounds nuw i8, ptr %1084, i64 896
-  store <16 x i32> %1151, ptr %1152, align 4, !tbaa !5
-  %1153 = load i64, ptr %1119, align 8, !tbaa !5
-  %gep739.1.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1153
-  %1154 = getelementptr i8, ptr %gep739.1.i, i64 192
-  %1155 = load <16 x i32>, ptr %1154, align 4, !tbaa !5
-  %1156 = and <16 x i32> %1155, %387
-  %1157 = getelementptr inbounds nuw i8, ptr %1084, i64 960
-  store <16 x i32> %1156, ptr %1157, align 4, !tbaa !5
-  %1158 = getelementptr inbounds nuw i8, ptr %1080, i64 16
-  %1159 = load i64, ptr %1158, align 8, !tbaa !5
-  %gep725.2.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1159
-  %1160 = load <16 x i32>, ptr %gep725.2.i, align 4, !tbaa !5
-  %1161 = shl <16 x i32> %1160, splat (i32 16)
-  %1162 = getelementptr inbounds nuw i8, ptr %1084, i64 1024
-  store <16 x i32> %1161, ptr %1162, align 4, !tbaa !5
-  %1163 = load i64, ptr %1158, align 8, !tbaa !5
-  %gep727.2.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1163
-  %1164 = load <16 x i32>, ptr %gep727.2.i, align 4, !tbaa !5
-  %1165 = and <16 x i32> %1164, %387
-  %1166 = getelementptr inbounds nuw i8, ptr %1084, i64 1088
-  store <16 x i32> %1165, ptr %1166, align 4, !tbaa !5
-  %1167 = load i64, ptr %1158, align 8, !tbaa !5
-  %gep729.2.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1167
-  %1168 = getelementptr i8, ptr %gep729.2.i, i64 64
-  %1169 = load <16 x i32>, ptr %1168, align 4, !tbaa !5
-  %1170 = shl <16 x i32> %1169, splat (i32 16)
-  %1171 = getelementptr inbounds nuw i8, ptr %1084, i64 1152
-  store <16 x i32> %1170, ptr %1171, align 4, !tbaa !5
-  %1172 = load i64, ptr %1158, align 8, !tbaa !5
-  %gep731.2.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1172
-  %1173 = getelementptr i8, ptr %gep731.2.i, i64 64
-  %1174 = load <16 x i32>, ptr %1173, align 4, !tbaa !5
-  %1175 = and <16 x i32> %1174, %387
-  %1176 = getelementptr inbounds nuw i8, ptr %1084, i64 1216
-  store <16 x i32> %1175, ptr %1176, align 4, !tbaa !5
-  %1177 = load i64, ptr %1158, align 8, !tbaa !5
-  %gep733.2.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1177
-  %1178 = getelementptr i8, ptr %gep733.2.i, i64 128
-  %1179 = load <16 x i32>, ptr %1178, align 4, !tbaa !5
-  %1180 = shl <16 x i32> %1179, splat (i32 16)
-  %1181 = getelementptr inbounds nuw i8, ptr %1084, i64 1280
-  store <16 x i32> %1180, ptr %1181, align 4, !tbaa !5
-  %1182 = load i64, ptr %1158, align 8, !tbaa !5
-  %gep735.2.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1182
-  %1183 = getelementptr i8, ptr %gep735.2.i, i64 128
-  %1184 = load <16 x i32>, ptr %1183, align 4, !tbaa !5
-  %1185 = and <16 x i32> %1184, %387
-  %1186 = getelementptr inbounds nuw i8, ptr %1084, i64 1344
-  store <16 x i32> %1185, ptr %1186, align 4, !tbaa !5
-  %1187 = load i64, ptr %1158, align 8, !tbaa !5
-  %gep737.2.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1187
-  %1188 = getelementptr i8, ptr %gep737.2.i, i64 192
-  %1189 = load <16 x i32>, ptr %1188, align 4, !tbaa !5
-  %1190 = shl <16 x i32> %1189, splat (i32 16)
-  %1191 = getelementptr inbounds nuw i8, ptr %1084, i64 1408
-  store <16 x i32> %1190, ptr %1191, align 4, !tbaa !5
-  %1192 = load i64, ptr %1158, align 8, !tbaa !5
-  %gep739.2.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1192
-  %1193 = getelementptr i8, ptr %gep739.2.i, i64 192
-  %1194 = load <16 x i32>, ptr %1193, align 4, !tbaa !5
-  %1195 = and <16 x i32> %1194, %387
-  %1196 = getelementptr inbounds nuw i8, ptr %1084, i64 1472
-  store <16 x i32> %1195, ptr %1196, align 4, !tbaa !5
-  %1197 = getelementptr inbounds nuw i8, ptr %1080, i64 24
-  %1198 = load i64, ptr %1197, align 8, !tbaa !5
-  %gep725.3.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1198
-  %1199 = load <16 x i32>, ptr %gep725.3.i, align 4, !tbaa !5
-  %1200 = shl <16 x i32> %1199, splat (i32 16)
-  %1201 = getelementptr inbounds nuw i8, ptr %1084, i64 1536
-  store <16 x i32> %1200, ptr %1201, align 4, !tbaa !5
-  %1202 = load i64, ptr %1197, align 8, !tbaa !5
-  %gep727.3.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1202
-  %1203 = load <16 x i32>, ptr %gep727.3.i, align 4, !tbaa !5
-  %1204 = and <16 x i32> %1203, %387
-  %1205 = getelementptr inbounds nuw i8, ptr %1084, i64 1600
-  store <16 x i32> %1204, ptr %1205, align 4, !tbaa !5
-  %1206 = load i64, ptr %1197, align 8, !tbaa !5
-  %gep729.3.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1206
-  %1207 = getelementptr i8, ptr %gep729.3.i, i64 64
-  %1208 = load <16 x i32>, ptr %1207, align 4, !tbaa !5
-  %1209 = shl <16 x i32> %1208, splat (i32 16)
-  %1210 = getelementptr inbounds nuw i8, ptr %1084, i64 1664
-  store <16 x i32> %1209, ptr %1210, align 4, !tbaa !5
-  %1211 = load i64, ptr %1197, align 8, !tbaa !5
-  %gep731.3.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1211
-  %1212 = getelementptr i8, ptr %gep731.3.i, i64 64
-  %1213 = load <16 x i32>, ptr %1212, align 4, !tbaa !5
-  %1214 = and <16 x i32> %1213, %387
-  %1215 = getelementptr inbounds nuw i8, ptr %1084, i64 1728
-  store <16 x i32> %1214, ptr %1215, align 4, !tbaa !5
-  %1216 = load i64, ptr %1197, align 8, !tbaa !5
-  %gep733.3.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1216
-  %1217 = getelementptr i8, ptr %gep733.3.i, i64 128
-  %1218 = load <16 x i32>, ptr %1217, align 4, !tbaa !5
-  %1219 = shl <16 x i32> %1218, splat (i32 16)
-  %1220 = getelementptr inbounds nuw i8, ptr %1084, i64 1792
-  store <16 x i32> %1219, ptr %1220, align 4, !tbaa !5
-  %1221 = load i64, ptr %1197, align 8, !tbaa !5
-  %gep735.3.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1221
-  %1222 = getelementptr i8, ptr %gep735.3.i, i64 128
-  %1223 = load <16 x i32>, ptr %1222, align 4, !tbaa !5
-  %1224 = and <16 x i32> %1223, %387
-  %1225 = getelementptr inbounds nuw i8, ptr %1084, i64 1856
-  store <16 x i32> %1224, ptr %1225, align 4, !tbaa !5
-  %1226 = load i64, ptr %1197, align 8, !tbaa !5
-  %gep737.3.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1226
-  %1227 = getelementptr i8, ptr %gep737.3.i, i64 192
-  %1228 = load <16 x i32>, ptr %1227, align 4, !tbaa !5
-  %1229 = shl <16 x i32> %1228, splat (i32 16)
-  %1230 = getelementptr inbounds nuw i8, ptr %1084, i64 1920
-  store <16 x i32> %1229, ptr %1230, align 4, !tbaa !5
-  %1231 = load i64, ptr %1197, align 8, !tbaa !5
-  %gep739.3.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1231
-  %1232 = getelementptr i8, ptr %gep739.3.i, i64 192
-  %1233 = load <16 x i32>, ptr %1232, align 4, !tbaa !5
-  %1234 = and <16 x i32> %1233, %387
-  %1235 = getelementptr inbounds nuw i8, ptr %1084, i64 1984
-  store <16 x i32> %1234, ptr %1235, align 4, !tbaa !5
-  %1236 = getelementptr inbounds nuw i8, ptr %1080, i64 32
-  %1237 = load i64, ptr %1236, align 8, !tbaa !5
-  %gep725.4.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1237
-  %1238 = load <16 x i32>, ptr %gep725.4.i, align 4, !tbaa !5
-  %1239 = shl <16 x i32> %1238, splat (i32 16)
-  %1240 = getelementptr inbounds nuw i8, ptr %1084, i64 2048
-  store <16 x i32> %1239, ptr %1240, align 4, !tbaa !5
-  %1241 = load i64, ptr %1236, align 8, !tbaa !5
-  %gep727.4.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1241
-  %1242 = load <16 x i32>, ptr %gep727.4.i, align 4, !tbaa !5
-  %1243 = and <16 x i32> %1242, %387
-  %1244 = getelementptr inbounds nuw i8, ptr %1084, i64 2112
-  store <16 x i32> %1243, ptr %1244, align 4, !tbaa !5
-  %1245 = load i64, ptr %1236, align 8, !tbaa !5
-  %gep729.4.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1245
-  %1246 = getelementptr i8, ptr %gep729.4.i, i64 64
-  %1247 = load <16 x i32>, ptr %1246, align 4, !tbaa !5
-  %1248 = shl <16 x i32> %1247, splat (i32 16)
-  %1249 = getelementptr inbounds nuw i8, ptr %1084, i64 2176
-  store <16 x i32> %1248, ptr %1249, align 4, !tbaa !5
-  %1250 = load i64, ptr %1236, align 8, !tbaa !5
-  %gep731.4.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1250
-  %1251 = getelementptr i8, ptr %gep731.4.i, i64 64
-  %1252 = load <16 x i32>, ptr %1251, align 4, !tbaa !5
-  %1253 = and <16 x i32> %1252, %387
-  %1254 = getelementptr inbounds nuw i8, ptr %1084, i64 2240
-  store <16 x i32> %1253, ptr %1254, align 4, !tbaa !5
-  %1255 = load i64, ptr %1236, align 8, !tbaa !5
-  %gep733.4.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1255
-  %1256 = getelementptr i8, ptr %gep733.4.i, i64 128
-  %1257 = load <16 x i32>, ptr %1256, align 4, !tbaa !5
-  %1258 = shl <16 x i32> %1257, splat (i32 16)
-  %1259 = getelementptr inbounds nuw i8, ptr %1084, i64 2304
-  store <16 x i32> %1258, ptr %1259, align 4, !tbaa !5
-  %1260 = load i64, ptr %1236, align 8, !tbaa !5
-  %gep735.4.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1260
-  %1261 = getelementptr i8, ptr %gep735.4.i, i64 128
-  %1262 = load <16 x i32>, ptr %1261, align 4, !tbaa !5
-  %1263 = and <16 x i32> %1262, %387
-  %1264 = getelementptr inbounds nuw i8, ptr %1084, i64 2368
-  store <16 x i32> %1263, ptr %1264, align 4, !tbaa !5
-  %1265 = load i64, ptr %1236, align 8, !tbaa !5
-  %gep737.4.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1265
-  %1266 = getelementptr i8, ptr %gep737.4.i, i64 192
-  %1267 = load <16 x i32>, ptr %1266, align 4, !tbaa !5
-  %1268 = shl <16 x i32> %1267, splat (i32 16)
-  %1269 = getelementptr inbounds nuw i8, ptr %1084, i64 2432
-  store <16 x i32> %1268, ptr %1269, align 4, !tbaa !5
-  %1270 = load i64, ptr %1236, align 8, !tbaa !5
-  %gep739.4.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1270
-  %1271 = getelementptr i8, ptr %gep739.4.i, i64 192
-  %1272 = load <16 x i32>, ptr %1271, align 4, !tbaa !5
-  %1273 = and <16 x i32> %1272, %387
-  %1274 = getelementptr inbounds nuw i8, ptr %1084, i64 2496
-  store <16 x i32> %1273, ptr %1274, align 4, !tbaa !5
-  %1275 = getelementptr inbounds nuw i8, ptr %1080, i64 40
-  %1276 = load i64, ptr %1275, align 8, !tbaa !5
-  %gep725.5.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1276
-  %1277 = load <16 x i32>, ptr %gep725.5.i, align 4, !tbaa !5
-  %1278 = shl <16 x i32> %1277, splat (i32 16)
-  %1279 = getelementptr inbounds nuw i8, ptr %1084, i64 2560
-  store <16 x i32> %1278, ptr %1279, align 4, !tbaa !5
-  %1280 = load i64, ptr %1275, align 8, !tbaa !5
-  %gep727.5.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1280
-  %1281 = load <16 x i32>, ptr %gep727.5.i, align 4, !tbaa !5
-  %1282 = and <16 x i32> %1281, %387
-  %1283 = getelementptr inbounds nuw i8, ptr %1084, i64 2624
-  store <16 x i32> %1282, ptr %1283, align 4, !tbaa !5
-  %1284 = load i64, ptr %1275, align 8, !tbaa !5
-  %gep729.5.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1284
-  %1285 = getelementptr i8, ptr %gep729.5.i, i64 64
-  %1286 = load <16 x i32>, ptr %1285, align 4, !tbaa !5
-  %1287 = shl <16 x i32> %1286, splat (i32 16)
-  %1288 = getelementptr inbounds nuw i8, ptr %1084, i64 2688
-  store <16 x i32> %1287, ptr %1288, align 4, !tbaa !5
-  %1289 = load i64, ptr %1275, align 8, !tbaa !5
-  %gep731.5.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1289
-  %1290 = getelementptr i8, ptr %gep731.5.i, i64 64
-  %1291 = load <16 x i32>, ptr %1290, align 4, !tbaa !5
-  %1292 = and <16 x i32> %1291, %387
-  %1293 = getelementptr inbounds nuw i8, ptr %1084, i64 2752
-  store <16 x i32> %1292, ptr %1293, align 4, !tbaa !5
-  %1294 = load i64, ptr %1275, align 8, !tbaa !5
-  %gep733.5.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1294
-  %1295 = getelementptr i8, ptr %gep733.5.i, i64 128
-  %1296 = load <16 x i32>, ptr %1295, align 4, !tbaa !5
-  %1297 = shl <16 x i32> %1296, splat (i32 16)
-  %1298 = getelementptr inbounds nuw i8, ptr %1084, i64 2816
-  store <16 x i32> %1297, ptr %1298, align 4, !tbaa !5
-  %1299 = load i64, ptr %1275, align 8, !tbaa !5
-  %gep735.5.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1299
-  %1300 = getelementptr i8, ptr %gep735.5.i, i64 128
-  %1301 = load <16 x i32>, ptr %1300, align 4, !tbaa !5
-  %1302 = and <16 x i32> %1301, %387
-  %1303 = getelementptr inbounds nuw i8, ptr %1084, i64 2880
-  store <16 x i32> %1302, ptr %1303, align 4, !tbaa !5
-  %1304 = load i64, ptr %1275, align 8, !tbaa !5
-  %gep737.5.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1304
-  %1305 = getelementptr i8, ptr %gep737.5.i, i64 192
-  %1306 = load <16 x i32>, ptr %1305, align 4, !tbaa !5
-  %1307 = shl <16 x i32> %1306, splat (i32 16)
-  %1308 = getelementptr inbounds nuw i8, ptr %1084, i64 2944
-  store <16 x i32> %1307, ptr %1308, align 4, !tbaa !5
-  %1309 = load i64, ptr %1275, align 8, !tbaa !5
-  %gep739.5.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1309
-  %1310 = getelementptr i8, ptr %gep739.5.i, i64 192
-  %1311 = load <16 x i32>, ptr %1310, align 4, !tbaa !5
-  %1312 = and <16 x i32> %1311, %387
-  %1313 = getelementptr inbounds nuw i8, ptr %1084, i64 3008
-  store <16 x i32> %1312, ptr %1313, align 4, !tbaa !5
-  %1314 = getelementptr inbounds nuw i8, ptr %1080, i64 48
-  %1315 = load i64, ptr %1314, align 8, !tbaa !5
-  %gep725.6.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1315
-  %1316 = load <16 x i32>, ptr %gep725.6.i, align 4, !tbaa !5
-  %1317 = shl <16 x i32> %1316, splat (i32 16)
-  %1318 = getelementptr inbounds nuw i8, ptr %1084, i64 3072
-  store <16 x i32> %1317, ptr %1318, align 4, !tbaa !5
-  %1319 = load i64, ptr %1314, align 8, !tbaa !5
-  %gep727.6.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1319
-  %1320 = load <16 x i32>, ptr %gep727.6.i, align 4, !tbaa !5
-  %1321 = and <16 x i32> %1320, %387
-  %1322 = getelementptr inbounds nuw i8, ptr %1084, i64 3136
-  store <16 x i32> %1321, ptr %1322, align 4, !tbaa !5
-  %1323 = load i64, ptr %1314, align 8, !tbaa !5
-  %gep729.6.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1323
-  %1324 = getelementptr i8, ptr %gep729.6.i, i64 64
-  %1325 = load <16 x i32>, ptr %1324, align 4, !tbaa !5
-  %1326 = shl <16 x i32> %1325, splat (i32 16)
-  %1327 = getelementptr inbounds nuw i8, ptr %1084, i64 3200
-  store <16 x i32> %1326, ptr %1327, align 4, !tbaa !5
-  %1328 = load i64, ptr %1314, align 8, !tbaa !5
-  %gep731.6.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1328
-  %1329 = getelementptr i8, ptr %gep731.6.i, i64 64
-  %1330 = load <16 x i32>, ptr %1329, align 4, !tbaa !5
-  %1331 = and <16 x i32> %1330, %387
-  %1332 = getelementptr inbounds nuw i8, ptr %1084, i64 3264
-  store <16 x i32> %1331, ptr %1332, align 4, !tbaa !5
-  %1333 = load i64, ptr %1314, align 8, !tbaa !5
-  %gep733.6.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1333
-  %1334 = getelementptr i8, ptr %gep733.6.i, i64 128
-  %1335 = load <16 x i32>, ptr %1334, align 4, !tbaa !5
-  %1336 = shl <16 x i32> %1335, splat (i32 16)
-  %1337 = getelementptr inbounds nuw i8, ptr %1084, i64 3328
-  store <16 x i32> %1336, ptr %1337, align 4, !tbaa !5
-  %1338 = load i64, ptr %1314, align 8, !tbaa !5
-  %gep735.6.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1338
-  %1339 = getelementptr i8, ptr %gep735.6.i, i64 128
-  %1340 = load <16 x i32>, ptr %1339, align 4, !tbaa !5
-  %1341 = and <16 x i32> %1340, %387
-  %1342 = getelementptr inbounds nuw i8, ptr %1084, i64 3392
-  store <16 x i32> %1341, ptr %1342, align 4, !tbaa !5
-  %1343 = load i64, ptr %1314, align 8, !tbaa !5
-  %gep737.6.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1343
-  %1344 = getelementptr i8, ptr %gep737.6.i, i64 192
-  %1345 = load <16 x i32>, ptr %1344, align 4, !tbaa !5
-  %1346 = shl <16 x i32> %1345, splat (i32 16)
-  %1347 = getelementptr inbounds nuw i8, ptr %1084, i64 3456
-  store <16 x i32> %1346, ptr %1347, align 4, !tbaa !5
-  %1348 = load i64, ptr %1314, align 8, !tbaa !5
-  %gep739.6.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1348
-  %1349 = getelementptr i8, ptr %gep739.6.i, i64 192
-  %1350 = load <16 x i32>, ptr %1349, align 4, !tbaa !5
-  %1351 = and <16 x i32> %1350, %387
-  %1352 = getelementptr inbounds nuw i8, ptr %1084, i64 3520
-  store <16 x i32> %1351, ptr %1352, align 4, !tbaa !5
-  %1353 = getelementptr inbounds nuw i8, ptr %1080, i64 56
-  %1354 = load i64, ptr %1353, align 8, !tbaa !5
-  %gep725.7.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1354
-  %1355 = load <16 x i32>, ptr %gep725.7.i, align 4, !tbaa !5
-  %1356 = shl <16 x i32> %1355, splat (i32 16)
-  %1357 = getelementptr inbounds nuw i8, ptr %1084, i64 3584
-  store <16 x i32> %1356, ptr %1357, align 4, !tbaa !5
-  %1358 = load i64, ptr %1353, align 8, !tbaa !5
-  %gep727.7.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1358
-  %1359 = load <16 x i32>, ptr %gep727.7.i, align 4, !tbaa !5
-  %1360 = and <16 x i32> %1359, %387
-  %1361 = getelementptr inbounds nuw i8, ptr %1084, i64 3648
-  store <16 x i32> %1360, ptr %1361, align 4, !tbaa !5
-  %1362 = load i64, ptr %1353, align 8, !tbaa !5
-  %gep729.7.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1362
-  %1363 = getelementptr i8, ptr %gep729.7.i, i64 64
-  %1364 = load <16 x i32>, ptr %1363, align 4, !tbaa !5
-  %1365 = shl <16 x i32> %1364, splat (i32 16)
-  %1366 = getelementptr inbounds nuw i8, ptr %1084, i64 3712
-  store <16 x i32> %1365, ptr %1366, align 4, !tbaa !5
-  %1367 = load i64, ptr %1353, align 8, !tbaa !5
-  %gep731.7.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1367
-  %1368 = getelementptr i8, ptr %gep731.7.i, i64 64
-  %1369 = load <16 x i32>, ptr %1368, align 4, !tbaa !5
-  %1370 = and <16 x i32> %1369, %387
-  %1371 = getelementptr inbounds nuw i8, ptr %1084, i64 3776
-  store <16 x i32> %1370, ptr %1371, align 4, !tbaa !5
-  %1372 = load i64, ptr %1353, align 8, !tbaa !5
-  %gep733.7.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1372
-  %1373 = getelementptr i8, ptr %gep733.7.i, i64 128
-  %1374 = load <16 x i32>, ptr %1373, align 4, !tbaa !5
-  %1375 = shl <16 x i32> %1374, splat (i32 16)
-  %1376 = getelementptr inbounds nuw i8, ptr %1084, i64 3840
-  store <16 x i32> %1375, ptr %1376, align 4, !tbaa !5
-  %1377 = load i64, ptr %1353, align 8, !tbaa !5
-  %gep735.7.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1377
-  %1378 = getelementptr i8, ptr %gep735.7.i, i64 128
-  %1379 = load <16 x i32>, ptr %1378, align 4, !tbaa !5
-  %1380 = and <16 x i32> %1379, %387
-  %1381 = getelementptr inbounds nuw i8, ptr %1084, i64 3904
-  store <16 x i32> %1380, ptr %1381, align 4, !tbaa !5
-  %1382 = load i64, ptr %1353, align 8, !tbaa !5
-  %gep737.7.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1382
-  %1383 = getelementptr i8, ptr %gep737.7.i, i64 192
-  %1384 = load <16 x i32>, ptr %1383, align 4, !tbaa !5
-  %1385 = shl <16 x i32> %1384, splat (i32 16)
-  %1386 = getelementptr inbounds nuw i8, ptr %1084, i64 3968
-  store <16 x i32> %1385, ptr %1386, align 4, !tbaa !5
-  %1387 = load i64, ptr %1353, align 8, !tbaa !5
-  %gep739.7.i = getelementptr i32, ptr %invariant.gep724.i, i64 %1387
-  %1388 = getelementptr i8, ptr %gep739.7.i, i64 192
-  %1389 = load <16 x i32>, ptr %1388, align 4, !tbaa !5
-  %1390 = and <16 x i32> %1389, %387
-  %1391 = getelementptr inbounds nuw i8, ptr %1084, i64 4032
-  store <16 x i32> %1390, ptr %1391, align 4, !tbaa !5
-  %indvars.iv.next977.i = add nuw nsw i64 %indvars.iv976.i, 1
-  %exitcond980.not.i = icmp eq i64 %indvars.iv.next977.i, %wide.trip.count970.i
-  br i1 %exitcond980.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti156.preheader.i, !prof !13
+for_begin_ti153.preheader.i:                      ; preds = %for_begin_ti153.preheader.i, %for_begin_ti153.preheader.lr.ph.i
+  %indvars.iv959.i = phi i64 [ 0, %for_begin_ti153.preheader.lr.ph.i ], [ %indvars.iv.next960.i, %for_begin_ti153.preheader.i ]
+  %.idx69 = shl nsw i64 %indvars.iv959.i, 6
+  %1116 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx69
+  %1117 = load i64, ptr %1116, align 8, !tbaa !5
+  %gep717.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1117
+  %1118 = load <16 x i32>, ptr %gep717.i, align 4, !tbaa !5
+  %1119 = shl <16 x i32> %1118, splat (i32 16)
+  %.idx70 = shl nsw i64 %indvars.iv959.i, 12
+  %1120 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx70
+  store <16 x i32> %1119, ptr %1120, align 4, !tbaa !5
+  %1121 = load i64, ptr %1116, align 8, !tbaa !5
+  %gep719.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1121
+  %1122 = load <16 x i32>, ptr %gep719.i, align 4, !tbaa !5
+  %1123 = and <16 x i32> %1122, %366
+  %1124 = getelementptr inbounds nuw i8, ptr %1120, i64 64
+  store <16 x i32> %1123, ptr %1124, align 4, !tbaa !5
+  %1125 = load i64, ptr %1116, align 8, !tbaa !5
+  %gep721.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1125
+  %1126 = getelementptr i8, ptr %gep721.i, i64 64
+  %1127 = load <16 x i32>, ptr %1126, align 4, !tbaa !5
+  %1128 = shl <16 x i32> %1127, splat (i32 16)
+  %1129 = getelementptr inbounds nuw i8, ptr %1120, i64 128
+  store <16 x i32> %1128, ptr %1129, align 4, !tbaa !5
+  %1130 = load i64, ptr %1116, align 8, !tbaa !5
+  %gep723.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1130
+  %1131 = getelementptr i8, ptr %gep723.i, i64 64
+  %1132 = load <16 x i32>, ptr %1131, align 4, !tbaa !5
+  %1133 = and <16 x i32> %1132, %366
+  %1134 = getelementptr inbounds nuw i8, ptr %1120, i64 192
+  store <16 x i32> %1133, ptr %1134, align 4, !tbaa !5
+  %1135 = load i64, ptr %1116, align 8, !tbaa !5
+  %gep725.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1135
+  %1136 = getelementptr i8, ptr %gep725.i, i64 128
+  %1137 = load <16 x i32>, ptr %1136, align 4, !tbaa !5
+  %1138 = shl <16 x i32> %1137, splat (i32 16)
+  %1139 = getelementptr inbounds nuw i8, ptr %1120, i64 256
+  store <16 x i32> %1138, ptr %1139, align 4, !tbaa !5
+  %1140 = load i64, ptr %1116, align 8, !tbaa !5
+  %gep727.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1140
+  %1141 = getelementptr i8, ptr %gep727.i, i64 128
+  %1142 = load <16 x i32>, ptr %1141, align 4, !tbaa !5
+  %1143 = and <16 x i32> %1142, %366
+  %1144 = getelementptr inbounds nuw i8, ptr %1120, i64 320
+  store <16 x i32> %1143, ptr %1144, align 4, !tbaa !5
+  %1145 = load i64, ptr %1116, align 8, !tbaa !5
+  %gep729.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1145
+  %1146 = getelementptr i8, ptr %gep729.i, i64 192
+  %1147 = load <16 x i32>, ptr %1146, align 4, !tbaa !5
+  %1148 = shl <16 x i32> %1147, splat (i32 16)
+  %1149 = getelementptr inbounds nuw i8, ptr %1120, i64 384
+  store <16 x i32> %1148, ptr %1149, align 4, !tbaa !5
+  %1150 = load i64, ptr %1116, align 8, !tbaa !5
+  %gep731.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1150
+  %1151 = getelementptr i8, ptr %gep731.i, i64 192
+  %1152 = load <16 x i32>, ptr %1151, align 4, !tbaa !5
+  %1153 = and <16 x i32> %1152, %366
+  %1154 = getelementptr inbounds nuw i8, ptr %1120, i64 448
+  store <16 x i32> %1153, ptr %1154, align 4, !tbaa !5
+  %1155 = getelementptr inbounds nuw i8, ptr %1116, i64 8
+  %1156 = load i64, ptr %1155, align 8, !tbaa !5
+  %gep717.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1156
+  %1157 = load <16 x i32>, ptr %gep717.1.i, align 4, !tbaa !5
+  %1158 = shl <16 x i32> %1157, splat (i32 16)
+  %1159 = getelementptr inbounds nuw i8, ptr %1120, i64 512
+  store <16 x i32> %1158, ptr %1159, align 4, !tbaa !5
+  %1160 = load i64, ptr %1155, align 8, !tbaa !5
+  %gep719.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1160
+  %1161 = load <16 x i32>, ptr %gep719.1.i, align 4, !tbaa !5
+  %1162 = and <16 x i32> %1161, %366
+  %1163 = getelementptr inbounds nuw i8, ptr %1120, i64 576
+  store <16 x i32> %1162, ptr %1163, align 4, !tbaa !5
+  %1164 = load i64, ptr %1155, align 8, !tbaa !5
+  %gep721.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1164
+  %1165 = getelementptr i8, ptr %gep721.1.i, i64 64
+  %1166 = load <16 x i32>, ptr %1165, align 4, !tbaa !5
+  %1167 = shl <16 x i32> %1166, splat (i32 16)
+  %1168 = getelementptr inbounds nuw i8, ptr %1120, i64 640
+  store <16 x i32> %1167, ptr %1168, align 4, !tbaa !5
+  %1169 = load i64, ptr %1155, align 8, !tbaa !5
+  %gep723.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1169
+  %1170 = getelementptr i8, ptr %gep723.1.i, i64 64
+  %1171 = load <16 x i32>, ptr %1170, align 4, !tbaa !5
+  %1172 = and <16 x i32> %1171, %366
+  %1173 = getelementptr inbounds nuw i8, ptr %1120, i64 704
+  store <16 x i32> %1172, ptr %1173, align 4, !tbaa !5
+  %1174 = load i64, ptr %1155, align 8, !tbaa !5
+  %gep725.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1174
+  %1175 = getelementptr i8, ptr %gep725.1.i, i64 128
+  %1176 = load <16 x i32>, ptr %1175, align 4, !tbaa !5
+  %1177 = shl <16 x i32> %1176, splat (i32 16)
+  %1178 = getelementptr inbounds nuw i8, ptr %1120, i64 768
+  store <16 x i32> %1177, ptr %1178, align 4, !tbaa !5
+  %1179 = load i64, ptr %1155, align 8, !tbaa !5
+  %gep727.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1179
+  %1180 = getelementptr i8, ptr %gep727.1.i, i64 128
+  %1181 = load <16 x i32>, ptr %1180, align 4, !tbaa !5
+  %1182 = and <16 x i32> %1181, %366
+  %1183 = getelementptr inbounds nuw i8, ptr %1120, i64 832
+  store <16 x i32> %1182, ptr %1183, align 4, !tbaa !5
+  %1184 = load i64, ptr %1155, align 8, !tbaa !5
+  %gep729.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1184
+  %1185 = getelementptr i8, ptr %gep729.1.i, i64 192
+  %1186 = load <16 x i32>, ptr %1185, align 4, !tbaa !5
+  %1187 = shl <16 x i32> %1186, splat (i32 16)
+  %1188 = getelementptr inbounds nuw i8, ptr %1120, i64 896
+  store <16 x i32> %1187, ptr %1188, align 4, !tbaa !5
+  %1189 = load i64, ptr %1155, align 8, !tbaa !5
+  %gep731.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1189
+  %1190 = getelementptr i8, ptr %gep731.1.i, i64 192
+  %1191 = load <16 x i32>, ptr %1190, align 4, !tbaa !5
+  %1192 = and <16 x i32> %1191, %366
+  %1193 = getelementptr inbounds nuw i8, ptr %1120, i64 960
+  store <16 x i32> %1192, ptr %1193, align 4, !tbaa !5
+  %1194 = getelementptr inbounds nuw i8, ptr %1116, i64 16
+  %1195 = load i64, ptr %1194, align 8, !tbaa !5
+  %gep717.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1195
+  %1196 = load <16 x i32>, ptr %gep717.2.i, align 4, !tbaa !5
+  %1197 = shl <16 x i32> %1196, splat (i32 16)
+  %1198 = getelementptr inbounds nuw i8, ptr %1120, i64 1024
+  store <16 x i32> %1197, ptr %1198, align 4, !tbaa !5
+  %1199 = load i64, ptr %1194, align 8, !tbaa !5
+  %gep719.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1199
+  %1200 = load <16 x i32>, ptr %gep719.2.i, align 4, !tbaa !5
+  %1201 = and <16 x i32> %1200, %366
+  %1202 = getelementptr inbounds nuw i8, ptr %1120, i64 1088
+  store <16 x i32> %1201, ptr %1202, align 4, !tbaa !5
+  %1203 = load i64, ptr %1194, align 8, !tbaa !5
+  %gep721.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1203
+  %1204 = getelementptr i8, ptr %gep721.2.i, i64 64
+  %1205 = load <16 x i32>, ptr %1204, align 4, !tbaa !5
+  %1206 = shl <16 x i32> %1205, splat (i32 16)
+  %1207 = getelementptr inbounds nuw i8, ptr %1120, i64 1152
+  store <16 x i32> %1206, ptr %1207, align 4, !tbaa !5
+  %1208 = load i64, ptr %1194, align 8, !tbaa !5
+  %gep723.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1208
+  %1209 = getelementptr i8, ptr %gep723.2.i, i64 64
+  %1210 = load <16 x i32>, ptr %1209, align 4, !tbaa !5
+  %1211 = and <16 x i32> %1210, %366
+  %1212 = getelementptr inbounds nuw i8, ptr %1120, i64 1216
+  store <16 x i32> %1211, ptr %1212, align 4, !tbaa !5
+  %1213 = load i64, ptr %1194, align 8, !tbaa !5
+  %gep725.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1213
+  %1214 = getelementptr i8, ptr %gep725.2.i, i64 128
+  %1215 = load <16 x i32>, ptr %1214, align 4, !tbaa !5
+  %1216 = shl <16 x i32> %1215, splat (i32 16)
+  %1217 = getelementptr inbounds nuw i8, ptr %1120, i64 1280
+  store <16 x i32> %1216, ptr %1217, align 4, !tbaa !5
+  %1218 = load i64, ptr %1194, align 8, !tbaa !5
+  %gep727.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1218
+  %1219 = getelementptr i8, ptr %gep727.2.i, i64 128
+  %1220 = load <16 x i32>, ptr %1219, align 4, !tbaa !5
+  %1221 = and <16 x i32> %1220, %366
+  %1222 = getelementptr inbounds nuw i8, ptr %1120, i64 1344
+  store <16 x i32> %1221, ptr %1222, align 4, !tbaa !5
+  %1223 = load i64, ptr %1194, align 8, !tbaa !5
+  %gep729.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1223
+  %1224 = getelementptr i8, ptr %gep729.2.i, i64 192
+  %1225 = load <16 x i32>, ptr %1224, align 4, !tbaa !5
+  %1226 = shl <16 x i32> %1225, splat (i32 16)
+  %1227 = getelementptr inbounds nuw i8, ptr %1120, i64 1408
+  store <16 x i32> %1226, ptr %1227, align 4, !tbaa !5
+  %1228 = load i64, ptr %1194, align 8, !tbaa !5
+  %gep731.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1228
+  %1229 = getelementptr i8, ptr %gep731.2.i, i64 192
+  %1230 = load <16 x i32>, ptr %1229, align 4, !tbaa !5
+  %1231 = and <16 x i32> %1230, %366
+  %1232 = getelementptr inbounds nuw i8, ptr %1120, i64 1472
+  store <16 x i32> %1231, ptr %1232, align 4, !tbaa !5
+  %1233 = getelementptr inbounds nuw i8, ptr %1116, i64 24
+  %1234 = load i64, ptr %1233, align 8, !tbaa !5
+  %gep717.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1234
+  %1235 = load <16 x i32>, ptr %gep717.3.i, align 4, !tbaa !5
+  %1236 = shl <16 x i32> %1235, splat (i32 16)
+  %1237 = getelementptr inbounds nuw i8, ptr %1120, i64 1536
+  store <16 x i32> %1236, ptr %1237, align 4, !tbaa !5
+  %1238 = load i64, ptr %1233, align 8, !tbaa !5
+  %gep719.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1238
+  %1239 = load <16 x i32>, ptr %gep719.3.i, align 4, !tbaa !5
+  %1240 = and <16 x i32> %1239, %366
+  %1241 = getelementptr inbounds nuw i8, ptr %1120, i64 1600
+  store <16 x i32> %1240, ptr %1241, align 4, !tbaa !5
+  %1242 = load i64, ptr %1233, align 8, !tbaa !5
+  %gep721.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1242
+  %1243 = getelementptr i8, ptr %gep721.3.i, i64 64
+  %1244 = load <16 x i32>, ptr %1243, align 4, !tbaa !5
+  %1245 = shl <16 x i32> %1244, splat (i32 16)
+  %1246 = getelementptr inbounds nuw i8, ptr %1120, i64 1664
+  store <16 x i32> %1245, ptr %1246, align 4, !tbaa !5
+  %1247 = load i64, ptr %1233, align 8, !tbaa !5
+  %gep723.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1247
+  %1248 = getelementptr i8, ptr %gep723.3.i, i64 64
+  %1249 = load <16 x i32>, ptr %1248, align 4, !tbaa !5
+  %1250 = and <16 x i32> %1249, %366
+  %1251 = getelementptr inbounds nuw i8, ptr %1120, i64 1728
+  store <16 x i32> %1250, ptr %1251, align 4, !tbaa !5
+  %1252 = load i64, ptr %1233, align 8, !tbaa !5
+  %gep725.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1252
+  %1253 = getelementptr i8, ptr %gep725.3.i, i64 128
+  %1254 = load <16 x i32>, ptr %1253, align 4, !tbaa !5
+  %1255 = shl <16 x i32> %1254, splat (i32 16)
+  %1256 = getelementptr inbounds nuw i8, ptr %1120, i64 1792
+  store <16 x i32> %1255, ptr %1256, align 4, !tbaa !5
+  %1257 = load i64, ptr %1233, align 8, !tbaa !5
+  %gep727.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1257
+  %1258 = getelementptr i8, ptr %gep727.3.i, i64 128
+  %1259 = load <16 x i32>, ptr %1258, align 4, !tbaa !5
+  %1260 = and <16 x i32> %1259, %366
+  %1261 = getelementptr inbounds nuw i8, ptr %1120, i64 1856
+  store <16 x i32> %1260, ptr %1261, align 4, !tbaa !5
+  %1262 = load i64, ptr %1233, align 8, !tbaa !5
+  %gep729.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1262
+  %1263 = getelementptr i8, ptr %gep729.3.i, i64 192
+  %1264 = load <16 x i32>, ptr %1263, align 4, !tbaa !5
+  %1265 = shl <16 x i32> %1264, splat (i32 16)
+  %1266 = getelementptr inbounds nuw i8, ptr %1120, i64 1920
+  store <16 x i32> %1265, ptr %1266, align 4, !tbaa !5
+  %1267 = load i64, ptr %1233, align 8, !tbaa !5
+  %gep731.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1267
+  %1268 = getelementptr i8, ptr %gep731.3.i, i64 192
+  %1269 = load <16 x i32>, ptr %1268, align 4, !tbaa !5
+  %1270 = and <16 x i32> %1269, %366
+  %1271 = getelementptr inbounds nuw i8, ptr %1120, i64 1984
+  store <16 x i32> %1270, ptr %1271, align 4, !tbaa !5
+  %1272 = getelementptr inbounds nuw i8, ptr %1116, i64 32
+  %1273 = load i64, ptr %1272, align 8, !tbaa !5
+  %gep717.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1273
+  %1274 = load <16 x i32>, ptr %gep717.4.i, align 4, !tbaa !5
+  %1275 = shl <16 x i32> %1274, splat (i32 16)
+  %1276 = getelementptr inbounds nuw i8, ptr %1120, i64 2048
+  store <16 x i32> %1275, ptr %1276, align 4, !tbaa !5
+  %1277 = load i64, ptr %1272, align 8, !tbaa !5
+  %gep719.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1277
+  %1278 = load <16 x i32>, ptr %gep719.4.i, align 4, !tbaa !5
+  %1279 = and <16 x i32> %1278, %366
+  %1280 = getelementptr inbounds nuw i8, ptr %1120, i64 2112
+  store <16 x i32> %1279, ptr %1280, align 4, !tbaa !5
+  %1281 = load i64, ptr %1272, align 8, !tbaa !5
+  %gep721.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1281
+  %1282 = getelementptr i8, ptr %gep721.4.i, i64 64
+  %1283 = load <16 x i32>, ptr %1282, align 4, !tbaa !5
+  %1284 = shl <16 x i32> %1283, splat (i32 16)
+  %1285 = getelementptr inbounds nuw i8, ptr %1120, i64 2176
+  store <16 x i32> %1284, ptr %1285, align 4, !tbaa !5
+  %1286 = load i64, ptr %1272, align 8, !tbaa !5
+  %gep723.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1286
+  %1287 = getelementptr i8, ptr %gep723.4.i, i64 64
+  %1288 = load <16 x i32>, ptr %1287, align 4, !tbaa !5
+  %1289 = and <16 x i32> %1288, %366
+  %1290 = getelementptr inbounds nuw i8, ptr %1120, i64 2240
+  store <16 x i32> %1289, ptr %1290, align 4, !tbaa !5
+  %1291 = load i64, ptr %1272, align 8, !tbaa !5
+  %gep725.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1291
+  %1292 = getelementptr i8, ptr %gep725.4.i, i64 128
+  %1293 = load <16 x i32>, ptr %1292, align 4, !tbaa !5
+  %1294 = shl <16 x i32> %1293, splat (i32 16)
+  %1295 = getelementptr inbounds nuw i8, ptr %1120, i64 2304
+  store <16 x i32> %1294, ptr %1295, align 4, !tbaa !5
+  %1296 = load i64, ptr %1272, align 8, !tbaa !5
+  %gep727.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1296
+  %1297 = getelementptr i8, ptr %gep727.4.i, i64 128
+  %1298 = load <16 x i32>, ptr %1297, align 4, !tbaa !5
+  %1299 = and <16 x i32> %1298, %366
+  %1300 = getelementptr inbounds nuw i8, ptr %1120, i64 2368
+  store <16 x i32> %1299, ptr %1300, align 4, !tbaa !5
+  %1301 = load i64, ptr %1272, align 8, !tbaa !5
+  %gep729.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1301
+  %1302 = getelementptr i8, ptr %gep729.4.i, i64 192
+  %1303 = load <16 x i32>, ptr %1302, align 4, !tbaa !5
+  %1304 = shl <16 x i32> %1303, splat (i32 16)
+  %1305 = getelementptr inbounds nuw i8, ptr %1120, i64 2432
+  store <16 x i32> %1304, ptr %1305, align 4, !tbaa !5
+  %1306 = load i64, ptr %1272, align 8, !tbaa !5
+  %gep731.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1306
+  %1307 = getelementptr i8, ptr %gep731.4.i, i64 192
+  %1308 = load <16 x i32>, ptr %1307, align 4, !tbaa !5
+  %1309 = and <16 x i32> %1308, %366
+  %1310 = getelementptr inbounds nuw i8, ptr %1120, i64 2496
+  store <16 x i32> %1309, ptr %1310, align 4, !tbaa !5
+  %1311 = getelementptr inbounds nuw i8, ptr %1116, i64 40
+  %1312 = load i64, ptr %1311, align 8, !tbaa !5
+  %gep717.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1312
+  %1313 = load <16 x i32>, ptr %gep717.5.i, align 4, !tbaa !5
+  %1314 = shl <16 x i32> %1313, splat (i32 16)
+  %1315 = getelementptr inbounds nuw i8, ptr %1120, i64 2560
+  store <16 x i32> %1314, ptr %1315, align 4, !tbaa !5
+  %1316 = load i64, ptr %1311, align 8, !tbaa !5
+  %gep719.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1316
+  %1317 = load <16 x i32>, ptr %gep719.5.i, align 4, !tbaa !5
+  %1318 = and <16 x i32> %1317, %366
+  %1319 = getelementptr inbounds nuw i8, ptr %1120, i64 2624
+  store <16 x i32> %1318, ptr %1319, align 4, !tbaa !5
+  %1320 = load i64, ptr %1311, align 8, !tbaa !5
+  %gep721.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1320
+  %1321 = getelementptr i8, ptr %gep721.5.i, i64 64
+  %1322 = load <16 x i32>, ptr %1321, align 4, !tbaa !5
+  %1323 = shl <16 x i32> %1322, splat (i32 16)
+  %1324 = getelementptr inbounds nuw i8, ptr %1120, i64 2688
+  store <16 x i32> %1323, ptr %1324, align 4, !tbaa !5
+  %1325 = load i64, ptr %1311, align 8, !tbaa !5
+  %gep723.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1325
+  %1326 = getelementptr i8, ptr %gep723.5.i, i64 64
+  %1327 = load <16 x i32>, ptr %1326, align 4, !tbaa !5
+  %1328 = and <16 x i32> %1327, %366
+  %1329 = getelementptr inbounds nuw i8, ptr %1120, i64 2752
+  store <16 x i32> %1328, ptr %1329, align 4, !tbaa !5
+  %1330 = load i64, ptr %1311, align 8, !tbaa !5
+  %gep725.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1330
+  %1331 = getelementptr i8, ptr %gep725.5.i, i64 128
+  %1332 = load <16 x i32>, ptr %1331, align 4, !tbaa !5
+  %1333 = shl <16 x i32> %1332, splat (i32 16)
+  %1334 = getelementptr inbounds nuw i8, ptr %1120, i64 2816
+  store <16 x i32> %1333, ptr %1334, align 4, !tbaa !5
+  %1335 = load i64, ptr %1311, align 8, !tbaa !5
+  %gep727.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1335
+  %1336 = getelementptr i8, ptr %gep727.5.i, i64 128
+  %1337 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
+  %1338 = and <16 x i32> %1337, %366
+  %1339 = getelementptr inbounds nuw i8, ptr %1120, i64 2880
+  store <16 x i32> %1338, ptr %1339, align 4, !tbaa !5
+  %1340 = load i64, ptr %1311, align 8, !tbaa !5
+  %gep729.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1340
+  %1341 = getelementptr i8, ptr %gep729.5.i, i64 192
+  %1342 = load <16 x i32>, ptr %1341, align 4, !tbaa !5
+  %1343 = shl <16 x i32> %1342, splat (i32 16)
+  %1344 = getelementptr inbounds nuw i8, ptr %1120, i64 2944
+  store <16 x i32> %1343, ptr %1344, align 4, !tbaa !5
+  %1345 = load i64, ptr %1311, align 8, !tbaa !5
+  %gep731.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1345
+  %1346 = getelementptr i8, ptr %gep731.5.i, i64 192
+  %1347 = load <16 x i32>, ptr %1346, align 4, !tbaa !5
+  %1348 = and <16 x i32> %1347, %366
+  %1349 = getelementptr inbounds nuw i8, ptr %1120, i64 3008
+  store <16 x i32> %1348, ptr %1349, align 4, !tbaa !5
+  %1350 = getelementptr inbounds nuw i8, ptr %1116, i64 48
+  %1351 = load i64, ptr %1350, align 8, !tbaa !5
+  %gep717.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1351
+  %1352 = load <16 x i32>, ptr %gep717.6.i, align 4, !tbaa !5
+  %1353 = shl <16 x i32> %1352, splat (i32 16)
+  %1354 = getelementptr inbounds nuw i8, ptr %1120, i64 3072
+  store <16 x i32> %1353, ptr %1354, align 4, !tbaa !5
+  %1355 = load i64, ptr %1350, align 8, !tbaa !5
+  %gep719.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1355
+  %1356 = load <16 x i32>, ptr %gep719.6.i, align 4, !tbaa !5
+  %1357 = and <16 x i32> %1356, %366
+  %1358 = getelementptr inbounds nuw i8, ptr %1120, i64 3136
+  store <16 x i32> %1357, ptr %1358, align 4, !tbaa !5
+  %1359 = load i64, ptr %1350, align 8, !tbaa !5
+  %gep721.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1359
+  %1360 = getelementptr i8, ptr %gep721.6.i, i64 64
+  %1361 = load <16 x i32>, ptr %1360, align 4, !tbaa !5
+  %1362 = shl <16 x i32> %1361, splat (i32 16)
+  %1363 = getelementptr inbounds nuw i8, ptr %1120, i64 3200
+  store <16 x i32> %1362, ptr %1363, align 4, !tbaa !5
+  %1364 = load i64, ptr %1350, align 8, !tbaa !5
+  %gep723.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1364
+  %1365 = getelementptr i8, ptr %gep723.6.i, i64 64
+  %1366 = load <16 x i32>, ptr %1365, align 4, !tbaa !5
+  %1367 = and <16 x i32> %1366, %366
+  %1368 = getelementptr inbounds nuw i8, ptr %1120, i64 3264
+  store <16 x i32> %1367, ptr %1368, align 4, !tbaa !5
+  %1369 = load i64, ptr %1350, align 8, !tbaa !5
+  %gep725.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1369
+  %1370 = getelementptr i8, ptr %gep725.6.i, i64 128
+  %1371 = load <16 x i32>, ptr %1370, align 4, !tbaa !5
+  %1372 = shl <16 x i32> %1371, splat (i32 16)
+  %1373 = getelementptr inbounds nuw i8, ptr %1120, i64 3328
+  store <16 x i32> %1372, ptr %1373, align 4, !tbaa !5
+  %1374 = load i64, ptr %1350, align 8, !tbaa !5
+  %gep727.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1374
+  %1375 = getelementptr i8, ptr %gep727.6.i, i64 128
+  %1376 = load <16 x i32>, ptr %1375, align 4, !tbaa !5
+  %1377 = and <16 x i32> %1376, %366
+  %1378 = getelementptr inbounds nuw i8, ptr %1120, i64 3392
+  store <16 x i32> %1377, ptr %1378, align 4, !tbaa !5
+  %1379 = load i64, ptr %1350, align 8, !tbaa !5
+  %gep729.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1379
+  %1380 = getelementptr i8, ptr %gep729.6.i, i64 192
+  %1381 = load <16 x i32>, ptr %1380, align 4, !tbaa !5
+  %1382 = shl <16 x i32> %1381, splat (i32 16)
+  %1383 = getelementptr inbounds nuw i8, ptr %1120, i64 3456
+  store <16 x i32> %1382, ptr %1383, align 4, !tbaa !5
+  %1384 = load i64, ptr %1350, align 8, !tbaa !5
+  %gep731.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1384
+  %1385 = getelementptr i8, ptr %gep731.6.i, i64 192
+  %1386 = load <16 x i32>, ptr %1385, align 4, !tbaa !5
+  %1387 = and <16 x i32> %1386, %366
+  %1388 = getelementptr inbounds nuw i8, ptr %1120, i64 3520
+  store <16 x i32> %1387, ptr %1388, align 4, !tbaa !5
+  %1389 = getelementptr inbounds nuw i8, ptr %1116, i64 56
+  %1390 = load i64, ptr %1389, align 8, !tbaa !5
+  %gep717.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1390
+  %1391 = load <16 x i32>, ptr %gep717.7.i, align 4, !tbaa !5
+  %1392 = shl <16 x i32> %1391, splat (i32 16)
+  %1393 = getelementptr inbounds nuw i8, ptr %1120, i64 3584
+  store <16 x i32> %1392, ptr %1393, align 4, !tbaa !5
+  %1394 = load i64, ptr %1389, align 8, !tbaa !5
+  %gep719.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1394
+  %1395 = load <16 x i32>, ptr %gep719.7.i, align 4, !tbaa !5
+  %1396 = and <16 x i32> %1395, %366
+  %1397 = getelementptr inbounds nuw i8, ptr %1120, i64 3648
+  store <16 x i32> %1396, ptr %1397, align 4, !tbaa !5
+  %1398 = load i64, ptr %1389, align 8, !tbaa !5
+  %gep721.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1398
+  %1399 = getelementptr i8, ptr %gep721.7.i, i64 64
+  %1400 = load <16 x i32>, ptr %1399, align 4, !tbaa !5
+  %1401 = shl <16 x i32> %1400, splat (i32 16)
+  %1402 = getelementptr inbounds nuw i8, ptr %1120, i64 3712
+  store <16 x i32> %1401, ptr %1402, align 4, !tbaa !5
+  %1403 = load i64, ptr %1389, align 8, !tbaa !5
+  %gep723.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1403
+  %1404 = getelementptr i8, ptr %gep723.7.i, i64 64
+  %1405 = load <16 x i32>, ptr %1404, align 4, !tbaa !5
+  %1406 = and <16 x i32> %1405, %366
+  %1407 = getelementptr inbounds nuw i8, ptr %1120, i64 3776
+  store <16 x i32> %1406, ptr %1407, align 4, !tbaa !5
+  %1408 = load i64, ptr %1389, align 8, !tbaa !5
+  %gep725.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1408
+  %1409 = getelementptr i8, ptr %gep725.7.i, i64 128
+  %1410 = load <16 x i32>, ptr %1409, align 4, !tbaa !5
+  %1411 = shl <16 x i32> %1410, splat (i32 16)
+  %1412 = getelementptr inbounds nuw i8, ptr %1120, i64 3840
+  store <16 x i32> %1411, ptr %1412, align 4, !tbaa !5
+  %1413 = load i64, ptr %1389, align 8, !tbaa !5
+  %gep727.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1413
+  %1414 = getelementptr i8, ptr %gep727.7.i, i64 128
+  %1415 = load <16 x i32>, ptr %1414, align 4, !tbaa !5
+  %1416 = and <16 x i32> %1415, %366
+  %1417 = getelementptr inbounds nuw i8, ptr %1120, i64 3904
+  store <16 x i32> %1416, ptr %1417, align 4, !tbaa !5
+  %1418 = load i64, ptr %1389, align 8, !tbaa !5
+  %gep729.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1418
+  %1419 = getelementptr i8, ptr %gep729.7.i, i64 192
+  %1420 = load <16 x i32>, ptr %1419, align 4, !tbaa !5
+  %1421 = shl <16 x i32> %1420, splat (i32 16)
+  %1422 = getelementptr inbounds nuw i8, ptr %1120, i64 3968
+  store <16 x i32> %1421, ptr %1422, align 4, !tbaa !5
+  %1423 = load i64, ptr %1389, align 8, !tbaa !5
+  %gep731.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1423
+  %1424 = getelementptr i8, ptr %gep731.7.i, i64 192
+  %1425 = load <16 x i32>, ptr %1424, align 4, !tbaa !5
+  %1426 = and <16 x i32> %1425, %366
+  %1427 = getelementptr inbounds nuw i8, ptr %1120, i64 4032
+  store <16 x i32> %1426, ptr %1427, align 4, !tbaa !5
+  %indvars.iv.next960.i = add nuw nsw i64 %indvars.iv959.i, 1
+  %exitcond963.not.i = icmp eq i64 %indvars.iv.next960.i, %wide.trip.count953.i
+  br i1 %exitcond963.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti153.preheader.i, !prof !13
 
-for_begin_row_tile.i:                             ; preds = %if_end340.i
-  %indvars.iv.next1078.i = add nuw nsw i64 %indvars.iv1077.i, 1
-  %exitcond1081.not.i = icmp eq i64 %indvars.iv.next1078.i, %395
-  br i1 %exitcond1081.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
+for_begin_row_tile.i:                             ; preds = %if_end337.i
+  %indvars.iv.next1058.i = add nuw nsw i64 %indvars.iv1057.i, 1
+  %exitcond1061.not.i = icmp eq i64 %indvars.iv.next1058.i, %wide.trip.count1060.i
+  br i1 %exitcond1061.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
 
 for_body_row_tile.i:                              ; preds = %for_begin_row_tile.i, %for_body_row_tile.lr.ph.i
-  %indvars.iv1077.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1078.i, %for_begin_row_tile.i ]
-  %1392 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scores.i = tail call ptr %1392(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1393 = icmp eq ptr %scores.i, null
-  br i1 %1393, label %fused_attend_compute_.exit, label %if_end162.i, !prof !8
+  %indvars.iv1057.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1058.i, %for_begin_row_tile.i ]
+  %1428 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.i = tail call ptr %1428(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1429 = icmp eq ptr %scores.i, null
+  br i1 %1429, label %fused_attend_compute_.exit, label %if_end159.i, !prof !8
 
 for_end_row_tile.i:                               ; preds = %for_begin_row_tile.i, %for_begin_row_tile.preheader.i
-  %1394 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %1395 = tail call i32 %1394(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not596.i = icmp eq i32 %1395, 0
-  br i1 %.not596.i, label %if_end346.i, label %fused_attend_compute_.exit, !prof !36
+  %1430 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1431 = tail call i32 %1430(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
+  %.not591.i = icmp eq i32 %1431, 0
+  br i1 %.not591.i, label %if_end343.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end162.i:                                      ; preds = %for_body_row_tile.i
-  %1396 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %probs.i = tail call ptr %1396(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1397 = icmp eq ptr %probs.i, null
-  br i1 %1397, label %fused_attend_compute_.exit, label %if_end165.i, !prof !8
+if_end159.i:                                      ; preds = %for_body_row_tile.i
+  %1432 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %probs.i = tail call ptr %1432(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1433 = icmp eq ptr %probs.i, null
+  br i1 %1433, label %fused_attend_compute_.exit, label %if_end162.i, !prof !8
+
+if_end162.i:                                      ; preds = %if_end159.i
+  %1434 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %edges.i = tail call ptr %1434(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %1435 = icmp eq ptr %edges.i, null
+  br i1 %1435, label %fused_attend_compute_.exit, label %if_end165.i, !prof !8
 
 if_end165.i:                                      ; preds = %if_end162.i
-  %1398 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %edges.i = tail call ptr %1398(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %1399 = icmp eq ptr %edges.i, null
-  br i1 %1399, label %fused_attend_compute_.exit, label %if_end168.i, !prof !8
+  %1436 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled.i = tail call ptr %1436(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1437 = icmp eq ptr %scaled.i, null
+  br i1 %1437, label %fused_attend_compute_.exit, label %if_end168.i, !prof !8
 
 if_end168.i:                                      ; preds = %if_end165.i
-  %1400 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled.i = tail call ptr %1400(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1401 = icmp eq ptr %scaled.i, null
-  br i1 %1401, label %fused_attend_compute_.exit, label %if_end171.i, !prof !8
+  %1438 = srem i32 %760, %113
+  %1439 = ashr i32 %1438, 31
+  %1440 = sdiv i32 %760, %113
+  %1441 = add nsw i32 %1440, %1439
+  %.not593737.i = icmp slt i32 %1441, 0
+  br i1 %.not593737.i, label %for_end_t181.i, label %for_body_t171.lr.ph.i, !prof !16
 
-if_end171.i:                                      ; preds = %if_end168.i
-  %1402 = srem i32 %722, %111
-  %1403 = ashr i32 %1402, 31
-  %1404 = sdiv i32 %722, %111
-  %1405 = add nsw i32 %1404, %1403
-  %.not598745.i = icmp slt i32 %1405, 0
-  br i1 %.not598745.i, label %for_end_t184.i, label %for_body_t174.lr.ph.i, !prof !16
+for_body_t171.lr.ph.i:                            ; preds = %if_end168.i
+  %1442 = add nuw i32 %1441, 1
+  %1443 = trunc nuw nsw i64 %indvars.iv1057.i to i32
+  %1444 = mul nuw nsw i32 %1442, %1443
+  %xtraiter616 = and i32 %1442, 3
+  %1445 = icmp ult i32 %1441, 3
+  br i1 %1445, label %for_body_t171.i.epil.preheader, label %for_body_t171.lr.ph.i.new, !prof !45
 
-for_body_t174.lr.ph.i:                            ; preds = %if_end171.i
-  %1406 = add nuw i32 %1405, 1
-  %1407 = trunc nuw nsw i64 %indvars.iv1077.i to i32
-  %1408 = mul nuw nsw i32 %1406, %1407
-  %xtraiter589 = and i32 %1406, 3
-  %1409 = icmp ult i32 %1405, 3
-  br i1 %1409, label %for_body_t174.i.epil.preheader, label %for_body_t174.lr.ph.i.new, !prof !43
+for_body_t171.lr.ph.i.new:                        ; preds = %for_body_t171.lr.ph.i
+  %unroll_iter619 = and i32 %1442, -4
+  br label %for_body_t171.i
 
-for_body_t174.lr.ph.i.new:                        ; preds = %for_body_t174.lr.ph.i
-  %unroll_iter592 = and i32 %1406, -4
-  br label %for_body_t174.i
-
-for_body_t174.i:                                  ; preds = %for_body_t174.i, %for_body_t174.lr.ph.i.new
-  %t177746.i = phi i32 [ 0, %for_body_t174.lr.ph.i.new ], [ %1437, %for_body_t174.i ]
-  %niter593 = phi i32 [ 0, %for_body_t174.lr.ph.i.new ], [ %niter593.next.3, %for_body_t174.i ]
-  %1410 = add nuw nsw i32 %t177746.i, %1408
-  %1411 = tail call i32 @llvm.smin.i32(i32 %1410, i32 %722)
-  %1412 = sext i32 %1411 to i64
-  %1413 = getelementptr i64, ptr %key_offsets.i, i64 %1412
-  %1414 = getelementptr i8, ptr %1413, i64 1024
-  %1415 = load i64, ptr %1414, align 8, !tbaa !5
-  %gep748.i = getelementptr i32, ptr %invariant.gep747.i, i64 %1415
-  tail call void @llvm.prefetch.p0(ptr readonly %gep748.i, i32 0, i32 2, i32 1)
-  %gep743.1.i = getelementptr i8, ptr %gep748.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.1.i, i32 0, i32 2, i32 1)
-  %gep743.2.i = getelementptr i8, ptr %gep748.i, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.2.i, i32 0, i32 2, i32 1)
-  %gep743.3.i = getelementptr i8, ptr %gep748.i, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.3.i, i32 0, i32 2, i32 1)
-  %1416 = or disjoint i32 %t177746.i, 1
-  %1417 = add nuw nsw i32 %1416, %1408
-  %1418 = tail call i32 @llvm.smin.i32(i32 %1417, i32 %722)
-  %1419 = sext i32 %1418 to i64
-  %1420 = getelementptr i64, ptr %key_offsets.i, i64 %1419
-  %1421 = getelementptr i8, ptr %1420, i64 1024
-  %1422 = load i64, ptr %1421, align 8, !tbaa !5
-  %gep748.i.1 = getelementptr i32, ptr %invariant.gep747.i, i64 %1422
-  tail call void @llvm.prefetch.p0(ptr readonly %gep748.i.1, i32 0, i32 2, i32 1)
-  %gep743.1.i.1 = getelementptr i8, ptr %gep748.i.1, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.1.i.1, i32 0, i32 2, i32 1)
-  %gep743.2.i.1 = getelementptr i8, ptr %gep748.i.1, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.2.i.1, i32 0, i32 2, i32 1)
-  %gep743.3.i.1 = getelementptr i8, ptr %gep748.i.1, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.3.i.1, i32 0, i32 2, i32 1)
-  %1423 = or disjoint i32 %t177746.i, 2
-  %1424 = add nuw nsw i32 %1423, %1408
-  %1425 = tail call i32 @llvm.smin.i32(i32 %1424, i32 %722)
-  %1426 = sext i32 %1425 to i64
-  %1427 = getelementptr i64, ptr %key_offsets.i, i64 %1426
-  %1428 = getelementptr i8, ptr %1427, i64 1024
-  %1429 = load i64, ptr %1428, align 8, !tbaa !5
-  %gep748.i.2 = getelementptr i32, ptr %invariant.gep747.i, i64 %1429
-  tail call void @llvm.prefetch.p0(ptr readonly %gep748.i.2, i32 0, i32 2, i32 1)
-  %gep743.1.i.2 = getelementptr i8, ptr %gep748.i.2, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.1.i.2, i32 0, i32 2, i32 1)
-  %gep743.2.i.2 = getelementptr i8, ptr %gep748.i.2, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.2.i.2, i32 0, i32 2, i32 1)
-  %gep743.3.i.2 = getelementptr i8, ptr %gep748.i.2, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.3.i.2, i32 0, i32 2, i32 1)
-  %1430 = or disjoint i32 %t177746.i, 3
-  %1431 = add nuw nsw i32 %1430, %1408
-  %1432 = tail call i32 @llvm.smin.i32(i32 %1431, i32 %722)
-  %1433 = sext i32 %1432 to i64
-  %1434 = getelementptr i64, ptr %key_offsets.i, i64 %1433
-  %1435 = getelementptr i8, ptr %1434, i64 1024
-  %1436 = load i64, ptr %1435, align 8, !tbaa !5
-  %gep748.i.3 = getelementptr i32, ptr %invariant.gep747.i, i64 %1436
-  tail call void @llvm.prefetch.p0(ptr readonly %gep748.i.3, i32 0, i32 2, i32 1)
-  %gep743.1.i.3 = getelementptr i8, ptr %gep748.i.3, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.1.i.3, i32 0, i32 2, i32 1)
-  %gep743.2.i.3 = getelementptr i8, ptr %gep748.i.3, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.2.i.3, i32 0, i32 2, i32 1)
-  %gep743.3.i.3 = getelementptr i8, ptr %gep748.i.3, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.3.i.3, i32 0, i32 2, i32 1)
-  %1437 = add nuw i32 %t177746.i, 4
-  %niter593.next.3 = add i32 %niter593, 4
-  %niter593.ncmp.3 = icmp eq i32 %niter593.next.3, %unroll_iter592
-  br i1 %niter593.ncmp.3, label %for_body_t183.i.preheader.unr-lcssa, label %for_body_t174.i, !prof !44, !llvm.loop !45
-
-for_body_t183.i.preheader.unr-lcssa:              ; preds = %for_body_t174.i
-  %lcmp.mod590.not = icmp eq i32 %xtraiter589, 0
-  br i1 %lcmp.mod590.not, label %for_body_t183.i.preheader, label %for_body_t174.i.epil.preheader, !prof !47
-
-for_body_t174.i.epil.preheader:                   ; preds = %for_body_t183.i.preheader.unr-lcssa, %for_body_t174.lr.ph.i
-  %t177746.i.epil.init = phi i32 [ 0, %for_body_t174.lr.ph.i ], [ %1437, %for_body_t183.i.preheader.unr-lcssa ]
-  %lcmp.mod591 = icmp ne i32 %xtraiter589, 0
-  tail call void @llvm.assume(i1 %lcmp.mod591)
-  br label %for_body_t174.i.epil
-
-for_body_t174.i.epil:                             ; preds = %for_body_t174.i.epil, %for_body_t174.i.epil.preheader
-  %t177746.i.epil = phi i32 [ %t177746.i.epil.init, %for_body_t174.i.epil.preheader ], [ %1444, %for_body_t174.i.epil ]
-  %epil.iter = phi i32 [ 0, %for_body_t174.i.epil.preheader ], [ %epil.iter.next, %for_body_t174.i.epil ]
-  %1438 = add nuw nsw i32 %t177746.i.epil, %1408
-  %1439 = tail call i32 @llvm.smin.i32(i32 %1438, i32 %722)
-  %1440 = sext i32 %1439 to i64
-  %1441 = getelementptr i64, ptr %key_offsets.i, i64 %1440
-  %1442 = getelementptr i8, ptr %1441, i64 1024
-  %1443 = load i64, ptr %1442, align 8, !tbaa !5
-  %gep748.i.epil = getelementptr i32, ptr %invariant.gep747.i, i64 %1443
-  tail call void @llvm.prefetch.p0(ptr readonly %gep748.i.epil, i32 0, i32 2, i32 1)
-  %gep743.1.i.epil = getelementptr i8, ptr %gep748.i.epil, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.1.i.epil, i32 0, i32 2, i32 1)
-  %gep743.2.i.epil = getelementptr i8, ptr %gep748.i.epil, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.2.i.epil, i32 0, i32 2, i32 1)
-  %gep743.3.i.epil = getelementptr i8, ptr %gep748.i.epil, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep743.3.i.epil, i32 0, i32 2, i32 1)
-  %1444 = add nuw i32 %t177746.i.epil, 1
-  %epil.iter.next = add i32 %epil.iter, 1
-  %epil.iter.cmp.not = icmp eq i32 %epil.iter.next, %xtraiter589
-  br i1 %epil.iter.cmp.not, label %for_body_t183.i.preheader, label %for_body_t174.i.epil, !prof !12, !llvm.loop !48
-
-for_body_t183.i.preheader:                        ; preds = %for_body_t174.i.epil, %for_body_t183.i.preheader.unr-lcssa
-  %xtraiter594 = and i32 %1406, 3
-  %1445 = icmp ult i32 %1405, 3
-  br i1 %1445, label %for_body_t183.i.epil.preheader, label %for_body_t183.i.preheader.new, !prof !43
-
-for_body_t183.i.preheader.new:                    ; preds = %for_body_t183.i.preheader
-  %unroll_iter598 = and i32 %1406, -4
-  br label %for_body_t183.i
-
-for_body_t183.i:                                  ; preds = %for_body_t183.i, %for_body_t183.i.preheader.new
-  %t186753.i = phi i32 [ 0, %for_body_t183.i.preheader.new ], [ %1473, %for_body_t183.i ]
-  %niter599 = phi i32 [ 0, %for_body_t183.i.preheader.new ], [ %niter599.next.3, %for_body_t183.i ]
-  %1446 = add nuw nsw i32 %t186753.i, %1408
-  %1447 = tail call i32 @llvm.smin.i32(i32 %1446, i32 %722)
+for_body_t171.i:                                  ; preds = %for_body_t171.i, %for_body_t171.lr.ph.i.new
+  %t174738.i = phi i32 [ 0, %for_body_t171.lr.ph.i.new ], [ %1473, %for_body_t171.i ]
+  %niter620 = phi i32 [ 0, %for_body_t171.lr.ph.i.new ], [ %niter620.next.3, %for_body_t171.i ]
+  %1446 = add nuw nsw i32 %t174738.i, %1444
+  %1447 = tail call i32 @llvm.smin.i32(i32 %1446, i32 %760)
   %1448 = sext i32 %1447 to i64
-  %1449 = getelementptr i64, ptr %value_offsets.i, i64 %1448
+  %1449 = getelementptr i64, ptr %key_offsets.i, i64 %1448
   %1450 = getelementptr i8, ptr %1449, i64 1024
   %1451 = load i64, ptr %1450, align 8, !tbaa !5
-  %gep755.i = getelementptr i32, ptr %invariant.gep754.i, i64 %1451
-  tail call void @llvm.prefetch.p0(ptr readonly %gep755.i, i32 0, i32 2, i32 1)
-  %gep750.1.i = getelementptr i8, ptr %gep755.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.1.i, i32 0, i32 2, i32 1)
-  %gep750.2.i = getelementptr i8, ptr %gep755.i, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.2.i, i32 0, i32 2, i32 1)
-  %gep750.3.i = getelementptr i8, ptr %gep755.i, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.3.i, i32 0, i32 2, i32 1)
-  %1452 = or disjoint i32 %t186753.i, 1
-  %1453 = add nuw nsw i32 %1452, %1408
-  %1454 = tail call i32 @llvm.smin.i32(i32 %1453, i32 %722)
+  %gep740.i = getelementptr i32, ptr %invariant.gep739.i, i64 %1451
+  tail call void @llvm.prefetch.p0(ptr readonly %gep740.i, i32 0, i32 2, i32 1)
+  %gep735.1.i = getelementptr i8, ptr %gep740.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.1.i, i32 0, i32 2, i32 1)
+  %gep735.2.i = getelementptr i8, ptr %gep740.i, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.2.i, i32 0, i32 2, i32 1)
+  %gep735.3.i = getelementptr i8, ptr %gep740.i, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.3.i, i32 0, i32 2, i32 1)
+  %1452 = or disjoint i32 %t174738.i, 1
+  %1453 = add nuw nsw i32 %1452, %1444
+  %1454 = tail call i32 @llvm.smin.i32(i32 %1453, i32 %760)
   %1455 = sext i32 %1454 to i64
-  %1456 = getelementptr i64, ptr %value_offsets.i, i64 %1455
+  %1456 = getelementptr i64, ptr %key_offsets.i, i64 %1455
   %1457 = getelementptr i8, ptr %1456, i64 1024
   %1458 = load i64, ptr %1457, align 8, !tbaa !5
-  %gep755.i.1 = getelementptr i32, ptr %invariant.gep754.i, i64 %1458
-  tail call void @llvm.prefetch.p0(ptr readonly %gep755.i.1, i32 0, i32 2, i32 1)
-  %gep750.1.i.1 = getelementptr i8, ptr %gep755.i.1, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.1.i.1, i32 0, i32 2, i32 1)
-  %gep750.2.i.1 = getelementptr i8, ptr %gep755.i.1, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.2.i.1, i32 0, i32 2, i32 1)
-  %gep750.3.i.1 = getelementptr i8, ptr %gep755.i.1, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.3.i.1, i32 0, i32 2, i32 1)
-  %1459 = or disjoint i32 %t186753.i, 2
-  %1460 = add nuw nsw i32 %1459, %1408
-  %1461 = tail call i32 @llvm.smin.i32(i32 %1460, i32 %722)
+  %gep740.i.1 = getelementptr i32, ptr %invariant.gep739.i, i64 %1458
+  tail call void @llvm.prefetch.p0(ptr readonly %gep740.i.1, i32 0, i32 2, i32 1)
+  %gep735.1.i.1 = getelementptr i8, ptr %gep740.i.1, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.1.i.1, i32 0, i32 2, i32 1)
+  %gep735.2.i.1 = getelementptr i8, ptr %gep740.i.1, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.2.i.1, i32 0, i32 2, i32 1)
+  %gep735.3.i.1 = getelementptr i8, ptr %gep740.i.1, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.3.i.1, i32 0, i32 2, i32 1)
+  %1459 = or disjoint i32 %t174738.i, 2
+  %1460 = add nuw nsw i32 %1459, %1444
+  %1461 = tail call i32 @llvm.smin.i32(i32 %1460, i32 %760)
   %1462 = sext i32 %1461 to i64
-  %1463 = getelementptr i64, ptr %value_offsets.i, i64 %1462
+  %1463 = getelementptr i64, ptr %key_offsets.i, i64 %1462
   %1464 = getelementptr i8, ptr %1463, i64 1024
   %1465 = load i64, ptr %1464, align 8, !tbaa !5
-  %gep755.i.2 = getelementptr i32, ptr %invariant.gep754.i, i64 %1465
-  tail call void @llvm.prefetch.p0(ptr readonly %gep755.i.2, i32 0, i32 2, i32 1)
-  %gep750.1.i.2 = getelementptr i8, ptr %gep755.i.2, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.1.i.2, i32 0, i32 2, i32 1)
-  %gep750.2.i.2 = getelementptr i8, ptr %gep755.i.2, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.2.i.2, i32 0, i32 2, i32 1)
-  %gep750.3.i.2 = getelementptr i8, ptr %gep755.i.2, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.3.i.2, i32 0, i32 2, i32 1)
-  %1466 = or disjoint i32 %t186753.i, 3
-  %1467 = add nuw nsw i32 %1466, %1408
-  %1468 = tail call i32 @llvm.smin.i32(i32 %1467, i32 %722)
+  %gep740.i.2 = getelementptr i32, ptr %invariant.gep739.i, i64 %1465
+  tail call void @llvm.prefetch.p0(ptr readonly %gep740.i.2, i32 0, i32 2, i32 1)
+  %gep735.1.i.2 = getelementptr i8, ptr %gep740.i.2, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.1.i.2, i32 0, i32 2, i32 1)
+  %gep735.2.i.2 = getelementptr i8, ptr %gep740.i.2, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.2.i.2, i32 0, i32 2, i32 1)
+  %gep735.3.i.2 = getelementptr i8, ptr %gep740.i.2, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.3.i.2, i32 0, i32 2, i32 1)
+  %1466 = or disjoint i32 %t174738.i, 3
+  %1467 = add nuw nsw i32 %1466, %1444
+  %1468 = tail call i32 @llvm.smin.i32(i32 %1467, i32 %760)
   %1469 = sext i32 %1468 to i64
-  %1470 = getelementptr i64, ptr %value_offsets.i, i64 %1469
+  %1470 = getelementptr i64, ptr %key_offsets.i, i64 %1469
   %1471 = getelementptr i8, ptr %1470, i64 1024
   %1472 = load i64, ptr %1471, align 8, !tbaa !5
-  %gep755.i.3 = getelementptr i32, ptr %invariant.gep754.i, i64 %1472
-  tail call void @llvm.prefetch.p0(ptr readonly %gep755.i.3, i32 0, i32 2, i32 1)
-  %gep750.1.i.3 = getelementptr i8, ptr %gep755.i.3, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.1.i.3, i32 0, i32 2, i32 1)
-  %gep750.2.i.3 = getelementptr i8, ptr %gep755.i.3, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.2.i.3, i32 0, i32 2, i32 1)
-  %gep750.3.i.3 = getelementptr i8, ptr %gep755.i.3, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.3.i.3, i32 0, i32 2, i32 1)
-  %1473 = add nuw i32 %t186753.i, 4
-  %niter599.next.3 = add i32 %niter599, 4
-  %niter599.ncmp.3 = icmp eq i32 %niter599.next.3, %unroll_iter598
-  br i1 %niter599.ncmp.3, label %for_end_t184.i.loopexit.unr-lcssa, label %for_body_t183.i, !prof !44, !llvm.loop !51
+  %gep740.i.3 = getelementptr i32, ptr %invariant.gep739.i, i64 %1472
+  tail call void @llvm.prefetch.p0(ptr readonly %gep740.i.3, i32 0, i32 2, i32 1)
+  %gep735.1.i.3 = getelementptr i8, ptr %gep740.i.3, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.1.i.3, i32 0, i32 2, i32 1)
+  %gep735.2.i.3 = getelementptr i8, ptr %gep740.i.3, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.2.i.3, i32 0, i32 2, i32 1)
+  %gep735.3.i.3 = getelementptr i8, ptr %gep740.i.3, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.3.i.3, i32 0, i32 2, i32 1)
+  %1473 = add nuw i32 %t174738.i, 4
+  %niter620.next.3 = add i32 %niter620, 4
+  %niter620.ncmp.3 = icmp eq i32 %niter620.next.3, %unroll_iter619
+  br i1 %niter620.ncmp.3, label %for_body_t180.i.preheader.unr-lcssa, label %for_body_t171.i, !prof !46, !llvm.loop !47
 
-for_end_t184.i.loopexit.unr-lcssa:                ; preds = %for_body_t183.i
-  %lcmp.mod596.not = icmp eq i32 %xtraiter594, 0
-  br i1 %lcmp.mod596.not, label %for_end_t184.i, label %for_body_t183.i.epil.preheader, !prof !47
+for_body_t180.i.preheader.unr-lcssa:              ; preds = %for_body_t171.i
+  %lcmp.mod617.not = icmp eq i32 %xtraiter616, 0
+  br i1 %lcmp.mod617.not, label %for_body_t180.i.preheader, label %for_body_t171.i.epil.preheader, !prof !49
 
-for_body_t183.i.epil.preheader:                   ; preds = %for_end_t184.i.loopexit.unr-lcssa, %for_body_t183.i.preheader
-  %t186753.i.epil.init = phi i32 [ 0, %for_body_t183.i.preheader ], [ %1473, %for_end_t184.i.loopexit.unr-lcssa ]
-  %lcmp.mod597 = icmp ne i32 %xtraiter594, 0
-  tail call void @llvm.assume(i1 %lcmp.mod597)
-  br label %for_body_t183.i.epil
+for_body_t171.i.epil.preheader:                   ; preds = %for_body_t180.i.preheader.unr-lcssa, %for_body_t171.lr.ph.i
+  %t174738.i.epil.init = phi i32 [ 0, %for_body_t171.lr.ph.i ], [ %1473, %for_body_t180.i.preheader.unr-lcssa ]
+  %lcmp.mod618 = icmp ne i32 %xtraiter616, 0
+  tail call void @llvm.assume(i1 %lcmp.mod618)
+  br label %for_body_t171.i.epil
 
-for_body_t183.i.epil:                             ; preds = %for_body_t183.i.epil, %for_body_t183.i.epil.preheader
-  %t186753.i.epil = phi i32 [ %1480, %for_body_t183.i.epil ], [ %t186753.i.epil.init, %for_body_t183.i.epil.preheader ]
-  %epil.iter595 = phi i32 [ %epil.iter595.next, %for_body_t183.i.epil ], [ 0, %for_body_t183.i.epil.preheader ]
-  %1474 = add nuw nsw i32 %t186753.i.epil, %1408
-  %1475 = tail call i32 @llvm.smin.i32(i32 %1474, i32 %722)
+for_body_t171.i.epil:                             ; preds = %for_body_t171.i.epil, %for_body_t171.i.epil.preheader
+  %t174738.i.epil = phi i32 [ %t174738.i.epil.init, %for_body_t171.i.epil.preheader ], [ %1480, %for_body_t171.i.epil ]
+  %epil.iter = phi i32 [ 0, %for_body_t171.i.epil.preheader ], [ %epil.iter.next, %for_body_t171.i.epil ]
+  %1474 = add nuw nsw i32 %t174738.i.epil, %1444
+  %1475 = tail call i32 @llvm.smin.i32(i32 %1474, i32 %760)
   %1476 = sext i32 %1475 to i64
-  %1477 = getelementptr i64, ptr %value_offsets.i, i64 %1476
+  %1477 = getelementptr i64, ptr %key_offsets.i, i64 %1476
   %1478 = getelementptr i8, ptr %1477, i64 1024
   %1479 = load i64, ptr %1478, align 8, !tbaa !5
-  %gep755.i.epil = getelementptr i32, ptr %invariant.gep754.i, i64 %1479
-  tail call void @llvm.prefetch.p0(ptr readonly %gep755.i.epil, i32 0, i32 2, i32 1)
-  %gep750.1.i.epil = getelementptr i8, ptr %gep755.i.epil, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.1.i.epil, i32 0, i32 2, i32 1)
-  %gep750.2.i.epil = getelementptr i8, ptr %gep755.i.epil, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.2.i.epil, i32 0, i32 2, i32 1)
-  %gep750.3.i.epil = getelementptr i8, ptr %gep755.i.epil, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep750.3.i.epil, i32 0, i32 2, i32 1)
-  %1480 = add nuw i32 %t186753.i.epil, 1
-  %epil.iter595.next = add i32 %epil.iter595, 1
-  %epil.iter595.cmp.not = icmp eq i32 %epil.iter595.next, %xtraiter594
-  br i1 %epil.iter595.cmp.not, label %for_end_t184.i, label %for_body_t183.i.epil, !prof !12, !llvm.loop !52
+  %gep740.i.epil = getelementptr i32, ptr %invariant.gep739.i, i64 %1479
+  tail call void @llvm.prefetch.p0(ptr readonly %gep740.i.epil, i32 0, i32 2, i32 1)
+  %gep735.1.i.epil = getelementptr i8, ptr %gep740.i.epil, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.1.i.epil, i32 0, i32 2, i32 1)
+  %gep735.2.i.epil = getelementptr i8, ptr %gep740.i.epil, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.2.i.epil, i32 0, i32 2, i32 1)
+  %gep735.3.i.epil = getelementptr i8, ptr %gep740.i.epil, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.3.i.epil, i32 0, i32 2, i32 1)
+  %1480 = add nuw i32 %t174738.i.epil, 1
+  %epil.iter.next = add i32 %epil.iter, 1
+  %epil.iter.cmp.not = icmp eq i32 %epil.iter.next, %xtraiter616
+  br i1 %epil.iter.cmp.not, label %for_body_t180.i.preheader, label %for_body_t171.i.epil, !prof !12, !llvm.loop !50
 
-for_end_t184.i:                                   ; preds = %for_body_t183.i.epil, %for_end_t184.i.loopexit.unr-lcssa, %if_end171.i
-  %1481 = add nuw nsw i64 %indvars.iv1077.i, %1077
-  %1482 = trunc nuw i64 %1481 to i32
-  %1483 = shl i32 %1482, 2
+for_body_t180.i.preheader:                        ; preds = %for_body_t171.i.epil, %for_body_t180.i.preheader.unr-lcssa
+  %xtraiter621 = and i32 %1442, 3
+  %1481 = icmp ult i32 %1441, 3
+  br i1 %1481, label %for_body_t180.i.epil.preheader, label %for_body_t180.i.preheader.new, !prof !45
+
+for_body_t180.i.preheader.new:                    ; preds = %for_body_t180.i.preheader
+  %unroll_iter625 = and i32 %1442, -4
+  br label %for_body_t180.i
+
+for_body_t180.i:                                  ; preds = %for_body_t180.i, %for_body_t180.i.preheader.new
+  %t183745.i = phi i32 [ 0, %for_body_t180.i.preheader.new ], [ %1509, %for_body_t180.i ]
+  %niter626 = phi i32 [ 0, %for_body_t180.i.preheader.new ], [ %niter626.next.3, %for_body_t180.i ]
+  %1482 = add nuw nsw i32 %t183745.i, %1444
+  %1483 = tail call i32 @llvm.smin.i32(i32 %1482, i32 %760)
   %1484 = sext i32 %1483 to i64
-  %1485 = getelementptr i32, ptr %reach.i, i64 %1484
-  %1486 = getelementptr i8, ptr %1485, i64 4
-  %1487 = load i32, ptr %1486, align 4, !tbaa !5
-  %1488 = sext i32 %1487 to i64
-  %1489 = icmp slt i64 %723, %1488
-  br i1 %1489, label %if_then194.i, label %if_end195.i, !prof !8
+  %1485 = getelementptr i64, ptr %value_offsets.i, i64 %1484
+  %1486 = getelementptr i8, ptr %1485, i64 1024
+  %1487 = load i64, ptr %1486, align 8, !tbaa !5
+  %gep747.i = getelementptr i32, ptr %invariant.gep746.i, i64 %1487
+  tail call void @llvm.prefetch.p0(ptr readonly %gep747.i, i32 0, i32 2, i32 1)
+  %gep742.1.i = getelementptr i8, ptr %gep747.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.1.i, i32 0, i32 2, i32 1)
+  %gep742.2.i = getelementptr i8, ptr %gep747.i, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.2.i, i32 0, i32 2, i32 1)
+  %gep742.3.i = getelementptr i8, ptr %gep747.i, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.3.i, i32 0, i32 2, i32 1)
+  %1488 = or disjoint i32 %t183745.i, 1
+  %1489 = add nuw nsw i32 %1488, %1444
+  %1490 = tail call i32 @llvm.smin.i32(i32 %1489, i32 %760)
+  %1491 = sext i32 %1490 to i64
+  %1492 = getelementptr i64, ptr %value_offsets.i, i64 %1491
+  %1493 = getelementptr i8, ptr %1492, i64 1024
+  %1494 = load i64, ptr %1493, align 8, !tbaa !5
+  %gep747.i.1 = getelementptr i32, ptr %invariant.gep746.i, i64 %1494
+  tail call void @llvm.prefetch.p0(ptr readonly %gep747.i.1, i32 0, i32 2, i32 1)
+  %gep742.1.i.1 = getelementptr i8, ptr %gep747.i.1, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.1.i.1, i32 0, i32 2, i32 1)
+  %gep742.2.i.1 = getelementptr i8, ptr %gep747.i.1, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.2.i.1, i32 0, i32 2, i32 1)
+  %gep742.3.i.1 = getelementptr i8, ptr %gep747.i.1, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.3.i.1, i32 0, i32 2, i32 1)
+  %1495 = or disjoint i32 %t183745.i, 2
+  %1496 = add nuw nsw i32 %1495, %1444
+  %1497 = tail call i32 @llvm.smin.i32(i32 %1496, i32 %760)
+  %1498 = sext i32 %1497 to i64
+  %1499 = getelementptr i64, ptr %value_offsets.i, i64 %1498
+  %1500 = getelementptr i8, ptr %1499, i64 1024
+  %1501 = load i64, ptr %1500, align 8, !tbaa !5
+  %gep747.i.2 = getelementptr i32, ptr %invariant.gep746.i, i64 %1501
+  tail call void @llvm.prefetch.p0(ptr readonly %gep747.i.2, i32 0, i32 2, i32 1)
+  %gep742.1.i.2 = getelementptr i8, ptr %gep747.i.2, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.1.i.2, i32 0, i32 2, i32 1)
+  %gep742.2.i.2 = getelementptr i8, ptr %gep747.i.2, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.2.i.2, i32 0, i32 2, i32 1)
+  %gep742.3.i.2 = getelementptr i8, ptr %gep747.i.2, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.3.i.2, i32 0, i32 2, i32 1)
+  %1502 = or disjoint i32 %t183745.i, 3
+  %1503 = add nuw nsw i32 %1502, %1444
+  %1504 = tail call i32 @llvm.smin.i32(i32 %1503, i32 %760)
+  %1505 = sext i32 %1504 to i64
+  %1506 = getelementptr i64, ptr %value_offsets.i, i64 %1505
+  %1507 = getelementptr i8, ptr %1506, i64 1024
+  %1508 = load i64, ptr %1507, align 8, !tbaa !5
+  %gep747.i.3 = getelementptr i32, ptr %invariant.gep746.i, i64 %1508
+  tail call void @llvm.prefetch.p0(ptr readonly %gep747.i.3, i32 0, i32 2, i32 1)
+  %gep742.1.i.3 = getelementptr i8, ptr %gep747.i.3, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.1.i.3, i32 0, i32 2, i32 1)
+  %gep742.2.i.3 = getelementptr i8, ptr %gep747.i.3, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.2.i.3, i32 0, i32 2, i32 1)
+  %gep742.3.i.3 = getelementptr i8, ptr %gep747.i.3, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.3.i.3, i32 0, i32 2, i32 1)
+  %1509 = add nuw i32 %t183745.i, 4
+  %niter626.next.3 = add i32 %niter626, 4
+  %niter626.ncmp.3 = icmp eq i32 %niter626.next.3, %unroll_iter625
+  br i1 %niter626.ncmp.3, label %for_end_t181.i.loopexit.unr-lcssa, label %for_body_t180.i, !prof !46, !llvm.loop !53
 
-if_then194.i:                                     ; preds = %for_end_t184.i
-  %1490 = tail call i32 @llvm.smin.i32(i32 %626, i32 %1487)
-  %1491 = sub i32 %1490, %731
-  %valid_len197.i = tail call i32 @llvm.smin.i32(i32 %1491, i32 128)
-  %1492 = add nsw i32 %valid_len197.i, 7
-  %1493 = ashr i32 %1492, 3
-  %1494 = icmp sgt i32 %1493, 0
-  br i1 %1494, label %for_begin_d_0.preheader.lr.ph.i, label %for_end_to205.i, !prof !3
+for_end_t181.i.loopexit.unr-lcssa:                ; preds = %for_body_t180.i
+  %lcmp.mod623.not = icmp eq i32 %xtraiter621, 0
+  br i1 %lcmp.mod623.not, label %for_end_t181.i, label %for_body_t180.i.epil.preheader, !prof !49
 
-for_begin_d_0.preheader.lr.ph.i:                  ; preds = %if_then194.i
-  %1495 = shl i32 %1482, 11
-  %1496 = sext i32 %1495 to i64
-  %wide.trip.count1007.i = zext nneg i32 %1493 to i64
-  %invariant.gep = getelementptr float, ptr %q_tile.i, i64 %1496
+for_body_t180.i.epil.preheader:                   ; preds = %for_end_t181.i.loopexit.unr-lcssa, %for_body_t180.i.preheader
+  %t183745.i.epil.init = phi i32 [ 0, %for_body_t180.i.preheader ], [ %1509, %for_end_t181.i.loopexit.unr-lcssa ]
+  %lcmp.mod624 = icmp ne i32 %xtraiter621, 0
+  tail call void @llvm.assume(i1 %lcmp.mod624)
+  br label %for_body_t180.i.epil
+
+for_body_t180.i.epil:                             ; preds = %for_body_t180.i.epil, %for_body_t180.i.epil.preheader
+  %t183745.i.epil = phi i32 [ %1516, %for_body_t180.i.epil ], [ %t183745.i.epil.init, %for_body_t180.i.epil.preheader ]
+  %epil.iter622 = phi i32 [ %epil.iter622.next, %for_body_t180.i.epil ], [ 0, %for_body_t180.i.epil.preheader ]
+  %1510 = add nuw nsw i32 %t183745.i.epil, %1444
+  %1511 = tail call i32 @llvm.smin.i32(i32 %1510, i32 %760)
+  %1512 = sext i32 %1511 to i64
+  %1513 = getelementptr i64, ptr %value_offsets.i, i64 %1512
+  %1514 = getelementptr i8, ptr %1513, i64 1024
+  %1515 = load i64, ptr %1514, align 8, !tbaa !5
+  %gep747.i.epil = getelementptr i32, ptr %invariant.gep746.i, i64 %1515
+  tail call void @llvm.prefetch.p0(ptr readonly %gep747.i.epil, i32 0, i32 2, i32 1)
+  %gep742.1.i.epil = getelementptr i8, ptr %gep747.i.epil, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.1.i.epil, i32 0, i32 2, i32 1)
+  %gep742.2.i.epil = getelementptr i8, ptr %gep747.i.epil, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.2.i.epil, i32 0, i32 2, i32 1)
+  %gep742.3.i.epil = getelementptr i8, ptr %gep747.i.epil, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.3.i.epil, i32 0, i32 2, i32 1)
+  %1516 = add nuw i32 %t183745.i.epil, 1
+  %epil.iter622.next = add i32 %epil.iter622, 1
+  %epil.iter622.cmp.not = icmp eq i32 %epil.iter622.next, %xtraiter621
+  br i1 %epil.iter622.cmp.not, label %for_end_t181.i, label %for_body_t180.i.epil, !prof !12, !llvm.loop !54
+
+for_end_t181.i:                                   ; preds = %for_body_t180.i.epil, %for_end_t181.i.loopexit.unr-lcssa, %if_end168.i
+  %1517 = add nuw nsw i64 %indvars.iv1057.i, %1113
+  %.idx1182.i = shl i64 %1517, 4
+  %1518 = getelementptr i8, ptr %reach570.i, i64 %.idx1182.i
+  %1519 = getelementptr i8, ptr %1518, i64 4
+  %1520 = load i32, ptr %1519, align 4, !tbaa !17
+  %1521 = sext i32 %1520 to i64
+  %1522 = icmp slt i64 %701, %1521
+  br i1 %1522, label %if_then191.i, label %if_end192.i, !prof !8
+
+if_then191.i:                                     ; preds = %for_end_t181.i
+  %1523 = sub nsw i32 %1520, %702
+  %valid_len194.i = tail call i32 @llvm.smin.i32(i32 %707, i32 %1523)
+  %1524 = add nsw i32 %valid_len194.i, 7
+  %1525 = ashr i32 %1524, 3
+  %1526 = icmp sgt i32 %1525, 0
+  br i1 %1526, label %for_begin_d_0.preheader.lr.ph.i, label %for_end_to202.i, !prof !3
+
+for_begin_d_0.preheader.lr.ph.i:                  ; preds = %if_then191.i
+  %wide.trip.count990.i = zext nneg i32 %1525 to i64
+  %invariant.gep.idx = shl i64 %1517, 13
+  %invariant.gep = getelementptr i8, ptr %q_tile.i, i64 %invariant.gep.idx
   br label %for_begin_d_0.preheader.i
 
-if_end195.i:                                      ; preds = %if_end332.i, %for_end_t184.i
-  %1497 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %1498 = tail call i32 %1497(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not600.i = icmp eq i32 %1498, 0
-  br i1 %.not600.i, label %if_end334.i, label %fused_attend_compute_.exit, !prof !36
+if_end192.i:                                      ; preds = %if_end329.i, %for_end_t181.i
+  %1527 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1528 = tail call i32 %1527(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not595.i = icmp eq i32 %1528, 0
+  br i1 %.not595.i, label %if_end331.i, label %fused_attend_compute_.exit, !prof !38
 
-for_begin_to203.preheader.i:                      ; preds = %for_end_d_1.3.i
-  %1499 = shl i32 %1482, 4
-  %1500 = sext i32 %1499 to i64
-  %1501 = getelementptr inbounds i32, ptr %limits.i, i64 %1500
-  br label %for_begin_ti208.preheader.i
+for_begin_to200.preheader.i:                      ; preds = %for_end_d_1.3.i
+  %.idx1184.i = shl nsw i64 %1517, 6
+  %1529 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1184.i
+  br label %for_begin_ti205.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_end_d_1.3.i, %for_begin_d_0.preheader.lr.ph.i
-  %indvars.iv1004.i = phi i64 [ 0, %for_begin_d_0.preheader.lr.ph.i ], [ %indvars.iv.next1005.i, %for_end_d_1.3.i ]
-  %.idx259 = shl nsw i64 %indvars.iv1004.i, 12
-  %1502 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx259
+  %indvars.iv987.i = phi i64 [ 0, %for_begin_d_0.preheader.lr.ph.i ], [ %indvars.iv.next988.i, %for_end_d_1.3.i ]
+  %.idx257 = shl nsw i64 %indvars.iv987.i, 12
+  %1530 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx257
   br label %for_begin_d_2.preheader.i
 
 for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_d_0.preheader.i
-  %indvars.iv995.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next996.i, %for_begin_d_2.preheader.i ]
-  %scores_global568.sroa.0.1774.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1550, %for_begin_d_2.preheader.i ]
-  %scores_global568.sroa.4.1773.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1555, %for_begin_d_2.preheader.i ]
-  %scores_global568.sroa.8.1772.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1560, %for_begin_d_2.preheader.i ]
-  %scores_global568.sroa.12.1771.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1565, %for_begin_d_2.preheader.i ]
-  %scores_global568.sroa.16.1770.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1570, %for_begin_d_2.preheader.i ]
-  %scores_global568.sroa.20.1769.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1575, %for_begin_d_2.preheader.i ]
-  %scores_global568.sroa.24.1768.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1580, %for_begin_d_2.preheader.i ]
-  %scores_global568.sroa.28.1767.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1585, %for_begin_d_2.preheader.i ]
-  %.idx71 = shl i64 %indvars.iv995.i, 7
+  %indvars.iv978.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next979.i, %for_begin_d_2.preheader.i ]
+  %scores_global563.sroa.0.1766.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1578, %for_begin_d_2.preheader.i ]
+  %scores_global563.sroa.4.1765.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1583, %for_begin_d_2.preheader.i ]
+  %scores_global563.sroa.8.1764.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1588, %for_begin_d_2.preheader.i ]
+  %scores_global563.sroa.12.1763.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1593, %for_begin_d_2.preheader.i ]
+  %scores_global563.sroa.16.1762.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1598, %for_begin_d_2.preheader.i ]
+  %scores_global563.sroa.20.1761.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1603, %for_begin_d_2.preheader.i ]
+  %scores_global563.sroa.24.1760.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1608, %for_begin_d_2.preheader.i ]
+  %scores_global563.sroa.28.1759.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1613, %for_begin_d_2.preheader.i ]
+  %.idx71 = shl nuw nsw i64 %indvars.iv978.i, 7
   %gep = getelementptr i8, ptr %invariant.gep, i64 %.idx71
-  %1503 = load <16 x float>, ptr %gep, align 4, !tbaa !5
-  %1504 = getelementptr inbounds nuw float, ptr %1502, i64 %indvars.iv995.i
-  %1505 = load float, ptr %1504, align 4, !tbaa !5
-  %1506 = insertelement <16 x float> poison, float %1505, i64 0
-  %1507 = shufflevector <16 x float> %1506, <16 x float> poison, <16 x i32> zeroinitializer
-  %1508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1507, <16 x float> %scores_global568.sroa.0.1774.i)
-  %1509 = getelementptr inbounds nuw i8, ptr %1504, i64 512
-  %1510 = load float, ptr %1509, align 4, !tbaa !5
-  %1511 = insertelement <16 x float> poison, float %1510, i64 0
-  %1512 = shufflevector <16 x float> %1511, <16 x float> poison, <16 x i32> zeroinitializer
-  %1513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1512, <16 x float> %scores_global568.sroa.4.1773.i)
-  %1514 = getelementptr inbounds nuw i8, ptr %1504, i64 1024
-  %1515 = load float, ptr %1514, align 4, !tbaa !5
-  %1516 = insertelement <16 x float> poison, float %1515, i64 0
-  %1517 = shufflevector <16 x float> %1516, <16 x float> poison, <16 x i32> zeroinitializer
-  %1518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1517, <16 x float> %scores_global568.sroa.8.1772.i)
-  %1519 = getelementptr inbounds nuw i8, ptr %1504, i64 1536
-  %1520 = load float, ptr %1519, align 4, !tbaa !5
-  %1521 = insertelement <16 x float> poison, float %1520, i64 0
-  %1522 = shufflevector <16 x float> %1521, <16 x float> poison, <16 x i32> zeroinitializer
-  %1523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1522, <16 x float> %scores_global568.sroa.12.1771.i)
-  %1524 = getelementptr inbounds nuw i8, ptr %1504, i64 2048
-  %1525 = load float, ptr %1524, align 4, !tbaa !5
-  %1526 = insertelement <16 x float> poison, float %1525, i64 0
-  %1527 = shufflevector <16 x float> %1526, <16 x float> poison, <16 x i32> zeroinitializer
-  %1528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1527, <16 x float> %scores_global568.sroa.16.1770.i)
-  %1529 = getelementptr inbounds nuw i8, ptr %1504, i64 2560
-  %1530 = load float, ptr %1529, align 4, !tbaa !5
-  %1531 = insertelement <16 x float> poison, float %1530, i64 0
-  %1532 = shufflevector <16 x float> %1531, <16 x float> poison, <16 x i32> zeroinitializer
-  %1533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1532, <16 x float> %scores_global568.sroa.20.1769.i)
-  %1534 = getelementptr inbounds nuw i8, ptr %1504, i64 3072
-  %1535 = load float, ptr %1534, align 4, !tbaa !5
-  %1536 = insertelement <16 x float> poison, float %1535, i64 0
-  %1537 = shufflevector <16 x float> %1536, <16 x float> poison, <16 x i32> zeroinitializer
-  %1538 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1537, <16 x float> %scores_global568.sroa.24.1768.i)
-  %1539 = getelementptr inbounds nuw i8, ptr %1504, i64 3584
-  %1540 = load float, ptr %1539, align 4, !tbaa !5
-  %1541 = insertelement <16 x float> poison, float %1540, i64 0
-  %1542 = shufflevector <16 x float> %1541, <16 x float> poison, <16 x i32> zeroinitializer
-  %1543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1542, <16 x float> %scores_global568.sroa.28.1767.i)
-  %1544 = getelementptr i8, ptr %gep, i64 64
-  %1545 = load <16 x float>, ptr %1544, align 4, !tbaa !5
-  %1546 = getelementptr inbounds nuw i8, ptr %1504, i64 64
-  %1547 = load float, ptr %1546, align 4, !tbaa !5
-  %1548 = insertelement <16 x float> poison, float %1547, i64 0
-  %1549 = shufflevector <16 x float> %1548, <16 x float> poison, <16 x i32> zeroinitializer
-  %1550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1549, <16 x float> %1508)
-  %1551 = getelementptr inbounds nuw i8, ptr %1504, i64 576
-  %1552 = load float, ptr %1551, align 4, !tbaa !5
-  %1553 = insertelement <16 x float> poison, float %1552, i64 0
-  %1554 = shufflevector <16 x float> %1553, <16 x float> poison, <16 x i32> zeroinitializer
-  %1555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1554, <16 x float> %1513)
-  %1556 = getelementptr inbounds nuw i8, ptr %1504, i64 1088
-  %1557 = load float, ptr %1556, align 4, !tbaa !5
-  %1558 = insertelement <16 x float> poison, float %1557, i64 0
-  %1559 = shufflevector <16 x float> %1558, <16 x float> poison, <16 x i32> zeroinitializer
-  %1560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1559, <16 x float> %1518)
-  %1561 = getelementptr inbounds nuw i8, ptr %1504, i64 1600
-  %1562 = load float, ptr %1561, align 4, !tbaa !5
-  %1563 = insertelement <16 x float> poison, float %1562, i64 0
-  %1564 = shufflevector <16 x float> %1563, <16 x float> poison, <16 x i32> zeroinitializer
-  %1565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1564, <16 x float> %1523)
-  %1566 = getelementptr inbounds nuw i8, ptr %1504, i64 2112
-  %1567 = load float, ptr %1566, align 4, !tbaa !5
-  %1568 = insertelement <16 x float> poison, float %1567, i64 0
-  %1569 = shufflevector <16 x float> %1568, <16 x float> poison, <16 x i32> zeroinitializer
-  %1570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1569, <16 x float> %1528)
-  %1571 = getelementptr inbounds nuw i8, ptr %1504, i64 2624
-  %1572 = load float, ptr %1571, align 4, !tbaa !5
-  %1573 = insertelement <16 x float> poison, float %1572, i64 0
-  %1574 = shufflevector <16 x float> %1573, <16 x float> poison, <16 x i32> zeroinitializer
-  %1575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1574, <16 x float> %1533)
-  %1576 = getelementptr inbounds nuw i8, ptr %1504, i64 3136
-  %1577 = load float, ptr %1576, align 4, !tbaa !5
-  %1578 = insertelement <16 x float> poison, float %1577, i64 0
-  %1579 = shufflevector <16 x float> %1578, <16 x float> poison, <16 x i32> zeroinitializer
-  %1580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1579, <16 x float> %1538)
-  %1581 = getelementptr inbounds nuw i8, ptr %1504, i64 3648
-  %1582 = load float, ptr %1581, align 4, !tbaa !5
-  %1583 = insertelement <16 x float> poison, float %1582, i64 0
-  %1584 = shufflevector <16 x float> %1583, <16 x float> poison, <16 x i32> zeroinitializer
-  %1585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1584, <16 x float> %1543)
-  %indvars.iv.next996.i = add nuw nsw i64 %indvars.iv995.i, 1
-  %exitcond999.not.i = icmp eq i64 %indvars.iv.next996.i, 16
-  br i1 %exitcond999.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !26
-
-for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
-  %1586 = getelementptr inbounds nuw i8, ptr %1502, i64 128
-  br label %for_begin_d_2.preheader.1.i
-
-for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
-  %indvars.iv995.1.i = phi i64 [ %indvars.iv.next996.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global568.sroa.0.1774.1.i = phi <16 x float> [ %1635, %for_begin_d_2.preheader.1.i ], [ %1550, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global568.sroa.4.1773.1.i = phi <16 x float> [ %1640, %for_begin_d_2.preheader.1.i ], [ %1555, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global568.sroa.8.1772.1.i = phi <16 x float> [ %1645, %for_begin_d_2.preheader.1.i ], [ %1560, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global568.sroa.12.1771.1.i = phi <16 x float> [ %1650, %for_begin_d_2.preheader.1.i ], [ %1565, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global568.sroa.16.1770.1.i = phi <16 x float> [ %1655, %for_begin_d_2.preheader.1.i ], [ %1570, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global568.sroa.20.1769.1.i = phi <16 x float> [ %1660, %for_begin_d_2.preheader.1.i ], [ %1575, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global568.sroa.24.1768.1.i = phi <16 x float> [ %1665, %for_begin_d_2.preheader.1.i ], [ %1580, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global568.sroa.28.1767.1.i = phi <16 x float> [ %1670, %for_begin_d_2.preheader.1.i ], [ %1585, %for_begin_d_2.preheader.1.i.preheader ]
-  %.idx72 = shl i64 %indvars.iv995.1.i, 7
-  %gep142 = getelementptr i8, ptr %invariant.gep, i64 %.idx72
-  %1587 = getelementptr i8, ptr %gep142, i64 2048
-  %1588 = load <16 x float>, ptr %1587, align 4, !tbaa !5
-  %1589 = getelementptr inbounds nuw float, ptr %1586, i64 %indvars.iv995.1.i
+  %1531 = load <16 x float>, ptr %gep, align 4, !tbaa !5
+  %1532 = getelementptr inbounds nuw float, ptr %1530, i64 %indvars.iv978.i
+  %1533 = load float, ptr %1532, align 4, !tbaa !5
+  %1534 = insertelement <16 x float> poison, float %1533, i64 0
+  %1535 = shufflevector <16 x float> %1534, <16 x float> poison, <16 x i32> zeroinitializer
+  %1536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1535, <16 x float> %scores_global563.sroa.0.1766.i)
+  %1537 = getelementptr inbounds nuw i8, ptr %1532, i64 512
+  %1538 = load float, ptr %1537, align 4, !tbaa !5
+  %1539 = insertelement <16 x float> poison, float %1538, i64 0
+  %1540 = shufflevector <16 x float> %1539, <16 x float> poison, <16 x i32> zeroinitializer
+  %1541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1540, <16 x float> %scores_global563.sroa.4.1765.i)
+  %1542 = getelementptr inbounds nuw i8, ptr %1532, i64 1024
+  %1543 = load float, ptr %1542, align 4, !tbaa !5
+  %1544 = insertelement <16 x float> poison, float %1543, i64 0
+  %1545 = shufflevector <16 x float> %1544, <16 x float> poison, <16 x i32> zeroinitializer
+  %1546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1545, <16 x float> %scores_global563.sroa.8.1764.i)
+  %1547 = getelementptr inbounds nuw i8, ptr %1532, i64 1536
+  %1548 = load float, ptr %1547, align 4, !tbaa !5
+  %1549 = insertelement <16 x float> poison, float %1548, i64 0
+  %1550 = shufflevector <16 x float> %1549, <16 x float> poison, <16 x i32> zeroinitializer
+  %1551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1550, <16 x float> %scores_global563.sroa.12.1763.i)
+  %1552 = getelementptr inbounds nuw i8, ptr %1532, i64 2048
+  %1553 = load float, ptr %1552, align 4, !tbaa !5
+  %1554 = insertelement <16 x float> poison, float %1553, i64 0
+  %1555 = shufflevector <16 x float> %1554, <16 x float> poison, <16 x i32> zeroinitializer
+  %1556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1555, <16 x float> %scores_global563.sroa.16.1762.i)
+  %1557 = getelementptr inbounds nuw i8, ptr %1532, i64 2560
+  %1558 = load float, ptr %1557, align 4, !tbaa !5
+  %1559 = insertelement <16 x float> poison, float %1558, i64 0
+  %1560 = shufflevector <16 x float> %1559, <16 x float> poison, <16 x i32> zeroinitializer
+  %1561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1560, <16 x float> %scores_global563.sroa.20.1761.i)
+  %1562 = getelementptr inbounds nuw i8, ptr %1532, i64 3072
+  %1563 = load float, ptr %1562, align 4, !tbaa !5
+  %1564 = insertelement <16 x float> poison, float %1563, i64 0
+  %1565 = shufflevector <16 x float> %1564, <16 x float> poison, <16 x i32> zeroinitializer
+  %1566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1565, <16 x float> %scores_global563.sroa.24.1760.i)
+  %1567 = getelementptr inbounds nuw i8, ptr %1532, i64 3584
+  %1568 = load float, ptr %1567, align 4, !tbaa !5
+  %1569 = insertelement <16 x float> poison, float %1568, i64 0
+  %1570 = shufflevector <16 x float> %1569, <16 x float> poison, <16 x i32> zeroinitializer
+  %1571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1570, <16 x float> %scores_global563.sroa.28.1759.i)
+  %1572 = getelementptr i8, ptr %gep, i64 64
+  %1573 = load <16 x float>, ptr %1572, align 4, !tbaa !5
+  %1574 = getelementptr inbounds nuw i8, ptr %1532, i64 64
+  %1575 = load float, ptr %1574, align 4, !tbaa !5
+  %1576 = insertelement <16 x float> poison, float %1575, i64 0
+  %1577 = shufflevector <16 x float> %1576, <16 x float> poison, <16 x i32> zeroinitializer
+  %1578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1577, <16 x float> %1536)
+  %1579 = getelementptr inbounds nuw i8, ptr %1532, i64 576
+  %1580 = load float, ptr %1579, align 4, !tbaa !5
+  %1581 = insertelement <16 x float> poison, float %1580, i64 0
+  %1582 = shufflevector <16 x float> %1581, <16 x float> poison, <16 x i32> zeroinitializer
+  %1583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1582, <16 x float> %1541)
+  %1584 = getelementptr inbounds nuw i8, ptr %1532, i64 1088
+  %1585 = load float, ptr %1584, align 4, !tbaa !5
+  %1586 = insertelement <16 x float> poison, float %1585, i64 0
+  %1587 = shufflevector <16 x float> %1586, <16 x float> poison, <16 x i32> zeroinitializer
+  %1588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1587, <16 x float> %1546)
+  %1589 = getelementptr inbounds nuw i8, ptr %1532, i64 1600
   %1590 = load float, ptr %1589, align 4, !tbaa !5
   %1591 = insertelement <16 x float> poison, float %1590, i64 0
   %1592 = shufflevector <16 x float> %1591, <16 x float> poison, <16 x i32> zeroinitializer
-  %1593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1588, <16 x float> %1592, <16 x float> %scores_global568.sroa.0.1774.1.i)
-  %1594 = getelementptr inbounds nuw i8, ptr %1589, i64 512
+  %1593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1592, <16 x float> %1551)
+  %1594 = getelementptr inbounds nuw i8, ptr %1532, i64 2112
   %1595 = load float, ptr %1594, align 4, !tbaa !5
   %1596 = insertelement <16 x float> poison, float %1595, i64 0
   %1597 = shufflevector <16 x float> %1596, <16 x float> poison, <16 x i32> zeroinitializer
-  %1598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1588, <16 x float> %1597, <16 x float> %scores_global568.sroa.4.1773.1.i)
-  %1599 = getelementptr inbounds nuw i8, ptr %1589, i64 1024
+  %1598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1597, <16 x float> %1556)
+  %1599 = getelementptr inbounds nuw i8, ptr %1532, i64 2624
   %1600 = load float, ptr %1599, align 4, !tbaa !5
   %1601 = insertelement <16 x float> poison, float %1600, i64 0
   %1602 = shufflevector <16 x float> %1601, <16 x float> poison, <16 x i32> zeroinitializer
-  %1603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1588, <16 x float> %1602, <16 x float> %scores_global568.sroa.8.1772.1.i)
-  %1604 = getelementptr inbounds nuw i8, ptr %1589, i64 1536
+  %1603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1602, <16 x float> %1561)
+  %1604 = getelementptr inbounds nuw i8, ptr %1532, i64 3136
   %1605 = load float, ptr %1604, align 4, !tbaa !5
   %1606 = insertelement <16 x float> poison, float %1605, i64 0
   %1607 = shufflevector <16 x float> %1606, <16 x float> poison, <16 x i32> zeroinitializer
-  %1608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1588, <16 x float> %1607, <16 x float> %scores_global568.sroa.12.1771.1.i)
-  %1609 = getelementptr inbounds nuw i8, ptr %1589, i64 2048
+  %1608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1607, <16 x float> %1566)
+  %1609 = getelementptr inbounds nuw i8, ptr %1532, i64 3648
   %1610 = load float, ptr %1609, align 4, !tbaa !5
   %1611 = insertelement <16 x float> poison, float %1610, i64 0
   %1612 = shufflevector <16 x float> %1611, <16 x float> poison, <16 x i32> zeroinitializer
-  %1613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1588, <16 x float> %1612, <16 x float> %scores_global568.sroa.16.1770.1.i)
-  %1614 = getelementptr inbounds nuw i8, ptr %1589, i64 2560
-  %1615 = load float, ptr %1614, align 4, !tbaa !5
-  %1616 = insertelement <16 x float> poison, float %1615, i64 0
-  %1617 = shufflevector <16 x float> %1616, <16 x float> poison, <16 x i32> zeroinitializer
-  %1618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1588, <16 x float> %1617, <16 x float> %scores_global568.sroa.20.1769.1.i)
-  %1619 = getelementptr inbounds nuw i8, ptr %1589, i64 3072
-  %1620 = load float, ptr %1619, align 4, !tbaa !5
-  %1621 = insertelement <16 x float> poison, float %1620, i64 0
-  %1622 = shufflevector <16 x float> %1621, <16 x float> poison, <16 x i32> zeroinitializer
-  %1623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1588, <16 x float> %1622, <16 x float> %scores_global568.sroa.24.1768.1.i)
-  %1624 = getelementptr inbounds nuw i8, ptr %1589, i64 3584
-  %1625 = load float, ptr %1624, align 4, !tbaa !5
-  %1626 = insertelement <16 x float> poison, float %1625, i64 0
-  %1627 = shufflevector <16 x float> %1626, <16 x float> poison, <16 x i32> zeroinitializer
-  %1628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1588, <16 x float> %1627, <16 x float> %scores_global568.sroa.28.1767.1.i)
-  %1629 = getelementptr i8, ptr %gep142, i64 2112
-  %1630 = load <16 x float>, ptr %1629, align 4, !tbaa !5
-  %1631 = getelementptr inbounds nuw i8, ptr %1589, i64 64
-  %1632 = load float, ptr %1631, align 4, !tbaa !5
-  %1633 = insertelement <16 x float> poison, float %1632, i64 0
-  %1634 = shufflevector <16 x float> %1633, <16 x float> poison, <16 x i32> zeroinitializer
-  %1635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1634, <16 x float> %1593)
-  %1636 = getelementptr inbounds nuw i8, ptr %1589, i64 576
-  %1637 = load float, ptr %1636, align 4, !tbaa !5
-  %1638 = insertelement <16 x float> poison, float %1637, i64 0
-  %1639 = shufflevector <16 x float> %1638, <16 x float> poison, <16 x i32> zeroinitializer
-  %1640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1639, <16 x float> %1598)
-  %1641 = getelementptr inbounds nuw i8, ptr %1589, i64 1088
-  %1642 = load float, ptr %1641, align 4, !tbaa !5
-  %1643 = insertelement <16 x float> poison, float %1642, i64 0
-  %1644 = shufflevector <16 x float> %1643, <16 x float> poison, <16 x i32> zeroinitializer
-  %1645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1644, <16 x float> %1603)
-  %1646 = getelementptr inbounds nuw i8, ptr %1589, i64 1600
-  %1647 = load float, ptr %1646, align 4, !tbaa !5
-  %1648 = insertelement <16 x float> poison, float %1647, i64 0
-  %1649 = shufflevector <16 x float> %1648, <16 x float> poison, <16 x i32> zeroinitializer
-  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1649, <16 x float> %1608)
-  %1651 = getelementptr inbounds nuw i8, ptr %1589, i64 2112
-  %1652 = load float, ptr %1651, align 4, !tbaa !5
-  %1653 = insertelement <16 x float> poison, float %1652, i64 0
-  %1654 = shufflevector <16 x float> %1653, <16 x float> poison, <16 x i32> zeroinitializer
-  %1655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1654, <16 x float> %1613)
-  %1656 = getelementptr inbounds nuw i8, ptr %1589, i64 2624
-  %1657 = load float, ptr %1656, align 4, !tbaa !5
-  %1658 = insertelement <16 x float> poison, float %1657, i64 0
-  %1659 = shufflevector <16 x float> %1658, <16 x float> poison, <16 x i32> zeroinitializer
-  %1660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1659, <16 x float> %1618)
-  %1661 = getelementptr inbounds nuw i8, ptr %1589, i64 3136
-  %1662 = load float, ptr %1661, align 4, !tbaa !5
-  %1663 = insertelement <16 x float> poison, float %1662, i64 0
-  %1664 = shufflevector <16 x float> %1663, <16 x float> poison, <16 x i32> zeroinitializer
-  %1665 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1664, <16 x float> %1623)
-  %1666 = getelementptr inbounds nuw i8, ptr %1589, i64 3648
-  %1667 = load float, ptr %1666, align 4, !tbaa !5
-  %1668 = insertelement <16 x float> poison, float %1667, i64 0
-  %1669 = shufflevector <16 x float> %1668, <16 x float> poison, <16 x i32> zeroinitializer
-  %1670 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1669, <16 x float> %1628)
-  %indvars.iv.next996.1.i = add nuw nsw i64 %indvars.iv995.1.i, 1
-  %exitcond999.1.not.i = icmp eq i64 %indvars.iv.next996.1.i, 16
-  br i1 %exitcond999.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !26
+  %1613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1612, <16 x float> %1571)
+  %indvars.iv.next979.i = add nuw nsw i64 %indvars.iv978.i, 1
+  %exitcond982.not.i = icmp eq i64 %indvars.iv.next979.i, 16
+  br i1 %exitcond982.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !28
 
-for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
-  %1671 = getelementptr inbounds nuw i8, ptr %1502, i64 256
-  br label %for_begin_d_2.preheader.2.i
+for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
+  %1614 = getelementptr inbounds nuw i8, ptr %1530, i64 128
+  br label %for_begin_d_2.preheader.1.i
 
-for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
-  %indvars.iv995.2.i = phi i64 [ %indvars.iv.next996.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global568.sroa.0.1774.2.i = phi <16 x float> [ %1720, %for_begin_d_2.preheader.2.i ], [ %1635, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global568.sroa.4.1773.2.i = phi <16 x float> [ %1725, %for_begin_d_2.preheader.2.i ], [ %1640, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global568.sroa.8.1772.2.i = phi <16 x float> [ %1730, %for_begin_d_2.preheader.2.i ], [ %1645, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global568.sroa.12.1771.2.i = phi <16 x float> [ %1735, %for_begin_d_2.preheader.2.i ], [ %1650, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global568.sroa.16.1770.2.i = phi <16 x float> [ %1740, %for_begin_d_2.preheader.2.i ], [ %1655, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global568.sroa.20.1769.2.i = phi <16 x float> [ %1745, %for_begin_d_2.preheader.2.i ], [ %1660, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global568.sroa.24.1768.2.i = phi <16 x float> [ %1750, %for_begin_d_2.preheader.2.i ], [ %1665, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global568.sroa.28.1767.2.i = phi <16 x float> [ %1755, %for_begin_d_2.preheader.2.i ], [ %1670, %for_begin_d_2.preheader.2.i.preheader ]
-  %.idx73 = shl i64 %indvars.iv995.2.i, 7
-  %gep144 = getelementptr i8, ptr %invariant.gep, i64 %.idx73
-  %1672 = getelementptr i8, ptr %gep144, i64 4096
-  %1673 = load <16 x float>, ptr %1672, align 4, !tbaa !5
-  %1674 = getelementptr inbounds nuw float, ptr %1671, i64 %indvars.iv995.2.i
+for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
+  %indvars.iv978.1.i = phi i64 [ %indvars.iv.next979.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global563.sroa.0.1766.1.i = phi <16 x float> [ %1663, %for_begin_d_2.preheader.1.i ], [ %1578, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global563.sroa.4.1765.1.i = phi <16 x float> [ %1668, %for_begin_d_2.preheader.1.i ], [ %1583, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global563.sroa.8.1764.1.i = phi <16 x float> [ %1673, %for_begin_d_2.preheader.1.i ], [ %1588, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global563.sroa.12.1763.1.i = phi <16 x float> [ %1678, %for_begin_d_2.preheader.1.i ], [ %1593, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global563.sroa.16.1762.1.i = phi <16 x float> [ %1683, %for_begin_d_2.preheader.1.i ], [ %1598, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global563.sroa.20.1761.1.i = phi <16 x float> [ %1688, %for_begin_d_2.preheader.1.i ], [ %1603, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global563.sroa.24.1760.1.i = phi <16 x float> [ %1693, %for_begin_d_2.preheader.1.i ], [ %1608, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global563.sroa.28.1759.1.i = phi <16 x float> [ %1698, %for_begin_d_2.preheader.1.i ], [ %1613, %for_begin_d_2.preheader.1.i.preheader ]
+  %.idx72 = shl i64 %indvars.iv978.1.i, 7
+  %gep143 = getelementptr i8, ptr %invariant.gep, i64 %.idx72
+  %1615 = getelementptr i8, ptr %gep143, i64 2048
+  %1616 = load <16 x float>, ptr %1615, align 4, !tbaa !5
+  %1617 = getelementptr inbounds nuw float, ptr %1614, i64 %indvars.iv978.1.i
+  %1618 = load float, ptr %1617, align 4, !tbaa !5
+  %1619 = insertelement <16 x float> poison, float %1618, i64 0
+  %1620 = shufflevector <16 x float> %1619, <16 x float> poison, <16 x i32> zeroinitializer
+  %1621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1620, <16 x float> %scores_global563.sroa.0.1766.1.i)
+  %1622 = getelementptr inbounds nuw i8, ptr %1617, i64 512
+  %1623 = load float, ptr %1622, align 4, !tbaa !5
+  %1624 = insertelement <16 x float> poison, float %1623, i64 0
+  %1625 = shufflevector <16 x float> %1624, <16 x float> poison, <16 x i32> zeroinitializer
+  %1626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1625, <16 x float> %scores_global563.sroa.4.1765.1.i)
+  %1627 = getelementptr inbounds nuw i8, ptr %1617, i64 1024
+  %1628 = load float, ptr %1627, align 4, !tbaa !5
+  %1629 = insertelement <16 x float> poison, float %1628, i64 0
+  %1630 = shufflevector <16 x float> %1629, <16 x float> poison, <16 x i32> zeroinitializer
+  %1631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1630, <16 x float> %scores_global563.sroa.8.1764.1.i)
+  %1632 = getelementptr inbounds nuw i8, ptr %1617, i64 1536
+  %1633 = load float, ptr %1632, align 4, !tbaa !5
+  %1634 = insertelement <16 x float> poison, float %1633, i64 0
+  %1635 = shufflevector <16 x float> %1634, <16 x float> poison, <16 x i32> zeroinitializer
+  %1636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1635, <16 x float> %scores_global563.sroa.12.1763.1.i)
+  %1637 = getelementptr inbounds nuw i8, ptr %1617, i64 2048
+  %1638 = load float, ptr %1637, align 4, !tbaa !5
+  %1639 = insertelement <16 x float> poison, float %1638, i64 0
+  %1640 = shufflevector <16 x float> %1639, <16 x float> poison, <16 x i32> zeroinitializer
+  %1641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1640, <16 x float> %scores_global563.sroa.16.1762.1.i)
+  %1642 = getelementptr inbounds nuw i8, ptr %1617, i64 2560
+  %1643 = load float, ptr %1642, align 4, !tbaa !5
+  %1644 = insertelement <16 x float> poison, float %1643, i64 0
+  %1645 = shufflevector <16 x float> %1644, <16 x float> poison, <16 x i32> zeroinitializer
+  %1646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1645, <16 x float> %scores_global563.sroa.20.1761.1.i)
+  %1647 = getelementptr inbounds nuw i8, ptr %1617, i64 3072
+  %1648 = load float, ptr %1647, align 4, !tbaa !5
+  %1649 = insertelement <16 x float> poison, float %1648, i64 0
+  %1650 = shufflevector <16 x float> %1649, <16 x float> poison, <16 x i32> zeroinitializer
+  %1651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1650, <16 x float> %scores_global563.sroa.24.1760.1.i)
+  %1652 = getelementptr inbounds nuw i8, ptr %1617, i64 3584
+  %1653 = load float, ptr %1652, align 4, !tbaa !5
+  %1654 = insertelement <16 x float> poison, float %1653, i64 0
+  %1655 = shufflevector <16 x float> %1654, <16 x float> poison, <16 x i32> zeroinitializer
+  %1656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1655, <16 x float> %scores_global563.sroa.28.1759.1.i)
+  %1657 = getelementptr i8, ptr %gep143, i64 2112
+  %1658 = load <16 x float>, ptr %1657, align 4, !tbaa !5
+  %1659 = getelementptr inbounds nuw i8, ptr %1617, i64 64
+  %1660 = load float, ptr %1659, align 4, !tbaa !5
+  %1661 = insertelement <16 x float> poison, float %1660, i64 0
+  %1662 = shufflevector <16 x float> %1661, <16 x float> poison, <16 x i32> zeroinitializer
+  %1663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1662, <16 x float> %1621)
+  %1664 = getelementptr inbounds nuw i8, ptr %1617, i64 576
+  %1665 = load float, ptr %1664, align 4, !tbaa !5
+  %1666 = insertelement <16 x float> poison, float %1665, i64 0
+  %1667 = shufflevector <16 x float> %1666, <16 x float> poison, <16 x i32> zeroinitializer
+  %1668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1667, <16 x float> %1626)
+  %1669 = getelementptr inbounds nuw i8, ptr %1617, i64 1088
+  %1670 = load float, ptr %1669, align 4, !tbaa !5
+  %1671 = insertelement <16 x float> poison, float %1670, i64 0
+  %1672 = shufflevector <16 x float> %1671, <16 x float> poison, <16 x i32> zeroinitializer
+  %1673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1672, <16 x float> %1631)
+  %1674 = getelementptr inbounds nuw i8, ptr %1617, i64 1600
   %1675 = load float, ptr %1674, align 4, !tbaa !5
   %1676 = insertelement <16 x float> poison, float %1675, i64 0
   %1677 = shufflevector <16 x float> %1676, <16 x float> poison, <16 x i32> zeroinitializer
-  %1678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1677, <16 x float> %scores_global568.sroa.0.1774.2.i)
-  %1679 = getelementptr inbounds nuw i8, ptr %1674, i64 512
+  %1678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1677, <16 x float> %1636)
+  %1679 = getelementptr inbounds nuw i8, ptr %1617, i64 2112
   %1680 = load float, ptr %1679, align 4, !tbaa !5
   %1681 = insertelement <16 x float> poison, float %1680, i64 0
   %1682 = shufflevector <16 x float> %1681, <16 x float> poison, <16 x i32> zeroinitializer
-  %1683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1682, <16 x float> %scores_global568.sroa.4.1773.2.i)
-  %1684 = getelementptr inbounds nuw i8, ptr %1674, i64 1024
+  %1683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1682, <16 x float> %1641)
+  %1684 = getelementptr inbounds nuw i8, ptr %1617, i64 2624
   %1685 = load float, ptr %1684, align 4, !tbaa !5
   %1686 = insertelement <16 x float> poison, float %1685, i64 0
   %1687 = shufflevector <16 x float> %1686, <16 x float> poison, <16 x i32> zeroinitializer
-  %1688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1687, <16 x float> %scores_global568.sroa.8.1772.2.i)
-  %1689 = getelementptr inbounds nuw i8, ptr %1674, i64 1536
+  %1688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1687, <16 x float> %1646)
+  %1689 = getelementptr inbounds nuw i8, ptr %1617, i64 3136
   %1690 = load float, ptr %1689, align 4, !tbaa !5
   %1691 = insertelement <16 x float> poison, float %1690, i64 0
   %1692 = shufflevector <16 x float> %1691, <16 x float> poison, <16 x i32> zeroinitializer
-  %1693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1692, <16 x float> %scores_global568.sroa.12.1771.2.i)
-  %1694 = getelementptr inbounds nuw i8, ptr %1674, i64 2048
+  %1693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1692, <16 x float> %1651)
+  %1694 = getelementptr inbounds nuw i8, ptr %1617, i64 3648
   %1695 = load float, ptr %1694, align 4, !tbaa !5
   %1696 = insertelement <16 x float> poison, float %1695, i64 0
   %1697 = shufflevector <16 x float> %1696, <16 x float> poison, <16 x i32> zeroinitializer
-  %1698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1697, <16 x float> %scores_global568.sroa.16.1770.2.i)
-  %1699 = getelementptr inbounds nuw i8, ptr %1674, i64 2560
-  %1700 = load float, ptr %1699, align 4, !tbaa !5
-  %1701 = insertelement <16 x float> poison, float %1700, i64 0
-  %1702 = shufflevector <16 x float> %1701, <16 x float> poison, <16 x i32> zeroinitializer
-  %1703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1702, <16 x float> %scores_global568.sroa.20.1769.2.i)
-  %1704 = getelementptr inbounds nuw i8, ptr %1674, i64 3072
-  %1705 = load float, ptr %1704, align 4, !tbaa !5
-  %1706 = insertelement <16 x float> poison, float %1705, i64 0
-  %1707 = shufflevector <16 x float> %1706, <16 x float> poison, <16 x i32> zeroinitializer
-  %1708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1707, <16 x float> %scores_global568.sroa.24.1768.2.i)
-  %1709 = getelementptr inbounds nuw i8, ptr %1674, i64 3584
-  %1710 = load float, ptr %1709, align 4, !tbaa !5
-  %1711 = insertelement <16 x float> poison, float %1710, i64 0
-  %1712 = shufflevector <16 x float> %1711, <16 x float> poison, <16 x i32> zeroinitializer
-  %1713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1712, <16 x float> %scores_global568.sroa.28.1767.2.i)
-  %1714 = getelementptr i8, ptr %gep144, i64 4160
-  %1715 = load <16 x float>, ptr %1714, align 4, !tbaa !5
-  %1716 = getelementptr inbounds nuw i8, ptr %1674, i64 64
-  %1717 = load float, ptr %1716, align 4, !tbaa !5
-  %1718 = insertelement <16 x float> poison, float %1717, i64 0
-  %1719 = shufflevector <16 x float> %1718, <16 x float> poison, <16 x i32> zeroinitializer
-  %1720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1719, <16 x float> %1678)
-  %1721 = getelementptr inbounds nuw i8, ptr %1674, i64 576
-  %1722 = load float, ptr %1721, align 4, !tbaa !5
-  %1723 = insertelement <16 x float> poison, float %1722, i64 0
-  %1724 = shufflevector <16 x float> %1723, <16 x float> poison, <16 x i32> zeroinitializer
-  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1724, <16 x float> %1683)
-  %1726 = getelementptr inbounds nuw i8, ptr %1674, i64 1088
-  %1727 = load float, ptr %1726, align 4, !tbaa !5
-  %1728 = insertelement <16 x float> poison, float %1727, i64 0
-  %1729 = shufflevector <16 x float> %1728, <16 x float> poison, <16 x i32> zeroinitializer
-  %1730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1729, <16 x float> %1688)
-  %1731 = getelementptr inbounds nuw i8, ptr %1674, i64 1600
-  %1732 = load float, ptr %1731, align 4, !tbaa !5
-  %1733 = insertelement <16 x float> poison, float %1732, i64 0
-  %1734 = shufflevector <16 x float> %1733, <16 x float> poison, <16 x i32> zeroinitializer
-  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1734, <16 x float> %1693)
-  %1736 = getelementptr inbounds nuw i8, ptr %1674, i64 2112
-  %1737 = load float, ptr %1736, align 4, !tbaa !5
-  %1738 = insertelement <16 x float> poison, float %1737, i64 0
-  %1739 = shufflevector <16 x float> %1738, <16 x float> poison, <16 x i32> zeroinitializer
-  %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1739, <16 x float> %1698)
-  %1741 = getelementptr inbounds nuw i8, ptr %1674, i64 2624
-  %1742 = load float, ptr %1741, align 4, !tbaa !5
-  %1743 = insertelement <16 x float> poison, float %1742, i64 0
-  %1744 = shufflevector <16 x float> %1743, <16 x float> poison, <16 x i32> zeroinitializer
-  %1745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1744, <16 x float> %1703)
-  %1746 = getelementptr inbounds nuw i8, ptr %1674, i64 3136
-  %1747 = load float, ptr %1746, align 4, !tbaa !5
-  %1748 = insertelement <16 x float> poison, float %1747, i64 0
-  %1749 = shufflevector <16 x float> %1748, <16 x float> poison, <16 x i32> zeroinitializer
-  %1750 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1749, <16 x float> %1708)
-  %1751 = getelementptr inbounds nuw i8, ptr %1674, i64 3648
-  %1752 = load float, ptr %1751, align 4, !tbaa !5
-  %1753 = insertelement <16 x float> poison, float %1752, i64 0
-  %1754 = shufflevector <16 x float> %1753, <16 x float> poison, <16 x i32> zeroinitializer
-  %1755 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1754, <16 x float> %1713)
-  %indvars.iv.next996.2.i = add nuw nsw i64 %indvars.iv995.2.i, 1
-  %exitcond999.2.not.i = icmp eq i64 %indvars.iv.next996.2.i, 16
-  br i1 %exitcond999.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !26
+  %1698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1697, <16 x float> %1656)
+  %indvars.iv.next979.1.i = add nuw nsw i64 %indvars.iv978.1.i, 1
+  %exitcond982.1.not.i = icmp eq i64 %indvars.iv.next979.1.i, 16
+  br i1 %exitcond982.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !28
 
-for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
-  %1756 = getelementptr inbounds nuw i8, ptr %1502, i64 384
-  br label %for_begin_d_2.preheader.3.i
+for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
+  %1699 = getelementptr inbounds nuw i8, ptr %1530, i64 256
+  br label %for_begin_d_2.preheader.2.i
 
-for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
-  %indvars.iv995.3.i = phi i64 [ %indvars.iv.next996.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global568.sroa.0.1774.3.i = phi <16 x float> [ %1805, %for_begin_d_2.preheader.3.i ], [ %1720, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global568.sroa.4.1773.3.i = phi <16 x float> [ %1810, %for_begin_d_2.preheader.3.i ], [ %1725, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global568.sroa.8.1772.3.i = phi <16 x float> [ %1815, %for_begin_d_2.preheader.3.i ], [ %1730, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global568.sroa.12.1771.3.i = phi <16 x float> [ %1820, %for_begin_d_2.preheader.3.i ], [ %1735, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global568.sroa.16.1770.3.i = phi <16 x float> [ %1825, %for_begin_d_2.preheader.3.i ], [ %1740, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global568.sroa.20.1769.3.i = phi <16 x float> [ %1830, %for_begin_d_2.preheader.3.i ], [ %1745, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global568.sroa.24.1768.3.i = phi <16 x float> [ %1835, %for_begin_d_2.preheader.3.i ], [ %1750, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global568.sroa.28.1767.3.i = phi <16 x float> [ %1840, %for_begin_d_2.preheader.3.i ], [ %1755, %for_begin_d_2.preheader.3.i.preheader ]
-  %.idx74 = shl i64 %indvars.iv995.3.i, 7
-  %gep146 = getelementptr i8, ptr %invariant.gep, i64 %.idx74
-  %1757 = getelementptr i8, ptr %gep146, i64 6144
-  %1758 = load <16 x float>, ptr %1757, align 4, !tbaa !5
-  %1759 = getelementptr inbounds nuw float, ptr %1756, i64 %indvars.iv995.3.i
+for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
+  %indvars.iv978.2.i = phi i64 [ %indvars.iv.next979.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global563.sroa.0.1766.2.i = phi <16 x float> [ %1748, %for_begin_d_2.preheader.2.i ], [ %1663, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global563.sroa.4.1765.2.i = phi <16 x float> [ %1753, %for_begin_d_2.preheader.2.i ], [ %1668, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global563.sroa.8.1764.2.i = phi <16 x float> [ %1758, %for_begin_d_2.preheader.2.i ], [ %1673, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global563.sroa.12.1763.2.i = phi <16 x float> [ %1763, %for_begin_d_2.preheader.2.i ], [ %1678, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global563.sroa.16.1762.2.i = phi <16 x float> [ %1768, %for_begin_d_2.preheader.2.i ], [ %1683, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global563.sroa.20.1761.2.i = phi <16 x float> [ %1773, %for_begin_d_2.preheader.2.i ], [ %1688, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global563.sroa.24.1760.2.i = phi <16 x float> [ %1778, %for_begin_d_2.preheader.2.i ], [ %1693, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global563.sroa.28.1759.2.i = phi <16 x float> [ %1783, %for_begin_d_2.preheader.2.i ], [ %1698, %for_begin_d_2.preheader.2.i.preheader ]
+  %.idx73 = shl i64 %indvars.iv978.2.i, 7
+  %gep145 = getelementptr i8, ptr %invariant.gep, i64 %.idx73
+  %1700 = getelementptr i8, ptr %gep145, i64 4096
+  %1701 = load <16 x float>, ptr %1700, align 4, !tbaa !5
+  %1702 = getelementptr inbounds nuw float, ptr %1699, i64 %indvars.iv978.2.i
+  %1703 = load float, ptr %1702, align 4, !tbaa !5
+  %1704 = insertelement <16 x float> poison, float %1703, i64 0
+  %1705 = shufflevector <16 x float> %1704, <16 x float> poison, <16 x i32> zeroinitializer
+  %1706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1705, <16 x float> %scores_global563.sroa.0.1766.2.i)
+  %1707 = getelementptr inbounds nuw i8, ptr %1702, i64 512
+  %1708 = load float, ptr %1707, align 4, !tbaa !5
+  %1709 = insertelement <16 x float> poison, float %1708, i64 0
+  %1710 = shufflevector <16 x float> %1709, <16 x float> poison, <16 x i32> zeroinitializer
+  %1711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1710, <16 x float> %scores_global563.sroa.4.1765.2.i)
+  %1712 = getelementptr inbounds nuw i8, ptr %1702, i64 1024
+  %1713 = load float, ptr %1712, align 4, !tbaa !5
+  %1714 = insertelement <16 x float> poison, float %1713, i64 0
+  %1715 = shufflevector <16 x float> %1714, <16 x float> poison, <16 x i32> zeroinitializer
+  %1716 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1715, <16 x float> %scores_global563.sroa.8.1764.2.i)
+  %1717 = getelementptr inbounds nuw i8, ptr %1702, i64 1536
+  %1718 = load float, ptr %1717, align 4, !tbaa !5
+  %1719 = insertelement <16 x float> poison, float %1718, i64 0
+  %1720 = shufflevector <16 x float> %1719, <16 x float> poison, <16 x i32> zeroinitializer
+  %1721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1720, <16 x float> %scores_global563.sroa.12.1763.2.i)
+  %1722 = getelementptr inbounds nuw i8, ptr %1702, i64 2048
+  %1723 = load float, ptr %1722, align 4, !tbaa !5
+  %1724 = insertelement <16 x float> poison, float %1723, i64 0
+  %1725 = shufflevector <16 x float> %1724, <16 x float> poison, <16 x i32> zeroinitializer
+  %1726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1725, <16 x float> %scores_global563.sroa.16.1762.2.i)
+  %1727 = getelementptr inbounds nuw i8, ptr %1702, i64 2560
+  %1728 = load float, ptr %1727, align 4, !tbaa !5
+  %1729 = insertelement <16 x float> poison, float %1728, i64 0
+  %1730 = shufflevector <16 x float> %1729, <16 x float> poison, <16 x i32> zeroinitializer
+  %1731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1730, <16 x float> %scores_global563.sroa.20.1761.2.i)
+  %1732 = getelementptr inbounds nuw i8, ptr %1702, i64 3072
+  %1733 = load float, ptr %1732, align 4, !tbaa !5
+  %1734 = insertelement <16 x float> poison, float %1733, i64 0
+  %1735 = shufflevector <16 x float> %1734, <16 x float> poison, <16 x i32> zeroinitializer
+  %1736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1735, <16 x float> %scores_global563.sroa.24.1760.2.i)
+  %1737 = getelementptr inbounds nuw i8, ptr %1702, i64 3584
+  %1738 = load float, ptr %1737, align 4, !tbaa !5
+  %1739 = insertelement <16 x float> poison, float %1738, i64 0
+  %1740 = shufflevector <16 x float> %1739, <16 x float> poison, <16 x i32> zeroinitializer
+  %1741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1740, <16 x float> %scores_global563.sroa.28.1759.2.i)
+  %1742 = getelementptr i8, ptr %gep145, i64 4160
+  %1743 = load <16 x float>, ptr %1742, align 4, !tbaa !5
+  %1744 = getelementptr inbounds nuw i8, ptr %1702, i64 64
+  %1745 = load float, ptr %1744, align 4, !tbaa !5
+  %1746 = insertelement <16 x float> poison, float %1745, i64 0
+  %1747 = shufflevector <16 x float> %1746, <16 x float> poison, <16 x i32> zeroinitializer
+  %1748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1747, <16 x float> %1706)
+  %1749 = getelementptr inbounds nuw i8, ptr %1702, i64 576
+  %1750 = load float, ptr %1749, align 4, !tbaa !5
+  %1751 = insertelement <16 x float> poison, float %1750, i64 0
+  %1752 = shufflevector <16 x float> %1751, <16 x float> poison, <16 x i32> zeroinitializer
+  %1753 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1752, <16 x float> %1711)
+  %1754 = getelementptr inbounds nuw i8, ptr %1702, i64 1088
+  %1755 = load float, ptr %1754, align 4, !tbaa !5
+  %1756 = insertelement <16 x float> poison, float %1755, i64 0
+  %1757 = shufflevector <16 x float> %1756, <16 x float> poison, <16 x i32> zeroinitializer
+  %1758 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1757, <16 x float> %1716)
+  %1759 = getelementptr inbounds nuw i8, ptr %1702, i64 1600
   %1760 = load float, ptr %1759, align 4, !tbaa !5
   %1761 = insertelement <16 x float> poison, float %1760, i64 0
   %1762 = shufflevector <16 x float> %1761, <16 x float> poison, <16 x i32> zeroinitializer
-  %1763 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1758, <16 x float> %1762, <16 x float> %scores_global568.sroa.0.1774.3.i)
-  %1764 = getelementptr inbounds nuw i8, ptr %1759, i64 512
+  %1763 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1762, <16 x float> %1721)
+  %1764 = getelementptr inbounds nuw i8, ptr %1702, i64 2112
   %1765 = load float, ptr %1764, align 4, !tbaa !5
   %1766 = insertelement <16 x float> poison, float %1765, i64 0
   %1767 = shufflevector <16 x float> %1766, <16 x float> poison, <16 x i32> zeroinitializer
-  %1768 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1758, <16 x float> %1767, <16 x float> %scores_global568.sroa.4.1773.3.i)
-  %1769 = getelementptr inbounds nuw i8, ptr %1759, i64 1024
+  %1768 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1767, <16 x float> %1726)
+  %1769 = getelementptr inbounds nuw i8, ptr %1702, i64 2624
   %1770 = load float, ptr %1769, align 4, !tbaa !5
   %1771 = insertelement <16 x float> poison, float %1770, i64 0
   %1772 = shufflevector <16 x float> %1771, <16 x float> poison, <16 x i32> zeroinitializer
-  %1773 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1758, <16 x float> %1772, <16 x float> %scores_global568.sroa.8.1772.3.i)
-  %1774 = getelementptr inbounds nuw i8, ptr %1759, i64 1536
+  %1773 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1772, <16 x float> %1731)
+  %1774 = getelementptr inbounds nuw i8, ptr %1702, i64 3136
   %1775 = load float, ptr %1774, align 4, !tbaa !5
   %1776 = insertelement <16 x float> poison, float %1775, i64 0
   %1777 = shufflevector <16 x float> %1776, <16 x float> poison, <16 x i32> zeroinitializer
-  %1778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1758, <16 x float> %1777, <16 x float> %scores_global568.sroa.12.1771.3.i)
-  %1779 = getelementptr inbounds nuw i8, ptr %1759, i64 2048
+  %1778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1777, <16 x float> %1736)
+  %1779 = getelementptr inbounds nuw i8, ptr %1702, i64 3648
   %1780 = load float, ptr %1779, align 4, !tbaa !5
   %1781 = insertelement <16 x float> poison, float %1780, i64 0
   %1782 = shufflevector <16 x float> %1781, <16 x float> poison, <16 x i32> zeroinitializer
-  %1783 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1758, <16 x float> %1782, <16 x float> %scores_global568.sroa.16.1770.3.i)
-  %1784 = getelementptr inbounds nuw i8, ptr %1759, i64 2560
-  %1785 = load float, ptr %1784, align 4, !tbaa !5
-  %1786 = insertelement <16 x float> poison, float %1785, i64 0
-  %1787 = shufflevector <16 x float> %1786, <16 x float> poison, <16 x i32> zeroinitializer
-  %1788 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1758, <16 x float> %1787, <16 x float> %scores_global568.sroa.20.1769.3.i)
-  %1789 = getelementptr inbounds nuw i8, ptr %1759, i64 3072
-  %1790 = load float, ptr %1789, align 4, !tbaa !5
-  %1791 = insertelement <16 x float> poison, float %1790, i64 0
-  %1792 = shufflevector <16 x float> %1791, <16 x float> poison, <16 x i32> zeroinitializer
-  %1793 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1758, <16 x float> %1792, <16 x float> %scores_global568.sroa.24.1768.3.i)
-  %1794 = getelementptr inbounds nuw i8, ptr %1759, i64 3584
-  %1795 = load float, ptr %1794, align 4, !tbaa !5
-  %1796 = insertelement <16 x float> poison, float %1795, i64 0
-  %1797 = shufflevector <16 x float> %1796, <16 x float> poison, <16 x i32> zeroinitializer
-  %1798 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1758, <16 x float> %1797, <16 x float> %scores_global568.sroa.28.1767.3.i)
-  %1799 = getelementptr i8, ptr %gep146, i64 6208
-  %1800 = load <16 x float>, ptr %1799, align 4, !tbaa !5
-  %1801 = getelementptr inbounds nuw i8, ptr %1759, i64 64
-  %1802 = load float, ptr %1801, align 4, !tbaa !5
-  %1803 = insertelement <16 x float> poison, float %1802, i64 0
-  %1804 = shufflevector <16 x float> %1803, <16 x float> poison, <16 x i32> zeroinitializer
-  %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1800, <16 x float> %1804, <16 x float> %1763)
-  %1806 = getelementptr inbounds nuw i8, ptr %1759, i64 576
-  %1807 = load float, ptr %1806, align 4, !tbaa !5
-  %1808 = insertelement <16 x float> poison, float %1807, i64 0
-  %1809 = shufflevector <16 x float> %1808, <16 x float> poison, <16 x i32> zeroinitializer
-  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1800, <16 x float> %1809, <16 x float> %1768)
-  %1811 = getelementptr inbounds nuw i8, ptr %1759, i64 1088
-  %1812 = load float, ptr %1811, align 4, !tbaa !5
-  %1813 = insertelement <16 x float> poison, float %1812, i64 0
-  %1814 = shufflevector <16 x float> %1813, <16 x float> poison, <16 x i32> zeroinitializer
-  %1815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1800, <16 x float> %1814, <16 x float> %1773)
-  %1816 = getelementptr inbounds nuw i8, ptr %1759, i64 1600
-  %1817 = load float, ptr %1816, align 4, !tbaa !5
-  %1818 = insertelement <16 x float> poison, float %1817, i64 0
-  %1819 = shufflevector <16 x float> %1818, <16 x float> poison, <16 x i32> zeroinitializer
-  %1820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1800, <16 x float> %1819, <16 x float> %1778)
-  %1821 = getelementptr inbounds nuw i8, ptr %1759, i64 2112
-  %1822 = load float, ptr %1821, align 4, !tbaa !5
-  %1823 = insertelement <16 x float> poison, float %1822, i64 0
-  %1824 = shufflevector <16 x float> %1823, <16 x float> poison, <16 x i32> zeroinitializer
-  %1825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1800, <16 x float> %1824, <16 x float> %1783)
-  %1826 = getelementptr inbounds nuw i8, ptr %1759, i64 2624
-  %1827 = load float, ptr %1826, align 4, !tbaa !5
-  %1828 = insertelement <16 x float> poison, float %1827, i64 0
-  %1829 = shufflevector <16 x float> %1828, <16 x float> poison, <16 x i32> zeroinitializer
-  %1830 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1800, <16 x float> %1829, <16 x float> %1788)
-  %1831 = getelementptr inbounds nuw i8, ptr %1759, i64 3136
-  %1832 = load float, ptr %1831, align 4, !tbaa !5
-  %1833 = insertelement <16 x float> poison, float %1832, i64 0
-  %1834 = shufflevector <16 x float> %1833, <16 x float> poison, <16 x i32> zeroinitializer
-  %1835 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1800, <16 x float> %1834, <16 x float> %1793)
-  %1836 = getelementptr inbounds nuw i8, ptr %1759, i64 3648
-  %1837 = load float, ptr %1836, align 4, !tbaa !5
-  %1838 = insertelement <16 x float> poison, float %1837, i64 0
-  %1839 = shufflevector <16 x float> %1838, <16 x float> poison, <16 x i32> zeroinitializer
-  %1840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1800, <16 x float> %1839, <16 x float> %1798)
-  %indvars.iv.next996.3.i = add nuw nsw i64 %indvars.iv995.3.i, 1
-  %exitcond999.3.not.i = icmp eq i64 %indvars.iv.next996.3.i, 16
-  br i1 %exitcond999.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !26
+  %1783 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1782, <16 x float> %1741)
+  %indvars.iv.next979.2.i = add nuw nsw i64 %indvars.iv978.2.i, 1
+  %exitcond982.2.not.i = icmp eq i64 %indvars.iv.next979.2.i, 16
+  br i1 %exitcond982.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !28
+
+for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
+  %1784 = getelementptr inbounds nuw i8, ptr %1530, i64 384
+  br label %for_begin_d_2.preheader.3.i
+
+for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
+  %indvars.iv978.3.i = phi i64 [ %indvars.iv.next979.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global563.sroa.0.1766.3.i = phi <16 x float> [ %1833, %for_begin_d_2.preheader.3.i ], [ %1748, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global563.sroa.4.1765.3.i = phi <16 x float> [ %1838, %for_begin_d_2.preheader.3.i ], [ %1753, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global563.sroa.8.1764.3.i = phi <16 x float> [ %1843, %for_begin_d_2.preheader.3.i ], [ %1758, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global563.sroa.12.1763.3.i = phi <16 x float> [ %1848, %for_begin_d_2.preheader.3.i ], [ %1763, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global563.sroa.16.1762.3.i = phi <16 x float> [ %1853, %for_begin_d_2.preheader.3.i ], [ %1768, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global563.sroa.20.1761.3.i = phi <16 x float> [ %1858, %for_begin_d_2.preheader.3.i ], [ %1773, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global563.sroa.24.1760.3.i = phi <16 x float> [ %1863, %for_begin_d_2.preheader.3.i ], [ %1778, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global563.sroa.28.1759.3.i = phi <16 x float> [ %1868, %for_begin_d_2.preheader.3.i ], [ %1783, %for_begin_d_2.preheader.3.i.preheader ]
+  %.idx74 = shl i64 %indvars.iv978.3.i, 7
+  %gep147 = getelementptr i8, ptr %invariant.gep, i64 %.idx74
+  %1785 = getelementptr i8, ptr %gep147, i64 6144
+  %1786 = load <16 x float>, ptr %1785, align 4, !tbaa !5
+  %1787 = getelementptr inbounds nuw float, ptr %1784, i64 %indvars.iv978.3.i
+  %1788 = load float, ptr %1787, align 4, !tbaa !5
+  %1789 = insertelement <16 x float> poison, float %1788, i64 0
+  %1790 = shufflevector <16 x float> %1789, <16 x float> poison, <16 x i32> zeroinitializer
+  %1791 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1790, <16 x float> %scores_global563.sroa.0.1766.3.i)
+  %1792 = getelementptr inbounds nuw i8, ptr %1787, i64 512
+  %1793 = load float, ptr %1792, align 4, !tbaa !5
+  %1794 = insertelement <16 x float> poison, float %1793, i64 0
+  %1795 = shufflevector <16 x float> %1794, <16 x float> poison, <16 x i32> zeroinitializer
+  %1796 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1795, <16 x float> %scores_global563.sroa.4.1765.3.i)
+  %1797 = getelementptr inbounds nuw i8, ptr %1787, i64 1024
+  %1798 = load float, ptr %1797, align 4, !tbaa !5
+  %1799 = insertelement <16 x float> poison, float %1798, i64 0
+  %1800 = shufflevector <16 x float> %1799, <16 x float> poison, <16 x i32> zeroinitializer
+  %1801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1800, <16 x float> %scores_global563.sroa.8.1764.3.i)
+  %1802 = getelementptr inbounds nuw i8, ptr %1787, i64 1536
+  %1803 = load float, ptr %1802, align 4, !tbaa !5
+  %1804 = insertelement <16 x float> poison, float %1803, i64 0
+  %1805 = shufflevector <16 x float> %1804, <16 x float> poison, <16 x i32> zeroinitializer
+  %1806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1805, <16 x float> %scores_global563.sroa.12.1763.3.i)
+  %1807 = getelementptr inbounds nuw i8, ptr %1787, i64 2048
+  %1808 = load float, ptr %1807, align 4, !tbaa !5
+  %1809 = insertelement <16 x float> poison, float %1808, i64 0
+  %1810 = shufflevector <16 x float> %1809, <16 x float> poison, <16 x i32> zeroinitializer
+  %1811 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1810, <16 x float> %scores_global563.sroa.16.1762.3.i)
+  %1812 = getelementptr inbounds nuw i8, ptr %1787, i64 2560
+  %1813 = load float, ptr %1812, align 4, !tbaa !5
+  %1814 = insertelement <16 x float> poison, float %1813, i64 0
+  %1815 = shufflevector <16 x float> %1814, <16 x float> poison, <16 x i32> zeroinitializer
+  %1816 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1815, <16 x float> %scores_global563.sroa.20.1761.3.i)
+  %1817 = getelementptr inbounds nuw i8, ptr %1787, i64 3072
+  %1818 = load float, ptr %1817, align 4, !tbaa !5
+  %1819 = insertelement <16 x float> poison, float %1818, i64 0
+  %1820 = shufflevector <16 x float> %1819, <16 x float> poison, <16 x i32> zeroinitializer
+  %1821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1820, <16 x float> %scores_global563.sroa.24.1760.3.i)
+  %1822 = getelementptr inbounds nuw i8, ptr %1787, i64 3584
+  %1823 = load float, ptr %1822, align 4, !tbaa !5
+  %1824 = insertelement <16 x float> poison, float %1823, i64 0
+  %1825 = shufflevector <16 x float> %1824, <16 x float> poison, <16 x i32> zeroinitializer
+  %1826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1825, <16 x float> %scores_global563.sroa.28.1759.3.i)
+  %1827 = getelementptr i8, ptr %gep147, i64 6208
+  %1828 = load <16 x float>, ptr %1827, align 4, !tbaa !5
+  %1829 = getelementptr inbounds nuw i8, ptr %1787, i64 64
+  %1830 = load float, ptr %1829, align 4, !tbaa !5
+  %1831 = insertelement <16 x float> poison, float %1830, i64 0
+  %1832 = shufflevector <16 x float> %1831, <16 x float> poison, <16 x i32> zeroinitializer
+  %1833 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1832, <16 x float> %1791)
+  %1834 = getelementptr inbounds nuw i8, ptr %1787, i64 576
+  %1835 = load float, ptr %1834, align 4, !tbaa !5
+  %1836 = insertelement <16 x float> poison, float %1835, i64 0
+  %1837 = shufflevector <16 x float> %1836, <16 x float> poison, <16 x i32> zeroinitializer
+  %1838 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1837, <16 x float> %1796)
+  %1839 = getelementptr inbounds nuw i8, ptr %1787, i64 1088
+  %1840 = load float, ptr %1839, align 4, !tbaa !5
+  %1841 = insertelement <16 x float> poison, float %1840, i64 0
+  %1842 = shufflevector <16 x float> %1841, <16 x float> poison, <16 x i32> zeroinitializer
+  %1843 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1842, <16 x float> %1801)
+  %1844 = getelementptr inbounds nuw i8, ptr %1787, i64 1600
+  %1845 = load float, ptr %1844, align 4, !tbaa !5
+  %1846 = insertelement <16 x float> poison, float %1845, i64 0
+  %1847 = shufflevector <16 x float> %1846, <16 x float> poison, <16 x i32> zeroinitializer
+  %1848 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1847, <16 x float> %1806)
+  %1849 = getelementptr inbounds nuw i8, ptr %1787, i64 2112
+  %1850 = load float, ptr %1849, align 4, !tbaa !5
+  %1851 = insertelement <16 x float> poison, float %1850, i64 0
+  %1852 = shufflevector <16 x float> %1851, <16 x float> poison, <16 x i32> zeroinitializer
+  %1853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1852, <16 x float> %1811)
+  %1854 = getelementptr inbounds nuw i8, ptr %1787, i64 2624
+  %1855 = load float, ptr %1854, align 4, !tbaa !5
+  %1856 = insertelement <16 x float> poison, float %1855, i64 0
+  %1857 = shufflevector <16 x float> %1856, <16 x float> poison, <16 x i32> zeroinitializer
+  %1858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1857, <16 x float> %1816)
+  %1859 = getelementptr inbounds nuw i8, ptr %1787, i64 3136
+  %1860 = load float, ptr %1859, align 4, !tbaa !5
+  %1861 = insertelement <16 x float> poison, float %1860, i64 0
+  %1862 = shufflevector <16 x float> %1861, <16 x float> poison, <16 x i32> zeroinitializer
+  %1863 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1862, <16 x float> %1821)
+  %1864 = getelementptr inbounds nuw i8, ptr %1787, i64 3648
+  %1865 = load float, ptr %1864, align 4, !tbaa !5
+  %1866 = insertelement <16 x float> poison, float %1865, i64 0
+  %1867 = shufflevector <16 x float> %1866, <16 x float> poison, <16 x i32> zeroinitializer
+  %1868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1867, <16 x float> %1826)
+  %indvars.iv.next979.3.i = add nuw nsw i64 %indvars.iv978.3.i, 1
+  %exitcond982.3.not.i = icmp eq i64 %indvars.iv.next979.3.i, 16
+  br i1 %exitcond982.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !28
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
-  %.idx1203.i = shl nsw i64 %indvars.iv1004.i, 9
-  %1841 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1203.i
-  store <16 x float> %1805, ptr %1841, align 4, !tbaa !5
-  %1842 = getelementptr inbounds nuw i8, ptr %1841, i64 64
-  store <16 x float> %1810, ptr %1842, align 4, !tbaa !5
-  %1843 = getelementptr inbounds nuw i8, ptr %1841, i64 128
-  store <16 x float> %1815, ptr %1843, align 4, !tbaa !5
-  %1844 = getelementptr inbounds nuw i8, ptr %1841, i64 192
-  store <16 x float> %1820, ptr %1844, align 4, !tbaa !5
-  %1845 = getelementptr inbounds nuw i8, ptr %1841, i64 256
-  store <16 x float> %1825, ptr %1845, align 4, !tbaa !5
-  %1846 = getelementptr inbounds nuw i8, ptr %1841, i64 320
-  store <16 x float> %1830, ptr %1846, align 4, !tbaa !5
-  %1847 = getelementptr inbounds nuw i8, ptr %1841, i64 384
-  store <16 x float> %1835, ptr %1847, align 4, !tbaa !5
-  %1848 = getelementptr inbounds nuw i8, ptr %1841, i64 448
-  store <16 x float> %1840, ptr %1848, align 4, !tbaa !5
-  %indvars.iv.next1005.i = add nuw nsw i64 %indvars.iv1004.i, 1
-  %exitcond1008.not.i = icmp eq i64 %indvars.iv.next1005.i, %wide.trip.count1007.i
-  br i1 %exitcond1008.not.i, label %for_begin_to203.preheader.i, label %for_begin_d_0.preheader.i, !prof !13
+  %.idx1183.i = shl nsw i64 %indvars.iv987.i, 9
+  %1869 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1183.i
+  store <16 x float> %1833, ptr %1869, align 4, !tbaa !5
+  %1870 = getelementptr inbounds nuw i8, ptr %1869, i64 64
+  store <16 x float> %1838, ptr %1870, align 4, !tbaa !5
+  %1871 = getelementptr inbounds nuw i8, ptr %1869, i64 128
+  store <16 x float> %1843, ptr %1871, align 4, !tbaa !5
+  %1872 = getelementptr inbounds nuw i8, ptr %1869, i64 192
+  store <16 x float> %1848, ptr %1872, align 4, !tbaa !5
+  %1873 = getelementptr inbounds nuw i8, ptr %1869, i64 256
+  store <16 x float> %1853, ptr %1873, align 4, !tbaa !5
+  %1874 = getelementptr inbounds nuw i8, ptr %1869, i64 320
+  store <16 x float> %1858, ptr %1874, align 4, !tbaa !5
+  %1875 = getelementptr inbounds nuw i8, ptr %1869, i64 384
+  store <16 x float> %1863, ptr %1875, align 4, !tbaa !5
+  %1876 = getelementptr inbounds nuw i8, ptr %1869, i64 448
+  store <16 x float> %1868, ptr %1876, align 4, !tbaa !5
+  %indvars.iv.next988.i = add nuw nsw i64 %indvars.iv987.i, 1
+  %exitcond991.not.i = icmp eq i64 %indvars.iv.next988.i, %wide.trip.count990.i
+  br i1 %exitcond991.not.i, label %for_begin_to200.preheader.i, label %for_begin_d_0.preheader.i, !prof !13
 
-for_begin_ti208.preheader.i:                      ; preds = %for_begin_ti208.preheader.i, %for_begin_to203.preheader.i
-  %indvars.iv1013.i = phi i64 [ 0, %for_begin_to203.preheader.i ], [ %indvars.iv.next1014.i, %for_begin_ti208.preheader.i ]
-  %1849 = shl nsw i64 %indvars.iv1013.i, 7
-  %indvars.iv1013.tr.i = trunc i64 %indvars.iv1013.i to i32
-  %1850 = shl i32 %indvars.iv1013.tr.i, 3
-  %1851 = add i32 %1850, %724
-  %1852 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1849
-  %1853 = load <16 x float>, ptr %1852, align 4, !tbaa !5
-  %1854 = fmul <16 x float> %390, %1853
-  %1855 = load <16 x i32>, ptr %1501, align 4, !tbaa !5
-  %1856 = insertelement <16 x i32> poison, i32 %1851, i64 0
-  %1857 = shufflevector <16 x i32> %1856, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1858 = icmp slt <16 x i32> %1857, %1855
-  %1859 = select <16 x i1> %1858, <16 x float> %1854, <16 x float> splat (float 0xFFF0000000000000)
-  %1860 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1849
-  store <16 x float> %1859, ptr %1860, align 4, !tbaa !5
-  %1861 = or disjoint i64 %1849, 16
-  %1862 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1861
-  %1863 = load <16 x float>, ptr %1862, align 4, !tbaa !5
-  %1864 = fmul <16 x float> %390, %1863
-  %1865 = load <16 x i32>, ptr %1501, align 4, !tbaa !5
-  %1866 = or disjoint i32 %1851, 1
-  %1867 = insertelement <16 x i32> poison, i32 %1866, i64 0
-  %1868 = shufflevector <16 x i32> %1867, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1869 = icmp slt <16 x i32> %1868, %1865
-  %1870 = select <16 x i1> %1869, <16 x float> %1864, <16 x float> splat (float 0xFFF0000000000000)
-  %1871 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1861
-  store <16 x float> %1870, ptr %1871, align 4, !tbaa !5
-  %1872 = or disjoint i64 %1849, 32
-  %1873 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1872
-  %1874 = load <16 x float>, ptr %1873, align 4, !tbaa !5
-  %1875 = fmul <16 x float> %390, %1874
-  %1876 = load <16 x i32>, ptr %1501, align 4, !tbaa !5
-  %1877 = or disjoint i32 %1851, 2
-  %1878 = insertelement <16 x i32> poison, i32 %1877, i64 0
-  %1879 = shufflevector <16 x i32> %1878, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1880 = icmp slt <16 x i32> %1879, %1876
-  %1881 = select <16 x i1> %1880, <16 x float> %1875, <16 x float> splat (float 0xFFF0000000000000)
-  %1882 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1872
-  store <16 x float> %1881, ptr %1882, align 4, !tbaa !5
-  %1883 = or disjoint i64 %1849, 48
-  %1884 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1883
-  %1885 = load <16 x float>, ptr %1884, align 4, !tbaa !5
-  %1886 = fmul <16 x float> %390, %1885
-  %1887 = load <16 x i32>, ptr %1501, align 4, !tbaa !5
-  %1888 = or disjoint i32 %1851, 3
-  %1889 = insertelement <16 x i32> poison, i32 %1888, i64 0
-  %1890 = shufflevector <16 x i32> %1889, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1891 = icmp slt <16 x i32> %1890, %1887
-  %1892 = select <16 x i1> %1891, <16 x float> %1886, <16 x float> splat (float 0xFFF0000000000000)
-  %1893 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1883
-  store <16 x float> %1892, ptr %1893, align 4, !tbaa !5
-  %1894 = or disjoint i64 %1849, 64
-  %1895 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1894
-  %1896 = load <16 x float>, ptr %1895, align 4, !tbaa !5
-  %1897 = fmul <16 x float> %390, %1896
-  %1898 = load <16 x i32>, ptr %1501, align 4, !tbaa !5
-  %1899 = or disjoint i32 %1851, 4
-  %1900 = insertelement <16 x i32> poison, i32 %1899, i64 0
-  %1901 = shufflevector <16 x i32> %1900, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1902 = icmp slt <16 x i32> %1901, %1898
-  %1903 = select <16 x i1> %1902, <16 x float> %1897, <16 x float> splat (float 0xFFF0000000000000)
-  %1904 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1894
-  store <16 x float> %1903, ptr %1904, align 4, !tbaa !5
-  %1905 = or disjoint i64 %1849, 80
-  %1906 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1905
-  %1907 = load <16 x float>, ptr %1906, align 4, !tbaa !5
-  %1908 = fmul <16 x float> %390, %1907
-  %1909 = load <16 x i32>, ptr %1501, align 4, !tbaa !5
-  %1910 = or disjoint i32 %1851, 5
-  %1911 = insertelement <16 x i32> poison, i32 %1910, i64 0
-  %1912 = shufflevector <16 x i32> %1911, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1913 = icmp slt <16 x i32> %1912, %1909
-  %1914 = select <16 x i1> %1913, <16 x float> %1908, <16 x float> splat (float 0xFFF0000000000000)
-  %1915 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1905
-  store <16 x float> %1914, ptr %1915, align 4, !tbaa !5
-  %1916 = or disjoint i64 %1849, 96
-  %1917 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1916
-  %1918 = load <16 x float>, ptr %1917, align 4, !tbaa !5
-  %1919 = fmul <16 x float> %390, %1918
-  %1920 = load <16 x i32>, ptr %1501, align 4, !tbaa !5
-  %1921 = or disjoint i32 %1851, 6
-  %1922 = insertelement <16 x i32> poison, i32 %1921, i64 0
-  %1923 = shufflevector <16 x i32> %1922, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1924 = icmp slt <16 x i32> %1923, %1920
-  %1925 = select <16 x i1> %1924, <16 x float> %1919, <16 x float> splat (float 0xFFF0000000000000)
-  %1926 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1916
-  store <16 x float> %1925, ptr %1926, align 4, !tbaa !5
-  %1927 = or disjoint i64 %1849, 112
-  %1928 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1927
-  %1929 = load <16 x float>, ptr %1928, align 4, !tbaa !5
-  %1930 = fmul <16 x float> %390, %1929
-  %1931 = load <16 x i32>, ptr %1501, align 4, !tbaa !5
-  %1932 = or disjoint i32 %1851, 7
-  %1933 = insertelement <16 x i32> poison, i32 %1932, i64 0
-  %1934 = shufflevector <16 x i32> %1933, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1935 = icmp slt <16 x i32> %1934, %1931
-  %1936 = select <16 x i1> %1935, <16 x float> %1930, <16 x float> splat (float 0xFFF0000000000000)
-  %1937 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1927
-  store <16 x float> %1936, ptr %1937, align 4, !tbaa !5
-  %indvars.iv.next1014.i = add nuw nsw i64 %indvars.iv1013.i, 1
-  %exitcond1017.not.i = icmp eq i64 %indvars.iv.next1014.i, %wide.trip.count1007.i
-  br i1 %exitcond1017.not.i, label %for_end_to205.i, label %for_begin_ti208.preheader.i, !prof !13
+for_begin_ti205.preheader.i:                      ; preds = %for_begin_ti205.preheader.i, %for_begin_to200.preheader.i
+  %indvars.iv996.i = phi i64 [ 0, %for_begin_to200.preheader.i ], [ %indvars.iv.next997.i, %for_begin_ti205.preheader.i ]
+  %1877 = shl nsw i64 %indvars.iv996.i, 7
+  %1878 = shl nsw i64 %indvars.iv996.i, 3
+  %1879 = add nsw i64 %1878, %701
+  %1880 = trunc i64 %1879 to i32
+  %1881 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1877
+  %1882 = load <16 x float>, ptr %1881, align 4, !tbaa !5
+  %1883 = fmul <16 x float> %369, %1882
+  %1884 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
+  %1885 = insertelement <16 x i32> poison, i32 %1880, i64 0
+  %1886 = shufflevector <16 x i32> %1885, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1887 = icmp slt <16 x i32> %1886, %1884
+  %1888 = select <16 x i1> %1887, <16 x float> %1883, <16 x float> splat (float 0xFFF0000000000000)
+  %1889 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1877
+  store <16 x float> %1888, ptr %1889, align 4, !tbaa !5
+  %1890 = or disjoint i64 %1877, 16
+  %1891 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1890
+  %1892 = load <16 x float>, ptr %1891, align 4, !tbaa !5
+  %1893 = fmul <16 x float> %369, %1892
+  %1894 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
+  %1895 = or i32 %1880, 1
+  %1896 = insertelement <16 x i32> poison, i32 %1895, i64 0
+  %1897 = shufflevector <16 x i32> %1896, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1898 = icmp slt <16 x i32> %1897, %1894
+  %1899 = select <16 x i1> %1898, <16 x float> %1893, <16 x float> splat (float 0xFFF0000000000000)
+  %1900 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1890
+  store <16 x float> %1899, ptr %1900, align 4, !tbaa !5
+  %1901 = or disjoint i64 %1877, 32
+  %1902 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1901
+  %1903 = load <16 x float>, ptr %1902, align 4, !tbaa !5
+  %1904 = fmul <16 x float> %369, %1903
+  %1905 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
+  %1906 = or i32 %1880, 2
+  %1907 = insertelement <16 x i32> poison, i32 %1906, i64 0
+  %1908 = shufflevector <16 x i32> %1907, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1909 = icmp slt <16 x i32> %1908, %1905
+  %1910 = select <16 x i1> %1909, <16 x float> %1904, <16 x float> splat (float 0xFFF0000000000000)
+  %1911 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1901
+  store <16 x float> %1910, ptr %1911, align 4, !tbaa !5
+  %1912 = or disjoint i64 %1877, 48
+  %1913 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1912
+  %1914 = load <16 x float>, ptr %1913, align 4, !tbaa !5
+  %1915 = fmul <16 x float> %369, %1914
+  %1916 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
+  %1917 = or i32 %1880, 3
+  %1918 = insertelement <16 x i32> poison, i32 %1917, i64 0
+  %1919 = shufflevector <16 x i32> %1918, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1920 = icmp slt <16 x i32> %1919, %1916
+  %1921 = select <16 x i1> %1920, <16 x float> %1915, <16 x float> splat (float 0xFFF0000000000000)
+  %1922 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1912
+  store <16 x float> %1921, ptr %1922, align 4, !tbaa !5
+  %1923 = or disjoint i64 %1877, 64
+  %1924 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1923
+  %1925 = load <16 x float>, ptr %1924, align 4, !tbaa !5
+  %1926 = fmul <16 x float> %369, %1925
+  %1927 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
+  %1928 = or i32 %1880, 4
+  %1929 = insertelement <16 x i32> poison, i32 %1928, i64 0
+  %1930 = shufflevector <16 x i32> %1929, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1931 = icmp slt <16 x i32> %1930, %1927
+  %1932 = select <16 x i1> %1931, <16 x float> %1926, <16 x float> splat (float 0xFFF0000000000000)
+  %1933 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1923
+  store <16 x float> %1932, ptr %1933, align 4, !tbaa !5
+  %1934 = or disjoint i64 %1877, 80
+  %1935 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1934
+  %1936 = load <16 x float>, ptr %1935, align 4, !tbaa !5
+  %1937 = fmul <16 x float> %369, %1936
+  %1938 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
+  %1939 = or i32 %1880, 5
+  %1940 = insertelement <16 x i32> poison, i32 %1939, i64 0
+  %1941 = shufflevector <16 x i32> %1940, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1942 = icmp slt <16 x i32> %1941, %1938
+  %1943 = select <16 x i1> %1942, <16 x float> %1937, <16 x float> splat (float 0xFFF0000000000000)
+  %1944 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1934
+  store <16 x float> %1943, ptr %1944, align 4, !tbaa !5
+  %1945 = or disjoint i64 %1877, 96
+  %1946 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1945
+  %1947 = load <16 x float>, ptr %1946, align 4, !tbaa !5
+  %1948 = fmul <16 x float> %369, %1947
+  %1949 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
+  %1950 = or i32 %1880, 6
+  %1951 = insertelement <16 x i32> poison, i32 %1950, i64 0
+  %1952 = shufflevector <16 x i32> %1951, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1953 = icmp slt <16 x i32> %1952, %1949
+  %1954 = select <16 x i1> %1953, <16 x float> %1948, <16 x float> splat (float 0xFFF0000000000000)
+  %1955 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1945
+  store <16 x float> %1954, ptr %1955, align 4, !tbaa !5
+  %1956 = or disjoint i64 %1877, 112
+  %1957 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1956
+  %1958 = load <16 x float>, ptr %1957, align 4, !tbaa !5
+  %1959 = fmul <16 x float> %369, %1958
+  %1960 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
+  %1961 = or i32 %1880, 7
+  %1962 = insertelement <16 x i32> poison, i32 %1961, i64 0
+  %1963 = shufflevector <16 x i32> %1962, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1964 = icmp slt <16 x i32> %1963, %1960
+  %1965 = select <16 x i1> %1964, <16 x float> %1959, <16 x float> splat (float 0xFFF0000000000000)
+  %1966 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1956
+  store <16 x float> %1965, ptr %1966, align 4, !tbaa !5
+  %indvars.iv.next997.i = add nuw nsw i64 %indvars.iv996.i, 1
+  %exitcond1000.not.i = icmp eq i64 %indvars.iv.next997.i, %wide.trip.count990.i
+  br i1 %exitcond1000.not.i, label %for_end_to202.i, label %for_begin_ti205.preheader.i, !prof !13
 
-for_end_to205.i:                                  ; preds = %for_begin_ti208.preheader.i, %if_then194.i
-  br i1 %155, label %if_then213.i, label %if_end214.i, !prof !8
+for_end_to202.i:                                  ; preds = %for_begin_ti205.preheader.i, %if_then191.i
+  br i1 %134, label %if_then210.i, label %if_end211.i, !prof !8
 
-if_then213.i:                                     ; preds = %for_end_to205.i
-  %1938 = srem i32 %1482, %111
-  %1939 = shl nsw i32 %1938, 4
-  %1940 = sub nsw i32 %109, %1939
-  %1941 = icmp sgt i32 %1940, 0
-  br i1 %1941, label %for_body_r216.lr.ph.i, label %if_end214.i, !prof !3
+if_then210.i:                                     ; preds = %for_end_to202.i
+  %1967 = trunc nsw i64 %1517 to i32
+  %1968 = urem i32 %1967, %113
+  %1969 = shl nuw nsw i32 %1968, 4
+  %1970 = sub nsw i32 %111, %1969
+  %1971 = tail call i32 @llvm.smin.i32(i32 %1970, i32 16)
+  %1972 = icmp sgt i32 %1970, 0
+  br i1 %1972, label %for_body_r213.lr.ph.i, label %if_end211.i, !prof !3
 
-for_body_r216.lr.ph.i:                            ; preds = %if_then213.i
-  %1942 = icmp sgt i32 %valid_len197.i, %726
-  %1943 = sext i32 %1938 to i64
-  %1944 = shl nsw i64 %1943, 2
-  br i1 %1942, label %for_body_r216.us.preheader.i, label %if_end214.i, !prof !3
+for_body_r213.lr.ph.i:                            ; preds = %if_then210.i
+  %1973 = icmp sgt i32 %valid_len194.i, %763
+  %1974 = zext nneg i32 %1968 to i64
+  %1975 = shl nuw nsw i64 %1974, 2
+  br i1 %1973, label %for_body_r213.us.preheader.i, label %if_end211.i, !prof !3
 
-for_body_r216.us.preheader.i:                     ; preds = %for_body_r216.lr.ph.i
-  %1945 = tail call i32 @llvm.umin.i32(i32 %1940, i32 16)
-  %smin224 = tail call i32 @llvm.smin.i32(i32 %span574.sroa.3.0.lcssa.i, i32 %1487)
-  %smin227 = tail call i32 @llvm.smin.i32(i32 %smin224, i32 %indvars.iv225)
-  %smin228 = tail call i32 @llvm.smin.i32(i32 %smin227, i32 %375)
-  %1946 = add i32 %indvars.iv222, %smin228
-  %smin229 = tail call i32 @llvm.smin.i32(i32 %1946, i32 128)
-  %1947 = sub i32 %smin229, %smax231
-  %1948 = zext i32 %1947 to i64
-  %1949 = add i32 %indvars.iv222, %1490
-  %smin439 = tail call i32 @llvm.smin.i32(i32 %1949, i32 128)
-  %1950 = sub i32 %smin439, %smax438
-  %1951 = zext i32 %1950 to i64
-  %1952 = add nsw i64 %1951, -1
-  %smin456 = tail call i32 @llvm.smin.i32(i32 %1949, i32 128)
-  %1953 = sub i32 %smin456, %smax450
-  %1954 = zext i32 %1953 to i64
-  %scevgep457 = getelementptr i8, ptr %scevgep455, i64 %1954
-  %scevgep460 = getelementptr i8, ptr %scaled.i, i64 -60
-  %1955 = shl nuw nsw i64 %1954, 6
-  %scevgep461 = getelementptr i8, ptr %scevgep460, i64 %1955
-  %1956 = add i32 %indvars.iv222, %1490
-  %smin467 = tail call i32 @llvm.smin.i32(i32 %1956, i32 128)
-  %1957 = sub i32 %smin467, %smax466
-  %1958 = zext i32 %1957 to i64
-  %min.iters.check469 = icmp ult i32 %1957, 24
-  %1959 = trunc i64 %1952 to i32
-  %1960 = add i32 %smax438, %1959
-  %1961 = shl i32 %1960, 4
-  %1962 = icmp ugt i64 %1952, 268435455
-  %mul.result445 = shl nsw i64 %1952, 6
-  %n.vec472 = and i64 %1958, 4294967288
-  %cmp.n485 = icmp eq i64 %n.vec472, %1958
-  %xtraiter600 = and i64 %1958, 3
-  %lcmp.mod601.not = icmp eq i64 %xtraiter600, 0
-  br label %for_body_r216.us.i
+for_body_r213.us.preheader.i:                     ; preds = %for_body_r213.lr.ph.i
+  %1976 = add i32 %indvars.iv229, %1520
+  %smin231 = tail call i32 @llvm.smin.i32(i32 %indvars.iv217, i32 %1976)
+  %smin232 = tail call i32 @llvm.smin.i32(i32 %smin231, i32 128)
+  %1977 = sub i32 %smin232, %smax234
+  %1978 = zext i32 %1977 to i64
+  %smin450 = tail call i32 @llvm.smin.i32(i32 %674, i32 %1976)
+  %smin451 = tail call i32 @llvm.smin.i32(i32 %smin450, i32 128)
+  %1979 = sub i32 %smin451, %smax446
+  %1980 = zext i32 %1979 to i64
+  %1981 = add nsw i64 %1980, -1
+  %smin470 = tail call i32 @llvm.smin.i32(i32 %668, i32 %1976)
+  %smin471 = tail call i32 @llvm.smin.i32(i32 %smin470, i32 128)
+  %1982 = sub i32 %smin471, %smax466
+  %1983 = zext i32 %1982 to i64
+  %scevgep472 = getelementptr i8, ptr %scevgep465, i64 %1983
+  %scevgep474 = getelementptr i8, ptr %scaled.i, i64 %671
+  %scevgep475 = getelementptr i8, ptr %scaled.i, i64 -60
+  %scevgep476 = getelementptr i8, ptr %scevgep475, i64 %671
+  %1984 = shl nuw nsw i64 %1983, 6
+  %smin486 = tail call i32 @llvm.smin.i32(i32 %661, i32 %1976)
+  %smin487 = tail call i32 @llvm.smin.i32(i32 %smin486, i32 128)
+  %1985 = sub i32 %smin487, %smax482
+  %1986 = zext i32 %1985 to i64
+  %min.iters.check489 = icmp ult i32 %1985, 24
+  %1987 = trunc i64 %1981 to i32
+  %mul.result455 = shl i32 %1987, 4
+  %1988 = icmp ugt i64 %1981, 268435455
+  %mul.result459 = shl nsw i64 %1981, 6
+  %smax477 = tail call i32 @llvm.smax.i32(i32 %1971, i32 1)
+  %1989 = add nsw i32 %smax477, -1
+  %1990 = zext nneg i32 %1989 to i64
+  %1991 = shl nuw nsw i64 %1990, 2
+  %1992 = getelementptr i8, ptr %scevgep476, i64 %1984
+  %scevgep478 = getelementptr i8, ptr %1992, i64 %1991
+  %n.vec492 = and i64 %1986, 4294967288
+  %cmp.n505 = icmp eq i64 %n.vec492, %1986
+  %xtraiter627 = and i64 %1986, 3
+  %lcmp.mod628.not = icmp eq i64 %xtraiter627, 0
+  br label %for_body_r213.us.i
 
-for_body_r216.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r216.us.preheader.i
-  %indvar452 = phi i64 [ %indvar.next453, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r216.us.preheader.i ]
-  %r219791.us.i = phi i32 [ %2034, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r216.us.preheader.i ]
-  %1963 = lshr i64 %indvar452, 2
-  %1964 = add nsw i64 %1944, %1963
-  %1965 = mul nsw i64 %392, %1964
-  %scevgep454 = getelementptr i8, ptr %scevgep451, i64 %1965
-  %scevgep458 = getelementptr i8, ptr %scevgep457, i64 %1965
-  %1966 = trunc i64 %indvar452 to i32
-  %1967 = add i32 %650, %1966
-  %1968 = sext i32 %1967 to i64
-  %1969 = shl nsw i64 %1968, 2
-  %scevgep459 = getelementptr i8, ptr %scaled.i, i64 %1969
-  %scevgep462 = getelementptr i8, ptr %scevgep461, i64 %1969
-  %1970 = lshr i32 %r219791.us.i, 2
-  %1971 = zext nneg i32 %1970 to i64
-  %1972 = add nsw i64 %1944, %1971
-  %1973 = mul nsw i64 %1972, %392
-  %1974 = getelementptr i8, ptr %733, i64 %1973
-  br i1 %min.iters.check469, label %for_body_c.us.i.preheader, label %vector.scevcheck437, !prof !16
+for_body_r213.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r213.us.preheader.i
+  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r213.us.preheader.i ]
+  %r216781.us.i = phi i32 [ %2057, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r213.us.preheader.i ]
+  %1993 = lshr i32 %r216781.us.i, 2
+  %1994 = zext nneg i32 %1993 to i64
+  %1995 = add nuw nsw i64 %1975, %1994
+  %1996 = mul nsw i64 %1995, %371
+  %1997 = getelementptr i8, ptr %769, i64 %1996
+  br i1 %min.iters.check489, label %for_body_c.us.i.preheader, label %vector.scevcheck445, !prof !16
 
-vector.scevcheck437:                              ; preds = %for_body_r216.us.i
-  %1975 = add i32 %651, %r219791.us.i
-  %1976 = sext i32 %1975 to i64
-  %1977 = shl nsw i64 %1976, 2
-  %scevgep443 = getelementptr i8, ptr %scaled.i, i64 %1977
-  %1978 = add i32 %1961, %r219791.us.i
-  %1979 = icmp slt i32 %1978, %1975
-  %1980 = or i1 %1979, %1962
-  %1981 = getelementptr i8, ptr %scevgep443, i64 %mul.result445
-  %1982 = icmp ult ptr %1981, %scevgep443
-  %1983 = or i1 %1982, %1980
-  br i1 %1983, label %for_body_c.us.i.preheader, label %vector.memcheck447, !prof !16
+vector.scevcheck445:                              ; preds = %for_body_r213.us.i
+  %1998 = add i64 %indvar, %678
+  %1999 = shl i64 %1998, 2
+  %scevgep457 = getelementptr i8, ptr %scaled.i, i64 %1999
+  %2000 = add i32 %677, %r216781.us.i
+  %2001 = add i32 %2000, %mul.result455
+  %2002 = icmp slt i32 %2001, %2000
+  %2003 = or i1 %2002, %1988
+  %2004 = getelementptr i8, ptr %scevgep457, i64 %mul.result459
+  %2005 = icmp ult ptr %2004, %scevgep457
+  %2006 = or i1 %2005, %2003
+  br i1 %2006, label %for_body_c.us.i.preheader, label %vector.memcheck461, !prof !16
 
-vector.memcheck447:                               ; preds = %vector.scevcheck437
-  %bound0463 = icmp ult ptr %scevgep454, %scevgep462
-  %bound1464 = icmp ult ptr %scevgep459, %scevgep458
-  %found.conflict465 = and i1 %bound0463, %bound1464
-  br i1 %found.conflict465, label %for_body_c.us.i.preheader, label %vector.ph470, !prof !16
+vector.memcheck461:                               ; preds = %vector.scevcheck445
+  %scevgep473 = getelementptr i8, ptr %scevgep472, i64 %1996
+  %bound0479 = icmp ult ptr %1997, %scevgep478
+  %bound1480 = icmp ult ptr %scevgep474, %scevgep473
+  %found.conflict481 = and i1 %bound0479, %bound1480
+  br i1 %found.conflict481, label %for_body_c.us.i.preheader, label %vector.ph490, !prof !16
 
-vector.ph470:                                     ; preds = %vector.memcheck447
-  %broadcast.splatinsert473 = insertelement <8 x i32> poison, i32 %r219791.us.i, i64 0
-  %broadcast.splat474 = shufflevector <8 x i32> %broadcast.splatinsert473, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body477
+vector.ph490:                                     ; preds = %vector.memcheck461
+  %broadcast.splatinsert493 = insertelement <8 x i32> poison, i32 %r216781.us.i, i64 0
+  %broadcast.splat494 = shufflevector <8 x i32> %broadcast.splatinsert493, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body497
 
-vector.body477:                                   ; preds = %vector.body477, %vector.ph470
-  %index478 = phi i64 [ 0, %vector.ph470 ], [ %index.next482, %vector.body477 ]
-  %vec.ind479 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph470 ], [ %vec.ind.next483, %vector.body477 ]
-  %1984 = getelementptr i8, ptr %1974, i64 %index478
-  %wide.load480 = load <8 x i8>, ptr %1984, align 1, !tbaa !5, !alias.scope !53, !noalias !56
-  %1985 = icmp ne <8 x i8> %wide.load480, zeroinitializer
-  %1986 = add <8 x i32> %broadcast.splat476, %vec.ind479
-  %1987 = shl <8 x i32> %1986, splat (i32 4)
-  %1988 = add nsw <8 x i32> %1987, %broadcast.splat474
-  %1989 = sext <8 x i32> %1988 to <8 x i64>
-  %1990 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %1989
-  %wide.masked.gather481 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %1990, <8 x i1> %1985, <8 x float> poison), !tbaa !5, !alias.scope !56
-  %predphi = select <8 x i1> %1985, <8 x float> %wide.masked.gather481, <8 x float> splat (float 0xFFF0000000000000)
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %1990, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !56
-  %index.next482 = add nuw i64 %index478, 8
-  %vec.ind.next483 = add <8 x i32> %vec.ind479, splat (i32 8)
-  %1991 = icmp eq i64 %index.next482, %n.vec472
-  br i1 %1991, label %middle.block484, label %vector.body477, !prof !58, !llvm.loop !59
+vector.body497:                                   ; preds = %vector.body497, %vector.ph490
+  %index498 = phi i64 [ 0, %vector.ph490 ], [ %index.next502, %vector.body497 ]
+  %vec.ind499 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph490 ], [ %vec.ind.next503, %vector.body497 ]
+  %2007 = getelementptr i8, ptr %1997, i64 %index498
+  %wide.load500 = load <8 x i8>, ptr %2007, align 1, !tbaa !5, !alias.scope !55, !noalias !58
+  %2008 = icmp ne <8 x i8> %wide.load500, zeroinitializer
+  %2009 = add <8 x i32> %broadcast.splat496, %vec.ind499
+  %2010 = shl <8 x i32> %2009, splat (i32 4)
+  %2011 = add nsw <8 x i32> %2010, %broadcast.splat494
+  %2012 = sext <8 x i32> %2011 to <8 x i64>
+  %2013 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %2012
+  %wide.masked.gather501 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2013, <8 x i1> %2008, <8 x float> poison), !tbaa !5, !alias.scope !58
+  %predphi = select <8 x i1> %2008, <8 x float> %wide.masked.gather501, <8 x float> splat (float 0xFFF0000000000000)
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2013, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !58
+  %index.next502 = add nuw i64 %index498, 8
+  %vec.ind.next503 = add <8 x i32> %vec.ind499, splat (i32 8)
+  %2014 = icmp eq i64 %index.next502, %n.vec492
+  br i1 %2014, label %middle.block504, label %vector.body497, !prof !60, !llvm.loop !61
 
-middle.block484:                                  ; preds = %vector.body477
-  br i1 %cmp.n485, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !61
+middle.block504:                                  ; preds = %vector.body497
+  br i1 %cmp.n505, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !63
 
-for_body_c.us.i.preheader:                        ; preds = %middle.block484, %vector.memcheck447, %vector.scevcheck437, %for_body_r216.us.i
-  %indvars.iv1018.i.ph = phi i64 [ 0, %vector.memcheck447 ], [ 0, %vector.scevcheck437 ], [ 0, %for_body_r216.us.i ], [ %n.vec472, %middle.block484 ]
-  br i1 %lcmp.mod601.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
+for_body_c.us.i.preheader:                        ; preds = %middle.block504, %vector.memcheck461, %vector.scevcheck445, %for_body_r213.us.i
+  %indvars.iv1001.i.ph = phi i64 [ 0, %vector.memcheck461 ], [ 0, %vector.scevcheck445 ], [ 0, %for_body_r213.us.i ], [ %n.vec492, %middle.block504 ]
+  br i1 %lcmp.mod628.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
 
-for_body_c.us.i.prol:                             ; preds = %if_end222.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv1018.i.prol = phi i64 [ %indvars.iv.next1019.i.prol, %if_end222.us.i.prol ], [ %indvars.iv1018.i.ph, %for_body_c.us.i.preheader ]
-  %prol.iter = phi i64 [ %prol.iter.next, %if_end222.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
-  %1992 = getelementptr i8, ptr %1974, i64 %indvars.iv1018.i.prol
-  %1993 = load i8, ptr %1992, align 1, !tbaa !5
-  %1994 = icmp eq i8 %1993, 0
-  %1995 = trunc i64 %indvars.iv1018.i.prol to i32
-  %.pre1165.i.prol = add i32 %726, %1995
-  %.pre1167.i.prol = shl i32 %.pre1165.i.prol, 4
-  %.pre1169.i.prol = add nsw i32 %.pre1167.i.prol, %r219791.us.i
-  %.pre1171.i.prol = sext i32 %.pre1169.i.prol to i64
-  br i1 %1994, label %if_end222.us.i.prol, label %if_else221.us.i.prol
+for_body_c.us.i.prol:                             ; preds = %if_end219.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv1001.i.prol = phi i64 [ %indvars.iv.next1002.i.prol, %if_end219.us.i.prol ], [ %indvars.iv1001.i.ph, %for_body_c.us.i.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %if_end219.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
+  %2015 = getelementptr i8, ptr %1997, i64 %indvars.iv1001.i.prol
+  %2016 = load i8, ptr %2015, align 1, !tbaa !5
+  %2017 = icmp eq i8 %2016, 0
+  %2018 = trunc i64 %indvars.iv1001.i.prol to i32
+  %.pre1144.i.prol = add i32 %763, %2018
+  %.pre1146.i.prol = shl i32 %.pre1144.i.prol, 4
+  %.pre1148.i.prol = add nsw i32 %.pre1146.i.prol, %r216781.us.i
+  %.pre1150.i.prol = sext i32 %.pre1148.i.prol to i64
+  br i1 %2017, label %if_end219.us.i.prol, label %if_else218.us.i.prol
 
-if_else221.us.i.prol:                             ; preds = %for_body_c.us.i.prol
-  %1996 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i.prol
-  %1997 = load float, ptr %1996, align 4, !tbaa !5
-  br label %if_end222.us.i.prol
+if_else218.us.i.prol:                             ; preds = %for_body_c.us.i.prol
+  %2019 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.prol
+  %2020 = load float, ptr %2019, align 4, !tbaa !5
+  br label %if_end219.us.i.prol
 
-if_end222.us.i.prol:                              ; preds = %if_else221.us.i.prol, %for_body_c.us.i.prol
-  %1998 = phi float [ %1997, %if_else221.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
-  %1999 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i.prol
-  store float %1998, ptr %1999, align 4, !tbaa !5
-  %indvars.iv.next1019.i.prol = add nuw nsw i64 %indvars.iv1018.i.prol, 1
+if_end219.us.i.prol:                              ; preds = %if_else218.us.i.prol, %for_body_c.us.i.prol
+  %2021 = phi float [ %2020, %if_else218.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
+  %2022 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.prol
+  store float %2021, ptr %2022, align 4, !tbaa !5
+  %indvars.iv.next1002.i.prol = add nuw nsw i64 %indvars.iv1001.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
-  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter600
-  br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !62, !llvm.loop !63
+  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter627
+  br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !64, !llvm.loop !65
 
-for_body_c.us.i.prol.loopexit:                    ; preds = %if_end222.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv1018.i.unr = phi i64 [ %indvars.iv1018.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next1019.i.prol, %if_end222.us.i.prol ]
-  %2000 = sub nsw i64 %indvars.iv1018.i.ph, %1958
-  %2001 = icmp ugt i64 %2000, -4
-  br i1 %2001, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
+for_body_c.us.i.prol.loopexit:                    ; preds = %if_end219.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv1001.i.unr = phi i64 [ %indvars.iv1001.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next1002.i.prol, %if_end219.us.i.prol ]
+  %2023 = sub nsw i64 %indvars.iv1001.i.ph, %1986
+  %2024 = icmp ugt i64 %2023, -4
+  br i1 %2024, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
 
-for_body_c.us.i:                                  ; preds = %if_end222.us.i.3, %for_body_c.us.i.prol.loopexit
-  %indvars.iv1018.i = phi i64 [ %indvars.iv.next1019.i.3, %if_end222.us.i.3 ], [ %indvars.iv1018.i.unr, %for_body_c.us.i.prol.loopexit ]
-  %2002 = getelementptr i8, ptr %1974, i64 %indvars.iv1018.i
-  %2003 = load i8, ptr %2002, align 1, !tbaa !5
-  %2004 = icmp eq i8 %2003, 0
-  %2005 = trunc i64 %indvars.iv1018.i to i32
-  %.pre1165.i = add i32 %726, %2005
-  %.pre1167.i = shl i32 %.pre1165.i, 4
-  %.pre1169.i = add nsw i32 %.pre1167.i, %r219791.us.i
-  %.pre1171.i = sext i32 %.pre1169.i to i64
-  br i1 %2004, label %if_end222.us.i, label %if_else221.us.i
+for_body_c.us.i:                                  ; preds = %if_end219.us.i.3, %for_body_c.us.i.prol.loopexit
+  %indvars.iv1001.i = phi i64 [ %indvars.iv.next1002.i.3, %if_end219.us.i.3 ], [ %indvars.iv1001.i.unr, %for_body_c.us.i.prol.loopexit ]
+  %2025 = getelementptr i8, ptr %1997, i64 %indvars.iv1001.i
+  %2026 = load i8, ptr %2025, align 1, !tbaa !5
+  %2027 = icmp eq i8 %2026, 0
+  %2028 = trunc i64 %indvars.iv1001.i to i32
+  %.pre1144.i = add i32 %763, %2028
+  %.pre1146.i = shl i32 %.pre1144.i, 4
+  %.pre1148.i = add nsw i32 %.pre1146.i, %r216781.us.i
+  %.pre1150.i = sext i32 %.pre1148.i to i64
+  br i1 %2027, label %if_end219.us.i, label %if_else218.us.i
 
-if_else221.us.i:                                  ; preds = %for_body_c.us.i
-  %2006 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i
-  %2007 = load float, ptr %2006, align 4, !tbaa !5
-  br label %if_end222.us.i
+if_else218.us.i:                                  ; preds = %for_body_c.us.i
+  %2029 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i
+  %2030 = load float, ptr %2029, align 4, !tbaa !5
+  br label %if_end219.us.i
 
-if_end222.us.i:                                   ; preds = %if_else221.us.i, %for_body_c.us.i
-  %2008 = phi float [ %2007, %if_else221.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
-  %2009 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i
-  store float %2008, ptr %2009, align 4, !tbaa !5
-  %indvars.iv.next1019.i = add nuw nsw i64 %indvars.iv1018.i, 1
-  %2010 = getelementptr i8, ptr %1974, i64 %indvars.iv.next1019.i
-  %2011 = load i8, ptr %2010, align 1, !tbaa !5
-  %2012 = icmp eq i8 %2011, 0
-  %2013 = trunc i64 %indvars.iv.next1019.i to i32
-  %.pre1165.i.1 = add i32 %726, %2013
-  %.pre1167.i.1 = shl i32 %.pre1165.i.1, 4
-  %.pre1169.i.1 = add nsw i32 %.pre1167.i.1, %r219791.us.i
-  %.pre1171.i.1 = sext i32 %.pre1169.i.1 to i64
-  br i1 %2012, label %if_end222.us.i.1, label %if_else221.us.i.1
+if_end219.us.i:                                   ; preds = %if_else218.us.i, %for_body_c.us.i
+  %2031 = phi float [ %2030, %if_else218.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
+  %2032 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i
+  store float %2031, ptr %2032, align 4, !tbaa !5
+  %indvars.iv.next1002.i = add nuw nsw i64 %indvars.iv1001.i, 1
+  %2033 = getelementptr i8, ptr %1997, i64 %indvars.iv.next1002.i
+  %2034 = load i8, ptr %2033, align 1, !tbaa !5
+  %2035 = icmp eq i8 %2034, 0
+  %2036 = trunc i64 %indvars.iv.next1002.i to i32
+  %.pre1144.i.1 = add i32 %763, %2036
+  %.pre1146.i.1 = shl i32 %.pre1144.i.1, 4
+  %.pre1148.i.1 = add nsw i32 %.pre1146.i.1, %r216781.us.i
+  %.pre1150.i.1 = sext i32 %.pre1148.i.1 to i64
+  br i1 %2035, label %if_end219.us.i.1, label %if_else218.us.i.1
 
-if_else221.us.i.1:                                ; preds = %if_end222.us.i
-  %2014 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i.1
-  %2015 = load float, ptr %2014, align 4, !tbaa !5
-  br label %if_end222.us.i.1
+if_else218.us.i.1:                                ; preds = %if_end219.us.i
+  %2037 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.1
+  %2038 = load float, ptr %2037, align 4, !tbaa !5
+  br label %if_end219.us.i.1
 
-if_end222.us.i.1:                                 ; preds = %if_else221.us.i.1, %if_end222.us.i
-  %2016 = phi float [ %2015, %if_else221.us.i.1 ], [ 0xFFF0000000000000, %if_end222.us.i ]
-  %2017 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i.1
-  store float %2016, ptr %2017, align 4, !tbaa !5
-  %indvars.iv.next1019.i.1 = add nuw nsw i64 %indvars.iv1018.i, 2
-  %2018 = getelementptr i8, ptr %1974, i64 %indvars.iv.next1019.i.1
-  %2019 = load i8, ptr %2018, align 1, !tbaa !5
-  %2020 = icmp eq i8 %2019, 0
-  %2021 = trunc i64 %indvars.iv.next1019.i.1 to i32
-  %.pre1165.i.2 = add i32 %726, %2021
-  %.pre1167.i.2 = shl i32 %.pre1165.i.2, 4
-  %.pre1169.i.2 = add nsw i32 %.pre1167.i.2, %r219791.us.i
-  %.pre1171.i.2 = sext i32 %.pre1169.i.2 to i64
-  br i1 %2020, label %if_end222.us.i.2, label %if_else221.us.i.2
+if_end219.us.i.1:                                 ; preds = %if_else218.us.i.1, %if_end219.us.i
+  %2039 = phi float [ %2038, %if_else218.us.i.1 ], [ 0xFFF0000000000000, %if_end219.us.i ]
+  %2040 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.1
+  store float %2039, ptr %2040, align 4, !tbaa !5
+  %indvars.iv.next1002.i.1 = add nuw nsw i64 %indvars.iv1001.i, 2
+  %2041 = getelementptr i8, ptr %1997, i64 %indvars.iv.next1002.i.1
+  %2042 = load i8, ptr %2041, align 1, !tbaa !5
+  %2043 = icmp eq i8 %2042, 0
+  %2044 = trunc i64 %indvars.iv.next1002.i.1 to i32
+  %.pre1144.i.2 = add i32 %763, %2044
+  %.pre1146.i.2 = shl i32 %.pre1144.i.2, 4
+  %.pre1148.i.2 = add nsw i32 %.pre1146.i.2, %r216781.us.i
+  %.pre1150.i.2 = sext i32 %.pre1148.i.2 to i64
+  br i1 %2043, label %if_end219.us.i.2, label %if_else218.us.i.2
 
-if_else221.us.i.2:                                ; preds = %if_end222.us.i.1
-  %2022 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i.2
-  %2023 = load float, ptr %2022, align 4, !tbaa !5
-  br label %if_end222.us.i.2
+if_else218.us.i.2:                                ; preds = %if_end219.us.i.1
+  %2045 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.2
+  %2046 = load float, ptr %2045, align 4, !tbaa !5
+  br label %if_end219.us.i.2
 
-if_end222.us.i.2:                                 ; preds = %if_else221.us.i.2, %if_end222.us.i.1
-  %2024 = phi float [ %2023, %if_else221.us.i.2 ], [ 0xFFF0000000000000, %if_end222.us.i.1 ]
-  %2025 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i.2
-  store float %2024, ptr %2025, align 4, !tbaa !5
-  %indvars.iv.next1019.i.2 = add nuw nsw i64 %indvars.iv1018.i, 3
-  %2026 = getelementptr i8, ptr %1974, i64 %indvars.iv.next1019.i.2
-  %2027 = load i8, ptr %2026, align 1, !tbaa !5
-  %2028 = icmp eq i8 %2027, 0
-  %2029 = trunc i64 %indvars.iv.next1019.i.2 to i32
-  %.pre1165.i.3 = add i32 %726, %2029
-  %.pre1167.i.3 = shl i32 %.pre1165.i.3, 4
-  %.pre1169.i.3 = add nsw i32 %.pre1167.i.3, %r219791.us.i
-  %.pre1171.i.3 = sext i32 %.pre1169.i.3 to i64
-  br i1 %2028, label %if_end222.us.i.3, label %if_else221.us.i.3
+if_end219.us.i.2:                                 ; preds = %if_else218.us.i.2, %if_end219.us.i.1
+  %2047 = phi float [ %2046, %if_else218.us.i.2 ], [ 0xFFF0000000000000, %if_end219.us.i.1 ]
+  %2048 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.2
+  store float %2047, ptr %2048, align 4, !tbaa !5
+  %indvars.iv.next1002.i.2 = add nuw nsw i64 %indvars.iv1001.i, 3
+  %2049 = getelementptr i8, ptr %1997, i64 %indvars.iv.next1002.i.2
+  %2050 = load i8, ptr %2049, align 1, !tbaa !5
+  %2051 = icmp eq i8 %2050, 0
+  %2052 = trunc i64 %indvars.iv.next1002.i.2 to i32
+  %.pre1144.i.3 = add i32 %763, %2052
+  %.pre1146.i.3 = shl i32 %.pre1144.i.3, 4
+  %.pre1148.i.3 = add nsw i32 %.pre1146.i.3, %r216781.us.i
+  %.pre1150.i.3 = sext i32 %.pre1148.i.3 to i64
+  br i1 %2051, label %if_end219.us.i.3, label %if_else218.us.i.3
 
-if_else221.us.i.3:                                ; preds = %if_end222.us.i.2
-  %2030 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i.3
-  %2031 = load float, ptr %2030, align 4, !tbaa !5
-  br label %if_end222.us.i.3
+if_else218.us.i.3:                                ; preds = %if_end219.us.i.2
+  %2053 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.3
+  %2054 = load float, ptr %2053, align 4, !tbaa !5
+  br label %if_end219.us.i.3
 
-if_end222.us.i.3:                                 ; preds = %if_else221.us.i.3, %if_end222.us.i.2
-  %2032 = phi float [ %2031, %if_else221.us.i.3 ], [ 0xFFF0000000000000, %if_end222.us.i.2 ]
-  %2033 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1171.i.3
-  store float %2032, ptr %2033, align 4, !tbaa !5
-  %indvars.iv.next1019.i.3 = add nuw nsw i64 %indvars.iv1018.i, 4
-  %exitcond230.not.3 = icmp eq i64 %indvars.iv.next1019.i.3, %1948
-  br i1 %exitcond230.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !64, !llvm.loop !65
+if_end219.us.i.3:                                 ; preds = %if_else218.us.i.3, %if_end219.us.i.2
+  %2055 = phi float [ %2054, %if_else218.us.i.3 ], [ 0xFFF0000000000000, %if_end219.us.i.2 ]
+  %2056 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.3
+  store float %2055, ptr %2056, align 4, !tbaa !5
+  %indvars.iv.next1002.i.3 = add nuw nsw i64 %indvars.iv1001.i, 4
+  %exitcond233.not.3 = icmp eq i64 %indvars.iv.next1002.i.3, %1978
+  br i1 %exitcond233.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !66, !llvm.loop !67
 
-for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end222.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block484
-  %2034 = add nuw nsw i32 %r219791.us.i, 1
-  %exitcond1021.not.i = icmp eq i32 %2034, %1945
-  %indvar.next453 = add i64 %indvar452, 1
-  br i1 %exitcond1021.not.i, label %if_end214.i, label %for_body_r216.us.i, !prof !13
+for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end219.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block504
+  %2057 = add nuw nsw i32 %r216781.us.i, 1
+  %2058 = icmp slt i32 %2057, %1971
+  %indvar.next = add i64 %indvar, 1
+  br i1 %2058, label %for_body_r213.us.i, label %if_end211.i, !prof !68
 
-if_end214.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r216.lr.ph.i, %if_then213.i, %for_end_to205.i
-  br i1 %1494, label %for_begin_ti228.preheader.preheader.i, label %for_end_to225.i, !prof !3
+if_end211.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r213.lr.ph.i, %if_then210.i, %for_end_to202.i
+  br i1 %1526, label %for_begin_ti225.preheader.preheader.i, label %for_end_to222.i, !prof !3
 
-for_begin_ti228.preheader.preheader.i:            ; preds = %if_end214.i
-  %wide.trip.count1029.i = zext nneg i32 %1493 to i64
-  br label %for_begin_ti228.preheader.i
+for_begin_ti225.preheader.preheader.i:            ; preds = %if_end211.i
+  %wide.trip.count1011.i = zext nneg i32 %1525 to i64
+  br label %for_begin_ti225.preheader.i
 
-for_begin_ti228.preheader.i:                      ; preds = %for_begin_ti228.preheader.i, %for_begin_ti228.preheader.preheader.i
-  %indvars.iv1026.i = phi i64 [ 0, %for_begin_ti228.preheader.preheader.i ], [ %indvars.iv.next1027.i, %for_begin_ti228.preheader.i ]
-  %peak567.sroa.0.0794.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti228.preheader.preheader.i ], [ %2066, %for_begin_ti228.preheader.i ]
-  %.idx75 = shl nsw i64 %indvars.iv1026.i, 9
-  %2035 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx75
-  %2036 = load <16 x float>, ptr %2035, align 4, !tbaa !5
-  %2037 = fcmp ogt <16 x float> %peak567.sroa.0.0794.i, %2036
-  %2038 = select <16 x i1> %2037, <16 x float> %peak567.sroa.0.0794.i, <16 x float> %2036
-  %2039 = getelementptr inbounds nuw i8, ptr %2035, i64 64
-  %2040 = load <16 x float>, ptr %2039, align 4, !tbaa !5
-  %2041 = fcmp ogt <16 x float> %2038, %2040
-  %2042 = select <16 x i1> %2041, <16 x float> %2038, <16 x float> %2040
-  %2043 = getelementptr inbounds nuw i8, ptr %2035, i64 128
-  %2044 = load <16 x float>, ptr %2043, align 4, !tbaa !5
-  %2045 = fcmp ogt <16 x float> %2042, %2044
-  %2046 = select <16 x i1> %2045, <16 x float> %2042, <16 x float> %2044
-  %2047 = getelementptr inbounds nuw i8, ptr %2035, i64 192
-  %2048 = load <16 x float>, ptr %2047, align 4, !tbaa !5
-  %2049 = fcmp ogt <16 x float> %2046, %2048
-  %2050 = select <16 x i1> %2049, <16 x float> %2046, <16 x float> %2048
-  %2051 = getelementptr inbounds nuw i8, ptr %2035, i64 256
-  %2052 = load <16 x float>, ptr %2051, align 4, !tbaa !5
-  %2053 = fcmp ogt <16 x float> %2050, %2052
-  %2054 = select <16 x i1> %2053, <16 x float> %2050, <16 x float> %2052
-  %2055 = getelementptr inbounds nuw i8, ptr %2035, i64 320
-  %2056 = load <16 x float>, ptr %2055, align 4, !tbaa !5
-  %2057 = fcmp ogt <16 x float> %2054, %2056
-  %2058 = select <16 x i1> %2057, <16 x float> %2054, <16 x float> %2056
-  %2059 = getelementptr inbounds nuw i8, ptr %2035, i64 384
+for_begin_ti225.preheader.i:                      ; preds = %for_begin_ti225.preheader.i, %for_begin_ti225.preheader.preheader.i
+  %indvars.iv1008.i = phi i64 [ 0, %for_begin_ti225.preheader.preheader.i ], [ %indvars.iv.next1009.i, %for_begin_ti225.preheader.i ]
+  %peak562.sroa.0.0784.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti225.preheader.preheader.i ], [ %2090, %for_begin_ti225.preheader.i ]
+  %.idx75 = shl nsw i64 %indvars.iv1008.i, 9
+  %2059 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx75
   %2060 = load <16 x float>, ptr %2059, align 4, !tbaa !5
-  %2061 = fcmp ogt <16 x float> %2058, %2060
-  %2062 = select <16 x i1> %2061, <16 x float> %2058, <16 x float> %2060
-  %2063 = getelementptr inbounds nuw i8, ptr %2035, i64 448
+  %2061 = fcmp ogt <16 x float> %peak562.sroa.0.0784.i, %2060
+  %2062 = select <16 x i1> %2061, <16 x float> %peak562.sroa.0.0784.i, <16 x float> %2060
+  %2063 = getelementptr inbounds nuw i8, ptr %2059, i64 64
   %2064 = load <16 x float>, ptr %2063, align 4, !tbaa !5
   %2065 = fcmp ogt <16 x float> %2062, %2064
   %2066 = select <16 x i1> %2065, <16 x float> %2062, <16 x float> %2064
-  %indvars.iv.next1027.i = add nuw nsw i64 %indvars.iv1026.i, 1
-  %exitcond1030.not.i = icmp eq i64 %indvars.iv.next1027.i, %wide.trip.count1029.i
-  br i1 %exitcond1030.not.i, label %for_begin_ti238.preheader.lr.ph.i, label %for_begin_ti228.preheader.i, !prof !13
+  %2067 = getelementptr inbounds nuw i8, ptr %2059, i64 128
+  %2068 = load <16 x float>, ptr %2067, align 4, !tbaa !5
+  %2069 = fcmp ogt <16 x float> %2066, %2068
+  %2070 = select <16 x i1> %2069, <16 x float> %2066, <16 x float> %2068
+  %2071 = getelementptr inbounds nuw i8, ptr %2059, i64 192
+  %2072 = load <16 x float>, ptr %2071, align 4, !tbaa !5
+  %2073 = fcmp ogt <16 x float> %2070, %2072
+  %2074 = select <16 x i1> %2073, <16 x float> %2070, <16 x float> %2072
+  %2075 = getelementptr inbounds nuw i8, ptr %2059, i64 256
+  %2076 = load <16 x float>, ptr %2075, align 4, !tbaa !5
+  %2077 = fcmp ogt <16 x float> %2074, %2076
+  %2078 = select <16 x i1> %2077, <16 x float> %2074, <16 x float> %2076
+  %2079 = getelementptr inbounds nuw i8, ptr %2059, i64 320
+  %2080 = load <16 x float>, ptr %2079, align 4, !tbaa !5
+  %2081 = fcmp ogt <16 x float> %2078, %2080
+  %2082 = select <16 x i1> %2081, <16 x float> %2078, <16 x float> %2080
+  %2083 = getelementptr inbounds nuw i8, ptr %2059, i64 384
+  %2084 = load <16 x float>, ptr %2083, align 4, !tbaa !5
+  %2085 = fcmp ogt <16 x float> %2082, %2084
+  %2086 = select <16 x i1> %2085, <16 x float> %2082, <16 x float> %2084
+  %2087 = getelementptr inbounds nuw i8, ptr %2059, i64 448
+  %2088 = load <16 x float>, ptr %2087, align 4, !tbaa !5
+  %2089 = fcmp ogt <16 x float> %2086, %2088
+  %2090 = select <16 x i1> %2089, <16 x float> %2086, <16 x float> %2088
+  %indvars.iv.next1009.i = add nuw nsw i64 %indvars.iv1008.i, 1
+  %exitcond1012.not.i = icmp eq i64 %indvars.iv.next1009.i, %wide.trip.count1011.i
+  br i1 %exitcond1012.not.i, label %for_begin_ti235.preheader.lr.ph.i, label %for_begin_ti225.preheader.i, !prof !13
 
-for_end_to225.i:                                  ; preds = %if_end214.i
-  %2067 = icmp sgt i32 %1491, 0
-  %2068 = insertelement <16 x i1> poison, i1 %2067, i64 0
-  %2069 = shufflevector <16 x i1> %2068, <16 x i1> poison, <16 x i32> zeroinitializer
-  %2070 = select <16 x i1> %2069, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
-  %2071 = shl i32 %1482, 4
-  %2072 = sext i32 %2071 to i64
-  br label %for_end_to235.i
+for_end_to222.i:                                  ; preds = %if_end211.i
+  %2091 = icmp sgt i32 %valid_len194.i, 0
+  %2092 = insertelement <16 x i1> poison, i1 %2091, i64 0
+  %2093 = shufflevector <16 x i1> %2092, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2094 = select <16 x i1> %2093, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
+  br label %for_end_to232.i
 
-for_begin_ti238.preheader.lr.ph.i:                ; preds = %for_begin_ti228.preheader.i
-  %2073 = icmp sgt i32 %1491, 0
-  %2074 = insertelement <16 x i1> poison, i1 %2073, i64 0
-  %2075 = shufflevector <16 x i1> %2074, <16 x i1> poison, <16 x i32> zeroinitializer
-  %2076 = select <16 x i1> %2075, <16 x float> %2066, <16 x float> splat (float 0xC6293E5940000000)
-  %2077 = shl i32 %1482, 4
-  %2078 = sext i32 %2077 to i64
-  %2079 = getelementptr inbounds i32, ptr %places.i, i64 %2078
-  %2080 = load <16 x i32>, ptr %2079, align 4, !tbaa !5
-  %2081 = sitofp <16 x i32> %2080 to <16 x float>
-  %2082 = fsub <16 x float> splat (float 0x4168000FE0000000), %2081
-  %2083 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2081, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  br label %for_begin_ti238.preheader.i
+for_begin_ti235.preheader.lr.ph.i:                ; preds = %for_begin_ti225.preheader.i
+  %2095 = icmp sgt i32 %valid_len194.i, 0
+  %2096 = insertelement <16 x i1> poison, i1 %2095, i64 0
+  %2097 = shufflevector <16 x i1> %2096, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2098 = select <16 x i1> %2097, <16 x float> %2090, <16 x float> splat (float 0xC6293E5940000000)
+  %2099 = getelementptr inbounds nuw i32, ptr %places.i, i64 %.idx1182.i
+  %2100 = load <16 x i32>, ptr %2099, align 4, !tbaa !5
+  %2101 = sitofp <16 x i32> %2100 to <16 x float>
+  %2102 = fsub <16 x float> splat (float 0x4168000FE0000000), %2101
+  %2103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  br label %for_begin_ti235.preheader.i
 
-for_begin_ti238.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti238.preheader.lr.ph.i
-  %indvars.iv1039.i = phi i64 [ 0, %for_begin_ti238.preheader.lr.ph.i ], [ %indvars.iv.next1040.i, %for_end_ax0.i ]
-  %tile_sum571.sroa.0.0800.i = phi <16 x float> [ zeroinitializer, %for_begin_ti238.preheader.lr.ph.i ], [ %.us-phi.i, %for_end_ax0.i ]
-  %2084 = shl nsw i64 %indvars.iv1039.i, 7
-  %2085 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2084
-  %2086 = load <16 x float>, ptr %2085, align 4, !tbaa !5
-  %arg.i = fsub <16 x float> %2086, %2076
-  %2087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2082)
-  %bits.i = bitcast <16 x float> %2087 to <16 x i32>
-  %n.i = fsub <16 x float> %2087, %2082
-  %2088 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
-  %2089 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
-  %2090 = fsub <16 x float> %arg.i, %2089
-  %2091 = fadd <16 x float> %2088, %2090
-  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2092, <16 x float> %2091, <16 x float> splat (float 0x3FA5558F20000000))
-  %2094 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2093, <16 x float> %2091, <16 x float> splat (float 0x3FC5554920000000))
-  %2095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %2091, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2096 = fmul <16 x float> %2091, %2091
-  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2095, <16 x float> %2096, <16 x float> %2091)
-  %2098 = shl <16 x i32> %bits.i, splat (i32 23)
-  %2099 = bitcast <16 x i32> %2098 to <16 x float>
-  %2100 = fadd <16 x float> %2097, splat (float 1.000000e+00)
-  %2101 = fmul <16 x float> %2100, %2099
-  %2102 = fcmp olt <16 x float> %arg.i, %2083
-  %2103 = select <16 x i1> %2102, <16 x float> zeroinitializer, <16 x float> %2101
-  %2104 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2084
-  store <16 x float> %2103, ptr %2104, align 4, !tbaa !5
-  %2105 = or disjoint i64 %2084, 16
-  %2106 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2105
-  %2107 = load <16 x float>, ptr %2106, align 4, !tbaa !5
-  %arg.1.i = fsub <16 x float> %2107, %2076
-  %2108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2082)
-  %bits.1.i = bitcast <16 x float> %2108 to <16 x i32>
-  %n.1.i = fsub <16 x float> %2108, %2082
-  %2109 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
-  %2110 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
-  %2111 = fsub <16 x float> %arg.1.i, %2110
-  %2112 = fadd <16 x float> %2109, %2111
-  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2113, <16 x float> %2112, <16 x float> splat (float 0x3FA5558F20000000))
-  %2115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2112, <16 x float> splat (float 0x3FC5554920000000))
-  %2116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2115, <16 x float> %2112, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2117 = fmul <16 x float> %2112, %2112
-  %2118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2116, <16 x float> %2117, <16 x float> %2112)
-  %2119 = shl <16 x i32> %bits.1.i, splat (i32 23)
-  %2120 = bitcast <16 x i32> %2119 to <16 x float>
-  %2121 = fadd <16 x float> %2118, splat (float 1.000000e+00)
-  %2122 = fmul <16 x float> %2121, %2120
-  %2123 = fcmp olt <16 x float> %arg.1.i, %2083
-  %2124 = select <16 x i1> %2123, <16 x float> zeroinitializer, <16 x float> %2122
-  %2125 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2105
-  store <16 x float> %2124, ptr %2125, align 4, !tbaa !5
-  %2126 = or disjoint i64 %2084, 32
-  %2127 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2126
-  %2128 = load <16 x float>, ptr %2127, align 4, !tbaa !5
-  %arg.2.i = fsub <16 x float> %2128, %2076
-  %2129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2082)
-  %bits.2.i = bitcast <16 x float> %2129 to <16 x i32>
-  %n.2.i = fsub <16 x float> %2129, %2082
-  %2130 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
-  %2131 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
-  %2132 = fsub <16 x float> %arg.2.i, %2131
-  %2133 = fadd <16 x float> %2130, %2132
-  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2133, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2134, <16 x float> %2133, <16 x float> splat (float 0x3FA5558F20000000))
-  %2136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2135, <16 x float> %2133, <16 x float> splat (float 0x3FC5554920000000))
-  %2137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2136, <16 x float> %2133, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2138 = fmul <16 x float> %2133, %2133
-  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2137, <16 x float> %2138, <16 x float> %2133)
-  %2140 = shl <16 x i32> %bits.2.i, splat (i32 23)
-  %2141 = bitcast <16 x i32> %2140 to <16 x float>
-  %2142 = fadd <16 x float> %2139, splat (float 1.000000e+00)
-  %2143 = fmul <16 x float> %2142, %2141
-  %2144 = fcmp olt <16 x float> %arg.2.i, %2083
-  %2145 = select <16 x i1> %2144, <16 x float> zeroinitializer, <16 x float> %2143
-  %2146 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2126
-  store <16 x float> %2145, ptr %2146, align 4, !tbaa !5
-  %2147 = or disjoint i64 %2084, 48
-  %2148 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2147
-  %2149 = load <16 x float>, ptr %2148, align 4, !tbaa !5
-  %arg.3.i = fsub <16 x float> %2149, %2076
-  %2150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2082)
-  %bits.3.i = bitcast <16 x float> %2150 to <16 x i32>
-  %n.3.i = fsub <16 x float> %2150, %2082
-  %2151 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
-  %2152 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
-  %2153 = fsub <16 x float> %arg.3.i, %2152
-  %2154 = fadd <16 x float> %2151, %2153
-  %2155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2154, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %2154, <16 x float> splat (float 0x3FA5558F20000000))
-  %2157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2154, <16 x float> splat (float 0x3FC5554920000000))
-  %2158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2157, <16 x float> %2154, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2159 = fmul <16 x float> %2154, %2154
-  %2160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2158, <16 x float> %2159, <16 x float> %2154)
-  %2161 = shl <16 x i32> %bits.3.i, splat (i32 23)
-  %2162 = bitcast <16 x i32> %2161 to <16 x float>
-  %2163 = fadd <16 x float> %2160, splat (float 1.000000e+00)
-  %2164 = fmul <16 x float> %2163, %2162
-  %2165 = fcmp olt <16 x float> %arg.3.i, %2083
-  %2166 = select <16 x i1> %2165, <16 x float> zeroinitializer, <16 x float> %2164
-  %2167 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2147
-  store <16 x float> %2166, ptr %2167, align 4, !tbaa !5
-  %2168 = or disjoint i64 %2084, 64
-  %2169 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2168
-  %2170 = load <16 x float>, ptr %2169, align 4, !tbaa !5
-  %arg.4.i = fsub <16 x float> %2170, %2076
-  %2171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2082)
-  %bits.4.i = bitcast <16 x float> %2171 to <16 x i32>
-  %n.4.i = fsub <16 x float> %2171, %2082
-  %2172 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
-  %2173 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
-  %2174 = fsub <16 x float> %arg.4.i, %2173
-  %2175 = fadd <16 x float> %2172, %2174
-  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2175, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2176, <16 x float> %2175, <16 x float> splat (float 0x3FA5558F20000000))
-  %2178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2177, <16 x float> %2175, <16 x float> splat (float 0x3FC5554920000000))
-  %2179 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2178, <16 x float> %2175, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2180 = fmul <16 x float> %2175, %2175
-  %2181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2180, <16 x float> %2175)
-  %2182 = shl <16 x i32> %bits.4.i, splat (i32 23)
-  %2183 = bitcast <16 x i32> %2182 to <16 x float>
-  %2184 = fadd <16 x float> %2181, splat (float 1.000000e+00)
-  %2185 = fmul <16 x float> %2184, %2183
-  %2186 = fcmp olt <16 x float> %arg.4.i, %2083
-  %2187 = select <16 x i1> %2186, <16 x float> zeroinitializer, <16 x float> %2185
-  %2188 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2168
-  store <16 x float> %2187, ptr %2188, align 4, !tbaa !5
-  %2189 = or disjoint i64 %2084, 80
-  %2190 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2189
-  %2191 = load <16 x float>, ptr %2190, align 4, !tbaa !5
-  %arg.5.i = fsub <16 x float> %2191, %2076
-  %2192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2082)
-  %bits.5.i = bitcast <16 x float> %2192 to <16 x i32>
-  %n.5.i = fsub <16 x float> %2192, %2082
-  %2193 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
-  %2194 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
-  %2195 = fsub <16 x float> %arg.5.i, %2194
-  %2196 = fadd <16 x float> %2193, %2195
-  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2196, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2197, <16 x float> %2196, <16 x float> splat (float 0x3FA5558F20000000))
-  %2199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2196, <16 x float> splat (float 0x3FC5554920000000))
-  %2200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2199, <16 x float> %2196, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2201 = fmul <16 x float> %2196, %2196
-  %2202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2200, <16 x float> %2201, <16 x float> %2196)
-  %2203 = shl <16 x i32> %bits.5.i, splat (i32 23)
-  %2204 = bitcast <16 x i32> %2203 to <16 x float>
-  %2205 = fadd <16 x float> %2202, splat (float 1.000000e+00)
-  %2206 = fmul <16 x float> %2205, %2204
-  %2207 = fcmp olt <16 x float> %arg.5.i, %2083
-  %2208 = select <16 x i1> %2207, <16 x float> zeroinitializer, <16 x float> %2206
-  %2209 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2189
-  store <16 x float> %2208, ptr %2209, align 4, !tbaa !5
-  %2210 = or disjoint i64 %2084, 96
-  %2211 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2210
-  %2212 = load <16 x float>, ptr %2211, align 4, !tbaa !5
-  %arg.6.i = fsub <16 x float> %2212, %2076
-  %2213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2082)
-  %bits.6.i = bitcast <16 x float> %2213 to <16 x i32>
-  %n.6.i = fsub <16 x float> %2213, %2082
-  %2214 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
-  %2215 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
-  %2216 = fsub <16 x float> %arg.6.i, %2215
-  %2217 = fadd <16 x float> %2214, %2216
-  %2218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2217, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2218, <16 x float> %2217, <16 x float> splat (float 0x3FA5558F20000000))
-  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2217, <16 x float> splat (float 0x3FC5554920000000))
-  %2221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2220, <16 x float> %2217, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2222 = fmul <16 x float> %2217, %2217
-  %2223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> %2222, <16 x float> %2217)
-  %2224 = shl <16 x i32> %bits.6.i, splat (i32 23)
-  %2225 = bitcast <16 x i32> %2224 to <16 x float>
-  %2226 = fadd <16 x float> %2223, splat (float 1.000000e+00)
-  %2227 = fmul <16 x float> %2226, %2225
-  %2228 = fcmp olt <16 x float> %arg.6.i, %2083
-  %2229 = select <16 x i1> %2228, <16 x float> zeroinitializer, <16 x float> %2227
-  %2230 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2210
-  store <16 x float> %2229, ptr %2230, align 4, !tbaa !5
-  %2231 = or disjoint i64 %2084, 112
-  %2232 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2231
-  %2233 = load <16 x float>, ptr %2232, align 4, !tbaa !5
-  %arg.7.i = fsub <16 x float> %2233, %2076
-  %2234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2082)
-  %bits.7.i = bitcast <16 x float> %2234 to <16 x i32>
-  %n.7.i = fsub <16 x float> %2234, %2082
-  %2235 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
-  %2236 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
-  %2237 = fsub <16 x float> %arg.7.i, %2236
-  %2238 = fadd <16 x float> %2235, %2237
-  %2239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2239, <16 x float> %2238, <16 x float> splat (float 0x3FA5558F20000000))
-  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2238, <16 x float> splat (float 0x3FC5554920000000))
-  %2242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2241, <16 x float> %2238, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2243 = fmul <16 x float> %2238, %2238
-  %2244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2242, <16 x float> %2243, <16 x float> %2238)
-  %2245 = shl <16 x i32> %bits.7.i, splat (i32 23)
-  %2246 = bitcast <16 x i32> %2245 to <16 x float>
-  %2247 = fadd <16 x float> %2244, splat (float 1.000000e+00)
-  %2248 = fmul <16 x float> %2247, %2246
-  %2249 = fcmp olt <16 x float> %arg.7.i, %2083
-  %2250 = select <16 x i1> %2249, <16 x float> zeroinitializer, <16 x float> %2248
-  %2251 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2231
-  store <16 x float> %2250, ptr %2251, align 4, !tbaa !5
-  %2252 = icmp samesign ult i64 %indvars.iv1039.i, 16
-  br i1 %2252, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
+for_begin_ti235.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti235.preheader.lr.ph.i
+  %indvars.iv1021.i = phi i64 [ 0, %for_begin_ti235.preheader.lr.ph.i ], [ %indvars.iv.next1022.i, %for_end_ax0.i ]
+  %tile_sum566.sroa.0.0790.i = phi <16 x float> [ zeroinitializer, %for_begin_ti235.preheader.lr.ph.i ], [ %.us-phi.i, %for_end_ax0.i ]
+  %2104 = shl nsw i64 %indvars.iv1021.i, 7
+  %2105 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2104
+  %2106 = load <16 x float>, ptr %2105, align 4, !tbaa !5
+  %arg.i = fsub <16 x float> %2106, %2098
+  %2107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
+  %bits.i = bitcast <16 x float> %2107 to <16 x i32>
+  %n.i = fsub <16 x float> %2107, %2102
+  %2108 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
+  %2109 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
+  %2110 = fsub <16 x float> %arg.i, %2109
+  %2111 = fadd <16 x float> %2108, %2110
+  %2112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2111, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %2111, <16 x float> splat (float 0x3FA5558F20000000))
+  %2114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2113, <16 x float> %2111, <16 x float> splat (float 0x3FC5554920000000))
+  %2115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2111, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2116 = fmul <16 x float> %2111, %2111
+  %2117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2115, <16 x float> %2116, <16 x float> %2111)
+  %2118 = shl <16 x i32> %bits.i, splat (i32 23)
+  %2119 = bitcast <16 x i32> %2118 to <16 x float>
+  %2120 = fadd <16 x float> %2117, splat (float 1.000000e+00)
+  %2121 = fmul <16 x float> %2120, %2119
+  %2122 = fcmp olt <16 x float> %arg.i, %2103
+  %2123 = select <16 x i1> %2122, <16 x float> zeroinitializer, <16 x float> %2121
+  %2124 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2104
+  store <16 x float> %2123, ptr %2124, align 4, !tbaa !5
+  %2125 = or disjoint i64 %2104, 16
+  %2126 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2125
+  %2127 = load <16 x float>, ptr %2126, align 4, !tbaa !5
+  %arg.1.i = fsub <16 x float> %2127, %2098
+  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
+  %bits.1.i = bitcast <16 x float> %2128 to <16 x i32>
+  %n.1.i = fsub <16 x float> %2128, %2102
+  %2129 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
+  %2130 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
+  %2131 = fsub <16 x float> %arg.1.i, %2130
+  %2132 = fadd <16 x float> %2129, %2131
+  %2133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2133, <16 x float> %2132, <16 x float> splat (float 0x3FA5558F20000000))
+  %2135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2134, <16 x float> %2132, <16 x float> splat (float 0x3FC5554920000000))
+  %2136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2135, <16 x float> %2132, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2137 = fmul <16 x float> %2132, %2132
+  %2138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2136, <16 x float> %2137, <16 x float> %2132)
+  %2139 = shl <16 x i32> %bits.1.i, splat (i32 23)
+  %2140 = bitcast <16 x i32> %2139 to <16 x float>
+  %2141 = fadd <16 x float> %2138, splat (float 1.000000e+00)
+  %2142 = fmul <16 x float> %2141, %2140
+  %2143 = fcmp olt <16 x float> %arg.1.i, %2103
+  %2144 = select <16 x i1> %2143, <16 x float> zeroinitializer, <16 x float> %2142
+  %2145 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2125
+  store <16 x float> %2144, ptr %2145, align 4, !tbaa !5
+  %2146 = or disjoint i64 %2104, 32
+  %2147 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2146
+  %2148 = load <16 x float>, ptr %2147, align 4, !tbaa !5
+  %arg.2.i = fsub <16 x float> %2148, %2098
+  %2149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
+  %bits.2.i = bitcast <16 x float> %2149 to <16 x i32>
+  %n.2.i = fsub <16 x float> %2149, %2102
+  %2150 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
+  %2151 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
+  %2152 = fsub <16 x float> %arg.2.i, %2151
+  %2153 = fadd <16 x float> %2150, %2152
+  %2154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2153, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2154, <16 x float> %2153, <16 x float> splat (float 0x3FA5558F20000000))
+  %2156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %2153, <16 x float> splat (float 0x3FC5554920000000))
+  %2157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2153, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2158 = fmul <16 x float> %2153, %2153
+  %2159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2157, <16 x float> %2158, <16 x float> %2153)
+  %2160 = shl <16 x i32> %bits.2.i, splat (i32 23)
+  %2161 = bitcast <16 x i32> %2160 to <16 x float>
+  %2162 = fadd <16 x float> %2159, splat (float 1.000000e+00)
+  %2163 = fmul <16 x float> %2162, %2161
+  %2164 = fcmp olt <16 x float> %arg.2.i, %2103
+  %2165 = select <16 x i1> %2164, <16 x float> zeroinitializer, <16 x float> %2163
+  %2166 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2146
+  store <16 x float> %2165, ptr %2166, align 4, !tbaa !5
+  %2167 = or disjoint i64 %2104, 48
+  %2168 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2167
+  %2169 = load <16 x float>, ptr %2168, align 4, !tbaa !5
+  %arg.3.i = fsub <16 x float> %2169, %2098
+  %2170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
+  %bits.3.i = bitcast <16 x float> %2170 to <16 x i32>
+  %n.3.i = fsub <16 x float> %2170, %2102
+  %2171 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
+  %2172 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
+  %2173 = fsub <16 x float> %arg.3.i, %2172
+  %2174 = fadd <16 x float> %2171, %2173
+  %2175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2174, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2175, <16 x float> %2174, <16 x float> splat (float 0x3FA5558F20000000))
+  %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2176, <16 x float> %2174, <16 x float> splat (float 0x3FC5554920000000))
+  %2178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2177, <16 x float> %2174, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2179 = fmul <16 x float> %2174, %2174
+  %2180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2178, <16 x float> %2179, <16 x float> %2174)
+  %2181 = shl <16 x i32> %bits.3.i, splat (i32 23)
+  %2182 = bitcast <16 x i32> %2181 to <16 x float>
+  %2183 = fadd <16 x float> %2180, splat (float 1.000000e+00)
+  %2184 = fmul <16 x float> %2183, %2182
+  %2185 = fcmp olt <16 x float> %arg.3.i, %2103
+  %2186 = select <16 x i1> %2185, <16 x float> zeroinitializer, <16 x float> %2184
+  %2187 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2167
+  store <16 x float> %2186, ptr %2187, align 4, !tbaa !5
+  %2188 = or disjoint i64 %2104, 64
+  %2189 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2188
+  %2190 = load <16 x float>, ptr %2189, align 4, !tbaa !5
+  %arg.4.i = fsub <16 x float> %2190, %2098
+  %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
+  %bits.4.i = bitcast <16 x float> %2191 to <16 x i32>
+  %n.4.i = fsub <16 x float> %2191, %2102
+  %2192 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
+  %2193 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
+  %2194 = fsub <16 x float> %arg.4.i, %2193
+  %2195 = fadd <16 x float> %2192, %2194
+  %2196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2195, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2196, <16 x float> %2195, <16 x float> splat (float 0x3FA5558F20000000))
+  %2198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2197, <16 x float> %2195, <16 x float> splat (float 0x3FC5554920000000))
+  %2199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2195, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2200 = fmul <16 x float> %2195, %2195
+  %2201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2199, <16 x float> %2200, <16 x float> %2195)
+  %2202 = shl <16 x i32> %bits.4.i, splat (i32 23)
+  %2203 = bitcast <16 x i32> %2202 to <16 x float>
+  %2204 = fadd <16 x float> %2201, splat (float 1.000000e+00)
+  %2205 = fmul <16 x float> %2204, %2203
+  %2206 = fcmp olt <16 x float> %arg.4.i, %2103
+  %2207 = select <16 x i1> %2206, <16 x float> zeroinitializer, <16 x float> %2205
+  %2208 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2188
+  store <16 x float> %2207, ptr %2208, align 4, !tbaa !5
+  %2209 = or disjoint i64 %2104, 80
+  %2210 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2209
+  %2211 = load <16 x float>, ptr %2210, align 4, !tbaa !5
+  %arg.5.i = fsub <16 x float> %2211, %2098
+  %2212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
+  %bits.5.i = bitcast <16 x float> %2212 to <16 x i32>
+  %n.5.i = fsub <16 x float> %2212, %2102
+  %2213 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
+  %2214 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
+  %2215 = fsub <16 x float> %arg.5.i, %2214
+  %2216 = fadd <16 x float> %2213, %2215
+  %2217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2216, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2217, <16 x float> %2216, <16 x float> splat (float 0x3FA5558F20000000))
+  %2219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2218, <16 x float> %2216, <16 x float> splat (float 0x3FC5554920000000))
+  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2216, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2221 = fmul <16 x float> %2216, %2216
+  %2222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2220, <16 x float> %2221, <16 x float> %2216)
+  %2223 = shl <16 x i32> %bits.5.i, splat (i32 23)
+  %2224 = bitcast <16 x i32> %2223 to <16 x float>
+  %2225 = fadd <16 x float> %2222, splat (float 1.000000e+00)
+  %2226 = fmul <16 x float> %2225, %2224
+  %2227 = fcmp olt <16 x float> %arg.5.i, %2103
+  %2228 = select <16 x i1> %2227, <16 x float> zeroinitializer, <16 x float> %2226
+  %2229 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2209
+  store <16 x float> %2228, ptr %2229, align 4, !tbaa !5
+  %2230 = or disjoint i64 %2104, 96
+  %2231 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2230
+  %2232 = load <16 x float>, ptr %2231, align 4, !tbaa !5
+  %arg.6.i = fsub <16 x float> %2232, %2098
+  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
+  %bits.6.i = bitcast <16 x float> %2233 to <16 x i32>
+  %n.6.i = fsub <16 x float> %2233, %2102
+  %2234 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
+  %2235 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
+  %2236 = fsub <16 x float> %arg.6.i, %2235
+  %2237 = fadd <16 x float> %2234, %2236
+  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2237, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %2237, <16 x float> splat (float 0x3FA5558F20000000))
+  %2240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2239, <16 x float> %2237, <16 x float> splat (float 0x3FC5554920000000))
+  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2237, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2242 = fmul <16 x float> %2237, %2237
+  %2243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2241, <16 x float> %2242, <16 x float> %2237)
+  %2244 = shl <16 x i32> %bits.6.i, splat (i32 23)
+  %2245 = bitcast <16 x i32> %2244 to <16 x float>
+  %2246 = fadd <16 x float> %2243, splat (float 1.000000e+00)
+  %2247 = fmul <16 x float> %2246, %2245
+  %2248 = fcmp olt <16 x float> %arg.6.i, %2103
+  %2249 = select <16 x i1> %2248, <16 x float> zeroinitializer, <16 x float> %2247
+  %2250 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2230
+  store <16 x float> %2249, ptr %2250, align 4, !tbaa !5
+  %2251 = or disjoint i64 %2104, 112
+  %2252 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2251
+  %2253 = load <16 x float>, ptr %2252, align 4, !tbaa !5
+  %arg.7.i = fsub <16 x float> %2253, %2098
+  %2254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
+  %bits.7.i = bitcast <16 x float> %2254 to <16 x i32>
+  %n.7.i = fsub <16 x float> %2254, %2102
+  %2255 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
+  %2256 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
+  %2257 = fsub <16 x float> %arg.7.i, %2256
+  %2258 = fadd <16 x float> %2255, %2257
+  %2259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2258, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2259, <16 x float> %2258, <16 x float> splat (float 0x3FA5558F20000000))
+  %2261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2258, <16 x float> splat (float 0x3FC5554920000000))
+  %2262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2258, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2263 = fmul <16 x float> %2258, %2258
+  %2264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2262, <16 x float> %2263, <16 x float> %2258)
+  %2265 = shl <16 x i32> %bits.7.i, splat (i32 23)
+  %2266 = bitcast <16 x i32> %2265 to <16 x float>
+  %2267 = fadd <16 x float> %2264, splat (float 1.000000e+00)
+  %2268 = fmul <16 x float> %2267, %2266
+  %2269 = fcmp olt <16 x float> %arg.7.i, %2103
+  %2270 = select <16 x i1> %2269, <16 x float> zeroinitializer, <16 x float> %2268
+  %2271 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2251
+  store <16 x float> %2270, ptr %2271, align 4, !tbaa !5
+  %2272 = icmp samesign ult i64 %indvars.iv1021.i, 16
+  br i1 %2272, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
 
-for_end_to235.i:                                  ; preds = %for_end_ax0.i, %for_end_to225.i
-  %2253 = phi i64 [ %2072, %for_end_to225.i ], [ %2078, %for_end_ax0.i ]
-  %2254 = phi <16 x float> [ %2070, %for_end_to225.i ], [ %2076, %for_end_ax0.i ]
-  %tile_sum571.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_end_to225.i ], [ %.us-phi.i, %for_end_ax0.i ]
-  %2255 = getelementptr inbounds float, ptr %row_max.i, i64 %2253
-  %2256 = load <16 x float>, ptr %2255, align 4, !tbaa !5
-  %old_max.i = select <16 x i1> %730, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2256
-  %2257 = getelementptr inbounds float, ptr %row_sum.i, i64 %2253
-  %2258 = load <16 x float>, ptr %2257, align 4, !tbaa !5
-  %old_sum.i = select <16 x i1> %730, <16 x float> zeroinitializer, <16 x float> %2258
-  %2259 = fcmp ogt <16 x float> %old_max.i, %2254
-  %2260 = fcmp oeq <16 x float> %tile_sum571.sroa.0.0.lcssa.i, zeroinitializer
-  %2261 = select <16 x i1> %2260, <16 x i1> splat (i1 true), <16 x i1> %2259
-  %old_or_both.i = select <16 x i1> %2261, <16 x float> %old_max.i, <16 x float> %2254
-  %2262 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %2262, <16 x float> %2254, <16 x float> %old_or_both.i
-  %2263 = fsub <16 x float> %old_max.i, %m.i
-  %2264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2265 = bitcast <16 x float> %2264 to <16 x i32>
-  %2266 = fadd <16 x float> %2264, splat (float 0xC168000FE0000000)
-  %2267 = fmul <16 x float> %2266, splat (float 0x3F2BD01060000000)
-  %2268 = fmul <16 x float> %2266, splat (float 0x3FE6300000000000)
-  %2269 = fsub <16 x float> %2263, %2268
-  %2270 = fadd <16 x float> %2267, %2269
-  %2271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2271, <16 x float> %2270, <16 x float> splat (float 0x3FA5558F20000000))
-  %2273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2272, <16 x float> %2270, <16 x float> splat (float 0x3FC5554920000000))
-  %2274 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2273, <16 x float> %2270, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2275 = fmul <16 x float> %2270, %2270
-  %2276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2274, <16 x float> %2275, <16 x float> %2270)
-  %2277 = shl <16 x i32> %2265, splat (i32 23)
-  %2278 = bitcast <16 x i32> %2277 to <16 x float>
-  %2279 = fadd <16 x float> %2276, splat (float 1.000000e+00)
-  %2280 = fmul <16 x float> %2279, %2278
-  %2281 = fcmp olt <16 x float> %2263, splat (float -8.700000e+01)
-  %2282 = select <16 x i1> %2281, <16 x float> zeroinitializer, <16 x float> %2280
-  %2283 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %2284 = select <16 x i1> %2283, <16 x float> %2282, <16 x float> zeroinitializer
-  %arg262.i = fsub <16 x float> %2254, %m.i
-  %2285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg262.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2286 = bitcast <16 x float> %2285 to <16 x i32>
-  %2287 = fadd <16 x float> %2285, splat (float 0xC168000FE0000000)
-  %2288 = fmul <16 x float> %2287, splat (float 0x3F2BD01060000000)
-  %2289 = fmul <16 x float> %2287, splat (float 0x3FE6300000000000)
-  %2290 = fsub <16 x float> %arg262.i, %2289
-  %2291 = fadd <16 x float> %2288, %2290
-  %2292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2291, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2291, <16 x float> splat (float 0x3FA5558F20000000))
-  %2294 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2293, <16 x float> %2291, <16 x float> splat (float 0x3FC5554920000000))
-  %2295 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2291, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2296 = fmul <16 x float> %2291, %2291
-  %2297 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2295, <16 x float> %2296, <16 x float> %2291)
-  %2298 = shl <16 x i32> %2286, splat (i32 23)
-  %2299 = bitcast <16 x i32> %2298 to <16 x float>
-  %2300 = fadd <16 x float> %2297, splat (float 1.000000e+00)
-  %2301 = fmul <16 x float> %2300, %2299
-  %2302 = fcmp olt <16 x float> %arg262.i, splat (float -8.700000e+01)
-  %2303 = select <16 x i1> %2302, <16 x float> zeroinitializer, <16 x float> %2301
-  %2304 = fcmp one <16 x float> %tile_sum571.sroa.0.0.lcssa.i, zeroinitializer
-  %2305 = select <16 x i1> %2304, <16 x float> %2303, <16 x float> zeroinitializer
-  %2306 = fmul <16 x float> %old_sum.i, %2284
-  %2307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_sum571.sroa.0.0.lcssa.i, <16 x float> %2306)
-  store <16 x float> %m.i, ptr %2255, align 4, !tbaa !5
-  store <16 x float> %2307, ptr %2257, align 4, !tbaa !5
-  %2308 = load i32, ptr %1485, align 4, !tbaa !5
-  %2309 = sub i32 %2308, %731
-  %2310 = tail call i32 @llvm.smin.i32(i32 %2309, i32 %valid_len197.i)
-  %2311 = tail call i32 @llvm.smin.i32(i32 %2310, i32 %.reass790.reass.i)
-  %2312 = select i1 %155, i32 %2311, i32 %2310
-  %2313 = tail call i32 @llvm.smax.i32(i32 %2312, i32 0)
-  %num_full.i = lshr i32 %2313, 3
-  %2314 = sub nsw i32 %1493, %num_full.i
-  %2315 = icmp sgt i32 %2314, 0
-  br i1 %2315, label %for_begin_ti285.preheader.lr.ph.i, label %for_end_to282.i, !prof !3
+for_end_to232.i:                                  ; preds = %for_end_ax0.i, %for_end_to222.i
+  %2273 = phi <16 x float> [ %2094, %for_end_to222.i ], [ %2098, %for_end_ax0.i ]
+  %tile_sum566.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_end_to222.i ], [ %.us-phi.i, %for_end_ax0.i ]
+  %2274 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1182.i
+  %2275 = load <16 x float>, ptr %2274, align 4, !tbaa !5
+  %old_max.i = select <16 x i1> %767, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2275
+  %2276 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1182.i
+  %2277 = load <16 x float>, ptr %2276, align 4, !tbaa !5
+  %old_sum.i = select <16 x i1> %767, <16 x float> zeroinitializer, <16 x float> %2277
+  %2278 = fcmp ogt <16 x float> %old_max.i, %2273
+  %2279 = fcmp oeq <16 x float> %tile_sum566.sroa.0.0.lcssa.i, zeroinitializer
+  %2280 = select <16 x i1> %2279, <16 x i1> splat (i1 true), <16 x i1> %2278
+  %old_or_both.i = select <16 x i1> %2280, <16 x float> %old_max.i, <16 x float> %2273
+  %2281 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %2281, <16 x float> %2273, <16 x float> %old_or_both.i
+  %2282 = fsub <16 x float> %old_max.i, %m.i
+  %2283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2284 = bitcast <16 x float> %2283 to <16 x i32>
+  %2285 = fadd <16 x float> %2283, splat (float 0xC168000FE0000000)
+  %2286 = fmul <16 x float> %2285, splat (float 0x3F2BD01060000000)
+  %2287 = fmul <16 x float> %2285, splat (float 0x3FE6300000000000)
+  %2288 = fsub <16 x float> %2282, %2287
+  %2289 = fadd <16 x float> %2286, %2288
+  %2290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2289, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2290, <16 x float> %2289, <16 x float> splat (float 0x3FA5558F20000000))
+  %2292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2291, <16 x float> %2289, <16 x float> splat (float 0x3FC5554920000000))
+  %2293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2289, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2294 = fmul <16 x float> %2289, %2289
+  %2295 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2293, <16 x float> %2294, <16 x float> %2289)
+  %2296 = shl <16 x i32> %2284, splat (i32 23)
+  %2297 = bitcast <16 x i32> %2296 to <16 x float>
+  %2298 = fadd <16 x float> %2295, splat (float 1.000000e+00)
+  %2299 = fmul <16 x float> %2298, %2297
+  %2300 = fcmp olt <16 x float> %2282, splat (float -8.700000e+01)
+  %2301 = select <16 x i1> %2300, <16 x float> zeroinitializer, <16 x float> %2299
+  %2302 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %2303 = select <16 x i1> %2302, <16 x float> %2301, <16 x float> zeroinitializer
+  %arg259.i = fsub <16 x float> %2273, %m.i
+  %2304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg259.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2305 = bitcast <16 x float> %2304 to <16 x i32>
+  %2306 = fadd <16 x float> %2304, splat (float 0xC168000FE0000000)
+  %2307 = fmul <16 x float> %2306, splat (float 0x3F2BD01060000000)
+  %2308 = fmul <16 x float> %2306, splat (float 0x3FE6300000000000)
+  %2309 = fsub <16 x float> %arg259.i, %2308
+  %2310 = fadd <16 x float> %2307, %2309
+  %2311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2311, <16 x float> %2310, <16 x float> splat (float 0x3FA5558F20000000))
+  %2313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2310, <16 x float> splat (float 0x3FC5554920000000))
+  %2314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2313, <16 x float> %2310, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2315 = fmul <16 x float> %2310, %2310
+  %2316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %2315, <16 x float> %2310)
+  %2317 = shl <16 x i32> %2305, splat (i32 23)
+  %2318 = bitcast <16 x i32> %2317 to <16 x float>
+  %2319 = fadd <16 x float> %2316, splat (float 1.000000e+00)
+  %2320 = fmul <16 x float> %2319, %2318
+  %2321 = fcmp olt <16 x float> %arg259.i, splat (float -8.700000e+01)
+  %2322 = select <16 x i1> %2321, <16 x float> zeroinitializer, <16 x float> %2320
+  %2323 = fcmp one <16 x float> %tile_sum566.sroa.0.0.lcssa.i, zeroinitializer
+  %2324 = select <16 x i1> %2323, <16 x float> %2322, <16 x float> zeroinitializer
+  %2325 = fmul <16 x float> %old_sum.i, %2303
+  %2326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_sum566.sroa.0.0.lcssa.i, <16 x float> %2325)
+  store <16 x float> %m.i, ptr %2274, align 4, !tbaa !5
+  store <16 x float> %2326, ptr %2276, align 4, !tbaa !5
+  %2327 = load i32, ptr %1518, align 16, !tbaa !17
+  %2328 = sub nsw i32 %2327, %702
+  %2329 = tail call i32 @llvm.smin.i32(i32 %2328, i32 %valid_len194.i)
+  %2330 = tail call i32 @llvm.smin.i32(i32 %2329, i32 %762)
+  %2331 = select i1 %134, i32 %2330, i32 %2329
+  %2332 = tail call i32 @llvm.smax.i32(i32 %2331, i32 0)
+  %num_full.i = lshr i32 %2332, 3
+  %2333 = sub nsw i32 %1525, %num_full.i
+  %2334 = icmp sgt i32 %2333, 0
+  br i1 %2334, label %for_begin_ti282.preheader.lr.ph.i, label %for_end_to279.i, !prof !3
 
-for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti238.preheader.i
-  %2316 = fadd <16 x float> %tile_sum571.sroa.0.0800.i, %2103
-  %2317 = fadd <16 x float> %2316, %2124
-  %2318 = fadd <16 x float> %2317, %2145
-  %2319 = fadd <16 x float> %2318, %2166
-  %2320 = fadd <16 x float> %2319, %2187
-  %2321 = fadd <16 x float> %2320, %2208
-  %2322 = fadd <16 x float> %2321, %2229
-  %2323 = fadd <16 x float> %2322, %2250
+for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti235.preheader.i
+  %2335 = fadd <16 x float> %tile_sum566.sroa.0.0790.i, %2123
+  %2336 = fadd <16 x float> %2335, %2144
+  %2337 = fadd <16 x float> %2336, %2165
+  %2338 = fadd <16 x float> %2337, %2186
+  %2339 = fadd <16 x float> %2338, %2207
+  %2340 = fadd <16 x float> %2339, %2228
+  %2341 = fadd <16 x float> %2340, %2249
+  %2342 = fadd <16 x float> %2341, %2270
   br label %for_end_ax0.i
 
-for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti238.preheader.i
-  %.us-phi.i = phi <16 x float> [ %2323, %for_body_ax0.us.preheader.i ], [ %tile_sum571.sroa.0.0800.i, %for_begin_ti238.preheader.i ]
-  %indvars.iv.next1040.i = add nuw nsw i64 %indvars.iv1039.i, 1
-  %exitcond1043.not.i = icmp eq i64 %indvars.iv.next1040.i, %wide.trip.count1029.i
-  br i1 %exitcond1043.not.i, label %for_end_to235.i, label %for_begin_ti238.preheader.i, !prof !13
+for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti235.preheader.i
+  %.us-phi.i = phi <16 x float> [ %2342, %for_body_ax0.us.preheader.i ], [ %tile_sum566.sroa.0.0790.i, %for_begin_ti235.preheader.i ]
+  %indvars.iv.next1022.i = add nuw nsw i64 %indvars.iv1021.i, 1
+  %exitcond1025.not.i = icmp eq i64 %indvars.iv.next1022.i, %wide.trip.count1011.i
+  br i1 %exitcond1025.not.i, label %for_end_to232.i, label %for_begin_ti235.preheader.i, !prof !13
 
-for_begin_ti285.preheader.lr.ph.i:                ; preds = %for_end_to235.i
-  %2324 = getelementptr inbounds i32, ptr %limits.i, i64 %2253
-  %2325 = and i32 %2313, 2147483640
-  %2326 = add i32 %2325, %724
-  %wide.trip.count1051.i = zext nneg i32 %2314 to i64
-  br label %for_begin_ti285.preheader.i
+for_begin_ti282.preheader.lr.ph.i:                ; preds = %for_end_to232.i
+  %2343 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %.idx1182.i
+  %2344 = and i32 %2332, 2147483640
+  %2345 = add i32 %2344, %702
+  %wide.trip.count1033.i = zext nneg i32 %2333 to i64
+  br label %for_begin_ti282.preheader.i
 
-for_begin_ti285.preheader.i:                      ; preds = %for_begin_ti285.preheader.i, %for_begin_ti285.preheader.lr.ph.i
-  %indvars.iv1048.i = phi i64 [ 0, %for_begin_ti285.preheader.lr.ph.i ], [ %indvars.iv.next1049.i, %for_begin_ti285.preheader.i ]
-  %indvars.iv1048.tr.i = trunc i64 %indvars.iv1048.i to i32
-  %2327 = shl i32 %indvars.iv1048.tr.i, 3
-  %2328 = add i32 %2326, %2327
-  %2329 = add i32 %num_full.i, %indvars.iv1048.tr.i
-  %2330 = shl i32 %2329, 7
-  %2331 = sext i32 %2330 to i64
-  %2332 = load <16 x i32>, ptr %2324, align 4, !tbaa !5
-  %2333 = insertelement <16 x i32> poison, i32 %2328, i64 0
-  %2334 = shufflevector <16 x i32> %2333, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2335 = icmp slt <16 x i32> %2334, %2332
-  %2336 = sext <16 x i1> %2335 to <16 x i32>
-  %2337 = getelementptr inbounds i32, ptr %edges.i, i64 %2331
-  store <16 x i32> %2336, ptr %2337, align 4, !tbaa !5
-  %2338 = load <16 x i32>, ptr %2324, align 4, !tbaa !5
-  %2339 = or disjoint i32 %2328, 1
-  %2340 = insertelement <16 x i32> poison, i32 %2339, i64 0
-  %2341 = shufflevector <16 x i32> %2340, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2342 = icmp slt <16 x i32> %2341, %2338
-  %2343 = sext <16 x i1> %2342 to <16 x i32>
-  %2344 = getelementptr i8, ptr %2337, i64 64
-  store <16 x i32> %2343, ptr %2344, align 4, !tbaa !5
-  %2345 = load <16 x i32>, ptr %2324, align 4, !tbaa !5
-  %2346 = or disjoint i32 %2328, 2
-  %2347 = insertelement <16 x i32> poison, i32 %2346, i64 0
-  %2348 = shufflevector <16 x i32> %2347, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2349 = icmp slt <16 x i32> %2348, %2345
-  %2350 = sext <16 x i1> %2349 to <16 x i32>
-  %2351 = getelementptr i8, ptr %2337, i64 128
-  store <16 x i32> %2350, ptr %2351, align 4, !tbaa !5
-  %2352 = load <16 x i32>, ptr %2324, align 4, !tbaa !5
-  %2353 = or disjoint i32 %2328, 3
-  %2354 = insertelement <16 x i32> poison, i32 %2353, i64 0
-  %2355 = shufflevector <16 x i32> %2354, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2356 = icmp slt <16 x i32> %2355, %2352
-  %2357 = sext <16 x i1> %2356 to <16 x i32>
-  %2358 = getelementptr i8, ptr %2337, i64 192
-  store <16 x i32> %2357, ptr %2358, align 4, !tbaa !5
-  %2359 = load <16 x i32>, ptr %2324, align 4, !tbaa !5
-  %2360 = or disjoint i32 %2328, 4
-  %2361 = insertelement <16 x i32> poison, i32 %2360, i64 0
-  %2362 = shufflevector <16 x i32> %2361, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2363 = icmp slt <16 x i32> %2362, %2359
-  %2364 = sext <16 x i1> %2363 to <16 x i32>
-  %2365 = getelementptr i8, ptr %2337, i64 256
-  store <16 x i32> %2364, ptr %2365, align 4, !tbaa !5
-  %2366 = load <16 x i32>, ptr %2324, align 4, !tbaa !5
-  %2367 = or disjoint i32 %2328, 5
-  %2368 = insertelement <16 x i32> poison, i32 %2367, i64 0
-  %2369 = shufflevector <16 x i32> %2368, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2370 = icmp slt <16 x i32> %2369, %2366
-  %2371 = sext <16 x i1> %2370 to <16 x i32>
-  %2372 = getelementptr i8, ptr %2337, i64 320
-  store <16 x i32> %2371, ptr %2372, align 4, !tbaa !5
-  %2373 = load <16 x i32>, ptr %2324, align 4, !tbaa !5
-  %2374 = or disjoint i32 %2328, 6
-  %2375 = insertelement <16 x i32> poison, i32 %2374, i64 0
-  %2376 = shufflevector <16 x i32> %2375, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2377 = icmp slt <16 x i32> %2376, %2373
-  %2378 = sext <16 x i1> %2377 to <16 x i32>
-  %2379 = getelementptr i8, ptr %2337, i64 384
-  store <16 x i32> %2378, ptr %2379, align 4, !tbaa !5
-  %2380 = load <16 x i32>, ptr %2324, align 4, !tbaa !5
-  %narrow.i = or disjoint i32 %2328, 7
-  %2381 = insertelement <16 x i32> poison, i32 %narrow.i, i64 0
-  %2382 = shufflevector <16 x i32> %2381, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2383 = icmp slt <16 x i32> %2382, %2380
-  %2384 = sext <16 x i1> %2383 to <16 x i32>
-  %2385 = getelementptr i8, ptr %2337, i64 448
-  store <16 x i32> %2384, ptr %2385, align 4, !tbaa !5
-  %indvars.iv.next1049.i = add nuw nsw i64 %indvars.iv1048.i, 1
-  %exitcond1052.not.i = icmp eq i64 %indvars.iv.next1049.i, %wide.trip.count1051.i
-  br i1 %exitcond1052.not.i, label %for_end_to282.i, label %for_begin_ti285.preheader.i, !prof !13
+for_begin_ti282.preheader.i:                      ; preds = %for_begin_ti282.preheader.i, %for_begin_ti282.preheader.lr.ph.i
+  %indvars.iv1030.i = phi i64 [ 0, %for_begin_ti282.preheader.lr.ph.i ], [ %indvars.iv.next1031.i, %for_begin_ti282.preheader.i ]
+  %indvars.iv1030.tr.i = trunc i64 %indvars.iv1030.i to i32
+  %2346 = shl i32 %indvars.iv1030.tr.i, 3
+  %2347 = add i32 %2345, %2346
+  %2348 = add i32 %num_full.i, %indvars.iv1030.tr.i
+  %2349 = shl i32 %2348, 7
+  %2350 = sext i32 %2349 to i64
+  %2351 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
+  %2352 = insertelement <16 x i32> poison, i32 %2347, i64 0
+  %2353 = shufflevector <16 x i32> %2352, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2354 = icmp slt <16 x i32> %2353, %2351
+  %2355 = sext <16 x i1> %2354 to <16 x i32>
+  %2356 = getelementptr inbounds i32, ptr %edges.i, i64 %2350
+  store <16 x i32> %2355, ptr %2356, align 4, !tbaa !5
+  %2357 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
+  %2358 = add i32 %2347, 1
+  %2359 = insertelement <16 x i32> poison, i32 %2358, i64 0
+  %2360 = shufflevector <16 x i32> %2359, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2361 = icmp slt <16 x i32> %2360, %2357
+  %2362 = sext <16 x i1> %2361 to <16 x i32>
+  %2363 = getelementptr i8, ptr %2356, i64 64
+  store <16 x i32> %2362, ptr %2363, align 4, !tbaa !5
+  %2364 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
+  %2365 = add i32 %2347, 2
+  %2366 = insertelement <16 x i32> poison, i32 %2365, i64 0
+  %2367 = shufflevector <16 x i32> %2366, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2368 = icmp slt <16 x i32> %2367, %2364
+  %2369 = sext <16 x i1> %2368 to <16 x i32>
+  %2370 = getelementptr i8, ptr %2356, i64 128
+  store <16 x i32> %2369, ptr %2370, align 4, !tbaa !5
+  %2371 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
+  %2372 = add i32 %2347, 3
+  %2373 = insertelement <16 x i32> poison, i32 %2372, i64 0
+  %2374 = shufflevector <16 x i32> %2373, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2375 = icmp slt <16 x i32> %2374, %2371
+  %2376 = sext <16 x i1> %2375 to <16 x i32>
+  %2377 = getelementptr i8, ptr %2356, i64 192
+  store <16 x i32> %2376, ptr %2377, align 4, !tbaa !5
+  %2378 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
+  %2379 = add i32 %2347, 4
+  %2380 = insertelement <16 x i32> poison, i32 %2379, i64 0
+  %2381 = shufflevector <16 x i32> %2380, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2382 = icmp slt <16 x i32> %2381, %2378
+  %2383 = sext <16 x i1> %2382 to <16 x i32>
+  %2384 = getelementptr i8, ptr %2356, i64 256
+  store <16 x i32> %2383, ptr %2384, align 4, !tbaa !5
+  %2385 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
+  %2386 = add i32 %2347, 5
+  %2387 = insertelement <16 x i32> poison, i32 %2386, i64 0
+  %2388 = shufflevector <16 x i32> %2387, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2389 = icmp slt <16 x i32> %2388, %2385
+  %2390 = sext <16 x i1> %2389 to <16 x i32>
+  %2391 = getelementptr i8, ptr %2356, i64 320
+  store <16 x i32> %2390, ptr %2391, align 4, !tbaa !5
+  %2392 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
+  %2393 = add i32 %2347, 6
+  %2394 = insertelement <16 x i32> poison, i32 %2393, i64 0
+  %2395 = shufflevector <16 x i32> %2394, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2396 = icmp slt <16 x i32> %2395, %2392
+  %2397 = sext <16 x i1> %2396 to <16 x i32>
+  %2398 = getelementptr i8, ptr %2356, i64 384
+  store <16 x i32> %2397, ptr %2398, align 4, !tbaa !5
+  %2399 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
+  %2400 = add i32 %2347, 7
+  %2401 = insertelement <16 x i32> poison, i32 %2400, i64 0
+  %2402 = shufflevector <16 x i32> %2401, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2403 = icmp slt <16 x i32> %2402, %2399
+  %2404 = sext <16 x i1> %2403 to <16 x i32>
+  %2405 = getelementptr i8, ptr %2356, i64 448
+  store <16 x i32> %2404, ptr %2405, align 4, !tbaa !5
+  %indvars.iv.next1031.i = add nuw nsw i64 %indvars.iv1030.i, 1
+  %exitcond1034.not.i = icmp eq i64 %indvars.iv.next1031.i, %wide.trip.count1033.i
+  br i1 %exitcond1034.not.i, label %for_end_to279.i, label %for_begin_ti282.preheader.i, !prof !13
 
-for_end_to282.i:                                  ; preds = %for_begin_ti285.preheader.i, %for_end_to235.i
-  br i1 %155, label %if_then290.i, label %if_end291.i, !prof !8
+for_end_to279.i:                                  ; preds = %for_begin_ti282.preheader.i, %for_end_to232.i
+  br i1 %134, label %if_then287.i, label %if_end288.i, !prof !8
 
-if_then290.i:                                     ; preds = %for_end_to282.i
-  %2386 = srem i32 %1482, %111
-  %2387 = shl nsw i32 %2386, 4
-  %2388 = sub nsw i32 %109, %2387
-  %2389 = icmp sgt i32 %2388, 0
-  br i1 %2389, label %for_body_r293.lr.ph.i, label %if_end291.i, !prof !3
+if_then287.i:                                     ; preds = %for_end_to279.i
+  %2406 = trunc nsw i64 %1517 to i32
+  %2407 = urem i32 %2406, %113
+  %2408 = shl nuw nsw i32 %2407, 4
+  %2409 = sub nsw i32 %111, %2408
+  %2410 = tail call i32 @llvm.smin.i32(i32 %2409, i32 16)
+  %2411 = icmp sgt i32 %2409, 0
+  br i1 %2411, label %for_body_r290.lr.ph.i, label %if_end288.i, !prof !3
 
-for_body_r293.lr.ph.i:                            ; preds = %if_then290.i
-  %2390 = icmp sgt i32 %valid_len197.i, %726
-  %2391 = sext i32 %2386 to i64
-  %2392 = shl nsw i64 %2391, 2
-  br i1 %2390, label %for_body_r293.us.preheader.i, label %if_end291.i, !prof !3
+for_body_r290.lr.ph.i:                            ; preds = %if_then287.i
+  %2412 = icmp sgt i32 %valid_len194.i, %763
+  %2413 = zext nneg i32 %2407 to i64
+  %2414 = shl nuw nsw i64 %2413, 2
+  br i1 %2412, label %for_body_r290.us.preheader.i, label %if_end288.i, !prof !3
 
-for_body_r293.us.preheader.i:                     ; preds = %for_body_r293.lr.ph.i
-  %2393 = tail call i32 @llvm.umin.i32(i32 %2388, i32 16)
-  %smin232 = tail call i32 @llvm.smin.i32(i32 %span574.sroa.3.0.lcssa.i, i32 %1487)
-  %smin233 = tail call i32 @llvm.smin.i32(i32 %smin232, i32 %indvars.iv225)
-  %smin234 = tail call i32 @llvm.smin.i32(i32 %smin233, i32 %375)
-  %2394 = add i32 %indvars.iv222, %smin234
-  %smin235 = tail call i32 @llvm.smin.i32(i32 %2394, i32 128)
-  %2395 = sub i32 %smin235, %smax231
-  %2396 = zext i32 %2395 to i64
-  %2397 = add nsw i64 %2396, -1
-  %smin = tail call i32 @llvm.smin.i32(i32 %2394, i32 128)
-  %2398 = sub i32 %smin, %smax412
-  %2399 = zext i32 %2398 to i64
-  %scevgep416 = getelementptr i8, ptr %scevgep415, i64 %2399
-  %scevgep418 = getelementptr i8, ptr %edges.i, i64 %656
-  %scevgep419 = getelementptr i8, ptr %edges.i, i64 -48
-  %scevgep420 = getelementptr i8, ptr %scevgep419, i64 %656
-  %2400 = shl nuw nsw i64 %2399, 6
-  %2401 = add nsw i32 %2393, -4
-  %2402 = zext i32 %2401 to i64
-  %2403 = shl nuw nsw i64 %2402, 2
-  %2404 = getelementptr i8, ptr %scevgep420, i64 %2400
-  %scevgep421 = getelementptr i8, ptr %2404, i64 %2403
-  %2405 = add i32 %indvars.iv222, %smin234
-  %smin423 = tail call i32 @llvm.smin.i32(i32 %2405, i32 128)
-  %2406 = sub i32 %smin423, %smax422
-  %2407 = zext i32 %2406 to i64
-  %min.iters.check424 = icmp ult i32 %2406, 16
-  %2408 = trunc i64 %2397 to i32
-  %2409 = add i32 %smax, %2408
-  %2410 = shl i32 %2409, 4
-  %2411 = icmp ugt i64 %2397, 268435455
-  %n.vec427 = and i64 %2407, 4294967288
-  %cmp.n = icmp eq i64 %n.vec427, %2407
-  %xtraiter602 = and i64 %2407, 3
-  %lcmp.mod603.not = icmp eq i64 %xtraiter602, 0
-  br label %for_body_r293.us.i
+for_body_r290.us.preheader.i:                     ; preds = %for_body_r290.lr.ph.i
+  %2415 = add i32 %indvars.iv229, %1520
+  %smin235 = tail call i32 @llvm.smin.i32(i32 %indvars.iv217, i32 %2415)
+  %smin236 = tail call i32 @llvm.smin.i32(i32 %smin235, i32 128)
+  %2416 = sub i32 %smin236, %smax234
+  %2417 = zext i32 %2416 to i64
+  %2418 = add nsw i64 %2417, -1
+  %smin417 = tail call i32 @llvm.smin.i32(i32 %688, i32 %2415)
+  %smin418 = tail call i32 @llvm.smin.i32(i32 %smin417, i32 128)
+  %2419 = sub i32 %smin418, %smax413
+  %2420 = zext i32 %2419 to i64
+  %scevgep419 = getelementptr i8, ptr %scevgep412, i64 %2420
+  %scevgep421 = getelementptr i8, ptr %edges.i, i64 %691
+  %scevgep422 = getelementptr i8, ptr %edges.i, i64 -60
+  %scevgep423 = getelementptr i8, ptr %scevgep422, i64 %691
+  %2421 = shl nuw nsw i64 %2420, 6
+  %smin430 = tail call i32 @llvm.smin.i32(i32 %681, i32 %2415)
+  %smin431 = tail call i32 @llvm.smin.i32(i32 %smin430, i32 128)
+  %2422 = sub i32 %smin431, %smax426
+  %2423 = zext i32 %2422 to i64
+  %min.iters.check432 = icmp ult i32 %2422, 16
+  %2424 = trunc i64 %2418 to i32
+  %2425 = add i32 %smax409, %2424
+  %2426 = shl i32 %2425, 4
+  %2427 = icmp ugt i64 %2418, 268435455
+  %smax424 = tail call i32 @llvm.smax.i32(i32 %2410, i32 1)
+  %2428 = add nsw i32 %smax424, -1
+  %2429 = zext nneg i32 %2428 to i64
+  %2430 = shl nuw nsw i64 %2429, 2
+  %2431 = getelementptr i8, ptr %scevgep423, i64 %2421
+  %scevgep425 = getelementptr i8, ptr %2431, i64 %2430
+  %n.vec435 = and i64 %2423, 4294967288
+  %cmp.n = icmp eq i64 %n.vec435, %2423
+  %xtraiter629 = and i64 %2423, 3
+  %lcmp.mod630.not = icmp eq i64 %xtraiter629, 0
+  br label %for_body_r290.us.i
 
-for_body_r293.us.i:                               ; preds = %for_begin_c297.for_end_c299_crit_edge.us.i, %for_body_r293.us.preheader.i
-  %indvar = phi i64 [ %indvar.next, %for_begin_c297.for_end_c299_crit_edge.us.i ], [ 0, %for_body_r293.us.preheader.i ]
-  %r296808.us.i = phi i32 [ %2485, %for_begin_c297.for_end_c299_crit_edge.us.i ], [ 0, %for_body_r293.us.preheader.i ]
-  %2412 = lshr i64 %indvar, 2
-  %2413 = add nsw i64 %2392, %2412
-  %2414 = mul nsw i64 %392, %2413
-  %scevgep414 = getelementptr i8, ptr %scevgep413, i64 %2414
-  %scevgep417 = getelementptr i8, ptr %scevgep416, i64 %2414
-  %2415 = lshr i32 %r296808.us.i, 2
-  %2416 = zext nneg i32 %2415 to i64
-  %2417 = add nsw i64 %2392, %2416
-  %2418 = mul nsw i64 %2417, %392
-  %2419 = getelementptr i8, ptr %733, i64 %2418
-  br i1 %min.iters.check424, label %for_body_c298.us.i.preheader, label %vector.scevcheck, !prof !16
+for_body_r290.us.i:                               ; preds = %for_begin_c294.for_end_c296_crit_edge.us.i, %for_body_r290.us.preheader.i
+  %r293796.us.i = phi i32 [ %2502, %for_begin_c294.for_end_c296_crit_edge.us.i ], [ 0, %for_body_r290.us.preheader.i ]
+  %2432 = lshr i32 %r293796.us.i, 2
+  %2433 = zext nneg i32 %2432 to i64
+  %2434 = add nuw nsw i64 %2414, %2433
+  %2435 = mul nsw i64 %2434, %371
+  %2436 = getelementptr i8, ptr %769, i64 %2435
+  br i1 %min.iters.check432, label %for_body_c295.us.i.preheader, label %vector.scevcheck, !prof !16
 
-vector.scevcheck:                                 ; preds = %for_body_r293.us.i
-  %2420 = add i32 %657, %r296808.us.i
-  %2421 = add i32 %2410, %r296808.us.i
-  %2422 = icmp slt i32 %2421, %2420
-  %2423 = or i1 %2422, %2411
-  br i1 %2423, label %for_body_c298.us.i.preheader, label %vector.memcheck, !prof !16
+vector.scevcheck:                                 ; preds = %for_body_r290.us.i
+  %2437 = add i32 %695, %r293796.us.i
+  %2438 = add i32 %2426, %r293796.us.i
+  %2439 = icmp slt i32 %2438, %2437
+  %2440 = or i1 %2439, %2427
+  br i1 %2440, label %for_body_c295.us.i.preheader, label %vector.memcheck, !prof !16
 
 vector.memcheck:                                  ; preds = %vector.scevcheck
-  %bound0 = icmp ult ptr %scevgep414, %scevgep421
-  %bound1 = icmp ult ptr %scevgep418, %scevgep417
+  %scevgep420 = getelementptr i8, ptr %scevgep419, i64 %2435
+  %bound0 = icmp ult ptr %2436, %scevgep425
+  %bound1 = icmp ult ptr %scevgep421, %scevgep420
   %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_c298.us.i.preheader, label %vector.ph425, !prof !16
+  br i1 %found.conflict, label %for_body_c295.us.i.preheader, label %vector.ph433, !prof !16
 
-vector.ph425:                                     ; preds = %vector.memcheck
-  %broadcast.splatinsert428 = insertelement <8 x i32> poison, i32 %r296808.us.i, i64 0
-  %broadcast.splat429 = shufflevector <8 x i32> %broadcast.splatinsert428, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body432
+vector.ph433:                                     ; preds = %vector.memcheck
+  %broadcast.splatinsert436 = insertelement <8 x i32> poison, i32 %r293796.us.i, i64 0
+  %broadcast.splat437 = shufflevector <8 x i32> %broadcast.splatinsert436, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body440
 
-vector.body432:                                   ; preds = %vector.body432, %vector.ph425
-  %index433 = phi i64 [ 0, %vector.ph425 ], [ %index.next434, %vector.body432 ]
-  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph425 ], [ %vec.ind.next, %vector.body432 ]
-  %2424 = getelementptr i8, ptr %2419, i64 %index433
-  %wide.load = load <8 x i8>, ptr %2424, align 1, !tbaa !5, !alias.scope !66, !noalias !69
-  %2425 = icmp eq <8 x i8> %wide.load, zeroinitializer
-  %2426 = add <8 x i32> %broadcast.splat431, %vec.ind
-  %2427 = shl <8 x i32> %2426, splat (i32 4)
-  %2428 = add nsw <8 x i32> %2427, %broadcast.splat429
-  %2429 = sext <8 x i32> %2428 to <8 x i64>
-  %2430 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2429
-  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2430, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !69
-  %2431 = select <8 x i1> %2425, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2431, <8 x ptr> align 4 %2430, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !69
-  %index.next434 = add nuw i64 %index433, 8
+vector.body440:                                   ; preds = %vector.body440, %vector.ph433
+  %index441 = phi i64 [ 0, %vector.ph433 ], [ %index.next442, %vector.body440 ]
+  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph433 ], [ %vec.ind.next, %vector.body440 ]
+  %2441 = getelementptr i8, ptr %2436, i64 %index441
+  %wide.load = load <8 x i8>, ptr %2441, align 1, !tbaa !5, !alias.scope !69, !noalias !72
+  %2442 = icmp eq <8 x i8> %wide.load, zeroinitializer
+  %2443 = add <8 x i32> %broadcast.splat439, %vec.ind
+  %2444 = shl <8 x i32> %2443, splat (i32 4)
+  %2445 = add nsw <8 x i32> %2444, %broadcast.splat437
+  %2446 = sext <8 x i32> %2445 to <8 x i64>
+  %2447 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2446
+  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2447, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !72
+  %2448 = select <8 x i1> %2442, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2448, <8 x ptr> align 4 %2447, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !72
+  %index.next442 = add nuw i64 %index441, 8
   %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
-  %2432 = icmp eq i64 %index.next434, %n.vec427
-  br i1 %2432, label %middle.block435, label %vector.body432, !prof !58, !llvm.loop !71
+  %2449 = icmp eq i64 %index.next442, %n.vec435
+  br i1 %2449, label %middle.block443, label %vector.body440, !prof !60, !llvm.loop !74
 
-middle.block435:                                  ; preds = %vector.body432
-  br i1 %cmp.n, label %for_begin_c297.for_end_c299_crit_edge.us.i, label %for_body_c298.us.i.preheader, !prof !61
+middle.block443:                                  ; preds = %vector.body440
+  br i1 %cmp.n, label %for_begin_c294.for_end_c296_crit_edge.us.i, label %for_body_c295.us.i.preheader, !prof !63
 
-for_body_c298.us.i.preheader:                     ; preds = %middle.block435, %vector.memcheck, %vector.scevcheck, %for_body_r293.us.i
-  %indvars.iv1053.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r293.us.i ], [ %n.vec427, %middle.block435 ]
-  br i1 %lcmp.mod603.not, label %for_body_c298.us.i.prol.loopexit, label %for_body_c298.us.i.prol, !prof !3
+for_body_c295.us.i.preheader:                     ; preds = %middle.block443, %vector.memcheck, %vector.scevcheck, %for_body_r290.us.i
+  %indvars.iv1035.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r290.us.i ], [ %n.vec435, %middle.block443 ]
+  br i1 %lcmp.mod630.not, label %for_body_c295.us.i.prol.loopexit, label %for_body_c295.us.i.prol, !prof !3
 
-for_body_c298.us.i.prol:                          ; preds = %for_body_c298.us.i.prol, %for_body_c298.us.i.preheader
-  %indvars.iv1053.i.prol = phi i64 [ %indvars.iv.next1054.i.prol, %for_body_c298.us.i.prol ], [ %indvars.iv1053.i.ph, %for_body_c298.us.i.preheader ]
-  %prol.iter604 = phi i64 [ %prol.iter604.next, %for_body_c298.us.i.prol ], [ 0, %for_body_c298.us.i.preheader ]
-  %2433 = getelementptr i8, ptr %2419, i64 %indvars.iv1053.i.prol
-  %2434 = load i8, ptr %2433, align 1, !tbaa !5
-  %.not604.us.i.prol = icmp eq i8 %2434, 0
-  %2435 = trunc i64 %indvars.iv1053.i.prol to i32
-  %2436 = add i32 %726, %2435
-  %2437 = shl i32 %2436, 4
-  %2438 = add nsw i32 %2437, %r296808.us.i
-  %2439 = sext i32 %2438 to i64
-  %2440 = getelementptr inbounds i32, ptr %edges.i, i64 %2439
-  %2441 = load i32, ptr %2440, align 4, !tbaa !5
-  %2442 = select i1 %.not604.us.i.prol, i32 0, i32 %2441
-  store i32 %2442, ptr %2440, align 4, !tbaa !5
-  %indvars.iv.next1054.i.prol = add nuw nsw i64 %indvars.iv1053.i.prol, 1
-  %prol.iter604.next = add i64 %prol.iter604, 1
-  %prol.iter604.cmp.not = icmp eq i64 %prol.iter604.next, %xtraiter602
-  br i1 %prol.iter604.cmp.not, label %for_body_c298.us.i.prol.loopexit, label %for_body_c298.us.i.prol, !prof !62, !llvm.loop !72
+for_body_c295.us.i.prol:                          ; preds = %for_body_c295.us.i.prol, %for_body_c295.us.i.preheader
+  %indvars.iv1035.i.prol = phi i64 [ %indvars.iv.next1036.i.prol, %for_body_c295.us.i.prol ], [ %indvars.iv1035.i.ph, %for_body_c295.us.i.preheader ]
+  %prol.iter631 = phi i64 [ %prol.iter631.next, %for_body_c295.us.i.prol ], [ 0, %for_body_c295.us.i.preheader ]
+  %2450 = getelementptr i8, ptr %2436, i64 %indvars.iv1035.i.prol
+  %2451 = load i8, ptr %2450, align 1, !tbaa !5
+  %.not599.us.i.prol = icmp eq i8 %2451, 0
+  %2452 = trunc i64 %indvars.iv1035.i.prol to i32
+  %2453 = add i32 %763, %2452
+  %2454 = shl i32 %2453, 4
+  %2455 = add nsw i32 %2454, %r293796.us.i
+  %2456 = sext i32 %2455 to i64
+  %2457 = getelementptr inbounds i32, ptr %edges.i, i64 %2456
+  %2458 = load i32, ptr %2457, align 4, !tbaa !5
+  %2459 = select i1 %.not599.us.i.prol, i32 0, i32 %2458
+  store i32 %2459, ptr %2457, align 4, !tbaa !5
+  %indvars.iv.next1036.i.prol = add nuw nsw i64 %indvars.iv1035.i.prol, 1
+  %prol.iter631.next = add i64 %prol.iter631, 1
+  %prol.iter631.cmp.not = icmp eq i64 %prol.iter631.next, %xtraiter629
+  br i1 %prol.iter631.cmp.not, label %for_body_c295.us.i.prol.loopexit, label %for_body_c295.us.i.prol, !prof !64, !llvm.loop !75
 
-for_body_c298.us.i.prol.loopexit:                 ; preds = %for_body_c298.us.i.prol, %for_body_c298.us.i.preheader
-  %indvars.iv1053.i.unr = phi i64 [ %indvars.iv1053.i.ph, %for_body_c298.us.i.preheader ], [ %indvars.iv.next1054.i.prol, %for_body_c298.us.i.prol ]
-  %2443 = sub nsw i64 %indvars.iv1053.i.ph, %2407
-  %2444 = icmp ugt i64 %2443, -4
-  br i1 %2444, label %for_begin_c297.for_end_c299_crit_edge.us.i, label %for_body_c298.us.i, !prof !16
+for_body_c295.us.i.prol.loopexit:                 ; preds = %for_body_c295.us.i.prol, %for_body_c295.us.i.preheader
+  %indvars.iv1035.i.unr = phi i64 [ %indvars.iv1035.i.ph, %for_body_c295.us.i.preheader ], [ %indvars.iv.next1036.i.prol, %for_body_c295.us.i.prol ]
+  %2460 = sub nsw i64 %indvars.iv1035.i.ph, %2423
+  %2461 = icmp ugt i64 %2460, -4
+  br i1 %2461, label %for_begin_c294.for_end_c296_crit_edge.us.i, label %for_body_c295.us.i, !prof !16
 
-for_body_c298.us.i:                               ; preds = %for_body_c298.us.i, %for_body_c298.us.i.prol.loopexit
-  %indvars.iv1053.i = phi i64 [ %indvars.iv.next1054.i.3, %for_body_c298.us.i ], [ %indvars.iv1053.i.unr, %for_body_c298.us.i.prol.loopexit ]
-  %2445 = getelementptr i8, ptr %2419, i64 %indvars.iv1053.i
-  %2446 = load i8, ptr %2445, align 1, !tbaa !5
-  %.not604.us.i = icmp eq i8 %2446, 0
-  %2447 = trunc i64 %indvars.iv1053.i to i32
-  %2448 = add i32 %726, %2447
-  %2449 = shl i32 %2448, 4
-  %2450 = add nsw i32 %2449, %r296808.us.i
-  %2451 = sext i32 %2450 to i64
-  %2452 = getelementptr inbounds i32, ptr %edges.i, i64 %2451
-  %2453 = load i32, ptr %2452, align 4, !tbaa !5
-  %2454 = select i1 %.not604.us.i, i32 0, i32 %2453
-  store i32 %2454, ptr %2452, align 4, !tbaa !5
-  %indvars.iv.next1054.i = add nuw nsw i64 %indvars.iv1053.i, 1
-  %2455 = getelementptr i8, ptr %2419, i64 %indvars.iv.next1054.i
-  %2456 = load i8, ptr %2455, align 1, !tbaa !5
-  %.not604.us.i.1 = icmp eq i8 %2456, 0
-  %2457 = trunc i64 %indvars.iv.next1054.i to i32
-  %2458 = add i32 %726, %2457
-  %2459 = shl i32 %2458, 4
-  %2460 = add nsw i32 %2459, %r296808.us.i
-  %2461 = sext i32 %2460 to i64
-  %2462 = getelementptr inbounds i32, ptr %edges.i, i64 %2461
-  %2463 = load i32, ptr %2462, align 4, !tbaa !5
-  %2464 = select i1 %.not604.us.i.1, i32 0, i32 %2463
-  store i32 %2464, ptr %2462, align 4, !tbaa !5
-  %indvars.iv.next1054.i.1 = add nuw nsw i64 %indvars.iv1053.i, 2
-  %2465 = getelementptr i8, ptr %2419, i64 %indvars.iv.next1054.i.1
-  %2466 = load i8, ptr %2465, align 1, !tbaa !5
-  %.not604.us.i.2 = icmp eq i8 %2466, 0
-  %2467 = trunc i64 %indvars.iv.next1054.i.1 to i32
-  %2468 = add i32 %726, %2467
-  %2469 = shl i32 %2468, 4
-  %2470 = add nsw i32 %2469, %r296808.us.i
-  %2471 = sext i32 %2470 to i64
-  %2472 = getelementptr inbounds i32, ptr %edges.i, i64 %2471
-  %2473 = load i32, ptr %2472, align 4, !tbaa !5
-  %2474 = select i1 %.not604.us.i.2, i32 0, i32 %2473
-  store i32 %2474, ptr %2472, align 4, !tbaa !5
-  %indvars.iv.next1054.i.2 = add nuw nsw i64 %indvars.iv1053.i, 3
-  %2475 = getelementptr i8, ptr %2419, i64 %indvars.iv.next1054.i.2
-  %2476 = load i8, ptr %2475, align 1, !tbaa !5
-  %.not604.us.i.3 = icmp eq i8 %2476, 0
-  %2477 = trunc i64 %indvars.iv.next1054.i.2 to i32
-  %2478 = add i32 %726, %2477
-  %2479 = shl i32 %2478, 4
-  %2480 = add nsw i32 %2479, %r296808.us.i
-  %2481 = sext i32 %2480 to i64
-  %2482 = getelementptr inbounds i32, ptr %edges.i, i64 %2481
-  %2483 = load i32, ptr %2482, align 4, !tbaa !5
-  %2484 = select i1 %.not604.us.i.3, i32 0, i32 %2483
-  store i32 %2484, ptr %2482, align 4, !tbaa !5
-  %indvars.iv.next1054.i.3 = add nuw nsw i64 %indvars.iv1053.i, 4
-  %exitcond236.not.3 = icmp eq i64 %indvars.iv.next1054.i.3, %2396
-  br i1 %exitcond236.not.3, label %for_begin_c297.for_end_c299_crit_edge.us.i, label %for_body_c298.us.i, !prof !64, !llvm.loop !73
+for_body_c295.us.i:                               ; preds = %for_body_c295.us.i, %for_body_c295.us.i.prol.loopexit
+  %indvars.iv1035.i = phi i64 [ %indvars.iv.next1036.i.3, %for_body_c295.us.i ], [ %indvars.iv1035.i.unr, %for_body_c295.us.i.prol.loopexit ]
+  %2462 = getelementptr i8, ptr %2436, i64 %indvars.iv1035.i
+  %2463 = load i8, ptr %2462, align 1, !tbaa !5
+  %.not599.us.i = icmp eq i8 %2463, 0
+  %2464 = trunc i64 %indvars.iv1035.i to i32
+  %2465 = add i32 %763, %2464
+  %2466 = shl i32 %2465, 4
+  %2467 = add nsw i32 %2466, %r293796.us.i
+  %2468 = sext i32 %2467 to i64
+  %2469 = getelementptr inbounds i32, ptr %edges.i, i64 %2468
+  %2470 = load i32, ptr %2469, align 4, !tbaa !5
+  %2471 = select i1 %.not599.us.i, i32 0, i32 %2470
+  store i32 %2471, ptr %2469, align 4, !tbaa !5
+  %indvars.iv.next1036.i = add nuw nsw i64 %indvars.iv1035.i, 1
+  %2472 = getelementptr i8, ptr %2436, i64 %indvars.iv.next1036.i
+  %2473 = load i8, ptr %2472, align 1, !tbaa !5
+  %.not599.us.i.1 = icmp eq i8 %2473, 0
+  %2474 = trunc i64 %indvars.iv.next1036.i to i32
+  %2475 = add i32 %763, %2474
+  %2476 = shl i32 %2475, 4
+  %2477 = add nsw i32 %2476, %r293796.us.i
+  %2478 = sext i32 %2477 to i64
+  %2479 = getelementptr inbounds i32, ptr %edges.i, i64 %2478
+  %2480 = load i32, ptr %2479, align 4, !tbaa !5
+  %2481 = select i1 %.not599.us.i.1, i32 0, i32 %2480
+  store i32 %2481, ptr %2479, align 4, !tbaa !5
+  %indvars.iv.next1036.i.1 = add nuw nsw i64 %indvars.iv1035.i, 2
+  %2482 = getelementptr i8, ptr %2436, i64 %indvars.iv.next1036.i.1
+  %2483 = load i8, ptr %2482, align 1, !tbaa !5
+  %.not599.us.i.2 = icmp eq i8 %2483, 0
+  %2484 = trunc i64 %indvars.iv.next1036.i.1 to i32
+  %2485 = add i32 %763, %2484
+  %2486 = shl i32 %2485, 4
+  %2487 = add nsw i32 %2486, %r293796.us.i
+  %2488 = sext i32 %2487 to i64
+  %2489 = getelementptr inbounds i32, ptr %edges.i, i64 %2488
+  %2490 = load i32, ptr %2489, align 4, !tbaa !5
+  %2491 = select i1 %.not599.us.i.2, i32 0, i32 %2490
+  store i32 %2491, ptr %2489, align 4, !tbaa !5
+  %indvars.iv.next1036.i.2 = add nuw nsw i64 %indvars.iv1035.i, 3
+  %2492 = getelementptr i8, ptr %2436, i64 %indvars.iv.next1036.i.2
+  %2493 = load i8, ptr %2492, align 1, !tbaa !5
+  %.not599.us.i.3 = icmp eq i8 %2493, 0
+  %2494 = trunc i64 %indvars.iv.next1036.i.2 to i32
+  %2495 = add i32 %763, %2494
+  %2496 = shl i32 %2495, 4
+  %2497 = add nsw i32 %2496, %r293796.us.i
+  %2498 = sext i32 %2497 to i64
+  %2499 = getelementptr inbounds i32, ptr %edges.i, i64 %2498
+  %2500 = load i32, ptr %2499, align 4, !tbaa !5
+  %2501 = select i1 %.not599.us.i.3, i32 0, i32 %2500
+  store i32 %2501, ptr %2499, align 4, !tbaa !5
+  %indvars.iv.next1036.i.3 = add nuw nsw i64 %indvars.iv1035.i, 4
+  %exitcond237.not.3 = icmp eq i64 %indvars.iv.next1036.i.3, %2417
+  br i1 %exitcond237.not.3, label %for_begin_c294.for_end_c296_crit_edge.us.i, label %for_body_c295.us.i, !prof !66, !llvm.loop !76
 
-for_begin_c297.for_end_c299_crit_edge.us.i:       ; preds = %for_body_c298.us.i, %for_body_c298.us.i.prol.loopexit, %middle.block435
-  %2485 = add nuw nsw i32 %r296808.us.i, 1
-  %exitcond1057.not.i = icmp eq i32 %2485, %2393
-  %indvar.next = add i64 %indvar, 1
-  br i1 %exitcond1057.not.i, label %if_end291.i, label %for_body_r293.us.i, !prof !13
+for_begin_c294.for_end_c296_crit_edge.us.i:       ; preds = %for_body_c295.us.i, %for_body_c295.us.i.prol.loopexit, %middle.block443
+  %2502 = add nuw nsw i32 %r293796.us.i, 1
+  %2503 = icmp slt i32 %2502, %2410
+  br i1 %2503, label %for_body_r290.us.i, label %if_end288.i, !prof !68
 
-if_end291.i:                                      ; preds = %for_begin_c297.for_end_c299_crit_edge.us.i, %for_body_r293.lr.ph.i, %if_then290.i, %for_end_to282.i
-  %.not894.i = icmp eq i32 %num_full.i, 0
-  %2486 = and i32 %2313, 2147483640
-  %2487 = icmp sgt i32 %valid_len197.i, %2486
-  %2488 = shl i32 %1482, 11
-  %2489 = shl nuw nsw i32 %num_full.i, 7
-  %2490 = shl nuw nsw i32 %num_full.i, 10
-  %2491 = fmul <16 x float> %2284, zeroinitializer
-  %2492 = zext nneg i32 %2489 to i64
-  %2493 = sext i32 %2488 to i64
-  %wide.trip.count1067.i = zext nneg i32 %num_full.i to i64
-  %smin237 = tail call i32 @llvm.smin.i32(i32 %span574.sroa.3.0.lcssa.i, i32 %1487)
-  %smin238 = tail call i32 @llvm.smin.i32(i32 %smin237, i32 %indvars.iv225)
-  %smin239 = tail call i32 @llvm.smin.i32(i32 %smin238, i32 %375)
-  %2494 = add i32 %indvars.iv222, %smin239
-  %2495 = tail call i32 @llvm.smin.i32(i32 %2494, i32 128)
-  %smin240 = sext i32 %2495 to i64
-  %2496 = shl nuw nsw i64 %wide.trip.count1067.i, 3
-  %2497 = sub nsw i64 %smin240, %2496
-  %smax241 = tail call i64 @llvm.smax.i64(i64 %2497, i64 1)
-  br label %for_begin_to302.preheader.i
+if_end288.i:                                      ; preds = %for_begin_c294.for_end_c296_crit_edge.us.i, %for_body_r290.lr.ph.i, %if_then287.i, %for_end_to279.i
+  %.not877.i = icmp eq i32 %num_full.i, 0
+  %2504 = and i32 %2332, 2147483640
+  %2505 = icmp sgt i32 %valid_len194.i, %2504
+  %2506 = shl nuw nsw i32 %num_full.i, 7
+  %2507 = shl nuw nsw i32 %num_full.i, 10
+  %2508 = fmul <16 x float> %2303, zeroinitializer
+  %2509 = zext nneg i32 %2506 to i64
+  %2510 = shl i64 %1517, 11
+  %2511 = and i64 %2510, 4294965248
+  %wide.trip.count1047.i = zext nneg i32 %num_full.i to i64
+  %2512 = add i32 %indvars.iv229, %1520
+  %2513 = tail call i32 @llvm.smin.i32(i32 %indvars.iv217, i32 %2512)
+  %2514 = tail call i32 @llvm.smin.i32(i32 %2513, i32 128)
+  %smin239 = sext i32 %2514 to i64
+  %2515 = shl nuw nsw i64 %wide.trip.count1047.i, 3
+  %2516 = sub nsw i64 %smin239, %2515
+  %smax240 = tail call i64 @llvm.smax.i64(i64 %2516, i64 1)
+  br label %for_begin_to299.preheader.i
 
-for_begin_to302.preheader.i:                      ; preds = %if_end332.i, %if_end291.i
-  %indvars.iv1073.i = phi i64 [ 0, %if_end291.i ], [ %indvars.iv.next1074.i, %if_end332.i ]
-  br i1 %.not894.i, label %for_end_to304.i, label %for_begin_ti307.preheader.lr.ph.i, !prof !16
+for_begin_to299.preheader.i:                      ; preds = %if_end329.i, %if_end288.i
+  %indvars.iv1053.i = phi i64 [ 0, %if_end288.i ], [ %indvars.iv.next1054.i, %if_end329.i ]
+  br i1 %.not877.i, label %for_end_to301.i, label %for_begin_ti304.preheader.lr.ph.i, !prof !16
 
-for_begin_ti307.preheader.lr.ph.i:                ; preds = %for_begin_to302.preheader.i
-  %2498 = shl i64 %indvars.iv1073.i, 2
-  %2499 = and i64 %2498, 12
-  %2500 = shl i64 %indvars.iv1073.i, 3
-  %2501 = and i64 %2500, 96
-  %invariant.gep147 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2501
-  %invariant.gep149 = getelementptr inbounds nuw float, ptr %invariant.gep147, i64 %2499
-  br label %for_begin_ti307.preheader.i
+for_begin_ti304.preheader.lr.ph.i:                ; preds = %for_begin_to299.preheader.i
+  %2517 = shl i64 %indvars.iv1053.i, 2
+  %2518 = and i64 %2517, 12
+  %2519 = shl i64 %indvars.iv1053.i, 3
+  %2520 = and i64 %2519, 96
+  %invariant.gep148 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2520
+  %invariant.gep150 = getelementptr inbounds nuw float, ptr %invariant.gep148, i64 %2518
+  br label %for_begin_ti304.preheader.i
 
-for_begin_ti307.preheader.i:                      ; preds = %for_begin_ti307.preheader.i, %for_begin_ti307.preheader.lr.ph.i
-  %indvars.iv1063.i = phi i64 [ 0, %for_begin_ti307.preheader.lr.ph.i ], [ %indvars.iv.next1064.i, %for_begin_ti307.preheader.i ]
-  %full_acc562.sroa.28.0829.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %2836, %for_begin_ti307.preheader.i ]
-  %full_acc562.sroa.24.0828.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %2831, %for_begin_ti307.preheader.i ]
-  %full_acc562.sroa.20.0827.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %2826, %for_begin_ti307.preheader.i ]
-  %full_acc562.sroa.16.0826.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %2821, %for_begin_ti307.preheader.i ]
-  %full_acc562.sroa.12.0825.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %2816, %for_begin_ti307.preheader.i ]
-  %full_acc562.sroa.8.0824.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %2811, %for_begin_ti307.preheader.i ]
-  %full_acc562.sroa.4.0823.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %2806, %for_begin_ti307.preheader.i ]
-  %full_acc562.sroa.0.0822.i = phi <16 x float> [ zeroinitializer, %for_begin_ti307.preheader.lr.ph.i ], [ %2801, %for_begin_ti307.preheader.i ]
-  %.idx76 = shl nsw i64 %indvars.iv1063.i, 9
-  %2502 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx76
-  %2503 = load <16 x float>, ptr %2502, align 4, !tbaa !5
-  %.idx77 = shl nsw i64 %indvars.iv1063.i, 12
-  %gep150 = getelementptr inbounds nuw i8, ptr %invariant.gep149, i64 %.idx77
-  %2504 = load float, ptr %gep150, align 4, !tbaa !5
-  %2505 = insertelement <16 x float> poison, float %2504, i64 0
-  %2506 = shufflevector <16 x float> %2505, <16 x float> poison, <16 x i32> zeroinitializer
-  %2507 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %2506, <16 x float> %full_acc562.sroa.0.0822.i)
-  %2508 = getelementptr inbounds nuw i8, ptr %gep150, i64 64
-  %2509 = load float, ptr %2508, align 4, !tbaa !5
-  %2510 = insertelement <16 x float> poison, float %2509, i64 0
-  %2511 = shufflevector <16 x float> %2510, <16 x float> poison, <16 x i32> zeroinitializer
-  %2512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %2511, <16 x float> %full_acc562.sroa.4.0823.i)
-  %2513 = getelementptr inbounds nuw i8, ptr %gep150, i64 4
-  %2514 = load float, ptr %2513, align 4, !tbaa !5
-  %2515 = insertelement <16 x float> poison, float %2514, i64 0
-  %2516 = shufflevector <16 x float> %2515, <16 x float> poison, <16 x i32> zeroinitializer
-  %2517 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %2516, <16 x float> %full_acc562.sroa.8.0824.i)
-  %2518 = getelementptr inbounds nuw i8, ptr %gep150, i64 68
-  %2519 = load float, ptr %2518, align 4, !tbaa !5
-  %2520 = insertelement <16 x float> poison, float %2519, i64 0
-  %2521 = shufflevector <16 x float> %2520, <16 x float> poison, <16 x i32> zeroinitializer
-  %2522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %2521, <16 x float> %full_acc562.sroa.12.0825.i)
-  %2523 = getelementptr inbounds nuw i8, ptr %gep150, i64 8
-  %2524 = load float, ptr %2523, align 4, !tbaa !5
-  %2525 = insertelement <16 x float> poison, float %2524, i64 0
-  %2526 = shufflevector <16 x float> %2525, <16 x float> poison, <16 x i32> zeroinitializer
-  %2527 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %2526, <16 x float> %full_acc562.sroa.16.0826.i)
-  %2528 = getelementptr inbounds nuw i8, ptr %gep150, i64 72
-  %2529 = load float, ptr %2528, align 4, !tbaa !5
-  %2530 = insertelement <16 x float> poison, float %2529, i64 0
-  %2531 = shufflevector <16 x float> %2530, <16 x float> poison, <16 x i32> zeroinitializer
-  %2532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %2531, <16 x float> %full_acc562.sroa.20.0827.i)
-  %2533 = getelementptr inbounds nuw i8, ptr %gep150, i64 12
-  %2534 = load float, ptr %2533, align 4, !tbaa !5
-  %2535 = insertelement <16 x float> poison, float %2534, i64 0
-  %2536 = shufflevector <16 x float> %2535, <16 x float> poison, <16 x i32> zeroinitializer
-  %2537 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %2536, <16 x float> %full_acc562.sroa.24.0828.i)
-  %2538 = getelementptr inbounds nuw i8, ptr %gep150, i64 76
-  %2539 = load float, ptr %2538, align 4, !tbaa !5
-  %2540 = insertelement <16 x float> poison, float %2539, i64 0
-  %2541 = shufflevector <16 x float> %2540, <16 x float> poison, <16 x i32> zeroinitializer
-  %2542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %2541, <16 x float> %full_acc562.sroa.28.0829.i)
-  %2543 = getelementptr inbounds nuw i8, ptr %2502, i64 64
-  %2544 = load <16 x float>, ptr %2543, align 4, !tbaa !5
-  %2545 = getelementptr inbounds nuw i8, ptr %gep150, i64 512
-  %2546 = load float, ptr %2545, align 4, !tbaa !5
-  %2547 = insertelement <16 x float> poison, float %2546, i64 0
-  %2548 = shufflevector <16 x float> %2547, <16 x float> poison, <16 x i32> zeroinitializer
-  %2549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2548, <16 x float> %2507)
-  %2550 = getelementptr inbounds nuw i8, ptr %gep150, i64 576
-  %2551 = load float, ptr %2550, align 4, !tbaa !5
-  %2552 = insertelement <16 x float> poison, float %2551, i64 0
-  %2553 = shufflevector <16 x float> %2552, <16 x float> poison, <16 x i32> zeroinitializer
-  %2554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2553, <16 x float> %2512)
-  %2555 = getelementptr inbounds nuw i8, ptr %gep150, i64 516
-  %2556 = load float, ptr %2555, align 4, !tbaa !5
-  %2557 = insertelement <16 x float> poison, float %2556, i64 0
-  %2558 = shufflevector <16 x float> %2557, <16 x float> poison, <16 x i32> zeroinitializer
-  %2559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2558, <16 x float> %2517)
-  %2560 = getelementptr inbounds nuw i8, ptr %gep150, i64 580
-  %2561 = load float, ptr %2560, align 4, !tbaa !5
-  %2562 = insertelement <16 x float> poison, float %2561, i64 0
-  %2563 = shufflevector <16 x float> %2562, <16 x float> poison, <16 x i32> zeroinitializer
-  %2564 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2563, <16 x float> %2522)
-  %2565 = getelementptr inbounds nuw i8, ptr %gep150, i64 520
-  %2566 = load float, ptr %2565, align 4, !tbaa !5
-  %2567 = insertelement <16 x float> poison, float %2566, i64 0
-  %2568 = shufflevector <16 x float> %2567, <16 x float> poison, <16 x i32> zeroinitializer
-  %2569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2568, <16 x float> %2527)
-  %2570 = getelementptr inbounds nuw i8, ptr %gep150, i64 584
-  %2571 = load float, ptr %2570, align 4, !tbaa !5
-  %2572 = insertelement <16 x float> poison, float %2571, i64 0
-  %2573 = shufflevector <16 x float> %2572, <16 x float> poison, <16 x i32> zeroinitializer
-  %2574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2573, <16 x float> %2532)
-  %2575 = getelementptr inbounds nuw i8, ptr %gep150, i64 524
-  %2576 = load float, ptr %2575, align 4, !tbaa !5
-  %2577 = insertelement <16 x float> poison, float %2576, i64 0
-  %2578 = shufflevector <16 x float> %2577, <16 x float> poison, <16 x i32> zeroinitializer
-  %2579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2578, <16 x float> %2537)
-  %2580 = getelementptr inbounds nuw i8, ptr %gep150, i64 588
-  %2581 = load float, ptr %2580, align 4, !tbaa !5
-  %2582 = insertelement <16 x float> poison, float %2581, i64 0
-  %2583 = shufflevector <16 x float> %2582, <16 x float> poison, <16 x i32> zeroinitializer
-  %2584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2583, <16 x float> %2542)
-  %2585 = getelementptr inbounds nuw i8, ptr %2502, i64 128
-  %2586 = load <16 x float>, ptr %2585, align 4, !tbaa !5
-  %2587 = getelementptr inbounds nuw i8, ptr %gep150, i64 1024
-  %2588 = load float, ptr %2587, align 4, !tbaa !5
-  %2589 = insertelement <16 x float> poison, float %2588, i64 0
-  %2590 = shufflevector <16 x float> %2589, <16 x float> poison, <16 x i32> zeroinitializer
-  %2591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2586, <16 x float> %2590, <16 x float> %2549)
-  %2592 = getelementptr inbounds nuw i8, ptr %gep150, i64 1088
-  %2593 = load float, ptr %2592, align 4, !tbaa !5
-  %2594 = insertelement <16 x float> poison, float %2593, i64 0
-  %2595 = shufflevector <16 x float> %2594, <16 x float> poison, <16 x i32> zeroinitializer
-  %2596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2586, <16 x float> %2595, <16 x float> %2554)
-  %2597 = getelementptr inbounds nuw i8, ptr %gep150, i64 1028
-  %2598 = load float, ptr %2597, align 4, !tbaa !5
-  %2599 = insertelement <16 x float> poison, float %2598, i64 0
-  %2600 = shufflevector <16 x float> %2599, <16 x float> poison, <16 x i32> zeroinitializer
-  %2601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2586, <16 x float> %2600, <16 x float> %2559)
-  %2602 = getelementptr inbounds nuw i8, ptr %gep150, i64 1092
-  %2603 = load float, ptr %2602, align 4, !tbaa !5
-  %2604 = insertelement <16 x float> poison, float %2603, i64 0
-  %2605 = shufflevector <16 x float> %2604, <16 x float> poison, <16 x i32> zeroinitializer
-  %2606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2586, <16 x float> %2605, <16 x float> %2564)
-  %2607 = getelementptr inbounds nuw i8, ptr %gep150, i64 1032
-  %2608 = load float, ptr %2607, align 4, !tbaa !5
-  %2609 = insertelement <16 x float> poison, float %2608, i64 0
-  %2610 = shufflevector <16 x float> %2609, <16 x float> poison, <16 x i32> zeroinitializer
-  %2611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2586, <16 x float> %2610, <16 x float> %2569)
-  %2612 = getelementptr inbounds nuw i8, ptr %gep150, i64 1096
-  %2613 = load float, ptr %2612, align 4, !tbaa !5
-  %2614 = insertelement <16 x float> poison, float %2613, i64 0
-  %2615 = shufflevector <16 x float> %2614, <16 x float> poison, <16 x i32> zeroinitializer
-  %2616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2586, <16 x float> %2615, <16 x float> %2574)
-  %2617 = getelementptr inbounds nuw i8, ptr %gep150, i64 1036
-  %2618 = load float, ptr %2617, align 4, !tbaa !5
-  %2619 = insertelement <16 x float> poison, float %2618, i64 0
-  %2620 = shufflevector <16 x float> %2619, <16 x float> poison, <16 x i32> zeroinitializer
-  %2621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2586, <16 x float> %2620, <16 x float> %2579)
-  %2622 = getelementptr inbounds nuw i8, ptr %gep150, i64 1100
-  %2623 = load float, ptr %2622, align 4, !tbaa !5
-  %2624 = insertelement <16 x float> poison, float %2623, i64 0
-  %2625 = shufflevector <16 x float> %2624, <16 x float> poison, <16 x i32> zeroinitializer
-  %2626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2586, <16 x float> %2625, <16 x float> %2584)
-  %2627 = getelementptr inbounds nuw i8, ptr %2502, i64 192
-  %2628 = load <16 x float>, ptr %2627, align 4, !tbaa !5
-  %2629 = getelementptr inbounds nuw i8, ptr %gep150, i64 1536
-  %2630 = load float, ptr %2629, align 4, !tbaa !5
-  %2631 = insertelement <16 x float> poison, float %2630, i64 0
-  %2632 = shufflevector <16 x float> %2631, <16 x float> poison, <16 x i32> zeroinitializer
-  %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2628, <16 x float> %2632, <16 x float> %2591)
-  %2634 = getelementptr inbounds nuw i8, ptr %gep150, i64 1600
-  %2635 = load float, ptr %2634, align 4, !tbaa !5
-  %2636 = insertelement <16 x float> poison, float %2635, i64 0
-  %2637 = shufflevector <16 x float> %2636, <16 x float> poison, <16 x i32> zeroinitializer
-  %2638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2628, <16 x float> %2637, <16 x float> %2596)
-  %2639 = getelementptr inbounds nuw i8, ptr %gep150, i64 1540
-  %2640 = load float, ptr %2639, align 4, !tbaa !5
-  %2641 = insertelement <16 x float> poison, float %2640, i64 0
-  %2642 = shufflevector <16 x float> %2641, <16 x float> poison, <16 x i32> zeroinitializer
-  %2643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2628, <16 x float> %2642, <16 x float> %2601)
-  %2644 = getelementptr inbounds nuw i8, ptr %gep150, i64 1604
-  %2645 = load float, ptr %2644, align 4, !tbaa !5
-  %2646 = insertelement <16 x float> poison, float %2645, i64 0
-  %2647 = shufflevector <16 x float> %2646, <16 x float> poison, <16 x i32> zeroinitializer
-  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2628, <16 x float> %2647, <16 x float> %2606)
-  %2649 = getelementptr inbounds nuw i8, ptr %gep150, i64 1544
-  %2650 = load float, ptr %2649, align 4, !tbaa !5
-  %2651 = insertelement <16 x float> poison, float %2650, i64 0
-  %2652 = shufflevector <16 x float> %2651, <16 x float> poison, <16 x i32> zeroinitializer
-  %2653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2628, <16 x float> %2652, <16 x float> %2611)
-  %2654 = getelementptr inbounds nuw i8, ptr %gep150, i64 1608
-  %2655 = load float, ptr %2654, align 4, !tbaa !5
-  %2656 = insertelement <16 x float> poison, float %2655, i64 0
-  %2657 = shufflevector <16 x float> %2656, <16 x float> poison, <16 x i32> zeroinitializer
-  %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2628, <16 x float> %2657, <16 x float> %2616)
-  %2659 = getelementptr inbounds nuw i8, ptr %gep150, i64 1548
-  %2660 = load float, ptr %2659, align 4, !tbaa !5
-  %2661 = insertelement <16 x float> poison, float %2660, i64 0
-  %2662 = shufflevector <16 x float> %2661, <16 x float> poison, <16 x i32> zeroinitializer
-  %2663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2628, <16 x float> %2662, <16 x float> %2621)
-  %2664 = getelementptr inbounds nuw i8, ptr %gep150, i64 1612
-  %2665 = load float, ptr %2664, align 4, !tbaa !5
-  %2666 = insertelement <16 x float> poison, float %2665, i64 0
-  %2667 = shufflevector <16 x float> %2666, <16 x float> poison, <16 x i32> zeroinitializer
-  %2668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2628, <16 x float> %2667, <16 x float> %2626)
-  %2669 = getelementptr inbounds nuw i8, ptr %2502, i64 256
-  %2670 = load <16 x float>, ptr %2669, align 4, !tbaa !5
-  %2671 = getelementptr inbounds nuw i8, ptr %gep150, i64 2048
-  %2672 = load float, ptr %2671, align 4, !tbaa !5
-  %2673 = insertelement <16 x float> poison, float %2672, i64 0
-  %2674 = shufflevector <16 x float> %2673, <16 x float> poison, <16 x i32> zeroinitializer
-  %2675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2674, <16 x float> %2633)
-  %2676 = getelementptr inbounds nuw i8, ptr %gep150, i64 2112
-  %2677 = load float, ptr %2676, align 4, !tbaa !5
-  %2678 = insertelement <16 x float> poison, float %2677, i64 0
-  %2679 = shufflevector <16 x float> %2678, <16 x float> poison, <16 x i32> zeroinitializer
-  %2680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2679, <16 x float> %2638)
-  %2681 = getelementptr inbounds nuw i8, ptr %gep150, i64 2052
-  %2682 = load float, ptr %2681, align 4, !tbaa !5
-  %2683 = insertelement <16 x float> poison, float %2682, i64 0
-  %2684 = shufflevector <16 x float> %2683, <16 x float> poison, <16 x i32> zeroinitializer
-  %2685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2684, <16 x float> %2643)
-  %2686 = getelementptr inbounds nuw i8, ptr %gep150, i64 2116
-  %2687 = load float, ptr %2686, align 4, !tbaa !5
-  %2688 = insertelement <16 x float> poison, float %2687, i64 0
-  %2689 = shufflevector <16 x float> %2688, <16 x float> poison, <16 x i32> zeroinitializer
-  %2690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2689, <16 x float> %2648)
-  %2691 = getelementptr inbounds nuw i8, ptr %gep150, i64 2056
-  %2692 = load float, ptr %2691, align 4, !tbaa !5
-  %2693 = insertelement <16 x float> poison, float %2692, i64 0
-  %2694 = shufflevector <16 x float> %2693, <16 x float> poison, <16 x i32> zeroinitializer
-  %2695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2694, <16 x float> %2653)
-  %2696 = getelementptr inbounds nuw i8, ptr %gep150, i64 2120
-  %2697 = load float, ptr %2696, align 4, !tbaa !5
-  %2698 = insertelement <16 x float> poison, float %2697, i64 0
-  %2699 = shufflevector <16 x float> %2698, <16 x float> poison, <16 x i32> zeroinitializer
-  %2700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2699, <16 x float> %2658)
-  %2701 = getelementptr inbounds nuw i8, ptr %gep150, i64 2060
-  %2702 = load float, ptr %2701, align 4, !tbaa !5
-  %2703 = insertelement <16 x float> poison, float %2702, i64 0
-  %2704 = shufflevector <16 x float> %2703, <16 x float> poison, <16 x i32> zeroinitializer
-  %2705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2704, <16 x float> %2663)
-  %2706 = getelementptr inbounds nuw i8, ptr %gep150, i64 2124
-  %2707 = load float, ptr %2706, align 4, !tbaa !5
-  %2708 = insertelement <16 x float> poison, float %2707, i64 0
-  %2709 = shufflevector <16 x float> %2708, <16 x float> poison, <16 x i32> zeroinitializer
-  %2710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2709, <16 x float> %2668)
-  %2711 = getelementptr inbounds nuw i8, ptr %2502, i64 320
-  %2712 = load <16 x float>, ptr %2711, align 4, !tbaa !5
-  %2713 = getelementptr inbounds nuw i8, ptr %gep150, i64 2560
-  %2714 = load float, ptr %2713, align 4, !tbaa !5
-  %2715 = insertelement <16 x float> poison, float %2714, i64 0
-  %2716 = shufflevector <16 x float> %2715, <16 x float> poison, <16 x i32> zeroinitializer
-  %2717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2716, <16 x float> %2675)
-  %2718 = getelementptr inbounds nuw i8, ptr %gep150, i64 2624
-  %2719 = load float, ptr %2718, align 4, !tbaa !5
-  %2720 = insertelement <16 x float> poison, float %2719, i64 0
-  %2721 = shufflevector <16 x float> %2720, <16 x float> poison, <16 x i32> zeroinitializer
-  %2722 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2721, <16 x float> %2680)
-  %2723 = getelementptr inbounds nuw i8, ptr %gep150, i64 2564
-  %2724 = load float, ptr %2723, align 4, !tbaa !5
-  %2725 = insertelement <16 x float> poison, float %2724, i64 0
-  %2726 = shufflevector <16 x float> %2725, <16 x float> poison, <16 x i32> zeroinitializer
-  %2727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2726, <16 x float> %2685)
-  %2728 = getelementptr inbounds nuw i8, ptr %gep150, i64 2628
-  %2729 = load float, ptr %2728, align 4, !tbaa !5
-  %2730 = insertelement <16 x float> poison, float %2729, i64 0
-  %2731 = shufflevector <16 x float> %2730, <16 x float> poison, <16 x i32> zeroinitializer
-  %2732 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2731, <16 x float> %2690)
-  %2733 = getelementptr inbounds nuw i8, ptr %gep150, i64 2568
-  %2734 = load float, ptr %2733, align 4, !tbaa !5
-  %2735 = insertelement <16 x float> poison, float %2734, i64 0
-  %2736 = shufflevector <16 x float> %2735, <16 x float> poison, <16 x i32> zeroinitializer
-  %2737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2736, <16 x float> %2695)
-  %2738 = getelementptr inbounds nuw i8, ptr %gep150, i64 2632
-  %2739 = load float, ptr %2738, align 4, !tbaa !5
-  %2740 = insertelement <16 x float> poison, float %2739, i64 0
-  %2741 = shufflevector <16 x float> %2740, <16 x float> poison, <16 x i32> zeroinitializer
-  %2742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2741, <16 x float> %2700)
-  %2743 = getelementptr inbounds nuw i8, ptr %gep150, i64 2572
-  %2744 = load float, ptr %2743, align 4, !tbaa !5
-  %2745 = insertelement <16 x float> poison, float %2744, i64 0
-  %2746 = shufflevector <16 x float> %2745, <16 x float> poison, <16 x i32> zeroinitializer
-  %2747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2746, <16 x float> %2705)
-  %2748 = getelementptr inbounds nuw i8, ptr %gep150, i64 2636
-  %2749 = load float, ptr %2748, align 4, !tbaa !5
-  %2750 = insertelement <16 x float> poison, float %2749, i64 0
-  %2751 = shufflevector <16 x float> %2750, <16 x float> poison, <16 x i32> zeroinitializer
-  %2752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2751, <16 x float> %2710)
-  %2753 = getelementptr inbounds nuw i8, ptr %2502, i64 384
-  %2754 = load <16 x float>, ptr %2753, align 4, !tbaa !5
-  %2755 = getelementptr inbounds nuw i8, ptr %gep150, i64 3072
-  %2756 = load float, ptr %2755, align 4, !tbaa !5
-  %2757 = insertelement <16 x float> poison, float %2756, i64 0
-  %2758 = shufflevector <16 x float> %2757, <16 x float> poison, <16 x i32> zeroinitializer
-  %2759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2754, <16 x float> %2758, <16 x float> %2717)
-  %2760 = getelementptr inbounds nuw i8, ptr %gep150, i64 3136
-  %2761 = load float, ptr %2760, align 4, !tbaa !5
-  %2762 = insertelement <16 x float> poison, float %2761, i64 0
-  %2763 = shufflevector <16 x float> %2762, <16 x float> poison, <16 x i32> zeroinitializer
-  %2764 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2754, <16 x float> %2763, <16 x float> %2722)
-  %2765 = getelementptr inbounds nuw i8, ptr %gep150, i64 3076
-  %2766 = load float, ptr %2765, align 4, !tbaa !5
-  %2767 = insertelement <16 x float> poison, float %2766, i64 0
-  %2768 = shufflevector <16 x float> %2767, <16 x float> poison, <16 x i32> zeroinitializer
-  %2769 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2754, <16 x float> %2768, <16 x float> %2727)
-  %2770 = getelementptr inbounds nuw i8, ptr %gep150, i64 3140
-  %2771 = load float, ptr %2770, align 4, !tbaa !5
-  %2772 = insertelement <16 x float> poison, float %2771, i64 0
-  %2773 = shufflevector <16 x float> %2772, <16 x float> poison, <16 x i32> zeroinitializer
-  %2774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2754, <16 x float> %2773, <16 x float> %2732)
-  %2775 = getelementptr inbounds nuw i8, ptr %gep150, i64 3080
-  %2776 = load float, ptr %2775, align 4, !tbaa !5
-  %2777 = insertelement <16 x float> poison, float %2776, i64 0
-  %2778 = shufflevector <16 x float> %2777, <16 x float> poison, <16 x i32> zeroinitializer
-  %2779 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2754, <16 x float> %2778, <16 x float> %2737)
-  %2780 = getelementptr inbounds nuw i8, ptr %gep150, i64 3144
-  %2781 = load float, ptr %2780, align 4, !tbaa !5
-  %2782 = insertelement <16 x float> poison, float %2781, i64 0
-  %2783 = shufflevector <16 x float> %2782, <16 x float> poison, <16 x i32> zeroinitializer
-  %2784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2754, <16 x float> %2783, <16 x float> %2742)
-  %2785 = getelementptr inbounds nuw i8, ptr %gep150, i64 3084
-  %2786 = load float, ptr %2785, align 4, !tbaa !5
-  %2787 = insertelement <16 x float> poison, float %2786, i64 0
-  %2788 = shufflevector <16 x float> %2787, <16 x float> poison, <16 x i32> zeroinitializer
-  %2789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2754, <16 x float> %2788, <16 x float> %2747)
-  %2790 = getelementptr inbounds nuw i8, ptr %gep150, i64 3148
-  %2791 = load float, ptr %2790, align 4, !tbaa !5
-  %2792 = insertelement <16 x float> poison, float %2791, i64 0
-  %2793 = shufflevector <16 x float> %2792, <16 x float> poison, <16 x i32> zeroinitializer
-  %2794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2754, <16 x float> %2793, <16 x float> %2752)
-  %2795 = getelementptr inbounds nuw i8, ptr %2502, i64 448
-  %2796 = load <16 x float>, ptr %2795, align 4, !tbaa !5
-  %2797 = getelementptr inbounds nuw i8, ptr %gep150, i64 3584
-  %2798 = load float, ptr %2797, align 4, !tbaa !5
-  %2799 = insertelement <16 x float> poison, float %2798, i64 0
-  %2800 = shufflevector <16 x float> %2799, <16 x float> poison, <16 x i32> zeroinitializer
-  %2801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2796, <16 x float> %2800, <16 x float> %2759)
-  %2802 = getelementptr inbounds nuw i8, ptr %gep150, i64 3648
-  %2803 = load float, ptr %2802, align 4, !tbaa !5
-  %2804 = insertelement <16 x float> poison, float %2803, i64 0
-  %2805 = shufflevector <16 x float> %2804, <16 x float> poison, <16 x i32> zeroinitializer
-  %2806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2796, <16 x float> %2805, <16 x float> %2764)
-  %2807 = getelementptr inbounds nuw i8, ptr %gep150, i64 3588
-  %2808 = load float, ptr %2807, align 4, !tbaa !5
-  %2809 = insertelement <16 x float> poison, float %2808, i64 0
-  %2810 = shufflevector <16 x float> %2809, <16 x float> poison, <16 x i32> zeroinitializer
-  %2811 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2796, <16 x float> %2810, <16 x float> %2769)
-  %2812 = getelementptr inbounds nuw i8, ptr %gep150, i64 3652
-  %2813 = load float, ptr %2812, align 4, !tbaa !5
-  %2814 = insertelement <16 x float> poison, float %2813, i64 0
-  %2815 = shufflevector <16 x float> %2814, <16 x float> poison, <16 x i32> zeroinitializer
-  %2816 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2796, <16 x float> %2815, <16 x float> %2774)
-  %2817 = getelementptr inbounds nuw i8, ptr %gep150, i64 3592
-  %2818 = load float, ptr %2817, align 4, !tbaa !5
-  %2819 = insertelement <16 x float> poison, float %2818, i64 0
-  %2820 = shufflevector <16 x float> %2819, <16 x float> poison, <16 x i32> zeroinitializer
-  %2821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2796, <16 x float> %2820, <16 x float> %2779)
-  %2822 = getelementptr inbounds nuw i8, ptr %gep150, i64 3656
-  %2823 = load float, ptr %2822, align 4, !tbaa !5
-  %2824 = insertelement <16 x float> poison, float %2823, i64 0
-  %2825 = shufflevector <16 x float> %2824, <16 x float> poison, <16 x i32> zeroinitializer
-  %2826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2796, <16 x float> %2825, <16 x float> %2784)
-  %2827 = getelementptr inbounds nuw i8, ptr %gep150, i64 3596
-  %2828 = load float, ptr %2827, align 4, !tbaa !5
-  %2829 = insertelement <16 x float> poison, float %2828, i64 0
-  %2830 = shufflevector <16 x float> %2829, <16 x float> poison, <16 x i32> zeroinitializer
-  %2831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2796, <16 x float> %2830, <16 x float> %2789)
-  %2832 = getelementptr inbounds nuw i8, ptr %gep150, i64 3660
-  %2833 = load float, ptr %2832, align 4, !tbaa !5
-  %2834 = insertelement <16 x float> poison, float %2833, i64 0
-  %2835 = shufflevector <16 x float> %2834, <16 x float> poison, <16 x i32> zeroinitializer
-  %2836 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2796, <16 x float> %2835, <16 x float> %2794)
-  %indvars.iv.next1064.i = add nuw nsw i64 %indvars.iv1063.i, 1
-  %exitcond1068.not.i = icmp eq i64 %indvars.iv.next1064.i, %wide.trip.count1067.i
-  br i1 %exitcond1068.not.i, label %for_end_to304.i, label %for_begin_ti307.preheader.i, !prof !13
+for_begin_ti304.preheader.i:                      ; preds = %for_begin_ti304.preheader.i, %for_begin_ti304.preheader.lr.ph.i
+  %indvars.iv1043.i = phi i64 [ 0, %for_begin_ti304.preheader.lr.ph.i ], [ %indvars.iv.next1044.i, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.28.0817.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2855, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.24.0816.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2850, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.20.0815.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2845, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.16.0814.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2840, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.12.0813.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2835, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.8.0812.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2830, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.4.0811.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2825, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.0.0810.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2820, %for_begin_ti304.preheader.i ]
+  %.idx76 = shl nsw i64 %indvars.iv1043.i, 9
+  %2521 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx76
+  %2522 = load <16 x float>, ptr %2521, align 4, !tbaa !5
+  %.idx77 = shl nsw i64 %indvars.iv1043.i, 12
+  %gep151 = getelementptr inbounds nuw i8, ptr %invariant.gep150, i64 %.idx77
+  %2523 = load float, ptr %gep151, align 4, !tbaa !5
+  %2524 = insertelement <16 x float> poison, float %2523, i64 0
+  %2525 = shufflevector <16 x float> %2524, <16 x float> poison, <16 x i32> zeroinitializer
+  %2526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2525, <16 x float> %full_acc557.sroa.0.0810.i)
+  %2527 = getelementptr inbounds nuw i8, ptr %gep151, i64 64
+  %2528 = load float, ptr %2527, align 4, !tbaa !5
+  %2529 = insertelement <16 x float> poison, float %2528, i64 0
+  %2530 = shufflevector <16 x float> %2529, <16 x float> poison, <16 x i32> zeroinitializer
+  %2531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2530, <16 x float> %full_acc557.sroa.4.0811.i)
+  %2532 = getelementptr inbounds nuw i8, ptr %gep151, i64 4
+  %2533 = load float, ptr %2532, align 4, !tbaa !5
+  %2534 = insertelement <16 x float> poison, float %2533, i64 0
+  %2535 = shufflevector <16 x float> %2534, <16 x float> poison, <16 x i32> zeroinitializer
+  %2536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2535, <16 x float> %full_acc557.sroa.8.0812.i)
+  %2537 = getelementptr inbounds nuw i8, ptr %gep151, i64 68
+  %2538 = load float, ptr %2537, align 4, !tbaa !5
+  %2539 = insertelement <16 x float> poison, float %2538, i64 0
+  %2540 = shufflevector <16 x float> %2539, <16 x float> poison, <16 x i32> zeroinitializer
+  %2541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2540, <16 x float> %full_acc557.sroa.12.0813.i)
+  %2542 = getelementptr inbounds nuw i8, ptr %gep151, i64 8
+  %2543 = load float, ptr %2542, align 4, !tbaa !5
+  %2544 = insertelement <16 x float> poison, float %2543, i64 0
+  %2545 = shufflevector <16 x float> %2544, <16 x float> poison, <16 x i32> zeroinitializer
+  %2546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2545, <16 x float> %full_acc557.sroa.16.0814.i)
+  %2547 = getelementptr inbounds nuw i8, ptr %gep151, i64 72
+  %2548 = load float, ptr %2547, align 4, !tbaa !5
+  %2549 = insertelement <16 x float> poison, float %2548, i64 0
+  %2550 = shufflevector <16 x float> %2549, <16 x float> poison, <16 x i32> zeroinitializer
+  %2551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2550, <16 x float> %full_acc557.sroa.20.0815.i)
+  %2552 = getelementptr inbounds nuw i8, ptr %gep151, i64 12
+  %2553 = load float, ptr %2552, align 4, !tbaa !5
+  %2554 = insertelement <16 x float> poison, float %2553, i64 0
+  %2555 = shufflevector <16 x float> %2554, <16 x float> poison, <16 x i32> zeroinitializer
+  %2556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2555, <16 x float> %full_acc557.sroa.24.0816.i)
+  %2557 = getelementptr inbounds nuw i8, ptr %gep151, i64 76
+  %2558 = load float, ptr %2557, align 4, !tbaa !5
+  %2559 = insertelement <16 x float> poison, float %2558, i64 0
+  %2560 = shufflevector <16 x float> %2559, <16 x float> poison, <16 x i32> zeroinitializer
+  %2561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2560, <16 x float> %full_acc557.sroa.28.0817.i)
+  %2562 = getelementptr inbounds nuw i8, ptr %2521, i64 64
+  %2563 = load <16 x float>, ptr %2562, align 4, !tbaa !5
+  %2564 = getelementptr inbounds nuw i8, ptr %gep151, i64 512
+  %2565 = load float, ptr %2564, align 4, !tbaa !5
+  %2566 = insertelement <16 x float> poison, float %2565, i64 0
+  %2567 = shufflevector <16 x float> %2566, <16 x float> poison, <16 x i32> zeroinitializer
+  %2568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2567, <16 x float> %2526)
+  %2569 = getelementptr inbounds nuw i8, ptr %gep151, i64 576
+  %2570 = load float, ptr %2569, align 4, !tbaa !5
+  %2571 = insertelement <16 x float> poison, float %2570, i64 0
+  %2572 = shufflevector <16 x float> %2571, <16 x float> poison, <16 x i32> zeroinitializer
+  %2573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2572, <16 x float> %2531)
+  %2574 = getelementptr inbounds nuw i8, ptr %gep151, i64 516
+  %2575 = load float, ptr %2574, align 4, !tbaa !5
+  %2576 = insertelement <16 x float> poison, float %2575, i64 0
+  %2577 = shufflevector <16 x float> %2576, <16 x float> poison, <16 x i32> zeroinitializer
+  %2578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2577, <16 x float> %2536)
+  %2579 = getelementptr inbounds nuw i8, ptr %gep151, i64 580
+  %2580 = load float, ptr %2579, align 4, !tbaa !5
+  %2581 = insertelement <16 x float> poison, float %2580, i64 0
+  %2582 = shufflevector <16 x float> %2581, <16 x float> poison, <16 x i32> zeroinitializer
+  %2583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2582, <16 x float> %2541)
+  %2584 = getelementptr inbounds nuw i8, ptr %gep151, i64 520
+  %2585 = load float, ptr %2584, align 4, !tbaa !5
+  %2586 = insertelement <16 x float> poison, float %2585, i64 0
+  %2587 = shufflevector <16 x float> %2586, <16 x float> poison, <16 x i32> zeroinitializer
+  %2588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2587, <16 x float> %2546)
+  %2589 = getelementptr inbounds nuw i8, ptr %gep151, i64 584
+  %2590 = load float, ptr %2589, align 4, !tbaa !5
+  %2591 = insertelement <16 x float> poison, float %2590, i64 0
+  %2592 = shufflevector <16 x float> %2591, <16 x float> poison, <16 x i32> zeroinitializer
+  %2593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2592, <16 x float> %2551)
+  %2594 = getelementptr inbounds nuw i8, ptr %gep151, i64 524
+  %2595 = load float, ptr %2594, align 4, !tbaa !5
+  %2596 = insertelement <16 x float> poison, float %2595, i64 0
+  %2597 = shufflevector <16 x float> %2596, <16 x float> poison, <16 x i32> zeroinitializer
+  %2598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2597, <16 x float> %2556)
+  %2599 = getelementptr inbounds nuw i8, ptr %gep151, i64 588
+  %2600 = load float, ptr %2599, align 4, !tbaa !5
+  %2601 = insertelement <16 x float> poison, float %2600, i64 0
+  %2602 = shufflevector <16 x float> %2601, <16 x float> poison, <16 x i32> zeroinitializer
+  %2603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2602, <16 x float> %2561)
+  %2604 = getelementptr inbounds nuw i8, ptr %2521, i64 128
+  %2605 = load <16 x float>, ptr %2604, align 4, !tbaa !5
+  %2606 = getelementptr inbounds nuw i8, ptr %gep151, i64 1024
+  %2607 = load float, ptr %2606, align 4, !tbaa !5
+  %2608 = insertelement <16 x float> poison, float %2607, i64 0
+  %2609 = shufflevector <16 x float> %2608, <16 x float> poison, <16 x i32> zeroinitializer
+  %2610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2609, <16 x float> %2568)
+  %2611 = getelementptr inbounds nuw i8, ptr %gep151, i64 1088
+  %2612 = load float, ptr %2611, align 4, !tbaa !5
+  %2613 = insertelement <16 x float> poison, float %2612, i64 0
+  %2614 = shufflevector <16 x float> %2613, <16 x float> poison, <16 x i32> zeroinitializer
+  %2615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2614, <16 x float> %2573)
+  %2616 = getelementptr inbounds nuw i8, ptr %gep151, i64 1028
+  %2617 = load float, ptr %2616, align 4, !tbaa !5
+  %2618 = insertelement <16 x float> poison, float %2617, i64 0
+  %2619 = shufflevector <16 x float> %2618, <16 x float> poison, <16 x i32> zeroinitializer
+  %2620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2619, <16 x float> %2578)
+  %2621 = getelementptr inbounds nuw i8, ptr %gep151, i64 1092
+  %2622 = load float, ptr %2621, align 4, !tbaa !5
+  %2623 = insertelement <16 x float> poison, float %2622, i64 0
+  %2624 = shufflevector <16 x float> %2623, <16 x float> poison, <16 x i32> zeroinitializer
+  %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2624, <16 x float> %2583)
+  %2626 = getelementptr inbounds nuw i8, ptr %gep151, i64 1032
+  %2627 = load float, ptr %2626, align 4, !tbaa !5
+  %2628 = insertelement <16 x float> poison, float %2627, i64 0
+  %2629 = shufflevector <16 x float> %2628, <16 x float> poison, <16 x i32> zeroinitializer
+  %2630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2629, <16 x float> %2588)
+  %2631 = getelementptr inbounds nuw i8, ptr %gep151, i64 1096
+  %2632 = load float, ptr %2631, align 4, !tbaa !5
+  %2633 = insertelement <16 x float> poison, float %2632, i64 0
+  %2634 = shufflevector <16 x float> %2633, <16 x float> poison, <16 x i32> zeroinitializer
+  %2635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2634, <16 x float> %2593)
+  %2636 = getelementptr inbounds nuw i8, ptr %gep151, i64 1036
+  %2637 = load float, ptr %2636, align 4, !tbaa !5
+  %2638 = insertelement <16 x float> poison, float %2637, i64 0
+  %2639 = shufflevector <16 x float> %2638, <16 x float> poison, <16 x i32> zeroinitializer
+  %2640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2639, <16 x float> %2598)
+  %2641 = getelementptr inbounds nuw i8, ptr %gep151, i64 1100
+  %2642 = load float, ptr %2641, align 4, !tbaa !5
+  %2643 = insertelement <16 x float> poison, float %2642, i64 0
+  %2644 = shufflevector <16 x float> %2643, <16 x float> poison, <16 x i32> zeroinitializer
+  %2645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2644, <16 x float> %2603)
+  %2646 = getelementptr inbounds nuw i8, ptr %2521, i64 192
+  %2647 = load <16 x float>, ptr %2646, align 4, !tbaa !5
+  %2648 = getelementptr inbounds nuw i8, ptr %gep151, i64 1536
+  %2649 = load float, ptr %2648, align 4, !tbaa !5
+  %2650 = insertelement <16 x float> poison, float %2649, i64 0
+  %2651 = shufflevector <16 x float> %2650, <16 x float> poison, <16 x i32> zeroinitializer
+  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2651, <16 x float> %2610)
+  %2653 = getelementptr inbounds nuw i8, ptr %gep151, i64 1600
+  %2654 = load float, ptr %2653, align 4, !tbaa !5
+  %2655 = insertelement <16 x float> poison, float %2654, i64 0
+  %2656 = shufflevector <16 x float> %2655, <16 x float> poison, <16 x i32> zeroinitializer
+  %2657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2656, <16 x float> %2615)
+  %2658 = getelementptr inbounds nuw i8, ptr %gep151, i64 1540
+  %2659 = load float, ptr %2658, align 4, !tbaa !5
+  %2660 = insertelement <16 x float> poison, float %2659, i64 0
+  %2661 = shufflevector <16 x float> %2660, <16 x float> poison, <16 x i32> zeroinitializer
+  %2662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2661, <16 x float> %2620)
+  %2663 = getelementptr inbounds nuw i8, ptr %gep151, i64 1604
+  %2664 = load float, ptr %2663, align 4, !tbaa !5
+  %2665 = insertelement <16 x float> poison, float %2664, i64 0
+  %2666 = shufflevector <16 x float> %2665, <16 x float> poison, <16 x i32> zeroinitializer
+  %2667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2666, <16 x float> %2625)
+  %2668 = getelementptr inbounds nuw i8, ptr %gep151, i64 1544
+  %2669 = load float, ptr %2668, align 4, !tbaa !5
+  %2670 = insertelement <16 x float> poison, float %2669, i64 0
+  %2671 = shufflevector <16 x float> %2670, <16 x float> poison, <16 x i32> zeroinitializer
+  %2672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2671, <16 x float> %2630)
+  %2673 = getelementptr inbounds nuw i8, ptr %gep151, i64 1608
+  %2674 = load float, ptr %2673, align 4, !tbaa !5
+  %2675 = insertelement <16 x float> poison, float %2674, i64 0
+  %2676 = shufflevector <16 x float> %2675, <16 x float> poison, <16 x i32> zeroinitializer
+  %2677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2676, <16 x float> %2635)
+  %2678 = getelementptr inbounds nuw i8, ptr %gep151, i64 1548
+  %2679 = load float, ptr %2678, align 4, !tbaa !5
+  %2680 = insertelement <16 x float> poison, float %2679, i64 0
+  %2681 = shufflevector <16 x float> %2680, <16 x float> poison, <16 x i32> zeroinitializer
+  %2682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2681, <16 x float> %2640)
+  %2683 = getelementptr inbounds nuw i8, ptr %gep151, i64 1612
+  %2684 = load float, ptr %2683, align 4, !tbaa !5
+  %2685 = insertelement <16 x float> poison, float %2684, i64 0
+  %2686 = shufflevector <16 x float> %2685, <16 x float> poison, <16 x i32> zeroinitializer
+  %2687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2686, <16 x float> %2645)
+  %2688 = getelementptr inbounds nuw i8, ptr %2521, i64 256
+  %2689 = load <16 x float>, ptr %2688, align 4, !tbaa !5
+  %2690 = getelementptr inbounds nuw i8, ptr %gep151, i64 2048
+  %2691 = load float, ptr %2690, align 4, !tbaa !5
+  %2692 = insertelement <16 x float> poison, float %2691, i64 0
+  %2693 = shufflevector <16 x float> %2692, <16 x float> poison, <16 x i32> zeroinitializer
+  %2694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2693, <16 x float> %2652)
+  %2695 = getelementptr inbounds nuw i8, ptr %gep151, i64 2112
+  %2696 = load float, ptr %2695, align 4, !tbaa !5
+  %2697 = insertelement <16 x float> poison, float %2696, i64 0
+  %2698 = shufflevector <16 x float> %2697, <16 x float> poison, <16 x i32> zeroinitializer
+  %2699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2698, <16 x float> %2657)
+  %2700 = getelementptr inbounds nuw i8, ptr %gep151, i64 2052
+  %2701 = load float, ptr %2700, align 4, !tbaa !5
+  %2702 = insertelement <16 x float> poison, float %2701, i64 0
+  %2703 = shufflevector <16 x float> %2702, <16 x float> poison, <16 x i32> zeroinitializer
+  %2704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2703, <16 x float> %2662)
+  %2705 = getelementptr inbounds nuw i8, ptr %gep151, i64 2116
+  %2706 = load float, ptr %2705, align 4, !tbaa !5
+  %2707 = insertelement <16 x float> poison, float %2706, i64 0
+  %2708 = shufflevector <16 x float> %2707, <16 x float> poison, <16 x i32> zeroinitializer
+  %2709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2708, <16 x float> %2667)
+  %2710 = getelementptr inbounds nuw i8, ptr %gep151, i64 2056
+  %2711 = load float, ptr %2710, align 4, !tbaa !5
+  %2712 = insertelement <16 x float> poison, float %2711, i64 0
+  %2713 = shufflevector <16 x float> %2712, <16 x float> poison, <16 x i32> zeroinitializer
+  %2714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2713, <16 x float> %2672)
+  %2715 = getelementptr inbounds nuw i8, ptr %gep151, i64 2120
+  %2716 = load float, ptr %2715, align 4, !tbaa !5
+  %2717 = insertelement <16 x float> poison, float %2716, i64 0
+  %2718 = shufflevector <16 x float> %2717, <16 x float> poison, <16 x i32> zeroinitializer
+  %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2718, <16 x float> %2677)
+  %2720 = getelementptr inbounds nuw i8, ptr %gep151, i64 2060
+  %2721 = load float, ptr %2720, align 4, !tbaa !5
+  %2722 = insertelement <16 x float> poison, float %2721, i64 0
+  %2723 = shufflevector <16 x float> %2722, <16 x float> poison, <16 x i32> zeroinitializer
+  %2724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2723, <16 x float> %2682)
+  %2725 = getelementptr inbounds nuw i8, ptr %gep151, i64 2124
+  %2726 = load float, ptr %2725, align 4, !tbaa !5
+  %2727 = insertelement <16 x float> poison, float %2726, i64 0
+  %2728 = shufflevector <16 x float> %2727, <16 x float> poison, <16 x i32> zeroinitializer
+  %2729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2728, <16 x float> %2687)
+  %2730 = getelementptr inbounds nuw i8, ptr %2521, i64 320
+  %2731 = load <16 x float>, ptr %2730, align 4, !tbaa !5
+  %2732 = getelementptr inbounds nuw i8, ptr %gep151, i64 2560
+  %2733 = load float, ptr %2732, align 4, !tbaa !5
+  %2734 = insertelement <16 x float> poison, float %2733, i64 0
+  %2735 = shufflevector <16 x float> %2734, <16 x float> poison, <16 x i32> zeroinitializer
+  %2736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2735, <16 x float> %2694)
+  %2737 = getelementptr inbounds nuw i8, ptr %gep151, i64 2624
+  %2738 = load float, ptr %2737, align 4, !tbaa !5
+  %2739 = insertelement <16 x float> poison, float %2738, i64 0
+  %2740 = shufflevector <16 x float> %2739, <16 x float> poison, <16 x i32> zeroinitializer
+  %2741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2740, <16 x float> %2699)
+  %2742 = getelementptr inbounds nuw i8, ptr %gep151, i64 2564
+  %2743 = load float, ptr %2742, align 4, !tbaa !5
+  %2744 = insertelement <16 x float> poison, float %2743, i64 0
+  %2745 = shufflevector <16 x float> %2744, <16 x float> poison, <16 x i32> zeroinitializer
+  %2746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2745, <16 x float> %2704)
+  %2747 = getelementptr inbounds nuw i8, ptr %gep151, i64 2628
+  %2748 = load float, ptr %2747, align 4, !tbaa !5
+  %2749 = insertelement <16 x float> poison, float %2748, i64 0
+  %2750 = shufflevector <16 x float> %2749, <16 x float> poison, <16 x i32> zeroinitializer
+  %2751 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2750, <16 x float> %2709)
+  %2752 = getelementptr inbounds nuw i8, ptr %gep151, i64 2568
+  %2753 = load float, ptr %2752, align 4, !tbaa !5
+  %2754 = insertelement <16 x float> poison, float %2753, i64 0
+  %2755 = shufflevector <16 x float> %2754, <16 x float> poison, <16 x i32> zeroinitializer
+  %2756 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2755, <16 x float> %2714)
+  %2757 = getelementptr inbounds nuw i8, ptr %gep151, i64 2632
+  %2758 = load float, ptr %2757, align 4, !tbaa !5
+  %2759 = insertelement <16 x float> poison, float %2758, i64 0
+  %2760 = shufflevector <16 x float> %2759, <16 x float> poison, <16 x i32> zeroinitializer
+  %2761 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2760, <16 x float> %2719)
+  %2762 = getelementptr inbounds nuw i8, ptr %gep151, i64 2572
+  %2763 = load float, ptr %2762, align 4, !tbaa !5
+  %2764 = insertelement <16 x float> poison, float %2763, i64 0
+  %2765 = shufflevector <16 x float> %2764, <16 x float> poison, <16 x i32> zeroinitializer
+  %2766 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2765, <16 x float> %2724)
+  %2767 = getelementptr inbounds nuw i8, ptr %gep151, i64 2636
+  %2768 = load float, ptr %2767, align 4, !tbaa !5
+  %2769 = insertelement <16 x float> poison, float %2768, i64 0
+  %2770 = shufflevector <16 x float> %2769, <16 x float> poison, <16 x i32> zeroinitializer
+  %2771 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2770, <16 x float> %2729)
+  %2772 = getelementptr inbounds nuw i8, ptr %2521, i64 384
+  %2773 = load <16 x float>, ptr %2772, align 4, !tbaa !5
+  %2774 = getelementptr inbounds nuw i8, ptr %gep151, i64 3072
+  %2775 = load float, ptr %2774, align 4, !tbaa !5
+  %2776 = insertelement <16 x float> poison, float %2775, i64 0
+  %2777 = shufflevector <16 x float> %2776, <16 x float> poison, <16 x i32> zeroinitializer
+  %2778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2777, <16 x float> %2736)
+  %2779 = getelementptr inbounds nuw i8, ptr %gep151, i64 3136
+  %2780 = load float, ptr %2779, align 4, !tbaa !5
+  %2781 = insertelement <16 x float> poison, float %2780, i64 0
+  %2782 = shufflevector <16 x float> %2781, <16 x float> poison, <16 x i32> zeroinitializer
+  %2783 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2782, <16 x float> %2741)
+  %2784 = getelementptr inbounds nuw i8, ptr %gep151, i64 3076
+  %2785 = load float, ptr %2784, align 4, !tbaa !5
+  %2786 = insertelement <16 x float> poison, float %2785, i64 0
+  %2787 = shufflevector <16 x float> %2786, <16 x float> poison, <16 x i32> zeroinitializer
+  %2788 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2787, <16 x float> %2746)
+  %2789 = getelementptr inbounds nuw i8, ptr %gep151, i64 3140
+  %2790 = load float, ptr %2789, align 4, !tbaa !5
+  %2791 = insertelement <16 x float> poison, float %2790, i64 0
+  %2792 = shufflevector <16 x float> %2791, <16 x float> poison, <16 x i32> zeroinitializer
+  %2793 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2792, <16 x float> %2751)
+  %2794 = getelementptr inbounds nuw i8, ptr %gep151, i64 3080
+  %2795 = load float, ptr %2794, align 4, !tbaa !5
+  %2796 = insertelement <16 x float> poison, float %2795, i64 0
+  %2797 = shufflevector <16 x float> %2796, <16 x float> poison, <16 x i32> zeroinitializer
+  %2798 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2797, <16 x float> %2756)
+  %2799 = getelementptr inbounds nuw i8, ptr %gep151, i64 3144
+  %2800 = load float, ptr %2799, align 4, !tbaa !5
+  %2801 = insertelement <16 x float> poison, float %2800, i64 0
+  %2802 = shufflevector <16 x float> %2801, <16 x float> poison, <16 x i32> zeroinitializer
+  %2803 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2802, <16 x float> %2761)
+  %2804 = getelementptr inbounds nuw i8, ptr %gep151, i64 3084
+  %2805 = load float, ptr %2804, align 4, !tbaa !5
+  %2806 = insertelement <16 x float> poison, float %2805, i64 0
+  %2807 = shufflevector <16 x float> %2806, <16 x float> poison, <16 x i32> zeroinitializer
+  %2808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2807, <16 x float> %2766)
+  %2809 = getelementptr inbounds nuw i8, ptr %gep151, i64 3148
+  %2810 = load float, ptr %2809, align 4, !tbaa !5
+  %2811 = insertelement <16 x float> poison, float %2810, i64 0
+  %2812 = shufflevector <16 x float> %2811, <16 x float> poison, <16 x i32> zeroinitializer
+  %2813 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2812, <16 x float> %2771)
+  %2814 = getelementptr inbounds nuw i8, ptr %2521, i64 448
+  %2815 = load <16 x float>, ptr %2814, align 4, !tbaa !5
+  %2816 = getelementptr inbounds nuw i8, ptr %gep151, i64 3584
+  %2817 = load float, ptr %2816, align 4, !tbaa !5
+  %2818 = insertelement <16 x float> poison, float %2817, i64 0
+  %2819 = shufflevector <16 x float> %2818, <16 x float> poison, <16 x i32> zeroinitializer
+  %2820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2819, <16 x float> %2778)
+  %2821 = getelementptr inbounds nuw i8, ptr %gep151, i64 3648
+  %2822 = load float, ptr %2821, align 4, !tbaa !5
+  %2823 = insertelement <16 x float> poison, float %2822, i64 0
+  %2824 = shufflevector <16 x float> %2823, <16 x float> poison, <16 x i32> zeroinitializer
+  %2825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2824, <16 x float> %2783)
+  %2826 = getelementptr inbounds nuw i8, ptr %gep151, i64 3588
+  %2827 = load float, ptr %2826, align 4, !tbaa !5
+  %2828 = insertelement <16 x float> poison, float %2827, i64 0
+  %2829 = shufflevector <16 x float> %2828, <16 x float> poison, <16 x i32> zeroinitializer
+  %2830 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2829, <16 x float> %2788)
+  %2831 = getelementptr inbounds nuw i8, ptr %gep151, i64 3652
+  %2832 = load float, ptr %2831, align 4, !tbaa !5
+  %2833 = insertelement <16 x float> poison, float %2832, i64 0
+  %2834 = shufflevector <16 x float> %2833, <16 x float> poison, <16 x i32> zeroinitializer
+  %2835 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2834, <16 x float> %2793)
+  %2836 = getelementptr inbounds nuw i8, ptr %gep151, i64 3592
+  %2837 = load float, ptr %2836, align 4, !tbaa !5
+  %2838 = insertelement <16 x float> poison, float %2837, i64 0
+  %2839 = shufflevector <16 x float> %2838, <16 x float> poison, <16 x i32> zeroinitializer
+  %2840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2839, <16 x float> %2798)
+  %2841 = getelementptr inbounds nuw i8, ptr %gep151, i64 3656
+  %2842 = load float, ptr %2841, align 4, !tbaa !5
+  %2843 = insertelement <16 x float> poison, float %2842, i64 0
+  %2844 = shufflevector <16 x float> %2843, <16 x float> poison, <16 x i32> zeroinitializer
+  %2845 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2844, <16 x float> %2803)
+  %2846 = getelementptr inbounds nuw i8, ptr %gep151, i64 3596
+  %2847 = load float, ptr %2846, align 4, !tbaa !5
+  %2848 = insertelement <16 x float> poison, float %2847, i64 0
+  %2849 = shufflevector <16 x float> %2848, <16 x float> poison, <16 x i32> zeroinitializer
+  %2850 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2849, <16 x float> %2808)
+  %2851 = getelementptr inbounds nuw i8, ptr %gep151, i64 3660
+  %2852 = load float, ptr %2851, align 4, !tbaa !5
+  %2853 = insertelement <16 x float> poison, float %2852, i64 0
+  %2854 = shufflevector <16 x float> %2853, <16 x float> poison, <16 x i32> zeroinitializer
+  %2855 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2854, <16 x float> %2813)
+  %indvars.iv.next1044.i = add nuw nsw i64 %indvars.iv1043.i, 1
+  %exitcond1048.not.i = icmp eq i64 %indvars.iv.next1044.i, %wide.trip.count1047.i
+  br i1 %exitcond1048.not.i, label %for_end_to301.i, label %for_begin_ti304.preheader.i, !prof !13
 
-for_end_to304.i:                                  ; preds = %for_begin_ti307.preheader.i, %for_begin_to302.preheader.i
-  %full_acc562.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %2801, %for_begin_ti307.preheader.i ]
-  %full_acc562.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %2806, %for_begin_ti307.preheader.i ]
-  %full_acc562.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %2811, %for_begin_ti307.preheader.i ]
-  %full_acc562.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %2816, %for_begin_ti307.preheader.i ]
-  %full_acc562.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %2821, %for_begin_ti307.preheader.i ]
-  %full_acc562.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %2826, %for_begin_ti307.preheader.i ]
-  %full_acc562.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %2831, %for_begin_ti307.preheader.i ]
-  %full_acc562.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to302.preheader.i ], [ %2836, %for_begin_ti307.preheader.i ]
-  br i1 %2487, label %for_body_ti313.lr.ph.i, label %for_end_ti314.i, !prof !3
+for_end_to301.i:                                  ; preds = %for_begin_ti304.preheader.i, %for_begin_to299.preheader.i
+  %full_acc557.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2820, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2825, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2830, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2835, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2840, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2845, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2850, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2855, %for_begin_ti304.preheader.i ]
+  br i1 %2505, label %for_body_ti310.lr.ph.i, label %for_end_ti311.i, !prof !3
 
-for_body_ti313.lr.ph.i:                           ; preds = %for_end_to304.i
-  %indvars.iv1073.tr.i = trunc i64 %indvars.iv1073.i to i32
-  %2837 = shl i32 %indvars.iv1073.tr.i, 2
-  %2838 = and i32 %2837, 12
-  %2839 = shl i32 %indvars.iv1073.tr.i, 3
-  %2840 = and i32 %2839, 96
-  %invariant.op857.i = or disjoint i32 %2840, %2490
-  %invariant.op859.i = or disjoint i32 %invariant.op857.i, %2838
-  %2841 = zext nneg i32 %invariant.op859.i to i64
-  %invariant.gep1274.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2841
-  br label %for_body_ti313.i
+for_body_ti310.lr.ph.i:                           ; preds = %for_end_to301.i
+  %indvars.iv1053.tr.i = trunc i64 %indvars.iv1053.i to i32
+  %2856 = shl i32 %indvars.iv1053.tr.i, 2
+  %2857 = and i32 %2856, 12
+  %2858 = shl i32 %indvars.iv1053.tr.i, 3
+  %2859 = and i32 %2858, 96
+  %invariant.op845.i = or disjoint i32 %2859, %2507
+  %invariant.op847.i = or disjoint i32 %invariant.op845.i, %2857
+  %2860 = zext nneg i32 %invariant.op847.i to i64
+  %invariant.gep1257.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2860
+  br label %for_body_ti310.i
 
-for_body_ti313.i:                                 ; preds = %for_body_ti313.i, %for_body_ti313.lr.ph.i
-  %indvars.iv1069.i = phi i64 [ 0, %for_body_ti313.lr.ph.i ], [ %indvars.iv.next1070.i, %for_body_ti313.i ]
-  %tile_acc563.sroa.31.0847.i = phi <16 x float> [ %full_acc562.sroa.28.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %2902, %for_body_ti313.i ]
-  %tile_acc563.sroa.0.0846.i = phi <16 x float> [ %full_acc562.sroa.0.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %2853, %for_body_ti313.i ]
-  %tile_acc563.sroa.4.0845.i = phi <16 x float> [ %full_acc562.sroa.4.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %2860, %for_body_ti313.i ]
-  %tile_acc563.sroa.9.0844.i = phi <16 x float> [ %full_acc562.sroa.8.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %2867, %for_body_ti313.i ]
-  %tile_acc563.sroa.13.0843.i = phi <16 x float> [ %full_acc562.sroa.12.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %2874, %for_body_ti313.i ]
-  %tile_acc563.sroa.18.0842.i = phi <16 x float> [ %full_acc562.sroa.16.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %2881, %for_body_ti313.i ]
-  %tile_acc563.sroa.22.0841.i = phi <16 x float> [ %full_acc562.sroa.20.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %2888, %for_body_ti313.i ]
-  %tile_acc563.sroa.27.0840.i = phi <16 x float> [ %full_acc562.sroa.24.0.lcssa.i, %for_body_ti313.lr.ph.i ], [ %2895, %for_body_ti313.i ]
-  %2842 = shl nsw i64 %indvars.iv1069.i, 4
-  %2843 = add nuw nsw i64 %2842, %2492
-  %2844 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2843
-  %2845 = load <16 x float>, ptr %2844, align 4, !tbaa !5
-  %2846 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2843
-  %2847 = load <16 x i32>, ptr %2846, align 4, !tbaa !5
-  %.idx1206.i = shl nsw i64 %indvars.iv1069.i, 9
-  %gep1275.i = getelementptr inbounds nuw i8, ptr %invariant.gep1274.i, i64 %.idx1206.i
-  %2848 = load i32, ptr %gep1275.i, align 4, !tbaa !5
-  %2849 = insertelement <16 x i32> poison, i32 %2848, i64 0
-  %2850 = shufflevector <16 x i32> %2849, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2851 = and <16 x i32> %2850, %2847
-  %2852 = bitcast <16 x i32> %2851 to <16 x float>
-  %2853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2845, <16 x float> %2852, <16 x float> %tile_acc563.sroa.0.0846.i)
-  %2854 = getelementptr inbounds nuw i8, ptr %gep1275.i, i64 64
-  %2855 = load i32, ptr %2854, align 4, !tbaa !5
-  %2856 = insertelement <16 x i32> poison, i32 %2855, i64 0
-  %2857 = shufflevector <16 x i32> %2856, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2858 = and <16 x i32> %2857, %2847
-  %2859 = bitcast <16 x i32> %2858 to <16 x float>
-  %2860 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2845, <16 x float> %2859, <16 x float> %tile_acc563.sroa.4.0845.i)
-  %2861 = getelementptr inbounds nuw i8, ptr %gep1275.i, i64 4
-  %2862 = load i32, ptr %2861, align 4, !tbaa !5
-  %2863 = insertelement <16 x i32> poison, i32 %2862, i64 0
-  %2864 = shufflevector <16 x i32> %2863, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2865 = and <16 x i32> %2864, %2847
-  %2866 = bitcast <16 x i32> %2865 to <16 x float>
-  %2867 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2845, <16 x float> %2866, <16 x float> %tile_acc563.sroa.9.0844.i)
-  %2868 = getelementptr inbounds nuw i8, ptr %gep1275.i, i64 68
-  %2869 = load i32, ptr %2868, align 4, !tbaa !5
-  %2870 = insertelement <16 x i32> poison, i32 %2869, i64 0
-  %2871 = shufflevector <16 x i32> %2870, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2872 = and <16 x i32> %2871, %2847
-  %2873 = bitcast <16 x i32> %2872 to <16 x float>
-  %2874 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2845, <16 x float> %2873, <16 x float> %tile_acc563.sroa.13.0843.i)
-  %2875 = getelementptr inbounds nuw i8, ptr %gep1275.i, i64 8
-  %2876 = load i32, ptr %2875, align 4, !tbaa !5
-  %2877 = insertelement <16 x i32> poison, i32 %2876, i64 0
-  %2878 = shufflevector <16 x i32> %2877, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2879 = and <16 x i32> %2878, %2847
-  %2880 = bitcast <16 x i32> %2879 to <16 x float>
-  %2881 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2845, <16 x float> %2880, <16 x float> %tile_acc563.sroa.18.0842.i)
-  %2882 = getelementptr inbounds nuw i8, ptr %gep1275.i, i64 72
-  %2883 = load i32, ptr %2882, align 4, !tbaa !5
-  %2884 = insertelement <16 x i32> poison, i32 %2883, i64 0
-  %2885 = shufflevector <16 x i32> %2884, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2886 = and <16 x i32> %2885, %2847
-  %2887 = bitcast <16 x i32> %2886 to <16 x float>
-  %2888 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2845, <16 x float> %2887, <16 x float> %tile_acc563.sroa.22.0841.i)
-  %2889 = getelementptr inbounds nuw i8, ptr %gep1275.i, i64 12
-  %2890 = load i32, ptr %2889, align 4, !tbaa !5
-  %2891 = insertelement <16 x i32> poison, i32 %2890, i64 0
-  %2892 = shufflevector <16 x i32> %2891, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2893 = and <16 x i32> %2892, %2847
-  %2894 = bitcast <16 x i32> %2893 to <16 x float>
-  %2895 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2845, <16 x float> %2894, <16 x float> %tile_acc563.sroa.27.0840.i)
-  %2896 = getelementptr inbounds nuw i8, ptr %gep1275.i, i64 76
-  %2897 = load i32, ptr %2896, align 4, !tbaa !5
-  %2898 = insertelement <16 x i32> poison, i32 %2897, i64 0
-  %2899 = shufflevector <16 x i32> %2898, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2900 = and <16 x i32> %2899, %2847
-  %2901 = bitcast <16 x i32> %2900 to <16 x float>
-  %2902 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2845, <16 x float> %2901, <16 x float> %tile_acc563.sroa.31.0847.i)
-  %indvars.iv.next1070.i = add nuw nsw i64 %indvars.iv1069.i, 1
-  %exitcond242.not = icmp eq i64 %indvars.iv.next1070.i, %smax241
-  br i1 %exitcond242.not, label %for_end_ti314.i, label %for_body_ti313.i, !prof !13
+for_body_ti310.i:                                 ; preds = %for_body_ti310.i, %for_body_ti310.lr.ph.i
+  %indvars.iv1049.i = phi i64 [ 0, %for_body_ti310.lr.ph.i ], [ %indvars.iv.next1050.i, %for_body_ti310.i ]
+  %tile_acc558.sroa.31.0835.i = phi <16 x float> [ %full_acc557.sroa.28.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2921, %for_body_ti310.i ]
+  %tile_acc558.sroa.0.0834.i = phi <16 x float> [ %full_acc557.sroa.0.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2872, %for_body_ti310.i ]
+  %tile_acc558.sroa.4.0833.i = phi <16 x float> [ %full_acc557.sroa.4.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2879, %for_body_ti310.i ]
+  %tile_acc558.sroa.9.0832.i = phi <16 x float> [ %full_acc557.sroa.8.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2886, %for_body_ti310.i ]
+  %tile_acc558.sroa.13.0831.i = phi <16 x float> [ %full_acc557.sroa.12.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2893, %for_body_ti310.i ]
+  %tile_acc558.sroa.18.0830.i = phi <16 x float> [ %full_acc557.sroa.16.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2900, %for_body_ti310.i ]
+  %tile_acc558.sroa.22.0829.i = phi <16 x float> [ %full_acc557.sroa.20.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2907, %for_body_ti310.i ]
+  %tile_acc558.sroa.27.0828.i = phi <16 x float> [ %full_acc557.sroa.24.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2914, %for_body_ti310.i ]
+  %2861 = shl nsw i64 %indvars.iv1049.i, 4
+  %2862 = add nuw nsw i64 %2861, %2509
+  %2863 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2862
+  %2864 = load <16 x float>, ptr %2863, align 4, !tbaa !5
+  %2865 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2862
+  %2866 = load <16 x i32>, ptr %2865, align 4, !tbaa !5
+  %.idx1187.i = shl nsw i64 %indvars.iv1049.i, 9
+  %gep1258.i = getelementptr inbounds nuw i8, ptr %invariant.gep1257.i, i64 %.idx1187.i
+  %2867 = load i32, ptr %gep1258.i, align 4, !tbaa !5
+  %2868 = insertelement <16 x i32> poison, i32 %2867, i64 0
+  %2869 = shufflevector <16 x i32> %2868, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2870 = and <16 x i32> %2869, %2866
+  %2871 = bitcast <16 x i32> %2870 to <16 x float>
+  %2872 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2871, <16 x float> %tile_acc558.sroa.0.0834.i)
+  %2873 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 64
+  %2874 = load i32, ptr %2873, align 4, !tbaa !5
+  %2875 = insertelement <16 x i32> poison, i32 %2874, i64 0
+  %2876 = shufflevector <16 x i32> %2875, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2877 = and <16 x i32> %2876, %2866
+  %2878 = bitcast <16 x i32> %2877 to <16 x float>
+  %2879 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2878, <16 x float> %tile_acc558.sroa.4.0833.i)
+  %2880 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 4
+  %2881 = load i32, ptr %2880, align 4, !tbaa !5
+  %2882 = insertelement <16 x i32> poison, i32 %2881, i64 0
+  %2883 = shufflevector <16 x i32> %2882, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2884 = and <16 x i32> %2883, %2866
+  %2885 = bitcast <16 x i32> %2884 to <16 x float>
+  %2886 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2885, <16 x float> %tile_acc558.sroa.9.0832.i)
+  %2887 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 68
+  %2888 = load i32, ptr %2887, align 4, !tbaa !5
+  %2889 = insertelement <16 x i32> poison, i32 %2888, i64 0
+  %2890 = shufflevector <16 x i32> %2889, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2891 = and <16 x i32> %2890, %2866
+  %2892 = bitcast <16 x i32> %2891 to <16 x float>
+  %2893 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2892, <16 x float> %tile_acc558.sroa.13.0831.i)
+  %2894 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 8
+  %2895 = load i32, ptr %2894, align 4, !tbaa !5
+  %2896 = insertelement <16 x i32> poison, i32 %2895, i64 0
+  %2897 = shufflevector <16 x i32> %2896, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2898 = and <16 x i32> %2897, %2866
+  %2899 = bitcast <16 x i32> %2898 to <16 x float>
+  %2900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2899, <16 x float> %tile_acc558.sroa.18.0830.i)
+  %2901 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 72
+  %2902 = load i32, ptr %2901, align 4, !tbaa !5
+  %2903 = insertelement <16 x i32> poison, i32 %2902, i64 0
+  %2904 = shufflevector <16 x i32> %2903, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2905 = and <16 x i32> %2904, %2866
+  %2906 = bitcast <16 x i32> %2905 to <16 x float>
+  %2907 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2906, <16 x float> %tile_acc558.sroa.22.0829.i)
+  %2908 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 12
+  %2909 = load i32, ptr %2908, align 4, !tbaa !5
+  %2910 = insertelement <16 x i32> poison, i32 %2909, i64 0
+  %2911 = shufflevector <16 x i32> %2910, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2912 = and <16 x i32> %2911, %2866
+  %2913 = bitcast <16 x i32> %2912 to <16 x float>
+  %2914 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2913, <16 x float> %tile_acc558.sroa.27.0828.i)
+  %2915 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 76
+  %2916 = load i32, ptr %2915, align 4, !tbaa !5
+  %2917 = insertelement <16 x i32> poison, i32 %2916, i64 0
+  %2918 = shufflevector <16 x i32> %2917, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2919 = and <16 x i32> %2918, %2866
+  %2920 = bitcast <16 x i32> %2919 to <16 x float>
+  %2921 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2920, <16 x float> %tile_acc558.sroa.31.0835.i)
+  %indvars.iv.next1050.i = add nuw nsw i64 %indvars.iv1049.i, 1
+  %exitcond241.not = icmp eq i64 %indvars.iv.next1050.i, %smax240
+  br i1 %exitcond241.not, label %for_end_ti311.i, label %for_body_ti310.i, !prof !13
 
-for_end_ti314.i:                                  ; preds = %for_body_ti313.i, %for_end_to304.i
-  %tile_acc563.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc562.sroa.24.0.lcssa.i, %for_end_to304.i ], [ %2895, %for_body_ti313.i ]
-  %tile_acc563.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc562.sroa.20.0.lcssa.i, %for_end_to304.i ], [ %2888, %for_body_ti313.i ]
-  %tile_acc563.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc562.sroa.16.0.lcssa.i, %for_end_to304.i ], [ %2881, %for_body_ti313.i ]
-  %tile_acc563.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc562.sroa.12.0.lcssa.i, %for_end_to304.i ], [ %2874, %for_body_ti313.i ]
-  %tile_acc563.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc562.sroa.8.0.lcssa.i, %for_end_to304.i ], [ %2867, %for_body_ti313.i ]
-  %tile_acc563.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc562.sroa.4.0.lcssa.i, %for_end_to304.i ], [ %2860, %for_body_ti313.i ]
-  %tile_acc563.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc562.sroa.0.0.lcssa.i, %for_end_to304.i ], [ %2853, %for_body_ti313.i ]
-  %tile_acc563.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc562.sroa.28.0.lcssa.i, %for_end_to304.i ], [ %2902, %for_body_ti313.i ]
-  %2903 = shl nuw nsw i64 %indvars.iv1073.i, 7
-  %2904 = add nuw nsw i64 %2903, %2493
-  %2905 = getelementptr inbounds float, ptr %acc.i, i64 %2904
-  br i1 %728, label %if_then331.i, label %if_end330.i, !prof !8
+for_end_ti311.i:                                  ; preds = %for_body_ti310.i, %for_end_to301.i
+  %tile_acc558.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.24.0.lcssa.i, %for_end_to301.i ], [ %2914, %for_body_ti310.i ]
+  %tile_acc558.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.20.0.lcssa.i, %for_end_to301.i ], [ %2907, %for_body_ti310.i ]
+  %tile_acc558.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.16.0.lcssa.i, %for_end_to301.i ], [ %2900, %for_body_ti310.i ]
+  %tile_acc558.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.12.0.lcssa.i, %for_end_to301.i ], [ %2893, %for_body_ti310.i ]
+  %tile_acc558.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.8.0.lcssa.i, %for_end_to301.i ], [ %2886, %for_body_ti310.i ]
+  %tile_acc558.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.4.0.lcssa.i, %for_end_to301.i ], [ %2879, %for_body_ti310.i ]
+  %tile_acc558.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.0.0.lcssa.i, %for_end_to301.i ], [ %2872, %for_body_ti310.i ]
+  %tile_acc558.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.28.0.lcssa.i, %for_end_to301.i ], [ %2921, %for_body_ti310.i ]
+  %2922 = shl nuw nsw i64 %indvars.iv1053.i, 7
+  %2923 = add nuw nsw i64 %2922, %2511
+  %2924 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2923
+  br i1 %765, label %if_then328.i, label %if_end327.i, !prof !8
 
-if_end330.i:                                      ; preds = %for_end_ti314.i
-  %2906 = load <16 x float>, ptr %2905, align 4, !tbaa !5
-  %2907 = fmul <16 x float> %2284, %2906
-  %2908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.0.0.lcssa.i, <16 x float> %2907)
-  store <16 x float> %2908, ptr %2905, align 4, !tbaa !5
-  %2909 = getelementptr i8, ptr %2905, i64 64
-  %2910 = load <16 x float>, ptr %2909, align 4, !tbaa !5
-  %2911 = fmul <16 x float> %2284, %2910
-  %2912 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.4.0.lcssa.i, <16 x float> %2911)
-  store <16 x float> %2912, ptr %2909, align 4, !tbaa !5
-  %2913 = getelementptr i8, ptr %2905, i64 128
-  %2914 = load <16 x float>, ptr %2913, align 4, !tbaa !5
-  %2915 = fmul <16 x float> %2284, %2914
-  %2916 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.9.0.lcssa.i, <16 x float> %2915)
-  store <16 x float> %2916, ptr %2913, align 4, !tbaa !5
-  %2917 = getelementptr i8, ptr %2905, i64 192
-  %2918 = load <16 x float>, ptr %2917, align 4, !tbaa !5
-  %2919 = fmul <16 x float> %2284, %2918
-  %2920 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.13.0.lcssa.i, <16 x float> %2919)
-  store <16 x float> %2920, ptr %2917, align 4, !tbaa !5
-  %2921 = getelementptr i8, ptr %2905, i64 256
-  %2922 = load <16 x float>, ptr %2921, align 4, !tbaa !5
-  %2923 = fmul <16 x float> %2284, %2922
-  %2924 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.18.0.lcssa.i, <16 x float> %2923)
-  store <16 x float> %2924, ptr %2921, align 4, !tbaa !5
-  %2925 = getelementptr i8, ptr %2905, i64 320
-  %2926 = load <16 x float>, ptr %2925, align 4, !tbaa !5
-  %2927 = fmul <16 x float> %2284, %2926
-  %2928 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.22.0.lcssa.i, <16 x float> %2927)
-  store <16 x float> %2928, ptr %2925, align 4, !tbaa !5
-  %2929 = getelementptr i8, ptr %2905, i64 384
-  %2930 = load <16 x float>, ptr %2929, align 4, !tbaa !5
-  %2931 = fmul <16 x float> %2284, %2930
-  %2932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.27.0.lcssa.i, <16 x float> %2931)
-  store <16 x float> %2932, ptr %2929, align 4, !tbaa !5
-  %.phi.trans.insert.i = getelementptr i8, ptr %2905, i64 448
+if_end327.i:                                      ; preds = %for_end_ti311.i
+  %2925 = load <16 x float>, ptr %2924, align 4, !tbaa !5
+  %2926 = fmul <16 x float> %2303, %2925
+  %2927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.0.0.lcssa.i, <16 x float> %2926)
+  store <16 x float> %2927, ptr %2924, align 4, !tbaa !5
+  %2928 = getelementptr i8, ptr %2924, i64 64
+  %2929 = load <16 x float>, ptr %2928, align 4, !tbaa !5
+  %2930 = fmul <16 x float> %2303, %2929
+  %2931 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.4.0.lcssa.i, <16 x float> %2930)
+  store <16 x float> %2931, ptr %2928, align 4, !tbaa !5
+  %2932 = getelementptr i8, ptr %2924, i64 128
+  %2933 = load <16 x float>, ptr %2932, align 4, !tbaa !5
+  %2934 = fmul <16 x float> %2303, %2933
+  %2935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.9.0.lcssa.i, <16 x float> %2934)
+  store <16 x float> %2935, ptr %2932, align 4, !tbaa !5
+  %2936 = getelementptr i8, ptr %2924, i64 192
+  %2937 = load <16 x float>, ptr %2936, align 4, !tbaa !5
+  %2938 = fmul <16 x float> %2303, %2937
+  %2939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.13.0.lcssa.i, <16 x float> %2938)
+  store <16 x float> %2939, ptr %2936, align 4, !tbaa !5
+  %2940 = getelementptr i8, ptr %2924, i64 256
+  %2941 = load <16 x float>, ptr %2940, align 4, !tbaa !5
+  %2942 = fmul <16 x float> %2303, %2941
+  %2943 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.18.0.lcssa.i, <16 x float> %2942)
+  store <16 x float> %2943, ptr %2940, align 4, !tbaa !5
+  %2944 = getelementptr i8, ptr %2924, i64 320
+  %2945 = load <16 x float>, ptr %2944, align 4, !tbaa !5
+  %2946 = fmul <16 x float> %2303, %2945
+  %2947 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.22.0.lcssa.i, <16 x float> %2946)
+  store <16 x float> %2947, ptr %2944, align 4, !tbaa !5
+  %2948 = getelementptr i8, ptr %2924, i64 384
+  %2949 = load <16 x float>, ptr %2948, align 4, !tbaa !5
+  %2950 = fmul <16 x float> %2303, %2949
+  %2951 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.27.0.lcssa.i, <16 x float> %2950)
+  store <16 x float> %2951, ptr %2948, align 4, !tbaa !5
+  %.phi.trans.insert.i = getelementptr i8, ptr %2924, i64 448
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
-  %.pre1162.i = fmul <16 x float> %2284, %.pre.i
-  br label %if_end332.i
+  %.pre1141.i = fmul <16 x float> %2303, %.pre.i
+  br label %if_end329.i
 
-if_then331.i:                                     ; preds = %for_end_ti314.i
-  %2933 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.0.0.lcssa.i, <16 x float> %2491)
-  store <16 x float> %2933, ptr %2905, align 4, !tbaa !5
-  %2934 = getelementptr i8, ptr %2905, i64 64
-  %2935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.4.0.lcssa.i, <16 x float> %2491)
-  store <16 x float> %2935, ptr %2934, align 4, !tbaa !5
-  %2936 = getelementptr i8, ptr %2905, i64 128
-  %2937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.9.0.lcssa.i, <16 x float> %2491)
-  store <16 x float> %2937, ptr %2936, align 4, !tbaa !5
-  %2938 = getelementptr i8, ptr %2905, i64 192
-  %2939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.13.0.lcssa.i, <16 x float> %2491)
-  store <16 x float> %2939, ptr %2938, align 4, !tbaa !5
-  %2940 = getelementptr i8, ptr %2905, i64 256
-  %2941 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.18.0.lcssa.i, <16 x float> %2491)
-  store <16 x float> %2941, ptr %2940, align 4, !tbaa !5
-  %2942 = getelementptr i8, ptr %2905, i64 320
-  %2943 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.22.0.lcssa.i, <16 x float> %2491)
-  store <16 x float> %2943, ptr %2942, align 4, !tbaa !5
-  %2944 = getelementptr i8, ptr %2905, i64 384
-  %2945 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.27.0.lcssa.i, <16 x float> %2491)
-  store <16 x float> %2945, ptr %2944, align 4, !tbaa !5
-  br label %if_end332.i
+if_then328.i:                                     ; preds = %for_end_ti311.i
+  %2952 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.0.0.lcssa.i, <16 x float> %2508)
+  store <16 x float> %2952, ptr %2924, align 4, !tbaa !5
+  %2953 = getelementptr i8, ptr %2924, i64 64
+  %2954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.4.0.lcssa.i, <16 x float> %2508)
+  store <16 x float> %2954, ptr %2953, align 4, !tbaa !5
+  %2955 = getelementptr i8, ptr %2924, i64 128
+  %2956 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.9.0.lcssa.i, <16 x float> %2508)
+  store <16 x float> %2956, ptr %2955, align 4, !tbaa !5
+  %2957 = getelementptr i8, ptr %2924, i64 192
+  %2958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.13.0.lcssa.i, <16 x float> %2508)
+  store <16 x float> %2958, ptr %2957, align 4, !tbaa !5
+  %2959 = getelementptr i8, ptr %2924, i64 256
+  %2960 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.18.0.lcssa.i, <16 x float> %2508)
+  store <16 x float> %2960, ptr %2959, align 4, !tbaa !5
+  %2961 = getelementptr i8, ptr %2924, i64 320
+  %2962 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.22.0.lcssa.i, <16 x float> %2508)
+  store <16 x float> %2962, ptr %2961, align 4, !tbaa !5
+  %2963 = getelementptr i8, ptr %2924, i64 384
+  %2964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.27.0.lcssa.i, <16 x float> %2508)
+  store <16 x float> %2964, ptr %2963, align 4, !tbaa !5
+  br label %if_end329.i
 
-if_end332.i:                                      ; preds = %if_then331.i, %if_end330.i
-  %.pre-phi.i = phi <16 x float> [ %.pre1162.i, %if_end330.i ], [ %2491, %if_then331.i ]
-  %2946 = getelementptr inbounds float, ptr %acc.i, i64 %2904
-  %2947 = getelementptr i8, ptr %2946, i64 448
-  %2948 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %tile_acc563.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %2948, ptr %2947, align 4, !tbaa !5
-  %indvars.iv.next1074.i = add nuw nsw i64 %indvars.iv1073.i, 1
-  %exitcond1076.not.i = icmp eq i64 %indvars.iv.next1074.i, 16
-  br i1 %exitcond1076.not.i, label %if_end195.i, label %for_begin_to302.preheader.i, !prof !26
+if_end329.i:                                      ; preds = %if_then328.i, %if_end327.i
+  %.pre-phi.i = phi <16 x float> [ %.pre1141.i, %if_end327.i ], [ %2508, %if_then328.i ]
+  %2965 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2923
+  %2966 = getelementptr i8, ptr %2965, i64 448
+  %2967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %2967, ptr %2966, align 4, !tbaa !5
+  %indvars.iv.next1054.i = add nuw nsw i64 %indvars.iv1053.i, 1
+  %exitcond1056.not.i = icmp eq i64 %indvars.iv.next1054.i, 16
+  br i1 %exitcond1056.not.i, label %if_end192.i, label %for_begin_to299.preheader.i, !prof !28
 
-if_end334.i:                                      ; preds = %if_end195.i
-  %2949 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2950 = tail call i32 %2949(i32 1, i32 %dev_id, ptr nonnull %edges.i)
-  %.not601.i = icmp eq i32 %2950, 0
-  br i1 %.not601.i, label %if_end337.i, label %fused_attend_compute_.exit, !prof !36
+if_end331.i:                                      ; preds = %if_end192.i
+  %2968 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2969 = tail call i32 %2968(i32 1, i32 %dev_id, ptr nonnull %edges.i)
+  %.not596.i = icmp eq i32 %2969, 0
+  br i1 %.not596.i, label %if_end334.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end334.i:                                      ; preds = %if_end331.i
+  %2970 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2971 = tail call i32 %2970(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not597.i = icmp eq i32 %2971, 0
+  br i1 %.not597.i, label %if_end337.i, label %fused_attend_compute_.exit, !prof !38
 
 if_end337.i:                                      ; preds = %if_end334.i
-  %2951 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2952 = tail call i32 %2951(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not602.i = icmp eq i32 %2952, 0
-  br i1 %.not602.i, label %if_end340.i, label %fused_attend_compute_.exit, !prof !36
+  %2972 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2973 = tail call i32 %2972(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not598.i = icmp eq i32 %2973, 0
+  br i1 %.not598.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end340.i:                                      ; preds = %if_end337.i
-  %2953 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2954 = tail call i32 %2953(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not603.i = icmp eq i32 %2954, 0
-  br i1 %.not603.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !36
+if_end343.i:                                      ; preds = %for_end_row_tile.i
+  %2974 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2975 = tail call i32 %2974(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not592.i = icmp eq i32 %2975, 0
+  br i1 %.not592.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end346.i:                                      ; preds = %for_end_row_tile.i
-  %2955 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2956 = tail call i32 %2955(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not597.i = icmp eq i32 %2956, 0
-  br i1 %.not597.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !36
+if_end349.i:                                      ; preds = %for_end_kv_head.i
+  %2976 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2977 = tail call i32 %2976(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not590.i = icmp eq i32 %2977, 0
+  br i1 %.not590.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end352.i:                                      ; preds = %for_end_kv_head.i
-  %2957 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2958 = tail call i32 %2957(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not595.i = icmp eq i32 %2958, 0
-  br i1 %.not595.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !36
+for_body_tile355.i:                               ; preds = %if_end360.i, %for_begin_tile354.preheader.i
+  %indvars.iv1076.i = phi i64 [ %indvars.iv.next1077.i, %if_end360.i ], [ 0, %for_begin_tile354.preheader.i ]
+  %.idx1188.i = shl nsw i64 %indvars.iv1076.i, 4
+  %2978 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %.idx1188.i
+  %2979 = getelementptr inbounds nuw i8, ptr %2978, i64 4
+  %2980 = load i32, ptr %2979, align 4, !tbaa !17
+  %2981 = icmp slt i32 %read_begin.i, %2980
+  br i1 %2981, label %if_then359.i, label %if_end360.i, !prof !8
 
-for_body_tile358.i:                               ; preds = %if_end363.i, %for_begin_tile357.preheader.i
-  %indvars.iv1096.i = phi i64 [ %indvars.iv.next1097.i, %if_end363.i ], [ 0, %for_begin_tile357.preheader.i ]
-  %.idx1207.i = shl nsw i64 %indvars.iv1096.i, 4
-  %2959 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1207.i
-  %2960 = getelementptr inbounds nuw i8, ptr %2959, i64 4
-  %2961 = load i32, ptr %2960, align 4, !tbaa !5
-  %2962 = icmp slt i32 %read_begin.i, %2961
-  br i1 %2962, label %if_then362.i, label %if_end363.i, !prof !8
+for_end_tile356.i:                                ; preds = %if_end360.i, %for_begin_tile354.preheader.i
+  %2982 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2983 = tail call i32 %2982(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not586.i = icmp eq i32 %2983, 0
+  br i1 %.not586.i, label %if_end415.i, label %fused_attend_compute_.exit, !prof !38
 
-for_end_tile359.i:                                ; preds = %if_end363.i, %for_begin_tile357.preheader.i
-  %2963 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2964 = tail call i32 %2963(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not591.i = icmp eq i32 %2964, 0
-  br i1 %.not591.i, label %if_end418.i, label %fused_attend_compute_.exit, !prof !36
+if_then359.i:                                     ; preds = %for_body_tile355.i
+  %2984 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1188.i
+  %old_max366.i = load <16 x float>, ptr %2984, align 4, !tbaa !5
+  %2985 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1188.i
+  %old_sum368.i = load <16 x float>, ptr %2985, align 4, !tbaa !5
+  %2986 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1188.i
+  %2987 = load <16 x float>, ptr %2986, align 4, !tbaa !5
+  %2988 = fcmp ogt <16 x float> %old_max366.i, %2987
+  %2989 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1188.i
+  %2990 = load <16 x float>, ptr %2989, align 4, !tbaa !5
+  %2991 = fcmp oeq <16 x float> %2990, zeroinitializer
+  %2992 = select <16 x i1> %2991, <16 x i1> splat (i1 true), <16 x i1> %2988
+  %old_or_both372.i = select <16 x i1> %2992, <16 x float> %old_max366.i, <16 x float> %2987
+  %2993 = fcmp oeq <16 x float> %old_sum368.i, zeroinitializer
+  %m374.i = select <16 x i1> %2993, <16 x float> %2987, <16 x float> %old_or_both372.i
+  %2994 = fsub <16 x float> %old_max366.i, %m374.i
+  %2995 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2994, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2996 = bitcast <16 x float> %2995 to <16 x i32>
+  %2997 = fadd <16 x float> %2995, splat (float 0xC168000FE0000000)
+  %2998 = fmul <16 x float> %2997, splat (float 0x3F2BD01060000000)
+  %2999 = fmul <16 x float> %2997, splat (float 0x3FE6300000000000)
+  %3000 = fsub <16 x float> %2994, %2999
+  %3001 = fadd <16 x float> %2998, %3000
+  %3002 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3001, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %3003 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3002, <16 x float> %3001, <16 x float> splat (float 0x3FA5558F20000000))
+  %3004 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3003, <16 x float> %3001, <16 x float> splat (float 0x3FC5554920000000))
+  %3005 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3004, <16 x float> %3001, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %3006 = fmul <16 x float> %3001, %3001
+  %3007 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3005, <16 x float> %3006, <16 x float> %3001)
+  %3008 = shl <16 x i32> %2996, splat (i32 23)
+  %3009 = bitcast <16 x i32> %3008 to <16 x float>
+  %3010 = fadd <16 x float> %3007, splat (float 1.000000e+00)
+  %3011 = fmul <16 x float> %3010, %3009
+  %3012 = fcmp olt <16 x float> %2994, splat (float -8.700000e+01)
+  %3013 = select <16 x i1> %3012, <16 x float> zeroinitializer, <16 x float> %3011
+  %3014 = fcmp one <16 x float> %old_sum368.i, zeroinitializer
+  %3015 = select <16 x i1> %3014, <16 x float> %3013, <16 x float> zeroinitializer
+  %arg392.i = fsub <16 x float> %2987, %m374.i
+  %3016 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg392.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %3017 = bitcast <16 x float> %3016 to <16 x i32>
+  %3018 = fadd <16 x float> %3016, splat (float 0xC168000FE0000000)
+  %3019 = fmul <16 x float> %3018, splat (float 0x3F2BD01060000000)
+  %3020 = fmul <16 x float> %3018, splat (float 0x3FE6300000000000)
+  %3021 = fsub <16 x float> %arg392.i, %3020
+  %3022 = fadd <16 x float> %3019, %3021
+  %3023 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3022, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %3024 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3023, <16 x float> %3022, <16 x float> splat (float 0x3FA5558F20000000))
+  %3025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3024, <16 x float> %3022, <16 x float> splat (float 0x3FC5554920000000))
+  %3026 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3025, <16 x float> %3022, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %3027 = fmul <16 x float> %3022, %3022
+  %3028 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3026, <16 x float> %3027, <16 x float> %3022)
+  %3029 = shl <16 x i32> %3017, splat (i32 23)
+  %3030 = bitcast <16 x i32> %3029 to <16 x float>
+  %3031 = fadd <16 x float> %3028, splat (float 1.000000e+00)
+  %3032 = fmul <16 x float> %3031, %3030
+  %3033 = fcmp olt <16 x float> %arg392.i, splat (float -8.700000e+01)
+  %3034 = select <16 x i1> %3033, <16 x float> zeroinitializer, <16 x float> %3032
+  %3035 = fcmp one <16 x float> %2990, zeroinitializer
+  %3036 = select <16 x i1> %3035, <16 x float> %3034, <16 x float> zeroinitializer
+  %3037 = fmul <16 x float> %old_sum368.i, %3015
+  %3038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3036, <16 x float> %2990, <16 x float> %3037)
+  store <16 x float> %m374.i, ptr %2984, align 4, !tbaa !5
+  store <16 x float> %3038, ptr %2985, align 4, !tbaa !5
+  %3039 = shl i64 %indvars.iv1076.i, 11
+  %3040 = and i64 %3039, 4294965248
+  br label %for_body_d410.i
 
-if_then362.i:                                     ; preds = %for_body_tile358.i
-  %2965 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1207.i
-  %old_max369.i = load <16 x float>, ptr %2965, align 4, !tbaa !5
-  %2966 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1207.i
-  %old_sum371.i = load <16 x float>, ptr %2966, align 4, !tbaa !5
-  %2967 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1207.i
-  %2968 = load <16 x float>, ptr %2967, align 4, !tbaa !5
-  %2969 = fcmp ogt <16 x float> %old_max369.i, %2968
-  %2970 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1207.i
-  %2971 = load <16 x float>, ptr %2970, align 4, !tbaa !5
-  %2972 = fcmp oeq <16 x float> %2971, zeroinitializer
-  %2973 = select <16 x i1> %2972, <16 x i1> splat (i1 true), <16 x i1> %2969
-  %old_or_both375.i = select <16 x i1> %2973, <16 x float> %old_max369.i, <16 x float> %2968
-  %2974 = fcmp oeq <16 x float> %old_sum371.i, zeroinitializer
-  %m377.i = select <16 x i1> %2974, <16 x float> %2968, <16 x float> %old_or_both375.i
-  %2975 = fsub <16 x float> %old_max369.i, %m377.i
-  %2976 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2975, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2977 = bitcast <16 x float> %2976 to <16 x i32>
-  %2978 = fadd <16 x float> %2976, splat (float 0xC168000FE0000000)
-  %2979 = fmul <16 x float> %2978, splat (float 0x3F2BD01060000000)
-  %2980 = fmul <16 x float> %2978, splat (float 0x3FE6300000000000)
-  %2981 = fsub <16 x float> %2975, %2980
-  %2982 = fadd <16 x float> %2979, %2981
-  %2983 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2982, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2984 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2983, <16 x float> %2982, <16 x float> splat (float 0x3FA5558F20000000))
-  %2985 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2984, <16 x float> %2982, <16 x float> splat (float 0x3FC5554920000000))
-  %2986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2985, <16 x float> %2982, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2987 = fmul <16 x float> %2982, %2982
-  %2988 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2986, <16 x float> %2987, <16 x float> %2982)
-  %2989 = shl <16 x i32> %2977, splat (i32 23)
-  %2990 = bitcast <16 x i32> %2989 to <16 x float>
-  %2991 = fadd <16 x float> %2988, splat (float 1.000000e+00)
-  %2992 = fmul <16 x float> %2991, %2990
-  %2993 = fcmp olt <16 x float> %2975, splat (float -8.700000e+01)
-  %2994 = select <16 x i1> %2993, <16 x float> zeroinitializer, <16 x float> %2992
-  %2995 = fcmp one <16 x float> %old_sum371.i, zeroinitializer
-  %2996 = select <16 x i1> %2995, <16 x float> %2994, <16 x float> zeroinitializer
-  %arg395.i = fsub <16 x float> %2968, %m377.i
-  %2997 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg395.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2998 = bitcast <16 x float> %2997 to <16 x i32>
-  %2999 = fadd <16 x float> %2997, splat (float 0xC168000FE0000000)
-  %3000 = fmul <16 x float> %2999, splat (float 0x3F2BD01060000000)
-  %3001 = fmul <16 x float> %2999, splat (float 0x3FE6300000000000)
-  %3002 = fsub <16 x float> %arg395.i, %3001
-  %3003 = fadd <16 x float> %3000, %3002
-  %3004 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3003, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %3005 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3004, <16 x float> %3003, <16 x float> splat (float 0x3FA5558F20000000))
-  %3006 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3005, <16 x float> %3003, <16 x float> splat (float 0x3FC5554920000000))
-  %3007 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3006, <16 x float> %3003, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %3008 = fmul <16 x float> %3003, %3003
-  %3009 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3007, <16 x float> %3008, <16 x float> %3003)
-  %3010 = shl <16 x i32> %2998, splat (i32 23)
-  %3011 = bitcast <16 x i32> %3010 to <16 x float>
-  %3012 = fadd <16 x float> %3009, splat (float 1.000000e+00)
-  %3013 = fmul <16 x float> %3012, %3011
-  %3014 = fcmp olt <16 x float> %arg395.i, splat (float -8.700000e+01)
-  %3015 = select <16 x i1> %3014, <16 x float> zeroinitializer, <16 x float> %3013
-  %3016 = fcmp one <16 x float> %2971, zeroinitializer
-  %3017 = select <16 x i1> %3016, <16 x float> %3015, <16 x float> zeroinitializer
-  %3018 = fmul <16 x float> %old_sum371.i, %2996
-  %3019 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3017, <16 x float> %2971, <16 x float> %3018)
-  store <16 x float> %m377.i, ptr %2965, align 4, !tbaa !5
-  store <16 x float> %3019, ptr %2966, align 4, !tbaa !5
-  %3020 = shl i64 %indvars.iv1096.i, 11
-  %3021 = and i64 %3020, 4294965248
-  br label %for_body_d413.i
+if_end360.i:                                      ; preds = %for_body_d410.i, %for_body_tile355.i
+  %indvars.iv.next1077.i = add nuw nsw i64 %indvars.iv1076.i, 1
+  %exitcond1080.not.i = icmp eq i64 %indvars.iv.next1077.i, %wide.trip.count1079.i
+  br i1 %exitcond1080.not.i, label %for_end_tile356.i, label %for_body_tile355.i, !prof !13
 
-if_end363.i:                                      ; preds = %for_body_d413.i, %for_body_tile358.i
-  %indvars.iv.next1097.i = add nuw nsw i64 %indvars.iv1096.i, 1
-  %exitcond1100.not.i = icmp eq i64 %indvars.iv.next1097.i, %wide.trip.count1099.i
-  br i1 %exitcond1100.not.i, label %for_end_tile359.i, label %for_body_tile358.i, !prof !13
+for_body_d410.i:                                  ; preds = %for_body_d410.i, %if_then359.i
+  %indvars.iv1072.i = phi i64 [ 0, %if_then359.i ], [ %indvars.iv.next1073.i.3, %for_body_d410.i ]
+  %3041 = shl nuw nsw i64 %indvars.iv1072.i, 4
+  %3042 = add nuw nsw i64 %3041, %3040
+  %3043 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3042
+  %3044 = load <16 x float>, ptr %3043, align 4, !tbaa !5
+  %3045 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3042
+  %3046 = load <16 x float>, ptr %3045, align 4, !tbaa !5
+  %3047 = fmul <16 x float> %3015, %3046
+  %3048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3036, <16 x float> %3044, <16 x float> %3047)
+  store <16 x float> %3048, ptr %3045, align 4, !tbaa !5
+  %indvars.iv.next1073.i = shl i64 %indvars.iv1072.i, 4
+  %3049 = or disjoint i64 %indvars.iv.next1073.i, 16
+  %3050 = add nuw nsw i64 %3049, %3040
+  %3051 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3050
+  %3052 = load <16 x float>, ptr %3051, align 4, !tbaa !5
+  %3053 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3050
+  %3054 = load <16 x float>, ptr %3053, align 4, !tbaa !5
+  %3055 = fmul <16 x float> %3015, %3054
+  %3056 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3036, <16 x float> %3052, <16 x float> %3055)
+  store <16 x float> %3056, ptr %3053, align 4, !tbaa !5
+  %indvars.iv.next1073.i.1 = shl i64 %indvars.iv1072.i, 4
+  %3057 = or disjoint i64 %indvars.iv.next1073.i.1, 32
+  %3058 = add nuw nsw i64 %3057, %3040
+  %3059 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3058
+  %3060 = load <16 x float>, ptr %3059, align 4, !tbaa !5
+  %3061 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3058
+  %3062 = load <16 x float>, ptr %3061, align 4, !tbaa !5
+  %3063 = fmul <16 x float> %3015, %3062
+  %3064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3036, <16 x float> %3060, <16 x float> %3063)
+  store <16 x float> %3064, ptr %3061, align 4, !tbaa !5
+  %indvars.iv.next1073.i.2 = shl i64 %indvars.iv1072.i, 4
+  %3065 = or disjoint i64 %indvars.iv.next1073.i.2, 48
+  %3066 = add nuw nsw i64 %3065, %3040
+  %3067 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3066
+  %3068 = load <16 x float>, ptr %3067, align 4, !tbaa !5
+  %3069 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3066
+  %3070 = load <16 x float>, ptr %3069, align 4, !tbaa !5
+  %3071 = fmul <16 x float> %3015, %3070
+  %3072 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3036, <16 x float> %3068, <16 x float> %3071)
+  store <16 x float> %3072, ptr %3069, align 4, !tbaa !5
+  %indvars.iv.next1073.i.3 = add nuw nsw i64 %indvars.iv1072.i, 4
+  %exitcond1075.not.i.3 = icmp eq i64 %indvars.iv.next1073.i.3, 128
+  br i1 %exitcond1075.not.i.3, label %if_end360.i, label %for_body_d410.i, !prof !28, !llvm.loop !77
 
-for_body_d413.i:                                  ; preds = %for_body_d413.i, %if_then362.i
-  %indvars.iv1092.i = phi i64 [ 0, %if_then362.i ], [ %indvars.iv.next1093.i.3, %for_body_d413.i ]
-  %3022 = shl nuw nsw i64 %indvars.iv1092.i, 4
-  %3023 = add nuw nsw i64 %3022, %3021
-  %3024 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3023
-  %3025 = load <16 x float>, ptr %3024, align 4, !tbaa !5
-  %3026 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3023
-  %3027 = load <16 x float>, ptr %3026, align 4, !tbaa !5
-  %3028 = fmul <16 x float> %2996, %3027
-  %3029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3017, <16 x float> %3025, <16 x float> %3028)
-  store <16 x float> %3029, ptr %3026, align 4, !tbaa !5
-  %indvars.iv.next1093.i = shl i64 %indvars.iv1092.i, 4
-  %3030 = or disjoint i64 %indvars.iv.next1093.i, 16
-  %3031 = add nuw nsw i64 %3030, %3021
-  %3032 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3031
-  %3033 = load <16 x float>, ptr %3032, align 4, !tbaa !5
-  %3034 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3031
-  %3035 = load <16 x float>, ptr %3034, align 4, !tbaa !5
-  %3036 = fmul <16 x float> %2996, %3035
-  %3037 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3017, <16 x float> %3033, <16 x float> %3036)
-  store <16 x float> %3037, ptr %3034, align 4, !tbaa !5
-  %indvars.iv.next1093.i.1 = shl i64 %indvars.iv1092.i, 4
-  %3038 = or disjoint i64 %indvars.iv.next1093.i.1, 32
-  %3039 = add nuw nsw i64 %3038, %3021
-  %3040 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3039
-  %3041 = load <16 x float>, ptr %3040, align 4, !tbaa !5
-  %3042 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3039
-  %3043 = load <16 x float>, ptr %3042, align 4, !tbaa !5
-  %3044 = fmul <16 x float> %2996, %3043
-  %3045 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3017, <16 x float> %3041, <16 x float> %3044)
-  store <16 x float> %3045, ptr %3042, align 4, !tbaa !5
-  %indvars.iv.next1093.i.2 = shl i64 %indvars.iv1092.i, 4
-  %3046 = or disjoint i64 %indvars.iv.next1093.i.2, 48
-  %3047 = add nuw nsw i64 %3046, %3021
-  %3048 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3047
-  %3049 = load <16 x float>, ptr %3048, align 4, !tbaa !5
-  %3050 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3047
-  %3051 = load <16 x float>, ptr %3050, align 4, !tbaa !5
-  %3052 = fmul <16 x float> %2996, %3051
-  %3053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3017, <16 x float> %3049, <16 x float> %3052)
-  store <16 x float> %3053, ptr %3050, align 4, !tbaa !5
-  %indvars.iv.next1093.i.3 = add nuw nsw i64 %indvars.iv1092.i, 4
-  %exitcond1095.not.i.3 = icmp eq i64 %indvars.iv.next1093.i.3, 128
-  br i1 %exitcond1095.not.i.3, label %if_end363.i, label %for_body_d413.i, !prof !26, !llvm.loop !74
+if_end415.i:                                      ; preds = %for_end_tile356.i
+  %3073 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3074 = tail call i32 %3073(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not587.i = icmp eq i32 %3074, 0
+  br i1 %.not587.i, label %if_end418.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end418.i:                                      ; preds = %for_end_tile359.i
-  %3054 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3055 = tail call i32 %3054(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
-  %.not592.i = icmp eq i32 %3055, 0
-  br i1 %.not592.i, label %if_end421.i, label %fused_attend_compute_.exit, !prof !36
+if_end418.i:                                      ; preds = %if_end415.i
+  %3075 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3076 = tail call i32 %3075(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not588.i = icmp eq i32 %3076, 0
+  br i1 %.not588.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end421.i:                                      ; preds = %if_end418.i
-  %3056 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3057 = tail call i32 %3056(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
-  %.not593.i = icmp eq i32 %3057, 0
-  br i1 %.not593.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !36
+for_body_tile424.i:                               ; preds = %if_end429.loopexit.i, %for_body_tile424.i.preheader
+  %indvars.iv1097.i = phi i64 [ %indvars.iv.next1098.i, %if_end429.loopexit.i ], [ 0, %for_body_tile424.i.preheader ]
+  %3077 = shl i64 %indvars.iv1097.i, 13
+  %3078 = and i64 %3077, 17179860992
+  %scevgep514 = getelementptr i8, ptr %total_acc.i, i64 %3078
+  %3079 = trunc nuw nsw i64 %indvars.iv1097.i to i32
+  %rmod497.i = srem i32 %3079, %113
+  %rdiv504.i = sdiv i32 %3079, %113
+  %3080 = icmp ne i32 %rmod497.i, 0
+  %.not578.i = and i1 %392, %3080
+  %3081 = select i1 %.not578.i, i32 %113, i32 0
+  %3082 = add nsw i32 %3081, %rmod497.i
+  %3083 = shl nsw i32 %3082, 4
+  %3084 = sub nsw i32 %111, %3083
+  %3085 = icmp sgt i32 %3084, 0
+  br i1 %3085, label %for_body_r499.lr.ph.i, label %if_end429.loopexit.i, !prof !3
 
-for_body_tile427.i:                               ; preds = %if_end432.loopexit.i, %for_body_tile427.i.preheader
-  %indvars.iv1118.i = phi i64 [ %indvars.iv.next1119.i, %if_end432.loopexit.i ], [ 0, %for_body_tile427.i.preheader ]
-  %3058 = shl i64 %indvars.iv1118.i, 13
-  %3059 = and i64 %3058, 17179860992
-  %scevgep494 = getelementptr i8, ptr %total_acc.i, i64 %3059
-  %3060 = trunc nuw nsw i64 %indvars.iv1118.i to i32
-  %rmod500.i = srem i32 %3060, %111
-  %rdiv507.i = sdiv i32 %3060, %111
-  %3061 = icmp ne i32 %rmod500.i, 0
-  %.not583.i = and i1 %412, %3061
-  %3062 = select i1 %.not583.i, i32 %111, i32 0
-  %3063 = add nsw i32 %3062, %rmod500.i
-  %3064 = shl nsw i32 %3063, 4
-  %3065 = sub nsw i32 %109, %3064
-  %3066 = icmp sgt i32 %3065, 0
-  br i1 %3066, label %for_body_r502.lr.ph.i, label %if_end432.loopexit.i, !prof !3
+for_end_tile425.i:                                ; preds = %if_end429.loopexit.i, %if_end429.us.i, %for_begin_tile423.preheader.i
+  %3086 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3087 = tail call i32 %3086(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not.i = icmp eq i32 %3087, 0
+  br i1 %.not.i, label %if_end524.i, label %fused_attend_compute_.exit, !prof !38
 
-for_end_tile428.i:                                ; preds = %if_end432.loopexit.i, %if_end432.us.i, %for_begin_tile426.preheader.i
-  %3067 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3068 = tail call i32 %3067(i32 1, i32 %dev_id, ptr nonnull %reach.i)
-  %.not.i = icmp eq i32 %3068, 0
-  br i1 %.not.i, label %if_end527.i, label %fused_attend_compute_.exit, !prof !36
+if_end429.loopexit.i:                             ; preds = %for_end_d517.i, %for_body_tile424.i
+  %indvars.iv.next1098.i = add nuw nsw i64 %indvars.iv1097.i, 1
+  %exitcond1101.not.i = icmp eq i64 %indvars.iv.next1098.i, %wide.trip.count1136.i
+  br i1 %exitcond1101.not.i, label %for_end_tile425.i, label %for_body_tile424.i, !prof !13
 
-if_end432.loopexit.i:                             ; preds = %for_end_d520.i, %for_body_tile427.i
-  %indvars.iv.next1119.i = add nuw nsw i64 %indvars.iv1118.i, 1
-  %exitcond1122.not.i = icmp eq i64 %indvars.iv.next1119.i, %wide.trip.count1157.i
-  br i1 %exitcond1122.not.i, label %for_end_tile428.i, label %for_body_tile427.i, !prof !13
+for_body_r499.lr.ph.i:                            ; preds = %for_body_tile424.i
+  %3088 = sext i1 %.not578.i to i32
+  %3089 = add nsw i32 %rdiv504.i, %3088
+  %3090 = sext i32 %3089 to i64
+  %3091 = sext i32 %3082 to i64
+  %3092 = shl nsw i64 %3091, 7
+  %3093 = add nsw i64 %393, %3090
+  %3094 = shl nsw i64 %3093, 2
+  %3095 = add nsw i64 %3092, %395
+  %3096 = shl i64 %indvars.iv1097.i, 4
+  %3097 = and i64 %3096, 4294967280
+  %3098 = tail call i32 @llvm.umin.i32(i32 %3084, i32 16)
+  %wide.trip.count1085.i = zext nneg i32 %3098 to i64
+  %3099 = add nsw i64 %3095, %3094
+  br label %for_body_r499.i
 
-for_body_r502.lr.ph.i:                            ; preds = %for_body_tile427.i
-  %3069 = sext i1 %.not583.i to i32
-  %3070 = add nsw i32 %rdiv507.i, %3069
-  %3071 = sext i32 %3070 to i64
-  %3072 = sext i32 %3063 to i64
-  %3073 = shl nsw i64 %3072, 7
-  %3074 = add nsw i64 %413, %3071
-  %3075 = shl nsw i64 %3074, 2
-  %3076 = add nsw i64 %3073, %415
-  %3077 = shl i64 %indvars.iv1118.i, 4
-  %3078 = and i64 %3077, 4294967280
-  %3079 = tail call i32 @llvm.umin.i32(i32 %3065, i32 16)
-  %wide.trip.count1106.i = zext nneg i32 %3079 to i64
-  %3080 = add nsw i64 %3076, %3075
-  br label %for_body_r502.i
+for_begin_d515.preheader.lr.ph.i:                 ; preds = %for_body_r499.i
+  %.idx.i = shl nsw i64 %3093, 11
+  %3100 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %.idx579.i = shl nsw i64 %3091, 16
+  %3101 = getelementptr i8, ptr %3100, i64 %.idx579.i
+  %invariant.gep859.i = getelementptr i8, ptr %3101, i64 %.idx580.i
+  %3102 = shl i64 %indvars.iv1097.i, 11
+  %3103 = and i64 %3102, 4294965248
+  %invariant.gep1259.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3103
+  %3104 = add nsw i64 %.idx579.i, %.idx.i
+  %scevgep509 = getelementptr i8, ptr %scevgep508, i64 %3104
+  %scevgep512 = getelementptr i8, ptr %scevgep511, i64 %3104
+  %3105 = shl nuw nsw i64 %wide.trip.count1085.i, 2
+  %3106 = getelementptr i8, ptr %scevgep515, i64 %3078
+  %scevgep516 = getelementptr i8, ptr %3106, i64 %3105
+  br label %for_begin_d515.preheader.i
 
-for_begin_d518.preheader.lr.ph.i:                 ; preds = %for_body_r502.i
-  %.idx.i = shl nsw i64 %3074, 11
-  %3081 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %.idx584.i = shl nsw i64 %3072, 16
-  %3082 = getelementptr i8, ptr %3081, i64 %.idx584.i
-  %invariant.gep876.i = getelementptr i8, ptr %3082, i64 %.idx585.i
-  %3083 = shl i64 %indvars.iv1118.i, 11
-  %3084 = and i64 %3083, 4294965248
-  %invariant.gep1276.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3084
-  %3085 = add nsw i64 %.idx584.i, %.idx.i
-  %scevgep489 = getelementptr i8, ptr %scevgep488, i64 %3085
-  %scevgep492 = getelementptr i8, ptr %scevgep491, i64 %3085
-  %3086 = shl nuw nsw i64 %wide.trip.count1106.i, 2
-  %3087 = getelementptr i8, ptr %scevgep495, i64 %3059
-  %scevgep496 = getelementptr i8, ptr %3087, i64 %3086
-  br label %for_begin_d518.preheader.i
+for_body_r499.i:                                  ; preds = %for_body_r499.i, %for_body_r499.lr.ph.i
+  %indvars.iv1082.i = phi i64 [ 0, %for_body_r499.lr.ph.i ], [ %indvars.iv.next1083.i.1, %for_body_r499.i ]
+  %3107 = add nuw nsw i64 %indvars.iv1082.i, %3097
+  %3108 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3107
+  %3109 = load float, ptr %3108, align 4, !tbaa !5
+  %3110 = and i64 %indvars.iv1082.i, 2
+  %3111 = shl nuw nsw i64 %indvars.iv1082.i, 3
+  %3112 = and i64 %3111, 17179869152
+  %3113 = or disjoint i64 %3099, %3110
+  %3114 = add nsw i64 %3113, %3112
+  %3115 = getelementptr inbounds float, ptr %partial_max, i64 %3114
+  store float %3109, ptr %3115, align 4, !tbaa !5
+  %3116 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3107
+  %3117 = load float, ptr %3116, align 4, !tbaa !5
+  %3118 = getelementptr inbounds float, ptr %partial_sum, i64 %3114
+  store float %3117, ptr %3118, align 4, !tbaa !5
+  %indvars.iv.next1083.i = or disjoint i64 %indvars.iv1082.i, 1
+  %3119 = add nuw nsw i64 %indvars.iv.next1083.i, %3097
+  %3120 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3119
+  %3121 = load float, ptr %3120, align 4, !tbaa !5
+  %3122 = and i64 %indvars.iv.next1083.i, 3
+  %3123 = shl nuw nsw i64 %indvars.iv1082.i, 3
+  %3124 = and i64 %3123, 17179869152
+  %3125 = or disjoint i64 %3099, %3122
+  %3126 = add nsw i64 %3125, %3124
+  %3127 = getelementptr inbounds float, ptr %partial_max, i64 %3126
+  store float %3121, ptr %3127, align 4, !tbaa !5
+  %3128 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3119
+  %3129 = load float, ptr %3128, align 4, !tbaa !5
+  %3130 = getelementptr inbounds float, ptr %partial_sum, i64 %3126
+  store float %3129, ptr %3130, align 4, !tbaa !5
+  %indvars.iv.next1083.i.1 = add nuw nsw i64 %indvars.iv1082.i, 2
+  %exitcond1086.not.i.1 = icmp eq i64 %indvars.iv.next1083.i.1, %wide.trip.count1085.i
+  br i1 %exitcond1086.not.i.1, label %for_begin_d515.preheader.lr.ph.i, label %for_body_r499.i, !prof !13, !llvm.loop !79
 
-for_body_r502.i:                                  ; preds = %for_body_r502.i, %for_body_r502.lr.ph.i
-  %indvars.iv1102.i = phi i64 [ 0, %for_body_r502.lr.ph.i ], [ %indvars.iv.next1103.i.1, %for_body_r502.i ]
-  %3088 = add nuw nsw i64 %indvars.iv1102.i, %3078
-  %3089 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3088
-  %3090 = load float, ptr %3089, align 4, !tbaa !5
-  %3091 = and i64 %indvars.iv1102.i, 2
-  %3092 = shl nuw nsw i64 %indvars.iv1102.i, 3
-  %3093 = and i64 %3092, 17179869152
-  %3094 = or disjoint i64 %3080, %3091
-  %3095 = add nsw i64 %3094, %3093
-  %3096 = getelementptr inbounds float, ptr %partial_max, i64 %3095
-  store float %3090, ptr %3096, align 4, !tbaa !5
-  %3097 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3088
-  %3098 = load float, ptr %3097, align 4, !tbaa !5
-  %3099 = getelementptr inbounds float, ptr %partial_sum, i64 %3095
-  store float %3098, ptr %3099, align 4, !tbaa !5
-  %indvars.iv.next1103.i = or disjoint i64 %indvars.iv1102.i, 1
-  %3100 = add nuw nsw i64 %indvars.iv.next1103.i, %3078
-  %3101 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3100
-  %3102 = load float, ptr %3101, align 4, !tbaa !5
-  %3103 = and i64 %indvars.iv.next1103.i, 3
-  %3104 = shl nuw nsw i64 %indvars.iv1102.i, 3
-  %3105 = and i64 %3104, 17179869152
-  %3106 = or disjoint i64 %3080, %3103
-  %3107 = add nsw i64 %3106, %3105
-  %3108 = getelementptr inbounds float, ptr %partial_max, i64 %3107
-  store float %3102, ptr %3108, align 4, !tbaa !5
-  %3109 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3100
-  %3110 = load float, ptr %3109, align 4, !tbaa !5
-  %3111 = getelementptr inbounds float, ptr %partial_sum, i64 %3107
-  store float %3110, ptr %3111, align 4, !tbaa !5
-  %indvars.iv.next1103.i.1 = add nuw nsw i64 %indvars.iv1102.i, 2
-  %exitcond1107.not.i.1 = icmp eq i64 %indvars.iv.next1103.i.1, %wide.trip.count1106.i
-  br i1 %exitcond1107.not.i.1, label %for_begin_d518.preheader.lr.ph.i, label %for_body_r502.i, !prof !13, !llvm.loop !76
+for_begin_d515.preheader.i:                       ; preds = %for_end_d517.i, %for_begin_d515.preheader.lr.ph.i
+  %indvars.iv1091.i = phi i64 [ 0, %for_begin_d515.preheader.lr.ph.i ], [ %indvars.iv.next1092.i, %for_end_d517.i ]
+  %3131 = shl nuw nsw i64 %indvars.iv1091.i, 7
+  %3132 = and i64 %3131, 384
+  %3133 = shl nuw nsw i64 %indvars.iv1091.i, 10
+  %3134 = and i64 %3133, 2199023251456
+  %gep860.i = getelementptr float, ptr %invariant.gep859.i, i64 %3134
+  %3135 = getelementptr float, ptr %gep860.i, i64 %3132
+  %gep1260.i = getelementptr inbounds nuw float, ptr %invariant.gep1259.i, i64 %indvars.iv1091.i
+  %3136 = shl i64 %indvars.iv1091.i, 12
+  %3137 = and i64 %3136, 8796093005824
+  %3138 = shl i64 %indvars.iv1091.i, 9
+  %3139 = and i64 %3138, 1536
+  %3140 = or disjoint i64 %3137, %3139
+  %scevgep513 = getelementptr i8, ptr %scevgep512, i64 %3140
+  %scevgep510 = getelementptr i8, ptr %scevgep509, i64 %3140
+  %bound0517 = icmp ult ptr %scevgep510, %scevgep516
+  %bound1518 = icmp ult ptr %scevgep514, %scevgep513
+  %found.conflict519 = and i1 %bound0517, %bound1518
+  br i1 %found.conflict519, label %for_body_d516.i, label %vector.body522, !prof !16
 
-for_begin_d518.preheader.i:                       ; preds = %for_end_d520.i, %for_begin_d518.preheader.lr.ph.i
-  %indvars.iv1112.i = phi i64 [ 0, %for_begin_d518.preheader.lr.ph.i ], [ %indvars.iv.next1113.i, %for_end_d520.i ]
-  %3112 = shl nuw nsw i64 %indvars.iv1112.i, 7
-  %3113 = and i64 %3112, 384
-  %3114 = shl nuw nsw i64 %indvars.iv1112.i, 10
-  %3115 = and i64 %3114, 2199023251456
-  %gep877.i = getelementptr float, ptr %invariant.gep876.i, i64 %3115
-  %3116 = getelementptr float, ptr %gep877.i, i64 %3113
-  %gep1277.i = getelementptr inbounds nuw float, ptr %invariant.gep1276.i, i64 %indvars.iv1112.i
-  %3117 = shl i64 %indvars.iv1112.i, 12
-  %3118 = and i64 %3117, 8796093005824
-  %3119 = shl i64 %indvars.iv1112.i, 9
-  %3120 = and i64 %3119, 1536
-  %3121 = or disjoint i64 %3118, %3120
-  %scevgep493 = getelementptr i8, ptr %scevgep492, i64 %3121
-  %scevgep490 = getelementptr i8, ptr %scevgep489, i64 %3121
-  %bound0497 = icmp ult ptr %scevgep490, %scevgep496
-  %bound1498 = icmp ult ptr %scevgep494, %scevgep493
-  %found.conflict499 = and i1 %bound0497, %bound1498
-  br i1 %found.conflict499, label %for_body_d519.i, label %vector.body502, !prof !16
+vector.body522:                                   ; preds = %for_begin_d515.preheader.i
+  %3141 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3142 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3143 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3144 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather525 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3141, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather526 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3142, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather527 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3143, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather528 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3144, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %3145 = getelementptr i8, ptr %3135, i64 32
+  %3146 = getelementptr i8, ptr %3135, i64 64
+  %3147 = getelementptr i8, ptr %3135, i64 96
+  store <8 x float> %wide.masked.gather525, ptr %3135, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather526, ptr %3145, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather527, ptr %3146, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather528, ptr %3147, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  %3148 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3149 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3150 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3151 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather525.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3148, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather526.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather527.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather528.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3151, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %3152 = getelementptr i8, ptr %3135, i64 128
+  %3153 = getelementptr i8, ptr %3135, i64 160
+  %3154 = getelementptr i8, ptr %3135, i64 192
+  %3155 = getelementptr i8, ptr %3135, i64 224
+  store <8 x float> %wide.masked.gather525.1, ptr %3152, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather526.1, ptr %3153, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather527.1, ptr %3154, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather528.1, ptr %3155, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  %3156 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3157 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3158 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3159 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather525.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3156, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather526.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3157, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather527.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3158, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather528.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3159, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %3160 = getelementptr i8, ptr %3135, i64 256
+  %3161 = getelementptr i8, ptr %3135, i64 288
+  %3162 = getelementptr i8, ptr %3135, i64 320
+  %3163 = getelementptr i8, ptr %3135, i64 352
+  store <8 x float> %wide.masked.gather525.2, ptr %3160, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather526.2, ptr %3161, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather527.2, ptr %3162, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather528.2, ptr %3163, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  %3164 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3165 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3166 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3167 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather525.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3164, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather526.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3165, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather527.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3166, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather528.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %3168 = getelementptr i8, ptr %3135, i64 384
+  %3169 = getelementptr i8, ptr %3135, i64 416
+  %3170 = getelementptr i8, ptr %3135, i64 448
+  %3171 = getelementptr i8, ptr %3135, i64 480
+  store <8 x float> %wide.masked.gather525.3, ptr %3168, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather526.3, ptr %3169, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather527.3, ptr %3170, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather528.3, ptr %3171, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  br label %for_end_d517.i
 
-vector.body502:                                   ; preds = %for_begin_d518.preheader.i
-  %3122 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3123 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3124 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3125 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather505 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3122, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather506 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3123, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather507 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3124, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather508 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3125, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %3126 = getelementptr i8, ptr %3116, i64 32
-  %3127 = getelementptr i8, ptr %3116, i64 64
-  %3128 = getelementptr i8, ptr %3116, i64 96
-  store <8 x float> %wide.masked.gather505, ptr %3116, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather506, ptr %3126, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather507, ptr %3127, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather508, ptr %3128, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  %3129 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3130 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3131 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3132 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather505.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3129, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather506.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3130, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather507.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3131, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather508.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3132, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %3133 = getelementptr i8, ptr %3116, i64 128
-  %3134 = getelementptr i8, ptr %3116, i64 160
-  %3135 = getelementptr i8, ptr %3116, i64 192
-  %3136 = getelementptr i8, ptr %3116, i64 224
-  store <8 x float> %wide.masked.gather505.1, ptr %3133, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather506.1, ptr %3134, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather507.1, ptr %3135, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather508.1, ptr %3136, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  %3137 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3138 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3139 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3140 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather505.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3137, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather506.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3138, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather507.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3139, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather508.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3140, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %3141 = getelementptr i8, ptr %3116, i64 256
-  %3142 = getelementptr i8, ptr %3116, i64 288
-  %3143 = getelementptr i8, ptr %3116, i64 320
-  %3144 = getelementptr i8, ptr %3116, i64 352
-  store <8 x float> %wide.masked.gather505.2, ptr %3141, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather506.2, ptr %3142, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather507.2, ptr %3143, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather508.2, ptr %3144, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  %3145 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3146 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3147 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3148 = getelementptr inbounds nuw i8, ptr %gep1277.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather505.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3145, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather506.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3146, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather507.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3147, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather508.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3148, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %3149 = getelementptr i8, ptr %3116, i64 384
-  %3150 = getelementptr i8, ptr %3116, i64 416
-  %3151 = getelementptr i8, ptr %3116, i64 448
-  %3152 = getelementptr i8, ptr %3116, i64 480
-  store <8 x float> %wide.masked.gather505.3, ptr %3149, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather506.3, ptr %3150, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather507.3, ptr %3151, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather508.3, ptr %3152, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  br label %for_end_d520.i
+for_body_d516.i:                                  ; preds = %for_body_d516.i, %for_begin_d515.preheader.i
+  %indvars.iv1087.i = phi i64 [ %indvars.iv.next1088.i.7, %for_body_d516.i ], [ 0, %for_begin_d515.preheader.i ]
+  %.idx1189.i = shl nuw nsw i64 %indvars.iv1087.i, 6
+  %3172 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i
+  %3173 = load float, ptr %3172, align 4, !tbaa !5
+  %3174 = getelementptr float, ptr %3135, i64 %indvars.iv1087.i
+  store float %3173, ptr %3174, align 4, !tbaa !5
+  %indvars.iv.next1088.i = or disjoint i64 %indvars.iv1087.i, 1
+  %.idx1189.i.1 = shl nuw nsw i64 %indvars.iv.next1088.i, 6
+  %3175 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.1
+  %3176 = load float, ptr %3175, align 4, !tbaa !5
+  %3177 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i
+  store float %3176, ptr %3177, align 4, !tbaa !5
+  %indvars.iv.next1088.i.1 = or disjoint i64 %indvars.iv1087.i, 2
+  %.idx1189.i.2 = shl nuw nsw i64 %indvars.iv.next1088.i.1, 6
+  %3178 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.2
+  %3179 = load float, ptr %3178, align 4, !tbaa !5
+  %3180 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i.1
+  store float %3179, ptr %3180, align 4, !tbaa !5
+  %indvars.iv.next1088.i.2 = or disjoint i64 %indvars.iv1087.i, 3
+  %.idx1189.i.3 = shl nuw nsw i64 %indvars.iv.next1088.i.2, 6
+  %3181 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.3
+  %3182 = load float, ptr %3181, align 4, !tbaa !5
+  %3183 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i.2
+  store float %3182, ptr %3183, align 4, !tbaa !5
+  %indvars.iv.next1088.i.3 = or disjoint i64 %indvars.iv1087.i, 4
+  %.idx1189.i.4 = shl nuw nsw i64 %indvars.iv.next1088.i.3, 6
+  %3184 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.4
+  %3185 = load float, ptr %3184, align 4, !tbaa !5
+  %3186 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i.3
+  store float %3185, ptr %3186, align 4, !tbaa !5
+  %indvars.iv.next1088.i.4 = or disjoint i64 %indvars.iv1087.i, 5
+  %.idx1189.i.5 = shl nuw nsw i64 %indvars.iv.next1088.i.4, 6
+  %3187 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.5
+  %3188 = load float, ptr %3187, align 4, !tbaa !5
+  %3189 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i.4
+  store float %3188, ptr %3189, align 4, !tbaa !5
+  %indvars.iv.next1088.i.5 = or disjoint i64 %indvars.iv1087.i, 6
+  %.idx1189.i.6 = shl nuw nsw i64 %indvars.iv.next1088.i.5, 6
+  %3190 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.6
+  %3191 = load float, ptr %3190, align 4, !tbaa !5
+  %3192 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i.5
+  store float %3191, ptr %3192, align 4, !tbaa !5
+  %indvars.iv.next1088.i.6 = or disjoint i64 %indvars.iv1087.i, 7
+  %.idx1189.i.7 = shl nuw nsw i64 %indvars.iv.next1088.i.6, 6
+  %3193 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.7
+  %3194 = load float, ptr %3193, align 4, !tbaa !5
+  %3195 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i.6
+  store float %3194, ptr %3195, align 4, !tbaa !5
+  %indvars.iv.next1088.i.7 = add nuw nsw i64 %indvars.iv1087.i, 8
+  %exitcond1090.not.i.7 = icmp eq i64 %indvars.iv.next1088.i.7, 128
+  br i1 %exitcond1090.not.i.7, label %for_end_d517.i, label %for_body_d516.i, !prof !29, !llvm.loop !85
 
-for_body_d519.i:                                  ; preds = %for_body_d519.i, %for_begin_d518.preheader.i
-  %indvars.iv1108.i = phi i64 [ %indvars.iv.next1109.i.7, %for_body_d519.i ], [ 0, %for_begin_d518.preheader.i ]
-  %.idx1208.i = shl nuw nsw i64 %indvars.iv1108.i, 6
-  %3153 = getelementptr inbounds nuw i8, ptr %gep1277.i, i64 %.idx1208.i
-  %3154 = load float, ptr %3153, align 4, !tbaa !5
-  %3155 = getelementptr float, ptr %3116, i64 %indvars.iv1108.i
-  store float %3154, ptr %3155, align 4, !tbaa !5
-  %indvars.iv.next1109.i = or disjoint i64 %indvars.iv1108.i, 1
-  %.idx1208.i.1 = shl nuw nsw i64 %indvars.iv.next1109.i, 6
-  %3156 = getelementptr inbounds nuw i8, ptr %gep1277.i, i64 %.idx1208.i.1
-  %3157 = load float, ptr %3156, align 4, !tbaa !5
-  %3158 = getelementptr float, ptr %3116, i64 %indvars.iv.next1109.i
-  store float %3157, ptr %3158, align 4, !tbaa !5
-  %indvars.iv.next1109.i.1 = or disjoint i64 %indvars.iv1108.i, 2
-  %.idx1208.i.2 = shl nuw nsw i64 %indvars.iv.next1109.i.1, 6
-  %3159 = getelementptr inbounds nuw i8, ptr %gep1277.i, i64 %.idx1208.i.2
-  %3160 = load float, ptr %3159, align 4, !tbaa !5
-  %3161 = getelementptr float, ptr %3116, i64 %indvars.iv.next1109.i.1
-  store float %3160, ptr %3161, align 4, !tbaa !5
-  %indvars.iv.next1109.i.2 = or disjoint i64 %indvars.iv1108.i, 3
-  %.idx1208.i.3 = shl nuw nsw i64 %indvars.iv.next1109.i.2, 6
-  %3162 = getelementptr inbounds nuw i8, ptr %gep1277.i, i64 %.idx1208.i.3
-  %3163 = load float, ptr %3162, align 4, !tbaa !5
-  %3164 = getelementptr float, ptr %3116, i64 %indvars.iv.next1109.i.2
-  store float %3163, ptr %3164, align 4, !tbaa !5
-  %indvars.iv.next1109.i.3 = or disjoint i64 %indvars.iv1108.i, 4
-  %.idx1208.i.4 = shl nuw nsw i64 %indvars.iv.next1109.i.3, 6
-  %3165 = getelementptr inbounds nuw i8, ptr %gep1277.i, i64 %.idx1208.i.4
-  %3166 = load float, ptr %3165, align 4, !tbaa !5
-  %3167 = getelementptr float, ptr %3116, i64 %indvars.iv.next1109.i.3
-  store float %3166, ptr %3167, align 4, !tbaa !5
-  %indvars.iv.next1109.i.4 = or disjoint i64 %indvars.iv1108.i, 5
-  %.idx1208.i.5 = shl nuw nsw i64 %indvars.iv.next1109.i.4, 6
-  %3168 = getelementptr inbounds nuw i8, ptr %gep1277.i, i64 %.idx1208.i.5
-  %3169 = load float, ptr %3168, align 4, !tbaa !5
-  %3170 = getelementptr float, ptr %3116, i64 %indvars.iv.next1109.i.4
-  store float %3169, ptr %3170, align 4, !tbaa !5
-  %indvars.iv.next1109.i.5 = or disjoint i64 %indvars.iv1108.i, 6
-  %.idx1208.i.6 = shl nuw nsw i64 %indvars.iv.next1109.i.5, 6
-  %3171 = getelementptr inbounds nuw i8, ptr %gep1277.i, i64 %.idx1208.i.6
-  %3172 = load float, ptr %3171, align 4, !tbaa !5
-  %3173 = getelementptr float, ptr %3116, i64 %indvars.iv.next1109.i.5
-  store float %3172, ptr %3173, align 4, !tbaa !5
-  %indvars.iv.next1109.i.6 = or disjoint i64 %indvars.iv1108.i, 7
-  %.idx1208.i.7 = shl nuw nsw i64 %indvars.iv.next1109.i.6, 6
-  %3174 = getelementptr inbounds nuw i8, ptr %gep1277.i, i64 %.idx1208.i.7
-  %3175 = load float, ptr %3174, align 4, !tbaa !5
-  %3176 = getelementptr float, ptr %3116, i64 %indvars.iv.next1109.i.6
-  store float %3175, ptr %3176, align 4, !tbaa !5
-  %indvars.iv.next1109.i.7 = add nuw nsw i64 %indvars.iv1108.i, 8
-  %exitcond1111.not.i.7 = icmp eq i64 %indvars.iv.next1109.i.7, 128
-  br i1 %exitcond1111.not.i.7, label %for_end_d520.i, label %for_body_d519.i, !prof !27, !llvm.loop !82
+for_end_d517.i:                                   ; preds = %for_body_d516.i, %vector.body522
+  %indvars.iv.next1092.i = add nuw nsw i64 %indvars.iv1091.i, 1
+  %exitcond1096.not.i = icmp eq i64 %indvars.iv.next1092.i, %wide.trip.count1085.i
+  br i1 %exitcond1096.not.i, label %if_end429.loopexit.i, label %for_begin_d515.preheader.i, !prof !13
 
-for_end_d520.i:                                   ; preds = %for_body_d519.i, %vector.body502
-  %indvars.iv.next1113.i = add nuw nsw i64 %indvars.iv1112.i, 1
-  %exitcond1117.not.i = icmp eq i64 %indvars.iv.next1113.i, %wide.trip.count1106.i
-  br i1 %exitcond1117.not.i, label %if_end432.loopexit.i, label %for_begin_d518.preheader.i, !prof !13
+if_end524.i:                                      ; preds = %for_end_tile425.i
+  %3196 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3197 = tail call i32 %3196(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not571.i = icmp eq i32 %3197, 0
+  br i1 %.not571.i, label %if_end527.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end527.i:                                      ; preds = %for_end_tile428.i
-  %3177 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3178 = tail call i32 %3177(i32 1, i32 %dev_id, ptr nonnull %places.i)
-  %.not575.i = icmp eq i32 %3178, 0
-  br i1 %.not575.i, label %if_end530.i, label %fused_attend_compute_.exit, !prof !36
+if_end527.i:                                      ; preds = %if_end524.i
+  %3198 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3199 = tail call i32 %3198(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not572.i = icmp eq i32 %3199, 0
+  br i1 %.not572.i, label %if_end530.i, label %fused_attend_compute_.exit, !prof !38
 
 if_end530.i:                                      ; preds = %if_end527.i
-  %3179 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3180 = tail call i32 %3179(i32 1, i32 %dev_id, ptr nonnull %limits.i)
-  %.not576.i = icmp eq i32 %3180, 0
-  br i1 %.not576.i, label %if_end533.i, label %fused_attend_compute_.exit, !prof !36
+  %3200 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3201 = tail call i32 %3200(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not573.i = icmp eq i32 %3201, 0
+  br i1 %.not573.i, label %if_end533.i, label %fused_attend_compute_.exit, !prof !38
 
 if_end533.i:                                      ; preds = %if_end530.i
-  %3181 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3182 = tail call i32 %3181(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
-  %.not577.i = icmp eq i32 %3182, 0
-  br i1 %.not577.i, label %if_end536.i, label %fused_attend_compute_.exit, !prof !36
+  %3202 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3203 = tail call i32 %3202(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not574.i = icmp eq i32 %3203, 0
+  br i1 %.not574.i, label %if_end536.i, label %fused_attend_compute_.exit, !prof !38
 
 if_end536.i:                                      ; preds = %if_end533.i
-  %3183 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3184 = tail call i32 %3183(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
-  %.not578.i = icmp eq i32 %3184, 0
-  br i1 %.not578.i, label %if_end539.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end539.i:                                      ; preds = %if_end536.i
-  %3185 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3186 = tail call i32 %3185(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
-  %.not579.i = icmp eq i32 %3186, 0
-  br i1 %.not579.i, label %if_end542.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end542.i:                                      ; preds = %if_end539.i
-  %3187 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3188 = tail call i32 %3187(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not580.i = icmp ne i32 %3188, 0
-  %..i = sext i1 %.not580.i to i32
+  %3204 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3205 = tail call i32 %3204(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not575.i = icmp ne i32 %3205, 0
+  %..i = sext i1 %.not575.i to i32
   br label %fused_attend_compute_.exit
 
-fused_attend_compute_.exit:                       ; preds = %if_end542.i, %if_end539.i, %if_end536.i, %if_end533.i, %if_end530.i, %if_end527.i, %for_end_tile428.i, %if_end421.i, %if_end418.i, %for_end_tile359.i, %if_end352.i, %if_end346.i, %if_end340.i, %if_end337.i, %if_end334.i, %if_end195.i, %if_end168.i, %if_end165.i, %if_end162.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end146.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end129.i, %for_body_step.i, %if_end123.i, %if_end120.i, %for_body_number.i, %for_end_r488.us.i, %for_body_tile427.us.i, %if_end14.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
-  %common.ret.op.i = phi i32 [ -1, %if_end539.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end14.i ], [ -1, %for_end_tile428.i ], [ -1, %if_end527.i ], [ -1, %if_end530.i ], [ -1, %if_end533.i ], [ -1, %for_body_tile427.us.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_row_tile.i ], [ -1, %if_end536.i ], [ %..i, %if_end542.i ], [ -1, %for_end_r488.us.i ], [ -1, %if_end340.i ], [ -1, %if_end337.i ], [ -1, %if_end334.i ], [ -1, %if_end195.i ], [ -1, %if_end168.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %if_end346.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end146.i ], [ -1, %if_end352.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end129.i ], [ -1, %if_end421.i ], [ -1, %if_end418.i ], [ -1, %for_end_tile359.i ], [ -1, %if_end123.i ], [ -1, %if_end120.i ], [ -1, %for_body_number.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor557.i)
+fused_attend_compute_.exit:                       ; preds = %if_end536.i, %if_end533.i, %if_end530.i, %if_end527.i, %if_end524.i, %for_end_tile425.i, %if_end418.i, %if_end415.i, %for_end_tile356.i, %if_end349.i, %if_end343.i, %if_end337.i, %if_end334.i, %if_end331.i, %if_end192.i, %if_end165.i, %if_end162.i, %if_end159.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end143.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end126.i, %for_body_step.i, %if_end120.i, %if_end117.i, %for_body_number.i, %for_end_r485.us.i, %for_body_tile424.us.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
+  %common.ret.op.i = phi i32 [ -1, %if_end533.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end530.i ], [ %..i, %if_end536.i ], [ -1, %for_end_tile425.i ], [ -1, %for_body_tile424.us.i ], [ -1, %if_end524.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end527.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_end_r485.us.i ], [ -1, %if_end337.i ], [ -1, %if_end334.i ], [ -1, %if_end331.i ], [ -1, %if_end192.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %if_end159.i ], [ -1, %if_end343.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end143.i ], [ -1, %if_end349.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end126.i ], [ -1, %if_end418.i ], [ -1, %if_end415.i ], [ -1, %for_end_tile356.i ], [ -1, %if_end120.i ], [ -1, %if_end117.i ], [ -1, %for_body_number.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor552.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %reach570.i)
   ret i32 %common.ret.op.i
 }
 
@@ -5891,12 +5867,12 @@ for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.prehe
   store <4 x float> %220, ptr %221, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
-  br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !26
+  br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !28
 
 for_end_ax1.i:                                    ; preds = %for_begin_ax2.preheader.i
   %indvars.iv.next688.i = add nuw nsw i64 %indvars.iv687.i, 1
   %exitcond690.not.i = icmp eq i64 %indvars.iv.next688.i, 8
-  br i1 %exitcond690.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !26
+  br i1 %exitcond690.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !28
 
 for_begin_step.i:                                 ; preds = %if_end203.i, %for_end_tile.i
   %indvars.iv = phi i32 [ %indvars.iv.next, %if_end203.i ], [ %range_len.i, %for_end_tile.i ]
@@ -5905,7 +5881,7 @@ for_begin_step.i:                                 ; preds = %if_end203.i, %for_e
   %222 = and i32 %smin302, 15
   %223 = zext nneg i32 %222 to i64
   %exitcond798.not.i = icmp eq i64 %indvars.iv794.i, %wide.trip.count797.i
-  br i1 %exitcond798.not.i, label %for_begin_tile208.preheader.i, label %for_body_step.i, !prof !36
+  br i1 %exitcond798.not.i, label %for_begin_tile208.preheader.i, label %for_body_step.i, !prof !38
 
 for_begin_tile208.preheader.i:                    ; preds = %for_begin_step.i
   %224 = add nuw nsw i64 %indvars.iv834.i, %106
@@ -5925,7 +5901,7 @@ for_body_tile209.us.i:                            ; preds = %if_end228.us.3.i, %
   %indvars.iv830.i = phi i64 [ %indvars.iv.next831.i, %if_end228.us.3.i ], [ 0, %for_begin_tile208.preheader.i ]
   %234 = shl nuw nsw i64 %indvars.iv830.i, 2
   %235 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %234
-  %total.us.i = load <4 x float>, ptr %235, align 16, !tbaa !83
+  %total.us.i = load <4 x float>, ptr %235, align 16, !tbaa !86
   %236 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %237 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %238 = select <4 x i1> %237, <4 x float> zeroinitializer, <4 x float> %236
@@ -6134,7 +6110,7 @@ for_body_tile209.us.i:                            ; preds = %if_end228.us.3.i, %
   %gep631.us.3.3.i = getelementptr i8, ptr %invariant.gep630.us.3.i, i64 192
   store <32 x i16> %409, ptr %gep631.us.3.3.i, align 2, !tbaa !5
   %410 = getelementptr float, ptr %230, i64 %234
-  %411 = load float, ptr %235, align 16, !tbaa !83
+  %411 = load float, ptr %235, align 16, !tbaa !86
   %412 = fcmp oeq float %411, 0.000000e+00
   br i1 %412, label %if_end228.us.i, label %if_else227.us.i
 
@@ -6142,7 +6118,7 @@ if_else227.us.i:                                  ; preds = %for_body_tile209.us
   %413 = fmul float %411, %233
   %414 = tail call float @llvm.log.f32(float %413)
   %415 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %234
-  %416 = load float, ptr %415, align 16, !tbaa !85
+  %416 = load float, ptr %415, align 16, !tbaa !88
   %417 = fadd float %414, %416
   br label %if_end228.us.i
 
@@ -6150,7 +6126,7 @@ if_end228.us.i:                                   ; preds = %if_else227.us.i, %f
   %418 = phi float [ %417, %if_else227.us.i ], [ 0xFFF0000000000000, %for_body_tile209.us.i ]
   store float %418, ptr %410, align 4, !tbaa !5
   %419 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %282
-  %420 = load float, ptr %419, align 4, !tbaa !83
+  %420 = load float, ptr %419, align 4, !tbaa !86
   %421 = fcmp oeq float %420, 0.000000e+00
   br i1 %421, label %if_end228.us.1.i, label %if_else227.us.1.i
 
@@ -6158,7 +6134,7 @@ if_else227.us.1.i:                                ; preds = %if_end228.us.i
   %422 = fmul float %420, %233
   %423 = tail call float @llvm.log.f32(float %422)
   %424 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %282
-  %425 = load float, ptr %424, align 4, !tbaa !85
+  %425 = load float, ptr %424, align 4, !tbaa !88
   %426 = fadd float %423, %425
   br label %if_end228.us.1.i
 
@@ -6167,7 +6143,7 @@ if_end228.us.1.i:                                 ; preds = %if_else227.us.1.i, 
   %428 = getelementptr i8, ptr %410, i64 4
   store float %427, ptr %428, align 4, !tbaa !5
   %429 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %325
-  %430 = load float, ptr %429, align 8, !tbaa !83
+  %430 = load float, ptr %429, align 8, !tbaa !86
   %431 = fcmp oeq float %430, 0.000000e+00
   br i1 %431, label %if_end228.us.2.i, label %if_else227.us.2.i
 
@@ -6175,7 +6151,7 @@ if_else227.us.2.i:                                ; preds = %if_end228.us.1.i
   %432 = fmul float %430, %233
   %433 = tail call float @llvm.log.f32(float %432)
   %434 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %325
-  %435 = load float, ptr %434, align 8, !tbaa !85
+  %435 = load float, ptr %434, align 8, !tbaa !88
   %436 = fadd float %433, %435
   br label %if_end228.us.2.i
 
@@ -6184,7 +6160,7 @@ if_end228.us.2.i:                                 ; preds = %if_else227.us.2.i, 
   %438 = getelementptr i8, ptr %410, i64 8
   store float %437, ptr %438, align 4, !tbaa !5
   %439 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %368
-  %440 = load float, ptr %439, align 4, !tbaa !83
+  %440 = load float, ptr %439, align 4, !tbaa !86
   %441 = fcmp oeq float %440, 0.000000e+00
   br i1 %441, label %if_end228.us.3.i, label %if_else227.us.3.i
 
@@ -6192,7 +6168,7 @@ if_else227.us.3.i:                                ; preds = %if_end228.us.2.i
   %442 = fmul float %440, %233
   %443 = tail call float @llvm.log.f32(float %442)
   %444 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %368
-  %445 = load float, ptr %444, align 4, !tbaa !85
+  %445 = load float, ptr %444, align 4, !tbaa !88
   %446 = fadd float %443, %445
   br label %if_end228.us.3.i
 
@@ -6202,7 +6178,7 @@ if_end228.us.3.i:                                 ; preds = %if_else227.us.3.i, 
   store float %447, ptr %448, align 4, !tbaa !5
   %indvars.iv.next831.i = add nuw nsw i64 %indvars.iv830.i, 1
   %exitcond833.not.i = icmp eq i64 %indvars.iv.next831.i, 8
-  br i1 %exitcond833.not.i, label %for_end_tile210.i, label %for_body_tile209.us.i, !prof !26
+  br i1 %exitcond833.not.i, label %for_end_tile210.i, label %for_body_tile209.us.i, !prof !28
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
   %449 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -6268,7 +6244,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %484, ptr %485, align 8, !tbaa !5
   %indvars.iv.next692.i.1 = add nuw nsw i64 %indvars.iv691.i, 2
   %exitcond694.not.i.1 = icmp eq i64 %indvars.iv.next692.i.1, %wide.trip.count.i
-  br i1 %exitcond694.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !87
+  br i1 %exitcond694.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !90
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t21.i, %if_end18.i
   %486 = icmp sgt i32 %458, 0
@@ -6405,12 +6381,12 @@ for_body_t21.i:                                   ; preds = %for_body_t21.i, %fo
   store i64 %535, ptr %536, align 8, !tbaa !5
   %indvars.iv.next696.i.1 = add nuw nsw i64 %indvars.iv695.i, 2
   %exitcond699.not.i.1 = icmp eq i64 %indvars.iv.next696.i.1, %wide.trip.count.i
-  br i1 %exitcond699.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !88
+  br i1 %exitcond699.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !91
 
 for_begin_kv_head.i:                              ; preds = %if_end197.i, %for_begin_kv_head.preheader.i
   %indvars.iv790.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next791.i, %if_end197.i ]
   %exitcond793.not.i = icmp eq i64 %indvars.iv790.i, 8
-  br i1 %exitcond793.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !36
+  br i1 %exitcond793.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !38
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
   %537 = icmp eq i64 %indvars.iv790.i, 7
@@ -6427,7 +6403,7 @@ for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
   %543 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %544 = tail call i32 %543(i32 1, i32 %dev_id, ptr %value_offsets.i)
   %.not277.i = icmp eq i32 %544, 0
-  br i1 %.not277.i, label %if_end203.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not277.i, label %if_end203.i, label %fused_decode_compute_.exit, !prof !38
 
 if_end32.i:                                       ; preds = %for_body_kv_head.i
   %545 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -6505,7 +6481,7 @@ for_end_to.i:                                     ; preds = %for_begin_to.i
   br i1 %587, label %fused_decode_compute_.exit, label %for_body_to52.us.i.preheader, !prof !8
 
 for_body_to52.us.i.preheader:                     ; preds = %for_end_to.i
-  br i1 %498, label %for_body_to52.us.i.epil.preheader, label %for_body_to52.us.i, !prof !43
+  br i1 %498, label %for_body_to52.us.i.epil.preheader, label %for_body_to52.us.i, !prof !45
 
 for_end_to.thread.i:                              ; preds = %for_begin_to.preheader.i
   %588 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -6570,10 +6546,10 @@ for_body_to52.us.i:                               ; preds = %for_body_to52.us.i,
   %indvars.iv.next719.i.3 = add nuw nsw i64 %indvars.iv718.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to52.us.1.i.preheader.unr-lcssa, label %for_body_to52.us.i, !prof !44, !llvm.loop !89
+  br i1 %niter.ncmp.3, label %for_body_to52.us.1.i.preheader.unr-lcssa, label %for_body_to52.us.i, !prof !46, !llvm.loop !92
 
 for_body_to52.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to52.us.i
-  br i1 %lcmp.mod.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil.preheader, !prof !47
+  br i1 %lcmp.mod.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil.preheader, !prof !49
 
 for_body_to52.us.i.epil.preheader:                ; preds = %for_body_to52.us.1.i.preheader.unr-lcssa, %for_body_to52.us.i.preheader
   %indvars.iv718.i.epil.init = phi i64 [ 0, %for_body_to52.us.i.preheader ], [ %indvars.iv.next719.i.3, %for_body_to52.us.1.i.preheader.unr-lcssa ]
@@ -6598,10 +6574,10 @@ for_body_to52.us.i.epil:                          ; preds = %for_body_to52.us.i.
   %indvars.iv.next719.i.epil = add nuw nsw i64 %indvars.iv718.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil, !prof !12, !llvm.loop !90
+  br i1 %epil.iter.cmp.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil, !prof !12, !llvm.loop !93
 
 for_body_to52.us.1.i.preheader:                   ; preds = %for_body_to52.us.i.epil, %for_body_to52.us.1.i.preheader.unr-lcssa
-  br i1 %499, label %for_body_to52.us.1.i.epil.preheader, label %for_body_to52.us.1.i, !prof !43
+  br i1 %499, label %for_body_to52.us.1.i.epil.preheader, label %for_body_to52.us.1.i, !prof !45
 
 for_body_to52.us.1.i:                             ; preds = %for_body_to52.us.1.i, %for_body_to52.us.1.i.preheader
   %indvars.iv718.1.i = phi i64 [ %indvars.iv.next719.1.i.3, %for_body_to52.us.1.i ], [ 0, %for_body_to52.us.1.i.preheader ]
@@ -6664,10 +6640,10 @@ for_body_to52.us.1.i:                             ; preds = %for_body_to52.us.1.
   %indvars.iv.next719.1.i.3 = add nuw nsw i64 %indvars.iv718.1.i, 4
   %niter209.next.3 = add i64 %niter209, 4
   %niter209.ncmp.3 = icmp eq i64 %niter209.next.3, %unroll_iter208
-  br i1 %niter209.ncmp.3, label %for_body_to52.us.2.i.preheader.unr-lcssa, label %for_body_to52.us.1.i, !prof !44, !llvm.loop !91
+  br i1 %niter209.ncmp.3, label %for_body_to52.us.2.i.preheader.unr-lcssa, label %for_body_to52.us.1.i, !prof !46, !llvm.loop !94
 
 for_body_to52.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to52.us.1.i
-  br i1 %lcmp.mod206.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil.preheader, !prof !47
+  br i1 %lcmp.mod206.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil.preheader, !prof !49
 
 for_body_to52.us.1.i.epil.preheader:              ; preds = %for_body_to52.us.2.i.preheader.unr-lcssa, %for_body_to52.us.1.i.preheader
   %indvars.iv718.1.i.epil.init = phi i64 [ 0, %for_body_to52.us.1.i.preheader ], [ %indvars.iv.next719.1.i.3, %for_body_to52.us.2.i.preheader.unr-lcssa ]
@@ -6693,10 +6669,10 @@ for_body_to52.us.1.i.epil:                        ; preds = %for_body_to52.us.1.
   %indvars.iv.next719.1.i.epil = add nuw nsw i64 %indvars.iv718.1.i.epil, 1
   %epil.iter205.next = add i64 %epil.iter205, 1
   %epil.iter205.cmp.not = icmp eq i64 %epil.iter205.next, %xtraiter204
-  br i1 %epil.iter205.cmp.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil, !prof !12, !llvm.loop !92
+  br i1 %epil.iter205.cmp.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil, !prof !12, !llvm.loop !95
 
 for_body_to52.us.2.i.preheader:                   ; preds = %for_body_to52.us.1.i.epil, %for_body_to52.us.2.i.preheader.unr-lcssa
-  br i1 %500, label %for_body_to52.us.2.i.epil.preheader, label %for_body_to52.us.2.i, !prof !43
+  br i1 %500, label %for_body_to52.us.2.i.epil.preheader, label %for_body_to52.us.2.i, !prof !45
 
 for_body_to52.us.2.i:                             ; preds = %for_body_to52.us.2.i, %for_body_to52.us.2.i.preheader
   %indvars.iv718.2.i = phi i64 [ %indvars.iv.next719.2.i.3, %for_body_to52.us.2.i ], [ 0, %for_body_to52.us.2.i.preheader ]
@@ -6759,10 +6735,10 @@ for_body_to52.us.2.i:                             ; preds = %for_body_to52.us.2.
   %indvars.iv.next719.2.i.3 = add nuw nsw i64 %indvars.iv718.2.i, 4
   %niter215.next.3 = add i64 %niter215, 4
   %niter215.ncmp.3 = icmp eq i64 %niter215.next.3, %unroll_iter214
-  br i1 %niter215.ncmp.3, label %for_body_to52.us.3.i.preheader.unr-lcssa, label %for_body_to52.us.2.i, !prof !44, !llvm.loop !93
+  br i1 %niter215.ncmp.3, label %for_body_to52.us.3.i.preheader.unr-lcssa, label %for_body_to52.us.2.i, !prof !46, !llvm.loop !96
 
 for_body_to52.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to52.us.2.i
-  br i1 %lcmp.mod212.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil.preheader, !prof !47
+  br i1 %lcmp.mod212.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil.preheader, !prof !49
 
 for_body_to52.us.2.i.epil.preheader:              ; preds = %for_body_to52.us.3.i.preheader.unr-lcssa, %for_body_to52.us.2.i.preheader
   %indvars.iv718.2.i.epil.init = phi i64 [ 0, %for_body_to52.us.2.i.preheader ], [ %indvars.iv.next719.2.i.3, %for_body_to52.us.3.i.preheader.unr-lcssa ]
@@ -6788,10 +6764,10 @@ for_body_to52.us.2.i.epil:                        ; preds = %for_body_to52.us.2.
   %indvars.iv.next719.2.i.epil = add nuw nsw i64 %indvars.iv718.2.i.epil, 1
   %epil.iter211.next = add i64 %epil.iter211, 1
   %epil.iter211.cmp.not = icmp eq i64 %epil.iter211.next, %xtraiter210
-  br i1 %epil.iter211.cmp.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil, !prof !12, !llvm.loop !94
+  br i1 %epil.iter211.cmp.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil, !prof !12, !llvm.loop !97
 
 for_body_to52.us.3.i.preheader:                   ; preds = %for_body_to52.us.2.i.epil, %for_body_to52.us.3.i.preheader.unr-lcssa
-  br i1 %501, label %for_body_to52.us.3.i.epil.preheader, label %for_body_to52.us.3.i, !prof !43
+  br i1 %501, label %for_body_to52.us.3.i.epil.preheader, label %for_body_to52.us.3.i, !prof !45
 
 for_body_to52.us.3.i:                             ; preds = %for_body_to52.us.3.i, %for_body_to52.us.3.i.preheader
   %indvars.iv718.3.i = phi i64 [ %indvars.iv.next719.3.i.3, %for_body_to52.us.3.i ], [ 0, %for_body_to52.us.3.i.preheader ]
@@ -6854,10 +6830,10 @@ for_body_to52.us.3.i:                             ; preds = %for_body_to52.us.3.
   %indvars.iv.next719.3.i.3 = add nuw nsw i64 %indvars.iv718.3.i, 4
   %niter221.next.3 = add i64 %niter221, 4
   %niter221.ncmp.3 = icmp eq i64 %niter221.next.3, %unroll_iter220
-  br i1 %niter221.ncmp.3, label %for_body_ax162.i.preheader.unr-lcssa, label %for_body_to52.us.3.i, !prof !44, !llvm.loop !95
+  br i1 %niter221.ncmp.3, label %for_body_ax162.i.preheader.unr-lcssa, label %for_body_to52.us.3.i, !prof !46, !llvm.loop !98
 
 for_body_ax162.i.preheader.unr-lcssa:             ; preds = %for_body_to52.us.3.i
-  br i1 %lcmp.mod218.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil.preheader, !prof !47
+  br i1 %lcmp.mod218.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil.preheader, !prof !49
 
 for_body_to52.us.3.i.epil.preheader:              ; preds = %for_body_ax162.i.preheader.unr-lcssa, %for_body_to52.us.3.i.preheader
   %indvars.iv718.3.i.epil.init = phi i64 [ 0, %for_body_to52.us.3.i.preheader ], [ %indvars.iv.next719.3.i.3, %for_body_ax162.i.preheader.unr-lcssa ]
@@ -6883,10 +6859,10 @@ for_body_to52.us.3.i.epil:                        ; preds = %for_body_to52.us.3.
   %indvars.iv.next719.3.i.epil = add nuw nsw i64 %indvars.iv718.3.i.epil, 1
   %epil.iter217.next = add i64 %epil.iter217, 1
   %epil.iter217.cmp.not = icmp eq i64 %epil.iter217.next, %xtraiter216
-  br i1 %epil.iter217.cmp.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil, !prof !12, !llvm.loop !96
+  br i1 %epil.iter217.cmp.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil, !prof !12, !llvm.loop !99
 
 for_body_ax162.i.preheader:                       ; preds = %for_body_to52.us.3.i.epil, %for_body_ax162.i.preheader.unr-lcssa
-  br i1 %502, label %for_body_ax162.i.epil.preheader, label %for_body_ax162.i, !prof !97
+  br i1 %502, label %for_body_ax162.i.epil.preheader, label %for_body_ax162.i, !prof !100
 
 for_begin_r.preheader.i:                          ; preds = %for_begin_line.preheader.i
   %825 = getelementptr inbounds nuw float, ptr %scores.i, i64 %585
@@ -7215,7 +7191,7 @@ for_begin_r.preheader.i:                          ; preds = %for_begin_line.preh
   %1020 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %1021 = tail call i32 %1020(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
   %.not282.i = icmp eq i32 %1021, 0
-  br i1 %.not282.i, label %for_begin_to.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not282.i, label %for_begin_to.i, label %fused_decode_compute_.exit, !prof !38
 
 for_begin_line.preheader.i:                       ; preds = %for_begin_line.preheader.i, %for_begin_ax1_0.preheader.i
   %indvars.iv705.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next706.i, %for_begin_line.preheader.i ]
@@ -7415,7 +7391,7 @@ for_begin_line.preheader.i:                       ; preds = %for_begin_line.preh
   store <16 x float> %1181, ptr %1189, align 4, !tbaa !5
   %indvars.iv.next706.i = add nuw nsw i64 %indvars.iv705.i, 1
   %exitcond708.not.i = icmp eq i64 %indvars.iv.next706.i, 8
-  br i1 %exitcond708.not.i, label %for_begin_r.preheader.i, label %for_begin_line.preheader.i, !prof !26
+  br i1 %exitcond708.not.i, label %for_begin_r.preheader.i, label %for_begin_line.preheader.i, !prof !28
 
 for_body_r67.us.preheader.i:                      ; preds = %for_end_ax163.3.i
   %peak.rf265.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 0
@@ -7523,10 +7499,10 @@ for_body_ax162.i:                                 ; preds = %for_body_ax162.i, %
   %indvars.iv.next728.i.7 = add nuw nsw i64 %indvars.iv727.i, 8
   %niter228.next.7 = add i64 %niter228, 8
   %niter228.ncmp.7 = icmp eq i64 %niter228.next.7, %unroll_iter227
-  br i1 %niter228.ncmp.7, label %for_end_ax163.i.loopexit.unr-lcssa, label %for_body_ax162.i, !prof !98, !llvm.loop !99
+  br i1 %niter228.ncmp.7, label %for_end_ax163.i.loopexit.unr-lcssa, label %for_body_ax162.i, !prof !101, !llvm.loop !102
 
 for_end_ax163.i.loopexit.unr-lcssa:               ; preds = %for_body_ax162.i
-  br i1 %lcmp.mod224.not, label %for_end_ax163.i, label %for_body_ax162.i.epil.preheader, !prof !100
+  br i1 %lcmp.mod224.not, label %for_end_ax163.i, label %for_body_ax162.i.epil.preheader, !prof !103
 
 for_body_ax162.i.epil.preheader:                  ; preds = %for_end_ax163.i.loopexit.unr-lcssa, %for_body_ax162.i.preheader
   %indvars.iv727.i.epil.init = phi i64 [ 0, %for_body_ax162.i.preheader ], [ %indvars.iv.next728.i.7, %for_end_ax163.i.loopexit.unr-lcssa ]
@@ -7546,7 +7522,7 @@ for_body_ax162.i.epil:                            ; preds = %for_body_ax162.i.ep
   %indvars.iv.next728.i.epil = add nuw nsw i64 %indvars.iv727.i.epil, 1
   %epil.iter223.next = add i64 %epil.iter223, 1
   %epil.iter223.cmp.not = icmp eq i64 %epil.iter223.next, %xtraiter222
-  br i1 %epil.iter223.cmp.not, label %for_end_ax163.i, label %for_body_ax162.i.epil, !prof !47, !llvm.loop !101
+  br i1 %epil.iter223.cmp.not, label %for_end_ax163.i, label %for_body_ax162.i.epil, !prof !49, !llvm.loop !104
 
 for_end_ax163.i:                                  ; preds = %for_body_ax162.i.epil, %for_end_ax163.i.loopexit.unr-lcssa, %for_end_to.thread.i
   %scaled923925928.i = phi ptr [ %scaled922.i, %for_end_to.thread.i ], [ %scaled.i, %for_body_ax162.i.epil ], [ %scaled.i, %for_end_ax163.i.loopexit.unr-lcssa ]
@@ -7603,7 +7579,7 @@ for_end_ax163.i:                                  ; preds = %for_body_ax162.i.ep
   br i1 %486, label %for_body_ax162.1.i.preheader, label %for_end_ax163.1.i, !prof !3
 
 for_body_ax162.1.i.preheader:                     ; preds = %for_end_ax163.i
-  br i1 %503, label %for_body_ax162.1.i.epil.preheader, label %for_body_ax162.1.i, !prof !97
+  br i1 %503, label %for_body_ax162.1.i.epil.preheader, label %for_body_ax162.1.i, !prof !100
 
 for_body_ax162.1.i:                               ; preds = %for_body_ax162.1.i, %for_body_ax162.1.i.preheader
   %indvars.iv727.1.i = phi i64 [ %indvars.iv.next728.1.i.7, %for_body_ax162.1.i ], [ 0, %for_body_ax162.1.i.preheader ]
@@ -7660,10 +7636,10 @@ for_body_ax162.1.i:                               ; preds = %for_body_ax162.1.i,
   %indvars.iv.next728.1.i.7 = add nuw nsw i64 %indvars.iv727.1.i, 8
   %niter235.next.7 = add i64 %niter235, 8
   %niter235.ncmp.7 = icmp eq i64 %niter235.next.7, %unroll_iter234
-  br i1 %niter235.ncmp.7, label %for_end_ax163.1.i.loopexit.unr-lcssa, label %for_body_ax162.1.i, !prof !98, !llvm.loop !102
+  br i1 %niter235.ncmp.7, label %for_end_ax163.1.i.loopexit.unr-lcssa, label %for_body_ax162.1.i, !prof !101, !llvm.loop !105
 
 for_end_ax163.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax162.1.i
-  br i1 %lcmp.mod231.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil.preheader, !prof !100
+  br i1 %lcmp.mod231.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil.preheader, !prof !103
 
 for_body_ax162.1.i.epil.preheader:                ; preds = %for_end_ax163.1.i.loopexit.unr-lcssa, %for_body_ax162.1.i.preheader
   %indvars.iv727.1.i.epil.init = phi i64 [ 0, %for_body_ax162.1.i.preheader ], [ %indvars.iv.next728.1.i.7, %for_end_ax163.1.i.loopexit.unr-lcssa ]
@@ -7684,7 +7660,7 @@ for_body_ax162.1.i.epil:                          ; preds = %for_body_ax162.1.i.
   %indvars.iv.next728.1.i.epil = add nuw nsw i64 %indvars.iv727.1.i.epil, 1
   %epil.iter230.next = add i64 %epil.iter230, 1
   %epil.iter230.cmp.not = icmp eq i64 %epil.iter230.next, %xtraiter229
-  br i1 %epil.iter230.cmp.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil, !prof !47, !llvm.loop !103
+  br i1 %epil.iter230.cmp.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil, !prof !49, !llvm.loop !106
 
 for_end_ax163.1.i:                                ; preds = %for_body_ax162.1.i.epil, %for_end_ax163.1.i.loopexit.unr-lcssa, %for_end_ax163.i
   %peak.rf_global264.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax163.i ], [ %1336, %for_end_ax163.1.i.loopexit.unr-lcssa ], [ %1341, %for_body_ax162.1.i.epil ]
@@ -7740,7 +7716,7 @@ for_end_ax163.1.i:                                ; preds = %for_body_ax162.1.i.
   br i1 %486, label %for_body_ax162.2.i.preheader, label %for_end_ax163.2.i, !prof !3
 
 for_body_ax162.2.i.preheader:                     ; preds = %for_end_ax163.1.i
-  br i1 %504, label %for_body_ax162.2.i.epil.preheader, label %for_body_ax162.2.i, !prof !97
+  br i1 %504, label %for_body_ax162.2.i.epil.preheader, label %for_body_ax162.2.i, !prof !100
 
 for_body_ax162.2.i:                               ; preds = %for_body_ax162.2.i, %for_body_ax162.2.i.preheader
   %indvars.iv727.2.i = phi i64 [ %indvars.iv.next728.2.i.7, %for_body_ax162.2.i ], [ 0, %for_body_ax162.2.i.preheader ]
@@ -7797,10 +7773,10 @@ for_body_ax162.2.i:                               ; preds = %for_body_ax162.2.i,
   %indvars.iv.next728.2.i.7 = add nuw nsw i64 %indvars.iv727.2.i, 8
   %niter242.next.7 = add i64 %niter242, 8
   %niter242.ncmp.7 = icmp eq i64 %niter242.next.7, %unroll_iter241
-  br i1 %niter242.ncmp.7, label %for_end_ax163.2.i.loopexit.unr-lcssa, label %for_body_ax162.2.i, !prof !98, !llvm.loop !104
+  br i1 %niter242.ncmp.7, label %for_end_ax163.2.i.loopexit.unr-lcssa, label %for_body_ax162.2.i, !prof !101, !llvm.loop !107
 
 for_end_ax163.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax162.2.i
-  br i1 %lcmp.mod238.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil.preheader, !prof !100
+  br i1 %lcmp.mod238.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil.preheader, !prof !103
 
 for_body_ax162.2.i.epil.preheader:                ; preds = %for_end_ax163.2.i.loopexit.unr-lcssa, %for_body_ax162.2.i.preheader
   %indvars.iv727.2.i.epil.init = phi i64 [ 0, %for_body_ax162.2.i.preheader ], [ %indvars.iv.next728.2.i.7, %for_end_ax163.2.i.loopexit.unr-lcssa ]
@@ -7821,7 +7797,7 @@ for_body_ax162.2.i.epil:                          ; preds = %for_body_ax162.2.i.
   %indvars.iv.next728.2.i.epil = add nuw nsw i64 %indvars.iv727.2.i.epil, 1
   %epil.iter237.next = add i64 %epil.iter237, 1
   %epil.iter237.cmp.not = icmp eq i64 %epil.iter237.next, %xtraiter236
-  br i1 %epil.iter237.cmp.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil, !prof !47, !llvm.loop !105
+  br i1 %epil.iter237.cmp.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil, !prof !49, !llvm.loop !108
 
 for_end_ax163.2.i:                                ; preds = %for_body_ax162.2.i.epil, %for_end_ax163.2.i.loopexit.unr-lcssa, %for_end_ax163.1.i
   %peak.rf_global264.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax163.1.i ], [ %1413, %for_end_ax163.2.i.loopexit.unr-lcssa ], [ %1418, %for_body_ax162.2.i.epil ]
@@ -7877,7 +7853,7 @@ for_end_ax163.2.i:                                ; preds = %for_body_ax162.2.i.
   br i1 %486, label %for_body_ax162.3.i.preheader, label %for_end_ax163.3.i, !prof !3
 
 for_body_ax162.3.i.preheader:                     ; preds = %for_end_ax163.2.i
-  br i1 %505, label %for_body_ax162.3.i.epil.preheader, label %for_body_ax162.3.i, !prof !97
+  br i1 %505, label %for_body_ax162.3.i.epil.preheader, label %for_body_ax162.3.i, !prof !100
 
 for_body_ax162.3.i:                               ; preds = %for_body_ax162.3.i, %for_body_ax162.3.i.preheader
   %indvars.iv727.3.i = phi i64 [ %indvars.iv.next728.3.i.7, %for_body_ax162.3.i ], [ 0, %for_body_ax162.3.i.preheader ]
@@ -7934,10 +7910,10 @@ for_body_ax162.3.i:                               ; preds = %for_body_ax162.3.i,
   %indvars.iv.next728.3.i.7 = add nuw nsw i64 %indvars.iv727.3.i, 8
   %niter249.next.7 = add i64 %niter249, 8
   %niter249.ncmp.7 = icmp eq i64 %niter249.next.7, %unroll_iter248
-  br i1 %niter249.ncmp.7, label %for_end_ax163.3.i.loopexit.unr-lcssa, label %for_body_ax162.3.i, !prof !98, !llvm.loop !106
+  br i1 %niter249.ncmp.7, label %for_end_ax163.3.i.loopexit.unr-lcssa, label %for_body_ax162.3.i, !prof !101, !llvm.loop !109
 
 for_end_ax163.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax162.3.i
-  br i1 %lcmp.mod245.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil.preheader, !prof !100
+  br i1 %lcmp.mod245.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil.preheader, !prof !103
 
 for_body_ax162.3.i.epil.preheader:                ; preds = %for_end_ax163.3.i.loopexit.unr-lcssa, %for_body_ax162.3.i.preheader
   %indvars.iv727.3.i.epil.init = phi i64 [ 0, %for_body_ax162.3.i.preheader ], [ %indvars.iv.next728.3.i.7, %for_end_ax163.3.i.loopexit.unr-lcssa ]
@@ -7958,7 +7934,7 @@ for_body_ax162.3.i.epil:                          ; preds = %for_body_ax162.3.i.
   %indvars.iv.next728.3.i.epil = add nuw nsw i64 %indvars.iv727.3.i.epil, 1
   %epil.iter244.next = add i64 %epil.iter244, 1
   %epil.iter244.cmp.not = icmp eq i64 %epil.iter244.next, %xtraiter243
-  br i1 %epil.iter244.cmp.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil, !prof !47, !llvm.loop !107
+  br i1 %epil.iter244.cmp.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil, !prof !49, !llvm.loop !110
 
 for_end_ax163.3.i:                                ; preds = %for_body_ax162.3.i.epil, %for_end_ax163.3.i.loopexit.unr-lcssa, %for_end_ax163.2.i
   %peak.rf_global264.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax163.2.i ], [ %1490, %for_end_ax163.3.i.loopexit.unr-lcssa ], [ %1495, %for_body_ax162.3.i.epil ]
@@ -8029,7 +8005,7 @@ for_body_to79.us.i:                               ; preds = %for_body_to79.us.i,
   %indvars.iv.next744.i.1 = add nuw nsw i64 %indvars.iv743.i, 2
   %niter255.next.1 = add i64 %niter255, 2
   %niter255.ncmp.1 = icmp eq i64 %niter255.next.1, %unroll_iter254
-  br i1 %niter255.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa, label %for_body_to79.us.i, !prof !9, !llvm.loop !108
+  br i1 %niter255.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa, label %for_body_to79.us.i, !prof !9, !llvm.loop !111
 
 for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to79.us.i
   br i1 %lcmp.mod252.not, label %for_begin_to78.for_end_to80_crit_edge.us.i, label %for_body_to79.us.i.epil.preheader, !prof !12
@@ -8126,7 +8102,7 @@ for_body_to79.us.1.i:                             ; preds = %for_body_to79.us.1.
   %indvars.iv.next744.1.i.1 = add nuw nsw i64 %indvars.iv743.1.i, 2
   %niter261.next.1 = add i64 %niter261, 2
   %niter261.ncmp.1 = icmp eq i64 %niter261.next.1, %unroll_iter260
-  br i1 %niter261.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa, label %for_body_to79.us.1.i, !prof !9, !llvm.loop !109
+  br i1 %niter261.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa, label %for_body_to79.us.1.i, !prof !9, !llvm.loop !112
 
 for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa: ; preds = %for_body_to79.us.1.i
   br i1 %lcmp.mod258.not, label %for_begin_to78.for_end_to80_crit_edge.us.1.i, label %for_body_to79.us.1.i.epil.preheader, !prof !12
@@ -8224,7 +8200,7 @@ for_body_to79.us.2.i:                             ; preds = %for_body_to79.us.2.
   %indvars.iv.next744.2.i.1 = add nuw nsw i64 %indvars.iv743.2.i, 2
   %niter267.next.1 = add i64 %niter267, 2
   %niter267.ncmp.1 = icmp eq i64 %niter267.next.1, %unroll_iter266
-  br i1 %niter267.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa, label %for_body_to79.us.2.i, !prof !9, !llvm.loop !110
+  br i1 %niter267.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa, label %for_body_to79.us.2.i, !prof !9, !llvm.loop !113
 
 for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa: ; preds = %for_body_to79.us.2.i
   br i1 %lcmp.mod264.not, label %for_begin_to78.for_end_to80_crit_edge.us.2.i, label %for_body_to79.us.2.i.epil.preheader, !prof !12
@@ -8322,7 +8298,7 @@ for_body_to79.us.3.i:                             ; preds = %for_body_to79.us.3.
   %indvars.iv.next744.3.i.1 = add nuw nsw i64 %indvars.iv743.3.i, 2
   %niter273.next.1 = add i64 %niter273, 2
   %niter273.ncmp.1 = icmp eq i64 %niter273.next.1, %unroll_iter272
-  br i1 %niter273.ncmp.1, label %for_body_ax189.i.preheader.unr-lcssa, label %for_body_to79.us.3.i, !prof !9, !llvm.loop !111
+  br i1 %niter273.ncmp.1, label %for_body_ax189.i.preheader.unr-lcssa, label %for_body_to79.us.3.i, !prof !9, !llvm.loop !114
 
 for_body_ax189.i.preheader.unr-lcssa:             ; preds = %for_body_to79.us.3.i
   br i1 %lcmp.mod270.not, label %for_body_ax189.i.preheader, label %for_body_to79.us.3.i.epil.preheader, !prof !12
@@ -8359,7 +8335,7 @@ for_body_to79.us.3.i.epil.preheader:              ; preds = %for_body_ax189.i.pr
   br label %for_body_ax189.i.preheader
 
 for_body_ax189.i.preheader:                       ; preds = %for_body_to79.us.3.i.epil.preheader, %for_body_ax189.i.preheader.unr-lcssa
-  br i1 %510, label %for_body_ax189.i.epil.preheader, label %for_body_ax189.i, !prof !97
+  br i1 %510, label %for_body_ax189.i.epil.preheader, label %for_body_ax189.i, !prof !100
 
 for_body_ax189.i:                                 ; preds = %for_body_ax189.i, %for_body_ax189.i.preheader
   %indvars.iv752.i = phi i64 [ %indvars.iv.next753.i.7, %for_body_ax189.i ], [ 0, %for_body_ax189.i.preheader ]
@@ -8407,10 +8383,10 @@ for_body_ax189.i:                                 ; preds = %for_body_ax189.i, %
   %indvars.iv.next753.i.7 = add nuw nsw i64 %indvars.iv752.i, 8
   %niter280.next.7 = add i64 %niter280, 8
   %niter280.ncmp.7 = icmp eq i64 %niter280.next.7, %unroll_iter279
-  br i1 %niter280.ncmp.7, label %for_end_ax190.i.loopexit.unr-lcssa, label %for_body_ax189.i, !prof !98, !llvm.loop !112
+  br i1 %niter280.ncmp.7, label %for_end_ax190.i.loopexit.unr-lcssa, label %for_body_ax189.i, !prof !101, !llvm.loop !115
 
 for_end_ax190.i.loopexit.unr-lcssa:               ; preds = %for_body_ax189.i
-  br i1 %lcmp.mod276.not, label %for_end_ax190.i, label %for_body_ax189.i.epil.preheader, !prof !100
+  br i1 %lcmp.mod276.not, label %for_end_ax190.i, label %for_body_ax189.i.epil.preheader, !prof !103
 
 for_body_ax189.i.epil.preheader:                  ; preds = %for_end_ax190.i.loopexit.unr-lcssa, %for_body_ax189.i.preheader
   %indvars.iv752.i.epil.init = phi i64 [ 0, %for_body_ax189.i.preheader ], [ %indvars.iv.next753.i.7, %for_end_ax190.i.loopexit.unr-lcssa ]
@@ -8429,7 +8405,7 @@ for_body_ax189.i.epil:                            ; preds = %for_body_ax189.i.ep
   %indvars.iv.next753.i.epil = add nuw nsw i64 %indvars.iv752.i.epil, 1
   %epil.iter275.next = add i64 %epil.iter275, 1
   %epil.iter275.cmp.not = icmp eq i64 %epil.iter275.next, %xtraiter274
-  br i1 %epil.iter275.cmp.not, label %for_end_ax190.i, label %for_body_ax189.i.epil, !prof !47, !llvm.loop !113
+  br i1 %epil.iter275.cmp.not, label %for_end_ax190.i, label %for_body_ax189.i.epil, !prof !49, !llvm.loop !116
 
 for_end_ax190.i:                                  ; preds = %for_body_ax189.i.epil, %for_end_ax190.i.loopexit.unr-lcssa, %for_begin_r73.preheader.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r73.preheader.i ], [ %1812, %for_end_ax190.i.loopexit.unr-lcssa ], [ %1815, %for_body_ax189.i.epil ]
@@ -8469,7 +8445,7 @@ for_end_ax190.i:                                  ; preds = %for_body_ax189.i.ep
   br i1 %486, label %for_body_ax189.1.i.preheader, label %for_end_ax190.1.i, !prof !3
 
 for_body_ax189.1.i.preheader:                     ; preds = %for_end_ax190.i
-  br i1 %511, label %for_body_ax189.1.i.epil.preheader, label %for_body_ax189.1.i, !prof !97
+  br i1 %511, label %for_body_ax189.1.i.epil.preheader, label %for_body_ax189.1.i, !prof !100
 
 for_body_ax189.1.i:                               ; preds = %for_body_ax189.1.i, %for_body_ax189.1.i.preheader
   %indvars.iv752.1.i = phi i64 [ %indvars.iv.next753.1.i.7, %for_body_ax189.1.i ], [ 0, %for_body_ax189.1.i.preheader ]
@@ -8518,10 +8494,10 @@ for_body_ax189.1.i:                               ; preds = %for_body_ax189.1.i,
   %indvars.iv.next753.1.i.7 = add nuw nsw i64 %indvars.iv752.1.i, 8
   %niter287.next.7 = add i64 %niter287, 8
   %niter287.ncmp.7 = icmp eq i64 %niter287.next.7, %unroll_iter286
-  br i1 %niter287.ncmp.7, label %for_end_ax190.1.i.loopexit.unr-lcssa, label %for_body_ax189.1.i, !prof !98, !llvm.loop !114
+  br i1 %niter287.ncmp.7, label %for_end_ax190.1.i.loopexit.unr-lcssa, label %for_body_ax189.1.i, !prof !101, !llvm.loop !117
 
 for_end_ax190.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax189.1.i
-  br i1 %lcmp.mod283.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil.preheader, !prof !100
+  br i1 %lcmp.mod283.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil.preheader, !prof !103
 
 for_body_ax189.1.i.epil.preheader:                ; preds = %for_end_ax190.1.i.loopexit.unr-lcssa, %for_body_ax189.1.i.preheader
   %indvars.iv752.1.i.epil.init = phi i64 [ 0, %for_body_ax189.1.i.preheader ], [ %indvars.iv.next753.1.i.7, %for_end_ax190.1.i.loopexit.unr-lcssa ]
@@ -8541,7 +8517,7 @@ for_body_ax189.1.i.epil:                          ; preds = %for_body_ax189.1.i.
   %indvars.iv.next753.1.i.epil = add nuw nsw i64 %indvars.iv752.1.i.epil, 1
   %epil.iter282.next = add i64 %epil.iter282, 1
   %epil.iter282.cmp.not = icmp eq i64 %epil.iter282.next, %xtraiter281
-  br i1 %epil.iter282.cmp.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil, !prof !47, !llvm.loop !115
+  br i1 %epil.iter282.cmp.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil, !prof !49, !llvm.loop !118
 
 for_end_ax190.1.i:                                ; preds = %for_body_ax189.1.i.epil, %for_end_ax190.1.i.loopexit.unr-lcssa, %for_end_ax190.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax190.i ], [ %1863, %for_end_ax190.1.i.loopexit.unr-lcssa ], [ %1867, %for_body_ax189.1.i.epil ]
@@ -8581,7 +8557,7 @@ for_end_ax190.1.i:                                ; preds = %for_body_ax189.1.i.
   br i1 %486, label %for_body_ax189.2.i.preheader, label %for_end_ax190.2.i, !prof !3
 
 for_body_ax189.2.i.preheader:                     ; preds = %for_end_ax190.1.i
-  br i1 %512, label %for_body_ax189.2.i.epil.preheader, label %for_body_ax189.2.i, !prof !97
+  br i1 %512, label %for_body_ax189.2.i.epil.preheader, label %for_body_ax189.2.i, !prof !100
 
 for_body_ax189.2.i:                               ; preds = %for_body_ax189.2.i, %for_body_ax189.2.i.preheader
   %indvars.iv752.2.i = phi i64 [ %indvars.iv.next753.2.i.7, %for_body_ax189.2.i ], [ 0, %for_body_ax189.2.i.preheader ]
@@ -8630,10 +8606,10 @@ for_body_ax189.2.i:                               ; preds = %for_body_ax189.2.i,
   %indvars.iv.next753.2.i.7 = add nuw nsw i64 %indvars.iv752.2.i, 8
   %niter294.next.7 = add i64 %niter294, 8
   %niter294.ncmp.7 = icmp eq i64 %niter294.next.7, %unroll_iter293
-  br i1 %niter294.ncmp.7, label %for_end_ax190.2.i.loopexit.unr-lcssa, label %for_body_ax189.2.i, !prof !98, !llvm.loop !116
+  br i1 %niter294.ncmp.7, label %for_end_ax190.2.i.loopexit.unr-lcssa, label %for_body_ax189.2.i, !prof !101, !llvm.loop !119
 
 for_end_ax190.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax189.2.i
-  br i1 %lcmp.mod290.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil.preheader, !prof !100
+  br i1 %lcmp.mod290.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil.preheader, !prof !103
 
 for_body_ax189.2.i.epil.preheader:                ; preds = %for_end_ax190.2.i.loopexit.unr-lcssa, %for_body_ax189.2.i.preheader
   %indvars.iv752.2.i.epil.init = phi i64 [ 0, %for_body_ax189.2.i.preheader ], [ %indvars.iv.next753.2.i.7, %for_end_ax190.2.i.loopexit.unr-lcssa ]
@@ -8653,7 +8629,7 @@ for_body_ax189.2.i.epil:                          ; preds = %for_body_ax189.2.i.
   %indvars.iv.next753.2.i.epil = add nuw nsw i64 %indvars.iv752.2.i.epil, 1
   %epil.iter289.next = add i64 %epil.iter289, 1
   %epil.iter289.cmp.not = icmp eq i64 %epil.iter289.next, %xtraiter288
-  br i1 %epil.iter289.cmp.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil, !prof !47, !llvm.loop !117
+  br i1 %epil.iter289.cmp.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil, !prof !49, !llvm.loop !120
 
 for_end_ax190.2.i:                                ; preds = %for_body_ax189.2.i.epil, %for_end_ax190.2.i.loopexit.unr-lcssa, %for_end_ax190.1.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax190.1.i ], [ %1915, %for_end_ax190.2.i.loopexit.unr-lcssa ], [ %1919, %for_body_ax189.2.i.epil ]
@@ -8693,7 +8669,7 @@ for_end_ax190.2.i:                                ; preds = %for_body_ax189.2.i.
   br i1 %486, label %for_body_ax189.3.i.preheader, label %for_end_ax190.3.i, !prof !3
 
 for_body_ax189.3.i.preheader:                     ; preds = %for_end_ax190.2.i
-  br i1 %513, label %for_body_ax189.3.i.epil.preheader, label %for_body_ax189.3.i, !prof !97
+  br i1 %513, label %for_body_ax189.3.i.epil.preheader, label %for_body_ax189.3.i, !prof !100
 
 for_body_ax189.3.i:                               ; preds = %for_body_ax189.3.i, %for_body_ax189.3.i.preheader
   %indvars.iv752.3.i = phi i64 [ %indvars.iv.next753.3.i.7, %for_body_ax189.3.i ], [ 0, %for_body_ax189.3.i.preheader ]
@@ -8742,10 +8718,10 @@ for_body_ax189.3.i:                               ; preds = %for_body_ax189.3.i,
   %indvars.iv.next753.3.i.7 = add nuw nsw i64 %indvars.iv752.3.i, 8
   %niter301.next.7 = add i64 %niter301, 8
   %niter301.ncmp.7 = icmp eq i64 %niter301.next.7, %unroll_iter300
-  br i1 %niter301.ncmp.7, label %for_end_ax190.3.i.loopexit.unr-lcssa, label %for_body_ax189.3.i, !prof !98, !llvm.loop !118
+  br i1 %niter301.ncmp.7, label %for_end_ax190.3.i.loopexit.unr-lcssa, label %for_body_ax189.3.i, !prof !101, !llvm.loop !121
 
 for_end_ax190.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax189.3.i
-  br i1 %lcmp.mod297.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil.preheader, !prof !100
+  br i1 %lcmp.mod297.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil.preheader, !prof !103
 
 for_body_ax189.3.i.epil.preheader:                ; preds = %for_end_ax190.3.i.loopexit.unr-lcssa, %for_body_ax189.3.i.preheader
   %indvars.iv752.3.i.epil.init = phi i64 [ 0, %for_body_ax189.3.i.preheader ], [ %indvars.iv.next753.3.i.7, %for_end_ax190.3.i.loopexit.unr-lcssa ]
@@ -8765,7 +8741,7 @@ for_body_ax189.3.i.epil:                          ; preds = %for_body_ax189.3.i.
   %indvars.iv.next753.3.i.epil = add nuw nsw i64 %indvars.iv752.3.i.epil, 1
   %epil.iter296.next = add i64 %epil.iter296, 1
   %epil.iter296.cmp.not = icmp eq i64 %epil.iter296.next, %xtraiter295
-  br i1 %epil.iter296.cmp.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil, !prof !47, !llvm.loop !119
+  br i1 %epil.iter296.cmp.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil, !prof !49, !llvm.loop !122
 
 for_end_ax190.3.i:                                ; preds = %for_body_ax189.3.i.epil, %for_end_ax190.3.i.loopexit.unr-lcssa, %for_end_ax190.2.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax190.2.i ], [ %1967, %for_end_ax190.3.i.loopexit.unr-lcssa ], [ %1971, %for_body_ax189.3.i.epil ]
@@ -8804,10 +8780,10 @@ for_end_ax190.3.i:                                ; preds = %for_body_ax189.3.i.
   %tile_sum267.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum267.sroa.0.8.vec.insert.i, float %1987, i64 3
   %1988 = shl nuw nsw i64 %indvars.iv790.i, 2
   %1989 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %1988
-  %1990 = load <4 x float>, ptr %1989, align 16, !tbaa !85
+  %1990 = load <4 x float>, ptr %1989, align 16, !tbaa !88
   %old_max.i = select <4 x i1> %490, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %1990
   %1991 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %1988
-  %1992 = load <4 x float>, ptr %1991, align 16, !tbaa !83
+  %1992 = load <4 x float>, ptr %1991, align 16, !tbaa !86
   %old_sum.i = select <4 x i1> %490, <4 x float> zeroinitializer, <4 x float> %1992
   %1993 = fcmp ogt <4 x float> %old_max.i, %tile_max268.sroa.0.3.i
   %1994 = fcmp oeq <4 x float> %tile_sum267.sroa.0.12.vec.insert.i, zeroinitializer
@@ -8861,8 +8837,8 @@ for_end_ax190.3.i:                                ; preds = %for_body_ax189.3.i.
   %2039 = select <4 x i1> %2038, <4 x float> %2037, <4 x float> zeroinitializer
   %2040 = fmul <4 x float> %old_sum.i, %2018
   %2041 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2039, <4 x float> %tile_sum267.sroa.0.12.vec.insert.i, <4 x float> %2040)
-  store <4 x float> %m.i, ptr %1989, align 16, !tbaa !85
-  store <4 x float> %2041, ptr %1991, align 16, !tbaa !83
+  store <4 x float> %m.i, ptr %1989, align 16, !tbaa !88
+  store <4 x float> %2041, ptr %1991, align 16, !tbaa !86
   %2042 = shufflevector <4 x float> %2039, <4 x float> poison, <32 x i32> zeroinitializer
   %2043 = shl nuw nsw i64 %indvars.iv790.i, 9
   %2044 = shufflevector <4 x float> %2018, <4 x float> poison, <32 x i32> zeroinitializer
@@ -8893,7 +8869,7 @@ for_end_d_0_m.i:                                  ; preds = %if_end192.i
   %2056 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2057 = tail call i32 %2056(i32 1, i32 %dev_id, ptr nonnull %scaled923925928.i)
   %.not279.i = icmp eq i32 %2057, 0
-  br i1 %.not279.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not279.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !38
 
 for_begin_line130.preheader.i:                    ; preds = %for_begin_line130.preheader.i, %for_begin_line130.preheader.lr.ph.i
   %indvars.iv762.i = phi i64 [ 0, %for_begin_line130.preheader.lr.ph.i ], [ %indvars.iv.next763.i, %for_begin_line130.preheader.i ]
@@ -9663,7 +9639,7 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %indvars.iv.next768.i.1 = add nuw nsw i64 %indvars.iv767.i, 2
   %niter330.next.1 = add i64 %niter330, 2
   %niter330.ncmp.1 = icmp eq i64 %niter330.next.1, %unroll_iter329
-  br i1 %niter330.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !120
+  br i1 %niter330.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !123
 
 if_end144.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end144.i_crit_edge, %for_begin_ax4_0.preheader.i
   %2722 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end144.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
@@ -9715,67 +9691,67 @@ if_end192.i:                                      ; preds = %if_end176.if_end192
   store <32 x float> %2740, ptr %2738, align 4, !tbaa !5
   %indvars.iv.next787.i = add nuw nsw i64 %indvars.iv786.i, 1
   %exitcond789.not.i = icmp eq i64 %indvars.iv.next787.i, 4
-  br i1 %exitcond789.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !26
+  br i1 %exitcond789.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !28
 
 if_end194.i:                                      ; preds = %for_end_d_0_m.i
   %2741 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2742 = tail call i32 %2741(i32 1, i32 %dev_id, ptr %probs.i)
   %.not280.i = icmp eq i32 %2742, 0
-  br i1 %.not280.i, label %if_end197.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not280.i, label %if_end197.i, label %fused_decode_compute_.exit, !prof !38
 
 if_end197.i:                                      ; preds = %if_end194.i
   %2743 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2744 = tail call i32 %2743(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not281.i = icmp eq i32 %2744, 0
-  br i1 %.not281.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not281.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !38
 
 if_end203.i:                                      ; preds = %for_end_kv_head.i
   %2745 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2746 = tail call i32 %2745(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not278.i = icmp eq i32 %2746, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not278.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not278.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !38
 
 for_body_tile209.i:                               ; preds = %for_body_tile209.i, %for_begin_tile208.preheader.i
   %indvars.iv814.i = phi i64 [ %indvars.iv.next815.i, %for_body_tile209.i ], [ 0, %for_begin_tile208.preheader.i ]
   %2747 = shl nuw nsw i64 %indvars.iv814.i, 2
   %2748 = add nuw nsw i64 %2747, %225
   %2749 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2747
-  %2750 = load float, ptr %2749, align 16, !tbaa !85
+  %2750 = load float, ptr %2749, align 16, !tbaa !88
   %2751 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2748
   store float %2750, ptr %2751, align 4, !tbaa !5
   %2752 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2747
-  %2753 = load float, ptr %2752, align 16, !tbaa !83
+  %2753 = load float, ptr %2752, align 16, !tbaa !86
   %2754 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2748
   store float %2753, ptr %2754, align 4, !tbaa !5
   %2755 = or disjoint i64 %2747, 1
   %2756 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2755
-  %2757 = load float, ptr %2756, align 4, !tbaa !85
+  %2757 = load float, ptr %2756, align 4, !tbaa !88
   %2758 = or disjoint i64 %2748, 1
   %2759 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2758
   store float %2757, ptr %2759, align 4, !tbaa !5
   %2760 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2755
-  %2761 = load float, ptr %2760, align 4, !tbaa !83
+  %2761 = load float, ptr %2760, align 4, !tbaa !86
   %2762 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2758
   store float %2761, ptr %2762, align 4, !tbaa !5
   %2763 = or disjoint i64 %2747, 2
   %2764 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2763
-  %2765 = load float, ptr %2764, align 8, !tbaa !85
+  %2765 = load float, ptr %2764, align 8, !tbaa !88
   %2766 = or disjoint i64 %2748, 2
   %2767 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2766
   store float %2765, ptr %2767, align 4, !tbaa !5
   %2768 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2763
-  %2769 = load float, ptr %2768, align 8, !tbaa !83
+  %2769 = load float, ptr %2768, align 8, !tbaa !86
   %2770 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2766
   store float %2769, ptr %2770, align 4, !tbaa !5
   %2771 = or disjoint i64 %2747, 3
   %2772 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2771
-  %2773 = load float, ptr %2772, align 4, !tbaa !85
+  %2773 = load float, ptr %2772, align 4, !tbaa !88
   %2774 = or disjoint i64 %2748, 3
   %2775 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2774
   store float %2773, ptr %2775, align 4, !tbaa !5
   %2776 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2771
-  %2777 = load float, ptr %2776, align 4, !tbaa !83
+  %2777 = load float, ptr %2776, align 4, !tbaa !86
   %2778 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2774
   store float %2777, ptr %2778, align 4, !tbaa !5
   %2779 = shl nuw nsw i64 %indvars.iv814.i, 9
@@ -9845,19 +9821,19 @@ for_body_tile209.i:                               ; preds = %for_body_tile209.i,
   store <32 x float> %2826, ptr %2827, align 4, !tbaa !5
   %indvars.iv.next815.i = add nuw nsw i64 %indvars.iv814.i, 1
   %exitcond817.not.i = icmp eq i64 %indvars.iv.next815.i, 8
-  br i1 %exitcond817.not.i, label %for_end_tile210.i, label %for_body_tile209.i, !prof !26
+  br i1 %exitcond817.not.i, label %for_end_tile210.i, label %for_body_tile209.i, !prof !28
 
 for_end_tile210.i:                                ; preds = %for_body_tile209.i, %if_end228.us.3.i
   %2828 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2829 = tail call i32 %2828(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %2829, 0
-  br i1 %.not.i, label %if_end245.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not.i, label %if_end245.i, label %fused_decode_compute_.exit, !prof !38
 
 if_end245.i:                                      ; preds = %for_end_tile210.i
   %2830 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2831 = tail call i32 %2830(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not275.i = icmp eq i32 %2831, 0
-  br i1 %.not275.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not275.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !38
 
 fused_decode_compute_.exit:                       ; preds = %if_end245.i, %for_end_tile210.i, %if_end203.i, %if_end197.i, %if_end194.i, %for_end_d_0_m.i, %for_begin_r.preheader.i, %for_end_to.thread.i, %for_end_to.i, %for_body_to.i, %if_end32.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
   %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to.i ], [ 0, %if_end45 ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end197.i ], [ -1, %if_end194.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to.thread.i ], [ -1, %for_end_to.i ], [ -1, %if_end32.i ], [ -1, %if_end203.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end15.i ], [ -1, %for_end_tile210.i ], [ -1, %if_end245.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
@@ -10040,7 +10016,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %83 = select <32 x i1> %82, <32 x float> zeroinitializer, <32 x float> %81
   %84 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %85 = select <32 x i1> %84, <32 x float> %83, <32 x float> zeroinitializer
-  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !121
+  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !124
   %arg2.i = fsub <32 x float> %57, %m.i
   %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %87 = bitcast <32 x float> %86 to <32 x i32>
@@ -10063,7 +10039,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
   %105 = fcmp one <32 x float> %60, zeroinitializer
   %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
-  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !127
+  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !130
   %107 = fmul <32 x float> %old_sum.i, %85
   %108 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %60, <32 x float> %107)
   %.idx.i = shl nsw i64 %54, 14
@@ -10073,13 +10049,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %111 = load float, ptr %110, align 4, !tbaa !133
+  %111 = load float, ptr %110, align 4, !tbaa !136
   %112 = insertelement <16 x float> poison, float %111, i64 0
   %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
   %114 = shl nuw nsw i64 %indvars.iv60.i, 7
   %115 = getelementptr float, ptr %109, i64 %114
   %116 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %117 = load float, ptr %116, align 4, !tbaa !134
+  %117 = load float, ptr %116, align 4, !tbaa !137
   %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
   store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
   %119 = load <16 x float>, ptr %115, align 4, !tbaa !5
@@ -10132,7 +10108,7 @@ for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.prehe
   store <16 x float> %150, ptr %147, align 4, !tbaa !5
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !26
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !28
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %108, %for_end_r_0.i ]
@@ -10142,7 +10118,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %151 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %152 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %153 = select <32 x i1> %152, <32 x float> zeroinitializer, <32 x float> %151
-  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !135
+  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !138
   %sext29 = shl i64 %20, 32
   %154 = ashr exact i64 %sext29, 32
   %155 = mul nsw i64 %out_batch, %154
@@ -10152,13 +10128,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !133
+  %158 = load float, ptr %157, align 4, !tbaa !136
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %109, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !134
+  %164 = load float, ptr %163, align 4, !tbaa !137
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
@@ -10218,7 +10194,7 @@ for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.prehe
   store <16 x float> %213, ptr %210, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !26
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !28
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
@@ -10228,7 +10204,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !141
+  %215 = load float, ptr %214, align 4, !tbaa !144
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -10331,7 +10307,7 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !5
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !26
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !28
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
   %299 = add nsw i32 %num_keys, -1
@@ -10349,7 +10325,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !142
+  %310 = load float, ptr %309, align 16, !tbaa !145
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -10364,7 +10340,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !144
+  %317 = load float, ptr %316, align 16, !tbaa !147
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -10374,7 +10350,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !5
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !142
+  %322 = load float, ptr %321, align 4, !tbaa !145
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -10382,7 +10358,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !144
+  %327 = load float, ptr %326, align 4, !tbaa !147
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -10392,7 +10368,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !5
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !142
+  %332 = load float, ptr %331, align 8, !tbaa !145
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -10400,7 +10376,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !144
+  %337 = load float, ptr %336, align 8, !tbaa !147
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -10410,7 +10386,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !5
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !142
+  %342 = load float, ptr %341, align 4, !tbaa !145
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -10418,7 +10394,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !144
+  %347 = load float, ptr %346, align 4, !tbaa !147
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -10428,7 +10404,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !5
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !26, !llvm.loop !146
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !149
 
 merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
@@ -10616,7 +10592,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <32 x i1> %80, <32 x float> zeroinitializer, <32 x float> %79
   %82 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %83 = select <32 x i1> %82, <32 x float> %81, <32 x float> zeroinitializer
-  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !147
+  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !150
   %arg2.i = fsub <32 x float> %55, %m.i
   %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <32 x float> %84 to <32 x i32>
@@ -10639,7 +10615,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <32 x i1> %101, <32 x float> zeroinitializer, <32 x float> %100
   %103 = fcmp one <32 x float> %58, zeroinitializer
   %104 = select <32 x i1> %103, <32 x float> %102, <32 x float> zeroinitializer
-  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !153
+  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !156
   %105 = fmul <32 x float> %old_sum.i, %83
   %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %58, <32 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
@@ -10649,13 +10625,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !159
+  %109 = load float, ptr %108, align 4, !tbaa !162
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 7
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !160
+  %115 = load float, ptr %114, align 4, !tbaa !163
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
   store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !5
   %117 = load <16 x float>, ptr %113, align 4, !tbaa !5
@@ -10708,7 +10684,7 @@ for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.prehe
   store <16 x float> %148, ptr %145, align 4, !tbaa !5
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !26
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !28
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
@@ -10722,7 +10698,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %152 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %153 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %154 = select <32 x i1> %153, <32 x float> zeroinitializer, <32 x float> %152
-  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !161
+  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !164
   %155 = mul nsw i64 %out_batch, %149
   %156 = getelementptr i16, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
@@ -10730,13 +10706,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !159
+  %158 = load float, ptr %157, align 4, !tbaa !162
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %107, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !160
+  %164 = load float, ptr %163, align 4, !tbaa !163
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
@@ -10796,7 +10772,7 @@ for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.prehe
   store <16 x float> %213, ptr %210, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !26
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !28
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
@@ -10806,7 +10782,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !167
+  %215 = load float, ptr %214, align 4, !tbaa !170
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -10909,7 +10885,7 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !5
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !26
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !28
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
   %299 = add nsw i32 %151, -1
@@ -10927,7 +10903,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !168
+  %310 = load float, ptr %309, align 16, !tbaa !171
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -10942,7 +10918,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !170
+  %317 = load float, ptr %316, align 16, !tbaa !173
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -10952,7 +10928,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !5
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !168
+  %322 = load float, ptr %321, align 4, !tbaa !171
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -10960,7 +10936,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !170
+  %327 = load float, ptr %326, align 4, !tbaa !173
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -10970,7 +10946,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !5
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !168
+  %332 = load float, ptr %331, align 8, !tbaa !171
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -10978,7 +10954,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !170
+  %337 = load float, ptr %336, align 8, !tbaa !173
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -10988,7 +10964,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !5
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !168
+  %342 = load float, ptr %341, align 4, !tbaa !171
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -10996,7 +10972,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !170
+  %347 = load float, ptr %346, align 4, !tbaa !173
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -11006,7 +10982,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !5
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !26, !llvm.loop !172
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !175
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
@@ -11303,159 +11279,162 @@ attributes #11 = { nocallback nofree nosync nounwind willreturn memory(argmem: r
 !14 = !{!15, !15, i64 0}
 !15 = !{!"ctx_ptr", !7, i64 0}
 !16 = !{!"branch_weights", i32 1, i32 127}
-!17 = !{!"branch_weights", i32 127, i32 4194175}
-!18 = distinct !{!18, !19, !20, !21, !22}
-!19 = !{!"llvm.loop.peeled.count", i32 1}
-!20 = !{!"llvm.loop.isvectorized", i32 1}
-!21 = !{!"llvm.loop.unroll.runtime.disable"}
-!22 = !{!"llvm.loop.estimated_trip_count", i32 33026}
-!23 = !{!"branch_weights", i32 4, i32 28}
-!24 = distinct !{!24, !19, !20, !25, !21}
-!25 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!26 = !{!"branch_weights", i32 1, i32 1048575}
-!27 = !{!"branch_weights", i32 1, i32 0}
-!28 = distinct !{!28, !19, !21, !20, !25}
-!29 = !{!30, !30, i64 0}
-!30 = !{!"buffer0.w64.b0", !31, i64 0}
-!31 = !{!"buffer0.w128.b0", !32, i64 0}
-!32 = !{!"buffer0.w256.b0", !33, i64 0}
-!33 = !{!"buffer0.w512.b0", !34, i64 0}
-!34 = !{!"buffer0.w1024.b0", !35, i64 0}
-!35 = !{!"buffer0", !7, i64 0}
-!36 = !{!"branch_weights", i32 1, i32 1048576}
-!37 = distinct !{!37, !38}
-!38 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!39 = !{!35, !35, i64 0}
-!40 = !{!"branch_weights", i32 1048704, i32 133169152}
-!41 = distinct !{!41, !11}
-!42 = distinct !{!42, !11}
-!43 = !{!"branch_weights", i32 6096, i32 2147477552}
-!44 = !{!"branch_weights", i32 8128, i32 2147475520}
-!45 = distinct !{!45, !46}
-!46 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!47 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!48 = distinct !{!48, !49, !50}
-!49 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!50 = !{!"llvm.loop.unroll.disable"}
-!51 = distinct !{!51, !46}
-!52 = distinct !{!52, !49, !50}
-!53 = !{!54}
-!54 = distinct !{!54, !55}
-!55 = distinct !{!55, !"LVerDomain"}
-!56 = !{!57}
-!57 = distinct !{!57, !55}
-!58 = !{!"branch_weights", i32 127, i32 16777081}
-!59 = distinct !{!59, !20, !21, !60}
-!60 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!61 = !{!"branch_weights", i32 1, i32 7}
-!62 = !{!"branch_weights", i32 1, i32 1}
-!63 = distinct !{!63, !50}
-!64 = !{!"branch_weights", i32 127, i32 0}
-!65 = distinct !{!65, !20, !25}
-!66 = !{!67}
-!67 = distinct !{!67, !68}
-!68 = distinct !{!68, !"LVerDomain"}
+!17 = !{!18, !18, i64 0}
+!18 = !{!"buffer0", !7, i64 0}
+!19 = !{!"branch_weights", i32 127, i32 4194175}
+!20 = distinct !{!20, !21, !22, !23, !24}
+!21 = !{!"llvm.loop.peeled.count", i32 1}
+!22 = !{!"llvm.loop.isvectorized", i32 1}
+!23 = !{!"llvm.loop.unroll.runtime.disable"}
+!24 = !{!"llvm.loop.estimated_trip_count", i32 33026}
+!25 = !{!"branch_weights", i32 4, i32 28}
+!26 = distinct !{!26, !21, !22, !27, !23}
+!27 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!28 = !{!"branch_weights", i32 1, i32 1048575}
+!29 = !{!"branch_weights", i32 1, i32 0}
+!30 = distinct !{!30, !21, !23, !22, !27}
+!31 = !{!32, !32, i64 0}
+!32 = !{!"buffer1.w64.b0", !33, i64 0}
+!33 = !{!"buffer1.w128.b0", !34, i64 0}
+!34 = !{!"buffer1.w256.b0", !35, i64 0}
+!35 = !{!"buffer1.w512.b0", !36, i64 0}
+!36 = !{!"buffer1.w1024.b0", !37, i64 0}
+!37 = !{!"buffer1", !7, i64 0}
+!38 = !{!"branch_weights", i32 1, i32 1048576}
+!39 = distinct !{!39, !40}
+!40 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!41 = !{!37, !37, i64 0}
+!42 = !{!"branch_weights", i32 1048704, i32 133169152}
+!43 = distinct !{!43, !11}
+!44 = distinct !{!44, !11}
+!45 = !{!"branch_weights", i32 6096, i32 2147477552}
+!46 = !{!"branch_weights", i32 8128, i32 2147475520}
+!47 = distinct !{!47, !48}
+!48 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!49 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!50 = distinct !{!50, !51, !52}
+!51 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!52 = !{!"llvm.loop.unroll.disable"}
+!53 = distinct !{!53, !48}
+!54 = distinct !{!54, !51, !52}
+!55 = !{!56}
+!56 = distinct !{!56, !57}
+!57 = distinct !{!57, !"LVerDomain"}
+!58 = !{!59}
+!59 = distinct !{!59, !57}
+!60 = !{!"branch_weights", i32 127, i32 16777081}
+!61 = distinct !{!61, !22, !23, !62}
+!62 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!63 = !{!"branch_weights", i32 1, i32 7}
+!64 = !{!"branch_weights", i32 1, i32 1}
+!65 = distinct !{!65, !52}
+!66 = !{!"branch_weights", i32 127, i32 0}
+!67 = distinct !{!67, !22, !27}
+!68 = !{!"branch_weights", i32 134217601, i32 127}
 !69 = !{!70}
-!70 = distinct !{!70, !68}
-!71 = distinct !{!71, !20, !21, !60}
-!72 = distinct !{!72, !50}
-!73 = distinct !{!73, !20, !25}
-!74 = distinct !{!74, !75}
-!75 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!76 = distinct !{!76, !38}
-!77 = !{!78}
-!78 = distinct !{!78, !79}
-!79 = distinct !{!79, !"LVerDomain"}
+!70 = distinct !{!70, !71}
+!71 = distinct !{!71, !"LVerDomain"}
+!72 = !{!73}
+!73 = distinct !{!73, !71}
+!74 = distinct !{!74, !22, !23, !62}
+!75 = distinct !{!75, !52}
+!76 = distinct !{!76, !22, !27}
+!77 = distinct !{!77, !78}
+!78 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!79 = distinct !{!79, !40}
 !80 = !{!81}
-!81 = distinct !{!81, !79}
-!82 = distinct !{!82, !20, !25}
-!83 = !{!84, !84, i64 0}
-!84 = !{!"buffer1", !7, i64 0}
-!85 = !{!86, !86, i64 0}
-!86 = !{!"buffer2", !7, i64 0}
-!87 = distinct !{!87, !38}
-!88 = distinct !{!88, !38}
-!89 = distinct !{!89, !46}
-!90 = distinct !{!90, !49, !50}
-!91 = distinct !{!91, !46}
-!92 = distinct !{!92, !49, !50}
-!93 = distinct !{!93, !46}
-!94 = distinct !{!94, !49, !50}
-!95 = distinct !{!95, !46}
-!96 = distinct !{!96, !49, !50}
-!97 = !{!"branch_weights", i32 14224, i32 2147469424}
-!98 = !{!"branch_weights", i32 16256, i32 2147467392}
-!99 = distinct !{!99, !60}
-!100 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!101 = distinct !{!101, !49, !50}
-!102 = distinct !{!102, !60}
-!103 = distinct !{!103, !49, !50}
-!104 = distinct !{!104, !60}
-!105 = distinct !{!105, !49, !50}
-!106 = distinct !{!106, !60}
-!107 = distinct !{!107, !49, !50}
-!108 = distinct !{!108, !11}
-!109 = distinct !{!109, !11}
-!110 = distinct !{!110, !11}
+!81 = distinct !{!81, !82}
+!82 = distinct !{!82, !"LVerDomain"}
+!83 = !{!84}
+!84 = distinct !{!84, !82}
+!85 = distinct !{!85, !22, !27}
+!86 = !{!87, !87, i64 0}
+!87 = !{!"buffer2", !7, i64 0}
+!88 = !{!89, !89, i64 0}
+!89 = !{!"buffer3", !7, i64 0}
+!90 = distinct !{!90, !40}
+!91 = distinct !{!91, !40}
+!92 = distinct !{!92, !48}
+!93 = distinct !{!93, !51, !52}
+!94 = distinct !{!94, !48}
+!95 = distinct !{!95, !51, !52}
+!96 = distinct !{!96, !48}
+!97 = distinct !{!97, !51, !52}
+!98 = distinct !{!98, !48}
+!99 = distinct !{!99, !51, !52}
+!100 = !{!"branch_weights", i32 14224, i32 2147469424}
+!101 = !{!"branch_weights", i32 16256, i32 2147467392}
+!102 = distinct !{!102, !62}
+!103 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!104 = distinct !{!104, !51, !52}
+!105 = distinct !{!105, !62}
+!106 = distinct !{!106, !51, !52}
+!107 = distinct !{!107, !62}
+!108 = distinct !{!108, !51, !52}
+!109 = distinct !{!109, !62}
+!110 = distinct !{!110, !51, !52}
 !111 = distinct !{!111, !11}
-!112 = distinct !{!112, !60}
-!113 = distinct !{!113, !49, !50}
-!114 = distinct !{!114, !60}
-!115 = distinct !{!115, !49, !50}
-!116 = distinct !{!116, !60}
-!117 = distinct !{!117, !49, !50}
-!118 = distinct !{!118, !60}
-!119 = distinct !{!119, !49, !50}
-!120 = distinct !{!120, !11}
-!121 = !{!122, !122, i64 0}
-!122 = !{!"buffer3.w128.b0", !123, i64 0}
-!123 = !{!"buffer3.w256.b0", !124, i64 0}
-!124 = !{!"buffer3.w512.b0", !125, i64 0}
-!125 = !{!"buffer3.w1024.b0", !126, i64 0}
-!126 = !{!"buffer3", !7, i64 0}
-!127 = !{!128, !128, i64 0}
-!128 = !{!"buffer4.w128.b0", !129, i64 0}
-!129 = !{!"buffer4.w256.b0", !130, i64 0}
-!130 = !{!"buffer4.w512.b0", !131, i64 0}
-!131 = !{!"buffer4.w1024.b0", !132, i64 0}
-!132 = !{!"buffer4", !7, i64 0}
-!133 = !{!132, !132, i64 0}
-!134 = !{!126, !126, i64 0}
-!135 = !{!136, !136, i64 0}
-!136 = !{!"buffer5.w128.b0", !137, i64 0}
-!137 = !{!"buffer5.w256.b0", !138, i64 0}
-!138 = !{!"buffer5.w512.b0", !139, i64 0}
-!139 = !{!"buffer5.w1024.b0", !140, i64 0}
-!140 = !{!"buffer5", !7, i64 0}
-!141 = !{!140, !140, i64 0}
-!142 = !{!143, !143, i64 0}
+!112 = distinct !{!112, !11}
+!113 = distinct !{!113, !11}
+!114 = distinct !{!114, !11}
+!115 = distinct !{!115, !62}
+!116 = distinct !{!116, !51, !52}
+!117 = distinct !{!117, !62}
+!118 = distinct !{!118, !51, !52}
+!119 = distinct !{!119, !62}
+!120 = distinct !{!120, !51, !52}
+!121 = distinct !{!121, !62}
+!122 = distinct !{!122, !51, !52}
+!123 = distinct !{!123, !11}
+!124 = !{!125, !125, i64 0}
+!125 = !{!"buffer4.w128.b0", !126, i64 0}
+!126 = !{!"buffer4.w256.b0", !127, i64 0}
+!127 = !{!"buffer4.w512.b0", !128, i64 0}
+!128 = !{!"buffer4.w1024.b0", !129, i64 0}
+!129 = !{!"buffer4", !7, i64 0}
+!130 = !{!131, !131, i64 0}
+!131 = !{!"buffer5.w128.b0", !132, i64 0}
+!132 = !{!"buffer5.w256.b0", !133, i64 0}
+!133 = !{!"buffer5.w512.b0", !134, i64 0}
+!134 = !{!"buffer5.w1024.b0", !135, i64 0}
+!135 = !{!"buffer5", !7, i64 0}
+!136 = !{!135, !135, i64 0}
+!137 = !{!129, !129, i64 0}
+!138 = !{!139, !139, i64 0}
+!139 = !{!"buffer6.w128.b0", !140, i64 0}
+!140 = !{!"buffer6.w256.b0", !141, i64 0}
+!141 = !{!"buffer6.w512.b0", !142, i64 0}
+!142 = !{!"buffer6.w1024.b0", !143, i64 0}
 !143 = !{!"buffer6", !7, i64 0}
-!144 = !{!145, !145, i64 0}
-!145 = !{!"buffer7", !7, i64 0}
-!146 = distinct !{!146, !75}
+!144 = !{!143, !143, i64 0}
+!145 = !{!146, !146, i64 0}
+!146 = !{!"buffer7", !7, i64 0}
 !147 = !{!148, !148, i64 0}
-!148 = !{!"buffer8.w128.b0", !149, i64 0}
-!149 = !{!"buffer8.w256.b0", !150, i64 0}
-!150 = !{!"buffer8.w512.b0", !151, i64 0}
-!151 = !{!"buffer8.w1024.b0", !152, i64 0}
-!152 = !{!"buffer8", !7, i64 0}
-!153 = !{!154, !154, i64 0}
-!154 = !{!"buffer9.w128.b0", !155, i64 0}
-!155 = !{!"buffer9.w256.b0", !156, i64 0}
-!156 = !{!"buffer9.w512.b0", !157, i64 0}
-!157 = !{!"buffer9.w1024.b0", !158, i64 0}
-!158 = !{!"buffer9", !7, i64 0}
-!159 = !{!158, !158, i64 0}
-!160 = !{!152, !152, i64 0}
-!161 = !{!162, !162, i64 0}
-!162 = !{!"buffer10.w128.b0", !163, i64 0}
-!163 = !{!"buffer10.w256.b0", !164, i64 0}
-!164 = !{!"buffer10.w512.b0", !165, i64 0}
-!165 = !{!"buffer10.w1024.b0", !166, i64 0}
-!166 = !{!"buffer10", !7, i64 0}
-!167 = !{!166, !166, i64 0}
-!168 = !{!169, !169, i64 0}
+!148 = !{!"buffer8", !7, i64 0}
+!149 = distinct !{!149, !78}
+!150 = !{!151, !151, i64 0}
+!151 = !{!"buffer9.w128.b0", !152, i64 0}
+!152 = !{!"buffer9.w256.b0", !153, i64 0}
+!153 = !{!"buffer9.w512.b0", !154, i64 0}
+!154 = !{!"buffer9.w1024.b0", !155, i64 0}
+!155 = !{!"buffer9", !7, i64 0}
+!156 = !{!157, !157, i64 0}
+!157 = !{!"buffer10.w128.b0", !158, i64 0}
+!158 = !{!"buffer10.w256.b0", !159, i64 0}
+!159 = !{!"buffer10.w512.b0", !160, i64 0}
+!160 = !{!"buffer10.w1024.b0", !161, i64 0}
+!161 = !{!"buffer10", !7, i64 0}
+!162 = !{!161, !161, i64 0}
+!163 = !{!155, !155, i64 0}
+!164 = !{!165, !165, i64 0}
+!165 = !{!"buffer11.w128.b0", !166, i64 0}
+!166 = !{!"buffer11.w256.b0", !167, i64 0}
+!167 = !{!"buffer11.w512.b0", !168, i64 0}
+!168 = !{!"buffer11.w1024.b0", !169, i64 0}
 !169 = !{!"buffer11", !7, i64 0}
-!170 = !{!171, !171, i64 0}
-!171 = !{!"buffer12", !7, i64 0}
-!172 = distinct !{!172, !75}
+!170 = !{!169, !169, i64 0}
+!171 = !{!172, !172, i64 0}
+!172 = !{!"buffer12", !7, i64 0}
+!173 = !{!174, !174, i64 0}
+!174 = !{!"buffer13", !7, i64 0}
+!175 = distinct !{!175, !78}

@@ -137,8 +137,8 @@ class Module:
                 T.reads()
                 T.writes()
                 range_begin: T.let[T.int32] = first_key + vrange * 4096
-                range_end: T.let[T.int32] = T.min(range_begin + 4096, key_end)
-                read_begin: T.let[T.int32] = T.max(range_begin, span[0] - span[0] % 128)
+                range_end: T.let[T.int32] = T.reinterpret("int32", T.min(range_begin + 4096, key_end))
+                read_begin: T.let[T.int32] = T.reinterpret("int32", T.max(range_begin, span[0] - span[0] % 128))
                 num_steps: T.let[T.int32] = (T.max(range_end - read_begin, 0) + 128 - 1) // 128
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
@@ -147,9 +147,9 @@ class Module:
                         T.writes()
                         key_offsets = T.sblock_alloc_buffer((256,), "int64")
                         value_offsets = T.sblock_alloc_buffer((256,), "int64")
-                        tile_start: T.let[T.int32] = read_begin + vstep * 128
-                        valid_len: T.let[T.int32] = T.min(range_end - tile_start, 128)
-                        next_len: T.let[T.int32] = T.max(T.min(range_end - tile_start - 128, 128), 0)
+                        tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 128)
+                        valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 128))
+                        next_len: T.let[T.int32] = T.reinterpret("int32", T.max(T.min(range_end - tile_start - 128, 128), 0))
                         num_offsets: T.let[T.int32] = (valid_len + 8 - 1) // 8 * 8 + next_len
                         last: T.let[T.int32] = range_end - 1
                         with T.sblock("token_offsets"):
@@ -218,7 +218,7 @@ class Module:
                                         beta = T.sblock_alloc_buffer((1, 16))
                                         edges = T.sblock_alloc_buffer((16, 128), "int32")
                                         scaled = T.sblock_alloc_buffer((16, 128))
-                                        first: T.let[T.int32] = vkv * head_tiles + vrt
+                                        first: T.let[T.int32] = T.reinterpret("int32", vkv * head_tiles + vrt)
                                         each: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
                                         for t in range(each):
                                             with T.sblock("fetch"):
@@ -238,7 +238,7 @@ class Module:
                                                 for line in range(4):
                                                     T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[128 + (token * 4 + line) // 4] + value_head + T.Cast("int64", (token * 4 + line) % 4 * 16)]), 0, 2, 1)
                                         if tile_start < reach[first, 1]:
-                                            valid_len_1: T.let[T.int32] = T.min(valid_len, reach[first, 1] - tile_start)
+                                            valid_len_1: T.let[T.int32] = T.reinterpret("int32", T.min(valid_len, reach[first, 1] - tile_start))
                                             with T.sblock("qk_matmul"):
                                                 T.reads(q_tile[first, 0:16, 0:128], k_tile[0:128, 0:128], key_offsets[0:256])
                                                 T.writes(scores[0, 0:16, 0:128])
@@ -367,7 +367,7 @@ class Module:
                                                         T.writes(row_max[first, vr], row_sum[first, vr])
                                                         row_max[first, vr] = new_max[vr]
                                                         row_sum[first, vr] = new_sum[vr]
-                                            num_full: T.let[T.int32] = T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 8
+                                            num_full: T.let[T.int32] = T.reinterpret("int32", T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 8)
                                             with T.sblock("edges"):
                                                 T.reads()
                                                 T.writes(edges[0:16, 0:128])
