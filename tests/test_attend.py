@@ -98,7 +98,22 @@ def every_third(batch, head, query_pos, key_pos):
 def test_functions(compiled):
     module = compiled(dataclasses.replace(BASE, score_mod=bias, mask_mod=every_third), attend=True)
     check(module, MIX)
+
+
+def test_a_score_function_alone_takes_every_call(compiled):
+    module = compiled(dataclasses.replace(BASE, score_mod=bias), attend=True)
     check(module, [(40, 200), (2, 5)], causal=False)
+    check(module, [(5, 30), (1, 3)], tree_mask=trees([5, 1], np.random.default_rng(1)))
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_the_last_key_of_a_mask_is_in_a_later_range(compiled, threads):
+    cut = attend_range_blocks(BASE) * BASE.block_size
+    module = compiled(dataclasses.replace(BASE, mask_mod=lambda b, h, q, k: k < cut + 9), attend=True)
+    module.num_threads = threads
+    items = module.plan(np.array([9 * cut]), np.array([0, 2]))
+    assert len({item.block_begin for item in items}) == 1 + (threads > 1)
+    check(module, [(2, 9 * cut)])
 
 
 def by_table(score, batch, head, query_pos, key_pos, *, table):

@@ -28,7 +28,7 @@ def render(spec=BASE, more=()):
 @pytest.mark.scorecard(24)
 @pytest.mark.parametrize("name", ["", "a b", "1a", "a;", "a-b", "a\n", "a\nb", "é", 'a"', "a::b", "a(", "*/", "a\\"])
 def test_a_name_that_is_none_in_cpp_is_refused(name, figure):
-    assert "__tvm_ffi_fused_decode(" in render()
+    assert "__tvm_ffi_fused_decode" in render()
     with pytest.raises(ValueError, match=r"kernels: expected names of letters, digits and _, got"):
         render(more=[name])
     figure("names refused", 1)

@@ -30,7 +30,7 @@ WITH_MASKS = [
 ]
 ALL_SPECS = [*SPECS.values(), HEADS_IN_LANES, *WITH_MASKS]
 
-ON_CUDA = PagedAttentionSpec(8, 2, 64, 16, "bfloat16", **MASKED)
+ON_CUDA = PagedAttentionSpec(8, 2, 64, 16, "bfloat16")
 
 STAGES = {name: module.STAGES for name, module in schedules._STRATEGIES.items()}
 SCALAR = [module.SCALAR for module in schedules._STRATEGIES.values()]
@@ -46,8 +46,9 @@ def worked_on():
         if pipeline == "fused":
             of_attend = tiling.choose_attend(spec, cpu)
             modules.append((kernels.build_attend(spec, of_attend), of_attend))
-    tiles = cuda_tiling.staged(ON_CUDA)
-    modules.append((cuda.build_staged(ON_CUDA, tiles)[0], tiles))
+    for spec in (ON_CUDA, dataclasses.replace(ON_CUDA, **MASKED)):
+        tiles = cuda_tiling.staged(spec)
+        modules.append((cuda.build_staged(spec, tiles)[0], tiles))
     found = []
     for mod, tiles in modules:
         for variable in mod.get_global_vars():

@@ -153,10 +153,10 @@ class Calls(ThreadSettings):
             lse: [num_tokens, num_heads], float32, else as for decode.
             return_lse: Whether to return lse as well.
             causal: Whether a query token sees nothing after its own position. Otherwise it sees all of its sequence, as
-                far as the spec's window and mask leave it.
+                far as the spec's window leaves it. True where the spec has mask_mod.
             tree_mask: [sum of n * n], bool or uint8: for each sequence a matrix [n, n], row after row, of which of its
                 query tokens (columns) each of them (rows) sees, be it itself. All see the context before them. Only
-                with causal.
+                with causal, and where the spec has no mask_mod.
             alibi_slopes: As for decode.
             sinks: As for decode.
             inputs: As for decode, where "batch" is that of context_lens.
@@ -167,10 +167,12 @@ class Calls(ThreadSettings):
             lse -inf, or with sinks the sink.
 
         Raises:
-            NotImplementedError: the library has no attend: one for a GPU, or of the staged pipeline.
+            NotImplementedError: the library has no attend: one for a GPU, of the staged pipeline, or compiled
+                with attend=False.
             TypeError: as decode.
             ValueError: as decode; or query_start_loc falls, does not begin at 0 or end at num_tokens, or gives a
-                sequence more query tokens than it has tokens; or tree_mask has another size, or causal is not set.
+                sequence more query tokens than it has tokens; or tree_mask has another size, or causal is not set;
+                or either where the spec has mask_mod.
             IndexError, RuntimeError: as decode.
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
         """

@@ -59,8 +59,8 @@ def draw_queries(
         if products < 0:
             lens[sequence] = counts[sequence] = 0
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    causal = bool(rng.random() < 0.75)
-    tree = _tree(rng, counts) if causal and rng.random() < 0.4 else None
+    causal = bool(rng.random() < 0.75) or spec.mask_mod is not None
+    tree = _tree(rng, counts) if causal and rng.random() < 0.4 and spec.mask_mod is None else None
     return lens, Queries(starts, causal, tree)
 
 
@@ -98,8 +98,6 @@ def needed_entries(spec: PagedAttentionSpec, context_lens: np.ndarray, queries: 
 def _span(spec: PagedAttentionSpec, length: int, count: int, queries: Queries) -> tuple[int, int]:
     """From which position up to which one of a sequence's query tokens may see keys, as far as bounds say."""
     sees_ahead = not queries.causal or queries.tree_mask is not None
-    if spec.mask_mod is not None and sees_ahead:
-        return 0, length  # bounds of a mask are of keys up to the query token
     per_token = seen_keys(spec, np.arange(length - count + 1, length + 1))
     begins, ends = (
         np.stack([np.broadcast_to(one, (count, 1)) for one in each]) for each in zip(*per_token, strict=True)
