@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pa_compiler import reference
-from pa_compiler.interface import WorkItem
+from pa_compiler.interface import AttendItem, WorkItem
 from pa_compiler.layout import convert_cache
 from pa_compiler.runtime.cuda_module import CudaModule
 from pa_compiler.runtime.load import load
@@ -19,7 +19,17 @@ from pa_compiler.spec import PagedAttentionSpec
 if TYPE_CHECKING:
     from pa_compiler.compiler import compile  # noqa: A004  (the public name)
 
-__all__ = ["CudaModule", "Module", "PagedAttentionSpec", "WorkItem", "compile", "convert_cache", "load", "reference"]
+__all__ = [
+    "AttendItem",
+    "CudaModule",
+    "Module",
+    "PagedAttentionSpec",
+    "WorkItem",
+    "compile",
+    "convert_cache",
+    "load",
+    "reference",
+]
 
 
 def __getattr__(name: str) -> Any:

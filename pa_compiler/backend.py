@@ -70,9 +70,11 @@ class Backend(NamedTuple):
         fingerprint: (config) -> what tells two targets apart in a cache key.
         tools: () -> the programs and variables that a build depends on beside those of the C++ compiler. A RuntimeError
             names a program that is missing.
-        emit: (spec, config, pipeline, empty directory) -> the text of every stage.
+        attends: (pipeline) -> whether its libraries can have attend.
+        emit: (spec, config, pipeline, attend, empty directory) -> the text of every stage; attend: whether the library
+            has it.
         emit_portable: As emit, without the stages that programs of the machine make, which differ by their versions.
-        build: (spec, config, pipeline, empty directory) -> Built.
+        build: (spec, config, pipeline, attend, empty directory) -> Built.
         explain: (spec, config, pipeline, limits, empty directory) -> Explanation. Like the three above, it imports TVM.
         origins: The stages of emit_portable that generated/ shows, each with the files that its text comes from.
         takes_numpy: Whether modules take NumPy arrays.
@@ -82,9 +84,10 @@ class Backend(NamedTuple):
     check: Callable[[PagedAttentionSpec, str], None]
     fingerprint: Callable[[dict[str, Any]], dict[str, Any]]
     tools: Callable[[], dict[str, object]]
-    emit: Callable[[PagedAttentionSpec, dict[str, Any], str, Path], dict[str, str]]
-    emit_portable: Callable[[PagedAttentionSpec, dict[str, Any], str, Path], dict[str, str]]
-    build: Callable[[PagedAttentionSpec, dict[str, Any], str, Path], Built]
+    attends: Callable[[str], bool]
+    emit: Callable[[PagedAttentionSpec, dict[str, Any], str, bool, Path], dict[str, str]]
+    emit_portable: Callable[[PagedAttentionSpec, dict[str, Any], str, bool, Path], dict[str, str]]
+    build: Callable[[PagedAttentionSpec, dict[str, Any], str, bool, Path], Built]
     explain: Callable[[PagedAttentionSpec, dict[str, Any], str, Limits, Path], Explanation]
     origins: Mapping[str, str]
     takes_numpy: bool

@@ -29,10 +29,11 @@ def compile(  # noqa: A001  (the public name)
     target: backends.TargetLike = "llvm",
     pipeline: str = "fused",
     *,
+    attend: bool = True,
     cache: bool = True,
     dump_dir: str | os.PathLike[str] | None = None,
 ) -> Module:
-    """Compile paged decode attention for one spec, or take it from the cache.
+    """Compile paged attention for one spec, or take it from the cache.
 
     Args:
         spec: The attention's exact shape.
@@ -40,12 +41,14 @@ def compile(  # noqa: A001  (the public name)
             "cuda" for GPUs from sm_90 on, or {"kind": "cuda", "arch": "sm_80"}.
         pipeline: "fused", one kernel for all stages, or "staged", a kernel for each stage, driven block by block as
             in the seed: slower, easier to follow, and a second opinion.
+        attend: Whether the module has attend(), where its target and pipeline can: a CPU's fused one. Without it less
+            is compiled.
         cache: Whether to look in the cache on disk, and to leave the result there.
         dump_dir: A directory that gets what each stage produced, numbered in order, and in include/ the headers of the
             host.
 
     Returns:
-        A module whose decode() runs the compiled kernels.
+        A module whose calls run the compiled kernels.
 
     Raises:
         TypeError, ValueError: a bad argument.
@@ -57,7 +60,7 @@ def compile(  # noqa: A001  (the public name)
             templates or no sources.
         KeyboardInterrupt: by Ctrl-C. What was begun is removed, and the next call works.
     """
-    module = _compiled(spec, target, pipeline, cache=cache, needs_cache=_cache.is_chosen())
+    module = _compiled(spec, target, pipeline, attend, cache=cache, needs_cache=_cache.is_chosen())
     if dump_dir is not None:
         Path(dump_dir).mkdir(parents=True, exist_ok=True)
         for number, (stage, text) in enumerate(module.sources.items(), start=1):
@@ -66,9 +69,11 @@ def compile(  # noqa: A001  (the public name)
     return module
 
 
-def compile_to_save(spec: PagedAttentionSpec, target: backends.TargetLike = "llvm", pipeline: str = "fused") -> Module:
+def compile_to_save(
+    spec: PagedAttentionSpec, target: backends.TargetLike = "llvm", pipeline: str = "fused", *, attend: bool = True
+) -> Module:
     """As compile, for a module that is saved: where the cache cannot be used, PA_CACHE_DIR or not, it needs none."""
-    return _compiled(spec, target, pipeline, cache=True, needs_cache=False)
+    return _compiled(spec, target, pipeline, attend, cache=True, needs_cache=False)
 
 
 def _checked(spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str) -> dict[str, Any]:
@@ -87,17 +92,31 @@ def _checked(spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: st
     return config
 
 
+def _has_attend(attend: bool, config: dict[str, Any], pipeline: str) -> bool:
+    """Whether a library has attend: if it is to, and can."""
+    if not isinstance(attend, bool):
+        raise TypeError(f"attend: expected a bool, got {attend!r} of type {type(attend).__name__}")
+    return attend and backends.of(config).attends(pipeline)
+
+
 def _compiled(
-    spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str, *, cache: bool, needs_cache: bool
+    spec: PagedAttentionSpec,
+    target: backends.TargetLike,
+    pipeline: str,
+    attend: bool,
+    *,
+    cache: bool,
+    needs_cache: bool,
 ) -> Module:
     config = _checked(spec, target, pipeline)
+    attend = _has_attend(attend, config, pipeline)
 
     def build(directory: Path) -> None:
-        _build(spec, config, pipeline, directory)
+        _build(spec, config, pipeline, attend, directory)
 
     entry = None
     if cache:
-        key = _cache.key(dependencies.inputs(spec, config, pipeline))
+        key = _cache.key(dependencies.inputs(spec, config, pipeline, attend))
         try:
             entry = _cached(key, config, build)
         except OSError as error:
@@ -130,27 +149,34 @@ def _warn_of_no_cache(reason: str) -> None:
     warnings.warn(f"libraries are compiled without a cache: {reason}", RuntimeWarning, stacklevel=4)
 
 
-def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> None:
+def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool, directory: Path) -> None:
     """Fill an empty directory with pa.so and the texts of the stages."""
     dependencies.tools(config)  # a missing compiler is said before a second is spent on TVM
     with turns.using_tvm():
         artifact.build_into(
-            directory, spec, pipeline, lambda scratch: backends.of(config).build(spec, config, pipeline, scratch)
+            directory,
+            spec,
+            pipeline,
+            lambda scratch: backends.of(config).build(spec, config, pipeline, attend, scratch),
         )
 
 
-def emit(spec: PagedAttentionSpec, target: backends.TargetLike = "llvm", pipeline: str = "fused") -> dict[str, str]:
+def emit(
+    spec: PagedAttentionSpec, target: backends.TargetLike = "llvm", pipeline: str = "fused", *, attend: bool = True
+) -> dict[str, str]:
     """The text of every stage, as in Module.sources, without building the library. Arguments as for compile."""
     config = _checked(spec, target, pipeline)
-    backend = backends.of(config)
-    return artifact.in_order(_with_tvm(lambda directory: backend.emit(spec, config, pipeline, directory)))
+    emit, has_attend = backends.of(config).emit, _has_attend(attend, config, pipeline)
+    return artifact.in_order(_with_tvm(lambda directory: emit(spec, config, pipeline, has_attend, directory)))
 
 
-def emit_portable(spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str) -> dict[str, str]:
+def emit_portable(
+    spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str, *, attend: bool = True
+) -> dict[str, str]:
     """As emit, without the stages that programs of this machine make."""
     config = _checked(spec, target, pipeline)
-    backend = backends.of(config)
-    return artifact.in_order(_with_tvm(lambda directory: backend.emit_portable(spec, config, pipeline, directory)))
+    emit, has_attend = backends.of(config).emit_portable, _has_attend(attend, config, pipeline)
+    return artifact.in_order(_with_tvm(lambda directory: emit(spec, config, pipeline, has_attend, directory)))
 
 
 def explain(

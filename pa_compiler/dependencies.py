@@ -19,12 +19,13 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("pa-compiler", "apache-tvm", "apache-tvm-ffi")}
 
 
-def inputs(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> dict[str, object]:
+def inputs(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool = False) -> dict[str, object]:
     """All that a build depends on but the programs that it runs."""
     return {
         "spec": spec.stated(),
         "target": backends.of(config).fingerprint(config),
         "pipeline": pipeline,
+        "attend": attend,
         "versions": versions(),
         "languages": [platform.python_version_tuple()[:2], importlib.metadata.version("jinja2")],
         "text": installation.text_digest(),

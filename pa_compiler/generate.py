@@ -33,6 +33,7 @@ class _Entry(NamedTuple):
     spec: PagedAttentionSpec
     pipeline: str
     target: str  # fixed, so that every machine emits the same text: an mcpu, or an arch of CUDA
+    attend: bool = False
 
     @property
     def config(self) -> dict[str, Any]:
@@ -42,8 +43,8 @@ class _Entry(NamedTuple):
 ENTRIES = {
     "case1_fused": _Entry(_CASE1, "fused", "x86-64-v4"),
     "case1_staged": _Entry(_CASE1, "staged", "x86-64-v4"),
-    "gqa_fused": _Entry(_GQA, "fused", "x86-64-v4"),
-    "gqa_packed_fused": _Entry(_PACKED, "fused", "sapphirerapids"),  # with AVX512_BF16
+    "gqa_fused": _Entry(_GQA, "fused", "x86-64-v4", attend=True),
+    "gqa_packed_fused": _Entry(_PACKED, "fused", "sapphirerapids", attend=True),  # with AVX512_BF16
     "mla_fused": _Entry(_MLA, "fused", "sapphirerapids"),
     "local_fused": _Entry(_LOCAL, "fused", "x86-64-v4"),
     "gqa_cuda": _Entry(_GQA, "fused", "sm_90"),
@@ -67,7 +68,7 @@ def _emitted() -> dict[str, str]:
     texts: dict[str, str] = {}
     templates = installation.templates()
     for folder, entry in ENTRIES.items():
-        sources = compiler.emit_portable(entry.spec, entry.config, entry.pipeline)
+        sources = compiler.emit_portable(entry.spec, entry.config, entry.pipeline, attend=entry.attend)
         for stage, origin in backends.of(entry.config).origins.items():
             file = artifact.STAGE_FILES[stage]
             text = _without_addresses(sources[stage]).removeprefix(f"// {BANNER}\n//\n")

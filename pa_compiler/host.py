@@ -12,14 +12,18 @@ from pa_compiler import installation
 from pa_compiler.bounds import affine, bounds
 from pa_compiler.cpu.target import CpuTarget, instruction_sets
 from pa_compiler.interface import (
+    ATTEND_ROWS,
     CHECKS,
     CPU_ENTRY_POINTS,
     CUDA_ENTRY_POINTS,
     REPORT_CODES,
     REPORT_FIELDS,
     THREADING,
+    AttendItem,
     Parameter,
     WorkItem,
+    attend_range_blocks,
+    attend_tiles,
     with_inputs,
 )
 from pa_compiler.runtime.cpu_features import INSTRUCTION_SETS
@@ -112,10 +116,14 @@ def render(
         tiling=tiling,
         pipeline=pipeline,
         decode_parameters=with_inputs(CPU_ENTRY_POINTS["decode"], spec),
-        function_values={name: f"args.{name}" for name in arrays},
+        attend_parameters=with_inputs(CPU_ENTRY_POINTS["attend"], spec),
+        function_values={name: f"functions.{name}" for name in arrays},
         kernels={kernel.name: kernel for kernel in kernels},
         split_blocks=tiling.split_blocks if fused else "INT64_MAX",
         item_tokens=4 * thread_tokens if fused else "INT64_MAX",
+        range_blocks=attend_range_blocks(spec),
+        attend_rows=ATTEND_ROWS,
+        attend_tiles=attend_tiles(spec),
         word_elements=tiling.keys.word,
         thread_tokens=thread_tokens,
         instruction_sets=[_instruction_set(name) for name in instruction_sets(target)],
@@ -160,6 +168,7 @@ def _interface(place: str) -> str:
             cuda_entry_points=CUDA_ENTRY_POINTS,
             threading=THREADING,
             work_item_fields=[f"&WorkItem::{name}" for name in WorkItem._fields],
+            attend_item_fields=[f"&AttendItem::{name}" for name in AttendItem._fields],
             checks=[f"check_{name}" for name in CHECKS],
             report_codes=REPORT_CODES,
             report_fields=REPORT_FIELDS,

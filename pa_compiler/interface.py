@@ -6,6 +6,7 @@ where a library for a CPU cuts a sequence, since the bits of a result depend on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -34,6 +35,26 @@ class WorkItem(NamedTuple):
     num_tokens: int
 
 
+class AttendItem(NamedTuple):
+    """What a thread computes at a time where a sequence has several query tokens: some of them with some kv heads.
+
+    The query tokens token_begin to token_begin + num_query - 1 of the call, the first of which is at position first_pos
+    of its sequence, with the query heads of the kv heads kv_head_begin to kv_head_begin + num_kv_heads - 1, over the
+    blocks [block_begin, block_end) as far as each of them sees. work counts FLOPs, or, where reading takes longer, what
+    could be computed meanwhile.
+    """
+
+    seq: int
+    token_begin: int
+    num_query: int
+    first_pos: int
+    kv_head_begin: int
+    num_kv_heads: int
+    block_begin: int
+    block_end: int
+    work: int
+
+
 THREADING = ("auto", "own", "openmp")
 """Whose threads can run a call of a library for a CPU, in the order of the library's numbers."""
 
@@ -52,12 +73,37 @@ def split_blocks(spec: PagedAttentionSpec) -> int:
     return -(-max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads) // spec.block_size)
 
 
+ATTEND_ROWS = 16
+"""Rows, pairs of a query token and a query head, of one tile of attend."""
+
+ATTEND_TILES = 32
+"""Tiles of rows that a work item of attend has at most; more only where a single query token has more."""
+
+ATTEND_KV_TILE = 256
+"""Tokens of one step of attend's online softmax: a divisor of this."""
+
+ATTEND_RANGE_TOKENS = 4096
+"""Tokens of a range of keys in attend, about: whole blocks, and whole steps."""
+
+
+def attend_tiles(spec: PagedAttentionSpec) -> int:
+    """Tiles of rows that a work item of attend has at most."""
+    return max(ATTEND_TILES, -(-spec.group // ATTEND_ROWS))
+
+
+def attend_range_blocks(spec: PagedAttentionSpec) -> int:
+    """Blocks of one range of keys in attend: ranges are cut at multiples of it from the first block on."""
+    unit = math.lcm(spec.block_size, ATTEND_KV_TILE)
+    return -(-ATTEND_RANGE_TOKENS // unit) * unit // spec.block_size
+
+
 class Parameter(NamedTuple):
     """What an entry point of a library takes in one place.
 
     Attributes:
         name: In Python, in errors and, with a k before it, in the C++.
-        dtype: Of an array, a dtype or the spec's property that has it; "" for a number.
+        dtype: Of an array, a dtype or the spec's property that has it; "" for a number. Indices of a call on a CPU may
+            be of either type, and so may masks.
         written: Whether an array is written.
         optional: Whether None may stand for an array.
         of_values: Whether an array holds values: None with shared_kv, where they are in the keys.
@@ -89,6 +135,8 @@ class Parameter(NamedTuple):
         if self.of_input:
             return (self.dtype,)
         dtype = getattr(spec, self.dtype, self.dtype)
+        if dtype == "bool":
+            return ("bool", "uint8")
         return ("int32", "int64") if dtype in ("int32", "int64") and not on_gpu else (dtype,)
 
 
@@ -108,6 +156,15 @@ _DECODE = (
     Parameter("scale"),
 )
 
+_ATTEND = (
+    *_DECODE[:5],
+    Parameter("query_start_loc", "int32"),
+    *_DECODE[5:-1],
+    Parameter("tree_mask", "bool", optional=True),
+    Parameter("scale"),
+    Parameter("causal"),
+)
+
 _APPEND_KV = (
     Parameter("key", "dtype"),
     Parameter("value", "dtype", of_values=True),
@@ -122,13 +179,19 @@ _AS_UINT16 = (Parameter("as_uint16"),)
 
 CPU_ENTRY_POINTS: Mapping[str, tuple[Parameter, ...]] = {
     "decode": (*_DECODE, *_THREADS, *_AS_UINT16),
+    "attend": (*_ATTEND, *_THREADS, *_AS_UINT16),
     "append_kv": (*_APPEND_KV, *_THREADS, *_AS_UINT16),
     "plan": (Parameter("context_lens", "int32"),),
+    "attend_plan": (
+        Parameter("context_lens", "int32"),
+        Parameter("query_start_loc", "int32"),
+        Parameter("num_threads"),
+    ),
     "cpu_set": (Parameter("cpus", "int32"),),
     "openmp": (),
     "view_as_bfloat16": (Parameter("tensor", "uint16"),),
 }
-"""The functions of a library for a CPU, with what each takes, in order.
+"""The functions of a library for a CPU, with what each takes, in order. Not every library has those of attend.
 
 Arrays come first. Where the last parameter is as_uint16, bit i of it says that parameter i is an array of bfloat16 that
 is declared uint16, for libraries that have no bfloat16 in DLPack.
@@ -136,7 +199,7 @@ is declared uint16, for libraries that have no bfloat16 in DLPack.
 
 
 def with_inputs(parameters: tuple[Parameter, ...], spec: PagedAttentionSpec) -> tuple[Parameter, ...]:
-    """The parameters of decode for a spec: behind the other arrays those of its inputs, in their order."""
+    """The parameters of decode, or attend, for a spec: behind the other arrays those of its inputs, in their order."""
     of_inputs = (Parameter(f"{INPUT_PREFIX}{each.name}", each.dtype, of_input=True) for each in spec.inputs)
     arrays = sum(bool(parameter.dtype) for parameter in parameters)
     return (*parameters[:arrays], *of_inputs, *parameters[arrays:])

@@ -6,51 +6,12 @@ with the kernels, so that a mistake in one cannot hide in the other.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from pa_compiler import reference_functions
-from pa_compiler.score import Function
-
-Functions = Function | Callable[..., Any]
-
-
-class Weighed(NamedTuple):
-    """The visible tokens of one sequence, with what each weighs for each head; in float64.
-
-    Attributes:
-        scores: [num_kv_heads, group, tokens], as the softmax takes them.
-        weights: The same shape: shares of a denominator that has the sink in it.
-        values: [num_kv_heads, tokens, value_dim]; 0 where a mask hides the token from all heads that share it.
-        lse: [num_heads], the logarithm of the denominator.
-        given: As scores: what score_mod was given.
-        magnitude: As scores: sum(abs(query) * abs(key)) with the scale, of the products that a score is summed of; 0
-            without score_mod.
-        visible: bool, as scores: what mask_mod leaves. None without one.
-    """
-
-    scores: np.ndarray
-    weights: np.ndarray
-    values: np.ndarray
-    lse: np.ndarray
-    given: np.ndarray
-    magnitude: np.ndarray
-    visible: np.ndarray | None
-
-    def out(self) -> np.ndarray:
-        """[num_heads, value_dim]: the averages of the values. What a head does not see has no part in its own."""
-        if self.visible is None or np.isfinite(self.values).all():
-            return (self.weights @ self.values).reshape(len(self.lse), -1)
-        group = self.weights.shape[1]
-        return np.stack(
-            [
-                self.weights[head // group, head % group][seen] @ self.values[head // group][seen]
-                for head, seen in enumerate(self.visible.reshape(len(self.lse), -1))
-            ]
-        )
+from pa_compiler.reference_weights import Functions, tokens_of, weigh
 
 
 def decode(
@@ -114,138 +75,74 @@ def decode(
         lse: [batch, num_heads], float64, with return_lse: the natural logarithm of the softmax's denominator,
             log sum_t exp(score_t), with the sink among the scores; -inf where there is none but -inf.
     """
-    if kv_layout not in ("NHD", "HND", "packed"):
-        raise ValueError(f"kv_layout: expected NHD, HND or packed, got {kv_layout!r}")
-    batch, num_heads, _ = query.shape
-    pair = 2 if kv_layout == "packed" and key_cache.dtype.name == "bfloat16" else 1
-    out = np.zeros((batch, num_heads, value_cache.shape[3] // pair))
-    lse = np.full((batch, num_heads), -np.inf) if sinks is None else np.tile(np.asarray(sinks, np.float64), (batch, 1))
-    for sequence in np.flatnonzero(context_lens):
-        seen = weigh(
-            query[sequence],
-            key_cache,
-            value_cache,
-            block_table[sequence],
-            int(context_lens[sequence]),
-            scale,
-            kv_layout=kv_layout,
-            window=window,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            score_mod=score_mod,
-            mask_mod=mask_mod,
-            inputs=inputs,
-            batch=int(sequence),
-        )
-        out[sequence] = seen.out()
-        lse[sequence] = seen.lse
+    lengths = np.asarray(context_lens)
+    starts = np.concatenate([[0], np.cumsum(lengths > 0)])  # an empty sequence has no token to ask for
+    used = np.flatnonzero(lengths)
+    arrays = (key_cache, value_cache, block_table, context_lens, starts)
+    fields: dict[str, Any] = {
+        "kv_layout": kv_layout,
+        "window": window,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+    }
+    fields |= {"score_mod": score_mod, "mask_mod": mask_mod, "inputs": inputs}
+    found, found_lse = attend(query[used], *arrays, scale, return_lse=True, **fields)
+    out = np.zeros((len(query), *found.shape[1:]))
+    lse = (
+        np.full(query.shape[:2], -np.inf) if sinks is None else np.tile(np.asarray(sinks, np.float64), (len(query), 1))
+    )
+    out[used], lse[used] = found, found_lse
     return (out, lse) if return_lse else out
 
 
-def weigh(
+def attend(
     query: np.ndarray,
     key_cache: np.ndarray,
     value_cache: np.ndarray,
-    blocks: np.ndarray,
-    context_len: int,
+    block_table: np.ndarray,
+    context_lens: np.ndarray,
+    query_start_loc: np.ndarray,
     scale: float | np.ndarray | None = None,
     *,
     kv_layout: str = "NHD",
-    window: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: np.ndarray | None = None,
-    sinks: np.ndarray | None = None,
-    score_mod: Functions | None = None,
-    mask_mod: Functions | None = None,
-    inputs: Mapping[str, np.ndarray] | None = None,
-    batch: int = 0,
-) -> Weighed:
-    """What the tokens of one sequence weigh.
+    return_lse: bool = False,
+    causal: bool = True,
+    tree_mask: np.ndarray | None = None,
+    **fields: Any,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """Attend from any number of query tokens of each sequence, its last ones.
+
+    Query token i of n is at position context_len - n + i and sees the keys up to its own; all keys where causal is
+    False; and with tree_mask those before the n tokens, and of these those that its row says. Otherwise as decode.
 
     Args:
-        query: [num_heads, head_dim].
-        key_cache: This, value_cache and what follows scale are those of decode.
-        value_cache: As key_cache.
-        blocks: A row of block_table.
-        context_len: Tokens of the sequence, from 1 on.
-        scale: Factor on every score; 1 / sqrt(head_dim) where it is None.
+        query: [num_tokens, num_heads, head_dim], any floating dtype: those of one sequence after another.
+        key_cache: As for decode.
+        value_cache: As for decode.
+        block_table: As for decode.
+        context_lens: [batch], integers: tokens of each sequence, its query tokens among them.
+        query_start_loc: [batch + 1], integers from 0 to num_tokens: where those of each sequence begin, and the end.
+        scale: As for decode.
         kv_layout: As for decode.
-        window: As for decode.
-        softcap: As for decode.
-        alibi_slopes: As for decode.
-        sinks: As for decode.
-        score_mod: As for decode.
-        mask_mod: As for decode.
-        inputs: As for decode.
-        batch: The number of the sequence, for functions.
+        return_lse: Return lse too.
+        causal: Whether a query token sees nothing after itself.
+        tree_mask: [sum of n * n], bool or uint8: for each sequence [n, n] row after row, which of its query tokens
+            (columns) each of them (rows) sees.
+        **fields: window, softcap, alibi_slopes, sinks, score_mod, mask_mod and inputs, as for decode. A window is of
+            keys from query_pos - window + 1 on.
+
+    Returns:
+        out: [num_tokens, num_heads, value_dim], float64; 0 where a token sees no key, or no score but -inf.
+        lse: [num_tokens, num_heads], float64, with return_lse.
     """
-    num_heads, head_dim = query.shape
-    position = np.arange(0 if window is None else max(0, context_len - window), context_len)
-    kv_heads = key_cache.shape[2 if kv_layout == "NHD" else 1]
-    by_kv_head = (kv_heads, num_heads // kv_heads, 1)
-    grouped = query.astype(np.float64).reshape(kv_heads, -1, head_dim)
-    places = reference_functions.Places(batch, context_len - 1, position, inputs or {})
-    visible = is_nan = None
-    if mask_mod is not None:
-        visible, is_nan = places.mask(mask_mod, (kv_heads, grouped.shape[1], len(position)))
-    is_seen: np.ndarray = np.ones(len(position), bool)
-    if visible is not None:
-        is_seen = np.asarray(visible.any(axis=(0, 1)))
-    key, values = _gathered(key_cache, value_cache, blocks, position, is_seen, kv_layout)
-    if visible is not None:
-        key.swapaxes(1, 2)[~visible.any(axis=1)] = 0
-        values[~visible.any(axis=1)] = 0
-    factor = 1 / math.sqrt(head_dim) if scale is None else float(scale)
-    with np.errstate(invalid="ignore"):  # a key of infinities may be hidden from some heads
-        scores = factor * (grouped @ key)
-        magnitude = np.zeros(()) if score_mod is None else abs(factor) * (np.abs(grouped) @ np.abs(key))
-    if softcap is not None:
-        scores = softcap * np.tanh(scores / softcap)
-    given = scores
-    if score_mod is not None:
-        scores = places.score(score_mod, scores, visible)
-    if alibi_slopes is not None:
-        scores = scores + np.asarray(alibi_slopes, np.float64).reshape(by_kv_head) * (position - (context_len - 1))
-    if visible is not None and is_nan is not None:
-        scores = np.where(visible, np.where(is_nan, np.nan, scores), -np.inf)
-    sink = np.full(by_kv_head, -np.inf) if sinks is None else np.asarray(sinks, np.float64).reshape(by_kv_head)
-    peak = np.maximum(scores.max(axis=-1, keepdims=True), sink)
-    has_weight = peak != -np.inf
-    weights = np.exp(scores - np.where(has_weight, peak, 0))
-    row_sum = weights.sum(axis=-1, keepdims=True) + np.exp(sink - np.where(has_weight, peak, 0))
-    row_sum = np.where(has_weight, row_sum, 1)
-    lse = (peak + np.log(row_sum)).reshape(num_heads)
-    return Weighed(scores, weights / row_sum, values, lse, given, magnitude, visible)
-
-
-def _gathered(
-    key_cache: np.ndarray,
-    value_cache: np.ndarray,
-    blocks: np.ndarray,
-    position: np.ndarray,
-    is_seen: np.ndarray,
-    kv_layout: str,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Keys [num_kv_heads, head_dim, tokens] and values [num_kv_heads, tokens, value_dim] of some tokens, in float64.
-
-    Of a token that is not seen they are those of any other: the id of its block is not looked at.
-    """
-    if kv_layout == "packed":  # gathered element by element: [tokens, dim, num_kv_heads]
-        pair = 2 if key_cache.dtype.name == "bfloat16" else 1
-        block_size = pair * value_cache.shape[2]
-        block, slot = np.where(is_seen, blocks[position // block_size], 0)[:, None], (position % block_size)[:, None]
-        dim, out_dim = np.arange(pair * key_cache.shape[2]), np.arange(value_cache.shape[3] // pair)
-        keys = key_cache[block, :, dim // pair, pair * slot + dim % pair].swapaxes(1, 2)
-        values = value_cache[block, :, slot // pair, pair * out_dim + slot % pair].swapaxes(1, 2)
-    else:
-        if kv_layout == "HND":
-            key_cache, value_cache = key_cache.swapaxes(1, 2), value_cache.swapaxes(1, 2)
-        block_size = value_cache.shape[1]
-        block, slot = np.where(is_seen, blocks[position // block_size], 0), position % block_size
-        keys, values = key_cache[block, slot], value_cache[block, slot]
-    # in C's order whatever the layout, since BLAS may sum in an order that depends on the strides
-    return (
-        keys.astype(np.float64, order="C").transpose(1, 2, 0),
-        values.astype(np.float64, order="C").transpose(1, 0, 2),
-    )
+    if kv_layout not in ("NHD", "HND", "packed"):
+        raise ValueError(f"kv_layout: expected NHD, HND or packed, got {kv_layout!r}")
+    pair = 2 if kv_layout == "packed" and key_cache.dtype.name == "bfloat16" else 1
+    out = np.zeros((*query.shape[:2], value_cache.shape[3] // pair))
+    lse = np.full(query.shape[:2], -np.inf)
+    for batch, token, seen in tokens_of(context_lens, query_start_loc, causal=causal, tree_mask=tree_mask):
+        of = (query[token], key_cache, value_cache, block_table[batch], seen, scale)
+        weighed = weigh(*of, kv_layout=kv_layout, batch=batch, **fields)
+        out[token], lse[token] = weighed.out(), weighed.lse
+    return (out, lse) if return_lse else out

@@ -47,7 +47,7 @@ class Places(NamedTuple):
         self, function: Function | Callable[..., Any], scores: np.ndarray, visible: np.ndarray | None
     ) -> np.ndarray:
         """What becomes of scores [num_kv_heads, group, tokens], of those alone that are visible; NaN of the others."""
-        flat = scores.reshape(-1, scores.shape[2])
+        flat = scores.reshape(scores.shape[0] * scores.shape[1], scores.shape[2])
         head, token = np.nonzero(np.ones(flat.shape, bool) if visible is None else visible.reshape(flat.shape))
         count = np.ones(len(head), np.int64)
         arguments = (flat[head, token], self.batch * count, head, self.query_pos * count, self.key_pos[token])

@@ -68,6 +68,7 @@ class Tiling:
             ahead in each of them; 1 where they are read one after another.
         prefetches: Whether instructions fetch the tile of tokens that is read next.
         split_blocks: Blocks of one range of a long sequence.
+        many_tokens: Whether the rows of a tile are those of several query tokens, row_tile pairs of a token and a head.
     """
 
     strategy: ClassVar[str]
@@ -83,6 +84,7 @@ class Tiling:
     streams: int
     prefetches: bool
     split_blocks: int
+    many_tokens: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def padded_kv_tile(self) -> int:
@@ -145,7 +147,7 @@ class VectorTiling(Tiling):
     def of_merge(self) -> VectorTiling:
         """Sizes for partial results, alike in every strategy: value_dim lies in order and is gone through once."""
         values = dataclasses.replace(self.values, word=1, halves=1, terms=1)
-        return dataclasses.replace(self, values=values, pv_rows=1, pv_dims=self.pv_lanes)
+        return dataclasses.replace(self, values=values, pv_rows=1, pv_dims=self.pv_lanes, many_tokens=False)
 
 
 def equal_tile(group: int, limit: int) -> int:

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 
-from tvm import IRModule, s_tir
+from tvm import IRModule, s_tir, tirx
+from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.parser.core import doc
 from tvm.script.parser.core.diagnostics import Source
@@ -203,6 +204,15 @@ class _Parser(Parser):
             return super().eval_assign(target, source, bind_value, allow_shadowing)
         self.var_table.add(target.id, bind_value(self, target, target.id, source), allow_shadowing)
         return {target.id: source}
+
+
+def opaque(value: Expr) -> Expr:
+    """The same int32, of which TVM's passes know nothing; no instruction.
+
+    They put the value of a variable into whatever it is used for, and most of their time goes into the bounds of what
+    is nested several times.
+    """
+    return tirx.call_intrin("int32", "tirx.reinterpret", value)
 
 
 def text(mod: IRModule) -> str:

@@ -89,16 +89,19 @@ def build_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def compiled(build_cache):
-    """compiled(spec, pipeline="fused", target="llvm") -> Module, the same one each time."""
+    """compiled(spec, pipeline="fused", target="llvm", attend=False) -> Module, the same one each time.
+
+    Without attend it is there in half the time.
+    """
 
     @functools.cache
-    def compile_once(spec, pipeline, target_text):
+    def compile_once(spec, pipeline, target_text, attend):
         with pytest.MonkeyPatch.context() as patch:  # a test may have turned PA_CACHE_DIR to a directory of its own
             patch.setenv("PA_CACHE_DIR", str(build_cache))
-            return pa_compiler.compile(spec, target=json.loads(target_text), pipeline=pipeline)
+            return pa_compiler.compile(spec, target=json.loads(target_text), pipeline=pipeline, attend=attend)
 
-    def compile_module(spec, pipeline="fused", target="llvm"):
-        module = compile_once(spec, pipeline, json.dumps(target))
+    def compile_module(spec, pipeline="fused", target="llvm", attend=False):
+        module = compile_once(spec, pipeline, json.dumps(target), attend)
         module.num_threads = 2
         return module
 
@@ -166,7 +169,7 @@ def faked_builds(compiled, monkeypatch):
     """The builds that compile() asks for, which give it a library that is there already."""
     module, asked = compiled(BASE), []
 
-    def build(spec, config, pipeline, directory):
+    def build(spec, config, pipeline, attend, directory):
         asked.append((spec, config, pipeline))
         module.save(directory / "pa.so")
         for stage, text in module.sources.items():

@@ -114,7 +114,9 @@ def test_the_header_has_the_same_list(room, entry_points):
         names = [parameter.name for parameter in entry_points[name]]
         assert re.findall(r'\{(\d+), "(\w+)"\}', declared) == [(str(i), each) for i, each in enumerate(names)]
         assert int(count) == len(names)
-    template = installation.templates()[f"{room}/host.cc.j2"].replace("{{ parameters }}", "DecodeParameters")
+    template = installation.templates()[f"{room}/host.cc.j2"]
+    for given, parameters in (("parameters", "Decode"), ("decode_given", "Decode"), ("attend_given", "Attend")):
+        template = template.replace(f"{{{{ {given} }}}}", f"{parameters}Parameters")
     exported = re.findall(r"^PA_EXPORT\((\w+), pa::(\w+)Parameters", template, re.MULTILINE)
     assert [name for name, _ in exported] == list(entry_points)
     assert all(parameters.lower() == name.replace("_", "") for name, parameters in exported)

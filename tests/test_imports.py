@@ -17,7 +17,8 @@ ARROWS = {
     "score_checks": {"score"},
     "spec": {"score", "score_checks", "tracing"},
     "interface": {"spec"},
-    "reference": {"score", "reference_functions"},
+    "reference": {"reference_weights"},
+    "reference_weights": {"score", "reference_functions"},
     "reference_functions": {"score"},
     "layout": {"spec"},
     "tiles": {"spec"},
@@ -29,7 +30,7 @@ ARROWS = {
         "verification",
     },  # a module verifies itself, by what compares it with the reference
     "verification": {
-        *("spec", "interface", "layout", "reference", "reference_functions", "runtime"),
+        *("spec", "interface", "layout", "reference_weights", "reference_functions", "runtime"),
         *("score", "bounds", "tracing"),
     },
     "score": set(),
@@ -44,7 +45,7 @@ ARROWS = {
     "store": {"interrupts"},
     "native": {"commands"},
     "tvmscript": set(),
-    "kernels": {"spec", "score", "ranges", "bounds", "tiles", "tvmscript"},
+    "kernels": {"spec", "score", "ranges", "bounds", "interface", "tiles", "tvmscript"},
     "schedules": {"tiles", "spec", "kernels", "tvmscript"},
     "host": {"spec", "bounds", "interface", "tiles", "installation", "runtime", "cpu"},
     "backend": {"spec"},

@@ -43,6 +43,9 @@ def worked_on():
     for spec, cpu, pipeline in itertools.product(ALL_SPECS, CPUS.values(), PIPELINES):
         tiles = tiling.choose(spec, cpu, pipeline)
         modules.append((kernels.build(spec, tiles, pipeline), tiles))
+        if pipeline == "fused":
+            of_attend = tiling.choose_attend(spec, cpu)
+            modules.append((kernels.build_attend(spec, of_attend), of_attend))
     for spec in (ON_CUDA, dataclasses.replace(ON_CUDA, **MASKED)):
         tiles = cuda_tiling.staged(spec)
         modules.append((cuda.build_staged(spec, tiles)[0], tiles))

@@ -18,6 +18,7 @@ from pa_compiler import backends
 from pa_compiler.cli import main as cli
 from pa_compiler.cpu import backend, target
 from pa_compiler.cpu import tiles as tiling
+from pa_compiler.interface import attend_range_blocks
 from pa_compiler.verification import draws, verify
 
 SEED = 1
@@ -94,6 +95,8 @@ class Broken:
     def __init__(self, module, spoil=lambda out, lse, arguments: None):
         self.module, self.spec, self.num_threads, self.spoil = module, module.spec, 1, spoil
 
+    has_attend = False
+
     def decode(self, *arguments, **options):
         returned = self.module.decode(*arguments, **options)
         self.spoil(*(returned if isinstance(returned, tuple) else (returned, None)), arguments)
@@ -101,6 +104,20 @@ class Broken:
 
     def append_kv(self, *arguments):
         self.module.append_kv(*arguments)
+
+
+class BrokenWithQueries(Broken):
+    """One of which calls of attend are changed."""
+
+    has_attend = True
+
+    def decode(self, *arguments, **options):
+        return self.module.decode(*arguments, **options)
+
+    def attend(self, *arguments, **options):
+        returned = self.module.attend(*arguments, **options)
+        self.spoil(*(returned if isinstance(returned, tuple) else (returned, None)), arguments)
+        return returned
 
 
 class ForgetsATokenOnAppend(Broken):
@@ -237,3 +254,32 @@ def test_arguments_are_checked(figure, compiled, arguments, error, says):
     with pytest.raises(error, match=f"^{says}"):
         compiled(BASE).verify(**arguments)
     figure("kinds", 1)
+
+
+def test_draws_of_attend_reach_what_is_hard():
+    calls = [draws.draw(BASE, SEED, number, True) for number in range(1, 160, 2)]
+    assert all(draws.draw(BASE, SEED, number, True).queries is None for number in range(0, 20, 2))
+    counts = np.concatenate([call.queries.counts for call in calls])
+    assert {0, 1, 2, 7, 16, 17, 33, 512} <= set(counts.tolist())
+    assert {call.queries.causal for call in calls} == {False, True}
+    trees = [call.queries.tree_mask for call in calls if call.queries.tree_mask is not None]
+    assert {tree.dtype.name for tree in trees} == {"bool", "uint8"}
+    assert max(call.context_lens.max(initial=0) for call in calls) > attend_range_blocks(BASE) * BASE.block_size
+    assert any(np.isnan(call.values[call.is_used].astype(np.float32)).any() for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (one_element, r"^out: 1 of \d+ elements out of tolerance"),
+        (logarithm_to_base_2, r"^lse: "),
+        (writes_its_inputs, r"^value_cache: its bits are not as expected after attend"),
+    ],
+    ids=["one_element", "logarithm_to_base_2", "writes_its_inputs"],
+)
+def test_wrong_results_of_attend_fail(compiled, spoil, message):
+    module = BrokenWithQueries(compiled(BASE, attend=True), spoil)
+    results = [verify.verify(module, seed=SEED, draw=number) for number in range(DRAWS)]
+    assert not any(result.failures for result in results[::2])
+    messages = [failure.message for result in results for failure in result.failures]
+    assert any(re.search(message, each) for each in messages), messages

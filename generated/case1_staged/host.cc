@@ -4,8 +4,8 @@
 // Target: llvm, mcpu x86-64-v4; pipeline staged
 // Regenerate: pa-compiler generate
 
-// Host orchestration of paged decode attention: checks the arguments, plans the work, runs the kernels. And of
-// append_kv, which fills the cache.
+// Host orchestration of paged attention: checks the arguments, plans the work, runs the kernels. And of append_kv, which
+// fills the cache.
 //   staged pipeline; num_heads=16, num_kv_heads=1, head_dim=128, block_size=128, dtype=bfloat16, out_dtype=float32, kv_layout=NHD, head_tile=16, batch_chunk=16, value_dim=128
 
 #include <algorithm>
@@ -132,8 +132,9 @@ void RunItem(const WorkItem& item, const DecodeArguments& args) {
 // decode: attention of one query token per sequence.
 void Decode(const Inputs& in, TVMFFIAny*) {
   CheckCpuFeatures(kInstructionSets);
-  const DecodeCall<Spec> decode(in);
-  ParallelFor(decode.plan.num_items, decode.threads, [&](int64_t i) { RunItem(decode.plan.item(i), decode.args); });
+  const DecodeCall<Spec, DecodeParameters> decode(in);
+  ParallelFor(decode.plan.num_items, decode.threads,
+              [&](int64_t i) { RunItem(decode.plan.item(i), decode.args); });
 }
 
 // append_kv: write the keys and values of new tokens into their slots.

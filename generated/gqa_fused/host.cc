@@ -4,13 +4,14 @@
 // Target: llvm, mcpu x86-64-v4; pipeline fused
 // Regenerate: pa-compiler generate
 
-// Host orchestration of paged decode attention: checks the arguments, plans the work, runs the kernels. And of
-// append_kv, which fills the cache.
+// Host orchestration of paged attention: checks the arguments, plans the work, runs the kernels. And of append_kv, which
+// fills the cache.
 //   fused pipeline; num_heads=32, num_kv_heads=8, head_dim=128, block_size=16, dtype=bfloat16, out_dtype=bfloat16, kv_layout=NHD, head_tile=16, batch_chunk=16, value_dim=128
 
 #include <cstdint>
 
 #include "cpu/append.h"
+#include "cpu/attend.h"
 #include "cpu/decode.h"
 #include "cpu/entry_points.h"
 #include "cpu/features.h"
@@ -18,7 +19,8 @@
 #include "cpu/partials.h"
 
 // The kernels, compiled by TVM from TensorIR.
-extern "C" pa::KernelFunction __tvm_ffi_fused_decode, __tvm_ffi_merge_partials, __tvm_ffi_append_row;
+extern "C" pa::KernelFunction __tvm_ffi_fused_decode, __tvm_ffi_merge_partials, __tvm_ffi_append_row,
+    __tvm_ffi_fused_attend, __tvm_ffi_merge_attend;
 
 namespace pa {
 namespace {
@@ -39,6 +41,8 @@ struct Spec {
   static constexpr int64_t kBatchChunk = 16;  // sequences
   static constexpr int64_t kSplitBlocks = 16;  // blocks of one range of a long sequence
   static constexpr int64_t kItemTokens = 120;  // tokens after which a work item takes no further sequence
+  static constexpr int64_t kRangeBlocks = 256;  // the same where a sequence has several query tokens
+  static constexpr int64_t kAttendRows = 16, kAttendTiles = 32;  // then: rows of a tile, and tiles of a work item
   static constexpr int64_t kThreadTokens = 30;  // KV tokens of work items that are worth one more thread
 };
 
@@ -71,32 +75,85 @@ struct AppendRow {
   Passed<int64_t> head_begin, num_heads;
 };
 
-// decode: attention of one query token per sequence. One kernel takes a work item through all four stages, tile by
-// tile.
+struct FusedAttend {
+  static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_fused_attend;
+  Passed<Array> query, key_cache, value_cache, block_table, context_lens, tree_mask, partial_max, partial_sum,
+      partial_acc, out, lse;
+  Passed<BlockStride<Keys>> k_block; Passed<RowStride<Keys>> k_row; Passed<HeadStride<Keys>> k_head;
+  Passed<BlockStride<Values>> v_block; Passed<RowStride<Values>> v_row; Passed<HeadStride<Values>> v_head;
+  Passed<int64_t> seq, token_begin, num_query, first_pos, kv_head_begin, num_kv_heads, block_begin, block_end,
+      partial_start, causal, tree_start, tree_size;
+  Passed<float> query_scale, score_scale;
+};
+
+struct MergeAttend {
+  static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_merge_attend;
+  Passed<Array> partial_max, partial_sum, partial_acc, out, lse;
+  Passed<int64_t> token, num_keys, partial_start, partial_step, num_partials;
+};
+
+// One kernel takes a work item of decode through all four stages, tile by tile. Whoever computes the last partial result
+// of a sequence merges all of them.
+void RunItem(const WorkItem& item, const DecodeArguments& args, const Plan<Spec>& plan, const Partials<Spec>& partials) {
+  Call(FusedDecode{
+      .query = args.query, .key_cache = args.key_cache.memory, .value_cache = args.value_cache.memory,
+      .block_table = args.block_table, .context_lens = args.context_lens, .partial_max = partials.max,
+      .partial_sum = partials.sum, .partial_acc = partials.acc, .out = args.out, .lse = args.lse,
+      .k_block = args.key_cache.block_stride, .k_row = args.key_cache.row_stride,
+      .k_head = args.key_cache.head_stride, .v_block = args.value_cache.block_stride,
+      .v_row = args.value_cache.row_stride, .v_head = args.value_cache.head_stride,
+      .batch_start = item.batch_start, .num_seqs = item.num_seqs, .block_begin = item.block_begin,
+      .block_end = item.block_end, .partial_start = item.partial_start, .query_scale = args.scale.query,
+      .score_scale = args.scale.scores});
+  const int64_t seq = item.batch_start;
+  if (item.partial_start < 0 || !partials.Complete(seq)) return;
+  Call(MergePartials{
+      .context_lens = args.context_lens, .partial_max = partials.max, .partial_sum = partials.sum,
+      .partial_acc = partials.acc, .out = args.out, .lse = args.lse, .seq = seq,
+      .partial_start = plan.partial_begin(seq), .num_partials = plan.partials_of(seq)});
+}
+
+// decode: attention of one query token per sequence.
 void Decode(const Inputs& in, TVMFFIAny*) {
   CheckCpuFeatures(kInstructionSets);
-  const DecodeCall<Spec> decode(in);
-  const DecodeArguments& args = decode.args;
-  const Plan<Spec>& plan = decode.plan;
-  const Partials<Spec> partials(plan, args.batch);
-  ParallelFor(plan.num_items, decode.threads, [&](int64_t i) {
-    const WorkItem& item = plan.item(i);
-    Call(FusedDecode{
+  const DecodeCall<Spec, DecodeParameters> decode(in);
+  const Partials<Spec> partials(decode.plan, decode.args.batch);
+  ParallelFor(decode.plan.num_items, decode.threads,
+              [&](int64_t i) { RunItem(decode.plan.item(i), decode.args, decode.plan, partials); });
+}
+
+// attend: attention of any number of query tokens per sequence, those of one token as decode has them.
+void Attend(const Inputs& in, TVMFFIAny*) {
+  CheckCpuFeatures(kInstructionSets);
+  const AttendCall<Spec, AttendParameters> attend(in);
+  const AttendArguments& args = attend.args;
+  const AttendPlan<Spec>& plan = attend.plan;
+  const Partials<Spec>& partials = attend.partials;
+  ParallelFor(plan.num_dealt, attend.threads, [&](int64_t i) {
+    if (const WorkItem* one = plan.OfDecode(i)) {
+      return RunItem(*one, attend.RowsOf(*one), plan.decode, partials);
+    }
+    const AttendItem& item = plan.item(i);
+    Call(FusedAttend{
         .query = args.query, .key_cache = args.key_cache.memory, .value_cache = args.value_cache.memory,
-        .block_table = args.block_table, .context_lens = args.context_lens, .partial_max = partials.max,
-        .partial_sum = partials.sum, .partial_acc = partials.acc, .out = args.out, .lse = args.lse,
-        .k_block = args.key_cache.block_stride, .k_row = args.key_cache.row_stride,
+        .block_table = args.block_table, .context_lens = args.context_lens, .tree_mask = args.tree_mask,
+        .partial_max = partials.max, .partial_sum = partials.sum, .partial_acc = partials.acc, .out = args.out,
+        .lse = args.lse, .k_block = args.key_cache.block_stride, .k_row = args.key_cache.row_stride,
         .k_head = args.key_cache.head_stride, .v_block = args.value_cache.block_stride,
-        .v_row = args.value_cache.row_stride, .v_head = args.value_cache.head_stride,
-        .batch_start = item.batch_start, .num_seqs = item.num_seqs, .block_begin = item.block_begin,
-        .block_end = item.block_end, .partial_start = item.partial_start, .query_scale = args.scale.query,
-        .score_scale = args.scale.scores});
-    if (!partials.Complete(item)) return;
-    const int64_t seq = item.batch_start;
-    Call(MergePartials{
-        .context_lens = args.context_lens, .partial_max = partials.max, .partial_sum = partials.sum,
-        .partial_acc = partials.acc, .out = args.out, .lse = args.lse, .seq = seq,
-        .partial_start = plan.partial_begin(seq), .num_partials = plan.partials_of(seq)});
+        .v_row = args.value_cache.row_stride, .v_head = args.value_cache.head_stride, .seq = item.seq,
+        .token_begin = item.token_begin, .num_query = item.num_query, .first_pos = item.first_pos,
+        .kv_head_begin = item.kv_head_begin, .num_kv_heads = item.num_kv_heads,
+        .block_begin = item.block_begin / Spec::kRangeBlocks * Spec::kRangeBlocks, .block_end = item.block_end,
+        .partial_start = item.partial_start, .causal = int64_t{args.causal}, .tree_start = item.tree_start,
+        .tree_size = item.tree_size, .query_scale = args.scale.query, .score_scale = args.scale.scores});
+    if (item.partial_start < 0 || !partials.Complete(item.merge)) return;
+    for (int64_t token = item.token_begin; token < item.token_begin + item.num_query; ++token) {
+      Call(MergeAttend{
+          .partial_max = partials.max, .partial_sum = partials.sum, .partial_acc = partials.acc, .out = args.out,
+          .lse = args.lse, .token = token, .num_keys = attend.NumKeys(item, token),
+          .partial_start = item.merge_start + (token - item.token_begin), .partial_step = item.num_query,
+          .num_partials = item.num_ranges});
+    }
   });
 }
 
@@ -116,8 +173,10 @@ void AppendKV(const Inputs& in, TVMFFIAny*) {
 }  // namespace pa
 
 PA_EXPORT(decode, pa::DecodeParameters, pa::Decode)
+PA_EXPORT(attend, pa::AttendParameters, pa::Attend)
 PA_EXPORT(append_kv, pa::AppendKvParameters, pa::AppendKV)
 PA_EXPORT(plan, pa::PlanParameters, pa::PlanText<pa::Spec>)
+PA_EXPORT(attend_plan, pa::AttendPlanParameters, pa::AttendPlanText<pa::Spec>)
 PA_EXPORT(cpu_set, pa::CpuSetParameters, pa::MakeCpuSet<pa::Spec>)
 PA_EXPORT(openmp, pa::OpenmpParameters, pa::OpenMPText)
 PA_EXPORT(view_as_bfloat16, pa::ViewAsBfloat16Parameters, pa::ViewAsBFloat16)

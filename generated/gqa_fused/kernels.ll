@@ -249,6 +249,5198 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
   ret i32 0
 }
 
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+entry:
+  %factor552.i = alloca [16 x float], align 16
+  %reach570.i = alloca [128 x i32], align 16
+  %query.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %query.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %query.handle.idx = select i1 %0, i64 24, i64 0
+  %query.handle = getelementptr inbounds nuw i8, ptr %2, i64 %query.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %key_cache.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %key_cache.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %key_cache.handle.idx = select i1 %4, i64 24, i64 0
+  %key_cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %key_cache.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %value_cache.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %value_cache.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %value_cache.handle.idx = select i1 %8, i64 24, i64 0
+  %value_cache.handle = getelementptr inbounds nuw i8, ptr %10, i64 %value_cache.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %12 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %13 = load ptr, ptr %12, align 8
+  %14 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %15 = load ptr, ptr %14, align 8
+  %16 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %17 = load ptr, ptr %16, align 8
+  %18 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %19 = load ptr, ptr %18, align 8
+  %20 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %21 = load ptr, ptr %20, align 8
+  %22 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %23 = load ptr, ptr %22, align 8
+  %24 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %25 = load ptr, ptr %24, align 8
+  %26 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr nonnull align 8 %11, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
+  %27 = shufflevector <29 x i32> %26, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %28 = icmp eq <8 x i32> %27, splat (i32 70)
+  %29 = extractelement <8 x i1> %28, i64 0
+  %block_table.handle.idx = select i1 %29, i64 24, i64 0
+  %block_table.handle = getelementptr inbounds nuw i8, ptr %13, i64 %block_table.handle.idx
+  %30 = extractelement <8 x i1> %28, i64 1
+  %context_lens.handle.idx = select i1 %30, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %15, i64 %context_lens.handle.idx
+  %31 = extractelement <8 x i1> %28, i64 2
+  %tree_mask.handle.idx = select i1 %31, i64 24, i64 0
+  %tree_mask.handle = getelementptr inbounds nuw i8, ptr %17, i64 %tree_mask.handle.idx
+  %32 = extractelement <8 x i1> %28, i64 3
+  %partial_max.handle.idx = select i1 %32, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %19, i64 %partial_max.handle.idx
+  %33 = extractelement <8 x i1> %28, i64 4
+  %partial_sum.handle.idx = select i1 %33, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %21, i64 %partial_sum.handle.idx
+  %34 = extractelement <8 x i1> %28, i64 5
+  %partial_acc.handle.idx = select i1 %34, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %23, i64 %partial_acc.handle.idx
+  %35 = extractelement <8 x i1> %28, i64 6
+  %out.handle.idx = select i1 %35, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %25, i64 %out.handle.idx
+  %36 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %37 = load ptr, ptr %36, align 8
+  %38 = extractelement <8 x i1> %28, i64 7
+  %lse.handle.idx = select i1 %38, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %37, i64 %lse.handle.idx
+  %39 = getelementptr inbounds nuw i8, ptr %args, i64 184
+  %k_block = load i64, ptr %39, align 8
+  %40 = getelementptr inbounds nuw i8, ptr %args, i64 200
+  %k_row = load i64, ptr %40, align 8
+  %41 = getelementptr inbounds nuw i8, ptr %args, i64 216
+  %k_head = load i64, ptr %41, align 8
+  %42 = getelementptr inbounds nuw i8, ptr %args, i64 232
+  %v_block = load i64, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %args, i64 248
+  %v_row = load i64, ptr %43, align 8
+  %44 = getelementptr inbounds nuw i8, ptr %args, i64 264
+  %v_head = load i64, ptr %44, align 8
+  %45 = getelementptr inbounds nuw i8, ptr %args, i64 280
+  %46 = load i64, ptr %45, align 8
+  %47 = getelementptr inbounds nuw i8, ptr %args, i64 296
+  %48 = load i64, ptr %47, align 8
+  %49 = getelementptr inbounds nuw i8, ptr %args, i64 312
+  %50 = load i64, ptr %49, align 8
+  %51 = getelementptr inbounds nuw i8, ptr %args, i64 328
+  %52 = load i64, ptr %51, align 8
+  %53 = getelementptr inbounds nuw i8, ptr %args, i64 344
+  %54 = load i64, ptr %53, align 8
+  %55 = getelementptr inbounds nuw i8, ptr %args, i64 360
+  %56 = load i64, ptr %55, align 8
+  %57 = getelementptr inbounds nuw i8, ptr %args, i64 376
+  %58 = load i64, ptr %57, align 8
+  %59 = getelementptr inbounds nuw i8, ptr %args, i64 392
+  %60 = load i64, ptr %59, align 8
+  %61 = getelementptr inbounds nuw i8, ptr %args, i64 408
+  %62 = load i64, ptr %61, align 8
+  %63 = getelementptr inbounds nuw i8, ptr %args, i64 424
+  %64 = load i64, ptr %63, align 8
+  %65 = getelementptr inbounds nuw i8, ptr %args, i64 440
+  %tree_start = load i64, ptr %65, align 8
+  %66 = getelementptr inbounds nuw i8, ptr %args, i64 456
+  %67 = load i64, ptr %66, align 8
+  %68 = getelementptr inbounds nuw i8, ptr %args, i64 464
+  %query_scale.type_index = load i32, ptr %68, align 8
+  %69 = getelementptr inbounds nuw i8, ptr %args, i64 472
+  %70 = load i64, ptr %69, align 8
+  %71 = getelementptr inbounds nuw i8, ptr %args, i64 480
+  %score_scale.type_index = load i32, ptr %71, align 8
+  %72 = getelementptr inbounds nuw i8, ptr %args, i64 488
+  %73 = load i64, ptr %72, align 8
+  %74 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
+  %fused_attend.query_shape = load ptr, ptr %74, align 8
+  %75 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
+  %fused_attend.query_strides = load ptr, ptr %75, align 8
+  %76 = icmp eq ptr %fused_attend.query_strides, null
+  %77 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 16
+  %78 = getelementptr inbounds nuw i8, ptr %fused_attend.query_strides, i64 8
+  %q_head.in = select i1 %76, ptr %77, ptr %78
+  %q_head = load i64, ptr %q_head.in, align 8
+  br i1 %76, label %if_then34, label %if_else35
+
+if_then34:                                        ; preds = %entry
+  %79 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 8
+  %80 = load i64, ptr %79, align 8
+  %81 = load i64, ptr %77, align 8
+  %82 = mul nsw i64 %81, %80
+  br label %if_end36
+
+if_else35:                                        ; preds = %entry
+  %83 = load i64, ptr %fused_attend.query_strides, align 8
+  br label %if_end36
+
+if_end36:                                         ; preds = %if_else35, %if_then34
+  %q_batch = phi i64 [ %82, %if_then34 ], [ %83, %if_else35 ]
+  %84 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
+  %dev_id = load i32, ptr %84, align 4
+  %85 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %fused_attend.block_table_shape = load ptr, ptr %85, align 8
+  %86 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %fused_attend.block_table_strides = load ptr, ptr %86, align 8
+  %87 = icmp eq ptr %fused_attend.block_table_strides, null
+  %88 = getelementptr inbounds nuw i8, ptr %fused_attend.block_table_shape, i64 8
+  %table_seq.in = select i1 %87, ptr %88, ptr %fused_attend.block_table_strides
+  %table_seq = load i64, ptr %table_seq.in, align 8
+  %89 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %fused_attend.out_shape = load ptr, ptr %89, align 8
+  %90 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %fused_attend.out_strides = load ptr, ptr %90, align 8
+  %91 = icmp eq ptr %fused_attend.out_strides, null
+  %92 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 16
+  %93 = getelementptr inbounds nuw i8, ptr %fused_attend.out_strides, i64 8
+  %out_head.in = select i1 %91, ptr %92, ptr %93
+  %out_head = load i64, ptr %out_head.in, align 8
+  br i1 %91, label %if_then43, label %if_else44
+
+if_then43:                                        ; preds = %if_end36
+  %94 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 8
+  %95 = load i64, ptr %94, align 8
+  %96 = load i64, ptr %92, align 8
+  %97 = mul nsw i64 %96, %95
+  br label %if_end45
+
+if_else44:                                        ; preds = %if_end36
+  %98 = load i64, ptr %fused_attend.out_strides, align 8
+  br label %if_end45
+
+if_end45:                                         ; preds = %if_else44, %if_then43
+  %out_batch = phi i64 [ %97, %if_then43 ], [ %98, %if_else44 ]
+  %99 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %fused_attend.lse_strides = load ptr, ptr %99, align 8
+  %100 = icmp eq ptr %fused_attend.lse_strides, null
+  br i1 %100, label %if_then46, label %if_end48
+
+if_then46:                                        ; preds = %if_end45
+  %101 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %fused_attend.lse_shape = load ptr, ptr %101, align 8
+  %102 = getelementptr inbounds nuw i8, ptr %fused_attend.lse_shape, i64 8
+  br label %if_end48
+
+if_end48:                                         ; preds = %if_then46, %if_end45
+  %lse_batch.in = phi ptr [ %102, %if_then46 ], [ %fused_attend.lse_strides, %if_end45 ]
+  %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %103 = icmp eq i32 %score_scale.type_index, 3
+  %.cast63 = bitcast i64 %73 to double
+  %104 = fptrunc double %.cast63 to float
+  %105 = sitofp i64 %73 to float
+  %score_scale = select i1 %103, float %104, float %105
+  %106 = icmp eq i32 %query_scale.type_index, 3
+  %.cast = bitcast i64 %70 to double
+  %107 = fptrunc double %.cast to float
+  %108 = sitofp i64 %70 to float
+  %query_scale = select i1 %106, float %107, float %108
+  %tree_size = trunc i64 %67 to i32
+  %block_end = trunc i64 %60 to i32
+  %block_begin = trunc i64 %58 to i32
+  %num_kv_heads = trunc i64 %56 to i32
+  %first_pos = trunc i64 %52 to i32
+  %num_query = trunc i64 %50 to i32
+  %query = load ptr, ptr %query.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
+  %key_cache = load ptr, ptr %key_cache.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
+  %value_cache = load ptr, ptr %value_cache.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
+  %block_table = load ptr, ptr %block_table.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  %context_lens = load ptr, ptr %context_lens.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  %tree_mask = load ptr, ptr %tree_mask.handle, align 8
+  %partial_max = load ptr, ptr %partial_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  %out = load ptr, ptr %out.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  %lse = load ptr, ptr %lse.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor552.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %reach570.i)
+  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  %109 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %q_tile.i = tail call ptr %109(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
+  %110 = icmp eq ptr %q_tile.i, null
+  br i1 %110, label %fused_attend_compute_.exit, label %if_end.i, !prof !8
+
+if_end.i:                                         ; preds = %if_end48
+  %111 = shl nsw i32 %num_query, 2
+  %112 = add nsw i32 %111, 15
+  %113 = ashr i32 %112, 4
+  %114 = mul i32 %113, %num_kv_heads
+  %115 = tail call i32 @llvm.smin.i32(i32 %114, i32 32)
+  %116 = shl nsw i32 %115, 4
+  %117 = sext i32 %116 to i64
+  %118 = shl nuw nsw i64 %117, 2
+  %119 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %total_max.i = tail call ptr %119(i32 1, i32 %dev_id, i64 %118, i32 2, i32 32)
+  %120 = icmp eq ptr %total_max.i, null
+  br i1 %120, label %fused_attend_compute_.exit, label %if_end2.i, !prof !8
+
+if_end2.i:                                        ; preds = %if_end.i
+  %121 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %total_sum.i = tail call ptr %121(i32 1, i32 %dev_id, i64 %118, i32 2, i32 32)
+  %122 = icmp eq ptr %total_sum.i, null
+  br i1 %122, label %fused_attend_compute_.exit, label %if_end5.i, !prof !8
+
+if_end5.i:                                        ; preds = %if_end2.i
+  %123 = shl nsw i32 %115, 11
+  %124 = sext i32 %123 to i64
+  %125 = shl nuw nsw i64 %124, 2
+  %126 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %total_acc.i = tail call ptr %126(i32 1, i32 %dev_id, i64 %125, i32 2, i32 32)
+  %127 = icmp eq ptr %total_acc.i, null
+  br i1 %127, label %fused_attend_compute_.exit, label %if_end8.i, !prof !8
+
+if_end8.i:                                        ; preds = %if_end5.i
+  %128 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %limits.i = tail call ptr %128(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
+  %129 = icmp eq ptr %limits.i, null
+  br i1 %129, label %fused_attend_compute_.exit, label %if_end11.i, !prof !8
+
+if_end11.i:                                       ; preds = %if_end8.i
+  %130 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %places.i = tail call ptr %130(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
+  %131 = icmp eq ptr %places.i, null
+  br i1 %131, label %fused_attend_compute_.exit, label %if_end14.i, !prof !8
+
+if_end14.i:                                       ; preds = %if_end11.i
+  %sext = shl i64 %46, 32
+  %132 = ashr exact i64 %sext, 32
+  %133 = getelementptr inbounds i32, ptr %context_lens, i64 %132
+  %context_len.i = load i32, ptr %133, align 4, !tbaa !5
+  %134 = icmp sgt i64 %tree_start, -1
+  %135 = icmp slt i32 %114, 1
+  br i1 %135, label %for_end_tile107.i, label %for_begin_ax1_0.preheader.lr.ph.i, !prof !16
+
+for_begin_ax1_0.preheader.lr.ph.i:                ; preds = %if_end14.i
+  %136 = and i64 %64, 4294967295
+  %137 = icmp eq i64 %136, 0
+  %138 = icmp slt i32 %113, 0
+  %139 = insertelement <4 x float> poison, float %query_scale, i64 0
+  %140 = shufflevector <4 x float> %139, <4 x float> poison, <4 x i32> zeroinitializer
+  %sext64 = shl i64 %54, 32
+  %141 = ashr exact i64 %sext64, 32
+  %142 = shl i64 %q_head, 2
+  %sext65 = shl i64 %48, 32
+  %143 = ashr exact i64 %sext65, 32
+  %144 = icmp sgt i32 %113, -1
+  %.scalar.i = add i32 %first_pos, 1
+  %145 = insertelement <16 x i32> poison, i32 %.scalar.i, i64 0
+  %146 = shufflevector <16 x i32> %145, <16 x i32> poison, <16 x i32> zeroinitializer
+  %147 = insertelement <16 x i32> poison, i32 %context_len.i, i64 0
+  %148 = shufflevector <16 x i32> %147, <16 x i32> poison, <16 x i32> zeroinitializer
+  %149 = or i1 %137, %134
+  %150 = insertelement <16 x i1> poison, i1 %149, i64 0
+  %151 = shufflevector <16 x i1> %150, <16 x i1> poison, <16 x i32> zeroinitializer
+  %wide.trip.count.i = zext nneg i32 %114 to i64
+  %152 = shl i32 %num_query, 1
+  br label %for_begin_ax1_0.preheader.i
+
+for_begin_ax1_0.preheader.i:                      ; preds = %for_body_r.peel.next.i, %for_begin_ax1_0.preheader.lr.ph.i
+  %indvars.iv930.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next931.i, %for_body_r.peel.next.i ]
+  %153 = trunc nuw nsw i64 %indvars.iv930.i to i32
+  %rmod.i = srem i32 %153, %113
+  %rdiv39.i = sdiv i32 %153, %113
+  %154 = icmp ne i32 %rmod.i, 0
+  %.not602.i = and i1 %138, %154
+  %155 = select i1 %.not602.i, i32 %113, i32 0
+  %156 = add nsw i32 %155, %rmod.i
+  %157 = shl nsw i32 %156, 2
+  %158 = shl nsw i32 %156, 4
+  %159 = sub nsw i32 %111, %158
+  %160 = shl nsw i32 %156, 3
+  %invariant.op676.i = sub i32 %160, %152
+  %161 = sext i1 %.not602.i to i32
+  %162 = sext i32 %156 to i64
+  %163 = shl nsw i64 %162, 2
+  %invariant.op678.i = add nsw i64 %163, %143
+  %164 = sext i32 %159 to i64
+  %165 = shl i64 %indvars.iv930.i, 11
+  %166 = and i64 %165, 4294965248
+  %invariant.gep1249.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %166
+  br label %for_begin_ax2_0.preheader.i
+
+for_begin_tile105.preheader.i:                    ; preds = %for_body_r.peel.next.i
+  %167 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 4
+  %168 = load <2 x i32>, ptr %167, align 4
+  %exitcond938.peel.not.i = icmp eq i32 %114, 1
+  %169 = extractelement <2 x i32> %168, i64 0
+  %170 = extractelement <2 x i32> %168, i64 1
+  br i1 %exitcond938.peel.not.i, label %for_end_tile107.loopexit.i, label %iter.check, !prof !13
+
+iter.check:                                       ; preds = %for_begin_tile105.preheader.i
+  %171 = add nsw i64 %wide.trip.count.i, -1
+  %min.iters.check = icmp ult i32 %114, 6
+  br i1 %min.iters.check, label %if_end115.i.preheader, label %vector.main.loop.iter.check, !prof !16
+
+vector.main.loop.iter.check:                      ; preds = %iter.check
+  %min.iters.check368 = icmp ult i32 %114, 34
+  br i1 %min.iters.check368, label %vec.epilog.ph, label %vector.ph, !prof !16
+
+vector.ph:                                        ; preds = %vector.main.loop.iter.check
+  %n.mod.vf = and i64 %171, 31
+  %172 = icmp eq i64 %n.mod.vf, 0
+  %173 = select i1 %172, i64 32, i64 %n.mod.vf
+  %n.vec = sub nsw i64 %171, %173
+  %broadcast.splat = shufflevector <2 x i32> %168, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat370 = shufflevector <2 x i32> %168, <2 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body
+
+vector.body:                                      ; preds = %vector.body, %vector.ph
+  %index = phi i64 [ 0, %vector.ph ], [ %index.next, %vector.body ]
+  %vec.phi = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %186, %vector.body ]
+  %vec.phi371 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %187, %vector.body ]
+  %vec.phi372 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %188, %vector.body ]
+  %vec.phi373 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %189, %vector.body ]
+  %vec.phi374 = phi <8 x i32> [ %broadcast.splat370, %vector.ph ], [ %190, %vector.body ]
+  %vec.phi375 = phi <8 x i32> [ %broadcast.splat370, %vector.ph ], [ %191, %vector.body ]
+  %vec.phi376 = phi <8 x i32> [ %broadcast.splat370, %vector.ph ], [ %192, %vector.body ]
+  %vec.phi377 = phi <8 x i32> [ %broadcast.splat370, %vector.ph ], [ %193, %vector.body ]
+  %174 = shl i64 %index, 4
+  %175 = shl i64 %index, 4
+  %176 = shl i64 %index, 4
+  %177 = shl i64 %index, 4
+  %178 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %174
+  %179 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %175
+  %180 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %176
+  %181 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %177
+  %182 = getelementptr inbounds nuw i8, ptr %178, i64 20
+  %183 = getelementptr inbounds nuw i8, ptr %179, i64 148
+  %184 = getelementptr inbounds nuw i8, ptr %180, i64 276
+  %185 = getelementptr inbounds nuw i8, ptr %181, i64 404
+  %wide.vec = load <32 x i32>, ptr %182, align 4, !tbaa !17
+  %strided.vec = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec378 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec379 = load <32 x i32>, ptr %183, align 4, !tbaa !17
+  %strided.vec380 = shufflevector <32 x i32> %wide.vec379, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec381 = shufflevector <32 x i32> %wide.vec379, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec382 = load <32 x i32>, ptr %184, align 4, !tbaa !17
+  %strided.vec383 = shufflevector <32 x i32> %wide.vec382, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec384 = shufflevector <32 x i32> %wide.vec382, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec385 = load <32 x i32>, ptr %185, align 4, !tbaa !17
+  %strided.vec386 = shufflevector <32 x i32> %wide.vec385, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec387 = shufflevector <32 x i32> %wide.vec385, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %186 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec378)
+  %187 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi371, <8 x i32> %strided.vec381)
+  %188 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi372, <8 x i32> %strided.vec384)
+  %189 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi373, <8 x i32> %strided.vec387)
+  %190 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi374, <8 x i32> %strided.vec)
+  %191 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi375, <8 x i32> %strided.vec380)
+  %192 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi376, <8 x i32> %strided.vec383)
+  %193 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi377, <8 x i32> %strided.vec386)
+  %index.next = add nuw i64 %index, 32
+  %194 = icmp eq i64 %index.next, %n.vec
+  br i1 %194, label %vec.epilog.iter.check, label %vector.body, !prof !19, !llvm.loop !20
+
+vec.epilog.iter.check:                            ; preds = %vector.body
+  %rdx.minmax390 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %190, <8 x i32> %191)
+  %rdx.minmax391 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax390, <8 x i32> %192)
+  %rdx.minmax392 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax391, <8 x i32> %193)
+  %195 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax392)
+  %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %186, <8 x i32> %187)
+  %rdx.minmax388 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %188)
+  %rdx.minmax389 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax388, <8 x i32> %189)
+  %196 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax389)
+  %ind.end = add nsw i64 %n.vec, 1
+  %min.epilog.iters.check = icmp samesign ult i64 %173, 5
+  %197 = insertelement <2 x i32> poison, i32 %195, i64 0
+  %198 = insertelement <2 x i32> %197, i32 %196, i64 1
+  br i1 %min.epilog.iters.check, label %if_end115.i.preheader, label %vec.epilog.ph, !prof !25
+
+vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
+  %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
+  %199 = phi <2 x i32> [ %198, %vec.epilog.iter.check ], [ %168, %vector.main.loop.iter.check ]
+  %n.mod.vf394 = and i64 %171, 3
+  %200 = icmp eq i64 %n.mod.vf394, 0
+  %201 = select i1 %200, i64 4, i64 %n.mod.vf394
+  %n.vec395 = sub nsw i64 %171, %201
+  %202 = add nsw i64 %n.vec395, 1
+  %broadcast.splat397 = shufflevector <2 x i32> %199, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat399 = shufflevector <2 x i32> %199, <2 x i32> poison, <4 x i32> zeroinitializer
+  br label %vec.epilog.vector.body
+
+vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
+  %index400 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next406, %vec.epilog.vector.body ]
+  %vec.phi401 = phi <4 x i32> [ %broadcast.splat397, %vec.epilog.ph ], [ %205, %vec.epilog.vector.body ]
+  %vec.phi402 = phi <4 x i32> [ %broadcast.splat399, %vec.epilog.ph ], [ %206, %vec.epilog.vector.body ]
+  %offset.idx = shl i64 %index400, 4
+  %203 = getelementptr i8, ptr %reach570.i, i64 %offset.idx
+  %204 = getelementptr i8, ptr %203, i64 20
+  %wide.vec403 = load <16 x i32>, ptr %204, align 4, !tbaa !17
+  %strided.vec404 = shufflevector <16 x i32> %wide.vec403, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
+  %strided.vec405 = shufflevector <16 x i32> %wide.vec403, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
+  %205 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi401, <4 x i32> %strided.vec405)
+  %206 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi402, <4 x i32> %strided.vec404)
+  %index.next406 = add nuw i64 %index400, 4
+  %207 = icmp eq i64 %index.next406, %n.vec395
+  br i1 %207, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !26
+
+vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
+  %208 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %205)
+  %209 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %206)
+  br label %if_end115.i.preheader
+
+if_end115.i.preheader:                            ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
+  %indvars.iv934.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %202, %vec.epilog.middle.block ]
+  %span569.sroa.0.0691.i.ph = phi i32 [ %170, %iter.check ], [ %196, %vec.epilog.iter.check ], [ %208, %vec.epilog.middle.block ]
+  %span569.sroa.3.0690.i.ph = phi i32 [ %169, %iter.check ], [ %195, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
+  br label %if_end115.i
+
+for_begin_ax2_0.preheader.i:                      ; preds = %for_end_ax2_0.i, %for_begin_ax1_0.preheader.i
+  %indvars.iv917.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next918.i, %for_end_ax2_0.i ]
+  %210 = trunc i64 %indvars.iv917.i to i32
+  %211 = add i32 %157, %210
+  %212 = icmp slt i32 %211, %num_query
+  %213 = shl nuw nsw i64 %indvars.iv917.i, 2
+  %214 = or disjoint i64 %213, 1
+  %215 = icmp slt i64 %214, %164
+  %216 = shl i32 %210, 1
+  %.reass677.i = add i32 %invariant.op676.i, %216
+  %217 = icmp slt i32 %.reass677.i, -1
+  %218 = or disjoint i64 %213, 3
+  %219 = icmp slt i64 %218, %164
+  %.reass679.i = add nsw i64 %invariant.op678.i, %indvars.iv917.i
+  %220 = mul nsw i64 %.reass679.i, %q_batch
+  %221 = getelementptr i16, ptr %query, i64 %220
+  %invariant.gep1251.i = getelementptr inbounds nuw float, ptr %invariant.gep1249.i, i64 %213
+  br label %for_body_ax2_0.i
+
+for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
+  %222 = icmp eq i32 %rmod.i, 0
+  %223 = or i1 %144, %222
+  %224 = select i1 %223, i32 0, i32 %113
+  %225 = add nsw i32 %224, %rmod.i
+  %226 = shl nsw i32 %225, 4
+  %227 = sub nsw i32 %111, %226
+  %228 = tail call i32 @llvm.smin.i32(i32 %227, i32 16)
+  %229 = add nsw i32 %228, -1
+  %230 = insertelement <16 x i32> poison, i32 %229, i64 0
+  %231 = shufflevector <16 x i32> %230, <16 x i32> poison, <16 x i32> zeroinitializer
+  %232 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %231, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>)
+  %233 = insertelement <16 x i32> poison, i32 %226, i64 0
+  %234 = shufflevector <16 x i32> %233, <16 x i32> poison, <16 x i32> zeroinitializer
+  %235 = add nsw <16 x i32> %232, %234
+  %236 = ashr <16 x i32> %235, splat (i32 2)
+  %237 = add <16 x i32> %236, %146
+  %238 = select <16 x i1> %151, <16 x i32> %148, <16 x i32> %237
+  %239 = shl nsw i64 %indvars.iv930.i, 4
+  %240 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %239
+  store <16 x i32> %238, ptr %240, align 4, !tbaa !5
+  %241 = add nsw <16 x i32> %238, splat (i32 -1)
+  %242 = sitofp <16 x i32> %241 to <16 x float>
+  %243 = bitcast <16 x float> %242 to <16 x i32>
+  %244 = ashr <16 x i32> %243, splat (i32 23)
+  %245 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %244, <16 x i32> splat (i32 125))
+  %246 = add nsw <16 x i32> %245, splat (i32 -125)
+  %247 = getelementptr inbounds nuw i32, ptr %places.i, i64 %239
+  store <16 x i32> %246, ptr %247, align 4, !tbaa !5
+  %248 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %239
+  %249 = getelementptr inbounds nuw i8, ptr %248, i64 4
+  %250 = getelementptr inbounds nuw i8, ptr %248, i64 8
+  %251 = getelementptr inbounds nuw i8, ptr %248, i64 12
+  %252 = and i64 %239, 4294967280
+  %253 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %252
+  %own.peel.i = load i32, ptr %253, align 4, !tbaa !5
+  %gep1254.i = getelementptr inbounds nuw i8, ptr %253, i64 4
+  %own.i = load i32, ptr %gep1254.i, align 4, !tbaa !5
+  %254 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
+  %255 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
+  %gep1254.i.1 = getelementptr inbounds nuw i8, ptr %253, i64 8
+  %own.i.1 = load i32, ptr %gep1254.i.1, align 4, !tbaa !5
+  %256 = tail call i32 @llvm.smin.i32(i32 %254, i32 %own.i.1)
+  %257 = tail call i32 @llvm.smax.i32(i32 %255, i32 %own.i.1)
+  %gep1254.i.2 = getelementptr inbounds nuw i8, ptr %253, i64 12
+  %own.i.2 = load i32, ptr %gep1254.i.2, align 4, !tbaa !5
+  %258 = tail call i32 @llvm.smin.i32(i32 %256, i32 %own.i.2)
+  %259 = tail call i32 @llvm.smax.i32(i32 %257, i32 %own.i.2)
+  %gep1254.i.3 = getelementptr inbounds nuw i8, ptr %253, i64 16
+  %own.i.3 = load i32, ptr %gep1254.i.3, align 4, !tbaa !5
+  %260 = tail call i32 @llvm.smin.i32(i32 %258, i32 %own.i.3)
+  %261 = tail call i32 @llvm.smax.i32(i32 %259, i32 %own.i.3)
+  %gep1254.i.4 = getelementptr inbounds nuw i8, ptr %253, i64 20
+  %own.i.4 = load i32, ptr %gep1254.i.4, align 4, !tbaa !5
+  %262 = tail call i32 @llvm.smin.i32(i32 %260, i32 %own.i.4)
+  %263 = tail call i32 @llvm.smax.i32(i32 %261, i32 %own.i.4)
+  %gep1254.i.5 = getelementptr inbounds nuw i8, ptr %253, i64 24
+  %own.i.5 = load i32, ptr %gep1254.i.5, align 4, !tbaa !5
+  %264 = tail call i32 @llvm.smin.i32(i32 %262, i32 %own.i.5)
+  %265 = tail call i32 @llvm.smax.i32(i32 %263, i32 %own.i.5)
+  %gep1254.i.6 = getelementptr inbounds nuw i8, ptr %253, i64 28
+  %own.i.6 = load i32, ptr %gep1254.i.6, align 4, !tbaa !5
+  %266 = tail call i32 @llvm.smin.i32(i32 %264, i32 %own.i.6)
+  %267 = tail call i32 @llvm.smax.i32(i32 %265, i32 %own.i.6)
+  %gep1254.i.7 = getelementptr inbounds nuw i8, ptr %253, i64 32
+  %own.i.7 = load i32, ptr %gep1254.i.7, align 4, !tbaa !5
+  %268 = tail call i32 @llvm.smin.i32(i32 %266, i32 %own.i.7)
+  %269 = tail call i32 @llvm.smax.i32(i32 %267, i32 %own.i.7)
+  %gep1254.i.8 = getelementptr inbounds nuw i8, ptr %253, i64 36
+  %own.i.8 = load i32, ptr %gep1254.i.8, align 4, !tbaa !5
+  %270 = tail call i32 @llvm.smin.i32(i32 %268, i32 %own.i.8)
+  %271 = tail call i32 @llvm.smax.i32(i32 %269, i32 %own.i.8)
+  %gep1254.i.9 = getelementptr inbounds nuw i8, ptr %253, i64 40
+  %own.i.9 = load i32, ptr %gep1254.i.9, align 4, !tbaa !5
+  %272 = tail call i32 @llvm.smin.i32(i32 %270, i32 %own.i.9)
+  %273 = tail call i32 @llvm.smax.i32(i32 %271, i32 %own.i.9)
+  %gep1254.i.10 = getelementptr inbounds nuw i8, ptr %253, i64 44
+  %own.i.10 = load i32, ptr %gep1254.i.10, align 4, !tbaa !5
+  %274 = tail call i32 @llvm.smin.i32(i32 %272, i32 %own.i.10)
+  %275 = tail call i32 @llvm.smax.i32(i32 %273, i32 %own.i.10)
+  %gep1254.i.11 = getelementptr inbounds nuw i8, ptr %253, i64 48
+  %own.i.11 = load i32, ptr %gep1254.i.11, align 4, !tbaa !5
+  %276 = tail call i32 @llvm.smin.i32(i32 %274, i32 %own.i.11)
+  %277 = tail call i32 @llvm.smax.i32(i32 %275, i32 %own.i.11)
+  %gep1254.i.12 = getelementptr inbounds nuw i8, ptr %253, i64 52
+  %own.i.12 = load i32, ptr %gep1254.i.12, align 4, !tbaa !5
+  %278 = tail call i32 @llvm.smin.i32(i32 %276, i32 %own.i.12)
+  %279 = tail call i32 @llvm.smax.i32(i32 %277, i32 %own.i.12)
+  %gep1254.i.13 = getelementptr inbounds nuw i8, ptr %253, i64 56
+  %own.i.13 = load i32, ptr %gep1254.i.13, align 4, !tbaa !5
+  %280 = tail call i32 @llvm.smin.i32(i32 %278, i32 %own.i.13)
+  %281 = tail call i32 @llvm.smax.i32(i32 %279, i32 %own.i.13)
+  %gep1254.i.14 = getelementptr inbounds nuw i8, ptr %253, i64 60
+  %own.i.14 = load i32, ptr %gep1254.i.14, align 4, !tbaa !5
+  %282 = tail call i32 @llvm.smin.i32(i32 %280, i32 %own.i.14)
+  %283 = tail call i32 @llvm.smax.i32(i32 %281, i32 %own.i.14)
+  %284 = shl i64 %indvars.iv930.i, 13
+  %285 = and i64 %284, 17179860992
+  %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %285
+  store i32 %282, ptr %248, align 16, !tbaa !17
+  store i32 %283, ptr %249, align 4, !tbaa !17
+  store i32 0, ptr %250, align 8, !tbaa !17
+  store i32 0, ptr %251, align 4, !tbaa !17
+  %286 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %239
+  store <16 x float> splat (float 0xC6293E5940000000), ptr %286, align 4, !tbaa !5
+  %287 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %239
+  store <16 x float> zeroinitializer, ptr %287, align 4, !tbaa !5
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep.i, i8 0, i64 8192, i1 false), !tbaa !5
+  %indvars.iv.next931.i = add nuw nsw i64 %indvars.iv930.i, 1
+  %exitcond933.not.i = icmp eq i64 %indvars.iv.next931.i, %wide.trip.count.i
+  br i1 %exitcond933.not.i, label %for_begin_tile105.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
+
+for_body_ax2_0.i:                                 ; preds = %if_end36.i, %for_begin_ax2_0.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_ax2_0.preheader.i ], [ %indvars.iv.next.i, %if_end36.i ]
+  br i1 %212, label %if_then16.i, label %if_end17.i
+
+for_end_ax2_0.i:                                  ; preds = %if_end36.i
+  %indvars.iv.next918.i = add nuw nsw i64 %indvars.iv917.i, 1
+  %exitcond921.not.i = icmp eq i64 %indvars.iv.next918.i, 4
+  br i1 %exitcond921.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !28
+
+if_then16.i:                                      ; preds = %for_body_ax2_0.i
+  %rdiv.i = sdiv i32 %153, %113
+  %288 = add nsw i32 %rdiv.i, %161
+  %289 = sext i32 %288 to i64
+  %290 = add nsw i64 %141, %289
+  %291 = mul i64 %142, %290
+  %.idx1175.i = shl i64 %indvars.iv.i, 3
+  %292 = getelementptr i8, ptr %221, i64 %.idx1175.i
+  %293 = getelementptr i16, ptr %292, i64 %291
+  %294 = load <4 x i16>, ptr %293, align 2, !tbaa !5
+  %295 = zext <4 x i16> %294 to <4 x i32>
+  %296 = shl nuw <4 x i32> %295, splat (i32 16)
+  %297 = bitcast <4 x i32> %296 to <4 x float>
+  %298 = fmul <4 x float> %140, %297
+  br label %if_end17.i
+
+if_end17.i:                                       ; preds = %if_then16.i, %for_body_ax2_0.i
+  %299 = phi <4 x float> [ %298, %if_then16.i ], [ zeroinitializer, %for_body_ax2_0.i ]
+  br i1 %215, label %if_then20.i, label %if_end22.i
+
+if_then20.i:                                      ; preds = %if_end17.i
+  %rdiv25.i = sdiv i32 %153, %113
+  %300 = add nsw i32 %rdiv25.i, %161
+  %301 = sext i32 %300 to i64
+  %302 = add nsw i64 %141, %301
+  %303 = shl nsw i64 %302, 2
+  %304 = or disjoint i64 %303, 1
+  %305 = mul nsw i64 %304, %q_head
+  %.idx1176.i = shl i64 %indvars.iv.i, 3
+  %306 = getelementptr i8, ptr %221, i64 %.idx1176.i
+  %307 = getelementptr i16, ptr %306, i64 %305
+  %308 = load <4 x i16>, ptr %307, align 2, !tbaa !5
+  %309 = zext <4 x i16> %308 to <4 x i32>
+  %310 = shl nuw <4 x i32> %309, splat (i32 16)
+  %311 = bitcast <4 x i32> %310 to <4 x float>
+  %312 = fmul <4 x float> %140, %311
+  br label %if_end22.i
+
+if_end22.i:                                       ; preds = %if_then20.i, %if_end17.i
+  %313 = phi <4 x float> [ %312, %if_then20.i ], [ zeroinitializer, %if_end17.i ]
+  br i1 %217, label %if_then27.i, label %if_end29.i
+
+if_then27.i:                                      ; preds = %if_end22.i
+  %rdiv32.i = sdiv i32 %153, %113
+  %314 = add nsw i32 %rdiv32.i, %161
+  %315 = sext i32 %314 to i64
+  %316 = add nsw i64 %141, %315
+  %317 = shl nsw i64 %316, 2
+  %318 = or disjoint i64 %317, 2
+  %319 = mul nsw i64 %318, %q_head
+  %.idx1177.i = shl i64 %indvars.iv.i, 3
+  %320 = getelementptr i8, ptr %221, i64 %.idx1177.i
+  %321 = getelementptr i16, ptr %320, i64 %319
+  %322 = load <4 x i16>, ptr %321, align 2, !tbaa !5
+  %323 = zext <4 x i16> %322 to <4 x i32>
+  %324 = shl nuw <4 x i32> %323, splat (i32 16)
+  %325 = bitcast <4 x i32> %324 to <4 x float>
+  %326 = fmul <4 x float> %140, %325
+  br label %if_end29.i
+
+if_end29.i:                                       ; preds = %if_then27.i, %if_end22.i
+  %327 = phi <4 x float> [ %326, %if_then27.i ], [ zeroinitializer, %if_end22.i ]
+  br i1 %219, label %if_then34.i, label %if_end36.i
+
+if_then34.i:                                      ; preds = %if_end29.i
+  %328 = add nsw i32 %rdiv39.i, %161
+  %329 = sext i32 %328 to i64
+  %330 = add nsw i64 %141, %329
+  %331 = shl nsw i64 %330, 2
+  %332 = or disjoint i64 %331, 3
+  %333 = mul nsw i64 %332, %q_head
+  %.idx1178.i = shl i64 %indvars.iv.i, 3
+  %334 = getelementptr i8, ptr %221, i64 %.idx1178.i
+  %335 = getelementptr i16, ptr %334, i64 %333
+  %336 = load <4 x i16>, ptr %335, align 2, !tbaa !5
+  %337 = zext <4 x i16> %336 to <4 x i32>
+  %338 = shl nuw <4 x i32> %337, splat (i32 16)
+  %339 = bitcast <4 x i32> %338 to <4 x float>
+  %340 = fmul <4 x float> %140, %339
+  br label %if_end36.i
+
+if_end36.i:                                       ; preds = %if_then34.i, %if_end29.i
+  %341 = phi <4 x float> [ %340, %if_then34.i ], [ zeroinitializer, %if_end29.i ]
+  %342 = shufflevector <4 x float> %299, <4 x float> %327, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %343 = shufflevector <4 x float> %313, <4 x float> %341, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %344 = shufflevector <4 x float> %299, <4 x float> %327, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %345 = shufflevector <4 x float> %313, <4 x float> %341, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %346 = shufflevector <4 x float> %342, <4 x float> %343, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1179.i = shl nuw nsw i64 %indvars.iv.i, 8
+  %gep1252.i = getelementptr inbounds nuw i8, ptr %invariant.gep1251.i, i64 %.idx1179.i
+  store <4 x float> %346, ptr %gep1252.i, align 4, !tbaa !5
+  %347 = shufflevector <4 x float> %342, <4 x float> %343, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %348 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 64
+  store <4 x float> %347, ptr %348, align 4, !tbaa !5
+  %349 = shufflevector <4 x float> %344, <4 x float> %345, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %350 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 128
+  store <4 x float> %349, ptr %350, align 4, !tbaa !5
+  %351 = shufflevector <4 x float> %344, <4 x float> %345, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %352 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 192
+  store <4 x float> %351, ptr %352, align 4, !tbaa !5
+  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
+  br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !28
+
+for_end_tile107.loopexit.i:                       ; preds = %if_end115.i, %for_begin_tile105.preheader.i
+  %.lcssa914.i = phi i32 [ %170, %for_begin_tile105.preheader.i ], [ %386, %if_end115.i ]
+  %.lcssa913.i = phi i32 [ %169, %for_begin_tile105.preheader.i ], [ %389, %if_end115.i ]
+  %353 = and i32 %.lcssa914.i, -128
+  br label %for_end_tile107.i
+
+for_end_tile107.i:                                ; preds = %for_end_tile107.loopexit.i, %if_end14.i
+  %span569.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end14.i ], [ %.lcssa913.i, %for_end_tile107.loopexit.i ]
+  %span569.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end14.i ], [ %353, %for_end_tile107.loopexit.i ]
+  %354 = shl nsw i32 %block_end, 4
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %354, i32 %span569.sroa.3.0.lcssa.i)
+  %355 = shl nsw i32 %block_begin, 4
+  %356 = sub nsw i32 %key_end.i, %355
+  %357 = tail call i32 @llvm.smax.i32(i32 %356, i32 0)
+  %358 = add nuw nsw i32 %357, 4095
+  %359 = lshr i32 %358, 12
+  %.not875.i = icmp eq i32 %359, 0
+  br i1 %.not875.i, label %for_begin_tile423.preheader.i, label %for_body_number.lr.ph.i, !prof !16
+
+for_body_number.lr.ph.i:                          ; preds = %for_end_tile107.i
+  %360 = mul nsw i64 %table_seq, %132
+  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %360
+  %361 = icmp sgt i32 %num_kv_heads, 0
+  %sext66 = shl i64 %54, 32
+  %362 = ashr exact i64 %sext66, 32
+  %363 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
+  %364 = insertelement <16 x float> poison, float %363, i64 0
+  %365 = bitcast <16 x float> %364 to <16 x i32>
+  %366 = shufflevector <16 x i32> %365, <16 x i32> poison, <16 x i32> zeroinitializer
+  %367 = icmp sgt i32 %113, 0
+  %368 = insertelement <16 x float> poison, float %score_scale, i64 0
+  %369 = shufflevector <16 x float> %368, <16 x float> poison, <16 x i32> zeroinitializer
+  %370 = sext i32 %context_len.i to i64
+  %sext67 = shl i64 %67, 32
+  %371 = ashr exact i64 %sext67, 32
+  %372 = add i64 %371, %tree_start
+  %373 = sub i64 %372, %370
+  %374 = sext i32 %113 to i64
+  %wide.trip.count1065.i = and i64 %56, 4294967295
+  %wide.trip.count1060.i = zext nneg i32 %113 to i64
+  %375 = getelementptr i8, ptr %tree_mask, i64 %373
+  %wide.trip.count1079.i = zext nneg i32 %114 to i64
+  %376 = add i64 %tree_start, %371
+  %377 = sub i64 %376, %370
+  %378 = add i32 %355, 4096
+  %379 = add i64 %tree_start, %371
+  %380 = sub i64 %379, %370
+  %381 = getelementptr i8, ptr %tree_mask, i64 %380
+  %382 = getelementptr i8, ptr %tree_mask, i64 %377
+  br label %for_body_number.i
+
+if_end115.i:                                      ; preds = %if_end115.i, %if_end115.i.preheader
+  %indvars.iv934.i = phi i64 [ %indvars.iv.next935.i, %if_end115.i ], [ %indvars.iv934.i.ph, %if_end115.i.preheader ]
+  %span569.sroa.0.0691.i = phi i32 [ %386, %if_end115.i ], [ %span569.sroa.0.0691.i.ph, %if_end115.i.preheader ]
+  %span569.sroa.3.0690.i = phi i32 [ %389, %if_end115.i ], [ %span569.sroa.3.0690.i.ph, %if_end115.i.preheader ]
+  %.idx1181.i = shl nsw i64 %indvars.iv934.i, 4
+  %383 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %.idx1181.i
+  %384 = getelementptr inbounds nuw i8, ptr %383, i64 8
+  %385 = load i32, ptr %384, align 8, !tbaa !17
+  %386 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.0.0691.i, i32 %385)
+  %387 = getelementptr inbounds nuw i8, ptr %383, i64 4
+  %388 = load i32, ptr %387, align 4, !tbaa !17
+  %389 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.3.0690.i, i32 %388)
+  %indvars.iv.next935.i = add nuw nsw i64 %indvars.iv934.i, 1
+  %exitcond938.not.i = icmp eq i64 %indvars.iv.next935.i, %wide.trip.count.i
+  br i1 %exitcond938.not.i, label %for_end_tile107.loopexit.i, label %if_end115.i, !prof !29, !llvm.loop !30
+
+for_begin_number.i:                               ; preds = %if_end418.i
+  %390 = add nuw nsw i32 %number855.i, 1
+  %exitcond1081.not.i = icmp eq i32 %390, %359
+  %indvars.iv.next216 = add i32 %indvars.iv215, 4096
+  br i1 %exitcond1081.not.i, label %for_begin_tile423.preheader.i, label %for_body_number.i, !prof !13
+
+for_begin_tile423.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile107.i
+  br i1 %135, label %for_end_tile425.i, label %for_body_tile424.lr.ph.i, !prof !16
+
+for_body_tile424.lr.ph.i:                         ; preds = %for_begin_tile423.preheader.i
+  %391 = and i64 %62, 2147483648
+  %.not = icmp eq i64 %391, 0
+  %392 = icmp slt i32 %113, 0
+  %sext78 = shl i64 %54, 32
+  %393 = ashr exact i64 %sext78, 32
+  %394 = and i64 %62, 4294967295
+  %395 = shl nuw nsw i64 %394, 5
+  %.idx580.i = shl nuw nsw i64 %394, 14
+  %sext79 = shl i64 %48, 32
+  %396 = ashr exact i64 %sext79, 32
+  %wide.trip.count1136.i = zext nneg i32 %114 to i64
+  br i1 %.not, label %for_body_tile424.i.preheader, label %for_body_tile424.us.i
+
+for_body_tile424.i.preheader:                     ; preds = %for_body_tile424.lr.ph.i
+  %scevgep508 = getelementptr i8, ptr %partial_acc, i64 %.idx580.i
+  %397 = getelementptr i8, ptr %partial_acc, i64 %.idx580.i
+  %scevgep511 = getelementptr i8, ptr %397, i64 512
+  %scevgep515 = getelementptr i8, ptr %total_acc.i, i64 8128
+  br label %for_body_tile424.i
+
+for_body_tile424.us.i:                            ; preds = %if_end429.us.i, %for_body_tile424.lr.ph.i
+  %indvars.iv1133.i = phi i64 [ %indvars.iv.next1134.i, %if_end429.us.i ], [ 0, %for_body_tile424.lr.ph.i ]
+  %398 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %ordered.us.i = tail call ptr %398(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %399 = icmp eq ptr %ordered.us.i, null
+  br i1 %399, label %fused_attend_compute_.exit, label %if_end432.us.i, !prof !8
+
+if_end432.us.i:                                   ; preds = %for_body_tile424.us.i
+  %400 = shl nsw i64 %indvars.iv1133.i, 4
+  %401 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %400
+  %total.us.i = load <16 x float>, ptr %401, align 4, !tbaa !5
+  %402 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
+  %403 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
+  %404 = select <16 x i1> %403, <16 x float> zeroinitializer, <16 x float> %402
+  store <16 x float> %404, ptr %factor552.i, align 16, !tbaa !31
+  %405 = shl i64 %indvars.iv1133.i, 11
+  %406 = and i64 %405, 4294965248
+  %invariant.gep152 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %406
+  br label %for_begin_d_0434.preheader.us.i
+
+for_end_r_0.us.i:                                 ; preds = %for_end_d_0436.us.i
+  %407 = trunc nuw nsw i64 %indvars.iv1133.i to i32
+  %rmod468.us.i = srem i32 %407, %113
+  %rdiv480.us.i = sdiv i32 %407, %113
+  %408 = icmp ne i32 %rmod468.us.i, 0
+  %.not584.us.i = and i1 %392, %408
+  %409 = select i1 %.not584.us.i, i32 %113, i32 0
+  %410 = add nsw i32 %409, %rmod468.us.i
+  %411 = shl nsw i32 %410, 4
+  %412 = sub nsw i32 %111, %411
+  %413 = icmp sgt i32 %412, 0
+  br i1 %413, label %for_begin_d_0474.preheader.lr.ph.us.i, label %for_end_r485.us.i, !prof !3
+
+for_end_r485.us.i:                                ; preds = %if_end490.us.i.1, %for_end_r_0.us.i
+  %414 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %415 = tail call i32 %414(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
+  %.not581.us.i = icmp eq i32 %415, 0
+  br i1 %.not581.us.i, label %if_end429.us.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end429.us.i:                                   ; preds = %for_end_r485.us.i
+  %indvars.iv.next1134.i = add nuw nsw i64 %indvars.iv1133.i, 1
+  %exitcond1137.not.i = icmp eq i64 %indvars.iv.next1134.i, %wide.trip.count1136.i
+  br i1 %exitcond1137.not.i, label %for_end_tile425.i, label %for_body_tile424.us.i, !prof !13
+
+for_body_r484.us.i:                               ; preds = %for_body_r484.lr.ph.us.i, %if_end490.us.i.1
+  %indvars.iv1127.i = phi i64 [ 0, %for_body_r484.lr.ph.us.i ], [ %indvars.iv.next1128.i.1, %if_end490.us.i.1 ]
+  %416 = add nuw nsw i64 %indvars.iv1127.i, %590
+  %417 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %416
+  %418 = load float, ptr %417, align 4, !tbaa !5
+  %419 = fcmp oeq float %418, 0.000000e+00
+  br i1 %419, label %if_end490.us.i, label %if_else489.us.i
+
+if_else489.us.i:                                  ; preds = %for_body_r484.us.i
+  %420 = getelementptr inbounds nuw i32, ptr %places.i, i64 %416
+  %421 = load i32, ptr %420, align 4, !tbaa !5
+  %422 = shl i32 %421, 23
+  %423 = add i32 %422, 1065353216
+  %424 = bitcast i32 %423 to float
+  %425 = fmul float %418, %424
+  %426 = tail call float @llvm.log.f32(float %425)
+  %427 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %416
+  %428 = load float, ptr %427, align 4, !tbaa !5
+  %429 = fadd float %428, %426
+  br label %if_end490.us.i
+
+if_end490.us.i:                                   ; preds = %if_else489.us.i, %for_body_r484.us.i
+  %430 = phi float [ %429, %if_else489.us.i ], [ 0xFFF0000000000000, %for_body_r484.us.i ]
+  %431 = and i64 %indvars.iv1127.i, 2
+  %432 = lshr i64 %indvars.iv1127.i, 2
+  %433 = add nsw i64 %432, %587
+  %434 = mul nsw i64 %433, %lse_batch
+  %435 = getelementptr float, ptr %589, i64 %434
+  %436 = getelementptr float, ptr %435, i64 %431
+  store float %430, ptr %436, align 4, !tbaa !5
+  %indvars.iv.next1128.i = or disjoint i64 %indvars.iv1127.i, 1
+  %437 = add nuw nsw i64 %indvars.iv.next1128.i, %590
+  %438 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %437
+  %439 = load float, ptr %438, align 4, !tbaa !5
+  %440 = fcmp oeq float %439, 0.000000e+00
+  br i1 %440, label %if_end490.us.i.1, label %if_else489.us.i.1
+
+if_else489.us.i.1:                                ; preds = %if_end490.us.i
+  %441 = getelementptr inbounds nuw i32, ptr %places.i, i64 %437
+  %442 = load i32, ptr %441, align 4, !tbaa !5
+  %443 = shl i32 %442, 23
+  %444 = add i32 %443, 1065353216
+  %445 = bitcast i32 %444 to float
+  %446 = fmul float %439, %445
+  %447 = tail call float @llvm.log.f32(float %446)
+  %448 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %437
+  %449 = load float, ptr %448, align 4, !tbaa !5
+  %450 = fadd float %449, %447
+  br label %if_end490.us.i.1
+
+if_end490.us.i.1:                                 ; preds = %if_else489.us.i.1, %if_end490.us.i
+  %451 = phi float [ %450, %if_else489.us.i.1 ], [ 0xFFF0000000000000, %if_end490.us.i ]
+  %452 = and i64 %indvars.iv.next1128.i, 3
+  %453 = lshr i64 %indvars.iv1127.i, 2
+  %454 = add nsw i64 %453, %587
+  %455 = mul nsw i64 %454, %lse_batch
+  %456 = getelementptr float, ptr %589, i64 %455
+  %457 = getelementptr float, ptr %456, i64 %452
+  store float %451, ptr %457, align 4, !tbaa !5
+  %indvars.iv.next1128.i.1 = add nuw nsw i64 %indvars.iv1127.i, 2
+  %exitcond1132.not.i.1 = icmp eq i64 %indvars.iv.next1128.i.1, %wide.trip.count1125.i
+  br i1 %exitcond1132.not.i.1, label %for_end_r485.us.i, label %for_body_r484.us.i, !prof !13, !llvm.loop !39
+
+for_end_d_0436.us.i:                              ; preds = %for_begin_ax1_0439.preheader.us.i
+  %indvars.iv.next1113.i = add nuw nsw i64 %indvars.iv1112.i, 1
+  %exitcond1116.not.i = icmp eq i64 %indvars.iv.next1113.i, 4
+  br i1 %exitcond1116.not.i, label %for_end_r_0.us.i, label %for_begin_d_0434.preheader.us.i, !prof !28
+
+for_begin_ax1_0439.preheader.us.i:                ; preds = %for_begin_d_0434.preheader.us.i, %for_begin_ax1_0439.preheader.us.i
+  %indvars.iv1107.i = phi i64 [ 0, %for_begin_d_0434.preheader.us.i ], [ %indvars.iv.next1108.i, %for_begin_ax1_0439.preheader.us.i ]
+  %.idx80 = shl nuw nsw i64 %indvars.iv1107.i, 10
+  %gep155 = getelementptr inbounds nuw i8, ptr %invariant.gep154, i64 %.idx80
+  %v445.us.i = load <4 x float>, ptr %gep155, align 4, !tbaa !5
+  %458 = getelementptr inbounds nuw i8, ptr %gep155, i64 64
+  %v447.us.i = load <4 x float>, ptr %458, align 4, !tbaa !5
+  %459 = getelementptr inbounds nuw i8, ptr %gep155, i64 128
+  %v449.us.i = load <4 x float>, ptr %459, align 4, !tbaa !5
+  %460 = getelementptr inbounds nuw i8, ptr %gep155, i64 192
+  %v451.us.i = load <4 x float>, ptr %460, align 4, !tbaa !5
+  %461 = shufflevector <4 x float> %v445.us.i, <4 x float> %v449.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %462 = shufflevector <4 x float> %v447.us.i, <4 x float> %v451.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %463 = shufflevector <4 x float> %v445.us.i, <4 x float> %v449.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %464 = shufflevector <4 x float> %v447.us.i, <4 x float> %v451.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %465 = shufflevector <4 x float> %461, <4 x float> %462, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %466 = shufflevector <4 x float> %461, <4 x float> %462, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %467 = shufflevector <4 x float> %463, <4 x float> %464, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %468 = shufflevector <4 x float> %463, <4 x float> %464, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %469 = getelementptr inbounds nuw i8, ptr %gep155, i64 256
+  %v445.us.1.i = load <4 x float>, ptr %469, align 4, !tbaa !5
+  %470 = getelementptr inbounds nuw i8, ptr %gep155, i64 320
+  %v447.us.1.i = load <4 x float>, ptr %470, align 4, !tbaa !5
+  %471 = getelementptr inbounds nuw i8, ptr %gep155, i64 384
+  %v449.us.1.i = load <4 x float>, ptr %471, align 4, !tbaa !5
+  %472 = getelementptr inbounds nuw i8, ptr %gep155, i64 448
+  %v451.us.1.i = load <4 x float>, ptr %472, align 4, !tbaa !5
+  %473 = shufflevector <4 x float> %v445.us.1.i, <4 x float> %v449.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %474 = shufflevector <4 x float> %v447.us.1.i, <4 x float> %v451.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %475 = shufflevector <4 x float> %v445.us.1.i, <4 x float> %v449.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %476 = shufflevector <4 x float> %v447.us.1.i, <4 x float> %v451.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %477 = shufflevector <4 x float> %473, <4 x float> %474, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %478 = shufflevector <4 x float> %473, <4 x float> %474, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %479 = shufflevector <4 x float> %475, <4 x float> %476, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %480 = shufflevector <4 x float> %475, <4 x float> %476, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %481 = getelementptr inbounds nuw i8, ptr %gep155, i64 512
+  %v445.us.2.i = load <4 x float>, ptr %481, align 4, !tbaa !5
+  %482 = getelementptr inbounds nuw i8, ptr %gep155, i64 576
+  %v447.us.2.i = load <4 x float>, ptr %482, align 4, !tbaa !5
+  %483 = getelementptr inbounds nuw i8, ptr %gep155, i64 640
+  %v449.us.2.i = load <4 x float>, ptr %483, align 4, !tbaa !5
+  %484 = getelementptr inbounds nuw i8, ptr %gep155, i64 704
+  %v451.us.2.i = load <4 x float>, ptr %484, align 4, !tbaa !5
+  %485 = shufflevector <4 x float> %v445.us.2.i, <4 x float> %v449.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %486 = shufflevector <4 x float> %v447.us.2.i, <4 x float> %v451.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %487 = shufflevector <4 x float> %v445.us.2.i, <4 x float> %v449.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %488 = shufflevector <4 x float> %v447.us.2.i, <4 x float> %v451.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %489 = shufflevector <4 x float> %485, <4 x float> %486, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %490 = shufflevector <4 x float> %485, <4 x float> %486, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %491 = shufflevector <4 x float> %487, <4 x float> %488, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %492 = shufflevector <4 x float> %487, <4 x float> %488, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %493 = getelementptr inbounds nuw i8, ptr %gep155, i64 768
+  %v445.us.3.i = load <4 x float>, ptr %493, align 4, !tbaa !5
+  %494 = getelementptr inbounds nuw i8, ptr %gep155, i64 832
+  %v447.us.3.i = load <4 x float>, ptr %494, align 4, !tbaa !5
+  %495 = getelementptr inbounds nuw i8, ptr %gep155, i64 896
+  %v449.us.3.i = load <4 x float>, ptr %495, align 4, !tbaa !5
+  %496 = getelementptr inbounds nuw i8, ptr %gep155, i64 960
+  %v451.us.3.i = load <4 x float>, ptr %496, align 4, !tbaa !5
+  %497 = shufflevector <4 x float> %v445.us.3.i, <4 x float> %v449.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %498 = shufflevector <4 x float> %v447.us.3.i, <4 x float> %v451.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %499 = shufflevector <4 x float> %v445.us.3.i, <4 x float> %v449.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %500 = shufflevector <4 x float> %v447.us.3.i, <4 x float> %v451.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %501 = shufflevector <4 x float> %497, <4 x float> %498, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %502 = shufflevector <4 x float> %465, <4 x float> %477, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %503 = shufflevector <4 x float> %489, <4 x float> %501, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %504 = shufflevector <8 x float> %502, <8 x float> %503, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %505 = shufflevector <4 x float> %497, <4 x float> %498, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %506 = shufflevector <4 x float> %466, <4 x float> %478, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %507 = shufflevector <4 x float> %490, <4 x float> %505, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %508 = shufflevector <8 x float> %506, <8 x float> %507, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %509 = shufflevector <4 x float> %499, <4 x float> %500, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %510 = shufflevector <4 x float> %467, <4 x float> %479, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %511 = shufflevector <4 x float> %491, <4 x float> %509, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %512 = shufflevector <8 x float> %510, <8 x float> %511, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %513 = shufflevector <4 x float> %499, <4 x float> %500, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %514 = shufflevector <4 x float> %468, <4 x float> %480, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %515 = shufflevector <4 x float> %492, <4 x float> %513, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %516 = shufflevector <8 x float> %514, <8 x float> %515, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %517 = fmul <16 x float> %567, %504
+  %.idx1190.i = shl nuw nsw i64 %indvars.iv1107.i, 6
+  %gep1262.i = getelementptr inbounds nuw i8, ptr %invariant.gep1261.i, i64 %.idx1190.i
+  store <16 x float> %517, ptr %gep1262.i, align 4, !tbaa !5
+  %518 = fmul <16 x float> %571, %508
+  %519 = getelementptr inbounds nuw i8, ptr %gep1262.i, i64 512
+  store <16 x float> %518, ptr %519, align 4, !tbaa !5
+  %520 = fmul <16 x float> %575, %512
+  %521 = getelementptr inbounds nuw i8, ptr %gep1262.i, i64 1024
+  store <16 x float> %520, ptr %521, align 4, !tbaa !5
+  %522 = fmul <16 x float> %579, %516
+  %523 = getelementptr inbounds nuw i8, ptr %gep1262.i, i64 1536
+  store <16 x float> %522, ptr %523, align 4, !tbaa !5
+  %indvars.iv.next1108.i = add nuw nsw i64 %indvars.iv1107.i, 1
+  %exitcond1111.not.i = icmp eq i64 %indvars.iv.next1108.i, 8
+  br i1 %exitcond1111.not.i, label %for_end_d_0436.us.i, label %for_begin_ax1_0439.preheader.us.i, !prof !28
+
+for_begin_d_0474.preheader.us.i:                  ; preds = %for_begin_d_0474.preheader.lr.ph.us.i, %for_begin_d_0474.preheader.us.i
+  %indvars.iv1121.i = phi i64 [ 0, %for_begin_d_0474.preheader.lr.ph.us.i ], [ %indvars.iv.next1122.i, %for_begin_d_0474.preheader.us.i ]
+  %524 = and i64 %indvars.iv1121.i, 3
+  %525 = or disjoint i64 %524, %584
+  %526 = mul nsw i64 %525, %out_head
+  %527 = lshr i64 %indvars.iv1121.i, 2
+  %528 = add nsw i64 %527, %587
+  %529 = mul nsw i64 %528, %out_batch
+  %530 = getelementptr i16, ptr %out, i64 %529
+  %invariant.gep867.us.i = getelementptr i16, ptr %530, i64 %526
+  %.idx81 = shl nsw i64 %indvars.iv1121.i, 9
+  %531 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx81
+  %532 = load <32 x i32>, ptr %531, align 4, !tbaa !5
+  %533 = lshr <32 x i32> %532, splat (i32 16)
+  %534 = and <32 x i32> %533, splat (i32 1)
+  %535 = add nuw <32 x i32> %532, splat (i32 32767)
+  %536 = add nuw <32 x i32> %535, %534
+  %537 = lshr <32 x i32> %536, splat (i32 16)
+  %538 = trunc nuw <32 x i32> %537 to <32 x i16>
+  store <32 x i16> %538, ptr %invariant.gep867.us.i, align 2, !tbaa !5
+  %539 = getelementptr inbounds nuw i8, ptr %531, i64 128
+  %540 = load <32 x i32>, ptr %539, align 4, !tbaa !5
+  %541 = lshr <32 x i32> %540, splat (i32 16)
+  %542 = and <32 x i32> %541, splat (i32 1)
+  %543 = add nuw <32 x i32> %540, splat (i32 32767)
+  %544 = add nuw <32 x i32> %543, %542
+  %545 = lshr <32 x i32> %544, splat (i32 16)
+  %546 = trunc nuw <32 x i32> %545 to <32 x i16>
+  %gep868.us.1.i = getelementptr i8, ptr %invariant.gep867.us.i, i64 64
+  store <32 x i16> %546, ptr %gep868.us.1.i, align 2, !tbaa !5
+  %547 = getelementptr inbounds nuw i8, ptr %531, i64 256
+  %548 = load <32 x i32>, ptr %547, align 4, !tbaa !5
+  %549 = lshr <32 x i32> %548, splat (i32 16)
+  %550 = and <32 x i32> %549, splat (i32 1)
+  %551 = add nuw <32 x i32> %548, splat (i32 32767)
+  %552 = add nuw <32 x i32> %551, %550
+  %553 = lshr <32 x i32> %552, splat (i32 16)
+  %554 = trunc nuw <32 x i32> %553 to <32 x i16>
+  %gep868.us.2.i = getelementptr i8, ptr %invariant.gep867.us.i, i64 128
+  store <32 x i16> %554, ptr %gep868.us.2.i, align 2, !tbaa !5
+  %555 = getelementptr inbounds nuw i8, ptr %531, i64 384
+  %556 = load <32 x i32>, ptr %555, align 4, !tbaa !5
+  %557 = lshr <32 x i32> %556, splat (i32 16)
+  %558 = and <32 x i32> %557, splat (i32 1)
+  %559 = add nuw <32 x i32> %556, splat (i32 32767)
+  %560 = add nuw <32 x i32> %559, %558
+  %561 = lshr <32 x i32> %560, splat (i32 16)
+  %562 = trunc nuw <32 x i32> %561 to <32 x i16>
+  %gep868.us.3.i = getelementptr i8, ptr %invariant.gep867.us.i, i64 192
+  store <32 x i16> %562, ptr %gep868.us.3.i, align 2, !tbaa !5
+  %indvars.iv.next1122.i = add nuw nsw i64 %indvars.iv1121.i, 1
+  %exitcond1126.not.i = icmp eq i64 %indvars.iv.next1122.i, %wide.trip.count1125.i
+  br i1 %exitcond1126.not.i, label %for_body_r484.lr.ph.us.i, label %for_begin_d_0474.preheader.us.i, !prof !13
+
+for_begin_d_0434.preheader.us.i:                  ; preds = %for_end_d_0436.us.i, %if_end432.us.i
+  %indvars.iv1112.i = phi i64 [ %indvars.iv.next1113.i, %for_end_d_0436.us.i ], [ 0, %if_end432.us.i ]
+  %563 = shl nuw nsw i64 %indvars.iv1112.i, 2
+  %564 = getelementptr inbounds nuw float, ptr %factor552.i, i64 %563
+  %565 = load float, ptr %564, align 16, !tbaa !41
+  %566 = insertelement <16 x float> poison, float %565, i64 0
+  %567 = shufflevector <16 x float> %566, <16 x float> poison, <16 x i32> zeroinitializer
+  %568 = getelementptr inbounds nuw i8, ptr %564, i64 4
+  %569 = load float, ptr %568, align 4, !tbaa !41
+  %570 = insertelement <16 x float> poison, float %569, i64 0
+  %571 = shufflevector <16 x float> %570, <16 x float> poison, <16 x i32> zeroinitializer
+  %572 = getelementptr inbounds nuw i8, ptr %564, i64 8
+  %573 = load float, ptr %572, align 8, !tbaa !41
+  %574 = insertelement <16 x float> poison, float %573, i64 0
+  %575 = shufflevector <16 x float> %574, <16 x float> poison, <16 x i32> zeroinitializer
+  %576 = getelementptr inbounds nuw i8, ptr %564, i64 12
+  %577 = load float, ptr %576, align 4, !tbaa !41
+  %578 = insertelement <16 x float> poison, float %577, i64 0
+  %579 = shufflevector <16 x float> %578, <16 x float> poison, <16 x i32> zeroinitializer
+  %.idx1191.i = shl nuw nsw i64 %indvars.iv1112.i, 11
+  %invariant.gep1261.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1191.i
+  %invariant.gep154 = getelementptr inbounds nuw float, ptr %invariant.gep152, i64 %563
+  br label %for_begin_ax1_0439.preheader.us.i
+
+for_begin_d_0474.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
+  %580 = sext i1 %.not584.us.i to i32
+  %581 = add nsw i32 %rdiv480.us.i, %580
+  %582 = sext i32 %581 to i64
+  %583 = add nsw i64 %393, %582
+  %584 = shl nsw i64 %583, 2
+  %585 = sext i32 %410 to i64
+  %586 = shl nsw i64 %585, 2
+  %587 = add nsw i64 %586, %396
+  %588 = tail call i32 @llvm.umin.i32(i32 %412, i32 16)
+  %wide.trip.count1125.i = zext nneg i32 %588 to i64
+  br label %for_begin_d_0474.preheader.us.i
+
+for_body_r484.lr.ph.us.i:                         ; preds = %for_begin_d_0474.preheader.us.i
+  %.idx585.us.i = shl nsw i64 %583, 4
+  %589 = getelementptr i8, ptr %lse, i64 %.idx585.us.i
+  %590 = and i64 %400, 4294967280
+  br label %for_body_r484.us.i
+
+for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
+  %indvars.iv215 = phi i32 [ %indvars.iv.next216, %for_begin_number.i ], [ %355, %for_body_number.lr.ph.i ]
+  %indvars.iv.in = phi i32 [ %indvars.iv, %for_begin_number.i ], [ %355, %for_body_number.lr.ph.i ]
+  %number855.i = phi i32 [ %390, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %591 = shl nuw nsw i32 %number855.i, 12
+  %592 = add i32 %378, %591
+  %smin605 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %592)
+  %smin606 = tail call i32 @llvm.smin.i32(i32 %smin605, i32 %354)
+  %smax607 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %593 = shl nuw nsw i32 %number855.i, 12
+  %594 = add i32 %378, %593
+  %smin600 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %594)
+  %smin601 = tail call i32 @llvm.smin.i32(i32 %smin600, i32 %354)
+  %smax = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %595 = shl nuw nsw i32 %number855.i, 12
+  %596 = add i32 %378, %595
+  %smin483 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %596)
+  %smin484 = tail call i32 @llvm.smin.i32(i32 %smin483, i32 %354)
+  %smax485 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %597 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %smax462 = sext i32 %597 to i64
+  %598 = add i32 %597, %tree_size
+  %599 = sub i32 %context_len.i, %598
+  %600 = shl nuw nsw i32 %number855.i, 12
+  %601 = add i32 %378, %600
+  %smin467 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %601)
+  %smin468 = tail call i32 @llvm.smin.i32(i32 %smin467, i32 %354)
+  %smax469 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %602 = sub i32 %smin468, %smax469
+  %603 = shl nuw nsw i32 %number855.i, 12
+  %604 = add i32 %378, %603
+  %smin447 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %604)
+  %smin448 = tail call i32 @llvm.smin.i32(i32 %smin447, i32 %354)
+  %smax449 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %605 = sub i32 %smin448, %smax449
+  %606 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %607 = add i32 %606, %tree_size
+  %608 = sub i32 %context_len.i, %607
+  %609 = shl nuw nsw i32 %number855.i, 12
+  %610 = add i32 %378, %609
+  %smin427 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %610)
+  %smin428 = tail call i32 @llvm.smin.i32(i32 %smin427, i32 %354)
+  %smax429 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %611 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %smax410 = sext i32 %611 to i64
+  %612 = add i32 %611, %tree_size
+  %613 = sub i32 %context_len.i, %612
+  %614 = shl nuw nsw i32 %number855.i, 12
+  %615 = add i32 %378, %614
+  %smin414 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %615)
+  %smin415 = tail call i32 @llvm.smin.i32(i32 %smin414, i32 %354)
+  %smax416 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %616 = sub i32 %smin415, %smax416
+  %617 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %618 = add i32 %617, %tree_size
+  %indvars.iv = add i32 %indvars.iv.in, 4096
+  %619 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %620 = add i32 %619, %tree_size
+  %621 = sub i32 %context_len.i, %620
+  %622 = sub i32 0, %619
+  %smin = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %indvars.iv)
+  %smin214 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %354)
+  %623 = sub i32 %smin214, %619
+  %624 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %row_max.i = tail call ptr %624(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %625 = icmp eq ptr %row_max.i, null
+  br i1 %625, label %fused_attend_compute_.exit, label %if_end117.i, !prof !8
+
+if_end117.i:                                      ; preds = %for_body_number.i
+  %626 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %row_sum.i = tail call ptr %626(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %627 = icmp eq ptr %row_sum.i, null
+  br i1 %627, label %fused_attend_compute_.exit, label %if_end120.i, !prof !8
+
+if_end120.i:                                      ; preds = %if_end117.i
+  %628 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %acc.i = tail call ptr %628(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
+  %629 = icmp eq ptr %acc.i, null
+  br i1 %629, label %fused_attend_compute_.exit, label %if_end123.i, !prof !8
+
+if_end123.i:                                      ; preds = %if_end120.i
+  %630 = shl nsw i32 %number855.i, 12
+  %631 = add nsw i32 %630, %355
+  %632 = add nsw i32 %631, 4096
+  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %631, i32 %span569.sroa.0.0.lcssa.i)
+  %633 = tail call i32 @llvm.smin.i32(i32 %632, i32 %key_end.i)
+  %634 = sub nsw i32 %633, %read_begin.i
+  %.fr878.i = freeze i32 %634
+  %635 = icmp slt i32 %.fr878.i, 1
+  %636 = tail call i32 @llvm.smax.i32(i32 %.fr878.i, i32 0)
+  %637 = add nuw nsw i32 %636, 127
+  %638 = lshr i32 %637, 7
+  %.not876.i = icmp eq i32 %638, 0
+  br i1 %.not876.i, label %for_begin_tile354.preheader.i, label %for_body_step.lr.ph.i, !prof !16
+
+for_body_step.lr.ph.i:                            ; preds = %if_end123.i
+  %639 = add nsw i32 %633, -1
+  %640 = sext i32 %read_begin.i to i64
+  %wide.trip.count1070.i = zext nneg i32 %638 to i64
+  %641 = getelementptr i8, ptr %381, i64 %smax462
+  %642 = getelementptr i8, ptr %382, i64 %smax410
+  br label %for_body_step.i
+
+for_begin_step.i:                                 ; preds = %if_end349.i
+  %indvars.iv.next1068.i = add nuw nsw i64 %indvars.iv1067.i, 1
+  %exitcond1071.not.i = icmp eq i64 %indvars.iv.next1068.i, %wide.trip.count1070.i
+  %indvars.iv.next218 = add i32 %indvars.iv217, -128
+  %indvars.iv.next227 = add i32 %indvars.iv226, -128
+  %indvars.iv.next230 = add i32 %indvars.iv229, -128
+  br i1 %exitcond1071.not.i, label %for_begin_tile354.preheader.i, label %for_body_step.i, !prof !13
+
+for_begin_tile354.preheader.i:                    ; preds = %for_begin_step.i, %if_end123.i
+  %brmerge.i = or i1 %135, %635
+  br i1 %brmerge.i, label %for_end_tile356.i, label %for_body_tile355.i, !prof !42
+
+for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
+  %indvars.iv229 = phi i32 [ %indvars.iv.next230, %for_begin_step.i ], [ %622, %for_body_step.lr.ph.i ]
+  %indvars.iv226 = phi i32 [ %indvars.iv.next227, %for_begin_step.i ], [ %621, %for_body_step.lr.ph.i ]
+  %indvars.iv217 = phi i32 [ %indvars.iv.next218, %for_begin_step.i ], [ %623, %for_body_step.lr.ph.i ]
+  %indvars.iv1067.i = phi i64 [ %indvars.iv.next1068.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
+  %indvars.iv1067.i.tr634 = trunc i64 %indvars.iv1067.i to i32
+  %643 = shl i32 %indvars.iv1067.i.tr634, 7
+  %644 = add i32 %smax607, %643
+  %645 = sub i32 %smin606, %644
+  %smax608 = tail call i32 @llvm.smax.i32(i32 %645, i32 128)
+  %umin609 = tail call i32 @llvm.umin.i32(i32 %smax608, i32 256)
+  %646 = add nsw i32 %umin609, -128
+  %smin610 = tail call i32 @llvm.smin.i32(i32 %645, i32 128)
+  %647 = add nsw i32 %smin610, 7
+  %648 = and i32 %647, -8
+  %649 = add i32 %646, %648
+  %650 = zext i32 %649 to i64
+  %indvars.iv1067.i.tr635 = trunc i64 %indvars.iv1067.i to i32
+  %651 = shl i32 %indvars.iv1067.i.tr635, 7
+  %652 = add i32 %smax, %651
+  %653 = sub i32 %smin601, %652
+  %smax602 = tail call i32 @llvm.smax.i32(i32 %653, i32 128)
+  %umin = tail call i32 @llvm.umin.i32(i32 %smax602, i32 256)
+  %654 = add nsw i32 %umin, -128
+  %smin603 = tail call i32 @llvm.smin.i32(i32 %653, i32 128)
+  %655 = add nsw i32 %smin603, 7
+  %656 = and i32 %655, -8
+  %657 = add i32 %654, %656
+  %658 = zext i32 %657 to i64
+  %smax482 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %indvars.iv1067.i.tr = trunc i64 %indvars.iv1067.i to i32
+  %659 = shl i32 %indvars.iv1067.i.tr, 7
+  %660 = add i32 %smax485, %659
+  %661 = sub i32 %smin484, %660
+  %662 = shl nuw nsw i64 %indvars.iv1067.i, 7
+  %scevgep463 = getelementptr i8, ptr %641, i64 %662
+  %663 = mul nsw i64 %indvars.iv1067.i, -128
+  %664 = trunc i64 %663 to i32
+  %665 = add i32 %599, %664
+  %smax464 = tail call i32 @llvm.smax.i32(i32 %665, i32 0)
+  %666 = zext nneg i32 %smax464 to i64
+  %smax466 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %667 = trunc i64 %663 to i32
+  %668 = add i32 %602, %667
+  %669 = shl i32 %smax464, 4
+  %670 = sext i32 %669 to i64
+  %671 = shl nsw i64 %670, 2
+  %smax446 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %672 = mul nsw i64 %indvars.iv1067.i, -128
+  %673 = trunc i64 %672 to i32
+  %674 = add i32 %605, %673
+  %675 = trunc i64 %672 to i32
+  %676 = add i32 %608, %675
+  %smax453 = tail call i32 @llvm.smax.i32(i32 %676, i32 0)
+  %677 = shl i32 %smax453, 4
+  %678 = sext i32 %677 to i64
+  %smax426 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %indvars.iv1067.i.tr532 = trunc i64 %indvars.iv1067.i to i32
+  %679 = shl i32 %indvars.iv1067.i.tr532, 7
+  %680 = add i32 %smax429, %679
+  %681 = sub i32 %smin428, %680
+  %682 = shl nuw nsw i64 %indvars.iv1067.i, 7
+  %scevgep = getelementptr i8, ptr %642, i64 %682
+  %683 = mul nsw i64 %indvars.iv1067.i, -128
+  %684 = trunc i64 %683 to i32
+  %685 = add i32 %613, %684
+  %smax411 = tail call i32 @llvm.smax.i32(i32 %685, i32 0)
+  %686 = zext nneg i32 %smax411 to i64
+  %smax413 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %687 = trunc i64 %683 to i32
+  %688 = add i32 %616, %687
+  %689 = shl i32 %smax411, 4
+  %690 = sext i32 %689 to i64
+  %691 = shl nsw i64 %690, 2
+  %indvars.iv1067.i.tr533 = trunc i64 %indvars.iv1067.i to i32
+  %692 = shl i32 %indvars.iv1067.i.tr533, 7
+  %693 = add i32 %618, %692
+  %694 = sub i32 %context_len.i, %693
+  %smax409 = tail call i32 @llvm.smax.i32(i32 %694, i32 0)
+  %695 = shl i32 %smax409, 4
+  %smax234 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %696 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %key_offsets.i = tail call ptr %696(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %697 = icmp eq ptr %key_offsets.i, null
+  br i1 %697, label %fused_attend_compute_.exit, label %if_end126.i, !prof !8
+
+if_end126.i:                                      ; preds = %for_body_step.i
+  %698 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %value_offsets.i = tail call ptr %698(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %699 = icmp eq ptr %value_offsets.i, null
+  br i1 %699, label %fused_attend_compute_.exit, label %if_end129.i, !prof !8
+
+if_end129.i:                                      ; preds = %if_end126.i
+  %700 = shl nsw i64 %indvars.iv1067.i, 7
+  %701 = add nsw i64 %700, %640
+  %702 = trunc i64 %701 to i32
+  %703 = sub i32 %633, %702
+  %704 = tail call i32 @llvm.smax.i32(i32 %703, i32 128)
+  %705 = tail call i32 @llvm.umin.i32(i32 %704, i32 256)
+  %706 = add nsw i32 %705, -128
+  %707 = tail call i32 @llvm.smin.i32(i32 %703, i32 128)
+  %708 = add nsw i32 %707, 7
+  %709 = ashr i32 %708, 3
+  %710 = and i32 %708, -8
+  %711 = add nsw i32 %706, %710
+  %712 = icmp sgt i32 %711, 0
+  br i1 %712, label %for_body_t.i.preheader, label %for_begin_kv_head.preheader.i, !prof !3
+
+for_body_t.i.preheader:                           ; preds = %if_end129.i
+  %xtraiter = and i64 %658, 1
+  %713 = icmp eq i32 %657, 1
+  br i1 %713, label %for_body_t.i.epil.preheader, label %for_body_t.i.preheader.new, !prof !4
+
+for_body_t.i.preheader.new:                       ; preds = %for_body_t.i.preheader
+  %unroll_iter = and i64 %658, 4294967294
+  br label %for_body_t.i
+
+for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.i.preheader.new
+  %indvars.iv940.i = phi i64 [ 0, %for_body_t.i.preheader.new ], [ %indvars.iv.next941.i.1, %for_body_t.i ]
+  %niter = phi i64 [ 0, %for_body_t.i.preheader.new ], [ %niter.next.1, %for_body_t.i ]
+  %714 = add nsw i64 %indvars.iv940.i, %701
+  %715 = trunc nsw i64 %714 to i32
+  %716 = tail call i32 @llvm.smin.i32(i32 %715, i32 %639)
+  %717 = sext i32 %716 to i64
+  %718 = ashr i64 %717, 4
+  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %718
+  %719 = load i32, ptr %gep.i, align 4, !tbaa !5
+  %block.i = sext i32 %719 to i64
+  %720 = and i64 %717, 15
+  %721 = mul nsw i64 %720, %k_row
+  %722 = mul nsw i64 %k_block, %block.i
+  %723 = add nsw i64 %721, %722
+  %724 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv940.i
+  store i64 %723, ptr %724, align 8, !tbaa !5
+  %indvars.iv.next941.i = or disjoint i64 %indvars.iv940.i, 1
+  %725 = add nsw i64 %indvars.iv.next941.i, %701
+  %726 = trunc nsw i64 %725 to i32
+  %727 = tail call i32 @llvm.smin.i32(i32 %726, i32 %639)
+  %728 = sext i32 %727 to i64
+  %729 = ashr i64 %728, 4
+  %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %729
+  %730 = load i32, ptr %gep.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %730 to i64
+  %731 = and i64 %728, 15
+  %732 = mul nsw i64 %731, %k_row
+  %733 = mul nsw i64 %k_block, %block.i.1
+  %734 = add nsw i64 %732, %733
+  %735 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next941.i
+  store i64 %734, ptr %735, align 8, !tbaa !5
+  %indvars.iv.next941.i.1 = add nuw nsw i64 %indvars.iv940.i, 2
+  %niter.next.1 = add i64 %niter, 2
+  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
+  br i1 %niter.ncmp.1, label %for_body_t132.i.preheader.unr-lcssa, label %for_body_t.i, !prof !9, !llvm.loop !43
+
+for_body_t132.i.preheader.unr-lcssa:              ; preds = %for_body_t.i
+  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
+  br i1 %lcmp.mod.not, label %for_body_t132.i.preheader, label %for_body_t.i.epil.preheader, !prof !12
+
+for_body_t.i.epil.preheader:                      ; preds = %for_body_t132.i.preheader.unr-lcssa, %for_body_t.i.preheader
+  %indvars.iv940.i.epil.init = phi i64 [ 0, %for_body_t.i.preheader ], [ %indvars.iv.next941.i.1, %for_body_t132.i.preheader.unr-lcssa ]
+  %lcmp.mod604 = icmp ne i64 %xtraiter, 0
+  tail call void @llvm.assume(i1 %lcmp.mod604)
+  %736 = add nsw i64 %indvars.iv940.i.epil.init, %701
+  %737 = trunc nsw i64 %736 to i32
+  %738 = tail call i32 @llvm.smin.i32(i32 %737, i32 %639)
+  %739 = sext i32 %738 to i64
+  %740 = ashr i64 %739, 4
+  %gep.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %740
+  %741 = load i32, ptr %gep.i.epil, align 4, !tbaa !5
+  %block.i.epil = sext i32 %741 to i64
+  %742 = and i64 %739, 15
+  %743 = mul nsw i64 %742, %k_row
+  %744 = mul nsw i64 %k_block, %block.i.epil
+  %745 = add nsw i64 %743, %744
+  %746 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv940.i.epil.init
+  store i64 %745, ptr %746, align 8, !tbaa !5
+  br label %for_body_t132.i.preheader
+
+for_body_t132.i.preheader:                        ; preds = %for_body_t.i.epil.preheader, %for_body_t132.i.preheader.unr-lcssa
+  %xtraiter611 = and i64 %650, 1
+  %747 = icmp eq i32 %649, 1
+  br i1 %747, label %for_body_t132.i.epil.preheader, label %for_body_t132.i.preheader.new, !prof !4
+
+for_body_t132.i.preheader.new:                    ; preds = %for_body_t132.i.preheader
+  %unroll_iter614 = and i64 %650, 4294967294
+  br label %for_body_t132.i
+
+for_begin_kv_head.preheader.i.loopexit.unr-lcssa: ; preds = %for_body_t132.i
+  %lcmp.mod612.not = icmp eq i64 %xtraiter611, 0
+  br i1 %lcmp.mod612.not, label %for_begin_kv_head.preheader.i, label %for_body_t132.i.epil.preheader, !prof !12
+
+for_body_t132.i.epil.preheader:                   ; preds = %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %for_body_t132.i.preheader
+  %indvars.iv943.i.epil.init = phi i64 [ 0, %for_body_t132.i.preheader ], [ %indvars.iv.next944.i.1, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa ]
+  %lcmp.mod613 = icmp ne i64 %xtraiter611, 0
+  tail call void @llvm.assume(i1 %lcmp.mod613)
+  %748 = add nsw i64 %indvars.iv943.i.epil.init, %701
+  %749 = trunc nsw i64 %748 to i32
+  %750 = tail call i32 @llvm.smin.i32(i32 %749, i32 %639)
+  %751 = sext i32 %750 to i64
+  %752 = ashr i64 %751, 4
+  %gep697.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %752
+  %753 = load i32, ptr %gep697.i.epil, align 4, !tbaa !5
+  %block139.i.epil = sext i32 %753 to i64
+  %754 = and i64 %751, 15
+  %755 = mul nsw i64 %754, %v_row
+  %756 = mul nsw i64 %v_block, %block139.i.epil
+  %757 = add nsw i64 %755, %756
+  %758 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv943.i.epil.init
+  store i64 %757, ptr %758, align 8, !tbaa !5
+  br label %for_begin_kv_head.preheader.i
+
+for_begin_kv_head.preheader.i:                    ; preds = %for_body_t132.i.epil.preheader, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %if_end129.i
+  br i1 %361, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
+
+for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
+  %759 = icmp sgt i32 %709, 0
+  %760 = add nsw i32 %705, -129
+  %761 = add i32 %tree_size, %702
+  %762 = sub i32 %context_len.i, %761
+  %763 = tail call i32 @llvm.smax.i32(i32 %762, i32 0)
+  %764 = zext nneg i32 %763 to i64
+  %765 = icmp eq i64 %indvars.iv1067.i, 0
+  %766 = insertelement <16 x i1> poison, i1 %765, i64 0
+  %767 = shufflevector <16 x i1> %766, <16 x i1> poison, <16 x i32> zeroinitializer
+  %wide.trip.count953.i = zext nneg i32 %709 to i64
+  %768 = getelementptr i8, ptr %375, i64 %701
+  %769 = getelementptr i8, ptr %768, i64 %764
+  %scevgep412 = getelementptr i8, ptr %scevgep, i64 %686
+  %scevgep465 = getelementptr i8, ptr %scevgep463, i64 %666
+  %broadcast.splatinsert495 = insertelement <8 x i32> poison, i32 %763, i64 0
+  %broadcast.splat496 = shufflevector <8 x i32> %broadcast.splatinsert495, <8 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splatinsert438 = insertelement <8 x i32> poison, i32 %763, i64 0
+  %broadcast.splat439 = shufflevector <8 x i32> %broadcast.splatinsert438, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %for_body_kv_head.i
+
+for_body_t132.i:                                  ; preds = %for_body_t132.i, %for_body_t132.i.preheader.new
+  %indvars.iv943.i = phi i64 [ 0, %for_body_t132.i.preheader.new ], [ %indvars.iv.next944.i.1, %for_body_t132.i ]
+  %niter615 = phi i64 [ 0, %for_body_t132.i.preheader.new ], [ %niter615.next.1, %for_body_t132.i ]
+  %770 = add nsw i64 %indvars.iv943.i, %701
+  %771 = trunc nsw i64 %770 to i32
+  %772 = tail call i32 @llvm.smin.i32(i32 %771, i32 %639)
+  %773 = sext i32 %772 to i64
+  %774 = ashr i64 %773, 4
+  %gep697.i = getelementptr i32, ptr %invariant.gep.i, i64 %774
+  %775 = load i32, ptr %gep697.i, align 4, !tbaa !5
+  %block139.i = sext i32 %775 to i64
+  %776 = and i64 %773, 15
+  %777 = mul nsw i64 %776, %v_row
+  %778 = mul nsw i64 %v_block, %block139.i
+  %779 = add nsw i64 %777, %778
+  %780 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv943.i
+  store i64 %779, ptr %780, align 8, !tbaa !5
+  %indvars.iv.next944.i = or disjoint i64 %indvars.iv943.i, 1
+  %781 = add nsw i64 %indvars.iv.next944.i, %701
+  %782 = trunc nsw i64 %781 to i32
+  %783 = tail call i32 @llvm.smin.i32(i32 %782, i32 %639)
+  %784 = sext i32 %783 to i64
+  %785 = ashr i64 %784, 4
+  %gep697.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %785
+  %786 = load i32, ptr %gep697.i.1, align 4, !tbaa !5
+  %block139.i.1 = sext i32 %786 to i64
+  %787 = and i64 %784, 15
+  %788 = mul nsw i64 %787, %v_row
+  %789 = mul nsw i64 %v_block, %block139.i.1
+  %790 = add nsw i64 %788, %789
+  %791 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next944.i
+  store i64 %790, ptr %791, align 8, !tbaa !5
+  %indvars.iv.next944.i.1 = add nuw nsw i64 %indvars.iv943.i, 2
+  %niter615.next.1 = add i64 %niter615, 2
+  %niter615.ncmp.1 = icmp eq i64 %niter615.next.1, %unroll_iter614
+  br i1 %niter615.ncmp.1, label %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, label %for_body_t132.i, !prof !9, !llvm.loop !44
+
+for_begin_kv_head.i:                              ; preds = %if_end343.i
+  %indvars.iv.next1063.i = add nuw nsw i64 %indvars.iv1062.i, 1
+  %exitcond1066.not.i = icmp eq i64 %indvars.iv.next1063.i, %wide.trip.count1065.i
+  br i1 %exitcond1066.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
+
+for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i, %for_body_kv_head.lr.ph.i
+  %indvars.iv1062.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1063.i, %for_begin_kv_head.i ]
+  %792 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %k_tile.i = tail call ptr %792(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %793 = icmp eq ptr %k_tile.i, null
+  br i1 %793, label %fused_attend_compute_.exit, label %if_end143.i, !prof !8
+
+for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i, %for_begin_kv_head.preheader.i
+  %794 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %795 = tail call i32 %794(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not589.i = icmp eq i32 %795, 0
+  br i1 %.not589.i, label %if_end349.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end143.i:                                      ; preds = %for_body_kv_head.i
+  %796 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %v_tile.i = tail call ptr %796(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %797 = icmp eq ptr %v_tile.i, null
+  br i1 %797, label %fused_attend_compute_.exit, label %if_end146.i, !prof !8
+
+if_end146.i:                                      ; preds = %if_end143.i
+  %798 = add nsw i64 %indvars.iv1062.i, %362
+  br i1 %759, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
+
+for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end146.i
+  %799 = mul nsw i64 %798, %k_head
+  %invariant.gep698.i = getelementptr i32, ptr %key_cache, i64 %799
+  br label %for_begin_ti.preheader.i
+
+for_begin_ti153.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
+  %800 = mul nsw i64 %798, %v_head
+  %invariant.gep716.i = getelementptr i32, ptr %value_cache, i64 %800
+  br label %for_begin_ti153.preheader.i
+
+for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.lr.ph.i
+  %indvars.iv950.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next951.i, %for_begin_ti.preheader.i ]
+  %.idx = shl nsw i64 %indvars.iv950.i, 6
+  %801 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
+  %802 = load i64, ptr %801, align 8, !tbaa !5
+  %gep699.i = getelementptr i32, ptr %invariant.gep698.i, i64 %802
+  %803 = load <16 x i32>, ptr %gep699.i, align 4, !tbaa !5
+  %804 = shl <16 x i32> %803, splat (i32 16)
+  %.idx68 = shl nsw i64 %indvars.iv950.i, 12
+  %805 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx68
+  store <16 x i32> %804, ptr %805, align 4, !tbaa !5
+  %806 = load i64, ptr %801, align 8, !tbaa !5
+  %gep701.i = getelementptr i32, ptr %invariant.gep698.i, i64 %806
+  %807 = load <16 x i32>, ptr %gep701.i, align 4, !tbaa !5
+  %808 = and <16 x i32> %807, %366
+  %809 = getelementptr inbounds nuw i8, ptr %805, i64 64
+  store <16 x i32> %808, ptr %809, align 4, !tbaa !5
+  %810 = load i64, ptr %801, align 8, !tbaa !5
+  %gep703.i = getelementptr i32, ptr %invariant.gep698.i, i64 %810
+  %811 = getelementptr i8, ptr %gep703.i, i64 64
+  %812 = load <16 x i32>, ptr %811, align 4, !tbaa !5
+  %813 = shl <16 x i32> %812, splat (i32 16)
+  %814 = getelementptr inbounds nuw i8, ptr %805, i64 128
+  store <16 x i32> %813, ptr %814, align 4, !tbaa !5
+  %815 = load i64, ptr %801, align 8, !tbaa !5
+  %gep705.i = getelementptr i32, ptr %invariant.gep698.i, i64 %815
+  %816 = getelementptr i8, ptr %gep705.i, i64 64
+  %817 = load <16 x i32>, ptr %816, align 4, !tbaa !5
+  %818 = and <16 x i32> %817, %366
+  %819 = getelementptr inbounds nuw i8, ptr %805, i64 192
+  store <16 x i32> %818, ptr %819, align 4, !tbaa !5
+  %820 = load i64, ptr %801, align 8, !tbaa !5
+  %gep707.i = getelementptr i32, ptr %invariant.gep698.i, i64 %820
+  %821 = getelementptr i8, ptr %gep707.i, i64 128
+  %822 = load <16 x i32>, ptr %821, align 4, !tbaa !5
+  %823 = shl <16 x i32> %822, splat (i32 16)
+  %824 = getelementptr inbounds nuw i8, ptr %805, i64 256
+  store <16 x i32> %823, ptr %824, align 4, !tbaa !5
+  %825 = load i64, ptr %801, align 8, !tbaa !5
+  %gep709.i = getelementptr i32, ptr %invariant.gep698.i, i64 %825
+  %826 = getelementptr i8, ptr %gep709.i, i64 128
+  %827 = load <16 x i32>, ptr %826, align 4, !tbaa !5
+  %828 = and <16 x i32> %827, %366
+  %829 = getelementptr inbounds nuw i8, ptr %805, i64 320
+  store <16 x i32> %828, ptr %829, align 4, !tbaa !5
+  %830 = load i64, ptr %801, align 8, !tbaa !5
+  %gep711.i = getelementptr i32, ptr %invariant.gep698.i, i64 %830
+  %831 = getelementptr i8, ptr %gep711.i, i64 192
+  %832 = load <16 x i32>, ptr %831, align 4, !tbaa !5
+  %833 = shl <16 x i32> %832, splat (i32 16)
+  %834 = getelementptr inbounds nuw i8, ptr %805, i64 384
+  store <16 x i32> %833, ptr %834, align 4, !tbaa !5
+  %835 = load i64, ptr %801, align 8, !tbaa !5
+  %gep713.i = getelementptr i32, ptr %invariant.gep698.i, i64 %835
+  %836 = getelementptr i8, ptr %gep713.i, i64 192
+  %837 = load <16 x i32>, ptr %836, align 4, !tbaa !5
+  %838 = and <16 x i32> %837, %366
+  %839 = getelementptr inbounds nuw i8, ptr %805, i64 448
+  store <16 x i32> %838, ptr %839, align 4, !tbaa !5
+  %840 = getelementptr inbounds nuw i8, ptr %801, i64 8
+  %841 = load i64, ptr %840, align 8, !tbaa !5
+  %gep699.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %841
+  %842 = load <16 x i32>, ptr %gep699.1.i, align 4, !tbaa !5
+  %843 = shl <16 x i32> %842, splat (i32 16)
+  %844 = getelementptr inbounds nuw i8, ptr %805, i64 512
+  store <16 x i32> %843, ptr %844, align 4, !tbaa !5
+  %845 = load i64, ptr %840, align 8, !tbaa !5
+  %gep701.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %845
+  %846 = load <16 x i32>, ptr %gep701.1.i, align 4, !tbaa !5
+  %847 = and <16 x i32> %846, %366
+  %848 = getelementptr inbounds nuw i8, ptr %805, i64 576
+  store <16 x i32> %847, ptr %848, align 4, !tbaa !5
+  %849 = load i64, ptr %840, align 8, !tbaa !5
+  %gep703.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %849
+  %850 = getelementptr i8, ptr %gep703.1.i, i64 64
+  %851 = load <16 x i32>, ptr %850, align 4, !tbaa !5
+  %852 = shl <16 x i32> %851, splat (i32 16)
+  %853 = getelementptr inbounds nuw i8, ptr %805, i64 640
+  store <16 x i32> %852, ptr %853, align 4, !tbaa !5
+  %854 = load i64, ptr %840, align 8, !tbaa !5
+  %gep705.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %854
+  %855 = getelementptr i8, ptr %gep705.1.i, i64 64
+  %856 = load <16 x i32>, ptr %855, align 4, !tbaa !5
+  %857 = and <16 x i32> %856, %366
+  %858 = getelementptr inbounds nuw i8, ptr %805, i64 704
+  store <16 x i32> %857, ptr %858, align 4, !tbaa !5
+  %859 = load i64, ptr %840, align 8, !tbaa !5
+  %gep707.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %859
+  %860 = getelementptr i8, ptr %gep707.1.i, i64 128
+  %861 = load <16 x i32>, ptr %860, align 4, !tbaa !5
+  %862 = shl <16 x i32> %861, splat (i32 16)
+  %863 = getelementptr inbounds nuw i8, ptr %805, i64 768
+  store <16 x i32> %862, ptr %863, align 4, !tbaa !5
+  %864 = load i64, ptr %840, align 8, !tbaa !5
+  %gep709.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %864
+  %865 = getelementptr i8, ptr %gep709.1.i, i64 128
+  %866 = load <16 x i32>, ptr %865, align 4, !tbaa !5
+  %867 = and <16 x i32> %866, %366
+  %868 = getelementptr inbounds nuw i8, ptr %805, i64 832
+  store <16 x i32> %867, ptr %868, align 4, !tbaa !5
+  %869 = load i64, ptr %840, align 8, !tbaa !5
+  %gep711.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %869
+  %870 = getelementptr i8, ptr %gep711.1.i, i64 192
+  %871 = load <16 x i32>, ptr %870, align 4, !tbaa !5
+  %872 = shl <16 x i32> %871, splat (i32 16)
+  %873 = getelementptr inbounds nuw i8, ptr %805, i64 896
+  store <16 x i32> %872, ptr %873, align 4, !tbaa !5
+  %874 = load i64, ptr %840, align 8, !tbaa !5
+  %gep713.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %874
+  %875 = getelementptr i8, ptr %gep713.1.i, i64 192
+  %876 = load <16 x i32>, ptr %875, align 4, !tbaa !5
+  %877 = and <16 x i32> %876, %366
+  %878 = getelementptr inbounds nuw i8, ptr %805, i64 960
+  store <16 x i32> %877, ptr %878, align 4, !tbaa !5
+  %879 = getelementptr inbounds nuw i8, ptr %801, i64 16
+  %880 = load i64, ptr %879, align 8, !tbaa !5
+  %gep699.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %880
+  %881 = load <16 x i32>, ptr %gep699.2.i, align 4, !tbaa !5
+  %882 = shl <16 x i32> %881, splat (i32 16)
+  %883 = getelementptr inbounds nuw i8, ptr %805, i64 1024
+  store <16 x i32> %882, ptr %883, align 4, !tbaa !5
+  %884 = load i64, ptr %879, align 8, !tbaa !5
+  %gep701.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %884
+  %885 = load <16 x i32>, ptr %gep701.2.i, align 4, !tbaa !5
+  %886 = and <16 x i32> %885, %366
+  %887 = getelementptr inbounds nuw i8, ptr %805, i64 1088
+  store <16 x i32> %886, ptr %887, align 4, !tbaa !5
+  %888 = load i64, ptr %879, align 8, !tbaa !5
+  %gep703.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %888
+  %889 = getelementptr i8, ptr %gep703.2.i, i64 64
+  %890 = load <16 x i32>, ptr %889, align 4, !tbaa !5
+  %891 = shl <16 x i32> %890, splat (i32 16)
+  %892 = getelementptr inbounds nuw i8, ptr %805, i64 1152
+  store <16 x i32> %891, ptr %892, align 4, !tbaa !5
+  %893 = load i64, ptr %879, align 8, !tbaa !5
+  %gep705.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %893
+  %894 = getelementptr i8, ptr %gep705.2.i, i64 64
+  %895 = load <16 x i32>, ptr %894, align 4, !tbaa !5
+  %896 = and <16 x i32> %895, %366
+  %897 = getelementptr inbounds nuw i8, ptr %805, i64 1216
+  store <16 x i32> %896, ptr %897, align 4, !tbaa !5
+  %898 = load i64, ptr %879, align 8, !tbaa !5
+  %gep707.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %898
+  %899 = getelementptr i8, ptr %gep707.2.i, i64 128
+  %900 = load <16 x i32>, ptr %899, align 4, !tbaa !5
+  %901 = shl <16 x i32> %900, splat (i32 16)
+  %902 = getelementptr inbounds nuw i8, ptr %805, i64 1280
+  store <16 x i32> %901, ptr %902, align 4, !tbaa !5
+  %903 = load i64, ptr %879, align 8, !tbaa !5
+  %gep709.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %903
+  %904 = getelementptr i8, ptr %gep709.2.i, i64 128
+  %905 = load <16 x i32>, ptr %904, align 4, !tbaa !5
+  %906 = and <16 x i32> %905, %366
+  %907 = getelementptr inbounds nuw i8, ptr %805, i64 1344
+  store <16 x i32> %906, ptr %907, align 4, !tbaa !5
+  %908 = load i64, ptr %879, align 8, !tbaa !5
+  %gep711.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %908
+  %909 = getelementptr i8, ptr %gep711.2.i, i64 192
+  %910 = load <16 x i32>, ptr %909, align 4, !tbaa !5
+  %911 = shl <16 x i32> %910, splat (i32 16)
+  %912 = getelementptr inbounds nuw i8, ptr %805, i64 1408
+  store <16 x i32> %911, ptr %912, align 4, !tbaa !5
+  %913 = load i64, ptr %879, align 8, !tbaa !5
+  %gep713.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %913
+  %914 = getelementptr i8, ptr %gep713.2.i, i64 192
+  %915 = load <16 x i32>, ptr %914, align 4, !tbaa !5
+  %916 = and <16 x i32> %915, %366
+  %917 = getelementptr inbounds nuw i8, ptr %805, i64 1472
+  store <16 x i32> %916, ptr %917, align 4, !tbaa !5
+  %918 = getelementptr inbounds nuw i8, ptr %801, i64 24
+  %919 = load i64, ptr %918, align 8, !tbaa !5
+  %gep699.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %919
+  %920 = load <16 x i32>, ptr %gep699.3.i, align 4, !tbaa !5
+  %921 = shl <16 x i32> %920, splat (i32 16)
+  %922 = getelementptr inbounds nuw i8, ptr %805, i64 1536
+  store <16 x i32> %921, ptr %922, align 4, !tbaa !5
+  %923 = load i64, ptr %918, align 8, !tbaa !5
+  %gep701.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %923
+  %924 = load <16 x i32>, ptr %gep701.3.i, align 4, !tbaa !5
+  %925 = and <16 x i32> %924, %366
+  %926 = getelementptr inbounds nuw i8, ptr %805, i64 1600
+  store <16 x i32> %925, ptr %926, align 4, !tbaa !5
+  %927 = load i64, ptr %918, align 8, !tbaa !5
+  %gep703.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %927
+  %928 = getelementptr i8, ptr %gep703.3.i, i64 64
+  %929 = load <16 x i32>, ptr %928, align 4, !tbaa !5
+  %930 = shl <16 x i32> %929, splat (i32 16)
+  %931 = getelementptr inbounds nuw i8, ptr %805, i64 1664
+  store <16 x i32> %930, ptr %931, align 4, !tbaa !5
+  %932 = load i64, ptr %918, align 8, !tbaa !5
+  %gep705.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %932
+  %933 = getelementptr i8, ptr %gep705.3.i, i64 64
+  %934 = load <16 x i32>, ptr %933, align 4, !tbaa !5
+  %935 = and <16 x i32> %934, %366
+  %936 = getelementptr inbounds nuw i8, ptr %805, i64 1728
+  store <16 x i32> %935, ptr %936, align 4, !tbaa !5
+  %937 = load i64, ptr %918, align 8, !tbaa !5
+  %gep707.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %937
+  %938 = getelementptr i8, ptr %gep707.3.i, i64 128
+  %939 = load <16 x i32>, ptr %938, align 4, !tbaa !5
+  %940 = shl <16 x i32> %939, splat (i32 16)
+  %941 = getelementptr inbounds nuw i8, ptr %805, i64 1792
+  store <16 x i32> %940, ptr %941, align 4, !tbaa !5
+  %942 = load i64, ptr %918, align 8, !tbaa !5
+  %gep709.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %942
+  %943 = getelementptr i8, ptr %gep709.3.i, i64 128
+  %944 = load <16 x i32>, ptr %943, align 4, !tbaa !5
+  %945 = and <16 x i32> %944, %366
+  %946 = getelementptr inbounds nuw i8, ptr %805, i64 1856
+  store <16 x i32> %945, ptr %946, align 4, !tbaa !5
+  %947 = load i64, ptr %918, align 8, !tbaa !5
+  %gep711.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %947
+  %948 = getelementptr i8, ptr %gep711.3.i, i64 192
+  %949 = load <16 x i32>, ptr %948, align 4, !tbaa !5
+  %950 = shl <16 x i32> %949, splat (i32 16)
+  %951 = getelementptr inbounds nuw i8, ptr %805, i64 1920
+  store <16 x i32> %950, ptr %951, align 4, !tbaa !5
+  %952 = load i64, ptr %918, align 8, !tbaa !5
+  %gep713.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %952
+  %953 = getelementptr i8, ptr %gep713.3.i, i64 192
+  %954 = load <16 x i32>, ptr %953, align 4, !tbaa !5
+  %955 = and <16 x i32> %954, %366
+  %956 = getelementptr inbounds nuw i8, ptr %805, i64 1984
+  store <16 x i32> %955, ptr %956, align 4, !tbaa !5
+  %957 = getelementptr inbounds nuw i8, ptr %801, i64 32
+  %958 = load i64, ptr %957, align 8, !tbaa !5
+  %gep699.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %958
+  %959 = load <16 x i32>, ptr %gep699.4.i, align 4, !tbaa !5
+  %960 = shl <16 x i32> %959, splat (i32 16)
+  %961 = getelementptr inbounds nuw i8, ptr %805, i64 2048
+  store <16 x i32> %960, ptr %961, align 4, !tbaa !5
+  %962 = load i64, ptr %957, align 8, !tbaa !5
+  %gep701.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %962
+  %963 = load <16 x i32>, ptr %gep701.4.i, align 4, !tbaa !5
+  %964 = and <16 x i32> %963, %366
+  %965 = getelementptr inbounds nuw i8, ptr %805, i64 2112
+  store <16 x i32> %964, ptr %965, align 4, !tbaa !5
+  %966 = load i64, ptr %957, align 8, !tbaa !5
+  %gep703.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %966
+  %967 = getelementptr i8, ptr %gep703.4.i, i64 64
+  %968 = load <16 x i32>, ptr %967, align 4, !tbaa !5
+  %969 = shl <16 x i32> %968, splat (i32 16)
+  %970 = getelementptr inbounds nuw i8, ptr %805, i64 2176
+  store <16 x i32> %969, ptr %970, align 4, !tbaa !5
+  %971 = load i64, ptr %957, align 8, !tbaa !5
+  %gep705.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %971
+  %972 = getelementptr i8, ptr %gep705.4.i, i64 64
+  %973 = load <16 x i32>, ptr %972, align 4, !tbaa !5
+  %974 = and <16 x i32> %973, %366
+  %975 = getelementptr inbounds nuw i8, ptr %805, i64 2240
+  store <16 x i32> %974, ptr %975, align 4, !tbaa !5
+  %976 = load i64, ptr %957, align 8, !tbaa !5
+  %gep707.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %976
+  %977 = getelementptr i8, ptr %gep707.4.i, i64 128
+  %978 = load <16 x i32>, ptr %977, align 4, !tbaa !5
+  %979 = shl <16 x i32> %978, splat (i32 16)
+  %980 = getelementptr inbounds nuw i8, ptr %805, i64 2304
+  store <16 x i32> %979, ptr %980, align 4, !tbaa !5
+  %981 = load i64, ptr %957, align 8, !tbaa !5
+  %gep709.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %981
+  %982 = getelementptr i8, ptr %gep709.4.i, i64 128
+  %983 = load <16 x i32>, ptr %982, align 4, !tbaa !5
+  %984 = and <16 x i32> %983, %366
+  %985 = getelementptr inbounds nuw i8, ptr %805, i64 2368
+  store <16 x i32> %984, ptr %985, align 4, !tbaa !5
+  %986 = load i64, ptr %957, align 8, !tbaa !5
+  %gep711.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %986
+  %987 = getelementptr i8, ptr %gep711.4.i, i64 192
+  %988 = load <16 x i32>, ptr %987, align 4, !tbaa !5
+  %989 = shl <16 x i32> %988, splat (i32 16)
+  %990 = getelementptr inbounds nuw i8, ptr %805, i64 2432
+  store <16 x i32> %989, ptr %990, align 4, !tbaa !5
+  %991 = load i64, ptr %957, align 8, !tbaa !5
+  %gep713.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %991
+  %992 = getelementptr i8, ptr %gep713.4.i, i64 192
+  %993 = load <16 x i32>, ptr %992, align 4, !tbaa !5
+  %994 = and <16 x i32> %993, %366
+  %995 = getelementptr inbounds nuw i8, ptr %805, i64 2496
+  store <16 x i32> %994, ptr %995, align 4, !tbaa !5
+  %996 = getelementptr inbounds nuw i8, ptr %801, i64 40
+  %997 = load i64, ptr %996, align 8, !tbaa !5
+  %gep699.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %997
+  %998 = load <16 x i32>, ptr %gep699.5.i, align 4, !tbaa !5
+  %999 = shl <16 x i32> %998, splat (i32 16)
+  %1000 = getelementptr inbounds nuw i8, ptr %805, i64 2560
+  store <16 x i32> %999, ptr %1000, align 4, !tbaa !5
+  %1001 = load i64, ptr %996, align 8, !tbaa !5
+  %gep701.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1001
+  %1002 = load <16 x i32>, ptr %gep701.5.i, align 4, !tbaa !5
+  %1003 = and <16 x i32> %1002, %366
+  %1004 = getelementptr inbounds nuw i8, ptr %805, i64 2624
+  store <16 x i32> %1003, ptr %1004, align 4, !tbaa !5
+  %1005 = load i64, ptr %996, align 8, !tbaa !5
+  %gep703.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1005
+  %1006 = getelementptr i8, ptr %gep703.5.i, i64 64
+  %1007 = load <16 x i32>, ptr %1006, align 4, !tbaa !5
+  %1008 = shl <16 x i32> %1007, splat (i32 16)
+  %1009 = getelementptr inbounds nuw i8, ptr %805, i64 2688
+  store <16 x i32> %1008, ptr %1009, align 4, !tbaa !5
+  %1010 = load i64, ptr %996, align 8, !tbaa !5
+  %gep705.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1010
+  %1011 = getelementptr i8, ptr %gep705.5.i, i64 64
+  %1012 = load <16 x i32>, ptr %1011, align 4, !tbaa !5
+  %1013 = and <16 x i32> %1012, %366
+  %1014 = getelementptr inbounds nuw i8, ptr %805, i64 2752
+  store <16 x i32> %1013, ptr %1014, align 4, !tbaa !5
+  %1015 = load i64, ptr %996, align 8, !tbaa !5
+  %gep707.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1015
+  %1016 = getelementptr i8, ptr %gep707.5.i, i64 128
+  %1017 = load <16 x i32>, ptr %1016, align 4, !tbaa !5
+  %1018 = shl <16 x i32> %1017, splat (i32 16)
+  %1019 = getelementptr inbounds nuw i8, ptr %805, i64 2816
+  store <16 x i32> %1018, ptr %1019, align 4, !tbaa !5
+  %1020 = load i64, ptr %996, align 8, !tbaa !5
+  %gep709.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1020
+  %1021 = getelementptr i8, ptr %gep709.5.i, i64 128
+  %1022 = load <16 x i32>, ptr %1021, align 4, !tbaa !5
+  %1023 = and <16 x i32> %1022, %366
+  %1024 = getelementptr inbounds nuw i8, ptr %805, i64 2880
+  store <16 x i32> %1023, ptr %1024, align 4, !tbaa !5
+  %1025 = load i64, ptr %996, align 8, !tbaa !5
+  %gep711.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1025
+  %1026 = getelementptr i8, ptr %gep711.5.i, i64 192
+  %1027 = load <16 x i32>, ptr %1026, align 4, !tbaa !5
+  %1028 = shl <16 x i32> %1027, splat (i32 16)
+  %1029 = getelementptr inbounds nuw i8, ptr %805, i64 2944
+  store <16 x i32> %1028, ptr %1029, align 4, !tbaa !5
+  %1030 = load i64, ptr %996, align 8, !tbaa !5
+  %gep713.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1030
+  %1031 = getelementptr i8, ptr %gep713.5.i, i64 192
+  %1032 = load <16 x i32>, ptr %1031, align 4, !tbaa !5
+  %1033 = and <16 x i32> %1032, %366
+  %1034 = getelementptr inbounds nuw i8, ptr %805, i64 3008
+  store <16 x i32> %1033, ptr %1034, align 4, !tbaa !5
+  %1035 = getelementptr inbounds nuw i8, ptr %801, i64 48
+  %1036 = load i64, ptr %1035, align 8, !tbaa !5
+  %gep699.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1036
+  %1037 = load <16 x i32>, ptr %gep699.6.i, align 4, !tbaa !5
+  %1038 = shl <16 x i32> %1037, splat (i32 16)
+  %1039 = getelementptr inbounds nuw i8, ptr %805, i64 3072
+  store <16 x i32> %1038, ptr %1039, align 4, !tbaa !5
+  %1040 = load i64, ptr %1035, align 8, !tbaa !5
+  %gep701.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1040
+  %1041 = load <16 x i32>, ptr %gep701.6.i, align 4, !tbaa !5
+  %1042 = and <16 x i32> %1041, %366
+  %1043 = getelementptr inbounds nuw i8, ptr %805, i64 3136
+  store <16 x i32> %1042, ptr %1043, align 4, !tbaa !5
+  %1044 = load i64, ptr %1035, align 8, !tbaa !5
+  %gep703.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1044
+  %1045 = getelementptr i8, ptr %gep703.6.i, i64 64
+  %1046 = load <16 x i32>, ptr %1045, align 4, !tbaa !5
+  %1047 = shl <16 x i32> %1046, splat (i32 16)
+  %1048 = getelementptr inbounds nuw i8, ptr %805, i64 3200
+  store <16 x i32> %1047, ptr %1048, align 4, !tbaa !5
+  %1049 = load i64, ptr %1035, align 8, !tbaa !5
+  %gep705.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1049
+  %1050 = getelementptr i8, ptr %gep705.6.i, i64 64
+  %1051 = load <16 x i32>, ptr %1050, align 4, !tbaa !5
+  %1052 = and <16 x i32> %1051, %366
+  %1053 = getelementptr inbounds nuw i8, ptr %805, i64 3264
+  store <16 x i32> %1052, ptr %1053, align 4, !tbaa !5
+  %1054 = load i64, ptr %1035, align 8, !tbaa !5
+  %gep707.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1054
+  %1055 = getelementptr i8, ptr %gep707.6.i, i64 128
+  %1056 = load <16 x i32>, ptr %1055, align 4, !tbaa !5
+  %1057 = shl <16 x i32> %1056, splat (i32 16)
+  %1058 = getelementptr inbounds nuw i8, ptr %805, i64 3328
+  store <16 x i32> %1057, ptr %1058, align 4, !tbaa !5
+  %1059 = load i64, ptr %1035, align 8, !tbaa !5
+  %gep709.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1059
+  %1060 = getelementptr i8, ptr %gep709.6.i, i64 128
+  %1061 = load <16 x i32>, ptr %1060, align 4, !tbaa !5
+  %1062 = and <16 x i32> %1061, %366
+  %1063 = getelementptr inbounds nuw i8, ptr %805, i64 3392
+  store <16 x i32> %1062, ptr %1063, align 4, !tbaa !5
+  %1064 = load i64, ptr %1035, align 8, !tbaa !5
+  %gep711.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1064
+  %1065 = getelementptr i8, ptr %gep711.6.i, i64 192
+  %1066 = load <16 x i32>, ptr %1065, align 4, !tbaa !5
+  %1067 = shl <16 x i32> %1066, splat (i32 16)
+  %1068 = getelementptr inbounds nuw i8, ptr %805, i64 3456
+  store <16 x i32> %1067, ptr %1068, align 4, !tbaa !5
+  %1069 = load i64, ptr %1035, align 8, !tbaa !5
+  %gep713.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1069
+  %1070 = getelementptr i8, ptr %gep713.6.i, i64 192
+  %1071 = load <16 x i32>, ptr %1070, align 4, !tbaa !5
+  %1072 = and <16 x i32> %1071, %366
+  %1073 = getelementptr inbounds nuw i8, ptr %805, i64 3520
+  store <16 x i32> %1072, ptr %1073, align 4, !tbaa !5
+  %1074 = getelementptr inbounds nuw i8, ptr %801, i64 56
+  %1075 = load i64, ptr %1074, align 8, !tbaa !5
+  %gep699.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1075
+  %1076 = load <16 x i32>, ptr %gep699.7.i, align 4, !tbaa !5
+  %1077 = shl <16 x i32> %1076, splat (i32 16)
+  %1078 = getelementptr inbounds nuw i8, ptr %805, i64 3584
+  store <16 x i32> %1077, ptr %1078, align 4, !tbaa !5
+  %1079 = load i64, ptr %1074, align 8, !tbaa !5
+  %gep701.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1079
+  %1080 = load <16 x i32>, ptr %gep701.7.i, align 4, !tbaa !5
+  %1081 = and <16 x i32> %1080, %366
+  %1082 = getelementptr inbounds nuw i8, ptr %805, i64 3648
+  store <16 x i32> %1081, ptr %1082, align 4, !tbaa !5
+  %1083 = load i64, ptr %1074, align 8, !tbaa !5
+  %gep703.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1083
+  %1084 = getelementptr i8, ptr %gep703.7.i, i64 64
+  %1085 = load <16 x i32>, ptr %1084, align 4, !tbaa !5
+  %1086 = shl <16 x i32> %1085, splat (i32 16)
+  %1087 = getelementptr inbounds nuw i8, ptr %805, i64 3712
+  store <16 x i32> %1086, ptr %1087, align 4, !tbaa !5
+  %1088 = load i64, ptr %1074, align 8, !tbaa !5
+  %gep705.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1088
+  %1089 = getelementptr i8, ptr %gep705.7.i, i64 64
+  %1090 = load <16 x i32>, ptr %1089, align 4, !tbaa !5
+  %1091 = and <16 x i32> %1090, %366
+  %1092 = getelementptr inbounds nuw i8, ptr %805, i64 3776
+  store <16 x i32> %1091, ptr %1092, align 4, !tbaa !5
+  %1093 = load i64, ptr %1074, align 8, !tbaa !5
+  %gep707.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1093
+  %1094 = getelementptr i8, ptr %gep707.7.i, i64 128
+  %1095 = load <16 x i32>, ptr %1094, align 4, !tbaa !5
+  %1096 = shl <16 x i32> %1095, splat (i32 16)
+  %1097 = getelementptr inbounds nuw i8, ptr %805, i64 3840
+  store <16 x i32> %1096, ptr %1097, align 4, !tbaa !5
+  %1098 = load i64, ptr %1074, align 8, !tbaa !5
+  %gep709.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1098
+  %1099 = getelementptr i8, ptr %gep709.7.i, i64 128
+  %1100 = load <16 x i32>, ptr %1099, align 4, !tbaa !5
+  %1101 = and <16 x i32> %1100, %366
+  %1102 = getelementptr inbounds nuw i8, ptr %805, i64 3904
+  store <16 x i32> %1101, ptr %1102, align 4, !tbaa !5
+  %1103 = load i64, ptr %1074, align 8, !tbaa !5
+  %gep711.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1103
+  %1104 = getelementptr i8, ptr %gep711.7.i, i64 192
+  %1105 = load <16 x i32>, ptr %1104, align 4, !tbaa !5
+  %1106 = shl <16 x i32> %1105, splat (i32 16)
+  %1107 = getelementptr inbounds nuw i8, ptr %805, i64 3968
+  store <16 x i32> %1106, ptr %1107, align 4, !tbaa !5
+  %1108 = load i64, ptr %1074, align 8, !tbaa !5
+  %gep713.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1108
+  %1109 = getelementptr i8, ptr %gep713.7.i, i64 192
+  %1110 = load <16 x i32>, ptr %1109, align 4, !tbaa !5
+  %1111 = and <16 x i32> %1110, %366
+  %1112 = getelementptr inbounds nuw i8, ptr %805, i64 4032
+  store <16 x i32> %1111, ptr %1112, align 4, !tbaa !5
+  %indvars.iv.next951.i = add nuw nsw i64 %indvars.iv950.i, 1
+  %exitcond954.not.i = icmp eq i64 %indvars.iv.next951.i, %wide.trip.count953.i
+  br i1 %exitcond954.not.i, label %for_begin_ti153.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
+
+for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti153.preheader.i, %if_end146.i
+  br i1 %367, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !3
+
+for_body_row_tile.lr.ph.i:                        ; preds = %for_begin_row_tile.preheader.i
+  %1113 = mul nuw nsw i64 %indvars.iv1062.i, %374
+  %1114 = mul nsw i64 %798, %k_head
+  %invariant.gep739.i = getelementptr i32, ptr %key_cache, i64 %1114
+  %1115 = mul nsw i64 %798, %v_head
+  %invariant.gep746.i = getelementptr i32, ptr %value_cache, i64 %1115
+  br label %for_body_row_tile.i
+
+for_begin_ti153.preheader.i:                      ; preds = %for_begin_ti153.preheader.i, %for_begin_ti153.preheader.lr.ph.i
+  %indvars.iv959.i = phi i64 [ 0, %for_begin_ti153.preheader.lr.ph.i ], [ %indvars.iv.next960.i, %for_begin_ti153.preheader.i ]
+  %.idx69 = shl nsw i64 %indvars.iv959.i, 6
+  %1116 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx69
+  %1117 = load i64, ptr %1116, align 8, !tbaa !5
+  %gep717.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1117
+  %1118 = load <16 x i32>, ptr %gep717.i, align 4, !tbaa !5
+  %1119 = shl <16 x i32> %1118, splat (i32 16)
+  %.idx70 = shl nsw i64 %indvars.iv959.i, 12
+  %1120 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx70
+  store <16 x i32> %1119, ptr %1120, align 4, !tbaa !5
+  %1121 = load i64, ptr %1116, align 8, !tbaa !5
+  %gep719.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1121
+  %1122 = load <16 x i32>, ptr %gep719.i, align 4, !tbaa !5
+  %1123 = and <16 x i32> %1122, %366
+  %1124 = getelementptr inbounds nuw i8, ptr %1120, i64 64
+  store <16 x i32> %1123, ptr %1124, align 4, !tbaa !5
+  %1125 = load i64, ptr %1116, align 8, !tbaa !5
+  %gep721.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1125
+  %1126 = getelementptr i8, ptr %gep721.i, i64 64
+  %1127 = load <16 x i32>, ptr %1126, align 4, !tbaa !5
+  %1128 = shl <16 x i32> %1127, splat (i32 16)
+  %1129 = getelementptr inbounds nuw i8, ptr %1120, i64 128
+  store <16 x i32> %1128, ptr %1129, align 4, !tbaa !5
+  %1130 = load i64, ptr %1116, align 8, !tbaa !5
+  %gep723.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1130
+  %1131 = getelementptr i8, ptr %gep723.i, i64 64
+  %1132 = load <16 x i32>, ptr %1131, align 4, !tbaa !5
+  %1133 = and <16 x i32> %1132, %366
+  %1134 = getelementptr inbounds nuw i8, ptr %1120, i64 192
+  store <16 x i32> %1133, ptr %1134, align 4, !tbaa !5
+  %1135 = load i64, ptr %1116, align 8, !tbaa !5
+  %gep725.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1135
+  %1136 = getelementptr i8, ptr %gep725.i, i64 128
+  %1137 = load <16 x i32>, ptr %1136, align 4, !tbaa !5
+  %1138 = shl <16 x i32> %1137, splat (i32 16)
+  %1139 = getelementptr inbounds nuw i8, ptr %1120, i64 256
+  store <16 x i32> %1138, ptr %1139, align 4, !tbaa !5
+  %1140 = load i64, ptr %1116, align 8, !tbaa !5
+  %gep727.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1140
+  %1141 = getelementptr i8, ptr %gep727.i, i64 128
+  %1142 = load <16 x i32>, ptr %1141, align 4, !tbaa !5
+  %1143 = and <16 x i32> %1142, %366
+  %1144 = getelementptr inbounds nuw i8, ptr %1120, i64 320
+  store <16 x i32> %1143, ptr %1144, align 4, !tbaa !5
+  %1145 = load i64, ptr %1116, align 8, !tbaa !5
+  %gep729.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1145
+  %1146 = getelementptr i8, ptr %gep729.i, i64 192
+  %1147 = load <16 x i32>, ptr %1146, align 4, !tbaa !5
+  %1148 = shl <16 x i32> %1147, splat (i32 16)
+  %1149 = getelementptr inbounds nuw i8, ptr %1120, i64 384
+  store <16 x i32> %1148, ptr %1149, align 4, !tbaa !5
+  %1150 = load i64, ptr %1116, align 8, !tbaa !5
+  %gep731.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1150
+  %1151 = getelementptr i8, ptr %gep731.i, i64 192
+  %1152 = load <16 x i32>, ptr %1151, align 4, !tbaa !5
+  %1153 = and <16 x i32> %1152, %366
+  %1154 = getelementptr inbounds nuw i8, ptr %1120, i64 448
+  store <16 x i32> %1153, ptr %1154, align 4, !tbaa !5
+  %1155 = getelementptr inbounds nuw i8, ptr %1116, i64 8
+  %1156 = load i64, ptr %1155, align 8, !tbaa !5
+  %gep717.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1156
+  %1157 = load <16 x i32>, ptr %gep717.1.i, align 4, !tbaa !5
+  %1158 = shl <16 x i32> %1157, splat (i32 16)
+  %1159 = getelementptr inbounds nuw i8, ptr %1120, i64 512
+  store <16 x i32> %1158, ptr %1159, align 4, !tbaa !5
+  %1160 = load i64, ptr %1155, align 8, !tbaa !5
+  %gep719.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1160
+  %1161 = load <16 x i32>, ptr %gep719.1.i, align 4, !tbaa !5
+  %1162 = and <16 x i32> %1161, %366
+  %1163 = getelementptr inbounds nuw i8, ptr %1120, i64 576
+  store <16 x i32> %1162, ptr %1163, align 4, !tbaa !5
+  %1164 = load i64, ptr %1155, align 8, !tbaa !5
+  %gep721.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1164
+  %1165 = getelementptr i8, ptr %gep721.1.i, i64 64
+  %1166 = load <16 x i32>, ptr %1165, align 4, !tbaa !5
+  %1167 = shl <16 x i32> %1166, splat (i32 16)
+  %1168 = getelementptr inbounds nuw i8, ptr %1120, i64 640
+  store <16 x i32> %1167, ptr %1168, align 4, !tbaa !5
+  %1169 = load i64, ptr %1155, align 8, !tbaa !5
+  %gep723.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1169
+  %1170 = getelementptr i8, ptr %gep723.1.i, i64 64
+  %1171 = load <16 x i32>, ptr %1170, align 4, !tbaa !5
+  %1172 = and <16 x i32> %1171, %366
+  %1173 = getelementptr inbounds nuw i8, ptr %1120, i64 704
+  store <16 x i32> %1172, ptr %1173, align 4, !tbaa !5
+  %1174 = load i64, ptr %1155, align 8, !tbaa !5
+  %gep725.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1174
+  %1175 = getelementptr i8, ptr %gep725.1.i, i64 128
+  %1176 = load <16 x i32>, ptr %1175, align 4, !tbaa !5
+  %1177 = shl <16 x i32> %1176, splat (i32 16)
+  %1178 = getelementptr inbounds nuw i8, ptr %1120, i64 768
+  store <16 x i32> %1177, ptr %1178, align 4, !tbaa !5
+  %1179 = load i64, ptr %1155, align 8, !tbaa !5
+  %gep727.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1179
+  %1180 = getelementptr i8, ptr %gep727.1.i, i64 128
+  %1181 = load <16 x i32>, ptr %1180, align 4, !tbaa !5
+  %1182 = and <16 x i32> %1181, %366
+  %1183 = getelementptr inbounds nuw i8, ptr %1120, i64 832
+  store <16 x i32> %1182, ptr %1183, align 4, !tbaa !5
+  %1184 = load i64, ptr %1155, align 8, !tbaa !5
+  %gep729.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1184
+  %1185 = getelementptr i8, ptr %gep729.1.i, i64 192
+  %1186 = load <16 x i32>, ptr %1185, align 4, !tbaa !5
+  %1187 = shl <16 x i32> %1186, splat (i32 16)
+  %1188 = getelementptr inbounds nuw i8, ptr %1120, i64 896
+  store <16 x i32> %1187, ptr %1188, align 4, !tbaa !5
+  %1189 = load i64, ptr %1155, align 8, !tbaa !5
+  %gep731.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1189
+  %1190 = getelementptr i8, ptr %gep731.1.i, i64 192
+  %1191 = load <16 x i32>, ptr %1190, align 4, !tbaa !5
+  %1192 = and <16 x i32> %1191, %366
+  %1193 = getelementptr inbounds nuw i8, ptr %1120, i64 960
+  store <16 x i32> %1192, ptr %1193, align 4, !tbaa !5
+  %1194 = getelementptr inbounds nuw i8, ptr %1116, i64 16
+  %1195 = load i64, ptr %1194, align 8, !tbaa !5
+  %gep717.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1195
+  %1196 = load <16 x i32>, ptr %gep717.2.i, align 4, !tbaa !5
+  %1197 = shl <16 x i32> %1196, splat (i32 16)
+  %1198 = getelementptr inbounds nuw i8, ptr %1120, i64 1024
+  store <16 x i32> %1197, ptr %1198, align 4, !tbaa !5
+  %1199 = load i64, ptr %1194, align 8, !tbaa !5
+  %gep719.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1199
+  %1200 = load <16 x i32>, ptr %gep719.2.i, align 4, !tbaa !5
+  %1201 = and <16 x i32> %1200, %366
+  %1202 = getelementptr inbounds nuw i8, ptr %1120, i64 1088
+  store <16 x i32> %1201, ptr %1202, align 4, !tbaa !5
+  %1203 = load i64, ptr %1194, align 8, !tbaa !5
+  %gep721.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1203
+  %1204 = getelementptr i8, ptr %gep721.2.i, i64 64
+  %1205 = load <16 x i32>, ptr %1204, align 4, !tbaa !5
+  %1206 = shl <16 x i32> %1205, splat (i32 16)
+  %1207 = getelementptr inbounds nuw i8, ptr %1120, i64 1152
+  store <16 x i32> %1206, ptr %1207, align 4, !tbaa !5
+  %1208 = load i64, ptr %1194, align 8, !tbaa !5
+  %gep723.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1208
+  %1209 = getelementptr i8, ptr %gep723.2.i, i64 64
+  %1210 = load <16 x i32>, ptr %1209, align 4, !tbaa !5
+  %1211 = and <16 x i32> %1210, %366
+  %1212 = getelementptr inbounds nuw i8, ptr %1120, i64 1216
+  store <16 x i32> %1211, ptr %1212, align 4, !tbaa !5
+  %1213 = load i64, ptr %1194, align 8, !tbaa !5
+  %gep725.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1213
+  %1214 = getelementptr i8, ptr %gep725.2.i, i64 128
+  %1215 = load <16 x i32>, ptr %1214, align 4, !tbaa !5
+  %1216 = shl <16 x i32> %1215, splat (i32 16)
+  %1217 = getelementptr inbounds nuw i8, ptr %1120, i64 1280
+  store <16 x i32> %1216, ptr %1217, align 4, !tbaa !5
+  %1218 = load i64, ptr %1194, align 8, !tbaa !5
+  %gep727.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1218
+  %1219 = getelementptr i8, ptr %gep727.2.i, i64 128
+  %1220 = load <16 x i32>, ptr %1219, align 4, !tbaa !5
+  %1221 = and <16 x i32> %1220, %366
+  %1222 = getelementptr inbounds nuw i8, ptr %1120, i64 1344
+  store <16 x i32> %1221, ptr %1222, align 4, !tbaa !5
+  %1223 = load i64, ptr %1194, align 8, !tbaa !5
+  %gep729.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1223
+  %1224 = getelementptr i8, ptr %gep729.2.i, i64 192
+  %1225 = load <16 x i32>, ptr %1224, align 4, !tbaa !5
+  %1226 = shl <16 x i32> %1225, splat (i32 16)
+  %1227 = getelementptr inbounds nuw i8, ptr %1120, i64 1408
+  store <16 x i32> %1226, ptr %1227, align 4, !tbaa !5
+  %1228 = load i64, ptr %1194, align 8, !tbaa !5
+  %gep731.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1228
+  %1229 = getelementptr i8, ptr %gep731.2.i, i64 192
+  %1230 = load <16 x i32>, ptr %1229, align 4, !tbaa !5
+  %1231 = and <16 x i32> %1230, %366
+  %1232 = getelementptr inbounds nuw i8, ptr %1120, i64 1472
+  store <16 x i32> %1231, ptr %1232, align 4, !tbaa !5
+  %1233 = getelementptr inbounds nuw i8, ptr %1116, i64 24
+  %1234 = load i64, ptr %1233, align 8, !tbaa !5
+  %gep717.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1234
+  %1235 = load <16 x i32>, ptr %gep717.3.i, align 4, !tbaa !5
+  %1236 = shl <16 x i32> %1235, splat (i32 16)
+  %1237 = getelementptr inbounds nuw i8, ptr %1120, i64 1536
+  store <16 x i32> %1236, ptr %1237, align 4, !tbaa !5
+  %1238 = load i64, ptr %1233, align 8, !tbaa !5
+  %gep719.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1238
+  %1239 = load <16 x i32>, ptr %gep719.3.i, align 4, !tbaa !5
+  %1240 = and <16 x i32> %1239, %366
+  %1241 = getelementptr inbounds nuw i8, ptr %1120, i64 1600
+  store <16 x i32> %1240, ptr %1241, align 4, !tbaa !5
+  %1242 = load i64, ptr %1233, align 8, !tbaa !5
+  %gep721.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1242
+  %1243 = getelementptr i8, ptr %gep721.3.i, i64 64
+  %1244 = load <16 x i32>, ptr %1243, align 4, !tbaa !5
+  %1245 = shl <16 x i32> %1244, splat (i32 16)
+  %1246 = getelementptr inbounds nuw i8, ptr %1120, i64 1664
+  store <16 x i32> %1245, ptr %1246, align 4, !tbaa !5
+  %1247 = load i64, ptr %1233, align 8, !tbaa !5
+  %gep723.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1247
+  %1248 = getelementptr i8, ptr %gep723.3.i, i64 64
+  %1249 = load <16 x i32>, ptr %1248, align 4, !tbaa !5
+  %1250 = and <16 x i32> %1249, %366
+  %1251 = getelementptr inbounds nuw i8, ptr %1120, i64 1728
+  store <16 x i32> %1250, ptr %1251, align 4, !tbaa !5
+  %1252 = load i64, ptr %1233, align 8, !tbaa !5
+  %gep725.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1252
+  %1253 = getelementptr i8, ptr %gep725.3.i, i64 128
+  %1254 = load <16 x i32>, ptr %1253, align 4, !tbaa !5
+  %1255 = shl <16 x i32> %1254, splat (i32 16)
+  %1256 = getelementptr inbounds nuw i8, ptr %1120, i64 1792
+  store <16 x i32> %1255, ptr %1256, align 4, !tbaa !5
+  %1257 = load i64, ptr %1233, align 8, !tbaa !5
+  %gep727.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1257
+  %1258 = getelementptr i8, ptr %gep727.3.i, i64 128
+  %1259 = load <16 x i32>, ptr %1258, align 4, !tbaa !5
+  %1260 = and <16 x i32> %1259, %366
+  %1261 = getelementptr inbounds nuw i8, ptr %1120, i64 1856
+  store <16 x i32> %1260, ptr %1261, align 4, !tbaa !5
+  %1262 = load i64, ptr %1233, align 8, !tbaa !5
+  %gep729.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1262
+  %1263 = getelementptr i8, ptr %gep729.3.i, i64 192
+  %1264 = load <16 x i32>, ptr %1263, align 4, !tbaa !5
+  %1265 = shl <16 x i32> %1264, splat (i32 16)
+  %1266 = getelementptr inbounds nuw i8, ptr %1120, i64 1920
+  store <16 x i32> %1265, ptr %1266, align 4, !tbaa !5
+  %1267 = load i64, ptr %1233, align 8, !tbaa !5
+  %gep731.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1267
+  %1268 = getelementptr i8, ptr %gep731.3.i, i64 192
+  %1269 = load <16 x i32>, ptr %1268, align 4, !tbaa !5
+  %1270 = and <16 x i32> %1269, %366
+  %1271 = getelementptr inbounds nuw i8, ptr %1120, i64 1984
+  store <16 x i32> %1270, ptr %1271, align 4, !tbaa !5
+  %1272 = getelementptr inbounds nuw i8, ptr %1116, i64 32
+  %1273 = load i64, ptr %1272, align 8, !tbaa !5
+  %gep717.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1273
+  %1274 = load <16 x i32>, ptr %gep717.4.i, align 4, !tbaa !5
+  %1275 = shl <16 x i32> %1274, splat (i32 16)
+  %1276 = getelementptr inbounds nuw i8, ptr %1120, i64 2048
+  store <16 x i32> %1275, ptr %1276, align 4, !tbaa !5
+  %1277 = load i64, ptr %1272, align 8, !tbaa !5
+  %gep719.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1277
+  %1278 = load <16 x i32>, ptr %gep719.4.i, align 4, !tbaa !5
+  %1279 = and <16 x i32> %1278, %366
+  %1280 = getelementptr inbounds nuw i8, ptr %1120, i64 2112
+  store <16 x i32> %1279, ptr %1280, align 4, !tbaa !5
+  %1281 = load i64, ptr %1272, align 8, !tbaa !5
+  %gep721.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1281
+  %1282 = getelementptr i8, ptr %gep721.4.i, i64 64
+  %1283 = load <16 x i32>, ptr %1282, align 4, !tbaa !5
+  %1284 = shl <16 x i32> %1283, splat (i32 16)
+  %1285 = getelementptr inbounds nuw i8, ptr %1120, i64 2176
+  store <16 x i32> %1284, ptr %1285, align 4, !tbaa !5
+  %1286 = load i64, ptr %1272, align 8, !tbaa !5
+  %gep723.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1286
+  %1287 = getelementptr i8, ptr %gep723.4.i, i64 64
+  %1288 = load <16 x i32>, ptr %1287, align 4, !tbaa !5
+  %1289 = and <16 x i32> %1288, %366
+  %1290 = getelementptr inbounds nuw i8, ptr %1120, i64 2240
+  store <16 x i32> %1289, ptr %1290, align 4, !tbaa !5
+  %1291 = load i64, ptr %1272, align 8, !tbaa !5
+  %gep725.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1291
+  %1292 = getelementptr i8, ptr %gep725.4.i, i64 128
+  %1293 = load <16 x i32>, ptr %1292, align 4, !tbaa !5
+  %1294 = shl <16 x i32> %1293, splat (i32 16)
+  %1295 = getelementptr inbounds nuw i8, ptr %1120, i64 2304
+  store <16 x i32> %1294, ptr %1295, align 4, !tbaa !5
+  %1296 = load i64, ptr %1272, align 8, !tbaa !5
+  %gep727.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1296
+  %1297 = getelementptr i8, ptr %gep727.4.i, i64 128
+  %1298 = load <16 x i32>, ptr %1297, align 4, !tbaa !5
+  %1299 = and <16 x i32> %1298, %366
+  %1300 = getelementptr inbounds nuw i8, ptr %1120, i64 2368
+  store <16 x i32> %1299, ptr %1300, align 4, !tbaa !5
+  %1301 = load i64, ptr %1272, align 8, !tbaa !5
+  %gep729.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1301
+  %1302 = getelementptr i8, ptr %gep729.4.i, i64 192
+  %1303 = load <16 x i32>, ptr %1302, align 4, !tbaa !5
+  %1304 = shl <16 x i32> %1303, splat (i32 16)
+  %1305 = getelementptr inbounds nuw i8, ptr %1120, i64 2432
+  store <16 x i32> %1304, ptr %1305, align 4, !tbaa !5
+  %1306 = load i64, ptr %1272, align 8, !tbaa !5
+  %gep731.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1306
+  %1307 = getelementptr i8, ptr %gep731.4.i, i64 192
+  %1308 = load <16 x i32>, ptr %1307, align 4, !tbaa !5
+  %1309 = and <16 x i32> %1308, %366
+  %1310 = getelementptr inbounds nuw i8, ptr %1120, i64 2496
+  store <16 x i32> %1309, ptr %1310, align 4, !tbaa !5
+  %1311 = getelementptr inbounds nuw i8, ptr %1116, i64 40
+  %1312 = load i64, ptr %1311, align 8, !tbaa !5
+  %gep717.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1312
+  %1313 = load <16 x i32>, ptr %gep717.5.i, align 4, !tbaa !5
+  %1314 = shl <16 x i32> %1313, splat (i32 16)
+  %1315 = getelementptr inbounds nuw i8, ptr %1120, i64 2560
+  store <16 x i32> %1314, ptr %1315, align 4, !tbaa !5
+  %1316 = load i64, ptr %1311, align 8, !tbaa !5
+  %gep719.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1316
+  %1317 = load <16 x i32>, ptr %gep719.5.i, align 4, !tbaa !5
+  %1318 = and <16 x i32> %1317, %366
+  %1319 = getelementptr inbounds nuw i8, ptr %1120, i64 2624
+  store <16 x i32> %1318, ptr %1319, align 4, !tbaa !5
+  %1320 = load i64, ptr %1311, align 8, !tbaa !5
+  %gep721.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1320
+  %1321 = getelementptr i8, ptr %gep721.5.i, i64 64
+  %1322 = load <16 x i32>, ptr %1321, align 4, !tbaa !5
+  %1323 = shl <16 x i32> %1322, splat (i32 16)
+  %1324 = getelementptr inbounds nuw i8, ptr %1120, i64 2688
+  store <16 x i32> %1323, ptr %1324, align 4, !tbaa !5
+  %1325 = load i64, ptr %1311, align 8, !tbaa !5
+  %gep723.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1325
+  %1326 = getelementptr i8, ptr %gep723.5.i, i64 64
+  %1327 = load <16 x i32>, ptr %1326, align 4, !tbaa !5
+  %1328 = and <16 x i32> %1327, %366
+  %1329 = getelementptr inbounds nuw i8, ptr %1120, i64 2752
+  store <16 x i32> %1328, ptr %1329, align 4, !tbaa !5
+  %1330 = load i64, ptr %1311, align 8, !tbaa !5
+  %gep725.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1330
+  %1331 = getelementptr i8, ptr %gep725.5.i, i64 128
+  %1332 = load <16 x i32>, ptr %1331, align 4, !tbaa !5
+  %1333 = shl <16 x i32> %1332, splat (i32 16)
+  %1334 = getelementptr inbounds nuw i8, ptr %1120, i64 2816
+  store <16 x i32> %1333, ptr %1334, align 4, !tbaa !5
+  %1335 = load i64, ptr %1311, align 8, !tbaa !5
+  %gep727.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1335
+  %1336 = getelementptr i8, ptr %gep727.5.i, i64 128
+  %1337 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
+  %1338 = and <16 x i32> %1337, %366
+  %1339 = getelementptr inbounds nuw i8, ptr %1120, i64 2880
+  store <16 x i32> %1338, ptr %1339, align 4, !tbaa !5
+  %1340 = load i64, ptr %1311, align 8, !tbaa !5
+  %gep729.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1340
+  %1341 = getelementptr i8, ptr %gep729.5.i, i64 192
+  %1342 = load <16 x i32>, ptr %1341, align 4, !tbaa !5
+  %1343 = shl <16 x i32> %1342, splat (i32 16)
+  %1344 = getelementptr inbounds nuw i8, ptr %1120, i64 2944
+  store <16 x i32> %1343, ptr %1344, align 4, !tbaa !5
+  %1345 = load i64, ptr %1311, align 8, !tbaa !5
+  %gep731.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1345
+  %1346 = getelementptr i8, ptr %gep731.5.i, i64 192
+  %1347 = load <16 x i32>, ptr %1346, align 4, !tbaa !5
+  %1348 = and <16 x i32> %1347, %366
+  %1349 = getelementptr inbounds nuw i8, ptr %1120, i64 3008
+  store <16 x i32> %1348, ptr %1349, align 4, !tbaa !5
+  %1350 = getelementptr inbounds nuw i8, ptr %1116, i64 48
+  %1351 = load i64, ptr %1350, align 8, !tbaa !5
+  %gep717.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1351
+  %1352 = load <16 x i32>, ptr %gep717.6.i, align 4, !tbaa !5
+  %1353 = shl <16 x i32> %1352, splat (i32 16)
+  %1354 = getelementptr inbounds nuw i8, ptr %1120, i64 3072
+  store <16 x i32> %1353, ptr %1354, align 4, !tbaa !5
+  %1355 = load i64, ptr %1350, align 8, !tbaa !5
+  %gep719.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1355
+  %1356 = load <16 x i32>, ptr %gep719.6.i, align 4, !tbaa !5
+  %1357 = and <16 x i32> %1356, %366
+  %1358 = getelementptr inbounds nuw i8, ptr %1120, i64 3136
+  store <16 x i32> %1357, ptr %1358, align 4, !tbaa !5
+  %1359 = load i64, ptr %1350, align 8, !tbaa !5
+  %gep721.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1359
+  %1360 = getelementptr i8, ptr %gep721.6.i, i64 64
+  %1361 = load <16 x i32>, ptr %1360, align 4, !tbaa !5
+  %1362 = shl <16 x i32> %1361, splat (i32 16)
+  %1363 = getelementptr inbounds nuw i8, ptr %1120, i64 3200
+  store <16 x i32> %1362, ptr %1363, align 4, !tbaa !5
+  %1364 = load i64, ptr %1350, align 8, !tbaa !5
+  %gep723.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1364
+  %1365 = getelementptr i8, ptr %gep723.6.i, i64 64
+  %1366 = load <16 x i32>, ptr %1365, align 4, !tbaa !5
+  %1367 = and <16 x i32> %1366, %366
+  %1368 = getelementptr inbounds nuw i8, ptr %1120, i64 3264
+  store <16 x i32> %1367, ptr %1368, align 4, !tbaa !5
+  %1369 = load i64, ptr %1350, align 8, !tbaa !5
+  %gep725.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1369
+  %1370 = getelementptr i8, ptr %gep725.6.i, i64 128
+  %1371 = load <16 x i32>, ptr %1370, align 4, !tbaa !5
+  %1372 = shl <16 x i32> %1371, splat (i32 16)
+  %1373 = getelementptr inbounds nuw i8, ptr %1120, i64 3328
+  store <16 x i32> %1372, ptr %1373, align 4, !tbaa !5
+  %1374 = load i64, ptr %1350, align 8, !tbaa !5
+  %gep727.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1374
+  %1375 = getelementptr i8, ptr %gep727.6.i, i64 128
+  %1376 = load <16 x i32>, ptr %1375, align 4, !tbaa !5
+  %1377 = and <16 x i32> %1376, %366
+  %1378 = getelementptr inbounds nuw i8, ptr %1120, i64 3392
+  store <16 x i32> %1377, ptr %1378, align 4, !tbaa !5
+  %1379 = load i64, ptr %1350, align 8, !tbaa !5
+  %gep729.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1379
+  %1380 = getelementptr i8, ptr %gep729.6.i, i64 192
+  %1381 = load <16 x i32>, ptr %1380, align 4, !tbaa !5
+  %1382 = shl <16 x i32> %1381, splat (i32 16)
+  %1383 = getelementptr inbounds nuw i8, ptr %1120, i64 3456
+  store <16 x i32> %1382, ptr %1383, align 4, !tbaa !5
+  %1384 = load i64, ptr %1350, align 8, !tbaa !5
+  %gep731.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1384
+  %1385 = getelementptr i8, ptr %gep731.6.i, i64 192
+  %1386 = load <16 x i32>, ptr %1385, align 4, !tbaa !5
+  %1387 = and <16 x i32> %1386, %366
+  %1388 = getelementptr inbounds nuw i8, ptr %1120, i64 3520
+  store <16 x i32> %1387, ptr %1388, align 4, !tbaa !5
+  %1389 = getelementptr inbounds nuw i8, ptr %1116, i64 56
+  %1390 = load i64, ptr %1389, align 8, !tbaa !5
+  %gep717.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1390
+  %1391 = load <16 x i32>, ptr %gep717.7.i, align 4, !tbaa !5
+  %1392 = shl <16 x i32> %1391, splat (i32 16)
+  %1393 = getelementptr inbounds nuw i8, ptr %1120, i64 3584
+  store <16 x i32> %1392, ptr %1393, align 4, !tbaa !5
+  %1394 = load i64, ptr %1389, align 8, !tbaa !5
+  %gep719.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1394
+  %1395 = load <16 x i32>, ptr %gep719.7.i, align 4, !tbaa !5
+  %1396 = and <16 x i32> %1395, %366
+  %1397 = getelementptr inbounds nuw i8, ptr %1120, i64 3648
+  store <16 x i32> %1396, ptr %1397, align 4, !tbaa !5
+  %1398 = load i64, ptr %1389, align 8, !tbaa !5
+  %gep721.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1398
+  %1399 = getelementptr i8, ptr %gep721.7.i, i64 64
+  %1400 = load <16 x i32>, ptr %1399, align 4, !tbaa !5
+  %1401 = shl <16 x i32> %1400, splat (i32 16)
+  %1402 = getelementptr inbounds nuw i8, ptr %1120, i64 3712
+  store <16 x i32> %1401, ptr %1402, align 4, !tbaa !5
+  %1403 = load i64, ptr %1389, align 8, !tbaa !5
+  %gep723.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1403
+  %1404 = getelementptr i8, ptr %gep723.7.i, i64 64
+  %1405 = load <16 x i32>, ptr %1404, align 4, !tbaa !5
+  %1406 = and <16 x i32> %1405, %366
+  %1407 = getelementptr inbounds nuw i8, ptr %1120, i64 3776
+  store <16 x i32> %1406, ptr %1407, align 4, !tbaa !5
+  %1408 = load i64, ptr %1389, align 8, !tbaa !5
+  %gep725.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1408
+  %1409 = getelementptr i8, ptr %gep725.7.i, i64 128
+  %1410 = load <16 x i32>, ptr %1409, align 4, !tbaa !5
+  %1411 = shl <16 x i32> %1410, splat (i32 16)
+  %1412 = getelementptr inbounds nuw i8, ptr %1120, i64 3840
+  store <16 x i32> %1411, ptr %1412, align 4, !tbaa !5
+  %1413 = load i64, ptr %1389, align 8, !tbaa !5
+  %gep727.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1413
+  %1414 = getelementptr i8, ptr %gep727.7.i, i64 128
+  %1415 = load <16 x i32>, ptr %1414, align 4, !tbaa !5
+  %1416 = and <16 x i32> %1415, %366
+  %1417 = getelementptr inbounds nuw i8, ptr %1120, i64 3904
+  store <16 x i32> %1416, ptr %1417, align 4, !tbaa !5
+  %1418 = load i64, ptr %1389, align 8, !tbaa !5
+  %gep729.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1418
+  %1419 = getelementptr i8, ptr %gep729.7.i, i64 192
+  %1420 = load <16 x i32>, ptr %1419, align 4, !tbaa !5
+  %1421 = shl <16 x i32> %1420, splat (i32 16)
+  %1422 = getelementptr inbounds nuw i8, ptr %1120, i64 3968
+  store <16 x i32> %1421, ptr %1422, align 4, !tbaa !5
+  %1423 = load i64, ptr %1389, align 8, !tbaa !5
+  %gep731.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1423
+  %1424 = getelementptr i8, ptr %gep731.7.i, i64 192
+  %1425 = load <16 x i32>, ptr %1424, align 4, !tbaa !5
+  %1426 = and <16 x i32> %1425, %366
+  %1427 = getelementptr inbounds nuw i8, ptr %1120, i64 4032
+  store <16 x i32> %1426, ptr %1427, align 4, !tbaa !5
+  %indvars.iv.next960.i = add nuw nsw i64 %indvars.iv959.i, 1
+  %exitcond963.not.i = icmp eq i64 %indvars.iv.next960.i, %wide.trip.count953.i
+  br i1 %exitcond963.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti153.preheader.i, !prof !13
+
+for_begin_row_tile.i:                             ; preds = %if_end337.i
+  %indvars.iv.next1058.i = add nuw nsw i64 %indvars.iv1057.i, 1
+  %exitcond1061.not.i = icmp eq i64 %indvars.iv.next1058.i, %wide.trip.count1060.i
+  br i1 %exitcond1061.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
+
+for_body_row_tile.i:                              ; preds = %for_begin_row_tile.i, %for_body_row_tile.lr.ph.i
+  %indvars.iv1057.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1058.i, %for_begin_row_tile.i ]
+  %1428 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.i = tail call ptr %1428(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1429 = icmp eq ptr %scores.i, null
+  br i1 %1429, label %fused_attend_compute_.exit, label %if_end159.i, !prof !8
+
+for_end_row_tile.i:                               ; preds = %for_begin_row_tile.i, %for_begin_row_tile.preheader.i
+  %1430 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1431 = tail call i32 %1430(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
+  %.not591.i = icmp eq i32 %1431, 0
+  br i1 %.not591.i, label %if_end343.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end159.i:                                      ; preds = %for_body_row_tile.i
+  %1432 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %probs.i = tail call ptr %1432(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1433 = icmp eq ptr %probs.i, null
+  br i1 %1433, label %fused_attend_compute_.exit, label %if_end162.i, !prof !8
+
+if_end162.i:                                      ; preds = %if_end159.i
+  %1434 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %edges.i = tail call ptr %1434(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %1435 = icmp eq ptr %edges.i, null
+  br i1 %1435, label %fused_attend_compute_.exit, label %if_end165.i, !prof !8
+
+if_end165.i:                                      ; preds = %if_end162.i
+  %1436 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled.i = tail call ptr %1436(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1437 = icmp eq ptr %scaled.i, null
+  br i1 %1437, label %fused_attend_compute_.exit, label %if_end168.i, !prof !8
+
+if_end168.i:                                      ; preds = %if_end165.i
+  %1438 = srem i32 %760, %113
+  %1439 = ashr i32 %1438, 31
+  %1440 = sdiv i32 %760, %113
+  %1441 = add nsw i32 %1440, %1439
+  %.not593737.i = icmp slt i32 %1441, 0
+  br i1 %.not593737.i, label %for_end_t181.i, label %for_body_t171.lr.ph.i, !prof !16
+
+for_body_t171.lr.ph.i:                            ; preds = %if_end168.i
+  %1442 = add nuw i32 %1441, 1
+  %1443 = trunc nuw nsw i64 %indvars.iv1057.i to i32
+  %1444 = mul nuw nsw i32 %1442, %1443
+  %xtraiter616 = and i32 %1442, 3
+  %1445 = icmp ult i32 %1441, 3
+  br i1 %1445, label %for_body_t171.i.epil.preheader, label %for_body_t171.lr.ph.i.new, !prof !45
+
+for_body_t171.lr.ph.i.new:                        ; preds = %for_body_t171.lr.ph.i
+  %unroll_iter619 = and i32 %1442, -4
+  br label %for_body_t171.i
+
+for_body_t171.i:                                  ; preds = %for_body_t171.i, %for_body_t171.lr.ph.i.new
+  %t174738.i = phi i32 [ 0, %for_body_t171.lr.ph.i.new ], [ %1473, %for_body_t171.i ]
+  %niter620 = phi i32 [ 0, %for_body_t171.lr.ph.i.new ], [ %niter620.next.3, %for_body_t171.i ]
+  %1446 = add nuw nsw i32 %t174738.i, %1444
+  %1447 = tail call i32 @llvm.smin.i32(i32 %1446, i32 %760)
+  %1448 = sext i32 %1447 to i64
+  %1449 = getelementptr i64, ptr %key_offsets.i, i64 %1448
+  %1450 = getelementptr i8, ptr %1449, i64 1024
+  %1451 = load i64, ptr %1450, align 8, !tbaa !5
+  %gep740.i = getelementptr i32, ptr %invariant.gep739.i, i64 %1451
+  tail call void @llvm.prefetch.p0(ptr readonly %gep740.i, i32 0, i32 2, i32 1)
+  %gep735.1.i = getelementptr i8, ptr %gep740.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.1.i, i32 0, i32 2, i32 1)
+  %gep735.2.i = getelementptr i8, ptr %gep740.i, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.2.i, i32 0, i32 2, i32 1)
+  %gep735.3.i = getelementptr i8, ptr %gep740.i, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.3.i, i32 0, i32 2, i32 1)
+  %1452 = or disjoint i32 %t174738.i, 1
+  %1453 = add nuw nsw i32 %1452, %1444
+  %1454 = tail call i32 @llvm.smin.i32(i32 %1453, i32 %760)
+  %1455 = sext i32 %1454 to i64
+  %1456 = getelementptr i64, ptr %key_offsets.i, i64 %1455
+  %1457 = getelementptr i8, ptr %1456, i64 1024
+  %1458 = load i64, ptr %1457, align 8, !tbaa !5
+  %gep740.i.1 = getelementptr i32, ptr %invariant.gep739.i, i64 %1458
+  tail call void @llvm.prefetch.p0(ptr readonly %gep740.i.1, i32 0, i32 2, i32 1)
+  %gep735.1.i.1 = getelementptr i8, ptr %gep740.i.1, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.1.i.1, i32 0, i32 2, i32 1)
+  %gep735.2.i.1 = getelementptr i8, ptr %gep740.i.1, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.2.i.1, i32 0, i32 2, i32 1)
+  %gep735.3.i.1 = getelementptr i8, ptr %gep740.i.1, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.3.i.1, i32 0, i32 2, i32 1)
+  %1459 = or disjoint i32 %t174738.i, 2
+  %1460 = add nuw nsw i32 %1459, %1444
+  %1461 = tail call i32 @llvm.smin.i32(i32 %1460, i32 %760)
+  %1462 = sext i32 %1461 to i64
+  %1463 = getelementptr i64, ptr %key_offsets.i, i64 %1462
+  %1464 = getelementptr i8, ptr %1463, i64 1024
+  %1465 = load i64, ptr %1464, align 8, !tbaa !5
+  %gep740.i.2 = getelementptr i32, ptr %invariant.gep739.i, i64 %1465
+  tail call void @llvm.prefetch.p0(ptr readonly %gep740.i.2, i32 0, i32 2, i32 1)
+  %gep735.1.i.2 = getelementptr i8, ptr %gep740.i.2, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.1.i.2, i32 0, i32 2, i32 1)
+  %gep735.2.i.2 = getelementptr i8, ptr %gep740.i.2, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.2.i.2, i32 0, i32 2, i32 1)
+  %gep735.3.i.2 = getelementptr i8, ptr %gep740.i.2, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.3.i.2, i32 0, i32 2, i32 1)
+  %1466 = or disjoint i32 %t174738.i, 3
+  %1467 = add nuw nsw i32 %1466, %1444
+  %1468 = tail call i32 @llvm.smin.i32(i32 %1467, i32 %760)
+  %1469 = sext i32 %1468 to i64
+  %1470 = getelementptr i64, ptr %key_offsets.i, i64 %1469
+  %1471 = getelementptr i8, ptr %1470, i64 1024
+  %1472 = load i64, ptr %1471, align 8, !tbaa !5
+  %gep740.i.3 = getelementptr i32, ptr %invariant.gep739.i, i64 %1472
+  tail call void @llvm.prefetch.p0(ptr readonly %gep740.i.3, i32 0, i32 2, i32 1)
+  %gep735.1.i.3 = getelementptr i8, ptr %gep740.i.3, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.1.i.3, i32 0, i32 2, i32 1)
+  %gep735.2.i.3 = getelementptr i8, ptr %gep740.i.3, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.2.i.3, i32 0, i32 2, i32 1)
+  %gep735.3.i.3 = getelementptr i8, ptr %gep740.i.3, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.3.i.3, i32 0, i32 2, i32 1)
+  %1473 = add nuw i32 %t174738.i, 4
+  %niter620.next.3 = add i32 %niter620, 4
+  %niter620.ncmp.3 = icmp eq i32 %niter620.next.3, %unroll_iter619
+  br i1 %niter620.ncmp.3, label %for_body_t180.i.preheader.unr-lcssa, label %for_body_t171.i, !prof !46, !llvm.loop !47
+
+for_body_t180.i.preheader.unr-lcssa:              ; preds = %for_body_t171.i
+  %lcmp.mod617.not = icmp eq i32 %xtraiter616, 0
+  br i1 %lcmp.mod617.not, label %for_body_t180.i.preheader, label %for_body_t171.i.epil.preheader, !prof !49
+
+for_body_t171.i.epil.preheader:                   ; preds = %for_body_t180.i.preheader.unr-lcssa, %for_body_t171.lr.ph.i
+  %t174738.i.epil.init = phi i32 [ 0, %for_body_t171.lr.ph.i ], [ %1473, %for_body_t180.i.preheader.unr-lcssa ]
+  %lcmp.mod618 = icmp ne i32 %xtraiter616, 0
+  tail call void @llvm.assume(i1 %lcmp.mod618)
+  br label %for_body_t171.i.epil
+
+for_body_t171.i.epil:                             ; preds = %for_body_t171.i.epil, %for_body_t171.i.epil.preheader
+  %t174738.i.epil = phi i32 [ %t174738.i.epil.init, %for_body_t171.i.epil.preheader ], [ %1480, %for_body_t171.i.epil ]
+  %epil.iter = phi i32 [ 0, %for_body_t171.i.epil.preheader ], [ %epil.iter.next, %for_body_t171.i.epil ]
+  %1474 = add nuw nsw i32 %t174738.i.epil, %1444
+  %1475 = tail call i32 @llvm.smin.i32(i32 %1474, i32 %760)
+  %1476 = sext i32 %1475 to i64
+  %1477 = getelementptr i64, ptr %key_offsets.i, i64 %1476
+  %1478 = getelementptr i8, ptr %1477, i64 1024
+  %1479 = load i64, ptr %1478, align 8, !tbaa !5
+  %gep740.i.epil = getelementptr i32, ptr %invariant.gep739.i, i64 %1479
+  tail call void @llvm.prefetch.p0(ptr readonly %gep740.i.epil, i32 0, i32 2, i32 1)
+  %gep735.1.i.epil = getelementptr i8, ptr %gep740.i.epil, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.1.i.epil, i32 0, i32 2, i32 1)
+  %gep735.2.i.epil = getelementptr i8, ptr %gep740.i.epil, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.2.i.epil, i32 0, i32 2, i32 1)
+  %gep735.3.i.epil = getelementptr i8, ptr %gep740.i.epil, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep735.3.i.epil, i32 0, i32 2, i32 1)
+  %1480 = add nuw i32 %t174738.i.epil, 1
+  %epil.iter.next = add i32 %epil.iter, 1
+  %epil.iter.cmp.not = icmp eq i32 %epil.iter.next, %xtraiter616
+  br i1 %epil.iter.cmp.not, label %for_body_t180.i.preheader, label %for_body_t171.i.epil, !prof !12, !llvm.loop !50
+
+for_body_t180.i.preheader:                        ; preds = %for_body_t171.i.epil, %for_body_t180.i.preheader.unr-lcssa
+  %xtraiter621 = and i32 %1442, 3
+  %1481 = icmp ult i32 %1441, 3
+  br i1 %1481, label %for_body_t180.i.epil.preheader, label %for_body_t180.i.preheader.new, !prof !45
+
+for_body_t180.i.preheader.new:                    ; preds = %for_body_t180.i.preheader
+  %unroll_iter625 = and i32 %1442, -4
+  br label %for_body_t180.i
+
+for_body_t180.i:                                  ; preds = %for_body_t180.i, %for_body_t180.i.preheader.new
+  %t183745.i = phi i32 [ 0, %for_body_t180.i.preheader.new ], [ %1509, %for_body_t180.i ]
+  %niter626 = phi i32 [ 0, %for_body_t180.i.preheader.new ], [ %niter626.next.3, %for_body_t180.i ]
+  %1482 = add nuw nsw i32 %t183745.i, %1444
+  %1483 = tail call i32 @llvm.smin.i32(i32 %1482, i32 %760)
+  %1484 = sext i32 %1483 to i64
+  %1485 = getelementptr i64, ptr %value_offsets.i, i64 %1484
+  %1486 = getelementptr i8, ptr %1485, i64 1024
+  %1487 = load i64, ptr %1486, align 8, !tbaa !5
+  %gep747.i = getelementptr i32, ptr %invariant.gep746.i, i64 %1487
+  tail call void @llvm.prefetch.p0(ptr readonly %gep747.i, i32 0, i32 2, i32 1)
+  %gep742.1.i = getelementptr i8, ptr %gep747.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.1.i, i32 0, i32 2, i32 1)
+  %gep742.2.i = getelementptr i8, ptr %gep747.i, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.2.i, i32 0, i32 2, i32 1)
+  %gep742.3.i = getelementptr i8, ptr %gep747.i, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.3.i, i32 0, i32 2, i32 1)
+  %1488 = or disjoint i32 %t183745.i, 1
+  %1489 = add nuw nsw i32 %1488, %1444
+  %1490 = tail call i32 @llvm.smin.i32(i32 %1489, i32 %760)
+  %1491 = sext i32 %1490 to i64
+  %1492 = getelementptr i64, ptr %value_offsets.i, i64 %1491
+  %1493 = getelementptr i8, ptr %1492, i64 1024
+  %1494 = load i64, ptr %1493, align 8, !tbaa !5
+  %gep747.i.1 = getelementptr i32, ptr %invariant.gep746.i, i64 %1494
+  tail call void @llvm.prefetch.p0(ptr readonly %gep747.i.1, i32 0, i32 2, i32 1)
+  %gep742.1.i.1 = getelementptr i8, ptr %gep747.i.1, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.1.i.1, i32 0, i32 2, i32 1)
+  %gep742.2.i.1 = getelementptr i8, ptr %gep747.i.1, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.2.i.1, i32 0, i32 2, i32 1)
+  %gep742.3.i.1 = getelementptr i8, ptr %gep747.i.1, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.3.i.1, i32 0, i32 2, i32 1)
+  %1495 = or disjoint i32 %t183745.i, 2
+  %1496 = add nuw nsw i32 %1495, %1444
+  %1497 = tail call i32 @llvm.smin.i32(i32 %1496, i32 %760)
+  %1498 = sext i32 %1497 to i64
+  %1499 = getelementptr i64, ptr %value_offsets.i, i64 %1498
+  %1500 = getelementptr i8, ptr %1499, i64 1024
+  %1501 = load i64, ptr %1500, align 8, !tbaa !5
+  %gep747.i.2 = getelementptr i32, ptr %invariant.gep746.i, i64 %1501
+  tail call void @llvm.prefetch.p0(ptr readonly %gep747.i.2, i32 0, i32 2, i32 1)
+  %gep742.1.i.2 = getelementptr i8, ptr %gep747.i.2, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.1.i.2, i32 0, i32 2, i32 1)
+  %gep742.2.i.2 = getelementptr i8, ptr %gep747.i.2, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.2.i.2, i32 0, i32 2, i32 1)
+  %gep742.3.i.2 = getelementptr i8, ptr %gep747.i.2, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.3.i.2, i32 0, i32 2, i32 1)
+  %1502 = or disjoint i32 %t183745.i, 3
+  %1503 = add nuw nsw i32 %1502, %1444
+  %1504 = tail call i32 @llvm.smin.i32(i32 %1503, i32 %760)
+  %1505 = sext i32 %1504 to i64
+  %1506 = getelementptr i64, ptr %value_offsets.i, i64 %1505
+  %1507 = getelementptr i8, ptr %1506, i64 1024
+  %1508 = load i64, ptr %1507, align 8, !tbaa !5
+  %gep747.i.3 = getelementptr i32, ptr %invariant.gep746.i, i64 %1508
+  tail call void @llvm.prefetch.p0(ptr readonly %gep747.i.3, i32 0, i32 2, i32 1)
+  %gep742.1.i.3 = getelementptr i8, ptr %gep747.i.3, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.1.i.3, i32 0, i32 2, i32 1)
+  %gep742.2.i.3 = getelementptr i8, ptr %gep747.i.3, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.2.i.3, i32 0, i32 2, i32 1)
+  %gep742.3.i.3 = getelementptr i8, ptr %gep747.i.3, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.3.i.3, i32 0, i32 2, i32 1)
+  %1509 = add nuw i32 %t183745.i, 4
+  %niter626.next.3 = add i32 %niter626, 4
+  %niter626.ncmp.3 = icmp eq i32 %niter626.next.3, %unroll_iter625
+  br i1 %niter626.ncmp.3, label %for_end_t181.i.loopexit.unr-lcssa, label %for_body_t180.i, !prof !46, !llvm.loop !53
+
+for_end_t181.i.loopexit.unr-lcssa:                ; preds = %for_body_t180.i
+  %lcmp.mod623.not = icmp eq i32 %xtraiter621, 0
+  br i1 %lcmp.mod623.not, label %for_end_t181.i, label %for_body_t180.i.epil.preheader, !prof !49
+
+for_body_t180.i.epil.preheader:                   ; preds = %for_end_t181.i.loopexit.unr-lcssa, %for_body_t180.i.preheader
+  %t183745.i.epil.init = phi i32 [ 0, %for_body_t180.i.preheader ], [ %1509, %for_end_t181.i.loopexit.unr-lcssa ]
+  %lcmp.mod624 = icmp ne i32 %xtraiter621, 0
+  tail call void @llvm.assume(i1 %lcmp.mod624)
+  br label %for_body_t180.i.epil
+
+for_body_t180.i.epil:                             ; preds = %for_body_t180.i.epil, %for_body_t180.i.epil.preheader
+  %t183745.i.epil = phi i32 [ %1516, %for_body_t180.i.epil ], [ %t183745.i.epil.init, %for_body_t180.i.epil.preheader ]
+  %epil.iter622 = phi i32 [ %epil.iter622.next, %for_body_t180.i.epil ], [ 0, %for_body_t180.i.epil.preheader ]
+  %1510 = add nuw nsw i32 %t183745.i.epil, %1444
+  %1511 = tail call i32 @llvm.smin.i32(i32 %1510, i32 %760)
+  %1512 = sext i32 %1511 to i64
+  %1513 = getelementptr i64, ptr %value_offsets.i, i64 %1512
+  %1514 = getelementptr i8, ptr %1513, i64 1024
+  %1515 = load i64, ptr %1514, align 8, !tbaa !5
+  %gep747.i.epil = getelementptr i32, ptr %invariant.gep746.i, i64 %1515
+  tail call void @llvm.prefetch.p0(ptr readonly %gep747.i.epil, i32 0, i32 2, i32 1)
+  %gep742.1.i.epil = getelementptr i8, ptr %gep747.i.epil, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.1.i.epil, i32 0, i32 2, i32 1)
+  %gep742.2.i.epil = getelementptr i8, ptr %gep747.i.epil, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.2.i.epil, i32 0, i32 2, i32 1)
+  %gep742.3.i.epil = getelementptr i8, ptr %gep747.i.epil, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep742.3.i.epil, i32 0, i32 2, i32 1)
+  %1516 = add nuw i32 %t183745.i.epil, 1
+  %epil.iter622.next = add i32 %epil.iter622, 1
+  %epil.iter622.cmp.not = icmp eq i32 %epil.iter622.next, %xtraiter621
+  br i1 %epil.iter622.cmp.not, label %for_end_t181.i, label %for_body_t180.i.epil, !prof !12, !llvm.loop !54
+
+for_end_t181.i:                                   ; preds = %for_body_t180.i.epil, %for_end_t181.i.loopexit.unr-lcssa, %if_end168.i
+  %1517 = add nuw nsw i64 %indvars.iv1057.i, %1113
+  %.idx1182.i = shl i64 %1517, 4
+  %1518 = getelementptr i8, ptr %reach570.i, i64 %.idx1182.i
+  %1519 = getelementptr i8, ptr %1518, i64 4
+  %1520 = load i32, ptr %1519, align 4, !tbaa !17
+  %1521 = sext i32 %1520 to i64
+  %1522 = icmp slt i64 %701, %1521
+  br i1 %1522, label %if_then191.i, label %if_end192.i, !prof !8
+
+if_then191.i:                                     ; preds = %for_end_t181.i
+  %1523 = sub nsw i32 %1520, %702
+  %valid_len194.i = tail call i32 @llvm.smin.i32(i32 %707, i32 %1523)
+  %1524 = add nsw i32 %valid_len194.i, 7
+  %1525 = ashr i32 %1524, 3
+  %1526 = icmp sgt i32 %1525, 0
+  br i1 %1526, label %for_begin_d_0.preheader.lr.ph.i, label %for_end_to202.i, !prof !3
+
+for_begin_d_0.preheader.lr.ph.i:                  ; preds = %if_then191.i
+  %wide.trip.count990.i = zext nneg i32 %1525 to i64
+  %invariant.gep.idx = shl i64 %1517, 13
+  %invariant.gep = getelementptr i8, ptr %q_tile.i, i64 %invariant.gep.idx
+  br label %for_begin_d_0.preheader.i
+
+if_end192.i:                                      ; preds = %if_end329.i, %for_end_t181.i
+  %1527 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1528 = tail call i32 %1527(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not595.i = icmp eq i32 %1528, 0
+  br i1 %.not595.i, label %if_end331.i, label %fused_attend_compute_.exit, !prof !38
+
+for_begin_to200.preheader.i:                      ; preds = %for_end_d_1.3.i
+  %.idx1184.i = shl nsw i64 %1517, 6
+  %1529 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1184.i
+  br label %for_begin_ti205.preheader.i
+
+for_begin_d_0.preheader.i:                        ; preds = %for_end_d_1.3.i, %for_begin_d_0.preheader.lr.ph.i
+  %indvars.iv987.i = phi i64 [ 0, %for_begin_d_0.preheader.lr.ph.i ], [ %indvars.iv.next988.i, %for_end_d_1.3.i ]
+  %.idx257 = shl nsw i64 %indvars.iv987.i, 12
+  %1530 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx257
+  br label %for_begin_d_2.preheader.i
+
+for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_d_0.preheader.i
+  %indvars.iv978.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next979.i, %for_begin_d_2.preheader.i ]
+  %scores_global563.sroa.0.1766.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1578, %for_begin_d_2.preheader.i ]
+  %scores_global563.sroa.4.1765.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1583, %for_begin_d_2.preheader.i ]
+  %scores_global563.sroa.8.1764.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1588, %for_begin_d_2.preheader.i ]
+  %scores_global563.sroa.12.1763.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1593, %for_begin_d_2.preheader.i ]
+  %scores_global563.sroa.16.1762.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1598, %for_begin_d_2.preheader.i ]
+  %scores_global563.sroa.20.1761.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1603, %for_begin_d_2.preheader.i ]
+  %scores_global563.sroa.24.1760.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1608, %for_begin_d_2.preheader.i ]
+  %scores_global563.sroa.28.1759.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1613, %for_begin_d_2.preheader.i ]
+  %.idx71 = shl nuw nsw i64 %indvars.iv978.i, 7
+  %gep = getelementptr i8, ptr %invariant.gep, i64 %.idx71
+  %1531 = load <16 x float>, ptr %gep, align 4, !tbaa !5
+  %1532 = getelementptr inbounds nuw float, ptr %1530, i64 %indvars.iv978.i
+  %1533 = load float, ptr %1532, align 4, !tbaa !5
+  %1534 = insertelement <16 x float> poison, float %1533, i64 0
+  %1535 = shufflevector <16 x float> %1534, <16 x float> poison, <16 x i32> zeroinitializer
+  %1536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1535, <16 x float> %scores_global563.sroa.0.1766.i)
+  %1537 = getelementptr inbounds nuw i8, ptr %1532, i64 512
+  %1538 = load float, ptr %1537, align 4, !tbaa !5
+  %1539 = insertelement <16 x float> poison, float %1538, i64 0
+  %1540 = shufflevector <16 x float> %1539, <16 x float> poison, <16 x i32> zeroinitializer
+  %1541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1540, <16 x float> %scores_global563.sroa.4.1765.i)
+  %1542 = getelementptr inbounds nuw i8, ptr %1532, i64 1024
+  %1543 = load float, ptr %1542, align 4, !tbaa !5
+  %1544 = insertelement <16 x float> poison, float %1543, i64 0
+  %1545 = shufflevector <16 x float> %1544, <16 x float> poison, <16 x i32> zeroinitializer
+  %1546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1545, <16 x float> %scores_global563.sroa.8.1764.i)
+  %1547 = getelementptr inbounds nuw i8, ptr %1532, i64 1536
+  %1548 = load float, ptr %1547, align 4, !tbaa !5
+  %1549 = insertelement <16 x float> poison, float %1548, i64 0
+  %1550 = shufflevector <16 x float> %1549, <16 x float> poison, <16 x i32> zeroinitializer
+  %1551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1550, <16 x float> %scores_global563.sroa.12.1763.i)
+  %1552 = getelementptr inbounds nuw i8, ptr %1532, i64 2048
+  %1553 = load float, ptr %1552, align 4, !tbaa !5
+  %1554 = insertelement <16 x float> poison, float %1553, i64 0
+  %1555 = shufflevector <16 x float> %1554, <16 x float> poison, <16 x i32> zeroinitializer
+  %1556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1555, <16 x float> %scores_global563.sroa.16.1762.i)
+  %1557 = getelementptr inbounds nuw i8, ptr %1532, i64 2560
+  %1558 = load float, ptr %1557, align 4, !tbaa !5
+  %1559 = insertelement <16 x float> poison, float %1558, i64 0
+  %1560 = shufflevector <16 x float> %1559, <16 x float> poison, <16 x i32> zeroinitializer
+  %1561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1560, <16 x float> %scores_global563.sroa.20.1761.i)
+  %1562 = getelementptr inbounds nuw i8, ptr %1532, i64 3072
+  %1563 = load float, ptr %1562, align 4, !tbaa !5
+  %1564 = insertelement <16 x float> poison, float %1563, i64 0
+  %1565 = shufflevector <16 x float> %1564, <16 x float> poison, <16 x i32> zeroinitializer
+  %1566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1565, <16 x float> %scores_global563.sroa.24.1760.i)
+  %1567 = getelementptr inbounds nuw i8, ptr %1532, i64 3584
+  %1568 = load float, ptr %1567, align 4, !tbaa !5
+  %1569 = insertelement <16 x float> poison, float %1568, i64 0
+  %1570 = shufflevector <16 x float> %1569, <16 x float> poison, <16 x i32> zeroinitializer
+  %1571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1570, <16 x float> %scores_global563.sroa.28.1759.i)
+  %1572 = getelementptr i8, ptr %gep, i64 64
+  %1573 = load <16 x float>, ptr %1572, align 4, !tbaa !5
+  %1574 = getelementptr inbounds nuw i8, ptr %1532, i64 64
+  %1575 = load float, ptr %1574, align 4, !tbaa !5
+  %1576 = insertelement <16 x float> poison, float %1575, i64 0
+  %1577 = shufflevector <16 x float> %1576, <16 x float> poison, <16 x i32> zeroinitializer
+  %1578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1577, <16 x float> %1536)
+  %1579 = getelementptr inbounds nuw i8, ptr %1532, i64 576
+  %1580 = load float, ptr %1579, align 4, !tbaa !5
+  %1581 = insertelement <16 x float> poison, float %1580, i64 0
+  %1582 = shufflevector <16 x float> %1581, <16 x float> poison, <16 x i32> zeroinitializer
+  %1583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1582, <16 x float> %1541)
+  %1584 = getelementptr inbounds nuw i8, ptr %1532, i64 1088
+  %1585 = load float, ptr %1584, align 4, !tbaa !5
+  %1586 = insertelement <16 x float> poison, float %1585, i64 0
+  %1587 = shufflevector <16 x float> %1586, <16 x float> poison, <16 x i32> zeroinitializer
+  %1588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1587, <16 x float> %1546)
+  %1589 = getelementptr inbounds nuw i8, ptr %1532, i64 1600
+  %1590 = load float, ptr %1589, align 4, !tbaa !5
+  %1591 = insertelement <16 x float> poison, float %1590, i64 0
+  %1592 = shufflevector <16 x float> %1591, <16 x float> poison, <16 x i32> zeroinitializer
+  %1593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1592, <16 x float> %1551)
+  %1594 = getelementptr inbounds nuw i8, ptr %1532, i64 2112
+  %1595 = load float, ptr %1594, align 4, !tbaa !5
+  %1596 = insertelement <16 x float> poison, float %1595, i64 0
+  %1597 = shufflevector <16 x float> %1596, <16 x float> poison, <16 x i32> zeroinitializer
+  %1598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1597, <16 x float> %1556)
+  %1599 = getelementptr inbounds nuw i8, ptr %1532, i64 2624
+  %1600 = load float, ptr %1599, align 4, !tbaa !5
+  %1601 = insertelement <16 x float> poison, float %1600, i64 0
+  %1602 = shufflevector <16 x float> %1601, <16 x float> poison, <16 x i32> zeroinitializer
+  %1603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1602, <16 x float> %1561)
+  %1604 = getelementptr inbounds nuw i8, ptr %1532, i64 3136
+  %1605 = load float, ptr %1604, align 4, !tbaa !5
+  %1606 = insertelement <16 x float> poison, float %1605, i64 0
+  %1607 = shufflevector <16 x float> %1606, <16 x float> poison, <16 x i32> zeroinitializer
+  %1608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1607, <16 x float> %1566)
+  %1609 = getelementptr inbounds nuw i8, ptr %1532, i64 3648
+  %1610 = load float, ptr %1609, align 4, !tbaa !5
+  %1611 = insertelement <16 x float> poison, float %1610, i64 0
+  %1612 = shufflevector <16 x float> %1611, <16 x float> poison, <16 x i32> zeroinitializer
+  %1613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1612, <16 x float> %1571)
+  %indvars.iv.next979.i = add nuw nsw i64 %indvars.iv978.i, 1
+  %exitcond982.not.i = icmp eq i64 %indvars.iv.next979.i, 16
+  br i1 %exitcond982.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !28
+
+for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
+  %1614 = getelementptr inbounds nuw i8, ptr %1530, i64 128
+  br label %for_begin_d_2.preheader.1.i
+
+for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
+  %indvars.iv978.1.i = phi i64 [ %indvars.iv.next979.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global563.sroa.0.1766.1.i = phi <16 x float> [ %1663, %for_begin_d_2.preheader.1.i ], [ %1578, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global563.sroa.4.1765.1.i = phi <16 x float> [ %1668, %for_begin_d_2.preheader.1.i ], [ %1583, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global563.sroa.8.1764.1.i = phi <16 x float> [ %1673, %for_begin_d_2.preheader.1.i ], [ %1588, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global563.sroa.12.1763.1.i = phi <16 x float> [ %1678, %for_begin_d_2.preheader.1.i ], [ %1593, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global563.sroa.16.1762.1.i = phi <16 x float> [ %1683, %for_begin_d_2.preheader.1.i ], [ %1598, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global563.sroa.20.1761.1.i = phi <16 x float> [ %1688, %for_begin_d_2.preheader.1.i ], [ %1603, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global563.sroa.24.1760.1.i = phi <16 x float> [ %1693, %for_begin_d_2.preheader.1.i ], [ %1608, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global563.sroa.28.1759.1.i = phi <16 x float> [ %1698, %for_begin_d_2.preheader.1.i ], [ %1613, %for_begin_d_2.preheader.1.i.preheader ]
+  %.idx72 = shl i64 %indvars.iv978.1.i, 7
+  %gep143 = getelementptr i8, ptr %invariant.gep, i64 %.idx72
+  %1615 = getelementptr i8, ptr %gep143, i64 2048
+  %1616 = load <16 x float>, ptr %1615, align 4, !tbaa !5
+  %1617 = getelementptr inbounds nuw float, ptr %1614, i64 %indvars.iv978.1.i
+  %1618 = load float, ptr %1617, align 4, !tbaa !5
+  %1619 = insertelement <16 x float> poison, float %1618, i64 0
+  %1620 = shufflevector <16 x float> %1619, <16 x float> poison, <16 x i32> zeroinitializer
+  %1621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1620, <16 x float> %scores_global563.sroa.0.1766.1.i)
+  %1622 = getelementptr inbounds nuw i8, ptr %1617, i64 512
+  %1623 = load float, ptr %1622, align 4, !tbaa !5
+  %1624 = insertelement <16 x float> poison, float %1623, i64 0
+  %1625 = shufflevector <16 x float> %1624, <16 x float> poison, <16 x i32> zeroinitializer
+  %1626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1625, <16 x float> %scores_global563.sroa.4.1765.1.i)
+  %1627 = getelementptr inbounds nuw i8, ptr %1617, i64 1024
+  %1628 = load float, ptr %1627, align 4, !tbaa !5
+  %1629 = insertelement <16 x float> poison, float %1628, i64 0
+  %1630 = shufflevector <16 x float> %1629, <16 x float> poison, <16 x i32> zeroinitializer
+  %1631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1630, <16 x float> %scores_global563.sroa.8.1764.1.i)
+  %1632 = getelementptr inbounds nuw i8, ptr %1617, i64 1536
+  %1633 = load float, ptr %1632, align 4, !tbaa !5
+  %1634 = insertelement <16 x float> poison, float %1633, i64 0
+  %1635 = shufflevector <16 x float> %1634, <16 x float> poison, <16 x i32> zeroinitializer
+  %1636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1635, <16 x float> %scores_global563.sroa.12.1763.1.i)
+  %1637 = getelementptr inbounds nuw i8, ptr %1617, i64 2048
+  %1638 = load float, ptr %1637, align 4, !tbaa !5
+  %1639 = insertelement <16 x float> poison, float %1638, i64 0
+  %1640 = shufflevector <16 x float> %1639, <16 x float> poison, <16 x i32> zeroinitializer
+  %1641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1640, <16 x float> %scores_global563.sroa.16.1762.1.i)
+  %1642 = getelementptr inbounds nuw i8, ptr %1617, i64 2560
+  %1643 = load float, ptr %1642, align 4, !tbaa !5
+  %1644 = insertelement <16 x float> poison, float %1643, i64 0
+  %1645 = shufflevector <16 x float> %1644, <16 x float> poison, <16 x i32> zeroinitializer
+  %1646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1645, <16 x float> %scores_global563.sroa.20.1761.1.i)
+  %1647 = getelementptr inbounds nuw i8, ptr %1617, i64 3072
+  %1648 = load float, ptr %1647, align 4, !tbaa !5
+  %1649 = insertelement <16 x float> poison, float %1648, i64 0
+  %1650 = shufflevector <16 x float> %1649, <16 x float> poison, <16 x i32> zeroinitializer
+  %1651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1650, <16 x float> %scores_global563.sroa.24.1760.1.i)
+  %1652 = getelementptr inbounds nuw i8, ptr %1617, i64 3584
+  %1653 = load float, ptr %1652, align 4, !tbaa !5
+  %1654 = insertelement <16 x float> poison, float %1653, i64 0
+  %1655 = shufflevector <16 x float> %1654, <16 x float> poison, <16 x i32> zeroinitializer
+  %1656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1655, <16 x float> %scores_global563.sroa.28.1759.1.i)
+  %1657 = getelementptr i8, ptr %gep143, i64 2112
+  %1658 = load <16 x float>, ptr %1657, align 4, !tbaa !5
+  %1659 = getelementptr inbounds nuw i8, ptr %1617, i64 64
+  %1660 = load float, ptr %1659, align 4, !tbaa !5
+  %1661 = insertelement <16 x float> poison, float %1660, i64 0
+  %1662 = shufflevector <16 x float> %1661, <16 x float> poison, <16 x i32> zeroinitializer
+  %1663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1662, <16 x float> %1621)
+  %1664 = getelementptr inbounds nuw i8, ptr %1617, i64 576
+  %1665 = load float, ptr %1664, align 4, !tbaa !5
+  %1666 = insertelement <16 x float> poison, float %1665, i64 0
+  %1667 = shufflevector <16 x float> %1666, <16 x float> poison, <16 x i32> zeroinitializer
+  %1668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1667, <16 x float> %1626)
+  %1669 = getelementptr inbounds nuw i8, ptr %1617, i64 1088
+  %1670 = load float, ptr %1669, align 4, !tbaa !5
+  %1671 = insertelement <16 x float> poison, float %1670, i64 0
+  %1672 = shufflevector <16 x float> %1671, <16 x float> poison, <16 x i32> zeroinitializer
+  %1673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1672, <16 x float> %1631)
+  %1674 = getelementptr inbounds nuw i8, ptr %1617, i64 1600
+  %1675 = load float, ptr %1674, align 4, !tbaa !5
+  %1676 = insertelement <16 x float> poison, float %1675, i64 0
+  %1677 = shufflevector <16 x float> %1676, <16 x float> poison, <16 x i32> zeroinitializer
+  %1678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1677, <16 x float> %1636)
+  %1679 = getelementptr inbounds nuw i8, ptr %1617, i64 2112
+  %1680 = load float, ptr %1679, align 4, !tbaa !5
+  %1681 = insertelement <16 x float> poison, float %1680, i64 0
+  %1682 = shufflevector <16 x float> %1681, <16 x float> poison, <16 x i32> zeroinitializer
+  %1683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1682, <16 x float> %1641)
+  %1684 = getelementptr inbounds nuw i8, ptr %1617, i64 2624
+  %1685 = load float, ptr %1684, align 4, !tbaa !5
+  %1686 = insertelement <16 x float> poison, float %1685, i64 0
+  %1687 = shufflevector <16 x float> %1686, <16 x float> poison, <16 x i32> zeroinitializer
+  %1688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1687, <16 x float> %1646)
+  %1689 = getelementptr inbounds nuw i8, ptr %1617, i64 3136
+  %1690 = load float, ptr %1689, align 4, !tbaa !5
+  %1691 = insertelement <16 x float> poison, float %1690, i64 0
+  %1692 = shufflevector <16 x float> %1691, <16 x float> poison, <16 x i32> zeroinitializer
+  %1693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1692, <16 x float> %1651)
+  %1694 = getelementptr inbounds nuw i8, ptr %1617, i64 3648
+  %1695 = load float, ptr %1694, align 4, !tbaa !5
+  %1696 = insertelement <16 x float> poison, float %1695, i64 0
+  %1697 = shufflevector <16 x float> %1696, <16 x float> poison, <16 x i32> zeroinitializer
+  %1698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1697, <16 x float> %1656)
+  %indvars.iv.next979.1.i = add nuw nsw i64 %indvars.iv978.1.i, 1
+  %exitcond982.1.not.i = icmp eq i64 %indvars.iv.next979.1.i, 16
+  br i1 %exitcond982.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !28
+
+for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
+  %1699 = getelementptr inbounds nuw i8, ptr %1530, i64 256
+  br label %for_begin_d_2.preheader.2.i
+
+for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
+  %indvars.iv978.2.i = phi i64 [ %indvars.iv.next979.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global563.sroa.0.1766.2.i = phi <16 x float> [ %1748, %for_begin_d_2.preheader.2.i ], [ %1663, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global563.sroa.4.1765.2.i = phi <16 x float> [ %1753, %for_begin_d_2.preheader.2.i ], [ %1668, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global563.sroa.8.1764.2.i = phi <16 x float> [ %1758, %for_begin_d_2.preheader.2.i ], [ %1673, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global563.sroa.12.1763.2.i = phi <16 x float> [ %1763, %for_begin_d_2.preheader.2.i ], [ %1678, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global563.sroa.16.1762.2.i = phi <16 x float> [ %1768, %for_begin_d_2.preheader.2.i ], [ %1683, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global563.sroa.20.1761.2.i = phi <16 x float> [ %1773, %for_begin_d_2.preheader.2.i ], [ %1688, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global563.sroa.24.1760.2.i = phi <16 x float> [ %1778, %for_begin_d_2.preheader.2.i ], [ %1693, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global563.sroa.28.1759.2.i = phi <16 x float> [ %1783, %for_begin_d_2.preheader.2.i ], [ %1698, %for_begin_d_2.preheader.2.i.preheader ]
+  %.idx73 = shl i64 %indvars.iv978.2.i, 7
+  %gep145 = getelementptr i8, ptr %invariant.gep, i64 %.idx73
+  %1700 = getelementptr i8, ptr %gep145, i64 4096
+  %1701 = load <16 x float>, ptr %1700, align 4, !tbaa !5
+  %1702 = getelementptr inbounds nuw float, ptr %1699, i64 %indvars.iv978.2.i
+  %1703 = load float, ptr %1702, align 4, !tbaa !5
+  %1704 = insertelement <16 x float> poison, float %1703, i64 0
+  %1705 = shufflevector <16 x float> %1704, <16 x float> poison, <16 x i32> zeroinitializer
+  %1706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1705, <16 x float> %scores_global563.sroa.0.1766.2.i)
+  %1707 = getelementptr inbounds nuw i8, ptr %1702, i64 512
+  %1708 = load float, ptr %1707, align 4, !tbaa !5
+  %1709 = insertelement <16 x float> poison, float %1708, i64 0
+  %1710 = shufflevector <16 x float> %1709, <16 x float> poison, <16 x i32> zeroinitializer
+  %1711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1710, <16 x float> %scores_global563.sroa.4.1765.2.i)
+  %1712 = getelementptr inbounds nuw i8, ptr %1702, i64 1024
+  %1713 = load float, ptr %1712, align 4, !tbaa !5
+  %1714 = insertelement <16 x float> poison, float %1713, i64 0
+  %1715 = shufflevector <16 x float> %1714, <16 x float> poison, <16 x i32> zeroinitializer
+  %1716 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1715, <16 x float> %scores_global563.sroa.8.1764.2.i)
+  %1717 = getelementptr inbounds nuw i8, ptr %1702, i64 1536
+  %1718 = load float, ptr %1717, align 4, !tbaa !5
+  %1719 = insertelement <16 x float> poison, float %1718, i64 0
+  %1720 = shufflevector <16 x float> %1719, <16 x float> poison, <16 x i32> zeroinitializer
+  %1721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1720, <16 x float> %scores_global563.sroa.12.1763.2.i)
+  %1722 = getelementptr inbounds nuw i8, ptr %1702, i64 2048
+  %1723 = load float, ptr %1722, align 4, !tbaa !5
+  %1724 = insertelement <16 x float> poison, float %1723, i64 0
+  %1725 = shufflevector <16 x float> %1724, <16 x float> poison, <16 x i32> zeroinitializer
+  %1726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1725, <16 x float> %scores_global563.sroa.16.1762.2.i)
+  %1727 = getelementptr inbounds nuw i8, ptr %1702, i64 2560
+  %1728 = load float, ptr %1727, align 4, !tbaa !5
+  %1729 = insertelement <16 x float> poison, float %1728, i64 0
+  %1730 = shufflevector <16 x float> %1729, <16 x float> poison, <16 x i32> zeroinitializer
+  %1731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1730, <16 x float> %scores_global563.sroa.20.1761.2.i)
+  %1732 = getelementptr inbounds nuw i8, ptr %1702, i64 3072
+  %1733 = load float, ptr %1732, align 4, !tbaa !5
+  %1734 = insertelement <16 x float> poison, float %1733, i64 0
+  %1735 = shufflevector <16 x float> %1734, <16 x float> poison, <16 x i32> zeroinitializer
+  %1736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1735, <16 x float> %scores_global563.sroa.24.1760.2.i)
+  %1737 = getelementptr inbounds nuw i8, ptr %1702, i64 3584
+  %1738 = load float, ptr %1737, align 4, !tbaa !5
+  %1739 = insertelement <16 x float> poison, float %1738, i64 0
+  %1740 = shufflevector <16 x float> %1739, <16 x float> poison, <16 x i32> zeroinitializer
+  %1741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1740, <16 x float> %scores_global563.sroa.28.1759.2.i)
+  %1742 = getelementptr i8, ptr %gep145, i64 4160
+  %1743 = load <16 x float>, ptr %1742, align 4, !tbaa !5
+  %1744 = getelementptr inbounds nuw i8, ptr %1702, i64 64
+  %1745 = load float, ptr %1744, align 4, !tbaa !5
+  %1746 = insertelement <16 x float> poison, float %1745, i64 0
+  %1747 = shufflevector <16 x float> %1746, <16 x float> poison, <16 x i32> zeroinitializer
+  %1748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1747, <16 x float> %1706)
+  %1749 = getelementptr inbounds nuw i8, ptr %1702, i64 576
+  %1750 = load float, ptr %1749, align 4, !tbaa !5
+  %1751 = insertelement <16 x float> poison, float %1750, i64 0
+  %1752 = shufflevector <16 x float> %1751, <16 x float> poison, <16 x i32> zeroinitializer
+  %1753 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1752, <16 x float> %1711)
+  %1754 = getelementptr inbounds nuw i8, ptr %1702, i64 1088
+  %1755 = load float, ptr %1754, align 4, !tbaa !5
+  %1756 = insertelement <16 x float> poison, float %1755, i64 0
+  %1757 = shufflevector <16 x float> %1756, <16 x float> poison, <16 x i32> zeroinitializer
+  %1758 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1757, <16 x float> %1716)
+  %1759 = getelementptr inbounds nuw i8, ptr %1702, i64 1600
+  %1760 = load float, ptr %1759, align 4, !tbaa !5
+  %1761 = insertelement <16 x float> poison, float %1760, i64 0
+  %1762 = shufflevector <16 x float> %1761, <16 x float> poison, <16 x i32> zeroinitializer
+  %1763 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1762, <16 x float> %1721)
+  %1764 = getelementptr inbounds nuw i8, ptr %1702, i64 2112
+  %1765 = load float, ptr %1764, align 4, !tbaa !5
+  %1766 = insertelement <16 x float> poison, float %1765, i64 0
+  %1767 = shufflevector <16 x float> %1766, <16 x float> poison, <16 x i32> zeroinitializer
+  %1768 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1767, <16 x float> %1726)
+  %1769 = getelementptr inbounds nuw i8, ptr %1702, i64 2624
+  %1770 = load float, ptr %1769, align 4, !tbaa !5
+  %1771 = insertelement <16 x float> poison, float %1770, i64 0
+  %1772 = shufflevector <16 x float> %1771, <16 x float> poison, <16 x i32> zeroinitializer
+  %1773 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1772, <16 x float> %1731)
+  %1774 = getelementptr inbounds nuw i8, ptr %1702, i64 3136
+  %1775 = load float, ptr %1774, align 4, !tbaa !5
+  %1776 = insertelement <16 x float> poison, float %1775, i64 0
+  %1777 = shufflevector <16 x float> %1776, <16 x float> poison, <16 x i32> zeroinitializer
+  %1778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1777, <16 x float> %1736)
+  %1779 = getelementptr inbounds nuw i8, ptr %1702, i64 3648
+  %1780 = load float, ptr %1779, align 4, !tbaa !5
+  %1781 = insertelement <16 x float> poison, float %1780, i64 0
+  %1782 = shufflevector <16 x float> %1781, <16 x float> poison, <16 x i32> zeroinitializer
+  %1783 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1782, <16 x float> %1741)
+  %indvars.iv.next979.2.i = add nuw nsw i64 %indvars.iv978.2.i, 1
+  %exitcond982.2.not.i = icmp eq i64 %indvars.iv.next979.2.i, 16
+  br i1 %exitcond982.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !28
+
+for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
+  %1784 = getelementptr inbounds nuw i8, ptr %1530, i64 384
+  br label %for_begin_d_2.preheader.3.i
+
+for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
+  %indvars.iv978.3.i = phi i64 [ %indvars.iv.next979.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global563.sroa.0.1766.3.i = phi <16 x float> [ %1833, %for_begin_d_2.preheader.3.i ], [ %1748, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global563.sroa.4.1765.3.i = phi <16 x float> [ %1838, %for_begin_d_2.preheader.3.i ], [ %1753, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global563.sroa.8.1764.3.i = phi <16 x float> [ %1843, %for_begin_d_2.preheader.3.i ], [ %1758, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global563.sroa.12.1763.3.i = phi <16 x float> [ %1848, %for_begin_d_2.preheader.3.i ], [ %1763, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global563.sroa.16.1762.3.i = phi <16 x float> [ %1853, %for_begin_d_2.preheader.3.i ], [ %1768, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global563.sroa.20.1761.3.i = phi <16 x float> [ %1858, %for_begin_d_2.preheader.3.i ], [ %1773, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global563.sroa.24.1760.3.i = phi <16 x float> [ %1863, %for_begin_d_2.preheader.3.i ], [ %1778, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global563.sroa.28.1759.3.i = phi <16 x float> [ %1868, %for_begin_d_2.preheader.3.i ], [ %1783, %for_begin_d_2.preheader.3.i.preheader ]
+  %.idx74 = shl i64 %indvars.iv978.3.i, 7
+  %gep147 = getelementptr i8, ptr %invariant.gep, i64 %.idx74
+  %1785 = getelementptr i8, ptr %gep147, i64 6144
+  %1786 = load <16 x float>, ptr %1785, align 4, !tbaa !5
+  %1787 = getelementptr inbounds nuw float, ptr %1784, i64 %indvars.iv978.3.i
+  %1788 = load float, ptr %1787, align 4, !tbaa !5
+  %1789 = insertelement <16 x float> poison, float %1788, i64 0
+  %1790 = shufflevector <16 x float> %1789, <16 x float> poison, <16 x i32> zeroinitializer
+  %1791 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1790, <16 x float> %scores_global563.sroa.0.1766.3.i)
+  %1792 = getelementptr inbounds nuw i8, ptr %1787, i64 512
+  %1793 = load float, ptr %1792, align 4, !tbaa !5
+  %1794 = insertelement <16 x float> poison, float %1793, i64 0
+  %1795 = shufflevector <16 x float> %1794, <16 x float> poison, <16 x i32> zeroinitializer
+  %1796 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1795, <16 x float> %scores_global563.sroa.4.1765.3.i)
+  %1797 = getelementptr inbounds nuw i8, ptr %1787, i64 1024
+  %1798 = load float, ptr %1797, align 4, !tbaa !5
+  %1799 = insertelement <16 x float> poison, float %1798, i64 0
+  %1800 = shufflevector <16 x float> %1799, <16 x float> poison, <16 x i32> zeroinitializer
+  %1801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1800, <16 x float> %scores_global563.sroa.8.1764.3.i)
+  %1802 = getelementptr inbounds nuw i8, ptr %1787, i64 1536
+  %1803 = load float, ptr %1802, align 4, !tbaa !5
+  %1804 = insertelement <16 x float> poison, float %1803, i64 0
+  %1805 = shufflevector <16 x float> %1804, <16 x float> poison, <16 x i32> zeroinitializer
+  %1806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1805, <16 x float> %scores_global563.sroa.12.1763.3.i)
+  %1807 = getelementptr inbounds nuw i8, ptr %1787, i64 2048
+  %1808 = load float, ptr %1807, align 4, !tbaa !5
+  %1809 = insertelement <16 x float> poison, float %1808, i64 0
+  %1810 = shufflevector <16 x float> %1809, <16 x float> poison, <16 x i32> zeroinitializer
+  %1811 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1810, <16 x float> %scores_global563.sroa.16.1762.3.i)
+  %1812 = getelementptr inbounds nuw i8, ptr %1787, i64 2560
+  %1813 = load float, ptr %1812, align 4, !tbaa !5
+  %1814 = insertelement <16 x float> poison, float %1813, i64 0
+  %1815 = shufflevector <16 x float> %1814, <16 x float> poison, <16 x i32> zeroinitializer
+  %1816 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1815, <16 x float> %scores_global563.sroa.20.1761.3.i)
+  %1817 = getelementptr inbounds nuw i8, ptr %1787, i64 3072
+  %1818 = load float, ptr %1817, align 4, !tbaa !5
+  %1819 = insertelement <16 x float> poison, float %1818, i64 0
+  %1820 = shufflevector <16 x float> %1819, <16 x float> poison, <16 x i32> zeroinitializer
+  %1821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1820, <16 x float> %scores_global563.sroa.24.1760.3.i)
+  %1822 = getelementptr inbounds nuw i8, ptr %1787, i64 3584
+  %1823 = load float, ptr %1822, align 4, !tbaa !5
+  %1824 = insertelement <16 x float> poison, float %1823, i64 0
+  %1825 = shufflevector <16 x float> %1824, <16 x float> poison, <16 x i32> zeroinitializer
+  %1826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1825, <16 x float> %scores_global563.sroa.28.1759.3.i)
+  %1827 = getelementptr i8, ptr %gep147, i64 6208
+  %1828 = load <16 x float>, ptr %1827, align 4, !tbaa !5
+  %1829 = getelementptr inbounds nuw i8, ptr %1787, i64 64
+  %1830 = load float, ptr %1829, align 4, !tbaa !5
+  %1831 = insertelement <16 x float> poison, float %1830, i64 0
+  %1832 = shufflevector <16 x float> %1831, <16 x float> poison, <16 x i32> zeroinitializer
+  %1833 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1832, <16 x float> %1791)
+  %1834 = getelementptr inbounds nuw i8, ptr %1787, i64 576
+  %1835 = load float, ptr %1834, align 4, !tbaa !5
+  %1836 = insertelement <16 x float> poison, float %1835, i64 0
+  %1837 = shufflevector <16 x float> %1836, <16 x float> poison, <16 x i32> zeroinitializer
+  %1838 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1837, <16 x float> %1796)
+  %1839 = getelementptr inbounds nuw i8, ptr %1787, i64 1088
+  %1840 = load float, ptr %1839, align 4, !tbaa !5
+  %1841 = insertelement <16 x float> poison, float %1840, i64 0
+  %1842 = shufflevector <16 x float> %1841, <16 x float> poison, <16 x i32> zeroinitializer
+  %1843 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1842, <16 x float> %1801)
+  %1844 = getelementptr inbounds nuw i8, ptr %1787, i64 1600
+  %1845 = load float, ptr %1844, align 4, !tbaa !5
+  %1846 = insertelement <16 x float> poison, float %1845, i64 0
+  %1847 = shufflevector <16 x float> %1846, <16 x float> poison, <16 x i32> zeroinitializer
+  %1848 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1847, <16 x float> %1806)
+  %1849 = getelementptr inbounds nuw i8, ptr %1787, i64 2112
+  %1850 = load float, ptr %1849, align 4, !tbaa !5
+  %1851 = insertelement <16 x float> poison, float %1850, i64 0
+  %1852 = shufflevector <16 x float> %1851, <16 x float> poison, <16 x i32> zeroinitializer
+  %1853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1852, <16 x float> %1811)
+  %1854 = getelementptr inbounds nuw i8, ptr %1787, i64 2624
+  %1855 = load float, ptr %1854, align 4, !tbaa !5
+  %1856 = insertelement <16 x float> poison, float %1855, i64 0
+  %1857 = shufflevector <16 x float> %1856, <16 x float> poison, <16 x i32> zeroinitializer
+  %1858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1857, <16 x float> %1816)
+  %1859 = getelementptr inbounds nuw i8, ptr %1787, i64 3136
+  %1860 = load float, ptr %1859, align 4, !tbaa !5
+  %1861 = insertelement <16 x float> poison, float %1860, i64 0
+  %1862 = shufflevector <16 x float> %1861, <16 x float> poison, <16 x i32> zeroinitializer
+  %1863 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1862, <16 x float> %1821)
+  %1864 = getelementptr inbounds nuw i8, ptr %1787, i64 3648
+  %1865 = load float, ptr %1864, align 4, !tbaa !5
+  %1866 = insertelement <16 x float> poison, float %1865, i64 0
+  %1867 = shufflevector <16 x float> %1866, <16 x float> poison, <16 x i32> zeroinitializer
+  %1868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1867, <16 x float> %1826)
+  %indvars.iv.next979.3.i = add nuw nsw i64 %indvars.iv978.3.i, 1
+  %exitcond982.3.not.i = icmp eq i64 %indvars.iv.next979.3.i, 16
+  br i1 %exitcond982.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !28
+
+for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
+  %.idx1183.i = shl nsw i64 %indvars.iv987.i, 9
+  %1869 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1183.i
+  store <16 x float> %1833, ptr %1869, align 4, !tbaa !5
+  %1870 = getelementptr inbounds nuw i8, ptr %1869, i64 64
+  store <16 x float> %1838, ptr %1870, align 4, !tbaa !5
+  %1871 = getelementptr inbounds nuw i8, ptr %1869, i64 128
+  store <16 x float> %1843, ptr %1871, align 4, !tbaa !5
+  %1872 = getelementptr inbounds nuw i8, ptr %1869, i64 192
+  store <16 x float> %1848, ptr %1872, align 4, !tbaa !5
+  %1873 = getelementptr inbounds nuw i8, ptr %1869, i64 256
+  store <16 x float> %1853, ptr %1873, align 4, !tbaa !5
+  %1874 = getelementptr inbounds nuw i8, ptr %1869, i64 320
+  store <16 x float> %1858, ptr %1874, align 4, !tbaa !5
+  %1875 = getelementptr inbounds nuw i8, ptr %1869, i64 384
+  store <16 x float> %1863, ptr %1875, align 4, !tbaa !5
+  %1876 = getelementptr inbounds nuw i8, ptr %1869, i64 448
+  store <16 x float> %1868, ptr %1876, align 4, !tbaa !5
+  %indvars.iv.next988.i = add nuw nsw i64 %indvars.iv987.i, 1
+  %exitcond991.not.i = icmp eq i64 %indvars.iv.next988.i, %wide.trip.count990.i
+  br i1 %exitcond991.not.i, label %for_begin_to200.preheader.i, label %for_begin_d_0.preheader.i, !prof !13
+
+for_begin_ti205.preheader.i:                      ; preds = %for_begin_ti205.preheader.i, %for_begin_to200.preheader.i
+  %indvars.iv996.i = phi i64 [ 0, %for_begin_to200.preheader.i ], [ %indvars.iv.next997.i, %for_begin_ti205.preheader.i ]
+  %1877 = shl nsw i64 %indvars.iv996.i, 7
+  %1878 = shl nsw i64 %indvars.iv996.i, 3
+  %1879 = add nsw i64 %1878, %701
+  %1880 = trunc i64 %1879 to i32
+  %1881 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1877
+  %1882 = load <16 x float>, ptr %1881, align 4, !tbaa !5
+  %1883 = fmul <16 x float> %369, %1882
+  %1884 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
+  %1885 = insertelement <16 x i32> poison, i32 %1880, i64 0
+  %1886 = shufflevector <16 x i32> %1885, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1887 = icmp slt <16 x i32> %1886, %1884
+  %1888 = select <16 x i1> %1887, <16 x float> %1883, <16 x float> splat (float 0xFFF0000000000000)
+  %1889 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1877
+  store <16 x float> %1888, ptr %1889, align 4, !tbaa !5
+  %1890 = or disjoint i64 %1877, 16
+  %1891 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1890
+  %1892 = load <16 x float>, ptr %1891, align 4, !tbaa !5
+  %1893 = fmul <16 x float> %369, %1892
+  %1894 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
+  %1895 = or i32 %1880, 1
+  %1896 = insertelement <16 x i32> poison, i32 %1895, i64 0
+  %1897 = shufflevector <16 x i32> %1896, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1898 = icmp slt <16 x i32> %1897, %1894
+  %1899 = select <16 x i1> %1898, <16 x float> %1893, <16 x float> splat (float 0xFFF0000000000000)
+  %1900 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1890
+  store <16 x float> %1899, ptr %1900, align 4, !tbaa !5
+  %1901 = or disjoint i64 %1877, 32
+  %1902 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1901
+  %1903 = load <16 x float>, ptr %1902, align 4, !tbaa !5
+  %1904 = fmul <16 x float> %369, %1903
+  %1905 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
+  %1906 = or i32 %1880, 2
+  %1907 = insertelement <16 x i32> poison, i32 %1906, i64 0
+  %1908 = shufflevector <16 x i32> %1907, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1909 = icmp slt <16 x i32> %1908, %1905
+  %1910 = select <16 x i1> %1909, <16 x float> %1904, <16 x float> splat (float 0xFFF0000000000000)
+  %1911 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1901
+  store <16 x float> %1910, ptr %1911, align 4, !tbaa !5
+  %1912 = or disjoint i64 %1877, 48
+  %1913 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1912
+  %1914 = load <16 x float>, ptr %1913, align 4, !tbaa !5
+  %1915 = fmul <16 x float> %369, %1914
+  %1916 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
+  %1917 = or i32 %1880, 3
+  %1918 = insertelement <16 x i32> poison, i32 %1917, i64 0
+  %1919 = shufflevector <16 x i32> %1918, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1920 = icmp slt <16 x i32> %1919, %1916
+  %1921 = select <16 x i1> %1920, <16 x float> %1915, <16 x float> splat (float 0xFFF0000000000000)
+  %1922 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1912
+  store <16 x float> %1921, ptr %1922, align 4, !tbaa !5
+  %1923 = or disjoint i64 %1877, 64
+  %1924 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1923
+  %1925 = load <16 x float>, ptr %1924, align 4, !tbaa !5
+  %1926 = fmul <16 x float> %369, %1925
+  %1927 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
+  %1928 = or i32 %1880, 4
+  %1929 = insertelement <16 x i32> poison, i32 %1928, i64 0
+  %1930 = shufflevector <16 x i32> %1929, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1931 = icmp slt <16 x i32> %1930, %1927
+  %1932 = select <16 x i1> %1931, <16 x float> %1926, <16 x float> splat (float 0xFFF0000000000000)
+  %1933 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1923
+  store <16 x float> %1932, ptr %1933, align 4, !tbaa !5
+  %1934 = or disjoint i64 %1877, 80
+  %1935 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1934
+  %1936 = load <16 x float>, ptr %1935, align 4, !tbaa !5
+  %1937 = fmul <16 x float> %369, %1936
+  %1938 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
+  %1939 = or i32 %1880, 5
+  %1940 = insertelement <16 x i32> poison, i32 %1939, i64 0
+  %1941 = shufflevector <16 x i32> %1940, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1942 = icmp slt <16 x i32> %1941, %1938
+  %1943 = select <16 x i1> %1942, <16 x float> %1937, <16 x float> splat (float 0xFFF0000000000000)
+  %1944 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1934
+  store <16 x float> %1943, ptr %1944, align 4, !tbaa !5
+  %1945 = or disjoint i64 %1877, 96
+  %1946 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1945
+  %1947 = load <16 x float>, ptr %1946, align 4, !tbaa !5
+  %1948 = fmul <16 x float> %369, %1947
+  %1949 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
+  %1950 = or i32 %1880, 6
+  %1951 = insertelement <16 x i32> poison, i32 %1950, i64 0
+  %1952 = shufflevector <16 x i32> %1951, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1953 = icmp slt <16 x i32> %1952, %1949
+  %1954 = select <16 x i1> %1953, <16 x float> %1948, <16 x float> splat (float 0xFFF0000000000000)
+  %1955 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1945
+  store <16 x float> %1954, ptr %1955, align 4, !tbaa !5
+  %1956 = or disjoint i64 %1877, 112
+  %1957 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1956
+  %1958 = load <16 x float>, ptr %1957, align 4, !tbaa !5
+  %1959 = fmul <16 x float> %369, %1958
+  %1960 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
+  %1961 = or i32 %1880, 7
+  %1962 = insertelement <16 x i32> poison, i32 %1961, i64 0
+  %1963 = shufflevector <16 x i32> %1962, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1964 = icmp slt <16 x i32> %1963, %1960
+  %1965 = select <16 x i1> %1964, <16 x float> %1959, <16 x float> splat (float 0xFFF0000000000000)
+  %1966 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1956
+  store <16 x float> %1965, ptr %1966, align 4, !tbaa !5
+  %indvars.iv.next997.i = add nuw nsw i64 %indvars.iv996.i, 1
+  %exitcond1000.not.i = icmp eq i64 %indvars.iv.next997.i, %wide.trip.count990.i
+  br i1 %exitcond1000.not.i, label %for_end_to202.i, label %for_begin_ti205.preheader.i, !prof !13
+
+for_end_to202.i:                                  ; preds = %for_begin_ti205.preheader.i, %if_then191.i
+  br i1 %134, label %if_then210.i, label %if_end211.i, !prof !8
+
+if_then210.i:                                     ; preds = %for_end_to202.i
+  %1967 = trunc nsw i64 %1517 to i32
+  %1968 = urem i32 %1967, %113
+  %1969 = shl nuw nsw i32 %1968, 4
+  %1970 = sub nsw i32 %111, %1969
+  %1971 = tail call i32 @llvm.smin.i32(i32 %1970, i32 16)
+  %1972 = icmp sgt i32 %1970, 0
+  br i1 %1972, label %for_body_r213.lr.ph.i, label %if_end211.i, !prof !3
+
+for_body_r213.lr.ph.i:                            ; preds = %if_then210.i
+  %1973 = icmp sgt i32 %valid_len194.i, %763
+  %1974 = zext nneg i32 %1968 to i64
+  %1975 = shl nuw nsw i64 %1974, 2
+  br i1 %1973, label %for_body_r213.us.preheader.i, label %if_end211.i, !prof !3
+
+for_body_r213.us.preheader.i:                     ; preds = %for_body_r213.lr.ph.i
+  %1976 = add i32 %indvars.iv229, %1520
+  %smin231 = tail call i32 @llvm.smin.i32(i32 %indvars.iv217, i32 %1976)
+  %smin232 = tail call i32 @llvm.smin.i32(i32 %smin231, i32 128)
+  %1977 = sub i32 %smin232, %smax234
+  %1978 = zext i32 %1977 to i64
+  %smin450 = tail call i32 @llvm.smin.i32(i32 %674, i32 %1976)
+  %smin451 = tail call i32 @llvm.smin.i32(i32 %smin450, i32 128)
+  %1979 = sub i32 %smin451, %smax446
+  %1980 = zext i32 %1979 to i64
+  %1981 = add nsw i64 %1980, -1
+  %smin470 = tail call i32 @llvm.smin.i32(i32 %668, i32 %1976)
+  %smin471 = tail call i32 @llvm.smin.i32(i32 %smin470, i32 128)
+  %1982 = sub i32 %smin471, %smax466
+  %1983 = zext i32 %1982 to i64
+  %scevgep472 = getelementptr i8, ptr %scevgep465, i64 %1983
+  %scevgep474 = getelementptr i8, ptr %scaled.i, i64 %671
+  %scevgep475 = getelementptr i8, ptr %scaled.i, i64 -60
+  %scevgep476 = getelementptr i8, ptr %scevgep475, i64 %671
+  %1984 = shl nuw nsw i64 %1983, 6
+  %smin486 = tail call i32 @llvm.smin.i32(i32 %661, i32 %1976)
+  %smin487 = tail call i32 @llvm.smin.i32(i32 %smin486, i32 128)
+  %1985 = sub i32 %smin487, %smax482
+  %1986 = zext i32 %1985 to i64
+  %min.iters.check489 = icmp ult i32 %1985, 24
+  %1987 = trunc i64 %1981 to i32
+  %mul.result455 = shl i32 %1987, 4
+  %1988 = icmp ugt i64 %1981, 268435455
+  %mul.result459 = shl nsw i64 %1981, 6
+  %smax477 = tail call i32 @llvm.smax.i32(i32 %1971, i32 1)
+  %1989 = add nsw i32 %smax477, -1
+  %1990 = zext nneg i32 %1989 to i64
+  %1991 = shl nuw nsw i64 %1990, 2
+  %1992 = getelementptr i8, ptr %scevgep476, i64 %1984
+  %scevgep478 = getelementptr i8, ptr %1992, i64 %1991
+  %n.vec492 = and i64 %1986, 4294967288
+  %cmp.n505 = icmp eq i64 %n.vec492, %1986
+  %xtraiter627 = and i64 %1986, 3
+  %lcmp.mod628.not = icmp eq i64 %xtraiter627, 0
+  br label %for_body_r213.us.i
+
+for_body_r213.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r213.us.preheader.i
+  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r213.us.preheader.i ]
+  %r216781.us.i = phi i32 [ %2057, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r213.us.preheader.i ]
+  %1993 = lshr i32 %r216781.us.i, 2
+  %1994 = zext nneg i32 %1993 to i64
+  %1995 = add nuw nsw i64 %1975, %1994
+  %1996 = mul nsw i64 %1995, %371
+  %1997 = getelementptr i8, ptr %769, i64 %1996
+  br i1 %min.iters.check489, label %for_body_c.us.i.preheader, label %vector.scevcheck445, !prof !16
+
+vector.scevcheck445:                              ; preds = %for_body_r213.us.i
+  %1998 = add i64 %indvar, %678
+  %1999 = shl i64 %1998, 2
+  %scevgep457 = getelementptr i8, ptr %scaled.i, i64 %1999
+  %2000 = add i32 %677, %r216781.us.i
+  %2001 = add i32 %2000, %mul.result455
+  %2002 = icmp slt i32 %2001, %2000
+  %2003 = or i1 %2002, %1988
+  %2004 = getelementptr i8, ptr %scevgep457, i64 %mul.result459
+  %2005 = icmp ult ptr %2004, %scevgep457
+  %2006 = or i1 %2005, %2003
+  br i1 %2006, label %for_body_c.us.i.preheader, label %vector.memcheck461, !prof !16
+
+vector.memcheck461:                               ; preds = %vector.scevcheck445
+  %scevgep473 = getelementptr i8, ptr %scevgep472, i64 %1996
+  %bound0479 = icmp ult ptr %1997, %scevgep478
+  %bound1480 = icmp ult ptr %scevgep474, %scevgep473
+  %found.conflict481 = and i1 %bound0479, %bound1480
+  br i1 %found.conflict481, label %for_body_c.us.i.preheader, label %vector.ph490, !prof !16
+
+vector.ph490:                                     ; preds = %vector.memcheck461
+  %broadcast.splatinsert493 = insertelement <8 x i32> poison, i32 %r216781.us.i, i64 0
+  %broadcast.splat494 = shufflevector <8 x i32> %broadcast.splatinsert493, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body497
+
+vector.body497:                                   ; preds = %vector.body497, %vector.ph490
+  %index498 = phi i64 [ 0, %vector.ph490 ], [ %index.next502, %vector.body497 ]
+  %vec.ind499 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph490 ], [ %vec.ind.next503, %vector.body497 ]
+  %2007 = getelementptr i8, ptr %1997, i64 %index498
+  %wide.load500 = load <8 x i8>, ptr %2007, align 1, !tbaa !5, !alias.scope !55, !noalias !58
+  %2008 = icmp ne <8 x i8> %wide.load500, zeroinitializer
+  %2009 = add <8 x i32> %broadcast.splat496, %vec.ind499
+  %2010 = shl <8 x i32> %2009, splat (i32 4)
+  %2011 = add nsw <8 x i32> %2010, %broadcast.splat494
+  %2012 = sext <8 x i32> %2011 to <8 x i64>
+  %2013 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %2012
+  %wide.masked.gather501 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2013, <8 x i1> %2008, <8 x float> poison), !tbaa !5, !alias.scope !58
+  %predphi = select <8 x i1> %2008, <8 x float> %wide.masked.gather501, <8 x float> splat (float 0xFFF0000000000000)
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2013, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !58
+  %index.next502 = add nuw i64 %index498, 8
+  %vec.ind.next503 = add <8 x i32> %vec.ind499, splat (i32 8)
+  %2014 = icmp eq i64 %index.next502, %n.vec492
+  br i1 %2014, label %middle.block504, label %vector.body497, !prof !60, !llvm.loop !61
+
+middle.block504:                                  ; preds = %vector.body497
+  br i1 %cmp.n505, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !63
+
+for_body_c.us.i.preheader:                        ; preds = %middle.block504, %vector.memcheck461, %vector.scevcheck445, %for_body_r213.us.i
+  %indvars.iv1001.i.ph = phi i64 [ 0, %vector.memcheck461 ], [ 0, %vector.scevcheck445 ], [ 0, %for_body_r213.us.i ], [ %n.vec492, %middle.block504 ]
+  br i1 %lcmp.mod628.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
+
+for_body_c.us.i.prol:                             ; preds = %if_end219.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv1001.i.prol = phi i64 [ %indvars.iv.next1002.i.prol, %if_end219.us.i.prol ], [ %indvars.iv1001.i.ph, %for_body_c.us.i.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %if_end219.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
+  %2015 = getelementptr i8, ptr %1997, i64 %indvars.iv1001.i.prol
+  %2016 = load i8, ptr %2015, align 1, !tbaa !5
+  %2017 = icmp eq i8 %2016, 0
+  %2018 = trunc i64 %indvars.iv1001.i.prol to i32
+  %.pre1144.i.prol = add i32 %763, %2018
+  %.pre1146.i.prol = shl i32 %.pre1144.i.prol, 4
+  %.pre1148.i.prol = add nsw i32 %.pre1146.i.prol, %r216781.us.i
+  %.pre1150.i.prol = sext i32 %.pre1148.i.prol to i64
+  br i1 %2017, label %if_end219.us.i.prol, label %if_else218.us.i.prol
+
+if_else218.us.i.prol:                             ; preds = %for_body_c.us.i.prol
+  %2019 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.prol
+  %2020 = load float, ptr %2019, align 4, !tbaa !5
+  br label %if_end219.us.i.prol
+
+if_end219.us.i.prol:                              ; preds = %if_else218.us.i.prol, %for_body_c.us.i.prol
+  %2021 = phi float [ %2020, %if_else218.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
+  %2022 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.prol
+  store float %2021, ptr %2022, align 4, !tbaa !5
+  %indvars.iv.next1002.i.prol = add nuw nsw i64 %indvars.iv1001.i.prol, 1
+  %prol.iter.next = add i64 %prol.iter, 1
+  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter627
+  br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !64, !llvm.loop !65
+
+for_body_c.us.i.prol.loopexit:                    ; preds = %if_end219.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv1001.i.unr = phi i64 [ %indvars.iv1001.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next1002.i.prol, %if_end219.us.i.prol ]
+  %2023 = sub nsw i64 %indvars.iv1001.i.ph, %1986
+  %2024 = icmp ugt i64 %2023, -4
+  br i1 %2024, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
+
+for_body_c.us.i:                                  ; preds = %if_end219.us.i.3, %for_body_c.us.i.prol.loopexit
+  %indvars.iv1001.i = phi i64 [ %indvars.iv.next1002.i.3, %if_end219.us.i.3 ], [ %indvars.iv1001.i.unr, %for_body_c.us.i.prol.loopexit ]
+  %2025 = getelementptr i8, ptr %1997, i64 %indvars.iv1001.i
+  %2026 = load i8, ptr %2025, align 1, !tbaa !5
+  %2027 = icmp eq i8 %2026, 0
+  %2028 = trunc i64 %indvars.iv1001.i to i32
+  %.pre1144.i = add i32 %763, %2028
+  %.pre1146.i = shl i32 %.pre1144.i, 4
+  %.pre1148.i = add nsw i32 %.pre1146.i, %r216781.us.i
+  %.pre1150.i = sext i32 %.pre1148.i to i64
+  br i1 %2027, label %if_end219.us.i, label %if_else218.us.i
+
+if_else218.us.i:                                  ; preds = %for_body_c.us.i
+  %2029 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i
+  %2030 = load float, ptr %2029, align 4, !tbaa !5
+  br label %if_end219.us.i
+
+if_end219.us.i:                                   ; preds = %if_else218.us.i, %for_body_c.us.i
+  %2031 = phi float [ %2030, %if_else218.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
+  %2032 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i
+  store float %2031, ptr %2032, align 4, !tbaa !5
+  %indvars.iv.next1002.i = add nuw nsw i64 %indvars.iv1001.i, 1
+  %2033 = getelementptr i8, ptr %1997, i64 %indvars.iv.next1002.i
+  %2034 = load i8, ptr %2033, align 1, !tbaa !5
+  %2035 = icmp eq i8 %2034, 0
+  %2036 = trunc i64 %indvars.iv.next1002.i to i32
+  %.pre1144.i.1 = add i32 %763, %2036
+  %.pre1146.i.1 = shl i32 %.pre1144.i.1, 4
+  %.pre1148.i.1 = add nsw i32 %.pre1146.i.1, %r216781.us.i
+  %.pre1150.i.1 = sext i32 %.pre1148.i.1 to i64
+  br i1 %2035, label %if_end219.us.i.1, label %if_else218.us.i.1
+
+if_else218.us.i.1:                                ; preds = %if_end219.us.i
+  %2037 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.1
+  %2038 = load float, ptr %2037, align 4, !tbaa !5
+  br label %if_end219.us.i.1
+
+if_end219.us.i.1:                                 ; preds = %if_else218.us.i.1, %if_end219.us.i
+  %2039 = phi float [ %2038, %if_else218.us.i.1 ], [ 0xFFF0000000000000, %if_end219.us.i ]
+  %2040 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.1
+  store float %2039, ptr %2040, align 4, !tbaa !5
+  %indvars.iv.next1002.i.1 = add nuw nsw i64 %indvars.iv1001.i, 2
+  %2041 = getelementptr i8, ptr %1997, i64 %indvars.iv.next1002.i.1
+  %2042 = load i8, ptr %2041, align 1, !tbaa !5
+  %2043 = icmp eq i8 %2042, 0
+  %2044 = trunc i64 %indvars.iv.next1002.i.1 to i32
+  %.pre1144.i.2 = add i32 %763, %2044
+  %.pre1146.i.2 = shl i32 %.pre1144.i.2, 4
+  %.pre1148.i.2 = add nsw i32 %.pre1146.i.2, %r216781.us.i
+  %.pre1150.i.2 = sext i32 %.pre1148.i.2 to i64
+  br i1 %2043, label %if_end219.us.i.2, label %if_else218.us.i.2
+
+if_else218.us.i.2:                                ; preds = %if_end219.us.i.1
+  %2045 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.2
+  %2046 = load float, ptr %2045, align 4, !tbaa !5
+  br label %if_end219.us.i.2
+
+if_end219.us.i.2:                                 ; preds = %if_else218.us.i.2, %if_end219.us.i.1
+  %2047 = phi float [ %2046, %if_else218.us.i.2 ], [ 0xFFF0000000000000, %if_end219.us.i.1 ]
+  %2048 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.2
+  store float %2047, ptr %2048, align 4, !tbaa !5
+  %indvars.iv.next1002.i.2 = add nuw nsw i64 %indvars.iv1001.i, 3
+  %2049 = getelementptr i8, ptr %1997, i64 %indvars.iv.next1002.i.2
+  %2050 = load i8, ptr %2049, align 1, !tbaa !5
+  %2051 = icmp eq i8 %2050, 0
+  %2052 = trunc i64 %indvars.iv.next1002.i.2 to i32
+  %.pre1144.i.3 = add i32 %763, %2052
+  %.pre1146.i.3 = shl i32 %.pre1144.i.3, 4
+  %.pre1148.i.3 = add nsw i32 %.pre1146.i.3, %r216781.us.i
+  %.pre1150.i.3 = sext i32 %.pre1148.i.3 to i64
+  br i1 %2051, label %if_end219.us.i.3, label %if_else218.us.i.3
+
+if_else218.us.i.3:                                ; preds = %if_end219.us.i.2
+  %2053 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.3
+  %2054 = load float, ptr %2053, align 4, !tbaa !5
+  br label %if_end219.us.i.3
+
+if_end219.us.i.3:                                 ; preds = %if_else218.us.i.3, %if_end219.us.i.2
+  %2055 = phi float [ %2054, %if_else218.us.i.3 ], [ 0xFFF0000000000000, %if_end219.us.i.2 ]
+  %2056 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.3
+  store float %2055, ptr %2056, align 4, !tbaa !5
+  %indvars.iv.next1002.i.3 = add nuw nsw i64 %indvars.iv1001.i, 4
+  %exitcond233.not.3 = icmp eq i64 %indvars.iv.next1002.i.3, %1978
+  br i1 %exitcond233.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !66, !llvm.loop !67
+
+for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end219.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block504
+  %2057 = add nuw nsw i32 %r216781.us.i, 1
+  %2058 = icmp slt i32 %2057, %1971
+  %indvar.next = add i64 %indvar, 1
+  br i1 %2058, label %for_body_r213.us.i, label %if_end211.i, !prof !68
+
+if_end211.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r213.lr.ph.i, %if_then210.i, %for_end_to202.i
+  br i1 %1526, label %for_begin_ti225.preheader.preheader.i, label %for_end_to222.i, !prof !3
+
+for_begin_ti225.preheader.preheader.i:            ; preds = %if_end211.i
+  %wide.trip.count1011.i = zext nneg i32 %1525 to i64
+  br label %for_begin_ti225.preheader.i
+
+for_begin_ti225.preheader.i:                      ; preds = %for_begin_ti225.preheader.i, %for_begin_ti225.preheader.preheader.i
+  %indvars.iv1008.i = phi i64 [ 0, %for_begin_ti225.preheader.preheader.i ], [ %indvars.iv.next1009.i, %for_begin_ti225.preheader.i ]
+  %peak562.sroa.0.0784.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti225.preheader.preheader.i ], [ %2090, %for_begin_ti225.preheader.i ]
+  %.idx75 = shl nsw i64 %indvars.iv1008.i, 9
+  %2059 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx75
+  %2060 = load <16 x float>, ptr %2059, align 4, !tbaa !5
+  %2061 = fcmp ogt <16 x float> %peak562.sroa.0.0784.i, %2060
+  %2062 = select <16 x i1> %2061, <16 x float> %peak562.sroa.0.0784.i, <16 x float> %2060
+  %2063 = getelementptr inbounds nuw i8, ptr %2059, i64 64
+  %2064 = load <16 x float>, ptr %2063, align 4, !tbaa !5
+  %2065 = fcmp ogt <16 x float> %2062, %2064
+  %2066 = select <16 x i1> %2065, <16 x float> %2062, <16 x float> %2064
+  %2067 = getelementptr inbounds nuw i8, ptr %2059, i64 128
+  %2068 = load <16 x float>, ptr %2067, align 4, !tbaa !5
+  %2069 = fcmp ogt <16 x float> %2066, %2068
+  %2070 = select <16 x i1> %2069, <16 x float> %2066, <16 x float> %2068
+  %2071 = getelementptr inbounds nuw i8, ptr %2059, i64 192
+  %2072 = load <16 x float>, ptr %2071, align 4, !tbaa !5
+  %2073 = fcmp ogt <16 x float> %2070, %2072
+  %2074 = select <16 x i1> %2073, <16 x float> %2070, <16 x float> %2072
+  %2075 = getelementptr inbounds nuw i8, ptr %2059, i64 256
+  %2076 = load <16 x float>, ptr %2075, align 4, !tbaa !5
+  %2077 = fcmp ogt <16 x float> %2074, %2076
+  %2078 = select <16 x i1> %2077, <16 x float> %2074, <16 x float> %2076
+  %2079 = getelementptr inbounds nuw i8, ptr %2059, i64 320
+  %2080 = load <16 x float>, ptr %2079, align 4, !tbaa !5
+  %2081 = fcmp ogt <16 x float> %2078, %2080
+  %2082 = select <16 x i1> %2081, <16 x float> %2078, <16 x float> %2080
+  %2083 = getelementptr inbounds nuw i8, ptr %2059, i64 384
+  %2084 = load <16 x float>, ptr %2083, align 4, !tbaa !5
+  %2085 = fcmp ogt <16 x float> %2082, %2084
+  %2086 = select <16 x i1> %2085, <16 x float> %2082, <16 x float> %2084
+  %2087 = getelementptr inbounds nuw i8, ptr %2059, i64 448
+  %2088 = load <16 x float>, ptr %2087, align 4, !tbaa !5
+  %2089 = fcmp ogt <16 x float> %2086, %2088
+  %2090 = select <16 x i1> %2089, <16 x float> %2086, <16 x float> %2088
+  %indvars.iv.next1009.i = add nuw nsw i64 %indvars.iv1008.i, 1
+  %exitcond1012.not.i = icmp eq i64 %indvars.iv.next1009.i, %wide.trip.count1011.i
+  br i1 %exitcond1012.not.i, label %for_begin_ti235.preheader.lr.ph.i, label %for_begin_ti225.preheader.i, !prof !13
+
+for_end_to222.i:                                  ; preds = %if_end211.i
+  %2091 = icmp sgt i32 %valid_len194.i, 0
+  %2092 = insertelement <16 x i1> poison, i1 %2091, i64 0
+  %2093 = shufflevector <16 x i1> %2092, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2094 = select <16 x i1> %2093, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
+  br label %for_end_to232.i
+
+for_begin_ti235.preheader.lr.ph.i:                ; preds = %for_begin_ti225.preheader.i
+  %2095 = icmp sgt i32 %valid_len194.i, 0
+  %2096 = insertelement <16 x i1> poison, i1 %2095, i64 0
+  %2097 = shufflevector <16 x i1> %2096, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2098 = select <16 x i1> %2097, <16 x float> %2090, <16 x float> splat (float 0xC6293E5940000000)
+  %2099 = getelementptr inbounds nuw i32, ptr %places.i, i64 %.idx1182.i
+  %2100 = load <16 x i32>, ptr %2099, align 4, !tbaa !5
+  %2101 = sitofp <16 x i32> %2100 to <16 x float>
+  %2102 = fsub <16 x float> splat (float 0x4168000FE0000000), %2101
+  %2103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  br label %for_begin_ti235.preheader.i
+
+for_begin_ti235.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti235.preheader.lr.ph.i
+  %indvars.iv1021.i = phi i64 [ 0, %for_begin_ti235.preheader.lr.ph.i ], [ %indvars.iv.next1022.i, %for_end_ax0.i ]
+  %tile_sum566.sroa.0.0790.i = phi <16 x float> [ zeroinitializer, %for_begin_ti235.preheader.lr.ph.i ], [ %.us-phi.i, %for_end_ax0.i ]
+  %2104 = shl nsw i64 %indvars.iv1021.i, 7
+  %2105 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2104
+  %2106 = load <16 x float>, ptr %2105, align 4, !tbaa !5
+  %arg.i = fsub <16 x float> %2106, %2098
+  %2107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
+  %bits.i = bitcast <16 x float> %2107 to <16 x i32>
+  %n.i = fsub <16 x float> %2107, %2102
+  %2108 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
+  %2109 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
+  %2110 = fsub <16 x float> %arg.i, %2109
+  %2111 = fadd <16 x float> %2108, %2110
+  %2112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2111, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %2111, <16 x float> splat (float 0x3FA5558F20000000))
+  %2114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2113, <16 x float> %2111, <16 x float> splat (float 0x3FC5554920000000))
+  %2115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2111, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2116 = fmul <16 x float> %2111, %2111
+  %2117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2115, <16 x float> %2116, <16 x float> %2111)
+  %2118 = shl <16 x i32> %bits.i, splat (i32 23)
+  %2119 = bitcast <16 x i32> %2118 to <16 x float>
+  %2120 = fadd <16 x float> %2117, splat (float 1.000000e+00)
+  %2121 = fmul <16 x float> %2120, %2119
+  %2122 = fcmp olt <16 x float> %arg.i, %2103
+  %2123 = select <16 x i1> %2122, <16 x float> zeroinitializer, <16 x float> %2121
+  %2124 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2104
+  store <16 x float> %2123, ptr %2124, align 4, !tbaa !5
+  %2125 = or disjoint i64 %2104, 16
+  %2126 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2125
+  %2127 = load <16 x float>, ptr %2126, align 4, !tbaa !5
+  %arg.1.i = fsub <16 x float> %2127, %2098
+  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
+  %bits.1.i = bitcast <16 x float> %2128 to <16 x i32>
+  %n.1.i = fsub <16 x float> %2128, %2102
+  %2129 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
+  %2130 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
+  %2131 = fsub <16 x float> %arg.1.i, %2130
+  %2132 = fadd <16 x float> %2129, %2131
+  %2133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2133, <16 x float> %2132, <16 x float> splat (float 0x3FA5558F20000000))
+  %2135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2134, <16 x float> %2132, <16 x float> splat (float 0x3FC5554920000000))
+  %2136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2135, <16 x float> %2132, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2137 = fmul <16 x float> %2132, %2132
+  %2138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2136, <16 x float> %2137, <16 x float> %2132)
+  %2139 = shl <16 x i32> %bits.1.i, splat (i32 23)
+  %2140 = bitcast <16 x i32> %2139 to <16 x float>
+  %2141 = fadd <16 x float> %2138, splat (float 1.000000e+00)
+  %2142 = fmul <16 x float> %2141, %2140
+  %2143 = fcmp olt <16 x float> %arg.1.i, %2103
+  %2144 = select <16 x i1> %2143, <16 x float> zeroinitializer, <16 x float> %2142
+  %2145 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2125
+  store <16 x float> %2144, ptr %2145, align 4, !tbaa !5
+  %2146 = or disjoint i64 %2104, 32
+  %2147 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2146
+  %2148 = load <16 x float>, ptr %2147, align 4, !tbaa !5
+  %arg.2.i = fsub <16 x float> %2148, %2098
+  %2149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
+  %bits.2.i = bitcast <16 x float> %2149 to <16 x i32>
+  %n.2.i = fsub <16 x float> %2149, %2102
+  %2150 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
+  %2151 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
+  %2152 = fsub <16 x float> %arg.2.i, %2151
+  %2153 = fadd <16 x float> %2150, %2152
+  %2154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2153, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2154, <16 x float> %2153, <16 x float> splat (float 0x3FA5558F20000000))
+  %2156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %2153, <16 x float> splat (float 0x3FC5554920000000))
+  %2157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2153, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2158 = fmul <16 x float> %2153, %2153
+  %2159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2157, <16 x float> %2158, <16 x float> %2153)
+  %2160 = shl <16 x i32> %bits.2.i, splat (i32 23)
+  %2161 = bitcast <16 x i32> %2160 to <16 x float>
+  %2162 = fadd <16 x float> %2159, splat (float 1.000000e+00)
+  %2163 = fmul <16 x float> %2162, %2161
+  %2164 = fcmp olt <16 x float> %arg.2.i, %2103
+  %2165 = select <16 x i1> %2164, <16 x float> zeroinitializer, <16 x float> %2163
+  %2166 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2146
+  store <16 x float> %2165, ptr %2166, align 4, !tbaa !5
+  %2167 = or disjoint i64 %2104, 48
+  %2168 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2167
+  %2169 = load <16 x float>, ptr %2168, align 4, !tbaa !5
+  %arg.3.i = fsub <16 x float> %2169, %2098
+  %2170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
+  %bits.3.i = bitcast <16 x float> %2170 to <16 x i32>
+  %n.3.i = fsub <16 x float> %2170, %2102
+  %2171 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
+  %2172 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
+  %2173 = fsub <16 x float> %arg.3.i, %2172
+  %2174 = fadd <16 x float> %2171, %2173
+  %2175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2174, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2175, <16 x float> %2174, <16 x float> splat (float 0x3FA5558F20000000))
+  %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2176, <16 x float> %2174, <16 x float> splat (float 0x3FC5554920000000))
+  %2178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2177, <16 x float> %2174, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2179 = fmul <16 x float> %2174, %2174
+  %2180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2178, <16 x float> %2179, <16 x float> %2174)
+  %2181 = shl <16 x i32> %bits.3.i, splat (i32 23)
+  %2182 = bitcast <16 x i32> %2181 to <16 x float>
+  %2183 = fadd <16 x float> %2180, splat (float 1.000000e+00)
+  %2184 = fmul <16 x float> %2183, %2182
+  %2185 = fcmp olt <16 x float> %arg.3.i, %2103
+  %2186 = select <16 x i1> %2185, <16 x float> zeroinitializer, <16 x float> %2184
+  %2187 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2167
+  store <16 x float> %2186, ptr %2187, align 4, !tbaa !5
+  %2188 = or disjoint i64 %2104, 64
+  %2189 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2188
+  %2190 = load <16 x float>, ptr %2189, align 4, !tbaa !5
+  %arg.4.i = fsub <16 x float> %2190, %2098
+  %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
+  %bits.4.i = bitcast <16 x float> %2191 to <16 x i32>
+  %n.4.i = fsub <16 x float> %2191, %2102
+  %2192 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
+  %2193 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
+  %2194 = fsub <16 x float> %arg.4.i, %2193
+  %2195 = fadd <16 x float> %2192, %2194
+  %2196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2195, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2196, <16 x float> %2195, <16 x float> splat (float 0x3FA5558F20000000))
+  %2198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2197, <16 x float> %2195, <16 x float> splat (float 0x3FC5554920000000))
+  %2199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2195, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2200 = fmul <16 x float> %2195, %2195
+  %2201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2199, <16 x float> %2200, <16 x float> %2195)
+  %2202 = shl <16 x i32> %bits.4.i, splat (i32 23)
+  %2203 = bitcast <16 x i32> %2202 to <16 x float>
+  %2204 = fadd <16 x float> %2201, splat (float 1.000000e+00)
+  %2205 = fmul <16 x float> %2204, %2203
+  %2206 = fcmp olt <16 x float> %arg.4.i, %2103
+  %2207 = select <16 x i1> %2206, <16 x float> zeroinitializer, <16 x float> %2205
+  %2208 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2188
+  store <16 x float> %2207, ptr %2208, align 4, !tbaa !5
+  %2209 = or disjoint i64 %2104, 80
+  %2210 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2209
+  %2211 = load <16 x float>, ptr %2210, align 4, !tbaa !5
+  %arg.5.i = fsub <16 x float> %2211, %2098
+  %2212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
+  %bits.5.i = bitcast <16 x float> %2212 to <16 x i32>
+  %n.5.i = fsub <16 x float> %2212, %2102
+  %2213 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
+  %2214 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
+  %2215 = fsub <16 x float> %arg.5.i, %2214
+  %2216 = fadd <16 x float> %2213, %2215
+  %2217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2216, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2217, <16 x float> %2216, <16 x float> splat (float 0x3FA5558F20000000))
+  %2219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2218, <16 x float> %2216, <16 x float> splat (float 0x3FC5554920000000))
+  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2216, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2221 = fmul <16 x float> %2216, %2216
+  %2222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2220, <16 x float> %2221, <16 x float> %2216)
+  %2223 = shl <16 x i32> %bits.5.i, splat (i32 23)
+  %2224 = bitcast <16 x i32> %2223 to <16 x float>
+  %2225 = fadd <16 x float> %2222, splat (float 1.000000e+00)
+  %2226 = fmul <16 x float> %2225, %2224
+  %2227 = fcmp olt <16 x float> %arg.5.i, %2103
+  %2228 = select <16 x i1> %2227, <16 x float> zeroinitializer, <16 x float> %2226
+  %2229 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2209
+  store <16 x float> %2228, ptr %2229, align 4, !tbaa !5
+  %2230 = or disjoint i64 %2104, 96
+  %2231 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2230
+  %2232 = load <16 x float>, ptr %2231, align 4, !tbaa !5
+  %arg.6.i = fsub <16 x float> %2232, %2098
+  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
+  %bits.6.i = bitcast <16 x float> %2233 to <16 x i32>
+  %n.6.i = fsub <16 x float> %2233, %2102
+  %2234 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
+  %2235 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
+  %2236 = fsub <16 x float> %arg.6.i, %2235
+  %2237 = fadd <16 x float> %2234, %2236
+  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2237, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %2237, <16 x float> splat (float 0x3FA5558F20000000))
+  %2240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2239, <16 x float> %2237, <16 x float> splat (float 0x3FC5554920000000))
+  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2237, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2242 = fmul <16 x float> %2237, %2237
+  %2243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2241, <16 x float> %2242, <16 x float> %2237)
+  %2244 = shl <16 x i32> %bits.6.i, splat (i32 23)
+  %2245 = bitcast <16 x i32> %2244 to <16 x float>
+  %2246 = fadd <16 x float> %2243, splat (float 1.000000e+00)
+  %2247 = fmul <16 x float> %2246, %2245
+  %2248 = fcmp olt <16 x float> %arg.6.i, %2103
+  %2249 = select <16 x i1> %2248, <16 x float> zeroinitializer, <16 x float> %2247
+  %2250 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2230
+  store <16 x float> %2249, ptr %2250, align 4, !tbaa !5
+  %2251 = or disjoint i64 %2104, 112
+  %2252 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2251
+  %2253 = load <16 x float>, ptr %2252, align 4, !tbaa !5
+  %arg.7.i = fsub <16 x float> %2253, %2098
+  %2254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
+  %bits.7.i = bitcast <16 x float> %2254 to <16 x i32>
+  %n.7.i = fsub <16 x float> %2254, %2102
+  %2255 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
+  %2256 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
+  %2257 = fsub <16 x float> %arg.7.i, %2256
+  %2258 = fadd <16 x float> %2255, %2257
+  %2259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2258, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2259, <16 x float> %2258, <16 x float> splat (float 0x3FA5558F20000000))
+  %2261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2258, <16 x float> splat (float 0x3FC5554920000000))
+  %2262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2258, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2263 = fmul <16 x float> %2258, %2258
+  %2264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2262, <16 x float> %2263, <16 x float> %2258)
+  %2265 = shl <16 x i32> %bits.7.i, splat (i32 23)
+  %2266 = bitcast <16 x i32> %2265 to <16 x float>
+  %2267 = fadd <16 x float> %2264, splat (float 1.000000e+00)
+  %2268 = fmul <16 x float> %2267, %2266
+  %2269 = fcmp olt <16 x float> %arg.7.i, %2103
+  %2270 = select <16 x i1> %2269, <16 x float> zeroinitializer, <16 x float> %2268
+  %2271 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2251
+  store <16 x float> %2270, ptr %2271, align 4, !tbaa !5
+  %2272 = icmp samesign ult i64 %indvars.iv1021.i, 16
+  br i1 %2272, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
+
+for_end_to232.i:                                  ; preds = %for_end_ax0.i, %for_end_to222.i
+  %2273 = phi <16 x float> [ %2094, %for_end_to222.i ], [ %2098, %for_end_ax0.i ]
+  %tile_sum566.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_end_to222.i ], [ %.us-phi.i, %for_end_ax0.i ]
+  %2274 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1182.i
+  %2275 = load <16 x float>, ptr %2274, align 4, !tbaa !5
+  %old_max.i = select <16 x i1> %767, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2275
+  %2276 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1182.i
+  %2277 = load <16 x float>, ptr %2276, align 4, !tbaa !5
+  %old_sum.i = select <16 x i1> %767, <16 x float> zeroinitializer, <16 x float> %2277
+  %2278 = fcmp ogt <16 x float> %old_max.i, %2273
+  %2279 = fcmp oeq <16 x float> %tile_sum566.sroa.0.0.lcssa.i, zeroinitializer
+  %2280 = select <16 x i1> %2279, <16 x i1> splat (i1 true), <16 x i1> %2278
+  %old_or_both.i = select <16 x i1> %2280, <16 x float> %old_max.i, <16 x float> %2273
+  %2281 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %2281, <16 x float> %2273, <16 x float> %old_or_both.i
+  %2282 = fsub <16 x float> %old_max.i, %m.i
+  %2283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2284 = bitcast <16 x float> %2283 to <16 x i32>
+  %2285 = fadd <16 x float> %2283, splat (float 0xC168000FE0000000)
+  %2286 = fmul <16 x float> %2285, splat (float 0x3F2BD01060000000)
+  %2287 = fmul <16 x float> %2285, splat (float 0x3FE6300000000000)
+  %2288 = fsub <16 x float> %2282, %2287
+  %2289 = fadd <16 x float> %2286, %2288
+  %2290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2289, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2290, <16 x float> %2289, <16 x float> splat (float 0x3FA5558F20000000))
+  %2292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2291, <16 x float> %2289, <16 x float> splat (float 0x3FC5554920000000))
+  %2293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2289, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2294 = fmul <16 x float> %2289, %2289
+  %2295 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2293, <16 x float> %2294, <16 x float> %2289)
+  %2296 = shl <16 x i32> %2284, splat (i32 23)
+  %2297 = bitcast <16 x i32> %2296 to <16 x float>
+  %2298 = fadd <16 x float> %2295, splat (float 1.000000e+00)
+  %2299 = fmul <16 x float> %2298, %2297
+  %2300 = fcmp olt <16 x float> %2282, splat (float -8.700000e+01)
+  %2301 = select <16 x i1> %2300, <16 x float> zeroinitializer, <16 x float> %2299
+  %2302 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %2303 = select <16 x i1> %2302, <16 x float> %2301, <16 x float> zeroinitializer
+  %arg259.i = fsub <16 x float> %2273, %m.i
+  %2304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg259.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2305 = bitcast <16 x float> %2304 to <16 x i32>
+  %2306 = fadd <16 x float> %2304, splat (float 0xC168000FE0000000)
+  %2307 = fmul <16 x float> %2306, splat (float 0x3F2BD01060000000)
+  %2308 = fmul <16 x float> %2306, splat (float 0x3FE6300000000000)
+  %2309 = fsub <16 x float> %arg259.i, %2308
+  %2310 = fadd <16 x float> %2307, %2309
+  %2311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2311, <16 x float> %2310, <16 x float> splat (float 0x3FA5558F20000000))
+  %2313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2310, <16 x float> splat (float 0x3FC5554920000000))
+  %2314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2313, <16 x float> %2310, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2315 = fmul <16 x float> %2310, %2310
+  %2316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %2315, <16 x float> %2310)
+  %2317 = shl <16 x i32> %2305, splat (i32 23)
+  %2318 = bitcast <16 x i32> %2317 to <16 x float>
+  %2319 = fadd <16 x float> %2316, splat (float 1.000000e+00)
+  %2320 = fmul <16 x float> %2319, %2318
+  %2321 = fcmp olt <16 x float> %arg259.i, splat (float -8.700000e+01)
+  %2322 = select <16 x i1> %2321, <16 x float> zeroinitializer, <16 x float> %2320
+  %2323 = fcmp one <16 x float> %tile_sum566.sroa.0.0.lcssa.i, zeroinitializer
+  %2324 = select <16 x i1> %2323, <16 x float> %2322, <16 x float> zeroinitializer
+  %2325 = fmul <16 x float> %old_sum.i, %2303
+  %2326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_sum566.sroa.0.0.lcssa.i, <16 x float> %2325)
+  store <16 x float> %m.i, ptr %2274, align 4, !tbaa !5
+  store <16 x float> %2326, ptr %2276, align 4, !tbaa !5
+  %2327 = load i32, ptr %1518, align 16, !tbaa !17
+  %2328 = sub nsw i32 %2327, %702
+  %2329 = tail call i32 @llvm.smin.i32(i32 %2328, i32 %valid_len194.i)
+  %2330 = tail call i32 @llvm.smin.i32(i32 %2329, i32 %762)
+  %2331 = select i1 %134, i32 %2330, i32 %2329
+  %2332 = tail call i32 @llvm.smax.i32(i32 %2331, i32 0)
+  %num_full.i = lshr i32 %2332, 3
+  %2333 = sub nsw i32 %1525, %num_full.i
+  %2334 = icmp sgt i32 %2333, 0
+  br i1 %2334, label %for_begin_ti282.preheader.lr.ph.i, label %for_end_to279.i, !prof !3
+
+for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti235.preheader.i
+  %2335 = fadd <16 x float> %tile_sum566.sroa.0.0790.i, %2123
+  %2336 = fadd <16 x float> %2335, %2144
+  %2337 = fadd <16 x float> %2336, %2165
+  %2338 = fadd <16 x float> %2337, %2186
+  %2339 = fadd <16 x float> %2338, %2207
+  %2340 = fadd <16 x float> %2339, %2228
+  %2341 = fadd <16 x float> %2340, %2249
+  %2342 = fadd <16 x float> %2341, %2270
+  br label %for_end_ax0.i
+
+for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti235.preheader.i
+  %.us-phi.i = phi <16 x float> [ %2342, %for_body_ax0.us.preheader.i ], [ %tile_sum566.sroa.0.0790.i, %for_begin_ti235.preheader.i ]
+  %indvars.iv.next1022.i = add nuw nsw i64 %indvars.iv1021.i, 1
+  %exitcond1025.not.i = icmp eq i64 %indvars.iv.next1022.i, %wide.trip.count1011.i
+  br i1 %exitcond1025.not.i, label %for_end_to232.i, label %for_begin_ti235.preheader.i, !prof !13
+
+for_begin_ti282.preheader.lr.ph.i:                ; preds = %for_end_to232.i
+  %2343 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %.idx1182.i
+  %2344 = and i32 %2332, 2147483640
+  %2345 = add i32 %2344, %702
+  %wide.trip.count1033.i = zext nneg i32 %2333 to i64
+  br label %for_begin_ti282.preheader.i
+
+for_begin_ti282.preheader.i:                      ; preds = %for_begin_ti282.preheader.i, %for_begin_ti282.preheader.lr.ph.i
+  %indvars.iv1030.i = phi i64 [ 0, %for_begin_ti282.preheader.lr.ph.i ], [ %indvars.iv.next1031.i, %for_begin_ti282.preheader.i ]
+  %indvars.iv1030.tr.i = trunc i64 %indvars.iv1030.i to i32
+  %2346 = shl i32 %indvars.iv1030.tr.i, 3
+  %2347 = add i32 %2345, %2346
+  %2348 = add i32 %num_full.i, %indvars.iv1030.tr.i
+  %2349 = shl i32 %2348, 7
+  %2350 = sext i32 %2349 to i64
+  %2351 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
+  %2352 = insertelement <16 x i32> poison, i32 %2347, i64 0
+  %2353 = shufflevector <16 x i32> %2352, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2354 = icmp slt <16 x i32> %2353, %2351
+  %2355 = sext <16 x i1> %2354 to <16 x i32>
+  %2356 = getelementptr inbounds i32, ptr %edges.i, i64 %2350
+  store <16 x i32> %2355, ptr %2356, align 4, !tbaa !5
+  %2357 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
+  %2358 = add i32 %2347, 1
+  %2359 = insertelement <16 x i32> poison, i32 %2358, i64 0
+  %2360 = shufflevector <16 x i32> %2359, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2361 = icmp slt <16 x i32> %2360, %2357
+  %2362 = sext <16 x i1> %2361 to <16 x i32>
+  %2363 = getelementptr i8, ptr %2356, i64 64
+  store <16 x i32> %2362, ptr %2363, align 4, !tbaa !5
+  %2364 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
+  %2365 = add i32 %2347, 2
+  %2366 = insertelement <16 x i32> poison, i32 %2365, i64 0
+  %2367 = shufflevector <16 x i32> %2366, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2368 = icmp slt <16 x i32> %2367, %2364
+  %2369 = sext <16 x i1> %2368 to <16 x i32>
+  %2370 = getelementptr i8, ptr %2356, i64 128
+  store <16 x i32> %2369, ptr %2370, align 4, !tbaa !5
+  %2371 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
+  %2372 = add i32 %2347, 3
+  %2373 = insertelement <16 x i32> poison, i32 %2372, i64 0
+  %2374 = shufflevector <16 x i32> %2373, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2375 = icmp slt <16 x i32> %2374, %2371
+  %2376 = sext <16 x i1> %2375 to <16 x i32>
+  %2377 = getelementptr i8, ptr %2356, i64 192
+  store <16 x i32> %2376, ptr %2377, align 4, !tbaa !5
+  %2378 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
+  %2379 = add i32 %2347, 4
+  %2380 = insertelement <16 x i32> poison, i32 %2379, i64 0
+  %2381 = shufflevector <16 x i32> %2380, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2382 = icmp slt <16 x i32> %2381, %2378
+  %2383 = sext <16 x i1> %2382 to <16 x i32>
+  %2384 = getelementptr i8, ptr %2356, i64 256
+  store <16 x i32> %2383, ptr %2384, align 4, !tbaa !5
+  %2385 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
+  %2386 = add i32 %2347, 5
+  %2387 = insertelement <16 x i32> poison, i32 %2386, i64 0
+  %2388 = shufflevector <16 x i32> %2387, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2389 = icmp slt <16 x i32> %2388, %2385
+  %2390 = sext <16 x i1> %2389 to <16 x i32>
+  %2391 = getelementptr i8, ptr %2356, i64 320
+  store <16 x i32> %2390, ptr %2391, align 4, !tbaa !5
+  %2392 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
+  %2393 = add i32 %2347, 6
+  %2394 = insertelement <16 x i32> poison, i32 %2393, i64 0
+  %2395 = shufflevector <16 x i32> %2394, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2396 = icmp slt <16 x i32> %2395, %2392
+  %2397 = sext <16 x i1> %2396 to <16 x i32>
+  %2398 = getelementptr i8, ptr %2356, i64 384
+  store <16 x i32> %2397, ptr %2398, align 4, !tbaa !5
+  %2399 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
+  %2400 = add i32 %2347, 7
+  %2401 = insertelement <16 x i32> poison, i32 %2400, i64 0
+  %2402 = shufflevector <16 x i32> %2401, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2403 = icmp slt <16 x i32> %2402, %2399
+  %2404 = sext <16 x i1> %2403 to <16 x i32>
+  %2405 = getelementptr i8, ptr %2356, i64 448
+  store <16 x i32> %2404, ptr %2405, align 4, !tbaa !5
+  %indvars.iv.next1031.i = add nuw nsw i64 %indvars.iv1030.i, 1
+  %exitcond1034.not.i = icmp eq i64 %indvars.iv.next1031.i, %wide.trip.count1033.i
+  br i1 %exitcond1034.not.i, label %for_end_to279.i, label %for_begin_ti282.preheader.i, !prof !13
+
+for_end_to279.i:                                  ; preds = %for_begin_ti282.preheader.i, %for_end_to232.i
+  br i1 %134, label %if_then287.i, label %if_end288.i, !prof !8
+
+if_then287.i:                                     ; preds = %for_end_to279.i
+  %2406 = trunc nsw i64 %1517 to i32
+  %2407 = urem i32 %2406, %113
+  %2408 = shl nuw nsw i32 %2407, 4
+  %2409 = sub nsw i32 %111, %2408
+  %2410 = tail call i32 @llvm.smin.i32(i32 %2409, i32 16)
+  %2411 = icmp sgt i32 %2409, 0
+  br i1 %2411, label %for_body_r290.lr.ph.i, label %if_end288.i, !prof !3
+
+for_body_r290.lr.ph.i:                            ; preds = %if_then287.i
+  %2412 = icmp sgt i32 %valid_len194.i, %763
+  %2413 = zext nneg i32 %2407 to i64
+  %2414 = shl nuw nsw i64 %2413, 2
+  br i1 %2412, label %for_body_r290.us.preheader.i, label %if_end288.i, !prof !3
+
+for_body_r290.us.preheader.i:                     ; preds = %for_body_r290.lr.ph.i
+  %2415 = add i32 %indvars.iv229, %1520
+  %smin235 = tail call i32 @llvm.smin.i32(i32 %indvars.iv217, i32 %2415)
+  %smin236 = tail call i32 @llvm.smin.i32(i32 %smin235, i32 128)
+  %2416 = sub i32 %smin236, %smax234
+  %2417 = zext i32 %2416 to i64
+  %2418 = add nsw i64 %2417, -1
+  %smin417 = tail call i32 @llvm.smin.i32(i32 %688, i32 %2415)
+  %smin418 = tail call i32 @llvm.smin.i32(i32 %smin417, i32 128)
+  %2419 = sub i32 %smin418, %smax413
+  %2420 = zext i32 %2419 to i64
+  %scevgep419 = getelementptr i8, ptr %scevgep412, i64 %2420
+  %scevgep421 = getelementptr i8, ptr %edges.i, i64 %691
+  %scevgep422 = getelementptr i8, ptr %edges.i, i64 -60
+  %scevgep423 = getelementptr i8, ptr %scevgep422, i64 %691
+  %2421 = shl nuw nsw i64 %2420, 6
+  %smin430 = tail call i32 @llvm.smin.i32(i32 %681, i32 %2415)
+  %smin431 = tail call i32 @llvm.smin.i32(i32 %smin430, i32 128)
+  %2422 = sub i32 %smin431, %smax426
+  %2423 = zext i32 %2422 to i64
+  %min.iters.check432 = icmp ult i32 %2422, 16
+  %2424 = trunc i64 %2418 to i32
+  %2425 = add i32 %smax409, %2424
+  %2426 = shl i32 %2425, 4
+  %2427 = icmp ugt i64 %2418, 268435455
+  %smax424 = tail call i32 @llvm.smax.i32(i32 %2410, i32 1)
+  %2428 = add nsw i32 %smax424, -1
+  %2429 = zext nneg i32 %2428 to i64
+  %2430 = shl nuw nsw i64 %2429, 2
+  %2431 = getelementptr i8, ptr %scevgep423, i64 %2421
+  %scevgep425 = getelementptr i8, ptr %2431, i64 %2430
+  %n.vec435 = and i64 %2423, 4294967288
+  %cmp.n = icmp eq i64 %n.vec435, %2423
+  %xtraiter629 = and i64 %2423, 3
+  %lcmp.mod630.not = icmp eq i64 %xtraiter629, 0
+  br label %for_body_r290.us.i
+
+for_body_r290.us.i:                               ; preds = %for_begin_c294.for_end_c296_crit_edge.us.i, %for_body_r290.us.preheader.i
+  %r293796.us.i = phi i32 [ %2502, %for_begin_c294.for_end_c296_crit_edge.us.i ], [ 0, %for_body_r290.us.preheader.i ]
+  %2432 = lshr i32 %r293796.us.i, 2
+  %2433 = zext nneg i32 %2432 to i64
+  %2434 = add nuw nsw i64 %2414, %2433
+  %2435 = mul nsw i64 %2434, %371
+  %2436 = getelementptr i8, ptr %769, i64 %2435
+  br i1 %min.iters.check432, label %for_body_c295.us.i.preheader, label %vector.scevcheck, !prof !16
+
+vector.scevcheck:                                 ; preds = %for_body_r290.us.i
+  %2437 = add i32 %695, %r293796.us.i
+  %2438 = add i32 %2426, %r293796.us.i
+  %2439 = icmp slt i32 %2438, %2437
+  %2440 = or i1 %2439, %2427
+  br i1 %2440, label %for_body_c295.us.i.preheader, label %vector.memcheck, !prof !16
+
+vector.memcheck:                                  ; preds = %vector.scevcheck
+  %scevgep420 = getelementptr i8, ptr %scevgep419, i64 %2435
+  %bound0 = icmp ult ptr %2436, %scevgep425
+  %bound1 = icmp ult ptr %scevgep421, %scevgep420
+  %found.conflict = and i1 %bound0, %bound1
+  br i1 %found.conflict, label %for_body_c295.us.i.preheader, label %vector.ph433, !prof !16
+
+vector.ph433:                                     ; preds = %vector.memcheck
+  %broadcast.splatinsert436 = insertelement <8 x i32> poison, i32 %r293796.us.i, i64 0
+  %broadcast.splat437 = shufflevector <8 x i32> %broadcast.splatinsert436, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body440
+
+vector.body440:                                   ; preds = %vector.body440, %vector.ph433
+  %index441 = phi i64 [ 0, %vector.ph433 ], [ %index.next442, %vector.body440 ]
+  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph433 ], [ %vec.ind.next, %vector.body440 ]
+  %2441 = getelementptr i8, ptr %2436, i64 %index441
+  %wide.load = load <8 x i8>, ptr %2441, align 1, !tbaa !5, !alias.scope !69, !noalias !72
+  %2442 = icmp eq <8 x i8> %wide.load, zeroinitializer
+  %2443 = add <8 x i32> %broadcast.splat439, %vec.ind
+  %2444 = shl <8 x i32> %2443, splat (i32 4)
+  %2445 = add nsw <8 x i32> %2444, %broadcast.splat437
+  %2446 = sext <8 x i32> %2445 to <8 x i64>
+  %2447 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2446
+  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2447, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !72
+  %2448 = select <8 x i1> %2442, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2448, <8 x ptr> align 4 %2447, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !72
+  %index.next442 = add nuw i64 %index441, 8
+  %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
+  %2449 = icmp eq i64 %index.next442, %n.vec435
+  br i1 %2449, label %middle.block443, label %vector.body440, !prof !60, !llvm.loop !74
+
+middle.block443:                                  ; preds = %vector.body440
+  br i1 %cmp.n, label %for_begin_c294.for_end_c296_crit_edge.us.i, label %for_body_c295.us.i.preheader, !prof !63
+
+for_body_c295.us.i.preheader:                     ; preds = %middle.block443, %vector.memcheck, %vector.scevcheck, %for_body_r290.us.i
+  %indvars.iv1035.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r290.us.i ], [ %n.vec435, %middle.block443 ]
+  br i1 %lcmp.mod630.not, label %for_body_c295.us.i.prol.loopexit, label %for_body_c295.us.i.prol, !prof !3
+
+for_body_c295.us.i.prol:                          ; preds = %for_body_c295.us.i.prol, %for_body_c295.us.i.preheader
+  %indvars.iv1035.i.prol = phi i64 [ %indvars.iv.next1036.i.prol, %for_body_c295.us.i.prol ], [ %indvars.iv1035.i.ph, %for_body_c295.us.i.preheader ]
+  %prol.iter631 = phi i64 [ %prol.iter631.next, %for_body_c295.us.i.prol ], [ 0, %for_body_c295.us.i.preheader ]
+  %2450 = getelementptr i8, ptr %2436, i64 %indvars.iv1035.i.prol
+  %2451 = load i8, ptr %2450, align 1, !tbaa !5
+  %.not599.us.i.prol = icmp eq i8 %2451, 0
+  %2452 = trunc i64 %indvars.iv1035.i.prol to i32
+  %2453 = add i32 %763, %2452
+  %2454 = shl i32 %2453, 4
+  %2455 = add nsw i32 %2454, %r293796.us.i
+  %2456 = sext i32 %2455 to i64
+  %2457 = getelementptr inbounds i32, ptr %edges.i, i64 %2456
+  %2458 = load i32, ptr %2457, align 4, !tbaa !5
+  %2459 = select i1 %.not599.us.i.prol, i32 0, i32 %2458
+  store i32 %2459, ptr %2457, align 4, !tbaa !5
+  %indvars.iv.next1036.i.prol = add nuw nsw i64 %indvars.iv1035.i.prol, 1
+  %prol.iter631.next = add i64 %prol.iter631, 1
+  %prol.iter631.cmp.not = icmp eq i64 %prol.iter631.next, %xtraiter629
+  br i1 %prol.iter631.cmp.not, label %for_body_c295.us.i.prol.loopexit, label %for_body_c295.us.i.prol, !prof !64, !llvm.loop !75
+
+for_body_c295.us.i.prol.loopexit:                 ; preds = %for_body_c295.us.i.prol, %for_body_c295.us.i.preheader
+  %indvars.iv1035.i.unr = phi i64 [ %indvars.iv1035.i.ph, %for_body_c295.us.i.preheader ], [ %indvars.iv.next1036.i.prol, %for_body_c295.us.i.prol ]
+  %2460 = sub nsw i64 %indvars.iv1035.i.ph, %2423
+  %2461 = icmp ugt i64 %2460, -4
+  br i1 %2461, label %for_begin_c294.for_end_c296_crit_edge.us.i, label %for_body_c295.us.i, !prof !16
+
+for_body_c295.us.i:                               ; preds = %for_body_c295.us.i, %for_body_c295.us.i.prol.loopexit
+  %indvars.iv1035.i = phi i64 [ %indvars.iv.next1036.i.3, %for_body_c295.us.i ], [ %indvars.iv1035.i.unr, %for_body_c295.us.i.prol.loopexit ]
+  %2462 = getelementptr i8, ptr %2436, i64 %indvars.iv1035.i
+  %2463 = load i8, ptr %2462, align 1, !tbaa !5
+  %.not599.us.i = icmp eq i8 %2463, 0
+  %2464 = trunc i64 %indvars.iv1035.i to i32
+  %2465 = add i32 %763, %2464
+  %2466 = shl i32 %2465, 4
+  %2467 = add nsw i32 %2466, %r293796.us.i
+  %2468 = sext i32 %2467 to i64
+  %2469 = getelementptr inbounds i32, ptr %edges.i, i64 %2468
+  %2470 = load i32, ptr %2469, align 4, !tbaa !5
+  %2471 = select i1 %.not599.us.i, i32 0, i32 %2470
+  store i32 %2471, ptr %2469, align 4, !tbaa !5
+  %indvars.iv.next1036.i = add nuw nsw i64 %indvars.iv1035.i, 1
+  %2472 = getelementptr i8, ptr %2436, i64 %indvars.iv.next1036.i
+  %2473 = load i8, ptr %2472, align 1, !tbaa !5
+  %.not599.us.i.1 = icmp eq i8 %2473, 0
+  %2474 = trunc i64 %indvars.iv.next1036.i to i32
+  %2475 = add i32 %763, %2474
+  %2476 = shl i32 %2475, 4
+  %2477 = add nsw i32 %2476, %r293796.us.i
+  %2478 = sext i32 %2477 to i64
+  %2479 = getelementptr inbounds i32, ptr %edges.i, i64 %2478
+  %2480 = load i32, ptr %2479, align 4, !tbaa !5
+  %2481 = select i1 %.not599.us.i.1, i32 0, i32 %2480
+  store i32 %2481, ptr %2479, align 4, !tbaa !5
+  %indvars.iv.next1036.i.1 = add nuw nsw i64 %indvars.iv1035.i, 2
+  %2482 = getelementptr i8, ptr %2436, i64 %indvars.iv.next1036.i.1
+  %2483 = load i8, ptr %2482, align 1, !tbaa !5
+  %.not599.us.i.2 = icmp eq i8 %2483, 0
+  %2484 = trunc i64 %indvars.iv.next1036.i.1 to i32
+  %2485 = add i32 %763, %2484
+  %2486 = shl i32 %2485, 4
+  %2487 = add nsw i32 %2486, %r293796.us.i
+  %2488 = sext i32 %2487 to i64
+  %2489 = getelementptr inbounds i32, ptr %edges.i, i64 %2488
+  %2490 = load i32, ptr %2489, align 4, !tbaa !5
+  %2491 = select i1 %.not599.us.i.2, i32 0, i32 %2490
+  store i32 %2491, ptr %2489, align 4, !tbaa !5
+  %indvars.iv.next1036.i.2 = add nuw nsw i64 %indvars.iv1035.i, 3
+  %2492 = getelementptr i8, ptr %2436, i64 %indvars.iv.next1036.i.2
+  %2493 = load i8, ptr %2492, align 1, !tbaa !5
+  %.not599.us.i.3 = icmp eq i8 %2493, 0
+  %2494 = trunc i64 %indvars.iv.next1036.i.2 to i32
+  %2495 = add i32 %763, %2494
+  %2496 = shl i32 %2495, 4
+  %2497 = add nsw i32 %2496, %r293796.us.i
+  %2498 = sext i32 %2497 to i64
+  %2499 = getelementptr inbounds i32, ptr %edges.i, i64 %2498
+  %2500 = load i32, ptr %2499, align 4, !tbaa !5
+  %2501 = select i1 %.not599.us.i.3, i32 0, i32 %2500
+  store i32 %2501, ptr %2499, align 4, !tbaa !5
+  %indvars.iv.next1036.i.3 = add nuw nsw i64 %indvars.iv1035.i, 4
+  %exitcond237.not.3 = icmp eq i64 %indvars.iv.next1036.i.3, %2417
+  br i1 %exitcond237.not.3, label %for_begin_c294.for_end_c296_crit_edge.us.i, label %for_body_c295.us.i, !prof !66, !llvm.loop !76
+
+for_begin_c294.for_end_c296_crit_edge.us.i:       ; preds = %for_body_c295.us.i, %for_body_c295.us.i.prol.loopexit, %middle.block443
+  %2502 = add nuw nsw i32 %r293796.us.i, 1
+  %2503 = icmp slt i32 %2502, %2410
+  br i1 %2503, label %for_body_r290.us.i, label %if_end288.i, !prof !68
+
+if_end288.i:                                      ; preds = %for_begin_c294.for_end_c296_crit_edge.us.i, %for_body_r290.lr.ph.i, %if_then287.i, %for_end_to279.i
+  %.not877.i = icmp eq i32 %num_full.i, 0
+  %2504 = and i32 %2332, 2147483640
+  %2505 = icmp sgt i32 %valid_len194.i, %2504
+  %2506 = shl nuw nsw i32 %num_full.i, 7
+  %2507 = shl nuw nsw i32 %num_full.i, 10
+  %2508 = fmul <16 x float> %2303, zeroinitializer
+  %2509 = zext nneg i32 %2506 to i64
+  %2510 = shl i64 %1517, 11
+  %2511 = and i64 %2510, 4294965248
+  %wide.trip.count1047.i = zext nneg i32 %num_full.i to i64
+  %2512 = add i32 %indvars.iv229, %1520
+  %2513 = tail call i32 @llvm.smin.i32(i32 %indvars.iv217, i32 %2512)
+  %2514 = tail call i32 @llvm.smin.i32(i32 %2513, i32 128)
+  %smin239 = sext i32 %2514 to i64
+  %2515 = shl nuw nsw i64 %wide.trip.count1047.i, 3
+  %2516 = sub nsw i64 %smin239, %2515
+  %smax240 = tail call i64 @llvm.smax.i64(i64 %2516, i64 1)
+  br label %for_begin_to299.preheader.i
+
+for_begin_to299.preheader.i:                      ; preds = %if_end329.i, %if_end288.i
+  %indvars.iv1053.i = phi i64 [ 0, %if_end288.i ], [ %indvars.iv.next1054.i, %if_end329.i ]
+  br i1 %.not877.i, label %for_end_to301.i, label %for_begin_ti304.preheader.lr.ph.i, !prof !16
+
+for_begin_ti304.preheader.lr.ph.i:                ; preds = %for_begin_to299.preheader.i
+  %2517 = shl i64 %indvars.iv1053.i, 2
+  %2518 = and i64 %2517, 12
+  %2519 = shl i64 %indvars.iv1053.i, 3
+  %2520 = and i64 %2519, 96
+  %invariant.gep148 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2520
+  %invariant.gep150 = getelementptr inbounds nuw float, ptr %invariant.gep148, i64 %2518
+  br label %for_begin_ti304.preheader.i
+
+for_begin_ti304.preheader.i:                      ; preds = %for_begin_ti304.preheader.i, %for_begin_ti304.preheader.lr.ph.i
+  %indvars.iv1043.i = phi i64 [ 0, %for_begin_ti304.preheader.lr.ph.i ], [ %indvars.iv.next1044.i, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.28.0817.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2855, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.24.0816.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2850, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.20.0815.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2845, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.16.0814.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2840, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.12.0813.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2835, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.8.0812.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2830, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.4.0811.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2825, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.0.0810.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2820, %for_begin_ti304.preheader.i ]
+  %.idx76 = shl nsw i64 %indvars.iv1043.i, 9
+  %2521 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx76
+  %2522 = load <16 x float>, ptr %2521, align 4, !tbaa !5
+  %.idx77 = shl nsw i64 %indvars.iv1043.i, 12
+  %gep151 = getelementptr inbounds nuw i8, ptr %invariant.gep150, i64 %.idx77
+  %2523 = load float, ptr %gep151, align 4, !tbaa !5
+  %2524 = insertelement <16 x float> poison, float %2523, i64 0
+  %2525 = shufflevector <16 x float> %2524, <16 x float> poison, <16 x i32> zeroinitializer
+  %2526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2525, <16 x float> %full_acc557.sroa.0.0810.i)
+  %2527 = getelementptr inbounds nuw i8, ptr %gep151, i64 64
+  %2528 = load float, ptr %2527, align 4, !tbaa !5
+  %2529 = insertelement <16 x float> poison, float %2528, i64 0
+  %2530 = shufflevector <16 x float> %2529, <16 x float> poison, <16 x i32> zeroinitializer
+  %2531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2530, <16 x float> %full_acc557.sroa.4.0811.i)
+  %2532 = getelementptr inbounds nuw i8, ptr %gep151, i64 4
+  %2533 = load float, ptr %2532, align 4, !tbaa !5
+  %2534 = insertelement <16 x float> poison, float %2533, i64 0
+  %2535 = shufflevector <16 x float> %2534, <16 x float> poison, <16 x i32> zeroinitializer
+  %2536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2535, <16 x float> %full_acc557.sroa.8.0812.i)
+  %2537 = getelementptr inbounds nuw i8, ptr %gep151, i64 68
+  %2538 = load float, ptr %2537, align 4, !tbaa !5
+  %2539 = insertelement <16 x float> poison, float %2538, i64 0
+  %2540 = shufflevector <16 x float> %2539, <16 x float> poison, <16 x i32> zeroinitializer
+  %2541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2540, <16 x float> %full_acc557.sroa.12.0813.i)
+  %2542 = getelementptr inbounds nuw i8, ptr %gep151, i64 8
+  %2543 = load float, ptr %2542, align 4, !tbaa !5
+  %2544 = insertelement <16 x float> poison, float %2543, i64 0
+  %2545 = shufflevector <16 x float> %2544, <16 x float> poison, <16 x i32> zeroinitializer
+  %2546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2545, <16 x float> %full_acc557.sroa.16.0814.i)
+  %2547 = getelementptr inbounds nuw i8, ptr %gep151, i64 72
+  %2548 = load float, ptr %2547, align 4, !tbaa !5
+  %2549 = insertelement <16 x float> poison, float %2548, i64 0
+  %2550 = shufflevector <16 x float> %2549, <16 x float> poison, <16 x i32> zeroinitializer
+  %2551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2550, <16 x float> %full_acc557.sroa.20.0815.i)
+  %2552 = getelementptr inbounds nuw i8, ptr %gep151, i64 12
+  %2553 = load float, ptr %2552, align 4, !tbaa !5
+  %2554 = insertelement <16 x float> poison, float %2553, i64 0
+  %2555 = shufflevector <16 x float> %2554, <16 x float> poison, <16 x i32> zeroinitializer
+  %2556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2555, <16 x float> %full_acc557.sroa.24.0816.i)
+  %2557 = getelementptr inbounds nuw i8, ptr %gep151, i64 76
+  %2558 = load float, ptr %2557, align 4, !tbaa !5
+  %2559 = insertelement <16 x float> poison, float %2558, i64 0
+  %2560 = shufflevector <16 x float> %2559, <16 x float> poison, <16 x i32> zeroinitializer
+  %2561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2560, <16 x float> %full_acc557.sroa.28.0817.i)
+  %2562 = getelementptr inbounds nuw i8, ptr %2521, i64 64
+  %2563 = load <16 x float>, ptr %2562, align 4, !tbaa !5
+  %2564 = getelementptr inbounds nuw i8, ptr %gep151, i64 512
+  %2565 = load float, ptr %2564, align 4, !tbaa !5
+  %2566 = insertelement <16 x float> poison, float %2565, i64 0
+  %2567 = shufflevector <16 x float> %2566, <16 x float> poison, <16 x i32> zeroinitializer
+  %2568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2567, <16 x float> %2526)
+  %2569 = getelementptr inbounds nuw i8, ptr %gep151, i64 576
+  %2570 = load float, ptr %2569, align 4, !tbaa !5
+  %2571 = insertelement <16 x float> poison, float %2570, i64 0
+  %2572 = shufflevector <16 x float> %2571, <16 x float> poison, <16 x i32> zeroinitializer
+  %2573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2572, <16 x float> %2531)
+  %2574 = getelementptr inbounds nuw i8, ptr %gep151, i64 516
+  %2575 = load float, ptr %2574, align 4, !tbaa !5
+  %2576 = insertelement <16 x float> poison, float %2575, i64 0
+  %2577 = shufflevector <16 x float> %2576, <16 x float> poison, <16 x i32> zeroinitializer
+  %2578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2577, <16 x float> %2536)
+  %2579 = getelementptr inbounds nuw i8, ptr %gep151, i64 580
+  %2580 = load float, ptr %2579, align 4, !tbaa !5
+  %2581 = insertelement <16 x float> poison, float %2580, i64 0
+  %2582 = shufflevector <16 x float> %2581, <16 x float> poison, <16 x i32> zeroinitializer
+  %2583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2582, <16 x float> %2541)
+  %2584 = getelementptr inbounds nuw i8, ptr %gep151, i64 520
+  %2585 = load float, ptr %2584, align 4, !tbaa !5
+  %2586 = insertelement <16 x float> poison, float %2585, i64 0
+  %2587 = shufflevector <16 x float> %2586, <16 x float> poison, <16 x i32> zeroinitializer
+  %2588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2587, <16 x float> %2546)
+  %2589 = getelementptr inbounds nuw i8, ptr %gep151, i64 584
+  %2590 = load float, ptr %2589, align 4, !tbaa !5
+  %2591 = insertelement <16 x float> poison, float %2590, i64 0
+  %2592 = shufflevector <16 x float> %2591, <16 x float> poison, <16 x i32> zeroinitializer
+  %2593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2592, <16 x float> %2551)
+  %2594 = getelementptr inbounds nuw i8, ptr %gep151, i64 524
+  %2595 = load float, ptr %2594, align 4, !tbaa !5
+  %2596 = insertelement <16 x float> poison, float %2595, i64 0
+  %2597 = shufflevector <16 x float> %2596, <16 x float> poison, <16 x i32> zeroinitializer
+  %2598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2597, <16 x float> %2556)
+  %2599 = getelementptr inbounds nuw i8, ptr %gep151, i64 588
+  %2600 = load float, ptr %2599, align 4, !tbaa !5
+  %2601 = insertelement <16 x float> poison, float %2600, i64 0
+  %2602 = shufflevector <16 x float> %2601, <16 x float> poison, <16 x i32> zeroinitializer
+  %2603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2602, <16 x float> %2561)
+  %2604 = getelementptr inbounds nuw i8, ptr %2521, i64 128
+  %2605 = load <16 x float>, ptr %2604, align 4, !tbaa !5
+  %2606 = getelementptr inbounds nuw i8, ptr %gep151, i64 1024
+  %2607 = load float, ptr %2606, align 4, !tbaa !5
+  %2608 = insertelement <16 x float> poison, float %2607, i64 0
+  %2609 = shufflevector <16 x float> %2608, <16 x float> poison, <16 x i32> zeroinitializer
+  %2610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2609, <16 x float> %2568)
+  %2611 = getelementptr inbounds nuw i8, ptr %gep151, i64 1088
+  %2612 = load float, ptr %2611, align 4, !tbaa !5
+  %2613 = insertelement <16 x float> poison, float %2612, i64 0
+  %2614 = shufflevector <16 x float> %2613, <16 x float> poison, <16 x i32> zeroinitializer
+  %2615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2614, <16 x float> %2573)
+  %2616 = getelementptr inbounds nuw i8, ptr %gep151, i64 1028
+  %2617 = load float, ptr %2616, align 4, !tbaa !5
+  %2618 = insertelement <16 x float> poison, float %2617, i64 0
+  %2619 = shufflevector <16 x float> %2618, <16 x float> poison, <16 x i32> zeroinitializer
+  %2620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2619, <16 x float> %2578)
+  %2621 = getelementptr inbounds nuw i8, ptr %gep151, i64 1092
+  %2622 = load float, ptr %2621, align 4, !tbaa !5
+  %2623 = insertelement <16 x float> poison, float %2622, i64 0
+  %2624 = shufflevector <16 x float> %2623, <16 x float> poison, <16 x i32> zeroinitializer
+  %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2624, <16 x float> %2583)
+  %2626 = getelementptr inbounds nuw i8, ptr %gep151, i64 1032
+  %2627 = load float, ptr %2626, align 4, !tbaa !5
+  %2628 = insertelement <16 x float> poison, float %2627, i64 0
+  %2629 = shufflevector <16 x float> %2628, <16 x float> poison, <16 x i32> zeroinitializer
+  %2630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2629, <16 x float> %2588)
+  %2631 = getelementptr inbounds nuw i8, ptr %gep151, i64 1096
+  %2632 = load float, ptr %2631, align 4, !tbaa !5
+  %2633 = insertelement <16 x float> poison, float %2632, i64 0
+  %2634 = shufflevector <16 x float> %2633, <16 x float> poison, <16 x i32> zeroinitializer
+  %2635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2634, <16 x float> %2593)
+  %2636 = getelementptr inbounds nuw i8, ptr %gep151, i64 1036
+  %2637 = load float, ptr %2636, align 4, !tbaa !5
+  %2638 = insertelement <16 x float> poison, float %2637, i64 0
+  %2639 = shufflevector <16 x float> %2638, <16 x float> poison, <16 x i32> zeroinitializer
+  %2640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2639, <16 x float> %2598)
+  %2641 = getelementptr inbounds nuw i8, ptr %gep151, i64 1100
+  %2642 = load float, ptr %2641, align 4, !tbaa !5
+  %2643 = insertelement <16 x float> poison, float %2642, i64 0
+  %2644 = shufflevector <16 x float> %2643, <16 x float> poison, <16 x i32> zeroinitializer
+  %2645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2644, <16 x float> %2603)
+  %2646 = getelementptr inbounds nuw i8, ptr %2521, i64 192
+  %2647 = load <16 x float>, ptr %2646, align 4, !tbaa !5
+  %2648 = getelementptr inbounds nuw i8, ptr %gep151, i64 1536
+  %2649 = load float, ptr %2648, align 4, !tbaa !5
+  %2650 = insertelement <16 x float> poison, float %2649, i64 0
+  %2651 = shufflevector <16 x float> %2650, <16 x float> poison, <16 x i32> zeroinitializer
+  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2651, <16 x float> %2610)
+  %2653 = getelementptr inbounds nuw i8, ptr %gep151, i64 1600
+  %2654 = load float, ptr %2653, align 4, !tbaa !5
+  %2655 = insertelement <16 x float> poison, float %2654, i64 0
+  %2656 = shufflevector <16 x float> %2655, <16 x float> poison, <16 x i32> zeroinitializer
+  %2657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2656, <16 x float> %2615)
+  %2658 = getelementptr inbounds nuw i8, ptr %gep151, i64 1540
+  %2659 = load float, ptr %2658, align 4, !tbaa !5
+  %2660 = insertelement <16 x float> poison, float %2659, i64 0
+  %2661 = shufflevector <16 x float> %2660, <16 x float> poison, <16 x i32> zeroinitializer
+  %2662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2661, <16 x float> %2620)
+  %2663 = getelementptr inbounds nuw i8, ptr %gep151, i64 1604
+  %2664 = load float, ptr %2663, align 4, !tbaa !5
+  %2665 = insertelement <16 x float> poison, float %2664, i64 0
+  %2666 = shufflevector <16 x float> %2665, <16 x float> poison, <16 x i32> zeroinitializer
+  %2667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2666, <16 x float> %2625)
+  %2668 = getelementptr inbounds nuw i8, ptr %gep151, i64 1544
+  %2669 = load float, ptr %2668, align 4, !tbaa !5
+  %2670 = insertelement <16 x float> poison, float %2669, i64 0
+  %2671 = shufflevector <16 x float> %2670, <16 x float> poison, <16 x i32> zeroinitializer
+  %2672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2671, <16 x float> %2630)
+  %2673 = getelementptr inbounds nuw i8, ptr %gep151, i64 1608
+  %2674 = load float, ptr %2673, align 4, !tbaa !5
+  %2675 = insertelement <16 x float> poison, float %2674, i64 0
+  %2676 = shufflevector <16 x float> %2675, <16 x float> poison, <16 x i32> zeroinitializer
+  %2677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2676, <16 x float> %2635)
+  %2678 = getelementptr inbounds nuw i8, ptr %gep151, i64 1548
+  %2679 = load float, ptr %2678, align 4, !tbaa !5
+  %2680 = insertelement <16 x float> poison, float %2679, i64 0
+  %2681 = shufflevector <16 x float> %2680, <16 x float> poison, <16 x i32> zeroinitializer
+  %2682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2681, <16 x float> %2640)
+  %2683 = getelementptr inbounds nuw i8, ptr %gep151, i64 1612
+  %2684 = load float, ptr %2683, align 4, !tbaa !5
+  %2685 = insertelement <16 x float> poison, float %2684, i64 0
+  %2686 = shufflevector <16 x float> %2685, <16 x float> poison, <16 x i32> zeroinitializer
+  %2687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2686, <16 x float> %2645)
+  %2688 = getelementptr inbounds nuw i8, ptr %2521, i64 256
+  %2689 = load <16 x float>, ptr %2688, align 4, !tbaa !5
+  %2690 = getelementptr inbounds nuw i8, ptr %gep151, i64 2048
+  %2691 = load float, ptr %2690, align 4, !tbaa !5
+  %2692 = insertelement <16 x float> poison, float %2691, i64 0
+  %2693 = shufflevector <16 x float> %2692, <16 x float> poison, <16 x i32> zeroinitializer
+  %2694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2693, <16 x float> %2652)
+  %2695 = getelementptr inbounds nuw i8, ptr %gep151, i64 2112
+  %2696 = load float, ptr %2695, align 4, !tbaa !5
+  %2697 = insertelement <16 x float> poison, float %2696, i64 0
+  %2698 = shufflevector <16 x float> %2697, <16 x float> poison, <16 x i32> zeroinitializer
+  %2699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2698, <16 x float> %2657)
+  %2700 = getelementptr inbounds nuw i8, ptr %gep151, i64 2052
+  %2701 = load float, ptr %2700, align 4, !tbaa !5
+  %2702 = insertelement <16 x float> poison, float %2701, i64 0
+  %2703 = shufflevector <16 x float> %2702, <16 x float> poison, <16 x i32> zeroinitializer
+  %2704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2703, <16 x float> %2662)
+  %2705 = getelementptr inbounds nuw i8, ptr %gep151, i64 2116
+  %2706 = load float, ptr %2705, align 4, !tbaa !5
+  %2707 = insertelement <16 x float> poison, float %2706, i64 0
+  %2708 = shufflevector <16 x float> %2707, <16 x float> poison, <16 x i32> zeroinitializer
+  %2709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2708, <16 x float> %2667)
+  %2710 = getelementptr inbounds nuw i8, ptr %gep151, i64 2056
+  %2711 = load float, ptr %2710, align 4, !tbaa !5
+  %2712 = insertelement <16 x float> poison, float %2711, i64 0
+  %2713 = shufflevector <16 x float> %2712, <16 x float> poison, <16 x i32> zeroinitializer
+  %2714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2713, <16 x float> %2672)
+  %2715 = getelementptr inbounds nuw i8, ptr %gep151, i64 2120
+  %2716 = load float, ptr %2715, align 4, !tbaa !5
+  %2717 = insertelement <16 x float> poison, float %2716, i64 0
+  %2718 = shufflevector <16 x float> %2717, <16 x float> poison, <16 x i32> zeroinitializer
+  %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2718, <16 x float> %2677)
+  %2720 = getelementptr inbounds nuw i8, ptr %gep151, i64 2060
+  %2721 = load float, ptr %2720, align 4, !tbaa !5
+  %2722 = insertelement <16 x float> poison, float %2721, i64 0
+  %2723 = shufflevector <16 x float> %2722, <16 x float> poison, <16 x i32> zeroinitializer
+  %2724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2723, <16 x float> %2682)
+  %2725 = getelementptr inbounds nuw i8, ptr %gep151, i64 2124
+  %2726 = load float, ptr %2725, align 4, !tbaa !5
+  %2727 = insertelement <16 x float> poison, float %2726, i64 0
+  %2728 = shufflevector <16 x float> %2727, <16 x float> poison, <16 x i32> zeroinitializer
+  %2729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2728, <16 x float> %2687)
+  %2730 = getelementptr inbounds nuw i8, ptr %2521, i64 320
+  %2731 = load <16 x float>, ptr %2730, align 4, !tbaa !5
+  %2732 = getelementptr inbounds nuw i8, ptr %gep151, i64 2560
+  %2733 = load float, ptr %2732, align 4, !tbaa !5
+  %2734 = insertelement <16 x float> poison, float %2733, i64 0
+  %2735 = shufflevector <16 x float> %2734, <16 x float> poison, <16 x i32> zeroinitializer
+  %2736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2735, <16 x float> %2694)
+  %2737 = getelementptr inbounds nuw i8, ptr %gep151, i64 2624
+  %2738 = load float, ptr %2737, align 4, !tbaa !5
+  %2739 = insertelement <16 x float> poison, float %2738, i64 0
+  %2740 = shufflevector <16 x float> %2739, <16 x float> poison, <16 x i32> zeroinitializer
+  %2741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2740, <16 x float> %2699)
+  %2742 = getelementptr inbounds nuw i8, ptr %gep151, i64 2564
+  %2743 = load float, ptr %2742, align 4, !tbaa !5
+  %2744 = insertelement <16 x float> poison, float %2743, i64 0
+  %2745 = shufflevector <16 x float> %2744, <16 x float> poison, <16 x i32> zeroinitializer
+  %2746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2745, <16 x float> %2704)
+  %2747 = getelementptr inbounds nuw i8, ptr %gep151, i64 2628
+  %2748 = load float, ptr %2747, align 4, !tbaa !5
+  %2749 = insertelement <16 x float> poison, float %2748, i64 0
+  %2750 = shufflevector <16 x float> %2749, <16 x float> poison, <16 x i32> zeroinitializer
+  %2751 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2750, <16 x float> %2709)
+  %2752 = getelementptr inbounds nuw i8, ptr %gep151, i64 2568
+  %2753 = load float, ptr %2752, align 4, !tbaa !5
+  %2754 = insertelement <16 x float> poison, float %2753, i64 0
+  %2755 = shufflevector <16 x float> %2754, <16 x float> poison, <16 x i32> zeroinitializer
+  %2756 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2755, <16 x float> %2714)
+  %2757 = getelementptr inbounds nuw i8, ptr %gep151, i64 2632
+  %2758 = load float, ptr %2757, align 4, !tbaa !5
+  %2759 = insertelement <16 x float> poison, float %2758, i64 0
+  %2760 = shufflevector <16 x float> %2759, <16 x float> poison, <16 x i32> zeroinitializer
+  %2761 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2760, <16 x float> %2719)
+  %2762 = getelementptr inbounds nuw i8, ptr %gep151, i64 2572
+  %2763 = load float, ptr %2762, align 4, !tbaa !5
+  %2764 = insertelement <16 x float> poison, float %2763, i64 0
+  %2765 = shufflevector <16 x float> %2764, <16 x float> poison, <16 x i32> zeroinitializer
+  %2766 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2765, <16 x float> %2724)
+  %2767 = getelementptr inbounds nuw i8, ptr %gep151, i64 2636
+  %2768 = load float, ptr %2767, align 4, !tbaa !5
+  %2769 = insertelement <16 x float> poison, float %2768, i64 0
+  %2770 = shufflevector <16 x float> %2769, <16 x float> poison, <16 x i32> zeroinitializer
+  %2771 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2770, <16 x float> %2729)
+  %2772 = getelementptr inbounds nuw i8, ptr %2521, i64 384
+  %2773 = load <16 x float>, ptr %2772, align 4, !tbaa !5
+  %2774 = getelementptr inbounds nuw i8, ptr %gep151, i64 3072
+  %2775 = load float, ptr %2774, align 4, !tbaa !5
+  %2776 = insertelement <16 x float> poison, float %2775, i64 0
+  %2777 = shufflevector <16 x float> %2776, <16 x float> poison, <16 x i32> zeroinitializer
+  %2778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2777, <16 x float> %2736)
+  %2779 = getelementptr inbounds nuw i8, ptr %gep151, i64 3136
+  %2780 = load float, ptr %2779, align 4, !tbaa !5
+  %2781 = insertelement <16 x float> poison, float %2780, i64 0
+  %2782 = shufflevector <16 x float> %2781, <16 x float> poison, <16 x i32> zeroinitializer
+  %2783 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2782, <16 x float> %2741)
+  %2784 = getelementptr inbounds nuw i8, ptr %gep151, i64 3076
+  %2785 = load float, ptr %2784, align 4, !tbaa !5
+  %2786 = insertelement <16 x float> poison, float %2785, i64 0
+  %2787 = shufflevector <16 x float> %2786, <16 x float> poison, <16 x i32> zeroinitializer
+  %2788 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2787, <16 x float> %2746)
+  %2789 = getelementptr inbounds nuw i8, ptr %gep151, i64 3140
+  %2790 = load float, ptr %2789, align 4, !tbaa !5
+  %2791 = insertelement <16 x float> poison, float %2790, i64 0
+  %2792 = shufflevector <16 x float> %2791, <16 x float> poison, <16 x i32> zeroinitializer
+  %2793 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2792, <16 x float> %2751)
+  %2794 = getelementptr inbounds nuw i8, ptr %gep151, i64 3080
+  %2795 = load float, ptr %2794, align 4, !tbaa !5
+  %2796 = insertelement <16 x float> poison, float %2795, i64 0
+  %2797 = shufflevector <16 x float> %2796, <16 x float> poison, <16 x i32> zeroinitializer
+  %2798 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2797, <16 x float> %2756)
+  %2799 = getelementptr inbounds nuw i8, ptr %gep151, i64 3144
+  %2800 = load float, ptr %2799, align 4, !tbaa !5
+  %2801 = insertelement <16 x float> poison, float %2800, i64 0
+  %2802 = shufflevector <16 x float> %2801, <16 x float> poison, <16 x i32> zeroinitializer
+  %2803 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2802, <16 x float> %2761)
+  %2804 = getelementptr inbounds nuw i8, ptr %gep151, i64 3084
+  %2805 = load float, ptr %2804, align 4, !tbaa !5
+  %2806 = insertelement <16 x float> poison, float %2805, i64 0
+  %2807 = shufflevector <16 x float> %2806, <16 x float> poison, <16 x i32> zeroinitializer
+  %2808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2807, <16 x float> %2766)
+  %2809 = getelementptr inbounds nuw i8, ptr %gep151, i64 3148
+  %2810 = load float, ptr %2809, align 4, !tbaa !5
+  %2811 = insertelement <16 x float> poison, float %2810, i64 0
+  %2812 = shufflevector <16 x float> %2811, <16 x float> poison, <16 x i32> zeroinitializer
+  %2813 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2812, <16 x float> %2771)
+  %2814 = getelementptr inbounds nuw i8, ptr %2521, i64 448
+  %2815 = load <16 x float>, ptr %2814, align 4, !tbaa !5
+  %2816 = getelementptr inbounds nuw i8, ptr %gep151, i64 3584
+  %2817 = load float, ptr %2816, align 4, !tbaa !5
+  %2818 = insertelement <16 x float> poison, float %2817, i64 0
+  %2819 = shufflevector <16 x float> %2818, <16 x float> poison, <16 x i32> zeroinitializer
+  %2820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2819, <16 x float> %2778)
+  %2821 = getelementptr inbounds nuw i8, ptr %gep151, i64 3648
+  %2822 = load float, ptr %2821, align 4, !tbaa !5
+  %2823 = insertelement <16 x float> poison, float %2822, i64 0
+  %2824 = shufflevector <16 x float> %2823, <16 x float> poison, <16 x i32> zeroinitializer
+  %2825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2824, <16 x float> %2783)
+  %2826 = getelementptr inbounds nuw i8, ptr %gep151, i64 3588
+  %2827 = load float, ptr %2826, align 4, !tbaa !5
+  %2828 = insertelement <16 x float> poison, float %2827, i64 0
+  %2829 = shufflevector <16 x float> %2828, <16 x float> poison, <16 x i32> zeroinitializer
+  %2830 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2829, <16 x float> %2788)
+  %2831 = getelementptr inbounds nuw i8, ptr %gep151, i64 3652
+  %2832 = load float, ptr %2831, align 4, !tbaa !5
+  %2833 = insertelement <16 x float> poison, float %2832, i64 0
+  %2834 = shufflevector <16 x float> %2833, <16 x float> poison, <16 x i32> zeroinitializer
+  %2835 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2834, <16 x float> %2793)
+  %2836 = getelementptr inbounds nuw i8, ptr %gep151, i64 3592
+  %2837 = load float, ptr %2836, align 4, !tbaa !5
+  %2838 = insertelement <16 x float> poison, float %2837, i64 0
+  %2839 = shufflevector <16 x float> %2838, <16 x float> poison, <16 x i32> zeroinitializer
+  %2840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2839, <16 x float> %2798)
+  %2841 = getelementptr inbounds nuw i8, ptr %gep151, i64 3656
+  %2842 = load float, ptr %2841, align 4, !tbaa !5
+  %2843 = insertelement <16 x float> poison, float %2842, i64 0
+  %2844 = shufflevector <16 x float> %2843, <16 x float> poison, <16 x i32> zeroinitializer
+  %2845 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2844, <16 x float> %2803)
+  %2846 = getelementptr inbounds nuw i8, ptr %gep151, i64 3596
+  %2847 = load float, ptr %2846, align 4, !tbaa !5
+  %2848 = insertelement <16 x float> poison, float %2847, i64 0
+  %2849 = shufflevector <16 x float> %2848, <16 x float> poison, <16 x i32> zeroinitializer
+  %2850 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2849, <16 x float> %2808)
+  %2851 = getelementptr inbounds nuw i8, ptr %gep151, i64 3660
+  %2852 = load float, ptr %2851, align 4, !tbaa !5
+  %2853 = insertelement <16 x float> poison, float %2852, i64 0
+  %2854 = shufflevector <16 x float> %2853, <16 x float> poison, <16 x i32> zeroinitializer
+  %2855 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2854, <16 x float> %2813)
+  %indvars.iv.next1044.i = add nuw nsw i64 %indvars.iv1043.i, 1
+  %exitcond1048.not.i = icmp eq i64 %indvars.iv.next1044.i, %wide.trip.count1047.i
+  br i1 %exitcond1048.not.i, label %for_end_to301.i, label %for_begin_ti304.preheader.i, !prof !13
+
+for_end_to301.i:                                  ; preds = %for_begin_ti304.preheader.i, %for_begin_to299.preheader.i
+  %full_acc557.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2820, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2825, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2830, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2835, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2840, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2845, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2850, %for_begin_ti304.preheader.i ]
+  %full_acc557.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2855, %for_begin_ti304.preheader.i ]
+  br i1 %2505, label %for_body_ti310.lr.ph.i, label %for_end_ti311.i, !prof !3
+
+for_body_ti310.lr.ph.i:                           ; preds = %for_end_to301.i
+  %indvars.iv1053.tr.i = trunc i64 %indvars.iv1053.i to i32
+  %2856 = shl i32 %indvars.iv1053.tr.i, 2
+  %2857 = and i32 %2856, 12
+  %2858 = shl i32 %indvars.iv1053.tr.i, 3
+  %2859 = and i32 %2858, 96
+  %invariant.op845.i = or disjoint i32 %2859, %2507
+  %invariant.op847.i = or disjoint i32 %invariant.op845.i, %2857
+  %2860 = zext nneg i32 %invariant.op847.i to i64
+  %invariant.gep1257.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2860
+  br label %for_body_ti310.i
+
+for_body_ti310.i:                                 ; preds = %for_body_ti310.i, %for_body_ti310.lr.ph.i
+  %indvars.iv1049.i = phi i64 [ 0, %for_body_ti310.lr.ph.i ], [ %indvars.iv.next1050.i, %for_body_ti310.i ]
+  %tile_acc558.sroa.31.0835.i = phi <16 x float> [ %full_acc557.sroa.28.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2921, %for_body_ti310.i ]
+  %tile_acc558.sroa.0.0834.i = phi <16 x float> [ %full_acc557.sroa.0.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2872, %for_body_ti310.i ]
+  %tile_acc558.sroa.4.0833.i = phi <16 x float> [ %full_acc557.sroa.4.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2879, %for_body_ti310.i ]
+  %tile_acc558.sroa.9.0832.i = phi <16 x float> [ %full_acc557.sroa.8.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2886, %for_body_ti310.i ]
+  %tile_acc558.sroa.13.0831.i = phi <16 x float> [ %full_acc557.sroa.12.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2893, %for_body_ti310.i ]
+  %tile_acc558.sroa.18.0830.i = phi <16 x float> [ %full_acc557.sroa.16.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2900, %for_body_ti310.i ]
+  %tile_acc558.sroa.22.0829.i = phi <16 x float> [ %full_acc557.sroa.20.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2907, %for_body_ti310.i ]
+  %tile_acc558.sroa.27.0828.i = phi <16 x float> [ %full_acc557.sroa.24.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2914, %for_body_ti310.i ]
+  %2861 = shl nsw i64 %indvars.iv1049.i, 4
+  %2862 = add nuw nsw i64 %2861, %2509
+  %2863 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2862
+  %2864 = load <16 x float>, ptr %2863, align 4, !tbaa !5
+  %2865 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2862
+  %2866 = load <16 x i32>, ptr %2865, align 4, !tbaa !5
+  %.idx1187.i = shl nsw i64 %indvars.iv1049.i, 9
+  %gep1258.i = getelementptr inbounds nuw i8, ptr %invariant.gep1257.i, i64 %.idx1187.i
+  %2867 = load i32, ptr %gep1258.i, align 4, !tbaa !5
+  %2868 = insertelement <16 x i32> poison, i32 %2867, i64 0
+  %2869 = shufflevector <16 x i32> %2868, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2870 = and <16 x i32> %2869, %2866
+  %2871 = bitcast <16 x i32> %2870 to <16 x float>
+  %2872 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2871, <16 x float> %tile_acc558.sroa.0.0834.i)
+  %2873 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 64
+  %2874 = load i32, ptr %2873, align 4, !tbaa !5
+  %2875 = insertelement <16 x i32> poison, i32 %2874, i64 0
+  %2876 = shufflevector <16 x i32> %2875, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2877 = and <16 x i32> %2876, %2866
+  %2878 = bitcast <16 x i32> %2877 to <16 x float>
+  %2879 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2878, <16 x float> %tile_acc558.sroa.4.0833.i)
+  %2880 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 4
+  %2881 = load i32, ptr %2880, align 4, !tbaa !5
+  %2882 = insertelement <16 x i32> poison, i32 %2881, i64 0
+  %2883 = shufflevector <16 x i32> %2882, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2884 = and <16 x i32> %2883, %2866
+  %2885 = bitcast <16 x i32> %2884 to <16 x float>
+  %2886 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2885, <16 x float> %tile_acc558.sroa.9.0832.i)
+  %2887 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 68
+  %2888 = load i32, ptr %2887, align 4, !tbaa !5
+  %2889 = insertelement <16 x i32> poison, i32 %2888, i64 0
+  %2890 = shufflevector <16 x i32> %2889, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2891 = and <16 x i32> %2890, %2866
+  %2892 = bitcast <16 x i32> %2891 to <16 x float>
+  %2893 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2892, <16 x float> %tile_acc558.sroa.13.0831.i)
+  %2894 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 8
+  %2895 = load i32, ptr %2894, align 4, !tbaa !5
+  %2896 = insertelement <16 x i32> poison, i32 %2895, i64 0
+  %2897 = shufflevector <16 x i32> %2896, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2898 = and <16 x i32> %2897, %2866
+  %2899 = bitcast <16 x i32> %2898 to <16 x float>
+  %2900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2899, <16 x float> %tile_acc558.sroa.18.0830.i)
+  %2901 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 72
+  %2902 = load i32, ptr %2901, align 4, !tbaa !5
+  %2903 = insertelement <16 x i32> poison, i32 %2902, i64 0
+  %2904 = shufflevector <16 x i32> %2903, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2905 = and <16 x i32> %2904, %2866
+  %2906 = bitcast <16 x i32> %2905 to <16 x float>
+  %2907 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2906, <16 x float> %tile_acc558.sroa.22.0829.i)
+  %2908 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 12
+  %2909 = load i32, ptr %2908, align 4, !tbaa !5
+  %2910 = insertelement <16 x i32> poison, i32 %2909, i64 0
+  %2911 = shufflevector <16 x i32> %2910, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2912 = and <16 x i32> %2911, %2866
+  %2913 = bitcast <16 x i32> %2912 to <16 x float>
+  %2914 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2913, <16 x float> %tile_acc558.sroa.27.0828.i)
+  %2915 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 76
+  %2916 = load i32, ptr %2915, align 4, !tbaa !5
+  %2917 = insertelement <16 x i32> poison, i32 %2916, i64 0
+  %2918 = shufflevector <16 x i32> %2917, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2919 = and <16 x i32> %2918, %2866
+  %2920 = bitcast <16 x i32> %2919 to <16 x float>
+  %2921 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2920, <16 x float> %tile_acc558.sroa.31.0835.i)
+  %indvars.iv.next1050.i = add nuw nsw i64 %indvars.iv1049.i, 1
+  %exitcond241.not = icmp eq i64 %indvars.iv.next1050.i, %smax240
+  br i1 %exitcond241.not, label %for_end_ti311.i, label %for_body_ti310.i, !prof !13
+
+for_end_ti311.i:                                  ; preds = %for_body_ti310.i, %for_end_to301.i
+  %tile_acc558.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.24.0.lcssa.i, %for_end_to301.i ], [ %2914, %for_body_ti310.i ]
+  %tile_acc558.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.20.0.lcssa.i, %for_end_to301.i ], [ %2907, %for_body_ti310.i ]
+  %tile_acc558.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.16.0.lcssa.i, %for_end_to301.i ], [ %2900, %for_body_ti310.i ]
+  %tile_acc558.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.12.0.lcssa.i, %for_end_to301.i ], [ %2893, %for_body_ti310.i ]
+  %tile_acc558.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.8.0.lcssa.i, %for_end_to301.i ], [ %2886, %for_body_ti310.i ]
+  %tile_acc558.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.4.0.lcssa.i, %for_end_to301.i ], [ %2879, %for_body_ti310.i ]
+  %tile_acc558.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.0.0.lcssa.i, %for_end_to301.i ], [ %2872, %for_body_ti310.i ]
+  %tile_acc558.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.28.0.lcssa.i, %for_end_to301.i ], [ %2921, %for_body_ti310.i ]
+  %2922 = shl nuw nsw i64 %indvars.iv1053.i, 7
+  %2923 = add nuw nsw i64 %2922, %2511
+  %2924 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2923
+  br i1 %765, label %if_then328.i, label %if_end327.i, !prof !8
+
+if_end327.i:                                      ; preds = %for_end_ti311.i
+  %2925 = load <16 x float>, ptr %2924, align 4, !tbaa !5
+  %2926 = fmul <16 x float> %2303, %2925
+  %2927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.0.0.lcssa.i, <16 x float> %2926)
+  store <16 x float> %2927, ptr %2924, align 4, !tbaa !5
+  %2928 = getelementptr i8, ptr %2924, i64 64
+  %2929 = load <16 x float>, ptr %2928, align 4, !tbaa !5
+  %2930 = fmul <16 x float> %2303, %2929
+  %2931 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.4.0.lcssa.i, <16 x float> %2930)
+  store <16 x float> %2931, ptr %2928, align 4, !tbaa !5
+  %2932 = getelementptr i8, ptr %2924, i64 128
+  %2933 = load <16 x float>, ptr %2932, align 4, !tbaa !5
+  %2934 = fmul <16 x float> %2303, %2933
+  %2935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.9.0.lcssa.i, <16 x float> %2934)
+  store <16 x float> %2935, ptr %2932, align 4, !tbaa !5
+  %2936 = getelementptr i8, ptr %2924, i64 192
+  %2937 = load <16 x float>, ptr %2936, align 4, !tbaa !5
+  %2938 = fmul <16 x float> %2303, %2937
+  %2939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.13.0.lcssa.i, <16 x float> %2938)
+  store <16 x float> %2939, ptr %2936, align 4, !tbaa !5
+  %2940 = getelementptr i8, ptr %2924, i64 256
+  %2941 = load <16 x float>, ptr %2940, align 4, !tbaa !5
+  %2942 = fmul <16 x float> %2303, %2941
+  %2943 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.18.0.lcssa.i, <16 x float> %2942)
+  store <16 x float> %2943, ptr %2940, align 4, !tbaa !5
+  %2944 = getelementptr i8, ptr %2924, i64 320
+  %2945 = load <16 x float>, ptr %2944, align 4, !tbaa !5
+  %2946 = fmul <16 x float> %2303, %2945
+  %2947 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.22.0.lcssa.i, <16 x float> %2946)
+  store <16 x float> %2947, ptr %2944, align 4, !tbaa !5
+  %2948 = getelementptr i8, ptr %2924, i64 384
+  %2949 = load <16 x float>, ptr %2948, align 4, !tbaa !5
+  %2950 = fmul <16 x float> %2303, %2949
+  %2951 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.27.0.lcssa.i, <16 x float> %2950)
+  store <16 x float> %2951, ptr %2948, align 4, !tbaa !5
+  %.phi.trans.insert.i = getelementptr i8, ptr %2924, i64 448
+  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
+  %.pre1141.i = fmul <16 x float> %2303, %.pre.i
+  br label %if_end329.i
+
+if_then328.i:                                     ; preds = %for_end_ti311.i
+  %2952 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.0.0.lcssa.i, <16 x float> %2508)
+  store <16 x float> %2952, ptr %2924, align 4, !tbaa !5
+  %2953 = getelementptr i8, ptr %2924, i64 64
+  %2954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.4.0.lcssa.i, <16 x float> %2508)
+  store <16 x float> %2954, ptr %2953, align 4, !tbaa !5
+  %2955 = getelementptr i8, ptr %2924, i64 128
+  %2956 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.9.0.lcssa.i, <16 x float> %2508)
+  store <16 x float> %2956, ptr %2955, align 4, !tbaa !5
+  %2957 = getelementptr i8, ptr %2924, i64 192
+  %2958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.13.0.lcssa.i, <16 x float> %2508)
+  store <16 x float> %2958, ptr %2957, align 4, !tbaa !5
+  %2959 = getelementptr i8, ptr %2924, i64 256
+  %2960 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.18.0.lcssa.i, <16 x float> %2508)
+  store <16 x float> %2960, ptr %2959, align 4, !tbaa !5
+  %2961 = getelementptr i8, ptr %2924, i64 320
+  %2962 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.22.0.lcssa.i, <16 x float> %2508)
+  store <16 x float> %2962, ptr %2961, align 4, !tbaa !5
+  %2963 = getelementptr i8, ptr %2924, i64 384
+  %2964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.27.0.lcssa.i, <16 x float> %2508)
+  store <16 x float> %2964, ptr %2963, align 4, !tbaa !5
+  br label %if_end329.i
+
+if_end329.i:                                      ; preds = %if_then328.i, %if_end327.i
+  %.pre-phi.i = phi <16 x float> [ %.pre1141.i, %if_end327.i ], [ %2508, %if_then328.i ]
+  %2965 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2923
+  %2966 = getelementptr i8, ptr %2965, i64 448
+  %2967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %2967, ptr %2966, align 4, !tbaa !5
+  %indvars.iv.next1054.i = add nuw nsw i64 %indvars.iv1053.i, 1
+  %exitcond1056.not.i = icmp eq i64 %indvars.iv.next1054.i, 16
+  br i1 %exitcond1056.not.i, label %if_end192.i, label %for_begin_to299.preheader.i, !prof !28
+
+if_end331.i:                                      ; preds = %if_end192.i
+  %2968 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2969 = tail call i32 %2968(i32 1, i32 %dev_id, ptr nonnull %edges.i)
+  %.not596.i = icmp eq i32 %2969, 0
+  br i1 %.not596.i, label %if_end334.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end334.i:                                      ; preds = %if_end331.i
+  %2970 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2971 = tail call i32 %2970(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not597.i = icmp eq i32 %2971, 0
+  br i1 %.not597.i, label %if_end337.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end337.i:                                      ; preds = %if_end334.i
+  %2972 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2973 = tail call i32 %2972(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not598.i = icmp eq i32 %2973, 0
+  br i1 %.not598.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end343.i:                                      ; preds = %for_end_row_tile.i
+  %2974 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2975 = tail call i32 %2974(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not592.i = icmp eq i32 %2975, 0
+  br i1 %.not592.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end349.i:                                      ; preds = %for_end_kv_head.i
+  %2976 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2977 = tail call i32 %2976(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not590.i = icmp eq i32 %2977, 0
+  br i1 %.not590.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !38
+
+for_body_tile355.i:                               ; preds = %if_end360.i, %for_begin_tile354.preheader.i
+  %indvars.iv1076.i = phi i64 [ %indvars.iv.next1077.i, %if_end360.i ], [ 0, %for_begin_tile354.preheader.i ]
+  %.idx1188.i = shl nsw i64 %indvars.iv1076.i, 4
+  %2978 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %.idx1188.i
+  %2979 = getelementptr inbounds nuw i8, ptr %2978, i64 4
+  %2980 = load i32, ptr %2979, align 4, !tbaa !17
+  %2981 = icmp slt i32 %read_begin.i, %2980
+  br i1 %2981, label %if_then359.i, label %if_end360.i, !prof !8
+
+for_end_tile356.i:                                ; preds = %if_end360.i, %for_begin_tile354.preheader.i
+  %2982 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2983 = tail call i32 %2982(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not586.i = icmp eq i32 %2983, 0
+  br i1 %.not586.i, label %if_end415.i, label %fused_attend_compute_.exit, !prof !38
+
+if_then359.i:                                     ; preds = %for_body_tile355.i
+  %2984 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1188.i
+  %old_max366.i = load <16 x float>, ptr %2984, align 4, !tbaa !5
+  %2985 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1188.i
+  %old_sum368.i = load <16 x float>, ptr %2985, align 4, !tbaa !5
+  %2986 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1188.i
+  %2987 = load <16 x float>, ptr %2986, align 4, !tbaa !5
+  %2988 = fcmp ogt <16 x float> %old_max366.i, %2987
+  %2989 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1188.i
+  %2990 = load <16 x float>, ptr %2989, align 4, !tbaa !5
+  %2991 = fcmp oeq <16 x float> %2990, zeroinitializer
+  %2992 = select <16 x i1> %2991, <16 x i1> splat (i1 true), <16 x i1> %2988
+  %old_or_both372.i = select <16 x i1> %2992, <16 x float> %old_max366.i, <16 x float> %2987
+  %2993 = fcmp oeq <16 x float> %old_sum368.i, zeroinitializer
+  %m374.i = select <16 x i1> %2993, <16 x float> %2987, <16 x float> %old_or_both372.i
+  %2994 = fsub <16 x float> %old_max366.i, %m374.i
+  %2995 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2994, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2996 = bitcast <16 x float> %2995 to <16 x i32>
+  %2997 = fadd <16 x float> %2995, splat (float 0xC168000FE0000000)
+  %2998 = fmul <16 x float> %2997, splat (float 0x3F2BD01060000000)
+  %2999 = fmul <16 x float> %2997, splat (float 0x3FE6300000000000)
+  %3000 = fsub <16 x float> %2994, %2999
+  %3001 = fadd <16 x float> %2998, %3000
+  %3002 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3001, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %3003 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3002, <16 x float> %3001, <16 x float> splat (float 0x3FA5558F20000000))
+  %3004 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3003, <16 x float> %3001, <16 x float> splat (float 0x3FC5554920000000))
+  %3005 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3004, <16 x float> %3001, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %3006 = fmul <16 x float> %3001, %3001
+  %3007 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3005, <16 x float> %3006, <16 x float> %3001)
+  %3008 = shl <16 x i32> %2996, splat (i32 23)
+  %3009 = bitcast <16 x i32> %3008 to <16 x float>
+  %3010 = fadd <16 x float> %3007, splat (float 1.000000e+00)
+  %3011 = fmul <16 x float> %3010, %3009
+  %3012 = fcmp olt <16 x float> %2994, splat (float -8.700000e+01)
+  %3013 = select <16 x i1> %3012, <16 x float> zeroinitializer, <16 x float> %3011
+  %3014 = fcmp one <16 x float> %old_sum368.i, zeroinitializer
+  %3015 = select <16 x i1> %3014, <16 x float> %3013, <16 x float> zeroinitializer
+  %arg392.i = fsub <16 x float> %2987, %m374.i
+  %3016 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg392.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %3017 = bitcast <16 x float> %3016 to <16 x i32>
+  %3018 = fadd <16 x float> %3016, splat (float 0xC168000FE0000000)
+  %3019 = fmul <16 x float> %3018, splat (float 0x3F2BD01060000000)
+  %3020 = fmul <16 x float> %3018, splat (float 0x3FE6300000000000)
+  %3021 = fsub <16 x float> %arg392.i, %3020
+  %3022 = fadd <16 x float> %3019, %3021
+  %3023 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3022, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %3024 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3023, <16 x float> %3022, <16 x float> splat (float 0x3FA5558F20000000))
+  %3025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3024, <16 x float> %3022, <16 x float> splat (float 0x3FC5554920000000))
+  %3026 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3025, <16 x float> %3022, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %3027 = fmul <16 x float> %3022, %3022
+  %3028 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3026, <16 x float> %3027, <16 x float> %3022)
+  %3029 = shl <16 x i32> %3017, splat (i32 23)
+  %3030 = bitcast <16 x i32> %3029 to <16 x float>
+  %3031 = fadd <16 x float> %3028, splat (float 1.000000e+00)
+  %3032 = fmul <16 x float> %3031, %3030
+  %3033 = fcmp olt <16 x float> %arg392.i, splat (float -8.700000e+01)
+  %3034 = select <16 x i1> %3033, <16 x float> zeroinitializer, <16 x float> %3032
+  %3035 = fcmp one <16 x float> %2990, zeroinitializer
+  %3036 = select <16 x i1> %3035, <16 x float> %3034, <16 x float> zeroinitializer
+  %3037 = fmul <16 x float> %old_sum368.i, %3015
+  %3038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3036, <16 x float> %2990, <16 x float> %3037)
+  store <16 x float> %m374.i, ptr %2984, align 4, !tbaa !5
+  store <16 x float> %3038, ptr %2985, align 4, !tbaa !5
+  %3039 = shl i64 %indvars.iv1076.i, 11
+  %3040 = and i64 %3039, 4294965248
+  br label %for_body_d410.i
+
+if_end360.i:                                      ; preds = %for_body_d410.i, %for_body_tile355.i
+  %indvars.iv.next1077.i = add nuw nsw i64 %indvars.iv1076.i, 1
+  %exitcond1080.not.i = icmp eq i64 %indvars.iv.next1077.i, %wide.trip.count1079.i
+  br i1 %exitcond1080.not.i, label %for_end_tile356.i, label %for_body_tile355.i, !prof !13
+
+for_body_d410.i:                                  ; preds = %for_body_d410.i, %if_then359.i
+  %indvars.iv1072.i = phi i64 [ 0, %if_then359.i ], [ %indvars.iv.next1073.i.3, %for_body_d410.i ]
+  %3041 = shl nuw nsw i64 %indvars.iv1072.i, 4
+  %3042 = add nuw nsw i64 %3041, %3040
+  %3043 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3042
+  %3044 = load <16 x float>, ptr %3043, align 4, !tbaa !5
+  %3045 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3042
+  %3046 = load <16 x float>, ptr %3045, align 4, !tbaa !5
+  %3047 = fmul <16 x float> %3015, %3046
+  %3048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3036, <16 x float> %3044, <16 x float> %3047)
+  store <16 x float> %3048, ptr %3045, align 4, !tbaa !5
+  %indvars.iv.next1073.i = shl i64 %indvars.iv1072.i, 4
+  %3049 = or disjoint i64 %indvars.iv.next1073.i, 16
+  %3050 = add nuw nsw i64 %3049, %3040
+  %3051 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3050
+  %3052 = load <16 x float>, ptr %3051, align 4, !tbaa !5
+  %3053 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3050
+  %3054 = load <16 x float>, ptr %3053, align 4, !tbaa !5
+  %3055 = fmul <16 x float> %3015, %3054
+  %3056 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3036, <16 x float> %3052, <16 x float> %3055)
+  store <16 x float> %3056, ptr %3053, align 4, !tbaa !5
+  %indvars.iv.next1073.i.1 = shl i64 %indvars.iv1072.i, 4
+  %3057 = or disjoint i64 %indvars.iv.next1073.i.1, 32
+  %3058 = add nuw nsw i64 %3057, %3040
+  %3059 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3058
+  %3060 = load <16 x float>, ptr %3059, align 4, !tbaa !5
+  %3061 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3058
+  %3062 = load <16 x float>, ptr %3061, align 4, !tbaa !5
+  %3063 = fmul <16 x float> %3015, %3062
+  %3064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3036, <16 x float> %3060, <16 x float> %3063)
+  store <16 x float> %3064, ptr %3061, align 4, !tbaa !5
+  %indvars.iv.next1073.i.2 = shl i64 %indvars.iv1072.i, 4
+  %3065 = or disjoint i64 %indvars.iv.next1073.i.2, 48
+  %3066 = add nuw nsw i64 %3065, %3040
+  %3067 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3066
+  %3068 = load <16 x float>, ptr %3067, align 4, !tbaa !5
+  %3069 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3066
+  %3070 = load <16 x float>, ptr %3069, align 4, !tbaa !5
+  %3071 = fmul <16 x float> %3015, %3070
+  %3072 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3036, <16 x float> %3068, <16 x float> %3071)
+  store <16 x float> %3072, ptr %3069, align 4, !tbaa !5
+  %indvars.iv.next1073.i.3 = add nuw nsw i64 %indvars.iv1072.i, 4
+  %exitcond1075.not.i.3 = icmp eq i64 %indvars.iv.next1073.i.3, 128
+  br i1 %exitcond1075.not.i.3, label %if_end360.i, label %for_body_d410.i, !prof !28, !llvm.loop !77
+
+if_end415.i:                                      ; preds = %for_end_tile356.i
+  %3073 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3074 = tail call i32 %3073(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not587.i = icmp eq i32 %3074, 0
+  br i1 %.not587.i, label %if_end418.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end418.i:                                      ; preds = %if_end415.i
+  %3075 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3076 = tail call i32 %3075(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not588.i = icmp eq i32 %3076, 0
+  br i1 %.not588.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !38
+
+for_body_tile424.i:                               ; preds = %if_end429.loopexit.i, %for_body_tile424.i.preheader
+  %indvars.iv1097.i = phi i64 [ %indvars.iv.next1098.i, %if_end429.loopexit.i ], [ 0, %for_body_tile424.i.preheader ]
+  %3077 = shl i64 %indvars.iv1097.i, 13
+  %3078 = and i64 %3077, 17179860992
+  %scevgep514 = getelementptr i8, ptr %total_acc.i, i64 %3078
+  %3079 = trunc nuw nsw i64 %indvars.iv1097.i to i32
+  %rmod497.i = srem i32 %3079, %113
+  %rdiv504.i = sdiv i32 %3079, %113
+  %3080 = icmp ne i32 %rmod497.i, 0
+  %.not578.i = and i1 %392, %3080
+  %3081 = select i1 %.not578.i, i32 %113, i32 0
+  %3082 = add nsw i32 %3081, %rmod497.i
+  %3083 = shl nsw i32 %3082, 4
+  %3084 = sub nsw i32 %111, %3083
+  %3085 = icmp sgt i32 %3084, 0
+  br i1 %3085, label %for_body_r499.lr.ph.i, label %if_end429.loopexit.i, !prof !3
+
+for_end_tile425.i:                                ; preds = %if_end429.loopexit.i, %if_end429.us.i, %for_begin_tile423.preheader.i
+  %3086 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3087 = tail call i32 %3086(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not.i = icmp eq i32 %3087, 0
+  br i1 %.not.i, label %if_end524.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end429.loopexit.i:                             ; preds = %for_end_d517.i, %for_body_tile424.i
+  %indvars.iv.next1098.i = add nuw nsw i64 %indvars.iv1097.i, 1
+  %exitcond1101.not.i = icmp eq i64 %indvars.iv.next1098.i, %wide.trip.count1136.i
+  br i1 %exitcond1101.not.i, label %for_end_tile425.i, label %for_body_tile424.i, !prof !13
+
+for_body_r499.lr.ph.i:                            ; preds = %for_body_tile424.i
+  %3088 = sext i1 %.not578.i to i32
+  %3089 = add nsw i32 %rdiv504.i, %3088
+  %3090 = sext i32 %3089 to i64
+  %3091 = sext i32 %3082 to i64
+  %3092 = shl nsw i64 %3091, 7
+  %3093 = add nsw i64 %393, %3090
+  %3094 = shl nsw i64 %3093, 2
+  %3095 = add nsw i64 %3092, %395
+  %3096 = shl i64 %indvars.iv1097.i, 4
+  %3097 = and i64 %3096, 4294967280
+  %3098 = tail call i32 @llvm.umin.i32(i32 %3084, i32 16)
+  %wide.trip.count1085.i = zext nneg i32 %3098 to i64
+  %3099 = add nsw i64 %3095, %3094
+  br label %for_body_r499.i
+
+for_begin_d515.preheader.lr.ph.i:                 ; preds = %for_body_r499.i
+  %.idx.i = shl nsw i64 %3093, 11
+  %3100 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %.idx579.i = shl nsw i64 %3091, 16
+  %3101 = getelementptr i8, ptr %3100, i64 %.idx579.i
+  %invariant.gep859.i = getelementptr i8, ptr %3101, i64 %.idx580.i
+  %3102 = shl i64 %indvars.iv1097.i, 11
+  %3103 = and i64 %3102, 4294965248
+  %invariant.gep1259.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3103
+  %3104 = add nsw i64 %.idx579.i, %.idx.i
+  %scevgep509 = getelementptr i8, ptr %scevgep508, i64 %3104
+  %scevgep512 = getelementptr i8, ptr %scevgep511, i64 %3104
+  %3105 = shl nuw nsw i64 %wide.trip.count1085.i, 2
+  %3106 = getelementptr i8, ptr %scevgep515, i64 %3078
+  %scevgep516 = getelementptr i8, ptr %3106, i64 %3105
+  br label %for_begin_d515.preheader.i
+
+for_body_r499.i:                                  ; preds = %for_body_r499.i, %for_body_r499.lr.ph.i
+  %indvars.iv1082.i = phi i64 [ 0, %for_body_r499.lr.ph.i ], [ %indvars.iv.next1083.i.1, %for_body_r499.i ]
+  %3107 = add nuw nsw i64 %indvars.iv1082.i, %3097
+  %3108 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3107
+  %3109 = load float, ptr %3108, align 4, !tbaa !5
+  %3110 = and i64 %indvars.iv1082.i, 2
+  %3111 = shl nuw nsw i64 %indvars.iv1082.i, 3
+  %3112 = and i64 %3111, 17179869152
+  %3113 = or disjoint i64 %3099, %3110
+  %3114 = add nsw i64 %3113, %3112
+  %3115 = getelementptr inbounds float, ptr %partial_max, i64 %3114
+  store float %3109, ptr %3115, align 4, !tbaa !5
+  %3116 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3107
+  %3117 = load float, ptr %3116, align 4, !tbaa !5
+  %3118 = getelementptr inbounds float, ptr %partial_sum, i64 %3114
+  store float %3117, ptr %3118, align 4, !tbaa !5
+  %indvars.iv.next1083.i = or disjoint i64 %indvars.iv1082.i, 1
+  %3119 = add nuw nsw i64 %indvars.iv.next1083.i, %3097
+  %3120 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3119
+  %3121 = load float, ptr %3120, align 4, !tbaa !5
+  %3122 = and i64 %indvars.iv.next1083.i, 3
+  %3123 = shl nuw nsw i64 %indvars.iv1082.i, 3
+  %3124 = and i64 %3123, 17179869152
+  %3125 = or disjoint i64 %3099, %3122
+  %3126 = add nsw i64 %3125, %3124
+  %3127 = getelementptr inbounds float, ptr %partial_max, i64 %3126
+  store float %3121, ptr %3127, align 4, !tbaa !5
+  %3128 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3119
+  %3129 = load float, ptr %3128, align 4, !tbaa !5
+  %3130 = getelementptr inbounds float, ptr %partial_sum, i64 %3126
+  store float %3129, ptr %3130, align 4, !tbaa !5
+  %indvars.iv.next1083.i.1 = add nuw nsw i64 %indvars.iv1082.i, 2
+  %exitcond1086.not.i.1 = icmp eq i64 %indvars.iv.next1083.i.1, %wide.trip.count1085.i
+  br i1 %exitcond1086.not.i.1, label %for_begin_d515.preheader.lr.ph.i, label %for_body_r499.i, !prof !13, !llvm.loop !79
+
+for_begin_d515.preheader.i:                       ; preds = %for_end_d517.i, %for_begin_d515.preheader.lr.ph.i
+  %indvars.iv1091.i = phi i64 [ 0, %for_begin_d515.preheader.lr.ph.i ], [ %indvars.iv.next1092.i, %for_end_d517.i ]
+  %3131 = shl nuw nsw i64 %indvars.iv1091.i, 7
+  %3132 = and i64 %3131, 384
+  %3133 = shl nuw nsw i64 %indvars.iv1091.i, 10
+  %3134 = and i64 %3133, 2199023251456
+  %gep860.i = getelementptr float, ptr %invariant.gep859.i, i64 %3134
+  %3135 = getelementptr float, ptr %gep860.i, i64 %3132
+  %gep1260.i = getelementptr inbounds nuw float, ptr %invariant.gep1259.i, i64 %indvars.iv1091.i
+  %3136 = shl i64 %indvars.iv1091.i, 12
+  %3137 = and i64 %3136, 8796093005824
+  %3138 = shl i64 %indvars.iv1091.i, 9
+  %3139 = and i64 %3138, 1536
+  %3140 = or disjoint i64 %3137, %3139
+  %scevgep513 = getelementptr i8, ptr %scevgep512, i64 %3140
+  %scevgep510 = getelementptr i8, ptr %scevgep509, i64 %3140
+  %bound0517 = icmp ult ptr %scevgep510, %scevgep516
+  %bound1518 = icmp ult ptr %scevgep514, %scevgep513
+  %found.conflict519 = and i1 %bound0517, %bound1518
+  br i1 %found.conflict519, label %for_body_d516.i, label %vector.body522, !prof !16
+
+vector.body522:                                   ; preds = %for_begin_d515.preheader.i
+  %3141 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3142 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3143 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3144 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather525 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3141, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather526 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3142, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather527 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3143, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather528 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3144, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %3145 = getelementptr i8, ptr %3135, i64 32
+  %3146 = getelementptr i8, ptr %3135, i64 64
+  %3147 = getelementptr i8, ptr %3135, i64 96
+  store <8 x float> %wide.masked.gather525, ptr %3135, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather526, ptr %3145, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather527, ptr %3146, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather528, ptr %3147, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  %3148 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3149 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3150 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3151 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather525.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3148, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather526.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather527.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather528.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3151, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %3152 = getelementptr i8, ptr %3135, i64 128
+  %3153 = getelementptr i8, ptr %3135, i64 160
+  %3154 = getelementptr i8, ptr %3135, i64 192
+  %3155 = getelementptr i8, ptr %3135, i64 224
+  store <8 x float> %wide.masked.gather525.1, ptr %3152, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather526.1, ptr %3153, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather527.1, ptr %3154, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather528.1, ptr %3155, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  %3156 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3157 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3158 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3159 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather525.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3156, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather526.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3157, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather527.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3158, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather528.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3159, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %3160 = getelementptr i8, ptr %3135, i64 256
+  %3161 = getelementptr i8, ptr %3135, i64 288
+  %3162 = getelementptr i8, ptr %3135, i64 320
+  %3163 = getelementptr i8, ptr %3135, i64 352
+  store <8 x float> %wide.masked.gather525.2, ptr %3160, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather526.2, ptr %3161, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather527.2, ptr %3162, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather528.2, ptr %3163, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  %3164 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3165 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3166 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3167 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather525.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3164, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather526.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3165, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather527.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3166, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather528.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %3168 = getelementptr i8, ptr %3135, i64 384
+  %3169 = getelementptr i8, ptr %3135, i64 416
+  %3170 = getelementptr i8, ptr %3135, i64 448
+  %3171 = getelementptr i8, ptr %3135, i64 480
+  store <8 x float> %wide.masked.gather525.3, ptr %3168, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather526.3, ptr %3169, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather527.3, ptr %3170, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather528.3, ptr %3171, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  br label %for_end_d517.i
+
+for_body_d516.i:                                  ; preds = %for_body_d516.i, %for_begin_d515.preheader.i
+  %indvars.iv1087.i = phi i64 [ %indvars.iv.next1088.i.7, %for_body_d516.i ], [ 0, %for_begin_d515.preheader.i ]
+  %.idx1189.i = shl nuw nsw i64 %indvars.iv1087.i, 6
+  %3172 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i
+  %3173 = load float, ptr %3172, align 4, !tbaa !5
+  %3174 = getelementptr float, ptr %3135, i64 %indvars.iv1087.i
+  store float %3173, ptr %3174, align 4, !tbaa !5
+  %indvars.iv.next1088.i = or disjoint i64 %indvars.iv1087.i, 1
+  %.idx1189.i.1 = shl nuw nsw i64 %indvars.iv.next1088.i, 6
+  %3175 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.1
+  %3176 = load float, ptr %3175, align 4, !tbaa !5
+  %3177 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i
+  store float %3176, ptr %3177, align 4, !tbaa !5
+  %indvars.iv.next1088.i.1 = or disjoint i64 %indvars.iv1087.i, 2
+  %.idx1189.i.2 = shl nuw nsw i64 %indvars.iv.next1088.i.1, 6
+  %3178 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.2
+  %3179 = load float, ptr %3178, align 4, !tbaa !5
+  %3180 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i.1
+  store float %3179, ptr %3180, align 4, !tbaa !5
+  %indvars.iv.next1088.i.2 = or disjoint i64 %indvars.iv1087.i, 3
+  %.idx1189.i.3 = shl nuw nsw i64 %indvars.iv.next1088.i.2, 6
+  %3181 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.3
+  %3182 = load float, ptr %3181, align 4, !tbaa !5
+  %3183 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i.2
+  store float %3182, ptr %3183, align 4, !tbaa !5
+  %indvars.iv.next1088.i.3 = or disjoint i64 %indvars.iv1087.i, 4
+  %.idx1189.i.4 = shl nuw nsw i64 %indvars.iv.next1088.i.3, 6
+  %3184 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.4
+  %3185 = load float, ptr %3184, align 4, !tbaa !5
+  %3186 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i.3
+  store float %3185, ptr %3186, align 4, !tbaa !5
+  %indvars.iv.next1088.i.4 = or disjoint i64 %indvars.iv1087.i, 5
+  %.idx1189.i.5 = shl nuw nsw i64 %indvars.iv.next1088.i.4, 6
+  %3187 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.5
+  %3188 = load float, ptr %3187, align 4, !tbaa !5
+  %3189 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i.4
+  store float %3188, ptr %3189, align 4, !tbaa !5
+  %indvars.iv.next1088.i.5 = or disjoint i64 %indvars.iv1087.i, 6
+  %.idx1189.i.6 = shl nuw nsw i64 %indvars.iv.next1088.i.5, 6
+  %3190 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.6
+  %3191 = load float, ptr %3190, align 4, !tbaa !5
+  %3192 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i.5
+  store float %3191, ptr %3192, align 4, !tbaa !5
+  %indvars.iv.next1088.i.6 = or disjoint i64 %indvars.iv1087.i, 7
+  %.idx1189.i.7 = shl nuw nsw i64 %indvars.iv.next1088.i.6, 6
+  %3193 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.7
+  %3194 = load float, ptr %3193, align 4, !tbaa !5
+  %3195 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i.6
+  store float %3194, ptr %3195, align 4, !tbaa !5
+  %indvars.iv.next1088.i.7 = add nuw nsw i64 %indvars.iv1087.i, 8
+  %exitcond1090.not.i.7 = icmp eq i64 %indvars.iv.next1088.i.7, 128
+  br i1 %exitcond1090.not.i.7, label %for_end_d517.i, label %for_body_d516.i, !prof !29, !llvm.loop !85
+
+for_end_d517.i:                                   ; preds = %for_body_d516.i, %vector.body522
+  %indvars.iv.next1092.i = add nuw nsw i64 %indvars.iv1091.i, 1
+  %exitcond1096.not.i = icmp eq i64 %indvars.iv.next1092.i, %wide.trip.count1085.i
+  br i1 %exitcond1096.not.i, label %if_end429.loopexit.i, label %for_begin_d515.preheader.i, !prof !13
+
+if_end524.i:                                      ; preds = %for_end_tile425.i
+  %3196 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3197 = tail call i32 %3196(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not571.i = icmp eq i32 %3197, 0
+  br i1 %.not571.i, label %if_end527.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end527.i:                                      ; preds = %if_end524.i
+  %3198 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3199 = tail call i32 %3198(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not572.i = icmp eq i32 %3199, 0
+  br i1 %.not572.i, label %if_end530.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end530.i:                                      ; preds = %if_end527.i
+  %3200 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3201 = tail call i32 %3200(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not573.i = icmp eq i32 %3201, 0
+  br i1 %.not573.i, label %if_end533.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end533.i:                                      ; preds = %if_end530.i
+  %3202 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3203 = tail call i32 %3202(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not574.i = icmp eq i32 %3203, 0
+  br i1 %.not574.i, label %if_end536.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end536.i:                                      ; preds = %if_end533.i
+  %3204 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3205 = tail call i32 %3204(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not575.i = icmp ne i32 %3205, 0
+  %..i = sext i1 %.not575.i to i32
+  br label %fused_attend_compute_.exit
+
+fused_attend_compute_.exit:                       ; preds = %if_end536.i, %if_end533.i, %if_end530.i, %if_end527.i, %if_end524.i, %for_end_tile425.i, %if_end418.i, %if_end415.i, %for_end_tile356.i, %if_end349.i, %if_end343.i, %if_end337.i, %if_end334.i, %if_end331.i, %if_end192.i, %if_end165.i, %if_end162.i, %if_end159.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end143.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end126.i, %for_body_step.i, %if_end120.i, %if_end117.i, %for_body_number.i, %for_end_r485.us.i, %for_body_tile424.us.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
+  %common.ret.op.i = phi i32 [ -1, %if_end533.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end530.i ], [ %..i, %if_end536.i ], [ -1, %for_end_tile425.i ], [ -1, %for_body_tile424.us.i ], [ -1, %if_end524.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end527.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_end_r485.us.i ], [ -1, %if_end337.i ], [ -1, %if_end334.i ], [ -1, %if_end331.i ], [ -1, %if_end192.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %if_end159.i ], [ -1, %if_end343.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end143.i ], [ -1, %if_end349.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end126.i ], [ -1, %if_end418.i ], [ -1, %if_end415.i ], [ -1, %for_end_tile356.i ], [ -1, %if_end120.i ], [ -1, %if_end117.i ], [ -1, %for_body_number.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor552.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %reach570.i)
+  ret i32 %common.ret.op.i
+}
+
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
   %row_sum273.i = alloca [32 x float], align 16
@@ -675,12 +5867,12 @@ for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.prehe
   store <4 x float> %220, ptr %221, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
-  br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !16
+  br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !28
 
 for_end_ax1.i:                                    ; preds = %for_begin_ax2.preheader.i
   %indvars.iv.next688.i = add nuw nsw i64 %indvars.iv687.i, 1
   %exitcond690.not.i = icmp eq i64 %indvars.iv.next688.i, 8
-  br i1 %exitcond690.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !16
+  br i1 %exitcond690.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !28
 
 for_begin_step.i:                                 ; preds = %if_end203.i, %for_end_tile.i
   %indvars.iv = phi i32 [ %indvars.iv.next, %if_end203.i ], [ %range_len.i, %for_end_tile.i ]
@@ -689,7 +5881,7 @@ for_begin_step.i:                                 ; preds = %if_end203.i, %for_e
   %222 = and i32 %smin302, 15
   %223 = zext nneg i32 %222 to i64
   %exitcond798.not.i = icmp eq i64 %indvars.iv794.i, %wide.trip.count797.i
-  br i1 %exitcond798.not.i, label %for_begin_tile208.preheader.i, label %for_body_step.i, !prof !17
+  br i1 %exitcond798.not.i, label %for_begin_tile208.preheader.i, label %for_body_step.i, !prof !38
 
 for_begin_tile208.preheader.i:                    ; preds = %for_begin_step.i
   %224 = add nuw nsw i64 %indvars.iv834.i, %106
@@ -709,7 +5901,7 @@ for_body_tile209.us.i:                            ; preds = %if_end228.us.3.i, %
   %indvars.iv830.i = phi i64 [ %indvars.iv.next831.i, %if_end228.us.3.i ], [ 0, %for_begin_tile208.preheader.i ]
   %234 = shl nuw nsw i64 %indvars.iv830.i, 2
   %235 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %234
-  %total.us.i = load <4 x float>, ptr %235, align 16, !tbaa !18
+  %total.us.i = load <4 x float>, ptr %235, align 16, !tbaa !86
   %236 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %237 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %238 = select <4 x i1> %237, <4 x float> zeroinitializer, <4 x float> %236
@@ -918,7 +6110,7 @@ for_body_tile209.us.i:                            ; preds = %if_end228.us.3.i, %
   %gep631.us.3.3.i = getelementptr i8, ptr %invariant.gep630.us.3.i, i64 192
   store <32 x i16> %409, ptr %gep631.us.3.3.i, align 2, !tbaa !5
   %410 = getelementptr float, ptr %230, i64 %234
-  %411 = load float, ptr %235, align 16, !tbaa !18
+  %411 = load float, ptr %235, align 16, !tbaa !86
   %412 = fcmp oeq float %411, 0.000000e+00
   br i1 %412, label %if_end228.us.i, label %if_else227.us.i
 
@@ -926,7 +6118,7 @@ if_else227.us.i:                                  ; preds = %for_body_tile209.us
   %413 = fmul float %411, %233
   %414 = tail call float @llvm.log.f32(float %413)
   %415 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %234
-  %416 = load float, ptr %415, align 16, !tbaa !20
+  %416 = load float, ptr %415, align 16, !tbaa !88
   %417 = fadd float %414, %416
   br label %if_end228.us.i
 
@@ -934,7 +6126,7 @@ if_end228.us.i:                                   ; preds = %if_else227.us.i, %f
   %418 = phi float [ %417, %if_else227.us.i ], [ 0xFFF0000000000000, %for_body_tile209.us.i ]
   store float %418, ptr %410, align 4, !tbaa !5
   %419 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %282
-  %420 = load float, ptr %419, align 4, !tbaa !18
+  %420 = load float, ptr %419, align 4, !tbaa !86
   %421 = fcmp oeq float %420, 0.000000e+00
   br i1 %421, label %if_end228.us.1.i, label %if_else227.us.1.i
 
@@ -942,7 +6134,7 @@ if_else227.us.1.i:                                ; preds = %if_end228.us.i
   %422 = fmul float %420, %233
   %423 = tail call float @llvm.log.f32(float %422)
   %424 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %282
-  %425 = load float, ptr %424, align 4, !tbaa !20
+  %425 = load float, ptr %424, align 4, !tbaa !88
   %426 = fadd float %423, %425
   br label %if_end228.us.1.i
 
@@ -951,7 +6143,7 @@ if_end228.us.1.i:                                 ; preds = %if_else227.us.1.i, 
   %428 = getelementptr i8, ptr %410, i64 4
   store float %427, ptr %428, align 4, !tbaa !5
   %429 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %325
-  %430 = load float, ptr %429, align 8, !tbaa !18
+  %430 = load float, ptr %429, align 8, !tbaa !86
   %431 = fcmp oeq float %430, 0.000000e+00
   br i1 %431, label %if_end228.us.2.i, label %if_else227.us.2.i
 
@@ -959,7 +6151,7 @@ if_else227.us.2.i:                                ; preds = %if_end228.us.1.i
   %432 = fmul float %430, %233
   %433 = tail call float @llvm.log.f32(float %432)
   %434 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %325
-  %435 = load float, ptr %434, align 8, !tbaa !20
+  %435 = load float, ptr %434, align 8, !tbaa !88
   %436 = fadd float %433, %435
   br label %if_end228.us.2.i
 
@@ -968,7 +6160,7 @@ if_end228.us.2.i:                                 ; preds = %if_else227.us.2.i, 
   %438 = getelementptr i8, ptr %410, i64 8
   store float %437, ptr %438, align 4, !tbaa !5
   %439 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %368
-  %440 = load float, ptr %439, align 4, !tbaa !18
+  %440 = load float, ptr %439, align 4, !tbaa !86
   %441 = fcmp oeq float %440, 0.000000e+00
   br i1 %441, label %if_end228.us.3.i, label %if_else227.us.3.i
 
@@ -976,7 +6168,7 @@ if_else227.us.3.i:                                ; preds = %if_end228.us.2.i
   %442 = fmul float %440, %233
   %443 = tail call float @llvm.log.f32(float %442)
   %444 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %368
-  %445 = load float, ptr %444, align 4, !tbaa !20
+  %445 = load float, ptr %444, align 4, !tbaa !88
   %446 = fadd float %443, %445
   br label %if_end228.us.3.i
 
@@ -986,7 +6178,7 @@ if_end228.us.3.i:                                 ; preds = %if_else227.us.3.i, 
   store float %447, ptr %448, align 4, !tbaa !5
   %indvars.iv.next831.i = add nuw nsw i64 %indvars.iv830.i, 1
   %exitcond833.not.i = icmp eq i64 %indvars.iv.next831.i, 8
-  br i1 %exitcond833.not.i, label %for_end_tile210.i, label %for_body_tile209.us.i, !prof !16
+  br i1 %exitcond833.not.i, label %for_end_tile210.i, label %for_body_tile209.us.i, !prof !28
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
   %449 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -1052,7 +6244,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %484, ptr %485, align 8, !tbaa !5
   %indvars.iv.next692.i.1 = add nuw nsw i64 %indvars.iv691.i, 2
   %exitcond694.not.i.1 = icmp eq i64 %indvars.iv.next692.i.1, %wide.trip.count.i
-  br i1 %exitcond694.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !22
+  br i1 %exitcond694.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !90
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t21.i, %if_end18.i
   %486 = icmp sgt i32 %458, 0
@@ -1189,12 +6381,12 @@ for_body_t21.i:                                   ; preds = %for_body_t21.i, %fo
   store i64 %535, ptr %536, align 8, !tbaa !5
   %indvars.iv.next696.i.1 = add nuw nsw i64 %indvars.iv695.i, 2
   %exitcond699.not.i.1 = icmp eq i64 %indvars.iv.next696.i.1, %wide.trip.count.i
-  br i1 %exitcond699.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !24
+  br i1 %exitcond699.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !91
 
 for_begin_kv_head.i:                              ; preds = %if_end197.i, %for_begin_kv_head.preheader.i
   %indvars.iv790.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next791.i, %if_end197.i ]
   %exitcond793.not.i = icmp eq i64 %indvars.iv790.i, 8
-  br i1 %exitcond793.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !17
+  br i1 %exitcond793.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !38
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
   %537 = icmp eq i64 %indvars.iv790.i, 7
@@ -1211,7 +6403,7 @@ for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
   %543 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %544 = tail call i32 %543(i32 1, i32 %dev_id, ptr %value_offsets.i)
   %.not277.i = icmp eq i32 %544, 0
-  br i1 %.not277.i, label %if_end203.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not277.i, label %if_end203.i, label %fused_decode_compute_.exit, !prof !38
 
 if_end32.i:                                       ; preds = %for_body_kv_head.i
   %545 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -1289,7 +6481,7 @@ for_end_to.i:                                     ; preds = %for_begin_to.i
   br i1 %587, label %fused_decode_compute_.exit, label %for_body_to52.us.i.preheader, !prof !8
 
 for_body_to52.us.i.preheader:                     ; preds = %for_end_to.i
-  br i1 %498, label %for_body_to52.us.i.epil.preheader, label %for_body_to52.us.i, !prof !25
+  br i1 %498, label %for_body_to52.us.i.epil.preheader, label %for_body_to52.us.i, !prof !45
 
 for_end_to.thread.i:                              ; preds = %for_begin_to.preheader.i
   %588 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -1354,10 +6546,10 @@ for_body_to52.us.i:                               ; preds = %for_body_to52.us.i,
   %indvars.iv.next719.i.3 = add nuw nsw i64 %indvars.iv718.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to52.us.1.i.preheader.unr-lcssa, label %for_body_to52.us.i, !prof !26, !llvm.loop !27
+  br i1 %niter.ncmp.3, label %for_body_to52.us.1.i.preheader.unr-lcssa, label %for_body_to52.us.i, !prof !46, !llvm.loop !92
 
 for_body_to52.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to52.us.i
-  br i1 %lcmp.mod.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil.preheader, !prof !29
+  br i1 %lcmp.mod.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil.preheader, !prof !49
 
 for_body_to52.us.i.epil.preheader:                ; preds = %for_body_to52.us.1.i.preheader.unr-lcssa, %for_body_to52.us.i.preheader
   %indvars.iv718.i.epil.init = phi i64 [ 0, %for_body_to52.us.i.preheader ], [ %indvars.iv.next719.i.3, %for_body_to52.us.1.i.preheader.unr-lcssa ]
@@ -1382,10 +6574,10 @@ for_body_to52.us.i.epil:                          ; preds = %for_body_to52.us.i.
   %indvars.iv.next719.i.epil = add nuw nsw i64 %indvars.iv718.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil, !prof !12, !llvm.loop !30
+  br i1 %epil.iter.cmp.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil, !prof !12, !llvm.loop !93
 
 for_body_to52.us.1.i.preheader:                   ; preds = %for_body_to52.us.i.epil, %for_body_to52.us.1.i.preheader.unr-lcssa
-  br i1 %499, label %for_body_to52.us.1.i.epil.preheader, label %for_body_to52.us.1.i, !prof !25
+  br i1 %499, label %for_body_to52.us.1.i.epil.preheader, label %for_body_to52.us.1.i, !prof !45
 
 for_body_to52.us.1.i:                             ; preds = %for_body_to52.us.1.i, %for_body_to52.us.1.i.preheader
   %indvars.iv718.1.i = phi i64 [ %indvars.iv.next719.1.i.3, %for_body_to52.us.1.i ], [ 0, %for_body_to52.us.1.i.preheader ]
@@ -1448,10 +6640,10 @@ for_body_to52.us.1.i:                             ; preds = %for_body_to52.us.1.
   %indvars.iv.next719.1.i.3 = add nuw nsw i64 %indvars.iv718.1.i, 4
   %niter209.next.3 = add i64 %niter209, 4
   %niter209.ncmp.3 = icmp eq i64 %niter209.next.3, %unroll_iter208
-  br i1 %niter209.ncmp.3, label %for_body_to52.us.2.i.preheader.unr-lcssa, label %for_body_to52.us.1.i, !prof !26, !llvm.loop !33
+  br i1 %niter209.ncmp.3, label %for_body_to52.us.2.i.preheader.unr-lcssa, label %for_body_to52.us.1.i, !prof !46, !llvm.loop !94
 
 for_body_to52.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to52.us.1.i
-  br i1 %lcmp.mod206.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil.preheader, !prof !29
+  br i1 %lcmp.mod206.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil.preheader, !prof !49
 
 for_body_to52.us.1.i.epil.preheader:              ; preds = %for_body_to52.us.2.i.preheader.unr-lcssa, %for_body_to52.us.1.i.preheader
   %indvars.iv718.1.i.epil.init = phi i64 [ 0, %for_body_to52.us.1.i.preheader ], [ %indvars.iv.next719.1.i.3, %for_body_to52.us.2.i.preheader.unr-lcssa ]
@@ -1477,10 +6669,10 @@ for_body_to52.us.1.i.epil:                        ; preds = %for_body_to52.us.1.
   %indvars.iv.next719.1.i.epil = add nuw nsw i64 %indvars.iv718.1.i.epil, 1
   %epil.iter205.next = add i64 %epil.iter205, 1
   %epil.iter205.cmp.not = icmp eq i64 %epil.iter205.next, %xtraiter204
-  br i1 %epil.iter205.cmp.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil, !prof !12, !llvm.loop !34
+  br i1 %epil.iter205.cmp.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil, !prof !12, !llvm.loop !95
 
 for_body_to52.us.2.i.preheader:                   ; preds = %for_body_to52.us.1.i.epil, %for_body_to52.us.2.i.preheader.unr-lcssa
-  br i1 %500, label %for_body_to52.us.2.i.epil.preheader, label %for_body_to52.us.2.i, !prof !25
+  br i1 %500, label %for_body_to52.us.2.i.epil.preheader, label %for_body_to52.us.2.i, !prof !45
 
 for_body_to52.us.2.i:                             ; preds = %for_body_to52.us.2.i, %for_body_to52.us.2.i.preheader
   %indvars.iv718.2.i = phi i64 [ %indvars.iv.next719.2.i.3, %for_body_to52.us.2.i ], [ 0, %for_body_to52.us.2.i.preheader ]
@@ -1543,10 +6735,10 @@ for_body_to52.us.2.i:                             ; preds = %for_body_to52.us.2.
   %indvars.iv.next719.2.i.3 = add nuw nsw i64 %indvars.iv718.2.i, 4
   %niter215.next.3 = add i64 %niter215, 4
   %niter215.ncmp.3 = icmp eq i64 %niter215.next.3, %unroll_iter214
-  br i1 %niter215.ncmp.3, label %for_body_to52.us.3.i.preheader.unr-lcssa, label %for_body_to52.us.2.i, !prof !26, !llvm.loop !35
+  br i1 %niter215.ncmp.3, label %for_body_to52.us.3.i.preheader.unr-lcssa, label %for_body_to52.us.2.i, !prof !46, !llvm.loop !96
 
 for_body_to52.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to52.us.2.i
-  br i1 %lcmp.mod212.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil.preheader, !prof !29
+  br i1 %lcmp.mod212.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil.preheader, !prof !49
 
 for_body_to52.us.2.i.epil.preheader:              ; preds = %for_body_to52.us.3.i.preheader.unr-lcssa, %for_body_to52.us.2.i.preheader
   %indvars.iv718.2.i.epil.init = phi i64 [ 0, %for_body_to52.us.2.i.preheader ], [ %indvars.iv.next719.2.i.3, %for_body_to52.us.3.i.preheader.unr-lcssa ]
@@ -1572,10 +6764,10 @@ for_body_to52.us.2.i.epil:                        ; preds = %for_body_to52.us.2.
   %indvars.iv.next719.2.i.epil = add nuw nsw i64 %indvars.iv718.2.i.epil, 1
   %epil.iter211.next = add i64 %epil.iter211, 1
   %epil.iter211.cmp.not = icmp eq i64 %epil.iter211.next, %xtraiter210
-  br i1 %epil.iter211.cmp.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil, !prof !12, !llvm.loop !36
+  br i1 %epil.iter211.cmp.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil, !prof !12, !llvm.loop !97
 
 for_body_to52.us.3.i.preheader:                   ; preds = %for_body_to52.us.2.i.epil, %for_body_to52.us.3.i.preheader.unr-lcssa
-  br i1 %501, label %for_body_to52.us.3.i.epil.preheader, label %for_body_to52.us.3.i, !prof !25
+  br i1 %501, label %for_body_to52.us.3.i.epil.preheader, label %for_body_to52.us.3.i, !prof !45
 
 for_body_to52.us.3.i:                             ; preds = %for_body_to52.us.3.i, %for_body_to52.us.3.i.preheader
   %indvars.iv718.3.i = phi i64 [ %indvars.iv.next719.3.i.3, %for_body_to52.us.3.i ], [ 0, %for_body_to52.us.3.i.preheader ]
@@ -1638,10 +6830,10 @@ for_body_to52.us.3.i:                             ; preds = %for_body_to52.us.3.
   %indvars.iv.next719.3.i.3 = add nuw nsw i64 %indvars.iv718.3.i, 4
   %niter221.next.3 = add i64 %niter221, 4
   %niter221.ncmp.3 = icmp eq i64 %niter221.next.3, %unroll_iter220
-  br i1 %niter221.ncmp.3, label %for_body_ax162.i.preheader.unr-lcssa, label %for_body_to52.us.3.i, !prof !26, !llvm.loop !37
+  br i1 %niter221.ncmp.3, label %for_body_ax162.i.preheader.unr-lcssa, label %for_body_to52.us.3.i, !prof !46, !llvm.loop !98
 
 for_body_ax162.i.preheader.unr-lcssa:             ; preds = %for_body_to52.us.3.i
-  br i1 %lcmp.mod218.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil.preheader, !prof !29
+  br i1 %lcmp.mod218.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil.preheader, !prof !49
 
 for_body_to52.us.3.i.epil.preheader:              ; preds = %for_body_ax162.i.preheader.unr-lcssa, %for_body_to52.us.3.i.preheader
   %indvars.iv718.3.i.epil.init = phi i64 [ 0, %for_body_to52.us.3.i.preheader ], [ %indvars.iv.next719.3.i.3, %for_body_ax162.i.preheader.unr-lcssa ]
@@ -1667,10 +6859,10 @@ for_body_to52.us.3.i.epil:                        ; preds = %for_body_to52.us.3.
   %indvars.iv.next719.3.i.epil = add nuw nsw i64 %indvars.iv718.3.i.epil, 1
   %epil.iter217.next = add i64 %epil.iter217, 1
   %epil.iter217.cmp.not = icmp eq i64 %epil.iter217.next, %xtraiter216
-  br i1 %epil.iter217.cmp.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil, !prof !12, !llvm.loop !38
+  br i1 %epil.iter217.cmp.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil, !prof !12, !llvm.loop !99
 
 for_body_ax162.i.preheader:                       ; preds = %for_body_to52.us.3.i.epil, %for_body_ax162.i.preheader.unr-lcssa
-  br i1 %502, label %for_body_ax162.i.epil.preheader, label %for_body_ax162.i, !prof !39
+  br i1 %502, label %for_body_ax162.i.epil.preheader, label %for_body_ax162.i, !prof !100
 
 for_begin_r.preheader.i:                          ; preds = %for_begin_line.preheader.i
   %825 = getelementptr inbounds nuw float, ptr %scores.i, i64 %585
@@ -1999,7 +7191,7 @@ for_begin_r.preheader.i:                          ; preds = %for_begin_line.preh
   %1020 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %1021 = tail call i32 %1020(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
   %.not282.i = icmp eq i32 %1021, 0
-  br i1 %.not282.i, label %for_begin_to.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not282.i, label %for_begin_to.i, label %fused_decode_compute_.exit, !prof !38
 
 for_begin_line.preheader.i:                       ; preds = %for_begin_line.preheader.i, %for_begin_ax1_0.preheader.i
   %indvars.iv705.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next706.i, %for_begin_line.preheader.i ]
@@ -2199,7 +7391,7 @@ for_begin_line.preheader.i:                       ; preds = %for_begin_line.preh
   store <16 x float> %1181, ptr %1189, align 4, !tbaa !5
   %indvars.iv.next706.i = add nuw nsw i64 %indvars.iv705.i, 1
   %exitcond708.not.i = icmp eq i64 %indvars.iv.next706.i, 8
-  br i1 %exitcond708.not.i, label %for_begin_r.preheader.i, label %for_begin_line.preheader.i, !prof !16
+  br i1 %exitcond708.not.i, label %for_begin_r.preheader.i, label %for_begin_line.preheader.i, !prof !28
 
 for_body_r67.us.preheader.i:                      ; preds = %for_end_ax163.3.i
   %peak.rf265.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 0
@@ -2307,10 +7499,10 @@ for_body_ax162.i:                                 ; preds = %for_body_ax162.i, %
   %indvars.iv.next728.i.7 = add nuw nsw i64 %indvars.iv727.i, 8
   %niter228.next.7 = add i64 %niter228, 8
   %niter228.ncmp.7 = icmp eq i64 %niter228.next.7, %unroll_iter227
-  br i1 %niter228.ncmp.7, label %for_end_ax163.i.loopexit.unr-lcssa, label %for_body_ax162.i, !prof !40, !llvm.loop !41
+  br i1 %niter228.ncmp.7, label %for_end_ax163.i.loopexit.unr-lcssa, label %for_body_ax162.i, !prof !101, !llvm.loop !102
 
 for_end_ax163.i.loopexit.unr-lcssa:               ; preds = %for_body_ax162.i
-  br i1 %lcmp.mod224.not, label %for_end_ax163.i, label %for_body_ax162.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod224.not, label %for_end_ax163.i, label %for_body_ax162.i.epil.preheader, !prof !103
 
 for_body_ax162.i.epil.preheader:                  ; preds = %for_end_ax163.i.loopexit.unr-lcssa, %for_body_ax162.i.preheader
   %indvars.iv727.i.epil.init = phi i64 [ 0, %for_body_ax162.i.preheader ], [ %indvars.iv.next728.i.7, %for_end_ax163.i.loopexit.unr-lcssa ]
@@ -2330,7 +7522,7 @@ for_body_ax162.i.epil:                            ; preds = %for_body_ax162.i.ep
   %indvars.iv.next728.i.epil = add nuw nsw i64 %indvars.iv727.i.epil, 1
   %epil.iter223.next = add i64 %epil.iter223, 1
   %epil.iter223.cmp.not = icmp eq i64 %epil.iter223.next, %xtraiter222
-  br i1 %epil.iter223.cmp.not, label %for_end_ax163.i, label %for_body_ax162.i.epil, !prof !29, !llvm.loop !44
+  br i1 %epil.iter223.cmp.not, label %for_end_ax163.i, label %for_body_ax162.i.epil, !prof !49, !llvm.loop !104
 
 for_end_ax163.i:                                  ; preds = %for_body_ax162.i.epil, %for_end_ax163.i.loopexit.unr-lcssa, %for_end_to.thread.i
   %scaled923925928.i = phi ptr [ %scaled922.i, %for_end_to.thread.i ], [ %scaled.i, %for_body_ax162.i.epil ], [ %scaled.i, %for_end_ax163.i.loopexit.unr-lcssa ]
@@ -2387,7 +7579,7 @@ for_end_ax163.i:                                  ; preds = %for_body_ax162.i.ep
   br i1 %486, label %for_body_ax162.1.i.preheader, label %for_end_ax163.1.i, !prof !3
 
 for_body_ax162.1.i.preheader:                     ; preds = %for_end_ax163.i
-  br i1 %503, label %for_body_ax162.1.i.epil.preheader, label %for_body_ax162.1.i, !prof !39
+  br i1 %503, label %for_body_ax162.1.i.epil.preheader, label %for_body_ax162.1.i, !prof !100
 
 for_body_ax162.1.i:                               ; preds = %for_body_ax162.1.i, %for_body_ax162.1.i.preheader
   %indvars.iv727.1.i = phi i64 [ %indvars.iv.next728.1.i.7, %for_body_ax162.1.i ], [ 0, %for_body_ax162.1.i.preheader ]
@@ -2444,10 +7636,10 @@ for_body_ax162.1.i:                               ; preds = %for_body_ax162.1.i,
   %indvars.iv.next728.1.i.7 = add nuw nsw i64 %indvars.iv727.1.i, 8
   %niter235.next.7 = add i64 %niter235, 8
   %niter235.ncmp.7 = icmp eq i64 %niter235.next.7, %unroll_iter234
-  br i1 %niter235.ncmp.7, label %for_end_ax163.1.i.loopexit.unr-lcssa, label %for_body_ax162.1.i, !prof !40, !llvm.loop !45
+  br i1 %niter235.ncmp.7, label %for_end_ax163.1.i.loopexit.unr-lcssa, label %for_body_ax162.1.i, !prof !101, !llvm.loop !105
 
 for_end_ax163.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax162.1.i
-  br i1 %lcmp.mod231.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod231.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil.preheader, !prof !103
 
 for_body_ax162.1.i.epil.preheader:                ; preds = %for_end_ax163.1.i.loopexit.unr-lcssa, %for_body_ax162.1.i.preheader
   %indvars.iv727.1.i.epil.init = phi i64 [ 0, %for_body_ax162.1.i.preheader ], [ %indvars.iv.next728.1.i.7, %for_end_ax163.1.i.loopexit.unr-lcssa ]
@@ -2468,7 +7660,7 @@ for_body_ax162.1.i.epil:                          ; preds = %for_body_ax162.1.i.
   %indvars.iv.next728.1.i.epil = add nuw nsw i64 %indvars.iv727.1.i.epil, 1
   %epil.iter230.next = add i64 %epil.iter230, 1
   %epil.iter230.cmp.not = icmp eq i64 %epil.iter230.next, %xtraiter229
-  br i1 %epil.iter230.cmp.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil, !prof !29, !llvm.loop !46
+  br i1 %epil.iter230.cmp.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil, !prof !49, !llvm.loop !106
 
 for_end_ax163.1.i:                                ; preds = %for_body_ax162.1.i.epil, %for_end_ax163.1.i.loopexit.unr-lcssa, %for_end_ax163.i
   %peak.rf_global264.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax163.i ], [ %1336, %for_end_ax163.1.i.loopexit.unr-lcssa ], [ %1341, %for_body_ax162.1.i.epil ]
@@ -2524,7 +7716,7 @@ for_end_ax163.1.i:                                ; preds = %for_body_ax162.1.i.
   br i1 %486, label %for_body_ax162.2.i.preheader, label %for_end_ax163.2.i, !prof !3
 
 for_body_ax162.2.i.preheader:                     ; preds = %for_end_ax163.1.i
-  br i1 %504, label %for_body_ax162.2.i.epil.preheader, label %for_body_ax162.2.i, !prof !39
+  br i1 %504, label %for_body_ax162.2.i.epil.preheader, label %for_body_ax162.2.i, !prof !100
 
 for_body_ax162.2.i:                               ; preds = %for_body_ax162.2.i, %for_body_ax162.2.i.preheader
   %indvars.iv727.2.i = phi i64 [ %indvars.iv.next728.2.i.7, %for_body_ax162.2.i ], [ 0, %for_body_ax162.2.i.preheader ]
@@ -2581,10 +7773,10 @@ for_body_ax162.2.i:                               ; preds = %for_body_ax162.2.i,
   %indvars.iv.next728.2.i.7 = add nuw nsw i64 %indvars.iv727.2.i, 8
   %niter242.next.7 = add i64 %niter242, 8
   %niter242.ncmp.7 = icmp eq i64 %niter242.next.7, %unroll_iter241
-  br i1 %niter242.ncmp.7, label %for_end_ax163.2.i.loopexit.unr-lcssa, label %for_body_ax162.2.i, !prof !40, !llvm.loop !47
+  br i1 %niter242.ncmp.7, label %for_end_ax163.2.i.loopexit.unr-lcssa, label %for_body_ax162.2.i, !prof !101, !llvm.loop !107
 
 for_end_ax163.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax162.2.i
-  br i1 %lcmp.mod238.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod238.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil.preheader, !prof !103
 
 for_body_ax162.2.i.epil.preheader:                ; preds = %for_end_ax163.2.i.loopexit.unr-lcssa, %for_body_ax162.2.i.preheader
   %indvars.iv727.2.i.epil.init = phi i64 [ 0, %for_body_ax162.2.i.preheader ], [ %indvars.iv.next728.2.i.7, %for_end_ax163.2.i.loopexit.unr-lcssa ]
@@ -2605,7 +7797,7 @@ for_body_ax162.2.i.epil:                          ; preds = %for_body_ax162.2.i.
   %indvars.iv.next728.2.i.epil = add nuw nsw i64 %indvars.iv727.2.i.epil, 1
   %epil.iter237.next = add i64 %epil.iter237, 1
   %epil.iter237.cmp.not = icmp eq i64 %epil.iter237.next, %xtraiter236
-  br i1 %epil.iter237.cmp.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil, !prof !29, !llvm.loop !48
+  br i1 %epil.iter237.cmp.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil, !prof !49, !llvm.loop !108
 
 for_end_ax163.2.i:                                ; preds = %for_body_ax162.2.i.epil, %for_end_ax163.2.i.loopexit.unr-lcssa, %for_end_ax163.1.i
   %peak.rf_global264.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax163.1.i ], [ %1413, %for_end_ax163.2.i.loopexit.unr-lcssa ], [ %1418, %for_body_ax162.2.i.epil ]
@@ -2661,7 +7853,7 @@ for_end_ax163.2.i:                                ; preds = %for_body_ax162.2.i.
   br i1 %486, label %for_body_ax162.3.i.preheader, label %for_end_ax163.3.i, !prof !3
 
 for_body_ax162.3.i.preheader:                     ; preds = %for_end_ax163.2.i
-  br i1 %505, label %for_body_ax162.3.i.epil.preheader, label %for_body_ax162.3.i, !prof !39
+  br i1 %505, label %for_body_ax162.3.i.epil.preheader, label %for_body_ax162.3.i, !prof !100
 
 for_body_ax162.3.i:                               ; preds = %for_body_ax162.3.i, %for_body_ax162.3.i.preheader
   %indvars.iv727.3.i = phi i64 [ %indvars.iv.next728.3.i.7, %for_body_ax162.3.i ], [ 0, %for_body_ax162.3.i.preheader ]
@@ -2718,10 +7910,10 @@ for_body_ax162.3.i:                               ; preds = %for_body_ax162.3.i,
   %indvars.iv.next728.3.i.7 = add nuw nsw i64 %indvars.iv727.3.i, 8
   %niter249.next.7 = add i64 %niter249, 8
   %niter249.ncmp.7 = icmp eq i64 %niter249.next.7, %unroll_iter248
-  br i1 %niter249.ncmp.7, label %for_end_ax163.3.i.loopexit.unr-lcssa, label %for_body_ax162.3.i, !prof !40, !llvm.loop !49
+  br i1 %niter249.ncmp.7, label %for_end_ax163.3.i.loopexit.unr-lcssa, label %for_body_ax162.3.i, !prof !101, !llvm.loop !109
 
 for_end_ax163.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax162.3.i
-  br i1 %lcmp.mod245.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod245.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil.preheader, !prof !103
 
 for_body_ax162.3.i.epil.preheader:                ; preds = %for_end_ax163.3.i.loopexit.unr-lcssa, %for_body_ax162.3.i.preheader
   %indvars.iv727.3.i.epil.init = phi i64 [ 0, %for_body_ax162.3.i.preheader ], [ %indvars.iv.next728.3.i.7, %for_end_ax163.3.i.loopexit.unr-lcssa ]
@@ -2742,7 +7934,7 @@ for_body_ax162.3.i.epil:                          ; preds = %for_body_ax162.3.i.
   %indvars.iv.next728.3.i.epil = add nuw nsw i64 %indvars.iv727.3.i.epil, 1
   %epil.iter244.next = add i64 %epil.iter244, 1
   %epil.iter244.cmp.not = icmp eq i64 %epil.iter244.next, %xtraiter243
-  br i1 %epil.iter244.cmp.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil, !prof !29, !llvm.loop !50
+  br i1 %epil.iter244.cmp.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil, !prof !49, !llvm.loop !110
 
 for_end_ax163.3.i:                                ; preds = %for_body_ax162.3.i.epil, %for_end_ax163.3.i.loopexit.unr-lcssa, %for_end_ax163.2.i
   %peak.rf_global264.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax163.2.i ], [ %1490, %for_end_ax163.3.i.loopexit.unr-lcssa ], [ %1495, %for_body_ax162.3.i.epil ]
@@ -2813,7 +8005,7 @@ for_body_to79.us.i:                               ; preds = %for_body_to79.us.i,
   %indvars.iv.next744.i.1 = add nuw nsw i64 %indvars.iv743.i, 2
   %niter255.next.1 = add i64 %niter255, 2
   %niter255.ncmp.1 = icmp eq i64 %niter255.next.1, %unroll_iter254
-  br i1 %niter255.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa, label %for_body_to79.us.i, !prof !9, !llvm.loop !51
+  br i1 %niter255.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa, label %for_body_to79.us.i, !prof !9, !llvm.loop !111
 
 for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to79.us.i
   br i1 %lcmp.mod252.not, label %for_begin_to78.for_end_to80_crit_edge.us.i, label %for_body_to79.us.i.epil.preheader, !prof !12
@@ -2910,7 +8102,7 @@ for_body_to79.us.1.i:                             ; preds = %for_body_to79.us.1.
   %indvars.iv.next744.1.i.1 = add nuw nsw i64 %indvars.iv743.1.i, 2
   %niter261.next.1 = add i64 %niter261, 2
   %niter261.ncmp.1 = icmp eq i64 %niter261.next.1, %unroll_iter260
-  br i1 %niter261.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa, label %for_body_to79.us.1.i, !prof !9, !llvm.loop !52
+  br i1 %niter261.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa, label %for_body_to79.us.1.i, !prof !9, !llvm.loop !112
 
 for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa: ; preds = %for_body_to79.us.1.i
   br i1 %lcmp.mod258.not, label %for_begin_to78.for_end_to80_crit_edge.us.1.i, label %for_body_to79.us.1.i.epil.preheader, !prof !12
@@ -3008,7 +8200,7 @@ for_body_to79.us.2.i:                             ; preds = %for_body_to79.us.2.
   %indvars.iv.next744.2.i.1 = add nuw nsw i64 %indvars.iv743.2.i, 2
   %niter267.next.1 = add i64 %niter267, 2
   %niter267.ncmp.1 = icmp eq i64 %niter267.next.1, %unroll_iter266
-  br i1 %niter267.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa, label %for_body_to79.us.2.i, !prof !9, !llvm.loop !53
+  br i1 %niter267.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa, label %for_body_to79.us.2.i, !prof !9, !llvm.loop !113
 
 for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa: ; preds = %for_body_to79.us.2.i
   br i1 %lcmp.mod264.not, label %for_begin_to78.for_end_to80_crit_edge.us.2.i, label %for_body_to79.us.2.i.epil.preheader, !prof !12
@@ -3106,7 +8298,7 @@ for_body_to79.us.3.i:                             ; preds = %for_body_to79.us.3.
   %indvars.iv.next744.3.i.1 = add nuw nsw i64 %indvars.iv743.3.i, 2
   %niter273.next.1 = add i64 %niter273, 2
   %niter273.ncmp.1 = icmp eq i64 %niter273.next.1, %unroll_iter272
-  br i1 %niter273.ncmp.1, label %for_body_ax189.i.preheader.unr-lcssa, label %for_body_to79.us.3.i, !prof !9, !llvm.loop !54
+  br i1 %niter273.ncmp.1, label %for_body_ax189.i.preheader.unr-lcssa, label %for_body_to79.us.3.i, !prof !9, !llvm.loop !114
 
 for_body_ax189.i.preheader.unr-lcssa:             ; preds = %for_body_to79.us.3.i
   br i1 %lcmp.mod270.not, label %for_body_ax189.i.preheader, label %for_body_to79.us.3.i.epil.preheader, !prof !12
@@ -3143,7 +8335,7 @@ for_body_to79.us.3.i.epil.preheader:              ; preds = %for_body_ax189.i.pr
   br label %for_body_ax189.i.preheader
 
 for_body_ax189.i.preheader:                       ; preds = %for_body_to79.us.3.i.epil.preheader, %for_body_ax189.i.preheader.unr-lcssa
-  br i1 %510, label %for_body_ax189.i.epil.preheader, label %for_body_ax189.i, !prof !39
+  br i1 %510, label %for_body_ax189.i.epil.preheader, label %for_body_ax189.i, !prof !100
 
 for_body_ax189.i:                                 ; preds = %for_body_ax189.i, %for_body_ax189.i.preheader
   %indvars.iv752.i = phi i64 [ %indvars.iv.next753.i.7, %for_body_ax189.i ], [ 0, %for_body_ax189.i.preheader ]
@@ -3191,10 +8383,10 @@ for_body_ax189.i:                                 ; preds = %for_body_ax189.i, %
   %indvars.iv.next753.i.7 = add nuw nsw i64 %indvars.iv752.i, 8
   %niter280.next.7 = add i64 %niter280, 8
   %niter280.ncmp.7 = icmp eq i64 %niter280.next.7, %unroll_iter279
-  br i1 %niter280.ncmp.7, label %for_end_ax190.i.loopexit.unr-lcssa, label %for_body_ax189.i, !prof !40, !llvm.loop !55
+  br i1 %niter280.ncmp.7, label %for_end_ax190.i.loopexit.unr-lcssa, label %for_body_ax189.i, !prof !101, !llvm.loop !115
 
 for_end_ax190.i.loopexit.unr-lcssa:               ; preds = %for_body_ax189.i
-  br i1 %lcmp.mod276.not, label %for_end_ax190.i, label %for_body_ax189.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod276.not, label %for_end_ax190.i, label %for_body_ax189.i.epil.preheader, !prof !103
 
 for_body_ax189.i.epil.preheader:                  ; preds = %for_end_ax190.i.loopexit.unr-lcssa, %for_body_ax189.i.preheader
   %indvars.iv752.i.epil.init = phi i64 [ 0, %for_body_ax189.i.preheader ], [ %indvars.iv.next753.i.7, %for_end_ax190.i.loopexit.unr-lcssa ]
@@ -3213,7 +8405,7 @@ for_body_ax189.i.epil:                            ; preds = %for_body_ax189.i.ep
   %indvars.iv.next753.i.epil = add nuw nsw i64 %indvars.iv752.i.epil, 1
   %epil.iter275.next = add i64 %epil.iter275, 1
   %epil.iter275.cmp.not = icmp eq i64 %epil.iter275.next, %xtraiter274
-  br i1 %epil.iter275.cmp.not, label %for_end_ax190.i, label %for_body_ax189.i.epil, !prof !29, !llvm.loop !56
+  br i1 %epil.iter275.cmp.not, label %for_end_ax190.i, label %for_body_ax189.i.epil, !prof !49, !llvm.loop !116
 
 for_end_ax190.i:                                  ; preds = %for_body_ax189.i.epil, %for_end_ax190.i.loopexit.unr-lcssa, %for_begin_r73.preheader.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r73.preheader.i ], [ %1812, %for_end_ax190.i.loopexit.unr-lcssa ], [ %1815, %for_body_ax189.i.epil ]
@@ -3253,7 +8445,7 @@ for_end_ax190.i:                                  ; preds = %for_body_ax189.i.ep
   br i1 %486, label %for_body_ax189.1.i.preheader, label %for_end_ax190.1.i, !prof !3
 
 for_body_ax189.1.i.preheader:                     ; preds = %for_end_ax190.i
-  br i1 %511, label %for_body_ax189.1.i.epil.preheader, label %for_body_ax189.1.i, !prof !39
+  br i1 %511, label %for_body_ax189.1.i.epil.preheader, label %for_body_ax189.1.i, !prof !100
 
 for_body_ax189.1.i:                               ; preds = %for_body_ax189.1.i, %for_body_ax189.1.i.preheader
   %indvars.iv752.1.i = phi i64 [ %indvars.iv.next753.1.i.7, %for_body_ax189.1.i ], [ 0, %for_body_ax189.1.i.preheader ]
@@ -3302,10 +8494,10 @@ for_body_ax189.1.i:                               ; preds = %for_body_ax189.1.i,
   %indvars.iv.next753.1.i.7 = add nuw nsw i64 %indvars.iv752.1.i, 8
   %niter287.next.7 = add i64 %niter287, 8
   %niter287.ncmp.7 = icmp eq i64 %niter287.next.7, %unroll_iter286
-  br i1 %niter287.ncmp.7, label %for_end_ax190.1.i.loopexit.unr-lcssa, label %for_body_ax189.1.i, !prof !40, !llvm.loop !57
+  br i1 %niter287.ncmp.7, label %for_end_ax190.1.i.loopexit.unr-lcssa, label %for_body_ax189.1.i, !prof !101, !llvm.loop !117
 
 for_end_ax190.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax189.1.i
-  br i1 %lcmp.mod283.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod283.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil.preheader, !prof !103
 
 for_body_ax189.1.i.epil.preheader:                ; preds = %for_end_ax190.1.i.loopexit.unr-lcssa, %for_body_ax189.1.i.preheader
   %indvars.iv752.1.i.epil.init = phi i64 [ 0, %for_body_ax189.1.i.preheader ], [ %indvars.iv.next753.1.i.7, %for_end_ax190.1.i.loopexit.unr-lcssa ]
@@ -3325,7 +8517,7 @@ for_body_ax189.1.i.epil:                          ; preds = %for_body_ax189.1.i.
   %indvars.iv.next753.1.i.epil = add nuw nsw i64 %indvars.iv752.1.i.epil, 1
   %epil.iter282.next = add i64 %epil.iter282, 1
   %epil.iter282.cmp.not = icmp eq i64 %epil.iter282.next, %xtraiter281
-  br i1 %epil.iter282.cmp.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil, !prof !29, !llvm.loop !58
+  br i1 %epil.iter282.cmp.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil, !prof !49, !llvm.loop !118
 
 for_end_ax190.1.i:                                ; preds = %for_body_ax189.1.i.epil, %for_end_ax190.1.i.loopexit.unr-lcssa, %for_end_ax190.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax190.i ], [ %1863, %for_end_ax190.1.i.loopexit.unr-lcssa ], [ %1867, %for_body_ax189.1.i.epil ]
@@ -3365,7 +8557,7 @@ for_end_ax190.1.i:                                ; preds = %for_body_ax189.1.i.
   br i1 %486, label %for_body_ax189.2.i.preheader, label %for_end_ax190.2.i, !prof !3
 
 for_body_ax189.2.i.preheader:                     ; preds = %for_end_ax190.1.i
-  br i1 %512, label %for_body_ax189.2.i.epil.preheader, label %for_body_ax189.2.i, !prof !39
+  br i1 %512, label %for_body_ax189.2.i.epil.preheader, label %for_body_ax189.2.i, !prof !100
 
 for_body_ax189.2.i:                               ; preds = %for_body_ax189.2.i, %for_body_ax189.2.i.preheader
   %indvars.iv752.2.i = phi i64 [ %indvars.iv.next753.2.i.7, %for_body_ax189.2.i ], [ 0, %for_body_ax189.2.i.preheader ]
@@ -3414,10 +8606,10 @@ for_body_ax189.2.i:                               ; preds = %for_body_ax189.2.i,
   %indvars.iv.next753.2.i.7 = add nuw nsw i64 %indvars.iv752.2.i, 8
   %niter294.next.7 = add i64 %niter294, 8
   %niter294.ncmp.7 = icmp eq i64 %niter294.next.7, %unroll_iter293
-  br i1 %niter294.ncmp.7, label %for_end_ax190.2.i.loopexit.unr-lcssa, label %for_body_ax189.2.i, !prof !40, !llvm.loop !59
+  br i1 %niter294.ncmp.7, label %for_end_ax190.2.i.loopexit.unr-lcssa, label %for_body_ax189.2.i, !prof !101, !llvm.loop !119
 
 for_end_ax190.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax189.2.i
-  br i1 %lcmp.mod290.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod290.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil.preheader, !prof !103
 
 for_body_ax189.2.i.epil.preheader:                ; preds = %for_end_ax190.2.i.loopexit.unr-lcssa, %for_body_ax189.2.i.preheader
   %indvars.iv752.2.i.epil.init = phi i64 [ 0, %for_body_ax189.2.i.preheader ], [ %indvars.iv.next753.2.i.7, %for_end_ax190.2.i.loopexit.unr-lcssa ]
@@ -3437,7 +8629,7 @@ for_body_ax189.2.i.epil:                          ; preds = %for_body_ax189.2.i.
   %indvars.iv.next753.2.i.epil = add nuw nsw i64 %indvars.iv752.2.i.epil, 1
   %epil.iter289.next = add i64 %epil.iter289, 1
   %epil.iter289.cmp.not = icmp eq i64 %epil.iter289.next, %xtraiter288
-  br i1 %epil.iter289.cmp.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil, !prof !29, !llvm.loop !60
+  br i1 %epil.iter289.cmp.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil, !prof !49, !llvm.loop !120
 
 for_end_ax190.2.i:                                ; preds = %for_body_ax189.2.i.epil, %for_end_ax190.2.i.loopexit.unr-lcssa, %for_end_ax190.1.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax190.1.i ], [ %1915, %for_end_ax190.2.i.loopexit.unr-lcssa ], [ %1919, %for_body_ax189.2.i.epil ]
@@ -3477,7 +8669,7 @@ for_end_ax190.2.i:                                ; preds = %for_body_ax189.2.i.
   br i1 %486, label %for_body_ax189.3.i.preheader, label %for_end_ax190.3.i, !prof !3
 
 for_body_ax189.3.i.preheader:                     ; preds = %for_end_ax190.2.i
-  br i1 %513, label %for_body_ax189.3.i.epil.preheader, label %for_body_ax189.3.i, !prof !39
+  br i1 %513, label %for_body_ax189.3.i.epil.preheader, label %for_body_ax189.3.i, !prof !100
 
 for_body_ax189.3.i:                               ; preds = %for_body_ax189.3.i, %for_body_ax189.3.i.preheader
   %indvars.iv752.3.i = phi i64 [ %indvars.iv.next753.3.i.7, %for_body_ax189.3.i ], [ 0, %for_body_ax189.3.i.preheader ]
@@ -3526,10 +8718,10 @@ for_body_ax189.3.i:                               ; preds = %for_body_ax189.3.i,
   %indvars.iv.next753.3.i.7 = add nuw nsw i64 %indvars.iv752.3.i, 8
   %niter301.next.7 = add i64 %niter301, 8
   %niter301.ncmp.7 = icmp eq i64 %niter301.next.7, %unroll_iter300
-  br i1 %niter301.ncmp.7, label %for_end_ax190.3.i.loopexit.unr-lcssa, label %for_body_ax189.3.i, !prof !40, !llvm.loop !61
+  br i1 %niter301.ncmp.7, label %for_end_ax190.3.i.loopexit.unr-lcssa, label %for_body_ax189.3.i, !prof !101, !llvm.loop !121
 
 for_end_ax190.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax189.3.i
-  br i1 %lcmp.mod297.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod297.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil.preheader, !prof !103
 
 for_body_ax189.3.i.epil.preheader:                ; preds = %for_end_ax190.3.i.loopexit.unr-lcssa, %for_body_ax189.3.i.preheader
   %indvars.iv752.3.i.epil.init = phi i64 [ 0, %for_body_ax189.3.i.preheader ], [ %indvars.iv.next753.3.i.7, %for_end_ax190.3.i.loopexit.unr-lcssa ]
@@ -3549,7 +8741,7 @@ for_body_ax189.3.i.epil:                          ; preds = %for_body_ax189.3.i.
   %indvars.iv.next753.3.i.epil = add nuw nsw i64 %indvars.iv752.3.i.epil, 1
   %epil.iter296.next = add i64 %epil.iter296, 1
   %epil.iter296.cmp.not = icmp eq i64 %epil.iter296.next, %xtraiter295
-  br i1 %epil.iter296.cmp.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil, !prof !29, !llvm.loop !62
+  br i1 %epil.iter296.cmp.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil, !prof !49, !llvm.loop !122
 
 for_end_ax190.3.i:                                ; preds = %for_body_ax189.3.i.epil, %for_end_ax190.3.i.loopexit.unr-lcssa, %for_end_ax190.2.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax190.2.i ], [ %1967, %for_end_ax190.3.i.loopexit.unr-lcssa ], [ %1971, %for_body_ax189.3.i.epil ]
@@ -3588,10 +8780,10 @@ for_end_ax190.3.i:                                ; preds = %for_body_ax189.3.i.
   %tile_sum267.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum267.sroa.0.8.vec.insert.i, float %1987, i64 3
   %1988 = shl nuw nsw i64 %indvars.iv790.i, 2
   %1989 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %1988
-  %1990 = load <4 x float>, ptr %1989, align 16, !tbaa !20
+  %1990 = load <4 x float>, ptr %1989, align 16, !tbaa !88
   %old_max.i = select <4 x i1> %490, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %1990
   %1991 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %1988
-  %1992 = load <4 x float>, ptr %1991, align 16, !tbaa !18
+  %1992 = load <4 x float>, ptr %1991, align 16, !tbaa !86
   %old_sum.i = select <4 x i1> %490, <4 x float> zeroinitializer, <4 x float> %1992
   %1993 = fcmp ogt <4 x float> %old_max.i, %tile_max268.sroa.0.3.i
   %1994 = fcmp oeq <4 x float> %tile_sum267.sroa.0.12.vec.insert.i, zeroinitializer
@@ -3645,8 +8837,8 @@ for_end_ax190.3.i:                                ; preds = %for_body_ax189.3.i.
   %2039 = select <4 x i1> %2038, <4 x float> %2037, <4 x float> zeroinitializer
   %2040 = fmul <4 x float> %old_sum.i, %2018
   %2041 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2039, <4 x float> %tile_sum267.sroa.0.12.vec.insert.i, <4 x float> %2040)
-  store <4 x float> %m.i, ptr %1989, align 16, !tbaa !20
-  store <4 x float> %2041, ptr %1991, align 16, !tbaa !18
+  store <4 x float> %m.i, ptr %1989, align 16, !tbaa !88
+  store <4 x float> %2041, ptr %1991, align 16, !tbaa !86
   %2042 = shufflevector <4 x float> %2039, <4 x float> poison, <32 x i32> zeroinitializer
   %2043 = shl nuw nsw i64 %indvars.iv790.i, 9
   %2044 = shufflevector <4 x float> %2018, <4 x float> poison, <32 x i32> zeroinitializer
@@ -3677,7 +8869,7 @@ for_end_d_0_m.i:                                  ; preds = %if_end192.i
   %2056 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2057 = tail call i32 %2056(i32 1, i32 %dev_id, ptr nonnull %scaled923925928.i)
   %.not279.i = icmp eq i32 %2057, 0
-  br i1 %.not279.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not279.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !38
 
 for_begin_line130.preheader.i:                    ; preds = %for_begin_line130.preheader.i, %for_begin_line130.preheader.lr.ph.i
   %indvars.iv762.i = phi i64 [ 0, %for_begin_line130.preheader.lr.ph.i ], [ %indvars.iv.next763.i, %for_begin_line130.preheader.i ]
@@ -4291,7 +9483,7 @@ for_end_to127.i:                                  ; preds = %for_begin_line130.p
   %full_acc258.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2608, %for_begin_line130.preheader.i ]
   %full_acc258.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2613, %for_begin_line130.preheader.i ]
   %full_acc258.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2614, %for_begin_line130.preheader.i ]
-  br i1 %.not642.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !63
+  br i1 %.not642.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !16
 
 for_body_ti.lr.ph.i:                              ; preds = %for_end_to127.i
   %gep626.idx.i = shl i64 %indvars.iv786.i, 6
@@ -4447,7 +9639,7 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %indvars.iv.next768.i.1 = add nuw nsw i64 %indvars.iv767.i, 2
   %niter330.next.1 = add i64 %niter330, 2
   %niter330.ncmp.1 = icmp eq i64 %niter330.next.1, %unroll_iter329
-  br i1 %niter330.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !64
+  br i1 %niter330.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !123
 
 if_end144.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end144.i_crit_edge, %for_begin_ax4_0.preheader.i
   %2722 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end144.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
@@ -4499,67 +9691,67 @@ if_end192.i:                                      ; preds = %if_end176.if_end192
   store <32 x float> %2740, ptr %2738, align 4, !tbaa !5
   %indvars.iv.next787.i = add nuw nsw i64 %indvars.iv786.i, 1
   %exitcond789.not.i = icmp eq i64 %indvars.iv.next787.i, 4
-  br i1 %exitcond789.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
+  br i1 %exitcond789.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !28
 
 if_end194.i:                                      ; preds = %for_end_d_0_m.i
   %2741 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2742 = tail call i32 %2741(i32 1, i32 %dev_id, ptr %probs.i)
   %.not280.i = icmp eq i32 %2742, 0
-  br i1 %.not280.i, label %if_end197.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not280.i, label %if_end197.i, label %fused_decode_compute_.exit, !prof !38
 
 if_end197.i:                                      ; preds = %if_end194.i
   %2743 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2744 = tail call i32 %2743(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not281.i = icmp eq i32 %2744, 0
-  br i1 %.not281.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not281.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !38
 
 if_end203.i:                                      ; preds = %for_end_kv_head.i
   %2745 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2746 = tail call i32 %2745(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not278.i = icmp eq i32 %2746, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not278.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not278.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !38
 
 for_body_tile209.i:                               ; preds = %for_body_tile209.i, %for_begin_tile208.preheader.i
   %indvars.iv814.i = phi i64 [ %indvars.iv.next815.i, %for_body_tile209.i ], [ 0, %for_begin_tile208.preheader.i ]
   %2747 = shl nuw nsw i64 %indvars.iv814.i, 2
   %2748 = add nuw nsw i64 %2747, %225
   %2749 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2747
-  %2750 = load float, ptr %2749, align 16, !tbaa !20
+  %2750 = load float, ptr %2749, align 16, !tbaa !88
   %2751 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2748
   store float %2750, ptr %2751, align 4, !tbaa !5
   %2752 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2747
-  %2753 = load float, ptr %2752, align 16, !tbaa !18
+  %2753 = load float, ptr %2752, align 16, !tbaa !86
   %2754 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2748
   store float %2753, ptr %2754, align 4, !tbaa !5
   %2755 = or disjoint i64 %2747, 1
   %2756 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2755
-  %2757 = load float, ptr %2756, align 4, !tbaa !20
+  %2757 = load float, ptr %2756, align 4, !tbaa !88
   %2758 = or disjoint i64 %2748, 1
   %2759 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2758
   store float %2757, ptr %2759, align 4, !tbaa !5
   %2760 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2755
-  %2761 = load float, ptr %2760, align 4, !tbaa !18
+  %2761 = load float, ptr %2760, align 4, !tbaa !86
   %2762 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2758
   store float %2761, ptr %2762, align 4, !tbaa !5
   %2763 = or disjoint i64 %2747, 2
   %2764 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2763
-  %2765 = load float, ptr %2764, align 8, !tbaa !20
+  %2765 = load float, ptr %2764, align 8, !tbaa !88
   %2766 = or disjoint i64 %2748, 2
   %2767 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2766
   store float %2765, ptr %2767, align 4, !tbaa !5
   %2768 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2763
-  %2769 = load float, ptr %2768, align 8, !tbaa !18
+  %2769 = load float, ptr %2768, align 8, !tbaa !86
   %2770 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2766
   store float %2769, ptr %2770, align 4, !tbaa !5
   %2771 = or disjoint i64 %2747, 3
   %2772 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2771
-  %2773 = load float, ptr %2772, align 4, !tbaa !20
+  %2773 = load float, ptr %2772, align 4, !tbaa !88
   %2774 = or disjoint i64 %2748, 3
   %2775 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2774
   store float %2773, ptr %2775, align 4, !tbaa !5
   %2776 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2771
-  %2777 = load float, ptr %2776, align 4, !tbaa !18
+  %2777 = load float, ptr %2776, align 4, !tbaa !86
   %2778 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2774
   store float %2777, ptr %2778, align 4, !tbaa !5
   %2779 = shl nuw nsw i64 %indvars.iv814.i, 9
@@ -4629,24 +9821,598 @@ for_body_tile209.i:                               ; preds = %for_body_tile209.i,
   store <32 x float> %2826, ptr %2827, align 4, !tbaa !5
   %indvars.iv.next815.i = add nuw nsw i64 %indvars.iv814.i, 1
   %exitcond817.not.i = icmp eq i64 %indvars.iv.next815.i, 8
-  br i1 %exitcond817.not.i, label %for_end_tile210.i, label %for_body_tile209.i, !prof !16
+  br i1 %exitcond817.not.i, label %for_end_tile210.i, label %for_body_tile209.i, !prof !28
 
 for_end_tile210.i:                                ; preds = %for_body_tile209.i, %if_end228.us.3.i
   %2828 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2829 = tail call i32 %2828(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %2829, 0
-  br i1 %.not.i, label %if_end245.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not.i, label %if_end245.i, label %fused_decode_compute_.exit, !prof !38
 
 if_end245.i:                                      ; preds = %for_end_tile210.i
   %2830 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2831 = tail call i32 %2830(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not275.i = icmp eq i32 %2831, 0
-  br i1 %.not275.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not275.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !38
 
 fused_decode_compute_.exit:                       ; preds = %if_end245.i, %for_end_tile210.i, %if_end203.i, %if_end197.i, %if_end194.i, %for_end_d_0_m.i, %for_begin_r.preheader.i, %for_end_to.thread.i, %for_end_to.i, %for_body_to.i, %if_end32.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
   %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to.i ], [ 0, %if_end45 ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end197.i ], [ -1, %if_end194.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to.thread.i ], [ -1, %for_end_to.i ], [ -1, %if_end32.i ], [ -1, %if_end203.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end15.i ], [ -1, %for_end_tile210.i ], [ -1, %if_end245.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
   call void @llvm.lifetime.end.p0(ptr nonnull %row_sum273.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %row_max274.i)
+  ret i32 %common.ret.op.i
+}
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+entry:
+  %factor34.i = alloca [32 x float], align 16
+  %beta37.i = alloca [32 x float], align 16
+  %alpha38.i = alloca [32 x float], align 16
+  %row_sum39.i = alloca [32 x float], align 16
+  %row_max40.i = alloca [32 x float], align 16
+  %partial_max.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %partial_max.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %partial_max.handle.idx = select i1 %0, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %partial_max.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %partial_sum.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %partial_sum.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %partial_sum.handle.idx = select i1 %4, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_sum.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %partial_acc.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %partial_acc.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %partial_acc.handle.idx = select i1 %8, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_acc.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %out.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %out.type_index, 70
+  %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %14 = load ptr, ptr %13, align 8
+  %out.handle.idx = select i1 %12, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %14, i64 %out.handle.idx
+  %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
+  %lse.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %lse.type_index, 70
+  %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %18 = load ptr, ptr %17, align 8
+  %lse.handle.idx = select i1 %16, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %18, i64 %lse.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %20 = load i64, ptr %19, align 8
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %22 = load i64, ptr %21, align 8
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %24 = load i64, ptr %23, align 8
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %26 = load i64, ptr %25, align 8
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %28 = load i64, ptr %27, align 8
+  %29 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
+  %dev_id = load i32, ptr %29, align 4
+  %30 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %merge_attend.out_shape = load ptr, ptr %30, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %merge_attend.out_strides = load ptr, ptr %31, align 8
+  %32 = icmp eq ptr %merge_attend.out_strides, null
+  %33 = getelementptr inbounds nuw i8, ptr %merge_attend.out_shape, i64 16
+  %34 = getelementptr inbounds nuw i8, ptr %merge_attend.out_strides, i64 8
+  %out_head.in = select i1 %32, ptr %33, ptr %34
+  %out_head = load i64, ptr %out_head.in, align 8
+  br i1 %32, label %if_then16, label %if_else17
+
+if_then16:                                        ; preds = %entry
+  %35 = getelementptr inbounds nuw i8, ptr %merge_attend.out_shape, i64 8
+  %36 = load i64, ptr %35, align 8
+  %37 = load i64, ptr %33, align 8
+  %38 = mul nsw i64 %37, %36
+  br label %if_end18
+
+if_else17:                                        ; preds = %entry
+  %39 = load i64, ptr %merge_attend.out_strides, align 8
+  br label %if_end18
+
+if_end18:                                         ; preds = %if_else17, %if_then16
+  %out_batch = phi i64 [ %38, %if_then16 ], [ %39, %if_else17 ]
+  %40 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %merge_attend.lse_strides = load ptr, ptr %40, align 8
+  %41 = icmp eq ptr %merge_attend.lse_strides, null
+  br i1 %41, label %if_then19, label %if_end21
+
+if_then19:                                        ; preds = %if_end18
+  %42 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %merge_attend.lse_shape = load ptr, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %merge_attend.lse_shape, i64 8
+  br label %if_end21
+
+if_end21:                                         ; preds = %if_then19, %if_end18
+  %lse_batch.in = phi ptr [ %43, %if_then19 ], [ %merge_attend.lse_strides, %if_end18 ]
+  %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %num_keys = trunc i64 %22 to i32
+  %partial_max = load ptr, ptr %partial_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  %out = load ptr, ptr %out.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  %lse = load ptr, ptr %lse.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max40.i)
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %45 = icmp eq ptr %acc.i, null
+  br i1 %45, label %merge_attend_compute_.exit, label %for_begin_step.preheader.i, !prof !8
+
+for_begin_step.preheader.i:                       ; preds = %if_end21
+  %num_partials = trunc i64 %28 to i32
+  %46 = icmp sgt i32 %num_partials, 0
+  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
+
+for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
+  %sext = shl i64 %24, 32
+  %47 = ashr exact i64 %sext, 32
+  %sext28 = shl i64 %26, 32
+  %48 = ashr exact i64 %sext28, 32
+  %wide.trip.count.i = and i64 %28, 2147483647
+  br label %for_body_step.i
+
+for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
+  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
+  %49 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
+  %total4145.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %108, %for_end_r_0.i ]
+  %50 = mul nsw i64 %indvars.iv64.i, %48
+  %51 = icmp eq i64 %indvars.iv64.i, 0
+  %52 = insertelement <32 x i1> poison, i1 %51, i64 0
+  %53 = shufflevector <32 x i1> %52, <32 x i1> poison, <32 x i32> zeroinitializer
+  %old_max.i = select <32 x i1> %53, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %49
+  %old_sum.i = select <32 x i1> %53, <32 x float> zeroinitializer, <32 x float> %total4145.i
+  %54 = add nsw i64 %50, %47
+  %55 = shl nsw i64 %54, 5
+  %56 = getelementptr inbounds float, ptr %partial_max, i64 %55
+  %57 = load <32 x float>, ptr %56, align 4, !tbaa !5
+  %58 = fcmp ogt <32 x float> %old_max.i, %57
+  %59 = getelementptr inbounds float, ptr %partial_sum, i64 %55
+  %60 = load <32 x float>, ptr %59, align 4, !tbaa !5
+  %61 = fcmp oeq <32 x float> %60, zeroinitializer
+  %62 = select <32 x i1> %61, <32 x i1> splat (i1 true), <32 x i1> %58
+  %old_or_both.i = select <32 x i1> %62, <32 x float> %old_max.i, <32 x float> %57
+  %63 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
+  %m.i = select <32 x i1> %63, <32 x float> %57, <32 x float> %old_or_both.i
+  %64 = fsub <32 x float> %old_max.i, %m.i
+  %65 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %64, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %66 = bitcast <32 x float> %65 to <32 x i32>
+  %67 = fadd <32 x float> %65, splat (float 0xC168000FE0000000)
+  %68 = fmul <32 x float> %67, splat (float 0x3F2BD01060000000)
+  %69 = fmul <32 x float> %67, splat (float 0x3FE6300000000000)
+  %70 = fsub <32 x float> %64, %69
+  %71 = fadd <32 x float> %68, %70
+  %72 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %71, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %73 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %72, <32 x float> %71, <32 x float> splat (float 0x3FA5558F20000000))
+  %74 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %73, <32 x float> %71, <32 x float> splat (float 0x3FC5554920000000))
+  %75 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %74, <32 x float> %71, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %76 = fmul <32 x float> %71, %71
+  %77 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %75, <32 x float> %76, <32 x float> %71)
+  %78 = shl <32 x i32> %66, splat (i32 23)
+  %79 = bitcast <32 x i32> %78 to <32 x float>
+  %80 = fadd <32 x float> %77, splat (float 1.000000e+00)
+  %81 = fmul <32 x float> %80, %79
+  %82 = fcmp olt <32 x float> %64, splat (float -8.700000e+01)
+  %83 = select <32 x i1> %82, <32 x float> zeroinitializer, <32 x float> %81
+  %84 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %85 = select <32 x i1> %84, <32 x float> %83, <32 x float> zeroinitializer
+  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !124
+  %arg2.i = fsub <32 x float> %57, %m.i
+  %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %87 = bitcast <32 x float> %86 to <32 x i32>
+  %88 = fadd <32 x float> %86, splat (float 0xC168000FE0000000)
+  %89 = fmul <32 x float> %88, splat (float 0x3F2BD01060000000)
+  %90 = fmul <32 x float> %88, splat (float 0x3FE6300000000000)
+  %91 = fsub <32 x float> %arg2.i, %90
+  %92 = fadd <32 x float> %89, %91
+  %93 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %92, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %94 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %93, <32 x float> %92, <32 x float> splat (float 0x3FA5558F20000000))
+  %95 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %94, <32 x float> %92, <32 x float> splat (float 0x3FC5554920000000))
+  %96 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %95, <32 x float> %92, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %97 = fmul <32 x float> %92, %92
+  %98 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %96, <32 x float> %97, <32 x float> %92)
+  %99 = shl <32 x i32> %87, splat (i32 23)
+  %100 = bitcast <32 x i32> %99 to <32 x float>
+  %101 = fadd <32 x float> %98, splat (float 1.000000e+00)
+  %102 = fmul <32 x float> %101, %100
+  %103 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
+  %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
+  %105 = fcmp one <32 x float> %60, zeroinitializer
+  %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
+  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !130
+  %107 = fmul <32 x float> %old_sum.i, %85
+  %108 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %60, <32 x float> %107)
+  %.idx.i = shl nsw i64 %54, 14
+  %109 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %51, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
+
+for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
+  %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
+  %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
+  %111 = load float, ptr %110, align 4, !tbaa !136
+  %112 = insertelement <16 x float> poison, float %111, i64 0
+  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
+  %114 = shl nuw nsw i64 %indvars.iv60.i, 7
+  %115 = getelementptr float, ptr %109, i64 %114
+  %116 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
+  %117 = load float, ptr %116, align 4, !tbaa !137
+  %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
+  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
+  %119 = load <16 x float>, ptr %115, align 4, !tbaa !5
+  %.scalar = fmul float %117, 0.000000e+00
+  %120 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %121 = shufflevector <16 x float> %120, <16 x float> poison, <16 x i32> zeroinitializer
+  %122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %119, <16 x float> %121)
+  store <16 x float> %122, ptr %118, align 4, !tbaa !5
+  %123 = getelementptr inbounds nuw i8, ptr %118, i64 64
+  store <16 x float> zeroinitializer, ptr %123, align 4, !tbaa !5
+  %124 = getelementptr i8, ptr %115, i64 64
+  %125 = load <16 x float>, ptr %124, align 4, !tbaa !5
+  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %125, <16 x float> %121)
+  store <16 x float> %126, ptr %123, align 4, !tbaa !5
+  %127 = getelementptr inbounds nuw i8, ptr %118, i64 128
+  store <16 x float> zeroinitializer, ptr %127, align 4, !tbaa !5
+  %128 = getelementptr i8, ptr %115, i64 128
+  %129 = load <16 x float>, ptr %128, align 4, !tbaa !5
+  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %129, <16 x float> %121)
+  store <16 x float> %130, ptr %127, align 4, !tbaa !5
+  %131 = getelementptr inbounds nuw i8, ptr %118, i64 192
+  store <16 x float> zeroinitializer, ptr %131, align 4, !tbaa !5
+  %132 = getelementptr i8, ptr %115, i64 192
+  %133 = load <16 x float>, ptr %132, align 4, !tbaa !5
+  %134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %133, <16 x float> %121)
+  store <16 x float> %134, ptr %131, align 4, !tbaa !5
+  %135 = getelementptr inbounds nuw i8, ptr %118, i64 256
+  store <16 x float> zeroinitializer, ptr %135, align 4, !tbaa !5
+  %136 = getelementptr i8, ptr %115, i64 256
+  %137 = load <16 x float>, ptr %136, align 4, !tbaa !5
+  %138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %137, <16 x float> %121)
+  store <16 x float> %138, ptr %135, align 4, !tbaa !5
+  %139 = getelementptr inbounds nuw i8, ptr %118, i64 320
+  store <16 x float> zeroinitializer, ptr %139, align 4, !tbaa !5
+  %140 = getelementptr i8, ptr %115, i64 320
+  %141 = load <16 x float>, ptr %140, align 4, !tbaa !5
+  %142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %141, <16 x float> %121)
+  store <16 x float> %142, ptr %139, align 4, !tbaa !5
+  %143 = getelementptr inbounds nuw i8, ptr %118, i64 384
+  store <16 x float> zeroinitializer, ptr %143, align 4, !tbaa !5
+  %144 = getelementptr i8, ptr %115, i64 384
+  %145 = load <16 x float>, ptr %144, align 4, !tbaa !5
+  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %145, <16 x float> %121)
+  store <16 x float> %146, ptr %143, align 4, !tbaa !5
+  %147 = getelementptr inbounds nuw i8, ptr %118, i64 448
+  store <16 x float> zeroinitializer, ptr %147, align 4, !tbaa !5
+  %148 = getelementptr i8, ptr %115, i64 448
+  %149 = load <16 x float>, ptr %148, align 4, !tbaa !5
+  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %149, <16 x float> %121)
+  store <16 x float> %150, ptr %147, align 4, !tbaa !5
+  %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
+  %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !28
+
+for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %108, %for_end_r_0.i ]
+  %m44.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+  store <32 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
+  store <32 x float> %.lcssa.i, ptr %row_sum39.i, align 16
+  %151 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %152 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %153 = select <32 x i1> %152, <32 x float> zeroinitializer, <32 x float> %151
+  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !138
+  %sext29 = shl i64 %20, 32
+  %154 = ashr exact i64 %sext29, 32
+  %155 = mul nsw i64 %out_batch, %154
+  %156 = getelementptr i16, ptr %out, i64 %155
+  br label %for_begin_d_019.preheader.i
+
+for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
+  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
+  %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %158 = load float, ptr %157, align 4, !tbaa !136
+  %159 = insertelement <16 x float> poison, float %158, i64 0
+  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
+  %161 = shl nuw nsw i64 %indvars.iv.i, 7
+  %162 = getelementptr float, ptr %109, i64 %161
+  %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %164 = load float, ptr %163, align 4, !tbaa !137
+  %165 = insertelement <16 x float> poison, float %164, i64 0
+  %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
+  %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
+  %168 = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
+  %170 = fmul <16 x float> %169, %166
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %167, <16 x float> %170)
+  store <16 x float> %171, ptr %168, align 4, !tbaa !5
+  %172 = getelementptr i8, ptr %162, i64 64
+  %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
+  %174 = getelementptr inbounds nuw i8, ptr %168, i64 64
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
+  %176 = fmul <16 x float> %166, %175
+  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %173, <16 x float> %176)
+  store <16 x float> %177, ptr %174, align 4, !tbaa !5
+  %178 = getelementptr i8, ptr %162, i64 128
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
+  %180 = getelementptr inbounds nuw i8, ptr %168, i64 128
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
+  %182 = fmul <16 x float> %166, %181
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %179, <16 x float> %182)
+  store <16 x float> %183, ptr %180, align 4, !tbaa !5
+  %184 = getelementptr i8, ptr %162, i64 192
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
+  %186 = getelementptr inbounds nuw i8, ptr %168, i64 192
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
+  %188 = fmul <16 x float> %166, %187
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %185, <16 x float> %188)
+  store <16 x float> %189, ptr %186, align 4, !tbaa !5
+  %190 = getelementptr i8, ptr %162, i64 256
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
+  %192 = getelementptr inbounds nuw i8, ptr %168, i64 256
+  %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
+  %194 = fmul <16 x float> %166, %193
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %191, <16 x float> %194)
+  store <16 x float> %195, ptr %192, align 4, !tbaa !5
+  %196 = getelementptr i8, ptr %162, i64 320
+  %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
+  %198 = getelementptr inbounds nuw i8, ptr %168, i64 320
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
+  %200 = fmul <16 x float> %166, %199
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %197, <16 x float> %200)
+  store <16 x float> %201, ptr %198, align 4, !tbaa !5
+  %202 = getelementptr i8, ptr %162, i64 384
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
+  %204 = getelementptr inbounds nuw i8, ptr %168, i64 384
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
+  %206 = fmul <16 x float> %166, %205
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %203, <16 x float> %206)
+  store <16 x float> %207, ptr %204, align 4, !tbaa !5
+  %208 = getelementptr i8, ptr %162, i64 448
+  %209 = load <16 x float>, ptr %208, align 4, !tbaa !5
+  %210 = getelementptr inbounds nuw i8, ptr %168, i64 448
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !5
+  %212 = fmul <16 x float> %166, %211
+  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %209, <16 x float> %212)
+  store <16 x float> %213, ptr %210, align 4, !tbaa !5
+  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !28
+
+for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
+  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
+  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
+  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+
+for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
+  %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
+  %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
+  %215 = load float, ptr %214, align 4, !tbaa !144
+  %216 = insertelement <16 x float> poison, float %215, i64 0
+  %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
+  %218 = mul nsw i64 %indvars.iv72.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %156, i64 %218
+  %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
+  %219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %220 = load <16 x float>, ptr %219, align 4, !tbaa !5
+  %221 = fmul <16 x float> %220, %217
+  %222 = bitcast <16 x float> %221 to <16 x i32>
+  %223 = lshr <16 x i32> %222, splat (i32 16)
+  %224 = and <16 x i32> %223, splat (i32 1)
+  %225 = add nuw <16 x i32> %222, splat (i32 32767)
+  %226 = add nuw <16 x i32> %225, %224
+  %227 = lshr <16 x i32> %226, splat (i32 16)
+  %228 = trunc nuw <16 x i32> %227 to <16 x i16>
+  store <16 x i16> %228, ptr %invariant.gep.i, align 2, !tbaa !5
+  %229 = getelementptr inbounds nuw i8, ptr %219, i64 64
+  %230 = load <16 x float>, ptr %229, align 4, !tbaa !5
+  %231 = fmul <16 x float> %217, %230
+  %232 = bitcast <16 x float> %231 to <16 x i32>
+  %233 = lshr <16 x i32> %232, splat (i32 16)
+  %234 = and <16 x i32> %233, splat (i32 1)
+  %235 = add nuw <16 x i32> %232, splat (i32 32767)
+  %236 = add nuw <16 x i32> %235, %234
+  %237 = lshr <16 x i32> %236, splat (i32 16)
+  %238 = trunc nuw <16 x i32> %237 to <16 x i16>
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
+  store <16 x i16> %238, ptr %gep.1.i, align 2, !tbaa !5
+  %239 = getelementptr inbounds nuw i8, ptr %219, i64 128
+  %240 = load <16 x float>, ptr %239, align 4, !tbaa !5
+  %241 = fmul <16 x float> %217, %240
+  %242 = bitcast <16 x float> %241 to <16 x i32>
+  %243 = lshr <16 x i32> %242, splat (i32 16)
+  %244 = and <16 x i32> %243, splat (i32 1)
+  %245 = add nuw <16 x i32> %242, splat (i32 32767)
+  %246 = add nuw <16 x i32> %245, %244
+  %247 = lshr <16 x i32> %246, splat (i32 16)
+  %248 = trunc nuw <16 x i32> %247 to <16 x i16>
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  store <16 x i16> %248, ptr %gep.2.i, align 2, !tbaa !5
+  %249 = getelementptr inbounds nuw i8, ptr %219, i64 192
+  %250 = load <16 x float>, ptr %249, align 4, !tbaa !5
+  %251 = fmul <16 x float> %217, %250
+  %252 = bitcast <16 x float> %251 to <16 x i32>
+  %253 = lshr <16 x i32> %252, splat (i32 16)
+  %254 = and <16 x i32> %253, splat (i32 1)
+  %255 = add nuw <16 x i32> %252, splat (i32 32767)
+  %256 = add nuw <16 x i32> %255, %254
+  %257 = lshr <16 x i32> %256, splat (i32 16)
+  %258 = trunc nuw <16 x i32> %257 to <16 x i16>
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
+  store <16 x i16> %258, ptr %gep.3.i, align 2, !tbaa !5
+  %259 = getelementptr inbounds nuw i8, ptr %219, i64 256
+  %260 = load <16 x float>, ptr %259, align 4, !tbaa !5
+  %261 = fmul <16 x float> %217, %260
+  %262 = bitcast <16 x float> %261 to <16 x i32>
+  %263 = lshr <16 x i32> %262, splat (i32 16)
+  %264 = and <16 x i32> %263, splat (i32 1)
+  %265 = add nuw <16 x i32> %262, splat (i32 32767)
+  %266 = add nuw <16 x i32> %265, %264
+  %267 = lshr <16 x i32> %266, splat (i32 16)
+  %268 = trunc nuw <16 x i32> %267 to <16 x i16>
+  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  store <16 x i16> %268, ptr %gep.4.i, align 2, !tbaa !5
+  %269 = getelementptr inbounds nuw i8, ptr %219, i64 320
+  %270 = load <16 x float>, ptr %269, align 4, !tbaa !5
+  %271 = fmul <16 x float> %217, %270
+  %272 = bitcast <16 x float> %271 to <16 x i32>
+  %273 = lshr <16 x i32> %272, splat (i32 16)
+  %274 = and <16 x i32> %273, splat (i32 1)
+  %275 = add nuw <16 x i32> %272, splat (i32 32767)
+  %276 = add nuw <16 x i32> %275, %274
+  %277 = lshr <16 x i32> %276, splat (i32 16)
+  %278 = trunc nuw <16 x i32> %277 to <16 x i16>
+  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
+  store <16 x i16> %278, ptr %gep.5.i, align 2, !tbaa !5
+  %279 = getelementptr inbounds nuw i8, ptr %219, i64 384
+  %280 = load <16 x float>, ptr %279, align 4, !tbaa !5
+  %281 = fmul <16 x float> %217, %280
+  %282 = bitcast <16 x float> %281 to <16 x i32>
+  %283 = lshr <16 x i32> %282, splat (i32 16)
+  %284 = and <16 x i32> %283, splat (i32 1)
+  %285 = add nuw <16 x i32> %282, splat (i32 32767)
+  %286 = add nuw <16 x i32> %285, %284
+  %287 = lshr <16 x i32> %286, splat (i32 16)
+  %288 = trunc nuw <16 x i32> %287 to <16 x i16>
+  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
+  store <16 x i16> %288, ptr %gep.6.i, align 2, !tbaa !5
+  %289 = getelementptr inbounds nuw i8, ptr %219, i64 448
+  %290 = load <16 x float>, ptr %289, align 4, !tbaa !5
+  %291 = fmul <16 x float> %217, %290
+  %292 = bitcast <16 x float> %291 to <16 x i32>
+  %293 = lshr <16 x i32> %292, splat (i32 16)
+  %294 = and <16 x i32> %293, splat (i32 1)
+  %295 = add nuw <16 x i32> %292, splat (i32 32767)
+  %296 = add nuw <16 x i32> %295, %294
+  %297 = lshr <16 x i32> %296, splat (i32 16)
+  %298 = trunc nuw <16 x i32> %297 to <16 x i16>
+  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
+  store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !5
+  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
+  %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !28
+
+for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
+  %299 = add nsw i32 %num_keys, -1
+  %300 = sitofp i32 %299 to float
+  %301 = bitcast float %300 to i32
+  %302 = ashr i32 %301, 23
+  %303 = mul nsw i64 %lse_batch, %154
+  %304 = getelementptr float, ptr %lse, i64 %303
+  %305 = tail call i32 @llvm.smax.i32(i32 %302, i32 125)
+  %306 = shl nuw nsw i32 %305, 23
+  %307 = add nuw i32 %306, 16777216
+  %308 = bitcast i32 %307 to float
+  br label %for_body_r25.i
+
+for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
+  %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
+  %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
+  %310 = load float, ptr %309, align 16, !tbaa !145
+  %311 = fcmp oeq float %310, 0.000000e+00
+  br i1 %311, label %if_end30.i, label %if_else.i
+
+for_end_r26.i:                                    ; preds = %if_end30.i.3
+  %312 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %313 = tail call i32 %312(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %313, 0
+  %..i = sext i1 %.not.i to i32
+  br label %merge_attend_compute_.exit
+
+if_else.i:                                        ; preds = %for_body_r25.i
+  %314 = fmul float %310, %308
+  %315 = tail call float @llvm.log.f32(float %314)
+  %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
+  %317 = load float, ptr %316, align 16, !tbaa !147
+  %318 = fadd float %315, %317
+  br label %if_end30.i
+
+if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
+  %319 = phi float [ %318, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %320 = getelementptr float, ptr %304, i64 %indvars.iv76.i
+  store float %319, ptr %320, align 4, !tbaa !5
+  %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
+  %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
+  %322 = load float, ptr %321, align 4, !tbaa !145
+  %323 = fcmp oeq float %322, 0.000000e+00
+  br i1 %323, label %if_end30.i.1, label %if_else.i.1
+
+if_else.i.1:                                      ; preds = %if_end30.i
+  %324 = fmul float %322, %308
+  %325 = tail call float @llvm.log.f32(float %324)
+  %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
+  %327 = load float, ptr %326, align 4, !tbaa !147
+  %328 = fadd float %325, %327
+  br label %if_end30.i.1
+
+if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
+  %329 = phi float [ %328, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %330 = getelementptr float, ptr %304, i64 %indvars.iv.next77.i
+  store float %329, ptr %330, align 4, !tbaa !5
+  %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
+  %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
+  %332 = load float, ptr %331, align 8, !tbaa !145
+  %333 = fcmp oeq float %332, 0.000000e+00
+  br i1 %333, label %if_end30.i.2, label %if_else.i.2
+
+if_else.i.2:                                      ; preds = %if_end30.i.1
+  %334 = fmul float %332, %308
+  %335 = tail call float @llvm.log.f32(float %334)
+  %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
+  %337 = load float, ptr %336, align 8, !tbaa !147
+  %338 = fadd float %335, %337
+  br label %if_end30.i.2
+
+if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
+  %339 = phi float [ %338, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %340 = getelementptr float, ptr %304, i64 %indvars.iv.next77.i.1
+  store float %339, ptr %340, align 4, !tbaa !5
+  %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
+  %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
+  %342 = load float, ptr %341, align 4, !tbaa !145
+  %343 = fcmp oeq float %342, 0.000000e+00
+  br i1 %343, label %if_end30.i.3, label %if_else.i.3
+
+if_else.i.3:                                      ; preds = %if_end30.i.2
+  %344 = fmul float %342, %308
+  %345 = tail call float @llvm.log.f32(float %344)
+  %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
+  %347 = load float, ptr %346, align 4, !tbaa !147
+  %348 = fadd float %345, %347
+  br label %if_end30.i.3
+
+if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
+  %349 = phi float [ %348, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %350 = getelementptr float, ptr %304, i64 %indvars.iv.next77.i.2
+  store float %349, ptr %350, align 4, !tbaa !5
+  %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
+  %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !149
+
+merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max40.i)
   ret i32 %common.ret.op.i
 }
 
@@ -4826,7 +10592,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <32 x i1> %80, <32 x float> zeroinitializer, <32 x float> %79
   %82 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %83 = select <32 x i1> %82, <32 x float> %81, <32 x float> zeroinitializer
-  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !65
+  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !150
   %arg2.i = fsub <32 x float> %55, %m.i
   %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <32 x float> %84 to <32 x i32>
@@ -4849,7 +10615,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <32 x i1> %101, <32 x float> zeroinitializer, <32 x float> %100
   %103 = fcmp one <32 x float> %58, zeroinitializer
   %104 = select <32 x i1> %103, <32 x float> %102, <32 x float> zeroinitializer
-  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !71
+  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !156
   %105 = fmul <32 x float> %old_sum.i, %83
   %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %58, <32 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
@@ -4859,13 +10625,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !77
+  %109 = load float, ptr %108, align 4, !tbaa !162
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 7
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !78
+  %115 = load float, ptr %114, align 4, !tbaa !163
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
   store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !5
   %117 = load <16 x float>, ptr %113, align 4, !tbaa !5
@@ -4918,7 +10684,7 @@ for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.prehe
   store <16 x float> %148, ptr %145, align 4, !tbaa !5
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !16
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !28
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
@@ -4932,7 +10698,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %152 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %153 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %154 = select <32 x i1> %153, <32 x float> zeroinitializer, <32 x float> %152
-  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !79
+  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !164
   %155 = mul nsw i64 %out_batch, %149
   %156 = getelementptr i16, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
@@ -4940,13 +10706,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !77
+  %158 = load float, ptr %157, align 4, !tbaa !162
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %107, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !78
+  %164 = load float, ptr %163, align 4, !tbaa !163
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
@@ -5006,7 +10772,7 @@ for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.prehe
   store <16 x float> %213, ptr %210, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !16
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !28
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
@@ -5016,7 +10782,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !85
+  %215 = load float, ptr %214, align 4, !tbaa !170
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -5119,7 +10885,7 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !5
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !16
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !28
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
   %299 = add nsw i32 %151, -1
@@ -5137,7 +10903,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !86
+  %310 = load float, ptr %309, align 16, !tbaa !171
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -5152,7 +10918,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !88
+  %317 = load float, ptr %316, align 16, !tbaa !173
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -5162,7 +10928,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !5
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !86
+  %322 = load float, ptr %321, align 4, !tbaa !171
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -5170,7 +10936,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !88
+  %327 = load float, ptr %326, align 4, !tbaa !173
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -5180,7 +10946,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !5
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !86
+  %332 = load float, ptr %331, align 8, !tbaa !171
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -5188,7 +10954,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !88
+  %337 = load float, ptr %336, align 8, !tbaa !173
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -5198,7 +10964,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !5
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !86
+  %342 = load float, ptr %341, align 4, !tbaa !171
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -5206,7 +10972,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !88
+  %347 = load float, ptr %346, align 4, !tbaa !173
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -5216,7 +10982,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !5
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !16, !llvm.loop !90
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !175
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
@@ -5231,26 +10997,26 @@ merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
 declare void @llvm.assume(i1 noundef) #2
 
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.arithmetic.fence.f32(float) #3
+
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
-declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #3
+declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.arithmetic.fence.f32(float) #4
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #4
+declare float @llvm.log.f32(float) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fmuladd.f32(float, float, float) #4
+declare float @llvm.fmuladd.f32(float, float, float) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <4 x float> @llvm.fmuladd.v4f32(<4 x float>, <4 x float>, <4 x float>) #4
+declare <4 x float> @llvm.fmuladd.v4f32(<4 x float>, <4 x float>, <4 x float>) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #4
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.log.f32(float) #4
+declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #3
 
 ; Function Attrs: nofree nosync nounwind memory(none)
 define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #5 section ".text.tvm.fp16.conv" {
@@ -5407,37 +11173,92 @@ b6:                                               ; preds = %b5, %b4, %b3, %b1
 }
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smax.i32(i32, i32) #4
+declare i32 @llvm.smin.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #4
+declare i32 @llvm.smax.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umax.i32(i32, i32) #4
+declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fabs.f32(float) #4
+declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare half @llvm.fabs.f16(half) #4
+declare i32 @llvm.umax.i32(i32, i32) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.umin.i32(i32, i32) #3
+
+; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
+declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #6
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.start.p0(ptr captures(none)) #6
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #7
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.end.p0(ptr captures(none)) #6
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #7
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i64 @llvm.smax.i64(i64, i64) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <8 x i32> @llvm.smax.v8i32(<8 x i32>, <8 x i32>) #3
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smin.v8i32(<8 x i32>) #8
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smax.v8i32(<8 x i32>) #8
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x i32> @llvm.smax.v4i32(<4 x i32>, <4 x i32>) #3
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smin.v4i32(<4 x i32>) #8
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smax.v4i32(<4 x i32>) #8
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
+declare <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr>, <8 x i1>, <8 x i32>) #9
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
+declare void @llvm.masked.scatter.v8i32.v8p0(<8 x i32>, <8 x ptr>, <8 x i1>) #10
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
+declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #9
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
+declare void @llvm.masked.scatter.v8f32.v8p0(<8 x float>, <8 x ptr>, <8 x i1>) #10
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #7
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #11
 
 attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
 attributes #1 = { "target-cpu"="x86-64-v4" }
 attributes #2 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
-attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
-attributes #4 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
 attributes #5 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
-attributes #6 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #6 = { nocallback nofree nounwind willreturn memory(argmem: write) }
+attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #8 = { nocallback nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #9 = { nocallback nofree nosync nounwind willreturn memory(read) }
+attributes #10 = { nocallback nofree nosync nounwind willreturn memory(write) }
+attributes #11 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
 
 !llvm.module.flags = !{!0, !1, !2}
 
@@ -5457,79 +11278,163 @@ attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !13 = !{!"branch_weights", i32 127, i32 134217601}
 !14 = !{!15, !15, i64 0}
 !15 = !{!"ctx_ptr", !7, i64 0}
-!16 = !{!"branch_weights", i32 1, i32 1048575}
-!17 = !{!"branch_weights", i32 1, i32 1048576}
-!18 = !{!19, !19, i64 0}
-!19 = !{!"buffer0", !7, i64 0}
-!20 = !{!21, !21, i64 0}
-!21 = !{!"buffer1", !7, i64 0}
-!22 = distinct !{!22, !23}
-!23 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!24 = distinct !{!24, !23}
-!25 = !{!"branch_weights", i32 6096, i32 2147477552}
-!26 = !{!"branch_weights", i32 8128, i32 2147475520}
-!27 = distinct !{!27, !28}
-!28 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!29 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!30 = distinct !{!30, !31, !32}
-!31 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!32 = !{!"llvm.loop.unroll.disable"}
-!33 = distinct !{!33, !28}
-!34 = distinct !{!34, !31, !32}
-!35 = distinct !{!35, !28}
-!36 = distinct !{!36, !31, !32}
-!37 = distinct !{!37, !28}
-!38 = distinct !{!38, !31, !32}
-!39 = !{!"branch_weights", i32 14224, i32 2147469424}
-!40 = !{!"branch_weights", i32 16256, i32 2147467392}
-!41 = distinct !{!41, !42}
-!42 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!43 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!44 = distinct !{!44, !31, !32}
-!45 = distinct !{!45, !42}
-!46 = distinct !{!46, !31, !32}
-!47 = distinct !{!47, !42}
-!48 = distinct !{!48, !31, !32}
-!49 = distinct !{!49, !42}
-!50 = distinct !{!50, !31, !32}
-!51 = distinct !{!51, !11}
-!52 = distinct !{!52, !11}
-!53 = distinct !{!53, !11}
-!54 = distinct !{!54, !11}
-!55 = distinct !{!55, !42}
-!56 = distinct !{!56, !31, !32}
-!57 = distinct !{!57, !42}
-!58 = distinct !{!58, !31, !32}
-!59 = distinct !{!59, !42}
-!60 = distinct !{!60, !31, !32}
-!61 = distinct !{!61, !42}
-!62 = distinct !{!62, !31, !32}
-!63 = !{!"branch_weights", i32 1, i32 127}
-!64 = distinct !{!64, !11}
-!65 = !{!66, !66, i64 0}
-!66 = !{!"buffer2.w128.b0", !67, i64 0}
-!67 = !{!"buffer2.w256.b0", !68, i64 0}
-!68 = !{!"buffer2.w512.b0", !69, i64 0}
-!69 = !{!"buffer2.w1024.b0", !70, i64 0}
-!70 = !{!"buffer2", !7, i64 0}
-!71 = !{!72, !72, i64 0}
-!72 = !{!"buffer3.w128.b0", !73, i64 0}
-!73 = !{!"buffer3.w256.b0", !74, i64 0}
-!74 = !{!"buffer3.w512.b0", !75, i64 0}
-!75 = !{!"buffer3.w1024.b0", !76, i64 0}
-!76 = !{!"buffer3", !7, i64 0}
-!77 = !{!76, !76, i64 0}
-!78 = !{!70, !70, i64 0}
-!79 = !{!80, !80, i64 0}
-!80 = !{!"buffer4.w128.b0", !81, i64 0}
-!81 = !{!"buffer4.w256.b0", !82, i64 0}
-!82 = !{!"buffer4.w512.b0", !83, i64 0}
-!83 = !{!"buffer4.w1024.b0", !84, i64 0}
-!84 = !{!"buffer4", !7, i64 0}
-!85 = !{!84, !84, i64 0}
+!16 = !{!"branch_weights", i32 1, i32 127}
+!17 = !{!18, !18, i64 0}
+!18 = !{!"buffer0", !7, i64 0}
+!19 = !{!"branch_weights", i32 127, i32 4194175}
+!20 = distinct !{!20, !21, !22, !23, !24}
+!21 = !{!"llvm.loop.peeled.count", i32 1}
+!22 = !{!"llvm.loop.isvectorized", i32 1}
+!23 = !{!"llvm.loop.unroll.runtime.disable"}
+!24 = !{!"llvm.loop.estimated_trip_count", i32 33026}
+!25 = !{!"branch_weights", i32 4, i32 28}
+!26 = distinct !{!26, !21, !22, !27, !23}
+!27 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!28 = !{!"branch_weights", i32 1, i32 1048575}
+!29 = !{!"branch_weights", i32 1, i32 0}
+!30 = distinct !{!30, !21, !23, !22, !27}
+!31 = !{!32, !32, i64 0}
+!32 = !{!"buffer1.w64.b0", !33, i64 0}
+!33 = !{!"buffer1.w128.b0", !34, i64 0}
+!34 = !{!"buffer1.w256.b0", !35, i64 0}
+!35 = !{!"buffer1.w512.b0", !36, i64 0}
+!36 = !{!"buffer1.w1024.b0", !37, i64 0}
+!37 = !{!"buffer1", !7, i64 0}
+!38 = !{!"branch_weights", i32 1, i32 1048576}
+!39 = distinct !{!39, !40}
+!40 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!41 = !{!37, !37, i64 0}
+!42 = !{!"branch_weights", i32 1048704, i32 133169152}
+!43 = distinct !{!43, !11}
+!44 = distinct !{!44, !11}
+!45 = !{!"branch_weights", i32 6096, i32 2147477552}
+!46 = !{!"branch_weights", i32 8128, i32 2147475520}
+!47 = distinct !{!47, !48}
+!48 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!49 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!50 = distinct !{!50, !51, !52}
+!51 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!52 = !{!"llvm.loop.unroll.disable"}
+!53 = distinct !{!53, !48}
+!54 = distinct !{!54, !51, !52}
+!55 = !{!56}
+!56 = distinct !{!56, !57}
+!57 = distinct !{!57, !"LVerDomain"}
+!58 = !{!59}
+!59 = distinct !{!59, !57}
+!60 = !{!"branch_weights", i32 127, i32 16777081}
+!61 = distinct !{!61, !22, !23, !62}
+!62 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!63 = !{!"branch_weights", i32 1, i32 7}
+!64 = !{!"branch_weights", i32 1, i32 1}
+!65 = distinct !{!65, !52}
+!66 = !{!"branch_weights", i32 127, i32 0}
+!67 = distinct !{!67, !22, !27}
+!68 = !{!"branch_weights", i32 134217601, i32 127}
+!69 = !{!70}
+!70 = distinct !{!70, !71}
+!71 = distinct !{!71, !"LVerDomain"}
+!72 = !{!73}
+!73 = distinct !{!73, !71}
+!74 = distinct !{!74, !22, !23, !62}
+!75 = distinct !{!75, !52}
+!76 = distinct !{!76, !22, !27}
+!77 = distinct !{!77, !78}
+!78 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!79 = distinct !{!79, !40}
+!80 = !{!81}
+!81 = distinct !{!81, !82}
+!82 = distinct !{!82, !"LVerDomain"}
+!83 = !{!84}
+!84 = distinct !{!84, !82}
+!85 = distinct !{!85, !22, !27}
 !86 = !{!87, !87, i64 0}
-!87 = !{!"buffer5", !7, i64 0}
+!87 = !{!"buffer2", !7, i64 0}
 !88 = !{!89, !89, i64 0}
-!89 = !{!"buffer6", !7, i64 0}
-!90 = distinct !{!90, !91}
-!91 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!89 = !{!"buffer3", !7, i64 0}
+!90 = distinct !{!90, !40}
+!91 = distinct !{!91, !40}
+!92 = distinct !{!92, !48}
+!93 = distinct !{!93, !51, !52}
+!94 = distinct !{!94, !48}
+!95 = distinct !{!95, !51, !52}
+!96 = distinct !{!96, !48}
+!97 = distinct !{!97, !51, !52}
+!98 = distinct !{!98, !48}
+!99 = distinct !{!99, !51, !52}
+!100 = !{!"branch_weights", i32 14224, i32 2147469424}
+!101 = !{!"branch_weights", i32 16256, i32 2147467392}
+!102 = distinct !{!102, !62}
+!103 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!104 = distinct !{!104, !51, !52}
+!105 = distinct !{!105, !62}
+!106 = distinct !{!106, !51, !52}
+!107 = distinct !{!107, !62}
+!108 = distinct !{!108, !51, !52}
+!109 = distinct !{!109, !62}
+!110 = distinct !{!110, !51, !52}
+!111 = distinct !{!111, !11}
+!112 = distinct !{!112, !11}
+!113 = distinct !{!113, !11}
+!114 = distinct !{!114, !11}
+!115 = distinct !{!115, !62}
+!116 = distinct !{!116, !51, !52}
+!117 = distinct !{!117, !62}
+!118 = distinct !{!118, !51, !52}
+!119 = distinct !{!119, !62}
+!120 = distinct !{!120, !51, !52}
+!121 = distinct !{!121, !62}
+!122 = distinct !{!122, !51, !52}
+!123 = distinct !{!123, !11}
+!124 = !{!125, !125, i64 0}
+!125 = !{!"buffer4.w128.b0", !126, i64 0}
+!126 = !{!"buffer4.w256.b0", !127, i64 0}
+!127 = !{!"buffer4.w512.b0", !128, i64 0}
+!128 = !{!"buffer4.w1024.b0", !129, i64 0}
+!129 = !{!"buffer4", !7, i64 0}
+!130 = !{!131, !131, i64 0}
+!131 = !{!"buffer5.w128.b0", !132, i64 0}
+!132 = !{!"buffer5.w256.b0", !133, i64 0}
+!133 = !{!"buffer5.w512.b0", !134, i64 0}
+!134 = !{!"buffer5.w1024.b0", !135, i64 0}
+!135 = !{!"buffer5", !7, i64 0}
+!136 = !{!135, !135, i64 0}
+!137 = !{!129, !129, i64 0}
+!138 = !{!139, !139, i64 0}
+!139 = !{!"buffer6.w128.b0", !140, i64 0}
+!140 = !{!"buffer6.w256.b0", !141, i64 0}
+!141 = !{!"buffer6.w512.b0", !142, i64 0}
+!142 = !{!"buffer6.w1024.b0", !143, i64 0}
+!143 = !{!"buffer6", !7, i64 0}
+!144 = !{!143, !143, i64 0}
+!145 = !{!146, !146, i64 0}
+!146 = !{!"buffer7", !7, i64 0}
+!147 = !{!148, !148, i64 0}
+!148 = !{!"buffer8", !7, i64 0}
+!149 = distinct !{!149, !78}
+!150 = !{!151, !151, i64 0}
+!151 = !{!"buffer9.w128.b0", !152, i64 0}
+!152 = !{!"buffer9.w256.b0", !153, i64 0}
+!153 = !{!"buffer9.w512.b0", !154, i64 0}
+!154 = !{!"buffer9.w1024.b0", !155, i64 0}
+!155 = !{!"buffer9", !7, i64 0}
+!156 = !{!157, !157, i64 0}
+!157 = !{!"buffer10.w128.b0", !158, i64 0}
+!158 = !{!"buffer10.w256.b0", !159, i64 0}
+!159 = !{!"buffer10.w512.b0", !160, i64 0}
+!160 = !{!"buffer10.w1024.b0", !161, i64 0}
+!161 = !{!"buffer10", !7, i64 0}
+!162 = !{!161, !161, i64 0}
+!163 = !{!155, !155, i64 0}
+!164 = !{!165, !165, i64 0}
+!165 = !{!"buffer11.w128.b0", !166, i64 0}
+!166 = !{!"buffer11.w256.b0", !167, i64 0}
+!167 = !{!"buffer11.w512.b0", !168, i64 0}
+!168 = !{!"buffer11.w1024.b0", !169, i64 0}
+!169 = !{!"buffer11", !7, i64 0}
+!170 = !{!169, !169, i64 0}
+!171 = !{!172, !172, i64 0}
+!172 = !{!"buffer12", !7, i64 0}
+!173 = !{!174, !174, i64 0}
+!174 = !{!"buffer13", !7, i64 0}
+!175 = distinct !{!175, !78}

@@ -1133,6 +1133,5320 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
   ret i32 0
 }
 
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+entry:
+  %factor533.i = alloca [16 x float], align 16
+  %reach550.i = alloca [128 x i32], align 16
+  %query.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %query.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %query.handle.idx = select i1 %0, i64 24, i64 0
+  %query.handle = getelementptr inbounds nuw i8, ptr %2, i64 %query.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %key_cache.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %key_cache.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %key_cache.handle.idx = select i1 %4, i64 24, i64 0
+  %key_cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %key_cache.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %value_cache.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %value_cache.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %value_cache.handle.idx = select i1 %8, i64 24, i64 0
+  %value_cache.handle = getelementptr inbounds nuw i8, ptr %10, i64 %value_cache.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %12 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %13 = load ptr, ptr %12, align 8
+  %14 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %15 = load ptr, ptr %14, align 8
+  %16 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %17 = load ptr, ptr %16, align 8
+  %18 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %19 = load ptr, ptr %18, align 8
+  %20 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %21 = load ptr, ptr %20, align 8
+  %22 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %23 = load ptr, ptr %22, align 8
+  %24 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %25 = load ptr, ptr %24, align 8
+  %26 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr nonnull align 8 %11, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
+  %27 = shufflevector <29 x i32> %26, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %28 = icmp eq <8 x i32> %27, splat (i32 70)
+  %29 = extractelement <8 x i1> %28, i64 0
+  %block_table.handle.idx = select i1 %29, i64 24, i64 0
+  %block_table.handle = getelementptr inbounds nuw i8, ptr %13, i64 %block_table.handle.idx
+  %30 = extractelement <8 x i1> %28, i64 1
+  %context_lens.handle.idx = select i1 %30, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %15, i64 %context_lens.handle.idx
+  %31 = extractelement <8 x i1> %28, i64 2
+  %tree_mask.handle.idx = select i1 %31, i64 24, i64 0
+  %tree_mask.handle = getelementptr inbounds nuw i8, ptr %17, i64 %tree_mask.handle.idx
+  %32 = extractelement <8 x i1> %28, i64 3
+  %partial_max.handle.idx = select i1 %32, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %19, i64 %partial_max.handle.idx
+  %33 = extractelement <8 x i1> %28, i64 4
+  %partial_sum.handle.idx = select i1 %33, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %21, i64 %partial_sum.handle.idx
+  %34 = extractelement <8 x i1> %28, i64 5
+  %partial_acc.handle.idx = select i1 %34, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %23, i64 %partial_acc.handle.idx
+  %35 = extractelement <8 x i1> %28, i64 6
+  %out.handle.idx = select i1 %35, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %25, i64 %out.handle.idx
+  %36 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %37 = load ptr, ptr %36, align 8
+  %38 = extractelement <8 x i1> %28, i64 7
+  %lse.handle.idx = select i1 %38, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %37, i64 %lse.handle.idx
+  %39 = getelementptr inbounds nuw i8, ptr %args, i64 184
+  %k_block = load i64, ptr %39, align 8
+  %40 = getelementptr inbounds nuw i8, ptr %args, i64 200
+  %k_row = load i64, ptr %40, align 8
+  %41 = getelementptr inbounds nuw i8, ptr %args, i64 216
+  %k_head = load i64, ptr %41, align 8
+  %42 = getelementptr inbounds nuw i8, ptr %args, i64 232
+  %v_block = load i64, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %args, i64 248
+  %v_row = load i64, ptr %43, align 8
+  %44 = getelementptr inbounds nuw i8, ptr %args, i64 264
+  %v_head = load i64, ptr %44, align 8
+  %45 = getelementptr inbounds nuw i8, ptr %args, i64 280
+  %46 = load i64, ptr %45, align 8
+  %47 = getelementptr inbounds nuw i8, ptr %args, i64 296
+  %48 = load i64, ptr %47, align 8
+  %49 = getelementptr inbounds nuw i8, ptr %args, i64 312
+  %50 = load i64, ptr %49, align 8
+  %51 = getelementptr inbounds nuw i8, ptr %args, i64 328
+  %52 = load i64, ptr %51, align 8
+  %53 = getelementptr inbounds nuw i8, ptr %args, i64 344
+  %54 = load i64, ptr %53, align 8
+  %55 = getelementptr inbounds nuw i8, ptr %args, i64 360
+  %56 = load i64, ptr %55, align 8
+  %57 = getelementptr inbounds nuw i8, ptr %args, i64 376
+  %58 = load i64, ptr %57, align 8
+  %59 = getelementptr inbounds nuw i8, ptr %args, i64 392
+  %60 = load i64, ptr %59, align 8
+  %61 = getelementptr inbounds nuw i8, ptr %args, i64 408
+  %62 = load i64, ptr %61, align 8
+  %63 = getelementptr inbounds nuw i8, ptr %args, i64 424
+  %64 = load i64, ptr %63, align 8
+  %65 = getelementptr inbounds nuw i8, ptr %args, i64 440
+  %tree_start = load i64, ptr %65, align 8
+  %66 = getelementptr inbounds nuw i8, ptr %args, i64 456
+  %67 = load i64, ptr %66, align 8
+  %68 = getelementptr inbounds nuw i8, ptr %args, i64 464
+  %query_scale.type_index = load i32, ptr %68, align 8
+  %69 = getelementptr inbounds nuw i8, ptr %args, i64 472
+  %70 = load i64, ptr %69, align 8
+  %71 = getelementptr inbounds nuw i8, ptr %args, i64 480
+  %score_scale.type_index = load i32, ptr %71, align 8
+  %72 = getelementptr inbounds nuw i8, ptr %args, i64 488
+  %73 = load i64, ptr %72, align 8
+  %74 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
+  %fused_attend.query_shape = load ptr, ptr %74, align 8
+  %75 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
+  %fused_attend.query_strides = load ptr, ptr %75, align 8
+  %76 = icmp eq ptr %fused_attend.query_strides, null
+  %77 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 16
+  %78 = getelementptr inbounds nuw i8, ptr %fused_attend.query_strides, i64 8
+  %q_head.in = select i1 %76, ptr %77, ptr %78
+  %q_head = load i64, ptr %q_head.in, align 8
+  br i1 %76, label %if_then34, label %if_else35
+
+if_then34:                                        ; preds = %entry
+  %79 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 8
+  %80 = load i64, ptr %79, align 8
+  %81 = load i64, ptr %77, align 8
+  %82 = mul nsw i64 %81, %80
+  br label %if_end36
+
+if_else35:                                        ; preds = %entry
+  %83 = load i64, ptr %fused_attend.query_strides, align 8
+  br label %if_end36
+
+if_end36:                                         ; preds = %if_else35, %if_then34
+  %q_batch = phi i64 [ %82, %if_then34 ], [ %83, %if_else35 ]
+  %84 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
+  %dev_id = load i32, ptr %84, align 4
+  %85 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %fused_attend.block_table_shape = load ptr, ptr %85, align 8
+  %86 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %fused_attend.block_table_strides = load ptr, ptr %86, align 8
+  %87 = icmp eq ptr %fused_attend.block_table_strides, null
+  %88 = getelementptr inbounds nuw i8, ptr %fused_attend.block_table_shape, i64 8
+  %table_seq.in = select i1 %87, ptr %88, ptr %fused_attend.block_table_strides
+  %table_seq = load i64, ptr %table_seq.in, align 8
+  %89 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %fused_attend.out_shape = load ptr, ptr %89, align 8
+  %90 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %fused_attend.out_strides = load ptr, ptr %90, align 8
+  %91 = icmp eq ptr %fused_attend.out_strides, null
+  %92 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 16
+  %93 = getelementptr inbounds nuw i8, ptr %fused_attend.out_strides, i64 8
+  %out_head.in = select i1 %91, ptr %92, ptr %93
+  %out_head = load i64, ptr %out_head.in, align 8
+  br i1 %91, label %if_then43, label %if_else44
+
+if_then43:                                        ; preds = %if_end36
+  %94 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 8
+  %95 = load i64, ptr %94, align 8
+  %96 = load i64, ptr %92, align 8
+  %97 = mul nsw i64 %96, %95
+  br label %if_end45
+
+if_else44:                                        ; preds = %if_end36
+  %98 = load i64, ptr %fused_attend.out_strides, align 8
+  br label %if_end45
+
+if_end45:                                         ; preds = %if_else44, %if_then43
+  %out_batch = phi i64 [ %97, %if_then43 ], [ %98, %if_else44 ]
+  %99 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %fused_attend.lse_strides = load ptr, ptr %99, align 8
+  %100 = icmp eq ptr %fused_attend.lse_strides, null
+  br i1 %100, label %if_then46, label %if_end48
+
+if_then46:                                        ; preds = %if_end45
+  %101 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %fused_attend.lse_shape = load ptr, ptr %101, align 8
+  %102 = getelementptr inbounds nuw i8, ptr %fused_attend.lse_shape, i64 8
+  br label %if_end48
+
+if_end48:                                         ; preds = %if_then46, %if_end45
+  %lse_batch.in = phi ptr [ %102, %if_then46 ], [ %fused_attend.lse_strides, %if_end45 ]
+  %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %103 = icmp eq i32 %score_scale.type_index, 3
+  %.cast63 = bitcast i64 %73 to double
+  %104 = fptrunc double %.cast63 to float
+  %105 = sitofp i64 %73 to float
+  %score_scale = select i1 %103, float %104, float %105
+  %106 = icmp eq i32 %query_scale.type_index, 3
+  %.cast = bitcast i64 %70 to double
+  %107 = fptrunc double %.cast to float
+  %108 = sitofp i64 %70 to float
+  %query_scale = select i1 %106, float %107, float %108
+  %tree_size = trunc i64 %67 to i32
+  %block_end = trunc i64 %60 to i32
+  %block_begin = trunc i64 %58 to i32
+  %num_kv_heads = trunc i64 %56 to i32
+  %first_pos = trunc i64 %52 to i32
+  %query = load ptr, ptr %query.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
+  %key_cache = load ptr, ptr %key_cache.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
+  %value_cache = load ptr, ptr %value_cache.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
+  %block_table = load ptr, ptr %block_table.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  %context_lens = load ptr, ptr %context_lens.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  %tree_mask = load ptr, ptr %tree_mask.handle, align 8
+  %partial_max = load ptr, ptr %partial_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  %out = load ptr, ptr %out.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  %lse = load ptr, ptr %lse.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor533.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %reach550.i)
+  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  %109 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %q_tile.i = tail call ptr %109(i32 1, i32 %dev_id, i64 131072, i32 0, i32 32)
+  %110 = icmp eq ptr %q_tile.i, null
+  br i1 %110, label %fused_attend_compute_.exit, label %if_end.i, !prof !7
+
+if_end.i:                                         ; preds = %if_end48
+  %num_query = trunc i64 %50 to i32
+  %111 = shl nsw i32 %num_query, 2
+  %112 = add nsw i32 %111, 15
+  %113 = ashr i32 %112, 4
+  %114 = mul i32 %113, %num_kv_heads
+  %115 = tail call i32 @llvm.smin.i32(i32 %114, i32 32)
+  %116 = shl nsw i32 %115, 4
+  %117 = sext i32 %116 to i64
+  %118 = shl nuw nsw i64 %117, 2
+  %119 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %total_max.i = tail call ptr %119(i32 1, i32 %dev_id, i64 %118, i32 2, i32 32)
+  %120 = icmp eq ptr %total_max.i, null
+  br i1 %120, label %fused_attend_compute_.exit, label %if_end2.i, !prof !7
+
+if_end2.i:                                        ; preds = %if_end.i
+  %121 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %total_sum.i = tail call ptr %121(i32 1, i32 %dev_id, i64 %118, i32 2, i32 32)
+  %122 = icmp eq ptr %total_sum.i, null
+  br i1 %122, label %fused_attend_compute_.exit, label %if_end5.i, !prof !7
+
+if_end5.i:                                        ; preds = %if_end2.i
+  %123 = shl nsw i32 %115, 11
+  %124 = sext i32 %123 to i64
+  %125 = shl nuw nsw i64 %124, 2
+  %126 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %total_acc.i = tail call ptr %126(i32 1, i32 %dev_id, i64 %125, i32 2, i32 32)
+  %127 = icmp eq ptr %total_acc.i, null
+  br i1 %127, label %fused_attend_compute_.exit, label %if_end8.i, !prof !7
+
+if_end8.i:                                        ; preds = %if_end5.i
+  %128 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %limits.i = tail call ptr %128(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
+  %129 = icmp eq ptr %limits.i, null
+  br i1 %129, label %fused_attend_compute_.exit, label %if_end11.i, !prof !7
+
+if_end11.i:                                       ; preds = %if_end8.i
+  %130 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %places.i = tail call ptr %130(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
+  %131 = icmp eq ptr %places.i, null
+  br i1 %131, label %fused_attend_compute_.exit, label %if_end14.i, !prof !7
+
+if_end14.i:                                       ; preds = %if_end11.i
+  %sext = shl i64 %46, 32
+  %132 = ashr exact i64 %sext, 32
+  %133 = getelementptr inbounds i32, ptr %context_lens, i64 %132
+  %context_len.i = load i32, ptr %133, align 4, !tbaa !4
+  %134 = icmp sgt i64 %tree_start, -1
+  %135 = icmp slt i32 %114, 1
+  br i1 %135, label %for_end_tile105.i, label %for_body_tile.lr.ph.i, !prof !11
+
+for_body_tile.lr.ph.i:                            ; preds = %if_end14.i
+  %136 = and i64 %64, 4294967295
+  %137 = icmp eq i64 %136, 0
+  %138 = icmp slt i32 %113, 0
+  %sext64 = shl i64 %54, 32
+  %139 = ashr exact i64 %sext64, 32
+  %sext65 = shl i64 %48, 32
+  %140 = ashr exact i64 %sext65, 32
+  %141 = icmp sgt i32 %113, -1
+  %.scalar.i = add i32 %first_pos, 1
+  %142 = insertelement <16 x i32> poison, i32 %.scalar.i, i64 0
+  %143 = shufflevector <16 x i32> %142, <16 x i32> poison, <16 x i32> zeroinitializer
+  %144 = insertelement <16 x i32> poison, i32 %context_len.i, i64 0
+  %145 = shufflevector <16 x i32> %144, <16 x i32> poison, <16 x i32> zeroinitializer
+  %146 = or i1 %137, %134
+  %147 = insertelement <16 x i1> poison, i1 %146, i64 0
+  %148 = shufflevector <16 x i1> %147, <16 x i1> poison, <16 x i32> zeroinitializer
+  %wide.trip.count.i = zext nneg i32 %114 to i64
+  %scevgep154 = getelementptr i8, ptr %query, i64 256
+  %149 = shl i64 %q_batch, 1
+  %150 = shl i64 %q_head, 1
+  %broadcast.splatinsert = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat = shufflevector <8 x float> %broadcast.splatinsert, <8 x float> poison, <8 x i32> zeroinitializer
+  br label %for_body_tile.i
+
+for_begin_tile.i:                                 ; preds = %for_body_r79.peel.next.i
+  %indvars.iv.next1508.i = add nuw nsw i64 %indvars.iv1507.i, 1
+  %exitcond1510.not.i = icmp eq i64 %indvars.iv.next1508.i, %wide.trip.count.i
+  br i1 %exitcond1510.not.i, label %for_begin_tile103.preheader.i, label %for_body_tile.i, !prof !8
+
+for_begin_tile103.preheader.i:                    ; preds = %for_begin_tile.i
+  %151 = getelementptr inbounds nuw i8, ptr %reach550.i, i64 4
+  %152 = load <2 x i32>, ptr %151, align 4
+  %exitcond1515.peel.not.i = icmp eq i32 %114, 1
+  %153 = extractelement <2 x i32> %152, i64 0
+  %154 = extractelement <2 x i32> %152, i64 1
+  br i1 %exitcond1515.peel.not.i, label %for_end_tile105.loopexit.i, label %iter.check, !prof !8
+
+iter.check:                                       ; preds = %for_begin_tile103.preheader.i
+  %155 = add nsw i64 %wide.trip.count.i, -1
+  %min.iters.check = icmp ult i32 %114, 6
+  br i1 %min.iters.check, label %if_end113.i.preheader, label %vector.main.loop.iter.check, !prof !11
+
+vector.main.loop.iter.check:                      ; preds = %iter.check
+  %min.iters.check168 = icmp ult i32 %114, 34
+  br i1 %min.iters.check168, label %vec.epilog.ph, label %vector.ph169, !prof !11
+
+vector.ph169:                                     ; preds = %vector.main.loop.iter.check
+  %n.mod.vf = and i64 %155, 31
+  %156 = icmp eq i64 %n.mod.vf, 0
+  %157 = select i1 %156, i64 32, i64 %n.mod.vf
+  %n.vec = sub nsw i64 %155, %157
+  %broadcast.splat171 = shufflevector <2 x i32> %152, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat173 = shufflevector <2 x i32> %152, <2 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body174
+
+vector.body174:                                   ; preds = %vector.body174, %vector.ph169
+  %index175 = phi i64 [ 0, %vector.ph169 ], [ %index.next195, %vector.body174 ]
+  %vec.phi = phi <8 x i32> [ %broadcast.splat171, %vector.ph169 ], [ %170, %vector.body174 ]
+  %vec.phi176 = phi <8 x i32> [ %broadcast.splat171, %vector.ph169 ], [ %171, %vector.body174 ]
+  %vec.phi177 = phi <8 x i32> [ %broadcast.splat171, %vector.ph169 ], [ %172, %vector.body174 ]
+  %vec.phi178 = phi <8 x i32> [ %broadcast.splat171, %vector.ph169 ], [ %173, %vector.body174 ]
+  %vec.phi179 = phi <8 x i32> [ %broadcast.splat173, %vector.ph169 ], [ %174, %vector.body174 ]
+  %vec.phi180 = phi <8 x i32> [ %broadcast.splat173, %vector.ph169 ], [ %175, %vector.body174 ]
+  %vec.phi181 = phi <8 x i32> [ %broadcast.splat173, %vector.ph169 ], [ %176, %vector.body174 ]
+  %vec.phi182 = phi <8 x i32> [ %broadcast.splat173, %vector.ph169 ], [ %177, %vector.body174 ]
+  %158 = shl i64 %index175, 4
+  %159 = shl i64 %index175, 4
+  %160 = shl i64 %index175, 4
+  %161 = shl i64 %index175, 4
+  %162 = getelementptr inbounds nuw i8, ptr %reach550.i, i64 %158
+  %163 = getelementptr inbounds nuw i8, ptr %reach550.i, i64 %159
+  %164 = getelementptr inbounds nuw i8, ptr %reach550.i, i64 %160
+  %165 = getelementptr inbounds nuw i8, ptr %reach550.i, i64 %161
+  %166 = getelementptr inbounds nuw i8, ptr %162, i64 20
+  %167 = getelementptr inbounds nuw i8, ptr %163, i64 148
+  %168 = getelementptr inbounds nuw i8, ptr %164, i64 276
+  %169 = getelementptr inbounds nuw i8, ptr %165, i64 404
+  %wide.vec183 = load <32 x i32>, ptr %166, align 4, !tbaa !12
+  %strided.vec184 = shufflevector <32 x i32> %wide.vec183, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec185 = shufflevector <32 x i32> %wide.vec183, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec186 = load <32 x i32>, ptr %167, align 4, !tbaa !12
+  %strided.vec187 = shufflevector <32 x i32> %wide.vec186, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec188 = shufflevector <32 x i32> %wide.vec186, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec189 = load <32 x i32>, ptr %168, align 4, !tbaa !12
+  %strided.vec190 = shufflevector <32 x i32> %wide.vec189, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec191 = shufflevector <32 x i32> %wide.vec189, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec192 = load <32 x i32>, ptr %169, align 4, !tbaa !12
+  %strided.vec193 = shufflevector <32 x i32> %wide.vec192, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec194 = shufflevector <32 x i32> %wide.vec192, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %170 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec185)
+  %171 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi176, <8 x i32> %strided.vec188)
+  %172 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi177, <8 x i32> %strided.vec191)
+  %173 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi178, <8 x i32> %strided.vec194)
+  %174 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi179, <8 x i32> %strided.vec184)
+  %175 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi180, <8 x i32> %strided.vec187)
+  %176 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi181, <8 x i32> %strided.vec190)
+  %177 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi182, <8 x i32> %strided.vec193)
+  %index.next195 = add nuw i64 %index175, 32
+  %178 = icmp eq i64 %index.next195, %n.vec
+  br i1 %178, label %vec.epilog.iter.check, label %vector.body174, !prof !14, !llvm.loop !15
+
+vec.epilog.iter.check:                            ; preds = %vector.body174
+  %rdx.minmax199 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %174, <8 x i32> %175)
+  %rdx.minmax200 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax199, <8 x i32> %176)
+  %rdx.minmax201 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax200, <8 x i32> %177)
+  %179 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax201)
+  %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %170, <8 x i32> %171)
+  %rdx.minmax197 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %172)
+  %rdx.minmax198 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax197, <8 x i32> %173)
+  %180 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax198)
+  %ind.end = add nsw i64 %n.vec, 1
+  %min.epilog.iters.check = icmp samesign ult i64 %157, 5
+  %181 = insertelement <2 x i32> poison, i32 %179, i64 0
+  %182 = insertelement <2 x i32> %181, i32 %180, i64 1
+  br i1 %min.epilog.iters.check, label %if_end113.i.preheader, label %vec.epilog.ph, !prof !20
+
+vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
+  %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
+  %183 = phi <2 x i32> [ %182, %vec.epilog.iter.check ], [ %152, %vector.main.loop.iter.check ]
+  %n.mod.vf203 = and i64 %155, 3
+  %184 = icmp eq i64 %n.mod.vf203, 0
+  %185 = select i1 %184, i64 4, i64 %n.mod.vf203
+  %n.vec204 = sub nsw i64 %155, %185
+  %186 = add nsw i64 %n.vec204, 1
+  %broadcast.splat206 = shufflevector <2 x i32> %183, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat208 = shufflevector <2 x i32> %183, <2 x i32> poison, <4 x i32> zeroinitializer
+  br label %vec.epilog.vector.body
+
+vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
+  %index209 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next215, %vec.epilog.vector.body ]
+  %vec.phi210 = phi <4 x i32> [ %broadcast.splat206, %vec.epilog.ph ], [ %189, %vec.epilog.vector.body ]
+  %vec.phi211 = phi <4 x i32> [ %broadcast.splat208, %vec.epilog.ph ], [ %190, %vec.epilog.vector.body ]
+  %offset.idx = shl i64 %index209, 4
+  %187 = getelementptr i8, ptr %reach550.i, i64 %offset.idx
+  %188 = getelementptr i8, ptr %187, i64 20
+  %wide.vec212 = load <16 x i32>, ptr %188, align 4, !tbaa !12
+  %strided.vec213 = shufflevector <16 x i32> %wide.vec212, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
+  %strided.vec214 = shufflevector <16 x i32> %wide.vec212, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
+  %189 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi210, <4 x i32> %strided.vec214)
+  %190 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi211, <4 x i32> %strided.vec213)
+  %index.next215 = add nuw i64 %index209, 4
+  %191 = icmp eq i64 %index.next215, %n.vec204
+  br i1 %191, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !21
+
+vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
+  %192 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %189)
+  %193 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %190)
+  br label %if_end113.i.preheader
+
+if_end113.i.preheader:                            ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
+  %indvars.iv1511.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %186, %vec.epilog.middle.block ]
+  %span549.sroa.0.01213.i.ph = phi i32 [ %154, %iter.check ], [ %180, %vec.epilog.iter.check ], [ %192, %vec.epilog.middle.block ]
+  %span549.sroa.3.01212.i.ph = phi i32 [ %153, %iter.check ], [ %179, %vec.epilog.iter.check ], [ %193, %vec.epilog.middle.block ]
+  br label %if_end113.i
+
+for_body_tile.i:                                  ; preds = %for_begin_tile.i, %for_body_tile.lr.ph.i
+  %indvars.iv1507.i = phi i64 [ 0, %for_body_tile.lr.ph.i ], [ %indvars.iv.next1508.i, %for_begin_tile.i ]
+  %194 = trunc nuw nsw i64 %indvars.iv1507.i to i32
+  %195 = shl i64 %indvars.iv1507.i, 13
+  %196 = and i64 %195, 17179860992
+  %scevgep1503.i = getelementptr i8, ptr %total_acc.i, i64 %196
+  %197 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %q_tile_global.i = tail call ptr %197(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
+  %198 = icmp eq ptr %q_tile_global.i, null
+  br i1 %198, label %fused_attend_compute_.exit, label %for_begin_r.preheader.i, !prof !7
+
+for_begin_r.preheader.i:                          ; preds = %for_body_tile.i
+  %rmod.i = srem i32 %194, %113
+  %rdiv.us.i = sdiv i32 %194, %113
+  %199 = icmp ne i32 %rmod.i, 0
+  %.not581.i = and i1 %138, %199
+  %200 = select i1 %.not581.i, i32 %113, i32 0
+  %201 = add nsw i32 %200, %rmod.i
+  %202 = shl nsw i32 %201, 4
+  %203 = sub nsw i32 %111, %202
+  %204 = sext i1 %.not581.i to i32
+  %205 = sext i32 %201 to i64
+  %206 = shl nsw i64 %205, 2
+  %invariant.op.i = add nsw i64 %206, %140
+  %207 = sext i32 %203 to i64
+  %scevgep = getelementptr i8, ptr %q_tile_global.i, i64 4096
+  %208 = add nsw i64 %140, %206
+  br label %for_begin_d.preheader.i
+
+for_begin_ax1_0.preheader.i:                      ; preds = %for_end_d.i
+  %209 = shl i64 %indvars.iv1507.i, 10
+  %210 = and i64 %209, 4294966272
+  %invariant.gep1762.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %210
+  br label %for_body_ax2_0.i
+
+for_begin_d.preheader.i:                          ; preds = %for_end_d.i, %for_begin_r.preheader.i
+  %indvar.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvar.next.i, %for_end_d.i ]
+  %211 = icmp slt i64 %indvar.i, %207
+  br i1 %211, label %for_begin_d.preheader.split.us.i, label %for_body_d.preheader.i
+
+for_body_d.preheader.i:                           ; preds = %for_begin_d.preheader.i
+  %212 = shl nuw nsw i64 %indvar.i, 8
+  %scevgep.i = getelementptr i8, ptr %q_tile_global.i, i64 %212
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(256) %scevgep.i, i8 0, i64 256, i1 false), !tbaa !4
+  br label %for_end_d.i
+
+for_begin_d.preheader.split.us.i:                 ; preds = %for_begin_d.preheader.i
+  %213 = lshr i64 %indvar.i, 2
+  %214 = add nsw i64 %208, %213
+  %215 = mul i64 %149, %214
+  %216 = lshr i64 %indvar.i, 2
+  %.reass.i = add nsw i64 %invariant.op.i, %216
+  %217 = mul nsw i64 %.reass.i, %q_batch
+  %218 = getelementptr i16, ptr %query, i64 %217
+  %219 = and i64 %indvar.i, 3
+  %220 = add nsw i32 %rdiv.us.i, %204
+  %221 = sext i32 %220 to i64
+  %222 = add nsw i64 %139, %221
+  %223 = shl nsw i64 %222, 2
+  %224 = or disjoint i64 %223, %219
+  %225 = mul nsw i64 %224, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %218, i64 %225
+  %.idx1731.i = shl nuw nsw i64 %indvar.i, 8
+  %invariant.gep1760.i = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1731.i
+  %226 = mul i64 %150, %224
+  %227 = getelementptr i8, ptr %scevgep154, i64 %215
+  %scevgep155 = getelementptr i8, ptr %227, i64 %226
+  %bound0 = icmp ult ptr %q_tile_global.i, %scevgep155
+  %bound1 = icmp ult ptr %invariant.gep.i, %scevgep
+  %found.conflict = and i1 %bound0, %bound1
+  br i1 %found.conflict, label %for_body_d.us.i, label %vector.body, !prof !11
+
+vector.body:                                      ; preds = %for_begin_d.preheader.split.us.i
+  %228 = getelementptr i8, ptr %invariant.gep.i, i64 32
+  %229 = getelementptr i8, ptr %invariant.gep.i, i64 64
+  %230 = getelementptr i8, ptr %invariant.gep.i, i64 96
+  %wide.vec = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec156 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec157 = load <16 x i16>, ptr %228, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec158 = shufflevector <16 x i16> %wide.vec157, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec159 = shufflevector <16 x i16> %wide.vec157, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec160 = load <16 x i16>, ptr %229, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec161 = shufflevector <16 x i16> %wide.vec160, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec162 = shufflevector <16 x i16> %wide.vec160, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec163 = load <16 x i16>, ptr %230, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec164 = shufflevector <16 x i16> %wide.vec163, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec165 = shufflevector <16 x i16> %wide.vec163, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %231 = zext <8 x i16> %strided.vec156 to <8 x i32>
+  %232 = zext <8 x i16> %strided.vec159 to <8 x i32>
+  %233 = zext <8 x i16> %strided.vec162 to <8 x i32>
+  %234 = zext <8 x i16> %strided.vec165 to <8 x i32>
+  %235 = shl nuw <8 x i32> %231, splat (i32 16)
+  %236 = shl nuw <8 x i32> %232, splat (i32 16)
+  %237 = shl nuw <8 x i32> %233, splat (i32 16)
+  %238 = shl nuw <8 x i32> %234, splat (i32 16)
+  %239 = bitcast <8 x i32> %235 to <8 x float>
+  %240 = bitcast <8 x i32> %236 to <8 x float>
+  %241 = bitcast <8 x i32> %237 to <8 x float>
+  %242 = bitcast <8 x i32> %238 to <8 x float>
+  %243 = fmul <8 x float> %broadcast.splat, %239
+  %244 = fmul <8 x float> %broadcast.splat, %240
+  %245 = fmul <8 x float> %broadcast.splat, %241
+  %246 = fmul <8 x float> %broadcast.splat, %242
+  %247 = bitcast <8 x float> %243 to <8 x i32>
+  %248 = bitcast <8 x float> %244 to <8 x i32>
+  %249 = bitcast <8 x float> %245 to <8 x i32>
+  %250 = bitcast <8 x float> %246 to <8 x i32>
+  %251 = zext <8 x i16> %strided.vec to <8 x i32>
+  %252 = zext <8 x i16> %strided.vec158 to <8 x i32>
+  %253 = zext <8 x i16> %strided.vec161 to <8 x i32>
+  %254 = zext <8 x i16> %strided.vec164 to <8 x i32>
+  %255 = shl nuw <8 x i32> %251, splat (i32 16)
+  %256 = shl nuw <8 x i32> %252, splat (i32 16)
+  %257 = shl nuw <8 x i32> %253, splat (i32 16)
+  %258 = shl nuw <8 x i32> %254, splat (i32 16)
+  %259 = bitcast <8 x i32> %255 to <8 x float>
+  %260 = bitcast <8 x i32> %256 to <8 x float>
+  %261 = bitcast <8 x i32> %257 to <8 x float>
+  %262 = bitcast <8 x i32> %258 to <8 x float>
+  %263 = fmul <8 x float> %broadcast.splat, %259
+  %264 = fmul <8 x float> %broadcast.splat, %260
+  %265 = fmul <8 x float> %broadcast.splat, %261
+  %266 = fmul <8 x float> %broadcast.splat, %262
+  %267 = bitcast <8 x float> %263 to <8 x i32>
+  %268 = bitcast <8 x float> %264 to <8 x i32>
+  %269 = bitcast <8 x float> %265 to <8 x i32>
+  %270 = bitcast <8 x float> %266 to <8 x i32>
+  %271 = lshr <8 x i32> %267, splat (i32 16)
+  %272 = lshr <8 x i32> %268, splat (i32 16)
+  %273 = lshr <8 x i32> %269, splat (i32 16)
+  %274 = lshr <8 x i32> %270, splat (i32 16)
+  %275 = or <8 x i32> %271, %247
+  %276 = or <8 x i32> %272, %248
+  %277 = or <8 x i32> %273, %249
+  %278 = or <8 x i32> %274, %250
+  %279 = getelementptr inbounds nuw i8, ptr %invariant.gep1760.i, i64 32
+  %280 = getelementptr inbounds nuw i8, ptr %invariant.gep1760.i, i64 64
+  %281 = getelementptr inbounds nuw i8, ptr %invariant.gep1760.i, i64 96
+  store <8 x i32> %275, ptr %invariant.gep1760.i, align 4, !tbaa !4, !alias.scope !26, !noalias !23
+  store <8 x i32> %276, ptr %279, align 4, !tbaa !4, !alias.scope !26, !noalias !23
+  store <8 x i32> %277, ptr %280, align 4, !tbaa !4, !alias.scope !26, !noalias !23
+  store <8 x i32> %278, ptr %281, align 4, !tbaa !4, !alias.scope !26, !noalias !23
+  %282 = getelementptr i8, ptr %invariant.gep.i, i64 128
+  %283 = getelementptr i8, ptr %invariant.gep.i, i64 160
+  %284 = getelementptr i8, ptr %invariant.gep.i, i64 192
+  %285 = getelementptr i8, ptr %invariant.gep.i, i64 224
+  %wide.vec.1 = load <16 x i16>, ptr %282, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec156.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec157.1 = load <16 x i16>, ptr %283, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec158.1 = shufflevector <16 x i16> %wide.vec157.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec159.1 = shufflevector <16 x i16> %wide.vec157.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec160.1 = load <16 x i16>, ptr %284, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec161.1 = shufflevector <16 x i16> %wide.vec160.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec162.1 = shufflevector <16 x i16> %wide.vec160.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec163.1 = load <16 x i16>, ptr %285, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec164.1 = shufflevector <16 x i16> %wide.vec163.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec165.1 = shufflevector <16 x i16> %wide.vec163.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %286 = zext <8 x i16> %strided.vec156.1 to <8 x i32>
+  %287 = zext <8 x i16> %strided.vec159.1 to <8 x i32>
+  %288 = zext <8 x i16> %strided.vec162.1 to <8 x i32>
+  %289 = zext <8 x i16> %strided.vec165.1 to <8 x i32>
+  %290 = shl nuw <8 x i32> %286, splat (i32 16)
+  %291 = shl nuw <8 x i32> %287, splat (i32 16)
+  %292 = shl nuw <8 x i32> %288, splat (i32 16)
+  %293 = shl nuw <8 x i32> %289, splat (i32 16)
+  %294 = bitcast <8 x i32> %290 to <8 x float>
+  %295 = bitcast <8 x i32> %291 to <8 x float>
+  %296 = bitcast <8 x i32> %292 to <8 x float>
+  %297 = bitcast <8 x i32> %293 to <8 x float>
+  %298 = fmul <8 x float> %broadcast.splat, %294
+  %299 = fmul <8 x float> %broadcast.splat, %295
+  %300 = fmul <8 x float> %broadcast.splat, %296
+  %301 = fmul <8 x float> %broadcast.splat, %297
+  %302 = bitcast <8 x float> %298 to <8 x i32>
+  %303 = bitcast <8 x float> %299 to <8 x i32>
+  %304 = bitcast <8 x float> %300 to <8 x i32>
+  %305 = bitcast <8 x float> %301 to <8 x i32>
+  %306 = zext <8 x i16> %strided.vec.1 to <8 x i32>
+  %307 = zext <8 x i16> %strided.vec158.1 to <8 x i32>
+  %308 = zext <8 x i16> %strided.vec161.1 to <8 x i32>
+  %309 = zext <8 x i16> %strided.vec164.1 to <8 x i32>
+  %310 = shl nuw <8 x i32> %306, splat (i32 16)
+  %311 = shl nuw <8 x i32> %307, splat (i32 16)
+  %312 = shl nuw <8 x i32> %308, splat (i32 16)
+  %313 = shl nuw <8 x i32> %309, splat (i32 16)
+  %314 = bitcast <8 x i32> %310 to <8 x float>
+  %315 = bitcast <8 x i32> %311 to <8 x float>
+  %316 = bitcast <8 x i32> %312 to <8 x float>
+  %317 = bitcast <8 x i32> %313 to <8 x float>
+  %318 = fmul <8 x float> %broadcast.splat, %314
+  %319 = fmul <8 x float> %broadcast.splat, %315
+  %320 = fmul <8 x float> %broadcast.splat, %316
+  %321 = fmul <8 x float> %broadcast.splat, %317
+  %322 = bitcast <8 x float> %318 to <8 x i32>
+  %323 = bitcast <8 x float> %319 to <8 x i32>
+  %324 = bitcast <8 x float> %320 to <8 x i32>
+  %325 = bitcast <8 x float> %321 to <8 x i32>
+  %326 = lshr <8 x i32> %322, splat (i32 16)
+  %327 = lshr <8 x i32> %323, splat (i32 16)
+  %328 = lshr <8 x i32> %324, splat (i32 16)
+  %329 = lshr <8 x i32> %325, splat (i32 16)
+  %330 = or <8 x i32> %326, %302
+  %331 = or <8 x i32> %327, %303
+  %332 = or <8 x i32> %328, %304
+  %333 = or <8 x i32> %329, %305
+  %334 = getelementptr inbounds nuw i8, ptr %invariant.gep1760.i, i64 128
+  %335 = getelementptr inbounds nuw i8, ptr %invariant.gep1760.i, i64 160
+  %336 = getelementptr inbounds nuw i8, ptr %invariant.gep1760.i, i64 192
+  %337 = getelementptr inbounds nuw i8, ptr %invariant.gep1760.i, i64 224
+  store <8 x i32> %330, ptr %334, align 4, !tbaa !4, !alias.scope !26, !noalias !23
+  store <8 x i32> %331, ptr %335, align 4, !tbaa !4, !alias.scope !26, !noalias !23
+  store <8 x i32> %332, ptr %336, align 4, !tbaa !4, !alias.scope !26, !noalias !23
+  store <8 x i32> %333, ptr %337, align 4, !tbaa !4, !alias.scope !26, !noalias !23
+  br label %for_end_d.i
+
+for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %for_begin_d.preheader.split.us.i
+  %indvars.iv.i = phi i64 [ %indvars.iv.next.i.3, %for_body_d.us.i ], [ 0, %for_begin_d.preheader.split.us.i ]
+  %gep.idx.i = shl i64 %indvars.iv.i, 2
+  %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i
+  %338 = getelementptr i8, ptr %gep.i, i64 2
+  %339 = load i16, ptr %338, align 2, !tbaa !4
+  %340 = zext i16 %339 to i32
+  %341 = shl nuw i32 %340, 16
+  %342 = bitcast i32 %341 to float
+  %343 = fmul float %query_scale, %342
+  %344 = bitcast float %343 to i32
+  %345 = load i16, ptr %gep.i, align 2, !tbaa !4
+  %346 = zext i16 %345 to i32
+  %347 = shl nuw i32 %346, 16
+  %348 = bitcast i32 %347 to float
+  %349 = fmul float %query_scale, %348
+  %350 = bitcast float %349 to i32
+  %351 = lshr i32 %350, 16
+  %352 = or i32 %351, %344
+  %gep1761.i = getelementptr inbounds nuw i32, ptr %invariant.gep1760.i, i64 %indvars.iv.i
+  store i32 %352, ptr %gep1761.i, align 4, !tbaa !4
+  %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
+  %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
+  %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
+  %353 = getelementptr i8, ptr %gep.i.1, i64 2
+  %354 = load i16, ptr %353, align 2, !tbaa !4
+  %355 = zext i16 %354 to i32
+  %356 = shl nuw i32 %355, 16
+  %357 = bitcast i32 %356 to float
+  %358 = fmul float %query_scale, %357
+  %359 = bitcast float %358 to i32
+  %360 = load i16, ptr %gep.i.1, align 2, !tbaa !4
+  %361 = zext i16 %360 to i32
+  %362 = shl nuw i32 %361, 16
+  %363 = bitcast i32 %362 to float
+  %364 = fmul float %query_scale, %363
+  %365 = bitcast float %364 to i32
+  %366 = lshr i32 %365, 16
+  %367 = or i32 %366, %359
+  %gep1761.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1760.i, i64 %indvars.iv.next.i
+  store i32 %367, ptr %gep1761.i.1, align 4, !tbaa !4
+  %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
+  %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
+  %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
+  %368 = getelementptr i8, ptr %gep.i.2, i64 2
+  %369 = load i16, ptr %368, align 2, !tbaa !4
+  %370 = zext i16 %369 to i32
+  %371 = shl nuw i32 %370, 16
+  %372 = bitcast i32 %371 to float
+  %373 = fmul float %query_scale, %372
+  %374 = bitcast float %373 to i32
+  %375 = load i16, ptr %gep.i.2, align 2, !tbaa !4
+  %376 = zext i16 %375 to i32
+  %377 = shl nuw i32 %376, 16
+  %378 = bitcast i32 %377 to float
+  %379 = fmul float %query_scale, %378
+  %380 = bitcast float %379 to i32
+  %381 = lshr i32 %380, 16
+  %382 = or i32 %381, %374
+  %gep1761.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1760.i, i64 %indvars.iv.next.i.1
+  store i32 %382, ptr %gep1761.i.2, align 4, !tbaa !4
+  %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
+  %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
+  %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
+  %383 = getelementptr i8, ptr %gep.i.3, i64 2
+  %384 = load i16, ptr %383, align 2, !tbaa !4
+  %385 = zext i16 %384 to i32
+  %386 = shl nuw i32 %385, 16
+  %387 = bitcast i32 %386 to float
+  %388 = fmul float %query_scale, %387
+  %389 = bitcast float %388 to i32
+  %390 = load i16, ptr %gep.i.3, align 2, !tbaa !4
+  %391 = zext i16 %390 to i32
+  %392 = shl nuw i32 %391, 16
+  %393 = bitcast i32 %392 to float
+  %394 = fmul float %query_scale, %393
+  %395 = bitcast float %394 to i32
+  %396 = lshr i32 %395, 16
+  %397 = or i32 %396, %389
+  %gep1761.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1760.i, i64 %indvars.iv.next.i.2
+  store i32 %397, ptr %gep1761.i.3, align 4, !tbaa !4
+  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
+  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 64
+  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !prof !28, !llvm.loop !29
+
+for_end_d.i:                                      ; preds = %for_body_d.us.i, %vector.body, %for_body_d.preheader.i
+  %indvar.next.i = add nuw nsw i64 %indvar.i, 1
+  %exitcond1487.not.i = icmp eq i64 %indvar.next.i, 16
+  br i1 %exitcond1487.not.i, label %for_begin_ax1_0.preheader.i, label %for_begin_d.preheader.i, !prof !30
+
+for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %for_begin_ax1_0.preheader.i
+  %indvars.iv1488.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next1489.i.1, %for_body_ax2_0.i ]
+  %.idx1732.i = shl nuw nsw i64 %indvars.iv1488.i, 4
+  %398 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1732.i
+  %v.i = load <4 x i32>, ptr %398, align 4, !tbaa !4
+  %399 = getelementptr inbounds nuw i8, ptr %398, i64 256
+  %v27.i = load <4 x i32>, ptr %399, align 4, !tbaa !4
+  %400 = getelementptr inbounds nuw i8, ptr %398, i64 512
+  %v29.i = load <4 x i32>, ptr %400, align 4, !tbaa !4
+  %401 = getelementptr inbounds nuw i8, ptr %398, i64 768
+  %v31.i = load <4 x i32>, ptr %401, align 4, !tbaa !4
+  %402 = shufflevector <4 x i32> %v.i, <4 x i32> %v29.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %403 = shufflevector <4 x i32> %v27.i, <4 x i32> %v31.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %404 = shufflevector <4 x i32> %v.i, <4 x i32> %v29.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %405 = shufflevector <4 x i32> %v27.i, <4 x i32> %v31.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %406 = shufflevector <4 x i32> %402, <4 x i32> %403, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1733.i = shl nuw nsw i64 %indvars.iv1488.i, 8
+  %gep1763.i = getelementptr inbounds nuw i8, ptr %invariant.gep1762.i, i64 %.idx1733.i
+  store <4 x i32> %406, ptr %gep1763.i, align 4, !tbaa !4
+  %407 = shufflevector <4 x i32> %402, <4 x i32> %403, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %408 = getelementptr inbounds nuw i8, ptr %gep1763.i, i64 64
+  store <4 x i32> %407, ptr %408, align 4, !tbaa !4
+  %409 = shufflevector <4 x i32> %404, <4 x i32> %405, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %410 = getelementptr inbounds nuw i8, ptr %gep1763.i, i64 128
+  store <4 x i32> %409, ptr %410, align 4, !tbaa !4
+  %411 = shufflevector <4 x i32> %404, <4 x i32> %405, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %412 = getelementptr inbounds nuw i8, ptr %gep1763.i, i64 192
+  store <4 x i32> %411, ptr %412, align 4, !tbaa !4
+  %indvars.iv.next1489.i = or disjoint i64 %indvars.iv1488.i, 1
+  %.idx1732.i.1 = shl nuw nsw i64 %indvars.iv.next1489.i, 4
+  %413 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1732.i.1
+  %v.i.1 = load <4 x i32>, ptr %413, align 4, !tbaa !4
+  %414 = getelementptr inbounds nuw i8, ptr %413, i64 256
+  %v27.i.1 = load <4 x i32>, ptr %414, align 4, !tbaa !4
+  %415 = getelementptr inbounds nuw i8, ptr %413, i64 512
+  %v29.i.1 = load <4 x i32>, ptr %415, align 4, !tbaa !4
+  %416 = getelementptr inbounds nuw i8, ptr %413, i64 768
+  %v31.i.1 = load <4 x i32>, ptr %416, align 4, !tbaa !4
+  %417 = shufflevector <4 x i32> %v.i.1, <4 x i32> %v29.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %418 = shufflevector <4 x i32> %v27.i.1, <4 x i32> %v31.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %419 = shufflevector <4 x i32> %v.i.1, <4 x i32> %v29.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %420 = shufflevector <4 x i32> %v27.i.1, <4 x i32> %v31.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %421 = shufflevector <4 x i32> %417, <4 x i32> %418, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1733.i.1 = shl nuw nsw i64 %indvars.iv.next1489.i, 8
+  %gep1763.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1762.i, i64 %.idx1733.i.1
+  store <4 x i32> %421, ptr %gep1763.i.1, align 4, !tbaa !4
+  %422 = shufflevector <4 x i32> %417, <4 x i32> %418, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %423 = getelementptr inbounds nuw i8, ptr %gep1763.i.1, i64 64
+  store <4 x i32> %422, ptr %423, align 4, !tbaa !4
+  %424 = shufflevector <4 x i32> %419, <4 x i32> %420, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %425 = getelementptr inbounds nuw i8, ptr %gep1763.i.1, i64 128
+  store <4 x i32> %424, ptr %425, align 4, !tbaa !4
+  %426 = shufflevector <4 x i32> %419, <4 x i32> %420, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %427 = getelementptr inbounds nuw i8, ptr %gep1763.i.1, i64 192
+  store <4 x i32> %426, ptr %427, align 4, !tbaa !4
+  %indvars.iv.next1489.i.1 = add nuw nsw i64 %indvars.iv1488.i, 2
+  %exitcond1492.not.i.1 = icmp eq i64 %indvars.iv.next1489.i.1, 16
+  br i1 %exitcond1492.not.i.1, label %for_body_ax2_0.1.i, label %for_body_ax2_0.i, !prof !30, !llvm.loop !31
+
+for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i, %for_body_ax2_0.i
+  %indvars.iv1488.1.i = phi i64 [ %indvars.iv.next1489.1.i.1, %for_body_ax2_0.1.i ], [ 0, %for_body_ax2_0.i ]
+  %.idx1734.i = shl nuw nsw i64 %indvars.iv1488.1.i, 4
+  %428 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1734.i
+  %429 = getelementptr inbounds nuw i8, ptr %428, i64 1024
+  %v.1.i = load <4 x i32>, ptr %429, align 4, !tbaa !4
+  %430 = getelementptr inbounds nuw i8, ptr %428, i64 1280
+  %v27.1.i = load <4 x i32>, ptr %430, align 4, !tbaa !4
+  %431 = getelementptr inbounds nuw i8, ptr %428, i64 1536
+  %v29.1.i = load <4 x i32>, ptr %431, align 4, !tbaa !4
+  %432 = getelementptr inbounds nuw i8, ptr %428, i64 1792
+  %v31.1.i = load <4 x i32>, ptr %432, align 4, !tbaa !4
+  %433 = shufflevector <4 x i32> %v.1.i, <4 x i32> %v29.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %434 = shufflevector <4 x i32> %v27.1.i, <4 x i32> %v31.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %435 = shufflevector <4 x i32> %v.1.i, <4 x i32> %v29.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %436 = shufflevector <4 x i32> %v27.1.i, <4 x i32> %v31.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %437 = shufflevector <4 x i32> %433, <4 x i32> %434, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1735.i = shl nuw nsw i64 %indvars.iv1488.1.i, 8
+  %gep1765.i = getelementptr inbounds nuw i8, ptr %invariant.gep1762.i, i64 %.idx1735.i
+  %438 = getelementptr inbounds nuw i8, ptr %gep1765.i, i64 16
+  store <4 x i32> %437, ptr %438, align 4, !tbaa !4
+  %439 = shufflevector <4 x i32> %433, <4 x i32> %434, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %440 = getelementptr inbounds nuw i8, ptr %gep1765.i, i64 80
+  store <4 x i32> %439, ptr %440, align 4, !tbaa !4
+  %441 = shufflevector <4 x i32> %435, <4 x i32> %436, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %442 = getelementptr inbounds nuw i8, ptr %gep1765.i, i64 144
+  store <4 x i32> %441, ptr %442, align 4, !tbaa !4
+  %443 = shufflevector <4 x i32> %435, <4 x i32> %436, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %444 = getelementptr inbounds nuw i8, ptr %gep1765.i, i64 208
+  store <4 x i32> %443, ptr %444, align 4, !tbaa !4
+  %indvars.iv.next1489.1.i = or disjoint i64 %indvars.iv1488.1.i, 1
+  %.idx1734.i.1 = shl nuw nsw i64 %indvars.iv.next1489.1.i, 4
+  %445 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1734.i.1
+  %446 = getelementptr inbounds nuw i8, ptr %445, i64 1024
+  %v.1.i.1 = load <4 x i32>, ptr %446, align 4, !tbaa !4
+  %447 = getelementptr inbounds nuw i8, ptr %445, i64 1280
+  %v27.1.i.1 = load <4 x i32>, ptr %447, align 4, !tbaa !4
+  %448 = getelementptr inbounds nuw i8, ptr %445, i64 1536
+  %v29.1.i.1 = load <4 x i32>, ptr %448, align 4, !tbaa !4
+  %449 = getelementptr inbounds nuw i8, ptr %445, i64 1792
+  %v31.1.i.1 = load <4 x i32>, ptr %449, align 4, !tbaa !4
+  %450 = shufflevector <4 x i32> %v.1.i.1, <4 x i32> %v29.1.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %451 = shufflevector <4 x i32> %v27.1.i.1, <4 x i32> %v31.1.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %452 = shufflevector <4 x i32> %v.1.i.1, <4 x i32> %v29.1.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %453 = shufflevector <4 x i32> %v27.1.i.1, <4 x i32> %v31.1.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %454 = shufflevector <4 x i32> %450, <4 x i32> %451, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1735.i.1 = shl nuw nsw i64 %indvars.iv.next1489.1.i, 8
+  %gep1765.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1762.i, i64 %.idx1735.i.1
+  %455 = getelementptr inbounds nuw i8, ptr %gep1765.i.1, i64 16
+  store <4 x i32> %454, ptr %455, align 4, !tbaa !4
+  %456 = shufflevector <4 x i32> %450, <4 x i32> %451, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %457 = getelementptr inbounds nuw i8, ptr %gep1765.i.1, i64 80
+  store <4 x i32> %456, ptr %457, align 4, !tbaa !4
+  %458 = shufflevector <4 x i32> %452, <4 x i32> %453, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %459 = getelementptr inbounds nuw i8, ptr %gep1765.i.1, i64 144
+  store <4 x i32> %458, ptr %459, align 4, !tbaa !4
+  %460 = shufflevector <4 x i32> %452, <4 x i32> %453, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %461 = getelementptr inbounds nuw i8, ptr %gep1765.i.1, i64 208
+  store <4 x i32> %460, ptr %461, align 4, !tbaa !4
+  %indvars.iv.next1489.1.i.1 = add nuw nsw i64 %indvars.iv1488.1.i, 2
+  %exitcond1492.1.not.i.1 = icmp eq i64 %indvars.iv.next1489.1.i.1, 16
+  br i1 %exitcond1492.1.not.i.1, label %for_body_ax2_0.2.i, label %for_body_ax2_0.1.i, !prof !30, !llvm.loop !33
+
+for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i, %for_body_ax2_0.1.i
+  %indvars.iv1488.2.i = phi i64 [ %indvars.iv.next1489.2.i.1, %for_body_ax2_0.2.i ], [ 0, %for_body_ax2_0.1.i ]
+  %.idx1736.i = shl nuw nsw i64 %indvars.iv1488.2.i, 4
+  %462 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1736.i
+  %463 = getelementptr inbounds nuw i8, ptr %462, i64 2048
+  %v.2.i = load <4 x i32>, ptr %463, align 4, !tbaa !4
+  %464 = getelementptr inbounds nuw i8, ptr %462, i64 2304
+  %v27.2.i = load <4 x i32>, ptr %464, align 4, !tbaa !4
+  %465 = getelementptr inbounds nuw i8, ptr %462, i64 2560
+  %v29.2.i = load <4 x i32>, ptr %465, align 4, !tbaa !4
+  %466 = getelementptr inbounds nuw i8, ptr %462, i64 2816
+  %v31.2.i = load <4 x i32>, ptr %466, align 4, !tbaa !4
+  %467 = shufflevector <4 x i32> %v.2.i, <4 x i32> %v29.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %468 = shufflevector <4 x i32> %v27.2.i, <4 x i32> %v31.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %469 = shufflevector <4 x i32> %v.2.i, <4 x i32> %v29.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %470 = shufflevector <4 x i32> %v27.2.i, <4 x i32> %v31.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %471 = shufflevector <4 x i32> %467, <4 x i32> %468, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1737.i = shl nuw nsw i64 %indvars.iv1488.2.i, 8
+  %gep1767.i = getelementptr inbounds nuw i8, ptr %invariant.gep1762.i, i64 %.idx1737.i
+  %472 = getelementptr inbounds nuw i8, ptr %gep1767.i, i64 32
+  store <4 x i32> %471, ptr %472, align 4, !tbaa !4
+  %473 = shufflevector <4 x i32> %467, <4 x i32> %468, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %474 = getelementptr inbounds nuw i8, ptr %gep1767.i, i64 96
+  store <4 x i32> %473, ptr %474, align 4, !tbaa !4
+  %475 = shufflevector <4 x i32> %469, <4 x i32> %470, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %476 = getelementptr inbounds nuw i8, ptr %gep1767.i, i64 160
+  store <4 x i32> %475, ptr %476, align 4, !tbaa !4
+  %477 = shufflevector <4 x i32> %469, <4 x i32> %470, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %478 = getelementptr inbounds nuw i8, ptr %gep1767.i, i64 224
+  store <4 x i32> %477, ptr %478, align 4, !tbaa !4
+  %indvars.iv.next1489.2.i = or disjoint i64 %indvars.iv1488.2.i, 1
+  %.idx1736.i.1 = shl nuw nsw i64 %indvars.iv.next1489.2.i, 4
+  %479 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1736.i.1
+  %480 = getelementptr inbounds nuw i8, ptr %479, i64 2048
+  %v.2.i.1 = load <4 x i32>, ptr %480, align 4, !tbaa !4
+  %481 = getelementptr inbounds nuw i8, ptr %479, i64 2304
+  %v27.2.i.1 = load <4 x i32>, ptr %481, align 4, !tbaa !4
+  %482 = getelementptr inbounds nuw i8, ptr %479, i64 2560
+  %v29.2.i.1 = load <4 x i32>, ptr %482, align 4, !tbaa !4
+  %483 = getelementptr inbounds nuw i8, ptr %479, i64 2816
+  %v31.2.i.1 = load <4 x i32>, ptr %483, align 4, !tbaa !4
+  %484 = shufflevector <4 x i32> %v.2.i.1, <4 x i32> %v29.2.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %485 = shufflevector <4 x i32> %v27.2.i.1, <4 x i32> %v31.2.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %486 = shufflevector <4 x i32> %v.2.i.1, <4 x i32> %v29.2.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %487 = shufflevector <4 x i32> %v27.2.i.1, <4 x i32> %v31.2.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %488 = shufflevector <4 x i32> %484, <4 x i32> %485, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1737.i.1 = shl nuw nsw i64 %indvars.iv.next1489.2.i, 8
+  %gep1767.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1762.i, i64 %.idx1737.i.1
+  %489 = getelementptr inbounds nuw i8, ptr %gep1767.i.1, i64 32
+  store <4 x i32> %488, ptr %489, align 4, !tbaa !4
+  %490 = shufflevector <4 x i32> %484, <4 x i32> %485, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %491 = getelementptr inbounds nuw i8, ptr %gep1767.i.1, i64 96
+  store <4 x i32> %490, ptr %491, align 4, !tbaa !4
+  %492 = shufflevector <4 x i32> %486, <4 x i32> %487, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %493 = getelementptr inbounds nuw i8, ptr %gep1767.i.1, i64 160
+  store <4 x i32> %492, ptr %493, align 4, !tbaa !4
+  %494 = shufflevector <4 x i32> %486, <4 x i32> %487, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %495 = getelementptr inbounds nuw i8, ptr %gep1767.i.1, i64 224
+  store <4 x i32> %494, ptr %495, align 4, !tbaa !4
+  %indvars.iv.next1489.2.i.1 = add nuw nsw i64 %indvars.iv1488.2.i, 2
+  %exitcond1492.2.not.i.1 = icmp eq i64 %indvars.iv.next1489.2.i.1, 16
+  br i1 %exitcond1492.2.not.i.1, label %for_body_ax2_0.3.i, label %for_body_ax2_0.2.i, !prof !30, !llvm.loop !34
+
+for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i, %for_body_ax2_0.2.i
+  %indvars.iv1488.3.i = phi i64 [ %indvars.iv.next1489.3.i.1, %for_body_ax2_0.3.i ], [ 0, %for_body_ax2_0.2.i ]
+  %.idx1738.i = shl nuw nsw i64 %indvars.iv1488.3.i, 4
+  %496 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1738.i
+  %497 = getelementptr inbounds nuw i8, ptr %496, i64 3072
+  %v.3.i = load <4 x i32>, ptr %497, align 4, !tbaa !4
+  %498 = getelementptr inbounds nuw i8, ptr %496, i64 3328
+  %v27.3.i = load <4 x i32>, ptr %498, align 4, !tbaa !4
+  %499 = getelementptr inbounds nuw i8, ptr %496, i64 3584
+  %v29.3.i = load <4 x i32>, ptr %499, align 4, !tbaa !4
+  %500 = getelementptr inbounds nuw i8, ptr %496, i64 3840
+  %v31.3.i = load <4 x i32>, ptr %500, align 4, !tbaa !4
+  %501 = shufflevector <4 x i32> %v.3.i, <4 x i32> %v29.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %502 = shufflevector <4 x i32> %v27.3.i, <4 x i32> %v31.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %503 = shufflevector <4 x i32> %v.3.i, <4 x i32> %v29.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %504 = shufflevector <4 x i32> %v27.3.i, <4 x i32> %v31.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %505 = shufflevector <4 x i32> %501, <4 x i32> %502, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1739.i = shl nuw nsw i64 %indvars.iv1488.3.i, 8
+  %gep1769.i = getelementptr inbounds nuw i8, ptr %invariant.gep1762.i, i64 %.idx1739.i
+  %506 = getelementptr inbounds nuw i8, ptr %gep1769.i, i64 48
+  store <4 x i32> %505, ptr %506, align 4, !tbaa !4
+  %507 = shufflevector <4 x i32> %501, <4 x i32> %502, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %508 = getelementptr inbounds nuw i8, ptr %gep1769.i, i64 112
+  store <4 x i32> %507, ptr %508, align 4, !tbaa !4
+  %509 = shufflevector <4 x i32> %503, <4 x i32> %504, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %510 = getelementptr inbounds nuw i8, ptr %gep1769.i, i64 176
+  store <4 x i32> %509, ptr %510, align 4, !tbaa !4
+  %511 = shufflevector <4 x i32> %503, <4 x i32> %504, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %512 = getelementptr inbounds nuw i8, ptr %gep1769.i, i64 240
+  store <4 x i32> %511, ptr %512, align 4, !tbaa !4
+  %indvars.iv.next1489.3.i = or disjoint i64 %indvars.iv1488.3.i, 1
+  %.idx1738.i.1 = shl nuw nsw i64 %indvars.iv.next1489.3.i, 4
+  %513 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1738.i.1
+  %514 = getelementptr inbounds nuw i8, ptr %513, i64 3072
+  %v.3.i.1 = load <4 x i32>, ptr %514, align 4, !tbaa !4
+  %515 = getelementptr inbounds nuw i8, ptr %513, i64 3328
+  %v27.3.i.1 = load <4 x i32>, ptr %515, align 4, !tbaa !4
+  %516 = getelementptr inbounds nuw i8, ptr %513, i64 3584
+  %v29.3.i.1 = load <4 x i32>, ptr %516, align 4, !tbaa !4
+  %517 = getelementptr inbounds nuw i8, ptr %513, i64 3840
+  %v31.3.i.1 = load <4 x i32>, ptr %517, align 4, !tbaa !4
+  %518 = shufflevector <4 x i32> %v.3.i.1, <4 x i32> %v29.3.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %519 = shufflevector <4 x i32> %v27.3.i.1, <4 x i32> %v31.3.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %520 = shufflevector <4 x i32> %v.3.i.1, <4 x i32> %v29.3.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %521 = shufflevector <4 x i32> %v27.3.i.1, <4 x i32> %v31.3.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %522 = shufflevector <4 x i32> %518, <4 x i32> %519, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1739.i.1 = shl nuw nsw i64 %indvars.iv.next1489.3.i, 8
+  %gep1769.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1762.i, i64 %.idx1739.i.1
+  %523 = getelementptr inbounds nuw i8, ptr %gep1769.i.1, i64 48
+  store <4 x i32> %522, ptr %523, align 4, !tbaa !4
+  %524 = shufflevector <4 x i32> %518, <4 x i32> %519, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %525 = getelementptr inbounds nuw i8, ptr %gep1769.i.1, i64 112
+  store <4 x i32> %524, ptr %525, align 4, !tbaa !4
+  %526 = shufflevector <4 x i32> %520, <4 x i32> %521, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %527 = getelementptr inbounds nuw i8, ptr %gep1769.i.1, i64 176
+  store <4 x i32> %526, ptr %527, align 4, !tbaa !4
+  %528 = shufflevector <4 x i32> %520, <4 x i32> %521, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %529 = getelementptr inbounds nuw i8, ptr %gep1769.i.1, i64 240
+  store <4 x i32> %528, ptr %529, align 4, !tbaa !4
+  %indvars.iv.next1489.3.i.1 = add nuw nsw i64 %indvars.iv1488.3.i, 2
+  %exitcond1492.3.not.i.1 = icmp eq i64 %indvars.iv.next1489.3.i.1, 16
+  br i1 %exitcond1492.3.not.i.1, label %for_body_r79.peel.next.i, label %for_body_ax2_0.3.i, !prof !30, !llvm.loop !35
+
+for_body_r79.peel.next.i:                         ; preds = %for_body_ax2_0.3.i
+  %530 = icmp eq i32 %rmod.i, 0
+  %531 = or i1 %141, %530
+  %532 = select i1 %531, i32 0, i32 %113
+  %533 = add nsw i32 %532, %rmod.i
+  %534 = shl nsw i32 %533, 4
+  %535 = sub nsw i32 %111, %534
+  %536 = tail call i32 @llvm.smin.i32(i32 %535, i32 16)
+  %537 = add nsw i32 %536, -1
+  %538 = insertelement <16 x i32> poison, i32 %537, i64 0
+  %539 = shufflevector <16 x i32> %538, <16 x i32> poison, <16 x i32> zeroinitializer
+  %540 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %539, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>)
+  %541 = insertelement <16 x i32> poison, i32 %534, i64 0
+  %542 = shufflevector <16 x i32> %541, <16 x i32> poison, <16 x i32> zeroinitializer
+  %543 = add nsw <16 x i32> %540, %542
+  %544 = ashr <16 x i32> %543, splat (i32 2)
+  %545 = add <16 x i32> %544, %143
+  %546 = select <16 x i1> %148, <16 x i32> %145, <16 x i32> %545
+  %547 = shl nsw i64 %indvars.iv1507.i, 4
+  %548 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %547
+  store <16 x i32> %546, ptr %548, align 4, !tbaa !4
+  %549 = add nsw <16 x i32> %546, splat (i32 -1)
+  %550 = sitofp <16 x i32> %549 to <16 x float>
+  %551 = bitcast <16 x float> %550 to <16 x i32>
+  %552 = ashr <16 x i32> %551, splat (i32 23)
+  %553 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %552, <16 x i32> splat (i32 125))
+  %554 = add nsw <16 x i32> %553, splat (i32 -125)
+  %555 = getelementptr inbounds nuw i32, ptr %places.i, i64 %547
+  store <16 x i32> %554, ptr %555, align 4, !tbaa !4
+  %556 = getelementptr inbounds nuw i8, ptr %reach550.i, i64 %547
+  %557 = getelementptr inbounds nuw i8, ptr %556, i64 4
+  %558 = getelementptr inbounds nuw i8, ptr %556, i64 8
+  %559 = getelementptr inbounds nuw i8, ptr %556, i64 12
+  %560 = and i64 %547, 4294967280
+  %561 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %560
+  %own.peel.i = load i32, ptr %561, align 4, !tbaa !4
+  %gep1771.i = getelementptr inbounds nuw i8, ptr %561, i64 4
+  %own.i = load i32, ptr %gep1771.i, align 4, !tbaa !4
+  %562 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
+  %563 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
+  %gep1771.i.1 = getelementptr inbounds nuw i8, ptr %561, i64 8
+  %own.i.1 = load i32, ptr %gep1771.i.1, align 4, !tbaa !4
+  %564 = tail call i32 @llvm.smin.i32(i32 %562, i32 %own.i.1)
+  %565 = tail call i32 @llvm.smax.i32(i32 %563, i32 %own.i.1)
+  %gep1771.i.2 = getelementptr inbounds nuw i8, ptr %561, i64 12
+  %own.i.2 = load i32, ptr %gep1771.i.2, align 4, !tbaa !4
+  %566 = tail call i32 @llvm.smin.i32(i32 %564, i32 %own.i.2)
+  %567 = tail call i32 @llvm.smax.i32(i32 %565, i32 %own.i.2)
+  %gep1771.i.3 = getelementptr inbounds nuw i8, ptr %561, i64 16
+  %own.i.3 = load i32, ptr %gep1771.i.3, align 4, !tbaa !4
+  %568 = tail call i32 @llvm.smin.i32(i32 %566, i32 %own.i.3)
+  %569 = tail call i32 @llvm.smax.i32(i32 %567, i32 %own.i.3)
+  %gep1771.i.4 = getelementptr inbounds nuw i8, ptr %561, i64 20
+  %own.i.4 = load i32, ptr %gep1771.i.4, align 4, !tbaa !4
+  %570 = tail call i32 @llvm.smin.i32(i32 %568, i32 %own.i.4)
+  %571 = tail call i32 @llvm.smax.i32(i32 %569, i32 %own.i.4)
+  %gep1771.i.5 = getelementptr inbounds nuw i8, ptr %561, i64 24
+  %own.i.5 = load i32, ptr %gep1771.i.5, align 4, !tbaa !4
+  %572 = tail call i32 @llvm.smin.i32(i32 %570, i32 %own.i.5)
+  %573 = tail call i32 @llvm.smax.i32(i32 %571, i32 %own.i.5)
+  %gep1771.i.6 = getelementptr inbounds nuw i8, ptr %561, i64 28
+  %own.i.6 = load i32, ptr %gep1771.i.6, align 4, !tbaa !4
+  %574 = tail call i32 @llvm.smin.i32(i32 %572, i32 %own.i.6)
+  %575 = tail call i32 @llvm.smax.i32(i32 %573, i32 %own.i.6)
+  %gep1771.i.7 = getelementptr inbounds nuw i8, ptr %561, i64 32
+  %own.i.7 = load i32, ptr %gep1771.i.7, align 4, !tbaa !4
+  %576 = tail call i32 @llvm.smin.i32(i32 %574, i32 %own.i.7)
+  %577 = tail call i32 @llvm.smax.i32(i32 %575, i32 %own.i.7)
+  %gep1771.i.8 = getelementptr inbounds nuw i8, ptr %561, i64 36
+  %own.i.8 = load i32, ptr %gep1771.i.8, align 4, !tbaa !4
+  %578 = tail call i32 @llvm.smin.i32(i32 %576, i32 %own.i.8)
+  %579 = tail call i32 @llvm.smax.i32(i32 %577, i32 %own.i.8)
+  %gep1771.i.9 = getelementptr inbounds nuw i8, ptr %561, i64 40
+  %own.i.9 = load i32, ptr %gep1771.i.9, align 4, !tbaa !4
+  %580 = tail call i32 @llvm.smin.i32(i32 %578, i32 %own.i.9)
+  %581 = tail call i32 @llvm.smax.i32(i32 %579, i32 %own.i.9)
+  %gep1771.i.10 = getelementptr inbounds nuw i8, ptr %561, i64 44
+  %own.i.10 = load i32, ptr %gep1771.i.10, align 4, !tbaa !4
+  %582 = tail call i32 @llvm.smin.i32(i32 %580, i32 %own.i.10)
+  %583 = tail call i32 @llvm.smax.i32(i32 %581, i32 %own.i.10)
+  %gep1771.i.11 = getelementptr inbounds nuw i8, ptr %561, i64 48
+  %own.i.11 = load i32, ptr %gep1771.i.11, align 4, !tbaa !4
+  %584 = tail call i32 @llvm.smin.i32(i32 %582, i32 %own.i.11)
+  %585 = tail call i32 @llvm.smax.i32(i32 %583, i32 %own.i.11)
+  %gep1771.i.12 = getelementptr inbounds nuw i8, ptr %561, i64 52
+  %own.i.12 = load i32, ptr %gep1771.i.12, align 4, !tbaa !4
+  %586 = tail call i32 @llvm.smin.i32(i32 %584, i32 %own.i.12)
+  %587 = tail call i32 @llvm.smax.i32(i32 %585, i32 %own.i.12)
+  %gep1771.i.13 = getelementptr inbounds nuw i8, ptr %561, i64 56
+  %own.i.13 = load i32, ptr %gep1771.i.13, align 4, !tbaa !4
+  %588 = tail call i32 @llvm.smin.i32(i32 %586, i32 %own.i.13)
+  %589 = tail call i32 @llvm.smax.i32(i32 %587, i32 %own.i.13)
+  %gep1771.i.14 = getelementptr inbounds nuw i8, ptr %561, i64 60
+  %own.i.14 = load i32, ptr %gep1771.i.14, align 4, !tbaa !4
+  %590 = tail call i32 @llvm.smin.i32(i32 %588, i32 %own.i.14)
+  %591 = tail call i32 @llvm.smax.i32(i32 %589, i32 %own.i.14)
+  store i32 %590, ptr %556, align 16, !tbaa !12
+  store i32 %591, ptr %557, align 4, !tbaa !12
+  store i32 0, ptr %558, align 8, !tbaa !12
+  store i32 0, ptr %559, align 4, !tbaa !12
+  %592 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %547
+  store <16 x float> splat (float 0xC6293E5940000000), ptr %592, align 4, !tbaa !4
+  %593 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %547
+  store <16 x float> zeroinitializer, ptr %593, align 4, !tbaa !4
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep1503.i, i8 0, i64 8192, i1 false), !tbaa !4
+  %594 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %595 = tail call i32 %594(i32 1, i32 %dev_id, ptr nonnull %q_tile_global.i)
+  %.not578.i = icmp eq i32 %595, 0
+  br i1 %.not578.i, label %for_begin_tile.i, label %fused_attend_compute_.exit, !prof !36
+
+for_end_tile105.loopexit.i:                       ; preds = %if_end113.i, %for_begin_tile103.preheader.i
+  %.lcssa1483.i = phi i32 [ %154, %for_begin_tile103.preheader.i ], [ %624, %if_end113.i ]
+  %.lcssa1482.i = phi i32 [ %153, %for_begin_tile103.preheader.i ], [ %627, %if_end113.i ]
+  %596 = and i32 %.lcssa1483.i, -256
+  br label %for_end_tile105.i
+
+for_end_tile105.i:                                ; preds = %for_end_tile105.loopexit.i, %if_end14.i
+  %span549.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end14.i ], [ %.lcssa1482.i, %for_end_tile105.loopexit.i ]
+  %span549.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end14.i ], [ %596, %for_end_tile105.loopexit.i ]
+  %597 = shl nsw i32 %block_end, 4
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %597, i32 %span549.sroa.3.0.lcssa.i)
+  %598 = shl nsw i32 %block_begin, 4
+  %599 = sub nsw i32 %key_end.i, %598
+  %600 = tail call i32 @llvm.smax.i32(i32 %599, i32 0)
+  %601 = add nuw nsw i32 %600, 4095
+  %602 = lshr i32 %601, 12
+  %.not1356.i = icmp eq i32 %602, 0
+  br i1 %.not1356.i, label %for_begin_tile405.preheader.i, label %for_body_number.lr.ph.i, !prof !11
+
+for_body_number.lr.ph.i:                          ; preds = %for_end_tile105.i
+  %603 = mul nsw i64 %table_seq, %132
+  %604 = getelementptr i32, ptr %block_table, i64 %603
+  %605 = icmp sgt i32 %num_kv_heads, 0
+  %sext66 = shl i64 %54, 32
+  %606 = ashr exact i64 %sext66, 32
+  %607 = icmp sgt i32 %113, 0
+  %608 = shl i64 %k_row, 4
+  %609 = insertelement <16 x float> poison, float %score_scale, i64 0
+  %610 = shufflevector <16 x float> %609, <16 x float> poison, <16 x i32> zeroinitializer
+  %611 = sext i32 %context_len.i to i64
+  %sext67 = shl i64 %67, 32
+  %612 = ashr exact i64 %sext67, 32
+  %613 = add i64 %612, %tree_start
+  %614 = sub i64 %613, %611
+  %615 = zext i32 %113 to i64
+  %wide.trip.count1623.i = and i64 %56, 4294967295
+  %616 = getelementptr i8, ptr %tree_mask, i64 %614
+  %wide.trip.count1637.i = zext nneg i32 %114 to i64
+  %617 = add i32 %598, 4096
+  %618 = add i64 %tree_start, %612
+  %619 = sub i64 %618, %611
+  %620 = getelementptr i8, ptr %tree_mask, i64 %619
+  br label %for_body_number.i
+
+if_end113.i:                                      ; preds = %if_end113.i, %if_end113.i.preheader
+  %indvars.iv1511.i = phi i64 [ %indvars.iv.next1512.i, %if_end113.i ], [ %indvars.iv1511.i.ph, %if_end113.i.preheader ]
+  %span549.sroa.0.01213.i = phi i32 [ %624, %if_end113.i ], [ %span549.sroa.0.01213.i.ph, %if_end113.i.preheader ]
+  %span549.sroa.3.01212.i = phi i32 [ %627, %if_end113.i ], [ %span549.sroa.3.01212.i.ph, %if_end113.i.preheader ]
+  %.idx1741.i = shl nsw i64 %indvars.iv1511.i, 4
+  %621 = getelementptr inbounds nuw i8, ptr %reach550.i, i64 %.idx1741.i
+  %622 = getelementptr inbounds nuw i8, ptr %621, i64 8
+  %623 = load i32, ptr %622, align 8, !tbaa !12
+  %624 = tail call i32 @llvm.smin.i32(i32 %span549.sroa.0.01213.i, i32 %623)
+  %625 = getelementptr inbounds nuw i8, ptr %621, i64 4
+  %626 = load i32, ptr %625, align 4, !tbaa !12
+  %627 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.3.01212.i, i32 %626)
+  %indvars.iv.next1512.i = add nuw nsw i64 %indvars.iv1511.i, 1
+  %exitcond1515.not.i = icmp eq i64 %indvars.iv.next1512.i, %wide.trip.count.i
+  br i1 %exitcond1515.not.i, label %for_end_tile105.loopexit.i, label %if_end113.i, !prof !28, !llvm.loop !37
+
+for_begin_number.i:                               ; preds = %if_end400.i
+  %628 = add nuw nsw i32 %number1337.i, 1
+  %exitcond1639.not.i = icmp eq i32 %628, %602
+  %indvars.iv.next102 = add i32 %indvars.iv101, 4096
+  br i1 %exitcond1639.not.i, label %for_begin_tile405.preheader.i, label %for_body_number.i, !prof !8
+
+for_begin_tile405.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile105.i
+  br i1 %135, label %for_end_tile407.i, label %for_body_tile406.lr.ph.i, !prof !11
+
+for_body_tile406.lr.ph.i:                         ; preds = %for_begin_tile405.preheader.i
+  %629 = and i64 %62, 2147483648
+  %.not = icmp eq i64 %629, 0
+  %630 = icmp slt i32 %113, 0
+  %sext72 = shl i64 %54, 32
+  %631 = ashr exact i64 %sext72, 32
+  %632 = and i64 %62, 4294967295
+  %633 = shl nuw nsw i64 %632, 5
+  %.idx560.i = shl nuw nsw i64 %632, 14
+  %sext73 = shl i64 %48, 32
+  %634 = ashr exact i64 %sext73, 32
+  %wide.trip.count1694.i = zext nneg i32 %114 to i64
+  br i1 %.not, label %for_body_tile406.i.preheader, label %for_body_tile406.us.i
+
+for_body_tile406.i.preheader:                     ; preds = %for_body_tile406.lr.ph.i
+  %scevgep271 = getelementptr i8, ptr %partial_acc, i64 %.idx560.i
+  %635 = getelementptr i8, ptr %partial_acc, i64 %.idx560.i
+  %scevgep274 = getelementptr i8, ptr %635, i64 512
+  %scevgep278 = getelementptr i8, ptr %total_acc.i, i64 8128
+  br label %for_body_tile406.i
+
+for_body_tile406.us.i:                            ; preds = %if_end411.us.i, %for_body_tile406.lr.ph.i
+  %indvars.iv1691.i = phi i64 [ %indvars.iv.next1692.i, %if_end411.us.i ], [ 0, %for_body_tile406.lr.ph.i ]
+  %636 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %ordered.us.i = tail call ptr %636(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %637 = icmp eq ptr %ordered.us.i, null
+  br i1 %637, label %fused_attend_compute_.exit, label %if_end414.us.i, !prof !7
+
+if_end414.us.i:                                   ; preds = %for_body_tile406.us.i
+  %638 = shl nsw i64 %indvars.iv1691.i, 4
+  %639 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %638
+  %total.us.i = load <16 x float>, ptr %639, align 4, !tbaa !4
+  %640 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
+  %641 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
+  %642 = select <16 x i1> %641, <16 x float> zeroinitializer, <16 x float> %640
+  store <16 x float> %642, ptr %factor533.i, align 16, !tbaa !38
+  %643 = shl i64 %indvars.iv1691.i, 11
+  %644 = and i64 %643, 4294965248
+  %invariant.gep = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %644
+  br label %for_begin_d_0416.preheader.us.i
+
+for_end_r_0.us.i:                                 ; preds = %for_end_d_0418.us.i
+  %645 = trunc nuw nsw i64 %indvars.iv1691.i to i32
+  %rmod450.us.i = srem i32 %645, %113
+  %rdiv462.us.i = sdiv i32 %645, %113
+  %646 = icmp ne i32 %rmod450.us.i, 0
+  %.not564.us.i = and i1 %630, %646
+  %647 = select i1 %.not564.us.i, i32 %113, i32 0
+  %648 = add nsw i32 %647, %rmod450.us.i
+  %649 = shl nsw i32 %648, 4
+  %650 = sub nsw i32 %111, %649
+  %651 = icmp sgt i32 %650, 0
+  br i1 %651, label %for_begin_d_0456.preheader.lr.ph.us.i, label %for_end_r467.us.i, !prof !3
+
+for_end_r467.us.i:                                ; preds = %if_end472.us.i.1, %for_end_r_0.us.i
+  %652 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %653 = tail call i32 %652(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
+  %.not561.us.i = icmp eq i32 %653, 0
+  br i1 %.not561.us.i, label %if_end411.us.i, label %fused_attend_compute_.exit, !prof !36
+
+if_end411.us.i:                                   ; preds = %for_end_r467.us.i
+  %indvars.iv.next1692.i = add nuw nsw i64 %indvars.iv1691.i, 1
+  %exitcond1695.not.i = icmp eq i64 %indvars.iv.next1692.i, %wide.trip.count1694.i
+  br i1 %exitcond1695.not.i, label %for_end_tile407.i, label %for_body_tile406.us.i, !prof !8
+
+for_body_r466.us.i:                               ; preds = %for_body_r466.lr.ph.us.i, %if_end472.us.i.1
+  %indvars.iv1685.i = phi i64 [ 0, %for_body_r466.lr.ph.us.i ], [ %indvars.iv.next1686.i.1, %if_end472.us.i.1 ]
+  %654 = add nuw nsw i64 %indvars.iv1685.i, %860
+  %655 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %654
+  %656 = load float, ptr %655, align 4, !tbaa !4
+  %657 = fcmp oeq float %656, 0.000000e+00
+  br i1 %657, label %if_end472.us.i, label %if_else471.us.i
+
+if_else471.us.i:                                  ; preds = %for_body_r466.us.i
+  %658 = getelementptr inbounds nuw i32, ptr %places.i, i64 %654
+  %659 = load i32, ptr %658, align 4, !tbaa !4
+  %660 = shl i32 %659, 23
+  %661 = add i32 %660, 1065353216
+  %662 = bitcast i32 %661 to float
+  %663 = fmul float %656, %662
+  %664 = tail call float @llvm.log.f32(float %663)
+  %665 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %654
+  %666 = load float, ptr %665, align 4, !tbaa !4
+  %667 = fadd float %666, %664
+  br label %if_end472.us.i
+
+if_end472.us.i:                                   ; preds = %if_else471.us.i, %for_body_r466.us.i
+  %668 = phi float [ %667, %if_else471.us.i ], [ 0xFFF0000000000000, %for_body_r466.us.i ]
+  %669 = and i64 %indvars.iv1685.i, 2
+  %670 = lshr i64 %indvars.iv1685.i, 2
+  %671 = add nsw i64 %670, %857
+  %672 = mul nsw i64 %671, %lse_batch
+  %673 = getelementptr float, ptr %859, i64 %672
+  %674 = getelementptr float, ptr %673, i64 %669
+  store float %668, ptr %674, align 4, !tbaa !4
+  %indvars.iv.next1686.i = or disjoint i64 %indvars.iv1685.i, 1
+  %675 = add nuw nsw i64 %indvars.iv.next1686.i, %860
+  %676 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %675
+  %677 = load float, ptr %676, align 4, !tbaa !4
+  %678 = fcmp oeq float %677, 0.000000e+00
+  br i1 %678, label %if_end472.us.i.1, label %if_else471.us.i.1
+
+if_else471.us.i.1:                                ; preds = %if_end472.us.i
+  %679 = getelementptr inbounds nuw i32, ptr %places.i, i64 %675
+  %680 = load i32, ptr %679, align 4, !tbaa !4
+  %681 = shl i32 %680, 23
+  %682 = add i32 %681, 1065353216
+  %683 = bitcast i32 %682 to float
+  %684 = fmul float %677, %683
+  %685 = tail call float @llvm.log.f32(float %684)
+  %686 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %675
+  %687 = load float, ptr %686, align 4, !tbaa !4
+  %688 = fadd float %687, %685
+  br label %if_end472.us.i.1
+
+if_end472.us.i.1:                                 ; preds = %if_else471.us.i.1, %if_end472.us.i
+  %689 = phi float [ %688, %if_else471.us.i.1 ], [ 0xFFF0000000000000, %if_end472.us.i ]
+  %690 = and i64 %indvars.iv.next1686.i, 3
+  %691 = lshr i64 %indvars.iv1685.i, 2
+  %692 = add nsw i64 %691, %857
+  %693 = mul nsw i64 %692, %lse_batch
+  %694 = getelementptr float, ptr %859, i64 %693
+  %695 = getelementptr float, ptr %694, i64 %690
+  store float %689, ptr %695, align 4, !tbaa !4
+  %indvars.iv.next1686.i.1 = add nuw nsw i64 %indvars.iv1685.i, 2
+  %exitcond1690.not.i.1 = icmp eq i64 %indvars.iv.next1686.i.1, %wide.trip.count1683.i
+  br i1 %exitcond1690.not.i.1, label %for_end_r467.us.i, label %for_body_r466.us.i, !prof !8, !llvm.loop !45
+
+for_end_d_0418.us.i:                              ; preds = %for_begin_ax1_0421.preheader.us.i
+  %indvars.iv.next1671.i = add nuw nsw i64 %indvars.iv1670.i, 1
+  %exitcond1674.not.i = icmp eq i64 %indvars.iv.next1671.i, 4
+  br i1 %exitcond1674.not.i, label %for_end_r_0.us.i, label %for_begin_d_0416.preheader.us.i, !prof !30
+
+for_begin_ax1_0421.preheader.us.i:                ; preds = %for_begin_d_0416.preheader.us.i, %for_begin_ax1_0421.preheader.us.i
+  %indvars.iv1665.i = phi i64 [ 0, %for_begin_d_0416.preheader.us.i ], [ %indvars.iv.next1666.i, %for_begin_ax1_0421.preheader.us.i ]
+  %.idx74 = shl nuw nsw i64 %indvars.iv1665.i, 10
+  %gep89 = getelementptr inbounds nuw i8, ptr %invariant.gep88, i64 %.idx74
+  %v427.us.i = load <4 x float>, ptr %gep89, align 4, !tbaa !4
+  %696 = getelementptr inbounds nuw i8, ptr %gep89, i64 64
+  %v429.us.i = load <4 x float>, ptr %696, align 4, !tbaa !4
+  %697 = getelementptr inbounds nuw i8, ptr %gep89, i64 128
+  %v431.us.i = load <4 x float>, ptr %697, align 4, !tbaa !4
+  %698 = getelementptr inbounds nuw i8, ptr %gep89, i64 192
+  %v433.us.i = load <4 x float>, ptr %698, align 4, !tbaa !4
+  %699 = shufflevector <4 x float> %v427.us.i, <4 x float> %v431.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %700 = shufflevector <4 x float> %v429.us.i, <4 x float> %v433.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %701 = shufflevector <4 x float> %v427.us.i, <4 x float> %v431.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %702 = shufflevector <4 x float> %v429.us.i, <4 x float> %v433.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %703 = shufflevector <4 x float> %699, <4 x float> %700, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %704 = shufflevector <4 x float> %699, <4 x float> %700, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %705 = shufflevector <4 x float> %701, <4 x float> %702, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %706 = shufflevector <4 x float> %701, <4 x float> %702, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %707 = getelementptr inbounds nuw i8, ptr %gep89, i64 256
+  %v427.us.1.i = load <4 x float>, ptr %707, align 4, !tbaa !4
+  %708 = getelementptr inbounds nuw i8, ptr %gep89, i64 320
+  %v429.us.1.i = load <4 x float>, ptr %708, align 4, !tbaa !4
+  %709 = getelementptr inbounds nuw i8, ptr %gep89, i64 384
+  %v431.us.1.i = load <4 x float>, ptr %709, align 4, !tbaa !4
+  %710 = getelementptr inbounds nuw i8, ptr %gep89, i64 448
+  %v433.us.1.i = load <4 x float>, ptr %710, align 4, !tbaa !4
+  %711 = shufflevector <4 x float> %v427.us.1.i, <4 x float> %v431.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %712 = shufflevector <4 x float> %v429.us.1.i, <4 x float> %v433.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %713 = shufflevector <4 x float> %v427.us.1.i, <4 x float> %v431.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %714 = shufflevector <4 x float> %v429.us.1.i, <4 x float> %v433.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %715 = shufflevector <4 x float> %711, <4 x float> %712, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %716 = shufflevector <4 x float> %711, <4 x float> %712, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %717 = shufflevector <4 x float> %713, <4 x float> %714, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %718 = shufflevector <4 x float> %713, <4 x float> %714, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %719 = getelementptr inbounds nuw i8, ptr %gep89, i64 512
+  %v427.us.2.i = load <4 x float>, ptr %719, align 4, !tbaa !4
+  %720 = getelementptr inbounds nuw i8, ptr %gep89, i64 576
+  %v429.us.2.i = load <4 x float>, ptr %720, align 4, !tbaa !4
+  %721 = getelementptr inbounds nuw i8, ptr %gep89, i64 640
+  %v431.us.2.i = load <4 x float>, ptr %721, align 4, !tbaa !4
+  %722 = getelementptr inbounds nuw i8, ptr %gep89, i64 704
+  %v433.us.2.i = load <4 x float>, ptr %722, align 4, !tbaa !4
+  %723 = shufflevector <4 x float> %v427.us.2.i, <4 x float> %v431.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %724 = shufflevector <4 x float> %v429.us.2.i, <4 x float> %v433.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %725 = shufflevector <4 x float> %v427.us.2.i, <4 x float> %v431.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %726 = shufflevector <4 x float> %v429.us.2.i, <4 x float> %v433.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %727 = shufflevector <4 x float> %723, <4 x float> %724, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %728 = shufflevector <4 x float> %723, <4 x float> %724, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %729 = shufflevector <4 x float> %725, <4 x float> %726, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %730 = shufflevector <4 x float> %725, <4 x float> %726, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %731 = getelementptr inbounds nuw i8, ptr %gep89, i64 768
+  %v427.us.3.i = load <4 x float>, ptr %731, align 4, !tbaa !4
+  %732 = getelementptr inbounds nuw i8, ptr %gep89, i64 832
+  %v429.us.3.i = load <4 x float>, ptr %732, align 4, !tbaa !4
+  %733 = getelementptr inbounds nuw i8, ptr %gep89, i64 896
+  %v431.us.3.i = load <4 x float>, ptr %733, align 4, !tbaa !4
+  %734 = getelementptr inbounds nuw i8, ptr %gep89, i64 960
+  %v433.us.3.i = load <4 x float>, ptr %734, align 4, !tbaa !4
+  %735 = shufflevector <4 x float> %v427.us.3.i, <4 x float> %v431.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %736 = shufflevector <4 x float> %v429.us.3.i, <4 x float> %v433.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %737 = shufflevector <4 x float> %v427.us.3.i, <4 x float> %v431.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %738 = shufflevector <4 x float> %v429.us.3.i, <4 x float> %v433.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %739 = shufflevector <4 x float> %735, <4 x float> %736, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %740 = shufflevector <4 x float> %703, <4 x float> %715, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %741 = shufflevector <4 x float> %727, <4 x float> %739, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %742 = shufflevector <8 x float> %740, <8 x float> %741, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %743 = shufflevector <4 x float> %735, <4 x float> %736, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %744 = shufflevector <4 x float> %704, <4 x float> %716, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %745 = shufflevector <4 x float> %728, <4 x float> %743, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %746 = shufflevector <8 x float> %744, <8 x float> %745, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %747 = shufflevector <4 x float> %737, <4 x float> %738, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %748 = shufflevector <4 x float> %705, <4 x float> %717, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %749 = shufflevector <4 x float> %729, <4 x float> %747, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %750 = shufflevector <8 x float> %748, <8 x float> %749, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %751 = shufflevector <4 x float> %737, <4 x float> %738, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %752 = shufflevector <4 x float> %706, <4 x float> %718, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %753 = shufflevector <4 x float> %730, <4 x float> %751, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %754 = shufflevector <8 x float> %752, <8 x float> %753, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %755 = fmul <16 x float> %837, %742
+  %.idx1747.i = shl nuw nsw i64 %indvars.iv1665.i, 6
+  %gep1781.i = getelementptr inbounds nuw i8, ptr %invariant.gep1780.i, i64 %.idx1747.i
+  store <16 x float> %755, ptr %gep1781.i, align 4, !tbaa !4
+  %756 = fmul <16 x float> %841, %746
+  %757 = getelementptr inbounds nuw i8, ptr %gep1781.i, i64 512
+  store <16 x float> %756, ptr %757, align 4, !tbaa !4
+  %758 = fmul <16 x float> %845, %750
+  %759 = getelementptr inbounds nuw i8, ptr %gep1781.i, i64 1024
+  store <16 x float> %758, ptr %759, align 4, !tbaa !4
+  %760 = fmul <16 x float> %849, %754
+  %761 = getelementptr inbounds nuw i8, ptr %gep1781.i, i64 1536
+  store <16 x float> %760, ptr %761, align 4, !tbaa !4
+  %indvars.iv.next1666.i = add nuw nsw i64 %indvars.iv1665.i, 1
+  %exitcond1669.not.i = icmp eq i64 %indvars.iv.next1666.i, 8
+  br i1 %exitcond1669.not.i, label %for_end_d_0418.us.i, label %for_begin_ax1_0421.preheader.us.i, !prof !30
+
+for_begin_d_0456.preheader.us.i:                  ; preds = %for_begin_d_0456.preheader.lr.ph.us.i, %for_begin_d_0456.preheader.us.i
+  %indvars.iv1679.i = phi i64 [ 0, %for_begin_d_0456.preheader.lr.ph.us.i ], [ %indvars.iv.next1680.i, %for_begin_d_0456.preheader.us.i ]
+  %762 = and i64 %indvars.iv1679.i, 3
+  %763 = or disjoint i64 %762, %854
+  %764 = mul nsw i64 %763, %out_head
+  %765 = lshr i64 %indvars.iv1679.i, 2
+  %766 = add nsw i64 %765, %857
+  %767 = mul nsw i64 %766, %out_batch
+  %768 = getelementptr i16, ptr %out, i64 %767
+  %invariant.gep1349.us.i = getelementptr i16, ptr %768, i64 %764
+  %.idx75 = shl nsw i64 %indvars.iv1679.i, 9
+  %769 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx75
+  %770 = load <16 x i32>, ptr %769, align 4, !tbaa !4
+  %771 = lshr <16 x i32> %770, splat (i32 16)
+  %772 = and <16 x i32> %771, splat (i32 1)
+  %773 = add nuw <16 x i32> %770, splat (i32 32767)
+  %774 = add nuw <16 x i32> %773, %772
+  %775 = lshr <16 x i32> %774, splat (i32 16)
+  %776 = trunc nuw <16 x i32> %775 to <16 x i16>
+  store <16 x i16> %776, ptr %invariant.gep1349.us.i, align 2, !tbaa !4
+  %777 = getelementptr inbounds nuw i8, ptr %769, i64 64
+  %778 = load <16 x i32>, ptr %777, align 4, !tbaa !4
+  %779 = lshr <16 x i32> %778, splat (i32 16)
+  %780 = and <16 x i32> %779, splat (i32 1)
+  %781 = add nuw <16 x i32> %778, splat (i32 32767)
+  %782 = add nuw <16 x i32> %781, %780
+  %783 = lshr <16 x i32> %782, splat (i32 16)
+  %784 = trunc nuw <16 x i32> %783 to <16 x i16>
+  %gep1350.us.1.i = getelementptr i8, ptr %invariant.gep1349.us.i, i64 32
+  store <16 x i16> %784, ptr %gep1350.us.1.i, align 2, !tbaa !4
+  %785 = getelementptr inbounds nuw i8, ptr %769, i64 128
+  %786 = load <16 x i32>, ptr %785, align 4, !tbaa !4
+  %787 = lshr <16 x i32> %786, splat (i32 16)
+  %788 = and <16 x i32> %787, splat (i32 1)
+  %789 = add nuw <16 x i32> %786, splat (i32 32767)
+  %790 = add nuw <16 x i32> %789, %788
+  %791 = lshr <16 x i32> %790, splat (i32 16)
+  %792 = trunc nuw <16 x i32> %791 to <16 x i16>
+  %gep1350.us.2.i = getelementptr i8, ptr %invariant.gep1349.us.i, i64 64
+  store <16 x i16> %792, ptr %gep1350.us.2.i, align 2, !tbaa !4
+  %793 = getelementptr inbounds nuw i8, ptr %769, i64 192
+  %794 = load <16 x i32>, ptr %793, align 4, !tbaa !4
+  %795 = lshr <16 x i32> %794, splat (i32 16)
+  %796 = and <16 x i32> %795, splat (i32 1)
+  %797 = add nuw <16 x i32> %794, splat (i32 32767)
+  %798 = add nuw <16 x i32> %797, %796
+  %799 = lshr <16 x i32> %798, splat (i32 16)
+  %800 = trunc nuw <16 x i32> %799 to <16 x i16>
+  %gep1350.us.3.i = getelementptr i8, ptr %invariant.gep1349.us.i, i64 96
+  store <16 x i16> %800, ptr %gep1350.us.3.i, align 2, !tbaa !4
+  %801 = getelementptr inbounds nuw i8, ptr %769, i64 256
+  %802 = load <16 x i32>, ptr %801, align 4, !tbaa !4
+  %803 = lshr <16 x i32> %802, splat (i32 16)
+  %804 = and <16 x i32> %803, splat (i32 1)
+  %805 = add nuw <16 x i32> %802, splat (i32 32767)
+  %806 = add nuw <16 x i32> %805, %804
+  %807 = lshr <16 x i32> %806, splat (i32 16)
+  %808 = trunc nuw <16 x i32> %807 to <16 x i16>
+  %gep1350.us.4.i = getelementptr i8, ptr %invariant.gep1349.us.i, i64 128
+  store <16 x i16> %808, ptr %gep1350.us.4.i, align 2, !tbaa !4
+  %809 = getelementptr inbounds nuw i8, ptr %769, i64 320
+  %810 = load <16 x i32>, ptr %809, align 4, !tbaa !4
+  %811 = lshr <16 x i32> %810, splat (i32 16)
+  %812 = and <16 x i32> %811, splat (i32 1)
+  %813 = add nuw <16 x i32> %810, splat (i32 32767)
+  %814 = add nuw <16 x i32> %813, %812
+  %815 = lshr <16 x i32> %814, splat (i32 16)
+  %816 = trunc nuw <16 x i32> %815 to <16 x i16>
+  %gep1350.us.5.i = getelementptr i8, ptr %invariant.gep1349.us.i, i64 160
+  store <16 x i16> %816, ptr %gep1350.us.5.i, align 2, !tbaa !4
+  %817 = getelementptr inbounds nuw i8, ptr %769, i64 384
+  %818 = load <16 x i32>, ptr %817, align 4, !tbaa !4
+  %819 = lshr <16 x i32> %818, splat (i32 16)
+  %820 = and <16 x i32> %819, splat (i32 1)
+  %821 = add nuw <16 x i32> %818, splat (i32 32767)
+  %822 = add nuw <16 x i32> %821, %820
+  %823 = lshr <16 x i32> %822, splat (i32 16)
+  %824 = trunc nuw <16 x i32> %823 to <16 x i16>
+  %gep1350.us.6.i = getelementptr i8, ptr %invariant.gep1349.us.i, i64 192
+  store <16 x i16> %824, ptr %gep1350.us.6.i, align 2, !tbaa !4
+  %825 = getelementptr inbounds nuw i8, ptr %769, i64 448
+  %826 = load <16 x i32>, ptr %825, align 4, !tbaa !4
+  %827 = lshr <16 x i32> %826, splat (i32 16)
+  %828 = and <16 x i32> %827, splat (i32 1)
+  %829 = add nuw <16 x i32> %826, splat (i32 32767)
+  %830 = add nuw <16 x i32> %829, %828
+  %831 = lshr <16 x i32> %830, splat (i32 16)
+  %832 = trunc nuw <16 x i32> %831 to <16 x i16>
+  %gep1350.us.7.i = getelementptr i8, ptr %invariant.gep1349.us.i, i64 224
+  store <16 x i16> %832, ptr %gep1350.us.7.i, align 2, !tbaa !4
+  %indvars.iv.next1680.i = add nuw nsw i64 %indvars.iv1679.i, 1
+  %exitcond1684.not.i = icmp eq i64 %indvars.iv.next1680.i, %wide.trip.count1683.i
+  br i1 %exitcond1684.not.i, label %for_body_r466.lr.ph.us.i, label %for_begin_d_0456.preheader.us.i, !prof !8
+
+for_begin_d_0416.preheader.us.i:                  ; preds = %for_end_d_0418.us.i, %if_end414.us.i
+  %indvars.iv1670.i = phi i64 [ %indvars.iv.next1671.i, %for_end_d_0418.us.i ], [ 0, %if_end414.us.i ]
+  %833 = shl nuw nsw i64 %indvars.iv1670.i, 2
+  %834 = getelementptr inbounds nuw float, ptr %factor533.i, i64 %833
+  %835 = load float, ptr %834, align 16, !tbaa !47
+  %836 = insertelement <16 x float> poison, float %835, i64 0
+  %837 = shufflevector <16 x float> %836, <16 x float> poison, <16 x i32> zeroinitializer
+  %838 = getelementptr inbounds nuw i8, ptr %834, i64 4
+  %839 = load float, ptr %838, align 4, !tbaa !47
+  %840 = insertelement <16 x float> poison, float %839, i64 0
+  %841 = shufflevector <16 x float> %840, <16 x float> poison, <16 x i32> zeroinitializer
+  %842 = getelementptr inbounds nuw i8, ptr %834, i64 8
+  %843 = load float, ptr %842, align 8, !tbaa !47
+  %844 = insertelement <16 x float> poison, float %843, i64 0
+  %845 = shufflevector <16 x float> %844, <16 x float> poison, <16 x i32> zeroinitializer
+  %846 = getelementptr inbounds nuw i8, ptr %834, i64 12
+  %847 = load float, ptr %846, align 4, !tbaa !47
+  %848 = insertelement <16 x float> poison, float %847, i64 0
+  %849 = shufflevector <16 x float> %848, <16 x float> poison, <16 x i32> zeroinitializer
+  %.idx1748.i = shl nuw nsw i64 %indvars.iv1670.i, 11
+  %invariant.gep1780.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1748.i
+  %invariant.gep88 = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %833
+  br label %for_begin_ax1_0421.preheader.us.i
+
+for_begin_d_0456.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
+  %850 = sext i1 %.not564.us.i to i32
+  %851 = add nsw i32 %rdiv462.us.i, %850
+  %852 = sext i32 %851 to i64
+  %853 = add nsw i64 %631, %852
+  %854 = shl nsw i64 %853, 2
+  %855 = sext i32 %648 to i64
+  %856 = shl nsw i64 %855, 2
+  %857 = add nsw i64 %856, %634
+  %858 = tail call i32 @llvm.umin.i32(i32 %650, i32 16)
+  %wide.trip.count1683.i = zext nneg i32 %858 to i64
+  br label %for_begin_d_0456.preheader.us.i
+
+for_body_r466.lr.ph.us.i:                         ; preds = %for_begin_d_0456.preheader.us.i
+  %.idx565.us.i = shl nsw i64 %853, 4
+  %859 = getelementptr i8, ptr %lse, i64 %.idx565.us.i
+  %860 = and i64 %638, 4294967280
+  br label %for_body_r466.us.i
+
+for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
+  %indvars.iv101 = phi i32 [ %indvars.iv.next102, %for_begin_number.i ], [ %598, %for_body_number.lr.ph.i ]
+  %indvars.iv.in = phi i32 [ %indvars.iv, %for_begin_number.i ], [ %598, %for_body_number.lr.ph.i ]
+  %number1337.i = phi i32 [ %628, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %861 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.0.0.lcssa.i, i32 %indvars.iv101)
+  %862 = add i32 %861, %tree_size
+  %863 = shl nuw nsw i32 %number1337.i, 12
+  %864 = add i32 %617, %863
+  %smin320 = tail call i32 @llvm.smin.i32(i32 %span549.sroa.3.0.lcssa.i, i32 %864)
+  %smin321 = tail call i32 @llvm.smin.i32(i32 %smin320, i32 %597)
+  %smax322 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.0.0.lcssa.i, i32 %indvars.iv101)
+  %865 = shl nuw nsw i32 %number1337.i, 12
+  %866 = add i32 %617, %865
+  %smin314 = tail call i32 @llvm.smin.i32(i32 %span549.sroa.3.0.lcssa.i, i32 %866)
+  %smin315 = tail call i32 @llvm.smin.i32(i32 %smin314, i32 %597)
+  %smax316 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.0.0.lcssa.i, i32 %indvars.iv101)
+  %867 = shl nuw nsw i32 %number1337.i, 12
+  %868 = add i32 %617, %867
+  %smin251 = tail call i32 @llvm.smin.i32(i32 %span549.sroa.3.0.lcssa.i, i32 %868)
+  %smin252 = tail call i32 @llvm.smin.i32(i32 %smin251, i32 %597)
+  %smax253 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.0.0.lcssa.i, i32 %indvars.iv101)
+  %869 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.0.0.lcssa.i, i32 %indvars.iv101)
+  %smax230 = sext i32 %869 to i64
+  %870 = add i32 %869, %tree_size
+  %871 = sub i32 %context_len.i, %870
+  %872 = shl nuw nsw i32 %number1337.i, 12
+  %873 = add i32 %617, %872
+  %smin235 = tail call i32 @llvm.smin.i32(i32 %span549.sroa.3.0.lcssa.i, i32 %873)
+  %smin236 = tail call i32 @llvm.smin.i32(i32 %smin235, i32 %597)
+  %smax237 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.0.0.lcssa.i, i32 %indvars.iv101)
+  %874 = sub i32 %smin236, %smax237
+  %875 = shl nuw nsw i32 %number1337.i, 12
+  %876 = add i32 %617, %875
+  %smin218 = tail call i32 @llvm.smin.i32(i32 %span549.sroa.3.0.lcssa.i, i32 %876)
+  %smin219 = tail call i32 @llvm.smin.i32(i32 %smin218, i32 %597)
+  %smax220 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.0.0.lcssa.i, i32 %indvars.iv101)
+  %877 = sub i32 %smin219, %smax220
+  %878 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.0.0.lcssa.i, i32 %indvars.iv101)
+  %879 = add i32 %878, %tree_size
+  %880 = sub i32 %context_len.i, %879
+  %indvars.iv = add i32 %indvars.iv.in, 4096
+  %881 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.0.0.lcssa.i, i32 %indvars.iv101)
+  %882 = add i32 %881, %tree_size
+  %883 = sub i32 %context_len.i, %882
+  %884 = sub i32 0, %881
+  %smin = tail call i32 @llvm.smin.i32(i32 %span549.sroa.3.0.lcssa.i, i32 %indvars.iv)
+  %smin100 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %597)
+  %885 = sub i32 %smin100, %881
+  %886 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %row_max.i = tail call ptr %886(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %887 = icmp eq ptr %row_max.i, null
+  br i1 %887, label %fused_attend_compute_.exit, label %if_end115.i, !prof !7
+
+if_end115.i:                                      ; preds = %for_body_number.i
+  %888 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %row_sum.i = tail call ptr %888(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %889 = icmp eq ptr %row_sum.i, null
+  br i1 %889, label %fused_attend_compute_.exit, label %if_end118.i, !prof !7
+
+if_end118.i:                                      ; preds = %if_end115.i
+  %890 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %acc.i = tail call ptr %890(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
+  %891 = icmp eq ptr %acc.i, null
+  br i1 %891, label %fused_attend_compute_.exit, label %if_end121.i, !prof !7
+
+if_end121.i:                                      ; preds = %if_end118.i
+  %892 = shl nsw i32 %number1337.i, 12
+  %893 = add nsw i32 %892, %598
+  %894 = add nsw i32 %893, 4096
+  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %893, i32 %span549.sroa.0.0.lcssa.i)
+  %895 = tail call i32 @llvm.smin.i32(i32 %894, i32 %key_end.i)
+  %896 = sub nsw i32 %895, %read_begin.i
+  %.fr1470.i = freeze i32 %896
+  %897 = icmp slt i32 %.fr1470.i, 1
+  %898 = tail call i32 @llvm.smax.i32(i32 %.fr1470.i, i32 0)
+  %899 = add nuw nsw i32 %898, 255
+  %900 = lshr i32 %899, 8
+  %.not1357.i = icmp eq i32 %900, 0
+  br i1 %.not1357.i, label %for_begin_tile336.preheader.i, label %for_body_step.lr.ph.i, !prof !11
+
+for_body_step.lr.ph.i:                            ; preds = %if_end121.i
+  %901 = add nsw i32 %895, -1
+  %902 = sext i32 %read_begin.i to i64
+  %wide.trip.count1628.i = zext nneg i32 %900 to i64
+  %903 = getelementptr i8, ptr %620, i64 %smax230
+  br label %for_body_step.i
+
+for_begin_step.i:                                 ; preds = %if_end331.i
+  %indvars.iv.next1626.i = add nuw nsw i64 %indvars.iv1625.i, 1
+  %exitcond1629.not.i = icmp eq i64 %indvars.iv.next1626.i, %wide.trip.count1628.i
+  %indvars.iv.next104 = add i32 %indvars.iv103, -256
+  %indvars.iv.next113 = add i32 %indvars.iv112, -256
+  %indvars.iv.next116 = add i32 %indvars.iv115, -256
+  br i1 %exitcond1629.not.i, label %for_begin_tile336.preheader.i, label %for_body_step.i, !prof !8
+
+for_begin_tile336.preheader.i:                    ; preds = %for_begin_step.i, %if_end121.i
+  %brmerge.i = or i1 %135, %897
+  br i1 %brmerge.i, label %for_end_tile338.i, label %for_body_tile337.i, !prof !48
+
+for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
+  %indvars.iv115 = phi i32 [ %indvars.iv.next116, %for_begin_step.i ], [ %884, %for_body_step.lr.ph.i ]
+  %indvars.iv112 = phi i32 [ %indvars.iv.next113, %for_begin_step.i ], [ %883, %for_body_step.lr.ph.i ]
+  %indvars.iv103 = phi i32 [ %indvars.iv.next104, %for_begin_step.i ], [ %885, %for_body_step.lr.ph.i ]
+  %indvars.iv1625.i = phi i64 [ %indvars.iv.next1626.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
+  %indvars.iv1625.i.tr369 = trunc i64 %indvars.iv1625.i to i32
+  %904 = shl i32 %indvars.iv1625.i.tr369, 8
+  %905 = add i32 %862, %904
+  %906 = sub i32 %context_len.i, %905
+  %smax366 = tail call i32 @llvm.smax.i32(i32 %906, i32 0)
+  %.mask = and i32 %smax366, 1
+  %907 = and i32 %smax366, 1
+  %indvars.iv1625.i.tr370 = trunc i64 %indvars.iv1625.i to i32
+  %908 = shl i32 %indvars.iv1625.i.tr370, 8
+  %909 = add i32 %smax322, %908
+  %910 = sub i32 %smin321, %909
+  %smax323 = tail call i32 @llvm.smax.i32(i32 %910, i32 256)
+  %umin324 = tail call i32 @llvm.umin.i32(i32 %smax323, i32 512)
+  %911 = add nsw i32 %umin324, -256
+  %smin325 = tail call i32 @llvm.smin.i32(i32 %910, i32 256)
+  %912 = add nsw i32 %smin325, 7
+  %913 = and i32 %912, -8
+  %914 = add i32 %911, %913
+  %915 = zext i32 %914 to i64
+  %indvars.iv1625.i.tr371 = trunc i64 %indvars.iv1625.i to i32
+  %916 = shl i32 %indvars.iv1625.i.tr371, 8
+  %917 = add i32 %smax316, %916
+  %918 = sub i32 %smin315, %917
+  %smax317 = tail call i32 @llvm.smax.i32(i32 %918, i32 256)
+  %umin = tail call i32 @llvm.umin.i32(i32 %smax317, i32 512)
+  %919 = add nsw i32 %umin, -256
+  %smin318 = tail call i32 @llvm.smin.i32(i32 %918, i32 256)
+  %920 = add nsw i32 %smin318, 7
+  %921 = and i32 %920, -8
+  %922 = add i32 %919, %921
+  %923 = zext i32 %922 to i64
+  %smax250 = tail call i32 @llvm.smax.i32(i32 %indvars.iv112, i32 0)
+  %indvars.iv1625.i.tr = trunc i64 %indvars.iv1625.i to i32
+  %924 = shl i32 %indvars.iv1625.i.tr, 8
+  %925 = add i32 %smax253, %924
+  %926 = sub i32 %smin252, %925
+  %927 = shl nuw nsw i64 %indvars.iv1625.i, 8
+  %scevgep231 = getelementptr i8, ptr %903, i64 %927
+  %928 = mul nsw i64 %indvars.iv1625.i, -256
+  %929 = trunc i64 %928 to i32
+  %930 = add i32 %871, %929
+  %smax232 = tail call i32 @llvm.smax.i32(i32 %930, i32 0)
+  %931 = zext nneg i32 %smax232 to i64
+  %smax234 = tail call i32 @llvm.smax.i32(i32 %indvars.iv112, i32 0)
+  %932 = trunc i64 %928 to i32
+  %933 = add i32 %874, %932
+  %934 = shl i32 %smax232, 4
+  %935 = sext i32 %934 to i64
+  %936 = shl nsw i64 %935, 2
+  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv112, i32 0)
+  %937 = mul nsw i64 %indvars.iv1625.i, -256
+  %938 = trunc i64 %937 to i32
+  %939 = add i32 %877, %938
+  %940 = trunc i64 %937 to i32
+  %941 = add i32 %880, %940
+  %smax224 = tail call i32 @llvm.smax.i32(i32 %941, i32 0)
+  %942 = shl i32 %smax224, 4
+  %943 = sext i32 %942 to i64
+  %smax120 = tail call i32 @llvm.smax.i32(i32 %indvars.iv112, i32 0)
+  %944 = zext nneg i32 %smax120 to i64
+  %945 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %key_offsets.i = tail call ptr %945(i32 1, i32 %dev_id, i64 4096, i32 0, i32 64)
+  %946 = icmp eq ptr %key_offsets.i, null
+  br i1 %946, label %fused_attend_compute_.exit, label %if_end124.i, !prof !7
+
+if_end124.i:                                      ; preds = %for_body_step.i
+  %947 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %value_offsets.i = tail call ptr %947(i32 1, i32 %dev_id, i64 4096, i32 0, i32 64)
+  %948 = icmp eq ptr %value_offsets.i, null
+  br i1 %948, label %fused_attend_compute_.exit, label %if_end127.i, !prof !7
+
+if_end127.i:                                      ; preds = %if_end124.i
+  %949 = shl nsw i64 %indvars.iv1625.i, 8
+  %950 = add nsw i64 %949, %902
+  %951 = trunc i64 %950 to i32
+  %952 = sub i32 %895, %951
+  %953 = tail call i32 @llvm.smax.i32(i32 %952, i32 256)
+  %954 = tail call i32 @llvm.umin.i32(i32 %953, i32 512)
+  %955 = add nsw i32 %954, -256
+  %956 = tail call i32 @llvm.smin.i32(i32 %952, i32 256)
+  %957 = add nsw i32 %956, 7
+  %958 = and i32 %957, -8
+  %959 = add nsw i32 %955, %958
+  %960 = icmp sgt i32 %959, 0
+  br i1 %960, label %for_body_t.i.preheader, label %for_begin_kv_head.preheader.i, !prof !3
+
+for_body_t.i.preheader:                           ; preds = %if_end127.i
+  %xtraiter = and i64 %923, 3
+  %961 = add i32 %922, -1
+  %962 = icmp ult i32 %961, 3
+  br i1 %962, label %for_body_t.i.epil.preheader, label %for_body_t.i.preheader.new, !prof !49
+
+for_body_t.i.preheader.new:                       ; preds = %for_body_t.i.preheader
+  %unroll_iter = and i64 %923, 4294967292
+  br label %for_body_t.i
+
+for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.i.preheader.new
+  %indvars.iv1517.i = phi i64 [ 0, %for_body_t.i.preheader.new ], [ %indvars.iv.next1518.i.3, %for_body_t.i ]
+  %niter = phi i64 [ 0, %for_body_t.i.preheader.new ], [ %niter.next.3, %for_body_t.i ]
+  %963 = add nsw i64 %indvars.iv1517.i, %950
+  %964 = trunc nsw i64 %963 to i32
+  %965 = tail call i32 @llvm.smin.i32(i32 %964, i32 %901)
+  %966 = ashr i32 %965, 4
+  %967 = sext i32 %966 to i64
+  %968 = getelementptr i32, ptr %604, i64 %967
+  %969 = load i32, ptr %968, align 4, !tbaa !4
+  %block.i = sext i32 %969 to i64
+  %970 = mul nsw i64 %k_block, %block.i
+  %971 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1517.i
+  store i64 %970, ptr %971, align 8, !tbaa !4
+  %indvars.iv.next1518.i = or disjoint i64 %indvars.iv1517.i, 1
+  %972 = add nsw i64 %indvars.iv.next1518.i, %950
+  %973 = trunc nsw i64 %972 to i32
+  %974 = tail call i32 @llvm.smin.i32(i32 %973, i32 %901)
+  %975 = ashr i32 %974, 4
+  %976 = sext i32 %975 to i64
+  %977 = getelementptr i32, ptr %604, i64 %976
+  %978 = load i32, ptr %977, align 4, !tbaa !4
+  %block.i.1 = sext i32 %978 to i64
+  %979 = mul nsw i64 %k_block, %block.i.1
+  %980 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1518.i
+  store i64 %979, ptr %980, align 8, !tbaa !4
+  %indvars.iv.next1518.i.1 = or disjoint i64 %indvars.iv1517.i, 2
+  %981 = add nsw i64 %indvars.iv.next1518.i.1, %950
+  %982 = trunc nsw i64 %981 to i32
+  %983 = tail call i32 @llvm.smin.i32(i32 %982, i32 %901)
+  %984 = ashr i32 %983, 4
+  %985 = sext i32 %984 to i64
+  %986 = getelementptr i32, ptr %604, i64 %985
+  %987 = load i32, ptr %986, align 4, !tbaa !4
+  %block.i.2 = sext i32 %987 to i64
+  %988 = mul nsw i64 %k_block, %block.i.2
+  %989 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1518.i.1
+  store i64 %988, ptr %989, align 8, !tbaa !4
+  %indvars.iv.next1518.i.2 = or disjoint i64 %indvars.iv1517.i, 3
+  %990 = add nsw i64 %indvars.iv.next1518.i.2, %950
+  %991 = trunc nsw i64 %990 to i32
+  %992 = tail call i32 @llvm.smin.i32(i32 %991, i32 %901)
+  %993 = ashr i32 %992, 4
+  %994 = sext i32 %993 to i64
+  %995 = getelementptr i32, ptr %604, i64 %994
+  %996 = load i32, ptr %995, align 4, !tbaa !4
+  %block.i.3 = sext i32 %996 to i64
+  %997 = mul nsw i64 %k_block, %block.i.3
+  %998 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1518.i.2
+  store i64 %997, ptr %998, align 8, !tbaa !4
+  %indvars.iv.next1518.i.3 = add nuw nsw i64 %indvars.iv1517.i, 4
+  %niter.next.3 = add i64 %niter, 4
+  %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
+  br i1 %niter.ncmp.3, label %for_body_t130.i.preheader.unr-lcssa, label %for_body_t.i, !prof !50, !llvm.loop !51
+
+for_body_t130.i.preheader.unr-lcssa:              ; preds = %for_body_t.i
+  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
+  br i1 %lcmp.mod.not, label %for_body_t130.i.preheader, label %for_body_t.i.epil.preheader, !prof !53
+
+for_body_t.i.epil.preheader:                      ; preds = %for_body_t130.i.preheader.unr-lcssa, %for_body_t.i.preheader
+  %indvars.iv1517.i.epil.init = phi i64 [ 0, %for_body_t.i.preheader ], [ %indvars.iv.next1518.i.3, %for_body_t130.i.preheader.unr-lcssa ]
+  %lcmp.mod319 = icmp ne i64 %xtraiter, 0
+  tail call void @llvm.assume(i1 %lcmp.mod319)
+  br label %for_body_t.i.epil
+
+for_body_t.i.epil:                                ; preds = %for_body_t.i.epil, %for_body_t.i.epil.preheader
+  %indvars.iv1517.i.epil = phi i64 [ %indvars.iv.next1518.i.epil, %for_body_t.i.epil ], [ %indvars.iv1517.i.epil.init, %for_body_t.i.epil.preheader ]
+  %epil.iter = phi i64 [ %epil.iter.next, %for_body_t.i.epil ], [ 0, %for_body_t.i.epil.preheader ]
+  %999 = add nsw i64 %indvars.iv1517.i.epil, %950
+  %1000 = trunc nsw i64 %999 to i32
+  %1001 = tail call i32 @llvm.smin.i32(i32 %1000, i32 %901)
+  %1002 = ashr i32 %1001, 4
+  %1003 = sext i32 %1002 to i64
+  %1004 = getelementptr i32, ptr %604, i64 %1003
+  %1005 = load i32, ptr %1004, align 4, !tbaa !4
+  %block.i.epil = sext i32 %1005 to i64
+  %1006 = mul nsw i64 %k_block, %block.i.epil
+  %1007 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1517.i.epil
+  store i64 %1006, ptr %1007, align 8, !tbaa !4
+  %indvars.iv.next1518.i.epil = add nuw nsw i64 %indvars.iv1517.i.epil, 1
+  %epil.iter.next = add i64 %epil.iter, 1
+  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
+  br i1 %epil.iter.cmp.not, label %for_body_t130.i.preheader, label %for_body_t.i.epil, !prof !54, !llvm.loop !55
+
+for_body_t130.i.preheader:                        ; preds = %for_body_t.i.epil, %for_body_t130.i.preheader.unr-lcssa
+  %xtraiter326 = and i64 %915, 3
+  %1008 = add i32 %914, -1
+  %1009 = icmp ult i32 %1008, 3
+  br i1 %1009, label %for_body_t130.i.epil.preheader, label %for_body_t130.i.preheader.new, !prof !49
+
+for_body_t130.i.preheader.new:                    ; preds = %for_body_t130.i.preheader
+  %unroll_iter330 = and i64 %915, 4294967292
+  br label %for_body_t130.i
+
+for_begin_kv_head.preheader.i.loopexit.unr-lcssa: ; preds = %for_body_t130.i
+  %lcmp.mod328.not = icmp eq i64 %xtraiter326, 0
+  br i1 %lcmp.mod328.not, label %for_begin_kv_head.preheader.i, label %for_body_t130.i.epil.preheader, !prof !53
+
+for_body_t130.i.epil.preheader:                   ; preds = %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %for_body_t130.i.preheader
+  %indvars.iv1520.i.epil.init = phi i64 [ 0, %for_body_t130.i.preheader ], [ %indvars.iv.next1521.i.3, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa ]
+  %lcmp.mod329 = icmp ne i64 %xtraiter326, 0
+  tail call void @llvm.assume(i1 %lcmp.mod329)
+  br label %for_body_t130.i.epil
+
+for_body_t130.i.epil:                             ; preds = %for_body_t130.i.epil, %for_body_t130.i.epil.preheader
+  %indvars.iv1520.i.epil = phi i64 [ %indvars.iv.next1521.i.epil, %for_body_t130.i.epil ], [ %indvars.iv1520.i.epil.init, %for_body_t130.i.epil.preheader ]
+  %epil.iter327 = phi i64 [ %epil.iter327.next, %for_body_t130.i.epil ], [ 0, %for_body_t130.i.epil.preheader ]
+  %1010 = add nsw i64 %indvars.iv1520.i.epil, %950
+  %1011 = trunc nsw i64 %1010 to i32
+  %1012 = tail call i32 @llvm.smin.i32(i32 %1011, i32 %901)
+  %1013 = sext i32 %1012 to i64
+  %1014 = ashr i64 %1013, 4
+  %gep1219.i.epil = getelementptr i32, ptr %604, i64 %1014
+  %1015 = load i32, ptr %gep1219.i.epil, align 4, !tbaa !4
+  %block137.i.epil = sext i32 %1015 to i64
+  %1016 = lshr i64 %1013, 1
+  %1017 = and i64 %1016, 7
+  %1018 = mul nsw i64 %1017, %v_row
+  %1019 = mul nsw i64 %v_block, %block137.i.epil
+  %1020 = add nsw i64 %1018, %1019
+  %1021 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1520.i.epil
+  store i64 %1020, ptr %1021, align 8, !tbaa !4
+  %indvars.iv.next1521.i.epil = add nuw nsw i64 %indvars.iv1520.i.epil, 1
+  %epil.iter327.next = add i64 %epil.iter327, 1
+  %epil.iter327.cmp.not = icmp eq i64 %epil.iter327.next, %xtraiter326
+  br i1 %epil.iter327.cmp.not, label %for_begin_kv_head.preheader.i, label %for_body_t130.i.epil, !prof !54, !llvm.loop !58
+
+for_begin_kv_head.preheader.i:                    ; preds = %for_body_t130.i.epil, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %if_end127.i
+  br i1 %605, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
+
+for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
+  %1022 = add nsw i32 %954, -257
+  %1023 = add i32 %tree_size, %951
+  %1024 = sub i32 %context_len.i, %1023
+  %1025 = tail call i32 @llvm.smax.i32(i32 %1024, i32 0)
+  %1026 = zext nneg i32 %1025 to i64
+  %1027 = icmp eq i64 %indvars.iv1625.i, 0
+  %1028 = insertelement <16 x i1> poison, i1 %1027, i64 0
+  %1029 = shufflevector <16 x i1> %1028, <16 x i1> poison, <16 x i32> zeroinitializer
+  br i1 %607, label %for_body_kv_head.us.preheader.i, label %for_end_kv_head.i, !prof !3
+
+for_body_kv_head.us.preheader.i:                  ; preds = %for_body_kv_head.lr.ph.i
+  %1030 = getelementptr i8, ptr %616, i64 %950
+  %1031 = getelementptr i8, ptr %1030, i64 %1026
+  %scevgep233 = getelementptr i8, ptr %scevgep231, i64 %931
+  %broadcast.splatinsert263 = insertelement <8 x i32> poison, i32 %1025, i64 0
+  %broadcast.splat264 = shufflevector <8 x i32> %broadcast.splatinsert263, <8 x i32> poison, <8 x i32> zeroinitializer
+  %1032 = icmp eq i32 %.mask, 0
+  %1033 = select i1 %1032, i32 -65536, i32 65535
+  %.not372 = icmp eq i32 %907, 0
+  %1034 = select i1 %.not372, i32 65535, i32 -65536
+  %1035 = icmp eq i32 %.mask, 0
+  %1036 = select i1 %1035, i32 -65536, i32 65535
+  %.not373 = icmp eq i32 %907, 0
+  %1037 = select i1 %.not373, i32 65535, i32 -65536
+  br label %for_body_kv_head.us.i
+
+for_body_kv_head.us.i:                            ; preds = %for_begin_row_tile.for_end_row_tile_crit_edge.us.i, %for_body_kv_head.us.preheader.i
+  %indvars.iv1620.i = phi i64 [ 0, %for_body_kv_head.us.preheader.i ], [ %indvars.iv.next1621.i, %for_begin_row_tile.for_end_row_tile_crit_edge.us.i ]
+  %1038 = add nsw i64 %indvars.iv1620.i, %606
+  %1039 = mul nuw nsw i64 %indvars.iv1620.i, %615
+  %1040 = mul nsw i64 %1038, %k_head
+  %invariant.gep1223.us.i = getelementptr i32, ptr %key_cache, i64 %1040
+  %1041 = mul nsw i64 %1038, %v_head
+  %invariant.gep1230.us.i = getelementptr i32, ptr %value_cache, i64 %1041
+  br label %for_body_row_tile.us.i
+
+for_begin_row_tile.us.i:                          ; preds = %if_end325.us.i
+  %indvars.iv.next1616.i = add nuw nsw i64 %indvars.iv1615.i, 1
+  %exitcond1619.not.i = icmp eq i64 %indvars.iv.next1616.i, %615
+  br i1 %exitcond1619.not.i, label %for_begin_row_tile.for_end_row_tile_crit_edge.us.i, label %for_body_row_tile.us.i, !prof !8
+
+for_body_row_tile.us.i:                           ; preds = %for_begin_row_tile.us.i, %for_body_kv_head.us.i
+  %indvars.iv1615.i = phi i64 [ 0, %for_body_kv_head.us.i ], [ %indvars.iv.next1616.i, %for_begin_row_tile.us.i ]
+  %1042 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scores.us.i = tail call ptr %1042(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %1043 = icmp eq ptr %scores.us.i, null
+  br i1 %1043, label %fused_attend_compute_.exit, label %if_end141.us.i, !prof !7
+
+if_end141.us.i:                                   ; preds = %for_body_row_tile.us.i
+  %1044 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %probs.us.i = tail call ptr %1044(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %1045 = icmp eq ptr %probs.us.i, null
+  br i1 %1045, label %fused_attend_compute_.exit, label %if_end144.us.i, !prof !7
+
+if_end144.us.i:                                   ; preds = %if_end141.us.i
+  %1046 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %edges.us.i = tail call ptr %1046(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %1047 = icmp eq ptr %edges.us.i, null
+  br i1 %1047, label %fused_attend_compute_.exit, label %if_end147.us.i, !prof !7
+
+if_end147.us.i:                                   ; preds = %if_end144.us.i
+  %1048 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %prob_pairs.us.i = tail call ptr %1048(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %1049 = icmp eq ptr %prob_pairs.us.i, null
+  br i1 %1049, label %fused_attend_compute_.exit, label %if_end150.us.i, !prof !7
+
+if_end150.us.i:                                   ; preds = %if_end147.us.i
+  %1050 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scaled.us.i = tail call ptr %1050(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %1051 = icmp eq ptr %scaled.us.i, null
+  br i1 %1051, label %fused_attend_compute_.exit, label %if_end153.us.i, !prof !7
+
+if_end153.us.i:                                   ; preds = %if_end150.us.i
+  %1052 = srem i32 %1022, %113
+  %1053 = ashr i32 %1052, 31
+  %1054 = sdiv i32 %1022, %113
+  %1055 = add nsw i32 %1054, %1053
+  %.not5711221.us.i = icmp slt i32 %1055, 0
+  br i1 %.not5711221.us.i, label %for_end_t166.us.i, label %for_body_t156.lr.ph.us.i, !prof !11
+
+for_body_t156.us.i:                               ; preds = %for_body_t156.lr.ph.us.i.new, %for_body_t156.us.i
+  %t1591222.us.i = phi i32 [ 0, %for_body_t156.lr.ph.us.i.new ], [ %1099, %for_body_t156.us.i ]
+  %niter337 = phi i32 [ 0, %for_body_t156.lr.ph.us.i.new ], [ %niter337.next.1, %for_body_t156.us.i ]
+  %1056 = add nuw nsw i32 %t1591222.us.i, %2052
+  %1057 = tail call i32 @llvm.smin.i32(i32 %1056, i32 %1022)
+  %1058 = shl i32 %1057, 2
+  %1059 = and i32 %1058, 60
+  %1060 = and i32 %1057, -16
+  %1061 = sext i32 %1060 to i64
+  %1062 = getelementptr i64, ptr %key_offsets.i, i64 %1061
+  %1063 = getelementptr i8, ptr %1062, i64 2048
+  %1064 = load i64, ptr %1063, align 8, !tbaa !4
+  %gep1224.us.i = getelementptr i32, ptr %invariant.gep1223.us.i, i64 %1064
+  %1065 = zext nneg i32 %1059 to i64
+  %1066 = mul nsw i64 %k_row, %1065
+  %1067 = getelementptr i32, ptr %gep1224.us.i, i64 %1066
+  tail call void @llvm.prefetch.p0(ptr readonly %1067, i32 0, i32 2, i32 1)
+  %1068 = or disjoint i64 %1065, 1
+  %1069 = mul nsw i64 %1068, %k_row
+  %1070 = getelementptr i32, ptr %gep1224.us.i, i64 %1069
+  tail call void @llvm.prefetch.p0(ptr readonly %1070, i32 0, i32 2, i32 1)
+  %1071 = or disjoint i64 %1065, 2
+  %1072 = mul nsw i64 %1071, %k_row
+  %1073 = getelementptr i32, ptr %gep1224.us.i, i64 %1072
+  tail call void @llvm.prefetch.p0(ptr readonly %1073, i32 0, i32 2, i32 1)
+  %1074 = or disjoint i64 %1065, 3
+  %1075 = mul nsw i64 %1074, %k_row
+  %1076 = getelementptr i32, ptr %gep1224.us.i, i64 %1075
+  tail call void @llvm.prefetch.p0(ptr readonly %1076, i32 0, i32 2, i32 1)
+  %1077 = or disjoint i32 %t1591222.us.i, 1
+  %1078 = add nuw nsw i32 %1077, %2052
+  %1079 = tail call i32 @llvm.smin.i32(i32 %1078, i32 %1022)
+  %1080 = shl i32 %1079, 2
+  %1081 = and i32 %1080, 60
+  %1082 = and i32 %1079, -16
+  %1083 = sext i32 %1082 to i64
+  %1084 = getelementptr i64, ptr %key_offsets.i, i64 %1083
+  %1085 = getelementptr i8, ptr %1084, i64 2048
+  %1086 = load i64, ptr %1085, align 8, !tbaa !4
+  %gep1224.us.i.1 = getelementptr i32, ptr %invariant.gep1223.us.i, i64 %1086
+  %1087 = zext nneg i32 %1081 to i64
+  %1088 = mul nsw i64 %k_row, %1087
+  %1089 = getelementptr i32, ptr %gep1224.us.i.1, i64 %1088
+  tail call void @llvm.prefetch.p0(ptr readonly %1089, i32 0, i32 2, i32 1)
+  %1090 = or disjoint i64 %1087, 1
+  %1091 = mul nsw i64 %1090, %k_row
+  %1092 = getelementptr i32, ptr %gep1224.us.i.1, i64 %1091
+  tail call void @llvm.prefetch.p0(ptr readonly %1092, i32 0, i32 2, i32 1)
+  %1093 = or disjoint i64 %1087, 2
+  %1094 = mul nsw i64 %1093, %k_row
+  %1095 = getelementptr i32, ptr %gep1224.us.i.1, i64 %1094
+  tail call void @llvm.prefetch.p0(ptr readonly %1095, i32 0, i32 2, i32 1)
+  %1096 = or disjoint i64 %1087, 3
+  %1097 = mul nsw i64 %1096, %k_row
+  %1098 = getelementptr i32, ptr %gep1224.us.i.1, i64 %1097
+  tail call void @llvm.prefetch.p0(ptr readonly %1098, i32 0, i32 2, i32 1)
+  %1099 = add nuw i32 %t1591222.us.i, 2
+  %niter337.next.1 = add i32 %niter337, 2
+  %niter337.ncmp.1 = icmp eq i32 %niter337.next.1, %unroll_iter336
+  br i1 %niter337.ncmp.1, label %for_body_t165.us.i.preheader.unr-lcssa, label %for_body_t156.us.i, !prof !59, !llvm.loop !60
+
+for_body_t165.us.i.preheader.unr-lcssa:           ; preds = %for_body_t156.us.i
+  %lcmp.mod334.not = icmp eq i32 %xtraiter332, 0
+  br i1 %lcmp.mod334.not, label %for_body_t165.us.i.preheader, label %for_body_t156.us.i.epil.preheader, !prof !54
+
+for_body_t156.us.i.epil.preheader:                ; preds = %for_body_t156.lr.ph.us.i, %for_body_t165.us.i.preheader.unr-lcssa
+  %t1591222.us.i.epil.init = phi i32 [ 0, %for_body_t156.lr.ph.us.i ], [ %1099, %for_body_t165.us.i.preheader.unr-lcssa ]
+  %lcmp.mod335 = icmp ne i32 %xtraiter332, 0
+  tail call void @llvm.assume(i1 %lcmp.mod335)
+  %1100 = add nuw nsw i32 %t1591222.us.i.epil.init, %2052
+  %1101 = tail call i32 @llvm.smin.i32(i32 %1100, i32 %1022)
+  %1102 = shl i32 %1101, 2
+  %1103 = and i32 %1102, 60
+  %1104 = and i32 %1101, -16
+  %1105 = sext i32 %1104 to i64
+  %1106 = getelementptr i64, ptr %key_offsets.i, i64 %1105
+  %1107 = getelementptr i8, ptr %1106, i64 2048
+  %1108 = load i64, ptr %1107, align 8, !tbaa !4
+  %gep1224.us.i.epil = getelementptr i32, ptr %invariant.gep1223.us.i, i64 %1108
+  %1109 = zext nneg i32 %1103 to i64
+  %1110 = mul nsw i64 %k_row, %1109
+  %1111 = getelementptr i32, ptr %gep1224.us.i.epil, i64 %1110
+  tail call void @llvm.prefetch.p0(ptr readonly %1111, i32 0, i32 2, i32 1)
+  %1112 = or disjoint i64 %1109, 1
+  %1113 = mul nsw i64 %1112, %k_row
+  %1114 = getelementptr i32, ptr %gep1224.us.i.epil, i64 %1113
+  tail call void @llvm.prefetch.p0(ptr readonly %1114, i32 0, i32 2, i32 1)
+  %1115 = or disjoint i64 %1109, 2
+  %1116 = mul nsw i64 %1115, %k_row
+  %1117 = getelementptr i32, ptr %gep1224.us.i.epil, i64 %1116
+  tail call void @llvm.prefetch.p0(ptr readonly %1117, i32 0, i32 2, i32 1)
+  %1118 = or disjoint i64 %1109, 3
+  %1119 = mul nsw i64 %1118, %k_row
+  %1120 = getelementptr i32, ptr %gep1224.us.i.epil, i64 %1119
+  tail call void @llvm.prefetch.p0(ptr readonly %1120, i32 0, i32 2, i32 1)
+  br label %for_body_t165.us.i.preheader
+
+for_body_t165.us.i.preheader:                     ; preds = %for_body_t156.us.i.epil.preheader, %for_body_t165.us.i.preheader.unr-lcssa
+  %xtraiter338 = and i32 %2050, 3
+  %1121 = icmp ult i32 %1055, 3
+  br i1 %1121, label %for_body_t165.us.i.epil.preheader, label %for_body_t165.us.i.preheader.new, !prof !49
+
+for_body_t165.us.i.preheader.new:                 ; preds = %for_body_t165.us.i.preheader
+  %unroll_iter342 = and i32 %2050, -4
+  br label %for_body_t165.us.i
+
+for_body_t165.us.i:                               ; preds = %for_body_t165.us.i, %for_body_t165.us.i.preheader.new
+  %t1681229.us.i = phi i32 [ 0, %for_body_t165.us.i.preheader.new ], [ %1161, %for_body_t165.us.i ]
+  %niter343 = phi i32 [ 0, %for_body_t165.us.i.preheader.new ], [ %niter343.next.3, %for_body_t165.us.i ]
+  %1122 = add nuw nsw i32 %t1681229.us.i, %2052
+  %1123 = tail call i32 @llvm.smin.i32(i32 %1122, i32 %1022)
+  %1124 = sext i32 %1123 to i64
+  %1125 = getelementptr i64, ptr %value_offsets.i, i64 %1124
+  %1126 = getelementptr i8, ptr %1125, i64 2048
+  %1127 = load i64, ptr %1126, align 8, !tbaa !4
+  %1128 = shl i32 %1123, 6
+  %1129 = and i32 %1128, 64
+  %gep1231.us.i = getelementptr i32, ptr %invariant.gep1230.us.i, i64 %1127
+  %1130 = zext nneg i32 %1129 to i64
+  %gep1226.us.i = getelementptr i32, ptr %gep1231.us.i, i64 %1130
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.i, i32 0, i32 2, i32 1)
+  %gep1226.us.1.i = getelementptr i8, ptr %gep1226.us.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.1.i, i32 0, i32 2, i32 1)
+  %gep1226.us.2.i = getelementptr i8, ptr %gep1226.us.i, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.2.i, i32 0, i32 2, i32 1)
+  %gep1226.us.3.i = getelementptr i8, ptr %gep1226.us.i, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.3.i, i32 0, i32 2, i32 1)
+  %1131 = or disjoint i32 %t1681229.us.i, 1
+  %1132 = add nuw nsw i32 %1131, %2052
+  %1133 = tail call i32 @llvm.smin.i32(i32 %1132, i32 %1022)
+  %1134 = sext i32 %1133 to i64
+  %1135 = getelementptr i64, ptr %value_offsets.i, i64 %1134
+  %1136 = getelementptr i8, ptr %1135, i64 2048
+  %1137 = load i64, ptr %1136, align 8, !tbaa !4
+  %1138 = shl i32 %1133, 6
+  %1139 = and i32 %1138, 64
+  %gep1231.us.i.1 = getelementptr i32, ptr %invariant.gep1230.us.i, i64 %1137
+  %1140 = zext nneg i32 %1139 to i64
+  %gep1226.us.i.1 = getelementptr i32, ptr %gep1231.us.i.1, i64 %1140
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.i.1, i32 0, i32 2, i32 1)
+  %gep1226.us.1.i.1 = getelementptr i8, ptr %gep1226.us.i.1, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.1.i.1, i32 0, i32 2, i32 1)
+  %gep1226.us.2.i.1 = getelementptr i8, ptr %gep1226.us.i.1, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.2.i.1, i32 0, i32 2, i32 1)
+  %gep1226.us.3.i.1 = getelementptr i8, ptr %gep1226.us.i.1, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.3.i.1, i32 0, i32 2, i32 1)
+  %1141 = or disjoint i32 %t1681229.us.i, 2
+  %1142 = add nuw nsw i32 %1141, %2052
+  %1143 = tail call i32 @llvm.smin.i32(i32 %1142, i32 %1022)
+  %1144 = sext i32 %1143 to i64
+  %1145 = getelementptr i64, ptr %value_offsets.i, i64 %1144
+  %1146 = getelementptr i8, ptr %1145, i64 2048
+  %1147 = load i64, ptr %1146, align 8, !tbaa !4
+  %1148 = shl i32 %1143, 6
+  %1149 = and i32 %1148, 64
+  %gep1231.us.i.2 = getelementptr i32, ptr %invariant.gep1230.us.i, i64 %1147
+  %1150 = zext nneg i32 %1149 to i64
+  %gep1226.us.i.2 = getelementptr i32, ptr %gep1231.us.i.2, i64 %1150
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.i.2, i32 0, i32 2, i32 1)
+  %gep1226.us.1.i.2 = getelementptr i8, ptr %gep1226.us.i.2, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.1.i.2, i32 0, i32 2, i32 1)
+  %gep1226.us.2.i.2 = getelementptr i8, ptr %gep1226.us.i.2, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.2.i.2, i32 0, i32 2, i32 1)
+  %gep1226.us.3.i.2 = getelementptr i8, ptr %gep1226.us.i.2, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.3.i.2, i32 0, i32 2, i32 1)
+  %1151 = or disjoint i32 %t1681229.us.i, 3
+  %1152 = add nuw nsw i32 %1151, %2052
+  %1153 = tail call i32 @llvm.smin.i32(i32 %1152, i32 %1022)
+  %1154 = sext i32 %1153 to i64
+  %1155 = getelementptr i64, ptr %value_offsets.i, i64 %1154
+  %1156 = getelementptr i8, ptr %1155, i64 2048
+  %1157 = load i64, ptr %1156, align 8, !tbaa !4
+  %1158 = shl i32 %1153, 6
+  %1159 = and i32 %1158, 64
+  %gep1231.us.i.3 = getelementptr i32, ptr %invariant.gep1230.us.i, i64 %1157
+  %1160 = zext nneg i32 %1159 to i64
+  %gep1226.us.i.3 = getelementptr i32, ptr %gep1231.us.i.3, i64 %1160
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.i.3, i32 0, i32 2, i32 1)
+  %gep1226.us.1.i.3 = getelementptr i8, ptr %gep1226.us.i.3, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.1.i.3, i32 0, i32 2, i32 1)
+  %gep1226.us.2.i.3 = getelementptr i8, ptr %gep1226.us.i.3, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.2.i.3, i32 0, i32 2, i32 1)
+  %gep1226.us.3.i.3 = getelementptr i8, ptr %gep1226.us.i.3, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.3.i.3, i32 0, i32 2, i32 1)
+  %1161 = add nuw i32 %t1681229.us.i, 4
+  %niter343.next.3 = add i32 %niter343, 4
+  %niter343.ncmp.3 = icmp eq i32 %niter343.next.3, %unroll_iter342
+  br i1 %niter343.ncmp.3, label %for_end_t166.us.i.loopexit.unr-lcssa, label %for_body_t165.us.i, !prof !50, !llvm.loop !62
+
+for_end_t166.us.i.loopexit.unr-lcssa:             ; preds = %for_body_t165.us.i
+  %lcmp.mod340.not = icmp eq i32 %xtraiter338, 0
+  br i1 %lcmp.mod340.not, label %for_end_t166.us.i, label %for_body_t165.us.i.epil.preheader, !prof !53
+
+for_body_t165.us.i.epil.preheader:                ; preds = %for_end_t166.us.i.loopexit.unr-lcssa, %for_body_t165.us.i.preheader
+  %t1681229.us.i.epil.init = phi i32 [ 0, %for_body_t165.us.i.preheader ], [ %1161, %for_end_t166.us.i.loopexit.unr-lcssa ]
+  %lcmp.mod341 = icmp ne i32 %xtraiter338, 0
+  tail call void @llvm.assume(i1 %lcmp.mod341)
+  br label %for_body_t165.us.i.epil
+
+for_body_t165.us.i.epil:                          ; preds = %for_body_t165.us.i.epil, %for_body_t165.us.i.epil.preheader
+  %t1681229.us.i.epil = phi i32 [ %1171, %for_body_t165.us.i.epil ], [ %t1681229.us.i.epil.init, %for_body_t165.us.i.epil.preheader ]
+  %epil.iter339 = phi i32 [ %epil.iter339.next, %for_body_t165.us.i.epil ], [ 0, %for_body_t165.us.i.epil.preheader ]
+  %1162 = add nuw nsw i32 %t1681229.us.i.epil, %2052
+  %1163 = tail call i32 @llvm.smin.i32(i32 %1162, i32 %1022)
+  %1164 = sext i32 %1163 to i64
+  %1165 = getelementptr i64, ptr %value_offsets.i, i64 %1164
+  %1166 = getelementptr i8, ptr %1165, i64 2048
+  %1167 = load i64, ptr %1166, align 8, !tbaa !4
+  %1168 = shl i32 %1163, 6
+  %1169 = and i32 %1168, 64
+  %gep1231.us.i.epil = getelementptr i32, ptr %invariant.gep1230.us.i, i64 %1167
+  %1170 = zext nneg i32 %1169 to i64
+  %gep1226.us.i.epil = getelementptr i32, ptr %gep1231.us.i.epil, i64 %1170
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.i.epil, i32 0, i32 2, i32 1)
+  %gep1226.us.1.i.epil = getelementptr i8, ptr %gep1226.us.i.epil, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.1.i.epil, i32 0, i32 2, i32 1)
+  %gep1226.us.2.i.epil = getelementptr i8, ptr %gep1226.us.i.epil, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.2.i.epil, i32 0, i32 2, i32 1)
+  %gep1226.us.3.i.epil = getelementptr i8, ptr %gep1226.us.i.epil, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.3.i.epil, i32 0, i32 2, i32 1)
+  %1171 = add nuw i32 %t1681229.us.i.epil, 1
+  %epil.iter339.next = add i32 %epil.iter339, 1
+  %epil.iter339.cmp.not = icmp eq i32 %epil.iter339.next, %xtraiter338
+  br i1 %epil.iter339.cmp.not, label %for_end_t166.us.i, label %for_body_t165.us.i.epil, !prof !54, !llvm.loop !63
+
+for_end_t166.us.i:                                ; preds = %for_body_t165.us.i.epil, %for_end_t166.us.i.loopexit.unr-lcssa, %if_end153.us.i
+  %1172 = add nuw nsw i64 %indvars.iv1615.i, %1039
+  %1173 = trunc nuw i64 %1172 to i32
+  %1174 = shl i64 %1172, 2
+  %1175 = and i64 %1174, 4294967292
+  %1176 = getelementptr i32, ptr %reach550.i, i64 %1175
+  %1177 = getelementptr i8, ptr %1176, i64 4
+  %1178 = load i32, ptr %1177, align 4, !tbaa !12
+  %1179 = sext i32 %1178 to i64
+  %1180 = icmp slt i64 %950, %1179
+  br i1 %1180, label %if_then176.us.i, label %if_end177.us.i, !prof !7
+
+if_then176.us.i:                                  ; preds = %for_end_t166.us.i
+  %1181 = sub nsw i32 %1178, %951
+  %valid_len179.us.i = tail call i32 @llvm.smin.i32(i32 %956, i32 %1181)
+  %1182 = add nsw i32 %valid_len179.us.i, 7
+  %1183 = ashr i32 %1182, 3
+  %1184 = icmp sgt i32 %1183, 0
+  br i1 %1184, label %for_begin_d_0.preheader.us.us.preheader.i, label %for_end_to182.us.i, !prof !3
+
+for_begin_d_0.preheader.us.us.preheader.i:        ; preds = %if_then176.us.i
+  %1185 = shl i64 %1172, 10
+  %1186 = and i64 %1185, 4294966272
+  %wide.trip.count1540.i = zext nneg i32 %1183 to i64
+  %invariant.gep1774.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %1186
+  br label %for_begin_d_0.preheader.us.us.i
+
+for_end_to182.us.i:                               ; preds = %for_begin_ti.preheader.us.i, %if_then176.us.i
+  br i1 %134, label %if_then185.us.i, label %if_end186.us.i, !prof !7
+
+if_then185.us.i:                                  ; preds = %for_end_to182.us.i
+  %1187 = urem i32 %1173, %113
+  %1188 = shl nuw nsw i32 %1187, 4
+  %1189 = sub nsw i32 %111, %1188
+  %1190 = tail call i32 @llvm.smin.i32(i32 %1189, i32 16)
+  %1191 = icmp sgt i32 %1189, 0
+  br i1 %1191, label %for_body_r188.lr.ph.us.i, label %if_end186.us.i, !prof !3
+
+if_end186.us.i:                                   ; preds = %for_begin_c.for_end_c_crit_edge.us.us.i, %for_body_r188.lr.ph.us.i, %if_then185.us.i, %for_end_to182.us.i
+  br i1 %1184, label %for_begin_ti200.preheader.us.preheader.i, label %for_begin_to217.preheader.us.thread.i, !prof !3
+
+for_begin_ti200.preheader.us.preheader.i:         ; preds = %if_end186.us.i
+  %wide.trip.count1561.i = zext nneg i32 %1183 to i64
+  %1192 = add nsw i64 %wide.trip.count1561.i, -1
+  %xtraiter346 = and i64 %wide.trip.count1561.i, 1
+  %1193 = icmp eq i64 %1192, 0
+  br i1 %1193, label %for_begin_ti200.preheader.us.i.epil.preheader, label %for_begin_ti200.preheader.us.preheader.i.new, !prof !64
+
+for_begin_ti200.preheader.us.preheader.i.new:     ; preds = %for_begin_ti200.preheader.us.preheader.i
+  %unroll_iter351 = and i64 %wide.trip.count1561.i, 2147483646
+  br label %for_begin_ti200.preheader.us.i
+
+for_begin_to217.preheader.us.thread.i:            ; preds = %if_end186.us.i
+  %1194 = icmp sgt i32 %valid_len179.us.i, 0
+  %1195 = insertelement <16 x i1> poison, i1 %1194, i64 0
+  %1196 = shufflevector <16 x i1> %1195, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1197 = select <16 x i1> %1196, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
+  %1198 = shl i64 %1172, 4
+  %1199 = and i64 %1198, 4294967280
+  br label %for_end_to219.us.i
+
+for_end_to219.us.i.loopexit.unr-lcssa:            ; preds = %for_begin_ti222.preheader.us.i
+  %lcmp.mod355.not = icmp eq i64 %xtraiter353, 0
+  br i1 %lcmp.mod355.not, label %for_end_to219.us.i, label %for_begin_ti222.preheader.us.i.epil.preheader, !prof !54
+
+for_begin_ti222.preheader.us.i.epil.preheader:    ; preds = %for_begin_ti222.preheader.us.i.preheader, %for_end_to219.us.i.loopexit.unr-lcssa
+  %indvars.iv1580.i.epil.init = phi i64 [ 0, %for_begin_ti222.preheader.us.i.preheader ], [ %indvars.iv.next1581.i.1, %for_end_to219.us.i.loopexit.unr-lcssa ]
+  %lcmp.mod356 = icmp ne i64 %xtraiter353, 0
+  tail call void @llvm.assume(i1 %lcmp.mod356)
+  %.idx68.epil = shl nsw i64 %indvars.iv1580.i.epil.init, 9
+  %1200 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx68.epil
+  %1201 = getelementptr inbounds nuw i8, ptr %1200, i64 64
+  %1202 = load <16 x i32>, ptr %1201, align 4, !tbaa !4
+  %1203 = load <16 x i32>, ptr %1200, align 4, !tbaa !4
+  %1204 = lshr <16 x i32> %1203, splat (i32 16)
+  %1205 = or <16 x i32> %1204, %1202
+  %.idx69.epil = shl nsw i64 %indvars.iv1580.i.epil.init, 8
+  %1206 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx69.epil
+  store <16 x i32> %1205, ptr %1206, align 4, !tbaa !4
+  %1207 = getelementptr inbounds nuw i8, ptr %1200, i64 128
+  %1208 = getelementptr inbounds nuw i8, ptr %1200, i64 192
+  %1209 = load <16 x i32>, ptr %1208, align 4, !tbaa !4
+  %1210 = load <16 x i32>, ptr %1207, align 4, !tbaa !4
+  %1211 = lshr <16 x i32> %1210, splat (i32 16)
+  %1212 = or <16 x i32> %1211, %1209
+  %1213 = getelementptr inbounds nuw i8, ptr %1206, i64 64
+  store <16 x i32> %1212, ptr %1213, align 4, !tbaa !4
+  %1214 = getelementptr inbounds nuw i8, ptr %1200, i64 256
+  %1215 = getelementptr inbounds nuw i8, ptr %1200, i64 320
+  %1216 = load <16 x i32>, ptr %1215, align 4, !tbaa !4
+  %1217 = load <16 x i32>, ptr %1214, align 4, !tbaa !4
+  %1218 = lshr <16 x i32> %1217, splat (i32 16)
+  %1219 = or <16 x i32> %1218, %1216
+  %1220 = getelementptr inbounds nuw i8, ptr %1206, i64 128
+  store <16 x i32> %1219, ptr %1220, align 4, !tbaa !4
+  %1221 = getelementptr inbounds nuw i8, ptr %1200, i64 384
+  %1222 = getelementptr inbounds nuw i8, ptr %1200, i64 448
+  %1223 = load <16 x i32>, ptr %1222, align 4, !tbaa !4
+  %1224 = load <16 x i32>, ptr %1221, align 4, !tbaa !4
+  %1225 = lshr <16 x i32> %1224, splat (i32 16)
+  %1226 = or <16 x i32> %1225, %1223
+  %1227 = getelementptr inbounds nuw i8, ptr %1206, i64 192
+  store <16 x i32> %1226, ptr %1227, align 4, !tbaa !4
+  br label %for_end_to219.us.i
+
+for_end_to219.us.i:                               ; preds = %for_begin_ti222.preheader.us.i.epil.preheader, %for_end_to219.us.i.loopexit.unr-lcssa, %for_begin_to217.preheader.us.thread.i
+  %tile_sum547.sroa.0.0.lcssa.us1752.i = phi <16 x float> [ zeroinitializer, %for_begin_to217.preheader.us.thread.i ], [ %.us-phi.us.i, %for_end_to219.us.i.loopexit.unr-lcssa ], [ %.us-phi.us.i, %for_begin_ti222.preheader.us.i.epil.preheader ]
+  %1228 = phi <16 x float> [ %1197, %for_begin_to217.preheader.us.thread.i ], [ %2769, %for_end_to219.us.i.loopexit.unr-lcssa ], [ %2769, %for_begin_ti222.preheader.us.i.epil.preheader ]
+  %1229 = phi i64 [ %1199, %for_begin_to217.preheader.us.thread.i ], [ %2771, %for_end_to219.us.i.loopexit.unr-lcssa ], [ %2771, %for_begin_ti222.preheader.us.i.epil.preheader ]
+  %1230 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %1229
+  %1231 = load <16 x float>, ptr %1230, align 4, !tbaa !4
+  %old_max.us.i = select <16 x i1> %1029, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %1231
+  %1232 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %1229
+  %1233 = load <16 x float>, ptr %1232, align 4, !tbaa !4
+  %old_sum.us.i = select <16 x i1> %1029, <16 x float> zeroinitializer, <16 x float> %1233
+  %1234 = fcmp ogt <16 x float> %old_max.us.i, %1228
+  %1235 = fcmp oeq <16 x float> %tile_sum547.sroa.0.0.lcssa.us1752.i, zeroinitializer
+  %1236 = select <16 x i1> %1235, <16 x i1> splat (i1 true), <16 x i1> %1234
+  %old_or_both.us.i = select <16 x i1> %1236, <16 x float> %old_max.us.i, <16 x float> %1228
+  %1237 = fcmp oeq <16 x float> %old_sum.us.i, zeroinitializer
+  %m.us.i = select <16 x i1> %1237, <16 x float> %1228, <16 x float> %old_or_both.us.i
+  %1238 = fsub <16 x float> %old_max.us.i, %m.us.i
+  %1239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1238, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1240 = bitcast <16 x float> %1239 to <16 x i32>
+  %1241 = fadd <16 x float> %1239, splat (float 0xC168000FE0000000)
+  %1242 = fmul <16 x float> %1241, splat (float 0x3F2BD01060000000)
+  %1243 = fmul <16 x float> %1241, splat (float 0x3FE6300000000000)
+  %1244 = fsub <16 x float> %1238, %1243
+  %1245 = fadd <16 x float> %1242, %1244
+  %1246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1245, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1247 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1246, <16 x float> %1245, <16 x float> splat (float 0x3FA5558F20000000))
+  %1248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1247, <16 x float> %1245, <16 x float> splat (float 0x3FC5554920000000))
+  %1249 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1248, <16 x float> %1245, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1250 = fmul <16 x float> %1245, %1245
+  %1251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1249, <16 x float> %1250, <16 x float> %1245)
+  %1252 = shl <16 x i32> %1240, splat (i32 23)
+  %1253 = bitcast <16 x i32> %1252 to <16 x float>
+  %1254 = fadd <16 x float> %1251, splat (float 1.000000e+00)
+  %1255 = fmul <16 x float> %1254, %1253
+  %1256 = fcmp olt <16 x float> %1238, splat (float -8.700000e+01)
+  %1257 = select <16 x i1> %1256, <16 x float> zeroinitializer, <16 x float> %1255
+  %1258 = fcmp one <16 x float> %old_sum.us.i, zeroinitializer
+  %1259 = select <16 x i1> %1258, <16 x float> %1257, <16 x float> zeroinitializer
+  %arg244.us.i = fsub <16 x float> %1228, %m.us.i
+  %1260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg244.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1261 = bitcast <16 x float> %1260 to <16 x i32>
+  %1262 = fadd <16 x float> %1260, splat (float 0xC168000FE0000000)
+  %1263 = fmul <16 x float> %1262, splat (float 0x3F2BD01060000000)
+  %1264 = fmul <16 x float> %1262, splat (float 0x3FE6300000000000)
+  %1265 = fsub <16 x float> %arg244.us.i, %1264
+  %1266 = fadd <16 x float> %1263, %1265
+  %1267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1266, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1267, <16 x float> %1266, <16 x float> splat (float 0x3FA5558F20000000))
+  %1269 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1268, <16 x float> %1266, <16 x float> splat (float 0x3FC5554920000000))
+  %1270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1269, <16 x float> %1266, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1271 = fmul <16 x float> %1266, %1266
+  %1272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1270, <16 x float> %1271, <16 x float> %1266)
+  %1273 = shl <16 x i32> %1261, splat (i32 23)
+  %1274 = bitcast <16 x i32> %1273 to <16 x float>
+  %1275 = fadd <16 x float> %1272, splat (float 1.000000e+00)
+  %1276 = fmul <16 x float> %1275, %1274
+  %1277 = fcmp olt <16 x float> %arg244.us.i, splat (float -8.700000e+01)
+  %1278 = select <16 x i1> %1277, <16 x float> zeroinitializer, <16 x float> %1276
+  %1279 = fcmp one <16 x float> %tile_sum547.sroa.0.0.lcssa.us1752.i, zeroinitializer
+  %1280 = select <16 x i1> %1279, <16 x float> %1278, <16 x float> zeroinitializer
+  %1281 = fmul <16 x float> %old_sum.us.i, %1259
+  %1282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_sum547.sroa.0.0.lcssa.us1752.i, <16 x float> %1281)
+  store <16 x float> %m.us.i, ptr %1230, align 4, !tbaa !4
+  store <16 x float> %1282, ptr %1232, align 4, !tbaa !4
+  %1283 = load i32, ptr %1176, align 16, !tbaa !12
+  %1284 = sub nsw i32 %1283, %951
+  %1285 = tail call i32 @llvm.smin.i32(i32 %1284, i32 %valid_len179.us.i)
+  %1286 = tail call i32 @llvm.smin.i32(i32 %1285, i32 %1024)
+  %1287 = select i1 %134, i32 %1286, i32 %1285
+  %1288 = tail call i32 @llvm.smax.i32(i32 %1287, i32 0)
+  %num_full.us.i = lshr i32 %1288, 3
+  %1289 = sub nsw i32 %1183, %num_full.us.i
+  %1290 = icmp sgt i32 %1289, 0
+  br i1 %1290, label %for_begin_ti267.preheader.lr.ph.us.i, label %for_end_to264.us.i, !prof !3
+
+for_end_to264.us.i:                               ; preds = %for_begin_ti267.preheader.us.i, %for_end_to219.us.i
+  br i1 %134, label %if_then272.us.i, label %if_end273.us.i, !prof !7
+
+if_then272.us.i:                                  ; preds = %for_end_to264.us.i
+  %1291 = urem i32 %1173, %113
+  %1292 = shl nuw nsw i32 %1291, 4
+  %1293 = sub nsw i32 %111, %1292
+  %1294 = tail call i32 @llvm.smin.i32(i32 %1293, i32 16)
+  %1295 = icmp sgt i32 %1293, 0
+  br i1 %1295, label %for_body_r275.lr.ph.us.i, label %if_end273.us.i, !prof !3
+
+if_end273.us.i:                                   ; preds = %for_end_c281.us.i.loopexit.us, %for_body_r275.lr.ph.us.i, %if_then272.us.i, %for_end_to264.us.i
+  %.not1469.i = icmp eq i32 %num_full.us.i, 0
+  %1296 = shl nuw nsw i32 %num_full.us.i, 2
+  %1297 = add nsw i32 %valid_len179.us.i, 1
+  %1298 = ashr i32 %1297, 1
+  %1299 = sub nsw i32 %1298, %1296
+  %1300 = icmp sgt i32 %1299, 0
+  %1301 = shl i64 %1172, 11
+  %1302 = shl nuw nsw i32 %num_full.us.i, 6
+  %1303 = and i32 %1288, 2147483640
+  %1304 = fmul <16 x float> %1259, zeroinitializer
+  %1305 = zext nneg i32 %1302 to i64
+  %1306 = zext nneg i32 %1303 to i64
+  %1307 = and i64 %1301, 4294965248
+  %wide.trip.count1604.i = zext nneg i32 %num_full.us.i to i64
+  %wide.trip.count1609.i = zext nneg i32 %1299 to i64
+  %invariant.gep1776.i = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1306
+  br label %for_begin_to284.preheader.us.i
+
+if_end177.us.i:                                   ; preds = %if_end314.us.i, %for_end_t166.us.i
+  %1308 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1309 = tail call i32 %1308(i32 1, i32 %dev_id, ptr nonnull %scaled.us.i)
+  %.not573.us.i = icmp eq i32 %1309, 0
+  br i1 %.not573.us.i, label %if_end316.us.i, label %fused_attend_compute_.exit, !prof !36
+
+if_end316.us.i:                                   ; preds = %if_end177.us.i
+  %1310 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1311 = tail call i32 %1310(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.us.i)
+  %.not574.us.i = icmp eq i32 %1311, 0
+  br i1 %.not574.us.i, label %if_end319.us.i, label %fused_attend_compute_.exit, !prof !36
+
+if_end319.us.i:                                   ; preds = %if_end316.us.i
+  %1312 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1313 = tail call i32 %1312(i32 1, i32 %dev_id, ptr nonnull %edges.us.i)
+  %.not575.us.i = icmp eq i32 %1313, 0
+  br i1 %.not575.us.i, label %if_end322.us.i, label %fused_attend_compute_.exit, !prof !36
+
+if_end322.us.i:                                   ; preds = %if_end319.us.i
+  %1314 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1315 = tail call i32 %1314(i32 1, i32 %dev_id, ptr nonnull %probs.us.i)
+  %.not576.us.i = icmp eq i32 %1315, 0
+  br i1 %.not576.us.i, label %if_end325.us.i, label %fused_attend_compute_.exit, !prof !36
+
+if_end325.us.i:                                   ; preds = %if_end322.us.i
+  %1316 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1317 = tail call i32 %1316(i32 1, i32 %dev_id, ptr nonnull %scores.us.i)
+  %.not577.us.i = icmp eq i32 %1317, 0
+  br i1 %.not577.us.i, label %for_begin_row_tile.us.i, label %fused_attend_compute_.exit, !prof !36
+
+for_end_to286.us.i:                               ; preds = %for_begin_to284.preheader.us.i, %for_begin_ti289.preheader.us.i
+  %full_acc538.sroa.8.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to284.preheader.us.i ], [ %r.i977.us.3.i, %for_begin_ti289.preheader.us.i ]
+  %full_acc538.sroa.4.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to284.preheader.us.i ], [ %r.i974.us.3.i, %for_begin_ti289.preheader.us.i ]
+  %full_acc538.sroa.0.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to284.preheader.us.i ], [ %r.i971.us.3.i, %for_begin_ti289.preheader.us.i ]
+  %full_acc538.sroa.12.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to284.preheader.us.i ], [ %r.i980.us.3.i, %for_begin_ti289.preheader.us.i ]
+  %full_acc538.sroa.16.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to284.preheader.us.i ], [ %r.i983.us.3.i, %for_begin_ti289.preheader.us.i ]
+  %full_acc538.sroa.20.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to284.preheader.us.i ], [ %r.i986.us.3.i, %for_begin_ti289.preheader.us.i ]
+  %full_acc538.sroa.24.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to284.preheader.us.i ], [ %r.i989.us.3.i, %for_begin_ti289.preheader.us.i ]
+  %full_acc538.sroa.28.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to284.preheader.us.i ], [ %r.i992.us.3.i, %for_begin_ti289.preheader.us.i ]
+  br i1 %1300, label %for_body_ti295.lr.ph.us.i, label %for_end_ti296.us.i, !prof !3
+
+for_end_ti296.us.i:                               ; preds = %for_body_ti295.us.i, %for_end_to286.us.i
+  %tile_acc539.sroa.31.0.lcssa.us.i = phi <16 x float> [ %full_acc538.sroa.28.0.lcssa.us.i, %for_end_to286.us.i ], [ %r.i1016.us.i, %for_body_ti295.us.i ]
+  %tile_acc539.sroa.27.0.lcssa.us.i = phi <16 x float> [ %full_acc538.sroa.24.0.lcssa.us.i, %for_end_to286.us.i ], [ %r.i1013.us.i, %for_body_ti295.us.i ]
+  %tile_acc539.sroa.22.0.lcssa.us.i = phi <16 x float> [ %full_acc538.sroa.20.0.lcssa.us.i, %for_end_to286.us.i ], [ %r.i1010.us.i, %for_body_ti295.us.i ]
+  %tile_acc539.sroa.18.0.lcssa.us.i = phi <16 x float> [ %full_acc538.sroa.16.0.lcssa.us.i, %for_end_to286.us.i ], [ %r.i1007.us.i, %for_body_ti295.us.i ]
+  %tile_acc539.sroa.13.0.lcssa.us.i = phi <16 x float> [ %full_acc538.sroa.12.0.lcssa.us.i, %for_end_to286.us.i ], [ %r.i1004.us.i, %for_body_ti295.us.i ]
+  %tile_acc539.sroa.9.0.lcssa.us.i = phi <16 x float> [ %full_acc538.sroa.8.0.lcssa.us.i, %for_end_to286.us.i ], [ %r.i1001.us.i, %for_body_ti295.us.i ]
+  %tile_acc539.sroa.4.0.lcssa.us.i = phi <16 x float> [ %full_acc538.sroa.4.0.lcssa.us.i, %for_end_to286.us.i ], [ %r.i998.us.i, %for_body_ti295.us.i ]
+  %tile_acc539.sroa.0.0.lcssa.us.i = phi <16 x float> [ %full_acc538.sroa.0.0.lcssa.us.i, %for_end_to286.us.i ], [ %r.i995.us.i, %for_body_ti295.us.i ]
+  %1318 = shl nuw nsw i64 %indvars.iv1611.i, 7
+  %1319 = add nuw nsw i64 %1318, %1307
+  %1320 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1319
+  br i1 %1027, label %if_then313.us.i, label %if_end312.us.i, !prof !7
+
+if_end312.us.i:                                   ; preds = %for_end_ti296.us.i
+  %1321 = load <16 x float>, ptr %1320, align 4, !tbaa !4
+  %1322 = fmul <16 x float> %1259, %1321
+  %1323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.0.0.lcssa.us.i, <16 x float> %1322)
+  store <16 x float> %1323, ptr %1320, align 4, !tbaa !4
+  %1324 = getelementptr i8, ptr %1320, i64 64
+  %1325 = load <16 x float>, ptr %1324, align 4, !tbaa !4
+  %1326 = fmul <16 x float> %1259, %1325
+  %1327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.4.0.lcssa.us.i, <16 x float> %1326)
+  store <16 x float> %1327, ptr %1324, align 4, !tbaa !4
+  %1328 = getelementptr i8, ptr %1320, i64 128
+  %1329 = load <16 x float>, ptr %1328, align 4, !tbaa !4
+  %1330 = fmul <16 x float> %1259, %1329
+  %1331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.9.0.lcssa.us.i, <16 x float> %1330)
+  store <16 x float> %1331, ptr %1328, align 4, !tbaa !4
+  %1332 = getelementptr i8, ptr %1320, i64 192
+  %1333 = load <16 x float>, ptr %1332, align 4, !tbaa !4
+  %1334 = fmul <16 x float> %1259, %1333
+  %1335 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.13.0.lcssa.us.i, <16 x float> %1334)
+  store <16 x float> %1335, ptr %1332, align 4, !tbaa !4
+  %1336 = getelementptr i8, ptr %1320, i64 256
+  %1337 = load <16 x float>, ptr %1336, align 4, !tbaa !4
+  %1338 = fmul <16 x float> %1259, %1337
+  %1339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.18.0.lcssa.us.i, <16 x float> %1338)
+  store <16 x float> %1339, ptr %1336, align 4, !tbaa !4
+  %1340 = getelementptr i8, ptr %1320, i64 320
+  %1341 = load <16 x float>, ptr %1340, align 4, !tbaa !4
+  %1342 = fmul <16 x float> %1259, %1341
+  %1343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.22.0.lcssa.us.i, <16 x float> %1342)
+  store <16 x float> %1343, ptr %1340, align 4, !tbaa !4
+  %1344 = getelementptr i8, ptr %1320, i64 384
+  %1345 = load <16 x float>, ptr %1344, align 4, !tbaa !4
+  %1346 = fmul <16 x float> %1259, %1345
+  %1347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.27.0.lcssa.us.i, <16 x float> %1346)
+  store <16 x float> %1347, ptr %1344, align 4, !tbaa !4
+  %.phi.trans.insert.i = getelementptr i8, ptr %1320, i64 448
+  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !4
+  %.pre1699.i = fmul <16 x float> %1259, %.pre.i
+  br label %if_end314.us.i
+
+if_then313.us.i:                                  ; preds = %for_end_ti296.us.i
+  %1348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.0.0.lcssa.us.i, <16 x float> %1304)
+  store <16 x float> %1348, ptr %1320, align 4, !tbaa !4
+  %1349 = getelementptr i8, ptr %1320, i64 64
+  %1350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.4.0.lcssa.us.i, <16 x float> %1304)
+  store <16 x float> %1350, ptr %1349, align 4, !tbaa !4
+  %1351 = getelementptr i8, ptr %1320, i64 128
+  %1352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.9.0.lcssa.us.i, <16 x float> %1304)
+  store <16 x float> %1352, ptr %1351, align 4, !tbaa !4
+  %1353 = getelementptr i8, ptr %1320, i64 192
+  %1354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.13.0.lcssa.us.i, <16 x float> %1304)
+  store <16 x float> %1354, ptr %1353, align 4, !tbaa !4
+  %1355 = getelementptr i8, ptr %1320, i64 256
+  %1356 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.18.0.lcssa.us.i, <16 x float> %1304)
+  store <16 x float> %1356, ptr %1355, align 4, !tbaa !4
+  %1357 = getelementptr i8, ptr %1320, i64 320
+  %1358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.22.0.lcssa.us.i, <16 x float> %1304)
+  store <16 x float> %1358, ptr %1357, align 4, !tbaa !4
+  %1359 = getelementptr i8, ptr %1320, i64 384
+  %1360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.27.0.lcssa.us.i, <16 x float> %1304)
+  store <16 x float> %1360, ptr %1359, align 4, !tbaa !4
+  br label %if_end314.us.i
+
+if_end314.us.i:                                   ; preds = %if_then313.us.i, %if_end312.us.i
+  %.pre-phi.i = phi <16 x float> [ %1304, %if_then313.us.i ], [ %.pre1699.i, %if_end312.us.i ]
+  %1361 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1319
+  %1362 = getelementptr i8, ptr %1361, i64 448
+  %1363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.31.0.lcssa.us.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %1363, ptr %1362, align 4, !tbaa !4
+  %indvars.iv.next1612.i = add nuw nsw i64 %indvars.iv1611.i, 1
+  %exitcond1614.not.i = icmp eq i64 %indvars.iv.next1612.i, 16
+  br i1 %exitcond1614.not.i, label %if_end177.us.i, label %for_begin_to284.preheader.us.i, !prof !30
+
+for_body_ti295.us.i:                              ; preds = %for_body_ti295.lr.ph.us.i, %for_body_ti295.us.i
+  %indvars.iv1606.i = phi i64 [ 0, %for_body_ti295.lr.ph.us.i ], [ %indvars.iv.next1607.i, %for_body_ti295.us.i ]
+  %tile_acc539.sroa.0.01302.us.i = phi <16 x float> [ %full_acc538.sroa.0.0.lcssa.us.i, %for_body_ti295.lr.ph.us.i ], [ %r.i995.us.i, %for_body_ti295.us.i ]
+  %tile_acc539.sroa.4.01301.us.i = phi <16 x float> [ %full_acc538.sroa.4.0.lcssa.us.i, %for_body_ti295.lr.ph.us.i ], [ %r.i998.us.i, %for_body_ti295.us.i ]
+  %tile_acc539.sroa.9.01300.us.i = phi <16 x float> [ %full_acc538.sroa.8.0.lcssa.us.i, %for_body_ti295.lr.ph.us.i ], [ %r.i1001.us.i, %for_body_ti295.us.i ]
+  %tile_acc539.sroa.13.01299.us.i = phi <16 x float> [ %full_acc538.sroa.12.0.lcssa.us.i, %for_body_ti295.lr.ph.us.i ], [ %r.i1004.us.i, %for_body_ti295.us.i ]
+  %tile_acc539.sroa.18.01298.us.i = phi <16 x float> [ %full_acc538.sroa.16.0.lcssa.us.i, %for_body_ti295.lr.ph.us.i ], [ %r.i1007.us.i, %for_body_ti295.us.i ]
+  %tile_acc539.sroa.22.01297.us.i = phi <16 x float> [ %full_acc538.sroa.20.0.lcssa.us.i, %for_body_ti295.lr.ph.us.i ], [ %r.i1010.us.i, %for_body_ti295.us.i ]
+  %tile_acc539.sroa.27.01296.us.i = phi <16 x float> [ %full_acc538.sroa.24.0.lcssa.us.i, %for_body_ti295.lr.ph.us.i ], [ %r.i1013.us.i, %for_body_ti295.us.i ]
+  %tile_acc539.sroa.31.01295.us.i = phi <16 x float> [ %full_acc538.sroa.28.0.lcssa.us.i, %for_body_ti295.lr.ph.us.i ], [ %r.i1016.us.i, %for_body_ti295.us.i ]
+  %1364 = shl nsw i64 %indvars.iv1606.i, 4
+  %1365 = add nuw nsw i64 %1364, %1305
+  %1366 = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %1365
+  %1367 = load <32 x bfloat>, ptr %1366, align 4, !tbaa !4
+  %1368 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1365
+  %1369 = load <16 x i32>, ptr %1368, align 4, !tbaa !4
+  %gep1777.i = getelementptr inbounds nuw i8, ptr %invariant.gep1776.i, i64 %1364
+  %1370 = load i64, ptr %gep1777.i, align 8, !tbaa !4
+  %gep1315.us.i = getelementptr i32, ptr %gep1320.us.i, i64 %1370
+  %1371 = load i32, ptr %gep1315.us.i, align 4, !tbaa !4
+  %1372 = insertelement <16 x i32> poison, i32 %1371, i64 0
+  %1373 = shufflevector <16 x i32> %1372, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1374 = and <16 x i32> %1373, %1369
+  %y.i994.us.i = bitcast <16 x i32> %1374 to <32 x bfloat>
+  %r.i995.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc539.sroa.0.01302.us.i, <32 x bfloat> %1367, <32 x bfloat> %y.i994.us.i)
+  %1375 = getelementptr i8, ptr %gep1315.us.i, i64 4
+  %1376 = load i32, ptr %1375, align 4, !tbaa !4
+  %1377 = insertelement <16 x i32> poison, i32 %1376, i64 0
+  %1378 = shufflevector <16 x i32> %1377, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1379 = and <16 x i32> %1378, %1369
+  %y.i997.us.i = bitcast <16 x i32> %1379 to <32 x bfloat>
+  %r.i998.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc539.sroa.4.01301.us.i, <32 x bfloat> %1367, <32 x bfloat> %y.i997.us.i)
+  %1380 = getelementptr i8, ptr %gep1315.us.i, i64 8
+  %1381 = load i32, ptr %1380, align 4, !tbaa !4
+  %1382 = insertelement <16 x i32> poison, i32 %1381, i64 0
+  %1383 = shufflevector <16 x i32> %1382, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1384 = and <16 x i32> %1383, %1369
+  %y.i1000.us.i = bitcast <16 x i32> %1384 to <32 x bfloat>
+  %r.i1001.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc539.sroa.9.01300.us.i, <32 x bfloat> %1367, <32 x bfloat> %y.i1000.us.i)
+  %1385 = getelementptr i8, ptr %gep1315.us.i, i64 12
+  %1386 = load i32, ptr %1385, align 4, !tbaa !4
+  %1387 = insertelement <16 x i32> poison, i32 %1386, i64 0
+  %1388 = shufflevector <16 x i32> %1387, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1389 = and <16 x i32> %1388, %1369
+  %y.i1003.us.i = bitcast <16 x i32> %1389 to <32 x bfloat>
+  %r.i1004.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc539.sroa.13.01299.us.i, <32 x bfloat> %1367, <32 x bfloat> %y.i1003.us.i)
+  %1390 = getelementptr i8, ptr %gep1315.us.i, i64 16
+  %1391 = load i32, ptr %1390, align 4, !tbaa !4
+  %1392 = insertelement <16 x i32> poison, i32 %1391, i64 0
+  %1393 = shufflevector <16 x i32> %1392, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1394 = and <16 x i32> %1393, %1369
+  %y.i1006.us.i = bitcast <16 x i32> %1394 to <32 x bfloat>
+  %r.i1007.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc539.sroa.18.01298.us.i, <32 x bfloat> %1367, <32 x bfloat> %y.i1006.us.i)
+  %1395 = getelementptr i8, ptr %gep1315.us.i, i64 20
+  %1396 = load i32, ptr %1395, align 4, !tbaa !4
+  %1397 = insertelement <16 x i32> poison, i32 %1396, i64 0
+  %1398 = shufflevector <16 x i32> %1397, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1399 = and <16 x i32> %1398, %1369
+  %y.i1009.us.i = bitcast <16 x i32> %1399 to <32 x bfloat>
+  %r.i1010.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc539.sroa.22.01297.us.i, <32 x bfloat> %1367, <32 x bfloat> %y.i1009.us.i)
+  %1400 = getelementptr i8, ptr %gep1315.us.i, i64 24
+  %1401 = load i32, ptr %1400, align 4, !tbaa !4
+  %1402 = insertelement <16 x i32> poison, i32 %1401, i64 0
+  %1403 = shufflevector <16 x i32> %1402, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1404 = and <16 x i32> %1403, %1369
+  %y.i1012.us.i = bitcast <16 x i32> %1404 to <32 x bfloat>
+  %r.i1013.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc539.sroa.27.01296.us.i, <32 x bfloat> %1367, <32 x bfloat> %y.i1012.us.i)
+  %1405 = getelementptr i8, ptr %gep1315.us.i, i64 28
+  %1406 = load i32, ptr %1405, align 4, !tbaa !4
+  %1407 = insertelement <16 x i32> poison, i32 %1406, i64 0
+  %1408 = shufflevector <16 x i32> %1407, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1409 = and <16 x i32> %1408, %1369
+  %y.i1015.us.i = bitcast <16 x i32> %1409 to <32 x bfloat>
+  %r.i1016.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc539.sroa.31.01295.us.i, <32 x bfloat> %1367, <32 x bfloat> %y.i1015.us.i)
+  %indvars.iv.next1607.i = add nuw nsw i64 %indvars.iv1606.i, 1
+  %exitcond1610.not.i = icmp eq i64 %indvars.iv.next1607.i, %wide.trip.count1609.i
+  br i1 %exitcond1610.not.i, label %for_end_ti296.us.i, label %for_body_ti295.us.i, !prof !8
+
+for_begin_ti289.preheader.us.i:                   ; preds = %for_begin_ti289.preheader.lr.ph.us.i, %for_begin_ti289.preheader.us.i
+  %indvars.iv1601.i = phi i64 [ 0, %for_begin_ti289.preheader.lr.ph.us.i ], [ %indvars.iv.next1602.i, %for_begin_ti289.preheader.us.i ]
+  %full_acc538.sroa.28.01285.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti289.preheader.lr.ph.us.i ], [ %r.i992.us.3.i, %for_begin_ti289.preheader.us.i ]
+  %full_acc538.sroa.24.01284.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti289.preheader.lr.ph.us.i ], [ %r.i989.us.3.i, %for_begin_ti289.preheader.us.i ]
+  %full_acc538.sroa.20.01283.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti289.preheader.lr.ph.us.i ], [ %r.i986.us.3.i, %for_begin_ti289.preheader.us.i ]
+  %full_acc538.sroa.16.01282.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti289.preheader.lr.ph.us.i ], [ %r.i983.us.3.i, %for_begin_ti289.preheader.us.i ]
+  %full_acc538.sroa.12.01281.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti289.preheader.lr.ph.us.i ], [ %r.i980.us.3.i, %for_begin_ti289.preheader.us.i ]
+  %full_acc538.sroa.0.01280.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti289.preheader.lr.ph.us.i ], [ %r.i971.us.3.i, %for_begin_ti289.preheader.us.i ]
+  %full_acc538.sroa.4.01279.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti289.preheader.lr.ph.us.i ], [ %r.i974.us.3.i, %for_begin_ti289.preheader.us.i ]
+  %full_acc538.sroa.8.01278.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti289.preheader.lr.ph.us.i ], [ %r.i977.us.3.i, %for_begin_ti289.preheader.us.i ]
+  %.idx70 = shl nsw i64 %indvars.iv1601.i, 8
+  %1410 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx70
+  %1411 = load <32 x bfloat>, ptr %1410, align 4, !tbaa !4
+  %.idx71 = shl nsw i64 %indvars.iv1601.i, 6
+  %1412 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx71
+  %1413 = load i64, ptr %1412, align 8, !tbaa !4
+  %gep1268.us.i = getelementptr i32, ptr %gep1318.us.i, i64 %1413
+  %1414 = load i32, ptr %gep1268.us.i, align 4, !tbaa !4
+  %1415 = insertelement <16 x i32> poison, i32 %1414, i64 0
+  %1416 = shufflevector <16 x i32> %1415, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i970.us.i = bitcast <16 x i32> %1416 to <32 x bfloat>
+  %r.i971.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc538.sroa.0.01280.us.i, <32 x bfloat> %1411, <32 x bfloat> %y.i970.us.i)
+  %1417 = getelementptr i8, ptr %gep1268.us.i, i64 4
+  %1418 = load i32, ptr %1417, align 4, !tbaa !4
+  %1419 = insertelement <16 x i32> poison, i32 %1418, i64 0
+  %1420 = shufflevector <16 x i32> %1419, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i973.us.i = bitcast <16 x i32> %1420 to <32 x bfloat>
+  %r.i974.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc538.sroa.4.01279.us.i, <32 x bfloat> %1411, <32 x bfloat> %y.i973.us.i)
+  %1421 = getelementptr i8, ptr %gep1268.us.i, i64 8
+  %1422 = load i32, ptr %1421, align 4, !tbaa !4
+  %1423 = insertelement <16 x i32> poison, i32 %1422, i64 0
+  %1424 = shufflevector <16 x i32> %1423, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i976.us.i = bitcast <16 x i32> %1424 to <32 x bfloat>
+  %r.i977.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc538.sroa.8.01278.us.i, <32 x bfloat> %1411, <32 x bfloat> %y.i976.us.i)
+  %1425 = getelementptr i8, ptr %gep1268.us.i, i64 12
+  %1426 = load i32, ptr %1425, align 4, !tbaa !4
+  %1427 = insertelement <16 x i32> poison, i32 %1426, i64 0
+  %1428 = shufflevector <16 x i32> %1427, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i979.us.i = bitcast <16 x i32> %1428 to <32 x bfloat>
+  %r.i980.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc538.sroa.12.01281.us.i, <32 x bfloat> %1411, <32 x bfloat> %y.i979.us.i)
+  %1429 = getelementptr i8, ptr %gep1268.us.i, i64 16
+  %1430 = load i32, ptr %1429, align 4, !tbaa !4
+  %1431 = insertelement <16 x i32> poison, i32 %1430, i64 0
+  %1432 = shufflevector <16 x i32> %1431, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i982.us.i = bitcast <16 x i32> %1432 to <32 x bfloat>
+  %r.i983.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc538.sroa.16.01282.us.i, <32 x bfloat> %1411, <32 x bfloat> %y.i982.us.i)
+  %1433 = getelementptr i8, ptr %gep1268.us.i, i64 20
+  %1434 = load i32, ptr %1433, align 4, !tbaa !4
+  %1435 = insertelement <16 x i32> poison, i32 %1434, i64 0
+  %1436 = shufflevector <16 x i32> %1435, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i985.us.i = bitcast <16 x i32> %1436 to <32 x bfloat>
+  %r.i986.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc538.sroa.20.01283.us.i, <32 x bfloat> %1411, <32 x bfloat> %y.i985.us.i)
+  %1437 = getelementptr i8, ptr %gep1268.us.i, i64 24
+  %1438 = load i32, ptr %1437, align 4, !tbaa !4
+  %1439 = insertelement <16 x i32> poison, i32 %1438, i64 0
+  %1440 = shufflevector <16 x i32> %1439, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i988.us.i = bitcast <16 x i32> %1440 to <32 x bfloat>
+  %r.i989.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc538.sroa.24.01284.us.i, <32 x bfloat> %1411, <32 x bfloat> %y.i988.us.i)
+  %1441 = getelementptr i8, ptr %gep1268.us.i, i64 28
+  %1442 = load i32, ptr %1441, align 4, !tbaa !4
+  %1443 = insertelement <16 x i32> poison, i32 %1442, i64 0
+  %1444 = shufflevector <16 x i32> %1443, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i991.us.i = bitcast <16 x i32> %1444 to <32 x bfloat>
+  %r.i992.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc538.sroa.28.01285.us.i, <32 x bfloat> %1411, <32 x bfloat> %y.i991.us.i)
+  %1445 = getelementptr inbounds nuw i8, ptr %1410, i64 64
+  %1446 = load <32 x bfloat>, ptr %1445, align 4, !tbaa !4
+  %1447 = getelementptr inbounds nuw i8, ptr %1412, i64 16
+  %1448 = load i64, ptr %1447, align 8, !tbaa !4
+  %gep1268.us.1.i = getelementptr i32, ptr %gep1318.us.i, i64 %1448
+  %1449 = load i32, ptr %gep1268.us.1.i, align 4, !tbaa !4
+  %1450 = insertelement <16 x i32> poison, i32 %1449, i64 0
+  %1451 = shufflevector <16 x i32> %1450, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i970.us.1.i = bitcast <16 x i32> %1451 to <32 x bfloat>
+  %r.i971.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i971.us.i, <32 x bfloat> %1446, <32 x bfloat> %y.i970.us.1.i)
+  %1452 = getelementptr i8, ptr %gep1268.us.1.i, i64 4
+  %1453 = load i32, ptr %1452, align 4, !tbaa !4
+  %1454 = insertelement <16 x i32> poison, i32 %1453, i64 0
+  %1455 = shufflevector <16 x i32> %1454, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i973.us.1.i = bitcast <16 x i32> %1455 to <32 x bfloat>
+  %r.i974.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i974.us.i, <32 x bfloat> %1446, <32 x bfloat> %y.i973.us.1.i)
+  %1456 = getelementptr i8, ptr %gep1268.us.1.i, i64 8
+  %1457 = load i32, ptr %1456, align 4, !tbaa !4
+  %1458 = insertelement <16 x i32> poison, i32 %1457, i64 0
+  %1459 = shufflevector <16 x i32> %1458, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i976.us.1.i = bitcast <16 x i32> %1459 to <32 x bfloat>
+  %r.i977.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i977.us.i, <32 x bfloat> %1446, <32 x bfloat> %y.i976.us.1.i)
+  %1460 = getelementptr i8, ptr %gep1268.us.1.i, i64 12
+  %1461 = load i32, ptr %1460, align 4, !tbaa !4
+  %1462 = insertelement <16 x i32> poison, i32 %1461, i64 0
+  %1463 = shufflevector <16 x i32> %1462, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i979.us.1.i = bitcast <16 x i32> %1463 to <32 x bfloat>
+  %r.i980.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i980.us.i, <32 x bfloat> %1446, <32 x bfloat> %y.i979.us.1.i)
+  %1464 = getelementptr i8, ptr %gep1268.us.1.i, i64 16
+  %1465 = load i32, ptr %1464, align 4, !tbaa !4
+  %1466 = insertelement <16 x i32> poison, i32 %1465, i64 0
+  %1467 = shufflevector <16 x i32> %1466, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i982.us.1.i = bitcast <16 x i32> %1467 to <32 x bfloat>
+  %r.i983.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i983.us.i, <32 x bfloat> %1446, <32 x bfloat> %y.i982.us.1.i)
+  %1468 = getelementptr i8, ptr %gep1268.us.1.i, i64 20
+  %1469 = load i32, ptr %1468, align 4, !tbaa !4
+  %1470 = insertelement <16 x i32> poison, i32 %1469, i64 0
+  %1471 = shufflevector <16 x i32> %1470, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i985.us.1.i = bitcast <16 x i32> %1471 to <32 x bfloat>
+  %r.i986.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i986.us.i, <32 x bfloat> %1446, <32 x bfloat> %y.i985.us.1.i)
+  %1472 = getelementptr i8, ptr %gep1268.us.1.i, i64 24
+  %1473 = load i32, ptr %1472, align 4, !tbaa !4
+  %1474 = insertelement <16 x i32> poison, i32 %1473, i64 0
+  %1475 = shufflevector <16 x i32> %1474, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i988.us.1.i = bitcast <16 x i32> %1475 to <32 x bfloat>
+  %r.i989.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i989.us.i, <32 x bfloat> %1446, <32 x bfloat> %y.i988.us.1.i)
+  %1476 = getelementptr i8, ptr %gep1268.us.1.i, i64 28
+  %1477 = load i32, ptr %1476, align 4, !tbaa !4
+  %1478 = insertelement <16 x i32> poison, i32 %1477, i64 0
+  %1479 = shufflevector <16 x i32> %1478, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i991.us.1.i = bitcast <16 x i32> %1479 to <32 x bfloat>
+  %r.i992.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i992.us.i, <32 x bfloat> %1446, <32 x bfloat> %y.i991.us.1.i)
+  %1480 = getelementptr inbounds nuw i8, ptr %1410, i64 128
+  %1481 = load <32 x bfloat>, ptr %1480, align 4, !tbaa !4
+  %1482 = getelementptr inbounds nuw i8, ptr %1412, i64 32
+  %1483 = load i64, ptr %1482, align 8, !tbaa !4
+  %gep1268.us.2.i = getelementptr i32, ptr %gep1318.us.i, i64 %1483
+  %1484 = load i32, ptr %gep1268.us.2.i, align 4, !tbaa !4
+  %1485 = insertelement <16 x i32> poison, i32 %1484, i64 0
+  %1486 = shufflevector <16 x i32> %1485, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i970.us.2.i = bitcast <16 x i32> %1486 to <32 x bfloat>
+  %r.i971.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i971.us.1.i, <32 x bfloat> %1481, <32 x bfloat> %y.i970.us.2.i)
+  %1487 = getelementptr i8, ptr %gep1268.us.2.i, i64 4
+  %1488 = load i32, ptr %1487, align 4, !tbaa !4
+  %1489 = insertelement <16 x i32> poison, i32 %1488, i64 0
+  %1490 = shufflevector <16 x i32> %1489, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i973.us.2.i = bitcast <16 x i32> %1490 to <32 x bfloat>
+  %r.i974.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i974.us.1.i, <32 x bfloat> %1481, <32 x bfloat> %y.i973.us.2.i)
+  %1491 = getelementptr i8, ptr %gep1268.us.2.i, i64 8
+  %1492 = load i32, ptr %1491, align 4, !tbaa !4
+  %1493 = insertelement <16 x i32> poison, i32 %1492, i64 0
+  %1494 = shufflevector <16 x i32> %1493, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i976.us.2.i = bitcast <16 x i32> %1494 to <32 x bfloat>
+  %r.i977.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i977.us.1.i, <32 x bfloat> %1481, <32 x bfloat> %y.i976.us.2.i)
+  %1495 = getelementptr i8, ptr %gep1268.us.2.i, i64 12
+  %1496 = load i32, ptr %1495, align 4, !tbaa !4
+  %1497 = insertelement <16 x i32> poison, i32 %1496, i64 0
+  %1498 = shufflevector <16 x i32> %1497, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i979.us.2.i = bitcast <16 x i32> %1498 to <32 x bfloat>
+  %r.i980.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i980.us.1.i, <32 x bfloat> %1481, <32 x bfloat> %y.i979.us.2.i)
+  %1499 = getelementptr i8, ptr %gep1268.us.2.i, i64 16
+  %1500 = load i32, ptr %1499, align 4, !tbaa !4
+  %1501 = insertelement <16 x i32> poison, i32 %1500, i64 0
+  %1502 = shufflevector <16 x i32> %1501, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i982.us.2.i = bitcast <16 x i32> %1502 to <32 x bfloat>
+  %r.i983.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i983.us.1.i, <32 x bfloat> %1481, <32 x bfloat> %y.i982.us.2.i)
+  %1503 = getelementptr i8, ptr %gep1268.us.2.i, i64 20
+  %1504 = load i32, ptr %1503, align 4, !tbaa !4
+  %1505 = insertelement <16 x i32> poison, i32 %1504, i64 0
+  %1506 = shufflevector <16 x i32> %1505, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i985.us.2.i = bitcast <16 x i32> %1506 to <32 x bfloat>
+  %r.i986.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i986.us.1.i, <32 x bfloat> %1481, <32 x bfloat> %y.i985.us.2.i)
+  %1507 = getelementptr i8, ptr %gep1268.us.2.i, i64 24
+  %1508 = load i32, ptr %1507, align 4, !tbaa !4
+  %1509 = insertelement <16 x i32> poison, i32 %1508, i64 0
+  %1510 = shufflevector <16 x i32> %1509, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i988.us.2.i = bitcast <16 x i32> %1510 to <32 x bfloat>
+  %r.i989.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i989.us.1.i, <32 x bfloat> %1481, <32 x bfloat> %y.i988.us.2.i)
+  %1511 = getelementptr i8, ptr %gep1268.us.2.i, i64 28
+  %1512 = load i32, ptr %1511, align 4, !tbaa !4
+  %1513 = insertelement <16 x i32> poison, i32 %1512, i64 0
+  %1514 = shufflevector <16 x i32> %1513, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i991.us.2.i = bitcast <16 x i32> %1514 to <32 x bfloat>
+  %r.i992.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i992.us.1.i, <32 x bfloat> %1481, <32 x bfloat> %y.i991.us.2.i)
+  %1515 = getelementptr inbounds nuw i8, ptr %1410, i64 192
+  %1516 = load <32 x bfloat>, ptr %1515, align 4, !tbaa !4
+  %1517 = getelementptr inbounds nuw i8, ptr %1412, i64 48
+  %1518 = load i64, ptr %1517, align 8, !tbaa !4
+  %gep1268.us.3.i = getelementptr i32, ptr %gep1318.us.i, i64 %1518
+  %1519 = load i32, ptr %gep1268.us.3.i, align 4, !tbaa !4
+  %1520 = insertelement <16 x i32> poison, i32 %1519, i64 0
+  %1521 = shufflevector <16 x i32> %1520, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i970.us.3.i = bitcast <16 x i32> %1521 to <32 x bfloat>
+  %r.i971.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i971.us.2.i, <32 x bfloat> %1516, <32 x bfloat> %y.i970.us.3.i)
+  %1522 = getelementptr i8, ptr %gep1268.us.3.i, i64 4
+  %1523 = load i32, ptr %1522, align 4, !tbaa !4
+  %1524 = insertelement <16 x i32> poison, i32 %1523, i64 0
+  %1525 = shufflevector <16 x i32> %1524, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i973.us.3.i = bitcast <16 x i32> %1525 to <32 x bfloat>
+  %r.i974.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i974.us.2.i, <32 x bfloat> %1516, <32 x bfloat> %y.i973.us.3.i)
+  %1526 = getelementptr i8, ptr %gep1268.us.3.i, i64 8
+  %1527 = load i32, ptr %1526, align 4, !tbaa !4
+  %1528 = insertelement <16 x i32> poison, i32 %1527, i64 0
+  %1529 = shufflevector <16 x i32> %1528, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i976.us.3.i = bitcast <16 x i32> %1529 to <32 x bfloat>
+  %r.i977.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i977.us.2.i, <32 x bfloat> %1516, <32 x bfloat> %y.i976.us.3.i)
+  %1530 = getelementptr i8, ptr %gep1268.us.3.i, i64 12
+  %1531 = load i32, ptr %1530, align 4, !tbaa !4
+  %1532 = insertelement <16 x i32> poison, i32 %1531, i64 0
+  %1533 = shufflevector <16 x i32> %1532, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i979.us.3.i = bitcast <16 x i32> %1533 to <32 x bfloat>
+  %r.i980.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i980.us.2.i, <32 x bfloat> %1516, <32 x bfloat> %y.i979.us.3.i)
+  %1534 = getelementptr i8, ptr %gep1268.us.3.i, i64 16
+  %1535 = load i32, ptr %1534, align 4, !tbaa !4
+  %1536 = insertelement <16 x i32> poison, i32 %1535, i64 0
+  %1537 = shufflevector <16 x i32> %1536, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i982.us.3.i = bitcast <16 x i32> %1537 to <32 x bfloat>
+  %r.i983.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i983.us.2.i, <32 x bfloat> %1516, <32 x bfloat> %y.i982.us.3.i)
+  %1538 = getelementptr i8, ptr %gep1268.us.3.i, i64 20
+  %1539 = load i32, ptr %1538, align 4, !tbaa !4
+  %1540 = insertelement <16 x i32> poison, i32 %1539, i64 0
+  %1541 = shufflevector <16 x i32> %1540, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i985.us.3.i = bitcast <16 x i32> %1541 to <32 x bfloat>
+  %r.i986.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i986.us.2.i, <32 x bfloat> %1516, <32 x bfloat> %y.i985.us.3.i)
+  %1542 = getelementptr i8, ptr %gep1268.us.3.i, i64 24
+  %1543 = load i32, ptr %1542, align 4, !tbaa !4
+  %1544 = insertelement <16 x i32> poison, i32 %1543, i64 0
+  %1545 = shufflevector <16 x i32> %1544, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i988.us.3.i = bitcast <16 x i32> %1545 to <32 x bfloat>
+  %r.i989.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i989.us.2.i, <32 x bfloat> %1516, <32 x bfloat> %y.i988.us.3.i)
+  %1546 = getelementptr i8, ptr %gep1268.us.3.i, i64 28
+  %1547 = load i32, ptr %1546, align 4, !tbaa !4
+  %1548 = insertelement <16 x i32> poison, i32 %1547, i64 0
+  %1549 = shufflevector <16 x i32> %1548, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i991.us.3.i = bitcast <16 x i32> %1549 to <32 x bfloat>
+  %r.i992.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i992.us.2.i, <32 x bfloat> %1516, <32 x bfloat> %y.i991.us.3.i)
+  %indvars.iv.next1602.i = add nuw nsw i64 %indvars.iv1601.i, 1
+  %exitcond1605.not.i = icmp eq i64 %indvars.iv.next1602.i, %wide.trip.count1604.i
+  br i1 %exitcond1605.not.i, label %for_end_to286.us.i, label %for_begin_ti289.preheader.us.i, !prof !8
+
+for_begin_to284.preheader.us.i:                   ; preds = %if_end314.us.i, %if_end273.us.i
+  %indvars.iv1611.i = phi i64 [ %indvars.iv.next1612.i, %if_end314.us.i ], [ 0, %if_end273.us.i ]
+  br i1 %.not1469.i, label %for_end_to286.us.i, label %for_begin_ti289.preheader.lr.ph.us.i, !prof !11
+
+for_begin_ti267.preheader.us.i:                   ; preds = %for_begin_ti267.preheader.lr.ph.us.i, %for_begin_ti267.preheader.us.i
+  %indvars.iv1589.i = phi i64 [ 0, %for_begin_ti267.preheader.lr.ph.us.i ], [ %indvars.iv.next1590.i, %for_begin_ti267.preheader.us.i ]
+  %indvars.iv1589.tr.i = trunc i64 %indvars.iv1589.i to i32
+  %1550 = shl i32 %indvars.iv1589.tr.i, 3
+  %1551 = add i32 %2779, %1550
+  %1552 = add i32 %num_full.us.i, %indvars.iv1589.tr.i
+  %1553 = shl i32 %1552, 6
+  %1554 = sext i32 %1553 to i64
+  %1555 = load <16 x i32>, ptr %2777, align 4, !tbaa !4
+  %1556 = or disjoint i32 %1551, 1
+  %1557 = insertelement <16 x i32> poison, i32 %1556, i64 0
+  %1558 = shufflevector <16 x i32> %1557, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1559 = icmp slt <16 x i32> %1558, %1555
+  %1560 = select <16 x i1> %1559, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %1561 = insertelement <16 x i32> poison, i32 %1551, i64 0
+  %1562 = shufflevector <16 x i32> %1561, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1563 = icmp slt <16 x i32> %1562, %1555
+  %1564 = select <16 x i1> %1563, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %1565 = or disjoint <16 x i32> %1560, %1564
+  %1566 = getelementptr inbounds i32, ptr %edges.us.i, i64 %1554
+  store <16 x i32> %1565, ptr %1566, align 4, !tbaa !4
+  %1567 = load <16 x i32>, ptr %2777, align 4, !tbaa !4
+  %1568 = add nuw nsw i32 %1551, 2
+  %1569 = or disjoint i32 %1568, 1
+  %1570 = insertelement <16 x i32> poison, i32 %1569, i64 0
+  %1571 = shufflevector <16 x i32> %1570, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1572 = icmp slt <16 x i32> %1571, %1567
+  %1573 = select <16 x i1> %1572, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %1574 = insertelement <16 x i32> poison, i32 %1568, i64 0
+  %1575 = shufflevector <16 x i32> %1574, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1576 = icmp slt <16 x i32> %1575, %1567
+  %1577 = select <16 x i1> %1576, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %1578 = or disjoint <16 x i32> %1573, %1577
+  %1579 = getelementptr i8, ptr %1566, i64 64
+  store <16 x i32> %1578, ptr %1579, align 4, !tbaa !4
+  %1580 = load <16 x i32>, ptr %2777, align 4, !tbaa !4
+  %1581 = add nuw nsw i32 %1551, 4
+  %1582 = or disjoint i32 %1581, 1
+  %1583 = insertelement <16 x i32> poison, i32 %1582, i64 0
+  %1584 = shufflevector <16 x i32> %1583, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1585 = icmp slt <16 x i32> %1584, %1580
+  %1586 = select <16 x i1> %1585, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %1587 = insertelement <16 x i32> poison, i32 %1581, i64 0
+  %1588 = shufflevector <16 x i32> %1587, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1589 = icmp slt <16 x i32> %1588, %1580
+  %1590 = select <16 x i1> %1589, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %1591 = or disjoint <16 x i32> %1586, %1590
+  %1592 = getelementptr i8, ptr %1566, i64 128
+  store <16 x i32> %1591, ptr %1592, align 4, !tbaa !4
+  %1593 = load <16 x i32>, ptr %2777, align 4, !tbaa !4
+  %1594 = add nuw nsw i32 %1551, 6
+  %1595 = or disjoint i32 %1594, 1
+  %1596 = insertelement <16 x i32> poison, i32 %1595, i64 0
+  %1597 = shufflevector <16 x i32> %1596, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1598 = icmp slt <16 x i32> %1597, %1593
+  %1599 = select <16 x i1> %1598, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %1600 = insertelement <16 x i32> poison, i32 %1594, i64 0
+  %1601 = shufflevector <16 x i32> %1600, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1602 = icmp slt <16 x i32> %1601, %1593
+  %1603 = select <16 x i1> %1602, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %1604 = or disjoint <16 x i32> %1603, %1599
+  %1605 = getelementptr i8, ptr %1566, i64 192
+  store <16 x i32> %1604, ptr %1605, align 4, !tbaa !4
+  %indvars.iv.next1590.i = add nuw nsw i64 %indvars.iv1589.i, 1
+  %exitcond1593.not.i = icmp eq i64 %indvars.iv.next1590.i, %wide.trip.count1592.i
+  br i1 %exitcond1593.not.i, label %for_end_to264.us.i, label %for_begin_ti267.preheader.us.i, !prof !8
+
+for_begin_ti222.preheader.us.i:                   ; preds = %for_begin_ti222.preheader.us.i.preheader.new, %for_begin_ti222.preheader.us.i
+  %indvars.iv1580.i = phi i64 [ 0, %for_begin_ti222.preheader.us.i.preheader.new ], [ %indvars.iv.next1581.i.1, %for_begin_ti222.preheader.us.i ]
+  %niter358 = phi i64 [ 0, %for_begin_ti222.preheader.us.i.preheader.new ], [ %niter358.next.1, %for_begin_ti222.preheader.us.i ]
+  %.idx68 = shl nsw i64 %indvars.iv1580.i, 9
+  %1606 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx68
+  %1607 = getelementptr inbounds nuw i8, ptr %1606, i64 64
+  %1608 = load <16 x i32>, ptr %1607, align 4, !tbaa !4
+  %1609 = load <16 x i32>, ptr %1606, align 4, !tbaa !4
+  %1610 = lshr <16 x i32> %1609, splat (i32 16)
+  %1611 = or <16 x i32> %1610, %1608
+  %.idx69 = shl nsw i64 %indvars.iv1580.i, 8
+  %1612 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx69
+  store <16 x i32> %1611, ptr %1612, align 4, !tbaa !4
+  %1613 = getelementptr inbounds nuw i8, ptr %1606, i64 128
+  %1614 = getelementptr inbounds nuw i8, ptr %1606, i64 192
+  %1615 = load <16 x i32>, ptr %1614, align 4, !tbaa !4
+  %1616 = load <16 x i32>, ptr %1613, align 4, !tbaa !4
+  %1617 = lshr <16 x i32> %1616, splat (i32 16)
+  %1618 = or <16 x i32> %1617, %1615
+  %1619 = getelementptr inbounds nuw i8, ptr %1612, i64 64
+  store <16 x i32> %1618, ptr %1619, align 4, !tbaa !4
+  %1620 = getelementptr inbounds nuw i8, ptr %1606, i64 256
+  %1621 = getelementptr inbounds nuw i8, ptr %1606, i64 320
+  %1622 = load <16 x i32>, ptr %1621, align 4, !tbaa !4
+  %1623 = load <16 x i32>, ptr %1620, align 4, !tbaa !4
+  %1624 = lshr <16 x i32> %1623, splat (i32 16)
+  %1625 = or <16 x i32> %1624, %1622
+  %1626 = getelementptr inbounds nuw i8, ptr %1612, i64 128
+  store <16 x i32> %1625, ptr %1626, align 4, !tbaa !4
+  %1627 = getelementptr inbounds nuw i8, ptr %1606, i64 384
+  %1628 = getelementptr inbounds nuw i8, ptr %1606, i64 448
+  %1629 = load <16 x i32>, ptr %1628, align 4, !tbaa !4
+  %1630 = load <16 x i32>, ptr %1627, align 4, !tbaa !4
+  %1631 = lshr <16 x i32> %1630, splat (i32 16)
+  %1632 = or <16 x i32> %1631, %1629
+  %1633 = getelementptr inbounds nuw i8, ptr %1612, i64 192
+  store <16 x i32> %1632, ptr %1633, align 4, !tbaa !4
+  %indvars.iv.next1581.i = or disjoint i64 %indvars.iv1580.i, 1
+  %.idx68.1 = shl nsw i64 %indvars.iv.next1581.i, 9
+  %1634 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx68.1
+  %1635 = getelementptr inbounds nuw i8, ptr %1634, i64 64
+  %1636 = load <16 x i32>, ptr %1635, align 4, !tbaa !4
+  %1637 = load <16 x i32>, ptr %1634, align 4, !tbaa !4
+  %1638 = lshr <16 x i32> %1637, splat (i32 16)
+  %1639 = or <16 x i32> %1638, %1636
+  %.idx69.1 = shl nsw i64 %indvars.iv.next1581.i, 8
+  %1640 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx69.1
+  store <16 x i32> %1639, ptr %1640, align 4, !tbaa !4
+  %1641 = getelementptr inbounds nuw i8, ptr %1634, i64 128
+  %1642 = getelementptr inbounds nuw i8, ptr %1634, i64 192
+  %1643 = load <16 x i32>, ptr %1642, align 4, !tbaa !4
+  %1644 = load <16 x i32>, ptr %1641, align 4, !tbaa !4
+  %1645 = lshr <16 x i32> %1644, splat (i32 16)
+  %1646 = or <16 x i32> %1645, %1643
+  %1647 = getelementptr inbounds nuw i8, ptr %1640, i64 64
+  store <16 x i32> %1646, ptr %1647, align 4, !tbaa !4
+  %1648 = getelementptr inbounds nuw i8, ptr %1634, i64 256
+  %1649 = getelementptr inbounds nuw i8, ptr %1634, i64 320
+  %1650 = load <16 x i32>, ptr %1649, align 4, !tbaa !4
+  %1651 = load <16 x i32>, ptr %1648, align 4, !tbaa !4
+  %1652 = lshr <16 x i32> %1651, splat (i32 16)
+  %1653 = or <16 x i32> %1652, %1650
+  %1654 = getelementptr inbounds nuw i8, ptr %1640, i64 128
+  store <16 x i32> %1653, ptr %1654, align 4, !tbaa !4
+  %1655 = getelementptr inbounds nuw i8, ptr %1634, i64 384
+  %1656 = getelementptr inbounds nuw i8, ptr %1634, i64 448
+  %1657 = load <16 x i32>, ptr %1656, align 4, !tbaa !4
+  %1658 = load <16 x i32>, ptr %1655, align 4, !tbaa !4
+  %1659 = lshr <16 x i32> %1658, splat (i32 16)
+  %1660 = or <16 x i32> %1659, %1657
+  %1661 = getelementptr inbounds nuw i8, ptr %1640, i64 192
+  store <16 x i32> %1660, ptr %1661, align 4, !tbaa !4
+  %indvars.iv.next1581.i.1 = add nuw nsw i64 %indvars.iv1580.i, 2
+  %niter358.next.1 = add i64 %niter358, 2
+  %niter358.ncmp.1 = icmp eq i64 %niter358.next.1, %unroll_iter357
+  br i1 %niter358.ncmp.1, label %for_end_to219.us.i.loopexit.unr-lcssa, label %for_begin_ti222.preheader.us.i, !prof !59, !llvm.loop !65
+
+for_body_ax0.us.us.preheader.i:                   ; preds = %for_begin_ti210.preheader.us.i
+  %1662 = bitcast <16 x i32> %1865 to <16 x float>
+  %1663 = bitcast <16 x i32> %1838 to <16 x float>
+  %1664 = bitcast <16 x i32> %1811 to <16 x float>
+  %1665 = bitcast <16 x i32> %1892 to <16 x float>
+  %1666 = load <16 x float>, ptr %1704, align 4, !tbaa !4
+  %1667 = fadd <16 x float> %tile_sum547.sroa.0.01256.us.i, %1666
+  %1668 = load <16 x float>, ptr %1731, align 4, !tbaa !4
+  %1669 = fadd <16 x float> %1667, %1668
+  %1670 = load <16 x float>, ptr %1758, align 4, !tbaa !4
+  %1671 = fadd <16 x float> %1669, %1670
+  %1672 = load <16 x float>, ptr %1785, align 4, !tbaa !4
+  %1673 = fadd <16 x float> %1671, %1672
+  %1674 = fadd <16 x float> %1673, %1664
+  %1675 = fadd <16 x float> %1674, %1663
+  %1676 = fadd <16 x float> %1675, %1662
+  %1677 = fadd <16 x float> %1676, %1665
+  br label %for_end_ax0.us.i
+
+for_begin_ti210.preheader.us.i:                   ; preds = %for_begin_ti210.preheader.lr.ph.us.i, %for_end_ax0.us.i
+  %indvars.iv1571.i = phi i64 [ 0, %for_begin_ti210.preheader.lr.ph.us.i ], [ %indvars.iv.next1572.i, %for_end_ax0.us.i ]
+  %tile_sum547.sroa.0.01256.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti210.preheader.lr.ph.us.i ], [ %.us-phi.us.i, %for_end_ax0.us.i ]
+  %1678 = shl nsw i64 %indvars.iv1571.i, 7
+  %1679 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1678
+  %1680 = load <16 x float>, ptr %1679, align 4, !tbaa !4
+  %arg.us.i = fsub <16 x float> %1680, %2769
+  %1681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2775)
+  %bits.us.i = bitcast <16 x float> %1681 to <16 x i32>
+  %n.us.i = fsub <16 x float> %1681, %2775
+  %1682 = fmul <16 x float> %n.us.i, splat (float 0x3F2BD01060000000)
+  %1683 = fmul <16 x float> %n.us.i, splat (float 0x3FE6300000000000)
+  %1684 = fsub <16 x float> %arg.us.i, %1683
+  %1685 = fadd <16 x float> %1682, %1684
+  %1686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1685, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1686, <16 x float> %1685, <16 x float> splat (float 0x3FA5558F20000000))
+  %1688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1685, <16 x float> splat (float 0x3FC5554920000000))
+  %1689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1688, <16 x float> %1685, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1690 = fmul <16 x float> %1685, %1685
+  %1691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1689, <16 x float> %1690, <16 x float> %1685)
+  %1692 = shl <16 x i32> %bits.us.i, splat (i32 23)
+  %1693 = bitcast <16 x i32> %1692 to <16 x float>
+  %1694 = fadd <16 x float> %1691, splat (float 1.000000e+00)
+  %1695 = fmul <16 x float> %1694, %1693
+  %1696 = fcmp olt <16 x float> %arg.us.i, %2776
+  %1697 = select <16 x i1> %1696, <16 x float> zeroinitializer, <16 x float> %1695
+  %1698 = bitcast <16 x float> %1697 to <16 x i32>
+  %1699 = lshr <16 x i32> %1698, splat (i32 16)
+  %1700 = and <16 x i32> %1699, splat (i32 1)
+  %1701 = add nsw <16 x i32> %1698, splat (i32 32767)
+  %1702 = add nsw <16 x i32> %1701, %1700
+  %1703 = and <16 x i32> %1702, splat (i32 -65536)
+  %1704 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1678
+  store <16 x i32> %1703, ptr %1704, align 4, !tbaa !4
+  %1705 = or disjoint i64 %1678, 16
+  %1706 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1705
+  %1707 = load <16 x float>, ptr %1706, align 4, !tbaa !4
+  %arg.us.1.i = fsub <16 x float> %1707, %2769
+  %1708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2775)
+  %bits.us.1.i = bitcast <16 x float> %1708 to <16 x i32>
+  %n.us.1.i = fsub <16 x float> %1708, %2775
+  %1709 = fmul <16 x float> %n.us.1.i, splat (float 0x3F2BD01060000000)
+  %1710 = fmul <16 x float> %n.us.1.i, splat (float 0x3FE6300000000000)
+  %1711 = fsub <16 x float> %arg.us.1.i, %1710
+  %1712 = fadd <16 x float> %1709, %1711
+  %1713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1712, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1713, <16 x float> %1712, <16 x float> splat (float 0x3FA5558F20000000))
+  %1715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1714, <16 x float> %1712, <16 x float> splat (float 0x3FC5554920000000))
+  %1716 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1712, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1717 = fmul <16 x float> %1712, %1712
+  %1718 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1716, <16 x float> %1717, <16 x float> %1712)
+  %1719 = shl <16 x i32> %bits.us.1.i, splat (i32 23)
+  %1720 = bitcast <16 x i32> %1719 to <16 x float>
+  %1721 = fadd <16 x float> %1718, splat (float 1.000000e+00)
+  %1722 = fmul <16 x float> %1721, %1720
+  %1723 = fcmp olt <16 x float> %arg.us.1.i, %2776
+  %1724 = select <16 x i1> %1723, <16 x float> zeroinitializer, <16 x float> %1722
+  %1725 = bitcast <16 x float> %1724 to <16 x i32>
+  %1726 = lshr <16 x i32> %1725, splat (i32 16)
+  %1727 = and <16 x i32> %1726, splat (i32 1)
+  %1728 = add nsw <16 x i32> %1725, splat (i32 32767)
+  %1729 = add nsw <16 x i32> %1728, %1727
+  %1730 = and <16 x i32> %1729, splat (i32 -65536)
+  %1731 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1705
+  store <16 x i32> %1730, ptr %1731, align 4, !tbaa !4
+  %1732 = or disjoint i64 %1678, 32
+  %1733 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1732
+  %1734 = load <16 x float>, ptr %1733, align 4, !tbaa !4
+  %arg.us.2.i = fsub <16 x float> %1734, %2769
+  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2775)
+  %bits.us.2.i = bitcast <16 x float> %1735 to <16 x i32>
+  %n.us.2.i = fsub <16 x float> %1735, %2775
+  %1736 = fmul <16 x float> %n.us.2.i, splat (float 0x3F2BD01060000000)
+  %1737 = fmul <16 x float> %n.us.2.i, splat (float 0x3FE6300000000000)
+  %1738 = fsub <16 x float> %arg.us.2.i, %1737
+  %1739 = fadd <16 x float> %1736, %1738
+  %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1740, <16 x float> %1739, <16 x float> splat (float 0x3FA5558F20000000))
+  %1742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1741, <16 x float> %1739, <16 x float> splat (float 0x3FC5554920000000))
+  %1743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1739, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1744 = fmul <16 x float> %1739, %1739
+  %1745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1744, <16 x float> %1739)
+  %1746 = shl <16 x i32> %bits.us.2.i, splat (i32 23)
+  %1747 = bitcast <16 x i32> %1746 to <16 x float>
+  %1748 = fadd <16 x float> %1745, splat (float 1.000000e+00)
+  %1749 = fmul <16 x float> %1748, %1747
+  %1750 = fcmp olt <16 x float> %arg.us.2.i, %2776
+  %1751 = select <16 x i1> %1750, <16 x float> zeroinitializer, <16 x float> %1749
+  %1752 = bitcast <16 x float> %1751 to <16 x i32>
+  %1753 = lshr <16 x i32> %1752, splat (i32 16)
+  %1754 = and <16 x i32> %1753, splat (i32 1)
+  %1755 = add nsw <16 x i32> %1752, splat (i32 32767)
+  %1756 = add nsw <16 x i32> %1755, %1754
+  %1757 = and <16 x i32> %1756, splat (i32 -65536)
+  %1758 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1732
+  store <16 x i32> %1757, ptr %1758, align 4, !tbaa !4
+  %1759 = or disjoint i64 %1678, 48
+  %1760 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1759
+  %1761 = load <16 x float>, ptr %1760, align 4, !tbaa !4
+  %arg.us.3.i = fsub <16 x float> %1761, %2769
+  %1762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2775)
+  %bits.us.3.i = bitcast <16 x float> %1762 to <16 x i32>
+  %n.us.3.i = fsub <16 x float> %1762, %2775
+  %1763 = fmul <16 x float> %n.us.3.i, splat (float 0x3F2BD01060000000)
+  %1764 = fmul <16 x float> %n.us.3.i, splat (float 0x3FE6300000000000)
+  %1765 = fsub <16 x float> %arg.us.3.i, %1764
+  %1766 = fadd <16 x float> %1763, %1765
+  %1767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1766, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1768 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1767, <16 x float> %1766, <16 x float> splat (float 0x3FA5558F20000000))
+  %1769 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1768, <16 x float> %1766, <16 x float> splat (float 0x3FC5554920000000))
+  %1770 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1769, <16 x float> %1766, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1771 = fmul <16 x float> %1766, %1766
+  %1772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1770, <16 x float> %1771, <16 x float> %1766)
+  %1773 = shl <16 x i32> %bits.us.3.i, splat (i32 23)
+  %1774 = bitcast <16 x i32> %1773 to <16 x float>
+  %1775 = fadd <16 x float> %1772, splat (float 1.000000e+00)
+  %1776 = fmul <16 x float> %1775, %1774
+  %1777 = fcmp olt <16 x float> %arg.us.3.i, %2776
+  %1778 = select <16 x i1> %1777, <16 x float> zeroinitializer, <16 x float> %1776
+  %1779 = bitcast <16 x float> %1778 to <16 x i32>
+  %1780 = lshr <16 x i32> %1779, splat (i32 16)
+  %1781 = and <16 x i32> %1780, splat (i32 1)
+  %1782 = add nsw <16 x i32> %1779, splat (i32 32767)
+  %1783 = add nsw <16 x i32> %1782, %1781
+  %1784 = and <16 x i32> %1783, splat (i32 -65536)
+  %1785 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1759
+  store <16 x i32> %1784, ptr %1785, align 4, !tbaa !4
+  %1786 = or disjoint i64 %1678, 64
+  %1787 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1786
+  %1788 = load <16 x float>, ptr %1787, align 4, !tbaa !4
+  %arg.us.4.i = fsub <16 x float> %1788, %2769
+  %1789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2775)
+  %bits.us.4.i = bitcast <16 x float> %1789 to <16 x i32>
+  %n.us.4.i = fsub <16 x float> %1789, %2775
+  %1790 = fmul <16 x float> %n.us.4.i, splat (float 0x3F2BD01060000000)
+  %1791 = fmul <16 x float> %n.us.4.i, splat (float 0x3FE6300000000000)
+  %1792 = fsub <16 x float> %arg.us.4.i, %1791
+  %1793 = fadd <16 x float> %1790, %1792
+  %1794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1793, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1794, <16 x float> %1793, <16 x float> splat (float 0x3FA5558F20000000))
+  %1796 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1795, <16 x float> %1793, <16 x float> splat (float 0x3FC5554920000000))
+  %1797 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1796, <16 x float> %1793, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1798 = fmul <16 x float> %1793, %1793
+  %1799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1797, <16 x float> %1798, <16 x float> %1793)
+  %1800 = shl <16 x i32> %bits.us.4.i, splat (i32 23)
+  %1801 = bitcast <16 x i32> %1800 to <16 x float>
+  %1802 = fadd <16 x float> %1799, splat (float 1.000000e+00)
+  %1803 = fmul <16 x float> %1802, %1801
+  %1804 = fcmp olt <16 x float> %arg.us.4.i, %2776
+  %1805 = select <16 x i1> %1804, <16 x float> zeroinitializer, <16 x float> %1803
+  %1806 = bitcast <16 x float> %1805 to <16 x i32>
+  %1807 = lshr <16 x i32> %1806, splat (i32 16)
+  %1808 = and <16 x i32> %1807, splat (i32 1)
+  %1809 = add nsw <16 x i32> %1806, splat (i32 32767)
+  %1810 = add nsw <16 x i32> %1809, %1808
+  %1811 = and <16 x i32> %1810, splat (i32 -65536)
+  %1812 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1786
+  store <16 x i32> %1811, ptr %1812, align 4, !tbaa !4
+  %1813 = or disjoint i64 %1678, 80
+  %1814 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1813
+  %1815 = load <16 x float>, ptr %1814, align 4, !tbaa !4
+  %arg.us.5.i = fsub <16 x float> %1815, %2769
+  %1816 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2775)
+  %bits.us.5.i = bitcast <16 x float> %1816 to <16 x i32>
+  %n.us.5.i = fsub <16 x float> %1816, %2775
+  %1817 = fmul <16 x float> %n.us.5.i, splat (float 0x3F2BD01060000000)
+  %1818 = fmul <16 x float> %n.us.5.i, splat (float 0x3FE6300000000000)
+  %1819 = fsub <16 x float> %arg.us.5.i, %1818
+  %1820 = fadd <16 x float> %1817, %1819
+  %1821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1820, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1822 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1821, <16 x float> %1820, <16 x float> splat (float 0x3FA5558F20000000))
+  %1823 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1820, <16 x float> splat (float 0x3FC5554920000000))
+  %1824 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1823, <16 x float> %1820, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1825 = fmul <16 x float> %1820, %1820
+  %1826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1825, <16 x float> %1820)
+  %1827 = shl <16 x i32> %bits.us.5.i, splat (i32 23)
+  %1828 = bitcast <16 x i32> %1827 to <16 x float>
+  %1829 = fadd <16 x float> %1826, splat (float 1.000000e+00)
+  %1830 = fmul <16 x float> %1829, %1828
+  %1831 = fcmp olt <16 x float> %arg.us.5.i, %2776
+  %1832 = select <16 x i1> %1831, <16 x float> zeroinitializer, <16 x float> %1830
+  %1833 = bitcast <16 x float> %1832 to <16 x i32>
+  %1834 = lshr <16 x i32> %1833, splat (i32 16)
+  %1835 = and <16 x i32> %1834, splat (i32 1)
+  %1836 = add nsw <16 x i32> %1833, splat (i32 32767)
+  %1837 = add nsw <16 x i32> %1836, %1835
+  %1838 = and <16 x i32> %1837, splat (i32 -65536)
+  %1839 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1813
+  store <16 x i32> %1838, ptr %1839, align 4, !tbaa !4
+  %1840 = or disjoint i64 %1678, 96
+  %1841 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1840
+  %1842 = load <16 x float>, ptr %1841, align 4, !tbaa !4
+  %arg.us.6.i = fsub <16 x float> %1842, %2769
+  %1843 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2775)
+  %bits.us.6.i = bitcast <16 x float> %1843 to <16 x i32>
+  %n.us.6.i = fsub <16 x float> %1843, %2775
+  %1844 = fmul <16 x float> %n.us.6.i, splat (float 0x3F2BD01060000000)
+  %1845 = fmul <16 x float> %n.us.6.i, splat (float 0x3FE6300000000000)
+  %1846 = fsub <16 x float> %arg.us.6.i, %1845
+  %1847 = fadd <16 x float> %1844, %1846
+  %1848 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1847, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1849 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1848, <16 x float> %1847, <16 x float> splat (float 0x3FA5558F20000000))
+  %1850 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1847, <16 x float> splat (float 0x3FC5554920000000))
+  %1851 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1850, <16 x float> %1847, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1852 = fmul <16 x float> %1847, %1847
+  %1853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1851, <16 x float> %1852, <16 x float> %1847)
+  %1854 = shl <16 x i32> %bits.us.6.i, splat (i32 23)
+  %1855 = bitcast <16 x i32> %1854 to <16 x float>
+  %1856 = fadd <16 x float> %1853, splat (float 1.000000e+00)
+  %1857 = fmul <16 x float> %1856, %1855
+  %1858 = fcmp olt <16 x float> %arg.us.6.i, %2776
+  %1859 = select <16 x i1> %1858, <16 x float> zeroinitializer, <16 x float> %1857
+  %1860 = bitcast <16 x float> %1859 to <16 x i32>
+  %1861 = lshr <16 x i32> %1860, splat (i32 16)
+  %1862 = and <16 x i32> %1861, splat (i32 1)
+  %1863 = add nsw <16 x i32> %1860, splat (i32 32767)
+  %1864 = add nsw <16 x i32> %1863, %1862
+  %1865 = and <16 x i32> %1864, splat (i32 -65536)
+  %1866 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1840
+  store <16 x i32> %1865, ptr %1866, align 4, !tbaa !4
+  %1867 = or disjoint i64 %1678, 112
+  %1868 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1867
+  %1869 = load <16 x float>, ptr %1868, align 4, !tbaa !4
+  %arg.us.7.i = fsub <16 x float> %1869, %2769
+  %1870 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2775)
+  %bits.us.7.i = bitcast <16 x float> %1870 to <16 x i32>
+  %n.us.7.i = fsub <16 x float> %1870, %2775
+  %1871 = fmul <16 x float> %n.us.7.i, splat (float 0x3F2BD01060000000)
+  %1872 = fmul <16 x float> %n.us.7.i, splat (float 0x3FE6300000000000)
+  %1873 = fsub <16 x float> %arg.us.7.i, %1872
+  %1874 = fadd <16 x float> %1871, %1873
+  %1875 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1874, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1876 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1875, <16 x float> %1874, <16 x float> splat (float 0x3FA5558F20000000))
+  %1877 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1876, <16 x float> %1874, <16 x float> splat (float 0x3FC5554920000000))
+  %1878 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1877, <16 x float> %1874, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1879 = fmul <16 x float> %1874, %1874
+  %1880 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1878, <16 x float> %1879, <16 x float> %1874)
+  %1881 = shl <16 x i32> %bits.us.7.i, splat (i32 23)
+  %1882 = bitcast <16 x i32> %1881 to <16 x float>
+  %1883 = fadd <16 x float> %1880, splat (float 1.000000e+00)
+  %1884 = fmul <16 x float> %1883, %1882
+  %1885 = fcmp olt <16 x float> %arg.us.7.i, %2776
+  %1886 = select <16 x i1> %1885, <16 x float> zeroinitializer, <16 x float> %1884
+  %1887 = bitcast <16 x float> %1886 to <16 x i32>
+  %1888 = lshr <16 x i32> %1887, splat (i32 16)
+  %1889 = and <16 x i32> %1888, splat (i32 1)
+  %1890 = add nsw <16 x i32> %1887, splat (i32 32767)
+  %1891 = add nsw <16 x i32> %1890, %1889
+  %1892 = and <16 x i32> %1891, splat (i32 -65536)
+  %1893 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1867
+  store <16 x i32> %1892, ptr %1893, align 4, !tbaa !4
+  %1894 = icmp samesign ult i64 %indvars.iv1571.i, 32
+  br i1 %1894, label %for_body_ax0.us.us.preheader.i, label %for_end_ax0.us.i, !prof !7
+
+for_begin_ti200.preheader.us.i:                   ; preds = %for_begin_ti200.preheader.us.i, %for_begin_ti200.preheader.us.preheader.i.new
+  %indvars.iv1558.i = phi i64 [ 0, %for_begin_ti200.preheader.us.preheader.i.new ], [ %indvars.iv.next1559.i.1, %for_begin_ti200.preheader.us.i ]
+  %peak543.sroa.0.01250.us.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti200.preheader.us.preheader.i.new ], [ %1959, %for_begin_ti200.preheader.us.i ]
+  %niter352 = phi i64 [ 0, %for_begin_ti200.preheader.us.preheader.i.new ], [ %niter352.next.1, %for_begin_ti200.preheader.us.i ]
+  %.idx = shl nsw i64 %indvars.iv1558.i, 9
+  %1895 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx
+  %1896 = load <16 x float>, ptr %1895, align 4, !tbaa !4
+  %1897 = fcmp ogt <16 x float> %peak543.sroa.0.01250.us.i, %1896
+  %1898 = select <16 x i1> %1897, <16 x float> %peak543.sroa.0.01250.us.i, <16 x float> %1896
+  %1899 = getelementptr inbounds nuw i8, ptr %1895, i64 64
+  %1900 = load <16 x float>, ptr %1899, align 4, !tbaa !4
+  %1901 = fcmp ogt <16 x float> %1898, %1900
+  %1902 = select <16 x i1> %1901, <16 x float> %1898, <16 x float> %1900
+  %1903 = getelementptr inbounds nuw i8, ptr %1895, i64 128
+  %1904 = load <16 x float>, ptr %1903, align 4, !tbaa !4
+  %1905 = fcmp ogt <16 x float> %1902, %1904
+  %1906 = select <16 x i1> %1905, <16 x float> %1902, <16 x float> %1904
+  %1907 = getelementptr inbounds nuw i8, ptr %1895, i64 192
+  %1908 = load <16 x float>, ptr %1907, align 4, !tbaa !4
+  %1909 = fcmp ogt <16 x float> %1906, %1908
+  %1910 = select <16 x i1> %1909, <16 x float> %1906, <16 x float> %1908
+  %1911 = getelementptr inbounds nuw i8, ptr %1895, i64 256
+  %1912 = load <16 x float>, ptr %1911, align 4, !tbaa !4
+  %1913 = fcmp ogt <16 x float> %1910, %1912
+  %1914 = select <16 x i1> %1913, <16 x float> %1910, <16 x float> %1912
+  %1915 = getelementptr inbounds nuw i8, ptr %1895, i64 320
+  %1916 = load <16 x float>, ptr %1915, align 4, !tbaa !4
+  %1917 = fcmp ogt <16 x float> %1914, %1916
+  %1918 = select <16 x i1> %1917, <16 x float> %1914, <16 x float> %1916
+  %1919 = getelementptr inbounds nuw i8, ptr %1895, i64 384
+  %1920 = load <16 x float>, ptr %1919, align 4, !tbaa !4
+  %1921 = fcmp ogt <16 x float> %1918, %1920
+  %1922 = select <16 x i1> %1921, <16 x float> %1918, <16 x float> %1920
+  %1923 = getelementptr inbounds nuw i8, ptr %1895, i64 448
+  %1924 = load <16 x float>, ptr %1923, align 4, !tbaa !4
+  %1925 = fcmp ogt <16 x float> %1922, %1924
+  %1926 = select <16 x i1> %1925, <16 x float> %1922, <16 x float> %1924
+  %indvars.iv.next1559.i = shl i64 %indvars.iv1558.i, 9
+  %1927 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %indvars.iv.next1559.i
+  %1928 = getelementptr inbounds nuw i8, ptr %1927, i64 512
+  %1929 = load <16 x float>, ptr %1928, align 4, !tbaa !4
+  %1930 = fcmp ogt <16 x float> %1926, %1929
+  %1931 = select <16 x i1> %1930, <16 x float> %1926, <16 x float> %1929
+  %1932 = getelementptr inbounds nuw i8, ptr %1927, i64 576
+  %1933 = load <16 x float>, ptr %1932, align 4, !tbaa !4
+  %1934 = fcmp ogt <16 x float> %1931, %1933
+  %1935 = select <16 x i1> %1934, <16 x float> %1931, <16 x float> %1933
+  %1936 = getelementptr inbounds nuw i8, ptr %1927, i64 640
+  %1937 = load <16 x float>, ptr %1936, align 4, !tbaa !4
+  %1938 = fcmp ogt <16 x float> %1935, %1937
+  %1939 = select <16 x i1> %1938, <16 x float> %1935, <16 x float> %1937
+  %1940 = getelementptr inbounds nuw i8, ptr %1927, i64 704
+  %1941 = load <16 x float>, ptr %1940, align 4, !tbaa !4
+  %1942 = fcmp ogt <16 x float> %1939, %1941
+  %1943 = select <16 x i1> %1942, <16 x float> %1939, <16 x float> %1941
+  %1944 = getelementptr inbounds nuw i8, ptr %1927, i64 768
+  %1945 = load <16 x float>, ptr %1944, align 4, !tbaa !4
+  %1946 = fcmp ogt <16 x float> %1943, %1945
+  %1947 = select <16 x i1> %1946, <16 x float> %1943, <16 x float> %1945
+  %1948 = getelementptr inbounds nuw i8, ptr %1927, i64 832
+  %1949 = load <16 x float>, ptr %1948, align 4, !tbaa !4
+  %1950 = fcmp ogt <16 x float> %1947, %1949
+  %1951 = select <16 x i1> %1950, <16 x float> %1947, <16 x float> %1949
+  %1952 = getelementptr inbounds nuw i8, ptr %1927, i64 896
+  %1953 = load <16 x float>, ptr %1952, align 4, !tbaa !4
+  %1954 = fcmp ogt <16 x float> %1951, %1953
+  %1955 = select <16 x i1> %1954, <16 x float> %1951, <16 x float> %1953
+  %1956 = getelementptr inbounds nuw i8, ptr %1927, i64 960
+  %1957 = load <16 x float>, ptr %1956, align 4, !tbaa !4
+  %1958 = fcmp ogt <16 x float> %1955, %1957
+  %1959 = select <16 x i1> %1958, <16 x float> %1955, <16 x float> %1957
+  %indvars.iv.next1559.i.1 = add nuw nsw i64 %indvars.iv1558.i, 2
+  %niter352.next.1 = add i64 %niter352, 2
+  %niter352.ncmp.1 = icmp eq i64 %niter352.next.1, %unroll_iter351
+  br i1 %niter352.ncmp.1, label %for_begin_ti210.preheader.lr.ph.us.i.unr-lcssa, label %for_begin_ti200.preheader.us.i, !prof !59, !llvm.loop !66
+
+for_begin_ti.preheader.us.i:                      ; preds = %for_end_i.us.i, %for_begin_ti.preheader.us.i
+  %indvars.iv1546.i = phi i64 [ 0, %for_end_i.us.i ], [ %indvars.iv.next1547.i, %for_begin_ti.preheader.us.i ]
+  %1960 = shl nsw i64 %indvars.iv1546.i, 7
+  %1961 = shl nsw i64 %indvars.iv1546.i, 3
+  %1962 = add nsw i64 %1961, %950
+  %1963 = trunc i64 %1962 to i32
+  %1964 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1960
+  %1965 = load <16 x float>, ptr %1964, align 4, !tbaa !4
+  %1966 = fmul <16 x float> %610, %1965
+  %1967 = load <16 x i32>, ptr %2056, align 4, !tbaa !4
+  %1968 = insertelement <16 x i32> poison, i32 %1963, i64 0
+  %1969 = shufflevector <16 x i32> %1968, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1970 = icmp slt <16 x i32> %1969, %1967
+  %1971 = select <16 x i1> %1970, <16 x float> %1966, <16 x float> splat (float 0xFFF0000000000000)
+  %1972 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1960
+  store <16 x float> %1971, ptr %1972, align 4, !tbaa !4
+  %1973 = or disjoint i64 %1960, 16
+  %1974 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1973
+  %1975 = load <16 x float>, ptr %1974, align 4, !tbaa !4
+  %1976 = fmul <16 x float> %610, %1975
+  %1977 = load <16 x i32>, ptr %2056, align 4, !tbaa !4
+  %1978 = or i32 %1963, 1
+  %1979 = insertelement <16 x i32> poison, i32 %1978, i64 0
+  %1980 = shufflevector <16 x i32> %1979, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1981 = icmp slt <16 x i32> %1980, %1977
+  %1982 = select <16 x i1> %1981, <16 x float> %1976, <16 x float> splat (float 0xFFF0000000000000)
+  %1983 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1973
+  store <16 x float> %1982, ptr %1983, align 4, !tbaa !4
+  %1984 = or disjoint i64 %1960, 32
+  %1985 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1984
+  %1986 = load <16 x float>, ptr %1985, align 4, !tbaa !4
+  %1987 = fmul <16 x float> %610, %1986
+  %1988 = load <16 x i32>, ptr %2056, align 4, !tbaa !4
+  %1989 = or i32 %1963, 2
+  %1990 = insertelement <16 x i32> poison, i32 %1989, i64 0
+  %1991 = shufflevector <16 x i32> %1990, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1992 = icmp slt <16 x i32> %1991, %1988
+  %1993 = select <16 x i1> %1992, <16 x float> %1987, <16 x float> splat (float 0xFFF0000000000000)
+  %1994 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1984
+  store <16 x float> %1993, ptr %1994, align 4, !tbaa !4
+  %1995 = or disjoint i64 %1960, 48
+  %1996 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1995
+  %1997 = load <16 x float>, ptr %1996, align 4, !tbaa !4
+  %1998 = fmul <16 x float> %610, %1997
+  %1999 = load <16 x i32>, ptr %2056, align 4, !tbaa !4
+  %2000 = or i32 %1963, 3
+  %2001 = insertelement <16 x i32> poison, i32 %2000, i64 0
+  %2002 = shufflevector <16 x i32> %2001, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2003 = icmp slt <16 x i32> %2002, %1999
+  %2004 = select <16 x i1> %2003, <16 x float> %1998, <16 x float> splat (float 0xFFF0000000000000)
+  %2005 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1995
+  store <16 x float> %2004, ptr %2005, align 4, !tbaa !4
+  %2006 = or disjoint i64 %1960, 64
+  %2007 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2006
+  %2008 = load <16 x float>, ptr %2007, align 4, !tbaa !4
+  %2009 = fmul <16 x float> %610, %2008
+  %2010 = load <16 x i32>, ptr %2056, align 4, !tbaa !4
+  %2011 = or i32 %1963, 4
+  %2012 = insertelement <16 x i32> poison, i32 %2011, i64 0
+  %2013 = shufflevector <16 x i32> %2012, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2014 = icmp slt <16 x i32> %2013, %2010
+  %2015 = select <16 x i1> %2014, <16 x float> %2009, <16 x float> splat (float 0xFFF0000000000000)
+  %2016 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2006
+  store <16 x float> %2015, ptr %2016, align 4, !tbaa !4
+  %2017 = or disjoint i64 %1960, 80
+  %2018 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2017
+  %2019 = load <16 x float>, ptr %2018, align 4, !tbaa !4
+  %2020 = fmul <16 x float> %610, %2019
+  %2021 = load <16 x i32>, ptr %2056, align 4, !tbaa !4
+  %2022 = or i32 %1963, 5
+  %2023 = insertelement <16 x i32> poison, i32 %2022, i64 0
+  %2024 = shufflevector <16 x i32> %2023, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2025 = icmp slt <16 x i32> %2024, %2021
+  %2026 = select <16 x i1> %2025, <16 x float> %2020, <16 x float> splat (float 0xFFF0000000000000)
+  %2027 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2017
+  store <16 x float> %2026, ptr %2027, align 4, !tbaa !4
+  %2028 = or disjoint i64 %1960, 96
+  %2029 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2028
+  %2030 = load <16 x float>, ptr %2029, align 4, !tbaa !4
+  %2031 = fmul <16 x float> %610, %2030
+  %2032 = load <16 x i32>, ptr %2056, align 4, !tbaa !4
+  %2033 = or i32 %1963, 6
+  %2034 = insertelement <16 x i32> poison, i32 %2033, i64 0
+  %2035 = shufflevector <16 x i32> %2034, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2036 = icmp slt <16 x i32> %2035, %2032
+  %2037 = select <16 x i1> %2036, <16 x float> %2031, <16 x float> splat (float 0xFFF0000000000000)
+  %2038 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2028
+  store <16 x float> %2037, ptr %2038, align 4, !tbaa !4
+  %2039 = or disjoint i64 %1960, 112
+  %2040 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2039
+  %2041 = load <16 x float>, ptr %2040, align 4, !tbaa !4
+  %2042 = fmul <16 x float> %610, %2041
+  %2043 = load <16 x i32>, ptr %2056, align 4, !tbaa !4
+  %2044 = or i32 %1963, 7
+  %2045 = insertelement <16 x i32> poison, i32 %2044, i64 0
+  %2046 = shufflevector <16 x i32> %2045, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2047 = icmp slt <16 x i32> %2046, %2043
+  %2048 = select <16 x i1> %2047, <16 x float> %2042, <16 x float> splat (float 0xFFF0000000000000)
+  %2049 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2039
+  store <16 x float> %2048, ptr %2049, align 4, !tbaa !4
+  %indvars.iv.next1547.i = add nuw nsw i64 %indvars.iv1546.i, 1
+  %exitcond1550.not.i = icmp eq i64 %indvars.iv.next1547.i, %wide.trip.count1540.i
+  br i1 %exitcond1550.not.i, label %for_end_to182.us.i, label %for_begin_ti.preheader.us.i, !prof !8
+
+for_body_t156.lr.ph.us.i:                         ; preds = %if_end153.us.i
+  %2050 = add nuw i32 %1055, 1
+  %2051 = trunc nuw nsw i64 %indvars.iv1615.i to i32
+  %2052 = mul nuw nsw i32 %2050, %2051
+  %xtraiter332 = and i32 %2050, 1
+  %2053 = icmp eq i32 %1055, 0
+  br i1 %2053, label %for_body_t156.us.i.epil.preheader, label %for_body_t156.lr.ph.us.i.new, !prof !64
+
+for_body_t156.lr.ph.us.i.new:                     ; preds = %for_body_t156.lr.ph.us.i
+  %unroll_iter336 = and i32 %2050, -2
+  br label %for_body_t156.us.i
+
+for_end_i.us.i:                                   ; preds = %for_end_d_0.us.us.i
+  %2054 = shl i64 %1172, 4
+  %2055 = and i64 %2054, 4294967280
+  %2056 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %2055
+  br label %for_begin_ti.preheader.us.i
+
+for_end_d_0.us.us.i:                              ; preds = %for_body_d_0.us.us.i
+  %.idx1743.i = shl nsw i64 %indvars.iv1537.i, 9
+  %2057 = getelementptr inbounds nuw i8, ptr %scores.us.i, i64 %.idx1743.i
+  store <16 x float> %r.i947.us.us.i, ptr %2057, align 4, !tbaa !4
+  %2058 = getelementptr inbounds nuw i8, ptr %2057, i64 64
+  store <16 x float> %r.i950.us.us.i, ptr %2058, align 4, !tbaa !4
+  %2059 = getelementptr inbounds nuw i8, ptr %2057, i64 128
+  store <16 x float> %r.i953.us.us.i, ptr %2059, align 4, !tbaa !4
+  %2060 = getelementptr inbounds nuw i8, ptr %2057, i64 192
+  store <16 x float> %r.i956.us.us.i, ptr %2060, align 4, !tbaa !4
+  %2061 = getelementptr inbounds nuw i8, ptr %2057, i64 256
+  store <16 x float> %r.i959.us.us.i, ptr %2061, align 4, !tbaa !4
+  %2062 = getelementptr inbounds nuw i8, ptr %2057, i64 320
+  store <16 x float> %r.i962.us.us.i, ptr %2062, align 4, !tbaa !4
+  %2063 = getelementptr inbounds nuw i8, ptr %2057, i64 384
+  store <16 x float> %r.i965.us.us.i, ptr %2063, align 4, !tbaa !4
+  %2064 = getelementptr inbounds nuw i8, ptr %2057, i64 448
+  store <16 x float> %r.i968.us.us.i, ptr %2064, align 4, !tbaa !4
+  %indvars.iv.next1538.i = add nuw nsw i64 %indvars.iv1537.i, 1
+  %exitcond1541.not.i = icmp eq i64 %indvars.iv.next1538.i, %wide.trip.count1540.i
+  br i1 %exitcond1541.not.i, label %for_end_i.us.i, label %for_begin_d_0.preheader.us.us.i, !prof !8
+
+for_body_d_0.us.us.i:                             ; preds = %for_begin_d_0.preheader.us.us.i, %for_body_d_0.us.us.i
+  %indvars.iv1533.i = phi i64 [ 0, %for_begin_d_0.preheader.us.us.i ], [ %indvars.iv.next1534.i, %for_body_d_0.us.us.i ]
+  %scores_global544.sroa.0.01241.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i947.us.us.i, %for_body_d_0.us.us.i ]
+  %scores_global544.sroa.34.01240.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i950.us.us.i, %for_body_d_0.us.us.i ]
+  %scores_global544.sroa.68.01239.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i953.us.us.i, %for_body_d_0.us.us.i ]
+  %scores_global544.sroa.102.01238.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i956.us.us.i, %for_body_d_0.us.us.i ]
+  %scores_global544.sroa.136.01237.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i959.us.us.i, %for_body_d_0.us.us.i ]
+  %scores_global544.sroa.170.01236.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i962.us.us.i, %for_body_d_0.us.us.i ]
+  %scores_global544.sroa.204.01235.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i965.us.us.i, %for_body_d_0.us.us.i ]
+  %scores_global544.sroa.238.01234.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i968.us.us.i, %for_body_d_0.us.us.i ]
+  %.idx1742.i = shl nuw nsw i64 %indvars.iv1533.i, 10
+  %gep1775.i = getelementptr inbounds nuw i8, ptr %invariant.gep1774.i, i64 %.idx1742.i
+  %2065 = load <32 x bfloat>, ptr %gep1775.i, align 4, !tbaa !4
+  %2066 = mul i64 %608, %indvars.iv1533.i
+  %2067 = getelementptr i32, ptr %2646, i64 %2066
+  %2068 = load i32, ptr %2067, align 4, !tbaa !4
+  %2069 = insertelement <16 x i32> poison, i32 %2068, i64 0
+  %2070 = shufflevector <16 x i32> %2069, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i.us.us.i = bitcast <16 x i32> %2070 to <32 x bfloat>
+  %r.i.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global544.sroa.0.01241.us.us.i, <32 x bfloat> %2065, <32 x bfloat> %y.i.us.us.i)
+  %2071 = getelementptr i8, ptr %2067, i64 4
+  %2072 = load i32, ptr %2071, align 4, !tbaa !4
+  %2073 = insertelement <16 x i32> poison, i32 %2072, i64 0
+  %2074 = shufflevector <16 x i32> %2073, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i589.us.us.i = bitcast <16 x i32> %2074 to <32 x bfloat>
+  %r.i590.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global544.sroa.34.01240.us.us.i, <32 x bfloat> %2065, <32 x bfloat> %y.i589.us.us.i)
+  %2075 = getelementptr i8, ptr %2067, i64 8
+  %2076 = load i32, ptr %2075, align 4, !tbaa !4
+  %2077 = insertelement <16 x i32> poison, i32 %2076, i64 0
+  %2078 = shufflevector <16 x i32> %2077, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i592.us.us.i = bitcast <16 x i32> %2078 to <32 x bfloat>
+  %r.i593.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global544.sroa.68.01239.us.us.i, <32 x bfloat> %2065, <32 x bfloat> %y.i592.us.us.i)
+  %2079 = getelementptr i8, ptr %2067, i64 12
+  %2080 = load i32, ptr %2079, align 4, !tbaa !4
+  %2081 = insertelement <16 x i32> poison, i32 %2080, i64 0
+  %2082 = shufflevector <16 x i32> %2081, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i595.us.us.i = bitcast <16 x i32> %2082 to <32 x bfloat>
+  %r.i596.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global544.sroa.102.01238.us.us.i, <32 x bfloat> %2065, <32 x bfloat> %y.i595.us.us.i)
+  %2083 = getelementptr i8, ptr %2067, i64 16
+  %2084 = load i32, ptr %2083, align 4, !tbaa !4
+  %2085 = insertelement <16 x i32> poison, i32 %2084, i64 0
+  %2086 = shufflevector <16 x i32> %2085, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i598.us.us.i = bitcast <16 x i32> %2086 to <32 x bfloat>
+  %r.i599.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global544.sroa.136.01237.us.us.i, <32 x bfloat> %2065, <32 x bfloat> %y.i598.us.us.i)
+  %2087 = getelementptr i8, ptr %2067, i64 20
+  %2088 = load i32, ptr %2087, align 4, !tbaa !4
+  %2089 = insertelement <16 x i32> poison, i32 %2088, i64 0
+  %2090 = shufflevector <16 x i32> %2089, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i601.us.us.i = bitcast <16 x i32> %2090 to <32 x bfloat>
+  %r.i602.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global544.sroa.170.01236.us.us.i, <32 x bfloat> %2065, <32 x bfloat> %y.i601.us.us.i)
+  %2091 = getelementptr i8, ptr %2067, i64 24
+  %2092 = load i32, ptr %2091, align 4, !tbaa !4
+  %2093 = insertelement <16 x i32> poison, i32 %2092, i64 0
+  %2094 = shufflevector <16 x i32> %2093, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i604.us.us.i = bitcast <16 x i32> %2094 to <32 x bfloat>
+  %r.i605.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global544.sroa.204.01235.us.us.i, <32 x bfloat> %2065, <32 x bfloat> %y.i604.us.us.i)
+  %2095 = getelementptr i8, ptr %2067, i64 28
+  %2096 = load i32, ptr %2095, align 4, !tbaa !4
+  %2097 = insertelement <16 x i32> poison, i32 %2096, i64 0
+  %2098 = shufflevector <16 x i32> %2097, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i607.us.us.i = bitcast <16 x i32> %2098 to <32 x bfloat>
+  %r.i608.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global544.sroa.238.01234.us.us.i, <32 x bfloat> %2065, <32 x bfloat> %y.i607.us.us.i)
+  %2099 = getelementptr i8, ptr %gep1775.i, i64 64
+  %2100 = load <32 x bfloat>, ptr %2099, align 4, !tbaa !4
+  %2101 = shl nuw nsw i64 %indvars.iv1533.i, 4
+  %2102 = or disjoint i64 %2101, 1
+  %2103 = mul nsw i64 %2102, %k_row
+  %2104 = getelementptr i32, ptr %2646, i64 %2103
+  %2105 = load i32, ptr %2104, align 4, !tbaa !4
+  %2106 = insertelement <16 x i32> poison, i32 %2105, i64 0
+  %2107 = shufflevector <16 x i32> %2106, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i610.us.us.i = bitcast <16 x i32> %2107 to <32 x bfloat>
+  %r.i611.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.us.i, <32 x bfloat> %2100, <32 x bfloat> %y.i610.us.us.i)
+  %2108 = getelementptr i8, ptr %2104, i64 4
+  %2109 = load i32, ptr %2108, align 4, !tbaa !4
+  %2110 = insertelement <16 x i32> poison, i32 %2109, i64 0
+  %2111 = shufflevector <16 x i32> %2110, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i613.us.us.i = bitcast <16 x i32> %2111 to <32 x bfloat>
+  %r.i614.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i590.us.us.i, <32 x bfloat> %2100, <32 x bfloat> %y.i613.us.us.i)
+  %2112 = getelementptr i8, ptr %2104, i64 8
+  %2113 = load i32, ptr %2112, align 4, !tbaa !4
+  %2114 = insertelement <16 x i32> poison, i32 %2113, i64 0
+  %2115 = shufflevector <16 x i32> %2114, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i616.us.us.i = bitcast <16 x i32> %2115 to <32 x bfloat>
+  %r.i617.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i593.us.us.i, <32 x bfloat> %2100, <32 x bfloat> %y.i616.us.us.i)
+  %2116 = getelementptr i8, ptr %2104, i64 12
+  %2117 = load i32, ptr %2116, align 4, !tbaa !4
+  %2118 = insertelement <16 x i32> poison, i32 %2117, i64 0
+  %2119 = shufflevector <16 x i32> %2118, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i619.us.us.i = bitcast <16 x i32> %2119 to <32 x bfloat>
+  %r.i620.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i596.us.us.i, <32 x bfloat> %2100, <32 x bfloat> %y.i619.us.us.i)
+  %2120 = getelementptr i8, ptr %2104, i64 16
+  %2121 = load i32, ptr %2120, align 4, !tbaa !4
+  %2122 = insertelement <16 x i32> poison, i32 %2121, i64 0
+  %2123 = shufflevector <16 x i32> %2122, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i622.us.us.i = bitcast <16 x i32> %2123 to <32 x bfloat>
+  %r.i623.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i599.us.us.i, <32 x bfloat> %2100, <32 x bfloat> %y.i622.us.us.i)
+  %2124 = getelementptr i8, ptr %2104, i64 20
+  %2125 = load i32, ptr %2124, align 4, !tbaa !4
+  %2126 = insertelement <16 x i32> poison, i32 %2125, i64 0
+  %2127 = shufflevector <16 x i32> %2126, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i625.us.us.i = bitcast <16 x i32> %2127 to <32 x bfloat>
+  %r.i626.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i602.us.us.i, <32 x bfloat> %2100, <32 x bfloat> %y.i625.us.us.i)
+  %2128 = getelementptr i8, ptr %2104, i64 24
+  %2129 = load i32, ptr %2128, align 4, !tbaa !4
+  %2130 = insertelement <16 x i32> poison, i32 %2129, i64 0
+  %2131 = shufflevector <16 x i32> %2130, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i628.us.us.i = bitcast <16 x i32> %2131 to <32 x bfloat>
+  %r.i629.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i605.us.us.i, <32 x bfloat> %2100, <32 x bfloat> %y.i628.us.us.i)
+  %2132 = getelementptr i8, ptr %2104, i64 28
+  %2133 = load i32, ptr %2132, align 4, !tbaa !4
+  %2134 = insertelement <16 x i32> poison, i32 %2133, i64 0
+  %2135 = shufflevector <16 x i32> %2134, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i631.us.us.i = bitcast <16 x i32> %2135 to <32 x bfloat>
+  %r.i632.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i608.us.us.i, <32 x bfloat> %2100, <32 x bfloat> %y.i631.us.us.i)
+  %2136 = getelementptr i8, ptr %gep1775.i, i64 128
+  %2137 = load <32 x bfloat>, ptr %2136, align 4, !tbaa !4
+  %2138 = or disjoint i64 %2101, 2
+  %2139 = mul nsw i64 %2138, %k_row
+  %2140 = getelementptr i32, ptr %2646, i64 %2139
+  %2141 = load i32, ptr %2140, align 4, !tbaa !4
+  %2142 = insertelement <16 x i32> poison, i32 %2141, i64 0
+  %2143 = shufflevector <16 x i32> %2142, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i634.us.us.i = bitcast <16 x i32> %2143 to <32 x bfloat>
+  %r.i635.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i611.us.us.i, <32 x bfloat> %2137, <32 x bfloat> %y.i634.us.us.i)
+  %2144 = getelementptr i8, ptr %2140, i64 4
+  %2145 = load i32, ptr %2144, align 4, !tbaa !4
+  %2146 = insertelement <16 x i32> poison, i32 %2145, i64 0
+  %2147 = shufflevector <16 x i32> %2146, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i637.us.us.i = bitcast <16 x i32> %2147 to <32 x bfloat>
+  %r.i638.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i614.us.us.i, <32 x bfloat> %2137, <32 x bfloat> %y.i637.us.us.i)
+  %2148 = getelementptr i8, ptr %2140, i64 8
+  %2149 = load i32, ptr %2148, align 4, !tbaa !4
+  %2150 = insertelement <16 x i32> poison, i32 %2149, i64 0
+  %2151 = shufflevector <16 x i32> %2150, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i640.us.us.i = bitcast <16 x i32> %2151 to <32 x bfloat>
+  %r.i641.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i617.us.us.i, <32 x bfloat> %2137, <32 x bfloat> %y.i640.us.us.i)
+  %2152 = getelementptr i8, ptr %2140, i64 12
+  %2153 = load i32, ptr %2152, align 4, !tbaa !4
+  %2154 = insertelement <16 x i32> poison, i32 %2153, i64 0
+  %2155 = shufflevector <16 x i32> %2154, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i643.us.us.i = bitcast <16 x i32> %2155 to <32 x bfloat>
+  %r.i644.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i620.us.us.i, <32 x bfloat> %2137, <32 x bfloat> %y.i643.us.us.i)
+  %2156 = getelementptr i8, ptr %2140, i64 16
+  %2157 = load i32, ptr %2156, align 4, !tbaa !4
+  %2158 = insertelement <16 x i32> poison, i32 %2157, i64 0
+  %2159 = shufflevector <16 x i32> %2158, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i646.us.us.i = bitcast <16 x i32> %2159 to <32 x bfloat>
+  %r.i647.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i623.us.us.i, <32 x bfloat> %2137, <32 x bfloat> %y.i646.us.us.i)
+  %2160 = getelementptr i8, ptr %2140, i64 20
+  %2161 = load i32, ptr %2160, align 4, !tbaa !4
+  %2162 = insertelement <16 x i32> poison, i32 %2161, i64 0
+  %2163 = shufflevector <16 x i32> %2162, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i649.us.us.i = bitcast <16 x i32> %2163 to <32 x bfloat>
+  %r.i650.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i626.us.us.i, <32 x bfloat> %2137, <32 x bfloat> %y.i649.us.us.i)
+  %2164 = getelementptr i8, ptr %2140, i64 24
+  %2165 = load i32, ptr %2164, align 4, !tbaa !4
+  %2166 = insertelement <16 x i32> poison, i32 %2165, i64 0
+  %2167 = shufflevector <16 x i32> %2166, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i652.us.us.i = bitcast <16 x i32> %2167 to <32 x bfloat>
+  %r.i653.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i629.us.us.i, <32 x bfloat> %2137, <32 x bfloat> %y.i652.us.us.i)
+  %2168 = getelementptr i8, ptr %2140, i64 28
+  %2169 = load i32, ptr %2168, align 4, !tbaa !4
+  %2170 = insertelement <16 x i32> poison, i32 %2169, i64 0
+  %2171 = shufflevector <16 x i32> %2170, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i655.us.us.i = bitcast <16 x i32> %2171 to <32 x bfloat>
+  %r.i656.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i632.us.us.i, <32 x bfloat> %2137, <32 x bfloat> %y.i655.us.us.i)
+  %2172 = getelementptr i8, ptr %gep1775.i, i64 192
+  %2173 = load <32 x bfloat>, ptr %2172, align 4, !tbaa !4
+  %2174 = or disjoint i64 %2101, 3
+  %2175 = mul nsw i64 %2174, %k_row
+  %2176 = getelementptr i32, ptr %2646, i64 %2175
+  %2177 = load i32, ptr %2176, align 4, !tbaa !4
+  %2178 = insertelement <16 x i32> poison, i32 %2177, i64 0
+  %2179 = shufflevector <16 x i32> %2178, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i658.us.us.i = bitcast <16 x i32> %2179 to <32 x bfloat>
+  %r.i659.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i635.us.us.i, <32 x bfloat> %2173, <32 x bfloat> %y.i658.us.us.i)
+  %2180 = getelementptr i8, ptr %2176, i64 4
+  %2181 = load i32, ptr %2180, align 4, !tbaa !4
+  %2182 = insertelement <16 x i32> poison, i32 %2181, i64 0
+  %2183 = shufflevector <16 x i32> %2182, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i661.us.us.i = bitcast <16 x i32> %2183 to <32 x bfloat>
+  %r.i662.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i638.us.us.i, <32 x bfloat> %2173, <32 x bfloat> %y.i661.us.us.i)
+  %2184 = getelementptr i8, ptr %2176, i64 8
+  %2185 = load i32, ptr %2184, align 4, !tbaa !4
+  %2186 = insertelement <16 x i32> poison, i32 %2185, i64 0
+  %2187 = shufflevector <16 x i32> %2186, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i664.us.us.i = bitcast <16 x i32> %2187 to <32 x bfloat>
+  %r.i665.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i641.us.us.i, <32 x bfloat> %2173, <32 x bfloat> %y.i664.us.us.i)
+  %2188 = getelementptr i8, ptr %2176, i64 12
+  %2189 = load i32, ptr %2188, align 4, !tbaa !4
+  %2190 = insertelement <16 x i32> poison, i32 %2189, i64 0
+  %2191 = shufflevector <16 x i32> %2190, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i667.us.us.i = bitcast <16 x i32> %2191 to <32 x bfloat>
+  %r.i668.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i644.us.us.i, <32 x bfloat> %2173, <32 x bfloat> %y.i667.us.us.i)
+  %2192 = getelementptr i8, ptr %2176, i64 16
+  %2193 = load i32, ptr %2192, align 4, !tbaa !4
+  %2194 = insertelement <16 x i32> poison, i32 %2193, i64 0
+  %2195 = shufflevector <16 x i32> %2194, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i670.us.us.i = bitcast <16 x i32> %2195 to <32 x bfloat>
+  %r.i671.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i647.us.us.i, <32 x bfloat> %2173, <32 x bfloat> %y.i670.us.us.i)
+  %2196 = getelementptr i8, ptr %2176, i64 20
+  %2197 = load i32, ptr %2196, align 4, !tbaa !4
+  %2198 = insertelement <16 x i32> poison, i32 %2197, i64 0
+  %2199 = shufflevector <16 x i32> %2198, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i673.us.us.i = bitcast <16 x i32> %2199 to <32 x bfloat>
+  %r.i674.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i650.us.us.i, <32 x bfloat> %2173, <32 x bfloat> %y.i673.us.us.i)
+  %2200 = getelementptr i8, ptr %2176, i64 24
+  %2201 = load i32, ptr %2200, align 4, !tbaa !4
+  %2202 = insertelement <16 x i32> poison, i32 %2201, i64 0
+  %2203 = shufflevector <16 x i32> %2202, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i676.us.us.i = bitcast <16 x i32> %2203 to <32 x bfloat>
+  %r.i677.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i653.us.us.i, <32 x bfloat> %2173, <32 x bfloat> %y.i676.us.us.i)
+  %2204 = getelementptr i8, ptr %2176, i64 28
+  %2205 = load i32, ptr %2204, align 4, !tbaa !4
+  %2206 = insertelement <16 x i32> poison, i32 %2205, i64 0
+  %2207 = shufflevector <16 x i32> %2206, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i679.us.us.i = bitcast <16 x i32> %2207 to <32 x bfloat>
+  %r.i680.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i656.us.us.i, <32 x bfloat> %2173, <32 x bfloat> %y.i679.us.us.i)
+  %2208 = getelementptr i8, ptr %gep1775.i, i64 256
+  %2209 = load <32 x bfloat>, ptr %2208, align 4, !tbaa !4
+  %2210 = or disjoint i64 %2101, 4
+  %2211 = mul nsw i64 %2210, %k_row
+  %2212 = getelementptr i32, ptr %2646, i64 %2211
+  %2213 = load i32, ptr %2212, align 4, !tbaa !4
+  %2214 = insertelement <16 x i32> poison, i32 %2213, i64 0
+  %2215 = shufflevector <16 x i32> %2214, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i682.us.us.i = bitcast <16 x i32> %2215 to <32 x bfloat>
+  %r.i683.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i659.us.us.i, <32 x bfloat> %2209, <32 x bfloat> %y.i682.us.us.i)
+  %2216 = getelementptr i8, ptr %2212, i64 4
+  %2217 = load i32, ptr %2216, align 4, !tbaa !4
+  %2218 = insertelement <16 x i32> poison, i32 %2217, i64 0
+  %2219 = shufflevector <16 x i32> %2218, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i685.us.us.i = bitcast <16 x i32> %2219 to <32 x bfloat>
+  %r.i686.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i662.us.us.i, <32 x bfloat> %2209, <32 x bfloat> %y.i685.us.us.i)
+  %2220 = getelementptr i8, ptr %2212, i64 8
+  %2221 = load i32, ptr %2220, align 4, !tbaa !4
+  %2222 = insertelement <16 x i32> poison, i32 %2221, i64 0
+  %2223 = shufflevector <16 x i32> %2222, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i688.us.us.i = bitcast <16 x i32> %2223 to <32 x bfloat>
+  %r.i689.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i665.us.us.i, <32 x bfloat> %2209, <32 x bfloat> %y.i688.us.us.i)
+  %2224 = getelementptr i8, ptr %2212, i64 12
+  %2225 = load i32, ptr %2224, align 4, !tbaa !4
+  %2226 = insertelement <16 x i32> poison, i32 %2225, i64 0
+  %2227 = shufflevector <16 x i32> %2226, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i691.us.us.i = bitcast <16 x i32> %2227 to <32 x bfloat>
+  %r.i692.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i668.us.us.i, <32 x bfloat> %2209, <32 x bfloat> %y.i691.us.us.i)
+  %2228 = getelementptr i8, ptr %2212, i64 16
+  %2229 = load i32, ptr %2228, align 4, !tbaa !4
+  %2230 = insertelement <16 x i32> poison, i32 %2229, i64 0
+  %2231 = shufflevector <16 x i32> %2230, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i694.us.us.i = bitcast <16 x i32> %2231 to <32 x bfloat>
+  %r.i695.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.us.us.i, <32 x bfloat> %2209, <32 x bfloat> %y.i694.us.us.i)
+  %2232 = getelementptr i8, ptr %2212, i64 20
+  %2233 = load i32, ptr %2232, align 4, !tbaa !4
+  %2234 = insertelement <16 x i32> poison, i32 %2233, i64 0
+  %2235 = shufflevector <16 x i32> %2234, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i697.us.us.i = bitcast <16 x i32> %2235 to <32 x bfloat>
+  %r.i698.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i674.us.us.i, <32 x bfloat> %2209, <32 x bfloat> %y.i697.us.us.i)
+  %2236 = getelementptr i8, ptr %2212, i64 24
+  %2237 = load i32, ptr %2236, align 4, !tbaa !4
+  %2238 = insertelement <16 x i32> poison, i32 %2237, i64 0
+  %2239 = shufflevector <16 x i32> %2238, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i700.us.us.i = bitcast <16 x i32> %2239 to <32 x bfloat>
+  %r.i701.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i677.us.us.i, <32 x bfloat> %2209, <32 x bfloat> %y.i700.us.us.i)
+  %2240 = getelementptr i8, ptr %2212, i64 28
+  %2241 = load i32, ptr %2240, align 4, !tbaa !4
+  %2242 = insertelement <16 x i32> poison, i32 %2241, i64 0
+  %2243 = shufflevector <16 x i32> %2242, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i703.us.us.i = bitcast <16 x i32> %2243 to <32 x bfloat>
+  %r.i704.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i680.us.us.i, <32 x bfloat> %2209, <32 x bfloat> %y.i703.us.us.i)
+  %2244 = getelementptr i8, ptr %gep1775.i, i64 320
+  %2245 = load <32 x bfloat>, ptr %2244, align 4, !tbaa !4
+  %2246 = or disjoint i64 %2101, 5
+  %2247 = mul nsw i64 %2246, %k_row
+  %2248 = getelementptr i32, ptr %2646, i64 %2247
+  %2249 = load i32, ptr %2248, align 4, !tbaa !4
+  %2250 = insertelement <16 x i32> poison, i32 %2249, i64 0
+  %2251 = shufflevector <16 x i32> %2250, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i706.us.us.i = bitcast <16 x i32> %2251 to <32 x bfloat>
+  %r.i707.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i683.us.us.i, <32 x bfloat> %2245, <32 x bfloat> %y.i706.us.us.i)
+  %2252 = getelementptr i8, ptr %2248, i64 4
+  %2253 = load i32, ptr %2252, align 4, !tbaa !4
+  %2254 = insertelement <16 x i32> poison, i32 %2253, i64 0
+  %2255 = shufflevector <16 x i32> %2254, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i709.us.us.i = bitcast <16 x i32> %2255 to <32 x bfloat>
+  %r.i710.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i686.us.us.i, <32 x bfloat> %2245, <32 x bfloat> %y.i709.us.us.i)
+  %2256 = getelementptr i8, ptr %2248, i64 8
+  %2257 = load i32, ptr %2256, align 4, !tbaa !4
+  %2258 = insertelement <16 x i32> poison, i32 %2257, i64 0
+  %2259 = shufflevector <16 x i32> %2258, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i712.us.us.i = bitcast <16 x i32> %2259 to <32 x bfloat>
+  %r.i713.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i689.us.us.i, <32 x bfloat> %2245, <32 x bfloat> %y.i712.us.us.i)
+  %2260 = getelementptr i8, ptr %2248, i64 12
+  %2261 = load i32, ptr %2260, align 4, !tbaa !4
+  %2262 = insertelement <16 x i32> poison, i32 %2261, i64 0
+  %2263 = shufflevector <16 x i32> %2262, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i715.us.us.i = bitcast <16 x i32> %2263 to <32 x bfloat>
+  %r.i716.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i692.us.us.i, <32 x bfloat> %2245, <32 x bfloat> %y.i715.us.us.i)
+  %2264 = getelementptr i8, ptr %2248, i64 16
+  %2265 = load i32, ptr %2264, align 4, !tbaa !4
+  %2266 = insertelement <16 x i32> poison, i32 %2265, i64 0
+  %2267 = shufflevector <16 x i32> %2266, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i718.us.us.i = bitcast <16 x i32> %2267 to <32 x bfloat>
+  %r.i719.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i695.us.us.i, <32 x bfloat> %2245, <32 x bfloat> %y.i718.us.us.i)
+  %2268 = getelementptr i8, ptr %2248, i64 20
+  %2269 = load i32, ptr %2268, align 4, !tbaa !4
+  %2270 = insertelement <16 x i32> poison, i32 %2269, i64 0
+  %2271 = shufflevector <16 x i32> %2270, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i721.us.us.i = bitcast <16 x i32> %2271 to <32 x bfloat>
+  %r.i722.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i698.us.us.i, <32 x bfloat> %2245, <32 x bfloat> %y.i721.us.us.i)
+  %2272 = getelementptr i8, ptr %2248, i64 24
+  %2273 = load i32, ptr %2272, align 4, !tbaa !4
+  %2274 = insertelement <16 x i32> poison, i32 %2273, i64 0
+  %2275 = shufflevector <16 x i32> %2274, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i724.us.us.i = bitcast <16 x i32> %2275 to <32 x bfloat>
+  %r.i725.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i701.us.us.i, <32 x bfloat> %2245, <32 x bfloat> %y.i724.us.us.i)
+  %2276 = getelementptr i8, ptr %2248, i64 28
+  %2277 = load i32, ptr %2276, align 4, !tbaa !4
+  %2278 = insertelement <16 x i32> poison, i32 %2277, i64 0
+  %2279 = shufflevector <16 x i32> %2278, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i727.us.us.i = bitcast <16 x i32> %2279 to <32 x bfloat>
+  %r.i728.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i704.us.us.i, <32 x bfloat> %2245, <32 x bfloat> %y.i727.us.us.i)
+  %2280 = getelementptr i8, ptr %gep1775.i, i64 384
+  %2281 = load <32 x bfloat>, ptr %2280, align 4, !tbaa !4
+  %2282 = or disjoint i64 %2101, 6
+  %2283 = mul nsw i64 %2282, %k_row
+  %2284 = getelementptr i32, ptr %2646, i64 %2283
+  %2285 = load i32, ptr %2284, align 4, !tbaa !4
+  %2286 = insertelement <16 x i32> poison, i32 %2285, i64 0
+  %2287 = shufflevector <16 x i32> %2286, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i730.us.us.i = bitcast <16 x i32> %2287 to <32 x bfloat>
+  %r.i731.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i707.us.us.i, <32 x bfloat> %2281, <32 x bfloat> %y.i730.us.us.i)
+  %2288 = getelementptr i8, ptr %2284, i64 4
+  %2289 = load i32, ptr %2288, align 4, !tbaa !4
+  %2290 = insertelement <16 x i32> poison, i32 %2289, i64 0
+  %2291 = shufflevector <16 x i32> %2290, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i733.us.us.i = bitcast <16 x i32> %2291 to <32 x bfloat>
+  %r.i734.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i710.us.us.i, <32 x bfloat> %2281, <32 x bfloat> %y.i733.us.us.i)
+  %2292 = getelementptr i8, ptr %2284, i64 8
+  %2293 = load i32, ptr %2292, align 4, !tbaa !4
+  %2294 = insertelement <16 x i32> poison, i32 %2293, i64 0
+  %2295 = shufflevector <16 x i32> %2294, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i736.us.us.i = bitcast <16 x i32> %2295 to <32 x bfloat>
+  %r.i737.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i713.us.us.i, <32 x bfloat> %2281, <32 x bfloat> %y.i736.us.us.i)
+  %2296 = getelementptr i8, ptr %2284, i64 12
+  %2297 = load i32, ptr %2296, align 4, !tbaa !4
+  %2298 = insertelement <16 x i32> poison, i32 %2297, i64 0
+  %2299 = shufflevector <16 x i32> %2298, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i739.us.us.i = bitcast <16 x i32> %2299 to <32 x bfloat>
+  %r.i740.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i716.us.us.i, <32 x bfloat> %2281, <32 x bfloat> %y.i739.us.us.i)
+  %2300 = getelementptr i8, ptr %2284, i64 16
+  %2301 = load i32, ptr %2300, align 4, !tbaa !4
+  %2302 = insertelement <16 x i32> poison, i32 %2301, i64 0
+  %2303 = shufflevector <16 x i32> %2302, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i742.us.us.i = bitcast <16 x i32> %2303 to <32 x bfloat>
+  %r.i743.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i719.us.us.i, <32 x bfloat> %2281, <32 x bfloat> %y.i742.us.us.i)
+  %2304 = getelementptr i8, ptr %2284, i64 20
+  %2305 = load i32, ptr %2304, align 4, !tbaa !4
+  %2306 = insertelement <16 x i32> poison, i32 %2305, i64 0
+  %2307 = shufflevector <16 x i32> %2306, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i745.us.us.i = bitcast <16 x i32> %2307 to <32 x bfloat>
+  %r.i746.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i722.us.us.i, <32 x bfloat> %2281, <32 x bfloat> %y.i745.us.us.i)
+  %2308 = getelementptr i8, ptr %2284, i64 24
+  %2309 = load i32, ptr %2308, align 4, !tbaa !4
+  %2310 = insertelement <16 x i32> poison, i32 %2309, i64 0
+  %2311 = shufflevector <16 x i32> %2310, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i748.us.us.i = bitcast <16 x i32> %2311 to <32 x bfloat>
+  %r.i749.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i725.us.us.i, <32 x bfloat> %2281, <32 x bfloat> %y.i748.us.us.i)
+  %2312 = getelementptr i8, ptr %2284, i64 28
+  %2313 = load i32, ptr %2312, align 4, !tbaa !4
+  %2314 = insertelement <16 x i32> poison, i32 %2313, i64 0
+  %2315 = shufflevector <16 x i32> %2314, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i751.us.us.i = bitcast <16 x i32> %2315 to <32 x bfloat>
+  %r.i752.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i728.us.us.i, <32 x bfloat> %2281, <32 x bfloat> %y.i751.us.us.i)
+  %2316 = getelementptr i8, ptr %gep1775.i, i64 448
+  %2317 = load <32 x bfloat>, ptr %2316, align 4, !tbaa !4
+  %2318 = or disjoint i64 %2101, 7
+  %2319 = mul nsw i64 %2318, %k_row
+  %2320 = getelementptr i32, ptr %2646, i64 %2319
+  %2321 = load i32, ptr %2320, align 4, !tbaa !4
+  %2322 = insertelement <16 x i32> poison, i32 %2321, i64 0
+  %2323 = shufflevector <16 x i32> %2322, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i754.us.us.i = bitcast <16 x i32> %2323 to <32 x bfloat>
+  %r.i755.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i731.us.us.i, <32 x bfloat> %2317, <32 x bfloat> %y.i754.us.us.i)
+  %2324 = getelementptr i8, ptr %2320, i64 4
+  %2325 = load i32, ptr %2324, align 4, !tbaa !4
+  %2326 = insertelement <16 x i32> poison, i32 %2325, i64 0
+  %2327 = shufflevector <16 x i32> %2326, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i757.us.us.i = bitcast <16 x i32> %2327 to <32 x bfloat>
+  %r.i758.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i734.us.us.i, <32 x bfloat> %2317, <32 x bfloat> %y.i757.us.us.i)
+  %2328 = getelementptr i8, ptr %2320, i64 8
+  %2329 = load i32, ptr %2328, align 4, !tbaa !4
+  %2330 = insertelement <16 x i32> poison, i32 %2329, i64 0
+  %2331 = shufflevector <16 x i32> %2330, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i760.us.us.i = bitcast <16 x i32> %2331 to <32 x bfloat>
+  %r.i761.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i737.us.us.i, <32 x bfloat> %2317, <32 x bfloat> %y.i760.us.us.i)
+  %2332 = getelementptr i8, ptr %2320, i64 12
+  %2333 = load i32, ptr %2332, align 4, !tbaa !4
+  %2334 = insertelement <16 x i32> poison, i32 %2333, i64 0
+  %2335 = shufflevector <16 x i32> %2334, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i763.us.us.i = bitcast <16 x i32> %2335 to <32 x bfloat>
+  %r.i764.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i740.us.us.i, <32 x bfloat> %2317, <32 x bfloat> %y.i763.us.us.i)
+  %2336 = getelementptr i8, ptr %2320, i64 16
+  %2337 = load i32, ptr %2336, align 4, !tbaa !4
+  %2338 = insertelement <16 x i32> poison, i32 %2337, i64 0
+  %2339 = shufflevector <16 x i32> %2338, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i766.us.us.i = bitcast <16 x i32> %2339 to <32 x bfloat>
+  %r.i767.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i743.us.us.i, <32 x bfloat> %2317, <32 x bfloat> %y.i766.us.us.i)
+  %2340 = getelementptr i8, ptr %2320, i64 20
+  %2341 = load i32, ptr %2340, align 4, !tbaa !4
+  %2342 = insertelement <16 x i32> poison, i32 %2341, i64 0
+  %2343 = shufflevector <16 x i32> %2342, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i769.us.us.i = bitcast <16 x i32> %2343 to <32 x bfloat>
+  %r.i770.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i746.us.us.i, <32 x bfloat> %2317, <32 x bfloat> %y.i769.us.us.i)
+  %2344 = getelementptr i8, ptr %2320, i64 24
+  %2345 = load i32, ptr %2344, align 4, !tbaa !4
+  %2346 = insertelement <16 x i32> poison, i32 %2345, i64 0
+  %2347 = shufflevector <16 x i32> %2346, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i772.us.us.i = bitcast <16 x i32> %2347 to <32 x bfloat>
+  %r.i773.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i749.us.us.i, <32 x bfloat> %2317, <32 x bfloat> %y.i772.us.us.i)
+  %2348 = getelementptr i8, ptr %2320, i64 28
+  %2349 = load i32, ptr %2348, align 4, !tbaa !4
+  %2350 = insertelement <16 x i32> poison, i32 %2349, i64 0
+  %2351 = shufflevector <16 x i32> %2350, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i775.us.us.i = bitcast <16 x i32> %2351 to <32 x bfloat>
+  %r.i776.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i752.us.us.i, <32 x bfloat> %2317, <32 x bfloat> %y.i775.us.us.i)
+  %2352 = getelementptr i8, ptr %gep1775.i, i64 512
+  %2353 = load <32 x bfloat>, ptr %2352, align 4, !tbaa !4
+  %2354 = or disjoint i64 %2101, 8
+  %2355 = mul nsw i64 %2354, %k_row
+  %2356 = getelementptr i32, ptr %2646, i64 %2355
+  %2357 = load i32, ptr %2356, align 4, !tbaa !4
+  %2358 = insertelement <16 x i32> poison, i32 %2357, i64 0
+  %2359 = shufflevector <16 x i32> %2358, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i778.us.us.i = bitcast <16 x i32> %2359 to <32 x bfloat>
+  %r.i779.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i755.us.us.i, <32 x bfloat> %2353, <32 x bfloat> %y.i778.us.us.i)
+  %2360 = getelementptr i8, ptr %2356, i64 4
+  %2361 = load i32, ptr %2360, align 4, !tbaa !4
+  %2362 = insertelement <16 x i32> poison, i32 %2361, i64 0
+  %2363 = shufflevector <16 x i32> %2362, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i781.us.us.i = bitcast <16 x i32> %2363 to <32 x bfloat>
+  %r.i782.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i758.us.us.i, <32 x bfloat> %2353, <32 x bfloat> %y.i781.us.us.i)
+  %2364 = getelementptr i8, ptr %2356, i64 8
+  %2365 = load i32, ptr %2364, align 4, !tbaa !4
+  %2366 = insertelement <16 x i32> poison, i32 %2365, i64 0
+  %2367 = shufflevector <16 x i32> %2366, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i784.us.us.i = bitcast <16 x i32> %2367 to <32 x bfloat>
+  %r.i785.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i761.us.us.i, <32 x bfloat> %2353, <32 x bfloat> %y.i784.us.us.i)
+  %2368 = getelementptr i8, ptr %2356, i64 12
+  %2369 = load i32, ptr %2368, align 4, !tbaa !4
+  %2370 = insertelement <16 x i32> poison, i32 %2369, i64 0
+  %2371 = shufflevector <16 x i32> %2370, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i787.us.us.i = bitcast <16 x i32> %2371 to <32 x bfloat>
+  %r.i788.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i764.us.us.i, <32 x bfloat> %2353, <32 x bfloat> %y.i787.us.us.i)
+  %2372 = getelementptr i8, ptr %2356, i64 16
+  %2373 = load i32, ptr %2372, align 4, !tbaa !4
+  %2374 = insertelement <16 x i32> poison, i32 %2373, i64 0
+  %2375 = shufflevector <16 x i32> %2374, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i790.us.us.i = bitcast <16 x i32> %2375 to <32 x bfloat>
+  %r.i791.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i767.us.us.i, <32 x bfloat> %2353, <32 x bfloat> %y.i790.us.us.i)
+  %2376 = getelementptr i8, ptr %2356, i64 20
+  %2377 = load i32, ptr %2376, align 4, !tbaa !4
+  %2378 = insertelement <16 x i32> poison, i32 %2377, i64 0
+  %2379 = shufflevector <16 x i32> %2378, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i793.us.us.i = bitcast <16 x i32> %2379 to <32 x bfloat>
+  %r.i794.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i770.us.us.i, <32 x bfloat> %2353, <32 x bfloat> %y.i793.us.us.i)
+  %2380 = getelementptr i8, ptr %2356, i64 24
+  %2381 = load i32, ptr %2380, align 4, !tbaa !4
+  %2382 = insertelement <16 x i32> poison, i32 %2381, i64 0
+  %2383 = shufflevector <16 x i32> %2382, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i796.us.us.i = bitcast <16 x i32> %2383 to <32 x bfloat>
+  %r.i797.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i773.us.us.i, <32 x bfloat> %2353, <32 x bfloat> %y.i796.us.us.i)
+  %2384 = getelementptr i8, ptr %2356, i64 28
+  %2385 = load i32, ptr %2384, align 4, !tbaa !4
+  %2386 = insertelement <16 x i32> poison, i32 %2385, i64 0
+  %2387 = shufflevector <16 x i32> %2386, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i799.us.us.i = bitcast <16 x i32> %2387 to <32 x bfloat>
+  %r.i800.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i776.us.us.i, <32 x bfloat> %2353, <32 x bfloat> %y.i799.us.us.i)
+  %2388 = getelementptr i8, ptr %gep1775.i, i64 576
+  %2389 = load <32 x bfloat>, ptr %2388, align 4, !tbaa !4
+  %2390 = or disjoint i64 %2101, 9
+  %2391 = mul nsw i64 %2390, %k_row
+  %2392 = getelementptr i32, ptr %2646, i64 %2391
+  %2393 = load i32, ptr %2392, align 4, !tbaa !4
+  %2394 = insertelement <16 x i32> poison, i32 %2393, i64 0
+  %2395 = shufflevector <16 x i32> %2394, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i802.us.us.i = bitcast <16 x i32> %2395 to <32 x bfloat>
+  %r.i803.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i779.us.us.i, <32 x bfloat> %2389, <32 x bfloat> %y.i802.us.us.i)
+  %2396 = getelementptr i8, ptr %2392, i64 4
+  %2397 = load i32, ptr %2396, align 4, !tbaa !4
+  %2398 = insertelement <16 x i32> poison, i32 %2397, i64 0
+  %2399 = shufflevector <16 x i32> %2398, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i805.us.us.i = bitcast <16 x i32> %2399 to <32 x bfloat>
+  %r.i806.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i782.us.us.i, <32 x bfloat> %2389, <32 x bfloat> %y.i805.us.us.i)
+  %2400 = getelementptr i8, ptr %2392, i64 8
+  %2401 = load i32, ptr %2400, align 4, !tbaa !4
+  %2402 = insertelement <16 x i32> poison, i32 %2401, i64 0
+  %2403 = shufflevector <16 x i32> %2402, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i808.us.us.i = bitcast <16 x i32> %2403 to <32 x bfloat>
+  %r.i809.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i785.us.us.i, <32 x bfloat> %2389, <32 x bfloat> %y.i808.us.us.i)
+  %2404 = getelementptr i8, ptr %2392, i64 12
+  %2405 = load i32, ptr %2404, align 4, !tbaa !4
+  %2406 = insertelement <16 x i32> poison, i32 %2405, i64 0
+  %2407 = shufflevector <16 x i32> %2406, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i811.us.us.i = bitcast <16 x i32> %2407 to <32 x bfloat>
+  %r.i812.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i788.us.us.i, <32 x bfloat> %2389, <32 x bfloat> %y.i811.us.us.i)
+  %2408 = getelementptr i8, ptr %2392, i64 16
+  %2409 = load i32, ptr %2408, align 4, !tbaa !4
+  %2410 = insertelement <16 x i32> poison, i32 %2409, i64 0
+  %2411 = shufflevector <16 x i32> %2410, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i814.us.us.i = bitcast <16 x i32> %2411 to <32 x bfloat>
+  %r.i815.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i791.us.us.i, <32 x bfloat> %2389, <32 x bfloat> %y.i814.us.us.i)
+  %2412 = getelementptr i8, ptr %2392, i64 20
+  %2413 = load i32, ptr %2412, align 4, !tbaa !4
+  %2414 = insertelement <16 x i32> poison, i32 %2413, i64 0
+  %2415 = shufflevector <16 x i32> %2414, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i817.us.us.i = bitcast <16 x i32> %2415 to <32 x bfloat>
+  %r.i818.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i794.us.us.i, <32 x bfloat> %2389, <32 x bfloat> %y.i817.us.us.i)
+  %2416 = getelementptr i8, ptr %2392, i64 24
+  %2417 = load i32, ptr %2416, align 4, !tbaa !4
+  %2418 = insertelement <16 x i32> poison, i32 %2417, i64 0
+  %2419 = shufflevector <16 x i32> %2418, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i820.us.us.i = bitcast <16 x i32> %2419 to <32 x bfloat>
+  %r.i821.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i797.us.us.i, <32 x bfloat> %2389, <32 x bfloat> %y.i820.us.us.i)
+  %2420 = getelementptr i8, ptr %2392, i64 28
+  %2421 = load i32, ptr %2420, align 4, !tbaa !4
+  %2422 = insertelement <16 x i32> poison, i32 %2421, i64 0
+  %2423 = shufflevector <16 x i32> %2422, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i823.us.us.i = bitcast <16 x i32> %2423 to <32 x bfloat>
+  %r.i824.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i800.us.us.i, <32 x bfloat> %2389, <32 x bfloat> %y.i823.us.us.i)
+  %2424 = getelementptr i8, ptr %gep1775.i, i64 640
+  %2425 = load <32 x bfloat>, ptr %2424, align 4, !tbaa !4
+  %2426 = or disjoint i64 %2101, 10
+  %2427 = mul nsw i64 %2426, %k_row
+  %2428 = getelementptr i32, ptr %2646, i64 %2427
+  %2429 = load i32, ptr %2428, align 4, !tbaa !4
+  %2430 = insertelement <16 x i32> poison, i32 %2429, i64 0
+  %2431 = shufflevector <16 x i32> %2430, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i826.us.us.i = bitcast <16 x i32> %2431 to <32 x bfloat>
+  %r.i827.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i803.us.us.i, <32 x bfloat> %2425, <32 x bfloat> %y.i826.us.us.i)
+  %2432 = getelementptr i8, ptr %2428, i64 4
+  %2433 = load i32, ptr %2432, align 4, !tbaa !4
+  %2434 = insertelement <16 x i32> poison, i32 %2433, i64 0
+  %2435 = shufflevector <16 x i32> %2434, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i829.us.us.i = bitcast <16 x i32> %2435 to <32 x bfloat>
+  %r.i830.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i806.us.us.i, <32 x bfloat> %2425, <32 x bfloat> %y.i829.us.us.i)
+  %2436 = getelementptr i8, ptr %2428, i64 8
+  %2437 = load i32, ptr %2436, align 4, !tbaa !4
+  %2438 = insertelement <16 x i32> poison, i32 %2437, i64 0
+  %2439 = shufflevector <16 x i32> %2438, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i832.us.us.i = bitcast <16 x i32> %2439 to <32 x bfloat>
+  %r.i833.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i809.us.us.i, <32 x bfloat> %2425, <32 x bfloat> %y.i832.us.us.i)
+  %2440 = getelementptr i8, ptr %2428, i64 12
+  %2441 = load i32, ptr %2440, align 4, !tbaa !4
+  %2442 = insertelement <16 x i32> poison, i32 %2441, i64 0
+  %2443 = shufflevector <16 x i32> %2442, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i835.us.us.i = bitcast <16 x i32> %2443 to <32 x bfloat>
+  %r.i836.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i812.us.us.i, <32 x bfloat> %2425, <32 x bfloat> %y.i835.us.us.i)
+  %2444 = getelementptr i8, ptr %2428, i64 16
+  %2445 = load i32, ptr %2444, align 4, !tbaa !4
+  %2446 = insertelement <16 x i32> poison, i32 %2445, i64 0
+  %2447 = shufflevector <16 x i32> %2446, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i838.us.us.i = bitcast <16 x i32> %2447 to <32 x bfloat>
+  %r.i839.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i815.us.us.i, <32 x bfloat> %2425, <32 x bfloat> %y.i838.us.us.i)
+  %2448 = getelementptr i8, ptr %2428, i64 20
+  %2449 = load i32, ptr %2448, align 4, !tbaa !4
+  %2450 = insertelement <16 x i32> poison, i32 %2449, i64 0
+  %2451 = shufflevector <16 x i32> %2450, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i841.us.us.i = bitcast <16 x i32> %2451 to <32 x bfloat>
+  %r.i842.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i818.us.us.i, <32 x bfloat> %2425, <32 x bfloat> %y.i841.us.us.i)
+  %2452 = getelementptr i8, ptr %2428, i64 24
+  %2453 = load i32, ptr %2452, align 4, !tbaa !4
+  %2454 = insertelement <16 x i32> poison, i32 %2453, i64 0
+  %2455 = shufflevector <16 x i32> %2454, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i844.us.us.i = bitcast <16 x i32> %2455 to <32 x bfloat>
+  %r.i845.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i821.us.us.i, <32 x bfloat> %2425, <32 x bfloat> %y.i844.us.us.i)
+  %2456 = getelementptr i8, ptr %2428, i64 28
+  %2457 = load i32, ptr %2456, align 4, !tbaa !4
+  %2458 = insertelement <16 x i32> poison, i32 %2457, i64 0
+  %2459 = shufflevector <16 x i32> %2458, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i847.us.us.i = bitcast <16 x i32> %2459 to <32 x bfloat>
+  %r.i848.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i824.us.us.i, <32 x bfloat> %2425, <32 x bfloat> %y.i847.us.us.i)
+  %2460 = getelementptr i8, ptr %gep1775.i, i64 704
+  %2461 = load <32 x bfloat>, ptr %2460, align 4, !tbaa !4
+  %2462 = or disjoint i64 %2101, 11
+  %2463 = mul nsw i64 %2462, %k_row
+  %2464 = getelementptr i32, ptr %2646, i64 %2463
+  %2465 = load i32, ptr %2464, align 4, !tbaa !4
+  %2466 = insertelement <16 x i32> poison, i32 %2465, i64 0
+  %2467 = shufflevector <16 x i32> %2466, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i850.us.us.i = bitcast <16 x i32> %2467 to <32 x bfloat>
+  %r.i851.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i827.us.us.i, <32 x bfloat> %2461, <32 x bfloat> %y.i850.us.us.i)
+  %2468 = getelementptr i8, ptr %2464, i64 4
+  %2469 = load i32, ptr %2468, align 4, !tbaa !4
+  %2470 = insertelement <16 x i32> poison, i32 %2469, i64 0
+  %2471 = shufflevector <16 x i32> %2470, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i853.us.us.i = bitcast <16 x i32> %2471 to <32 x bfloat>
+  %r.i854.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i830.us.us.i, <32 x bfloat> %2461, <32 x bfloat> %y.i853.us.us.i)
+  %2472 = getelementptr i8, ptr %2464, i64 8
+  %2473 = load i32, ptr %2472, align 4, !tbaa !4
+  %2474 = insertelement <16 x i32> poison, i32 %2473, i64 0
+  %2475 = shufflevector <16 x i32> %2474, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i856.us.us.i = bitcast <16 x i32> %2475 to <32 x bfloat>
+  %r.i857.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i833.us.us.i, <32 x bfloat> %2461, <32 x bfloat> %y.i856.us.us.i)
+  %2476 = getelementptr i8, ptr %2464, i64 12
+  %2477 = load i32, ptr %2476, align 4, !tbaa !4
+  %2478 = insertelement <16 x i32> poison, i32 %2477, i64 0
+  %2479 = shufflevector <16 x i32> %2478, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i859.us.us.i = bitcast <16 x i32> %2479 to <32 x bfloat>
+  %r.i860.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i836.us.us.i, <32 x bfloat> %2461, <32 x bfloat> %y.i859.us.us.i)
+  %2480 = getelementptr i8, ptr %2464, i64 16
+  %2481 = load i32, ptr %2480, align 4, !tbaa !4
+  %2482 = insertelement <16 x i32> poison, i32 %2481, i64 0
+  %2483 = shufflevector <16 x i32> %2482, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i862.us.us.i = bitcast <16 x i32> %2483 to <32 x bfloat>
+  %r.i863.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i839.us.us.i, <32 x bfloat> %2461, <32 x bfloat> %y.i862.us.us.i)
+  %2484 = getelementptr i8, ptr %2464, i64 20
+  %2485 = load i32, ptr %2484, align 4, !tbaa !4
+  %2486 = insertelement <16 x i32> poison, i32 %2485, i64 0
+  %2487 = shufflevector <16 x i32> %2486, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i865.us.us.i = bitcast <16 x i32> %2487 to <32 x bfloat>
+  %r.i866.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i842.us.us.i, <32 x bfloat> %2461, <32 x bfloat> %y.i865.us.us.i)
+  %2488 = getelementptr i8, ptr %2464, i64 24
+  %2489 = load i32, ptr %2488, align 4, !tbaa !4
+  %2490 = insertelement <16 x i32> poison, i32 %2489, i64 0
+  %2491 = shufflevector <16 x i32> %2490, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i868.us.us.i = bitcast <16 x i32> %2491 to <32 x bfloat>
+  %r.i869.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i845.us.us.i, <32 x bfloat> %2461, <32 x bfloat> %y.i868.us.us.i)
+  %2492 = getelementptr i8, ptr %2464, i64 28
+  %2493 = load i32, ptr %2492, align 4, !tbaa !4
+  %2494 = insertelement <16 x i32> poison, i32 %2493, i64 0
+  %2495 = shufflevector <16 x i32> %2494, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i871.us.us.i = bitcast <16 x i32> %2495 to <32 x bfloat>
+  %r.i872.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i848.us.us.i, <32 x bfloat> %2461, <32 x bfloat> %y.i871.us.us.i)
+  %2496 = getelementptr i8, ptr %gep1775.i, i64 768
+  %2497 = load <32 x bfloat>, ptr %2496, align 4, !tbaa !4
+  %2498 = or disjoint i64 %2101, 12
+  %2499 = mul nsw i64 %2498, %k_row
+  %2500 = getelementptr i32, ptr %2646, i64 %2499
+  %2501 = load i32, ptr %2500, align 4, !tbaa !4
+  %2502 = insertelement <16 x i32> poison, i32 %2501, i64 0
+  %2503 = shufflevector <16 x i32> %2502, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i874.us.us.i = bitcast <16 x i32> %2503 to <32 x bfloat>
+  %r.i875.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i851.us.us.i, <32 x bfloat> %2497, <32 x bfloat> %y.i874.us.us.i)
+  %2504 = getelementptr i8, ptr %2500, i64 4
+  %2505 = load i32, ptr %2504, align 4, !tbaa !4
+  %2506 = insertelement <16 x i32> poison, i32 %2505, i64 0
+  %2507 = shufflevector <16 x i32> %2506, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i877.us.us.i = bitcast <16 x i32> %2507 to <32 x bfloat>
+  %r.i878.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i854.us.us.i, <32 x bfloat> %2497, <32 x bfloat> %y.i877.us.us.i)
+  %2508 = getelementptr i8, ptr %2500, i64 8
+  %2509 = load i32, ptr %2508, align 4, !tbaa !4
+  %2510 = insertelement <16 x i32> poison, i32 %2509, i64 0
+  %2511 = shufflevector <16 x i32> %2510, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i880.us.us.i = bitcast <16 x i32> %2511 to <32 x bfloat>
+  %r.i881.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i857.us.us.i, <32 x bfloat> %2497, <32 x bfloat> %y.i880.us.us.i)
+  %2512 = getelementptr i8, ptr %2500, i64 12
+  %2513 = load i32, ptr %2512, align 4, !tbaa !4
+  %2514 = insertelement <16 x i32> poison, i32 %2513, i64 0
+  %2515 = shufflevector <16 x i32> %2514, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i883.us.us.i = bitcast <16 x i32> %2515 to <32 x bfloat>
+  %r.i884.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i860.us.us.i, <32 x bfloat> %2497, <32 x bfloat> %y.i883.us.us.i)
+  %2516 = getelementptr i8, ptr %2500, i64 16
+  %2517 = load i32, ptr %2516, align 4, !tbaa !4
+  %2518 = insertelement <16 x i32> poison, i32 %2517, i64 0
+  %2519 = shufflevector <16 x i32> %2518, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i886.us.us.i = bitcast <16 x i32> %2519 to <32 x bfloat>
+  %r.i887.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i863.us.us.i, <32 x bfloat> %2497, <32 x bfloat> %y.i886.us.us.i)
+  %2520 = getelementptr i8, ptr %2500, i64 20
+  %2521 = load i32, ptr %2520, align 4, !tbaa !4
+  %2522 = insertelement <16 x i32> poison, i32 %2521, i64 0
+  %2523 = shufflevector <16 x i32> %2522, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i889.us.us.i = bitcast <16 x i32> %2523 to <32 x bfloat>
+  %r.i890.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i866.us.us.i, <32 x bfloat> %2497, <32 x bfloat> %y.i889.us.us.i)
+  %2524 = getelementptr i8, ptr %2500, i64 24
+  %2525 = load i32, ptr %2524, align 4, !tbaa !4
+  %2526 = insertelement <16 x i32> poison, i32 %2525, i64 0
+  %2527 = shufflevector <16 x i32> %2526, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i892.us.us.i = bitcast <16 x i32> %2527 to <32 x bfloat>
+  %r.i893.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i869.us.us.i, <32 x bfloat> %2497, <32 x bfloat> %y.i892.us.us.i)
+  %2528 = getelementptr i8, ptr %2500, i64 28
+  %2529 = load i32, ptr %2528, align 4, !tbaa !4
+  %2530 = insertelement <16 x i32> poison, i32 %2529, i64 0
+  %2531 = shufflevector <16 x i32> %2530, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i895.us.us.i = bitcast <16 x i32> %2531 to <32 x bfloat>
+  %r.i896.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i872.us.us.i, <32 x bfloat> %2497, <32 x bfloat> %y.i895.us.us.i)
+  %2532 = getelementptr i8, ptr %gep1775.i, i64 832
+  %2533 = load <32 x bfloat>, ptr %2532, align 4, !tbaa !4
+  %2534 = or disjoint i64 %2101, 13
+  %2535 = mul nsw i64 %2534, %k_row
+  %2536 = getelementptr i32, ptr %2646, i64 %2535
+  %2537 = load i32, ptr %2536, align 4, !tbaa !4
+  %2538 = insertelement <16 x i32> poison, i32 %2537, i64 0
+  %2539 = shufflevector <16 x i32> %2538, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i898.us.us.i = bitcast <16 x i32> %2539 to <32 x bfloat>
+  %r.i899.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i875.us.us.i, <32 x bfloat> %2533, <32 x bfloat> %y.i898.us.us.i)
+  %2540 = getelementptr i8, ptr %2536, i64 4
+  %2541 = load i32, ptr %2540, align 4, !tbaa !4
+  %2542 = insertelement <16 x i32> poison, i32 %2541, i64 0
+  %2543 = shufflevector <16 x i32> %2542, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i901.us.us.i = bitcast <16 x i32> %2543 to <32 x bfloat>
+  %r.i902.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i878.us.us.i, <32 x bfloat> %2533, <32 x bfloat> %y.i901.us.us.i)
+  %2544 = getelementptr i8, ptr %2536, i64 8
+  %2545 = load i32, ptr %2544, align 4, !tbaa !4
+  %2546 = insertelement <16 x i32> poison, i32 %2545, i64 0
+  %2547 = shufflevector <16 x i32> %2546, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i904.us.us.i = bitcast <16 x i32> %2547 to <32 x bfloat>
+  %r.i905.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i881.us.us.i, <32 x bfloat> %2533, <32 x bfloat> %y.i904.us.us.i)
+  %2548 = getelementptr i8, ptr %2536, i64 12
+  %2549 = load i32, ptr %2548, align 4, !tbaa !4
+  %2550 = insertelement <16 x i32> poison, i32 %2549, i64 0
+  %2551 = shufflevector <16 x i32> %2550, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i907.us.us.i = bitcast <16 x i32> %2551 to <32 x bfloat>
+  %r.i908.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i884.us.us.i, <32 x bfloat> %2533, <32 x bfloat> %y.i907.us.us.i)
+  %2552 = getelementptr i8, ptr %2536, i64 16
+  %2553 = load i32, ptr %2552, align 4, !tbaa !4
+  %2554 = insertelement <16 x i32> poison, i32 %2553, i64 0
+  %2555 = shufflevector <16 x i32> %2554, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i910.us.us.i = bitcast <16 x i32> %2555 to <32 x bfloat>
+  %r.i911.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i887.us.us.i, <32 x bfloat> %2533, <32 x bfloat> %y.i910.us.us.i)
+  %2556 = getelementptr i8, ptr %2536, i64 20
+  %2557 = load i32, ptr %2556, align 4, !tbaa !4
+  %2558 = insertelement <16 x i32> poison, i32 %2557, i64 0
+  %2559 = shufflevector <16 x i32> %2558, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i913.us.us.i = bitcast <16 x i32> %2559 to <32 x bfloat>
+  %r.i914.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i890.us.us.i, <32 x bfloat> %2533, <32 x bfloat> %y.i913.us.us.i)
+  %2560 = getelementptr i8, ptr %2536, i64 24
+  %2561 = load i32, ptr %2560, align 4, !tbaa !4
+  %2562 = insertelement <16 x i32> poison, i32 %2561, i64 0
+  %2563 = shufflevector <16 x i32> %2562, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i916.us.us.i = bitcast <16 x i32> %2563 to <32 x bfloat>
+  %r.i917.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i893.us.us.i, <32 x bfloat> %2533, <32 x bfloat> %y.i916.us.us.i)
+  %2564 = getelementptr i8, ptr %2536, i64 28
+  %2565 = load i32, ptr %2564, align 4, !tbaa !4
+  %2566 = insertelement <16 x i32> poison, i32 %2565, i64 0
+  %2567 = shufflevector <16 x i32> %2566, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i919.us.us.i = bitcast <16 x i32> %2567 to <32 x bfloat>
+  %r.i920.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i896.us.us.i, <32 x bfloat> %2533, <32 x bfloat> %y.i919.us.us.i)
+  %2568 = getelementptr i8, ptr %gep1775.i, i64 896
+  %2569 = load <32 x bfloat>, ptr %2568, align 4, !tbaa !4
+  %2570 = or disjoint i64 %2101, 14
+  %2571 = mul nsw i64 %2570, %k_row
+  %2572 = getelementptr i32, ptr %2646, i64 %2571
+  %2573 = load i32, ptr %2572, align 4, !tbaa !4
+  %2574 = insertelement <16 x i32> poison, i32 %2573, i64 0
+  %2575 = shufflevector <16 x i32> %2574, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i922.us.us.i = bitcast <16 x i32> %2575 to <32 x bfloat>
+  %r.i923.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i899.us.us.i, <32 x bfloat> %2569, <32 x bfloat> %y.i922.us.us.i)
+  %2576 = getelementptr i8, ptr %2572, i64 4
+  %2577 = load i32, ptr %2576, align 4, !tbaa !4
+  %2578 = insertelement <16 x i32> poison, i32 %2577, i64 0
+  %2579 = shufflevector <16 x i32> %2578, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i925.us.us.i = bitcast <16 x i32> %2579 to <32 x bfloat>
+  %r.i926.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i902.us.us.i, <32 x bfloat> %2569, <32 x bfloat> %y.i925.us.us.i)
+  %2580 = getelementptr i8, ptr %2572, i64 8
+  %2581 = load i32, ptr %2580, align 4, !tbaa !4
+  %2582 = insertelement <16 x i32> poison, i32 %2581, i64 0
+  %2583 = shufflevector <16 x i32> %2582, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i928.us.us.i = bitcast <16 x i32> %2583 to <32 x bfloat>
+  %r.i929.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i905.us.us.i, <32 x bfloat> %2569, <32 x bfloat> %y.i928.us.us.i)
+  %2584 = getelementptr i8, ptr %2572, i64 12
+  %2585 = load i32, ptr %2584, align 4, !tbaa !4
+  %2586 = insertelement <16 x i32> poison, i32 %2585, i64 0
+  %2587 = shufflevector <16 x i32> %2586, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i931.us.us.i = bitcast <16 x i32> %2587 to <32 x bfloat>
+  %r.i932.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i908.us.us.i, <32 x bfloat> %2569, <32 x bfloat> %y.i931.us.us.i)
+  %2588 = getelementptr i8, ptr %2572, i64 16
+  %2589 = load i32, ptr %2588, align 4, !tbaa !4
+  %2590 = insertelement <16 x i32> poison, i32 %2589, i64 0
+  %2591 = shufflevector <16 x i32> %2590, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i934.us.us.i = bitcast <16 x i32> %2591 to <32 x bfloat>
+  %r.i935.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i911.us.us.i, <32 x bfloat> %2569, <32 x bfloat> %y.i934.us.us.i)
+  %2592 = getelementptr i8, ptr %2572, i64 20
+  %2593 = load i32, ptr %2592, align 4, !tbaa !4
+  %2594 = insertelement <16 x i32> poison, i32 %2593, i64 0
+  %2595 = shufflevector <16 x i32> %2594, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i937.us.us.i = bitcast <16 x i32> %2595 to <32 x bfloat>
+  %r.i938.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i914.us.us.i, <32 x bfloat> %2569, <32 x bfloat> %y.i937.us.us.i)
+  %2596 = getelementptr i8, ptr %2572, i64 24
+  %2597 = load i32, ptr %2596, align 4, !tbaa !4
+  %2598 = insertelement <16 x i32> poison, i32 %2597, i64 0
+  %2599 = shufflevector <16 x i32> %2598, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i940.us.us.i = bitcast <16 x i32> %2599 to <32 x bfloat>
+  %r.i941.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i917.us.us.i, <32 x bfloat> %2569, <32 x bfloat> %y.i940.us.us.i)
+  %2600 = getelementptr i8, ptr %2572, i64 28
+  %2601 = load i32, ptr %2600, align 4, !tbaa !4
+  %2602 = insertelement <16 x i32> poison, i32 %2601, i64 0
+  %2603 = shufflevector <16 x i32> %2602, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i943.us.us.i = bitcast <16 x i32> %2603 to <32 x bfloat>
+  %r.i944.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i920.us.us.i, <32 x bfloat> %2569, <32 x bfloat> %y.i943.us.us.i)
+  %2604 = getelementptr i8, ptr %gep1775.i, i64 960
+  %2605 = load <32 x bfloat>, ptr %2604, align 4, !tbaa !4
+  %2606 = or disjoint i64 %2101, 15
+  %2607 = mul nsw i64 %2606, %k_row
+  %2608 = getelementptr i32, ptr %2646, i64 %2607
+  %2609 = load i32, ptr %2608, align 4, !tbaa !4
+  %2610 = insertelement <16 x i32> poison, i32 %2609, i64 0
+  %2611 = shufflevector <16 x i32> %2610, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i946.us.us.i = bitcast <16 x i32> %2611 to <32 x bfloat>
+  %r.i947.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i923.us.us.i, <32 x bfloat> %2605, <32 x bfloat> %y.i946.us.us.i)
+  %2612 = getelementptr i8, ptr %2608, i64 4
+  %2613 = load i32, ptr %2612, align 4, !tbaa !4
+  %2614 = insertelement <16 x i32> poison, i32 %2613, i64 0
+  %2615 = shufflevector <16 x i32> %2614, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i949.us.us.i = bitcast <16 x i32> %2615 to <32 x bfloat>
+  %r.i950.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i926.us.us.i, <32 x bfloat> %2605, <32 x bfloat> %y.i949.us.us.i)
+  %2616 = getelementptr i8, ptr %2608, i64 8
+  %2617 = load i32, ptr %2616, align 4, !tbaa !4
+  %2618 = insertelement <16 x i32> poison, i32 %2617, i64 0
+  %2619 = shufflevector <16 x i32> %2618, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i952.us.us.i = bitcast <16 x i32> %2619 to <32 x bfloat>
+  %r.i953.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i929.us.us.i, <32 x bfloat> %2605, <32 x bfloat> %y.i952.us.us.i)
+  %2620 = getelementptr i8, ptr %2608, i64 12
+  %2621 = load i32, ptr %2620, align 4, !tbaa !4
+  %2622 = insertelement <16 x i32> poison, i32 %2621, i64 0
+  %2623 = shufflevector <16 x i32> %2622, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i955.us.us.i = bitcast <16 x i32> %2623 to <32 x bfloat>
+  %r.i956.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i932.us.us.i, <32 x bfloat> %2605, <32 x bfloat> %y.i955.us.us.i)
+  %2624 = getelementptr i8, ptr %2608, i64 16
+  %2625 = load i32, ptr %2624, align 4, !tbaa !4
+  %2626 = insertelement <16 x i32> poison, i32 %2625, i64 0
+  %2627 = shufflevector <16 x i32> %2626, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i958.us.us.i = bitcast <16 x i32> %2627 to <32 x bfloat>
+  %r.i959.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i935.us.us.i, <32 x bfloat> %2605, <32 x bfloat> %y.i958.us.us.i)
+  %2628 = getelementptr i8, ptr %2608, i64 20
+  %2629 = load i32, ptr %2628, align 4, !tbaa !4
+  %2630 = insertelement <16 x i32> poison, i32 %2629, i64 0
+  %2631 = shufflevector <16 x i32> %2630, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i961.us.us.i = bitcast <16 x i32> %2631 to <32 x bfloat>
+  %r.i962.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i938.us.us.i, <32 x bfloat> %2605, <32 x bfloat> %y.i961.us.us.i)
+  %2632 = getelementptr i8, ptr %2608, i64 24
+  %2633 = load i32, ptr %2632, align 4, !tbaa !4
+  %2634 = insertelement <16 x i32> poison, i32 %2633, i64 0
+  %2635 = shufflevector <16 x i32> %2634, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i964.us.us.i = bitcast <16 x i32> %2635 to <32 x bfloat>
+  %r.i965.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i941.us.us.i, <32 x bfloat> %2605, <32 x bfloat> %y.i964.us.us.i)
+  %2636 = getelementptr i8, ptr %2608, i64 28
+  %2637 = load i32, ptr %2636, align 4, !tbaa !4
+  %2638 = insertelement <16 x i32> poison, i32 %2637, i64 0
+  %2639 = shufflevector <16 x i32> %2638, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i967.us.us.i = bitcast <16 x i32> %2639 to <32 x bfloat>
+  %r.i968.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i944.us.us.i, <32 x bfloat> %2605, <32 x bfloat> %y.i967.us.us.i)
+  %indvars.iv.next1534.i = add nuw nsw i64 %indvars.iv1533.i, 1
+  %exitcond1536.not.i = icmp eq i64 %indvars.iv.next1534.i, 4
+  br i1 %exitcond1536.not.i, label %for_end_d_0.us.us.i, label %for_body_d_0.us.us.i, !prof !30
+
+for_begin_d_0.preheader.us.us.i:                  ; preds = %for_end_d_0.us.us.i, %for_begin_d_0.preheader.us.us.preheader.i
+  %indvars.iv1537.i = phi i64 [ 0, %for_begin_d_0.preheader.us.us.preheader.i ], [ %indvars.iv.next1538.i, %for_end_d_0.us.us.i ]
+  %2640 = shl nuw nsw i64 %indvars.iv1537.i, 3
+  %2641 = and i64 %2640, 17179869168
+  %2642 = and i64 %2640, 2147483632
+  %2643 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %2642
+  %2644 = load i64, ptr %2643, align 8, !tbaa !4
+  %2645 = add i64 %2640, %1040
+  %invariant.op1232.us.us.i = add i64 %2645, %2644
+  %.reass1233.us.us.i = sub i64 %invariant.op1232.us.us.i, %2641
+  %2646 = getelementptr i32, ptr %key_cache, i64 %.reass1233.us.us.i
+  br label %for_body_d_0.us.us.i
+
+for_body_r188.lr.ph.us.i:                         ; preds = %if_then185.us.i
+  %2647 = icmp sgt i32 %valid_len179.us.i, %1025
+  %2648 = zext nneg i32 %1187 to i64
+  %2649 = shl nuw nsw i64 %2648, 2
+  br i1 %2647, label %for_body_r188.us.us.preheader.i, label %if_end186.us.i, !prof !3
+
+for_body_r188.us.us.preheader.i:                  ; preds = %for_body_r188.lr.ph.us.i
+  %2650 = add i32 %indvars.iv115, %1178
+  %smin117 = tail call i32 @llvm.smin.i32(i32 %indvars.iv103, i32 %2650)
+  %smin118 = tail call i32 @llvm.smin.i32(i32 %smin117, i32 256)
+  %2651 = sub i32 %smin118, %smax120
+  %2652 = zext i32 %2651 to i64
+  %smin221 = tail call i32 @llvm.smin.i32(i32 %939, i32 %2650)
+  %smin222 = tail call i32 @llvm.smin.i32(i32 %smin221, i32 256)
+  %2653 = sub i32 %smin222, %smax
+  %2654 = zext i32 %2653 to i64
+  %2655 = add nsw i64 %2654, -1
+  %smin238 = tail call i32 @llvm.smin.i32(i32 %933, i32 %2650)
+  %smin239 = tail call i32 @llvm.smin.i32(i32 %smin238, i32 256)
+  %2656 = sub i32 %smin239, %smax234
+  %2657 = zext i32 %2656 to i64
+  %scevgep240 = getelementptr i8, ptr %scevgep233, i64 %2657
+  %scevgep242 = getelementptr i8, ptr %scaled.us.i, i64 %936
+  %scevgep243 = getelementptr i8, ptr %scaled.us.i, i64 -60
+  %scevgep244 = getelementptr i8, ptr %scevgep243, i64 %936
+  %2658 = shl nuw nsw i64 %2657, 6
+  %smin254 = tail call i32 @llvm.smin.i32(i32 %926, i32 %2650)
+  %smin255 = tail call i32 @llvm.smin.i32(i32 %smin254, i32 256)
+  %2659 = sub i32 %smin255, %smax250
+  %2660 = zext i32 %2659 to i64
+  %min.iters.check257 = icmp ult i32 %2659, 24
+  %2661 = trunc i64 %2655 to i32
+  %mul.result = shl i32 %2661, 4
+  %2662 = icmp ugt i64 %2655, 268435455
+  %mul.result227 = shl nsw i64 %2655, 6
+  %smax245 = tail call i32 @llvm.smax.i32(i32 %1190, i32 1)
+  %2663 = add nsw i32 %smax245, -1
+  %2664 = zext nneg i32 %2663 to i64
+  %2665 = shl nuw nsw i64 %2664, 2
+  %2666 = getelementptr i8, ptr %scevgep244, i64 %2658
+  %scevgep246 = getelementptr i8, ptr %2666, i64 %2665
+  %n.vec260 = and i64 %2660, 4294967288
+  %cmp.n = icmp eq i64 %n.vec260, %2660
+  %xtraiter344 = and i64 %2660, 3
+  %lcmp.mod345.not = icmp eq i64 %xtraiter344, 0
+  br label %for_body_r188.us.us.i
+
+for_body_r188.us.us.i:                            ; preds = %for_begin_c.for_end_c_crit_edge.us.us.i, %for_body_r188.us.us.preheader.i
+  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.us.i ], [ 0, %for_body_r188.us.us.preheader.i ]
+  %r1911247.us.us.i = phi i32 [ %2731, %for_begin_c.for_end_c_crit_edge.us.us.i ], [ 0, %for_body_r188.us.us.preheader.i ]
+  %2667 = lshr i32 %r1911247.us.us.i, 2
+  %2668 = zext nneg i32 %2667 to i64
+  %2669 = add nuw nsw i64 %2649, %2668
+  %2670 = mul nsw i64 %2669, %612
+  %2671 = getelementptr i8, ptr %1031, i64 %2670
+  br i1 %min.iters.check257, label %for_body_c.us.us.i.preheader, label %vector.scevcheck, !prof !11
+
+vector.scevcheck:                                 ; preds = %for_body_r188.us.us.i
+  %2672 = add i64 %indvar, %943
+  %2673 = shl i64 %2672, 2
+  %scevgep225 = getelementptr i8, ptr %scaled.us.i, i64 %2673
+  %2674 = add i32 %942, %r1911247.us.us.i
+  %2675 = add i32 %2674, %mul.result
+  %2676 = icmp slt i32 %2675, %2674
+  %2677 = or i1 %2676, %2662
+  %2678 = getelementptr i8, ptr %scevgep225, i64 %mul.result227
+  %2679 = icmp ult ptr %2678, %scevgep225
+  %2680 = or i1 %2679, %2677
+  br i1 %2680, label %for_body_c.us.us.i.preheader, label %vector.memcheck229, !prof !11
+
+vector.memcheck229:                               ; preds = %vector.scevcheck
+  %scevgep241 = getelementptr i8, ptr %scevgep240, i64 %2670
+  %bound0247 = icmp ult ptr %2671, %scevgep246
+  %bound1248 = icmp ult ptr %scevgep242, %scevgep241
+  %found.conflict249 = and i1 %bound0247, %bound1248
+  br i1 %found.conflict249, label %for_body_c.us.us.i.preheader, label %vector.ph258, !prof !11
+
+vector.ph258:                                     ; preds = %vector.memcheck229
+  %broadcast.splatinsert261 = insertelement <8 x i32> poison, i32 %r1911247.us.us.i, i64 0
+  %broadcast.splat262 = shufflevector <8 x i32> %broadcast.splatinsert261, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body265
+
+vector.body265:                                   ; preds = %vector.body265, %vector.ph258
+  %index266 = phi i64 [ 0, %vector.ph258 ], [ %index.next267, %vector.body265 ]
+  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph258 ], [ %vec.ind.next, %vector.body265 ]
+  %2681 = getelementptr i8, ptr %2671, i64 %index266
+  %wide.load = load <8 x i8>, ptr %2681, align 1, !tbaa !4, !alias.scope !67, !noalias !70
+  %2682 = icmp ne <8 x i8> %wide.load, zeroinitializer
+  %2683 = add <8 x i32> %broadcast.splat264, %vec.ind
+  %2684 = shl <8 x i32> %2683, splat (i32 4)
+  %2685 = add nsw <8 x i32> %2684, %broadcast.splat262
+  %2686 = sext <8 x i32> %2685 to <8 x i64>
+  %2687 = getelementptr inbounds float, ptr %scaled.us.i, <8 x i64> %2686
+  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2687, <8 x i1> %2682, <8 x float> poison), !tbaa !4, !alias.scope !70
+  %predphi = select <8 x i1> %2682, <8 x float> %wide.masked.gather, <8 x float> splat (float 0xFFF0000000000000)
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2687, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !70
+  %index.next267 = add nuw i64 %index266, 8
+  %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
+  %2688 = icmp eq i64 %index.next267, %n.vec260
+  br i1 %2688, label %middle.block268, label %vector.body265, !prof !72, !llvm.loop !73
+
+middle.block268:                                  ; preds = %vector.body265
+  br i1 %cmp.n, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i.preheader, !prof !75
+
+for_body_c.us.us.i.preheader:                     ; preds = %middle.block268, %vector.memcheck229, %vector.scevcheck, %for_body_r188.us.us.i
+  %indvars.iv1551.i.ph = phi i64 [ 0, %vector.memcheck229 ], [ 0, %vector.scevcheck ], [ 0, %for_body_r188.us.us.i ], [ %n.vec260, %middle.block268 ]
+  br i1 %lcmp.mod345.not, label %for_body_c.us.us.i.prol.loopexit, label %for_body_c.us.us.i.prol, !prof !3
+
+for_body_c.us.us.i.prol:                          ; preds = %if_end194.us.us.i.prol, %for_body_c.us.us.i.preheader
+  %indvars.iv1551.i.prol = phi i64 [ %indvars.iv.next1552.i.prol, %if_end194.us.us.i.prol ], [ %indvars.iv1551.i.ph, %for_body_c.us.us.i.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %if_end194.us.us.i.prol ], [ 0, %for_body_c.us.us.i.preheader ]
+  %2689 = getelementptr i8, ptr %2671, i64 %indvars.iv1551.i.prol
+  %2690 = load i8, ptr %2689, align 1, !tbaa !4
+  %2691 = icmp eq i8 %2690, 0
+  %2692 = trunc i64 %indvars.iv1551.i.prol to i32
+  %.pre1702.i.prol = add i32 %1025, %2692
+  %.pre1704.i.prol = shl i32 %.pre1702.i.prol, 4
+  %.pre1706.i.prol = add nsw i32 %.pre1704.i.prol, %r1911247.us.us.i
+  %.pre1708.i.prol = sext i32 %.pre1706.i.prol to i64
+  br i1 %2691, label %if_end194.us.us.i.prol, label %if_else193.us.us.i.prol
+
+if_else193.us.us.i.prol:                          ; preds = %for_body_c.us.us.i.prol
+  %2693 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i.prol
+  %2694 = load float, ptr %2693, align 4, !tbaa !4
+  br label %if_end194.us.us.i.prol
+
+if_end194.us.us.i.prol:                           ; preds = %if_else193.us.us.i.prol, %for_body_c.us.us.i.prol
+  %2695 = phi float [ %2694, %if_else193.us.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.us.i.prol ]
+  %2696 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i.prol
+  store float %2695, ptr %2696, align 4, !tbaa !4
+  %indvars.iv.next1552.i.prol = add nuw nsw i64 %indvars.iv1551.i.prol, 1
+  %prol.iter.next = add i64 %prol.iter, 1
+  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter344
+  br i1 %prol.iter.cmp.not, label %for_body_c.us.us.i.prol.loopexit, label %for_body_c.us.us.i.prol, !prof !76, !llvm.loop !77
+
+for_body_c.us.us.i.prol.loopexit:                 ; preds = %if_end194.us.us.i.prol, %for_body_c.us.us.i.preheader
+  %indvars.iv1551.i.unr = phi i64 [ %indvars.iv1551.i.ph, %for_body_c.us.us.i.preheader ], [ %indvars.iv.next1552.i.prol, %if_end194.us.us.i.prol ]
+  %2697 = sub nsw i64 %indvars.iv1551.i.ph, %2660
+  %2698 = icmp ugt i64 %2697, -4
+  br i1 %2698, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i, !prof !11
+
+for_body_c.us.us.i:                               ; preds = %if_end194.us.us.i.3, %for_body_c.us.us.i.prol.loopexit
+  %indvars.iv1551.i = phi i64 [ %indvars.iv.next1552.i.3, %if_end194.us.us.i.3 ], [ %indvars.iv1551.i.unr, %for_body_c.us.us.i.prol.loopexit ]
+  %2699 = getelementptr i8, ptr %2671, i64 %indvars.iv1551.i
+  %2700 = load i8, ptr %2699, align 1, !tbaa !4
+  %2701 = icmp eq i8 %2700, 0
+  %2702 = trunc i64 %indvars.iv1551.i to i32
+  %.pre1702.i = add i32 %1025, %2702
+  %.pre1704.i = shl i32 %.pre1702.i, 4
+  %.pre1706.i = add nsw i32 %.pre1704.i, %r1911247.us.us.i
+  %.pre1708.i = sext i32 %.pre1706.i to i64
+  br i1 %2701, label %if_end194.us.us.i, label %if_else193.us.us.i
+
+if_else193.us.us.i:                               ; preds = %for_body_c.us.us.i
+  %2703 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i
+  %2704 = load float, ptr %2703, align 4, !tbaa !4
+  br label %if_end194.us.us.i
+
+if_end194.us.us.i:                                ; preds = %if_else193.us.us.i, %for_body_c.us.us.i
+  %2705 = phi float [ %2704, %if_else193.us.us.i ], [ 0xFFF0000000000000, %for_body_c.us.us.i ]
+  %2706 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i
+  store float %2705, ptr %2706, align 4, !tbaa !4
+  %indvars.iv.next1552.i = add nuw nsw i64 %indvars.iv1551.i, 1
+  %2707 = getelementptr i8, ptr %2671, i64 %indvars.iv.next1552.i
+  %2708 = load i8, ptr %2707, align 1, !tbaa !4
+  %2709 = icmp eq i8 %2708, 0
+  %2710 = trunc i64 %indvars.iv.next1552.i to i32
+  %.pre1702.i.1 = add i32 %1025, %2710
+  %.pre1704.i.1 = shl i32 %.pre1702.i.1, 4
+  %.pre1706.i.1 = add nsw i32 %.pre1704.i.1, %r1911247.us.us.i
+  %.pre1708.i.1 = sext i32 %.pre1706.i.1 to i64
+  br i1 %2709, label %if_end194.us.us.i.1, label %if_else193.us.us.i.1
+
+if_else193.us.us.i.1:                             ; preds = %if_end194.us.us.i
+  %2711 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i.1
+  %2712 = load float, ptr %2711, align 4, !tbaa !4
+  br label %if_end194.us.us.i.1
+
+if_end194.us.us.i.1:                              ; preds = %if_else193.us.us.i.1, %if_end194.us.us.i
+  %2713 = phi float [ %2712, %if_else193.us.us.i.1 ], [ 0xFFF0000000000000, %if_end194.us.us.i ]
+  %2714 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i.1
+  store float %2713, ptr %2714, align 4, !tbaa !4
+  %indvars.iv.next1552.i.1 = add nuw nsw i64 %indvars.iv1551.i, 2
+  %2715 = getelementptr i8, ptr %2671, i64 %indvars.iv.next1552.i.1
+  %2716 = load i8, ptr %2715, align 1, !tbaa !4
+  %2717 = icmp eq i8 %2716, 0
+  %2718 = trunc i64 %indvars.iv.next1552.i.1 to i32
+  %.pre1702.i.2 = add i32 %1025, %2718
+  %.pre1704.i.2 = shl i32 %.pre1702.i.2, 4
+  %.pre1706.i.2 = add nsw i32 %.pre1704.i.2, %r1911247.us.us.i
+  %.pre1708.i.2 = sext i32 %.pre1706.i.2 to i64
+  br i1 %2717, label %if_end194.us.us.i.2, label %if_else193.us.us.i.2
+
+if_else193.us.us.i.2:                             ; preds = %if_end194.us.us.i.1
+  %2719 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i.2
+  %2720 = load float, ptr %2719, align 4, !tbaa !4
+  br label %if_end194.us.us.i.2
+
+if_end194.us.us.i.2:                              ; preds = %if_else193.us.us.i.2, %if_end194.us.us.i.1
+  %2721 = phi float [ %2720, %if_else193.us.us.i.2 ], [ 0xFFF0000000000000, %if_end194.us.us.i.1 ]
+  %2722 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i.2
+  store float %2721, ptr %2722, align 4, !tbaa !4
+  %indvars.iv.next1552.i.2 = add nuw nsw i64 %indvars.iv1551.i, 3
+  %2723 = getelementptr i8, ptr %2671, i64 %indvars.iv.next1552.i.2
+  %2724 = load i8, ptr %2723, align 1, !tbaa !4
+  %2725 = icmp eq i8 %2724, 0
+  %2726 = trunc i64 %indvars.iv.next1552.i.2 to i32
+  %.pre1702.i.3 = add i32 %1025, %2726
+  %.pre1704.i.3 = shl i32 %.pre1702.i.3, 4
+  %.pre1706.i.3 = add nsw i32 %.pre1704.i.3, %r1911247.us.us.i
+  %.pre1708.i.3 = sext i32 %.pre1706.i.3 to i64
+  br i1 %2725, label %if_end194.us.us.i.3, label %if_else193.us.us.i.3
+
+if_else193.us.us.i.3:                             ; preds = %if_end194.us.us.i.2
+  %2727 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i.3
+  %2728 = load float, ptr %2727, align 4, !tbaa !4
+  br label %if_end194.us.us.i.3
+
+if_end194.us.us.i.3:                              ; preds = %if_else193.us.us.i.3, %if_end194.us.us.i.2
+  %2729 = phi float [ %2728, %if_else193.us.us.i.3 ], [ 0xFFF0000000000000, %if_end194.us.us.i.2 ]
+  %2730 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i.3
+  store float %2729, ptr %2730, align 4, !tbaa !4
+  %indvars.iv.next1552.i.3 = add nuw nsw i64 %indvars.iv1551.i, 4
+  %exitcond119.not.3 = icmp eq i64 %indvars.iv.next1552.i.3, %2652
+  br i1 %exitcond119.not.3, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i, !prof !78, !llvm.loop !79
+
+for_begin_c.for_end_c_crit_edge.us.us.i:          ; preds = %if_end194.us.us.i.3, %for_body_c.us.us.i.prol.loopexit, %middle.block268
+  %2731 = add nuw nsw i32 %r1911247.us.us.i, 1
+  %2732 = icmp slt i32 %2731, %1190
+  %indvar.next = add i64 %indvar, 1
+  br i1 %2732, label %for_body_r188.us.us.i, label %if_end186.us.i, !prof !80
+
+for_end_ax0.us.i:                                 ; preds = %for_begin_ti210.preheader.us.i, %for_body_ax0.us.us.preheader.i
+  %.us-phi.us.i = phi <16 x float> [ %1677, %for_body_ax0.us.us.preheader.i ], [ %tile_sum547.sroa.0.01256.us.i, %for_begin_ti210.preheader.us.i ]
+  %indvars.iv.next1572.i = add nuw nsw i64 %indvars.iv1571.i, 1
+  %exitcond1575.not.i = icmp eq i64 %indvars.iv.next1572.i, %wide.trip.count1561.i
+  br i1 %exitcond1575.not.i, label %for_begin_ti222.preheader.us.i.preheader, label %for_begin_ti210.preheader.us.i, !prof !8
+
+for_begin_ti222.preheader.us.i.preheader:         ; preds = %for_end_ax0.us.i
+  %xtraiter353 = and i64 %wide.trip.count1561.i, 1
+  %2733 = icmp eq i64 %1192, 0
+  br i1 %2733, label %for_begin_ti222.preheader.us.i.epil.preheader, label %for_begin_ti222.preheader.us.i.preheader.new, !prof !64
+
+for_begin_ti222.preheader.us.i.preheader.new:     ; preds = %for_begin_ti222.preheader.us.i.preheader
+  %unroll_iter357 = and i64 %wide.trip.count1561.i, 2147483646
+  br label %for_begin_ti222.preheader.us.i
+
+for_begin_ti210.preheader.lr.ph.us.i.unr-lcssa:   ; preds = %for_begin_ti200.preheader.us.i
+  %lcmp.mod348.not = icmp eq i64 %xtraiter346, 0
+  br i1 %lcmp.mod348.not, label %for_begin_ti210.preheader.lr.ph.us.i, label %for_begin_ti200.preheader.us.i.epil.preheader, !prof !54
+
+for_begin_ti200.preheader.us.i.epil.preheader:    ; preds = %for_begin_ti210.preheader.lr.ph.us.i.unr-lcssa, %for_begin_ti200.preheader.us.preheader.i
+  %indvars.iv1558.i.epil.init = phi i64 [ 0, %for_begin_ti200.preheader.us.preheader.i ], [ %indvars.iv.next1559.i.1, %for_begin_ti210.preheader.lr.ph.us.i.unr-lcssa ]
+  %peak543.sroa.0.01250.us.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti200.preheader.us.preheader.i ], [ %1959, %for_begin_ti210.preheader.lr.ph.us.i.unr-lcssa ]
+  %lcmp.mod350 = icmp ne i64 %xtraiter346, 0
+  tail call void @llvm.assume(i1 %lcmp.mod350)
+  %.idx.epil = shl nsw i64 %indvars.iv1558.i.epil.init, 9
+  %2734 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx.epil
+  %2735 = load <16 x float>, ptr %2734, align 4, !tbaa !4
+  %2736 = fcmp ogt <16 x float> %peak543.sroa.0.01250.us.i.epil.init, %2735
+  %2737 = select <16 x i1> %2736, <16 x float> %peak543.sroa.0.01250.us.i.epil.init, <16 x float> %2735
+  %2738 = getelementptr inbounds nuw i8, ptr %2734, i64 64
+  %2739 = load <16 x float>, ptr %2738, align 4, !tbaa !4
+  %2740 = fcmp ogt <16 x float> %2737, %2739
+  %2741 = select <16 x i1> %2740, <16 x float> %2737, <16 x float> %2739
+  %2742 = getelementptr inbounds nuw i8, ptr %2734, i64 128
+  %2743 = load <16 x float>, ptr %2742, align 4, !tbaa !4
+  %2744 = fcmp ogt <16 x float> %2741, %2743
+  %2745 = select <16 x i1> %2744, <16 x float> %2741, <16 x float> %2743
+  %2746 = getelementptr inbounds nuw i8, ptr %2734, i64 192
+  %2747 = load <16 x float>, ptr %2746, align 4, !tbaa !4
+  %2748 = fcmp ogt <16 x float> %2745, %2747
+  %2749 = select <16 x i1> %2748, <16 x float> %2745, <16 x float> %2747
+  %2750 = getelementptr inbounds nuw i8, ptr %2734, i64 256
+  %2751 = load <16 x float>, ptr %2750, align 4, !tbaa !4
+  %2752 = fcmp ogt <16 x float> %2749, %2751
+  %2753 = select <16 x i1> %2752, <16 x float> %2749, <16 x float> %2751
+  %2754 = getelementptr inbounds nuw i8, ptr %2734, i64 320
+  %2755 = load <16 x float>, ptr %2754, align 4, !tbaa !4
+  %2756 = fcmp ogt <16 x float> %2753, %2755
+  %2757 = select <16 x i1> %2756, <16 x float> %2753, <16 x float> %2755
+  %2758 = getelementptr inbounds nuw i8, ptr %2734, i64 384
+  %2759 = load <16 x float>, ptr %2758, align 4, !tbaa !4
+  %2760 = fcmp ogt <16 x float> %2757, %2759
+  %2761 = select <16 x i1> %2760, <16 x float> %2757, <16 x float> %2759
+  %2762 = getelementptr inbounds nuw i8, ptr %2734, i64 448
+  %2763 = load <16 x float>, ptr %2762, align 4, !tbaa !4
+  %2764 = fcmp ogt <16 x float> %2761, %2763
+  %2765 = select <16 x i1> %2764, <16 x float> %2761, <16 x float> %2763
+  br label %for_begin_ti210.preheader.lr.ph.us.i
+
+for_begin_ti210.preheader.lr.ph.us.i:             ; preds = %for_begin_ti200.preheader.us.i.epil.preheader, %for_begin_ti210.preheader.lr.ph.us.i.unr-lcssa
+  %.lcssa = phi <16 x float> [ %1959, %for_begin_ti210.preheader.lr.ph.us.i.unr-lcssa ], [ %2765, %for_begin_ti200.preheader.us.i.epil.preheader ]
+  %2766 = icmp sgt i32 %valid_len179.us.i, 0
+  %2767 = insertelement <16 x i1> poison, i1 %2766, i64 0
+  %2768 = shufflevector <16 x i1> %2767, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2769 = select <16 x i1> %2768, <16 x float> %.lcssa, <16 x float> splat (float 0xC6293E5940000000)
+  %2770 = shl i64 %1172, 4
+  %2771 = and i64 %2770, 4294967280
+  %2772 = getelementptr inbounds nuw i32, ptr %places.i, i64 %2771
+  %2773 = load <16 x i32>, ptr %2772, align 4, !tbaa !4
+  %2774 = sitofp <16 x i32> %2773 to <16 x float>
+  %2775 = fsub <16 x float> splat (float 0x4168000FE0000000), %2774
+  %2776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2774, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  br label %for_begin_ti210.preheader.us.i
+
+for_begin_ti267.preheader.lr.ph.us.i:             ; preds = %for_end_to219.us.i
+  %2777 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %1229
+  %2778 = and i32 %1288, 2147483640
+  %2779 = add i32 %2778, %951
+  %wide.trip.count1592.i = zext nneg i32 %1289 to i64
+  br label %for_begin_ti267.preheader.us.i
+
+for_body_r275.lr.ph.us.i:                         ; preds = %if_then272.us.i
+  %2780 = icmp sgt i32 %valid_len179.us.i, %1025
+  %2781 = zext nneg i32 %1291 to i64
+  %2782 = shl nuw nsw i64 %2781, 2
+  br i1 %2780, label %for_body_r275.us.i.us.preheader, label %if_end273.us.i, !prof !3
+
+for_body_r275.us.i.us.preheader:                  ; preds = %for_body_r275.lr.ph.us.i
+  %2783 = add i32 %indvars.iv115, %1178
+  %2784 = tail call i32 @llvm.smin.i32(i32 %indvars.iv103, i32 %2783)
+  %2785 = tail call i32 @llvm.smin.i32(i32 %2784, i32 256)
+  %smin122 = sext i32 %2785 to i64
+  %2786 = sub nsw i64 %smin122, %944
+  %smax123 = tail call i64 @llvm.smax.i64(i64 %2786, i64 1)
+  %xtraiter359 = and i64 %smax123, 3
+  %2787 = icmp slt i64 %2786, 4
+  %unroll_iter363 = and i64 %smax123, 9223372036854775804
+  %lcmp.mod361.not = icmp eq i64 %xtraiter359, 0
+  %lcmp.mod362 = icmp ne i64 %xtraiter359, 0
+  br label %for_body_r275.us.i.us
+
+for_body_r275.us.i.us:                            ; preds = %for_end_c281.us.i.loopexit.us, %for_body_r275.us.i.us.preheader
+  %r2781264.us.i.us = phi i32 [ %2856, %for_end_c281.us.i.loopexit.us ], [ 0, %for_body_r275.us.i.us.preheader ]
+  %2788 = lshr i32 %r2781264.us.i.us, 2
+  %2789 = zext nneg i32 %2788 to i64
+  %2790 = add nuw nsw i64 %2782, %2789
+  %2791 = mul nsw i64 %2790, %612
+  %2792 = getelementptr i8, ptr %1031, i64 %2791
+  br i1 %2787, label %for_body_c280.us.i.us.epil.preheader, label %for_body_c280.us.i.us, !prof !49
+
+for_body_c280.us.i.us:                            ; preds = %for_body_c280.us.i.us, %for_body_r275.us.i.us
+  %indvars.iv1594.i.us = phi i64 [ %indvars.iv.next1595.i.us.3, %for_body_c280.us.i.us ], [ 0, %for_body_r275.us.i.us ]
+  %niter364 = phi i64 [ %niter364.next.3, %for_body_c280.us.i.us ], [ 0, %for_body_r275.us.i.us ]
+  %2793 = getelementptr i8, ptr %2792, i64 %indvars.iv1594.i.us
+  %2794 = load i8, ptr %2793, align 1, !tbaa !4
+  %2795 = icmp eq i8 %2794, 0
+  %2796 = select i1 %2795, i32 %1033, i32 -1
+  %2797 = trunc i64 %indvars.iv1594.i.us to i32
+  %.tr.i.us = add i32 %1025, %2797
+  %2798 = shl i32 %.tr.i.us, 3
+  %2799 = and i32 %2798, 2147483632
+  %2800 = add nuw nsw i32 %2799, %r2781264.us.i.us
+  %2801 = zext nneg i32 %2800 to i64
+  %2802 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2801
+  %2803 = load i32, ptr %2802, align 4, !tbaa !4
+  %2804 = and i32 %2796, %2803
+  store i32 %2804, ptr %2802, align 4, !tbaa !4
+  %indvars.iv.next1595.i.us = or disjoint i64 %indvars.iv1594.i.us, 1
+  %2805 = getelementptr i8, ptr %2792, i64 %indvars.iv.next1595.i.us
+  %2806 = load i8, ptr %2805, align 1, !tbaa !4
+  %2807 = icmp eq i8 %2806, 0
+  %2808 = select i1 %2807, i32 %1034, i32 -1
+  %2809 = trunc i64 %indvars.iv.next1595.i.us to i32
+  %.tr.i.us.1 = add i32 %1025, %2809
+  %2810 = shl i32 %.tr.i.us.1, 3
+  %2811 = and i32 %2810, 2147483632
+  %2812 = add nuw nsw i32 %2811, %r2781264.us.i.us
+  %2813 = zext nneg i32 %2812 to i64
+  %2814 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2813
+  %2815 = load i32, ptr %2814, align 4, !tbaa !4
+  %2816 = and i32 %2808, %2815
+  store i32 %2816, ptr %2814, align 4, !tbaa !4
+  %indvars.iv.next1595.i.us.1 = or disjoint i64 %indvars.iv1594.i.us, 2
+  %2817 = getelementptr i8, ptr %2792, i64 %indvars.iv.next1595.i.us.1
+  %2818 = load i8, ptr %2817, align 1, !tbaa !4
+  %2819 = icmp eq i8 %2818, 0
+  %2820 = select i1 %2819, i32 %1036, i32 -1
+  %2821 = trunc i64 %indvars.iv.next1595.i.us.1 to i32
+  %.tr.i.us.2 = add i32 %1025, %2821
+  %2822 = shl i32 %.tr.i.us.2, 3
+  %2823 = and i32 %2822, 2147483632
+  %2824 = add nuw nsw i32 %2823, %r2781264.us.i.us
+  %2825 = zext nneg i32 %2824 to i64
+  %2826 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2825
+  %2827 = load i32, ptr %2826, align 4, !tbaa !4
+  %2828 = and i32 %2820, %2827
+  store i32 %2828, ptr %2826, align 4, !tbaa !4
+  %indvars.iv.next1595.i.us.2 = or disjoint i64 %indvars.iv1594.i.us, 3
+  %2829 = getelementptr i8, ptr %2792, i64 %indvars.iv.next1595.i.us.2
+  %2830 = load i8, ptr %2829, align 1, !tbaa !4
+  %2831 = icmp eq i8 %2830, 0
+  %2832 = select i1 %2831, i32 %1037, i32 -1
+  %2833 = trunc i64 %indvars.iv.next1595.i.us.2 to i32
+  %.tr.i.us.3 = add i32 %1025, %2833
+  %2834 = shl i32 %.tr.i.us.3, 3
+  %2835 = and i32 %2834, 2147483632
+  %2836 = add nuw nsw i32 %2835, %r2781264.us.i.us
+  %2837 = zext nneg i32 %2836 to i64
+  %2838 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2837
+  %2839 = load i32, ptr %2838, align 4, !tbaa !4
+  %2840 = and i32 %2832, %2839
+  store i32 %2840, ptr %2838, align 4, !tbaa !4
+  %indvars.iv.next1595.i.us.3 = add nuw nsw i64 %indvars.iv1594.i.us, 4
+  %niter364.next.3 = add i64 %niter364, 4
+  %niter364.ncmp.3 = icmp eq i64 %niter364.next.3, %unroll_iter363
+  br i1 %niter364.ncmp.3, label %for_end_c281.us.i.loopexit.us.unr-lcssa, label %for_body_c280.us.i.us, !prof !50, !llvm.loop !81
+
+for_end_c281.us.i.loopexit.us.unr-lcssa:          ; preds = %for_body_c280.us.i.us
+  br i1 %lcmp.mod361.not, label %for_end_c281.us.i.loopexit.us, label %for_body_c280.us.i.us.epil.preheader, !prof !53
+
+for_body_c280.us.i.us.epil.preheader:             ; preds = %for_end_c281.us.i.loopexit.us.unr-lcssa, %for_body_r275.us.i.us
+  %indvars.iv1594.i.us.epil.init = phi i64 [ 0, %for_body_r275.us.i.us ], [ %indvars.iv.next1595.i.us.3, %for_end_c281.us.i.loopexit.us.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod362)
+  br label %for_body_c280.us.i.us.epil
+
+for_body_c280.us.i.us.epil:                       ; preds = %for_body_c280.us.i.us.epil, %for_body_c280.us.i.us.epil.preheader
+  %indvars.iv1594.i.us.epil = phi i64 [ %indvars.iv1594.i.us.epil.init, %for_body_c280.us.i.us.epil.preheader ], [ %indvars.iv.next1595.i.us.epil, %for_body_c280.us.i.us.epil ]
+  %epil.iter360 = phi i64 [ 0, %for_body_c280.us.i.us.epil.preheader ], [ %epil.iter360.next, %for_body_c280.us.i.us.epil ]
+  %2841 = add nuw nsw i64 %indvars.iv1594.i.us.epil, %1026
+  %2842 = and i64 %2841, 1
+  %2843 = icmp eq i64 %2842, 0
+  %2844 = select i1 %2843, i32 -65536, i32 65535
+  %2845 = getelementptr i8, ptr %2792, i64 %indvars.iv1594.i.us.epil
+  %2846 = load i8, ptr %2845, align 1, !tbaa !4
+  %2847 = icmp eq i8 %2846, 0
+  %2848 = select i1 %2847, i32 %2844, i32 -1
+  %.tr.i.us.epil = trunc i64 %2841 to i32
+  %2849 = shl i32 %.tr.i.us.epil, 3
+  %2850 = and i32 %2849, 2147483632
+  %2851 = add nuw nsw i32 %2850, %r2781264.us.i.us
+  %2852 = zext nneg i32 %2851 to i64
+  %2853 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2852
+  %2854 = load i32, ptr %2853, align 4, !tbaa !4
+  %2855 = and i32 %2848, %2854
+  store i32 %2855, ptr %2853, align 4, !tbaa !4
+  %indvars.iv.next1595.i.us.epil = add nuw nsw i64 %indvars.iv1594.i.us.epil, 1
+  %epil.iter360.next = add i64 %epil.iter360, 1
+  %epil.iter360.cmp.not = icmp eq i64 %epil.iter360.next, %xtraiter359
+  br i1 %epil.iter360.cmp.not, label %for_end_c281.us.i.loopexit.us, label %for_body_c280.us.i.us.epil, !prof !54, !llvm.loop !82
+
+for_end_c281.us.i.loopexit.us:                    ; preds = %for_body_c280.us.i.us.epil, %for_end_c281.us.i.loopexit.us.unr-lcssa
+  %2856 = add nuw nsw i32 %r2781264.us.i.us, 1
+  %2857 = icmp slt i32 %2856, %1294
+  br i1 %2857, label %for_body_r275.us.i.us, label %if_end273.us.i, !prof !80
+
+for_begin_ti289.preheader.lr.ph.us.i:             ; preds = %for_begin_to284.preheader.us.i
+  %gep1318.us.idx.i = shl i64 %indvars.iv1611.i, 5
+  %gep1318.us.i = getelementptr i8, ptr %invariant.gep1230.us.i, i64 %gep1318.us.idx.i
+  br label %for_begin_ti289.preheader.us.i
+
+for_body_ti295.lr.ph.us.i:                        ; preds = %for_end_to286.us.i
+  %gep1320.us.idx.i = shl i64 %indvars.iv1611.i, 5
+  %gep1320.us.i = getelementptr i8, ptr %invariant.gep1230.us.i, i64 %gep1320.us.idx.i
+  br label %for_body_ti295.us.i
+
+for_begin_row_tile.for_end_row_tile_crit_edge.us.i: ; preds = %for_begin_row_tile.us.i
+  %indvars.iv.next1621.i = add nuw nsw i64 %indvars.iv1620.i, 1
+  %exitcond1624.not.i = icmp eq i64 %indvars.iv.next1621.i, %wide.trip.count1623.i
+  br i1 %exitcond1624.not.i, label %for_end_kv_head.i, label %for_body_kv_head.us.i, !prof !8
+
+for_body_t130.i:                                  ; preds = %for_body_t130.i, %for_body_t130.i.preheader.new
+  %indvars.iv1520.i = phi i64 [ 0, %for_body_t130.i.preheader.new ], [ %indvars.iv.next1521.i.3, %for_body_t130.i ]
+  %niter331 = phi i64 [ 0, %for_body_t130.i.preheader.new ], [ %niter331.next.3, %for_body_t130.i ]
+  %2858 = add nsw i64 %indvars.iv1520.i, %950
+  %2859 = trunc nsw i64 %2858 to i32
+  %2860 = tail call i32 @llvm.smin.i32(i32 %2859, i32 %901)
+  %2861 = sext i32 %2860 to i64
+  %2862 = ashr i64 %2861, 4
+  %gep1219.i = getelementptr i32, ptr %604, i64 %2862
+  %2863 = load i32, ptr %gep1219.i, align 4, !tbaa !4
+  %block137.i = sext i32 %2863 to i64
+  %2864 = lshr i64 %2861, 1
+  %2865 = and i64 %2864, 7
+  %2866 = mul nsw i64 %2865, %v_row
+  %2867 = mul nsw i64 %v_block, %block137.i
+  %2868 = add nsw i64 %2866, %2867
+  %2869 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1520.i
+  store i64 %2868, ptr %2869, align 8, !tbaa !4
+  %indvars.iv.next1521.i = or disjoint i64 %indvars.iv1520.i, 1
+  %2870 = add nsw i64 %indvars.iv.next1521.i, %950
+  %2871 = trunc nsw i64 %2870 to i32
+  %2872 = tail call i32 @llvm.smin.i32(i32 %2871, i32 %901)
+  %2873 = sext i32 %2872 to i64
+  %2874 = ashr i64 %2873, 4
+  %gep1219.i.1 = getelementptr i32, ptr %604, i64 %2874
+  %2875 = load i32, ptr %gep1219.i.1, align 4, !tbaa !4
+  %block137.i.1 = sext i32 %2875 to i64
+  %2876 = lshr i64 %2873, 1
+  %2877 = and i64 %2876, 7
+  %2878 = mul nsw i64 %2877, %v_row
+  %2879 = mul nsw i64 %v_block, %block137.i.1
+  %2880 = add nsw i64 %2878, %2879
+  %2881 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1521.i
+  store i64 %2880, ptr %2881, align 8, !tbaa !4
+  %indvars.iv.next1521.i.1 = or disjoint i64 %indvars.iv1520.i, 2
+  %2882 = add nsw i64 %indvars.iv.next1521.i.1, %950
+  %2883 = trunc nsw i64 %2882 to i32
+  %2884 = tail call i32 @llvm.smin.i32(i32 %2883, i32 %901)
+  %2885 = sext i32 %2884 to i64
+  %2886 = ashr i64 %2885, 4
+  %gep1219.i.2 = getelementptr i32, ptr %604, i64 %2886
+  %2887 = load i32, ptr %gep1219.i.2, align 4, !tbaa !4
+  %block137.i.2 = sext i32 %2887 to i64
+  %2888 = lshr i64 %2885, 1
+  %2889 = and i64 %2888, 7
+  %2890 = mul nsw i64 %2889, %v_row
+  %2891 = mul nsw i64 %v_block, %block137.i.2
+  %2892 = add nsw i64 %2890, %2891
+  %2893 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1521.i.1
+  store i64 %2892, ptr %2893, align 8, !tbaa !4
+  %indvars.iv.next1521.i.2 = or disjoint i64 %indvars.iv1520.i, 3
+  %2894 = add nsw i64 %indvars.iv.next1521.i.2, %950
+  %2895 = trunc nsw i64 %2894 to i32
+  %2896 = tail call i32 @llvm.smin.i32(i32 %2895, i32 %901)
+  %2897 = sext i32 %2896 to i64
+  %2898 = ashr i64 %2897, 4
+  %gep1219.i.3 = getelementptr i32, ptr %604, i64 %2898
+  %2899 = load i32, ptr %gep1219.i.3, align 4, !tbaa !4
+  %block137.i.3 = sext i32 %2899 to i64
+  %2900 = lshr i64 %2897, 1
+  %2901 = and i64 %2900, 7
+  %2902 = mul nsw i64 %2901, %v_row
+  %2903 = mul nsw i64 %v_block, %block137.i.3
+  %2904 = add nsw i64 %2902, %2903
+  %2905 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1521.i.2
+  store i64 %2904, ptr %2905, align 8, !tbaa !4
+  %indvars.iv.next1521.i.3 = add nuw nsw i64 %indvars.iv1520.i, 4
+  %niter331.next.3 = add i64 %niter331, 4
+  %niter331.ncmp.3 = icmp eq i64 %niter331.next.3, %unroll_iter330
+  br i1 %niter331.ncmp.3, label %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, label %for_body_t130.i, !prof !50, !llvm.loop !83
+
+for_end_kv_head.i:                                ; preds = %for_begin_row_tile.for_end_row_tile_crit_edge.us.i, %for_body_kv_head.lr.ph.i, %for_begin_kv_head.preheader.i
+  %2906 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2907 = tail call i32 %2906(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not569.i = icmp eq i32 %2907, 0
+  br i1 %.not569.i, label %if_end331.i, label %fused_attend_compute_.exit, !prof !36
+
+if_end331.i:                                      ; preds = %for_end_kv_head.i
+  %2908 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2909 = tail call i32 %2908(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not570.i = icmp eq i32 %2909, 0
+  br i1 %.not570.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !36
+
+for_body_tile337.i:                               ; preds = %if_end342.i, %for_begin_tile336.preheader.i
+  %indvars.iv1634.i = phi i64 [ %indvars.iv.next1635.i, %if_end342.i ], [ 0, %for_begin_tile336.preheader.i ]
+  %.idx1745.i = shl nsw i64 %indvars.iv1634.i, 4
+  %2910 = getelementptr inbounds nuw i8, ptr %reach550.i, i64 %.idx1745.i
+  %2911 = getelementptr inbounds nuw i8, ptr %2910, i64 4
+  %2912 = load i32, ptr %2911, align 4, !tbaa !12
+  %2913 = icmp slt i32 %read_begin.i, %2912
+  br i1 %2913, label %if_then341.i, label %if_end342.i, !prof !7
+
+for_end_tile338.i:                                ; preds = %if_end342.i, %for_begin_tile336.preheader.i
+  %2914 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2915 = tail call i32 %2914(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not566.i = icmp eq i32 %2915, 0
+  br i1 %.not566.i, label %if_end397.i, label %fused_attend_compute_.exit, !prof !36
+
+if_then341.i:                                     ; preds = %for_body_tile337.i
+  %2916 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1745.i
+  %old_max348.i = load <16 x float>, ptr %2916, align 4, !tbaa !4
+  %2917 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1745.i
+  %old_sum350.i = load <16 x float>, ptr %2917, align 4, !tbaa !4
+  %2918 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1745.i
+  %2919 = load <16 x float>, ptr %2918, align 4, !tbaa !4
+  %2920 = fcmp ogt <16 x float> %old_max348.i, %2919
+  %2921 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1745.i
+  %2922 = load <16 x float>, ptr %2921, align 4, !tbaa !4
+  %2923 = fcmp oeq <16 x float> %2922, zeroinitializer
+  %2924 = select <16 x i1> %2923, <16 x i1> splat (i1 true), <16 x i1> %2920
+  %old_or_both354.i = select <16 x i1> %2924, <16 x float> %old_max348.i, <16 x float> %2919
+  %2925 = fcmp oeq <16 x float> %old_sum350.i, zeroinitializer
+  %m356.i = select <16 x i1> %2925, <16 x float> %2919, <16 x float> %old_or_both354.i
+  %2926 = fsub <16 x float> %old_max348.i, %m356.i
+  %2927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2926, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2928 = bitcast <16 x float> %2927 to <16 x i32>
+  %2929 = fadd <16 x float> %2927, splat (float 0xC168000FE0000000)
+  %2930 = fmul <16 x float> %2929, splat (float 0x3F2BD01060000000)
+  %2931 = fmul <16 x float> %2929, splat (float 0x3FE6300000000000)
+  %2932 = fsub <16 x float> %2926, %2931
+  %2933 = fadd <16 x float> %2930, %2932
+  %2934 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2933, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2934, <16 x float> %2933, <16 x float> splat (float 0x3FA5558F20000000))
+  %2936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2935, <16 x float> %2933, <16 x float> splat (float 0x3FC5554920000000))
+  %2937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2936, <16 x float> %2933, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2938 = fmul <16 x float> %2933, %2933
+  %2939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2937, <16 x float> %2938, <16 x float> %2933)
+  %2940 = shl <16 x i32> %2928, splat (i32 23)
+  %2941 = bitcast <16 x i32> %2940 to <16 x float>
+  %2942 = fadd <16 x float> %2939, splat (float 1.000000e+00)
+  %2943 = fmul <16 x float> %2942, %2941
+  %2944 = fcmp olt <16 x float> %2926, splat (float -8.700000e+01)
+  %2945 = select <16 x i1> %2944, <16 x float> zeroinitializer, <16 x float> %2943
+  %2946 = fcmp one <16 x float> %old_sum350.i, zeroinitializer
+  %2947 = select <16 x i1> %2946, <16 x float> %2945, <16 x float> zeroinitializer
+  %arg374.i = fsub <16 x float> %2919, %m356.i
+  %2948 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg374.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2949 = bitcast <16 x float> %2948 to <16 x i32>
+  %2950 = fadd <16 x float> %2948, splat (float 0xC168000FE0000000)
+  %2951 = fmul <16 x float> %2950, splat (float 0x3F2BD01060000000)
+  %2952 = fmul <16 x float> %2950, splat (float 0x3FE6300000000000)
+  %2953 = fsub <16 x float> %arg374.i, %2952
+  %2954 = fadd <16 x float> %2951, %2953
+  %2955 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2954, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2956 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2955, <16 x float> %2954, <16 x float> splat (float 0x3FA5558F20000000))
+  %2957 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2956, <16 x float> %2954, <16 x float> splat (float 0x3FC5554920000000))
+  %2958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2957, <16 x float> %2954, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2959 = fmul <16 x float> %2954, %2954
+  %2960 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2958, <16 x float> %2959, <16 x float> %2954)
+  %2961 = shl <16 x i32> %2949, splat (i32 23)
+  %2962 = bitcast <16 x i32> %2961 to <16 x float>
+  %2963 = fadd <16 x float> %2960, splat (float 1.000000e+00)
+  %2964 = fmul <16 x float> %2963, %2962
+  %2965 = fcmp olt <16 x float> %arg374.i, splat (float -8.700000e+01)
+  %2966 = select <16 x i1> %2965, <16 x float> zeroinitializer, <16 x float> %2964
+  %2967 = fcmp one <16 x float> %2922, zeroinitializer
+  %2968 = select <16 x i1> %2967, <16 x float> %2966, <16 x float> zeroinitializer
+  %2969 = fmul <16 x float> %old_sum350.i, %2947
+  %2970 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2968, <16 x float> %2922, <16 x float> %2969)
+  store <16 x float> %m356.i, ptr %2916, align 4, !tbaa !4
+  store <16 x float> %2970, ptr %2917, align 4, !tbaa !4
+  %2971 = shl i64 %indvars.iv1634.i, 11
+  %2972 = and i64 %2971, 4294965248
+  br label %for_body_d392.i
+
+if_end342.i:                                      ; preds = %for_body_d392.i, %for_body_tile337.i
+  %indvars.iv.next1635.i = add nuw nsw i64 %indvars.iv1634.i, 1
+  %exitcond1638.not.i = icmp eq i64 %indvars.iv.next1635.i, %wide.trip.count1637.i
+  br i1 %exitcond1638.not.i, label %for_end_tile338.i, label %for_body_tile337.i, !prof !8
+
+for_body_d392.i:                                  ; preds = %for_body_d392.i, %if_then341.i
+  %indvars.iv1630.i = phi i64 [ 0, %if_then341.i ], [ %indvars.iv.next1631.i.3, %for_body_d392.i ]
+  %2973 = shl nuw nsw i64 %indvars.iv1630.i, 4
+  %2974 = add nuw nsw i64 %2973, %2972
+  %2975 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2974
+  %2976 = load <16 x float>, ptr %2975, align 4, !tbaa !4
+  %2977 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2974
+  %2978 = load <16 x float>, ptr %2977, align 4, !tbaa !4
+  %2979 = fmul <16 x float> %2947, %2978
+  %2980 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2968, <16 x float> %2976, <16 x float> %2979)
+  store <16 x float> %2980, ptr %2977, align 4, !tbaa !4
+  %indvars.iv.next1631.i = shl i64 %indvars.iv1630.i, 4
+  %2981 = or disjoint i64 %indvars.iv.next1631.i, 16
+  %2982 = add nuw nsw i64 %2981, %2972
+  %2983 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2982
+  %2984 = load <16 x float>, ptr %2983, align 4, !tbaa !4
+  %2985 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2982
+  %2986 = load <16 x float>, ptr %2985, align 4, !tbaa !4
+  %2987 = fmul <16 x float> %2947, %2986
+  %2988 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2968, <16 x float> %2984, <16 x float> %2987)
+  store <16 x float> %2988, ptr %2985, align 4, !tbaa !4
+  %indvars.iv.next1631.i.1 = shl i64 %indvars.iv1630.i, 4
+  %2989 = or disjoint i64 %indvars.iv.next1631.i.1, 32
+  %2990 = add nuw nsw i64 %2989, %2972
+  %2991 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2990
+  %2992 = load <16 x float>, ptr %2991, align 4, !tbaa !4
+  %2993 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2990
+  %2994 = load <16 x float>, ptr %2993, align 4, !tbaa !4
+  %2995 = fmul <16 x float> %2947, %2994
+  %2996 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2968, <16 x float> %2992, <16 x float> %2995)
+  store <16 x float> %2996, ptr %2993, align 4, !tbaa !4
+  %indvars.iv.next1631.i.2 = shl i64 %indvars.iv1630.i, 4
+  %2997 = or disjoint i64 %indvars.iv.next1631.i.2, 48
+  %2998 = add nuw nsw i64 %2997, %2972
+  %2999 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2998
+  %3000 = load <16 x float>, ptr %2999, align 4, !tbaa !4
+  %3001 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2998
+  %3002 = load <16 x float>, ptr %3001, align 4, !tbaa !4
+  %3003 = fmul <16 x float> %2947, %3002
+  %3004 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2968, <16 x float> %3000, <16 x float> %3003)
+  store <16 x float> %3004, ptr %3001, align 4, !tbaa !4
+  %indvars.iv.next1631.i.3 = add nuw nsw i64 %indvars.iv1630.i, 4
+  %exitcond1633.not.i.3 = icmp eq i64 %indvars.iv.next1631.i.3, 128
+  br i1 %exitcond1633.not.i.3, label %if_end342.i, label %for_body_d392.i, !prof !30, !llvm.loop !84
+
+if_end397.i:                                      ; preds = %for_end_tile338.i
+  %3005 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3006 = tail call i32 %3005(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not567.i = icmp eq i32 %3006, 0
+  br i1 %.not567.i, label %if_end400.i, label %fused_attend_compute_.exit, !prof !36
+
+if_end400.i:                                      ; preds = %if_end397.i
+  %3007 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3008 = tail call i32 %3007(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not568.i = icmp eq i32 %3008, 0
+  br i1 %.not568.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !36
+
+for_body_tile406.i:                               ; preds = %if_end411.loopexit.i, %for_body_tile406.i.preheader
+  %indvars.iv1655.i = phi i64 [ %indvars.iv.next1656.i, %if_end411.loopexit.i ], [ 0, %for_body_tile406.i.preheader ]
+  %3009 = shl i64 %indvars.iv1655.i, 13
+  %3010 = and i64 %3009, 17179860992
+  %scevgep277 = getelementptr i8, ptr %total_acc.i, i64 %3010
+  %3011 = trunc nuw nsw i64 %indvars.iv1655.i to i32
+  %rmod479.i = srem i32 %3011, %113
+  %rdiv486.i = sdiv i32 %3011, %113
+  %3012 = icmp ne i32 %rmod479.i, 0
+  %.not558.i = and i1 %630, %3012
+  %3013 = select i1 %.not558.i, i32 %113, i32 0
+  %3014 = add nsw i32 %3013, %rmod479.i
+  %3015 = shl nsw i32 %3014, 4
+  %3016 = sub nsw i32 %111, %3015
+  %3017 = icmp sgt i32 %3016, 0
+  br i1 %3017, label %for_body_r481.lr.ph.i, label %if_end411.loopexit.i, !prof !3
+
+for_end_tile407.i:                                ; preds = %if_end411.loopexit.i, %if_end411.us.i, %for_begin_tile405.preheader.i
+  %3018 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3019 = tail call i32 %3018(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not.i = icmp eq i32 %3019, 0
+  br i1 %.not.i, label %if_end506.i, label %fused_attend_compute_.exit, !prof !36
+
+if_end411.loopexit.i:                             ; preds = %for_end_d499.i, %for_body_tile406.i
+  %indvars.iv.next1656.i = add nuw nsw i64 %indvars.iv1655.i, 1
+  %exitcond1659.not.i = icmp eq i64 %indvars.iv.next1656.i, %wide.trip.count1694.i
+  br i1 %exitcond1659.not.i, label %for_end_tile407.i, label %for_body_tile406.i, !prof !8
+
+for_body_r481.lr.ph.i:                            ; preds = %for_body_tile406.i
+  %3020 = sext i1 %.not558.i to i32
+  %3021 = add nsw i32 %rdiv486.i, %3020
+  %3022 = sext i32 %3021 to i64
+  %3023 = sext i32 %3014 to i64
+  %3024 = shl nsw i64 %3023, 7
+  %3025 = add nsw i64 %631, %3022
+  %3026 = shl nsw i64 %3025, 2
+  %3027 = add nsw i64 %3024, %633
+  %3028 = shl i64 %indvars.iv1655.i, 4
+  %3029 = and i64 %3028, 4294967280
+  %3030 = tail call i32 @llvm.umin.i32(i32 %3016, i32 16)
+  %wide.trip.count1643.i = zext nneg i32 %3030 to i64
+  %3031 = add nsw i64 %3027, %3026
+  %3032 = or disjoint i64 %3031, 1
+  %3033 = or disjoint i64 %3031, 2
+  %3034 = or disjoint i64 %3031, 3
+  br label %for_body_r481.i
+
+for_begin_d497.preheader.lr.ph.i:                 ; preds = %for_body_r481.i
+  %.idx.i = shl nsw i64 %3025, 11
+  %3035 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %.idx559.i = shl nsw i64 %3023, 16
+  %3036 = getelementptr i8, ptr %3035, i64 %.idx559.i
+  %invariant.gep1341.i = getelementptr i8, ptr %3036, i64 %.idx560.i
+  %3037 = shl i64 %indvars.iv1655.i, 11
+  %3038 = and i64 %3037, 4294965248
+  %invariant.gep1778.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3038
+  %3039 = add nsw i64 %.idx559.i, %.idx.i
+  %scevgep272 = getelementptr i8, ptr %scevgep271, i64 %3039
+  %scevgep275 = getelementptr i8, ptr %scevgep274, i64 %3039
+  %3040 = shl nuw nsw i64 %wide.trip.count1643.i, 2
+  %3041 = getelementptr i8, ptr %scevgep278, i64 %3010
+  %scevgep279 = getelementptr i8, ptr %3041, i64 %3040
+  br label %for_begin_d497.preheader.i
+
+for_body_r481.i:                                  ; preds = %for_body_r481.i, %for_body_r481.lr.ph.i
+  %indvars.iv1640.i = phi i64 [ 0, %for_body_r481.lr.ph.i ], [ %indvars.iv.next1641.i.3, %for_body_r481.i ]
+  %3042 = add nuw nsw i64 %indvars.iv1640.i, %3029
+  %3043 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3042
+  %3044 = load float, ptr %3043, align 4, !tbaa !4
+  %3045 = shl nuw nsw i64 %indvars.iv1640.i, 3
+  %3046 = and i64 %3045, 17179869152
+  %3047 = add nsw i64 %3031, %3046
+  %3048 = getelementptr inbounds float, ptr %partial_max, i64 %3047
+  store float %3044, ptr %3048, align 4, !tbaa !4
+  %3049 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3042
+  %3050 = load float, ptr %3049, align 4, !tbaa !4
+  %3051 = getelementptr inbounds float, ptr %partial_sum, i64 %3047
+  store float %3050, ptr %3051, align 4, !tbaa !4
+  %indvars.iv.next1641.i = or disjoint i64 %indvars.iv1640.i, 1
+  %3052 = add nuw nsw i64 %indvars.iv.next1641.i, %3029
+  %3053 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3052
+  %3054 = load float, ptr %3053, align 4, !tbaa !4
+  %3055 = shl nuw nsw i64 %indvars.iv1640.i, 3
+  %3056 = and i64 %3055, 17179869152
+  %3057 = add nsw i64 %3032, %3056
+  %3058 = getelementptr inbounds float, ptr %partial_max, i64 %3057
+  store float %3054, ptr %3058, align 4, !tbaa !4
+  %3059 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3052
+  %3060 = load float, ptr %3059, align 4, !tbaa !4
+  %3061 = getelementptr inbounds float, ptr %partial_sum, i64 %3057
+  store float %3060, ptr %3061, align 4, !tbaa !4
+  %indvars.iv.next1641.i.1 = or disjoint i64 %indvars.iv1640.i, 2
+  %3062 = add nuw nsw i64 %indvars.iv.next1641.i.1, %3029
+  %3063 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3062
+  %3064 = load float, ptr %3063, align 4, !tbaa !4
+  %3065 = shl nuw nsw i64 %indvars.iv1640.i, 3
+  %3066 = and i64 %3065, 17179869152
+  %3067 = add nsw i64 %3033, %3066
+  %3068 = getelementptr inbounds float, ptr %partial_max, i64 %3067
+  store float %3064, ptr %3068, align 4, !tbaa !4
+  %3069 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3062
+  %3070 = load float, ptr %3069, align 4, !tbaa !4
+  %3071 = getelementptr inbounds float, ptr %partial_sum, i64 %3067
+  store float %3070, ptr %3071, align 4, !tbaa !4
+  %indvars.iv.next1641.i.2 = or disjoint i64 %indvars.iv1640.i, 3
+  %3072 = add nuw nsw i64 %indvars.iv.next1641.i.2, %3029
+  %3073 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3072
+  %3074 = load float, ptr %3073, align 4, !tbaa !4
+  %3075 = shl nuw nsw i64 %indvars.iv1640.i, 3
+  %3076 = and i64 %3075, 17179869152
+  %3077 = add nsw i64 %3034, %3076
+  %3078 = getelementptr inbounds float, ptr %partial_max, i64 %3077
+  store float %3074, ptr %3078, align 4, !tbaa !4
+  %3079 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3072
+  %3080 = load float, ptr %3079, align 4, !tbaa !4
+  %3081 = getelementptr inbounds float, ptr %partial_sum, i64 %3077
+  store float %3080, ptr %3081, align 4, !tbaa !4
+  %indvars.iv.next1641.i.3 = add nuw nsw i64 %indvars.iv1640.i, 4
+  %exitcond1644.not.i.3 = icmp eq i64 %indvars.iv.next1641.i.3, %wide.trip.count1643.i
+  br i1 %exitcond1644.not.i.3, label %for_begin_d497.preheader.lr.ph.i, label %for_body_r481.i, !prof !8, !llvm.loop !86
+
+for_begin_d497.preheader.i:                       ; preds = %for_end_d499.i, %for_begin_d497.preheader.lr.ph.i
+  %indvars.iv1649.i = phi i64 [ 0, %for_begin_d497.preheader.lr.ph.i ], [ %indvars.iv.next1650.i, %for_end_d499.i ]
+  %3082 = shl nuw nsw i64 %indvars.iv1649.i, 7
+  %3083 = and i64 %3082, 384
+  %3084 = shl nuw nsw i64 %indvars.iv1649.i, 10
+  %3085 = and i64 %3084, 2199023251456
+  %gep1342.i = getelementptr float, ptr %invariant.gep1341.i, i64 %3085
+  %3086 = getelementptr float, ptr %gep1342.i, i64 %3083
+  %gep1779.i = getelementptr inbounds nuw float, ptr %invariant.gep1778.i, i64 %indvars.iv1649.i
+  %3087 = shl i64 %indvars.iv1649.i, 12
+  %3088 = and i64 %3087, 8796093005824
+  %3089 = shl i64 %indvars.iv1649.i, 9
+  %3090 = and i64 %3089, 1536
+  %3091 = or disjoint i64 %3088, %3090
+  %scevgep276 = getelementptr i8, ptr %scevgep275, i64 %3091
+  %scevgep273 = getelementptr i8, ptr %scevgep272, i64 %3091
+  %bound0280 = icmp ult ptr %scevgep273, %scevgep279
+  %bound1281 = icmp ult ptr %scevgep277, %scevgep276
+  %found.conflict282 = and i1 %bound0280, %bound1281
+  br i1 %found.conflict282, label %for_body_d498.i, label %vector.body285, !prof !11
+
+vector.body285:                                   ; preds = %for_begin_d497.preheader.i
+  %3092 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3093 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3094 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3095 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather288 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3092, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
+  %wide.masked.gather289 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3093, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
+  %wide.masked.gather290 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3094, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
+  %wide.masked.gather291 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3095, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
+  %3096 = getelementptr i8, ptr %3086, i64 32
+  %3097 = getelementptr i8, ptr %3086, i64 64
+  %3098 = getelementptr i8, ptr %3086, i64 96
+  store <8 x float> %wide.masked.gather288, ptr %3086, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather289, ptr %3096, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather290, ptr %3097, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather291, ptr %3098, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  %3099 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3100 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3101 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3102 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather288.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
+  %wide.masked.gather289.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3100, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
+  %wide.masked.gather290.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3101, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
+  %wide.masked.gather291.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3102, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
+  %3103 = getelementptr i8, ptr %3086, i64 128
+  %3104 = getelementptr i8, ptr %3086, i64 160
+  %3105 = getelementptr i8, ptr %3086, i64 192
+  %3106 = getelementptr i8, ptr %3086, i64 224
+  store <8 x float> %wide.masked.gather288.1, ptr %3103, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather289.1, ptr %3104, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather290.1, ptr %3105, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather291.1, ptr %3106, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  %3107 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3108 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3109 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3110 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather288.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3107, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
+  %wide.masked.gather289.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3108, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
+  %wide.masked.gather290.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3109, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
+  %wide.masked.gather291.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3110, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
+  %3111 = getelementptr i8, ptr %3086, i64 256
+  %3112 = getelementptr i8, ptr %3086, i64 288
+  %3113 = getelementptr i8, ptr %3086, i64 320
+  %3114 = getelementptr i8, ptr %3086, i64 352
+  store <8 x float> %wide.masked.gather288.2, ptr %3111, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather289.2, ptr %3112, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather290.2, ptr %3113, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather291.2, ptr %3114, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  %3115 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3116 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3117 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3118 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather288.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3115, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
+  %wide.masked.gather289.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3116, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
+  %wide.masked.gather290.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3117, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
+  %wide.masked.gather291.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3118, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
+  %3119 = getelementptr i8, ptr %3086, i64 384
+  %3120 = getelementptr i8, ptr %3086, i64 416
+  %3121 = getelementptr i8, ptr %3086, i64 448
+  %3122 = getelementptr i8, ptr %3086, i64 480
+  store <8 x float> %wide.masked.gather288.3, ptr %3119, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather289.3, ptr %3120, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather290.3, ptr %3121, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather291.3, ptr %3122, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  br label %for_end_d499.i
+
+for_body_d498.i:                                  ; preds = %for_body_d498.i, %for_begin_d497.preheader.i
+  %indvars.iv1645.i = phi i64 [ %indvars.iv.next1646.i.7, %for_body_d498.i ], [ 0, %for_begin_d497.preheader.i ]
+  %.idx1746.i = shl nuw nsw i64 %indvars.iv1645.i, 6
+  %3123 = getelementptr inbounds nuw i8, ptr %gep1779.i, i64 %.idx1746.i
+  %3124 = load float, ptr %3123, align 4, !tbaa !4
+  %3125 = getelementptr float, ptr %3086, i64 %indvars.iv1645.i
+  store float %3124, ptr %3125, align 4, !tbaa !4
+  %indvars.iv.next1646.i = or disjoint i64 %indvars.iv1645.i, 1
+  %.idx1746.i.1 = shl nuw nsw i64 %indvars.iv.next1646.i, 6
+  %3126 = getelementptr inbounds nuw i8, ptr %gep1779.i, i64 %.idx1746.i.1
+  %3127 = load float, ptr %3126, align 4, !tbaa !4
+  %3128 = getelementptr float, ptr %3086, i64 %indvars.iv.next1646.i
+  store float %3127, ptr %3128, align 4, !tbaa !4
+  %indvars.iv.next1646.i.1 = or disjoint i64 %indvars.iv1645.i, 2
+  %.idx1746.i.2 = shl nuw nsw i64 %indvars.iv.next1646.i.1, 6
+  %3129 = getelementptr inbounds nuw i8, ptr %gep1779.i, i64 %.idx1746.i.2
+  %3130 = load float, ptr %3129, align 4, !tbaa !4
+  %3131 = getelementptr float, ptr %3086, i64 %indvars.iv.next1646.i.1
+  store float %3130, ptr %3131, align 4, !tbaa !4
+  %indvars.iv.next1646.i.2 = or disjoint i64 %indvars.iv1645.i, 3
+  %.idx1746.i.3 = shl nuw nsw i64 %indvars.iv.next1646.i.2, 6
+  %3132 = getelementptr inbounds nuw i8, ptr %gep1779.i, i64 %.idx1746.i.3
+  %3133 = load float, ptr %3132, align 4, !tbaa !4
+  %3134 = getelementptr float, ptr %3086, i64 %indvars.iv.next1646.i.2
+  store float %3133, ptr %3134, align 4, !tbaa !4
+  %indvars.iv.next1646.i.3 = or disjoint i64 %indvars.iv1645.i, 4
+  %.idx1746.i.4 = shl nuw nsw i64 %indvars.iv.next1646.i.3, 6
+  %3135 = getelementptr inbounds nuw i8, ptr %gep1779.i, i64 %.idx1746.i.4
+  %3136 = load float, ptr %3135, align 4, !tbaa !4
+  %3137 = getelementptr float, ptr %3086, i64 %indvars.iv.next1646.i.3
+  store float %3136, ptr %3137, align 4, !tbaa !4
+  %indvars.iv.next1646.i.4 = or disjoint i64 %indvars.iv1645.i, 5
+  %.idx1746.i.5 = shl nuw nsw i64 %indvars.iv.next1646.i.4, 6
+  %3138 = getelementptr inbounds nuw i8, ptr %gep1779.i, i64 %.idx1746.i.5
+  %3139 = load float, ptr %3138, align 4, !tbaa !4
+  %3140 = getelementptr float, ptr %3086, i64 %indvars.iv.next1646.i.4
+  store float %3139, ptr %3140, align 4, !tbaa !4
+  %indvars.iv.next1646.i.5 = or disjoint i64 %indvars.iv1645.i, 6
+  %.idx1746.i.6 = shl nuw nsw i64 %indvars.iv.next1646.i.5, 6
+  %3141 = getelementptr inbounds nuw i8, ptr %gep1779.i, i64 %.idx1746.i.6
+  %3142 = load float, ptr %3141, align 4, !tbaa !4
+  %3143 = getelementptr float, ptr %3086, i64 %indvars.iv.next1646.i.5
+  store float %3142, ptr %3143, align 4, !tbaa !4
+  %indvars.iv.next1646.i.6 = or disjoint i64 %indvars.iv1645.i, 7
+  %.idx1746.i.7 = shl nuw nsw i64 %indvars.iv.next1646.i.6, 6
+  %3144 = getelementptr inbounds nuw i8, ptr %gep1779.i, i64 %.idx1746.i.7
+  %3145 = load float, ptr %3144, align 4, !tbaa !4
+  %3146 = getelementptr float, ptr %3086, i64 %indvars.iv.next1646.i.6
+  store float %3145, ptr %3146, align 4, !tbaa !4
+  %indvars.iv.next1646.i.7 = add nuw nsw i64 %indvars.iv1645.i, 8
+  %exitcond1648.not.i.7 = icmp eq i64 %indvars.iv.next1646.i.7, 128
+  br i1 %exitcond1648.not.i.7, label %for_end_d499.i, label %for_body_d498.i, !prof !28, !llvm.loop !93
+
+for_end_d499.i:                                   ; preds = %for_body_d498.i, %vector.body285
+  %indvars.iv.next1650.i = add nuw nsw i64 %indvars.iv1649.i, 1
+  %exitcond1654.not.i = icmp eq i64 %indvars.iv.next1650.i, %wide.trip.count1643.i
+  br i1 %exitcond1654.not.i, label %if_end411.loopexit.i, label %for_begin_d497.preheader.i, !prof !8
+
+if_end506.i:                                      ; preds = %for_end_tile407.i
+  %3147 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3148 = tail call i32 %3147(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not551.i = icmp eq i32 %3148, 0
+  br i1 %.not551.i, label %if_end509.i, label %fused_attend_compute_.exit, !prof !36
+
+if_end509.i:                                      ; preds = %if_end506.i
+  %3149 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3150 = tail call i32 %3149(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not552.i = icmp eq i32 %3150, 0
+  br i1 %.not552.i, label %if_end512.i, label %fused_attend_compute_.exit, !prof !36
+
+if_end512.i:                                      ; preds = %if_end509.i
+  %3151 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3152 = tail call i32 %3151(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not553.i = icmp eq i32 %3152, 0
+  br i1 %.not553.i, label %if_end515.i, label %fused_attend_compute_.exit, !prof !36
+
+if_end515.i:                                      ; preds = %if_end512.i
+  %3153 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3154 = tail call i32 %3153(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not554.i = icmp eq i32 %3154, 0
+  br i1 %.not554.i, label %if_end518.i, label %fused_attend_compute_.exit, !prof !36
+
+if_end518.i:                                      ; preds = %if_end515.i
+  %3155 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3156 = tail call i32 %3155(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not555.i = icmp ne i32 %3156, 0
+  %..i = sext i1 %.not555.i to i32
+  br label %fused_attend_compute_.exit
+
+fused_attend_compute_.exit:                       ; preds = %if_end518.i, %if_end515.i, %if_end512.i, %if_end509.i, %if_end506.i, %for_end_tile407.i, %if_end400.i, %if_end397.i, %for_end_tile338.i, %if_end331.i, %for_end_kv_head.i, %if_end325.us.i, %if_end322.us.i, %if_end319.us.i, %if_end316.us.i, %if_end177.us.i, %if_end150.us.i, %if_end147.us.i, %if_end144.us.i, %if_end141.us.i, %for_body_row_tile.us.i, %if_end124.i, %for_body_step.i, %if_end118.i, %if_end115.i, %for_body_number.i, %for_end_r467.us.i, %for_body_tile406.us.i, %for_body_r79.peel.next.i, %for_body_tile.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
+  %common.ret.op.i = phi i32 [ -1, %if_end515.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end506.i ], [ -1, %for_body_tile406.us.i ], [ -1, %for_body_row_tile.us.i ], [ -1, %if_end512.i ], [ %..i, %if_end518.i ], [ -1, %if_end509.i ], [ -1, %for_body_step.i ], [ -1, %for_body_number.i ], [ -1, %for_end_tile407.i ], [ -1, %for_end_r467.us.i ], [ -1, %if_end325.us.i ], [ -1, %if_end322.us.i ], [ -1, %if_end319.us.i ], [ -1, %if_end316.us.i ], [ -1, %if_end177.us.i ], [ -1, %if_end150.us.i ], [ -1, %if_end147.us.i ], [ -1, %if_end144.us.i ], [ -1, %if_end141.us.i ], [ -1, %if_end331.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end124.i ], [ -1, %if_end400.i ], [ -1, %if_end397.i ], [ -1, %for_end_tile338.i ], [ -1, %if_end118.i ], [ -1, %if_end115.i ], [ -1, %for_body_r79.peel.next.i ], [ -1, %for_body_tile.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor533.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %reach550.i)
+  ret i32 %common.ret.op.i
+}
+
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
   %peak235.i = alloca [4 x float], align 16
@@ -1504,16 +6818,16 @@ vector.body166:                                   ; preds = %for_begin_r.prehead
   %165 = getelementptr i8, ptr %invariant.gep.i, i64 32
   %166 = getelementptr i8, ptr %invariant.gep.i, i64 64
   %167 = getelementptr i8, ptr %invariant.gep.i, i64 96
-  %wide.vec168 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec168 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !94
   %strided.vec169 = shufflevector <16 x i16> %wide.vec168, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec170 = shufflevector <16 x i16> %wide.vec168, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec171 = load <16 x i16>, ptr %165, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec171 = load <16 x i16>, ptr %165, align 2, !tbaa !4, !alias.scope !94
   %strided.vec172 = shufflevector <16 x i16> %wide.vec171, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec173 = shufflevector <16 x i16> %wide.vec171, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec174 = load <16 x i16>, ptr %166, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec174 = load <16 x i16>, ptr %166, align 2, !tbaa !4, !alias.scope !94
   %strided.vec175 = shufflevector <16 x i16> %wide.vec174, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec176 = shufflevector <16 x i16> %wide.vec174, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec177 = load <16 x i16>, ptr %167, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec177 = load <16 x i16>, ptr %167, align 2, !tbaa !4, !alias.scope !94
   %strided.vec178 = shufflevector <16 x i16> %wide.vec177, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec179 = shufflevector <16 x i16> %wide.vec177, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %168 = zext <8 x i16> %strided.vec170 to <8 x i32>
@@ -1567,24 +6881,24 @@ vector.body166:                                   ; preds = %for_begin_r.prehead
   %216 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 32
   %217 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 64
   %218 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 96
-  store <8 x i32> %212, ptr %invariant.gep1307.i, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %213, ptr %216, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %214, ptr %217, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %215, ptr %218, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %212, ptr %invariant.gep1307.i, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %213, ptr %216, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %214, ptr %217, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %215, ptr %218, align 4, !tbaa !4, !alias.scope !97, !noalias !94
   %219 = getelementptr i8, ptr %invariant.gep.i, i64 128
   %220 = getelementptr i8, ptr %invariant.gep.i, i64 160
   %221 = getelementptr i8, ptr %invariant.gep.i, i64 192
   %222 = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %wide.vec168.1 = load <16 x i16>, ptr %219, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec168.1 = load <16 x i16>, ptr %219, align 2, !tbaa !4, !alias.scope !94
   %strided.vec169.1 = shufflevector <16 x i16> %wide.vec168.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec170.1 = shufflevector <16 x i16> %wide.vec168.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec171.1 = load <16 x i16>, ptr %220, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec171.1 = load <16 x i16>, ptr %220, align 2, !tbaa !4, !alias.scope !94
   %strided.vec172.1 = shufflevector <16 x i16> %wide.vec171.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec173.1 = shufflevector <16 x i16> %wide.vec171.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec174.1 = load <16 x i16>, ptr %221, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec174.1 = load <16 x i16>, ptr %221, align 2, !tbaa !4, !alias.scope !94
   %strided.vec175.1 = shufflevector <16 x i16> %wide.vec174.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec176.1 = shufflevector <16 x i16> %wide.vec174.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec177.1 = load <16 x i16>, ptr %222, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec177.1 = load <16 x i16>, ptr %222, align 2, !tbaa !4, !alias.scope !94
   %strided.vec178.1 = shufflevector <16 x i16> %wide.vec177.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec179.1 = shufflevector <16 x i16> %wide.vec177.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %223 = zext <8 x i16> %strided.vec170.1 to <8 x i32>
@@ -1639,10 +6953,10 @@ vector.body166:                                   ; preds = %for_begin_r.prehead
   %272 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 160
   %273 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 192
   %274 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 224
-  store <8 x i32> %267, ptr %271, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %268, ptr %272, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %269, ptr %273, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %270, ptr %274, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %267, ptr %271, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %268, ptr %272, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %269, ptr %273, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %270, ptr %274, align 4, !tbaa !4, !alias.scope !97, !noalias !94
   br label %for_end_d.i
 
 for_end_tile.i:                                   ; preds = %for_end_d.3.i
@@ -1756,7 +7070,7 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   store i32 %355, ptr %gep1308.i.3, align 4, !tbaa !4
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 64
-  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !17, !llvm.loop !18
+  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !28, !llvm.loop !99
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body166
   %356 = or disjoint i64 %163, 1
@@ -1768,16 +7082,16 @@ vector.body138:                                   ; preds = %for_end_d.i
   %358 = getelementptr i8, ptr %invariant.gep.1.i, i64 32
   %359 = getelementptr i8, ptr %invariant.gep.1.i, i64 64
   %360 = getelementptr i8, ptr %invariant.gep.1.i, i64 96
-  %wide.vec140 = load <16 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !4, !alias.scope !21
+  %wide.vec140 = load <16 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !4, !alias.scope !100
   %strided.vec141 = shufflevector <16 x i16> %wide.vec140, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec142 = shufflevector <16 x i16> %wide.vec140, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec143 = load <16 x i16>, ptr %358, align 2, !tbaa !4, !alias.scope !21
+  %wide.vec143 = load <16 x i16>, ptr %358, align 2, !tbaa !4, !alias.scope !100
   %strided.vec144 = shufflevector <16 x i16> %wide.vec143, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec145 = shufflevector <16 x i16> %wide.vec143, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec146 = load <16 x i16>, ptr %359, align 2, !tbaa !4, !alias.scope !21
+  %wide.vec146 = load <16 x i16>, ptr %359, align 2, !tbaa !4, !alias.scope !100
   %strided.vec147 = shufflevector <16 x i16> %wide.vec146, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec148 = shufflevector <16 x i16> %wide.vec146, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec149 = load <16 x i16>, ptr %360, align 2, !tbaa !4, !alias.scope !21
+  %wide.vec149 = load <16 x i16>, ptr %360, align 2, !tbaa !4, !alias.scope !100
   %strided.vec150 = shufflevector <16 x i16> %wide.vec149, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec151 = shufflevector <16 x i16> %wide.vec149, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %361 = zext <8 x i16> %strided.vec142 to <8 x i32>
@@ -1832,24 +7146,24 @@ vector.body138:                                   ; preds = %for_end_d.i
   %410 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 288
   %411 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 320
   %412 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 352
-  store <8 x i32> %405, ptr %409, align 4, !tbaa !4, !alias.scope !24, !noalias !21
-  store <8 x i32> %406, ptr %410, align 4, !tbaa !4, !alias.scope !24, !noalias !21
-  store <8 x i32> %407, ptr %411, align 4, !tbaa !4, !alias.scope !24, !noalias !21
-  store <8 x i32> %408, ptr %412, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %405, ptr %409, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %406, ptr %410, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %407, ptr %411, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %408, ptr %412, align 4, !tbaa !4, !alias.scope !103, !noalias !100
   %413 = getelementptr i8, ptr %invariant.gep.1.i, i64 128
   %414 = getelementptr i8, ptr %invariant.gep.1.i, i64 160
   %415 = getelementptr i8, ptr %invariant.gep.1.i, i64 192
   %416 = getelementptr i8, ptr %invariant.gep.1.i, i64 224
-  %wide.vec140.1 = load <16 x i16>, ptr %413, align 2, !tbaa !4, !alias.scope !21
+  %wide.vec140.1 = load <16 x i16>, ptr %413, align 2, !tbaa !4, !alias.scope !100
   %strided.vec141.1 = shufflevector <16 x i16> %wide.vec140.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec142.1 = shufflevector <16 x i16> %wide.vec140.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec143.1 = load <16 x i16>, ptr %414, align 2, !tbaa !4, !alias.scope !21
+  %wide.vec143.1 = load <16 x i16>, ptr %414, align 2, !tbaa !4, !alias.scope !100
   %strided.vec144.1 = shufflevector <16 x i16> %wide.vec143.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec145.1 = shufflevector <16 x i16> %wide.vec143.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec146.1 = load <16 x i16>, ptr %415, align 2, !tbaa !4, !alias.scope !21
+  %wide.vec146.1 = load <16 x i16>, ptr %415, align 2, !tbaa !4, !alias.scope !100
   %strided.vec147.1 = shufflevector <16 x i16> %wide.vec146.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec148.1 = shufflevector <16 x i16> %wide.vec146.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec149.1 = load <16 x i16>, ptr %416, align 2, !tbaa !4, !alias.scope !21
+  %wide.vec149.1 = load <16 x i16>, ptr %416, align 2, !tbaa !4, !alias.scope !100
   %strided.vec150.1 = shufflevector <16 x i16> %wide.vec149.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec151.1 = shufflevector <16 x i16> %wide.vec149.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %417 = zext <8 x i16> %strided.vec142.1 to <8 x i32>
@@ -1904,10 +7218,10 @@ vector.body138:                                   ; preds = %for_end_d.i
   %466 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 416
   %467 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 448
   %468 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 480
-  store <8 x i32> %461, ptr %465, align 4, !tbaa !4, !alias.scope !24, !noalias !21
-  store <8 x i32> %462, ptr %466, align 4, !tbaa !4, !alias.scope !24, !noalias !21
-  store <8 x i32> %463, ptr %467, align 4, !tbaa !4, !alias.scope !24, !noalias !21
-  store <8 x i32> %464, ptr %468, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %461, ptr %465, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %462, ptr %466, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %463, ptr %467, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %464, ptr %468, align 4, !tbaa !4, !alias.scope !103, !noalias !100
   br label %for_end_d.1.i
 
 for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
@@ -1997,7 +7311,7 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   store i32 %531, ptr %532, align 4, !tbaa !4
   %indvars.iv.next.1.i.3 = add nuw nsw i64 %indvars.iv.1.i, 4
   %exitcond.1.not.i.3 = icmp eq i64 %indvars.iv.next.1.i.3, 64
-  br i1 %exitcond.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !17, !llvm.loop !26
+  br i1 %exitcond.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !28, !llvm.loop !105
 
 for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body138
   %533 = or disjoint i64 %163, 2
@@ -2009,16 +7323,16 @@ vector.body109:                                   ; preds = %for_end_d.1.i
   %535 = getelementptr i8, ptr %invariant.gep.2.i, i64 32
   %536 = getelementptr i8, ptr %invariant.gep.2.i, i64 64
   %537 = getelementptr i8, ptr %invariant.gep.2.i, i64 96
-  %wide.vec111 = load <16 x i16>, ptr %invariant.gep.2.i, align 2, !tbaa !4, !alias.scope !27
+  %wide.vec111 = load <16 x i16>, ptr %invariant.gep.2.i, align 2, !tbaa !4, !alias.scope !106
   %strided.vec112 = shufflevector <16 x i16> %wide.vec111, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec113 = shufflevector <16 x i16> %wide.vec111, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec114 = load <16 x i16>, ptr %535, align 2, !tbaa !4, !alias.scope !27
+  %wide.vec114 = load <16 x i16>, ptr %535, align 2, !tbaa !4, !alias.scope !106
   %strided.vec115 = shufflevector <16 x i16> %wide.vec114, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec116 = shufflevector <16 x i16> %wide.vec114, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec117 = load <16 x i16>, ptr %536, align 2, !tbaa !4, !alias.scope !27
+  %wide.vec117 = load <16 x i16>, ptr %536, align 2, !tbaa !4, !alias.scope !106
   %strided.vec118 = shufflevector <16 x i16> %wide.vec117, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec119 = shufflevector <16 x i16> %wide.vec117, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec120 = load <16 x i16>, ptr %537, align 2, !tbaa !4, !alias.scope !27
+  %wide.vec120 = load <16 x i16>, ptr %537, align 2, !tbaa !4, !alias.scope !106
   %strided.vec121 = shufflevector <16 x i16> %wide.vec120, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec122 = shufflevector <16 x i16> %wide.vec120, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %538 = zext <8 x i16> %strided.vec113 to <8 x i32>
@@ -2073,24 +7387,24 @@ vector.body109:                                   ; preds = %for_end_d.1.i
   %587 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 544
   %588 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 576
   %589 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 608
-  store <8 x i32> %582, ptr %586, align 4, !tbaa !4, !alias.scope !30, !noalias !27
-  store <8 x i32> %583, ptr %587, align 4, !tbaa !4, !alias.scope !30, !noalias !27
-  store <8 x i32> %584, ptr %588, align 4, !tbaa !4, !alias.scope !30, !noalias !27
-  store <8 x i32> %585, ptr %589, align 4, !tbaa !4, !alias.scope !30, !noalias !27
+  store <8 x i32> %582, ptr %586, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %583, ptr %587, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %584, ptr %588, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %585, ptr %589, align 4, !tbaa !4, !alias.scope !109, !noalias !106
   %590 = getelementptr i8, ptr %invariant.gep.2.i, i64 128
   %591 = getelementptr i8, ptr %invariant.gep.2.i, i64 160
   %592 = getelementptr i8, ptr %invariant.gep.2.i, i64 192
   %593 = getelementptr i8, ptr %invariant.gep.2.i, i64 224
-  %wide.vec111.1 = load <16 x i16>, ptr %590, align 2, !tbaa !4, !alias.scope !27
+  %wide.vec111.1 = load <16 x i16>, ptr %590, align 2, !tbaa !4, !alias.scope !106
   %strided.vec112.1 = shufflevector <16 x i16> %wide.vec111.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec113.1 = shufflevector <16 x i16> %wide.vec111.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec114.1 = load <16 x i16>, ptr %591, align 2, !tbaa !4, !alias.scope !27
+  %wide.vec114.1 = load <16 x i16>, ptr %591, align 2, !tbaa !4, !alias.scope !106
   %strided.vec115.1 = shufflevector <16 x i16> %wide.vec114.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec116.1 = shufflevector <16 x i16> %wide.vec114.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec117.1 = load <16 x i16>, ptr %592, align 2, !tbaa !4, !alias.scope !27
+  %wide.vec117.1 = load <16 x i16>, ptr %592, align 2, !tbaa !4, !alias.scope !106
   %strided.vec118.1 = shufflevector <16 x i16> %wide.vec117.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec119.1 = shufflevector <16 x i16> %wide.vec117.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec120.1 = load <16 x i16>, ptr %593, align 2, !tbaa !4, !alias.scope !27
+  %wide.vec120.1 = load <16 x i16>, ptr %593, align 2, !tbaa !4, !alias.scope !106
   %strided.vec121.1 = shufflevector <16 x i16> %wide.vec120.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec122.1 = shufflevector <16 x i16> %wide.vec120.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %594 = zext <8 x i16> %strided.vec113.1 to <8 x i32>
@@ -2145,10 +7459,10 @@ vector.body109:                                   ; preds = %for_end_d.1.i
   %643 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 672
   %644 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 704
   %645 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 736
-  store <8 x i32> %638, ptr %642, align 4, !tbaa !4, !alias.scope !30, !noalias !27
-  store <8 x i32> %639, ptr %643, align 4, !tbaa !4, !alias.scope !30, !noalias !27
-  store <8 x i32> %640, ptr %644, align 4, !tbaa !4, !alias.scope !30, !noalias !27
-  store <8 x i32> %641, ptr %645, align 4, !tbaa !4, !alias.scope !30, !noalias !27
+  store <8 x i32> %638, ptr %642, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %639, ptr %643, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %640, ptr %644, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %641, ptr %645, align 4, !tbaa !4, !alias.scope !109, !noalias !106
   br label %for_end_d.2.i
 
 for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
@@ -2238,7 +7552,7 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   store i32 %708, ptr %709, align 4, !tbaa !4
   %indvars.iv.next.2.i.3 = add nuw nsw i64 %indvars.iv.2.i, 4
   %exitcond.2.not.i.3 = icmp eq i64 %indvars.iv.next.2.i.3, 64
-  br i1 %exitcond.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !17, !llvm.loop !32
+  br i1 %exitcond.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !28, !llvm.loop !111
 
 for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body109
   %710 = or disjoint i64 %163, 3
@@ -2250,16 +7564,16 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %712 = getelementptr i8, ptr %invariant.gep.3.i, i64 32
   %713 = getelementptr i8, ptr %invariant.gep.3.i, i64 64
   %714 = getelementptr i8, ptr %invariant.gep.3.i, i64 96
-  %wide.vec = load <16 x i16>, ptr %invariant.gep.3.i, align 2, !tbaa !4, !alias.scope !33
+  %wide.vec = load <16 x i16>, ptr %invariant.gep.3.i, align 2, !tbaa !4, !alias.scope !112
   %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec86 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec87 = load <16 x i16>, ptr %712, align 2, !tbaa !4, !alias.scope !33
+  %wide.vec87 = load <16 x i16>, ptr %712, align 2, !tbaa !4, !alias.scope !112
   %strided.vec88 = shufflevector <16 x i16> %wide.vec87, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec89 = shufflevector <16 x i16> %wide.vec87, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec90 = load <16 x i16>, ptr %713, align 2, !tbaa !4, !alias.scope !33
+  %wide.vec90 = load <16 x i16>, ptr %713, align 2, !tbaa !4, !alias.scope !112
   %strided.vec91 = shufflevector <16 x i16> %wide.vec90, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec92 = shufflevector <16 x i16> %wide.vec90, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec93 = load <16 x i16>, ptr %714, align 2, !tbaa !4, !alias.scope !33
+  %wide.vec93 = load <16 x i16>, ptr %714, align 2, !tbaa !4, !alias.scope !112
   %strided.vec94 = shufflevector <16 x i16> %wide.vec93, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec95 = shufflevector <16 x i16> %wide.vec93, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %715 = zext <8 x i16> %strided.vec86 to <8 x i32>
@@ -2314,24 +7628,24 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %764 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 800
   %765 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 832
   %766 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 864
-  store <8 x i32> %759, ptr %763, align 4, !tbaa !4, !alias.scope !36, !noalias !33
-  store <8 x i32> %760, ptr %764, align 4, !tbaa !4, !alias.scope !36, !noalias !33
-  store <8 x i32> %761, ptr %765, align 4, !tbaa !4, !alias.scope !36, !noalias !33
-  store <8 x i32> %762, ptr %766, align 4, !tbaa !4, !alias.scope !36, !noalias !33
+  store <8 x i32> %759, ptr %763, align 4, !tbaa !4, !alias.scope !115, !noalias !112
+  store <8 x i32> %760, ptr %764, align 4, !tbaa !4, !alias.scope !115, !noalias !112
+  store <8 x i32> %761, ptr %765, align 4, !tbaa !4, !alias.scope !115, !noalias !112
+  store <8 x i32> %762, ptr %766, align 4, !tbaa !4, !alias.scope !115, !noalias !112
   %767 = getelementptr i8, ptr %invariant.gep.3.i, i64 128
   %768 = getelementptr i8, ptr %invariant.gep.3.i, i64 160
   %769 = getelementptr i8, ptr %invariant.gep.3.i, i64 192
   %770 = getelementptr i8, ptr %invariant.gep.3.i, i64 224
-  %wide.vec.1 = load <16 x i16>, ptr %767, align 2, !tbaa !4, !alias.scope !33
+  %wide.vec.1 = load <16 x i16>, ptr %767, align 2, !tbaa !4, !alias.scope !112
   %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec86.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec87.1 = load <16 x i16>, ptr %768, align 2, !tbaa !4, !alias.scope !33
+  %wide.vec87.1 = load <16 x i16>, ptr %768, align 2, !tbaa !4, !alias.scope !112
   %strided.vec88.1 = shufflevector <16 x i16> %wide.vec87.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec89.1 = shufflevector <16 x i16> %wide.vec87.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec90.1 = load <16 x i16>, ptr %769, align 2, !tbaa !4, !alias.scope !33
+  %wide.vec90.1 = load <16 x i16>, ptr %769, align 2, !tbaa !4, !alias.scope !112
   %strided.vec91.1 = shufflevector <16 x i16> %wide.vec90.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec92.1 = shufflevector <16 x i16> %wide.vec90.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec93.1 = load <16 x i16>, ptr %770, align 2, !tbaa !4, !alias.scope !33
+  %wide.vec93.1 = load <16 x i16>, ptr %770, align 2, !tbaa !4, !alias.scope !112
   %strided.vec94.1 = shufflevector <16 x i16> %wide.vec93.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec95.1 = shufflevector <16 x i16> %wide.vec93.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %771 = zext <8 x i16> %strided.vec86.1 to <8 x i32>
@@ -2386,10 +7700,10 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %820 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 928
   %821 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 960
   %822 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 992
-  store <8 x i32> %815, ptr %819, align 4, !tbaa !4, !alias.scope !36, !noalias !33
-  store <8 x i32> %816, ptr %820, align 4, !tbaa !4, !alias.scope !36, !noalias !33
-  store <8 x i32> %817, ptr %821, align 4, !tbaa !4, !alias.scope !36, !noalias !33
-  store <8 x i32> %818, ptr %822, align 4, !tbaa !4, !alias.scope !36, !noalias !33
+  store <8 x i32> %815, ptr %819, align 4, !tbaa !4, !alias.scope !115, !noalias !112
+  store <8 x i32> %816, ptr %820, align 4, !tbaa !4, !alias.scope !115, !noalias !112
+  store <8 x i32> %817, ptr %821, align 4, !tbaa !4, !alias.scope !115, !noalias !112
+  store <8 x i32> %818, ptr %822, align 4, !tbaa !4, !alias.scope !115, !noalias !112
   br label %for_end_d.3.i
 
 for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
@@ -2479,12 +7793,12 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   store i32 %885, ptr %886, align 4, !tbaa !4
   %indvars.iv.next.3.i.3 = add nuw nsw i64 %indvars.iv.3.i, 4
   %exitcond.3.not.i.3 = icmp eq i64 %indvars.iv.next.3.i.3, 64
-  br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !17, !llvm.loop !38
+  br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !28, !llvm.loop !117
 
 for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body
   %indvars.iv.next1096.i = add nuw nsw i64 %indvars.iv1095.i, 1
   %exitcond1098.not.i = icmp eq i64 %indvars.iv.next1096.i, 8
-  br i1 %exitcond1098.not.i, label %for_end_tile.i, label %for_begin_r.preheader.i, !prof !39
+  br i1 %exitcond1098.not.i, label %for_end_tile.i, label %for_begin_r.preheader.i, !prof !30
 
 for_begin_step.i:                                 ; preds = %if_end172.i, %for_end_tile.i
   %indvars.iv = phi i32 [ %indvars.iv.next, %if_end172.i ], [ %range_len.i, %for_end_tile.i ]
@@ -2495,7 +7809,7 @@ for_begin_step.i:                                 ; preds = %if_end172.i, %for_e
   %888 = lshr i32 %narrow, 1
   %889 = zext nneg i32 %888 to i64
   %exitcond1206.not.i = icmp eq i64 %indvars.iv1202.i, %wide.trip.count1205.i
-  br i1 %exitcond1206.not.i, label %for_begin_tile177.preheader.i, label %for_body_step.i, !prof !40
+  br i1 %exitcond1206.not.i, label %for_begin_tile177.preheader.i, label %for_body_step.i, !prof !36
 
 for_begin_tile177.preheader.i:                    ; preds = %for_begin_step.i
   %890 = add nuw nsw i64 %indvars.iv1242.i, %100
@@ -2515,7 +7829,7 @@ for_body_tile178.us.i:                            ; preds = %if_end202.us.3.i, %
   %indvars.iv1238.i = phi i64 [ %indvars.iv.next1239.i, %if_end202.us.3.i ], [ 0, %for_begin_tile177.preheader.i ]
   %900 = shl nuw nsw i64 %indvars.iv1238.i, 2
   %901 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %900
-  %total.us.i = load <4 x float>, ptr %901, align 16, !tbaa !41
+  %total.us.i = load <4 x float>, ptr %901, align 16, !tbaa !118
   %902 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %903 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %904 = select <4 x i1> %903, <4 x float> zeroinitializer, <4 x float> %902
@@ -2916,7 +8230,7 @@ for_body_tile178.us.i:                            ; preds = %if_end202.us.3.i, %
   %gep1071.us.7.i.3 = getelementptr i8, ptr %invariant.gep1070.us.i.3, i64 224
   store <16 x i16> %1231, ptr %gep1071.us.7.i.3, align 2, !tbaa !4
   %1232 = getelementptr float, ptr %896, i64 %900
-  %1233 = load float, ptr %901, align 16, !tbaa !41
+  %1233 = load float, ptr %901, align 16, !tbaa !118
   %1234 = fcmp oeq float %1233, 0.000000e+00
   br i1 %1234, label %if_end202.us.i, label %if_else201.us.i
 
@@ -2924,7 +8238,7 @@ if_else201.us.i:                                  ; preds = %for_body_tile178.us
   %1235 = fmul float %1233, %899
   %1236 = tail call float @llvm.log.f32(float %1235)
   %1237 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %900
-  %1238 = load float, ptr %1237, align 16, !tbaa !43
+  %1238 = load float, ptr %1237, align 16, !tbaa !120
   %1239 = fadd float %1236, %1238
   br label %if_end202.us.i
 
@@ -2933,7 +8247,7 @@ if_end202.us.i:                                   ; preds = %if_else201.us.i, %f
   store float %1240, ptr %1232, align 4, !tbaa !4
   %1241 = or disjoint i64 %900, 1
   %1242 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %1241
-  %1243 = load float, ptr %1242, align 4, !tbaa !41
+  %1243 = load float, ptr %1242, align 4, !tbaa !118
   %1244 = fcmp oeq float %1243, 0.000000e+00
   br i1 %1244, label %if_end202.us.1.i, label %if_else201.us.1.i
 
@@ -2941,7 +8255,7 @@ if_else201.us.1.i:                                ; preds = %if_end202.us.i
   %1245 = fmul float %1243, %899
   %1246 = tail call float @llvm.log.f32(float %1245)
   %1247 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %1241
-  %1248 = load float, ptr %1247, align 4, !tbaa !43
+  %1248 = load float, ptr %1247, align 4, !tbaa !120
   %1249 = fadd float %1246, %1248
   br label %if_end202.us.1.i
 
@@ -2951,7 +8265,7 @@ if_end202.us.1.i:                                 ; preds = %if_else201.us.1.i, 
   store float %1250, ptr %1251, align 4, !tbaa !4
   %1252 = or disjoint i64 %900, 2
   %1253 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %1252
-  %1254 = load float, ptr %1253, align 8, !tbaa !41
+  %1254 = load float, ptr %1253, align 8, !tbaa !118
   %1255 = fcmp oeq float %1254, 0.000000e+00
   br i1 %1255, label %if_end202.us.2.i, label %if_else201.us.2.i
 
@@ -2959,7 +8273,7 @@ if_else201.us.2.i:                                ; preds = %if_end202.us.1.i
   %1256 = fmul float %1254, %899
   %1257 = tail call float @llvm.log.f32(float %1256)
   %1258 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %1252
-  %1259 = load float, ptr %1258, align 8, !tbaa !43
+  %1259 = load float, ptr %1258, align 8, !tbaa !120
   %1260 = fadd float %1257, %1259
   br label %if_end202.us.2.i
 
@@ -2969,7 +8283,7 @@ if_end202.us.2.i:                                 ; preds = %if_else201.us.2.i, 
   store float %1261, ptr %1262, align 4, !tbaa !4
   %1263 = or disjoint i64 %900, 3
   %1264 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %1263
-  %1265 = load float, ptr %1264, align 4, !tbaa !41
+  %1265 = load float, ptr %1264, align 4, !tbaa !118
   %1266 = fcmp oeq float %1265, 0.000000e+00
   br i1 %1266, label %if_end202.us.3.i, label %if_else201.us.3.i
 
@@ -2977,7 +8291,7 @@ if_else201.us.3.i:                                ; preds = %if_end202.us.2.i
   %1267 = fmul float %1265, %899
   %1268 = tail call float @llvm.log.f32(float %1267)
   %1269 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %1263
-  %1270 = load float, ptr %1269, align 4, !tbaa !43
+  %1270 = load float, ptr %1269, align 4, !tbaa !120
   %1271 = fadd float %1268, %1270
   br label %if_end202.us.3.i
 
@@ -2987,7 +8301,7 @@ if_end202.us.3.i:                                 ; preds = %if_else201.us.3.i, 
   store float %1272, ptr %1273, align 4, !tbaa !4
   %indvars.iv.next1239.i = add nuw nsw i64 %indvars.iv1238.i, 1
   %exitcond1241.not.i = icmp eq i64 %indvars.iv.next1239.i, 8
-  br i1 %exitcond1241.not.i, label %for_end_tile179.i, label %for_body_tile178.us.i, !prof !39
+  br i1 %exitcond1241.not.i, label %for_end_tile179.i, label %for_body_tile178.us.i, !prof !30
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
   %1274 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -3071,7 +8385,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %1323, ptr %1324, align 8, !tbaa !4
   %indvars.iv.next1100.i.3 = add nuw nsw i64 %indvars.iv1099.i, 4
   %exitcond1102.not.i.3 = icmp eq i64 %indvars.iv.next1100.i.3, %wide.trip.count.i
-  br i1 %exitcond1102.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !45
+  br i1 %exitcond1102.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !122
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
   %1325 = icmp sgt i32 %1283, 0
@@ -3233,12 +8547,12 @@ for_body_t11.i:                                   ; preds = %for_body_t11.i, %fo
   store i64 %1399, ptr %1400, align 8, !tbaa !4
   %indvars.iv.next1104.i.3 = add nuw nsw i64 %indvars.iv1103.i, 4
   %exitcond1107.not.i.3 = icmp eq i64 %indvars.iv.next1104.i.3, %wide.trip.count.i
-  br i1 %exitcond1107.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !47
+  br i1 %exitcond1107.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !123
 
 for_begin_kv_head.i:                              ; preds = %if_end166.i, %for_begin_kv_head.preheader.i
   %indvars.iv1198.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1199.i, %if_end166.i ]
   %exitcond1201.not.i = icmp eq i64 %indvars.iv1198.i, 8
-  br i1 %exitcond1201.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !40
+  br i1 %exitcond1201.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !36
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
   %1401 = icmp eq i64 %indvars.iv1198.i, 7
@@ -3253,7 +8567,7 @@ for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
   %1405 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %1406 = tail call i32 %1405(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
   %.not245.i = icmp eq i32 %1406, 0
-  br i1 %.not245.i, label %if_end172.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not245.i, label %if_end172.i, label %fused_decode_compute_.exit, !prof !36
 
 if_end22.i:                                       ; preds = %for_body_kv_head.i
   %1407 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -3485,7 +8799,7 @@ for_begin_line.preheader.us.i:                    ; preds = %for_begin_d_0.prehe
   %r.i296.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i272.us.1.i, <32 x bfloat> %x.i291.us.1.i, <32 x bfloat> %1526)
   %indvars.iv.next1116.i = add nuw nsw i64 %indvars.iv1115.i, 1
   %exitcond1118.not.i = icmp eq i64 %indvars.iv.next1116.i, 16
-  br i1 %exitcond1118.not.i, label %for_end_d_0.us.i, label %for_begin_line.preheader.us.i, !prof !39
+  br i1 %exitcond1118.not.i, label %for_end_d_0.us.i, label %for_begin_line.preheader.us.i, !prof !30
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_end_d_0.us.i, %for_begin_d_0.preheader.us.i.preheader
   %indvars.iv1119.i = phi i64 [ %indvars.iv.next1120.i, %for_end_d_0.us.i ], [ 0, %for_begin_d_0.preheader.us.i.preheader ]
@@ -3522,7 +8836,7 @@ for_begin_r36.preheader.i:                        ; preds = %if_end31.i
   br i1 %1325, label %for_body_to42.us.i.preheader, label %for_begin_ax1.preheader.i.preheader, !prof !3
 
 for_body_to42.us.i.preheader:                     ; preds = %for_begin_r36.preheader.i
-  br i1 %1338, label %for_body_to42.us.i.epil.preheader, label %for_body_to42.us.i, !prof !48
+  br i1 %1338, label %for_body_to42.us.i.epil.preheader, label %for_body_to42.us.i, !prof !49
 
 for_body_to42.us.i:                               ; preds = %for_body_to42.us.i, %for_body_to42.us.i.preheader
   %indvars.iv1124.i = phi i64 [ %indvars.iv.next1125.i.3, %for_body_to42.us.i ], [ 0, %for_body_to42.us.i.preheader ]
@@ -3581,10 +8895,10 @@ for_body_to42.us.i:                               ; preds = %for_body_to42.us.i,
   %indvars.iv.next1125.i.3 = add nuw nsw i64 %indvars.iv1124.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to42.us.1.i.preheader.unr-lcssa, label %for_body_to42.us.i, !prof !49, !llvm.loop !50
+  br i1 %niter.ncmp.3, label %for_body_to42.us.1.i.preheader.unr-lcssa, label %for_body_to42.us.i, !prof !50, !llvm.loop !124
 
 for_body_to42.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to42.us.i
-  br i1 %lcmp.mod.not, label %for_body_to42.us.1.i.preheader, label %for_body_to42.us.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod.not, label %for_body_to42.us.1.i.preheader, label %for_body_to42.us.i.epil.preheader, !prof !53
 
 for_body_to42.us.i.epil.preheader:                ; preds = %for_body_to42.us.1.i.preheader.unr-lcssa, %for_body_to42.us.i.preheader
   %indvars.iv1124.i.epil.init = phi i64 [ 0, %for_body_to42.us.i.preheader ], [ %indvars.iv.next1125.i.3, %for_body_to42.us.1.i.preheader.unr-lcssa ]
@@ -3609,10 +8923,10 @@ for_body_to42.us.i.epil:                          ; preds = %for_body_to42.us.i.
   %indvars.iv.next1125.i.epil = add nuw nsw i64 %indvars.iv1124.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to42.us.1.i.preheader, label %for_body_to42.us.i.epil, !prof !53, !llvm.loop !54
+  br i1 %epil.iter.cmp.not, label %for_body_to42.us.1.i.preheader, label %for_body_to42.us.i.epil, !prof !54, !llvm.loop !125
 
 for_body_to42.us.1.i.preheader:                   ; preds = %for_body_to42.us.i.epil, %for_body_to42.us.1.i.preheader.unr-lcssa
-  br i1 %1339, label %for_body_to42.us.1.i.epil.preheader, label %for_body_to42.us.1.i, !prof !48
+  br i1 %1339, label %for_body_to42.us.1.i.epil.preheader, label %for_body_to42.us.1.i, !prof !49
 
 for_body_to42.us.1.i:                             ; preds = %for_body_to42.us.1.i, %for_body_to42.us.1.i.preheader
   %indvars.iv1124.1.i = phi i64 [ %indvars.iv.next1125.1.i.3, %for_body_to42.us.1.i ], [ 0, %for_body_to42.us.1.i.preheader ]
@@ -3675,10 +8989,10 @@ for_body_to42.us.1.i:                             ; preds = %for_body_to42.us.1.
   %indvars.iv.next1125.1.i.3 = add nuw nsw i64 %indvars.iv1124.1.i, 4
   %niter199.next.3 = add i64 %niter199, 4
   %niter199.ncmp.3 = icmp eq i64 %niter199.next.3, %unroll_iter198
-  br i1 %niter199.ncmp.3, label %for_body_to42.us.2.i.preheader.unr-lcssa, label %for_body_to42.us.1.i, !prof !49, !llvm.loop !57
+  br i1 %niter199.ncmp.3, label %for_body_to42.us.2.i.preheader.unr-lcssa, label %for_body_to42.us.1.i, !prof !50, !llvm.loop !126
 
 for_body_to42.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to42.us.1.i
-  br i1 %lcmp.mod196.not, label %for_body_to42.us.2.i.preheader, label %for_body_to42.us.1.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod196.not, label %for_body_to42.us.2.i.preheader, label %for_body_to42.us.1.i.epil.preheader, !prof !53
 
 for_body_to42.us.1.i.epil.preheader:              ; preds = %for_body_to42.us.2.i.preheader.unr-lcssa, %for_body_to42.us.1.i.preheader
   %indvars.iv1124.1.i.epil.init = phi i64 [ 0, %for_body_to42.us.1.i.preheader ], [ %indvars.iv.next1125.1.i.3, %for_body_to42.us.2.i.preheader.unr-lcssa ]
@@ -3704,10 +9018,10 @@ for_body_to42.us.1.i.epil:                        ; preds = %for_body_to42.us.1.
   %indvars.iv.next1125.1.i.epil = add nuw nsw i64 %indvars.iv1124.1.i.epil, 1
   %epil.iter195.next = add i64 %epil.iter195, 1
   %epil.iter195.cmp.not = icmp eq i64 %epil.iter195.next, %xtraiter194
-  br i1 %epil.iter195.cmp.not, label %for_body_to42.us.2.i.preheader, label %for_body_to42.us.1.i.epil, !prof !53, !llvm.loop !58
+  br i1 %epil.iter195.cmp.not, label %for_body_to42.us.2.i.preheader, label %for_body_to42.us.1.i.epil, !prof !54, !llvm.loop !127
 
 for_body_to42.us.2.i.preheader:                   ; preds = %for_body_to42.us.1.i.epil, %for_body_to42.us.2.i.preheader.unr-lcssa
-  br i1 %1340, label %for_body_to42.us.2.i.epil.preheader, label %for_body_to42.us.2.i, !prof !48
+  br i1 %1340, label %for_body_to42.us.2.i.epil.preheader, label %for_body_to42.us.2.i, !prof !49
 
 for_body_to42.us.2.i:                             ; preds = %for_body_to42.us.2.i, %for_body_to42.us.2.i.preheader
   %indvars.iv1124.2.i = phi i64 [ %indvars.iv.next1125.2.i.3, %for_body_to42.us.2.i ], [ 0, %for_body_to42.us.2.i.preheader ]
@@ -3770,10 +9084,10 @@ for_body_to42.us.2.i:                             ; preds = %for_body_to42.us.2.
   %indvars.iv.next1125.2.i.3 = add nuw nsw i64 %indvars.iv1124.2.i, 4
   %niter205.next.3 = add i64 %niter205, 4
   %niter205.ncmp.3 = icmp eq i64 %niter205.next.3, %unroll_iter204
-  br i1 %niter205.ncmp.3, label %for_body_to42.us.3.i.preheader.unr-lcssa, label %for_body_to42.us.2.i, !prof !49, !llvm.loop !59
+  br i1 %niter205.ncmp.3, label %for_body_to42.us.3.i.preheader.unr-lcssa, label %for_body_to42.us.2.i, !prof !50, !llvm.loop !128
 
 for_body_to42.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to42.us.2.i
-  br i1 %lcmp.mod202.not, label %for_body_to42.us.3.i.preheader, label %for_body_to42.us.2.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod202.not, label %for_body_to42.us.3.i.preheader, label %for_body_to42.us.2.i.epil.preheader, !prof !53
 
 for_body_to42.us.2.i.epil.preheader:              ; preds = %for_body_to42.us.3.i.preheader.unr-lcssa, %for_body_to42.us.2.i.preheader
   %indvars.iv1124.2.i.epil.init = phi i64 [ 0, %for_body_to42.us.2.i.preheader ], [ %indvars.iv.next1125.2.i.3, %for_body_to42.us.3.i.preheader.unr-lcssa ]
@@ -3799,10 +9113,10 @@ for_body_to42.us.2.i.epil:                        ; preds = %for_body_to42.us.2.
   %indvars.iv.next1125.2.i.epil = add nuw nsw i64 %indvars.iv1124.2.i.epil, 1
   %epil.iter201.next = add i64 %epil.iter201, 1
   %epil.iter201.cmp.not = icmp eq i64 %epil.iter201.next, %xtraiter200
-  br i1 %epil.iter201.cmp.not, label %for_body_to42.us.3.i.preheader, label %for_body_to42.us.2.i.epil, !prof !53, !llvm.loop !60
+  br i1 %epil.iter201.cmp.not, label %for_body_to42.us.3.i.preheader, label %for_body_to42.us.2.i.epil, !prof !54, !llvm.loop !129
 
 for_body_to42.us.3.i.preheader:                   ; preds = %for_body_to42.us.2.i.epil, %for_body_to42.us.3.i.preheader.unr-lcssa
-  br i1 %1341, label %for_body_to42.us.3.i.epil.preheader, label %for_body_to42.us.3.i, !prof !48
+  br i1 %1341, label %for_body_to42.us.3.i.epil.preheader, label %for_body_to42.us.3.i, !prof !49
 
 for_body_to42.us.3.i:                             ; preds = %for_body_to42.us.3.i, %for_body_to42.us.3.i.preheader
   %indvars.iv1124.3.i = phi i64 [ %indvars.iv.next1125.3.i.3, %for_body_to42.us.3.i ], [ 0, %for_body_to42.us.3.i.preheader ]
@@ -3865,10 +9179,10 @@ for_body_to42.us.3.i:                             ; preds = %for_body_to42.us.3.
   %indvars.iv.next1125.3.i.3 = add nuw nsw i64 %indvars.iv1124.3.i, 4
   %niter211.next.3 = add i64 %niter211, 4
   %niter211.ncmp.3 = icmp eq i64 %niter211.next.3, %unroll_iter210
-  br i1 %niter211.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to42.us.3.i, !prof !49, !llvm.loop !61
+  br i1 %niter211.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to42.us.3.i, !prof !50, !llvm.loop !130
 
 for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to42.us.3.i
-  br i1 %lcmp.mod208.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to42.us.3.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod208.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to42.us.3.i.epil.preheader, !prof !53
 
 for_body_to42.us.3.i.epil.preheader:              ; preds = %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to42.us.3.i.preheader
   %indvars.iv1124.3.i.epil.init = phi i64 [ 0, %for_body_to42.us.3.i.preheader ], [ %indvars.iv.next1125.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
@@ -3894,7 +9208,7 @@ for_body_to42.us.3.i.epil:                        ; preds = %for_body_to42.us.3.
   %indvars.iv.next1125.3.i.epil = add nuw nsw i64 %indvars.iv1124.3.i.epil, 1
   %epil.iter207.next = add i64 %epil.iter207, 1
   %epil.iter207.cmp.not = icmp eq i64 %epil.iter207.next, %xtraiter206
-  br i1 %epil.iter207.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to42.us.3.i.epil, !prof !53, !llvm.loop !62
+  br i1 %epil.iter207.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to42.us.3.i.epil, !prof !54, !llvm.loop !131
 
 for_begin_ax1.preheader.i.preheader:              ; preds = %for_body_to42.us.3.i.epil, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_begin_r36.preheader.i
   br label %for_begin_ax1.preheader.i
@@ -3906,7 +9220,7 @@ for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %for
 for_body_ax1.lr.ph.i:                             ; preds = %for_begin_ax1.preheader.i
   %.idx1276.i = shl nuw nsw i64 %indvars.iv1138.i, 9
   %invariant.gep1315.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1276.i
-  br i1 %1342, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !63
+  br i1 %1342, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !132
 
 for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.lr.ph.i
   %indvars.iv1133.i = phi i64 [ %indvars.iv.next1134.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
@@ -3962,10 +9276,10 @@ for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %fo
   %indvars.iv.next1134.i.7 = add nuw nsw i64 %indvars.iv1133.i, 8
   %niter218.next.7 = add i64 %niter218, 8
   %niter218.ncmp.7 = icmp eq i64 %niter218.next.7, %unroll_iter217
-  br i1 %niter218.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !64, !llvm.loop !65
+  br i1 %niter218.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !133, !llvm.loop !134
 
 for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
-  br i1 %lcmp.mod214.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !67
+  br i1 %lcmp.mod214.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !135
 
 for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.lr.ph.i
   %indvars.iv1133.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1134.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
@@ -3985,7 +9299,7 @@ for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil
   %indvars.iv.next1134.i.epil = add nuw nsw i64 %indvars.iv1133.i.epil, 1
   %epil.iter213.next = add i64 %epil.iter213, 1
   %epil.iter213.cmp.not = icmp eq i64 %epil.iter213.next, %xtraiter212
-  br i1 %epil.iter213.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !52, !llvm.loop !68
+  br i1 %epil.iter213.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !53, !llvm.loop !136
 
 for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_begin_ax1.preheader.i
   %peak.rf_global233.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1817, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1820, %for_body_ax1.i.epil ]
@@ -4086,10 +9400,10 @@ for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil
   %peak.rf234.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 31
   %1884 = fcmp ogt float %1883, %peak.rf234.sroa.0.124.vec.extract.i
   %1885 = select i1 %1884, float %1883, float %peak.rf234.sroa.0.124.vec.extract.i
-  store float %1885, ptr %1821, align 4, !tbaa !69
+  store float %1885, ptr %1821, align 4, !tbaa !137
   %indvars.iv.next1139.i = add nuw nsw i64 %indvars.iv1138.i, 1
   %exitcond1141.not.i = icmp eq i64 %indvars.iv.next1139.i, 4
-  br i1 %exitcond1141.not.i, label %for_body_r52.preheader.i, label %for_begin_ax1.preheader.i, !prof !39
+  br i1 %exitcond1141.not.i, label %for_body_r52.preheader.i, label %for_begin_ax1.preheader.i, !prof !30
 
 for_body_r52.preheader.i:                         ; preds = %for_end_ax1.i
   %1886 = load <4 x float>, ptr %peak235.i, align 16
@@ -4242,7 +9556,7 @@ for_body_to64.us.3.i:                             ; preds = %for_body_to64.us.3.
   br i1 %exitcond1150.3.not.i, label %for_body_to74.us.i.preheader, label %for_body_to64.us.3.i, !prof !8
 
 for_body_to74.us.i.preheader:                     ; preds = %for_body_to64.us.3.i
-  br i1 %1343, label %for_body_to74.us.i.epil.preheader, label %for_body_to74.us.i, !prof !48
+  br i1 %1343, label %for_body_to74.us.i.epil.preheader, label %for_body_to74.us.i, !prof !49
 
 for_body_to74.us.i:                               ; preds = %for_body_to74.us.i, %for_body_to74.us.i.preheader
   %indvars.iv1155.i = phi i64 [ %indvars.iv.next1156.i.3, %for_body_to74.us.i ], [ 0, %for_body_to74.us.i.preheader ]
@@ -4293,10 +9607,10 @@ for_body_to74.us.i:                               ; preds = %for_body_to74.us.i,
   %indvars.iv.next1156.i.3 = add nuw nsw i64 %indvars.iv1155.i, 4
   %niter224.next.3 = add i64 %niter224, 4
   %niter224.ncmp.3 = icmp eq i64 %niter224.next.3, %unroll_iter223
-  br i1 %niter224.ncmp.3, label %for_body_to74.us.1.i.preheader.unr-lcssa, label %for_body_to74.us.i, !prof !49, !llvm.loop !71
+  br i1 %niter224.ncmp.3, label %for_body_to74.us.1.i.preheader.unr-lcssa, label %for_body_to74.us.i, !prof !50, !llvm.loop !139
 
 for_body_to74.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to74.us.i
-  br i1 %lcmp.mod221.not, label %for_body_to74.us.1.i.preheader, label %for_body_to74.us.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod221.not, label %for_body_to74.us.1.i.preheader, label %for_body_to74.us.i.epil.preheader, !prof !53
 
 for_body_to74.us.i.epil.preheader:                ; preds = %for_body_to74.us.1.i.preheader.unr-lcssa, %for_body_to74.us.i.preheader
   %indvars.iv1155.i.epil.init = phi i64 [ 0, %for_body_to74.us.i.preheader ], [ %indvars.iv.next1156.i.3, %for_body_to74.us.1.i.preheader.unr-lcssa ]
@@ -4319,10 +9633,10 @@ for_body_to74.us.i.epil:                          ; preds = %for_body_to74.us.i.
   %indvars.iv.next1156.i.epil = add nuw nsw i64 %indvars.iv1155.i.epil, 1
   %epil.iter220.next = add i64 %epil.iter220, 1
   %epil.iter220.cmp.not = icmp eq i64 %epil.iter220.next, %xtraiter219
-  br i1 %epil.iter220.cmp.not, label %for_body_to74.us.1.i.preheader, label %for_body_to74.us.i.epil, !prof !53, !llvm.loop !72
+  br i1 %epil.iter220.cmp.not, label %for_body_to74.us.1.i.preheader, label %for_body_to74.us.i.epil, !prof !54, !llvm.loop !140
 
 for_body_to74.us.1.i.preheader:                   ; preds = %for_body_to74.us.i.epil, %for_body_to74.us.1.i.preheader.unr-lcssa
-  br i1 %1344, label %for_body_to74.us.1.i.epil.preheader, label %for_body_to74.us.1.i, !prof !48
+  br i1 %1344, label %for_body_to74.us.1.i.epil.preheader, label %for_body_to74.us.1.i, !prof !49
 
 for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.i, %for_body_to74.us.1.i.preheader
   %indvars.iv1155.1.i = phi i64 [ %indvars.iv.next1156.1.i.3, %for_body_to74.us.1.i ], [ 0, %for_body_to74.us.1.i.preheader ]
@@ -4374,10 +9688,10 @@ for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.
   %indvars.iv.next1156.1.i.3 = add nuw nsw i64 %indvars.iv1155.1.i, 4
   %niter230.next.3 = add i64 %niter230, 4
   %niter230.ncmp.3 = icmp eq i64 %niter230.next.3, %unroll_iter229
-  br i1 %niter230.ncmp.3, label %for_body_to74.us.2.i.preheader.unr-lcssa, label %for_body_to74.us.1.i, !prof !49, !llvm.loop !73
+  br i1 %niter230.ncmp.3, label %for_body_to74.us.2.i.preheader.unr-lcssa, label %for_body_to74.us.1.i, !prof !50, !llvm.loop !141
 
 for_body_to74.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to74.us.1.i
-  br i1 %lcmp.mod227.not, label %for_body_to74.us.2.i.preheader, label %for_body_to74.us.1.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod227.not, label %for_body_to74.us.2.i.preheader, label %for_body_to74.us.1.i.epil.preheader, !prof !53
 
 for_body_to74.us.1.i.epil.preheader:              ; preds = %for_body_to74.us.2.i.preheader.unr-lcssa, %for_body_to74.us.1.i.preheader
   %indvars.iv1155.1.i.epil.init = phi i64 [ 0, %for_body_to74.us.1.i.preheader ], [ %indvars.iv.next1156.1.i.3, %for_body_to74.us.2.i.preheader.unr-lcssa ]
@@ -4401,10 +9715,10 @@ for_body_to74.us.1.i.epil:                        ; preds = %for_body_to74.us.1.
   %indvars.iv.next1156.1.i.epil = add nuw nsw i64 %indvars.iv1155.1.i.epil, 1
   %epil.iter226.next = add i64 %epil.iter226, 1
   %epil.iter226.cmp.not = icmp eq i64 %epil.iter226.next, %xtraiter225
-  br i1 %epil.iter226.cmp.not, label %for_body_to74.us.2.i.preheader, label %for_body_to74.us.1.i.epil, !prof !53, !llvm.loop !74
+  br i1 %epil.iter226.cmp.not, label %for_body_to74.us.2.i.preheader, label %for_body_to74.us.1.i.epil, !prof !54, !llvm.loop !142
 
 for_body_to74.us.2.i.preheader:                   ; preds = %for_body_to74.us.1.i.epil, %for_body_to74.us.2.i.preheader.unr-lcssa
-  br i1 %1345, label %for_body_to74.us.2.i.epil.preheader, label %for_body_to74.us.2.i, !prof !48
+  br i1 %1345, label %for_body_to74.us.2.i.epil.preheader, label %for_body_to74.us.2.i, !prof !49
 
 for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.i, %for_body_to74.us.2.i.preheader
   %indvars.iv1155.2.i = phi i64 [ %indvars.iv.next1156.2.i.3, %for_body_to74.us.2.i ], [ 0, %for_body_to74.us.2.i.preheader ]
@@ -4456,10 +9770,10 @@ for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.
   %indvars.iv.next1156.2.i.3 = add nuw nsw i64 %indvars.iv1155.2.i, 4
   %niter236.next.3 = add i64 %niter236, 4
   %niter236.ncmp.3 = icmp eq i64 %niter236.next.3, %unroll_iter235
-  br i1 %niter236.ncmp.3, label %for_body_to74.us.3.i.preheader.unr-lcssa, label %for_body_to74.us.2.i, !prof !49, !llvm.loop !75
+  br i1 %niter236.ncmp.3, label %for_body_to74.us.3.i.preheader.unr-lcssa, label %for_body_to74.us.2.i, !prof !50, !llvm.loop !143
 
 for_body_to74.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to74.us.2.i
-  br i1 %lcmp.mod233.not, label %for_body_to74.us.3.i.preheader, label %for_body_to74.us.2.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod233.not, label %for_body_to74.us.3.i.preheader, label %for_body_to74.us.2.i.epil.preheader, !prof !53
 
 for_body_to74.us.2.i.epil.preheader:              ; preds = %for_body_to74.us.3.i.preheader.unr-lcssa, %for_body_to74.us.2.i.preheader
   %indvars.iv1155.2.i.epil.init = phi i64 [ 0, %for_body_to74.us.2.i.preheader ], [ %indvars.iv.next1156.2.i.3, %for_body_to74.us.3.i.preheader.unr-lcssa ]
@@ -4483,10 +9797,10 @@ for_body_to74.us.2.i.epil:                        ; preds = %for_body_to74.us.2.
   %indvars.iv.next1156.2.i.epil = add nuw nsw i64 %indvars.iv1155.2.i.epil, 1
   %epil.iter232.next = add i64 %epil.iter232, 1
   %epil.iter232.cmp.not = icmp eq i64 %epil.iter232.next, %xtraiter231
-  br i1 %epil.iter232.cmp.not, label %for_body_to74.us.3.i.preheader, label %for_body_to74.us.2.i.epil, !prof !53, !llvm.loop !76
+  br i1 %epil.iter232.cmp.not, label %for_body_to74.us.3.i.preheader, label %for_body_to74.us.2.i.epil, !prof !54, !llvm.loop !144
 
 for_body_to74.us.3.i.preheader:                   ; preds = %for_body_to74.us.2.i.epil, %for_body_to74.us.3.i.preheader.unr-lcssa
-  br i1 %1346, label %for_body_to74.us.3.i.epil.preheader, label %for_body_to74.us.3.i, !prof !48
+  br i1 %1346, label %for_body_to74.us.3.i.epil.preheader, label %for_body_to74.us.3.i, !prof !49
 
 for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.i, %for_body_to74.us.3.i.preheader
   %indvars.iv1155.3.i = phi i64 [ %indvars.iv.next1156.3.i.3, %for_body_to74.us.3.i ], [ 0, %for_body_to74.us.3.i.preheader ]
@@ -4538,10 +9852,10 @@ for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.
   %indvars.iv.next1156.3.i.3 = add nuw nsw i64 %indvars.iv1155.3.i, 4
   %niter242.next.3 = add i64 %niter242, 4
   %niter242.ncmp.3 = icmp eq i64 %niter242.next.3, %unroll_iter241
-  br i1 %niter242.ncmp.3, label %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to74.us.3.i, !prof !49, !llvm.loop !77
+  br i1 %niter242.ncmp.3, label %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to74.us.3.i, !prof !50, !llvm.loop !145
 
 for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to74.us.3.i
-  br i1 %lcmp.mod239.not, label %for_begin_ax183.preheader.i.preheader, label %for_body_to74.us.3.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod239.not, label %for_begin_ax183.preheader.i.preheader, label %for_body_to74.us.3.i.epil.preheader, !prof !53
 
 for_body_to74.us.3.i.epil.preheader:              ; preds = %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to74.us.3.i.preheader
   %indvars.iv1155.3.i.epil.init = phi i64 [ 0, %for_body_to74.us.3.i.preheader ], [ %indvars.iv.next1156.3.i.3, %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa ]
@@ -4565,7 +9879,7 @@ for_body_to74.us.3.i.epil:                        ; preds = %for_body_to74.us.3.
   %indvars.iv.next1156.3.i.epil = add nuw nsw i64 %indvars.iv1155.3.i.epil, 1
   %epil.iter238.next = add i64 %epil.iter238, 1
   %epil.iter238.cmp.not = icmp eq i64 %epil.iter238.next, %xtraiter237
-  br i1 %epil.iter238.cmp.not, label %for_begin_ax183.preheader.i.preheader, label %for_body_to74.us.3.i.epil, !prof !53, !llvm.loop !78
+  br i1 %epil.iter238.cmp.not, label %for_begin_ax183.preheader.i.preheader, label %for_body_to74.us.3.i.epil, !prof !54, !llvm.loop !146
 
 for_begin_ax183.preheader.i.preheader:            ; preds = %for_body_to74.us.3.i.epil, %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, %for_body_r52.preheader.i
   br label %for_begin_ax183.preheader.i
@@ -4577,7 +9891,7 @@ for_begin_ax183.preheader.i:                      ; preds = %for_end_ax185.i, %f
 for_body_ax184.lr.ph.i:                           ; preds = %for_begin_ax183.preheader.i
   %.idx1278.i = shl nuw nsw i64 %indvars.iv1169.i, 9
   %invariant.gep1317.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1278.i
-  br i1 %1347, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !63
+  br i1 %1347, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !132
 
 for_body_ax184.i:                                 ; preds = %for_body_ax184.i, %for_body_ax184.lr.ph.i
   %indvars.iv1164.i = phi i64 [ %indvars.iv.next1165.i.7, %for_body_ax184.i ], [ 0, %for_body_ax184.lr.ph.i ]
@@ -4625,10 +9939,10 @@ for_body_ax184.i:                                 ; preds = %for_body_ax184.i, %
   %indvars.iv.next1165.i.7 = add nuw nsw i64 %indvars.iv1164.i, 8
   %niter249.next.7 = add i64 %niter249, 8
   %niter249.ncmp.7 = icmp eq i64 %niter249.next.7, %unroll_iter248
-  br i1 %niter249.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !64, !llvm.loop !79
+  br i1 %niter249.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !133, !llvm.loop !147
 
 for_end_ax185.i.loopexit.unr-lcssa:               ; preds = %for_body_ax184.i
-  br i1 %lcmp.mod245.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !67
+  br i1 %lcmp.mod245.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !135
 
 for_body_ax184.i.epil.preheader:                  ; preds = %for_end_ax185.i.loopexit.unr-lcssa, %for_body_ax184.lr.ph.i
   %indvars.iv1164.i.epil.init = phi i64 [ 0, %for_body_ax184.lr.ph.i ], [ %indvars.iv.next1165.i.7, %for_end_ax185.i.loopexit.unr-lcssa ]
@@ -4647,7 +9961,7 @@ for_body_ax184.i.epil:                            ; preds = %for_body_ax184.i.ep
   %indvars.iv.next1165.i.epil = add nuw nsw i64 %indvars.iv1164.i.epil, 1
   %epil.iter244.next = add i64 %epil.iter244, 1
   %epil.iter244.cmp.not = icmp eq i64 %epil.iter244.next, %xtraiter243
-  br i1 %epil.iter244.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !52, !llvm.loop !80
+  br i1 %epil.iter244.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !53, !llvm.loop !148
 
 for_end_ax185.i:                                  ; preds = %for_body_ax184.i.epil, %for_end_ax185.i.loopexit.unr-lcssa, %for_begin_ax183.preheader.i
   %tile_sum.rf_global231.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax183.preheader.i ], [ %2195, %for_end_ax185.i.loopexit.unr-lcssa ], [ %2197, %for_body_ax184.i.epil ]
@@ -4716,16 +10030,16 @@ for_end_ax185.i:                                  ; preds = %for_body_ax184.i.ep
   %2229 = fadd float %tile_sum.rf232.sroa.0.120.vec.extract.i, %2228
   %tile_sum.rf232.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 31
   %2230 = fadd float %tile_sum.rf232.sroa.0.124.vec.extract.i, %2229
-  store float %2230, ptr %2198, align 4, !tbaa !81
+  store float %2230, ptr %2198, align 4, !tbaa !149
   %indvars.iv.next1170.i = add nuw nsw i64 %indvars.iv1169.i, 1
   %exitcond1172.not.i = icmp eq i64 %indvars.iv.next1170.i, 4
-  br i1 %exitcond1172.not.i, label %for_begin_to93.preheader.preheader.i, label %for_begin_ax183.preheader.i, !prof !39
+  br i1 %exitcond1172.not.i, label %for_begin_to93.preheader.preheader.i, label %for_begin_ax183.preheader.i, !prof !30
 
 for_begin_to93.preheader.preheader.i:             ; preds = %for_end_ax185.i
   br i1 %1325, label %for_body_to94.i.preheader, label %for_end_to95.3.i, !prof !3
 
 for_body_to94.i.preheader:                        ; preds = %for_begin_to93.preheader.preheader.i
-  br i1 %1348, label %for_body_to94.i.epil.preheader, label %for_body_to94.i, !prof !48
+  br i1 %1348, label %for_body_to94.i.epil.preheader, label %for_body_to94.i, !prof !49
 
 for_body_to94.i:                                  ; preds = %for_body_to94.i, %for_body_to94.i.preheader
   %indvars.iv1173.i = phi i64 [ %indvars.iv.next1174.i.3, %for_body_to94.i ], [ 0, %for_body_to94.i.preheader ]
@@ -4784,10 +10098,10 @@ for_body_to94.i:                                  ; preds = %for_body_to94.i, %f
   %indvars.iv.next1174.i.3 = add nuw nsw i64 %indvars.iv1173.i, 4
   %niter255.next.3 = add i64 %niter255, 4
   %niter255.ncmp.3 = icmp eq i64 %niter255.next.3, %unroll_iter254
-  br i1 %niter255.ncmp.3, label %for_body_to94.1.i.preheader.unr-lcssa, label %for_body_to94.i, !prof !49, !llvm.loop !83
+  br i1 %niter255.ncmp.3, label %for_body_to94.1.i.preheader.unr-lcssa, label %for_body_to94.i, !prof !50, !llvm.loop !151
 
 for_body_to94.1.i.preheader.unr-lcssa:            ; preds = %for_body_to94.i
-  br i1 %lcmp.mod252.not, label %for_body_to94.1.i.preheader, label %for_body_to94.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod252.not, label %for_body_to94.1.i.preheader, label %for_body_to94.i.epil.preheader, !prof !53
 
 for_body_to94.i.epil.preheader:                   ; preds = %for_body_to94.1.i.preheader.unr-lcssa, %for_body_to94.i.preheader
   %indvars.iv1173.i.epil.init = phi i64 [ 0, %for_body_to94.i.preheader ], [ %indvars.iv.next1174.i.3, %for_body_to94.1.i.preheader.unr-lcssa ]
@@ -4812,10 +10126,10 @@ for_body_to94.i.epil:                             ; preds = %for_body_to94.i.epi
   %indvars.iv.next1174.i.epil = add nuw nsw i64 %indvars.iv1173.i.epil, 1
   %epil.iter251.next = add i64 %epil.iter251, 1
   %epil.iter251.cmp.not = icmp eq i64 %epil.iter251.next, %xtraiter250
-  br i1 %epil.iter251.cmp.not, label %for_body_to94.1.i.preheader, label %for_body_to94.i.epil, !prof !53, !llvm.loop !84
+  br i1 %epil.iter251.cmp.not, label %for_body_to94.1.i.preheader, label %for_body_to94.i.epil, !prof !54, !llvm.loop !152
 
 for_body_to94.1.i.preheader:                      ; preds = %for_body_to94.i.epil, %for_body_to94.1.i.preheader.unr-lcssa
-  br i1 %1349, label %for_body_to94.1.i.epil.preheader, label %for_body_to94.1.i, !prof !48
+  br i1 %1349, label %for_body_to94.1.i.epil.preheader, label %for_body_to94.1.i, !prof !49
 
 for_body_to94.1.i:                                ; preds = %for_body_to94.1.i, %for_body_to94.1.i.preheader
   %indvars.iv1173.1.i = phi i64 [ %indvars.iv.next1174.1.i.3, %for_body_to94.1.i ], [ 0, %for_body_to94.1.i.preheader ]
@@ -4882,10 +10196,10 @@ for_body_to94.1.i:                                ; preds = %for_body_to94.1.i, 
   %indvars.iv.next1174.1.i.3 = add nuw nsw i64 %indvars.iv1173.1.i, 4
   %niter261.next.3 = add i64 %niter261, 4
   %niter261.ncmp.3 = icmp eq i64 %niter261.next.3, %unroll_iter260
-  br i1 %niter261.ncmp.3, label %for_body_to94.2.i.preheader.unr-lcssa, label %for_body_to94.1.i, !prof !49, !llvm.loop !85
+  br i1 %niter261.ncmp.3, label %for_body_to94.2.i.preheader.unr-lcssa, label %for_body_to94.1.i, !prof !50, !llvm.loop !153
 
 for_body_to94.2.i.preheader.unr-lcssa:            ; preds = %for_body_to94.1.i
-  br i1 %lcmp.mod258.not, label %for_body_to94.2.i.preheader, label %for_body_to94.1.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod258.not, label %for_body_to94.2.i.preheader, label %for_body_to94.1.i.epil.preheader, !prof !53
 
 for_body_to94.1.i.epil.preheader:                 ; preds = %for_body_to94.2.i.preheader.unr-lcssa, %for_body_to94.1.i.preheader
   %indvars.iv1173.1.i.epil.init = phi i64 [ 0, %for_body_to94.1.i.preheader ], [ %indvars.iv.next1174.1.i.3, %for_body_to94.2.i.preheader.unr-lcssa ]
@@ -4912,10 +10226,10 @@ for_body_to94.1.i.epil:                           ; preds = %for_body_to94.1.i.e
   %indvars.iv.next1174.1.i.epil = add nuw nsw i64 %indvars.iv1173.1.i.epil, 1
   %epil.iter257.next = add i64 %epil.iter257, 1
   %epil.iter257.cmp.not = icmp eq i64 %epil.iter257.next, %xtraiter256
-  br i1 %epil.iter257.cmp.not, label %for_body_to94.2.i.preheader, label %for_body_to94.1.i.epil, !prof !53, !llvm.loop !86
+  br i1 %epil.iter257.cmp.not, label %for_body_to94.2.i.preheader, label %for_body_to94.1.i.epil, !prof !54, !llvm.loop !154
 
 for_body_to94.2.i.preheader:                      ; preds = %for_body_to94.1.i.epil, %for_body_to94.2.i.preheader.unr-lcssa
-  br i1 %1350, label %for_body_to94.2.i.epil.preheader, label %for_body_to94.2.i, !prof !48
+  br i1 %1350, label %for_body_to94.2.i.epil.preheader, label %for_body_to94.2.i, !prof !49
 
 for_body_to94.2.i:                                ; preds = %for_body_to94.2.i, %for_body_to94.2.i.preheader
   %indvars.iv1173.2.i = phi i64 [ %indvars.iv.next1174.2.i.3, %for_body_to94.2.i ], [ 0, %for_body_to94.2.i.preheader ]
@@ -4982,10 +10296,10 @@ for_body_to94.2.i:                                ; preds = %for_body_to94.2.i, 
   %indvars.iv.next1174.2.i.3 = add nuw nsw i64 %indvars.iv1173.2.i, 4
   %niter267.next.3 = add i64 %niter267, 4
   %niter267.ncmp.3 = icmp eq i64 %niter267.next.3, %unroll_iter266
-  br i1 %niter267.ncmp.3, label %for_body_to94.3.i.preheader.unr-lcssa, label %for_body_to94.2.i, !prof !49, !llvm.loop !87
+  br i1 %niter267.ncmp.3, label %for_body_to94.3.i.preheader.unr-lcssa, label %for_body_to94.2.i, !prof !50, !llvm.loop !155
 
 for_body_to94.3.i.preheader.unr-lcssa:            ; preds = %for_body_to94.2.i
-  br i1 %lcmp.mod264.not, label %for_body_to94.3.i.preheader, label %for_body_to94.2.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod264.not, label %for_body_to94.3.i.preheader, label %for_body_to94.2.i.epil.preheader, !prof !53
 
 for_body_to94.2.i.epil.preheader:                 ; preds = %for_body_to94.3.i.preheader.unr-lcssa, %for_body_to94.2.i.preheader
   %indvars.iv1173.2.i.epil.init = phi i64 [ 0, %for_body_to94.2.i.preheader ], [ %indvars.iv.next1174.2.i.3, %for_body_to94.3.i.preheader.unr-lcssa ]
@@ -5012,10 +10326,10 @@ for_body_to94.2.i.epil:                           ; preds = %for_body_to94.2.i.e
   %indvars.iv.next1174.2.i.epil = add nuw nsw i64 %indvars.iv1173.2.i.epil, 1
   %epil.iter263.next = add i64 %epil.iter263, 1
   %epil.iter263.cmp.not = icmp eq i64 %epil.iter263.next, %xtraiter262
-  br i1 %epil.iter263.cmp.not, label %for_body_to94.3.i.preheader, label %for_body_to94.2.i.epil, !prof !53, !llvm.loop !88
+  br i1 %epil.iter263.cmp.not, label %for_body_to94.3.i.preheader, label %for_body_to94.2.i.epil, !prof !54, !llvm.loop !156
 
 for_body_to94.3.i.preheader:                      ; preds = %for_body_to94.2.i.epil, %for_body_to94.3.i.preheader.unr-lcssa
-  br i1 %1351, label %for_body_to94.3.i.epil.preheader, label %for_body_to94.3.i, !prof !48
+  br i1 %1351, label %for_body_to94.3.i.epil.preheader, label %for_body_to94.3.i, !prof !49
 
 for_body_to94.3.i:                                ; preds = %for_body_to94.3.i, %for_body_to94.3.i.preheader
   %indvars.iv1173.3.i = phi i64 [ %indvars.iv.next1174.3.i.3, %for_body_to94.3.i ], [ 0, %for_body_to94.3.i.preheader ]
@@ -5082,10 +10396,10 @@ for_body_to94.3.i:                                ; preds = %for_body_to94.3.i, 
   %indvars.iv.next1174.3.i.3 = add nuw nsw i64 %indvars.iv1173.3.i, 4
   %niter273.next.3 = add i64 %niter273, 4
   %niter273.ncmp.3 = icmp eq i64 %niter273.next.3, %unroll_iter272
-  br i1 %niter273.ncmp.3, label %for_end_to95.3.i.loopexit.unr-lcssa, label %for_body_to94.3.i, !prof !49, !llvm.loop !89
+  br i1 %niter273.ncmp.3, label %for_end_to95.3.i.loopexit.unr-lcssa, label %for_body_to94.3.i, !prof !50, !llvm.loop !157
 
 for_end_to95.3.i.loopexit.unr-lcssa:              ; preds = %for_body_to94.3.i
-  br i1 %lcmp.mod270.not, label %for_end_to95.3.i, label %for_body_to94.3.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod270.not, label %for_end_to95.3.i, label %for_body_to94.3.i.epil.preheader, !prof !53
 
 for_body_to94.3.i.epil.preheader:                 ; preds = %for_end_to95.3.i.loopexit.unr-lcssa, %for_body_to94.3.i.preheader
   %indvars.iv1173.3.i.epil.init = phi i64 [ 0, %for_body_to94.3.i.preheader ], [ %indvars.iv.next1174.3.i.3, %for_end_to95.3.i.loopexit.unr-lcssa ]
@@ -5112,18 +10426,18 @@ for_body_to94.3.i.epil:                           ; preds = %for_body_to94.3.i.e
   %indvars.iv.next1174.3.i.epil = add nuw nsw i64 %indvars.iv1173.3.i.epil, 1
   %epil.iter269.next = add i64 %epil.iter269, 1
   %epil.iter269.cmp.not = icmp eq i64 %epil.iter269.next, %xtraiter268
-  br i1 %epil.iter269.cmp.not, label %for_end_to95.3.i, label %for_body_to94.3.i.epil, !prof !53, !llvm.loop !90
+  br i1 %epil.iter269.cmp.not, label %for_end_to95.3.i, label %for_body_to94.3.i.epil, !prof !54, !llvm.loop !158
 
 for_end_to95.3.i:                                 ; preds = %for_body_to94.3.i.epil, %for_end_to95.3.i.loopexit.unr-lcssa, %for_begin_to93.preheader.preheader.i
   %2441 = shl nuw nsw i64 %indvars.iv1198.i, 2
   %2442 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %2441
-  %2443 = load <4 x float>, ptr %2442, align 16, !tbaa !43
+  %2443 = load <4 x float>, ptr %2442, align 16, !tbaa !120
   %old_max.i = select <4 x i1> %1329, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2443
   %2444 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %2441
-  %2445 = load <4 x float>, ptr %2444, align 16, !tbaa !41
+  %2445 = load <4 x float>, ptr %2444, align 16, !tbaa !118
   %old_sum.i = select <4 x i1> %1329, <4 x float> zeroinitializer, <4 x float> %2445
   %2446 = fcmp ogt <4 x float> %old_max.i, %1887
-  %2447 = load <4 x float>, ptr %tile_sum236.i, align 16, !tbaa !91
+  %2447 = load <4 x float>, ptr %tile_sum236.i, align 16, !tbaa !159
   %2448 = fcmp oeq <4 x float> %2447, zeroinitializer
   %2449 = select <4 x i1> %2448, <4 x i1> splat (i1 true), <4 x i1> %2446
   %old_or_both.i = select <4 x i1> %2449, <4 x float> %old_max.i, <4 x float> %1887
@@ -5175,8 +10489,8 @@ for_end_to95.3.i:                                 ; preds = %for_body_to94.3.i.e
   %2493 = select <4 x i1> %2492, <4 x float> %2491, <4 x float> zeroinitializer
   %2494 = fmul <4 x float> %old_sum.i, %2472
   %2495 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2493, <4 x float> %2447, <4 x float> %2494)
-  store <4 x float> %m.i, ptr %2442, align 16, !tbaa !43
-  store <4 x float> %2495, ptr %2444, align 16, !tbaa !41
+  store <4 x float> %m.i, ptr %2442, align 16, !tbaa !120
+  store <4 x float> %2495, ptr %2444, align 16, !tbaa !118
   %2496 = shufflevector <4 x float> %2493, <4 x float> poison, <16 x i32> zeroinitializer
   %2497 = shl nuw nsw i64 %indvars.iv1198.i, 9
   %2498 = shufflevector <4 x float> %2472, <4 x float> poison, <16 x i32> zeroinitializer
@@ -5218,7 +10532,7 @@ for_end_d_0_m.i:                                  ; preds = %if_end155.i
   %2512 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %2513 = tail call i32 %2512(i32 1, i32 %dev_id, ptr nonnull %exact.i)
   %.not247.i = icmp eq i32 %2513, 0
-  br i1 %.not247.i, label %if_end157.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not247.i, label %if_end157.i, label %fused_decode_compute_.exit, !prof !36
 
 for_begin_line135.preheader.i:                    ; preds = %for_begin_line135.preheader.i, %for_begin_line135.preheader.lr.ph.i
   %indvars.iv1186.i = phi i64 [ 0, %for_begin_line135.preheader.lr.ph.i ], [ %indvars.iv.next1187.i, %for_begin_line135.preheader.i ]
@@ -5879,7 +11193,7 @@ for_end_to132.i:                                  ; preds = %for_begin_line135.p
 for_body_ti.lr.ph.i:                              ; preds = %for_end_to132.i
   %gep1066.idx.i = shl i64 %indvars.iv1194.i, 7
   %gep1066.i = getelementptr i8, ptr %invariant.gep1033.i, i64 %gep1066.idx.i
-  br i1 %1352, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !99
+  br i1 %1352, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !64
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
   %indvars.iv1191.i = phi i64 [ %indvars.iv.next1192.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
@@ -5990,10 +11304,10 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %indvars.iv.next1192.i.1 = add nuw nsw i64 %indvars.iv1191.i, 2
   %niter288.next.1 = add nuw i64 %niter288, 2
   %niter288.ncmp.1 = icmp eq i64 %niter288.next.1, %unroll_iter287
-  br i1 %niter288.ncmp.1, label %for_end_ti.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !100, !llvm.loop !101
+  br i1 %niter288.ncmp.1, label %for_end_ti.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !59, !llvm.loop !167
 
 for_end_ti.i.loopexit.unr-lcssa:                  ; preds = %for_body_ti.i
-  br i1 %lcmp.mod277.not, label %for_end_ti.i, label %for_body_ti.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod277.not, label %for_end_ti.i, label %for_body_ti.i.epil.preheader, !prof !54
 
 for_body_ti.i.epil.preheader:                     ; preds = %for_end_ti.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
   %indvars.iv1191.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next1192.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
@@ -6140,79 +11454,79 @@ if_end155.i:                                      ; preds = %if_then154.i, %if_e
   store <16 x float> %3001, ptr %3000, align 4, !tbaa !4
   %indvars.iv.next1195.i = add nuw nsw i64 %indvars.iv1194.i, 1
   %exitcond1197.not.i = icmp eq i64 %indvars.iv.next1195.i, 4
-  br i1 %exitcond1197.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !39
+  br i1 %exitcond1197.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !30
 
 if_end157.i:                                      ; preds = %for_end_d_0_m.i
   %3002 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3003 = tail call i32 %3002(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
   %.not248.i = icmp eq i32 %3003, 0
-  br i1 %.not248.i, label %if_end160.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not248.i, label %if_end160.i, label %fused_decode_compute_.exit, !prof !36
 
 if_end160.i:                                      ; preds = %if_end157.i
   %3004 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3005 = tail call i32 %3004(i32 1, i32 %dev_id, ptr nonnull %probs.i)
   %.not249.i = icmp eq i32 %3005, 0
-  br i1 %.not249.i, label %if_end163.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not249.i, label %if_end163.i, label %fused_decode_compute_.exit, !prof !36
 
 if_end163.i:                                      ; preds = %if_end160.i
   %3006 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3007 = tail call i32 %3006(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
   %.not250.i = icmp eq i32 %3007, 0
-  br i1 %.not250.i, label %if_end166.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not250.i, label %if_end166.i, label %fused_decode_compute_.exit, !prof !36
 
 if_end166.i:                                      ; preds = %if_end163.i
   %3008 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3009 = tail call i32 %3008(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not251.i = icmp eq i32 %3009, 0
-  br i1 %.not251.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not251.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !36
 
 if_end172.i:                                      ; preds = %for_end_kv_head.i
   %3010 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3011 = tail call i32 %3010(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not246.i = icmp eq i32 %3011, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not246.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not246.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !36
 
 for_body_tile178.i:                               ; preds = %for_body_tile178.i, %for_begin_tile177.preheader.i
   %indvars.iv1222.i = phi i64 [ %indvars.iv.next1223.i, %for_body_tile178.i ], [ 0, %for_begin_tile177.preheader.i ]
   %3012 = shl nuw nsw i64 %indvars.iv1222.i, 2
   %3013 = add nuw nsw i64 %3012, %891
   %3014 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3012
-  %3015 = load float, ptr %3014, align 16, !tbaa !43
+  %3015 = load float, ptr %3014, align 16, !tbaa !120
   %3016 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3013
   store float %3015, ptr %3016, align 4, !tbaa !4
   %3017 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3012
-  %3018 = load float, ptr %3017, align 16, !tbaa !41
+  %3018 = load float, ptr %3017, align 16, !tbaa !118
   %3019 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3013
   store float %3018, ptr %3019, align 4, !tbaa !4
   %3020 = or disjoint i64 %3012, 1
   %3021 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3020
-  %3022 = load float, ptr %3021, align 4, !tbaa !43
+  %3022 = load float, ptr %3021, align 4, !tbaa !120
   %3023 = or disjoint i64 %3013, 1
   %3024 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3023
   store float %3022, ptr %3024, align 4, !tbaa !4
   %3025 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3020
-  %3026 = load float, ptr %3025, align 4, !tbaa !41
+  %3026 = load float, ptr %3025, align 4, !tbaa !118
   %3027 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3023
   store float %3026, ptr %3027, align 4, !tbaa !4
   %3028 = or disjoint i64 %3012, 2
   %3029 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3028
-  %3030 = load float, ptr %3029, align 8, !tbaa !43
+  %3030 = load float, ptr %3029, align 8, !tbaa !120
   %3031 = or disjoint i64 %3013, 2
   %3032 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3031
   store float %3030, ptr %3032, align 4, !tbaa !4
   %3033 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3028
-  %3034 = load float, ptr %3033, align 8, !tbaa !41
+  %3034 = load float, ptr %3033, align 8, !tbaa !118
   %3035 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3031
   store float %3034, ptr %3035, align 4, !tbaa !4
   %3036 = or disjoint i64 %3012, 3
   %3037 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3036
-  %3038 = load float, ptr %3037, align 4, !tbaa !43
+  %3038 = load float, ptr %3037, align 4, !tbaa !120
   %3039 = or disjoint i64 %3013, 3
   %3040 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3039
   store float %3038, ptr %3040, align 4, !tbaa !4
   %3041 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3036
-  %3042 = load float, ptr %3041, align 4, !tbaa !41
+  %3042 = load float, ptr %3041, align 4, !tbaa !118
   %3043 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3039
   store float %3042, ptr %3043, align 4, !tbaa !4
   %3044 = shl nuw nsw i64 %indvars.iv1222.i, 9
@@ -6346,19 +11660,19 @@ for_body_tile178.i:                               ; preds = %for_body_tile178.i,
   store <16 x float> %3139, ptr %3140, align 4, !tbaa !4
   %indvars.iv.next1223.i = add nuw nsw i64 %indvars.iv1222.i, 1
   %exitcond1225.not.i = icmp eq i64 %indvars.iv.next1223.i, 8
-  br i1 %exitcond1225.not.i, label %for_end_tile179.i, label %for_body_tile178.i, !prof !39
+  br i1 %exitcond1225.not.i, label %for_end_tile179.i, label %for_body_tile178.i, !prof !30
 
 for_end_tile179.i:                                ; preds = %for_body_tile178.i, %if_end202.us.3.i
   %3141 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3142 = tail call i32 %3141(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %3142, 0
-  br i1 %.not.i, label %if_end219.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not.i, label %if_end219.i, label %fused_decode_compute_.exit, !prof !36
 
 if_end219.i:                                      ; preds = %for_end_tile179.i
   %3143 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3144 = tail call i32 %3143(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not243.i = icmp eq i32 %3144, 0
-  br i1 %.not243.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not243.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !36
 
 fused_decode_compute_.exit:                       ; preds = %if_end219.i, %for_end_tile179.i, %if_end172.i, %if_end166.i, %if_end163.i, %if_end160.i, %if_end157.i, %for_end_d_0_m.i, %if_end31.i, %if_end28.i, %for_end_i.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
   %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end166.i ], [ -1, %if_end163.i ], [ -1, %if_end160.i ], [ -1, %if_end157.i ], [ -1, %for_end_d_0_m.i ], [ -1, %if_end31.i ], [ -1, %if_end28.i ], [ -1, %for_end_i.i ], [ -1, %if_end22.i ], [ -1, %if_end172.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end219.i ], [ -1, %for_end_tile179.i ], [ 0, %for_begin_s.i ], [ -1, %if_end.i ], [ -1, %for_body_s.i ]
@@ -6366,6 +11680,580 @@ fused_decode_compute_.exit:                       ; preds = %if_end219.i, %for_e
   call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum236.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %row_sum241.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %row_max242.i)
+  ret i32 %common.ret.op.i
+}
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+entry:
+  %factor34.i = alloca [32 x float], align 16
+  %beta37.i = alloca [32 x float], align 16
+  %alpha38.i = alloca [32 x float], align 16
+  %row_sum39.i = alloca [32 x float], align 16
+  %row_max40.i = alloca [32 x float], align 16
+  %partial_max.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %partial_max.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %partial_max.handle.idx = select i1 %0, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %partial_max.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %partial_sum.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %partial_sum.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %partial_sum.handle.idx = select i1 %4, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_sum.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %partial_acc.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %partial_acc.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %partial_acc.handle.idx = select i1 %8, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_acc.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %out.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %out.type_index, 70
+  %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %14 = load ptr, ptr %13, align 8
+  %out.handle.idx = select i1 %12, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %14, i64 %out.handle.idx
+  %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
+  %lse.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %lse.type_index, 70
+  %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %18 = load ptr, ptr %17, align 8
+  %lse.handle.idx = select i1 %16, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %18, i64 %lse.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %20 = load i64, ptr %19, align 8
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %22 = load i64, ptr %21, align 8
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %24 = load i64, ptr %23, align 8
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %26 = load i64, ptr %25, align 8
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %28 = load i64, ptr %27, align 8
+  %29 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
+  %dev_id = load i32, ptr %29, align 4
+  %30 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %merge_attend.out_shape = load ptr, ptr %30, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %merge_attend.out_strides = load ptr, ptr %31, align 8
+  %32 = icmp eq ptr %merge_attend.out_strides, null
+  %33 = getelementptr inbounds nuw i8, ptr %merge_attend.out_shape, i64 16
+  %34 = getelementptr inbounds nuw i8, ptr %merge_attend.out_strides, i64 8
+  %out_head.in = select i1 %32, ptr %33, ptr %34
+  %out_head = load i64, ptr %out_head.in, align 8
+  br i1 %32, label %if_then16, label %if_else17
+
+if_then16:                                        ; preds = %entry
+  %35 = getelementptr inbounds nuw i8, ptr %merge_attend.out_shape, i64 8
+  %36 = load i64, ptr %35, align 8
+  %37 = load i64, ptr %33, align 8
+  %38 = mul nsw i64 %37, %36
+  br label %if_end18
+
+if_else17:                                        ; preds = %entry
+  %39 = load i64, ptr %merge_attend.out_strides, align 8
+  br label %if_end18
+
+if_end18:                                         ; preds = %if_else17, %if_then16
+  %out_batch = phi i64 [ %38, %if_then16 ], [ %39, %if_else17 ]
+  %40 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %merge_attend.lse_strides = load ptr, ptr %40, align 8
+  %41 = icmp eq ptr %merge_attend.lse_strides, null
+  br i1 %41, label %if_then19, label %if_end21
+
+if_then19:                                        ; preds = %if_end18
+  %42 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %merge_attend.lse_shape = load ptr, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %merge_attend.lse_shape, i64 8
+  br label %if_end21
+
+if_end21:                                         ; preds = %if_then19, %if_end18
+  %lse_batch.in = phi ptr [ %43, %if_then19 ], [ %merge_attend.lse_strides, %if_end18 ]
+  %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %num_keys = trunc i64 %22 to i32
+  %partial_max = load ptr, ptr %partial_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  %out = load ptr, ptr %out.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  %lse = load ptr, ptr %lse.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max40.i)
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %45 = icmp eq ptr %acc.i, null
+  br i1 %45, label %merge_attend_compute_.exit, label %for_begin_step.preheader.i, !prof !7
+
+for_begin_step.preheader.i:                       ; preds = %if_end21
+  %num_partials = trunc i64 %28 to i32
+  %46 = icmp sgt i32 %num_partials, 0
+  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
+
+for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
+  %sext = shl i64 %24, 32
+  %47 = ashr exact i64 %sext, 32
+  %sext28 = shl i64 %26, 32
+  %48 = ashr exact i64 %sext28, 32
+  %wide.trip.count.i = and i64 %28, 2147483647
+  br label %for_body_step.i
+
+for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
+  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
+  %49 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
+  %total4145.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %108, %for_end_r_0.i ]
+  %50 = mul nsw i64 %indvars.iv64.i, %48
+  %51 = icmp eq i64 %indvars.iv64.i, 0
+  %52 = insertelement <32 x i1> poison, i1 %51, i64 0
+  %53 = shufflevector <32 x i1> %52, <32 x i1> poison, <32 x i32> zeroinitializer
+  %old_max.i = select <32 x i1> %53, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %49
+  %old_sum.i = select <32 x i1> %53, <32 x float> zeroinitializer, <32 x float> %total4145.i
+  %54 = add nsw i64 %50, %47
+  %55 = shl nsw i64 %54, 5
+  %56 = getelementptr inbounds float, ptr %partial_max, i64 %55
+  %57 = load <32 x float>, ptr %56, align 4, !tbaa !4
+  %58 = fcmp ogt <32 x float> %old_max.i, %57
+  %59 = getelementptr inbounds float, ptr %partial_sum, i64 %55
+  %60 = load <32 x float>, ptr %59, align 4, !tbaa !4
+  %61 = fcmp oeq <32 x float> %60, zeroinitializer
+  %62 = select <32 x i1> %61, <32 x i1> splat (i1 true), <32 x i1> %58
+  %old_or_both.i = select <32 x i1> %62, <32 x float> %old_max.i, <32 x float> %57
+  %63 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
+  %m.i = select <32 x i1> %63, <32 x float> %57, <32 x float> %old_or_both.i
+  %64 = fsub <32 x float> %old_max.i, %m.i
+  %65 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %64, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %66 = bitcast <32 x float> %65 to <32 x i32>
+  %67 = fadd <32 x float> %65, splat (float 0xC168000FE0000000)
+  %68 = fmul <32 x float> %67, splat (float 0x3F2BD01060000000)
+  %69 = fmul <32 x float> %67, splat (float 0x3FE6300000000000)
+  %70 = fsub <32 x float> %64, %69
+  %71 = fadd <32 x float> %68, %70
+  %72 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %71, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %73 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %72, <32 x float> %71, <32 x float> splat (float 0x3FA5558F20000000))
+  %74 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %73, <32 x float> %71, <32 x float> splat (float 0x3FC5554920000000))
+  %75 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %74, <32 x float> %71, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %76 = fmul <32 x float> %71, %71
+  %77 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %75, <32 x float> %76, <32 x float> %71)
+  %78 = shl <32 x i32> %66, splat (i32 23)
+  %79 = bitcast <32 x i32> %78 to <32 x float>
+  %80 = fadd <32 x float> %77, splat (float 1.000000e+00)
+  %81 = fmul <32 x float> %80, %79
+  %82 = fcmp olt <32 x float> %64, splat (float -8.700000e+01)
+  %83 = select <32 x i1> %82, <32 x float> zeroinitializer, <32 x float> %81
+  %84 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %85 = select <32 x i1> %84, <32 x float> %83, <32 x float> zeroinitializer
+  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !168
+  %arg2.i = fsub <32 x float> %57, %m.i
+  %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %87 = bitcast <32 x float> %86 to <32 x i32>
+  %88 = fadd <32 x float> %86, splat (float 0xC168000FE0000000)
+  %89 = fmul <32 x float> %88, splat (float 0x3F2BD01060000000)
+  %90 = fmul <32 x float> %88, splat (float 0x3FE6300000000000)
+  %91 = fsub <32 x float> %arg2.i, %90
+  %92 = fadd <32 x float> %89, %91
+  %93 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %92, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %94 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %93, <32 x float> %92, <32 x float> splat (float 0x3FA5558F20000000))
+  %95 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %94, <32 x float> %92, <32 x float> splat (float 0x3FC5554920000000))
+  %96 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %95, <32 x float> %92, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %97 = fmul <32 x float> %92, %92
+  %98 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %96, <32 x float> %97, <32 x float> %92)
+  %99 = shl <32 x i32> %87, splat (i32 23)
+  %100 = bitcast <32 x i32> %99 to <32 x float>
+  %101 = fadd <32 x float> %98, splat (float 1.000000e+00)
+  %102 = fmul <32 x float> %101, %100
+  %103 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
+  %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
+  %105 = fcmp one <32 x float> %60, zeroinitializer
+  %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
+  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !174
+  %107 = fmul <32 x float> %old_sum.i, %85
+  %108 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %60, <32 x float> %107)
+  %.idx.i = shl nsw i64 %54, 14
+  %109 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %51, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !7
+
+for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
+  %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
+  %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
+  %111 = load float, ptr %110, align 4, !tbaa !180
+  %112 = insertelement <16 x float> poison, float %111, i64 0
+  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
+  %114 = shl nuw nsw i64 %indvars.iv60.i, 7
+  %115 = getelementptr float, ptr %109, i64 %114
+  %116 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
+  %117 = load float, ptr %116, align 4, !tbaa !181
+  %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
+  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !4
+  %119 = load <16 x float>, ptr %115, align 4, !tbaa !4
+  %.scalar = fmul float %117, 0.000000e+00
+  %120 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %121 = shufflevector <16 x float> %120, <16 x float> poison, <16 x i32> zeroinitializer
+  %122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %119, <16 x float> %121)
+  store <16 x float> %122, ptr %118, align 4, !tbaa !4
+  %123 = getelementptr inbounds nuw i8, ptr %118, i64 64
+  store <16 x float> zeroinitializer, ptr %123, align 4, !tbaa !4
+  %124 = getelementptr i8, ptr %115, i64 64
+  %125 = load <16 x float>, ptr %124, align 4, !tbaa !4
+  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %125, <16 x float> %121)
+  store <16 x float> %126, ptr %123, align 4, !tbaa !4
+  %127 = getelementptr inbounds nuw i8, ptr %118, i64 128
+  store <16 x float> zeroinitializer, ptr %127, align 4, !tbaa !4
+  %128 = getelementptr i8, ptr %115, i64 128
+  %129 = load <16 x float>, ptr %128, align 4, !tbaa !4
+  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %129, <16 x float> %121)
+  store <16 x float> %130, ptr %127, align 4, !tbaa !4
+  %131 = getelementptr inbounds nuw i8, ptr %118, i64 192
+  store <16 x float> zeroinitializer, ptr %131, align 4, !tbaa !4
+  %132 = getelementptr i8, ptr %115, i64 192
+  %133 = load <16 x float>, ptr %132, align 4, !tbaa !4
+  %134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %133, <16 x float> %121)
+  store <16 x float> %134, ptr %131, align 4, !tbaa !4
+  %135 = getelementptr inbounds nuw i8, ptr %118, i64 256
+  store <16 x float> zeroinitializer, ptr %135, align 4, !tbaa !4
+  %136 = getelementptr i8, ptr %115, i64 256
+  %137 = load <16 x float>, ptr %136, align 4, !tbaa !4
+  %138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %137, <16 x float> %121)
+  store <16 x float> %138, ptr %135, align 4, !tbaa !4
+  %139 = getelementptr inbounds nuw i8, ptr %118, i64 320
+  store <16 x float> zeroinitializer, ptr %139, align 4, !tbaa !4
+  %140 = getelementptr i8, ptr %115, i64 320
+  %141 = load <16 x float>, ptr %140, align 4, !tbaa !4
+  %142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %141, <16 x float> %121)
+  store <16 x float> %142, ptr %139, align 4, !tbaa !4
+  %143 = getelementptr inbounds nuw i8, ptr %118, i64 384
+  store <16 x float> zeroinitializer, ptr %143, align 4, !tbaa !4
+  %144 = getelementptr i8, ptr %115, i64 384
+  %145 = load <16 x float>, ptr %144, align 4, !tbaa !4
+  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %145, <16 x float> %121)
+  store <16 x float> %146, ptr %143, align 4, !tbaa !4
+  %147 = getelementptr inbounds nuw i8, ptr %118, i64 448
+  store <16 x float> zeroinitializer, ptr %147, align 4, !tbaa !4
+  %148 = getelementptr i8, ptr %115, i64 448
+  %149 = load <16 x float>, ptr %148, align 4, !tbaa !4
+  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %149, <16 x float> %121)
+  store <16 x float> %150, ptr %147, align 4, !tbaa !4
+  %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
+  %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !30
+
+for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %108, %for_end_r_0.i ]
+  %m44.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+  store <32 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
+  store <32 x float> %.lcssa.i, ptr %row_sum39.i, align 16
+  %151 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %152 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %153 = select <32 x i1> %152, <32 x float> zeroinitializer, <32 x float> %151
+  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !182
+  %sext29 = shl i64 %20, 32
+  %154 = ashr exact i64 %sext29, 32
+  %155 = mul nsw i64 %out_batch, %154
+  %156 = getelementptr i16, ptr %out, i64 %155
+  br label %for_begin_d_019.preheader.i
+
+for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
+  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
+  %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %158 = load float, ptr %157, align 4, !tbaa !180
+  %159 = insertelement <16 x float> poison, float %158, i64 0
+  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
+  %161 = shl nuw nsw i64 %indvars.iv.i, 7
+  %162 = getelementptr float, ptr %109, i64 %161
+  %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %164 = load float, ptr %163, align 4, !tbaa !181
+  %165 = insertelement <16 x float> poison, float %164, i64 0
+  %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
+  %167 = load <16 x float>, ptr %162, align 4, !tbaa !4
+  %168 = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !4
+  %170 = fmul <16 x float> %169, %166
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %167, <16 x float> %170)
+  store <16 x float> %171, ptr %168, align 4, !tbaa !4
+  %172 = getelementptr i8, ptr %162, i64 64
+  %173 = load <16 x float>, ptr %172, align 4, !tbaa !4
+  %174 = getelementptr inbounds nuw i8, ptr %168, i64 64
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !4
+  %176 = fmul <16 x float> %166, %175
+  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %173, <16 x float> %176)
+  store <16 x float> %177, ptr %174, align 4, !tbaa !4
+  %178 = getelementptr i8, ptr %162, i64 128
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !4
+  %180 = getelementptr inbounds nuw i8, ptr %168, i64 128
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !4
+  %182 = fmul <16 x float> %166, %181
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %179, <16 x float> %182)
+  store <16 x float> %183, ptr %180, align 4, !tbaa !4
+  %184 = getelementptr i8, ptr %162, i64 192
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !4
+  %186 = getelementptr inbounds nuw i8, ptr %168, i64 192
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !4
+  %188 = fmul <16 x float> %166, %187
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %185, <16 x float> %188)
+  store <16 x float> %189, ptr %186, align 4, !tbaa !4
+  %190 = getelementptr i8, ptr %162, i64 256
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !4
+  %192 = getelementptr inbounds nuw i8, ptr %168, i64 256
+  %193 = load <16 x float>, ptr %192, align 4, !tbaa !4
+  %194 = fmul <16 x float> %166, %193
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %191, <16 x float> %194)
+  store <16 x float> %195, ptr %192, align 4, !tbaa !4
+  %196 = getelementptr i8, ptr %162, i64 320
+  %197 = load <16 x float>, ptr %196, align 4, !tbaa !4
+  %198 = getelementptr inbounds nuw i8, ptr %168, i64 320
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !4
+  %200 = fmul <16 x float> %166, %199
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %197, <16 x float> %200)
+  store <16 x float> %201, ptr %198, align 4, !tbaa !4
+  %202 = getelementptr i8, ptr %162, i64 384
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !4
+  %204 = getelementptr inbounds nuw i8, ptr %168, i64 384
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !4
+  %206 = fmul <16 x float> %166, %205
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %203, <16 x float> %206)
+  store <16 x float> %207, ptr %204, align 4, !tbaa !4
+  %208 = getelementptr i8, ptr %162, i64 448
+  %209 = load <16 x float>, ptr %208, align 4, !tbaa !4
+  %210 = getelementptr inbounds nuw i8, ptr %168, i64 448
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !4
+  %212 = fmul <16 x float> %166, %211
+  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %209, <16 x float> %212)
+  store <16 x float> %213, ptr %210, align 4, !tbaa !4
+  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !30
+
+for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
+  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
+  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
+  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
+
+for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
+  %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
+  %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
+  %215 = load float, ptr %214, align 4, !tbaa !188
+  %216 = insertelement <16 x float> poison, float %215, i64 0
+  %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
+  %218 = mul nsw i64 %indvars.iv72.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %156, i64 %218
+  %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
+  %219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %220 = load <16 x float>, ptr %219, align 4, !tbaa !4
+  %221 = fmul <16 x float> %220, %217
+  %222 = bitcast <16 x float> %221 to <16 x i32>
+  %223 = lshr <16 x i32> %222, splat (i32 16)
+  %224 = and <16 x i32> %223, splat (i32 1)
+  %225 = add nuw <16 x i32> %222, splat (i32 32767)
+  %226 = add nuw <16 x i32> %225, %224
+  %227 = lshr <16 x i32> %226, splat (i32 16)
+  %228 = trunc nuw <16 x i32> %227 to <16 x i16>
+  store <16 x i16> %228, ptr %invariant.gep.i, align 2, !tbaa !4
+  %229 = getelementptr inbounds nuw i8, ptr %219, i64 64
+  %230 = load <16 x float>, ptr %229, align 4, !tbaa !4
+  %231 = fmul <16 x float> %217, %230
+  %232 = bitcast <16 x float> %231 to <16 x i32>
+  %233 = lshr <16 x i32> %232, splat (i32 16)
+  %234 = and <16 x i32> %233, splat (i32 1)
+  %235 = add nuw <16 x i32> %232, splat (i32 32767)
+  %236 = add nuw <16 x i32> %235, %234
+  %237 = lshr <16 x i32> %236, splat (i32 16)
+  %238 = trunc nuw <16 x i32> %237 to <16 x i16>
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
+  store <16 x i16> %238, ptr %gep.1.i, align 2, !tbaa !4
+  %239 = getelementptr inbounds nuw i8, ptr %219, i64 128
+  %240 = load <16 x float>, ptr %239, align 4, !tbaa !4
+  %241 = fmul <16 x float> %217, %240
+  %242 = bitcast <16 x float> %241 to <16 x i32>
+  %243 = lshr <16 x i32> %242, splat (i32 16)
+  %244 = and <16 x i32> %243, splat (i32 1)
+  %245 = add nuw <16 x i32> %242, splat (i32 32767)
+  %246 = add nuw <16 x i32> %245, %244
+  %247 = lshr <16 x i32> %246, splat (i32 16)
+  %248 = trunc nuw <16 x i32> %247 to <16 x i16>
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  store <16 x i16> %248, ptr %gep.2.i, align 2, !tbaa !4
+  %249 = getelementptr inbounds nuw i8, ptr %219, i64 192
+  %250 = load <16 x float>, ptr %249, align 4, !tbaa !4
+  %251 = fmul <16 x float> %217, %250
+  %252 = bitcast <16 x float> %251 to <16 x i32>
+  %253 = lshr <16 x i32> %252, splat (i32 16)
+  %254 = and <16 x i32> %253, splat (i32 1)
+  %255 = add nuw <16 x i32> %252, splat (i32 32767)
+  %256 = add nuw <16 x i32> %255, %254
+  %257 = lshr <16 x i32> %256, splat (i32 16)
+  %258 = trunc nuw <16 x i32> %257 to <16 x i16>
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
+  store <16 x i16> %258, ptr %gep.3.i, align 2, !tbaa !4
+  %259 = getelementptr inbounds nuw i8, ptr %219, i64 256
+  %260 = load <16 x float>, ptr %259, align 4, !tbaa !4
+  %261 = fmul <16 x float> %217, %260
+  %262 = bitcast <16 x float> %261 to <16 x i32>
+  %263 = lshr <16 x i32> %262, splat (i32 16)
+  %264 = and <16 x i32> %263, splat (i32 1)
+  %265 = add nuw <16 x i32> %262, splat (i32 32767)
+  %266 = add nuw <16 x i32> %265, %264
+  %267 = lshr <16 x i32> %266, splat (i32 16)
+  %268 = trunc nuw <16 x i32> %267 to <16 x i16>
+  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  store <16 x i16> %268, ptr %gep.4.i, align 2, !tbaa !4
+  %269 = getelementptr inbounds nuw i8, ptr %219, i64 320
+  %270 = load <16 x float>, ptr %269, align 4, !tbaa !4
+  %271 = fmul <16 x float> %217, %270
+  %272 = bitcast <16 x float> %271 to <16 x i32>
+  %273 = lshr <16 x i32> %272, splat (i32 16)
+  %274 = and <16 x i32> %273, splat (i32 1)
+  %275 = add nuw <16 x i32> %272, splat (i32 32767)
+  %276 = add nuw <16 x i32> %275, %274
+  %277 = lshr <16 x i32> %276, splat (i32 16)
+  %278 = trunc nuw <16 x i32> %277 to <16 x i16>
+  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
+  store <16 x i16> %278, ptr %gep.5.i, align 2, !tbaa !4
+  %279 = getelementptr inbounds nuw i8, ptr %219, i64 384
+  %280 = load <16 x float>, ptr %279, align 4, !tbaa !4
+  %281 = fmul <16 x float> %217, %280
+  %282 = bitcast <16 x float> %281 to <16 x i32>
+  %283 = lshr <16 x i32> %282, splat (i32 16)
+  %284 = and <16 x i32> %283, splat (i32 1)
+  %285 = add nuw <16 x i32> %282, splat (i32 32767)
+  %286 = add nuw <16 x i32> %285, %284
+  %287 = lshr <16 x i32> %286, splat (i32 16)
+  %288 = trunc nuw <16 x i32> %287 to <16 x i16>
+  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
+  store <16 x i16> %288, ptr %gep.6.i, align 2, !tbaa !4
+  %289 = getelementptr inbounds nuw i8, ptr %219, i64 448
+  %290 = load <16 x float>, ptr %289, align 4, !tbaa !4
+  %291 = fmul <16 x float> %217, %290
+  %292 = bitcast <16 x float> %291 to <16 x i32>
+  %293 = lshr <16 x i32> %292, splat (i32 16)
+  %294 = and <16 x i32> %293, splat (i32 1)
+  %295 = add nuw <16 x i32> %292, splat (i32 32767)
+  %296 = add nuw <16 x i32> %295, %294
+  %297 = lshr <16 x i32> %296, splat (i32 16)
+  %298 = trunc nuw <16 x i32> %297 to <16 x i16>
+  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
+  store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !4
+  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
+  %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !30
+
+for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
+  %299 = add nsw i32 %num_keys, -1
+  %300 = sitofp i32 %299 to float
+  %301 = bitcast float %300 to i32
+  %302 = ashr i32 %301, 23
+  %303 = mul nsw i64 %lse_batch, %154
+  %304 = getelementptr float, ptr %lse, i64 %303
+  %305 = tail call i32 @llvm.smax.i32(i32 %302, i32 125)
+  %306 = shl nuw nsw i32 %305, 23
+  %307 = add nuw i32 %306, 16777216
+  %308 = bitcast i32 %307 to float
+  br label %for_body_r25.i
+
+for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
+  %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
+  %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
+  %310 = load float, ptr %309, align 16, !tbaa !189
+  %311 = fcmp oeq float %310, 0.000000e+00
+  br i1 %311, label %if_end30.i, label %if_else.i
+
+for_end_r26.i:                                    ; preds = %if_end30.i.3
+  %312 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %313 = tail call i32 %312(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %313, 0
+  %..i = sext i1 %.not.i to i32
+  br label %merge_attend_compute_.exit
+
+if_else.i:                                        ; preds = %for_body_r25.i
+  %314 = fmul float %310, %308
+  %315 = tail call float @llvm.log.f32(float %314)
+  %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
+  %317 = load float, ptr %316, align 16, !tbaa !191
+  %318 = fadd float %315, %317
+  br label %if_end30.i
+
+if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
+  %319 = phi float [ %318, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %320 = getelementptr float, ptr %304, i64 %indvars.iv76.i
+  store float %319, ptr %320, align 4, !tbaa !4
+  %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
+  %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
+  %322 = load float, ptr %321, align 4, !tbaa !189
+  %323 = fcmp oeq float %322, 0.000000e+00
+  br i1 %323, label %if_end30.i.1, label %if_else.i.1
+
+if_else.i.1:                                      ; preds = %if_end30.i
+  %324 = fmul float %322, %308
+  %325 = tail call float @llvm.log.f32(float %324)
+  %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
+  %327 = load float, ptr %326, align 4, !tbaa !191
+  %328 = fadd float %325, %327
+  br label %if_end30.i.1
+
+if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
+  %329 = phi float [ %328, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %330 = getelementptr float, ptr %304, i64 %indvars.iv.next77.i
+  store float %329, ptr %330, align 4, !tbaa !4
+  %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
+  %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
+  %332 = load float, ptr %331, align 8, !tbaa !189
+  %333 = fcmp oeq float %332, 0.000000e+00
+  br i1 %333, label %if_end30.i.2, label %if_else.i.2
+
+if_else.i.2:                                      ; preds = %if_end30.i.1
+  %334 = fmul float %332, %308
+  %335 = tail call float @llvm.log.f32(float %334)
+  %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
+  %337 = load float, ptr %336, align 8, !tbaa !191
+  %338 = fadd float %335, %337
+  br label %if_end30.i.2
+
+if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
+  %339 = phi float [ %338, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %340 = getelementptr float, ptr %304, i64 %indvars.iv.next77.i.1
+  store float %339, ptr %340, align 4, !tbaa !4
+  %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
+  %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
+  %342 = load float, ptr %341, align 4, !tbaa !189
+  %343 = fcmp oeq float %342, 0.000000e+00
+  br i1 %343, label %if_end30.i.3, label %if_else.i.3
+
+if_else.i.3:                                      ; preds = %if_end30.i.2
+  %344 = fmul float %342, %308
+  %345 = tail call float @llvm.log.f32(float %344)
+  %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
+  %347 = load float, ptr %346, align 4, !tbaa !191
+  %348 = fadd float %345, %347
+  br label %if_end30.i.3
+
+if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
+  %349 = phi float [ %348, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %350 = getelementptr float, ptr %304, i64 %indvars.iv.next77.i.2
+  store float %349, ptr %350, align 4, !tbaa !4
+  %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
+  %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !30, !llvm.loop !193
+
+merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max40.i)
   ret i32 %common.ret.op.i
 }
 
@@ -6545,7 +12433,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <32 x i1> %80, <32 x float> zeroinitializer, <32 x float> %79
   %82 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %83 = select <32 x i1> %82, <32 x float> %81, <32 x float> zeroinitializer
-  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !103
+  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !194
   %arg2.i = fsub <32 x float> %55, %m.i
   %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <32 x float> %84 to <32 x i32>
@@ -6568,7 +12456,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <32 x i1> %101, <32 x float> zeroinitializer, <32 x float> %100
   %103 = fcmp one <32 x float> %58, zeroinitializer
   %104 = select <32 x i1> %103, <32 x float> %102, <32 x float> zeroinitializer
-  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !109
+  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !200
   %105 = fmul <32 x float> %old_sum.i, %83
   %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %58, <32 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
@@ -6578,13 +12466,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !115
+  %109 = load float, ptr %108, align 4, !tbaa !206
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 7
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !116
+  %115 = load float, ptr %114, align 4, !tbaa !207
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
   store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !4
   %117 = load <16 x float>, ptr %113, align 4, !tbaa !4
@@ -6637,7 +12525,7 @@ for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.prehe
   store <16 x float> %148, ptr %145, align 4, !tbaa !4
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !39
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !30
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
@@ -6651,7 +12539,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %152 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %153 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %154 = select <32 x i1> %153, <32 x float> zeroinitializer, <32 x float> %152
-  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !117
+  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !208
   %155 = mul nsw i64 %out_batch, %149
   %156 = getelementptr i16, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
@@ -6659,13 +12547,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !115
+  %158 = load float, ptr %157, align 4, !tbaa !206
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %107, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !116
+  %164 = load float, ptr %163, align 4, !tbaa !207
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !4
@@ -6725,7 +12613,7 @@ for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.prehe
   store <16 x float> %213, ptr %210, align 4, !tbaa !4
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !39
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !30
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
@@ -6735,7 +12623,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !123
+  %215 = load float, ptr %214, align 4, !tbaa !214
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -6838,7 +12726,7 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !4
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !39
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !30
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
   %299 = add nsw i32 %151, -1
@@ -6856,7 +12744,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !124
+  %310 = load float, ptr %309, align 16, !tbaa !215
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -6871,7 +12759,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !126
+  %317 = load float, ptr %316, align 16, !tbaa !217
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -6881,7 +12769,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !4
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !124
+  %322 = load float, ptr %321, align 4, !tbaa !215
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -6889,7 +12777,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !126
+  %327 = load float, ptr %326, align 4, !tbaa !217
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -6899,7 +12787,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !4
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !124
+  %332 = load float, ptr %331, align 8, !tbaa !215
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -6907,7 +12795,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !126
+  %337 = load float, ptr %336, align 8, !tbaa !217
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -6917,7 +12805,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !4
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !124
+  %342 = load float, ptr %341, align 4, !tbaa !215
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -6925,7 +12813,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !126
+  %347 = load float, ptr %346, align 4, !tbaa !217
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -6935,7 +12823,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !4
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !39, !llvm.loop !128
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !30, !llvm.loop !219
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
@@ -6954,6 +12842,12 @@ declare void @llvm.assume(i1 noundef) #2
 declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.log.f32(float) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
@@ -6961,12 +12855,6 @@ declare float @llvm.fmuladd.f32(float, float, float) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <4 x float> @llvm.fmuladd.v4f32(<4 x float>, <4 x float>, <4 x float>) #4
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #4
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.log.f32(float) #4
 
 ; Function Attrs: nofree nosync nounwind memory(none)
 define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #5 section ".text.tvm.fp16.conv" {
@@ -7126,10 +13014,16 @@ b6:                                               ; preds = %b5, %b4, %b3, %b1
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>) #6
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smin.i32(i32, i32) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare i32 @llvm.smax.i32(i32, i32) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #4
+declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare i32 @llvm.umax.i32(i32, i32) #4
@@ -7140,14 +13034,53 @@ declare float @llvm.fabs.f32(float) #4
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare half @llvm.fabs.f16(half) #4
 
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.start.p0(ptr captures(none)) #7
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.umin.i32(i32, i32) #4
+
+; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
+declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #7
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.end.p0(ptr captures(none)) #7
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #8
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #8
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i64 @llvm.smax.i64(i64, i64) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <8 x i32> @llvm.smax.v8i32(<8 x i32>, <8 x i32>) #4
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smin.v8i32(<8 x i32>) #9
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smax.v8i32(<8 x i32>) #9
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x i32> @llvm.smax.v4i32(<4 x i32>, <4 x i32>) #4
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smin.v4i32(<4 x i32>) #9
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smax.v4i32(<4 x i32>) #9
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
+declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #10
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
+declare void @llvm.masked.scatter.v8f32.v8p0(<8 x float>, <8 x ptr>, <8 x i1>) #11
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #8
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #12
 
 attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="sapphirerapids" }
 attributes #1 = { "target-cpu"="sapphirerapids" }
@@ -7156,8 +13089,12 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 attributes #4 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
 attributes #5 = { nofree nosync nounwind memory(none) "target-cpu"="sapphirerapids" "target-features" }
 attributes #6 = { nocallback nofree nosync nounwind willreturn memory(none) }
-attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #7 = { nocallback nofree nounwind willreturn memory(argmem: write) }
+attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #9 = { nocallback nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #10 = { nocallback nofree nosync nounwind willreturn memory(read) }
+attributes #11 = { nocallback nofree nosync nounwind willreturn memory(write) }
+attributes #12 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
 
 !llvm.module.flags = !{!0, !1, !2}
 
@@ -7173,121 +13110,211 @@ attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !9 = !{!10, !10, i64 0}
 !10 = !{!"ctx_ptr", !6, i64 0}
 !11 = !{!"branch_weights", i32 1, i32 127}
-!12 = !{!13}
-!13 = distinct !{!13, !14}
-!14 = distinct !{!14, !"LVerDomain"}
-!15 = !{!16}
-!16 = distinct !{!16, !14}
-!17 = !{!"branch_weights", i32 1, i32 0}
-!18 = distinct !{!18, !19, !20}
-!19 = !{!"llvm.loop.isvectorized", i32 1}
-!20 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!21 = !{!22}
-!22 = distinct !{!22, !23}
-!23 = distinct !{!23, !"LVerDomain"}
-!24 = !{!25}
-!25 = distinct !{!25, !23}
-!26 = distinct !{!26, !19, !20}
-!27 = !{!28}
-!28 = distinct !{!28, !29}
-!29 = distinct !{!29, !"LVerDomain"}
-!30 = !{!31}
-!31 = distinct !{!31, !29}
-!32 = distinct !{!32, !19, !20}
-!33 = !{!34}
-!34 = distinct !{!34, !35}
-!35 = distinct !{!35, !"LVerDomain"}
-!36 = !{!37}
-!37 = distinct !{!37, !35}
-!38 = distinct !{!38, !19, !20}
-!39 = !{!"branch_weights", i32 1, i32 1048575}
-!40 = !{!"branch_weights", i32 1, i32 1048576}
-!41 = !{!42, !42, i64 0}
-!42 = !{!"buffer0", !6, i64 0}
-!43 = !{!44, !44, i64 0}
+!12 = !{!13, !13, i64 0}
+!13 = !{!"buffer0", !6, i64 0}
+!14 = !{!"branch_weights", i32 127, i32 4194175}
+!15 = distinct !{!15, !16, !17, !18, !19}
+!16 = !{!"llvm.loop.peeled.count", i32 1}
+!17 = !{!"llvm.loop.isvectorized", i32 1}
+!18 = !{!"llvm.loop.unroll.runtime.disable"}
+!19 = !{!"llvm.loop.estimated_trip_count", i32 33026}
+!20 = !{!"branch_weights", i32 4, i32 28}
+!21 = distinct !{!21, !16, !17, !22, !18}
+!22 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!23 = !{!24}
+!24 = distinct !{!24, !25}
+!25 = distinct !{!25, !"LVerDomain"}
+!26 = !{!27}
+!27 = distinct !{!27, !25}
+!28 = !{!"branch_weights", i32 1, i32 0}
+!29 = distinct !{!29, !17, !22}
+!30 = !{!"branch_weights", i32 1, i32 1048575}
+!31 = distinct !{!31, !32}
+!32 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!33 = distinct !{!33, !32}
+!34 = distinct !{!34, !32}
+!35 = distinct !{!35, !32}
+!36 = !{!"branch_weights", i32 1, i32 1048576}
+!37 = distinct !{!37, !16, !18, !17, !22}
+!38 = !{!39, !39, i64 0}
+!39 = !{!"buffer1.w64.b0", !40, i64 0}
+!40 = !{!"buffer1.w128.b0", !41, i64 0}
+!41 = !{!"buffer1.w256.b0", !42, i64 0}
+!42 = !{!"buffer1.w512.b0", !43, i64 0}
+!43 = !{!"buffer1.w1024.b0", !44, i64 0}
 !44 = !{!"buffer1", !6, i64 0}
 !45 = distinct !{!45, !46}
-!46 = !{!"llvm.loop.estimated_trip_count", i32 264209}
-!47 = distinct !{!47, !46}
-!48 = !{!"branch_weights", i32 6096, i32 2147477552}
-!49 = !{!"branch_weights", i32 8128, i32 2147475520}
-!50 = distinct !{!50, !51}
-!51 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!52 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!53 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!54 = distinct !{!54, !55, !56}
-!55 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!56 = !{!"llvm.loop.unroll.disable"}
-!57 = distinct !{!57, !51}
-!58 = distinct !{!58, !55, !56}
-!59 = distinct !{!59, !51}
-!60 = distinct !{!60, !55, !56}
-!61 = distinct !{!61, !51}
-!62 = distinct !{!62, !55, !56}
-!63 = !{!"branch_weights", i32 14224, i32 2147469424}
-!64 = !{!"branch_weights", i32 16256, i32 2147467392}
-!65 = distinct !{!65, !66}
-!66 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!67 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!68 = distinct !{!68, !55, !56}
-!69 = !{!70, !70, i64 0}
-!70 = !{!"buffer2", !6, i64 0}
-!71 = distinct !{!71, !51}
-!72 = distinct !{!72, !55, !56}
-!73 = distinct !{!73, !51}
-!74 = distinct !{!74, !55, !56}
-!75 = distinct !{!75, !51}
-!76 = distinct !{!76, !55, !56}
-!77 = distinct !{!77, !51}
-!78 = distinct !{!78, !55, !56}
-!79 = distinct !{!79, !66}
-!80 = distinct !{!80, !55, !56}
-!81 = !{!82, !82, i64 0}
-!82 = !{!"buffer3", !6, i64 0}
-!83 = distinct !{!83, !51}
-!84 = distinct !{!84, !55, !56}
-!85 = distinct !{!85, !51}
-!86 = distinct !{!86, !55, !56}
-!87 = distinct !{!87, !51}
-!88 = distinct !{!88, !55, !56}
-!89 = distinct !{!89, !51}
-!90 = distinct !{!90, !55, !56}
-!91 = !{!92, !92, i64 0}
-!92 = !{!"buffer3.w16.b0", !93, i64 0}
-!93 = !{!"buffer3.w32.b0", !94, i64 0}
-!94 = !{!"buffer3.w64.b0", !95, i64 0}
-!95 = !{!"buffer3.w128.b0", !96, i64 0}
-!96 = !{!"buffer3.w256.b0", !97, i64 0}
-!97 = !{!"buffer3.w512.b0", !98, i64 0}
-!98 = !{!"buffer3.w1024.b0", !82, i64 0}
-!99 = !{!"branch_weights", i32 2032, i32 2147481616}
-!100 = !{!"branch_weights", i32 4064, i32 2147479584}
+!46 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!47 = !{!44, !44, i64 0}
+!48 = !{!"branch_weights", i32 1048704, i32 133169152}
+!49 = !{!"branch_weights", i32 6096, i32 2147477552}
+!50 = !{!"branch_weights", i32 8128, i32 2147475520}
+!51 = distinct !{!51, !52}
+!52 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!53 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!54 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!55 = distinct !{!55, !56, !57}
+!56 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!57 = !{!"llvm.loop.unroll.disable"}
+!58 = distinct !{!58, !56, !57}
+!59 = !{!"branch_weights", i32 4064, i32 2147479584}
+!60 = distinct !{!60, !61}
+!61 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!62 = distinct !{!62, !52}
+!63 = distinct !{!63, !56, !57}
+!64 = !{!"branch_weights", i32 2032, i32 2147481616}
+!65 = distinct !{!65, !61}
+!66 = distinct !{!66, !61}
+!67 = !{!68}
+!68 = distinct !{!68, !69}
+!69 = distinct !{!69, !"LVerDomain"}
+!70 = !{!71}
+!71 = distinct !{!71, !69}
+!72 = !{!"branch_weights", i32 127, i32 16777081}
+!73 = distinct !{!73, !17, !18, !74}
+!74 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!75 = !{!"branch_weights", i32 1, i32 7}
+!76 = !{!"branch_weights", i32 1, i32 1}
+!77 = distinct !{!77, !57}
+!78 = !{!"branch_weights", i32 127, i32 0}
+!79 = distinct !{!79, !17, !22}
+!80 = !{!"branch_weights", i32 134217601, i32 127}
+!81 = distinct !{!81, !52}
+!82 = distinct !{!82, !56, !57}
+!83 = distinct !{!83, !52}
+!84 = distinct !{!84, !85}
+!85 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!86 = distinct !{!86, !87}
+!87 = !{!"llvm.loop.estimated_trip_count", i32 264209}
+!88 = !{!89}
+!89 = distinct !{!89, !90}
+!90 = distinct !{!90, !"LVerDomain"}
+!91 = !{!92}
+!92 = distinct !{!92, !90}
+!93 = distinct !{!93, !17, !22}
+!94 = !{!95}
+!95 = distinct !{!95, !96}
+!96 = distinct !{!96, !"LVerDomain"}
+!97 = !{!98}
+!98 = distinct !{!98, !96}
+!99 = distinct !{!99, !17, !22}
+!100 = !{!101}
 !101 = distinct !{!101, !102}
-!102 = !{!"llvm.loop.estimated_trip_count", i32 528416}
-!103 = !{!104, !104, i64 0}
-!104 = !{!"buffer4.w128.b0", !105, i64 0}
-!105 = !{!"buffer4.w256.b0", !106, i64 0}
-!106 = !{!"buffer4.w512.b0", !107, i64 0}
-!107 = !{!"buffer4.w1024.b0", !108, i64 0}
-!108 = !{!"buffer4", !6, i64 0}
-!109 = !{!110, !110, i64 0}
-!110 = !{!"buffer5.w128.b0", !111, i64 0}
-!111 = !{!"buffer5.w256.b0", !112, i64 0}
-!112 = !{!"buffer5.w512.b0", !113, i64 0}
-!113 = !{!"buffer5.w1024.b0", !114, i64 0}
-!114 = !{!"buffer5", !6, i64 0}
-!115 = !{!114, !114, i64 0}
-!116 = !{!108, !108, i64 0}
-!117 = !{!118, !118, i64 0}
-!118 = !{!"buffer6.w128.b0", !119, i64 0}
-!119 = !{!"buffer6.w256.b0", !120, i64 0}
-!120 = !{!"buffer6.w512.b0", !121, i64 0}
-!121 = !{!"buffer6.w1024.b0", !122, i64 0}
-!122 = !{!"buffer6", !6, i64 0}
-!123 = !{!122, !122, i64 0}
-!124 = !{!125, !125, i64 0}
-!125 = !{!"buffer7", !6, i64 0}
-!126 = !{!127, !127, i64 0}
-!127 = !{!"buffer8", !6, i64 0}
-!128 = distinct !{!128, !129}
-!129 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!102 = distinct !{!102, !"LVerDomain"}
+!103 = !{!104}
+!104 = distinct !{!104, !102}
+!105 = distinct !{!105, !17, !22}
+!106 = !{!107}
+!107 = distinct !{!107, !108}
+!108 = distinct !{!108, !"LVerDomain"}
+!109 = !{!110}
+!110 = distinct !{!110, !108}
+!111 = distinct !{!111, !17, !22}
+!112 = !{!113}
+!113 = distinct !{!113, !114}
+!114 = distinct !{!114, !"LVerDomain"}
+!115 = !{!116}
+!116 = distinct !{!116, !114}
+!117 = distinct !{!117, !17, !22}
+!118 = !{!119, !119, i64 0}
+!119 = !{!"buffer2", !6, i64 0}
+!120 = !{!121, !121, i64 0}
+!121 = !{!"buffer3", !6, i64 0}
+!122 = distinct !{!122, !87}
+!123 = distinct !{!123, !87}
+!124 = distinct !{!124, !52}
+!125 = distinct !{!125, !56, !57}
+!126 = distinct !{!126, !52}
+!127 = distinct !{!127, !56, !57}
+!128 = distinct !{!128, !52}
+!129 = distinct !{!129, !56, !57}
+!130 = distinct !{!130, !52}
+!131 = distinct !{!131, !56, !57}
+!132 = !{!"branch_weights", i32 14224, i32 2147469424}
+!133 = !{!"branch_weights", i32 16256, i32 2147467392}
+!134 = distinct !{!134, !74}
+!135 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!136 = distinct !{!136, !56, !57}
+!137 = !{!138, !138, i64 0}
+!138 = !{!"buffer4", !6, i64 0}
+!139 = distinct !{!139, !52}
+!140 = distinct !{!140, !56, !57}
+!141 = distinct !{!141, !52}
+!142 = distinct !{!142, !56, !57}
+!143 = distinct !{!143, !52}
+!144 = distinct !{!144, !56, !57}
+!145 = distinct !{!145, !52}
+!146 = distinct !{!146, !56, !57}
+!147 = distinct !{!147, !74}
+!148 = distinct !{!148, !56, !57}
+!149 = !{!150, !150, i64 0}
+!150 = !{!"buffer5", !6, i64 0}
+!151 = distinct !{!151, !52}
+!152 = distinct !{!152, !56, !57}
+!153 = distinct !{!153, !52}
+!154 = distinct !{!154, !56, !57}
+!155 = distinct !{!155, !52}
+!156 = distinct !{!156, !56, !57}
+!157 = distinct !{!157, !52}
+!158 = distinct !{!158, !56, !57}
+!159 = !{!160, !160, i64 0}
+!160 = !{!"buffer5.w16.b0", !161, i64 0}
+!161 = !{!"buffer5.w32.b0", !162, i64 0}
+!162 = !{!"buffer5.w64.b0", !163, i64 0}
+!163 = !{!"buffer5.w128.b0", !164, i64 0}
+!164 = !{!"buffer5.w256.b0", !165, i64 0}
+!165 = !{!"buffer5.w512.b0", !166, i64 0}
+!166 = !{!"buffer5.w1024.b0", !150, i64 0}
+!167 = distinct !{!167, !61}
+!168 = !{!169, !169, i64 0}
+!169 = !{!"buffer6.w128.b0", !170, i64 0}
+!170 = !{!"buffer6.w256.b0", !171, i64 0}
+!171 = !{!"buffer6.w512.b0", !172, i64 0}
+!172 = !{!"buffer6.w1024.b0", !173, i64 0}
+!173 = !{!"buffer6", !6, i64 0}
+!174 = !{!175, !175, i64 0}
+!175 = !{!"buffer7.w128.b0", !176, i64 0}
+!176 = !{!"buffer7.w256.b0", !177, i64 0}
+!177 = !{!"buffer7.w512.b0", !178, i64 0}
+!178 = !{!"buffer7.w1024.b0", !179, i64 0}
+!179 = !{!"buffer7", !6, i64 0}
+!180 = !{!179, !179, i64 0}
+!181 = !{!173, !173, i64 0}
+!182 = !{!183, !183, i64 0}
+!183 = !{!"buffer8.w128.b0", !184, i64 0}
+!184 = !{!"buffer8.w256.b0", !185, i64 0}
+!185 = !{!"buffer8.w512.b0", !186, i64 0}
+!186 = !{!"buffer8.w1024.b0", !187, i64 0}
+!187 = !{!"buffer8", !6, i64 0}
+!188 = !{!187, !187, i64 0}
+!189 = !{!190, !190, i64 0}
+!190 = !{!"buffer9", !6, i64 0}
+!191 = !{!192, !192, i64 0}
+!192 = !{!"buffer10", !6, i64 0}
+!193 = distinct !{!193, !85}
+!194 = !{!195, !195, i64 0}
+!195 = !{!"buffer11.w128.b0", !196, i64 0}
+!196 = !{!"buffer11.w256.b0", !197, i64 0}
+!197 = !{!"buffer11.w512.b0", !198, i64 0}
+!198 = !{!"buffer11.w1024.b0", !199, i64 0}
+!199 = !{!"buffer11", !6, i64 0}
+!200 = !{!201, !201, i64 0}
+!201 = !{!"buffer12.w128.b0", !202, i64 0}
+!202 = !{!"buffer12.w256.b0", !203, i64 0}
+!203 = !{!"buffer12.w512.b0", !204, i64 0}
+!204 = !{!"buffer12.w1024.b0", !205, i64 0}
+!205 = !{!"buffer12", !6, i64 0}
+!206 = !{!205, !205, i64 0}
+!207 = !{!199, !199, i64 0}
+!208 = !{!209, !209, i64 0}
+!209 = !{!"buffer13.w128.b0", !210, i64 0}
+!210 = !{!"buffer13.w256.b0", !211, i64 0}
+!211 = !{!"buffer13.w512.b0", !212, i64 0}
+!212 = !{!"buffer13.w1024.b0", !213, i64 0}
+!213 = !{!"buffer13", !6, i64 0}
+!214 = !{!213, !213, i64 0}
+!215 = !{!216, !216, i64 0}
+!216 = !{!"buffer14", !6, i64 0}
+!217 = !{!218, !218, i64 0}
+!218 = !{!"buffer15", !6, i64 0}
+!219 = distinct !{!219, !85}

@@ -26,6 +26,7 @@ q_batch = TypeVar("q_batch")
 q_head = TypeVar("q_head")
 slots = TypeVar("slots")
 table_seq = TypeVar("table_seq")
+tree_cells = TypeVar("tree_cells")
 v_span = TypeVar("v_span")
 @I.ir_module
 class Module:
@@ -64,6 +65,492 @@ class Module:
                             T.reads(new[vt, head_begin + vh, vd])
                             T.writes(cache[0:num_blocks, 0:T.int64(8), 0:T.int64(8), 0:T.int64(256)])
                             cache[T.Div(target, T.int64(16)), head_begin + vh, T.Div(T.truncmod(target, T.int64(16)), T.int64(2)), T.Cast("int64", vd * 2) + T.truncmod(T.truncmod(target, T.int64(16)), T.int64(2))] = new[vt, head_begin + vh, vd]
+
+    @T.prim_func(s_tir=True)
+    def fused_attend(query: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), tree_mask: T.Buffer((tree_cells,), "uint8", align=1), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((num_tokens, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, seq: T.int32, token_begin: T.int32, num_query: T.int32, first_pos: T.int32, kv_head_begin: T.int32, num_kv_heads: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, causal: T.int32, tree_start: T.int64, tree_size: T.int32, query_scale: T.float32, score_scale: T.float32):
+        # with T.sblock("root"):
+        q_tile = T.sblock_alloc_buffer((32, 16, 64), "int32")
+        row_max = T.sblock_alloc_buffer((32, 16))
+        row_sum = T.sblock_alloc_buffer((32, 16))
+        acc = T.sblock_alloc_buffer((32, 16, 128))
+        total_max = T.sblock_alloc_buffer((32, 16))
+        total_sum = T.sblock_alloc_buffer((32, 16))
+        total_acc = T.sblock_alloc_buffer((32, 16, 128))
+        positions = T.sblock_alloc_buffer((32, 16), "int32")
+        limits = T.sblock_alloc_buffer((32, 16), "int32")
+        places = T.sblock_alloc_buffer((32, 16), "int32")
+        reach = T.sblock_alloc_buffer((32, 4), "int32")
+        span = T.sblock_alloc_buffer((2,), "int32")
+        context_len: T.let[T.int32] = context_lens[seq]
+        head_tiles: T.let[T.int32] = (num_query * 4 + 16 - 1) // 16
+        num_tiles: T.let[T.int32] = num_kv_heads * head_tiles
+        sees_all: T.let[T.bool] = causal == 0 or tree_start >= T.int64(0)
+        for tile in range(num_tiles):
+            with T.sblock("query_tile"):
+                vtile = T.axis.spatial(num_tiles, tile)
+                T.reads()
+                T.writes()
+                with T.sblock("load_query"):
+                    T.reads(query[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128])
+                    T.writes(q_tile[vtile, 0:16, 0:64])
+                    for r, d in T.grid(16, 64):
+                        with T.sblock("q_tile"):
+                            vr, vd = T.axis.remap("SS", [r, d])
+                            T.reads(query[vtile % head_tiles * 4 + vr // 4 + token_begin, kv_head_begin * 4 + vtile // head_tiles * 4 + vr % 4, vd * 2:vd * 2 + 2])
+                            T.writes(q_tile[vtile, vr, vd])
+                            q_tile[vtile, vr, vd] = T.if_then_else(vr < T.min(num_query * 4 - vtile % head_tiles * 16, 16), T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, 2 * vd]) * query_scale) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, 2 * vd + 1]) * query_scale), 0)
+                with T.sblock("bounds"):
+                    T.reads()
+                    T.writes(positions[vtile, 0:16], limits[vtile, 0:16], reach[vtile, 0:4])
+                    for r in range(16):
+                        with T.sblock("row_bounds"):
+                            vr = T.axis.spatial(16, r)
+                            T.reads()
+                            T.writes(positions[vtile, vr], limits[vtile, vr], places[vtile, vr])
+                            position: T.let[T.int32] = first_pos + (vtile % head_tiles * 16 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 16, 16) - 1)) // 4
+                            seen: T.let[T.int32] = T.Select(sees_all, context_len, position + 1)
+                            positions[vtile, vr] = position
+                            limits[vtile, vr] = seen
+                            places[vtile, vr] = T.max((T.reinterpret("int32", T.Cast("float32", seen - 1)) >> 23) - 125, 0)
+                    for r in range(16):
+                        with T.sblock("reach"):
+                            vr = T.axis.opaque(16, r)
+                            T.reads(limits[vtile, vr], reach[vtile, 0:4])
+                            T.writes(reach[vtile, 0:4])
+                            own: T.let[T.int32] = limits[vtile, vr]
+                            begin: T.let[T.int32] = 0
+                            reach[vtile, 0] = T.Select(vr == 0, own, T.min(reach[vtile, 0], own))
+                            reach[vtile, 1] = T.Select(vr == 0, own, T.max(reach[vtile, 1], own))
+                            reach[vtile, 2] = T.Select(vr == 0, begin, T.min(reach[vtile, 2], begin))
+                            reach[vtile, 3] = T.Select(vr == 0, begin, T.max(reach[vtile, 3], begin))
+                with T.sblock("empty_state"):
+                    T.reads()
+                    T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
+                    for r in range(16):
+                        with T.sblock("empty_row"):
+                            vr = T.axis.spatial(16, r)
+                            T.reads()
+                            T.writes(total_max[vtile, vr], total_sum[vtile, vr])
+                            total_max[vtile, vr] = T.float32(-1000000000000000019884624838656.0)
+                            total_sum[vtile, vr] = T.float32(0.0)
+                    for r, d in T.grid(16, 128):
+                        with T.sblock("empty_acc"):
+                            vr, vd = T.axis.remap("SS", [r, d])
+                            T.reads()
+                            T.writes(total_acc[vtile, vr, vd])
+                            total_acc[vtile, vr, vd] = T.float32(0.0)
+        for tile in range(num_tiles):
+            with T.sblock("span"):
+                vtile = T.axis.opaque(num_tiles, tile)
+                T.reads(reach[vtile, 0:4])
+                T.writes(span[0:2])
+                span[0] = T.Select(vtile == 0, reach[vtile, 2], T.min(span[0], reach[vtile, 2]))
+                span[1] = T.Select(vtile == 0, reach[vtile, 1], T.max(span[1], reach[vtile, 1]))
+        first_key: T.let[T.int32] = block_begin * 16
+        key_end: T.let[T.int32] = T.min(block_end * 16, span[1])
+        num_ranges: T.let[T.int32] = (T.max(key_end - first_key, 0) + 4096 - 1) // 4096
+        for number in range(num_ranges):
+            with T.sblock("key_range"):
+                vrange = T.axis.opaque(num_ranges, number)
+                T.reads()
+                T.writes()
+                range_begin: T.let[T.int32] = first_key + vrange * 4096
+                range_end: T.let[T.int32] = T.reinterpret("int32", T.min(range_begin + 4096, key_end))
+                read_begin: T.let[T.int32] = T.reinterpret("int32", T.max(range_begin, span[0] - span[0] % 256))
+                num_steps: T.let[T.int32] = (T.max(range_end - read_begin, 0) + 256 - 1) // 256
+                for step in range(num_steps):
+                    with T.sblock("kv_tile"):
+                        vstep = T.axis.opaque(num_steps, step)
+                        T.reads()
+                        T.writes()
+                        key_offsets = T.sblock_alloc_buffer((512,), "int64")
+                        value_offsets = T.sblock_alloc_buffer((512,), "int64")
+                        tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 256)
+                        valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 256))
+                        next_len: T.let[T.int32] = T.reinterpret("int32", T.max(T.min(range_end - tile_start - 256, 256), 0))
+                        num_offsets: T.let[T.int32] = (valid_len + 8 - 1) // 8 * 8 + next_len
+                        last: T.let[T.int32] = range_end - 1
+                        with T.sblock("token_offsets"):
+                            T.reads(block_table[seq, 0:max_blocks])
+                            T.writes(key_offsets[0:512])
+                            for t in range(num_offsets):
+                                with T.sblock("offset"):
+                                    vt = T.axis.spatial(512, t)
+                                    T.reads(block_table[seq, T.min(tile_start + vt, last) // 16])
+                                    T.writes(key_offsets[vt])
+                                    token: T.let[T.int32] = T.min(tile_start + vt, last)
+                                    block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 16])
+                                    slot: T.let[T.int32] = token % 16
+                                    key_offsets[vt] = block * k_block + T.Cast("int64", slot - slot % 16)
+                        with T.sblock("token_offsets"):
+                            T.reads(block_table[seq, 0:max_blocks])
+                            T.writes(value_offsets[0:512])
+                            for t in range(num_offsets):
+                                with T.sblock("offset"):
+                                    vt = T.axis.spatial(512, t)
+                                    T.reads(block_table[seq, T.min(tile_start + vt, last) // 16])
+                                    T.writes(value_offsets[vt])
+                                    token: T.let[T.int32] = T.min(tile_start + vt, last)
+                                    block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 16])
+                                    slot: T.let[T.int32] = token % 16
+                                    value_offsets[vt] = block * v_block + T.Cast("int64", slot // 2) * v_row
+                        for kv_head in range(num_kv_heads):
+                            with T.sblock("kv_head"):
+                                vkv = T.axis.spatial(num_kv_heads, kv_head)
+                                T.reads()
+                                T.writes()
+                                key_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * k_head
+                                value_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * v_head
+                                for row_tile in range(head_tiles):
+                                    with T.sblock("row_tile"):
+                                        vrt = T.axis.spatial(head_tiles, row_tile)
+                                        T.reads()
+                                        T.writes()
+                                        scores = T.sblock_alloc_buffer((1, 16, 256))
+                                        probs = T.sblock_alloc_buffer((1, 16, 256))
+                                        tile_max = T.sblock_alloc_buffer((1, 16))
+                                        tile_sum = T.sblock_alloc_buffer((1, 16))
+                                        alpha = T.sblock_alloc_buffer((1, 16))
+                                        beta = T.sblock_alloc_buffer((1, 16))
+                                        edges = T.sblock_alloc_buffer((16, 128), "int32")
+                                        prob_pairs = T.sblock_alloc_buffer((1, 16, 128), "int32")
+                                        scaled = T.sblock_alloc_buffer((16, 256))
+                                        first: T.let[T.int32] = T.reinterpret("int32", vkv * head_tiles + vrt)
+                                        each: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
+                                        for t in range(each):
+                                            with T.sblock("fetch"):
+                                                vt = T.axis.opaque(256, t)
+                                                T.reads()
+                                                T.writes()
+                                                token: T.let[T.int32] = T.min(vrt * each + vt, next_len - 1)
+                                                for line in range(4):
+                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[256 + (token * 4 + line) // 64 * 16] + key_head + T.Cast("int64", T.min((token * 4 + line) % 64, 63)) * k_row]), 0, 2, 1)
+                                        each_1: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
+                                        for t in range(each_1):
+                                            with T.sblock("fetch"):
+                                                vt = T.axis.opaque(256, t)
+                                                T.reads()
+                                                T.writes()
+                                                token: T.let[T.int32] = T.min(vrt * each_1 + vt, next_len - 1)
+                                                for line in range(4):
+                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[256 + (token * 4 + line) // 4] + value_head + T.Cast("int64", ((256 + (token * 4 + line) // 4) % 2 * 4 + (token * 4 + line) % 4) * 16)]), 0, 2, 1)
+                                        if tile_start < reach[first, 1]:
+                                            valid_len_1: T.let[T.int32] = T.reinterpret("int32", T.min(valid_len, reach[first, 1] - tile_start))
+                                            with T.sblock("qk_matmul"):
+                                                T.reads(q_tile[first, 0:16, 0:64], key_cache[0:k_span], key_offsets[0:512])
+                                                T.writes(scores[0, 0:16, 0:256])
+                                                for i, to, ti, r, d in T.grid(1, (valid_len_1 + 8 - 1) // 8, 8, 16, 64):
+                                                    with T.sblock("scores"):
+                                                        vt = T.axis.spatial(256, to * 8 + ti)
+                                                        vi, vr, vd = T.axis.remap("SSR", [i, r, d])
+                                                        T.reads(q_tile[first + vi, vr, vd], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
+                                                        T.writes(scores[0, vr, vt])
+                                                        with T.init():
+                                                            scores[0, vr, vt] = T.float32(0.0)
+                                                        scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
+                                            with T.sblock("seen_scores"):
+                                                T.reads(scores[0, 0:16, 0:256])
+                                                T.writes(scaled[0:16, 0:256])
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
+                                                    with T.sblock("scaled"):
+                                                        vo = T.axis.spatial(32, to)
+                                                        vi, vr = T.axis.remap("SS", [ti, r])
+                                                        T.reads(limits[first, vr], scores[0, vr, vo * 8 + vi])
+                                                        T.writes(scaled[vr, vo * 8 + vi])
+                                                        scaled[vr, vo * 8 + vi] = T.Select(tile_start + vo * 8 + vi < limits[first, vr], scores[0, vr, vo * 8 + vi] * score_scale, T.float32("-inf"))
+                                                if tree_start >= T.int64(0):
+                                                    for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
+                                                        with T.sblock("hidden_scores_1"):
+                                                            vr = T.axis.opaque(16, r)
+                                                            vc = T.axis.opaque(256, T.max(context_len - tree_size - tile_start, 0) + c)
+                                                            T.reads(scaled[vr, vc], tree_mask[0:tree_cells])
+                                                            T.writes(scaled[vr, vc])
+                                                            scaled[vr, vc] = T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.float32("-inf"), scaled[vr, vc])
+                                            with T.sblock("softmax_prepare"):
+                                                T.reads(scaled[0:16, 0:256])
+                                                T.writes(probs[0, 0:16, 0:256], tile_max[0, 0:16], tile_sum[0, 0:16])
+                                                peak = T.sblock_alloc_buffer((16,))
+                                                room = T.sblock_alloc_buffer((1, 16), "int32")
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
+                                                    with T.sblock("peak"):
+                                                        vt = T.axis.reduce(256, to * 8 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(scaled[vr, vt])
+                                                        T.writes(peak[vr])
+                                                        with T.init():
+                                                            peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                        peak[vr] = T.max(peak[vr], scaled[vr, vt])
+                                                for r in range(16):
+                                                    with T.sblock("tile_max"):
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(peak[vr])
+                                                        T.writes(tile_max[0, vr])
+                                                        tile_max[0, vr] = T.Select(0 < valid_len_1, peak[vr], T.float32(-1000000000000000019884624838656.0))
+                                                for r in range(16):
+                                                    with T.sblock("room"):
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(places[first, vr])
+                                                        T.writes(room[0, vr])
+                                                        room[0, vr] = places[first, vr]
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
+                                                    with T.sblock("probs"):
+                                                        vt = T.axis.spatial(256, to * 8 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(scaled[vr, vt], tile_max[0, vr], room[0, vr])
+                                                        T.writes(probs[0, vr, vt])
+                                                        arg: T.let[T.float32] = scaled[vr, vt] - tile_max[0, vr]
+                                                        bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
+                                                        n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room[0, vr]))
+                                                        f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                                        high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                                        p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                                        series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                                        power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
+                                                        probs[0, vr, vt] = T.reinterpret("float32", T.reinterpret("int32", T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))) + 32767 + (T.reinterpret("int32", T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))) >> 16 & 1) & -65536)
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
+                                                    with T.sblock("tile_sum"):
+                                                        vt = T.axis.reduce(256, to * 8 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(probs[0, vr, vt])
+                                                        T.writes(tile_sum[0, vr])
+                                                        with T.init():
+                                                            tile_sum[0, vr] = T.float32(0.0)
+                                                        tile_sum[0, vr] = tile_sum[0, vr] + probs[0, vr, vt]
+                                            with T.sblock("pair_probs"):
+                                                T.reads(probs[0, 0:16, 0:256])
+                                                T.writes(prob_pairs[0, 0:16, 0:128])
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 4):
+                                                    with T.sblock("pairs"):
+                                                        vt = T.axis.spatial(128, to * 4 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(probs[0, vr, vt * 2:vt * 2 + 2])
+                                                        T.writes(prob_pairs[0, vr, vt])
+                                                        prob_pairs[0, vr, vt] = T.reinterpret("int32", probs[0, vr, 2 * vt]) >> 16 & 65535 | T.reinterpret("int32", probs[0, vr, 2 * vt + 1])
+                                            with T.sblock("rescale"):
+                                                T.reads(tile_max[0, 0:16], tile_sum[0, 0:16], row_max[first, 0:16], row_sum[first, 0:16])
+                                                T.writes(row_max[first, 0:16], row_sum[first, 0:16], alpha[0, 0:16], beta[0, 0:16])
+                                                new_max = T.sblock_alloc_buffer((16,))
+                                                new_sum = T.sblock_alloc_buffer((16,))
+                                                for r in range(16):
+                                                    with T.sblock("factors"):
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(row_max[first, vr], row_sum[first, vr], tile_max[0, vr], tile_sum[0, vr])
+                                                        T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
+                                                        old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first, vr])
+                                                        old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first, vr])
+                                                        both: T.let[T.float32] = T.max(old_max, tile_max[0, vr])
+                                                        old_or_both: T.let[T.float32] = T.Select(tile_sum[0, vr] == T.float32(0.0), old_max, both)
+                                                        m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[0, vr], old_or_both)
+                                                        new_max[vr] = m
+                                                        arg: T.let[T.float32] = old_max - m
+                                                        bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                                        n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
+                                                        f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                                        high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                                        p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                                        series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                                        power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
+                                                        alpha[0, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                                        arg_1: T.let[T.float32] = tile_max[0, vr] - m
+                                                        bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                                        n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
+                                                        f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
+                                                        high_1: T.let[T.float32] = (T.float32(0.0013814602) * f_1 + T.float32(0.0083687155999999999)) * f_1 + T.float32(0.041668389)
+                                                        p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
+                                                        series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
+                                                        power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
+                                                        beta[0, vr] = T.Select(tile_sum[0, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                                                for r in range(16):
+                                                    with T.sblock("new_sum"):
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(row_sum[first, vr], alpha[0, vr], beta[0, vr], tile_sum[0, vr])
+                                                        T.writes(new_sum[vr])
+                                                        previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first, vr])
+                                                        new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * tile_sum[0, vr]
+                                                for r in range(16):
+                                                    with T.sblock("row"):
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(new_max[vr], new_sum[vr])
+                                                        T.writes(row_max[first, vr], row_sum[first, vr])
+                                                        row_max[first, vr] = new_max[vr]
+                                                        row_sum[first, vr] = new_sum[vr]
+                                            num_full: T.let[T.int32] = T.reinterpret("int32", T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 8)
+                                            with T.sblock("edges"):
+                                                T.reads()
+                                                T.writes(edges[0:16, 0:128])
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8 - num_full, 4):
+                                                    with T.sblock("edge"):
+                                                        vt = T.axis.spatial(128, (num_full + to) * 4 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(limits[first, vr])
+                                                        T.writes(edges[vr, vt])
+                                                        edges[vr, vt] = T.Select(tile_start + vt * 2 < limits[first, vr], -1, 0) & 65535 | T.Select(tile_start + vt * 2 + 1 < limits[first, vr], -1, 0) & -65536
+                                                if tree_start >= T.int64(0):
+                                                    for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
+                                                        with T.sblock("hidden_words"):
+                                                            vr = T.axis.opaque(16, r)
+                                                            vc = T.axis.opaque(256, T.max(context_len - tree_size - tile_start, 0) + c)
+                                                            T.reads(edges[vr, vc // 2], tree_mask[0:tree_cells])
+                                                            T.writes(edges[vr, vc // 2])
+                                                            edges[vr, vc // 2] = edges[vr, vc // 2] & T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.Select(vc % 2 == 0, -65536, 65535), -1)
+                                            with T.sblock("pv_update"):
+                                                T.reads()
+                                                T.writes()
+                                                tile_acc = T.sblock_alloc_buffer((1, 16, 128))
+                                                full_acc = T.sblock_alloc_buffer((1, 16, 128))
+                                                for i, to, ti, r, d in T.grid(1, num_full, 4, 16, 128):
+                                                    with T.sblock("full_groups"):
+                                                        vt = T.axis.reduce(128, to * 4 + ti)
+                                                        vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                        T.reads(prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
+                                                        T.writes(full_acc[vi, vr, vd])
+                                                        with T.init():
+                                                            full_acc[vi, vr, vd] = T.float32(0.0)
+                                                        full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
+                                                for i, ti, r, d in T.grid(1, (valid_len_1 - num_full * 8 + 2 - 1) // 2, 16, 128):
+                                                    with T.sblock("tile_acc"):
+                                                        vt = T.axis.reduce(128, num_full * 4 + ti)
+                                                        vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                        T.reads(full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], edges[vr, vt])
+                                                        T.writes(tile_acc[0, vr, vd])
+                                                        with T.init():
+                                                            tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
+                                                        tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vr, vt]) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vr, vt] & -65536))
+                                                for i, r, d in T.grid(1, 16, 128):
+                                                    with T.sblock("acc"):
+                                                        vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                        vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                        T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
+                                                        T.writes(acc[first + vi, vr, vd])
+                                                        with T.init():
+                                                            acc[first + vi, vr, vd] = T.float32(0.0)
+                                                        acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
+                for tile in range(num_tiles):
+                    with T.sblock("range_state"):
+                        vtile = T.axis.spatial(num_tiles, tile)
+                        T.reads()
+                        T.writes()
+                        if num_steps > 0 and read_begin < reach[vtile, 1]:
+                            with T.sblock("online_update"):
+                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:16, 0:128], total_max[vtile, 0:16], total_sum[vtile, 0:16])
+                                T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
+                                alpha = T.sblock_alloc_buffer((1, 16))
+                                beta = T.sblock_alloc_buffer((1, 16))
+                                with T.sblock("range_rescale"):
+                                    T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], total_max[vtile, 0:16], total_sum[vtile, 0:16])
+                                    T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], alpha[0, 0:16], beta[0, 0:16])
+                                    new_max = T.sblock_alloc_buffer((16,))
+                                    new_sum = T.sblock_alloc_buffer((16,))
+                                    for r in range(16):
+                                        with T.sblock("range_factors"):
+                                            vr = T.axis.spatial(16, r)
+                                            T.reads(total_max[vtile, vr], total_sum[vtile, vr], row_max[vtile, vr], row_sum[vtile, vr])
+                                            T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
+                                            old_max: T.let[T.float32] = T.Select(T.bool(False), T.float32(-1000000000000000019884624838656.0), total_max[vtile, vr])
+                                            old_sum: T.let[T.float32] = T.Select(T.bool(False), T.float32(0.0), total_sum[vtile, vr])
+                                            both: T.let[T.float32] = T.max(old_max, row_max[vtile, vr])
+                                            old_or_both: T.let[T.float32] = T.Select(row_sum[vtile, vr] == T.float32(0.0), old_max, both)
+                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), row_max[vtile, vr], old_or_both)
+                                            new_max[vr] = m
+                                            arg: T.let[T.float32] = old_max - m
+                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                            n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
+                                            f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                            high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                            p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                            series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                            power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
+                                            alpha[0, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                            arg_1: T.let[T.float32] = row_max[vtile, vr] - m
+                                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                            n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
+                                            f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
+                                            high_1: T.let[T.float32] = (T.float32(0.0013814602) * f_1 + T.float32(0.0083687155999999999)) * f_1 + T.float32(0.041668389)
+                                            p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
+                                            series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
+                                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
+                                            beta[0, vr] = T.Select(row_sum[vtile, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                                    for r in range(16):
+                                        with T.sblock("range_new_sum"):
+                                            vr = T.axis.spatial(16, r)
+                                            T.reads(total_sum[vtile, vr], alpha[0, vr], beta[0, vr], row_sum[vtile, vr])
+                                            T.writes(new_sum[vr])
+                                            previous: T.let[T.float32] = T.Select(T.bool(False), T.float32(0.0), total_sum[vtile, vr])
+                                            new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * row_sum[vtile, vr]
+                                    for r in range(16):
+                                        with T.sblock("range_row"):
+                                            vr = T.axis.spatial(16, r)
+                                            T.reads(new_max[vr], new_sum[vr])
+                                            T.writes(total_max[vtile, vr], total_sum[vtile, vr])
+                                            total_max[vtile, vr] = new_max[vr]
+                                            total_sum[vtile, vr] = new_sum[vr]
+                                with T.sblock("range_fold"):
+                                    T.reads(acc[vtile, 0:16, 0:128], alpha[0, 0:16], beta[0, 0:16])
+                                    T.writes(total_acc[vtile, 0:16, 0:128])
+                                    for i, r, d in T.grid(1, 16, 128):
+                                        with T.sblock("range_acc"):
+                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                            vstep = T.axis.reduce(2, 1)
+                                            T.reads(alpha[vi, vr], beta[vi, vr], acc[vtile + vi, vr, vd])
+                                            T.writes(total_acc[vtile + vi, vr, vd])
+                                            with T.init():
+                                                total_acc[vtile + vi, vr, vd] = T.float32(0.0)
+                                            total_acc[vtile + vi, vr, vd] = alpha[vi, vr] * total_acc[vtile + vi, vr, vd] + beta[vi, vr] * acc[vtile + vi, vr, vd]
+        for tile in range(num_tiles):
+            with T.sblock("result"):
+                vtile = T.axis.spatial(num_tiles, tile)
+                T.reads()
+                T.writes()
+                if partial_start < 0:
+                    with T.sblock("normalize"):
+                        T.reads(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
+                        T.writes(out[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128], lse[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4])
+                        factor = T.sblock_alloc_buffer((16,))
+                        ordered = T.sblock_alloc_buffer((16, 128))
+                        for r in range(16):
+                            with T.sblock("factor"):
+                                vr = T.axis.spatial(16, r)
+                                T.reads(total_sum[vtile, vr])
+                                T.writes(factor[vr])
+                                total: T.let[T.float32] = total_sum[vtile, vr]
+                                factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
+                        for r, d in T.grid(16, 128):
+                            with T.sblock("ordered"):
+                                vr, vd = T.axis.remap("SS", [r, d])
+                                T.reads(total_acc[vtile, vr, vd], factor[vr])
+                                T.writes(ordered[vr, vd])
+                                ordered[vr, vd] = total_acc[vtile, vr, vd] * factor[vr]
+                        for r, d in T.grid(T.min(num_query * 4 - vtile % head_tiles * 16, 16), 128):
+                            with T.sblock("out"):
+                                vr = T.axis.spatial(16, r)
+                                vd = T.axis.spatial(128, d)
+                                T.reads(ordered[vr, vd])
+                                T.writes(out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd])
+                                out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd] = T.Cast("bfloat16", ordered[vr, vd])
+                        for r in range(T.min(num_query * 4 - vtile % head_tiles * 16, 16)):
+                            with T.sblock("lse"):
+                                vr = T.axis.spatial(16, r)
+                                T.reads(total_sum[vtile, vr], total_max[vtile, vr], places[vtile, vr])
+                                T.writes(lse[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4])
+                                lse[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4] = T.Select(total_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), total_max[vtile, vr] + T.log(total_sum[vtile, vr] * T.reinterpret("float32", places[vtile, vr] + 127 << 23)))
+                else:
+                    with T.sblock("store_partial"):
+                        T.reads(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
+                        T.writes(partial_max[partial_start:partial_start + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4], partial_sum[partial_start:partial_start + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4], partial_acc[partial_start:partial_start + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128])
+                        for r in range(T.min(num_query * 4 - vtile % head_tiles * 16, 16)):
+                            with T.sblock("store_row"):
+                                vr = T.axis.spatial(16, r)
+                                T.reads(total_max[vtile, vr], total_sum[vtile, vr])
+                                T.writes(partial_max[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4], partial_sum[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4])
+                                partial_max[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4] = total_max[vtile, vr]
+                                partial_sum[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4] = total_sum[vtile, vr]
+                        for r, d in T.grid(T.min(num_query * 4 - vtile % head_tiles * 16, 16), 128):
+                            with T.sblock("store_acc"):
+                                vr = T.axis.spatial(16, r)
+                                vd = T.axis.spatial(128, d)
+                                T.reads(total_acc[vtile, vr, vd])
+                                T.writes(partial_acc[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd])
+                                partial_acc[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd] = total_acc[vtile, vr, vd]
 
     @T.prim_func(s_tir=True)
     def fused_decode(query: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, query_scale: T.float32, score_scale: T.float32):
@@ -376,6 +863,108 @@ class Module:
                                         T.reads(acc[vtile, vr, vd])
                                         T.writes(partial_acc[partial_start + vs, vtile * 4 + vr, vd])
                                         partial_acc[partial_start + vs, vtile * 4 + vr, vd] = acc[vtile, vr, vd]
+
+    @T.prim_func(s_tir=True)
+    def merge_attend(partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((num_tokens, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), token: T.int32, num_keys: T.int32, partial_start: T.int32, partial_step: T.int32, num_partials: T.int32):
+        # with T.sblock("root"):
+        row_max = T.sblock_alloc_buffer((1, 32))
+        row_sum = T.sblock_alloc_buffer((1, 32))
+        acc = T.sblock_alloc_buffer((1, 32, 128))
+        for step in range(num_partials):
+            with T.sblock("partial"):
+                vstep = T.axis.opaque(num_partials, step)
+                T.reads()
+                T.writes()
+                slot: T.let[T.int32] = partial_start + vstep * partial_step
+                with T.sblock("online_update"):
+                    T.reads(partial_max[slot, 0:32], partial_sum[slot, 0:32], partial_acc[slot, 0:32, 0:128], row_max[0, 0:32], row_sum[0, 0:32])
+                    T.writes(row_max[0, 0:32], row_sum[0, 0:32], acc[0, 0:32, 0:128])
+                    alpha = T.sblock_alloc_buffer((1, 32))
+                    beta = T.sblock_alloc_buffer((1, 32))
+                    with T.sblock("rescale"):
+                        T.reads(partial_max[slot, 0:32], partial_sum[slot, 0:32], row_max[0, 0:32], row_sum[0, 0:32])
+                        T.writes(row_max[0, 0:32], row_sum[0, 0:32], alpha[0, 0:32], beta[0, 0:32])
+                        new_max = T.sblock_alloc_buffer((32,))
+                        new_sum = T.sblock_alloc_buffer((32,))
+                        for r in range(32):
+                            with T.sblock("factors"):
+                                vr = T.axis.spatial(32, r)
+                                T.reads(row_max[0, vr], row_sum[0, vr], partial_max[slot, vr], partial_sum[slot, vr])
+                                T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
+                                old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[0, vr])
+                                old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
+                                both: T.let[T.float32] = T.max(old_max, partial_max[slot, vr])
+                                old_or_both: T.let[T.float32] = T.Select(partial_sum[slot, vr] == T.float32(0.0), old_max, both)
+                                m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), partial_max[slot, vr], old_or_both)
+                                new_max[vr] = m
+                                arg: T.let[T.float32] = old_max - m
+                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
+                                f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
+                                p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
+                                series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
+                                alpha[0, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                arg_1: T.let[T.float32] = partial_max[slot, vr] - m
+                                bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
+                                n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
+                                f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
+                                high_1: T.let[T.float32] = (T.float32(0.0013814602) * f_1 + T.float32(0.0083687155999999999)) * f_1 + T.float32(0.041668389)
+                                p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
+                                series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
+                                power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
+                                beta[0, vr] = T.Select(partial_sum[slot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                        for r in range(32):
+                            with T.sblock("new_sum"):
+                                vr = T.axis.spatial(32, r)
+                                T.reads(row_sum[0, vr], alpha[0, vr], beta[0, vr], partial_sum[slot, vr])
+                                T.writes(new_sum[vr])
+                                previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
+                                new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * partial_sum[slot, vr]
+                        for r in range(32):
+                            with T.sblock("row"):
+                                vr = T.axis.spatial(32, r)
+                                T.reads(new_max[vr], new_sum[vr])
+                                T.writes(row_max[0, vr], row_sum[0, vr])
+                                row_max[0, vr] = new_max[vr]
+                                row_sum[0, vr] = new_sum[vr]
+                    with T.sblock("fold"):
+                        T.reads(partial_acc[slot, 0:32, 0:128], alpha[0, 0:32], beta[0, 0:32])
+                        T.writes(acc[0, 0:32, 0:128])
+                        for i, r, d in T.grid(1, 32, 128):
+                            with T.sblock("acc"):
+                                vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                vstep_1 = T.axis.reduce(num_partials, vstep)
+                                T.reads(alpha[vi, vr], beta[vi, vr], partial_acc[slot + vi, vr, vd])
+                                T.writes(acc[vi, vr, vd])
+                                with T.init():
+                                    acc[vi, vr, vd] = T.float32(0.0)
+                                acc[vi, vr, vd] = alpha[vi, vr] * acc[vi, vr, vd] + beta[vi, vr] * partial_acc[slot + vi, vr, vd]
+        places: T.let[T.int32] = T.max((T.reinterpret("int32", T.Cast("float32", num_keys - 1)) >> 23) - 125, 0)
+        with T.sblock("normalize"):
+            T.reads(row_max[0, 0:32], row_sum[0, 0:32], acc[0, 0:32, 0:128])
+            T.writes(out[token, 0:32, 0:128], lse[token, 0:32])
+            factor = T.sblock_alloc_buffer((32,))
+            for r in range(32):
+                with T.sblock("factor"):
+                    vr = T.axis.spatial(32, r)
+                    T.reads(row_sum[0, vr])
+                    T.writes(factor[vr])
+                    total: T.let[T.float32] = row_sum[0, vr]
+                    factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
+            for r, d in T.grid(32, 128):
+                with T.sblock("out"):
+                    vr, vd = T.axis.remap("SS", [r, d])
+                    T.reads(acc[0, vr, vd], factor[vr])
+                    T.writes(out[token, vr, vd])
+                    out[token, vr, vd] = T.Cast("bfloat16", acc[0, vr, vd] * factor[vr])
+            for r in range(32):
+                with T.sblock("lse"):
+                    vr = T.axis.spatial(32, r)
+                    T.reads(row_sum[0, vr], row_max[0, vr])
+                    T.writes(lse[token, vr])
+                    lse[token, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr] * T.reinterpret("float32", places + 127 << 23)))
 
     @T.prim_func(s_tir=True)
     def merge_partials(context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):

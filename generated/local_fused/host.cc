@@ -4,8 +4,8 @@
 // Target: llvm, mcpu x86-64-v4; pipeline fused
 // Regenerate: pa-compiler generate
 
-// Host orchestration of paged decode attention: checks the arguments, plans the work, runs the kernels. And of
-// append_kv, which fills the cache.
+// Host orchestration of paged attention: checks the arguments, plans the work, runs the kernels. And of append_kv, which
+// fills the cache.
 //   fused pipeline; num_heads=16, num_kv_heads=8, head_dim=256, block_size=16, dtype=bfloat16, out_dtype=bfloat16, kv_layout=NHD, head_tile=16, batch_chunk=16, value_dim=256, window=4096, softcap=50.0, score_mod=score - float32(head + 1) * 0.0625 * float32(query_pos - key_pos) / 128.0
 
 #include <cstdint>
@@ -71,33 +71,34 @@ struct AppendRow {
   Passed<int64_t> head_begin, num_heads;
 };
 
-// decode: attention of one query token per sequence. One kernel takes a work item through all four stages, tile by
-// tile.
+// One kernel takes a work item of decode through all four stages, tile by tile. Whoever computes the last partial result
+// of a sequence merges all of them.
+void RunItem(const WorkItem& item, const DecodeArguments& args, const Plan<Spec>& plan, const Partials<Spec>& partials) {
+  Call(FusedDecode{
+      .query = args.query, .key_cache = args.key_cache.memory, .value_cache = args.value_cache.memory,
+      .block_table = args.block_table, .context_lens = args.context_lens, .partial_max = partials.max,
+      .partial_sum = partials.sum, .partial_acc = partials.acc, .out = args.out, .lse = args.lse,
+      .k_block = args.key_cache.block_stride, .k_row = args.key_cache.row_stride,
+      .k_head = args.key_cache.head_stride, .v_block = args.value_cache.block_stride,
+      .v_row = args.value_cache.row_stride, .v_head = args.value_cache.head_stride,
+      .batch_start = item.batch_start, .num_seqs = item.num_seqs, .block_begin = item.block_begin,
+      .block_end = item.block_end, .partial_start = item.partial_start, .query_scale = args.scale.query,
+      .score_scale = args.scale.scores});
+  const int64_t seq = item.batch_start;
+  if (item.partial_start < 0 || !partials.Complete(seq)) return;
+  Call(MergePartials{
+      .context_lens = args.context_lens, .partial_max = partials.max, .partial_sum = partials.sum,
+      .partial_acc = partials.acc, .out = args.out, .lse = args.lse, .seq = seq,
+      .partial_start = plan.partial_begin(seq), .num_partials = plan.partials_of(seq)});
+}
+
+// decode: attention of one query token per sequence.
 void Decode(const Inputs& in, TVMFFIAny*) {
   CheckCpuFeatures(kInstructionSets);
-  const DecodeCall<Spec> decode(in);
-  const DecodeArguments& args = decode.args;
-  const Plan<Spec>& plan = decode.plan;
-  const Partials<Spec> partials(plan, args.batch);
-  ParallelFor(plan.num_items, decode.threads, [&](int64_t i) {
-    const WorkItem& item = plan.item(i);
-    Call(FusedDecode{
-        .query = args.query, .key_cache = args.key_cache.memory, .value_cache = args.value_cache.memory,
-        .block_table = args.block_table, .context_lens = args.context_lens, .partial_max = partials.max,
-        .partial_sum = partials.sum, .partial_acc = partials.acc, .out = args.out, .lse = args.lse,
-        .k_block = args.key_cache.block_stride, .k_row = args.key_cache.row_stride,
-        .k_head = args.key_cache.head_stride, .v_block = args.value_cache.block_stride,
-        .v_row = args.value_cache.row_stride, .v_head = args.value_cache.head_stride,
-        .batch_start = item.batch_start, .num_seqs = item.num_seqs, .block_begin = item.block_begin,
-        .block_end = item.block_end, .partial_start = item.partial_start, .query_scale = args.scale.query,
-        .score_scale = args.scale.scores});
-    if (!partials.Complete(item)) return;
-    const int64_t seq = item.batch_start;
-    Call(MergePartials{
-        .context_lens = args.context_lens, .partial_max = partials.max, .partial_sum = partials.sum,
-        .partial_acc = partials.acc, .out = args.out, .lse = args.lse, .seq = seq,
-        .partial_start = plan.partial_begin(seq), .num_partials = plan.partials_of(seq)});
-  });
+  const DecodeCall<Spec, DecodeParameters> decode(in);
+  const Partials<Spec> partials(decode.plan, decode.args.batch);
+  ParallelFor(decode.plan.num_items, decode.threads,
+              [&](int64_t i) { RunItem(decode.plan.item(i), decode.args, decode.plan, partials); });
 }
 
 // append_kv: write the keys and values of new tokens into their slots.

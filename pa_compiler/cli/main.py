@@ -56,7 +56,8 @@ def run(
     The exit status is 1 if the result is outside the tolerance.
     """
     case, module = _prepare(case_name, target, pipeline, threads)
-    items = module.plan(case.context_lens)
+    with usage_errors():
+        items = module.plan(case.context_lens, case.query_start_loc)
     report.print_header(_STDOUT, case, module, len(items))
     report.print_plan(_STDOUT, items)
     inputs = _make_inputs(case, seed)
@@ -78,12 +79,14 @@ def run(
 def bench(
     case_name: str, target: Any, pipeline: str, threads: int | None, seed: int, repeat: int | None, **_: Any
 ) -> None:
-    """Time decode on a cache of huge pages, each block of which is read once a call.
+    """Time decode, or attend, on a cache of huge pages, each block of which is read once a call.
 
     The result is compared with NumPy in float64; the exit status is 1 if it is outside the tolerance.
     """
     case, module = _prepare(case_name, target, pipeline, threads)
-    report.print_header(_STDOUT, case, module, len(module.plan(case.context_lens)))
+    with usage_errors():
+        items = module.plan(case.context_lens, case.query_start_loc)
+    report.print_header(_STDOUT, case, module, len(items))
     inputs = _make_inputs(case, seed, module.empty_cache(case.num_blocks))
     inputs = inputs._replace(block_table=cases.distinct_blocks(case, seed))
     heads = cases.head_arrays(case, seed)
@@ -93,16 +96,22 @@ def bench(
     _compare(out, case, inputs, heads)
 
 
+_ATTEND = click.option(
+    "--attend/--no-attend", default=True, help="With or without attend, which takes time to compile."
+)
+
+
 @main.command()
 @spec_options
+@_ATTEND
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The shared library."
 )
-def build(output: Path, target: Any, pipeline: str, **_: Any) -> None:
+def build(output: Path, target: Any, pipeline: str, attend: bool, **_: Any) -> None:
     """Compile a spec to one shared library, for pa_compiler.load()."""
     spec = replace(cases.DEFAULT.spec)
     with _step("Compiling"), usage_errors():
-        module = compiler.compile_to_save(spec, target, pipeline)
+        module = compiler.compile_to_save(spec, target, pipeline, attend=attend)
     try:
         module.save(output)
     except OSError as error:
@@ -130,12 +139,13 @@ for _name, _run in library_cli.COMMANDS.items():
 
 @main.command()
 @spec_options
+@_ATTEND
 @click.option("--stage", type=click.Choice(list(_LEXERS)), default="tensorir", help="Stage to print.")
-def inspect(stage: str, target: Any, pipeline: str, **_: Any) -> None:
+def inspect(stage: str, target: Any, pipeline: str, attend: bool, **_: Any) -> None:
     """Print what one stage of the compiler produced for a spec."""
     spec = replace(cases.DEFAULT.spec)
     with _step("Compiling"), usage_errors():
-        texts = compiler.emit(spec, target, pipeline)
+        texts = compiler.emit(spec, target, pipeline, attend=attend)
         if stage not in texts:
             raise ValueError(f"stage: expected one of {', '.join(texts)} for this target, got {stage!r}")
     report.print_code(_STDOUT, texts[stage], _LEXERS[stage])
@@ -223,9 +233,9 @@ def _check_memory(case: cases.Case) -> None:
         raise click.UsageError(f"{needed / 1e9:.1f} GB are needed and this machine has {memory / 1e9:.1f} GB.")
 
 
-def _compile(spec: PagedAttentionSpec, target: Any, pipeline: str) -> Module:
+def _compile(spec: PagedAttentionSpec, target: Any, pipeline: str, attend: bool) -> Module:
     with _step("Compiling"), usage_errors():
-        return pa_compiler.compile(spec, target, pipeline)
+        return pa_compiler.compile(spec, target, pipeline, attend=attend)
 
 
 def _prepare(case_name: str, target: Any, pipeline: str, threads: int | None) -> tuple[cases.Case, Module]:
@@ -234,7 +244,7 @@ def _prepare(case_name: str, target: Any, pipeline: str, threads: int | None) ->
     base = cases.CASES.get(case_name, cases.DEFAULT)
     case = replace(base, spec=replace(base.spec))
     _check_memory(case)
-    module = _compile(case.spec, target, pipeline)
+    module = _compile(case.spec, target, pipeline, attend=case.query_lens is not None)
     if threads is not None:
         module.num_threads = threads
     return case, module
@@ -243,7 +253,7 @@ def _prepare(case_name: str, target: Any, pipeline: str, threads: int | None) ->
 def _make_inputs(
     case: cases.Case, seed: int, caches: tuple[cases.np.ndarray, cases.np.ndarray | None] | None = None
 ) -> cases.Inputs:
-    elements = case.batch * case.spec.num_heads * case.spec.head_dim
+    elements = int(case.query_counts.sum()) * case.spec.num_heads * case.spec.head_dim
     elements += case.cache_bytes // cases.np.dtype(case.spec.dtype).itemsize
     with _step("Making the inputs", elements) as advance:
         return cases.make_inputs(case, seed, advance, caches)
@@ -264,10 +274,10 @@ def _measure(
 
     def timed() -> float:
         start = time.perf_counter()
-        module.decode(*inputs, case.scale, out, **heads)
+        cases.call(module, case, inputs, out, **heads)
         return time.perf_counter() - start
 
-    out = module.decode(*inputs, case.scale, **heads)
+    out = cases.call(module, case, inputs, **heads)
     first = timed()
     if isinstance(repeats, _Repeats):
         repeats = min(repeats.most, max(repeats.least, int(repeats.seconds / max(first, 1e-9))))

@@ -147,7 +147,7 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def call_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of a call of decode: --case, the spec's, and those of what it is called with."""
+    """Add the options of a call of decode or attend: --case, the spec's, and those of what it is called with."""
     default = cases.DEFAULT
     decorators: list[Callable[[Any], Any]] = [
         click.option(
@@ -163,6 +163,13 @@ def call_options(command: Callable[..., Any]) -> Callable[..., Any]:
             envvar="PA_SEQ_LEN",
             show_envvar=True,
             help="Tokens of each sequence. A shorter list is repeated to fill the batch, a longer one is cut.",
+        ),
+        click.option(
+            "--query-len",
+            "query_lens",
+            type=SeqLens(),
+            show_default="one each, by decode",
+            help="Query tokens of each sequence, its last ones, by attend. A list as for --seq-len.",
         ),
         click.option(
             "--max-model-len",

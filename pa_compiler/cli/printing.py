@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pa_compiler.cli import text
+from pa_compiler.interface import AttendItem, WorkItem
 from pa_compiler.verification.cases import Case
 from pa_compiler.verification.comparison import Errors
 from pa_compiler.verification.tolerances import tolerance
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pa_compiler.backend import Explanation
-    from pa_compiler.interface import WorkItem
     from pa_compiler.runtime.module import Module
     from pa_compiler.spec import PagedAttentionSpec
 
@@ -31,35 +31,47 @@ def print_header(console: Console, case: Case, module: Module, num_items: int) -
     spec, target = case.spec, module.target
     lens = case.context_lens
     lengths = f" of {_between(lens)} tokens" if case.batch else ""
+    queries = "" if case.query_lens is None else f", {counted(int(case.query_counts.sum()), 'query token')}"
     print_facts(
         console,
         [
             *text.spec_rows(spec),
             ("target", text.target_text(target)),
             ("pipeline", f"{module.pipeline}, {counted(module.num_threads, 'thread')}"),
-            ("call", f"{counted(case.batch, 'sequence')}{lengths}, {counted(case.num_tokens, 'token')} in all"),
+            (
+                "call",
+                f"{counted(case.batch, 'sequence')}{lengths}, {counted(case.num_tokens, 'token')} in all{queries}",
+            ),
             ("plan", counted(num_items, "work item")),
         ],
     )
 
 
-def print_plan(console: Console, items: Sequence[WorkItem]) -> None:
+def print_plan(console: Console, items: Sequence[WorkItem | AttendItem]) -> None:
     """Print the work items: all of a short plan, the first few and a summary of a long one."""
     shown = items if len(items) <= _LONG_PLAN else items[:_SHOWN_OF_LONG_PLAN]
-    rows = [
-        (
-            str(index),
-            _range(item.batch_start, item.batch_start + item.num_seqs),
-            _range(item.block_begin, item.block_end),
-            f"{item.num_tokens:,}",
-        )
-        for index, item in enumerate(shown)
-    ]
-    lines = ["", *text.table(("item", "sequences", "blocks", "tokens"), rows, gap=2).splitlines()]
+    ragged = any(isinstance(item, AttendItem) for item in items)
+    heads = ("query tokens", "kv heads") if ragged else ("tokens",)
+    rows = [(str(index), *_item(item, ragged)) for index, item in enumerate(shown)]
+    lines = ["", *text.table(("item", "sequences", "blocks", *heads), rows, gap=2).splitlines()]
     if len(items) > len(shown):
-        tokens = _between([item.num_tokens for item in items])
-        lines.append(f"... and {len(items) - len(shown):,} more; {tokens} tokens an item")
+        tokens = (
+            ""
+            if ragged
+            else f"; {_between([item.num_tokens for item in items if isinstance(item, WorkItem)])} tokens an item"
+        )
+        lines.append(f"... and {len(items) - len(shown):,} more{tokens}")
     print_text(console, "\n  ".join(lines) + "\n")
+
+
+def _item(item: WorkItem | AttendItem, ragged: bool) -> tuple[str, ...]:
+    """What the table says of an item, beside items with several query tokens or without."""
+    blocks = _range(item.block_begin, item.block_end)
+    if isinstance(item, AttendItem):
+        heads = _range(item.kv_head_begin, item.kv_head_begin + item.num_kv_heads)
+        return _range(item.seq, item.seq + 1), blocks, f"{item.num_query:,}", heads
+    of = (f"{item.num_seqs:,}", "all") if ragged else (f"{item.num_tokens:,}",)
+    return _range(item.batch_start, item.batch_start + item.num_seqs), blocks, *of
 
 
 def print_times(console: Console, case: Case, seconds: Sequence[float]) -> None:

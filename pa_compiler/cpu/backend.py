@@ -41,24 +41,32 @@ class Lowered:
     mod: IRModule
 
 
-def build_kernels(spec: PagedAttentionSpec, tiles: Tiling, pipeline: str) -> IRModule:
-    """spec -> kernels, which is most of what the host has to wait for."""
+def build_kernels(spec: PagedAttentionSpec, tiles: Tiling, pipeline: str, of_attend: Tiling | None = None) -> IRModule:
+    """spec -> kernels, which is most of what the host has to wait for; those of attend where it has tiles."""
     from pa_compiler import kernels
 
-    return kernels.build(spec, tiles, pipeline)
+    built = kernels.build(spec, tiles, pipeline)
+    if of_attend is not None:
+        built.update(kernels.build_attend(spec, of_attend))
+    return built
 
 
-def lower(unscheduled: IRModule, spec: PagedAttentionSpec, tiles: Tiling) -> Lowered:
+def lower(unscheduled: IRModule, spec: PagedAttentionSpec, tiles: Tiling, of_attend: Tiling | None = None) -> Lowered:
     """kernels -> schedules -> prefetches."""
-    from pa_compiler import tvmscript
-    from pa_compiler.schedules import scheduled
+    from pa_compiler import kernels, tvmscript
+    from pa_compiler.schedules import schedule, scheduled
 
     tensorir = tvmscript.text(unscheduled)  # now: what follows may change the PrimFuncs that it is given
     interrupts.check()
-    schedule = scheduled(unscheduled, tiles)
-    prefetch.insert(schedule, spec, tiles)
+    attend, others = kernels.apart(unscheduled)
+    sch = scheduled(others, tiles)
+    prefetch.insert(sch, spec, tiles)
+    lowered = sch.mod
     interrupts.check()
-    return Lowered(tensorir, tvmscript.text(schedule.mod), schedule.mod)
+    if of_attend is not None:
+        lowered.update(schedule(attend, of_attend))
+        interrupts.check()
+    return Lowered(tensorir, tvmscript.text(lowered), lowered)
 
 
 def host_text(
@@ -68,32 +76,45 @@ def host_text(
     return host.render(spec, tiles, cpu, pipeline, host.kernels(unscheduled))
 
 
-def emit(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> dict[str, str]:
+def attends(pipeline: str) -> bool:
+    """Whether libraries of a pipeline can have attend: the staged one has no kernels of it."""
+    return pipeline == "fused"
+
+
+def emit(
+    spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool, directory: Path
+) -> dict[str, str]:
     """The text of every stage; directory is for intermediate files."""
     cpu = _target.resolve(config)
-    tiles = tiling.choose(spec, cpu, pipeline)
-    unscheduled = build_kernels(spec, tiles, pipeline)
+    tiles, of_attend = tiling.choose(spec, cpu, pipeline), tiling.choose_attend(spec, cpu) if attend else None
+    unscheduled = build_kernels(spec, tiles, pipeline, of_attend)
     text = host_text(spec, cpu, tiles, pipeline, unscheduled)
-    lowered = lower(unscheduled, spec, tiles)
+    lowered = lower(unscheduled, spec, tiles, of_attend)
     compiled = _build.compile_kernels(lowered.mod, cpu, directory)
     return _texts(lowered, text, compiled)
 
 
-def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> Built:
+def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool, directory: Path) -> Built:
     """Lower, compile and link, with the tiles that the policy chooses."""
     cpu = _target.resolve(config)
-    return build_with_tiles(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory)
+    of_attend = tiling.choose_attend(spec, cpu) if attend else None
+    return build_with_tiles(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory, of_attend)
 
 
 def build_with_tiles(
-    spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: Tiling, pipeline: str, directory: Path
+    spec: PagedAttentionSpec,
+    cpu: _target.CpuTarget,
+    tiles: Tiling,
+    pipeline: str,
+    directory: Path,
+    of_attend: Tiling | None = None,
 ) -> Built:
     """Lower, compile and link. The library and intermediate files lie in directory."""
-    unscheduled = build_kernels(spec, tiles, pipeline)
+    unscheduled = build_kernels(spec, tiles, pipeline, of_attend)
     text = host_text(spec, cpu, tiles, pipeline, unscheduled)
     interrupts.check()
     with native.compiling_host(text, directory, host.headers(text)) as compiling:  # while TVM works
-        lowered = lower(unscheduled, spec, tiles)
+        lowered = lower(unscheduled, spec, tiles, of_attend)
         compiled = _build.compile_kernels(lowered.mod, cpu, directory)
         tables = {constant.name: constant.data for constant in spec.constants}
         library = native.link(compiling, compiled.asm, directory, tuple(CPU_ENTRY_POINTS), tables)

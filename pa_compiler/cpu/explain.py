@@ -73,7 +73,7 @@ def explain(
     cpu = _target.resolve(config)
     tiles = tiling.choose(spec, cpu, pipeline)
     strategy, reason = tiling.choose_strategy(spec, cpu, pipeline)
-    loops = inner_loops(backend.emit(spec, config, pipeline, directory)["asm"])
+    loops = inner_loops(backend.emit(spec, config, pipeline, False, directory)["asm"])
     facts = [
         ("vectors", f"{cpu.vector_registers} registers of {cpu.vector_lanes} float32 lanes"),
         ("pipeline", pipeline),

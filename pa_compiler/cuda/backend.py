@@ -88,19 +88,28 @@ def _lower_staged(spec: PagedAttentionSpec, target: CudaTarget) -> Lowered:
     return Lowered(texts)
 
 
-def emit_portable(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> dict[str, str]:
+def attends(pipeline: str) -> bool:
+    """Whether libraries of a pipeline can have attend: none for a GPU can."""
+    return False
+
+
+def emit_portable(
+    spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool, directory: Path
+) -> dict[str, str]:
     """As emit, without what nvcc makes: it needs none."""
     return lower(spec, CudaTarget(config["arch"]), pipeline).texts
 
 
-def emit(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> dict[str, str]:
+def emit(
+    spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool, directory: Path
+) -> dict[str, str]:
     """The text of every stage; directory is for intermediate files."""
     target = CudaTarget(config["arch"])
     lowered = lower(spec, target, pipeline)
     return lowered.texts | _machine_texts(cuda_build.assemble(lowered.cuda, target.arch, directory), directory)
 
 
-def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> Built:
+def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool, directory: Path) -> Built:
     """Lower, compile and link. The library and intermediate files lie in directory.
 
     Raises:

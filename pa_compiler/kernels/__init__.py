@@ -11,7 +11,9 @@ from tvm.tirx import PrimFunc
 
 from pa_compiler.kernels import staged
 from pa_compiler.kernels.append_kv import append_key, append_row, append_value
+from pa_compiler.kernels.fused_attend import fused_attend
 from pa_compiler.kernels.fused_decode import fused_decode
+from pa_compiler.kernels.merge_attend import merge_attend
 from pa_compiler.kernels.merge_partials import merge_partials
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -28,11 +30,29 @@ PIPELINES = {
 }
 """The PrimFuncs of each pipeline's decode, in the order in which the host calls them."""
 
+ATTEND = (fused_attend, merge_attend)
+"""The PrimFuncs of attend, for sequences of several query tokens; with tiles of their own, cpu.tiles.choose_attend."""
+
 
 def build(spec: PagedAttentionSpec, tiling: Tiling, pipeline: str) -> IRModule:
     """The PrimFuncs of a pipeline and of append_kv, unscheduled, under their own names."""
     decode = {kernel.__name__: kernel(spec, tiling) for kernel in PIPELINES[pipeline]}
     return IRModule(decode | {kernel.__name__: kernel(spec) for kernel in append(spec)})
+
+
+def build_attend(spec: PagedAttentionSpec, tiling: Tiling) -> IRModule:
+    """The PrimFuncs of attend, unscheduled, under their own names."""
+    return IRModule({kernel.__name__: kernel(spec, tiling) for kernel in ATTEND})
+
+
+def apart(mod: IRModule) -> tuple[IRModule, IRModule]:
+    """The PrimFuncs of attend, and the others: their tiles are not the same."""
+    of_attend = {kernel.__name__ for kernel in ATTEND}
+    functions = {variable.name_hint: function for variable, function in mod.functions.items()}
+    return (
+        IRModule({name: function for name, function in functions.items() if name in of_attend}),
+        IRModule({name: function for name, function in functions.items() if name not in of_attend}),
+    )
 
 
 def append(spec: PagedAttentionSpec) -> tuple[Callable[[PagedAttentionSpec], PrimFunc], ...]:

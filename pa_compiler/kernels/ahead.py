@@ -1,7 +1,7 @@
 """What the algorithm reads next: said where it is known, so that a schedule can have it fetched meanwhile.
 
-The statement computes nothing. It is made where tiles have `prefetches`; cpu/prefetch.py takes it out, and puts
-instructions into the loops that a schedule has marked.
+The statement of announce computes nothing. It is made where tiles have `prefetches`; cpu/prefetch.py takes it out, and
+puts instructions into the loops that a schedule has marked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Evaluate
 
-from pa_compiler.kernels.caches import Cache
+from pa_compiler.kernels.caches import Cache, CacheAccess
+from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
 
 KEYS, VALUES = "next_keys", "next_values"
@@ -38,6 +39,35 @@ def announce(name: str) -> Callable[..., None]:
             )  # fmt: skip
 
     return stage
+
+
+def fetch(tiling: Tiling, access: CacheAccess) -> Callable[..., None]:
+    """The sblock fetch: ask for share `share` of `shares` equal ones of the next next_len tokens, in one head.
+
+    Their places follow those of the kv_tile tokens that are read now. Where a tile of tokens is read once for many
+    tiles of rows, each of these asks for a share, outside of all loops of matmuls; no pass has to find a place for it.
+    """
+    lines = access.num_lines
+
+    @inline
+    def stage(cache, head_offset, share, shares, next_len):
+        each: T.let = T.ceildiv(next_len, shares)
+        for t in range(each):
+            with T.sblock("fetch"):
+                vt = T.axis.opaque(tiling.kv_tile, t)
+                T.reads()
+                T.writes()
+                token: T.let = T.min(share * each + vt, next_len - 1)
+                for line in range(lines):
+                    T.evaluate(_prefetch(cache, access.line(cache, tiling.kv_tile, token * lines + line, head_offset)))
+
+    return stage
+
+
+def _prefetch(cache: Cache, offset: Expr) -> Expr:
+    """Ask for the line of a word, to be read soon: into the second-level cache."""
+    read, second_level, data = 0, 2, 1
+    return T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(cache.memory[offset]), read, second_level, data)
 
 
 class Announced(NamedTuple):

@@ -22,6 +22,7 @@ class Arrays:
 
     def __init__(self, spec: PagedAttentionSpec, tiling: Tiling) -> None:
         self._spec, self._tiling = spec, tiling
+        self._tokens = "num_tokens" if tiling.many_tokens else "batch"
         self._vars: dict[str, Var] = {}
 
     def _var(self, name: str) -> Var:
@@ -29,11 +30,11 @@ class Arrays:
         return self._vars.setdefault(name, Var(name, "int64"))
 
     def query(self, handle: Var) -> Buffer:
-        """[batch, num_heads, head_dim], dtype; a head's elements lie side by side."""
+        """[batch or num_tokens, num_heads, head_dim], dtype; a head's elements lie side by side."""
         spec = self._spec
         return T.match_buffer(
             handle,
-            (self._var("batch"), T.int64(spec.num_heads), T.int64(spec.head_dim)),
+            (self._var(self._tokens), T.int64(spec.num_heads), T.int64(spec.head_dim)),
             spec.dtype,
             strides=[self._var("q_batch"), self._var("q_head"), T.int64(1)],
             align=ITEMSIZES[spec.dtype],
@@ -59,6 +60,10 @@ class Arrays:
         """[batch], int32: tokens of each sequence."""
         return T.match_buffer(handle, (self._var("batch"),), "int32", align=4)
 
+    def tree_mask(self, handle: Var) -> Buffer:
+        """[tree_cells], uint8: which of a sequence's own query tokens each of them sees, sequence after sequence."""
+        return T.match_buffer(handle, (self._var("tree_cells"),), "uint8", align=1)
+
     def partial_rows(self, handle: Var) -> Buffer:
         """[slots, num_heads], float32: row_max or row_sum of partial results."""
         return T.match_buffer(handle, (self._var("slots"), T.int64(self._spec.num_heads)), "float32", align=4)
@@ -70,19 +75,19 @@ class Arrays:
         return T.match_buffer(handle, shape, "float32", align=4)
 
     def out(self, handle: Var) -> Buffer:
-        """[batch, num_heads, value_dim], out_dtype; a head's elements lie side by side."""
+        """[batch or num_tokens, num_heads, value_dim], out_dtype; a head's elements lie side by side."""
         spec = self._spec
         return T.match_buffer(
             handle,
-            (self._var("batch"), T.int64(spec.num_heads), T.int64(spec.result_dim)),
+            (self._var(self._tokens), T.int64(spec.num_heads), T.int64(spec.result_dim)),
             spec.result_dtype,
             strides=[self._var("out_batch"), self._var("out_head"), T.int64(1)],
             align=ITEMSIZES[spec.result_dtype],
         )
 
     def lse(self, handle: Var) -> Buffer:
-        """[batch, num_heads], float32: natural logarithms."""
-        shape = (self._var("batch"), T.int64(self._spec.num_heads))
+        """[batch or num_tokens, num_heads], float32: natural logarithms."""
+        shape = (self._var(self._tokens), T.int64(self._spec.num_heads))
         return T.match_buffer(handle, shape, "float32", strides=[self._var("lse_batch"), T.int64(1)], align=4)
 
     def alibi_slopes(self, handle: Var) -> Buffer:

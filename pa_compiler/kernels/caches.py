@@ -153,12 +153,21 @@ def copy_shape(tiling: Tiling, element: Element, dim: int) -> tuple[int, int]:
     return tiling.padded_kv_tile // element.terms, dim
 
 
-def load_tile(tiling: Tiling, access: CacheAccess, element: Element, dim: int, name: str) -> Callable[..., None]:
+def key_copy_shape(spec: PagedAttentionSpec, tiling: Tiling) -> tuple[int, int]:
+    """The shape of a tile of keys that load_tile converts: where they are in pairs, these are of one token."""
+    return tiling.padded_kv_tile, spec.head_dim // tiling.keys.terms
+
+
+def load_tile(
+    tiling: Tiling, access: CacheAccess, element: Element, shape: tuple[int, int], name: str
+) -> Callable[..., None]:
     """The sblock name: what reader(access, element) reads, of num_groups groups of token_group tokens, in scratch.
 
-    copy[t, d] = float32(element d of token t); or, in pairs, the word of element d of the tokens 2t and 2t + 1.
+    copy[t, d] = float32(element d of token t), or, in pairs, of values the word of element d of the tokens 2t and
+    2t + 1, of keys that of the elements 2d and 2d + 1 of token t: as shape is copy_shape or key_copy_shape.
     """
-    group, tokens = tiling.token_group // element.terms, tiling.padded_kv_tile // element.terms
+    tokens, dim = shape
+    group = tiling.token_group * tokens // tiling.padded_kv_tile
     read = reader(access, element, copied=False)
 
     @inline

@@ -17,7 +17,7 @@ from tvm.tirx import Buffer, BufferRegion
 from pa_compiler.kernels.caches import whole
 from pa_compiler.kernels.elements import HIGH, LOW
 from pa_compiler.kernels.kept import Kept, Value, allocate, fill, kept_dtype, stage_block, written
-from pa_compiler.kernels.rows import Rows
+from pa_compiler.kernels.rows import AnyRows, OfRows, of_row
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.terms import lowered
 from pa_compiler.kernels.tokens import Tile
@@ -49,7 +49,7 @@ class Computed(NamedTuple):
     Attributes:
         arrays: Inputs and constants by name.
         batch: The sequence.
-        query_pos: Position of its query token; 0 of an empty sequence.
+        query_pos: Position of its query token, 0 of an empty sequence; OfRows where it has several.
         fence: The target's (Tiling.fence).
         columns: For each of ScoreFunctions.columns its values, [tokens].
         visible: Of a mask, where it has been computed.
@@ -57,7 +57,7 @@ class Computed(NamedTuple):
 
     arrays: Mapping[str, Buffer]
     batch: Expr
-    query_pos: Expr
+    query_pos: Expr | OfRows
     fence: Callable[[Expr], Expr]
     columns: Sequence[Buffer] = ()
     visible: Visible | None = None
@@ -68,9 +68,12 @@ class Computed(NamedTuple):
         visible = [] if self.visible is None else [self.visible.columns]
         return [whole(each) for each in (*self.arrays.values(), *self.columns, *visible)]
 
-    def value(self, term: Term, kept: Mapping[Term, Expr], **arguments: Expr | Value) -> Value:
-        """A term; kept says where the values of some are."""
-        known: dict[str, Expr | Value] = {"batch": self.batch, "query_pos": self.query_pos, **arguments}
+    def value(self, term: Term, kept: Mapping[Term, Expr], row: Expr | None = None, **arguments: Expr | Value) -> Value:
+        """A term, for a row if it goes by one; kept says where the values of some are."""
+        query_pos = of_row(self.query_pos, row)
+        known: dict[str, Expr | Value] = {"batch": self.batch, "query_pos": query_pos, **arguments}
+        if isinstance(self.query_pos, OfRows):
+            known["query_pos"] = Value(query_pos, [query_pos])
         for array in self.arrays.values():
             if not isinstance(array.shape[0], tir.IntImm):
                 known["batch_size"] = T.Cast("int32", array.shape[0])
@@ -132,7 +135,7 @@ def compute_visible(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., 
     """
     rows, mask = tiling.row_tile, functions.mask
 
-    def stage(given: Computed | None, of: Rows, slot: Expr, num_groups: Expr) -> None:
+    def stage(given: Computed | None, of: AnyRows, slot: Expr, num_groups: Expr) -> None:
         if given is None or given.visible is None or mask is None or not functions.by_row:
             return
         visible, computed = given.visible, given._replace(visible=None)
@@ -141,7 +144,7 @@ def compute_visible(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., 
 
             def value(term: Term, steps: Mapping[Term, Expr], row: Expr, column: Expr) -> Value:
                 known = {**computed.of_columns(functions, column), **kept(row), **steps}
-                return computed.value(term, known, head=head_of(of, row, functions.num_heads))
+                return computed.value(term, known, row, head=head_of(of, row, functions.num_heads))
 
             steps = compute_steps("mask_step", functions.mask_steps, tiling, value, num_groups)
 
@@ -163,14 +166,14 @@ def allocate_visible(
     return computed._replace(visible=_allocate_visible(tiling, slots, tiling.row_tile))
 
 
-def compute_rows(terms: Sequence[Term], rows: int, computed: Computed, of: Rows, num_heads: int) -> Kept:
+def compute_rows(terms: Sequence[Term], rows: int, computed: Computed, of: AnyRows, num_heads: int) -> Kept:
     """Sblocks that compute terms for each of some rows."""
     buffers = [allocate("row_term", (rows,), kept_dtype(term)) for term in terms]
     for number, (term, buffer) in enumerate(zip(terms, buffers, strict=True)):
         before = Kept(terms[:number], buffers[:number])
 
         def value(row: Expr, term: Term = term, before: Kept = before) -> Value:
-            return written(term, computed.value(term, before(row), head=head_of(of, row, num_heads)))
+            return written(term, computed.value(term, before(row), row, head=head_of(of, row, num_heads)))
 
         fill(f"row_{number}", buffer, value, rows=rows)
     return Kept(terms, buffers)
@@ -192,7 +195,7 @@ def compute_steps(
     return Kept(terms, buffers)
 
 
-def head_of(rows: Rows, row: Expr, num_heads: int) -> Expr:
+def head_of(rows: AnyRows, row: Expr, num_heads: int) -> Expr:
     """The head of a row; of one that pads the tile a head that there is."""
     head = rows.at(row)[1]
     return head if isinstance(rows.num, int) else T.min(head, num_heads - 1)

@@ -20,12 +20,16 @@ _SMALLEST = -87.0  # below it exp leaves the normal float32 numbers: the result 
 _ROUND = 12583039.0  # 1.5 * 2**23 + 127: adding it leaves round(t) + 127 in the low bits of the significand
 
 
+def _as_it_is(x):
+    return x
+
+
 @inline
-def store_exp(buffer, indices, x, valid, headroom=None):
+def store_exp(buffer, indices, x, valid, headroom=None, rounded=_as_it_is):
     """buffer[indices] = exp(x) / 2**headroom where valid, else 0; for float32 x <= 0, with a relative error below 2e-7.
 
     Exactly 2**-headroom at 0, exactly 0 below -87 + headroom * ln 2, NaN for NaN. headroom is 0 unless given, and up to
-    32. It takes no operation: it goes into the exponent that the power of two gets.
+    32. It takes no operation: it goes into the exponent that the power of two gets. rounded is what is stored of it.
     """
     arg: T.let = x
     places = T.meta_var(T.float32(0) if headroom is None else T.Cast("float32", headroom))
@@ -38,4 +42,5 @@ def store_exp(buffer, indices, x, valid, headroom=None):
     p: T.let = (high * f + T.float32(_P1)) * f + T.float32(_P0)
     series: T.let = p * (f * f) + f + T.float32(1)
     power: T.let = T.reinterpret("float32", T.shift_left(bits, 23))
-    buffer[indices] = T.Select(valid, T.Select(arg < smallest, T.float32(0), series * power), T.float32(0))
+    result = T.meta_var(T.Select(valid, T.Select(arg < smallest, T.float32(0), series * power), T.float32(0)))
+    buffer[indices] = rounded(result)

@@ -10,7 +10,7 @@ from tvm.tirx import PrimFunc
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels import ahead, state
 from pa_compiler.kernels.arrays import Arrays, without
-from pa_compiler.kernels.caches import Cache, copy_shape, key_access, load_tile, value_access
+from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_shape, load_tile, value_access
 from pa_compiler.kernels.computed import allocate_visible, compute_columns, compute_visible
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
@@ -183,8 +183,9 @@ def _attend_heads(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     """A tile of tokens through the four stages, kv head by kv head, or, in a sweep, all of them together."""
     head_steps = 1 if tiling.sweep else spec.num_kv_heads
     tile_steps = spec.num_kv_heads * tiling.row_tiles(spec) // (head_steps * tiling.pass_tiles(spec))
-    load_keys = load_tile(tiling, key_access(spec, tiling), tiling.keys, spec.head_dim, "load_keys")
-    load_values = load_tile(tiling, value_access(spec, tiling), tiling.values, spec.result_dim, "load_values")
+    key_copy, value_copy = key_copy_shape(spec, tiling), copy_shape(tiling, tiling.values, spec.result_dim)
+    load_keys = load_tile(tiling, key_access(spec, tiling), tiling.keys, key_copy, "load_keys")
+    load_values = load_tile(tiling, value_access(spec, tiling), tiling.values, value_copy, "load_values")
     announce_keys, announce_values = ahead.announce(ahead.KEYS), ahead.announce(ahead.VALUES)
     attend, k_dtype, v_dtype = _attend(spec, tiling), tiling.keys.factor_dtype, tiling.values.factor_dtype
 
@@ -206,10 +207,10 @@ def _attend_heads(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                 key_head: T.let = T.Cast("int64", vkv) * key_cache.head
                 value_head: T.let = T.Cast("int64", vkv) * value_cache.head
                 if tiling.copy_keys:
-                    k_tile = T.sblock_alloc_buffer(copy_shape(tiling, tiling.keys, spec.head_dim), k_dtype)
+                    k_tile = T.sblock_alloc_buffer(key_copy, k_dtype)
                     load_keys(key_cache, k_tile, key_head, tile.num_groups)
                 if tiling.copy_values:
-                    v_tile = T.sblock_alloc_buffer(copy_shape(tiling, tiling.values, spec.result_dim), v_dtype)
+                    v_tile = T.sblock_alloc_buffer(value_copy, v_dtype)
                     load_values(value_cache, v_tile, value_head, tile.num_groups)
                 keys = T.meta_var(key_cache._replace(memory=k_tile) if tiling.copy_keys else key_cache)
                 values = T.meta_var(value_cache._replace(memory=v_tile) if tiling.copy_values else value_cache)

@@ -29,8 +29,10 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     read = reader(value_access(spec, tiling), tiling.values, tiling.copy_values)
     product = dot_pairs if terms == 2 else operator.mul
 
-    def valid(word, t, valid_len):
-        return T.bitwise_and(word, T.Select(2 * t + 1 < valid_len, -1, LOW)) if terms == 2 else word
+    def valid(word, t, tile):
+        if terms == 1 or tile.sight is not None:
+            return word
+        return T.bitwise_and(word, T.Select(2 * t + 1 < tile.valid_len, -1, LOW))
 
     def seen(value, t, tile):
         """What is multiplied by a weight of 0, since the window does not reach it, is 0 and not what memory holds."""
@@ -48,8 +50,16 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
             return T.reinterpret("float32", T.bitwise_and(T.reinterpret("int32", value), word))
         return value
 
+    def at_edge(value, edges, row, t):
+        """The same of what a row does not see of the tokens after the first num_full groups."""
+        if edges is None:
+            return value
+        if terms == 2:
+            return T.bitwise_and(value, edges[row, t])
+        return T.reinterpret("float32", T.bitwise_and(T.reinterpret("int32", value), edges[row, t]))
+
     @inline
-    def stage(weights, values, head_offset, tile, num_full, tile_acc, slot, computed=None):
+    def stage(weights, values, head_offset, tile, num_full, tile_acc, slot, computed=None, edges=None):
         full_acc = T.sblock_alloc_buffer((num_tiles, rows, dim), "float32")
         for i, to, ti, r, d in T.grid(num_tiles, num_full, group // terms, rows, dim):
             with T.sblock("full_groups"):
@@ -68,7 +78,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     full_acc[vi, vr, vd] = T.float32(0)
                 value = T.meta_var(seen(read(values, vt, now, vd), vt, tile))
                 full_acc[vi, vr, vd] += product(weights[at, vr, vt], shown(value, computed, at, vr, vt))
-        for i, ti, r, d in T.grid(num_tiles, T.ceildiv(T.floormod(tile.valid_len, group), terms), rows, dim):
+        for i, ti, r, d in T.grid(num_tiles, T.ceildiv(tile.rest(num_full), terms), rows, dim):
             with T.sblock("tile_acc"):
                 vt = T.axis.reduce(tokens // terms, num_full * (group // terms) + ti)
                 vi, vr, vd = T.axis.remap("SSS", [i, r, d])
@@ -80,11 +90,12 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     whole(values.memory),
                     values.offsets[vt * terms : vt * terms + terms],
                     *words_of(computed, at, vr, vt),
+                    *([] if edges is None else [edges[vr, vt]]),
                 )
                 T.writes(tile_acc[at, vr, vd])
                 with T.init():
                     tile_acc[at, vr, vd] = full_acc[vi, vr, vd]
-                value = T.meta_var(valid(seen(read(values, vt, now, vd), vt, tile), vt, tile.valid_len))
+                value = T.meta_var(valid(at_edge(seen(read(values, vt, now, vd), vt, tile), edges, vr, vt), vt, tile))
                 tile_acc[at, vr, vd] += product(weights[at, vr, vt], shown(value, computed, at, vr, vt))
 
     return stage

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
+from tvm.tirx import Buffer
 
 from pa_compiler.bounds import Interval, affine, bounds
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
@@ -37,6 +38,69 @@ class Rows(NamedTuple):
     def all(self, *rest: slice) -> tuple[Expr | slice, ...]:
         """The same of all rows that there are, for what a stage reads and writes."""
         return self.token, slice(self.first_head, self.first_head + self.num), *rest
+
+    def of_partial(self, slot: Expr) -> Rows:
+        """The same rows of a partial result, in a slot."""
+        return self._replace(token=slot)
+
+
+class TokenRows(NamedTuple):
+    """The rows of a tile that has several query tokens: pairs of a token and a head, the heads of a token in turn.
+
+    Each query token sees keys of its own (kernels/sight.py).
+
+    Attributes:
+        token: The query token of pair 0, an index into query, out and lse.
+        num_tokens: Query tokens that there are.
+        first_head: The first query head of the kv head.
+        group: Query heads of a kv head.
+        first_pair: The pair that the first row is.
+        num: Rows that there are; the others pad the tile.
+    """
+
+    token: Expr
+    num_tokens: Expr
+    first_head: Expr
+    group: int
+    first_pair: Expr
+    num: Expr
+
+    def nth_token(self, row: Expr) -> Expr:
+        """Which of the query tokens a row is, from 0 on; beyond them for rows that pad the tile."""
+        return T.floordiv(self.first_pair + row, self.group)
+
+    def at(self, row: Expr, *rest: Expr) -> tuple[Expr, ...]:
+        """As Rows.at."""
+        head = self.first_head + T.floormod(self.first_pair + row, self.group)
+        return self.token + self.nth_token(row), head, *rest
+
+    def all(self, *rest: slice) -> tuple[Expr | slice, ...]:
+        """As Rows.all: a region that holds all rows that there are."""
+        tokens = slice(self.token, self.token + self.num_tokens)
+        return tokens, slice(self.first_head, self.first_head + self.group), *rest
+
+    def of_partial(self, slot: Expr) -> TokenRows:
+        """The same rows of partial results, which have a slot for each query token, from `slot` on."""
+        return self._replace(token=slot)
+
+
+AnyRows = Rows | TokenRows
+
+
+class OfRows(NamedTuple):
+    """A number for each row, where rows have several query tokens: [tiles, rows], int32, of one tile."""
+
+    numbers: Buffer
+    tile: Expr
+
+    def at(self, row: Expr) -> Expr:
+        """That of a row."""
+        return self.numbers[self.tile, row]
+
+
+def of_row(number: Any, row: Expr) -> Any:
+    """A number of the query token of a row: the same for all rows, or OfRows."""
+    return number.at(row) if isinstance(number, OfRows) else number
 
 
 def rows_of_tiles(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Rows]:

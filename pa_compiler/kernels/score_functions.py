@@ -23,7 +23,7 @@ class ScoreFunctions:
         score: score_mod's term; NaN where an index of it or of the mask is outside of an array. None where scores stay
             as they are.
         mask: What bounds leave of mask_mod's term. None where all keys between them are seen.
-        by_row: Whether the mask goes by the head.
+        by_row: Whether the mask goes by the head; or, with many_tokens, as rows have several query tokens, by theirs.
         columns: Terms that are computed once for a column, for all heads.
         score_rows, mask_rows: Terms that are computed once for a row, for either.
         score_steps, mask_steps: Terms that are computed before either, for each score: parts of what would be too long
@@ -32,15 +32,16 @@ class ScoreFunctions:
         num_heads: Query heads.
     """
 
-    def __init__(self, spec: PagedAttentionSpec, *, only_mask: bool = False) -> None:
+    def __init__(self, spec: PagedAttentionSpec, *, only_mask: bool = False, many_tokens: bool = False) -> None:
         shapes = {each.name: each.shape for each in (*spec.inputs, *spec.constants)}
         mask, outside_of_mask = _held(residual_mask(spec), shapes, spec.num_heads)
         score, outside = _held(spec.score_mod and spec.score_mod.result, shapes, spec.num_heads)
         self.score = None if only_mask else nan_where(any_of(outside, outside_of_mask), score)
         self.mask = mask
-        self.by_row = self.mask is not None and "head" in _arguments(self.mask)[self.mask]
-        columns, score_rows = _parts(self.score)
-        of_mask, mask_rows = _parts(self.mask if self.by_row else None)
+        of_row = frozenset({"head", "query_pos"} if many_tokens else {"head"})
+        self.by_row = self.mask is not None and bool(of_row & _arguments(self.mask)[self.mask])
+        columns, score_rows = _parts(self.score, of_row)
+        of_mask, mask_rows = _parts(self.mask if self.by_row else None, of_row)
         by_column = [] if self.by_row else _steps(self.mask, ())
         self.columns = _in_steps(*columns, *of_mask, *by_column)
         self.score_rows, self.mask_rows = _in_steps(*score_rows), _in_steps(*mask_rows)
@@ -76,7 +77,7 @@ def _arguments(term: Term) -> dict[Term, frozenset[str]]:
     return found
 
 
-def _parts(term: Term | None) -> tuple[list[Term], list[Term]]:
+def _parts(term: Term | None, of_row: frozenset[str]) -> tuple[list[Term], list[Term]]:
     """The largest parts that are computed once for a column, and once for a row.
 
     What is an argument of every row is none; what stands in a column, the position of its key, is one.
@@ -91,7 +92,7 @@ def _parts(term: Term | None) -> tuple[list[Term], list[Term]]:
             continue
         if not goes_by[each] & {"score", "key_pos"}:
             rows += [each] if each.args else []
-        elif not goes_by[each] & {"score", "head"}:
+        elif not goes_by[each] & {"score", *of_row}:
             columns.append(each)
         else:
             wanted.update(each.args)

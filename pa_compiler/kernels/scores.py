@@ -21,7 +21,7 @@ from pa_compiler.kernels.computed import (
     head_of,
 )
 from pa_compiler.kernels.kept import Kept, Value
-from pa_compiler.kernels.rows import Rows
+from pa_compiler.kernels.rows import AnyRows, OfRows, of_row
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.tokens import Tile
 from pa_compiler.score import Term
@@ -34,13 +34,13 @@ class Scoring(NamedTuple):
 
     Attributes:
         rows: The rows of the head tile.
-        query_pos: Position of their query token in its sequence.
+        query_pos: Position of their query token in its sequence; OfRows where they have several.
         slopes: alibi_slopes, float32 [num_heads]; None where the spec has none.
         computed: What its functions take; None where it has none.
     """
 
-    rows: Rows
-    query_pos: Expr
+    rows: AnyRows
+    query_pos: Expr | OfRows
     slopes: Any
     computed: Computed | None = None
 
@@ -94,7 +94,8 @@ class Scores:
     """What becomes of the scores of one stage."""
 
     def __init__(self, spec: PagedAttentionSpec, tiling: Tiling) -> None:
-        self._spec, self._tiling, self._functions = spec, tiling, ScoreFunctions(spec)
+        self._spec, self._tiling = spec, tiling
+        self._functions = ScoreFunctions(spec, many_tokens=tiling.many_tokens)
 
     def keep(self, score: Callable[..., Value], scoring: Scoring, groups: Expr) -> KeptScores | None:
         """Emit what is kept of score_mod, over some token groups.
@@ -131,8 +132,10 @@ class Scores:
             known = {**kept.rows(row), **kept.steps(row, column)}
             result = self._modified(self._functions.score, score, scoring, known, row, column)
         if self._spec.alibi:
-            distance = T.Cast("float32", tile.position(column) - scoring.query_pos)
-            result = Value(result.expression + slope * distance, [*result.reads, slope])
+            query_pos = of_row(scoring.query_pos, row)
+            of_rows = [query_pos] if isinstance(scoring.query_pos, OfRows) else []
+            distance = T.Cast("float32", tile.position(column) - query_pos)
+            result = Value(result.expression + slope * distance, [*result.reads, slope, *of_rows])
         return result
 
     def _modified(
@@ -144,16 +147,20 @@ class Scores:
         known = {**computed.of_columns(self._functions, column), **kept}
         head = head_of(scoring.rows, row, self._spec.num_heads)
         modified = score._replace(expression=capped(self._spec, score.expression))
-        return computed.value(term, known, score=modified, head=head)
+        return computed.value(term, known, row, score=modified, head=head)
 
 
 def sees(scoring: Scoring, tile: Tile, group: Expr, lane: Expr, place: tuple[Expr, Expr, Expr]) -> Value:
     """Whether lane `lane` of token group `group` has a token that is seen; place is its slot, row and column."""
-    holds = tile.holds(group, lane)
+    if tile.sight is None:
+        holds = Value(tile.holds(group, lane), ())
+    else:
+        position = tile.start + group * tile.tiling.token_group + lane
+        holds = Value(tile.sight.sees(place[1], position), tile.sight.reads(place[1]))
     if scoring.computed is None or scoring.computed.visible is None:
-        return Value(holds, ())
+        return holds
     visible = scoring.computed.visible.sees(*place)
-    return visible._replace(expression=T.And(holds, visible.expression))
+    return Value(T.And(holds.expression, visible.expression), [*holds.reads, *visible.reads])
 
 
 def compute_block(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., Computed | None]:
@@ -161,7 +168,7 @@ def compute_block(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., Co
     columns_stage, visible_stage = compute_columns(functions, tiling), compute_visible(functions, tiling)
 
     def stage(
-        arrays: dict[str, Buffer], rows: Rows, context_len: Expr, tile: Tile, num_groups: Expr
+        arrays: dict[str, Buffer], rows: AnyRows, context_len: Expr, tile: Tile, num_groups: Expr
     ) -> Computed | None:
         columns = columns_stage(arrays, rows.token, context_len, tile, num_groups)
         computed = allocate_visible(functions, tiling, columns, 1)

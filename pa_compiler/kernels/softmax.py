@@ -7,7 +7,9 @@ from tvm.script import tirx as T
 from pa_compiler.kernels.elements import pair_floats, round_to_bfloat16
 from pa_compiler.kernels.exp import store_exp
 from pa_compiler.kernels.kept import Value
+from pa_compiler.kernels.rows import OfRows, of_row
 from pa_compiler.kernels.scores import Scores, sees, slope_of
+from pa_compiler.kernels.sight import hide_scores
 from pa_compiler.kernels.state import EMPTY_ROW_MAX
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -28,39 +30,36 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     scoring is what scores.py has besides the product; None where the spec has no function of scores.
     """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
-    functions = Scores(spec, tiling)
+    scale_stage = _scale(spec, tiling)
+
+    of_rows = tiling.many_tokens and spec.wide_range
+
+    def rounded(x):
+        return round_to_bfloat16(x) if tiling.values.terms == 2 else x
 
     @inline
     def stage(scores, probs, state, scale, headroom, tile, num_groups, scoring):
         slot = T.meta_var(state.slot)
         tile_max = T.meta_var(state.row_max)
         tile_sum = T.meta_var(state.row_sum)
-        with T.sblock("softmax_prepare"):
-            T.reads(scores[slot, 0:rows, 0:tokens], *scoring.regions)
-            T.writes(probs[slot, 0:rows, 0:tokens], tile_max[slot, 0:rows], tile_sum[slot, 0:rows])
+        if tiling.many_tokens:
             scaled = T.sblock_alloc_buffer((rows, tokens), "float32")
+            with T.sblock("seen_scores"):
+                T.reads(scores[slot, 0:rows, 0:tokens], *scoring.regions)
+                T.writes(scaled[0:rows, 0:tokens])
+                scale_stage(scores, scaled, slot, scale, tile, num_groups, scoring)
+                hide_scores(scaled, tile)
+        read = T.meta_var(
+            [scaled[0:rows, 0:tokens]] if tiling.many_tokens else [scores[slot, 0:rows, 0:tokens], *scoring.regions]
+        )
+        with T.sblock("softmax_prepare"):
+            T.reads(*read)
+            T.writes(probs[slot, 0:rows, 0:tokens], tile_max[slot, 0:rows], tile_sum[slot, 0:rows])
+            if not tiling.many_tokens:
+                scaled = T.sblock_alloc_buffer((rows, tokens), "float32")
             peak = T.sblock_alloc_buffer((rows,), "float32")
-            if spec.alibi:
-                slope = T.sblock_alloc_buffer((rows,), "float32")
-                for r in range(rows):
-                    with T.sblock("slope"):
-                        vr = T.axis.spatial(rows, r)
-                        slope[vr] = slope_of(scoring, vr)
-            product = T.meta_var(lambda r, t: Value(scores[slot, r, t] * scale, [scores[slot, r, t]]))
-            kept = T.meta_var(functions.keep(product, scoring, num_groups))
-            for r, to, ti in T.grid(rows, num_groups, group):
-                with T.sblock("scaled"):
-                    vo = T.axis.spatial(tokens // group, to)
-                    vi = T.axis.spatial(group, ti)
-                    vr = T.axis.spatial(rows, r)
-                    column = T.meta_var(vo * group + vi)
-                    bias = T.meta_var(slope[vr] if spec.alibi else None)
-                    biased = T.meta_var(functions.scored(product(vr, column), scoring, bias, kept, tile, vr, column))
-                    seen = T.meta_var(sees(scoring, tile, vo, vi, (slot, vr, column)))
-                    if scoring.computed is not None:
-                        T.reads(*seen.reads, *biased.reads)
-                        T.writes(scaled[vr, column])
-                    scaled[vr, column] = T.Select(seen.expression, biased.expression, T.float32("-inf"))
+            if not tiling.many_tokens:
+                scale_stage(scores, scaled, slot, scale, tile, num_groups, scoring)
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("peak"):
                     vt = T.axis.reduce(tokens, to * group + ti)
@@ -72,13 +71,33 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                 with T.sblock("tile_max"):
                     vr = T.axis.spatial(rows, r)
                     tile_max[slot, vr] = T.Select(0 < tile.valid_len, peak[vr], T.float32(EMPTY_ROW_MAX))
-            if tiling.values.terms == 2:
+            if tiling.many_tokens:
+                if of_rows:
+                    room = T.sblock_alloc_buffer((1, rows), "int32")
+                    for r in range(rows):
+                        with T.sblock("room"):
+                            vr = T.axis.spatial(rows, r)
+                            room[0, vr] = of_row(headroom, vr)
+                places = T.meta_var(OfRows(room, 0) if of_rows else headroom)
+                for r, to, ti in T.grid(rows, num_groups, group):
+                    with T.sblock("probs"):
+                        vt = T.axis.spatial(tokens, to * group + ti)
+                        vr = T.axis.spatial(rows, r)
+                        store_exp(
+                            probs,
+                            (slot, vr, vt),
+                            scaled[vr, vt] - tile_max[slot, vr],
+                            True,
+                            of_row(places, vr),
+                            rounded,
+                        )
+            elif tiling.values.terms == 2:
                 exact = T.sblock_alloc_buffer((rows, tokens), "float32")
                 for r, to, ti in T.grid(rows, num_groups, group):
                     with T.sblock("exact"):
                         vt = T.axis.spatial(tokens, to * group + ti)
                         vr = T.axis.spatial(rows, r)
-                        store_exp(exact, (vr, vt), scaled[vr, vt] - tile_max[slot, vr], True, headroom)
+                        store_exp(exact, (vr, vt), scaled[vr, vt] - tile_max[slot, vr], True, of_row(headroom, vr))
                 for r, to, ti in T.grid(rows, num_groups, group):
                     with T.sblock("probs"):
                         vt = T.axis.spatial(tokens, to * group + ti)
@@ -89,7 +108,9 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     with T.sblock("probs"):
                         vt = T.axis.spatial(tokens, to * group + ti)
                         vr = T.axis.spatial(rows, r)
-                        store_exp(probs, (slot, vr, vt), scaled[vr, vt] - tile_max[slot, vr], True, headroom)
+                        store_exp(
+                            probs, (slot, vr, vt), scaled[vr, vt] - tile_max[slot, vr], True, of_row(headroom, vr)
+                        )
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("tile_sum"):
                     vt = T.axis.reduce(tokens, to * group + ti)
@@ -97,6 +118,38 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     with T.init():
                         tile_sum[slot, vr] = T.float32(0)
                     tile_sum[slot, vr] = tile_sum[slot, vr] + probs[slot, vr, vt]
+
+    return stage
+
+
+def _scale(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """scaled = scored(scale * scores), or -inf where a row does not see the key; in the caller's sblock."""
+    rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
+    functions = Scores(spec, tiling)
+
+    @inline
+    def stage(scores, scaled, slot, scale, tile, num_groups, scoring):
+        if spec.alibi:
+            slope = T.sblock_alloc_buffer((rows,), "float32")
+            for r in range(rows):
+                with T.sblock("slope"):
+                    vr = T.axis.spatial(rows, r)
+                    slope[vr] = slope_of(scoring, vr)
+        product = T.meta_var(lambda r, t: Value(scores[slot, r, t] * scale, [scores[slot, r, t]]))
+        kept = T.meta_var(functions.keep(product, scoring, num_groups))
+        for r, to, ti in T.grid(rows, num_groups, group):
+            with T.sblock("scaled"):
+                vo = T.axis.spatial(tokens // group, to)
+                vi = T.axis.spatial(group, ti)
+                vr = T.axis.spatial(rows, r)
+                column = T.meta_var(vo * group + vi)
+                bias = T.meta_var(slope[vr] if spec.alibi else None)
+                biased = T.meta_var(functions.scored(product(vr, column), scoring, bias, kept, tile, vr, column))
+                seen = T.meta_var(sees(scoring, tile, vo, vi, (slot, vr, column)))
+                if scoring.computed is not None:
+                    T.reads(*seen.reads, *biased.reads)
+                    T.writes(scaled[vr, column])
+                scaled[vr, column] = T.Select(seen.expression, biased.expression, T.float32("-inf"))
 
     return stage
 

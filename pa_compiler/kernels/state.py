@@ -15,6 +15,7 @@ from tvm.tirx import Buffer
 
 from pa_compiler.kernels.exp import store_exp
 from pa_compiler.kernels.headroom import lifted
+from pa_compiler.kernels.rows import of_row
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
 
@@ -56,12 +57,13 @@ class Factors(NamedTuple):
     slot: Expr
 
 
-def merge(rows: int, dim: int) -> Callable[..., None]:
+def merge(rows: int, dim: int, of: str = "") -> Callable[..., None]:
     """The sblock online_update: add the state `added` to the state `running`, as step `step` of num_steps.
 
-    rescale and fold, one after the other. All of rows rows of dim elements.
+    rescale and fold, one after the other. All of rows rows of dim elements. `of` comes before the names of the sblocks
+    in it, for kernels that merge twice.
     """
-    rescale_stage, fold_stage = rescale(rows), fold(1, rows, dim)
+    rescale_stage, fold_stage = rescale(rows, of), fold(1, rows, dim, of)
 
     @inline
     def stage(added, running, step, num_steps):
@@ -82,7 +84,7 @@ def merge(rows: int, dim: int) -> Callable[..., None]:
             beta = T.sblock_alloc_buffer((1, rows), "float32")
             factors = T.meta_var(Factors(alpha, beta, 0))
             rescale_stage(added, running, factors, step)
-            with T.sblock("fold"):
+            with T.sblock(f"{of}fold"):
                 T.reads(added.acc[added.slot, 0:rows, 0:dim], alpha[0, 0:rows], beta[0, 0:rows])
                 T.writes(running.acc[running.slot, 0:rows, 0:dim])
                 fold_stage(added.acc, added.slot, factors, running.acc, running.slot, step, num_steps)
@@ -90,7 +92,7 @@ def merge(rows: int, dim: int) -> Callable[..., None]:
     return stage
 
 
-def rescale(rows: int) -> Callable[..., None]:
+def rescale(rows: int, of: str = "") -> Callable[..., None]:
     """Merge the maxima and sums of the state `added` into those of `running`, and write to factors what fold takes.
 
     With m = max(row_max of both), alpha = exp(running.row_max - m) and beta = exp(added.row_max - m):
@@ -109,7 +111,7 @@ def rescale(rows: int) -> Callable[..., None]:
         alpha = T.meta_var(factors.running)
         beta = T.meta_var(factors.added)
         at = T.meta_var(factors.slot)
-        with T.sblock("rescale"):
+        with T.sblock(f"{of}rescale"):
             T.reads(
                 tile_max[tile_slot, 0:rows], tile_sum[tile_slot, 0:rows], row_max[slot, 0:rows], row_sum[slot, 0:rows]
             )
@@ -117,7 +119,7 @@ def rescale(rows: int) -> Callable[..., None]:
             new_max = T.sblock_alloc_buffer((rows,), "float32")
             new_sum = T.sblock_alloc_buffer((rows,), "float32")
             for r in range(rows):
-                with T.sblock("factors"):
+                with T.sblock(f"{of}factors"):
                     vr = T.axis.spatial(rows, r)
                     old_max: T.let = running.started(step, vr)[0]
                     old_sum: T.let = running.started(step, vr)[1]
@@ -128,12 +130,12 @@ def rescale(rows: int) -> Callable[..., None]:
                     store_exp(alpha, (at, vr), old_max - m, old_sum != T.float32(0))
                     store_exp(beta, (at, vr), tile_max[tile_slot, vr] - m, tile_sum[tile_slot, vr] != T.float32(0))
             for r in range(rows):
-                with T.sblock("new_sum"):
+                with T.sblock(f"{of}new_sum"):
                     vr = T.axis.spatial(rows, r)
                     previous: T.let = running.started(step, vr)[1]
                     new_sum[vr] = alpha[at, vr] * previous + beta[at, vr] * tile_sum[tile_slot, vr]
             for r in range(rows):
-                with T.sblock("row"):
+                with T.sblock(f"{of}row"):
                     vr = T.axis.spatial(rows, r)
                     row_max[slot, vr] = new_max[vr]
                     row_sum[slot, vr] = new_sum[vr]
@@ -141,7 +143,7 @@ def rescale(rows: int) -> Callable[..., None]:
     return stage
 
 
-def fold(num_tiles: int, rows: int, dim: int) -> Callable[..., None]:
+def fold(num_tiles: int, rows: int, dim: int, of: str = "") -> Callable[..., None]:
     """acc = alpha * acc + beta * tile_acc for num_tiles tiles, whose slots follow those given; in the caller's sblock.
 
     Step 0 of num_steps starts from 0. factors are from slot 0 on.
@@ -150,7 +152,7 @@ def fold(num_tiles: int, rows: int, dim: int) -> Callable[..., None]:
     @inline
     def stage(tile_acc, tile_slot, factors, acc, slot, step, num_steps):
         for i, r, d in T.grid(num_tiles, rows, dim):
-            with T.sblock("acc"):
+            with T.sblock(f"{of}acc"):
                 vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                 vstep = T.axis.reduce(num_steps, step)
                 with T.init():
@@ -169,35 +171,37 @@ def store(capacity: int, dim: int) -> Callable[..., None]:
     @inline
     def stage(state, partial, rows):
         slot = T.meta_var(state.slot)
-        heads = T.meta_var(rows.all()[1])
+        of = T.meta_var(rows.of_partial(partial.slot))
         with T.sblock("store_partial"):
             T.reads(
                 state.row_max[slot, 0:capacity], state.row_sum[slot, 0:capacity], state.acc[slot, 0:capacity, 0:dim]
             )
             T.writes(
-                partial.row_max[partial.slot, heads],
-                partial.row_sum[partial.slot, heads],
-                partial.acc[partial.slot, heads, 0:dim],
+                partial.row_max[of.all()],
+                partial.row_sum[of.all()],
+                partial.acc[of.all(slice(0, dim))],
             )
             for r in range(rows.num):
                 with T.sblock("store_row"):
                     vr = T.axis.spatial(capacity, r)
-                    partial.row_max[partial.slot, rows.at(vr)[1]] = state.row_max[slot, vr]
-                    partial.row_sum[partial.slot, rows.at(vr)[1]] = state.row_sum[slot, vr]
+                    partial.row_max[of.at(vr)] = state.row_max[slot, vr]
+                    partial.row_sum[of.at(vr)] = state.row_sum[slot, vr]
             for r, d in T.grid(rows.num, dim):
                 with T.sblock("store_acc"):
                     vr = T.axis.spatial(capacity, r)
                     vd = T.axis.spatial(dim, d)
-                    partial.acc[partial.slot, rows.at(vr)[1], vd] = state.acc[slot, vr, vd]
+                    partial.acc[of.at(vr, vd)] = state.acc[slot, vr, vd]
 
     return stage
 
 
-def normalize(spec: PagedAttentionSpec, capacity: int) -> Callable[..., None]:
+def normalize(spec: PagedAttentionSpec, capacity: int, many_tokens: bool = False) -> Callable[..., None]:
     """out = acc / row_sum and lse = row_max + ln(row_sum) of the rows that there are of a state of `capacity` rows.
 
     ln of row_sum without the sequence's headroom, which is in acc and row_sum. A row whose sum is 0 gives out = 0 and
-    lse = -inf. With sinks, the sum has exp(sink - row_max) besides, which has no value; a sink of -inf is none.
+    lse = -inf. With many_tokens all rows are normalized, those that pad the tile too, before those that there are are
+    copied: in vectors whatever their number. With sinks, the sum has exp(sink - row_max) besides, which has no value; a
+    sink of -inf is none.
     """
     dim, out_dtype, add_sinks = spec.result_dim, spec.result_dtype, _add_sinks(capacity)
 
@@ -225,11 +229,19 @@ def normalize(spec: PagedAttentionSpec, capacity: int) -> Callable[..., None]:
                         factor[vr] = T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)
             maxima = T.meta_var(peak if spec.sinks else state.row_max)
             sums = T.meta_var(total_sum if spec.sinks else state.row_sum)
+            if many_tokens:
+                ordered = T.sblock_alloc_buffer((capacity, dim), "float32")
+                for r, d in T.grid(capacity, dim):
+                    with T.sblock("ordered"):
+                        vr, vd = T.axis.remap("SS", [r, d])
+                        ordered[vr, vd] = state.acc[slot, vr, vd] * factor[vr]
             for r, d in T.grid(rows.num, dim):
                 with T.sblock("out"):
                     vr = T.axis.spatial(capacity, r)
                     vd = T.axis.spatial(dim, d)
-                    out[rows.at(vr, vd)] = T.Cast(out_dtype, state.acc[slot, vr, vd] * factor[vr])
+                    out[rows.at(vr, vd)] = T.Cast(
+                        out_dtype, ordered[vr, vd] if many_tokens else state.acc[slot, vr, vd] * factor[vr]
+                    )
             for r in range(rows.num):
                 with T.sblock("lse"):
                     vr = T.axis.spatial(capacity, r)
@@ -237,7 +249,7 @@ def normalize(spec: PagedAttentionSpec, capacity: int) -> Callable[..., None]:
                     lse[rows.at(vr)] = T.Select(
                         sums[place] == T.float32(0),
                         T.float32("-inf"),
-                        maxima[place] + T.log(lifted(spec, sums[place], headroom)),
+                        maxima[place] + T.log(lifted(spec, sums[place], of_row(headroom, vr))),
                     )
 
     return stage
@@ -261,7 +273,7 @@ def _add_sinks(capacity: int) -> Callable[..., None]:
                 m: T.let = T.Select(is_empty, sink, T.max(state.row_max[slot, vr], sink))
                 peak[vr] = m
                 store_exp(kept, (vr,), state.row_max[slot, vr] - m, T.Not(is_empty))
-                store_exp(weight, (vr,), sink - m, sink != T.float32("-inf"), headroom)
+                store_exp(weight, (vr,), sink - m, sink != T.float32("-inf"), of_row(headroom, vr))
         for r in range(capacity):
             with T.sblock("sum_with_sink"):
                 vr = T.axis.spatial(capacity, r)

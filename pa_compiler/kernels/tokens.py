@@ -9,6 +9,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.caches import CacheAccess
+from pa_compiler.kernels.sight import Sight
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
@@ -29,12 +30,14 @@ class Tile(NamedTuple):
         valid_len: Tokens that there are, up to kv_tile, from the first on; the columns after them hold none.
         first_seen: Position of the first token that is seen, where a tile may begin before it: packed, at a multiple of
             PACKED_TOKENS. None where it does not.
+        sight: What each row sees, where they have several query tokens; None where all see all tokens that there are.
     """
 
     tiling: Tiling
     start: Expr
     valid_len: Expr
     first_seen: Expr | None = None
+    sight: Sight | None = None
 
     def position(self, column: Expr) -> Expr:
         """Position in its sequence of the token in a column."""
@@ -54,6 +57,12 @@ class Tile(NamedTuple):
         """Whether the token in a column is seen, if the column holds one. Only of a tile with a first_seen."""
         return column >= self.first_seen - self.start
 
+    def rest(self, num_full: Expr) -> Expr:
+        """Tokens after the first num_full groups: of a tile that all rows see alike, those of no whole group."""
+        if self.sight is None:
+            return T.floormod(self.valid_len, self.tiling.token_group)
+        return self.valid_len - num_full * self.tiling.token_group
+
     @property
     def num_groups(self) -> Expr:
         """Token groups that hold tokens."""
@@ -69,20 +78,25 @@ def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess)
     """cache.offsets[t] = words from the start of a cache to the token in column t of a tile, in kv head 0; int64.
 
     For t < num_offsets, which may reach into the tile that is read next. Past last_token the last valid token is named
-    again: an offset is always that of a token within the sequence's length, so that whatever is read through the table
-    may be read. Products with a stride are int64: caches of more than 2**31 elements are ordinary.
+    again, and before first_token that: an offset is always that of a token within the sequence's length, so that what
+    is read through the table may be read. Products with a stride are int64: caches of more than 2**31 elements are
+    ordinary.
     """
     block_size, size = spec.block_size, tiling.num_offsets
 
+    def held(position, first_token, last_token):
+        position = T.min(position, last_token)
+        return position if first_token is None else T.max(position, first_token)
+
     @inline
-    def stage(block_table, cache, tile, seq, last_token, num_offsets):
+    def stage(block_table, cache, tile, seq, last_token, num_offsets, first_token=None):
         with T.sblock("token_offsets"):
             T.reads(block_table[seq, 0 : block_table.shape[1]])
             T.writes(cache.offsets[0:size])
             for t in range(num_offsets):
                 with T.sblock("offset"):
                     vt = T.axis.spatial(size, t)
-                    token: T.let = T.min(tile.position(vt), last_token)
+                    token: T.let = held(tile.position(vt), first_token, last_token)
                     block: T.let = T.Cast("int64", block_table[seq, T.floordiv(token, block_size)])
                     slot: T.let = T.floormod(token, block_size)
                     cache.offsets[vt] = block * cache.block + access.slot_offset(slot, cache.row)

@@ -20,6 +20,7 @@ NUMPY_DTYPES = {
     "int32": np.dtype(np.int32),
     "int64": np.dtype(np.int64),
     "bool": np.dtype(np.bool_),
+    "uint8": np.dtype(np.uint8),
 }
 """By their names in a spec."""
 

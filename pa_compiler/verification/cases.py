@@ -29,6 +29,7 @@ class Case:
         seq_lens: Context lengths in tokens. A list shorter than the batch is repeated to fill it, a longer one is cut.
         max_model_len: Tokens that one row of block_table can name; None is the longest length.
         scale: Factor of the scores; None is 1 / sqrt(head_dim).
+        query_lens: Query tokens of each sequence, a list like seq_lens: a call of attend. None: one of each, of decode.
     """
 
     spec: PagedAttentionSpec
@@ -36,10 +37,28 @@ class Case:
     seq_lens: tuple[int, ...]
     max_model_len: int | None = None
     scale: float | None = 1.0
+    query_lens: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.max_model_len is not None and self.longest > self.max_model_len:
             raise ValueError(f"seq_lens: expected at most max_model_len = {self.max_model_len}, got {self.longest}")
+        too_many = self.query_counts > self.context_lens
+        if self.query_lens is not None and too_many.any():
+            at = int(too_many.argmax())
+            count, length = int(self.query_counts[at]), int(self.context_lens[at])
+            raise ValueError(f"query_lens: expected at most the {length} tokens of sequence {at}, got {count}")
+
+    @property
+    def query_counts(self) -> np.ndarray:
+        """int32 [batch]: the query tokens of each sequence."""
+        return np.resize(np.array(self.query_lens or (1,), dtype=np.int32), self.batch)
+
+    @property
+    def query_start_loc(self) -> np.ndarray | None:
+        """int32 [batch + 1], as attend takes it; None for a call of decode."""
+        if self.query_lens is None:
+            return None
+        return np.concatenate([[0], np.cumsum(self.query_counts)]).astype(np.int32)
 
     @property
     def context_lens(self) -> np.ndarray:
@@ -68,8 +87,9 @@ class Case:
 
     @property
     def seen_tokens(self) -> int:
-        """Tokens of all sequences that are in the window, if there is one."""
-        return int(np.minimum(self.context_lens, self.spec.window or self.longest).sum(dtype=np.int64))
+        """Tokens of all sequences together that some query token sees, of which there is a first and a last."""
+        reach = (self.spec.window or self.longest) + self.query_counts.astype(np.int64) - 1
+        return int(np.where(self.query_counts > 0, np.minimum(self.context_lens, reach), 0).sum(dtype=np.int64))
 
     @property
     def kv_bytes(self) -> int:
@@ -83,8 +103,11 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of both matmuls; the softmax is not counted."""
-        return self.seen_tokens * self.spec.token_flops
+        """Multiplications and additions of both matmuls for the keys that are seen; the softmax is not counted."""
+        seen, window = 0, self.spec.window or self.longest
+        for length, count in zip(self.context_lens.tolist(), self.query_counts.tolist(), strict=True):
+            seen += int(np.minimum(np.arange(length - count, length) + 1, window).sum(dtype=np.int64))
+        return seen * self.spec.token_flops
 
 
 def _spec(num_heads: int, head_dim: int, block_size: int) -> PagedAttentionSpec:
@@ -107,7 +130,7 @@ DEFAULT = Case(_spec(16, 128, 128), 4, (1024, 33, 4096, 515), scale=None)
 class Inputs(NamedTuple):
     """The arrays of one call, in decode's order; value_cache is None for shared_kv.
 
-    Those of score functions are head_arrays().
+    Those of score functions are head_arrays(). A case with query_lens has its query_start_loc beside them.
     """
 
     query: np.ndarray
@@ -141,7 +164,8 @@ def make_inputs(
         np.empty((case.num_blocks, *spec.key_cache_shape[1:]), spec.dtype),
         None if spec.shared_kv else np.empty((case.num_blocks, *spec.value_cache_shape[1:]), spec.dtype),
     )
-    query = fill(rng, np.empty((case.batch, spec.num_heads, spec.head_dim), spec.dtype), 0.5, advance)
+    rows = int(case.query_counts.sum())
+    query = fill(rng, np.empty((rows, spec.num_heads, spec.head_dim), spec.dtype), 0.5, advance)
     fill(rng, keys, 0.5, advance)
     if values is not None:
         fill(rng, values, 1.0, advance)
@@ -165,6 +189,13 @@ def distinct_blocks(case: Case, seed: int = 0) -> np.ndarray:
     return table
 
 
+def call(module: Any, case: Case, arrays: Inputs, out: np.ndarray | None = None, **heads: Any) -> Any:
+    """What decode, or attend, of a module returns for a case and its arrays."""
+    if case.query_lens is None:
+        return module.decode(*arrays, case.scale, out, **heads)
+    return module.attend(*arrays, case.query_start_loc, case.scale, out, **heads)
+
+
 def compare(
     out: np.ndarray,
     case: Case,
@@ -172,15 +203,16 @@ def compare(
     advance: Callable[[int], object] = lambda sequences: None,
     **heads: Any,
 ) -> Errors:
-    """Compare a result of decode with the float64 reference, under pa_compiler.verification.tolerances.
+    """Compare a result of decode, or of attend, with the float64 reference, under pa_compiler.verification.tolerances.
 
     Args:
-        out: [batch, num_heads, result_dim], what decode returned for arrays.
+        out: [batch or query tokens, num_heads, result_dim], what call() returned for arrays.
         case: What they were made for.
         arrays: What decode was given.
         advance: Called with the number of sequences that the reference has just done, for a progress bar.
         **heads: The head_arrays() that decode was given.
     """
-    expected = comparison.oracle(case.spec, *arrays, case.scale, case.spec.kv_layout, advance, **heads)
-    errors, _ = comparison.compare("out", out, *expected["out"], arrays.context_lens)
+    fields: dict[str, Any] = heads | {"query_start_loc": case.query_start_loc}
+    expected = comparison.oracle(case.spec, *arrays, case.scale, case.spec.kv_layout, advance, **fields)
+    errors, _ = comparison.compare("out", out, *expected["out"], np.repeat(arrays.context_lens, case.query_counts))
     return errors

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pa_compiler import reference
+from pa_compiler.reference_weights import Seen, Weighed, tokens_of, weigh
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification.inputs import constant_arrays
 from pa_compiler.verification.intervals import error_bound
@@ -42,6 +42,9 @@ def oracle(
     kv_layout: str = "NHD",
     advance: Callable[[int], object] = lambda sequences: None,
     *,
+    query_start_loc: np.ndarray | None = None,
+    causal: bool = True,
+    tree_mask: np.ndarray | None = None,
     alibi_slopes: np.ndarray | None = None,
     sinks: np.ndarray | None = None,
     inputs: Mapping[str, np.ndarray] | None = None,
@@ -52,7 +55,7 @@ def oracle(
 
     Args:
         spec: What is computed.
-        query: This and the other arrays are those of reference.decode.
+        query: This and the other arrays are those of reference.decode, or with query_start_loc of reference.attend.
         key_cache: In kv_layout.
         value_cache: In kv_layout; None for shared_kv, where the values are the first elements of the keys.
         block_table: Entries of tokens that are not seen may hold anything.
@@ -60,6 +63,9 @@ def oracle(
         scale: Factor of the scores.
         kv_layout: It may be another than the spec's.
         advance: Called with the number of sequences that are done, for a progress bar.
+        query_start_loc: Of reference.attend. None where each sequence has one query token, or has no tokens at all.
+        causal: Of reference.attend.
+        tree_mask: Of reference.attend.
         alibi_slopes: Of reference.decode, for a spec with alibi.
         sinks: Of reference.decode, for a spec with sinks.
         inputs: Of reference.decode, for a spec with inputs.
@@ -74,25 +80,39 @@ def oracle(
     fields |= {"alibi_slopes": alibi_slopes, "sinks": sinks}
     fields |= {"score_mod": spec.score_mod, "mask_mod": spec.mask_mod, "inputs": inputs}
     arrays = {**(inputs or {}), **constant_arrays(spec)}
-    for i, length in enumerate(np.asarray(context_lens).tolist()):
-        if length:
-            seen = reference.weigh(query[i], key_cache, value_cache, block_table[i], length, scale, **fields, batch=i)
-            out[i] = seen.out()
-            magnitude[i] = (seen.weights @ np.abs(seen.values)).reshape(out[i].shape)
-            lse[i] = seen.lse
-            bias = _bias(alibi_slopes, seen.scores.shape)
-            of_scores = score_bound(spec, seen.scores, bias)
-            if spec.score_mod is not None:
-                of_scores += _of_function(spec, seen, bias, {"batch": i, "query_pos": length - 1}, arrays)
-            of_out[i], of_lse[i] = of_weights(spec, seen.weights, seen.values, of_scores)
-        advance(1)
-    of_out += out_bound(spec, context_lens, out, magnitude)
+    num_keys, done = np.zeros(len(query), np.int64), 0
+    for row, sequence, seen in _queries(np.asarray(context_lens), query_start_loc, causal, tree_mask):
+        of = (query[row], key_cache, value_cache, block_table[sequence], seen, scale)
+        found = weigh(*of, **fields, batch=sequence)
+        out[row], lse[row], num_keys[row] = found.out(), found.lse, len(found.position)
+        magnitude[row] = (found.weights @ np.abs(found.values)).reshape(out[row].shape)
+        bias = _bias(alibi_slopes, found, seen.query_pos)
+        of_scores = score_bound(spec, found.scores, bias)
+        if spec.score_mod is not None:
+            of_scores += _of_function(spec, found, bias, {"batch": sequence, "query_pos": seen.query_pos}, arrays)
+        of_out[row], of_lse[row] = of_weights(spec, found.weights, found.values, of_scores)
+        advance(sequence - done)
+        done = sequence
+    advance(len(context_lens) - done)
+    of_out += out_bound(spec, num_keys, out, magnitude)
     return {"out": (out, of_out), "lse": (lse, of_lse + lse_bound(spec, lse))}
+
+
+def _queries(
+    context_lens: np.ndarray, query_start_loc: np.ndarray | None, causal: bool, tree_mask: np.ndarray | None
+) -> Iterator[tuple[int, int, Seen]]:
+    """The rows of query that see something: each with its sequence."""
+    if query_start_loc is None:
+        starts = np.concatenate([[0], np.cumsum(context_lens > 0)])
+        yield from ((sequence, sequence, seen) for sequence, _, seen in tokens_of(context_lens, starts))
+        return
+    for sequence, row, seen in tokens_of(context_lens, query_start_loc, causal=causal, tree_mask=tree_mask):
+        yield row, sequence, seen
 
 
 def _of_function(
     spec: PagedAttentionSpec,
-    seen: reference.Weighed,
+    seen: Weighed,
     bias: np.ndarray | None,
     places: Mapping[str, int],
     arrays: Mapping[str, np.ndarray],
@@ -101,10 +121,9 @@ def _of_function(
 
     The latter is in TOLERANCES as far as the function does not make it larger. A weight is wrong by exp(e) - 1.
     """
-    tokens = seen.scores.shape[2]
     head = np.arange(spec.num_heads).reshape(*seen.scores.shape[:2], 1)
     arguments = {name: np.array(place) for name, place in places.items()}
-    arguments |= {"score": seen.given, "head": head, "key_pos": np.arange(1 - tokens, 1) + places["query_pos"]}
+    arguments |= {"score": seen.given, "head": head, "key_pos": seen.position}
     before = SUM_ERRORS * np.sqrt(spec.head_dim) * ROUNDING * seen.magnitude
     of_given = before + (0 if spec.softcap is None else CAP_ERROR * np.abs(seen.given))
     exact = seen.scores if bias is None else seen.scores - bias
@@ -112,17 +131,20 @@ def _of_function(
     return np.asarray(np.expm1(np.clip(error - before, 0, 700)))
 
 
-def _bias(slopes: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
-    """ALiBi's share of scores [num_kv_heads, group, tokens], of which the last token is the query's own."""
+def _bias(slopes: np.ndarray | None, seen: Weighed, query_pos: int) -> np.ndarray | None:
+    """ALiBi's share of scores [num_kv_heads, group, tokens]."""
     if slopes is None:
         return None
-    return np.asarray(slopes, np.float64).reshape(*shape[:2], 1) * np.arange(1 - shape[2], 1)
+    return np.asarray(slopes, np.float64).reshape(*seen.scores.shape[:2], 1) * (seen.position - query_pos)
 
 
 def compare(
     name: str, actual: np.ndarray, expected: np.ndarray, bound: np.ndarray, context_lens: np.ndarray
 ) -> tuple[Errors, str]:
-    """The errors of a result of that name, and what is wrong with it, or ""; expected and bound are the oracle's."""
+    """The errors of a result of that name, and what is wrong with it, or "".
+
+    expected and bound are the oracle's, and context_lens the tokens of each row's sequence.
+    """
     if actual.shape != expected.shape:
         return Errors(np.inf, np.inf), f"{name}: expected shape {expected.shape}, got {actual.shape}"
     if not actual.size:

@@ -1,4 +1,4 @@
-"""Random calls of decode and append_kv that a spec allows, with poison wherever a kernel has no business.
+"""Random calls of decode, attend and append_kv that a spec allows, with poison wherever a kernel has no business.
 
 A draw is a pure function of the spec, a seed and a number: verify() names these in place of the arrays.
 """
@@ -14,19 +14,22 @@ from pa_compiler.interface import split_blocks
 from pa_compiler.reference_functions import Places
 from pa_compiler.score import BATCH
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.verification import ragged
 from pa_compiler.verification.inputs import (
     GARBAGE_IDS,
     function_inputs,
     needed_entries,
     noise,
-    place,
     used_slots,
 )
+from pa_compiler.verification.ragged import Queries, draw_queries, poison_the_last
 
 _ELEMENTS = 1 << 20
 """Multiplications of a query with keys in an ordinary draw: it takes some milliseconds."""
 _LONG_DRAW = 8
 """One draw in so many has this many times the tokens."""
+_SEVERAL = 32
+"""Draws of attend have so many times the multiplications: a query token needs keys."""
 _MAX_SLOTS = 1 << 15
 _MAX_BATCH = 64
 _EDGES = (16, 128, 256)
@@ -44,11 +47,12 @@ class Draw:
     """One call: its arrays, with the caches in NHD whatever the spec's layout, and how it is made.
 
     Attributes:
-        query: [batch, num_heads, head_dim], dtype, with poison between the sequences.
+        query: [batch or query tokens, num_heads, head_dim], dtype, with poison between its rows.
         keys: [num_blocks, block_size, num_kv_heads, head_dim], dtype; poison where no token is that is seen.
         values: [num_blocks, block_size, num_kv_heads, result_dim], the same; with shared_kv a view of keys.
         block_table: [batch, max_blocks], int32; garbage past the entries that a length needs, and before the window.
         context_lens: [batch], int32.
+        queries: What attend is told of the query tokens; None for a call of decode.
         is_used: [num_blocks, block_size], bool: the slots that hold a token that is seen.
         poison: What the other slots hold: NaN or an infinity.
         scale: Factor of the scores, or None.
@@ -67,6 +71,7 @@ class Draw:
     values: np.ndarray
     block_table: np.ndarray
     context_lens: np.ndarray
+    queries: Queries | None
     is_used: np.ndarray
     poison: float
     scale: float | None
@@ -79,31 +84,38 @@ class Draw:
     rng: np.random.Generator
 
 
-def draw(spec: PagedAttentionSpec, seed: int, number: int) -> Draw:
-    """The draw of a number from a seed, both 0 or more."""
+def draw(spec: PagedAttentionSpec, seed: int, number: int, attends: bool = False) -> Draw:
+    """The draw of a number from a seed, both 0 or more: a call of decode; with attends, every second one of attend."""
     rng = np.random.default_rng((seed, number))
-    context_lens = _context_lens(rng, spec, _ELEMENTS * (_LONG_DRAW if number % _LONG_DRAW == _LONG_DRAW - 1 else 1))
+    elements = _ELEMENTS * (_LONG_DRAW if number % _LONG_DRAW >= _LONG_DRAW - 1 - attends else 1)
+    context_lens = _context_lens(rng, spec, elements)
     if spec.inputs or spec.constants:
         context_lens = _within_arrays(rng, spec, context_lens)
+    queries, rows = None, len(context_lens)
+    if attends and number % 2:
+        products = _SEVERAL * elements // (spec.num_heads * spec.head_dim)
+        context_lens, queries = draw_queries(rng, spec, context_lens, products)
+        rows = int(queries.query_start_loc[-1])
     inputs = {"inputs": function_inputs(rng, spec, len(context_lens))} if spec.inputs else {}
-    block_table, is_used = _place(rng, spec, context_lens)
-    if spec.mask_mod is not None:
-        is_used &= _unmasked(spec, context_lens, block_table, is_used.shape, inputs.get("inputs", {}))
+    block_table, is_used = _place(rng, spec, context_lens, queries, inputs.get("inputs", {}))
     # A function has a bound on the error of its results where scores and what it makes of them are ordinary numbers.
     kinds = (_ordinary, _huge_scores, _ends) if spec.score_mod is None else (_ordinary,)
     kind = kinds[rng.choice(len(kinds), p=[0.5, 0.25, 0.25] if len(kinds) > 1 else None)]
-    query, keys, values, scale = kind(rng, spec, len(context_lens), len(is_used))
+    query, keys, values, scale = kind(rng, spec, rows, len(is_used))
     if spec.shared_kv:
         values = keys[..., : spec.result_dim]
     poison = float(rng.choice([np.nan, np.nan, np.inf, -np.inf]))
     keys[~is_used] = poison
     values[~is_used] = poison
+    if queries is not None and kind is _ordinary and spec.score_mod is None and rng.random() < 0.25:
+        poison_the_last(values, is_used, block_table, context_lens, spec.block_size)
     return Draw(
         query=inside(query, poison, rng)[0],
         keys=keys,
         values=values,
         block_table=inside(block_table, -(2**31), rng)[0],
         context_lens=context_lens,
+        queries=queries,
         is_used=is_used,
         poison=poison,
         scale=scale,
@@ -152,20 +164,33 @@ def _context_lens(rng: np.random.Generator, spec: PagedAttentionSpec, elements: 
 
 
 def _place(
-    rng: np.random.Generator, spec: PagedAttentionSpec, context_lens: np.ndarray
+    rng: np.random.Generator,
+    spec: PagedAttentionSpec,
+    context_lens: np.ndarray,
+    queries: Queries | None,
+    inputs: dict[str, np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """block_table, with its blocks anywhere in a cache that has more, and the slots that hold tokens."""
+    """block_table, with its blocks anywhere in a cache that has more, and the slots of tokens that are seen."""
     needed = -(-context_lens // spec.block_size)
-    seen = needed_entries(spec, context_lens, int(needed.max(initial=0)))
-    num_blocks = int(seen.sum()) + int(rng.integers(1, 4))
-    surplus = rng.choice(GARBAGE_IDS, (len(needed), int(needed.max(initial=0)) + int(rng.integers(0, 3))))
-    table = place(spec, rng.permutation(num_blocks), context_lens, surplus)
+    width = int(needed.max(initial=0))
+    if queries is None:
+        is_needed = needed_entries(spec, context_lens, width)
+    else:
+        is_needed = ragged.needed_entries(spec, context_lens, queries, width)
+    num_blocks = int(is_needed.sum()) + int(rng.integers(1, 4))
+    table = rng.choice(GARBAGE_IDS, (len(needed), width + int(rng.integers(0, 3))))
+    table[:, :width][is_needed] = rng.permutation(num_blocks)[: is_needed.sum()]
     sees_all = (spec.mask_mod is None) & (context_lens <= (spec.window or context_lens))
-    whole = np.flatnonzero((context_lens >= spec.block_size) & sees_all)
+    whole = np.flatnonzero((context_lens >= spec.block_size) & sees_all & is_needed.any(axis=1))
     if len(whole) > 1 and rng.random() < 0.25:  # sequences that begin alike share their first block
         first, second = rng.choice(whole, 2, replace=False)
         table[second, 0] = table[first, 0]
-    return table, used_slots(spec, table, context_lens, num_blocks)
+    if queries is not None:
+        return table, ragged.used_slots(spec, table, context_lens, queries, num_blocks, inputs)
+    is_used = used_slots(spec, table, context_lens, num_blocks)
+    if spec.mask_mod is not None:
+        is_used &= _unmasked(spec, context_lens, table, is_used.shape, inputs)
+    return table, is_used
 
 
 def _within_arrays(rng: np.random.Generator, spec: PagedAttentionSpec, context_lens: np.ndarray) -> np.ndarray:

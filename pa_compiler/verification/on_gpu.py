@@ -69,6 +69,12 @@ class OnGpu:
         self.spec, self.num_threads = module.spec, 1
         self._module, self._memory = module, memory
 
+    has_attend = False
+
+    def attend(self, *arguments: Any, **options: Any) -> Any:
+        """A module for a GPU has none."""
+        return self._module.attend(*arguments, **options)
+
     def decode(
         self,
         query: np.ndarray,

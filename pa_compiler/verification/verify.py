@@ -33,6 +33,13 @@ class Verifiable(Protocol):
     spec: PagedAttentionSpec
     num_threads: int
 
+    @property
+    def has_attend(self) -> bool:
+        """As Module.has_attend."""
+
+    def attend(self, *arguments: Any, **options: Any) -> Any:
+        """As Module.attend."""
+
     def decode(self, *arguments: Any, **options: Any) -> Any:
         """As Module.decode."""
 
@@ -100,7 +107,7 @@ def verify(
     failures, found = [], [{"out": Errors(0.0, 0.0), "lse": Errors(0.0, 0.0)}]
     start = now = time.monotonic()
     for number in itertools.count(first):
-        errors, wrong = _run(module, draws.draw(module.spec, seed, number))
+        errors, wrong = _run(module, draws.draw(module.spec, seed, number, module.has_attend))
         found.append(errors)
         if wrong:
             failures.append(Failure(seed, number, "; ".join(wrong)))
@@ -134,7 +141,14 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
     rows = call.query.shape[:2]
     out, whole_out = inside(np.full((*rows, spec.result_dim), np.nan, spec.result_dtype), np.nan, call.rng)
     lse, whole_lse = inside(np.full(rows, np.nan, np.float32), np.nan, call.rng)
-    arguments = (call.query, key_cache, value_cache, call.block_table, call.context_lens)
+    arguments = [call.query, key_cache, value_cache, call.block_table, call.context_lens]
+    names = ["query", *_CACHES, "block_table", "context_lens"]
+    kind, run, options = "decode", module.decode, call.heads
+    if call.queries is not None:
+        arguments.append(call.queries.query_start_loc)
+        names.append("query_start_loc")
+        told = {"causal": call.queries.causal, "tree_mask": call.queries.tree_mask}
+        kind, run, options = "attend", module.attend, options | told
     try:
         if call.append:
             _append(module, call, key_cache, value_cache)
@@ -143,21 +157,20 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
         heads.pop("inputs", None)
         inputs = (*arguments, *heads.values())
         before = _copies(inputs)
-        returned = module.decode(
+        returned = run(
             *arguments,
             call.scale,
             out if call.give_out else None,
             lse=lse if call.lse == "given" else None,
             return_lse=call.lse != "none",
-            **call.heads,
+            **options,
         )
     except (IndexError, TypeError, ValueError) as error:
         return {}, [*wrong, f"raised {type(error).__name__}: {error}"]
     results = dict(zip(("out", "lse"), returned if call.lse != "none" else (returned,), strict=False))
     errors, messages = _compared(spec, call, values, results)
     wrong += messages
-    names = ("query", *_CACHES, "block_table", "context_lens", *heads)
-    wrong += _differences("after decode", inputs, before, names)
+    wrong += _differences(f"after {kind}", inputs, before, (*names, *heads))
     for name, view, whole in (("out", out, whole_out), ("lse", lse, whole_lse)):
         view.fill(np.nan)
         if not np.isnan(whole).all():
@@ -170,11 +183,16 @@ def _compared(
 ) -> tuple[dict[str, Errors], list[str]]:
     """The errors of a call's results by name, and what is wrong with them."""
     arrays = (call.query, call.keys, values, call.block_table, call.context_lens)
-    expected = oracle(spec, *arrays, call.scale, "NHD", lambda sequences: None, **call.heads)
-    largest = float(np.abs(call.values[call.is_used].astype(np.float64)).max(initial=0)) or 1.0
+    options, row_lens = call.heads, call.context_lens
+    if call.queries is not None:
+        options = options | vars(call.queries)
+        row_lens = np.repeat(row_lens, call.queries.counts)
+    expected = oracle(spec, *arrays, call.scale, "NHD", lambda sequences: None, **options)
+    values_seen = np.abs(call.values[call.is_used].astype(np.float64))
+    largest = float(values_seen[~np.isnan(values_seen)].max(initial=0)) or 1.0
     errors, wrong = {}, []
     for name, result in results.items():
-        found, message = compare(name, result, *expected[name], call.context_lens)
+        found, message = compare(name, result, *expected[name], row_lens)
         unit = largest if name == "out" else 1.0
         errors[name] = found._replace(absolute=found.absolute / unit)
         wrong += [message] if message else []

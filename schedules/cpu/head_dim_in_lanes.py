@@ -15,6 +15,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
+from pa_compiler.schedules.cpu import functions
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.pair_lanes import pair_lanes
 from pa_compiler.schedules.intrinsics.sum_lanes import sum_lanes
@@ -75,29 +76,10 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
         fetch(sch, KEYS, group, shares=[token_outer])
 
 
-def columns(sch: Schedule, tiling: VectorTiling) -> None:
-    """What goes by no head: columns in lanes."""
-    for each in sch.get_child_blocks(sch.get_sblock("columns")):
-        sch.vectorize(sch.get_loops(each)[-1])
-
-
-def visible_rows(sch: Schedule, tiling: VectorTiling) -> None:
-    """What a mask shows each row: columns in lanes."""
-    pairs = ("visible_pairs",) if tiling.values.terms == 2 else ()
-    for name in (*steps(sch, "visible_rows", "mask_step"), "visible", *pairs):
-        sch.vectorize(sch.get_loops(name)[-1])
-
-
-def steps(sch: Schedule, stage: str, prefix: str) -> list[str]:
-    """The sblocks of a stage that compute steps of a function for each score."""
-    names = [sch.get(each).name_hint for each in sch.get_child_blocks(sch.get_sblock(stage))]
-    return [name for name in names if name.startswith(prefix)]
-
-
 def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     """Tokens in lanes; the maximum and the sum of a row first lane by lane."""
-    exact = ("exact",) if tiling.values.terms == 2 else ()
-    for name in (*steps(sch, "softmax_prepare", "score_step"), "scaled", *exact, "probs"):
+    exact = ("exact",) if tiling.values.terms == 2 and not tiling.many_tokens else ()
+    for name in (*functions.score_steps(sch, tiling), "scaled", *exact, "probs"):
         sch.vectorize(sch.get_loops(name)[-1])
     for name, axis in (("peak", 1), ("tile_sum", 2)):
         total = sch.get_sblock(name)
@@ -218,20 +200,22 @@ def fold(sch: Schedule, tiling: VectorTiling) -> None:
 
 def store_partial(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows of acc as vectors."""
-    _vectorize_in_order(sch, tiling, "store_acc")
+    vectorize_in_order(sch, tiling, "store_acc")
 
 
 def normalize(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows of out as vectors."""
     vectorize_rows(sch, "factor")
-    _vectorize_in_order(sch, tiling, "out")
+    vectorize_in_order(sch, tiling, "out")
+    if tiling.many_tokens and tiling.scores_in_lanes:
+        vectorize_in_order(sch, tiling, "ordered")
 
 
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "load_query": load_query,
-    "columns": columns,
+    "columns": functions.columns,
     "qk_matmul": qk_matmul,
-    "visible_rows": visible_rows,
+    "visible_rows": functions.visible_rows,
     "softmax_prepare": softmax_prepare,
     "pair_probs": pair_probs,
     "pv_matmul": pv_matmul,
@@ -270,7 +254,7 @@ def vectorize_rows(sch: Schedule, *sblocks: str) -> None:
         sch.vectorize(row)
 
 
-def _vectorize_in_order(sch: Schedule, tiling: VectorTiling, sblock: str) -> None:
+def vectorize_in_order(sch: Schedule, tiling: VectorTiling, sblock: str) -> None:
     """Vectorize the innermost loop, which is over value_dim."""
     _, lane = sch.split(sch.get_loops(sblock)[-1], [None, tiling.pv_lanes * tiling.values.halves])
     sch.vectorize(lane)

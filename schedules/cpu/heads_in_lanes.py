@@ -16,7 +16,7 @@ from tvm.s_tir.schedule import SBlockRV
 from tvm.tirx import IntImm
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
-from pa_compiler.schedules.cpu import head_dim_in_lanes
+from pa_compiler.schedules.cpu import attend, functions, head_dim_in_lanes
 from pa_compiler.schedules.cpu.head_dim_in_lanes import evens_first, in_registers, vectorize_rows
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.transpose import turn
@@ -66,8 +66,7 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
 
 def visible_rows(sch: Schedule, tiling: VectorTiling) -> None:
     """What a mask shows each row: vertical too."""
-    pairs = ("visible_pairs",) if tiling.values.terms == 2 else ()
-    for name in (*head_dim_in_lanes.steps(sch, "visible_rows", "mask_step"), "visible", *pairs):
+    for name in functions.visible_steps(sch, tiling):
         _rows_last(sch, name)
         row, group, token = sch.get_loops(name)[-3:]
         sch.reorder(group, token, row)
@@ -76,16 +75,20 @@ def visible_rows(sch: Schedule, tiling: VectorTiling) -> None:
 
 def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     """Vertical in every step."""
-    exact = ("exact",) if tiling.values.terms == 2 else ()
-    steps = head_dim_in_lanes.steps(sch, "softmax_prepare", "score_step")
+    exact = ("exact",) if tiling.values.terms == 2 and not tiling.many_tokens else ()
+    steps = functions.score_steps(sch, tiling)
     _rows_last(sch, *steps, "scaled", *exact, "probs")
     for name in (*steps, "scaled", "peak", *exact, "probs", "tile_sum"):
         row, group, token = sch.get_loops(sch.get_sblock(name))[-3:]
         sch.reorder(group, token, row)
+        if name == "tile_sum" and tiling.many_tokens:  # a chain of sums beside the exponentials of the next group
+            group = sch.get_loops("probs")[-3]
+            sch.reverse_compute_at(name, group, preserve_unit_loops=True)
+            row = sch.get_loops(name)[-1]
         sch.vectorize(row)
         if name in ("peak", "tile_sum"):
             sch.decompose_reduction(sch.get_sblock(name), group)
-    vectorize_rows(sch, "tile_max")
+    vectorize_rows(sch, "tile_max", *(("room",) if "room" in _names(sch) else ()))
 
 
 def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:
@@ -117,9 +120,13 @@ def pv_update(sch: Schedule, tiling: VectorTiling) -> None:
 def normalize(sch: Schedule, tiling: VectorTiling) -> None:
     """Turned back in registers, then in vectors of head_dim; row by row where a tile may be one short."""
     vectorize_rows(sch, "factor")
-    in_order = sch.cache_read("out", "acc", "global")
+    stored = "out"
+    if tiling.many_tokens:
+        stored = "ordered"
+        sch.vectorize(sch.split(sch.get_loops("out")[-1], [None, tiling.pv_lanes * tiling.values.halves])[1])
+    in_order = sch.cache_read(stored, 0, "global")
     _rows_last(sch, in_order)
-    row, dim = sch.get_loops("out")[-2:]
+    row, dim = sch.get_loops(stored)[-2:]
     row_outer, row = sch.split(row, [None, 4 if isinstance(sch.get(row).extent, IntImm) else 1])
     dim_outer, lane = sch.split(dim, [None, tiling.pv_lanes])
     sch.reorder(row_outer, dim_outer, row, lane)
@@ -129,24 +136,51 @@ def normalize(sch: Schedule, tiling: VectorTiling) -> None:
     sch.vectorize(lane)
 
 
+def empty_state(sch: Schedule, tiling: VectorTiling) -> None:
+    """Vertical."""
+    vectorize_rows(sch, "empty_row")
+    _rows_last(sch, "empty_acc")
+    _vertical(sch, "empty_acc")
+
+
+def edges(sch: Schedule, tiling: VectorTiling) -> None:
+    """Vertical."""
+    _rows_last(sch, "edge")
+    row, group, token = sch.get_loops("edge")[-3:]
+    sch.reorder(group, token, row)
+    sch.vectorize(row)
+
+
+def range_fold(sch: Schedule, tiling: VectorTiling) -> None:
+    """Vertical; empty_state has laid out what is written."""
+    _vertical(sch, "range_acc")
+
+
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "load_query": load_query,
     "load_keys": load_keys,
     "load_values": load_values,
-    "columns": head_dim_in_lanes.columns,
+    "columns": functions.columns,
     "qk_matmul": qk_matmul,
     "visible_rows": visible_rows,
     "softmax_prepare": softmax_prepare,
     "pair_probs": pair_probs,
     "rescale": head_dim_in_lanes.rescale,
     "pv_update": pv_update,
+    "empty_state": empty_state,
     "normalize": normalize,
+    "bounds": attend.bounds,
+    "edges": edges,
+    "range_rescale": attend.range_rescale,
+    "range_fold": range_fold,
 }
 """How each stage is scheduled, by the name of its sblock."""
 
-SCALAR = head_dim_in_lanes.SCALAR | {
-    "store_partial": "acc is turned back element by element, once for a range of a long sequence"
-}
+SCALAR = (
+    head_dim_in_lanes.SCALAR
+    | attend.SCALAR
+    | {"store_partial": "acc is turned back element by element, once for a range of a long sequence"}
+)
 """The sblocks that run as they are written, and why."""
 
 
@@ -154,6 +188,18 @@ def _rows_last(sch: Schedule, *sblocks: str | SBlockRV) -> None:
     """Lay the buffer that an sblock writes out with its last two axes exchanged, for all who read it."""
     for name in sblocks:
         sch.transform_layout(name, ("write", 0), lambda *axes: (*axes[:-2], axes[-1], axes[-2]))
+
+
+def _names(sch: Schedule) -> set[str]:
+    """What is in the softmax."""
+    return {sch.get(each).name_hint for each in sch.get_child_blocks(sch.get_sblock("softmax_prepare"))}
+
+
+def _vertical(sch: Schedule, sblock: str) -> None:
+    """Rows in lanes, where the last two loops are over rows and value_dim."""
+    row, dim = sch.get_loops(sblock)[-2:]
+    sch.reorder(dim, row)
+    sch.vectorize(row)
 
 
 def _load_rows(sch: Schedule, element: Element, lanes: int, sblock: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from tvm.s_tir import Schedule
 
 from pa_compiler.kernels.ahead import KEYS
-from pa_compiler.schedules.cpu import head_dim_in_lanes
+from pa_compiler.schedules.cpu import attend, head_dim_in_lanes
 from pa_compiler.schedules.cpu.head_dim_in_lanes import unroll_tile
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.spec import PACKED_TOKENS
@@ -53,8 +53,10 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
         fetch(sch, KEYS, group, shares=[row_outer, dim_outer])
 
 
-STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = head_dim_in_lanes.STAGES | {"qk_matmul": qk_matmul}
+STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = (
+    head_dim_in_lanes.STAGES | attend.STAGES | {"qk_matmul": qk_matmul}
+)
 """How each stage is scheduled, by the name of its sblock."""
 
-SCALAR = head_dim_in_lanes.SCALAR
+SCALAR = head_dim_in_lanes.SCALAR | attend.SCALAR
 """The sblocks that run as they are written, and why."""

@@ -18,6 +18,26 @@
 
 namespace pa {
 
+// The text of a plan, one line an item.
+class PlanLines {
+ public:
+  explicit PlanLines(int64_t count) : text_(call_workspace, count * kMostBytes), end_(text_.data()) {}
+
+  template <typename Item, size_t kCount>
+  void Add(const Item& item, int64_t Item::* const (&fields)[kCount]) {
+    static_assert(kCount * 21 <= kMostBytes);
+    for (int64_t Item::* field : fields) end_ += std::sprintf(end_, "%" PRId64 " ", item.*field);
+    end_[-1] = '\n';
+  }
+  void Return(TVMFFIAny* result) const { ReturnText(text_.data(), end_ - text_.data(), result); }
+
+ private:
+  static constexpr int64_t kMostBytes = 12 * 21 + 1;
+
+  const Borrowed<char> text_;
+  char* end_;
+};
+
 // plan: the work items that decode would run, in the order in which they are dealt out, as text: one line an item, with
 // the numbers of kPlanFields.
 template <typename Spec>
@@ -29,14 +49,9 @@ void PlanText(const Inputs& in, TVMFFIAny* result) {
     if (lens.to() != nullptr) lens.to()[seq] = context_len;
   }
   const Plan<Spec> plan(static_cast<const int32_t*>(lens.array.tensor.data), given.shape[0]);
-  constexpr int64_t kLineBytes = sizeof kPlanFields / sizeof *kPlanFields * 21 + 1;
-  const Borrowed<char> text(call_workspace, plan.num_items * kLineBytes);
-  char* end = text.data();
-  for (int64_t i = 0; i < plan.num_items; ++i) {
-    for (int64_t WorkItem::* field : kPlanFields) end += std::sprintf(end, "%" PRId64 " ", plan.item(i).*field);
-    end[-1] = '\n';
-  }
-  ReturnText(text.data(), end - text.data(), result);
+  PlanLines lines(plan.num_items);
+  for (int64_t i = 0; i < plan.num_items; ++i) lines.Add(plan.item(i), kPlanFields);
+  lines.Return(result);
 }
 
 // cpu_set: the number by which decode and append_kv are told these CPUs, int32 [count], ascending.

@@ -67,10 +67,12 @@ struct Cut {
   int64_t num_partials() const { return num_ranges == 1 ? 0 : num_ranges; }
 };
 
-template <typename Spec>
-int64_t CountRanges(const int32_t* context_lens, int64_t batch) {
+template <typename Spec, typename Takes>
+int64_t CountRanges(const int32_t* context_lens, int64_t batch, const Takes& takes) {
   int64_t count = 0;
-  for (int64_t seq = 0; seq < batch; ++seq) count += Cut<Spec>(context_lens[seq]).num_ranges;
+  for (int64_t seq = 0; seq < batch; ++seq) {
+    if (takes(seq)) count += Cut<Spec>(context_lens[seq]).num_ranges;
+  }
   return count;
 }
 
@@ -80,10 +82,14 @@ int64_t CountRanges(const int32_t* context_lens, int64_t batch) {
 template <typename Spec>
 class Plan {
  public:
-  Plan(const int32_t* context_lens, int64_t batch)
-      : partial_begin_(call_workspace, batch + 1), items_(call_workspace, CountRanges<Spec>(context_lens, batch)) {
+  Plan(const int32_t* context_lens, int64_t batch) : Plan(context_lens, batch, [](int64_t) { return true; }) {}
+  // Of those sequences alone that it takes.
+  template <typename Takes>
+  Plan(const int32_t* context_lens, int64_t batch, const Takes& takes)
+      : partial_begin_(call_workspace, batch + 1),
+        items_(call_workspace, CountRanges<Spec>(context_lens, batch, takes)) {
     WorkItem* const first = items_.data();
-    WorkItem* const last = AddItems(context_lens, batch, first);
+    WorkItem* const last = AddItems(context_lens, batch, takes, first);
     for (const WorkItem* item = first; item != last; ++item) num_tokens += item->num_tokens;
     // Longest first, for any number of threads.
     std::sort(first, last, [](const WorkItem& a, const WorkItem& b) {
@@ -102,10 +108,12 @@ class Plan {
 
  private:
   // Write partial_begin and the items, in order; return their end.
-  WorkItem* AddItems(const int32_t* context_lens, int64_t batch, WorkItem* items) {
+  template <typename Takes>
+  WorkItem* AddItems(const int32_t* context_lens, int64_t batch, const Takes& takes, WorkItem* items) {
     WorkItem* end = items;
     for (int64_t seq = 0; seq < batch; ++seq) {
       partial_begin_.data()[seq] = num_partials;
+      if (!takes(seq)) continue;
       const Cut<Spec> cut(context_lens[seq]);
       for (int64_t i = 0; i < cut.num_ranges; ++i) {
         const auto [begin, stop] = cut.Range(i);

@@ -18,7 +18,9 @@ constexpr DLDataType kInt32 = {kDLInt, 32, 1};
 constexpr DLDataType kInt64 = {kDLInt, 64, 1};
 constexpr DLDataType kFloat32 = {kDLFloat, 32, 1};
 constexpr DLDataType kBfloat16 = {kDLBfloat, 16, 1};
+constexpr DLDataType kUint8 = {kDLUInt, 8, 1};
 constexpr DLDataType kUint16 = {kDLUInt, 16, 1};
+constexpr DLDataType kBool = {kDLBool, 8, 1};
 
 // The kind of device whose memory arrays have to be in.
 struct DeviceKind {

@@ -9,8 +9,8 @@
 #include "cpu/cpu_set.h"
 #include "cpu/features.h"
 #include "cpu/floating_point.h"
+#include "cpu/kernel_call.h"
 #include "cpu/parallel.h"
-#include "cpu/partials.h"
 #include "cpu/plan.h"
 #include "cpu/scratch.h"
 #include "expect.h"
@@ -142,18 +142,40 @@ void TestConverted() {
   EXPECT(converted.array.tensor.dtype.bits == 32 && converted.array.strides[0] == 3);
 }
 
-void TestPartials() {
-  const int32_t lens[] = {3, 60, 30};  // in 1, 5 and 3 ranges
-  const Plan<Spec> plan(lens, 3);
-  const Partials<Spec> partials(plan, 3);
-  EXPECT(partials.max.shape[0] == 8 && partials.sum.shape[1] == 4 && partials.acc.shape[2] == Spec::kValueDim);
-  EXPECT(!Overlap(partials.max, partials.sum) && !Overlap(partials.sum, partials.acc));
-  int64_t left[] = {0, 5, 3};
-  for (int64_t i = 0; i < plan.num_items; ++i) {
-    const int64_t seq = plan.item(i).batch_start;
-    EXPECT(partials.Complete(plan.item(i)) == (--left[seq] == 0));
-  }
-  EXPECT(left[0] == -1 && left[1] == 0 && left[2] == 0);
+// A kernel that writes down what it is called with.
+TVMFFIAny seen[8];
+int32_t num_seen;
+
+int Record(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny*) {
+  std::copy_n(args, num_args, seen);
+  return (num_seen = num_args) == 0;
+}
+
+struct Recorded {
+  static constexpr TVMFFISafeCallType kFunction = Record;
+  Passed<Array> array;
+  Passed<RowStride<Keys>> k_row;
+  Passed<HeadStride<Values>> v_head;
+  Passed<int64_t> number;
+  Passed<float> scale;
+};
+
+void TestKernelCall() {
+  float memory[4] = {};
+  const Array array(memory, {4});
+  const Cache<Keys> keys{array, {1}, {2}, {3}};
+  Call(Recorded{.array = array,
+                .k_row = keys.row_stride,
+                .v_head = ValuesIn(keys).head_stride,
+                .number = int64_t{-7},
+                .scale = 0.5f});
+  EXPECT(num_seen == 5 && seen[0].type_index == kTVMFFIDLTensorPtr && seen[0].v_ptr == &array.tensor);
+  EXPECT(seen[1].v_int64 == 2 && seen[2].v_int64 == 3 && seen[3].v_int64 == -7 && seen[4].v_float64 == 0.5);
+  static_assert(!std::is_convertible_v<HeadStride<Keys>, Passed<RowStride<Keys>>>);
+  static_assert(!std::is_convertible_v<RowStride<Values>, Passed<RowStride<Keys>>>);
+  static_assert(!std::is_convertible_v<int64_t, Passed<RowStride<Keys>>>);
+  static_assert(!std::is_convertible_v<RowStride<Keys>, Passed<int64_t>>);
+  static_assert(!std::is_convertible_v<float, Passed<int64_t>> && !std::is_convertible_v<int64_t, Passed<float>>);
 }
 
 void TestThreads() {
@@ -214,7 +236,7 @@ int main() {
   TestItemsOfAWindow();
   TestScratch();
   TestConverted();
-  TestPartials();
+  TestKernelCall();
   TestThreads();
   TestFloatingPoint();
   TestFeatures();

@@ -3,7 +3,7 @@
 // Regenerate: pa-compiler generate
 
 // A call of decode as the kernels take it. For Spec see caches.h and plan.h, and kThreadTokens: KV tokens of work items
-// that are worth one more thread.
+// that are worth one more thread. Given has decode's parameters.
 #pragma once
 
 #include <algorithm>
@@ -22,15 +22,14 @@ namespace pa {
 
 // The arguments, all of which are checked before anything is written, the plan, and the threads that it is worth. Each
 // array of indices is int32 or int64 by itself; here it is as kernels read it. There is an lse, be one given or not.
-// Given has the parameters of this library's decode, and Arguments what there is for its kernels.
-template <typename Spec, typename Given = DecodeParameters, typename Arguments = DecodeArguments>
+template <typename Spec, typename Given = DecodeParameters>
 class DecodeCall {
  private:
   const DefaultFloatingPoint state_;
 
  public:
   Threads threads;
-  Arguments args;
+  DecodeArguments args;
 
  private:
   const Converted<int32_t> block_table_, context_lens_;
@@ -38,9 +37,9 @@ class DecodeCall {
  public:
   const Plan<Spec> plan;
 
-  explicit DecodeCall(const Inputs& in, Arguments (*check)(const Inputs&) = CheckDecode<Spec, Given>)
+  explicit DecodeCall(const Inputs& in)
       : threads(CheckThreads<Given>(in)),
-        args(check(in)),
+        args(CheckDecode<Spec, Given>(in)),
         block_table_(args.block_table),
         context_lens_(args.context_lens),
         plan(CheckedLens(), args.batch),

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "cpu/attend_plan.h"
 #include "cpu/plan.h"
 #include "shared/ffi.h"
 
@@ -21,6 +22,16 @@ struct DecodeParameters {
   static constexpr int kCount = 14;
 };
 
+// What attend takes, in this order.
+struct AttendParameters {
+  static constexpr Parameter kQuery{0, "query"}, kKeyCache{1, "key_cache"}, kValueCache{2, "value_cache"},
+      kBlockTable{3, "block_table"}, kContextLens{4, "context_lens"}, kQueryStartLoc{5, "query_start_loc"},
+      kOut{6, "out"}, kLse{7, "lse"}, kAlibiSlopes{8, "alibi_slopes"}, kSinks{9, "sinks"},
+      kTreeMask{10, "tree_mask"}, kScale{11, "scale"}, kCausal{12, "causal"}, kNumThreads{13, "num_threads"},
+      kThreading{14, "threading"}, kCpus{15, "cpus"}, kAsUint16{16, "as_uint16"};
+  static constexpr int kCount = 17;
+};
+
 // What append_kv takes, in this order.
 struct AppendKvParameters {
   static constexpr Parameter kKey{0, "key"}, kValue{1, "value"}, kKeyCache{2, "key_cache"},
@@ -33,6 +44,13 @@ struct AppendKvParameters {
 struct PlanParameters {
   static constexpr Parameter kContextLens{0, "context_lens"};
   static constexpr int kCount = 1;
+};
+
+// What attend_plan takes, in this order.
+struct AttendPlanParameters {
+  static constexpr Parameter kContextLens{0, "context_lens"}, kQueryStartLoc{1, "query_start_loc"},
+      kNumThreads{2, "num_threads"};
+  static constexpr int kCount = 3;
 };
 
 // What cpu_set takes, in this order.
@@ -60,5 +78,9 @@ constexpr int kNumThreading = 3;
 constexpr int64_t WorkItem::*kPlanFields[] = {
     &WorkItem::batch_start, &WorkItem::num_seqs, &WorkItem::block_begin, &WorkItem::block_end,
     &WorkItem::num_tokens};
+constexpr int64_t AttendItem::*kAttendPlanFields[] = {
+    &AttendItem::seq, &AttendItem::token_begin, &AttendItem::num_query, &AttendItem::first_pos,
+    &AttendItem::kv_head_begin, &AttendItem::num_kv_heads, &AttendItem::block_begin, &AttendItem::block_end,
+    &AttendItem::work};
 
 }  // namespace pa

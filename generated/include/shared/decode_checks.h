@@ -94,21 +94,19 @@ Array CheckHeads(const ArgumentCheck<Spec>& check, const Parameter& of, const ch
   }
 }
 
-// All but the indices, which may not be for this CPU to read.
+// All but query and the indices, which may not be for this CPU to read, of a call that has num_rows query tokens and
+// args.batch sequences.
 template <typename Spec, typename Given>
-DecodeArguments CheckDecode(const Inputs& in) {
+void CheckAttention(const ArgumentCheck<Spec>& check, int64_t num_rows, DecodeArguments& args) {
+  const Inputs& in = check.in;
   const double scale = in.Float(Given::kScale);
-  const ArgumentCheck<Spec> check{in, in.Int(Given::kAsUint16)};
-  DecodeArguments args;
-  args.query = check(Given::kQuery, Spec::kDType, {-1, Spec::kNumHeads, Spec::kHeadDim}, "batch");
-  args.batch = args.query.shape[0];
   Array key_cache, value_cache;
   CheckCaches<Spec, Given>(check, &key_cache, &value_cache);
   args.num_blocks = key_cache.shape[0];
   args.block_table = check.Indices(Given::kBlockTable, kInt32, {args.batch, -1}, "max_blocks");
   args.context_lens = check.Indices(Given::kContextLens, kInt32, {args.batch});
-  args.out = CheckOut<Spec, Given>(check, args.batch);
-  if (!in.IsNone(Given::kLse)) args.lse = check(Given::kLse, kFloat32, {args.batch, Spec::kNumHeads});
+  args.out = CheckOut<Spec, Given>(check, num_rows);
+  if (!in.IsNone(Given::kLse)) args.lse = check(Given::kLse, kFloat32, {num_rows, Spec::kNumHeads});
   if (!(std::abs(static_cast<float>(scale)) <= std::numeric_limits<float>::max())) {
     Raise("ValueError", "%s: expected a finite float32, got %g", Given::kScale.name, scale);
   }
@@ -118,6 +116,15 @@ DecodeArguments CheckDecode(const Inputs& in) {
   args.sinks = CheckHeads<Spec::kSinks>(check, Given::kSinks, "no sinks", args);
   const Caches caches = AsCaches<Spec>(key_cache, value_cache);
   args.key_cache = caches.keys, args.value_cache = caches.values;
+}
+
+template <typename Spec, typename Given>
+DecodeArguments CheckDecode(const Inputs& in) {
+  const ArgumentCheck<Spec> check{in, in.Int(Given::kAsUint16)};
+  DecodeArguments args;
+  args.query = check(Given::kQuery, Spec::kDType, {-1, Spec::kNumHeads, Spec::kHeadDim}, "batch");
+  args.batch = args.query.shape[0];
+  CheckAttention<Spec, Given>(check, args.batch, args);
   return args;
 }
 

@@ -63,28 +63,32 @@ void CheckBlockIds(int64_t seq, const Index* row, int64_t first, int64_t used, i
   }
 }
 
+// The same of a run of a sequence's blocks. Entries that are int64 are read once: what has been checked goes, row by
+// row, to `to`.
+inline void CheckBlocks(const Array& block_table, int64_t seq, const Interval& blocks, int64_t num_blocks,
+                        int32_t* to) {
+  const int64_t num_ids = std::min(num_blocks, int64_t{1} << 31);  // block ids of 32 bits
+  const int64_t start = seq * block_table.strides[0];
+  if (block_table.tensor.dtype.bits == 32) {
+    const auto* row = static_cast<const int32_t*>(block_table.tensor.data) + start;
+    CheckBlockIds(seq, row, blocks.begin, blocks.end, num_ids, nullptr);
+  } else {
+    const auto* row = static_cast<const int64_t*>(block_table.tensor.data) + start;
+    CheckBlockIds(seq, row, blocks.begin, blocks.end, num_ids, to + seq * block_table.shape[1]);
+  }
+}
+
 // Lengths within the block table, and every used block id within the cache. Unused entries are not looked at: those
-// past a sequence's length, and those of blocks that its query does not see. Entries that are int64 are read once: what
-// has been checked goes to lens_to and, row by row, to table_to.
+// past a sequence's length, and those of blocks that its query does not see. Lengths that are int64 go to lens_to.
 template <typename Spec>
 void CheckIndices(const Array& block_table, const Array& context_lens, int64_t num_blocks, int32_t* lens_to = nullptr,
                   int32_t* table_to = nullptr) {
-  const int64_t capacity = Capacity(block_table, Spec::kBlockSize), width = block_table.shape[1];
-  const int64_t num_ids = std::min(num_blocks, int64_t{1} << 31);  // block ids of 32 bits
+  const int64_t capacity = Capacity(block_table, Spec::kBlockSize);
   for (int64_t seq = 0; seq < context_lens.shape[0]; ++seq) {
     const int64_t context_len = CheckContextLen(seq, IndexAt(context_lens, seq), capacity);
     if (lens_to != nullptr) lens_to[seq] = static_cast<int32_t>(context_len);
-    const int64_t start = seq * block_table.strides[0];
     const Seen<Spec> seen(context_len);
-    for (int i = 0; i < seen.count; ++i) {
-      const auto [first, used] = seen.blocks[i];
-      if (block_table.tensor.dtype.bits == 32) {
-        CheckBlockIds(seq, static_cast<const int32_t*>(block_table.tensor.data) + start, first, used, num_ids, nullptr);
-      } else {
-        const auto* row = static_cast<const int64_t*>(block_table.tensor.data) + start;
-        CheckBlockIds(seq, row, first, used, num_ids, table_to + seq * width);
-      }
-    }
+    for (int i = 0; i < seen.count; ++i) CheckBlocks(block_table, seq, seen.blocks[i], num_blocks, table_to);
   }
 }
 

@@ -5,12 +5,16 @@ A strategy is a class in a file of its own, which says whether it is for a spec 
 
 from __future__ import annotations
 
+import dataclasses
+
 from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.cpu.tiles.basis import Basis, CpuTiling, basis, rows
 from pa_compiler.cpu.tiles.head_dim_in_lanes import HeadDimInLanes
 from pa_compiler.cpu.tiles.heads_in_lanes import HeadsInLanes
 from pa_compiler.cpu.tiles.tokens_in_lanes import TokensInLanes
-from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.interface import ATTEND_KV_TILE, ATTEND_ROWS
+from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+from pa_compiler.tiles import divisors
 
 STRATEGIES: tuple[type[CpuTiling], ...] = (TokensInLanes, HeadsInLanes, HeadDimInLanes)
 """In the order in which they are asked; the last takes what no other does."""
@@ -38,6 +42,29 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> CpuTil
     """Choose the tiles from the spec and the target's features alone."""
     known = basis(spec, target, pipeline)
     return _strategy(known)[0].choose(known)
+
+
+def choose_attend(spec: PagedAttentionSpec, target: CpuTarget) -> CpuTiling:
+    """The tiles of attend: ATTEND_ROWS rows whatever the group is, which lie in lanes.
+
+    Keys and values are copied once for many tiles of rows, so that strides of a cache cost nothing in the matmuls; not
+    where they are packed, and so lie as they are read. Packed elements that have to be converted first are left to the
+    strategy that has tokens in lanes.
+    """
+    known = basis(spec, target, "fused")._replace(rows=ATTEND_ROWS)
+    packed, as_they_lie = spec.kv_layout == "packed", known.dot_pairs or spec.dtype == "float32"
+    strategy = TokensInLanes if packed and not as_they_lie else HeadsInLanes
+    elements = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
+    most = known.machine.second_level // (elements * (ITEMSIZES[spec.dtype] if known.dot_pairs else 4))
+    tiles = strategy.choose(known)
+    return dataclasses.replace(
+        tiles,
+        kv_tile=max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= max(most, tiles.token_group)),
+        copy_keys=not packed,
+        copy_values=not packed,
+        prefetches=True,
+        many_tokens=True,
+    )
 
 
 def choose_strategy(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> tuple[str, str]:

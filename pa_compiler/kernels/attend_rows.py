@@ -1,0 +1,132 @@
+"""The tiles of rows of a work item of attend: through the four stages, from scores to outputs, and to results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.tirx import Buffer
+
+from pa_compiler import tvmscript as script
+from pa_compiler.kernels import state
+from pa_compiler.kernels.computed import allocate_visible, compute_visible
+from pa_compiler.kernels.pv_matmul import pv_matmul
+from pa_compiler.kernels.qk_matmul import qk_matmul
+from pa_compiler.kernels.rows import OfRows, TokenRows
+from pa_compiler.kernels.score_functions import ScoreFunctions
+from pa_compiler.kernels.scores import Scoring
+from pa_compiler.kernels.sight import LAST_BEGIN, LEAST_LIMIT, LIMIT, Bounds, Sight, Tree, find_edges
+from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
+from pa_compiler.kernels.state import Factors, State
+from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiles import Tiling
+
+
+class Item(NamedTuple):
+    """What all stages of a work item have in common: its rows, what they see, and what their scores depend on."""
+
+    seq: Expr
+    token: Expr
+    num_tokens: Expr
+    kv_head_begin: Expr
+    num_kv_heads: Expr
+    head_tiles: Expr
+    scale: Expr
+    bounds: Bounds
+    tree: Tree
+    slopes: Buffer | None
+
+
+def rows_of_item(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[[Item, Expr], TokenRows]:
+    """(item, tile) -> the rows of one of its tiles."""
+    rows, group = tiling.row_tile, spec.group
+
+    def rows_of(item: Item, tile: Expr) -> TokenRows:
+        first_pair = T.floormod(tile, item.head_tiles) * rows
+        first_head = (item.kv_head_begin + T.floordiv(tile, item.head_tiles)) * group
+        num = T.min(item.num_tokens * group - first_pair, rows)
+        return TokenRows(item.token, item.num_tokens, first_head, group, first_pair, num)
+
+    return rows_of
+
+
+def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """The four stages for one tile of rows."""
+    rows, tokens, dim, terms = tiling.row_tile, tiling.padded_kv_tile, spec.result_dim, tiling.values.terms
+    in_pairs, rows_of = terms == 2, rows_of_item(spec, tiling)
+    qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax_prepare(spec, tiling), pv_matmul(spec, tiling)
+    pairs_stage, rescale_stage, fold_stage = pair_probs(tiling), state.rescale(rows), state.fold(1, rows, dim)
+    functions = ScoreFunctions(spec, many_tokens=True)
+    visible_stage, edges_stage = compute_visible(functions, tiling), find_edges(tiling)
+
+    def full_groups(tile):
+        """Token groups that all rows see whole, but for what a tree or a mask hides."""
+        least = T.min(tile.sight.reach(LEAST_LIMIT) - tile.start, tile.valid_len)
+        tree = tile.sight.tree
+        least = T.Select(tree.present, T.min(least, tree.first - tile.start), least)
+        count = T.floordiv(T.max(least, 0), tiling.token_group)
+        if tile.sight.bounds.begins is None:
+            return count
+        return T.Select(tile.sight.reach(LAST_BEGIN) <= tile.start, count, 0)
+
+    @script.inline
+    def stage(q_tile, first, keys, key_head, values, value_head, whole, running, step, num_steps, item, given):
+        scores = T.sblock_alloc_buffer((1, rows, tokens), "float32")
+        probs = T.sblock_alloc_buffer((1, rows, tokens), "float32")
+        tile_max = T.sblock_alloc_buffer((1, rows), "float32")
+        tile_sum = T.sblock_alloc_buffer((1, rows), "float32")
+        alpha = T.sblock_alloc_buffer((1, rows), "float32")
+        beta = T.sblock_alloc_buffer((1, rows), "float32")
+        edges = T.sblock_alloc_buffer((rows, tokens // terms), "int32")
+        of = T.meta_var(rows_of(item, first))
+        sight = T.meta_var(Sight(item.bounds, first, of, item.tree))
+        valid_len: T.let = script.opaque(T.min(whole.valid_len, sight.reach(LIMIT) - whole.start))
+        tile = T.meta_var(whole._replace(valid_len=valid_len, sight=sight))
+        qk_stage(q_tile, first, keys, key_head, tile, scores, 0)
+        if in_pairs:
+            prob_pairs = T.sblock_alloc_buffer((1, rows, tokens // 2), "int32")
+        weights = T.meta_var(prob_pairs if in_pairs else probs)
+        query_pos = T.meta_var(OfRows(item.bounds.positions, first))
+        computed = T.meta_var(allocate_visible(functions, tiling, given and given._replace(query_pos=query_pos), 1))
+        added = T.meta_var(State(tile_max, tile_sum, None, 0))
+        scoring = T.meta_var(Scoring(of, query_pos, item.slopes, computed))
+        visible_stage(computed, of, 0, tile.num_groups)
+        softmax_stage(scores, probs, added, item.scale, item.bounds.headroom(first), tile, tile.num_groups, scoring)
+        if in_pairs:
+            pairs_stage(probs, weights, 0, tile.num_groups)
+        rescale_stage(added, running, Factors(alpha, beta, 0), step)
+        num_full: T.let = script.opaque(full_groups(tile))
+        edges_stage(edges, tile, num_full)
+        with T.sblock("pv_update"):
+            T.reads()
+            T.writes()
+            tile_acc = T.sblock_alloc_buffer((1, rows, dim), "float32")
+            pv_stage(weights, values, value_head, tile, num_full, tile_acc, 0, computed, edges)
+            fold_stage(tile_acc, 0, Factors(alpha, beta, 0), running.acc, first, step, num_steps)
+
+    return stage
+
+
+def finish_item(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """out and lse of the item's tokens, or their partial results."""
+    rows_of = rows_of_item(spec, tiling)
+    normalize_stage = state.normalize(spec, tiling.row_tile, many_tokens=True)
+    store_stage = state.store(tiling.row_tile, spec.result_dim)
+
+    @script.inline
+    def stage(total, partial, is_whole, out, lse, item, num_tiles, sinks):
+        for tile in range(num_tiles):
+            with T.sblock("result"):
+                vtile = T.axis.spatial(num_tiles, tile)
+                T.reads()
+                T.writes()
+                result = T.meta_var(total._replace(slot=vtile))
+                of = T.meta_var(rows_of(item, vtile))
+                if is_whole:
+                    normalize_stage(result, out, lse, of, item.bounds.headroom(vtile), sinks)
+                else:
+                    store_stage(result, partial, of)
+
+    return stage

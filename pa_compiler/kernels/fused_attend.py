@@ -1,0 +1,281 @@
+"""Several query tokens of a sequence at once: the stages of fused_decode over rows that are pairs of token and head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from pa_compiler import tvmscript as script
+from pa_compiler.interface import attend_range_blocks, attend_tiles
+from pa_compiler.kernels import ahead, state
+from pa_compiler.kernels.arrays import Arrays, without
+from pa_compiler.kernels.attend_rows import Item, attend_rows, finish_item, rows_of_item
+from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_shape, load_tile, value_access
+from pa_compiler.kernels.computed import compute_columns
+from pa_compiler.kernels.load_query import load_query
+from pa_compiler.kernels.rows import begins_late
+from pa_compiler.kernels.score_functions import ScoreFunctions
+from pa_compiler.kernels.sight import (
+    BEGIN,
+    LIMIT,
+    Bounds,
+    Tree,
+    find_bounds,
+)
+from pa_compiler.kernels.state import EMPTY_ROW_MAX, State
+from pa_compiler.kernels.tokens import Tile, token_offsets
+from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiles import Tiling
+
+
+def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
+    """One work item: num_query query tokens of a sequence, in num_kv_heads kv heads, over the blocks of its range.
+
+    The query tokens are those from token_begin on in query and out; the first of them is at position first_pos of
+    sequence seq, the others follow. With causal, the one at position p sees keys 0 to p, otherwise all context_len keys
+    of its sequence; in both cases within the window and the mask of the spec. With tree_start >= 0 it sees all keys
+    before the tree_size last tokens of its sequence, and of these what its row of tree_mask says, which for the item's
+    first token begins at tree_start, and for each other one tree_size further.
+
+    The item has num_kv_heads * ceil(num_query * group / row_tile) <= attend_tiles tiles of rows. Its keys are those of
+    the blocks [block_begin, block_end); block_begin is a multiple of attend_range_blocks. With partial_start < 0 these
+    are all that its tokens see: writes their out and lse. Otherwise they are of one range of attend_range_blocks, and
+    it writes the partial results of its heads to the slots from partial_start on, one for each token.
+
+    A range begins with an empty state, and the states of ranges are merged in their order, here or in merge_attend: so
+    what a token gets depends on neither. Tiles of tokens begin at multiples of kv_tile.
+    """
+    arrays, kv_tile, rows = Arrays(spec, tiling), tiling.kv_tile, tiling.row_tile
+    tiles, depth, dim = attend_tiles(spec), spec.head_dim // tiling.keys.terms, spec.result_dim
+    range_tokens, late = attend_range_blocks(spec) * spec.block_size, begins_late(spec)
+    start, attend, finish = _start(spec, tiling), _attend_range(spec, tiling), finish_item(spec, tiling)
+    merge_stage = state.merge(rows, dim, "range_")
+    functions = ScoreFunctions(spec, many_tokens=True)
+
+    @script.prim_func(s_tir=True)
+    def fused_attend(
+        query_handle: T.handle,
+        key_cache_handle: T.handle,
+        value_cache_handle: T.handle,
+        block_table_handle: T.handle,
+        context_lens_handle: T.handle,
+        tree_mask_handle: T.handle,
+        partial_max_handle: T.handle,
+        partial_sum_handle: T.handle,
+        partial_acc_handle: T.handle,
+        out_handle: T.handle,
+        lse_handle: T.handle,
+        alibi_slopes_handle: T.handle,
+        sinks_handle: T.handle,
+        k_block: T.int64,
+        k_row: T.int64,
+        k_head: T.int64,
+        v_block: T.int64,
+        v_row: T.int64,
+        v_head: T.int64,
+        seq: T.int32,
+        token_begin: T.int32,
+        num_query: T.int32,
+        first_pos: T.int32,
+        kv_head_begin: T.int32,
+        num_kv_heads: T.int32,
+        block_begin: T.int32,
+        block_end: T.int32,
+        partial_start: T.int32,
+        causal: T.int32,
+        tree_start: T.int64,
+        tree_size: T.int32,
+        query_scale: T.float32,
+        score_scale: T.float32,
+    ):
+        query = arrays.query(query_handle)
+        key_cache = arrays.key_cache(key_cache_handle)
+        value_cache = arrays.value_cache(value_cache_handle)
+        block_table = arrays.block_table(block_table_handle)
+        context_lens = arrays.context_lens(context_lens_handle)
+        tree_mask = arrays.tree_mask(tree_mask_handle)
+        partial_max = arrays.partial_rows(partial_max_handle)
+        partial_sum = arrays.partial_rows(partial_sum_handle)
+        partial_acc = arrays.partial_acc(partial_acc_handle)
+        out = arrays.out(out_handle)
+        lse = arrays.lse(lse_handle)
+        if spec.alibi:
+            alibi_slopes = arrays.alibi_slopes(alibi_slopes_handle)
+        if spec.sinks:
+            sinks = arrays.sinks(sinks_handle)
+        of_functions = T.meta_var(arrays.of_functions(functions.arrays))
+        with T.sblock("root"):
+            q_tile = T.sblock_alloc_buffer((tiles, rows, depth), tiling.keys.factor_dtype)
+            row_max = T.sblock_alloc_buffer((tiles, rows), "float32")
+            row_sum = T.sblock_alloc_buffer((tiles, rows), "float32")
+            acc = T.sblock_alloc_buffer((tiles, rows, dim), "float32")
+            total_max = T.sblock_alloc_buffer((tiles, rows), "float32")
+            total_sum = T.sblock_alloc_buffer((tiles, rows), "float32")
+            total_acc = T.sblock_alloc_buffer((tiles, rows, dim), "float32")
+            positions = T.sblock_alloc_buffer((tiles, rows), "int32")
+            limits = T.sblock_alloc_buffer((tiles, rows), "int32")
+            if late:
+                begins = T.sblock_alloc_buffer((tiles, rows), "int32")
+            if spec.wide_range:
+                places = T.sblock_alloc_buffer((tiles, rows), "int32")
+            reach = T.sblock_alloc_buffer((tiles, 4), "int32")
+            span = T.sblock_alloc_buffer((2,), "int32")
+            context_len: T.let = context_lens[seq]
+            head_tiles: T.let = T.ceildiv(num_query * spec.group, rows)
+            num_tiles: T.let = num_kv_heads * head_tiles
+            item = T.meta_var(
+                Item(
+                    seq, token_begin, num_query, kv_head_begin, num_kv_heads, head_tiles, score_scale,
+                    Bounds(positions, limits, begins if late else None, places if spec.wide_range else None, reach),
+                    Tree(tree_mask, tree_start, tree_size, context_len - tree_size),
+                    alibi_slopes if spec.alibi else None,
+                )
+            )  # fmt: skip
+            sees_all: T.let = T.Or(causal == 0, tree_start >= T.int64(0))
+            total = T.meta_var(State(total_max, total_sum, total_acc, 0))
+            running = T.meta_var(State(row_max, row_sum, acc, 0))
+            start(query, q_tile, item, num_tiles, first_pos, context_len, sees_all, query_scale, total, span)
+            first_key: T.let = block_begin * spec.block_size
+            key_end: T.let = T.min(block_end * spec.block_size, span[1])
+            num_ranges: T.let = T.ceildiv(T.max(key_end - first_key, 0), range_tokens)
+            for number in range(num_ranges):
+                with T.sblock("key_range"):
+                    vrange = T.axis.opaque(num_ranges, number)
+                    T.reads()
+                    T.writes()
+                    range_begin: T.let = first_key + vrange * range_tokens
+                    range_end: T.let = script.opaque(T.min(range_begin + range_tokens, key_end))
+                    read_begin: T.let = script.opaque(T.max(range_begin, span[0] - T.floormod(span[0], kv_tile)))
+                    num_steps: T.let = T.ceildiv(T.max(range_end - read_begin, 0), kv_tile)
+                    for step in range(num_steps):
+                        with T.sblock("kv_tile"):
+                            vstep = T.axis.opaque(num_steps, step)
+                            T.reads()
+                            T.writes()
+                            key_offsets = T.sblock_alloc_buffer((tiling.num_offsets,), "int64")
+                            if not spec.shared_kv:
+                                value_offsets = T.sblock_alloc_buffer((tiling.num_offsets,), "int64")
+                            keys = T.meta_var(Cache(key_cache, k_block, k_row, k_head, key_offsets))
+                            values = T.meta_var(
+                                keys if spec.shared_kv else Cache(value_cache, v_block, v_row, v_head, value_offsets)
+                            )
+                            attend(
+                                q_tile, keys, values, block_table, of_functions, item, running, vstep, num_steps,
+                                read_begin + vstep * kv_tile, range_end, span[0] if late else None, context_len,
+                            )  # fmt: skip
+                    for tile in range(num_tiles):
+                        with T.sblock("range_state"):
+                            vtile = T.axis.spatial(num_tiles, tile)
+                            T.reads()
+                            T.writes()
+                            if T.And(num_steps > 0, read_begin < reach[vtile, LIMIT]):
+                                merge_stage(running._replace(slot=vtile), total._replace(slot=vtile), 1, 2)
+            finish(
+                total, State(partial_max, partial_sum, partial_acc, partial_start), partial_start < 0, out, lse, item,
+                num_tiles, sinks if spec.sinks else None,
+            )  # fmt: skip
+
+    return without(fused_attend)
+
+
+def _start(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """The query rows of all tiles, what they see, and empty states; and from where up to where one of them sees."""
+    rows, dim, rows_of = tiling.row_tile, spec.result_dim, rows_of_item(spec, tiling)
+    load_query_stage, bounds_stage = load_query(spec, tiling), find_bounds(spec, tiling)
+
+    @script.inline
+    def stage(query, q_tile, item, num_tiles, first_pos, context_len, sees_all, query_scale, total, span):
+        for tile in range(num_tiles):
+            with T.sblock("query_tile"):
+                vtile = T.axis.spatial(num_tiles, tile)
+                T.reads()
+                T.writes()
+                of = T.meta_var(rows_of(item, vtile))
+                load_query_stage(query, q_tile, vtile, of, query_scale)
+                bounds_stage(item.bounds, vtile, of, first_pos, context_len, sees_all)
+                with T.sblock("empty_state"):
+                    T.reads()
+                    T.writes(
+                        total.row_max[vtile, 0:rows], total.row_sum[vtile, 0:rows], total.acc[vtile, 0:rows, 0:dim]
+                    )
+                    for r in range(rows):
+                        with T.sblock("empty_row"):
+                            vr = T.axis.spatial(rows, r)
+                            total.row_max[vtile, vr] = T.float32(EMPTY_ROW_MAX)
+                            total.row_sum[vtile, vr] = T.float32(0)
+                    for r, d in T.grid(rows, dim):
+                        with T.sblock("empty_acc"):
+                            vr, vd = T.axis.remap("SS", [r, d])
+                            total.acc[vtile, vr, vd] = T.float32(0)
+        reach = T.meta_var(item.bounds.reach)
+        for tile in range(num_tiles):
+            with T.sblock("span"):
+                vtile = T.axis.opaque(num_tiles, tile)
+                T.reads(reach[vtile, 0:4])
+                T.writes(span[0:2])
+                span[0] = T.Select(vtile == 0, reach[vtile, BEGIN], T.min(span[0], reach[vtile, BEGIN]))
+                span[1] = T.Select(vtile == 0, reach[vtile, LIMIT], T.max(span[1], reach[vtile, LIMIT]))
+
+    return stage
+
+
+def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """A tile of tokens through the four stages: kv head by kv head, and in each tile of rows by tile of rows."""
+    key_offsets_stage = token_offsets(spec, tiling, key_access(spec, tiling))
+    value_offsets_stage = token_offsets(spec, tiling, value_access(spec, tiling))
+    key_copy, value_copy = key_copy_shape(spec, tiling), copy_shape(tiling, tiling.values, spec.result_dim)
+    load_keys = load_tile(tiling, key_access(spec, tiling), tiling.keys, key_copy, "load_keys")
+    load_values = load_tile(tiling, value_access(spec, tiling), tiling.values, value_copy, "load_values")
+    attend, k_dtype, v_dtype = attend_rows(spec, tiling), tiling.keys.factor_dtype, tiling.values.factor_dtype
+    columns_stage = compute_columns(ScoreFunctions(spec, many_tokens=True), tiling)
+    fetch_keys, fetch_values = (ahead.fetch(tiling, access(spec, tiling)) for access in (key_access, value_access))
+
+    @script.inline
+    def stage(
+        q_tile, key_cache, value_cache, block_table, of_functions, item, running, step, num_steps, start, range_end,
+        first_token, context_len,
+    ):  # fmt: skip
+        tile_start: T.let = script.opaque(start)
+        valid_len: T.let = script.opaque(T.min(range_end - tile_start, tiling.kv_tile))
+        tile = T.meta_var(Tile(tiling, tile_start, valid_len))
+        next_len: T.let = script.opaque(T.max(T.min(range_end - tile_start - tiling.kv_tile, tiling.kv_tile), 0))
+        num_offsets: T.let = tile.num_groups * tiling.token_group + (next_len if tiling.prefetches else 0)
+        last: T.let = range_end - 1
+        key_offsets_stage(block_table, key_cache, tile, item.seq, last, num_offsets, first_token)
+        if not spec.shared_kv:
+            value_offsets_stage(block_table, value_cache, tile, item.seq, last, num_offsets, first_token)
+        computed = T.meta_var(columns_stage(of_functions, item.seq, context_len, tile, tile.num_groups))
+        for kv_head in range(item.num_kv_heads):
+            with T.sblock("kv_head"):
+                vkv = T.axis.spatial(item.num_kv_heads, kv_head)
+                T.reads()
+                T.writes()
+                key_head: T.let = T.Cast("int64", item.kv_head_begin + vkv) * key_cache.head
+                value_head: T.let = T.Cast("int64", item.kv_head_begin + vkv) * value_cache.head
+                if tiling.copy_keys:
+                    k_tile = T.sblock_alloc_buffer(key_copy, k_dtype)
+                    load_keys(key_cache, k_tile, key_head, tile.num_groups)
+                if tiling.copy_values:
+                    v_tile = T.sblock_alloc_buffer(value_copy, v_dtype)
+                    load_values(value_cache, v_tile, value_head, tile.num_groups)
+                keys = T.meta_var(key_cache._replace(memory=k_tile) if tiling.copy_keys else key_cache)
+                values = T.meta_var(value_cache._replace(memory=v_tile) if tiling.copy_values else value_cache)
+                for row_tile in range(item.head_tiles):
+                    with T.sblock("row_tile"):
+                        vrt = T.axis.spatial(item.head_tiles, row_tile)
+                        T.reads()
+                        T.writes()
+                        first: T.let = script.opaque(vkv * item.head_tiles + vrt)
+                        if tiling.prefetches:
+                            fetch_keys(key_cache, key_head, vrt, item.head_tiles, next_len)
+                            if not spec.shared_kv:
+                                fetch_values(value_cache, value_head, vrt, item.head_tiles, next_len)
+                        if tile_start < item.bounds.reach[first, LIMIT]:
+                            attend(
+                                q_tile, first, keys, key_head, values, value_head, tile,
+                                running._replace(slot=first), step, num_steps, item, computed,
+                            )  # fmt: skip
+
+    return stage

@@ -1,0 +1,181 @@
+"""What the tokens of a sequence weigh for a query token, in NumPy and float64: the softmax of the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pa_compiler import reference_functions
+from pa_compiler.score import Function
+
+Functions = Function | Callable[..., Any]
+
+
+class Seen(NamedTuple):
+    """Where a query token is in its sequence, and the positions of the keys that it may see, ascending."""
+
+    query_pos: int
+    position: np.ndarray
+
+
+def tokens_of(
+    context_lens: np.ndarray,
+    query_start_loc: np.ndarray,
+    *,
+    causal: bool = True,
+    tree_mask: np.ndarray | None = None,
+) -> Iterator[tuple[int, int, Seen]]:
+    """Each query token of a ragged call, as attend has them: its sequence, its number, and what it may see."""
+    tree_end = 0
+    for sequence, context_len in enumerate(np.asarray(context_lens).tolist()):
+        begin, end = int(query_start_loc[sequence]), int(query_start_loc[sequence + 1])
+        count = end - begin
+        tree_start, tree_end = tree_end, tree_end + count * count
+        position = np.arange(context_len)
+        for i in range(count):
+            query_pos = context_len - count + i
+            sees = position <= query_pos if causal else position >= 0
+            if tree_mask is not None:
+                row = np.asarray(tree_mask[tree_start:tree_end]).reshape(count, count)[i]
+                sees = np.concatenate([position[: context_len - count] >= 0, row.astype(bool)])
+            yield sequence, begin + i, Seen(query_pos, position[sees])
+
+
+class Weighed(NamedTuple):
+    """The tokens that one query token may see, with what each weighs for each head; in float64.
+
+    Attributes:
+        scores: [num_kv_heads, group, tokens], as the softmax takes them.
+        weights: The same shape: shares of a denominator that has the sink in it.
+        values: [num_kv_heads, tokens, value_dim]; 0 where a mask hides the token from all heads that share it.
+        lse: [num_heads], the logarithm of the denominator.
+        given: As scores: what score_mod was given.
+        magnitude: As scores: sum(abs(query) * abs(key)) with the scale, of the products that a score is summed of; 0
+            without score_mod.
+        visible: bool, as scores: what mask_mod leaves. None without one.
+        position: [tokens], of the keys.
+    """
+
+    scores: np.ndarray
+    weights: np.ndarray
+    values: np.ndarray
+    lse: np.ndarray
+    given: np.ndarray
+    magnitude: np.ndarray
+    visible: np.ndarray | None
+    position: np.ndarray
+
+    def out(self) -> np.ndarray:
+        """[num_heads, value_dim]: the averages of the values. What a head does not see has no part in its own."""
+        if self.visible is None or np.isfinite(self.values).all():
+            return (self.weights @ self.values).reshape(len(self.lse), -1)
+        group = self.weights.shape[1]
+        return np.stack(
+            [
+                self.weights[head // group, head % group][seen] @ self.values[head // group][seen]
+                for head, seen in enumerate(self.visible.reshape(len(self.lse), -1))
+            ]
+        )
+
+
+def weigh(
+    query: np.ndarray,
+    key_cache: np.ndarray,
+    value_cache: np.ndarray,
+    blocks: np.ndarray,
+    seen: Seen,
+    scale: float | np.ndarray | None = None,
+    *,
+    kv_layout: str = "NHD",
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: np.ndarray | None = None,
+    sinks: np.ndarray | None = None,
+    score_mod: Functions | None = None,
+    mask_mod: Functions | None = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    batch: int = 0,
+) -> Weighed:
+    """What the tokens of one sequence weigh for one of its query tokens.
+
+    Args:
+        query: [num_heads, head_dim].
+        key_cache: This, value_cache and what follows scale are those of decode.
+        value_cache: As key_cache.
+        blocks: A row of block_table.
+        seen: Where the query token is, and the keys that it may see, before the window and mask_mod.
+        scale: Factor on every score; 1 / sqrt(head_dim) where it is None.
+        kv_layout: As for decode.
+        window: As for decode.
+        softcap: As for decode.
+        alibi_slopes: As for decode.
+        sinks: As for decode.
+        score_mod: As for decode.
+        mask_mod: As for decode.
+        inputs: As for decode.
+        batch: The number of the sequence, for functions.
+    """
+    num_heads, head_dim = query.shape
+    position = seen.position if window is None else seen.position[seen.position > seen.query_pos - window]
+    places = reference_functions.Places(batch, seen.query_pos, position, inputs or {})
+    num_kv_heads = key_cache.shape[2 if kv_layout == "NHD" else 1]
+    visible = is_nan = None
+    if mask_mod is not None:
+        visible, is_nan = places.mask(mask_mod, (num_kv_heads, num_heads // num_kv_heads, len(position)))
+        is_read = visible.any(axis=(0, 1))
+        position, visible, is_nan = position[is_read], visible[..., is_read], is_nan[..., is_read]
+        places = places._replace(key_pos=position)
+    key, values = gathered(key_cache, value_cache, blocks, position, kv_layout)
+    by_kv_head = (num_kv_heads, num_heads // num_kv_heads, 1)
+    grouped = query.astype(np.float64).reshape(num_kv_heads, -1, head_dim)
+    if visible is not None:
+        key.swapaxes(1, 2)[~visible.any(axis=1)] = 0
+        values[~visible.any(axis=1)] = 0
+    factor = 1 / math.sqrt(head_dim) if scale is None else float(scale)
+    with np.errstate(invalid="ignore"):  # a key of infinities may be hidden from some heads
+        scores = factor * (grouped @ key)
+        magnitude = np.zeros(()) if score_mod is None else abs(factor) * (np.abs(grouped) @ np.abs(key))
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    given = scores
+    if score_mod is not None:
+        scores = places.score(score_mod, scores, visible)
+    if alibi_slopes is not None:
+        scores = scores + np.asarray(alibi_slopes, np.float64).reshape(by_kv_head) * (position - seen.query_pos)
+    if visible is not None and is_nan is not None:
+        scores = np.where(visible, np.where(is_nan, np.nan, scores), -np.inf)
+    sink = np.full(by_kv_head, -np.inf) if sinks is None else np.asarray(sinks, np.float64).reshape(by_kv_head)
+    peak = np.maximum(scores.max(axis=-1, keepdims=True, initial=-np.inf), sink)
+    has_weight = peak != -np.inf
+    weights = np.exp(scores - np.where(has_weight, peak, 0))
+    row_sum = weights.sum(axis=-1, keepdims=True) + np.exp(sink - np.where(has_weight, peak, 0))
+    row_sum = np.where(has_weight, row_sum, 1)
+    lse = (peak + np.log(row_sum)).reshape(num_heads)
+    return Weighed(scores, weights / row_sum, values, lse, given, magnitude, visible, position)
+
+
+def gathered(
+    key_cache: np.ndarray, value_cache: np.ndarray, blocks: np.ndarray, position: np.ndarray, kv_layout: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keys [num_kv_heads, head_dim, tokens] and values [num_kv_heads, tokens, value_dim] of some tokens, in float64."""
+    if kv_layout == "packed":  # gathered element by element: [tokens, dim, num_kv_heads]
+        pair = 2 if key_cache.dtype.name == "bfloat16" else 1
+        block_size = pair * value_cache.shape[2]
+        block, slot = blocks[position // block_size][:, None], (position % block_size)[:, None]
+        dim, out_dim = np.arange(pair * key_cache.shape[2]), np.arange(value_cache.shape[3] // pair)
+        keys = key_cache[block, :, dim // pair, pair * slot + dim % pair].swapaxes(1, 2)
+        values = value_cache[block, :, slot // pair, pair * out_dim + slot % pair].swapaxes(1, 2)
+    else:
+        if kv_layout == "HND":
+            key_cache, value_cache = key_cache.swapaxes(1, 2), value_cache.swapaxes(1, 2)
+        block_size = value_cache.shape[1]
+        block, slot = blocks[position // block_size], position % block_size
+        keys, values = key_cache[block, slot], value_cache[block, slot]
+    # in C's order whatever the layout, since BLAS may sum in an order that depends on the strides
+    return (
+        keys.astype(np.float64, order="C").transpose(1, 2, 0),
+        values.astype(np.float64, order="C").transpose(1, 0, 2),
+    )

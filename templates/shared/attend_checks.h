@@ -1,0 +1,110 @@
+// The arguments of attend. For Spec see caches.h; Given has attend's parameters.
+#pragma once
+
+#include <cinttypes>
+#include <cstdint>
+
+#include "shared/decode_checks.h"
+#include "shared/indices.h"
+#include "shared/queries.h"
+
+namespace pa {
+
+// Rows of query, out and lse are query tokens.
+struct AttendArguments : DecodeArguments {
+  Array query_start_loc, tree_mask;  // tree_mask.tensor.data is nullptr where none was given
+  bool causal;
+
+  bool has_tree() const { return tree_mask.tensor.data != nullptr; }
+};
+
+// All but the indices.
+template <typename Spec, typename Given>
+AttendArguments CheckAttend(const Inputs& in) {
+  const ArgumentCheck<Spec> check{in, in.Int(Given::kAsUint16)};
+  AttendArguments args;
+  args.query = check(Given::kQuery, Spec::kDType, {-1, Spec::kNumHeads, Spec::kHeadDim}, "num_tokens");
+  const int64_t num_tokens = args.query.shape[0];
+  if (num_tokens > INT32_MAX) {
+    Raise("ValueError", "query: expected up to 2**31 - 1 query tokens, got %" PRId64, num_tokens);
+  }
+  args.batch = check.Indices(Given::kContextLens, kInt32, {-1}, "batch").shape[0];
+  CheckAttention<Spec, Given>(check, num_tokens, args);
+  args.query_start_loc = check.Indices(Given::kQueryStartLoc, kInt32, {args.batch + 1});
+  CheckNotWritten(args, {"query_start_loc", &args.query_start_loc});
+  args.causal = in.Int(Given::kCausal) != 0;
+  if constexpr (Spec::kWindow < 0) {  // kernels ask of a mask what its bounds leave, which are of keys up to the query
+    if (!args.causal) Raise("ValueError", "causal: expected True for a spec with mask_mod, got False");
+    if (!in.IsNone(Given::kTreeMask)) Raise("ValueError", "tree_mask: expected None for a spec with mask_mod, got one");
+  }
+  if (in.IsNone(Given::kTreeMask)) return args;
+  const DLDataType given = in.Tensor(Given::kTreeMask).dtype;
+  if (!Same(given, kBool) && !Same(given, kUint8)) {
+    Raise("TypeError", "tree_mask: expected dtype bool or uint8, got %s", DTypeText(given).c_str());
+  }
+  args.tree_mask = check(Given::kTreeMask, given, {-1}, "the sum of n * n");
+  args.tree_mask.tensor.dtype = kUint8;
+  CheckNotWritten(args, {"tree_mask", &args.tree_mask});
+  if (!args.causal) Raise("ValueError", "tree_mask: expected causal=True beside it, got causal=False");
+  return args;
+}
+
+// Lengths within the block table, and query tokens that are the last of their sequences. Those that are int64 go to
+// lens_to and starts_to.
+inline void CheckLengths(const Array& context_lens, const Array& query_start_loc, int64_t capacity, int64_t num_tokens,
+                         int32_t* lens_to, int32_t* starts_to) {
+  const int64_t batch = context_lens.shape[0];
+  int64_t begin = IndexAt(query_start_loc, 0);
+  if (begin != 0) Raise("ValueError", "query_start_loc: expected 0 first, got %" PRId64, begin);
+  if (starts_to != nullptr) starts_to[0] = 0;
+  for (int64_t seq = 0; seq < batch; ++seq) {
+    const int64_t context_len = CheckContextLen(seq, IndexAt(context_lens, seq), capacity);
+    const int64_t end = IndexAt(query_start_loc, seq + 1);
+    if (end < begin) {
+      Raise("ValueError",
+            "query_start_loc: expected numbers that never fall, got %" PRId64 " after %" PRId64 " at position %" PRId64,
+            end, begin, seq + 1);
+    }
+    if (end - begin > context_len) {
+      Raise("ValueError",
+            "query_start_loc: expected up to %" PRId64 " query tokens of sequence %" PRId64
+            ", its tokens in context_lens, got %" PRId64,
+            context_len, seq, end - begin);
+    }
+    if (lens_to != nullptr) lens_to[seq] = static_cast<int32_t>(context_len);
+    if (starts_to != nullptr) starts_to[seq + 1] = static_cast<int32_t>(end);
+    begin = end;
+  }
+  if (num_tokens >= 0 && begin != num_tokens) {
+    Raise("ValueError", "query_start_loc: expected num_tokens last, %" PRId64 ", got %" PRId64, num_tokens, begin);
+  }
+}
+
+// A mask of [n, n] for each sequence of n query tokens, and ids within the cache of all blocks from the first to the
+// last that one of a sequence's query tokens sees. Those of sequences without query tokens are not looked at.
+template <typename Spec>
+void CheckQueries(const AttendArguments& args, const Queries& queries, int32_t* table_to) {
+  int64_t tree_end = 0;
+  for (int64_t seq = 0; seq < queries.batch; ++seq) tree_end += queries.Count(seq) * queries.Count(seq);
+  if (args.has_tree() && args.tree_mask.shape[0] != tree_end) {
+    Raise("ValueError",
+          "tree_mask: expected shape [%" PRId64 "], n * n for each sequence of n query tokens, got [%" PRId64 "]",
+          tree_end, args.tree_mask.shape[0]);
+  }
+  int64_t tree_start = 0;
+  for (int64_t seq = 0; seq < queries.batch; ++seq) {
+    const int64_t count = queries.Count(seq), context_len = queries.context_lens[seq];
+    if (count > 0 && queries.IsDecode(seq, tree_start)) {
+      const Seen<Spec> seen(context_len);
+      for (int i = 0; i < seen.count; ++i) {
+        CheckBlocks(args.block_table, seq, seen.blocks[i], args.num_blocks, table_to);
+      }
+    } else if (count > 0) {
+      const Interval keys = KeysSeen<Spec>(queries.FirstPos(seq), context_len, context_len, queries.SeesAhead());
+      CheckBlocks(args.block_table, seq, BlocksOf<Spec>(keys), args.num_blocks, table_to);
+    }
+    tree_start += count * count;
+  }
+}
+
+}  // namespace pa
