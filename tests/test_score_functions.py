@@ -111,7 +111,7 @@ def poison_hidden(spec, inputs, visible, value=np.nan):
 
 
 def decode(module, inputs, given):
-    return module.decode(*inputs.arguments, None, inputs.out, lse=inputs.lse, inputs=given, **inputs.heads)
+    return module.decode(*inputs.arguments, None, inputs.out, lse=inputs.lse, **(inputs.heads | {"inputs": given}))
 
 
 def expected(spec, inputs, given):
@@ -119,7 +119,7 @@ def expected(spec, inputs, given):
     value = key[..., : spec.result_dim] if value is None else value
     return reference.decode(
         query, key, value, *rest, kv_layout=spec.kv_layout, return_lse=True, window=spec.window, softcap=spec.softcap,
-        **inputs.heads, score_mod=spec.score_mod, mask_mod=spec.mask_mod, inputs=given,
+        **(inputs.heads | {"inputs": given}), score_mod=spec.score_mod, mask_mod=spec.mask_mod,
     )  # fmt: skip
 
 

@@ -37,6 +37,10 @@ AttendArguments CheckAttend(const Inputs& in) {
   args.query_start_loc = check.Indices(Given::kQueryStartLoc, kInt32, {args.batch + 1});
   CheckNotWritten(args, {"query_start_loc", &args.query_start_loc});
   args.causal = in.Int(Given::kCausal) != 0;
+  if constexpr (Spec::kWindow < 0) {  // kernels ask of a mask what its bounds leave, which are of keys up to the query
+    if (!args.causal) Raise("ValueError", "causal: expected True for a spec with mask_mod, got False");
+    if (!in.IsNone(Given::kTreeMask)) Raise("ValueError", "tree_mask: expected None for a spec with mask_mod, got one");
+  }
   if (in.IsNone(Given::kTreeMask)) return args;
   const DLDataType given = in.Tensor(Given::kTreeMask).dtype;
   if (!Same(given, kBool) && !Same(given, kUint8)) {

@@ -35,13 +35,12 @@ struct Queries {
 };
 
 // The keys from the first that is seen by one of a sequence's query tokens, those at the positions begin to end - 1, to
-// the last. Those between may be seen by none of them.
+// the last. Those between may be seen by none of them. A query token with a mask sees no key after itself.
 template <typename Spec>
-Interval KeysSeen(int64_t begin, int64_t end, int64_t context_len, bool sees_ahead) {
+Interval KeysSeen(int64_t begin, int64_t end, [[maybe_unused]] int64_t context_len, [[maybe_unused]] bool sees_ahead) {
   if constexpr (Spec::kWindow >= 0) {
     return {SeenKeys<Spec>(begin + 1).at[0].begin, sees_ahead ? context_len : end};
   } else {
-    if (sees_ahead) return {0, context_len};  // of what comes after a query token Spec says nothing
     Interval keys = {0, 0};
     for (int64_t pos = begin; pos < end; ++pos) {
       const Interval seen = Seen<Spec>(pos + 1).keys;
