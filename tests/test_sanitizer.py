@@ -59,12 +59,17 @@ def library(tmp_path_factory):
 
 @pytest.mark.scorecard(15)
 @pytest.mark.parametrize(
-    ("short", "access"),
-    [("key_cache", "READ"), ("value_cache", "READ"), ("query", "READ"), ("block_table", "READ"), ("out", "WRITE")],
+    ("call", "short", "access"),
+    [
+        *((call, name, "READ") for call in ("decode", "attend") for name in ("key_cache", "value_cache", "query")),
+        *((call, "block_table", "READ") for call in ("decode", "attend")),
+        *((call, "out", "WRITE") for call in ("decode", "attend")),
+        *(("attend", name, "READ") for name in ("query_start_loc", "tree_mask")),
+    ],
 )
-def test_an_element_too_far_is_reported(library, figure, short, access):
+def test_an_element_too_far_is_reported(library, figure, call, short, access):
     """Without this, a run without reports would say nothing. The host reads block_table, the kernels the others."""
-    ran = sanitizer.run(CALLS, "--short", short, library)
+    ran = sanitizer.run(CALLS, "--short", call, short, library)
     assert ran.returncode == sanitizer.EXIT_STATUS, ran.stderr
     assert "AddressSanitizer: heap-buffer-overflow" in ran.stderr
     assert f"{access} of size" in ran.stderr

@@ -6,8 +6,13 @@ from pa_compiler import artifact
 from pa_compiler.cpu import backend
 
 
-def build_library(spec, cpu, tiles, pipeline, directory):
-    """Leave pa.so and the texts of the stages in an empty directory, for a resolved target and these tiles."""
-    artifact.build_into(
-        directory, spec, pipeline, lambda scratch: backend.build_with_tiles(spec, cpu, tiles, pipeline, scratch)
-    )
+def build_library(spec, cpu, tiles, pipeline, directory, of_attend=None):
+    """Leave pa.so and the texts of the stages in an empty directory, for a resolved target and these tiles.
+
+    It has attend where there are tiles of it.
+    """
+
+    def build(scratch):
+        return backend.build_with_tiles(spec, cpu, tiles, pipeline, scratch, of_attend)
+
+    artifact.build_into(directory, spec, pipeline, build)

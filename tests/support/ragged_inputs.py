@@ -55,7 +55,9 @@ class Ragged:
         return dataclasses.replace(self, query=query, inputs=inputs, query_start_loc=np.array([0, count]))
 
 
-def make_ragged(spec, sequences, *, seed=0, poison="nan", index=np.int32, **options) -> Ragged:
+def make_ragged(
+    spec, sequences, *, seed=0, poison="nan", index=np.int32, spare_blocks=3, surplus=2, **options
+) -> Ragged:
     """Draw the arrays of one call.
 
     Args:
@@ -64,11 +66,14 @@ def make_ragged(spec, sequences, *, seed=0, poison="nan", index=np.int32, **opti
         seed: Seed of the data.
         poison: As for make_inputs, for slots and blocks without a token.
         index: The dtype of block_table, context_lens and query_start_loc.
+        spare_blocks: As for make_inputs.
+        surplus: As for make_inputs.
         **options: causal and tree_mask of attend.
     """
     counts, context_lens = ([each[i] for each in sequences] for i in range(2))
     everything = dataclasses.replace(spec, window=None, score_mod=None, mask_mod=None, inputs={})
-    inputs = make_inputs(everything, np.array(context_lens, np.int32), seed=seed, poison=poison)
+    room = {"spare_blocks": spare_blocks, "surplus": surplus}
+    inputs = make_inputs(everything, np.array(context_lens, np.int32), seed=seed, poison=poison, **room)
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(index)
     query = noise(np.random.default_rng((2, seed)), (int(starts[-1]), spec.num_heads, spec.head_dim), 2.0, spec.dtype)
     indices = {name: getattr(inputs, name).astype(index) for name in ("block_table", "context_lens")}

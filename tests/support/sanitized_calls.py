@@ -1,7 +1,7 @@
-"""Calls of libraries in a process of their own: python sanitized_calls.py [--short NAME] FILE...
+"""Calls of libraries in a process of their own: python sanitized_calls.py [--short CALL NAME] FILE...
 
-Arrays are as large as they have to be and no larger. With --short, the array of that name lacks its last element,
-whatever its shape says: the call then reads or writes one element past its end.
+Arrays are as large as they have to be and no larger. With --short, the array of that name of decode, or of attend,
+lacks its last element, whatever its shape says: the call then reads or writes one element past its end.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 import numpy as np
 from inputs import DTYPES, lay_out, make_inputs
 from numpy.lib.stride_tricks import as_strided
+from ragged_inputs import assert_near_float64, make_ragged
 from tolerances import assert_close_to_oracle, assert_same_bits
 
 import pa_compiler
@@ -30,6 +31,26 @@ def decode(module, number):
         out, lse = inputs.out, inputs.lse
         module.decode(*inputs.arguments, out=out, lse=lse)
         assert_close_to_oracle(spec, inputs, out, lse)
+
+
+def attend(module, number):
+    """Sequences of no, one and several query tokens, around the ends of tiles, in several ranges, and with trees."""
+    spec, rng = module.spec, np.random.default_rng(number)
+    module.num_threads = int(rng.integers(1, 4))
+    sequences = [
+        (1, 17),
+        (0, 3),
+        (2, 2),
+        (16, 129),
+        (int(rng.integers(3, 40)), 300),
+        (2, int(rng.integers(8192, 8500))),
+    ]
+    sizes = [count for count, _ in sequences]
+    trees = np.concatenate([rng.integers(0, 2, size * size, np.uint8) for size in sizes])
+    for options in ({}, {"causal": False}, {"tree_mask": trees}):
+        order = rng.permutation(len(sequences)) if "tree_mask" not in options else range(len(sequences))
+        ragged = make_ragged(spec, [sequences[i] for i in order], seed=number, spare_blocks=0, surplus=0, **options)
+        assert_near_float64(spec, ragged, *ragged.attend(module))
 
 
 def append(module, number):
@@ -59,16 +80,30 @@ def decode_with_a_short_array(module, name):
     module.decode(**arrays)
 
 
+def attend_with_a_short_array(module, name):
+    sequences = [(2, 2 * module.spec.block_size)] * 3
+    ragged = make_ragged(module.spec, sequences, spare_blocks=0, surplus=0)
+    arrays = dict(zip((*NAMES, "query_start_loc"), ragged.arguments, strict=True))
+    arrays |= {"out": np.empty_like(ragged.query), "tree_mask": np.ones(12, np.uint8)}
+    arrays[name] = shortened(arrays[name])
+    module.attend(**arrays)
+
+
+SHORT = {"decode": decode_with_a_short_array, "attend": attend_with_a_short_array}
+
+
 def main(words):
-    short = words[1] if words[0] == "--short" else None
-    for number, path in enumerate(words if short is None else words[2:]):
+    call, short = words[1:3] if words[0] == "--short" else (None, None)
+    for number, path in enumerate(words if short is None else words[3:]):
         module = pa_compiler.load(path)
         print(module.spec, module.pipeline, module.target.get("mcpu"), flush=True)
         if short is None:
             decode(module, number)
             append(module, number)
+            if module.has_attend:
+                attend(module, number)
         else:
-            decode_with_a_short_array(module, short)
+            SHORT[call](module, short)
     print("done")
 
 
