@@ -97,6 +97,8 @@ def poison_hidden(spec, inputs, visible, value=np.nan):
         by_kv_head = seen.reshape(spec.num_kv_heads, spec.group, -1).any(axis=1)
         for head, position in np.argwhere(~by_kv_head):
             block, slot = inputs.block_table[batch, position // spec.block_size], position % spec.block_size
+            if not 0 <= block < len(inputs.key_cache):
+                continue  # outside of the mask's bounds, where the table holds garbage
             for number, cache in enumerate((inputs.key_cache, inputs.value_cache)):
                 if cache is None:
                     continue
