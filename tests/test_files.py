@@ -37,7 +37,7 @@ every_writer = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 
 @pytest.fixture(scope="module")
 def module(compiled):
-    return compiled(BASE)
+    return compiled(BASE, attend=True)  # as the command builds it
 
 
 def device(path, kind, major, minor):
@@ -170,7 +170,7 @@ def test_threads_write_one_file(tmp_path):
 
 
 def test_dump_dir_follows_links_and_spares_devices(compiled, tmp_path):
-    module, dump = compiled(BASE), tmp_path / "dump"
+    module, dump = compiled(BASE, attend=True), tmp_path / "dump"
     dump.mkdir()
     (dump / "1_tensorir.py").symlink_to(tmp_path / "elsewhere.py")
     device(dump / "2_scheduled.py", stat.S_IFCHR, 1, 3)

@@ -222,7 +222,7 @@ ODD = [ALL, *CHARACTERS.values()]
 @pytest.mark.scorecard(26)
 @pytest.mark.parametrize("variable", ["PA_CACHE_DIR", "TMPDIR"])
 def test_compiles_in_any_directory(compiled, variable, tmp_path, monkeypatch, count, figure):
-    expected = compiled(SPEC).sources
+    expected = compiled(SPEC, attend=True).sources
     names = ODD[: count(1, None)] if variable == "PA_CACHE_DIR" else ODD[: count(0, None)]
     for name in names:
         module = compile_in(name, variable, tmp_path, monkeypatch)

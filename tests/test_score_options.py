@@ -32,7 +32,7 @@ def invoke(build_cache):
 @pytest.mark.parametrize("words", [[], WORDS, WORDS[:2], WORDS[2:4], WORDS[4:5], WORDS[5:]], ids=" ".join)
 def test_options_are_fields(invoke, monkeypatch, words):
     asked = []
-    monkeypatch.setattr(compiler, "emit", lambda spec, *_: asked.append(spec) or {"tensorir": ""})
+    monkeypatch.setattr(compiler, "emit", lambda spec, *_, **__: asked.append(spec) or {"tensorir": ""})
     assert invoke("inspect", *words).exit_code == 0
     given = {name: value for name, value in FIELDS.items() if f"--{name}" in words}
     assert asked == [dataclasses.replace(cases.DEFAULT.spec, **given)]

@@ -314,7 +314,7 @@ class Module:
                                                             scaled[vo * 8 + vi, vr] = T.Select(tile_start + vo * 8 + vi < limits[first, vr], scores[0, vo * 8 + vi, vr] * score_scale, T.float32("-inf"))
                                                 if tree_start >= T.int64(0):
                                                     for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
-                                                        with T.sblock("hidden_scores_1"):
+                                                        with T.sblock("hidden_scores"):
                                                             vr = T.axis.opaque(16, r)
                                                             vc = T.axis.opaque(256, T.max(context_len - tree_size - tile_start, 0) + c)
                                                             T.reads(scaled[vc, vr], tree_mask[0:tree_cells])

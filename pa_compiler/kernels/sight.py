@@ -141,22 +141,26 @@ def find_bounds(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
     return stage
 
 
-@inline
-def hide_scores(scaled, tile):
+def hide_scores() -> Callable[..., None]:
     """The scores of keys that a tree hides from a row count as -inf."""
-    sight = T.meta_var(tile.sight)
-    tree = T.meta_var(sight.tree)
-    if tree.present:
-        first = T.meta_var(T.max(tree.first - tile.start, 0))
-        for r, c in T.grid(sight.rows.num, T.max(tile.valid_len - first, 0)):
-            with T.sblock("hidden_scores"):
-                vr = T.axis.opaque(scaled.shape[0], r)
-                vc = T.axis.opaque(scaled.shape[1], first + c)
-                T.reads(scaled[vr, vc], whole(tree.mask))
-                T.writes(scaled[vr, vc])
-                scaled[vr, vc] = T.Select(
-                    tree.hides(sight.rows.nth_token(vr), tile.start + vc), T.float32("-inf"), scaled[vr, vc]
-                )
+
+    @inline
+    def stage(scaled, tile):
+        sight = T.meta_var(tile.sight)
+        tree = T.meta_var(sight.tree)
+        if tree.present:
+            first = T.meta_var(T.max(tree.first - tile.start, 0))
+            for r, c in T.grid(sight.rows.num, T.max(tile.valid_len - first, 0)):
+                with T.sblock("hidden_scores"):
+                    vr = T.axis.opaque(scaled.shape[0], r)
+                    vc = T.axis.opaque(scaled.shape[1], first + c)
+                    T.reads(scaled[vr, vc], whole(tree.mask))
+                    T.writes(scaled[vr, vc])
+                    scaled[vr, vc] = T.Select(
+                        tree.hides(sight.rows.nth_token(vr), tile.start + vc), T.float32("-inf"), scaled[vr, vc]
+                    )
+
+    return stage
 
 
 def find_edges(tiling: Tiling) -> Callable[..., None]:

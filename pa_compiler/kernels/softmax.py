@@ -30,7 +30,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     scoring is what scores.py has besides the product; None where the spec has no function of scores.
     """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
-    scale_stage = _scale(spec, tiling)
+    scale_stage, hide_stage = _scale(spec, tiling), hide_scores()
 
     of_rows = tiling.many_tokens and spec.wide_range
 
@@ -48,7 +48,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                 T.reads(scores[slot, 0:rows, 0:tokens], *scoring.regions)
                 T.writes(scaled[0:rows, 0:tokens])
                 scale_stage(scores, scaled, slot, scale, tile, num_groups, scoring)
-                hide_scores(scaled, tile)
+                hide_stage(scaled, tile)
         read = T.meta_var(
             [scaled[0:rows, 0:tokens]] if tiling.many_tokens else [scores[slot, 0:rows, 0:tokens], *scoring.regions]
         )
