@@ -101,7 +101,7 @@ class Tiling:
         """The same expression of float32, of which nothing is known that could be simplified; no instruction."""
         from tvm.script import tirx as T
 
-        return T.call_llvm_intrin("float32", "llvm.arithmetic.fence", value)
+        return T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", value)
 
     def row_tiles(self, spec: PagedAttentionSpec) -> int:
         """Tiles of rows that cover one group."""
