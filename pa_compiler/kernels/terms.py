@@ -57,9 +57,11 @@ def lowered(
             reads += argument.reads
         value = _operation(each, [known[arg] for arg in each.args], arguments, arrays, fence)
         if uses[each] > 1 and each.op != "number":
-            variable = Var(each.op, each.dtype)
-            bound.append((variable, _opaque(value, each.dtype, fence)))
-            value = variable
+            is_bool = each.dtype == "bool"  # bound as a number: TVM does not bind vectors of bools
+            dtype, number = ("int32", _one_or_zero(value)) if is_bool else (each.dtype, value)
+            variable = Var(each.op, dtype)
+            bound.append((variable, _opaque(number, dtype, fence)))
+            value = tir.NE(variable, T.int32(0)) if is_bool else variable
         known[each] = value
     result = known[term]
     for variable, value in reversed(bound):
@@ -206,7 +208,11 @@ def _truncated(x: Expr) -> Expr:
     return Let(number, x, T.Cast("int32", T.Select(number > low, T.Select(number < high, number, high), low)))
 
 
-_REPEATING = {"tanh", "exp", "absolute", "floor_divide", "remainder", "equal", "xor"}
+def _one_or_zero(x: Expr) -> Expr:
+    return T.Select(x, T.int32(1), T.int32(0))
+
+
+_REPEATING = {"tanh", "exp", "absolute", "floor_divide", "remainder"}
 """Operations whose expressions have an operand more than once."""
 
 _NUMBERS = {
@@ -221,16 +227,14 @@ _CASTS = {
     ("int32", "float32"): lambda x: T.Cast("float32", x),
     ("int32", "bool"): lambda x: tir.NE(x, T.int32(0)),
     ("bool", "float32"): lambda x: T.Select(x, T.float32(1), T.float32(0)),
-    ("bool", "int32"): lambda x: T.Select(x, T.int32(1), T.int32(0)),
+    ("bool", "int32"): lambda x: _one_or_zero(x),
     **{(dtype, dtype): lambda x: x for dtype in ("float32", "int32", "bool")},
 }
 
 _NEGATING: dict[tuple[str, str], Callable[..., Expr]] = {
     ("not", "bool"): lambda negated, a: negated(a),
-    ("equal", "bool"): lambda negated, a, b: T.Select(a, b, negated(b)),
-    ("xor", "bool"): lambda negated, a, b: T.Select(a, negated(b), b),
 }
-"""Operations that negate a bool, which is hidden from TVM; as _OPERATIONS."""
+"""The operation that negates a bool, which is hidden from TVM; as _OPERATIONS."""
 
 _OPERATIONS: dict[tuple[str, str], Callable[..., Expr]] = {
     ("add", "float32"): tir.Add,
@@ -259,6 +263,8 @@ _OPERATIONS: dict[tuple[str, str], Callable[..., Expr]] = {
     ("less", ""): tir.LT,
     ("less_equal", ""): tir.LE,
     ("equal", ""): tir.EQ,
+    ("equal", "bool"): lambda a, b: tir.EQ(_one_or_zero(a), _one_or_zero(b)),
+    ("xor", "bool"): lambda a, b: tir.NE(_one_or_zero(a), _one_or_zero(b)),
     ("and", "bool"): T.And,
     ("or", "bool"): T.Or,
     ("where", ""): T.Select,
