@@ -43,7 +43,7 @@ def main(words: Sequence[str]) -> None:
         argument, _, rest = str(error).partition(": ")
         if argument not in arguments:
             raise
-        parsers[name].error(f"argument --{argument.replace('_', '-')}: {rest}")
+        parsers[name].error(f"argument {text.flag(argument)}: {rest}")
     except (ImportError, OSError, RuntimeError) as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -99,7 +99,7 @@ def verify(
         found = module.verify(seconds, seed=seed, draw=draw, advance=advance, **given)
     _print(*_verification_rows(module, found))
     for failure in found.failures[:_SHOWN_FAILURES]:  # in whole lines, to be copied
-        options = [f"--{field.replace('_', '-')}={name}" for field, name in named.items()]
+        options = [f"{text.flag(field)}={name}" for field, name in named.items()]
         words = [str(library), "--seed", str(failure.seed), "--draw", str(failure.draw), *options]
         print(f"pa-compiler verify {shlex.join(words)}")
     if not found.passed:
@@ -151,7 +151,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     option("--seed", type=int, help="Seed of the draws. [default: a new one]")
     option("--draw", type=int, help="The one draw of the seed to make. [default: all]")
     for field, said in functions.FIELDS.items():
-        option(f"--{field.replace('_', '-')}", metavar="MODULE:FUNCTION", help=f"That of the spec: {said}")
+        option(text.flag(field), metavar="MODULE:FUNCTION", help=f"That of the spec: {said}")
     return parser, parsers
 
 

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from pa_compiler import backends
 from pa_compiler.cli import functions
+from pa_compiler.cli.text import flag
 from pa_compiler.compiler import PIPELINES
 from pa_compiler.spec import DTYPES, KV_LAYOUTS
 from pa_compiler.verification import cases
@@ -122,7 +123,7 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     }
 
     def option(field: str, text: str, kind: Any = None, **more: Any) -> Callable[[Any], Any]:
-        return click.option(_flag(field), type=kind, default=getattr(cases.DEFAULT.spec, field), help=text, **more)
+        return click.option(flag(field), type=kind, default=getattr(cases.DEFAULT.spec, field), help=text, **more)
 
     decorators = [option(field, text, int) for field, text in integers.items()]
     decorators += [
@@ -212,10 +213,6 @@ def check_takes_numpy(target: Any) -> None:
             raise ValueError(
                 f"target: expected a CPU for {command}, got {target!r}; build, explain and inspect take a GPU"
             )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 @contextlib.contextmanager

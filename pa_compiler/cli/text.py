@@ -13,6 +13,11 @@ _VECTOR_EXTENSIONS = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "sse4.
 _LABEL_WIDTH = 8
 
 
+def flag(name: str) -> str:
+    """The option that gives an argument or a field."""
+    return f"--{name.replace('_', '-')}"
+
+
 def facts(rows: Sequence[tuple[str, str]], width: int) -> str:
     """Labels, and beside each its text, wrapped to width columns in all."""
     indent = 2 + max(_LABEL_WIDTH, *(len(label) for label, _ in rows))
