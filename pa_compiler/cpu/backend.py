@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pa_compiler import host, interrupts, native
 from pa_compiler.backend import Built
 from pa_compiler.cpu import build as _build
-from pa_compiler.cpu import prefetch
+from pa_compiler.cpu import instructions, prefetch
 from pa_compiler.cpu import target as _target
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.build import Kernels
@@ -90,7 +90,7 @@ def emit(
     unscheduled = build_kernels(spec, tiles, pipeline, of_attend)
     text = host_text(spec, cpu, tiles, pipeline, unscheduled)
     lowered = lower(unscheduled, spec, tiles, of_attend)
-    compiled = _build.compile_kernels(lowered.mod, cpu, directory)
+    compiled = _build.compile_kernels(instructions.select(lowered.mod, cpu, tiles), cpu, directory)
     return _texts(lowered, text, compiled)
 
 
@@ -115,7 +115,7 @@ def build_with_tiles(
     interrupts.check()
     with native.compiling_host(text, directory, host.headers(text)) as compiling:  # while TVM works
         lowered = lower(unscheduled, spec, tiles, of_attend)
-        compiled = _build.compile_kernels(lowered.mod, cpu, directory)
+        compiled = _build.compile_kernels(instructions.select(lowered.mod, cpu, tiles), cpu, directory)
         tables = {constant.name: constant.data for constant in spec.constants}
         library = native.link(compiling, compiled.asm, directory, tuple(CPU_ENTRY_POINTS), tables)
     config, features = json.loads(cpu.config), _target.instruction_sets(cpu)

@@ -37,9 +37,8 @@ class Kernels:
         self.params = {name: [param.name for param in module[name].params] for name in names}
         scheduled = schedules.schedule(module, self.tiles)
         with tvm.transform.PassContext(config=_CONFIG):
-            self.executable = tvm.compile(
-                instructions.select(scheduled, cpu), target=tvm.target.Target(json.loads(cpu.config))
-            )
+            selected = instructions.select(scheduled, cpu, self.tiles)
+            self.executable = tvm.compile(selected, target=tvm.target.Target(json.loads(cpu.config)))
 
     def _call(self, kernel, arrays, numbers):
         given = arrays | numbers
