@@ -72,12 +72,13 @@ def place_of(tiling: Tiling, context_lens: Buffer, batch_start: Expr, nth: Expr,
     return Place(seq, seq, context_lens[seq])
 
 
-def parameters_without(tiling: Tiling) -> tuple[str, ...]:
-    """Those parameters of a kernel that say what its places are in the other of decode and attend."""
-    return ("batch_start",) if tiling.attends else (*_OF_ATTEND, "tree_start", "tree_size")
+def not_taken(tiling: Tiling) -> tuple[str, ...]:
+    """The parameters that a kernel has in the other one of decode and attend."""
+    return ("batch_start",) if tiling.attends else (*_OF_QUERIES, "tree_start", "tree_size")
 
 
-_OF_ATTEND = ("of_seq", "token_begin", "first_pos", "sees_all")
+_OF_QUERIES = ("of_seq", "token_begin", "first_pos", "sees_all")
+"""The names of the parameters that are Queries."""
 
 
 def _bound(name: str, value: Expr) -> Expr:
@@ -141,12 +142,13 @@ def compute_block(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., Co
             return computed
         if computed is None:
             computed = Computed({}, place.seq, place.query_pos, tiling.fence)
-        if computed.visible is None:
+        visible = computed.visible
+        if visible is None:
             words = allocate("visible", (tiling.padded_kv_tile,), "int32")
             fill("every_key", words, lambda column: Value(T.int32(-1), ()), num_groups, tiling.token_group)
-            computed = computed._replace(visible=Visible(words, words))
-        hide_stage(computed.visible.columns, place.nth, tile, tree)
-        return computed
+            visible = Visible(words, words)
+        hide_stage(visible.columns, place.nth, tile, tree)
+        return computed._replace(visible=visible)
 
     return stage
 

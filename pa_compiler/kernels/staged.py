@@ -20,15 +20,7 @@ from pa_compiler.kernels import qk_matmul as qk
 from pa_compiler.kernels import softmax, state
 from pa_compiler.kernels.arrays import Arrays, without
 from pa_compiler.kernels.caches import Cache, key_access, value_access
-from pa_compiler.kernels.chunk import (
-    Queries,
-    compute_block,
-    look_up,
-    parameters_without,
-    place_of,
-    tile_of,
-    valid_tokens,
-)
+from pa_compiler.kernels.chunk import Queries, compute_block, look_up, not_taken, place_of, tile_of, valid_tokens
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
 from pa_compiler.kernels.score_functions import ScoreFunctions
@@ -92,7 +84,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 look_up_stage(block_table, keys, tile, place.seq)
                 qk_stage(q_tile, 0, keys, head_offset, tile, scores, vs)
 
-    return without(qk_matmul, *parameters_without(tiling))
+    return without(qk_matmul, *not_taken(tiling))
 
 
 def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
@@ -154,7 +146,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 softmax_stage(scores, probs, added, score_scale, places, tile, num_groups, scoring)
 
     unused = () if spec.alibi or functions.present else ("head_start", "num_rows")
-    return without(softmax_prepare, *unused, *parameters_without(tiling))
+    return without(softmax_prepare, *unused, *not_taken(tiling))
 
 
 def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
@@ -221,7 +213,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     pv_stage(probs, values, head_offset, tile, num_full, tile_acc, vs, computed)
 
     unused = () if functions.by_row else ("head_start", "num_rows")
-    return without(pv_matmul, *unused, *parameters_without(tiling))
+    return without(pv_matmul, *unused, *not_taken(tiling))
 
 
 def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
@@ -299,4 +291,4 @@ def normalize(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 rows = T.meta_var(place.rows(head_start, num_rows))
                 normalize_stage(result, out, lse, rows, places, sinks if spec.sinks else None)
 
-    return without(normalize, *parameters_without(tiling))
+    return without(normalize, *not_taken(tiling))
