@@ -8,7 +8,6 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler import tvmscript as script
-from pa_compiler.bounds import bounds
 from pa_compiler.interface import attend_range_blocks, attend_tiles
 from pa_compiler.kernels import ahead, state
 from pa_compiler.kernels.arrays import Arrays, without
@@ -52,8 +51,8 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     arrays, kv_tile, rows = Arrays(spec, tiling), tiling.kv_tile, tiling.row_tile
     tiles, depth, dim = attend_tiles(spec), spec.head_dim // tiling.keys.terms, spec.result_dim
     range_tokens, late = attend_range_blocks(spec) * spec.block_size, begins_late(spec, many_tokens=True)
-    num_runs, runs_stage = len(bounds(spec, many_tokens=True).intervals), find_runs(spec)
     start, attend, finish = _start(spec, tiling), _attend_range(spec, tiling), finish_item(spec, tiling)
+    runs_stage = find_runs(spec)
     merge_stage = state.merge(rows, dim, "range_")
     functions = ScoreFunctions(spec, many_tokens=True)
 
@@ -125,8 +124,6 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 places = T.sblock_alloc_buffer((tiles, rows), "int32")
             reach = T.sblock_alloc_buffer((tiles, 4), "int32")
             span = T.sblock_alloc_buffer((2,), "int32")
-            if num_runs > 1:
-                runs = T.sblock_alloc_buffer((num_runs, 2), "int32")
             context_len: T.let = context_lens[seq]
             head_tiles: T.let = T.ceildiv(num_query * spec.group, rows)
             num_tiles: T.let = num_kv_heads * head_tiles
@@ -142,8 +139,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             total = T.meta_var(State(total_max, total_sum, total_acc, 0))
             running = T.meta_var(State(row_max, row_sum, acc, 0))
             start(query, q_tile, item, num_tiles, first_pos, context_len, sees_all, query_scale, total, span)
-            if num_runs > 1:
-                runs_stage(runs, num_query, first_pos, context_len, sees_all)
+            runs = T.meta_var(runs_stage(num_query, first_pos, context_len, sees_all))
             first_key: T.let = block_begin * spec.block_size
             key_end: T.let = T.min(block_end * spec.block_size, span[1])
             num_ranges: T.let = T.ceildiv(T.max(key_end - first_key, 0), range_tokens)
@@ -170,8 +166,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                             )
                             attend(
                                 q_tile, keys, values, block_table, of_functions, item, running, vstep, num_steps,
-                                read_begin + vstep * kv_tile, range_end, span[0] if late else None,
-                                runs if num_runs > 1 else None, context_len,
+                                read_begin + vstep * kv_tile, range_end, span[0] if late else None, runs, context_len,
                             )  # fmt: skip
                     for tile in range(num_tiles):
                         with T.sblock("range_state"):

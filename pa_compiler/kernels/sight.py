@@ -14,9 +14,11 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
+from pa_compiler.bounds import bounds as bounds_of
 from pa_compiler.kernels.caches import whole
 from pa_compiler.kernels.elements import HIGH, LOW
 from pa_compiler.kernels.headroom import headroom
+from pa_compiler.kernels.kept import allocate
 from pa_compiler.kernels.rows import BEYOND, OfRows, TokenRows, begins_late, first_seen, intervals, limit
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -141,11 +143,12 @@ def find_bounds(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
     return stage
 
 
-def find_runs(spec: PagedAttentionSpec) -> Callable[..., None]:
+def find_runs(spec: PagedAttentionSpec) -> Callable[..., Buffer | None]:
     """runs[i] = from which block up to which one the query tokens of an item see keys, of interval i of the bounds.
 
-    Of intervals with blocks between them. Blocks that are in no run are seen by none of the tokens.
+    Blocks that are in no run are seen by none of the tokens. None where there is one interval, with no blocks between.
     """
+    num_intervals = len(bounds_of(spec, many_tokens=True).intervals)
 
     def widen(runs: Buffer, nth: Expr, ends: list[tuple[Expr, Expr]]) -> None:
         for i, (begin, end) in enumerate(ends):
@@ -155,7 +158,7 @@ def find_runs(spec: PagedAttentionSpec) -> Callable[..., None]:
             T.buffer_store(runs, T.Select(nth == 0, after, T.max(runs[i, 1], after)), [i, 1])
 
     @inline
-    def stage(runs, num_query, first_pos, context_len, sees_all):
+    def fill(runs, num_query, first_pos, context_len, sees_all):
         for token in range(num_query):
             with T.sblock("runs"):
                 vtoken = T.axis.opaque(num_query, token)
@@ -164,6 +167,13 @@ def find_runs(spec: PagedAttentionSpec) -> Callable[..., None]:
                 query_end: T.let = first_pos + vtoken + 1
                 seen: T.let = T.Select(sees_all, context_len, query_end)
                 widen(runs, vtoken, intervals(spec, seen, query_end))
+
+    def stage(*item: Expr) -> Buffer | None:
+        if num_intervals == 1:
+            return None
+        runs = allocate("runs", (num_intervals, 2), "int32")
+        fill(runs, *item)
+        return runs
 
     return stage
 
