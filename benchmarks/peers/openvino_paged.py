@@ -20,9 +20,9 @@ _FLOAT32, _DYNAMIC = np.dtype(np.float32), ov.Dimension.dynamic()
 def prepare(call: Call) -> Callable[[], np.ndarray]:
     """Keys and values in float32, in blocks of 32 tokens in random order.
 
-    The operator appends one token to each sequence before it attends: it is given the last one, which is there already.
+    The operator appends the query tokens to each sequence before it attends: it is given those that are there already.
     """
-    spec, batch = call.case.spec, call.case.batch
+    spec, out_shape = call.case.spec, call.out_shape
     kv_heads, head_dim = spec.num_kv_heads, spec.head_dim
     settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "NUM_STREAMS": 1}
     settings |= {"INFERENCE_NUM_THREADS": call.num_threads, "ENABLE_CPU_PINNING": False}
@@ -34,13 +34,13 @@ def prepare(call: Call) -> Callable[[], np.ndarray]:
     counts = -(-call.context_lens // _BLOCK)
     begins = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     blocks = np.random.default_rng(0).permutation(begins[-1]).astype(np.int32)
-    last = call.context_lens - 1
-    arrays = {"query": call.query.astype(np.float32).reshape(batch, -1), "past_lens": last}
-    arrays |= {"subsequence_begins": np.arange(batch + 1, dtype=np.int32)}
+    rows = len(call.query)
+    arrays = {"query": call.query.astype(np.float32).reshape(rows, -1), "subsequence_begins": call.starts}
+    arrays |= {"past_lens": call.context_lens - call.case.query_counts}
     arrays |= {"block_indices": blocks, "block_indices_begins": begins}
     for name, cache in (("key", call.key_cache), ("value", call.values)):
         tokens = call.contiguous(cache, _FLOAT32)  # [batch, num_kv_heads, longest, head_dim]
-        arrays[name] = np.ascontiguousarray(tokens[np.arange(batch), :, last]).reshape(batch, -1)
+        arrays[name] = call.newest(cache).astype(np.float32).reshape(rows, -1)
         paged = arrays[f"{name}_cache.0"] = call.empty((int(begins[-1]), kv_heads, _BLOCK, head_dim), _FLOAT32)
         for sequence, count in enumerate(counts):
             for block in range(count):
@@ -55,7 +55,7 @@ def prepare(call: Call) -> Callable[[], np.ndarray]:
     def run() -> np.ndarray:
         assert tensors  # the request keeps their addresses alone: run() holds them
         request.infer()
-        return request.get_output_tensor(0).data.reshape(call.query.shape)
+        return request.get_output_tensor(0).data.reshape(out_shape)
 
     return run
 
