@@ -111,7 +111,7 @@ def _measured(
 
 def _added(path: Path, measured: dict[str, Any]) -> dict[str, Any]:
     """What was measured, with the other cases that a file has from a CPU of the same name."""
-    before = json.loads(path.read_text()) if path.exists() else {"cpu": None}
+    before = json.loads(path.read_text()) if path.exists() else measured
     if before["cpu"] != measured["cpu"]:
         return measured
     again = {(case["name"], case["num_threads"]) for case in measured["cases"]}

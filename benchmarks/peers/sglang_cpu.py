@@ -50,7 +50,7 @@ def _decode(call: Call, req_to_token: torch.Tensor) -> Callable[[], torch.Tensor
 
 
 def _extend(call: Call, req_to_token: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Keys and values of the query tokens are contiguous, as a model has just made them; the others are in the cache."""
+    """Keys and values of query tokens are contiguous, as a model has just made them; the others are in the cache."""
     query, (keys, values) = as_torch(call.query), _slots(call)
     new_keys, new_values = (as_torch(call.newest(cache)) for cache in (call.key_cache, call.values))
     requests = torch.arange(len(call.context_lens))
