@@ -13,7 +13,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from pa_compiler.runtime import files
 
 _RAGGED = [name for name, peer in PEERS.items() if peer.ragged]
 _ROUNDS = 15
-_SECONDS = {False: 40.0, True: 12.0}  # of the rounds of cases that are measured together, by --quick
+_SECONDS = {False: 40.0, True: 8.0}  # of the rounds of cases that are measured together, by --quick
 
 
 @click.command(context_settings={"show_default": True})
@@ -70,11 +70,12 @@ def main(
         return
     if not names:
         raise click.BadParameter(f"expected a pattern of the names of --list, got {patterns}", param_hint="--cases")
-    results = _measured(console, names, thread_counts, chosen or _RAGGED, rounds, _SECONDS[quick])
-    measured = report.as_json(results, True, rounds)
-    _print_table(console, measured["cases"])
-    if path is not None:
-        files.write(path, f"{json.dumps(_added(path, measured))}\n".encode())
+    results: list[CaseResult] = []
+    for found in _measured(console, names, thread_counts, chosen or _RAGGED, rounds, _SECONDS[quick]):
+        results += found
+        if path is not None:  # after each: a run of hours may be interrupted
+            files.write(path, f"{json.dumps(_added(path, report.as_json(found, True, rounds)))}\n".encode())
+    _print_table(console, report.as_json(results, True, rounds)["cases"])
     wrong = [f"{result.name}: {row.reason}" for result in results for row in result.results if is_wrong(row)]
     if wrong:
         raise click.ClickException("; ".join(wrong))
@@ -87,13 +88,12 @@ def _measured(
     contenders: Sequence[str],
     rounds: int,
     seconds: float,
-) -> list[CaseResult]:
+) -> Iterator[list[CaseResult]]:
     """Measure groups of cases, by their names, and print each."""
     cache_bytes, cores = machine.last_level_cache(), machine.cores()
     left_out = ", ".join(peer.title for peer in PEERS.values() if not peer.ragged)
     console.print(f"{machine.cpu_name()}, last-level cache {cache_bytes / 2**20:.0f} MB; without {left_out}")
     probe = Probe(cache_bytes)
-    results: list[CaseResult] = []
     for cpus in (cores[:count] for count in thread_counts if count <= len(cores)):
         with ExitStack() as stack:
             logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -104,9 +104,8 @@ def _measured(
                 found = measure(group.sized(cache_bytes), workers, probe, cpus, tell=status.update, **limits)
                 for result in found:
                     report.print_case(console, result)
-                results += found
-        report.print_roofline(console, results[-1].roofline, len(cpus))
-    return results
+                yield found
+        report.print_roofline(console, found[-1].roofline, len(cpus))
 
 
 def _added(path: Path, measured: dict[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,6 @@ PEERS = {
     "torch": Peer("torch SDPA", "torch_sdpa", any_values=True, ragged=True),
     "zentorch": Peer("zentorch SDPA", "zentorch_sdpa", preload="libiomp5.so", ragged=True),
     "onnxruntime": Peer("onnxruntime GQA, f32", "onnxruntime_gqa"),
-    "openvino": Peer("OpenVINO paged, f32", "openvino_paged", ragged=True),
+    "openvino": Peer("OpenVINO paged", "openvino_paged", ragged=True),
     "tvm": Peer("TVM relax, f32", "tvm_relax"),
 }

@@ -19,8 +19,10 @@ _HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # those that its ba
 def prepare(call: Call) -> Callable[[], torch.Tensor]:
     """Its own cache, in blocks of the size that it chooses itself, filled by its own operator in one go."""
     spec = call.case.spec
-    if spec.dtype != "bfloat16" or spec.head_dim not in _HEAD_DIMS:
-        raise Unsupported(f"bfloat16 with head_dim of {', '.join(map(str, _HEAD_DIMS))} alone")
+    if spec.dtype != "bfloat16":
+        raise Unsupported("bfloat16 alone")
+    if spec.head_dim not in _HEAD_DIMS:
+        raise Unsupported(f"head_dim of {', '.join(map(str, _HEAD_DIMS))} alone")
     if "avx512_bf16" not in cpu_flags():
         raise Unsupported("built for AVX512_BF16 alone, which this CPU lacks")
     torch.set_num_threads(call.num_threads)
