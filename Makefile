@@ -30,10 +30,10 @@ run: $(STAMP)
 	$(BIN)/pa-compiler run $(RUN)
 
 test: $(STAMP)
-	$(PYTEST) -n $(JOBS) $(TESTS)
+	$(PYTEST) -n $(JOBS) --dist worksteal $(TESTS)
 
 test-torch: $(TORCH)/.installed
-	$(TORCH)/bin/python -m pytest -rs -n $(JOBS) $(TORCH_TESTS)
+	$(TORCH)/bin/python -m pytest -rs -n $(JOBS) --dist worksteal $(TORCH_TESTS)
 
 # The seed's three big cases, with 1 GB of cache, and every shape of the CUDA kernels: half an hour.
 slow: $(STAMP)

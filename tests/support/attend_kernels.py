@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 
 import numpy as np
 import tvm
@@ -12,12 +11,10 @@ from attend_calls import Call
 from inputs import DTYPES
 
 from pa_compiler import backends, schedules
-from pa_compiler.cpu import instructions, target
+from pa_compiler.cpu import build, instructions, target
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.interface import ATTEND_ROWS, attend_range_blocks, attend_tiles
 from pa_compiler.kernels import build_attend
-
-_CONFIG = {"tirx.disable_assert": True, "tirx.disable_storage_rewrite": True}
 
 
 @functools.cache
@@ -36,9 +33,7 @@ class Kernels:
         names = [variable.name_hint for variable in module.get_global_vars()]
         self.params = {name: [param.name for param in module[name].params] for name in names}
         scheduled = schedules.schedule(module, self.tiles)
-        with tvm.transform.PassContext(config=_CONFIG):
-            selected = instructions.select(scheduled, cpu, self.tiles)
-            self.executable = tvm.compile(selected, target=tvm.target.Target(json.loads(cpu.config)))
+        self.executable = build.translate(instructions.select(scheduled, cpu, self.tiles), cpu)
 
     def _call(self, kernel, arrays, numbers):
         given = arrays | numbers
