@@ -49,7 +49,6 @@ SCALAR = {
     "row_tile": _AROUND,
     "seen_scores": "scheduled with softmax_prepare",
     "range_state": _AROUND,
-    "fetch": "no computation: it asks for lines",
     "span": "two numbers for each tile of rows, once for a work item",
 }
 """The sblocks that run as they are written, and why."""

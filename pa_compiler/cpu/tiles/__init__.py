@@ -47,9 +47,9 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> CpuTil
 def choose_attend(spec: PagedAttentionSpec, target: CpuTarget) -> CpuTiling:
     """The tiles of attend: ATTEND_ROWS rows whatever the group is, which lie in lanes.
 
-    Keys and values are copied once for many tiles of rows, so that strides of a cache cost nothing in the matmuls; not
-    where they are packed, and so lie as they are read. Packed elements that have to be converted first are left to the
-    strategy that has tokens in lanes.
+    Values are copied once for many tiles of rows, so that strides of a cache cost nothing in the matmul, and keys where
+    they are converted; not where they are packed, and so lie as they are read. Packed elements that have to be
+    converted first are left to the strategy that has tokens in lanes.
     """
     known = basis(spec, target, "fused")._replace(rows=ATTEND_ROWS)
     packed, as_they_lie = spec.kv_layout == "packed", known.dot_pairs or spec.dtype == "float32"
@@ -60,7 +60,7 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget) -> CpuTiling:
     return dataclasses.replace(
         tiles,
         kv_tile=max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= max(most, tiles.token_group)),
-        copy_keys=not packed,
+        copy_keys=not packed and not as_they_lie,
         copy_values=not packed,
         prefetches=True,
         many_tokens=True,
