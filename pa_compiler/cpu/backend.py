@@ -54,17 +54,19 @@ def build_kernels(spec: PagedAttentionSpec, tiles: Tiling, pipeline: str, of_att
 def lower(unscheduled: IRModule, spec: PagedAttentionSpec, tiles: Tiling, of_attend: Tiling | None = None) -> Lowered:
     """kernels -> schedules -> prefetches."""
     from pa_compiler import kernels, tvmscript
-    from pa_compiler.schedules import schedule, scheduled
+    from pa_compiler.schedules import scheduled
 
     tensorir = tvmscript.text(unscheduled)  # now: what follows may change the PrimFuncs that it is given
     interrupts.check()
     attend, others = kernels.apart(unscheduled)
     sch = scheduled(others, tiles)
-    prefetch.insert(sch, spec, tiles)
+    prefetch.insert(sch, spec, tiles, "fused_decode")
     lowered = sch.mod
     interrupts.check()
     if of_attend is not None:
-        lowered.update(schedule(attend, of_attend))
+        sch = scheduled(attend, of_attend)
+        prefetch.insert(sch, spec, of_attend, "fused_attend")
+        lowered.update(sch.mod)
         interrupts.check()
     return Lowered(tensorir, tvmscript.text(lowered), lowered)
 

@@ -233,7 +233,8 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     load_values = load_tile(tiling, value_access(spec, tiling), tiling.values, value_copy, "load_values")
     attend, k_dtype, v_dtype = attend_rows(spec, tiling), tiling.keys.factor_dtype, tiling.values.factor_dtype
     columns_stage = compute_columns(ScoreFunctions(spec, many_tokens=True), tiling)
-    fetch_keys, fetch_values = (ahead.fetch(tiling, access(spec, tiling)) for access in (key_access, value_access))
+    by_token = spec.kv_layout == "NHD"
+    announce_keys, announce_values = ahead.announce(ahead.KEYS), ahead.announce(ahead.VALUES)
 
     @script.inline
     def stage(
@@ -243,8 +244,8 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
         tile_start: T.let = script.opaque(start)
         valid_len: T.let = script.opaque(T.min(range_end - tile_start, tiling.kv_tile))
         tile = T.meta_var(Tile(tiling, tile_start, valid_len))
-        next_len: T.let = script.opaque(T.max(T.min(range_end - tile_start - tiling.kv_tile, tiling.kv_tile), 0))
-        num_offsets: T.let = tile.num_groups * tiling.token_group + (next_len if tiling.prefetches else 0)
+        has_next: T.let = tile_start + tiling.kv_tile < range_end
+        num_offsets: T.let = T.Select(has_next, tiling.num_offsets, tile.num_groups * tiling.token_group)
         last: T.let = range_end - 1
         key_offsets_stage(block_table, key_cache, tile, item.seq, last, num_offsets, first_token, runs)
         if not spec.shared_kv:
@@ -255,6 +256,11 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                 vkv = T.axis.spatial(item.num_kv_heads, kv_head)
                 T.reads()
                 T.writes()
+                # next: these tokens in the next kv head; after the last one, the next tokens in the first
+                is_last: T.let = by_token or vkv == item.num_kv_heads - 1
+                next_tile: T.let = T.Select(is_last, tiling.kv_tile, 0)
+                next_head: T.let = T.Cast("int64", item.kv_head_begin + T.Select(is_last, 0, vkv + 1))
+                shares = T.meta_var((item.num_kv_heads, vkv) if by_token else ())
                 key_head: T.let = T.Cast("int64", item.kv_head_begin + vkv) * key_cache.head
                 value_head: T.let = T.Cast("int64", item.kv_head_begin + vkv) * value_cache.head
                 if tiling.copy_keys:
@@ -272,9 +278,10 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                         T.writes()
                         first: T.let = script.opaque(vkv * item.head_tiles + vrt)
                         if tiling.prefetches:
-                            fetch_keys(key_cache, key_head, vrt, item.head_tiles, next_len)
+                            wanted: T.let = T.And(vrt == item.head_tiles - 1, T.Or(has_next, T.Not(is_last)))
+                            announce_keys(key_cache, next_tile, next_head * key_cache.head, wanted, *shares)
                             if not spec.shared_kv:
-                                fetch_values(value_cache, value_head, vrt, item.head_tiles, next_len)
+                                announce_values(value_cache, next_tile, next_head * value_cache.head, wanted, *shares)
                         if tile_start < item.bounds.reach[first, LIMIT]:
                             attend(
                                 q_tile, first, keys, key_head, values, value_head, tile,

@@ -86,7 +86,7 @@ struct SpecOf {
   static constexpr pa::Extents kKeyCache = {-1, 4, 2, 6}, kValueCache = {-1, 4, 2, value_dim};
   static constexpr int kRowAxis = 1, kHeadAxis = 2, kWordElements = 1;
   static constexpr int64_t kCacheAlignment = 0, kBatchChunk = 4, kSplitBlocks = 3, kItemTokens = 10;
-  static constexpr int64_t kGroup = 2, kRangeBlocks = 3, kAttendRows = 4, kAttendTiles = 4;
+  static constexpr int64_t kGroup = 2, kRangeBlocks = 3, kAttendRows = 4, kAttendTiles = 4, kAttendHeads = kNumKVHeads;
   static constexpr int64_t kThreadTokens = 7, kRowTile = 2, kTileTokens = 8;
   static constexpr pa::DeviceKind kDevice = pa::kCpu;
 };

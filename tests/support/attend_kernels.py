@@ -11,7 +11,7 @@ from attend_calls import Call
 from inputs import DTYPES
 
 from pa_compiler import backends, schedules
-from pa_compiler.cpu import build, instructions, target
+from pa_compiler.cpu import build, instructions, prefetch, target
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.interface import ATTEND_ROWS, attend_range_blocks, attend_tiles
 from pa_compiler.kernels import build_attend
@@ -32,8 +32,9 @@ class Kernels:
         module = build_attend(spec, self.tiles)
         names = [variable.name_hint for variable in module.get_global_vars()]
         self.params = {name: [param.name for param in module[name].params] for name in names}
-        scheduled = schedules.schedule(module, self.tiles)
-        self.executable = build.translate(instructions.select(scheduled, cpu, self.tiles), cpu)
+        sch = schedules.scheduled(module, self.tiles)
+        prefetch.insert(sch, spec, self.tiles, "fused_attend")
+        self.executable = build.translate(instructions.select(sch.mod, cpu, self.tiles), cpu)
 
     def _call(self, kernel, arrays, numbers):
         given = arrays | numbers

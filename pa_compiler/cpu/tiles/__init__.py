@@ -47,9 +47,9 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> CpuTil
 def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "fused") -> CpuTiling:
     """The tiles of attend: ATTEND_ROWS rows whatever the group is, which lie in lanes; staged, the tiles of decode.
 
-    Keys and values are copied once for many tiles of rows, so that strides of a cache cost nothing in the matmuls; not
-    where they are packed, and so lie as they are read. Packed elements that have to be converted first are left to the
-    strategy that has tokens in lanes.
+    Values are copied once for many tiles of rows, so that strides of a cache cost nothing in the matmul, and keys where
+    they are converted; not where they are packed, and so lie as they are read. Packed elements that have to be
+    converted first are left to the strategy that has tokens in lanes.
     """
     if pipeline == "staged":
         return dataclasses.replace(choose(spec, target, pipeline), attends=True)
@@ -62,7 +62,7 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
     return dataclasses.replace(
         tiles,
         kv_tile=max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= max(most, tiles.token_group)),
-        copy_keys=not packed,
+        copy_keys=not packed and not as_they_lie,
         copy_values=not packed,
         prefetches=True,
         attends=True,
