@@ -47,7 +47,7 @@ def build_kernels(spec: PagedAttentionSpec, tiles: Tiling, pipeline: str, of_att
 
     built = kernels.build(spec, tiles, pipeline)
     if of_attend is not None:
-        built.update(kernels.build_attend(spec, of_attend))
+        built.update(kernels.build_attend(spec, of_attend, pipeline))
     return built
 
 
@@ -77,8 +77,8 @@ def host_text(
 
 
 def attends(pipeline: str) -> bool:
-    """Whether libraries of a pipeline can have attend: the staged one has no kernels of it."""
-    return pipeline == "fused"
+    """Whether libraries of a pipeline can have attend: all can."""
+    return True
 
 
 def emit(
@@ -86,7 +86,7 @@ def emit(
 ) -> dict[str, str]:
     """The text of every stage; directory is for intermediate files."""
     cpu = _target.resolve(config)
-    tiles, of_attend = tiling.choose(spec, cpu, pipeline), tiling.choose_attend(spec, cpu) if attend else None
+    tiles, of_attend = tiling.choose(spec, cpu, pipeline), tiling.choose_attend(spec, cpu, pipeline) if attend else None
     unscheduled = build_kernels(spec, tiles, pipeline, of_attend)
     text = host_text(spec, cpu, tiles, pipeline, unscheduled)
     lowered = lower(unscheduled, spec, tiles, of_attend)
@@ -97,7 +97,7 @@ def emit(
 def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool, directory: Path) -> Built:
     """Lower, compile and link, with the tiles that the policy chooses."""
     cpu = _target.resolve(config)
-    of_attend = tiling.choose_attend(spec, cpu) if attend else None
+    of_attend = tiling.choose_attend(spec, cpu, pipeline) if attend else None
     return build_with_tiles(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory, of_attend)
 
 
