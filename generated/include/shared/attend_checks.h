@@ -80,8 +80,8 @@ inline void CheckLengths(const Array& context_lens, const Array& query_start_loc
   }
 }
 
-// A mask of [n, n] for each sequence of n query tokens, and ids within the cache of all blocks that its query tokens see
-// together. Those of sequences without query tokens are not looked at.
+// A mask of [n, n] for each sequence of n query tokens, and ids within the cache of all blocks that its query tokens
+// see together. Those of sequences without query tokens are not looked at.
 template <typename Spec>
 void CheckQueries(const AttendArguments& args, const Queries& queries, int32_t* table_to) {
   int64_t tree_end = 0;

@@ -3,7 +3,8 @@
 // Regenerate: pa-compiler generate
 
 // The query tokens of ragged calls: which of them are a sequence's, and which keys they see. For Spec see caches.h, and
-//   SeenKeys(length, query_end)   where Spec::kWindow is negative: the union of intervals that has the keys which a query
+//   SeenKeys(length, query_end)   where Spec::kWindow is negative: the union of intervals that has the keys which a
+//   query
 //                                 token at position query_end - 1 sees of the first `length` ones of its sequence.
 #pragma once
 

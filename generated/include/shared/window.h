@@ -37,8 +37,8 @@ constexpr auto SeenKeys(int64_t context_len) {
   }
 }
 
-// The logical blocks that hold the keys of up to kIntervals intervals. Those between and before them may have been freed:
-// their ids are neither read nor checked.
+// The logical blocks that hold the keys of up to kIntervals intervals. Those between and before them may have been
+// freed: their ids are neither read nor checked.
 template <int64_t kBlockSize, int kIntervals>
 struct Runs {
   static constexpr int kMost = kIntervals;
