@@ -110,7 +110,7 @@ def cases_of_attend():
             yield pytest.param(name, marks=pytest.mark.slow if made.spec.kv_layout == "NHD" else ())
 
 
-@pytest.mark.parametrize("name", cases_of_attend())
+@pytest.mark.parametrize("name", [*cases_of_attend()])
 def test_case_by_attend(compiled, name):
     case, made = CASES[name], BY_ATTEND[name]
     out, lse = made.attend(case, compiled(made.spec, attend=True))

@@ -96,8 +96,12 @@ struct Union : SpecOf<3, false, -1> {
   static constexpr pa::Intervals<3> SeenKeys(int64_t context_len) {
     return {{{context_len - 4, context_len}, {0, 3}, {40, 45}}};
   }
+  static constexpr pa::Intervals<3> SeenKeys(int64_t context_len, int64_t query_end) {
+    return {{{query_end - 4, context_len}, {0, 3}, {40, 45}}};
+  }
 };
 
 struct NoKeys : SpecOf<3, false, -1> {
   static constexpr pa::Intervals<1> SeenKeys(int64_t context_len) { return {{{1 << 30, context_len}}}; }
+  static constexpr pa::Intervals<1> SeenKeys(int64_t context_len, int64_t) { return SeenKeys(context_len); }
 };
