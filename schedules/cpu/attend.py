@@ -49,10 +49,6 @@ SCALAR = {
     "row_tile": _AROUND,
     "seen_scores": "scheduled with softmax_prepare",
     "range_state": _AROUND,
-<<<<<<< HEAD
-=======
-    "fetch": "no computation: it asks for lines",
->>>>>>> wip-staged
     "runs": "two numbers for each interval of a mask and each query token, once for a work item",
     "span": "two numbers for each tile of rows, once for a work item",
 }

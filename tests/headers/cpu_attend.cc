@@ -170,11 +170,6 @@ void TestSplits() {
 void TestWindows() {
   const Interval together = SeenTogether<Windowed>(20, 24, 24, false).keys;
   EXPECT(together.begin == 12 && together.end == 24);
-<<<<<<< HEAD
-  EXPECT((KeysSeen<Windowed>(3, 4, 30, true).begin == 0 && KeysSeen<Windowed>(3, 4, 30, true).end == 30));
-  EXPECT((KeysSeen<Union>(99, 101, 101, false).begin == 0 && KeysSeen<Union>(99, 101, 101, false).end == 101));
-  EXPECT((KeysSeen<NoKeys>(5, 7, 9, false).end == 0));
-=======
   const Interval ahead = SeenTogether<Windowed>(3, 4, 30, true).keys;
   EXPECT(ahead.begin == 0 && ahead.end == 30);
   const SeenTogether<Union> seen(99, 101, 101, false);
@@ -183,7 +178,6 @@ void TestWindows() {
          seen.blocks[2].end == 26);
   EXPECT(SeenTogether<Union>(99, 101, 140, true).blocks[2].end == 35);
   EXPECT(SeenTogether<NoKeys>(5, 7, 9, false).keys.end == 0 && SeenTogether<NoKeys>(5, 7, 9, false).count == 0);
->>>>>>> wip-staged
   EXPECT((BlocksOf<Spec>({3, 3}).end == 0 && BlocksOf<Spec>({3, 5}).begin == 0 && BlocksOf<Spec>({4, 5}).end == 2));
   const Lengths lengths({{2, 100}});
   const AttendPlan<Windowed> plan(lengths.With(), 1);
