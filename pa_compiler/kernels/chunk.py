@@ -87,31 +87,25 @@ def _bound(name: str, value: Expr) -> Expr:
     return variable
 
 
-def _start(spec: PagedAttentionSpec, place: Place, block_idx: Expr) -> Expr:
-    """Where a place's sequence is read from in block block_idx."""
-    start, many_tokens = block_idx * spec.block_size, place.query_end is not None
-    if not begins_late(spec, many_tokens):
-        return start
-    first = first_read(spec, first_seen(spec, place.length, place.query_end), many_tokens)
-    return T.if_then_else(start < first, first, start)  # of a maximum TVM would make sizes of buffers, on CUDA
+def tile_of(spec: PagedAttentionSpec, tiling: Tiling, place: Place, block_idx: Expr) -> Tile:
+    """Block block_idx of a place's sequence, with the tokens of it that are read for the place.
 
-
-def valid_tokens(spec: PagedAttentionSpec, place: Place, block_idx: Expr) -> Expr:
-    """Tokens of its sequence that are read for a place in block block_idx."""
-    end, size = limit(spec, place.length, place.query_end), spec.block_size
-    if begins_late(spec, place.query_end is not None):
-        tokens = T.max(T.min(end, (block_idx + 1) * size) - _start(spec, place, block_idx), 0)
+    What a mask says of it is bound once, each in terms of what was bound before: in full, all that names the tile would
+    have it several times over, and TVM takes minutes to simplify an extent of nested minima and choices.
+    """
+    many_tokens, size = place.query_end is not None, spec.block_size
+    start, end, seen = block_idx * size, limit(spec, place.length, place.query_end), None
+    if begins_late(spec, many_tokens):
+        seen = _bound("first_seen", first_seen(spec, place.length, place.query_end))
+        first = first_read(spec, seen, many_tokens)
+        start = _bound("start", T.if_then_else(start < first, first, start))  # of a maximum TVM would make sizes of
+        # buffers, on CUDA
+        tokens = T.max(T.min(end, (block_idx + 1) * size) - start, 0)
     else:
-        tokens = T.max(T.min(end - block_idx * size, size), 0)
+        tokens = T.max(T.min(end - start, size), 0)
     sees = sees_block(spec, place.length, block_idx, place.query_end)
-    return tokens if sees is None else T.Select(sees, tokens, 0)
-
-
-def tile_of(spec: PagedAttentionSpec, tiling: Tiling, place: Place, block_idx: Expr, tokens: Expr) -> Tile:
-    """Block block_idx of a place's sequence; tokens is its valid_tokens."""
-    masks = masks_first_tile(spec, place.query_end is not None)
-    seen = first_seen(spec, place.length, place.query_end) if masks else None
-    return Tile(tiling, _start(spec, place, block_idx), tokens, seen)
+    valid_len = _bound("valid_len", tokens if sees is None else T.Select(sees, tokens, 0))
+    return Tile(tiling, start, valid_len, seen if masks_first_tile(spec, many_tokens) else None)
 
 
 def look_up(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess) -> Callable[..., None]:

@@ -20,7 +20,7 @@ from pa_compiler.kernels import qk_matmul as qk
 from pa_compiler.kernels import softmax, state
 from pa_compiler.kernels.arrays import Arrays, without
 from pa_compiler.kernels.caches import Cache, key_access, value_access
-from pa_compiler.kernels.chunk import Queries, compute_block, look_up, not_taken, place_of, tile_of, valid_tokens
+from pa_compiler.kernels.chunk import Queries, compute_block, look_up, not_taken, place_of, tile_of
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
 from pa_compiler.kernels.score_functions import ScoreFunctions
@@ -76,8 +76,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 key_offsets = T.sblock_alloc_buffer((tiling.num_offsets,), "int64")
                 queries = T.meta_var(Queries(of_seq, token_begin, first_pos, sees_all))
                 place = T.meta_var(place_of(tiling, context_lens, batch_start, vs, queries))
-                valid_len: T.let = valid_tokens(spec, place, block_idx)
-                tile = T.meta_var(tile_of(spec, tiling, place, block_idx, valid_len))
+                tile = T.meta_var(tile_of(spec, tiling, place, block_idx))
                 keys = T.meta_var(Cache(key_cache, k_block, k_row, k_head, key_offsets))
                 head_offset: T.let = T.Cast("int64", kv_head) * k_head
                 load_query_stage(query, q_tile, 0, place.rows(head_start, num_rows), query_scale)
@@ -133,8 +132,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 T.writes()
                 queries = T.meta_var(Queries(of_seq, token_begin, first_pos, sees_all))
                 place = T.meta_var(place_of(tiling, context_lens, batch_start, vs, queries))
-                valid_len: T.let = valid_tokens(spec, place, block_idx)
-                tile = T.meta_var(tile_of(spec, tiling, place, block_idx, valid_len))
+                tile = T.meta_var(tile_of(spec, tiling, place, block_idx))
                 added = T.meta_var(State(tile_max, tile_sum, None, vs))
                 rows = T.meta_var(place.rows(head_start, num_rows))
                 tree = T.meta_var(
@@ -196,8 +194,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 value_offsets = T.sblock_alloc_buffer((tiling.num_offsets,), "int64")
                 queries = T.meta_var(Queries(of_seq, token_begin, first_pos, sees_all))
                 place = T.meta_var(place_of(tiling, context_lens, batch_start, vs, queries))
-                valid_len: T.let = valid_tokens(spec, place, block_idx)
-                tile = T.meta_var(tile_of(spec, tiling, place, block_idx, valid_len))
+                tile = T.meta_var(tile_of(spec, tiling, place, block_idx))
                 values = T.meta_var(Cache(value_cache, v_block, v_row, v_head, value_offsets))
                 head_offset: T.let = T.Cast("int64", kv_head) * v_head
                 look_up_stage(block_table, values, tile, place.seq)
