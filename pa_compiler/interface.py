@@ -109,6 +109,7 @@ class Parameter(NamedTuple):
         of_values: Whether an array holds values: None with shared_kv, where they are in the keys.
         field: Field of the spec that says whether there is an array: None where the spec has it not. "" for all specs.
         of_input: Whether it is an array of the spec's inputs, which all have one type and no other.
+        or_float32: Whether an array may be float32 as well.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Parameter(NamedTuple):
     of_values: bool = False
     field: str = ""
     of_input: bool = False
+    or_float32: bool = False
 
     @property
     def said(self) -> str:
@@ -137,6 +139,8 @@ class Parameter(NamedTuple):
         dtype = getattr(spec, self.dtype, self.dtype)
         if dtype == "bool":
             return ("bool", "uint8")
+        if self.or_float32 and dtype != "float32":
+            return (dtype, "float32")
         return ("int32", "int64") if dtype in ("int32", "int64") and not on_gpu else (dtype,)
 
 
@@ -173,6 +177,13 @@ _APPEND_KV = (
     Parameter("slot_mapping", "int64"),
 )
 
+_MERGE_STATES = (
+    Parameter("outs", "result_dtype", or_float32=True),
+    Parameter("lses", "float32"),
+    Parameter("out", "result_dtype", written=True),
+    Parameter("lse", "float32", written=True, optional=True),
+)
+
 _THREADS = (Parameter("num_threads"), Parameter("threading"), Parameter("cpus"))
 _CHECK = (Parameter("check"),)
 _AS_UINT16 = (Parameter("as_uint16"),)
@@ -181,6 +192,7 @@ CPU_ENTRY_POINTS: Mapping[str, tuple[Parameter, ...]] = {
     "decode": (*_DECODE, *_THREADS, *_AS_UINT16),
     "attend": (*_ATTEND, *_THREADS, *_AS_UINT16),
     "append_kv": (*_APPEND_KV, *_THREADS, *_AS_UINT16),
+    "merge_states": (*_MERGE_STATES, *_THREADS, *_AS_UINT16),
     "plan": (Parameter("context_lens", "int32"),),
     "attend_plan": (
         Parameter("context_lens", "int32"),
@@ -191,7 +203,7 @@ CPU_ENTRY_POINTS: Mapping[str, tuple[Parameter, ...]] = {
     "openmp": (),
     "view_as_bfloat16": (Parameter("tensor", "uint16"),),
 }
-"""The functions of a library for a CPU, with what each takes, in order. Not every library has those of attend.
+"""The functions of a library for a CPU, with what each takes, in order. Not every library has those of attend and merge_states.
 
 Arrays come first. Where the last parameter is as_uint16, bit i of it says that parameter i is an array of bfloat16 that
 is declared uint16, for libraries that have no bfloat16 in DLPack.

@@ -146,3 +146,30 @@ def attend(
         weighed = weigh(*of, kv_layout=kv_layout, batch=batch, **fields)
         out[token], lse[token] = weighed.out(), weighed.lse
     return (out, lse) if return_lse else out
+
+
+def merge_states(
+    outs: np.ndarray, lses: np.ndarray, *, return_lse: bool = False
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """The result of attention to all keys, from those of attention to parts of them.
+
+    out = sum_p exp(lse_p - lse) * out_p with lse = log sum_p exp(lse_p). A part whose lse is -inf is empty, whatever its
+    out. Where some are inf, these alone count, and each as much as the others.
+
+    Args:
+        outs: [parts, num_tokens, num_heads, value_dim], any floating dtype.
+        lses: [parts, num_tokens, num_heads], natural logarithms.
+        return_lse: Return lse too.
+
+    Returns:
+        out: [num_tokens, num_heads, value_dim], float64; 0 where all parts are empty.
+        lse: [num_tokens, num_heads], float64, with return_lse; -inf where all parts are empty.
+    """
+    lses = np.asarray(lses, np.float64)
+    largest = lses.max(axis=0)
+    below = np.subtract(lses, largest, out=np.zeros_like(lses), where=lses != largest)
+    weights = np.where(np.isneginf(lses), 0, np.exp(below))
+    total = weights.sum(axis=0)
+    values = np.where(np.isneginf(lses)[..., None], 0, np.asarray(outs, np.float64))
+    out = (weights[..., None] * values).sum(axis=0) / np.where(total == 0, 1, total)[..., None]
+    return (out, largest + np.log(np.where(total == 0, 1, total))) if return_lse else out

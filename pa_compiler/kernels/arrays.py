@@ -74,6 +74,19 @@ class Arrays:
         shape = (self._var("slots"), T.int64(spec.num_heads), T.int64(spec.result_dim))
         return T.match_buffer(handle, shape, "float32", align=4)
 
+    def outs(self, handle: Var, dtype: str) -> Buffer:
+        """[parts, batch or num_tokens, num_heads, value_dim], dtype: results of parts of the keys."""
+        spec = self._spec
+        shape = (self._var("parts"), self._var(self._tokens), T.int64(spec.num_heads), T.int64(spec.result_dim))
+        strides = [*map(self._var, ("outs_part", "outs_token", "outs_head")), T.int64(1)]
+        return T.match_buffer(handle, shape, dtype, strides=strides, align=ITEMSIZES[dtype])
+
+    def lses(self, handle: Var) -> Buffer:
+        """[parts, batch or num_tokens, num_heads], float32: natural logarithms."""
+        shape = (self._var("parts"), self._var(self._tokens), T.int64(self._spec.num_heads))
+        strides = [self._var("lses_part"), self._var("lses_token"), T.int64(1)]
+        return T.match_buffer(handle, shape, "float32", strides=strides, align=4)
+
     def out(self, handle: Var) -> Buffer:
         """[batch or num_tokens, num_heads, value_dim], out_dtype; a head's elements lie side by side."""
         spec = self._spec

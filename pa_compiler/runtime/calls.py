@@ -6,36 +6,21 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import tvm_ffi
-
-from pa_compiler.interface import CPU_ENTRY_POINTS, Parameter, with_inputs
-from pa_compiler.runtime import results
 from pa_compiler.runtime.arguments import input_arrays, real_number
-from pa_compiler.runtime.entry_points import EntryPoint
-from pa_compiler.runtime.thread_settings import ThreadSettings
-from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.runtime.merging import Merging
 
 
-class Calls(ThreadSettings):
+class Calls(Merging):
     """The calls of a Module, which says what they have in common."""
 
-    spec: PagedAttentionSpec
-    pipeline: str
-    _functions: tvm_ffi.Module
-    _entry_points: Mapping[str, tuple[Parameter, ...]] = CPU_ENTRY_POINTS
-    _on_gpu = False
-
     def _open(self) -> None:
-        """Look the functions up. Not every library has attend."""
+        """Look the functions up. Not every library has attend and merge_states."""
         self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
         self._decode, self._append_kv = self._entry_point("decode"), self._entry_point("append_kv")
         self._attend = self._entry_point("attend") if self._functions.implements_function("attend") else None
-
-    def _entry_point(self, name: str) -> EntryPoint:
-        parameters = self._entry_points[name]
-        if name in ("decode", "attend"):
-            parameters = with_inputs(parameters, self.spec)
-        return EntryPoint(self._functions[name], parameters, self.spec, self._on_gpu)
+        self._merge_states = (
+            self._entry_point("merge_states") if self._functions.implements_function("merge_states") else None
+        )
 
     def decode(
         self,
@@ -237,12 +222,3 @@ class Calls(ThreadSettings):
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
         """
         self._append_kv.call((key, value, key_cache, value_cache, slot_mapping), self._manner(check, "append_kv"))
-
-    def _manner(self, check: str | None, of: str) -> tuple[int, ...]:
-        """The numbers that tell the library how to go about a call of decode or append_kv; for a CPU, the threads."""
-        if check not in (None, "host"):
-            raise ValueError(f"check: expected 'host' for a CPU module, got {check!r}")
-        return self._thread_numbers
-
-    def _new_like(self, query: Any, dtype: str, extents: tuple[int, ...]) -> Any:
-        return results.new_like(query, dtype, extents, self._functions)
