@@ -61,11 +61,12 @@ THREADING = ("auto", "own", "openmp")
 CHECKS = ("host", "device", "none")
 """Who can check the indices of a call of a library for a GPU, in the order of the library's numbers."""
 
-REPORT_CODES = ("nothing", "context_len", "block_id", "slot")
+REPORT_CODES = ("nothing", "context_len", "block_id", "slot", "row")
 """What a kernel can report to be wrong with the indices of a call, in the order of the codes."""
 
 REPORT_FIELDS = ("code", "index", "position", "value", "limit")
-"""The int64 numbers of such a report. index is of a sequence or a token, position in its row of block_table."""
+"""The int64 numbers of such a report. index is of a sequence or a token, position in its row of block_table; of a row,
+position is where it begins and value where it ends."""
 
 
 def split_blocks(spec: PagedAttentionSpec) -> int:
@@ -109,6 +110,7 @@ class Parameter(NamedTuple):
         of_values: Whether an array holds values: None with shared_kv, where they are in the keys.
         field: Field of the spec that says whether there is an array: None where the spec has it not. "" for all specs.
         of_input: Whether it is an array of the spec's inputs, which all have one type and no other.
+        shown: What errors call it, where that is not its name.
         or_float32: Whether an array may be float32 as well.
     """
 
@@ -119,12 +121,13 @@ class Parameter(NamedTuple):
     of_values: bool = False
     field: str = ""
     of_input: bool = False
+    shown: str = ""
     or_float32: bool = False
 
     @property
     def said(self) -> str:
         """What errors call it: a caller gives inputs as a mapping."""
-        return f"inputs[{self.name.removeprefix(INPUT_PREFIX)!r}]" if self.of_input else self.name
+        return f"inputs[{self.name.removeprefix(INPUT_PREFIX)!r}]" if self.of_input else self.shown or self.name
 
     def absent(self, spec: PagedAttentionSpec) -> str:
         """What the spec has, or has not, so that the array has to be None; "" where it has to be one."""
@@ -151,7 +154,9 @@ _DECODE = (
     Parameter("query", "dtype"),
     Parameter("key_cache", "dtype"),
     Parameter("value_cache", "dtype", of_values=True),
-    Parameter("block_table", "int32"),
+    Parameter("block_table", "int32", optional=True),
+    Parameter("block_indptr", "int32", optional=True, shown="block_table[0]"),
+    Parameter("block_indices", "int32", optional=True, shown="block_table[1]"),
     Parameter("context_lens", "int32"),
     Parameter("out", "result_dtype", written=True),
     Parameter("lse", "float32", written=True, optional=True),
@@ -161,9 +166,9 @@ _DECODE = (
 )
 
 _ATTEND = (
-    *_DECODE[:5],
+    *_DECODE[:7],
     Parameter("query_start_loc", "int32"),
-    *_DECODE[5:-1],
+    *_DECODE[7:-1],
     Parameter("tree_mask", "bool", optional=True),
     Parameter("scale"),
     Parameter("causal"),

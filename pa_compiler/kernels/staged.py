@@ -16,7 +16,7 @@ from pa_compiler import tvmscript as script
 from pa_compiler.kernels import pv_matmul as pv
 from pa_compiler.kernels import qk_matmul as qk
 from pa_compiler.kernels import softmax, state
-from pa_compiler.kernels.arrays import Arrays, without
+from pa_compiler.kernels.arrays import Arrays, BlockTable, without
 from pa_compiler.kernels.caches import Cache, CacheAccess, key_access, value_access
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
@@ -60,9 +60,9 @@ def _look_up(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess) -> C
     offsets_stage = token_offsets(spec, tiling, access)
 
     @script.inline
-    def stage(block_table, cache, tile, seq):
+    def stage(table, cache, tile, seq):
         num_offsets: T.let = tile.num_groups * tiling.token_group
-        offsets_stage(block_table, cache, tile, seq, tile.start + tile.valid_len - 1, num_offsets)
+        offsets_stage(table, cache, tile, seq, tile.start + tile.valid_len - 1, num_offsets)
 
     return stage
 
@@ -81,6 +81,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         query_handle: T.handle,
         key_cache_handle: T.handle,
         block_table_handle: T.handle,
+        row_starts_handle: T.handle,
         context_lens_handle: T.handle,
         scores_handle: T.handle,
         k_block: T.int64,
@@ -97,6 +98,8 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         query = arrays.query(query_handle)
         key_cache = arrays.key_cache(key_cache_handle)
         block_table = arrays.block_table(block_table_handle)
+        row_starts = arrays.row_starts(row_starts_handle)
+        table = T.meta_var(BlockTable(block_table, row_starts))
         context_lens = arrays.context_lens(context_lens_handle)
         scores = arrays.scores(scores_handle)
         for s in range(num_seqs):
@@ -112,7 +115,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 keys = T.meta_var(Cache(key_cache, k_block, k_row, k_head, key_offsets))
                 head_offset: T.let = T.Cast("int64", kv_head) * k_head
                 load_query_stage(query, q_tile, 0, Rows(seq, head_start, num_rows), query_scale)
-                look_up(block_table, keys, tile, seq)
+                look_up(table, keys, tile, seq)
                 qk_stage(q_tile, 0, keys, head_offset, tile, scores, vs)
 
     return qk_matmul
@@ -179,6 +182,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     def pv_matmul(
         value_cache_handle: T.handle,
         block_table_handle: T.handle,
+        row_starts_handle: T.handle,
         context_lens_handle: T.handle,
         probs_handle: T.handle,
         tile_acc_handle: T.handle,
@@ -194,6 +198,8 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     ):
         value_cache = arrays.value_cache(value_cache_handle)
         block_table = arrays.block_table(block_table_handle)
+        row_starts = arrays.row_starts(row_starts_handle)
+        table = T.meta_var(BlockTable(block_table, row_starts))
         context_lens = arrays.context_lens(context_lens_handle)
         probs = arrays.scores(probs_handle)
         tile_acc = arrays.acc(tile_acc_handle)
@@ -209,7 +215,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 tile = T.meta_var(_tile(spec, tiling, context_lens[seq], block_idx, valid_len))
                 values = T.meta_var(Cache(value_cache, v_block, v_row, v_head, value_offsets))
                 head_offset: T.let = T.Cast("int64", kv_head) * v_head
-                look_up(block_table, values, tile, seq)
+                look_up(table, values, tile, seq)
                 num_full: T.let = tile.num_full
                 rows = T.meta_var(Rows(seq, head_start, num_rows))
                 computed = T.meta_var(compute(of_mask, rows, context_lens[seq], tile, tile.num_groups))

@@ -89,15 +89,16 @@ def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess)
         return position if first_token is None else T.max(position, first_token)
 
     @inline
-    def stage(block_table, cache, tile, seq, last_token, num_offsets, first_token=None):
+    def stage(table, cache, tile, seq, last_token, num_offsets, first_token=None):
         with T.sblock("token_offsets"):
-            T.reads(block_table[seq, 0 : block_table.shape[1]])
+            T.reads(table.entries[seq, 0 : table.entries.shape[1]], table.row_starts[seq])
             T.writes(cache.offsets[0:size])
+            row_start: T.let = table.row_starts[seq]
             for t in range(num_offsets):
                 with T.sblock("offset"):
                     vt = T.axis.spatial(size, t)
                     token: T.let = held(tile.position(vt), first_token, last_token)
-                    block: T.let = T.Cast("int64", block_table[seq, T.floordiv(token, block_size)])
+                    block: T.let = T.Cast("int64", table.entries[seq, row_start + T.floordiv(token, block_size)])
                     slot: T.let = T.floormod(token, block_size)
                     cache.offsets[vt] = block * cache.block + access.slot_offset(slot, cache.row)
 

@@ -71,6 +71,23 @@ def _item(name: str, array: object) -> object:
     return array.item()
 
 
+def block_tables(given: Any) -> tuple[Any, Any, Any]:
+    """block_table as libraries take it: (table, None, None), or (None, indptr, indices) of a pair of these.
+
+    Raises:
+        TypeError: it is a tuple of another length, or None is among it.
+    """
+    if type(given) is not tuple and given is not None:
+        return given, None, None
+    if given is None or len(given) != 2:
+        got = "NoneType" if given is None else f"a tuple of {len(given)}"
+        raise TypeError(f"block_table: expected an array with DLPack or a pair (indptr, indices), got {got}")
+    for number, array in enumerate(given):
+        if array is None:
+            raise TypeError(f"block_table[{number}]: expected an array with DLPack, got NoneType")
+    return (None, *given)
+
+
 def input_arrays(spec: PagedAttentionSpec, given: object) -> tuple[Any, ...]:
     """The arrays of a mapping by the names of a spec's inputs, in the spec's order. None stands for no inputs.
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pa_compiler.runtime.arguments import input_arrays, real_number
+from pa_compiler.runtime.arguments import block_tables, input_arrays, real_number
 from pa_compiler.runtime.merging import Merging
 
 
@@ -54,8 +54,9 @@ class Calls(Merging):
             value_cache: As key_cache, with value_dim in place of head_dim. None with shared_kv: the value of a token is
                 the first value_dim elements of its key.
             block_table: [batch, max_blocks], int32 or int64: the block ids of each sequence's context in order. Entries
-                past those that its length needs may hold anything, as may those before the spec's window.
-            context_lens: [batch], int32 or int64: tokens of each sequence, 0 to max_blocks * block_size.
+                past those that its length needs may hold anything, as may those before the spec's window. Or a pair
+                (indptr, indices), [batch + 1] and [n]: those of sequence b are indices[indptr[b] : indptr[b + 1]].
+            context_lens: [batch], int32 or int64: tokens of each sequence, from 0 to those that its blocks hold.
             scale: Factor on the scores, finite as a float32, a number or an array of no axes; by default
                 1 / sqrt(head_dim). Products of queries with keys may be beyond float32 where the scores are not.
             out: [batch, num_heads, value_dim] or [batch, num_heads * value_dim], out_dtype, written and returned; by
@@ -91,7 +92,8 @@ class Calls(Merging):
             out = self._new_like(query, self.spec.result_dtype, (self.spec.num_heads, self.spec.result_dim))
         if return_lse and lse is None:
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
-        arrays = (query, key_cache, value_cache, block_table, context_lens, out, lse, alibi_slopes, sinks)
+        tables = block_tables(block_table)
+        arrays = (query, key_cache, value_cache, *tables, context_lens, out, lse, alibi_slopes, sinks)
         if inputs is not None or self.spec.inputs:
             arrays += input_arrays(self.spec, inputs)
         self._decode.call(arrays, (scale, *self._manner(check, "decode")))
@@ -168,7 +170,8 @@ class Calls(Merging):
             out = self._new_like(query, self.spec.result_dtype, (self.spec.num_heads, self.spec.result_dim))
         if return_lse and lse is None:
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
-        arrays: tuple[Any, ...] = (query, key_cache, value_cache, block_table, context_lens, query_start_loc, out, lse)
+        tables = block_tables(block_table)
+        arrays: tuple[Any, ...] = (query, key_cache, value_cache, *tables, context_lens, query_start_loc, out, lse)
         arrays += (alibi_slopes, sinks, tree_mask)
         if inputs is not None or self.spec.inputs:
             arrays += input_arrays(self.spec, inputs)

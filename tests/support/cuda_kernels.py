@@ -116,6 +116,8 @@ def _decode_arguments(spec: PagedAttentionSpec, inputs: Inputs, out, lse, scale)
         "out": out,
         "lse": lse,
         "table_seq": _stride(inputs.block_table, 0),
+        "row_starts": np.zeros(1, np.int32),
+        "row_step": 0,
         **split_scale(spec, spec.head_dim**-0.5 if scale is None else scale),
         **strides(inputs.query, q_batch=0, q_head=1),
         **cache_strides(spec, "k", inputs.key_cache),

@@ -227,15 +227,15 @@ FAULTS = {
         "templates/shared/indices.h", "row[i] < 0 || row[i]", "row[i]", "test_errors.py test_bounds.py"
     ),
     "the last block of a sequence unchecked": Fault(
-        "templates/shared/indices.h",
+        "templates/shared/block_table.h",
         "for (int64_t i = first; i < used; ++i)",
         "for (int64_t i = first; i < used - 1; ++i)",
         "test_errors.py test_bounds.py",
     ),
     "a length over capacity accepted": Fault(
-        "templates/shared/indices.h",
-        "std::min(block_table.shape[1] * block_size,",
-        "std::min(block_table.shape[1] * block_size + 1,",
+        "templates/shared/block_table.h",
+        "std::min(blocks * block_size,",
+        "std::min(blocks * block_size + 1,",
         "test_errors.py test_bounds.py",
     ),
     "negative lengths accepted": Fault(
@@ -299,9 +299,9 @@ FAULTS = {
         "test_overlap.py",
     ),
     "int64 block ids of another sequence": Fault(
-        "templates/shared/indices.h",
-        "to + seq * block_table.shape[1]",
-        "to + 0 * block_table.shape[1]",
+        "templates/shared/block_table.h",
+        "seq * table.entries.shape[1]",
+        "0 * table.entries.shape[1]",
         "test_conventions.py",
     ),
     "memory not known to be writable written": Fault(
