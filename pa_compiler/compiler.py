@@ -106,6 +106,8 @@ def _checked_extras(extras: Extras, config: dict[str, Any], pipeline: str) -> Ex
     for name, wanted in extras._asdict().items():
         if not isinstance(wanted, bool):
             raise TypeError(f"{name}: expected a bool, got {wanted!r} of type {type(wanted).__name__}")
+    if extras.merge_states and not backends.of(config).merges:
+        raise ValueError(f"merge_states: expected False for target {config['kind']}, got True")
     return extras._replace(attend=extras.attend and backends.of(config).attends(pipeline))
 
 

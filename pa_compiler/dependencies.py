@@ -8,7 +8,7 @@ import platform
 from typing import Any
 
 from pa_compiler import backends, commands, installation, native
-from pa_compiler.backend import Extras
+from pa_compiler.backend import NO_EXTRAS, Extras
 from pa_compiler.spec import PagedAttentionSpec
 
 _CXX_VARIABLES = ("CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "COMPILER_PATH", "GCC_EXEC_PREFIX", "LD_RUN_PATH")
@@ -21,7 +21,7 @@ def versions() -> dict[str, str]:
 
 
 def inputs(
-    spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, extras: Extras = Extras()
+    spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, extras: Extras = NO_EXTRAS
 ) -> dict[str, object]:
     """All that a build depends on but the programs that it runs."""
     return {

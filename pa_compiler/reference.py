@@ -162,8 +162,8 @@ def merge_states(
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """The result of attention to all keys, from those of attention to parts of them.
 
-    out = sum_p exp(lse_p - lse) * out_p with lse = log sum_p exp(lse_p). A part whose lse is -inf is empty, whatever its
-    out. Where some are inf, these alone count, and each as much as the others.
+    out = sum_p exp(lse_p - lse) * out_p with lse = log sum_p exp(lse_p). A part whose lse is -inf is empty, whatever
+    its out. Where some are inf, these alone count, and each as much as the others.
 
     Args:
         outs: [parts, num_tokens, num_heads, value_dim], any floating dtype.

@@ -212,7 +212,12 @@ def test_block_ids_on_the_device(emulated, base):
         table, status = inputs.block_table.copy(), np.zeros(1, np.int32)
         if sequence is not None:
             table[sequence, entry] = -1
-        arrays = {"row_starts": np.zeros(1, np.int32), "block_table": table, "context_lens": inputs.context_lens, "status": status}
+        arrays = {
+            "row_starts": np.zeros(1, np.int32),
+            "block_table": table,
+            "context_lens": inputs.context_lens,
+            "status": status,
+        }
         kernels.launch("cuda_check", {**arrays, **numbers, "num_blocks": len(inputs.key_cache)})
         assert status[0] == (0 if sequence is None else VIOLATION - (2 * sequence + BAD_BLOCK))
 

@@ -19,7 +19,7 @@ from pa_compiler.tiles import Element, Tiling
 
 
 class BlockTable(NamedTuple):
-    """Which blocks are a sequence's: block i, at [seq, row_starts[seq] + i] of entries, has its tokens from i * block_size.
+    """Which blocks are a sequence's: block i is entries[seq, row_starts[seq] + i].
 
     A table has its rows in entries, and 0 in row_starts. Of a pair (indptr, indices) indptr is row_starts, and each row
     of entries is all of indices: the stride between rows is 0.

@@ -1,6 +1,7 @@
 // The arguments of merge_states. For Spec see caches.h; Given has merge_states' parameters.
 #pragma once
 
+#include <cinttypes>
 #include <cstdint>
 
 #include "shared/caches.h"
