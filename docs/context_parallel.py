@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 docs/context_parallel.py
 
-Each process attends to its own pages with all query heads. What it hands on is out in float32 and lse, a few kilobytes a
-token, and never a key or a value. Here pages are dealt out in turn, so that each process has as many tokens, give or
+Each process attends to its own pages with all query heads. What it hands on is out in float32 and lse, a few kilobytes
+a token, and never a key or a value. Here pages are dealt out in turn, so that each process has as many tokens, give or
 take a page.
 """
 

@@ -71,14 +71,12 @@ def _item(name: str, array: object) -> object:
     return array.item()
 
 
-def block_tables(given: Any) -> tuple[Any, Any, Any]:
-    """block_table as libraries take it: (table, None, None), or (None, indptr, indices) of a pair of these.
+def block_tables(given: tuple[Any, ...] | None) -> tuple[None, Any, Any]:
+    """A block_table that is a pair (indptr, indices) as libraries take it, which have a table before these.
 
     Raises:
-        TypeError: it is a tuple of another length, or None is among it.
+        TypeError: it is None or a tuple of another length, or None is among it.
     """
-    if type(given) is not tuple and given is not None:
-        return given, None, None
     if given is None or len(given) != 2:
         got = "NoneType" if given is None else f"a tuple of {len(given)}"
         raise TypeError(f"block_table: expected an array with DLPack or a pair (indptr, indices), got {got}")

@@ -92,7 +92,8 @@ class Calls(Merging):
             out = self._new_like(query, self.spec.result_dtype, (self.spec.num_heads, self.spec.result_dim))
         if return_lse and lse is None:
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
-        tables = block_tables(block_table)
+        is_table = type(block_table) is not tuple and block_table is not None
+        tables = (block_table, None, None) if is_table else block_tables(block_table)
         arrays = (query, key_cache, value_cache, *tables, context_lens, out, lse, alibi_slopes, sinks)
         if inputs is not None or self.spec.inputs:
             arrays += input_arrays(self.spec, inputs)
@@ -170,7 +171,8 @@ class Calls(Merging):
             out = self._new_like(query, self.spec.result_dtype, (self.spec.num_heads, self.spec.result_dim))
         if return_lse and lse is None:
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
-        tables = block_tables(block_table)
+        is_table = type(block_table) is not tuple and block_table is not None
+        tables = (block_table, None, None) if is_table else block_tables(block_table)
         arrays: tuple[Any, ...] = (query, key_cache, value_cache, *tables, context_lens, query_start_loc, out, lse)
         arrays += (alibi_slopes, sinks, tree_mask)
         if inputs is not None or self.spec.inputs:

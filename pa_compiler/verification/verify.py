@@ -142,7 +142,8 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
     rows = call.query.shape[:2]
     out, whole_out = inside(np.full((*rows, spec.result_dim), np.nan, spec.result_dtype), np.nan, call.rng)
     lse, whole_lse = inside(np.full(rows, np.nan, np.float32), np.nan, call.rng)
-    table, tables = call.block_table, {"block_table": call.block_table}
+    table: np.ndarray | tuple[np.ndarray, np.ndarray] = call.block_table
+    tables = {"block_table": call.block_table}
     if call.as_pair:
         table = as_pair(call.block_table, call.context_lens, spec.block_size)
         tables = {f"block_table[{i}]": array for i, array in enumerate(table)}

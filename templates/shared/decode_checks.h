@@ -71,12 +71,14 @@ inline void CheckWritten(const DecodeArguments& args, const Array& key_cache, co
     CheckDistinctElements("lse", args.lse);
     CheckNoOverlap("lse", args.lse, "out", args.out);
   }
+  const bool is_pair = args.block_table.is_pair;
   for (const Named& input :
        {Named{"query", &args.query}, Named{"key_cache", &key_cache}, Named{"value_cache", &value_cache},
-        Named{args.block_table.is_pair ? "block_table[1]" : "block_table", &args.block_table.entries},
-        Named{"block_table[0]", &args.block_table.row_starts}, Named{"context_lens", &args.context_lens}}) {
+        Named{is_pair ? "block_table[1]" : "block_table", &args.block_table.entries},
+        Named{"context_lens", &args.context_lens}}) {
     CheckNotWritten(args, input);
   }
+  if (is_pair) CheckNotWritten(args, {"block_table[0]", &args.block_table.row_starts});
 }
 
 // An array with a number for each query head, which decode takes where the spec has it (kHas).

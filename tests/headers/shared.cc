@@ -3,9 +3,9 @@
 #include "expect.h"
 #include "shared/append_checks.h"
 #include "shared/arrays.h"
+#include "shared/block_table.h"
 #include "shared/decode_checks.h"
 #include "shared/errors.h"
-#include "shared/block_table.h"
 #include "shared/indices.h"
 #include "shared/overlap.h"
 #include "shared/window.h"
@@ -179,8 +179,9 @@ void TestIndicesOfAPair() {
   EXPECT_RAISES("ValueError: block_table[0]: expected numbers that never fall, got 1 after 2 at position 2",
                 CheckRowStarts(pair, starts_to));
   starts.data<int64_t>()[2] = 6;
-  EXPECT_RAISES("ValueError: block_table[0]: expected numbers up to 5, the entries of block_table[1], got 6 at position 2",
-                CheckRowStarts(pair, starts_to));
+  EXPECT_RAISES(
+      "ValueError: block_table[0]: expected numbers up to 5, the entries of block_table[1], got 6 at position 2",
+      CheckRowStarts(pair, starts_to));
 }
 
 // Sequences of 8 and of 13 tokens, of which a window of 5 shows blocks [0, 2) and [2, 4).
