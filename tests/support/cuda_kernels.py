@@ -63,6 +63,7 @@ class CudaKernels:
             "partial_sum": np.full((items, spec.num_heads), np.nan, np.float32),
             "partial_acc": np.full((items, spec.num_heads, spec.result_dim), np.nan, np.float32),
             "max_blocks": inputs.block_table.shape[1],
+            "num_entries": 0,
             "num_blocks": len(inputs.key_cache),
             "batch": batch,
             "items": items,
