@@ -251,8 +251,8 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor554.i = alloca [16 x float], align 16
-  %reach572.i = alloca [128 x i32], align 16
+  %factor541.i = alloca [16 x float], align 16
+  %reach559.i = alloca [128 x i32], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -490,8 +490,8 @@ if_end54:                                         ; preds = %if_then52, %if_end5
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor554.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %reach572.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor541.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %reach559.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -583,36 +583,36 @@ for_begin_ax1_0.preheader.lr.ph.i:                ; preds = %if_end14.i
   br label %for_begin_ax1_0.preheader.i
 
 for_begin_ax1_0.preheader.i:                      ; preds = %for_body_r.peel.next.i, %for_begin_ax1_0.preheader.lr.ph.i
-  %indvars.iv934.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next935.i, %for_body_r.peel.next.i ]
-  %160 = trunc nuw nsw i64 %indvars.iv934.i to i32
+  %indvars.iv915.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next916.i, %for_body_r.peel.next.i ]
+  %160 = trunc nuw nsw i64 %indvars.iv915.i to i32
   %rmod.i = srem i32 %160, %120
   %rdiv39.i = sdiv i32 %160, %120
   %161 = icmp ne i32 %rmod.i, 0
-  %.not604.i = and i1 %145, %161
-  %162 = select i1 %.not604.i, i32 %120, i32 0
+  %.not589.i = and i1 %145, %161
+  %162 = select i1 %.not589.i, i32 %120, i32 0
   %163 = add nsw i32 %162, %rmod.i
   %164 = shl nsw i32 %163, 2
   %165 = shl nsw i32 %163, 4
   %166 = sub nsw i32 %118, %165
   %167 = shl nsw i32 %163, 3
-  %invariant.op678.i = sub i32 %167, %159
-  %168 = sext i1 %.not604.i to i32
+  %invariant.op663.i = sub i32 %167, %159
+  %168 = sext i1 %.not589.i to i32
   %169 = sext i32 %163 to i64
   %170 = shl nsw i64 %169, 2
-  %invariant.op680.i = add nsw i64 %170, %150
+  %invariant.op665.i = add nsw i64 %170, %150
   %171 = sext i32 %166 to i64
-  %172 = shl i64 %indvars.iv934.i, 11
+  %172 = shl i64 %indvars.iv915.i, 11
   %173 = and i64 %172, 4294965248
-  %invariant.gep1253.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %173
+  %invariant.gep1232.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %173
   br label %for_begin_ax2_0.preheader.i
 
 for_begin_tile105.preheader.i:                    ; preds = %for_body_r.peel.next.i
-  %174 = getelementptr inbounds nuw i8, ptr %reach572.i, i64 4
+  %174 = getelementptr inbounds nuw i8, ptr %reach559.i, i64 4
   %175 = load <2 x i32>, ptr %174, align 4
-  %exitcond942.peel.not.i = icmp eq i32 %121, 1
+  %exitcond923.peel.not.i = icmp eq i32 %121, 1
   %176 = extractelement <2 x i32> %175, i64 0
   %177 = extractelement <2 x i32> %175, i64 1
-  br i1 %exitcond942.peel.not.i, label %for_end_tile107.loopexit.i, label %iter.check, !prof !13
+  br i1 %exitcond923.peel.not.i, label %for_end_tile107.loopexit.i, label %iter.check, !prof !13
 
 iter.check:                                       ; preds = %for_begin_tile105.preheader.i
   %178 = add nsw i64 %wide.trip.count.i, -1
@@ -620,8 +620,8 @@ iter.check:                                       ; preds = %for_begin_tile105.p
   br i1 %min.iters.check, label %if_end115.i.preheader, label %vector.main.loop.iter.check, !prof !16
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
-  %min.iters.check374 = icmp ult i32 %121, 34
-  br i1 %min.iters.check374, label %vec.epilog.ph, label %vector.ph, !prof !16
+  %min.iters.check365 = icmp ult i32 %121, 34
+  br i1 %min.iters.check365, label %vec.epilog.ph, label %vector.ph, !prof !16
 
 vector.ph:                                        ; preds = %vector.main.loop.iter.check
   %n.mod.vf = and i64 %178, 31
@@ -629,64 +629,64 @@ vector.ph:                                        ; preds = %vector.main.loop.it
   %180 = select i1 %179, i64 32, i64 %n.mod.vf
   %n.vec = sub nsw i64 %178, %180
   %broadcast.splat = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat376 = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splat367 = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> zeroinitializer
   br label %vector.body
 
 vector.body:                                      ; preds = %vector.body, %vector.ph
   %index = phi i64 [ 0, %vector.ph ], [ %index.next, %vector.body ]
   %vec.phi = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %193, %vector.body ]
-  %vec.phi377 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %194, %vector.body ]
-  %vec.phi378 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %195, %vector.body ]
-  %vec.phi379 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %196, %vector.body ]
-  %vec.phi380 = phi <8 x i32> [ %broadcast.splat376, %vector.ph ], [ %197, %vector.body ]
-  %vec.phi381 = phi <8 x i32> [ %broadcast.splat376, %vector.ph ], [ %198, %vector.body ]
-  %vec.phi382 = phi <8 x i32> [ %broadcast.splat376, %vector.ph ], [ %199, %vector.body ]
-  %vec.phi383 = phi <8 x i32> [ %broadcast.splat376, %vector.ph ], [ %200, %vector.body ]
+  %vec.phi368 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %194, %vector.body ]
+  %vec.phi369 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %195, %vector.body ]
+  %vec.phi370 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %196, %vector.body ]
+  %vec.phi371 = phi <8 x i32> [ %broadcast.splat367, %vector.ph ], [ %197, %vector.body ]
+  %vec.phi372 = phi <8 x i32> [ %broadcast.splat367, %vector.ph ], [ %198, %vector.body ]
+  %vec.phi373 = phi <8 x i32> [ %broadcast.splat367, %vector.ph ], [ %199, %vector.body ]
+  %vec.phi374 = phi <8 x i32> [ %broadcast.splat367, %vector.ph ], [ %200, %vector.body ]
   %181 = shl i64 %index, 4
   %182 = shl i64 %index, 4
   %183 = shl i64 %index, 4
   %184 = shl i64 %index, 4
-  %185 = getelementptr inbounds nuw i8, ptr %reach572.i, i64 %181
-  %186 = getelementptr inbounds nuw i8, ptr %reach572.i, i64 %182
-  %187 = getelementptr inbounds nuw i8, ptr %reach572.i, i64 %183
-  %188 = getelementptr inbounds nuw i8, ptr %reach572.i, i64 %184
+  %185 = getelementptr inbounds nuw i8, ptr %reach559.i, i64 %181
+  %186 = getelementptr inbounds nuw i8, ptr %reach559.i, i64 %182
+  %187 = getelementptr inbounds nuw i8, ptr %reach559.i, i64 %183
+  %188 = getelementptr inbounds nuw i8, ptr %reach559.i, i64 %184
   %189 = getelementptr inbounds nuw i8, ptr %185, i64 20
   %190 = getelementptr inbounds nuw i8, ptr %186, i64 148
   %191 = getelementptr inbounds nuw i8, ptr %187, i64 276
   %192 = getelementptr inbounds nuw i8, ptr %188, i64 404
   %wide.vec = load <32 x i32>, ptr %189, align 4, !tbaa !17
   %strided.vec = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec384 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec385 = load <32 x i32>, ptr %190, align 4, !tbaa !17
-  %strided.vec386 = shufflevector <32 x i32> %wide.vec385, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec387 = shufflevector <32 x i32> %wide.vec385, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec388 = load <32 x i32>, ptr %191, align 4, !tbaa !17
-  %strided.vec389 = shufflevector <32 x i32> %wide.vec388, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec390 = shufflevector <32 x i32> %wide.vec388, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec391 = load <32 x i32>, ptr %192, align 4, !tbaa !17
-  %strided.vec392 = shufflevector <32 x i32> %wide.vec391, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec393 = shufflevector <32 x i32> %wide.vec391, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %193 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec384)
-  %194 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi377, <8 x i32> %strided.vec387)
-  %195 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi378, <8 x i32> %strided.vec390)
-  %196 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi379, <8 x i32> %strided.vec393)
-  %197 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi380, <8 x i32> %strided.vec)
-  %198 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi381, <8 x i32> %strided.vec386)
-  %199 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi382, <8 x i32> %strided.vec389)
-  %200 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi383, <8 x i32> %strided.vec392)
+  %strided.vec375 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec376 = load <32 x i32>, ptr %190, align 4, !tbaa !17
+  %strided.vec377 = shufflevector <32 x i32> %wide.vec376, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec378 = shufflevector <32 x i32> %wide.vec376, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec379 = load <32 x i32>, ptr %191, align 4, !tbaa !17
+  %strided.vec380 = shufflevector <32 x i32> %wide.vec379, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec381 = shufflevector <32 x i32> %wide.vec379, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec382 = load <32 x i32>, ptr %192, align 4, !tbaa !17
+  %strided.vec383 = shufflevector <32 x i32> %wide.vec382, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec384 = shufflevector <32 x i32> %wide.vec382, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %193 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec375)
+  %194 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi368, <8 x i32> %strided.vec378)
+  %195 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi369, <8 x i32> %strided.vec381)
+  %196 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi370, <8 x i32> %strided.vec384)
+  %197 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi371, <8 x i32> %strided.vec)
+  %198 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi372, <8 x i32> %strided.vec377)
+  %199 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi373, <8 x i32> %strided.vec380)
+  %200 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi374, <8 x i32> %strided.vec383)
   %index.next = add nuw i64 %index, 32
   %201 = icmp eq i64 %index.next, %n.vec
   br i1 %201, label %vec.epilog.iter.check, label %vector.body, !prof !19, !llvm.loop !20
 
 vec.epilog.iter.check:                            ; preds = %vector.body
-  %rdx.minmax396 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %197, <8 x i32> %198)
-  %rdx.minmax397 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax396, <8 x i32> %199)
-  %rdx.minmax398 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax397, <8 x i32> %200)
-  %202 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax398)
+  %rdx.minmax387 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %197, <8 x i32> %198)
+  %rdx.minmax388 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax387, <8 x i32> %199)
+  %rdx.minmax389 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax388, <8 x i32> %200)
+  %202 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax389)
   %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %193, <8 x i32> %194)
-  %rdx.minmax394 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %195)
-  %rdx.minmax395 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax394, <8 x i32> %196)
-  %203 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax395)
+  %rdx.minmax385 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %195)
+  %rdx.minmax386 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax385, <8 x i32> %196)
+  %203 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax386)
   %ind.end = add nsw i64 %n.vec, 1
   %min.epilog.iters.check = icmp samesign ult i64 %180, 5
   %204 = insertelement <2 x i32> poison, i32 %202, i64 0
@@ -696,29 +696,29 @@ vec.epilog.iter.check:                            ; preds = %vector.body
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
   %206 = phi <2 x i32> [ %205, %vec.epilog.iter.check ], [ %175, %vector.main.loop.iter.check ]
-  %n.mod.vf400 = and i64 %178, 3
-  %207 = icmp eq i64 %n.mod.vf400, 0
-  %208 = select i1 %207, i64 4, i64 %n.mod.vf400
-  %n.vec401 = sub nsw i64 %178, %208
-  %209 = add nsw i64 %n.vec401, 1
-  %broadcast.splat403 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat405 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> zeroinitializer
+  %n.mod.vf391 = and i64 %178, 3
+  %207 = icmp eq i64 %n.mod.vf391, 0
+  %208 = select i1 %207, i64 4, i64 %n.mod.vf391
+  %n.vec392 = sub nsw i64 %178, %208
+  %209 = add nsw i64 %n.vec392, 1
+  %broadcast.splat394 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat396 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> zeroinitializer
   br label %vec.epilog.vector.body
 
 vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
-  %index406 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next412, %vec.epilog.vector.body ]
-  %vec.phi407 = phi <4 x i32> [ %broadcast.splat403, %vec.epilog.ph ], [ %212, %vec.epilog.vector.body ]
-  %vec.phi408 = phi <4 x i32> [ %broadcast.splat405, %vec.epilog.ph ], [ %213, %vec.epilog.vector.body ]
-  %offset.idx = shl i64 %index406, 4
-  %210 = getelementptr i8, ptr %reach572.i, i64 %offset.idx
+  %index397 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next403, %vec.epilog.vector.body ]
+  %vec.phi398 = phi <4 x i32> [ %broadcast.splat394, %vec.epilog.ph ], [ %212, %vec.epilog.vector.body ]
+  %vec.phi399 = phi <4 x i32> [ %broadcast.splat396, %vec.epilog.ph ], [ %213, %vec.epilog.vector.body ]
+  %offset.idx = shl i64 %index397, 4
+  %210 = getelementptr i8, ptr %reach559.i, i64 %offset.idx
   %211 = getelementptr i8, ptr %210, i64 20
-  %wide.vec409 = load <16 x i32>, ptr %211, align 4, !tbaa !17
-  %strided.vec410 = shufflevector <16 x i32> %wide.vec409, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
-  %strided.vec411 = shufflevector <16 x i32> %wide.vec409, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
-  %212 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi407, <4 x i32> %strided.vec411)
-  %213 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi408, <4 x i32> %strided.vec410)
-  %index.next412 = add nuw i64 %index406, 4
-  %214 = icmp eq i64 %index.next412, %n.vec401
+  %wide.vec400 = load <16 x i32>, ptr %211, align 4, !tbaa !17
+  %strided.vec401 = shufflevector <16 x i32> %wide.vec400, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
+  %strided.vec402 = shufflevector <16 x i32> %wide.vec400, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
+  %212 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi398, <4 x i32> %strided.vec402)
+  %213 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi399, <4 x i32> %strided.vec401)
+  %index.next403 = add nuw i64 %index397, 4
+  %214 = icmp eq i64 %index.next403, %n.vec392
   br i1 %214, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !26
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
@@ -727,28 +727,28 @@ vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.b
   br label %if_end115.i.preheader
 
 if_end115.i.preheader:                            ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv938.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
-  %span571.sroa.0.0693.i.ph = phi i32 [ %177, %iter.check ], [ %203, %vec.epilog.iter.check ], [ %215, %vec.epilog.middle.block ]
-  %span571.sroa.3.0692.i.ph = phi i32 [ %176, %iter.check ], [ %202, %vec.epilog.iter.check ], [ %216, %vec.epilog.middle.block ]
+  %indvars.iv919.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
+  %span558.sroa.0.0678.i.ph = phi i32 [ %177, %iter.check ], [ %203, %vec.epilog.iter.check ], [ %215, %vec.epilog.middle.block ]
+  %span558.sroa.3.0677.i.ph = phi i32 [ %176, %iter.check ], [ %202, %vec.epilog.iter.check ], [ %216, %vec.epilog.middle.block ]
   br label %if_end115.i
 
 for_begin_ax2_0.preheader.i:                      ; preds = %for_end_ax2_0.i, %for_begin_ax1_0.preheader.i
-  %indvars.iv921.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next922.i, %for_end_ax2_0.i ]
-  %217 = trunc i64 %indvars.iv921.i to i32
+  %indvars.iv902.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next903.i, %for_end_ax2_0.i ]
+  %217 = trunc i64 %indvars.iv902.i to i32
   %218 = add i32 %164, %217
   %219 = icmp slt i32 %218, %num_query
-  %220 = shl nuw nsw i64 %indvars.iv921.i, 2
+  %220 = shl nuw nsw i64 %indvars.iv902.i, 2
   %221 = or disjoint i64 %220, 1
   %222 = icmp slt i64 %221, %171
   %223 = shl i32 %217, 1
-  %.reass679.i = add i32 %invariant.op678.i, %223
-  %224 = icmp slt i32 %.reass679.i, -1
+  %.reass664.i = add i32 %invariant.op663.i, %223
+  %224 = icmp slt i32 %.reass664.i, -1
   %225 = or disjoint i64 %220, 3
   %226 = icmp slt i64 %225, %171
-  %.reass681.i = add nsw i64 %invariant.op680.i, %indvars.iv921.i
-  %227 = mul nsw i64 %.reass681.i, %q_batch
+  %.reass666.i = add nsw i64 %invariant.op665.i, %indvars.iv902.i
+  %227 = mul nsw i64 %.reass666.i, %q_batch
   %228 = getelementptr i16, ptr %query, i64 %227
-  %invariant.gep1255.i = getelementptr inbounds nuw float, ptr %invariant.gep1253.i, i64 %220
+  %invariant.gep1234.i = getelementptr inbounds nuw float, ptr %invariant.gep1232.i, i64 %220
   br label %for_body_ax2_0.i
 
 for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
@@ -769,7 +769,7 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %243 = ashr <16 x i32> %242, splat (i32 2)
   %244 = add <16 x i32> %243, %153
   %245 = select <16 x i1> %158, <16 x i32> %155, <16 x i32> %244
-  %246 = shl nsw i64 %indvars.iv934.i, 4
+  %246 = shl nsw i64 %indvars.iv915.i, 4
   %247 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %246
   store <16 x i32> %245, ptr %247, align 4, !tbaa !5
   %248 = add nsw <16 x i32> %245, splat (i32 -1)
@@ -780,74 +780,74 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %253 = add nsw <16 x i32> %252, splat (i32 -125)
   %254 = getelementptr inbounds nuw i32, ptr %places.i, i64 %246
   store <16 x i32> %253, ptr %254, align 4, !tbaa !5
-  %255 = getelementptr inbounds nuw i8, ptr %reach572.i, i64 %246
+  %255 = getelementptr inbounds nuw i8, ptr %reach559.i, i64 %246
   %256 = getelementptr inbounds nuw i8, ptr %255, i64 4
   %257 = getelementptr inbounds nuw i8, ptr %255, i64 8
   %258 = getelementptr inbounds nuw i8, ptr %255, i64 12
   %259 = and i64 %246, 4294967280
   %260 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %259
   %own.peel.i = load i32, ptr %260, align 4, !tbaa !5
-  %gep1258.i = getelementptr inbounds nuw i8, ptr %260, i64 4
-  %own.i = load i32, ptr %gep1258.i, align 4, !tbaa !5
+  %gep1237.i = getelementptr inbounds nuw i8, ptr %260, i64 4
+  %own.i = load i32, ptr %gep1237.i, align 4, !tbaa !5
   %261 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
   %262 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
-  %gep1258.i.1 = getelementptr inbounds nuw i8, ptr %260, i64 8
-  %own.i.1 = load i32, ptr %gep1258.i.1, align 4, !tbaa !5
+  %gep1237.i.1 = getelementptr inbounds nuw i8, ptr %260, i64 8
+  %own.i.1 = load i32, ptr %gep1237.i.1, align 4, !tbaa !5
   %263 = tail call i32 @llvm.smin.i32(i32 %261, i32 %own.i.1)
   %264 = tail call i32 @llvm.smax.i32(i32 %262, i32 %own.i.1)
-  %gep1258.i.2 = getelementptr inbounds nuw i8, ptr %260, i64 12
-  %own.i.2 = load i32, ptr %gep1258.i.2, align 4, !tbaa !5
+  %gep1237.i.2 = getelementptr inbounds nuw i8, ptr %260, i64 12
+  %own.i.2 = load i32, ptr %gep1237.i.2, align 4, !tbaa !5
   %265 = tail call i32 @llvm.smin.i32(i32 %263, i32 %own.i.2)
   %266 = tail call i32 @llvm.smax.i32(i32 %264, i32 %own.i.2)
-  %gep1258.i.3 = getelementptr inbounds nuw i8, ptr %260, i64 16
-  %own.i.3 = load i32, ptr %gep1258.i.3, align 4, !tbaa !5
+  %gep1237.i.3 = getelementptr inbounds nuw i8, ptr %260, i64 16
+  %own.i.3 = load i32, ptr %gep1237.i.3, align 4, !tbaa !5
   %267 = tail call i32 @llvm.smin.i32(i32 %265, i32 %own.i.3)
   %268 = tail call i32 @llvm.smax.i32(i32 %266, i32 %own.i.3)
-  %gep1258.i.4 = getelementptr inbounds nuw i8, ptr %260, i64 20
-  %own.i.4 = load i32, ptr %gep1258.i.4, align 4, !tbaa !5
+  %gep1237.i.4 = getelementptr inbounds nuw i8, ptr %260, i64 20
+  %own.i.4 = load i32, ptr %gep1237.i.4, align 4, !tbaa !5
   %269 = tail call i32 @llvm.smin.i32(i32 %267, i32 %own.i.4)
   %270 = tail call i32 @llvm.smax.i32(i32 %268, i32 %own.i.4)
-  %gep1258.i.5 = getelementptr inbounds nuw i8, ptr %260, i64 24
-  %own.i.5 = load i32, ptr %gep1258.i.5, align 4, !tbaa !5
+  %gep1237.i.5 = getelementptr inbounds nuw i8, ptr %260, i64 24
+  %own.i.5 = load i32, ptr %gep1237.i.5, align 4, !tbaa !5
   %271 = tail call i32 @llvm.smin.i32(i32 %269, i32 %own.i.5)
   %272 = tail call i32 @llvm.smax.i32(i32 %270, i32 %own.i.5)
-  %gep1258.i.6 = getelementptr inbounds nuw i8, ptr %260, i64 28
-  %own.i.6 = load i32, ptr %gep1258.i.6, align 4, !tbaa !5
+  %gep1237.i.6 = getelementptr inbounds nuw i8, ptr %260, i64 28
+  %own.i.6 = load i32, ptr %gep1237.i.6, align 4, !tbaa !5
   %273 = tail call i32 @llvm.smin.i32(i32 %271, i32 %own.i.6)
   %274 = tail call i32 @llvm.smax.i32(i32 %272, i32 %own.i.6)
-  %gep1258.i.7 = getelementptr inbounds nuw i8, ptr %260, i64 32
-  %own.i.7 = load i32, ptr %gep1258.i.7, align 4, !tbaa !5
+  %gep1237.i.7 = getelementptr inbounds nuw i8, ptr %260, i64 32
+  %own.i.7 = load i32, ptr %gep1237.i.7, align 4, !tbaa !5
   %275 = tail call i32 @llvm.smin.i32(i32 %273, i32 %own.i.7)
   %276 = tail call i32 @llvm.smax.i32(i32 %274, i32 %own.i.7)
-  %gep1258.i.8 = getelementptr inbounds nuw i8, ptr %260, i64 36
-  %own.i.8 = load i32, ptr %gep1258.i.8, align 4, !tbaa !5
+  %gep1237.i.8 = getelementptr inbounds nuw i8, ptr %260, i64 36
+  %own.i.8 = load i32, ptr %gep1237.i.8, align 4, !tbaa !5
   %277 = tail call i32 @llvm.smin.i32(i32 %275, i32 %own.i.8)
   %278 = tail call i32 @llvm.smax.i32(i32 %276, i32 %own.i.8)
-  %gep1258.i.9 = getelementptr inbounds nuw i8, ptr %260, i64 40
-  %own.i.9 = load i32, ptr %gep1258.i.9, align 4, !tbaa !5
+  %gep1237.i.9 = getelementptr inbounds nuw i8, ptr %260, i64 40
+  %own.i.9 = load i32, ptr %gep1237.i.9, align 4, !tbaa !5
   %279 = tail call i32 @llvm.smin.i32(i32 %277, i32 %own.i.9)
   %280 = tail call i32 @llvm.smax.i32(i32 %278, i32 %own.i.9)
-  %gep1258.i.10 = getelementptr inbounds nuw i8, ptr %260, i64 44
-  %own.i.10 = load i32, ptr %gep1258.i.10, align 4, !tbaa !5
+  %gep1237.i.10 = getelementptr inbounds nuw i8, ptr %260, i64 44
+  %own.i.10 = load i32, ptr %gep1237.i.10, align 4, !tbaa !5
   %281 = tail call i32 @llvm.smin.i32(i32 %279, i32 %own.i.10)
   %282 = tail call i32 @llvm.smax.i32(i32 %280, i32 %own.i.10)
-  %gep1258.i.11 = getelementptr inbounds nuw i8, ptr %260, i64 48
-  %own.i.11 = load i32, ptr %gep1258.i.11, align 4, !tbaa !5
+  %gep1237.i.11 = getelementptr inbounds nuw i8, ptr %260, i64 48
+  %own.i.11 = load i32, ptr %gep1237.i.11, align 4, !tbaa !5
   %283 = tail call i32 @llvm.smin.i32(i32 %281, i32 %own.i.11)
   %284 = tail call i32 @llvm.smax.i32(i32 %282, i32 %own.i.11)
-  %gep1258.i.12 = getelementptr inbounds nuw i8, ptr %260, i64 52
-  %own.i.12 = load i32, ptr %gep1258.i.12, align 4, !tbaa !5
+  %gep1237.i.12 = getelementptr inbounds nuw i8, ptr %260, i64 52
+  %own.i.12 = load i32, ptr %gep1237.i.12, align 4, !tbaa !5
   %285 = tail call i32 @llvm.smin.i32(i32 %283, i32 %own.i.12)
   %286 = tail call i32 @llvm.smax.i32(i32 %284, i32 %own.i.12)
-  %gep1258.i.13 = getelementptr inbounds nuw i8, ptr %260, i64 56
-  %own.i.13 = load i32, ptr %gep1258.i.13, align 4, !tbaa !5
+  %gep1237.i.13 = getelementptr inbounds nuw i8, ptr %260, i64 56
+  %own.i.13 = load i32, ptr %gep1237.i.13, align 4, !tbaa !5
   %287 = tail call i32 @llvm.smin.i32(i32 %285, i32 %own.i.13)
   %288 = tail call i32 @llvm.smax.i32(i32 %286, i32 %own.i.13)
-  %gep1258.i.14 = getelementptr inbounds nuw i8, ptr %260, i64 60
-  %own.i.14 = load i32, ptr %gep1258.i.14, align 4, !tbaa !5
+  %gep1237.i.14 = getelementptr inbounds nuw i8, ptr %260, i64 60
+  %own.i.14 = load i32, ptr %gep1237.i.14, align 4, !tbaa !5
   %289 = tail call i32 @llvm.smin.i32(i32 %287, i32 %own.i.14)
   %290 = tail call i32 @llvm.smax.i32(i32 %288, i32 %own.i.14)
-  %291 = shl i64 %indvars.iv934.i, 13
+  %291 = shl i64 %indvars.iv915.i, 13
   %292 = and i64 %291, 17179860992
   %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %292
   store i32 %289, ptr %255, align 16, !tbaa !17
@@ -859,18 +859,18 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %294 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %246
   store <16 x float> zeroinitializer, ptr %294, align 4, !tbaa !5
   tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep.i, i8 0, i64 8192, i1 false), !tbaa !5
-  %indvars.iv.next935.i = add nuw nsw i64 %indvars.iv934.i, 1
-  %exitcond937.not.i = icmp eq i64 %indvars.iv.next935.i, %wide.trip.count.i
-  br i1 %exitcond937.not.i, label %for_begin_tile105.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
+  %indvars.iv.next916.i = add nuw nsw i64 %indvars.iv915.i, 1
+  %exitcond918.not.i = icmp eq i64 %indvars.iv.next916.i, %wide.trip.count.i
+  br i1 %exitcond918.not.i, label %for_begin_tile105.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
 
 for_body_ax2_0.i:                                 ; preds = %if_end36.i, %for_begin_ax2_0.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_ax2_0.preheader.i ], [ %indvars.iv.next.i, %if_end36.i ]
   br i1 %219, label %if_then16.i, label %if_end17.i
 
 for_end_ax2_0.i:                                  ; preds = %if_end36.i
-  %indvars.iv.next922.i = add nuw nsw i64 %indvars.iv921.i, 1
-  %exitcond925.not.i = icmp eq i64 %indvars.iv.next922.i, 4
-  br i1 %exitcond925.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !28
+  %indvars.iv.next903.i = add nuw nsw i64 %indvars.iv902.i, 1
+  %exitcond906.not.i = icmp eq i64 %indvars.iv.next903.i, 4
+  br i1 %exitcond906.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !28
 
 if_then16.i:                                      ; preds = %for_body_ax2_0.i
   %rdiv.i = sdiv i32 %160, %120
@@ -878,8 +878,8 @@ if_then16.i:                                      ; preds = %for_body_ax2_0.i
   %296 = sext i32 %295 to i64
   %297 = add nsw i64 %148, %296
   %298 = mul i64 %149, %297
-  %.idx1179.i = shl i64 %indvars.iv.i, 3
-  %299 = getelementptr i8, ptr %228, i64 %.idx1179.i
+  %.idx1158.i = shl i64 %indvars.iv.i, 3
+  %299 = getelementptr i8, ptr %228, i64 %.idx1158.i
   %300 = getelementptr i16, ptr %299, i64 %298
   %301 = load <4 x i16>, ptr %300, align 2, !tbaa !5
   %302 = zext <4 x i16> %301 to <4 x i32>
@@ -900,8 +900,8 @@ if_then20.i:                                      ; preds = %if_end17.i
   %310 = shl nsw i64 %309, 2
   %311 = or disjoint i64 %310, 1
   %312 = mul nsw i64 %311, %q_head
-  %.idx1180.i = shl i64 %indvars.iv.i, 3
-  %313 = getelementptr i8, ptr %228, i64 %.idx1180.i
+  %.idx1159.i = shl i64 %indvars.iv.i, 3
+  %313 = getelementptr i8, ptr %228, i64 %.idx1159.i
   %314 = getelementptr i16, ptr %313, i64 %312
   %315 = load <4 x i16>, ptr %314, align 2, !tbaa !5
   %316 = zext <4 x i16> %315 to <4 x i32>
@@ -922,8 +922,8 @@ if_then27.i:                                      ; preds = %if_end22.i
   %324 = shl nsw i64 %323, 2
   %325 = or disjoint i64 %324, 2
   %326 = mul nsw i64 %325, %q_head
-  %.idx1181.i = shl i64 %indvars.iv.i, 3
-  %327 = getelementptr i8, ptr %228, i64 %.idx1181.i
+  %.idx1160.i = shl i64 %indvars.iv.i, 3
+  %327 = getelementptr i8, ptr %228, i64 %.idx1160.i
   %328 = getelementptr i16, ptr %327, i64 %326
   %329 = load <4 x i16>, ptr %328, align 2, !tbaa !5
   %330 = zext <4 x i16> %329 to <4 x i32>
@@ -943,8 +943,8 @@ if_then34.i:                                      ; preds = %if_end29.i
   %338 = shl nsw i64 %337, 2
   %339 = or disjoint i64 %338, 3
   %340 = mul nsw i64 %339, %q_head
-  %.idx1182.i = shl i64 %indvars.iv.i, 3
-  %341 = getelementptr i8, ptr %228, i64 %.idx1182.i
+  %.idx1161.i = shl i64 %indvars.iv.i, 3
+  %341 = getelementptr i8, ptr %228, i64 %.idx1161.i
   %342 = getelementptr i16, ptr %341, i64 %340
   %343 = load <4 x i16>, ptr %342, align 2, !tbaa !5
   %344 = zext <4 x i16> %343 to <4 x i32>
@@ -960,40 +960,40 @@ if_end36.i:                                       ; preds = %if_then34.i, %if_en
   %351 = shufflevector <4 x float> %306, <4 x float> %334, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %352 = shufflevector <4 x float> %320, <4 x float> %348, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %353 = shufflevector <4 x float> %349, <4 x float> %350, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1183.i = shl nuw nsw i64 %indvars.iv.i, 8
-  %gep1256.i = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %.idx1183.i
-  store <4 x float> %353, ptr %gep1256.i, align 4, !tbaa !5
+  %.idx1162.i = shl nuw nsw i64 %indvars.iv.i, 8
+  %gep1235.i = getelementptr inbounds nuw i8, ptr %invariant.gep1234.i, i64 %.idx1162.i
+  store <4 x float> %353, ptr %gep1235.i, align 4, !tbaa !5
   %354 = shufflevector <4 x float> %349, <4 x float> %350, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %355 = getelementptr inbounds nuw i8, ptr %gep1256.i, i64 64
+  %355 = getelementptr inbounds nuw i8, ptr %gep1235.i, i64 64
   store <4 x float> %354, ptr %355, align 4, !tbaa !5
   %356 = shufflevector <4 x float> %351, <4 x float> %352, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %357 = getelementptr inbounds nuw i8, ptr %gep1256.i, i64 128
+  %357 = getelementptr inbounds nuw i8, ptr %gep1235.i, i64 128
   store <4 x float> %356, ptr %357, align 4, !tbaa !5
   %358 = shufflevector <4 x float> %351, <4 x float> %352, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %359 = getelementptr inbounds nuw i8, ptr %gep1256.i, i64 192
+  %359 = getelementptr inbounds nuw i8, ptr %gep1235.i, i64 192
   store <4 x float> %358, ptr %359, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !28
 
 for_end_tile107.loopexit.i:                       ; preds = %if_end115.i, %for_begin_tile105.preheader.i
-  %.lcssa918.i = phi i32 [ %177, %for_begin_tile105.preheader.i ], [ %395, %if_end115.i ]
-  %.lcssa917.i = phi i32 [ %176, %for_begin_tile105.preheader.i ], [ %398, %if_end115.i ]
-  %360 = and i32 %.lcssa918.i, -128
+  %.lcssa899.i = phi i32 [ %177, %for_begin_tile105.preheader.i ], [ %399, %if_end115.i ]
+  %.lcssa898.i = phi i32 [ %176, %for_begin_tile105.preheader.i ], [ %402, %if_end115.i ]
+  %360 = and i32 %.lcssa899.i, -128
   br label %for_end_tile107.i
 
 for_end_tile107.i:                                ; preds = %for_end_tile107.loopexit.i, %if_end14.i
-  %span571.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end14.i ], [ %.lcssa917.i, %for_end_tile107.loopexit.i ]
-  %span571.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end14.i ], [ %360, %for_end_tile107.loopexit.i ]
+  %span558.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end14.i ], [ %.lcssa898.i, %for_end_tile107.loopexit.i ]
+  %span558.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end14.i ], [ %360, %for_end_tile107.loopexit.i ]
   %361 = shl nsw i32 %block_end, 4
-  %key_end.i = tail call i32 @llvm.smin.i32(i32 %361, i32 %span571.sroa.3.0.lcssa.i)
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %361, i32 %span558.sroa.3.0.lcssa.i)
   %362 = shl nsw i32 %block_begin, 4
   %363 = sub nsw i32 %key_end.i, %362
   %364 = tail call i32 @llvm.smax.i32(i32 %363, i32 0)
   %365 = add nuw nsw i32 %364, 4095
   %366 = lshr i32 %365, 12
-  %.not879.i = icmp eq i32 %366, 0
-  br i1 %.not879.i, label %for_begin_tile425.preheader.i, label %for_body_number.lr.ph.i, !prof !16
+  %.not860.i = icmp eq i32 %366, 0
+  br i1 %.not860.i, label %for_begin_tile413.preheader.i, label %for_body_number.lr.ph.i, !prof !16
 
 for_body_number.lr.ph.i:                          ; preds = %for_end_tile107.i
   %367 = mul nsw i64 %row_step, %139
@@ -1008,441 +1008,436 @@ for_body_number.lr.ph.i:                          ; preds = %for_end_tile107.i
   %374 = bitcast <16 x float> %373 to <16 x i32>
   %375 = shufflevector <16 x i32> %374, <16 x i32> poison, <16 x i32> zeroinitializer
   %376 = icmp sgt i32 %120, 0
-  %377 = insertelement <16 x float> poison, float %score_scale, i64 0
-  %378 = shufflevector <16 x float> %377, <16 x float> poison, <16 x i32> zeroinitializer
-  %379 = sext i32 %context_len.i to i64
+  %377 = add nsw i32 %120, -1
+  %378 = mul nsw i64 %371, %k_head
+  %379 = insertelement <16 x float> poison, float %score_scale, i64 0
+  %380 = shufflevector <16 x float> %379, <16 x float> poison, <16 x i32> zeroinitializer
+  %381 = sext i32 %context_len.i to i64
   %sext73 = shl i64 %71, 32
-  %380 = ashr exact i64 %sext73, 32
-  %381 = add i64 %380, %tree_start
-  %382 = sub i64 %381, %379
-  %383 = sext i32 %120 to i64
-  %wide.trip.count1069.i = and i64 %60, 4294967295
-  %wide.trip.count1064.i = zext nneg i32 %120 to i64
-  %384 = getelementptr i8, ptr %tree_mask, i64 %382
-  %wide.trip.count1083.i = zext nneg i32 %121 to i64
-  %385 = add i64 %tree_start, %380
-  %386 = sub i64 %385, %379
-  %387 = add i32 %362, 4096
-  %388 = add i64 %tree_start, %380
-  %389 = sub i64 %388, %379
-  %390 = getelementptr i8, ptr %tree_mask, i64 %389
-  %391 = getelementptr i8, ptr %tree_mask, i64 %386
+  %382 = ashr exact i64 %sext73, 32
+  %383 = add i64 %382, %tree_start
+  %384 = sub i64 %383, %381
+  %385 = mul nsw i64 %371, %v_head
+  %invariant.gep809.i = getelementptr i32, ptr %value_cache, i64 %385
+  %386 = zext i32 %377 to i64
+  %387 = sext i32 %120 to i64
+  %wide.trip.count1048.i = and i64 %60, 4294967295
+  %wide.trip.count1043.i = zext nneg i32 %120 to i64
+  %388 = getelementptr i8, ptr %tree_mask, i64 %384
+  %wide.trip.count1062.i = zext nneg i32 %121 to i64
+  %389 = add i64 %tree_start, %382
+  %390 = sub i64 %389, %381
+  %391 = add i32 %362, 4096
+  %392 = add i64 %tree_start, %382
+  %393 = sub i64 %392, %381
+  %394 = getelementptr i8, ptr %tree_mask, i64 %393
+  %395 = getelementptr i8, ptr %tree_mask, i64 %390
   br label %for_body_number.i
 
 if_end115.i:                                      ; preds = %if_end115.i, %if_end115.i.preheader
-  %indvars.iv938.i = phi i64 [ %indvars.iv.next939.i, %if_end115.i ], [ %indvars.iv938.i.ph, %if_end115.i.preheader ]
-  %span571.sroa.0.0693.i = phi i32 [ %395, %if_end115.i ], [ %span571.sroa.0.0693.i.ph, %if_end115.i.preheader ]
-  %span571.sroa.3.0692.i = phi i32 [ %398, %if_end115.i ], [ %span571.sroa.3.0692.i.ph, %if_end115.i.preheader ]
-  %.idx1185.i = shl nsw i64 %indvars.iv938.i, 4
-  %392 = getelementptr inbounds nuw i8, ptr %reach572.i, i64 %.idx1185.i
-  %393 = getelementptr inbounds nuw i8, ptr %392, i64 8
-  %394 = load i32, ptr %393, align 8, !tbaa !17
-  %395 = tail call i32 @llvm.smin.i32(i32 %span571.sroa.0.0693.i, i32 %394)
-  %396 = getelementptr inbounds nuw i8, ptr %392, i64 4
-  %397 = load i32, ptr %396, align 4, !tbaa !17
-  %398 = tail call i32 @llvm.smax.i32(i32 %span571.sroa.3.0692.i, i32 %397)
-  %indvars.iv.next939.i = add nuw nsw i64 %indvars.iv938.i, 1
-  %exitcond942.not.i = icmp eq i64 %indvars.iv.next939.i, %wide.trip.count.i
-  br i1 %exitcond942.not.i, label %for_end_tile107.loopexit.i, label %if_end115.i, !prof !29, !llvm.loop !30
+  %indvars.iv919.i = phi i64 [ %indvars.iv.next920.i, %if_end115.i ], [ %indvars.iv919.i.ph, %if_end115.i.preheader ]
+  %span558.sroa.0.0678.i = phi i32 [ %399, %if_end115.i ], [ %span558.sroa.0.0678.i.ph, %if_end115.i.preheader ]
+  %span558.sroa.3.0677.i = phi i32 [ %402, %if_end115.i ], [ %span558.sroa.3.0677.i.ph, %if_end115.i.preheader ]
+  %.idx1164.i = shl nsw i64 %indvars.iv919.i, 4
+  %396 = getelementptr inbounds nuw i8, ptr %reach559.i, i64 %.idx1164.i
+  %397 = getelementptr inbounds nuw i8, ptr %396, i64 8
+  %398 = load i32, ptr %397, align 8, !tbaa !17
+  %399 = tail call i32 @llvm.smin.i32(i32 %span558.sroa.0.0678.i, i32 %398)
+  %400 = getelementptr inbounds nuw i8, ptr %396, i64 4
+  %401 = load i32, ptr %400, align 4, !tbaa !17
+  %402 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.3.0677.i, i32 %401)
+  %indvars.iv.next920.i = add nuw nsw i64 %indvars.iv919.i, 1
+  %exitcond923.not.i = icmp eq i64 %indvars.iv.next920.i, %wide.trip.count.i
+  br i1 %exitcond923.not.i, label %for_end_tile107.loopexit.i, label %if_end115.i, !prof !29, !llvm.loop !30
 
-for_begin_number.i:                               ; preds = %if_end420.i
-  %399 = add nuw nsw i32 %number859.i, 1
-  %exitcond1085.not.i = icmp eq i32 %399, %366
-  %indvars.iv.next222 = add i32 %indvars.iv221, 4096
-  br i1 %exitcond1085.not.i, label %for_begin_tile425.preheader.i, label %for_body_number.i, !prof !13
+for_begin_number.i:                               ; preds = %if_end408.i
+  %403 = add nuw nsw i32 %number840.i, 1
+  %exitcond1064.not.i = icmp eq i32 %403, %366
+  %indvars.iv.next = add i32 %indvars.iv, 4096
+  br i1 %exitcond1064.not.i, label %for_begin_tile413.preheader.i, label %for_body_number.i, !prof !13
 
-for_begin_tile425.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile107.i
-  br i1 %142, label %for_end_tile427.i, label %for_body_tile426.lr.ph.i, !prof !16
+for_begin_tile413.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile107.i
+  br i1 %142, label %for_end_tile415.i, label %for_body_tile414.lr.ph.i, !prof !16
 
-for_body_tile426.lr.ph.i:                         ; preds = %for_begin_tile425.preheader.i
-  %400 = and i64 %66, 2147483648
-  %.not = icmp eq i64 %400, 0
-  %401 = icmp slt i32 %120, 0
+for_body_tile414.lr.ph.i:                         ; preds = %for_begin_tile413.preheader.i
+  %404 = and i64 %66, 2147483648
+  %.not = icmp eq i64 %404, 0
+  %405 = icmp slt i32 %120, 0
   %sext84 = shl i64 %58, 32
-  %402 = ashr exact i64 %sext84, 32
-  %403 = and i64 %66, 4294967295
-  %404 = shl nuw nsw i64 %403, 5
-  %.idx582.i = shl nuw nsw i64 %403, 14
+  %406 = ashr exact i64 %sext84, 32
+  %407 = and i64 %66, 4294967295
+  %408 = shl nuw nsw i64 %407, 5
+  %.idx569.i = shl nuw nsw i64 %407, 14
   %sext85 = shl i64 %52, 32
-  %405 = ashr exact i64 %sext85, 32
-  %wide.trip.count1140.i = zext nneg i32 %121 to i64
-  br i1 %.not, label %for_body_tile426.i.preheader, label %for_body_tile426.us.i
+  %409 = ashr exact i64 %sext85, 32
+  %wide.trip.count1119.i = zext nneg i32 %121 to i64
+  br i1 %.not, label %for_body_tile414.i.preheader, label %for_body_tile414.us.i
 
-for_body_tile426.i.preheader:                     ; preds = %for_body_tile426.lr.ph.i
-  %scevgep514 = getelementptr i8, ptr %partial_acc, i64 %.idx582.i
-  %406 = getelementptr i8, ptr %partial_acc, i64 %.idx582.i
-  %scevgep517 = getelementptr i8, ptr %406, i64 512
-  %scevgep521 = getelementptr i8, ptr %total_acc.i, i64 8128
-  br label %for_body_tile426.i
+for_body_tile414.i.preheader:                     ; preds = %for_body_tile414.lr.ph.i
+  %scevgep505 = getelementptr i8, ptr %partial_acc, i64 %.idx569.i
+  %410 = getelementptr i8, ptr %partial_acc, i64 %.idx569.i
+  %scevgep508 = getelementptr i8, ptr %410, i64 512
+  %scevgep512 = getelementptr i8, ptr %total_acc.i, i64 8128
+  br label %for_body_tile414.i
 
-for_body_tile426.us.i:                            ; preds = %if_end431.us.i, %for_body_tile426.lr.ph.i
-  %indvars.iv1137.i = phi i64 [ %indvars.iv.next1138.i, %if_end431.us.i ], [ 0, %for_body_tile426.lr.ph.i ]
-  %407 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %ordered.us.i = tail call ptr %407(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %408 = icmp eq ptr %ordered.us.i, null
-  br i1 %408, label %fused_attend_compute_.exit, label %if_end434.us.i, !prof !8
+for_body_tile414.us.i:                            ; preds = %if_end419.us.i, %for_body_tile414.lr.ph.i
+  %indvars.iv1116.i = phi i64 [ %indvars.iv.next1117.i, %if_end419.us.i ], [ 0, %for_body_tile414.lr.ph.i ]
+  %411 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %ordered.us.i = tail call ptr %411(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %412 = icmp eq ptr %ordered.us.i, null
+  br i1 %412, label %fused_attend_compute_.exit, label %if_end422.us.i, !prof !8
 
-if_end434.us.i:                                   ; preds = %for_body_tile426.us.i
-  %409 = shl nsw i64 %indvars.iv1137.i, 4
-  %410 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %409
-  %total.us.i = load <16 x float>, ptr %410, align 4, !tbaa !5
-  %411 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
-  %412 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
-  %413 = select <16 x i1> %412, <16 x float> zeroinitializer, <16 x float> %411
-  store <16 x float> %413, ptr %factor554.i, align 16, !tbaa !31
-  %414 = shl i64 %indvars.iv1137.i, 11
-  %415 = and i64 %414, 4294965248
-  %invariant.gep158 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %415
-  br label %for_begin_d_0436.preheader.us.i
+if_end422.us.i:                                   ; preds = %for_body_tile414.us.i
+  %413 = shl nsw i64 %indvars.iv1116.i, 4
+  %414 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %413
+  %total.us.i = load <16 x float>, ptr %414, align 4, !tbaa !5
+  %415 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
+  %416 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
+  %417 = select <16 x i1> %416, <16 x float> zeroinitializer, <16 x float> %415
+  store <16 x float> %417, ptr %factor541.i, align 16, !tbaa !31
+  %418 = shl i64 %indvars.iv1116.i, 11
+  %419 = and i64 %418, 4294965248
+  %invariant.gep158 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %419
+  br label %for_begin_d_0424.preheader.us.i
 
-for_end_r_0.us.i:                                 ; preds = %for_end_d_0438.us.i
-  %416 = trunc nuw nsw i64 %indvars.iv1137.i to i32
-  %rmod470.us.i = srem i32 %416, %120
-  %rdiv482.us.i = sdiv i32 %416, %120
-  %417 = icmp ne i32 %rmod470.us.i, 0
-  %.not586.us.i = and i1 %401, %417
-  %418 = select i1 %.not586.us.i, i32 %120, i32 0
-  %419 = add nsw i32 %418, %rmod470.us.i
-  %420 = shl nsw i32 %419, 4
-  %421 = sub nsw i32 %118, %420
-  %422 = icmp sgt i32 %421, 0
-  br i1 %422, label %for_begin_d_0476.preheader.lr.ph.us.i, label %for_end_r487.us.i, !prof !3
+for_end_r_0.us.i:                                 ; preds = %for_end_d_0426.us.i
+  %420 = trunc nuw nsw i64 %indvars.iv1116.i to i32
+  %rmod458.us.i = srem i32 %420, %120
+  %rdiv470.us.i = sdiv i32 %420, %120
+  %421 = icmp ne i32 %rmod458.us.i, 0
+  %.not573.us.i = and i1 %405, %421
+  %422 = select i1 %.not573.us.i, i32 %120, i32 0
+  %423 = add nsw i32 %422, %rmod458.us.i
+  %424 = shl nsw i32 %423, 4
+  %425 = sub nsw i32 %118, %424
+  %426 = icmp sgt i32 %425, 0
+  br i1 %426, label %for_begin_d_0464.preheader.lr.ph.us.i, label %for_end_r475.us.i, !prof !3
 
-for_end_r487.us.i:                                ; preds = %if_end492.us.i.1, %for_end_r_0.us.i
-  %423 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %424 = tail call i32 %423(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
-  %.not583.us.i = icmp eq i32 %424, 0
-  br i1 %.not583.us.i, label %if_end431.us.i, label %fused_attend_compute_.exit, !prof !38
+for_end_r475.us.i:                                ; preds = %if_end480.us.i.1, %for_end_r_0.us.i
+  %427 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %428 = tail call i32 %427(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
+  %.not570.us.i = icmp eq i32 %428, 0
+  br i1 %.not570.us.i, label %if_end419.us.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end431.us.i:                                   ; preds = %for_end_r487.us.i
-  %indvars.iv.next1138.i = add nuw nsw i64 %indvars.iv1137.i, 1
-  %exitcond1141.not.i = icmp eq i64 %indvars.iv.next1138.i, %wide.trip.count1140.i
-  br i1 %exitcond1141.not.i, label %for_end_tile427.i, label %for_body_tile426.us.i, !prof !13
-
-for_body_r486.us.i:                               ; preds = %for_body_r486.lr.ph.us.i, %if_end492.us.i.1
-  %indvars.iv1131.i = phi i64 [ 0, %for_body_r486.lr.ph.us.i ], [ %indvars.iv.next1132.i.1, %if_end492.us.i.1 ]
-  %425 = add nuw nsw i64 %indvars.iv1131.i, %599
-  %426 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %425
-  %427 = load float, ptr %426, align 4, !tbaa !5
-  %428 = fcmp oeq float %427, 0.000000e+00
-  br i1 %428, label %if_end492.us.i, label %if_else491.us.i
-
-if_else491.us.i:                                  ; preds = %for_body_r486.us.i
-  %429 = getelementptr inbounds nuw i32, ptr %places.i, i64 %425
-  %430 = load i32, ptr %429, align 4, !tbaa !5
-  %431 = shl i32 %430, 23
-  %432 = add i32 %431, 1065353216
-  %433 = bitcast i32 %432 to float
-  %434 = fmul float %427, %433
-  %435 = tail call float @llvm.log.f32(float %434)
-  %436 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %425
-  %437 = load float, ptr %436, align 4, !tbaa !5
-  %438 = fadd float %437, %435
-  br label %if_end492.us.i
-
-if_end492.us.i:                                   ; preds = %if_else491.us.i, %for_body_r486.us.i
-  %439 = phi float [ %438, %if_else491.us.i ], [ 0xFFF0000000000000, %for_body_r486.us.i ]
-  %440 = and i64 %indvars.iv1131.i, 2
-  %441 = lshr i64 %indvars.iv1131.i, 2
-  %442 = add nsw i64 %441, %596
-  %443 = mul nsw i64 %442, %lse_batch
-  %444 = getelementptr float, ptr %598, i64 %443
-  %445 = getelementptr float, ptr %444, i64 %440
-  store float %439, ptr %445, align 4, !tbaa !5
-  %indvars.iv.next1132.i = or disjoint i64 %indvars.iv1131.i, 1
-  %446 = add nuw nsw i64 %indvars.iv.next1132.i, %599
-  %447 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %446
-  %448 = load float, ptr %447, align 4, !tbaa !5
-  %449 = fcmp oeq float %448, 0.000000e+00
-  br i1 %449, label %if_end492.us.i.1, label %if_else491.us.i.1
-
-if_else491.us.i.1:                                ; preds = %if_end492.us.i
-  %450 = getelementptr inbounds nuw i32, ptr %places.i, i64 %446
-  %451 = load i32, ptr %450, align 4, !tbaa !5
-  %452 = shl i32 %451, 23
-  %453 = add i32 %452, 1065353216
-  %454 = bitcast i32 %453 to float
-  %455 = fmul float %448, %454
-  %456 = tail call float @llvm.log.f32(float %455)
-  %457 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %446
-  %458 = load float, ptr %457, align 4, !tbaa !5
-  %459 = fadd float %458, %456
-  br label %if_end492.us.i.1
-
-if_end492.us.i.1:                                 ; preds = %if_else491.us.i.1, %if_end492.us.i
-  %460 = phi float [ %459, %if_else491.us.i.1 ], [ 0xFFF0000000000000, %if_end492.us.i ]
-  %461 = and i64 %indvars.iv.next1132.i, 3
-  %462 = lshr i64 %indvars.iv1131.i, 2
-  %463 = add nsw i64 %462, %596
-  %464 = mul nsw i64 %463, %lse_batch
-  %465 = getelementptr float, ptr %598, i64 %464
-  %466 = getelementptr float, ptr %465, i64 %461
-  store float %460, ptr %466, align 4, !tbaa !5
-  %indvars.iv.next1132.i.1 = add nuw nsw i64 %indvars.iv1131.i, 2
-  %exitcond1136.not.i.1 = icmp eq i64 %indvars.iv.next1132.i.1, %wide.trip.count1129.i
-  br i1 %exitcond1136.not.i.1, label %for_end_r487.us.i, label %for_body_r486.us.i, !prof !13, !llvm.loop !39
-
-for_end_d_0438.us.i:                              ; preds = %for_begin_ax1_0441.preheader.us.i
+if_end419.us.i:                                   ; preds = %for_end_r475.us.i
   %indvars.iv.next1117.i = add nuw nsw i64 %indvars.iv1116.i, 1
-  %exitcond1120.not.i = icmp eq i64 %indvars.iv.next1117.i, 4
-  br i1 %exitcond1120.not.i, label %for_end_r_0.us.i, label %for_begin_d_0436.preheader.us.i, !prof !28
+  %exitcond1120.not.i = icmp eq i64 %indvars.iv.next1117.i, %wide.trip.count1119.i
+  br i1 %exitcond1120.not.i, label %for_end_tile415.i, label %for_body_tile414.us.i, !prof !13
 
-for_begin_ax1_0441.preheader.us.i:                ; preds = %for_begin_d_0436.preheader.us.i, %for_begin_ax1_0441.preheader.us.i
-  %indvars.iv1111.i = phi i64 [ 0, %for_begin_d_0436.preheader.us.i ], [ %indvars.iv.next1112.i, %for_begin_ax1_0441.preheader.us.i ]
-  %.idx86 = shl nuw nsw i64 %indvars.iv1111.i, 10
+for_body_r474.us.i:                               ; preds = %for_body_r474.lr.ph.us.i, %if_end480.us.i.1
+  %indvars.iv1110.i = phi i64 [ 0, %for_body_r474.lr.ph.us.i ], [ %indvars.iv.next1111.i.1, %if_end480.us.i.1 ]
+  %429 = add nuw nsw i64 %indvars.iv1110.i, %603
+  %430 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %429
+  %431 = load float, ptr %430, align 4, !tbaa !5
+  %432 = fcmp oeq float %431, 0.000000e+00
+  br i1 %432, label %if_end480.us.i, label %if_else479.us.i
+
+if_else479.us.i:                                  ; preds = %for_body_r474.us.i
+  %433 = getelementptr inbounds nuw i32, ptr %places.i, i64 %429
+  %434 = load i32, ptr %433, align 4, !tbaa !5
+  %435 = shl i32 %434, 23
+  %436 = add i32 %435, 1065353216
+  %437 = bitcast i32 %436 to float
+  %438 = fmul float %431, %437
+  %439 = tail call float @llvm.log.f32(float %438)
+  %440 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %429
+  %441 = load float, ptr %440, align 4, !tbaa !5
+  %442 = fadd float %441, %439
+  br label %if_end480.us.i
+
+if_end480.us.i:                                   ; preds = %if_else479.us.i, %for_body_r474.us.i
+  %443 = phi float [ %442, %if_else479.us.i ], [ 0xFFF0000000000000, %for_body_r474.us.i ]
+  %444 = and i64 %indvars.iv1110.i, 2
+  %445 = lshr i64 %indvars.iv1110.i, 2
+  %446 = add nsw i64 %445, %600
+  %447 = mul nsw i64 %446, %lse_batch
+  %448 = getelementptr float, ptr %602, i64 %447
+  %449 = getelementptr float, ptr %448, i64 %444
+  store float %443, ptr %449, align 4, !tbaa !5
+  %indvars.iv.next1111.i = or disjoint i64 %indvars.iv1110.i, 1
+  %450 = add nuw nsw i64 %indvars.iv.next1111.i, %603
+  %451 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %450
+  %452 = load float, ptr %451, align 4, !tbaa !5
+  %453 = fcmp oeq float %452, 0.000000e+00
+  br i1 %453, label %if_end480.us.i.1, label %if_else479.us.i.1
+
+if_else479.us.i.1:                                ; preds = %if_end480.us.i
+  %454 = getelementptr inbounds nuw i32, ptr %places.i, i64 %450
+  %455 = load i32, ptr %454, align 4, !tbaa !5
+  %456 = shl i32 %455, 23
+  %457 = add i32 %456, 1065353216
+  %458 = bitcast i32 %457 to float
+  %459 = fmul float %452, %458
+  %460 = tail call float @llvm.log.f32(float %459)
+  %461 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %450
+  %462 = load float, ptr %461, align 4, !tbaa !5
+  %463 = fadd float %462, %460
+  br label %if_end480.us.i.1
+
+if_end480.us.i.1:                                 ; preds = %if_else479.us.i.1, %if_end480.us.i
+  %464 = phi float [ %463, %if_else479.us.i.1 ], [ 0xFFF0000000000000, %if_end480.us.i ]
+  %465 = and i64 %indvars.iv.next1111.i, 3
+  %466 = lshr i64 %indvars.iv1110.i, 2
+  %467 = add nsw i64 %466, %600
+  %468 = mul nsw i64 %467, %lse_batch
+  %469 = getelementptr float, ptr %602, i64 %468
+  %470 = getelementptr float, ptr %469, i64 %465
+  store float %464, ptr %470, align 4, !tbaa !5
+  %indvars.iv.next1111.i.1 = add nuw nsw i64 %indvars.iv1110.i, 2
+  %exitcond1115.not.i.1 = icmp eq i64 %indvars.iv.next1111.i.1, %wide.trip.count1108.i
+  br i1 %exitcond1115.not.i.1, label %for_end_r475.us.i, label %for_body_r474.us.i, !prof !13, !llvm.loop !39
+
+for_end_d_0426.us.i:                              ; preds = %for_begin_ax1_0429.preheader.us.i
+  %indvars.iv.next1096.i = add nuw nsw i64 %indvars.iv1095.i, 1
+  %exitcond1099.not.i = icmp eq i64 %indvars.iv.next1096.i, 4
+  br i1 %exitcond1099.not.i, label %for_end_r_0.us.i, label %for_begin_d_0424.preheader.us.i, !prof !28
+
+for_begin_ax1_0429.preheader.us.i:                ; preds = %for_begin_d_0424.preheader.us.i, %for_begin_ax1_0429.preheader.us.i
+  %indvars.iv1090.i = phi i64 [ 0, %for_begin_d_0424.preheader.us.i ], [ %indvars.iv.next1091.i, %for_begin_ax1_0429.preheader.us.i ]
+  %.idx86 = shl nuw nsw i64 %indvars.iv1090.i, 10
   %gep161 = getelementptr inbounds nuw i8, ptr %invariant.gep160, i64 %.idx86
-  %v447.us.i = load <4 x float>, ptr %gep161, align 4, !tbaa !5
-  %467 = getelementptr inbounds nuw i8, ptr %gep161, i64 64
-  %v449.us.i = load <4 x float>, ptr %467, align 4, !tbaa !5
-  %468 = getelementptr inbounds nuw i8, ptr %gep161, i64 128
-  %v451.us.i = load <4 x float>, ptr %468, align 4, !tbaa !5
-  %469 = getelementptr inbounds nuw i8, ptr %gep161, i64 192
-  %v453.us.i = load <4 x float>, ptr %469, align 4, !tbaa !5
-  %470 = shufflevector <4 x float> %v447.us.i, <4 x float> %v451.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %471 = shufflevector <4 x float> %v449.us.i, <4 x float> %v453.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %472 = shufflevector <4 x float> %v447.us.i, <4 x float> %v451.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %473 = shufflevector <4 x float> %v449.us.i, <4 x float> %v453.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %474 = shufflevector <4 x float> %470, <4 x float> %471, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %475 = shufflevector <4 x float> %470, <4 x float> %471, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %476 = shufflevector <4 x float> %472, <4 x float> %473, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %477 = shufflevector <4 x float> %472, <4 x float> %473, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %478 = getelementptr inbounds nuw i8, ptr %gep161, i64 256
-  %v447.us.1.i = load <4 x float>, ptr %478, align 4, !tbaa !5
-  %479 = getelementptr inbounds nuw i8, ptr %gep161, i64 320
-  %v449.us.1.i = load <4 x float>, ptr %479, align 4, !tbaa !5
-  %480 = getelementptr inbounds nuw i8, ptr %gep161, i64 384
-  %v451.us.1.i = load <4 x float>, ptr %480, align 4, !tbaa !5
-  %481 = getelementptr inbounds nuw i8, ptr %gep161, i64 448
-  %v453.us.1.i = load <4 x float>, ptr %481, align 4, !tbaa !5
-  %482 = shufflevector <4 x float> %v447.us.1.i, <4 x float> %v451.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %483 = shufflevector <4 x float> %v449.us.1.i, <4 x float> %v453.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %484 = shufflevector <4 x float> %v447.us.1.i, <4 x float> %v451.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %485 = shufflevector <4 x float> %v449.us.1.i, <4 x float> %v453.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %486 = shufflevector <4 x float> %482, <4 x float> %483, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %487 = shufflevector <4 x float> %482, <4 x float> %483, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %488 = shufflevector <4 x float> %484, <4 x float> %485, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %489 = shufflevector <4 x float> %484, <4 x float> %485, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %490 = getelementptr inbounds nuw i8, ptr %gep161, i64 512
-  %v447.us.2.i = load <4 x float>, ptr %490, align 4, !tbaa !5
-  %491 = getelementptr inbounds nuw i8, ptr %gep161, i64 576
-  %v449.us.2.i = load <4 x float>, ptr %491, align 4, !tbaa !5
-  %492 = getelementptr inbounds nuw i8, ptr %gep161, i64 640
-  %v451.us.2.i = load <4 x float>, ptr %492, align 4, !tbaa !5
-  %493 = getelementptr inbounds nuw i8, ptr %gep161, i64 704
-  %v453.us.2.i = load <4 x float>, ptr %493, align 4, !tbaa !5
-  %494 = shufflevector <4 x float> %v447.us.2.i, <4 x float> %v451.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %495 = shufflevector <4 x float> %v449.us.2.i, <4 x float> %v453.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %496 = shufflevector <4 x float> %v447.us.2.i, <4 x float> %v451.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %497 = shufflevector <4 x float> %v449.us.2.i, <4 x float> %v453.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %498 = shufflevector <4 x float> %494, <4 x float> %495, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %499 = shufflevector <4 x float> %494, <4 x float> %495, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %500 = shufflevector <4 x float> %496, <4 x float> %497, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %501 = shufflevector <4 x float> %496, <4 x float> %497, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %502 = getelementptr inbounds nuw i8, ptr %gep161, i64 768
-  %v447.us.3.i = load <4 x float>, ptr %502, align 4, !tbaa !5
-  %503 = getelementptr inbounds nuw i8, ptr %gep161, i64 832
-  %v449.us.3.i = load <4 x float>, ptr %503, align 4, !tbaa !5
-  %504 = getelementptr inbounds nuw i8, ptr %gep161, i64 896
-  %v451.us.3.i = load <4 x float>, ptr %504, align 4, !tbaa !5
-  %505 = getelementptr inbounds nuw i8, ptr %gep161, i64 960
-  %v453.us.3.i = load <4 x float>, ptr %505, align 4, !tbaa !5
-  %506 = shufflevector <4 x float> %v447.us.3.i, <4 x float> %v451.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %507 = shufflevector <4 x float> %v449.us.3.i, <4 x float> %v453.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %508 = shufflevector <4 x float> %v447.us.3.i, <4 x float> %v451.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %509 = shufflevector <4 x float> %v449.us.3.i, <4 x float> %v453.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %510 = shufflevector <4 x float> %506, <4 x float> %507, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %511 = shufflevector <4 x float> %474, <4 x float> %486, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %512 = shufflevector <4 x float> %498, <4 x float> %510, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %513 = shufflevector <8 x float> %511, <8 x float> %512, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %514 = shufflevector <4 x float> %506, <4 x float> %507, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %515 = shufflevector <4 x float> %475, <4 x float> %487, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %516 = shufflevector <4 x float> %499, <4 x float> %514, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %v435.us.i = load <4 x float>, ptr %gep161, align 4, !tbaa !5
+  %471 = getelementptr inbounds nuw i8, ptr %gep161, i64 64
+  %v437.us.i = load <4 x float>, ptr %471, align 4, !tbaa !5
+  %472 = getelementptr inbounds nuw i8, ptr %gep161, i64 128
+  %v439.us.i = load <4 x float>, ptr %472, align 4, !tbaa !5
+  %473 = getelementptr inbounds nuw i8, ptr %gep161, i64 192
+  %v441.us.i = load <4 x float>, ptr %473, align 4, !tbaa !5
+  %474 = shufflevector <4 x float> %v435.us.i, <4 x float> %v439.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %475 = shufflevector <4 x float> %v437.us.i, <4 x float> %v441.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %476 = shufflevector <4 x float> %v435.us.i, <4 x float> %v439.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %477 = shufflevector <4 x float> %v437.us.i, <4 x float> %v441.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %478 = shufflevector <4 x float> %474, <4 x float> %475, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %479 = shufflevector <4 x float> %474, <4 x float> %475, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %480 = shufflevector <4 x float> %476, <4 x float> %477, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %481 = shufflevector <4 x float> %476, <4 x float> %477, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %482 = getelementptr inbounds nuw i8, ptr %gep161, i64 256
+  %v435.us.1.i = load <4 x float>, ptr %482, align 4, !tbaa !5
+  %483 = getelementptr inbounds nuw i8, ptr %gep161, i64 320
+  %v437.us.1.i = load <4 x float>, ptr %483, align 4, !tbaa !5
+  %484 = getelementptr inbounds nuw i8, ptr %gep161, i64 384
+  %v439.us.1.i = load <4 x float>, ptr %484, align 4, !tbaa !5
+  %485 = getelementptr inbounds nuw i8, ptr %gep161, i64 448
+  %v441.us.1.i = load <4 x float>, ptr %485, align 4, !tbaa !5
+  %486 = shufflevector <4 x float> %v435.us.1.i, <4 x float> %v439.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %487 = shufflevector <4 x float> %v437.us.1.i, <4 x float> %v441.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %488 = shufflevector <4 x float> %v435.us.1.i, <4 x float> %v439.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %489 = shufflevector <4 x float> %v437.us.1.i, <4 x float> %v441.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %490 = shufflevector <4 x float> %486, <4 x float> %487, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %491 = shufflevector <4 x float> %486, <4 x float> %487, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %492 = shufflevector <4 x float> %488, <4 x float> %489, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %493 = shufflevector <4 x float> %488, <4 x float> %489, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %494 = getelementptr inbounds nuw i8, ptr %gep161, i64 512
+  %v435.us.2.i = load <4 x float>, ptr %494, align 4, !tbaa !5
+  %495 = getelementptr inbounds nuw i8, ptr %gep161, i64 576
+  %v437.us.2.i = load <4 x float>, ptr %495, align 4, !tbaa !5
+  %496 = getelementptr inbounds nuw i8, ptr %gep161, i64 640
+  %v439.us.2.i = load <4 x float>, ptr %496, align 4, !tbaa !5
+  %497 = getelementptr inbounds nuw i8, ptr %gep161, i64 704
+  %v441.us.2.i = load <4 x float>, ptr %497, align 4, !tbaa !5
+  %498 = shufflevector <4 x float> %v435.us.2.i, <4 x float> %v439.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %499 = shufflevector <4 x float> %v437.us.2.i, <4 x float> %v441.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %500 = shufflevector <4 x float> %v435.us.2.i, <4 x float> %v439.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %501 = shufflevector <4 x float> %v437.us.2.i, <4 x float> %v441.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %502 = shufflevector <4 x float> %498, <4 x float> %499, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %503 = shufflevector <4 x float> %498, <4 x float> %499, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %504 = shufflevector <4 x float> %500, <4 x float> %501, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %505 = shufflevector <4 x float> %500, <4 x float> %501, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %506 = getelementptr inbounds nuw i8, ptr %gep161, i64 768
+  %v435.us.3.i = load <4 x float>, ptr %506, align 4, !tbaa !5
+  %507 = getelementptr inbounds nuw i8, ptr %gep161, i64 832
+  %v437.us.3.i = load <4 x float>, ptr %507, align 4, !tbaa !5
+  %508 = getelementptr inbounds nuw i8, ptr %gep161, i64 896
+  %v439.us.3.i = load <4 x float>, ptr %508, align 4, !tbaa !5
+  %509 = getelementptr inbounds nuw i8, ptr %gep161, i64 960
+  %v441.us.3.i = load <4 x float>, ptr %509, align 4, !tbaa !5
+  %510 = shufflevector <4 x float> %v435.us.3.i, <4 x float> %v439.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %511 = shufflevector <4 x float> %v437.us.3.i, <4 x float> %v441.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %512 = shufflevector <4 x float> %v435.us.3.i, <4 x float> %v439.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %513 = shufflevector <4 x float> %v437.us.3.i, <4 x float> %v441.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %514 = shufflevector <4 x float> %510, <4 x float> %511, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %515 = shufflevector <4 x float> %478, <4 x float> %490, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %516 = shufflevector <4 x float> %502, <4 x float> %514, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
   %517 = shufflevector <8 x float> %515, <8 x float> %516, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %518 = shufflevector <4 x float> %508, <4 x float> %509, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %519 = shufflevector <4 x float> %476, <4 x float> %488, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %520 = shufflevector <4 x float> %500, <4 x float> %518, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %518 = shufflevector <4 x float> %510, <4 x float> %511, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %519 = shufflevector <4 x float> %479, <4 x float> %491, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %520 = shufflevector <4 x float> %503, <4 x float> %518, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
   %521 = shufflevector <8 x float> %519, <8 x float> %520, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %522 = shufflevector <4 x float> %508, <4 x float> %509, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %523 = shufflevector <4 x float> %477, <4 x float> %489, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %524 = shufflevector <4 x float> %501, <4 x float> %522, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %522 = shufflevector <4 x float> %512, <4 x float> %513, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %523 = shufflevector <4 x float> %480, <4 x float> %492, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %524 = shufflevector <4 x float> %504, <4 x float> %522, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
   %525 = shufflevector <8 x float> %523, <8 x float> %524, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %526 = fmul <16 x float> %576, %513
-  %.idx1194.i = shl nuw nsw i64 %indvars.iv1111.i, 6
-  %gep1266.i = getelementptr inbounds nuw i8, ptr %invariant.gep1265.i, i64 %.idx1194.i
-  store <16 x float> %526, ptr %gep1266.i, align 4, !tbaa !5
-  %527 = fmul <16 x float> %580, %517
-  %528 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 512
-  store <16 x float> %527, ptr %528, align 4, !tbaa !5
-  %529 = fmul <16 x float> %584, %521
-  %530 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 1024
-  store <16 x float> %529, ptr %530, align 4, !tbaa !5
-  %531 = fmul <16 x float> %588, %525
-  %532 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 1536
+  %526 = shufflevector <4 x float> %512, <4 x float> %513, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %527 = shufflevector <4 x float> %481, <4 x float> %493, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %528 = shufflevector <4 x float> %505, <4 x float> %526, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %529 = shufflevector <8 x float> %527, <8 x float> %528, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %530 = fmul <16 x float> %580, %517
+  %.idx1173.i = shl nuw nsw i64 %indvars.iv1090.i, 6
+  %gep1245.i = getelementptr inbounds nuw i8, ptr %invariant.gep1244.i, i64 %.idx1173.i
+  store <16 x float> %530, ptr %gep1245.i, align 4, !tbaa !5
+  %531 = fmul <16 x float> %584, %521
+  %532 = getelementptr inbounds nuw i8, ptr %gep1245.i, i64 512
   store <16 x float> %531, ptr %532, align 4, !tbaa !5
-  %indvars.iv.next1112.i = add nuw nsw i64 %indvars.iv1111.i, 1
-  %exitcond1115.not.i = icmp eq i64 %indvars.iv.next1112.i, 8
-  br i1 %exitcond1115.not.i, label %for_end_d_0438.us.i, label %for_begin_ax1_0441.preheader.us.i, !prof !28
+  %533 = fmul <16 x float> %588, %525
+  %534 = getelementptr inbounds nuw i8, ptr %gep1245.i, i64 1024
+  store <16 x float> %533, ptr %534, align 4, !tbaa !5
+  %535 = fmul <16 x float> %592, %529
+  %536 = getelementptr inbounds nuw i8, ptr %gep1245.i, i64 1536
+  store <16 x float> %535, ptr %536, align 4, !tbaa !5
+  %indvars.iv.next1091.i = add nuw nsw i64 %indvars.iv1090.i, 1
+  %exitcond1094.not.i = icmp eq i64 %indvars.iv.next1091.i, 8
+  br i1 %exitcond1094.not.i, label %for_end_d_0426.us.i, label %for_begin_ax1_0429.preheader.us.i, !prof !28
 
-for_begin_d_0476.preheader.us.i:                  ; preds = %for_begin_d_0476.preheader.lr.ph.us.i, %for_begin_d_0476.preheader.us.i
-  %indvars.iv1125.i = phi i64 [ 0, %for_begin_d_0476.preheader.lr.ph.us.i ], [ %indvars.iv.next1126.i, %for_begin_d_0476.preheader.us.i ]
-  %533 = and i64 %indvars.iv1125.i, 3
-  %534 = or disjoint i64 %533, %593
-  %535 = mul nsw i64 %534, %out_head
-  %536 = lshr i64 %indvars.iv1125.i, 2
-  %537 = add nsw i64 %536, %596
-  %538 = mul nsw i64 %537, %out_batch
-  %539 = getelementptr i16, ptr %out, i64 %538
-  %invariant.gep871.us.i = getelementptr i16, ptr %539, i64 %535
-  %.idx87 = shl nsw i64 %indvars.iv1125.i, 9
-  %540 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx87
-  %541 = load <32 x i32>, ptr %540, align 4, !tbaa !5
-  %542 = lshr <32 x i32> %541, splat (i32 16)
-  %543 = and <32 x i32> %542, splat (i32 1)
-  %544 = add nuw <32 x i32> %541, splat (i32 32767)
-  %545 = add nuw <32 x i32> %544, %543
+for_begin_d_0464.preheader.us.i:                  ; preds = %for_begin_d_0464.preheader.lr.ph.us.i, %for_begin_d_0464.preheader.us.i
+  %indvars.iv1104.i = phi i64 [ 0, %for_begin_d_0464.preheader.lr.ph.us.i ], [ %indvars.iv.next1105.i, %for_begin_d_0464.preheader.us.i ]
+  %537 = and i64 %indvars.iv1104.i, 3
+  %538 = or disjoint i64 %537, %597
+  %539 = mul nsw i64 %538, %out_head
+  %540 = lshr i64 %indvars.iv1104.i, 2
+  %541 = add nsw i64 %540, %600
+  %542 = mul nsw i64 %541, %out_batch
+  %543 = getelementptr i16, ptr %out, i64 %542
+  %invariant.gep852.us.i = getelementptr i16, ptr %543, i64 %539
+  %.idx87 = shl nsw i64 %indvars.iv1104.i, 9
+  %544 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx87
+  %545 = load <32 x i32>, ptr %544, align 4, !tbaa !5
   %546 = lshr <32 x i32> %545, splat (i32 16)
-  %547 = trunc nuw <32 x i32> %546 to <32 x i16>
-  store <32 x i16> %547, ptr %invariant.gep871.us.i, align 2, !tbaa !5
-  %548 = getelementptr inbounds nuw i8, ptr %540, i64 128
-  %549 = load <32 x i32>, ptr %548, align 4, !tbaa !5
+  %547 = and <32 x i32> %546, splat (i32 1)
+  %548 = add nuw <32 x i32> %545, splat (i32 32767)
+  %549 = add nuw <32 x i32> %548, %547
   %550 = lshr <32 x i32> %549, splat (i32 16)
-  %551 = and <32 x i32> %550, splat (i32 1)
-  %552 = add nuw <32 x i32> %549, splat (i32 32767)
-  %553 = add nuw <32 x i32> %552, %551
+  %551 = trunc nuw <32 x i32> %550 to <32 x i16>
+  store <32 x i16> %551, ptr %invariant.gep852.us.i, align 2, !tbaa !5
+  %552 = getelementptr inbounds nuw i8, ptr %544, i64 128
+  %553 = load <32 x i32>, ptr %552, align 4, !tbaa !5
   %554 = lshr <32 x i32> %553, splat (i32 16)
-  %555 = trunc nuw <32 x i32> %554 to <32 x i16>
-  %gep872.us.1.i = getelementptr i8, ptr %invariant.gep871.us.i, i64 64
-  store <32 x i16> %555, ptr %gep872.us.1.i, align 2, !tbaa !5
-  %556 = getelementptr inbounds nuw i8, ptr %540, i64 256
-  %557 = load <32 x i32>, ptr %556, align 4, !tbaa !5
+  %555 = and <32 x i32> %554, splat (i32 1)
+  %556 = add nuw <32 x i32> %553, splat (i32 32767)
+  %557 = add nuw <32 x i32> %556, %555
   %558 = lshr <32 x i32> %557, splat (i32 16)
-  %559 = and <32 x i32> %558, splat (i32 1)
-  %560 = add nuw <32 x i32> %557, splat (i32 32767)
-  %561 = add nuw <32 x i32> %560, %559
+  %559 = trunc nuw <32 x i32> %558 to <32 x i16>
+  %gep853.us.1.i = getelementptr i8, ptr %invariant.gep852.us.i, i64 64
+  store <32 x i16> %559, ptr %gep853.us.1.i, align 2, !tbaa !5
+  %560 = getelementptr inbounds nuw i8, ptr %544, i64 256
+  %561 = load <32 x i32>, ptr %560, align 4, !tbaa !5
   %562 = lshr <32 x i32> %561, splat (i32 16)
-  %563 = trunc nuw <32 x i32> %562 to <32 x i16>
-  %gep872.us.2.i = getelementptr i8, ptr %invariant.gep871.us.i, i64 128
-  store <32 x i16> %563, ptr %gep872.us.2.i, align 2, !tbaa !5
-  %564 = getelementptr inbounds nuw i8, ptr %540, i64 384
-  %565 = load <32 x i32>, ptr %564, align 4, !tbaa !5
+  %563 = and <32 x i32> %562, splat (i32 1)
+  %564 = add nuw <32 x i32> %561, splat (i32 32767)
+  %565 = add nuw <32 x i32> %564, %563
   %566 = lshr <32 x i32> %565, splat (i32 16)
-  %567 = and <32 x i32> %566, splat (i32 1)
-  %568 = add nuw <32 x i32> %565, splat (i32 32767)
-  %569 = add nuw <32 x i32> %568, %567
+  %567 = trunc nuw <32 x i32> %566 to <32 x i16>
+  %gep853.us.2.i = getelementptr i8, ptr %invariant.gep852.us.i, i64 128
+  store <32 x i16> %567, ptr %gep853.us.2.i, align 2, !tbaa !5
+  %568 = getelementptr inbounds nuw i8, ptr %544, i64 384
+  %569 = load <32 x i32>, ptr %568, align 4, !tbaa !5
   %570 = lshr <32 x i32> %569, splat (i32 16)
-  %571 = trunc nuw <32 x i32> %570 to <32 x i16>
-  %gep872.us.3.i = getelementptr i8, ptr %invariant.gep871.us.i, i64 192
-  store <32 x i16> %571, ptr %gep872.us.3.i, align 2, !tbaa !5
-  %indvars.iv.next1126.i = add nuw nsw i64 %indvars.iv1125.i, 1
-  %exitcond1130.not.i = icmp eq i64 %indvars.iv.next1126.i, %wide.trip.count1129.i
-  br i1 %exitcond1130.not.i, label %for_body_r486.lr.ph.us.i, label %for_begin_d_0476.preheader.us.i, !prof !13
+  %571 = and <32 x i32> %570, splat (i32 1)
+  %572 = add nuw <32 x i32> %569, splat (i32 32767)
+  %573 = add nuw <32 x i32> %572, %571
+  %574 = lshr <32 x i32> %573, splat (i32 16)
+  %575 = trunc nuw <32 x i32> %574 to <32 x i16>
+  %gep853.us.3.i = getelementptr i8, ptr %invariant.gep852.us.i, i64 192
+  store <32 x i16> %575, ptr %gep853.us.3.i, align 2, !tbaa !5
+  %indvars.iv.next1105.i = add nuw nsw i64 %indvars.iv1104.i, 1
+  %exitcond1109.not.i = icmp eq i64 %indvars.iv.next1105.i, %wide.trip.count1108.i
+  br i1 %exitcond1109.not.i, label %for_body_r474.lr.ph.us.i, label %for_begin_d_0464.preheader.us.i, !prof !13
 
-for_begin_d_0436.preheader.us.i:                  ; preds = %for_end_d_0438.us.i, %if_end434.us.i
-  %indvars.iv1116.i = phi i64 [ %indvars.iv.next1117.i, %for_end_d_0438.us.i ], [ 0, %if_end434.us.i ]
-  %572 = shl nuw nsw i64 %indvars.iv1116.i, 2
-  %573 = getelementptr inbounds nuw float, ptr %factor554.i, i64 %572
-  %574 = load float, ptr %573, align 16, !tbaa !41
-  %575 = insertelement <16 x float> poison, float %574, i64 0
-  %576 = shufflevector <16 x float> %575, <16 x float> poison, <16 x i32> zeroinitializer
-  %577 = getelementptr inbounds nuw i8, ptr %573, i64 4
-  %578 = load float, ptr %577, align 4, !tbaa !41
+for_begin_d_0424.preheader.us.i:                  ; preds = %for_end_d_0426.us.i, %if_end422.us.i
+  %indvars.iv1095.i = phi i64 [ %indvars.iv.next1096.i, %for_end_d_0426.us.i ], [ 0, %if_end422.us.i ]
+  %576 = shl nuw nsw i64 %indvars.iv1095.i, 2
+  %577 = getelementptr inbounds nuw float, ptr %factor541.i, i64 %576
+  %578 = load float, ptr %577, align 16, !tbaa !41
   %579 = insertelement <16 x float> poison, float %578, i64 0
   %580 = shufflevector <16 x float> %579, <16 x float> poison, <16 x i32> zeroinitializer
-  %581 = getelementptr inbounds nuw i8, ptr %573, i64 8
-  %582 = load float, ptr %581, align 8, !tbaa !41
+  %581 = getelementptr inbounds nuw i8, ptr %577, i64 4
+  %582 = load float, ptr %581, align 4, !tbaa !41
   %583 = insertelement <16 x float> poison, float %582, i64 0
   %584 = shufflevector <16 x float> %583, <16 x float> poison, <16 x i32> zeroinitializer
-  %585 = getelementptr inbounds nuw i8, ptr %573, i64 12
-  %586 = load float, ptr %585, align 4, !tbaa !41
+  %585 = getelementptr inbounds nuw i8, ptr %577, i64 8
+  %586 = load float, ptr %585, align 8, !tbaa !41
   %587 = insertelement <16 x float> poison, float %586, i64 0
   %588 = shufflevector <16 x float> %587, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx1195.i = shl nuw nsw i64 %indvars.iv1116.i, 11
-  %invariant.gep1265.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1195.i
-  %invariant.gep160 = getelementptr inbounds nuw float, ptr %invariant.gep158, i64 %572
-  br label %for_begin_ax1_0441.preheader.us.i
+  %589 = getelementptr inbounds nuw i8, ptr %577, i64 12
+  %590 = load float, ptr %589, align 4, !tbaa !41
+  %591 = insertelement <16 x float> poison, float %590, i64 0
+  %592 = shufflevector <16 x float> %591, <16 x float> poison, <16 x i32> zeroinitializer
+  %.idx1174.i = shl nuw nsw i64 %indvars.iv1095.i, 11
+  %invariant.gep1244.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1174.i
+  %invariant.gep160 = getelementptr inbounds nuw float, ptr %invariant.gep158, i64 %576
+  br label %for_begin_ax1_0429.preheader.us.i
 
-for_begin_d_0476.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
-  %589 = sext i1 %.not586.us.i to i32
-  %590 = add nsw i32 %rdiv482.us.i, %589
-  %591 = sext i32 %590 to i64
-  %592 = add nsw i64 %402, %591
-  %593 = shl nsw i64 %592, 2
-  %594 = sext i32 %419 to i64
-  %595 = shl nsw i64 %594, 2
-  %596 = add nsw i64 %595, %405
-  %597 = tail call i32 @llvm.umin.i32(i32 %421, i32 16)
-  %wide.trip.count1129.i = zext nneg i32 %597 to i64
-  br label %for_begin_d_0476.preheader.us.i
+for_begin_d_0464.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
+  %593 = sext i1 %.not573.us.i to i32
+  %594 = add nsw i32 %rdiv470.us.i, %593
+  %595 = sext i32 %594 to i64
+  %596 = add nsw i64 %406, %595
+  %597 = shl nsw i64 %596, 2
+  %598 = sext i32 %423 to i64
+  %599 = shl nsw i64 %598, 2
+  %600 = add nsw i64 %599, %409
+  %601 = tail call i32 @llvm.umin.i32(i32 %425, i32 16)
+  %wide.trip.count1108.i = zext nneg i32 %601 to i64
+  br label %for_begin_d_0464.preheader.us.i
 
-for_body_r486.lr.ph.us.i:                         ; preds = %for_begin_d_0476.preheader.us.i
-  %.idx587.us.i = shl nsw i64 %592, 4
-  %598 = getelementptr i8, ptr %lse, i64 %.idx587.us.i
-  %599 = and i64 %409, 4294967280
-  br label %for_body_r486.us.i
+for_body_r474.lr.ph.us.i:                         ; preds = %for_begin_d_0464.preheader.us.i
+  %.idx574.us.i = shl nsw i64 %596, 4
+  %602 = getelementptr i8, ptr %lse, i64 %.idx574.us.i
+  %603 = and i64 %413, 4294967280
+  br label %for_body_r474.us.i
 
 for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
-  %indvars.iv221 = phi i32 [ %indvars.iv.next222, %for_begin_number.i ], [ %362, %for_body_number.lr.ph.i ]
-  %indvars.iv.in = phi i32 [ %indvars.iv, %for_begin_number.i ], [ %362, %for_body_number.lr.ph.i ]
-  %number859.i = phi i32 [ %399, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
-  %600 = shl nuw nsw i32 %number859.i, 12
-  %601 = add i32 %387, %600
-  %smin611 = tail call i32 @llvm.smin.i32(i32 %span571.sroa.3.0.lcssa.i, i32 %601)
-  %smin612 = tail call i32 @llvm.smin.i32(i32 %smin611, i32 %361)
-  %smax613 = tail call i32 @llvm.smax.i32(i32 %span571.sroa.0.0.lcssa.i, i32 %indvars.iv221)
-  %602 = shl nuw nsw i32 %number859.i, 12
-  %603 = add i32 %387, %602
-  %smin606 = tail call i32 @llvm.smin.i32(i32 %span571.sroa.3.0.lcssa.i, i32 %603)
-  %smin607 = tail call i32 @llvm.smin.i32(i32 %smin606, i32 %361)
-  %smax = tail call i32 @llvm.smax.i32(i32 %span571.sroa.0.0.lcssa.i, i32 %indvars.iv221)
-  %604 = shl nuw nsw i32 %number859.i, 12
-  %605 = add i32 %387, %604
-  %smin489 = tail call i32 @llvm.smin.i32(i32 %span571.sroa.3.0.lcssa.i, i32 %605)
-  %smin490 = tail call i32 @llvm.smin.i32(i32 %smin489, i32 %361)
-  %smax491 = tail call i32 @llvm.smax.i32(i32 %span571.sroa.0.0.lcssa.i, i32 %indvars.iv221)
-  %606 = tail call i32 @llvm.smax.i32(i32 %span571.sroa.0.0.lcssa.i, i32 %indvars.iv221)
-  %smax468 = sext i32 %606 to i64
+  %indvars.iv223.in = phi i32 [ %indvars.iv223, %for_begin_number.i ], [ %362, %for_body_number.lr.ph.i ]
+  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_number.i ], [ %362, %for_body_number.lr.ph.i ]
+  %number840.i = phi i32 [ %403, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %604 = shl nuw nsw i32 %number840.i, 12
+  %605 = add i32 %391, %604
+  %smin480 = tail call i32 @llvm.smin.i32(i32 %span558.sroa.3.0.lcssa.i, i32 %605)
+  %smin481 = tail call i32 @llvm.smin.i32(i32 %smin480, i32 %361)
+  %smax482 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %606 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %smax459 = sext i32 %606 to i64
   %607 = add i32 %606, %tree_size
   %608 = sub i32 %context_len.i, %607
-  %609 = shl nuw nsw i32 %number859.i, 12
-  %610 = add i32 %387, %609
-  %smin473 = tail call i32 @llvm.smin.i32(i32 %span571.sroa.3.0.lcssa.i, i32 %610)
-  %smin474 = tail call i32 @llvm.smin.i32(i32 %smin473, i32 %361)
-  %smax475 = tail call i32 @llvm.smax.i32(i32 %span571.sroa.0.0.lcssa.i, i32 %indvars.iv221)
-  %611 = sub i32 %smin474, %smax475
-  %612 = shl nuw nsw i32 %number859.i, 12
-  %613 = add i32 %387, %612
-  %smin453 = tail call i32 @llvm.smin.i32(i32 %span571.sroa.3.0.lcssa.i, i32 %613)
-  %smin454 = tail call i32 @llvm.smin.i32(i32 %smin453, i32 %361)
-  %smax455 = tail call i32 @llvm.smax.i32(i32 %span571.sroa.0.0.lcssa.i, i32 %indvars.iv221)
-  %614 = sub i32 %smin454, %smax455
-  %615 = tail call i32 @llvm.smax.i32(i32 %span571.sroa.0.0.lcssa.i, i32 %indvars.iv221)
+  %609 = shl nuw nsw i32 %number840.i, 12
+  %610 = add i32 %391, %609
+  %smin464 = tail call i32 @llvm.smin.i32(i32 %span558.sroa.3.0.lcssa.i, i32 %610)
+  %smin465 = tail call i32 @llvm.smin.i32(i32 %smin464, i32 %361)
+  %smax466 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %611 = sub i32 %smin465, %smax466
+  %612 = shl nuw nsw i32 %number840.i, 12
+  %613 = add i32 %391, %612
+  %smin444 = tail call i32 @llvm.smin.i32(i32 %span558.sroa.3.0.lcssa.i, i32 %613)
+  %smin445 = tail call i32 @llvm.smin.i32(i32 %smin444, i32 %361)
+  %smax446 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %614 = sub i32 %smin445, %smax446
+  %615 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
   %616 = add i32 %615, %tree_size
   %617 = sub i32 %context_len.i, %616
-  %618 = shl nuw nsw i32 %number859.i, 12
-  %619 = add i32 %387, %618
-  %smin433 = tail call i32 @llvm.smin.i32(i32 %span571.sroa.3.0.lcssa.i, i32 %619)
-  %smin434 = tail call i32 @llvm.smin.i32(i32 %smin433, i32 %361)
-  %smax435 = tail call i32 @llvm.smax.i32(i32 %span571.sroa.0.0.lcssa.i, i32 %indvars.iv221)
-  %620 = tail call i32 @llvm.smax.i32(i32 %span571.sroa.0.0.lcssa.i, i32 %indvars.iv221)
-  %smax416 = sext i32 %620 to i64
+  %618 = shl nuw nsw i32 %number840.i, 12
+  %619 = add i32 %391, %618
+  %smin424 = tail call i32 @llvm.smin.i32(i32 %span558.sroa.3.0.lcssa.i, i32 %619)
+  %smin425 = tail call i32 @llvm.smin.i32(i32 %smin424, i32 %361)
+  %smax426 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %620 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %smax407 = sext i32 %620 to i64
   %621 = add i32 %620, %tree_size
   %622 = sub i32 %context_len.i, %621
-  %623 = shl nuw nsw i32 %number859.i, 12
-  %624 = add i32 %387, %623
-  %smin420 = tail call i32 @llvm.smin.i32(i32 %span571.sroa.3.0.lcssa.i, i32 %624)
-  %smin421 = tail call i32 @llvm.smin.i32(i32 %smin420, i32 %361)
-  %smax422 = tail call i32 @llvm.smax.i32(i32 %span571.sroa.0.0.lcssa.i, i32 %indvars.iv221)
-  %625 = sub i32 %smin421, %smax422
-  %626 = tail call i32 @llvm.smax.i32(i32 %span571.sroa.0.0.lcssa.i, i32 %indvars.iv221)
+  %623 = shl nuw nsw i32 %number840.i, 12
+  %624 = add i32 %391, %623
+  %smin411 = tail call i32 @llvm.smin.i32(i32 %span558.sroa.3.0.lcssa.i, i32 %624)
+  %smin412 = tail call i32 @llvm.smin.i32(i32 %smin411, i32 %361)
+  %smax413 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %625 = sub i32 %smin412, %smax413
+  %626 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
   %627 = add i32 %626, %tree_size
-  %indvars.iv = add i32 %indvars.iv.in, 4096
-  %628 = tail call i32 @llvm.smax.i32(i32 %span571.sroa.0.0.lcssa.i, i32 %indvars.iv221)
+  %indvars.iv223 = add i32 %indvars.iv223.in, 4096
+  %628 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
   %629 = add i32 %628, %tree_size
   %630 = sub i32 %context_len.i, %629
-  %631 = sub i32 0, %628
-  %smin = tail call i32 @llvm.smin.i32(i32 %span571.sroa.3.0.lcssa.i, i32 %indvars.iv)
-  %smin220 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %361)
-  %632 = sub i32 %smin220, %628
+  %smin = tail call i32 @llvm.smin.i32(i32 %span558.sroa.3.0.lcssa.i, i32 %indvars.iv223)
+  %smin225 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %361)
+  %631 = sub i32 %smin225, %628
+  %632 = sub i32 0, %628
   %633 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %row_max.i = tail call ptr %633(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %634 = icmp eq ptr %row_max.i, null
@@ -1461,4012 +1456,3782 @@ if_end120.i:                                      ; preds = %if_end117.i
   br i1 %638, label %fused_attend_compute_.exit, label %if_end123.i, !prof !8
 
 if_end123.i:                                      ; preds = %if_end120.i
-  %639 = shl nsw i32 %number859.i, 12
+  %639 = shl nsw i32 %number840.i, 12
   %640 = add nsw i32 %639, %362
   %641 = add nsw i32 %640, 4096
-  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %640, i32 %span571.sroa.0.0.lcssa.i)
+  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %640, i32 %span558.sroa.0.0.lcssa.i)
   %642 = tail call i32 @llvm.smin.i32(i32 %641, i32 %key_end.i)
   %643 = sub nsw i32 %642, %read_begin.i
-  %.fr882.i = freeze i32 %643
-  %644 = icmp slt i32 %.fr882.i, 1
-  %645 = tail call i32 @llvm.smax.i32(i32 %.fr882.i, i32 0)
+  %.fr863.i = freeze i32 %643
+  %644 = icmp slt i32 %.fr863.i, 1
+  %645 = tail call i32 @llvm.smax.i32(i32 %.fr863.i, i32 0)
   %646 = add nuw nsw i32 %645, 127
   %647 = lshr i32 %646, 7
-  %.not880.i = icmp eq i32 %647, 0
-  br i1 %.not880.i, label %for_begin_tile356.preheader.i, label %for_body_step.lr.ph.i, !prof !16
+  %.not861.i = icmp eq i32 %647, 0
+  br i1 %.not861.i, label %for_begin_tile344.preheader.i, label %for_body_step.lr.ph.i, !prof !16
 
 for_body_step.lr.ph.i:                            ; preds = %if_end123.i
   %648 = add nsw i32 %642, -1
   %649 = sext i32 %read_begin.i to i64
-  %wide.trip.count1074.i = zext nneg i32 %647 to i64
-  %650 = getelementptr i8, ptr %390, i64 %smax468
-  %651 = getelementptr i8, ptr %391, i64 %smax416
+  %650 = sext i32 %642 to i64
+  %wide.trip.count1053.i = zext nneg i32 %647 to i64
+  %invariant.op.i = add nsw i64 %650, -128
+  %651 = getelementptr i8, ptr %394, i64 %smax459
+  %652 = getelementptr i8, ptr %395, i64 %smax407
   br label %for_body_step.i
 
-for_begin_step.i:                                 ; preds = %if_end351.i
-  %indvars.iv.next1072.i = add nuw nsw i64 %indvars.iv1071.i, 1
-  %exitcond1075.not.i = icmp eq i64 %indvars.iv.next1072.i, %wide.trip.count1074.i
-  %indvars.iv.next224 = add i32 %indvars.iv223, -128
-  %indvars.iv.next233 = add i32 %indvars.iv232, -128
-  %indvars.iv.next236 = add i32 %indvars.iv235, -128
-  br i1 %exitcond1075.not.i, label %for_begin_tile356.preheader.i, label %for_body_step.i, !prof !13
+for_begin_step.i:                                 ; preds = %if_end339.i
+  %indvars.iv.next1051.i = add nuw nsw i64 %indvars.iv1050.i, 1
+  %exitcond1054.not.i = icmp eq i64 %indvars.iv.next1051.i, %wide.trip.count1053.i
+  %indvars.iv.next221 = add i32 %indvars.iv220, -128
+  %indvars.iv.next227 = add i32 %indvars.iv226, -128
+  %indvars.iv.next229 = add i32 %indvars.iv228, -128
+  br i1 %exitcond1054.not.i, label %for_begin_tile344.preheader.i, label %for_body_step.i, !prof !13
 
-for_begin_tile356.preheader.i:                    ; preds = %for_begin_step.i, %if_end123.i
+for_begin_tile344.preheader.i:                    ; preds = %for_begin_step.i, %if_end123.i
   %brmerge.i = or i1 %142, %644
-  br i1 %brmerge.i, label %for_end_tile358.i, label %for_body_tile357.i, !prof !42
+  br i1 %brmerge.i, label %for_end_tile346.i, label %for_body_tile345.i, !prof !42
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
-  %indvars.iv235 = phi i32 [ %indvars.iv.next236, %for_begin_step.i ], [ %631, %for_body_step.lr.ph.i ]
-  %indvars.iv232 = phi i32 [ %indvars.iv.next233, %for_begin_step.i ], [ %630, %for_body_step.lr.ph.i ]
-  %indvars.iv223 = phi i32 [ %indvars.iv.next224, %for_begin_step.i ], [ %632, %for_body_step.lr.ph.i ]
-  %indvars.iv1071.i = phi i64 [ %indvars.iv.next1072.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
-  %indvars.iv1071.i.tr640 = trunc i64 %indvars.iv1071.i to i32
-  %652 = shl i32 %indvars.iv1071.i.tr640, 7
-  %653 = add i32 %smax613, %652
-  %654 = sub i32 %smin612, %653
-  %smax614 = tail call i32 @llvm.smax.i32(i32 %654, i32 128)
-  %umin615 = tail call i32 @llvm.umin.i32(i32 %smax614, i32 256)
-  %655 = add nsw i32 %umin615, -128
-  %smin616 = tail call i32 @llvm.smin.i32(i32 %654, i32 128)
-  %656 = add nsw i32 %smin616, 7
-  %657 = and i32 %656, -8
-  %658 = add i32 %655, %657
-  %659 = zext i32 %658 to i64
-  %indvars.iv1071.i.tr641 = trunc i64 %indvars.iv1071.i to i32
-  %660 = shl i32 %indvars.iv1071.i.tr641, 7
-  %661 = add i32 %smax, %660
-  %662 = sub i32 %smin607, %661
-  %smax608 = tail call i32 @llvm.smax.i32(i32 %662, i32 128)
-  %umin = tail call i32 @llvm.umin.i32(i32 %smax608, i32 256)
-  %663 = add nsw i32 %umin, -128
-  %smin609 = tail call i32 @llvm.smin.i32(i32 %662, i32 128)
-  %664 = add nsw i32 %smin609, 7
-  %665 = and i32 %664, -8
-  %666 = add i32 %663, %665
-  %667 = zext i32 %666 to i64
-  %smax488 = tail call i32 @llvm.smax.i32(i32 %indvars.iv232, i32 0)
-  %indvars.iv1071.i.tr = trunc i64 %indvars.iv1071.i to i32
-  %668 = shl i32 %indvars.iv1071.i.tr, 7
-  %669 = add i32 %smax491, %668
-  %670 = sub i32 %smin490, %669
-  %671 = shl nuw nsw i64 %indvars.iv1071.i, 7
-  %scevgep469 = getelementptr i8, ptr %650, i64 %671
-  %672 = mul nsw i64 %indvars.iv1071.i, -128
-  %673 = trunc i64 %672 to i32
-  %674 = add i32 %608, %673
-  %smax470 = tail call i32 @llvm.smax.i32(i32 %674, i32 0)
-  %675 = zext nneg i32 %smax470 to i64
-  %smax472 = tail call i32 @llvm.smax.i32(i32 %indvars.iv232, i32 0)
-  %676 = trunc i64 %672 to i32
-  %677 = add i32 %611, %676
-  %678 = shl i32 %smax470, 4
-  %679 = sext i32 %678 to i64
-  %680 = shl nsw i64 %679, 2
-  %smax452 = tail call i32 @llvm.smax.i32(i32 %indvars.iv232, i32 0)
-  %681 = mul nsw i64 %indvars.iv1071.i, -128
-  %682 = trunc i64 %681 to i32
-  %683 = add i32 %614, %682
-  %684 = trunc i64 %681 to i32
-  %685 = add i32 %617, %684
-  %smax459 = tail call i32 @llvm.smax.i32(i32 %685, i32 0)
-  %686 = shl i32 %smax459, 4
-  %687 = sext i32 %686 to i64
-  %smax432 = tail call i32 @llvm.smax.i32(i32 %indvars.iv232, i32 0)
-  %indvars.iv1071.i.tr538 = trunc i64 %indvars.iv1071.i to i32
-  %688 = shl i32 %indvars.iv1071.i.tr538, 7
-  %689 = add i32 %smax435, %688
-  %690 = sub i32 %smin434, %689
-  %691 = shl nuw nsw i64 %indvars.iv1071.i, 7
-  %scevgep = getelementptr i8, ptr %651, i64 %691
-  %692 = mul nsw i64 %indvars.iv1071.i, -128
-  %693 = trunc i64 %692 to i32
-  %694 = add i32 %622, %693
-  %smax417 = tail call i32 @llvm.smax.i32(i32 %694, i32 0)
-  %695 = zext nneg i32 %smax417 to i64
-  %smax419 = tail call i32 @llvm.smax.i32(i32 %indvars.iv232, i32 0)
-  %696 = trunc i64 %692 to i32
-  %697 = add i32 %625, %696
-  %698 = shl i32 %smax417, 4
-  %699 = sext i32 %698 to i64
-  %700 = shl nsw i64 %699, 2
-  %indvars.iv1071.i.tr539 = trunc i64 %indvars.iv1071.i to i32
-  %701 = shl i32 %indvars.iv1071.i.tr539, 7
-  %702 = add i32 %627, %701
-  %703 = sub i32 %context_len.i, %702
-  %smax415 = tail call i32 @llvm.smax.i32(i32 %703, i32 0)
-  %704 = shl i32 %smax415, 4
-  %smax240 = tail call i32 @llvm.smax.i32(i32 %indvars.iv232, i32 0)
-  %705 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %key_offsets.i = tail call ptr %705(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %706 = icmp eq ptr %key_offsets.i, null
-  br i1 %706, label %fused_attend_compute_.exit, label %if_end126.i, !prof !8
+  %indvars.iv228 = phi i32 [ %indvars.iv.next229, %for_begin_step.i ], [ %632, %for_body_step.lr.ph.i ]
+  %indvars.iv226 = phi i32 [ %indvars.iv.next227, %for_begin_step.i ], [ %631, %for_body_step.lr.ph.i ]
+  %indvars.iv220 = phi i32 [ %indvars.iv.next221, %for_begin_step.i ], [ %630, %for_body_step.lr.ph.i ]
+  %indvars.iv1050.i = phi i64 [ %indvars.iv.next1051.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
+  %smax479 = tail call i32 @llvm.smax.i32(i32 %indvars.iv220, i32 0)
+  %indvars.iv1050.i.tr = trunc i64 %indvars.iv1050.i to i32
+  %653 = shl i32 %indvars.iv1050.i.tr, 7
+  %654 = add i32 %smax482, %653
+  %655 = sub i32 %smin481, %654
+  %656 = shl nuw nsw i64 %indvars.iv1050.i, 7
+  %scevgep460 = getelementptr i8, ptr %651, i64 %656
+  %657 = mul nsw i64 %indvars.iv1050.i, -128
+  %658 = trunc i64 %657 to i32
+  %659 = add i32 %608, %658
+  %smax461 = tail call i32 @llvm.smax.i32(i32 %659, i32 0)
+  %660 = zext nneg i32 %smax461 to i64
+  %smax463 = tail call i32 @llvm.smax.i32(i32 %indvars.iv220, i32 0)
+  %661 = trunc i64 %657 to i32
+  %662 = add i32 %611, %661
+  %663 = shl i32 %smax461, 4
+  %664 = sext i32 %663 to i64
+  %665 = shl nsw i64 %664, 2
+  %smax443 = tail call i32 @llvm.smax.i32(i32 %indvars.iv220, i32 0)
+  %666 = mul nsw i64 %indvars.iv1050.i, -128
+  %667 = trunc i64 %666 to i32
+  %668 = add i32 %614, %667
+  %669 = trunc i64 %666 to i32
+  %670 = add i32 %617, %669
+  %smax450 = tail call i32 @llvm.smax.i32(i32 %670, i32 0)
+  %671 = shl i32 %smax450, 4
+  %672 = sext i32 %671 to i64
+  %smax423 = tail call i32 @llvm.smax.i32(i32 %indvars.iv220, i32 0)
+  %indvars.iv1050.i.tr529 = trunc i64 %indvars.iv1050.i to i32
+  %673 = shl i32 %indvars.iv1050.i.tr529, 7
+  %674 = add i32 %smax426, %673
+  %675 = sub i32 %smin425, %674
+  %676 = shl nuw nsw i64 %indvars.iv1050.i, 7
+  %scevgep = getelementptr i8, ptr %652, i64 %676
+  %677 = mul nsw i64 %indvars.iv1050.i, -128
+  %678 = trunc i64 %677 to i32
+  %679 = add i32 %622, %678
+  %smax408 = tail call i32 @llvm.smax.i32(i32 %679, i32 0)
+  %680 = zext nneg i32 %smax408 to i64
+  %smax410 = tail call i32 @llvm.smax.i32(i32 %indvars.iv220, i32 0)
+  %681 = trunc i64 %677 to i32
+  %682 = add i32 %625, %681
+  %683 = trunc i64 %677 to i32
+  %684 = sub i32 %683, %smax413
+  %685 = shl i32 %smax408, 4
+  %686 = sext i32 %685 to i64
+  %687 = shl nsw i64 %686, 2
+  %indvars.iv1050.i.tr530 = trunc i64 %indvars.iv1050.i to i32
+  %688 = shl i32 %indvars.iv1050.i.tr530, 7
+  %689 = add i32 %627, %688
+  %690 = sub i32 %context_len.i, %689
+  %smax406 = tail call i32 @llvm.smax.i32(i32 %690, i32 0)
+  %691 = shl i32 %smax406, 4
+  %smax232 = tail call i32 @llvm.smax.i32(i32 %indvars.iv220, i32 0)
+  %692 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %key_offsets.i = tail call ptr %692(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %693 = icmp eq ptr %key_offsets.i, null
+  br i1 %693, label %fused_attend_compute_.exit, label %if_end126.i, !prof !8
 
 if_end126.i:                                      ; preds = %for_body_step.i
-  %707 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %value_offsets.i = tail call ptr %707(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %708 = icmp eq ptr %value_offsets.i, null
-  br i1 %708, label %fused_attend_compute_.exit, label %if_end129.i, !prof !8
+  %694 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %value_offsets.i = tail call ptr %694(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %695 = icmp eq ptr %value_offsets.i, null
+  br i1 %695, label %fused_attend_compute_.exit, label %if_end129.i, !prof !8
 
 if_end129.i:                                      ; preds = %if_end126.i
-  %709 = shl nsw i64 %indvars.iv1071.i, 7
-  %710 = add nsw i64 %709, %649
-  %711 = trunc i64 %710 to i32
-  %712 = sub i32 %642, %711
-  %713 = tail call i32 @llvm.smax.i32(i32 %712, i32 128)
-  %714 = tail call i32 @llvm.umin.i32(i32 %713, i32 256)
-  %715 = add nsw i32 %714, -128
-  %716 = tail call i32 @llvm.smin.i32(i32 %712, i32 128)
-  %717 = add nsw i32 %716, 7
-  %718 = ashr i32 %717, 3
-  %719 = and i32 %717, -8
-  %720 = add nsw i32 %715, %719
-  %721 = icmp sgt i32 %720, 0
-  br i1 %721, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
+  %696 = shl nsw i64 %indvars.iv1050.i, 7
+  %697 = add nsw i64 %696, %649
+  %698 = trunc i64 %697 to i32
+  %699 = sub i32 %642, %698
+  %700 = tail call i32 @llvm.smin.i32(i32 %699, i32 128)
+  %701 = add nsw i32 %700, 7
+  %702 = ashr i32 %701, 3
+  %703 = and i32 %701, -8
+  %704 = icmp slt i64 %697, %invariant.op.i
+  %705 = select i1 %704, i32 256, i32 %703
+  %706 = icmp sgt i32 %705, 0
+  br i1 %706, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
 
 for_body_t.lr.ph.i:                               ; preds = %if_end129.i
   %row_start.i = load i32, ptr %368, align 4, !tbaa !5
-  %722 = sext i32 %row_start.i to i64
-  %invariant.gep697.i = getelementptr i32, ptr %invariant.gep.i, i64 %722
-  %xtraiter = and i64 %667, 1
-  %723 = icmp eq i32 %666, 1
-  br i1 %723, label %for_body_t.i.epil.preheader, label %for_body_t.lr.ph.i.new, !prof !4
-
-for_body_t.lr.ph.i.new:                           ; preds = %for_body_t.lr.ph.i
-  %unroll_iter = and i64 %667, 4294967294
+  %707 = sext i32 %row_start.i to i64
+  %invariant.gep682.i = getelementptr i32, ptr %invariant.gep.i, i64 %707
+  %wide.trip.count928.i = zext nneg i32 %705 to i64
   br label %for_body_t.i
 
-for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i.new
-  %indvars.iv944.i = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %indvars.iv.next945.i.1, %for_body_t.i ]
-  %niter = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %niter.next.1, %for_body_t.i ]
-  %724 = add nsw i64 %indvars.iv944.i, %710
-  %725 = trunc nsw i64 %724 to i32
-  %726 = tail call i32 @llvm.smin.i32(i32 %725, i32 %648)
-  %727 = sext i32 %726 to i64
-  %728 = ashr i64 %727, 4
-  %gep698.i = getelementptr i32, ptr %invariant.gep697.i, i64 %728
-  %729 = load i32, ptr %gep698.i, align 4, !tbaa !5
-  %block.i = sext i32 %729 to i64
-  %730 = and i64 %727, 15
-  %731 = mul nsw i64 %730, %k_row
-  %732 = mul nsw i64 %k_block, %block.i
-  %733 = add nsw i64 %731, %732
-  %734 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv944.i
-  store i64 %733, ptr %734, align 8, !tbaa !5
-  %indvars.iv.next945.i = or disjoint i64 %indvars.iv944.i, 1
-  %735 = add nsw i64 %indvars.iv.next945.i, %710
-  %736 = trunc nsw i64 %735 to i32
-  %737 = tail call i32 @llvm.smin.i32(i32 %736, i32 %648)
-  %738 = sext i32 %737 to i64
-  %739 = ashr i64 %738, 4
-  %gep698.i.1 = getelementptr i32, ptr %invariant.gep697.i, i64 %739
-  %740 = load i32, ptr %gep698.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %740 to i64
-  %741 = and i64 %738, 15
-  %742 = mul nsw i64 %741, %k_row
-  %743 = mul nsw i64 %k_block, %block.i.1
-  %744 = add nsw i64 %742, %743
-  %745 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next945.i
-  store i64 %744, ptr %745, align 8, !tbaa !5
-  %indvars.iv.next945.i.1 = add nuw nsw i64 %indvars.iv944.i, 2
-  %niter.next.1 = add i64 %niter, 2
-  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_body_t134.lr.ph.i.unr-lcssa, label %for_body_t.i, !prof !9, !llvm.loop !43
+for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
+  %indvars.iv925.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next926.i.1, %for_body_t.i ]
+  %708 = add nsw i64 %indvars.iv925.i, %697
+  %709 = trunc nsw i64 %708 to i32
+  %710 = tail call i32 @llvm.smin.i32(i32 %709, i32 %648)
+  %711 = sext i32 %710 to i64
+  %712 = ashr i64 %711, 4
+  %gep683.i = getelementptr i32, ptr %invariant.gep682.i, i64 %712
+  %713 = load i32, ptr %gep683.i, align 4, !tbaa !5
+  %block.i = sext i32 %713 to i64
+  %714 = and i64 %711, 15
+  %715 = mul nsw i64 %714, %k_row
+  %716 = mul nsw i64 %k_block, %block.i
+  %717 = add nsw i64 %715, %716
+  %718 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv925.i
+  store i64 %717, ptr %718, align 8, !tbaa !5
+  %indvars.iv.next926.i = or disjoint i64 %indvars.iv925.i, 1
+  %719 = add nsw i64 %indvars.iv.next926.i, %697
+  %720 = trunc nsw i64 %719 to i32
+  %721 = tail call i32 @llvm.smin.i32(i32 %720, i32 %648)
+  %722 = sext i32 %721 to i64
+  %723 = ashr i64 %722, 4
+  %gep683.i.1 = getelementptr i32, ptr %invariant.gep682.i, i64 %723
+  %724 = load i32, ptr %gep683.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %724 to i64
+  %725 = and i64 %722, 15
+  %726 = mul nsw i64 %725, %k_row
+  %727 = mul nsw i64 %k_block, %block.i.1
+  %728 = add nsw i64 %726, %727
+  %729 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next926.i
+  store i64 %728, ptr %729, align 8, !tbaa !5
+  %indvars.iv.next926.i.1 = add nuw nsw i64 %indvars.iv925.i, 2
+  %exitcond929.not.i.1 = icmp eq i64 %indvars.iv.next926.i.1, %wide.trip.count928.i
+  br i1 %exitcond929.not.i.1, label %for_body_t134.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !43
 
-for_body_t134.lr.ph.i.unr-lcssa:                  ; preds = %for_body_t.i
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br i1 %lcmp.mod.not, label %for_body_t134.lr.ph.i, label %for_body_t.i.epil.preheader, !prof !12
-
-for_body_t.i.epil.preheader:                      ; preds = %for_body_t134.lr.ph.i.unr-lcssa, %for_body_t.lr.ph.i
-  %indvars.iv944.i.epil.init = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next945.i.1, %for_body_t134.lr.ph.i.unr-lcssa ]
-  %lcmp.mod610 = icmp ne i64 %xtraiter, 0
-  tail call void @llvm.assume(i1 %lcmp.mod610)
-  %746 = add nsw i64 %indvars.iv944.i.epil.init, %710
-  %747 = trunc nsw i64 %746 to i32
-  %748 = tail call i32 @llvm.smin.i32(i32 %747, i32 %648)
-  %749 = sext i32 %748 to i64
-  %750 = ashr i64 %749, 4
-  %gep698.i.epil = getelementptr i32, ptr %invariant.gep697.i, i64 %750
-  %751 = load i32, ptr %gep698.i.epil, align 4, !tbaa !5
-  %block.i.epil = sext i32 %751 to i64
-  %752 = and i64 %749, 15
-  %753 = mul nsw i64 %752, %k_row
-  %754 = mul nsw i64 %k_block, %block.i.epil
-  %755 = add nsw i64 %753, %754
-  %756 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv944.i.epil.init
-  store i64 %755, ptr %756, align 8, !tbaa !5
-  br label %for_body_t134.lr.ph.i
-
-for_body_t134.lr.ph.i:                            ; preds = %for_body_t.i.epil.preheader, %for_body_t134.lr.ph.i.unr-lcssa
+for_body_t134.lr.ph.i:                            ; preds = %for_body_t.i
   %row_start132.i = load i32, ptr %368, align 4, !tbaa !5
-  %757 = sext i32 %row_start132.i to i64
-  %invariant.gep701.i = getelementptr i32, ptr %invariant.gep.i, i64 %757
-  %xtraiter617 = and i64 %659, 1
-  %758 = icmp eq i32 %658, 1
-  br i1 %758, label %for_body_t134.i.epil.preheader, label %for_body_t134.lr.ph.i.new, !prof !4
-
-for_body_t134.lr.ph.i.new:                        ; preds = %for_body_t134.lr.ph.i
-  %unroll_iter620 = and i64 %659, 4294967294
+  %730 = sext i32 %row_start132.i to i64
+  %invariant.gep686.i = getelementptr i32, ptr %invariant.gep.i, i64 %730
   br label %for_body_t134.i
 
-for_begin_kv_head.preheader.i.loopexit.unr-lcssa: ; preds = %for_body_t134.i
-  %lcmp.mod618.not = icmp eq i64 %xtraiter617, 0
-  br i1 %lcmp.mod618.not, label %for_begin_kv_head.preheader.i, label %for_body_t134.i.epil.preheader, !prof !12
-
-for_body_t134.i.epil.preheader:                   ; preds = %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %for_body_t134.lr.ph.i
-  %indvars.iv947.i.epil.init = phi i64 [ 0, %for_body_t134.lr.ph.i ], [ %indvars.iv.next948.i.1, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa ]
-  %lcmp.mod619 = icmp ne i64 %xtraiter617, 0
-  tail call void @llvm.assume(i1 %lcmp.mod619)
-  %759 = add nsw i64 %indvars.iv947.i.epil.init, %710
-  %760 = trunc nsw i64 %759 to i32
-  %761 = tail call i32 @llvm.smin.i32(i32 %760, i32 %648)
-  %762 = sext i32 %761 to i64
-  %763 = ashr i64 %762, 4
-  %gep702.i.epil = getelementptr i32, ptr %invariant.gep701.i, i64 %763
-  %764 = load i32, ptr %gep702.i.epil, align 4, !tbaa !5
-  %block141.i.epil = sext i32 %764 to i64
-  %765 = and i64 %762, 15
-  %766 = mul nsw i64 %765, %v_row
-  %767 = mul nsw i64 %v_block, %block141.i.epil
-  %768 = add nsw i64 %766, %767
-  %769 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv947.i.epil.init
-  store i64 %768, ptr %769, align 8, !tbaa !5
-  br label %for_begin_kv_head.preheader.i
-
-for_begin_kv_head.preheader.i:                    ; preds = %for_body_t134.i.epil.preheader, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %if_end129.i
+for_begin_kv_head.preheader.i:                    ; preds = %for_body_t134.i, %if_end129.i
   br i1 %370, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
 
 for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
-  %770 = icmp sgt i32 %718, 0
-  %771 = add nsw i32 %714, -129
-  %772 = add i32 %tree_size, %711
-  %773 = sub i32 %context_len.i, %772
-  %774 = tail call i32 @llvm.smax.i32(i32 %773, i32 0)
-  %775 = zext nneg i32 %774 to i64
-  %776 = icmp eq i64 %indvars.iv1071.i, 0
-  %777 = insertelement <16 x i1> poison, i1 %776, i64 0
-  %778 = shufflevector <16 x i1> %777, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count957.i = zext nneg i32 %718 to i64
-  %779 = getelementptr i8, ptr %384, i64 %710
-  %780 = getelementptr i8, ptr %779, i64 %775
-  %scevgep418 = getelementptr i8, ptr %scevgep, i64 %695
-  %scevgep471 = getelementptr i8, ptr %scevgep469, i64 %675
-  %broadcast.splatinsert501 = insertelement <8 x i32> poison, i32 %774, i64 0
-  %broadcast.splat502 = shufflevector <8 x i32> %broadcast.splatinsert501, <8 x i32> poison, <8 x i32> zeroinitializer
-  %broadcast.splatinsert444 = insertelement <8 x i32> poison, i32 %774, i64 0
-  %broadcast.splat445 = shufflevector <8 x i32> %broadcast.splatinsert444, <8 x i32> poison, <8 x i32> zeroinitializer
+  %731 = icmp sgt i32 %702, 0
+  %732 = add i32 %tree_size, %698
+  %733 = sub i32 %context_len.i, %732
+  %734 = tail call i32 @llvm.smax.i32(i32 %733, i32 0)
+  %735 = zext nneg i32 %734 to i64
+  %736 = icmp eq i64 %indvars.iv1050.i, 0
+  %737 = insertelement <16 x i1> poison, i1 %736, i64 0
+  %738 = shufflevector <16 x i1> %737, <16 x i1> poison, <16 x i32> zeroinitializer
+  %wide.trip.count942.i = zext nneg i32 %702 to i64
+  %739 = getelementptr i8, ptr %388, i64 %697
+  %740 = getelementptr i8, ptr %739, i64 %735
+  %scevgep409 = getelementptr i8, ptr %scevgep, i64 %680
+  %scevgep462 = getelementptr i8, ptr %scevgep460, i64 %660
+  %broadcast.splatinsert492 = insertelement <8 x i32> poison, i32 %734, i64 0
+  %broadcast.splat493 = shufflevector <8 x i32> %broadcast.splatinsert492, <8 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splatinsert435 = insertelement <8 x i32> poison, i32 %734, i64 0
+  %broadcast.splat436 = shufflevector <8 x i32> %broadcast.splatinsert435, <8 x i32> poison, <8 x i32> zeroinitializer
   br label %for_body_kv_head.i
 
-for_body_t134.i:                                  ; preds = %for_body_t134.i, %for_body_t134.lr.ph.i.new
-  %indvars.iv947.i = phi i64 [ 0, %for_body_t134.lr.ph.i.new ], [ %indvars.iv.next948.i.1, %for_body_t134.i ]
-  %niter621 = phi i64 [ 0, %for_body_t134.lr.ph.i.new ], [ %niter621.next.1, %for_body_t134.i ]
-  %781 = add nsw i64 %indvars.iv947.i, %710
-  %782 = trunc nsw i64 %781 to i32
-  %783 = tail call i32 @llvm.smin.i32(i32 %782, i32 %648)
-  %784 = sext i32 %783 to i64
-  %785 = ashr i64 %784, 4
-  %gep702.i = getelementptr i32, ptr %invariant.gep701.i, i64 %785
-  %786 = load i32, ptr %gep702.i, align 4, !tbaa !5
-  %block141.i = sext i32 %786 to i64
-  %787 = and i64 %784, 15
-  %788 = mul nsw i64 %787, %v_row
-  %789 = mul nsw i64 %v_block, %block141.i
-  %790 = add nsw i64 %788, %789
-  %791 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv947.i
-  store i64 %790, ptr %791, align 8, !tbaa !5
-  %indvars.iv.next948.i = or disjoint i64 %indvars.iv947.i, 1
-  %792 = add nsw i64 %indvars.iv.next948.i, %710
-  %793 = trunc nsw i64 %792 to i32
-  %794 = tail call i32 @llvm.smin.i32(i32 %793, i32 %648)
-  %795 = sext i32 %794 to i64
-  %796 = ashr i64 %795, 4
-  %gep702.i.1 = getelementptr i32, ptr %invariant.gep701.i, i64 %796
-  %797 = load i32, ptr %gep702.i.1, align 4, !tbaa !5
-  %block141.i.1 = sext i32 %797 to i64
-  %798 = and i64 %795, 15
-  %799 = mul nsw i64 %798, %v_row
-  %800 = mul nsw i64 %v_block, %block141.i.1
-  %801 = add nsw i64 %799, %800
-  %802 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next948.i
-  store i64 %801, ptr %802, align 8, !tbaa !5
-  %indvars.iv.next948.i.1 = add nuw nsw i64 %indvars.iv947.i, 2
-  %niter621.next.1 = add i64 %niter621, 2
-  %niter621.ncmp.1 = icmp eq i64 %niter621.next.1, %unroll_iter620
-  br i1 %niter621.ncmp.1, label %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, label %for_body_t134.i, !prof !9, !llvm.loop !44
+for_body_t134.i:                                  ; preds = %for_body_t134.i, %for_body_t134.lr.ph.i
+  %indvars.iv930.i = phi i64 [ 0, %for_body_t134.lr.ph.i ], [ %indvars.iv.next931.i.1, %for_body_t134.i ]
+  %741 = add nsw i64 %indvars.iv930.i, %697
+  %742 = trunc nsw i64 %741 to i32
+  %743 = tail call i32 @llvm.smin.i32(i32 %742, i32 %648)
+  %744 = sext i32 %743 to i64
+  %745 = ashr i64 %744, 4
+  %gep687.i = getelementptr i32, ptr %invariant.gep686.i, i64 %745
+  %746 = load i32, ptr %gep687.i, align 4, !tbaa !5
+  %block141.i = sext i32 %746 to i64
+  %747 = and i64 %744, 15
+  %748 = mul nsw i64 %747, %v_row
+  %749 = mul nsw i64 %v_block, %block141.i
+  %750 = add nsw i64 %748, %749
+  %751 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv930.i
+  store i64 %750, ptr %751, align 8, !tbaa !5
+  %indvars.iv.next931.i = or disjoint i64 %indvars.iv930.i, 1
+  %752 = add nsw i64 %indvars.iv.next931.i, %697
+  %753 = trunc nsw i64 %752 to i32
+  %754 = tail call i32 @llvm.smin.i32(i32 %753, i32 %648)
+  %755 = sext i32 %754 to i64
+  %756 = ashr i64 %755, 4
+  %gep687.i.1 = getelementptr i32, ptr %invariant.gep686.i, i64 %756
+  %757 = load i32, ptr %gep687.i.1, align 4, !tbaa !5
+  %block141.i.1 = sext i32 %757 to i64
+  %758 = and i64 %755, 15
+  %759 = mul nsw i64 %758, %v_row
+  %760 = mul nsw i64 %v_block, %block141.i.1
+  %761 = add nsw i64 %759, %760
+  %762 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next931.i
+  store i64 %761, ptr %762, align 8, !tbaa !5
+  %indvars.iv.next931.i.1 = add nuw nsw i64 %indvars.iv930.i, 2
+  %exitcond934.not.i.1 = icmp eq i64 %indvars.iv.next931.i.1, %wide.trip.count928.i
+  br i1 %exitcond934.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t134.i, !prof !13, !llvm.loop !44
 
-for_begin_kv_head.i:                              ; preds = %if_end345.i
-  %indvars.iv.next1067.i = add nuw nsw i64 %indvars.iv1066.i, 1
-  %exitcond1070.not.i = icmp eq i64 %indvars.iv.next1067.i, %wide.trip.count1069.i
-  br i1 %exitcond1070.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
+for_begin_kv_head.i:                              ; preds = %if_end333.i
+  %indvars.iv.next1046.i = add nuw nsw i64 %indvars.iv1045.i, 1
+  %exitcond1049.not.i = icmp eq i64 %indvars.iv.next1046.i, %wide.trip.count1048.i
+  br i1 %exitcond1049.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i, %for_body_kv_head.lr.ph.i
-  %indvars.iv1066.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1067.i, %for_begin_kv_head.i ]
-  %803 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %k_tile.i = tail call ptr %803(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %804 = icmp eq ptr %k_tile.i, null
-  br i1 %804, label %fused_attend_compute_.exit, label %if_end145.i, !prof !8
+  %indvars.iv1045.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1046.i, %for_begin_kv_head.i ]
+  %763 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %k_tile.i = tail call ptr %763(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %764 = icmp eq ptr %k_tile.i, null
+  br i1 %764, label %fused_attend_compute_.exit, label %if_end145.i, !prof !8
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i, %for_begin_kv_head.preheader.i
-  %805 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %806 = tail call i32 %805(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not591.i = icmp eq i32 %806, 0
-  br i1 %.not591.i, label %if_end351.i, label %fused_attend_compute_.exit, !prof !38
+  %765 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %766 = tail call i32 %765(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not578.i = icmp eq i32 %766, 0
+  br i1 %.not578.i, label %if_end339.i, label %fused_attend_compute_.exit, !prof !38
 
 if_end145.i:                                      ; preds = %for_body_kv_head.i
-  %807 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %v_tile.i = tail call ptr %807(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %808 = icmp eq ptr %v_tile.i, null
-  br i1 %808, label %fused_attend_compute_.exit, label %if_end148.i, !prof !8
+  %767 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %v_tile.i = tail call ptr %767(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %768 = icmp eq ptr %v_tile.i, null
+  br i1 %768, label %fused_attend_compute_.exit, label %if_end148.i, !prof !8
 
 if_end148.i:                                      ; preds = %if_end145.i
-  %809 = add nsw i64 %indvars.iv1066.i, %371
-  br i1 %770, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
+  %769 = add nsw i64 %indvars.iv1045.i, %371
+  br i1 %731, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
 
 for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end148.i
-  %810 = mul nsw i64 %809, %k_head
-  %invariant.gep703.i = getelementptr i32, ptr %key_cache, i64 %810
+  %770 = mul nsw i64 %769, %k_head
+  %invariant.gep688.i = getelementptr i32, ptr %key_cache, i64 %770
   br label %for_begin_ti.preheader.i
 
 for_begin_ti155.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
-  %811 = mul nsw i64 %809, %v_head
-  %invariant.gep720.i = getelementptr i32, ptr %value_cache, i64 %811
+  %771 = mul nsw i64 %769, %v_head
+  %invariant.gep705.i = getelementptr i32, ptr %value_cache, i64 %771
   br label %for_begin_ti155.preheader.i
 
 for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.lr.ph.i
-  %indvars.iv954.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next955.i, %for_begin_ti.preheader.i ]
-  %.idx = shl nsw i64 %indvars.iv954.i, 6
-  %812 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
-  %813 = load i64, ptr %812, align 8, !tbaa !5
-  %gep.i = getelementptr i32, ptr %invariant.gep703.i, i64 %813
-  %814 = load <16 x i32>, ptr %gep.i, align 4, !tbaa !5
-  %815 = shl <16 x i32> %814, splat (i32 16)
-  %.idx74 = shl nsw i64 %indvars.iv954.i, 12
-  %816 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx74
-  store <16 x i32> %815, ptr %816, align 4, !tbaa !5
-  %817 = load i64, ptr %812, align 8, !tbaa !5
-  %gep705.i = getelementptr i32, ptr %invariant.gep703.i, i64 %817
-  %818 = load <16 x i32>, ptr %gep705.i, align 4, !tbaa !5
-  %819 = and <16 x i32> %818, %375
-  %820 = getelementptr inbounds nuw i8, ptr %816, i64 64
-  store <16 x i32> %819, ptr %820, align 4, !tbaa !5
-  %821 = load i64, ptr %812, align 8, !tbaa !5
-  %gep707.i = getelementptr i32, ptr %invariant.gep703.i, i64 %821
-  %822 = getelementptr i8, ptr %gep707.i, i64 64
-  %823 = load <16 x i32>, ptr %822, align 4, !tbaa !5
-  %824 = shl <16 x i32> %823, splat (i32 16)
-  %825 = getelementptr inbounds nuw i8, ptr %816, i64 128
-  store <16 x i32> %824, ptr %825, align 4, !tbaa !5
-  %826 = load i64, ptr %812, align 8, !tbaa !5
-  %gep709.i = getelementptr i32, ptr %invariant.gep703.i, i64 %826
-  %827 = getelementptr i8, ptr %gep709.i, i64 64
-  %828 = load <16 x i32>, ptr %827, align 4, !tbaa !5
-  %829 = and <16 x i32> %828, %375
-  %830 = getelementptr inbounds nuw i8, ptr %816, i64 192
-  store <16 x i32> %829, ptr %830, align 4, !tbaa !5
-  %831 = load i64, ptr %812, align 8, !tbaa !5
-  %gep711.i = getelementptr i32, ptr %invariant.gep703.i, i64 %831
-  %832 = getelementptr i8, ptr %gep711.i, i64 128
-  %833 = load <16 x i32>, ptr %832, align 4, !tbaa !5
-  %834 = shl <16 x i32> %833, splat (i32 16)
-  %835 = getelementptr inbounds nuw i8, ptr %816, i64 256
-  store <16 x i32> %834, ptr %835, align 4, !tbaa !5
-  %836 = load i64, ptr %812, align 8, !tbaa !5
-  %gep713.i = getelementptr i32, ptr %invariant.gep703.i, i64 %836
-  %837 = getelementptr i8, ptr %gep713.i, i64 128
-  %838 = load <16 x i32>, ptr %837, align 4, !tbaa !5
-  %839 = and <16 x i32> %838, %375
-  %840 = getelementptr inbounds nuw i8, ptr %816, i64 320
-  store <16 x i32> %839, ptr %840, align 4, !tbaa !5
-  %841 = load i64, ptr %812, align 8, !tbaa !5
-  %gep715.i = getelementptr i32, ptr %invariant.gep703.i, i64 %841
-  %842 = getelementptr i8, ptr %gep715.i, i64 192
-  %843 = load <16 x i32>, ptr %842, align 4, !tbaa !5
-  %844 = shl <16 x i32> %843, splat (i32 16)
-  %845 = getelementptr inbounds nuw i8, ptr %816, i64 384
-  store <16 x i32> %844, ptr %845, align 4, !tbaa !5
-  %846 = load i64, ptr %812, align 8, !tbaa !5
-  %gep717.i = getelementptr i32, ptr %invariant.gep703.i, i64 %846
-  %847 = getelementptr i8, ptr %gep717.i, i64 192
-  %848 = load <16 x i32>, ptr %847, align 4, !tbaa !5
-  %849 = and <16 x i32> %848, %375
-  %850 = getelementptr inbounds nuw i8, ptr %816, i64 448
-  store <16 x i32> %849, ptr %850, align 4, !tbaa !5
-  %851 = getelementptr inbounds nuw i8, ptr %812, i64 8
-  %852 = load i64, ptr %851, align 8, !tbaa !5
-  %gep.1.i = getelementptr i32, ptr %invariant.gep703.i, i64 %852
-  %853 = load <16 x i32>, ptr %gep.1.i, align 4, !tbaa !5
-  %854 = shl <16 x i32> %853, splat (i32 16)
-  %855 = getelementptr inbounds nuw i8, ptr %816, i64 512
-  store <16 x i32> %854, ptr %855, align 4, !tbaa !5
-  %856 = load i64, ptr %851, align 8, !tbaa !5
-  %gep705.1.i = getelementptr i32, ptr %invariant.gep703.i, i64 %856
-  %857 = load <16 x i32>, ptr %gep705.1.i, align 4, !tbaa !5
-  %858 = and <16 x i32> %857, %375
-  %859 = getelementptr inbounds nuw i8, ptr %816, i64 576
-  store <16 x i32> %858, ptr %859, align 4, !tbaa !5
-  %860 = load i64, ptr %851, align 8, !tbaa !5
-  %gep707.1.i = getelementptr i32, ptr %invariant.gep703.i, i64 %860
-  %861 = getelementptr i8, ptr %gep707.1.i, i64 64
-  %862 = load <16 x i32>, ptr %861, align 4, !tbaa !5
-  %863 = shl <16 x i32> %862, splat (i32 16)
-  %864 = getelementptr inbounds nuw i8, ptr %816, i64 640
-  store <16 x i32> %863, ptr %864, align 4, !tbaa !5
-  %865 = load i64, ptr %851, align 8, !tbaa !5
-  %gep709.1.i = getelementptr i32, ptr %invariant.gep703.i, i64 %865
-  %866 = getelementptr i8, ptr %gep709.1.i, i64 64
-  %867 = load <16 x i32>, ptr %866, align 4, !tbaa !5
-  %868 = and <16 x i32> %867, %375
-  %869 = getelementptr inbounds nuw i8, ptr %816, i64 704
-  store <16 x i32> %868, ptr %869, align 4, !tbaa !5
-  %870 = load i64, ptr %851, align 8, !tbaa !5
-  %gep711.1.i = getelementptr i32, ptr %invariant.gep703.i, i64 %870
-  %871 = getelementptr i8, ptr %gep711.1.i, i64 128
-  %872 = load <16 x i32>, ptr %871, align 4, !tbaa !5
-  %873 = shl <16 x i32> %872, splat (i32 16)
-  %874 = getelementptr inbounds nuw i8, ptr %816, i64 768
-  store <16 x i32> %873, ptr %874, align 4, !tbaa !5
-  %875 = load i64, ptr %851, align 8, !tbaa !5
-  %gep713.1.i = getelementptr i32, ptr %invariant.gep703.i, i64 %875
-  %876 = getelementptr i8, ptr %gep713.1.i, i64 128
-  %877 = load <16 x i32>, ptr %876, align 4, !tbaa !5
-  %878 = and <16 x i32> %877, %375
-  %879 = getelementptr inbounds nuw i8, ptr %816, i64 832
-  store <16 x i32> %878, ptr %879, align 4, !tbaa !5
-  %880 = load i64, ptr %851, align 8, !tbaa !5
-  %gep715.1.i = getelementptr i32, ptr %invariant.gep703.i, i64 %880
-  %881 = getelementptr i8, ptr %gep715.1.i, i64 192
-  %882 = load <16 x i32>, ptr %881, align 4, !tbaa !5
-  %883 = shl <16 x i32> %882, splat (i32 16)
-  %884 = getelementptr inbounds nuw i8, ptr %816, i64 896
-  store <16 x i32> %883, ptr %884, align 4, !tbaa !5
-  %885 = load i64, ptr %851, align 8, !tbaa !5
-  %gep717.1.i = getelementptr i32, ptr %invariant.gep703.i, i64 %885
-  %886 = getelementptr i8, ptr %gep717.1.i, i64 192
-  %887 = load <16 x i32>, ptr %886, align 4, !tbaa !5
-  %888 = and <16 x i32> %887, %375
-  %889 = getelementptr inbounds nuw i8, ptr %816, i64 960
-  store <16 x i32> %888, ptr %889, align 4, !tbaa !5
-  %890 = getelementptr inbounds nuw i8, ptr %812, i64 16
-  %891 = load i64, ptr %890, align 8, !tbaa !5
-  %gep.2.i = getelementptr i32, ptr %invariant.gep703.i, i64 %891
-  %892 = load <16 x i32>, ptr %gep.2.i, align 4, !tbaa !5
-  %893 = shl <16 x i32> %892, splat (i32 16)
-  %894 = getelementptr inbounds nuw i8, ptr %816, i64 1024
-  store <16 x i32> %893, ptr %894, align 4, !tbaa !5
-  %895 = load i64, ptr %890, align 8, !tbaa !5
-  %gep705.2.i = getelementptr i32, ptr %invariant.gep703.i, i64 %895
-  %896 = load <16 x i32>, ptr %gep705.2.i, align 4, !tbaa !5
-  %897 = and <16 x i32> %896, %375
-  %898 = getelementptr inbounds nuw i8, ptr %816, i64 1088
-  store <16 x i32> %897, ptr %898, align 4, !tbaa !5
-  %899 = load i64, ptr %890, align 8, !tbaa !5
-  %gep707.2.i = getelementptr i32, ptr %invariant.gep703.i, i64 %899
-  %900 = getelementptr i8, ptr %gep707.2.i, i64 64
-  %901 = load <16 x i32>, ptr %900, align 4, !tbaa !5
-  %902 = shl <16 x i32> %901, splat (i32 16)
-  %903 = getelementptr inbounds nuw i8, ptr %816, i64 1152
-  store <16 x i32> %902, ptr %903, align 4, !tbaa !5
-  %904 = load i64, ptr %890, align 8, !tbaa !5
-  %gep709.2.i = getelementptr i32, ptr %invariant.gep703.i, i64 %904
-  %905 = getelementptr i8, ptr %gep709.2.i, i64 64
-  %906 = load <16 x i32>, ptr %905, align 4, !tbaa !5
-  %907 = and <16 x i32> %906, %375
-  %908 = getelementptr inbounds nuw i8, ptr %816, i64 1216
-  store <16 x i32> %907, ptr %908, align 4, !tbaa !5
-  %909 = load i64, ptr %890, align 8, !tbaa !5
-  %gep711.2.i = getelementptr i32, ptr %invariant.gep703.i, i64 %909
-  %910 = getelementptr i8, ptr %gep711.2.i, i64 128
-  %911 = load <16 x i32>, ptr %910, align 4, !tbaa !5
-  %912 = shl <16 x i32> %911, splat (i32 16)
-  %913 = getelementptr inbounds nuw i8, ptr %816, i64 1280
-  store <16 x i32> %912, ptr %913, align 4, !tbaa !5
-  %914 = load i64, ptr %890, align 8, !tbaa !5
-  %gep713.2.i = getelementptr i32, ptr %invariant.gep703.i, i64 %914
-  %915 = getelementptr i8, ptr %gep713.2.i, i64 128
-  %916 = load <16 x i32>, ptr %915, align 4, !tbaa !5
-  %917 = and <16 x i32> %916, %375
-  %918 = getelementptr inbounds nuw i8, ptr %816, i64 1344
-  store <16 x i32> %917, ptr %918, align 4, !tbaa !5
-  %919 = load i64, ptr %890, align 8, !tbaa !5
-  %gep715.2.i = getelementptr i32, ptr %invariant.gep703.i, i64 %919
-  %920 = getelementptr i8, ptr %gep715.2.i, i64 192
-  %921 = load <16 x i32>, ptr %920, align 4, !tbaa !5
-  %922 = shl <16 x i32> %921, splat (i32 16)
-  %923 = getelementptr inbounds nuw i8, ptr %816, i64 1408
-  store <16 x i32> %922, ptr %923, align 4, !tbaa !5
-  %924 = load i64, ptr %890, align 8, !tbaa !5
-  %gep717.2.i = getelementptr i32, ptr %invariant.gep703.i, i64 %924
-  %925 = getelementptr i8, ptr %gep717.2.i, i64 192
-  %926 = load <16 x i32>, ptr %925, align 4, !tbaa !5
-  %927 = and <16 x i32> %926, %375
-  %928 = getelementptr inbounds nuw i8, ptr %816, i64 1472
-  store <16 x i32> %927, ptr %928, align 4, !tbaa !5
-  %929 = getelementptr inbounds nuw i8, ptr %812, i64 24
-  %930 = load i64, ptr %929, align 8, !tbaa !5
-  %gep.3.i = getelementptr i32, ptr %invariant.gep703.i, i64 %930
-  %931 = load <16 x i32>, ptr %gep.3.i, align 4, !tbaa !5
-  %932 = shl <16 x i32> %931, splat (i32 16)
-  %933 = getelementptr inbounds nuw i8, ptr %816, i64 1536
-  store <16 x i32> %932, ptr %933, align 4, !tbaa !5
-  %934 = load i64, ptr %929, align 8, !tbaa !5
-  %gep705.3.i = getelementptr i32, ptr %invariant.gep703.i, i64 %934
-  %935 = load <16 x i32>, ptr %gep705.3.i, align 4, !tbaa !5
-  %936 = and <16 x i32> %935, %375
-  %937 = getelementptr inbounds nuw i8, ptr %816, i64 1600
-  store <16 x i32> %936, ptr %937, align 4, !tbaa !5
-  %938 = load i64, ptr %929, align 8, !tbaa !5
-  %gep707.3.i = getelementptr i32, ptr %invariant.gep703.i, i64 %938
-  %939 = getelementptr i8, ptr %gep707.3.i, i64 64
-  %940 = load <16 x i32>, ptr %939, align 4, !tbaa !5
-  %941 = shl <16 x i32> %940, splat (i32 16)
-  %942 = getelementptr inbounds nuw i8, ptr %816, i64 1664
-  store <16 x i32> %941, ptr %942, align 4, !tbaa !5
-  %943 = load i64, ptr %929, align 8, !tbaa !5
-  %gep709.3.i = getelementptr i32, ptr %invariant.gep703.i, i64 %943
-  %944 = getelementptr i8, ptr %gep709.3.i, i64 64
-  %945 = load <16 x i32>, ptr %944, align 4, !tbaa !5
-  %946 = and <16 x i32> %945, %375
-  %947 = getelementptr inbounds nuw i8, ptr %816, i64 1728
-  store <16 x i32> %946, ptr %947, align 4, !tbaa !5
-  %948 = load i64, ptr %929, align 8, !tbaa !5
-  %gep711.3.i = getelementptr i32, ptr %invariant.gep703.i, i64 %948
-  %949 = getelementptr i8, ptr %gep711.3.i, i64 128
-  %950 = load <16 x i32>, ptr %949, align 4, !tbaa !5
-  %951 = shl <16 x i32> %950, splat (i32 16)
-  %952 = getelementptr inbounds nuw i8, ptr %816, i64 1792
-  store <16 x i32> %951, ptr %952, align 4, !tbaa !5
-  %953 = load i64, ptr %929, align 8, !tbaa !5
-  %gep713.3.i = getelementptr i32, ptr %invariant.gep703.i, i64 %953
-  %954 = getelementptr i8, ptr %gep713.3.i, i64 128
-  %955 = load <16 x i32>, ptr %954, align 4, !tbaa !5
-  %956 = and <16 x i32> %955, %375
-  %957 = getelementptr inbounds nuw i8, ptr %816, i64 1856
-  store <16 x i32> %956, ptr %957, align 4, !tbaa !5
-  %958 = load i64, ptr %929, align 8, !tbaa !5
-  %gep715.3.i = getelementptr i32, ptr %invariant.gep703.i, i64 %958
-  %959 = getelementptr i8, ptr %gep715.3.i, i64 192
-  %960 = load <16 x i32>, ptr %959, align 4, !tbaa !5
-  %961 = shl <16 x i32> %960, splat (i32 16)
-  %962 = getelementptr inbounds nuw i8, ptr %816, i64 1920
-  store <16 x i32> %961, ptr %962, align 4, !tbaa !5
-  %963 = load i64, ptr %929, align 8, !tbaa !5
-  %gep717.3.i = getelementptr i32, ptr %invariant.gep703.i, i64 %963
-  %964 = getelementptr i8, ptr %gep717.3.i, i64 192
-  %965 = load <16 x i32>, ptr %964, align 4, !tbaa !5
-  %966 = and <16 x i32> %965, %375
-  %967 = getelementptr inbounds nuw i8, ptr %816, i64 1984
-  store <16 x i32> %966, ptr %967, align 4, !tbaa !5
-  %968 = getelementptr inbounds nuw i8, ptr %812, i64 32
-  %969 = load i64, ptr %968, align 8, !tbaa !5
-  %gep.4.i = getelementptr i32, ptr %invariant.gep703.i, i64 %969
-  %970 = load <16 x i32>, ptr %gep.4.i, align 4, !tbaa !5
-  %971 = shl <16 x i32> %970, splat (i32 16)
-  %972 = getelementptr inbounds nuw i8, ptr %816, i64 2048
-  store <16 x i32> %971, ptr %972, align 4, !tbaa !5
-  %973 = load i64, ptr %968, align 8, !tbaa !5
-  %gep705.4.i = getelementptr i32, ptr %invariant.gep703.i, i64 %973
-  %974 = load <16 x i32>, ptr %gep705.4.i, align 4, !tbaa !5
-  %975 = and <16 x i32> %974, %375
-  %976 = getelementptr inbounds nuw i8, ptr %816, i64 2112
-  store <16 x i32> %975, ptr %976, align 4, !tbaa !5
-  %977 = load i64, ptr %968, align 8, !tbaa !5
-  %gep707.4.i = getelementptr i32, ptr %invariant.gep703.i, i64 %977
-  %978 = getelementptr i8, ptr %gep707.4.i, i64 64
-  %979 = load <16 x i32>, ptr %978, align 4, !tbaa !5
-  %980 = shl <16 x i32> %979, splat (i32 16)
-  %981 = getelementptr inbounds nuw i8, ptr %816, i64 2176
-  store <16 x i32> %980, ptr %981, align 4, !tbaa !5
-  %982 = load i64, ptr %968, align 8, !tbaa !5
-  %gep709.4.i = getelementptr i32, ptr %invariant.gep703.i, i64 %982
-  %983 = getelementptr i8, ptr %gep709.4.i, i64 64
-  %984 = load <16 x i32>, ptr %983, align 4, !tbaa !5
-  %985 = and <16 x i32> %984, %375
-  %986 = getelementptr inbounds nuw i8, ptr %816, i64 2240
-  store <16 x i32> %985, ptr %986, align 4, !tbaa !5
-  %987 = load i64, ptr %968, align 8, !tbaa !5
-  %gep711.4.i = getelementptr i32, ptr %invariant.gep703.i, i64 %987
-  %988 = getelementptr i8, ptr %gep711.4.i, i64 128
-  %989 = load <16 x i32>, ptr %988, align 4, !tbaa !5
-  %990 = shl <16 x i32> %989, splat (i32 16)
-  %991 = getelementptr inbounds nuw i8, ptr %816, i64 2304
-  store <16 x i32> %990, ptr %991, align 4, !tbaa !5
-  %992 = load i64, ptr %968, align 8, !tbaa !5
-  %gep713.4.i = getelementptr i32, ptr %invariant.gep703.i, i64 %992
-  %993 = getelementptr i8, ptr %gep713.4.i, i64 128
-  %994 = load <16 x i32>, ptr %993, align 4, !tbaa !5
-  %995 = and <16 x i32> %994, %375
-  %996 = getelementptr inbounds nuw i8, ptr %816, i64 2368
-  store <16 x i32> %995, ptr %996, align 4, !tbaa !5
-  %997 = load i64, ptr %968, align 8, !tbaa !5
-  %gep715.4.i = getelementptr i32, ptr %invariant.gep703.i, i64 %997
-  %998 = getelementptr i8, ptr %gep715.4.i, i64 192
-  %999 = load <16 x i32>, ptr %998, align 4, !tbaa !5
-  %1000 = shl <16 x i32> %999, splat (i32 16)
-  %1001 = getelementptr inbounds nuw i8, ptr %816, i64 2432
-  store <16 x i32> %1000, ptr %1001, align 4, !tbaa !5
-  %1002 = load i64, ptr %968, align 8, !tbaa !5
-  %gep717.4.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1002
-  %1003 = getelementptr i8, ptr %gep717.4.i, i64 192
-  %1004 = load <16 x i32>, ptr %1003, align 4, !tbaa !5
-  %1005 = and <16 x i32> %1004, %375
-  %1006 = getelementptr inbounds nuw i8, ptr %816, i64 2496
-  store <16 x i32> %1005, ptr %1006, align 4, !tbaa !5
-  %1007 = getelementptr inbounds nuw i8, ptr %812, i64 40
-  %1008 = load i64, ptr %1007, align 8, !tbaa !5
-  %gep.5.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1008
-  %1009 = load <16 x i32>, ptr %gep.5.i, align 4, !tbaa !5
-  %1010 = shl <16 x i32> %1009, splat (i32 16)
-  %1011 = getelementptr inbounds nuw i8, ptr %816, i64 2560
-  store <16 x i32> %1010, ptr %1011, align 4, !tbaa !5
-  %1012 = load i64, ptr %1007, align 8, !tbaa !5
-  %gep705.5.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1012
-  %1013 = load <16 x i32>, ptr %gep705.5.i, align 4, !tbaa !5
-  %1014 = and <16 x i32> %1013, %375
-  %1015 = getelementptr inbounds nuw i8, ptr %816, i64 2624
-  store <16 x i32> %1014, ptr %1015, align 4, !tbaa !5
-  %1016 = load i64, ptr %1007, align 8, !tbaa !5
-  %gep707.5.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1016
-  %1017 = getelementptr i8, ptr %gep707.5.i, i64 64
-  %1018 = load <16 x i32>, ptr %1017, align 4, !tbaa !5
-  %1019 = shl <16 x i32> %1018, splat (i32 16)
-  %1020 = getelementptr inbounds nuw i8, ptr %816, i64 2688
-  store <16 x i32> %1019, ptr %1020, align 4, !tbaa !5
-  %1021 = load i64, ptr %1007, align 8, !tbaa !5
-  %gep709.5.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1021
-  %1022 = getelementptr i8, ptr %gep709.5.i, i64 64
-  %1023 = load <16 x i32>, ptr %1022, align 4, !tbaa !5
-  %1024 = and <16 x i32> %1023, %375
-  %1025 = getelementptr inbounds nuw i8, ptr %816, i64 2752
-  store <16 x i32> %1024, ptr %1025, align 4, !tbaa !5
-  %1026 = load i64, ptr %1007, align 8, !tbaa !5
-  %gep711.5.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1026
-  %1027 = getelementptr i8, ptr %gep711.5.i, i64 128
-  %1028 = load <16 x i32>, ptr %1027, align 4, !tbaa !5
-  %1029 = shl <16 x i32> %1028, splat (i32 16)
-  %1030 = getelementptr inbounds nuw i8, ptr %816, i64 2816
-  store <16 x i32> %1029, ptr %1030, align 4, !tbaa !5
-  %1031 = load i64, ptr %1007, align 8, !tbaa !5
-  %gep713.5.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1031
-  %1032 = getelementptr i8, ptr %gep713.5.i, i64 128
-  %1033 = load <16 x i32>, ptr %1032, align 4, !tbaa !5
-  %1034 = and <16 x i32> %1033, %375
-  %1035 = getelementptr inbounds nuw i8, ptr %816, i64 2880
-  store <16 x i32> %1034, ptr %1035, align 4, !tbaa !5
-  %1036 = load i64, ptr %1007, align 8, !tbaa !5
-  %gep715.5.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1036
-  %1037 = getelementptr i8, ptr %gep715.5.i, i64 192
-  %1038 = load <16 x i32>, ptr %1037, align 4, !tbaa !5
-  %1039 = shl <16 x i32> %1038, splat (i32 16)
-  %1040 = getelementptr inbounds nuw i8, ptr %816, i64 2944
-  store <16 x i32> %1039, ptr %1040, align 4, !tbaa !5
-  %1041 = load i64, ptr %1007, align 8, !tbaa !5
-  %gep717.5.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1041
-  %1042 = getelementptr i8, ptr %gep717.5.i, i64 192
-  %1043 = load <16 x i32>, ptr %1042, align 4, !tbaa !5
-  %1044 = and <16 x i32> %1043, %375
-  %1045 = getelementptr inbounds nuw i8, ptr %816, i64 3008
-  store <16 x i32> %1044, ptr %1045, align 4, !tbaa !5
-  %1046 = getelementptr inbounds nuw i8, ptr %812, i64 48
-  %1047 = load i64, ptr %1046, align 8, !tbaa !5
-  %gep.6.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1047
-  %1048 = load <16 x i32>, ptr %gep.6.i, align 4, !tbaa !5
-  %1049 = shl <16 x i32> %1048, splat (i32 16)
-  %1050 = getelementptr inbounds nuw i8, ptr %816, i64 3072
-  store <16 x i32> %1049, ptr %1050, align 4, !tbaa !5
-  %1051 = load i64, ptr %1046, align 8, !tbaa !5
-  %gep705.6.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1051
-  %1052 = load <16 x i32>, ptr %gep705.6.i, align 4, !tbaa !5
-  %1053 = and <16 x i32> %1052, %375
-  %1054 = getelementptr inbounds nuw i8, ptr %816, i64 3136
-  store <16 x i32> %1053, ptr %1054, align 4, !tbaa !5
-  %1055 = load i64, ptr %1046, align 8, !tbaa !5
-  %gep707.6.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1055
-  %1056 = getelementptr i8, ptr %gep707.6.i, i64 64
-  %1057 = load <16 x i32>, ptr %1056, align 4, !tbaa !5
-  %1058 = shl <16 x i32> %1057, splat (i32 16)
-  %1059 = getelementptr inbounds nuw i8, ptr %816, i64 3200
-  store <16 x i32> %1058, ptr %1059, align 4, !tbaa !5
-  %1060 = load i64, ptr %1046, align 8, !tbaa !5
-  %gep709.6.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1060
-  %1061 = getelementptr i8, ptr %gep709.6.i, i64 64
-  %1062 = load <16 x i32>, ptr %1061, align 4, !tbaa !5
-  %1063 = and <16 x i32> %1062, %375
-  %1064 = getelementptr inbounds nuw i8, ptr %816, i64 3264
-  store <16 x i32> %1063, ptr %1064, align 4, !tbaa !5
-  %1065 = load i64, ptr %1046, align 8, !tbaa !5
-  %gep711.6.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1065
-  %1066 = getelementptr i8, ptr %gep711.6.i, i64 128
-  %1067 = load <16 x i32>, ptr %1066, align 4, !tbaa !5
-  %1068 = shl <16 x i32> %1067, splat (i32 16)
-  %1069 = getelementptr inbounds nuw i8, ptr %816, i64 3328
-  store <16 x i32> %1068, ptr %1069, align 4, !tbaa !5
-  %1070 = load i64, ptr %1046, align 8, !tbaa !5
-  %gep713.6.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1070
-  %1071 = getelementptr i8, ptr %gep713.6.i, i64 128
-  %1072 = load <16 x i32>, ptr %1071, align 4, !tbaa !5
-  %1073 = and <16 x i32> %1072, %375
-  %1074 = getelementptr inbounds nuw i8, ptr %816, i64 3392
-  store <16 x i32> %1073, ptr %1074, align 4, !tbaa !5
-  %1075 = load i64, ptr %1046, align 8, !tbaa !5
-  %gep715.6.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1075
-  %1076 = getelementptr i8, ptr %gep715.6.i, i64 192
-  %1077 = load <16 x i32>, ptr %1076, align 4, !tbaa !5
-  %1078 = shl <16 x i32> %1077, splat (i32 16)
-  %1079 = getelementptr inbounds nuw i8, ptr %816, i64 3456
-  store <16 x i32> %1078, ptr %1079, align 4, !tbaa !5
-  %1080 = load i64, ptr %1046, align 8, !tbaa !5
-  %gep717.6.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1080
-  %1081 = getelementptr i8, ptr %gep717.6.i, i64 192
-  %1082 = load <16 x i32>, ptr %1081, align 4, !tbaa !5
-  %1083 = and <16 x i32> %1082, %375
-  %1084 = getelementptr inbounds nuw i8, ptr %816, i64 3520
-  store <16 x i32> %1083, ptr %1084, align 4, !tbaa !5
-  %1085 = getelementptr inbounds nuw i8, ptr %812, i64 56
-  %1086 = load i64, ptr %1085, align 8, !tbaa !5
-  %gep.7.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1086
-  %1087 = load <16 x i32>, ptr %gep.7.i, align 4, !tbaa !5
-  %1088 = shl <16 x i32> %1087, splat (i32 16)
-  %1089 = getelementptr inbounds nuw i8, ptr %816, i64 3584
-  store <16 x i32> %1088, ptr %1089, align 4, !tbaa !5
-  %1090 = load i64, ptr %1085, align 8, !tbaa !5
-  %gep705.7.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1090
-  %1091 = load <16 x i32>, ptr %gep705.7.i, align 4, !tbaa !5
-  %1092 = and <16 x i32> %1091, %375
-  %1093 = getelementptr inbounds nuw i8, ptr %816, i64 3648
-  store <16 x i32> %1092, ptr %1093, align 4, !tbaa !5
-  %1094 = load i64, ptr %1085, align 8, !tbaa !5
-  %gep707.7.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1094
-  %1095 = getelementptr i8, ptr %gep707.7.i, i64 64
-  %1096 = load <16 x i32>, ptr %1095, align 4, !tbaa !5
-  %1097 = shl <16 x i32> %1096, splat (i32 16)
-  %1098 = getelementptr inbounds nuw i8, ptr %816, i64 3712
-  store <16 x i32> %1097, ptr %1098, align 4, !tbaa !5
-  %1099 = load i64, ptr %1085, align 8, !tbaa !5
-  %gep709.7.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1099
-  %1100 = getelementptr i8, ptr %gep709.7.i, i64 64
-  %1101 = load <16 x i32>, ptr %1100, align 4, !tbaa !5
-  %1102 = and <16 x i32> %1101, %375
-  %1103 = getelementptr inbounds nuw i8, ptr %816, i64 3776
-  store <16 x i32> %1102, ptr %1103, align 4, !tbaa !5
-  %1104 = load i64, ptr %1085, align 8, !tbaa !5
-  %gep711.7.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1104
-  %1105 = getelementptr i8, ptr %gep711.7.i, i64 128
-  %1106 = load <16 x i32>, ptr %1105, align 4, !tbaa !5
-  %1107 = shl <16 x i32> %1106, splat (i32 16)
-  %1108 = getelementptr inbounds nuw i8, ptr %816, i64 3840
-  store <16 x i32> %1107, ptr %1108, align 4, !tbaa !5
-  %1109 = load i64, ptr %1085, align 8, !tbaa !5
-  %gep713.7.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1109
-  %1110 = getelementptr i8, ptr %gep713.7.i, i64 128
-  %1111 = load <16 x i32>, ptr %1110, align 4, !tbaa !5
-  %1112 = and <16 x i32> %1111, %375
-  %1113 = getelementptr inbounds nuw i8, ptr %816, i64 3904
-  store <16 x i32> %1112, ptr %1113, align 4, !tbaa !5
-  %1114 = load i64, ptr %1085, align 8, !tbaa !5
-  %gep715.7.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1114
-  %1115 = getelementptr i8, ptr %gep715.7.i, i64 192
-  %1116 = load <16 x i32>, ptr %1115, align 4, !tbaa !5
-  %1117 = shl <16 x i32> %1116, splat (i32 16)
-  %1118 = getelementptr inbounds nuw i8, ptr %816, i64 3968
-  store <16 x i32> %1117, ptr %1118, align 4, !tbaa !5
-  %1119 = load i64, ptr %1085, align 8, !tbaa !5
-  %gep717.7.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1119
-  %1120 = getelementptr i8, ptr %gep717.7.i, i64 192
-  %1121 = load <16 x i32>, ptr %1120, align 4, !tbaa !5
-  %1122 = and <16 x i32> %1121, %375
-  %1123 = getelementptr inbounds nuw i8, ptr %816, i64 4032
-  store <16 x i32> %1122, ptr %1123, align 4, !tbaa !5
-  %indvars.iv.next955.i = add nuw nsw i64 %indvars.iv954.i, 1
-  %exitcond958.not.i = icmp eq i64 %indvars.iv.next955.i, %wide.trip.count957.i
-  br i1 %exitcond958.not.i, label %for_begin_ti155.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
+  %indvars.iv939.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next940.i, %for_begin_ti.preheader.i ]
+  %.idx = shl nsw i64 %indvars.iv939.i, 6
+  %772 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
+  %773 = load i64, ptr %772, align 8, !tbaa !5
+  %gep.i = getelementptr i32, ptr %invariant.gep688.i, i64 %773
+  %774 = load <16 x i32>, ptr %gep.i, align 4, !tbaa !5
+  %775 = shl <16 x i32> %774, splat (i32 16)
+  %.idx74 = shl nsw i64 %indvars.iv939.i, 12
+  %776 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx74
+  store <16 x i32> %775, ptr %776, align 4, !tbaa !5
+  %777 = load i64, ptr %772, align 8, !tbaa !5
+  %gep690.i = getelementptr i32, ptr %invariant.gep688.i, i64 %777
+  %778 = load <16 x i32>, ptr %gep690.i, align 4, !tbaa !5
+  %779 = and <16 x i32> %778, %375
+  %780 = getelementptr inbounds nuw i8, ptr %776, i64 64
+  store <16 x i32> %779, ptr %780, align 4, !tbaa !5
+  %781 = load i64, ptr %772, align 8, !tbaa !5
+  %gep692.i = getelementptr i32, ptr %invariant.gep688.i, i64 %781
+  %782 = getelementptr i8, ptr %gep692.i, i64 64
+  %783 = load <16 x i32>, ptr %782, align 4, !tbaa !5
+  %784 = shl <16 x i32> %783, splat (i32 16)
+  %785 = getelementptr inbounds nuw i8, ptr %776, i64 128
+  store <16 x i32> %784, ptr %785, align 4, !tbaa !5
+  %786 = load i64, ptr %772, align 8, !tbaa !5
+  %gep694.i = getelementptr i32, ptr %invariant.gep688.i, i64 %786
+  %787 = getelementptr i8, ptr %gep694.i, i64 64
+  %788 = load <16 x i32>, ptr %787, align 4, !tbaa !5
+  %789 = and <16 x i32> %788, %375
+  %790 = getelementptr inbounds nuw i8, ptr %776, i64 192
+  store <16 x i32> %789, ptr %790, align 4, !tbaa !5
+  %791 = load i64, ptr %772, align 8, !tbaa !5
+  %gep696.i = getelementptr i32, ptr %invariant.gep688.i, i64 %791
+  %792 = getelementptr i8, ptr %gep696.i, i64 128
+  %793 = load <16 x i32>, ptr %792, align 4, !tbaa !5
+  %794 = shl <16 x i32> %793, splat (i32 16)
+  %795 = getelementptr inbounds nuw i8, ptr %776, i64 256
+  store <16 x i32> %794, ptr %795, align 4, !tbaa !5
+  %796 = load i64, ptr %772, align 8, !tbaa !5
+  %gep698.i = getelementptr i32, ptr %invariant.gep688.i, i64 %796
+  %797 = getelementptr i8, ptr %gep698.i, i64 128
+  %798 = load <16 x i32>, ptr %797, align 4, !tbaa !5
+  %799 = and <16 x i32> %798, %375
+  %800 = getelementptr inbounds nuw i8, ptr %776, i64 320
+  store <16 x i32> %799, ptr %800, align 4, !tbaa !5
+  %801 = load i64, ptr %772, align 8, !tbaa !5
+  %gep700.i = getelementptr i32, ptr %invariant.gep688.i, i64 %801
+  %802 = getelementptr i8, ptr %gep700.i, i64 192
+  %803 = load <16 x i32>, ptr %802, align 4, !tbaa !5
+  %804 = shl <16 x i32> %803, splat (i32 16)
+  %805 = getelementptr inbounds nuw i8, ptr %776, i64 384
+  store <16 x i32> %804, ptr %805, align 4, !tbaa !5
+  %806 = load i64, ptr %772, align 8, !tbaa !5
+  %gep702.i = getelementptr i32, ptr %invariant.gep688.i, i64 %806
+  %807 = getelementptr i8, ptr %gep702.i, i64 192
+  %808 = load <16 x i32>, ptr %807, align 4, !tbaa !5
+  %809 = and <16 x i32> %808, %375
+  %810 = getelementptr inbounds nuw i8, ptr %776, i64 448
+  store <16 x i32> %809, ptr %810, align 4, !tbaa !5
+  %811 = getelementptr inbounds nuw i8, ptr %772, i64 8
+  %812 = load i64, ptr %811, align 8, !tbaa !5
+  %gep.1.i = getelementptr i32, ptr %invariant.gep688.i, i64 %812
+  %813 = load <16 x i32>, ptr %gep.1.i, align 4, !tbaa !5
+  %814 = shl <16 x i32> %813, splat (i32 16)
+  %815 = getelementptr inbounds nuw i8, ptr %776, i64 512
+  store <16 x i32> %814, ptr %815, align 4, !tbaa !5
+  %816 = load i64, ptr %811, align 8, !tbaa !5
+  %gep690.1.i = getelementptr i32, ptr %invariant.gep688.i, i64 %816
+  %817 = load <16 x i32>, ptr %gep690.1.i, align 4, !tbaa !5
+  %818 = and <16 x i32> %817, %375
+  %819 = getelementptr inbounds nuw i8, ptr %776, i64 576
+  store <16 x i32> %818, ptr %819, align 4, !tbaa !5
+  %820 = load i64, ptr %811, align 8, !tbaa !5
+  %gep692.1.i = getelementptr i32, ptr %invariant.gep688.i, i64 %820
+  %821 = getelementptr i8, ptr %gep692.1.i, i64 64
+  %822 = load <16 x i32>, ptr %821, align 4, !tbaa !5
+  %823 = shl <16 x i32> %822, splat (i32 16)
+  %824 = getelementptr inbounds nuw i8, ptr %776, i64 640
+  store <16 x i32> %823, ptr %824, align 4, !tbaa !5
+  %825 = load i64, ptr %811, align 8, !tbaa !5
+  %gep694.1.i = getelementptr i32, ptr %invariant.gep688.i, i64 %825
+  %826 = getelementptr i8, ptr %gep694.1.i, i64 64
+  %827 = load <16 x i32>, ptr %826, align 4, !tbaa !5
+  %828 = and <16 x i32> %827, %375
+  %829 = getelementptr inbounds nuw i8, ptr %776, i64 704
+  store <16 x i32> %828, ptr %829, align 4, !tbaa !5
+  %830 = load i64, ptr %811, align 8, !tbaa !5
+  %gep696.1.i = getelementptr i32, ptr %invariant.gep688.i, i64 %830
+  %831 = getelementptr i8, ptr %gep696.1.i, i64 128
+  %832 = load <16 x i32>, ptr %831, align 4, !tbaa !5
+  %833 = shl <16 x i32> %832, splat (i32 16)
+  %834 = getelementptr inbounds nuw i8, ptr %776, i64 768
+  store <16 x i32> %833, ptr %834, align 4, !tbaa !5
+  %835 = load i64, ptr %811, align 8, !tbaa !5
+  %gep698.1.i = getelementptr i32, ptr %invariant.gep688.i, i64 %835
+  %836 = getelementptr i8, ptr %gep698.1.i, i64 128
+  %837 = load <16 x i32>, ptr %836, align 4, !tbaa !5
+  %838 = and <16 x i32> %837, %375
+  %839 = getelementptr inbounds nuw i8, ptr %776, i64 832
+  store <16 x i32> %838, ptr %839, align 4, !tbaa !5
+  %840 = load i64, ptr %811, align 8, !tbaa !5
+  %gep700.1.i = getelementptr i32, ptr %invariant.gep688.i, i64 %840
+  %841 = getelementptr i8, ptr %gep700.1.i, i64 192
+  %842 = load <16 x i32>, ptr %841, align 4, !tbaa !5
+  %843 = shl <16 x i32> %842, splat (i32 16)
+  %844 = getelementptr inbounds nuw i8, ptr %776, i64 896
+  store <16 x i32> %843, ptr %844, align 4, !tbaa !5
+  %845 = load i64, ptr %811, align 8, !tbaa !5
+  %gep702.1.i = getelementptr i32, ptr %invariant.gep688.i, i64 %845
+  %846 = getelementptr i8, ptr %gep702.1.i, i64 192
+  %847 = load <16 x i32>, ptr %846, align 4, !tbaa !5
+  %848 = and <16 x i32> %847, %375
+  %849 = getelementptr inbounds nuw i8, ptr %776, i64 960
+  store <16 x i32> %848, ptr %849, align 4, !tbaa !5
+  %850 = getelementptr inbounds nuw i8, ptr %772, i64 16
+  %851 = load i64, ptr %850, align 8, !tbaa !5
+  %gep.2.i = getelementptr i32, ptr %invariant.gep688.i, i64 %851
+  %852 = load <16 x i32>, ptr %gep.2.i, align 4, !tbaa !5
+  %853 = shl <16 x i32> %852, splat (i32 16)
+  %854 = getelementptr inbounds nuw i8, ptr %776, i64 1024
+  store <16 x i32> %853, ptr %854, align 4, !tbaa !5
+  %855 = load i64, ptr %850, align 8, !tbaa !5
+  %gep690.2.i = getelementptr i32, ptr %invariant.gep688.i, i64 %855
+  %856 = load <16 x i32>, ptr %gep690.2.i, align 4, !tbaa !5
+  %857 = and <16 x i32> %856, %375
+  %858 = getelementptr inbounds nuw i8, ptr %776, i64 1088
+  store <16 x i32> %857, ptr %858, align 4, !tbaa !5
+  %859 = load i64, ptr %850, align 8, !tbaa !5
+  %gep692.2.i = getelementptr i32, ptr %invariant.gep688.i, i64 %859
+  %860 = getelementptr i8, ptr %gep692.2.i, i64 64
+  %861 = load <16 x i32>, ptr %860, align 4, !tbaa !5
+  %862 = shl <16 x i32> %861, splat (i32 16)
+  %863 = getelementptr inbounds nuw i8, ptr %776, i64 1152
+  store <16 x i32> %862, ptr %863, align 4, !tbaa !5
+  %864 = load i64, ptr %850, align 8, !tbaa !5
+  %gep694.2.i = getelementptr i32, ptr %invariant.gep688.i, i64 %864
+  %865 = getelementptr i8, ptr %gep694.2.i, i64 64
+  %866 = load <16 x i32>, ptr %865, align 4, !tbaa !5
+  %867 = and <16 x i32> %866, %375
+  %868 = getelementptr inbounds nuw i8, ptr %776, i64 1216
+  store <16 x i32> %867, ptr %868, align 4, !tbaa !5
+  %869 = load i64, ptr %850, align 8, !tbaa !5
+  %gep696.2.i = getelementptr i32, ptr %invariant.gep688.i, i64 %869
+  %870 = getelementptr i8, ptr %gep696.2.i, i64 128
+  %871 = load <16 x i32>, ptr %870, align 4, !tbaa !5
+  %872 = shl <16 x i32> %871, splat (i32 16)
+  %873 = getelementptr inbounds nuw i8, ptr %776, i64 1280
+  store <16 x i32> %872, ptr %873, align 4, !tbaa !5
+  %874 = load i64, ptr %850, align 8, !tbaa !5
+  %gep698.2.i = getelementptr i32, ptr %invariant.gep688.i, i64 %874
+  %875 = getelementptr i8, ptr %gep698.2.i, i64 128
+  %876 = load <16 x i32>, ptr %875, align 4, !tbaa !5
+  %877 = and <16 x i32> %876, %375
+  %878 = getelementptr inbounds nuw i8, ptr %776, i64 1344
+  store <16 x i32> %877, ptr %878, align 4, !tbaa !5
+  %879 = load i64, ptr %850, align 8, !tbaa !5
+  %gep700.2.i = getelementptr i32, ptr %invariant.gep688.i, i64 %879
+  %880 = getelementptr i8, ptr %gep700.2.i, i64 192
+  %881 = load <16 x i32>, ptr %880, align 4, !tbaa !5
+  %882 = shl <16 x i32> %881, splat (i32 16)
+  %883 = getelementptr inbounds nuw i8, ptr %776, i64 1408
+  store <16 x i32> %882, ptr %883, align 4, !tbaa !5
+  %884 = load i64, ptr %850, align 8, !tbaa !5
+  %gep702.2.i = getelementptr i32, ptr %invariant.gep688.i, i64 %884
+  %885 = getelementptr i8, ptr %gep702.2.i, i64 192
+  %886 = load <16 x i32>, ptr %885, align 4, !tbaa !5
+  %887 = and <16 x i32> %886, %375
+  %888 = getelementptr inbounds nuw i8, ptr %776, i64 1472
+  store <16 x i32> %887, ptr %888, align 4, !tbaa !5
+  %889 = getelementptr inbounds nuw i8, ptr %772, i64 24
+  %890 = load i64, ptr %889, align 8, !tbaa !5
+  %gep.3.i = getelementptr i32, ptr %invariant.gep688.i, i64 %890
+  %891 = load <16 x i32>, ptr %gep.3.i, align 4, !tbaa !5
+  %892 = shl <16 x i32> %891, splat (i32 16)
+  %893 = getelementptr inbounds nuw i8, ptr %776, i64 1536
+  store <16 x i32> %892, ptr %893, align 4, !tbaa !5
+  %894 = load i64, ptr %889, align 8, !tbaa !5
+  %gep690.3.i = getelementptr i32, ptr %invariant.gep688.i, i64 %894
+  %895 = load <16 x i32>, ptr %gep690.3.i, align 4, !tbaa !5
+  %896 = and <16 x i32> %895, %375
+  %897 = getelementptr inbounds nuw i8, ptr %776, i64 1600
+  store <16 x i32> %896, ptr %897, align 4, !tbaa !5
+  %898 = load i64, ptr %889, align 8, !tbaa !5
+  %gep692.3.i = getelementptr i32, ptr %invariant.gep688.i, i64 %898
+  %899 = getelementptr i8, ptr %gep692.3.i, i64 64
+  %900 = load <16 x i32>, ptr %899, align 4, !tbaa !5
+  %901 = shl <16 x i32> %900, splat (i32 16)
+  %902 = getelementptr inbounds nuw i8, ptr %776, i64 1664
+  store <16 x i32> %901, ptr %902, align 4, !tbaa !5
+  %903 = load i64, ptr %889, align 8, !tbaa !5
+  %gep694.3.i = getelementptr i32, ptr %invariant.gep688.i, i64 %903
+  %904 = getelementptr i8, ptr %gep694.3.i, i64 64
+  %905 = load <16 x i32>, ptr %904, align 4, !tbaa !5
+  %906 = and <16 x i32> %905, %375
+  %907 = getelementptr inbounds nuw i8, ptr %776, i64 1728
+  store <16 x i32> %906, ptr %907, align 4, !tbaa !5
+  %908 = load i64, ptr %889, align 8, !tbaa !5
+  %gep696.3.i = getelementptr i32, ptr %invariant.gep688.i, i64 %908
+  %909 = getelementptr i8, ptr %gep696.3.i, i64 128
+  %910 = load <16 x i32>, ptr %909, align 4, !tbaa !5
+  %911 = shl <16 x i32> %910, splat (i32 16)
+  %912 = getelementptr inbounds nuw i8, ptr %776, i64 1792
+  store <16 x i32> %911, ptr %912, align 4, !tbaa !5
+  %913 = load i64, ptr %889, align 8, !tbaa !5
+  %gep698.3.i = getelementptr i32, ptr %invariant.gep688.i, i64 %913
+  %914 = getelementptr i8, ptr %gep698.3.i, i64 128
+  %915 = load <16 x i32>, ptr %914, align 4, !tbaa !5
+  %916 = and <16 x i32> %915, %375
+  %917 = getelementptr inbounds nuw i8, ptr %776, i64 1856
+  store <16 x i32> %916, ptr %917, align 4, !tbaa !5
+  %918 = load i64, ptr %889, align 8, !tbaa !5
+  %gep700.3.i = getelementptr i32, ptr %invariant.gep688.i, i64 %918
+  %919 = getelementptr i8, ptr %gep700.3.i, i64 192
+  %920 = load <16 x i32>, ptr %919, align 4, !tbaa !5
+  %921 = shl <16 x i32> %920, splat (i32 16)
+  %922 = getelementptr inbounds nuw i8, ptr %776, i64 1920
+  store <16 x i32> %921, ptr %922, align 4, !tbaa !5
+  %923 = load i64, ptr %889, align 8, !tbaa !5
+  %gep702.3.i = getelementptr i32, ptr %invariant.gep688.i, i64 %923
+  %924 = getelementptr i8, ptr %gep702.3.i, i64 192
+  %925 = load <16 x i32>, ptr %924, align 4, !tbaa !5
+  %926 = and <16 x i32> %925, %375
+  %927 = getelementptr inbounds nuw i8, ptr %776, i64 1984
+  store <16 x i32> %926, ptr %927, align 4, !tbaa !5
+  %928 = getelementptr inbounds nuw i8, ptr %772, i64 32
+  %929 = load i64, ptr %928, align 8, !tbaa !5
+  %gep.4.i = getelementptr i32, ptr %invariant.gep688.i, i64 %929
+  %930 = load <16 x i32>, ptr %gep.4.i, align 4, !tbaa !5
+  %931 = shl <16 x i32> %930, splat (i32 16)
+  %932 = getelementptr inbounds nuw i8, ptr %776, i64 2048
+  store <16 x i32> %931, ptr %932, align 4, !tbaa !5
+  %933 = load i64, ptr %928, align 8, !tbaa !5
+  %gep690.4.i = getelementptr i32, ptr %invariant.gep688.i, i64 %933
+  %934 = load <16 x i32>, ptr %gep690.4.i, align 4, !tbaa !5
+  %935 = and <16 x i32> %934, %375
+  %936 = getelementptr inbounds nuw i8, ptr %776, i64 2112
+  store <16 x i32> %935, ptr %936, align 4, !tbaa !5
+  %937 = load i64, ptr %928, align 8, !tbaa !5
+  %gep692.4.i = getelementptr i32, ptr %invariant.gep688.i, i64 %937
+  %938 = getelementptr i8, ptr %gep692.4.i, i64 64
+  %939 = load <16 x i32>, ptr %938, align 4, !tbaa !5
+  %940 = shl <16 x i32> %939, splat (i32 16)
+  %941 = getelementptr inbounds nuw i8, ptr %776, i64 2176
+  store <16 x i32> %940, ptr %941, align 4, !tbaa !5
+  %942 = load i64, ptr %928, align 8, !tbaa !5
+  %gep694.4.i = getelementptr i32, ptr %invariant.gep688.i, i64 %942
+  %943 = getelementptr i8, ptr %gep694.4.i, i64 64
+  %944 = load <16 x i32>, ptr %943, align 4, !tbaa !5
+  %945 = and <16 x i32> %944, %375
+  %946 = getelementptr inbounds nuw i8, ptr %776, i64 2240
+  store <16 x i32> %945, ptr %946, align 4, !tbaa !5
+  %947 = load i64, ptr %928, align 8, !tbaa !5
+  %gep696.4.i = getelementptr i32, ptr %invariant.gep688.i, i64 %947
+  %948 = getelementptr i8, ptr %gep696.4.i, i64 128
+  %949 = load <16 x i32>, ptr %948, align 4, !tbaa !5
+  %950 = shl <16 x i32> %949, splat (i32 16)
+  %951 = getelementptr inbounds nuw i8, ptr %776, i64 2304
+  store <16 x i32> %950, ptr %951, align 4, !tbaa !5
+  %952 = load i64, ptr %928, align 8, !tbaa !5
+  %gep698.4.i = getelementptr i32, ptr %invariant.gep688.i, i64 %952
+  %953 = getelementptr i8, ptr %gep698.4.i, i64 128
+  %954 = load <16 x i32>, ptr %953, align 4, !tbaa !5
+  %955 = and <16 x i32> %954, %375
+  %956 = getelementptr inbounds nuw i8, ptr %776, i64 2368
+  store <16 x i32> %955, ptr %956, align 4, !tbaa !5
+  %957 = load i64, ptr %928, align 8, !tbaa !5
+  %gep700.4.i = getelementptr i32, ptr %invariant.gep688.i, i64 %957
+  %958 = getelementptr i8, ptr %gep700.4.i, i64 192
+  %959 = load <16 x i32>, ptr %958, align 4, !tbaa !5
+  %960 = shl <16 x i32> %959, splat (i32 16)
+  %961 = getelementptr inbounds nuw i8, ptr %776, i64 2432
+  store <16 x i32> %960, ptr %961, align 4, !tbaa !5
+  %962 = load i64, ptr %928, align 8, !tbaa !5
+  %gep702.4.i = getelementptr i32, ptr %invariant.gep688.i, i64 %962
+  %963 = getelementptr i8, ptr %gep702.4.i, i64 192
+  %964 = load <16 x i32>, ptr %963, align 4, !tbaa !5
+  %965 = and <16 x i32> %964, %375
+  %966 = getelementptr inbounds nuw i8, ptr %776, i64 2496
+  store <16 x i32> %965, ptr %966, align 4, !tbaa !5
+  %967 = getelementptr inbounds nuw i8, ptr %772, i64 40
+  %968 = load i64, ptr %967, align 8, !tbaa !5
+  %gep.5.i = getelementptr i32, ptr %invariant.gep688.i, i64 %968
+  %969 = load <16 x i32>, ptr %gep.5.i, align 4, !tbaa !5
+  %970 = shl <16 x i32> %969, splat (i32 16)
+  %971 = getelementptr inbounds nuw i8, ptr %776, i64 2560
+  store <16 x i32> %970, ptr %971, align 4, !tbaa !5
+  %972 = load i64, ptr %967, align 8, !tbaa !5
+  %gep690.5.i = getelementptr i32, ptr %invariant.gep688.i, i64 %972
+  %973 = load <16 x i32>, ptr %gep690.5.i, align 4, !tbaa !5
+  %974 = and <16 x i32> %973, %375
+  %975 = getelementptr inbounds nuw i8, ptr %776, i64 2624
+  store <16 x i32> %974, ptr %975, align 4, !tbaa !5
+  %976 = load i64, ptr %967, align 8, !tbaa !5
+  %gep692.5.i = getelementptr i32, ptr %invariant.gep688.i, i64 %976
+  %977 = getelementptr i8, ptr %gep692.5.i, i64 64
+  %978 = load <16 x i32>, ptr %977, align 4, !tbaa !5
+  %979 = shl <16 x i32> %978, splat (i32 16)
+  %980 = getelementptr inbounds nuw i8, ptr %776, i64 2688
+  store <16 x i32> %979, ptr %980, align 4, !tbaa !5
+  %981 = load i64, ptr %967, align 8, !tbaa !5
+  %gep694.5.i = getelementptr i32, ptr %invariant.gep688.i, i64 %981
+  %982 = getelementptr i8, ptr %gep694.5.i, i64 64
+  %983 = load <16 x i32>, ptr %982, align 4, !tbaa !5
+  %984 = and <16 x i32> %983, %375
+  %985 = getelementptr inbounds nuw i8, ptr %776, i64 2752
+  store <16 x i32> %984, ptr %985, align 4, !tbaa !5
+  %986 = load i64, ptr %967, align 8, !tbaa !5
+  %gep696.5.i = getelementptr i32, ptr %invariant.gep688.i, i64 %986
+  %987 = getelementptr i8, ptr %gep696.5.i, i64 128
+  %988 = load <16 x i32>, ptr %987, align 4, !tbaa !5
+  %989 = shl <16 x i32> %988, splat (i32 16)
+  %990 = getelementptr inbounds nuw i8, ptr %776, i64 2816
+  store <16 x i32> %989, ptr %990, align 4, !tbaa !5
+  %991 = load i64, ptr %967, align 8, !tbaa !5
+  %gep698.5.i = getelementptr i32, ptr %invariant.gep688.i, i64 %991
+  %992 = getelementptr i8, ptr %gep698.5.i, i64 128
+  %993 = load <16 x i32>, ptr %992, align 4, !tbaa !5
+  %994 = and <16 x i32> %993, %375
+  %995 = getelementptr inbounds nuw i8, ptr %776, i64 2880
+  store <16 x i32> %994, ptr %995, align 4, !tbaa !5
+  %996 = load i64, ptr %967, align 8, !tbaa !5
+  %gep700.5.i = getelementptr i32, ptr %invariant.gep688.i, i64 %996
+  %997 = getelementptr i8, ptr %gep700.5.i, i64 192
+  %998 = load <16 x i32>, ptr %997, align 4, !tbaa !5
+  %999 = shl <16 x i32> %998, splat (i32 16)
+  %1000 = getelementptr inbounds nuw i8, ptr %776, i64 2944
+  store <16 x i32> %999, ptr %1000, align 4, !tbaa !5
+  %1001 = load i64, ptr %967, align 8, !tbaa !5
+  %gep702.5.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1001
+  %1002 = getelementptr i8, ptr %gep702.5.i, i64 192
+  %1003 = load <16 x i32>, ptr %1002, align 4, !tbaa !5
+  %1004 = and <16 x i32> %1003, %375
+  %1005 = getelementptr inbounds nuw i8, ptr %776, i64 3008
+  store <16 x i32> %1004, ptr %1005, align 4, !tbaa !5
+  %1006 = getelementptr inbounds nuw i8, ptr %772, i64 48
+  %1007 = load i64, ptr %1006, align 8, !tbaa !5
+  %gep.6.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1007
+  %1008 = load <16 x i32>, ptr %gep.6.i, align 4, !tbaa !5
+  %1009 = shl <16 x i32> %1008, splat (i32 16)
+  %1010 = getelementptr inbounds nuw i8, ptr %776, i64 3072
+  store <16 x i32> %1009, ptr %1010, align 4, !tbaa !5
+  %1011 = load i64, ptr %1006, align 8, !tbaa !5
+  %gep690.6.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1011
+  %1012 = load <16 x i32>, ptr %gep690.6.i, align 4, !tbaa !5
+  %1013 = and <16 x i32> %1012, %375
+  %1014 = getelementptr inbounds nuw i8, ptr %776, i64 3136
+  store <16 x i32> %1013, ptr %1014, align 4, !tbaa !5
+  %1015 = load i64, ptr %1006, align 8, !tbaa !5
+  %gep692.6.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1015
+  %1016 = getelementptr i8, ptr %gep692.6.i, i64 64
+  %1017 = load <16 x i32>, ptr %1016, align 4, !tbaa !5
+  %1018 = shl <16 x i32> %1017, splat (i32 16)
+  %1019 = getelementptr inbounds nuw i8, ptr %776, i64 3200
+  store <16 x i32> %1018, ptr %1019, align 4, !tbaa !5
+  %1020 = load i64, ptr %1006, align 8, !tbaa !5
+  %gep694.6.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1020
+  %1021 = getelementptr i8, ptr %gep694.6.i, i64 64
+  %1022 = load <16 x i32>, ptr %1021, align 4, !tbaa !5
+  %1023 = and <16 x i32> %1022, %375
+  %1024 = getelementptr inbounds nuw i8, ptr %776, i64 3264
+  store <16 x i32> %1023, ptr %1024, align 4, !tbaa !5
+  %1025 = load i64, ptr %1006, align 8, !tbaa !5
+  %gep696.6.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1025
+  %1026 = getelementptr i8, ptr %gep696.6.i, i64 128
+  %1027 = load <16 x i32>, ptr %1026, align 4, !tbaa !5
+  %1028 = shl <16 x i32> %1027, splat (i32 16)
+  %1029 = getelementptr inbounds nuw i8, ptr %776, i64 3328
+  store <16 x i32> %1028, ptr %1029, align 4, !tbaa !5
+  %1030 = load i64, ptr %1006, align 8, !tbaa !5
+  %gep698.6.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1030
+  %1031 = getelementptr i8, ptr %gep698.6.i, i64 128
+  %1032 = load <16 x i32>, ptr %1031, align 4, !tbaa !5
+  %1033 = and <16 x i32> %1032, %375
+  %1034 = getelementptr inbounds nuw i8, ptr %776, i64 3392
+  store <16 x i32> %1033, ptr %1034, align 4, !tbaa !5
+  %1035 = load i64, ptr %1006, align 8, !tbaa !5
+  %gep700.6.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1035
+  %1036 = getelementptr i8, ptr %gep700.6.i, i64 192
+  %1037 = load <16 x i32>, ptr %1036, align 4, !tbaa !5
+  %1038 = shl <16 x i32> %1037, splat (i32 16)
+  %1039 = getelementptr inbounds nuw i8, ptr %776, i64 3456
+  store <16 x i32> %1038, ptr %1039, align 4, !tbaa !5
+  %1040 = load i64, ptr %1006, align 8, !tbaa !5
+  %gep702.6.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1040
+  %1041 = getelementptr i8, ptr %gep702.6.i, i64 192
+  %1042 = load <16 x i32>, ptr %1041, align 4, !tbaa !5
+  %1043 = and <16 x i32> %1042, %375
+  %1044 = getelementptr inbounds nuw i8, ptr %776, i64 3520
+  store <16 x i32> %1043, ptr %1044, align 4, !tbaa !5
+  %1045 = getelementptr inbounds nuw i8, ptr %772, i64 56
+  %1046 = load i64, ptr %1045, align 8, !tbaa !5
+  %gep.7.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1046
+  %1047 = load <16 x i32>, ptr %gep.7.i, align 4, !tbaa !5
+  %1048 = shl <16 x i32> %1047, splat (i32 16)
+  %1049 = getelementptr inbounds nuw i8, ptr %776, i64 3584
+  store <16 x i32> %1048, ptr %1049, align 4, !tbaa !5
+  %1050 = load i64, ptr %1045, align 8, !tbaa !5
+  %gep690.7.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1050
+  %1051 = load <16 x i32>, ptr %gep690.7.i, align 4, !tbaa !5
+  %1052 = and <16 x i32> %1051, %375
+  %1053 = getelementptr inbounds nuw i8, ptr %776, i64 3648
+  store <16 x i32> %1052, ptr %1053, align 4, !tbaa !5
+  %1054 = load i64, ptr %1045, align 8, !tbaa !5
+  %gep692.7.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1054
+  %1055 = getelementptr i8, ptr %gep692.7.i, i64 64
+  %1056 = load <16 x i32>, ptr %1055, align 4, !tbaa !5
+  %1057 = shl <16 x i32> %1056, splat (i32 16)
+  %1058 = getelementptr inbounds nuw i8, ptr %776, i64 3712
+  store <16 x i32> %1057, ptr %1058, align 4, !tbaa !5
+  %1059 = load i64, ptr %1045, align 8, !tbaa !5
+  %gep694.7.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1059
+  %1060 = getelementptr i8, ptr %gep694.7.i, i64 64
+  %1061 = load <16 x i32>, ptr %1060, align 4, !tbaa !5
+  %1062 = and <16 x i32> %1061, %375
+  %1063 = getelementptr inbounds nuw i8, ptr %776, i64 3776
+  store <16 x i32> %1062, ptr %1063, align 4, !tbaa !5
+  %1064 = load i64, ptr %1045, align 8, !tbaa !5
+  %gep696.7.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1064
+  %1065 = getelementptr i8, ptr %gep696.7.i, i64 128
+  %1066 = load <16 x i32>, ptr %1065, align 4, !tbaa !5
+  %1067 = shl <16 x i32> %1066, splat (i32 16)
+  %1068 = getelementptr inbounds nuw i8, ptr %776, i64 3840
+  store <16 x i32> %1067, ptr %1068, align 4, !tbaa !5
+  %1069 = load i64, ptr %1045, align 8, !tbaa !5
+  %gep698.7.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1069
+  %1070 = getelementptr i8, ptr %gep698.7.i, i64 128
+  %1071 = load <16 x i32>, ptr %1070, align 4, !tbaa !5
+  %1072 = and <16 x i32> %1071, %375
+  %1073 = getelementptr inbounds nuw i8, ptr %776, i64 3904
+  store <16 x i32> %1072, ptr %1073, align 4, !tbaa !5
+  %1074 = load i64, ptr %1045, align 8, !tbaa !5
+  %gep700.7.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1074
+  %1075 = getelementptr i8, ptr %gep700.7.i, i64 192
+  %1076 = load <16 x i32>, ptr %1075, align 4, !tbaa !5
+  %1077 = shl <16 x i32> %1076, splat (i32 16)
+  %1078 = getelementptr inbounds nuw i8, ptr %776, i64 3968
+  store <16 x i32> %1077, ptr %1078, align 4, !tbaa !5
+  %1079 = load i64, ptr %1045, align 8, !tbaa !5
+  %gep702.7.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1079
+  %1080 = getelementptr i8, ptr %gep702.7.i, i64 192
+  %1081 = load <16 x i32>, ptr %1080, align 4, !tbaa !5
+  %1082 = and <16 x i32> %1081, %375
+  %1083 = getelementptr inbounds nuw i8, ptr %776, i64 4032
+  store <16 x i32> %1082, ptr %1083, align 4, !tbaa !5
+  %indvars.iv.next940.i = add nuw nsw i64 %indvars.iv939.i, 1
+  %exitcond943.not.i = icmp eq i64 %indvars.iv.next940.i, %wide.trip.count942.i
+  br i1 %exitcond943.not.i, label %for_begin_ti155.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
 
 for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti155.preheader.i, %if_end148.i
+  %1084 = trunc nuw nsw i64 %indvars.iv1045.i to i32
+  %factor.op.mul834.i = shl i32 %1084, 3
   br i1 %376, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !3
 
 for_body_row_tile.lr.ph.i:                        ; preds = %for_begin_row_tile.preheader.i
-  %1124 = mul nuw nsw i64 %indvars.iv1066.i, %383
-  %1125 = mul nsw i64 %809, %k_head
-  %invariant.gep743.i = getelementptr i32, ptr %key_cache, i64 %1125
-  %1126 = mul nsw i64 %809, %v_head
-  %invariant.gep750.i = getelementptr i32, ptr %value_cache, i64 %1126
+  %1085 = mul nuw nsw i64 %indvars.iv1045.i, %387
   br label %for_body_row_tile.i
 
 for_begin_ti155.preheader.i:                      ; preds = %for_begin_ti155.preheader.i, %for_begin_ti155.preheader.lr.ph.i
-  %indvars.iv963.i = phi i64 [ 0, %for_begin_ti155.preheader.lr.ph.i ], [ %indvars.iv.next964.i, %for_begin_ti155.preheader.i ]
-  %.idx75 = shl nsw i64 %indvars.iv963.i, 6
-  %1127 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx75
-  %1128 = load i64, ptr %1127, align 8, !tbaa !5
-  %gep721.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1128
-  %1129 = load <16 x i32>, ptr %gep721.i, align 4, !tbaa !5
-  %1130 = shl <16 x i32> %1129, splat (i32 16)
-  %.idx76 = shl nsw i64 %indvars.iv963.i, 12
-  %1131 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx76
-  store <16 x i32> %1130, ptr %1131, align 4, !tbaa !5
-  %1132 = load i64, ptr %1127, align 8, !tbaa !5
-  %gep723.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1132
-  %1133 = load <16 x i32>, ptr %gep723.i, align 4, !tbaa !5
-  %1134 = and <16 x i32> %1133, %375
-  %1135 = getelementptr inbounds nuw i8, ptr %1131, i64 64
-  store <16 x i32> %1134, ptr %1135, align 4, !tbaa !5
-  %1136 = load i64, ptr %1127, align 8, !tbaa !5
-  %gep725.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1136
-  %1137 = getelementptr i8, ptr %gep725.i, i64 64
-  %1138 = load <16 x i32>, ptr %1137, align 4, !tbaa !5
-  %1139 = shl <16 x i32> %1138, splat (i32 16)
-  %1140 = getelementptr inbounds nuw i8, ptr %1131, i64 128
-  store <16 x i32> %1139, ptr %1140, align 4, !tbaa !5
-  %1141 = load i64, ptr %1127, align 8, !tbaa !5
-  %gep727.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1141
-  %1142 = getelementptr i8, ptr %gep727.i, i64 64
-  %1143 = load <16 x i32>, ptr %1142, align 4, !tbaa !5
-  %1144 = and <16 x i32> %1143, %375
-  %1145 = getelementptr inbounds nuw i8, ptr %1131, i64 192
-  store <16 x i32> %1144, ptr %1145, align 4, !tbaa !5
-  %1146 = load i64, ptr %1127, align 8, !tbaa !5
-  %gep729.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1146
-  %1147 = getelementptr i8, ptr %gep729.i, i64 128
-  %1148 = load <16 x i32>, ptr %1147, align 4, !tbaa !5
-  %1149 = shl <16 x i32> %1148, splat (i32 16)
-  %1150 = getelementptr inbounds nuw i8, ptr %1131, i64 256
-  store <16 x i32> %1149, ptr %1150, align 4, !tbaa !5
-  %1151 = load i64, ptr %1127, align 8, !tbaa !5
-  %gep731.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1151
-  %1152 = getelementptr i8, ptr %gep731.i, i64 128
-  %1153 = load <16 x i32>, ptr %1152, align 4, !tbaa !5
-  %1154 = and <16 x i32> %1153, %375
-  %1155 = getelementptr inbounds nuw i8, ptr %1131, i64 320
-  store <16 x i32> %1154, ptr %1155, align 4, !tbaa !5
-  %1156 = load i64, ptr %1127, align 8, !tbaa !5
-  %gep733.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1156
-  %1157 = getelementptr i8, ptr %gep733.i, i64 192
-  %1158 = load <16 x i32>, ptr %1157, align 4, !tbaa !5
-  %1159 = shl <16 x i32> %1158, splat (i32 16)
-  %1160 = getelementptr inbounds nuw i8, ptr %1131, i64 384
-  store <16 x i32> %1159, ptr %1160, align 4, !tbaa !5
-  %1161 = load i64, ptr %1127, align 8, !tbaa !5
-  %gep735.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1161
-  %1162 = getelementptr i8, ptr %gep735.i, i64 192
-  %1163 = load <16 x i32>, ptr %1162, align 4, !tbaa !5
-  %1164 = and <16 x i32> %1163, %375
-  %1165 = getelementptr inbounds nuw i8, ptr %1131, i64 448
-  store <16 x i32> %1164, ptr %1165, align 4, !tbaa !5
-  %1166 = getelementptr inbounds nuw i8, ptr %1127, i64 8
-  %1167 = load i64, ptr %1166, align 8, !tbaa !5
-  %gep721.1.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1167
-  %1168 = load <16 x i32>, ptr %gep721.1.i, align 4, !tbaa !5
-  %1169 = shl <16 x i32> %1168, splat (i32 16)
-  %1170 = getelementptr inbounds nuw i8, ptr %1131, i64 512
-  store <16 x i32> %1169, ptr %1170, align 4, !tbaa !5
-  %1171 = load i64, ptr %1166, align 8, !tbaa !5
-  %gep723.1.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1171
-  %1172 = load <16 x i32>, ptr %gep723.1.i, align 4, !tbaa !5
-  %1173 = and <16 x i32> %1172, %375
-  %1174 = getelementptr inbounds nuw i8, ptr %1131, i64 576
-  store <16 x i32> %1173, ptr %1174, align 4, !tbaa !5
-  %1175 = load i64, ptr %1166, align 8, !tbaa !5
-  %gep725.1.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1175
-  %1176 = getelementptr i8, ptr %gep725.1.i, i64 64
-  %1177 = load <16 x i32>, ptr %1176, align 4, !tbaa !5
-  %1178 = shl <16 x i32> %1177, splat (i32 16)
-  %1179 = getelementptr inbounds nuw i8, ptr %1131, i64 640
-  store <16 x i32> %1178, ptr %1179, align 4, !tbaa !5
-  %1180 = load i64, ptr %1166, align 8, !tbaa !5
-  %gep727.1.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1180
-  %1181 = getelementptr i8, ptr %gep727.1.i, i64 64
-  %1182 = load <16 x i32>, ptr %1181, align 4, !tbaa !5
-  %1183 = and <16 x i32> %1182, %375
-  %1184 = getelementptr inbounds nuw i8, ptr %1131, i64 704
-  store <16 x i32> %1183, ptr %1184, align 4, !tbaa !5
-  %1185 = load i64, ptr %1166, align 8, !tbaa !5
-  %gep729.1.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1185
-  %1186 = getelementptr i8, ptr %gep729.1.i, i64 128
-  %1187 = load <16 x i32>, ptr %1186, align 4, !tbaa !5
-  %1188 = shl <16 x i32> %1187, splat (i32 16)
-  %1189 = getelementptr inbounds nuw i8, ptr %1131, i64 768
-  store <16 x i32> %1188, ptr %1189, align 4, !tbaa !5
-  %1190 = load i64, ptr %1166, align 8, !tbaa !5
-  %gep731.1.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1190
-  %1191 = getelementptr i8, ptr %gep731.1.i, i64 128
-  %1192 = load <16 x i32>, ptr %1191, align 4, !tbaa !5
-  %1193 = and <16 x i32> %1192, %375
-  %1194 = getelementptr inbounds nuw i8, ptr %1131, i64 832
-  store <16 x i32> %1193, ptr %1194, align 4, !tbaa !5
-  %1195 = load i64, ptr %1166, align 8, !tbaa !5
-  %gep733.1.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1195
-  %1196 = getelementptr i8, ptr %gep733.1.i, i64 192
-  %1197 = load <16 x i32>, ptr %1196, align 4, !tbaa !5
-  %1198 = shl <16 x i32> %1197, splat (i32 16)
-  %1199 = getelementptr inbounds nuw i8, ptr %1131, i64 896
-  store <16 x i32> %1198, ptr %1199, align 4, !tbaa !5
-  %1200 = load i64, ptr %1166, align 8, !tbaa !5
-  %gep735.1.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1200
-  %1201 = getelementptr i8, ptr %gep735.1.i, i64 192
-  %1202 = load <16 x i32>, ptr %1201, align 4, !tbaa !5
-  %1203 = and <16 x i32> %1202, %375
-  %1204 = getelementptr inbounds nuw i8, ptr %1131, i64 960
-  store <16 x i32> %1203, ptr %1204, align 4, !tbaa !5
-  %1205 = getelementptr inbounds nuw i8, ptr %1127, i64 16
-  %1206 = load i64, ptr %1205, align 8, !tbaa !5
-  %gep721.2.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1206
-  %1207 = load <16 x i32>, ptr %gep721.2.i, align 4, !tbaa !5
-  %1208 = shl <16 x i32> %1207, splat (i32 16)
-  %1209 = getelementptr inbounds nuw i8, ptr %1131, i64 1024
-  store <16 x i32> %1208, ptr %1209, align 4, !tbaa !5
-  %1210 = load i64, ptr %1205, align 8, !tbaa !5
-  %gep723.2.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1210
-  %1211 = load <16 x i32>, ptr %gep723.2.i, align 4, !tbaa !5
-  %1212 = and <16 x i32> %1211, %375
-  %1213 = getelementptr inbounds nuw i8, ptr %1131, i64 1088
-  store <16 x i32> %1212, ptr %1213, align 4, !tbaa !5
-  %1214 = load i64, ptr %1205, align 8, !tbaa !5
-  %gep725.2.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1214
-  %1215 = getelementptr i8, ptr %gep725.2.i, i64 64
-  %1216 = load <16 x i32>, ptr %1215, align 4, !tbaa !5
-  %1217 = shl <16 x i32> %1216, splat (i32 16)
-  %1218 = getelementptr inbounds nuw i8, ptr %1131, i64 1152
-  store <16 x i32> %1217, ptr %1218, align 4, !tbaa !5
-  %1219 = load i64, ptr %1205, align 8, !tbaa !5
-  %gep727.2.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1219
-  %1220 = getelementptr i8, ptr %gep727.2.i, i64 64
-  %1221 = load <16 x i32>, ptr %1220, align 4, !tbaa !5
-  %1222 = and <16 x i32> %1221, %375
-  %1223 = getelementptr inbounds nuw i8, ptr %1131, i64 1216
-  store <16 x i32> %1222, ptr %1223, align 4, !tbaa !5
-  %1224 = load i64, ptr %1205, align 8, !tbaa !5
-  %gep729.2.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1224
-  %1225 = getelementptr i8, ptr %gep729.2.i, i64 128
-  %1226 = load <16 x i32>, ptr %1225, align 4, !tbaa !5
-  %1227 = shl <16 x i32> %1226, splat (i32 16)
-  %1228 = getelementptr inbounds nuw i8, ptr %1131, i64 1280
-  store <16 x i32> %1227, ptr %1228, align 4, !tbaa !5
-  %1229 = load i64, ptr %1205, align 8, !tbaa !5
-  %gep731.2.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1229
-  %1230 = getelementptr i8, ptr %gep731.2.i, i64 128
-  %1231 = load <16 x i32>, ptr %1230, align 4, !tbaa !5
-  %1232 = and <16 x i32> %1231, %375
-  %1233 = getelementptr inbounds nuw i8, ptr %1131, i64 1344
-  store <16 x i32> %1232, ptr %1233, align 4, !tbaa !5
-  %1234 = load i64, ptr %1205, align 8, !tbaa !5
-  %gep733.2.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1234
-  %1235 = getelementptr i8, ptr %gep733.2.i, i64 192
-  %1236 = load <16 x i32>, ptr %1235, align 4, !tbaa !5
-  %1237 = shl <16 x i32> %1236, splat (i32 16)
-  %1238 = getelementptr inbounds nuw i8, ptr %1131, i64 1408
-  store <16 x i32> %1237, ptr %1238, align 4, !tbaa !5
-  %1239 = load i64, ptr %1205, align 8, !tbaa !5
-  %gep735.2.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1239
-  %1240 = getelementptr i8, ptr %gep735.2.i, i64 192
-  %1241 = load <16 x i32>, ptr %1240, align 4, !tbaa !5
-  %1242 = and <16 x i32> %1241, %375
-  %1243 = getelementptr inbounds nuw i8, ptr %1131, i64 1472
-  store <16 x i32> %1242, ptr %1243, align 4, !tbaa !5
-  %1244 = getelementptr inbounds nuw i8, ptr %1127, i64 24
-  %1245 = load i64, ptr %1244, align 8, !tbaa !5
-  %gep721.3.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1245
-  %1246 = load <16 x i32>, ptr %gep721.3.i, align 4, !tbaa !5
-  %1247 = shl <16 x i32> %1246, splat (i32 16)
-  %1248 = getelementptr inbounds nuw i8, ptr %1131, i64 1536
-  store <16 x i32> %1247, ptr %1248, align 4, !tbaa !5
-  %1249 = load i64, ptr %1244, align 8, !tbaa !5
-  %gep723.3.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1249
-  %1250 = load <16 x i32>, ptr %gep723.3.i, align 4, !tbaa !5
-  %1251 = and <16 x i32> %1250, %375
-  %1252 = getelementptr inbounds nuw i8, ptr %1131, i64 1600
-  store <16 x i32> %1251, ptr %1252, align 4, !tbaa !5
-  %1253 = load i64, ptr %1244, align 8, !tbaa !5
-  %gep725.3.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1253
-  %1254 = getelementptr i8, ptr %gep725.3.i, i64 64
-  %1255 = load <16 x i32>, ptr %1254, align 4, !tbaa !5
-  %1256 = shl <16 x i32> %1255, splat (i32 16)
-  %1257 = getelementptr inbounds nuw i8, ptr %1131, i64 1664
-  store <16 x i32> %1256, ptr %1257, align 4, !tbaa !5
-  %1258 = load i64, ptr %1244, align 8, !tbaa !5
-  %gep727.3.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1258
-  %1259 = getelementptr i8, ptr %gep727.3.i, i64 64
-  %1260 = load <16 x i32>, ptr %1259, align 4, !tbaa !5
-  %1261 = and <16 x i32> %1260, %375
-  %1262 = getelementptr inbounds nuw i8, ptr %1131, i64 1728
-  store <16 x i32> %1261, ptr %1262, align 4, !tbaa !5
-  %1263 = load i64, ptr %1244, align 8, !tbaa !5
-  %gep729.3.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1263
-  %1264 = getelementptr i8, ptr %gep729.3.i, i64 128
-  %1265 = load <16 x i32>, ptr %1264, align 4, !tbaa !5
-  %1266 = shl <16 x i32> %1265, splat (i32 16)
-  %1267 = getelementptr inbounds nuw i8, ptr %1131, i64 1792
-  store <16 x i32> %1266, ptr %1267, align 4, !tbaa !5
-  %1268 = load i64, ptr %1244, align 8, !tbaa !5
-  %gep731.3.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1268
-  %1269 = getelementptr i8, ptr %gep731.3.i, i64 128
-  %1270 = load <16 x i32>, ptr %1269, align 4, !tbaa !5
-  %1271 = and <16 x i32> %1270, %375
-  %1272 = getelementptr inbounds nuw i8, ptr %1131, i64 1856
-  store <16 x i32> %1271, ptr %1272, align 4, !tbaa !5
-  %1273 = load i64, ptr %1244, align 8, !tbaa !5
-  %gep733.3.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1273
-  %1274 = getelementptr i8, ptr %gep733.3.i, i64 192
-  %1275 = load <16 x i32>, ptr %1274, align 4, !tbaa !5
-  %1276 = shl <16 x i32> %1275, splat (i32 16)
-  %1277 = getelementptr inbounds nuw i8, ptr %1131, i64 1920
-  store <16 x i32> %1276, ptr %1277, align 4, !tbaa !5
-  %1278 = load i64, ptr %1244, align 8, !tbaa !5
-  %gep735.3.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1278
-  %1279 = getelementptr i8, ptr %gep735.3.i, i64 192
-  %1280 = load <16 x i32>, ptr %1279, align 4, !tbaa !5
-  %1281 = and <16 x i32> %1280, %375
-  %1282 = getelementptr inbounds nuw i8, ptr %1131, i64 1984
-  store <16 x i32> %1281, ptr %1282, align 4, !tbaa !5
-  %1283 = getelementptr inbounds nuw i8, ptr %1127, i64 32
-  %1284 = load i64, ptr %1283, align 8, !tbaa !5
-  %gep721.4.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1284
-  %1285 = load <16 x i32>, ptr %gep721.4.i, align 4, !tbaa !5
-  %1286 = shl <16 x i32> %1285, splat (i32 16)
-  %1287 = getelementptr inbounds nuw i8, ptr %1131, i64 2048
-  store <16 x i32> %1286, ptr %1287, align 4, !tbaa !5
-  %1288 = load i64, ptr %1283, align 8, !tbaa !5
-  %gep723.4.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1288
-  %1289 = load <16 x i32>, ptr %gep723.4.i, align 4, !tbaa !5
-  %1290 = and <16 x i32> %1289, %375
-  %1291 = getelementptr inbounds nuw i8, ptr %1131, i64 2112
-  store <16 x i32> %1290, ptr %1291, align 4, !tbaa !5
-  %1292 = load i64, ptr %1283, align 8, !tbaa !5
-  %gep725.4.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1292
-  %1293 = getelementptr i8, ptr %gep725.4.i, i64 64
-  %1294 = load <16 x i32>, ptr %1293, align 4, !tbaa !5
-  %1295 = shl <16 x i32> %1294, splat (i32 16)
-  %1296 = getelementptr inbounds nuw i8, ptr %1131, i64 2176
-  store <16 x i32> %1295, ptr %1296, align 4, !tbaa !5
-  %1297 = load i64, ptr %1283, align 8, !tbaa !5
-  %gep727.4.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1297
-  %1298 = getelementptr i8, ptr %gep727.4.i, i64 64
-  %1299 = load <16 x i32>, ptr %1298, align 4, !tbaa !5
-  %1300 = and <16 x i32> %1299, %375
-  %1301 = getelementptr inbounds nuw i8, ptr %1131, i64 2240
-  store <16 x i32> %1300, ptr %1301, align 4, !tbaa !5
-  %1302 = load i64, ptr %1283, align 8, !tbaa !5
-  %gep729.4.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1302
-  %1303 = getelementptr i8, ptr %gep729.4.i, i64 128
-  %1304 = load <16 x i32>, ptr %1303, align 4, !tbaa !5
-  %1305 = shl <16 x i32> %1304, splat (i32 16)
-  %1306 = getelementptr inbounds nuw i8, ptr %1131, i64 2304
-  store <16 x i32> %1305, ptr %1306, align 4, !tbaa !5
-  %1307 = load i64, ptr %1283, align 8, !tbaa !5
-  %gep731.4.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1307
-  %1308 = getelementptr i8, ptr %gep731.4.i, i64 128
-  %1309 = load <16 x i32>, ptr %1308, align 4, !tbaa !5
-  %1310 = and <16 x i32> %1309, %375
-  %1311 = getelementptr inbounds nuw i8, ptr %1131, i64 2368
-  store <16 x i32> %1310, ptr %1311, align 4, !tbaa !5
-  %1312 = load i64, ptr %1283, align 8, !tbaa !5
-  %gep733.4.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1312
-  %1313 = getelementptr i8, ptr %gep733.4.i, i64 192
-  %1314 = load <16 x i32>, ptr %1313, align 4, !tbaa !5
-  %1315 = shl <16 x i32> %1314, splat (i32 16)
-  %1316 = getelementptr inbounds nuw i8, ptr %1131, i64 2432
-  store <16 x i32> %1315, ptr %1316, align 4, !tbaa !5
-  %1317 = load i64, ptr %1283, align 8, !tbaa !5
-  %gep735.4.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1317
-  %1318 = getelementptr i8, ptr %gep735.4.i, i64 192
-  %1319 = load <16 x i32>, ptr %1318, align 4, !tbaa !5
-  %1320 = and <16 x i32> %1319, %375
-  %1321 = getelementptr inbounds nuw i8, ptr %1131, i64 2496
-  store <16 x i32> %1320, ptr %1321, align 4, !tbaa !5
-  %1322 = getelementptr inbounds nuw i8, ptr %1127, i64 40
-  %1323 = load i64, ptr %1322, align 8, !tbaa !5
-  %gep721.5.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1323
-  %1324 = load <16 x i32>, ptr %gep721.5.i, align 4, !tbaa !5
-  %1325 = shl <16 x i32> %1324, splat (i32 16)
-  %1326 = getelementptr inbounds nuw i8, ptr %1131, i64 2560
-  store <16 x i32> %1325, ptr %1326, align 4, !tbaa !5
-  %1327 = load i64, ptr %1322, align 8, !tbaa !5
-  %gep723.5.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1327
-  %1328 = load <16 x i32>, ptr %gep723.5.i, align 4, !tbaa !5
-  %1329 = and <16 x i32> %1328, %375
-  %1330 = getelementptr inbounds nuw i8, ptr %1131, i64 2624
-  store <16 x i32> %1329, ptr %1330, align 4, !tbaa !5
-  %1331 = load i64, ptr %1322, align 8, !tbaa !5
-  %gep725.5.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1331
-  %1332 = getelementptr i8, ptr %gep725.5.i, i64 64
-  %1333 = load <16 x i32>, ptr %1332, align 4, !tbaa !5
-  %1334 = shl <16 x i32> %1333, splat (i32 16)
-  %1335 = getelementptr inbounds nuw i8, ptr %1131, i64 2688
-  store <16 x i32> %1334, ptr %1335, align 4, !tbaa !5
-  %1336 = load i64, ptr %1322, align 8, !tbaa !5
-  %gep727.5.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1336
-  %1337 = getelementptr i8, ptr %gep727.5.i, i64 64
-  %1338 = load <16 x i32>, ptr %1337, align 4, !tbaa !5
-  %1339 = and <16 x i32> %1338, %375
-  %1340 = getelementptr inbounds nuw i8, ptr %1131, i64 2752
-  store <16 x i32> %1339, ptr %1340, align 4, !tbaa !5
-  %1341 = load i64, ptr %1322, align 8, !tbaa !5
-  %gep729.5.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1341
-  %1342 = getelementptr i8, ptr %gep729.5.i, i64 128
-  %1343 = load <16 x i32>, ptr %1342, align 4, !tbaa !5
-  %1344 = shl <16 x i32> %1343, splat (i32 16)
-  %1345 = getelementptr inbounds nuw i8, ptr %1131, i64 2816
-  store <16 x i32> %1344, ptr %1345, align 4, !tbaa !5
-  %1346 = load i64, ptr %1322, align 8, !tbaa !5
-  %gep731.5.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1346
-  %1347 = getelementptr i8, ptr %gep731.5.i, i64 128
-  %1348 = load <16 x i32>, ptr %1347, align 4, !tbaa !5
-  %1349 = and <16 x i32> %1348, %375
-  %1350 = getelementptr inbounds nuw i8, ptr %1131, i64 2880
-  store <16 x i32> %1349, ptr %1350, align 4, !tbaa !5
-  %1351 = load i64, ptr %1322, align 8, !tbaa !5
-  %gep733.5.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1351
-  %1352 = getelementptr i8, ptr %gep733.5.i, i64 192
-  %1353 = load <16 x i32>, ptr %1352, align 4, !tbaa !5
-  %1354 = shl <16 x i32> %1353, splat (i32 16)
-  %1355 = getelementptr inbounds nuw i8, ptr %1131, i64 2944
-  store <16 x i32> %1354, ptr %1355, align 4, !tbaa !5
-  %1356 = load i64, ptr %1322, align 8, !tbaa !5
-  %gep735.5.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1356
-  %1357 = getelementptr i8, ptr %gep735.5.i, i64 192
-  %1358 = load <16 x i32>, ptr %1357, align 4, !tbaa !5
-  %1359 = and <16 x i32> %1358, %375
-  %1360 = getelementptr inbounds nuw i8, ptr %1131, i64 3008
-  store <16 x i32> %1359, ptr %1360, align 4, !tbaa !5
-  %1361 = getelementptr inbounds nuw i8, ptr %1127, i64 48
-  %1362 = load i64, ptr %1361, align 8, !tbaa !5
-  %gep721.6.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1362
-  %1363 = load <16 x i32>, ptr %gep721.6.i, align 4, !tbaa !5
-  %1364 = shl <16 x i32> %1363, splat (i32 16)
-  %1365 = getelementptr inbounds nuw i8, ptr %1131, i64 3072
-  store <16 x i32> %1364, ptr %1365, align 4, !tbaa !5
-  %1366 = load i64, ptr %1361, align 8, !tbaa !5
-  %gep723.6.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1366
-  %1367 = load <16 x i32>, ptr %gep723.6.i, align 4, !tbaa !5
-  %1368 = and <16 x i32> %1367, %375
-  %1369 = getelementptr inbounds nuw i8, ptr %1131, i64 3136
-  store <16 x i32> %1368, ptr %1369, align 4, !tbaa !5
-  %1370 = load i64, ptr %1361, align 8, !tbaa !5
-  %gep725.6.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1370
-  %1371 = getelementptr i8, ptr %gep725.6.i, i64 64
-  %1372 = load <16 x i32>, ptr %1371, align 4, !tbaa !5
-  %1373 = shl <16 x i32> %1372, splat (i32 16)
-  %1374 = getelementptr inbounds nuw i8, ptr %1131, i64 3200
-  store <16 x i32> %1373, ptr %1374, align 4, !tbaa !5
-  %1375 = load i64, ptr %1361, align 8, !tbaa !5
-  %gep727.6.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1375
-  %1376 = getelementptr i8, ptr %gep727.6.i, i64 64
-  %1377 = load <16 x i32>, ptr %1376, align 4, !tbaa !5
-  %1378 = and <16 x i32> %1377, %375
-  %1379 = getelementptr inbounds nuw i8, ptr %1131, i64 3264
-  store <16 x i32> %1378, ptr %1379, align 4, !tbaa !5
-  %1380 = load i64, ptr %1361, align 8, !tbaa !5
-  %gep729.6.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1380
-  %1381 = getelementptr i8, ptr %gep729.6.i, i64 128
-  %1382 = load <16 x i32>, ptr %1381, align 4, !tbaa !5
-  %1383 = shl <16 x i32> %1382, splat (i32 16)
-  %1384 = getelementptr inbounds nuw i8, ptr %1131, i64 3328
-  store <16 x i32> %1383, ptr %1384, align 4, !tbaa !5
-  %1385 = load i64, ptr %1361, align 8, !tbaa !5
-  %gep731.6.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1385
-  %1386 = getelementptr i8, ptr %gep731.6.i, i64 128
-  %1387 = load <16 x i32>, ptr %1386, align 4, !tbaa !5
-  %1388 = and <16 x i32> %1387, %375
-  %1389 = getelementptr inbounds nuw i8, ptr %1131, i64 3392
-  store <16 x i32> %1388, ptr %1389, align 4, !tbaa !5
-  %1390 = load i64, ptr %1361, align 8, !tbaa !5
-  %gep733.6.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1390
-  %1391 = getelementptr i8, ptr %gep733.6.i, i64 192
-  %1392 = load <16 x i32>, ptr %1391, align 4, !tbaa !5
-  %1393 = shl <16 x i32> %1392, splat (i32 16)
-  %1394 = getelementptr inbounds nuw i8, ptr %1131, i64 3456
-  store <16 x i32> %1393, ptr %1394, align 4, !tbaa !5
-  %1395 = load i64, ptr %1361, align 8, !tbaa !5
-  %gep735.6.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1395
-  %1396 = getelementptr i8, ptr %gep735.6.i, i64 192
-  %1397 = load <16 x i32>, ptr %1396, align 4, !tbaa !5
-  %1398 = and <16 x i32> %1397, %375
-  %1399 = getelementptr inbounds nuw i8, ptr %1131, i64 3520
-  store <16 x i32> %1398, ptr %1399, align 4, !tbaa !5
-  %1400 = getelementptr inbounds nuw i8, ptr %1127, i64 56
-  %1401 = load i64, ptr %1400, align 8, !tbaa !5
-  %gep721.7.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1401
-  %1402 = load <16 x i32>, ptr %gep721.7.i, align 4, !tbaa !5
-  %1403 = shl <16 x i32> %1402, splat (i32 16)
-  %1404 = getelementptr inbounds nuw i8, ptr %1131, i64 3584
-  store <16 x i32> %1403, ptr %1404, align 4, !tbaa !5
-  %1405 = load i64, ptr %1400, align 8, !tbaa !5
-  %gep723.7.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1405
-  %1406 = load <16 x i32>, ptr %gep723.7.i, align 4, !tbaa !5
-  %1407 = and <16 x i32> %1406, %375
-  %1408 = getelementptr inbounds nuw i8, ptr %1131, i64 3648
-  store <16 x i32> %1407, ptr %1408, align 4, !tbaa !5
-  %1409 = load i64, ptr %1400, align 8, !tbaa !5
-  %gep725.7.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1409
-  %1410 = getelementptr i8, ptr %gep725.7.i, i64 64
-  %1411 = load <16 x i32>, ptr %1410, align 4, !tbaa !5
-  %1412 = shl <16 x i32> %1411, splat (i32 16)
-  %1413 = getelementptr inbounds nuw i8, ptr %1131, i64 3712
-  store <16 x i32> %1412, ptr %1413, align 4, !tbaa !5
-  %1414 = load i64, ptr %1400, align 8, !tbaa !5
-  %gep727.7.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1414
-  %1415 = getelementptr i8, ptr %gep727.7.i, i64 64
-  %1416 = load <16 x i32>, ptr %1415, align 4, !tbaa !5
-  %1417 = and <16 x i32> %1416, %375
-  %1418 = getelementptr inbounds nuw i8, ptr %1131, i64 3776
-  store <16 x i32> %1417, ptr %1418, align 4, !tbaa !5
-  %1419 = load i64, ptr %1400, align 8, !tbaa !5
-  %gep729.7.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1419
-  %1420 = getelementptr i8, ptr %gep729.7.i, i64 128
-  %1421 = load <16 x i32>, ptr %1420, align 4, !tbaa !5
-  %1422 = shl <16 x i32> %1421, splat (i32 16)
-  %1423 = getelementptr inbounds nuw i8, ptr %1131, i64 3840
-  store <16 x i32> %1422, ptr %1423, align 4, !tbaa !5
-  %1424 = load i64, ptr %1400, align 8, !tbaa !5
-  %gep731.7.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1424
-  %1425 = getelementptr i8, ptr %gep731.7.i, i64 128
-  %1426 = load <16 x i32>, ptr %1425, align 4, !tbaa !5
-  %1427 = and <16 x i32> %1426, %375
-  %1428 = getelementptr inbounds nuw i8, ptr %1131, i64 3904
-  store <16 x i32> %1427, ptr %1428, align 4, !tbaa !5
-  %1429 = load i64, ptr %1400, align 8, !tbaa !5
-  %gep733.7.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1429
-  %1430 = getelementptr i8, ptr %gep733.7.i, i64 192
-  %1431 = load <16 x i32>, ptr %1430, align 4, !tbaa !5
-  %1432 = shl <16 x i32> %1431, splat (i32 16)
-  %1433 = getelementptr inbounds nuw i8, ptr %1131, i64 3968
-  store <16 x i32> %1432, ptr %1433, align 4, !tbaa !5
-  %1434 = load i64, ptr %1400, align 8, !tbaa !5
-  %gep735.7.i = getelementptr i32, ptr %invariant.gep720.i, i64 %1434
-  %1435 = getelementptr i8, ptr %gep735.7.i, i64 192
-  %1436 = load <16 x i32>, ptr %1435, align 4, !tbaa !5
-  %1437 = and <16 x i32> %1436, %375
-  %1438 = getelementptr inbounds nuw i8, ptr %1131, i64 4032
-  store <16 x i32> %1437, ptr %1438, align 4, !tbaa !5
-  %indvars.iv.next964.i = add nuw nsw i64 %indvars.iv963.i, 1
-  %exitcond967.not.i = icmp eq i64 %indvars.iv.next964.i, %wide.trip.count957.i
-  br i1 %exitcond967.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti155.preheader.i, !prof !13
+  %indvars.iv948.i = phi i64 [ 0, %for_begin_ti155.preheader.lr.ph.i ], [ %indvars.iv.next949.i, %for_begin_ti155.preheader.i ]
+  %.idx75 = shl nsw i64 %indvars.iv948.i, 6
+  %1086 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx75
+  %1087 = load i64, ptr %1086, align 8, !tbaa !5
+  %gep706.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1087
+  %1088 = load <16 x i32>, ptr %gep706.i, align 4, !tbaa !5
+  %1089 = shl <16 x i32> %1088, splat (i32 16)
+  %.idx76 = shl nsw i64 %indvars.iv948.i, 12
+  %1090 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx76
+  store <16 x i32> %1089, ptr %1090, align 4, !tbaa !5
+  %1091 = load i64, ptr %1086, align 8, !tbaa !5
+  %gep708.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1091
+  %1092 = load <16 x i32>, ptr %gep708.i, align 4, !tbaa !5
+  %1093 = and <16 x i32> %1092, %375
+  %1094 = getelementptr inbounds nuw i8, ptr %1090, i64 64
+  store <16 x i32> %1093, ptr %1094, align 4, !tbaa !5
+  %1095 = load i64, ptr %1086, align 8, !tbaa !5
+  %gep710.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1095
+  %1096 = getelementptr i8, ptr %gep710.i, i64 64
+  %1097 = load <16 x i32>, ptr %1096, align 4, !tbaa !5
+  %1098 = shl <16 x i32> %1097, splat (i32 16)
+  %1099 = getelementptr inbounds nuw i8, ptr %1090, i64 128
+  store <16 x i32> %1098, ptr %1099, align 4, !tbaa !5
+  %1100 = load i64, ptr %1086, align 8, !tbaa !5
+  %gep712.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1100
+  %1101 = getelementptr i8, ptr %gep712.i, i64 64
+  %1102 = load <16 x i32>, ptr %1101, align 4, !tbaa !5
+  %1103 = and <16 x i32> %1102, %375
+  %1104 = getelementptr inbounds nuw i8, ptr %1090, i64 192
+  store <16 x i32> %1103, ptr %1104, align 4, !tbaa !5
+  %1105 = load i64, ptr %1086, align 8, !tbaa !5
+  %gep714.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1105
+  %1106 = getelementptr i8, ptr %gep714.i, i64 128
+  %1107 = load <16 x i32>, ptr %1106, align 4, !tbaa !5
+  %1108 = shl <16 x i32> %1107, splat (i32 16)
+  %1109 = getelementptr inbounds nuw i8, ptr %1090, i64 256
+  store <16 x i32> %1108, ptr %1109, align 4, !tbaa !5
+  %1110 = load i64, ptr %1086, align 8, !tbaa !5
+  %gep716.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1110
+  %1111 = getelementptr i8, ptr %gep716.i, i64 128
+  %1112 = load <16 x i32>, ptr %1111, align 4, !tbaa !5
+  %1113 = and <16 x i32> %1112, %375
+  %1114 = getelementptr inbounds nuw i8, ptr %1090, i64 320
+  store <16 x i32> %1113, ptr %1114, align 4, !tbaa !5
+  %1115 = load i64, ptr %1086, align 8, !tbaa !5
+  %gep718.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1115
+  %1116 = getelementptr i8, ptr %gep718.i, i64 192
+  %1117 = load <16 x i32>, ptr %1116, align 4, !tbaa !5
+  %1118 = shl <16 x i32> %1117, splat (i32 16)
+  %1119 = getelementptr inbounds nuw i8, ptr %1090, i64 384
+  store <16 x i32> %1118, ptr %1119, align 4, !tbaa !5
+  %1120 = load i64, ptr %1086, align 8, !tbaa !5
+  %gep720.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1120
+  %1121 = getelementptr i8, ptr %gep720.i, i64 192
+  %1122 = load <16 x i32>, ptr %1121, align 4, !tbaa !5
+  %1123 = and <16 x i32> %1122, %375
+  %1124 = getelementptr inbounds nuw i8, ptr %1090, i64 448
+  store <16 x i32> %1123, ptr %1124, align 4, !tbaa !5
+  %1125 = getelementptr inbounds nuw i8, ptr %1086, i64 8
+  %1126 = load i64, ptr %1125, align 8, !tbaa !5
+  %gep706.1.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1126
+  %1127 = load <16 x i32>, ptr %gep706.1.i, align 4, !tbaa !5
+  %1128 = shl <16 x i32> %1127, splat (i32 16)
+  %1129 = getelementptr inbounds nuw i8, ptr %1090, i64 512
+  store <16 x i32> %1128, ptr %1129, align 4, !tbaa !5
+  %1130 = load i64, ptr %1125, align 8, !tbaa !5
+  %gep708.1.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1130
+  %1131 = load <16 x i32>, ptr %gep708.1.i, align 4, !tbaa !5
+  %1132 = and <16 x i32> %1131, %375
+  %1133 = getelementptr inbounds nuw i8, ptr %1090, i64 576
+  store <16 x i32> %1132, ptr %1133, align 4, !tbaa !5
+  %1134 = load i64, ptr %1125, align 8, !tbaa !5
+  %gep710.1.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1134
+  %1135 = getelementptr i8, ptr %gep710.1.i, i64 64
+  %1136 = load <16 x i32>, ptr %1135, align 4, !tbaa !5
+  %1137 = shl <16 x i32> %1136, splat (i32 16)
+  %1138 = getelementptr inbounds nuw i8, ptr %1090, i64 640
+  store <16 x i32> %1137, ptr %1138, align 4, !tbaa !5
+  %1139 = load i64, ptr %1125, align 8, !tbaa !5
+  %gep712.1.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1139
+  %1140 = getelementptr i8, ptr %gep712.1.i, i64 64
+  %1141 = load <16 x i32>, ptr %1140, align 4, !tbaa !5
+  %1142 = and <16 x i32> %1141, %375
+  %1143 = getelementptr inbounds nuw i8, ptr %1090, i64 704
+  store <16 x i32> %1142, ptr %1143, align 4, !tbaa !5
+  %1144 = load i64, ptr %1125, align 8, !tbaa !5
+  %gep714.1.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1144
+  %1145 = getelementptr i8, ptr %gep714.1.i, i64 128
+  %1146 = load <16 x i32>, ptr %1145, align 4, !tbaa !5
+  %1147 = shl <16 x i32> %1146, splat (i32 16)
+  %1148 = getelementptr inbounds nuw i8, ptr %1090, i64 768
+  store <16 x i32> %1147, ptr %1148, align 4, !tbaa !5
+  %1149 = load i64, ptr %1125, align 8, !tbaa !5
+  %gep716.1.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1149
+  %1150 = getelementptr i8, ptr %gep716.1.i, i64 128
+  %1151 = load <16 x i32>, ptr %1150, align 4, !tbaa !5
+  %1152 = and <16 x i32> %1151, %375
+  %1153 = getelementptr inbounds nuw i8, ptr %1090, i64 832
+  store <16 x i32> %1152, ptr %1153, align 4, !tbaa !5
+  %1154 = load i64, ptr %1125, align 8, !tbaa !5
+  %gep718.1.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1154
+  %1155 = getelementptr i8, ptr %gep718.1.i, i64 192
+  %1156 = load <16 x i32>, ptr %1155, align 4, !tbaa !5
+  %1157 = shl <16 x i32> %1156, splat (i32 16)
+  %1158 = getelementptr inbounds nuw i8, ptr %1090, i64 896
+  store <16 x i32> %1157, ptr %1158, align 4, !tbaa !5
+  %1159 = load i64, ptr %1125, align 8, !tbaa !5
+  %gep720.1.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1159
+  %1160 = getelementptr i8, ptr %gep720.1.i, i64 192
+  %1161 = load <16 x i32>, ptr %1160, align 4, !tbaa !5
+  %1162 = and <16 x i32> %1161, %375
+  %1163 = getelementptr inbounds nuw i8, ptr %1090, i64 960
+  store <16 x i32> %1162, ptr %1163, align 4, !tbaa !5
+  %1164 = getelementptr inbounds nuw i8, ptr %1086, i64 16
+  %1165 = load i64, ptr %1164, align 8, !tbaa !5
+  %gep706.2.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1165
+  %1166 = load <16 x i32>, ptr %gep706.2.i, align 4, !tbaa !5
+  %1167 = shl <16 x i32> %1166, splat (i32 16)
+  %1168 = getelementptr inbounds nuw i8, ptr %1090, i64 1024
+  store <16 x i32> %1167, ptr %1168, align 4, !tbaa !5
+  %1169 = load i64, ptr %1164, align 8, !tbaa !5
+  %gep708.2.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1169
+  %1170 = load <16 x i32>, ptr %gep708.2.i, align 4, !tbaa !5
+  %1171 = and <16 x i32> %1170, %375
+  %1172 = getelementptr inbounds nuw i8, ptr %1090, i64 1088
+  store <16 x i32> %1171, ptr %1172, align 4, !tbaa !5
+  %1173 = load i64, ptr %1164, align 8, !tbaa !5
+  %gep710.2.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1173
+  %1174 = getelementptr i8, ptr %gep710.2.i, i64 64
+  %1175 = load <16 x i32>, ptr %1174, align 4, !tbaa !5
+  %1176 = shl <16 x i32> %1175, splat (i32 16)
+  %1177 = getelementptr inbounds nuw i8, ptr %1090, i64 1152
+  store <16 x i32> %1176, ptr %1177, align 4, !tbaa !5
+  %1178 = load i64, ptr %1164, align 8, !tbaa !5
+  %gep712.2.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1178
+  %1179 = getelementptr i8, ptr %gep712.2.i, i64 64
+  %1180 = load <16 x i32>, ptr %1179, align 4, !tbaa !5
+  %1181 = and <16 x i32> %1180, %375
+  %1182 = getelementptr inbounds nuw i8, ptr %1090, i64 1216
+  store <16 x i32> %1181, ptr %1182, align 4, !tbaa !5
+  %1183 = load i64, ptr %1164, align 8, !tbaa !5
+  %gep714.2.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1183
+  %1184 = getelementptr i8, ptr %gep714.2.i, i64 128
+  %1185 = load <16 x i32>, ptr %1184, align 4, !tbaa !5
+  %1186 = shl <16 x i32> %1185, splat (i32 16)
+  %1187 = getelementptr inbounds nuw i8, ptr %1090, i64 1280
+  store <16 x i32> %1186, ptr %1187, align 4, !tbaa !5
+  %1188 = load i64, ptr %1164, align 8, !tbaa !5
+  %gep716.2.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1188
+  %1189 = getelementptr i8, ptr %gep716.2.i, i64 128
+  %1190 = load <16 x i32>, ptr %1189, align 4, !tbaa !5
+  %1191 = and <16 x i32> %1190, %375
+  %1192 = getelementptr inbounds nuw i8, ptr %1090, i64 1344
+  store <16 x i32> %1191, ptr %1192, align 4, !tbaa !5
+  %1193 = load i64, ptr %1164, align 8, !tbaa !5
+  %gep718.2.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1193
+  %1194 = getelementptr i8, ptr %gep718.2.i, i64 192
+  %1195 = load <16 x i32>, ptr %1194, align 4, !tbaa !5
+  %1196 = shl <16 x i32> %1195, splat (i32 16)
+  %1197 = getelementptr inbounds nuw i8, ptr %1090, i64 1408
+  store <16 x i32> %1196, ptr %1197, align 4, !tbaa !5
+  %1198 = load i64, ptr %1164, align 8, !tbaa !5
+  %gep720.2.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1198
+  %1199 = getelementptr i8, ptr %gep720.2.i, i64 192
+  %1200 = load <16 x i32>, ptr %1199, align 4, !tbaa !5
+  %1201 = and <16 x i32> %1200, %375
+  %1202 = getelementptr inbounds nuw i8, ptr %1090, i64 1472
+  store <16 x i32> %1201, ptr %1202, align 4, !tbaa !5
+  %1203 = getelementptr inbounds nuw i8, ptr %1086, i64 24
+  %1204 = load i64, ptr %1203, align 8, !tbaa !5
+  %gep706.3.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1204
+  %1205 = load <16 x i32>, ptr %gep706.3.i, align 4, !tbaa !5
+  %1206 = shl <16 x i32> %1205, splat (i32 16)
+  %1207 = getelementptr inbounds nuw i8, ptr %1090, i64 1536
+  store <16 x i32> %1206, ptr %1207, align 4, !tbaa !5
+  %1208 = load i64, ptr %1203, align 8, !tbaa !5
+  %gep708.3.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1208
+  %1209 = load <16 x i32>, ptr %gep708.3.i, align 4, !tbaa !5
+  %1210 = and <16 x i32> %1209, %375
+  %1211 = getelementptr inbounds nuw i8, ptr %1090, i64 1600
+  store <16 x i32> %1210, ptr %1211, align 4, !tbaa !5
+  %1212 = load i64, ptr %1203, align 8, !tbaa !5
+  %gep710.3.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1212
+  %1213 = getelementptr i8, ptr %gep710.3.i, i64 64
+  %1214 = load <16 x i32>, ptr %1213, align 4, !tbaa !5
+  %1215 = shl <16 x i32> %1214, splat (i32 16)
+  %1216 = getelementptr inbounds nuw i8, ptr %1090, i64 1664
+  store <16 x i32> %1215, ptr %1216, align 4, !tbaa !5
+  %1217 = load i64, ptr %1203, align 8, !tbaa !5
+  %gep712.3.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1217
+  %1218 = getelementptr i8, ptr %gep712.3.i, i64 64
+  %1219 = load <16 x i32>, ptr %1218, align 4, !tbaa !5
+  %1220 = and <16 x i32> %1219, %375
+  %1221 = getelementptr inbounds nuw i8, ptr %1090, i64 1728
+  store <16 x i32> %1220, ptr %1221, align 4, !tbaa !5
+  %1222 = load i64, ptr %1203, align 8, !tbaa !5
+  %gep714.3.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1222
+  %1223 = getelementptr i8, ptr %gep714.3.i, i64 128
+  %1224 = load <16 x i32>, ptr %1223, align 4, !tbaa !5
+  %1225 = shl <16 x i32> %1224, splat (i32 16)
+  %1226 = getelementptr inbounds nuw i8, ptr %1090, i64 1792
+  store <16 x i32> %1225, ptr %1226, align 4, !tbaa !5
+  %1227 = load i64, ptr %1203, align 8, !tbaa !5
+  %gep716.3.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1227
+  %1228 = getelementptr i8, ptr %gep716.3.i, i64 128
+  %1229 = load <16 x i32>, ptr %1228, align 4, !tbaa !5
+  %1230 = and <16 x i32> %1229, %375
+  %1231 = getelementptr inbounds nuw i8, ptr %1090, i64 1856
+  store <16 x i32> %1230, ptr %1231, align 4, !tbaa !5
+  %1232 = load i64, ptr %1203, align 8, !tbaa !5
+  %gep718.3.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1232
+  %1233 = getelementptr i8, ptr %gep718.3.i, i64 192
+  %1234 = load <16 x i32>, ptr %1233, align 4, !tbaa !5
+  %1235 = shl <16 x i32> %1234, splat (i32 16)
+  %1236 = getelementptr inbounds nuw i8, ptr %1090, i64 1920
+  store <16 x i32> %1235, ptr %1236, align 4, !tbaa !5
+  %1237 = load i64, ptr %1203, align 8, !tbaa !5
+  %gep720.3.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1237
+  %1238 = getelementptr i8, ptr %gep720.3.i, i64 192
+  %1239 = load <16 x i32>, ptr %1238, align 4, !tbaa !5
+  %1240 = and <16 x i32> %1239, %375
+  %1241 = getelementptr inbounds nuw i8, ptr %1090, i64 1984
+  store <16 x i32> %1240, ptr %1241, align 4, !tbaa !5
+  %1242 = getelementptr inbounds nuw i8, ptr %1086, i64 32
+  %1243 = load i64, ptr %1242, align 8, !tbaa !5
+  %gep706.4.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1243
+  %1244 = load <16 x i32>, ptr %gep706.4.i, align 4, !tbaa !5
+  %1245 = shl <16 x i32> %1244, splat (i32 16)
+  %1246 = getelementptr inbounds nuw i8, ptr %1090, i64 2048
+  store <16 x i32> %1245, ptr %1246, align 4, !tbaa !5
+  %1247 = load i64, ptr %1242, align 8, !tbaa !5
+  %gep708.4.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1247
+  %1248 = load <16 x i32>, ptr %gep708.4.i, align 4, !tbaa !5
+  %1249 = and <16 x i32> %1248, %375
+  %1250 = getelementptr inbounds nuw i8, ptr %1090, i64 2112
+  store <16 x i32> %1249, ptr %1250, align 4, !tbaa !5
+  %1251 = load i64, ptr %1242, align 8, !tbaa !5
+  %gep710.4.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1251
+  %1252 = getelementptr i8, ptr %gep710.4.i, i64 64
+  %1253 = load <16 x i32>, ptr %1252, align 4, !tbaa !5
+  %1254 = shl <16 x i32> %1253, splat (i32 16)
+  %1255 = getelementptr inbounds nuw i8, ptr %1090, i64 2176
+  store <16 x i32> %1254, ptr %1255, align 4, !tbaa !5
+  %1256 = load i64, ptr %1242, align 8, !tbaa !5
+  %gep712.4.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1256
+  %1257 = getelementptr i8, ptr %gep712.4.i, i64 64
+  %1258 = load <16 x i32>, ptr %1257, align 4, !tbaa !5
+  %1259 = and <16 x i32> %1258, %375
+  %1260 = getelementptr inbounds nuw i8, ptr %1090, i64 2240
+  store <16 x i32> %1259, ptr %1260, align 4, !tbaa !5
+  %1261 = load i64, ptr %1242, align 8, !tbaa !5
+  %gep714.4.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1261
+  %1262 = getelementptr i8, ptr %gep714.4.i, i64 128
+  %1263 = load <16 x i32>, ptr %1262, align 4, !tbaa !5
+  %1264 = shl <16 x i32> %1263, splat (i32 16)
+  %1265 = getelementptr inbounds nuw i8, ptr %1090, i64 2304
+  store <16 x i32> %1264, ptr %1265, align 4, !tbaa !5
+  %1266 = load i64, ptr %1242, align 8, !tbaa !5
+  %gep716.4.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1266
+  %1267 = getelementptr i8, ptr %gep716.4.i, i64 128
+  %1268 = load <16 x i32>, ptr %1267, align 4, !tbaa !5
+  %1269 = and <16 x i32> %1268, %375
+  %1270 = getelementptr inbounds nuw i8, ptr %1090, i64 2368
+  store <16 x i32> %1269, ptr %1270, align 4, !tbaa !5
+  %1271 = load i64, ptr %1242, align 8, !tbaa !5
+  %gep718.4.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1271
+  %1272 = getelementptr i8, ptr %gep718.4.i, i64 192
+  %1273 = load <16 x i32>, ptr %1272, align 4, !tbaa !5
+  %1274 = shl <16 x i32> %1273, splat (i32 16)
+  %1275 = getelementptr inbounds nuw i8, ptr %1090, i64 2432
+  store <16 x i32> %1274, ptr %1275, align 4, !tbaa !5
+  %1276 = load i64, ptr %1242, align 8, !tbaa !5
+  %gep720.4.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1276
+  %1277 = getelementptr i8, ptr %gep720.4.i, i64 192
+  %1278 = load <16 x i32>, ptr %1277, align 4, !tbaa !5
+  %1279 = and <16 x i32> %1278, %375
+  %1280 = getelementptr inbounds nuw i8, ptr %1090, i64 2496
+  store <16 x i32> %1279, ptr %1280, align 4, !tbaa !5
+  %1281 = getelementptr inbounds nuw i8, ptr %1086, i64 40
+  %1282 = load i64, ptr %1281, align 8, !tbaa !5
+  %gep706.5.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1282
+  %1283 = load <16 x i32>, ptr %gep706.5.i, align 4, !tbaa !5
+  %1284 = shl <16 x i32> %1283, splat (i32 16)
+  %1285 = getelementptr inbounds nuw i8, ptr %1090, i64 2560
+  store <16 x i32> %1284, ptr %1285, align 4, !tbaa !5
+  %1286 = load i64, ptr %1281, align 8, !tbaa !5
+  %gep708.5.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1286
+  %1287 = load <16 x i32>, ptr %gep708.5.i, align 4, !tbaa !5
+  %1288 = and <16 x i32> %1287, %375
+  %1289 = getelementptr inbounds nuw i8, ptr %1090, i64 2624
+  store <16 x i32> %1288, ptr %1289, align 4, !tbaa !5
+  %1290 = load i64, ptr %1281, align 8, !tbaa !5
+  %gep710.5.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1290
+  %1291 = getelementptr i8, ptr %gep710.5.i, i64 64
+  %1292 = load <16 x i32>, ptr %1291, align 4, !tbaa !5
+  %1293 = shl <16 x i32> %1292, splat (i32 16)
+  %1294 = getelementptr inbounds nuw i8, ptr %1090, i64 2688
+  store <16 x i32> %1293, ptr %1294, align 4, !tbaa !5
+  %1295 = load i64, ptr %1281, align 8, !tbaa !5
+  %gep712.5.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1295
+  %1296 = getelementptr i8, ptr %gep712.5.i, i64 64
+  %1297 = load <16 x i32>, ptr %1296, align 4, !tbaa !5
+  %1298 = and <16 x i32> %1297, %375
+  %1299 = getelementptr inbounds nuw i8, ptr %1090, i64 2752
+  store <16 x i32> %1298, ptr %1299, align 4, !tbaa !5
+  %1300 = load i64, ptr %1281, align 8, !tbaa !5
+  %gep714.5.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1300
+  %1301 = getelementptr i8, ptr %gep714.5.i, i64 128
+  %1302 = load <16 x i32>, ptr %1301, align 4, !tbaa !5
+  %1303 = shl <16 x i32> %1302, splat (i32 16)
+  %1304 = getelementptr inbounds nuw i8, ptr %1090, i64 2816
+  store <16 x i32> %1303, ptr %1304, align 4, !tbaa !5
+  %1305 = load i64, ptr %1281, align 8, !tbaa !5
+  %gep716.5.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1305
+  %1306 = getelementptr i8, ptr %gep716.5.i, i64 128
+  %1307 = load <16 x i32>, ptr %1306, align 4, !tbaa !5
+  %1308 = and <16 x i32> %1307, %375
+  %1309 = getelementptr inbounds nuw i8, ptr %1090, i64 2880
+  store <16 x i32> %1308, ptr %1309, align 4, !tbaa !5
+  %1310 = load i64, ptr %1281, align 8, !tbaa !5
+  %gep718.5.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1310
+  %1311 = getelementptr i8, ptr %gep718.5.i, i64 192
+  %1312 = load <16 x i32>, ptr %1311, align 4, !tbaa !5
+  %1313 = shl <16 x i32> %1312, splat (i32 16)
+  %1314 = getelementptr inbounds nuw i8, ptr %1090, i64 2944
+  store <16 x i32> %1313, ptr %1314, align 4, !tbaa !5
+  %1315 = load i64, ptr %1281, align 8, !tbaa !5
+  %gep720.5.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1315
+  %1316 = getelementptr i8, ptr %gep720.5.i, i64 192
+  %1317 = load <16 x i32>, ptr %1316, align 4, !tbaa !5
+  %1318 = and <16 x i32> %1317, %375
+  %1319 = getelementptr inbounds nuw i8, ptr %1090, i64 3008
+  store <16 x i32> %1318, ptr %1319, align 4, !tbaa !5
+  %1320 = getelementptr inbounds nuw i8, ptr %1086, i64 48
+  %1321 = load i64, ptr %1320, align 8, !tbaa !5
+  %gep706.6.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1321
+  %1322 = load <16 x i32>, ptr %gep706.6.i, align 4, !tbaa !5
+  %1323 = shl <16 x i32> %1322, splat (i32 16)
+  %1324 = getelementptr inbounds nuw i8, ptr %1090, i64 3072
+  store <16 x i32> %1323, ptr %1324, align 4, !tbaa !5
+  %1325 = load i64, ptr %1320, align 8, !tbaa !5
+  %gep708.6.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1325
+  %1326 = load <16 x i32>, ptr %gep708.6.i, align 4, !tbaa !5
+  %1327 = and <16 x i32> %1326, %375
+  %1328 = getelementptr inbounds nuw i8, ptr %1090, i64 3136
+  store <16 x i32> %1327, ptr %1328, align 4, !tbaa !5
+  %1329 = load i64, ptr %1320, align 8, !tbaa !5
+  %gep710.6.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1329
+  %1330 = getelementptr i8, ptr %gep710.6.i, i64 64
+  %1331 = load <16 x i32>, ptr %1330, align 4, !tbaa !5
+  %1332 = shl <16 x i32> %1331, splat (i32 16)
+  %1333 = getelementptr inbounds nuw i8, ptr %1090, i64 3200
+  store <16 x i32> %1332, ptr %1333, align 4, !tbaa !5
+  %1334 = load i64, ptr %1320, align 8, !tbaa !5
+  %gep712.6.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1334
+  %1335 = getelementptr i8, ptr %gep712.6.i, i64 64
+  %1336 = load <16 x i32>, ptr %1335, align 4, !tbaa !5
+  %1337 = and <16 x i32> %1336, %375
+  %1338 = getelementptr inbounds nuw i8, ptr %1090, i64 3264
+  store <16 x i32> %1337, ptr %1338, align 4, !tbaa !5
+  %1339 = load i64, ptr %1320, align 8, !tbaa !5
+  %gep714.6.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1339
+  %1340 = getelementptr i8, ptr %gep714.6.i, i64 128
+  %1341 = load <16 x i32>, ptr %1340, align 4, !tbaa !5
+  %1342 = shl <16 x i32> %1341, splat (i32 16)
+  %1343 = getelementptr inbounds nuw i8, ptr %1090, i64 3328
+  store <16 x i32> %1342, ptr %1343, align 4, !tbaa !5
+  %1344 = load i64, ptr %1320, align 8, !tbaa !5
+  %gep716.6.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1344
+  %1345 = getelementptr i8, ptr %gep716.6.i, i64 128
+  %1346 = load <16 x i32>, ptr %1345, align 4, !tbaa !5
+  %1347 = and <16 x i32> %1346, %375
+  %1348 = getelementptr inbounds nuw i8, ptr %1090, i64 3392
+  store <16 x i32> %1347, ptr %1348, align 4, !tbaa !5
+  %1349 = load i64, ptr %1320, align 8, !tbaa !5
+  %gep718.6.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1349
+  %1350 = getelementptr i8, ptr %gep718.6.i, i64 192
+  %1351 = load <16 x i32>, ptr %1350, align 4, !tbaa !5
+  %1352 = shl <16 x i32> %1351, splat (i32 16)
+  %1353 = getelementptr inbounds nuw i8, ptr %1090, i64 3456
+  store <16 x i32> %1352, ptr %1353, align 4, !tbaa !5
+  %1354 = load i64, ptr %1320, align 8, !tbaa !5
+  %gep720.6.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1354
+  %1355 = getelementptr i8, ptr %gep720.6.i, i64 192
+  %1356 = load <16 x i32>, ptr %1355, align 4, !tbaa !5
+  %1357 = and <16 x i32> %1356, %375
+  %1358 = getelementptr inbounds nuw i8, ptr %1090, i64 3520
+  store <16 x i32> %1357, ptr %1358, align 4, !tbaa !5
+  %1359 = getelementptr inbounds nuw i8, ptr %1086, i64 56
+  %1360 = load i64, ptr %1359, align 8, !tbaa !5
+  %gep706.7.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1360
+  %1361 = load <16 x i32>, ptr %gep706.7.i, align 4, !tbaa !5
+  %1362 = shl <16 x i32> %1361, splat (i32 16)
+  %1363 = getelementptr inbounds nuw i8, ptr %1090, i64 3584
+  store <16 x i32> %1362, ptr %1363, align 4, !tbaa !5
+  %1364 = load i64, ptr %1359, align 8, !tbaa !5
+  %gep708.7.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1364
+  %1365 = load <16 x i32>, ptr %gep708.7.i, align 4, !tbaa !5
+  %1366 = and <16 x i32> %1365, %375
+  %1367 = getelementptr inbounds nuw i8, ptr %1090, i64 3648
+  store <16 x i32> %1366, ptr %1367, align 4, !tbaa !5
+  %1368 = load i64, ptr %1359, align 8, !tbaa !5
+  %gep710.7.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1368
+  %1369 = getelementptr i8, ptr %gep710.7.i, i64 64
+  %1370 = load <16 x i32>, ptr %1369, align 4, !tbaa !5
+  %1371 = shl <16 x i32> %1370, splat (i32 16)
+  %1372 = getelementptr inbounds nuw i8, ptr %1090, i64 3712
+  store <16 x i32> %1371, ptr %1372, align 4, !tbaa !5
+  %1373 = load i64, ptr %1359, align 8, !tbaa !5
+  %gep712.7.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1373
+  %1374 = getelementptr i8, ptr %gep712.7.i, i64 64
+  %1375 = load <16 x i32>, ptr %1374, align 4, !tbaa !5
+  %1376 = and <16 x i32> %1375, %375
+  %1377 = getelementptr inbounds nuw i8, ptr %1090, i64 3776
+  store <16 x i32> %1376, ptr %1377, align 4, !tbaa !5
+  %1378 = load i64, ptr %1359, align 8, !tbaa !5
+  %gep714.7.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1378
+  %1379 = getelementptr i8, ptr %gep714.7.i, i64 128
+  %1380 = load <16 x i32>, ptr %1379, align 4, !tbaa !5
+  %1381 = shl <16 x i32> %1380, splat (i32 16)
+  %1382 = getelementptr inbounds nuw i8, ptr %1090, i64 3840
+  store <16 x i32> %1381, ptr %1382, align 4, !tbaa !5
+  %1383 = load i64, ptr %1359, align 8, !tbaa !5
+  %gep716.7.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1383
+  %1384 = getelementptr i8, ptr %gep716.7.i, i64 128
+  %1385 = load <16 x i32>, ptr %1384, align 4, !tbaa !5
+  %1386 = and <16 x i32> %1385, %375
+  %1387 = getelementptr inbounds nuw i8, ptr %1090, i64 3904
+  store <16 x i32> %1386, ptr %1387, align 4, !tbaa !5
+  %1388 = load i64, ptr %1359, align 8, !tbaa !5
+  %gep718.7.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1388
+  %1389 = getelementptr i8, ptr %gep718.7.i, i64 192
+  %1390 = load <16 x i32>, ptr %1389, align 4, !tbaa !5
+  %1391 = shl <16 x i32> %1390, splat (i32 16)
+  %1392 = getelementptr inbounds nuw i8, ptr %1090, i64 3968
+  store <16 x i32> %1391, ptr %1392, align 4, !tbaa !5
+  %1393 = load i64, ptr %1359, align 8, !tbaa !5
+  %gep720.7.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1393
+  %1394 = getelementptr i8, ptr %gep720.7.i, i64 192
+  %1395 = load <16 x i32>, ptr %1394, align 4, !tbaa !5
+  %1396 = and <16 x i32> %1395, %375
+  %1397 = getelementptr inbounds nuw i8, ptr %1090, i64 4032
+  store <16 x i32> %1396, ptr %1397, align 4, !tbaa !5
+  %indvars.iv.next949.i = add nuw nsw i64 %indvars.iv948.i, 1
+  %exitcond952.not.i = icmp eq i64 %indvars.iv.next949.i, %wide.trip.count942.i
+  br i1 %exitcond952.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti155.preheader.i, !prof !13
 
-for_begin_row_tile.i:                             ; preds = %if_end339.i
-  %indvars.iv.next1062.i = add nuw nsw i64 %indvars.iv1061.i, 1
-  %exitcond1065.not.i = icmp eq i64 %indvars.iv.next1062.i, %wide.trip.count1064.i
-  br i1 %exitcond1065.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
+for_begin_row_tile.i:                             ; preds = %if_end327.i
+  %indvars.iv.next1041.i = add nuw nsw i64 %indvars.iv1040.i, 1
+  %exitcond1044.not.i = icmp eq i64 %indvars.iv.next1041.i, %wide.trip.count1043.i
+  br i1 %exitcond1044.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
 
 for_body_row_tile.i:                              ; preds = %for_begin_row_tile.i, %for_body_row_tile.lr.ph.i
-  %indvars.iv1061.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1062.i, %for_begin_row_tile.i ]
-  %1439 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scores.i = tail call ptr %1439(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1440 = icmp eq ptr %scores.i, null
-  br i1 %1440, label %fused_attend_compute_.exit, label %if_end161.i, !prof !8
+  %indvars.iv1040.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1041.i, %for_begin_row_tile.i ]
+  %1398 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.i = tail call ptr %1398(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1399 = icmp eq ptr %scores.i, null
+  br i1 %1399, label %fused_attend_compute_.exit, label %if_end161.i, !prof !8
 
 for_end_row_tile.i:                               ; preds = %for_begin_row_tile.i, %for_begin_row_tile.preheader.i
-  %1441 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %1442 = tail call i32 %1441(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not593.i = icmp eq i32 %1442, 0
-  br i1 %.not593.i, label %if_end345.i, label %fused_attend_compute_.exit, !prof !38
+  %1400 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1401 = tail call i32 %1400(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
+  %.not580.i = icmp eq i32 %1401, 0
+  br i1 %.not580.i, label %if_end333.i, label %fused_attend_compute_.exit, !prof !38
 
 if_end161.i:                                      ; preds = %for_body_row_tile.i
-  %1443 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %probs.i = tail call ptr %1443(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1444 = icmp eq ptr %probs.i, null
-  br i1 %1444, label %fused_attend_compute_.exit, label %if_end164.i, !prof !8
+  %1402 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %probs.i = tail call ptr %1402(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1403 = icmp eq ptr %probs.i, null
+  br i1 %1403, label %fused_attend_compute_.exit, label %if_end164.i, !prof !8
 
 if_end164.i:                                      ; preds = %if_end161.i
-  %1445 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %edges.i = tail call ptr %1445(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %1446 = icmp eq ptr %edges.i, null
-  br i1 %1446, label %fused_attend_compute_.exit, label %if_end167.i, !prof !8
+  %1404 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %edges.i = tail call ptr %1404(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %1405 = icmp eq ptr %edges.i, null
+  br i1 %1405, label %fused_attend_compute_.exit, label %if_end167.i, !prof !8
 
 if_end167.i:                                      ; preds = %if_end164.i
-  %1447 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled.i = tail call ptr %1447(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1448 = icmp eq ptr %scaled.i, null
-  br i1 %1448, label %fused_attend_compute_.exit, label %if_end170.i, !prof !8
+  %1406 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled.i = tail call ptr %1406(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1407 = icmp eq ptr %scaled.i, null
+  br i1 %1407, label %fused_attend_compute_.exit, label %if_end170.i, !prof !8
 
 if_end170.i:                                      ; preds = %if_end167.i
-  %1449 = srem i32 %771, %120
-  %1450 = ashr i32 %1449, 31
-  %1451 = sdiv i32 %771, %120
-  %1452 = add nsw i32 %1451, %1450
-  %.not595741.i = icmp slt i32 %1452, 0
-  br i1 %.not595741.i, label %for_end_t183.i, label %for_body_t173.lr.ph.i, !prof !16
+  %1408 = icmp eq i64 %indvars.iv1040.i, %386
+  %1409 = add nuw nsw i64 %indvars.iv1040.i, %1085
+  %.idx1165.i = shl i64 %1409, 4
+  %1410 = getelementptr i8, ptr %reach559.i, i64 %.idx1165.i
+  %1411 = getelementptr i8, ptr %1410, i64 4
+  %1412 = load i32, ptr %1411, align 4, !tbaa !17
+  %1413 = sext i32 %1412 to i64
+  %1414 = icmp slt i64 %697, %1413
+  br i1 %1414, label %if_then172.i, label %if_end173.i, !prof !8
 
-for_body_t173.lr.ph.i:                            ; preds = %if_end170.i
-  %1453 = add nuw i32 %1452, 1
-  %1454 = trunc nuw nsw i64 %indvars.iv1061.i to i32
-  %1455 = mul nuw nsw i32 %1453, %1454
-  %xtraiter622 = and i32 %1453, 3
-  %1456 = icmp ult i32 %1452, 3
-  br i1 %1456, label %for_body_t173.i.epil.preheader, label %for_body_t173.lr.ph.i.new, !prof !45
+if_then172.i:                                     ; preds = %if_end170.i
+  %1415 = sub nsw i32 %1412, %698
+  %valid_len175.i = tail call i32 @llvm.smin.i32(i32 %700, i32 %1415)
+  %1416 = add nsw i32 %valid_len175.i, 7
+  %1417 = ashr i32 %1416, 3
+  %1418 = icmp sgt i32 %1417, 0
+  br i1 %1418, label %for_body_to177.lr.ph.i, label %for_end_to185.i, !prof !3
 
-for_body_t173.lr.ph.i.new:                        ; preds = %for_body_t173.lr.ph.i
-  %unroll_iter625 = and i32 %1453, -4
-  br label %for_body_t173.i
-
-for_body_t173.i:                                  ; preds = %for_body_t173.i, %for_body_t173.lr.ph.i.new
-  %t176742.i = phi i32 [ 0, %for_body_t173.lr.ph.i.new ], [ %1484, %for_body_t173.i ]
-  %niter626 = phi i32 [ 0, %for_body_t173.lr.ph.i.new ], [ %niter626.next.3, %for_body_t173.i ]
-  %1457 = add nuw nsw i32 %t176742.i, %1455
-  %1458 = tail call i32 @llvm.smin.i32(i32 %1457, i32 %771)
-  %1459 = sext i32 %1458 to i64
-  %1460 = getelementptr i64, ptr %key_offsets.i, i64 %1459
-  %1461 = getelementptr i8, ptr %1460, i64 1024
-  %1462 = load i64, ptr %1461, align 8, !tbaa !5
-  %gep744.i = getelementptr i32, ptr %invariant.gep743.i, i64 %1462
-  tail call void @llvm.prefetch.p0(ptr readonly %gep744.i, i32 0, i32 2, i32 1)
-  %gep739.1.i = getelementptr i8, ptr %gep744.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep739.1.i, i32 0, i32 2, i32 1)
-  %gep739.2.i = getelementptr i8, ptr %gep744.i, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep739.2.i, i32 0, i32 2, i32 1)
-  %gep739.3.i = getelementptr i8, ptr %gep744.i, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep739.3.i, i32 0, i32 2, i32 1)
-  %1463 = or disjoint i32 %t176742.i, 1
-  %1464 = add nuw nsw i32 %1463, %1455
-  %1465 = tail call i32 @llvm.smin.i32(i32 %1464, i32 %771)
-  %1466 = sext i32 %1465 to i64
-  %1467 = getelementptr i64, ptr %key_offsets.i, i64 %1466
-  %1468 = getelementptr i8, ptr %1467, i64 1024
-  %1469 = load i64, ptr %1468, align 8, !tbaa !5
-  %gep744.i.1 = getelementptr i32, ptr %invariant.gep743.i, i64 %1469
-  tail call void @llvm.prefetch.p0(ptr readonly %gep744.i.1, i32 0, i32 2, i32 1)
-  %gep739.1.i.1 = getelementptr i8, ptr %gep744.i.1, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep739.1.i.1, i32 0, i32 2, i32 1)
-  %gep739.2.i.1 = getelementptr i8, ptr %gep744.i.1, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep739.2.i.1, i32 0, i32 2, i32 1)
-  %gep739.3.i.1 = getelementptr i8, ptr %gep744.i.1, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep739.3.i.1, i32 0, i32 2, i32 1)
-  %1470 = or disjoint i32 %t176742.i, 2
-  %1471 = add nuw nsw i32 %1470, %1455
-  %1472 = tail call i32 @llvm.smin.i32(i32 %1471, i32 %771)
-  %1473 = sext i32 %1472 to i64
-  %1474 = getelementptr i64, ptr %key_offsets.i, i64 %1473
-  %1475 = getelementptr i8, ptr %1474, i64 1024
-  %1476 = load i64, ptr %1475, align 8, !tbaa !5
-  %gep744.i.2 = getelementptr i32, ptr %invariant.gep743.i, i64 %1476
-  tail call void @llvm.prefetch.p0(ptr readonly %gep744.i.2, i32 0, i32 2, i32 1)
-  %gep739.1.i.2 = getelementptr i8, ptr %gep744.i.2, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep739.1.i.2, i32 0, i32 2, i32 1)
-  %gep739.2.i.2 = getelementptr i8, ptr %gep744.i.2, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep739.2.i.2, i32 0, i32 2, i32 1)
-  %gep739.3.i.2 = getelementptr i8, ptr %gep744.i.2, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep739.3.i.2, i32 0, i32 2, i32 1)
-  %1477 = or disjoint i32 %t176742.i, 3
-  %1478 = add nuw nsw i32 %1477, %1455
-  %1479 = tail call i32 @llvm.smin.i32(i32 %1478, i32 %771)
-  %1480 = sext i32 %1479 to i64
-  %1481 = getelementptr i64, ptr %key_offsets.i, i64 %1480
-  %1482 = getelementptr i8, ptr %1481, i64 1024
-  %1483 = load i64, ptr %1482, align 8, !tbaa !5
-  %gep744.i.3 = getelementptr i32, ptr %invariant.gep743.i, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %gep744.i.3, i32 0, i32 2, i32 1)
-  %gep739.1.i.3 = getelementptr i8, ptr %gep744.i.3, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep739.1.i.3, i32 0, i32 2, i32 1)
-  %gep739.2.i.3 = getelementptr i8, ptr %gep744.i.3, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep739.2.i.3, i32 0, i32 2, i32 1)
-  %gep739.3.i.3 = getelementptr i8, ptr %gep744.i.3, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep739.3.i.3, i32 0, i32 2, i32 1)
-  %1484 = add nuw i32 %t176742.i, 4
-  %niter626.next.3 = add i32 %niter626, 4
-  %niter626.ncmp.3 = icmp eq i32 %niter626.next.3, %unroll_iter625
-  br i1 %niter626.ncmp.3, label %for_body_t182.i.preheader.unr-lcssa, label %for_body_t173.i, !prof !46, !llvm.loop !47
-
-for_body_t182.i.preheader.unr-lcssa:              ; preds = %for_body_t173.i
-  %lcmp.mod623.not = icmp eq i32 %xtraiter622, 0
-  br i1 %lcmp.mod623.not, label %for_body_t182.i.preheader, label %for_body_t173.i.epil.preheader, !prof !49
-
-for_body_t173.i.epil.preheader:                   ; preds = %for_body_t182.i.preheader.unr-lcssa, %for_body_t173.lr.ph.i
-  %t176742.i.epil.init = phi i32 [ 0, %for_body_t173.lr.ph.i ], [ %1484, %for_body_t182.i.preheader.unr-lcssa ]
-  %lcmp.mod624 = icmp ne i32 %xtraiter622, 0
-  tail call void @llvm.assume(i1 %lcmp.mod624)
-  br label %for_body_t173.i.epil
-
-for_body_t173.i.epil:                             ; preds = %for_body_t173.i.epil, %for_body_t173.i.epil.preheader
-  %t176742.i.epil = phi i32 [ %t176742.i.epil.init, %for_body_t173.i.epil.preheader ], [ %1491, %for_body_t173.i.epil ]
-  %epil.iter = phi i32 [ 0, %for_body_t173.i.epil.preheader ], [ %epil.iter.next, %for_body_t173.i.epil ]
-  %1485 = add nuw nsw i32 %t176742.i.epil, %1455
-  %1486 = tail call i32 @llvm.smin.i32(i32 %1485, i32 %771)
-  %1487 = sext i32 %1486 to i64
-  %1488 = getelementptr i64, ptr %key_offsets.i, i64 %1487
-  %1489 = getelementptr i8, ptr %1488, i64 1024
-  %1490 = load i64, ptr %1489, align 8, !tbaa !5
-  %gep744.i.epil = getelementptr i32, ptr %invariant.gep743.i, i64 %1490
-  tail call void @llvm.prefetch.p0(ptr readonly %gep744.i.epil, i32 0, i32 2, i32 1)
-  %gep739.1.i.epil = getelementptr i8, ptr %gep744.i.epil, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep739.1.i.epil, i32 0, i32 2, i32 1)
-  %gep739.2.i.epil = getelementptr i8, ptr %gep744.i.epil, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep739.2.i.epil, i32 0, i32 2, i32 1)
-  %gep739.3.i.epil = getelementptr i8, ptr %gep744.i.epil, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep739.3.i.epil, i32 0, i32 2, i32 1)
-  %1491 = add nuw i32 %t176742.i.epil, 1
-  %epil.iter.next = add i32 %epil.iter, 1
-  %epil.iter.cmp.not = icmp eq i32 %epil.iter.next, %xtraiter622
-  br i1 %epil.iter.cmp.not, label %for_body_t182.i.preheader, label %for_body_t173.i.epil, !prof !12, !llvm.loop !50
-
-for_body_t182.i.preheader:                        ; preds = %for_body_t173.i.epil, %for_body_t182.i.preheader.unr-lcssa
-  %xtraiter627 = and i32 %1453, 3
-  %1492 = icmp ult i32 %1452, 3
-  br i1 %1492, label %for_body_t182.i.epil.preheader, label %for_body_t182.i.preheader.new, !prof !45
-
-for_body_t182.i.preheader.new:                    ; preds = %for_body_t182.i.preheader
-  %unroll_iter631 = and i32 %1453, -4
-  br label %for_body_t182.i
-
-for_body_t182.i:                                  ; preds = %for_body_t182.i, %for_body_t182.i.preheader.new
-  %t185749.i = phi i32 [ 0, %for_body_t182.i.preheader.new ], [ %1520, %for_body_t182.i ]
-  %niter632 = phi i32 [ 0, %for_body_t182.i.preheader.new ], [ %niter632.next.3, %for_body_t182.i ]
-  %1493 = add nuw nsw i32 %t185749.i, %1455
-  %1494 = tail call i32 @llvm.smin.i32(i32 %1493, i32 %771)
-  %1495 = sext i32 %1494 to i64
-  %1496 = getelementptr i64, ptr %value_offsets.i, i64 %1495
-  %1497 = getelementptr i8, ptr %1496, i64 1024
-  %1498 = load i64, ptr %1497, align 8, !tbaa !5
-  %gep751.i = getelementptr i32, ptr %invariant.gep750.i, i64 %1498
-  tail call void @llvm.prefetch.p0(ptr readonly %gep751.i, i32 0, i32 2, i32 1)
-  %gep746.1.i = getelementptr i8, ptr %gep751.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep746.1.i, i32 0, i32 2, i32 1)
-  %gep746.2.i = getelementptr i8, ptr %gep751.i, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep746.2.i, i32 0, i32 2, i32 1)
-  %gep746.3.i = getelementptr i8, ptr %gep751.i, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep746.3.i, i32 0, i32 2, i32 1)
-  %1499 = or disjoint i32 %t185749.i, 1
-  %1500 = add nuw nsw i32 %1499, %1455
-  %1501 = tail call i32 @llvm.smin.i32(i32 %1500, i32 %771)
-  %1502 = sext i32 %1501 to i64
-  %1503 = getelementptr i64, ptr %value_offsets.i, i64 %1502
-  %1504 = getelementptr i8, ptr %1503, i64 1024
-  %1505 = load i64, ptr %1504, align 8, !tbaa !5
-  %gep751.i.1 = getelementptr i32, ptr %invariant.gep750.i, i64 %1505
-  tail call void @llvm.prefetch.p0(ptr readonly %gep751.i.1, i32 0, i32 2, i32 1)
-  %gep746.1.i.1 = getelementptr i8, ptr %gep751.i.1, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep746.1.i.1, i32 0, i32 2, i32 1)
-  %gep746.2.i.1 = getelementptr i8, ptr %gep751.i.1, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep746.2.i.1, i32 0, i32 2, i32 1)
-  %gep746.3.i.1 = getelementptr i8, ptr %gep751.i.1, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep746.3.i.1, i32 0, i32 2, i32 1)
-  %1506 = or disjoint i32 %t185749.i, 2
-  %1507 = add nuw nsw i32 %1506, %1455
-  %1508 = tail call i32 @llvm.smin.i32(i32 %1507, i32 %771)
-  %1509 = sext i32 %1508 to i64
-  %1510 = getelementptr i64, ptr %value_offsets.i, i64 %1509
-  %1511 = getelementptr i8, ptr %1510, i64 1024
-  %1512 = load i64, ptr %1511, align 8, !tbaa !5
-  %gep751.i.2 = getelementptr i32, ptr %invariant.gep750.i, i64 %1512
-  tail call void @llvm.prefetch.p0(ptr readonly %gep751.i.2, i32 0, i32 2, i32 1)
-  %gep746.1.i.2 = getelementptr i8, ptr %gep751.i.2, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep746.1.i.2, i32 0, i32 2, i32 1)
-  %gep746.2.i.2 = getelementptr i8, ptr %gep751.i.2, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep746.2.i.2, i32 0, i32 2, i32 1)
-  %gep746.3.i.2 = getelementptr i8, ptr %gep751.i.2, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep746.3.i.2, i32 0, i32 2, i32 1)
-  %1513 = or disjoint i32 %t185749.i, 3
-  %1514 = add nuw nsw i32 %1513, %1455
-  %1515 = tail call i32 @llvm.smin.i32(i32 %1514, i32 %771)
-  %1516 = sext i32 %1515 to i64
-  %1517 = getelementptr i64, ptr %value_offsets.i, i64 %1516
-  %1518 = getelementptr i8, ptr %1517, i64 1024
-  %1519 = load i64, ptr %1518, align 8, !tbaa !5
-  %gep751.i.3 = getelementptr i32, ptr %invariant.gep750.i, i64 %1519
-  tail call void @llvm.prefetch.p0(ptr readonly %gep751.i.3, i32 0, i32 2, i32 1)
-  %gep746.1.i.3 = getelementptr i8, ptr %gep751.i.3, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep746.1.i.3, i32 0, i32 2, i32 1)
-  %gep746.2.i.3 = getelementptr i8, ptr %gep751.i.3, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep746.2.i.3, i32 0, i32 2, i32 1)
-  %gep746.3.i.3 = getelementptr i8, ptr %gep751.i.3, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep746.3.i.3, i32 0, i32 2, i32 1)
-  %1520 = add nuw i32 %t185749.i, 4
-  %niter632.next.3 = add i32 %niter632, 4
-  %niter632.ncmp.3 = icmp eq i32 %niter632.next.3, %unroll_iter631
-  br i1 %niter632.ncmp.3, label %for_end_t183.i.loopexit.unr-lcssa, label %for_body_t182.i, !prof !46, !llvm.loop !53
-
-for_end_t183.i.loopexit.unr-lcssa:                ; preds = %for_body_t182.i
-  %lcmp.mod629.not = icmp eq i32 %xtraiter627, 0
-  br i1 %lcmp.mod629.not, label %for_end_t183.i, label %for_body_t182.i.epil.preheader, !prof !49
-
-for_body_t182.i.epil.preheader:                   ; preds = %for_end_t183.i.loopexit.unr-lcssa, %for_body_t182.i.preheader
-  %t185749.i.epil.init = phi i32 [ 0, %for_body_t182.i.preheader ], [ %1520, %for_end_t183.i.loopexit.unr-lcssa ]
-  %lcmp.mod630 = icmp ne i32 %xtraiter627, 0
-  tail call void @llvm.assume(i1 %lcmp.mod630)
-  br label %for_body_t182.i.epil
-
-for_body_t182.i.epil:                             ; preds = %for_body_t182.i.epil, %for_body_t182.i.epil.preheader
-  %t185749.i.epil = phi i32 [ %1527, %for_body_t182.i.epil ], [ %t185749.i.epil.init, %for_body_t182.i.epil.preheader ]
-  %epil.iter628 = phi i32 [ %epil.iter628.next, %for_body_t182.i.epil ], [ 0, %for_body_t182.i.epil.preheader ]
-  %1521 = add nuw nsw i32 %t185749.i.epil, %1455
-  %1522 = tail call i32 @llvm.smin.i32(i32 %1521, i32 %771)
-  %1523 = sext i32 %1522 to i64
-  %1524 = getelementptr i64, ptr %value_offsets.i, i64 %1523
-  %1525 = getelementptr i8, ptr %1524, i64 1024
-  %1526 = load i64, ptr %1525, align 8, !tbaa !5
-  %gep751.i.epil = getelementptr i32, ptr %invariant.gep750.i, i64 %1526
-  tail call void @llvm.prefetch.p0(ptr readonly %gep751.i.epil, i32 0, i32 2, i32 1)
-  %gep746.1.i.epil = getelementptr i8, ptr %gep751.i.epil, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep746.1.i.epil, i32 0, i32 2, i32 1)
-  %gep746.2.i.epil = getelementptr i8, ptr %gep751.i.epil, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep746.2.i.epil, i32 0, i32 2, i32 1)
-  %gep746.3.i.epil = getelementptr i8, ptr %gep751.i.epil, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep746.3.i.epil, i32 0, i32 2, i32 1)
-  %1527 = add nuw i32 %t185749.i.epil, 1
-  %epil.iter628.next = add i32 %epil.iter628, 1
-  %epil.iter628.cmp.not = icmp eq i32 %epil.iter628.next, %xtraiter627
-  br i1 %epil.iter628.cmp.not, label %for_end_t183.i, label %for_body_t182.i.epil, !prof !12, !llvm.loop !54
-
-for_end_t183.i:                                   ; preds = %for_body_t182.i.epil, %for_end_t183.i.loopexit.unr-lcssa, %if_end170.i
-  %1528 = add nuw nsw i64 %indvars.iv1061.i, %1124
-  %.idx1186.i = shl i64 %1528, 4
-  %1529 = getelementptr i8, ptr %reach572.i, i64 %.idx1186.i
-  %1530 = getelementptr i8, ptr %1529, i64 4
-  %1531 = load i32, ptr %1530, align 4, !tbaa !17
-  %1532 = sext i32 %1531 to i64
-  %1533 = icmp slt i64 %710, %1532
-  br i1 %1533, label %if_then193.i, label %if_end194.i, !prof !8
-
-if_then193.i:                                     ; preds = %for_end_t183.i
-  %1534 = sub nsw i32 %1531, %711
-  %valid_len196.i = tail call i32 @llvm.smin.i32(i32 %716, i32 %1534)
-  %1535 = add nsw i32 %valid_len196.i, 7
-  %1536 = ashr i32 %1535, 3
-  %1537 = icmp sgt i32 %1536, 0
-  br i1 %1537, label %for_begin_d_0.preheader.lr.ph.i, label %for_end_to204.i, !prof !3
-
-for_begin_d_0.preheader.lr.ph.i:                  ; preds = %if_then193.i
-  %wide.trip.count994.i = zext nneg i32 %1536 to i64
-  %invariant.gep.idx = shl i64 %1528, 13
+for_body_to177.lr.ph.i:                           ; preds = %if_then172.i
+  %1419 = and i1 %704, %1408
+  %1420 = mul nuw nsw i32 %1417, %1084
+  %wide.trip.count970.i = zext nneg i32 %1417 to i64
+  %invariant.gep.idx = shl i64 %1409, 13
   %invariant.gep = getelementptr i8, ptr %q_tile.i, i64 %invariant.gep.idx
-  br label %for_begin_d_0.preheader.i
+  br label %for_body_to177.i
 
-if_end194.i:                                      ; preds = %if_end331.i, %for_end_t183.i
-  %1538 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %1539 = tail call i32 %1538(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not597.i = icmp eq i32 %1539, 0
-  br i1 %.not597.i, label %if_end333.i, label %fused_attend_compute_.exit, !prof !38
+if_end173.i:                                      ; preds = %if_end319.i, %if_end170.i
+  %1421 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1422 = tail call i32 %1421(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not582.i = icmp eq i32 %1422, 0
+  br i1 %.not582.i, label %if_end321.i, label %fused_attend_compute_.exit, !prof !38
 
-for_begin_to202.preheader.i:                      ; preds = %for_end_d_1.3.i
-  %.idx1188.i = shl nsw i64 %1528, 6
-  %1540 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1188.i
-  br label %for_begin_ti207.preheader.i
+for_begin_to183.preheader.i:                      ; preds = %for_end_d_1.3.i
+  %.idx1167.i = shl nsw i64 %1409, 6
+  %1423 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1167.i
+  br label %for_begin_ti188.preheader.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_end_d_1.3.i, %for_begin_d_0.preheader.lr.ph.i
-  %indvars.iv991.i = phi i64 [ 0, %for_begin_d_0.preheader.lr.ph.i ], [ %indvars.iv.next992.i, %for_end_d_1.3.i ]
-  %.idx263 = shl nsw i64 %indvars.iv991.i, 12
-  %1541 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx263
+for_body_to177.i:                                 ; preds = %for_end_d_1.3.i, %for_body_to177.lr.ph.i
+  %indvars.iv967.i = phi i64 [ 0, %for_body_to177.lr.ph.i ], [ %indvars.iv.next968.i, %for_end_d_1.3.i ]
+  br i1 %1419, label %for_begin_line.preheader.i, label %if_end182.i, !prof !8
+
+for_begin_line.preheader.i:                       ; preds = %for_body_to177.i
+  %1424 = trunc i64 %indvars.iv967.i to i32
+  %1425 = add i32 %1420, %1424
+  %1426 = shl i32 %1425, 3
+  br label %for_body_line.i
+
+if_end182.i:                                      ; preds = %for_body_line.i, %for_body_to177.i
+  %.idx254 = shl nsw i64 %indvars.iv967.i, 12
+  %1427 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx254
   br label %for_begin_d_2.preheader.i
 
-for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_d_0.preheader.i
-  %indvars.iv982.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next983.i, %for_begin_d_2.preheader.i ]
-  %scores_global565.sroa.0.1770.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1589, %for_begin_d_2.preheader.i ]
-  %scores_global565.sroa.4.1769.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1594, %for_begin_d_2.preheader.i ]
-  %scores_global565.sroa.8.1768.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1599, %for_begin_d_2.preheader.i ]
-  %scores_global565.sroa.12.1767.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1604, %for_begin_d_2.preheader.i ]
-  %scores_global565.sroa.16.1766.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1609, %for_begin_d_2.preheader.i ]
-  %scores_global565.sroa.20.1765.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1614, %for_begin_d_2.preheader.i ]
-  %scores_global565.sroa.24.1764.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1619, %for_begin_d_2.preheader.i ]
-  %scores_global565.sroa.28.1763.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1624, %for_begin_d_2.preheader.i ]
-  %.idx77 = shl nuw nsw i64 %indvars.iv982.i, 7
+for_body_line.i:                                  ; preds = %for_body_line.i, %for_begin_line.preheader.i
+  %line723.i = phi i32 [ 0, %for_begin_line.preheader.i ], [ %1463, %for_body_line.i ]
+  %1428 = lshr i32 %line723.i, 2
+  %1429 = add nuw nsw i32 %1428, %1426
+  %1430 = srem i32 %1429, %num_kv_heads
+  %1431 = sext i32 %1430 to i64
+  %1432 = mul nsw i64 %k_head, %1431
+  %1433 = sdiv i32 %1429, %num_kv_heads
+  %1434 = sext i32 %1433 to i64
+  %1435 = getelementptr i64, ptr %key_offsets.i, i64 %1434
+  %1436 = getelementptr i8, ptr %1435, i64 1024
+  %1437 = load i64, ptr %1436, align 8, !tbaa !5
+  %1438 = shl nuw nsw i32 %line723.i, 4
+  %1439 = and i32 %1438, 32
+  %1440 = zext nneg i32 %1439 to i64
+  %1441 = getelementptr i32, ptr %key_cache, i64 %1437
+  %1442 = getelementptr i32, ptr %1441, i64 %1440
+  %1443 = getelementptr i32, ptr %1442, i64 %378
+  %1444 = getelementptr i32, ptr %1443, i64 %1432
+  tail call void @llvm.prefetch.p0(ptr readonly %1444, i32 0, i32 2, i32 1)
+  %1445 = lshr i32 %line723.i, 2
+  %1446 = add nuw nsw i32 %1445, %1426
+  %1447 = srem i32 %1446, %num_kv_heads
+  %1448 = sext i32 %1447 to i64
+  %1449 = mul nsw i64 %k_head, %1448
+  %1450 = sdiv i32 %1446, %num_kv_heads
+  %1451 = sext i32 %1450 to i64
+  %1452 = getelementptr i64, ptr %key_offsets.i, i64 %1451
+  %1453 = getelementptr i8, ptr %1452, i64 1024
+  %1454 = load i64, ptr %1453, align 8, !tbaa !5
+  %1455 = shl i32 %line723.i, 4
+  %1456 = and i32 %1455, 32
+  %1457 = getelementptr i32, ptr %key_cache, i64 %1454
+  %1458 = zext nneg i32 %1456 to i64
+  %1459 = getelementptr i32, ptr %1457, i64 %1458
+  %1460 = getelementptr i8, ptr %1459, i64 64
+  %1461 = getelementptr i32, ptr %1460, i64 %378
+  %1462 = getelementptr i32, ptr %1461, i64 %1449
+  tail call void @llvm.prefetch.p0(ptr readonly %1462, i32 0, i32 2, i32 1)
+  %1463 = add nuw nsw i32 %line723.i, 2
+  %exitcond953.not.i.1 = icmp eq i32 %1463, 32
+  br i1 %exitcond953.not.i.1, label %if_end182.i, label %for_body_line.i, !prof !28, !llvm.loop !45
+
+for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %if_end182.i
+  %indvars.iv958.i = phi i64 [ 0, %if_end182.i ], [ %indvars.iv.next959.i, %for_begin_d_2.preheader.i ]
+  %scores_global552.sroa.0.1742.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1511, %for_begin_d_2.preheader.i ]
+  %scores_global552.sroa.4.1741.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1516, %for_begin_d_2.preheader.i ]
+  %scores_global552.sroa.8.1740.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1521, %for_begin_d_2.preheader.i ]
+  %scores_global552.sroa.12.1739.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1526, %for_begin_d_2.preheader.i ]
+  %scores_global552.sroa.16.1738.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1531, %for_begin_d_2.preheader.i ]
+  %scores_global552.sroa.20.1737.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1536, %for_begin_d_2.preheader.i ]
+  %scores_global552.sroa.24.1736.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1541, %for_begin_d_2.preheader.i ]
+  %scores_global552.sroa.28.1735.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1546, %for_begin_d_2.preheader.i ]
+  %.idx77 = shl nuw nsw i64 %indvars.iv958.i, 7
   %gep = getelementptr i8, ptr %invariant.gep, i64 %.idx77
-  %1542 = load <16 x float>, ptr %gep, align 4, !tbaa !5
-  %1543 = getelementptr inbounds nuw float, ptr %1541, i64 %indvars.iv982.i
-  %1544 = load float, ptr %1543, align 4, !tbaa !5
-  %1545 = insertelement <16 x float> poison, float %1544, i64 0
-  %1546 = shufflevector <16 x float> %1545, <16 x float> poison, <16 x i32> zeroinitializer
-  %1547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1542, <16 x float> %1546, <16 x float> %scores_global565.sroa.0.1770.i)
-  %1548 = getelementptr inbounds nuw i8, ptr %1543, i64 512
-  %1549 = load float, ptr %1548, align 4, !tbaa !5
-  %1550 = insertelement <16 x float> poison, float %1549, i64 0
-  %1551 = shufflevector <16 x float> %1550, <16 x float> poison, <16 x i32> zeroinitializer
-  %1552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1542, <16 x float> %1551, <16 x float> %scores_global565.sroa.4.1769.i)
-  %1553 = getelementptr inbounds nuw i8, ptr %1543, i64 1024
-  %1554 = load float, ptr %1553, align 4, !tbaa !5
-  %1555 = insertelement <16 x float> poison, float %1554, i64 0
-  %1556 = shufflevector <16 x float> %1555, <16 x float> poison, <16 x i32> zeroinitializer
-  %1557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1542, <16 x float> %1556, <16 x float> %scores_global565.sroa.8.1768.i)
-  %1558 = getelementptr inbounds nuw i8, ptr %1543, i64 1536
-  %1559 = load float, ptr %1558, align 4, !tbaa !5
-  %1560 = insertelement <16 x float> poison, float %1559, i64 0
-  %1561 = shufflevector <16 x float> %1560, <16 x float> poison, <16 x i32> zeroinitializer
-  %1562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1542, <16 x float> %1561, <16 x float> %scores_global565.sroa.12.1767.i)
-  %1563 = getelementptr inbounds nuw i8, ptr %1543, i64 2048
-  %1564 = load float, ptr %1563, align 4, !tbaa !5
-  %1565 = insertelement <16 x float> poison, float %1564, i64 0
-  %1566 = shufflevector <16 x float> %1565, <16 x float> poison, <16 x i32> zeroinitializer
-  %1567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1542, <16 x float> %1566, <16 x float> %scores_global565.sroa.16.1766.i)
-  %1568 = getelementptr inbounds nuw i8, ptr %1543, i64 2560
-  %1569 = load float, ptr %1568, align 4, !tbaa !5
-  %1570 = insertelement <16 x float> poison, float %1569, i64 0
-  %1571 = shufflevector <16 x float> %1570, <16 x float> poison, <16 x i32> zeroinitializer
-  %1572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1542, <16 x float> %1571, <16 x float> %scores_global565.sroa.20.1765.i)
-  %1573 = getelementptr inbounds nuw i8, ptr %1543, i64 3072
-  %1574 = load float, ptr %1573, align 4, !tbaa !5
-  %1575 = insertelement <16 x float> poison, float %1574, i64 0
-  %1576 = shufflevector <16 x float> %1575, <16 x float> poison, <16 x i32> zeroinitializer
-  %1577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1542, <16 x float> %1576, <16 x float> %scores_global565.sroa.24.1764.i)
-  %1578 = getelementptr inbounds nuw i8, ptr %1543, i64 3584
-  %1579 = load float, ptr %1578, align 4, !tbaa !5
-  %1580 = insertelement <16 x float> poison, float %1579, i64 0
-  %1581 = shufflevector <16 x float> %1580, <16 x float> poison, <16 x i32> zeroinitializer
-  %1582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1542, <16 x float> %1581, <16 x float> %scores_global565.sroa.28.1763.i)
-  %1583 = getelementptr i8, ptr %gep, i64 64
-  %1584 = load <16 x float>, ptr %1583, align 4, !tbaa !5
-  %1585 = getelementptr inbounds nuw i8, ptr %1543, i64 64
-  %1586 = load float, ptr %1585, align 4, !tbaa !5
-  %1587 = insertelement <16 x float> poison, float %1586, i64 0
-  %1588 = shufflevector <16 x float> %1587, <16 x float> poison, <16 x i32> zeroinitializer
-  %1589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1584, <16 x float> %1588, <16 x float> %1547)
-  %1590 = getelementptr inbounds nuw i8, ptr %1543, i64 576
-  %1591 = load float, ptr %1590, align 4, !tbaa !5
-  %1592 = insertelement <16 x float> poison, float %1591, i64 0
-  %1593 = shufflevector <16 x float> %1592, <16 x float> poison, <16 x i32> zeroinitializer
-  %1594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1584, <16 x float> %1593, <16 x float> %1552)
-  %1595 = getelementptr inbounds nuw i8, ptr %1543, i64 1088
-  %1596 = load float, ptr %1595, align 4, !tbaa !5
-  %1597 = insertelement <16 x float> poison, float %1596, i64 0
-  %1598 = shufflevector <16 x float> %1597, <16 x float> poison, <16 x i32> zeroinitializer
-  %1599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1584, <16 x float> %1598, <16 x float> %1557)
-  %1600 = getelementptr inbounds nuw i8, ptr %1543, i64 1600
-  %1601 = load float, ptr %1600, align 4, !tbaa !5
-  %1602 = insertelement <16 x float> poison, float %1601, i64 0
-  %1603 = shufflevector <16 x float> %1602, <16 x float> poison, <16 x i32> zeroinitializer
-  %1604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1584, <16 x float> %1603, <16 x float> %1562)
-  %1605 = getelementptr inbounds nuw i8, ptr %1543, i64 2112
-  %1606 = load float, ptr %1605, align 4, !tbaa !5
-  %1607 = insertelement <16 x float> poison, float %1606, i64 0
-  %1608 = shufflevector <16 x float> %1607, <16 x float> poison, <16 x i32> zeroinitializer
-  %1609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1584, <16 x float> %1608, <16 x float> %1567)
-  %1610 = getelementptr inbounds nuw i8, ptr %1543, i64 2624
-  %1611 = load float, ptr %1610, align 4, !tbaa !5
-  %1612 = insertelement <16 x float> poison, float %1611, i64 0
-  %1613 = shufflevector <16 x float> %1612, <16 x float> poison, <16 x i32> zeroinitializer
-  %1614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1584, <16 x float> %1613, <16 x float> %1572)
-  %1615 = getelementptr inbounds nuw i8, ptr %1543, i64 3136
-  %1616 = load float, ptr %1615, align 4, !tbaa !5
-  %1617 = insertelement <16 x float> poison, float %1616, i64 0
-  %1618 = shufflevector <16 x float> %1617, <16 x float> poison, <16 x i32> zeroinitializer
-  %1619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1584, <16 x float> %1618, <16 x float> %1577)
-  %1620 = getelementptr inbounds nuw i8, ptr %1543, i64 3648
-  %1621 = load float, ptr %1620, align 4, !tbaa !5
-  %1622 = insertelement <16 x float> poison, float %1621, i64 0
-  %1623 = shufflevector <16 x float> %1622, <16 x float> poison, <16 x i32> zeroinitializer
-  %1624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1584, <16 x float> %1623, <16 x float> %1582)
-  %indvars.iv.next983.i = add nuw nsw i64 %indvars.iv982.i, 1
-  %exitcond986.not.i = icmp eq i64 %indvars.iv.next983.i, 16
-  br i1 %exitcond986.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !28
+  %1464 = load <16 x float>, ptr %gep, align 4, !tbaa !5
+  %1465 = getelementptr inbounds nuw float, ptr %1427, i64 %indvars.iv958.i
+  %1466 = load float, ptr %1465, align 4, !tbaa !5
+  %1467 = insertelement <16 x float> poison, float %1466, i64 0
+  %1468 = shufflevector <16 x float> %1467, <16 x float> poison, <16 x i32> zeroinitializer
+  %1469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1464, <16 x float> %1468, <16 x float> %scores_global552.sroa.0.1742.i)
+  %1470 = getelementptr inbounds nuw i8, ptr %1465, i64 512
+  %1471 = load float, ptr %1470, align 4, !tbaa !5
+  %1472 = insertelement <16 x float> poison, float %1471, i64 0
+  %1473 = shufflevector <16 x float> %1472, <16 x float> poison, <16 x i32> zeroinitializer
+  %1474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1464, <16 x float> %1473, <16 x float> %scores_global552.sroa.4.1741.i)
+  %1475 = getelementptr inbounds nuw i8, ptr %1465, i64 1024
+  %1476 = load float, ptr %1475, align 4, !tbaa !5
+  %1477 = insertelement <16 x float> poison, float %1476, i64 0
+  %1478 = shufflevector <16 x float> %1477, <16 x float> poison, <16 x i32> zeroinitializer
+  %1479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1464, <16 x float> %1478, <16 x float> %scores_global552.sroa.8.1740.i)
+  %1480 = getelementptr inbounds nuw i8, ptr %1465, i64 1536
+  %1481 = load float, ptr %1480, align 4, !tbaa !5
+  %1482 = insertelement <16 x float> poison, float %1481, i64 0
+  %1483 = shufflevector <16 x float> %1482, <16 x float> poison, <16 x i32> zeroinitializer
+  %1484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1464, <16 x float> %1483, <16 x float> %scores_global552.sroa.12.1739.i)
+  %1485 = getelementptr inbounds nuw i8, ptr %1465, i64 2048
+  %1486 = load float, ptr %1485, align 4, !tbaa !5
+  %1487 = insertelement <16 x float> poison, float %1486, i64 0
+  %1488 = shufflevector <16 x float> %1487, <16 x float> poison, <16 x i32> zeroinitializer
+  %1489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1464, <16 x float> %1488, <16 x float> %scores_global552.sroa.16.1738.i)
+  %1490 = getelementptr inbounds nuw i8, ptr %1465, i64 2560
+  %1491 = load float, ptr %1490, align 4, !tbaa !5
+  %1492 = insertelement <16 x float> poison, float %1491, i64 0
+  %1493 = shufflevector <16 x float> %1492, <16 x float> poison, <16 x i32> zeroinitializer
+  %1494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1464, <16 x float> %1493, <16 x float> %scores_global552.sroa.20.1737.i)
+  %1495 = getelementptr inbounds nuw i8, ptr %1465, i64 3072
+  %1496 = load float, ptr %1495, align 4, !tbaa !5
+  %1497 = insertelement <16 x float> poison, float %1496, i64 0
+  %1498 = shufflevector <16 x float> %1497, <16 x float> poison, <16 x i32> zeroinitializer
+  %1499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1464, <16 x float> %1498, <16 x float> %scores_global552.sroa.24.1736.i)
+  %1500 = getelementptr inbounds nuw i8, ptr %1465, i64 3584
+  %1501 = load float, ptr %1500, align 4, !tbaa !5
+  %1502 = insertelement <16 x float> poison, float %1501, i64 0
+  %1503 = shufflevector <16 x float> %1502, <16 x float> poison, <16 x i32> zeroinitializer
+  %1504 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1464, <16 x float> %1503, <16 x float> %scores_global552.sroa.28.1735.i)
+  %1505 = getelementptr i8, ptr %gep, i64 64
+  %1506 = load <16 x float>, ptr %1505, align 4, !tbaa !5
+  %1507 = getelementptr inbounds nuw i8, ptr %1465, i64 64
+  %1508 = load float, ptr %1507, align 4, !tbaa !5
+  %1509 = insertelement <16 x float> poison, float %1508, i64 0
+  %1510 = shufflevector <16 x float> %1509, <16 x float> poison, <16 x i32> zeroinitializer
+  %1511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1510, <16 x float> %1469)
+  %1512 = getelementptr inbounds nuw i8, ptr %1465, i64 576
+  %1513 = load float, ptr %1512, align 4, !tbaa !5
+  %1514 = insertelement <16 x float> poison, float %1513, i64 0
+  %1515 = shufflevector <16 x float> %1514, <16 x float> poison, <16 x i32> zeroinitializer
+  %1516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1515, <16 x float> %1474)
+  %1517 = getelementptr inbounds nuw i8, ptr %1465, i64 1088
+  %1518 = load float, ptr %1517, align 4, !tbaa !5
+  %1519 = insertelement <16 x float> poison, float %1518, i64 0
+  %1520 = shufflevector <16 x float> %1519, <16 x float> poison, <16 x i32> zeroinitializer
+  %1521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1520, <16 x float> %1479)
+  %1522 = getelementptr inbounds nuw i8, ptr %1465, i64 1600
+  %1523 = load float, ptr %1522, align 4, !tbaa !5
+  %1524 = insertelement <16 x float> poison, float %1523, i64 0
+  %1525 = shufflevector <16 x float> %1524, <16 x float> poison, <16 x i32> zeroinitializer
+  %1526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1525, <16 x float> %1484)
+  %1527 = getelementptr inbounds nuw i8, ptr %1465, i64 2112
+  %1528 = load float, ptr %1527, align 4, !tbaa !5
+  %1529 = insertelement <16 x float> poison, float %1528, i64 0
+  %1530 = shufflevector <16 x float> %1529, <16 x float> poison, <16 x i32> zeroinitializer
+  %1531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1530, <16 x float> %1489)
+  %1532 = getelementptr inbounds nuw i8, ptr %1465, i64 2624
+  %1533 = load float, ptr %1532, align 4, !tbaa !5
+  %1534 = insertelement <16 x float> poison, float %1533, i64 0
+  %1535 = shufflevector <16 x float> %1534, <16 x float> poison, <16 x i32> zeroinitializer
+  %1536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1535, <16 x float> %1494)
+  %1537 = getelementptr inbounds nuw i8, ptr %1465, i64 3136
+  %1538 = load float, ptr %1537, align 4, !tbaa !5
+  %1539 = insertelement <16 x float> poison, float %1538, i64 0
+  %1540 = shufflevector <16 x float> %1539, <16 x float> poison, <16 x i32> zeroinitializer
+  %1541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1540, <16 x float> %1499)
+  %1542 = getelementptr inbounds nuw i8, ptr %1465, i64 3648
+  %1543 = load float, ptr %1542, align 4, !tbaa !5
+  %1544 = insertelement <16 x float> poison, float %1543, i64 0
+  %1545 = shufflevector <16 x float> %1544, <16 x float> poison, <16 x i32> zeroinitializer
+  %1546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1545, <16 x float> %1504)
+  %indvars.iv.next959.i = add nuw nsw i64 %indvars.iv958.i, 1
+  %exitcond962.not.i = icmp eq i64 %indvars.iv.next959.i, 16
+  br i1 %exitcond962.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !28
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
-  %1625 = getelementptr inbounds nuw i8, ptr %1541, i64 128
+  %1547 = getelementptr inbounds nuw i8, ptr %1427, i64 128
   br label %for_begin_d_2.preheader.1.i
 
 for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
-  %indvars.iv982.1.i = phi i64 [ %indvars.iv.next983.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global565.sroa.0.1770.1.i = phi <16 x float> [ %1674, %for_begin_d_2.preheader.1.i ], [ %1589, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global565.sroa.4.1769.1.i = phi <16 x float> [ %1679, %for_begin_d_2.preheader.1.i ], [ %1594, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global565.sroa.8.1768.1.i = phi <16 x float> [ %1684, %for_begin_d_2.preheader.1.i ], [ %1599, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global565.sroa.12.1767.1.i = phi <16 x float> [ %1689, %for_begin_d_2.preheader.1.i ], [ %1604, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global565.sroa.16.1766.1.i = phi <16 x float> [ %1694, %for_begin_d_2.preheader.1.i ], [ %1609, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global565.sroa.20.1765.1.i = phi <16 x float> [ %1699, %for_begin_d_2.preheader.1.i ], [ %1614, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global565.sroa.24.1764.1.i = phi <16 x float> [ %1704, %for_begin_d_2.preheader.1.i ], [ %1619, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global565.sroa.28.1763.1.i = phi <16 x float> [ %1709, %for_begin_d_2.preheader.1.i ], [ %1624, %for_begin_d_2.preheader.1.i.preheader ]
-  %.idx78 = shl i64 %indvars.iv982.1.i, 7
+  %indvars.iv958.1.i = phi i64 [ %indvars.iv.next959.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global552.sroa.0.1742.1.i = phi <16 x float> [ %1596, %for_begin_d_2.preheader.1.i ], [ %1511, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global552.sroa.4.1741.1.i = phi <16 x float> [ %1601, %for_begin_d_2.preheader.1.i ], [ %1516, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global552.sroa.8.1740.1.i = phi <16 x float> [ %1606, %for_begin_d_2.preheader.1.i ], [ %1521, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global552.sroa.12.1739.1.i = phi <16 x float> [ %1611, %for_begin_d_2.preheader.1.i ], [ %1526, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global552.sroa.16.1738.1.i = phi <16 x float> [ %1616, %for_begin_d_2.preheader.1.i ], [ %1531, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global552.sroa.20.1737.1.i = phi <16 x float> [ %1621, %for_begin_d_2.preheader.1.i ], [ %1536, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global552.sroa.24.1736.1.i = phi <16 x float> [ %1626, %for_begin_d_2.preheader.1.i ], [ %1541, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global552.sroa.28.1735.1.i = phi <16 x float> [ %1631, %for_begin_d_2.preheader.1.i ], [ %1546, %for_begin_d_2.preheader.1.i.preheader ]
+  %.idx78 = shl i64 %indvars.iv958.1.i, 7
   %gep149 = getelementptr i8, ptr %invariant.gep, i64 %.idx78
-  %1626 = getelementptr i8, ptr %gep149, i64 2048
-  %1627 = load <16 x float>, ptr %1626, align 4, !tbaa !5
-  %1628 = getelementptr inbounds nuw float, ptr %1625, i64 %indvars.iv982.1.i
-  %1629 = load float, ptr %1628, align 4, !tbaa !5
-  %1630 = insertelement <16 x float> poison, float %1629, i64 0
-  %1631 = shufflevector <16 x float> %1630, <16 x float> poison, <16 x i32> zeroinitializer
-  %1632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1627, <16 x float> %1631, <16 x float> %scores_global565.sroa.0.1770.1.i)
-  %1633 = getelementptr inbounds nuw i8, ptr %1628, i64 512
-  %1634 = load float, ptr %1633, align 4, !tbaa !5
-  %1635 = insertelement <16 x float> poison, float %1634, i64 0
-  %1636 = shufflevector <16 x float> %1635, <16 x float> poison, <16 x i32> zeroinitializer
-  %1637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1627, <16 x float> %1636, <16 x float> %scores_global565.sroa.4.1769.1.i)
-  %1638 = getelementptr inbounds nuw i8, ptr %1628, i64 1024
-  %1639 = load float, ptr %1638, align 4, !tbaa !5
-  %1640 = insertelement <16 x float> poison, float %1639, i64 0
-  %1641 = shufflevector <16 x float> %1640, <16 x float> poison, <16 x i32> zeroinitializer
-  %1642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1627, <16 x float> %1641, <16 x float> %scores_global565.sroa.8.1768.1.i)
-  %1643 = getelementptr inbounds nuw i8, ptr %1628, i64 1536
-  %1644 = load float, ptr %1643, align 4, !tbaa !5
-  %1645 = insertelement <16 x float> poison, float %1644, i64 0
-  %1646 = shufflevector <16 x float> %1645, <16 x float> poison, <16 x i32> zeroinitializer
-  %1647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1627, <16 x float> %1646, <16 x float> %scores_global565.sroa.12.1767.1.i)
-  %1648 = getelementptr inbounds nuw i8, ptr %1628, i64 2048
-  %1649 = load float, ptr %1648, align 4, !tbaa !5
-  %1650 = insertelement <16 x float> poison, float %1649, i64 0
-  %1651 = shufflevector <16 x float> %1650, <16 x float> poison, <16 x i32> zeroinitializer
-  %1652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1627, <16 x float> %1651, <16 x float> %scores_global565.sroa.16.1766.1.i)
-  %1653 = getelementptr inbounds nuw i8, ptr %1628, i64 2560
-  %1654 = load float, ptr %1653, align 4, !tbaa !5
-  %1655 = insertelement <16 x float> poison, float %1654, i64 0
-  %1656 = shufflevector <16 x float> %1655, <16 x float> poison, <16 x i32> zeroinitializer
-  %1657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1627, <16 x float> %1656, <16 x float> %scores_global565.sroa.20.1765.1.i)
-  %1658 = getelementptr inbounds nuw i8, ptr %1628, i64 3072
-  %1659 = load float, ptr %1658, align 4, !tbaa !5
-  %1660 = insertelement <16 x float> poison, float %1659, i64 0
-  %1661 = shufflevector <16 x float> %1660, <16 x float> poison, <16 x i32> zeroinitializer
-  %1662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1627, <16 x float> %1661, <16 x float> %scores_global565.sroa.24.1764.1.i)
-  %1663 = getelementptr inbounds nuw i8, ptr %1628, i64 3584
-  %1664 = load float, ptr %1663, align 4, !tbaa !5
-  %1665 = insertelement <16 x float> poison, float %1664, i64 0
-  %1666 = shufflevector <16 x float> %1665, <16 x float> poison, <16 x i32> zeroinitializer
-  %1667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1627, <16 x float> %1666, <16 x float> %scores_global565.sroa.28.1763.1.i)
-  %1668 = getelementptr i8, ptr %gep149, i64 2112
-  %1669 = load <16 x float>, ptr %1668, align 4, !tbaa !5
-  %1670 = getelementptr inbounds nuw i8, ptr %1628, i64 64
-  %1671 = load float, ptr %1670, align 4, !tbaa !5
-  %1672 = insertelement <16 x float> poison, float %1671, i64 0
-  %1673 = shufflevector <16 x float> %1672, <16 x float> poison, <16 x i32> zeroinitializer
-  %1674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1669, <16 x float> %1673, <16 x float> %1632)
-  %1675 = getelementptr inbounds nuw i8, ptr %1628, i64 576
-  %1676 = load float, ptr %1675, align 4, !tbaa !5
-  %1677 = insertelement <16 x float> poison, float %1676, i64 0
-  %1678 = shufflevector <16 x float> %1677, <16 x float> poison, <16 x i32> zeroinitializer
-  %1679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1669, <16 x float> %1678, <16 x float> %1637)
-  %1680 = getelementptr inbounds nuw i8, ptr %1628, i64 1088
-  %1681 = load float, ptr %1680, align 4, !tbaa !5
-  %1682 = insertelement <16 x float> poison, float %1681, i64 0
-  %1683 = shufflevector <16 x float> %1682, <16 x float> poison, <16 x i32> zeroinitializer
-  %1684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1669, <16 x float> %1683, <16 x float> %1642)
-  %1685 = getelementptr inbounds nuw i8, ptr %1628, i64 1600
-  %1686 = load float, ptr %1685, align 4, !tbaa !5
-  %1687 = insertelement <16 x float> poison, float %1686, i64 0
-  %1688 = shufflevector <16 x float> %1687, <16 x float> poison, <16 x i32> zeroinitializer
-  %1689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1669, <16 x float> %1688, <16 x float> %1647)
-  %1690 = getelementptr inbounds nuw i8, ptr %1628, i64 2112
-  %1691 = load float, ptr %1690, align 4, !tbaa !5
-  %1692 = insertelement <16 x float> poison, float %1691, i64 0
-  %1693 = shufflevector <16 x float> %1692, <16 x float> poison, <16 x i32> zeroinitializer
-  %1694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1669, <16 x float> %1693, <16 x float> %1652)
-  %1695 = getelementptr inbounds nuw i8, ptr %1628, i64 2624
-  %1696 = load float, ptr %1695, align 4, !tbaa !5
-  %1697 = insertelement <16 x float> poison, float %1696, i64 0
-  %1698 = shufflevector <16 x float> %1697, <16 x float> poison, <16 x i32> zeroinitializer
-  %1699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1669, <16 x float> %1698, <16 x float> %1657)
-  %1700 = getelementptr inbounds nuw i8, ptr %1628, i64 3136
-  %1701 = load float, ptr %1700, align 4, !tbaa !5
-  %1702 = insertelement <16 x float> poison, float %1701, i64 0
-  %1703 = shufflevector <16 x float> %1702, <16 x float> poison, <16 x i32> zeroinitializer
-  %1704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1669, <16 x float> %1703, <16 x float> %1662)
-  %1705 = getelementptr inbounds nuw i8, ptr %1628, i64 3648
-  %1706 = load float, ptr %1705, align 4, !tbaa !5
-  %1707 = insertelement <16 x float> poison, float %1706, i64 0
-  %1708 = shufflevector <16 x float> %1707, <16 x float> poison, <16 x i32> zeroinitializer
-  %1709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1669, <16 x float> %1708, <16 x float> %1667)
-  %indvars.iv.next983.1.i = add nuw nsw i64 %indvars.iv982.1.i, 1
-  %exitcond986.1.not.i = icmp eq i64 %indvars.iv.next983.1.i, 16
-  br i1 %exitcond986.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !28
+  %1548 = getelementptr i8, ptr %gep149, i64 2048
+  %1549 = load <16 x float>, ptr %1548, align 4, !tbaa !5
+  %1550 = getelementptr inbounds nuw float, ptr %1547, i64 %indvars.iv958.1.i
+  %1551 = load float, ptr %1550, align 4, !tbaa !5
+  %1552 = insertelement <16 x float> poison, float %1551, i64 0
+  %1553 = shufflevector <16 x float> %1552, <16 x float> poison, <16 x i32> zeroinitializer
+  %1554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1549, <16 x float> %1553, <16 x float> %scores_global552.sroa.0.1742.1.i)
+  %1555 = getelementptr inbounds nuw i8, ptr %1550, i64 512
+  %1556 = load float, ptr %1555, align 4, !tbaa !5
+  %1557 = insertelement <16 x float> poison, float %1556, i64 0
+  %1558 = shufflevector <16 x float> %1557, <16 x float> poison, <16 x i32> zeroinitializer
+  %1559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1549, <16 x float> %1558, <16 x float> %scores_global552.sroa.4.1741.1.i)
+  %1560 = getelementptr inbounds nuw i8, ptr %1550, i64 1024
+  %1561 = load float, ptr %1560, align 4, !tbaa !5
+  %1562 = insertelement <16 x float> poison, float %1561, i64 0
+  %1563 = shufflevector <16 x float> %1562, <16 x float> poison, <16 x i32> zeroinitializer
+  %1564 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1549, <16 x float> %1563, <16 x float> %scores_global552.sroa.8.1740.1.i)
+  %1565 = getelementptr inbounds nuw i8, ptr %1550, i64 1536
+  %1566 = load float, ptr %1565, align 4, !tbaa !5
+  %1567 = insertelement <16 x float> poison, float %1566, i64 0
+  %1568 = shufflevector <16 x float> %1567, <16 x float> poison, <16 x i32> zeroinitializer
+  %1569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1549, <16 x float> %1568, <16 x float> %scores_global552.sroa.12.1739.1.i)
+  %1570 = getelementptr inbounds nuw i8, ptr %1550, i64 2048
+  %1571 = load float, ptr %1570, align 4, !tbaa !5
+  %1572 = insertelement <16 x float> poison, float %1571, i64 0
+  %1573 = shufflevector <16 x float> %1572, <16 x float> poison, <16 x i32> zeroinitializer
+  %1574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1549, <16 x float> %1573, <16 x float> %scores_global552.sroa.16.1738.1.i)
+  %1575 = getelementptr inbounds nuw i8, ptr %1550, i64 2560
+  %1576 = load float, ptr %1575, align 4, !tbaa !5
+  %1577 = insertelement <16 x float> poison, float %1576, i64 0
+  %1578 = shufflevector <16 x float> %1577, <16 x float> poison, <16 x i32> zeroinitializer
+  %1579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1549, <16 x float> %1578, <16 x float> %scores_global552.sroa.20.1737.1.i)
+  %1580 = getelementptr inbounds nuw i8, ptr %1550, i64 3072
+  %1581 = load float, ptr %1580, align 4, !tbaa !5
+  %1582 = insertelement <16 x float> poison, float %1581, i64 0
+  %1583 = shufflevector <16 x float> %1582, <16 x float> poison, <16 x i32> zeroinitializer
+  %1584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1549, <16 x float> %1583, <16 x float> %scores_global552.sroa.24.1736.1.i)
+  %1585 = getelementptr inbounds nuw i8, ptr %1550, i64 3584
+  %1586 = load float, ptr %1585, align 4, !tbaa !5
+  %1587 = insertelement <16 x float> poison, float %1586, i64 0
+  %1588 = shufflevector <16 x float> %1587, <16 x float> poison, <16 x i32> zeroinitializer
+  %1589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1549, <16 x float> %1588, <16 x float> %scores_global552.sroa.28.1735.1.i)
+  %1590 = getelementptr i8, ptr %gep149, i64 2112
+  %1591 = load <16 x float>, ptr %1590, align 4, !tbaa !5
+  %1592 = getelementptr inbounds nuw i8, ptr %1550, i64 64
+  %1593 = load float, ptr %1592, align 4, !tbaa !5
+  %1594 = insertelement <16 x float> poison, float %1593, i64 0
+  %1595 = shufflevector <16 x float> %1594, <16 x float> poison, <16 x i32> zeroinitializer
+  %1596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1591, <16 x float> %1595, <16 x float> %1554)
+  %1597 = getelementptr inbounds nuw i8, ptr %1550, i64 576
+  %1598 = load float, ptr %1597, align 4, !tbaa !5
+  %1599 = insertelement <16 x float> poison, float %1598, i64 0
+  %1600 = shufflevector <16 x float> %1599, <16 x float> poison, <16 x i32> zeroinitializer
+  %1601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1591, <16 x float> %1600, <16 x float> %1559)
+  %1602 = getelementptr inbounds nuw i8, ptr %1550, i64 1088
+  %1603 = load float, ptr %1602, align 4, !tbaa !5
+  %1604 = insertelement <16 x float> poison, float %1603, i64 0
+  %1605 = shufflevector <16 x float> %1604, <16 x float> poison, <16 x i32> zeroinitializer
+  %1606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1591, <16 x float> %1605, <16 x float> %1564)
+  %1607 = getelementptr inbounds nuw i8, ptr %1550, i64 1600
+  %1608 = load float, ptr %1607, align 4, !tbaa !5
+  %1609 = insertelement <16 x float> poison, float %1608, i64 0
+  %1610 = shufflevector <16 x float> %1609, <16 x float> poison, <16 x i32> zeroinitializer
+  %1611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1591, <16 x float> %1610, <16 x float> %1569)
+  %1612 = getelementptr inbounds nuw i8, ptr %1550, i64 2112
+  %1613 = load float, ptr %1612, align 4, !tbaa !5
+  %1614 = insertelement <16 x float> poison, float %1613, i64 0
+  %1615 = shufflevector <16 x float> %1614, <16 x float> poison, <16 x i32> zeroinitializer
+  %1616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1591, <16 x float> %1615, <16 x float> %1574)
+  %1617 = getelementptr inbounds nuw i8, ptr %1550, i64 2624
+  %1618 = load float, ptr %1617, align 4, !tbaa !5
+  %1619 = insertelement <16 x float> poison, float %1618, i64 0
+  %1620 = shufflevector <16 x float> %1619, <16 x float> poison, <16 x i32> zeroinitializer
+  %1621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1591, <16 x float> %1620, <16 x float> %1579)
+  %1622 = getelementptr inbounds nuw i8, ptr %1550, i64 3136
+  %1623 = load float, ptr %1622, align 4, !tbaa !5
+  %1624 = insertelement <16 x float> poison, float %1623, i64 0
+  %1625 = shufflevector <16 x float> %1624, <16 x float> poison, <16 x i32> zeroinitializer
+  %1626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1591, <16 x float> %1625, <16 x float> %1584)
+  %1627 = getelementptr inbounds nuw i8, ptr %1550, i64 3648
+  %1628 = load float, ptr %1627, align 4, !tbaa !5
+  %1629 = insertelement <16 x float> poison, float %1628, i64 0
+  %1630 = shufflevector <16 x float> %1629, <16 x float> poison, <16 x i32> zeroinitializer
+  %1631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1591, <16 x float> %1630, <16 x float> %1589)
+  %indvars.iv.next959.1.i = add nuw nsw i64 %indvars.iv958.1.i, 1
+  %exitcond962.1.not.i = icmp eq i64 %indvars.iv.next959.1.i, 16
+  br i1 %exitcond962.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !28
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
-  %1710 = getelementptr inbounds nuw i8, ptr %1541, i64 256
+  %1632 = getelementptr inbounds nuw i8, ptr %1427, i64 256
   br label %for_begin_d_2.preheader.2.i
 
 for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
-  %indvars.iv982.2.i = phi i64 [ %indvars.iv.next983.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global565.sroa.0.1770.2.i = phi <16 x float> [ %1759, %for_begin_d_2.preheader.2.i ], [ %1674, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global565.sroa.4.1769.2.i = phi <16 x float> [ %1764, %for_begin_d_2.preheader.2.i ], [ %1679, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global565.sroa.8.1768.2.i = phi <16 x float> [ %1769, %for_begin_d_2.preheader.2.i ], [ %1684, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global565.sroa.12.1767.2.i = phi <16 x float> [ %1774, %for_begin_d_2.preheader.2.i ], [ %1689, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global565.sroa.16.1766.2.i = phi <16 x float> [ %1779, %for_begin_d_2.preheader.2.i ], [ %1694, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global565.sroa.20.1765.2.i = phi <16 x float> [ %1784, %for_begin_d_2.preheader.2.i ], [ %1699, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global565.sroa.24.1764.2.i = phi <16 x float> [ %1789, %for_begin_d_2.preheader.2.i ], [ %1704, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global565.sroa.28.1763.2.i = phi <16 x float> [ %1794, %for_begin_d_2.preheader.2.i ], [ %1709, %for_begin_d_2.preheader.2.i.preheader ]
-  %.idx79 = shl i64 %indvars.iv982.2.i, 7
+  %indvars.iv958.2.i = phi i64 [ %indvars.iv.next959.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global552.sroa.0.1742.2.i = phi <16 x float> [ %1681, %for_begin_d_2.preheader.2.i ], [ %1596, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global552.sroa.4.1741.2.i = phi <16 x float> [ %1686, %for_begin_d_2.preheader.2.i ], [ %1601, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global552.sroa.8.1740.2.i = phi <16 x float> [ %1691, %for_begin_d_2.preheader.2.i ], [ %1606, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global552.sroa.12.1739.2.i = phi <16 x float> [ %1696, %for_begin_d_2.preheader.2.i ], [ %1611, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global552.sroa.16.1738.2.i = phi <16 x float> [ %1701, %for_begin_d_2.preheader.2.i ], [ %1616, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global552.sroa.20.1737.2.i = phi <16 x float> [ %1706, %for_begin_d_2.preheader.2.i ], [ %1621, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global552.sroa.24.1736.2.i = phi <16 x float> [ %1711, %for_begin_d_2.preheader.2.i ], [ %1626, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global552.sroa.28.1735.2.i = phi <16 x float> [ %1716, %for_begin_d_2.preheader.2.i ], [ %1631, %for_begin_d_2.preheader.2.i.preheader ]
+  %.idx79 = shl i64 %indvars.iv958.2.i, 7
   %gep151 = getelementptr i8, ptr %invariant.gep, i64 %.idx79
-  %1711 = getelementptr i8, ptr %gep151, i64 4096
-  %1712 = load <16 x float>, ptr %1711, align 4, !tbaa !5
-  %1713 = getelementptr inbounds nuw float, ptr %1710, i64 %indvars.iv982.2.i
-  %1714 = load float, ptr %1713, align 4, !tbaa !5
-  %1715 = insertelement <16 x float> poison, float %1714, i64 0
-  %1716 = shufflevector <16 x float> %1715, <16 x float> poison, <16 x i32> zeroinitializer
-  %1717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1712, <16 x float> %1716, <16 x float> %scores_global565.sroa.0.1770.2.i)
-  %1718 = getelementptr inbounds nuw i8, ptr %1713, i64 512
-  %1719 = load float, ptr %1718, align 4, !tbaa !5
-  %1720 = insertelement <16 x float> poison, float %1719, i64 0
-  %1721 = shufflevector <16 x float> %1720, <16 x float> poison, <16 x i32> zeroinitializer
-  %1722 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1712, <16 x float> %1721, <16 x float> %scores_global565.sroa.4.1769.2.i)
-  %1723 = getelementptr inbounds nuw i8, ptr %1713, i64 1024
-  %1724 = load float, ptr %1723, align 4, !tbaa !5
-  %1725 = insertelement <16 x float> poison, float %1724, i64 0
-  %1726 = shufflevector <16 x float> %1725, <16 x float> poison, <16 x i32> zeroinitializer
-  %1727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1712, <16 x float> %1726, <16 x float> %scores_global565.sroa.8.1768.2.i)
-  %1728 = getelementptr inbounds nuw i8, ptr %1713, i64 1536
-  %1729 = load float, ptr %1728, align 4, !tbaa !5
-  %1730 = insertelement <16 x float> poison, float %1729, i64 0
-  %1731 = shufflevector <16 x float> %1730, <16 x float> poison, <16 x i32> zeroinitializer
-  %1732 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1712, <16 x float> %1731, <16 x float> %scores_global565.sroa.12.1767.2.i)
-  %1733 = getelementptr inbounds nuw i8, ptr %1713, i64 2048
-  %1734 = load float, ptr %1733, align 4, !tbaa !5
-  %1735 = insertelement <16 x float> poison, float %1734, i64 0
-  %1736 = shufflevector <16 x float> %1735, <16 x float> poison, <16 x i32> zeroinitializer
-  %1737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1712, <16 x float> %1736, <16 x float> %scores_global565.sroa.16.1766.2.i)
-  %1738 = getelementptr inbounds nuw i8, ptr %1713, i64 2560
-  %1739 = load float, ptr %1738, align 4, !tbaa !5
-  %1740 = insertelement <16 x float> poison, float %1739, i64 0
-  %1741 = shufflevector <16 x float> %1740, <16 x float> poison, <16 x i32> zeroinitializer
-  %1742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1712, <16 x float> %1741, <16 x float> %scores_global565.sroa.20.1765.2.i)
-  %1743 = getelementptr inbounds nuw i8, ptr %1713, i64 3072
-  %1744 = load float, ptr %1743, align 4, !tbaa !5
-  %1745 = insertelement <16 x float> poison, float %1744, i64 0
-  %1746 = shufflevector <16 x float> %1745, <16 x float> poison, <16 x i32> zeroinitializer
-  %1747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1712, <16 x float> %1746, <16 x float> %scores_global565.sroa.24.1764.2.i)
-  %1748 = getelementptr inbounds nuw i8, ptr %1713, i64 3584
-  %1749 = load float, ptr %1748, align 4, !tbaa !5
-  %1750 = insertelement <16 x float> poison, float %1749, i64 0
-  %1751 = shufflevector <16 x float> %1750, <16 x float> poison, <16 x i32> zeroinitializer
-  %1752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1712, <16 x float> %1751, <16 x float> %scores_global565.sroa.28.1763.2.i)
-  %1753 = getelementptr i8, ptr %gep151, i64 4160
-  %1754 = load <16 x float>, ptr %1753, align 4, !tbaa !5
-  %1755 = getelementptr inbounds nuw i8, ptr %1713, i64 64
-  %1756 = load float, ptr %1755, align 4, !tbaa !5
-  %1757 = insertelement <16 x float> poison, float %1756, i64 0
-  %1758 = shufflevector <16 x float> %1757, <16 x float> poison, <16 x i32> zeroinitializer
-  %1759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1754, <16 x float> %1758, <16 x float> %1717)
-  %1760 = getelementptr inbounds nuw i8, ptr %1713, i64 576
-  %1761 = load float, ptr %1760, align 4, !tbaa !5
-  %1762 = insertelement <16 x float> poison, float %1761, i64 0
-  %1763 = shufflevector <16 x float> %1762, <16 x float> poison, <16 x i32> zeroinitializer
-  %1764 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1754, <16 x float> %1763, <16 x float> %1722)
-  %1765 = getelementptr inbounds nuw i8, ptr %1713, i64 1088
-  %1766 = load float, ptr %1765, align 4, !tbaa !5
-  %1767 = insertelement <16 x float> poison, float %1766, i64 0
-  %1768 = shufflevector <16 x float> %1767, <16 x float> poison, <16 x i32> zeroinitializer
-  %1769 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1754, <16 x float> %1768, <16 x float> %1727)
-  %1770 = getelementptr inbounds nuw i8, ptr %1713, i64 1600
-  %1771 = load float, ptr %1770, align 4, !tbaa !5
-  %1772 = insertelement <16 x float> poison, float %1771, i64 0
-  %1773 = shufflevector <16 x float> %1772, <16 x float> poison, <16 x i32> zeroinitializer
-  %1774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1754, <16 x float> %1773, <16 x float> %1732)
-  %1775 = getelementptr inbounds nuw i8, ptr %1713, i64 2112
-  %1776 = load float, ptr %1775, align 4, !tbaa !5
-  %1777 = insertelement <16 x float> poison, float %1776, i64 0
-  %1778 = shufflevector <16 x float> %1777, <16 x float> poison, <16 x i32> zeroinitializer
-  %1779 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1754, <16 x float> %1778, <16 x float> %1737)
-  %1780 = getelementptr inbounds nuw i8, ptr %1713, i64 2624
-  %1781 = load float, ptr %1780, align 4, !tbaa !5
-  %1782 = insertelement <16 x float> poison, float %1781, i64 0
-  %1783 = shufflevector <16 x float> %1782, <16 x float> poison, <16 x i32> zeroinitializer
-  %1784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1754, <16 x float> %1783, <16 x float> %1742)
-  %1785 = getelementptr inbounds nuw i8, ptr %1713, i64 3136
-  %1786 = load float, ptr %1785, align 4, !tbaa !5
-  %1787 = insertelement <16 x float> poison, float %1786, i64 0
-  %1788 = shufflevector <16 x float> %1787, <16 x float> poison, <16 x i32> zeroinitializer
-  %1789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1754, <16 x float> %1788, <16 x float> %1747)
-  %1790 = getelementptr inbounds nuw i8, ptr %1713, i64 3648
-  %1791 = load float, ptr %1790, align 4, !tbaa !5
-  %1792 = insertelement <16 x float> poison, float %1791, i64 0
-  %1793 = shufflevector <16 x float> %1792, <16 x float> poison, <16 x i32> zeroinitializer
-  %1794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1754, <16 x float> %1793, <16 x float> %1752)
-  %indvars.iv.next983.2.i = add nuw nsw i64 %indvars.iv982.2.i, 1
-  %exitcond986.2.not.i = icmp eq i64 %indvars.iv.next983.2.i, 16
-  br i1 %exitcond986.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !28
+  %1633 = getelementptr i8, ptr %gep151, i64 4096
+  %1634 = load <16 x float>, ptr %1633, align 4, !tbaa !5
+  %1635 = getelementptr inbounds nuw float, ptr %1632, i64 %indvars.iv958.2.i
+  %1636 = load float, ptr %1635, align 4, !tbaa !5
+  %1637 = insertelement <16 x float> poison, float %1636, i64 0
+  %1638 = shufflevector <16 x float> %1637, <16 x float> poison, <16 x i32> zeroinitializer
+  %1639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1638, <16 x float> %scores_global552.sroa.0.1742.2.i)
+  %1640 = getelementptr inbounds nuw i8, ptr %1635, i64 512
+  %1641 = load float, ptr %1640, align 4, !tbaa !5
+  %1642 = insertelement <16 x float> poison, float %1641, i64 0
+  %1643 = shufflevector <16 x float> %1642, <16 x float> poison, <16 x i32> zeroinitializer
+  %1644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1643, <16 x float> %scores_global552.sroa.4.1741.2.i)
+  %1645 = getelementptr inbounds nuw i8, ptr %1635, i64 1024
+  %1646 = load float, ptr %1645, align 4, !tbaa !5
+  %1647 = insertelement <16 x float> poison, float %1646, i64 0
+  %1648 = shufflevector <16 x float> %1647, <16 x float> poison, <16 x i32> zeroinitializer
+  %1649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1648, <16 x float> %scores_global552.sroa.8.1740.2.i)
+  %1650 = getelementptr inbounds nuw i8, ptr %1635, i64 1536
+  %1651 = load float, ptr %1650, align 4, !tbaa !5
+  %1652 = insertelement <16 x float> poison, float %1651, i64 0
+  %1653 = shufflevector <16 x float> %1652, <16 x float> poison, <16 x i32> zeroinitializer
+  %1654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1653, <16 x float> %scores_global552.sroa.12.1739.2.i)
+  %1655 = getelementptr inbounds nuw i8, ptr %1635, i64 2048
+  %1656 = load float, ptr %1655, align 4, !tbaa !5
+  %1657 = insertelement <16 x float> poison, float %1656, i64 0
+  %1658 = shufflevector <16 x float> %1657, <16 x float> poison, <16 x i32> zeroinitializer
+  %1659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1658, <16 x float> %scores_global552.sroa.16.1738.2.i)
+  %1660 = getelementptr inbounds nuw i8, ptr %1635, i64 2560
+  %1661 = load float, ptr %1660, align 4, !tbaa !5
+  %1662 = insertelement <16 x float> poison, float %1661, i64 0
+  %1663 = shufflevector <16 x float> %1662, <16 x float> poison, <16 x i32> zeroinitializer
+  %1664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1663, <16 x float> %scores_global552.sroa.20.1737.2.i)
+  %1665 = getelementptr inbounds nuw i8, ptr %1635, i64 3072
+  %1666 = load float, ptr %1665, align 4, !tbaa !5
+  %1667 = insertelement <16 x float> poison, float %1666, i64 0
+  %1668 = shufflevector <16 x float> %1667, <16 x float> poison, <16 x i32> zeroinitializer
+  %1669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1668, <16 x float> %scores_global552.sroa.24.1736.2.i)
+  %1670 = getelementptr inbounds nuw i8, ptr %1635, i64 3584
+  %1671 = load float, ptr %1670, align 4, !tbaa !5
+  %1672 = insertelement <16 x float> poison, float %1671, i64 0
+  %1673 = shufflevector <16 x float> %1672, <16 x float> poison, <16 x i32> zeroinitializer
+  %1674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1673, <16 x float> %scores_global552.sroa.28.1735.2.i)
+  %1675 = getelementptr i8, ptr %gep151, i64 4160
+  %1676 = load <16 x float>, ptr %1675, align 4, !tbaa !5
+  %1677 = getelementptr inbounds nuw i8, ptr %1635, i64 64
+  %1678 = load float, ptr %1677, align 4, !tbaa !5
+  %1679 = insertelement <16 x float> poison, float %1678, i64 0
+  %1680 = shufflevector <16 x float> %1679, <16 x float> poison, <16 x i32> zeroinitializer
+  %1681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1676, <16 x float> %1680, <16 x float> %1639)
+  %1682 = getelementptr inbounds nuw i8, ptr %1635, i64 576
+  %1683 = load float, ptr %1682, align 4, !tbaa !5
+  %1684 = insertelement <16 x float> poison, float %1683, i64 0
+  %1685 = shufflevector <16 x float> %1684, <16 x float> poison, <16 x i32> zeroinitializer
+  %1686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1676, <16 x float> %1685, <16 x float> %1644)
+  %1687 = getelementptr inbounds nuw i8, ptr %1635, i64 1088
+  %1688 = load float, ptr %1687, align 4, !tbaa !5
+  %1689 = insertelement <16 x float> poison, float %1688, i64 0
+  %1690 = shufflevector <16 x float> %1689, <16 x float> poison, <16 x i32> zeroinitializer
+  %1691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1676, <16 x float> %1690, <16 x float> %1649)
+  %1692 = getelementptr inbounds nuw i8, ptr %1635, i64 1600
+  %1693 = load float, ptr %1692, align 4, !tbaa !5
+  %1694 = insertelement <16 x float> poison, float %1693, i64 0
+  %1695 = shufflevector <16 x float> %1694, <16 x float> poison, <16 x i32> zeroinitializer
+  %1696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1676, <16 x float> %1695, <16 x float> %1654)
+  %1697 = getelementptr inbounds nuw i8, ptr %1635, i64 2112
+  %1698 = load float, ptr %1697, align 4, !tbaa !5
+  %1699 = insertelement <16 x float> poison, float %1698, i64 0
+  %1700 = shufflevector <16 x float> %1699, <16 x float> poison, <16 x i32> zeroinitializer
+  %1701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1676, <16 x float> %1700, <16 x float> %1659)
+  %1702 = getelementptr inbounds nuw i8, ptr %1635, i64 2624
+  %1703 = load float, ptr %1702, align 4, !tbaa !5
+  %1704 = insertelement <16 x float> poison, float %1703, i64 0
+  %1705 = shufflevector <16 x float> %1704, <16 x float> poison, <16 x i32> zeroinitializer
+  %1706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1676, <16 x float> %1705, <16 x float> %1664)
+  %1707 = getelementptr inbounds nuw i8, ptr %1635, i64 3136
+  %1708 = load float, ptr %1707, align 4, !tbaa !5
+  %1709 = insertelement <16 x float> poison, float %1708, i64 0
+  %1710 = shufflevector <16 x float> %1709, <16 x float> poison, <16 x i32> zeroinitializer
+  %1711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1676, <16 x float> %1710, <16 x float> %1669)
+  %1712 = getelementptr inbounds nuw i8, ptr %1635, i64 3648
+  %1713 = load float, ptr %1712, align 4, !tbaa !5
+  %1714 = insertelement <16 x float> poison, float %1713, i64 0
+  %1715 = shufflevector <16 x float> %1714, <16 x float> poison, <16 x i32> zeroinitializer
+  %1716 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1676, <16 x float> %1715, <16 x float> %1674)
+  %indvars.iv.next959.2.i = add nuw nsw i64 %indvars.iv958.2.i, 1
+  %exitcond962.2.not.i = icmp eq i64 %indvars.iv.next959.2.i, 16
+  br i1 %exitcond962.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !28
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
-  %1795 = getelementptr inbounds nuw i8, ptr %1541, i64 384
+  %1717 = getelementptr inbounds nuw i8, ptr %1427, i64 384
   br label %for_begin_d_2.preheader.3.i
 
 for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
-  %indvars.iv982.3.i = phi i64 [ %indvars.iv.next983.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global565.sroa.0.1770.3.i = phi <16 x float> [ %1844, %for_begin_d_2.preheader.3.i ], [ %1759, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global565.sroa.4.1769.3.i = phi <16 x float> [ %1849, %for_begin_d_2.preheader.3.i ], [ %1764, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global565.sroa.8.1768.3.i = phi <16 x float> [ %1854, %for_begin_d_2.preheader.3.i ], [ %1769, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global565.sroa.12.1767.3.i = phi <16 x float> [ %1859, %for_begin_d_2.preheader.3.i ], [ %1774, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global565.sroa.16.1766.3.i = phi <16 x float> [ %1864, %for_begin_d_2.preheader.3.i ], [ %1779, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global565.sroa.20.1765.3.i = phi <16 x float> [ %1869, %for_begin_d_2.preheader.3.i ], [ %1784, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global565.sroa.24.1764.3.i = phi <16 x float> [ %1874, %for_begin_d_2.preheader.3.i ], [ %1789, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global565.sroa.28.1763.3.i = phi <16 x float> [ %1879, %for_begin_d_2.preheader.3.i ], [ %1794, %for_begin_d_2.preheader.3.i.preheader ]
-  %.idx80 = shl i64 %indvars.iv982.3.i, 7
+  %indvars.iv958.3.i = phi i64 [ %indvars.iv.next959.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global552.sroa.0.1742.3.i = phi <16 x float> [ %1766, %for_begin_d_2.preheader.3.i ], [ %1681, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global552.sroa.4.1741.3.i = phi <16 x float> [ %1771, %for_begin_d_2.preheader.3.i ], [ %1686, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global552.sroa.8.1740.3.i = phi <16 x float> [ %1776, %for_begin_d_2.preheader.3.i ], [ %1691, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global552.sroa.12.1739.3.i = phi <16 x float> [ %1781, %for_begin_d_2.preheader.3.i ], [ %1696, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global552.sroa.16.1738.3.i = phi <16 x float> [ %1786, %for_begin_d_2.preheader.3.i ], [ %1701, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global552.sroa.20.1737.3.i = phi <16 x float> [ %1791, %for_begin_d_2.preheader.3.i ], [ %1706, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global552.sroa.24.1736.3.i = phi <16 x float> [ %1796, %for_begin_d_2.preheader.3.i ], [ %1711, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global552.sroa.28.1735.3.i = phi <16 x float> [ %1801, %for_begin_d_2.preheader.3.i ], [ %1716, %for_begin_d_2.preheader.3.i.preheader ]
+  %.idx80 = shl i64 %indvars.iv958.3.i, 7
   %gep153 = getelementptr i8, ptr %invariant.gep, i64 %.idx80
-  %1796 = getelementptr i8, ptr %gep153, i64 6144
-  %1797 = load <16 x float>, ptr %1796, align 4, !tbaa !5
-  %1798 = getelementptr inbounds nuw float, ptr %1795, i64 %indvars.iv982.3.i
-  %1799 = load float, ptr %1798, align 4, !tbaa !5
-  %1800 = insertelement <16 x float> poison, float %1799, i64 0
-  %1801 = shufflevector <16 x float> %1800, <16 x float> poison, <16 x i32> zeroinitializer
-  %1802 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1797, <16 x float> %1801, <16 x float> %scores_global565.sroa.0.1770.3.i)
-  %1803 = getelementptr inbounds nuw i8, ptr %1798, i64 512
-  %1804 = load float, ptr %1803, align 4, !tbaa !5
-  %1805 = insertelement <16 x float> poison, float %1804, i64 0
-  %1806 = shufflevector <16 x float> %1805, <16 x float> poison, <16 x i32> zeroinitializer
-  %1807 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1797, <16 x float> %1806, <16 x float> %scores_global565.sroa.4.1769.3.i)
-  %1808 = getelementptr inbounds nuw i8, ptr %1798, i64 1024
-  %1809 = load float, ptr %1808, align 4, !tbaa !5
-  %1810 = insertelement <16 x float> poison, float %1809, i64 0
-  %1811 = shufflevector <16 x float> %1810, <16 x float> poison, <16 x i32> zeroinitializer
-  %1812 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1797, <16 x float> %1811, <16 x float> %scores_global565.sroa.8.1768.3.i)
-  %1813 = getelementptr inbounds nuw i8, ptr %1798, i64 1536
-  %1814 = load float, ptr %1813, align 4, !tbaa !5
-  %1815 = insertelement <16 x float> poison, float %1814, i64 0
-  %1816 = shufflevector <16 x float> %1815, <16 x float> poison, <16 x i32> zeroinitializer
-  %1817 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1797, <16 x float> %1816, <16 x float> %scores_global565.sroa.12.1767.3.i)
-  %1818 = getelementptr inbounds nuw i8, ptr %1798, i64 2048
-  %1819 = load float, ptr %1818, align 4, !tbaa !5
-  %1820 = insertelement <16 x float> poison, float %1819, i64 0
-  %1821 = shufflevector <16 x float> %1820, <16 x float> poison, <16 x i32> zeroinitializer
-  %1822 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1797, <16 x float> %1821, <16 x float> %scores_global565.sroa.16.1766.3.i)
-  %1823 = getelementptr inbounds nuw i8, ptr %1798, i64 2560
-  %1824 = load float, ptr %1823, align 4, !tbaa !5
-  %1825 = insertelement <16 x float> poison, float %1824, i64 0
-  %1826 = shufflevector <16 x float> %1825, <16 x float> poison, <16 x i32> zeroinitializer
-  %1827 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1797, <16 x float> %1826, <16 x float> %scores_global565.sroa.20.1765.3.i)
-  %1828 = getelementptr inbounds nuw i8, ptr %1798, i64 3072
-  %1829 = load float, ptr %1828, align 4, !tbaa !5
-  %1830 = insertelement <16 x float> poison, float %1829, i64 0
-  %1831 = shufflevector <16 x float> %1830, <16 x float> poison, <16 x i32> zeroinitializer
-  %1832 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1797, <16 x float> %1831, <16 x float> %scores_global565.sroa.24.1764.3.i)
-  %1833 = getelementptr inbounds nuw i8, ptr %1798, i64 3584
-  %1834 = load float, ptr %1833, align 4, !tbaa !5
-  %1835 = insertelement <16 x float> poison, float %1834, i64 0
-  %1836 = shufflevector <16 x float> %1835, <16 x float> poison, <16 x i32> zeroinitializer
-  %1837 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1797, <16 x float> %1836, <16 x float> %scores_global565.sroa.28.1763.3.i)
-  %1838 = getelementptr i8, ptr %gep153, i64 6208
-  %1839 = load <16 x float>, ptr %1838, align 4, !tbaa !5
-  %1840 = getelementptr inbounds nuw i8, ptr %1798, i64 64
-  %1841 = load float, ptr %1840, align 4, !tbaa !5
-  %1842 = insertelement <16 x float> poison, float %1841, i64 0
-  %1843 = shufflevector <16 x float> %1842, <16 x float> poison, <16 x i32> zeroinitializer
-  %1844 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1839, <16 x float> %1843, <16 x float> %1802)
-  %1845 = getelementptr inbounds nuw i8, ptr %1798, i64 576
-  %1846 = load float, ptr %1845, align 4, !tbaa !5
-  %1847 = insertelement <16 x float> poison, float %1846, i64 0
-  %1848 = shufflevector <16 x float> %1847, <16 x float> poison, <16 x i32> zeroinitializer
-  %1849 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1839, <16 x float> %1848, <16 x float> %1807)
-  %1850 = getelementptr inbounds nuw i8, ptr %1798, i64 1088
-  %1851 = load float, ptr %1850, align 4, !tbaa !5
-  %1852 = insertelement <16 x float> poison, float %1851, i64 0
-  %1853 = shufflevector <16 x float> %1852, <16 x float> poison, <16 x i32> zeroinitializer
-  %1854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1839, <16 x float> %1853, <16 x float> %1812)
-  %1855 = getelementptr inbounds nuw i8, ptr %1798, i64 1600
-  %1856 = load float, ptr %1855, align 4, !tbaa !5
-  %1857 = insertelement <16 x float> poison, float %1856, i64 0
-  %1858 = shufflevector <16 x float> %1857, <16 x float> poison, <16 x i32> zeroinitializer
-  %1859 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1839, <16 x float> %1858, <16 x float> %1817)
-  %1860 = getelementptr inbounds nuw i8, ptr %1798, i64 2112
-  %1861 = load float, ptr %1860, align 4, !tbaa !5
-  %1862 = insertelement <16 x float> poison, float %1861, i64 0
-  %1863 = shufflevector <16 x float> %1862, <16 x float> poison, <16 x i32> zeroinitializer
-  %1864 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1839, <16 x float> %1863, <16 x float> %1822)
-  %1865 = getelementptr inbounds nuw i8, ptr %1798, i64 2624
-  %1866 = load float, ptr %1865, align 4, !tbaa !5
-  %1867 = insertelement <16 x float> poison, float %1866, i64 0
-  %1868 = shufflevector <16 x float> %1867, <16 x float> poison, <16 x i32> zeroinitializer
-  %1869 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1839, <16 x float> %1868, <16 x float> %1827)
-  %1870 = getelementptr inbounds nuw i8, ptr %1798, i64 3136
-  %1871 = load float, ptr %1870, align 4, !tbaa !5
-  %1872 = insertelement <16 x float> poison, float %1871, i64 0
-  %1873 = shufflevector <16 x float> %1872, <16 x float> poison, <16 x i32> zeroinitializer
-  %1874 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1839, <16 x float> %1873, <16 x float> %1832)
-  %1875 = getelementptr inbounds nuw i8, ptr %1798, i64 3648
-  %1876 = load float, ptr %1875, align 4, !tbaa !5
-  %1877 = insertelement <16 x float> poison, float %1876, i64 0
-  %1878 = shufflevector <16 x float> %1877, <16 x float> poison, <16 x i32> zeroinitializer
-  %1879 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1839, <16 x float> %1878, <16 x float> %1837)
-  %indvars.iv.next983.3.i = add nuw nsw i64 %indvars.iv982.3.i, 1
-  %exitcond986.3.not.i = icmp eq i64 %indvars.iv.next983.3.i, 16
-  br i1 %exitcond986.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !28
+  %1718 = getelementptr i8, ptr %gep153, i64 6144
+  %1719 = load <16 x float>, ptr %1718, align 4, !tbaa !5
+  %1720 = getelementptr inbounds nuw float, ptr %1717, i64 %indvars.iv958.3.i
+  %1721 = load float, ptr %1720, align 4, !tbaa !5
+  %1722 = insertelement <16 x float> poison, float %1721, i64 0
+  %1723 = shufflevector <16 x float> %1722, <16 x float> poison, <16 x i32> zeroinitializer
+  %1724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1723, <16 x float> %scores_global552.sroa.0.1742.3.i)
+  %1725 = getelementptr inbounds nuw i8, ptr %1720, i64 512
+  %1726 = load float, ptr %1725, align 4, !tbaa !5
+  %1727 = insertelement <16 x float> poison, float %1726, i64 0
+  %1728 = shufflevector <16 x float> %1727, <16 x float> poison, <16 x i32> zeroinitializer
+  %1729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1728, <16 x float> %scores_global552.sroa.4.1741.3.i)
+  %1730 = getelementptr inbounds nuw i8, ptr %1720, i64 1024
+  %1731 = load float, ptr %1730, align 4, !tbaa !5
+  %1732 = insertelement <16 x float> poison, float %1731, i64 0
+  %1733 = shufflevector <16 x float> %1732, <16 x float> poison, <16 x i32> zeroinitializer
+  %1734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1733, <16 x float> %scores_global552.sroa.8.1740.3.i)
+  %1735 = getelementptr inbounds nuw i8, ptr %1720, i64 1536
+  %1736 = load float, ptr %1735, align 4, !tbaa !5
+  %1737 = insertelement <16 x float> poison, float %1736, i64 0
+  %1738 = shufflevector <16 x float> %1737, <16 x float> poison, <16 x i32> zeroinitializer
+  %1739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1738, <16 x float> %scores_global552.sroa.12.1739.3.i)
+  %1740 = getelementptr inbounds nuw i8, ptr %1720, i64 2048
+  %1741 = load float, ptr %1740, align 4, !tbaa !5
+  %1742 = insertelement <16 x float> poison, float %1741, i64 0
+  %1743 = shufflevector <16 x float> %1742, <16 x float> poison, <16 x i32> zeroinitializer
+  %1744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1743, <16 x float> %scores_global552.sroa.16.1738.3.i)
+  %1745 = getelementptr inbounds nuw i8, ptr %1720, i64 2560
+  %1746 = load float, ptr %1745, align 4, !tbaa !5
+  %1747 = insertelement <16 x float> poison, float %1746, i64 0
+  %1748 = shufflevector <16 x float> %1747, <16 x float> poison, <16 x i32> zeroinitializer
+  %1749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1748, <16 x float> %scores_global552.sroa.20.1737.3.i)
+  %1750 = getelementptr inbounds nuw i8, ptr %1720, i64 3072
+  %1751 = load float, ptr %1750, align 4, !tbaa !5
+  %1752 = insertelement <16 x float> poison, float %1751, i64 0
+  %1753 = shufflevector <16 x float> %1752, <16 x float> poison, <16 x i32> zeroinitializer
+  %1754 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1753, <16 x float> %scores_global552.sroa.24.1736.3.i)
+  %1755 = getelementptr inbounds nuw i8, ptr %1720, i64 3584
+  %1756 = load float, ptr %1755, align 4, !tbaa !5
+  %1757 = insertelement <16 x float> poison, float %1756, i64 0
+  %1758 = shufflevector <16 x float> %1757, <16 x float> poison, <16 x i32> zeroinitializer
+  %1759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1758, <16 x float> %scores_global552.sroa.28.1735.3.i)
+  %1760 = getelementptr i8, ptr %gep153, i64 6208
+  %1761 = load <16 x float>, ptr %1760, align 4, !tbaa !5
+  %1762 = getelementptr inbounds nuw i8, ptr %1720, i64 64
+  %1763 = load float, ptr %1762, align 4, !tbaa !5
+  %1764 = insertelement <16 x float> poison, float %1763, i64 0
+  %1765 = shufflevector <16 x float> %1764, <16 x float> poison, <16 x i32> zeroinitializer
+  %1766 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1765, <16 x float> %1724)
+  %1767 = getelementptr inbounds nuw i8, ptr %1720, i64 576
+  %1768 = load float, ptr %1767, align 4, !tbaa !5
+  %1769 = insertelement <16 x float> poison, float %1768, i64 0
+  %1770 = shufflevector <16 x float> %1769, <16 x float> poison, <16 x i32> zeroinitializer
+  %1771 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1770, <16 x float> %1729)
+  %1772 = getelementptr inbounds nuw i8, ptr %1720, i64 1088
+  %1773 = load float, ptr %1772, align 4, !tbaa !5
+  %1774 = insertelement <16 x float> poison, float %1773, i64 0
+  %1775 = shufflevector <16 x float> %1774, <16 x float> poison, <16 x i32> zeroinitializer
+  %1776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1775, <16 x float> %1734)
+  %1777 = getelementptr inbounds nuw i8, ptr %1720, i64 1600
+  %1778 = load float, ptr %1777, align 4, !tbaa !5
+  %1779 = insertelement <16 x float> poison, float %1778, i64 0
+  %1780 = shufflevector <16 x float> %1779, <16 x float> poison, <16 x i32> zeroinitializer
+  %1781 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1780, <16 x float> %1739)
+  %1782 = getelementptr inbounds nuw i8, ptr %1720, i64 2112
+  %1783 = load float, ptr %1782, align 4, !tbaa !5
+  %1784 = insertelement <16 x float> poison, float %1783, i64 0
+  %1785 = shufflevector <16 x float> %1784, <16 x float> poison, <16 x i32> zeroinitializer
+  %1786 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1785, <16 x float> %1744)
+  %1787 = getelementptr inbounds nuw i8, ptr %1720, i64 2624
+  %1788 = load float, ptr %1787, align 4, !tbaa !5
+  %1789 = insertelement <16 x float> poison, float %1788, i64 0
+  %1790 = shufflevector <16 x float> %1789, <16 x float> poison, <16 x i32> zeroinitializer
+  %1791 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1790, <16 x float> %1749)
+  %1792 = getelementptr inbounds nuw i8, ptr %1720, i64 3136
+  %1793 = load float, ptr %1792, align 4, !tbaa !5
+  %1794 = insertelement <16 x float> poison, float %1793, i64 0
+  %1795 = shufflevector <16 x float> %1794, <16 x float> poison, <16 x i32> zeroinitializer
+  %1796 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1795, <16 x float> %1754)
+  %1797 = getelementptr inbounds nuw i8, ptr %1720, i64 3648
+  %1798 = load float, ptr %1797, align 4, !tbaa !5
+  %1799 = insertelement <16 x float> poison, float %1798, i64 0
+  %1800 = shufflevector <16 x float> %1799, <16 x float> poison, <16 x i32> zeroinitializer
+  %1801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1800, <16 x float> %1759)
+  %indvars.iv.next959.3.i = add nuw nsw i64 %indvars.iv958.3.i, 1
+  %exitcond962.3.not.i = icmp eq i64 %indvars.iv.next959.3.i, 16
+  br i1 %exitcond962.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !28
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
-  %.idx1187.i = shl nsw i64 %indvars.iv991.i, 9
-  %1880 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1187.i
-  store <16 x float> %1844, ptr %1880, align 4, !tbaa !5
-  %1881 = getelementptr inbounds nuw i8, ptr %1880, i64 64
-  store <16 x float> %1849, ptr %1881, align 4, !tbaa !5
-  %1882 = getelementptr inbounds nuw i8, ptr %1880, i64 128
-  store <16 x float> %1854, ptr %1882, align 4, !tbaa !5
-  %1883 = getelementptr inbounds nuw i8, ptr %1880, i64 192
-  store <16 x float> %1859, ptr %1883, align 4, !tbaa !5
-  %1884 = getelementptr inbounds nuw i8, ptr %1880, i64 256
-  store <16 x float> %1864, ptr %1884, align 4, !tbaa !5
-  %1885 = getelementptr inbounds nuw i8, ptr %1880, i64 320
-  store <16 x float> %1869, ptr %1885, align 4, !tbaa !5
-  %1886 = getelementptr inbounds nuw i8, ptr %1880, i64 384
-  store <16 x float> %1874, ptr %1886, align 4, !tbaa !5
-  %1887 = getelementptr inbounds nuw i8, ptr %1880, i64 448
-  store <16 x float> %1879, ptr %1887, align 4, !tbaa !5
-  %indvars.iv.next992.i = add nuw nsw i64 %indvars.iv991.i, 1
-  %exitcond995.not.i = icmp eq i64 %indvars.iv.next992.i, %wide.trip.count994.i
-  br i1 %exitcond995.not.i, label %for_begin_to202.preheader.i, label %for_begin_d_0.preheader.i, !prof !13
+  %.idx1166.i = shl nsw i64 %indvars.iv967.i, 9
+  %1802 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1166.i
+  store <16 x float> %1766, ptr %1802, align 4, !tbaa !5
+  %1803 = getelementptr inbounds nuw i8, ptr %1802, i64 64
+  store <16 x float> %1771, ptr %1803, align 4, !tbaa !5
+  %1804 = getelementptr inbounds nuw i8, ptr %1802, i64 128
+  store <16 x float> %1776, ptr %1804, align 4, !tbaa !5
+  %1805 = getelementptr inbounds nuw i8, ptr %1802, i64 192
+  store <16 x float> %1781, ptr %1805, align 4, !tbaa !5
+  %1806 = getelementptr inbounds nuw i8, ptr %1802, i64 256
+  store <16 x float> %1786, ptr %1806, align 4, !tbaa !5
+  %1807 = getelementptr inbounds nuw i8, ptr %1802, i64 320
+  store <16 x float> %1791, ptr %1807, align 4, !tbaa !5
+  %1808 = getelementptr inbounds nuw i8, ptr %1802, i64 384
+  store <16 x float> %1796, ptr %1808, align 4, !tbaa !5
+  %1809 = getelementptr inbounds nuw i8, ptr %1802, i64 448
+  store <16 x float> %1801, ptr %1809, align 4, !tbaa !5
+  %indvars.iv.next968.i = add nuw nsw i64 %indvars.iv967.i, 1
+  %exitcond971.not.i = icmp eq i64 %indvars.iv.next968.i, %wide.trip.count970.i
+  br i1 %exitcond971.not.i, label %for_begin_to183.preheader.i, label %for_body_to177.i, !prof !13
 
-for_begin_ti207.preheader.i:                      ; preds = %for_begin_ti207.preheader.i, %for_begin_to202.preheader.i
-  %indvars.iv1000.i = phi i64 [ 0, %for_begin_to202.preheader.i ], [ %indvars.iv.next1001.i, %for_begin_ti207.preheader.i ]
-  %1888 = shl nsw i64 %indvars.iv1000.i, 7
-  %1889 = shl nsw i64 %indvars.iv1000.i, 3
-  %1890 = add nsw i64 %1889, %710
-  %1891 = trunc i64 %1890 to i32
-  %1892 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1888
-  %1893 = load <16 x float>, ptr %1892, align 4, !tbaa !5
-  %1894 = fmul <16 x float> %378, %1893
-  %1895 = load <16 x i32>, ptr %1540, align 4, !tbaa !5
-  %1896 = insertelement <16 x i32> poison, i32 %1891, i64 0
-  %1897 = shufflevector <16 x i32> %1896, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1898 = icmp slt <16 x i32> %1897, %1895
-  %1899 = select <16 x i1> %1898, <16 x float> %1894, <16 x float> splat (float 0xFFF0000000000000)
-  %1900 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1888
-  store <16 x float> %1899, ptr %1900, align 4, !tbaa !5
-  %1901 = or disjoint i64 %1888, 16
-  %1902 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1901
-  %1903 = load <16 x float>, ptr %1902, align 4, !tbaa !5
-  %1904 = fmul <16 x float> %378, %1903
-  %1905 = load <16 x i32>, ptr %1540, align 4, !tbaa !5
-  %1906 = or i32 %1891, 1
-  %1907 = insertelement <16 x i32> poison, i32 %1906, i64 0
-  %1908 = shufflevector <16 x i32> %1907, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1909 = icmp slt <16 x i32> %1908, %1905
-  %1910 = select <16 x i1> %1909, <16 x float> %1904, <16 x float> splat (float 0xFFF0000000000000)
-  %1911 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1901
-  store <16 x float> %1910, ptr %1911, align 4, !tbaa !5
-  %1912 = or disjoint i64 %1888, 32
-  %1913 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1912
-  %1914 = load <16 x float>, ptr %1913, align 4, !tbaa !5
-  %1915 = fmul <16 x float> %378, %1914
-  %1916 = load <16 x i32>, ptr %1540, align 4, !tbaa !5
-  %1917 = or i32 %1891, 2
-  %1918 = insertelement <16 x i32> poison, i32 %1917, i64 0
-  %1919 = shufflevector <16 x i32> %1918, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1920 = icmp slt <16 x i32> %1919, %1916
-  %1921 = select <16 x i1> %1920, <16 x float> %1915, <16 x float> splat (float 0xFFF0000000000000)
-  %1922 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1912
-  store <16 x float> %1921, ptr %1922, align 4, !tbaa !5
-  %1923 = or disjoint i64 %1888, 48
-  %1924 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1923
-  %1925 = load <16 x float>, ptr %1924, align 4, !tbaa !5
-  %1926 = fmul <16 x float> %378, %1925
-  %1927 = load <16 x i32>, ptr %1540, align 4, !tbaa !5
-  %1928 = or i32 %1891, 3
-  %1929 = insertelement <16 x i32> poison, i32 %1928, i64 0
-  %1930 = shufflevector <16 x i32> %1929, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1931 = icmp slt <16 x i32> %1930, %1927
-  %1932 = select <16 x i1> %1931, <16 x float> %1926, <16 x float> splat (float 0xFFF0000000000000)
-  %1933 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1923
-  store <16 x float> %1932, ptr %1933, align 4, !tbaa !5
-  %1934 = or disjoint i64 %1888, 64
-  %1935 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1934
-  %1936 = load <16 x float>, ptr %1935, align 4, !tbaa !5
-  %1937 = fmul <16 x float> %378, %1936
-  %1938 = load <16 x i32>, ptr %1540, align 4, !tbaa !5
-  %1939 = or i32 %1891, 4
-  %1940 = insertelement <16 x i32> poison, i32 %1939, i64 0
-  %1941 = shufflevector <16 x i32> %1940, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1942 = icmp slt <16 x i32> %1941, %1938
-  %1943 = select <16 x i1> %1942, <16 x float> %1937, <16 x float> splat (float 0xFFF0000000000000)
-  %1944 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1934
-  store <16 x float> %1943, ptr %1944, align 4, !tbaa !5
-  %1945 = or disjoint i64 %1888, 80
-  %1946 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1945
-  %1947 = load <16 x float>, ptr %1946, align 4, !tbaa !5
-  %1948 = fmul <16 x float> %378, %1947
-  %1949 = load <16 x i32>, ptr %1540, align 4, !tbaa !5
-  %1950 = or i32 %1891, 5
-  %1951 = insertelement <16 x i32> poison, i32 %1950, i64 0
-  %1952 = shufflevector <16 x i32> %1951, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1953 = icmp slt <16 x i32> %1952, %1949
-  %1954 = select <16 x i1> %1953, <16 x float> %1948, <16 x float> splat (float 0xFFF0000000000000)
-  %1955 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1945
-  store <16 x float> %1954, ptr %1955, align 4, !tbaa !5
-  %1956 = or disjoint i64 %1888, 96
-  %1957 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1956
-  %1958 = load <16 x float>, ptr %1957, align 4, !tbaa !5
-  %1959 = fmul <16 x float> %378, %1958
-  %1960 = load <16 x i32>, ptr %1540, align 4, !tbaa !5
-  %1961 = or i32 %1891, 6
-  %1962 = insertelement <16 x i32> poison, i32 %1961, i64 0
-  %1963 = shufflevector <16 x i32> %1962, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1964 = icmp slt <16 x i32> %1963, %1960
-  %1965 = select <16 x i1> %1964, <16 x float> %1959, <16 x float> splat (float 0xFFF0000000000000)
-  %1966 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1956
-  store <16 x float> %1965, ptr %1966, align 4, !tbaa !5
-  %1967 = or disjoint i64 %1888, 112
-  %1968 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1967
-  %1969 = load <16 x float>, ptr %1968, align 4, !tbaa !5
-  %1970 = fmul <16 x float> %378, %1969
-  %1971 = load <16 x i32>, ptr %1540, align 4, !tbaa !5
-  %1972 = or i32 %1891, 7
-  %1973 = insertelement <16 x i32> poison, i32 %1972, i64 0
-  %1974 = shufflevector <16 x i32> %1973, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1975 = icmp slt <16 x i32> %1974, %1971
-  %1976 = select <16 x i1> %1975, <16 x float> %1970, <16 x float> splat (float 0xFFF0000000000000)
-  %1977 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1967
-  store <16 x float> %1976, ptr %1977, align 4, !tbaa !5
-  %indvars.iv.next1001.i = add nuw nsw i64 %indvars.iv1000.i, 1
-  %exitcond1004.not.i = icmp eq i64 %indvars.iv.next1001.i, %wide.trip.count994.i
-  br i1 %exitcond1004.not.i, label %for_end_to204.i, label %for_begin_ti207.preheader.i, !prof !13
+for_begin_ti188.preheader.i:                      ; preds = %for_begin_ti188.preheader.i, %for_begin_to183.preheader.i
+  %indvars.iv976.i = phi i64 [ 0, %for_begin_to183.preheader.i ], [ %indvars.iv.next977.i, %for_begin_ti188.preheader.i ]
+  %1810 = shl nsw i64 %indvars.iv976.i, 7
+  %1811 = shl nsw i64 %indvars.iv976.i, 3
+  %1812 = add nsw i64 %1811, %697
+  %1813 = trunc i64 %1812 to i32
+  %1814 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1810
+  %1815 = load <16 x float>, ptr %1814, align 4, !tbaa !5
+  %1816 = fmul <16 x float> %380, %1815
+  %1817 = load <16 x i32>, ptr %1423, align 4, !tbaa !5
+  %1818 = insertelement <16 x i32> poison, i32 %1813, i64 0
+  %1819 = shufflevector <16 x i32> %1818, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1820 = icmp slt <16 x i32> %1819, %1817
+  %1821 = select <16 x i1> %1820, <16 x float> %1816, <16 x float> splat (float 0xFFF0000000000000)
+  %1822 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1810
+  store <16 x float> %1821, ptr %1822, align 4, !tbaa !5
+  %1823 = or disjoint i64 %1810, 16
+  %1824 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1823
+  %1825 = load <16 x float>, ptr %1824, align 4, !tbaa !5
+  %1826 = fmul <16 x float> %380, %1825
+  %1827 = load <16 x i32>, ptr %1423, align 4, !tbaa !5
+  %1828 = or i32 %1813, 1
+  %1829 = insertelement <16 x i32> poison, i32 %1828, i64 0
+  %1830 = shufflevector <16 x i32> %1829, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1831 = icmp slt <16 x i32> %1830, %1827
+  %1832 = select <16 x i1> %1831, <16 x float> %1826, <16 x float> splat (float 0xFFF0000000000000)
+  %1833 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1823
+  store <16 x float> %1832, ptr %1833, align 4, !tbaa !5
+  %1834 = or disjoint i64 %1810, 32
+  %1835 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1834
+  %1836 = load <16 x float>, ptr %1835, align 4, !tbaa !5
+  %1837 = fmul <16 x float> %380, %1836
+  %1838 = load <16 x i32>, ptr %1423, align 4, !tbaa !5
+  %1839 = or i32 %1813, 2
+  %1840 = insertelement <16 x i32> poison, i32 %1839, i64 0
+  %1841 = shufflevector <16 x i32> %1840, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1842 = icmp slt <16 x i32> %1841, %1838
+  %1843 = select <16 x i1> %1842, <16 x float> %1837, <16 x float> splat (float 0xFFF0000000000000)
+  %1844 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1834
+  store <16 x float> %1843, ptr %1844, align 4, !tbaa !5
+  %1845 = or disjoint i64 %1810, 48
+  %1846 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1845
+  %1847 = load <16 x float>, ptr %1846, align 4, !tbaa !5
+  %1848 = fmul <16 x float> %380, %1847
+  %1849 = load <16 x i32>, ptr %1423, align 4, !tbaa !5
+  %1850 = or i32 %1813, 3
+  %1851 = insertelement <16 x i32> poison, i32 %1850, i64 0
+  %1852 = shufflevector <16 x i32> %1851, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1853 = icmp slt <16 x i32> %1852, %1849
+  %1854 = select <16 x i1> %1853, <16 x float> %1848, <16 x float> splat (float 0xFFF0000000000000)
+  %1855 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1845
+  store <16 x float> %1854, ptr %1855, align 4, !tbaa !5
+  %1856 = or disjoint i64 %1810, 64
+  %1857 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1856
+  %1858 = load <16 x float>, ptr %1857, align 4, !tbaa !5
+  %1859 = fmul <16 x float> %380, %1858
+  %1860 = load <16 x i32>, ptr %1423, align 4, !tbaa !5
+  %1861 = or i32 %1813, 4
+  %1862 = insertelement <16 x i32> poison, i32 %1861, i64 0
+  %1863 = shufflevector <16 x i32> %1862, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1864 = icmp slt <16 x i32> %1863, %1860
+  %1865 = select <16 x i1> %1864, <16 x float> %1859, <16 x float> splat (float 0xFFF0000000000000)
+  %1866 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1856
+  store <16 x float> %1865, ptr %1866, align 4, !tbaa !5
+  %1867 = or disjoint i64 %1810, 80
+  %1868 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1867
+  %1869 = load <16 x float>, ptr %1868, align 4, !tbaa !5
+  %1870 = fmul <16 x float> %380, %1869
+  %1871 = load <16 x i32>, ptr %1423, align 4, !tbaa !5
+  %1872 = or i32 %1813, 5
+  %1873 = insertelement <16 x i32> poison, i32 %1872, i64 0
+  %1874 = shufflevector <16 x i32> %1873, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1875 = icmp slt <16 x i32> %1874, %1871
+  %1876 = select <16 x i1> %1875, <16 x float> %1870, <16 x float> splat (float 0xFFF0000000000000)
+  %1877 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1867
+  store <16 x float> %1876, ptr %1877, align 4, !tbaa !5
+  %1878 = or disjoint i64 %1810, 96
+  %1879 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1878
+  %1880 = load <16 x float>, ptr %1879, align 4, !tbaa !5
+  %1881 = fmul <16 x float> %380, %1880
+  %1882 = load <16 x i32>, ptr %1423, align 4, !tbaa !5
+  %1883 = or i32 %1813, 6
+  %1884 = insertelement <16 x i32> poison, i32 %1883, i64 0
+  %1885 = shufflevector <16 x i32> %1884, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1886 = icmp slt <16 x i32> %1885, %1882
+  %1887 = select <16 x i1> %1886, <16 x float> %1881, <16 x float> splat (float 0xFFF0000000000000)
+  %1888 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1878
+  store <16 x float> %1887, ptr %1888, align 4, !tbaa !5
+  %1889 = or disjoint i64 %1810, 112
+  %1890 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1889
+  %1891 = load <16 x float>, ptr %1890, align 4, !tbaa !5
+  %1892 = fmul <16 x float> %380, %1891
+  %1893 = load <16 x i32>, ptr %1423, align 4, !tbaa !5
+  %1894 = or i32 %1813, 7
+  %1895 = insertelement <16 x i32> poison, i32 %1894, i64 0
+  %1896 = shufflevector <16 x i32> %1895, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1897 = icmp slt <16 x i32> %1896, %1893
+  %1898 = select <16 x i1> %1897, <16 x float> %1892, <16 x float> splat (float 0xFFF0000000000000)
+  %1899 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1889
+  store <16 x float> %1898, ptr %1899, align 4, !tbaa !5
+  %indvars.iv.next977.i = add nuw nsw i64 %indvars.iv976.i, 1
+  %exitcond980.not.i = icmp eq i64 %indvars.iv.next977.i, %wide.trip.count970.i
+  br i1 %exitcond980.not.i, label %for_end_to185.i, label %for_begin_ti188.preheader.i, !prof !13
 
-for_end_to204.i:                                  ; preds = %for_begin_ti207.preheader.i, %if_then193.i
-  br i1 %141, label %if_then212.i, label %if_end213.i, !prof !8
+for_end_to185.i:                                  ; preds = %for_begin_ti188.preheader.i, %if_then172.i
+  br i1 %141, label %if_then193.i, label %if_end194.i, !prof !8
 
-if_then212.i:                                     ; preds = %for_end_to204.i
-  %1978 = trunc nsw i64 %1528 to i32
-  %1979 = urem i32 %1978, %120
-  %1980 = shl nuw nsw i32 %1979, 4
-  %1981 = sub nsw i32 %118, %1980
-  %1982 = tail call i32 @llvm.smin.i32(i32 %1981, i32 16)
-  %1983 = icmp sgt i32 %1981, 0
-  br i1 %1983, label %for_body_r215.lr.ph.i, label %if_end213.i, !prof !3
+if_then193.i:                                     ; preds = %for_end_to185.i
+  %1900 = trunc nsw i64 %1409 to i32
+  %1901 = urem i32 %1900, %120
+  %1902 = shl nuw nsw i32 %1901, 4
+  %1903 = sub nsw i32 %118, %1902
+  %1904 = tail call i32 @llvm.smin.i32(i32 %1903, i32 16)
+  %1905 = icmp sgt i32 %1903, 0
+  br i1 %1905, label %for_body_r196.lr.ph.i, label %if_end194.i, !prof !3
 
-for_body_r215.lr.ph.i:                            ; preds = %if_then212.i
-  %1984 = icmp sgt i32 %valid_len196.i, %774
-  %1985 = zext nneg i32 %1979 to i64
-  %1986 = shl nuw nsw i64 %1985, 2
-  br i1 %1984, label %for_body_r215.us.preheader.i, label %if_end213.i, !prof !3
+for_body_r196.lr.ph.i:                            ; preds = %if_then193.i
+  %1906 = icmp sgt i32 %valid_len175.i, %734
+  %1907 = zext nneg i32 %1901 to i64
+  %1908 = shl nuw nsw i64 %1907, 2
+  br i1 %1906, label %for_body_r196.us.preheader.i, label %if_end194.i, !prof !3
 
-for_body_r215.us.preheader.i:                     ; preds = %for_body_r215.lr.ph.i
-  %1987 = add i32 %indvars.iv235, %1531
-  %smin237 = tail call i32 @llvm.smin.i32(i32 %indvars.iv223, i32 %1987)
-  %smin238 = tail call i32 @llvm.smin.i32(i32 %smin237, i32 128)
-  %1988 = sub i32 %smin238, %smax240
-  %1989 = zext i32 %1988 to i64
-  %smin456 = tail call i32 @llvm.smin.i32(i32 %683, i32 %1987)
-  %smin457 = tail call i32 @llvm.smin.i32(i32 %smin456, i32 128)
-  %1990 = sub i32 %smin457, %smax452
-  %1991 = zext i32 %1990 to i64
-  %1992 = add nsw i64 %1991, -1
-  %smin476 = tail call i32 @llvm.smin.i32(i32 %677, i32 %1987)
-  %smin477 = tail call i32 @llvm.smin.i32(i32 %smin476, i32 128)
-  %1993 = sub i32 %smin477, %smax472
-  %1994 = zext i32 %1993 to i64
-  %scevgep478 = getelementptr i8, ptr %scevgep471, i64 %1994
-  %scevgep480 = getelementptr i8, ptr %scaled.i, i64 %680
-  %scevgep481 = getelementptr i8, ptr %scaled.i, i64 -60
-  %scevgep482 = getelementptr i8, ptr %scevgep481, i64 %680
-  %1995 = shl nuw nsw i64 %1994, 6
-  %smin492 = tail call i32 @llvm.smin.i32(i32 %670, i32 %1987)
-  %smin493 = tail call i32 @llvm.smin.i32(i32 %smin492, i32 128)
-  %1996 = sub i32 %smin493, %smax488
-  %1997 = zext i32 %1996 to i64
-  %min.iters.check495 = icmp ult i32 %1996, 24
-  %1998 = trunc i64 %1992 to i32
-  %mul.result461 = shl i32 %1998, 4
-  %1999 = icmp ugt i64 %1992, 268435455
-  %mul.result465 = shl nsw i64 %1992, 6
-  %smax483 = tail call i32 @llvm.smax.i32(i32 %1982, i32 1)
-  %2000 = add nsw i32 %smax483, -1
-  %2001 = zext nneg i32 %2000 to i64
-  %2002 = shl nuw nsw i64 %2001, 2
-  %2003 = getelementptr i8, ptr %scevgep482, i64 %1995
-  %scevgep484 = getelementptr i8, ptr %2003, i64 %2002
-  %n.vec498 = and i64 %1997, 4294967288
-  %cmp.n511 = icmp eq i64 %n.vec498, %1997
-  %xtraiter633 = and i64 %1997, 3
-  %lcmp.mod634.not = icmp eq i64 %xtraiter633, 0
-  br label %for_body_r215.us.i
+for_body_r196.us.preheader.i:                     ; preds = %for_body_r196.lr.ph.i
+  %1909 = add i32 %indvars.iv228, %1412
+  %smin230 = tail call i32 @llvm.smin.i32(i32 %indvars.iv226, i32 %1909)
+  %smin231 = tail call i32 @llvm.smin.i32(i32 %smin230, i32 128)
+  %1910 = sub i32 %smin231, %smax232
+  %1911 = zext i32 %1910 to i64
+  %smin447 = tail call i32 @llvm.smin.i32(i32 %668, i32 %1909)
+  %smin448 = tail call i32 @llvm.smin.i32(i32 %smin447, i32 128)
+  %1912 = sub i32 %smin448, %smax443
+  %1913 = zext i32 %1912 to i64
+  %1914 = add nsw i64 %1913, -1
+  %smin467 = tail call i32 @llvm.smin.i32(i32 %662, i32 %1909)
+  %smin468 = tail call i32 @llvm.smin.i32(i32 %smin467, i32 128)
+  %1915 = sub i32 %smin468, %smax463
+  %1916 = zext i32 %1915 to i64
+  %scevgep469 = getelementptr i8, ptr %scevgep462, i64 %1916
+  %scevgep471 = getelementptr i8, ptr %scaled.i, i64 %665
+  %scevgep472 = getelementptr i8, ptr %scaled.i, i64 -60
+  %scevgep473 = getelementptr i8, ptr %scevgep472, i64 %665
+  %1917 = shl nuw nsw i64 %1916, 6
+  %smin483 = tail call i32 @llvm.smin.i32(i32 %655, i32 %1909)
+  %smin484 = tail call i32 @llvm.smin.i32(i32 %smin483, i32 128)
+  %1918 = sub i32 %smin484, %smax479
+  %1919 = zext i32 %1918 to i64
+  %min.iters.check486 = icmp ult i32 %1918, 24
+  %1920 = trunc i64 %1914 to i32
+  %mul.result452 = shl i32 %1920, 4
+  %1921 = icmp ugt i64 %1914, 268435455
+  %mul.result456 = shl nsw i64 %1914, 6
+  %smax474 = tail call i32 @llvm.smax.i32(i32 %1904, i32 1)
+  %1922 = add nsw i32 %smax474, -1
+  %1923 = zext nneg i32 %1922 to i64
+  %1924 = shl nuw nsw i64 %1923, 2
+  %1925 = getelementptr i8, ptr %scevgep473, i64 %1917
+  %scevgep475 = getelementptr i8, ptr %1925, i64 %1924
+  %n.vec489 = and i64 %1919, 4294967288
+  %cmp.n502 = icmp eq i64 %n.vec489, %1919
+  %xtraiter = and i64 %1919, 3
+  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
+  br label %for_body_r196.us.i
 
-for_body_r215.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r215.us.preheader.i
-  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r215.us.preheader.i ]
-  %r218785.us.i = phi i32 [ %2068, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r215.us.preheader.i ]
-  %2004 = lshr i32 %r218785.us.i, 2
-  %2005 = zext nneg i32 %2004 to i64
-  %2006 = add nuw nsw i64 %1986, %2005
-  %2007 = mul nsw i64 %2006, %380
-  %2008 = getelementptr i8, ptr %780, i64 %2007
-  br i1 %min.iters.check495, label %for_body_c.us.i.preheader, label %vector.scevcheck451, !prof !16
+for_body_r196.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r196.us.preheader.i
+  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r196.us.preheader.i ]
+  %r199757.us.i = phi i32 [ %1990, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r196.us.preheader.i ]
+  %1926 = lshr i32 %r199757.us.i, 2
+  %1927 = zext nneg i32 %1926 to i64
+  %1928 = add nuw nsw i64 %1908, %1927
+  %1929 = mul nsw i64 %1928, %382
+  %1930 = getelementptr i8, ptr %740, i64 %1929
+  br i1 %min.iters.check486, label %for_body_c.us.i.preheader, label %vector.scevcheck442, !prof !16
 
-vector.scevcheck451:                              ; preds = %for_body_r215.us.i
-  %2009 = add i64 %indvar, %687
-  %2010 = shl i64 %2009, 2
-  %scevgep463 = getelementptr i8, ptr %scaled.i, i64 %2010
-  %2011 = add i32 %686, %r218785.us.i
-  %2012 = add i32 %2011, %mul.result461
-  %2013 = icmp slt i32 %2012, %2011
-  %2014 = or i1 %2013, %1999
-  %2015 = getelementptr i8, ptr %scevgep463, i64 %mul.result465
-  %2016 = icmp ult ptr %2015, %scevgep463
-  %2017 = or i1 %2016, %2014
-  br i1 %2017, label %for_body_c.us.i.preheader, label %vector.memcheck467, !prof !16
+vector.scevcheck442:                              ; preds = %for_body_r196.us.i
+  %1931 = add i64 %indvar, %672
+  %1932 = shl i64 %1931, 2
+  %scevgep454 = getelementptr i8, ptr %scaled.i, i64 %1932
+  %1933 = add i32 %671, %r199757.us.i
+  %1934 = add i32 %1933, %mul.result452
+  %1935 = icmp slt i32 %1934, %1933
+  %1936 = or i1 %1935, %1921
+  %1937 = getelementptr i8, ptr %scevgep454, i64 %mul.result456
+  %1938 = icmp ult ptr %1937, %scevgep454
+  %1939 = or i1 %1938, %1936
+  br i1 %1939, label %for_body_c.us.i.preheader, label %vector.memcheck458, !prof !16
 
-vector.memcheck467:                               ; preds = %vector.scevcheck451
-  %scevgep479 = getelementptr i8, ptr %scevgep478, i64 %2007
-  %bound0485 = icmp ult ptr %2008, %scevgep484
-  %bound1486 = icmp ult ptr %scevgep480, %scevgep479
-  %found.conflict487 = and i1 %bound0485, %bound1486
-  br i1 %found.conflict487, label %for_body_c.us.i.preheader, label %vector.ph496, !prof !16
+vector.memcheck458:                               ; preds = %vector.scevcheck442
+  %scevgep470 = getelementptr i8, ptr %scevgep469, i64 %1929
+  %bound0476 = icmp ult ptr %1930, %scevgep475
+  %bound1477 = icmp ult ptr %scevgep471, %scevgep470
+  %found.conflict478 = and i1 %bound0476, %bound1477
+  br i1 %found.conflict478, label %for_body_c.us.i.preheader, label %vector.ph487, !prof !16
 
-vector.ph496:                                     ; preds = %vector.memcheck467
-  %broadcast.splatinsert499 = insertelement <8 x i32> poison, i32 %r218785.us.i, i64 0
-  %broadcast.splat500 = shufflevector <8 x i32> %broadcast.splatinsert499, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body503
+vector.ph487:                                     ; preds = %vector.memcheck458
+  %broadcast.splatinsert490 = insertelement <8 x i32> poison, i32 %r199757.us.i, i64 0
+  %broadcast.splat491 = shufflevector <8 x i32> %broadcast.splatinsert490, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body494
 
-vector.body503:                                   ; preds = %vector.body503, %vector.ph496
-  %index504 = phi i64 [ 0, %vector.ph496 ], [ %index.next508, %vector.body503 ]
-  %vec.ind505 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph496 ], [ %vec.ind.next509, %vector.body503 ]
-  %2018 = getelementptr i8, ptr %2008, i64 %index504
-  %wide.load506 = load <8 x i8>, ptr %2018, align 1, !tbaa !5, !alias.scope !55, !noalias !58
-  %2019 = icmp ne <8 x i8> %wide.load506, zeroinitializer
-  %2020 = add <8 x i32> %broadcast.splat502, %vec.ind505
-  %2021 = shl <8 x i32> %2020, splat (i32 4)
-  %2022 = add nsw <8 x i32> %2021, %broadcast.splat500
-  %2023 = sext <8 x i32> %2022 to <8 x i64>
-  %2024 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %2023
-  %wide.masked.gather507 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2024, <8 x i1> %2019, <8 x float> poison), !tbaa !5, !alias.scope !58
-  %predphi = select <8 x i1> %2019, <8 x float> %wide.masked.gather507, <8 x float> splat (float 0xFFF0000000000000)
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2024, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !58
-  %index.next508 = add nuw i64 %index504, 8
-  %vec.ind.next509 = add <8 x i32> %vec.ind505, splat (i32 8)
-  %2025 = icmp eq i64 %index.next508, %n.vec498
-  br i1 %2025, label %middle.block510, label %vector.body503, !prof !60, !llvm.loop !61
+vector.body494:                                   ; preds = %vector.body494, %vector.ph487
+  %index495 = phi i64 [ 0, %vector.ph487 ], [ %index.next499, %vector.body494 ]
+  %vec.ind496 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph487 ], [ %vec.ind.next500, %vector.body494 ]
+  %1940 = getelementptr i8, ptr %1930, i64 %index495
+  %wide.load497 = load <8 x i8>, ptr %1940, align 1, !tbaa !5, !alias.scope !47, !noalias !50
+  %1941 = icmp ne <8 x i8> %wide.load497, zeroinitializer
+  %1942 = add <8 x i32> %broadcast.splat493, %vec.ind496
+  %1943 = shl <8 x i32> %1942, splat (i32 4)
+  %1944 = add nsw <8 x i32> %1943, %broadcast.splat491
+  %1945 = sext <8 x i32> %1944 to <8 x i64>
+  %1946 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %1945
+  %wide.masked.gather498 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %1946, <8 x i1> %1941, <8 x float> poison), !tbaa !5, !alias.scope !50
+  %predphi = select <8 x i1> %1941, <8 x float> %wide.masked.gather498, <8 x float> splat (float 0xFFF0000000000000)
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %1946, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !50
+  %index.next499 = add nuw i64 %index495, 8
+  %vec.ind.next500 = add <8 x i32> %vec.ind496, splat (i32 8)
+  %1947 = icmp eq i64 %index.next499, %n.vec489
+  br i1 %1947, label %middle.block501, label %vector.body494, !prof !52, !llvm.loop !53
 
-middle.block510:                                  ; preds = %vector.body503
-  br i1 %cmp.n511, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !63
+middle.block501:                                  ; preds = %vector.body494
+  br i1 %cmp.n502, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !55
 
-for_body_c.us.i.preheader:                        ; preds = %middle.block510, %vector.memcheck467, %vector.scevcheck451, %for_body_r215.us.i
-  %indvars.iv1005.i.ph = phi i64 [ 0, %vector.memcheck467 ], [ 0, %vector.scevcheck451 ], [ 0, %for_body_r215.us.i ], [ %n.vec498, %middle.block510 ]
-  br i1 %lcmp.mod634.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
+for_body_c.us.i.preheader:                        ; preds = %middle.block501, %vector.memcheck458, %vector.scevcheck442, %for_body_r196.us.i
+  %indvars.iv981.i.ph = phi i64 [ 0, %vector.memcheck458 ], [ 0, %vector.scevcheck442 ], [ 0, %for_body_r196.us.i ], [ %n.vec489, %middle.block501 ]
+  br i1 %lcmp.mod.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
 
-for_body_c.us.i.prol:                             ; preds = %if_end221.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv1005.i.prol = phi i64 [ %indvars.iv.next1006.i.prol, %if_end221.us.i.prol ], [ %indvars.iv1005.i.ph, %for_body_c.us.i.preheader ]
-  %prol.iter = phi i64 [ %prol.iter.next, %if_end221.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
-  %2026 = getelementptr i8, ptr %2008, i64 %indvars.iv1005.i.prol
-  %2027 = load i8, ptr %2026, align 1, !tbaa !5
-  %2028 = icmp eq i8 %2027, 0
-  %2029 = trunc i64 %indvars.iv1005.i.prol to i32
-  %.pre1148.i.prol = add i32 %774, %2029
-  %.pre1150.i.prol = shl i32 %.pre1148.i.prol, 4
-  %.pre1152.i.prol = add nsw i32 %.pre1150.i.prol, %r218785.us.i
-  %.pre1154.i.prol = sext i32 %.pre1152.i.prol to i64
-  br i1 %2028, label %if_end221.us.i.prol, label %if_else220.us.i.prol
+for_body_c.us.i.prol:                             ; preds = %if_end202.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv981.i.prol = phi i64 [ %indvars.iv.next982.i.prol, %if_end202.us.i.prol ], [ %indvars.iv981.i.ph, %for_body_c.us.i.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %if_end202.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
+  %1948 = getelementptr i8, ptr %1930, i64 %indvars.iv981.i.prol
+  %1949 = load i8, ptr %1948, align 1, !tbaa !5
+  %1950 = icmp eq i8 %1949, 0
+  %1951 = trunc i64 %indvars.iv981.i.prol to i32
+  %.pre1127.i.prol = add i32 %734, %1951
+  %.pre1129.i.prol = shl i32 %.pre1127.i.prol, 4
+  %.pre1131.i.prol = add nsw i32 %.pre1129.i.prol, %r199757.us.i
+  %.pre1133.i.prol = sext i32 %.pre1131.i.prol to i64
+  br i1 %1950, label %if_end202.us.i.prol, label %if_else201.us.i.prol
 
-if_else220.us.i.prol:                             ; preds = %for_body_c.us.i.prol
-  %2030 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.prol
-  %2031 = load float, ptr %2030, align 4, !tbaa !5
-  br label %if_end221.us.i.prol
+if_else201.us.i.prol:                             ; preds = %for_body_c.us.i.prol
+  %1952 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i.prol
+  %1953 = load float, ptr %1952, align 4, !tbaa !5
+  br label %if_end202.us.i.prol
 
-if_end221.us.i.prol:                              ; preds = %if_else220.us.i.prol, %for_body_c.us.i.prol
-  %2032 = phi float [ %2031, %if_else220.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
-  %2033 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.prol
-  store float %2032, ptr %2033, align 4, !tbaa !5
-  %indvars.iv.next1006.i.prol = add nuw nsw i64 %indvars.iv1005.i.prol, 1
+if_end202.us.i.prol:                              ; preds = %if_else201.us.i.prol, %for_body_c.us.i.prol
+  %1954 = phi float [ %1953, %if_else201.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
+  %1955 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i.prol
+  store float %1954, ptr %1955, align 4, !tbaa !5
+  %indvars.iv.next982.i.prol = add nuw nsw i64 %indvars.iv981.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
-  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter633
-  br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !64, !llvm.loop !65
+  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
+  br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !56, !llvm.loop !57
 
-for_body_c.us.i.prol.loopexit:                    ; preds = %if_end221.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv1005.i.unr = phi i64 [ %indvars.iv1005.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next1006.i.prol, %if_end221.us.i.prol ]
-  %2034 = sub nsw i64 %indvars.iv1005.i.ph, %1997
-  %2035 = icmp ugt i64 %2034, -4
-  br i1 %2035, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
+for_body_c.us.i.prol.loopexit:                    ; preds = %if_end202.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv981.i.unr = phi i64 [ %indvars.iv981.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next982.i.prol, %if_end202.us.i.prol ]
+  %1956 = sub nsw i64 %indvars.iv981.i.ph, %1919
+  %1957 = icmp ugt i64 %1956, -4
+  br i1 %1957, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
 
-for_body_c.us.i:                                  ; preds = %if_end221.us.i.3, %for_body_c.us.i.prol.loopexit
-  %indvars.iv1005.i = phi i64 [ %indvars.iv.next1006.i.3, %if_end221.us.i.3 ], [ %indvars.iv1005.i.unr, %for_body_c.us.i.prol.loopexit ]
-  %2036 = getelementptr i8, ptr %2008, i64 %indvars.iv1005.i
-  %2037 = load i8, ptr %2036, align 1, !tbaa !5
-  %2038 = icmp eq i8 %2037, 0
-  %2039 = trunc i64 %indvars.iv1005.i to i32
-  %.pre1148.i = add i32 %774, %2039
-  %.pre1150.i = shl i32 %.pre1148.i, 4
-  %.pre1152.i = add nsw i32 %.pre1150.i, %r218785.us.i
-  %.pre1154.i = sext i32 %.pre1152.i to i64
-  br i1 %2038, label %if_end221.us.i, label %if_else220.us.i
+for_body_c.us.i:                                  ; preds = %if_end202.us.i.3, %for_body_c.us.i.prol.loopexit
+  %indvars.iv981.i = phi i64 [ %indvars.iv.next982.i.3, %if_end202.us.i.3 ], [ %indvars.iv981.i.unr, %for_body_c.us.i.prol.loopexit ]
+  %1958 = getelementptr i8, ptr %1930, i64 %indvars.iv981.i
+  %1959 = load i8, ptr %1958, align 1, !tbaa !5
+  %1960 = icmp eq i8 %1959, 0
+  %1961 = trunc i64 %indvars.iv981.i to i32
+  %.pre1127.i = add i32 %734, %1961
+  %.pre1129.i = shl i32 %.pre1127.i, 4
+  %.pre1131.i = add nsw i32 %.pre1129.i, %r199757.us.i
+  %.pre1133.i = sext i32 %.pre1131.i to i64
+  br i1 %1960, label %if_end202.us.i, label %if_else201.us.i
 
-if_else220.us.i:                                  ; preds = %for_body_c.us.i
-  %2040 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i
-  %2041 = load float, ptr %2040, align 4, !tbaa !5
-  br label %if_end221.us.i
+if_else201.us.i:                                  ; preds = %for_body_c.us.i
+  %1962 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i
+  %1963 = load float, ptr %1962, align 4, !tbaa !5
+  br label %if_end202.us.i
 
-if_end221.us.i:                                   ; preds = %if_else220.us.i, %for_body_c.us.i
-  %2042 = phi float [ %2041, %if_else220.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
-  %2043 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i
-  store float %2042, ptr %2043, align 4, !tbaa !5
-  %indvars.iv.next1006.i = add nuw nsw i64 %indvars.iv1005.i, 1
-  %2044 = getelementptr i8, ptr %2008, i64 %indvars.iv.next1006.i
-  %2045 = load i8, ptr %2044, align 1, !tbaa !5
-  %2046 = icmp eq i8 %2045, 0
-  %2047 = trunc i64 %indvars.iv.next1006.i to i32
-  %.pre1148.i.1 = add i32 %774, %2047
-  %.pre1150.i.1 = shl i32 %.pre1148.i.1, 4
-  %.pre1152.i.1 = add nsw i32 %.pre1150.i.1, %r218785.us.i
-  %.pre1154.i.1 = sext i32 %.pre1152.i.1 to i64
-  br i1 %2046, label %if_end221.us.i.1, label %if_else220.us.i.1
+if_end202.us.i:                                   ; preds = %if_else201.us.i, %for_body_c.us.i
+  %1964 = phi float [ %1963, %if_else201.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
+  %1965 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i
+  store float %1964, ptr %1965, align 4, !tbaa !5
+  %indvars.iv.next982.i = add nuw nsw i64 %indvars.iv981.i, 1
+  %1966 = getelementptr i8, ptr %1930, i64 %indvars.iv.next982.i
+  %1967 = load i8, ptr %1966, align 1, !tbaa !5
+  %1968 = icmp eq i8 %1967, 0
+  %1969 = trunc i64 %indvars.iv.next982.i to i32
+  %.pre1127.i.1 = add i32 %734, %1969
+  %.pre1129.i.1 = shl i32 %.pre1127.i.1, 4
+  %.pre1131.i.1 = add nsw i32 %.pre1129.i.1, %r199757.us.i
+  %.pre1133.i.1 = sext i32 %.pre1131.i.1 to i64
+  br i1 %1968, label %if_end202.us.i.1, label %if_else201.us.i.1
 
-if_else220.us.i.1:                                ; preds = %if_end221.us.i
-  %2048 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.1
-  %2049 = load float, ptr %2048, align 4, !tbaa !5
-  br label %if_end221.us.i.1
+if_else201.us.i.1:                                ; preds = %if_end202.us.i
+  %1970 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i.1
+  %1971 = load float, ptr %1970, align 4, !tbaa !5
+  br label %if_end202.us.i.1
 
-if_end221.us.i.1:                                 ; preds = %if_else220.us.i.1, %if_end221.us.i
-  %2050 = phi float [ %2049, %if_else220.us.i.1 ], [ 0xFFF0000000000000, %if_end221.us.i ]
-  %2051 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.1
-  store float %2050, ptr %2051, align 4, !tbaa !5
-  %indvars.iv.next1006.i.1 = add nuw nsw i64 %indvars.iv1005.i, 2
-  %2052 = getelementptr i8, ptr %2008, i64 %indvars.iv.next1006.i.1
-  %2053 = load i8, ptr %2052, align 1, !tbaa !5
-  %2054 = icmp eq i8 %2053, 0
-  %2055 = trunc i64 %indvars.iv.next1006.i.1 to i32
-  %.pre1148.i.2 = add i32 %774, %2055
-  %.pre1150.i.2 = shl i32 %.pre1148.i.2, 4
-  %.pre1152.i.2 = add nsw i32 %.pre1150.i.2, %r218785.us.i
-  %.pre1154.i.2 = sext i32 %.pre1152.i.2 to i64
-  br i1 %2054, label %if_end221.us.i.2, label %if_else220.us.i.2
+if_end202.us.i.1:                                 ; preds = %if_else201.us.i.1, %if_end202.us.i
+  %1972 = phi float [ %1971, %if_else201.us.i.1 ], [ 0xFFF0000000000000, %if_end202.us.i ]
+  %1973 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i.1
+  store float %1972, ptr %1973, align 4, !tbaa !5
+  %indvars.iv.next982.i.1 = add nuw nsw i64 %indvars.iv981.i, 2
+  %1974 = getelementptr i8, ptr %1930, i64 %indvars.iv.next982.i.1
+  %1975 = load i8, ptr %1974, align 1, !tbaa !5
+  %1976 = icmp eq i8 %1975, 0
+  %1977 = trunc i64 %indvars.iv.next982.i.1 to i32
+  %.pre1127.i.2 = add i32 %734, %1977
+  %.pre1129.i.2 = shl i32 %.pre1127.i.2, 4
+  %.pre1131.i.2 = add nsw i32 %.pre1129.i.2, %r199757.us.i
+  %.pre1133.i.2 = sext i32 %.pre1131.i.2 to i64
+  br i1 %1976, label %if_end202.us.i.2, label %if_else201.us.i.2
 
-if_else220.us.i.2:                                ; preds = %if_end221.us.i.1
-  %2056 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.2
-  %2057 = load float, ptr %2056, align 4, !tbaa !5
-  br label %if_end221.us.i.2
+if_else201.us.i.2:                                ; preds = %if_end202.us.i.1
+  %1978 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i.2
+  %1979 = load float, ptr %1978, align 4, !tbaa !5
+  br label %if_end202.us.i.2
 
-if_end221.us.i.2:                                 ; preds = %if_else220.us.i.2, %if_end221.us.i.1
-  %2058 = phi float [ %2057, %if_else220.us.i.2 ], [ 0xFFF0000000000000, %if_end221.us.i.1 ]
-  %2059 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.2
-  store float %2058, ptr %2059, align 4, !tbaa !5
-  %indvars.iv.next1006.i.2 = add nuw nsw i64 %indvars.iv1005.i, 3
-  %2060 = getelementptr i8, ptr %2008, i64 %indvars.iv.next1006.i.2
-  %2061 = load i8, ptr %2060, align 1, !tbaa !5
-  %2062 = icmp eq i8 %2061, 0
-  %2063 = trunc i64 %indvars.iv.next1006.i.2 to i32
-  %.pre1148.i.3 = add i32 %774, %2063
-  %.pre1150.i.3 = shl i32 %.pre1148.i.3, 4
-  %.pre1152.i.3 = add nsw i32 %.pre1150.i.3, %r218785.us.i
-  %.pre1154.i.3 = sext i32 %.pre1152.i.3 to i64
-  br i1 %2062, label %if_end221.us.i.3, label %if_else220.us.i.3
+if_end202.us.i.2:                                 ; preds = %if_else201.us.i.2, %if_end202.us.i.1
+  %1980 = phi float [ %1979, %if_else201.us.i.2 ], [ 0xFFF0000000000000, %if_end202.us.i.1 ]
+  %1981 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i.2
+  store float %1980, ptr %1981, align 4, !tbaa !5
+  %indvars.iv.next982.i.2 = add nuw nsw i64 %indvars.iv981.i, 3
+  %1982 = getelementptr i8, ptr %1930, i64 %indvars.iv.next982.i.2
+  %1983 = load i8, ptr %1982, align 1, !tbaa !5
+  %1984 = icmp eq i8 %1983, 0
+  %1985 = trunc i64 %indvars.iv.next982.i.2 to i32
+  %.pre1127.i.3 = add i32 %734, %1985
+  %.pre1129.i.3 = shl i32 %.pre1127.i.3, 4
+  %.pre1131.i.3 = add nsw i32 %.pre1129.i.3, %r199757.us.i
+  %.pre1133.i.3 = sext i32 %.pre1131.i.3 to i64
+  br i1 %1984, label %if_end202.us.i.3, label %if_else201.us.i.3
 
-if_else220.us.i.3:                                ; preds = %if_end221.us.i.2
-  %2064 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.3
-  %2065 = load float, ptr %2064, align 4, !tbaa !5
-  br label %if_end221.us.i.3
+if_else201.us.i.3:                                ; preds = %if_end202.us.i.2
+  %1986 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i.3
+  %1987 = load float, ptr %1986, align 4, !tbaa !5
+  br label %if_end202.us.i.3
 
-if_end221.us.i.3:                                 ; preds = %if_else220.us.i.3, %if_end221.us.i.2
-  %2066 = phi float [ %2065, %if_else220.us.i.3 ], [ 0xFFF0000000000000, %if_end221.us.i.2 ]
-  %2067 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.3
-  store float %2066, ptr %2067, align 4, !tbaa !5
-  %indvars.iv.next1006.i.3 = add nuw nsw i64 %indvars.iv1005.i, 4
-  %exitcond239.not.3 = icmp eq i64 %indvars.iv.next1006.i.3, %1989
-  br i1 %exitcond239.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !66, !llvm.loop !67
+if_end202.us.i.3:                                 ; preds = %if_else201.us.i.3, %if_end202.us.i.2
+  %1988 = phi float [ %1987, %if_else201.us.i.3 ], [ 0xFFF0000000000000, %if_end202.us.i.2 ]
+  %1989 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i.3
+  store float %1988, ptr %1989, align 4, !tbaa !5
+  %indvars.iv.next982.i.3 = add nuw nsw i64 %indvars.iv981.i, 4
+  %exitcond.not.3 = icmp eq i64 %indvars.iv.next982.i.3, %1911
+  br i1 %exitcond.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !59, !llvm.loop !60
 
-for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end221.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block510
-  %2068 = add nuw nsw i32 %r218785.us.i, 1
-  %2069 = icmp slt i32 %2068, %1982
+for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end202.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block501
+  %1990 = add nuw nsw i32 %r199757.us.i, 1
+  %1991 = icmp slt i32 %1990, %1904
   %indvar.next = add i64 %indvar, 1
-  br i1 %2069, label %for_body_r215.us.i, label %if_end213.i, !prof !68
+  br i1 %1991, label %for_body_r196.us.i, label %if_end194.i, !prof !61
 
-if_end213.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r215.lr.ph.i, %if_then212.i, %for_end_to204.i
-  br i1 %1537, label %for_begin_ti227.preheader.preheader.i, label %for_end_to224.i, !prof !3
+if_end194.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r196.lr.ph.i, %if_then193.i, %for_end_to185.i
+  br i1 %1418, label %for_begin_ti208.preheader.preheader.i, label %for_end_to205.i, !prof !3
 
-for_begin_ti227.preheader.preheader.i:            ; preds = %if_end213.i
-  %wide.trip.count1015.i = zext nneg i32 %1536 to i64
-  br label %for_begin_ti227.preheader.i
+for_begin_ti208.preheader.preheader.i:            ; preds = %if_end194.i
+  %wide.trip.count991.i = zext nneg i32 %1417 to i64
+  br label %for_begin_ti208.preheader.i
 
-for_begin_ti227.preheader.i:                      ; preds = %for_begin_ti227.preheader.i, %for_begin_ti227.preheader.preheader.i
-  %indvars.iv1012.i = phi i64 [ 0, %for_begin_ti227.preheader.preheader.i ], [ %indvars.iv.next1013.i, %for_begin_ti227.preheader.i ]
-  %peak564.sroa.0.0788.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti227.preheader.preheader.i ], [ %2101, %for_begin_ti227.preheader.i ]
-  %.idx81 = shl nsw i64 %indvars.iv1012.i, 9
-  %2070 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx81
-  %2071 = load <16 x float>, ptr %2070, align 4, !tbaa !5
-  %2072 = fcmp ogt <16 x float> %peak564.sroa.0.0788.i, %2071
-  %2073 = select <16 x i1> %2072, <16 x float> %peak564.sroa.0.0788.i, <16 x float> %2071
-  %2074 = getelementptr inbounds nuw i8, ptr %2070, i64 64
-  %2075 = load <16 x float>, ptr %2074, align 4, !tbaa !5
-  %2076 = fcmp ogt <16 x float> %2073, %2075
-  %2077 = select <16 x i1> %2076, <16 x float> %2073, <16 x float> %2075
-  %2078 = getelementptr inbounds nuw i8, ptr %2070, i64 128
-  %2079 = load <16 x float>, ptr %2078, align 4, !tbaa !5
-  %2080 = fcmp ogt <16 x float> %2077, %2079
-  %2081 = select <16 x i1> %2080, <16 x float> %2077, <16 x float> %2079
-  %2082 = getelementptr inbounds nuw i8, ptr %2070, i64 192
-  %2083 = load <16 x float>, ptr %2082, align 4, !tbaa !5
-  %2084 = fcmp ogt <16 x float> %2081, %2083
-  %2085 = select <16 x i1> %2084, <16 x float> %2081, <16 x float> %2083
-  %2086 = getelementptr inbounds nuw i8, ptr %2070, i64 256
-  %2087 = load <16 x float>, ptr %2086, align 4, !tbaa !5
-  %2088 = fcmp ogt <16 x float> %2085, %2087
-  %2089 = select <16 x i1> %2088, <16 x float> %2085, <16 x float> %2087
-  %2090 = getelementptr inbounds nuw i8, ptr %2070, i64 320
-  %2091 = load <16 x float>, ptr %2090, align 4, !tbaa !5
-  %2092 = fcmp ogt <16 x float> %2089, %2091
-  %2093 = select <16 x i1> %2092, <16 x float> %2089, <16 x float> %2091
-  %2094 = getelementptr inbounds nuw i8, ptr %2070, i64 384
-  %2095 = load <16 x float>, ptr %2094, align 4, !tbaa !5
-  %2096 = fcmp ogt <16 x float> %2093, %2095
-  %2097 = select <16 x i1> %2096, <16 x float> %2093, <16 x float> %2095
-  %2098 = getelementptr inbounds nuw i8, ptr %2070, i64 448
-  %2099 = load <16 x float>, ptr %2098, align 4, !tbaa !5
-  %2100 = fcmp ogt <16 x float> %2097, %2099
-  %2101 = select <16 x i1> %2100, <16 x float> %2097, <16 x float> %2099
-  %indvars.iv.next1013.i = add nuw nsw i64 %indvars.iv1012.i, 1
-  %exitcond1016.not.i = icmp eq i64 %indvars.iv.next1013.i, %wide.trip.count1015.i
-  br i1 %exitcond1016.not.i, label %for_begin_ti237.preheader.lr.ph.i, label %for_begin_ti227.preheader.i, !prof !13
+for_begin_ti208.preheader.i:                      ; preds = %for_begin_ti208.preheader.i, %for_begin_ti208.preheader.preheader.i
+  %indvars.iv988.i = phi i64 [ 0, %for_begin_ti208.preheader.preheader.i ], [ %indvars.iv.next989.i, %for_begin_ti208.preheader.i ]
+  %peak551.sroa.0.0760.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti208.preheader.preheader.i ], [ %2023, %for_begin_ti208.preheader.i ]
+  %.idx81 = shl nsw i64 %indvars.iv988.i, 9
+  %1992 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx81
+  %1993 = load <16 x float>, ptr %1992, align 4, !tbaa !5
+  %1994 = fcmp ogt <16 x float> %peak551.sroa.0.0760.i, %1993
+  %1995 = select <16 x i1> %1994, <16 x float> %peak551.sroa.0.0760.i, <16 x float> %1993
+  %1996 = getelementptr inbounds nuw i8, ptr %1992, i64 64
+  %1997 = load <16 x float>, ptr %1996, align 4, !tbaa !5
+  %1998 = fcmp ogt <16 x float> %1995, %1997
+  %1999 = select <16 x i1> %1998, <16 x float> %1995, <16 x float> %1997
+  %2000 = getelementptr inbounds nuw i8, ptr %1992, i64 128
+  %2001 = load <16 x float>, ptr %2000, align 4, !tbaa !5
+  %2002 = fcmp ogt <16 x float> %1999, %2001
+  %2003 = select <16 x i1> %2002, <16 x float> %1999, <16 x float> %2001
+  %2004 = getelementptr inbounds nuw i8, ptr %1992, i64 192
+  %2005 = load <16 x float>, ptr %2004, align 4, !tbaa !5
+  %2006 = fcmp ogt <16 x float> %2003, %2005
+  %2007 = select <16 x i1> %2006, <16 x float> %2003, <16 x float> %2005
+  %2008 = getelementptr inbounds nuw i8, ptr %1992, i64 256
+  %2009 = load <16 x float>, ptr %2008, align 4, !tbaa !5
+  %2010 = fcmp ogt <16 x float> %2007, %2009
+  %2011 = select <16 x i1> %2010, <16 x float> %2007, <16 x float> %2009
+  %2012 = getelementptr inbounds nuw i8, ptr %1992, i64 320
+  %2013 = load <16 x float>, ptr %2012, align 4, !tbaa !5
+  %2014 = fcmp ogt <16 x float> %2011, %2013
+  %2015 = select <16 x i1> %2014, <16 x float> %2011, <16 x float> %2013
+  %2016 = getelementptr inbounds nuw i8, ptr %1992, i64 384
+  %2017 = load <16 x float>, ptr %2016, align 4, !tbaa !5
+  %2018 = fcmp ogt <16 x float> %2015, %2017
+  %2019 = select <16 x i1> %2018, <16 x float> %2015, <16 x float> %2017
+  %2020 = getelementptr inbounds nuw i8, ptr %1992, i64 448
+  %2021 = load <16 x float>, ptr %2020, align 4, !tbaa !5
+  %2022 = fcmp ogt <16 x float> %2019, %2021
+  %2023 = select <16 x i1> %2022, <16 x float> %2019, <16 x float> %2021
+  %indvars.iv.next989.i = add nuw nsw i64 %indvars.iv988.i, 1
+  %exitcond992.not.i = icmp eq i64 %indvars.iv.next989.i, %wide.trip.count991.i
+  br i1 %exitcond992.not.i, label %for_begin_ti218.preheader.lr.ph.i, label %for_begin_ti208.preheader.i, !prof !13
 
-for_end_to224.i:                                  ; preds = %if_end213.i
-  %2102 = icmp sgt i32 %valid_len196.i, 0
-  %2103 = insertelement <16 x i1> poison, i1 %2102, i64 0
-  %2104 = shufflevector <16 x i1> %2103, <16 x i1> poison, <16 x i32> zeroinitializer
-  %2105 = select <16 x i1> %2104, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
-  br label %for_end_to234.i
+for_end_to205.i:                                  ; preds = %if_end194.i
+  %2024 = icmp sgt i32 %valid_len175.i, 0
+  %2025 = insertelement <16 x i1> poison, i1 %2024, i64 0
+  %2026 = shufflevector <16 x i1> %2025, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2027 = select <16 x i1> %2026, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
+  br label %for_end_to215.i
 
-for_begin_ti237.preheader.lr.ph.i:                ; preds = %for_begin_ti227.preheader.i
-  %2106 = icmp sgt i32 %valid_len196.i, 0
-  %2107 = insertelement <16 x i1> poison, i1 %2106, i64 0
-  %2108 = shufflevector <16 x i1> %2107, <16 x i1> poison, <16 x i32> zeroinitializer
-  %2109 = select <16 x i1> %2108, <16 x float> %2101, <16 x float> splat (float 0xC6293E5940000000)
-  %2110 = getelementptr inbounds nuw i32, ptr %places.i, i64 %.idx1186.i
-  %2111 = load <16 x i32>, ptr %2110, align 4, !tbaa !5
-  %2112 = sitofp <16 x i32> %2111 to <16 x float>
-  %2113 = fsub <16 x float> splat (float 0x4168000FE0000000), %2112
-  %2114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  br label %for_begin_ti237.preheader.i
+for_begin_ti218.preheader.lr.ph.i:                ; preds = %for_begin_ti208.preheader.i
+  %2028 = icmp sgt i32 %valid_len175.i, 0
+  %2029 = insertelement <16 x i1> poison, i1 %2028, i64 0
+  %2030 = shufflevector <16 x i1> %2029, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2031 = select <16 x i1> %2030, <16 x float> %2023, <16 x float> splat (float 0xC6293E5940000000)
+  %2032 = getelementptr inbounds nuw i32, ptr %places.i, i64 %.idx1165.i
+  %2033 = load <16 x i32>, ptr %2032, align 4, !tbaa !5
+  %2034 = sitofp <16 x i32> %2033 to <16 x float>
+  %2035 = fsub <16 x float> splat (float 0x4168000FE0000000), %2034
+  %2036 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2034, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  br label %for_begin_ti218.preheader.i
 
-for_begin_ti237.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti237.preheader.lr.ph.i
-  %indvars.iv1025.i = phi i64 [ 0, %for_begin_ti237.preheader.lr.ph.i ], [ %indvars.iv.next1026.i, %for_end_ax0.i ]
-  %tile_sum568.sroa.0.0794.i = phi <16 x float> [ zeroinitializer, %for_begin_ti237.preheader.lr.ph.i ], [ %.us-phi.i, %for_end_ax0.i ]
-  %2115 = shl nsw i64 %indvars.iv1025.i, 7
-  %2116 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2115
-  %2117 = load <16 x float>, ptr %2116, align 4, !tbaa !5
-  %arg.i = fsub <16 x float> %2117, %2109
-  %2118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2113)
-  %bits.i = bitcast <16 x float> %2118 to <16 x i32>
-  %n.i = fsub <16 x float> %2118, %2113
-  %2119 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
-  %2120 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
-  %2121 = fsub <16 x float> %arg.i, %2120
-  %2122 = fadd <16 x float> %2119, %2121
-  %2123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2122, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2123, <16 x float> %2122, <16 x float> splat (float 0x3FA5558F20000000))
-  %2125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2124, <16 x float> %2122, <16 x float> splat (float 0x3FC5554920000000))
-  %2126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2122, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2127 = fmul <16 x float> %2122, %2122
-  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2126, <16 x float> %2127, <16 x float> %2122)
-  %2129 = shl <16 x i32> %bits.i, splat (i32 23)
-  %2130 = bitcast <16 x i32> %2129 to <16 x float>
-  %2131 = fadd <16 x float> %2128, splat (float 1.000000e+00)
-  %2132 = fmul <16 x float> %2131, %2130
-  %2133 = fcmp olt <16 x float> %arg.i, %2114
-  %2134 = select <16 x i1> %2133, <16 x float> zeroinitializer, <16 x float> %2132
-  %2135 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2115
-  store <16 x float> %2134, ptr %2135, align 4, !tbaa !5
-  %2136 = or disjoint i64 %2115, 16
-  %2137 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2136
-  %2138 = load <16 x float>, ptr %2137, align 4, !tbaa !5
-  %arg.1.i = fsub <16 x float> %2138, %2109
-  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2113)
-  %bits.1.i = bitcast <16 x float> %2139 to <16 x i32>
-  %n.1.i = fsub <16 x float> %2139, %2113
-  %2140 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
-  %2141 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
-  %2142 = fsub <16 x float> %arg.1.i, %2141
-  %2143 = fadd <16 x float> %2140, %2142
-  %2144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2143, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2144, <16 x float> %2143, <16 x float> splat (float 0x3FA5558F20000000))
-  %2146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2143, <16 x float> splat (float 0x3FC5554920000000))
-  %2147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2146, <16 x float> %2143, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2148 = fmul <16 x float> %2143, %2143
-  %2149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2147, <16 x float> %2148, <16 x float> %2143)
-  %2150 = shl <16 x i32> %bits.1.i, splat (i32 23)
-  %2151 = bitcast <16 x i32> %2150 to <16 x float>
-  %2152 = fadd <16 x float> %2149, splat (float 1.000000e+00)
-  %2153 = fmul <16 x float> %2152, %2151
-  %2154 = fcmp olt <16 x float> %arg.1.i, %2114
-  %2155 = select <16 x i1> %2154, <16 x float> zeroinitializer, <16 x float> %2153
-  %2156 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2136
-  store <16 x float> %2155, ptr %2156, align 4, !tbaa !5
-  %2157 = or disjoint i64 %2115, 32
-  %2158 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2157
-  %2159 = load <16 x float>, ptr %2158, align 4, !tbaa !5
-  %arg.2.i = fsub <16 x float> %2159, %2109
-  %2160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2113)
-  %bits.2.i = bitcast <16 x float> %2160 to <16 x i32>
-  %n.2.i = fsub <16 x float> %2160, %2113
-  %2161 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
-  %2162 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
-  %2163 = fsub <16 x float> %arg.2.i, %2162
-  %2164 = fadd <16 x float> %2161, %2163
-  %2165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2164, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2165, <16 x float> %2164, <16 x float> splat (float 0x3FA5558F20000000))
-  %2167 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2164, <16 x float> splat (float 0x3FC5554920000000))
-  %2168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2167, <16 x float> %2164, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2169 = fmul <16 x float> %2164, %2164
-  %2170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2169, <16 x float> %2164)
-  %2171 = shl <16 x i32> %bits.2.i, splat (i32 23)
-  %2172 = bitcast <16 x i32> %2171 to <16 x float>
-  %2173 = fadd <16 x float> %2170, splat (float 1.000000e+00)
-  %2174 = fmul <16 x float> %2173, %2172
-  %2175 = fcmp olt <16 x float> %arg.2.i, %2114
-  %2176 = select <16 x i1> %2175, <16 x float> zeroinitializer, <16 x float> %2174
-  %2177 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2157
-  store <16 x float> %2176, ptr %2177, align 4, !tbaa !5
-  %2178 = or disjoint i64 %2115, 48
-  %2179 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2178
-  %2180 = load <16 x float>, ptr %2179, align 4, !tbaa !5
-  %arg.3.i = fsub <16 x float> %2180, %2109
-  %2181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2113)
-  %bits.3.i = bitcast <16 x float> %2181 to <16 x i32>
-  %n.3.i = fsub <16 x float> %2181, %2113
-  %2182 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
-  %2183 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
-  %2184 = fsub <16 x float> %arg.3.i, %2183
-  %2185 = fadd <16 x float> %2182, %2184
-  %2186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2185, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2185, <16 x float> splat (float 0x3FA5558F20000000))
-  %2188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2187, <16 x float> %2185, <16 x float> splat (float 0x3FC5554920000000))
-  %2189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2188, <16 x float> %2185, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2190 = fmul <16 x float> %2185, %2185
-  %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2189, <16 x float> %2190, <16 x float> %2185)
-  %2192 = shl <16 x i32> %bits.3.i, splat (i32 23)
-  %2193 = bitcast <16 x i32> %2192 to <16 x float>
-  %2194 = fadd <16 x float> %2191, splat (float 1.000000e+00)
-  %2195 = fmul <16 x float> %2194, %2193
-  %2196 = fcmp olt <16 x float> %arg.3.i, %2114
-  %2197 = select <16 x i1> %2196, <16 x float> zeroinitializer, <16 x float> %2195
-  %2198 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2178
-  store <16 x float> %2197, ptr %2198, align 4, !tbaa !5
-  %2199 = or disjoint i64 %2115, 64
-  %2200 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2199
-  %2201 = load <16 x float>, ptr %2200, align 4, !tbaa !5
-  %arg.4.i = fsub <16 x float> %2201, %2109
-  %2202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2113)
-  %bits.4.i = bitcast <16 x float> %2202 to <16 x i32>
-  %n.4.i = fsub <16 x float> %2202, %2113
-  %2203 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
-  %2204 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
-  %2205 = fsub <16 x float> %arg.4.i, %2204
-  %2206 = fadd <16 x float> %2203, %2205
-  %2207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2206, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2207, <16 x float> %2206, <16 x float> splat (float 0x3FA5558F20000000))
-  %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2206, <16 x float> splat (float 0x3FC5554920000000))
-  %2210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2209, <16 x float> %2206, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2211 = fmul <16 x float> %2206, %2206
-  %2212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2211, <16 x float> %2206)
-  %2213 = shl <16 x i32> %bits.4.i, splat (i32 23)
-  %2214 = bitcast <16 x i32> %2213 to <16 x float>
-  %2215 = fadd <16 x float> %2212, splat (float 1.000000e+00)
-  %2216 = fmul <16 x float> %2215, %2214
-  %2217 = fcmp olt <16 x float> %arg.4.i, %2114
-  %2218 = select <16 x i1> %2217, <16 x float> zeroinitializer, <16 x float> %2216
-  %2219 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2199
-  store <16 x float> %2218, ptr %2219, align 4, !tbaa !5
-  %2220 = or disjoint i64 %2115, 80
-  %2221 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2220
-  %2222 = load <16 x float>, ptr %2221, align 4, !tbaa !5
-  %arg.5.i = fsub <16 x float> %2222, %2109
-  %2223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2113)
-  %bits.5.i = bitcast <16 x float> %2223 to <16 x i32>
-  %n.5.i = fsub <16 x float> %2223, %2113
-  %2224 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
-  %2225 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
-  %2226 = fsub <16 x float> %arg.5.i, %2225
-  %2227 = fadd <16 x float> %2224, %2226
-  %2228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2227, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2227, <16 x float> splat (float 0x3FA5558F20000000))
-  %2230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2229, <16 x float> %2227, <16 x float> splat (float 0x3FC5554920000000))
-  %2231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2230, <16 x float> %2227, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2232 = fmul <16 x float> %2227, %2227
-  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2231, <16 x float> %2232, <16 x float> %2227)
-  %2234 = shl <16 x i32> %bits.5.i, splat (i32 23)
-  %2235 = bitcast <16 x i32> %2234 to <16 x float>
-  %2236 = fadd <16 x float> %2233, splat (float 1.000000e+00)
-  %2237 = fmul <16 x float> %2236, %2235
-  %2238 = fcmp olt <16 x float> %arg.5.i, %2114
-  %2239 = select <16 x i1> %2238, <16 x float> zeroinitializer, <16 x float> %2237
-  %2240 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2220
-  store <16 x float> %2239, ptr %2240, align 4, !tbaa !5
-  %2241 = or disjoint i64 %2115, 96
-  %2242 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2241
-  %2243 = load <16 x float>, ptr %2242, align 4, !tbaa !5
-  %arg.6.i = fsub <16 x float> %2243, %2109
-  %2244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2113)
-  %bits.6.i = bitcast <16 x float> %2244 to <16 x i32>
-  %n.6.i = fsub <16 x float> %2244, %2113
-  %2245 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
-  %2246 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
-  %2247 = fsub <16 x float> %arg.6.i, %2246
-  %2248 = fadd <16 x float> %2245, %2247
-  %2249 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2248, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2249, <16 x float> %2248, <16 x float> splat (float 0x3FA5558F20000000))
-  %2251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2248, <16 x float> splat (float 0x3FC5554920000000))
-  %2252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2251, <16 x float> %2248, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2253 = fmul <16 x float> %2248, %2248
-  %2254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2253, <16 x float> %2248)
-  %2255 = shl <16 x i32> %bits.6.i, splat (i32 23)
-  %2256 = bitcast <16 x i32> %2255 to <16 x float>
-  %2257 = fadd <16 x float> %2254, splat (float 1.000000e+00)
-  %2258 = fmul <16 x float> %2257, %2256
-  %2259 = fcmp olt <16 x float> %arg.6.i, %2114
-  %2260 = select <16 x i1> %2259, <16 x float> zeroinitializer, <16 x float> %2258
-  %2261 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2241
-  store <16 x float> %2260, ptr %2261, align 4, !tbaa !5
-  %2262 = or disjoint i64 %2115, 112
-  %2263 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2262
-  %2264 = load <16 x float>, ptr %2263, align 4, !tbaa !5
-  %arg.7.i = fsub <16 x float> %2264, %2109
-  %2265 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2113)
-  %bits.7.i = bitcast <16 x float> %2265 to <16 x i32>
-  %n.7.i = fsub <16 x float> %2265, %2113
-  %2266 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
-  %2267 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
-  %2268 = fsub <16 x float> %arg.7.i, %2267
-  %2269 = fadd <16 x float> %2266, %2268
-  %2270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2269, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2269, <16 x float> splat (float 0x3FA5558F20000000))
-  %2272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2271, <16 x float> %2269, <16 x float> splat (float 0x3FC5554920000000))
-  %2273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2272, <16 x float> %2269, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2274 = fmul <16 x float> %2269, %2269
-  %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2273, <16 x float> %2274, <16 x float> %2269)
-  %2276 = shl <16 x i32> %bits.7.i, splat (i32 23)
-  %2277 = bitcast <16 x i32> %2276 to <16 x float>
-  %2278 = fadd <16 x float> %2275, splat (float 1.000000e+00)
-  %2279 = fmul <16 x float> %2278, %2277
-  %2280 = fcmp olt <16 x float> %arg.7.i, %2114
-  %2281 = select <16 x i1> %2280, <16 x float> zeroinitializer, <16 x float> %2279
-  %2282 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2262
-  store <16 x float> %2281, ptr %2282, align 4, !tbaa !5
-  %2283 = icmp samesign ult i64 %indvars.iv1025.i, 16
-  br i1 %2283, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
+for_begin_ti218.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti218.preheader.lr.ph.i
+  %indvars.iv1001.i = phi i64 [ 0, %for_begin_ti218.preheader.lr.ph.i ], [ %indvars.iv.next1002.i, %for_end_ax0.i ]
+  %tile_sum555.sroa.0.0766.i = phi <16 x float> [ zeroinitializer, %for_begin_ti218.preheader.lr.ph.i ], [ %.us-phi.i, %for_end_ax0.i ]
+  %2037 = shl nsw i64 %indvars.iv1001.i, 7
+  %2038 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2037
+  %2039 = load <16 x float>, ptr %2038, align 4, !tbaa !5
+  %arg.i = fsub <16 x float> %2039, %2031
+  %2040 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2035)
+  %bits.i = bitcast <16 x float> %2040 to <16 x i32>
+  %n.i = fsub <16 x float> %2040, %2035
+  %2041 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
+  %2042 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
+  %2043 = fsub <16 x float> %arg.i, %2042
+  %2044 = fadd <16 x float> %2041, %2043
+  %2045 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2044, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2046 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2045, <16 x float> %2044, <16 x float> splat (float 0x3FA5558F20000000))
+  %2047 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2046, <16 x float> %2044, <16 x float> splat (float 0x3FC5554920000000))
+  %2048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2047, <16 x float> %2044, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2049 = fmul <16 x float> %2044, %2044
+  %2050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2048, <16 x float> %2049, <16 x float> %2044)
+  %2051 = shl <16 x i32> %bits.i, splat (i32 23)
+  %2052 = bitcast <16 x i32> %2051 to <16 x float>
+  %2053 = fadd <16 x float> %2050, splat (float 1.000000e+00)
+  %2054 = fmul <16 x float> %2053, %2052
+  %2055 = fcmp olt <16 x float> %arg.i, %2036
+  %2056 = select <16 x i1> %2055, <16 x float> zeroinitializer, <16 x float> %2054
+  %2057 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2037
+  store <16 x float> %2056, ptr %2057, align 4, !tbaa !5
+  %2058 = or disjoint i64 %2037, 16
+  %2059 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2058
+  %2060 = load <16 x float>, ptr %2059, align 4, !tbaa !5
+  %arg.1.i = fsub <16 x float> %2060, %2031
+  %2061 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2035)
+  %bits.1.i = bitcast <16 x float> %2061 to <16 x i32>
+  %n.1.i = fsub <16 x float> %2061, %2035
+  %2062 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
+  %2063 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
+  %2064 = fsub <16 x float> %arg.1.i, %2063
+  %2065 = fadd <16 x float> %2062, %2064
+  %2066 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2065, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2067 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2066, <16 x float> %2065, <16 x float> splat (float 0x3FA5558F20000000))
+  %2068 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2067, <16 x float> %2065, <16 x float> splat (float 0x3FC5554920000000))
+  %2069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2068, <16 x float> %2065, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2070 = fmul <16 x float> %2065, %2065
+  %2071 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2069, <16 x float> %2070, <16 x float> %2065)
+  %2072 = shl <16 x i32> %bits.1.i, splat (i32 23)
+  %2073 = bitcast <16 x i32> %2072 to <16 x float>
+  %2074 = fadd <16 x float> %2071, splat (float 1.000000e+00)
+  %2075 = fmul <16 x float> %2074, %2073
+  %2076 = fcmp olt <16 x float> %arg.1.i, %2036
+  %2077 = select <16 x i1> %2076, <16 x float> zeroinitializer, <16 x float> %2075
+  %2078 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2058
+  store <16 x float> %2077, ptr %2078, align 4, !tbaa !5
+  %2079 = or disjoint i64 %2037, 32
+  %2080 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2079
+  %2081 = load <16 x float>, ptr %2080, align 4, !tbaa !5
+  %arg.2.i = fsub <16 x float> %2081, %2031
+  %2082 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2035)
+  %bits.2.i = bitcast <16 x float> %2082 to <16 x i32>
+  %n.2.i = fsub <16 x float> %2082, %2035
+  %2083 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
+  %2084 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
+  %2085 = fsub <16 x float> %arg.2.i, %2084
+  %2086 = fadd <16 x float> %2083, %2085
+  %2087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2088 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2087, <16 x float> %2086, <16 x float> splat (float 0x3FA5558F20000000))
+  %2089 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2088, <16 x float> %2086, <16 x float> splat (float 0x3FC5554920000000))
+  %2090 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2089, <16 x float> %2086, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2091 = fmul <16 x float> %2086, %2086
+  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2090, <16 x float> %2091, <16 x float> %2086)
+  %2093 = shl <16 x i32> %bits.2.i, splat (i32 23)
+  %2094 = bitcast <16 x i32> %2093 to <16 x float>
+  %2095 = fadd <16 x float> %2092, splat (float 1.000000e+00)
+  %2096 = fmul <16 x float> %2095, %2094
+  %2097 = fcmp olt <16 x float> %arg.2.i, %2036
+  %2098 = select <16 x i1> %2097, <16 x float> zeroinitializer, <16 x float> %2096
+  %2099 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2079
+  store <16 x float> %2098, ptr %2099, align 4, !tbaa !5
+  %2100 = or disjoint i64 %2037, 48
+  %2101 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2100
+  %2102 = load <16 x float>, ptr %2101, align 4, !tbaa !5
+  %arg.3.i = fsub <16 x float> %2102, %2031
+  %2103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2035)
+  %bits.3.i = bitcast <16 x float> %2103 to <16 x i32>
+  %n.3.i = fsub <16 x float> %2103, %2035
+  %2104 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
+  %2105 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
+  %2106 = fsub <16 x float> %arg.3.i, %2105
+  %2107 = fadd <16 x float> %2104, %2106
+  %2108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2107, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2108, <16 x float> %2107, <16 x float> splat (float 0x3FA5558F20000000))
+  %2110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2109, <16 x float> %2107, <16 x float> splat (float 0x3FC5554920000000))
+  %2111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2110, <16 x float> %2107, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2112 = fmul <16 x float> %2107, %2107
+  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2111, <16 x float> %2112, <16 x float> %2107)
+  %2114 = shl <16 x i32> %bits.3.i, splat (i32 23)
+  %2115 = bitcast <16 x i32> %2114 to <16 x float>
+  %2116 = fadd <16 x float> %2113, splat (float 1.000000e+00)
+  %2117 = fmul <16 x float> %2116, %2115
+  %2118 = fcmp olt <16 x float> %arg.3.i, %2036
+  %2119 = select <16 x i1> %2118, <16 x float> zeroinitializer, <16 x float> %2117
+  %2120 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2100
+  store <16 x float> %2119, ptr %2120, align 4, !tbaa !5
+  %2121 = or disjoint i64 %2037, 64
+  %2122 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2121
+  %2123 = load <16 x float>, ptr %2122, align 4, !tbaa !5
+  %arg.4.i = fsub <16 x float> %2123, %2031
+  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2035)
+  %bits.4.i = bitcast <16 x float> %2124 to <16 x i32>
+  %n.4.i = fsub <16 x float> %2124, %2035
+  %2125 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
+  %2126 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
+  %2127 = fsub <16 x float> %arg.4.i, %2126
+  %2128 = fadd <16 x float> %2125, %2127
+  %2129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2128, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2129, <16 x float> %2128, <16 x float> splat (float 0x3FA5558F20000000))
+  %2131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2130, <16 x float> %2128, <16 x float> splat (float 0x3FC5554920000000))
+  %2132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2131, <16 x float> %2128, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2133 = fmul <16 x float> %2128, %2128
+  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2133, <16 x float> %2128)
+  %2135 = shl <16 x i32> %bits.4.i, splat (i32 23)
+  %2136 = bitcast <16 x i32> %2135 to <16 x float>
+  %2137 = fadd <16 x float> %2134, splat (float 1.000000e+00)
+  %2138 = fmul <16 x float> %2137, %2136
+  %2139 = fcmp olt <16 x float> %arg.4.i, %2036
+  %2140 = select <16 x i1> %2139, <16 x float> zeroinitializer, <16 x float> %2138
+  %2141 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2121
+  store <16 x float> %2140, ptr %2141, align 4, !tbaa !5
+  %2142 = or disjoint i64 %2037, 80
+  %2143 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2142
+  %2144 = load <16 x float>, ptr %2143, align 4, !tbaa !5
+  %arg.5.i = fsub <16 x float> %2144, %2031
+  %2145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2035)
+  %bits.5.i = bitcast <16 x float> %2145 to <16 x i32>
+  %n.5.i = fsub <16 x float> %2145, %2035
+  %2146 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
+  %2147 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
+  %2148 = fsub <16 x float> %arg.5.i, %2147
+  %2149 = fadd <16 x float> %2146, %2148
+  %2150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2149, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2151 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2150, <16 x float> %2149, <16 x float> splat (float 0x3FA5558F20000000))
+  %2152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2151, <16 x float> %2149, <16 x float> splat (float 0x3FC5554920000000))
+  %2153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2152, <16 x float> %2149, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2154 = fmul <16 x float> %2149, %2149
+  %2155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2153, <16 x float> %2154, <16 x float> %2149)
+  %2156 = shl <16 x i32> %bits.5.i, splat (i32 23)
+  %2157 = bitcast <16 x i32> %2156 to <16 x float>
+  %2158 = fadd <16 x float> %2155, splat (float 1.000000e+00)
+  %2159 = fmul <16 x float> %2158, %2157
+  %2160 = fcmp olt <16 x float> %arg.5.i, %2036
+  %2161 = select <16 x i1> %2160, <16 x float> zeroinitializer, <16 x float> %2159
+  %2162 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2142
+  store <16 x float> %2161, ptr %2162, align 4, !tbaa !5
+  %2163 = or disjoint i64 %2037, 96
+  %2164 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2163
+  %2165 = load <16 x float>, ptr %2164, align 4, !tbaa !5
+  %arg.6.i = fsub <16 x float> %2165, %2031
+  %2166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2035)
+  %bits.6.i = bitcast <16 x float> %2166 to <16 x i32>
+  %n.6.i = fsub <16 x float> %2166, %2035
+  %2167 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
+  %2168 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
+  %2169 = fsub <16 x float> %arg.6.i, %2168
+  %2170 = fadd <16 x float> %2167, %2169
+  %2171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2170, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2171, <16 x float> %2170, <16 x float> splat (float 0x3FA5558F20000000))
+  %2173 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2172, <16 x float> %2170, <16 x float> splat (float 0x3FC5554920000000))
+  %2174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2173, <16 x float> %2170, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2175 = fmul <16 x float> %2170, %2170
+  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2174, <16 x float> %2175, <16 x float> %2170)
+  %2177 = shl <16 x i32> %bits.6.i, splat (i32 23)
+  %2178 = bitcast <16 x i32> %2177 to <16 x float>
+  %2179 = fadd <16 x float> %2176, splat (float 1.000000e+00)
+  %2180 = fmul <16 x float> %2179, %2178
+  %2181 = fcmp olt <16 x float> %arg.6.i, %2036
+  %2182 = select <16 x i1> %2181, <16 x float> zeroinitializer, <16 x float> %2180
+  %2183 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2163
+  store <16 x float> %2182, ptr %2183, align 4, !tbaa !5
+  %2184 = or disjoint i64 %2037, 112
+  %2185 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2184
+  %2186 = load <16 x float>, ptr %2185, align 4, !tbaa !5
+  %arg.7.i = fsub <16 x float> %2186, %2031
+  %2187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2035)
+  %bits.7.i = bitcast <16 x float> %2187 to <16 x i32>
+  %n.7.i = fsub <16 x float> %2187, %2035
+  %2188 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
+  %2189 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
+  %2190 = fsub <16 x float> %arg.7.i, %2189
+  %2191 = fadd <16 x float> %2188, %2190
+  %2192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2191, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2192, <16 x float> %2191, <16 x float> splat (float 0x3FA5558F20000000))
+  %2194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2193, <16 x float> %2191, <16 x float> splat (float 0x3FC5554920000000))
+  %2195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2194, <16 x float> %2191, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2196 = fmul <16 x float> %2191, %2191
+  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2195, <16 x float> %2196, <16 x float> %2191)
+  %2198 = shl <16 x i32> %bits.7.i, splat (i32 23)
+  %2199 = bitcast <16 x i32> %2198 to <16 x float>
+  %2200 = fadd <16 x float> %2197, splat (float 1.000000e+00)
+  %2201 = fmul <16 x float> %2200, %2199
+  %2202 = fcmp olt <16 x float> %arg.7.i, %2036
+  %2203 = select <16 x i1> %2202, <16 x float> zeroinitializer, <16 x float> %2201
+  %2204 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2184
+  store <16 x float> %2203, ptr %2204, align 4, !tbaa !5
+  %2205 = icmp samesign ult i64 %indvars.iv1001.i, 16
+  br i1 %2205, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
 
-for_end_to234.i:                                  ; preds = %for_end_ax0.i, %for_end_to224.i
-  %2284 = phi <16 x float> [ %2105, %for_end_to224.i ], [ %2109, %for_end_ax0.i ]
-  %tile_sum568.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_end_to224.i ], [ %.us-phi.i, %for_end_ax0.i ]
-  %2285 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1186.i
-  %2286 = load <16 x float>, ptr %2285, align 4, !tbaa !5
-  %old_max.i = select <16 x i1> %778, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2286
-  %2287 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1186.i
-  %2288 = load <16 x float>, ptr %2287, align 4, !tbaa !5
-  %old_sum.i = select <16 x i1> %778, <16 x float> zeroinitializer, <16 x float> %2288
-  %2289 = fcmp ogt <16 x float> %old_max.i, %2284
-  %2290 = fcmp oeq <16 x float> %tile_sum568.sroa.0.0.lcssa.i, zeroinitializer
-  %2291 = select <16 x i1> %2290, <16 x i1> splat (i1 true), <16 x i1> %2289
-  %old_or_both.i = select <16 x i1> %2291, <16 x float> %old_max.i, <16 x float> %2284
-  %2292 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %2292, <16 x float> %2284, <16 x float> %old_or_both.i
-  %2293 = fsub <16 x float> %old_max.i, %m.i
-  %2294 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2293, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2295 = bitcast <16 x float> %2294 to <16 x i32>
-  %2296 = fadd <16 x float> %2294, splat (float 0xC168000FE0000000)
-  %2297 = fmul <16 x float> %2296, splat (float 0x3F2BD01060000000)
-  %2298 = fmul <16 x float> %2296, splat (float 0x3FE6300000000000)
-  %2299 = fsub <16 x float> %2293, %2298
-  %2300 = fadd <16 x float> %2297, %2299
-  %2301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2300, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2301, <16 x float> %2300, <16 x float> splat (float 0x3FA5558F20000000))
-  %2303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2302, <16 x float> %2300, <16 x float> splat (float 0x3FC5554920000000))
-  %2304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2303, <16 x float> %2300, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2305 = fmul <16 x float> %2300, %2300
-  %2306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2304, <16 x float> %2305, <16 x float> %2300)
-  %2307 = shl <16 x i32> %2295, splat (i32 23)
-  %2308 = bitcast <16 x i32> %2307 to <16 x float>
-  %2309 = fadd <16 x float> %2306, splat (float 1.000000e+00)
-  %2310 = fmul <16 x float> %2309, %2308
-  %2311 = fcmp olt <16 x float> %2293, splat (float -8.700000e+01)
-  %2312 = select <16 x i1> %2311, <16 x float> zeroinitializer, <16 x float> %2310
-  %2313 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %2314 = select <16 x i1> %2313, <16 x float> %2312, <16 x float> zeroinitializer
-  %arg261.i = fsub <16 x float> %2284, %m.i
-  %2315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg261.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2316 = bitcast <16 x float> %2315 to <16 x i32>
-  %2317 = fadd <16 x float> %2315, splat (float 0xC168000FE0000000)
-  %2318 = fmul <16 x float> %2317, splat (float 0x3F2BD01060000000)
-  %2319 = fmul <16 x float> %2317, splat (float 0x3FE6300000000000)
-  %2320 = fsub <16 x float> %arg261.i, %2319
-  %2321 = fadd <16 x float> %2318, %2320
-  %2322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2322, <16 x float> %2321, <16 x float> splat (float 0x3FA5558F20000000))
-  %2324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2323, <16 x float> %2321, <16 x float> splat (float 0x3FC5554920000000))
-  %2325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2321, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2326 = fmul <16 x float> %2321, %2321
-  %2327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2325, <16 x float> %2326, <16 x float> %2321)
-  %2328 = shl <16 x i32> %2316, splat (i32 23)
-  %2329 = bitcast <16 x i32> %2328 to <16 x float>
-  %2330 = fadd <16 x float> %2327, splat (float 1.000000e+00)
-  %2331 = fmul <16 x float> %2330, %2329
-  %2332 = fcmp olt <16 x float> %arg261.i, splat (float -8.700000e+01)
-  %2333 = select <16 x i1> %2332, <16 x float> zeroinitializer, <16 x float> %2331
-  %2334 = fcmp one <16 x float> %tile_sum568.sroa.0.0.lcssa.i, zeroinitializer
-  %2335 = select <16 x i1> %2334, <16 x float> %2333, <16 x float> zeroinitializer
-  %2336 = fmul <16 x float> %old_sum.i, %2314
-  %2337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %tile_sum568.sroa.0.0.lcssa.i, <16 x float> %2336)
-  store <16 x float> %m.i, ptr %2285, align 4, !tbaa !5
-  store <16 x float> %2337, ptr %2287, align 4, !tbaa !5
-  %2338 = load i32, ptr %1529, align 16, !tbaa !17
-  %2339 = sub nsw i32 %2338, %711
-  %2340 = tail call i32 @llvm.smin.i32(i32 %2339, i32 %valid_len196.i)
-  %2341 = tail call i32 @llvm.smin.i32(i32 %2340, i32 %773)
-  %2342 = select i1 %141, i32 %2341, i32 %2340
-  %2343 = tail call i32 @llvm.smax.i32(i32 %2342, i32 0)
-  %num_full.i = lshr i32 %2343, 3
-  %2344 = sub nsw i32 %1536, %num_full.i
-  %2345 = icmp sgt i32 %2344, 0
-  br i1 %2345, label %for_begin_ti284.preheader.lr.ph.i, label %for_end_to281.i, !prof !3
+for_end_to215.i:                                  ; preds = %for_end_ax0.i, %for_end_to205.i
+  %2206 = phi <16 x float> [ %2027, %for_end_to205.i ], [ %2031, %for_end_ax0.i ]
+  %tile_sum555.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_end_to205.i ], [ %.us-phi.i, %for_end_ax0.i ]
+  %2207 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1165.i
+  %2208 = load <16 x float>, ptr %2207, align 4, !tbaa !5
+  %old_max.i = select <16 x i1> %738, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2208
+  %2209 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1165.i
+  %2210 = load <16 x float>, ptr %2209, align 4, !tbaa !5
+  %old_sum.i = select <16 x i1> %738, <16 x float> zeroinitializer, <16 x float> %2210
+  %2211 = fcmp ogt <16 x float> %old_max.i, %2206
+  %2212 = fcmp oeq <16 x float> %tile_sum555.sroa.0.0.lcssa.i, zeroinitializer
+  %2213 = select <16 x i1> %2212, <16 x i1> splat (i1 true), <16 x i1> %2211
+  %old_or_both.i = select <16 x i1> %2213, <16 x float> %old_max.i, <16 x float> %2206
+  %2214 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %2214, <16 x float> %2206, <16 x float> %old_or_both.i
+  %2215 = fsub <16 x float> %old_max.i, %m.i
+  %2216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2215, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2217 = bitcast <16 x float> %2216 to <16 x i32>
+  %2218 = fadd <16 x float> %2216, splat (float 0xC168000FE0000000)
+  %2219 = fmul <16 x float> %2218, splat (float 0x3F2BD01060000000)
+  %2220 = fmul <16 x float> %2218, splat (float 0x3FE6300000000000)
+  %2221 = fsub <16 x float> %2215, %2220
+  %2222 = fadd <16 x float> %2219, %2221
+  %2223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2222, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2223, <16 x float> %2222, <16 x float> splat (float 0x3FA5558F20000000))
+  %2225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2224, <16 x float> %2222, <16 x float> splat (float 0x3FC5554920000000))
+  %2226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2225, <16 x float> %2222, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2227 = fmul <16 x float> %2222, %2222
+  %2228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2226, <16 x float> %2227, <16 x float> %2222)
+  %2229 = shl <16 x i32> %2217, splat (i32 23)
+  %2230 = bitcast <16 x i32> %2229 to <16 x float>
+  %2231 = fadd <16 x float> %2228, splat (float 1.000000e+00)
+  %2232 = fmul <16 x float> %2231, %2230
+  %2233 = fcmp olt <16 x float> %2215, splat (float -8.700000e+01)
+  %2234 = select <16 x i1> %2233, <16 x float> zeroinitializer, <16 x float> %2232
+  %2235 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %2236 = select <16 x i1> %2235, <16 x float> %2234, <16 x float> zeroinitializer
+  %arg242.i = fsub <16 x float> %2206, %m.i
+  %2237 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg242.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2238 = bitcast <16 x float> %2237 to <16 x i32>
+  %2239 = fadd <16 x float> %2237, splat (float 0xC168000FE0000000)
+  %2240 = fmul <16 x float> %2239, splat (float 0x3F2BD01060000000)
+  %2241 = fmul <16 x float> %2239, splat (float 0x3FE6300000000000)
+  %2242 = fsub <16 x float> %arg242.i, %2241
+  %2243 = fadd <16 x float> %2240, %2242
+  %2244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2243, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2244, <16 x float> %2243, <16 x float> splat (float 0x3FA5558F20000000))
+  %2246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2245, <16 x float> %2243, <16 x float> splat (float 0x3FC5554920000000))
+  %2247 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %2243, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2248 = fmul <16 x float> %2243, %2243
+  %2249 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2247, <16 x float> %2248, <16 x float> %2243)
+  %2250 = shl <16 x i32> %2238, splat (i32 23)
+  %2251 = bitcast <16 x i32> %2250 to <16 x float>
+  %2252 = fadd <16 x float> %2249, splat (float 1.000000e+00)
+  %2253 = fmul <16 x float> %2252, %2251
+  %2254 = fcmp olt <16 x float> %arg242.i, splat (float -8.700000e+01)
+  %2255 = select <16 x i1> %2254, <16 x float> zeroinitializer, <16 x float> %2253
+  %2256 = fcmp one <16 x float> %tile_sum555.sroa.0.0.lcssa.i, zeroinitializer
+  %2257 = select <16 x i1> %2256, <16 x float> %2255, <16 x float> zeroinitializer
+  %2258 = fmul <16 x float> %old_sum.i, %2236
+  %2259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_sum555.sroa.0.0.lcssa.i, <16 x float> %2258)
+  store <16 x float> %m.i, ptr %2207, align 4, !tbaa !5
+  store <16 x float> %2259, ptr %2209, align 4, !tbaa !5
+  %2260 = load i32, ptr %1410, align 16, !tbaa !17
+  %2261 = sub nsw i32 %2260, %698
+  %2262 = tail call i32 @llvm.smin.i32(i32 %2261, i32 %valid_len175.i)
+  %2263 = tail call i32 @llvm.smin.i32(i32 %2262, i32 %733)
+  %2264 = select i1 %141, i32 %2263, i32 %2262
+  %2265 = tail call i32 @llvm.smax.i32(i32 %2264, i32 0)
+  %num_full.i = lshr i32 %2265, 3
+  %2266 = sub nsw i32 %1417, %num_full.i
+  %2267 = icmp sgt i32 %2266, 0
+  br i1 %2267, label %for_begin_ti265.preheader.lr.ph.i, label %for_end_to262.i, !prof !3
 
-for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti237.preheader.i
-  %2346 = fadd <16 x float> %tile_sum568.sroa.0.0794.i, %2134
-  %2347 = fadd <16 x float> %2346, %2155
-  %2348 = fadd <16 x float> %2347, %2176
-  %2349 = fadd <16 x float> %2348, %2197
-  %2350 = fadd <16 x float> %2349, %2218
-  %2351 = fadd <16 x float> %2350, %2239
-  %2352 = fadd <16 x float> %2351, %2260
-  %2353 = fadd <16 x float> %2352, %2281
+for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti218.preheader.i
+  %2268 = fadd <16 x float> %tile_sum555.sroa.0.0766.i, %2056
+  %2269 = fadd <16 x float> %2268, %2077
+  %2270 = fadd <16 x float> %2269, %2098
+  %2271 = fadd <16 x float> %2270, %2119
+  %2272 = fadd <16 x float> %2271, %2140
+  %2273 = fadd <16 x float> %2272, %2161
+  %2274 = fadd <16 x float> %2273, %2182
+  %2275 = fadd <16 x float> %2274, %2203
   br label %for_end_ax0.i
 
-for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti237.preheader.i
-  %.us-phi.i = phi <16 x float> [ %2353, %for_body_ax0.us.preheader.i ], [ %tile_sum568.sroa.0.0794.i, %for_begin_ti237.preheader.i ]
-  %indvars.iv.next1026.i = add nuw nsw i64 %indvars.iv1025.i, 1
-  %exitcond1029.not.i = icmp eq i64 %indvars.iv.next1026.i, %wide.trip.count1015.i
-  br i1 %exitcond1029.not.i, label %for_end_to234.i, label %for_begin_ti237.preheader.i, !prof !13
+for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti218.preheader.i
+  %.us-phi.i = phi <16 x float> [ %2275, %for_body_ax0.us.preheader.i ], [ %tile_sum555.sroa.0.0766.i, %for_begin_ti218.preheader.i ]
+  %indvars.iv.next1002.i = add nuw nsw i64 %indvars.iv1001.i, 1
+  %exitcond1005.not.i = icmp eq i64 %indvars.iv.next1002.i, %wide.trip.count991.i
+  br i1 %exitcond1005.not.i, label %for_end_to215.i, label %for_begin_ti218.preheader.i, !prof !13
 
-for_begin_ti284.preheader.lr.ph.i:                ; preds = %for_end_to234.i
-  %2354 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %.idx1186.i
-  %2355 = and i32 %2343, 2147483640
-  %2356 = add i32 %2355, %711
-  %wide.trip.count1037.i = zext nneg i32 %2344 to i64
-  br label %for_begin_ti284.preheader.i
+for_begin_ti265.preheader.lr.ph.i:                ; preds = %for_end_to215.i
+  %2276 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %.idx1165.i
+  %2277 = and i32 %2265, 2147483640
+  %2278 = add i32 %2277, %698
+  %wide.trip.count1013.i = zext nneg i32 %2266 to i64
+  br label %for_begin_ti265.preheader.i
 
-for_begin_ti284.preheader.i:                      ; preds = %for_begin_ti284.preheader.i, %for_begin_ti284.preheader.lr.ph.i
-  %indvars.iv1034.i = phi i64 [ 0, %for_begin_ti284.preheader.lr.ph.i ], [ %indvars.iv.next1035.i, %for_begin_ti284.preheader.i ]
-  %indvars.iv1034.tr.i = trunc i64 %indvars.iv1034.i to i32
-  %2357 = shl i32 %indvars.iv1034.tr.i, 3
-  %2358 = add i32 %2356, %2357
-  %2359 = add i32 %num_full.i, %indvars.iv1034.tr.i
-  %2360 = shl i32 %2359, 7
-  %2361 = sext i32 %2360 to i64
-  %2362 = load <16 x i32>, ptr %2354, align 4, !tbaa !5
-  %2363 = insertelement <16 x i32> poison, i32 %2358, i64 0
-  %2364 = shufflevector <16 x i32> %2363, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2365 = icmp slt <16 x i32> %2364, %2362
-  %2366 = sext <16 x i1> %2365 to <16 x i32>
-  %2367 = getelementptr inbounds i32, ptr %edges.i, i64 %2361
-  store <16 x i32> %2366, ptr %2367, align 4, !tbaa !5
-  %2368 = load <16 x i32>, ptr %2354, align 4, !tbaa !5
-  %2369 = add i32 %2358, 1
-  %2370 = insertelement <16 x i32> poison, i32 %2369, i64 0
-  %2371 = shufflevector <16 x i32> %2370, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2372 = icmp slt <16 x i32> %2371, %2368
-  %2373 = sext <16 x i1> %2372 to <16 x i32>
-  %2374 = getelementptr i8, ptr %2367, i64 64
-  store <16 x i32> %2373, ptr %2374, align 4, !tbaa !5
-  %2375 = load <16 x i32>, ptr %2354, align 4, !tbaa !5
-  %2376 = add i32 %2358, 2
-  %2377 = insertelement <16 x i32> poison, i32 %2376, i64 0
-  %2378 = shufflevector <16 x i32> %2377, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2379 = icmp slt <16 x i32> %2378, %2375
-  %2380 = sext <16 x i1> %2379 to <16 x i32>
-  %2381 = getelementptr i8, ptr %2367, i64 128
-  store <16 x i32> %2380, ptr %2381, align 4, !tbaa !5
-  %2382 = load <16 x i32>, ptr %2354, align 4, !tbaa !5
-  %2383 = add i32 %2358, 3
-  %2384 = insertelement <16 x i32> poison, i32 %2383, i64 0
-  %2385 = shufflevector <16 x i32> %2384, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2386 = icmp slt <16 x i32> %2385, %2382
-  %2387 = sext <16 x i1> %2386 to <16 x i32>
-  %2388 = getelementptr i8, ptr %2367, i64 192
-  store <16 x i32> %2387, ptr %2388, align 4, !tbaa !5
-  %2389 = load <16 x i32>, ptr %2354, align 4, !tbaa !5
-  %2390 = add i32 %2358, 4
-  %2391 = insertelement <16 x i32> poison, i32 %2390, i64 0
-  %2392 = shufflevector <16 x i32> %2391, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2393 = icmp slt <16 x i32> %2392, %2389
-  %2394 = sext <16 x i1> %2393 to <16 x i32>
-  %2395 = getelementptr i8, ptr %2367, i64 256
-  store <16 x i32> %2394, ptr %2395, align 4, !tbaa !5
-  %2396 = load <16 x i32>, ptr %2354, align 4, !tbaa !5
-  %2397 = add i32 %2358, 5
-  %2398 = insertelement <16 x i32> poison, i32 %2397, i64 0
-  %2399 = shufflevector <16 x i32> %2398, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2400 = icmp slt <16 x i32> %2399, %2396
-  %2401 = sext <16 x i1> %2400 to <16 x i32>
-  %2402 = getelementptr i8, ptr %2367, i64 320
-  store <16 x i32> %2401, ptr %2402, align 4, !tbaa !5
-  %2403 = load <16 x i32>, ptr %2354, align 4, !tbaa !5
-  %2404 = add i32 %2358, 6
-  %2405 = insertelement <16 x i32> poison, i32 %2404, i64 0
-  %2406 = shufflevector <16 x i32> %2405, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2407 = icmp slt <16 x i32> %2406, %2403
-  %2408 = sext <16 x i1> %2407 to <16 x i32>
-  %2409 = getelementptr i8, ptr %2367, i64 384
-  store <16 x i32> %2408, ptr %2409, align 4, !tbaa !5
-  %2410 = load <16 x i32>, ptr %2354, align 4, !tbaa !5
-  %2411 = add i32 %2358, 7
-  %2412 = insertelement <16 x i32> poison, i32 %2411, i64 0
-  %2413 = shufflevector <16 x i32> %2412, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2414 = icmp slt <16 x i32> %2413, %2410
-  %2415 = sext <16 x i1> %2414 to <16 x i32>
-  %2416 = getelementptr i8, ptr %2367, i64 448
-  store <16 x i32> %2415, ptr %2416, align 4, !tbaa !5
-  %indvars.iv.next1035.i = add nuw nsw i64 %indvars.iv1034.i, 1
-  %exitcond1038.not.i = icmp eq i64 %indvars.iv.next1035.i, %wide.trip.count1037.i
-  br i1 %exitcond1038.not.i, label %for_end_to281.i, label %for_begin_ti284.preheader.i, !prof !13
+for_begin_ti265.preheader.i:                      ; preds = %for_begin_ti265.preheader.i, %for_begin_ti265.preheader.lr.ph.i
+  %indvars.iv1010.i = phi i64 [ 0, %for_begin_ti265.preheader.lr.ph.i ], [ %indvars.iv.next1011.i, %for_begin_ti265.preheader.i ]
+  %indvars.iv1010.tr.i = trunc i64 %indvars.iv1010.i to i32
+  %2279 = shl i32 %indvars.iv1010.tr.i, 3
+  %2280 = add i32 %2278, %2279
+  %2281 = add i32 %num_full.i, %indvars.iv1010.tr.i
+  %2282 = shl i32 %2281, 7
+  %2283 = sext i32 %2282 to i64
+  %2284 = load <16 x i32>, ptr %2276, align 4, !tbaa !5
+  %2285 = insertelement <16 x i32> poison, i32 %2280, i64 0
+  %2286 = shufflevector <16 x i32> %2285, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2287 = icmp slt <16 x i32> %2286, %2284
+  %2288 = sext <16 x i1> %2287 to <16 x i32>
+  %2289 = getelementptr inbounds i32, ptr %edges.i, i64 %2283
+  store <16 x i32> %2288, ptr %2289, align 4, !tbaa !5
+  %2290 = load <16 x i32>, ptr %2276, align 4, !tbaa !5
+  %2291 = add i32 %2280, 1
+  %2292 = insertelement <16 x i32> poison, i32 %2291, i64 0
+  %2293 = shufflevector <16 x i32> %2292, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2294 = icmp slt <16 x i32> %2293, %2290
+  %2295 = sext <16 x i1> %2294 to <16 x i32>
+  %2296 = getelementptr i8, ptr %2289, i64 64
+  store <16 x i32> %2295, ptr %2296, align 4, !tbaa !5
+  %2297 = load <16 x i32>, ptr %2276, align 4, !tbaa !5
+  %2298 = add i32 %2280, 2
+  %2299 = insertelement <16 x i32> poison, i32 %2298, i64 0
+  %2300 = shufflevector <16 x i32> %2299, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2301 = icmp slt <16 x i32> %2300, %2297
+  %2302 = sext <16 x i1> %2301 to <16 x i32>
+  %2303 = getelementptr i8, ptr %2289, i64 128
+  store <16 x i32> %2302, ptr %2303, align 4, !tbaa !5
+  %2304 = load <16 x i32>, ptr %2276, align 4, !tbaa !5
+  %2305 = add i32 %2280, 3
+  %2306 = insertelement <16 x i32> poison, i32 %2305, i64 0
+  %2307 = shufflevector <16 x i32> %2306, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2308 = icmp slt <16 x i32> %2307, %2304
+  %2309 = sext <16 x i1> %2308 to <16 x i32>
+  %2310 = getelementptr i8, ptr %2289, i64 192
+  store <16 x i32> %2309, ptr %2310, align 4, !tbaa !5
+  %2311 = load <16 x i32>, ptr %2276, align 4, !tbaa !5
+  %2312 = add i32 %2280, 4
+  %2313 = insertelement <16 x i32> poison, i32 %2312, i64 0
+  %2314 = shufflevector <16 x i32> %2313, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2315 = icmp slt <16 x i32> %2314, %2311
+  %2316 = sext <16 x i1> %2315 to <16 x i32>
+  %2317 = getelementptr i8, ptr %2289, i64 256
+  store <16 x i32> %2316, ptr %2317, align 4, !tbaa !5
+  %2318 = load <16 x i32>, ptr %2276, align 4, !tbaa !5
+  %2319 = add i32 %2280, 5
+  %2320 = insertelement <16 x i32> poison, i32 %2319, i64 0
+  %2321 = shufflevector <16 x i32> %2320, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2322 = icmp slt <16 x i32> %2321, %2318
+  %2323 = sext <16 x i1> %2322 to <16 x i32>
+  %2324 = getelementptr i8, ptr %2289, i64 320
+  store <16 x i32> %2323, ptr %2324, align 4, !tbaa !5
+  %2325 = load <16 x i32>, ptr %2276, align 4, !tbaa !5
+  %2326 = add i32 %2280, 6
+  %2327 = insertelement <16 x i32> poison, i32 %2326, i64 0
+  %2328 = shufflevector <16 x i32> %2327, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2329 = icmp slt <16 x i32> %2328, %2325
+  %2330 = sext <16 x i1> %2329 to <16 x i32>
+  %2331 = getelementptr i8, ptr %2289, i64 384
+  store <16 x i32> %2330, ptr %2331, align 4, !tbaa !5
+  %2332 = load <16 x i32>, ptr %2276, align 4, !tbaa !5
+  %2333 = add i32 %2280, 7
+  %2334 = insertelement <16 x i32> poison, i32 %2333, i64 0
+  %2335 = shufflevector <16 x i32> %2334, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2336 = icmp slt <16 x i32> %2335, %2332
+  %2337 = sext <16 x i1> %2336 to <16 x i32>
+  %2338 = getelementptr i8, ptr %2289, i64 448
+  store <16 x i32> %2337, ptr %2338, align 4, !tbaa !5
+  %indvars.iv.next1011.i = add nuw nsw i64 %indvars.iv1010.i, 1
+  %exitcond1014.not.i = icmp eq i64 %indvars.iv.next1011.i, %wide.trip.count1013.i
+  br i1 %exitcond1014.not.i, label %for_end_to262.i, label %for_begin_ti265.preheader.i, !prof !13
 
-for_end_to281.i:                                  ; preds = %for_begin_ti284.preheader.i, %for_end_to234.i
-  br i1 %141, label %if_then289.i, label %if_end290.i, !prof !8
+for_end_to262.i:                                  ; preds = %for_begin_ti265.preheader.i, %for_end_to215.i
+  br i1 %141, label %if_then270.i, label %if_end271.i, !prof !8
 
-if_then289.i:                                     ; preds = %for_end_to281.i
-  %2417 = trunc nsw i64 %1528 to i32
-  %2418 = urem i32 %2417, %120
-  %2419 = shl nuw nsw i32 %2418, 4
-  %2420 = sub nsw i32 %118, %2419
-  %2421 = tail call i32 @llvm.smin.i32(i32 %2420, i32 16)
-  %2422 = icmp sgt i32 %2420, 0
-  br i1 %2422, label %for_body_r292.lr.ph.i, label %if_end290.i, !prof !3
+if_then270.i:                                     ; preds = %for_end_to262.i
+  %2339 = trunc nsw i64 %1409 to i32
+  %2340 = urem i32 %2339, %120
+  %2341 = shl nuw nsw i32 %2340, 4
+  %2342 = sub nsw i32 %118, %2341
+  %2343 = tail call i32 @llvm.smin.i32(i32 %2342, i32 16)
+  %2344 = icmp sgt i32 %2342, 0
+  br i1 %2344, label %for_body_r273.lr.ph.i, label %if_end271.i, !prof !3
 
-for_body_r292.lr.ph.i:                            ; preds = %if_then289.i
-  %2423 = icmp sgt i32 %valid_len196.i, %774
-  %2424 = zext nneg i32 %2418 to i64
-  %2425 = shl nuw nsw i64 %2424, 2
-  br i1 %2423, label %for_body_r292.us.preheader.i, label %if_end290.i, !prof !3
+for_body_r273.lr.ph.i:                            ; preds = %if_then270.i
+  %2345 = icmp sgt i32 %valid_len175.i, %734
+  %2346 = zext nneg i32 %2340 to i64
+  %2347 = shl nuw nsw i64 %2346, 2
+  br i1 %2345, label %for_body_r273.us.preheader.i, label %if_end271.i, !prof !3
 
-for_body_r292.us.preheader.i:                     ; preds = %for_body_r292.lr.ph.i
-  %2426 = add i32 %indvars.iv235, %1531
-  %smin241 = tail call i32 @llvm.smin.i32(i32 %indvars.iv223, i32 %2426)
-  %smin242 = tail call i32 @llvm.smin.i32(i32 %smin241, i32 128)
-  %2427 = sub i32 %smin242, %smax240
-  %2428 = zext i32 %2427 to i64
-  %2429 = add nsw i64 %2428, -1
-  %smin423 = tail call i32 @llvm.smin.i32(i32 %697, i32 %2426)
-  %smin424 = tail call i32 @llvm.smin.i32(i32 %smin423, i32 128)
-  %2430 = sub i32 %smin424, %smax419
-  %2431 = zext i32 %2430 to i64
-  %scevgep425 = getelementptr i8, ptr %scevgep418, i64 %2431
-  %scevgep427 = getelementptr i8, ptr %edges.i, i64 %700
-  %scevgep428 = getelementptr i8, ptr %edges.i, i64 -60
-  %scevgep429 = getelementptr i8, ptr %scevgep428, i64 %700
-  %2432 = shl nuw nsw i64 %2431, 6
-  %smin436 = tail call i32 @llvm.smin.i32(i32 %690, i32 %2426)
-  %smin437 = tail call i32 @llvm.smin.i32(i32 %smin436, i32 128)
-  %2433 = sub i32 %smin437, %smax432
-  %2434 = zext i32 %2433 to i64
-  %min.iters.check438 = icmp ult i32 %2433, 16
-  %2435 = trunc i64 %2429 to i32
-  %2436 = add i32 %smax415, %2435
-  %2437 = shl i32 %2436, 4
-  %2438 = icmp ugt i64 %2429, 268435455
-  %smax430 = tail call i32 @llvm.smax.i32(i32 %2421, i32 1)
-  %2439 = add nsw i32 %smax430, -1
-  %2440 = zext nneg i32 %2439 to i64
-  %2441 = shl nuw nsw i64 %2440, 2
-  %2442 = getelementptr i8, ptr %scevgep429, i64 %2432
-  %scevgep431 = getelementptr i8, ptr %2442, i64 %2441
-  %n.vec441 = and i64 %2434, 4294967288
-  %cmp.n = icmp eq i64 %n.vec441, %2434
-  %xtraiter635 = and i64 %2434, 3
-  %lcmp.mod636.not = icmp eq i64 %xtraiter635, 0
-  br label %for_body_r292.us.i
+for_body_r273.us.preheader.i:                     ; preds = %for_body_r273.lr.ph.i
+  %2348 = add i32 %indvars.iv228, %1412
+  %smin233 = tail call i32 @llvm.smin.i32(i32 %indvars.iv226, i32 %2348)
+  %smin234 = tail call i32 @llvm.smin.i32(i32 %smin233, i32 128)
+  %2349 = sub i32 %smin234, %smax232
+  %2350 = zext i32 %2349 to i64
+  %2351 = add nsw i64 %2350, -1
+  %2352 = add i32 %684, %1412
+  %smin414 = tail call i32 @llvm.smin.i32(i32 %682, i32 %2352)
+  %smin415 = tail call i32 @llvm.smin.i32(i32 %smin414, i32 128)
+  %2353 = sub i32 %smin415, %smax410
+  %2354 = zext i32 %2353 to i64
+  %scevgep416 = getelementptr i8, ptr %scevgep409, i64 %2354
+  %scevgep418 = getelementptr i8, ptr %edges.i, i64 %687
+  %scevgep419 = getelementptr i8, ptr %edges.i, i64 -60
+  %scevgep420 = getelementptr i8, ptr %scevgep419, i64 %687
+  %2355 = shl nuw nsw i64 %2354, 6
+  %smin427 = tail call i32 @llvm.smin.i32(i32 %675, i32 %2348)
+  %smin428 = tail call i32 @llvm.smin.i32(i32 %smin427, i32 128)
+  %2356 = sub i32 %smin428, %smax423
+  %2357 = zext i32 %2356 to i64
+  %min.iters.check429 = icmp ult i32 %2356, 16
+  %2358 = trunc i64 %2351 to i32
+  %2359 = add i32 %smax406, %2358
+  %2360 = shl i32 %2359, 4
+  %2361 = icmp ugt i64 %2351, 268435455
+  %smax421 = tail call i32 @llvm.smax.i32(i32 %2343, i32 1)
+  %2362 = add nsw i32 %smax421, -1
+  %2363 = zext nneg i32 %2362 to i64
+  %2364 = shl nuw nsw i64 %2363, 2
+  %2365 = getelementptr i8, ptr %scevgep420, i64 %2355
+  %scevgep422 = getelementptr i8, ptr %2365, i64 %2364
+  %n.vec432 = and i64 %2357, 4294967288
+  %cmp.n = icmp eq i64 %n.vec432, %2357
+  %xtraiter597 = and i64 %2357, 3
+  %lcmp.mod598.not = icmp eq i64 %xtraiter597, 0
+  br label %for_body_r273.us.i
 
-for_body_r292.us.i:                               ; preds = %for_begin_c296.for_end_c298_crit_edge.us.i, %for_body_r292.us.preheader.i
-  %r295800.us.i = phi i32 [ %2513, %for_begin_c296.for_end_c298_crit_edge.us.i ], [ 0, %for_body_r292.us.preheader.i ]
-  %2443 = lshr i32 %r295800.us.i, 2
-  %2444 = zext nneg i32 %2443 to i64
-  %2445 = add nuw nsw i64 %2425, %2444
-  %2446 = mul nsw i64 %2445, %380
-  %2447 = getelementptr i8, ptr %780, i64 %2446
-  br i1 %min.iters.check438, label %for_body_c297.us.i.preheader, label %vector.scevcheck, !prof !16
+for_body_r273.us.i:                               ; preds = %for_begin_c277.for_end_c279_crit_edge.us.i, %for_body_r273.us.preheader.i
+  %r276772.us.i = phi i32 [ %2436, %for_begin_c277.for_end_c279_crit_edge.us.i ], [ 0, %for_body_r273.us.preheader.i ]
+  %2366 = lshr i32 %r276772.us.i, 2
+  %2367 = zext nneg i32 %2366 to i64
+  %2368 = add nuw nsw i64 %2347, %2367
+  %2369 = mul nsw i64 %2368, %382
+  %2370 = getelementptr i8, ptr %740, i64 %2369
+  br i1 %min.iters.check429, label %for_body_c278.us.i.preheader, label %vector.scevcheck, !prof !16
 
-vector.scevcheck:                                 ; preds = %for_body_r292.us.i
-  %2448 = add i32 %704, %r295800.us.i
-  %2449 = add i32 %2437, %r295800.us.i
-  %2450 = icmp slt i32 %2449, %2448
-  %2451 = or i1 %2450, %2438
-  br i1 %2451, label %for_body_c297.us.i.preheader, label %vector.memcheck, !prof !16
+vector.scevcheck:                                 ; preds = %for_body_r273.us.i
+  %2371 = add i32 %691, %r276772.us.i
+  %2372 = add i32 %2360, %r276772.us.i
+  %2373 = icmp slt i32 %2372, %2371
+  %2374 = or i1 %2373, %2361
+  br i1 %2374, label %for_body_c278.us.i.preheader, label %vector.memcheck, !prof !16
 
 vector.memcheck:                                  ; preds = %vector.scevcheck
-  %scevgep426 = getelementptr i8, ptr %scevgep425, i64 %2446
-  %bound0 = icmp ult ptr %2447, %scevgep431
-  %bound1 = icmp ult ptr %scevgep427, %scevgep426
+  %scevgep417 = getelementptr i8, ptr %scevgep416, i64 %2369
+  %bound0 = icmp ult ptr %2370, %scevgep422
+  %bound1 = icmp ult ptr %scevgep418, %scevgep417
   %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_c297.us.i.preheader, label %vector.ph439, !prof !16
+  br i1 %found.conflict, label %for_body_c278.us.i.preheader, label %vector.ph430, !prof !16
 
-vector.ph439:                                     ; preds = %vector.memcheck
-  %broadcast.splatinsert442 = insertelement <8 x i32> poison, i32 %r295800.us.i, i64 0
-  %broadcast.splat443 = shufflevector <8 x i32> %broadcast.splatinsert442, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body446
+vector.ph430:                                     ; preds = %vector.memcheck
+  %broadcast.splatinsert433 = insertelement <8 x i32> poison, i32 %r276772.us.i, i64 0
+  %broadcast.splat434 = shufflevector <8 x i32> %broadcast.splatinsert433, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body437
 
-vector.body446:                                   ; preds = %vector.body446, %vector.ph439
-  %index447 = phi i64 [ 0, %vector.ph439 ], [ %index.next448, %vector.body446 ]
-  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph439 ], [ %vec.ind.next, %vector.body446 ]
-  %2452 = getelementptr i8, ptr %2447, i64 %index447
-  %wide.load = load <8 x i8>, ptr %2452, align 1, !tbaa !5, !alias.scope !69, !noalias !72
-  %2453 = icmp eq <8 x i8> %wide.load, zeroinitializer
-  %2454 = add <8 x i32> %broadcast.splat445, %vec.ind
-  %2455 = shl <8 x i32> %2454, splat (i32 4)
-  %2456 = add nsw <8 x i32> %2455, %broadcast.splat443
-  %2457 = sext <8 x i32> %2456 to <8 x i64>
-  %2458 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2457
-  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2458, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !72
-  %2459 = select <8 x i1> %2453, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2459, <8 x ptr> align 4 %2458, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !72
-  %index.next448 = add nuw i64 %index447, 8
+vector.body437:                                   ; preds = %vector.body437, %vector.ph430
+  %index438 = phi i64 [ 0, %vector.ph430 ], [ %index.next439, %vector.body437 ]
+  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph430 ], [ %vec.ind.next, %vector.body437 ]
+  %2375 = getelementptr i8, ptr %2370, i64 %index438
+  %wide.load = load <8 x i8>, ptr %2375, align 1, !tbaa !5, !alias.scope !62, !noalias !65
+  %2376 = icmp eq <8 x i8> %wide.load, zeroinitializer
+  %2377 = add <8 x i32> %broadcast.splat436, %vec.ind
+  %2378 = shl <8 x i32> %2377, splat (i32 4)
+  %2379 = add nsw <8 x i32> %2378, %broadcast.splat434
+  %2380 = sext <8 x i32> %2379 to <8 x i64>
+  %2381 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2380
+  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2381, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !65
+  %2382 = select <8 x i1> %2376, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2382, <8 x ptr> align 4 %2381, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !65
+  %index.next439 = add nuw i64 %index438, 8
   %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
-  %2460 = icmp eq i64 %index.next448, %n.vec441
-  br i1 %2460, label %middle.block449, label %vector.body446, !prof !60, !llvm.loop !74
+  %2383 = icmp eq i64 %index.next439, %n.vec432
+  br i1 %2383, label %middle.block440, label %vector.body437, !prof !52, !llvm.loop !67
 
-middle.block449:                                  ; preds = %vector.body446
-  br i1 %cmp.n, label %for_begin_c296.for_end_c298_crit_edge.us.i, label %for_body_c297.us.i.preheader, !prof !63
+middle.block440:                                  ; preds = %vector.body437
+  br i1 %cmp.n, label %for_begin_c277.for_end_c279_crit_edge.us.i, label %for_body_c278.us.i.preheader, !prof !55
 
-for_body_c297.us.i.preheader:                     ; preds = %middle.block449, %vector.memcheck, %vector.scevcheck, %for_body_r292.us.i
-  %indvars.iv1039.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r292.us.i ], [ %n.vec441, %middle.block449 ]
-  br i1 %lcmp.mod636.not, label %for_body_c297.us.i.prol.loopexit, label %for_body_c297.us.i.prol, !prof !3
+for_body_c278.us.i.preheader:                     ; preds = %middle.block440, %vector.memcheck, %vector.scevcheck, %for_body_r273.us.i
+  %indvars.iv1015.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r273.us.i ], [ %n.vec432, %middle.block440 ]
+  br i1 %lcmp.mod598.not, label %for_body_c278.us.i.prol.loopexit, label %for_body_c278.us.i.prol, !prof !3
 
-for_body_c297.us.i.prol:                          ; preds = %for_body_c297.us.i.prol, %for_body_c297.us.i.preheader
-  %indvars.iv1039.i.prol = phi i64 [ %indvars.iv.next1040.i.prol, %for_body_c297.us.i.prol ], [ %indvars.iv1039.i.ph, %for_body_c297.us.i.preheader ]
-  %prol.iter637 = phi i64 [ %prol.iter637.next, %for_body_c297.us.i.prol ], [ 0, %for_body_c297.us.i.preheader ]
-  %2461 = getelementptr i8, ptr %2447, i64 %indvars.iv1039.i.prol
-  %2462 = load i8, ptr %2461, align 1, !tbaa !5
-  %.not601.us.i.prol = icmp eq i8 %2462, 0
-  %2463 = trunc i64 %indvars.iv1039.i.prol to i32
-  %2464 = add i32 %774, %2463
-  %2465 = shl i32 %2464, 4
-  %2466 = add nsw i32 %2465, %r295800.us.i
-  %2467 = sext i32 %2466 to i64
-  %2468 = getelementptr inbounds i32, ptr %edges.i, i64 %2467
-  %2469 = load i32, ptr %2468, align 4, !tbaa !5
-  %2470 = select i1 %.not601.us.i.prol, i32 0, i32 %2469
-  store i32 %2470, ptr %2468, align 4, !tbaa !5
-  %indvars.iv.next1040.i.prol = add nuw nsw i64 %indvars.iv1039.i.prol, 1
-  %prol.iter637.next = add i64 %prol.iter637, 1
-  %prol.iter637.cmp.not = icmp eq i64 %prol.iter637.next, %xtraiter635
-  br i1 %prol.iter637.cmp.not, label %for_body_c297.us.i.prol.loopexit, label %for_body_c297.us.i.prol, !prof !64, !llvm.loop !75
+for_body_c278.us.i.prol:                          ; preds = %for_body_c278.us.i.prol, %for_body_c278.us.i.preheader
+  %indvars.iv1015.i.prol = phi i64 [ %indvars.iv.next1016.i.prol, %for_body_c278.us.i.prol ], [ %indvars.iv1015.i.ph, %for_body_c278.us.i.preheader ]
+  %prol.iter599 = phi i64 [ %prol.iter599.next, %for_body_c278.us.i.prol ], [ 0, %for_body_c278.us.i.preheader ]
+  %2384 = getelementptr i8, ptr %2370, i64 %indvars.iv1015.i.prol
+  %2385 = load i8, ptr %2384, align 1, !tbaa !5
+  %.not586.us.i.prol = icmp eq i8 %2385, 0
+  %2386 = trunc i64 %indvars.iv1015.i.prol to i32
+  %2387 = add i32 %734, %2386
+  %2388 = shl i32 %2387, 4
+  %2389 = add nsw i32 %2388, %r276772.us.i
+  %2390 = sext i32 %2389 to i64
+  %2391 = getelementptr inbounds i32, ptr %edges.i, i64 %2390
+  %2392 = load i32, ptr %2391, align 4, !tbaa !5
+  %2393 = select i1 %.not586.us.i.prol, i32 0, i32 %2392
+  store i32 %2393, ptr %2391, align 4, !tbaa !5
+  %indvars.iv.next1016.i.prol = add nuw nsw i64 %indvars.iv1015.i.prol, 1
+  %prol.iter599.next = add i64 %prol.iter599, 1
+  %prol.iter599.cmp.not = icmp eq i64 %prol.iter599.next, %xtraiter597
+  br i1 %prol.iter599.cmp.not, label %for_body_c278.us.i.prol.loopexit, label %for_body_c278.us.i.prol, !prof !56, !llvm.loop !68
 
-for_body_c297.us.i.prol.loopexit:                 ; preds = %for_body_c297.us.i.prol, %for_body_c297.us.i.preheader
-  %indvars.iv1039.i.unr = phi i64 [ %indvars.iv1039.i.ph, %for_body_c297.us.i.preheader ], [ %indvars.iv.next1040.i.prol, %for_body_c297.us.i.prol ]
-  %2471 = sub nsw i64 %indvars.iv1039.i.ph, %2434
-  %2472 = icmp ugt i64 %2471, -4
-  br i1 %2472, label %for_begin_c296.for_end_c298_crit_edge.us.i, label %for_body_c297.us.i, !prof !16
+for_body_c278.us.i.prol.loopexit:                 ; preds = %for_body_c278.us.i.prol, %for_body_c278.us.i.preheader
+  %indvars.iv1015.i.unr = phi i64 [ %indvars.iv1015.i.ph, %for_body_c278.us.i.preheader ], [ %indvars.iv.next1016.i.prol, %for_body_c278.us.i.prol ]
+  %2394 = sub nsw i64 %indvars.iv1015.i.ph, %2357
+  %2395 = icmp ugt i64 %2394, -4
+  br i1 %2395, label %for_begin_c277.for_end_c279_crit_edge.us.i, label %for_body_c278.us.i, !prof !16
 
-for_body_c297.us.i:                               ; preds = %for_body_c297.us.i, %for_body_c297.us.i.prol.loopexit
-  %indvars.iv1039.i = phi i64 [ %indvars.iv.next1040.i.3, %for_body_c297.us.i ], [ %indvars.iv1039.i.unr, %for_body_c297.us.i.prol.loopexit ]
-  %2473 = getelementptr i8, ptr %2447, i64 %indvars.iv1039.i
-  %2474 = load i8, ptr %2473, align 1, !tbaa !5
-  %.not601.us.i = icmp eq i8 %2474, 0
-  %2475 = trunc i64 %indvars.iv1039.i to i32
-  %2476 = add i32 %774, %2475
-  %2477 = shl i32 %2476, 4
-  %2478 = add nsw i32 %2477, %r295800.us.i
-  %2479 = sext i32 %2478 to i64
-  %2480 = getelementptr inbounds i32, ptr %edges.i, i64 %2479
-  %2481 = load i32, ptr %2480, align 4, !tbaa !5
-  %2482 = select i1 %.not601.us.i, i32 0, i32 %2481
-  store i32 %2482, ptr %2480, align 4, !tbaa !5
-  %indvars.iv.next1040.i = add nuw nsw i64 %indvars.iv1039.i, 1
-  %2483 = getelementptr i8, ptr %2447, i64 %indvars.iv.next1040.i
-  %2484 = load i8, ptr %2483, align 1, !tbaa !5
-  %.not601.us.i.1 = icmp eq i8 %2484, 0
-  %2485 = trunc i64 %indvars.iv.next1040.i to i32
-  %2486 = add i32 %774, %2485
-  %2487 = shl i32 %2486, 4
-  %2488 = add nsw i32 %2487, %r295800.us.i
-  %2489 = sext i32 %2488 to i64
-  %2490 = getelementptr inbounds i32, ptr %edges.i, i64 %2489
-  %2491 = load i32, ptr %2490, align 4, !tbaa !5
-  %2492 = select i1 %.not601.us.i.1, i32 0, i32 %2491
-  store i32 %2492, ptr %2490, align 4, !tbaa !5
-  %indvars.iv.next1040.i.1 = add nuw nsw i64 %indvars.iv1039.i, 2
-  %2493 = getelementptr i8, ptr %2447, i64 %indvars.iv.next1040.i.1
-  %2494 = load i8, ptr %2493, align 1, !tbaa !5
-  %.not601.us.i.2 = icmp eq i8 %2494, 0
-  %2495 = trunc i64 %indvars.iv.next1040.i.1 to i32
-  %2496 = add i32 %774, %2495
-  %2497 = shl i32 %2496, 4
-  %2498 = add nsw i32 %2497, %r295800.us.i
-  %2499 = sext i32 %2498 to i64
-  %2500 = getelementptr inbounds i32, ptr %edges.i, i64 %2499
-  %2501 = load i32, ptr %2500, align 4, !tbaa !5
-  %2502 = select i1 %.not601.us.i.2, i32 0, i32 %2501
-  store i32 %2502, ptr %2500, align 4, !tbaa !5
-  %indvars.iv.next1040.i.2 = add nuw nsw i64 %indvars.iv1039.i, 3
-  %2503 = getelementptr i8, ptr %2447, i64 %indvars.iv.next1040.i.2
-  %2504 = load i8, ptr %2503, align 1, !tbaa !5
-  %.not601.us.i.3 = icmp eq i8 %2504, 0
-  %2505 = trunc i64 %indvars.iv.next1040.i.2 to i32
-  %2506 = add i32 %774, %2505
-  %2507 = shl i32 %2506, 4
-  %2508 = add nsw i32 %2507, %r295800.us.i
-  %2509 = sext i32 %2508 to i64
-  %2510 = getelementptr inbounds i32, ptr %edges.i, i64 %2509
-  %2511 = load i32, ptr %2510, align 4, !tbaa !5
-  %2512 = select i1 %.not601.us.i.3, i32 0, i32 %2511
-  store i32 %2512, ptr %2510, align 4, !tbaa !5
-  %indvars.iv.next1040.i.3 = add nuw nsw i64 %indvars.iv1039.i, 4
-  %exitcond243.not.3 = icmp eq i64 %indvars.iv.next1040.i.3, %2428
-  br i1 %exitcond243.not.3, label %for_begin_c296.for_end_c298_crit_edge.us.i, label %for_body_c297.us.i, !prof !66, !llvm.loop !76
+for_body_c278.us.i:                               ; preds = %for_body_c278.us.i, %for_body_c278.us.i.prol.loopexit
+  %indvars.iv1015.i = phi i64 [ %indvars.iv.next1016.i.3, %for_body_c278.us.i ], [ %indvars.iv1015.i.unr, %for_body_c278.us.i.prol.loopexit ]
+  %2396 = getelementptr i8, ptr %2370, i64 %indvars.iv1015.i
+  %2397 = load i8, ptr %2396, align 1, !tbaa !5
+  %.not586.us.i = icmp eq i8 %2397, 0
+  %2398 = trunc i64 %indvars.iv1015.i to i32
+  %2399 = add i32 %734, %2398
+  %2400 = shl i32 %2399, 4
+  %2401 = add nsw i32 %2400, %r276772.us.i
+  %2402 = sext i32 %2401 to i64
+  %2403 = getelementptr inbounds i32, ptr %edges.i, i64 %2402
+  %2404 = load i32, ptr %2403, align 4, !tbaa !5
+  %2405 = select i1 %.not586.us.i, i32 0, i32 %2404
+  store i32 %2405, ptr %2403, align 4, !tbaa !5
+  %indvars.iv.next1016.i = add nuw nsw i64 %indvars.iv1015.i, 1
+  %2406 = getelementptr i8, ptr %2370, i64 %indvars.iv.next1016.i
+  %2407 = load i8, ptr %2406, align 1, !tbaa !5
+  %.not586.us.i.1 = icmp eq i8 %2407, 0
+  %2408 = trunc i64 %indvars.iv.next1016.i to i32
+  %2409 = add i32 %734, %2408
+  %2410 = shl i32 %2409, 4
+  %2411 = add nsw i32 %2410, %r276772.us.i
+  %2412 = sext i32 %2411 to i64
+  %2413 = getelementptr inbounds i32, ptr %edges.i, i64 %2412
+  %2414 = load i32, ptr %2413, align 4, !tbaa !5
+  %2415 = select i1 %.not586.us.i.1, i32 0, i32 %2414
+  store i32 %2415, ptr %2413, align 4, !tbaa !5
+  %indvars.iv.next1016.i.1 = add nuw nsw i64 %indvars.iv1015.i, 2
+  %2416 = getelementptr i8, ptr %2370, i64 %indvars.iv.next1016.i.1
+  %2417 = load i8, ptr %2416, align 1, !tbaa !5
+  %.not586.us.i.2 = icmp eq i8 %2417, 0
+  %2418 = trunc i64 %indvars.iv.next1016.i.1 to i32
+  %2419 = add i32 %734, %2418
+  %2420 = shl i32 %2419, 4
+  %2421 = add nsw i32 %2420, %r276772.us.i
+  %2422 = sext i32 %2421 to i64
+  %2423 = getelementptr inbounds i32, ptr %edges.i, i64 %2422
+  %2424 = load i32, ptr %2423, align 4, !tbaa !5
+  %2425 = select i1 %.not586.us.i.2, i32 0, i32 %2424
+  store i32 %2425, ptr %2423, align 4, !tbaa !5
+  %indvars.iv.next1016.i.2 = add nuw nsw i64 %indvars.iv1015.i, 3
+  %2426 = getelementptr i8, ptr %2370, i64 %indvars.iv.next1016.i.2
+  %2427 = load i8, ptr %2426, align 1, !tbaa !5
+  %.not586.us.i.3 = icmp eq i8 %2427, 0
+  %2428 = trunc i64 %indvars.iv.next1016.i.2 to i32
+  %2429 = add i32 %734, %2428
+  %2430 = shl i32 %2429, 4
+  %2431 = add nsw i32 %2430, %r276772.us.i
+  %2432 = sext i32 %2431 to i64
+  %2433 = getelementptr inbounds i32, ptr %edges.i, i64 %2432
+  %2434 = load i32, ptr %2433, align 4, !tbaa !5
+  %2435 = select i1 %.not586.us.i.3, i32 0, i32 %2434
+  store i32 %2435, ptr %2433, align 4, !tbaa !5
+  %indvars.iv.next1016.i.3 = add nuw nsw i64 %indvars.iv1015.i, 4
+  %exitcond235.not.3 = icmp eq i64 %indvars.iv.next1016.i.3, %2350
+  br i1 %exitcond235.not.3, label %for_begin_c277.for_end_c279_crit_edge.us.i, label %for_body_c278.us.i, !prof !59, !llvm.loop !69
 
-for_begin_c296.for_end_c298_crit_edge.us.i:       ; preds = %for_body_c297.us.i, %for_body_c297.us.i.prol.loopexit, %middle.block449
-  %2513 = add nuw nsw i32 %r295800.us.i, 1
-  %2514 = icmp slt i32 %2513, %2421
-  br i1 %2514, label %for_body_r292.us.i, label %if_end290.i, !prof !68
+for_begin_c277.for_end_c279_crit_edge.us.i:       ; preds = %for_body_c278.us.i, %for_body_c278.us.i.prol.loopexit, %middle.block440
+  %2436 = add nuw nsw i32 %r276772.us.i, 1
+  %2437 = icmp slt i32 %2436, %2343
+  br i1 %2437, label %for_body_r273.us.i, label %if_end271.i, !prof !61
 
-if_end290.i:                                      ; preds = %for_begin_c296.for_end_c298_crit_edge.us.i, %for_body_r292.lr.ph.i, %if_then289.i, %for_end_to281.i
-  %.not881.i = icmp eq i32 %num_full.i, 0
-  %2515 = and i32 %2343, 2147483640
-  %2516 = icmp sgt i32 %valid_len196.i, %2515
-  %2517 = shl nuw nsw i32 %num_full.i, 7
-  %2518 = shl nuw nsw i32 %num_full.i, 10
-  %2519 = fmul <16 x float> %2314, zeroinitializer
-  %2520 = zext nneg i32 %2517 to i64
-  %2521 = shl i64 %1528, 11
-  %2522 = and i64 %2521, 4294965248
-  %wide.trip.count1051.i = zext nneg i32 %num_full.i to i64
-  %2523 = add i32 %indvars.iv235, %1531
-  %2524 = tail call i32 @llvm.smin.i32(i32 %indvars.iv223, i32 %2523)
-  %2525 = tail call i32 @llvm.smin.i32(i32 %2524, i32 128)
-  %smin245 = sext i32 %2525 to i64
-  %2526 = shl nuw nsw i64 %wide.trip.count1051.i, 3
-  %2527 = sub nsw i64 %smin245, %2526
-  %smax246 = tail call i64 @llvm.smax.i64(i64 %2527, i64 1)
-  br label %for_begin_to301.preheader.i
+if_end271.i:                                      ; preds = %for_begin_c277.for_end_c279_crit_edge.us.i, %for_body_r273.lr.ph.i, %if_then270.i, %for_end_to262.i
+  %factor.op.mul.reass.i = mul i32 %factor.op.mul834.i, %num_full.i
+  %.not862.i = icmp eq i32 %num_full.i, 0
+  %2438 = and i32 %2265, 2147483640
+  %2439 = icmp sgt i32 %valid_len175.i, %2438
+  %2440 = and i1 %704, %1408
+  %2441 = shl nuw nsw i32 %num_full.i, 7
+  %2442 = shl nuw nsw i32 %num_full.i, 10
+  %2443 = fmul <16 x float> %2236, zeroinitializer
+  %2444 = zext nneg i32 %2441 to i64
+  %2445 = shl i64 %1409, 11
+  %2446 = and i64 %2445, 4294965248
+  %2447 = zext nneg i32 %num_full.i to i64
+  %2448 = add i32 %indvars.iv228, %1412
+  %2449 = tail call i32 @llvm.smin.i32(i32 %indvars.iv226, i32 %2448)
+  %2450 = tail call i32 @llvm.smin.i32(i32 %2449, i32 128)
+  %smin237 = sext i32 %2450 to i64
+  %2451 = shl nuw nsw i64 %2447, 3
+  %2452 = sub nsw i64 %smin237, %2451
+  %smax238 = tail call i64 @llvm.smax.i64(i64 %2452, i64 1)
+  br label %for_begin_to282.preheader.i
 
-for_begin_to301.preheader.i:                      ; preds = %if_end331.i, %if_end290.i
-  %indvars.iv1057.i = phi i64 [ 0, %if_end290.i ], [ %indvars.iv.next1058.i, %if_end331.i ]
-  br i1 %.not881.i, label %for_end_to303.i, label %for_begin_ti306.preheader.lr.ph.i, !prof !16
+for_begin_to282.preheader.i:                      ; preds = %if_end319.i, %if_end271.i
+  %indvars.iv1036.i = phi i64 [ 0, %if_end271.i ], [ %indvars.iv.next1037.i, %if_end319.i ]
+  br i1 %.not862.i, label %for_end_to284.i, label %for_body_to283.lr.ph.i, !prof !16
 
-for_begin_ti306.preheader.lr.ph.i:                ; preds = %for_begin_to301.preheader.i
-  %2528 = shl i64 %indvars.iv1057.i, 2
-  %2529 = and i64 %2528, 12
-  %2530 = shl i64 %indvars.iv1057.i, 3
-  %2531 = and i64 %2530, 96
-  %invariant.gep154 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2531
-  %invariant.gep156 = getelementptr inbounds nuw float, ptr %invariant.gep154, i64 %2529
-  br label %for_begin_ti306.preheader.i
+for_body_to283.lr.ph.i:                           ; preds = %for_begin_to282.preheader.i
+  %2453 = mul nuw nsw i64 %indvars.iv1036.i, %2447
+  %2454 = shl i64 %indvars.iv1036.i, 2
+  %2455 = and i64 %2454, 12
+  %2456 = shl i64 %indvars.iv1036.i, 3
+  %2457 = and i64 %2456, 96
+  %invariant.gep154 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2457
+  %invariant.gep156 = getelementptr inbounds nuw float, ptr %invariant.gep154, i64 %2455
+  br label %for_body_to283.i
 
-for_begin_ti306.preheader.i:                      ; preds = %for_begin_ti306.preheader.i, %for_begin_ti306.preheader.lr.ph.i
-  %indvars.iv1047.i = phi i64 [ 0, %for_begin_ti306.preheader.lr.ph.i ], [ %indvars.iv.next1048.i, %for_begin_ti306.preheader.i ]
-  %full_acc559.sroa.28.0821.i = phi <16 x float> [ zeroinitializer, %for_begin_ti306.preheader.lr.ph.i ], [ %2866, %for_begin_ti306.preheader.i ]
-  %full_acc559.sroa.24.0820.i = phi <16 x float> [ zeroinitializer, %for_begin_ti306.preheader.lr.ph.i ], [ %2861, %for_begin_ti306.preheader.i ]
-  %full_acc559.sroa.20.0819.i = phi <16 x float> [ zeroinitializer, %for_begin_ti306.preheader.lr.ph.i ], [ %2856, %for_begin_ti306.preheader.i ]
-  %full_acc559.sroa.16.0818.i = phi <16 x float> [ zeroinitializer, %for_begin_ti306.preheader.lr.ph.i ], [ %2851, %for_begin_ti306.preheader.i ]
-  %full_acc559.sroa.12.0817.i = phi <16 x float> [ zeroinitializer, %for_begin_ti306.preheader.lr.ph.i ], [ %2846, %for_begin_ti306.preheader.i ]
-  %full_acc559.sroa.8.0816.i = phi <16 x float> [ zeroinitializer, %for_begin_ti306.preheader.lr.ph.i ], [ %2841, %for_begin_ti306.preheader.i ]
-  %full_acc559.sroa.4.0815.i = phi <16 x float> [ zeroinitializer, %for_begin_ti306.preheader.lr.ph.i ], [ %2836, %for_begin_ti306.preheader.i ]
-  %full_acc559.sroa.0.0814.i = phi <16 x float> [ zeroinitializer, %for_begin_ti306.preheader.lr.ph.i ], [ %2831, %for_begin_ti306.preheader.i ]
-  %.idx82 = shl nsw i64 %indvars.iv1047.i, 9
-  %2532 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx82
-  %2533 = load <16 x float>, ptr %2532, align 4, !tbaa !5
-  %.idx83 = shl nsw i64 %indvars.iv1047.i, 12
+for_body_to283.i:                                 ; preds = %if_end288.i, %for_body_to283.lr.ph.i
+  %indvars.iv1026.i = phi i64 [ 0, %for_body_to283.lr.ph.i ], [ %indvars.iv.next1027.i, %if_end288.i ]
+  %full_acc546.sroa.28.0799.i = phi <16 x float> [ zeroinitializer, %for_body_to283.lr.ph.i ], [ %2811, %if_end288.i ]
+  %full_acc546.sroa.24.0798.i = phi <16 x float> [ zeroinitializer, %for_body_to283.lr.ph.i ], [ %2806, %if_end288.i ]
+  %full_acc546.sroa.20.0797.i = phi <16 x float> [ zeroinitializer, %for_body_to283.lr.ph.i ], [ %2801, %if_end288.i ]
+  %full_acc546.sroa.16.0796.i = phi <16 x float> [ zeroinitializer, %for_body_to283.lr.ph.i ], [ %2796, %if_end288.i ]
+  %full_acc546.sroa.12.0795.i = phi <16 x float> [ zeroinitializer, %for_body_to283.lr.ph.i ], [ %2791, %if_end288.i ]
+  %full_acc546.sroa.8.0794.i = phi <16 x float> [ zeroinitializer, %for_body_to283.lr.ph.i ], [ %2786, %if_end288.i ]
+  %full_acc546.sroa.4.0793.i = phi <16 x float> [ zeroinitializer, %for_body_to283.lr.ph.i ], [ %2781, %if_end288.i ]
+  %full_acc546.sroa.0.0792.i = phi <16 x float> [ zeroinitializer, %for_body_to283.lr.ph.i ], [ %2776, %if_end288.i ]
+  br i1 %2440, label %for_begin_line289.preheader.i, label %if_end288.i, !prof !8
+
+for_begin_line289.preheader.i:                    ; preds = %for_body_to283.i
+  %2458 = add nuw nsw i64 %indvars.iv1026.i, %2453
+  %2459 = trunc nuw nsw i64 %2458 to i32
+  %2460 = lshr i32 %2459, 1
+  %2461 = add nuw nsw i32 %2460, %factor.op.mul.reass.i
+  %2462 = srem i32 %2461, %num_kv_heads
+  %2463 = zext nneg i32 %2462 to i64
+  %2464 = mul nsw i64 %v_head, %2463
+  %2465 = sdiv i32 %2461, %num_kv_heads
+  %2466 = sext i32 %2465 to i64
+  %2467 = getelementptr i64, ptr %value_offsets.i, i64 %2466
+  %2468 = getelementptr i8, ptr %2467, i64 1024
+  %2469 = load i64, ptr %2468, align 8, !tbaa !5
+  %2470 = shl i64 %2458, 5
+  %2471 = and i64 %2470, 32
+  %gep810.i = getelementptr i32, ptr %invariant.gep809.i, i64 %2469
+  %invariant.gep775.i = getelementptr i32, ptr %gep810.i, i64 %2464
+  %gep776.i = getelementptr i32, ptr %invariant.gep775.i, i64 %2471
+  tail call void @llvm.prefetch.p0(ptr readonly %gep776.i, i32 0, i32 2, i32 1)
+  %gep776.1.i = getelementptr i8, ptr %gep776.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep776.1.i, i32 0, i32 2, i32 1)
+  br label %if_end288.i
+
+for_end_to284.i:                                  ; preds = %if_end288.i, %for_begin_to282.preheader.i
+  %full_acc546.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to282.preheader.i ], [ %2776, %if_end288.i ]
+  %full_acc546.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to282.preheader.i ], [ %2781, %if_end288.i ]
+  %full_acc546.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to282.preheader.i ], [ %2786, %if_end288.i ]
+  %full_acc546.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to282.preheader.i ], [ %2791, %if_end288.i ]
+  %full_acc546.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to282.preheader.i ], [ %2796, %if_end288.i ]
+  %full_acc546.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to282.preheader.i ], [ %2801, %if_end288.i ]
+  %full_acc546.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to282.preheader.i ], [ %2806, %if_end288.i ]
+  %full_acc546.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to282.preheader.i ], [ %2811, %if_end288.i ]
+  br i1 %2439, label %for_body_ti300.lr.ph.i, label %for_end_ti301.i, !prof !3
+
+for_body_ti300.lr.ph.i:                           ; preds = %for_end_to284.i
+  %indvars.iv1036.tr.i = trunc i64 %indvars.iv1036.i to i32
+  %2472 = shl i32 %indvars.iv1036.tr.i, 2
+  %2473 = and i32 %2472, 12
+  %2474 = shl i32 %indvars.iv1036.tr.i, 3
+  %2475 = and i32 %2474, 96
+  %invariant.op829.i = or disjoint i32 %2475, %2442
+  %invariant.op831.i = or disjoint i32 %invariant.op829.i, %2473
+  %2476 = zext nneg i32 %invariant.op831.i to i64
+  %invariant.gep1240.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2476
+  br label %for_body_ti300.i
+
+if_end288.i:                                      ; preds = %for_begin_line289.preheader.i, %for_body_to283.i
+  %.idx82 = shl nsw i64 %indvars.iv1026.i, 9
+  %2477 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx82
+  %2478 = load <16 x float>, ptr %2477, align 4, !tbaa !5
+  %.idx83 = shl nsw i64 %indvars.iv1026.i, 12
   %gep157 = getelementptr inbounds nuw i8, ptr %invariant.gep156, i64 %.idx83
-  %2534 = load float, ptr %gep157, align 4, !tbaa !5
-  %2535 = insertelement <16 x float> poison, float %2534, i64 0
-  %2536 = shufflevector <16 x float> %2535, <16 x float> poison, <16 x i32> zeroinitializer
-  %2537 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2533, <16 x float> %2536, <16 x float> %full_acc559.sroa.0.0814.i)
-  %2538 = getelementptr inbounds nuw i8, ptr %gep157, i64 64
-  %2539 = load float, ptr %2538, align 4, !tbaa !5
-  %2540 = insertelement <16 x float> poison, float %2539, i64 0
-  %2541 = shufflevector <16 x float> %2540, <16 x float> poison, <16 x i32> zeroinitializer
-  %2542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2533, <16 x float> %2541, <16 x float> %full_acc559.sroa.4.0815.i)
-  %2543 = getelementptr inbounds nuw i8, ptr %gep157, i64 4
-  %2544 = load float, ptr %2543, align 4, !tbaa !5
-  %2545 = insertelement <16 x float> poison, float %2544, i64 0
-  %2546 = shufflevector <16 x float> %2545, <16 x float> poison, <16 x i32> zeroinitializer
-  %2547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2533, <16 x float> %2546, <16 x float> %full_acc559.sroa.8.0816.i)
-  %2548 = getelementptr inbounds nuw i8, ptr %gep157, i64 68
-  %2549 = load float, ptr %2548, align 4, !tbaa !5
-  %2550 = insertelement <16 x float> poison, float %2549, i64 0
-  %2551 = shufflevector <16 x float> %2550, <16 x float> poison, <16 x i32> zeroinitializer
-  %2552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2533, <16 x float> %2551, <16 x float> %full_acc559.sroa.12.0817.i)
-  %2553 = getelementptr inbounds nuw i8, ptr %gep157, i64 8
-  %2554 = load float, ptr %2553, align 4, !tbaa !5
-  %2555 = insertelement <16 x float> poison, float %2554, i64 0
-  %2556 = shufflevector <16 x float> %2555, <16 x float> poison, <16 x i32> zeroinitializer
-  %2557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2533, <16 x float> %2556, <16 x float> %full_acc559.sroa.16.0818.i)
-  %2558 = getelementptr inbounds nuw i8, ptr %gep157, i64 72
-  %2559 = load float, ptr %2558, align 4, !tbaa !5
-  %2560 = insertelement <16 x float> poison, float %2559, i64 0
-  %2561 = shufflevector <16 x float> %2560, <16 x float> poison, <16 x i32> zeroinitializer
-  %2562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2533, <16 x float> %2561, <16 x float> %full_acc559.sroa.20.0819.i)
-  %2563 = getelementptr inbounds nuw i8, ptr %gep157, i64 12
-  %2564 = load float, ptr %2563, align 4, !tbaa !5
-  %2565 = insertelement <16 x float> poison, float %2564, i64 0
-  %2566 = shufflevector <16 x float> %2565, <16 x float> poison, <16 x i32> zeroinitializer
-  %2567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2533, <16 x float> %2566, <16 x float> %full_acc559.sroa.24.0820.i)
-  %2568 = getelementptr inbounds nuw i8, ptr %gep157, i64 76
-  %2569 = load float, ptr %2568, align 4, !tbaa !5
-  %2570 = insertelement <16 x float> poison, float %2569, i64 0
-  %2571 = shufflevector <16 x float> %2570, <16 x float> poison, <16 x i32> zeroinitializer
-  %2572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2533, <16 x float> %2571, <16 x float> %full_acc559.sroa.28.0821.i)
-  %2573 = getelementptr inbounds nuw i8, ptr %2532, i64 64
-  %2574 = load <16 x float>, ptr %2573, align 4, !tbaa !5
-  %2575 = getelementptr inbounds nuw i8, ptr %gep157, i64 512
-  %2576 = load float, ptr %2575, align 4, !tbaa !5
-  %2577 = insertelement <16 x float> poison, float %2576, i64 0
-  %2578 = shufflevector <16 x float> %2577, <16 x float> poison, <16 x i32> zeroinitializer
-  %2579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2574, <16 x float> %2578, <16 x float> %2537)
-  %2580 = getelementptr inbounds nuw i8, ptr %gep157, i64 576
-  %2581 = load float, ptr %2580, align 4, !tbaa !5
-  %2582 = insertelement <16 x float> poison, float %2581, i64 0
-  %2583 = shufflevector <16 x float> %2582, <16 x float> poison, <16 x i32> zeroinitializer
-  %2584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2574, <16 x float> %2583, <16 x float> %2542)
-  %2585 = getelementptr inbounds nuw i8, ptr %gep157, i64 516
-  %2586 = load float, ptr %2585, align 4, !tbaa !5
-  %2587 = insertelement <16 x float> poison, float %2586, i64 0
-  %2588 = shufflevector <16 x float> %2587, <16 x float> poison, <16 x i32> zeroinitializer
-  %2589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2574, <16 x float> %2588, <16 x float> %2547)
-  %2590 = getelementptr inbounds nuw i8, ptr %gep157, i64 580
-  %2591 = load float, ptr %2590, align 4, !tbaa !5
-  %2592 = insertelement <16 x float> poison, float %2591, i64 0
-  %2593 = shufflevector <16 x float> %2592, <16 x float> poison, <16 x i32> zeroinitializer
-  %2594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2574, <16 x float> %2593, <16 x float> %2552)
-  %2595 = getelementptr inbounds nuw i8, ptr %gep157, i64 520
-  %2596 = load float, ptr %2595, align 4, !tbaa !5
-  %2597 = insertelement <16 x float> poison, float %2596, i64 0
-  %2598 = shufflevector <16 x float> %2597, <16 x float> poison, <16 x i32> zeroinitializer
-  %2599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2574, <16 x float> %2598, <16 x float> %2557)
-  %2600 = getelementptr inbounds nuw i8, ptr %gep157, i64 584
-  %2601 = load float, ptr %2600, align 4, !tbaa !5
-  %2602 = insertelement <16 x float> poison, float %2601, i64 0
-  %2603 = shufflevector <16 x float> %2602, <16 x float> poison, <16 x i32> zeroinitializer
-  %2604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2574, <16 x float> %2603, <16 x float> %2562)
-  %2605 = getelementptr inbounds nuw i8, ptr %gep157, i64 524
-  %2606 = load float, ptr %2605, align 4, !tbaa !5
-  %2607 = insertelement <16 x float> poison, float %2606, i64 0
-  %2608 = shufflevector <16 x float> %2607, <16 x float> poison, <16 x i32> zeroinitializer
-  %2609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2574, <16 x float> %2608, <16 x float> %2567)
-  %2610 = getelementptr inbounds nuw i8, ptr %gep157, i64 588
-  %2611 = load float, ptr %2610, align 4, !tbaa !5
-  %2612 = insertelement <16 x float> poison, float %2611, i64 0
-  %2613 = shufflevector <16 x float> %2612, <16 x float> poison, <16 x i32> zeroinitializer
-  %2614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2574, <16 x float> %2613, <16 x float> %2572)
-  %2615 = getelementptr inbounds nuw i8, ptr %2532, i64 128
-  %2616 = load <16 x float>, ptr %2615, align 4, !tbaa !5
-  %2617 = getelementptr inbounds nuw i8, ptr %gep157, i64 1024
-  %2618 = load float, ptr %2617, align 4, !tbaa !5
-  %2619 = insertelement <16 x float> poison, float %2618, i64 0
-  %2620 = shufflevector <16 x float> %2619, <16 x float> poison, <16 x i32> zeroinitializer
-  %2621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2616, <16 x float> %2620, <16 x float> %2579)
-  %2622 = getelementptr inbounds nuw i8, ptr %gep157, i64 1088
-  %2623 = load float, ptr %2622, align 4, !tbaa !5
-  %2624 = insertelement <16 x float> poison, float %2623, i64 0
-  %2625 = shufflevector <16 x float> %2624, <16 x float> poison, <16 x i32> zeroinitializer
-  %2626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2616, <16 x float> %2625, <16 x float> %2584)
-  %2627 = getelementptr inbounds nuw i8, ptr %gep157, i64 1028
-  %2628 = load float, ptr %2627, align 4, !tbaa !5
-  %2629 = insertelement <16 x float> poison, float %2628, i64 0
-  %2630 = shufflevector <16 x float> %2629, <16 x float> poison, <16 x i32> zeroinitializer
-  %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2616, <16 x float> %2630, <16 x float> %2589)
-  %2632 = getelementptr inbounds nuw i8, ptr %gep157, i64 1092
-  %2633 = load float, ptr %2632, align 4, !tbaa !5
-  %2634 = insertelement <16 x float> poison, float %2633, i64 0
-  %2635 = shufflevector <16 x float> %2634, <16 x float> poison, <16 x i32> zeroinitializer
-  %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2616, <16 x float> %2635, <16 x float> %2594)
-  %2637 = getelementptr inbounds nuw i8, ptr %gep157, i64 1032
-  %2638 = load float, ptr %2637, align 4, !tbaa !5
-  %2639 = insertelement <16 x float> poison, float %2638, i64 0
-  %2640 = shufflevector <16 x float> %2639, <16 x float> poison, <16 x i32> zeroinitializer
-  %2641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2616, <16 x float> %2640, <16 x float> %2599)
-  %2642 = getelementptr inbounds nuw i8, ptr %gep157, i64 1096
-  %2643 = load float, ptr %2642, align 4, !tbaa !5
-  %2644 = insertelement <16 x float> poison, float %2643, i64 0
-  %2645 = shufflevector <16 x float> %2644, <16 x float> poison, <16 x i32> zeroinitializer
-  %2646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2616, <16 x float> %2645, <16 x float> %2604)
-  %2647 = getelementptr inbounds nuw i8, ptr %gep157, i64 1036
-  %2648 = load float, ptr %2647, align 4, !tbaa !5
-  %2649 = insertelement <16 x float> poison, float %2648, i64 0
-  %2650 = shufflevector <16 x float> %2649, <16 x float> poison, <16 x i32> zeroinitializer
-  %2651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2616, <16 x float> %2650, <16 x float> %2609)
-  %2652 = getelementptr inbounds nuw i8, ptr %gep157, i64 1100
-  %2653 = load float, ptr %2652, align 4, !tbaa !5
-  %2654 = insertelement <16 x float> poison, float %2653, i64 0
-  %2655 = shufflevector <16 x float> %2654, <16 x float> poison, <16 x i32> zeroinitializer
-  %2656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2616, <16 x float> %2655, <16 x float> %2614)
-  %2657 = getelementptr inbounds nuw i8, ptr %2532, i64 192
-  %2658 = load <16 x float>, ptr %2657, align 4, !tbaa !5
-  %2659 = getelementptr inbounds nuw i8, ptr %gep157, i64 1536
-  %2660 = load float, ptr %2659, align 4, !tbaa !5
-  %2661 = insertelement <16 x float> poison, float %2660, i64 0
-  %2662 = shufflevector <16 x float> %2661, <16 x float> poison, <16 x i32> zeroinitializer
-  %2663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2658, <16 x float> %2662, <16 x float> %2621)
-  %2664 = getelementptr inbounds nuw i8, ptr %gep157, i64 1600
-  %2665 = load float, ptr %2664, align 4, !tbaa !5
-  %2666 = insertelement <16 x float> poison, float %2665, i64 0
-  %2667 = shufflevector <16 x float> %2666, <16 x float> poison, <16 x i32> zeroinitializer
-  %2668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2658, <16 x float> %2667, <16 x float> %2626)
-  %2669 = getelementptr inbounds nuw i8, ptr %gep157, i64 1540
-  %2670 = load float, ptr %2669, align 4, !tbaa !5
-  %2671 = insertelement <16 x float> poison, float %2670, i64 0
-  %2672 = shufflevector <16 x float> %2671, <16 x float> poison, <16 x i32> zeroinitializer
-  %2673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2658, <16 x float> %2672, <16 x float> %2631)
-  %2674 = getelementptr inbounds nuw i8, ptr %gep157, i64 1604
-  %2675 = load float, ptr %2674, align 4, !tbaa !5
-  %2676 = insertelement <16 x float> poison, float %2675, i64 0
-  %2677 = shufflevector <16 x float> %2676, <16 x float> poison, <16 x i32> zeroinitializer
-  %2678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2658, <16 x float> %2677, <16 x float> %2636)
-  %2679 = getelementptr inbounds nuw i8, ptr %gep157, i64 1544
-  %2680 = load float, ptr %2679, align 4, !tbaa !5
-  %2681 = insertelement <16 x float> poison, float %2680, i64 0
-  %2682 = shufflevector <16 x float> %2681, <16 x float> poison, <16 x i32> zeroinitializer
-  %2683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2658, <16 x float> %2682, <16 x float> %2641)
-  %2684 = getelementptr inbounds nuw i8, ptr %gep157, i64 1608
-  %2685 = load float, ptr %2684, align 4, !tbaa !5
-  %2686 = insertelement <16 x float> poison, float %2685, i64 0
-  %2687 = shufflevector <16 x float> %2686, <16 x float> poison, <16 x i32> zeroinitializer
-  %2688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2658, <16 x float> %2687, <16 x float> %2646)
-  %2689 = getelementptr inbounds nuw i8, ptr %gep157, i64 1548
-  %2690 = load float, ptr %2689, align 4, !tbaa !5
-  %2691 = insertelement <16 x float> poison, float %2690, i64 0
-  %2692 = shufflevector <16 x float> %2691, <16 x float> poison, <16 x i32> zeroinitializer
-  %2693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2658, <16 x float> %2692, <16 x float> %2651)
-  %2694 = getelementptr inbounds nuw i8, ptr %gep157, i64 1612
-  %2695 = load float, ptr %2694, align 4, !tbaa !5
-  %2696 = insertelement <16 x float> poison, float %2695, i64 0
-  %2697 = shufflevector <16 x float> %2696, <16 x float> poison, <16 x i32> zeroinitializer
-  %2698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2658, <16 x float> %2697, <16 x float> %2656)
-  %2699 = getelementptr inbounds nuw i8, ptr %2532, i64 256
-  %2700 = load <16 x float>, ptr %2699, align 4, !tbaa !5
-  %2701 = getelementptr inbounds nuw i8, ptr %gep157, i64 2048
-  %2702 = load float, ptr %2701, align 4, !tbaa !5
-  %2703 = insertelement <16 x float> poison, float %2702, i64 0
-  %2704 = shufflevector <16 x float> %2703, <16 x float> poison, <16 x i32> zeroinitializer
-  %2705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2700, <16 x float> %2704, <16 x float> %2663)
-  %2706 = getelementptr inbounds nuw i8, ptr %gep157, i64 2112
-  %2707 = load float, ptr %2706, align 4, !tbaa !5
-  %2708 = insertelement <16 x float> poison, float %2707, i64 0
-  %2709 = shufflevector <16 x float> %2708, <16 x float> poison, <16 x i32> zeroinitializer
-  %2710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2700, <16 x float> %2709, <16 x float> %2668)
-  %2711 = getelementptr inbounds nuw i8, ptr %gep157, i64 2052
-  %2712 = load float, ptr %2711, align 4, !tbaa !5
-  %2713 = insertelement <16 x float> poison, float %2712, i64 0
-  %2714 = shufflevector <16 x float> %2713, <16 x float> poison, <16 x i32> zeroinitializer
-  %2715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2700, <16 x float> %2714, <16 x float> %2673)
-  %2716 = getelementptr inbounds nuw i8, ptr %gep157, i64 2116
-  %2717 = load float, ptr %2716, align 4, !tbaa !5
-  %2718 = insertelement <16 x float> poison, float %2717, i64 0
-  %2719 = shufflevector <16 x float> %2718, <16 x float> poison, <16 x i32> zeroinitializer
-  %2720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2700, <16 x float> %2719, <16 x float> %2678)
-  %2721 = getelementptr inbounds nuw i8, ptr %gep157, i64 2056
-  %2722 = load float, ptr %2721, align 4, !tbaa !5
-  %2723 = insertelement <16 x float> poison, float %2722, i64 0
-  %2724 = shufflevector <16 x float> %2723, <16 x float> poison, <16 x i32> zeroinitializer
-  %2725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2700, <16 x float> %2724, <16 x float> %2683)
-  %2726 = getelementptr inbounds nuw i8, ptr %gep157, i64 2120
-  %2727 = load float, ptr %2726, align 4, !tbaa !5
-  %2728 = insertelement <16 x float> poison, float %2727, i64 0
-  %2729 = shufflevector <16 x float> %2728, <16 x float> poison, <16 x i32> zeroinitializer
-  %2730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2700, <16 x float> %2729, <16 x float> %2688)
-  %2731 = getelementptr inbounds nuw i8, ptr %gep157, i64 2060
-  %2732 = load float, ptr %2731, align 4, !tbaa !5
-  %2733 = insertelement <16 x float> poison, float %2732, i64 0
-  %2734 = shufflevector <16 x float> %2733, <16 x float> poison, <16 x i32> zeroinitializer
-  %2735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2700, <16 x float> %2734, <16 x float> %2693)
-  %2736 = getelementptr inbounds nuw i8, ptr %gep157, i64 2124
-  %2737 = load float, ptr %2736, align 4, !tbaa !5
-  %2738 = insertelement <16 x float> poison, float %2737, i64 0
-  %2739 = shufflevector <16 x float> %2738, <16 x float> poison, <16 x i32> zeroinitializer
-  %2740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2700, <16 x float> %2739, <16 x float> %2698)
-  %2741 = getelementptr inbounds nuw i8, ptr %2532, i64 320
-  %2742 = load <16 x float>, ptr %2741, align 4, !tbaa !5
-  %2743 = getelementptr inbounds nuw i8, ptr %gep157, i64 2560
-  %2744 = load float, ptr %2743, align 4, !tbaa !5
-  %2745 = insertelement <16 x float> poison, float %2744, i64 0
-  %2746 = shufflevector <16 x float> %2745, <16 x float> poison, <16 x i32> zeroinitializer
-  %2747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2742, <16 x float> %2746, <16 x float> %2705)
-  %2748 = getelementptr inbounds nuw i8, ptr %gep157, i64 2624
-  %2749 = load float, ptr %2748, align 4, !tbaa !5
-  %2750 = insertelement <16 x float> poison, float %2749, i64 0
-  %2751 = shufflevector <16 x float> %2750, <16 x float> poison, <16 x i32> zeroinitializer
-  %2752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2742, <16 x float> %2751, <16 x float> %2710)
-  %2753 = getelementptr inbounds nuw i8, ptr %gep157, i64 2564
-  %2754 = load float, ptr %2753, align 4, !tbaa !5
-  %2755 = insertelement <16 x float> poison, float %2754, i64 0
-  %2756 = shufflevector <16 x float> %2755, <16 x float> poison, <16 x i32> zeroinitializer
-  %2757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2742, <16 x float> %2756, <16 x float> %2715)
-  %2758 = getelementptr inbounds nuw i8, ptr %gep157, i64 2628
-  %2759 = load float, ptr %2758, align 4, !tbaa !5
-  %2760 = insertelement <16 x float> poison, float %2759, i64 0
-  %2761 = shufflevector <16 x float> %2760, <16 x float> poison, <16 x i32> zeroinitializer
-  %2762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2742, <16 x float> %2761, <16 x float> %2720)
-  %2763 = getelementptr inbounds nuw i8, ptr %gep157, i64 2568
-  %2764 = load float, ptr %2763, align 4, !tbaa !5
-  %2765 = insertelement <16 x float> poison, float %2764, i64 0
-  %2766 = shufflevector <16 x float> %2765, <16 x float> poison, <16 x i32> zeroinitializer
-  %2767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2742, <16 x float> %2766, <16 x float> %2725)
-  %2768 = getelementptr inbounds nuw i8, ptr %gep157, i64 2632
-  %2769 = load float, ptr %2768, align 4, !tbaa !5
-  %2770 = insertelement <16 x float> poison, float %2769, i64 0
-  %2771 = shufflevector <16 x float> %2770, <16 x float> poison, <16 x i32> zeroinitializer
-  %2772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2742, <16 x float> %2771, <16 x float> %2730)
-  %2773 = getelementptr inbounds nuw i8, ptr %gep157, i64 2572
-  %2774 = load float, ptr %2773, align 4, !tbaa !5
-  %2775 = insertelement <16 x float> poison, float %2774, i64 0
-  %2776 = shufflevector <16 x float> %2775, <16 x float> poison, <16 x i32> zeroinitializer
-  %2777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2742, <16 x float> %2776, <16 x float> %2735)
-  %2778 = getelementptr inbounds nuw i8, ptr %gep157, i64 2636
-  %2779 = load float, ptr %2778, align 4, !tbaa !5
-  %2780 = insertelement <16 x float> poison, float %2779, i64 0
-  %2781 = shufflevector <16 x float> %2780, <16 x float> poison, <16 x i32> zeroinitializer
-  %2782 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2742, <16 x float> %2781, <16 x float> %2740)
-  %2783 = getelementptr inbounds nuw i8, ptr %2532, i64 384
-  %2784 = load <16 x float>, ptr %2783, align 4, !tbaa !5
-  %2785 = getelementptr inbounds nuw i8, ptr %gep157, i64 3072
-  %2786 = load float, ptr %2785, align 4, !tbaa !5
-  %2787 = insertelement <16 x float> poison, float %2786, i64 0
-  %2788 = shufflevector <16 x float> %2787, <16 x float> poison, <16 x i32> zeroinitializer
-  %2789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2784, <16 x float> %2788, <16 x float> %2747)
-  %2790 = getelementptr inbounds nuw i8, ptr %gep157, i64 3136
-  %2791 = load float, ptr %2790, align 4, !tbaa !5
-  %2792 = insertelement <16 x float> poison, float %2791, i64 0
-  %2793 = shufflevector <16 x float> %2792, <16 x float> poison, <16 x i32> zeroinitializer
-  %2794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2784, <16 x float> %2793, <16 x float> %2752)
-  %2795 = getelementptr inbounds nuw i8, ptr %gep157, i64 3076
-  %2796 = load float, ptr %2795, align 4, !tbaa !5
-  %2797 = insertelement <16 x float> poison, float %2796, i64 0
-  %2798 = shufflevector <16 x float> %2797, <16 x float> poison, <16 x i32> zeroinitializer
-  %2799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2784, <16 x float> %2798, <16 x float> %2757)
-  %2800 = getelementptr inbounds nuw i8, ptr %gep157, i64 3140
-  %2801 = load float, ptr %2800, align 4, !tbaa !5
-  %2802 = insertelement <16 x float> poison, float %2801, i64 0
-  %2803 = shufflevector <16 x float> %2802, <16 x float> poison, <16 x i32> zeroinitializer
-  %2804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2784, <16 x float> %2803, <16 x float> %2762)
-  %2805 = getelementptr inbounds nuw i8, ptr %gep157, i64 3080
-  %2806 = load float, ptr %2805, align 4, !tbaa !5
-  %2807 = insertelement <16 x float> poison, float %2806, i64 0
-  %2808 = shufflevector <16 x float> %2807, <16 x float> poison, <16 x i32> zeroinitializer
-  %2809 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2784, <16 x float> %2808, <16 x float> %2767)
-  %2810 = getelementptr inbounds nuw i8, ptr %gep157, i64 3144
-  %2811 = load float, ptr %2810, align 4, !tbaa !5
-  %2812 = insertelement <16 x float> poison, float %2811, i64 0
-  %2813 = shufflevector <16 x float> %2812, <16 x float> poison, <16 x i32> zeroinitializer
-  %2814 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2784, <16 x float> %2813, <16 x float> %2772)
-  %2815 = getelementptr inbounds nuw i8, ptr %gep157, i64 3084
-  %2816 = load float, ptr %2815, align 4, !tbaa !5
-  %2817 = insertelement <16 x float> poison, float %2816, i64 0
-  %2818 = shufflevector <16 x float> %2817, <16 x float> poison, <16 x i32> zeroinitializer
-  %2819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2784, <16 x float> %2818, <16 x float> %2777)
-  %2820 = getelementptr inbounds nuw i8, ptr %gep157, i64 3148
-  %2821 = load float, ptr %2820, align 4, !tbaa !5
-  %2822 = insertelement <16 x float> poison, float %2821, i64 0
-  %2823 = shufflevector <16 x float> %2822, <16 x float> poison, <16 x i32> zeroinitializer
-  %2824 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2784, <16 x float> %2823, <16 x float> %2782)
-  %2825 = getelementptr inbounds nuw i8, ptr %2532, i64 448
-  %2826 = load <16 x float>, ptr %2825, align 4, !tbaa !5
-  %2827 = getelementptr inbounds nuw i8, ptr %gep157, i64 3584
-  %2828 = load float, ptr %2827, align 4, !tbaa !5
-  %2829 = insertelement <16 x float> poison, float %2828, i64 0
-  %2830 = shufflevector <16 x float> %2829, <16 x float> poison, <16 x i32> zeroinitializer
-  %2831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2826, <16 x float> %2830, <16 x float> %2789)
-  %2832 = getelementptr inbounds nuw i8, ptr %gep157, i64 3648
-  %2833 = load float, ptr %2832, align 4, !tbaa !5
-  %2834 = insertelement <16 x float> poison, float %2833, i64 0
-  %2835 = shufflevector <16 x float> %2834, <16 x float> poison, <16 x i32> zeroinitializer
-  %2836 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2826, <16 x float> %2835, <16 x float> %2794)
-  %2837 = getelementptr inbounds nuw i8, ptr %gep157, i64 3588
-  %2838 = load float, ptr %2837, align 4, !tbaa !5
-  %2839 = insertelement <16 x float> poison, float %2838, i64 0
-  %2840 = shufflevector <16 x float> %2839, <16 x float> poison, <16 x i32> zeroinitializer
-  %2841 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2826, <16 x float> %2840, <16 x float> %2799)
-  %2842 = getelementptr inbounds nuw i8, ptr %gep157, i64 3652
-  %2843 = load float, ptr %2842, align 4, !tbaa !5
-  %2844 = insertelement <16 x float> poison, float %2843, i64 0
-  %2845 = shufflevector <16 x float> %2844, <16 x float> poison, <16 x i32> zeroinitializer
-  %2846 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2826, <16 x float> %2845, <16 x float> %2804)
-  %2847 = getelementptr inbounds nuw i8, ptr %gep157, i64 3592
-  %2848 = load float, ptr %2847, align 4, !tbaa !5
-  %2849 = insertelement <16 x float> poison, float %2848, i64 0
-  %2850 = shufflevector <16 x float> %2849, <16 x float> poison, <16 x i32> zeroinitializer
-  %2851 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2826, <16 x float> %2850, <16 x float> %2809)
-  %2852 = getelementptr inbounds nuw i8, ptr %gep157, i64 3656
-  %2853 = load float, ptr %2852, align 4, !tbaa !5
-  %2854 = insertelement <16 x float> poison, float %2853, i64 0
-  %2855 = shufflevector <16 x float> %2854, <16 x float> poison, <16 x i32> zeroinitializer
-  %2856 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2826, <16 x float> %2855, <16 x float> %2814)
-  %2857 = getelementptr inbounds nuw i8, ptr %gep157, i64 3596
-  %2858 = load float, ptr %2857, align 4, !tbaa !5
-  %2859 = insertelement <16 x float> poison, float %2858, i64 0
-  %2860 = shufflevector <16 x float> %2859, <16 x float> poison, <16 x i32> zeroinitializer
-  %2861 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2826, <16 x float> %2860, <16 x float> %2819)
-  %2862 = getelementptr inbounds nuw i8, ptr %gep157, i64 3660
-  %2863 = load float, ptr %2862, align 4, !tbaa !5
-  %2864 = insertelement <16 x float> poison, float %2863, i64 0
-  %2865 = shufflevector <16 x float> %2864, <16 x float> poison, <16 x i32> zeroinitializer
-  %2866 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2826, <16 x float> %2865, <16 x float> %2824)
-  %indvars.iv.next1048.i = add nuw nsw i64 %indvars.iv1047.i, 1
-  %exitcond1052.not.i = icmp eq i64 %indvars.iv.next1048.i, %wide.trip.count1051.i
-  br i1 %exitcond1052.not.i, label %for_end_to303.i, label %for_begin_ti306.preheader.i, !prof !13
+  %2479 = load float, ptr %gep157, align 4, !tbaa !5
+  %2480 = insertelement <16 x float> poison, float %2479, i64 0
+  %2481 = shufflevector <16 x float> %2480, <16 x float> poison, <16 x i32> zeroinitializer
+  %2482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2478, <16 x float> %2481, <16 x float> %full_acc546.sroa.0.0792.i)
+  %2483 = getelementptr inbounds nuw i8, ptr %gep157, i64 64
+  %2484 = load float, ptr %2483, align 4, !tbaa !5
+  %2485 = insertelement <16 x float> poison, float %2484, i64 0
+  %2486 = shufflevector <16 x float> %2485, <16 x float> poison, <16 x i32> zeroinitializer
+  %2487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2478, <16 x float> %2486, <16 x float> %full_acc546.sroa.4.0793.i)
+  %2488 = getelementptr inbounds nuw i8, ptr %gep157, i64 4
+  %2489 = load float, ptr %2488, align 4, !tbaa !5
+  %2490 = insertelement <16 x float> poison, float %2489, i64 0
+  %2491 = shufflevector <16 x float> %2490, <16 x float> poison, <16 x i32> zeroinitializer
+  %2492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2478, <16 x float> %2491, <16 x float> %full_acc546.sroa.8.0794.i)
+  %2493 = getelementptr inbounds nuw i8, ptr %gep157, i64 68
+  %2494 = load float, ptr %2493, align 4, !tbaa !5
+  %2495 = insertelement <16 x float> poison, float %2494, i64 0
+  %2496 = shufflevector <16 x float> %2495, <16 x float> poison, <16 x i32> zeroinitializer
+  %2497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2478, <16 x float> %2496, <16 x float> %full_acc546.sroa.12.0795.i)
+  %2498 = getelementptr inbounds nuw i8, ptr %gep157, i64 8
+  %2499 = load float, ptr %2498, align 4, !tbaa !5
+  %2500 = insertelement <16 x float> poison, float %2499, i64 0
+  %2501 = shufflevector <16 x float> %2500, <16 x float> poison, <16 x i32> zeroinitializer
+  %2502 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2478, <16 x float> %2501, <16 x float> %full_acc546.sroa.16.0796.i)
+  %2503 = getelementptr inbounds nuw i8, ptr %gep157, i64 72
+  %2504 = load float, ptr %2503, align 4, !tbaa !5
+  %2505 = insertelement <16 x float> poison, float %2504, i64 0
+  %2506 = shufflevector <16 x float> %2505, <16 x float> poison, <16 x i32> zeroinitializer
+  %2507 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2478, <16 x float> %2506, <16 x float> %full_acc546.sroa.20.0797.i)
+  %2508 = getelementptr inbounds nuw i8, ptr %gep157, i64 12
+  %2509 = load float, ptr %2508, align 4, !tbaa !5
+  %2510 = insertelement <16 x float> poison, float %2509, i64 0
+  %2511 = shufflevector <16 x float> %2510, <16 x float> poison, <16 x i32> zeroinitializer
+  %2512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2478, <16 x float> %2511, <16 x float> %full_acc546.sroa.24.0798.i)
+  %2513 = getelementptr inbounds nuw i8, ptr %gep157, i64 76
+  %2514 = load float, ptr %2513, align 4, !tbaa !5
+  %2515 = insertelement <16 x float> poison, float %2514, i64 0
+  %2516 = shufflevector <16 x float> %2515, <16 x float> poison, <16 x i32> zeroinitializer
+  %2517 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2478, <16 x float> %2516, <16 x float> %full_acc546.sroa.28.0799.i)
+  %2518 = getelementptr inbounds nuw i8, ptr %2477, i64 64
+  %2519 = load <16 x float>, ptr %2518, align 4, !tbaa !5
+  %2520 = getelementptr inbounds nuw i8, ptr %gep157, i64 512
+  %2521 = load float, ptr %2520, align 4, !tbaa !5
+  %2522 = insertelement <16 x float> poison, float %2521, i64 0
+  %2523 = shufflevector <16 x float> %2522, <16 x float> poison, <16 x i32> zeroinitializer
+  %2524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2519, <16 x float> %2523, <16 x float> %2482)
+  %2525 = getelementptr inbounds nuw i8, ptr %gep157, i64 576
+  %2526 = load float, ptr %2525, align 4, !tbaa !5
+  %2527 = insertelement <16 x float> poison, float %2526, i64 0
+  %2528 = shufflevector <16 x float> %2527, <16 x float> poison, <16 x i32> zeroinitializer
+  %2529 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2519, <16 x float> %2528, <16 x float> %2487)
+  %2530 = getelementptr inbounds nuw i8, ptr %gep157, i64 516
+  %2531 = load float, ptr %2530, align 4, !tbaa !5
+  %2532 = insertelement <16 x float> poison, float %2531, i64 0
+  %2533 = shufflevector <16 x float> %2532, <16 x float> poison, <16 x i32> zeroinitializer
+  %2534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2519, <16 x float> %2533, <16 x float> %2492)
+  %2535 = getelementptr inbounds nuw i8, ptr %gep157, i64 580
+  %2536 = load float, ptr %2535, align 4, !tbaa !5
+  %2537 = insertelement <16 x float> poison, float %2536, i64 0
+  %2538 = shufflevector <16 x float> %2537, <16 x float> poison, <16 x i32> zeroinitializer
+  %2539 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2519, <16 x float> %2538, <16 x float> %2497)
+  %2540 = getelementptr inbounds nuw i8, ptr %gep157, i64 520
+  %2541 = load float, ptr %2540, align 4, !tbaa !5
+  %2542 = insertelement <16 x float> poison, float %2541, i64 0
+  %2543 = shufflevector <16 x float> %2542, <16 x float> poison, <16 x i32> zeroinitializer
+  %2544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2519, <16 x float> %2543, <16 x float> %2502)
+  %2545 = getelementptr inbounds nuw i8, ptr %gep157, i64 584
+  %2546 = load float, ptr %2545, align 4, !tbaa !5
+  %2547 = insertelement <16 x float> poison, float %2546, i64 0
+  %2548 = shufflevector <16 x float> %2547, <16 x float> poison, <16 x i32> zeroinitializer
+  %2549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2519, <16 x float> %2548, <16 x float> %2507)
+  %2550 = getelementptr inbounds nuw i8, ptr %gep157, i64 524
+  %2551 = load float, ptr %2550, align 4, !tbaa !5
+  %2552 = insertelement <16 x float> poison, float %2551, i64 0
+  %2553 = shufflevector <16 x float> %2552, <16 x float> poison, <16 x i32> zeroinitializer
+  %2554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2519, <16 x float> %2553, <16 x float> %2512)
+  %2555 = getelementptr inbounds nuw i8, ptr %gep157, i64 588
+  %2556 = load float, ptr %2555, align 4, !tbaa !5
+  %2557 = insertelement <16 x float> poison, float %2556, i64 0
+  %2558 = shufflevector <16 x float> %2557, <16 x float> poison, <16 x i32> zeroinitializer
+  %2559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2519, <16 x float> %2558, <16 x float> %2517)
+  %2560 = getelementptr inbounds nuw i8, ptr %2477, i64 128
+  %2561 = load <16 x float>, ptr %2560, align 4, !tbaa !5
+  %2562 = getelementptr inbounds nuw i8, ptr %gep157, i64 1024
+  %2563 = load float, ptr %2562, align 4, !tbaa !5
+  %2564 = insertelement <16 x float> poison, float %2563, i64 0
+  %2565 = shufflevector <16 x float> %2564, <16 x float> poison, <16 x i32> zeroinitializer
+  %2566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2565, <16 x float> %2524)
+  %2567 = getelementptr inbounds nuw i8, ptr %gep157, i64 1088
+  %2568 = load float, ptr %2567, align 4, !tbaa !5
+  %2569 = insertelement <16 x float> poison, float %2568, i64 0
+  %2570 = shufflevector <16 x float> %2569, <16 x float> poison, <16 x i32> zeroinitializer
+  %2571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2570, <16 x float> %2529)
+  %2572 = getelementptr inbounds nuw i8, ptr %gep157, i64 1028
+  %2573 = load float, ptr %2572, align 4, !tbaa !5
+  %2574 = insertelement <16 x float> poison, float %2573, i64 0
+  %2575 = shufflevector <16 x float> %2574, <16 x float> poison, <16 x i32> zeroinitializer
+  %2576 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2575, <16 x float> %2534)
+  %2577 = getelementptr inbounds nuw i8, ptr %gep157, i64 1092
+  %2578 = load float, ptr %2577, align 4, !tbaa !5
+  %2579 = insertelement <16 x float> poison, float %2578, i64 0
+  %2580 = shufflevector <16 x float> %2579, <16 x float> poison, <16 x i32> zeroinitializer
+  %2581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2580, <16 x float> %2539)
+  %2582 = getelementptr inbounds nuw i8, ptr %gep157, i64 1032
+  %2583 = load float, ptr %2582, align 4, !tbaa !5
+  %2584 = insertelement <16 x float> poison, float %2583, i64 0
+  %2585 = shufflevector <16 x float> %2584, <16 x float> poison, <16 x i32> zeroinitializer
+  %2586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2585, <16 x float> %2544)
+  %2587 = getelementptr inbounds nuw i8, ptr %gep157, i64 1096
+  %2588 = load float, ptr %2587, align 4, !tbaa !5
+  %2589 = insertelement <16 x float> poison, float %2588, i64 0
+  %2590 = shufflevector <16 x float> %2589, <16 x float> poison, <16 x i32> zeroinitializer
+  %2591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2590, <16 x float> %2549)
+  %2592 = getelementptr inbounds nuw i8, ptr %gep157, i64 1036
+  %2593 = load float, ptr %2592, align 4, !tbaa !5
+  %2594 = insertelement <16 x float> poison, float %2593, i64 0
+  %2595 = shufflevector <16 x float> %2594, <16 x float> poison, <16 x i32> zeroinitializer
+  %2596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2595, <16 x float> %2554)
+  %2597 = getelementptr inbounds nuw i8, ptr %gep157, i64 1100
+  %2598 = load float, ptr %2597, align 4, !tbaa !5
+  %2599 = insertelement <16 x float> poison, float %2598, i64 0
+  %2600 = shufflevector <16 x float> %2599, <16 x float> poison, <16 x i32> zeroinitializer
+  %2601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2600, <16 x float> %2559)
+  %2602 = getelementptr inbounds nuw i8, ptr %2477, i64 192
+  %2603 = load <16 x float>, ptr %2602, align 4, !tbaa !5
+  %2604 = getelementptr inbounds nuw i8, ptr %gep157, i64 1536
+  %2605 = load float, ptr %2604, align 4, !tbaa !5
+  %2606 = insertelement <16 x float> poison, float %2605, i64 0
+  %2607 = shufflevector <16 x float> %2606, <16 x float> poison, <16 x i32> zeroinitializer
+  %2608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2603, <16 x float> %2607, <16 x float> %2566)
+  %2609 = getelementptr inbounds nuw i8, ptr %gep157, i64 1600
+  %2610 = load float, ptr %2609, align 4, !tbaa !5
+  %2611 = insertelement <16 x float> poison, float %2610, i64 0
+  %2612 = shufflevector <16 x float> %2611, <16 x float> poison, <16 x i32> zeroinitializer
+  %2613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2603, <16 x float> %2612, <16 x float> %2571)
+  %2614 = getelementptr inbounds nuw i8, ptr %gep157, i64 1540
+  %2615 = load float, ptr %2614, align 4, !tbaa !5
+  %2616 = insertelement <16 x float> poison, float %2615, i64 0
+  %2617 = shufflevector <16 x float> %2616, <16 x float> poison, <16 x i32> zeroinitializer
+  %2618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2603, <16 x float> %2617, <16 x float> %2576)
+  %2619 = getelementptr inbounds nuw i8, ptr %gep157, i64 1604
+  %2620 = load float, ptr %2619, align 4, !tbaa !5
+  %2621 = insertelement <16 x float> poison, float %2620, i64 0
+  %2622 = shufflevector <16 x float> %2621, <16 x float> poison, <16 x i32> zeroinitializer
+  %2623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2603, <16 x float> %2622, <16 x float> %2581)
+  %2624 = getelementptr inbounds nuw i8, ptr %gep157, i64 1544
+  %2625 = load float, ptr %2624, align 4, !tbaa !5
+  %2626 = insertelement <16 x float> poison, float %2625, i64 0
+  %2627 = shufflevector <16 x float> %2626, <16 x float> poison, <16 x i32> zeroinitializer
+  %2628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2603, <16 x float> %2627, <16 x float> %2586)
+  %2629 = getelementptr inbounds nuw i8, ptr %gep157, i64 1608
+  %2630 = load float, ptr %2629, align 4, !tbaa !5
+  %2631 = insertelement <16 x float> poison, float %2630, i64 0
+  %2632 = shufflevector <16 x float> %2631, <16 x float> poison, <16 x i32> zeroinitializer
+  %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2603, <16 x float> %2632, <16 x float> %2591)
+  %2634 = getelementptr inbounds nuw i8, ptr %gep157, i64 1548
+  %2635 = load float, ptr %2634, align 4, !tbaa !5
+  %2636 = insertelement <16 x float> poison, float %2635, i64 0
+  %2637 = shufflevector <16 x float> %2636, <16 x float> poison, <16 x i32> zeroinitializer
+  %2638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2603, <16 x float> %2637, <16 x float> %2596)
+  %2639 = getelementptr inbounds nuw i8, ptr %gep157, i64 1612
+  %2640 = load float, ptr %2639, align 4, !tbaa !5
+  %2641 = insertelement <16 x float> poison, float %2640, i64 0
+  %2642 = shufflevector <16 x float> %2641, <16 x float> poison, <16 x i32> zeroinitializer
+  %2643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2603, <16 x float> %2642, <16 x float> %2601)
+  %2644 = getelementptr inbounds nuw i8, ptr %2477, i64 256
+  %2645 = load <16 x float>, ptr %2644, align 4, !tbaa !5
+  %2646 = getelementptr inbounds nuw i8, ptr %gep157, i64 2048
+  %2647 = load float, ptr %2646, align 4, !tbaa !5
+  %2648 = insertelement <16 x float> poison, float %2647, i64 0
+  %2649 = shufflevector <16 x float> %2648, <16 x float> poison, <16 x i32> zeroinitializer
+  %2650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2645, <16 x float> %2649, <16 x float> %2608)
+  %2651 = getelementptr inbounds nuw i8, ptr %gep157, i64 2112
+  %2652 = load float, ptr %2651, align 4, !tbaa !5
+  %2653 = insertelement <16 x float> poison, float %2652, i64 0
+  %2654 = shufflevector <16 x float> %2653, <16 x float> poison, <16 x i32> zeroinitializer
+  %2655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2645, <16 x float> %2654, <16 x float> %2613)
+  %2656 = getelementptr inbounds nuw i8, ptr %gep157, i64 2052
+  %2657 = load float, ptr %2656, align 4, !tbaa !5
+  %2658 = insertelement <16 x float> poison, float %2657, i64 0
+  %2659 = shufflevector <16 x float> %2658, <16 x float> poison, <16 x i32> zeroinitializer
+  %2660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2645, <16 x float> %2659, <16 x float> %2618)
+  %2661 = getelementptr inbounds nuw i8, ptr %gep157, i64 2116
+  %2662 = load float, ptr %2661, align 4, !tbaa !5
+  %2663 = insertelement <16 x float> poison, float %2662, i64 0
+  %2664 = shufflevector <16 x float> %2663, <16 x float> poison, <16 x i32> zeroinitializer
+  %2665 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2645, <16 x float> %2664, <16 x float> %2623)
+  %2666 = getelementptr inbounds nuw i8, ptr %gep157, i64 2056
+  %2667 = load float, ptr %2666, align 4, !tbaa !5
+  %2668 = insertelement <16 x float> poison, float %2667, i64 0
+  %2669 = shufflevector <16 x float> %2668, <16 x float> poison, <16 x i32> zeroinitializer
+  %2670 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2645, <16 x float> %2669, <16 x float> %2628)
+  %2671 = getelementptr inbounds nuw i8, ptr %gep157, i64 2120
+  %2672 = load float, ptr %2671, align 4, !tbaa !5
+  %2673 = insertelement <16 x float> poison, float %2672, i64 0
+  %2674 = shufflevector <16 x float> %2673, <16 x float> poison, <16 x i32> zeroinitializer
+  %2675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2645, <16 x float> %2674, <16 x float> %2633)
+  %2676 = getelementptr inbounds nuw i8, ptr %gep157, i64 2060
+  %2677 = load float, ptr %2676, align 4, !tbaa !5
+  %2678 = insertelement <16 x float> poison, float %2677, i64 0
+  %2679 = shufflevector <16 x float> %2678, <16 x float> poison, <16 x i32> zeroinitializer
+  %2680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2645, <16 x float> %2679, <16 x float> %2638)
+  %2681 = getelementptr inbounds nuw i8, ptr %gep157, i64 2124
+  %2682 = load float, ptr %2681, align 4, !tbaa !5
+  %2683 = insertelement <16 x float> poison, float %2682, i64 0
+  %2684 = shufflevector <16 x float> %2683, <16 x float> poison, <16 x i32> zeroinitializer
+  %2685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2645, <16 x float> %2684, <16 x float> %2643)
+  %2686 = getelementptr inbounds nuw i8, ptr %2477, i64 320
+  %2687 = load <16 x float>, ptr %2686, align 4, !tbaa !5
+  %2688 = getelementptr inbounds nuw i8, ptr %gep157, i64 2560
+  %2689 = load float, ptr %2688, align 4, !tbaa !5
+  %2690 = insertelement <16 x float> poison, float %2689, i64 0
+  %2691 = shufflevector <16 x float> %2690, <16 x float> poison, <16 x i32> zeroinitializer
+  %2692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2691, <16 x float> %2650)
+  %2693 = getelementptr inbounds nuw i8, ptr %gep157, i64 2624
+  %2694 = load float, ptr %2693, align 4, !tbaa !5
+  %2695 = insertelement <16 x float> poison, float %2694, i64 0
+  %2696 = shufflevector <16 x float> %2695, <16 x float> poison, <16 x i32> zeroinitializer
+  %2697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2696, <16 x float> %2655)
+  %2698 = getelementptr inbounds nuw i8, ptr %gep157, i64 2564
+  %2699 = load float, ptr %2698, align 4, !tbaa !5
+  %2700 = insertelement <16 x float> poison, float %2699, i64 0
+  %2701 = shufflevector <16 x float> %2700, <16 x float> poison, <16 x i32> zeroinitializer
+  %2702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2701, <16 x float> %2660)
+  %2703 = getelementptr inbounds nuw i8, ptr %gep157, i64 2628
+  %2704 = load float, ptr %2703, align 4, !tbaa !5
+  %2705 = insertelement <16 x float> poison, float %2704, i64 0
+  %2706 = shufflevector <16 x float> %2705, <16 x float> poison, <16 x i32> zeroinitializer
+  %2707 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2706, <16 x float> %2665)
+  %2708 = getelementptr inbounds nuw i8, ptr %gep157, i64 2568
+  %2709 = load float, ptr %2708, align 4, !tbaa !5
+  %2710 = insertelement <16 x float> poison, float %2709, i64 0
+  %2711 = shufflevector <16 x float> %2710, <16 x float> poison, <16 x i32> zeroinitializer
+  %2712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2711, <16 x float> %2670)
+  %2713 = getelementptr inbounds nuw i8, ptr %gep157, i64 2632
+  %2714 = load float, ptr %2713, align 4, !tbaa !5
+  %2715 = insertelement <16 x float> poison, float %2714, i64 0
+  %2716 = shufflevector <16 x float> %2715, <16 x float> poison, <16 x i32> zeroinitializer
+  %2717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2716, <16 x float> %2675)
+  %2718 = getelementptr inbounds nuw i8, ptr %gep157, i64 2572
+  %2719 = load float, ptr %2718, align 4, !tbaa !5
+  %2720 = insertelement <16 x float> poison, float %2719, i64 0
+  %2721 = shufflevector <16 x float> %2720, <16 x float> poison, <16 x i32> zeroinitializer
+  %2722 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2721, <16 x float> %2680)
+  %2723 = getelementptr inbounds nuw i8, ptr %gep157, i64 2636
+  %2724 = load float, ptr %2723, align 4, !tbaa !5
+  %2725 = insertelement <16 x float> poison, float %2724, i64 0
+  %2726 = shufflevector <16 x float> %2725, <16 x float> poison, <16 x i32> zeroinitializer
+  %2727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2726, <16 x float> %2685)
+  %2728 = getelementptr inbounds nuw i8, ptr %2477, i64 384
+  %2729 = load <16 x float>, ptr %2728, align 4, !tbaa !5
+  %2730 = getelementptr inbounds nuw i8, ptr %gep157, i64 3072
+  %2731 = load float, ptr %2730, align 4, !tbaa !5
+  %2732 = insertelement <16 x float> poison, float %2731, i64 0
+  %2733 = shufflevector <16 x float> %2732, <16 x float> poison, <16 x i32> zeroinitializer
+  %2734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2729, <16 x float> %2733, <16 x float> %2692)
+  %2735 = getelementptr inbounds nuw i8, ptr %gep157, i64 3136
+  %2736 = load float, ptr %2735, align 4, !tbaa !5
+  %2737 = insertelement <16 x float> poison, float %2736, i64 0
+  %2738 = shufflevector <16 x float> %2737, <16 x float> poison, <16 x i32> zeroinitializer
+  %2739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2729, <16 x float> %2738, <16 x float> %2697)
+  %2740 = getelementptr inbounds nuw i8, ptr %gep157, i64 3076
+  %2741 = load float, ptr %2740, align 4, !tbaa !5
+  %2742 = insertelement <16 x float> poison, float %2741, i64 0
+  %2743 = shufflevector <16 x float> %2742, <16 x float> poison, <16 x i32> zeroinitializer
+  %2744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2729, <16 x float> %2743, <16 x float> %2702)
+  %2745 = getelementptr inbounds nuw i8, ptr %gep157, i64 3140
+  %2746 = load float, ptr %2745, align 4, !tbaa !5
+  %2747 = insertelement <16 x float> poison, float %2746, i64 0
+  %2748 = shufflevector <16 x float> %2747, <16 x float> poison, <16 x i32> zeroinitializer
+  %2749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2729, <16 x float> %2748, <16 x float> %2707)
+  %2750 = getelementptr inbounds nuw i8, ptr %gep157, i64 3080
+  %2751 = load float, ptr %2750, align 4, !tbaa !5
+  %2752 = insertelement <16 x float> poison, float %2751, i64 0
+  %2753 = shufflevector <16 x float> %2752, <16 x float> poison, <16 x i32> zeroinitializer
+  %2754 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2729, <16 x float> %2753, <16 x float> %2712)
+  %2755 = getelementptr inbounds nuw i8, ptr %gep157, i64 3144
+  %2756 = load float, ptr %2755, align 4, !tbaa !5
+  %2757 = insertelement <16 x float> poison, float %2756, i64 0
+  %2758 = shufflevector <16 x float> %2757, <16 x float> poison, <16 x i32> zeroinitializer
+  %2759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2729, <16 x float> %2758, <16 x float> %2717)
+  %2760 = getelementptr inbounds nuw i8, ptr %gep157, i64 3084
+  %2761 = load float, ptr %2760, align 4, !tbaa !5
+  %2762 = insertelement <16 x float> poison, float %2761, i64 0
+  %2763 = shufflevector <16 x float> %2762, <16 x float> poison, <16 x i32> zeroinitializer
+  %2764 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2729, <16 x float> %2763, <16 x float> %2722)
+  %2765 = getelementptr inbounds nuw i8, ptr %gep157, i64 3148
+  %2766 = load float, ptr %2765, align 4, !tbaa !5
+  %2767 = insertelement <16 x float> poison, float %2766, i64 0
+  %2768 = shufflevector <16 x float> %2767, <16 x float> poison, <16 x i32> zeroinitializer
+  %2769 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2729, <16 x float> %2768, <16 x float> %2727)
+  %2770 = getelementptr inbounds nuw i8, ptr %2477, i64 448
+  %2771 = load <16 x float>, ptr %2770, align 4, !tbaa !5
+  %2772 = getelementptr inbounds nuw i8, ptr %gep157, i64 3584
+  %2773 = load float, ptr %2772, align 4, !tbaa !5
+  %2774 = insertelement <16 x float> poison, float %2773, i64 0
+  %2775 = shufflevector <16 x float> %2774, <16 x float> poison, <16 x i32> zeroinitializer
+  %2776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2771, <16 x float> %2775, <16 x float> %2734)
+  %2777 = getelementptr inbounds nuw i8, ptr %gep157, i64 3648
+  %2778 = load float, ptr %2777, align 4, !tbaa !5
+  %2779 = insertelement <16 x float> poison, float %2778, i64 0
+  %2780 = shufflevector <16 x float> %2779, <16 x float> poison, <16 x i32> zeroinitializer
+  %2781 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2771, <16 x float> %2780, <16 x float> %2739)
+  %2782 = getelementptr inbounds nuw i8, ptr %gep157, i64 3588
+  %2783 = load float, ptr %2782, align 4, !tbaa !5
+  %2784 = insertelement <16 x float> poison, float %2783, i64 0
+  %2785 = shufflevector <16 x float> %2784, <16 x float> poison, <16 x i32> zeroinitializer
+  %2786 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2771, <16 x float> %2785, <16 x float> %2744)
+  %2787 = getelementptr inbounds nuw i8, ptr %gep157, i64 3652
+  %2788 = load float, ptr %2787, align 4, !tbaa !5
+  %2789 = insertelement <16 x float> poison, float %2788, i64 0
+  %2790 = shufflevector <16 x float> %2789, <16 x float> poison, <16 x i32> zeroinitializer
+  %2791 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2771, <16 x float> %2790, <16 x float> %2749)
+  %2792 = getelementptr inbounds nuw i8, ptr %gep157, i64 3592
+  %2793 = load float, ptr %2792, align 4, !tbaa !5
+  %2794 = insertelement <16 x float> poison, float %2793, i64 0
+  %2795 = shufflevector <16 x float> %2794, <16 x float> poison, <16 x i32> zeroinitializer
+  %2796 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2771, <16 x float> %2795, <16 x float> %2754)
+  %2797 = getelementptr inbounds nuw i8, ptr %gep157, i64 3656
+  %2798 = load float, ptr %2797, align 4, !tbaa !5
+  %2799 = insertelement <16 x float> poison, float %2798, i64 0
+  %2800 = shufflevector <16 x float> %2799, <16 x float> poison, <16 x i32> zeroinitializer
+  %2801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2771, <16 x float> %2800, <16 x float> %2759)
+  %2802 = getelementptr inbounds nuw i8, ptr %gep157, i64 3596
+  %2803 = load float, ptr %2802, align 4, !tbaa !5
+  %2804 = insertelement <16 x float> poison, float %2803, i64 0
+  %2805 = shufflevector <16 x float> %2804, <16 x float> poison, <16 x i32> zeroinitializer
+  %2806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2771, <16 x float> %2805, <16 x float> %2764)
+  %2807 = getelementptr inbounds nuw i8, ptr %gep157, i64 3660
+  %2808 = load float, ptr %2807, align 4, !tbaa !5
+  %2809 = insertelement <16 x float> poison, float %2808, i64 0
+  %2810 = shufflevector <16 x float> %2809, <16 x float> poison, <16 x i32> zeroinitializer
+  %2811 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2771, <16 x float> %2810, <16 x float> %2769)
+  %indvars.iv.next1027.i = add nuw nsw i64 %indvars.iv1026.i, 1
+  %exitcond1031.not.i = icmp eq i64 %indvars.iv.next1027.i, %2447
+  br i1 %exitcond1031.not.i, label %for_end_to284.i, label %for_body_to283.i, !prof !13
 
-for_end_to303.i:                                  ; preds = %for_begin_ti306.preheader.i, %for_begin_to301.preheader.i
-  %full_acc559.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to301.preheader.i ], [ %2831, %for_begin_ti306.preheader.i ]
-  %full_acc559.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to301.preheader.i ], [ %2836, %for_begin_ti306.preheader.i ]
-  %full_acc559.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to301.preheader.i ], [ %2841, %for_begin_ti306.preheader.i ]
-  %full_acc559.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to301.preheader.i ], [ %2846, %for_begin_ti306.preheader.i ]
-  %full_acc559.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to301.preheader.i ], [ %2851, %for_begin_ti306.preheader.i ]
-  %full_acc559.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to301.preheader.i ], [ %2856, %for_begin_ti306.preheader.i ]
-  %full_acc559.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to301.preheader.i ], [ %2861, %for_begin_ti306.preheader.i ]
-  %full_acc559.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to301.preheader.i ], [ %2866, %for_begin_ti306.preheader.i ]
-  br i1 %2516, label %for_body_ti312.lr.ph.i, label %for_end_ti313.i, !prof !3
+for_body_ti300.i:                                 ; preds = %for_body_ti300.i, %for_body_ti300.lr.ph.i
+  %indvars.iv1032.i = phi i64 [ 0, %for_body_ti300.lr.ph.i ], [ %indvars.iv.next1033.i, %for_body_ti300.i ]
+  %tile_acc547.sroa.31.0819.i = phi <16 x float> [ %full_acc546.sroa.28.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2872, %for_body_ti300.i ]
+  %tile_acc547.sroa.0.0818.i = phi <16 x float> [ %full_acc546.sroa.0.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2823, %for_body_ti300.i ]
+  %tile_acc547.sroa.4.0817.i = phi <16 x float> [ %full_acc546.sroa.4.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2830, %for_body_ti300.i ]
+  %tile_acc547.sroa.9.0816.i = phi <16 x float> [ %full_acc546.sroa.8.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2837, %for_body_ti300.i ]
+  %tile_acc547.sroa.13.0815.i = phi <16 x float> [ %full_acc546.sroa.12.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2844, %for_body_ti300.i ]
+  %tile_acc547.sroa.18.0814.i = phi <16 x float> [ %full_acc546.sroa.16.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2851, %for_body_ti300.i ]
+  %tile_acc547.sroa.22.0813.i = phi <16 x float> [ %full_acc546.sroa.20.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2858, %for_body_ti300.i ]
+  %tile_acc547.sroa.27.0812.i = phi <16 x float> [ %full_acc546.sroa.24.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2865, %for_body_ti300.i ]
+  %2812 = shl nsw i64 %indvars.iv1032.i, 4
+  %2813 = add nuw nsw i64 %2812, %2444
+  %2814 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2813
+  %2815 = load <16 x float>, ptr %2814, align 4, !tbaa !5
+  %2816 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2813
+  %2817 = load <16 x i32>, ptr %2816, align 4, !tbaa !5
+  %.idx1170.i = shl nsw i64 %indvars.iv1032.i, 9
+  %gep1241.i = getelementptr inbounds nuw i8, ptr %invariant.gep1240.i, i64 %.idx1170.i
+  %2818 = load i32, ptr %gep1241.i, align 4, !tbaa !5
+  %2819 = insertelement <16 x i32> poison, i32 %2818, i64 0
+  %2820 = shufflevector <16 x i32> %2819, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2821 = and <16 x i32> %2820, %2817
+  %2822 = bitcast <16 x i32> %2821 to <16 x float>
+  %2823 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2822, <16 x float> %tile_acc547.sroa.0.0818.i)
+  %2824 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 64
+  %2825 = load i32, ptr %2824, align 4, !tbaa !5
+  %2826 = insertelement <16 x i32> poison, i32 %2825, i64 0
+  %2827 = shufflevector <16 x i32> %2826, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2828 = and <16 x i32> %2827, %2817
+  %2829 = bitcast <16 x i32> %2828 to <16 x float>
+  %2830 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2829, <16 x float> %tile_acc547.sroa.4.0817.i)
+  %2831 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 4
+  %2832 = load i32, ptr %2831, align 4, !tbaa !5
+  %2833 = insertelement <16 x i32> poison, i32 %2832, i64 0
+  %2834 = shufflevector <16 x i32> %2833, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2835 = and <16 x i32> %2834, %2817
+  %2836 = bitcast <16 x i32> %2835 to <16 x float>
+  %2837 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2836, <16 x float> %tile_acc547.sroa.9.0816.i)
+  %2838 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 68
+  %2839 = load i32, ptr %2838, align 4, !tbaa !5
+  %2840 = insertelement <16 x i32> poison, i32 %2839, i64 0
+  %2841 = shufflevector <16 x i32> %2840, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2842 = and <16 x i32> %2841, %2817
+  %2843 = bitcast <16 x i32> %2842 to <16 x float>
+  %2844 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2843, <16 x float> %tile_acc547.sroa.13.0815.i)
+  %2845 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 8
+  %2846 = load i32, ptr %2845, align 4, !tbaa !5
+  %2847 = insertelement <16 x i32> poison, i32 %2846, i64 0
+  %2848 = shufflevector <16 x i32> %2847, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2849 = and <16 x i32> %2848, %2817
+  %2850 = bitcast <16 x i32> %2849 to <16 x float>
+  %2851 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2850, <16 x float> %tile_acc547.sroa.18.0814.i)
+  %2852 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 72
+  %2853 = load i32, ptr %2852, align 4, !tbaa !5
+  %2854 = insertelement <16 x i32> poison, i32 %2853, i64 0
+  %2855 = shufflevector <16 x i32> %2854, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2856 = and <16 x i32> %2855, %2817
+  %2857 = bitcast <16 x i32> %2856 to <16 x float>
+  %2858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2857, <16 x float> %tile_acc547.sroa.22.0813.i)
+  %2859 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 12
+  %2860 = load i32, ptr %2859, align 4, !tbaa !5
+  %2861 = insertelement <16 x i32> poison, i32 %2860, i64 0
+  %2862 = shufflevector <16 x i32> %2861, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2863 = and <16 x i32> %2862, %2817
+  %2864 = bitcast <16 x i32> %2863 to <16 x float>
+  %2865 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2864, <16 x float> %tile_acc547.sroa.27.0812.i)
+  %2866 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 76
+  %2867 = load i32, ptr %2866, align 4, !tbaa !5
+  %2868 = insertelement <16 x i32> poison, i32 %2867, i64 0
+  %2869 = shufflevector <16 x i32> %2868, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2870 = and <16 x i32> %2869, %2817
+  %2871 = bitcast <16 x i32> %2870 to <16 x float>
+  %2872 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2871, <16 x float> %tile_acc547.sroa.31.0819.i)
+  %indvars.iv.next1033.i = add nuw nsw i64 %indvars.iv1032.i, 1
+  %exitcond239.not = icmp eq i64 %indvars.iv.next1033.i, %smax238
+  br i1 %exitcond239.not, label %for_end_ti301.i, label %for_body_ti300.i, !prof !13
 
-for_body_ti312.lr.ph.i:                           ; preds = %for_end_to303.i
-  %indvars.iv1057.tr.i = trunc i64 %indvars.iv1057.i to i32
-  %2867 = shl i32 %indvars.iv1057.tr.i, 2
-  %2868 = and i32 %2867, 12
-  %2869 = shl i32 %indvars.iv1057.tr.i, 3
-  %2870 = and i32 %2869, 96
-  %invariant.op849.i = or disjoint i32 %2870, %2518
-  %invariant.op851.i = or disjoint i32 %invariant.op849.i, %2868
-  %2871 = zext nneg i32 %invariant.op851.i to i64
-  %invariant.gep1261.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2871
-  br label %for_body_ti312.i
+for_end_ti301.i:                                  ; preds = %for_body_ti300.i, %for_end_to284.i
+  %tile_acc547.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc546.sroa.24.0.lcssa.i, %for_end_to284.i ], [ %2865, %for_body_ti300.i ]
+  %tile_acc547.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc546.sroa.20.0.lcssa.i, %for_end_to284.i ], [ %2858, %for_body_ti300.i ]
+  %tile_acc547.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc546.sroa.16.0.lcssa.i, %for_end_to284.i ], [ %2851, %for_body_ti300.i ]
+  %tile_acc547.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc546.sroa.12.0.lcssa.i, %for_end_to284.i ], [ %2844, %for_body_ti300.i ]
+  %tile_acc547.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc546.sroa.8.0.lcssa.i, %for_end_to284.i ], [ %2837, %for_body_ti300.i ]
+  %tile_acc547.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc546.sroa.4.0.lcssa.i, %for_end_to284.i ], [ %2830, %for_body_ti300.i ]
+  %tile_acc547.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc546.sroa.0.0.lcssa.i, %for_end_to284.i ], [ %2823, %for_body_ti300.i ]
+  %tile_acc547.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc546.sroa.28.0.lcssa.i, %for_end_to284.i ], [ %2872, %for_body_ti300.i ]
+  %2873 = shl nuw nsw i64 %indvars.iv1036.i, 7
+  %2874 = add nuw nsw i64 %2873, %2446
+  %2875 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2874
+  br i1 %736, label %if_then318.i, label %if_end317.i, !prof !8
 
-for_body_ti312.i:                                 ; preds = %for_body_ti312.i, %for_body_ti312.lr.ph.i
-  %indvars.iv1053.i = phi i64 [ 0, %for_body_ti312.lr.ph.i ], [ %indvars.iv.next1054.i, %for_body_ti312.i ]
-  %tile_acc560.sroa.31.0839.i = phi <16 x float> [ %full_acc559.sroa.28.0.lcssa.i, %for_body_ti312.lr.ph.i ], [ %2932, %for_body_ti312.i ]
-  %tile_acc560.sroa.0.0838.i = phi <16 x float> [ %full_acc559.sroa.0.0.lcssa.i, %for_body_ti312.lr.ph.i ], [ %2883, %for_body_ti312.i ]
-  %tile_acc560.sroa.4.0837.i = phi <16 x float> [ %full_acc559.sroa.4.0.lcssa.i, %for_body_ti312.lr.ph.i ], [ %2890, %for_body_ti312.i ]
-  %tile_acc560.sroa.9.0836.i = phi <16 x float> [ %full_acc559.sroa.8.0.lcssa.i, %for_body_ti312.lr.ph.i ], [ %2897, %for_body_ti312.i ]
-  %tile_acc560.sroa.13.0835.i = phi <16 x float> [ %full_acc559.sroa.12.0.lcssa.i, %for_body_ti312.lr.ph.i ], [ %2904, %for_body_ti312.i ]
-  %tile_acc560.sroa.18.0834.i = phi <16 x float> [ %full_acc559.sroa.16.0.lcssa.i, %for_body_ti312.lr.ph.i ], [ %2911, %for_body_ti312.i ]
-  %tile_acc560.sroa.22.0833.i = phi <16 x float> [ %full_acc559.sroa.20.0.lcssa.i, %for_body_ti312.lr.ph.i ], [ %2918, %for_body_ti312.i ]
-  %tile_acc560.sroa.27.0832.i = phi <16 x float> [ %full_acc559.sroa.24.0.lcssa.i, %for_body_ti312.lr.ph.i ], [ %2925, %for_body_ti312.i ]
-  %2872 = shl nsw i64 %indvars.iv1053.i, 4
-  %2873 = add nuw nsw i64 %2872, %2520
-  %2874 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2873
-  %2875 = load <16 x float>, ptr %2874, align 4, !tbaa !5
-  %2876 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2873
-  %2877 = load <16 x i32>, ptr %2876, align 4, !tbaa !5
-  %.idx1191.i = shl nsw i64 %indvars.iv1053.i, 9
-  %gep1262.i = getelementptr inbounds nuw i8, ptr %invariant.gep1261.i, i64 %.idx1191.i
-  %2878 = load i32, ptr %gep1262.i, align 4, !tbaa !5
-  %2879 = insertelement <16 x i32> poison, i32 %2878, i64 0
-  %2880 = shufflevector <16 x i32> %2879, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2881 = and <16 x i32> %2880, %2877
-  %2882 = bitcast <16 x i32> %2881 to <16 x float>
-  %2883 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2875, <16 x float> %2882, <16 x float> %tile_acc560.sroa.0.0838.i)
-  %2884 = getelementptr inbounds nuw i8, ptr %gep1262.i, i64 64
-  %2885 = load i32, ptr %2884, align 4, !tbaa !5
-  %2886 = insertelement <16 x i32> poison, i32 %2885, i64 0
-  %2887 = shufflevector <16 x i32> %2886, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2888 = and <16 x i32> %2887, %2877
-  %2889 = bitcast <16 x i32> %2888 to <16 x float>
-  %2890 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2875, <16 x float> %2889, <16 x float> %tile_acc560.sroa.4.0837.i)
-  %2891 = getelementptr inbounds nuw i8, ptr %gep1262.i, i64 4
-  %2892 = load i32, ptr %2891, align 4, !tbaa !5
-  %2893 = insertelement <16 x i32> poison, i32 %2892, i64 0
-  %2894 = shufflevector <16 x i32> %2893, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2895 = and <16 x i32> %2894, %2877
-  %2896 = bitcast <16 x i32> %2895 to <16 x float>
-  %2897 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2875, <16 x float> %2896, <16 x float> %tile_acc560.sroa.9.0836.i)
-  %2898 = getelementptr inbounds nuw i8, ptr %gep1262.i, i64 68
-  %2899 = load i32, ptr %2898, align 4, !tbaa !5
-  %2900 = insertelement <16 x i32> poison, i32 %2899, i64 0
-  %2901 = shufflevector <16 x i32> %2900, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2902 = and <16 x i32> %2901, %2877
-  %2903 = bitcast <16 x i32> %2902 to <16 x float>
-  %2904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2875, <16 x float> %2903, <16 x float> %tile_acc560.sroa.13.0835.i)
-  %2905 = getelementptr inbounds nuw i8, ptr %gep1262.i, i64 8
-  %2906 = load i32, ptr %2905, align 4, !tbaa !5
-  %2907 = insertelement <16 x i32> poison, i32 %2906, i64 0
-  %2908 = shufflevector <16 x i32> %2907, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2909 = and <16 x i32> %2908, %2877
-  %2910 = bitcast <16 x i32> %2909 to <16 x float>
-  %2911 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2875, <16 x float> %2910, <16 x float> %tile_acc560.sroa.18.0834.i)
-  %2912 = getelementptr inbounds nuw i8, ptr %gep1262.i, i64 72
-  %2913 = load i32, ptr %2912, align 4, !tbaa !5
-  %2914 = insertelement <16 x i32> poison, i32 %2913, i64 0
-  %2915 = shufflevector <16 x i32> %2914, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2916 = and <16 x i32> %2915, %2877
-  %2917 = bitcast <16 x i32> %2916 to <16 x float>
-  %2918 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2875, <16 x float> %2917, <16 x float> %tile_acc560.sroa.22.0833.i)
-  %2919 = getelementptr inbounds nuw i8, ptr %gep1262.i, i64 12
-  %2920 = load i32, ptr %2919, align 4, !tbaa !5
-  %2921 = insertelement <16 x i32> poison, i32 %2920, i64 0
-  %2922 = shufflevector <16 x i32> %2921, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2923 = and <16 x i32> %2922, %2877
-  %2924 = bitcast <16 x i32> %2923 to <16 x float>
-  %2925 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2875, <16 x float> %2924, <16 x float> %tile_acc560.sroa.27.0832.i)
-  %2926 = getelementptr inbounds nuw i8, ptr %gep1262.i, i64 76
-  %2927 = load i32, ptr %2926, align 4, !tbaa !5
-  %2928 = insertelement <16 x i32> poison, i32 %2927, i64 0
-  %2929 = shufflevector <16 x i32> %2928, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2930 = and <16 x i32> %2929, %2877
-  %2931 = bitcast <16 x i32> %2930 to <16 x float>
-  %2932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2875, <16 x float> %2931, <16 x float> %tile_acc560.sroa.31.0839.i)
-  %indvars.iv.next1054.i = add nuw nsw i64 %indvars.iv1053.i, 1
-  %exitcond247.not = icmp eq i64 %indvars.iv.next1054.i, %smax246
-  br i1 %exitcond247.not, label %for_end_ti313.i, label %for_body_ti312.i, !prof !13
-
-for_end_ti313.i:                                  ; preds = %for_body_ti312.i, %for_end_to303.i
-  %tile_acc560.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc559.sroa.24.0.lcssa.i, %for_end_to303.i ], [ %2925, %for_body_ti312.i ]
-  %tile_acc560.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc559.sroa.20.0.lcssa.i, %for_end_to303.i ], [ %2918, %for_body_ti312.i ]
-  %tile_acc560.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc559.sroa.16.0.lcssa.i, %for_end_to303.i ], [ %2911, %for_body_ti312.i ]
-  %tile_acc560.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc559.sroa.12.0.lcssa.i, %for_end_to303.i ], [ %2904, %for_body_ti312.i ]
-  %tile_acc560.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc559.sroa.8.0.lcssa.i, %for_end_to303.i ], [ %2897, %for_body_ti312.i ]
-  %tile_acc560.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc559.sroa.4.0.lcssa.i, %for_end_to303.i ], [ %2890, %for_body_ti312.i ]
-  %tile_acc560.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc559.sroa.0.0.lcssa.i, %for_end_to303.i ], [ %2883, %for_body_ti312.i ]
-  %tile_acc560.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc559.sroa.28.0.lcssa.i, %for_end_to303.i ], [ %2932, %for_body_ti312.i ]
-  %2933 = shl nuw nsw i64 %indvars.iv1057.i, 7
-  %2934 = add nuw nsw i64 %2933, %2522
-  %2935 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2934
-  br i1 %776, label %if_then330.i, label %if_end329.i, !prof !8
-
-if_end329.i:                                      ; preds = %for_end_ti313.i
-  %2936 = load <16 x float>, ptr %2935, align 4, !tbaa !5
-  %2937 = fmul <16 x float> %2314, %2936
-  %2938 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %tile_acc560.sroa.0.0.lcssa.i, <16 x float> %2937)
-  store <16 x float> %2938, ptr %2935, align 4, !tbaa !5
-  %2939 = getelementptr i8, ptr %2935, i64 64
-  %2940 = load <16 x float>, ptr %2939, align 4, !tbaa !5
-  %2941 = fmul <16 x float> %2314, %2940
-  %2942 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %tile_acc560.sroa.4.0.lcssa.i, <16 x float> %2941)
-  store <16 x float> %2942, ptr %2939, align 4, !tbaa !5
-  %2943 = getelementptr i8, ptr %2935, i64 128
-  %2944 = load <16 x float>, ptr %2943, align 4, !tbaa !5
-  %2945 = fmul <16 x float> %2314, %2944
-  %2946 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %tile_acc560.sroa.9.0.lcssa.i, <16 x float> %2945)
-  store <16 x float> %2946, ptr %2943, align 4, !tbaa !5
-  %2947 = getelementptr i8, ptr %2935, i64 192
-  %2948 = load <16 x float>, ptr %2947, align 4, !tbaa !5
-  %2949 = fmul <16 x float> %2314, %2948
-  %2950 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %tile_acc560.sroa.13.0.lcssa.i, <16 x float> %2949)
-  store <16 x float> %2950, ptr %2947, align 4, !tbaa !5
-  %2951 = getelementptr i8, ptr %2935, i64 256
-  %2952 = load <16 x float>, ptr %2951, align 4, !tbaa !5
-  %2953 = fmul <16 x float> %2314, %2952
-  %2954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %tile_acc560.sroa.18.0.lcssa.i, <16 x float> %2953)
-  store <16 x float> %2954, ptr %2951, align 4, !tbaa !5
-  %2955 = getelementptr i8, ptr %2935, i64 320
-  %2956 = load <16 x float>, ptr %2955, align 4, !tbaa !5
-  %2957 = fmul <16 x float> %2314, %2956
-  %2958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %tile_acc560.sroa.22.0.lcssa.i, <16 x float> %2957)
-  store <16 x float> %2958, ptr %2955, align 4, !tbaa !5
-  %2959 = getelementptr i8, ptr %2935, i64 384
-  %2960 = load <16 x float>, ptr %2959, align 4, !tbaa !5
-  %2961 = fmul <16 x float> %2314, %2960
-  %2962 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %tile_acc560.sroa.27.0.lcssa.i, <16 x float> %2961)
-  store <16 x float> %2962, ptr %2959, align 4, !tbaa !5
-  %.phi.trans.insert.i = getelementptr i8, ptr %2935, i64 448
+if_end317.i:                                      ; preds = %for_end_ti301.i
+  %2876 = load <16 x float>, ptr %2875, align 4, !tbaa !5
+  %2877 = fmul <16 x float> %2236, %2876
+  %2878 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.0.0.lcssa.i, <16 x float> %2877)
+  store <16 x float> %2878, ptr %2875, align 4, !tbaa !5
+  %2879 = getelementptr i8, ptr %2875, i64 64
+  %2880 = load <16 x float>, ptr %2879, align 4, !tbaa !5
+  %2881 = fmul <16 x float> %2236, %2880
+  %2882 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.4.0.lcssa.i, <16 x float> %2881)
+  store <16 x float> %2882, ptr %2879, align 4, !tbaa !5
+  %2883 = getelementptr i8, ptr %2875, i64 128
+  %2884 = load <16 x float>, ptr %2883, align 4, !tbaa !5
+  %2885 = fmul <16 x float> %2236, %2884
+  %2886 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.9.0.lcssa.i, <16 x float> %2885)
+  store <16 x float> %2886, ptr %2883, align 4, !tbaa !5
+  %2887 = getelementptr i8, ptr %2875, i64 192
+  %2888 = load <16 x float>, ptr %2887, align 4, !tbaa !5
+  %2889 = fmul <16 x float> %2236, %2888
+  %2890 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.13.0.lcssa.i, <16 x float> %2889)
+  store <16 x float> %2890, ptr %2887, align 4, !tbaa !5
+  %2891 = getelementptr i8, ptr %2875, i64 256
+  %2892 = load <16 x float>, ptr %2891, align 4, !tbaa !5
+  %2893 = fmul <16 x float> %2236, %2892
+  %2894 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.18.0.lcssa.i, <16 x float> %2893)
+  store <16 x float> %2894, ptr %2891, align 4, !tbaa !5
+  %2895 = getelementptr i8, ptr %2875, i64 320
+  %2896 = load <16 x float>, ptr %2895, align 4, !tbaa !5
+  %2897 = fmul <16 x float> %2236, %2896
+  %2898 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.22.0.lcssa.i, <16 x float> %2897)
+  store <16 x float> %2898, ptr %2895, align 4, !tbaa !5
+  %2899 = getelementptr i8, ptr %2875, i64 384
+  %2900 = load <16 x float>, ptr %2899, align 4, !tbaa !5
+  %2901 = fmul <16 x float> %2236, %2900
+  %2902 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.27.0.lcssa.i, <16 x float> %2901)
+  store <16 x float> %2902, ptr %2899, align 4, !tbaa !5
+  %.phi.trans.insert.i = getelementptr i8, ptr %2875, i64 448
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
-  %.pre1145.i = fmul <16 x float> %2314, %.pre.i
-  br label %if_end331.i
+  %.pre1124.i = fmul <16 x float> %2236, %.pre.i
+  br label %if_end319.i
 
-if_then330.i:                                     ; preds = %for_end_ti313.i
-  %2963 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %tile_acc560.sroa.0.0.lcssa.i, <16 x float> %2519)
-  store <16 x float> %2963, ptr %2935, align 4, !tbaa !5
-  %2964 = getelementptr i8, ptr %2935, i64 64
-  %2965 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %tile_acc560.sroa.4.0.lcssa.i, <16 x float> %2519)
-  store <16 x float> %2965, ptr %2964, align 4, !tbaa !5
-  %2966 = getelementptr i8, ptr %2935, i64 128
-  %2967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %tile_acc560.sroa.9.0.lcssa.i, <16 x float> %2519)
-  store <16 x float> %2967, ptr %2966, align 4, !tbaa !5
-  %2968 = getelementptr i8, ptr %2935, i64 192
-  %2969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %tile_acc560.sroa.13.0.lcssa.i, <16 x float> %2519)
-  store <16 x float> %2969, ptr %2968, align 4, !tbaa !5
-  %2970 = getelementptr i8, ptr %2935, i64 256
-  %2971 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %tile_acc560.sroa.18.0.lcssa.i, <16 x float> %2519)
-  store <16 x float> %2971, ptr %2970, align 4, !tbaa !5
-  %2972 = getelementptr i8, ptr %2935, i64 320
-  %2973 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %tile_acc560.sroa.22.0.lcssa.i, <16 x float> %2519)
-  store <16 x float> %2973, ptr %2972, align 4, !tbaa !5
-  %2974 = getelementptr i8, ptr %2935, i64 384
-  %2975 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %tile_acc560.sroa.27.0.lcssa.i, <16 x float> %2519)
-  store <16 x float> %2975, ptr %2974, align 4, !tbaa !5
-  br label %if_end331.i
+if_then318.i:                                     ; preds = %for_end_ti301.i
+  %2903 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.0.0.lcssa.i, <16 x float> %2443)
+  store <16 x float> %2903, ptr %2875, align 4, !tbaa !5
+  %2904 = getelementptr i8, ptr %2875, i64 64
+  %2905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.4.0.lcssa.i, <16 x float> %2443)
+  store <16 x float> %2905, ptr %2904, align 4, !tbaa !5
+  %2906 = getelementptr i8, ptr %2875, i64 128
+  %2907 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.9.0.lcssa.i, <16 x float> %2443)
+  store <16 x float> %2907, ptr %2906, align 4, !tbaa !5
+  %2908 = getelementptr i8, ptr %2875, i64 192
+  %2909 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.13.0.lcssa.i, <16 x float> %2443)
+  store <16 x float> %2909, ptr %2908, align 4, !tbaa !5
+  %2910 = getelementptr i8, ptr %2875, i64 256
+  %2911 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.18.0.lcssa.i, <16 x float> %2443)
+  store <16 x float> %2911, ptr %2910, align 4, !tbaa !5
+  %2912 = getelementptr i8, ptr %2875, i64 320
+  %2913 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.22.0.lcssa.i, <16 x float> %2443)
+  store <16 x float> %2913, ptr %2912, align 4, !tbaa !5
+  %2914 = getelementptr i8, ptr %2875, i64 384
+  %2915 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.27.0.lcssa.i, <16 x float> %2443)
+  store <16 x float> %2915, ptr %2914, align 4, !tbaa !5
+  br label %if_end319.i
 
-if_end331.i:                                      ; preds = %if_then330.i, %if_end329.i
-  %.pre-phi.i = phi <16 x float> [ %.pre1145.i, %if_end329.i ], [ %2519, %if_then330.i ]
-  %2976 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2934
-  %2977 = getelementptr i8, ptr %2976, i64 448
-  %2978 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %tile_acc560.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %2978, ptr %2977, align 4, !tbaa !5
-  %indvars.iv.next1058.i = add nuw nsw i64 %indvars.iv1057.i, 1
-  %exitcond1060.not.i = icmp eq i64 %indvars.iv.next1058.i, 16
-  br i1 %exitcond1060.not.i, label %if_end194.i, label %for_begin_to301.preheader.i, !prof !28
+if_end319.i:                                      ; preds = %if_then318.i, %if_end317.i
+  %.pre-phi.i = phi <16 x float> [ %.pre1124.i, %if_end317.i ], [ %2443, %if_then318.i ]
+  %2916 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2874
+  %2917 = getelementptr i8, ptr %2916, i64 448
+  %2918 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %2918, ptr %2917, align 4, !tbaa !5
+  %indvars.iv.next1037.i = add nuw nsw i64 %indvars.iv1036.i, 1
+  %exitcond1039.not.i = icmp eq i64 %indvars.iv.next1037.i, 16
+  br i1 %exitcond1039.not.i, label %if_end173.i, label %for_begin_to282.preheader.i, !prof !28
 
-if_end333.i:                                      ; preds = %if_end194.i
-  %2979 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2980 = tail call i32 %2979(i32 1, i32 %dev_id, ptr nonnull %edges.i)
-  %.not598.i = icmp eq i32 %2980, 0
-  br i1 %.not598.i, label %if_end336.i, label %fused_attend_compute_.exit, !prof !38
+if_end321.i:                                      ; preds = %if_end173.i
+  %2919 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2920 = tail call i32 %2919(i32 1, i32 %dev_id, ptr nonnull %edges.i)
+  %.not583.i = icmp eq i32 %2920, 0
+  br i1 %.not583.i, label %if_end324.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end336.i:                                      ; preds = %if_end333.i
-  %2981 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2982 = tail call i32 %2981(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not599.i = icmp eq i32 %2982, 0
-  br i1 %.not599.i, label %if_end339.i, label %fused_attend_compute_.exit, !prof !38
+if_end324.i:                                      ; preds = %if_end321.i
+  %2921 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2922 = tail call i32 %2921(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not584.i = icmp eq i32 %2922, 0
+  br i1 %.not584.i, label %if_end327.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end339.i:                                      ; preds = %if_end336.i
-  %2983 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2984 = tail call i32 %2983(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not600.i = icmp eq i32 %2984, 0
-  br i1 %.not600.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !38
+if_end327.i:                                      ; preds = %if_end324.i
+  %2923 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2924 = tail call i32 %2923(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not585.i = icmp eq i32 %2924, 0
+  br i1 %.not585.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end345.i:                                      ; preds = %for_end_row_tile.i
-  %2985 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2986 = tail call i32 %2985(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not594.i = icmp eq i32 %2986, 0
-  br i1 %.not594.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !38
+if_end333.i:                                      ; preds = %for_end_row_tile.i
+  %2925 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2926 = tail call i32 %2925(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not581.i = icmp eq i32 %2926, 0
+  br i1 %.not581.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end351.i:                                      ; preds = %for_end_kv_head.i
-  %2987 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2988 = tail call i32 %2987(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not592.i = icmp eq i32 %2988, 0
-  br i1 %.not592.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !38
+if_end339.i:                                      ; preds = %for_end_kv_head.i
+  %2927 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2928 = tail call i32 %2927(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not579.i = icmp eq i32 %2928, 0
+  br i1 %.not579.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !38
 
-for_body_tile357.i:                               ; preds = %if_end362.i, %for_begin_tile356.preheader.i
-  %indvars.iv1080.i = phi i64 [ %indvars.iv.next1081.i, %if_end362.i ], [ 0, %for_begin_tile356.preheader.i ]
-  %.idx1192.i = shl nsw i64 %indvars.iv1080.i, 4
-  %2989 = getelementptr inbounds nuw i8, ptr %reach572.i, i64 %.idx1192.i
-  %2990 = getelementptr inbounds nuw i8, ptr %2989, i64 4
-  %2991 = load i32, ptr %2990, align 4, !tbaa !17
-  %2992 = icmp slt i32 %read_begin.i, %2991
-  br i1 %2992, label %if_then361.i, label %if_end362.i, !prof !8
+for_body_tile345.i:                               ; preds = %if_end350.i, %for_begin_tile344.preheader.i
+  %indvars.iv1059.i = phi i64 [ %indvars.iv.next1060.i, %if_end350.i ], [ 0, %for_begin_tile344.preheader.i ]
+  %.idx1171.i = shl nsw i64 %indvars.iv1059.i, 4
+  %2929 = getelementptr inbounds nuw i8, ptr %reach559.i, i64 %.idx1171.i
+  %2930 = getelementptr inbounds nuw i8, ptr %2929, i64 4
+  %2931 = load i32, ptr %2930, align 4, !tbaa !17
+  %2932 = icmp slt i32 %read_begin.i, %2931
+  br i1 %2932, label %if_then349.i, label %if_end350.i, !prof !8
 
-for_end_tile358.i:                                ; preds = %if_end362.i, %for_begin_tile356.preheader.i
-  %2993 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2994 = tail call i32 %2993(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not588.i = icmp eq i32 %2994, 0
-  br i1 %.not588.i, label %if_end417.i, label %fused_attend_compute_.exit, !prof !38
+for_end_tile346.i:                                ; preds = %if_end350.i, %for_begin_tile344.preheader.i
+  %2933 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2934 = tail call i32 %2933(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not575.i = icmp eq i32 %2934, 0
+  br i1 %.not575.i, label %if_end405.i, label %fused_attend_compute_.exit, !prof !38
 
-if_then361.i:                                     ; preds = %for_body_tile357.i
-  %2995 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1192.i
-  %old_max368.i = load <16 x float>, ptr %2995, align 4, !tbaa !5
-  %2996 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1192.i
-  %old_sum370.i = load <16 x float>, ptr %2996, align 4, !tbaa !5
-  %2997 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1192.i
-  %2998 = load <16 x float>, ptr %2997, align 4, !tbaa !5
-  %2999 = fcmp ogt <16 x float> %old_max368.i, %2998
-  %3000 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1192.i
-  %3001 = load <16 x float>, ptr %3000, align 4, !tbaa !5
-  %3002 = fcmp oeq <16 x float> %3001, zeroinitializer
-  %3003 = select <16 x i1> %3002, <16 x i1> splat (i1 true), <16 x i1> %2999
-  %old_or_both374.i = select <16 x i1> %3003, <16 x float> %old_max368.i, <16 x float> %2998
-  %3004 = fcmp oeq <16 x float> %old_sum370.i, zeroinitializer
-  %m376.i = select <16 x i1> %3004, <16 x float> %2998, <16 x float> %old_or_both374.i
-  %3005 = fsub <16 x float> %old_max368.i, %m376.i
-  %3006 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3005, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %3007 = bitcast <16 x float> %3006 to <16 x i32>
-  %3008 = fadd <16 x float> %3006, splat (float 0xC168000FE0000000)
-  %3009 = fmul <16 x float> %3008, splat (float 0x3F2BD01060000000)
-  %3010 = fmul <16 x float> %3008, splat (float 0x3FE6300000000000)
-  %3011 = fsub <16 x float> %3005, %3010
-  %3012 = fadd <16 x float> %3009, %3011
-  %3013 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3012, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %3014 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3013, <16 x float> %3012, <16 x float> splat (float 0x3FA5558F20000000))
-  %3015 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3014, <16 x float> %3012, <16 x float> splat (float 0x3FC5554920000000))
-  %3016 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3015, <16 x float> %3012, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %3017 = fmul <16 x float> %3012, %3012
-  %3018 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3016, <16 x float> %3017, <16 x float> %3012)
-  %3019 = shl <16 x i32> %3007, splat (i32 23)
-  %3020 = bitcast <16 x i32> %3019 to <16 x float>
-  %3021 = fadd <16 x float> %3018, splat (float 1.000000e+00)
-  %3022 = fmul <16 x float> %3021, %3020
-  %3023 = fcmp olt <16 x float> %3005, splat (float -8.700000e+01)
-  %3024 = select <16 x i1> %3023, <16 x float> zeroinitializer, <16 x float> %3022
-  %3025 = fcmp one <16 x float> %old_sum370.i, zeroinitializer
-  %3026 = select <16 x i1> %3025, <16 x float> %3024, <16 x float> zeroinitializer
-  %arg394.i = fsub <16 x float> %2998, %m376.i
-  %3027 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg394.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %3028 = bitcast <16 x float> %3027 to <16 x i32>
-  %3029 = fadd <16 x float> %3027, splat (float 0xC168000FE0000000)
-  %3030 = fmul <16 x float> %3029, splat (float 0x3F2BD01060000000)
-  %3031 = fmul <16 x float> %3029, splat (float 0x3FE6300000000000)
-  %3032 = fsub <16 x float> %arg394.i, %3031
-  %3033 = fadd <16 x float> %3030, %3032
-  %3034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3033, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %3035 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3034, <16 x float> %3033, <16 x float> splat (float 0x3FA5558F20000000))
-  %3036 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3035, <16 x float> %3033, <16 x float> splat (float 0x3FC5554920000000))
-  %3037 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3036, <16 x float> %3033, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %3038 = fmul <16 x float> %3033, %3033
-  %3039 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3037, <16 x float> %3038, <16 x float> %3033)
-  %3040 = shl <16 x i32> %3028, splat (i32 23)
-  %3041 = bitcast <16 x i32> %3040 to <16 x float>
-  %3042 = fadd <16 x float> %3039, splat (float 1.000000e+00)
-  %3043 = fmul <16 x float> %3042, %3041
-  %3044 = fcmp olt <16 x float> %arg394.i, splat (float -8.700000e+01)
-  %3045 = select <16 x i1> %3044, <16 x float> zeroinitializer, <16 x float> %3043
-  %3046 = fcmp one <16 x float> %3001, zeroinitializer
-  %3047 = select <16 x i1> %3046, <16 x float> %3045, <16 x float> zeroinitializer
-  %3048 = fmul <16 x float> %old_sum370.i, %3026
-  %3049 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3047, <16 x float> %3001, <16 x float> %3048)
-  store <16 x float> %m376.i, ptr %2995, align 4, !tbaa !5
-  store <16 x float> %3049, ptr %2996, align 4, !tbaa !5
-  %3050 = shl i64 %indvars.iv1080.i, 11
-  %3051 = and i64 %3050, 4294965248
-  br label %for_body_d412.i
+if_then349.i:                                     ; preds = %for_body_tile345.i
+  %2935 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1171.i
+  %old_max356.i = load <16 x float>, ptr %2935, align 4, !tbaa !5
+  %2936 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1171.i
+  %old_sum358.i = load <16 x float>, ptr %2936, align 4, !tbaa !5
+  %2937 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1171.i
+  %2938 = load <16 x float>, ptr %2937, align 4, !tbaa !5
+  %2939 = fcmp ogt <16 x float> %old_max356.i, %2938
+  %2940 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1171.i
+  %2941 = load <16 x float>, ptr %2940, align 4, !tbaa !5
+  %2942 = fcmp oeq <16 x float> %2941, zeroinitializer
+  %2943 = select <16 x i1> %2942, <16 x i1> splat (i1 true), <16 x i1> %2939
+  %old_or_both362.i = select <16 x i1> %2943, <16 x float> %old_max356.i, <16 x float> %2938
+  %2944 = fcmp oeq <16 x float> %old_sum358.i, zeroinitializer
+  %m364.i = select <16 x i1> %2944, <16 x float> %2938, <16 x float> %old_or_both362.i
+  %2945 = fsub <16 x float> %old_max356.i, %m364.i
+  %2946 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2945, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2947 = bitcast <16 x float> %2946 to <16 x i32>
+  %2948 = fadd <16 x float> %2946, splat (float 0xC168000FE0000000)
+  %2949 = fmul <16 x float> %2948, splat (float 0x3F2BD01060000000)
+  %2950 = fmul <16 x float> %2948, splat (float 0x3FE6300000000000)
+  %2951 = fsub <16 x float> %2945, %2950
+  %2952 = fadd <16 x float> %2949, %2951
+  %2953 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2952, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2953, <16 x float> %2952, <16 x float> splat (float 0x3FA5558F20000000))
+  %2955 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2954, <16 x float> %2952, <16 x float> splat (float 0x3FC5554920000000))
+  %2956 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2955, <16 x float> %2952, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2957 = fmul <16 x float> %2952, %2952
+  %2958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2956, <16 x float> %2957, <16 x float> %2952)
+  %2959 = shl <16 x i32> %2947, splat (i32 23)
+  %2960 = bitcast <16 x i32> %2959 to <16 x float>
+  %2961 = fadd <16 x float> %2958, splat (float 1.000000e+00)
+  %2962 = fmul <16 x float> %2961, %2960
+  %2963 = fcmp olt <16 x float> %2945, splat (float -8.700000e+01)
+  %2964 = select <16 x i1> %2963, <16 x float> zeroinitializer, <16 x float> %2962
+  %2965 = fcmp one <16 x float> %old_sum358.i, zeroinitializer
+  %2966 = select <16 x i1> %2965, <16 x float> %2964, <16 x float> zeroinitializer
+  %arg382.i = fsub <16 x float> %2938, %m364.i
+  %2967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg382.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2968 = bitcast <16 x float> %2967 to <16 x i32>
+  %2969 = fadd <16 x float> %2967, splat (float 0xC168000FE0000000)
+  %2970 = fmul <16 x float> %2969, splat (float 0x3F2BD01060000000)
+  %2971 = fmul <16 x float> %2969, splat (float 0x3FE6300000000000)
+  %2972 = fsub <16 x float> %arg382.i, %2971
+  %2973 = fadd <16 x float> %2970, %2972
+  %2974 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2973, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2975 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2974, <16 x float> %2973, <16 x float> splat (float 0x3FA5558F20000000))
+  %2976 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2975, <16 x float> %2973, <16 x float> splat (float 0x3FC5554920000000))
+  %2977 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2976, <16 x float> %2973, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2978 = fmul <16 x float> %2973, %2973
+  %2979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2977, <16 x float> %2978, <16 x float> %2973)
+  %2980 = shl <16 x i32> %2968, splat (i32 23)
+  %2981 = bitcast <16 x i32> %2980 to <16 x float>
+  %2982 = fadd <16 x float> %2979, splat (float 1.000000e+00)
+  %2983 = fmul <16 x float> %2982, %2981
+  %2984 = fcmp olt <16 x float> %arg382.i, splat (float -8.700000e+01)
+  %2985 = select <16 x i1> %2984, <16 x float> zeroinitializer, <16 x float> %2983
+  %2986 = fcmp one <16 x float> %2941, zeroinitializer
+  %2987 = select <16 x i1> %2986, <16 x float> %2985, <16 x float> zeroinitializer
+  %2988 = fmul <16 x float> %old_sum358.i, %2966
+  %2989 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2987, <16 x float> %2941, <16 x float> %2988)
+  store <16 x float> %m364.i, ptr %2935, align 4, !tbaa !5
+  store <16 x float> %2989, ptr %2936, align 4, !tbaa !5
+  %2990 = shl i64 %indvars.iv1059.i, 11
+  %2991 = and i64 %2990, 4294965248
+  br label %for_body_d400.i
 
-if_end362.i:                                      ; preds = %for_body_d412.i, %for_body_tile357.i
+if_end350.i:                                      ; preds = %for_body_d400.i, %for_body_tile345.i
+  %indvars.iv.next1060.i = add nuw nsw i64 %indvars.iv1059.i, 1
+  %exitcond1063.not.i = icmp eq i64 %indvars.iv.next1060.i, %wide.trip.count1062.i
+  br i1 %exitcond1063.not.i, label %for_end_tile346.i, label %for_body_tile345.i, !prof !13
+
+for_body_d400.i:                                  ; preds = %for_body_d400.i, %if_then349.i
+  %indvars.iv1055.i = phi i64 [ 0, %if_then349.i ], [ %indvars.iv.next1056.i.3, %for_body_d400.i ]
+  %2992 = shl nuw nsw i64 %indvars.iv1055.i, 4
+  %2993 = add nuw nsw i64 %2992, %2991
+  %2994 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2993
+  %2995 = load <16 x float>, ptr %2994, align 4, !tbaa !5
+  %2996 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2993
+  %2997 = load <16 x float>, ptr %2996, align 4, !tbaa !5
+  %2998 = fmul <16 x float> %2966, %2997
+  %2999 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2987, <16 x float> %2995, <16 x float> %2998)
+  store <16 x float> %2999, ptr %2996, align 4, !tbaa !5
+  %indvars.iv.next1056.i = shl i64 %indvars.iv1055.i, 4
+  %3000 = or disjoint i64 %indvars.iv.next1056.i, 16
+  %3001 = add nuw nsw i64 %3000, %2991
+  %3002 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3001
+  %3003 = load <16 x float>, ptr %3002, align 4, !tbaa !5
+  %3004 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3001
+  %3005 = load <16 x float>, ptr %3004, align 4, !tbaa !5
+  %3006 = fmul <16 x float> %2966, %3005
+  %3007 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2987, <16 x float> %3003, <16 x float> %3006)
+  store <16 x float> %3007, ptr %3004, align 4, !tbaa !5
+  %indvars.iv.next1056.i.1 = shl i64 %indvars.iv1055.i, 4
+  %3008 = or disjoint i64 %indvars.iv.next1056.i.1, 32
+  %3009 = add nuw nsw i64 %3008, %2991
+  %3010 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3009
+  %3011 = load <16 x float>, ptr %3010, align 4, !tbaa !5
+  %3012 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3009
+  %3013 = load <16 x float>, ptr %3012, align 4, !tbaa !5
+  %3014 = fmul <16 x float> %2966, %3013
+  %3015 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2987, <16 x float> %3011, <16 x float> %3014)
+  store <16 x float> %3015, ptr %3012, align 4, !tbaa !5
+  %indvars.iv.next1056.i.2 = shl i64 %indvars.iv1055.i, 4
+  %3016 = or disjoint i64 %indvars.iv.next1056.i.2, 48
+  %3017 = add nuw nsw i64 %3016, %2991
+  %3018 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3017
+  %3019 = load <16 x float>, ptr %3018, align 4, !tbaa !5
+  %3020 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3017
+  %3021 = load <16 x float>, ptr %3020, align 4, !tbaa !5
+  %3022 = fmul <16 x float> %2966, %3021
+  %3023 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2987, <16 x float> %3019, <16 x float> %3022)
+  store <16 x float> %3023, ptr %3020, align 4, !tbaa !5
+  %indvars.iv.next1056.i.3 = add nuw nsw i64 %indvars.iv1055.i, 4
+  %exitcond1058.not.i.3 = icmp eq i64 %indvars.iv.next1056.i.3, 128
+  br i1 %exitcond1058.not.i.3, label %if_end350.i, label %for_body_d400.i, !prof !28, !llvm.loop !70
+
+if_end405.i:                                      ; preds = %for_end_tile346.i
+  %3024 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3025 = tail call i32 %3024(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not576.i = icmp eq i32 %3025, 0
+  br i1 %.not576.i, label %if_end408.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end408.i:                                      ; preds = %if_end405.i
+  %3026 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3027 = tail call i32 %3026(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not577.i = icmp eq i32 %3027, 0
+  br i1 %.not577.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !38
+
+for_body_tile414.i:                               ; preds = %if_end419.loopexit.i, %for_body_tile414.i.preheader
+  %indvars.iv1080.i = phi i64 [ %indvars.iv.next1081.i, %if_end419.loopexit.i ], [ 0, %for_body_tile414.i.preheader ]
+  %3028 = shl i64 %indvars.iv1080.i, 13
+  %3029 = and i64 %3028, 17179860992
+  %scevgep511 = getelementptr i8, ptr %total_acc.i, i64 %3029
+  %3030 = trunc nuw nsw i64 %indvars.iv1080.i to i32
+  %rmod487.i = srem i32 %3030, %120
+  %rdiv494.i = sdiv i32 %3030, %120
+  %3031 = icmp ne i32 %rmod487.i, 0
+  %.not567.i = and i1 %405, %3031
+  %3032 = select i1 %.not567.i, i32 %120, i32 0
+  %3033 = add nsw i32 %3032, %rmod487.i
+  %3034 = shl nsw i32 %3033, 4
+  %3035 = sub nsw i32 %118, %3034
+  %3036 = icmp sgt i32 %3035, 0
+  br i1 %3036, label %for_body_r489.lr.ph.i, label %if_end419.loopexit.i, !prof !3
+
+for_end_tile415.i:                                ; preds = %if_end419.loopexit.i, %if_end419.us.i, %for_begin_tile413.preheader.i
+  %3037 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3038 = tail call i32 %3037(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not.i = icmp eq i32 %3038, 0
+  br i1 %.not.i, label %if_end514.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end419.loopexit.i:                             ; preds = %for_end_d507.i, %for_body_tile414.i
   %indvars.iv.next1081.i = add nuw nsw i64 %indvars.iv1080.i, 1
-  %exitcond1084.not.i = icmp eq i64 %indvars.iv.next1081.i, %wide.trip.count1083.i
-  br i1 %exitcond1084.not.i, label %for_end_tile358.i, label %for_body_tile357.i, !prof !13
+  %exitcond1084.not.i = icmp eq i64 %indvars.iv.next1081.i, %wide.trip.count1119.i
+  br i1 %exitcond1084.not.i, label %for_end_tile415.i, label %for_body_tile414.i, !prof !13
 
-for_body_d412.i:                                  ; preds = %for_body_d412.i, %if_then361.i
-  %indvars.iv1076.i = phi i64 [ 0, %if_then361.i ], [ %indvars.iv.next1077.i.3, %for_body_d412.i ]
-  %3052 = shl nuw nsw i64 %indvars.iv1076.i, 4
-  %3053 = add nuw nsw i64 %3052, %3051
-  %3054 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3053
-  %3055 = load <16 x float>, ptr %3054, align 4, !tbaa !5
-  %3056 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3053
-  %3057 = load <16 x float>, ptr %3056, align 4, !tbaa !5
-  %3058 = fmul <16 x float> %3026, %3057
-  %3059 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3047, <16 x float> %3055, <16 x float> %3058)
-  store <16 x float> %3059, ptr %3056, align 4, !tbaa !5
-  %indvars.iv.next1077.i = shl i64 %indvars.iv1076.i, 4
-  %3060 = or disjoint i64 %indvars.iv.next1077.i, 16
-  %3061 = add nuw nsw i64 %3060, %3051
-  %3062 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3061
-  %3063 = load <16 x float>, ptr %3062, align 4, !tbaa !5
-  %3064 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3061
-  %3065 = load <16 x float>, ptr %3064, align 4, !tbaa !5
-  %3066 = fmul <16 x float> %3026, %3065
-  %3067 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3047, <16 x float> %3063, <16 x float> %3066)
-  store <16 x float> %3067, ptr %3064, align 4, !tbaa !5
-  %indvars.iv.next1077.i.1 = shl i64 %indvars.iv1076.i, 4
-  %3068 = or disjoint i64 %indvars.iv.next1077.i.1, 32
-  %3069 = add nuw nsw i64 %3068, %3051
-  %3070 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3069
-  %3071 = load <16 x float>, ptr %3070, align 4, !tbaa !5
-  %3072 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3069
-  %3073 = load <16 x float>, ptr %3072, align 4, !tbaa !5
-  %3074 = fmul <16 x float> %3026, %3073
-  %3075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3047, <16 x float> %3071, <16 x float> %3074)
-  store <16 x float> %3075, ptr %3072, align 4, !tbaa !5
-  %indvars.iv.next1077.i.2 = shl i64 %indvars.iv1076.i, 4
-  %3076 = or disjoint i64 %indvars.iv.next1077.i.2, 48
-  %3077 = add nuw nsw i64 %3076, %3051
-  %3078 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3077
-  %3079 = load <16 x float>, ptr %3078, align 4, !tbaa !5
-  %3080 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3077
-  %3081 = load <16 x float>, ptr %3080, align 4, !tbaa !5
-  %3082 = fmul <16 x float> %3026, %3081
-  %3083 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3047, <16 x float> %3079, <16 x float> %3082)
-  store <16 x float> %3083, ptr %3080, align 4, !tbaa !5
-  %indvars.iv.next1077.i.3 = add nuw nsw i64 %indvars.iv1076.i, 4
-  %exitcond1079.not.i.3 = icmp eq i64 %indvars.iv.next1077.i.3, 128
-  br i1 %exitcond1079.not.i.3, label %if_end362.i, label %for_body_d412.i, !prof !28, !llvm.loop !77
+for_body_r489.lr.ph.i:                            ; preds = %for_body_tile414.i
+  %3039 = sext i1 %.not567.i to i32
+  %3040 = add nsw i32 %rdiv494.i, %3039
+  %3041 = sext i32 %3040 to i64
+  %3042 = sext i32 %3033 to i64
+  %3043 = shl nsw i64 %3042, 7
+  %3044 = add nsw i64 %406, %3041
+  %3045 = shl nsw i64 %3044, 2
+  %3046 = add nsw i64 %3043, %408
+  %3047 = shl i64 %indvars.iv1080.i, 4
+  %3048 = and i64 %3047, 4294967280
+  %3049 = tail call i32 @llvm.umin.i32(i32 %3035, i32 16)
+  %wide.trip.count1068.i = zext nneg i32 %3049 to i64
+  %3050 = add nsw i64 %3046, %3045
+  br label %for_body_r489.i
 
-if_end417.i:                                      ; preds = %for_end_tile358.i
-  %3084 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3085 = tail call i32 %3084(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
-  %.not589.i = icmp eq i32 %3085, 0
-  br i1 %.not589.i, label %if_end420.i, label %fused_attend_compute_.exit, !prof !38
+for_begin_d505.preheader.lr.ph.i:                 ; preds = %for_body_r489.i
+  %.idx.i = shl nsw i64 %3044, 11
+  %3051 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %.idx568.i = shl nsw i64 %3042, 16
+  %3052 = getelementptr i8, ptr %3051, i64 %.idx568.i
+  %invariant.gep844.i = getelementptr i8, ptr %3052, i64 %.idx569.i
+  %3053 = shl i64 %indvars.iv1080.i, 11
+  %3054 = and i64 %3053, 4294965248
+  %invariant.gep1242.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3054
+  %3055 = add nsw i64 %.idx568.i, %.idx.i
+  %scevgep506 = getelementptr i8, ptr %scevgep505, i64 %3055
+  %scevgep509 = getelementptr i8, ptr %scevgep508, i64 %3055
+  %3056 = shl nuw nsw i64 %wide.trip.count1068.i, 2
+  %3057 = getelementptr i8, ptr %scevgep512, i64 %3029
+  %scevgep513 = getelementptr i8, ptr %3057, i64 %3056
+  br label %for_begin_d505.preheader.i
 
-if_end420.i:                                      ; preds = %if_end417.i
-  %3086 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3087 = tail call i32 %3086(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
-  %.not590.i = icmp eq i32 %3087, 0
-  br i1 %.not590.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !38
+for_body_r489.i:                                  ; preds = %for_body_r489.i, %for_body_r489.lr.ph.i
+  %indvars.iv1065.i = phi i64 [ 0, %for_body_r489.lr.ph.i ], [ %indvars.iv.next1066.i.1, %for_body_r489.i ]
+  %3058 = add nuw nsw i64 %indvars.iv1065.i, %3048
+  %3059 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3058
+  %3060 = load float, ptr %3059, align 4, !tbaa !5
+  %3061 = and i64 %indvars.iv1065.i, 2
+  %3062 = shl nuw nsw i64 %indvars.iv1065.i, 3
+  %3063 = and i64 %3062, 17179869152
+  %3064 = or disjoint i64 %3050, %3061
+  %3065 = add nsw i64 %3064, %3063
+  %3066 = getelementptr inbounds float, ptr %partial_max, i64 %3065
+  store float %3060, ptr %3066, align 4, !tbaa !5
+  %3067 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3058
+  %3068 = load float, ptr %3067, align 4, !tbaa !5
+  %3069 = getelementptr inbounds float, ptr %partial_sum, i64 %3065
+  store float %3068, ptr %3069, align 4, !tbaa !5
+  %indvars.iv.next1066.i = or disjoint i64 %indvars.iv1065.i, 1
+  %3070 = add nuw nsw i64 %indvars.iv.next1066.i, %3048
+  %3071 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3070
+  %3072 = load float, ptr %3071, align 4, !tbaa !5
+  %3073 = and i64 %indvars.iv.next1066.i, 3
+  %3074 = shl nuw nsw i64 %indvars.iv1065.i, 3
+  %3075 = and i64 %3074, 17179869152
+  %3076 = or disjoint i64 %3050, %3073
+  %3077 = add nsw i64 %3076, %3075
+  %3078 = getelementptr inbounds float, ptr %partial_max, i64 %3077
+  store float %3072, ptr %3078, align 4, !tbaa !5
+  %3079 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3070
+  %3080 = load float, ptr %3079, align 4, !tbaa !5
+  %3081 = getelementptr inbounds float, ptr %partial_sum, i64 %3077
+  store float %3080, ptr %3081, align 4, !tbaa !5
+  %indvars.iv.next1066.i.1 = add nuw nsw i64 %indvars.iv1065.i, 2
+  %exitcond1069.not.i.1 = icmp eq i64 %indvars.iv.next1066.i.1, %wide.trip.count1068.i
+  br i1 %exitcond1069.not.i.1, label %for_begin_d505.preheader.lr.ph.i, label %for_body_r489.i, !prof !13, !llvm.loop !72
 
-for_body_tile426.i:                               ; preds = %if_end431.loopexit.i, %for_body_tile426.i.preheader
-  %indvars.iv1101.i = phi i64 [ %indvars.iv.next1102.i, %if_end431.loopexit.i ], [ 0, %for_body_tile426.i.preheader ]
-  %3088 = shl i64 %indvars.iv1101.i, 13
-  %3089 = and i64 %3088, 17179860992
-  %scevgep520 = getelementptr i8, ptr %total_acc.i, i64 %3089
-  %3090 = trunc nuw nsw i64 %indvars.iv1101.i to i32
-  %rmod499.i = srem i32 %3090, %120
-  %rdiv506.i = sdiv i32 %3090, %120
-  %3091 = icmp ne i32 %rmod499.i, 0
-  %.not580.i = and i1 %401, %3091
-  %3092 = select i1 %.not580.i, i32 %120, i32 0
-  %3093 = add nsw i32 %3092, %rmod499.i
-  %3094 = shl nsw i32 %3093, 4
-  %3095 = sub nsw i32 %118, %3094
-  %3096 = icmp sgt i32 %3095, 0
-  br i1 %3096, label %for_body_r501.lr.ph.i, label %if_end431.loopexit.i, !prof !3
+for_begin_d505.preheader.i:                       ; preds = %for_end_d507.i, %for_begin_d505.preheader.lr.ph.i
+  %indvars.iv1074.i = phi i64 [ 0, %for_begin_d505.preheader.lr.ph.i ], [ %indvars.iv.next1075.i, %for_end_d507.i ]
+  %3082 = shl nuw nsw i64 %indvars.iv1074.i, 7
+  %3083 = and i64 %3082, 384
+  %3084 = shl nuw nsw i64 %indvars.iv1074.i, 10
+  %3085 = and i64 %3084, 2199023251456
+  %gep845.i = getelementptr float, ptr %invariant.gep844.i, i64 %3085
+  %3086 = getelementptr float, ptr %gep845.i, i64 %3083
+  %gep1243.i = getelementptr inbounds nuw float, ptr %invariant.gep1242.i, i64 %indvars.iv1074.i
+  %3087 = shl i64 %indvars.iv1074.i, 12
+  %3088 = and i64 %3087, 8796093005824
+  %3089 = shl i64 %indvars.iv1074.i, 9
+  %3090 = and i64 %3089, 1536
+  %3091 = or disjoint i64 %3088, %3090
+  %scevgep510 = getelementptr i8, ptr %scevgep509, i64 %3091
+  %scevgep507 = getelementptr i8, ptr %scevgep506, i64 %3091
+  %bound0514 = icmp ult ptr %scevgep507, %scevgep513
+  %bound1515 = icmp ult ptr %scevgep511, %scevgep510
+  %found.conflict516 = and i1 %bound0514, %bound1515
+  br i1 %found.conflict516, label %for_body_d506.i, label %vector.body519, !prof !16
 
-for_end_tile427.i:                                ; preds = %if_end431.loopexit.i, %if_end431.us.i, %for_begin_tile425.preheader.i
-  %3097 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3098 = tail call i32 %3097(i32 1, i32 %dev_id, ptr nonnull %places.i)
-  %.not.i = icmp eq i32 %3098, 0
-  br i1 %.not.i, label %if_end526.i, label %fused_attend_compute_.exit, !prof !38
+vector.body519:                                   ; preds = %for_begin_d505.preheader.i
+  %3092 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3093 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3094 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3095 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather522 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3092, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather523 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3093, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather524 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3094, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather525 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3095, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3096 = getelementptr i8, ptr %3086, i64 32
+  %3097 = getelementptr i8, ptr %3086, i64 64
+  %3098 = getelementptr i8, ptr %3086, i64 96
+  store <8 x float> %wide.masked.gather522, ptr %3086, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather523, ptr %3096, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather524, ptr %3097, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather525, ptr %3098, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  %3099 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3100 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3101 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3102 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather522.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather523.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3100, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather524.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3101, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather525.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3102, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3103 = getelementptr i8, ptr %3086, i64 128
+  %3104 = getelementptr i8, ptr %3086, i64 160
+  %3105 = getelementptr i8, ptr %3086, i64 192
+  %3106 = getelementptr i8, ptr %3086, i64 224
+  store <8 x float> %wide.masked.gather522.1, ptr %3103, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather523.1, ptr %3104, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather524.1, ptr %3105, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather525.1, ptr %3106, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  %3107 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3108 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3109 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3110 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather522.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3107, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather523.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3108, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather524.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3109, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather525.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3110, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3111 = getelementptr i8, ptr %3086, i64 256
+  %3112 = getelementptr i8, ptr %3086, i64 288
+  %3113 = getelementptr i8, ptr %3086, i64 320
+  %3114 = getelementptr i8, ptr %3086, i64 352
+  store <8 x float> %wide.masked.gather522.2, ptr %3111, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather523.2, ptr %3112, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather524.2, ptr %3113, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather525.2, ptr %3114, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  %3115 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3116 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3117 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3118 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather522.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3115, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather523.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3116, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather524.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3117, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather525.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3118, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3119 = getelementptr i8, ptr %3086, i64 384
+  %3120 = getelementptr i8, ptr %3086, i64 416
+  %3121 = getelementptr i8, ptr %3086, i64 448
+  %3122 = getelementptr i8, ptr %3086, i64 480
+  store <8 x float> %wide.masked.gather522.3, ptr %3119, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather523.3, ptr %3120, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather524.3, ptr %3121, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather525.3, ptr %3122, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  br label %for_end_d507.i
 
-if_end431.loopexit.i:                             ; preds = %for_end_d519.i, %for_body_tile426.i
-  %indvars.iv.next1102.i = add nuw nsw i64 %indvars.iv1101.i, 1
-  %exitcond1105.not.i = icmp eq i64 %indvars.iv.next1102.i, %wide.trip.count1140.i
-  br i1 %exitcond1105.not.i, label %for_end_tile427.i, label %for_body_tile426.i, !prof !13
+for_body_d506.i:                                  ; preds = %for_body_d506.i, %for_begin_d505.preheader.i
+  %indvars.iv1070.i = phi i64 [ %indvars.iv.next1071.i.7, %for_body_d506.i ], [ 0, %for_begin_d505.preheader.i ]
+  %.idx1172.i = shl nuw nsw i64 %indvars.iv1070.i, 6
+  %3123 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 %.idx1172.i
+  %3124 = load float, ptr %3123, align 4, !tbaa !5
+  %3125 = getelementptr float, ptr %3086, i64 %indvars.iv1070.i
+  store float %3124, ptr %3125, align 4, !tbaa !5
+  %indvars.iv.next1071.i = or disjoint i64 %indvars.iv1070.i, 1
+  %.idx1172.i.1 = shl nuw nsw i64 %indvars.iv.next1071.i, 6
+  %3126 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 %.idx1172.i.1
+  %3127 = load float, ptr %3126, align 4, !tbaa !5
+  %3128 = getelementptr float, ptr %3086, i64 %indvars.iv.next1071.i
+  store float %3127, ptr %3128, align 4, !tbaa !5
+  %indvars.iv.next1071.i.1 = or disjoint i64 %indvars.iv1070.i, 2
+  %.idx1172.i.2 = shl nuw nsw i64 %indvars.iv.next1071.i.1, 6
+  %3129 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 %.idx1172.i.2
+  %3130 = load float, ptr %3129, align 4, !tbaa !5
+  %3131 = getelementptr float, ptr %3086, i64 %indvars.iv.next1071.i.1
+  store float %3130, ptr %3131, align 4, !tbaa !5
+  %indvars.iv.next1071.i.2 = or disjoint i64 %indvars.iv1070.i, 3
+  %.idx1172.i.3 = shl nuw nsw i64 %indvars.iv.next1071.i.2, 6
+  %3132 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 %.idx1172.i.3
+  %3133 = load float, ptr %3132, align 4, !tbaa !5
+  %3134 = getelementptr float, ptr %3086, i64 %indvars.iv.next1071.i.2
+  store float %3133, ptr %3134, align 4, !tbaa !5
+  %indvars.iv.next1071.i.3 = or disjoint i64 %indvars.iv1070.i, 4
+  %.idx1172.i.4 = shl nuw nsw i64 %indvars.iv.next1071.i.3, 6
+  %3135 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 %.idx1172.i.4
+  %3136 = load float, ptr %3135, align 4, !tbaa !5
+  %3137 = getelementptr float, ptr %3086, i64 %indvars.iv.next1071.i.3
+  store float %3136, ptr %3137, align 4, !tbaa !5
+  %indvars.iv.next1071.i.4 = or disjoint i64 %indvars.iv1070.i, 5
+  %.idx1172.i.5 = shl nuw nsw i64 %indvars.iv.next1071.i.4, 6
+  %3138 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 %.idx1172.i.5
+  %3139 = load float, ptr %3138, align 4, !tbaa !5
+  %3140 = getelementptr float, ptr %3086, i64 %indvars.iv.next1071.i.4
+  store float %3139, ptr %3140, align 4, !tbaa !5
+  %indvars.iv.next1071.i.5 = or disjoint i64 %indvars.iv1070.i, 6
+  %.idx1172.i.6 = shl nuw nsw i64 %indvars.iv.next1071.i.5, 6
+  %3141 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 %.idx1172.i.6
+  %3142 = load float, ptr %3141, align 4, !tbaa !5
+  %3143 = getelementptr float, ptr %3086, i64 %indvars.iv.next1071.i.5
+  store float %3142, ptr %3143, align 4, !tbaa !5
+  %indvars.iv.next1071.i.6 = or disjoint i64 %indvars.iv1070.i, 7
+  %.idx1172.i.7 = shl nuw nsw i64 %indvars.iv.next1071.i.6, 6
+  %3144 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 %.idx1172.i.7
+  %3145 = load float, ptr %3144, align 4, !tbaa !5
+  %3146 = getelementptr float, ptr %3086, i64 %indvars.iv.next1071.i.6
+  store float %3145, ptr %3146, align 4, !tbaa !5
+  %indvars.iv.next1071.i.7 = add nuw nsw i64 %indvars.iv1070.i, 8
+  %exitcond1073.not.i.7 = icmp eq i64 %indvars.iv.next1071.i.7, 128
+  br i1 %exitcond1073.not.i.7, label %for_end_d507.i, label %for_body_d506.i, !prof !29, !llvm.loop !78
 
-for_body_r501.lr.ph.i:                            ; preds = %for_body_tile426.i
-  %3099 = sext i1 %.not580.i to i32
-  %3100 = add nsw i32 %rdiv506.i, %3099
-  %3101 = sext i32 %3100 to i64
-  %3102 = sext i32 %3093 to i64
-  %3103 = shl nsw i64 %3102, 7
-  %3104 = add nsw i64 %402, %3101
-  %3105 = shl nsw i64 %3104, 2
-  %3106 = add nsw i64 %3103, %404
-  %3107 = shl i64 %indvars.iv1101.i, 4
-  %3108 = and i64 %3107, 4294967280
-  %3109 = tail call i32 @llvm.umin.i32(i32 %3095, i32 16)
-  %wide.trip.count1089.i = zext nneg i32 %3109 to i64
-  %3110 = add nsw i64 %3106, %3105
-  br label %for_body_r501.i
+for_end_d507.i:                                   ; preds = %for_body_d506.i, %vector.body519
+  %indvars.iv.next1075.i = add nuw nsw i64 %indvars.iv1074.i, 1
+  %exitcond1079.not.i = icmp eq i64 %indvars.iv.next1075.i, %wide.trip.count1068.i
+  br i1 %exitcond1079.not.i, label %if_end419.loopexit.i, label %for_begin_d505.preheader.i, !prof !13
 
-for_begin_d517.preheader.lr.ph.i:                 ; preds = %for_body_r501.i
-  %.idx.i = shl nsw i64 %3104, 11
-  %3111 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %.idx581.i = shl nsw i64 %3102, 16
-  %3112 = getelementptr i8, ptr %3111, i64 %.idx581.i
-  %invariant.gep863.i = getelementptr i8, ptr %3112, i64 %.idx582.i
-  %3113 = shl i64 %indvars.iv1101.i, 11
-  %3114 = and i64 %3113, 4294965248
-  %invariant.gep1263.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3114
-  %3115 = add nsw i64 %.idx581.i, %.idx.i
-  %scevgep515 = getelementptr i8, ptr %scevgep514, i64 %3115
-  %scevgep518 = getelementptr i8, ptr %scevgep517, i64 %3115
-  %3116 = shl nuw nsw i64 %wide.trip.count1089.i, 2
-  %3117 = getelementptr i8, ptr %scevgep521, i64 %3089
-  %scevgep522 = getelementptr i8, ptr %3117, i64 %3116
-  br label %for_begin_d517.preheader.i
+if_end514.i:                                      ; preds = %for_end_tile415.i
+  %3147 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3148 = tail call i32 %3147(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not560.i = icmp eq i32 %3148, 0
+  br i1 %.not560.i, label %if_end517.i, label %fused_attend_compute_.exit, !prof !38
 
-for_body_r501.i:                                  ; preds = %for_body_r501.i, %for_body_r501.lr.ph.i
-  %indvars.iv1086.i = phi i64 [ 0, %for_body_r501.lr.ph.i ], [ %indvars.iv.next1087.i.1, %for_body_r501.i ]
-  %3118 = add nuw nsw i64 %indvars.iv1086.i, %3108
-  %3119 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3118
-  %3120 = load float, ptr %3119, align 4, !tbaa !5
-  %3121 = and i64 %indvars.iv1086.i, 2
-  %3122 = shl nuw nsw i64 %indvars.iv1086.i, 3
-  %3123 = and i64 %3122, 17179869152
-  %3124 = or disjoint i64 %3110, %3121
-  %3125 = add nsw i64 %3124, %3123
-  %3126 = getelementptr inbounds float, ptr %partial_max, i64 %3125
-  store float %3120, ptr %3126, align 4, !tbaa !5
-  %3127 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3118
-  %3128 = load float, ptr %3127, align 4, !tbaa !5
-  %3129 = getelementptr inbounds float, ptr %partial_sum, i64 %3125
-  store float %3128, ptr %3129, align 4, !tbaa !5
-  %indvars.iv.next1087.i = or disjoint i64 %indvars.iv1086.i, 1
-  %3130 = add nuw nsw i64 %indvars.iv.next1087.i, %3108
-  %3131 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3130
-  %3132 = load float, ptr %3131, align 4, !tbaa !5
-  %3133 = and i64 %indvars.iv.next1087.i, 3
-  %3134 = shl nuw nsw i64 %indvars.iv1086.i, 3
-  %3135 = and i64 %3134, 17179869152
-  %3136 = or disjoint i64 %3110, %3133
-  %3137 = add nsw i64 %3136, %3135
-  %3138 = getelementptr inbounds float, ptr %partial_max, i64 %3137
-  store float %3132, ptr %3138, align 4, !tbaa !5
-  %3139 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3130
-  %3140 = load float, ptr %3139, align 4, !tbaa !5
-  %3141 = getelementptr inbounds float, ptr %partial_sum, i64 %3137
-  store float %3140, ptr %3141, align 4, !tbaa !5
-  %indvars.iv.next1087.i.1 = add nuw nsw i64 %indvars.iv1086.i, 2
-  %exitcond1090.not.i.1 = icmp eq i64 %indvars.iv.next1087.i.1, %wide.trip.count1089.i
-  br i1 %exitcond1090.not.i.1, label %for_begin_d517.preheader.lr.ph.i, label %for_body_r501.i, !prof !13, !llvm.loop !79
+if_end517.i:                                      ; preds = %if_end514.i
+  %3149 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3150 = tail call i32 %3149(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not561.i = icmp eq i32 %3150, 0
+  br i1 %.not561.i, label %if_end520.i, label %fused_attend_compute_.exit, !prof !38
 
-for_begin_d517.preheader.i:                       ; preds = %for_end_d519.i, %for_begin_d517.preheader.lr.ph.i
-  %indvars.iv1095.i = phi i64 [ 0, %for_begin_d517.preheader.lr.ph.i ], [ %indvars.iv.next1096.i, %for_end_d519.i ]
-  %3142 = shl nuw nsw i64 %indvars.iv1095.i, 7
-  %3143 = and i64 %3142, 384
-  %3144 = shl nuw nsw i64 %indvars.iv1095.i, 10
-  %3145 = and i64 %3144, 2199023251456
-  %gep864.i = getelementptr float, ptr %invariant.gep863.i, i64 %3145
-  %3146 = getelementptr float, ptr %gep864.i, i64 %3143
-  %gep1264.i = getelementptr inbounds nuw float, ptr %invariant.gep1263.i, i64 %indvars.iv1095.i
-  %3147 = shl i64 %indvars.iv1095.i, 12
-  %3148 = and i64 %3147, 8796093005824
-  %3149 = shl i64 %indvars.iv1095.i, 9
-  %3150 = and i64 %3149, 1536
-  %3151 = or disjoint i64 %3148, %3150
-  %scevgep519 = getelementptr i8, ptr %scevgep518, i64 %3151
-  %scevgep516 = getelementptr i8, ptr %scevgep515, i64 %3151
-  %bound0523 = icmp ult ptr %scevgep516, %scevgep522
-  %bound1524 = icmp ult ptr %scevgep520, %scevgep519
-  %found.conflict525 = and i1 %bound0523, %bound1524
-  br i1 %found.conflict525, label %for_body_d518.i, label %vector.body528, !prof !16
+if_end520.i:                                      ; preds = %if_end517.i
+  %3151 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3152 = tail call i32 %3151(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not562.i = icmp eq i32 %3152, 0
+  br i1 %.not562.i, label %if_end523.i, label %fused_attend_compute_.exit, !prof !38
 
-vector.body528:                                   ; preds = %for_begin_d517.preheader.i
-  %3152 = getelementptr inbounds nuw i8, ptr %gep1264.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3153 = getelementptr inbounds nuw i8, ptr %gep1264.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3154 = getelementptr inbounds nuw i8, ptr %gep1264.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3155 = getelementptr inbounds nuw i8, ptr %gep1264.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather531 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3152, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather532 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3153, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather533 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3154, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather534 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3155, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %3156 = getelementptr i8, ptr %3146, i64 32
-  %3157 = getelementptr i8, ptr %3146, i64 64
-  %3158 = getelementptr i8, ptr %3146, i64 96
-  store <8 x float> %wide.masked.gather531, ptr %3146, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather532, ptr %3156, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather533, ptr %3157, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather534, ptr %3158, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  %3159 = getelementptr inbounds nuw i8, ptr %gep1264.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3160 = getelementptr inbounds nuw i8, ptr %gep1264.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3161 = getelementptr inbounds nuw i8, ptr %gep1264.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3162 = getelementptr inbounds nuw i8, ptr %gep1264.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather531.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3159, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather532.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3160, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather533.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3161, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather534.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3162, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %3163 = getelementptr i8, ptr %3146, i64 128
-  %3164 = getelementptr i8, ptr %3146, i64 160
-  %3165 = getelementptr i8, ptr %3146, i64 192
-  %3166 = getelementptr i8, ptr %3146, i64 224
-  store <8 x float> %wide.masked.gather531.1, ptr %3163, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather532.1, ptr %3164, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather533.1, ptr %3165, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather534.1, ptr %3166, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  %3167 = getelementptr inbounds nuw i8, ptr %gep1264.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3168 = getelementptr inbounds nuw i8, ptr %gep1264.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3169 = getelementptr inbounds nuw i8, ptr %gep1264.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3170 = getelementptr inbounds nuw i8, ptr %gep1264.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather531.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather532.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3168, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather533.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3169, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather534.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3170, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %3171 = getelementptr i8, ptr %3146, i64 256
-  %3172 = getelementptr i8, ptr %3146, i64 288
-  %3173 = getelementptr i8, ptr %3146, i64 320
-  %3174 = getelementptr i8, ptr %3146, i64 352
-  store <8 x float> %wide.masked.gather531.2, ptr %3171, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather532.2, ptr %3172, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather533.2, ptr %3173, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather534.2, ptr %3174, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  %3175 = getelementptr inbounds nuw i8, ptr %gep1264.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3176 = getelementptr inbounds nuw i8, ptr %gep1264.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3177 = getelementptr inbounds nuw i8, ptr %gep1264.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3178 = getelementptr inbounds nuw i8, ptr %gep1264.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather531.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3175, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather532.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3176, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather533.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3177, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather534.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3178, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %3179 = getelementptr i8, ptr %3146, i64 384
-  %3180 = getelementptr i8, ptr %3146, i64 416
-  %3181 = getelementptr i8, ptr %3146, i64 448
-  %3182 = getelementptr i8, ptr %3146, i64 480
-  store <8 x float> %wide.masked.gather531.3, ptr %3179, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather532.3, ptr %3180, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather533.3, ptr %3181, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather534.3, ptr %3182, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  br label %for_end_d519.i
+if_end523.i:                                      ; preds = %if_end520.i
+  %3153 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3154 = tail call i32 %3153(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not563.i = icmp eq i32 %3154, 0
+  br i1 %.not563.i, label %if_end526.i, label %fused_attend_compute_.exit, !prof !38
 
-for_body_d518.i:                                  ; preds = %for_body_d518.i, %for_begin_d517.preheader.i
-  %indvars.iv1091.i = phi i64 [ %indvars.iv.next1092.i.7, %for_body_d518.i ], [ 0, %for_begin_d517.preheader.i ]
-  %.idx1193.i = shl nuw nsw i64 %indvars.iv1091.i, 6
-  %3183 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 %.idx1193.i
-  %3184 = load float, ptr %3183, align 4, !tbaa !5
-  %3185 = getelementptr float, ptr %3146, i64 %indvars.iv1091.i
-  store float %3184, ptr %3185, align 4, !tbaa !5
-  %indvars.iv.next1092.i = or disjoint i64 %indvars.iv1091.i, 1
-  %.idx1193.i.1 = shl nuw nsw i64 %indvars.iv.next1092.i, 6
-  %3186 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 %.idx1193.i.1
-  %3187 = load float, ptr %3186, align 4, !tbaa !5
-  %3188 = getelementptr float, ptr %3146, i64 %indvars.iv.next1092.i
-  store float %3187, ptr %3188, align 4, !tbaa !5
-  %indvars.iv.next1092.i.1 = or disjoint i64 %indvars.iv1091.i, 2
-  %.idx1193.i.2 = shl nuw nsw i64 %indvars.iv.next1092.i.1, 6
-  %3189 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 %.idx1193.i.2
-  %3190 = load float, ptr %3189, align 4, !tbaa !5
-  %3191 = getelementptr float, ptr %3146, i64 %indvars.iv.next1092.i.1
-  store float %3190, ptr %3191, align 4, !tbaa !5
-  %indvars.iv.next1092.i.2 = or disjoint i64 %indvars.iv1091.i, 3
-  %.idx1193.i.3 = shl nuw nsw i64 %indvars.iv.next1092.i.2, 6
-  %3192 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 %.idx1193.i.3
-  %3193 = load float, ptr %3192, align 4, !tbaa !5
-  %3194 = getelementptr float, ptr %3146, i64 %indvars.iv.next1092.i.2
-  store float %3193, ptr %3194, align 4, !tbaa !5
-  %indvars.iv.next1092.i.3 = or disjoint i64 %indvars.iv1091.i, 4
-  %.idx1193.i.4 = shl nuw nsw i64 %indvars.iv.next1092.i.3, 6
-  %3195 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 %.idx1193.i.4
-  %3196 = load float, ptr %3195, align 4, !tbaa !5
-  %3197 = getelementptr float, ptr %3146, i64 %indvars.iv.next1092.i.3
-  store float %3196, ptr %3197, align 4, !tbaa !5
-  %indvars.iv.next1092.i.4 = or disjoint i64 %indvars.iv1091.i, 5
-  %.idx1193.i.5 = shl nuw nsw i64 %indvars.iv.next1092.i.4, 6
-  %3198 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 %.idx1193.i.5
-  %3199 = load float, ptr %3198, align 4, !tbaa !5
-  %3200 = getelementptr float, ptr %3146, i64 %indvars.iv.next1092.i.4
-  store float %3199, ptr %3200, align 4, !tbaa !5
-  %indvars.iv.next1092.i.5 = or disjoint i64 %indvars.iv1091.i, 6
-  %.idx1193.i.6 = shl nuw nsw i64 %indvars.iv.next1092.i.5, 6
-  %3201 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 %.idx1193.i.6
-  %3202 = load float, ptr %3201, align 4, !tbaa !5
-  %3203 = getelementptr float, ptr %3146, i64 %indvars.iv.next1092.i.5
-  store float %3202, ptr %3203, align 4, !tbaa !5
-  %indvars.iv.next1092.i.6 = or disjoint i64 %indvars.iv1091.i, 7
-  %.idx1193.i.7 = shl nuw nsw i64 %indvars.iv.next1092.i.6, 6
-  %3204 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 %.idx1193.i.7
-  %3205 = load float, ptr %3204, align 4, !tbaa !5
-  %3206 = getelementptr float, ptr %3146, i64 %indvars.iv.next1092.i.6
-  store float %3205, ptr %3206, align 4, !tbaa !5
-  %indvars.iv.next1092.i.7 = add nuw nsw i64 %indvars.iv1091.i, 8
-  %exitcond1094.not.i.7 = icmp eq i64 %indvars.iv.next1092.i.7, 128
-  br i1 %exitcond1094.not.i.7, label %for_end_d519.i, label %for_body_d518.i, !prof !29, !llvm.loop !85
-
-for_end_d519.i:                                   ; preds = %for_body_d518.i, %vector.body528
-  %indvars.iv.next1096.i = add nuw nsw i64 %indvars.iv1095.i, 1
-  %exitcond1100.not.i = icmp eq i64 %indvars.iv.next1096.i, %wide.trip.count1089.i
-  br i1 %exitcond1100.not.i, label %if_end431.loopexit.i, label %for_begin_d517.preheader.i, !prof !13
-
-if_end526.i:                                      ; preds = %for_end_tile427.i
-  %3207 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3208 = tail call i32 %3207(i32 1, i32 %dev_id, ptr nonnull %limits.i)
-  %.not573.i = icmp eq i32 %3208, 0
-  br i1 %.not573.i, label %if_end529.i, label %fused_attend_compute_.exit, !prof !38
-
-if_end529.i:                                      ; preds = %if_end526.i
-  %3209 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3210 = tail call i32 %3209(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
-  %.not574.i = icmp eq i32 %3210, 0
-  br i1 %.not574.i, label %if_end532.i, label %fused_attend_compute_.exit, !prof !38
-
-if_end532.i:                                      ; preds = %if_end529.i
-  %3211 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3212 = tail call i32 %3211(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
-  %.not575.i = icmp eq i32 %3212, 0
-  br i1 %.not575.i, label %if_end535.i, label %fused_attend_compute_.exit, !prof !38
-
-if_end535.i:                                      ; preds = %if_end532.i
-  %3213 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3214 = tail call i32 %3213(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
-  %.not576.i = icmp eq i32 %3214, 0
-  br i1 %.not576.i, label %if_end538.i, label %fused_attend_compute_.exit, !prof !38
-
-if_end538.i:                                      ; preds = %if_end535.i
-  %3215 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3216 = tail call i32 %3215(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not577.i = icmp ne i32 %3216, 0
-  %..i = sext i1 %.not577.i to i32
+if_end526.i:                                      ; preds = %if_end523.i
+  %3155 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3156 = tail call i32 %3155(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not564.i = icmp ne i32 %3156, 0
+  %..i = sext i1 %.not564.i to i32
   br label %fused_attend_compute_.exit
 
-fused_attend_compute_.exit:                       ; preds = %if_end538.i, %if_end535.i, %if_end532.i, %if_end529.i, %if_end526.i, %for_end_tile427.i, %if_end420.i, %if_end417.i, %for_end_tile358.i, %if_end351.i, %if_end345.i, %if_end339.i, %if_end336.i, %if_end333.i, %if_end194.i, %if_end167.i, %if_end164.i, %if_end161.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end145.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end126.i, %for_body_step.i, %if_end120.i, %if_end117.i, %for_body_number.i, %for_end_r487.us.i, %for_body_tile426.us.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end54
-  %common.ret.op.i = phi i32 [ -1, %if_end535.i ], [ -1, %if_end54 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end532.i ], [ %..i, %if_end538.i ], [ -1, %for_end_tile427.i ], [ -1, %for_body_tile426.us.i ], [ -1, %if_end526.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end529.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_end_r487.us.i ], [ -1, %if_end339.i ], [ -1, %if_end336.i ], [ -1, %if_end333.i ], [ -1, %if_end194.i ], [ -1, %if_end167.i ], [ -1, %if_end164.i ], [ -1, %if_end161.i ], [ -1, %if_end345.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end145.i ], [ -1, %if_end351.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end126.i ], [ -1, %if_end420.i ], [ -1, %if_end417.i ], [ -1, %for_end_tile358.i ], [ -1, %if_end120.i ], [ -1, %if_end117.i ], [ -1, %for_body_number.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor554.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %reach572.i)
+fused_attend_compute_.exit:                       ; preds = %if_end526.i, %if_end523.i, %if_end520.i, %if_end517.i, %if_end514.i, %for_end_tile415.i, %if_end408.i, %if_end405.i, %for_end_tile346.i, %if_end339.i, %if_end333.i, %if_end327.i, %if_end324.i, %if_end321.i, %if_end173.i, %if_end167.i, %if_end164.i, %if_end161.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end145.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end126.i, %for_body_step.i, %if_end120.i, %if_end117.i, %for_body_number.i, %for_end_r475.us.i, %for_body_tile414.us.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end54
+  %common.ret.op.i = phi i32 [ -1, %if_end523.i ], [ -1, %if_end54 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end520.i ], [ %..i, %if_end526.i ], [ -1, %for_end_tile415.i ], [ -1, %for_body_tile414.us.i ], [ -1, %if_end514.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end517.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_end_r475.us.i ], [ -1, %if_end327.i ], [ -1, %if_end324.i ], [ -1, %if_end321.i ], [ -1, %if_end173.i ], [ -1, %if_end167.i ], [ -1, %if_end164.i ], [ -1, %if_end161.i ], [ -1, %if_end333.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end145.i ], [ -1, %if_end339.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end126.i ], [ -1, %if_end408.i ], [ -1, %if_end405.i ], [ -1, %for_end_tile346.i ], [ -1, %if_end120.i ], [ -1, %if_end117.i ], [ -1, %for_body_number.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor541.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %reach559.i)
   ret i32 %common.ret.op.i
 }
 
@@ -5953,7 +5718,7 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %indvars.iv836.i = phi i64 [ %indvars.iv.next837.i, %if_end230.us.3.i ], [ 0, %for_begin_tile210.preheader.i ]
   %243 = shl nuw nsw i64 %indvars.iv836.i, 2
   %244 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %243
-  %total.us.i = load <4 x float>, ptr %244, align 16, !tbaa !86
+  %total.us.i = load <4 x float>, ptr %244, align 16, !tbaa !79
   %245 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %246 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %247 = select <4 x i1> %246, <4 x float> zeroinitializer, <4 x float> %245
@@ -6162,7 +5927,7 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %gep637.us.3.3.i = getelementptr i8, ptr %invariant.gep636.us.3.i, i64 192
   store <32 x i16> %418, ptr %gep637.us.3.3.i, align 2, !tbaa !5
   %419 = getelementptr float, ptr %239, i64 %243
-  %420 = load float, ptr %244, align 16, !tbaa !86
+  %420 = load float, ptr %244, align 16, !tbaa !79
   %421 = fcmp oeq float %420, 0.000000e+00
   br i1 %421, label %if_end230.us.i, label %if_else229.us.i
 
@@ -6170,7 +5935,7 @@ if_else229.us.i:                                  ; preds = %for_body_tile211.us
   %422 = fmul float %420, %242
   %423 = tail call float @llvm.log.f32(float %422)
   %424 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %243
-  %425 = load float, ptr %424, align 16, !tbaa !88
+  %425 = load float, ptr %424, align 16, !tbaa !81
   %426 = fadd float %423, %425
   br label %if_end230.us.i
 
@@ -6178,7 +5943,7 @@ if_end230.us.i:                                   ; preds = %if_else229.us.i, %f
   %427 = phi float [ %426, %if_else229.us.i ], [ 0xFFF0000000000000, %for_body_tile211.us.i ]
   store float %427, ptr %419, align 4, !tbaa !5
   %428 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %291
-  %429 = load float, ptr %428, align 4, !tbaa !86
+  %429 = load float, ptr %428, align 4, !tbaa !79
   %430 = fcmp oeq float %429, 0.000000e+00
   br i1 %430, label %if_end230.us.1.i, label %if_else229.us.1.i
 
@@ -6186,7 +5951,7 @@ if_else229.us.1.i:                                ; preds = %if_end230.us.i
   %431 = fmul float %429, %242
   %432 = tail call float @llvm.log.f32(float %431)
   %433 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %291
-  %434 = load float, ptr %433, align 4, !tbaa !88
+  %434 = load float, ptr %433, align 4, !tbaa !81
   %435 = fadd float %432, %434
   br label %if_end230.us.1.i
 
@@ -6195,7 +5960,7 @@ if_end230.us.1.i:                                 ; preds = %if_else229.us.1.i, 
   %437 = getelementptr i8, ptr %419, i64 4
   store float %436, ptr %437, align 4, !tbaa !5
   %438 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %334
-  %439 = load float, ptr %438, align 8, !tbaa !86
+  %439 = load float, ptr %438, align 8, !tbaa !79
   %440 = fcmp oeq float %439, 0.000000e+00
   br i1 %440, label %if_end230.us.2.i, label %if_else229.us.2.i
 
@@ -6203,7 +5968,7 @@ if_else229.us.2.i:                                ; preds = %if_end230.us.1.i
   %441 = fmul float %439, %242
   %442 = tail call float @llvm.log.f32(float %441)
   %443 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %334
-  %444 = load float, ptr %443, align 8, !tbaa !88
+  %444 = load float, ptr %443, align 8, !tbaa !81
   %445 = fadd float %442, %444
   br label %if_end230.us.2.i
 
@@ -6212,7 +5977,7 @@ if_end230.us.2.i:                                 ; preds = %if_else229.us.2.i, 
   %447 = getelementptr i8, ptr %419, i64 8
   store float %446, ptr %447, align 4, !tbaa !5
   %448 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %377
-  %449 = load float, ptr %448, align 4, !tbaa !86
+  %449 = load float, ptr %448, align 4, !tbaa !79
   %450 = fcmp oeq float %449, 0.000000e+00
   br i1 %450, label %if_end230.us.3.i, label %if_else229.us.3.i
 
@@ -6220,7 +5985,7 @@ if_else229.us.3.i:                                ; preds = %if_end230.us.2.i
   %451 = fmul float %449, %242
   %452 = tail call float @llvm.log.f32(float %451)
   %453 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %377
-  %454 = load float, ptr %453, align 4, !tbaa !88
+  %454 = load float, ptr %453, align 4, !tbaa !81
   %455 = fadd float %452, %454
   br label %if_end230.us.3.i
 
@@ -6299,7 +6064,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %494, ptr %495, align 8, !tbaa !5
   %indvars.iv.next698.i.1 = add nuw nsw i64 %indvars.iv697.i, 2
   %exitcond700.not.i.1 = icmp eq i64 %indvars.iv.next698.i.1, %wide.trip.count.i
-  br i1 %exitcond700.not.i.1, label %for_body_t23.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !90
+  br i1 %exitcond700.not.i.1, label %for_body_t23.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !83
 
 for_body_t23.lr.ph.i:                             ; preds = %for_body_t.i
   %row_start21.i = load i32, ptr %135, align 4, !tbaa !5
@@ -6442,7 +6207,7 @@ for_body_t23.i:                                   ; preds = %for_body_t23.i, %fo
   store i64 %546, ptr %547, align 8, !tbaa !5
   %indvars.iv.next702.i.1 = add nuw nsw i64 %indvars.iv701.i, 2
   %exitcond705.not.i.1 = icmp eq i64 %indvars.iv.next702.i.1, %wide.trip.count.i
-  br i1 %exitcond705.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t23.i, !prof !13, !llvm.loop !91
+  br i1 %exitcond705.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t23.i, !prof !13, !llvm.loop !84
 
 for_begin_kv_head.i:                              ; preds = %if_end199.i, %for_begin_kv_head.preheader.i
   %indvars.iv796.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next797.i, %if_end199.i ]
@@ -6542,7 +6307,7 @@ for_end_to.i:                                     ; preds = %for_begin_to.i
   br i1 %598, label %fused_decode_compute_.exit, label %for_body_to54.us.i.preheader, !prof !8
 
 for_body_to54.us.i.preheader:                     ; preds = %for_end_to.i
-  br i1 %509, label %for_body_to54.us.i.epil.preheader, label %for_body_to54.us.i, !prof !45
+  br i1 %509, label %for_body_to54.us.i.epil.preheader, label %for_body_to54.us.i, !prof !85
 
 for_end_to.thread.i:                              ; preds = %for_begin_to.preheader.i
   %599 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -6607,10 +6372,10 @@ for_body_to54.us.i:                               ; preds = %for_body_to54.us.i,
   %indvars.iv.next725.i.3 = add nuw nsw i64 %indvars.iv724.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to54.us.1.i.preheader.unr-lcssa, label %for_body_to54.us.i, !prof !46, !llvm.loop !92
+  br i1 %niter.ncmp.3, label %for_body_to54.us.1.i.preheader.unr-lcssa, label %for_body_to54.us.i, !prof !86, !llvm.loop !87
 
 for_body_to54.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to54.us.i
-  br i1 %lcmp.mod.not, label %for_body_to54.us.1.i.preheader, label %for_body_to54.us.i.epil.preheader, !prof !49
+  br i1 %lcmp.mod.not, label %for_body_to54.us.1.i.preheader, label %for_body_to54.us.i.epil.preheader, !prof !89
 
 for_body_to54.us.i.epil.preheader:                ; preds = %for_body_to54.us.1.i.preheader.unr-lcssa, %for_body_to54.us.i.preheader
   %indvars.iv724.i.epil.init = phi i64 [ 0, %for_body_to54.us.i.preheader ], [ %indvars.iv.next725.i.3, %for_body_to54.us.1.i.preheader.unr-lcssa ]
@@ -6635,10 +6400,10 @@ for_body_to54.us.i.epil:                          ; preds = %for_body_to54.us.i.
   %indvars.iv.next725.i.epil = add nuw nsw i64 %indvars.iv724.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to54.us.1.i.preheader, label %for_body_to54.us.i.epil, !prof !12, !llvm.loop !93
+  br i1 %epil.iter.cmp.not, label %for_body_to54.us.1.i.preheader, label %for_body_to54.us.i.epil, !prof !12, !llvm.loop !90
 
 for_body_to54.us.1.i.preheader:                   ; preds = %for_body_to54.us.i.epil, %for_body_to54.us.1.i.preheader.unr-lcssa
-  br i1 %510, label %for_body_to54.us.1.i.epil.preheader, label %for_body_to54.us.1.i, !prof !45
+  br i1 %510, label %for_body_to54.us.1.i.epil.preheader, label %for_body_to54.us.1.i, !prof !85
 
 for_body_to54.us.1.i:                             ; preds = %for_body_to54.us.1.i, %for_body_to54.us.1.i.preheader
   %indvars.iv724.1.i = phi i64 [ %indvars.iv.next725.1.i.3, %for_body_to54.us.1.i ], [ 0, %for_body_to54.us.1.i.preheader ]
@@ -6701,10 +6466,10 @@ for_body_to54.us.1.i:                             ; preds = %for_body_to54.us.1.
   %indvars.iv.next725.1.i.3 = add nuw nsw i64 %indvars.iv724.1.i, 4
   %niter215.next.3 = add i64 %niter215, 4
   %niter215.ncmp.3 = icmp eq i64 %niter215.next.3, %unroll_iter214
-  br i1 %niter215.ncmp.3, label %for_body_to54.us.2.i.preheader.unr-lcssa, label %for_body_to54.us.1.i, !prof !46, !llvm.loop !94
+  br i1 %niter215.ncmp.3, label %for_body_to54.us.2.i.preheader.unr-lcssa, label %for_body_to54.us.1.i, !prof !86, !llvm.loop !92
 
 for_body_to54.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to54.us.1.i
-  br i1 %lcmp.mod212.not, label %for_body_to54.us.2.i.preheader, label %for_body_to54.us.1.i.epil.preheader, !prof !49
+  br i1 %lcmp.mod212.not, label %for_body_to54.us.2.i.preheader, label %for_body_to54.us.1.i.epil.preheader, !prof !89
 
 for_body_to54.us.1.i.epil.preheader:              ; preds = %for_body_to54.us.2.i.preheader.unr-lcssa, %for_body_to54.us.1.i.preheader
   %indvars.iv724.1.i.epil.init = phi i64 [ 0, %for_body_to54.us.1.i.preheader ], [ %indvars.iv.next725.1.i.3, %for_body_to54.us.2.i.preheader.unr-lcssa ]
@@ -6730,10 +6495,10 @@ for_body_to54.us.1.i.epil:                        ; preds = %for_body_to54.us.1.
   %indvars.iv.next725.1.i.epil = add nuw nsw i64 %indvars.iv724.1.i.epil, 1
   %epil.iter211.next = add i64 %epil.iter211, 1
   %epil.iter211.cmp.not = icmp eq i64 %epil.iter211.next, %xtraiter210
-  br i1 %epil.iter211.cmp.not, label %for_body_to54.us.2.i.preheader, label %for_body_to54.us.1.i.epil, !prof !12, !llvm.loop !95
+  br i1 %epil.iter211.cmp.not, label %for_body_to54.us.2.i.preheader, label %for_body_to54.us.1.i.epil, !prof !12, !llvm.loop !93
 
 for_body_to54.us.2.i.preheader:                   ; preds = %for_body_to54.us.1.i.epil, %for_body_to54.us.2.i.preheader.unr-lcssa
-  br i1 %511, label %for_body_to54.us.2.i.epil.preheader, label %for_body_to54.us.2.i, !prof !45
+  br i1 %511, label %for_body_to54.us.2.i.epil.preheader, label %for_body_to54.us.2.i, !prof !85
 
 for_body_to54.us.2.i:                             ; preds = %for_body_to54.us.2.i, %for_body_to54.us.2.i.preheader
   %indvars.iv724.2.i = phi i64 [ %indvars.iv.next725.2.i.3, %for_body_to54.us.2.i ], [ 0, %for_body_to54.us.2.i.preheader ]
@@ -6796,10 +6561,10 @@ for_body_to54.us.2.i:                             ; preds = %for_body_to54.us.2.
   %indvars.iv.next725.2.i.3 = add nuw nsw i64 %indvars.iv724.2.i, 4
   %niter221.next.3 = add i64 %niter221, 4
   %niter221.ncmp.3 = icmp eq i64 %niter221.next.3, %unroll_iter220
-  br i1 %niter221.ncmp.3, label %for_body_to54.us.3.i.preheader.unr-lcssa, label %for_body_to54.us.2.i, !prof !46, !llvm.loop !96
+  br i1 %niter221.ncmp.3, label %for_body_to54.us.3.i.preheader.unr-lcssa, label %for_body_to54.us.2.i, !prof !86, !llvm.loop !94
 
 for_body_to54.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to54.us.2.i
-  br i1 %lcmp.mod218.not, label %for_body_to54.us.3.i.preheader, label %for_body_to54.us.2.i.epil.preheader, !prof !49
+  br i1 %lcmp.mod218.not, label %for_body_to54.us.3.i.preheader, label %for_body_to54.us.2.i.epil.preheader, !prof !89
 
 for_body_to54.us.2.i.epil.preheader:              ; preds = %for_body_to54.us.3.i.preheader.unr-lcssa, %for_body_to54.us.2.i.preheader
   %indvars.iv724.2.i.epil.init = phi i64 [ 0, %for_body_to54.us.2.i.preheader ], [ %indvars.iv.next725.2.i.3, %for_body_to54.us.3.i.preheader.unr-lcssa ]
@@ -6825,10 +6590,10 @@ for_body_to54.us.2.i.epil:                        ; preds = %for_body_to54.us.2.
   %indvars.iv.next725.2.i.epil = add nuw nsw i64 %indvars.iv724.2.i.epil, 1
   %epil.iter217.next = add i64 %epil.iter217, 1
   %epil.iter217.cmp.not = icmp eq i64 %epil.iter217.next, %xtraiter216
-  br i1 %epil.iter217.cmp.not, label %for_body_to54.us.3.i.preheader, label %for_body_to54.us.2.i.epil, !prof !12, !llvm.loop !97
+  br i1 %epil.iter217.cmp.not, label %for_body_to54.us.3.i.preheader, label %for_body_to54.us.2.i.epil, !prof !12, !llvm.loop !95
 
 for_body_to54.us.3.i.preheader:                   ; preds = %for_body_to54.us.2.i.epil, %for_body_to54.us.3.i.preheader.unr-lcssa
-  br i1 %512, label %for_body_to54.us.3.i.epil.preheader, label %for_body_to54.us.3.i, !prof !45
+  br i1 %512, label %for_body_to54.us.3.i.epil.preheader, label %for_body_to54.us.3.i, !prof !85
 
 for_body_to54.us.3.i:                             ; preds = %for_body_to54.us.3.i, %for_body_to54.us.3.i.preheader
   %indvars.iv724.3.i = phi i64 [ %indvars.iv.next725.3.i.3, %for_body_to54.us.3.i ], [ 0, %for_body_to54.us.3.i.preheader ]
@@ -6891,10 +6656,10 @@ for_body_to54.us.3.i:                             ; preds = %for_body_to54.us.3.
   %indvars.iv.next725.3.i.3 = add nuw nsw i64 %indvars.iv724.3.i, 4
   %niter227.next.3 = add i64 %niter227, 4
   %niter227.ncmp.3 = icmp eq i64 %niter227.next.3, %unroll_iter226
-  br i1 %niter227.ncmp.3, label %for_body_ax164.i.preheader.unr-lcssa, label %for_body_to54.us.3.i, !prof !46, !llvm.loop !98
+  br i1 %niter227.ncmp.3, label %for_body_ax164.i.preheader.unr-lcssa, label %for_body_to54.us.3.i, !prof !86, !llvm.loop !96
 
 for_body_ax164.i.preheader.unr-lcssa:             ; preds = %for_body_to54.us.3.i
-  br i1 %lcmp.mod224.not, label %for_body_ax164.i.preheader, label %for_body_to54.us.3.i.epil.preheader, !prof !49
+  br i1 %lcmp.mod224.not, label %for_body_ax164.i.preheader, label %for_body_to54.us.3.i.epil.preheader, !prof !89
 
 for_body_to54.us.3.i.epil.preheader:              ; preds = %for_body_ax164.i.preheader.unr-lcssa, %for_body_to54.us.3.i.preheader
   %indvars.iv724.3.i.epil.init = phi i64 [ 0, %for_body_to54.us.3.i.preheader ], [ %indvars.iv.next725.3.i.3, %for_body_ax164.i.preheader.unr-lcssa ]
@@ -6920,10 +6685,10 @@ for_body_to54.us.3.i.epil:                        ; preds = %for_body_to54.us.3.
   %indvars.iv.next725.3.i.epil = add nuw nsw i64 %indvars.iv724.3.i.epil, 1
   %epil.iter223.next = add i64 %epil.iter223, 1
   %epil.iter223.cmp.not = icmp eq i64 %epil.iter223.next, %xtraiter222
-  br i1 %epil.iter223.cmp.not, label %for_body_ax164.i.preheader, label %for_body_to54.us.3.i.epil, !prof !12, !llvm.loop !99
+  br i1 %epil.iter223.cmp.not, label %for_body_ax164.i.preheader, label %for_body_to54.us.3.i.epil, !prof !12, !llvm.loop !97
 
 for_body_ax164.i.preheader:                       ; preds = %for_body_to54.us.3.i.epil, %for_body_ax164.i.preheader.unr-lcssa
-  br i1 %513, label %for_body_ax164.i.epil.preheader, label %for_body_ax164.i, !prof !100
+  br i1 %513, label %for_body_ax164.i.epil.preheader, label %for_body_ax164.i, !prof !98
 
 for_begin_r.preheader.i:                          ; preds = %for_begin_line.preheader.i
   %836 = getelementptr inbounds nuw float, ptr %scores.i, i64 %596
@@ -7560,10 +7325,10 @@ for_body_ax164.i:                                 ; preds = %for_body_ax164.i, %
   %indvars.iv.next734.i.7 = add nuw nsw i64 %indvars.iv733.i, 8
   %niter234.next.7 = add i64 %niter234, 8
   %niter234.ncmp.7 = icmp eq i64 %niter234.next.7, %unroll_iter233
-  br i1 %niter234.ncmp.7, label %for_end_ax165.i.loopexit.unr-lcssa, label %for_body_ax164.i, !prof !101, !llvm.loop !102
+  br i1 %niter234.ncmp.7, label %for_end_ax165.i.loopexit.unr-lcssa, label %for_body_ax164.i, !prof !99, !llvm.loop !100
 
 for_end_ax165.i.loopexit.unr-lcssa:               ; preds = %for_body_ax164.i
-  br i1 %lcmp.mod230.not, label %for_end_ax165.i, label %for_body_ax164.i.epil.preheader, !prof !103
+  br i1 %lcmp.mod230.not, label %for_end_ax165.i, label %for_body_ax164.i.epil.preheader, !prof !101
 
 for_body_ax164.i.epil.preheader:                  ; preds = %for_end_ax165.i.loopexit.unr-lcssa, %for_body_ax164.i.preheader
   %indvars.iv733.i.epil.init = phi i64 [ 0, %for_body_ax164.i.preheader ], [ %indvars.iv.next734.i.7, %for_end_ax165.i.loopexit.unr-lcssa ]
@@ -7583,7 +7348,7 @@ for_body_ax164.i.epil:                            ; preds = %for_body_ax164.i.ep
   %indvars.iv.next734.i.epil = add nuw nsw i64 %indvars.iv733.i.epil, 1
   %epil.iter229.next = add i64 %epil.iter229, 1
   %epil.iter229.cmp.not = icmp eq i64 %epil.iter229.next, %xtraiter228
-  br i1 %epil.iter229.cmp.not, label %for_end_ax165.i, label %for_body_ax164.i.epil, !prof !49, !llvm.loop !104
+  br i1 %epil.iter229.cmp.not, label %for_end_ax165.i, label %for_body_ax164.i.epil, !prof !89, !llvm.loop !102
 
 for_end_ax165.i:                                  ; preds = %for_body_ax164.i.epil, %for_end_ax165.i.loopexit.unr-lcssa, %for_end_to.thread.i
   %scaled929931934.i = phi ptr [ %scaled928.i, %for_end_to.thread.i ], [ %scaled.i, %for_body_ax164.i.epil ], [ %scaled.i, %for_end_ax165.i.loopexit.unr-lcssa ]
@@ -7640,7 +7405,7 @@ for_end_ax165.i:                                  ; preds = %for_body_ax164.i.ep
   br i1 %497, label %for_body_ax164.1.i.preheader, label %for_end_ax165.1.i, !prof !3
 
 for_body_ax164.1.i.preheader:                     ; preds = %for_end_ax165.i
-  br i1 %514, label %for_body_ax164.1.i.epil.preheader, label %for_body_ax164.1.i, !prof !100
+  br i1 %514, label %for_body_ax164.1.i.epil.preheader, label %for_body_ax164.1.i, !prof !98
 
 for_body_ax164.1.i:                               ; preds = %for_body_ax164.1.i, %for_body_ax164.1.i.preheader
   %indvars.iv733.1.i = phi i64 [ %indvars.iv.next734.1.i.7, %for_body_ax164.1.i ], [ 0, %for_body_ax164.1.i.preheader ]
@@ -7697,10 +7462,10 @@ for_body_ax164.1.i:                               ; preds = %for_body_ax164.1.i,
   %indvars.iv.next734.1.i.7 = add nuw nsw i64 %indvars.iv733.1.i, 8
   %niter241.next.7 = add i64 %niter241, 8
   %niter241.ncmp.7 = icmp eq i64 %niter241.next.7, %unroll_iter240
-  br i1 %niter241.ncmp.7, label %for_end_ax165.1.i.loopexit.unr-lcssa, label %for_body_ax164.1.i, !prof !101, !llvm.loop !105
+  br i1 %niter241.ncmp.7, label %for_end_ax165.1.i.loopexit.unr-lcssa, label %for_body_ax164.1.i, !prof !99, !llvm.loop !103
 
 for_end_ax165.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax164.1.i
-  br i1 %lcmp.mod237.not, label %for_end_ax165.1.i, label %for_body_ax164.1.i.epil.preheader, !prof !103
+  br i1 %lcmp.mod237.not, label %for_end_ax165.1.i, label %for_body_ax164.1.i.epil.preheader, !prof !101
 
 for_body_ax164.1.i.epil.preheader:                ; preds = %for_end_ax165.1.i.loopexit.unr-lcssa, %for_body_ax164.1.i.preheader
   %indvars.iv733.1.i.epil.init = phi i64 [ 0, %for_body_ax164.1.i.preheader ], [ %indvars.iv.next734.1.i.7, %for_end_ax165.1.i.loopexit.unr-lcssa ]
@@ -7721,7 +7486,7 @@ for_body_ax164.1.i.epil:                          ; preds = %for_body_ax164.1.i.
   %indvars.iv.next734.1.i.epil = add nuw nsw i64 %indvars.iv733.1.i.epil, 1
   %epil.iter236.next = add i64 %epil.iter236, 1
   %epil.iter236.cmp.not = icmp eq i64 %epil.iter236.next, %xtraiter235
-  br i1 %epil.iter236.cmp.not, label %for_end_ax165.1.i, label %for_body_ax164.1.i.epil, !prof !49, !llvm.loop !106
+  br i1 %epil.iter236.cmp.not, label %for_end_ax165.1.i, label %for_body_ax164.1.i.epil, !prof !89, !llvm.loop !104
 
 for_end_ax165.1.i:                                ; preds = %for_body_ax164.1.i.epil, %for_end_ax165.1.i.loopexit.unr-lcssa, %for_end_ax165.i
   %peak.rf_global266.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax165.i ], [ %1347, %for_end_ax165.1.i.loopexit.unr-lcssa ], [ %1352, %for_body_ax164.1.i.epil ]
@@ -7777,7 +7542,7 @@ for_end_ax165.1.i:                                ; preds = %for_body_ax164.1.i.
   br i1 %497, label %for_body_ax164.2.i.preheader, label %for_end_ax165.2.i, !prof !3
 
 for_body_ax164.2.i.preheader:                     ; preds = %for_end_ax165.1.i
-  br i1 %515, label %for_body_ax164.2.i.epil.preheader, label %for_body_ax164.2.i, !prof !100
+  br i1 %515, label %for_body_ax164.2.i.epil.preheader, label %for_body_ax164.2.i, !prof !98
 
 for_body_ax164.2.i:                               ; preds = %for_body_ax164.2.i, %for_body_ax164.2.i.preheader
   %indvars.iv733.2.i = phi i64 [ %indvars.iv.next734.2.i.7, %for_body_ax164.2.i ], [ 0, %for_body_ax164.2.i.preheader ]
@@ -7834,10 +7599,10 @@ for_body_ax164.2.i:                               ; preds = %for_body_ax164.2.i,
   %indvars.iv.next734.2.i.7 = add nuw nsw i64 %indvars.iv733.2.i, 8
   %niter248.next.7 = add i64 %niter248, 8
   %niter248.ncmp.7 = icmp eq i64 %niter248.next.7, %unroll_iter247
-  br i1 %niter248.ncmp.7, label %for_end_ax165.2.i.loopexit.unr-lcssa, label %for_body_ax164.2.i, !prof !101, !llvm.loop !107
+  br i1 %niter248.ncmp.7, label %for_end_ax165.2.i.loopexit.unr-lcssa, label %for_body_ax164.2.i, !prof !99, !llvm.loop !105
 
 for_end_ax165.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax164.2.i
-  br i1 %lcmp.mod244.not, label %for_end_ax165.2.i, label %for_body_ax164.2.i.epil.preheader, !prof !103
+  br i1 %lcmp.mod244.not, label %for_end_ax165.2.i, label %for_body_ax164.2.i.epil.preheader, !prof !101
 
 for_body_ax164.2.i.epil.preheader:                ; preds = %for_end_ax165.2.i.loopexit.unr-lcssa, %for_body_ax164.2.i.preheader
   %indvars.iv733.2.i.epil.init = phi i64 [ 0, %for_body_ax164.2.i.preheader ], [ %indvars.iv.next734.2.i.7, %for_end_ax165.2.i.loopexit.unr-lcssa ]
@@ -7858,7 +7623,7 @@ for_body_ax164.2.i.epil:                          ; preds = %for_body_ax164.2.i.
   %indvars.iv.next734.2.i.epil = add nuw nsw i64 %indvars.iv733.2.i.epil, 1
   %epil.iter243.next = add i64 %epil.iter243, 1
   %epil.iter243.cmp.not = icmp eq i64 %epil.iter243.next, %xtraiter242
-  br i1 %epil.iter243.cmp.not, label %for_end_ax165.2.i, label %for_body_ax164.2.i.epil, !prof !49, !llvm.loop !108
+  br i1 %epil.iter243.cmp.not, label %for_end_ax165.2.i, label %for_body_ax164.2.i.epil, !prof !89, !llvm.loop !106
 
 for_end_ax165.2.i:                                ; preds = %for_body_ax164.2.i.epil, %for_end_ax165.2.i.loopexit.unr-lcssa, %for_end_ax165.1.i
   %peak.rf_global266.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax165.1.i ], [ %1424, %for_end_ax165.2.i.loopexit.unr-lcssa ], [ %1429, %for_body_ax164.2.i.epil ]
@@ -7914,7 +7679,7 @@ for_end_ax165.2.i:                                ; preds = %for_body_ax164.2.i.
   br i1 %497, label %for_body_ax164.3.i.preheader, label %for_end_ax165.3.i, !prof !3
 
 for_body_ax164.3.i.preheader:                     ; preds = %for_end_ax165.2.i
-  br i1 %516, label %for_body_ax164.3.i.epil.preheader, label %for_body_ax164.3.i, !prof !100
+  br i1 %516, label %for_body_ax164.3.i.epil.preheader, label %for_body_ax164.3.i, !prof !98
 
 for_body_ax164.3.i:                               ; preds = %for_body_ax164.3.i, %for_body_ax164.3.i.preheader
   %indvars.iv733.3.i = phi i64 [ %indvars.iv.next734.3.i.7, %for_body_ax164.3.i ], [ 0, %for_body_ax164.3.i.preheader ]
@@ -7971,10 +7736,10 @@ for_body_ax164.3.i:                               ; preds = %for_body_ax164.3.i,
   %indvars.iv.next734.3.i.7 = add nuw nsw i64 %indvars.iv733.3.i, 8
   %niter255.next.7 = add i64 %niter255, 8
   %niter255.ncmp.7 = icmp eq i64 %niter255.next.7, %unroll_iter254
-  br i1 %niter255.ncmp.7, label %for_end_ax165.3.i.loopexit.unr-lcssa, label %for_body_ax164.3.i, !prof !101, !llvm.loop !109
+  br i1 %niter255.ncmp.7, label %for_end_ax165.3.i.loopexit.unr-lcssa, label %for_body_ax164.3.i, !prof !99, !llvm.loop !107
 
 for_end_ax165.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax164.3.i
-  br i1 %lcmp.mod251.not, label %for_end_ax165.3.i, label %for_body_ax164.3.i.epil.preheader, !prof !103
+  br i1 %lcmp.mod251.not, label %for_end_ax165.3.i, label %for_body_ax164.3.i.epil.preheader, !prof !101
 
 for_body_ax164.3.i.epil.preheader:                ; preds = %for_end_ax165.3.i.loopexit.unr-lcssa, %for_body_ax164.3.i.preheader
   %indvars.iv733.3.i.epil.init = phi i64 [ 0, %for_body_ax164.3.i.preheader ], [ %indvars.iv.next734.3.i.7, %for_end_ax165.3.i.loopexit.unr-lcssa ]
@@ -7995,7 +7760,7 @@ for_body_ax164.3.i.epil:                          ; preds = %for_body_ax164.3.i.
   %indvars.iv.next734.3.i.epil = add nuw nsw i64 %indvars.iv733.3.i.epil, 1
   %epil.iter250.next = add i64 %epil.iter250, 1
   %epil.iter250.cmp.not = icmp eq i64 %epil.iter250.next, %xtraiter249
-  br i1 %epil.iter250.cmp.not, label %for_end_ax165.3.i, label %for_body_ax164.3.i.epil, !prof !49, !llvm.loop !110
+  br i1 %epil.iter250.cmp.not, label %for_end_ax165.3.i, label %for_body_ax164.3.i.epil, !prof !89, !llvm.loop !108
 
 for_end_ax165.3.i:                                ; preds = %for_body_ax164.3.i.epil, %for_end_ax165.3.i.loopexit.unr-lcssa, %for_end_ax165.2.i
   %peak.rf_global266.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax165.2.i ], [ %1501, %for_end_ax165.3.i.loopexit.unr-lcssa ], [ %1506, %for_body_ax164.3.i.epil ]
@@ -8066,7 +7831,7 @@ for_body_to81.us.i:                               ; preds = %for_body_to81.us.i,
   %indvars.iv.next750.i.1 = add nuw nsw i64 %indvars.iv749.i, 2
   %niter261.next.1 = add i64 %niter261, 2
   %niter261.ncmp.1 = icmp eq i64 %niter261.next.1, %unroll_iter260
-  br i1 %niter261.ncmp.1, label %for_begin_to80.for_end_to82_crit_edge.us.i.unr-lcssa, label %for_body_to81.us.i, !prof !9, !llvm.loop !111
+  br i1 %niter261.ncmp.1, label %for_begin_to80.for_end_to82_crit_edge.us.i.unr-lcssa, label %for_body_to81.us.i, !prof !9, !llvm.loop !109
 
 for_begin_to80.for_end_to82_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to81.us.i
   br i1 %lcmp.mod258.not, label %for_begin_to80.for_end_to82_crit_edge.us.i, label %for_body_to81.us.i.epil.preheader, !prof !12
@@ -8163,7 +7928,7 @@ for_body_to81.us.1.i:                             ; preds = %for_body_to81.us.1.
   %indvars.iv.next750.1.i.1 = add nuw nsw i64 %indvars.iv749.1.i, 2
   %niter267.next.1 = add i64 %niter267, 2
   %niter267.ncmp.1 = icmp eq i64 %niter267.next.1, %unroll_iter266
-  br i1 %niter267.ncmp.1, label %for_begin_to80.for_end_to82_crit_edge.us.1.i.unr-lcssa, label %for_body_to81.us.1.i, !prof !9, !llvm.loop !112
+  br i1 %niter267.ncmp.1, label %for_begin_to80.for_end_to82_crit_edge.us.1.i.unr-lcssa, label %for_body_to81.us.1.i, !prof !9, !llvm.loop !110
 
 for_begin_to80.for_end_to82_crit_edge.us.1.i.unr-lcssa: ; preds = %for_body_to81.us.1.i
   br i1 %lcmp.mod264.not, label %for_begin_to80.for_end_to82_crit_edge.us.1.i, label %for_body_to81.us.1.i.epil.preheader, !prof !12
@@ -8261,7 +8026,7 @@ for_body_to81.us.2.i:                             ; preds = %for_body_to81.us.2.
   %indvars.iv.next750.2.i.1 = add nuw nsw i64 %indvars.iv749.2.i, 2
   %niter273.next.1 = add i64 %niter273, 2
   %niter273.ncmp.1 = icmp eq i64 %niter273.next.1, %unroll_iter272
-  br i1 %niter273.ncmp.1, label %for_begin_to80.for_end_to82_crit_edge.us.2.i.unr-lcssa, label %for_body_to81.us.2.i, !prof !9, !llvm.loop !113
+  br i1 %niter273.ncmp.1, label %for_begin_to80.for_end_to82_crit_edge.us.2.i.unr-lcssa, label %for_body_to81.us.2.i, !prof !9, !llvm.loop !111
 
 for_begin_to80.for_end_to82_crit_edge.us.2.i.unr-lcssa: ; preds = %for_body_to81.us.2.i
   br i1 %lcmp.mod270.not, label %for_begin_to80.for_end_to82_crit_edge.us.2.i, label %for_body_to81.us.2.i.epil.preheader, !prof !12
@@ -8359,7 +8124,7 @@ for_body_to81.us.3.i:                             ; preds = %for_body_to81.us.3.
   %indvars.iv.next750.3.i.1 = add nuw nsw i64 %indvars.iv749.3.i, 2
   %niter279.next.1 = add i64 %niter279, 2
   %niter279.ncmp.1 = icmp eq i64 %niter279.next.1, %unroll_iter278
-  br i1 %niter279.ncmp.1, label %for_body_ax191.i.preheader.unr-lcssa, label %for_body_to81.us.3.i, !prof !9, !llvm.loop !114
+  br i1 %niter279.ncmp.1, label %for_body_ax191.i.preheader.unr-lcssa, label %for_body_to81.us.3.i, !prof !9, !llvm.loop !112
 
 for_body_ax191.i.preheader.unr-lcssa:             ; preds = %for_body_to81.us.3.i
   br i1 %lcmp.mod276.not, label %for_body_ax191.i.preheader, label %for_body_to81.us.3.i.epil.preheader, !prof !12
@@ -8396,7 +8161,7 @@ for_body_to81.us.3.i.epil.preheader:              ; preds = %for_body_ax191.i.pr
   br label %for_body_ax191.i.preheader
 
 for_body_ax191.i.preheader:                       ; preds = %for_body_to81.us.3.i.epil.preheader, %for_body_ax191.i.preheader.unr-lcssa
-  br i1 %521, label %for_body_ax191.i.epil.preheader, label %for_body_ax191.i, !prof !100
+  br i1 %521, label %for_body_ax191.i.epil.preheader, label %for_body_ax191.i, !prof !98
 
 for_body_ax191.i:                                 ; preds = %for_body_ax191.i, %for_body_ax191.i.preheader
   %indvars.iv758.i = phi i64 [ %indvars.iv.next759.i.7, %for_body_ax191.i ], [ 0, %for_body_ax191.i.preheader ]
@@ -8444,10 +8209,10 @@ for_body_ax191.i:                                 ; preds = %for_body_ax191.i, %
   %indvars.iv.next759.i.7 = add nuw nsw i64 %indvars.iv758.i, 8
   %niter286.next.7 = add i64 %niter286, 8
   %niter286.ncmp.7 = icmp eq i64 %niter286.next.7, %unroll_iter285
-  br i1 %niter286.ncmp.7, label %for_end_ax192.i.loopexit.unr-lcssa, label %for_body_ax191.i, !prof !101, !llvm.loop !115
+  br i1 %niter286.ncmp.7, label %for_end_ax192.i.loopexit.unr-lcssa, label %for_body_ax191.i, !prof !99, !llvm.loop !113
 
 for_end_ax192.i.loopexit.unr-lcssa:               ; preds = %for_body_ax191.i
-  br i1 %lcmp.mod282.not, label %for_end_ax192.i, label %for_body_ax191.i.epil.preheader, !prof !103
+  br i1 %lcmp.mod282.not, label %for_end_ax192.i, label %for_body_ax191.i.epil.preheader, !prof !101
 
 for_body_ax191.i.epil.preheader:                  ; preds = %for_end_ax192.i.loopexit.unr-lcssa, %for_body_ax191.i.preheader
   %indvars.iv758.i.epil.init = phi i64 [ 0, %for_body_ax191.i.preheader ], [ %indvars.iv.next759.i.7, %for_end_ax192.i.loopexit.unr-lcssa ]
@@ -8466,7 +8231,7 @@ for_body_ax191.i.epil:                            ; preds = %for_body_ax191.i.ep
   %indvars.iv.next759.i.epil = add nuw nsw i64 %indvars.iv758.i.epil, 1
   %epil.iter281.next = add i64 %epil.iter281, 1
   %epil.iter281.cmp.not = icmp eq i64 %epil.iter281.next, %xtraiter280
-  br i1 %epil.iter281.cmp.not, label %for_end_ax192.i, label %for_body_ax191.i.epil, !prof !49, !llvm.loop !116
+  br i1 %epil.iter281.cmp.not, label %for_end_ax192.i, label %for_body_ax191.i.epil, !prof !89, !llvm.loop !114
 
 for_end_ax192.i:                                  ; preds = %for_body_ax191.i.epil, %for_end_ax192.i.loopexit.unr-lcssa, %for_begin_r75.preheader.i
   %tile_sum.rf_global264.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r75.preheader.i ], [ %1823, %for_end_ax192.i.loopexit.unr-lcssa ], [ %1826, %for_body_ax191.i.epil ]
@@ -8506,7 +8271,7 @@ for_end_ax192.i:                                  ; preds = %for_body_ax191.i.ep
   br i1 %497, label %for_body_ax191.1.i.preheader, label %for_end_ax192.1.i, !prof !3
 
 for_body_ax191.1.i.preheader:                     ; preds = %for_end_ax192.i
-  br i1 %522, label %for_body_ax191.1.i.epil.preheader, label %for_body_ax191.1.i, !prof !100
+  br i1 %522, label %for_body_ax191.1.i.epil.preheader, label %for_body_ax191.1.i, !prof !98
 
 for_body_ax191.1.i:                               ; preds = %for_body_ax191.1.i, %for_body_ax191.1.i.preheader
   %indvars.iv758.1.i = phi i64 [ %indvars.iv.next759.1.i.7, %for_body_ax191.1.i ], [ 0, %for_body_ax191.1.i.preheader ]
@@ -8555,10 +8320,10 @@ for_body_ax191.1.i:                               ; preds = %for_body_ax191.1.i,
   %indvars.iv.next759.1.i.7 = add nuw nsw i64 %indvars.iv758.1.i, 8
   %niter293.next.7 = add i64 %niter293, 8
   %niter293.ncmp.7 = icmp eq i64 %niter293.next.7, %unroll_iter292
-  br i1 %niter293.ncmp.7, label %for_end_ax192.1.i.loopexit.unr-lcssa, label %for_body_ax191.1.i, !prof !101, !llvm.loop !117
+  br i1 %niter293.ncmp.7, label %for_end_ax192.1.i.loopexit.unr-lcssa, label %for_body_ax191.1.i, !prof !99, !llvm.loop !115
 
 for_end_ax192.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax191.1.i
-  br i1 %lcmp.mod289.not, label %for_end_ax192.1.i, label %for_body_ax191.1.i.epil.preheader, !prof !103
+  br i1 %lcmp.mod289.not, label %for_end_ax192.1.i, label %for_body_ax191.1.i.epil.preheader, !prof !101
 
 for_body_ax191.1.i.epil.preheader:                ; preds = %for_end_ax192.1.i.loopexit.unr-lcssa, %for_body_ax191.1.i.preheader
   %indvars.iv758.1.i.epil.init = phi i64 [ 0, %for_body_ax191.1.i.preheader ], [ %indvars.iv.next759.1.i.7, %for_end_ax192.1.i.loopexit.unr-lcssa ]
@@ -8578,7 +8343,7 @@ for_body_ax191.1.i.epil:                          ; preds = %for_body_ax191.1.i.
   %indvars.iv.next759.1.i.epil = add nuw nsw i64 %indvars.iv758.1.i.epil, 1
   %epil.iter288.next = add i64 %epil.iter288, 1
   %epil.iter288.cmp.not = icmp eq i64 %epil.iter288.next, %xtraiter287
-  br i1 %epil.iter288.cmp.not, label %for_end_ax192.1.i, label %for_body_ax191.1.i.epil, !prof !49, !llvm.loop !118
+  br i1 %epil.iter288.cmp.not, label %for_end_ax192.1.i, label %for_body_ax191.1.i.epil, !prof !89, !llvm.loop !116
 
 for_end_ax192.1.i:                                ; preds = %for_body_ax191.1.i.epil, %for_end_ax192.1.i.loopexit.unr-lcssa, %for_end_ax192.i
   %tile_sum.rf_global264.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax192.i ], [ %1874, %for_end_ax192.1.i.loopexit.unr-lcssa ], [ %1878, %for_body_ax191.1.i.epil ]
@@ -8618,7 +8383,7 @@ for_end_ax192.1.i:                                ; preds = %for_body_ax191.1.i.
   br i1 %497, label %for_body_ax191.2.i.preheader, label %for_end_ax192.2.i, !prof !3
 
 for_body_ax191.2.i.preheader:                     ; preds = %for_end_ax192.1.i
-  br i1 %523, label %for_body_ax191.2.i.epil.preheader, label %for_body_ax191.2.i, !prof !100
+  br i1 %523, label %for_body_ax191.2.i.epil.preheader, label %for_body_ax191.2.i, !prof !98
 
 for_body_ax191.2.i:                               ; preds = %for_body_ax191.2.i, %for_body_ax191.2.i.preheader
   %indvars.iv758.2.i = phi i64 [ %indvars.iv.next759.2.i.7, %for_body_ax191.2.i ], [ 0, %for_body_ax191.2.i.preheader ]
@@ -8667,10 +8432,10 @@ for_body_ax191.2.i:                               ; preds = %for_body_ax191.2.i,
   %indvars.iv.next759.2.i.7 = add nuw nsw i64 %indvars.iv758.2.i, 8
   %niter300.next.7 = add i64 %niter300, 8
   %niter300.ncmp.7 = icmp eq i64 %niter300.next.7, %unroll_iter299
-  br i1 %niter300.ncmp.7, label %for_end_ax192.2.i.loopexit.unr-lcssa, label %for_body_ax191.2.i, !prof !101, !llvm.loop !119
+  br i1 %niter300.ncmp.7, label %for_end_ax192.2.i.loopexit.unr-lcssa, label %for_body_ax191.2.i, !prof !99, !llvm.loop !117
 
 for_end_ax192.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax191.2.i
-  br i1 %lcmp.mod296.not, label %for_end_ax192.2.i, label %for_body_ax191.2.i.epil.preheader, !prof !103
+  br i1 %lcmp.mod296.not, label %for_end_ax192.2.i, label %for_body_ax191.2.i.epil.preheader, !prof !101
 
 for_body_ax191.2.i.epil.preheader:                ; preds = %for_end_ax192.2.i.loopexit.unr-lcssa, %for_body_ax191.2.i.preheader
   %indvars.iv758.2.i.epil.init = phi i64 [ 0, %for_body_ax191.2.i.preheader ], [ %indvars.iv.next759.2.i.7, %for_end_ax192.2.i.loopexit.unr-lcssa ]
@@ -8690,7 +8455,7 @@ for_body_ax191.2.i.epil:                          ; preds = %for_body_ax191.2.i.
   %indvars.iv.next759.2.i.epil = add nuw nsw i64 %indvars.iv758.2.i.epil, 1
   %epil.iter295.next = add i64 %epil.iter295, 1
   %epil.iter295.cmp.not = icmp eq i64 %epil.iter295.next, %xtraiter294
-  br i1 %epil.iter295.cmp.not, label %for_end_ax192.2.i, label %for_body_ax191.2.i.epil, !prof !49, !llvm.loop !120
+  br i1 %epil.iter295.cmp.not, label %for_end_ax192.2.i, label %for_body_ax191.2.i.epil, !prof !89, !llvm.loop !118
 
 for_end_ax192.2.i:                                ; preds = %for_body_ax191.2.i.epil, %for_end_ax192.2.i.loopexit.unr-lcssa, %for_end_ax192.1.i
   %tile_sum.rf_global264.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax192.1.i ], [ %1926, %for_end_ax192.2.i.loopexit.unr-lcssa ], [ %1930, %for_body_ax191.2.i.epil ]
@@ -8730,7 +8495,7 @@ for_end_ax192.2.i:                                ; preds = %for_body_ax191.2.i.
   br i1 %497, label %for_body_ax191.3.i.preheader, label %for_end_ax192.3.i, !prof !3
 
 for_body_ax191.3.i.preheader:                     ; preds = %for_end_ax192.2.i
-  br i1 %524, label %for_body_ax191.3.i.epil.preheader, label %for_body_ax191.3.i, !prof !100
+  br i1 %524, label %for_body_ax191.3.i.epil.preheader, label %for_body_ax191.3.i, !prof !98
 
 for_body_ax191.3.i:                               ; preds = %for_body_ax191.3.i, %for_body_ax191.3.i.preheader
   %indvars.iv758.3.i = phi i64 [ %indvars.iv.next759.3.i.7, %for_body_ax191.3.i ], [ 0, %for_body_ax191.3.i.preheader ]
@@ -8779,10 +8544,10 @@ for_body_ax191.3.i:                               ; preds = %for_body_ax191.3.i,
   %indvars.iv.next759.3.i.7 = add nuw nsw i64 %indvars.iv758.3.i, 8
   %niter307.next.7 = add i64 %niter307, 8
   %niter307.ncmp.7 = icmp eq i64 %niter307.next.7, %unroll_iter306
-  br i1 %niter307.ncmp.7, label %for_end_ax192.3.i.loopexit.unr-lcssa, label %for_body_ax191.3.i, !prof !101, !llvm.loop !121
+  br i1 %niter307.ncmp.7, label %for_end_ax192.3.i.loopexit.unr-lcssa, label %for_body_ax191.3.i, !prof !99, !llvm.loop !119
 
 for_end_ax192.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax191.3.i
-  br i1 %lcmp.mod303.not, label %for_end_ax192.3.i, label %for_body_ax191.3.i.epil.preheader, !prof !103
+  br i1 %lcmp.mod303.not, label %for_end_ax192.3.i, label %for_body_ax191.3.i.epil.preheader, !prof !101
 
 for_body_ax191.3.i.epil.preheader:                ; preds = %for_end_ax192.3.i.loopexit.unr-lcssa, %for_body_ax191.3.i.preheader
   %indvars.iv758.3.i.epil.init = phi i64 [ 0, %for_body_ax191.3.i.preheader ], [ %indvars.iv.next759.3.i.7, %for_end_ax192.3.i.loopexit.unr-lcssa ]
@@ -8802,7 +8567,7 @@ for_body_ax191.3.i.epil:                          ; preds = %for_body_ax191.3.i.
   %indvars.iv.next759.3.i.epil = add nuw nsw i64 %indvars.iv758.3.i.epil, 1
   %epil.iter302.next = add i64 %epil.iter302, 1
   %epil.iter302.cmp.not = icmp eq i64 %epil.iter302.next, %xtraiter301
-  br i1 %epil.iter302.cmp.not, label %for_end_ax192.3.i, label %for_body_ax191.3.i.epil, !prof !49, !llvm.loop !122
+  br i1 %epil.iter302.cmp.not, label %for_end_ax192.3.i, label %for_body_ax191.3.i.epil, !prof !89, !llvm.loop !120
 
 for_end_ax192.3.i:                                ; preds = %for_body_ax191.3.i.epil, %for_end_ax192.3.i.loopexit.unr-lcssa, %for_end_ax192.2.i
   %tile_sum.rf_global264.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax192.2.i ], [ %1978, %for_end_ax192.3.i.loopexit.unr-lcssa ], [ %1982, %for_body_ax191.3.i.epil ]
@@ -8841,10 +8606,10 @@ for_end_ax192.3.i:                                ; preds = %for_body_ax191.3.i.
   %tile_sum269.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum269.sroa.0.8.vec.insert.i, float %1998, i64 3
   %1999 = shl nuw nsw i64 %indvars.iv796.i, 2
   %2000 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %1999
-  %2001 = load <4 x float>, ptr %2000, align 16, !tbaa !88
+  %2001 = load <4 x float>, ptr %2000, align 16, !tbaa !81
   %old_max.i = select <4 x i1> %501, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2001
   %2002 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %1999
-  %2003 = load <4 x float>, ptr %2002, align 16, !tbaa !86
+  %2003 = load <4 x float>, ptr %2002, align 16, !tbaa !79
   %old_sum.i = select <4 x i1> %501, <4 x float> zeroinitializer, <4 x float> %2003
   %2004 = fcmp ogt <4 x float> %old_max.i, %tile_max270.sroa.0.3.i
   %2005 = fcmp oeq <4 x float> %tile_sum269.sroa.0.12.vec.insert.i, zeroinitializer
@@ -8898,8 +8663,8 @@ for_end_ax192.3.i:                                ; preds = %for_body_ax191.3.i.
   %2050 = select <4 x i1> %2049, <4 x float> %2048, <4 x float> zeroinitializer
   %2051 = fmul <4 x float> %old_sum.i, %2029
   %2052 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2050, <4 x float> %tile_sum269.sroa.0.12.vec.insert.i, <4 x float> %2051)
-  store <4 x float> %m.i, ptr %2000, align 16, !tbaa !88
-  store <4 x float> %2052, ptr %2002, align 16, !tbaa !86
+  store <4 x float> %m.i, ptr %2000, align 16, !tbaa !81
+  store <4 x float> %2052, ptr %2002, align 16, !tbaa !79
   %2053 = shufflevector <4 x float> %2050, <4 x float> poison, <32 x i32> zeroinitializer
   %2054 = shl nuw nsw i64 %indvars.iv796.i, 9
   %2055 = shufflevector <4 x float> %2029, <4 x float> poison, <32 x i32> zeroinitializer
@@ -9700,7 +9465,7 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %indvars.iv.next774.i.1 = add nuw nsw i64 %indvars.iv773.i, 2
   %niter336.next.1 = add i64 %niter336, 2
   %niter336.ncmp.1 = icmp eq i64 %niter336.next.1, %unroll_iter335
-  br i1 %niter336.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !123
+  br i1 %niter336.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !121
 
 if_end146.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end146.i_crit_edge, %for_begin_ax4_0.preheader.i
   %2733 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end146.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
@@ -9778,41 +9543,41 @@ for_body_tile211.i:                               ; preds = %for_body_tile211.i,
   %2758 = shl nuw nsw i64 %indvars.iv820.i, 2
   %2759 = add nuw nsw i64 %2758, %234
   %2760 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %2758
-  %2761 = load float, ptr %2760, align 16, !tbaa !88
+  %2761 = load float, ptr %2760, align 16, !tbaa !81
   %2762 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2759
   store float %2761, ptr %2762, align 4, !tbaa !5
   %2763 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %2758
-  %2764 = load float, ptr %2763, align 16, !tbaa !86
+  %2764 = load float, ptr %2763, align 16, !tbaa !79
   %2765 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2759
   store float %2764, ptr %2765, align 4, !tbaa !5
   %2766 = or disjoint i64 %2758, 1
   %2767 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %2766
-  %2768 = load float, ptr %2767, align 4, !tbaa !88
+  %2768 = load float, ptr %2767, align 4, !tbaa !81
   %2769 = or disjoint i64 %2759, 1
   %2770 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2769
   store float %2768, ptr %2770, align 4, !tbaa !5
   %2771 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %2766
-  %2772 = load float, ptr %2771, align 4, !tbaa !86
+  %2772 = load float, ptr %2771, align 4, !tbaa !79
   %2773 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2769
   store float %2772, ptr %2773, align 4, !tbaa !5
   %2774 = or disjoint i64 %2758, 2
   %2775 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %2774
-  %2776 = load float, ptr %2775, align 8, !tbaa !88
+  %2776 = load float, ptr %2775, align 8, !tbaa !81
   %2777 = or disjoint i64 %2759, 2
   %2778 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2777
   store float %2776, ptr %2778, align 4, !tbaa !5
   %2779 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %2774
-  %2780 = load float, ptr %2779, align 8, !tbaa !86
+  %2780 = load float, ptr %2779, align 8, !tbaa !79
   %2781 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2777
   store float %2780, ptr %2781, align 4, !tbaa !5
   %2782 = or disjoint i64 %2758, 3
   %2783 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %2782
-  %2784 = load float, ptr %2783, align 4, !tbaa !88
+  %2784 = load float, ptr %2783, align 4, !tbaa !81
   %2785 = or disjoint i64 %2759, 3
   %2786 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2785
   store float %2784, ptr %2786, align 4, !tbaa !5
   %2787 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %2782
-  %2788 = load float, ptr %2787, align 4, !tbaa !86
+  %2788 = load float, ptr %2787, align 4, !tbaa !79
   %2789 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2785
   store float %2788, ptr %2789, align 4, !tbaa !5
   %2790 = shl nuw nsw i64 %indvars.iv820.i, 9
@@ -10077,7 +9842,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %83 = select <32 x i1> %82, <32 x float> zeroinitializer, <32 x float> %81
   %84 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %85 = select <32 x i1> %84, <32 x float> %83, <32 x float> zeroinitializer
-  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !124
+  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !122
   %arg2.i = fsub <32 x float> %57, %m.i
   %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %87 = bitcast <32 x float> %86 to <32 x i32>
@@ -10100,7 +9865,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
   %105 = fcmp one <32 x float> %60, zeroinitializer
   %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
-  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !130
+  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !128
   %107 = fmul <32 x float> %old_sum.i, %85
   %108 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %60, <32 x float> %107)
   %.idx.i = shl nsw i64 %54, 14
@@ -10110,13 +9875,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %111 = load float, ptr %110, align 4, !tbaa !136
+  %111 = load float, ptr %110, align 4, !tbaa !134
   %112 = insertelement <16 x float> poison, float %111, i64 0
   %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
   %114 = shl nuw nsw i64 %indvars.iv60.i, 7
   %115 = getelementptr float, ptr %109, i64 %114
   %116 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %117 = load float, ptr %116, align 4, !tbaa !137
+  %117 = load float, ptr %116, align 4, !tbaa !135
   %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
   store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
   %119 = load <16 x float>, ptr %115, align 4, !tbaa !5
@@ -10179,7 +9944,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %151 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %152 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %153 = select <32 x i1> %152, <32 x float> zeroinitializer, <32 x float> %151
-  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !138
+  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !136
   %sext29 = shl i64 %20, 32
   %154 = ashr exact i64 %sext29, 32
   %155 = mul nsw i64 %out_batch, %154
@@ -10189,13 +9954,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !136
+  %158 = load float, ptr %157, align 4, !tbaa !134
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %109, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !137
+  %164 = load float, ptr %163, align 4, !tbaa !135
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
@@ -10265,7 +10030,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !144
+  %215 = load float, ptr %214, align 4, !tbaa !142
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -10386,7 +10151,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !145
+  %310 = load float, ptr %309, align 16, !tbaa !143
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -10401,7 +10166,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !147
+  %317 = load float, ptr %316, align 16, !tbaa !145
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -10411,7 +10176,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !5
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !145
+  %322 = load float, ptr %321, align 4, !tbaa !143
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -10419,7 +10184,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !147
+  %327 = load float, ptr %326, align 4, !tbaa !145
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -10429,7 +10194,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !5
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !145
+  %332 = load float, ptr %331, align 8, !tbaa !143
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -10437,7 +10202,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !147
+  %337 = load float, ptr %336, align 8, !tbaa !145
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -10447,7 +10212,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !5
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !145
+  %342 = load float, ptr %341, align 4, !tbaa !143
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -10455,7 +10220,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !147
+  %347 = load float, ptr %346, align 4, !tbaa !145
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -10465,7 +10230,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !5
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !149
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !147
 
 merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
@@ -10653,7 +10418,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <32 x i1> %80, <32 x float> zeroinitializer, <32 x float> %79
   %82 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %83 = select <32 x i1> %82, <32 x float> %81, <32 x float> zeroinitializer
-  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !150
+  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !148
   %arg2.i = fsub <32 x float> %55, %m.i
   %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <32 x float> %84 to <32 x i32>
@@ -10676,7 +10441,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <32 x i1> %101, <32 x float> zeroinitializer, <32 x float> %100
   %103 = fcmp one <32 x float> %58, zeroinitializer
   %104 = select <32 x i1> %103, <32 x float> %102, <32 x float> zeroinitializer
-  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !156
+  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !154
   %105 = fmul <32 x float> %old_sum.i, %83
   %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %58, <32 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
@@ -10686,13 +10451,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !162
+  %109 = load float, ptr %108, align 4, !tbaa !160
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 7
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !163
+  %115 = load float, ptr %114, align 4, !tbaa !161
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
   store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !5
   %117 = load <16 x float>, ptr %113, align 4, !tbaa !5
@@ -10759,7 +10524,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %152 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %153 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %154 = select <32 x i1> %153, <32 x float> zeroinitializer, <32 x float> %152
-  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !164
+  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !162
   %155 = mul nsw i64 %out_batch, %149
   %156 = getelementptr i16, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
@@ -10767,13 +10532,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !162
+  %158 = load float, ptr %157, align 4, !tbaa !160
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %107, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !163
+  %164 = load float, ptr %163, align 4, !tbaa !161
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
@@ -10843,7 +10608,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !170
+  %215 = load float, ptr %214, align 4, !tbaa !168
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -10964,7 +10729,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !171
+  %310 = load float, ptr %309, align 16, !tbaa !169
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -10979,7 +10744,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !173
+  %317 = load float, ptr %316, align 16, !tbaa !171
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -10989,7 +10754,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !5
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !171
+  %322 = load float, ptr %321, align 4, !tbaa !169
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -10997,7 +10762,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !173
+  %327 = load float, ptr %326, align 4, !tbaa !171
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -11007,7 +10772,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !5
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !171
+  %332 = load float, ptr %331, align 8, !tbaa !169
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -11015,7 +10780,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !173
+  %337 = load float, ptr %336, align 8, !tbaa !171
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -11025,7 +10790,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !5
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !171
+  %342 = load float, ptr %341, align 4, !tbaa !169
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -11033,7 +10798,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !173
+  %347 = load float, ptr %346, align 4, !tbaa !171
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -11043,7 +10808,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !5
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !175
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !173
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
@@ -11254,9 +11019,6 @@ declare float @llvm.fabs.f32(float) #3
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare half @llvm.fabs.f16(half) #3
 
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umin.i32(i32, i32) #3
-
 ; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
 declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #6
 
@@ -11268,6 +11030,9 @@ declare void @llvm.lifetime.end.p0(ptr captures(none)) #7
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare i64 @llvm.smax.i64(i64, i64) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.umin.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #3
@@ -11366,136 +11131,134 @@ attributes #11 = { nocallback nofree nosync nounwind willreturn memory(argmem: r
 !40 = !{!"llvm.loop.estimated_trip_count", i32 528417}
 !41 = !{!37, !37, i64 0}
 !42 = !{!"branch_weights", i32 1048704, i32 133169152}
-!43 = distinct !{!43, !11}
-!44 = distinct !{!44, !11}
-!45 = !{!"branch_weights", i32 6096, i32 2147477552}
-!46 = !{!"branch_weights", i32 8128, i32 2147475520}
-!47 = distinct !{!47, !48}
-!48 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!49 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!50 = distinct !{!50, !51, !52}
-!51 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!52 = !{!"llvm.loop.unroll.disable"}
-!53 = distinct !{!53, !48}
-!54 = distinct !{!54, !51, !52}
-!55 = !{!56}
-!56 = distinct !{!56, !57}
-!57 = distinct !{!57, !"LVerDomain"}
-!58 = !{!59}
-!59 = distinct !{!59, !57}
-!60 = !{!"branch_weights", i32 127, i32 16777081}
-!61 = distinct !{!61, !22, !23, !62}
-!62 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!63 = !{!"branch_weights", i32 1, i32 7}
-!64 = !{!"branch_weights", i32 1, i32 1}
-!65 = distinct !{!65, !52}
-!66 = !{!"branch_weights", i32 127, i32 0}
-!67 = distinct !{!67, !22, !27}
-!68 = !{!"branch_weights", i32 134217601, i32 127}
-!69 = !{!70}
+!43 = distinct !{!43, !40}
+!44 = distinct !{!44, !40}
+!45 = distinct !{!45, !46}
+!46 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!47 = !{!48}
+!48 = distinct !{!48, !49}
+!49 = distinct !{!49, !"LVerDomain"}
+!50 = !{!51}
+!51 = distinct !{!51, !49}
+!52 = !{!"branch_weights", i32 127, i32 16777081}
+!53 = distinct !{!53, !22, !23, !54}
+!54 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!55 = !{!"branch_weights", i32 1, i32 7}
+!56 = !{!"branch_weights", i32 1, i32 1}
+!57 = distinct !{!57, !58}
+!58 = !{!"llvm.loop.unroll.disable"}
+!59 = !{!"branch_weights", i32 127, i32 0}
+!60 = distinct !{!60, !22, !27}
+!61 = !{!"branch_weights", i32 134217601, i32 127}
+!62 = !{!63}
+!63 = distinct !{!63, !64}
+!64 = distinct !{!64, !"LVerDomain"}
+!65 = !{!66}
+!66 = distinct !{!66, !64}
+!67 = distinct !{!67, !22, !23, !54}
+!68 = distinct !{!68, !58}
+!69 = distinct !{!69, !22, !27}
 !70 = distinct !{!70, !71}
-!71 = distinct !{!71, !"LVerDomain"}
-!72 = !{!73}
-!73 = distinct !{!73, !71}
-!74 = distinct !{!74, !22, !23, !62}
-!75 = distinct !{!75, !52}
-!76 = distinct !{!76, !22, !27}
-!77 = distinct !{!77, !78}
-!78 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!79 = distinct !{!79, !40}
-!80 = !{!81}
-!81 = distinct !{!81, !82}
-!82 = distinct !{!82, !"LVerDomain"}
-!83 = !{!84}
-!84 = distinct !{!84, !82}
-!85 = distinct !{!85, !22, !27}
-!86 = !{!87, !87, i64 0}
-!87 = !{!"buffer2", !7, i64 0}
-!88 = !{!89, !89, i64 0}
-!89 = !{!"buffer3", !7, i64 0}
-!90 = distinct !{!90, !40}
-!91 = distinct !{!91, !40}
-!92 = distinct !{!92, !48}
-!93 = distinct !{!93, !51, !52}
-!94 = distinct !{!94, !48}
-!95 = distinct !{!95, !51, !52}
-!96 = distinct !{!96, !48}
-!97 = distinct !{!97, !51, !52}
-!98 = distinct !{!98, !48}
-!99 = distinct !{!99, !51, !52}
-!100 = !{!"branch_weights", i32 14224, i32 2147469424}
-!101 = !{!"branch_weights", i32 16256, i32 2147467392}
-!102 = distinct !{!102, !62}
-!103 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!104 = distinct !{!104, !51, !52}
-!105 = distinct !{!105, !62}
-!106 = distinct !{!106, !51, !52}
-!107 = distinct !{!107, !62}
-!108 = distinct !{!108, !51, !52}
-!109 = distinct !{!109, !62}
-!110 = distinct !{!110, !51, !52}
+!71 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!72 = distinct !{!72, !40}
+!73 = !{!74}
+!74 = distinct !{!74, !75}
+!75 = distinct !{!75, !"LVerDomain"}
+!76 = !{!77}
+!77 = distinct !{!77, !75}
+!78 = distinct !{!78, !22, !27}
+!79 = !{!80, !80, i64 0}
+!80 = !{!"buffer2", !7, i64 0}
+!81 = !{!82, !82, i64 0}
+!82 = !{!"buffer3", !7, i64 0}
+!83 = distinct !{!83, !40}
+!84 = distinct !{!84, !40}
+!85 = !{!"branch_weights", i32 6096, i32 2147477552}
+!86 = !{!"branch_weights", i32 8128, i32 2147475520}
+!87 = distinct !{!87, !88}
+!88 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!89 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!90 = distinct !{!90, !91, !58}
+!91 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!92 = distinct !{!92, !88}
+!93 = distinct !{!93, !91, !58}
+!94 = distinct !{!94, !88}
+!95 = distinct !{!95, !91, !58}
+!96 = distinct !{!96, !88}
+!97 = distinct !{!97, !91, !58}
+!98 = !{!"branch_weights", i32 14224, i32 2147469424}
+!99 = !{!"branch_weights", i32 16256, i32 2147467392}
+!100 = distinct !{!100, !54}
+!101 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!102 = distinct !{!102, !91, !58}
+!103 = distinct !{!103, !54}
+!104 = distinct !{!104, !91, !58}
+!105 = distinct !{!105, !54}
+!106 = distinct !{!106, !91, !58}
+!107 = distinct !{!107, !54}
+!108 = distinct !{!108, !91, !58}
+!109 = distinct !{!109, !11}
+!110 = distinct !{!110, !11}
 !111 = distinct !{!111, !11}
 !112 = distinct !{!112, !11}
-!113 = distinct !{!113, !11}
-!114 = distinct !{!114, !11}
-!115 = distinct !{!115, !62}
-!116 = distinct !{!116, !51, !52}
-!117 = distinct !{!117, !62}
-!118 = distinct !{!118, !51, !52}
-!119 = distinct !{!119, !62}
-!120 = distinct !{!120, !51, !52}
-!121 = distinct !{!121, !62}
-!122 = distinct !{!122, !51, !52}
-!123 = distinct !{!123, !11}
-!124 = !{!125, !125, i64 0}
-!125 = !{!"buffer4.w128.b0", !126, i64 0}
-!126 = !{!"buffer4.w256.b0", !127, i64 0}
-!127 = !{!"buffer4.w512.b0", !128, i64 0}
-!128 = !{!"buffer4.w1024.b0", !129, i64 0}
-!129 = !{!"buffer4", !7, i64 0}
-!130 = !{!131, !131, i64 0}
-!131 = !{!"buffer5.w128.b0", !132, i64 0}
-!132 = !{!"buffer5.w256.b0", !133, i64 0}
-!133 = !{!"buffer5.w512.b0", !134, i64 0}
-!134 = !{!"buffer5.w1024.b0", !135, i64 0}
-!135 = !{!"buffer5", !7, i64 0}
-!136 = !{!135, !135, i64 0}
-!137 = !{!129, !129, i64 0}
-!138 = !{!139, !139, i64 0}
-!139 = !{!"buffer6.w128.b0", !140, i64 0}
-!140 = !{!"buffer6.w256.b0", !141, i64 0}
-!141 = !{!"buffer6.w512.b0", !142, i64 0}
-!142 = !{!"buffer6.w1024.b0", !143, i64 0}
-!143 = !{!"buffer6", !7, i64 0}
-!144 = !{!143, !143, i64 0}
+!113 = distinct !{!113, !54}
+!114 = distinct !{!114, !91, !58}
+!115 = distinct !{!115, !54}
+!116 = distinct !{!116, !91, !58}
+!117 = distinct !{!117, !54}
+!118 = distinct !{!118, !91, !58}
+!119 = distinct !{!119, !54}
+!120 = distinct !{!120, !91, !58}
+!121 = distinct !{!121, !11}
+!122 = !{!123, !123, i64 0}
+!123 = !{!"buffer4.w128.b0", !124, i64 0}
+!124 = !{!"buffer4.w256.b0", !125, i64 0}
+!125 = !{!"buffer4.w512.b0", !126, i64 0}
+!126 = !{!"buffer4.w1024.b0", !127, i64 0}
+!127 = !{!"buffer4", !7, i64 0}
+!128 = !{!129, !129, i64 0}
+!129 = !{!"buffer5.w128.b0", !130, i64 0}
+!130 = !{!"buffer5.w256.b0", !131, i64 0}
+!131 = !{!"buffer5.w512.b0", !132, i64 0}
+!132 = !{!"buffer5.w1024.b0", !133, i64 0}
+!133 = !{!"buffer5", !7, i64 0}
+!134 = !{!133, !133, i64 0}
+!135 = !{!127, !127, i64 0}
+!136 = !{!137, !137, i64 0}
+!137 = !{!"buffer6.w128.b0", !138, i64 0}
+!138 = !{!"buffer6.w256.b0", !139, i64 0}
+!139 = !{!"buffer6.w512.b0", !140, i64 0}
+!140 = !{!"buffer6.w1024.b0", !141, i64 0}
+!141 = !{!"buffer6", !7, i64 0}
+!142 = !{!141, !141, i64 0}
+!143 = !{!144, !144, i64 0}
+!144 = !{!"buffer7", !7, i64 0}
 !145 = !{!146, !146, i64 0}
-!146 = !{!"buffer7", !7, i64 0}
-!147 = !{!148, !148, i64 0}
-!148 = !{!"buffer8", !7, i64 0}
-!149 = distinct !{!149, !78}
-!150 = !{!151, !151, i64 0}
-!151 = !{!"buffer9.w128.b0", !152, i64 0}
-!152 = !{!"buffer9.w256.b0", !153, i64 0}
-!153 = !{!"buffer9.w512.b0", !154, i64 0}
-!154 = !{!"buffer9.w1024.b0", !155, i64 0}
-!155 = !{!"buffer9", !7, i64 0}
-!156 = !{!157, !157, i64 0}
-!157 = !{!"buffer10.w128.b0", !158, i64 0}
-!158 = !{!"buffer10.w256.b0", !159, i64 0}
-!159 = !{!"buffer10.w512.b0", !160, i64 0}
-!160 = !{!"buffer10.w1024.b0", !161, i64 0}
-!161 = !{!"buffer10", !7, i64 0}
-!162 = !{!161, !161, i64 0}
-!163 = !{!155, !155, i64 0}
-!164 = !{!165, !165, i64 0}
-!165 = !{!"buffer11.w128.b0", !166, i64 0}
-!166 = !{!"buffer11.w256.b0", !167, i64 0}
-!167 = !{!"buffer11.w512.b0", !168, i64 0}
-!168 = !{!"buffer11.w1024.b0", !169, i64 0}
-!169 = !{!"buffer11", !7, i64 0}
-!170 = !{!169, !169, i64 0}
+!146 = !{!"buffer8", !7, i64 0}
+!147 = distinct !{!147, !71}
+!148 = !{!149, !149, i64 0}
+!149 = !{!"buffer9.w128.b0", !150, i64 0}
+!150 = !{!"buffer9.w256.b0", !151, i64 0}
+!151 = !{!"buffer9.w512.b0", !152, i64 0}
+!152 = !{!"buffer9.w1024.b0", !153, i64 0}
+!153 = !{!"buffer9", !7, i64 0}
+!154 = !{!155, !155, i64 0}
+!155 = !{!"buffer10.w128.b0", !156, i64 0}
+!156 = !{!"buffer10.w256.b0", !157, i64 0}
+!157 = !{!"buffer10.w512.b0", !158, i64 0}
+!158 = !{!"buffer10.w1024.b0", !159, i64 0}
+!159 = !{!"buffer10", !7, i64 0}
+!160 = !{!159, !159, i64 0}
+!161 = !{!153, !153, i64 0}
+!162 = !{!163, !163, i64 0}
+!163 = !{!"buffer11.w128.b0", !164, i64 0}
+!164 = !{!"buffer11.w256.b0", !165, i64 0}
+!165 = !{!"buffer11.w512.b0", !166, i64 0}
+!166 = !{!"buffer11.w1024.b0", !167, i64 0}
+!167 = !{!"buffer11", !7, i64 0}
+!168 = !{!167, !167, i64 0}
+!169 = !{!170, !170, i64 0}
+!170 = !{!"buffer12", !7, i64 0}
 !171 = !{!172, !172, i64 0}
-!172 = !{!"buffer12", !7, i64 0}
-!173 = !{!174, !174, i64 0}
-!174 = !{!"buffer13", !7, i64 0}
-!175 = distinct !{!175, !78}
+!172 = !{!"buffer13", !7, i64 0}
+!173 = distinct !{!173, !71}

@@ -1135,8 +1135,8 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor535.i = alloca [16 x float], align 16
-  %reach552.i = alloca [128 x i32], align 16
+  %factor509.i = alloca [16 x float], align 16
+  %reach527.i = alloca [128 x i32], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -1373,8 +1373,8 @@ if_end54:                                         ; preds = %if_then52, %if_end5
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor535.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %reach552.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor509.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %reach527.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -1460,7 +1460,7 @@ for_body_tile.lr.ph.i:                            ; preds = %if_end14.i
   %154 = insertelement <16 x i1> poison, i1 %153, i64 0
   %155 = shufflevector <16 x i1> %154, <16 x i1> poison, <16 x i32> zeroinitializer
   %wide.trip.count.i = zext nneg i32 %121 to i64
-  %scevgep160 = getelementptr i8, ptr %query, i64 256
+  %scevgep150 = getelementptr i8, ptr %query, i64 256
   %156 = shl i64 %q_batch, 1
   %157 = shl i64 %q_head, 1
   %broadcast.splatinsert = insertelement <8 x float> poison, float %query_scale, i64 0
@@ -1468,17 +1468,17 @@ for_body_tile.lr.ph.i:                            ; preds = %if_end14.i
   br label %for_body_tile.i
 
 for_begin_tile.i:                                 ; preds = %for_body_r79.peel.next.i
-  %indvars.iv.next1514.i = add nuw nsw i64 %indvars.iv1513.i, 1
-  %exitcond1516.not.i = icmp eq i64 %indvars.iv.next1514.i, %wide.trip.count.i
-  br i1 %exitcond1516.not.i, label %for_begin_tile103.preheader.i, label %for_body_tile.i, !prof !8
+  %indvars.iv.next1493.i = add nuw nsw i64 %indvars.iv1492.i, 1
+  %exitcond1495.not.i = icmp eq i64 %indvars.iv.next1493.i, %wide.trip.count.i
+  br i1 %exitcond1495.not.i, label %for_begin_tile103.preheader.i, label %for_body_tile.i, !prof !8
 
 for_begin_tile103.preheader.i:                    ; preds = %for_begin_tile.i
-  %158 = getelementptr inbounds nuw i8, ptr %reach552.i, i64 4
+  %158 = getelementptr inbounds nuw i8, ptr %reach527.i, i64 4
   %159 = load <2 x i32>, ptr %158, align 4
-  %exitcond1521.peel.not.i = icmp eq i32 %121, 1
+  %exitcond1500.peel.not.i = icmp eq i32 %121, 1
   %160 = extractelement <2 x i32> %159, i64 0
   %161 = extractelement <2 x i32> %159, i64 1
-  br i1 %exitcond1521.peel.not.i, label %for_end_tile105.loopexit.i, label %iter.check, !prof !8
+  br i1 %exitcond1500.peel.not.i, label %for_end_tile105.loopexit.i, label %iter.check, !prof !8
 
 iter.check:                                       ; preds = %for_begin_tile103.preheader.i
   %162 = add nsw i64 %wide.trip.count.i, -1
@@ -1486,73 +1486,73 @@ iter.check:                                       ; preds = %for_begin_tile103.p
   br i1 %min.iters.check, label %if_end113.i.preheader, label %vector.main.loop.iter.check, !prof !11
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
-  %min.iters.check174 = icmp ult i32 %121, 34
-  br i1 %min.iters.check174, label %vec.epilog.ph, label %vector.ph175, !prof !11
+  %min.iters.check164 = icmp ult i32 %121, 34
+  br i1 %min.iters.check164, label %vec.epilog.ph, label %vector.ph165, !prof !11
 
-vector.ph175:                                     ; preds = %vector.main.loop.iter.check
+vector.ph165:                                     ; preds = %vector.main.loop.iter.check
   %n.mod.vf = and i64 %162, 31
   %163 = icmp eq i64 %n.mod.vf, 0
   %164 = select i1 %163, i64 32, i64 %n.mod.vf
   %n.vec = sub nsw i64 %162, %164
-  %broadcast.splat177 = shufflevector <2 x i32> %159, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat179 = shufflevector <2 x i32> %159, <2 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body180
+  %broadcast.splat167 = shufflevector <2 x i32> %159, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat169 = shufflevector <2 x i32> %159, <2 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body170
 
-vector.body180:                                   ; preds = %vector.body180, %vector.ph175
-  %index181 = phi i64 [ 0, %vector.ph175 ], [ %index.next201, %vector.body180 ]
-  %vec.phi = phi <8 x i32> [ %broadcast.splat177, %vector.ph175 ], [ %177, %vector.body180 ]
-  %vec.phi182 = phi <8 x i32> [ %broadcast.splat177, %vector.ph175 ], [ %178, %vector.body180 ]
-  %vec.phi183 = phi <8 x i32> [ %broadcast.splat177, %vector.ph175 ], [ %179, %vector.body180 ]
-  %vec.phi184 = phi <8 x i32> [ %broadcast.splat177, %vector.ph175 ], [ %180, %vector.body180 ]
-  %vec.phi185 = phi <8 x i32> [ %broadcast.splat179, %vector.ph175 ], [ %181, %vector.body180 ]
-  %vec.phi186 = phi <8 x i32> [ %broadcast.splat179, %vector.ph175 ], [ %182, %vector.body180 ]
-  %vec.phi187 = phi <8 x i32> [ %broadcast.splat179, %vector.ph175 ], [ %183, %vector.body180 ]
-  %vec.phi188 = phi <8 x i32> [ %broadcast.splat179, %vector.ph175 ], [ %184, %vector.body180 ]
-  %165 = shl i64 %index181, 4
-  %166 = shl i64 %index181, 4
-  %167 = shl i64 %index181, 4
-  %168 = shl i64 %index181, 4
-  %169 = getelementptr inbounds nuw i8, ptr %reach552.i, i64 %165
-  %170 = getelementptr inbounds nuw i8, ptr %reach552.i, i64 %166
-  %171 = getelementptr inbounds nuw i8, ptr %reach552.i, i64 %167
-  %172 = getelementptr inbounds nuw i8, ptr %reach552.i, i64 %168
+vector.body170:                                   ; preds = %vector.body170, %vector.ph165
+  %index171 = phi i64 [ 0, %vector.ph165 ], [ %index.next191, %vector.body170 ]
+  %vec.phi = phi <8 x i32> [ %broadcast.splat167, %vector.ph165 ], [ %177, %vector.body170 ]
+  %vec.phi172 = phi <8 x i32> [ %broadcast.splat167, %vector.ph165 ], [ %178, %vector.body170 ]
+  %vec.phi173 = phi <8 x i32> [ %broadcast.splat167, %vector.ph165 ], [ %179, %vector.body170 ]
+  %vec.phi174 = phi <8 x i32> [ %broadcast.splat167, %vector.ph165 ], [ %180, %vector.body170 ]
+  %vec.phi175 = phi <8 x i32> [ %broadcast.splat169, %vector.ph165 ], [ %181, %vector.body170 ]
+  %vec.phi176 = phi <8 x i32> [ %broadcast.splat169, %vector.ph165 ], [ %182, %vector.body170 ]
+  %vec.phi177 = phi <8 x i32> [ %broadcast.splat169, %vector.ph165 ], [ %183, %vector.body170 ]
+  %vec.phi178 = phi <8 x i32> [ %broadcast.splat169, %vector.ph165 ], [ %184, %vector.body170 ]
+  %165 = shl i64 %index171, 4
+  %166 = shl i64 %index171, 4
+  %167 = shl i64 %index171, 4
+  %168 = shl i64 %index171, 4
+  %169 = getelementptr inbounds nuw i8, ptr %reach527.i, i64 %165
+  %170 = getelementptr inbounds nuw i8, ptr %reach527.i, i64 %166
+  %171 = getelementptr inbounds nuw i8, ptr %reach527.i, i64 %167
+  %172 = getelementptr inbounds nuw i8, ptr %reach527.i, i64 %168
   %173 = getelementptr inbounds nuw i8, ptr %169, i64 20
   %174 = getelementptr inbounds nuw i8, ptr %170, i64 148
   %175 = getelementptr inbounds nuw i8, ptr %171, i64 276
   %176 = getelementptr inbounds nuw i8, ptr %172, i64 404
-  %wide.vec189 = load <32 x i32>, ptr %173, align 4, !tbaa !12
-  %strided.vec190 = shufflevector <32 x i32> %wide.vec189, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec191 = shufflevector <32 x i32> %wide.vec189, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec192 = load <32 x i32>, ptr %174, align 4, !tbaa !12
-  %strided.vec193 = shufflevector <32 x i32> %wide.vec192, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec194 = shufflevector <32 x i32> %wide.vec192, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec195 = load <32 x i32>, ptr %175, align 4, !tbaa !12
-  %strided.vec196 = shufflevector <32 x i32> %wide.vec195, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec197 = shufflevector <32 x i32> %wide.vec195, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec198 = load <32 x i32>, ptr %176, align 4, !tbaa !12
-  %strided.vec199 = shufflevector <32 x i32> %wide.vec198, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec200 = shufflevector <32 x i32> %wide.vec198, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %177 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec191)
-  %178 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi182, <8 x i32> %strided.vec194)
-  %179 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi183, <8 x i32> %strided.vec197)
-  %180 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi184, <8 x i32> %strided.vec200)
-  %181 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi185, <8 x i32> %strided.vec190)
-  %182 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi186, <8 x i32> %strided.vec193)
-  %183 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi187, <8 x i32> %strided.vec196)
-  %184 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi188, <8 x i32> %strided.vec199)
-  %index.next201 = add nuw i64 %index181, 32
-  %185 = icmp eq i64 %index.next201, %n.vec
-  br i1 %185, label %vec.epilog.iter.check, label %vector.body180, !prof !14, !llvm.loop !15
+  %wide.vec179 = load <32 x i32>, ptr %173, align 4, !tbaa !12
+  %strided.vec180 = shufflevector <32 x i32> %wide.vec179, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec181 = shufflevector <32 x i32> %wide.vec179, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec182 = load <32 x i32>, ptr %174, align 4, !tbaa !12
+  %strided.vec183 = shufflevector <32 x i32> %wide.vec182, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec184 = shufflevector <32 x i32> %wide.vec182, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec185 = load <32 x i32>, ptr %175, align 4, !tbaa !12
+  %strided.vec186 = shufflevector <32 x i32> %wide.vec185, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec187 = shufflevector <32 x i32> %wide.vec185, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec188 = load <32 x i32>, ptr %176, align 4, !tbaa !12
+  %strided.vec189 = shufflevector <32 x i32> %wide.vec188, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec190 = shufflevector <32 x i32> %wide.vec188, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %177 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec181)
+  %178 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi172, <8 x i32> %strided.vec184)
+  %179 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi173, <8 x i32> %strided.vec187)
+  %180 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi174, <8 x i32> %strided.vec190)
+  %181 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi175, <8 x i32> %strided.vec180)
+  %182 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi176, <8 x i32> %strided.vec183)
+  %183 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi177, <8 x i32> %strided.vec186)
+  %184 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi178, <8 x i32> %strided.vec189)
+  %index.next191 = add nuw i64 %index171, 32
+  %185 = icmp eq i64 %index.next191, %n.vec
+  br i1 %185, label %vec.epilog.iter.check, label %vector.body170, !prof !14, !llvm.loop !15
 
-vec.epilog.iter.check:                            ; preds = %vector.body180
-  %rdx.minmax205 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %181, <8 x i32> %182)
-  %rdx.minmax206 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax205, <8 x i32> %183)
-  %rdx.minmax207 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax206, <8 x i32> %184)
-  %186 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax207)
+vec.epilog.iter.check:                            ; preds = %vector.body170
+  %rdx.minmax195 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %181, <8 x i32> %182)
+  %rdx.minmax196 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax195, <8 x i32> %183)
+  %rdx.minmax197 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax196, <8 x i32> %184)
+  %186 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax197)
   %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %177, <8 x i32> %178)
-  %rdx.minmax203 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %179)
-  %rdx.minmax204 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax203, <8 x i32> %180)
-  %187 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax204)
+  %rdx.minmax193 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %179)
+  %rdx.minmax194 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax193, <8 x i32> %180)
+  %187 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax194)
   %ind.end = add nsw i64 %n.vec, 1
   %min.epilog.iters.check = icmp samesign ult i64 %164, 5
   %188 = insertelement <2 x i32> poison, i32 %186, i64 0
@@ -1562,29 +1562,29 @@ vec.epilog.iter.check:                            ; preds = %vector.body180
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
   %190 = phi <2 x i32> [ %189, %vec.epilog.iter.check ], [ %159, %vector.main.loop.iter.check ]
-  %n.mod.vf209 = and i64 %162, 3
-  %191 = icmp eq i64 %n.mod.vf209, 0
-  %192 = select i1 %191, i64 4, i64 %n.mod.vf209
-  %n.vec210 = sub nsw i64 %162, %192
-  %193 = add nsw i64 %n.vec210, 1
-  %broadcast.splat212 = shufflevector <2 x i32> %190, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat214 = shufflevector <2 x i32> %190, <2 x i32> poison, <4 x i32> zeroinitializer
+  %n.mod.vf199 = and i64 %162, 3
+  %191 = icmp eq i64 %n.mod.vf199, 0
+  %192 = select i1 %191, i64 4, i64 %n.mod.vf199
+  %n.vec200 = sub nsw i64 %162, %192
+  %193 = add nsw i64 %n.vec200, 1
+  %broadcast.splat202 = shufflevector <2 x i32> %190, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat204 = shufflevector <2 x i32> %190, <2 x i32> poison, <4 x i32> zeroinitializer
   br label %vec.epilog.vector.body
 
 vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
-  %index215 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next221, %vec.epilog.vector.body ]
-  %vec.phi216 = phi <4 x i32> [ %broadcast.splat212, %vec.epilog.ph ], [ %196, %vec.epilog.vector.body ]
-  %vec.phi217 = phi <4 x i32> [ %broadcast.splat214, %vec.epilog.ph ], [ %197, %vec.epilog.vector.body ]
-  %offset.idx = shl i64 %index215, 4
-  %194 = getelementptr i8, ptr %reach552.i, i64 %offset.idx
+  %index205 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next211, %vec.epilog.vector.body ]
+  %vec.phi206 = phi <4 x i32> [ %broadcast.splat202, %vec.epilog.ph ], [ %196, %vec.epilog.vector.body ]
+  %vec.phi207 = phi <4 x i32> [ %broadcast.splat204, %vec.epilog.ph ], [ %197, %vec.epilog.vector.body ]
+  %offset.idx = shl i64 %index205, 4
+  %194 = getelementptr i8, ptr %reach527.i, i64 %offset.idx
   %195 = getelementptr i8, ptr %194, i64 20
-  %wide.vec218 = load <16 x i32>, ptr %195, align 4, !tbaa !12
-  %strided.vec219 = shufflevector <16 x i32> %wide.vec218, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
-  %strided.vec220 = shufflevector <16 x i32> %wide.vec218, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
-  %196 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi216, <4 x i32> %strided.vec220)
-  %197 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi217, <4 x i32> %strided.vec219)
-  %index.next221 = add nuw i64 %index215, 4
-  %198 = icmp eq i64 %index.next221, %n.vec210
+  %wide.vec208 = load <16 x i32>, ptr %195, align 4, !tbaa !12
+  %strided.vec209 = shufflevector <16 x i32> %wide.vec208, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
+  %strided.vec210 = shufflevector <16 x i32> %wide.vec208, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
+  %196 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi206, <4 x i32> %strided.vec210)
+  %197 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi207, <4 x i32> %strided.vec209)
+  %index.next211 = add nuw i64 %index205, 4
+  %198 = icmp eq i64 %index.next211, %n.vec200
   br i1 %198, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !21
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
@@ -1593,17 +1593,17 @@ vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.b
   br label %if_end113.i.preheader
 
 if_end113.i.preheader:                            ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv1517.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %193, %vec.epilog.middle.block ]
-  %span551.sroa.0.01215.i.ph = phi i32 [ %161, %iter.check ], [ %187, %vec.epilog.iter.check ], [ %199, %vec.epilog.middle.block ]
-  %span551.sroa.3.01214.i.ph = phi i32 [ %160, %iter.check ], [ %186, %vec.epilog.iter.check ], [ %200, %vec.epilog.middle.block ]
+  %indvars.iv1496.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %193, %vec.epilog.middle.block ]
+  %span526.sroa.0.01189.i.ph = phi i32 [ %161, %iter.check ], [ %187, %vec.epilog.iter.check ], [ %199, %vec.epilog.middle.block ]
+  %span526.sroa.3.01188.i.ph = phi i32 [ %160, %iter.check ], [ %186, %vec.epilog.iter.check ], [ %200, %vec.epilog.middle.block ]
   br label %if_end113.i
 
 for_body_tile.i:                                  ; preds = %for_begin_tile.i, %for_body_tile.lr.ph.i
-  %indvars.iv1513.i = phi i64 [ 0, %for_body_tile.lr.ph.i ], [ %indvars.iv.next1514.i, %for_begin_tile.i ]
-  %201 = trunc nuw nsw i64 %indvars.iv1513.i to i32
-  %202 = shl i64 %indvars.iv1513.i, 13
+  %indvars.iv1492.i = phi i64 [ 0, %for_body_tile.lr.ph.i ], [ %indvars.iv.next1493.i, %for_begin_tile.i ]
+  %201 = trunc nuw nsw i64 %indvars.iv1492.i to i32
+  %202 = shl i64 %indvars.iv1492.i, 13
   %203 = and i64 %202, 17179860992
-  %scevgep1509.i = getelementptr i8, ptr %total_acc.i, i64 %203
+  %scevgep1488.i = getelementptr i8, ptr %total_acc.i, i64 %203
   %204 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
   %q_tile_global.i = tail call ptr %204(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
   %205 = icmp eq ptr %q_tile_global.i, null
@@ -1613,12 +1613,12 @@ for_begin_r.preheader.i:                          ; preds = %for_body_tile.i
   %rmod.i = srem i32 %201, %120
   %rdiv.us.i = sdiv i32 %201, %120
   %206 = icmp ne i32 %rmod.i, 0
-  %.not583.i = and i1 %145, %206
-  %207 = select i1 %.not583.i, i32 %120, i32 0
+  %.not555.i = and i1 %145, %206
+  %207 = select i1 %.not555.i, i32 %120, i32 0
   %208 = add nsw i32 %207, %rmod.i
   %209 = shl nsw i32 %208, 4
   %210 = sub nsw i32 %118, %209
-  %211 = sext i1 %.not583.i to i32
+  %211 = sext i1 %.not555.i to i32
   %212 = sext i32 %208 to i64
   %213 = shl nsw i64 %212, 2
   %invariant.op.i = add nsw i64 %213, %147
@@ -1628,9 +1628,9 @@ for_begin_r.preheader.i:                          ; preds = %for_body_tile.i
   br label %for_begin_d.preheader.i
 
 for_begin_ax1_0.preheader.i:                      ; preds = %for_end_d.i
-  %216 = shl i64 %indvars.iv1513.i, 10
+  %216 = shl i64 %indvars.iv1492.i, 10
   %217 = and i64 %216, 4294966272
-  %invariant.gep1768.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %217
+  %invariant.gep1756.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %217
   br label %for_body_ax2_0.i
 
 for_begin_d.preheader.i:                          ; preds = %for_end_d.i, %for_begin_r.preheader.i
@@ -1660,12 +1660,12 @@ for_begin_d.preheader.split.us.i:                 ; preds = %for_begin_d.prehead
   %231 = or disjoint i64 %230, %226
   %232 = mul nsw i64 %231, %q_head
   %invariant.gep.i = getelementptr i16, ptr %225, i64 %232
-  %.idx1737.i = shl nuw nsw i64 %indvar.i, 8
-  %invariant.gep1766.i = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1737.i
+  %.idx1727.i = shl nuw nsw i64 %indvar.i, 8
+  %invariant.gep1754.i = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1727.i
   %233 = mul i64 %157, %231
-  %234 = getelementptr i8, ptr %scevgep160, i64 %222
-  %scevgep161 = getelementptr i8, ptr %234, i64 %233
-  %bound0 = icmp ult ptr %q_tile_global.i, %scevgep161
+  %234 = getelementptr i8, ptr %scevgep150, i64 %222
+  %scevgep151 = getelementptr i8, ptr %234, i64 %233
+  %bound0 = icmp ult ptr %q_tile_global.i, %scevgep151
   %bound1 = icmp ult ptr %invariant.gep.i, %scevgep
   %found.conflict = and i1 %bound0, %bound1
   br i1 %found.conflict, label %for_body_d.us.i, label %vector.body, !prof !11
@@ -1676,20 +1676,20 @@ vector.body:                                      ; preds = %for_begin_d.prehead
   %237 = getelementptr i8, ptr %invariant.gep.i, i64 96
   %wide.vec = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !23
   %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec162 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec163 = load <16 x i16>, ptr %235, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec164 = shufflevector <16 x i16> %wide.vec163, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec165 = shufflevector <16 x i16> %wide.vec163, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec166 = load <16 x i16>, ptr %236, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec167 = shufflevector <16 x i16> %wide.vec166, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec168 = shufflevector <16 x i16> %wide.vec166, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec169 = load <16 x i16>, ptr %237, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec170 = shufflevector <16 x i16> %wide.vec169, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec171 = shufflevector <16 x i16> %wide.vec169, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %238 = zext <8 x i16> %strided.vec162 to <8 x i32>
-  %239 = zext <8 x i16> %strided.vec165 to <8 x i32>
-  %240 = zext <8 x i16> %strided.vec168 to <8 x i32>
-  %241 = zext <8 x i16> %strided.vec171 to <8 x i32>
+  %strided.vec152 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec153 = load <16 x i16>, ptr %235, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec154 = shufflevector <16 x i16> %wide.vec153, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec155 = shufflevector <16 x i16> %wide.vec153, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec156 = load <16 x i16>, ptr %236, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec157 = shufflevector <16 x i16> %wide.vec156, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec158 = shufflevector <16 x i16> %wide.vec156, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec159 = load <16 x i16>, ptr %237, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec160 = shufflevector <16 x i16> %wide.vec159, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec161 = shufflevector <16 x i16> %wide.vec159, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %238 = zext <8 x i16> %strided.vec152 to <8 x i32>
+  %239 = zext <8 x i16> %strided.vec155 to <8 x i32>
+  %240 = zext <8 x i16> %strided.vec158 to <8 x i32>
+  %241 = zext <8 x i16> %strided.vec161 to <8 x i32>
   %242 = shl nuw <8 x i32> %238, splat (i32 16)
   %243 = shl nuw <8 x i32> %239, splat (i32 16)
   %244 = shl nuw <8 x i32> %240, splat (i32 16)
@@ -1707,9 +1707,9 @@ vector.body:                                      ; preds = %for_begin_d.prehead
   %256 = bitcast <8 x float> %252 to <8 x i32>
   %257 = bitcast <8 x float> %253 to <8 x i32>
   %258 = zext <8 x i16> %strided.vec to <8 x i32>
-  %259 = zext <8 x i16> %strided.vec164 to <8 x i32>
-  %260 = zext <8 x i16> %strided.vec167 to <8 x i32>
-  %261 = zext <8 x i16> %strided.vec170 to <8 x i32>
+  %259 = zext <8 x i16> %strided.vec154 to <8 x i32>
+  %260 = zext <8 x i16> %strided.vec157 to <8 x i32>
+  %261 = zext <8 x i16> %strided.vec160 to <8 x i32>
   %262 = shl nuw <8 x i32> %258, splat (i32 16)
   %263 = shl nuw <8 x i32> %259, splat (i32 16)
   %264 = shl nuw <8 x i32> %260, splat (i32 16)
@@ -1734,10 +1734,10 @@ vector.body:                                      ; preds = %for_begin_d.prehead
   %283 = or <8 x i32> %279, %255
   %284 = or <8 x i32> %280, %256
   %285 = or <8 x i32> %281, %257
-  %286 = getelementptr inbounds nuw i8, ptr %invariant.gep1766.i, i64 32
-  %287 = getelementptr inbounds nuw i8, ptr %invariant.gep1766.i, i64 64
-  %288 = getelementptr inbounds nuw i8, ptr %invariant.gep1766.i, i64 96
-  store <8 x i32> %282, ptr %invariant.gep1766.i, align 4, !tbaa !4, !alias.scope !26, !noalias !23
+  %286 = getelementptr inbounds nuw i8, ptr %invariant.gep1754.i, i64 32
+  %287 = getelementptr inbounds nuw i8, ptr %invariant.gep1754.i, i64 64
+  %288 = getelementptr inbounds nuw i8, ptr %invariant.gep1754.i, i64 96
+  store <8 x i32> %282, ptr %invariant.gep1754.i, align 4, !tbaa !4, !alias.scope !26, !noalias !23
   store <8 x i32> %283, ptr %286, align 4, !tbaa !4, !alias.scope !26, !noalias !23
   store <8 x i32> %284, ptr %287, align 4, !tbaa !4, !alias.scope !26, !noalias !23
   store <8 x i32> %285, ptr %288, align 4, !tbaa !4, !alias.scope !26, !noalias !23
@@ -1747,20 +1747,20 @@ vector.body:                                      ; preds = %for_begin_d.prehead
   %292 = getelementptr i8, ptr %invariant.gep.i, i64 224
   %wide.vec.1 = load <16 x i16>, ptr %289, align 2, !tbaa !4, !alias.scope !23
   %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec162.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec163.1 = load <16 x i16>, ptr %290, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec164.1 = shufflevector <16 x i16> %wide.vec163.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec165.1 = shufflevector <16 x i16> %wide.vec163.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec166.1 = load <16 x i16>, ptr %291, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec167.1 = shufflevector <16 x i16> %wide.vec166.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec168.1 = shufflevector <16 x i16> %wide.vec166.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec169.1 = load <16 x i16>, ptr %292, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec170.1 = shufflevector <16 x i16> %wide.vec169.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec171.1 = shufflevector <16 x i16> %wide.vec169.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %293 = zext <8 x i16> %strided.vec162.1 to <8 x i32>
-  %294 = zext <8 x i16> %strided.vec165.1 to <8 x i32>
-  %295 = zext <8 x i16> %strided.vec168.1 to <8 x i32>
-  %296 = zext <8 x i16> %strided.vec171.1 to <8 x i32>
+  %strided.vec152.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec153.1 = load <16 x i16>, ptr %290, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec154.1 = shufflevector <16 x i16> %wide.vec153.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec155.1 = shufflevector <16 x i16> %wide.vec153.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec156.1 = load <16 x i16>, ptr %291, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec157.1 = shufflevector <16 x i16> %wide.vec156.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec158.1 = shufflevector <16 x i16> %wide.vec156.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec159.1 = load <16 x i16>, ptr %292, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec160.1 = shufflevector <16 x i16> %wide.vec159.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec161.1 = shufflevector <16 x i16> %wide.vec159.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %293 = zext <8 x i16> %strided.vec152.1 to <8 x i32>
+  %294 = zext <8 x i16> %strided.vec155.1 to <8 x i32>
+  %295 = zext <8 x i16> %strided.vec158.1 to <8 x i32>
+  %296 = zext <8 x i16> %strided.vec161.1 to <8 x i32>
   %297 = shl nuw <8 x i32> %293, splat (i32 16)
   %298 = shl nuw <8 x i32> %294, splat (i32 16)
   %299 = shl nuw <8 x i32> %295, splat (i32 16)
@@ -1778,9 +1778,9 @@ vector.body:                                      ; preds = %for_begin_d.prehead
   %311 = bitcast <8 x float> %307 to <8 x i32>
   %312 = bitcast <8 x float> %308 to <8 x i32>
   %313 = zext <8 x i16> %strided.vec.1 to <8 x i32>
-  %314 = zext <8 x i16> %strided.vec164.1 to <8 x i32>
-  %315 = zext <8 x i16> %strided.vec167.1 to <8 x i32>
-  %316 = zext <8 x i16> %strided.vec170.1 to <8 x i32>
+  %314 = zext <8 x i16> %strided.vec154.1 to <8 x i32>
+  %315 = zext <8 x i16> %strided.vec157.1 to <8 x i32>
+  %316 = zext <8 x i16> %strided.vec160.1 to <8 x i32>
   %317 = shl nuw <8 x i32> %313, splat (i32 16)
   %318 = shl nuw <8 x i32> %314, splat (i32 16)
   %319 = shl nuw <8 x i32> %315, splat (i32 16)
@@ -1805,10 +1805,10 @@ vector.body:                                      ; preds = %for_begin_d.prehead
   %338 = or <8 x i32> %334, %310
   %339 = or <8 x i32> %335, %311
   %340 = or <8 x i32> %336, %312
-  %341 = getelementptr inbounds nuw i8, ptr %invariant.gep1766.i, i64 128
-  %342 = getelementptr inbounds nuw i8, ptr %invariant.gep1766.i, i64 160
-  %343 = getelementptr inbounds nuw i8, ptr %invariant.gep1766.i, i64 192
-  %344 = getelementptr inbounds nuw i8, ptr %invariant.gep1766.i, i64 224
+  %341 = getelementptr inbounds nuw i8, ptr %invariant.gep1754.i, i64 128
+  %342 = getelementptr inbounds nuw i8, ptr %invariant.gep1754.i, i64 160
+  %343 = getelementptr inbounds nuw i8, ptr %invariant.gep1754.i, i64 192
+  %344 = getelementptr inbounds nuw i8, ptr %invariant.gep1754.i, i64 224
   store <8 x i32> %337, ptr %341, align 4, !tbaa !4, !alias.scope !26, !noalias !23
   store <8 x i32> %338, ptr %342, align 4, !tbaa !4, !alias.scope !26, !noalias !23
   store <8 x i32> %339, ptr %343, align 4, !tbaa !4, !alias.scope !26, !noalias !23
@@ -1834,8 +1834,8 @@ for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %f
   %357 = bitcast float %356 to i32
   %358 = lshr i32 %357, 16
   %359 = or i32 %358, %351
-  %gep1767.i = getelementptr inbounds nuw i32, ptr %invariant.gep1766.i, i64 %indvars.iv.i
-  store i32 %359, ptr %gep1767.i, align 4, !tbaa !4
+  %gep1755.i = getelementptr inbounds nuw i32, ptr %invariant.gep1754.i, i64 %indvars.iv.i
+  store i32 %359, ptr %gep1755.i, align 4, !tbaa !4
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
   %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
@@ -1854,8 +1854,8 @@ for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %f
   %372 = bitcast float %371 to i32
   %373 = lshr i32 %372, 16
   %374 = or i32 %373, %366
-  %gep1767.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1766.i, i64 %indvars.iv.next.i
-  store i32 %374, ptr %gep1767.i.1, align 4, !tbaa !4
+  %gep1755.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1754.i, i64 %indvars.iv.next.i
+  store i32 %374, ptr %gep1755.i.1, align 4, !tbaa !4
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
   %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
   %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
@@ -1874,8 +1874,8 @@ for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %f
   %387 = bitcast float %386 to i32
   %388 = lshr i32 %387, 16
   %389 = or i32 %388, %381
-  %gep1767.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1766.i, i64 %indvars.iv.next.i.1
-  store i32 %389, ptr %gep1767.i.2, align 4, !tbaa !4
+  %gep1755.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1754.i, i64 %indvars.iv.next.i.1
+  store i32 %389, ptr %gep1755.i.2, align 4, !tbaa !4
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
   %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
   %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
@@ -1894,21 +1894,21 @@ for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %f
   %402 = bitcast float %401 to i32
   %403 = lshr i32 %402, 16
   %404 = or i32 %403, %396
-  %gep1767.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1766.i, i64 %indvars.iv.next.i.2
-  store i32 %404, ptr %gep1767.i.3, align 4, !tbaa !4
+  %gep1755.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1754.i, i64 %indvars.iv.next.i.2
+  store i32 %404, ptr %gep1755.i.3, align 4, !tbaa !4
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 64
   br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !prof !28, !llvm.loop !29
 
 for_end_d.i:                                      ; preds = %for_body_d.us.i, %vector.body, %for_body_d.preheader.i
   %indvar.next.i = add nuw nsw i64 %indvar.i, 1
-  %exitcond1493.not.i = icmp eq i64 %indvar.next.i, 16
-  br i1 %exitcond1493.not.i, label %for_begin_ax1_0.preheader.i, label %for_begin_d.preheader.i, !prof !30
+  %exitcond1472.not.i = icmp eq i64 %indvar.next.i, 16
+  br i1 %exitcond1472.not.i, label %for_begin_ax1_0.preheader.i, label %for_begin_d.preheader.i, !prof !30
 
 for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %for_begin_ax1_0.preheader.i
-  %indvars.iv1494.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next1495.i.1, %for_body_ax2_0.i ]
-  %.idx1738.i = shl nuw nsw i64 %indvars.iv1494.i, 4
-  %405 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1738.i
+  %indvars.iv1473.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next1474.i.1, %for_body_ax2_0.i ]
+  %.idx1728.i = shl nuw nsw i64 %indvars.iv1473.i, 4
+  %405 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1728.i
   %v.i = load <4 x i32>, ptr %405, align 4, !tbaa !4
   %406 = getelementptr inbounds nuw i8, ptr %405, i64 256
   %v27.i = load <4 x i32>, ptr %406, align 4, !tbaa !4
@@ -1921,21 +1921,21 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   %411 = shufflevector <4 x i32> %v.i, <4 x i32> %v29.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %412 = shufflevector <4 x i32> %v27.i, <4 x i32> %v31.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %413 = shufflevector <4 x i32> %409, <4 x i32> %410, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1739.i = shl nuw nsw i64 %indvars.iv1494.i, 8
-  %gep1769.i = getelementptr inbounds nuw i8, ptr %invariant.gep1768.i, i64 %.idx1739.i
-  store <4 x i32> %413, ptr %gep1769.i, align 4, !tbaa !4
+  %.idx1729.i = shl nuw nsw i64 %indvars.iv1473.i, 8
+  %gep1757.i = getelementptr inbounds nuw i8, ptr %invariant.gep1756.i, i64 %.idx1729.i
+  store <4 x i32> %413, ptr %gep1757.i, align 4, !tbaa !4
   %414 = shufflevector <4 x i32> %409, <4 x i32> %410, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %415 = getelementptr inbounds nuw i8, ptr %gep1769.i, i64 64
+  %415 = getelementptr inbounds nuw i8, ptr %gep1757.i, i64 64
   store <4 x i32> %414, ptr %415, align 4, !tbaa !4
   %416 = shufflevector <4 x i32> %411, <4 x i32> %412, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %417 = getelementptr inbounds nuw i8, ptr %gep1769.i, i64 128
+  %417 = getelementptr inbounds nuw i8, ptr %gep1757.i, i64 128
   store <4 x i32> %416, ptr %417, align 4, !tbaa !4
   %418 = shufflevector <4 x i32> %411, <4 x i32> %412, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %419 = getelementptr inbounds nuw i8, ptr %gep1769.i, i64 192
+  %419 = getelementptr inbounds nuw i8, ptr %gep1757.i, i64 192
   store <4 x i32> %418, ptr %419, align 4, !tbaa !4
-  %indvars.iv.next1495.i = or disjoint i64 %indvars.iv1494.i, 1
-  %.idx1738.i.1 = shl nuw nsw i64 %indvars.iv.next1495.i, 4
-  %420 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1738.i.1
+  %indvars.iv.next1474.i = or disjoint i64 %indvars.iv1473.i, 1
+  %.idx1728.i.1 = shl nuw nsw i64 %indvars.iv.next1474.i, 4
+  %420 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1728.i.1
   %v.i.1 = load <4 x i32>, ptr %420, align 4, !tbaa !4
   %421 = getelementptr inbounds nuw i8, ptr %420, i64 256
   %v27.i.1 = load <4 x i32>, ptr %421, align 4, !tbaa !4
@@ -1948,26 +1948,26 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   %426 = shufflevector <4 x i32> %v.i.1, <4 x i32> %v29.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %427 = shufflevector <4 x i32> %v27.i.1, <4 x i32> %v31.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %428 = shufflevector <4 x i32> %424, <4 x i32> %425, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1739.i.1 = shl nuw nsw i64 %indvars.iv.next1495.i, 8
-  %gep1769.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1768.i, i64 %.idx1739.i.1
-  store <4 x i32> %428, ptr %gep1769.i.1, align 4, !tbaa !4
+  %.idx1729.i.1 = shl nuw nsw i64 %indvars.iv.next1474.i, 8
+  %gep1757.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1756.i, i64 %.idx1729.i.1
+  store <4 x i32> %428, ptr %gep1757.i.1, align 4, !tbaa !4
   %429 = shufflevector <4 x i32> %424, <4 x i32> %425, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %430 = getelementptr inbounds nuw i8, ptr %gep1769.i.1, i64 64
+  %430 = getelementptr inbounds nuw i8, ptr %gep1757.i.1, i64 64
   store <4 x i32> %429, ptr %430, align 4, !tbaa !4
   %431 = shufflevector <4 x i32> %426, <4 x i32> %427, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %432 = getelementptr inbounds nuw i8, ptr %gep1769.i.1, i64 128
+  %432 = getelementptr inbounds nuw i8, ptr %gep1757.i.1, i64 128
   store <4 x i32> %431, ptr %432, align 4, !tbaa !4
   %433 = shufflevector <4 x i32> %426, <4 x i32> %427, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %434 = getelementptr inbounds nuw i8, ptr %gep1769.i.1, i64 192
+  %434 = getelementptr inbounds nuw i8, ptr %gep1757.i.1, i64 192
   store <4 x i32> %433, ptr %434, align 4, !tbaa !4
-  %indvars.iv.next1495.i.1 = add nuw nsw i64 %indvars.iv1494.i, 2
-  %exitcond1498.not.i.1 = icmp eq i64 %indvars.iv.next1495.i.1, 16
-  br i1 %exitcond1498.not.i.1, label %for_body_ax2_0.1.i, label %for_body_ax2_0.i, !prof !30, !llvm.loop !31
+  %indvars.iv.next1474.i.1 = add nuw nsw i64 %indvars.iv1473.i, 2
+  %exitcond1477.not.i.1 = icmp eq i64 %indvars.iv.next1474.i.1, 16
+  br i1 %exitcond1477.not.i.1, label %for_body_ax2_0.1.i, label %for_body_ax2_0.i, !prof !30, !llvm.loop !31
 
 for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i, %for_body_ax2_0.i
-  %indvars.iv1494.1.i = phi i64 [ %indvars.iv.next1495.1.i.1, %for_body_ax2_0.1.i ], [ 0, %for_body_ax2_0.i ]
-  %.idx1740.i = shl nuw nsw i64 %indvars.iv1494.1.i, 4
-  %435 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1740.i
+  %indvars.iv1473.1.i = phi i64 [ %indvars.iv.next1474.1.i.1, %for_body_ax2_0.1.i ], [ 0, %for_body_ax2_0.i ]
+  %.idx1730.i = shl nuw nsw i64 %indvars.iv1473.1.i, 4
+  %435 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1730.i
   %436 = getelementptr inbounds nuw i8, ptr %435, i64 1024
   %v.1.i = load <4 x i32>, ptr %436, align 4, !tbaa !4
   %437 = getelementptr inbounds nuw i8, ptr %435, i64 1280
@@ -1981,22 +1981,22 @@ for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i,
   %442 = shufflevector <4 x i32> %v.1.i, <4 x i32> %v29.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %443 = shufflevector <4 x i32> %v27.1.i, <4 x i32> %v31.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %444 = shufflevector <4 x i32> %440, <4 x i32> %441, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1741.i = shl nuw nsw i64 %indvars.iv1494.1.i, 8
-  %gep1771.i = getelementptr inbounds nuw i8, ptr %invariant.gep1768.i, i64 %.idx1741.i
-  %445 = getelementptr inbounds nuw i8, ptr %gep1771.i, i64 16
+  %.idx1731.i = shl nuw nsw i64 %indvars.iv1473.1.i, 8
+  %gep1759.i = getelementptr inbounds nuw i8, ptr %invariant.gep1756.i, i64 %.idx1731.i
+  %445 = getelementptr inbounds nuw i8, ptr %gep1759.i, i64 16
   store <4 x i32> %444, ptr %445, align 4, !tbaa !4
   %446 = shufflevector <4 x i32> %440, <4 x i32> %441, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %447 = getelementptr inbounds nuw i8, ptr %gep1771.i, i64 80
+  %447 = getelementptr inbounds nuw i8, ptr %gep1759.i, i64 80
   store <4 x i32> %446, ptr %447, align 4, !tbaa !4
   %448 = shufflevector <4 x i32> %442, <4 x i32> %443, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %449 = getelementptr inbounds nuw i8, ptr %gep1771.i, i64 144
+  %449 = getelementptr inbounds nuw i8, ptr %gep1759.i, i64 144
   store <4 x i32> %448, ptr %449, align 4, !tbaa !4
   %450 = shufflevector <4 x i32> %442, <4 x i32> %443, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %451 = getelementptr inbounds nuw i8, ptr %gep1771.i, i64 208
+  %451 = getelementptr inbounds nuw i8, ptr %gep1759.i, i64 208
   store <4 x i32> %450, ptr %451, align 4, !tbaa !4
-  %indvars.iv.next1495.1.i = or disjoint i64 %indvars.iv1494.1.i, 1
-  %.idx1740.i.1 = shl nuw nsw i64 %indvars.iv.next1495.1.i, 4
-  %452 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1740.i.1
+  %indvars.iv.next1474.1.i = or disjoint i64 %indvars.iv1473.1.i, 1
+  %.idx1730.i.1 = shl nuw nsw i64 %indvars.iv.next1474.1.i, 4
+  %452 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1730.i.1
   %453 = getelementptr inbounds nuw i8, ptr %452, i64 1024
   %v.1.i.1 = load <4 x i32>, ptr %453, align 4, !tbaa !4
   %454 = getelementptr inbounds nuw i8, ptr %452, i64 1280
@@ -2010,27 +2010,27 @@ for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i,
   %459 = shufflevector <4 x i32> %v.1.i.1, <4 x i32> %v29.1.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %460 = shufflevector <4 x i32> %v27.1.i.1, <4 x i32> %v31.1.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %461 = shufflevector <4 x i32> %457, <4 x i32> %458, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1741.i.1 = shl nuw nsw i64 %indvars.iv.next1495.1.i, 8
-  %gep1771.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1768.i, i64 %.idx1741.i.1
-  %462 = getelementptr inbounds nuw i8, ptr %gep1771.i.1, i64 16
+  %.idx1731.i.1 = shl nuw nsw i64 %indvars.iv.next1474.1.i, 8
+  %gep1759.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1756.i, i64 %.idx1731.i.1
+  %462 = getelementptr inbounds nuw i8, ptr %gep1759.i.1, i64 16
   store <4 x i32> %461, ptr %462, align 4, !tbaa !4
   %463 = shufflevector <4 x i32> %457, <4 x i32> %458, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %464 = getelementptr inbounds nuw i8, ptr %gep1771.i.1, i64 80
+  %464 = getelementptr inbounds nuw i8, ptr %gep1759.i.1, i64 80
   store <4 x i32> %463, ptr %464, align 4, !tbaa !4
   %465 = shufflevector <4 x i32> %459, <4 x i32> %460, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %466 = getelementptr inbounds nuw i8, ptr %gep1771.i.1, i64 144
+  %466 = getelementptr inbounds nuw i8, ptr %gep1759.i.1, i64 144
   store <4 x i32> %465, ptr %466, align 4, !tbaa !4
   %467 = shufflevector <4 x i32> %459, <4 x i32> %460, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %468 = getelementptr inbounds nuw i8, ptr %gep1771.i.1, i64 208
+  %468 = getelementptr inbounds nuw i8, ptr %gep1759.i.1, i64 208
   store <4 x i32> %467, ptr %468, align 4, !tbaa !4
-  %indvars.iv.next1495.1.i.1 = add nuw nsw i64 %indvars.iv1494.1.i, 2
-  %exitcond1498.1.not.i.1 = icmp eq i64 %indvars.iv.next1495.1.i.1, 16
-  br i1 %exitcond1498.1.not.i.1, label %for_body_ax2_0.2.i, label %for_body_ax2_0.1.i, !prof !30, !llvm.loop !33
+  %indvars.iv.next1474.1.i.1 = add nuw nsw i64 %indvars.iv1473.1.i, 2
+  %exitcond1477.1.not.i.1 = icmp eq i64 %indvars.iv.next1474.1.i.1, 16
+  br i1 %exitcond1477.1.not.i.1, label %for_body_ax2_0.2.i, label %for_body_ax2_0.1.i, !prof !30, !llvm.loop !33
 
 for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i, %for_body_ax2_0.1.i
-  %indvars.iv1494.2.i = phi i64 [ %indvars.iv.next1495.2.i.1, %for_body_ax2_0.2.i ], [ 0, %for_body_ax2_0.1.i ]
-  %.idx1742.i = shl nuw nsw i64 %indvars.iv1494.2.i, 4
-  %469 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1742.i
+  %indvars.iv1473.2.i = phi i64 [ %indvars.iv.next1474.2.i.1, %for_body_ax2_0.2.i ], [ 0, %for_body_ax2_0.1.i ]
+  %.idx1732.i = shl nuw nsw i64 %indvars.iv1473.2.i, 4
+  %469 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1732.i
   %470 = getelementptr inbounds nuw i8, ptr %469, i64 2048
   %v.2.i = load <4 x i32>, ptr %470, align 4, !tbaa !4
   %471 = getelementptr inbounds nuw i8, ptr %469, i64 2304
@@ -2044,22 +2044,22 @@ for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i,
   %476 = shufflevector <4 x i32> %v.2.i, <4 x i32> %v29.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %477 = shufflevector <4 x i32> %v27.2.i, <4 x i32> %v31.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %478 = shufflevector <4 x i32> %474, <4 x i32> %475, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1743.i = shl nuw nsw i64 %indvars.iv1494.2.i, 8
-  %gep1773.i = getelementptr inbounds nuw i8, ptr %invariant.gep1768.i, i64 %.idx1743.i
-  %479 = getelementptr inbounds nuw i8, ptr %gep1773.i, i64 32
+  %.idx1733.i = shl nuw nsw i64 %indvars.iv1473.2.i, 8
+  %gep1761.i = getelementptr inbounds nuw i8, ptr %invariant.gep1756.i, i64 %.idx1733.i
+  %479 = getelementptr inbounds nuw i8, ptr %gep1761.i, i64 32
   store <4 x i32> %478, ptr %479, align 4, !tbaa !4
   %480 = shufflevector <4 x i32> %474, <4 x i32> %475, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %481 = getelementptr inbounds nuw i8, ptr %gep1773.i, i64 96
+  %481 = getelementptr inbounds nuw i8, ptr %gep1761.i, i64 96
   store <4 x i32> %480, ptr %481, align 4, !tbaa !4
   %482 = shufflevector <4 x i32> %476, <4 x i32> %477, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %483 = getelementptr inbounds nuw i8, ptr %gep1773.i, i64 160
+  %483 = getelementptr inbounds nuw i8, ptr %gep1761.i, i64 160
   store <4 x i32> %482, ptr %483, align 4, !tbaa !4
   %484 = shufflevector <4 x i32> %476, <4 x i32> %477, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %485 = getelementptr inbounds nuw i8, ptr %gep1773.i, i64 224
+  %485 = getelementptr inbounds nuw i8, ptr %gep1761.i, i64 224
   store <4 x i32> %484, ptr %485, align 4, !tbaa !4
-  %indvars.iv.next1495.2.i = or disjoint i64 %indvars.iv1494.2.i, 1
-  %.idx1742.i.1 = shl nuw nsw i64 %indvars.iv.next1495.2.i, 4
-  %486 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1742.i.1
+  %indvars.iv.next1474.2.i = or disjoint i64 %indvars.iv1473.2.i, 1
+  %.idx1732.i.1 = shl nuw nsw i64 %indvars.iv.next1474.2.i, 4
+  %486 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1732.i.1
   %487 = getelementptr inbounds nuw i8, ptr %486, i64 2048
   %v.2.i.1 = load <4 x i32>, ptr %487, align 4, !tbaa !4
   %488 = getelementptr inbounds nuw i8, ptr %486, i64 2304
@@ -2073,27 +2073,27 @@ for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i,
   %493 = shufflevector <4 x i32> %v.2.i.1, <4 x i32> %v29.2.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %494 = shufflevector <4 x i32> %v27.2.i.1, <4 x i32> %v31.2.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %495 = shufflevector <4 x i32> %491, <4 x i32> %492, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1743.i.1 = shl nuw nsw i64 %indvars.iv.next1495.2.i, 8
-  %gep1773.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1768.i, i64 %.idx1743.i.1
-  %496 = getelementptr inbounds nuw i8, ptr %gep1773.i.1, i64 32
+  %.idx1733.i.1 = shl nuw nsw i64 %indvars.iv.next1474.2.i, 8
+  %gep1761.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1756.i, i64 %.idx1733.i.1
+  %496 = getelementptr inbounds nuw i8, ptr %gep1761.i.1, i64 32
   store <4 x i32> %495, ptr %496, align 4, !tbaa !4
   %497 = shufflevector <4 x i32> %491, <4 x i32> %492, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %498 = getelementptr inbounds nuw i8, ptr %gep1773.i.1, i64 96
+  %498 = getelementptr inbounds nuw i8, ptr %gep1761.i.1, i64 96
   store <4 x i32> %497, ptr %498, align 4, !tbaa !4
   %499 = shufflevector <4 x i32> %493, <4 x i32> %494, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %500 = getelementptr inbounds nuw i8, ptr %gep1773.i.1, i64 160
+  %500 = getelementptr inbounds nuw i8, ptr %gep1761.i.1, i64 160
   store <4 x i32> %499, ptr %500, align 4, !tbaa !4
   %501 = shufflevector <4 x i32> %493, <4 x i32> %494, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %502 = getelementptr inbounds nuw i8, ptr %gep1773.i.1, i64 224
+  %502 = getelementptr inbounds nuw i8, ptr %gep1761.i.1, i64 224
   store <4 x i32> %501, ptr %502, align 4, !tbaa !4
-  %indvars.iv.next1495.2.i.1 = add nuw nsw i64 %indvars.iv1494.2.i, 2
-  %exitcond1498.2.not.i.1 = icmp eq i64 %indvars.iv.next1495.2.i.1, 16
-  br i1 %exitcond1498.2.not.i.1, label %for_body_ax2_0.3.i, label %for_body_ax2_0.2.i, !prof !30, !llvm.loop !34
+  %indvars.iv.next1474.2.i.1 = add nuw nsw i64 %indvars.iv1473.2.i, 2
+  %exitcond1477.2.not.i.1 = icmp eq i64 %indvars.iv.next1474.2.i.1, 16
+  br i1 %exitcond1477.2.not.i.1, label %for_body_ax2_0.3.i, label %for_body_ax2_0.2.i, !prof !30, !llvm.loop !34
 
 for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i, %for_body_ax2_0.2.i
-  %indvars.iv1494.3.i = phi i64 [ %indvars.iv.next1495.3.i.1, %for_body_ax2_0.3.i ], [ 0, %for_body_ax2_0.2.i ]
-  %.idx1744.i = shl nuw nsw i64 %indvars.iv1494.3.i, 4
-  %503 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1744.i
+  %indvars.iv1473.3.i = phi i64 [ %indvars.iv.next1474.3.i.1, %for_body_ax2_0.3.i ], [ 0, %for_body_ax2_0.2.i ]
+  %.idx1734.i = shl nuw nsw i64 %indvars.iv1473.3.i, 4
+  %503 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1734.i
   %504 = getelementptr inbounds nuw i8, ptr %503, i64 3072
   %v.3.i = load <4 x i32>, ptr %504, align 4, !tbaa !4
   %505 = getelementptr inbounds nuw i8, ptr %503, i64 3328
@@ -2107,22 +2107,22 @@ for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i,
   %510 = shufflevector <4 x i32> %v.3.i, <4 x i32> %v29.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %511 = shufflevector <4 x i32> %v27.3.i, <4 x i32> %v31.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %512 = shufflevector <4 x i32> %508, <4 x i32> %509, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1745.i = shl nuw nsw i64 %indvars.iv1494.3.i, 8
-  %gep1775.i = getelementptr inbounds nuw i8, ptr %invariant.gep1768.i, i64 %.idx1745.i
-  %513 = getelementptr inbounds nuw i8, ptr %gep1775.i, i64 48
+  %.idx1735.i = shl nuw nsw i64 %indvars.iv1473.3.i, 8
+  %gep1763.i = getelementptr inbounds nuw i8, ptr %invariant.gep1756.i, i64 %.idx1735.i
+  %513 = getelementptr inbounds nuw i8, ptr %gep1763.i, i64 48
   store <4 x i32> %512, ptr %513, align 4, !tbaa !4
   %514 = shufflevector <4 x i32> %508, <4 x i32> %509, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %515 = getelementptr inbounds nuw i8, ptr %gep1775.i, i64 112
+  %515 = getelementptr inbounds nuw i8, ptr %gep1763.i, i64 112
   store <4 x i32> %514, ptr %515, align 4, !tbaa !4
   %516 = shufflevector <4 x i32> %510, <4 x i32> %511, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %517 = getelementptr inbounds nuw i8, ptr %gep1775.i, i64 176
+  %517 = getelementptr inbounds nuw i8, ptr %gep1763.i, i64 176
   store <4 x i32> %516, ptr %517, align 4, !tbaa !4
   %518 = shufflevector <4 x i32> %510, <4 x i32> %511, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %519 = getelementptr inbounds nuw i8, ptr %gep1775.i, i64 240
+  %519 = getelementptr inbounds nuw i8, ptr %gep1763.i, i64 240
   store <4 x i32> %518, ptr %519, align 4, !tbaa !4
-  %indvars.iv.next1495.3.i = or disjoint i64 %indvars.iv1494.3.i, 1
-  %.idx1744.i.1 = shl nuw nsw i64 %indvars.iv.next1495.3.i, 4
-  %520 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1744.i.1
+  %indvars.iv.next1474.3.i = or disjoint i64 %indvars.iv1473.3.i, 1
+  %.idx1734.i.1 = shl nuw nsw i64 %indvars.iv.next1474.3.i, 4
+  %520 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1734.i.1
   %521 = getelementptr inbounds nuw i8, ptr %520, i64 3072
   %v.3.i.1 = load <4 x i32>, ptr %521, align 4, !tbaa !4
   %522 = getelementptr inbounds nuw i8, ptr %520, i64 3328
@@ -2136,22 +2136,22 @@ for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i,
   %527 = shufflevector <4 x i32> %v.3.i.1, <4 x i32> %v29.3.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %528 = shufflevector <4 x i32> %v27.3.i.1, <4 x i32> %v31.3.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %529 = shufflevector <4 x i32> %525, <4 x i32> %526, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1745.i.1 = shl nuw nsw i64 %indvars.iv.next1495.3.i, 8
-  %gep1775.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1768.i, i64 %.idx1745.i.1
-  %530 = getelementptr inbounds nuw i8, ptr %gep1775.i.1, i64 48
+  %.idx1735.i.1 = shl nuw nsw i64 %indvars.iv.next1474.3.i, 8
+  %gep1763.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1756.i, i64 %.idx1735.i.1
+  %530 = getelementptr inbounds nuw i8, ptr %gep1763.i.1, i64 48
   store <4 x i32> %529, ptr %530, align 4, !tbaa !4
   %531 = shufflevector <4 x i32> %525, <4 x i32> %526, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %532 = getelementptr inbounds nuw i8, ptr %gep1775.i.1, i64 112
+  %532 = getelementptr inbounds nuw i8, ptr %gep1763.i.1, i64 112
   store <4 x i32> %531, ptr %532, align 4, !tbaa !4
   %533 = shufflevector <4 x i32> %527, <4 x i32> %528, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %534 = getelementptr inbounds nuw i8, ptr %gep1775.i.1, i64 176
+  %534 = getelementptr inbounds nuw i8, ptr %gep1763.i.1, i64 176
   store <4 x i32> %533, ptr %534, align 4, !tbaa !4
   %535 = shufflevector <4 x i32> %527, <4 x i32> %528, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %536 = getelementptr inbounds nuw i8, ptr %gep1775.i.1, i64 240
+  %536 = getelementptr inbounds nuw i8, ptr %gep1763.i.1, i64 240
   store <4 x i32> %535, ptr %536, align 4, !tbaa !4
-  %indvars.iv.next1495.3.i.1 = add nuw nsw i64 %indvars.iv1494.3.i, 2
-  %exitcond1498.3.not.i.1 = icmp eq i64 %indvars.iv.next1495.3.i.1, 16
-  br i1 %exitcond1498.3.not.i.1, label %for_body_r79.peel.next.i, label %for_body_ax2_0.3.i, !prof !30, !llvm.loop !35
+  %indvars.iv.next1474.3.i.1 = add nuw nsw i64 %indvars.iv1473.3.i, 2
+  %exitcond1477.3.not.i.1 = icmp eq i64 %indvars.iv.next1474.3.i.1, 16
+  br i1 %exitcond1477.3.not.i.1, label %for_body_r79.peel.next.i, label %for_body_ax2_0.3.i, !prof !30, !llvm.loop !35
 
 for_body_r79.peel.next.i:                         ; preds = %for_body_ax2_0.3.i
   %537 = icmp eq i32 %rmod.i, 0
@@ -2171,7 +2171,7 @@ for_body_r79.peel.next.i:                         ; preds = %for_body_ax2_0.3.i
   %551 = ashr <16 x i32> %550, splat (i32 2)
   %552 = add <16 x i32> %551, %150
   %553 = select <16 x i1> %155, <16 x i32> %152, <16 x i32> %552
-  %554 = shl nsw i64 %indvars.iv1513.i, 4
+  %554 = shl nsw i64 %indvars.iv1492.i, 4
   %555 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %554
   store <16 x i32> %553, ptr %555, align 4, !tbaa !4
   %556 = add nsw <16 x i32> %553, splat (i32 -1)
@@ -2182,71 +2182,71 @@ for_body_r79.peel.next.i:                         ; preds = %for_body_ax2_0.3.i
   %561 = add nsw <16 x i32> %560, splat (i32 -125)
   %562 = getelementptr inbounds nuw i32, ptr %places.i, i64 %554
   store <16 x i32> %561, ptr %562, align 4, !tbaa !4
-  %563 = getelementptr inbounds nuw i8, ptr %reach552.i, i64 %554
+  %563 = getelementptr inbounds nuw i8, ptr %reach527.i, i64 %554
   %564 = getelementptr inbounds nuw i8, ptr %563, i64 4
   %565 = getelementptr inbounds nuw i8, ptr %563, i64 8
   %566 = getelementptr inbounds nuw i8, ptr %563, i64 12
   %567 = and i64 %554, 4294967280
   %568 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %567
   %own.peel.i = load i32, ptr %568, align 4, !tbaa !4
-  %gep1777.i = getelementptr inbounds nuw i8, ptr %568, i64 4
-  %own.i = load i32, ptr %gep1777.i, align 4, !tbaa !4
+  %gep1765.i = getelementptr inbounds nuw i8, ptr %568, i64 4
+  %own.i = load i32, ptr %gep1765.i, align 4, !tbaa !4
   %569 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
   %570 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
-  %gep1777.i.1 = getelementptr inbounds nuw i8, ptr %568, i64 8
-  %own.i.1 = load i32, ptr %gep1777.i.1, align 4, !tbaa !4
+  %gep1765.i.1 = getelementptr inbounds nuw i8, ptr %568, i64 8
+  %own.i.1 = load i32, ptr %gep1765.i.1, align 4, !tbaa !4
   %571 = tail call i32 @llvm.smin.i32(i32 %569, i32 %own.i.1)
   %572 = tail call i32 @llvm.smax.i32(i32 %570, i32 %own.i.1)
-  %gep1777.i.2 = getelementptr inbounds nuw i8, ptr %568, i64 12
-  %own.i.2 = load i32, ptr %gep1777.i.2, align 4, !tbaa !4
+  %gep1765.i.2 = getelementptr inbounds nuw i8, ptr %568, i64 12
+  %own.i.2 = load i32, ptr %gep1765.i.2, align 4, !tbaa !4
   %573 = tail call i32 @llvm.smin.i32(i32 %571, i32 %own.i.2)
   %574 = tail call i32 @llvm.smax.i32(i32 %572, i32 %own.i.2)
-  %gep1777.i.3 = getelementptr inbounds nuw i8, ptr %568, i64 16
-  %own.i.3 = load i32, ptr %gep1777.i.3, align 4, !tbaa !4
+  %gep1765.i.3 = getelementptr inbounds nuw i8, ptr %568, i64 16
+  %own.i.3 = load i32, ptr %gep1765.i.3, align 4, !tbaa !4
   %575 = tail call i32 @llvm.smin.i32(i32 %573, i32 %own.i.3)
   %576 = tail call i32 @llvm.smax.i32(i32 %574, i32 %own.i.3)
-  %gep1777.i.4 = getelementptr inbounds nuw i8, ptr %568, i64 20
-  %own.i.4 = load i32, ptr %gep1777.i.4, align 4, !tbaa !4
+  %gep1765.i.4 = getelementptr inbounds nuw i8, ptr %568, i64 20
+  %own.i.4 = load i32, ptr %gep1765.i.4, align 4, !tbaa !4
   %577 = tail call i32 @llvm.smin.i32(i32 %575, i32 %own.i.4)
   %578 = tail call i32 @llvm.smax.i32(i32 %576, i32 %own.i.4)
-  %gep1777.i.5 = getelementptr inbounds nuw i8, ptr %568, i64 24
-  %own.i.5 = load i32, ptr %gep1777.i.5, align 4, !tbaa !4
+  %gep1765.i.5 = getelementptr inbounds nuw i8, ptr %568, i64 24
+  %own.i.5 = load i32, ptr %gep1765.i.5, align 4, !tbaa !4
   %579 = tail call i32 @llvm.smin.i32(i32 %577, i32 %own.i.5)
   %580 = tail call i32 @llvm.smax.i32(i32 %578, i32 %own.i.5)
-  %gep1777.i.6 = getelementptr inbounds nuw i8, ptr %568, i64 28
-  %own.i.6 = load i32, ptr %gep1777.i.6, align 4, !tbaa !4
+  %gep1765.i.6 = getelementptr inbounds nuw i8, ptr %568, i64 28
+  %own.i.6 = load i32, ptr %gep1765.i.6, align 4, !tbaa !4
   %581 = tail call i32 @llvm.smin.i32(i32 %579, i32 %own.i.6)
   %582 = tail call i32 @llvm.smax.i32(i32 %580, i32 %own.i.6)
-  %gep1777.i.7 = getelementptr inbounds nuw i8, ptr %568, i64 32
-  %own.i.7 = load i32, ptr %gep1777.i.7, align 4, !tbaa !4
+  %gep1765.i.7 = getelementptr inbounds nuw i8, ptr %568, i64 32
+  %own.i.7 = load i32, ptr %gep1765.i.7, align 4, !tbaa !4
   %583 = tail call i32 @llvm.smin.i32(i32 %581, i32 %own.i.7)
   %584 = tail call i32 @llvm.smax.i32(i32 %582, i32 %own.i.7)
-  %gep1777.i.8 = getelementptr inbounds nuw i8, ptr %568, i64 36
-  %own.i.8 = load i32, ptr %gep1777.i.8, align 4, !tbaa !4
+  %gep1765.i.8 = getelementptr inbounds nuw i8, ptr %568, i64 36
+  %own.i.8 = load i32, ptr %gep1765.i.8, align 4, !tbaa !4
   %585 = tail call i32 @llvm.smin.i32(i32 %583, i32 %own.i.8)
   %586 = tail call i32 @llvm.smax.i32(i32 %584, i32 %own.i.8)
-  %gep1777.i.9 = getelementptr inbounds nuw i8, ptr %568, i64 40
-  %own.i.9 = load i32, ptr %gep1777.i.9, align 4, !tbaa !4
+  %gep1765.i.9 = getelementptr inbounds nuw i8, ptr %568, i64 40
+  %own.i.9 = load i32, ptr %gep1765.i.9, align 4, !tbaa !4
   %587 = tail call i32 @llvm.smin.i32(i32 %585, i32 %own.i.9)
   %588 = tail call i32 @llvm.smax.i32(i32 %586, i32 %own.i.9)
-  %gep1777.i.10 = getelementptr inbounds nuw i8, ptr %568, i64 44
-  %own.i.10 = load i32, ptr %gep1777.i.10, align 4, !tbaa !4
+  %gep1765.i.10 = getelementptr inbounds nuw i8, ptr %568, i64 44
+  %own.i.10 = load i32, ptr %gep1765.i.10, align 4, !tbaa !4
   %589 = tail call i32 @llvm.smin.i32(i32 %587, i32 %own.i.10)
   %590 = tail call i32 @llvm.smax.i32(i32 %588, i32 %own.i.10)
-  %gep1777.i.11 = getelementptr inbounds nuw i8, ptr %568, i64 48
-  %own.i.11 = load i32, ptr %gep1777.i.11, align 4, !tbaa !4
+  %gep1765.i.11 = getelementptr inbounds nuw i8, ptr %568, i64 48
+  %own.i.11 = load i32, ptr %gep1765.i.11, align 4, !tbaa !4
   %591 = tail call i32 @llvm.smin.i32(i32 %589, i32 %own.i.11)
   %592 = tail call i32 @llvm.smax.i32(i32 %590, i32 %own.i.11)
-  %gep1777.i.12 = getelementptr inbounds nuw i8, ptr %568, i64 52
-  %own.i.12 = load i32, ptr %gep1777.i.12, align 4, !tbaa !4
+  %gep1765.i.12 = getelementptr inbounds nuw i8, ptr %568, i64 52
+  %own.i.12 = load i32, ptr %gep1765.i.12, align 4, !tbaa !4
   %593 = tail call i32 @llvm.smin.i32(i32 %591, i32 %own.i.12)
   %594 = tail call i32 @llvm.smax.i32(i32 %592, i32 %own.i.12)
-  %gep1777.i.13 = getelementptr inbounds nuw i8, ptr %568, i64 56
-  %own.i.13 = load i32, ptr %gep1777.i.13, align 4, !tbaa !4
+  %gep1765.i.13 = getelementptr inbounds nuw i8, ptr %568, i64 56
+  %own.i.13 = load i32, ptr %gep1765.i.13, align 4, !tbaa !4
   %595 = tail call i32 @llvm.smin.i32(i32 %593, i32 %own.i.13)
   %596 = tail call i32 @llvm.smax.i32(i32 %594, i32 %own.i.13)
-  %gep1777.i.14 = getelementptr inbounds nuw i8, ptr %568, i64 60
-  %own.i.14 = load i32, ptr %gep1777.i.14, align 4, !tbaa !4
+  %gep1765.i.14 = getelementptr inbounds nuw i8, ptr %568, i64 60
+  %own.i.14 = load i32, ptr %gep1765.i.14, align 4, !tbaa !4
   %597 = tail call i32 @llvm.smin.i32(i32 %595, i32 %own.i.14)
   %598 = tail call i32 @llvm.smax.i32(i32 %596, i32 %own.i.14)
   store i32 %597, ptr %563, align 16, !tbaa !12
@@ -2257,30 +2257,30 @@ for_body_r79.peel.next.i:                         ; preds = %for_body_ax2_0.3.i
   store <16 x float> splat (float 0xC6293E5940000000), ptr %599, align 4, !tbaa !4
   %600 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %554
   store <16 x float> zeroinitializer, ptr %600, align 4, !tbaa !4
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep1509.i, i8 0, i64 8192, i1 false), !tbaa !4
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep1488.i, i8 0, i64 8192, i1 false), !tbaa !4
   %601 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %602 = tail call i32 %601(i32 1, i32 %dev_id, ptr nonnull %q_tile_global.i)
-  %.not580.i = icmp eq i32 %602, 0
-  br i1 %.not580.i, label %for_begin_tile.i, label %fused_attend_compute_.exit, !prof !36
+  %.not552.i = icmp eq i32 %602, 0
+  br i1 %.not552.i, label %for_begin_tile.i, label %fused_attend_compute_.exit, !prof !36
 
 for_end_tile105.loopexit.i:                       ; preds = %if_end113.i, %for_begin_tile103.preheader.i
-  %.lcssa1489.i = phi i32 [ %161, %for_begin_tile103.preheader.i ], [ %633, %if_end113.i ]
-  %.lcssa1488.i = phi i32 [ %160, %for_begin_tile103.preheader.i ], [ %636, %if_end113.i ]
-  %603 = and i32 %.lcssa1489.i, -256
+  %.lcssa1468.i = phi i32 [ %161, %for_begin_tile103.preheader.i ], [ %638, %if_end113.i ]
+  %.lcssa1467.i = phi i32 [ %160, %for_begin_tile103.preheader.i ], [ %641, %if_end113.i ]
+  %603 = and i32 %.lcssa1468.i, -128
   br label %for_end_tile105.i
 
 for_end_tile105.i:                                ; preds = %for_end_tile105.loopexit.i, %if_end14.i
-  %span551.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end14.i ], [ %.lcssa1488.i, %for_end_tile105.loopexit.i ]
-  %span551.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end14.i ], [ %603, %for_end_tile105.loopexit.i ]
+  %span526.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end14.i ], [ %.lcssa1467.i, %for_end_tile105.loopexit.i ]
+  %span526.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end14.i ], [ %603, %for_end_tile105.loopexit.i ]
   %604 = shl nsw i32 %block_end, 4
-  %key_end.i = tail call i32 @llvm.smin.i32(i32 %604, i32 %span551.sroa.3.0.lcssa.i)
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %604, i32 %span526.sroa.3.0.lcssa.i)
   %605 = shl nsw i32 %block_begin, 4
   %606 = sub nsw i32 %key_end.i, %605
   %607 = tail call i32 @llvm.smax.i32(i32 %606, i32 0)
   %608 = add nuw nsw i32 %607, 4095
   %609 = lshr i32 %608, 12
-  %.not1362.i = icmp eq i32 %609, 0
-  br i1 %.not1362.i, label %for_begin_tile407.preheader.i, label %for_body_number.lr.ph.i, !prof !11
+  %.not1340.i = icmp eq i32 %609, 0
+  br i1 %.not1340.i, label %for_begin_tile382.preheader.i, label %for_body_number.lr.ph.i, !prof !11
 
 for_body_number.lr.ph.i:                          ; preds = %for_end_tile105.i
   %610 = mul nsw i64 %row_step, %139
@@ -2288,4191 +2288,3802 @@ for_body_number.lr.ph.i:                          ; preds = %for_end_tile105.i
   %612 = mul nsw i64 %table_seq, %139
   %613 = getelementptr i32, ptr %block_table, i64 %612
   %614 = icmp sgt i32 %num_kv_heads, 0
+  %615 = add i64 %60, 4294967295
   %sext72 = shl i64 %58, 32
-  %615 = ashr exact i64 %sext72, 32
-  %616 = icmp sgt i32 %120, 0
-  %617 = shl i64 %k_row, 4
-  %618 = insertelement <16 x float> poison, float %score_scale, i64 0
-  %619 = shufflevector <16 x float> %618, <16 x float> poison, <16 x i32> zeroinitializer
-  %620 = sext i32 %context_len.i to i64
+  %616 = ashr exact i64 %sext72, 32
+  %617 = icmp sgt i32 %120, 0
+  %618 = add nsw i32 %120, -1
+  %619 = shl i64 %k_row, 4
+  %620 = insertelement <16 x float> poison, float %score_scale, i64 0
+  %621 = shufflevector <16 x float> %620, <16 x float> poison, <16 x i32> zeroinitializer
+  %622 = sext i32 %context_len.i to i64
   %sext73 = shl i64 %71, 32
-  %621 = ashr exact i64 %sext73, 32
-  %622 = add i64 %621, %tree_start
-  %623 = sub i64 %622, %620
-  %624 = zext i32 %120 to i64
-  %wide.trip.count1629.i = and i64 %60, 4294967295
-  %625 = getelementptr i8, ptr %tree_mask, i64 %623
-  %wide.trip.count1643.i = zext nneg i32 %121 to i64
-  %626 = add i32 %605, 4096
-  %627 = add i64 %tree_start, %621
-  %628 = sub i64 %627, %620
-  %629 = getelementptr i8, ptr %tree_mask, i64 %628
+  %623 = ashr exact i64 %sext73, 32
+  %624 = add i64 %623, %tree_start
+  %625 = sub i64 %624, %622
+  %626 = zext i32 %618 to i64
+  %627 = and i64 %615, 4294967295
+  %sext74 = shl i64 %60, 32
+  %628 = ashr exact i64 %sext74, 32
+  %629 = zext i32 %120 to i64
+  %wide.trip.count1604.i = and i64 %60, 4294967295
+  %630 = getelementptr i8, ptr %tree_mask, i64 %625
+  %wide.trip.count1618.i = zext nneg i32 %121 to i64
+  %631 = add i32 %605, 4096
+  %632 = add i64 %tree_start, %623
+  %633 = sub i64 %632, %622
+  %634 = getelementptr i8, ptr %tree_mask, i64 %633
   br label %for_body_number.i
 
 if_end113.i:                                      ; preds = %if_end113.i, %if_end113.i.preheader
-  %indvars.iv1517.i = phi i64 [ %indvars.iv.next1518.i, %if_end113.i ], [ %indvars.iv1517.i.ph, %if_end113.i.preheader ]
-  %span551.sroa.0.01215.i = phi i32 [ %633, %if_end113.i ], [ %span551.sroa.0.01215.i.ph, %if_end113.i.preheader ]
-  %span551.sroa.3.01214.i = phi i32 [ %636, %if_end113.i ], [ %span551.sroa.3.01214.i.ph, %if_end113.i.preheader ]
-  %.idx1747.i = shl nsw i64 %indvars.iv1517.i, 4
-  %630 = getelementptr inbounds nuw i8, ptr %reach552.i, i64 %.idx1747.i
-  %631 = getelementptr inbounds nuw i8, ptr %630, i64 8
-  %632 = load i32, ptr %631, align 8, !tbaa !12
-  %633 = tail call i32 @llvm.smin.i32(i32 %span551.sroa.0.01215.i, i32 %632)
-  %634 = getelementptr inbounds nuw i8, ptr %630, i64 4
-  %635 = load i32, ptr %634, align 4, !tbaa !12
-  %636 = tail call i32 @llvm.smax.i32(i32 %span551.sroa.3.01214.i, i32 %635)
-  %indvars.iv.next1518.i = add nuw nsw i64 %indvars.iv1517.i, 1
-  %exitcond1521.not.i = icmp eq i64 %indvars.iv.next1518.i, %wide.trip.count.i
-  br i1 %exitcond1521.not.i, label %for_end_tile105.loopexit.i, label %if_end113.i, !prof !28, !llvm.loop !37
+  %indvars.iv1496.i = phi i64 [ %indvars.iv.next1497.i, %if_end113.i ], [ %indvars.iv1496.i.ph, %if_end113.i.preheader ]
+  %span526.sroa.0.01189.i = phi i32 [ %638, %if_end113.i ], [ %span526.sroa.0.01189.i.ph, %if_end113.i.preheader ]
+  %span526.sroa.3.01188.i = phi i32 [ %641, %if_end113.i ], [ %span526.sroa.3.01188.i.ph, %if_end113.i.preheader ]
+  %.idx1737.i = shl nsw i64 %indvars.iv1496.i, 4
+  %635 = getelementptr inbounds nuw i8, ptr %reach527.i, i64 %.idx1737.i
+  %636 = getelementptr inbounds nuw i8, ptr %635, i64 8
+  %637 = load i32, ptr %636, align 8, !tbaa !12
+  %638 = tail call i32 @llvm.smin.i32(i32 %span526.sroa.0.01189.i, i32 %637)
+  %639 = getelementptr inbounds nuw i8, ptr %635, i64 4
+  %640 = load i32, ptr %639, align 4, !tbaa !12
+  %641 = tail call i32 @llvm.smax.i32(i32 %span526.sroa.3.01188.i, i32 %640)
+  %indvars.iv.next1497.i = add nuw nsw i64 %indvars.iv1496.i, 1
+  %exitcond1500.not.i = icmp eq i64 %indvars.iv.next1497.i, %wide.trip.count.i
+  br i1 %exitcond1500.not.i, label %for_end_tile105.loopexit.i, label %if_end113.i, !prof !28, !llvm.loop !37
 
-for_begin_number.i:                               ; preds = %if_end402.i
-  %637 = add nuw nsw i32 %number1343.i, 1
-  %exitcond1645.not.i = icmp eq i32 %637, %609
-  %indvars.iv.next108 = add i32 %indvars.iv107, 4096
-  br i1 %exitcond1645.not.i, label %for_begin_tile407.preheader.i, label %for_body_number.i, !prof !8
+for_begin_number.i:                               ; preds = %if_end377.i
+  %642 = add nuw nsw i32 %number1321.i, 1
+  %exitcond1620.not.i = icmp eq i32 %642, %609
+  %indvars.iv.next = add i32 %indvars.iv, 4096
+  br i1 %exitcond1620.not.i, label %for_begin_tile382.preheader.i, label %for_body_number.i, !prof !8
 
-for_begin_tile407.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile105.i
-  br i1 %142, label %for_end_tile409.i, label %for_body_tile408.lr.ph.i, !prof !11
+for_begin_tile382.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile105.i
+  br i1 %142, label %for_end_tile384.i, label %for_body_tile383.lr.ph.i, !prof !11
 
-for_body_tile408.lr.ph.i:                         ; preds = %for_begin_tile407.preheader.i
-  %638 = and i64 %66, 2147483648
-  %.not = icmp eq i64 %638, 0
-  %639 = icmp slt i32 %120, 0
-  %sext78 = shl i64 %58, 32
-  %640 = ashr exact i64 %sext78, 32
-  %641 = and i64 %66, 4294967295
-  %642 = shl nuw nsw i64 %641, 5
-  %.idx562.i = shl nuw nsw i64 %641, 14
-  %sext79 = shl i64 %52, 32
-  %643 = ashr exact i64 %sext79, 32
-  %wide.trip.count1700.i = zext nneg i32 %121 to i64
-  br i1 %.not, label %for_body_tile408.i.preheader, label %for_body_tile408.us.i
+for_body_tile383.lr.ph.i:                         ; preds = %for_begin_tile382.preheader.i
+  %643 = and i64 %66, 2147483648
+  %.not = icmp eq i64 %643, 0
+  %644 = icmp slt i32 %120, 0
+  %sext79 = shl i64 %58, 32
+  %645 = ashr exact i64 %sext79, 32
+  %646 = and i64 %66, 4294967295
+  %647 = shl nuw nsw i64 %646, 5
+  %.idx537.i = shl nuw nsw i64 %646, 14
+  %sext80 = shl i64 %52, 32
+  %648 = ashr exact i64 %sext80, 32
+  %wide.trip.count1675.i = zext nneg i32 %121 to i64
+  br i1 %.not, label %for_body_tile383.i.preheader, label %for_body_tile383.us.i
 
-for_body_tile408.i.preheader:                     ; preds = %for_body_tile408.lr.ph.i
-  %scevgep277 = getelementptr i8, ptr %partial_acc, i64 %.idx562.i
-  %644 = getelementptr i8, ptr %partial_acc, i64 %.idx562.i
-  %scevgep280 = getelementptr i8, ptr %644, i64 512
-  %scevgep284 = getelementptr i8, ptr %total_acc.i, i64 8128
-  br label %for_body_tile408.i
+for_body_tile383.i.preheader:                     ; preds = %for_body_tile383.lr.ph.i
+  %scevgep269 = getelementptr i8, ptr %partial_acc, i64 %.idx537.i
+  %649 = getelementptr i8, ptr %partial_acc, i64 %.idx537.i
+  %scevgep272 = getelementptr i8, ptr %649, i64 512
+  %scevgep276 = getelementptr i8, ptr %total_acc.i, i64 8128
+  br label %for_body_tile383.i
 
-for_body_tile408.us.i:                            ; preds = %if_end413.us.i, %for_body_tile408.lr.ph.i
-  %indvars.iv1697.i = phi i64 [ %indvars.iv.next1698.i, %if_end413.us.i ], [ 0, %for_body_tile408.lr.ph.i ]
-  %645 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %ordered.us.i = tail call ptr %645(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %646 = icmp eq ptr %ordered.us.i, null
-  br i1 %646, label %fused_attend_compute_.exit, label %if_end416.us.i, !prof !7
+for_body_tile383.us.i:                            ; preds = %if_end388.us.i, %for_body_tile383.lr.ph.i
+  %indvars.iv1672.i = phi i64 [ %indvars.iv.next1673.i, %if_end388.us.i ], [ 0, %for_body_tile383.lr.ph.i ]
+  %650 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %ordered.us.i = tail call ptr %650(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %651 = icmp eq ptr %ordered.us.i, null
+  br i1 %651, label %fused_attend_compute_.exit, label %if_end391.us.i, !prof !7
 
-if_end416.us.i:                                   ; preds = %for_body_tile408.us.i
-  %647 = shl nsw i64 %indvars.iv1697.i, 4
-  %648 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %647
-  %total.us.i = load <16 x float>, ptr %648, align 4, !tbaa !4
-  %649 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
-  %650 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
-  %651 = select <16 x i1> %650, <16 x float> zeroinitializer, <16 x float> %649
-  store <16 x float> %651, ptr %factor535.i, align 16, !tbaa !38
-  %652 = shl i64 %indvars.iv1697.i, 11
-  %653 = and i64 %652, 4294965248
-  %invariant.gep = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %653
-  br label %for_begin_d_0418.preheader.us.i
+if_end391.us.i:                                   ; preds = %for_body_tile383.us.i
+  %652 = shl nsw i64 %indvars.iv1672.i, 4
+  %653 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %652
+  %total.us.i = load <16 x float>, ptr %653, align 4, !tbaa !4
+  %654 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
+  %655 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
+  %656 = select <16 x i1> %655, <16 x float> zeroinitializer, <16 x float> %654
+  store <16 x float> %656, ptr %factor509.i, align 16, !tbaa !38
+  %657 = shl i64 %indvars.iv1672.i, 11
+  %658 = and i64 %657, 4294965248
+  %invariant.gep = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %658
+  br label %for_begin_d_0393.preheader.us.i
 
-for_end_r_0.us.i:                                 ; preds = %for_end_d_0420.us.i
-  %654 = trunc nuw nsw i64 %indvars.iv1697.i to i32
-  %rmod452.us.i = srem i32 %654, %120
-  %rdiv464.us.i = sdiv i32 %654, %120
-  %655 = icmp ne i32 %rmod452.us.i, 0
-  %.not566.us.i = and i1 %639, %655
-  %656 = select i1 %.not566.us.i, i32 %120, i32 0
-  %657 = add nsw i32 %656, %rmod452.us.i
-  %658 = shl nsw i32 %657, 4
-  %659 = sub nsw i32 %118, %658
-  %660 = icmp sgt i32 %659, 0
-  br i1 %660, label %for_begin_d_0458.preheader.lr.ph.us.i, label %for_end_r469.us.i, !prof !3
+for_end_r_0.us.i:                                 ; preds = %for_end_d_0395.us.i
+  %659 = trunc nuw nsw i64 %indvars.iv1672.i to i32
+  %rmod427.us.i = srem i32 %659, %120
+  %rdiv439.us.i = sdiv i32 %659, %120
+  %660 = icmp ne i32 %rmod427.us.i, 0
+  %.not541.us.i = and i1 %644, %660
+  %661 = select i1 %.not541.us.i, i32 %120, i32 0
+  %662 = add nsw i32 %661, %rmod427.us.i
+  %663 = shl nsw i32 %662, 4
+  %664 = sub nsw i32 %118, %663
+  %665 = icmp sgt i32 %664, 0
+  br i1 %665, label %for_begin_d_0433.preheader.lr.ph.us.i, label %for_end_r444.us.i, !prof !3
 
-for_end_r469.us.i:                                ; preds = %if_end474.us.i.1, %for_end_r_0.us.i
-  %661 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %662 = tail call i32 %661(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
-  %.not563.us.i = icmp eq i32 %662, 0
-  br i1 %.not563.us.i, label %if_end413.us.i, label %fused_attend_compute_.exit, !prof !36
+for_end_r444.us.i:                                ; preds = %if_end449.us.i.1, %for_end_r_0.us.i
+  %666 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %667 = tail call i32 %666(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
+  %.not538.us.i = icmp eq i32 %667, 0
+  br i1 %.not538.us.i, label %if_end388.us.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end413.us.i:                                   ; preds = %for_end_r469.us.i
-  %indvars.iv.next1698.i = add nuw nsw i64 %indvars.iv1697.i, 1
-  %exitcond1701.not.i = icmp eq i64 %indvars.iv.next1698.i, %wide.trip.count1700.i
-  br i1 %exitcond1701.not.i, label %for_end_tile409.i, label %for_body_tile408.us.i, !prof !8
+if_end388.us.i:                                   ; preds = %for_end_r444.us.i
+  %indvars.iv.next1673.i = add nuw nsw i64 %indvars.iv1672.i, 1
+  %exitcond1676.not.i = icmp eq i64 %indvars.iv.next1673.i, %wide.trip.count1675.i
+  br i1 %exitcond1676.not.i, label %for_end_tile384.i, label %for_body_tile383.us.i, !prof !8
 
-for_body_r468.us.i:                               ; preds = %for_body_r468.lr.ph.us.i, %if_end474.us.i.1
-  %indvars.iv1691.i = phi i64 [ 0, %for_body_r468.lr.ph.us.i ], [ %indvars.iv.next1692.i.1, %if_end474.us.i.1 ]
-  %663 = add nuw nsw i64 %indvars.iv1691.i, %869
-  %664 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %663
-  %665 = load float, ptr %664, align 4, !tbaa !4
-  %666 = fcmp oeq float %665, 0.000000e+00
-  br i1 %666, label %if_end474.us.i, label %if_else473.us.i
+for_body_r443.us.i:                               ; preds = %for_body_r443.lr.ph.us.i, %if_end449.us.i.1
+  %indvars.iv1666.i = phi i64 [ 0, %for_body_r443.lr.ph.us.i ], [ %indvars.iv.next1667.i.1, %if_end449.us.i.1 ]
+  %668 = add nuw nsw i64 %indvars.iv1666.i, %874
+  %669 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %668
+  %670 = load float, ptr %669, align 4, !tbaa !4
+  %671 = fcmp oeq float %670, 0.000000e+00
+  br i1 %671, label %if_end449.us.i, label %if_else448.us.i
 
-if_else473.us.i:                                  ; preds = %for_body_r468.us.i
-  %667 = getelementptr inbounds nuw i32, ptr %places.i, i64 %663
-  %668 = load i32, ptr %667, align 4, !tbaa !4
-  %669 = shl i32 %668, 23
-  %670 = add i32 %669, 1065353216
-  %671 = bitcast i32 %670 to float
-  %672 = fmul float %665, %671
-  %673 = tail call float @llvm.log.f32(float %672)
-  %674 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %663
-  %675 = load float, ptr %674, align 4, !tbaa !4
-  %676 = fadd float %675, %673
-  br label %if_end474.us.i
+if_else448.us.i:                                  ; preds = %for_body_r443.us.i
+  %672 = getelementptr inbounds nuw i32, ptr %places.i, i64 %668
+  %673 = load i32, ptr %672, align 4, !tbaa !4
+  %674 = shl i32 %673, 23
+  %675 = add i32 %674, 1065353216
+  %676 = bitcast i32 %675 to float
+  %677 = fmul float %670, %676
+  %678 = tail call float @llvm.log.f32(float %677)
+  %679 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %668
+  %680 = load float, ptr %679, align 4, !tbaa !4
+  %681 = fadd float %680, %678
+  br label %if_end449.us.i
 
-if_end474.us.i:                                   ; preds = %if_else473.us.i, %for_body_r468.us.i
-  %677 = phi float [ %676, %if_else473.us.i ], [ 0xFFF0000000000000, %for_body_r468.us.i ]
-  %678 = and i64 %indvars.iv1691.i, 2
-  %679 = lshr i64 %indvars.iv1691.i, 2
-  %680 = add nsw i64 %679, %866
-  %681 = mul nsw i64 %680, %lse_batch
-  %682 = getelementptr float, ptr %868, i64 %681
-  %683 = getelementptr float, ptr %682, i64 %678
-  store float %677, ptr %683, align 4, !tbaa !4
-  %indvars.iv.next1692.i = or disjoint i64 %indvars.iv1691.i, 1
-  %684 = add nuw nsw i64 %indvars.iv.next1692.i, %869
-  %685 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %684
-  %686 = load float, ptr %685, align 4, !tbaa !4
-  %687 = fcmp oeq float %686, 0.000000e+00
-  br i1 %687, label %if_end474.us.i.1, label %if_else473.us.i.1
+if_end449.us.i:                                   ; preds = %if_else448.us.i, %for_body_r443.us.i
+  %682 = phi float [ %681, %if_else448.us.i ], [ 0xFFF0000000000000, %for_body_r443.us.i ]
+  %683 = and i64 %indvars.iv1666.i, 2
+  %684 = lshr i64 %indvars.iv1666.i, 2
+  %685 = add nsw i64 %684, %871
+  %686 = mul nsw i64 %685, %lse_batch
+  %687 = getelementptr float, ptr %873, i64 %686
+  %688 = getelementptr float, ptr %687, i64 %683
+  store float %682, ptr %688, align 4, !tbaa !4
+  %indvars.iv.next1667.i = or disjoint i64 %indvars.iv1666.i, 1
+  %689 = add nuw nsw i64 %indvars.iv.next1667.i, %874
+  %690 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %689
+  %691 = load float, ptr %690, align 4, !tbaa !4
+  %692 = fcmp oeq float %691, 0.000000e+00
+  br i1 %692, label %if_end449.us.i.1, label %if_else448.us.i.1
 
-if_else473.us.i.1:                                ; preds = %if_end474.us.i
-  %688 = getelementptr inbounds nuw i32, ptr %places.i, i64 %684
-  %689 = load i32, ptr %688, align 4, !tbaa !4
-  %690 = shl i32 %689, 23
-  %691 = add i32 %690, 1065353216
-  %692 = bitcast i32 %691 to float
-  %693 = fmul float %686, %692
-  %694 = tail call float @llvm.log.f32(float %693)
-  %695 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %684
-  %696 = load float, ptr %695, align 4, !tbaa !4
-  %697 = fadd float %696, %694
-  br label %if_end474.us.i.1
+if_else448.us.i.1:                                ; preds = %if_end449.us.i
+  %693 = getelementptr inbounds nuw i32, ptr %places.i, i64 %689
+  %694 = load i32, ptr %693, align 4, !tbaa !4
+  %695 = shl i32 %694, 23
+  %696 = add i32 %695, 1065353216
+  %697 = bitcast i32 %696 to float
+  %698 = fmul float %691, %697
+  %699 = tail call float @llvm.log.f32(float %698)
+  %700 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %689
+  %701 = load float, ptr %700, align 4, !tbaa !4
+  %702 = fadd float %701, %699
+  br label %if_end449.us.i.1
 
-if_end474.us.i.1:                                 ; preds = %if_else473.us.i.1, %if_end474.us.i
-  %698 = phi float [ %697, %if_else473.us.i.1 ], [ 0xFFF0000000000000, %if_end474.us.i ]
-  %699 = and i64 %indvars.iv.next1692.i, 3
-  %700 = lshr i64 %indvars.iv1691.i, 2
-  %701 = add nsw i64 %700, %866
-  %702 = mul nsw i64 %701, %lse_batch
-  %703 = getelementptr float, ptr %868, i64 %702
-  %704 = getelementptr float, ptr %703, i64 %699
-  store float %698, ptr %704, align 4, !tbaa !4
-  %indvars.iv.next1692.i.1 = add nuw nsw i64 %indvars.iv1691.i, 2
-  %exitcond1696.not.i.1 = icmp eq i64 %indvars.iv.next1692.i.1, %wide.trip.count1689.i
-  br i1 %exitcond1696.not.i.1, label %for_end_r469.us.i, label %for_body_r468.us.i, !prof !8, !llvm.loop !45
+if_end449.us.i.1:                                 ; preds = %if_else448.us.i.1, %if_end449.us.i
+  %703 = phi float [ %702, %if_else448.us.i.1 ], [ 0xFFF0000000000000, %if_end449.us.i ]
+  %704 = and i64 %indvars.iv.next1667.i, 3
+  %705 = lshr i64 %indvars.iv1666.i, 2
+  %706 = add nsw i64 %705, %871
+  %707 = mul nsw i64 %706, %lse_batch
+  %708 = getelementptr float, ptr %873, i64 %707
+  %709 = getelementptr float, ptr %708, i64 %704
+  store float %703, ptr %709, align 4, !tbaa !4
+  %indvars.iv.next1667.i.1 = add nuw nsw i64 %indvars.iv1666.i, 2
+  %exitcond1671.not.i.1 = icmp eq i64 %indvars.iv.next1667.i.1, %wide.trip.count1664.i
+  br i1 %exitcond1671.not.i.1, label %for_end_r444.us.i, label %for_body_r443.us.i, !prof !8, !llvm.loop !45
 
-for_end_d_0420.us.i:                              ; preds = %for_begin_ax1_0423.preheader.us.i
-  %indvars.iv.next1677.i = add nuw nsw i64 %indvars.iv1676.i, 1
-  %exitcond1680.not.i = icmp eq i64 %indvars.iv.next1677.i, 4
-  br i1 %exitcond1680.not.i, label %for_end_r_0.us.i, label %for_begin_d_0418.preheader.us.i, !prof !30
+for_end_d_0395.us.i:                              ; preds = %for_begin_ax1_0398.preheader.us.i
+  %indvars.iv.next1652.i = add nuw nsw i64 %indvars.iv1651.i, 1
+  %exitcond1655.not.i = icmp eq i64 %indvars.iv.next1652.i, 4
+  br i1 %exitcond1655.not.i, label %for_end_r_0.us.i, label %for_begin_d_0393.preheader.us.i, !prof !30
 
-for_begin_ax1_0423.preheader.us.i:                ; preds = %for_begin_d_0418.preheader.us.i, %for_begin_ax1_0423.preheader.us.i
-  %indvars.iv1671.i = phi i64 [ 0, %for_begin_d_0418.preheader.us.i ], [ %indvars.iv.next1672.i, %for_begin_ax1_0423.preheader.us.i ]
-  %.idx80 = shl nuw nsw i64 %indvars.iv1671.i, 10
-  %gep95 = getelementptr inbounds nuw i8, ptr %invariant.gep94, i64 %.idx80
-  %v429.us.i = load <4 x float>, ptr %gep95, align 4, !tbaa !4
-  %705 = getelementptr inbounds nuw i8, ptr %gep95, i64 64
-  %v431.us.i = load <4 x float>, ptr %705, align 4, !tbaa !4
-  %706 = getelementptr inbounds nuw i8, ptr %gep95, i64 128
-  %v433.us.i = load <4 x float>, ptr %706, align 4, !tbaa !4
-  %707 = getelementptr inbounds nuw i8, ptr %gep95, i64 192
-  %v435.us.i = load <4 x float>, ptr %707, align 4, !tbaa !4
-  %708 = shufflevector <4 x float> %v429.us.i, <4 x float> %v433.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %709 = shufflevector <4 x float> %v431.us.i, <4 x float> %v435.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %710 = shufflevector <4 x float> %v429.us.i, <4 x float> %v433.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %711 = shufflevector <4 x float> %v431.us.i, <4 x float> %v435.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %712 = shufflevector <4 x float> %708, <4 x float> %709, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %713 = shufflevector <4 x float> %708, <4 x float> %709, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %714 = shufflevector <4 x float> %710, <4 x float> %711, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %715 = shufflevector <4 x float> %710, <4 x float> %711, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %716 = getelementptr inbounds nuw i8, ptr %gep95, i64 256
-  %v429.us.1.i = load <4 x float>, ptr %716, align 4, !tbaa !4
-  %717 = getelementptr inbounds nuw i8, ptr %gep95, i64 320
-  %v431.us.1.i = load <4 x float>, ptr %717, align 4, !tbaa !4
-  %718 = getelementptr inbounds nuw i8, ptr %gep95, i64 384
-  %v433.us.1.i = load <4 x float>, ptr %718, align 4, !tbaa !4
-  %719 = getelementptr inbounds nuw i8, ptr %gep95, i64 448
-  %v435.us.1.i = load <4 x float>, ptr %719, align 4, !tbaa !4
-  %720 = shufflevector <4 x float> %v429.us.1.i, <4 x float> %v433.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %721 = shufflevector <4 x float> %v431.us.1.i, <4 x float> %v435.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %722 = shufflevector <4 x float> %v429.us.1.i, <4 x float> %v433.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %723 = shufflevector <4 x float> %v431.us.1.i, <4 x float> %v435.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %724 = shufflevector <4 x float> %720, <4 x float> %721, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %725 = shufflevector <4 x float> %720, <4 x float> %721, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %726 = shufflevector <4 x float> %722, <4 x float> %723, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %727 = shufflevector <4 x float> %722, <4 x float> %723, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %728 = getelementptr inbounds nuw i8, ptr %gep95, i64 512
-  %v429.us.2.i = load <4 x float>, ptr %728, align 4, !tbaa !4
-  %729 = getelementptr inbounds nuw i8, ptr %gep95, i64 576
-  %v431.us.2.i = load <4 x float>, ptr %729, align 4, !tbaa !4
-  %730 = getelementptr inbounds nuw i8, ptr %gep95, i64 640
-  %v433.us.2.i = load <4 x float>, ptr %730, align 4, !tbaa !4
-  %731 = getelementptr inbounds nuw i8, ptr %gep95, i64 704
-  %v435.us.2.i = load <4 x float>, ptr %731, align 4, !tbaa !4
-  %732 = shufflevector <4 x float> %v429.us.2.i, <4 x float> %v433.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %733 = shufflevector <4 x float> %v431.us.2.i, <4 x float> %v435.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %734 = shufflevector <4 x float> %v429.us.2.i, <4 x float> %v433.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %735 = shufflevector <4 x float> %v431.us.2.i, <4 x float> %v435.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %736 = shufflevector <4 x float> %732, <4 x float> %733, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %737 = shufflevector <4 x float> %732, <4 x float> %733, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %738 = shufflevector <4 x float> %734, <4 x float> %735, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %739 = shufflevector <4 x float> %734, <4 x float> %735, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %740 = getelementptr inbounds nuw i8, ptr %gep95, i64 768
-  %v429.us.3.i = load <4 x float>, ptr %740, align 4, !tbaa !4
-  %741 = getelementptr inbounds nuw i8, ptr %gep95, i64 832
-  %v431.us.3.i = load <4 x float>, ptr %741, align 4, !tbaa !4
-  %742 = getelementptr inbounds nuw i8, ptr %gep95, i64 896
-  %v433.us.3.i = load <4 x float>, ptr %742, align 4, !tbaa !4
-  %743 = getelementptr inbounds nuw i8, ptr %gep95, i64 960
-  %v435.us.3.i = load <4 x float>, ptr %743, align 4, !tbaa !4
-  %744 = shufflevector <4 x float> %v429.us.3.i, <4 x float> %v433.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %745 = shufflevector <4 x float> %v431.us.3.i, <4 x float> %v435.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %746 = shufflevector <4 x float> %v429.us.3.i, <4 x float> %v433.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %747 = shufflevector <4 x float> %v431.us.3.i, <4 x float> %v435.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %748 = shufflevector <4 x float> %744, <4 x float> %745, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %749 = shufflevector <4 x float> %712, <4 x float> %724, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %750 = shufflevector <4 x float> %736, <4 x float> %748, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %751 = shufflevector <8 x float> %749, <8 x float> %750, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %752 = shufflevector <4 x float> %744, <4 x float> %745, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %753 = shufflevector <4 x float> %713, <4 x float> %725, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %754 = shufflevector <4 x float> %737, <4 x float> %752, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %755 = shufflevector <8 x float> %753, <8 x float> %754, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %756 = shufflevector <4 x float> %746, <4 x float> %747, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %757 = shufflevector <4 x float> %714, <4 x float> %726, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %758 = shufflevector <4 x float> %738, <4 x float> %756, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %759 = shufflevector <8 x float> %757, <8 x float> %758, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %760 = shufflevector <4 x float> %746, <4 x float> %747, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %761 = shufflevector <4 x float> %715, <4 x float> %727, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %762 = shufflevector <4 x float> %739, <4 x float> %760, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %763 = shufflevector <8 x float> %761, <8 x float> %762, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %764 = fmul <16 x float> %846, %751
-  %.idx1753.i = shl nuw nsw i64 %indvars.iv1671.i, 6
-  %gep1787.i = getelementptr inbounds nuw i8, ptr %invariant.gep1786.i, i64 %.idx1753.i
-  store <16 x float> %764, ptr %gep1787.i, align 4, !tbaa !4
-  %765 = fmul <16 x float> %850, %755
-  %766 = getelementptr inbounds nuw i8, ptr %gep1787.i, i64 512
-  store <16 x float> %765, ptr %766, align 4, !tbaa !4
-  %767 = fmul <16 x float> %854, %759
-  %768 = getelementptr inbounds nuw i8, ptr %gep1787.i, i64 1024
-  store <16 x float> %767, ptr %768, align 4, !tbaa !4
-  %769 = fmul <16 x float> %858, %763
-  %770 = getelementptr inbounds nuw i8, ptr %gep1787.i, i64 1536
-  store <16 x float> %769, ptr %770, align 4, !tbaa !4
-  %indvars.iv.next1672.i = add nuw nsw i64 %indvars.iv1671.i, 1
-  %exitcond1675.not.i = icmp eq i64 %indvars.iv.next1672.i, 8
-  br i1 %exitcond1675.not.i, label %for_end_d_0420.us.i, label %for_begin_ax1_0423.preheader.us.i, !prof !30
+for_begin_ax1_0398.preheader.us.i:                ; preds = %for_begin_d_0393.preheader.us.i, %for_begin_ax1_0398.preheader.us.i
+  %indvars.iv1646.i = phi i64 [ 0, %for_begin_d_0393.preheader.us.i ], [ %indvars.iv.next1647.i, %for_begin_ax1_0398.preheader.us.i ]
+  %.idx81 = shl nuw nsw i64 %indvars.iv1646.i, 10
+  %gep96 = getelementptr inbounds nuw i8, ptr %invariant.gep95, i64 %.idx81
+  %v404.us.i = load <4 x float>, ptr %gep96, align 4, !tbaa !4
+  %710 = getelementptr inbounds nuw i8, ptr %gep96, i64 64
+  %v406.us.i = load <4 x float>, ptr %710, align 4, !tbaa !4
+  %711 = getelementptr inbounds nuw i8, ptr %gep96, i64 128
+  %v408.us.i = load <4 x float>, ptr %711, align 4, !tbaa !4
+  %712 = getelementptr inbounds nuw i8, ptr %gep96, i64 192
+  %v410.us.i = load <4 x float>, ptr %712, align 4, !tbaa !4
+  %713 = shufflevector <4 x float> %v404.us.i, <4 x float> %v408.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %714 = shufflevector <4 x float> %v406.us.i, <4 x float> %v410.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %715 = shufflevector <4 x float> %v404.us.i, <4 x float> %v408.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %716 = shufflevector <4 x float> %v406.us.i, <4 x float> %v410.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %717 = shufflevector <4 x float> %713, <4 x float> %714, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %718 = shufflevector <4 x float> %713, <4 x float> %714, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %719 = shufflevector <4 x float> %715, <4 x float> %716, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %720 = shufflevector <4 x float> %715, <4 x float> %716, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %721 = getelementptr inbounds nuw i8, ptr %gep96, i64 256
+  %v404.us.1.i = load <4 x float>, ptr %721, align 4, !tbaa !4
+  %722 = getelementptr inbounds nuw i8, ptr %gep96, i64 320
+  %v406.us.1.i = load <4 x float>, ptr %722, align 4, !tbaa !4
+  %723 = getelementptr inbounds nuw i8, ptr %gep96, i64 384
+  %v408.us.1.i = load <4 x float>, ptr %723, align 4, !tbaa !4
+  %724 = getelementptr inbounds nuw i8, ptr %gep96, i64 448
+  %v410.us.1.i = load <4 x float>, ptr %724, align 4, !tbaa !4
+  %725 = shufflevector <4 x float> %v404.us.1.i, <4 x float> %v408.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %726 = shufflevector <4 x float> %v406.us.1.i, <4 x float> %v410.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %727 = shufflevector <4 x float> %v404.us.1.i, <4 x float> %v408.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %728 = shufflevector <4 x float> %v406.us.1.i, <4 x float> %v410.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %729 = shufflevector <4 x float> %725, <4 x float> %726, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %730 = shufflevector <4 x float> %725, <4 x float> %726, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %731 = shufflevector <4 x float> %727, <4 x float> %728, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %732 = shufflevector <4 x float> %727, <4 x float> %728, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %733 = getelementptr inbounds nuw i8, ptr %gep96, i64 512
+  %v404.us.2.i = load <4 x float>, ptr %733, align 4, !tbaa !4
+  %734 = getelementptr inbounds nuw i8, ptr %gep96, i64 576
+  %v406.us.2.i = load <4 x float>, ptr %734, align 4, !tbaa !4
+  %735 = getelementptr inbounds nuw i8, ptr %gep96, i64 640
+  %v408.us.2.i = load <4 x float>, ptr %735, align 4, !tbaa !4
+  %736 = getelementptr inbounds nuw i8, ptr %gep96, i64 704
+  %v410.us.2.i = load <4 x float>, ptr %736, align 4, !tbaa !4
+  %737 = shufflevector <4 x float> %v404.us.2.i, <4 x float> %v408.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %738 = shufflevector <4 x float> %v406.us.2.i, <4 x float> %v410.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %739 = shufflevector <4 x float> %v404.us.2.i, <4 x float> %v408.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %740 = shufflevector <4 x float> %v406.us.2.i, <4 x float> %v410.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %741 = shufflevector <4 x float> %737, <4 x float> %738, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %742 = shufflevector <4 x float> %737, <4 x float> %738, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %743 = shufflevector <4 x float> %739, <4 x float> %740, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %744 = shufflevector <4 x float> %739, <4 x float> %740, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %745 = getelementptr inbounds nuw i8, ptr %gep96, i64 768
+  %v404.us.3.i = load <4 x float>, ptr %745, align 4, !tbaa !4
+  %746 = getelementptr inbounds nuw i8, ptr %gep96, i64 832
+  %v406.us.3.i = load <4 x float>, ptr %746, align 4, !tbaa !4
+  %747 = getelementptr inbounds nuw i8, ptr %gep96, i64 896
+  %v408.us.3.i = load <4 x float>, ptr %747, align 4, !tbaa !4
+  %748 = getelementptr inbounds nuw i8, ptr %gep96, i64 960
+  %v410.us.3.i = load <4 x float>, ptr %748, align 4, !tbaa !4
+  %749 = shufflevector <4 x float> %v404.us.3.i, <4 x float> %v408.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %750 = shufflevector <4 x float> %v406.us.3.i, <4 x float> %v410.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %751 = shufflevector <4 x float> %v404.us.3.i, <4 x float> %v408.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %752 = shufflevector <4 x float> %v406.us.3.i, <4 x float> %v410.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %753 = shufflevector <4 x float> %749, <4 x float> %750, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %754 = shufflevector <4 x float> %717, <4 x float> %729, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %755 = shufflevector <4 x float> %741, <4 x float> %753, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %756 = shufflevector <8 x float> %754, <8 x float> %755, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %757 = shufflevector <4 x float> %749, <4 x float> %750, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %758 = shufflevector <4 x float> %718, <4 x float> %730, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %759 = shufflevector <4 x float> %742, <4 x float> %757, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %760 = shufflevector <8 x float> %758, <8 x float> %759, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %761 = shufflevector <4 x float> %751, <4 x float> %752, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %762 = shufflevector <4 x float> %719, <4 x float> %731, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %763 = shufflevector <4 x float> %743, <4 x float> %761, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %764 = shufflevector <8 x float> %762, <8 x float> %763, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %765 = shufflevector <4 x float> %751, <4 x float> %752, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %766 = shufflevector <4 x float> %720, <4 x float> %732, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %767 = shufflevector <4 x float> %744, <4 x float> %765, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %768 = shufflevector <8 x float> %766, <8 x float> %767, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %769 = fmul <16 x float> %851, %756
+  %.idx1743.i = shl nuw nsw i64 %indvars.iv1646.i, 6
+  %gep1776.i = getelementptr inbounds nuw i8, ptr %invariant.gep1775.i, i64 %.idx1743.i
+  store <16 x float> %769, ptr %gep1776.i, align 4, !tbaa !4
+  %770 = fmul <16 x float> %855, %760
+  %771 = getelementptr inbounds nuw i8, ptr %gep1776.i, i64 512
+  store <16 x float> %770, ptr %771, align 4, !tbaa !4
+  %772 = fmul <16 x float> %859, %764
+  %773 = getelementptr inbounds nuw i8, ptr %gep1776.i, i64 1024
+  store <16 x float> %772, ptr %773, align 4, !tbaa !4
+  %774 = fmul <16 x float> %863, %768
+  %775 = getelementptr inbounds nuw i8, ptr %gep1776.i, i64 1536
+  store <16 x float> %774, ptr %775, align 4, !tbaa !4
+  %indvars.iv.next1647.i = add nuw nsw i64 %indvars.iv1646.i, 1
+  %exitcond1650.not.i = icmp eq i64 %indvars.iv.next1647.i, 8
+  br i1 %exitcond1650.not.i, label %for_end_d_0395.us.i, label %for_begin_ax1_0398.preheader.us.i, !prof !30
 
-for_begin_d_0458.preheader.us.i:                  ; preds = %for_begin_d_0458.preheader.lr.ph.us.i, %for_begin_d_0458.preheader.us.i
-  %indvars.iv1685.i = phi i64 [ 0, %for_begin_d_0458.preheader.lr.ph.us.i ], [ %indvars.iv.next1686.i, %for_begin_d_0458.preheader.us.i ]
-  %771 = and i64 %indvars.iv1685.i, 3
-  %772 = or disjoint i64 %771, %863
-  %773 = mul nsw i64 %772, %out_head
-  %774 = lshr i64 %indvars.iv1685.i, 2
-  %775 = add nsw i64 %774, %866
-  %776 = mul nsw i64 %775, %out_batch
-  %777 = getelementptr i16, ptr %out, i64 %776
-  %invariant.gep1355.us.i = getelementptr i16, ptr %777, i64 %773
-  %.idx81 = shl nsw i64 %indvars.iv1685.i, 9
-  %778 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx81
-  %779 = load <16 x i32>, ptr %778, align 4, !tbaa !4
-  %780 = lshr <16 x i32> %779, splat (i32 16)
-  %781 = and <16 x i32> %780, splat (i32 1)
-  %782 = add nuw <16 x i32> %779, splat (i32 32767)
-  %783 = add nuw <16 x i32> %782, %781
-  %784 = lshr <16 x i32> %783, splat (i32 16)
-  %785 = trunc nuw <16 x i32> %784 to <16 x i16>
-  store <16 x i16> %785, ptr %invariant.gep1355.us.i, align 2, !tbaa !4
-  %786 = getelementptr inbounds nuw i8, ptr %778, i64 64
-  %787 = load <16 x i32>, ptr %786, align 4, !tbaa !4
-  %788 = lshr <16 x i32> %787, splat (i32 16)
-  %789 = and <16 x i32> %788, splat (i32 1)
-  %790 = add nuw <16 x i32> %787, splat (i32 32767)
-  %791 = add nuw <16 x i32> %790, %789
-  %792 = lshr <16 x i32> %791, splat (i32 16)
-  %793 = trunc nuw <16 x i32> %792 to <16 x i16>
-  %gep1356.us.1.i = getelementptr i8, ptr %invariant.gep1355.us.i, i64 32
-  store <16 x i16> %793, ptr %gep1356.us.1.i, align 2, !tbaa !4
-  %794 = getelementptr inbounds nuw i8, ptr %778, i64 128
-  %795 = load <16 x i32>, ptr %794, align 4, !tbaa !4
-  %796 = lshr <16 x i32> %795, splat (i32 16)
-  %797 = and <16 x i32> %796, splat (i32 1)
-  %798 = add nuw <16 x i32> %795, splat (i32 32767)
-  %799 = add nuw <16 x i32> %798, %797
-  %800 = lshr <16 x i32> %799, splat (i32 16)
-  %801 = trunc nuw <16 x i32> %800 to <16 x i16>
-  %gep1356.us.2.i = getelementptr i8, ptr %invariant.gep1355.us.i, i64 64
-  store <16 x i16> %801, ptr %gep1356.us.2.i, align 2, !tbaa !4
-  %802 = getelementptr inbounds nuw i8, ptr %778, i64 192
-  %803 = load <16 x i32>, ptr %802, align 4, !tbaa !4
-  %804 = lshr <16 x i32> %803, splat (i32 16)
-  %805 = and <16 x i32> %804, splat (i32 1)
-  %806 = add nuw <16 x i32> %803, splat (i32 32767)
-  %807 = add nuw <16 x i32> %806, %805
-  %808 = lshr <16 x i32> %807, splat (i32 16)
-  %809 = trunc nuw <16 x i32> %808 to <16 x i16>
-  %gep1356.us.3.i = getelementptr i8, ptr %invariant.gep1355.us.i, i64 96
-  store <16 x i16> %809, ptr %gep1356.us.3.i, align 2, !tbaa !4
-  %810 = getelementptr inbounds nuw i8, ptr %778, i64 256
-  %811 = load <16 x i32>, ptr %810, align 4, !tbaa !4
-  %812 = lshr <16 x i32> %811, splat (i32 16)
-  %813 = and <16 x i32> %812, splat (i32 1)
-  %814 = add nuw <16 x i32> %811, splat (i32 32767)
-  %815 = add nuw <16 x i32> %814, %813
-  %816 = lshr <16 x i32> %815, splat (i32 16)
-  %817 = trunc nuw <16 x i32> %816 to <16 x i16>
-  %gep1356.us.4.i = getelementptr i8, ptr %invariant.gep1355.us.i, i64 128
-  store <16 x i16> %817, ptr %gep1356.us.4.i, align 2, !tbaa !4
-  %818 = getelementptr inbounds nuw i8, ptr %778, i64 320
-  %819 = load <16 x i32>, ptr %818, align 4, !tbaa !4
-  %820 = lshr <16 x i32> %819, splat (i32 16)
-  %821 = and <16 x i32> %820, splat (i32 1)
-  %822 = add nuw <16 x i32> %819, splat (i32 32767)
-  %823 = add nuw <16 x i32> %822, %821
-  %824 = lshr <16 x i32> %823, splat (i32 16)
-  %825 = trunc nuw <16 x i32> %824 to <16 x i16>
-  %gep1356.us.5.i = getelementptr i8, ptr %invariant.gep1355.us.i, i64 160
-  store <16 x i16> %825, ptr %gep1356.us.5.i, align 2, !tbaa !4
-  %826 = getelementptr inbounds nuw i8, ptr %778, i64 384
-  %827 = load <16 x i32>, ptr %826, align 4, !tbaa !4
-  %828 = lshr <16 x i32> %827, splat (i32 16)
-  %829 = and <16 x i32> %828, splat (i32 1)
-  %830 = add nuw <16 x i32> %827, splat (i32 32767)
-  %831 = add nuw <16 x i32> %830, %829
-  %832 = lshr <16 x i32> %831, splat (i32 16)
-  %833 = trunc nuw <16 x i32> %832 to <16 x i16>
-  %gep1356.us.6.i = getelementptr i8, ptr %invariant.gep1355.us.i, i64 192
-  store <16 x i16> %833, ptr %gep1356.us.6.i, align 2, !tbaa !4
-  %834 = getelementptr inbounds nuw i8, ptr %778, i64 448
-  %835 = load <16 x i32>, ptr %834, align 4, !tbaa !4
-  %836 = lshr <16 x i32> %835, splat (i32 16)
-  %837 = and <16 x i32> %836, splat (i32 1)
-  %838 = add nuw <16 x i32> %835, splat (i32 32767)
-  %839 = add nuw <16 x i32> %838, %837
-  %840 = lshr <16 x i32> %839, splat (i32 16)
-  %841 = trunc nuw <16 x i32> %840 to <16 x i16>
-  %gep1356.us.7.i = getelementptr i8, ptr %invariant.gep1355.us.i, i64 224
-  store <16 x i16> %841, ptr %gep1356.us.7.i, align 2, !tbaa !4
-  %indvars.iv.next1686.i = add nuw nsw i64 %indvars.iv1685.i, 1
-  %exitcond1690.not.i = icmp eq i64 %indvars.iv.next1686.i, %wide.trip.count1689.i
-  br i1 %exitcond1690.not.i, label %for_body_r468.lr.ph.us.i, label %for_begin_d_0458.preheader.us.i, !prof !8
+for_begin_d_0433.preheader.us.i:                  ; preds = %for_begin_d_0433.preheader.lr.ph.us.i, %for_begin_d_0433.preheader.us.i
+  %indvars.iv1660.i = phi i64 [ 0, %for_begin_d_0433.preheader.lr.ph.us.i ], [ %indvars.iv.next1661.i, %for_begin_d_0433.preheader.us.i ]
+  %776 = and i64 %indvars.iv1660.i, 3
+  %777 = or disjoint i64 %776, %868
+  %778 = mul nsw i64 %777, %out_head
+  %779 = lshr i64 %indvars.iv1660.i, 2
+  %780 = add nsw i64 %779, %871
+  %781 = mul nsw i64 %780, %out_batch
+  %782 = getelementptr i16, ptr %out, i64 %781
+  %invariant.gep1333.us.i = getelementptr i16, ptr %782, i64 %778
+  %.idx82 = shl nsw i64 %indvars.iv1660.i, 9
+  %783 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx82
+  %784 = load <16 x i32>, ptr %783, align 4, !tbaa !4
+  %785 = lshr <16 x i32> %784, splat (i32 16)
+  %786 = and <16 x i32> %785, splat (i32 1)
+  %787 = add nuw <16 x i32> %784, splat (i32 32767)
+  %788 = add nuw <16 x i32> %787, %786
+  %789 = lshr <16 x i32> %788, splat (i32 16)
+  %790 = trunc nuw <16 x i32> %789 to <16 x i16>
+  store <16 x i16> %790, ptr %invariant.gep1333.us.i, align 2, !tbaa !4
+  %791 = getelementptr inbounds nuw i8, ptr %783, i64 64
+  %792 = load <16 x i32>, ptr %791, align 4, !tbaa !4
+  %793 = lshr <16 x i32> %792, splat (i32 16)
+  %794 = and <16 x i32> %793, splat (i32 1)
+  %795 = add nuw <16 x i32> %792, splat (i32 32767)
+  %796 = add nuw <16 x i32> %795, %794
+  %797 = lshr <16 x i32> %796, splat (i32 16)
+  %798 = trunc nuw <16 x i32> %797 to <16 x i16>
+  %gep1334.us.1.i = getelementptr i8, ptr %invariant.gep1333.us.i, i64 32
+  store <16 x i16> %798, ptr %gep1334.us.1.i, align 2, !tbaa !4
+  %799 = getelementptr inbounds nuw i8, ptr %783, i64 128
+  %800 = load <16 x i32>, ptr %799, align 4, !tbaa !4
+  %801 = lshr <16 x i32> %800, splat (i32 16)
+  %802 = and <16 x i32> %801, splat (i32 1)
+  %803 = add nuw <16 x i32> %800, splat (i32 32767)
+  %804 = add nuw <16 x i32> %803, %802
+  %805 = lshr <16 x i32> %804, splat (i32 16)
+  %806 = trunc nuw <16 x i32> %805 to <16 x i16>
+  %gep1334.us.2.i = getelementptr i8, ptr %invariant.gep1333.us.i, i64 64
+  store <16 x i16> %806, ptr %gep1334.us.2.i, align 2, !tbaa !4
+  %807 = getelementptr inbounds nuw i8, ptr %783, i64 192
+  %808 = load <16 x i32>, ptr %807, align 4, !tbaa !4
+  %809 = lshr <16 x i32> %808, splat (i32 16)
+  %810 = and <16 x i32> %809, splat (i32 1)
+  %811 = add nuw <16 x i32> %808, splat (i32 32767)
+  %812 = add nuw <16 x i32> %811, %810
+  %813 = lshr <16 x i32> %812, splat (i32 16)
+  %814 = trunc nuw <16 x i32> %813 to <16 x i16>
+  %gep1334.us.3.i = getelementptr i8, ptr %invariant.gep1333.us.i, i64 96
+  store <16 x i16> %814, ptr %gep1334.us.3.i, align 2, !tbaa !4
+  %815 = getelementptr inbounds nuw i8, ptr %783, i64 256
+  %816 = load <16 x i32>, ptr %815, align 4, !tbaa !4
+  %817 = lshr <16 x i32> %816, splat (i32 16)
+  %818 = and <16 x i32> %817, splat (i32 1)
+  %819 = add nuw <16 x i32> %816, splat (i32 32767)
+  %820 = add nuw <16 x i32> %819, %818
+  %821 = lshr <16 x i32> %820, splat (i32 16)
+  %822 = trunc nuw <16 x i32> %821 to <16 x i16>
+  %gep1334.us.4.i = getelementptr i8, ptr %invariant.gep1333.us.i, i64 128
+  store <16 x i16> %822, ptr %gep1334.us.4.i, align 2, !tbaa !4
+  %823 = getelementptr inbounds nuw i8, ptr %783, i64 320
+  %824 = load <16 x i32>, ptr %823, align 4, !tbaa !4
+  %825 = lshr <16 x i32> %824, splat (i32 16)
+  %826 = and <16 x i32> %825, splat (i32 1)
+  %827 = add nuw <16 x i32> %824, splat (i32 32767)
+  %828 = add nuw <16 x i32> %827, %826
+  %829 = lshr <16 x i32> %828, splat (i32 16)
+  %830 = trunc nuw <16 x i32> %829 to <16 x i16>
+  %gep1334.us.5.i = getelementptr i8, ptr %invariant.gep1333.us.i, i64 160
+  store <16 x i16> %830, ptr %gep1334.us.5.i, align 2, !tbaa !4
+  %831 = getelementptr inbounds nuw i8, ptr %783, i64 384
+  %832 = load <16 x i32>, ptr %831, align 4, !tbaa !4
+  %833 = lshr <16 x i32> %832, splat (i32 16)
+  %834 = and <16 x i32> %833, splat (i32 1)
+  %835 = add nuw <16 x i32> %832, splat (i32 32767)
+  %836 = add nuw <16 x i32> %835, %834
+  %837 = lshr <16 x i32> %836, splat (i32 16)
+  %838 = trunc nuw <16 x i32> %837 to <16 x i16>
+  %gep1334.us.6.i = getelementptr i8, ptr %invariant.gep1333.us.i, i64 192
+  store <16 x i16> %838, ptr %gep1334.us.6.i, align 2, !tbaa !4
+  %839 = getelementptr inbounds nuw i8, ptr %783, i64 448
+  %840 = load <16 x i32>, ptr %839, align 4, !tbaa !4
+  %841 = lshr <16 x i32> %840, splat (i32 16)
+  %842 = and <16 x i32> %841, splat (i32 1)
+  %843 = add nuw <16 x i32> %840, splat (i32 32767)
+  %844 = add nuw <16 x i32> %843, %842
+  %845 = lshr <16 x i32> %844, splat (i32 16)
+  %846 = trunc nuw <16 x i32> %845 to <16 x i16>
+  %gep1334.us.7.i = getelementptr i8, ptr %invariant.gep1333.us.i, i64 224
+  store <16 x i16> %846, ptr %gep1334.us.7.i, align 2, !tbaa !4
+  %indvars.iv.next1661.i = add nuw nsw i64 %indvars.iv1660.i, 1
+  %exitcond1665.not.i = icmp eq i64 %indvars.iv.next1661.i, %wide.trip.count1664.i
+  br i1 %exitcond1665.not.i, label %for_body_r443.lr.ph.us.i, label %for_begin_d_0433.preheader.us.i, !prof !8
 
-for_begin_d_0418.preheader.us.i:                  ; preds = %for_end_d_0420.us.i, %if_end416.us.i
-  %indvars.iv1676.i = phi i64 [ %indvars.iv.next1677.i, %for_end_d_0420.us.i ], [ 0, %if_end416.us.i ]
-  %842 = shl nuw nsw i64 %indvars.iv1676.i, 2
-  %843 = getelementptr inbounds nuw float, ptr %factor535.i, i64 %842
-  %844 = load float, ptr %843, align 16, !tbaa !47
-  %845 = insertelement <16 x float> poison, float %844, i64 0
-  %846 = shufflevector <16 x float> %845, <16 x float> poison, <16 x i32> zeroinitializer
-  %847 = getelementptr inbounds nuw i8, ptr %843, i64 4
-  %848 = load float, ptr %847, align 4, !tbaa !47
-  %849 = insertelement <16 x float> poison, float %848, i64 0
-  %850 = shufflevector <16 x float> %849, <16 x float> poison, <16 x i32> zeroinitializer
-  %851 = getelementptr inbounds nuw i8, ptr %843, i64 8
-  %852 = load float, ptr %851, align 8, !tbaa !47
-  %853 = insertelement <16 x float> poison, float %852, i64 0
-  %854 = shufflevector <16 x float> %853, <16 x float> poison, <16 x i32> zeroinitializer
-  %855 = getelementptr inbounds nuw i8, ptr %843, i64 12
-  %856 = load float, ptr %855, align 4, !tbaa !47
-  %857 = insertelement <16 x float> poison, float %856, i64 0
-  %858 = shufflevector <16 x float> %857, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx1754.i = shl nuw nsw i64 %indvars.iv1676.i, 11
-  %invariant.gep1786.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1754.i
-  %invariant.gep94 = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %842
-  br label %for_begin_ax1_0423.preheader.us.i
+for_begin_d_0393.preheader.us.i:                  ; preds = %for_end_d_0395.us.i, %if_end391.us.i
+  %indvars.iv1651.i = phi i64 [ %indvars.iv.next1652.i, %for_end_d_0395.us.i ], [ 0, %if_end391.us.i ]
+  %847 = shl nuw nsw i64 %indvars.iv1651.i, 2
+  %848 = getelementptr inbounds nuw float, ptr %factor509.i, i64 %847
+  %849 = load float, ptr %848, align 16, !tbaa !47
+  %850 = insertelement <16 x float> poison, float %849, i64 0
+  %851 = shufflevector <16 x float> %850, <16 x float> poison, <16 x i32> zeroinitializer
+  %852 = getelementptr inbounds nuw i8, ptr %848, i64 4
+  %853 = load float, ptr %852, align 4, !tbaa !47
+  %854 = insertelement <16 x float> poison, float %853, i64 0
+  %855 = shufflevector <16 x float> %854, <16 x float> poison, <16 x i32> zeroinitializer
+  %856 = getelementptr inbounds nuw i8, ptr %848, i64 8
+  %857 = load float, ptr %856, align 8, !tbaa !47
+  %858 = insertelement <16 x float> poison, float %857, i64 0
+  %859 = shufflevector <16 x float> %858, <16 x float> poison, <16 x i32> zeroinitializer
+  %860 = getelementptr inbounds nuw i8, ptr %848, i64 12
+  %861 = load float, ptr %860, align 4, !tbaa !47
+  %862 = insertelement <16 x float> poison, float %861, i64 0
+  %863 = shufflevector <16 x float> %862, <16 x float> poison, <16 x i32> zeroinitializer
+  %.idx1744.i = shl nuw nsw i64 %indvars.iv1651.i, 11
+  %invariant.gep1775.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1744.i
+  %invariant.gep95 = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %847
+  br label %for_begin_ax1_0398.preheader.us.i
 
-for_begin_d_0458.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
-  %859 = sext i1 %.not566.us.i to i32
-  %860 = add nsw i32 %rdiv464.us.i, %859
-  %861 = sext i32 %860 to i64
-  %862 = add nsw i64 %640, %861
-  %863 = shl nsw i64 %862, 2
-  %864 = sext i32 %657 to i64
-  %865 = shl nsw i64 %864, 2
-  %866 = add nsw i64 %865, %643
-  %867 = tail call i32 @llvm.umin.i32(i32 %659, i32 16)
-  %wide.trip.count1689.i = zext nneg i32 %867 to i64
-  br label %for_begin_d_0458.preheader.us.i
+for_begin_d_0433.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
+  %864 = sext i1 %.not541.us.i to i32
+  %865 = add nsw i32 %rdiv439.us.i, %864
+  %866 = sext i32 %865 to i64
+  %867 = add nsw i64 %645, %866
+  %868 = shl nsw i64 %867, 2
+  %869 = sext i32 %662 to i64
+  %870 = shl nsw i64 %869, 2
+  %871 = add nsw i64 %870, %648
+  %872 = tail call i32 @llvm.umin.i32(i32 %664, i32 16)
+  %wide.trip.count1664.i = zext nneg i32 %872 to i64
+  br label %for_begin_d_0433.preheader.us.i
 
-for_body_r468.lr.ph.us.i:                         ; preds = %for_begin_d_0458.preheader.us.i
-  %.idx567.us.i = shl nsw i64 %862, 4
-  %868 = getelementptr i8, ptr %lse, i64 %.idx567.us.i
-  %869 = and i64 %647, 4294967280
-  br label %for_body_r468.us.i
+for_body_r443.lr.ph.us.i:                         ; preds = %for_begin_d_0433.preheader.us.i
+  %.idx542.us.i = shl nsw i64 %867, 4
+  %873 = getelementptr i8, ptr %lse, i64 %.idx542.us.i
+  %874 = and i64 %652, 4294967280
+  br label %for_body_r443.us.i
 
 for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
-  %indvars.iv107 = phi i32 [ %indvars.iv.next108, %for_begin_number.i ], [ %605, %for_body_number.lr.ph.i ]
-  %indvars.iv.in = phi i32 [ %indvars.iv, %for_begin_number.i ], [ %605, %for_body_number.lr.ph.i ]
-  %number1343.i = phi i32 [ %637, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
-  %870 = tail call i32 @llvm.smax.i32(i32 %span551.sroa.0.0.lcssa.i, i32 %indvars.iv107)
-  %871 = add i32 %870, %tree_size
-  %872 = shl nuw nsw i32 %number1343.i, 12
-  %873 = add i32 %626, %872
-  %smin326 = tail call i32 @llvm.smin.i32(i32 %span551.sroa.3.0.lcssa.i, i32 %873)
-  %smin327 = tail call i32 @llvm.smin.i32(i32 %smin326, i32 %604)
-  %smax328 = tail call i32 @llvm.smax.i32(i32 %span551.sroa.0.0.lcssa.i, i32 %indvars.iv107)
-  %874 = shl nuw nsw i32 %number1343.i, 12
-  %875 = add i32 %626, %874
-  %smin320 = tail call i32 @llvm.smin.i32(i32 %span551.sroa.3.0.lcssa.i, i32 %875)
-  %smin321 = tail call i32 @llvm.smin.i32(i32 %smin320, i32 %604)
-  %smax322 = tail call i32 @llvm.smax.i32(i32 %span551.sroa.0.0.lcssa.i, i32 %indvars.iv107)
-  %876 = shl nuw nsw i32 %number1343.i, 12
-  %877 = add i32 %626, %876
-  %smin257 = tail call i32 @llvm.smin.i32(i32 %span551.sroa.3.0.lcssa.i, i32 %877)
-  %smin258 = tail call i32 @llvm.smin.i32(i32 %smin257, i32 %604)
-  %smax259 = tail call i32 @llvm.smax.i32(i32 %span551.sroa.0.0.lcssa.i, i32 %indvars.iv107)
-  %878 = tail call i32 @llvm.smax.i32(i32 %span551.sroa.0.0.lcssa.i, i32 %indvars.iv107)
-  %smax236 = sext i32 %878 to i64
-  %879 = add i32 %878, %tree_size
-  %880 = sub i32 %context_len.i, %879
-  %881 = shl nuw nsw i32 %number1343.i, 12
-  %882 = add i32 %626, %881
-  %smin241 = tail call i32 @llvm.smin.i32(i32 %span551.sroa.3.0.lcssa.i, i32 %882)
-  %smin242 = tail call i32 @llvm.smin.i32(i32 %smin241, i32 %604)
-  %smax243 = tail call i32 @llvm.smax.i32(i32 %span551.sroa.0.0.lcssa.i, i32 %indvars.iv107)
-  %883 = sub i32 %smin242, %smax243
-  %884 = shl nuw nsw i32 %number1343.i, 12
-  %885 = add i32 %626, %884
-  %smin224 = tail call i32 @llvm.smin.i32(i32 %span551.sroa.3.0.lcssa.i, i32 %885)
-  %smin225 = tail call i32 @llvm.smin.i32(i32 %smin224, i32 %604)
-  %smax226 = tail call i32 @llvm.smax.i32(i32 %span551.sroa.0.0.lcssa.i, i32 %indvars.iv107)
-  %886 = sub i32 %smin225, %smax226
-  %887 = tail call i32 @llvm.smax.i32(i32 %span551.sroa.0.0.lcssa.i, i32 %indvars.iv107)
-  %888 = add i32 %887, %tree_size
-  %889 = sub i32 %context_len.i, %888
-  %indvars.iv = add i32 %indvars.iv.in, 4096
-  %890 = tail call i32 @llvm.smax.i32(i32 %span551.sroa.0.0.lcssa.i, i32 %indvars.iv107)
-  %891 = add i32 %890, %tree_size
-  %892 = sub i32 %context_len.i, %891
-  %893 = sub i32 0, %890
-  %smin = tail call i32 @llvm.smin.i32(i32 %span551.sroa.3.0.lcssa.i, i32 %indvars.iv)
-  %smin106 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %604)
-  %894 = sub i32 %smin106, %890
-  %895 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %row_max.i = tail call ptr %895(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %896 = icmp eq ptr %row_max.i, null
-  br i1 %896, label %fused_attend_compute_.exit, label %if_end115.i, !prof !7
+  %indvars.iv109.in = phi i32 [ %indvars.iv109, %for_begin_number.i ], [ %605, %for_body_number.lr.ph.i ]
+  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_number.i ], [ %605, %for_body_number.lr.ph.i ]
+  %number1321.i = phi i32 [ %642, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %875 = tail call i32 @llvm.smax.i32(i32 %span526.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %876 = add i32 %875, %tree_size
+  %877 = shl nuw nsw i32 %number1321.i, 12
+  %878 = add i32 %631, %877
+  %smin249 = tail call i32 @llvm.smin.i32(i32 %span526.sroa.3.0.lcssa.i, i32 %878)
+  %smin250 = tail call i32 @llvm.smin.i32(i32 %smin249, i32 %604)
+  %smax251 = tail call i32 @llvm.smax.i32(i32 %span526.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %879 = tail call i32 @llvm.smax.i32(i32 %span526.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %smax226 = sext i32 %879 to i64
+  %880 = add i32 %879, %tree_size
+  %881 = sub i32 %context_len.i, %880
+  %882 = shl nuw nsw i32 %number1321.i, 12
+  %883 = add i32 %631, %882
+  %smin233 = tail call i32 @llvm.smin.i32(i32 %span526.sroa.3.0.lcssa.i, i32 %883)
+  %smin234 = tail call i32 @llvm.smin.i32(i32 %smin233, i32 %604)
+  %smax235 = tail call i32 @llvm.smax.i32(i32 %span526.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %884 = sub i32 %smin234, %smax235
+  %885 = shl nuw nsw i32 %number1321.i, 12
+  %886 = add i32 %631, %885
+  %smin214 = tail call i32 @llvm.smin.i32(i32 %span526.sroa.3.0.lcssa.i, i32 %886)
+  %smin215 = tail call i32 @llvm.smin.i32(i32 %smin214, i32 %604)
+  %887 = add i32 %605, %885
+  %smax216 = tail call i32 @llvm.smax.i32(i32 %span526.sroa.0.0.lcssa.i, i32 %887)
+  %888 = sub i32 %smin215, %smax216
+  %889 = tail call i32 @llvm.smax.i32(i32 %span526.sroa.0.0.lcssa.i, i32 %887)
+  %890 = add i32 %889, %tree_size
+  %891 = sub i32 %context_len.i, %890
+  %indvars.iv109 = add i32 %indvars.iv109.in, 4096
+  %892 = tail call i32 @llvm.smax.i32(i32 %span526.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %893 = add i32 %892, %tree_size
+  %894 = sub i32 %context_len.i, %893
+  %smin = tail call i32 @llvm.smin.i32(i32 %span526.sroa.3.0.lcssa.i, i32 %indvars.iv109)
+  %smin111 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %604)
+  %895 = sub i32 %smin111, %892
+  %896 = sub i32 0, %892
+  %897 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %row_max.i = tail call ptr %897(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %898 = icmp eq ptr %row_max.i, null
+  br i1 %898, label %fused_attend_compute_.exit, label %if_end115.i, !prof !7
 
 if_end115.i:                                      ; preds = %for_body_number.i
-  %897 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %row_sum.i = tail call ptr %897(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %898 = icmp eq ptr %row_sum.i, null
-  br i1 %898, label %fused_attend_compute_.exit, label %if_end118.i, !prof !7
+  %899 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %row_sum.i = tail call ptr %899(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %900 = icmp eq ptr %row_sum.i, null
+  br i1 %900, label %fused_attend_compute_.exit, label %if_end118.i, !prof !7
 
 if_end118.i:                                      ; preds = %if_end115.i
-  %899 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %acc.i = tail call ptr %899(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
-  %900 = icmp eq ptr %acc.i, null
-  br i1 %900, label %fused_attend_compute_.exit, label %if_end121.i, !prof !7
+  %901 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %acc.i = tail call ptr %901(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
+  %902 = icmp eq ptr %acc.i, null
+  br i1 %902, label %fused_attend_compute_.exit, label %if_end121.i, !prof !7
 
 if_end121.i:                                      ; preds = %if_end118.i
-  %901 = shl nsw i32 %number1343.i, 12
-  %902 = add nsw i32 %901, %605
-  %903 = add nsw i32 %902, 4096
-  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %902, i32 %span551.sroa.0.0.lcssa.i)
-  %904 = tail call i32 @llvm.smin.i32(i32 %903, i32 %key_end.i)
-  %905 = sub nsw i32 %904, %read_begin.i
-  %.fr1476.i = freeze i32 %905
-  %906 = icmp slt i32 %.fr1476.i, 1
-  %907 = tail call i32 @llvm.smax.i32(i32 %.fr1476.i, i32 0)
-  %908 = add nuw nsw i32 %907, 255
-  %909 = lshr i32 %908, 8
-  %.not1363.i = icmp eq i32 %909, 0
-  br i1 %.not1363.i, label %for_begin_tile338.preheader.i, label %for_body_step.lr.ph.i, !prof !11
+  %903 = shl nsw i32 %number1321.i, 12
+  %904 = add nsw i32 %903, %605
+  %905 = add nsw i32 %904, 4096
+  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %904, i32 %span526.sroa.0.0.lcssa.i)
+  %906 = tail call i32 @llvm.smin.i32(i32 %905, i32 %key_end.i)
+  %907 = sub nsw i32 %906, %read_begin.i
+  %.fr1454.i = freeze i32 %907
+  %908 = icmp slt i32 %.fr1454.i, 1
+  %909 = tail call i32 @llvm.smax.i32(i32 %.fr1454.i, i32 0)
+  %910 = add nuw nsw i32 %909, 127
+  %911 = lshr i32 %910, 7
+  %.not1341.i = icmp eq i32 %911, 0
+  br i1 %.not1341.i, label %for_begin_tile313.preheader.i, label %for_body_step.lr.ph.i, !prof !11
 
 for_body_step.lr.ph.i:                            ; preds = %if_end121.i
-  %910 = add nsw i32 %904, -1
-  %911 = sext i32 %read_begin.i to i64
-  %wide.trip.count1634.i = zext nneg i32 %909 to i64
-  %912 = getelementptr i8, ptr %629, i64 %smax236
+  %912 = add nsw i32 %906, -1
+  %913 = sext i32 %read_begin.i to i64
+  %914 = sext i32 %906 to i64
+  %wide.trip.count1609.i = zext nneg i32 %911 to i64
+  %invariant.op1772.i = add nsw i64 %914, -128
+  %915 = getelementptr i8, ptr %634, i64 %smax226
   br label %for_body_step.i
 
-for_begin_step.i:                                 ; preds = %if_end333.i
-  %indvars.iv.next1632.i = add nuw nsw i64 %indvars.iv1631.i, 1
-  %exitcond1635.not.i = icmp eq i64 %indvars.iv.next1632.i, %wide.trip.count1634.i
-  %indvars.iv.next110 = add i32 %indvars.iv109, -256
-  %indvars.iv.next119 = add i32 %indvars.iv118, -256
-  %indvars.iv.next122 = add i32 %indvars.iv121, -256
-  br i1 %exitcond1635.not.i, label %for_begin_tile338.preheader.i, label %for_body_step.i, !prof !8
+for_begin_step.i:                                 ; preds = %if_end308.i
+  %indvars.iv.next1607.i = add nuw nsw i64 %indvars.iv1606.i, 1
+  %exitcond1610.not.i = icmp eq i64 %indvars.iv.next1607.i, %wide.trip.count1609.i
+  %indvars.iv.next107 = add i32 %indvars.iv106, -128
+  %indvars.iv.next113 = add i32 %indvars.iv112, -128
+  %indvars.iv.next115 = add i32 %indvars.iv114, -128
+  br i1 %exitcond1610.not.i, label %for_begin_tile313.preheader.i, label %for_body_step.i, !prof !8
 
-for_begin_tile338.preheader.i:                    ; preds = %for_begin_step.i, %if_end121.i
-  %brmerge.i = or i1 %142, %906
-  br i1 %brmerge.i, label %for_end_tile340.i, label %for_body_tile339.i, !prof !48
+for_begin_tile313.preheader.i:                    ; preds = %for_begin_step.i, %if_end121.i
+  %brmerge.i = or i1 %142, %908
+  br i1 %brmerge.i, label %for_end_tile315.i, label %for_body_tile314.i, !prof !48
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
-  %indvars.iv121 = phi i32 [ %indvars.iv.next122, %for_begin_step.i ], [ %893, %for_body_step.lr.ph.i ]
-  %indvars.iv118 = phi i32 [ %indvars.iv.next119, %for_begin_step.i ], [ %892, %for_body_step.lr.ph.i ]
-  %indvars.iv109 = phi i32 [ %indvars.iv.next110, %for_begin_step.i ], [ %894, %for_body_step.lr.ph.i ]
-  %indvars.iv1631.i = phi i64 [ %indvars.iv.next1632.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
-  %indvars.iv1631.i.tr375 = trunc i64 %indvars.iv1631.i to i32
-  %913 = shl i32 %indvars.iv1631.i.tr375, 8
-  %914 = add i32 %871, %913
-  %915 = sub i32 %context_len.i, %914
-  %smax372 = tail call i32 @llvm.smax.i32(i32 %915, i32 0)
-  %.mask = and i32 %smax372, 1
-  %916 = and i32 %smax372, 1
-  %indvars.iv1631.i.tr376 = trunc i64 %indvars.iv1631.i to i32
-  %917 = shl i32 %indvars.iv1631.i.tr376, 8
-  %918 = add i32 %smax328, %917
-  %919 = sub i32 %smin327, %918
-  %smax329 = tail call i32 @llvm.smax.i32(i32 %919, i32 256)
-  %umin330 = tail call i32 @llvm.umin.i32(i32 %smax329, i32 512)
-  %920 = add nsw i32 %umin330, -256
-  %smin331 = tail call i32 @llvm.smin.i32(i32 %919, i32 256)
-  %921 = add nsw i32 %smin331, 7
-  %922 = and i32 %921, -8
-  %923 = add i32 %920, %922
-  %924 = zext i32 %923 to i64
-  %indvars.iv1631.i.tr377 = trunc i64 %indvars.iv1631.i to i32
-  %925 = shl i32 %indvars.iv1631.i.tr377, 8
-  %926 = add i32 %smax322, %925
-  %927 = sub i32 %smin321, %926
-  %smax323 = tail call i32 @llvm.smax.i32(i32 %927, i32 256)
-  %umin = tail call i32 @llvm.umin.i32(i32 %smax323, i32 512)
-  %928 = add nsw i32 %umin, -256
-  %smin324 = tail call i32 @llvm.smin.i32(i32 %927, i32 256)
-  %929 = add nsw i32 %smin324, 7
-  %930 = and i32 %929, -8
-  %931 = add i32 %928, %930
-  %932 = zext i32 %931 to i64
-  %smax256 = tail call i32 @llvm.smax.i32(i32 %indvars.iv118, i32 0)
-  %indvars.iv1631.i.tr = trunc i64 %indvars.iv1631.i to i32
-  %933 = shl i32 %indvars.iv1631.i.tr, 8
-  %934 = add i32 %smax259, %933
-  %935 = sub i32 %smin258, %934
-  %936 = shl nuw nsw i64 %indvars.iv1631.i, 8
-  %scevgep237 = getelementptr i8, ptr %912, i64 %936
-  %937 = mul nsw i64 %indvars.iv1631.i, -256
-  %938 = trunc i64 %937 to i32
-  %939 = add i32 %880, %938
-  %smax238 = tail call i32 @llvm.smax.i32(i32 %939, i32 0)
-  %940 = zext nneg i32 %smax238 to i64
-  %smax240 = tail call i32 @llvm.smax.i32(i32 %indvars.iv118, i32 0)
-  %941 = trunc i64 %937 to i32
-  %942 = add i32 %883, %941
-  %943 = shl i32 %smax238, 4
-  %944 = sext i32 %943 to i64
-  %945 = shl nsw i64 %944, 2
-  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv118, i32 0)
-  %946 = mul nsw i64 %indvars.iv1631.i, -256
-  %947 = trunc i64 %946 to i32
-  %948 = add i32 %886, %947
-  %949 = trunc i64 %946 to i32
-  %950 = add i32 %889, %949
-  %smax230 = tail call i32 @llvm.smax.i32(i32 %950, i32 0)
-  %951 = shl i32 %smax230, 4
-  %952 = sext i32 %951 to i64
-  %smax126 = tail call i32 @llvm.smax.i32(i32 %indvars.iv118, i32 0)
-  %953 = zext nneg i32 %smax126 to i64
-  %954 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %key_offsets.i = tail call ptr %954(i32 1, i32 %dev_id, i64 4096, i32 0, i32 64)
-  %955 = icmp eq ptr %key_offsets.i, null
-  br i1 %955, label %fused_attend_compute_.exit, label %if_end124.i, !prof !7
+  %indvars.iv114 = phi i32 [ %indvars.iv.next115, %for_begin_step.i ], [ %896, %for_body_step.lr.ph.i ]
+  %indvars.iv112 = phi i32 [ %indvars.iv.next113, %for_begin_step.i ], [ %895, %for_body_step.lr.ph.i ]
+  %indvars.iv106 = phi i32 [ %indvars.iv.next107, %for_begin_step.i ], [ %894, %for_body_step.lr.ph.i ]
+  %indvars.iv1606.i = phi i64 [ %indvars.iv.next1607.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
+  %indvars.iv1606.i.tr325 = trunc i64 %indvars.iv1606.i to i32
+  %916 = shl i32 %indvars.iv1606.i.tr325, 7
+  %917 = add i32 %876, %916
+  %918 = sub i32 %context_len.i, %917
+  %smax322 = tail call i32 @llvm.smax.i32(i32 %918, i32 0)
+  %.mask = and i32 %smax322, 1
+  %919 = and i32 %smax322, 1
+  %smax248 = tail call i32 @llvm.smax.i32(i32 %indvars.iv106, i32 0)
+  %indvars.iv1606.i.tr = trunc i64 %indvars.iv1606.i to i32
+  %920 = shl i32 %indvars.iv1606.i.tr, 7
+  %921 = add i32 %smax251, %920
+  %922 = sub i32 %smin250, %921
+  %923 = shl nuw nsw i64 %indvars.iv1606.i, 7
+  %scevgep227 = getelementptr i8, ptr %915, i64 %923
+  %924 = mul nsw i64 %indvars.iv1606.i, -128
+  %925 = trunc i64 %924 to i32
+  %926 = add i32 %881, %925
+  %smax228 = tail call i32 @llvm.smax.i32(i32 %926, i32 0)
+  %927 = zext nneg i32 %smax228 to i64
+  %smax232 = tail call i32 @llvm.smax.i32(i32 %indvars.iv106, i32 0)
+  %928 = trunc i64 %924 to i32
+  %929 = add i32 %884, %928
+  %930 = shl i32 %smax228, 4
+  %931 = sext i32 %930 to i64
+  %932 = shl nsw i64 %931, 2
+  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv106, i32 0)
+  %933 = mul nsw i64 %indvars.iv1606.i, -128
+  %934 = trunc i64 %933 to i32
+  %935 = add i32 %888, %934
+  %936 = trunc i64 %933 to i32
+  %937 = sub i32 %936, %smax216
+  %938 = trunc i64 %933 to i32
+  %939 = add i32 %891, %938
+  %smax220 = tail call i32 @llvm.smax.i32(i32 %939, i32 0)
+  %940 = shl i32 %smax220, 4
+  %941 = sext i32 %940 to i64
+  %smax118 = tail call i32 @llvm.smax.i32(i32 %indvars.iv106, i32 0)
+  %942 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %key_offsets.i = tail call ptr %942(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %943 = icmp eq ptr %key_offsets.i, null
+  br i1 %943, label %fused_attend_compute_.exit, label %if_end124.i, !prof !7
 
 if_end124.i:                                      ; preds = %for_body_step.i
-  %956 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %value_offsets.i = tail call ptr %956(i32 1, i32 %dev_id, i64 4096, i32 0, i32 64)
-  %957 = icmp eq ptr %value_offsets.i, null
-  br i1 %957, label %fused_attend_compute_.exit, label %if_end127.i, !prof !7
+  %944 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %value_offsets.i = tail call ptr %944(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %945 = icmp eq ptr %value_offsets.i, null
+  br i1 %945, label %fused_attend_compute_.exit, label %if_end127.i, !prof !7
 
 if_end127.i:                                      ; preds = %if_end124.i
-  %958 = shl nsw i64 %indvars.iv1631.i, 8
-  %959 = add nsw i64 %958, %911
-  %960 = trunc i64 %959 to i32
-  %961 = sub i32 %904, %960
-  %962 = tail call i32 @llvm.smax.i32(i32 %961, i32 256)
-  %963 = tail call i32 @llvm.umin.i32(i32 %962, i32 512)
-  %964 = add nsw i32 %963, -256
-  %965 = tail call i32 @llvm.smin.i32(i32 %961, i32 256)
-  %966 = add nsw i32 %965, 7
-  %967 = and i32 %966, -8
-  %968 = add nsw i32 %964, %967
-  %969 = icmp sgt i32 %968, 0
-  br i1 %969, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
+  %946 = shl nsw i64 %indvars.iv1606.i, 7
+  %947 = add nsw i64 %946, %913
+  %948 = trunc i64 %947 to i32
+  %949 = sub i32 %906, %948
+  %950 = tail call i32 @llvm.smin.i32(i32 %949, i32 128)
+  %951 = add nsw i32 %950, 7
+  %952 = and i32 %951, -8
+  %953 = icmp slt i64 %947, %invariant.op1772.i
+  %954 = select i1 %953, i32 256, i32 %952
+  %955 = icmp sgt i32 %954, 0
+  br i1 %955, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
 
 for_body_t.lr.ph.i:                               ; preds = %if_end127.i
   %row_start.i = load i32, ptr %611, align 4, !tbaa !4
-  %970 = sext i32 %row_start.i to i64
-  %invariant.gep1219.i = getelementptr i32, ptr %613, i64 %970
-  %xtraiter = and i64 %932, 3
-  %971 = add i32 %931, -1
-  %972 = icmp ult i32 %971, 3
-  br i1 %972, label %for_body_t.i.epil.preheader, label %for_body_t.lr.ph.i.new, !prof !49
-
-for_body_t.lr.ph.i.new:                           ; preds = %for_body_t.lr.ph.i
-  %unroll_iter = and i64 %932, 4294967292
+  %956 = sext i32 %row_start.i to i64
+  %invariant.gep1193.i = getelementptr i32, ptr %613, i64 %956
+  %wide.trip.count1505.i = zext nneg i32 %954 to i64
   br label %for_body_t.i
 
-for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i.new
-  %indvars.iv1523.i = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %indvars.iv.next1524.i.3, %for_body_t.i ]
-  %niter = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %niter.next.3, %for_body_t.i ]
-  %973 = add nsw i64 %indvars.iv1523.i, %959
+for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
+  %indvars.iv1502.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1503.i.3, %for_body_t.i ]
+  %957 = add nsw i64 %indvars.iv1502.i, %947
+  %958 = trunc nsw i64 %957 to i32
+  %959 = tail call i32 @llvm.smin.i32(i32 %958, i32 %912)
+  %960 = ashr i32 %959, 4
+  %961 = sext i32 %960 to i64
+  %gep1194.i = getelementptr i32, ptr %invariant.gep1193.i, i64 %961
+  %962 = load i32, ptr %gep1194.i, align 4, !tbaa !4
+  %block.i = sext i32 %962 to i64
+  %963 = mul nsw i64 %k_block, %block.i
+  %964 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1502.i
+  store i64 %963, ptr %964, align 8, !tbaa !4
+  %indvars.iv.next1503.i = or disjoint i64 %indvars.iv1502.i, 1
+  %965 = add nsw i64 %indvars.iv.next1503.i, %947
+  %966 = trunc nsw i64 %965 to i32
+  %967 = tail call i32 @llvm.smin.i32(i32 %966, i32 %912)
+  %968 = ashr i32 %967, 4
+  %969 = sext i32 %968 to i64
+  %gep1194.i.1 = getelementptr i32, ptr %invariant.gep1193.i, i64 %969
+  %970 = load i32, ptr %gep1194.i.1, align 4, !tbaa !4
+  %block.i.1 = sext i32 %970 to i64
+  %971 = mul nsw i64 %k_block, %block.i.1
+  %972 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1503.i
+  store i64 %971, ptr %972, align 8, !tbaa !4
+  %indvars.iv.next1503.i.1 = or disjoint i64 %indvars.iv1502.i, 2
+  %973 = add nsw i64 %indvars.iv.next1503.i.1, %947
   %974 = trunc nsw i64 %973 to i32
-  %975 = tail call i32 @llvm.smin.i32(i32 %974, i32 %910)
+  %975 = tail call i32 @llvm.smin.i32(i32 %974, i32 %912)
   %976 = ashr i32 %975, 4
   %977 = sext i32 %976 to i64
-  %gep1220.i = getelementptr i32, ptr %invariant.gep1219.i, i64 %977
-  %978 = load i32, ptr %gep1220.i, align 4, !tbaa !4
-  %block.i = sext i32 %978 to i64
-  %979 = mul nsw i64 %k_block, %block.i
-  %980 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1523.i
+  %gep1194.i.2 = getelementptr i32, ptr %invariant.gep1193.i, i64 %977
+  %978 = load i32, ptr %gep1194.i.2, align 4, !tbaa !4
+  %block.i.2 = sext i32 %978 to i64
+  %979 = mul nsw i64 %k_block, %block.i.2
+  %980 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1503.i.1
   store i64 %979, ptr %980, align 8, !tbaa !4
-  %indvars.iv.next1524.i = or disjoint i64 %indvars.iv1523.i, 1
-  %981 = add nsw i64 %indvars.iv.next1524.i, %959
+  %indvars.iv.next1503.i.2 = or disjoint i64 %indvars.iv1502.i, 3
+  %981 = add nsw i64 %indvars.iv.next1503.i.2, %947
   %982 = trunc nsw i64 %981 to i32
-  %983 = tail call i32 @llvm.smin.i32(i32 %982, i32 %910)
+  %983 = tail call i32 @llvm.smin.i32(i32 %982, i32 %912)
   %984 = ashr i32 %983, 4
   %985 = sext i32 %984 to i64
-  %gep1220.i.1 = getelementptr i32, ptr %invariant.gep1219.i, i64 %985
-  %986 = load i32, ptr %gep1220.i.1, align 4, !tbaa !4
-  %block.i.1 = sext i32 %986 to i64
-  %987 = mul nsw i64 %k_block, %block.i.1
-  %988 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1524.i
+  %gep1194.i.3 = getelementptr i32, ptr %invariant.gep1193.i, i64 %985
+  %986 = load i32, ptr %gep1194.i.3, align 4, !tbaa !4
+  %block.i.3 = sext i32 %986 to i64
+  %987 = mul nsw i64 %k_block, %block.i.3
+  %988 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1503.i.2
   store i64 %987, ptr %988, align 8, !tbaa !4
-  %indvars.iv.next1524.i.1 = or disjoint i64 %indvars.iv1523.i, 2
-  %989 = add nsw i64 %indvars.iv.next1524.i.1, %959
-  %990 = trunc nsw i64 %989 to i32
-  %991 = tail call i32 @llvm.smin.i32(i32 %990, i32 %910)
-  %992 = ashr i32 %991, 4
-  %993 = sext i32 %992 to i64
-  %gep1220.i.2 = getelementptr i32, ptr %invariant.gep1219.i, i64 %993
-  %994 = load i32, ptr %gep1220.i.2, align 4, !tbaa !4
-  %block.i.2 = sext i32 %994 to i64
-  %995 = mul nsw i64 %k_block, %block.i.2
-  %996 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1524.i.1
-  store i64 %995, ptr %996, align 8, !tbaa !4
-  %indvars.iv.next1524.i.2 = or disjoint i64 %indvars.iv1523.i, 3
-  %997 = add nsw i64 %indvars.iv.next1524.i.2, %959
-  %998 = trunc nsw i64 %997 to i32
-  %999 = tail call i32 @llvm.smin.i32(i32 %998, i32 %910)
-  %1000 = ashr i32 %999, 4
-  %1001 = sext i32 %1000 to i64
-  %gep1220.i.3 = getelementptr i32, ptr %invariant.gep1219.i, i64 %1001
-  %1002 = load i32, ptr %gep1220.i.3, align 4, !tbaa !4
-  %block.i.3 = sext i32 %1002 to i64
-  %1003 = mul nsw i64 %k_block, %block.i.3
-  %1004 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1524.i.2
-  store i64 %1003, ptr %1004, align 8, !tbaa !4
-  %indvars.iv.next1524.i.3 = add nuw nsw i64 %indvars.iv1523.i, 4
-  %niter.next.3 = add i64 %niter, 4
-  %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_t132.lr.ph.i.unr-lcssa, label %for_body_t.i, !prof !50, !llvm.loop !51
+  %indvars.iv.next1503.i.3 = add nuw nsw i64 %indvars.iv1502.i, 4
+  %exitcond1506.not.i.3 = icmp eq i64 %indvars.iv.next1503.i.3, %wide.trip.count1505.i
+  br i1 %exitcond1506.not.i.3, label %for_body_t132.lr.ph.i, label %for_body_t.i, !prof !8, !llvm.loop !49
 
-for_body_t132.lr.ph.i.unr-lcssa:                  ; preds = %for_body_t.i
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br i1 %lcmp.mod.not, label %for_body_t132.lr.ph.i, label %for_body_t.i.epil.preheader, !prof !53
-
-for_body_t.i.epil.preheader:                      ; preds = %for_body_t132.lr.ph.i.unr-lcssa, %for_body_t.lr.ph.i
-  %indvars.iv1523.i.epil.init = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1524.i.3, %for_body_t132.lr.ph.i.unr-lcssa ]
-  %lcmp.mod325 = icmp ne i64 %xtraiter, 0
-  tail call void @llvm.assume(i1 %lcmp.mod325)
-  br label %for_body_t.i.epil
-
-for_body_t.i.epil:                                ; preds = %for_body_t.i.epil, %for_body_t.i.epil.preheader
-  %indvars.iv1523.i.epil = phi i64 [ %indvars.iv1523.i.epil.init, %for_body_t.i.epil.preheader ], [ %indvars.iv.next1524.i.epil, %for_body_t.i.epil ]
-  %epil.iter = phi i64 [ 0, %for_body_t.i.epil.preheader ], [ %epil.iter.next, %for_body_t.i.epil ]
-  %1005 = add nsw i64 %indvars.iv1523.i.epil, %959
-  %1006 = trunc nsw i64 %1005 to i32
-  %1007 = tail call i32 @llvm.smin.i32(i32 %1006, i32 %910)
-  %1008 = ashr i32 %1007, 4
-  %1009 = sext i32 %1008 to i64
-  %gep1220.i.epil = getelementptr i32, ptr %invariant.gep1219.i, i64 %1009
-  %1010 = load i32, ptr %gep1220.i.epil, align 4, !tbaa !4
-  %block.i.epil = sext i32 %1010 to i64
-  %1011 = mul nsw i64 %k_block, %block.i.epil
-  %1012 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1523.i.epil
-  store i64 %1011, ptr %1012, align 8, !tbaa !4
-  %indvars.iv.next1524.i.epil = add nuw nsw i64 %indvars.iv1523.i.epil, 1
-  %epil.iter.next = add i64 %epil.iter, 1
-  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_t132.lr.ph.i, label %for_body_t.i.epil, !prof !54, !llvm.loop !55
-
-for_body_t132.lr.ph.i:                            ; preds = %for_body_t.i.epil, %for_body_t132.lr.ph.i.unr-lcssa
+for_body_t132.lr.ph.i:                            ; preds = %for_body_t.i
   %row_start130.i = load i32, ptr %611, align 4, !tbaa !4
-  %1013 = sext i32 %row_start130.i to i64
-  %invariant.gep1224.i = getelementptr i32, ptr %613, i64 %1013
-  %xtraiter332 = and i64 %924, 3
-  %1014 = add i32 %923, -1
-  %1015 = icmp ult i32 %1014, 3
-  br i1 %1015, label %for_body_t132.i.epil.preheader, label %for_body_t132.lr.ph.i.new, !prof !49
-
-for_body_t132.lr.ph.i.new:                        ; preds = %for_body_t132.lr.ph.i
-  %unroll_iter336 = and i64 %924, 4294967292
+  %989 = sext i32 %row_start130.i to i64
+  %invariant.gep1198.i = getelementptr i32, ptr %613, i64 %989
   br label %for_body_t132.i
 
-for_begin_kv_head.preheader.i.loopexit.unr-lcssa: ; preds = %for_body_t132.i
-  %lcmp.mod334.not = icmp eq i64 %xtraiter332, 0
-  br i1 %lcmp.mod334.not, label %for_begin_kv_head.preheader.i, label %for_body_t132.i.epil.preheader, !prof !53
-
-for_body_t132.i.epil.preheader:                   ; preds = %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %for_body_t132.lr.ph.i
-  %indvars.iv1526.i.epil.init = phi i64 [ 0, %for_body_t132.lr.ph.i ], [ %indvars.iv.next1527.i.3, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa ]
-  %lcmp.mod335 = icmp ne i64 %xtraiter332, 0
-  tail call void @llvm.assume(i1 %lcmp.mod335)
-  br label %for_body_t132.i.epil
-
-for_body_t132.i.epil:                             ; preds = %for_body_t132.i.epil, %for_body_t132.i.epil.preheader
-  %indvars.iv1526.i.epil = phi i64 [ %indvars.iv1526.i.epil.init, %for_body_t132.i.epil.preheader ], [ %indvars.iv.next1527.i.epil, %for_body_t132.i.epil ]
-  %epil.iter333 = phi i64 [ 0, %for_body_t132.i.epil.preheader ], [ %epil.iter333.next, %for_body_t132.i.epil ]
-  %1016 = add nsw i64 %indvars.iv1526.i.epil, %959
-  %1017 = trunc nsw i64 %1016 to i32
-  %1018 = tail call i32 @llvm.smin.i32(i32 %1017, i32 %910)
-  %1019 = sext i32 %1018 to i64
-  %1020 = ashr i64 %1019, 4
-  %gep1225.i.epil = getelementptr i32, ptr %invariant.gep1224.i, i64 %1020
-  %1021 = load i32, ptr %gep1225.i.epil, align 4, !tbaa !4
-  %block139.i.epil = sext i32 %1021 to i64
-  %1022 = lshr i64 %1019, 1
-  %1023 = and i64 %1022, 7
-  %1024 = mul nsw i64 %1023, %v_row
-  %1025 = mul nsw i64 %v_block, %block139.i.epil
-  %1026 = add nsw i64 %1024, %1025
-  %1027 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1526.i.epil
-  store i64 %1026, ptr %1027, align 8, !tbaa !4
-  %indvars.iv.next1527.i.epil = add nuw nsw i64 %indvars.iv1526.i.epil, 1
-  %epil.iter333.next = add i64 %epil.iter333, 1
-  %epil.iter333.cmp.not = icmp eq i64 %epil.iter333.next, %xtraiter332
-  br i1 %epil.iter333.cmp.not, label %for_begin_kv_head.preheader.i, label %for_body_t132.i.epil, !prof !54, !llvm.loop !58
-
-for_begin_kv_head.preheader.i:                    ; preds = %for_body_t132.i.epil, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %if_end127.i
+for_begin_kv_head.preheader.i:                    ; preds = %for_body_t132.i, %if_end127.i
   br i1 %614, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
 
 for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
-  %1028 = add nsw i32 %963, -257
-  %1029 = add i32 %tree_size, %960
-  %1030 = sub i32 %context_len.i, %1029
-  %1031 = tail call i32 @llvm.smax.i32(i32 %1030, i32 0)
-  %1032 = zext nneg i32 %1031 to i64
-  %1033 = icmp eq i64 %indvars.iv1631.i, 0
-  %1034 = insertelement <16 x i1> poison, i1 %1033, i64 0
-  %1035 = shufflevector <16 x i1> %1034, <16 x i1> poison, <16 x i32> zeroinitializer
-  br i1 %616, label %for_body_kv_head.us.preheader.i, label %for_end_kv_head.i, !prof !3
+  %990 = add i32 %tree_size, %948
+  %991 = sub i32 %context_len.i, %990
+  %992 = tail call i32 @llvm.smax.i32(i32 %991, i32 0)
+  %993 = zext nneg i32 %992 to i64
+  %994 = icmp eq i64 %indvars.iv1606.i, 0
+  %995 = insertelement <16 x i1> poison, i1 %994, i64 0
+  %996 = shufflevector <16 x i1> %995, <16 x i1> poison, <16 x i32> zeroinitializer
+  br i1 %617, label %for_body_kv_head.us.preheader.i, label %for_end_kv_head.i, !prof !3
 
 for_body_kv_head.us.preheader.i:                  ; preds = %for_body_kv_head.lr.ph.i
-  %1036 = getelementptr i8, ptr %625, i64 %959
-  %1037 = getelementptr i8, ptr %1036, i64 %1032
-  %scevgep239 = getelementptr i8, ptr %scevgep237, i64 %940
-  %broadcast.splatinsert269 = insertelement <8 x i32> poison, i32 %1031, i64 0
-  %broadcast.splat270 = shufflevector <8 x i32> %broadcast.splatinsert269, <8 x i32> poison, <8 x i32> zeroinitializer
-  %1038 = icmp eq i32 %.mask, 0
-  %1039 = select i1 %1038, i32 -65536, i32 65535
-  %.not378 = icmp eq i32 %916, 0
-  %1040 = select i1 %.not378, i32 65535, i32 -65536
-  %1041 = icmp eq i32 %.mask, 0
-  %1042 = select i1 %1041, i32 -65536, i32 65535
-  %.not379 = icmp eq i32 %916, 0
-  %1043 = select i1 %.not379, i32 65535, i32 -65536
+  %997 = getelementptr i8, ptr %630, i64 %947
+  %998 = getelementptr i8, ptr %997, i64 %993
+  %scevgep229 = getelementptr i8, ptr %scevgep227, i64 %927
+  %scevgep231 = getelementptr i8, ptr %scevgep227, i64 %927
+  %broadcast.splatinsert261 = insertelement <8 x i32> poison, i32 %992, i64 0
+  %broadcast.splat262 = shufflevector <8 x i32> %broadcast.splatinsert261, <8 x i32> poison, <8 x i32> zeroinitializer
+  %999 = icmp eq i32 %.mask, 0
+  %1000 = select i1 %999, i32 -65536, i32 65535
+  %.not326 = icmp eq i32 %919, 0
+  %1001 = select i1 %.not326, i32 65535, i32 -65536
+  %1002 = icmp eq i32 %.mask, 0
+  %1003 = select i1 %1002, i32 -65536, i32 65535
+  %.not327 = icmp eq i32 %919, 0
+  %1004 = select i1 %.not327, i32 65535, i32 -65536
   br label %for_body_kv_head.us.i
 
-for_body_kv_head.us.i:                            ; preds = %for_begin_row_tile.for_end_row_tile_crit_edge.us.i, %for_body_kv_head.us.preheader.i
-  %indvars.iv1626.i = phi i64 [ 0, %for_body_kv_head.us.preheader.i ], [ %indvars.iv.next1627.i, %for_begin_row_tile.for_end_row_tile_crit_edge.us.i ]
-  %1044 = add nsw i64 %indvars.iv1626.i, %615
-  %1045 = mul nuw nsw i64 %indvars.iv1626.i, %624
-  %1046 = mul nsw i64 %1044, %k_head
-  %invariant.gep1229.us.i = getelementptr i32, ptr %key_cache, i64 %1046
-  %1047 = mul nsw i64 %1044, %v_head
-  %invariant.gep1236.us.i = getelementptr i32, ptr %value_cache, i64 %1047
+for_body_kv_head.us.i:                            ; preds = %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i, %for_body_kv_head.us.preheader.i
+  %indvars.iv1601.i = phi i64 [ 0, %for_body_kv_head.us.preheader.i ], [ %indvars.iv.next1602.i, %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i ]
+  %1005 = icmp eq i64 %indvars.iv1601.i, %627
+  %indvars.iv.next1602.i = add nuw nsw i64 %indvars.iv1601.i, 1
+  %1006 = select i1 %1005, i64 0, i64 %indvars.iv.next1602.i
+  %1007 = add nsw i64 %indvars.iv1601.i, %616
+  %1008 = mul nuw nsw i64 %indvars.iv1601.i, %629
+  %1009 = icmp slt i64 %indvars.iv.next1602.i, %628
+  %1010 = or i1 %953, %1009
+  %1011 = add nsw i64 %1006, %616
+  %1012 = mul nsw i64 %1011, %k_head
+  %1013 = select i1 %1005, i32 128, i32 0
+  %invariant.gep1213.us.i = getelementptr i32, ptr %key_cache, i64 %1012
+  %1014 = mul nsw i64 %1007, %k_head
+  %1015 = mul nsw i64 %1011, %v_head
+  %1016 = mul nsw i64 %1007, %v_head
+  %invariant.gep1293.us.i = getelementptr i32, ptr %value_cache, i64 %1016
   br label %for_body_row_tile.us.i
 
-for_begin_row_tile.us.i:                          ; preds = %if_end327.us.i
-  %indvars.iv.next1622.i = add nuw nsw i64 %indvars.iv1621.i, 1
-  %exitcond1625.not.i = icmp eq i64 %indvars.iv.next1622.i, %624
-  br i1 %exitcond1625.not.i, label %for_begin_row_tile.for_end_row_tile_crit_edge.us.i, label %for_body_row_tile.us.i, !prof !8
+for_begin_row_tile.us.i:                          ; preds = %if_end302.us.i
+  %indvars.iv.next1597.i = add nuw nsw i64 %indvars.iv1596.i, 1
+  %exitcond1600.not.i = icmp eq i64 %indvars.iv.next1597.i, %629
+  br i1 %exitcond1600.not.i, label %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i, label %for_body_row_tile.us.i, !prof !8
 
 for_body_row_tile.us.i:                           ; preds = %for_begin_row_tile.us.i, %for_body_kv_head.us.i
-  %indvars.iv1621.i = phi i64 [ 0, %for_body_kv_head.us.i ], [ %indvars.iv.next1622.i, %for_begin_row_tile.us.i ]
-  %1048 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scores.us.i = tail call ptr %1048(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %1049 = icmp eq ptr %scores.us.i, null
-  br i1 %1049, label %fused_attend_compute_.exit, label %if_end143.us.i, !prof !7
+  %indvars.iv1596.i = phi i64 [ 0, %for_body_kv_head.us.i ], [ %indvars.iv.next1597.i, %for_begin_row_tile.us.i ]
+  %1017 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scores.us.i = tail call ptr %1017(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1018 = icmp eq ptr %scores.us.i, null
+  br i1 %1018, label %fused_attend_compute_.exit, label %if_end143.us.i, !prof !7
 
 if_end143.us.i:                                   ; preds = %for_body_row_tile.us.i
-  %1050 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %probs.us.i = tail call ptr %1050(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %1051 = icmp eq ptr %probs.us.i, null
-  br i1 %1051, label %fused_attend_compute_.exit, label %if_end146.us.i, !prof !7
+  %1019 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %edges.us.i = tail call ptr %1019(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
+  %1020 = icmp eq ptr %edges.us.i, null
+  br i1 %1020, label %fused_attend_compute_.exit, label %if_end146.us.i, !prof !7
 
 if_end146.us.i:                                   ; preds = %if_end143.us.i
-  %1052 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %edges.us.i = tail call ptr %1052(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %1053 = icmp eq ptr %edges.us.i, null
-  br i1 %1053, label %fused_attend_compute_.exit, label %if_end149.us.i, !prof !7
+  %1021 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %prob_pairs.us.i = tail call ptr %1021(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
+  %1022 = icmp eq ptr %prob_pairs.us.i, null
+  br i1 %1022, label %fused_attend_compute_.exit, label %if_end149.us.i, !prof !7
 
 if_end149.us.i:                                   ; preds = %if_end146.us.i
-  %1054 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %prob_pairs.us.i = tail call ptr %1054(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %1055 = icmp eq ptr %prob_pairs.us.i, null
-  br i1 %1055, label %fused_attend_compute_.exit, label %if_end152.us.i, !prof !7
+  %1023 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scaled.us.i = tail call ptr %1023(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1024 = icmp eq ptr %scaled.us.i, null
+  br i1 %1024, label %fused_attend_compute_.exit, label %if_end152.us.i, !prof !7
 
 if_end152.us.i:                                   ; preds = %if_end149.us.i
-  %1056 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scaled.us.i = tail call ptr %1056(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %1057 = icmp eq ptr %scaled.us.i, null
-  br i1 %1057, label %fused_attend_compute_.exit, label %if_end155.us.i, !prof !7
+  %1025 = add nuw nsw i64 %indvars.iv1596.i, %1008
+  %1026 = trunc nuw i64 %1025 to i32
+  %1027 = shl i64 %1025, 2
+  %1028 = and i64 %1027, 4294967292
+  %1029 = getelementptr i32, ptr %reach527.i, i64 %1028
+  %1030 = getelementptr i8, ptr %1029, i64 4
+  %1031 = load i32, ptr %1030, align 4, !tbaa !12
+  %1032 = sext i32 %1031 to i64
+  %1033 = icmp slt i64 %947, %1032
+  br i1 %1033, label %if_then154.us.i, label %if_end155.us.i, !prof !7
 
-if_end155.us.i:                                   ; preds = %if_end152.us.i
-  %1058 = srem i32 %1028, %120
-  %1059 = ashr i32 %1058, 31
-  %1060 = sdiv i32 %1028, %120
-  %1061 = add nsw i32 %1060, %1059
-  %.not5731227.us.i = icmp slt i32 %1061, 0
-  br i1 %.not5731227.us.i, label %for_end_t168.us.i, label %for_body_t158.lr.ph.us.i, !prof !11
+if_then154.us.i:                                  ; preds = %if_end152.us.i
+  %1034 = icmp eq i64 %indvars.iv1596.i, %626
+  %1035 = sub nsw i32 %1031, %948
+  %valid_len157.us.i = tail call i32 @llvm.smin.i32(i32 %950, i32 %1035)
+  %1036 = add nsw i32 %valid_len157.us.i, 7
+  %1037 = ashr i32 %1036, 3
+  %1038 = icmp sgt i32 %1037, 0
+  %1039 = and i1 %1010, %1034
+  br i1 %1038, label %for_body_to.us.us.preheader.i, label %for_end_to162.us.i, !prof !3
 
-for_body_t158.us.i:                               ; preds = %for_body_t158.lr.ph.us.i.new, %for_body_t158.us.i
-  %t1611228.us.i = phi i32 [ 0, %for_body_t158.lr.ph.us.i.new ], [ %1105, %for_body_t158.us.i ]
-  %niter343 = phi i32 [ 0, %for_body_t158.lr.ph.us.i.new ], [ %niter343.next.1, %for_body_t158.us.i ]
-  %1062 = add nuw nsw i32 %t1611228.us.i, %2058
-  %1063 = tail call i32 @llvm.smin.i32(i32 %1062, i32 %1028)
-  %1064 = shl i32 %1063, 2
-  %1065 = and i32 %1064, 60
-  %1066 = and i32 %1063, -16
-  %1067 = sext i32 %1066 to i64
-  %1068 = getelementptr i64, ptr %key_offsets.i, i64 %1067
-  %1069 = getelementptr i8, ptr %1068, i64 2048
-  %1070 = load i64, ptr %1069, align 8, !tbaa !4
-  %gep1230.us.i = getelementptr i32, ptr %invariant.gep1229.us.i, i64 %1070
-  %1071 = zext nneg i32 %1065 to i64
-  %1072 = mul nsw i64 %k_row, %1071
-  %1073 = getelementptr i32, ptr %gep1230.us.i, i64 %1072
-  tail call void @llvm.prefetch.p0(ptr readonly %1073, i32 0, i32 2, i32 1)
-  %1074 = or disjoint i64 %1071, 1
-  %1075 = mul nsw i64 %1074, %k_row
-  %1076 = getelementptr i32, ptr %gep1230.us.i, i64 %1075
-  tail call void @llvm.prefetch.p0(ptr readonly %1076, i32 0, i32 2, i32 1)
-  %1077 = or disjoint i64 %1071, 2
-  %1078 = mul nsw i64 %1077, %k_row
-  %1079 = getelementptr i32, ptr %gep1230.us.i, i64 %1078
-  tail call void @llvm.prefetch.p0(ptr readonly %1079, i32 0, i32 2, i32 1)
-  %1080 = or disjoint i64 %1071, 3
-  %1081 = mul nsw i64 %1080, %k_row
-  %1082 = getelementptr i32, ptr %gep1230.us.i, i64 %1081
-  tail call void @llvm.prefetch.p0(ptr readonly %1082, i32 0, i32 2, i32 1)
-  %1083 = or disjoint i32 %t1611228.us.i, 1
-  %1084 = add nuw nsw i32 %1083, %2058
-  %1085 = tail call i32 @llvm.smin.i32(i32 %1084, i32 %1028)
-  %1086 = shl i32 %1085, 2
-  %1087 = and i32 %1086, 60
-  %1088 = and i32 %1085, -16
-  %1089 = sext i32 %1088 to i64
-  %1090 = getelementptr i64, ptr %key_offsets.i, i64 %1089
-  %1091 = getelementptr i8, ptr %1090, i64 2048
-  %1092 = load i64, ptr %1091, align 8, !tbaa !4
-  %gep1230.us.i.1 = getelementptr i32, ptr %invariant.gep1229.us.i, i64 %1092
-  %1093 = zext nneg i32 %1087 to i64
-  %1094 = mul nsw i64 %k_row, %1093
-  %1095 = getelementptr i32, ptr %gep1230.us.i.1, i64 %1094
-  tail call void @llvm.prefetch.p0(ptr readonly %1095, i32 0, i32 2, i32 1)
-  %1096 = or disjoint i64 %1093, 1
-  %1097 = mul nsw i64 %1096, %k_row
-  %1098 = getelementptr i32, ptr %gep1230.us.i.1, i64 %1097
-  tail call void @llvm.prefetch.p0(ptr readonly %1098, i32 0, i32 2, i32 1)
-  %1099 = or disjoint i64 %1093, 2
-  %1100 = mul nsw i64 %1099, %k_row
-  %1101 = getelementptr i32, ptr %gep1230.us.i.1, i64 %1100
-  tail call void @llvm.prefetch.p0(ptr readonly %1101, i32 0, i32 2, i32 1)
-  %1102 = or disjoint i64 %1093, 3
-  %1103 = mul nsw i64 %1102, %k_row
-  %1104 = getelementptr i32, ptr %gep1230.us.i.1, i64 %1103
-  tail call void @llvm.prefetch.p0(ptr readonly %1104, i32 0, i32 2, i32 1)
-  %1105 = add nuw i32 %t1611228.us.i, 2
-  %niter343.next.1 = add i32 %niter343, 2
-  %niter343.ncmp.1 = icmp eq i32 %niter343.next.1, %unroll_iter342
-  br i1 %niter343.ncmp.1, label %for_body_t167.us.i.preheader.unr-lcssa, label %for_body_t158.us.i, !prof !59, !llvm.loop !60
+for_body_to.us.us.preheader.i:                    ; preds = %if_then154.us.i
+  %1040 = shl i64 %1025, 10
+  %1041 = and i64 %1040, 4294966272
+  %wide.trip.count1523.i = zext nneg i32 %1037 to i64
+  %invariant.gep1768.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %1041
+  br label %for_body_to.us.us.i
 
-for_body_t167.us.i.preheader.unr-lcssa:           ; preds = %for_body_t158.us.i
-  %lcmp.mod340.not = icmp eq i32 %xtraiter338, 0
-  br i1 %lcmp.mod340.not, label %for_body_t167.us.i.preheader, label %for_body_t158.us.i.epil.preheader, !prof !54
+for_end_to162.us.i:                               ; preds = %for_begin_ti.preheader.us.i, %if_then154.us.i
+  br i1 %141, label %if_then165.us.i, label %if_end166.us.i, !prof !7
 
-for_body_t158.us.i.epil.preheader:                ; preds = %for_body_t158.lr.ph.us.i, %for_body_t167.us.i.preheader.unr-lcssa
-  %t1611228.us.i.epil.init = phi i32 [ 0, %for_body_t158.lr.ph.us.i ], [ %1105, %for_body_t167.us.i.preheader.unr-lcssa ]
-  %lcmp.mod341 = icmp ne i32 %xtraiter338, 0
-  tail call void @llvm.assume(i1 %lcmp.mod341)
-  %1106 = add nuw nsw i32 %t1611228.us.i.epil.init, %2058
-  %1107 = tail call i32 @llvm.smin.i32(i32 %1106, i32 %1028)
-  %1108 = shl i32 %1107, 2
-  %1109 = and i32 %1108, 60
-  %1110 = and i32 %1107, -16
-  %1111 = sext i32 %1110 to i64
-  %1112 = getelementptr i64, ptr %key_offsets.i, i64 %1111
-  %1113 = getelementptr i8, ptr %1112, i64 2048
-  %1114 = load i64, ptr %1113, align 8, !tbaa !4
-  %gep1230.us.i.epil = getelementptr i32, ptr %invariant.gep1229.us.i, i64 %1114
-  %1115 = zext nneg i32 %1109 to i64
-  %1116 = mul nsw i64 %k_row, %1115
-  %1117 = getelementptr i32, ptr %gep1230.us.i.epil, i64 %1116
-  tail call void @llvm.prefetch.p0(ptr readonly %1117, i32 0, i32 2, i32 1)
-  %1118 = or disjoint i64 %1115, 1
-  %1119 = mul nsw i64 %1118, %k_row
-  %1120 = getelementptr i32, ptr %gep1230.us.i.epil, i64 %1119
-  tail call void @llvm.prefetch.p0(ptr readonly %1120, i32 0, i32 2, i32 1)
-  %1121 = or disjoint i64 %1115, 2
-  %1122 = mul nsw i64 %1121, %k_row
-  %1123 = getelementptr i32, ptr %gep1230.us.i.epil, i64 %1122
-  tail call void @llvm.prefetch.p0(ptr readonly %1123, i32 0, i32 2, i32 1)
-  %1124 = or disjoint i64 %1115, 3
-  %1125 = mul nsw i64 %1124, %k_row
-  %1126 = getelementptr i32, ptr %gep1230.us.i.epil, i64 %1125
-  tail call void @llvm.prefetch.p0(ptr readonly %1126, i32 0, i32 2, i32 1)
-  br label %for_body_t167.us.i.preheader
+if_then165.us.i:                                  ; preds = %for_end_to162.us.i
+  %1042 = urem i32 %1026, %120
+  %1043 = shl nuw nsw i32 %1042, 4
+  %1044 = sub nsw i32 %118, %1043
+  %1045 = tail call i32 @llvm.smin.i32(i32 %1044, i32 16)
+  %1046 = icmp sgt i32 %1044, 0
+  br i1 %1046, label %for_body_r168.lr.ph.us.i, label %if_end166.us.i, !prof !3
 
-for_body_t167.us.i.preheader:                     ; preds = %for_body_t158.us.i.epil.preheader, %for_body_t167.us.i.preheader.unr-lcssa
-  %xtraiter344 = and i32 %2056, 3
-  %1127 = icmp ult i32 %1061, 3
-  br i1 %1127, label %for_body_t167.us.i.epil.preheader, label %for_body_t167.us.i.preheader.new, !prof !49
+if_end166.us.i:                                   ; preds = %for_begin_c.for_end_c_crit_edge.us.us.i, %for_body_r168.lr.ph.us.i, %if_then165.us.i, %for_end_to162.us.i
+  br i1 %1038, label %for_begin_ti180.preheader.us.preheader.i, label %for_end_to177.us.i, !prof !3
 
-for_body_t167.us.i.preheader.new:                 ; preds = %for_body_t167.us.i.preheader
-  %unroll_iter348 = and i32 %2056, -4
-  br label %for_body_t167.us.i
+for_begin_ti180.preheader.us.preheader.i:         ; preds = %if_end166.us.i
+  %wide.trip.count1544.i = zext nneg i32 %1037 to i64
+  %xtraiter312 = and i64 %wide.trip.count1544.i, 1
+  %1047 = icmp eq i32 %1037, 1
+  br i1 %1047, label %for_begin_ti180.preheader.us.i.epil.preheader, label %for_begin_ti180.preheader.us.preheader.i.new, !prof !51
 
-for_body_t167.us.i:                               ; preds = %for_body_t167.us.i, %for_body_t167.us.i.preheader.new
-  %t1701235.us.i = phi i32 [ 0, %for_body_t167.us.i.preheader.new ], [ %1167, %for_body_t167.us.i ]
-  %niter349 = phi i32 [ 0, %for_body_t167.us.i.preheader.new ], [ %niter349.next.3, %for_body_t167.us.i ]
-  %1128 = add nuw nsw i32 %t1701235.us.i, %2058
-  %1129 = tail call i32 @llvm.smin.i32(i32 %1128, i32 %1028)
-  %1130 = sext i32 %1129 to i64
-  %1131 = getelementptr i64, ptr %value_offsets.i, i64 %1130
-  %1132 = getelementptr i8, ptr %1131, i64 2048
-  %1133 = load i64, ptr %1132, align 8, !tbaa !4
-  %1134 = shl i32 %1129, 6
-  %1135 = and i32 %1134, 64
-  %gep1237.us.i = getelementptr i32, ptr %invariant.gep1236.us.i, i64 %1133
-  %1136 = zext nneg i32 %1135 to i64
-  %gep1232.us.i = getelementptr i32, ptr %gep1237.us.i, i64 %1136
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.i, i32 0, i32 2, i32 1)
-  %gep1232.us.1.i = getelementptr i8, ptr %gep1232.us.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.1.i, i32 0, i32 2, i32 1)
-  %gep1232.us.2.i = getelementptr i8, ptr %gep1232.us.i, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.2.i, i32 0, i32 2, i32 1)
-  %gep1232.us.3.i = getelementptr i8, ptr %gep1232.us.i, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.3.i, i32 0, i32 2, i32 1)
-  %1137 = or disjoint i32 %t1701235.us.i, 1
-  %1138 = add nuw nsw i32 %1137, %2058
-  %1139 = tail call i32 @llvm.smin.i32(i32 %1138, i32 %1028)
-  %1140 = sext i32 %1139 to i64
-  %1141 = getelementptr i64, ptr %value_offsets.i, i64 %1140
-  %1142 = getelementptr i8, ptr %1141, i64 2048
-  %1143 = load i64, ptr %1142, align 8, !tbaa !4
-  %1144 = shl i32 %1139, 6
-  %1145 = and i32 %1144, 64
-  %gep1237.us.i.1 = getelementptr i32, ptr %invariant.gep1236.us.i, i64 %1143
-  %1146 = zext nneg i32 %1145 to i64
-  %gep1232.us.i.1 = getelementptr i32, ptr %gep1237.us.i.1, i64 %1146
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.i.1, i32 0, i32 2, i32 1)
-  %gep1232.us.1.i.1 = getelementptr i8, ptr %gep1232.us.i.1, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.1.i.1, i32 0, i32 2, i32 1)
-  %gep1232.us.2.i.1 = getelementptr i8, ptr %gep1232.us.i.1, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.2.i.1, i32 0, i32 2, i32 1)
-  %gep1232.us.3.i.1 = getelementptr i8, ptr %gep1232.us.i.1, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.3.i.1, i32 0, i32 2, i32 1)
-  %1147 = or disjoint i32 %t1701235.us.i, 2
-  %1148 = add nuw nsw i32 %1147, %2058
-  %1149 = tail call i32 @llvm.smin.i32(i32 %1148, i32 %1028)
-  %1150 = sext i32 %1149 to i64
-  %1151 = getelementptr i64, ptr %value_offsets.i, i64 %1150
-  %1152 = getelementptr i8, ptr %1151, i64 2048
-  %1153 = load i64, ptr %1152, align 8, !tbaa !4
-  %1154 = shl i32 %1149, 6
-  %1155 = and i32 %1154, 64
-  %gep1237.us.i.2 = getelementptr i32, ptr %invariant.gep1236.us.i, i64 %1153
-  %1156 = zext nneg i32 %1155 to i64
-  %gep1232.us.i.2 = getelementptr i32, ptr %gep1237.us.i.2, i64 %1156
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.i.2, i32 0, i32 2, i32 1)
-  %gep1232.us.1.i.2 = getelementptr i8, ptr %gep1232.us.i.2, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.1.i.2, i32 0, i32 2, i32 1)
-  %gep1232.us.2.i.2 = getelementptr i8, ptr %gep1232.us.i.2, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.2.i.2, i32 0, i32 2, i32 1)
-  %gep1232.us.3.i.2 = getelementptr i8, ptr %gep1232.us.i.2, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.3.i.2, i32 0, i32 2, i32 1)
-  %1157 = or disjoint i32 %t1701235.us.i, 3
-  %1158 = add nuw nsw i32 %1157, %2058
-  %1159 = tail call i32 @llvm.smin.i32(i32 %1158, i32 %1028)
-  %1160 = sext i32 %1159 to i64
-  %1161 = getelementptr i64, ptr %value_offsets.i, i64 %1160
-  %1162 = getelementptr i8, ptr %1161, i64 2048
-  %1163 = load i64, ptr %1162, align 8, !tbaa !4
-  %1164 = shl i32 %1159, 6
-  %1165 = and i32 %1164, 64
-  %gep1237.us.i.3 = getelementptr i32, ptr %invariant.gep1236.us.i, i64 %1163
-  %1166 = zext nneg i32 %1165 to i64
-  %gep1232.us.i.3 = getelementptr i32, ptr %gep1237.us.i.3, i64 %1166
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.i.3, i32 0, i32 2, i32 1)
-  %gep1232.us.1.i.3 = getelementptr i8, ptr %gep1232.us.i.3, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.1.i.3, i32 0, i32 2, i32 1)
-  %gep1232.us.2.i.3 = getelementptr i8, ptr %gep1232.us.i.3, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.2.i.3, i32 0, i32 2, i32 1)
-  %gep1232.us.3.i.3 = getelementptr i8, ptr %gep1232.us.i.3, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.3.i.3, i32 0, i32 2, i32 1)
-  %1167 = add nuw i32 %t1701235.us.i, 4
-  %niter349.next.3 = add i32 %niter349, 4
-  %niter349.ncmp.3 = icmp eq i32 %niter349.next.3, %unroll_iter348
-  br i1 %niter349.ncmp.3, label %for_end_t168.us.i.loopexit.unr-lcssa, label %for_body_t167.us.i, !prof !50, !llvm.loop !62
+for_begin_ti180.preheader.us.preheader.i.new:     ; preds = %for_begin_ti180.preheader.us.preheader.i
+  %unroll_iter = and i64 %wide.trip.count1544.i, 2147483646
+  br label %for_begin_ti180.preheader.us.i
 
-for_end_t168.us.i.loopexit.unr-lcssa:             ; preds = %for_body_t167.us.i
-  %lcmp.mod346.not = icmp eq i32 %xtraiter344, 0
-  br i1 %lcmp.mod346.not, label %for_end_t168.us.i, label %for_body_t167.us.i.epil.preheader, !prof !53
+for_end_to177.us.i:                               ; preds = %if_end166.us.i
+  %1048 = icmp sgt i32 %valid_len157.us.i, 0
+  %1049 = insertelement <16 x i1> poison, i1 %1048, i64 0
+  %1050 = shufflevector <16 x i1> %1049, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1051 = select <16 x i1> %1050, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
+  %1052 = shl i64 %1025, 4
+  %1053 = and i64 %1052, 4294967280
+  br label %for_end_to187.us.i
 
-for_body_t167.us.i.epil.preheader:                ; preds = %for_end_t168.us.i.loopexit.unr-lcssa, %for_body_t167.us.i.preheader
-  %t1701235.us.i.epil.init = phi i32 [ 0, %for_body_t167.us.i.preheader ], [ %1167, %for_end_t168.us.i.loopexit.unr-lcssa ]
-  %lcmp.mod347 = icmp ne i32 %xtraiter344, 0
-  tail call void @llvm.assume(i1 %lcmp.mod347)
-  br label %for_body_t167.us.i.epil
+for_end_to187.us.i:                               ; preds = %for_end_ax0199.us.i, %for_end_to177.us.i
+  %1054 = phi i64 [ %1053, %for_end_to177.us.i ], [ %2567, %for_end_ax0199.us.i ]
+  %1055 = phi <16 x float> [ %1051, %for_end_to177.us.i ], [ %2565, %for_end_ax0199.us.i ]
+  %tile_sum524.sroa.0.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_end_to177.us.i ], [ %.us-phi.us.i, %for_end_ax0199.us.i ]
+  %1056 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %1054
+  %1057 = load <16 x float>, ptr %1056, align 4, !tbaa !4
+  %old_max.us.i = select <16 x i1> %996, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %1057
+  %1058 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %1054
+  %1059 = load <16 x float>, ptr %1058, align 4, !tbaa !4
+  %old_sum.us.i = select <16 x i1> %996, <16 x float> zeroinitializer, <16 x float> %1059
+  %1060 = fcmp ogt <16 x float> %old_max.us.i, %1055
+  %1061 = fcmp oeq <16 x float> %tile_sum524.sroa.0.0.lcssa.us.i, zeroinitializer
+  %1062 = select <16 x i1> %1061, <16 x i1> splat (i1 true), <16 x i1> %1060
+  %old_or_both.us.i = select <16 x i1> %1062, <16 x float> %old_max.us.i, <16 x float> %1055
+  %1063 = fcmp oeq <16 x float> %old_sum.us.i, zeroinitializer
+  %m.us.i = select <16 x i1> %1063, <16 x float> %1055, <16 x float> %old_or_both.us.i
+  %1064 = fsub <16 x float> %old_max.us.i, %m.us.i
+  %1065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1064, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1066 = bitcast <16 x float> %1065 to <16 x i32>
+  %1067 = fadd <16 x float> %1065, splat (float 0xC168000FE0000000)
+  %1068 = fmul <16 x float> %1067, splat (float 0x3F2BD01060000000)
+  %1069 = fmul <16 x float> %1067, splat (float 0x3FE6300000000000)
+  %1070 = fsub <16 x float> %1064, %1069
+  %1071 = fadd <16 x float> %1068, %1070
+  %1072 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1071, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1073 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1072, <16 x float> %1071, <16 x float> splat (float 0x3FA5558F20000000))
+  %1074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1073, <16 x float> %1071, <16 x float> splat (float 0x3FC5554920000000))
+  %1075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1074, <16 x float> %1071, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1076 = fmul <16 x float> %1071, %1071
+  %1077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1075, <16 x float> %1076, <16 x float> %1071)
+  %1078 = shl <16 x i32> %1066, splat (i32 23)
+  %1079 = bitcast <16 x i32> %1078 to <16 x float>
+  %1080 = fadd <16 x float> %1077, splat (float 1.000000e+00)
+  %1081 = fmul <16 x float> %1080, %1079
+  %1082 = fcmp olt <16 x float> %1064, splat (float -8.700000e+01)
+  %1083 = select <16 x i1> %1082, <16 x float> zeroinitializer, <16 x float> %1081
+  %1084 = fcmp one <16 x float> %old_sum.us.i, zeroinitializer
+  %1085 = select <16 x i1> %1084, <16 x float> %1083, <16 x float> zeroinitializer
+  %arg217.us.i = fsub <16 x float> %1055, %m.us.i
+  %1086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg217.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1087 = bitcast <16 x float> %1086 to <16 x i32>
+  %1088 = fadd <16 x float> %1086, splat (float 0xC168000FE0000000)
+  %1089 = fmul <16 x float> %1088, splat (float 0x3F2BD01060000000)
+  %1090 = fmul <16 x float> %1088, splat (float 0x3FE6300000000000)
+  %1091 = fsub <16 x float> %arg217.us.i, %1090
+  %1092 = fadd <16 x float> %1089, %1091
+  %1093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1092, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1094 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1093, <16 x float> %1092, <16 x float> splat (float 0x3FA5558F20000000))
+  %1095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1094, <16 x float> %1092, <16 x float> splat (float 0x3FC5554920000000))
+  %1096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1095, <16 x float> %1092, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1097 = fmul <16 x float> %1092, %1092
+  %1098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1096, <16 x float> %1097, <16 x float> %1092)
+  %1099 = shl <16 x i32> %1087, splat (i32 23)
+  %1100 = bitcast <16 x i32> %1099 to <16 x float>
+  %1101 = fadd <16 x float> %1098, splat (float 1.000000e+00)
+  %1102 = fmul <16 x float> %1101, %1100
+  %1103 = fcmp olt <16 x float> %arg217.us.i, splat (float -8.700000e+01)
+  %1104 = select <16 x i1> %1103, <16 x float> zeroinitializer, <16 x float> %1102
+  %1105 = fcmp one <16 x float> %tile_sum524.sroa.0.0.lcssa.us.i, zeroinitializer
+  %1106 = select <16 x i1> %1105, <16 x float> %1104, <16 x float> zeroinitializer
+  %1107 = fmul <16 x float> %old_sum.us.i, %1085
+  %1108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_sum524.sroa.0.0.lcssa.us.i, <16 x float> %1107)
+  store <16 x float> %m.us.i, ptr %1056, align 4, !tbaa !4
+  store <16 x float> %1108, ptr %1058, align 4, !tbaa !4
+  %1109 = load i32, ptr %1029, align 16, !tbaa !12
+  %1110 = sub nsw i32 %1109, %948
+  %1111 = tail call i32 @llvm.smin.i32(i32 %1110, i32 %valid_len157.us.i)
+  %1112 = tail call i32 @llvm.smin.i32(i32 %1111, i32 %991)
+  %1113 = select i1 %141, i32 %1112, i32 %1111
+  %1114 = tail call i32 @llvm.smax.i32(i32 %1113, i32 0)
+  %num_full.us.i = lshr i32 %1114, 3
+  %1115 = sub nsw i32 %1037, %num_full.us.i
+  %1116 = icmp sgt i32 %1115, 0
+  br i1 %1116, label %for_begin_ti240.preheader.lr.ph.us.i, label %for_end_to237.us.i, !prof !3
 
-for_body_t167.us.i.epil:                          ; preds = %for_body_t167.us.i.epil, %for_body_t167.us.i.epil.preheader
-  %t1701235.us.i.epil = phi i32 [ %1177, %for_body_t167.us.i.epil ], [ %t1701235.us.i.epil.init, %for_body_t167.us.i.epil.preheader ]
-  %epil.iter345 = phi i32 [ %epil.iter345.next, %for_body_t167.us.i.epil ], [ 0, %for_body_t167.us.i.epil.preheader ]
-  %1168 = add nuw nsw i32 %t1701235.us.i.epil, %2058
-  %1169 = tail call i32 @llvm.smin.i32(i32 %1168, i32 %1028)
-  %1170 = sext i32 %1169 to i64
-  %1171 = getelementptr i64, ptr %value_offsets.i, i64 %1170
-  %1172 = getelementptr i8, ptr %1171, i64 2048
-  %1173 = load i64, ptr %1172, align 8, !tbaa !4
-  %1174 = shl i32 %1169, 6
-  %1175 = and i32 %1174, 64
-  %gep1237.us.i.epil = getelementptr i32, ptr %invariant.gep1236.us.i, i64 %1173
-  %1176 = zext nneg i32 %1175 to i64
-  %gep1232.us.i.epil = getelementptr i32, ptr %gep1237.us.i.epil, i64 %1176
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.i.epil, i32 0, i32 2, i32 1)
-  %gep1232.us.1.i.epil = getelementptr i8, ptr %gep1232.us.i.epil, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.1.i.epil, i32 0, i32 2, i32 1)
-  %gep1232.us.2.i.epil = getelementptr i8, ptr %gep1232.us.i.epil, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.2.i.epil, i32 0, i32 2, i32 1)
-  %gep1232.us.3.i.epil = getelementptr i8, ptr %gep1232.us.i.epil, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1232.us.3.i.epil, i32 0, i32 2, i32 1)
-  %1177 = add nuw i32 %t1701235.us.i.epil, 1
-  %epil.iter345.next = add i32 %epil.iter345, 1
-  %epil.iter345.cmp.not = icmp eq i32 %epil.iter345.next, %xtraiter344
-  br i1 %epil.iter345.cmp.not, label %for_end_t168.us.i, label %for_body_t167.us.i.epil, !prof !54, !llvm.loop !63
+for_end_to237.us.i:                               ; preds = %for_begin_ti240.preheader.us.i, %for_end_to187.us.i
+  br i1 %141, label %if_then245.us.i, label %if_end246.us.i, !prof !7
 
-for_end_t168.us.i:                                ; preds = %for_body_t167.us.i.epil, %for_end_t168.us.i.loopexit.unr-lcssa, %if_end155.us.i
-  %1178 = add nuw nsw i64 %indvars.iv1621.i, %1045
-  %1179 = trunc nuw i64 %1178 to i32
-  %1180 = shl i64 %1178, 2
-  %1181 = and i64 %1180, 4294967292
-  %1182 = getelementptr i32, ptr %reach552.i, i64 %1181
-  %1183 = getelementptr i8, ptr %1182, i64 4
-  %1184 = load i32, ptr %1183, align 4, !tbaa !12
-  %1185 = sext i32 %1184 to i64
-  %1186 = icmp slt i64 %959, %1185
-  br i1 %1186, label %if_then178.us.i, label %if_end179.us.i, !prof !7
+if_then245.us.i:                                  ; preds = %for_end_to237.us.i
+  %1117 = urem i32 %1026, %120
+  %1118 = shl nuw nsw i32 %1117, 4
+  %1119 = sub nsw i32 %118, %1118
+  %1120 = tail call i32 @llvm.smin.i32(i32 %1119, i32 16)
+  %1121 = icmp sgt i32 %1119, 0
+  br i1 %1121, label %for_body_r248.lr.ph.us.i, label %if_end246.us.i, !prof !3
 
-if_then178.us.i:                                  ; preds = %for_end_t168.us.i
-  %1187 = sub nsw i32 %1184, %960
-  %valid_len181.us.i = tail call i32 @llvm.smin.i32(i32 %965, i32 %1187)
-  %1188 = add nsw i32 %valid_len181.us.i, 7
-  %1189 = ashr i32 %1188, 3
-  %1190 = icmp sgt i32 %1189, 0
-  br i1 %1190, label %for_begin_d_0.preheader.us.us.preheader.i, label %for_end_to184.us.i, !prof !3
+if_end246.us.i:                                   ; preds = %for_begin_c252.for_end_c254_crit_edge.us.us.i, %for_body_r248.lr.ph.us.i, %if_then245.us.i, %for_end_to237.us.i
+  %.not1453.i = icmp eq i32 %num_full.us.i, 0
+  %1122 = shl nuw nsw i32 %num_full.us.i, 2
+  %1123 = add nsw i32 %valid_len157.us.i, 1
+  %1124 = ashr i32 %1123, 1
+  %1125 = sub nsw i32 %1124, %1122
+  %1126 = icmp sgt i32 %1125, 0
+  %1127 = shl i64 %1025, 11
+  %1128 = shl nuw nsw i32 %num_full.us.i, 6
+  %1129 = and i32 %1114, 2147483640
+  %1130 = fmul <16 x float> %1085, zeroinitializer
+  %1131 = zext nneg i32 %1128 to i64
+  %1132 = zext nneg i32 %1129 to i64
+  %1133 = and i64 %1127, 4294965248
+  %1134 = zext nneg i32 %num_full.us.i to i64
+  %wide.trip.count1590.i = zext nneg i32 %1125 to i64
+  %invariant.gep1770.i = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1132
+  br label %for_begin_to257.preheader.us.i
 
-for_begin_d_0.preheader.us.us.preheader.i:        ; preds = %if_then178.us.i
-  %1191 = shl i64 %1178, 10
-  %1192 = and i64 %1191, 4294966272
-  %wide.trip.count1546.i = zext nneg i32 %1189 to i64
-  %invariant.gep1780.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %1192
-  br label %for_begin_d_0.preheader.us.us.i
+if_end155.us.i:                                   ; preds = %if_end294.us.i, %if_end152.us.i
+  %1135 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1136 = tail call i32 %1135(i32 1, i32 %dev_id, ptr nonnull %scaled.us.i)
+  %.not548.us.i = icmp eq i32 %1136, 0
+  br i1 %.not548.us.i, label %if_end296.us.i, label %fused_attend_compute_.exit, !prof !36
 
-for_end_to184.us.i:                               ; preds = %for_begin_ti.preheader.us.i, %if_then178.us.i
-  br i1 %141, label %if_then187.us.i, label %if_end188.us.i, !prof !7
+if_end296.us.i:                                   ; preds = %if_end155.us.i
+  %1137 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1138 = tail call i32 %1137(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.us.i)
+  %.not549.us.i = icmp eq i32 %1138, 0
+  br i1 %.not549.us.i, label %if_end299.us.i, label %fused_attend_compute_.exit, !prof !36
 
-if_then187.us.i:                                  ; preds = %for_end_to184.us.i
-  %1193 = urem i32 %1179, %120
-  %1194 = shl nuw nsw i32 %1193, 4
-  %1195 = sub nsw i32 %118, %1194
-  %1196 = tail call i32 @llvm.smin.i32(i32 %1195, i32 16)
-  %1197 = icmp sgt i32 %1195, 0
-  br i1 %1197, label %for_body_r190.lr.ph.us.i, label %if_end188.us.i, !prof !3
+if_end299.us.i:                                   ; preds = %if_end296.us.i
+  %1139 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1140 = tail call i32 %1139(i32 1, i32 %dev_id, ptr nonnull %edges.us.i)
+  %.not550.us.i = icmp eq i32 %1140, 0
+  br i1 %.not550.us.i, label %if_end302.us.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end188.us.i:                                   ; preds = %for_begin_c.for_end_c_crit_edge.us.us.i, %for_body_r190.lr.ph.us.i, %if_then187.us.i, %for_end_to184.us.i
-  br i1 %1190, label %for_begin_ti202.preheader.us.preheader.i, label %for_begin_to219.preheader.us.thread.i, !prof !3
+if_end302.us.i:                                   ; preds = %if_end299.us.i
+  %1141 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1142 = tail call i32 %1141(i32 1, i32 %dev_id, ptr nonnull %scores.us.i)
+  %.not551.us.i = icmp eq i32 %1142, 0
+  br i1 %.not551.us.i, label %for_begin_row_tile.us.i, label %fused_attend_compute_.exit, !prof !36
 
-for_begin_ti202.preheader.us.preheader.i:         ; preds = %if_end188.us.i
-  %wide.trip.count1567.i = zext nneg i32 %1189 to i64
-  %1198 = add nsw i64 %wide.trip.count1567.i, -1
-  %xtraiter352 = and i64 %wide.trip.count1567.i, 1
-  %1199 = icmp eq i64 %1198, 0
-  br i1 %1199, label %for_begin_ti202.preheader.us.i.epil.preheader, label %for_begin_ti202.preheader.us.preheader.i.new, !prof !64
+for_end_to259.us.i:                               ; preds = %for_begin_to257.preheader.us.i, %if_end263.us.i
+  %full_acc514.sroa.8.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to257.preheader.us.i ], [ %r.i953.us.3.i, %if_end263.us.i ]
+  %full_acc514.sroa.4.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to257.preheader.us.i ], [ %r.i950.us.3.i, %if_end263.us.i ]
+  %full_acc514.sroa.0.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to257.preheader.us.i ], [ %r.i947.us.3.i, %if_end263.us.i ]
+  %full_acc514.sroa.12.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to257.preheader.us.i ], [ %r.i956.us.3.i, %if_end263.us.i ]
+  %full_acc514.sroa.16.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to257.preheader.us.i ], [ %r.i959.us.3.i, %if_end263.us.i ]
+  %full_acc514.sroa.20.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to257.preheader.us.i ], [ %r.i962.us.3.i, %if_end263.us.i ]
+  %full_acc514.sroa.24.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to257.preheader.us.i ], [ %r.i965.us.3.i, %if_end263.us.i ]
+  %full_acc514.sroa.28.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to257.preheader.us.i ], [ %r.i968.us.3.i, %if_end263.us.i ]
+  br i1 %1126, label %for_body_ti275.lr.ph.us.i, label %for_end_ti276.us.i, !prof !3
 
-for_begin_ti202.preheader.us.preheader.i.new:     ; preds = %for_begin_ti202.preheader.us.preheader.i
-  %unroll_iter357 = and i64 %wide.trip.count1567.i, 2147483646
-  br label %for_begin_ti202.preheader.us.i
+for_end_ti276.us.i:                               ; preds = %for_body_ti275.us.i, %for_end_to259.us.i
+  %tile_acc515.sroa.31.0.lcssa.us.i = phi <16 x float> [ %full_acc514.sroa.28.0.lcssa.us.i, %for_end_to259.us.i ], [ %r.i992.us.i, %for_body_ti275.us.i ]
+  %tile_acc515.sroa.27.0.lcssa.us.i = phi <16 x float> [ %full_acc514.sroa.24.0.lcssa.us.i, %for_end_to259.us.i ], [ %r.i989.us.i, %for_body_ti275.us.i ]
+  %tile_acc515.sroa.22.0.lcssa.us.i = phi <16 x float> [ %full_acc514.sroa.20.0.lcssa.us.i, %for_end_to259.us.i ], [ %r.i986.us.i, %for_body_ti275.us.i ]
+  %tile_acc515.sroa.18.0.lcssa.us.i = phi <16 x float> [ %full_acc514.sroa.16.0.lcssa.us.i, %for_end_to259.us.i ], [ %r.i983.us.i, %for_body_ti275.us.i ]
+  %tile_acc515.sroa.13.0.lcssa.us.i = phi <16 x float> [ %full_acc514.sroa.12.0.lcssa.us.i, %for_end_to259.us.i ], [ %r.i980.us.i, %for_body_ti275.us.i ]
+  %tile_acc515.sroa.9.0.lcssa.us.i = phi <16 x float> [ %full_acc514.sroa.8.0.lcssa.us.i, %for_end_to259.us.i ], [ %r.i977.us.i, %for_body_ti275.us.i ]
+  %tile_acc515.sroa.4.0.lcssa.us.i = phi <16 x float> [ %full_acc514.sroa.4.0.lcssa.us.i, %for_end_to259.us.i ], [ %r.i974.us.i, %for_body_ti275.us.i ]
+  %tile_acc515.sroa.0.0.lcssa.us.i = phi <16 x float> [ %full_acc514.sroa.0.0.lcssa.us.i, %for_end_to259.us.i ], [ %r.i971.us.i, %for_body_ti275.us.i ]
+  %1143 = shl nuw nsw i64 %indvars.iv1592.i, 7
+  %1144 = add nuw nsw i64 %1143, %1133
+  %1145 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1144
+  br i1 %994, label %if_then293.us.i, label %if_end292.us.i, !prof !7
 
-for_begin_to219.preheader.us.thread.i:            ; preds = %if_end188.us.i
-  %1200 = icmp sgt i32 %valid_len181.us.i, 0
-  %1201 = insertelement <16 x i1> poison, i1 %1200, i64 0
-  %1202 = shufflevector <16 x i1> %1201, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1203 = select <16 x i1> %1202, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
-  %1204 = shl i64 %1178, 4
-  %1205 = and i64 %1204, 4294967280
-  br label %for_end_to221.us.i
-
-for_end_to221.us.i.loopexit.unr-lcssa:            ; preds = %for_begin_ti224.preheader.us.i
-  %lcmp.mod361.not = icmp eq i64 %xtraiter359, 0
-  br i1 %lcmp.mod361.not, label %for_end_to221.us.i, label %for_begin_ti224.preheader.us.i.epil.preheader, !prof !54
-
-for_begin_ti224.preheader.us.i.epil.preheader:    ; preds = %for_begin_ti224.preheader.us.i.preheader, %for_end_to221.us.i.loopexit.unr-lcssa
-  %indvars.iv1586.i.epil.init = phi i64 [ 0, %for_begin_ti224.preheader.us.i.preheader ], [ %indvars.iv.next1587.i.1, %for_end_to221.us.i.loopexit.unr-lcssa ]
-  %lcmp.mod362 = icmp ne i64 %xtraiter359, 0
-  tail call void @llvm.assume(i1 %lcmp.mod362)
-  %.idx74.epil = shl nsw i64 %indvars.iv1586.i.epil.init, 9
-  %1206 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx74.epil
-  %1207 = getelementptr inbounds nuw i8, ptr %1206, i64 64
-  %1208 = load <16 x i32>, ptr %1207, align 4, !tbaa !4
-  %1209 = load <16 x i32>, ptr %1206, align 4, !tbaa !4
-  %1210 = lshr <16 x i32> %1209, splat (i32 16)
-  %1211 = or <16 x i32> %1210, %1208
-  %.idx75.epil = shl nsw i64 %indvars.iv1586.i.epil.init, 8
-  %1212 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx75.epil
-  store <16 x i32> %1211, ptr %1212, align 4, !tbaa !4
-  %1213 = getelementptr inbounds nuw i8, ptr %1206, i64 128
-  %1214 = getelementptr inbounds nuw i8, ptr %1206, i64 192
-  %1215 = load <16 x i32>, ptr %1214, align 4, !tbaa !4
-  %1216 = load <16 x i32>, ptr %1213, align 4, !tbaa !4
-  %1217 = lshr <16 x i32> %1216, splat (i32 16)
-  %1218 = or <16 x i32> %1217, %1215
-  %1219 = getelementptr inbounds nuw i8, ptr %1212, i64 64
-  store <16 x i32> %1218, ptr %1219, align 4, !tbaa !4
-  %1220 = getelementptr inbounds nuw i8, ptr %1206, i64 256
-  %1221 = getelementptr inbounds nuw i8, ptr %1206, i64 320
-  %1222 = load <16 x i32>, ptr %1221, align 4, !tbaa !4
-  %1223 = load <16 x i32>, ptr %1220, align 4, !tbaa !4
-  %1224 = lshr <16 x i32> %1223, splat (i32 16)
-  %1225 = or <16 x i32> %1224, %1222
-  %1226 = getelementptr inbounds nuw i8, ptr %1212, i64 128
-  store <16 x i32> %1225, ptr %1226, align 4, !tbaa !4
-  %1227 = getelementptr inbounds nuw i8, ptr %1206, i64 384
-  %1228 = getelementptr inbounds nuw i8, ptr %1206, i64 448
-  %1229 = load <16 x i32>, ptr %1228, align 4, !tbaa !4
-  %1230 = load <16 x i32>, ptr %1227, align 4, !tbaa !4
-  %1231 = lshr <16 x i32> %1230, splat (i32 16)
-  %1232 = or <16 x i32> %1231, %1229
-  %1233 = getelementptr inbounds nuw i8, ptr %1212, i64 192
-  store <16 x i32> %1232, ptr %1233, align 4, !tbaa !4
-  br label %for_end_to221.us.i
-
-for_end_to221.us.i:                               ; preds = %for_begin_ti224.preheader.us.i.epil.preheader, %for_end_to221.us.i.loopexit.unr-lcssa, %for_begin_to219.preheader.us.thread.i
-  %tile_sum549.sroa.0.0.lcssa.us1758.i = phi <16 x float> [ zeroinitializer, %for_begin_to219.preheader.us.thread.i ], [ %.us-phi.us.i, %for_end_to221.us.i.loopexit.unr-lcssa ], [ %.us-phi.us.i, %for_begin_ti224.preheader.us.i.epil.preheader ]
-  %1234 = phi <16 x float> [ %1203, %for_begin_to219.preheader.us.thread.i ], [ %2775, %for_end_to221.us.i.loopexit.unr-lcssa ], [ %2775, %for_begin_ti224.preheader.us.i.epil.preheader ]
-  %1235 = phi i64 [ %1205, %for_begin_to219.preheader.us.thread.i ], [ %2777, %for_end_to221.us.i.loopexit.unr-lcssa ], [ %2777, %for_begin_ti224.preheader.us.i.epil.preheader ]
-  %1236 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %1235
-  %1237 = load <16 x float>, ptr %1236, align 4, !tbaa !4
-  %old_max.us.i = select <16 x i1> %1035, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %1237
-  %1238 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %1235
-  %1239 = load <16 x float>, ptr %1238, align 4, !tbaa !4
-  %old_sum.us.i = select <16 x i1> %1035, <16 x float> zeroinitializer, <16 x float> %1239
-  %1240 = fcmp ogt <16 x float> %old_max.us.i, %1234
-  %1241 = fcmp oeq <16 x float> %tile_sum549.sroa.0.0.lcssa.us1758.i, zeroinitializer
-  %1242 = select <16 x i1> %1241, <16 x i1> splat (i1 true), <16 x i1> %1240
-  %old_or_both.us.i = select <16 x i1> %1242, <16 x float> %old_max.us.i, <16 x float> %1234
-  %1243 = fcmp oeq <16 x float> %old_sum.us.i, zeroinitializer
-  %m.us.i = select <16 x i1> %1243, <16 x float> %1234, <16 x float> %old_or_both.us.i
-  %1244 = fsub <16 x float> %old_max.us.i, %m.us.i
-  %1245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1244, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1246 = bitcast <16 x float> %1245 to <16 x i32>
-  %1247 = fadd <16 x float> %1245, splat (float 0xC168000FE0000000)
-  %1248 = fmul <16 x float> %1247, splat (float 0x3F2BD01060000000)
-  %1249 = fmul <16 x float> %1247, splat (float 0x3FE6300000000000)
-  %1250 = fsub <16 x float> %1244, %1249
-  %1251 = fadd <16 x float> %1248, %1250
-  %1252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1251, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1252, <16 x float> %1251, <16 x float> splat (float 0x3FA5558F20000000))
-  %1254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1253, <16 x float> %1251, <16 x float> splat (float 0x3FC5554920000000))
-  %1255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1254, <16 x float> %1251, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1256 = fmul <16 x float> %1251, %1251
-  %1257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1255, <16 x float> %1256, <16 x float> %1251)
-  %1258 = shl <16 x i32> %1246, splat (i32 23)
-  %1259 = bitcast <16 x i32> %1258 to <16 x float>
-  %1260 = fadd <16 x float> %1257, splat (float 1.000000e+00)
-  %1261 = fmul <16 x float> %1260, %1259
-  %1262 = fcmp olt <16 x float> %1244, splat (float -8.700000e+01)
-  %1263 = select <16 x i1> %1262, <16 x float> zeroinitializer, <16 x float> %1261
-  %1264 = fcmp one <16 x float> %old_sum.us.i, zeroinitializer
-  %1265 = select <16 x i1> %1264, <16 x float> %1263, <16 x float> zeroinitializer
-  %arg246.us.i = fsub <16 x float> %1234, %m.us.i
-  %1266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg246.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1267 = bitcast <16 x float> %1266 to <16 x i32>
-  %1268 = fadd <16 x float> %1266, splat (float 0xC168000FE0000000)
-  %1269 = fmul <16 x float> %1268, splat (float 0x3F2BD01060000000)
-  %1270 = fmul <16 x float> %1268, splat (float 0x3FE6300000000000)
-  %1271 = fsub <16 x float> %arg246.us.i, %1270
-  %1272 = fadd <16 x float> %1269, %1271
-  %1273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1272, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1274 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1273, <16 x float> %1272, <16 x float> splat (float 0x3FA5558F20000000))
-  %1275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1274, <16 x float> %1272, <16 x float> splat (float 0x3FC5554920000000))
-  %1276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1275, <16 x float> %1272, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1277 = fmul <16 x float> %1272, %1272
-  %1278 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1276, <16 x float> %1277, <16 x float> %1272)
-  %1279 = shl <16 x i32> %1267, splat (i32 23)
-  %1280 = bitcast <16 x i32> %1279 to <16 x float>
-  %1281 = fadd <16 x float> %1278, splat (float 1.000000e+00)
-  %1282 = fmul <16 x float> %1281, %1280
-  %1283 = fcmp olt <16 x float> %arg246.us.i, splat (float -8.700000e+01)
-  %1284 = select <16 x i1> %1283, <16 x float> zeroinitializer, <16 x float> %1282
-  %1285 = fcmp one <16 x float> %tile_sum549.sroa.0.0.lcssa.us1758.i, zeroinitializer
-  %1286 = select <16 x i1> %1285, <16 x float> %1284, <16 x float> zeroinitializer
-  %1287 = fmul <16 x float> %old_sum.us.i, %1265
-  %1288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %tile_sum549.sroa.0.0.lcssa.us1758.i, <16 x float> %1287)
-  store <16 x float> %m.us.i, ptr %1236, align 4, !tbaa !4
-  store <16 x float> %1288, ptr %1238, align 4, !tbaa !4
-  %1289 = load i32, ptr %1182, align 16, !tbaa !12
-  %1290 = sub nsw i32 %1289, %960
-  %1291 = tail call i32 @llvm.smin.i32(i32 %1290, i32 %valid_len181.us.i)
-  %1292 = tail call i32 @llvm.smin.i32(i32 %1291, i32 %1030)
-  %1293 = select i1 %141, i32 %1292, i32 %1291
-  %1294 = tail call i32 @llvm.smax.i32(i32 %1293, i32 0)
-  %num_full.us.i = lshr i32 %1294, 3
-  %1295 = sub nsw i32 %1189, %num_full.us.i
-  %1296 = icmp sgt i32 %1295, 0
-  br i1 %1296, label %for_begin_ti269.preheader.lr.ph.us.i, label %for_end_to266.us.i, !prof !3
-
-for_end_to266.us.i:                               ; preds = %for_begin_ti269.preheader.us.i, %for_end_to221.us.i
-  br i1 %141, label %if_then274.us.i, label %if_end275.us.i, !prof !7
-
-if_then274.us.i:                                  ; preds = %for_end_to266.us.i
-  %1297 = urem i32 %1179, %120
-  %1298 = shl nuw nsw i32 %1297, 4
-  %1299 = sub nsw i32 %118, %1298
-  %1300 = tail call i32 @llvm.smin.i32(i32 %1299, i32 16)
-  %1301 = icmp sgt i32 %1299, 0
-  br i1 %1301, label %for_body_r277.lr.ph.us.i, label %if_end275.us.i, !prof !3
-
-if_end275.us.i:                                   ; preds = %for_end_c283.us.i.loopexit.us, %for_body_r277.lr.ph.us.i, %if_then274.us.i, %for_end_to266.us.i
-  %.not1475.i = icmp eq i32 %num_full.us.i, 0
-  %1302 = shl nuw nsw i32 %num_full.us.i, 2
-  %1303 = add nsw i32 %valid_len181.us.i, 1
-  %1304 = ashr i32 %1303, 1
-  %1305 = sub nsw i32 %1304, %1302
-  %1306 = icmp sgt i32 %1305, 0
-  %1307 = shl i64 %1178, 11
-  %1308 = shl nuw nsw i32 %num_full.us.i, 6
-  %1309 = and i32 %1294, 2147483640
-  %1310 = fmul <16 x float> %1265, zeroinitializer
-  %1311 = zext nneg i32 %1308 to i64
-  %1312 = zext nneg i32 %1309 to i64
-  %1313 = and i64 %1307, 4294965248
-  %wide.trip.count1610.i = zext nneg i32 %num_full.us.i to i64
-  %wide.trip.count1615.i = zext nneg i32 %1305 to i64
-  %invariant.gep1782.i = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1312
-  br label %for_begin_to286.preheader.us.i
-
-if_end179.us.i:                                   ; preds = %if_end316.us.i, %for_end_t168.us.i
-  %1314 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1315 = tail call i32 %1314(i32 1, i32 %dev_id, ptr nonnull %scaled.us.i)
-  %.not575.us.i = icmp eq i32 %1315, 0
-  br i1 %.not575.us.i, label %if_end318.us.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end318.us.i:                                   ; preds = %if_end179.us.i
-  %1316 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1317 = tail call i32 %1316(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.us.i)
-  %.not576.us.i = icmp eq i32 %1317, 0
-  br i1 %.not576.us.i, label %if_end321.us.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end321.us.i:                                   ; preds = %if_end318.us.i
-  %1318 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1319 = tail call i32 %1318(i32 1, i32 %dev_id, ptr nonnull %edges.us.i)
-  %.not577.us.i = icmp eq i32 %1319, 0
-  br i1 %.not577.us.i, label %if_end324.us.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end324.us.i:                                   ; preds = %if_end321.us.i
-  %1320 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1321 = tail call i32 %1320(i32 1, i32 %dev_id, ptr nonnull %probs.us.i)
-  %.not578.us.i = icmp eq i32 %1321, 0
-  br i1 %.not578.us.i, label %if_end327.us.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end327.us.i:                                   ; preds = %if_end324.us.i
-  %1322 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1323 = tail call i32 %1322(i32 1, i32 %dev_id, ptr nonnull %scores.us.i)
-  %.not579.us.i = icmp eq i32 %1323, 0
-  br i1 %.not579.us.i, label %for_begin_row_tile.us.i, label %fused_attend_compute_.exit, !prof !36
-
-for_end_to288.us.i:                               ; preds = %for_begin_to286.preheader.us.i, %for_begin_ti291.preheader.us.i
-  %full_acc540.sroa.8.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to286.preheader.us.i ], [ %r.i979.us.3.i, %for_begin_ti291.preheader.us.i ]
-  %full_acc540.sroa.4.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to286.preheader.us.i ], [ %r.i976.us.3.i, %for_begin_ti291.preheader.us.i ]
-  %full_acc540.sroa.0.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to286.preheader.us.i ], [ %r.i973.us.3.i, %for_begin_ti291.preheader.us.i ]
-  %full_acc540.sroa.12.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to286.preheader.us.i ], [ %r.i982.us.3.i, %for_begin_ti291.preheader.us.i ]
-  %full_acc540.sroa.16.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to286.preheader.us.i ], [ %r.i985.us.3.i, %for_begin_ti291.preheader.us.i ]
-  %full_acc540.sroa.20.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to286.preheader.us.i ], [ %r.i988.us.3.i, %for_begin_ti291.preheader.us.i ]
-  %full_acc540.sroa.24.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to286.preheader.us.i ], [ %r.i991.us.3.i, %for_begin_ti291.preheader.us.i ]
-  %full_acc540.sroa.28.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to286.preheader.us.i ], [ %r.i994.us.3.i, %for_begin_ti291.preheader.us.i ]
-  br i1 %1306, label %for_body_ti297.lr.ph.us.i, label %for_end_ti298.us.i, !prof !3
-
-for_end_ti298.us.i:                               ; preds = %for_body_ti297.us.i, %for_end_to288.us.i
-  %tile_acc541.sroa.31.0.lcssa.us.i = phi <16 x float> [ %full_acc540.sroa.28.0.lcssa.us.i, %for_end_to288.us.i ], [ %r.i1018.us.i, %for_body_ti297.us.i ]
-  %tile_acc541.sroa.27.0.lcssa.us.i = phi <16 x float> [ %full_acc540.sroa.24.0.lcssa.us.i, %for_end_to288.us.i ], [ %r.i1015.us.i, %for_body_ti297.us.i ]
-  %tile_acc541.sroa.22.0.lcssa.us.i = phi <16 x float> [ %full_acc540.sroa.20.0.lcssa.us.i, %for_end_to288.us.i ], [ %r.i1012.us.i, %for_body_ti297.us.i ]
-  %tile_acc541.sroa.18.0.lcssa.us.i = phi <16 x float> [ %full_acc540.sroa.16.0.lcssa.us.i, %for_end_to288.us.i ], [ %r.i1009.us.i, %for_body_ti297.us.i ]
-  %tile_acc541.sroa.13.0.lcssa.us.i = phi <16 x float> [ %full_acc540.sroa.12.0.lcssa.us.i, %for_end_to288.us.i ], [ %r.i1006.us.i, %for_body_ti297.us.i ]
-  %tile_acc541.sroa.9.0.lcssa.us.i = phi <16 x float> [ %full_acc540.sroa.8.0.lcssa.us.i, %for_end_to288.us.i ], [ %r.i1003.us.i, %for_body_ti297.us.i ]
-  %tile_acc541.sroa.4.0.lcssa.us.i = phi <16 x float> [ %full_acc540.sroa.4.0.lcssa.us.i, %for_end_to288.us.i ], [ %r.i1000.us.i, %for_body_ti297.us.i ]
-  %tile_acc541.sroa.0.0.lcssa.us.i = phi <16 x float> [ %full_acc540.sroa.0.0.lcssa.us.i, %for_end_to288.us.i ], [ %r.i997.us.i, %for_body_ti297.us.i ]
-  %1324 = shl nuw nsw i64 %indvars.iv1617.i, 7
-  %1325 = add nuw nsw i64 %1324, %1313
-  %1326 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1325
-  br i1 %1033, label %if_then315.us.i, label %if_end314.us.i, !prof !7
-
-if_end314.us.i:                                   ; preds = %for_end_ti298.us.i
-  %1327 = load <16 x float>, ptr %1326, align 4, !tbaa !4
-  %1328 = fmul <16 x float> %1265, %1327
-  %1329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %tile_acc541.sroa.0.0.lcssa.us.i, <16 x float> %1328)
-  store <16 x float> %1329, ptr %1326, align 4, !tbaa !4
-  %1330 = getelementptr i8, ptr %1326, i64 64
-  %1331 = load <16 x float>, ptr %1330, align 4, !tbaa !4
-  %1332 = fmul <16 x float> %1265, %1331
-  %1333 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %tile_acc541.sroa.4.0.lcssa.us.i, <16 x float> %1332)
-  store <16 x float> %1333, ptr %1330, align 4, !tbaa !4
-  %1334 = getelementptr i8, ptr %1326, i64 128
-  %1335 = load <16 x float>, ptr %1334, align 4, !tbaa !4
-  %1336 = fmul <16 x float> %1265, %1335
-  %1337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %tile_acc541.sroa.9.0.lcssa.us.i, <16 x float> %1336)
-  store <16 x float> %1337, ptr %1334, align 4, !tbaa !4
-  %1338 = getelementptr i8, ptr %1326, i64 192
-  %1339 = load <16 x float>, ptr %1338, align 4, !tbaa !4
-  %1340 = fmul <16 x float> %1265, %1339
-  %1341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %tile_acc541.sroa.13.0.lcssa.us.i, <16 x float> %1340)
-  store <16 x float> %1341, ptr %1338, align 4, !tbaa !4
-  %1342 = getelementptr i8, ptr %1326, i64 256
-  %1343 = load <16 x float>, ptr %1342, align 4, !tbaa !4
-  %1344 = fmul <16 x float> %1265, %1343
-  %1345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %tile_acc541.sroa.18.0.lcssa.us.i, <16 x float> %1344)
-  store <16 x float> %1345, ptr %1342, align 4, !tbaa !4
-  %1346 = getelementptr i8, ptr %1326, i64 320
-  %1347 = load <16 x float>, ptr %1346, align 4, !tbaa !4
-  %1348 = fmul <16 x float> %1265, %1347
-  %1349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %tile_acc541.sroa.22.0.lcssa.us.i, <16 x float> %1348)
-  store <16 x float> %1349, ptr %1346, align 4, !tbaa !4
-  %1350 = getelementptr i8, ptr %1326, i64 384
-  %1351 = load <16 x float>, ptr %1350, align 4, !tbaa !4
-  %1352 = fmul <16 x float> %1265, %1351
-  %1353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %tile_acc541.sroa.27.0.lcssa.us.i, <16 x float> %1352)
-  store <16 x float> %1353, ptr %1350, align 4, !tbaa !4
-  %.phi.trans.insert.i = getelementptr i8, ptr %1326, i64 448
+if_end292.us.i:                                   ; preds = %for_end_ti276.us.i
+  %1146 = load <16 x float>, ptr %1145, align 4, !tbaa !4
+  %1147 = fmul <16 x float> %1085, %1146
+  %1148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.0.0.lcssa.us.i, <16 x float> %1147)
+  store <16 x float> %1148, ptr %1145, align 4, !tbaa !4
+  %1149 = getelementptr i8, ptr %1145, i64 64
+  %1150 = load <16 x float>, ptr %1149, align 4, !tbaa !4
+  %1151 = fmul <16 x float> %1085, %1150
+  %1152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.4.0.lcssa.us.i, <16 x float> %1151)
+  store <16 x float> %1152, ptr %1149, align 4, !tbaa !4
+  %1153 = getelementptr i8, ptr %1145, i64 128
+  %1154 = load <16 x float>, ptr %1153, align 4, !tbaa !4
+  %1155 = fmul <16 x float> %1085, %1154
+  %1156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.9.0.lcssa.us.i, <16 x float> %1155)
+  store <16 x float> %1156, ptr %1153, align 4, !tbaa !4
+  %1157 = getelementptr i8, ptr %1145, i64 192
+  %1158 = load <16 x float>, ptr %1157, align 4, !tbaa !4
+  %1159 = fmul <16 x float> %1085, %1158
+  %1160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.13.0.lcssa.us.i, <16 x float> %1159)
+  store <16 x float> %1160, ptr %1157, align 4, !tbaa !4
+  %1161 = getelementptr i8, ptr %1145, i64 256
+  %1162 = load <16 x float>, ptr %1161, align 4, !tbaa !4
+  %1163 = fmul <16 x float> %1085, %1162
+  %1164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.18.0.lcssa.us.i, <16 x float> %1163)
+  store <16 x float> %1164, ptr %1161, align 4, !tbaa !4
+  %1165 = getelementptr i8, ptr %1145, i64 320
+  %1166 = load <16 x float>, ptr %1165, align 4, !tbaa !4
+  %1167 = fmul <16 x float> %1085, %1166
+  %1168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.22.0.lcssa.us.i, <16 x float> %1167)
+  store <16 x float> %1168, ptr %1165, align 4, !tbaa !4
+  %1169 = getelementptr i8, ptr %1145, i64 384
+  %1170 = load <16 x float>, ptr %1169, align 4, !tbaa !4
+  %1171 = fmul <16 x float> %1085, %1170
+  %1172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.27.0.lcssa.us.i, <16 x float> %1171)
+  store <16 x float> %1172, ptr %1169, align 4, !tbaa !4
+  %.phi.trans.insert.i = getelementptr i8, ptr %1145, i64 448
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !4
-  %.pre1705.i = fmul <16 x float> %1265, %.pre.i
-  br label %if_end316.us.i
+  %.pre1688.i = fmul <16 x float> %1085, %.pre.i
+  br label %if_end294.us.i
 
-if_then315.us.i:                                  ; preds = %for_end_ti298.us.i
-  %1354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %tile_acc541.sroa.0.0.lcssa.us.i, <16 x float> %1310)
-  store <16 x float> %1354, ptr %1326, align 4, !tbaa !4
-  %1355 = getelementptr i8, ptr %1326, i64 64
-  %1356 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %tile_acc541.sroa.4.0.lcssa.us.i, <16 x float> %1310)
-  store <16 x float> %1356, ptr %1355, align 4, !tbaa !4
-  %1357 = getelementptr i8, ptr %1326, i64 128
-  %1358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %tile_acc541.sroa.9.0.lcssa.us.i, <16 x float> %1310)
-  store <16 x float> %1358, ptr %1357, align 4, !tbaa !4
-  %1359 = getelementptr i8, ptr %1326, i64 192
-  %1360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %tile_acc541.sroa.13.0.lcssa.us.i, <16 x float> %1310)
-  store <16 x float> %1360, ptr %1359, align 4, !tbaa !4
-  %1361 = getelementptr i8, ptr %1326, i64 256
-  %1362 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %tile_acc541.sroa.18.0.lcssa.us.i, <16 x float> %1310)
-  store <16 x float> %1362, ptr %1361, align 4, !tbaa !4
-  %1363 = getelementptr i8, ptr %1326, i64 320
-  %1364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %tile_acc541.sroa.22.0.lcssa.us.i, <16 x float> %1310)
-  store <16 x float> %1364, ptr %1363, align 4, !tbaa !4
-  %1365 = getelementptr i8, ptr %1326, i64 384
-  %1366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %tile_acc541.sroa.27.0.lcssa.us.i, <16 x float> %1310)
-  store <16 x float> %1366, ptr %1365, align 4, !tbaa !4
-  br label %if_end316.us.i
+if_then293.us.i:                                  ; preds = %for_end_ti276.us.i
+  %1173 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.0.0.lcssa.us.i, <16 x float> %1130)
+  store <16 x float> %1173, ptr %1145, align 4, !tbaa !4
+  %1174 = getelementptr i8, ptr %1145, i64 64
+  %1175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.4.0.lcssa.us.i, <16 x float> %1130)
+  store <16 x float> %1175, ptr %1174, align 4, !tbaa !4
+  %1176 = getelementptr i8, ptr %1145, i64 128
+  %1177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.9.0.lcssa.us.i, <16 x float> %1130)
+  store <16 x float> %1177, ptr %1176, align 4, !tbaa !4
+  %1178 = getelementptr i8, ptr %1145, i64 192
+  %1179 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.13.0.lcssa.us.i, <16 x float> %1130)
+  store <16 x float> %1179, ptr %1178, align 4, !tbaa !4
+  %1180 = getelementptr i8, ptr %1145, i64 256
+  %1181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.18.0.lcssa.us.i, <16 x float> %1130)
+  store <16 x float> %1181, ptr %1180, align 4, !tbaa !4
+  %1182 = getelementptr i8, ptr %1145, i64 320
+  %1183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.22.0.lcssa.us.i, <16 x float> %1130)
+  store <16 x float> %1183, ptr %1182, align 4, !tbaa !4
+  %1184 = getelementptr i8, ptr %1145, i64 384
+  %1185 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.27.0.lcssa.us.i, <16 x float> %1130)
+  store <16 x float> %1185, ptr %1184, align 4, !tbaa !4
+  br label %if_end294.us.i
 
-if_end316.us.i:                                   ; preds = %if_then315.us.i, %if_end314.us.i
-  %.pre-phi.i = phi <16 x float> [ %1310, %if_then315.us.i ], [ %.pre1705.i, %if_end314.us.i ]
-  %1367 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1325
-  %1368 = getelementptr i8, ptr %1367, i64 448
-  %1369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %tile_acc541.sroa.31.0.lcssa.us.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %1369, ptr %1368, align 4, !tbaa !4
-  %indvars.iv.next1618.i = add nuw nsw i64 %indvars.iv1617.i, 1
-  %exitcond1620.not.i = icmp eq i64 %indvars.iv.next1618.i, 16
-  br i1 %exitcond1620.not.i, label %if_end179.us.i, label %for_begin_to286.preheader.us.i, !prof !30
+if_end294.us.i:                                   ; preds = %if_then293.us.i, %if_end292.us.i
+  %.pre-phi.i = phi <16 x float> [ %1130, %if_then293.us.i ], [ %.pre1688.i, %if_end292.us.i ]
+  %1186 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1144
+  %1187 = getelementptr i8, ptr %1186, i64 448
+  %1188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.31.0.lcssa.us.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %1188, ptr %1187, align 4, !tbaa !4
+  %indvars.iv.next1593.i = add nuw nsw i64 %indvars.iv1592.i, 1
+  %exitcond1595.not.i = icmp eq i64 %indvars.iv.next1593.i, 16
+  br i1 %exitcond1595.not.i, label %if_end155.us.i, label %for_begin_to257.preheader.us.i, !prof !30
 
-for_body_ti297.us.i:                              ; preds = %for_body_ti297.lr.ph.us.i, %for_body_ti297.us.i
-  %indvars.iv1612.i = phi i64 [ 0, %for_body_ti297.lr.ph.us.i ], [ %indvars.iv.next1613.i, %for_body_ti297.us.i ]
-  %tile_acc541.sroa.0.01308.us.i = phi <16 x float> [ %full_acc540.sroa.0.0.lcssa.us.i, %for_body_ti297.lr.ph.us.i ], [ %r.i997.us.i, %for_body_ti297.us.i ]
-  %tile_acc541.sroa.4.01307.us.i = phi <16 x float> [ %full_acc540.sroa.4.0.lcssa.us.i, %for_body_ti297.lr.ph.us.i ], [ %r.i1000.us.i, %for_body_ti297.us.i ]
-  %tile_acc541.sroa.9.01306.us.i = phi <16 x float> [ %full_acc540.sroa.8.0.lcssa.us.i, %for_body_ti297.lr.ph.us.i ], [ %r.i1003.us.i, %for_body_ti297.us.i ]
-  %tile_acc541.sroa.13.01305.us.i = phi <16 x float> [ %full_acc540.sroa.12.0.lcssa.us.i, %for_body_ti297.lr.ph.us.i ], [ %r.i1006.us.i, %for_body_ti297.us.i ]
-  %tile_acc541.sroa.18.01304.us.i = phi <16 x float> [ %full_acc540.sroa.16.0.lcssa.us.i, %for_body_ti297.lr.ph.us.i ], [ %r.i1009.us.i, %for_body_ti297.us.i ]
-  %tile_acc541.sroa.22.01303.us.i = phi <16 x float> [ %full_acc540.sroa.20.0.lcssa.us.i, %for_body_ti297.lr.ph.us.i ], [ %r.i1012.us.i, %for_body_ti297.us.i ]
-  %tile_acc541.sroa.27.01302.us.i = phi <16 x float> [ %full_acc540.sroa.24.0.lcssa.us.i, %for_body_ti297.lr.ph.us.i ], [ %r.i1015.us.i, %for_body_ti297.us.i ]
-  %tile_acc541.sroa.31.01301.us.i = phi <16 x float> [ %full_acc540.sroa.28.0.lcssa.us.i, %for_body_ti297.lr.ph.us.i ], [ %r.i1018.us.i, %for_body_ti297.us.i ]
-  %1370 = shl nsw i64 %indvars.iv1612.i, 4
-  %1371 = add nuw nsw i64 %1370, %1311
-  %1372 = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %1371
-  %1373 = load <32 x bfloat>, ptr %1372, align 4, !tbaa !4
-  %1374 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1371
-  %1375 = load <16 x i32>, ptr %1374, align 4, !tbaa !4
-  %gep1783.i = getelementptr inbounds nuw i8, ptr %invariant.gep1782.i, i64 %1370
-  %1376 = load i64, ptr %gep1783.i, align 8, !tbaa !4
-  %gep1321.us.i = getelementptr i32, ptr %gep1326.us.i, i64 %1376
-  %1377 = load i32, ptr %gep1321.us.i, align 4, !tbaa !4
-  %1378 = insertelement <16 x i32> poison, i32 %1377, i64 0
-  %1379 = shufflevector <16 x i32> %1378, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1380 = and <16 x i32> %1379, %1375
-  %y.i996.us.i = bitcast <16 x i32> %1380 to <32 x bfloat>
-  %r.i997.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc541.sroa.0.01308.us.i, <32 x bfloat> %1373, <32 x bfloat> %y.i996.us.i)
-  %1381 = getelementptr i8, ptr %gep1321.us.i, i64 4
-  %1382 = load i32, ptr %1381, align 4, !tbaa !4
-  %1383 = insertelement <16 x i32> poison, i32 %1382, i64 0
-  %1384 = shufflevector <16 x i32> %1383, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1385 = and <16 x i32> %1384, %1375
-  %y.i999.us.i = bitcast <16 x i32> %1385 to <32 x bfloat>
-  %r.i1000.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc541.sroa.4.01307.us.i, <32 x bfloat> %1373, <32 x bfloat> %y.i999.us.i)
-  %1386 = getelementptr i8, ptr %gep1321.us.i, i64 8
-  %1387 = load i32, ptr %1386, align 4, !tbaa !4
-  %1388 = insertelement <16 x i32> poison, i32 %1387, i64 0
-  %1389 = shufflevector <16 x i32> %1388, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1390 = and <16 x i32> %1389, %1375
-  %y.i1002.us.i = bitcast <16 x i32> %1390 to <32 x bfloat>
-  %r.i1003.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc541.sroa.9.01306.us.i, <32 x bfloat> %1373, <32 x bfloat> %y.i1002.us.i)
-  %1391 = getelementptr i8, ptr %gep1321.us.i, i64 12
-  %1392 = load i32, ptr %1391, align 4, !tbaa !4
-  %1393 = insertelement <16 x i32> poison, i32 %1392, i64 0
-  %1394 = shufflevector <16 x i32> %1393, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1395 = and <16 x i32> %1394, %1375
-  %y.i1005.us.i = bitcast <16 x i32> %1395 to <32 x bfloat>
-  %r.i1006.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc541.sroa.13.01305.us.i, <32 x bfloat> %1373, <32 x bfloat> %y.i1005.us.i)
-  %1396 = getelementptr i8, ptr %gep1321.us.i, i64 16
-  %1397 = load i32, ptr %1396, align 4, !tbaa !4
-  %1398 = insertelement <16 x i32> poison, i32 %1397, i64 0
+for_body_ti275.us.i:                              ; preds = %for_body_ti275.lr.ph.us.i, %for_body_ti275.us.i
+  %indvars.iv1587.i = phi i64 [ 0, %for_body_ti275.lr.ph.us.i ], [ %indvars.iv.next1588.i, %for_body_ti275.us.i ]
+  %tile_acc515.sroa.0.01278.us.i = phi <16 x float> [ %full_acc514.sroa.0.0.lcssa.us.i, %for_body_ti275.lr.ph.us.i ], [ %r.i971.us.i, %for_body_ti275.us.i ]
+  %tile_acc515.sroa.4.01277.us.i = phi <16 x float> [ %full_acc514.sroa.4.0.lcssa.us.i, %for_body_ti275.lr.ph.us.i ], [ %r.i974.us.i, %for_body_ti275.us.i ]
+  %tile_acc515.sroa.9.01276.us.i = phi <16 x float> [ %full_acc514.sroa.8.0.lcssa.us.i, %for_body_ti275.lr.ph.us.i ], [ %r.i977.us.i, %for_body_ti275.us.i ]
+  %tile_acc515.sroa.13.01275.us.i = phi <16 x float> [ %full_acc514.sroa.12.0.lcssa.us.i, %for_body_ti275.lr.ph.us.i ], [ %r.i980.us.i, %for_body_ti275.us.i ]
+  %tile_acc515.sroa.18.01274.us.i = phi <16 x float> [ %full_acc514.sroa.16.0.lcssa.us.i, %for_body_ti275.lr.ph.us.i ], [ %r.i983.us.i, %for_body_ti275.us.i ]
+  %tile_acc515.sroa.22.01273.us.i = phi <16 x float> [ %full_acc514.sroa.20.0.lcssa.us.i, %for_body_ti275.lr.ph.us.i ], [ %r.i986.us.i, %for_body_ti275.us.i ]
+  %tile_acc515.sroa.27.01272.us.i = phi <16 x float> [ %full_acc514.sroa.24.0.lcssa.us.i, %for_body_ti275.lr.ph.us.i ], [ %r.i989.us.i, %for_body_ti275.us.i ]
+  %tile_acc515.sroa.31.01271.us.i = phi <16 x float> [ %full_acc514.sroa.28.0.lcssa.us.i, %for_body_ti275.lr.ph.us.i ], [ %r.i992.us.i, %for_body_ti275.us.i ]
+  %1189 = shl nsw i64 %indvars.iv1587.i, 4
+  %1190 = add nuw nsw i64 %1189, %1131
+  %1191 = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %1190
+  %1192 = load <32 x bfloat>, ptr %1191, align 4, !tbaa !4
+  %1193 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1190
+  %1194 = load <16 x i32>, ptr %1193, align 4, !tbaa !4
+  %gep1771.i = getelementptr inbounds nuw i8, ptr %invariant.gep1770.i, i64 %1189
+  %1195 = load i64, ptr %gep1771.i, align 8, !tbaa !4
+  %gep1291.us.i = getelementptr i32, ptr %gep1296.us.i, i64 %1195
+  %1196 = load i32, ptr %gep1291.us.i, align 4, !tbaa !4
+  %1197 = insertelement <16 x i32> poison, i32 %1196, i64 0
+  %1198 = shufflevector <16 x i32> %1197, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1199 = and <16 x i32> %1198, %1194
+  %y.i970.us.i = bitcast <16 x i32> %1199 to <32 x bfloat>
+  %r.i971.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc515.sroa.0.01278.us.i, <32 x bfloat> %1192, <32 x bfloat> %y.i970.us.i)
+  %1200 = getelementptr i8, ptr %gep1291.us.i, i64 4
+  %1201 = load i32, ptr %1200, align 4, !tbaa !4
+  %1202 = insertelement <16 x i32> poison, i32 %1201, i64 0
+  %1203 = shufflevector <16 x i32> %1202, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1204 = and <16 x i32> %1203, %1194
+  %y.i973.us.i = bitcast <16 x i32> %1204 to <32 x bfloat>
+  %r.i974.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc515.sroa.4.01277.us.i, <32 x bfloat> %1192, <32 x bfloat> %y.i973.us.i)
+  %1205 = getelementptr i8, ptr %gep1291.us.i, i64 8
+  %1206 = load i32, ptr %1205, align 4, !tbaa !4
+  %1207 = insertelement <16 x i32> poison, i32 %1206, i64 0
+  %1208 = shufflevector <16 x i32> %1207, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1209 = and <16 x i32> %1208, %1194
+  %y.i976.us.i = bitcast <16 x i32> %1209 to <32 x bfloat>
+  %r.i977.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc515.sroa.9.01276.us.i, <32 x bfloat> %1192, <32 x bfloat> %y.i976.us.i)
+  %1210 = getelementptr i8, ptr %gep1291.us.i, i64 12
+  %1211 = load i32, ptr %1210, align 4, !tbaa !4
+  %1212 = insertelement <16 x i32> poison, i32 %1211, i64 0
+  %1213 = shufflevector <16 x i32> %1212, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1214 = and <16 x i32> %1213, %1194
+  %y.i979.us.i = bitcast <16 x i32> %1214 to <32 x bfloat>
+  %r.i980.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc515.sroa.13.01275.us.i, <32 x bfloat> %1192, <32 x bfloat> %y.i979.us.i)
+  %1215 = getelementptr i8, ptr %gep1291.us.i, i64 16
+  %1216 = load i32, ptr %1215, align 4, !tbaa !4
+  %1217 = insertelement <16 x i32> poison, i32 %1216, i64 0
+  %1218 = shufflevector <16 x i32> %1217, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1219 = and <16 x i32> %1218, %1194
+  %y.i982.us.i = bitcast <16 x i32> %1219 to <32 x bfloat>
+  %r.i983.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc515.sroa.18.01274.us.i, <32 x bfloat> %1192, <32 x bfloat> %y.i982.us.i)
+  %1220 = getelementptr i8, ptr %gep1291.us.i, i64 20
+  %1221 = load i32, ptr %1220, align 4, !tbaa !4
+  %1222 = insertelement <16 x i32> poison, i32 %1221, i64 0
+  %1223 = shufflevector <16 x i32> %1222, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1224 = and <16 x i32> %1223, %1194
+  %y.i985.us.i = bitcast <16 x i32> %1224 to <32 x bfloat>
+  %r.i986.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc515.sroa.22.01273.us.i, <32 x bfloat> %1192, <32 x bfloat> %y.i985.us.i)
+  %1225 = getelementptr i8, ptr %gep1291.us.i, i64 24
+  %1226 = load i32, ptr %1225, align 4, !tbaa !4
+  %1227 = insertelement <16 x i32> poison, i32 %1226, i64 0
+  %1228 = shufflevector <16 x i32> %1227, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1229 = and <16 x i32> %1228, %1194
+  %y.i988.us.i = bitcast <16 x i32> %1229 to <32 x bfloat>
+  %r.i989.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc515.sroa.27.01272.us.i, <32 x bfloat> %1192, <32 x bfloat> %y.i988.us.i)
+  %1230 = getelementptr i8, ptr %gep1291.us.i, i64 28
+  %1231 = load i32, ptr %1230, align 4, !tbaa !4
+  %1232 = insertelement <16 x i32> poison, i32 %1231, i64 0
+  %1233 = shufflevector <16 x i32> %1232, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1234 = and <16 x i32> %1233, %1194
+  %y.i991.us.i = bitcast <16 x i32> %1234 to <32 x bfloat>
+  %r.i992.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc515.sroa.31.01271.us.i, <32 x bfloat> %1192, <32 x bfloat> %y.i991.us.i)
+  %indvars.iv.next1588.i = add nuw nsw i64 %indvars.iv1587.i, 1
+  %exitcond1591.not.i = icmp eq i64 %indvars.iv.next1588.i, %wide.trip.count1590.i
+  br i1 %exitcond1591.not.i, label %for_end_ti276.us.i, label %for_body_ti275.us.i, !prof !8
+
+for_body_to258.us.i:                              ; preds = %for_body_to258.lr.ph.us.i, %if_end263.us.i
+  %indvars.iv1582.i = phi i64 [ 0, %for_body_to258.lr.ph.us.i ], [ %indvars.iv.next1583.i, %if_end263.us.i ]
+  %full_acc514.sroa.28.01261.us.i = phi <16 x float> [ zeroinitializer, %for_body_to258.lr.ph.us.i ], [ %r.i968.us.3.i, %if_end263.us.i ]
+  %full_acc514.sroa.24.01260.us.i = phi <16 x float> [ zeroinitializer, %for_body_to258.lr.ph.us.i ], [ %r.i965.us.3.i, %if_end263.us.i ]
+  %full_acc514.sroa.20.01259.us.i = phi <16 x float> [ zeroinitializer, %for_body_to258.lr.ph.us.i ], [ %r.i962.us.3.i, %if_end263.us.i ]
+  %full_acc514.sroa.16.01258.us.i = phi <16 x float> [ zeroinitializer, %for_body_to258.lr.ph.us.i ], [ %r.i959.us.3.i, %if_end263.us.i ]
+  %full_acc514.sroa.12.01257.us.i = phi <16 x float> [ zeroinitializer, %for_body_to258.lr.ph.us.i ], [ %r.i956.us.3.i, %if_end263.us.i ]
+  %full_acc514.sroa.0.01256.us.i = phi <16 x float> [ zeroinitializer, %for_body_to258.lr.ph.us.i ], [ %r.i947.us.3.i, %if_end263.us.i ]
+  %full_acc514.sroa.4.01255.us.i = phi <16 x float> [ zeroinitializer, %for_body_to258.lr.ph.us.i ], [ %r.i950.us.3.i, %if_end263.us.i ]
+  %full_acc514.sroa.8.01254.us.i = phi <16 x float> [ zeroinitializer, %for_body_to258.lr.ph.us.i ], [ %r.i953.us.3.i, %if_end263.us.i ]
+  br i1 %1039, label %for_begin_line264.preheader.us.i, label %if_end263.us.i, !prof !7
+
+if_end263.us.i:                                   ; preds = %for_begin_line264.preheader.us.i, %for_body_to258.us.i
+  %.idx77 = shl nsw i64 %indvars.iv1582.i, 8
+  %1235 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx77
+  %1236 = load <32 x bfloat>, ptr %1235, align 4, !tbaa !4
+  %.idx78 = shl nsw i64 %indvars.iv1582.i, 6
+  %1237 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx78
+  %1238 = load i64, ptr %1237, align 8, !tbaa !4
+  %gep1244.us.i = getelementptr i32, ptr %gep1294.us.i, i64 %1238
+  %1239 = load i32, ptr %gep1244.us.i, align 4, !tbaa !4
+  %1240 = insertelement <16 x i32> poison, i32 %1239, i64 0
+  %1241 = shufflevector <16 x i32> %1240, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i946.us.i = bitcast <16 x i32> %1241 to <32 x bfloat>
+  %r.i947.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc514.sroa.0.01256.us.i, <32 x bfloat> %1236, <32 x bfloat> %y.i946.us.i)
+  %1242 = getelementptr i8, ptr %gep1244.us.i, i64 4
+  %1243 = load i32, ptr %1242, align 4, !tbaa !4
+  %1244 = insertelement <16 x i32> poison, i32 %1243, i64 0
+  %1245 = shufflevector <16 x i32> %1244, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i949.us.i = bitcast <16 x i32> %1245 to <32 x bfloat>
+  %r.i950.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc514.sroa.4.01255.us.i, <32 x bfloat> %1236, <32 x bfloat> %y.i949.us.i)
+  %1246 = getelementptr i8, ptr %gep1244.us.i, i64 8
+  %1247 = load i32, ptr %1246, align 4, !tbaa !4
+  %1248 = insertelement <16 x i32> poison, i32 %1247, i64 0
+  %1249 = shufflevector <16 x i32> %1248, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i952.us.i = bitcast <16 x i32> %1249 to <32 x bfloat>
+  %r.i953.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc514.sroa.8.01254.us.i, <32 x bfloat> %1236, <32 x bfloat> %y.i952.us.i)
+  %1250 = getelementptr i8, ptr %gep1244.us.i, i64 12
+  %1251 = load i32, ptr %1250, align 4, !tbaa !4
+  %1252 = insertelement <16 x i32> poison, i32 %1251, i64 0
+  %1253 = shufflevector <16 x i32> %1252, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i955.us.i = bitcast <16 x i32> %1253 to <32 x bfloat>
+  %r.i956.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc514.sroa.12.01257.us.i, <32 x bfloat> %1236, <32 x bfloat> %y.i955.us.i)
+  %1254 = getelementptr i8, ptr %gep1244.us.i, i64 16
+  %1255 = load i32, ptr %1254, align 4, !tbaa !4
+  %1256 = insertelement <16 x i32> poison, i32 %1255, i64 0
+  %1257 = shufflevector <16 x i32> %1256, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i958.us.i = bitcast <16 x i32> %1257 to <32 x bfloat>
+  %r.i959.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc514.sroa.16.01258.us.i, <32 x bfloat> %1236, <32 x bfloat> %y.i958.us.i)
+  %1258 = getelementptr i8, ptr %gep1244.us.i, i64 20
+  %1259 = load i32, ptr %1258, align 4, !tbaa !4
+  %1260 = insertelement <16 x i32> poison, i32 %1259, i64 0
+  %1261 = shufflevector <16 x i32> %1260, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i961.us.i = bitcast <16 x i32> %1261 to <32 x bfloat>
+  %r.i962.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc514.sroa.20.01259.us.i, <32 x bfloat> %1236, <32 x bfloat> %y.i961.us.i)
+  %1262 = getelementptr i8, ptr %gep1244.us.i, i64 24
+  %1263 = load i32, ptr %1262, align 4, !tbaa !4
+  %1264 = insertelement <16 x i32> poison, i32 %1263, i64 0
+  %1265 = shufflevector <16 x i32> %1264, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i964.us.i = bitcast <16 x i32> %1265 to <32 x bfloat>
+  %r.i965.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc514.sroa.24.01260.us.i, <32 x bfloat> %1236, <32 x bfloat> %y.i964.us.i)
+  %1266 = getelementptr i8, ptr %gep1244.us.i, i64 28
+  %1267 = load i32, ptr %1266, align 4, !tbaa !4
+  %1268 = insertelement <16 x i32> poison, i32 %1267, i64 0
+  %1269 = shufflevector <16 x i32> %1268, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i967.us.i = bitcast <16 x i32> %1269 to <32 x bfloat>
+  %r.i968.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc514.sroa.28.01261.us.i, <32 x bfloat> %1236, <32 x bfloat> %y.i967.us.i)
+  %1270 = getelementptr inbounds nuw i8, ptr %1235, i64 64
+  %1271 = load <32 x bfloat>, ptr %1270, align 4, !tbaa !4
+  %1272 = getelementptr inbounds nuw i8, ptr %1237, i64 16
+  %1273 = load i64, ptr %1272, align 8, !tbaa !4
+  %gep1244.us.1.i = getelementptr i32, ptr %gep1294.us.i, i64 %1273
+  %1274 = load i32, ptr %gep1244.us.1.i, align 4, !tbaa !4
+  %1275 = insertelement <16 x i32> poison, i32 %1274, i64 0
+  %1276 = shufflevector <16 x i32> %1275, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i946.us.1.i = bitcast <16 x i32> %1276 to <32 x bfloat>
+  %r.i947.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i947.us.i, <32 x bfloat> %1271, <32 x bfloat> %y.i946.us.1.i)
+  %1277 = getelementptr i8, ptr %gep1244.us.1.i, i64 4
+  %1278 = load i32, ptr %1277, align 4, !tbaa !4
+  %1279 = insertelement <16 x i32> poison, i32 %1278, i64 0
+  %1280 = shufflevector <16 x i32> %1279, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i949.us.1.i = bitcast <16 x i32> %1280 to <32 x bfloat>
+  %r.i950.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i950.us.i, <32 x bfloat> %1271, <32 x bfloat> %y.i949.us.1.i)
+  %1281 = getelementptr i8, ptr %gep1244.us.1.i, i64 8
+  %1282 = load i32, ptr %1281, align 4, !tbaa !4
+  %1283 = insertelement <16 x i32> poison, i32 %1282, i64 0
+  %1284 = shufflevector <16 x i32> %1283, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i952.us.1.i = bitcast <16 x i32> %1284 to <32 x bfloat>
+  %r.i953.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i953.us.i, <32 x bfloat> %1271, <32 x bfloat> %y.i952.us.1.i)
+  %1285 = getelementptr i8, ptr %gep1244.us.1.i, i64 12
+  %1286 = load i32, ptr %1285, align 4, !tbaa !4
+  %1287 = insertelement <16 x i32> poison, i32 %1286, i64 0
+  %1288 = shufflevector <16 x i32> %1287, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i955.us.1.i = bitcast <16 x i32> %1288 to <32 x bfloat>
+  %r.i956.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i956.us.i, <32 x bfloat> %1271, <32 x bfloat> %y.i955.us.1.i)
+  %1289 = getelementptr i8, ptr %gep1244.us.1.i, i64 16
+  %1290 = load i32, ptr %1289, align 4, !tbaa !4
+  %1291 = insertelement <16 x i32> poison, i32 %1290, i64 0
+  %1292 = shufflevector <16 x i32> %1291, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i958.us.1.i = bitcast <16 x i32> %1292 to <32 x bfloat>
+  %r.i959.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i959.us.i, <32 x bfloat> %1271, <32 x bfloat> %y.i958.us.1.i)
+  %1293 = getelementptr i8, ptr %gep1244.us.1.i, i64 20
+  %1294 = load i32, ptr %1293, align 4, !tbaa !4
+  %1295 = insertelement <16 x i32> poison, i32 %1294, i64 0
+  %1296 = shufflevector <16 x i32> %1295, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i961.us.1.i = bitcast <16 x i32> %1296 to <32 x bfloat>
+  %r.i962.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i962.us.i, <32 x bfloat> %1271, <32 x bfloat> %y.i961.us.1.i)
+  %1297 = getelementptr i8, ptr %gep1244.us.1.i, i64 24
+  %1298 = load i32, ptr %1297, align 4, !tbaa !4
+  %1299 = insertelement <16 x i32> poison, i32 %1298, i64 0
+  %1300 = shufflevector <16 x i32> %1299, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i964.us.1.i = bitcast <16 x i32> %1300 to <32 x bfloat>
+  %r.i965.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i965.us.i, <32 x bfloat> %1271, <32 x bfloat> %y.i964.us.1.i)
+  %1301 = getelementptr i8, ptr %gep1244.us.1.i, i64 28
+  %1302 = load i32, ptr %1301, align 4, !tbaa !4
+  %1303 = insertelement <16 x i32> poison, i32 %1302, i64 0
+  %1304 = shufflevector <16 x i32> %1303, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i967.us.1.i = bitcast <16 x i32> %1304 to <32 x bfloat>
+  %r.i968.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i968.us.i, <32 x bfloat> %1271, <32 x bfloat> %y.i967.us.1.i)
+  %1305 = getelementptr inbounds nuw i8, ptr %1235, i64 128
+  %1306 = load <32 x bfloat>, ptr %1305, align 4, !tbaa !4
+  %1307 = getelementptr inbounds nuw i8, ptr %1237, i64 32
+  %1308 = load i64, ptr %1307, align 8, !tbaa !4
+  %gep1244.us.2.i = getelementptr i32, ptr %gep1294.us.i, i64 %1308
+  %1309 = load i32, ptr %gep1244.us.2.i, align 4, !tbaa !4
+  %1310 = insertelement <16 x i32> poison, i32 %1309, i64 0
+  %1311 = shufflevector <16 x i32> %1310, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i946.us.2.i = bitcast <16 x i32> %1311 to <32 x bfloat>
+  %r.i947.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i947.us.1.i, <32 x bfloat> %1306, <32 x bfloat> %y.i946.us.2.i)
+  %1312 = getelementptr i8, ptr %gep1244.us.2.i, i64 4
+  %1313 = load i32, ptr %1312, align 4, !tbaa !4
+  %1314 = insertelement <16 x i32> poison, i32 %1313, i64 0
+  %1315 = shufflevector <16 x i32> %1314, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i949.us.2.i = bitcast <16 x i32> %1315 to <32 x bfloat>
+  %r.i950.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i950.us.1.i, <32 x bfloat> %1306, <32 x bfloat> %y.i949.us.2.i)
+  %1316 = getelementptr i8, ptr %gep1244.us.2.i, i64 8
+  %1317 = load i32, ptr %1316, align 4, !tbaa !4
+  %1318 = insertelement <16 x i32> poison, i32 %1317, i64 0
+  %1319 = shufflevector <16 x i32> %1318, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i952.us.2.i = bitcast <16 x i32> %1319 to <32 x bfloat>
+  %r.i953.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i953.us.1.i, <32 x bfloat> %1306, <32 x bfloat> %y.i952.us.2.i)
+  %1320 = getelementptr i8, ptr %gep1244.us.2.i, i64 12
+  %1321 = load i32, ptr %1320, align 4, !tbaa !4
+  %1322 = insertelement <16 x i32> poison, i32 %1321, i64 0
+  %1323 = shufflevector <16 x i32> %1322, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i955.us.2.i = bitcast <16 x i32> %1323 to <32 x bfloat>
+  %r.i956.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i956.us.1.i, <32 x bfloat> %1306, <32 x bfloat> %y.i955.us.2.i)
+  %1324 = getelementptr i8, ptr %gep1244.us.2.i, i64 16
+  %1325 = load i32, ptr %1324, align 4, !tbaa !4
+  %1326 = insertelement <16 x i32> poison, i32 %1325, i64 0
+  %1327 = shufflevector <16 x i32> %1326, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i958.us.2.i = bitcast <16 x i32> %1327 to <32 x bfloat>
+  %r.i959.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i959.us.1.i, <32 x bfloat> %1306, <32 x bfloat> %y.i958.us.2.i)
+  %1328 = getelementptr i8, ptr %gep1244.us.2.i, i64 20
+  %1329 = load i32, ptr %1328, align 4, !tbaa !4
+  %1330 = insertelement <16 x i32> poison, i32 %1329, i64 0
+  %1331 = shufflevector <16 x i32> %1330, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i961.us.2.i = bitcast <16 x i32> %1331 to <32 x bfloat>
+  %r.i962.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i962.us.1.i, <32 x bfloat> %1306, <32 x bfloat> %y.i961.us.2.i)
+  %1332 = getelementptr i8, ptr %gep1244.us.2.i, i64 24
+  %1333 = load i32, ptr %1332, align 4, !tbaa !4
+  %1334 = insertelement <16 x i32> poison, i32 %1333, i64 0
+  %1335 = shufflevector <16 x i32> %1334, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i964.us.2.i = bitcast <16 x i32> %1335 to <32 x bfloat>
+  %r.i965.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i965.us.1.i, <32 x bfloat> %1306, <32 x bfloat> %y.i964.us.2.i)
+  %1336 = getelementptr i8, ptr %gep1244.us.2.i, i64 28
+  %1337 = load i32, ptr %1336, align 4, !tbaa !4
+  %1338 = insertelement <16 x i32> poison, i32 %1337, i64 0
+  %1339 = shufflevector <16 x i32> %1338, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i967.us.2.i = bitcast <16 x i32> %1339 to <32 x bfloat>
+  %r.i968.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i968.us.1.i, <32 x bfloat> %1306, <32 x bfloat> %y.i967.us.2.i)
+  %1340 = getelementptr inbounds nuw i8, ptr %1235, i64 192
+  %1341 = load <32 x bfloat>, ptr %1340, align 4, !tbaa !4
+  %1342 = getelementptr inbounds nuw i8, ptr %1237, i64 48
+  %1343 = load i64, ptr %1342, align 8, !tbaa !4
+  %gep1244.us.3.i = getelementptr i32, ptr %gep1294.us.i, i64 %1343
+  %1344 = load i32, ptr %gep1244.us.3.i, align 4, !tbaa !4
+  %1345 = insertelement <16 x i32> poison, i32 %1344, i64 0
+  %1346 = shufflevector <16 x i32> %1345, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i946.us.3.i = bitcast <16 x i32> %1346 to <32 x bfloat>
+  %r.i947.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i947.us.2.i, <32 x bfloat> %1341, <32 x bfloat> %y.i946.us.3.i)
+  %1347 = getelementptr i8, ptr %gep1244.us.3.i, i64 4
+  %1348 = load i32, ptr %1347, align 4, !tbaa !4
+  %1349 = insertelement <16 x i32> poison, i32 %1348, i64 0
+  %1350 = shufflevector <16 x i32> %1349, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i949.us.3.i = bitcast <16 x i32> %1350 to <32 x bfloat>
+  %r.i950.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i950.us.2.i, <32 x bfloat> %1341, <32 x bfloat> %y.i949.us.3.i)
+  %1351 = getelementptr i8, ptr %gep1244.us.3.i, i64 8
+  %1352 = load i32, ptr %1351, align 4, !tbaa !4
+  %1353 = insertelement <16 x i32> poison, i32 %1352, i64 0
+  %1354 = shufflevector <16 x i32> %1353, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i952.us.3.i = bitcast <16 x i32> %1354 to <32 x bfloat>
+  %r.i953.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i953.us.2.i, <32 x bfloat> %1341, <32 x bfloat> %y.i952.us.3.i)
+  %1355 = getelementptr i8, ptr %gep1244.us.3.i, i64 12
+  %1356 = load i32, ptr %1355, align 4, !tbaa !4
+  %1357 = insertelement <16 x i32> poison, i32 %1356, i64 0
+  %1358 = shufflevector <16 x i32> %1357, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i955.us.3.i = bitcast <16 x i32> %1358 to <32 x bfloat>
+  %r.i956.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i956.us.2.i, <32 x bfloat> %1341, <32 x bfloat> %y.i955.us.3.i)
+  %1359 = getelementptr i8, ptr %gep1244.us.3.i, i64 16
+  %1360 = load i32, ptr %1359, align 4, !tbaa !4
+  %1361 = insertelement <16 x i32> poison, i32 %1360, i64 0
+  %1362 = shufflevector <16 x i32> %1361, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i958.us.3.i = bitcast <16 x i32> %1362 to <32 x bfloat>
+  %r.i959.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i959.us.2.i, <32 x bfloat> %1341, <32 x bfloat> %y.i958.us.3.i)
+  %1363 = getelementptr i8, ptr %gep1244.us.3.i, i64 20
+  %1364 = load i32, ptr %1363, align 4, !tbaa !4
+  %1365 = insertelement <16 x i32> poison, i32 %1364, i64 0
+  %1366 = shufflevector <16 x i32> %1365, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i961.us.3.i = bitcast <16 x i32> %1366 to <32 x bfloat>
+  %r.i962.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i962.us.2.i, <32 x bfloat> %1341, <32 x bfloat> %y.i961.us.3.i)
+  %1367 = getelementptr i8, ptr %gep1244.us.3.i, i64 24
+  %1368 = load i32, ptr %1367, align 4, !tbaa !4
+  %1369 = insertelement <16 x i32> poison, i32 %1368, i64 0
+  %1370 = shufflevector <16 x i32> %1369, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i964.us.3.i = bitcast <16 x i32> %1370 to <32 x bfloat>
+  %r.i965.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i965.us.2.i, <32 x bfloat> %1341, <32 x bfloat> %y.i964.us.3.i)
+  %1371 = getelementptr i8, ptr %gep1244.us.3.i, i64 28
+  %1372 = load i32, ptr %1371, align 4, !tbaa !4
+  %1373 = insertelement <16 x i32> poison, i32 %1372, i64 0
+  %1374 = shufflevector <16 x i32> %1373, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i967.us.3.i = bitcast <16 x i32> %1374 to <32 x bfloat>
+  %r.i968.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i968.us.2.i, <32 x bfloat> %1341, <32 x bfloat> %y.i967.us.3.i)
+  %indvars.iv.next1583.i = add nuw nsw i64 %indvars.iv1582.i, 1
+  %exitcond1586.not.i = icmp eq i64 %indvars.iv.next1583.i, %1134
+  br i1 %exitcond1586.not.i, label %for_end_to259.us.i, label %for_body_to258.us.i, !prof !8
+
+for_begin_line264.preheader.us.i:                 ; preds = %for_body_to258.us.i
+  %1375 = add nuw nsw i64 %indvars.iv1582.i, %2654
+  %1376 = trunc nuw nsw i64 %1375 to i32
+  %1377 = lshr i32 %1376, 1
+  %1378 = add nuw nsw i32 %1377, %1013
+  %1379 = zext nneg i32 %1378 to i64
+  %1380 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1379
+  %1381 = load i64, ptr %1380, align 8, !tbaa !4
+  %1382 = shl nuw nsw i64 %1375, 5
+  %1383 = and i64 %1382, 32
+  %1384 = and i64 %1382, 64
+  %1385 = getelementptr i32, ptr %value_cache, i64 %1384
+  %1386 = getelementptr i32, ptr %1385, i64 %1383
+  %invariant.gep1236.us.i = getelementptr i32, ptr %1386, i64 %1381
+  %invariant.gep1238.us.i = getelementptr i32, ptr %invariant.gep1236.us.i, i64 %1015
+  tail call void @llvm.prefetch.p0(ptr readonly %invariant.gep1238.us.i, i32 0, i32 2, i32 1)
+  %gep1239.us.1.i = getelementptr i8, ptr %invariant.gep1238.us.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1239.us.1.i, i32 0, i32 2, i32 1)
+  br label %if_end263.us.i
+
+for_begin_to257.preheader.us.i:                   ; preds = %if_end294.us.i, %if_end246.us.i
+  %indvars.iv1592.i = phi i64 [ %indvars.iv.next1593.i, %if_end294.us.i ], [ 0, %if_end246.us.i ]
+  br i1 %.not1453.i, label %for_end_to259.us.i, label %for_body_to258.lr.ph.us.i, !prof !11
+
+for_begin_ti240.preheader.us.i:                   ; preds = %for_begin_ti240.preheader.lr.ph.us.i, %for_begin_ti240.preheader.us.i
+  %indvars.iv1567.i = phi i64 [ 0, %for_begin_ti240.preheader.lr.ph.us.i ], [ %indvars.iv.next1568.i, %for_begin_ti240.preheader.us.i ]
+  %indvars.iv1567.tr.i = trunc i64 %indvars.iv1567.i to i32
+  %1387 = shl i32 %indvars.iv1567.tr.i, 3
+  %1388 = add i32 %2575, %1387
+  %1389 = add i32 %num_full.us.i, %indvars.iv1567.tr.i
+  %1390 = shl i32 %1389, 6
+  %1391 = sext i32 %1390 to i64
+  %1392 = load <16 x i32>, ptr %2573, align 4, !tbaa !4
+  %1393 = or disjoint i32 %1388, 1
+  %1394 = insertelement <16 x i32> poison, i32 %1393, i64 0
+  %1395 = shufflevector <16 x i32> %1394, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1396 = icmp slt <16 x i32> %1395, %1392
+  %1397 = select <16 x i1> %1396, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %1398 = insertelement <16 x i32> poison, i32 %1388, i64 0
   %1399 = shufflevector <16 x i32> %1398, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1400 = and <16 x i32> %1399, %1375
-  %y.i1008.us.i = bitcast <16 x i32> %1400 to <32 x bfloat>
-  %r.i1009.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc541.sroa.18.01304.us.i, <32 x bfloat> %1373, <32 x bfloat> %y.i1008.us.i)
-  %1401 = getelementptr i8, ptr %gep1321.us.i, i64 20
-  %1402 = load i32, ptr %1401, align 4, !tbaa !4
-  %1403 = insertelement <16 x i32> poison, i32 %1402, i64 0
-  %1404 = shufflevector <16 x i32> %1403, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1405 = and <16 x i32> %1404, %1375
-  %y.i1011.us.i = bitcast <16 x i32> %1405 to <32 x bfloat>
-  %r.i1012.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc541.sroa.22.01303.us.i, <32 x bfloat> %1373, <32 x bfloat> %y.i1011.us.i)
-  %1406 = getelementptr i8, ptr %gep1321.us.i, i64 24
-  %1407 = load i32, ptr %1406, align 4, !tbaa !4
-  %1408 = insertelement <16 x i32> poison, i32 %1407, i64 0
-  %1409 = shufflevector <16 x i32> %1408, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1410 = and <16 x i32> %1409, %1375
-  %y.i1014.us.i = bitcast <16 x i32> %1410 to <32 x bfloat>
-  %r.i1015.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc541.sroa.27.01302.us.i, <32 x bfloat> %1373, <32 x bfloat> %y.i1014.us.i)
-  %1411 = getelementptr i8, ptr %gep1321.us.i, i64 28
-  %1412 = load i32, ptr %1411, align 4, !tbaa !4
-  %1413 = insertelement <16 x i32> poison, i32 %1412, i64 0
-  %1414 = shufflevector <16 x i32> %1413, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1415 = and <16 x i32> %1414, %1375
-  %y.i1017.us.i = bitcast <16 x i32> %1415 to <32 x bfloat>
-  %r.i1018.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc541.sroa.31.01301.us.i, <32 x bfloat> %1373, <32 x bfloat> %y.i1017.us.i)
-  %indvars.iv.next1613.i = add nuw nsw i64 %indvars.iv1612.i, 1
-  %exitcond1616.not.i = icmp eq i64 %indvars.iv.next1613.i, %wide.trip.count1615.i
-  br i1 %exitcond1616.not.i, label %for_end_ti298.us.i, label %for_body_ti297.us.i, !prof !8
-
-for_begin_ti291.preheader.us.i:                   ; preds = %for_begin_ti291.preheader.lr.ph.us.i, %for_begin_ti291.preheader.us.i
-  %indvars.iv1607.i = phi i64 [ 0, %for_begin_ti291.preheader.lr.ph.us.i ], [ %indvars.iv.next1608.i, %for_begin_ti291.preheader.us.i ]
-  %full_acc540.sroa.28.01291.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti291.preheader.lr.ph.us.i ], [ %r.i994.us.3.i, %for_begin_ti291.preheader.us.i ]
-  %full_acc540.sroa.24.01290.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti291.preheader.lr.ph.us.i ], [ %r.i991.us.3.i, %for_begin_ti291.preheader.us.i ]
-  %full_acc540.sroa.20.01289.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti291.preheader.lr.ph.us.i ], [ %r.i988.us.3.i, %for_begin_ti291.preheader.us.i ]
-  %full_acc540.sroa.16.01288.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti291.preheader.lr.ph.us.i ], [ %r.i985.us.3.i, %for_begin_ti291.preheader.us.i ]
-  %full_acc540.sroa.12.01287.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti291.preheader.lr.ph.us.i ], [ %r.i982.us.3.i, %for_begin_ti291.preheader.us.i ]
-  %full_acc540.sroa.0.01286.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti291.preheader.lr.ph.us.i ], [ %r.i973.us.3.i, %for_begin_ti291.preheader.us.i ]
-  %full_acc540.sroa.4.01285.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti291.preheader.lr.ph.us.i ], [ %r.i976.us.3.i, %for_begin_ti291.preheader.us.i ]
-  %full_acc540.sroa.8.01284.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti291.preheader.lr.ph.us.i ], [ %r.i979.us.3.i, %for_begin_ti291.preheader.us.i ]
-  %.idx76 = shl nsw i64 %indvars.iv1607.i, 8
-  %1416 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx76
-  %1417 = load <32 x bfloat>, ptr %1416, align 4, !tbaa !4
-  %.idx77 = shl nsw i64 %indvars.iv1607.i, 6
-  %1418 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx77
-  %1419 = load i64, ptr %1418, align 8, !tbaa !4
-  %gep1274.us.i = getelementptr i32, ptr %gep1324.us.i, i64 %1419
-  %1420 = load i32, ptr %gep1274.us.i, align 4, !tbaa !4
-  %1421 = insertelement <16 x i32> poison, i32 %1420, i64 0
-  %1422 = shufflevector <16 x i32> %1421, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i972.us.i = bitcast <16 x i32> %1422 to <32 x bfloat>
-  %r.i973.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc540.sroa.0.01286.us.i, <32 x bfloat> %1417, <32 x bfloat> %y.i972.us.i)
-  %1423 = getelementptr i8, ptr %gep1274.us.i, i64 4
-  %1424 = load i32, ptr %1423, align 4, !tbaa !4
-  %1425 = insertelement <16 x i32> poison, i32 %1424, i64 0
-  %1426 = shufflevector <16 x i32> %1425, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i975.us.i = bitcast <16 x i32> %1426 to <32 x bfloat>
-  %r.i976.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc540.sroa.4.01285.us.i, <32 x bfloat> %1417, <32 x bfloat> %y.i975.us.i)
-  %1427 = getelementptr i8, ptr %gep1274.us.i, i64 8
-  %1428 = load i32, ptr %1427, align 4, !tbaa !4
-  %1429 = insertelement <16 x i32> poison, i32 %1428, i64 0
-  %1430 = shufflevector <16 x i32> %1429, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i978.us.i = bitcast <16 x i32> %1430 to <32 x bfloat>
-  %r.i979.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc540.sroa.8.01284.us.i, <32 x bfloat> %1417, <32 x bfloat> %y.i978.us.i)
-  %1431 = getelementptr i8, ptr %gep1274.us.i, i64 12
-  %1432 = load i32, ptr %1431, align 4, !tbaa !4
+  %1400 = icmp slt <16 x i32> %1399, %1392
+  %1401 = select <16 x i1> %1400, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %1402 = or disjoint <16 x i32> %1397, %1401
+  %1403 = getelementptr inbounds i32, ptr %edges.us.i, i64 %1391
+  store <16 x i32> %1402, ptr %1403, align 4, !tbaa !4
+  %1404 = load <16 x i32>, ptr %2573, align 4, !tbaa !4
+  %1405 = add nuw nsw i32 %1388, 2
+  %1406 = or disjoint i32 %1405, 1
+  %1407 = insertelement <16 x i32> poison, i32 %1406, i64 0
+  %1408 = shufflevector <16 x i32> %1407, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1409 = icmp slt <16 x i32> %1408, %1404
+  %1410 = select <16 x i1> %1409, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %1411 = insertelement <16 x i32> poison, i32 %1405, i64 0
+  %1412 = shufflevector <16 x i32> %1411, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1413 = icmp slt <16 x i32> %1412, %1404
+  %1414 = select <16 x i1> %1413, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %1415 = or disjoint <16 x i32> %1410, %1414
+  %1416 = getelementptr i8, ptr %1403, i64 64
+  store <16 x i32> %1415, ptr %1416, align 4, !tbaa !4
+  %1417 = load <16 x i32>, ptr %2573, align 4, !tbaa !4
+  %1418 = add nuw nsw i32 %1388, 4
+  %1419 = or disjoint i32 %1418, 1
+  %1420 = insertelement <16 x i32> poison, i32 %1419, i64 0
+  %1421 = shufflevector <16 x i32> %1420, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1422 = icmp slt <16 x i32> %1421, %1417
+  %1423 = select <16 x i1> %1422, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %1424 = insertelement <16 x i32> poison, i32 %1418, i64 0
+  %1425 = shufflevector <16 x i32> %1424, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1426 = icmp slt <16 x i32> %1425, %1417
+  %1427 = select <16 x i1> %1426, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %1428 = or disjoint <16 x i32> %1423, %1427
+  %1429 = getelementptr i8, ptr %1403, i64 128
+  store <16 x i32> %1428, ptr %1429, align 4, !tbaa !4
+  %1430 = load <16 x i32>, ptr %2573, align 4, !tbaa !4
+  %1431 = add nuw nsw i32 %1388, 6
+  %1432 = or disjoint i32 %1431, 1
   %1433 = insertelement <16 x i32> poison, i32 %1432, i64 0
   %1434 = shufflevector <16 x i32> %1433, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i981.us.i = bitcast <16 x i32> %1434 to <32 x bfloat>
-  %r.i982.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc540.sroa.12.01287.us.i, <32 x bfloat> %1417, <32 x bfloat> %y.i981.us.i)
-  %1435 = getelementptr i8, ptr %gep1274.us.i, i64 16
-  %1436 = load i32, ptr %1435, align 4, !tbaa !4
-  %1437 = insertelement <16 x i32> poison, i32 %1436, i64 0
+  %1435 = icmp slt <16 x i32> %1434, %1430
+  %1436 = select <16 x i1> %1435, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %1437 = insertelement <16 x i32> poison, i32 %1431, i64 0
   %1438 = shufflevector <16 x i32> %1437, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i984.us.i = bitcast <16 x i32> %1438 to <32 x bfloat>
-  %r.i985.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc540.sroa.16.01288.us.i, <32 x bfloat> %1417, <32 x bfloat> %y.i984.us.i)
-  %1439 = getelementptr i8, ptr %gep1274.us.i, i64 20
-  %1440 = load i32, ptr %1439, align 4, !tbaa !4
-  %1441 = insertelement <16 x i32> poison, i32 %1440, i64 0
-  %1442 = shufflevector <16 x i32> %1441, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i987.us.i = bitcast <16 x i32> %1442 to <32 x bfloat>
-  %r.i988.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc540.sroa.20.01289.us.i, <32 x bfloat> %1417, <32 x bfloat> %y.i987.us.i)
-  %1443 = getelementptr i8, ptr %gep1274.us.i, i64 24
-  %1444 = load i32, ptr %1443, align 4, !tbaa !4
-  %1445 = insertelement <16 x i32> poison, i32 %1444, i64 0
-  %1446 = shufflevector <16 x i32> %1445, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i990.us.i = bitcast <16 x i32> %1446 to <32 x bfloat>
-  %r.i991.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc540.sroa.24.01290.us.i, <32 x bfloat> %1417, <32 x bfloat> %y.i990.us.i)
-  %1447 = getelementptr i8, ptr %gep1274.us.i, i64 28
-  %1448 = load i32, ptr %1447, align 4, !tbaa !4
-  %1449 = insertelement <16 x i32> poison, i32 %1448, i64 0
-  %1450 = shufflevector <16 x i32> %1449, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i993.us.i = bitcast <16 x i32> %1450 to <32 x bfloat>
-  %r.i994.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc540.sroa.28.01291.us.i, <32 x bfloat> %1417, <32 x bfloat> %y.i993.us.i)
-  %1451 = getelementptr inbounds nuw i8, ptr %1416, i64 64
-  %1452 = load <32 x bfloat>, ptr %1451, align 4, !tbaa !4
-  %1453 = getelementptr inbounds nuw i8, ptr %1418, i64 16
-  %1454 = load i64, ptr %1453, align 8, !tbaa !4
-  %gep1274.us.1.i = getelementptr i32, ptr %gep1324.us.i, i64 %1454
-  %1455 = load i32, ptr %gep1274.us.1.i, align 4, !tbaa !4
-  %1456 = insertelement <16 x i32> poison, i32 %1455, i64 0
-  %1457 = shufflevector <16 x i32> %1456, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i972.us.1.i = bitcast <16 x i32> %1457 to <32 x bfloat>
-  %r.i973.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i973.us.i, <32 x bfloat> %1452, <32 x bfloat> %y.i972.us.1.i)
-  %1458 = getelementptr i8, ptr %gep1274.us.1.i, i64 4
-  %1459 = load i32, ptr %1458, align 4, !tbaa !4
-  %1460 = insertelement <16 x i32> poison, i32 %1459, i64 0
-  %1461 = shufflevector <16 x i32> %1460, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i975.us.1.i = bitcast <16 x i32> %1461 to <32 x bfloat>
-  %r.i976.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i976.us.i, <32 x bfloat> %1452, <32 x bfloat> %y.i975.us.1.i)
-  %1462 = getelementptr i8, ptr %gep1274.us.1.i, i64 8
-  %1463 = load i32, ptr %1462, align 4, !tbaa !4
-  %1464 = insertelement <16 x i32> poison, i32 %1463, i64 0
-  %1465 = shufflevector <16 x i32> %1464, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i978.us.1.i = bitcast <16 x i32> %1465 to <32 x bfloat>
-  %r.i979.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i979.us.i, <32 x bfloat> %1452, <32 x bfloat> %y.i978.us.1.i)
-  %1466 = getelementptr i8, ptr %gep1274.us.1.i, i64 12
-  %1467 = load i32, ptr %1466, align 4, !tbaa !4
-  %1468 = insertelement <16 x i32> poison, i32 %1467, i64 0
-  %1469 = shufflevector <16 x i32> %1468, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i981.us.1.i = bitcast <16 x i32> %1469 to <32 x bfloat>
-  %r.i982.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i982.us.i, <32 x bfloat> %1452, <32 x bfloat> %y.i981.us.1.i)
-  %1470 = getelementptr i8, ptr %gep1274.us.1.i, i64 16
-  %1471 = load i32, ptr %1470, align 4, !tbaa !4
-  %1472 = insertelement <16 x i32> poison, i32 %1471, i64 0
-  %1473 = shufflevector <16 x i32> %1472, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i984.us.1.i = bitcast <16 x i32> %1473 to <32 x bfloat>
-  %r.i985.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i985.us.i, <32 x bfloat> %1452, <32 x bfloat> %y.i984.us.1.i)
-  %1474 = getelementptr i8, ptr %gep1274.us.1.i, i64 20
-  %1475 = load i32, ptr %1474, align 4, !tbaa !4
-  %1476 = insertelement <16 x i32> poison, i32 %1475, i64 0
-  %1477 = shufflevector <16 x i32> %1476, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i987.us.1.i = bitcast <16 x i32> %1477 to <32 x bfloat>
-  %r.i988.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i988.us.i, <32 x bfloat> %1452, <32 x bfloat> %y.i987.us.1.i)
-  %1478 = getelementptr i8, ptr %gep1274.us.1.i, i64 24
-  %1479 = load i32, ptr %1478, align 4, !tbaa !4
-  %1480 = insertelement <16 x i32> poison, i32 %1479, i64 0
-  %1481 = shufflevector <16 x i32> %1480, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i990.us.1.i = bitcast <16 x i32> %1481 to <32 x bfloat>
-  %r.i991.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i991.us.i, <32 x bfloat> %1452, <32 x bfloat> %y.i990.us.1.i)
-  %1482 = getelementptr i8, ptr %gep1274.us.1.i, i64 28
-  %1483 = load i32, ptr %1482, align 4, !tbaa !4
-  %1484 = insertelement <16 x i32> poison, i32 %1483, i64 0
-  %1485 = shufflevector <16 x i32> %1484, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i993.us.1.i = bitcast <16 x i32> %1485 to <32 x bfloat>
-  %r.i994.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i994.us.i, <32 x bfloat> %1452, <32 x bfloat> %y.i993.us.1.i)
-  %1486 = getelementptr inbounds nuw i8, ptr %1416, i64 128
-  %1487 = load <32 x bfloat>, ptr %1486, align 4, !tbaa !4
-  %1488 = getelementptr inbounds nuw i8, ptr %1418, i64 32
-  %1489 = load i64, ptr %1488, align 8, !tbaa !4
-  %gep1274.us.2.i = getelementptr i32, ptr %gep1324.us.i, i64 %1489
-  %1490 = load i32, ptr %gep1274.us.2.i, align 4, !tbaa !4
-  %1491 = insertelement <16 x i32> poison, i32 %1490, i64 0
-  %1492 = shufflevector <16 x i32> %1491, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i972.us.2.i = bitcast <16 x i32> %1492 to <32 x bfloat>
-  %r.i973.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i973.us.1.i, <32 x bfloat> %1487, <32 x bfloat> %y.i972.us.2.i)
-  %1493 = getelementptr i8, ptr %gep1274.us.2.i, i64 4
-  %1494 = load i32, ptr %1493, align 4, !tbaa !4
-  %1495 = insertelement <16 x i32> poison, i32 %1494, i64 0
-  %1496 = shufflevector <16 x i32> %1495, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i975.us.2.i = bitcast <16 x i32> %1496 to <32 x bfloat>
-  %r.i976.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i976.us.1.i, <32 x bfloat> %1487, <32 x bfloat> %y.i975.us.2.i)
-  %1497 = getelementptr i8, ptr %gep1274.us.2.i, i64 8
-  %1498 = load i32, ptr %1497, align 4, !tbaa !4
-  %1499 = insertelement <16 x i32> poison, i32 %1498, i64 0
-  %1500 = shufflevector <16 x i32> %1499, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i978.us.2.i = bitcast <16 x i32> %1500 to <32 x bfloat>
-  %r.i979.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i979.us.1.i, <32 x bfloat> %1487, <32 x bfloat> %y.i978.us.2.i)
-  %1501 = getelementptr i8, ptr %gep1274.us.2.i, i64 12
-  %1502 = load i32, ptr %1501, align 4, !tbaa !4
-  %1503 = insertelement <16 x i32> poison, i32 %1502, i64 0
-  %1504 = shufflevector <16 x i32> %1503, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i981.us.2.i = bitcast <16 x i32> %1504 to <32 x bfloat>
-  %r.i982.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i982.us.1.i, <32 x bfloat> %1487, <32 x bfloat> %y.i981.us.2.i)
-  %1505 = getelementptr i8, ptr %gep1274.us.2.i, i64 16
-  %1506 = load i32, ptr %1505, align 4, !tbaa !4
-  %1507 = insertelement <16 x i32> poison, i32 %1506, i64 0
-  %1508 = shufflevector <16 x i32> %1507, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i984.us.2.i = bitcast <16 x i32> %1508 to <32 x bfloat>
-  %r.i985.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i985.us.1.i, <32 x bfloat> %1487, <32 x bfloat> %y.i984.us.2.i)
-  %1509 = getelementptr i8, ptr %gep1274.us.2.i, i64 20
-  %1510 = load i32, ptr %1509, align 4, !tbaa !4
-  %1511 = insertelement <16 x i32> poison, i32 %1510, i64 0
-  %1512 = shufflevector <16 x i32> %1511, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i987.us.2.i = bitcast <16 x i32> %1512 to <32 x bfloat>
-  %r.i988.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i988.us.1.i, <32 x bfloat> %1487, <32 x bfloat> %y.i987.us.2.i)
-  %1513 = getelementptr i8, ptr %gep1274.us.2.i, i64 24
-  %1514 = load i32, ptr %1513, align 4, !tbaa !4
-  %1515 = insertelement <16 x i32> poison, i32 %1514, i64 0
-  %1516 = shufflevector <16 x i32> %1515, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i990.us.2.i = bitcast <16 x i32> %1516 to <32 x bfloat>
-  %r.i991.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i991.us.1.i, <32 x bfloat> %1487, <32 x bfloat> %y.i990.us.2.i)
-  %1517 = getelementptr i8, ptr %gep1274.us.2.i, i64 28
-  %1518 = load i32, ptr %1517, align 4, !tbaa !4
-  %1519 = insertelement <16 x i32> poison, i32 %1518, i64 0
-  %1520 = shufflevector <16 x i32> %1519, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i993.us.2.i = bitcast <16 x i32> %1520 to <32 x bfloat>
-  %r.i994.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i994.us.1.i, <32 x bfloat> %1487, <32 x bfloat> %y.i993.us.2.i)
-  %1521 = getelementptr inbounds nuw i8, ptr %1416, i64 192
-  %1522 = load <32 x bfloat>, ptr %1521, align 4, !tbaa !4
-  %1523 = getelementptr inbounds nuw i8, ptr %1418, i64 48
-  %1524 = load i64, ptr %1523, align 8, !tbaa !4
-  %gep1274.us.3.i = getelementptr i32, ptr %gep1324.us.i, i64 %1524
-  %1525 = load i32, ptr %gep1274.us.3.i, align 4, !tbaa !4
-  %1526 = insertelement <16 x i32> poison, i32 %1525, i64 0
-  %1527 = shufflevector <16 x i32> %1526, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i972.us.3.i = bitcast <16 x i32> %1527 to <32 x bfloat>
-  %r.i973.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i973.us.2.i, <32 x bfloat> %1522, <32 x bfloat> %y.i972.us.3.i)
-  %1528 = getelementptr i8, ptr %gep1274.us.3.i, i64 4
-  %1529 = load i32, ptr %1528, align 4, !tbaa !4
-  %1530 = insertelement <16 x i32> poison, i32 %1529, i64 0
-  %1531 = shufflevector <16 x i32> %1530, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i975.us.3.i = bitcast <16 x i32> %1531 to <32 x bfloat>
-  %r.i976.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i976.us.2.i, <32 x bfloat> %1522, <32 x bfloat> %y.i975.us.3.i)
-  %1532 = getelementptr i8, ptr %gep1274.us.3.i, i64 8
-  %1533 = load i32, ptr %1532, align 4, !tbaa !4
-  %1534 = insertelement <16 x i32> poison, i32 %1533, i64 0
-  %1535 = shufflevector <16 x i32> %1534, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i978.us.3.i = bitcast <16 x i32> %1535 to <32 x bfloat>
-  %r.i979.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i979.us.2.i, <32 x bfloat> %1522, <32 x bfloat> %y.i978.us.3.i)
-  %1536 = getelementptr i8, ptr %gep1274.us.3.i, i64 12
-  %1537 = load i32, ptr %1536, align 4, !tbaa !4
-  %1538 = insertelement <16 x i32> poison, i32 %1537, i64 0
-  %1539 = shufflevector <16 x i32> %1538, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i981.us.3.i = bitcast <16 x i32> %1539 to <32 x bfloat>
-  %r.i982.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i982.us.2.i, <32 x bfloat> %1522, <32 x bfloat> %y.i981.us.3.i)
-  %1540 = getelementptr i8, ptr %gep1274.us.3.i, i64 16
-  %1541 = load i32, ptr %1540, align 4, !tbaa !4
-  %1542 = insertelement <16 x i32> poison, i32 %1541, i64 0
-  %1543 = shufflevector <16 x i32> %1542, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i984.us.3.i = bitcast <16 x i32> %1543 to <32 x bfloat>
-  %r.i985.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i985.us.2.i, <32 x bfloat> %1522, <32 x bfloat> %y.i984.us.3.i)
-  %1544 = getelementptr i8, ptr %gep1274.us.3.i, i64 20
-  %1545 = load i32, ptr %1544, align 4, !tbaa !4
-  %1546 = insertelement <16 x i32> poison, i32 %1545, i64 0
-  %1547 = shufflevector <16 x i32> %1546, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i987.us.3.i = bitcast <16 x i32> %1547 to <32 x bfloat>
-  %r.i988.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i988.us.2.i, <32 x bfloat> %1522, <32 x bfloat> %y.i987.us.3.i)
-  %1548 = getelementptr i8, ptr %gep1274.us.3.i, i64 24
-  %1549 = load i32, ptr %1548, align 4, !tbaa !4
-  %1550 = insertelement <16 x i32> poison, i32 %1549, i64 0
-  %1551 = shufflevector <16 x i32> %1550, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i990.us.3.i = bitcast <16 x i32> %1551 to <32 x bfloat>
-  %r.i991.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i991.us.2.i, <32 x bfloat> %1522, <32 x bfloat> %y.i990.us.3.i)
-  %1552 = getelementptr i8, ptr %gep1274.us.3.i, i64 28
-  %1553 = load i32, ptr %1552, align 4, !tbaa !4
-  %1554 = insertelement <16 x i32> poison, i32 %1553, i64 0
-  %1555 = shufflevector <16 x i32> %1554, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i993.us.3.i = bitcast <16 x i32> %1555 to <32 x bfloat>
-  %r.i994.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i994.us.2.i, <32 x bfloat> %1522, <32 x bfloat> %y.i993.us.3.i)
-  %indvars.iv.next1608.i = add nuw nsw i64 %indvars.iv1607.i, 1
-  %exitcond1611.not.i = icmp eq i64 %indvars.iv.next1608.i, %wide.trip.count1610.i
-  br i1 %exitcond1611.not.i, label %for_end_to288.us.i, label %for_begin_ti291.preheader.us.i, !prof !8
+  %1439 = icmp slt <16 x i32> %1438, %1430
+  %1440 = select <16 x i1> %1439, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %1441 = or disjoint <16 x i32> %1440, %1436
+  %1442 = getelementptr i8, ptr %1403, i64 192
+  store <16 x i32> %1441, ptr %1442, align 4, !tbaa !4
+  %indvars.iv.next1568.i = add nuw nsw i64 %indvars.iv1567.i, 1
+  %exitcond1571.not.i = icmp eq i64 %indvars.iv.next1568.i, %wide.trip.count1570.i
+  br i1 %exitcond1571.not.i, label %for_end_to237.us.i, label %for_begin_ti240.preheader.us.i, !prof !8
 
-for_begin_to286.preheader.us.i:                   ; preds = %if_end316.us.i, %if_end275.us.i
-  %indvars.iv1617.i = phi i64 [ %indvars.iv.next1618.i, %if_end316.us.i ], [ 0, %if_end275.us.i ]
-  br i1 %.not1475.i, label %for_end_to288.us.i, label %for_begin_ti291.preheader.lr.ph.us.i, !prof !11
+for_begin_ti190.preheader.us.i:                   ; preds = %for_begin_ti190.preheader.lr.ph.us.i, %for_end_ax0199.us.i
+  %indvars.iv1558.i = phi i64 [ 0, %for_begin_ti190.preheader.lr.ph.us.i ], [ %indvars.iv.next1559.i, %for_end_ax0199.us.i ]
+  %tile_sum524.sroa.0.01229.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti190.preheader.lr.ph.us.i ], [ %.us-phi.us.i, %for_end_ax0199.us.i ]
+  %1443 = icmp samesign ult i64 %indvars.iv1558.i, 16
+  br i1 %1443, label %for_body_ax0198.us.us.preheader.i, label %for_end_ax0199.us.i, !prof !7
 
-for_begin_ti269.preheader.us.i:                   ; preds = %for_begin_ti269.preheader.lr.ph.us.i, %for_begin_ti269.preheader.us.i
-  %indvars.iv1595.i = phi i64 [ 0, %for_begin_ti269.preheader.lr.ph.us.i ], [ %indvars.iv.next1596.i, %for_begin_ti269.preheader.us.i ]
-  %indvars.iv1595.tr.i = trunc i64 %indvars.iv1595.i to i32
-  %1556 = shl i32 %indvars.iv1595.tr.i, 3
-  %1557 = add i32 %2785, %1556
-  %1558 = add i32 %num_full.us.i, %indvars.iv1595.tr.i
-  %1559 = shl i32 %1558, 6
-  %1560 = sext i32 %1559 to i64
-  %1561 = load <16 x i32>, ptr %2783, align 4, !tbaa !4
-  %1562 = or disjoint i32 %1557, 1
-  %1563 = insertelement <16 x i32> poison, i32 %1562, i64 0
-  %1564 = shufflevector <16 x i32> %1563, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1565 = icmp slt <16 x i32> %1564, %1561
-  %1566 = select <16 x i1> %1565, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
-  %1567 = insertelement <16 x i32> poison, i32 %1557, i64 0
-  %1568 = shufflevector <16 x i32> %1567, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1569 = icmp slt <16 x i32> %1568, %1561
-  %1570 = select <16 x i1> %1569, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
-  %1571 = or disjoint <16 x i32> %1566, %1570
-  %1572 = getelementptr inbounds i32, ptr %edges.us.i, i64 %1560
-  store <16 x i32> %1571, ptr %1572, align 4, !tbaa !4
-  %1573 = load <16 x i32>, ptr %2783, align 4, !tbaa !4
-  %1574 = add nuw nsw i32 %1557, 2
-  %1575 = or disjoint i32 %1574, 1
-  %1576 = insertelement <16 x i32> poison, i32 %1575, i64 0
-  %1577 = shufflevector <16 x i32> %1576, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1578 = icmp slt <16 x i32> %1577, %1573
-  %1579 = select <16 x i1> %1578, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
-  %1580 = insertelement <16 x i32> poison, i32 %1574, i64 0
-  %1581 = shufflevector <16 x i32> %1580, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1582 = icmp slt <16 x i32> %1581, %1573
-  %1583 = select <16 x i1> %1582, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
-  %1584 = or disjoint <16 x i32> %1579, %1583
-  %1585 = getelementptr i8, ptr %1572, i64 64
-  store <16 x i32> %1584, ptr %1585, align 4, !tbaa !4
-  %1586 = load <16 x i32>, ptr %2783, align 4, !tbaa !4
-  %1587 = add nuw nsw i32 %1557, 4
-  %1588 = or disjoint i32 %1587, 1
-  %1589 = insertelement <16 x i32> poison, i32 %1588, i64 0
-  %1590 = shufflevector <16 x i32> %1589, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1591 = icmp slt <16 x i32> %1590, %1586
-  %1592 = select <16 x i1> %1591, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
-  %1593 = insertelement <16 x i32> poison, i32 %1587, i64 0
-  %1594 = shufflevector <16 x i32> %1593, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1595 = icmp slt <16 x i32> %1594, %1586
-  %1596 = select <16 x i1> %1595, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
-  %1597 = or disjoint <16 x i32> %1592, %1596
-  %1598 = getelementptr i8, ptr %1572, i64 128
-  store <16 x i32> %1597, ptr %1598, align 4, !tbaa !4
-  %1599 = load <16 x i32>, ptr %2783, align 4, !tbaa !4
-  %1600 = add nuw nsw i32 %1557, 6
-  %1601 = or disjoint i32 %1600, 1
-  %1602 = insertelement <16 x i32> poison, i32 %1601, i64 0
-  %1603 = shufflevector <16 x i32> %1602, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1604 = icmp slt <16 x i32> %1603, %1599
-  %1605 = select <16 x i1> %1604, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
-  %1606 = insertelement <16 x i32> poison, i32 %1600, i64 0
-  %1607 = shufflevector <16 x i32> %1606, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1608 = icmp slt <16 x i32> %1607, %1599
-  %1609 = select <16 x i1> %1608, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
-  %1610 = or disjoint <16 x i32> %1609, %1605
-  %1611 = getelementptr i8, ptr %1572, i64 192
-  store <16 x i32> %1610, ptr %1611, align 4, !tbaa !4
-  %indvars.iv.next1596.i = add nuw nsw i64 %indvars.iv1595.i, 1
-  %exitcond1599.not.i = icmp eq i64 %indvars.iv.next1596.i, %wide.trip.count1598.i
-  br i1 %exitcond1599.not.i, label %for_end_to266.us.i, label %for_begin_ti269.preheader.us.i, !prof !8
-
-for_begin_ti224.preheader.us.i:                   ; preds = %for_begin_ti224.preheader.us.i.preheader.new, %for_begin_ti224.preheader.us.i
-  %indvars.iv1586.i = phi i64 [ 0, %for_begin_ti224.preheader.us.i.preheader.new ], [ %indvars.iv.next1587.i.1, %for_begin_ti224.preheader.us.i ]
-  %niter364 = phi i64 [ 0, %for_begin_ti224.preheader.us.i.preheader.new ], [ %niter364.next.1, %for_begin_ti224.preheader.us.i ]
-  %.idx74 = shl nsw i64 %indvars.iv1586.i, 9
-  %1612 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx74
-  %1613 = getelementptr inbounds nuw i8, ptr %1612, i64 64
-  %1614 = load <16 x i32>, ptr %1613, align 4, !tbaa !4
-  %1615 = load <16 x i32>, ptr %1612, align 4, !tbaa !4
-  %1616 = lshr <16 x i32> %1615, splat (i32 16)
-  %1617 = or <16 x i32> %1616, %1614
-  %.idx75 = shl nsw i64 %indvars.iv1586.i, 8
-  %1618 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx75
-  store <16 x i32> %1617, ptr %1618, align 4, !tbaa !4
-  %1619 = getelementptr inbounds nuw i8, ptr %1612, i64 128
-  %1620 = getelementptr inbounds nuw i8, ptr %1612, i64 192
-  %1621 = load <16 x i32>, ptr %1620, align 4, !tbaa !4
-  %1622 = load <16 x i32>, ptr %1619, align 4, !tbaa !4
-  %1623 = lshr <16 x i32> %1622, splat (i32 16)
-  %1624 = or <16 x i32> %1623, %1621
-  %1625 = getelementptr inbounds nuw i8, ptr %1618, i64 64
-  store <16 x i32> %1624, ptr %1625, align 4, !tbaa !4
-  %1626 = getelementptr inbounds nuw i8, ptr %1612, i64 256
-  %1627 = getelementptr inbounds nuw i8, ptr %1612, i64 320
-  %1628 = load <16 x i32>, ptr %1627, align 4, !tbaa !4
-  %1629 = load <16 x i32>, ptr %1626, align 4, !tbaa !4
-  %1630 = lshr <16 x i32> %1629, splat (i32 16)
-  %1631 = or <16 x i32> %1630, %1628
-  %1632 = getelementptr inbounds nuw i8, ptr %1618, i64 128
-  store <16 x i32> %1631, ptr %1632, align 4, !tbaa !4
-  %1633 = getelementptr inbounds nuw i8, ptr %1612, i64 384
-  %1634 = getelementptr inbounds nuw i8, ptr %1612, i64 448
-  %1635 = load <16 x i32>, ptr %1634, align 4, !tbaa !4
-  %1636 = load <16 x i32>, ptr %1633, align 4, !tbaa !4
-  %1637 = lshr <16 x i32> %1636, splat (i32 16)
-  %1638 = or <16 x i32> %1637, %1635
-  %1639 = getelementptr inbounds nuw i8, ptr %1618, i64 192
-  store <16 x i32> %1638, ptr %1639, align 4, !tbaa !4
-  %indvars.iv.next1587.i = or disjoint i64 %indvars.iv1586.i, 1
-  %.idx74.1 = shl nsw i64 %indvars.iv.next1587.i, 9
-  %1640 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx74.1
-  %1641 = getelementptr inbounds nuw i8, ptr %1640, i64 64
-  %1642 = load <16 x i32>, ptr %1641, align 4, !tbaa !4
-  %1643 = load <16 x i32>, ptr %1640, align 4, !tbaa !4
-  %1644 = lshr <16 x i32> %1643, splat (i32 16)
-  %1645 = or <16 x i32> %1644, %1642
-  %.idx75.1 = shl nsw i64 %indvars.iv.next1587.i, 8
-  %1646 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx75.1
-  store <16 x i32> %1645, ptr %1646, align 4, !tbaa !4
-  %1647 = getelementptr inbounds nuw i8, ptr %1640, i64 128
-  %1648 = getelementptr inbounds nuw i8, ptr %1640, i64 192
-  %1649 = load <16 x i32>, ptr %1648, align 4, !tbaa !4
-  %1650 = load <16 x i32>, ptr %1647, align 4, !tbaa !4
-  %1651 = lshr <16 x i32> %1650, splat (i32 16)
-  %1652 = or <16 x i32> %1651, %1649
-  %1653 = getelementptr inbounds nuw i8, ptr %1646, i64 64
-  store <16 x i32> %1652, ptr %1653, align 4, !tbaa !4
-  %1654 = getelementptr inbounds nuw i8, ptr %1640, i64 256
-  %1655 = getelementptr inbounds nuw i8, ptr %1640, i64 320
-  %1656 = load <16 x i32>, ptr %1655, align 4, !tbaa !4
-  %1657 = load <16 x i32>, ptr %1654, align 4, !tbaa !4
-  %1658 = lshr <16 x i32> %1657, splat (i32 16)
-  %1659 = or <16 x i32> %1658, %1656
-  %1660 = getelementptr inbounds nuw i8, ptr %1646, i64 128
-  store <16 x i32> %1659, ptr %1660, align 4, !tbaa !4
-  %1661 = getelementptr inbounds nuw i8, ptr %1640, i64 384
-  %1662 = getelementptr inbounds nuw i8, ptr %1640, i64 448
-  %1663 = load <16 x i32>, ptr %1662, align 4, !tbaa !4
-  %1664 = load <16 x i32>, ptr %1661, align 4, !tbaa !4
-  %1665 = lshr <16 x i32> %1664, splat (i32 16)
-  %1666 = or <16 x i32> %1665, %1663
-  %1667 = getelementptr inbounds nuw i8, ptr %1646, i64 192
-  store <16 x i32> %1666, ptr %1667, align 4, !tbaa !4
-  %indvars.iv.next1587.i.1 = add nuw nsw i64 %indvars.iv1586.i, 2
-  %niter364.next.1 = add i64 %niter364, 2
-  %niter364.ncmp.1 = icmp eq i64 %niter364.next.1, %unroll_iter363
-  br i1 %niter364.ncmp.1, label %for_end_to221.us.i.loopexit.unr-lcssa, label %for_begin_ti224.preheader.us.i, !prof !59, !llvm.loop !65
-
-for_body_ax0.us.us.preheader.i:                   ; preds = %for_begin_ti212.preheader.us.i
-  %1668 = bitcast <16 x i32> %1871 to <16 x float>
-  %1669 = bitcast <16 x i32> %1844 to <16 x float>
-  %1670 = bitcast <16 x i32> %1817 to <16 x float>
-  %1671 = bitcast <16 x i32> %1898 to <16 x float>
-  %1672 = load <16 x float>, ptr %1710, align 4, !tbaa !4
-  %1673 = fadd <16 x float> %tile_sum549.sroa.0.01262.us.i, %1672
-  %1674 = load <16 x float>, ptr %1737, align 4, !tbaa !4
-  %1675 = fadd <16 x float> %1673, %1674
-  %1676 = load <16 x float>, ptr %1764, align 4, !tbaa !4
-  %1677 = fadd <16 x float> %1675, %1676
-  %1678 = load <16 x float>, ptr %1791, align 4, !tbaa !4
-  %1679 = fadd <16 x float> %1677, %1678
-  %1680 = fadd <16 x float> %1679, %1670
-  %1681 = fadd <16 x float> %1680, %1669
-  %1682 = fadd <16 x float> %1681, %1668
-  %1683 = fadd <16 x float> %1682, %1671
-  br label %for_end_ax0.us.i
-
-for_begin_ti212.preheader.us.i:                   ; preds = %for_begin_ti212.preheader.lr.ph.us.i, %for_end_ax0.us.i
-  %indvars.iv1577.i = phi i64 [ 0, %for_begin_ti212.preheader.lr.ph.us.i ], [ %indvars.iv.next1578.i, %for_end_ax0.us.i ]
-  %tile_sum549.sroa.0.01262.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti212.preheader.lr.ph.us.i ], [ %.us-phi.us.i, %for_end_ax0.us.i ]
-  %1684 = shl nsw i64 %indvars.iv1577.i, 7
-  %1685 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1684
-  %1686 = load <16 x float>, ptr %1685, align 4, !tbaa !4
-  %arg.us.i = fsub <16 x float> %1686, %2775
-  %1687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2781)
-  %bits.us.i = bitcast <16 x float> %1687 to <16 x i32>
-  %n.us.i = fsub <16 x float> %1687, %2781
-  %1688 = fmul <16 x float> %n.us.i, splat (float 0x3F2BD01060000000)
-  %1689 = fmul <16 x float> %n.us.i, splat (float 0x3FE6300000000000)
-  %1690 = fsub <16 x float> %arg.us.i, %1689
-  %1691 = fadd <16 x float> %1688, %1690
-  %1692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1691, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1692, <16 x float> %1691, <16 x float> splat (float 0x3FA5558F20000000))
-  %1694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1693, <16 x float> %1691, <16 x float> splat (float 0x3FC5554920000000))
-  %1695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1694, <16 x float> %1691, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1696 = fmul <16 x float> %1691, %1691
-  %1697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1696, <16 x float> %1691)
-  %1698 = shl <16 x i32> %bits.us.i, splat (i32 23)
-  %1699 = bitcast <16 x i32> %1698 to <16 x float>
-  %1700 = fadd <16 x float> %1697, splat (float 1.000000e+00)
-  %1701 = fmul <16 x float> %1700, %1699
-  %1702 = fcmp olt <16 x float> %arg.us.i, %2782
-  %1703 = select <16 x i1> %1702, <16 x float> zeroinitializer, <16 x float> %1701
-  %1704 = bitcast <16 x float> %1703 to <16 x i32>
-  %1705 = lshr <16 x i32> %1704, splat (i32 16)
-  %1706 = and <16 x i32> %1705, splat (i32 1)
-  %1707 = add nsw <16 x i32> %1704, splat (i32 32767)
-  %1708 = add nsw <16 x i32> %1707, %1706
-  %1709 = and <16 x i32> %1708, splat (i32 -65536)
-  %1710 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1684
-  store <16 x i32> %1709, ptr %1710, align 4, !tbaa !4
-  %1711 = or disjoint i64 %1684, 16
-  %1712 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1711
-  %1713 = load <16 x float>, ptr %1712, align 4, !tbaa !4
-  %arg.us.1.i = fsub <16 x float> %1713, %2775
-  %1714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2781)
-  %bits.us.1.i = bitcast <16 x float> %1714 to <16 x i32>
-  %n.us.1.i = fsub <16 x float> %1714, %2781
-  %1715 = fmul <16 x float> %n.us.1.i, splat (float 0x3F2BD01060000000)
-  %1716 = fmul <16 x float> %n.us.1.i, splat (float 0x3FE6300000000000)
-  %1717 = fsub <16 x float> %arg.us.1.i, %1716
-  %1718 = fadd <16 x float> %1715, %1717
-  %1719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1718, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1718, <16 x float> splat (float 0x3FA5558F20000000))
-  %1721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1720, <16 x float> %1718, <16 x float> splat (float 0x3FC5554920000000))
-  %1722 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> %1718, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1723 = fmul <16 x float> %1718, %1718
-  %1724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1722, <16 x float> %1723, <16 x float> %1718)
-  %1725 = shl <16 x i32> %bits.us.1.i, splat (i32 23)
-  %1726 = bitcast <16 x i32> %1725 to <16 x float>
-  %1727 = fadd <16 x float> %1724, splat (float 1.000000e+00)
-  %1728 = fmul <16 x float> %1727, %1726
-  %1729 = fcmp olt <16 x float> %arg.us.1.i, %2782
-  %1730 = select <16 x i1> %1729, <16 x float> zeroinitializer, <16 x float> %1728
-  %1731 = bitcast <16 x float> %1730 to <16 x i32>
-  %1732 = lshr <16 x i32> %1731, splat (i32 16)
-  %1733 = and <16 x i32> %1732, splat (i32 1)
-  %1734 = add nsw <16 x i32> %1731, splat (i32 32767)
-  %1735 = add nsw <16 x i32> %1734, %1733
-  %1736 = and <16 x i32> %1735, splat (i32 -65536)
-  %1737 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1711
-  store <16 x i32> %1736, ptr %1737, align 4, !tbaa !4
-  %1738 = or disjoint i64 %1684, 32
-  %1739 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1738
-  %1740 = load <16 x float>, ptr %1739, align 4, !tbaa !4
-  %arg.us.2.i = fsub <16 x float> %1740, %2775
-  %1741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2781)
-  %bits.us.2.i = bitcast <16 x float> %1741 to <16 x i32>
-  %n.us.2.i = fsub <16 x float> %1741, %2781
-  %1742 = fmul <16 x float> %n.us.2.i, splat (float 0x3F2BD01060000000)
-  %1743 = fmul <16 x float> %n.us.2.i, splat (float 0x3FE6300000000000)
-  %1744 = fsub <16 x float> %arg.us.2.i, %1743
-  %1745 = fadd <16 x float> %1742, %1744
-  %1746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1745, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1746, <16 x float> %1745, <16 x float> splat (float 0x3FA5558F20000000))
-  %1748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1747, <16 x float> %1745, <16 x float> splat (float 0x3FC5554920000000))
-  %1749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1748, <16 x float> %1745, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1750 = fmul <16 x float> %1745, %1745
-  %1751 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1749, <16 x float> %1750, <16 x float> %1745)
-  %1752 = shl <16 x i32> %bits.us.2.i, splat (i32 23)
-  %1753 = bitcast <16 x i32> %1752 to <16 x float>
-  %1754 = fadd <16 x float> %1751, splat (float 1.000000e+00)
-  %1755 = fmul <16 x float> %1754, %1753
-  %1756 = fcmp olt <16 x float> %arg.us.2.i, %2782
-  %1757 = select <16 x i1> %1756, <16 x float> zeroinitializer, <16 x float> %1755
-  %1758 = bitcast <16 x float> %1757 to <16 x i32>
-  %1759 = lshr <16 x i32> %1758, splat (i32 16)
-  %1760 = and <16 x i32> %1759, splat (i32 1)
-  %1761 = add nsw <16 x i32> %1758, splat (i32 32767)
-  %1762 = add nsw <16 x i32> %1761, %1760
-  %1763 = and <16 x i32> %1762, splat (i32 -65536)
-  %1764 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1738
-  store <16 x i32> %1763, ptr %1764, align 4, !tbaa !4
-  %1765 = or disjoint i64 %1684, 48
-  %1766 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1765
-  %1767 = load <16 x float>, ptr %1766, align 4, !tbaa !4
-  %arg.us.3.i = fsub <16 x float> %1767, %2775
-  %1768 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2781)
-  %bits.us.3.i = bitcast <16 x float> %1768 to <16 x i32>
-  %n.us.3.i = fsub <16 x float> %1768, %2781
-  %1769 = fmul <16 x float> %n.us.3.i, splat (float 0x3F2BD01060000000)
-  %1770 = fmul <16 x float> %n.us.3.i, splat (float 0x3FE6300000000000)
-  %1771 = fsub <16 x float> %arg.us.3.i, %1770
-  %1772 = fadd <16 x float> %1769, %1771
-  %1773 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1772, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1773, <16 x float> %1772, <16 x float> splat (float 0x3FA5558F20000000))
-  %1775 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1774, <16 x float> %1772, <16 x float> splat (float 0x3FC5554920000000))
-  %1776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1775, <16 x float> %1772, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1777 = fmul <16 x float> %1772, %1772
-  %1778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1776, <16 x float> %1777, <16 x float> %1772)
-  %1779 = shl <16 x i32> %bits.us.3.i, splat (i32 23)
-  %1780 = bitcast <16 x i32> %1779 to <16 x float>
-  %1781 = fadd <16 x float> %1778, splat (float 1.000000e+00)
-  %1782 = fmul <16 x float> %1781, %1780
-  %1783 = fcmp olt <16 x float> %arg.us.3.i, %2782
-  %1784 = select <16 x i1> %1783, <16 x float> zeroinitializer, <16 x float> %1782
-  %1785 = bitcast <16 x float> %1784 to <16 x i32>
-  %1786 = lshr <16 x i32> %1785, splat (i32 16)
-  %1787 = and <16 x i32> %1786, splat (i32 1)
-  %1788 = add nsw <16 x i32> %1785, splat (i32 32767)
-  %1789 = add nsw <16 x i32> %1788, %1787
-  %1790 = and <16 x i32> %1789, splat (i32 -65536)
-  %1791 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1765
-  store <16 x i32> %1790, ptr %1791, align 4, !tbaa !4
-  %1792 = or disjoint i64 %1684, 64
-  %1793 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1792
-  %1794 = load <16 x float>, ptr %1793, align 4, !tbaa !4
-  %arg.us.4.i = fsub <16 x float> %1794, %2775
-  %1795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2781)
-  %bits.us.4.i = bitcast <16 x float> %1795 to <16 x i32>
-  %n.us.4.i = fsub <16 x float> %1795, %2781
-  %1796 = fmul <16 x float> %n.us.4.i, splat (float 0x3F2BD01060000000)
-  %1797 = fmul <16 x float> %n.us.4.i, splat (float 0x3FE6300000000000)
-  %1798 = fsub <16 x float> %arg.us.4.i, %1797
-  %1799 = fadd <16 x float> %1796, %1798
-  %1800 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1799, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1800, <16 x float> %1799, <16 x float> splat (float 0x3FA5558F20000000))
-  %1802 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1801, <16 x float> %1799, <16 x float> splat (float 0x3FC5554920000000))
-  %1803 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1802, <16 x float> %1799, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1804 = fmul <16 x float> %1799, %1799
-  %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1803, <16 x float> %1804, <16 x float> %1799)
-  %1806 = shl <16 x i32> %bits.us.4.i, splat (i32 23)
-  %1807 = bitcast <16 x i32> %1806 to <16 x float>
-  %1808 = fadd <16 x float> %1805, splat (float 1.000000e+00)
-  %1809 = fmul <16 x float> %1808, %1807
-  %1810 = fcmp olt <16 x float> %arg.us.4.i, %2782
-  %1811 = select <16 x i1> %1810, <16 x float> zeroinitializer, <16 x float> %1809
-  %1812 = bitcast <16 x float> %1811 to <16 x i32>
-  %1813 = lshr <16 x i32> %1812, splat (i32 16)
-  %1814 = and <16 x i32> %1813, splat (i32 1)
-  %1815 = add nsw <16 x i32> %1812, splat (i32 32767)
-  %1816 = add nsw <16 x i32> %1815, %1814
-  %1817 = and <16 x i32> %1816, splat (i32 -65536)
-  %1818 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1792
-  store <16 x i32> %1817, ptr %1818, align 4, !tbaa !4
-  %1819 = or disjoint i64 %1684, 80
-  %1820 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1819
-  %1821 = load <16 x float>, ptr %1820, align 4, !tbaa !4
-  %arg.us.5.i = fsub <16 x float> %1821, %2775
-  %1822 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2781)
-  %bits.us.5.i = bitcast <16 x float> %1822 to <16 x i32>
-  %n.us.5.i = fsub <16 x float> %1822, %2781
-  %1823 = fmul <16 x float> %n.us.5.i, splat (float 0x3F2BD01060000000)
-  %1824 = fmul <16 x float> %n.us.5.i, splat (float 0x3FE6300000000000)
-  %1825 = fsub <16 x float> %arg.us.5.i, %1824
-  %1826 = fadd <16 x float> %1823, %1825
-  %1827 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1826, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1828 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1826, <16 x float> splat (float 0x3FA5558F20000000))
-  %1829 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1826, <16 x float> splat (float 0x3FC5554920000000))
-  %1830 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1829, <16 x float> %1826, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1831 = fmul <16 x float> %1826, %1826
-  %1832 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1830, <16 x float> %1831, <16 x float> %1826)
-  %1833 = shl <16 x i32> %bits.us.5.i, splat (i32 23)
-  %1834 = bitcast <16 x i32> %1833 to <16 x float>
-  %1835 = fadd <16 x float> %1832, splat (float 1.000000e+00)
-  %1836 = fmul <16 x float> %1835, %1834
-  %1837 = fcmp olt <16 x float> %arg.us.5.i, %2782
-  %1838 = select <16 x i1> %1837, <16 x float> zeroinitializer, <16 x float> %1836
-  %1839 = bitcast <16 x float> %1838 to <16 x i32>
-  %1840 = lshr <16 x i32> %1839, splat (i32 16)
-  %1841 = and <16 x i32> %1840, splat (i32 1)
-  %1842 = add nsw <16 x i32> %1839, splat (i32 32767)
-  %1843 = add nsw <16 x i32> %1842, %1841
-  %1844 = and <16 x i32> %1843, splat (i32 -65536)
-  %1845 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1819
-  store <16 x i32> %1844, ptr %1845, align 4, !tbaa !4
-  %1846 = or disjoint i64 %1684, 96
-  %1847 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1846
-  %1848 = load <16 x float>, ptr %1847, align 4, !tbaa !4
-  %arg.us.6.i = fsub <16 x float> %1848, %2775
-  %1849 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2781)
-  %bits.us.6.i = bitcast <16 x float> %1849 to <16 x i32>
-  %n.us.6.i = fsub <16 x float> %1849, %2781
-  %1850 = fmul <16 x float> %n.us.6.i, splat (float 0x3F2BD01060000000)
-  %1851 = fmul <16 x float> %n.us.6.i, splat (float 0x3FE6300000000000)
-  %1852 = fsub <16 x float> %arg.us.6.i, %1851
-  %1853 = fadd <16 x float> %1850, %1852
-  %1854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1853, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1855 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1854, <16 x float> %1853, <16 x float> splat (float 0x3FA5558F20000000))
-  %1856 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1855, <16 x float> %1853, <16 x float> splat (float 0x3FC5554920000000))
-  %1857 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1856, <16 x float> %1853, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1858 = fmul <16 x float> %1853, %1853
-  %1859 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1857, <16 x float> %1858, <16 x float> %1853)
-  %1860 = shl <16 x i32> %bits.us.6.i, splat (i32 23)
-  %1861 = bitcast <16 x i32> %1860 to <16 x float>
-  %1862 = fadd <16 x float> %1859, splat (float 1.000000e+00)
-  %1863 = fmul <16 x float> %1862, %1861
-  %1864 = fcmp olt <16 x float> %arg.us.6.i, %2782
-  %1865 = select <16 x i1> %1864, <16 x float> zeroinitializer, <16 x float> %1863
-  %1866 = bitcast <16 x float> %1865 to <16 x i32>
-  %1867 = lshr <16 x i32> %1866, splat (i32 16)
-  %1868 = and <16 x i32> %1867, splat (i32 1)
-  %1869 = add nsw <16 x i32> %1866, splat (i32 32767)
-  %1870 = add nsw <16 x i32> %1869, %1868
-  %1871 = and <16 x i32> %1870, splat (i32 -65536)
-  %1872 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1846
-  store <16 x i32> %1871, ptr %1872, align 4, !tbaa !4
-  %1873 = or disjoint i64 %1684, 112
-  %1874 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1873
-  %1875 = load <16 x float>, ptr %1874, align 4, !tbaa !4
-  %arg.us.7.i = fsub <16 x float> %1875, %2775
-  %1876 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2781)
-  %bits.us.7.i = bitcast <16 x float> %1876 to <16 x i32>
-  %n.us.7.i = fsub <16 x float> %1876, %2781
-  %1877 = fmul <16 x float> %n.us.7.i, splat (float 0x3F2BD01060000000)
-  %1878 = fmul <16 x float> %n.us.7.i, splat (float 0x3FE6300000000000)
-  %1879 = fsub <16 x float> %arg.us.7.i, %1878
-  %1880 = fadd <16 x float> %1877, %1879
-  %1881 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1880, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1882 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1881, <16 x float> %1880, <16 x float> splat (float 0x3FA5558F20000000))
-  %1883 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1882, <16 x float> %1880, <16 x float> splat (float 0x3FC5554920000000))
-  %1884 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1883, <16 x float> %1880, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1885 = fmul <16 x float> %1880, %1880
-  %1886 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1884, <16 x float> %1885, <16 x float> %1880)
-  %1887 = shl <16 x i32> %bits.us.7.i, splat (i32 23)
-  %1888 = bitcast <16 x i32> %1887 to <16 x float>
-  %1889 = fadd <16 x float> %1886, splat (float 1.000000e+00)
-  %1890 = fmul <16 x float> %1889, %1888
-  %1891 = fcmp olt <16 x float> %arg.us.7.i, %2782
-  %1892 = select <16 x i1> %1891, <16 x float> zeroinitializer, <16 x float> %1890
-  %1893 = bitcast <16 x float> %1892 to <16 x i32>
-  %1894 = lshr <16 x i32> %1893, splat (i32 16)
-  %1895 = and <16 x i32> %1894, splat (i32 1)
-  %1896 = add nsw <16 x i32> %1893, splat (i32 32767)
-  %1897 = add nsw <16 x i32> %1896, %1895
-  %1898 = and <16 x i32> %1897, splat (i32 -65536)
-  %1899 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1873
-  store <16 x i32> %1898, ptr %1899, align 4, !tbaa !4
-  %1900 = icmp samesign ult i64 %indvars.iv1577.i, 32
-  br i1 %1900, label %for_body_ax0.us.us.preheader.i, label %for_end_ax0.us.i, !prof !7
-
-for_begin_ti202.preheader.us.i:                   ; preds = %for_begin_ti202.preheader.us.i, %for_begin_ti202.preheader.us.preheader.i.new
-  %indvars.iv1564.i = phi i64 [ 0, %for_begin_ti202.preheader.us.preheader.i.new ], [ %indvars.iv.next1565.i.1, %for_begin_ti202.preheader.us.i ]
-  %peak545.sroa.0.01256.us.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti202.preheader.us.preheader.i.new ], [ %1965, %for_begin_ti202.preheader.us.i ]
-  %niter358 = phi i64 [ 0, %for_begin_ti202.preheader.us.preheader.i.new ], [ %niter358.next.1, %for_begin_ti202.preheader.us.i ]
-  %.idx = shl nsw i64 %indvars.iv1564.i, 9
-  %1901 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx
-  %1902 = load <16 x float>, ptr %1901, align 4, !tbaa !4
-  %1903 = fcmp ogt <16 x float> %peak545.sroa.0.01256.us.i, %1902
-  %1904 = select <16 x i1> %1903, <16 x float> %peak545.sroa.0.01256.us.i, <16 x float> %1902
-  %1905 = getelementptr inbounds nuw i8, ptr %1901, i64 64
-  %1906 = load <16 x float>, ptr %1905, align 4, !tbaa !4
-  %1907 = fcmp ogt <16 x float> %1904, %1906
-  %1908 = select <16 x i1> %1907, <16 x float> %1904, <16 x float> %1906
-  %1909 = getelementptr inbounds nuw i8, ptr %1901, i64 128
-  %1910 = load <16 x float>, ptr %1909, align 4, !tbaa !4
-  %1911 = fcmp ogt <16 x float> %1908, %1910
-  %1912 = select <16 x i1> %1911, <16 x float> %1908, <16 x float> %1910
-  %1913 = getelementptr inbounds nuw i8, ptr %1901, i64 192
-  %1914 = load <16 x float>, ptr %1913, align 4, !tbaa !4
-  %1915 = fcmp ogt <16 x float> %1912, %1914
-  %1916 = select <16 x i1> %1915, <16 x float> %1912, <16 x float> %1914
-  %1917 = getelementptr inbounds nuw i8, ptr %1901, i64 256
-  %1918 = load <16 x float>, ptr %1917, align 4, !tbaa !4
-  %1919 = fcmp ogt <16 x float> %1916, %1918
-  %1920 = select <16 x i1> %1919, <16 x float> %1916, <16 x float> %1918
-  %1921 = getelementptr inbounds nuw i8, ptr %1901, i64 320
-  %1922 = load <16 x float>, ptr %1921, align 4, !tbaa !4
-  %1923 = fcmp ogt <16 x float> %1920, %1922
-  %1924 = select <16 x i1> %1923, <16 x float> %1920, <16 x float> %1922
-  %1925 = getelementptr inbounds nuw i8, ptr %1901, i64 384
-  %1926 = load <16 x float>, ptr %1925, align 4, !tbaa !4
-  %1927 = fcmp ogt <16 x float> %1924, %1926
-  %1928 = select <16 x i1> %1927, <16 x float> %1924, <16 x float> %1926
-  %1929 = getelementptr inbounds nuw i8, ptr %1901, i64 448
-  %1930 = load <16 x float>, ptr %1929, align 4, !tbaa !4
-  %1931 = fcmp ogt <16 x float> %1928, %1930
-  %1932 = select <16 x i1> %1931, <16 x float> %1928, <16 x float> %1930
-  %indvars.iv.next1565.i = shl i64 %indvars.iv1564.i, 9
-  %1933 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %indvars.iv.next1565.i
-  %1934 = getelementptr inbounds nuw i8, ptr %1933, i64 512
-  %1935 = load <16 x float>, ptr %1934, align 4, !tbaa !4
-  %1936 = fcmp ogt <16 x float> %1932, %1935
-  %1937 = select <16 x i1> %1936, <16 x float> %1932, <16 x float> %1935
-  %1938 = getelementptr inbounds nuw i8, ptr %1933, i64 576
-  %1939 = load <16 x float>, ptr %1938, align 4, !tbaa !4
-  %1940 = fcmp ogt <16 x float> %1937, %1939
-  %1941 = select <16 x i1> %1940, <16 x float> %1937, <16 x float> %1939
-  %1942 = getelementptr inbounds nuw i8, ptr %1933, i64 640
-  %1943 = load <16 x float>, ptr %1942, align 4, !tbaa !4
-  %1944 = fcmp ogt <16 x float> %1941, %1943
-  %1945 = select <16 x i1> %1944, <16 x float> %1941, <16 x float> %1943
-  %1946 = getelementptr inbounds nuw i8, ptr %1933, i64 704
-  %1947 = load <16 x float>, ptr %1946, align 4, !tbaa !4
-  %1948 = fcmp ogt <16 x float> %1945, %1947
-  %1949 = select <16 x i1> %1948, <16 x float> %1945, <16 x float> %1947
-  %1950 = getelementptr inbounds nuw i8, ptr %1933, i64 768
-  %1951 = load <16 x float>, ptr %1950, align 4, !tbaa !4
-  %1952 = fcmp ogt <16 x float> %1949, %1951
-  %1953 = select <16 x i1> %1952, <16 x float> %1949, <16 x float> %1951
-  %1954 = getelementptr inbounds nuw i8, ptr %1933, i64 832
-  %1955 = load <16 x float>, ptr %1954, align 4, !tbaa !4
-  %1956 = fcmp ogt <16 x float> %1953, %1955
-  %1957 = select <16 x i1> %1956, <16 x float> %1953, <16 x float> %1955
-  %1958 = getelementptr inbounds nuw i8, ptr %1933, i64 896
-  %1959 = load <16 x float>, ptr %1958, align 4, !tbaa !4
-  %1960 = fcmp ogt <16 x float> %1957, %1959
-  %1961 = select <16 x i1> %1960, <16 x float> %1957, <16 x float> %1959
-  %1962 = getelementptr inbounds nuw i8, ptr %1933, i64 960
-  %1963 = load <16 x float>, ptr %1962, align 4, !tbaa !4
-  %1964 = fcmp ogt <16 x float> %1961, %1963
-  %1965 = select <16 x i1> %1964, <16 x float> %1961, <16 x float> %1963
-  %indvars.iv.next1565.i.1 = add nuw nsw i64 %indvars.iv1564.i, 2
-  %niter358.next.1 = add i64 %niter358, 2
-  %niter358.ncmp.1 = icmp eq i64 %niter358.next.1, %unroll_iter357
-  br i1 %niter358.ncmp.1, label %for_begin_ti212.preheader.lr.ph.us.i.unr-lcssa, label %for_begin_ti202.preheader.us.i, !prof !59, !llvm.loop !66
+for_begin_ti180.preheader.us.i:                   ; preds = %for_begin_ti180.preheader.us.i, %for_begin_ti180.preheader.us.preheader.i.new
+  %indvars.iv1541.i = phi i64 [ 0, %for_begin_ti180.preheader.us.preheader.i.new ], [ %indvars.iv.next1542.i.1, %for_begin_ti180.preheader.us.i ]
+  %peak520.sroa.0.01221.us.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti180.preheader.us.preheader.i.new ], [ %1508, %for_begin_ti180.preheader.us.i ]
+  %niter = phi i64 [ 0, %for_begin_ti180.preheader.us.preheader.i.new ], [ %niter.next.1, %for_begin_ti180.preheader.us.i ]
+  %.idx = shl nsw i64 %indvars.iv1541.i, 9
+  %1444 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx
+  %1445 = load <16 x float>, ptr %1444, align 4, !tbaa !4
+  %1446 = fcmp ogt <16 x float> %peak520.sroa.0.01221.us.i, %1445
+  %1447 = select <16 x i1> %1446, <16 x float> %peak520.sroa.0.01221.us.i, <16 x float> %1445
+  %1448 = getelementptr inbounds nuw i8, ptr %1444, i64 64
+  %1449 = load <16 x float>, ptr %1448, align 4, !tbaa !4
+  %1450 = fcmp ogt <16 x float> %1447, %1449
+  %1451 = select <16 x i1> %1450, <16 x float> %1447, <16 x float> %1449
+  %1452 = getelementptr inbounds nuw i8, ptr %1444, i64 128
+  %1453 = load <16 x float>, ptr %1452, align 4, !tbaa !4
+  %1454 = fcmp ogt <16 x float> %1451, %1453
+  %1455 = select <16 x i1> %1454, <16 x float> %1451, <16 x float> %1453
+  %1456 = getelementptr inbounds nuw i8, ptr %1444, i64 192
+  %1457 = load <16 x float>, ptr %1456, align 4, !tbaa !4
+  %1458 = fcmp ogt <16 x float> %1455, %1457
+  %1459 = select <16 x i1> %1458, <16 x float> %1455, <16 x float> %1457
+  %1460 = getelementptr inbounds nuw i8, ptr %1444, i64 256
+  %1461 = load <16 x float>, ptr %1460, align 4, !tbaa !4
+  %1462 = fcmp ogt <16 x float> %1459, %1461
+  %1463 = select <16 x i1> %1462, <16 x float> %1459, <16 x float> %1461
+  %1464 = getelementptr inbounds nuw i8, ptr %1444, i64 320
+  %1465 = load <16 x float>, ptr %1464, align 4, !tbaa !4
+  %1466 = fcmp ogt <16 x float> %1463, %1465
+  %1467 = select <16 x i1> %1466, <16 x float> %1463, <16 x float> %1465
+  %1468 = getelementptr inbounds nuw i8, ptr %1444, i64 384
+  %1469 = load <16 x float>, ptr %1468, align 4, !tbaa !4
+  %1470 = fcmp ogt <16 x float> %1467, %1469
+  %1471 = select <16 x i1> %1470, <16 x float> %1467, <16 x float> %1469
+  %1472 = getelementptr inbounds nuw i8, ptr %1444, i64 448
+  %1473 = load <16 x float>, ptr %1472, align 4, !tbaa !4
+  %1474 = fcmp ogt <16 x float> %1471, %1473
+  %1475 = select <16 x i1> %1474, <16 x float> %1471, <16 x float> %1473
+  %indvars.iv.next1542.i = shl i64 %indvars.iv1541.i, 9
+  %1476 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %indvars.iv.next1542.i
+  %1477 = getelementptr inbounds nuw i8, ptr %1476, i64 512
+  %1478 = load <16 x float>, ptr %1477, align 4, !tbaa !4
+  %1479 = fcmp ogt <16 x float> %1475, %1478
+  %1480 = select <16 x i1> %1479, <16 x float> %1475, <16 x float> %1478
+  %1481 = getelementptr inbounds nuw i8, ptr %1476, i64 576
+  %1482 = load <16 x float>, ptr %1481, align 4, !tbaa !4
+  %1483 = fcmp ogt <16 x float> %1480, %1482
+  %1484 = select <16 x i1> %1483, <16 x float> %1480, <16 x float> %1482
+  %1485 = getelementptr inbounds nuw i8, ptr %1476, i64 640
+  %1486 = load <16 x float>, ptr %1485, align 4, !tbaa !4
+  %1487 = fcmp ogt <16 x float> %1484, %1486
+  %1488 = select <16 x i1> %1487, <16 x float> %1484, <16 x float> %1486
+  %1489 = getelementptr inbounds nuw i8, ptr %1476, i64 704
+  %1490 = load <16 x float>, ptr %1489, align 4, !tbaa !4
+  %1491 = fcmp ogt <16 x float> %1488, %1490
+  %1492 = select <16 x i1> %1491, <16 x float> %1488, <16 x float> %1490
+  %1493 = getelementptr inbounds nuw i8, ptr %1476, i64 768
+  %1494 = load <16 x float>, ptr %1493, align 4, !tbaa !4
+  %1495 = fcmp ogt <16 x float> %1492, %1494
+  %1496 = select <16 x i1> %1495, <16 x float> %1492, <16 x float> %1494
+  %1497 = getelementptr inbounds nuw i8, ptr %1476, i64 832
+  %1498 = load <16 x float>, ptr %1497, align 4, !tbaa !4
+  %1499 = fcmp ogt <16 x float> %1496, %1498
+  %1500 = select <16 x i1> %1499, <16 x float> %1496, <16 x float> %1498
+  %1501 = getelementptr inbounds nuw i8, ptr %1476, i64 896
+  %1502 = load <16 x float>, ptr %1501, align 4, !tbaa !4
+  %1503 = fcmp ogt <16 x float> %1500, %1502
+  %1504 = select <16 x i1> %1503, <16 x float> %1500, <16 x float> %1502
+  %1505 = getelementptr inbounds nuw i8, ptr %1476, i64 960
+  %1506 = load <16 x float>, ptr %1505, align 4, !tbaa !4
+  %1507 = fcmp ogt <16 x float> %1504, %1506
+  %1508 = select <16 x i1> %1507, <16 x float> %1504, <16 x float> %1506
+  %indvars.iv.next1542.i.1 = add nuw nsw i64 %indvars.iv1541.i, 2
+  %niter.next.1 = add i64 %niter, 2
+  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
+  br i1 %niter.ncmp.1, label %for_begin_ti190.preheader.lr.ph.us.i.unr-lcssa, label %for_begin_ti180.preheader.us.i, !prof !52, !llvm.loop !53
 
 for_begin_ti.preheader.us.i:                      ; preds = %for_end_i.us.i, %for_begin_ti.preheader.us.i
-  %indvars.iv1552.i = phi i64 [ 0, %for_end_i.us.i ], [ %indvars.iv.next1553.i, %for_begin_ti.preheader.us.i ]
-  %1966 = shl nsw i64 %indvars.iv1552.i, 7
-  %1967 = shl nsw i64 %indvars.iv1552.i, 3
-  %1968 = add nsw i64 %1967, %959
-  %1969 = trunc i64 %1968 to i32
-  %1970 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1966
-  %1971 = load <16 x float>, ptr %1970, align 4, !tbaa !4
-  %1972 = fmul <16 x float> %619, %1971
-  %1973 = load <16 x i32>, ptr %2062, align 4, !tbaa !4
-  %1974 = insertelement <16 x i32> poison, i32 %1969, i64 0
-  %1975 = shufflevector <16 x i32> %1974, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1976 = icmp slt <16 x i32> %1975, %1973
-  %1977 = select <16 x i1> %1976, <16 x float> %1972, <16 x float> splat (float 0xFFF0000000000000)
-  %1978 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1966
-  store <16 x float> %1977, ptr %1978, align 4, !tbaa !4
-  %1979 = or disjoint i64 %1966, 16
-  %1980 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1979
-  %1981 = load <16 x float>, ptr %1980, align 4, !tbaa !4
-  %1982 = fmul <16 x float> %619, %1981
-  %1983 = load <16 x i32>, ptr %2062, align 4, !tbaa !4
-  %1984 = or i32 %1969, 1
-  %1985 = insertelement <16 x i32> poison, i32 %1984, i64 0
-  %1986 = shufflevector <16 x i32> %1985, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1987 = icmp slt <16 x i32> %1986, %1983
-  %1988 = select <16 x i1> %1987, <16 x float> %1982, <16 x float> splat (float 0xFFF0000000000000)
-  %1989 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1979
-  store <16 x float> %1988, ptr %1989, align 4, !tbaa !4
-  %1990 = or disjoint i64 %1966, 32
-  %1991 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1990
-  %1992 = load <16 x float>, ptr %1991, align 4, !tbaa !4
-  %1993 = fmul <16 x float> %619, %1992
-  %1994 = load <16 x i32>, ptr %2062, align 4, !tbaa !4
-  %1995 = or i32 %1969, 2
-  %1996 = insertelement <16 x i32> poison, i32 %1995, i64 0
-  %1997 = shufflevector <16 x i32> %1996, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1998 = icmp slt <16 x i32> %1997, %1994
-  %1999 = select <16 x i1> %1998, <16 x float> %1993, <16 x float> splat (float 0xFFF0000000000000)
-  %2000 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1990
-  store <16 x float> %1999, ptr %2000, align 4, !tbaa !4
-  %2001 = or disjoint i64 %1966, 48
-  %2002 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2001
-  %2003 = load <16 x float>, ptr %2002, align 4, !tbaa !4
-  %2004 = fmul <16 x float> %619, %2003
-  %2005 = load <16 x i32>, ptr %2062, align 4, !tbaa !4
-  %2006 = or i32 %1969, 3
-  %2007 = insertelement <16 x i32> poison, i32 %2006, i64 0
-  %2008 = shufflevector <16 x i32> %2007, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2009 = icmp slt <16 x i32> %2008, %2005
-  %2010 = select <16 x i1> %2009, <16 x float> %2004, <16 x float> splat (float 0xFFF0000000000000)
-  %2011 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2001
-  store <16 x float> %2010, ptr %2011, align 4, !tbaa !4
-  %2012 = or disjoint i64 %1966, 64
-  %2013 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2012
-  %2014 = load <16 x float>, ptr %2013, align 4, !tbaa !4
-  %2015 = fmul <16 x float> %619, %2014
-  %2016 = load <16 x i32>, ptr %2062, align 4, !tbaa !4
-  %2017 = or i32 %1969, 4
-  %2018 = insertelement <16 x i32> poison, i32 %2017, i64 0
-  %2019 = shufflevector <16 x i32> %2018, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2020 = icmp slt <16 x i32> %2019, %2016
-  %2021 = select <16 x i1> %2020, <16 x float> %2015, <16 x float> splat (float 0xFFF0000000000000)
-  %2022 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2012
-  store <16 x float> %2021, ptr %2022, align 4, !tbaa !4
-  %2023 = or disjoint i64 %1966, 80
-  %2024 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2023
-  %2025 = load <16 x float>, ptr %2024, align 4, !tbaa !4
-  %2026 = fmul <16 x float> %619, %2025
-  %2027 = load <16 x i32>, ptr %2062, align 4, !tbaa !4
-  %2028 = or i32 %1969, 5
-  %2029 = insertelement <16 x i32> poison, i32 %2028, i64 0
-  %2030 = shufflevector <16 x i32> %2029, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2031 = icmp slt <16 x i32> %2030, %2027
-  %2032 = select <16 x i1> %2031, <16 x float> %2026, <16 x float> splat (float 0xFFF0000000000000)
-  %2033 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2023
-  store <16 x float> %2032, ptr %2033, align 4, !tbaa !4
-  %2034 = or disjoint i64 %1966, 96
-  %2035 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2034
-  %2036 = load <16 x float>, ptr %2035, align 4, !tbaa !4
-  %2037 = fmul <16 x float> %619, %2036
-  %2038 = load <16 x i32>, ptr %2062, align 4, !tbaa !4
-  %2039 = or i32 %1969, 6
-  %2040 = insertelement <16 x i32> poison, i32 %2039, i64 0
-  %2041 = shufflevector <16 x i32> %2040, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2042 = icmp slt <16 x i32> %2041, %2038
-  %2043 = select <16 x i1> %2042, <16 x float> %2037, <16 x float> splat (float 0xFFF0000000000000)
-  %2044 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2034
-  store <16 x float> %2043, ptr %2044, align 4, !tbaa !4
-  %2045 = or disjoint i64 %1966, 112
-  %2046 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2045
-  %2047 = load <16 x float>, ptr %2046, align 4, !tbaa !4
-  %2048 = fmul <16 x float> %619, %2047
-  %2049 = load <16 x i32>, ptr %2062, align 4, !tbaa !4
-  %2050 = or i32 %1969, 7
-  %2051 = insertelement <16 x i32> poison, i32 %2050, i64 0
-  %2052 = shufflevector <16 x i32> %2051, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2053 = icmp slt <16 x i32> %2052, %2049
-  %2054 = select <16 x i1> %2053, <16 x float> %2048, <16 x float> splat (float 0xFFF0000000000000)
-  %2055 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2045
-  store <16 x float> %2054, ptr %2055, align 4, !tbaa !4
-  %indvars.iv.next1553.i = add nuw nsw i64 %indvars.iv1552.i, 1
-  %exitcond1556.not.i = icmp eq i64 %indvars.iv.next1553.i, %wide.trip.count1546.i
-  br i1 %exitcond1556.not.i, label %for_end_to184.us.i, label %for_begin_ti.preheader.us.i, !prof !8
-
-for_body_t158.lr.ph.us.i:                         ; preds = %if_end155.us.i
-  %2056 = add nuw i32 %1061, 1
-  %2057 = trunc nuw nsw i64 %indvars.iv1621.i to i32
-  %2058 = mul nuw nsw i32 %2056, %2057
-  %xtraiter338 = and i32 %2056, 1
-  %2059 = icmp eq i32 %1061, 0
-  br i1 %2059, label %for_body_t158.us.i.epil.preheader, label %for_body_t158.lr.ph.us.i.new, !prof !64
-
-for_body_t158.lr.ph.us.i.new:                     ; preds = %for_body_t158.lr.ph.us.i
-  %unroll_iter342 = and i32 %2056, -2
-  br label %for_body_t158.us.i
+  %indvars.iv1529.i = phi i64 [ 0, %for_end_i.us.i ], [ %indvars.iv.next1530.i, %for_begin_ti.preheader.us.i ]
+  %1509 = shl nsw i64 %indvars.iv1529.i, 7
+  %1510 = shl nsw i64 %indvars.iv1529.i, 3
+  %1511 = add nsw i64 %1510, %947
+  %1512 = trunc i64 %1511 to i32
+  %1513 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1509
+  %1514 = load <16 x float>, ptr %1513, align 4, !tbaa !4
+  %1515 = fmul <16 x float> %621, %1514
+  %1516 = load <16 x i32>, ptr %1601, align 4, !tbaa !4
+  %1517 = insertelement <16 x i32> poison, i32 %1512, i64 0
+  %1518 = shufflevector <16 x i32> %1517, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1519 = icmp slt <16 x i32> %1518, %1516
+  %1520 = select <16 x i1> %1519, <16 x float> %1515, <16 x float> splat (float 0xFFF0000000000000)
+  %1521 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1509
+  store <16 x float> %1520, ptr %1521, align 4, !tbaa !4
+  %1522 = or disjoint i64 %1509, 16
+  %1523 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1522
+  %1524 = load <16 x float>, ptr %1523, align 4, !tbaa !4
+  %1525 = fmul <16 x float> %621, %1524
+  %1526 = load <16 x i32>, ptr %1601, align 4, !tbaa !4
+  %1527 = or i32 %1512, 1
+  %1528 = insertelement <16 x i32> poison, i32 %1527, i64 0
+  %1529 = shufflevector <16 x i32> %1528, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1530 = icmp slt <16 x i32> %1529, %1526
+  %1531 = select <16 x i1> %1530, <16 x float> %1525, <16 x float> splat (float 0xFFF0000000000000)
+  %1532 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1522
+  store <16 x float> %1531, ptr %1532, align 4, !tbaa !4
+  %1533 = or disjoint i64 %1509, 32
+  %1534 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1533
+  %1535 = load <16 x float>, ptr %1534, align 4, !tbaa !4
+  %1536 = fmul <16 x float> %621, %1535
+  %1537 = load <16 x i32>, ptr %1601, align 4, !tbaa !4
+  %1538 = or i32 %1512, 2
+  %1539 = insertelement <16 x i32> poison, i32 %1538, i64 0
+  %1540 = shufflevector <16 x i32> %1539, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1541 = icmp slt <16 x i32> %1540, %1537
+  %1542 = select <16 x i1> %1541, <16 x float> %1536, <16 x float> splat (float 0xFFF0000000000000)
+  %1543 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1533
+  store <16 x float> %1542, ptr %1543, align 4, !tbaa !4
+  %1544 = or disjoint i64 %1509, 48
+  %1545 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1544
+  %1546 = load <16 x float>, ptr %1545, align 4, !tbaa !4
+  %1547 = fmul <16 x float> %621, %1546
+  %1548 = load <16 x i32>, ptr %1601, align 4, !tbaa !4
+  %1549 = or i32 %1512, 3
+  %1550 = insertelement <16 x i32> poison, i32 %1549, i64 0
+  %1551 = shufflevector <16 x i32> %1550, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1552 = icmp slt <16 x i32> %1551, %1548
+  %1553 = select <16 x i1> %1552, <16 x float> %1547, <16 x float> splat (float 0xFFF0000000000000)
+  %1554 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1544
+  store <16 x float> %1553, ptr %1554, align 4, !tbaa !4
+  %1555 = or disjoint i64 %1509, 64
+  %1556 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1555
+  %1557 = load <16 x float>, ptr %1556, align 4, !tbaa !4
+  %1558 = fmul <16 x float> %621, %1557
+  %1559 = load <16 x i32>, ptr %1601, align 4, !tbaa !4
+  %1560 = or i32 %1512, 4
+  %1561 = insertelement <16 x i32> poison, i32 %1560, i64 0
+  %1562 = shufflevector <16 x i32> %1561, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1563 = icmp slt <16 x i32> %1562, %1559
+  %1564 = select <16 x i1> %1563, <16 x float> %1558, <16 x float> splat (float 0xFFF0000000000000)
+  %1565 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1555
+  store <16 x float> %1564, ptr %1565, align 4, !tbaa !4
+  %1566 = or disjoint i64 %1509, 80
+  %1567 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1566
+  %1568 = load <16 x float>, ptr %1567, align 4, !tbaa !4
+  %1569 = fmul <16 x float> %621, %1568
+  %1570 = load <16 x i32>, ptr %1601, align 4, !tbaa !4
+  %1571 = or i32 %1512, 5
+  %1572 = insertelement <16 x i32> poison, i32 %1571, i64 0
+  %1573 = shufflevector <16 x i32> %1572, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1574 = icmp slt <16 x i32> %1573, %1570
+  %1575 = select <16 x i1> %1574, <16 x float> %1569, <16 x float> splat (float 0xFFF0000000000000)
+  %1576 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1566
+  store <16 x float> %1575, ptr %1576, align 4, !tbaa !4
+  %1577 = or disjoint i64 %1509, 96
+  %1578 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1577
+  %1579 = load <16 x float>, ptr %1578, align 4, !tbaa !4
+  %1580 = fmul <16 x float> %621, %1579
+  %1581 = load <16 x i32>, ptr %1601, align 4, !tbaa !4
+  %1582 = or i32 %1512, 6
+  %1583 = insertelement <16 x i32> poison, i32 %1582, i64 0
+  %1584 = shufflevector <16 x i32> %1583, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1585 = icmp slt <16 x i32> %1584, %1581
+  %1586 = select <16 x i1> %1585, <16 x float> %1580, <16 x float> splat (float 0xFFF0000000000000)
+  %1587 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1577
+  store <16 x float> %1586, ptr %1587, align 4, !tbaa !4
+  %1588 = or disjoint i64 %1509, 112
+  %1589 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1588
+  %1590 = load <16 x float>, ptr %1589, align 4, !tbaa !4
+  %1591 = fmul <16 x float> %621, %1590
+  %1592 = load <16 x i32>, ptr %1601, align 4, !tbaa !4
+  %1593 = or i32 %1512, 7
+  %1594 = insertelement <16 x i32> poison, i32 %1593, i64 0
+  %1595 = shufflevector <16 x i32> %1594, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1596 = icmp slt <16 x i32> %1595, %1592
+  %1597 = select <16 x i1> %1596, <16 x float> %1591, <16 x float> splat (float 0xFFF0000000000000)
+  %1598 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1588
+  store <16 x float> %1597, ptr %1598, align 4, !tbaa !4
+  %indvars.iv.next1530.i = add nuw nsw i64 %indvars.iv1529.i, 1
+  %exitcond1533.not.i = icmp eq i64 %indvars.iv.next1530.i, %wide.trip.count1523.i
+  br i1 %exitcond1533.not.i, label %for_end_to162.us.i, label %for_begin_ti.preheader.us.i, !prof !8
 
 for_end_i.us.i:                                   ; preds = %for_end_d_0.us.us.i
-  %2060 = shl i64 %1178, 4
-  %2061 = and i64 %2060, 4294967280
-  %2062 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %2061
+  %1599 = shl i64 %1025, 4
+  %1600 = and i64 %1599, 4294967280
+  %1601 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %1600
   br label %for_begin_ti.preheader.us.i
 
-for_end_d_0.us.us.i:                              ; preds = %for_body_d_0.us.us.i
-  %.idx1749.i = shl nsw i64 %indvars.iv1543.i, 9
-  %2063 = getelementptr inbounds nuw i8, ptr %scores.us.i, i64 %.idx1749.i
-  store <16 x float> %r.i949.us.us.i, ptr %2063, align 4, !tbaa !4
-  %2064 = getelementptr inbounds nuw i8, ptr %2063, i64 64
-  store <16 x float> %r.i952.us.us.i, ptr %2064, align 4, !tbaa !4
-  %2065 = getelementptr inbounds nuw i8, ptr %2063, i64 128
-  store <16 x float> %r.i955.us.us.i, ptr %2065, align 4, !tbaa !4
-  %2066 = getelementptr inbounds nuw i8, ptr %2063, i64 192
-  store <16 x float> %r.i958.us.us.i, ptr %2066, align 4, !tbaa !4
-  %2067 = getelementptr inbounds nuw i8, ptr %2063, i64 256
-  store <16 x float> %r.i961.us.us.i, ptr %2067, align 4, !tbaa !4
-  %2068 = getelementptr inbounds nuw i8, ptr %2063, i64 320
-  store <16 x float> %r.i964.us.us.i, ptr %2068, align 4, !tbaa !4
-  %2069 = getelementptr inbounds nuw i8, ptr %2063, i64 384
-  store <16 x float> %r.i967.us.us.i, ptr %2069, align 4, !tbaa !4
-  %2070 = getelementptr inbounds nuw i8, ptr %2063, i64 448
-  store <16 x float> %r.i970.us.us.i, ptr %2070, align 4, !tbaa !4
-  %indvars.iv.next1544.i = add nuw nsw i64 %indvars.iv1543.i, 1
-  %exitcond1547.not.i = icmp eq i64 %indvars.iv.next1544.i, %wide.trip.count1546.i
-  br i1 %exitcond1547.not.i, label %for_end_i.us.i, label %for_begin_d_0.preheader.us.us.i, !prof !8
+for_body_to.us.us.i:                              ; preds = %for_end_d_0.us.us.i, %for_body_to.us.us.preheader.i
+  %indvars.iv1520.i = phi i64 [ 0, %for_body_to.us.us.preheader.i ], [ %indvars.iv.next1521.i, %for_end_d_0.us.us.i ]
+  br i1 %1039, label %for_begin_line.preheader.us.us.i, label %for_body_to.us.us.if_end159.us.us_crit_edge.i, !prof !7
 
-for_body_d_0.us.us.i:                             ; preds = %for_begin_d_0.preheader.us.us.i, %for_body_d_0.us.us.i
-  %indvars.iv1539.i = phi i64 [ 0, %for_begin_d_0.preheader.us.us.i ], [ %indvars.iv.next1540.i, %for_body_d_0.us.us.i ]
-  %scores_global546.sroa.0.01247.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i949.us.us.i, %for_body_d_0.us.us.i ]
-  %scores_global546.sroa.34.01246.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i952.us.us.i, %for_body_d_0.us.us.i ]
-  %scores_global546.sroa.68.01245.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i955.us.us.i, %for_body_d_0.us.us.i ]
-  %scores_global546.sroa.102.01244.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i958.us.us.i, %for_body_d_0.us.us.i ]
-  %scores_global546.sroa.136.01243.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i961.us.us.i, %for_body_d_0.us.us.i ]
-  %scores_global546.sroa.170.01242.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i964.us.us.i, %for_body_d_0.us.us.i ]
-  %scores_global546.sroa.204.01241.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i967.us.us.i, %for_body_d_0.us.us.i ]
-  %scores_global546.sroa.238.01240.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i970.us.us.i, %for_body_d_0.us.us.i ]
-  %.idx1748.i = shl nuw nsw i64 %indvars.iv1539.i, 10
-  %gep1781.i = getelementptr inbounds nuw i8, ptr %invariant.gep1780.i, i64 %.idx1748.i
-  %2071 = load <32 x bfloat>, ptr %gep1781.i, align 4, !tbaa !4
-  %2072 = mul i64 %617, %indvars.iv1539.i
-  %2073 = getelementptr i32, ptr %2652, i64 %2072
-  %2074 = load i32, ptr %2073, align 4, !tbaa !4
-  %2075 = insertelement <16 x i32> poison, i32 %2074, i64 0
-  %2076 = shufflevector <16 x i32> %2075, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i.us.us.i = bitcast <16 x i32> %2076 to <32 x bfloat>
-  %r.i.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global546.sroa.0.01247.us.us.i, <32 x bfloat> %2071, <32 x bfloat> %y.i.us.us.i)
-  %2077 = getelementptr i8, ptr %2073, i64 4
-  %2078 = load i32, ptr %2077, align 4, !tbaa !4
-  %2079 = insertelement <16 x i32> poison, i32 %2078, i64 0
-  %2080 = shufflevector <16 x i32> %2079, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i591.us.us.i = bitcast <16 x i32> %2080 to <32 x bfloat>
-  %r.i592.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global546.sroa.34.01246.us.us.i, <32 x bfloat> %2071, <32 x bfloat> %y.i591.us.us.i)
-  %2081 = getelementptr i8, ptr %2073, i64 8
-  %2082 = load i32, ptr %2081, align 4, !tbaa !4
-  %2083 = insertelement <16 x i32> poison, i32 %2082, i64 0
-  %2084 = shufflevector <16 x i32> %2083, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i594.us.us.i = bitcast <16 x i32> %2084 to <32 x bfloat>
-  %r.i595.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global546.sroa.68.01245.us.us.i, <32 x bfloat> %2071, <32 x bfloat> %y.i594.us.us.i)
-  %2085 = getelementptr i8, ptr %2073, i64 12
-  %2086 = load i32, ptr %2085, align 4, !tbaa !4
-  %2087 = insertelement <16 x i32> poison, i32 %2086, i64 0
-  %2088 = shufflevector <16 x i32> %2087, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i597.us.us.i = bitcast <16 x i32> %2088 to <32 x bfloat>
-  %r.i598.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global546.sroa.102.01244.us.us.i, <32 x bfloat> %2071, <32 x bfloat> %y.i597.us.us.i)
-  %2089 = getelementptr i8, ptr %2073, i64 16
-  %2090 = load i32, ptr %2089, align 4, !tbaa !4
-  %2091 = insertelement <16 x i32> poison, i32 %2090, i64 0
-  %2092 = shufflevector <16 x i32> %2091, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i600.us.us.i = bitcast <16 x i32> %2092 to <32 x bfloat>
-  %r.i601.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global546.sroa.136.01243.us.us.i, <32 x bfloat> %2071, <32 x bfloat> %y.i600.us.us.i)
-  %2093 = getelementptr i8, ptr %2073, i64 20
-  %2094 = load i32, ptr %2093, align 4, !tbaa !4
-  %2095 = insertelement <16 x i32> poison, i32 %2094, i64 0
-  %2096 = shufflevector <16 x i32> %2095, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i603.us.us.i = bitcast <16 x i32> %2096 to <32 x bfloat>
-  %r.i604.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global546.sroa.170.01242.us.us.i, <32 x bfloat> %2071, <32 x bfloat> %y.i603.us.us.i)
-  %2097 = getelementptr i8, ptr %2073, i64 24
-  %2098 = load i32, ptr %2097, align 4, !tbaa !4
-  %2099 = insertelement <16 x i32> poison, i32 %2098, i64 0
-  %2100 = shufflevector <16 x i32> %2099, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i606.us.us.i = bitcast <16 x i32> %2100 to <32 x bfloat>
-  %r.i607.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global546.sroa.204.01241.us.us.i, <32 x bfloat> %2071, <32 x bfloat> %y.i606.us.us.i)
-  %2101 = getelementptr i8, ptr %2073, i64 28
-  %2102 = load i32, ptr %2101, align 4, !tbaa !4
-  %2103 = insertelement <16 x i32> poison, i32 %2102, i64 0
-  %2104 = shufflevector <16 x i32> %2103, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i609.us.us.i = bitcast <16 x i32> %2104 to <32 x bfloat>
-  %r.i610.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global546.sroa.238.01240.us.us.i, <32 x bfloat> %2071, <32 x bfloat> %y.i609.us.us.i)
-  %2105 = getelementptr i8, ptr %gep1781.i, i64 64
-  %2106 = load <32 x bfloat>, ptr %2105, align 4, !tbaa !4
-  %2107 = shl nuw nsw i64 %indvars.iv1539.i, 4
-  %2108 = or disjoint i64 %2107, 1
-  %2109 = mul nsw i64 %2108, %k_row
-  %2110 = getelementptr i32, ptr %2652, i64 %2109
-  %2111 = load i32, ptr %2110, align 4, !tbaa !4
-  %2112 = insertelement <16 x i32> poison, i32 %2111, i64 0
-  %2113 = shufflevector <16 x i32> %2112, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i612.us.us.i = bitcast <16 x i32> %2113 to <32 x bfloat>
-  %r.i613.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.us.i, <32 x bfloat> %2106, <32 x bfloat> %y.i612.us.us.i)
-  %2114 = getelementptr i8, ptr %2110, i64 4
-  %2115 = load i32, ptr %2114, align 4, !tbaa !4
-  %2116 = insertelement <16 x i32> poison, i32 %2115, i64 0
-  %2117 = shufflevector <16 x i32> %2116, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i615.us.us.i = bitcast <16 x i32> %2117 to <32 x bfloat>
-  %r.i616.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i592.us.us.i, <32 x bfloat> %2106, <32 x bfloat> %y.i615.us.us.i)
-  %2118 = getelementptr i8, ptr %2110, i64 8
-  %2119 = load i32, ptr %2118, align 4, !tbaa !4
-  %2120 = insertelement <16 x i32> poison, i32 %2119, i64 0
-  %2121 = shufflevector <16 x i32> %2120, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i618.us.us.i = bitcast <16 x i32> %2121 to <32 x bfloat>
-  %r.i619.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i595.us.us.i, <32 x bfloat> %2106, <32 x bfloat> %y.i618.us.us.i)
-  %2122 = getelementptr i8, ptr %2110, i64 12
-  %2123 = load i32, ptr %2122, align 4, !tbaa !4
-  %2124 = insertelement <16 x i32> poison, i32 %2123, i64 0
-  %2125 = shufflevector <16 x i32> %2124, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i621.us.us.i = bitcast <16 x i32> %2125 to <32 x bfloat>
-  %r.i622.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i598.us.us.i, <32 x bfloat> %2106, <32 x bfloat> %y.i621.us.us.i)
-  %2126 = getelementptr i8, ptr %2110, i64 16
-  %2127 = load i32, ptr %2126, align 4, !tbaa !4
-  %2128 = insertelement <16 x i32> poison, i32 %2127, i64 0
-  %2129 = shufflevector <16 x i32> %2128, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i624.us.us.i = bitcast <16 x i32> %2129 to <32 x bfloat>
-  %r.i625.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i601.us.us.i, <32 x bfloat> %2106, <32 x bfloat> %y.i624.us.us.i)
-  %2130 = getelementptr i8, ptr %2110, i64 20
-  %2131 = load i32, ptr %2130, align 4, !tbaa !4
-  %2132 = insertelement <16 x i32> poison, i32 %2131, i64 0
-  %2133 = shufflevector <16 x i32> %2132, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i627.us.us.i = bitcast <16 x i32> %2133 to <32 x bfloat>
-  %r.i628.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i604.us.us.i, <32 x bfloat> %2106, <32 x bfloat> %y.i627.us.us.i)
-  %2134 = getelementptr i8, ptr %2110, i64 24
-  %2135 = load i32, ptr %2134, align 4, !tbaa !4
-  %2136 = insertelement <16 x i32> poison, i32 %2135, i64 0
-  %2137 = shufflevector <16 x i32> %2136, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i630.us.us.i = bitcast <16 x i32> %2137 to <32 x bfloat>
-  %r.i631.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i607.us.us.i, <32 x bfloat> %2106, <32 x bfloat> %y.i630.us.us.i)
-  %2138 = getelementptr i8, ptr %2110, i64 28
-  %2139 = load i32, ptr %2138, align 4, !tbaa !4
-  %2140 = insertelement <16 x i32> poison, i32 %2139, i64 0
-  %2141 = shufflevector <16 x i32> %2140, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i633.us.us.i = bitcast <16 x i32> %2141 to <32 x bfloat>
-  %r.i634.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i610.us.us.i, <32 x bfloat> %2106, <32 x bfloat> %y.i633.us.us.i)
-  %2142 = getelementptr i8, ptr %gep1781.i, i64 128
-  %2143 = load <32 x bfloat>, ptr %2142, align 4, !tbaa !4
-  %2144 = or disjoint i64 %2107, 2
-  %2145 = mul nsw i64 %2144, %k_row
-  %2146 = getelementptr i32, ptr %2652, i64 %2145
-  %2147 = load i32, ptr %2146, align 4, !tbaa !4
-  %2148 = insertelement <16 x i32> poison, i32 %2147, i64 0
-  %2149 = shufflevector <16 x i32> %2148, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i636.us.us.i = bitcast <16 x i32> %2149 to <32 x bfloat>
-  %r.i637.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i613.us.us.i, <32 x bfloat> %2143, <32 x bfloat> %y.i636.us.us.i)
-  %2150 = getelementptr i8, ptr %2146, i64 4
-  %2151 = load i32, ptr %2150, align 4, !tbaa !4
-  %2152 = insertelement <16 x i32> poison, i32 %2151, i64 0
-  %2153 = shufflevector <16 x i32> %2152, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i639.us.us.i = bitcast <16 x i32> %2153 to <32 x bfloat>
-  %r.i640.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i616.us.us.i, <32 x bfloat> %2143, <32 x bfloat> %y.i639.us.us.i)
-  %2154 = getelementptr i8, ptr %2146, i64 8
-  %2155 = load i32, ptr %2154, align 4, !tbaa !4
-  %2156 = insertelement <16 x i32> poison, i32 %2155, i64 0
-  %2157 = shufflevector <16 x i32> %2156, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i642.us.us.i = bitcast <16 x i32> %2157 to <32 x bfloat>
-  %r.i643.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i619.us.us.i, <32 x bfloat> %2143, <32 x bfloat> %y.i642.us.us.i)
-  %2158 = getelementptr i8, ptr %2146, i64 12
-  %2159 = load i32, ptr %2158, align 4, !tbaa !4
-  %2160 = insertelement <16 x i32> poison, i32 %2159, i64 0
-  %2161 = shufflevector <16 x i32> %2160, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i645.us.us.i = bitcast <16 x i32> %2161 to <32 x bfloat>
-  %r.i646.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i622.us.us.i, <32 x bfloat> %2143, <32 x bfloat> %y.i645.us.us.i)
-  %2162 = getelementptr i8, ptr %2146, i64 16
-  %2163 = load i32, ptr %2162, align 4, !tbaa !4
-  %2164 = insertelement <16 x i32> poison, i32 %2163, i64 0
-  %2165 = shufflevector <16 x i32> %2164, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i648.us.us.i = bitcast <16 x i32> %2165 to <32 x bfloat>
-  %r.i649.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i625.us.us.i, <32 x bfloat> %2143, <32 x bfloat> %y.i648.us.us.i)
-  %2166 = getelementptr i8, ptr %2146, i64 20
-  %2167 = load i32, ptr %2166, align 4, !tbaa !4
-  %2168 = insertelement <16 x i32> poison, i32 %2167, i64 0
-  %2169 = shufflevector <16 x i32> %2168, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i651.us.us.i = bitcast <16 x i32> %2169 to <32 x bfloat>
-  %r.i652.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i628.us.us.i, <32 x bfloat> %2143, <32 x bfloat> %y.i651.us.us.i)
-  %2170 = getelementptr i8, ptr %2146, i64 24
-  %2171 = load i32, ptr %2170, align 4, !tbaa !4
-  %2172 = insertelement <16 x i32> poison, i32 %2171, i64 0
-  %2173 = shufflevector <16 x i32> %2172, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i654.us.us.i = bitcast <16 x i32> %2173 to <32 x bfloat>
-  %r.i655.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i631.us.us.i, <32 x bfloat> %2143, <32 x bfloat> %y.i654.us.us.i)
-  %2174 = getelementptr i8, ptr %2146, i64 28
-  %2175 = load i32, ptr %2174, align 4, !tbaa !4
-  %2176 = insertelement <16 x i32> poison, i32 %2175, i64 0
-  %2177 = shufflevector <16 x i32> %2176, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i657.us.us.i = bitcast <16 x i32> %2177 to <32 x bfloat>
-  %r.i658.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i634.us.us.i, <32 x bfloat> %2143, <32 x bfloat> %y.i657.us.us.i)
-  %2178 = getelementptr i8, ptr %gep1781.i, i64 192
-  %2179 = load <32 x bfloat>, ptr %2178, align 4, !tbaa !4
-  %2180 = or disjoint i64 %2107, 3
-  %2181 = mul nsw i64 %2180, %k_row
-  %2182 = getelementptr i32, ptr %2652, i64 %2181
-  %2183 = load i32, ptr %2182, align 4, !tbaa !4
-  %2184 = insertelement <16 x i32> poison, i32 %2183, i64 0
-  %2185 = shufflevector <16 x i32> %2184, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i660.us.us.i = bitcast <16 x i32> %2185 to <32 x bfloat>
-  %r.i661.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i637.us.us.i, <32 x bfloat> %2179, <32 x bfloat> %y.i660.us.us.i)
-  %2186 = getelementptr i8, ptr %2182, i64 4
-  %2187 = load i32, ptr %2186, align 4, !tbaa !4
-  %2188 = insertelement <16 x i32> poison, i32 %2187, i64 0
-  %2189 = shufflevector <16 x i32> %2188, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i663.us.us.i = bitcast <16 x i32> %2189 to <32 x bfloat>
-  %r.i664.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i640.us.us.i, <32 x bfloat> %2179, <32 x bfloat> %y.i663.us.us.i)
-  %2190 = getelementptr i8, ptr %2182, i64 8
-  %2191 = load i32, ptr %2190, align 4, !tbaa !4
-  %2192 = insertelement <16 x i32> poison, i32 %2191, i64 0
-  %2193 = shufflevector <16 x i32> %2192, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i666.us.us.i = bitcast <16 x i32> %2193 to <32 x bfloat>
-  %r.i667.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i643.us.us.i, <32 x bfloat> %2179, <32 x bfloat> %y.i666.us.us.i)
-  %2194 = getelementptr i8, ptr %2182, i64 12
-  %2195 = load i32, ptr %2194, align 4, !tbaa !4
-  %2196 = insertelement <16 x i32> poison, i32 %2195, i64 0
-  %2197 = shufflevector <16 x i32> %2196, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i669.us.us.i = bitcast <16 x i32> %2197 to <32 x bfloat>
-  %r.i670.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i646.us.us.i, <32 x bfloat> %2179, <32 x bfloat> %y.i669.us.us.i)
-  %2198 = getelementptr i8, ptr %2182, i64 16
-  %2199 = load i32, ptr %2198, align 4, !tbaa !4
-  %2200 = insertelement <16 x i32> poison, i32 %2199, i64 0
-  %2201 = shufflevector <16 x i32> %2200, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i672.us.us.i = bitcast <16 x i32> %2201 to <32 x bfloat>
-  %r.i673.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i649.us.us.i, <32 x bfloat> %2179, <32 x bfloat> %y.i672.us.us.i)
-  %2202 = getelementptr i8, ptr %2182, i64 20
-  %2203 = load i32, ptr %2202, align 4, !tbaa !4
-  %2204 = insertelement <16 x i32> poison, i32 %2203, i64 0
-  %2205 = shufflevector <16 x i32> %2204, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i675.us.us.i = bitcast <16 x i32> %2205 to <32 x bfloat>
-  %r.i676.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i652.us.us.i, <32 x bfloat> %2179, <32 x bfloat> %y.i675.us.us.i)
-  %2206 = getelementptr i8, ptr %2182, i64 24
-  %2207 = load i32, ptr %2206, align 4, !tbaa !4
-  %2208 = insertelement <16 x i32> poison, i32 %2207, i64 0
-  %2209 = shufflevector <16 x i32> %2208, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i678.us.us.i = bitcast <16 x i32> %2209 to <32 x bfloat>
-  %r.i679.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i655.us.us.i, <32 x bfloat> %2179, <32 x bfloat> %y.i678.us.us.i)
-  %2210 = getelementptr i8, ptr %2182, i64 28
-  %2211 = load i32, ptr %2210, align 4, !tbaa !4
-  %2212 = insertelement <16 x i32> poison, i32 %2211, i64 0
-  %2213 = shufflevector <16 x i32> %2212, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i681.us.us.i = bitcast <16 x i32> %2213 to <32 x bfloat>
-  %r.i682.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i658.us.us.i, <32 x bfloat> %2179, <32 x bfloat> %y.i681.us.us.i)
-  %2214 = getelementptr i8, ptr %gep1781.i, i64 256
-  %2215 = load <32 x bfloat>, ptr %2214, align 4, !tbaa !4
-  %2216 = or disjoint i64 %2107, 4
-  %2217 = mul nsw i64 %2216, %k_row
-  %2218 = getelementptr i32, ptr %2652, i64 %2217
-  %2219 = load i32, ptr %2218, align 4, !tbaa !4
-  %2220 = insertelement <16 x i32> poison, i32 %2219, i64 0
-  %2221 = shufflevector <16 x i32> %2220, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i684.us.us.i = bitcast <16 x i32> %2221 to <32 x bfloat>
-  %r.i685.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i661.us.us.i, <32 x bfloat> %2215, <32 x bfloat> %y.i684.us.us.i)
-  %2222 = getelementptr i8, ptr %2218, i64 4
-  %2223 = load i32, ptr %2222, align 4, !tbaa !4
-  %2224 = insertelement <16 x i32> poison, i32 %2223, i64 0
-  %2225 = shufflevector <16 x i32> %2224, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i687.us.us.i = bitcast <16 x i32> %2225 to <32 x bfloat>
-  %r.i688.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i664.us.us.i, <32 x bfloat> %2215, <32 x bfloat> %y.i687.us.us.i)
-  %2226 = getelementptr i8, ptr %2218, i64 8
-  %2227 = load i32, ptr %2226, align 4, !tbaa !4
-  %2228 = insertelement <16 x i32> poison, i32 %2227, i64 0
-  %2229 = shufflevector <16 x i32> %2228, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i690.us.us.i = bitcast <16 x i32> %2229 to <32 x bfloat>
-  %r.i691.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i667.us.us.i, <32 x bfloat> %2215, <32 x bfloat> %y.i690.us.us.i)
-  %2230 = getelementptr i8, ptr %2218, i64 12
-  %2231 = load i32, ptr %2230, align 4, !tbaa !4
-  %2232 = insertelement <16 x i32> poison, i32 %2231, i64 0
-  %2233 = shufflevector <16 x i32> %2232, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i693.us.us.i = bitcast <16 x i32> %2233 to <32 x bfloat>
-  %r.i694.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i670.us.us.i, <32 x bfloat> %2215, <32 x bfloat> %y.i693.us.us.i)
-  %2234 = getelementptr i8, ptr %2218, i64 16
-  %2235 = load i32, ptr %2234, align 4, !tbaa !4
-  %2236 = insertelement <16 x i32> poison, i32 %2235, i64 0
-  %2237 = shufflevector <16 x i32> %2236, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i696.us.us.i = bitcast <16 x i32> %2237 to <32 x bfloat>
-  %r.i697.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i673.us.us.i, <32 x bfloat> %2215, <32 x bfloat> %y.i696.us.us.i)
-  %2238 = getelementptr i8, ptr %2218, i64 20
-  %2239 = load i32, ptr %2238, align 4, !tbaa !4
-  %2240 = insertelement <16 x i32> poison, i32 %2239, i64 0
-  %2241 = shufflevector <16 x i32> %2240, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i699.us.us.i = bitcast <16 x i32> %2241 to <32 x bfloat>
-  %r.i700.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i676.us.us.i, <32 x bfloat> %2215, <32 x bfloat> %y.i699.us.us.i)
-  %2242 = getelementptr i8, ptr %2218, i64 24
-  %2243 = load i32, ptr %2242, align 4, !tbaa !4
-  %2244 = insertelement <16 x i32> poison, i32 %2243, i64 0
-  %2245 = shufflevector <16 x i32> %2244, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i702.us.us.i = bitcast <16 x i32> %2245 to <32 x bfloat>
-  %r.i703.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i679.us.us.i, <32 x bfloat> %2215, <32 x bfloat> %y.i702.us.us.i)
-  %2246 = getelementptr i8, ptr %2218, i64 28
-  %2247 = load i32, ptr %2246, align 4, !tbaa !4
-  %2248 = insertelement <16 x i32> poison, i32 %2247, i64 0
-  %2249 = shufflevector <16 x i32> %2248, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i705.us.us.i = bitcast <16 x i32> %2249 to <32 x bfloat>
-  %r.i706.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i682.us.us.i, <32 x bfloat> %2215, <32 x bfloat> %y.i705.us.us.i)
-  %2250 = getelementptr i8, ptr %gep1781.i, i64 320
-  %2251 = load <32 x bfloat>, ptr %2250, align 4, !tbaa !4
-  %2252 = or disjoint i64 %2107, 5
-  %2253 = mul nsw i64 %2252, %k_row
-  %2254 = getelementptr i32, ptr %2652, i64 %2253
-  %2255 = load i32, ptr %2254, align 4, !tbaa !4
-  %2256 = insertelement <16 x i32> poison, i32 %2255, i64 0
-  %2257 = shufflevector <16 x i32> %2256, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i708.us.us.i = bitcast <16 x i32> %2257 to <32 x bfloat>
-  %r.i709.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i685.us.us.i, <32 x bfloat> %2251, <32 x bfloat> %y.i708.us.us.i)
-  %2258 = getelementptr i8, ptr %2254, i64 4
-  %2259 = load i32, ptr %2258, align 4, !tbaa !4
-  %2260 = insertelement <16 x i32> poison, i32 %2259, i64 0
-  %2261 = shufflevector <16 x i32> %2260, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i711.us.us.i = bitcast <16 x i32> %2261 to <32 x bfloat>
-  %r.i712.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i688.us.us.i, <32 x bfloat> %2251, <32 x bfloat> %y.i711.us.us.i)
-  %2262 = getelementptr i8, ptr %2254, i64 8
-  %2263 = load i32, ptr %2262, align 4, !tbaa !4
-  %2264 = insertelement <16 x i32> poison, i32 %2263, i64 0
-  %2265 = shufflevector <16 x i32> %2264, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i714.us.us.i = bitcast <16 x i32> %2265 to <32 x bfloat>
-  %r.i715.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i691.us.us.i, <32 x bfloat> %2251, <32 x bfloat> %y.i714.us.us.i)
-  %2266 = getelementptr i8, ptr %2254, i64 12
-  %2267 = load i32, ptr %2266, align 4, !tbaa !4
-  %2268 = insertelement <16 x i32> poison, i32 %2267, i64 0
-  %2269 = shufflevector <16 x i32> %2268, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i717.us.us.i = bitcast <16 x i32> %2269 to <32 x bfloat>
-  %r.i718.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i694.us.us.i, <32 x bfloat> %2251, <32 x bfloat> %y.i717.us.us.i)
-  %2270 = getelementptr i8, ptr %2254, i64 16
-  %2271 = load i32, ptr %2270, align 4, !tbaa !4
-  %2272 = insertelement <16 x i32> poison, i32 %2271, i64 0
-  %2273 = shufflevector <16 x i32> %2272, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i720.us.us.i = bitcast <16 x i32> %2273 to <32 x bfloat>
-  %r.i721.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i697.us.us.i, <32 x bfloat> %2251, <32 x bfloat> %y.i720.us.us.i)
-  %2274 = getelementptr i8, ptr %2254, i64 20
-  %2275 = load i32, ptr %2274, align 4, !tbaa !4
-  %2276 = insertelement <16 x i32> poison, i32 %2275, i64 0
-  %2277 = shufflevector <16 x i32> %2276, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i723.us.us.i = bitcast <16 x i32> %2277 to <32 x bfloat>
-  %r.i724.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.us.us.i, <32 x bfloat> %2251, <32 x bfloat> %y.i723.us.us.i)
-  %2278 = getelementptr i8, ptr %2254, i64 24
-  %2279 = load i32, ptr %2278, align 4, !tbaa !4
-  %2280 = insertelement <16 x i32> poison, i32 %2279, i64 0
-  %2281 = shufflevector <16 x i32> %2280, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i726.us.us.i = bitcast <16 x i32> %2281 to <32 x bfloat>
-  %r.i727.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i703.us.us.i, <32 x bfloat> %2251, <32 x bfloat> %y.i726.us.us.i)
-  %2282 = getelementptr i8, ptr %2254, i64 28
-  %2283 = load i32, ptr %2282, align 4, !tbaa !4
-  %2284 = insertelement <16 x i32> poison, i32 %2283, i64 0
-  %2285 = shufflevector <16 x i32> %2284, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i729.us.us.i = bitcast <16 x i32> %2285 to <32 x bfloat>
-  %r.i730.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i706.us.us.i, <32 x bfloat> %2251, <32 x bfloat> %y.i729.us.us.i)
-  %2286 = getelementptr i8, ptr %gep1781.i, i64 384
-  %2287 = load <32 x bfloat>, ptr %2286, align 4, !tbaa !4
-  %2288 = or disjoint i64 %2107, 6
-  %2289 = mul nsw i64 %2288, %k_row
-  %2290 = getelementptr i32, ptr %2652, i64 %2289
-  %2291 = load i32, ptr %2290, align 4, !tbaa !4
-  %2292 = insertelement <16 x i32> poison, i32 %2291, i64 0
-  %2293 = shufflevector <16 x i32> %2292, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i732.us.us.i = bitcast <16 x i32> %2293 to <32 x bfloat>
-  %r.i733.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i709.us.us.i, <32 x bfloat> %2287, <32 x bfloat> %y.i732.us.us.i)
-  %2294 = getelementptr i8, ptr %2290, i64 4
-  %2295 = load i32, ptr %2294, align 4, !tbaa !4
-  %2296 = insertelement <16 x i32> poison, i32 %2295, i64 0
-  %2297 = shufflevector <16 x i32> %2296, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i735.us.us.i = bitcast <16 x i32> %2297 to <32 x bfloat>
-  %r.i736.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i712.us.us.i, <32 x bfloat> %2287, <32 x bfloat> %y.i735.us.us.i)
-  %2298 = getelementptr i8, ptr %2290, i64 8
-  %2299 = load i32, ptr %2298, align 4, !tbaa !4
-  %2300 = insertelement <16 x i32> poison, i32 %2299, i64 0
-  %2301 = shufflevector <16 x i32> %2300, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i738.us.us.i = bitcast <16 x i32> %2301 to <32 x bfloat>
-  %r.i739.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i715.us.us.i, <32 x bfloat> %2287, <32 x bfloat> %y.i738.us.us.i)
-  %2302 = getelementptr i8, ptr %2290, i64 12
-  %2303 = load i32, ptr %2302, align 4, !tbaa !4
-  %2304 = insertelement <16 x i32> poison, i32 %2303, i64 0
-  %2305 = shufflevector <16 x i32> %2304, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i741.us.us.i = bitcast <16 x i32> %2305 to <32 x bfloat>
-  %r.i742.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i718.us.us.i, <32 x bfloat> %2287, <32 x bfloat> %y.i741.us.us.i)
-  %2306 = getelementptr i8, ptr %2290, i64 16
-  %2307 = load i32, ptr %2306, align 4, !tbaa !4
-  %2308 = insertelement <16 x i32> poison, i32 %2307, i64 0
-  %2309 = shufflevector <16 x i32> %2308, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i744.us.us.i = bitcast <16 x i32> %2309 to <32 x bfloat>
-  %r.i745.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i721.us.us.i, <32 x bfloat> %2287, <32 x bfloat> %y.i744.us.us.i)
-  %2310 = getelementptr i8, ptr %2290, i64 20
-  %2311 = load i32, ptr %2310, align 4, !tbaa !4
-  %2312 = insertelement <16 x i32> poison, i32 %2311, i64 0
-  %2313 = shufflevector <16 x i32> %2312, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i747.us.us.i = bitcast <16 x i32> %2313 to <32 x bfloat>
-  %r.i748.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i724.us.us.i, <32 x bfloat> %2287, <32 x bfloat> %y.i747.us.us.i)
-  %2314 = getelementptr i8, ptr %2290, i64 24
-  %2315 = load i32, ptr %2314, align 4, !tbaa !4
-  %2316 = insertelement <16 x i32> poison, i32 %2315, i64 0
-  %2317 = shufflevector <16 x i32> %2316, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i750.us.us.i = bitcast <16 x i32> %2317 to <32 x bfloat>
-  %r.i751.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i727.us.us.i, <32 x bfloat> %2287, <32 x bfloat> %y.i750.us.us.i)
-  %2318 = getelementptr i8, ptr %2290, i64 28
-  %2319 = load i32, ptr %2318, align 4, !tbaa !4
-  %2320 = insertelement <16 x i32> poison, i32 %2319, i64 0
-  %2321 = shufflevector <16 x i32> %2320, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i753.us.us.i = bitcast <16 x i32> %2321 to <32 x bfloat>
-  %r.i754.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i730.us.us.i, <32 x bfloat> %2287, <32 x bfloat> %y.i753.us.us.i)
-  %2322 = getelementptr i8, ptr %gep1781.i, i64 448
-  %2323 = load <32 x bfloat>, ptr %2322, align 4, !tbaa !4
-  %2324 = or disjoint i64 %2107, 7
-  %2325 = mul nsw i64 %2324, %k_row
-  %2326 = getelementptr i32, ptr %2652, i64 %2325
-  %2327 = load i32, ptr %2326, align 4, !tbaa !4
-  %2328 = insertelement <16 x i32> poison, i32 %2327, i64 0
-  %2329 = shufflevector <16 x i32> %2328, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i756.us.us.i = bitcast <16 x i32> %2329 to <32 x bfloat>
-  %r.i757.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i733.us.us.i, <32 x bfloat> %2323, <32 x bfloat> %y.i756.us.us.i)
-  %2330 = getelementptr i8, ptr %2326, i64 4
-  %2331 = load i32, ptr %2330, align 4, !tbaa !4
-  %2332 = insertelement <16 x i32> poison, i32 %2331, i64 0
-  %2333 = shufflevector <16 x i32> %2332, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i759.us.us.i = bitcast <16 x i32> %2333 to <32 x bfloat>
-  %r.i760.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i736.us.us.i, <32 x bfloat> %2323, <32 x bfloat> %y.i759.us.us.i)
-  %2334 = getelementptr i8, ptr %2326, i64 8
-  %2335 = load i32, ptr %2334, align 4, !tbaa !4
-  %2336 = insertelement <16 x i32> poison, i32 %2335, i64 0
-  %2337 = shufflevector <16 x i32> %2336, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i762.us.us.i = bitcast <16 x i32> %2337 to <32 x bfloat>
-  %r.i763.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i739.us.us.i, <32 x bfloat> %2323, <32 x bfloat> %y.i762.us.us.i)
-  %2338 = getelementptr i8, ptr %2326, i64 12
-  %2339 = load i32, ptr %2338, align 4, !tbaa !4
-  %2340 = insertelement <16 x i32> poison, i32 %2339, i64 0
-  %2341 = shufflevector <16 x i32> %2340, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i765.us.us.i = bitcast <16 x i32> %2341 to <32 x bfloat>
-  %r.i766.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i742.us.us.i, <32 x bfloat> %2323, <32 x bfloat> %y.i765.us.us.i)
-  %2342 = getelementptr i8, ptr %2326, i64 16
-  %2343 = load i32, ptr %2342, align 4, !tbaa !4
-  %2344 = insertelement <16 x i32> poison, i32 %2343, i64 0
-  %2345 = shufflevector <16 x i32> %2344, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i768.us.us.i = bitcast <16 x i32> %2345 to <32 x bfloat>
-  %r.i769.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i745.us.us.i, <32 x bfloat> %2323, <32 x bfloat> %y.i768.us.us.i)
-  %2346 = getelementptr i8, ptr %2326, i64 20
-  %2347 = load i32, ptr %2346, align 4, !tbaa !4
-  %2348 = insertelement <16 x i32> poison, i32 %2347, i64 0
-  %2349 = shufflevector <16 x i32> %2348, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i771.us.us.i = bitcast <16 x i32> %2349 to <32 x bfloat>
-  %r.i772.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i748.us.us.i, <32 x bfloat> %2323, <32 x bfloat> %y.i771.us.us.i)
-  %2350 = getelementptr i8, ptr %2326, i64 24
-  %2351 = load i32, ptr %2350, align 4, !tbaa !4
-  %2352 = insertelement <16 x i32> poison, i32 %2351, i64 0
-  %2353 = shufflevector <16 x i32> %2352, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i774.us.us.i = bitcast <16 x i32> %2353 to <32 x bfloat>
-  %r.i775.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i751.us.us.i, <32 x bfloat> %2323, <32 x bfloat> %y.i774.us.us.i)
-  %2354 = getelementptr i8, ptr %2326, i64 28
-  %2355 = load i32, ptr %2354, align 4, !tbaa !4
-  %2356 = insertelement <16 x i32> poison, i32 %2355, i64 0
-  %2357 = shufflevector <16 x i32> %2356, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i777.us.us.i = bitcast <16 x i32> %2357 to <32 x bfloat>
-  %r.i778.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i754.us.us.i, <32 x bfloat> %2323, <32 x bfloat> %y.i777.us.us.i)
-  %2358 = getelementptr i8, ptr %gep1781.i, i64 512
-  %2359 = load <32 x bfloat>, ptr %2358, align 4, !tbaa !4
-  %2360 = or disjoint i64 %2107, 8
-  %2361 = mul nsw i64 %2360, %k_row
-  %2362 = getelementptr i32, ptr %2652, i64 %2361
-  %2363 = load i32, ptr %2362, align 4, !tbaa !4
-  %2364 = insertelement <16 x i32> poison, i32 %2363, i64 0
-  %2365 = shufflevector <16 x i32> %2364, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i780.us.us.i = bitcast <16 x i32> %2365 to <32 x bfloat>
-  %r.i781.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i757.us.us.i, <32 x bfloat> %2359, <32 x bfloat> %y.i780.us.us.i)
-  %2366 = getelementptr i8, ptr %2362, i64 4
-  %2367 = load i32, ptr %2366, align 4, !tbaa !4
-  %2368 = insertelement <16 x i32> poison, i32 %2367, i64 0
-  %2369 = shufflevector <16 x i32> %2368, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i783.us.us.i = bitcast <16 x i32> %2369 to <32 x bfloat>
-  %r.i784.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i760.us.us.i, <32 x bfloat> %2359, <32 x bfloat> %y.i783.us.us.i)
-  %2370 = getelementptr i8, ptr %2362, i64 8
-  %2371 = load i32, ptr %2370, align 4, !tbaa !4
-  %2372 = insertelement <16 x i32> poison, i32 %2371, i64 0
-  %2373 = shufflevector <16 x i32> %2372, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i786.us.us.i = bitcast <16 x i32> %2373 to <32 x bfloat>
-  %r.i787.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i763.us.us.i, <32 x bfloat> %2359, <32 x bfloat> %y.i786.us.us.i)
-  %2374 = getelementptr i8, ptr %2362, i64 12
-  %2375 = load i32, ptr %2374, align 4, !tbaa !4
-  %2376 = insertelement <16 x i32> poison, i32 %2375, i64 0
-  %2377 = shufflevector <16 x i32> %2376, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i789.us.us.i = bitcast <16 x i32> %2377 to <32 x bfloat>
-  %r.i790.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i766.us.us.i, <32 x bfloat> %2359, <32 x bfloat> %y.i789.us.us.i)
-  %2378 = getelementptr i8, ptr %2362, i64 16
-  %2379 = load i32, ptr %2378, align 4, !tbaa !4
-  %2380 = insertelement <16 x i32> poison, i32 %2379, i64 0
-  %2381 = shufflevector <16 x i32> %2380, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i792.us.us.i = bitcast <16 x i32> %2381 to <32 x bfloat>
-  %r.i793.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i769.us.us.i, <32 x bfloat> %2359, <32 x bfloat> %y.i792.us.us.i)
-  %2382 = getelementptr i8, ptr %2362, i64 20
-  %2383 = load i32, ptr %2382, align 4, !tbaa !4
-  %2384 = insertelement <16 x i32> poison, i32 %2383, i64 0
-  %2385 = shufflevector <16 x i32> %2384, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i795.us.us.i = bitcast <16 x i32> %2385 to <32 x bfloat>
-  %r.i796.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i772.us.us.i, <32 x bfloat> %2359, <32 x bfloat> %y.i795.us.us.i)
-  %2386 = getelementptr i8, ptr %2362, i64 24
-  %2387 = load i32, ptr %2386, align 4, !tbaa !4
-  %2388 = insertelement <16 x i32> poison, i32 %2387, i64 0
-  %2389 = shufflevector <16 x i32> %2388, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i798.us.us.i = bitcast <16 x i32> %2389 to <32 x bfloat>
-  %r.i799.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i775.us.us.i, <32 x bfloat> %2359, <32 x bfloat> %y.i798.us.us.i)
-  %2390 = getelementptr i8, ptr %2362, i64 28
-  %2391 = load i32, ptr %2390, align 4, !tbaa !4
-  %2392 = insertelement <16 x i32> poison, i32 %2391, i64 0
-  %2393 = shufflevector <16 x i32> %2392, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i801.us.us.i = bitcast <16 x i32> %2393 to <32 x bfloat>
-  %r.i802.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i778.us.us.i, <32 x bfloat> %2359, <32 x bfloat> %y.i801.us.us.i)
-  %2394 = getelementptr i8, ptr %gep1781.i, i64 576
-  %2395 = load <32 x bfloat>, ptr %2394, align 4, !tbaa !4
-  %2396 = or disjoint i64 %2107, 9
-  %2397 = mul nsw i64 %2396, %k_row
-  %2398 = getelementptr i32, ptr %2652, i64 %2397
-  %2399 = load i32, ptr %2398, align 4, !tbaa !4
-  %2400 = insertelement <16 x i32> poison, i32 %2399, i64 0
-  %2401 = shufflevector <16 x i32> %2400, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i804.us.us.i = bitcast <16 x i32> %2401 to <32 x bfloat>
-  %r.i805.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i781.us.us.i, <32 x bfloat> %2395, <32 x bfloat> %y.i804.us.us.i)
-  %2402 = getelementptr i8, ptr %2398, i64 4
-  %2403 = load i32, ptr %2402, align 4, !tbaa !4
-  %2404 = insertelement <16 x i32> poison, i32 %2403, i64 0
-  %2405 = shufflevector <16 x i32> %2404, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i807.us.us.i = bitcast <16 x i32> %2405 to <32 x bfloat>
-  %r.i808.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i784.us.us.i, <32 x bfloat> %2395, <32 x bfloat> %y.i807.us.us.i)
-  %2406 = getelementptr i8, ptr %2398, i64 8
-  %2407 = load i32, ptr %2406, align 4, !tbaa !4
-  %2408 = insertelement <16 x i32> poison, i32 %2407, i64 0
-  %2409 = shufflevector <16 x i32> %2408, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i810.us.us.i = bitcast <16 x i32> %2409 to <32 x bfloat>
-  %r.i811.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i787.us.us.i, <32 x bfloat> %2395, <32 x bfloat> %y.i810.us.us.i)
-  %2410 = getelementptr i8, ptr %2398, i64 12
-  %2411 = load i32, ptr %2410, align 4, !tbaa !4
-  %2412 = insertelement <16 x i32> poison, i32 %2411, i64 0
-  %2413 = shufflevector <16 x i32> %2412, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i813.us.us.i = bitcast <16 x i32> %2413 to <32 x bfloat>
-  %r.i814.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i790.us.us.i, <32 x bfloat> %2395, <32 x bfloat> %y.i813.us.us.i)
-  %2414 = getelementptr i8, ptr %2398, i64 16
-  %2415 = load i32, ptr %2414, align 4, !tbaa !4
-  %2416 = insertelement <16 x i32> poison, i32 %2415, i64 0
-  %2417 = shufflevector <16 x i32> %2416, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i816.us.us.i = bitcast <16 x i32> %2417 to <32 x bfloat>
-  %r.i817.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i793.us.us.i, <32 x bfloat> %2395, <32 x bfloat> %y.i816.us.us.i)
-  %2418 = getelementptr i8, ptr %2398, i64 20
-  %2419 = load i32, ptr %2418, align 4, !tbaa !4
-  %2420 = insertelement <16 x i32> poison, i32 %2419, i64 0
-  %2421 = shufflevector <16 x i32> %2420, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i819.us.us.i = bitcast <16 x i32> %2421 to <32 x bfloat>
-  %r.i820.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i796.us.us.i, <32 x bfloat> %2395, <32 x bfloat> %y.i819.us.us.i)
-  %2422 = getelementptr i8, ptr %2398, i64 24
-  %2423 = load i32, ptr %2422, align 4, !tbaa !4
-  %2424 = insertelement <16 x i32> poison, i32 %2423, i64 0
-  %2425 = shufflevector <16 x i32> %2424, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i822.us.us.i = bitcast <16 x i32> %2425 to <32 x bfloat>
-  %r.i823.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i799.us.us.i, <32 x bfloat> %2395, <32 x bfloat> %y.i822.us.us.i)
-  %2426 = getelementptr i8, ptr %2398, i64 28
-  %2427 = load i32, ptr %2426, align 4, !tbaa !4
-  %2428 = insertelement <16 x i32> poison, i32 %2427, i64 0
-  %2429 = shufflevector <16 x i32> %2428, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i825.us.us.i = bitcast <16 x i32> %2429 to <32 x bfloat>
-  %r.i826.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i802.us.us.i, <32 x bfloat> %2395, <32 x bfloat> %y.i825.us.us.i)
-  %2430 = getelementptr i8, ptr %gep1781.i, i64 640
-  %2431 = load <32 x bfloat>, ptr %2430, align 4, !tbaa !4
-  %2432 = or disjoint i64 %2107, 10
-  %2433 = mul nsw i64 %2432, %k_row
-  %2434 = getelementptr i32, ptr %2652, i64 %2433
-  %2435 = load i32, ptr %2434, align 4, !tbaa !4
-  %2436 = insertelement <16 x i32> poison, i32 %2435, i64 0
-  %2437 = shufflevector <16 x i32> %2436, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i828.us.us.i = bitcast <16 x i32> %2437 to <32 x bfloat>
-  %r.i829.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i805.us.us.i, <32 x bfloat> %2431, <32 x bfloat> %y.i828.us.us.i)
-  %2438 = getelementptr i8, ptr %2434, i64 4
-  %2439 = load i32, ptr %2438, align 4, !tbaa !4
-  %2440 = insertelement <16 x i32> poison, i32 %2439, i64 0
-  %2441 = shufflevector <16 x i32> %2440, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i831.us.us.i = bitcast <16 x i32> %2441 to <32 x bfloat>
-  %r.i832.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i808.us.us.i, <32 x bfloat> %2431, <32 x bfloat> %y.i831.us.us.i)
-  %2442 = getelementptr i8, ptr %2434, i64 8
-  %2443 = load i32, ptr %2442, align 4, !tbaa !4
-  %2444 = insertelement <16 x i32> poison, i32 %2443, i64 0
-  %2445 = shufflevector <16 x i32> %2444, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i834.us.us.i = bitcast <16 x i32> %2445 to <32 x bfloat>
-  %r.i835.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i811.us.us.i, <32 x bfloat> %2431, <32 x bfloat> %y.i834.us.us.i)
-  %2446 = getelementptr i8, ptr %2434, i64 12
-  %2447 = load i32, ptr %2446, align 4, !tbaa !4
-  %2448 = insertelement <16 x i32> poison, i32 %2447, i64 0
-  %2449 = shufflevector <16 x i32> %2448, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i837.us.us.i = bitcast <16 x i32> %2449 to <32 x bfloat>
-  %r.i838.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i814.us.us.i, <32 x bfloat> %2431, <32 x bfloat> %y.i837.us.us.i)
-  %2450 = getelementptr i8, ptr %2434, i64 16
-  %2451 = load i32, ptr %2450, align 4, !tbaa !4
-  %2452 = insertelement <16 x i32> poison, i32 %2451, i64 0
-  %2453 = shufflevector <16 x i32> %2452, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i840.us.us.i = bitcast <16 x i32> %2453 to <32 x bfloat>
-  %r.i841.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i817.us.us.i, <32 x bfloat> %2431, <32 x bfloat> %y.i840.us.us.i)
-  %2454 = getelementptr i8, ptr %2434, i64 20
-  %2455 = load i32, ptr %2454, align 4, !tbaa !4
-  %2456 = insertelement <16 x i32> poison, i32 %2455, i64 0
-  %2457 = shufflevector <16 x i32> %2456, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i843.us.us.i = bitcast <16 x i32> %2457 to <32 x bfloat>
-  %r.i844.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i820.us.us.i, <32 x bfloat> %2431, <32 x bfloat> %y.i843.us.us.i)
-  %2458 = getelementptr i8, ptr %2434, i64 24
-  %2459 = load i32, ptr %2458, align 4, !tbaa !4
-  %2460 = insertelement <16 x i32> poison, i32 %2459, i64 0
-  %2461 = shufflevector <16 x i32> %2460, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i846.us.us.i = bitcast <16 x i32> %2461 to <32 x bfloat>
-  %r.i847.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i823.us.us.i, <32 x bfloat> %2431, <32 x bfloat> %y.i846.us.us.i)
-  %2462 = getelementptr i8, ptr %2434, i64 28
-  %2463 = load i32, ptr %2462, align 4, !tbaa !4
-  %2464 = insertelement <16 x i32> poison, i32 %2463, i64 0
-  %2465 = shufflevector <16 x i32> %2464, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i849.us.us.i = bitcast <16 x i32> %2465 to <32 x bfloat>
-  %r.i850.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i826.us.us.i, <32 x bfloat> %2431, <32 x bfloat> %y.i849.us.us.i)
-  %2466 = getelementptr i8, ptr %gep1781.i, i64 704
-  %2467 = load <32 x bfloat>, ptr %2466, align 4, !tbaa !4
-  %2468 = or disjoint i64 %2107, 11
-  %2469 = mul nsw i64 %2468, %k_row
-  %2470 = getelementptr i32, ptr %2652, i64 %2469
-  %2471 = load i32, ptr %2470, align 4, !tbaa !4
-  %2472 = insertelement <16 x i32> poison, i32 %2471, i64 0
-  %2473 = shufflevector <16 x i32> %2472, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i852.us.us.i = bitcast <16 x i32> %2473 to <32 x bfloat>
-  %r.i853.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i829.us.us.i, <32 x bfloat> %2467, <32 x bfloat> %y.i852.us.us.i)
-  %2474 = getelementptr i8, ptr %2470, i64 4
-  %2475 = load i32, ptr %2474, align 4, !tbaa !4
-  %2476 = insertelement <16 x i32> poison, i32 %2475, i64 0
-  %2477 = shufflevector <16 x i32> %2476, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i855.us.us.i = bitcast <16 x i32> %2477 to <32 x bfloat>
-  %r.i856.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i832.us.us.i, <32 x bfloat> %2467, <32 x bfloat> %y.i855.us.us.i)
-  %2478 = getelementptr i8, ptr %2470, i64 8
-  %2479 = load i32, ptr %2478, align 4, !tbaa !4
-  %2480 = insertelement <16 x i32> poison, i32 %2479, i64 0
-  %2481 = shufflevector <16 x i32> %2480, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i858.us.us.i = bitcast <16 x i32> %2481 to <32 x bfloat>
-  %r.i859.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i835.us.us.i, <32 x bfloat> %2467, <32 x bfloat> %y.i858.us.us.i)
-  %2482 = getelementptr i8, ptr %2470, i64 12
-  %2483 = load i32, ptr %2482, align 4, !tbaa !4
-  %2484 = insertelement <16 x i32> poison, i32 %2483, i64 0
-  %2485 = shufflevector <16 x i32> %2484, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i861.us.us.i = bitcast <16 x i32> %2485 to <32 x bfloat>
-  %r.i862.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i838.us.us.i, <32 x bfloat> %2467, <32 x bfloat> %y.i861.us.us.i)
-  %2486 = getelementptr i8, ptr %2470, i64 16
-  %2487 = load i32, ptr %2486, align 4, !tbaa !4
-  %2488 = insertelement <16 x i32> poison, i32 %2487, i64 0
-  %2489 = shufflevector <16 x i32> %2488, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i864.us.us.i = bitcast <16 x i32> %2489 to <32 x bfloat>
-  %r.i865.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i841.us.us.i, <32 x bfloat> %2467, <32 x bfloat> %y.i864.us.us.i)
-  %2490 = getelementptr i8, ptr %2470, i64 20
-  %2491 = load i32, ptr %2490, align 4, !tbaa !4
-  %2492 = insertelement <16 x i32> poison, i32 %2491, i64 0
-  %2493 = shufflevector <16 x i32> %2492, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i867.us.us.i = bitcast <16 x i32> %2493 to <32 x bfloat>
-  %r.i868.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i844.us.us.i, <32 x bfloat> %2467, <32 x bfloat> %y.i867.us.us.i)
-  %2494 = getelementptr i8, ptr %2470, i64 24
-  %2495 = load i32, ptr %2494, align 4, !tbaa !4
-  %2496 = insertelement <16 x i32> poison, i32 %2495, i64 0
-  %2497 = shufflevector <16 x i32> %2496, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i870.us.us.i = bitcast <16 x i32> %2497 to <32 x bfloat>
-  %r.i871.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i847.us.us.i, <32 x bfloat> %2467, <32 x bfloat> %y.i870.us.us.i)
-  %2498 = getelementptr i8, ptr %2470, i64 28
-  %2499 = load i32, ptr %2498, align 4, !tbaa !4
-  %2500 = insertelement <16 x i32> poison, i32 %2499, i64 0
-  %2501 = shufflevector <16 x i32> %2500, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i873.us.us.i = bitcast <16 x i32> %2501 to <32 x bfloat>
-  %r.i874.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i850.us.us.i, <32 x bfloat> %2467, <32 x bfloat> %y.i873.us.us.i)
-  %2502 = getelementptr i8, ptr %gep1781.i, i64 768
-  %2503 = load <32 x bfloat>, ptr %2502, align 4, !tbaa !4
-  %2504 = or disjoint i64 %2107, 12
-  %2505 = mul nsw i64 %2504, %k_row
-  %2506 = getelementptr i32, ptr %2652, i64 %2505
-  %2507 = load i32, ptr %2506, align 4, !tbaa !4
-  %2508 = insertelement <16 x i32> poison, i32 %2507, i64 0
-  %2509 = shufflevector <16 x i32> %2508, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i876.us.us.i = bitcast <16 x i32> %2509 to <32 x bfloat>
-  %r.i877.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i853.us.us.i, <32 x bfloat> %2503, <32 x bfloat> %y.i876.us.us.i)
-  %2510 = getelementptr i8, ptr %2506, i64 4
-  %2511 = load i32, ptr %2510, align 4, !tbaa !4
-  %2512 = insertelement <16 x i32> poison, i32 %2511, i64 0
-  %2513 = shufflevector <16 x i32> %2512, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i879.us.us.i = bitcast <16 x i32> %2513 to <32 x bfloat>
-  %r.i880.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i856.us.us.i, <32 x bfloat> %2503, <32 x bfloat> %y.i879.us.us.i)
-  %2514 = getelementptr i8, ptr %2506, i64 8
-  %2515 = load i32, ptr %2514, align 4, !tbaa !4
-  %2516 = insertelement <16 x i32> poison, i32 %2515, i64 0
-  %2517 = shufflevector <16 x i32> %2516, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i882.us.us.i = bitcast <16 x i32> %2517 to <32 x bfloat>
-  %r.i883.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i859.us.us.i, <32 x bfloat> %2503, <32 x bfloat> %y.i882.us.us.i)
-  %2518 = getelementptr i8, ptr %2506, i64 12
-  %2519 = load i32, ptr %2518, align 4, !tbaa !4
-  %2520 = insertelement <16 x i32> poison, i32 %2519, i64 0
-  %2521 = shufflevector <16 x i32> %2520, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i885.us.us.i = bitcast <16 x i32> %2521 to <32 x bfloat>
-  %r.i886.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i862.us.us.i, <32 x bfloat> %2503, <32 x bfloat> %y.i885.us.us.i)
-  %2522 = getelementptr i8, ptr %2506, i64 16
-  %2523 = load i32, ptr %2522, align 4, !tbaa !4
-  %2524 = insertelement <16 x i32> poison, i32 %2523, i64 0
-  %2525 = shufflevector <16 x i32> %2524, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i888.us.us.i = bitcast <16 x i32> %2525 to <32 x bfloat>
-  %r.i889.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i865.us.us.i, <32 x bfloat> %2503, <32 x bfloat> %y.i888.us.us.i)
-  %2526 = getelementptr i8, ptr %2506, i64 20
-  %2527 = load i32, ptr %2526, align 4, !tbaa !4
-  %2528 = insertelement <16 x i32> poison, i32 %2527, i64 0
-  %2529 = shufflevector <16 x i32> %2528, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i891.us.us.i = bitcast <16 x i32> %2529 to <32 x bfloat>
-  %r.i892.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i868.us.us.i, <32 x bfloat> %2503, <32 x bfloat> %y.i891.us.us.i)
-  %2530 = getelementptr i8, ptr %2506, i64 24
-  %2531 = load i32, ptr %2530, align 4, !tbaa !4
-  %2532 = insertelement <16 x i32> poison, i32 %2531, i64 0
-  %2533 = shufflevector <16 x i32> %2532, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i894.us.us.i = bitcast <16 x i32> %2533 to <32 x bfloat>
-  %r.i895.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i871.us.us.i, <32 x bfloat> %2503, <32 x bfloat> %y.i894.us.us.i)
-  %2534 = getelementptr i8, ptr %2506, i64 28
-  %2535 = load i32, ptr %2534, align 4, !tbaa !4
-  %2536 = insertelement <16 x i32> poison, i32 %2535, i64 0
-  %2537 = shufflevector <16 x i32> %2536, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i897.us.us.i = bitcast <16 x i32> %2537 to <32 x bfloat>
-  %r.i898.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i874.us.us.i, <32 x bfloat> %2503, <32 x bfloat> %y.i897.us.us.i)
-  %2538 = getelementptr i8, ptr %gep1781.i, i64 832
-  %2539 = load <32 x bfloat>, ptr %2538, align 4, !tbaa !4
-  %2540 = or disjoint i64 %2107, 13
-  %2541 = mul nsw i64 %2540, %k_row
-  %2542 = getelementptr i32, ptr %2652, i64 %2541
-  %2543 = load i32, ptr %2542, align 4, !tbaa !4
-  %2544 = insertelement <16 x i32> poison, i32 %2543, i64 0
-  %2545 = shufflevector <16 x i32> %2544, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i900.us.us.i = bitcast <16 x i32> %2545 to <32 x bfloat>
-  %r.i901.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i877.us.us.i, <32 x bfloat> %2539, <32 x bfloat> %y.i900.us.us.i)
-  %2546 = getelementptr i8, ptr %2542, i64 4
-  %2547 = load i32, ptr %2546, align 4, !tbaa !4
-  %2548 = insertelement <16 x i32> poison, i32 %2547, i64 0
-  %2549 = shufflevector <16 x i32> %2548, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i903.us.us.i = bitcast <16 x i32> %2549 to <32 x bfloat>
-  %r.i904.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i880.us.us.i, <32 x bfloat> %2539, <32 x bfloat> %y.i903.us.us.i)
-  %2550 = getelementptr i8, ptr %2542, i64 8
-  %2551 = load i32, ptr %2550, align 4, !tbaa !4
-  %2552 = insertelement <16 x i32> poison, i32 %2551, i64 0
-  %2553 = shufflevector <16 x i32> %2552, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i906.us.us.i = bitcast <16 x i32> %2553 to <32 x bfloat>
-  %r.i907.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i883.us.us.i, <32 x bfloat> %2539, <32 x bfloat> %y.i906.us.us.i)
-  %2554 = getelementptr i8, ptr %2542, i64 12
-  %2555 = load i32, ptr %2554, align 4, !tbaa !4
-  %2556 = insertelement <16 x i32> poison, i32 %2555, i64 0
-  %2557 = shufflevector <16 x i32> %2556, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i909.us.us.i = bitcast <16 x i32> %2557 to <32 x bfloat>
-  %r.i910.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i886.us.us.i, <32 x bfloat> %2539, <32 x bfloat> %y.i909.us.us.i)
-  %2558 = getelementptr i8, ptr %2542, i64 16
-  %2559 = load i32, ptr %2558, align 4, !tbaa !4
-  %2560 = insertelement <16 x i32> poison, i32 %2559, i64 0
-  %2561 = shufflevector <16 x i32> %2560, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i912.us.us.i = bitcast <16 x i32> %2561 to <32 x bfloat>
-  %r.i913.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i889.us.us.i, <32 x bfloat> %2539, <32 x bfloat> %y.i912.us.us.i)
-  %2562 = getelementptr i8, ptr %2542, i64 20
-  %2563 = load i32, ptr %2562, align 4, !tbaa !4
-  %2564 = insertelement <16 x i32> poison, i32 %2563, i64 0
-  %2565 = shufflevector <16 x i32> %2564, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i915.us.us.i = bitcast <16 x i32> %2565 to <32 x bfloat>
-  %r.i916.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i892.us.us.i, <32 x bfloat> %2539, <32 x bfloat> %y.i915.us.us.i)
-  %2566 = getelementptr i8, ptr %2542, i64 24
-  %2567 = load i32, ptr %2566, align 4, !tbaa !4
-  %2568 = insertelement <16 x i32> poison, i32 %2567, i64 0
-  %2569 = shufflevector <16 x i32> %2568, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i918.us.us.i = bitcast <16 x i32> %2569 to <32 x bfloat>
-  %r.i919.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i895.us.us.i, <32 x bfloat> %2539, <32 x bfloat> %y.i918.us.us.i)
-  %2570 = getelementptr i8, ptr %2542, i64 28
-  %2571 = load i32, ptr %2570, align 4, !tbaa !4
-  %2572 = insertelement <16 x i32> poison, i32 %2571, i64 0
-  %2573 = shufflevector <16 x i32> %2572, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i921.us.us.i = bitcast <16 x i32> %2573 to <32 x bfloat>
-  %r.i922.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i898.us.us.i, <32 x bfloat> %2539, <32 x bfloat> %y.i921.us.us.i)
-  %2574 = getelementptr i8, ptr %gep1781.i, i64 896
-  %2575 = load <32 x bfloat>, ptr %2574, align 4, !tbaa !4
-  %2576 = or disjoint i64 %2107, 14
-  %2577 = mul nsw i64 %2576, %k_row
-  %2578 = getelementptr i32, ptr %2652, i64 %2577
-  %2579 = load i32, ptr %2578, align 4, !tbaa !4
-  %2580 = insertelement <16 x i32> poison, i32 %2579, i64 0
-  %2581 = shufflevector <16 x i32> %2580, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i924.us.us.i = bitcast <16 x i32> %2581 to <32 x bfloat>
-  %r.i925.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i901.us.us.i, <32 x bfloat> %2575, <32 x bfloat> %y.i924.us.us.i)
-  %2582 = getelementptr i8, ptr %2578, i64 4
-  %2583 = load i32, ptr %2582, align 4, !tbaa !4
-  %2584 = insertelement <16 x i32> poison, i32 %2583, i64 0
-  %2585 = shufflevector <16 x i32> %2584, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i927.us.us.i = bitcast <16 x i32> %2585 to <32 x bfloat>
-  %r.i928.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i904.us.us.i, <32 x bfloat> %2575, <32 x bfloat> %y.i927.us.us.i)
-  %2586 = getelementptr i8, ptr %2578, i64 8
-  %2587 = load i32, ptr %2586, align 4, !tbaa !4
-  %2588 = insertelement <16 x i32> poison, i32 %2587, i64 0
-  %2589 = shufflevector <16 x i32> %2588, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i930.us.us.i = bitcast <16 x i32> %2589 to <32 x bfloat>
-  %r.i931.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i907.us.us.i, <32 x bfloat> %2575, <32 x bfloat> %y.i930.us.us.i)
-  %2590 = getelementptr i8, ptr %2578, i64 12
-  %2591 = load i32, ptr %2590, align 4, !tbaa !4
-  %2592 = insertelement <16 x i32> poison, i32 %2591, i64 0
-  %2593 = shufflevector <16 x i32> %2592, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i933.us.us.i = bitcast <16 x i32> %2593 to <32 x bfloat>
-  %r.i934.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i910.us.us.i, <32 x bfloat> %2575, <32 x bfloat> %y.i933.us.us.i)
-  %2594 = getelementptr i8, ptr %2578, i64 16
-  %2595 = load i32, ptr %2594, align 4, !tbaa !4
-  %2596 = insertelement <16 x i32> poison, i32 %2595, i64 0
-  %2597 = shufflevector <16 x i32> %2596, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i936.us.us.i = bitcast <16 x i32> %2597 to <32 x bfloat>
-  %r.i937.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i913.us.us.i, <32 x bfloat> %2575, <32 x bfloat> %y.i936.us.us.i)
-  %2598 = getelementptr i8, ptr %2578, i64 20
-  %2599 = load i32, ptr %2598, align 4, !tbaa !4
-  %2600 = insertelement <16 x i32> poison, i32 %2599, i64 0
-  %2601 = shufflevector <16 x i32> %2600, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i939.us.us.i = bitcast <16 x i32> %2601 to <32 x bfloat>
-  %r.i940.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i916.us.us.i, <32 x bfloat> %2575, <32 x bfloat> %y.i939.us.us.i)
-  %2602 = getelementptr i8, ptr %2578, i64 24
-  %2603 = load i32, ptr %2602, align 4, !tbaa !4
-  %2604 = insertelement <16 x i32> poison, i32 %2603, i64 0
-  %2605 = shufflevector <16 x i32> %2604, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i942.us.us.i = bitcast <16 x i32> %2605 to <32 x bfloat>
-  %r.i943.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i919.us.us.i, <32 x bfloat> %2575, <32 x bfloat> %y.i942.us.us.i)
-  %2606 = getelementptr i8, ptr %2578, i64 28
-  %2607 = load i32, ptr %2606, align 4, !tbaa !4
-  %2608 = insertelement <16 x i32> poison, i32 %2607, i64 0
-  %2609 = shufflevector <16 x i32> %2608, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i945.us.us.i = bitcast <16 x i32> %2609 to <32 x bfloat>
-  %r.i946.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i922.us.us.i, <32 x bfloat> %2575, <32 x bfloat> %y.i945.us.us.i)
-  %2610 = getelementptr i8, ptr %gep1781.i, i64 960
-  %2611 = load <32 x bfloat>, ptr %2610, align 4, !tbaa !4
-  %2612 = or disjoint i64 %2107, 15
-  %2613 = mul nsw i64 %2612, %k_row
-  %2614 = getelementptr i32, ptr %2652, i64 %2613
-  %2615 = load i32, ptr %2614, align 4, !tbaa !4
-  %2616 = insertelement <16 x i32> poison, i32 %2615, i64 0
-  %2617 = shufflevector <16 x i32> %2616, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i948.us.us.i = bitcast <16 x i32> %2617 to <32 x bfloat>
-  %r.i949.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i925.us.us.i, <32 x bfloat> %2611, <32 x bfloat> %y.i948.us.us.i)
-  %2618 = getelementptr i8, ptr %2614, i64 4
-  %2619 = load i32, ptr %2618, align 4, !tbaa !4
-  %2620 = insertelement <16 x i32> poison, i32 %2619, i64 0
-  %2621 = shufflevector <16 x i32> %2620, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i951.us.us.i = bitcast <16 x i32> %2621 to <32 x bfloat>
-  %r.i952.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i928.us.us.i, <32 x bfloat> %2611, <32 x bfloat> %y.i951.us.us.i)
-  %2622 = getelementptr i8, ptr %2614, i64 8
-  %2623 = load i32, ptr %2622, align 4, !tbaa !4
-  %2624 = insertelement <16 x i32> poison, i32 %2623, i64 0
-  %2625 = shufflevector <16 x i32> %2624, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i954.us.us.i = bitcast <16 x i32> %2625 to <32 x bfloat>
-  %r.i955.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i931.us.us.i, <32 x bfloat> %2611, <32 x bfloat> %y.i954.us.us.i)
-  %2626 = getelementptr i8, ptr %2614, i64 12
-  %2627 = load i32, ptr %2626, align 4, !tbaa !4
-  %2628 = insertelement <16 x i32> poison, i32 %2627, i64 0
-  %2629 = shufflevector <16 x i32> %2628, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i957.us.us.i = bitcast <16 x i32> %2629 to <32 x bfloat>
-  %r.i958.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i934.us.us.i, <32 x bfloat> %2611, <32 x bfloat> %y.i957.us.us.i)
-  %2630 = getelementptr i8, ptr %2614, i64 16
-  %2631 = load i32, ptr %2630, align 4, !tbaa !4
-  %2632 = insertelement <16 x i32> poison, i32 %2631, i64 0
-  %2633 = shufflevector <16 x i32> %2632, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i960.us.us.i = bitcast <16 x i32> %2633 to <32 x bfloat>
-  %r.i961.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i937.us.us.i, <32 x bfloat> %2611, <32 x bfloat> %y.i960.us.us.i)
-  %2634 = getelementptr i8, ptr %2614, i64 20
-  %2635 = load i32, ptr %2634, align 4, !tbaa !4
-  %2636 = insertelement <16 x i32> poison, i32 %2635, i64 0
-  %2637 = shufflevector <16 x i32> %2636, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i963.us.us.i = bitcast <16 x i32> %2637 to <32 x bfloat>
-  %r.i964.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i940.us.us.i, <32 x bfloat> %2611, <32 x bfloat> %y.i963.us.us.i)
-  %2638 = getelementptr i8, ptr %2614, i64 24
-  %2639 = load i32, ptr %2638, align 4, !tbaa !4
-  %2640 = insertelement <16 x i32> poison, i32 %2639, i64 0
-  %2641 = shufflevector <16 x i32> %2640, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i966.us.us.i = bitcast <16 x i32> %2641 to <32 x bfloat>
-  %r.i967.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i943.us.us.i, <32 x bfloat> %2611, <32 x bfloat> %y.i966.us.us.i)
-  %2642 = getelementptr i8, ptr %2614, i64 28
-  %2643 = load i32, ptr %2642, align 4, !tbaa !4
-  %2644 = insertelement <16 x i32> poison, i32 %2643, i64 0
-  %2645 = shufflevector <16 x i32> %2644, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i969.us.us.i = bitcast <16 x i32> %2645 to <32 x bfloat>
-  %r.i970.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i946.us.us.i, <32 x bfloat> %2611, <32 x bfloat> %y.i969.us.us.i)
-  %indvars.iv.next1540.i = add nuw nsw i64 %indvars.iv1539.i, 1
-  %exitcond1542.not.i = icmp eq i64 %indvars.iv.next1540.i, 4
-  br i1 %exitcond1542.not.i, label %for_end_d_0.us.us.i, label %for_body_d_0.us.us.i, !prof !30
+for_body_to.us.us.if_end159.us.us_crit_edge.i:    ; preds = %for_body_to.us.us.i
+  %.pre1689.i = shl nuw nsw i64 %indvars.iv1520.i, 3
+  %.pre1691.i = trunc nuw nsw i64 %.pre1689.i to i32
+  %.pre1693.i = and i32 %.pre1691.i, 2147483632
+  br label %if_end159.us.us.i
 
-for_begin_d_0.preheader.us.us.i:                  ; preds = %for_end_d_0.us.us.i, %for_begin_d_0.preheader.us.us.preheader.i
-  %indvars.iv1543.i = phi i64 [ 0, %for_begin_d_0.preheader.us.us.preheader.i ], [ %indvars.iv.next1544.i, %for_end_d_0.us.us.i ]
-  %2646 = shl nuw nsw i64 %indvars.iv1543.i, 3
-  %2647 = and i64 %2646, 17179869168
-  %2648 = and i64 %2646, 2147483632
-  %2649 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %2648
-  %2650 = load i64, ptr %2649, align 8, !tbaa !4
-  %2651 = add i64 %2646, %1046
-  %invariant.op1238.us.us.i = add i64 %2651, %2650
-  %.reass1239.us.us.i = sub i64 %invariant.op1238.us.us.i, %2647
-  %2652 = getelementptr i32, ptr %key_cache, i64 %.reass1239.us.us.i
+if_end159.us.us.i:                                ; preds = %for_begin_line.preheader.us.us.i, %for_body_to.us.us.if_end159.us.us_crit_edge.i
+  %.pre-phi1694.i = phi i32 [ %.pre1693.i, %for_body_to.us.us.if_end159.us.us_crit_edge.i ], [ %2195, %for_begin_line.preheader.us.us.i ]
+  %.pre-phi1690.i = phi i64 [ %.pre1689.i, %for_body_to.us.us.if_end159.us.us_crit_edge.i ], [ %2193, %for_begin_line.preheader.us.us.i ]
+  %1602 = and i64 %.pre-phi1690.i, 17179869168
+  %1603 = zext nneg i32 %.pre-phi1694.i to i64
+  %1604 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1603
+  %1605 = load i64, ptr %1604, align 8, !tbaa !4
+  %1606 = add i64 %.pre-phi1690.i, %1014
+  %invariant.op1201.us.us.i = add i64 %1606, %1605
+  %.reass1202.us.us.i = sub i64 %invariant.op1201.us.us.i, %1602
+  %1607 = getelementptr i32, ptr %key_cache, i64 %.reass1202.us.us.i
   br label %for_body_d_0.us.us.i
 
-for_body_r190.lr.ph.us.i:                         ; preds = %if_then187.us.i
-  %2653 = icmp sgt i32 %valid_len181.us.i, %1031
-  %2654 = zext nneg i32 %1193 to i64
-  %2655 = shl nuw nsw i64 %2654, 2
-  br i1 %2653, label %for_body_r190.us.us.preheader.i, label %if_end188.us.i, !prof !3
+for_end_d_0.us.us.i:                              ; preds = %for_body_d_0.us.us.i
+  %.idx1739.i = shl nsw i64 %indvars.iv1520.i, 9
+  %1608 = getelementptr inbounds nuw i8, ptr %scores.us.i, i64 %.idx1739.i
+  store <16 x float> %r.i921.us.us.i, ptr %1608, align 4, !tbaa !4
+  %1609 = getelementptr inbounds nuw i8, ptr %1608, i64 64
+  store <16 x float> %r.i924.us.us.i, ptr %1609, align 4, !tbaa !4
+  %1610 = getelementptr inbounds nuw i8, ptr %1608, i64 128
+  store <16 x float> %r.i927.us.us.i, ptr %1610, align 4, !tbaa !4
+  %1611 = getelementptr inbounds nuw i8, ptr %1608, i64 192
+  store <16 x float> %r.i930.us.us.i, ptr %1611, align 4, !tbaa !4
+  %1612 = getelementptr inbounds nuw i8, ptr %1608, i64 256
+  store <16 x float> %r.i933.us.us.i, ptr %1612, align 4, !tbaa !4
+  %1613 = getelementptr inbounds nuw i8, ptr %1608, i64 320
+  store <16 x float> %r.i936.us.us.i, ptr %1613, align 4, !tbaa !4
+  %1614 = getelementptr inbounds nuw i8, ptr %1608, i64 384
+  store <16 x float> %r.i939.us.us.i, ptr %1614, align 4, !tbaa !4
+  %1615 = getelementptr inbounds nuw i8, ptr %1608, i64 448
+  store <16 x float> %r.i942.us.us.i, ptr %1615, align 4, !tbaa !4
+  %indvars.iv.next1521.i = add nuw nsw i64 %indvars.iv1520.i, 1
+  %exitcond1524.not.i = icmp eq i64 %indvars.iv.next1521.i, %wide.trip.count1523.i
+  br i1 %exitcond1524.not.i, label %for_end_i.us.i, label %for_body_to.us.us.i, !prof !8
 
-for_body_r190.us.us.preheader.i:                  ; preds = %for_body_r190.lr.ph.us.i
-  %2656 = add i32 %indvars.iv121, %1184
-  %smin123 = tail call i32 @llvm.smin.i32(i32 %indvars.iv109, i32 %2656)
-  %smin124 = tail call i32 @llvm.smin.i32(i32 %smin123, i32 256)
-  %2657 = sub i32 %smin124, %smax126
-  %2658 = zext i32 %2657 to i64
-  %smin227 = tail call i32 @llvm.smin.i32(i32 %948, i32 %2656)
-  %smin228 = tail call i32 @llvm.smin.i32(i32 %smin227, i32 256)
-  %2659 = sub i32 %smin228, %smax
-  %2660 = zext i32 %2659 to i64
-  %2661 = add nsw i64 %2660, -1
-  %smin244 = tail call i32 @llvm.smin.i32(i32 %942, i32 %2656)
-  %smin245 = tail call i32 @llvm.smin.i32(i32 %smin244, i32 256)
-  %2662 = sub i32 %smin245, %smax240
-  %2663 = zext i32 %2662 to i64
-  %scevgep246 = getelementptr i8, ptr %scevgep239, i64 %2663
-  %scevgep248 = getelementptr i8, ptr %scaled.us.i, i64 %945
-  %scevgep249 = getelementptr i8, ptr %scaled.us.i, i64 -60
-  %scevgep250 = getelementptr i8, ptr %scevgep249, i64 %945
-  %2664 = shl nuw nsw i64 %2663, 6
-  %smin260 = tail call i32 @llvm.smin.i32(i32 %935, i32 %2656)
-  %smin261 = tail call i32 @llvm.smin.i32(i32 %smin260, i32 256)
-  %2665 = sub i32 %smin261, %smax256
-  %2666 = zext i32 %2665 to i64
-  %min.iters.check263 = icmp ult i32 %2665, 24
-  %2667 = trunc i64 %2661 to i32
-  %mul.result = shl i32 %2667, 4
-  %2668 = icmp ugt i64 %2661, 268435455
-  %mul.result233 = shl nsw i64 %2661, 6
-  %smax251 = tail call i32 @llvm.smax.i32(i32 %1196, i32 1)
-  %2669 = add nsw i32 %smax251, -1
-  %2670 = zext nneg i32 %2669 to i64
-  %2671 = shl nuw nsw i64 %2670, 2
-  %2672 = getelementptr i8, ptr %scevgep250, i64 %2664
-  %scevgep252 = getelementptr i8, ptr %2672, i64 %2671
-  %n.vec266 = and i64 %2666, 4294967288
-  %cmp.n = icmp eq i64 %n.vec266, %2666
-  %xtraiter350 = and i64 %2666, 3
-  %lcmp.mod351.not = icmp eq i64 %xtraiter350, 0
-  br label %for_body_r190.us.us.i
+for_body_d_0.us.us.i:                             ; preds = %for_body_d_0.us.us.i, %if_end159.us.us.i
+  %indvars.iv1516.i = phi i64 [ %indvars.iv.next1517.i, %for_body_d_0.us.us.i ], [ 0, %if_end159.us.us.i ]
+  %scores_global521.sroa.0.01210.us.us.i = phi <16 x float> [ %r.i921.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end159.us.us.i ]
+  %scores_global521.sroa.34.01209.us.us.i = phi <16 x float> [ %r.i924.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end159.us.us.i ]
+  %scores_global521.sroa.68.01208.us.us.i = phi <16 x float> [ %r.i927.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end159.us.us.i ]
+  %scores_global521.sroa.102.01207.us.us.i = phi <16 x float> [ %r.i930.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end159.us.us.i ]
+  %scores_global521.sroa.136.01206.us.us.i = phi <16 x float> [ %r.i933.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end159.us.us.i ]
+  %scores_global521.sroa.170.01205.us.us.i = phi <16 x float> [ %r.i936.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end159.us.us.i ]
+  %scores_global521.sroa.204.01204.us.us.i = phi <16 x float> [ %r.i939.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end159.us.us.i ]
+  %scores_global521.sroa.238.01203.us.us.i = phi <16 x float> [ %r.i942.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end159.us.us.i ]
+  %.idx1738.i = shl nuw nsw i64 %indvars.iv1516.i, 10
+  %gep1769.i = getelementptr inbounds nuw i8, ptr %invariant.gep1768.i, i64 %.idx1738.i
+  %1616 = load <32 x bfloat>, ptr %gep1769.i, align 4, !tbaa !4
+  %1617 = mul i64 %619, %indvars.iv1516.i
+  %1618 = getelementptr i32, ptr %1607, i64 %1617
+  %1619 = load i32, ptr %1618, align 4, !tbaa !4
+  %1620 = insertelement <16 x i32> poison, i32 %1619, i64 0
+  %1621 = shufflevector <16 x i32> %1620, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i.us.us.i = bitcast <16 x i32> %1621 to <32 x bfloat>
+  %r.i.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global521.sroa.0.01210.us.us.i, <32 x bfloat> %1616, <32 x bfloat> %y.i.us.us.i)
+  %1622 = getelementptr i8, ptr %1618, i64 4
+  %1623 = load i32, ptr %1622, align 4, !tbaa !4
+  %1624 = insertelement <16 x i32> poison, i32 %1623, i64 0
+  %1625 = shufflevector <16 x i32> %1624, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i563.us.us.i = bitcast <16 x i32> %1625 to <32 x bfloat>
+  %r.i564.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global521.sroa.34.01209.us.us.i, <32 x bfloat> %1616, <32 x bfloat> %y.i563.us.us.i)
+  %1626 = getelementptr i8, ptr %1618, i64 8
+  %1627 = load i32, ptr %1626, align 4, !tbaa !4
+  %1628 = insertelement <16 x i32> poison, i32 %1627, i64 0
+  %1629 = shufflevector <16 x i32> %1628, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i566.us.us.i = bitcast <16 x i32> %1629 to <32 x bfloat>
+  %r.i567.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global521.sroa.68.01208.us.us.i, <32 x bfloat> %1616, <32 x bfloat> %y.i566.us.us.i)
+  %1630 = getelementptr i8, ptr %1618, i64 12
+  %1631 = load i32, ptr %1630, align 4, !tbaa !4
+  %1632 = insertelement <16 x i32> poison, i32 %1631, i64 0
+  %1633 = shufflevector <16 x i32> %1632, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i569.us.us.i = bitcast <16 x i32> %1633 to <32 x bfloat>
+  %r.i570.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global521.sroa.102.01207.us.us.i, <32 x bfloat> %1616, <32 x bfloat> %y.i569.us.us.i)
+  %1634 = getelementptr i8, ptr %1618, i64 16
+  %1635 = load i32, ptr %1634, align 4, !tbaa !4
+  %1636 = insertelement <16 x i32> poison, i32 %1635, i64 0
+  %1637 = shufflevector <16 x i32> %1636, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i572.us.us.i = bitcast <16 x i32> %1637 to <32 x bfloat>
+  %r.i573.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global521.sroa.136.01206.us.us.i, <32 x bfloat> %1616, <32 x bfloat> %y.i572.us.us.i)
+  %1638 = getelementptr i8, ptr %1618, i64 20
+  %1639 = load i32, ptr %1638, align 4, !tbaa !4
+  %1640 = insertelement <16 x i32> poison, i32 %1639, i64 0
+  %1641 = shufflevector <16 x i32> %1640, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i575.us.us.i = bitcast <16 x i32> %1641 to <32 x bfloat>
+  %r.i576.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global521.sroa.170.01205.us.us.i, <32 x bfloat> %1616, <32 x bfloat> %y.i575.us.us.i)
+  %1642 = getelementptr i8, ptr %1618, i64 24
+  %1643 = load i32, ptr %1642, align 4, !tbaa !4
+  %1644 = insertelement <16 x i32> poison, i32 %1643, i64 0
+  %1645 = shufflevector <16 x i32> %1644, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i578.us.us.i = bitcast <16 x i32> %1645 to <32 x bfloat>
+  %r.i579.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global521.sroa.204.01204.us.us.i, <32 x bfloat> %1616, <32 x bfloat> %y.i578.us.us.i)
+  %1646 = getelementptr i8, ptr %1618, i64 28
+  %1647 = load i32, ptr %1646, align 4, !tbaa !4
+  %1648 = insertelement <16 x i32> poison, i32 %1647, i64 0
+  %1649 = shufflevector <16 x i32> %1648, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i581.us.us.i = bitcast <16 x i32> %1649 to <32 x bfloat>
+  %r.i582.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global521.sroa.238.01203.us.us.i, <32 x bfloat> %1616, <32 x bfloat> %y.i581.us.us.i)
+  %1650 = getelementptr i8, ptr %gep1769.i, i64 64
+  %1651 = load <32 x bfloat>, ptr %1650, align 4, !tbaa !4
+  %1652 = shl nuw nsw i64 %indvars.iv1516.i, 4
+  %1653 = or disjoint i64 %1652, 1
+  %1654 = mul nsw i64 %1653, %k_row
+  %1655 = getelementptr i32, ptr %1607, i64 %1654
+  %1656 = load i32, ptr %1655, align 4, !tbaa !4
+  %1657 = insertelement <16 x i32> poison, i32 %1656, i64 0
+  %1658 = shufflevector <16 x i32> %1657, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i584.us.us.i = bitcast <16 x i32> %1658 to <32 x bfloat>
+  %r.i585.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.us.i, <32 x bfloat> %1651, <32 x bfloat> %y.i584.us.us.i)
+  %1659 = getelementptr i8, ptr %1655, i64 4
+  %1660 = load i32, ptr %1659, align 4, !tbaa !4
+  %1661 = insertelement <16 x i32> poison, i32 %1660, i64 0
+  %1662 = shufflevector <16 x i32> %1661, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i587.us.us.i = bitcast <16 x i32> %1662 to <32 x bfloat>
+  %r.i588.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i564.us.us.i, <32 x bfloat> %1651, <32 x bfloat> %y.i587.us.us.i)
+  %1663 = getelementptr i8, ptr %1655, i64 8
+  %1664 = load i32, ptr %1663, align 4, !tbaa !4
+  %1665 = insertelement <16 x i32> poison, i32 %1664, i64 0
+  %1666 = shufflevector <16 x i32> %1665, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i590.us.us.i = bitcast <16 x i32> %1666 to <32 x bfloat>
+  %r.i591.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i567.us.us.i, <32 x bfloat> %1651, <32 x bfloat> %y.i590.us.us.i)
+  %1667 = getelementptr i8, ptr %1655, i64 12
+  %1668 = load i32, ptr %1667, align 4, !tbaa !4
+  %1669 = insertelement <16 x i32> poison, i32 %1668, i64 0
+  %1670 = shufflevector <16 x i32> %1669, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i593.us.us.i = bitcast <16 x i32> %1670 to <32 x bfloat>
+  %r.i594.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i570.us.us.i, <32 x bfloat> %1651, <32 x bfloat> %y.i593.us.us.i)
+  %1671 = getelementptr i8, ptr %1655, i64 16
+  %1672 = load i32, ptr %1671, align 4, !tbaa !4
+  %1673 = insertelement <16 x i32> poison, i32 %1672, i64 0
+  %1674 = shufflevector <16 x i32> %1673, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i596.us.us.i = bitcast <16 x i32> %1674 to <32 x bfloat>
+  %r.i597.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i573.us.us.i, <32 x bfloat> %1651, <32 x bfloat> %y.i596.us.us.i)
+  %1675 = getelementptr i8, ptr %1655, i64 20
+  %1676 = load i32, ptr %1675, align 4, !tbaa !4
+  %1677 = insertelement <16 x i32> poison, i32 %1676, i64 0
+  %1678 = shufflevector <16 x i32> %1677, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i599.us.us.i = bitcast <16 x i32> %1678 to <32 x bfloat>
+  %r.i600.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i576.us.us.i, <32 x bfloat> %1651, <32 x bfloat> %y.i599.us.us.i)
+  %1679 = getelementptr i8, ptr %1655, i64 24
+  %1680 = load i32, ptr %1679, align 4, !tbaa !4
+  %1681 = insertelement <16 x i32> poison, i32 %1680, i64 0
+  %1682 = shufflevector <16 x i32> %1681, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i602.us.us.i = bitcast <16 x i32> %1682 to <32 x bfloat>
+  %r.i603.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i579.us.us.i, <32 x bfloat> %1651, <32 x bfloat> %y.i602.us.us.i)
+  %1683 = getelementptr i8, ptr %1655, i64 28
+  %1684 = load i32, ptr %1683, align 4, !tbaa !4
+  %1685 = insertelement <16 x i32> poison, i32 %1684, i64 0
+  %1686 = shufflevector <16 x i32> %1685, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i605.us.us.i = bitcast <16 x i32> %1686 to <32 x bfloat>
+  %r.i606.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i582.us.us.i, <32 x bfloat> %1651, <32 x bfloat> %y.i605.us.us.i)
+  %1687 = getelementptr i8, ptr %gep1769.i, i64 128
+  %1688 = load <32 x bfloat>, ptr %1687, align 4, !tbaa !4
+  %1689 = or disjoint i64 %1652, 2
+  %1690 = mul nsw i64 %1689, %k_row
+  %1691 = getelementptr i32, ptr %1607, i64 %1690
+  %1692 = load i32, ptr %1691, align 4, !tbaa !4
+  %1693 = insertelement <16 x i32> poison, i32 %1692, i64 0
+  %1694 = shufflevector <16 x i32> %1693, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i608.us.us.i = bitcast <16 x i32> %1694 to <32 x bfloat>
+  %r.i609.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i585.us.us.i, <32 x bfloat> %1688, <32 x bfloat> %y.i608.us.us.i)
+  %1695 = getelementptr i8, ptr %1691, i64 4
+  %1696 = load i32, ptr %1695, align 4, !tbaa !4
+  %1697 = insertelement <16 x i32> poison, i32 %1696, i64 0
+  %1698 = shufflevector <16 x i32> %1697, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i611.us.us.i = bitcast <16 x i32> %1698 to <32 x bfloat>
+  %r.i612.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i588.us.us.i, <32 x bfloat> %1688, <32 x bfloat> %y.i611.us.us.i)
+  %1699 = getelementptr i8, ptr %1691, i64 8
+  %1700 = load i32, ptr %1699, align 4, !tbaa !4
+  %1701 = insertelement <16 x i32> poison, i32 %1700, i64 0
+  %1702 = shufflevector <16 x i32> %1701, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i614.us.us.i = bitcast <16 x i32> %1702 to <32 x bfloat>
+  %r.i615.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i591.us.us.i, <32 x bfloat> %1688, <32 x bfloat> %y.i614.us.us.i)
+  %1703 = getelementptr i8, ptr %1691, i64 12
+  %1704 = load i32, ptr %1703, align 4, !tbaa !4
+  %1705 = insertelement <16 x i32> poison, i32 %1704, i64 0
+  %1706 = shufflevector <16 x i32> %1705, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i617.us.us.i = bitcast <16 x i32> %1706 to <32 x bfloat>
+  %r.i618.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i594.us.us.i, <32 x bfloat> %1688, <32 x bfloat> %y.i617.us.us.i)
+  %1707 = getelementptr i8, ptr %1691, i64 16
+  %1708 = load i32, ptr %1707, align 4, !tbaa !4
+  %1709 = insertelement <16 x i32> poison, i32 %1708, i64 0
+  %1710 = shufflevector <16 x i32> %1709, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i620.us.us.i = bitcast <16 x i32> %1710 to <32 x bfloat>
+  %r.i621.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i597.us.us.i, <32 x bfloat> %1688, <32 x bfloat> %y.i620.us.us.i)
+  %1711 = getelementptr i8, ptr %1691, i64 20
+  %1712 = load i32, ptr %1711, align 4, !tbaa !4
+  %1713 = insertelement <16 x i32> poison, i32 %1712, i64 0
+  %1714 = shufflevector <16 x i32> %1713, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i623.us.us.i = bitcast <16 x i32> %1714 to <32 x bfloat>
+  %r.i624.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i600.us.us.i, <32 x bfloat> %1688, <32 x bfloat> %y.i623.us.us.i)
+  %1715 = getelementptr i8, ptr %1691, i64 24
+  %1716 = load i32, ptr %1715, align 4, !tbaa !4
+  %1717 = insertelement <16 x i32> poison, i32 %1716, i64 0
+  %1718 = shufflevector <16 x i32> %1717, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i626.us.us.i = bitcast <16 x i32> %1718 to <32 x bfloat>
+  %r.i627.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i603.us.us.i, <32 x bfloat> %1688, <32 x bfloat> %y.i626.us.us.i)
+  %1719 = getelementptr i8, ptr %1691, i64 28
+  %1720 = load i32, ptr %1719, align 4, !tbaa !4
+  %1721 = insertelement <16 x i32> poison, i32 %1720, i64 0
+  %1722 = shufflevector <16 x i32> %1721, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i629.us.us.i = bitcast <16 x i32> %1722 to <32 x bfloat>
+  %r.i630.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i606.us.us.i, <32 x bfloat> %1688, <32 x bfloat> %y.i629.us.us.i)
+  %1723 = getelementptr i8, ptr %gep1769.i, i64 192
+  %1724 = load <32 x bfloat>, ptr %1723, align 4, !tbaa !4
+  %1725 = or disjoint i64 %1652, 3
+  %1726 = mul nsw i64 %1725, %k_row
+  %1727 = getelementptr i32, ptr %1607, i64 %1726
+  %1728 = load i32, ptr %1727, align 4, !tbaa !4
+  %1729 = insertelement <16 x i32> poison, i32 %1728, i64 0
+  %1730 = shufflevector <16 x i32> %1729, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i632.us.us.i = bitcast <16 x i32> %1730 to <32 x bfloat>
+  %r.i633.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i609.us.us.i, <32 x bfloat> %1724, <32 x bfloat> %y.i632.us.us.i)
+  %1731 = getelementptr i8, ptr %1727, i64 4
+  %1732 = load i32, ptr %1731, align 4, !tbaa !4
+  %1733 = insertelement <16 x i32> poison, i32 %1732, i64 0
+  %1734 = shufflevector <16 x i32> %1733, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i635.us.us.i = bitcast <16 x i32> %1734 to <32 x bfloat>
+  %r.i636.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i612.us.us.i, <32 x bfloat> %1724, <32 x bfloat> %y.i635.us.us.i)
+  %1735 = getelementptr i8, ptr %1727, i64 8
+  %1736 = load i32, ptr %1735, align 4, !tbaa !4
+  %1737 = insertelement <16 x i32> poison, i32 %1736, i64 0
+  %1738 = shufflevector <16 x i32> %1737, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i638.us.us.i = bitcast <16 x i32> %1738 to <32 x bfloat>
+  %r.i639.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i615.us.us.i, <32 x bfloat> %1724, <32 x bfloat> %y.i638.us.us.i)
+  %1739 = getelementptr i8, ptr %1727, i64 12
+  %1740 = load i32, ptr %1739, align 4, !tbaa !4
+  %1741 = insertelement <16 x i32> poison, i32 %1740, i64 0
+  %1742 = shufflevector <16 x i32> %1741, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i641.us.us.i = bitcast <16 x i32> %1742 to <32 x bfloat>
+  %r.i642.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i618.us.us.i, <32 x bfloat> %1724, <32 x bfloat> %y.i641.us.us.i)
+  %1743 = getelementptr i8, ptr %1727, i64 16
+  %1744 = load i32, ptr %1743, align 4, !tbaa !4
+  %1745 = insertelement <16 x i32> poison, i32 %1744, i64 0
+  %1746 = shufflevector <16 x i32> %1745, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i644.us.us.i = bitcast <16 x i32> %1746 to <32 x bfloat>
+  %r.i645.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i621.us.us.i, <32 x bfloat> %1724, <32 x bfloat> %y.i644.us.us.i)
+  %1747 = getelementptr i8, ptr %1727, i64 20
+  %1748 = load i32, ptr %1747, align 4, !tbaa !4
+  %1749 = insertelement <16 x i32> poison, i32 %1748, i64 0
+  %1750 = shufflevector <16 x i32> %1749, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i647.us.us.i = bitcast <16 x i32> %1750 to <32 x bfloat>
+  %r.i648.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i624.us.us.i, <32 x bfloat> %1724, <32 x bfloat> %y.i647.us.us.i)
+  %1751 = getelementptr i8, ptr %1727, i64 24
+  %1752 = load i32, ptr %1751, align 4, !tbaa !4
+  %1753 = insertelement <16 x i32> poison, i32 %1752, i64 0
+  %1754 = shufflevector <16 x i32> %1753, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i650.us.us.i = bitcast <16 x i32> %1754 to <32 x bfloat>
+  %r.i651.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i627.us.us.i, <32 x bfloat> %1724, <32 x bfloat> %y.i650.us.us.i)
+  %1755 = getelementptr i8, ptr %1727, i64 28
+  %1756 = load i32, ptr %1755, align 4, !tbaa !4
+  %1757 = insertelement <16 x i32> poison, i32 %1756, i64 0
+  %1758 = shufflevector <16 x i32> %1757, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i653.us.us.i = bitcast <16 x i32> %1758 to <32 x bfloat>
+  %r.i654.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i630.us.us.i, <32 x bfloat> %1724, <32 x bfloat> %y.i653.us.us.i)
+  %1759 = getelementptr i8, ptr %gep1769.i, i64 256
+  %1760 = load <32 x bfloat>, ptr %1759, align 4, !tbaa !4
+  %1761 = or disjoint i64 %1652, 4
+  %1762 = mul nsw i64 %1761, %k_row
+  %1763 = getelementptr i32, ptr %1607, i64 %1762
+  %1764 = load i32, ptr %1763, align 4, !tbaa !4
+  %1765 = insertelement <16 x i32> poison, i32 %1764, i64 0
+  %1766 = shufflevector <16 x i32> %1765, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i656.us.us.i = bitcast <16 x i32> %1766 to <32 x bfloat>
+  %r.i657.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i633.us.us.i, <32 x bfloat> %1760, <32 x bfloat> %y.i656.us.us.i)
+  %1767 = getelementptr i8, ptr %1763, i64 4
+  %1768 = load i32, ptr %1767, align 4, !tbaa !4
+  %1769 = insertelement <16 x i32> poison, i32 %1768, i64 0
+  %1770 = shufflevector <16 x i32> %1769, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i659.us.us.i = bitcast <16 x i32> %1770 to <32 x bfloat>
+  %r.i660.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i636.us.us.i, <32 x bfloat> %1760, <32 x bfloat> %y.i659.us.us.i)
+  %1771 = getelementptr i8, ptr %1763, i64 8
+  %1772 = load i32, ptr %1771, align 4, !tbaa !4
+  %1773 = insertelement <16 x i32> poison, i32 %1772, i64 0
+  %1774 = shufflevector <16 x i32> %1773, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i662.us.us.i = bitcast <16 x i32> %1774 to <32 x bfloat>
+  %r.i663.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i639.us.us.i, <32 x bfloat> %1760, <32 x bfloat> %y.i662.us.us.i)
+  %1775 = getelementptr i8, ptr %1763, i64 12
+  %1776 = load i32, ptr %1775, align 4, !tbaa !4
+  %1777 = insertelement <16 x i32> poison, i32 %1776, i64 0
+  %1778 = shufflevector <16 x i32> %1777, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i665.us.us.i = bitcast <16 x i32> %1778 to <32 x bfloat>
+  %r.i666.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i642.us.us.i, <32 x bfloat> %1760, <32 x bfloat> %y.i665.us.us.i)
+  %1779 = getelementptr i8, ptr %1763, i64 16
+  %1780 = load i32, ptr %1779, align 4, !tbaa !4
+  %1781 = insertelement <16 x i32> poison, i32 %1780, i64 0
+  %1782 = shufflevector <16 x i32> %1781, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i668.us.us.i = bitcast <16 x i32> %1782 to <32 x bfloat>
+  %r.i669.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i645.us.us.i, <32 x bfloat> %1760, <32 x bfloat> %y.i668.us.us.i)
+  %1783 = getelementptr i8, ptr %1763, i64 20
+  %1784 = load i32, ptr %1783, align 4, !tbaa !4
+  %1785 = insertelement <16 x i32> poison, i32 %1784, i64 0
+  %1786 = shufflevector <16 x i32> %1785, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i671.us.us.i = bitcast <16 x i32> %1786 to <32 x bfloat>
+  %r.i672.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i648.us.us.i, <32 x bfloat> %1760, <32 x bfloat> %y.i671.us.us.i)
+  %1787 = getelementptr i8, ptr %1763, i64 24
+  %1788 = load i32, ptr %1787, align 4, !tbaa !4
+  %1789 = insertelement <16 x i32> poison, i32 %1788, i64 0
+  %1790 = shufflevector <16 x i32> %1789, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i674.us.us.i = bitcast <16 x i32> %1790 to <32 x bfloat>
+  %r.i675.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i651.us.us.i, <32 x bfloat> %1760, <32 x bfloat> %y.i674.us.us.i)
+  %1791 = getelementptr i8, ptr %1763, i64 28
+  %1792 = load i32, ptr %1791, align 4, !tbaa !4
+  %1793 = insertelement <16 x i32> poison, i32 %1792, i64 0
+  %1794 = shufflevector <16 x i32> %1793, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i677.us.us.i = bitcast <16 x i32> %1794 to <32 x bfloat>
+  %r.i678.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i654.us.us.i, <32 x bfloat> %1760, <32 x bfloat> %y.i677.us.us.i)
+  %1795 = getelementptr i8, ptr %gep1769.i, i64 320
+  %1796 = load <32 x bfloat>, ptr %1795, align 4, !tbaa !4
+  %1797 = or disjoint i64 %1652, 5
+  %1798 = mul nsw i64 %1797, %k_row
+  %1799 = getelementptr i32, ptr %1607, i64 %1798
+  %1800 = load i32, ptr %1799, align 4, !tbaa !4
+  %1801 = insertelement <16 x i32> poison, i32 %1800, i64 0
+  %1802 = shufflevector <16 x i32> %1801, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i680.us.us.i = bitcast <16 x i32> %1802 to <32 x bfloat>
+  %r.i681.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i657.us.us.i, <32 x bfloat> %1796, <32 x bfloat> %y.i680.us.us.i)
+  %1803 = getelementptr i8, ptr %1799, i64 4
+  %1804 = load i32, ptr %1803, align 4, !tbaa !4
+  %1805 = insertelement <16 x i32> poison, i32 %1804, i64 0
+  %1806 = shufflevector <16 x i32> %1805, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i683.us.us.i = bitcast <16 x i32> %1806 to <32 x bfloat>
+  %r.i684.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i660.us.us.i, <32 x bfloat> %1796, <32 x bfloat> %y.i683.us.us.i)
+  %1807 = getelementptr i8, ptr %1799, i64 8
+  %1808 = load i32, ptr %1807, align 4, !tbaa !4
+  %1809 = insertelement <16 x i32> poison, i32 %1808, i64 0
+  %1810 = shufflevector <16 x i32> %1809, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i686.us.us.i = bitcast <16 x i32> %1810 to <32 x bfloat>
+  %r.i687.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i663.us.us.i, <32 x bfloat> %1796, <32 x bfloat> %y.i686.us.us.i)
+  %1811 = getelementptr i8, ptr %1799, i64 12
+  %1812 = load i32, ptr %1811, align 4, !tbaa !4
+  %1813 = insertelement <16 x i32> poison, i32 %1812, i64 0
+  %1814 = shufflevector <16 x i32> %1813, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i689.us.us.i = bitcast <16 x i32> %1814 to <32 x bfloat>
+  %r.i690.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i666.us.us.i, <32 x bfloat> %1796, <32 x bfloat> %y.i689.us.us.i)
+  %1815 = getelementptr i8, ptr %1799, i64 16
+  %1816 = load i32, ptr %1815, align 4, !tbaa !4
+  %1817 = insertelement <16 x i32> poison, i32 %1816, i64 0
+  %1818 = shufflevector <16 x i32> %1817, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i692.us.us.i = bitcast <16 x i32> %1818 to <32 x bfloat>
+  %r.i693.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i669.us.us.i, <32 x bfloat> %1796, <32 x bfloat> %y.i692.us.us.i)
+  %1819 = getelementptr i8, ptr %1799, i64 20
+  %1820 = load i32, ptr %1819, align 4, !tbaa !4
+  %1821 = insertelement <16 x i32> poison, i32 %1820, i64 0
+  %1822 = shufflevector <16 x i32> %1821, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i695.us.us.i = bitcast <16 x i32> %1822 to <32 x bfloat>
+  %r.i696.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i672.us.us.i, <32 x bfloat> %1796, <32 x bfloat> %y.i695.us.us.i)
+  %1823 = getelementptr i8, ptr %1799, i64 24
+  %1824 = load i32, ptr %1823, align 4, !tbaa !4
+  %1825 = insertelement <16 x i32> poison, i32 %1824, i64 0
+  %1826 = shufflevector <16 x i32> %1825, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i698.us.us.i = bitcast <16 x i32> %1826 to <32 x bfloat>
+  %r.i699.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i675.us.us.i, <32 x bfloat> %1796, <32 x bfloat> %y.i698.us.us.i)
+  %1827 = getelementptr i8, ptr %1799, i64 28
+  %1828 = load i32, ptr %1827, align 4, !tbaa !4
+  %1829 = insertelement <16 x i32> poison, i32 %1828, i64 0
+  %1830 = shufflevector <16 x i32> %1829, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i701.us.us.i = bitcast <16 x i32> %1830 to <32 x bfloat>
+  %r.i702.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i678.us.us.i, <32 x bfloat> %1796, <32 x bfloat> %y.i701.us.us.i)
+  %1831 = getelementptr i8, ptr %gep1769.i, i64 384
+  %1832 = load <32 x bfloat>, ptr %1831, align 4, !tbaa !4
+  %1833 = or disjoint i64 %1652, 6
+  %1834 = mul nsw i64 %1833, %k_row
+  %1835 = getelementptr i32, ptr %1607, i64 %1834
+  %1836 = load i32, ptr %1835, align 4, !tbaa !4
+  %1837 = insertelement <16 x i32> poison, i32 %1836, i64 0
+  %1838 = shufflevector <16 x i32> %1837, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i704.us.us.i = bitcast <16 x i32> %1838 to <32 x bfloat>
+  %r.i705.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i681.us.us.i, <32 x bfloat> %1832, <32 x bfloat> %y.i704.us.us.i)
+  %1839 = getelementptr i8, ptr %1835, i64 4
+  %1840 = load i32, ptr %1839, align 4, !tbaa !4
+  %1841 = insertelement <16 x i32> poison, i32 %1840, i64 0
+  %1842 = shufflevector <16 x i32> %1841, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i707.us.us.i = bitcast <16 x i32> %1842 to <32 x bfloat>
+  %r.i708.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i684.us.us.i, <32 x bfloat> %1832, <32 x bfloat> %y.i707.us.us.i)
+  %1843 = getelementptr i8, ptr %1835, i64 8
+  %1844 = load i32, ptr %1843, align 4, !tbaa !4
+  %1845 = insertelement <16 x i32> poison, i32 %1844, i64 0
+  %1846 = shufflevector <16 x i32> %1845, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i710.us.us.i = bitcast <16 x i32> %1846 to <32 x bfloat>
+  %r.i711.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i687.us.us.i, <32 x bfloat> %1832, <32 x bfloat> %y.i710.us.us.i)
+  %1847 = getelementptr i8, ptr %1835, i64 12
+  %1848 = load i32, ptr %1847, align 4, !tbaa !4
+  %1849 = insertelement <16 x i32> poison, i32 %1848, i64 0
+  %1850 = shufflevector <16 x i32> %1849, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i713.us.us.i = bitcast <16 x i32> %1850 to <32 x bfloat>
+  %r.i714.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i690.us.us.i, <32 x bfloat> %1832, <32 x bfloat> %y.i713.us.us.i)
+  %1851 = getelementptr i8, ptr %1835, i64 16
+  %1852 = load i32, ptr %1851, align 4, !tbaa !4
+  %1853 = insertelement <16 x i32> poison, i32 %1852, i64 0
+  %1854 = shufflevector <16 x i32> %1853, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i716.us.us.i = bitcast <16 x i32> %1854 to <32 x bfloat>
+  %r.i717.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i693.us.us.i, <32 x bfloat> %1832, <32 x bfloat> %y.i716.us.us.i)
+  %1855 = getelementptr i8, ptr %1835, i64 20
+  %1856 = load i32, ptr %1855, align 4, !tbaa !4
+  %1857 = insertelement <16 x i32> poison, i32 %1856, i64 0
+  %1858 = shufflevector <16 x i32> %1857, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i719.us.us.i = bitcast <16 x i32> %1858 to <32 x bfloat>
+  %r.i720.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i696.us.us.i, <32 x bfloat> %1832, <32 x bfloat> %y.i719.us.us.i)
+  %1859 = getelementptr i8, ptr %1835, i64 24
+  %1860 = load i32, ptr %1859, align 4, !tbaa !4
+  %1861 = insertelement <16 x i32> poison, i32 %1860, i64 0
+  %1862 = shufflevector <16 x i32> %1861, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i722.us.us.i = bitcast <16 x i32> %1862 to <32 x bfloat>
+  %r.i723.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.us.us.i, <32 x bfloat> %1832, <32 x bfloat> %y.i722.us.us.i)
+  %1863 = getelementptr i8, ptr %1835, i64 28
+  %1864 = load i32, ptr %1863, align 4, !tbaa !4
+  %1865 = insertelement <16 x i32> poison, i32 %1864, i64 0
+  %1866 = shufflevector <16 x i32> %1865, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i725.us.us.i = bitcast <16 x i32> %1866 to <32 x bfloat>
+  %r.i726.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i702.us.us.i, <32 x bfloat> %1832, <32 x bfloat> %y.i725.us.us.i)
+  %1867 = getelementptr i8, ptr %gep1769.i, i64 448
+  %1868 = load <32 x bfloat>, ptr %1867, align 4, !tbaa !4
+  %1869 = or disjoint i64 %1652, 7
+  %1870 = mul nsw i64 %1869, %k_row
+  %1871 = getelementptr i32, ptr %1607, i64 %1870
+  %1872 = load i32, ptr %1871, align 4, !tbaa !4
+  %1873 = insertelement <16 x i32> poison, i32 %1872, i64 0
+  %1874 = shufflevector <16 x i32> %1873, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i728.us.us.i = bitcast <16 x i32> %1874 to <32 x bfloat>
+  %r.i729.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i705.us.us.i, <32 x bfloat> %1868, <32 x bfloat> %y.i728.us.us.i)
+  %1875 = getelementptr i8, ptr %1871, i64 4
+  %1876 = load i32, ptr %1875, align 4, !tbaa !4
+  %1877 = insertelement <16 x i32> poison, i32 %1876, i64 0
+  %1878 = shufflevector <16 x i32> %1877, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i731.us.us.i = bitcast <16 x i32> %1878 to <32 x bfloat>
+  %r.i732.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i708.us.us.i, <32 x bfloat> %1868, <32 x bfloat> %y.i731.us.us.i)
+  %1879 = getelementptr i8, ptr %1871, i64 8
+  %1880 = load i32, ptr %1879, align 4, !tbaa !4
+  %1881 = insertelement <16 x i32> poison, i32 %1880, i64 0
+  %1882 = shufflevector <16 x i32> %1881, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i734.us.us.i = bitcast <16 x i32> %1882 to <32 x bfloat>
+  %r.i735.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i711.us.us.i, <32 x bfloat> %1868, <32 x bfloat> %y.i734.us.us.i)
+  %1883 = getelementptr i8, ptr %1871, i64 12
+  %1884 = load i32, ptr %1883, align 4, !tbaa !4
+  %1885 = insertelement <16 x i32> poison, i32 %1884, i64 0
+  %1886 = shufflevector <16 x i32> %1885, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i737.us.us.i = bitcast <16 x i32> %1886 to <32 x bfloat>
+  %r.i738.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i714.us.us.i, <32 x bfloat> %1868, <32 x bfloat> %y.i737.us.us.i)
+  %1887 = getelementptr i8, ptr %1871, i64 16
+  %1888 = load i32, ptr %1887, align 4, !tbaa !4
+  %1889 = insertelement <16 x i32> poison, i32 %1888, i64 0
+  %1890 = shufflevector <16 x i32> %1889, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i740.us.us.i = bitcast <16 x i32> %1890 to <32 x bfloat>
+  %r.i741.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i717.us.us.i, <32 x bfloat> %1868, <32 x bfloat> %y.i740.us.us.i)
+  %1891 = getelementptr i8, ptr %1871, i64 20
+  %1892 = load i32, ptr %1891, align 4, !tbaa !4
+  %1893 = insertelement <16 x i32> poison, i32 %1892, i64 0
+  %1894 = shufflevector <16 x i32> %1893, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i743.us.us.i = bitcast <16 x i32> %1894 to <32 x bfloat>
+  %r.i744.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i720.us.us.i, <32 x bfloat> %1868, <32 x bfloat> %y.i743.us.us.i)
+  %1895 = getelementptr i8, ptr %1871, i64 24
+  %1896 = load i32, ptr %1895, align 4, !tbaa !4
+  %1897 = insertelement <16 x i32> poison, i32 %1896, i64 0
+  %1898 = shufflevector <16 x i32> %1897, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i746.us.us.i = bitcast <16 x i32> %1898 to <32 x bfloat>
+  %r.i747.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i723.us.us.i, <32 x bfloat> %1868, <32 x bfloat> %y.i746.us.us.i)
+  %1899 = getelementptr i8, ptr %1871, i64 28
+  %1900 = load i32, ptr %1899, align 4, !tbaa !4
+  %1901 = insertelement <16 x i32> poison, i32 %1900, i64 0
+  %1902 = shufflevector <16 x i32> %1901, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i749.us.us.i = bitcast <16 x i32> %1902 to <32 x bfloat>
+  %r.i750.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i726.us.us.i, <32 x bfloat> %1868, <32 x bfloat> %y.i749.us.us.i)
+  %1903 = getelementptr i8, ptr %gep1769.i, i64 512
+  %1904 = load <32 x bfloat>, ptr %1903, align 4, !tbaa !4
+  %1905 = or disjoint i64 %1652, 8
+  %1906 = mul nsw i64 %1905, %k_row
+  %1907 = getelementptr i32, ptr %1607, i64 %1906
+  %1908 = load i32, ptr %1907, align 4, !tbaa !4
+  %1909 = insertelement <16 x i32> poison, i32 %1908, i64 0
+  %1910 = shufflevector <16 x i32> %1909, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i752.us.us.i = bitcast <16 x i32> %1910 to <32 x bfloat>
+  %r.i753.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i729.us.us.i, <32 x bfloat> %1904, <32 x bfloat> %y.i752.us.us.i)
+  %1911 = getelementptr i8, ptr %1907, i64 4
+  %1912 = load i32, ptr %1911, align 4, !tbaa !4
+  %1913 = insertelement <16 x i32> poison, i32 %1912, i64 0
+  %1914 = shufflevector <16 x i32> %1913, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i755.us.us.i = bitcast <16 x i32> %1914 to <32 x bfloat>
+  %r.i756.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i732.us.us.i, <32 x bfloat> %1904, <32 x bfloat> %y.i755.us.us.i)
+  %1915 = getelementptr i8, ptr %1907, i64 8
+  %1916 = load i32, ptr %1915, align 4, !tbaa !4
+  %1917 = insertelement <16 x i32> poison, i32 %1916, i64 0
+  %1918 = shufflevector <16 x i32> %1917, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i758.us.us.i = bitcast <16 x i32> %1918 to <32 x bfloat>
+  %r.i759.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i735.us.us.i, <32 x bfloat> %1904, <32 x bfloat> %y.i758.us.us.i)
+  %1919 = getelementptr i8, ptr %1907, i64 12
+  %1920 = load i32, ptr %1919, align 4, !tbaa !4
+  %1921 = insertelement <16 x i32> poison, i32 %1920, i64 0
+  %1922 = shufflevector <16 x i32> %1921, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i761.us.us.i = bitcast <16 x i32> %1922 to <32 x bfloat>
+  %r.i762.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i738.us.us.i, <32 x bfloat> %1904, <32 x bfloat> %y.i761.us.us.i)
+  %1923 = getelementptr i8, ptr %1907, i64 16
+  %1924 = load i32, ptr %1923, align 4, !tbaa !4
+  %1925 = insertelement <16 x i32> poison, i32 %1924, i64 0
+  %1926 = shufflevector <16 x i32> %1925, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i764.us.us.i = bitcast <16 x i32> %1926 to <32 x bfloat>
+  %r.i765.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i741.us.us.i, <32 x bfloat> %1904, <32 x bfloat> %y.i764.us.us.i)
+  %1927 = getelementptr i8, ptr %1907, i64 20
+  %1928 = load i32, ptr %1927, align 4, !tbaa !4
+  %1929 = insertelement <16 x i32> poison, i32 %1928, i64 0
+  %1930 = shufflevector <16 x i32> %1929, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i767.us.us.i = bitcast <16 x i32> %1930 to <32 x bfloat>
+  %r.i768.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i744.us.us.i, <32 x bfloat> %1904, <32 x bfloat> %y.i767.us.us.i)
+  %1931 = getelementptr i8, ptr %1907, i64 24
+  %1932 = load i32, ptr %1931, align 4, !tbaa !4
+  %1933 = insertelement <16 x i32> poison, i32 %1932, i64 0
+  %1934 = shufflevector <16 x i32> %1933, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i770.us.us.i = bitcast <16 x i32> %1934 to <32 x bfloat>
+  %r.i771.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i747.us.us.i, <32 x bfloat> %1904, <32 x bfloat> %y.i770.us.us.i)
+  %1935 = getelementptr i8, ptr %1907, i64 28
+  %1936 = load i32, ptr %1935, align 4, !tbaa !4
+  %1937 = insertelement <16 x i32> poison, i32 %1936, i64 0
+  %1938 = shufflevector <16 x i32> %1937, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i773.us.us.i = bitcast <16 x i32> %1938 to <32 x bfloat>
+  %r.i774.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i750.us.us.i, <32 x bfloat> %1904, <32 x bfloat> %y.i773.us.us.i)
+  %1939 = getelementptr i8, ptr %gep1769.i, i64 576
+  %1940 = load <32 x bfloat>, ptr %1939, align 4, !tbaa !4
+  %1941 = or disjoint i64 %1652, 9
+  %1942 = mul nsw i64 %1941, %k_row
+  %1943 = getelementptr i32, ptr %1607, i64 %1942
+  %1944 = load i32, ptr %1943, align 4, !tbaa !4
+  %1945 = insertelement <16 x i32> poison, i32 %1944, i64 0
+  %1946 = shufflevector <16 x i32> %1945, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i776.us.us.i = bitcast <16 x i32> %1946 to <32 x bfloat>
+  %r.i777.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i753.us.us.i, <32 x bfloat> %1940, <32 x bfloat> %y.i776.us.us.i)
+  %1947 = getelementptr i8, ptr %1943, i64 4
+  %1948 = load i32, ptr %1947, align 4, !tbaa !4
+  %1949 = insertelement <16 x i32> poison, i32 %1948, i64 0
+  %1950 = shufflevector <16 x i32> %1949, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i779.us.us.i = bitcast <16 x i32> %1950 to <32 x bfloat>
+  %r.i780.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i756.us.us.i, <32 x bfloat> %1940, <32 x bfloat> %y.i779.us.us.i)
+  %1951 = getelementptr i8, ptr %1943, i64 8
+  %1952 = load i32, ptr %1951, align 4, !tbaa !4
+  %1953 = insertelement <16 x i32> poison, i32 %1952, i64 0
+  %1954 = shufflevector <16 x i32> %1953, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i782.us.us.i = bitcast <16 x i32> %1954 to <32 x bfloat>
+  %r.i783.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i759.us.us.i, <32 x bfloat> %1940, <32 x bfloat> %y.i782.us.us.i)
+  %1955 = getelementptr i8, ptr %1943, i64 12
+  %1956 = load i32, ptr %1955, align 4, !tbaa !4
+  %1957 = insertelement <16 x i32> poison, i32 %1956, i64 0
+  %1958 = shufflevector <16 x i32> %1957, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i785.us.us.i = bitcast <16 x i32> %1958 to <32 x bfloat>
+  %r.i786.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i762.us.us.i, <32 x bfloat> %1940, <32 x bfloat> %y.i785.us.us.i)
+  %1959 = getelementptr i8, ptr %1943, i64 16
+  %1960 = load i32, ptr %1959, align 4, !tbaa !4
+  %1961 = insertelement <16 x i32> poison, i32 %1960, i64 0
+  %1962 = shufflevector <16 x i32> %1961, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i788.us.us.i = bitcast <16 x i32> %1962 to <32 x bfloat>
+  %r.i789.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i765.us.us.i, <32 x bfloat> %1940, <32 x bfloat> %y.i788.us.us.i)
+  %1963 = getelementptr i8, ptr %1943, i64 20
+  %1964 = load i32, ptr %1963, align 4, !tbaa !4
+  %1965 = insertelement <16 x i32> poison, i32 %1964, i64 0
+  %1966 = shufflevector <16 x i32> %1965, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i791.us.us.i = bitcast <16 x i32> %1966 to <32 x bfloat>
+  %r.i792.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i768.us.us.i, <32 x bfloat> %1940, <32 x bfloat> %y.i791.us.us.i)
+  %1967 = getelementptr i8, ptr %1943, i64 24
+  %1968 = load i32, ptr %1967, align 4, !tbaa !4
+  %1969 = insertelement <16 x i32> poison, i32 %1968, i64 0
+  %1970 = shufflevector <16 x i32> %1969, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i794.us.us.i = bitcast <16 x i32> %1970 to <32 x bfloat>
+  %r.i795.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i771.us.us.i, <32 x bfloat> %1940, <32 x bfloat> %y.i794.us.us.i)
+  %1971 = getelementptr i8, ptr %1943, i64 28
+  %1972 = load i32, ptr %1971, align 4, !tbaa !4
+  %1973 = insertelement <16 x i32> poison, i32 %1972, i64 0
+  %1974 = shufflevector <16 x i32> %1973, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i797.us.us.i = bitcast <16 x i32> %1974 to <32 x bfloat>
+  %r.i798.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i774.us.us.i, <32 x bfloat> %1940, <32 x bfloat> %y.i797.us.us.i)
+  %1975 = getelementptr i8, ptr %gep1769.i, i64 640
+  %1976 = load <32 x bfloat>, ptr %1975, align 4, !tbaa !4
+  %1977 = or disjoint i64 %1652, 10
+  %1978 = mul nsw i64 %1977, %k_row
+  %1979 = getelementptr i32, ptr %1607, i64 %1978
+  %1980 = load i32, ptr %1979, align 4, !tbaa !4
+  %1981 = insertelement <16 x i32> poison, i32 %1980, i64 0
+  %1982 = shufflevector <16 x i32> %1981, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i800.us.us.i = bitcast <16 x i32> %1982 to <32 x bfloat>
+  %r.i801.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i777.us.us.i, <32 x bfloat> %1976, <32 x bfloat> %y.i800.us.us.i)
+  %1983 = getelementptr i8, ptr %1979, i64 4
+  %1984 = load i32, ptr %1983, align 4, !tbaa !4
+  %1985 = insertelement <16 x i32> poison, i32 %1984, i64 0
+  %1986 = shufflevector <16 x i32> %1985, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i803.us.us.i = bitcast <16 x i32> %1986 to <32 x bfloat>
+  %r.i804.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i780.us.us.i, <32 x bfloat> %1976, <32 x bfloat> %y.i803.us.us.i)
+  %1987 = getelementptr i8, ptr %1979, i64 8
+  %1988 = load i32, ptr %1987, align 4, !tbaa !4
+  %1989 = insertelement <16 x i32> poison, i32 %1988, i64 0
+  %1990 = shufflevector <16 x i32> %1989, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i806.us.us.i = bitcast <16 x i32> %1990 to <32 x bfloat>
+  %r.i807.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i783.us.us.i, <32 x bfloat> %1976, <32 x bfloat> %y.i806.us.us.i)
+  %1991 = getelementptr i8, ptr %1979, i64 12
+  %1992 = load i32, ptr %1991, align 4, !tbaa !4
+  %1993 = insertelement <16 x i32> poison, i32 %1992, i64 0
+  %1994 = shufflevector <16 x i32> %1993, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i809.us.us.i = bitcast <16 x i32> %1994 to <32 x bfloat>
+  %r.i810.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i786.us.us.i, <32 x bfloat> %1976, <32 x bfloat> %y.i809.us.us.i)
+  %1995 = getelementptr i8, ptr %1979, i64 16
+  %1996 = load i32, ptr %1995, align 4, !tbaa !4
+  %1997 = insertelement <16 x i32> poison, i32 %1996, i64 0
+  %1998 = shufflevector <16 x i32> %1997, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i812.us.us.i = bitcast <16 x i32> %1998 to <32 x bfloat>
+  %r.i813.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i789.us.us.i, <32 x bfloat> %1976, <32 x bfloat> %y.i812.us.us.i)
+  %1999 = getelementptr i8, ptr %1979, i64 20
+  %2000 = load i32, ptr %1999, align 4, !tbaa !4
+  %2001 = insertelement <16 x i32> poison, i32 %2000, i64 0
+  %2002 = shufflevector <16 x i32> %2001, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i815.us.us.i = bitcast <16 x i32> %2002 to <32 x bfloat>
+  %r.i816.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i792.us.us.i, <32 x bfloat> %1976, <32 x bfloat> %y.i815.us.us.i)
+  %2003 = getelementptr i8, ptr %1979, i64 24
+  %2004 = load i32, ptr %2003, align 4, !tbaa !4
+  %2005 = insertelement <16 x i32> poison, i32 %2004, i64 0
+  %2006 = shufflevector <16 x i32> %2005, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i818.us.us.i = bitcast <16 x i32> %2006 to <32 x bfloat>
+  %r.i819.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i795.us.us.i, <32 x bfloat> %1976, <32 x bfloat> %y.i818.us.us.i)
+  %2007 = getelementptr i8, ptr %1979, i64 28
+  %2008 = load i32, ptr %2007, align 4, !tbaa !4
+  %2009 = insertelement <16 x i32> poison, i32 %2008, i64 0
+  %2010 = shufflevector <16 x i32> %2009, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i821.us.us.i = bitcast <16 x i32> %2010 to <32 x bfloat>
+  %r.i822.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i798.us.us.i, <32 x bfloat> %1976, <32 x bfloat> %y.i821.us.us.i)
+  %2011 = getelementptr i8, ptr %gep1769.i, i64 704
+  %2012 = load <32 x bfloat>, ptr %2011, align 4, !tbaa !4
+  %2013 = or disjoint i64 %1652, 11
+  %2014 = mul nsw i64 %2013, %k_row
+  %2015 = getelementptr i32, ptr %1607, i64 %2014
+  %2016 = load i32, ptr %2015, align 4, !tbaa !4
+  %2017 = insertelement <16 x i32> poison, i32 %2016, i64 0
+  %2018 = shufflevector <16 x i32> %2017, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i824.us.us.i = bitcast <16 x i32> %2018 to <32 x bfloat>
+  %r.i825.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i801.us.us.i, <32 x bfloat> %2012, <32 x bfloat> %y.i824.us.us.i)
+  %2019 = getelementptr i8, ptr %2015, i64 4
+  %2020 = load i32, ptr %2019, align 4, !tbaa !4
+  %2021 = insertelement <16 x i32> poison, i32 %2020, i64 0
+  %2022 = shufflevector <16 x i32> %2021, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i827.us.us.i = bitcast <16 x i32> %2022 to <32 x bfloat>
+  %r.i828.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i804.us.us.i, <32 x bfloat> %2012, <32 x bfloat> %y.i827.us.us.i)
+  %2023 = getelementptr i8, ptr %2015, i64 8
+  %2024 = load i32, ptr %2023, align 4, !tbaa !4
+  %2025 = insertelement <16 x i32> poison, i32 %2024, i64 0
+  %2026 = shufflevector <16 x i32> %2025, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i830.us.us.i = bitcast <16 x i32> %2026 to <32 x bfloat>
+  %r.i831.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i807.us.us.i, <32 x bfloat> %2012, <32 x bfloat> %y.i830.us.us.i)
+  %2027 = getelementptr i8, ptr %2015, i64 12
+  %2028 = load i32, ptr %2027, align 4, !tbaa !4
+  %2029 = insertelement <16 x i32> poison, i32 %2028, i64 0
+  %2030 = shufflevector <16 x i32> %2029, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i833.us.us.i = bitcast <16 x i32> %2030 to <32 x bfloat>
+  %r.i834.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i810.us.us.i, <32 x bfloat> %2012, <32 x bfloat> %y.i833.us.us.i)
+  %2031 = getelementptr i8, ptr %2015, i64 16
+  %2032 = load i32, ptr %2031, align 4, !tbaa !4
+  %2033 = insertelement <16 x i32> poison, i32 %2032, i64 0
+  %2034 = shufflevector <16 x i32> %2033, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i836.us.us.i = bitcast <16 x i32> %2034 to <32 x bfloat>
+  %r.i837.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i813.us.us.i, <32 x bfloat> %2012, <32 x bfloat> %y.i836.us.us.i)
+  %2035 = getelementptr i8, ptr %2015, i64 20
+  %2036 = load i32, ptr %2035, align 4, !tbaa !4
+  %2037 = insertelement <16 x i32> poison, i32 %2036, i64 0
+  %2038 = shufflevector <16 x i32> %2037, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i839.us.us.i = bitcast <16 x i32> %2038 to <32 x bfloat>
+  %r.i840.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i816.us.us.i, <32 x bfloat> %2012, <32 x bfloat> %y.i839.us.us.i)
+  %2039 = getelementptr i8, ptr %2015, i64 24
+  %2040 = load i32, ptr %2039, align 4, !tbaa !4
+  %2041 = insertelement <16 x i32> poison, i32 %2040, i64 0
+  %2042 = shufflevector <16 x i32> %2041, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i842.us.us.i = bitcast <16 x i32> %2042 to <32 x bfloat>
+  %r.i843.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i819.us.us.i, <32 x bfloat> %2012, <32 x bfloat> %y.i842.us.us.i)
+  %2043 = getelementptr i8, ptr %2015, i64 28
+  %2044 = load i32, ptr %2043, align 4, !tbaa !4
+  %2045 = insertelement <16 x i32> poison, i32 %2044, i64 0
+  %2046 = shufflevector <16 x i32> %2045, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i845.us.us.i = bitcast <16 x i32> %2046 to <32 x bfloat>
+  %r.i846.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i822.us.us.i, <32 x bfloat> %2012, <32 x bfloat> %y.i845.us.us.i)
+  %2047 = getelementptr i8, ptr %gep1769.i, i64 768
+  %2048 = load <32 x bfloat>, ptr %2047, align 4, !tbaa !4
+  %2049 = or disjoint i64 %1652, 12
+  %2050 = mul nsw i64 %2049, %k_row
+  %2051 = getelementptr i32, ptr %1607, i64 %2050
+  %2052 = load i32, ptr %2051, align 4, !tbaa !4
+  %2053 = insertelement <16 x i32> poison, i32 %2052, i64 0
+  %2054 = shufflevector <16 x i32> %2053, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i848.us.us.i = bitcast <16 x i32> %2054 to <32 x bfloat>
+  %r.i849.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i825.us.us.i, <32 x bfloat> %2048, <32 x bfloat> %y.i848.us.us.i)
+  %2055 = getelementptr i8, ptr %2051, i64 4
+  %2056 = load i32, ptr %2055, align 4, !tbaa !4
+  %2057 = insertelement <16 x i32> poison, i32 %2056, i64 0
+  %2058 = shufflevector <16 x i32> %2057, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i851.us.us.i = bitcast <16 x i32> %2058 to <32 x bfloat>
+  %r.i852.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i828.us.us.i, <32 x bfloat> %2048, <32 x bfloat> %y.i851.us.us.i)
+  %2059 = getelementptr i8, ptr %2051, i64 8
+  %2060 = load i32, ptr %2059, align 4, !tbaa !4
+  %2061 = insertelement <16 x i32> poison, i32 %2060, i64 0
+  %2062 = shufflevector <16 x i32> %2061, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i854.us.us.i = bitcast <16 x i32> %2062 to <32 x bfloat>
+  %r.i855.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i831.us.us.i, <32 x bfloat> %2048, <32 x bfloat> %y.i854.us.us.i)
+  %2063 = getelementptr i8, ptr %2051, i64 12
+  %2064 = load i32, ptr %2063, align 4, !tbaa !4
+  %2065 = insertelement <16 x i32> poison, i32 %2064, i64 0
+  %2066 = shufflevector <16 x i32> %2065, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i857.us.us.i = bitcast <16 x i32> %2066 to <32 x bfloat>
+  %r.i858.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i834.us.us.i, <32 x bfloat> %2048, <32 x bfloat> %y.i857.us.us.i)
+  %2067 = getelementptr i8, ptr %2051, i64 16
+  %2068 = load i32, ptr %2067, align 4, !tbaa !4
+  %2069 = insertelement <16 x i32> poison, i32 %2068, i64 0
+  %2070 = shufflevector <16 x i32> %2069, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i860.us.us.i = bitcast <16 x i32> %2070 to <32 x bfloat>
+  %r.i861.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i837.us.us.i, <32 x bfloat> %2048, <32 x bfloat> %y.i860.us.us.i)
+  %2071 = getelementptr i8, ptr %2051, i64 20
+  %2072 = load i32, ptr %2071, align 4, !tbaa !4
+  %2073 = insertelement <16 x i32> poison, i32 %2072, i64 0
+  %2074 = shufflevector <16 x i32> %2073, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i863.us.us.i = bitcast <16 x i32> %2074 to <32 x bfloat>
+  %r.i864.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i840.us.us.i, <32 x bfloat> %2048, <32 x bfloat> %y.i863.us.us.i)
+  %2075 = getelementptr i8, ptr %2051, i64 24
+  %2076 = load i32, ptr %2075, align 4, !tbaa !4
+  %2077 = insertelement <16 x i32> poison, i32 %2076, i64 0
+  %2078 = shufflevector <16 x i32> %2077, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i866.us.us.i = bitcast <16 x i32> %2078 to <32 x bfloat>
+  %r.i867.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i843.us.us.i, <32 x bfloat> %2048, <32 x bfloat> %y.i866.us.us.i)
+  %2079 = getelementptr i8, ptr %2051, i64 28
+  %2080 = load i32, ptr %2079, align 4, !tbaa !4
+  %2081 = insertelement <16 x i32> poison, i32 %2080, i64 0
+  %2082 = shufflevector <16 x i32> %2081, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i869.us.us.i = bitcast <16 x i32> %2082 to <32 x bfloat>
+  %r.i870.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i846.us.us.i, <32 x bfloat> %2048, <32 x bfloat> %y.i869.us.us.i)
+  %2083 = getelementptr i8, ptr %gep1769.i, i64 832
+  %2084 = load <32 x bfloat>, ptr %2083, align 4, !tbaa !4
+  %2085 = or disjoint i64 %1652, 13
+  %2086 = mul nsw i64 %2085, %k_row
+  %2087 = getelementptr i32, ptr %1607, i64 %2086
+  %2088 = load i32, ptr %2087, align 4, !tbaa !4
+  %2089 = insertelement <16 x i32> poison, i32 %2088, i64 0
+  %2090 = shufflevector <16 x i32> %2089, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i872.us.us.i = bitcast <16 x i32> %2090 to <32 x bfloat>
+  %r.i873.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i849.us.us.i, <32 x bfloat> %2084, <32 x bfloat> %y.i872.us.us.i)
+  %2091 = getelementptr i8, ptr %2087, i64 4
+  %2092 = load i32, ptr %2091, align 4, !tbaa !4
+  %2093 = insertelement <16 x i32> poison, i32 %2092, i64 0
+  %2094 = shufflevector <16 x i32> %2093, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i875.us.us.i = bitcast <16 x i32> %2094 to <32 x bfloat>
+  %r.i876.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i852.us.us.i, <32 x bfloat> %2084, <32 x bfloat> %y.i875.us.us.i)
+  %2095 = getelementptr i8, ptr %2087, i64 8
+  %2096 = load i32, ptr %2095, align 4, !tbaa !4
+  %2097 = insertelement <16 x i32> poison, i32 %2096, i64 0
+  %2098 = shufflevector <16 x i32> %2097, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i878.us.us.i = bitcast <16 x i32> %2098 to <32 x bfloat>
+  %r.i879.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i855.us.us.i, <32 x bfloat> %2084, <32 x bfloat> %y.i878.us.us.i)
+  %2099 = getelementptr i8, ptr %2087, i64 12
+  %2100 = load i32, ptr %2099, align 4, !tbaa !4
+  %2101 = insertelement <16 x i32> poison, i32 %2100, i64 0
+  %2102 = shufflevector <16 x i32> %2101, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i881.us.us.i = bitcast <16 x i32> %2102 to <32 x bfloat>
+  %r.i882.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i858.us.us.i, <32 x bfloat> %2084, <32 x bfloat> %y.i881.us.us.i)
+  %2103 = getelementptr i8, ptr %2087, i64 16
+  %2104 = load i32, ptr %2103, align 4, !tbaa !4
+  %2105 = insertelement <16 x i32> poison, i32 %2104, i64 0
+  %2106 = shufflevector <16 x i32> %2105, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i884.us.us.i = bitcast <16 x i32> %2106 to <32 x bfloat>
+  %r.i885.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i861.us.us.i, <32 x bfloat> %2084, <32 x bfloat> %y.i884.us.us.i)
+  %2107 = getelementptr i8, ptr %2087, i64 20
+  %2108 = load i32, ptr %2107, align 4, !tbaa !4
+  %2109 = insertelement <16 x i32> poison, i32 %2108, i64 0
+  %2110 = shufflevector <16 x i32> %2109, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i887.us.us.i = bitcast <16 x i32> %2110 to <32 x bfloat>
+  %r.i888.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i864.us.us.i, <32 x bfloat> %2084, <32 x bfloat> %y.i887.us.us.i)
+  %2111 = getelementptr i8, ptr %2087, i64 24
+  %2112 = load i32, ptr %2111, align 4, !tbaa !4
+  %2113 = insertelement <16 x i32> poison, i32 %2112, i64 0
+  %2114 = shufflevector <16 x i32> %2113, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i890.us.us.i = bitcast <16 x i32> %2114 to <32 x bfloat>
+  %r.i891.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i867.us.us.i, <32 x bfloat> %2084, <32 x bfloat> %y.i890.us.us.i)
+  %2115 = getelementptr i8, ptr %2087, i64 28
+  %2116 = load i32, ptr %2115, align 4, !tbaa !4
+  %2117 = insertelement <16 x i32> poison, i32 %2116, i64 0
+  %2118 = shufflevector <16 x i32> %2117, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i893.us.us.i = bitcast <16 x i32> %2118 to <32 x bfloat>
+  %r.i894.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i870.us.us.i, <32 x bfloat> %2084, <32 x bfloat> %y.i893.us.us.i)
+  %2119 = getelementptr i8, ptr %gep1769.i, i64 896
+  %2120 = load <32 x bfloat>, ptr %2119, align 4, !tbaa !4
+  %2121 = or disjoint i64 %1652, 14
+  %2122 = mul nsw i64 %2121, %k_row
+  %2123 = getelementptr i32, ptr %1607, i64 %2122
+  %2124 = load i32, ptr %2123, align 4, !tbaa !4
+  %2125 = insertelement <16 x i32> poison, i32 %2124, i64 0
+  %2126 = shufflevector <16 x i32> %2125, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i896.us.us.i = bitcast <16 x i32> %2126 to <32 x bfloat>
+  %r.i897.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i873.us.us.i, <32 x bfloat> %2120, <32 x bfloat> %y.i896.us.us.i)
+  %2127 = getelementptr i8, ptr %2123, i64 4
+  %2128 = load i32, ptr %2127, align 4, !tbaa !4
+  %2129 = insertelement <16 x i32> poison, i32 %2128, i64 0
+  %2130 = shufflevector <16 x i32> %2129, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i899.us.us.i = bitcast <16 x i32> %2130 to <32 x bfloat>
+  %r.i900.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i876.us.us.i, <32 x bfloat> %2120, <32 x bfloat> %y.i899.us.us.i)
+  %2131 = getelementptr i8, ptr %2123, i64 8
+  %2132 = load i32, ptr %2131, align 4, !tbaa !4
+  %2133 = insertelement <16 x i32> poison, i32 %2132, i64 0
+  %2134 = shufflevector <16 x i32> %2133, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i902.us.us.i = bitcast <16 x i32> %2134 to <32 x bfloat>
+  %r.i903.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i879.us.us.i, <32 x bfloat> %2120, <32 x bfloat> %y.i902.us.us.i)
+  %2135 = getelementptr i8, ptr %2123, i64 12
+  %2136 = load i32, ptr %2135, align 4, !tbaa !4
+  %2137 = insertelement <16 x i32> poison, i32 %2136, i64 0
+  %2138 = shufflevector <16 x i32> %2137, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i905.us.us.i = bitcast <16 x i32> %2138 to <32 x bfloat>
+  %r.i906.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i882.us.us.i, <32 x bfloat> %2120, <32 x bfloat> %y.i905.us.us.i)
+  %2139 = getelementptr i8, ptr %2123, i64 16
+  %2140 = load i32, ptr %2139, align 4, !tbaa !4
+  %2141 = insertelement <16 x i32> poison, i32 %2140, i64 0
+  %2142 = shufflevector <16 x i32> %2141, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i908.us.us.i = bitcast <16 x i32> %2142 to <32 x bfloat>
+  %r.i909.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i885.us.us.i, <32 x bfloat> %2120, <32 x bfloat> %y.i908.us.us.i)
+  %2143 = getelementptr i8, ptr %2123, i64 20
+  %2144 = load i32, ptr %2143, align 4, !tbaa !4
+  %2145 = insertelement <16 x i32> poison, i32 %2144, i64 0
+  %2146 = shufflevector <16 x i32> %2145, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i911.us.us.i = bitcast <16 x i32> %2146 to <32 x bfloat>
+  %r.i912.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i888.us.us.i, <32 x bfloat> %2120, <32 x bfloat> %y.i911.us.us.i)
+  %2147 = getelementptr i8, ptr %2123, i64 24
+  %2148 = load i32, ptr %2147, align 4, !tbaa !4
+  %2149 = insertelement <16 x i32> poison, i32 %2148, i64 0
+  %2150 = shufflevector <16 x i32> %2149, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i914.us.us.i = bitcast <16 x i32> %2150 to <32 x bfloat>
+  %r.i915.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i891.us.us.i, <32 x bfloat> %2120, <32 x bfloat> %y.i914.us.us.i)
+  %2151 = getelementptr i8, ptr %2123, i64 28
+  %2152 = load i32, ptr %2151, align 4, !tbaa !4
+  %2153 = insertelement <16 x i32> poison, i32 %2152, i64 0
+  %2154 = shufflevector <16 x i32> %2153, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i917.us.us.i = bitcast <16 x i32> %2154 to <32 x bfloat>
+  %r.i918.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i894.us.us.i, <32 x bfloat> %2120, <32 x bfloat> %y.i917.us.us.i)
+  %2155 = getelementptr i8, ptr %gep1769.i, i64 960
+  %2156 = load <32 x bfloat>, ptr %2155, align 4, !tbaa !4
+  %2157 = or disjoint i64 %1652, 15
+  %2158 = mul nsw i64 %2157, %k_row
+  %2159 = getelementptr i32, ptr %1607, i64 %2158
+  %2160 = load i32, ptr %2159, align 4, !tbaa !4
+  %2161 = insertelement <16 x i32> poison, i32 %2160, i64 0
+  %2162 = shufflevector <16 x i32> %2161, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i920.us.us.i = bitcast <16 x i32> %2162 to <32 x bfloat>
+  %r.i921.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i897.us.us.i, <32 x bfloat> %2156, <32 x bfloat> %y.i920.us.us.i)
+  %2163 = getelementptr i8, ptr %2159, i64 4
+  %2164 = load i32, ptr %2163, align 4, !tbaa !4
+  %2165 = insertelement <16 x i32> poison, i32 %2164, i64 0
+  %2166 = shufflevector <16 x i32> %2165, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i923.us.us.i = bitcast <16 x i32> %2166 to <32 x bfloat>
+  %r.i924.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i900.us.us.i, <32 x bfloat> %2156, <32 x bfloat> %y.i923.us.us.i)
+  %2167 = getelementptr i8, ptr %2159, i64 8
+  %2168 = load i32, ptr %2167, align 4, !tbaa !4
+  %2169 = insertelement <16 x i32> poison, i32 %2168, i64 0
+  %2170 = shufflevector <16 x i32> %2169, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i926.us.us.i = bitcast <16 x i32> %2170 to <32 x bfloat>
+  %r.i927.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i903.us.us.i, <32 x bfloat> %2156, <32 x bfloat> %y.i926.us.us.i)
+  %2171 = getelementptr i8, ptr %2159, i64 12
+  %2172 = load i32, ptr %2171, align 4, !tbaa !4
+  %2173 = insertelement <16 x i32> poison, i32 %2172, i64 0
+  %2174 = shufflevector <16 x i32> %2173, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i929.us.us.i = bitcast <16 x i32> %2174 to <32 x bfloat>
+  %r.i930.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i906.us.us.i, <32 x bfloat> %2156, <32 x bfloat> %y.i929.us.us.i)
+  %2175 = getelementptr i8, ptr %2159, i64 16
+  %2176 = load i32, ptr %2175, align 4, !tbaa !4
+  %2177 = insertelement <16 x i32> poison, i32 %2176, i64 0
+  %2178 = shufflevector <16 x i32> %2177, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i932.us.us.i = bitcast <16 x i32> %2178 to <32 x bfloat>
+  %r.i933.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i909.us.us.i, <32 x bfloat> %2156, <32 x bfloat> %y.i932.us.us.i)
+  %2179 = getelementptr i8, ptr %2159, i64 20
+  %2180 = load i32, ptr %2179, align 4, !tbaa !4
+  %2181 = insertelement <16 x i32> poison, i32 %2180, i64 0
+  %2182 = shufflevector <16 x i32> %2181, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i935.us.us.i = bitcast <16 x i32> %2182 to <32 x bfloat>
+  %r.i936.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i912.us.us.i, <32 x bfloat> %2156, <32 x bfloat> %y.i935.us.us.i)
+  %2183 = getelementptr i8, ptr %2159, i64 24
+  %2184 = load i32, ptr %2183, align 4, !tbaa !4
+  %2185 = insertelement <16 x i32> poison, i32 %2184, i64 0
+  %2186 = shufflevector <16 x i32> %2185, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i938.us.us.i = bitcast <16 x i32> %2186 to <32 x bfloat>
+  %r.i939.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i915.us.us.i, <32 x bfloat> %2156, <32 x bfloat> %y.i938.us.us.i)
+  %2187 = getelementptr i8, ptr %2159, i64 28
+  %2188 = load i32, ptr %2187, align 4, !tbaa !4
+  %2189 = insertelement <16 x i32> poison, i32 %2188, i64 0
+  %2190 = shufflevector <16 x i32> %2189, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i941.us.us.i = bitcast <16 x i32> %2190 to <32 x bfloat>
+  %r.i942.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i918.us.us.i, <32 x bfloat> %2156, <32 x bfloat> %y.i941.us.us.i)
+  %indvars.iv.next1517.i = add nuw nsw i64 %indvars.iv1516.i, 1
+  %exitcond1519.not.i = icmp eq i64 %indvars.iv.next1517.i, 4
+  br i1 %exitcond1519.not.i, label %for_end_d_0.us.us.i, label %for_body_d_0.us.us.i, !prof !30
 
-for_body_r190.us.us.i:                            ; preds = %for_begin_c.for_end_c_crit_edge.us.us.i, %for_body_r190.us.us.preheader.i
-  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.us.i ], [ 0, %for_body_r190.us.us.preheader.i ]
-  %r1931253.us.us.i = phi i32 [ %2737, %for_begin_c.for_end_c_crit_edge.us.us.i ], [ 0, %for_body_r190.us.us.preheader.i ]
-  %2673 = lshr i32 %r1931253.us.us.i, 2
-  %2674 = zext nneg i32 %2673 to i64
-  %2675 = add nuw nsw i64 %2655, %2674
-  %2676 = mul nsw i64 %2675, %621
-  %2677 = getelementptr i8, ptr %1037, i64 %2676
-  br i1 %min.iters.check263, label %for_body_c.us.us.i.preheader, label %vector.scevcheck, !prof !11
+for_begin_line.preheader.us.us.i:                 ; preds = %for_body_to.us.us.i
+  %2191 = shl i64 %indvars.iv1520.i, 5
+  %2192 = and i64 %2191, 32
+  %2193 = shl nuw nsw i64 %indvars.iv1520.i, 3
+  %2194 = trunc nuw nsw i64 %2193 to i32
+  %2195 = and i32 %2194, 2147483632
+  %2196 = add nuw nsw i32 %2195, %1013
+  %2197 = zext nneg i32 %2196 to i64
+  %2198 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %2197
+  %2199 = load i64, ptr %2198, align 8, !tbaa !4
+  %gep1214.us.us.i = getelementptr i32, ptr %invariant.gep1213.us.i, i64 %2199
+  %2200 = mul nsw i64 %2192, %k_row
+  %2201 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2200
+  tail call void @llvm.prefetch.p0(ptr readonly %2201, i32 0, i32 2, i32 1)
+  %2202 = or disjoint i64 %2192, 1
+  %2203 = mul nsw i64 %2202, %k_row
+  %2204 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2203
+  tail call void @llvm.prefetch.p0(ptr readonly %2204, i32 0, i32 2, i32 1)
+  %2205 = or disjoint i64 %2192, 2
+  %2206 = mul nsw i64 %2205, %k_row
+  %2207 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2206
+  tail call void @llvm.prefetch.p0(ptr readonly %2207, i32 0, i32 2, i32 1)
+  %2208 = or disjoint i64 %2192, 3
+  %2209 = mul nsw i64 %2208, %k_row
+  %2210 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2209
+  tail call void @llvm.prefetch.p0(ptr readonly %2210, i32 0, i32 2, i32 1)
+  %2211 = or disjoint i64 %2192, 4
+  %2212 = mul nsw i64 %2211, %k_row
+  %2213 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2212
+  tail call void @llvm.prefetch.p0(ptr readonly %2213, i32 0, i32 2, i32 1)
+  %2214 = or disjoint i64 %2192, 5
+  %2215 = mul nsw i64 %2214, %k_row
+  %2216 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2215
+  tail call void @llvm.prefetch.p0(ptr readonly %2216, i32 0, i32 2, i32 1)
+  %2217 = or disjoint i64 %2192, 6
+  %2218 = mul nsw i64 %2217, %k_row
+  %2219 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2218
+  tail call void @llvm.prefetch.p0(ptr readonly %2219, i32 0, i32 2, i32 1)
+  %2220 = or disjoint i64 %2192, 7
+  %2221 = mul nsw i64 %2220, %k_row
+  %2222 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2221
+  tail call void @llvm.prefetch.p0(ptr readonly %2222, i32 0, i32 2, i32 1)
+  %2223 = or disjoint i64 %2192, 8
+  %2224 = mul nsw i64 %2223, %k_row
+  %2225 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2224
+  tail call void @llvm.prefetch.p0(ptr readonly %2225, i32 0, i32 2, i32 1)
+  %2226 = or disjoint i64 %2192, 9
+  %2227 = mul nsw i64 %2226, %k_row
+  %2228 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2227
+  tail call void @llvm.prefetch.p0(ptr readonly %2228, i32 0, i32 2, i32 1)
+  %2229 = or disjoint i64 %2192, 10
+  %2230 = mul nsw i64 %2229, %k_row
+  %2231 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2230
+  tail call void @llvm.prefetch.p0(ptr readonly %2231, i32 0, i32 2, i32 1)
+  %2232 = or disjoint i64 %2192, 11
+  %2233 = mul nsw i64 %2232, %k_row
+  %2234 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2233
+  tail call void @llvm.prefetch.p0(ptr readonly %2234, i32 0, i32 2, i32 1)
+  %2235 = or disjoint i64 %2192, 12
+  %2236 = mul nsw i64 %2235, %k_row
+  %2237 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2236
+  tail call void @llvm.prefetch.p0(ptr readonly %2237, i32 0, i32 2, i32 1)
+  %2238 = or disjoint i64 %2192, 13
+  %2239 = mul nsw i64 %2238, %k_row
+  %2240 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2239
+  tail call void @llvm.prefetch.p0(ptr readonly %2240, i32 0, i32 2, i32 1)
+  %2241 = or disjoint i64 %2192, 14
+  %2242 = mul nsw i64 %2241, %k_row
+  %2243 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2242
+  tail call void @llvm.prefetch.p0(ptr readonly %2243, i32 0, i32 2, i32 1)
+  %2244 = or disjoint i64 %2192, 15
+  %2245 = mul nsw i64 %2244, %k_row
+  %2246 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2245
+  tail call void @llvm.prefetch.p0(ptr readonly %2246, i32 0, i32 2, i32 1)
+  %2247 = or disjoint i64 %2192, 16
+  %2248 = mul nsw i64 %2247, %k_row
+  %2249 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2248
+  tail call void @llvm.prefetch.p0(ptr readonly %2249, i32 0, i32 2, i32 1)
+  %2250 = or disjoint i64 %2192, 17
+  %2251 = mul nsw i64 %2250, %k_row
+  %2252 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2251
+  tail call void @llvm.prefetch.p0(ptr readonly %2252, i32 0, i32 2, i32 1)
+  %2253 = or disjoint i64 %2192, 18
+  %2254 = mul nsw i64 %2253, %k_row
+  %2255 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2254
+  tail call void @llvm.prefetch.p0(ptr readonly %2255, i32 0, i32 2, i32 1)
+  %2256 = or disjoint i64 %2192, 19
+  %2257 = mul nsw i64 %2256, %k_row
+  %2258 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2257
+  tail call void @llvm.prefetch.p0(ptr readonly %2258, i32 0, i32 2, i32 1)
+  %2259 = or disjoint i64 %2192, 20
+  %2260 = mul nsw i64 %2259, %k_row
+  %2261 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2260
+  tail call void @llvm.prefetch.p0(ptr readonly %2261, i32 0, i32 2, i32 1)
+  %2262 = or disjoint i64 %2192, 21
+  %2263 = mul nsw i64 %2262, %k_row
+  %2264 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2263
+  tail call void @llvm.prefetch.p0(ptr readonly %2264, i32 0, i32 2, i32 1)
+  %2265 = or disjoint i64 %2192, 22
+  %2266 = mul nsw i64 %2265, %k_row
+  %2267 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2266
+  tail call void @llvm.prefetch.p0(ptr readonly %2267, i32 0, i32 2, i32 1)
+  %2268 = or disjoint i64 %2192, 23
+  %2269 = mul nsw i64 %2268, %k_row
+  %2270 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2269
+  tail call void @llvm.prefetch.p0(ptr readonly %2270, i32 0, i32 2, i32 1)
+  %2271 = or disjoint i64 %2192, 24
+  %2272 = mul nsw i64 %2271, %k_row
+  %2273 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2272
+  tail call void @llvm.prefetch.p0(ptr readonly %2273, i32 0, i32 2, i32 1)
+  %2274 = or disjoint i64 %2192, 25
+  %2275 = mul nsw i64 %2274, %k_row
+  %2276 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2275
+  tail call void @llvm.prefetch.p0(ptr readonly %2276, i32 0, i32 2, i32 1)
+  %2277 = or disjoint i64 %2192, 26
+  %2278 = mul nsw i64 %2277, %k_row
+  %2279 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2278
+  tail call void @llvm.prefetch.p0(ptr readonly %2279, i32 0, i32 2, i32 1)
+  %2280 = or disjoint i64 %2192, 27
+  %2281 = mul nsw i64 %2280, %k_row
+  %2282 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2281
+  tail call void @llvm.prefetch.p0(ptr readonly %2282, i32 0, i32 2, i32 1)
+  %2283 = or disjoint i64 %2192, 28
+  %2284 = mul nsw i64 %2283, %k_row
+  %2285 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2284
+  tail call void @llvm.prefetch.p0(ptr readonly %2285, i32 0, i32 2, i32 1)
+  %2286 = or disjoint i64 %2192, 29
+  %2287 = mul nsw i64 %2286, %k_row
+  %2288 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2287
+  tail call void @llvm.prefetch.p0(ptr readonly %2288, i32 0, i32 2, i32 1)
+  %2289 = or disjoint i64 %2192, 30
+  %2290 = mul nsw i64 %2289, %k_row
+  %2291 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2290
+  tail call void @llvm.prefetch.p0(ptr readonly %2291, i32 0, i32 2, i32 1)
+  %2292 = or disjoint i64 %2192, 31
+  %2293 = mul nsw i64 %2292, %k_row
+  %2294 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2293
+  tail call void @llvm.prefetch.p0(ptr readonly %2294, i32 0, i32 2, i32 1)
+  br label %if_end159.us.us.i
 
-vector.scevcheck:                                 ; preds = %for_body_r190.us.us.i
-  %2678 = add i64 %indvar, %952
-  %2679 = shl i64 %2678, 2
-  %scevgep231 = getelementptr i8, ptr %scaled.us.i, i64 %2679
-  %2680 = add i32 %951, %r1931253.us.us.i
-  %2681 = add i32 %2680, %mul.result
-  %2682 = icmp slt i32 %2681, %2680
-  %2683 = or i1 %2682, %2668
-  %2684 = getelementptr i8, ptr %scevgep231, i64 %mul.result233
-  %2685 = icmp ult ptr %2684, %scevgep231
-  %2686 = or i1 %2685, %2683
-  br i1 %2686, label %for_body_c.us.us.i.preheader, label %vector.memcheck235, !prof !11
+for_body_r168.lr.ph.us.i:                         ; preds = %if_then165.us.i
+  %2295 = icmp sgt i32 %valid_len157.us.i, %992
+  %2296 = zext nneg i32 %1042 to i64
+  %2297 = shl nuw nsw i64 %2296, 2
+  br i1 %2295, label %for_body_r168.us.us.preheader.i, label %if_end166.us.i, !prof !3
 
-vector.memcheck235:                               ; preds = %vector.scevcheck
-  %scevgep247 = getelementptr i8, ptr %scevgep246, i64 %2676
-  %bound0253 = icmp ult ptr %2677, %scevgep252
-  %bound1254 = icmp ult ptr %scevgep248, %scevgep247
-  %found.conflict255 = and i1 %bound0253, %bound1254
-  br i1 %found.conflict255, label %for_body_c.us.us.i.preheader, label %vector.ph264, !prof !11
+for_body_r168.us.us.preheader.i:                  ; preds = %for_body_r168.lr.ph.us.i
+  %2298 = add i32 %indvars.iv114, %1031
+  %smin116 = tail call i32 @llvm.smin.i32(i32 %indvars.iv112, i32 %2298)
+  %smin117 = tail call i32 @llvm.smin.i32(i32 %smin116, i32 128)
+  %2299 = sub i32 %smin117, %smax118
+  %2300 = zext i32 %2299 to i64
+  %2301 = add i32 %937, %1031
+  %smin217 = tail call i32 @llvm.smin.i32(i32 %935, i32 %2301)
+  %smin218 = tail call i32 @llvm.smin.i32(i32 %smin217, i32 128)
+  %2302 = sub i32 %smin218, %smax
+  %2303 = zext i32 %2302 to i64
+  %2304 = add nsw i64 %2303, -1
+  %smin236 = tail call i32 @llvm.smin.i32(i32 %929, i32 %2298)
+  %smin237 = tail call i32 @llvm.smin.i32(i32 %smin236, i32 128)
+  %2305 = sub i32 %smin237, %smax232
+  %2306 = zext i32 %2305 to i64
+  %scevgep238 = getelementptr i8, ptr %scevgep231, i64 %2306
+  %scevgep240 = getelementptr i8, ptr %scaled.us.i, i64 %932
+  %scevgep241 = getelementptr i8, ptr %scaled.us.i, i64 -60
+  %scevgep242 = getelementptr i8, ptr %scevgep241, i64 %932
+  %2307 = shl nuw nsw i64 %2306, 6
+  %smin252 = tail call i32 @llvm.smin.i32(i32 %922, i32 %2298)
+  %smin253 = tail call i32 @llvm.smin.i32(i32 %smin252, i32 128)
+  %2308 = sub i32 %smin253, %smax248
+  %2309 = zext i32 %2308 to i64
+  %min.iters.check255 = icmp ult i32 %2308, 24
+  %2310 = trunc i64 %2304 to i32
+  %mul.result = shl i32 %2310, 4
+  %2311 = icmp ugt i64 %2304, 268435455
+  %mul.result223 = shl nsw i64 %2304, 6
+  %smax243 = tail call i32 @llvm.smax.i32(i32 %1045, i32 1)
+  %2312 = add nsw i32 %smax243, -1
+  %2313 = zext nneg i32 %2312 to i64
+  %2314 = shl nuw nsw i64 %2313, 2
+  %2315 = getelementptr i8, ptr %scevgep242, i64 %2307
+  %scevgep244 = getelementptr i8, ptr %2315, i64 %2314
+  %n.vec258 = and i64 %2309, 4294967288
+  %cmp.n = icmp eq i64 %n.vec258, %2309
+  %xtraiter = and i64 %2309, 3
+  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
+  br label %for_body_r168.us.us.i
 
-vector.ph264:                                     ; preds = %vector.memcheck235
-  %broadcast.splatinsert267 = insertelement <8 x i32> poison, i32 %r1931253.us.us.i, i64 0
-  %broadcast.splat268 = shufflevector <8 x i32> %broadcast.splatinsert267, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body271
+for_body_r168.us.us.i:                            ; preds = %for_begin_c.for_end_c_crit_edge.us.us.i, %for_body_r168.us.us.preheader.i
+  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.us.i ], [ 0, %for_body_r168.us.us.preheader.i ]
+  %r1711218.us.us.i = phi i32 [ %2380, %for_begin_c.for_end_c_crit_edge.us.us.i ], [ 0, %for_body_r168.us.us.preheader.i ]
+  %2316 = lshr i32 %r1711218.us.us.i, 2
+  %2317 = zext nneg i32 %2316 to i64
+  %2318 = add nuw nsw i64 %2297, %2317
+  %2319 = mul nsw i64 %2318, %623
+  %2320 = getelementptr i8, ptr %998, i64 %2319
+  br i1 %min.iters.check255, label %for_body_c.us.us.i.preheader, label %vector.scevcheck, !prof !11
 
-vector.body271:                                   ; preds = %vector.body271, %vector.ph264
-  %index272 = phi i64 [ 0, %vector.ph264 ], [ %index.next273, %vector.body271 ]
-  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph264 ], [ %vec.ind.next, %vector.body271 ]
-  %2687 = getelementptr i8, ptr %2677, i64 %index272
-  %wide.load = load <8 x i8>, ptr %2687, align 1, !tbaa !4, !alias.scope !67, !noalias !70
-  %2688 = icmp ne <8 x i8> %wide.load, zeroinitializer
-  %2689 = add <8 x i32> %broadcast.splat270, %vec.ind
-  %2690 = shl <8 x i32> %2689, splat (i32 4)
-  %2691 = add nsw <8 x i32> %2690, %broadcast.splat268
-  %2692 = sext <8 x i32> %2691 to <8 x i64>
-  %2693 = getelementptr inbounds float, ptr %scaled.us.i, <8 x i64> %2692
-  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2693, <8 x i1> %2688, <8 x float> poison), !tbaa !4, !alias.scope !70
-  %predphi = select <8 x i1> %2688, <8 x float> %wide.masked.gather, <8 x float> splat (float 0xFFF0000000000000)
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2693, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !70
-  %index.next273 = add nuw i64 %index272, 8
+vector.scevcheck:                                 ; preds = %for_body_r168.us.us.i
+  %2321 = add i64 %indvar, %941
+  %2322 = shl i64 %2321, 2
+  %scevgep221 = getelementptr i8, ptr %scaled.us.i, i64 %2322
+  %2323 = add i32 %940, %r1711218.us.us.i
+  %2324 = add i32 %2323, %mul.result
+  %2325 = icmp slt i32 %2324, %2323
+  %2326 = or i1 %2325, %2311
+  %2327 = getelementptr i8, ptr %scevgep221, i64 %mul.result223
+  %2328 = icmp ult ptr %2327, %scevgep221
+  %2329 = or i1 %2328, %2326
+  br i1 %2329, label %for_body_c.us.us.i.preheader, label %vector.memcheck225, !prof !11
+
+vector.memcheck225:                               ; preds = %vector.scevcheck
+  %scevgep230 = getelementptr i8, ptr %scevgep229, i64 %2319
+  %scevgep239 = getelementptr i8, ptr %scevgep238, i64 %2319
+  %bound0245 = icmp ult ptr %scevgep230, %scevgep244
+  %bound1246 = icmp ult ptr %scevgep240, %scevgep239
+  %found.conflict247 = and i1 %bound0245, %bound1246
+  br i1 %found.conflict247, label %for_body_c.us.us.i.preheader, label %vector.ph256, !prof !11
+
+vector.ph256:                                     ; preds = %vector.memcheck225
+  %broadcast.splatinsert259 = insertelement <8 x i32> poison, i32 %r1711218.us.us.i, i64 0
+  %broadcast.splat260 = shufflevector <8 x i32> %broadcast.splatinsert259, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body263
+
+vector.body263:                                   ; preds = %vector.body263, %vector.ph256
+  %index264 = phi i64 [ 0, %vector.ph256 ], [ %index.next265, %vector.body263 ]
+  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph256 ], [ %vec.ind.next, %vector.body263 ]
+  %2330 = getelementptr i8, ptr %2320, i64 %index264
+  %wide.load = load <8 x i8>, ptr %2330, align 1, !tbaa !4, !alias.scope !55, !noalias !58
+  %2331 = icmp ne <8 x i8> %wide.load, zeroinitializer
+  %2332 = add <8 x i32> %broadcast.splat262, %vec.ind
+  %2333 = shl <8 x i32> %2332, splat (i32 4)
+  %2334 = add nsw <8 x i32> %2333, %broadcast.splat260
+  %2335 = sext <8 x i32> %2334 to <8 x i64>
+  %2336 = getelementptr inbounds float, ptr %scaled.us.i, <8 x i64> %2335
+  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2336, <8 x i1> %2331, <8 x float> poison), !tbaa !4, !alias.scope !58
+  %predphi = select <8 x i1> %2331, <8 x float> %wide.masked.gather, <8 x float> splat (float 0xFFF0000000000000)
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2336, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !58
+  %index.next265 = add nuw i64 %index264, 8
   %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
-  %2694 = icmp eq i64 %index.next273, %n.vec266
-  br i1 %2694, label %middle.block274, label %vector.body271, !prof !72, !llvm.loop !73
+  %2337 = icmp eq i64 %index.next265, %n.vec258
+  br i1 %2337, label %middle.block266, label %vector.body263, !prof !60, !llvm.loop !61
 
-middle.block274:                                  ; preds = %vector.body271
-  br i1 %cmp.n, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i.preheader, !prof !75
+middle.block266:                                  ; preds = %vector.body263
+  br i1 %cmp.n, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i.preheader, !prof !63
 
-for_body_c.us.us.i.preheader:                     ; preds = %middle.block274, %vector.memcheck235, %vector.scevcheck, %for_body_r190.us.us.i
-  %indvars.iv1557.i.ph = phi i64 [ 0, %vector.memcheck235 ], [ 0, %vector.scevcheck ], [ 0, %for_body_r190.us.us.i ], [ %n.vec266, %middle.block274 ]
-  br i1 %lcmp.mod351.not, label %for_body_c.us.us.i.prol.loopexit, label %for_body_c.us.us.i.prol, !prof !3
+for_body_c.us.us.i.preheader:                     ; preds = %middle.block266, %vector.memcheck225, %vector.scevcheck, %for_body_r168.us.us.i
+  %indvars.iv1534.i.ph = phi i64 [ 0, %vector.memcheck225 ], [ 0, %vector.scevcheck ], [ 0, %for_body_r168.us.us.i ], [ %n.vec258, %middle.block266 ]
+  br i1 %lcmp.mod.not, label %for_body_c.us.us.i.prol.loopexit, label %for_body_c.us.us.i.prol, !prof !3
 
-for_body_c.us.us.i.prol:                          ; preds = %if_end196.us.us.i.prol, %for_body_c.us.us.i.preheader
-  %indvars.iv1557.i.prol = phi i64 [ %indvars.iv.next1558.i.prol, %if_end196.us.us.i.prol ], [ %indvars.iv1557.i.ph, %for_body_c.us.us.i.preheader ]
-  %prol.iter = phi i64 [ %prol.iter.next, %if_end196.us.us.i.prol ], [ 0, %for_body_c.us.us.i.preheader ]
-  %2695 = getelementptr i8, ptr %2677, i64 %indvars.iv1557.i.prol
-  %2696 = load i8, ptr %2695, align 1, !tbaa !4
-  %2697 = icmp eq i8 %2696, 0
-  %2698 = trunc i64 %indvars.iv1557.i.prol to i32
-  %.pre1708.i.prol = add i32 %1031, %2698
-  %.pre1710.i.prol = shl i32 %.pre1708.i.prol, 4
-  %.pre1712.i.prol = add nsw i32 %.pre1710.i.prol, %r1931253.us.us.i
-  %.pre1714.i.prol = sext i32 %.pre1712.i.prol to i64
-  br i1 %2697, label %if_end196.us.us.i.prol, label %if_else195.us.us.i.prol
+for_body_c.us.us.i.prol:                          ; preds = %if_end174.us.us.i.prol, %for_body_c.us.us.i.preheader
+  %indvars.iv1534.i.prol = phi i64 [ %indvars.iv.next1535.i.prol, %if_end174.us.us.i.prol ], [ %indvars.iv1534.i.ph, %for_body_c.us.us.i.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %if_end174.us.us.i.prol ], [ 0, %for_body_c.us.us.i.preheader ]
+  %2338 = getelementptr i8, ptr %2320, i64 %indvars.iv1534.i.prol
+  %2339 = load i8, ptr %2338, align 1, !tbaa !4
+  %2340 = icmp eq i8 %2339, 0
+  %2341 = trunc i64 %indvars.iv1534.i.prol to i32
+  %.pre1697.i.prol = add i32 %992, %2341
+  %.pre1699.i.prol = shl i32 %.pre1697.i.prol, 4
+  %.pre1701.i.prol = add nsw i32 %.pre1699.i.prol, %r1711218.us.us.i
+  %.pre1703.i.prol = sext i32 %.pre1701.i.prol to i64
+  br i1 %2340, label %if_end174.us.us.i.prol, label %if_else173.us.us.i.prol
 
-if_else195.us.us.i.prol:                          ; preds = %for_body_c.us.us.i.prol
-  %2699 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1714.i.prol
-  %2700 = load float, ptr %2699, align 4, !tbaa !4
-  br label %if_end196.us.us.i.prol
+if_else173.us.us.i.prol:                          ; preds = %for_body_c.us.us.i.prol
+  %2342 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i.prol
+  %2343 = load float, ptr %2342, align 4, !tbaa !4
+  br label %if_end174.us.us.i.prol
 
-if_end196.us.us.i.prol:                           ; preds = %if_else195.us.us.i.prol, %for_body_c.us.us.i.prol
-  %2701 = phi float [ %2700, %if_else195.us.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.us.i.prol ]
-  %2702 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1714.i.prol
-  store float %2701, ptr %2702, align 4, !tbaa !4
-  %indvars.iv.next1558.i.prol = add nuw nsw i64 %indvars.iv1557.i.prol, 1
+if_end174.us.us.i.prol:                           ; preds = %if_else173.us.us.i.prol, %for_body_c.us.us.i.prol
+  %2344 = phi float [ %2343, %if_else173.us.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.us.i.prol ]
+  %2345 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i.prol
+  store float %2344, ptr %2345, align 4, !tbaa !4
+  %indvars.iv.next1535.i.prol = add nuw nsw i64 %indvars.iv1534.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
-  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter350
-  br i1 %prol.iter.cmp.not, label %for_body_c.us.us.i.prol.loopexit, label %for_body_c.us.us.i.prol, !prof !76, !llvm.loop !77
+  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
+  br i1 %prol.iter.cmp.not, label %for_body_c.us.us.i.prol.loopexit, label %for_body_c.us.us.i.prol, !prof !64, !llvm.loop !65
 
-for_body_c.us.us.i.prol.loopexit:                 ; preds = %if_end196.us.us.i.prol, %for_body_c.us.us.i.preheader
-  %indvars.iv1557.i.unr = phi i64 [ %indvars.iv1557.i.ph, %for_body_c.us.us.i.preheader ], [ %indvars.iv.next1558.i.prol, %if_end196.us.us.i.prol ]
-  %2703 = sub nsw i64 %indvars.iv1557.i.ph, %2666
-  %2704 = icmp ugt i64 %2703, -4
-  br i1 %2704, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i, !prof !11
+for_body_c.us.us.i.prol.loopexit:                 ; preds = %if_end174.us.us.i.prol, %for_body_c.us.us.i.preheader
+  %indvars.iv1534.i.unr = phi i64 [ %indvars.iv1534.i.ph, %for_body_c.us.us.i.preheader ], [ %indvars.iv.next1535.i.prol, %if_end174.us.us.i.prol ]
+  %2346 = sub nsw i64 %indvars.iv1534.i.ph, %2309
+  %2347 = icmp ugt i64 %2346, -4
+  br i1 %2347, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i, !prof !11
 
-for_body_c.us.us.i:                               ; preds = %if_end196.us.us.i.3, %for_body_c.us.us.i.prol.loopexit
-  %indvars.iv1557.i = phi i64 [ %indvars.iv.next1558.i.3, %if_end196.us.us.i.3 ], [ %indvars.iv1557.i.unr, %for_body_c.us.us.i.prol.loopexit ]
-  %2705 = getelementptr i8, ptr %2677, i64 %indvars.iv1557.i
-  %2706 = load i8, ptr %2705, align 1, !tbaa !4
-  %2707 = icmp eq i8 %2706, 0
-  %2708 = trunc i64 %indvars.iv1557.i to i32
-  %.pre1708.i = add i32 %1031, %2708
-  %.pre1710.i = shl i32 %.pre1708.i, 4
-  %.pre1712.i = add nsw i32 %.pre1710.i, %r1931253.us.us.i
-  %.pre1714.i = sext i32 %.pre1712.i to i64
-  br i1 %2707, label %if_end196.us.us.i, label %if_else195.us.us.i
+for_body_c.us.us.i:                               ; preds = %if_end174.us.us.i.3, %for_body_c.us.us.i.prol.loopexit
+  %indvars.iv1534.i = phi i64 [ %indvars.iv.next1535.i.3, %if_end174.us.us.i.3 ], [ %indvars.iv1534.i.unr, %for_body_c.us.us.i.prol.loopexit ]
+  %2348 = getelementptr i8, ptr %2320, i64 %indvars.iv1534.i
+  %2349 = load i8, ptr %2348, align 1, !tbaa !4
+  %2350 = icmp eq i8 %2349, 0
+  %2351 = trunc i64 %indvars.iv1534.i to i32
+  %.pre1697.i = add i32 %992, %2351
+  %.pre1699.i = shl i32 %.pre1697.i, 4
+  %.pre1701.i = add nsw i32 %.pre1699.i, %r1711218.us.us.i
+  %.pre1703.i = sext i32 %.pre1701.i to i64
+  br i1 %2350, label %if_end174.us.us.i, label %if_else173.us.us.i
 
-if_else195.us.us.i:                               ; preds = %for_body_c.us.us.i
-  %2709 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1714.i
-  %2710 = load float, ptr %2709, align 4, !tbaa !4
-  br label %if_end196.us.us.i
+if_else173.us.us.i:                               ; preds = %for_body_c.us.us.i
+  %2352 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i
+  %2353 = load float, ptr %2352, align 4, !tbaa !4
+  br label %if_end174.us.us.i
 
-if_end196.us.us.i:                                ; preds = %if_else195.us.us.i, %for_body_c.us.us.i
-  %2711 = phi float [ %2710, %if_else195.us.us.i ], [ 0xFFF0000000000000, %for_body_c.us.us.i ]
-  %2712 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1714.i
-  store float %2711, ptr %2712, align 4, !tbaa !4
-  %indvars.iv.next1558.i = add nuw nsw i64 %indvars.iv1557.i, 1
-  %2713 = getelementptr i8, ptr %2677, i64 %indvars.iv.next1558.i
-  %2714 = load i8, ptr %2713, align 1, !tbaa !4
-  %2715 = icmp eq i8 %2714, 0
-  %2716 = trunc i64 %indvars.iv.next1558.i to i32
-  %.pre1708.i.1 = add i32 %1031, %2716
-  %.pre1710.i.1 = shl i32 %.pre1708.i.1, 4
-  %.pre1712.i.1 = add nsw i32 %.pre1710.i.1, %r1931253.us.us.i
-  %.pre1714.i.1 = sext i32 %.pre1712.i.1 to i64
-  br i1 %2715, label %if_end196.us.us.i.1, label %if_else195.us.us.i.1
+if_end174.us.us.i:                                ; preds = %if_else173.us.us.i, %for_body_c.us.us.i
+  %2354 = phi float [ %2353, %if_else173.us.us.i ], [ 0xFFF0000000000000, %for_body_c.us.us.i ]
+  %2355 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i
+  store float %2354, ptr %2355, align 4, !tbaa !4
+  %indvars.iv.next1535.i = add nuw nsw i64 %indvars.iv1534.i, 1
+  %2356 = getelementptr i8, ptr %2320, i64 %indvars.iv.next1535.i
+  %2357 = load i8, ptr %2356, align 1, !tbaa !4
+  %2358 = icmp eq i8 %2357, 0
+  %2359 = trunc i64 %indvars.iv.next1535.i to i32
+  %.pre1697.i.1 = add i32 %992, %2359
+  %.pre1699.i.1 = shl i32 %.pre1697.i.1, 4
+  %.pre1701.i.1 = add nsw i32 %.pre1699.i.1, %r1711218.us.us.i
+  %.pre1703.i.1 = sext i32 %.pre1701.i.1 to i64
+  br i1 %2358, label %if_end174.us.us.i.1, label %if_else173.us.us.i.1
 
-if_else195.us.us.i.1:                             ; preds = %if_end196.us.us.i
-  %2717 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1714.i.1
-  %2718 = load float, ptr %2717, align 4, !tbaa !4
-  br label %if_end196.us.us.i.1
+if_else173.us.us.i.1:                             ; preds = %if_end174.us.us.i
+  %2360 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i.1
+  %2361 = load float, ptr %2360, align 4, !tbaa !4
+  br label %if_end174.us.us.i.1
 
-if_end196.us.us.i.1:                              ; preds = %if_else195.us.us.i.1, %if_end196.us.us.i
-  %2719 = phi float [ %2718, %if_else195.us.us.i.1 ], [ 0xFFF0000000000000, %if_end196.us.us.i ]
-  %2720 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1714.i.1
-  store float %2719, ptr %2720, align 4, !tbaa !4
-  %indvars.iv.next1558.i.1 = add nuw nsw i64 %indvars.iv1557.i, 2
-  %2721 = getelementptr i8, ptr %2677, i64 %indvars.iv.next1558.i.1
-  %2722 = load i8, ptr %2721, align 1, !tbaa !4
-  %2723 = icmp eq i8 %2722, 0
-  %2724 = trunc i64 %indvars.iv.next1558.i.1 to i32
-  %.pre1708.i.2 = add i32 %1031, %2724
-  %.pre1710.i.2 = shl i32 %.pre1708.i.2, 4
-  %.pre1712.i.2 = add nsw i32 %.pre1710.i.2, %r1931253.us.us.i
-  %.pre1714.i.2 = sext i32 %.pre1712.i.2 to i64
-  br i1 %2723, label %if_end196.us.us.i.2, label %if_else195.us.us.i.2
+if_end174.us.us.i.1:                              ; preds = %if_else173.us.us.i.1, %if_end174.us.us.i
+  %2362 = phi float [ %2361, %if_else173.us.us.i.1 ], [ 0xFFF0000000000000, %if_end174.us.us.i ]
+  %2363 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i.1
+  store float %2362, ptr %2363, align 4, !tbaa !4
+  %indvars.iv.next1535.i.1 = add nuw nsw i64 %indvars.iv1534.i, 2
+  %2364 = getelementptr i8, ptr %2320, i64 %indvars.iv.next1535.i.1
+  %2365 = load i8, ptr %2364, align 1, !tbaa !4
+  %2366 = icmp eq i8 %2365, 0
+  %2367 = trunc i64 %indvars.iv.next1535.i.1 to i32
+  %.pre1697.i.2 = add i32 %992, %2367
+  %.pre1699.i.2 = shl i32 %.pre1697.i.2, 4
+  %.pre1701.i.2 = add nsw i32 %.pre1699.i.2, %r1711218.us.us.i
+  %.pre1703.i.2 = sext i32 %.pre1701.i.2 to i64
+  br i1 %2366, label %if_end174.us.us.i.2, label %if_else173.us.us.i.2
 
-if_else195.us.us.i.2:                             ; preds = %if_end196.us.us.i.1
-  %2725 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1714.i.2
-  %2726 = load float, ptr %2725, align 4, !tbaa !4
-  br label %if_end196.us.us.i.2
+if_else173.us.us.i.2:                             ; preds = %if_end174.us.us.i.1
+  %2368 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i.2
+  %2369 = load float, ptr %2368, align 4, !tbaa !4
+  br label %if_end174.us.us.i.2
 
-if_end196.us.us.i.2:                              ; preds = %if_else195.us.us.i.2, %if_end196.us.us.i.1
-  %2727 = phi float [ %2726, %if_else195.us.us.i.2 ], [ 0xFFF0000000000000, %if_end196.us.us.i.1 ]
-  %2728 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1714.i.2
-  store float %2727, ptr %2728, align 4, !tbaa !4
-  %indvars.iv.next1558.i.2 = add nuw nsw i64 %indvars.iv1557.i, 3
-  %2729 = getelementptr i8, ptr %2677, i64 %indvars.iv.next1558.i.2
-  %2730 = load i8, ptr %2729, align 1, !tbaa !4
-  %2731 = icmp eq i8 %2730, 0
-  %2732 = trunc i64 %indvars.iv.next1558.i.2 to i32
-  %.pre1708.i.3 = add i32 %1031, %2732
-  %.pre1710.i.3 = shl i32 %.pre1708.i.3, 4
-  %.pre1712.i.3 = add nsw i32 %.pre1710.i.3, %r1931253.us.us.i
-  %.pre1714.i.3 = sext i32 %.pre1712.i.3 to i64
-  br i1 %2731, label %if_end196.us.us.i.3, label %if_else195.us.us.i.3
+if_end174.us.us.i.2:                              ; preds = %if_else173.us.us.i.2, %if_end174.us.us.i.1
+  %2370 = phi float [ %2369, %if_else173.us.us.i.2 ], [ 0xFFF0000000000000, %if_end174.us.us.i.1 ]
+  %2371 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i.2
+  store float %2370, ptr %2371, align 4, !tbaa !4
+  %indvars.iv.next1535.i.2 = add nuw nsw i64 %indvars.iv1534.i, 3
+  %2372 = getelementptr i8, ptr %2320, i64 %indvars.iv.next1535.i.2
+  %2373 = load i8, ptr %2372, align 1, !tbaa !4
+  %2374 = icmp eq i8 %2373, 0
+  %2375 = trunc i64 %indvars.iv.next1535.i.2 to i32
+  %.pre1697.i.3 = add i32 %992, %2375
+  %.pre1699.i.3 = shl i32 %.pre1697.i.3, 4
+  %.pre1701.i.3 = add nsw i32 %.pre1699.i.3, %r1711218.us.us.i
+  %.pre1703.i.3 = sext i32 %.pre1701.i.3 to i64
+  br i1 %2374, label %if_end174.us.us.i.3, label %if_else173.us.us.i.3
 
-if_else195.us.us.i.3:                             ; preds = %if_end196.us.us.i.2
-  %2733 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1714.i.3
-  %2734 = load float, ptr %2733, align 4, !tbaa !4
-  br label %if_end196.us.us.i.3
+if_else173.us.us.i.3:                             ; preds = %if_end174.us.us.i.2
+  %2376 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i.3
+  %2377 = load float, ptr %2376, align 4, !tbaa !4
+  br label %if_end174.us.us.i.3
 
-if_end196.us.us.i.3:                              ; preds = %if_else195.us.us.i.3, %if_end196.us.us.i.2
-  %2735 = phi float [ %2734, %if_else195.us.us.i.3 ], [ 0xFFF0000000000000, %if_end196.us.us.i.2 ]
-  %2736 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1714.i.3
-  store float %2735, ptr %2736, align 4, !tbaa !4
-  %indvars.iv.next1558.i.3 = add nuw nsw i64 %indvars.iv1557.i, 4
-  %exitcond125.not.3 = icmp eq i64 %indvars.iv.next1558.i.3, %2658
-  br i1 %exitcond125.not.3, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i, !prof !78, !llvm.loop !79
+if_end174.us.us.i.3:                              ; preds = %if_else173.us.us.i.3, %if_end174.us.us.i.2
+  %2378 = phi float [ %2377, %if_else173.us.us.i.3 ], [ 0xFFF0000000000000, %if_end174.us.us.i.2 ]
+  %2379 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i.3
+  store float %2378, ptr %2379, align 4, !tbaa !4
+  %indvars.iv.next1535.i.3 = add nuw nsw i64 %indvars.iv1534.i, 4
+  %exitcond.not.3 = icmp eq i64 %indvars.iv.next1535.i.3, %2300
+  br i1 %exitcond.not.3, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i, !prof !67, !llvm.loop !68
 
-for_begin_c.for_end_c_crit_edge.us.us.i:          ; preds = %if_end196.us.us.i.3, %for_body_c.us.us.i.prol.loopexit, %middle.block274
-  %2737 = add nuw nsw i32 %r1931253.us.us.i, 1
-  %2738 = icmp slt i32 %2737, %1196
+for_begin_c.for_end_c_crit_edge.us.us.i:          ; preds = %if_end174.us.us.i.3, %for_body_c.us.us.i.prol.loopexit, %middle.block266
+  %2380 = add nuw nsw i32 %r1711218.us.us.i, 1
+  %2381 = icmp slt i32 %2380, %1045
   %indvar.next = add i64 %indvar, 1
-  br i1 %2738, label %for_body_r190.us.us.i, label %if_end188.us.i, !prof !80
+  br i1 %2381, label %for_body_r168.us.us.i, label %if_end166.us.i, !prof !69
 
-for_end_ax0.us.i:                                 ; preds = %for_begin_ti212.preheader.us.i, %for_body_ax0.us.us.preheader.i
-  %.us-phi.us.i = phi <16 x float> [ %1683, %for_body_ax0.us.us.preheader.i ], [ %tile_sum549.sroa.0.01262.us.i, %for_begin_ti212.preheader.us.i ]
-  %indvars.iv.next1578.i = add nuw nsw i64 %indvars.iv1577.i, 1
-  %exitcond1581.not.i = icmp eq i64 %indvars.iv.next1578.i, %wide.trip.count1567.i
-  br i1 %exitcond1581.not.i, label %for_begin_ti224.preheader.us.i.preheader, label %for_begin_ti212.preheader.us.i, !prof !8
+for_body_ax0198.us.us.preheader.i:                ; preds = %for_begin_ti190.preheader.us.i
+  %.idx75 = shl nuw nsw i64 %indvars.iv1558.i, 9
+  %2382 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx75
+  %2383 = getelementptr inbounds nuw i8, ptr %2382, i64 448
+  %2384 = load <16 x float>, ptr %2383, align 4, !tbaa !4
+  %arg.us.7.i = fsub <16 x float> %2384, %2565
+  %2385 = fcmp olt <16 x float> %arg.us.7.i, %2572
+  %2386 = fmul <16 x float> %arg.us.7.i, splat (float 0x3FF7154760000000)
+  %2387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2571)
+  %2388 = fsub <16 x float> %2387, %2571
+  %f.us.7.i = fsub <16 x float> %2386, %2388
+  %2389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.7.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %2390 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %f.us.7.i, <16 x float> splat (float 0x3FCEC03780000000))
+  %2391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2390, <16 x float> %f.us.7.i, <16 x float> splat (float 0x3FE62E12C0000000))
+  %2392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2391, <16 x float> %f.us.7.i, <16 x float> splat (float 1.000000e+00))
+  %bits.us.7.i = bitcast <16 x float> %2387 to <16 x i32>
+  %2393 = shl <16 x i32> %bits.us.7.i, splat (i32 23)
+  %2394 = bitcast <16 x i32> %2393 to <16 x float>
+  %2395 = fmul <16 x float> %2392, %2394
+  %2396 = select <16 x i1> %2385, <16 x float> zeroinitializer, <16 x float> %2395
+  %2397 = bitcast <16 x float> %2396 to <16 x i32>
+  %2398 = getelementptr inbounds nuw i8, ptr %2382, i64 384
+  %2399 = load <16 x float>, ptr %2398, align 4, !tbaa !4
+  %arg.us.6.i = fsub <16 x float> %2399, %2565
+  %2400 = fcmp olt <16 x float> %arg.us.6.i, %2572
+  %2401 = fmul <16 x float> %arg.us.6.i, splat (float 0x3FF7154760000000)
+  %2402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2571)
+  %2403 = fsub <16 x float> %2402, %2571
+  %f.us.6.i = fsub <16 x float> %2401, %2403
+  %2404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.6.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %2405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2404, <16 x float> %f.us.6.i, <16 x float> splat (float 0x3FCEC03780000000))
+  %2406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2405, <16 x float> %f.us.6.i, <16 x float> splat (float 0x3FE62E12C0000000))
+  %2407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2406, <16 x float> %f.us.6.i, <16 x float> splat (float 1.000000e+00))
+  %bits.us.6.i = bitcast <16 x float> %2402 to <16 x i32>
+  %2408 = shl <16 x i32> %bits.us.6.i, splat (i32 23)
+  %2409 = bitcast <16 x i32> %2408 to <16 x float>
+  %2410 = fmul <16 x float> %2407, %2409
+  %2411 = select <16 x i1> %2400, <16 x float> zeroinitializer, <16 x float> %2410
+  %2412 = bitcast <16 x float> %2411 to <16 x i32>
+  %2413 = getelementptr inbounds nuw i8, ptr %2382, i64 320
+  %2414 = load <16 x float>, ptr %2413, align 4, !tbaa !4
+  %arg.us.5.i = fsub <16 x float> %2414, %2565
+  %2415 = fcmp olt <16 x float> %arg.us.5.i, %2572
+  %2416 = fmul <16 x float> %arg.us.5.i, splat (float 0x3FF7154760000000)
+  %2417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2571)
+  %2418 = fsub <16 x float> %2417, %2571
+  %f.us.5.i = fsub <16 x float> %2416, %2418
+  %2419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.5.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %2420 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2419, <16 x float> %f.us.5.i, <16 x float> splat (float 0x3FCEC03780000000))
+  %2421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %f.us.5.i, <16 x float> splat (float 0x3FE62E12C0000000))
+  %2422 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2421, <16 x float> %f.us.5.i, <16 x float> splat (float 1.000000e+00))
+  %bits.us.5.i = bitcast <16 x float> %2417 to <16 x i32>
+  %2423 = shl <16 x i32> %bits.us.5.i, splat (i32 23)
+  %2424 = bitcast <16 x i32> %2423 to <16 x float>
+  %2425 = fmul <16 x float> %2422, %2424
+  %2426 = select <16 x i1> %2415, <16 x float> zeroinitializer, <16 x float> %2425
+  %2427 = bitcast <16 x float> %2426 to <16 x i32>
+  %2428 = getelementptr inbounds nuw i8, ptr %2382, i64 256
+  %2429 = load <16 x float>, ptr %2428, align 4, !tbaa !4
+  %arg.us.4.i = fsub <16 x float> %2429, %2565
+  %2430 = fcmp olt <16 x float> %arg.us.4.i, %2572
+  %2431 = fmul <16 x float> %arg.us.4.i, splat (float 0x3FF7154760000000)
+  %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2571)
+  %2433 = fsub <16 x float> %2432, %2571
+  %f.us.4.i = fsub <16 x float> %2431, %2433
+  %2434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.4.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %2435 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2434, <16 x float> %f.us.4.i, <16 x float> splat (float 0x3FCEC03780000000))
+  %2436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2435, <16 x float> %f.us.4.i, <16 x float> splat (float 0x3FE62E12C0000000))
+  %2437 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2436, <16 x float> %f.us.4.i, <16 x float> splat (float 1.000000e+00))
+  %bits.us.4.i = bitcast <16 x float> %2432 to <16 x i32>
+  %2438 = shl <16 x i32> %bits.us.4.i, splat (i32 23)
+  %2439 = bitcast <16 x i32> %2438 to <16 x float>
+  %2440 = fmul <16 x float> %2437, %2439
+  %2441 = select <16 x i1> %2430, <16 x float> zeroinitializer, <16 x float> %2440
+  %2442 = bitcast <16 x float> %2441 to <16 x i32>
+  %2443 = getelementptr inbounds nuw i8, ptr %2382, i64 192
+  %2444 = load <16 x float>, ptr %2443, align 4, !tbaa !4
+  %arg.us.3.i = fsub <16 x float> %2444, %2565
+  %2445 = fcmp olt <16 x float> %arg.us.3.i, %2572
+  %2446 = fmul <16 x float> %arg.us.3.i, splat (float 0x3FF7154760000000)
+  %2447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2571)
+  %2448 = fsub <16 x float> %2447, %2571
+  %f.us.3.i = fsub <16 x float> %2446, %2448
+  %2449 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.3.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %2450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2449, <16 x float> %f.us.3.i, <16 x float> splat (float 0x3FCEC03780000000))
+  %2451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2450, <16 x float> %f.us.3.i, <16 x float> splat (float 0x3FE62E12C0000000))
+  %2452 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2451, <16 x float> %f.us.3.i, <16 x float> splat (float 1.000000e+00))
+  %bits.us.3.i = bitcast <16 x float> %2447 to <16 x i32>
+  %2453 = shl <16 x i32> %bits.us.3.i, splat (i32 23)
+  %2454 = bitcast <16 x i32> %2453 to <16 x float>
+  %2455 = fmul <16 x float> %2452, %2454
+  %2456 = select <16 x i1> %2445, <16 x float> zeroinitializer, <16 x float> %2455
+  %2457 = bitcast <16 x float> %2456 to <16 x i32>
+  %2458 = getelementptr inbounds nuw i8, ptr %2382, i64 128
+  %2459 = load <16 x float>, ptr %2458, align 4, !tbaa !4
+  %arg.us.2.i = fsub <16 x float> %2459, %2565
+  %2460 = fcmp olt <16 x float> %arg.us.2.i, %2572
+  %2461 = fmul <16 x float> %arg.us.2.i, splat (float 0x3FF7154760000000)
+  %2462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2571)
+  %2463 = fsub <16 x float> %2462, %2571
+  %f.us.2.i = fsub <16 x float> %2461, %2463
+  %2464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.2.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %2465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2464, <16 x float> %f.us.2.i, <16 x float> splat (float 0x3FCEC03780000000))
+  %2466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %f.us.2.i, <16 x float> splat (float 0x3FE62E12C0000000))
+  %2467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2466, <16 x float> %f.us.2.i, <16 x float> splat (float 1.000000e+00))
+  %bits.us.2.i = bitcast <16 x float> %2462 to <16 x i32>
+  %2468 = shl <16 x i32> %bits.us.2.i, splat (i32 23)
+  %2469 = bitcast <16 x i32> %2468 to <16 x float>
+  %2470 = fmul <16 x float> %2467, %2469
+  %2471 = select <16 x i1> %2460, <16 x float> zeroinitializer, <16 x float> %2470
+  %2472 = bitcast <16 x float> %2471 to <16 x i32>
+  %2473 = getelementptr inbounds nuw i8, ptr %2382, i64 64
+  %2474 = load <16 x float>, ptr %2473, align 4, !tbaa !4
+  %arg.us.1.i = fsub <16 x float> %2474, %2565
+  %2475 = fcmp olt <16 x float> %arg.us.1.i, %2572
+  %2476 = fmul <16 x float> %arg.us.1.i, splat (float 0x3FF7154760000000)
+  %2477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2571)
+  %2478 = fsub <16 x float> %2477, %2571
+  %f.us.1.i = fsub <16 x float> %2476, %2478
+  %2479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.1.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %2480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2479, <16 x float> %f.us.1.i, <16 x float> splat (float 0x3FCEC03780000000))
+  %2481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2480, <16 x float> %f.us.1.i, <16 x float> splat (float 0x3FE62E12C0000000))
+  %2482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %f.us.1.i, <16 x float> splat (float 1.000000e+00))
+  %bits.us.1.i = bitcast <16 x float> %2477 to <16 x i32>
+  %2483 = shl <16 x i32> %bits.us.1.i, splat (i32 23)
+  %2484 = bitcast <16 x i32> %2483 to <16 x float>
+  %2485 = fmul <16 x float> %2482, %2484
+  %2486 = select <16 x i1> %2475, <16 x float> zeroinitializer, <16 x float> %2485
+  %2487 = bitcast <16 x float> %2486 to <16 x i32>
+  %2488 = load <16 x float>, ptr %2382, align 4, !tbaa !4
+  %arg.us.i = fsub <16 x float> %2488, %2565
+  %2489 = fcmp olt <16 x float> %arg.us.i, %2572
+  %2490 = fmul <16 x float> %arg.us.i, splat (float 0x3FF7154760000000)
+  %2491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2571)
+  %2492 = fsub <16 x float> %2491, %2571
+  %f.us.i = fsub <16 x float> %2490, %2492
+  %2493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %2494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2493, <16 x float> %f.us.i, <16 x float> splat (float 0x3FCEC03780000000))
+  %2495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2494, <16 x float> %f.us.i, <16 x float> splat (float 0x3FE62E12C0000000))
+  %2496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2495, <16 x float> %f.us.i, <16 x float> splat (float 1.000000e+00))
+  %bits.us.i = bitcast <16 x float> %2491 to <16 x i32>
+  %2497 = shl <16 x i32> %bits.us.i, splat (i32 23)
+  %2498 = bitcast <16 x i32> %2497 to <16 x float>
+  %2499 = fmul <16 x float> %2496, %2498
+  %2500 = select <16 x i1> %2489, <16 x float> zeroinitializer, <16 x float> %2499
+  %2501 = bitcast <16 x float> %2500 to <16 x i32>
+  %2502 = add nsw <16 x i32> %2487, splat (i32 32768)
+  %2503 = and <16 x i32> %2502, splat (i32 -65536)
+  %2504 = add nsw <16 x i32> %2501, splat (i32 32768)
+  %2505 = lshr <16 x i32> %2504, splat (i32 16)
+  %2506 = or disjoint <16 x i32> %2505, %2503
+  %.idx76 = shl nuw nsw i64 %indvars.iv1558.i, 8
+  %2507 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx76
+  store <16 x i32> %2506, ptr %2507, align 4, !tbaa !4
+  %2508 = add nsw <16 x i32> %2457, splat (i32 32768)
+  %2509 = and <16 x i32> %2508, splat (i32 -65536)
+  %2510 = add nsw <16 x i32> %2472, splat (i32 32768)
+  %2511 = lshr <16 x i32> %2510, splat (i32 16)
+  %2512 = or disjoint <16 x i32> %2511, %2509
+  %2513 = getelementptr inbounds nuw i8, ptr %2507, i64 64
+  store <16 x i32> %2512, ptr %2513, align 4, !tbaa !4
+  %2514 = add nsw <16 x i32> %2427, splat (i32 32768)
+  %2515 = and <16 x i32> %2514, splat (i32 -65536)
+  %2516 = add nsw <16 x i32> %2442, splat (i32 32768)
+  %2517 = lshr <16 x i32> %2516, splat (i32 16)
+  %2518 = or disjoint <16 x i32> %2517, %2515
+  %2519 = getelementptr inbounds nuw i8, ptr %2507, i64 128
+  store <16 x i32> %2518, ptr %2519, align 4, !tbaa !4
+  %2520 = add nsw <16 x i32> %2397, splat (i32 32768)
+  %2521 = and <16 x i32> %2520, splat (i32 -65536)
+  %2522 = add nsw <16 x i32> %2412, splat (i32 32768)
+  %2523 = lshr <16 x i32> %2522, splat (i32 16)
+  %2524 = or disjoint <16 x i32> %2523, %2521
+  %2525 = getelementptr inbounds nuw i8, ptr %2507, i64 192
+  store <16 x i32> %2524, ptr %2525, align 4, !tbaa !4
+  %2526 = bitcast <16 x i32> %2506 to <32 x bfloat>
+  %r.i944.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_sum524.sroa.0.01229.us.i, <32 x bfloat> %2526, <32 x bfloat> splat (bfloat 0xR3F80))
+  %2527 = bitcast <16 x i32> %2512 to <32 x bfloat>
+  %r.i944.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i944.us.us.i, <32 x bfloat> %2527, <32 x bfloat> splat (bfloat 0xR3F80))
+  %2528 = bitcast <16 x i32> %2518 to <32 x bfloat>
+  %r.i944.us.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i944.us.us.1.i, <32 x bfloat> %2528, <32 x bfloat> splat (bfloat 0xR3F80))
+  %2529 = bitcast <16 x i32> %2524 to <32 x bfloat>
+  %r.i944.us.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i944.us.us.2.i, <32 x bfloat> %2529, <32 x bfloat> splat (bfloat 0xR3F80))
+  br label %for_end_ax0199.us.i
 
-for_begin_ti224.preheader.us.i.preheader:         ; preds = %for_end_ax0.us.i
-  %xtraiter359 = and i64 %wide.trip.count1567.i, 1
-  %2739 = icmp eq i64 %1198, 0
-  br i1 %2739, label %for_begin_ti224.preheader.us.i.epil.preheader, label %for_begin_ti224.preheader.us.i.preheader.new, !prof !64
+for_end_ax0199.us.i:                              ; preds = %for_body_ax0198.us.us.preheader.i, %for_begin_ti190.preheader.us.i
+  %.us-phi.us.i = phi <16 x float> [ %r.i944.us.us.3.i, %for_body_ax0198.us.us.preheader.i ], [ %tile_sum524.sroa.0.01229.us.i, %for_begin_ti190.preheader.us.i ]
+  %indvars.iv.next1559.i = add nuw nsw i64 %indvars.iv1558.i, 1
+  %exitcond1562.not.i = icmp eq i64 %indvars.iv.next1559.i, %wide.trip.count1544.i
+  br i1 %exitcond1562.not.i, label %for_end_to187.us.i, label %for_begin_ti190.preheader.us.i, !prof !8
 
-for_begin_ti224.preheader.us.i.preheader.new:     ; preds = %for_begin_ti224.preheader.us.i.preheader
-  %unroll_iter363 = and i64 %wide.trip.count1567.i, 2147483646
-  br label %for_begin_ti224.preheader.us.i
+for_begin_ti190.preheader.lr.ph.us.i.unr-lcssa:   ; preds = %for_begin_ti180.preheader.us.i
+  %lcmp.mod313.not = icmp eq i64 %xtraiter312, 0
+  br i1 %lcmp.mod313.not, label %for_begin_ti190.preheader.lr.ph.us.i, label %for_begin_ti180.preheader.us.i.epil.preheader, !prof !70
 
-for_begin_ti212.preheader.lr.ph.us.i.unr-lcssa:   ; preds = %for_begin_ti202.preheader.us.i
-  %lcmp.mod354.not = icmp eq i64 %xtraiter352, 0
-  br i1 %lcmp.mod354.not, label %for_begin_ti212.preheader.lr.ph.us.i, label %for_begin_ti202.preheader.us.i.epil.preheader, !prof !54
+for_begin_ti180.preheader.us.i.epil.preheader:    ; preds = %for_begin_ti190.preheader.lr.ph.us.i.unr-lcssa, %for_begin_ti180.preheader.us.preheader.i
+  %indvars.iv1541.i.epil.init = phi i64 [ 0, %for_begin_ti180.preheader.us.preheader.i ], [ %indvars.iv.next1542.i.1, %for_begin_ti190.preheader.lr.ph.us.i.unr-lcssa ]
+  %peak520.sroa.0.01221.us.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti180.preheader.us.preheader.i ], [ %1508, %for_begin_ti190.preheader.lr.ph.us.i.unr-lcssa ]
+  %lcmp.mod315 = icmp ne i64 %xtraiter312, 0
+  tail call void @llvm.assume(i1 %lcmp.mod315)
+  %.idx.epil = shl nsw i64 %indvars.iv1541.i.epil.init, 9
+  %2530 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx.epil
+  %2531 = load <16 x float>, ptr %2530, align 4, !tbaa !4
+  %2532 = fcmp ogt <16 x float> %peak520.sroa.0.01221.us.i.epil.init, %2531
+  %2533 = select <16 x i1> %2532, <16 x float> %peak520.sroa.0.01221.us.i.epil.init, <16 x float> %2531
+  %2534 = getelementptr inbounds nuw i8, ptr %2530, i64 64
+  %2535 = load <16 x float>, ptr %2534, align 4, !tbaa !4
+  %2536 = fcmp ogt <16 x float> %2533, %2535
+  %2537 = select <16 x i1> %2536, <16 x float> %2533, <16 x float> %2535
+  %2538 = getelementptr inbounds nuw i8, ptr %2530, i64 128
+  %2539 = load <16 x float>, ptr %2538, align 4, !tbaa !4
+  %2540 = fcmp ogt <16 x float> %2537, %2539
+  %2541 = select <16 x i1> %2540, <16 x float> %2537, <16 x float> %2539
+  %2542 = getelementptr inbounds nuw i8, ptr %2530, i64 192
+  %2543 = load <16 x float>, ptr %2542, align 4, !tbaa !4
+  %2544 = fcmp ogt <16 x float> %2541, %2543
+  %2545 = select <16 x i1> %2544, <16 x float> %2541, <16 x float> %2543
+  %2546 = getelementptr inbounds nuw i8, ptr %2530, i64 256
+  %2547 = load <16 x float>, ptr %2546, align 4, !tbaa !4
+  %2548 = fcmp ogt <16 x float> %2545, %2547
+  %2549 = select <16 x i1> %2548, <16 x float> %2545, <16 x float> %2547
+  %2550 = getelementptr inbounds nuw i8, ptr %2530, i64 320
+  %2551 = load <16 x float>, ptr %2550, align 4, !tbaa !4
+  %2552 = fcmp ogt <16 x float> %2549, %2551
+  %2553 = select <16 x i1> %2552, <16 x float> %2549, <16 x float> %2551
+  %2554 = getelementptr inbounds nuw i8, ptr %2530, i64 384
+  %2555 = load <16 x float>, ptr %2554, align 4, !tbaa !4
+  %2556 = fcmp ogt <16 x float> %2553, %2555
+  %2557 = select <16 x i1> %2556, <16 x float> %2553, <16 x float> %2555
+  %2558 = getelementptr inbounds nuw i8, ptr %2530, i64 448
+  %2559 = load <16 x float>, ptr %2558, align 4, !tbaa !4
+  %2560 = fcmp ogt <16 x float> %2557, %2559
+  %2561 = select <16 x i1> %2560, <16 x float> %2557, <16 x float> %2559
+  br label %for_begin_ti190.preheader.lr.ph.us.i
 
-for_begin_ti202.preheader.us.i.epil.preheader:    ; preds = %for_begin_ti212.preheader.lr.ph.us.i.unr-lcssa, %for_begin_ti202.preheader.us.preheader.i
-  %indvars.iv1564.i.epil.init = phi i64 [ 0, %for_begin_ti202.preheader.us.preheader.i ], [ %indvars.iv.next1565.i.1, %for_begin_ti212.preheader.lr.ph.us.i.unr-lcssa ]
-  %peak545.sroa.0.01256.us.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti202.preheader.us.preheader.i ], [ %1965, %for_begin_ti212.preheader.lr.ph.us.i.unr-lcssa ]
-  %lcmp.mod356 = icmp ne i64 %xtraiter352, 0
-  tail call void @llvm.assume(i1 %lcmp.mod356)
-  %.idx.epil = shl nsw i64 %indvars.iv1564.i.epil.init, 9
-  %2740 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx.epil
-  %2741 = load <16 x float>, ptr %2740, align 4, !tbaa !4
-  %2742 = fcmp ogt <16 x float> %peak545.sroa.0.01256.us.i.epil.init, %2741
-  %2743 = select <16 x i1> %2742, <16 x float> %peak545.sroa.0.01256.us.i.epil.init, <16 x float> %2741
-  %2744 = getelementptr inbounds nuw i8, ptr %2740, i64 64
-  %2745 = load <16 x float>, ptr %2744, align 4, !tbaa !4
-  %2746 = fcmp ogt <16 x float> %2743, %2745
-  %2747 = select <16 x i1> %2746, <16 x float> %2743, <16 x float> %2745
-  %2748 = getelementptr inbounds nuw i8, ptr %2740, i64 128
-  %2749 = load <16 x float>, ptr %2748, align 4, !tbaa !4
-  %2750 = fcmp ogt <16 x float> %2747, %2749
-  %2751 = select <16 x i1> %2750, <16 x float> %2747, <16 x float> %2749
-  %2752 = getelementptr inbounds nuw i8, ptr %2740, i64 192
-  %2753 = load <16 x float>, ptr %2752, align 4, !tbaa !4
-  %2754 = fcmp ogt <16 x float> %2751, %2753
-  %2755 = select <16 x i1> %2754, <16 x float> %2751, <16 x float> %2753
-  %2756 = getelementptr inbounds nuw i8, ptr %2740, i64 256
-  %2757 = load <16 x float>, ptr %2756, align 4, !tbaa !4
-  %2758 = fcmp ogt <16 x float> %2755, %2757
-  %2759 = select <16 x i1> %2758, <16 x float> %2755, <16 x float> %2757
-  %2760 = getelementptr inbounds nuw i8, ptr %2740, i64 320
-  %2761 = load <16 x float>, ptr %2760, align 4, !tbaa !4
-  %2762 = fcmp ogt <16 x float> %2759, %2761
-  %2763 = select <16 x i1> %2762, <16 x float> %2759, <16 x float> %2761
-  %2764 = getelementptr inbounds nuw i8, ptr %2740, i64 384
-  %2765 = load <16 x float>, ptr %2764, align 4, !tbaa !4
-  %2766 = fcmp ogt <16 x float> %2763, %2765
-  %2767 = select <16 x i1> %2766, <16 x float> %2763, <16 x float> %2765
-  %2768 = getelementptr inbounds nuw i8, ptr %2740, i64 448
-  %2769 = load <16 x float>, ptr %2768, align 4, !tbaa !4
-  %2770 = fcmp ogt <16 x float> %2767, %2769
-  %2771 = select <16 x i1> %2770, <16 x float> %2767, <16 x float> %2769
-  br label %for_begin_ti212.preheader.lr.ph.us.i
+for_begin_ti190.preheader.lr.ph.us.i:             ; preds = %for_begin_ti180.preheader.us.i.epil.preheader, %for_begin_ti190.preheader.lr.ph.us.i.unr-lcssa
+  %.lcssa = phi <16 x float> [ %1508, %for_begin_ti190.preheader.lr.ph.us.i.unr-lcssa ], [ %2561, %for_begin_ti180.preheader.us.i.epil.preheader ]
+  %2562 = icmp sgt i32 %valid_len157.us.i, 0
+  %2563 = insertelement <16 x i1> poison, i1 %2562, i64 0
+  %2564 = shufflevector <16 x i1> %2563, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2565 = select <16 x i1> %2564, <16 x float> %.lcssa, <16 x float> splat (float 0xC6293E5940000000)
+  %2566 = shl i64 %1025, 4
+  %2567 = and i64 %2566, 4294967280
+  %2568 = getelementptr inbounds nuw i32, ptr %places.i, i64 %2567
+  %2569 = load <16 x i32>, ptr %2568, align 4, !tbaa !4
+  %2570 = sitofp <16 x i32> %2569 to <16 x float>
+  %2571 = fsub <16 x float> splat (float 0x4168000FE0000000), %2570
+  %2572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2570, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  br label %for_begin_ti190.preheader.us.i
 
-for_begin_ti212.preheader.lr.ph.us.i:             ; preds = %for_begin_ti202.preheader.us.i.epil.preheader, %for_begin_ti212.preheader.lr.ph.us.i.unr-lcssa
-  %.lcssa = phi <16 x float> [ %1965, %for_begin_ti212.preheader.lr.ph.us.i.unr-lcssa ], [ %2771, %for_begin_ti202.preheader.us.i.epil.preheader ]
-  %2772 = icmp sgt i32 %valid_len181.us.i, 0
-  %2773 = insertelement <16 x i1> poison, i1 %2772, i64 0
-  %2774 = shufflevector <16 x i1> %2773, <16 x i1> poison, <16 x i32> zeroinitializer
-  %2775 = select <16 x i1> %2774, <16 x float> %.lcssa, <16 x float> splat (float 0xC6293E5940000000)
-  %2776 = shl i64 %1178, 4
-  %2777 = and i64 %2776, 4294967280
-  %2778 = getelementptr inbounds nuw i32, ptr %places.i, i64 %2777
-  %2779 = load <16 x i32>, ptr %2778, align 4, !tbaa !4
-  %2780 = sitofp <16 x i32> %2779 to <16 x float>
-  %2781 = fsub <16 x float> splat (float 0x4168000FE0000000), %2780
-  %2782 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  br label %for_begin_ti212.preheader.us.i
+for_begin_ti240.preheader.lr.ph.us.i:             ; preds = %for_end_to187.us.i
+  %2573 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %1054
+  %2574 = and i32 %1114, 2147483640
+  %2575 = add i32 %2574, %948
+  %wide.trip.count1570.i = zext nneg i32 %1115 to i64
+  br label %for_begin_ti240.preheader.us.i
 
-for_begin_ti269.preheader.lr.ph.us.i:             ; preds = %for_end_to221.us.i
-  %2783 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %1235
-  %2784 = and i32 %1294, 2147483640
-  %2785 = add i32 %2784, %960
-  %wide.trip.count1598.i = zext nneg i32 %1295 to i64
-  br label %for_begin_ti269.preheader.us.i
+for_body_r248.lr.ph.us.i:                         ; preds = %if_then245.us.i
+  %2576 = icmp sgt i32 %valid_len157.us.i, %992
+  %2577 = zext nneg i32 %1117 to i64
+  %2578 = shl nuw nsw i64 %2577, 2
+  br i1 %2576, label %for_body_r248.us.us.preheader.i, label %if_end246.us.i, !prof !3
 
-for_body_r277.lr.ph.us.i:                         ; preds = %if_then274.us.i
-  %2786 = icmp sgt i32 %valid_len181.us.i, %1031
-  %2787 = zext nneg i32 %1297 to i64
-  %2788 = shl nuw nsw i64 %2787, 2
-  br i1 %2786, label %for_body_r277.us.i.us.preheader, label %if_end275.us.i, !prof !3
+for_body_r248.us.us.preheader.i:                  ; preds = %for_body_r248.lr.ph.us.i
+  %2579 = add i32 %indvars.iv114, %1031
+  %smin119 = tail call i32 @llvm.smin.i32(i32 %indvars.iv112, i32 %2579)
+  %smin120 = tail call i32 @llvm.smin.i32(i32 %smin119, i32 128)
+  %2580 = sub i32 %smin120, %smax118
+  %2581 = zext i32 %2580 to i64
+  %xtraiter316 = and i64 %2581, 3
+  %2582 = add i32 %2580, -1
+  %2583 = icmp ult i32 %2582, 3
+  %unroll_iter319 = and i64 %2581, 4294967292
+  %lcmp.mod317.not = icmp eq i64 %xtraiter316, 0
+  %lcmp.mod318 = icmp ne i64 %xtraiter316, 0
+  br label %for_body_r248.us.us.i
 
-for_body_r277.us.i.us.preheader:                  ; preds = %for_body_r277.lr.ph.us.i
-  %2789 = add i32 %indvars.iv121, %1184
-  %2790 = tail call i32 @llvm.smin.i32(i32 %indvars.iv109, i32 %2789)
-  %2791 = tail call i32 @llvm.smin.i32(i32 %2790, i32 256)
-  %smin128 = sext i32 %2791 to i64
-  %2792 = sub nsw i64 %smin128, %953
-  %smax129 = tail call i64 @llvm.smax.i64(i64 %2792, i64 1)
-  %xtraiter365 = and i64 %smax129, 3
-  %2793 = icmp slt i64 %2792, 4
-  %unroll_iter369 = and i64 %smax129, 9223372036854775804
-  %lcmp.mod367.not = icmp eq i64 %xtraiter365, 0
-  %lcmp.mod368 = icmp ne i64 %xtraiter365, 0
-  br label %for_body_r277.us.i.us
+for_body_r248.us.us.i:                            ; preds = %for_begin_c252.for_end_c254_crit_edge.us.us.i, %for_body_r248.us.us.preheader.i
+  %r2511235.us.us.i = phi i32 [ %2652, %for_begin_c252.for_end_c254_crit_edge.us.us.i ], [ 0, %for_body_r248.us.us.preheader.i ]
+  %2584 = lshr i32 %r2511235.us.us.i, 2
+  %2585 = zext nneg i32 %2584 to i64
+  %2586 = add nuw nsw i64 %2578, %2585
+  %2587 = mul nsw i64 %2586, %623
+  %2588 = getelementptr i8, ptr %998, i64 %2587
+  br i1 %2583, label %for_body_c253.us.us.i.epil.preheader, label %for_body_c253.us.us.i, !prof !71
 
-for_body_r277.us.i.us:                            ; preds = %for_end_c283.us.i.loopexit.us, %for_body_r277.us.i.us.preheader
-  %r2801270.us.i.us = phi i32 [ %2862, %for_end_c283.us.i.loopexit.us ], [ 0, %for_body_r277.us.i.us.preheader ]
-  %2794 = lshr i32 %r2801270.us.i.us, 2
-  %2795 = zext nneg i32 %2794 to i64
-  %2796 = add nuw nsw i64 %2788, %2795
-  %2797 = mul nsw i64 %2796, %621
-  %2798 = getelementptr i8, ptr %1037, i64 %2797
-  br i1 %2793, label %for_body_c282.us.i.us.epil.preheader, label %for_body_c282.us.i.us, !prof !49
+for_body_c253.us.us.i:                            ; preds = %for_body_c253.us.us.i, %for_body_r248.us.us.i
+  %indvars.iv1572.i = phi i64 [ %indvars.iv.next1573.i.3, %for_body_c253.us.us.i ], [ 0, %for_body_r248.us.us.i ]
+  %niter320 = phi i64 [ %niter320.next.3, %for_body_c253.us.us.i ], [ 0, %for_body_r248.us.us.i ]
+  %2589 = getelementptr i8, ptr %2588, i64 %indvars.iv1572.i
+  %2590 = load i8, ptr %2589, align 1, !tbaa !4
+  %2591 = icmp eq i8 %2590, 0
+  %2592 = select i1 %2591, i32 %1000, i32 -1
+  %2593 = trunc i64 %indvars.iv1572.i to i32
+  %.tr.i = add i32 %992, %2593
+  %2594 = shl i32 %.tr.i, 3
+  %2595 = and i32 %2594, 2147483632
+  %2596 = add nuw nsw i32 %2595, %r2511235.us.us.i
+  %2597 = zext nneg i32 %2596 to i64
+  %2598 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2597
+  %2599 = load i32, ptr %2598, align 4, !tbaa !4
+  %2600 = and i32 %2592, %2599
+  store i32 %2600, ptr %2598, align 4, !tbaa !4
+  %indvars.iv.next1573.i = or disjoint i64 %indvars.iv1572.i, 1
+  %2601 = getelementptr i8, ptr %2588, i64 %indvars.iv.next1573.i
+  %2602 = load i8, ptr %2601, align 1, !tbaa !4
+  %2603 = icmp eq i8 %2602, 0
+  %2604 = select i1 %2603, i32 %1001, i32 -1
+  %2605 = trunc i64 %indvars.iv.next1573.i to i32
+  %.tr.i.1 = add i32 %992, %2605
+  %2606 = shl i32 %.tr.i.1, 3
+  %2607 = and i32 %2606, 2147483632
+  %2608 = add nuw nsw i32 %2607, %r2511235.us.us.i
+  %2609 = zext nneg i32 %2608 to i64
+  %2610 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2609
+  %2611 = load i32, ptr %2610, align 4, !tbaa !4
+  %2612 = and i32 %2604, %2611
+  store i32 %2612, ptr %2610, align 4, !tbaa !4
+  %indvars.iv.next1573.i.1 = or disjoint i64 %indvars.iv1572.i, 2
+  %2613 = getelementptr i8, ptr %2588, i64 %indvars.iv.next1573.i.1
+  %2614 = load i8, ptr %2613, align 1, !tbaa !4
+  %2615 = icmp eq i8 %2614, 0
+  %2616 = select i1 %2615, i32 %1003, i32 -1
+  %2617 = trunc i64 %indvars.iv.next1573.i.1 to i32
+  %.tr.i.2 = add i32 %992, %2617
+  %2618 = shl i32 %.tr.i.2, 3
+  %2619 = and i32 %2618, 2147483632
+  %2620 = add nuw nsw i32 %2619, %r2511235.us.us.i
+  %2621 = zext nneg i32 %2620 to i64
+  %2622 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2621
+  %2623 = load i32, ptr %2622, align 4, !tbaa !4
+  %2624 = and i32 %2616, %2623
+  store i32 %2624, ptr %2622, align 4, !tbaa !4
+  %indvars.iv.next1573.i.2 = or disjoint i64 %indvars.iv1572.i, 3
+  %2625 = getelementptr i8, ptr %2588, i64 %indvars.iv.next1573.i.2
+  %2626 = load i8, ptr %2625, align 1, !tbaa !4
+  %2627 = icmp eq i8 %2626, 0
+  %2628 = select i1 %2627, i32 %1004, i32 -1
+  %2629 = trunc i64 %indvars.iv.next1573.i.2 to i32
+  %.tr.i.3 = add i32 %992, %2629
+  %2630 = shl i32 %.tr.i.3, 3
+  %2631 = and i32 %2630, 2147483632
+  %2632 = add nuw nsw i32 %2631, %r2511235.us.us.i
+  %2633 = zext nneg i32 %2632 to i64
+  %2634 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2633
+  %2635 = load i32, ptr %2634, align 4, !tbaa !4
+  %2636 = and i32 %2628, %2635
+  store i32 %2636, ptr %2634, align 4, !tbaa !4
+  %indvars.iv.next1573.i.3 = add nuw nsw i64 %indvars.iv1572.i, 4
+  %niter320.next.3 = add i64 %niter320, 4
+  %niter320.ncmp.3 = icmp eq i64 %niter320.next.3, %unroll_iter319
+  br i1 %niter320.ncmp.3, label %for_begin_c252.for_end_c254_crit_edge.us.us.i.unr-lcssa, label %for_body_c253.us.us.i, !prof !72, !llvm.loop !73
 
-for_body_c282.us.i.us:                            ; preds = %for_body_c282.us.i.us, %for_body_r277.us.i.us
-  %indvars.iv1600.i.us = phi i64 [ %indvars.iv.next1601.i.us.3, %for_body_c282.us.i.us ], [ 0, %for_body_r277.us.i.us ]
-  %niter370 = phi i64 [ %niter370.next.3, %for_body_c282.us.i.us ], [ 0, %for_body_r277.us.i.us ]
-  %2799 = getelementptr i8, ptr %2798, i64 %indvars.iv1600.i.us
-  %2800 = load i8, ptr %2799, align 1, !tbaa !4
-  %2801 = icmp eq i8 %2800, 0
-  %2802 = select i1 %2801, i32 %1039, i32 -1
-  %2803 = trunc i64 %indvars.iv1600.i.us to i32
-  %.tr.i.us = add i32 %1031, %2803
-  %2804 = shl i32 %.tr.i.us, 3
-  %2805 = and i32 %2804, 2147483632
-  %2806 = add nuw nsw i32 %2805, %r2801270.us.i.us
-  %2807 = zext nneg i32 %2806 to i64
-  %2808 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2807
-  %2809 = load i32, ptr %2808, align 4, !tbaa !4
-  %2810 = and i32 %2802, %2809
-  store i32 %2810, ptr %2808, align 4, !tbaa !4
-  %indvars.iv.next1601.i.us = or disjoint i64 %indvars.iv1600.i.us, 1
-  %2811 = getelementptr i8, ptr %2798, i64 %indvars.iv.next1601.i.us
-  %2812 = load i8, ptr %2811, align 1, !tbaa !4
-  %2813 = icmp eq i8 %2812, 0
-  %2814 = select i1 %2813, i32 %1040, i32 -1
-  %2815 = trunc i64 %indvars.iv.next1601.i.us to i32
-  %.tr.i.us.1 = add i32 %1031, %2815
-  %2816 = shl i32 %.tr.i.us.1, 3
-  %2817 = and i32 %2816, 2147483632
-  %2818 = add nuw nsw i32 %2817, %r2801270.us.i.us
-  %2819 = zext nneg i32 %2818 to i64
-  %2820 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2819
-  %2821 = load i32, ptr %2820, align 4, !tbaa !4
-  %2822 = and i32 %2814, %2821
-  store i32 %2822, ptr %2820, align 4, !tbaa !4
-  %indvars.iv.next1601.i.us.1 = or disjoint i64 %indvars.iv1600.i.us, 2
-  %2823 = getelementptr i8, ptr %2798, i64 %indvars.iv.next1601.i.us.1
-  %2824 = load i8, ptr %2823, align 1, !tbaa !4
-  %2825 = icmp eq i8 %2824, 0
-  %2826 = select i1 %2825, i32 %1042, i32 -1
-  %2827 = trunc i64 %indvars.iv.next1601.i.us.1 to i32
-  %.tr.i.us.2 = add i32 %1031, %2827
-  %2828 = shl i32 %.tr.i.us.2, 3
-  %2829 = and i32 %2828, 2147483632
-  %2830 = add nuw nsw i32 %2829, %r2801270.us.i.us
-  %2831 = zext nneg i32 %2830 to i64
-  %2832 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2831
-  %2833 = load i32, ptr %2832, align 4, !tbaa !4
-  %2834 = and i32 %2826, %2833
-  store i32 %2834, ptr %2832, align 4, !tbaa !4
-  %indvars.iv.next1601.i.us.2 = or disjoint i64 %indvars.iv1600.i.us, 3
-  %2835 = getelementptr i8, ptr %2798, i64 %indvars.iv.next1601.i.us.2
-  %2836 = load i8, ptr %2835, align 1, !tbaa !4
-  %2837 = icmp eq i8 %2836, 0
-  %2838 = select i1 %2837, i32 %1043, i32 -1
-  %2839 = trunc i64 %indvars.iv.next1601.i.us.2 to i32
-  %.tr.i.us.3 = add i32 %1031, %2839
-  %2840 = shl i32 %.tr.i.us.3, 3
-  %2841 = and i32 %2840, 2147483632
-  %2842 = add nuw nsw i32 %2841, %r2801270.us.i.us
-  %2843 = zext nneg i32 %2842 to i64
-  %2844 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2843
-  %2845 = load i32, ptr %2844, align 4, !tbaa !4
-  %2846 = and i32 %2838, %2845
-  store i32 %2846, ptr %2844, align 4, !tbaa !4
-  %indvars.iv.next1601.i.us.3 = add nuw nsw i64 %indvars.iv1600.i.us, 4
-  %niter370.next.3 = add i64 %niter370, 4
-  %niter370.ncmp.3 = icmp eq i64 %niter370.next.3, %unroll_iter369
-  br i1 %niter370.ncmp.3, label %for_end_c283.us.i.loopexit.us.unr-lcssa, label %for_body_c282.us.i.us, !prof !50, !llvm.loop !81
+for_begin_c252.for_end_c254_crit_edge.us.us.i.unr-lcssa: ; preds = %for_body_c253.us.us.i
+  br i1 %lcmp.mod317.not, label %for_begin_c252.for_end_c254_crit_edge.us.us.i, label %for_body_c253.us.us.i.epil.preheader, !prof !75
 
-for_end_c283.us.i.loopexit.us.unr-lcssa:          ; preds = %for_body_c282.us.i.us
-  br i1 %lcmp.mod367.not, label %for_end_c283.us.i.loopexit.us, label %for_body_c282.us.i.us.epil.preheader, !prof !53
+for_body_c253.us.us.i.epil.preheader:             ; preds = %for_begin_c252.for_end_c254_crit_edge.us.us.i.unr-lcssa, %for_body_r248.us.us.i
+  %indvars.iv1572.i.epil.init = phi i64 [ 0, %for_body_r248.us.us.i ], [ %indvars.iv.next1573.i.3, %for_begin_c252.for_end_c254_crit_edge.us.us.i.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod318)
+  br label %for_body_c253.us.us.i.epil
 
-for_body_c282.us.i.us.epil.preheader:             ; preds = %for_end_c283.us.i.loopexit.us.unr-lcssa, %for_body_r277.us.i.us
-  %indvars.iv1600.i.us.epil.init = phi i64 [ 0, %for_body_r277.us.i.us ], [ %indvars.iv.next1601.i.us.3, %for_end_c283.us.i.loopexit.us.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod368)
-  br label %for_body_c282.us.i.us.epil
+for_body_c253.us.us.i.epil:                       ; preds = %for_body_c253.us.us.i.epil, %for_body_c253.us.us.i.epil.preheader
+  %indvars.iv1572.i.epil = phi i64 [ %indvars.iv.next1573.i.epil, %for_body_c253.us.us.i.epil ], [ %indvars.iv1572.i.epil.init, %for_body_c253.us.us.i.epil.preheader ]
+  %epil.iter = phi i64 [ %epil.iter.next, %for_body_c253.us.us.i.epil ], [ 0, %for_body_c253.us.us.i.epil.preheader ]
+  %2637 = add nuw nsw i64 %indvars.iv1572.i.epil, %993
+  %2638 = and i64 %2637, 1
+  %2639 = icmp eq i64 %2638, 0
+  %2640 = select i1 %2639, i32 -65536, i32 65535
+  %2641 = getelementptr i8, ptr %2588, i64 %indvars.iv1572.i.epil
+  %2642 = load i8, ptr %2641, align 1, !tbaa !4
+  %2643 = icmp eq i8 %2642, 0
+  %2644 = select i1 %2643, i32 %2640, i32 -1
+  %.tr.i.epil = trunc i64 %2637 to i32
+  %2645 = shl i32 %.tr.i.epil, 3
+  %2646 = and i32 %2645, 2147483632
+  %2647 = add nuw nsw i32 %2646, %r2511235.us.us.i
+  %2648 = zext nneg i32 %2647 to i64
+  %2649 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2648
+  %2650 = load i32, ptr %2649, align 4, !tbaa !4
+  %2651 = and i32 %2644, %2650
+  store i32 %2651, ptr %2649, align 4, !tbaa !4
+  %indvars.iv.next1573.i.epil = add nuw nsw i64 %indvars.iv1572.i.epil, 1
+  %epil.iter.next = add i64 %epil.iter, 1
+  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter316
+  br i1 %epil.iter.cmp.not, label %for_begin_c252.for_end_c254_crit_edge.us.us.i, label %for_body_c253.us.us.i.epil, !prof !70, !llvm.loop !76
 
-for_body_c282.us.i.us.epil:                       ; preds = %for_body_c282.us.i.us.epil, %for_body_c282.us.i.us.epil.preheader
-  %indvars.iv1600.i.us.epil = phi i64 [ %indvars.iv1600.i.us.epil.init, %for_body_c282.us.i.us.epil.preheader ], [ %indvars.iv.next1601.i.us.epil, %for_body_c282.us.i.us.epil ]
-  %epil.iter366 = phi i64 [ 0, %for_body_c282.us.i.us.epil.preheader ], [ %epil.iter366.next, %for_body_c282.us.i.us.epil ]
-  %2847 = add nuw nsw i64 %indvars.iv1600.i.us.epil, %1032
-  %2848 = and i64 %2847, 1
-  %2849 = icmp eq i64 %2848, 0
-  %2850 = select i1 %2849, i32 -65536, i32 65535
-  %2851 = getelementptr i8, ptr %2798, i64 %indvars.iv1600.i.us.epil
-  %2852 = load i8, ptr %2851, align 1, !tbaa !4
-  %2853 = icmp eq i8 %2852, 0
-  %2854 = select i1 %2853, i32 %2850, i32 -1
-  %.tr.i.us.epil = trunc i64 %2847 to i32
-  %2855 = shl i32 %.tr.i.us.epil, 3
-  %2856 = and i32 %2855, 2147483632
-  %2857 = add nuw nsw i32 %2856, %r2801270.us.i.us
-  %2858 = zext nneg i32 %2857 to i64
-  %2859 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2858
-  %2860 = load i32, ptr %2859, align 4, !tbaa !4
-  %2861 = and i32 %2854, %2860
-  store i32 %2861, ptr %2859, align 4, !tbaa !4
-  %indvars.iv.next1601.i.us.epil = add nuw nsw i64 %indvars.iv1600.i.us.epil, 1
-  %epil.iter366.next = add i64 %epil.iter366, 1
-  %epil.iter366.cmp.not = icmp eq i64 %epil.iter366.next, %xtraiter365
-  br i1 %epil.iter366.cmp.not, label %for_end_c283.us.i.loopexit.us, label %for_body_c282.us.i.us.epil, !prof !54, !llvm.loop !82
+for_begin_c252.for_end_c254_crit_edge.us.us.i:    ; preds = %for_body_c253.us.us.i.epil, %for_begin_c252.for_end_c254_crit_edge.us.us.i.unr-lcssa
+  %2652 = add nuw nsw i32 %r2511235.us.us.i, 1
+  %2653 = icmp slt i32 %2652, %1120
+  br i1 %2653, label %for_body_r248.us.us.i, label %if_end246.us.i, !prof !69
 
-for_end_c283.us.i.loopexit.us:                    ; preds = %for_body_c282.us.i.us.epil, %for_end_c283.us.i.loopexit.us.unr-lcssa
-  %2862 = add nuw nsw i32 %r2801270.us.i.us, 1
-  %2863 = icmp slt i32 %2862, %1300
-  br i1 %2863, label %for_body_r277.us.i.us, label %if_end275.us.i, !prof !80
+for_body_to258.lr.ph.us.i:                        ; preds = %for_begin_to257.preheader.us.i
+  %2654 = mul nuw nsw i64 %indvars.iv1592.i, %1134
+  %gep1294.us.idx.i = shl i64 %indvars.iv1592.i, 5
+  %gep1294.us.i = getelementptr i8, ptr %invariant.gep1293.us.i, i64 %gep1294.us.idx.i
+  br label %for_body_to258.us.i
 
-for_begin_ti291.preheader.lr.ph.us.i:             ; preds = %for_begin_to286.preheader.us.i
-  %gep1324.us.idx.i = shl i64 %indvars.iv1617.i, 5
-  %gep1324.us.i = getelementptr i8, ptr %invariant.gep1236.us.i, i64 %gep1324.us.idx.i
-  br label %for_begin_ti291.preheader.us.i
+for_body_ti275.lr.ph.us.i:                        ; preds = %for_end_to259.us.i
+  %gep1296.us.idx.i = shl i64 %indvars.iv1592.i, 5
+  %gep1296.us.i = getelementptr i8, ptr %invariant.gep1293.us.i, i64 %gep1296.us.idx.i
+  br label %for_body_ti275.us.i
 
-for_body_ti297.lr.ph.us.i:                        ; preds = %for_end_to288.us.i
-  %gep1326.us.idx.i = shl i64 %indvars.iv1617.i, 5
-  %gep1326.us.i = getelementptr i8, ptr %invariant.gep1236.us.i, i64 %gep1326.us.idx.i
-  br label %for_body_ti297.us.i
+for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i: ; preds = %for_begin_row_tile.us.i
+  %exitcond1605.not.i = icmp eq i64 %indvars.iv.next1602.i, %wide.trip.count1604.i
+  br i1 %exitcond1605.not.i, label %for_end_kv_head.i, label %for_body_kv_head.us.i, !prof !8
 
-for_begin_row_tile.for_end_row_tile_crit_edge.us.i: ; preds = %for_begin_row_tile.us.i
-  %indvars.iv.next1627.i = add nuw nsw i64 %indvars.iv1626.i, 1
-  %exitcond1630.not.i = icmp eq i64 %indvars.iv.next1627.i, %wide.trip.count1629.i
-  br i1 %exitcond1630.not.i, label %for_end_kv_head.i, label %for_body_kv_head.us.i, !prof !8
+for_body_t132.i:                                  ; preds = %for_body_t132.i, %for_body_t132.lr.ph.i
+  %indvars.iv1507.i = phi i64 [ 0, %for_body_t132.lr.ph.i ], [ %indvars.iv.next1508.i.3, %for_body_t132.i ]
+  %2655 = add nsw i64 %indvars.iv1507.i, %947
+  %2656 = trunc nsw i64 %2655 to i32
+  %2657 = tail call i32 @llvm.smin.i32(i32 %2656, i32 %912)
+  %2658 = sext i32 %2657 to i64
+  %2659 = ashr i64 %2658, 4
+  %gep1199.i = getelementptr i32, ptr %invariant.gep1198.i, i64 %2659
+  %2660 = load i32, ptr %gep1199.i, align 4, !tbaa !4
+  %block139.i = sext i32 %2660 to i64
+  %2661 = lshr i64 %2658, 1
+  %2662 = and i64 %2661, 7
+  %2663 = mul nsw i64 %2662, %v_row
+  %2664 = mul nsw i64 %v_block, %block139.i
+  %2665 = add nsw i64 %2663, %2664
+  %2666 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1507.i
+  store i64 %2665, ptr %2666, align 8, !tbaa !4
+  %indvars.iv.next1508.i = or disjoint i64 %indvars.iv1507.i, 1
+  %2667 = add nsw i64 %indvars.iv.next1508.i, %947
+  %2668 = trunc nsw i64 %2667 to i32
+  %2669 = tail call i32 @llvm.smin.i32(i32 %2668, i32 %912)
+  %2670 = sext i32 %2669 to i64
+  %2671 = ashr i64 %2670, 4
+  %gep1199.i.1 = getelementptr i32, ptr %invariant.gep1198.i, i64 %2671
+  %2672 = load i32, ptr %gep1199.i.1, align 4, !tbaa !4
+  %block139.i.1 = sext i32 %2672 to i64
+  %2673 = lshr i64 %2670, 1
+  %2674 = and i64 %2673, 7
+  %2675 = mul nsw i64 %2674, %v_row
+  %2676 = mul nsw i64 %v_block, %block139.i.1
+  %2677 = add nsw i64 %2675, %2676
+  %2678 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1508.i
+  store i64 %2677, ptr %2678, align 8, !tbaa !4
+  %indvars.iv.next1508.i.1 = or disjoint i64 %indvars.iv1507.i, 2
+  %2679 = add nsw i64 %indvars.iv.next1508.i.1, %947
+  %2680 = trunc nsw i64 %2679 to i32
+  %2681 = tail call i32 @llvm.smin.i32(i32 %2680, i32 %912)
+  %2682 = sext i32 %2681 to i64
+  %2683 = ashr i64 %2682, 4
+  %gep1199.i.2 = getelementptr i32, ptr %invariant.gep1198.i, i64 %2683
+  %2684 = load i32, ptr %gep1199.i.2, align 4, !tbaa !4
+  %block139.i.2 = sext i32 %2684 to i64
+  %2685 = lshr i64 %2682, 1
+  %2686 = and i64 %2685, 7
+  %2687 = mul nsw i64 %2686, %v_row
+  %2688 = mul nsw i64 %v_block, %block139.i.2
+  %2689 = add nsw i64 %2687, %2688
+  %2690 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1508.i.1
+  store i64 %2689, ptr %2690, align 8, !tbaa !4
+  %indvars.iv.next1508.i.2 = or disjoint i64 %indvars.iv1507.i, 3
+  %2691 = add nsw i64 %indvars.iv.next1508.i.2, %947
+  %2692 = trunc nsw i64 %2691 to i32
+  %2693 = tail call i32 @llvm.smin.i32(i32 %2692, i32 %912)
+  %2694 = sext i32 %2693 to i64
+  %2695 = ashr i64 %2694, 4
+  %gep1199.i.3 = getelementptr i32, ptr %invariant.gep1198.i, i64 %2695
+  %2696 = load i32, ptr %gep1199.i.3, align 4, !tbaa !4
+  %block139.i.3 = sext i32 %2696 to i64
+  %2697 = lshr i64 %2694, 1
+  %2698 = and i64 %2697, 7
+  %2699 = mul nsw i64 %2698, %v_row
+  %2700 = mul nsw i64 %v_block, %block139.i.3
+  %2701 = add nsw i64 %2699, %2700
+  %2702 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1508.i.2
+  store i64 %2701, ptr %2702, align 8, !tbaa !4
+  %indvars.iv.next1508.i.3 = add nuw nsw i64 %indvars.iv1507.i, 4
+  %exitcond1511.not.i.3 = icmp eq i64 %indvars.iv.next1508.i.3, %wide.trip.count1505.i
+  br i1 %exitcond1511.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t132.i, !prof !8, !llvm.loop !78
 
-for_body_t132.i:                                  ; preds = %for_body_t132.i, %for_body_t132.lr.ph.i.new
-  %indvars.iv1526.i = phi i64 [ 0, %for_body_t132.lr.ph.i.new ], [ %indvars.iv.next1527.i.3, %for_body_t132.i ]
-  %niter337 = phi i64 [ 0, %for_body_t132.lr.ph.i.new ], [ %niter337.next.3, %for_body_t132.i ]
-  %2864 = add nsw i64 %indvars.iv1526.i, %959
-  %2865 = trunc nsw i64 %2864 to i32
-  %2866 = tail call i32 @llvm.smin.i32(i32 %2865, i32 %910)
-  %2867 = sext i32 %2866 to i64
-  %2868 = ashr i64 %2867, 4
-  %gep1225.i = getelementptr i32, ptr %invariant.gep1224.i, i64 %2868
-  %2869 = load i32, ptr %gep1225.i, align 4, !tbaa !4
-  %block139.i = sext i32 %2869 to i64
-  %2870 = lshr i64 %2867, 1
-  %2871 = and i64 %2870, 7
-  %2872 = mul nsw i64 %2871, %v_row
-  %2873 = mul nsw i64 %v_block, %block139.i
-  %2874 = add nsw i64 %2872, %2873
-  %2875 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1526.i
-  store i64 %2874, ptr %2875, align 8, !tbaa !4
-  %indvars.iv.next1527.i = or disjoint i64 %indvars.iv1526.i, 1
-  %2876 = add nsw i64 %indvars.iv.next1527.i, %959
-  %2877 = trunc nsw i64 %2876 to i32
-  %2878 = tail call i32 @llvm.smin.i32(i32 %2877, i32 %910)
-  %2879 = sext i32 %2878 to i64
-  %2880 = ashr i64 %2879, 4
-  %gep1225.i.1 = getelementptr i32, ptr %invariant.gep1224.i, i64 %2880
-  %2881 = load i32, ptr %gep1225.i.1, align 4, !tbaa !4
-  %block139.i.1 = sext i32 %2881 to i64
-  %2882 = lshr i64 %2879, 1
-  %2883 = and i64 %2882, 7
-  %2884 = mul nsw i64 %2883, %v_row
-  %2885 = mul nsw i64 %v_block, %block139.i.1
-  %2886 = add nsw i64 %2884, %2885
-  %2887 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1527.i
-  store i64 %2886, ptr %2887, align 8, !tbaa !4
-  %indvars.iv.next1527.i.1 = or disjoint i64 %indvars.iv1526.i, 2
-  %2888 = add nsw i64 %indvars.iv.next1527.i.1, %959
-  %2889 = trunc nsw i64 %2888 to i32
-  %2890 = tail call i32 @llvm.smin.i32(i32 %2889, i32 %910)
-  %2891 = sext i32 %2890 to i64
-  %2892 = ashr i64 %2891, 4
-  %gep1225.i.2 = getelementptr i32, ptr %invariant.gep1224.i, i64 %2892
-  %2893 = load i32, ptr %gep1225.i.2, align 4, !tbaa !4
-  %block139.i.2 = sext i32 %2893 to i64
-  %2894 = lshr i64 %2891, 1
-  %2895 = and i64 %2894, 7
-  %2896 = mul nsw i64 %2895, %v_row
-  %2897 = mul nsw i64 %v_block, %block139.i.2
-  %2898 = add nsw i64 %2896, %2897
-  %2899 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1527.i.1
-  store i64 %2898, ptr %2899, align 8, !tbaa !4
-  %indvars.iv.next1527.i.2 = or disjoint i64 %indvars.iv1526.i, 3
-  %2900 = add nsw i64 %indvars.iv.next1527.i.2, %959
-  %2901 = trunc nsw i64 %2900 to i32
-  %2902 = tail call i32 @llvm.smin.i32(i32 %2901, i32 %910)
-  %2903 = sext i32 %2902 to i64
-  %2904 = ashr i64 %2903, 4
-  %gep1225.i.3 = getelementptr i32, ptr %invariant.gep1224.i, i64 %2904
-  %2905 = load i32, ptr %gep1225.i.3, align 4, !tbaa !4
-  %block139.i.3 = sext i32 %2905 to i64
-  %2906 = lshr i64 %2903, 1
-  %2907 = and i64 %2906, 7
-  %2908 = mul nsw i64 %2907, %v_row
-  %2909 = mul nsw i64 %v_block, %block139.i.3
-  %2910 = add nsw i64 %2908, %2909
-  %2911 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1527.i.2
-  store i64 %2910, ptr %2911, align 8, !tbaa !4
-  %indvars.iv.next1527.i.3 = add nuw nsw i64 %indvars.iv1526.i, 4
-  %niter337.next.3 = add i64 %niter337, 4
-  %niter337.ncmp.3 = icmp eq i64 %niter337.next.3, %unroll_iter336
-  br i1 %niter337.ncmp.3, label %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, label %for_body_t132.i, !prof !50, !llvm.loop !83
+for_end_kv_head.i:                                ; preds = %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i, %for_body_kv_head.lr.ph.i, %for_begin_kv_head.preheader.i
+  %2703 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2704 = tail call i32 %2703(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not546.i = icmp eq i32 %2704, 0
+  br i1 %.not546.i, label %if_end308.i, label %fused_attend_compute_.exit, !prof !36
 
-for_end_kv_head.i:                                ; preds = %for_begin_row_tile.for_end_row_tile_crit_edge.us.i, %for_body_kv_head.lr.ph.i, %for_begin_kv_head.preheader.i
-  %2912 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2913 = tail call i32 %2912(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not571.i = icmp eq i32 %2913, 0
-  br i1 %.not571.i, label %if_end333.i, label %fused_attend_compute_.exit, !prof !36
+if_end308.i:                                      ; preds = %for_end_kv_head.i
+  %2705 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2706 = tail call i32 %2705(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not547.i = icmp eq i32 %2706, 0
+  br i1 %.not547.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end333.i:                                      ; preds = %for_end_kv_head.i
-  %2914 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2915 = tail call i32 %2914(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not572.i = icmp eq i32 %2915, 0
-  br i1 %.not572.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !36
+for_body_tile314.i:                               ; preds = %if_end319.i, %for_begin_tile313.preheader.i
+  %indvars.iv1615.i = phi i64 [ %indvars.iv.next1616.i, %if_end319.i ], [ 0, %for_begin_tile313.preheader.i ]
+  %.idx1741.i = shl nsw i64 %indvars.iv1615.i, 4
+  %2707 = getelementptr inbounds nuw i8, ptr %reach527.i, i64 %.idx1741.i
+  %2708 = getelementptr inbounds nuw i8, ptr %2707, i64 4
+  %2709 = load i32, ptr %2708, align 4, !tbaa !12
+  %2710 = icmp slt i32 %read_begin.i, %2709
+  br i1 %2710, label %if_then318.i, label %if_end319.i, !prof !7
 
-for_body_tile339.i:                               ; preds = %if_end344.i, %for_begin_tile338.preheader.i
-  %indvars.iv1640.i = phi i64 [ %indvars.iv.next1641.i, %if_end344.i ], [ 0, %for_begin_tile338.preheader.i ]
-  %.idx1751.i = shl nsw i64 %indvars.iv1640.i, 4
-  %2916 = getelementptr inbounds nuw i8, ptr %reach552.i, i64 %.idx1751.i
-  %2917 = getelementptr inbounds nuw i8, ptr %2916, i64 4
-  %2918 = load i32, ptr %2917, align 4, !tbaa !12
-  %2919 = icmp slt i32 %read_begin.i, %2918
-  br i1 %2919, label %if_then343.i, label %if_end344.i, !prof !7
+for_end_tile315.i:                                ; preds = %if_end319.i, %for_begin_tile313.preheader.i
+  %2711 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2712 = tail call i32 %2711(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not543.i = icmp eq i32 %2712, 0
+  br i1 %.not543.i, label %if_end374.i, label %fused_attend_compute_.exit, !prof !36
 
-for_end_tile340.i:                                ; preds = %if_end344.i, %for_begin_tile338.preheader.i
-  %2920 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2921 = tail call i32 %2920(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not568.i = icmp eq i32 %2921, 0
-  br i1 %.not568.i, label %if_end399.i, label %fused_attend_compute_.exit, !prof !36
+if_then318.i:                                     ; preds = %for_body_tile314.i
+  %2713 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1741.i
+  %old_max325.i = load <16 x float>, ptr %2713, align 4, !tbaa !4
+  %2714 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1741.i
+  %old_sum327.i = load <16 x float>, ptr %2714, align 4, !tbaa !4
+  %2715 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1741.i
+  %2716 = load <16 x float>, ptr %2715, align 4, !tbaa !4
+  %2717 = fcmp ogt <16 x float> %old_max325.i, %2716
+  %2718 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1741.i
+  %2719 = load <16 x float>, ptr %2718, align 4, !tbaa !4
+  %2720 = fcmp oeq <16 x float> %2719, zeroinitializer
+  %2721 = select <16 x i1> %2720, <16 x i1> splat (i1 true), <16 x i1> %2717
+  %old_or_both331.i = select <16 x i1> %2721, <16 x float> %old_max325.i, <16 x float> %2716
+  %2722 = fcmp oeq <16 x float> %old_sum327.i, zeroinitializer
+  %m333.i = select <16 x i1> %2722, <16 x float> %2716, <16 x float> %old_or_both331.i
+  %2723 = fsub <16 x float> %old_max325.i, %m333.i
+  %2724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2723, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2725 = bitcast <16 x float> %2724 to <16 x i32>
+  %2726 = fadd <16 x float> %2724, splat (float 0xC168000FE0000000)
+  %2727 = fmul <16 x float> %2726, splat (float 0x3F2BD01060000000)
+  %2728 = fmul <16 x float> %2726, splat (float 0x3FE6300000000000)
+  %2729 = fsub <16 x float> %2723, %2728
+  %2730 = fadd <16 x float> %2727, %2729
+  %2731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2730, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2732 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2730, <16 x float> splat (float 0x3FA5558F20000000))
+  %2733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2732, <16 x float> %2730, <16 x float> splat (float 0x3FC5554920000000))
+  %2734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2733, <16 x float> %2730, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2735 = fmul <16 x float> %2730, %2730
+  %2736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2734, <16 x float> %2735, <16 x float> %2730)
+  %2737 = shl <16 x i32> %2725, splat (i32 23)
+  %2738 = bitcast <16 x i32> %2737 to <16 x float>
+  %2739 = fadd <16 x float> %2736, splat (float 1.000000e+00)
+  %2740 = fmul <16 x float> %2739, %2738
+  %2741 = fcmp olt <16 x float> %2723, splat (float -8.700000e+01)
+  %2742 = select <16 x i1> %2741, <16 x float> zeroinitializer, <16 x float> %2740
+  %2743 = fcmp one <16 x float> %old_sum327.i, zeroinitializer
+  %2744 = select <16 x i1> %2743, <16 x float> %2742, <16 x float> zeroinitializer
+  %arg351.i = fsub <16 x float> %2716, %m333.i
+  %2745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg351.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2746 = bitcast <16 x float> %2745 to <16 x i32>
+  %2747 = fadd <16 x float> %2745, splat (float 0xC168000FE0000000)
+  %2748 = fmul <16 x float> %2747, splat (float 0x3F2BD01060000000)
+  %2749 = fmul <16 x float> %2747, splat (float 0x3FE6300000000000)
+  %2750 = fsub <16 x float> %arg351.i, %2749
+  %2751 = fadd <16 x float> %2748, %2750
+  %2752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2751, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2753 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2752, <16 x float> %2751, <16 x float> splat (float 0x3FA5558F20000000))
+  %2754 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2753, <16 x float> %2751, <16 x float> splat (float 0x3FC5554920000000))
+  %2755 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2754, <16 x float> %2751, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2756 = fmul <16 x float> %2751, %2751
+  %2757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2755, <16 x float> %2756, <16 x float> %2751)
+  %2758 = shl <16 x i32> %2746, splat (i32 23)
+  %2759 = bitcast <16 x i32> %2758 to <16 x float>
+  %2760 = fadd <16 x float> %2757, splat (float 1.000000e+00)
+  %2761 = fmul <16 x float> %2760, %2759
+  %2762 = fcmp olt <16 x float> %arg351.i, splat (float -8.700000e+01)
+  %2763 = select <16 x i1> %2762, <16 x float> zeroinitializer, <16 x float> %2761
+  %2764 = fcmp one <16 x float> %2719, zeroinitializer
+  %2765 = select <16 x i1> %2764, <16 x float> %2763, <16 x float> zeroinitializer
+  %2766 = fmul <16 x float> %old_sum327.i, %2744
+  %2767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2765, <16 x float> %2719, <16 x float> %2766)
+  store <16 x float> %m333.i, ptr %2713, align 4, !tbaa !4
+  store <16 x float> %2767, ptr %2714, align 4, !tbaa !4
+  %2768 = shl i64 %indvars.iv1615.i, 11
+  %2769 = and i64 %2768, 4294965248
+  br label %for_body_d369.i
 
-if_then343.i:                                     ; preds = %for_body_tile339.i
-  %2922 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1751.i
-  %old_max350.i = load <16 x float>, ptr %2922, align 4, !tbaa !4
-  %2923 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1751.i
-  %old_sum352.i = load <16 x float>, ptr %2923, align 4, !tbaa !4
-  %2924 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1751.i
-  %2925 = load <16 x float>, ptr %2924, align 4, !tbaa !4
-  %2926 = fcmp ogt <16 x float> %old_max350.i, %2925
-  %2927 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1751.i
-  %2928 = load <16 x float>, ptr %2927, align 4, !tbaa !4
-  %2929 = fcmp oeq <16 x float> %2928, zeroinitializer
-  %2930 = select <16 x i1> %2929, <16 x i1> splat (i1 true), <16 x i1> %2926
-  %old_or_both356.i = select <16 x i1> %2930, <16 x float> %old_max350.i, <16 x float> %2925
-  %2931 = fcmp oeq <16 x float> %old_sum352.i, zeroinitializer
-  %m358.i = select <16 x i1> %2931, <16 x float> %2925, <16 x float> %old_or_both356.i
-  %2932 = fsub <16 x float> %old_max350.i, %m358.i
-  %2933 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2932, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2934 = bitcast <16 x float> %2933 to <16 x i32>
-  %2935 = fadd <16 x float> %2933, splat (float 0xC168000FE0000000)
-  %2936 = fmul <16 x float> %2935, splat (float 0x3F2BD01060000000)
-  %2937 = fmul <16 x float> %2935, splat (float 0x3FE6300000000000)
-  %2938 = fsub <16 x float> %2932, %2937
-  %2939 = fadd <16 x float> %2936, %2938
-  %2940 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2939, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2941 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2940, <16 x float> %2939, <16 x float> splat (float 0x3FA5558F20000000))
-  %2942 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2941, <16 x float> %2939, <16 x float> splat (float 0x3FC5554920000000))
-  %2943 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2942, <16 x float> %2939, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2944 = fmul <16 x float> %2939, %2939
-  %2945 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2943, <16 x float> %2944, <16 x float> %2939)
-  %2946 = shl <16 x i32> %2934, splat (i32 23)
-  %2947 = bitcast <16 x i32> %2946 to <16 x float>
-  %2948 = fadd <16 x float> %2945, splat (float 1.000000e+00)
-  %2949 = fmul <16 x float> %2948, %2947
-  %2950 = fcmp olt <16 x float> %2932, splat (float -8.700000e+01)
-  %2951 = select <16 x i1> %2950, <16 x float> zeroinitializer, <16 x float> %2949
-  %2952 = fcmp one <16 x float> %old_sum352.i, zeroinitializer
-  %2953 = select <16 x i1> %2952, <16 x float> %2951, <16 x float> zeroinitializer
-  %arg376.i = fsub <16 x float> %2925, %m358.i
-  %2954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg376.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2955 = bitcast <16 x float> %2954 to <16 x i32>
-  %2956 = fadd <16 x float> %2954, splat (float 0xC168000FE0000000)
-  %2957 = fmul <16 x float> %2956, splat (float 0x3F2BD01060000000)
-  %2958 = fmul <16 x float> %2956, splat (float 0x3FE6300000000000)
-  %2959 = fsub <16 x float> %arg376.i, %2958
-  %2960 = fadd <16 x float> %2957, %2959
-  %2961 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2960, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2962 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2961, <16 x float> %2960, <16 x float> splat (float 0x3FA5558F20000000))
-  %2963 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2962, <16 x float> %2960, <16 x float> splat (float 0x3FC5554920000000))
-  %2964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2963, <16 x float> %2960, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2965 = fmul <16 x float> %2960, %2960
-  %2966 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2964, <16 x float> %2965, <16 x float> %2960)
-  %2967 = shl <16 x i32> %2955, splat (i32 23)
-  %2968 = bitcast <16 x i32> %2967 to <16 x float>
-  %2969 = fadd <16 x float> %2966, splat (float 1.000000e+00)
-  %2970 = fmul <16 x float> %2969, %2968
-  %2971 = fcmp olt <16 x float> %arg376.i, splat (float -8.700000e+01)
-  %2972 = select <16 x i1> %2971, <16 x float> zeroinitializer, <16 x float> %2970
-  %2973 = fcmp one <16 x float> %2928, zeroinitializer
-  %2974 = select <16 x i1> %2973, <16 x float> %2972, <16 x float> zeroinitializer
-  %2975 = fmul <16 x float> %old_sum352.i, %2953
-  %2976 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2974, <16 x float> %2928, <16 x float> %2975)
-  store <16 x float> %m358.i, ptr %2922, align 4, !tbaa !4
-  store <16 x float> %2976, ptr %2923, align 4, !tbaa !4
-  %2977 = shl i64 %indvars.iv1640.i, 11
-  %2978 = and i64 %2977, 4294965248
-  br label %for_body_d394.i
+if_end319.i:                                      ; preds = %for_body_d369.i, %for_body_tile314.i
+  %indvars.iv.next1616.i = add nuw nsw i64 %indvars.iv1615.i, 1
+  %exitcond1619.not.i = icmp eq i64 %indvars.iv.next1616.i, %wide.trip.count1618.i
+  br i1 %exitcond1619.not.i, label %for_end_tile315.i, label %for_body_tile314.i, !prof !8
 
-if_end344.i:                                      ; preds = %for_body_d394.i, %for_body_tile339.i
-  %indvars.iv.next1641.i = add nuw nsw i64 %indvars.iv1640.i, 1
-  %exitcond1644.not.i = icmp eq i64 %indvars.iv.next1641.i, %wide.trip.count1643.i
-  br i1 %exitcond1644.not.i, label %for_end_tile340.i, label %for_body_tile339.i, !prof !8
+for_body_d369.i:                                  ; preds = %for_body_d369.i, %if_then318.i
+  %indvars.iv1611.i = phi i64 [ 0, %if_then318.i ], [ %indvars.iv.next1612.i.3, %for_body_d369.i ]
+  %2770 = shl nuw nsw i64 %indvars.iv1611.i, 4
+  %2771 = add nuw nsw i64 %2770, %2769
+  %2772 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2771
+  %2773 = load <16 x float>, ptr %2772, align 4, !tbaa !4
+  %2774 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2771
+  %2775 = load <16 x float>, ptr %2774, align 4, !tbaa !4
+  %2776 = fmul <16 x float> %2744, %2775
+  %2777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2765, <16 x float> %2773, <16 x float> %2776)
+  store <16 x float> %2777, ptr %2774, align 4, !tbaa !4
+  %indvars.iv.next1612.i = shl i64 %indvars.iv1611.i, 4
+  %2778 = or disjoint i64 %indvars.iv.next1612.i, 16
+  %2779 = add nuw nsw i64 %2778, %2769
+  %2780 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2779
+  %2781 = load <16 x float>, ptr %2780, align 4, !tbaa !4
+  %2782 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2779
+  %2783 = load <16 x float>, ptr %2782, align 4, !tbaa !4
+  %2784 = fmul <16 x float> %2744, %2783
+  %2785 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2765, <16 x float> %2781, <16 x float> %2784)
+  store <16 x float> %2785, ptr %2782, align 4, !tbaa !4
+  %indvars.iv.next1612.i.1 = shl i64 %indvars.iv1611.i, 4
+  %2786 = or disjoint i64 %indvars.iv.next1612.i.1, 32
+  %2787 = add nuw nsw i64 %2786, %2769
+  %2788 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2787
+  %2789 = load <16 x float>, ptr %2788, align 4, !tbaa !4
+  %2790 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2787
+  %2791 = load <16 x float>, ptr %2790, align 4, !tbaa !4
+  %2792 = fmul <16 x float> %2744, %2791
+  %2793 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2765, <16 x float> %2789, <16 x float> %2792)
+  store <16 x float> %2793, ptr %2790, align 4, !tbaa !4
+  %indvars.iv.next1612.i.2 = shl i64 %indvars.iv1611.i, 4
+  %2794 = or disjoint i64 %indvars.iv.next1612.i.2, 48
+  %2795 = add nuw nsw i64 %2794, %2769
+  %2796 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2795
+  %2797 = load <16 x float>, ptr %2796, align 4, !tbaa !4
+  %2798 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2795
+  %2799 = load <16 x float>, ptr %2798, align 4, !tbaa !4
+  %2800 = fmul <16 x float> %2744, %2799
+  %2801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2765, <16 x float> %2797, <16 x float> %2800)
+  store <16 x float> %2801, ptr %2798, align 4, !tbaa !4
+  %indvars.iv.next1612.i.3 = add nuw nsw i64 %indvars.iv1611.i, 4
+  %exitcond1614.not.i.3 = icmp eq i64 %indvars.iv.next1612.i.3, 128
+  br i1 %exitcond1614.not.i.3, label %if_end319.i, label %for_body_d369.i, !prof !30, !llvm.loop !79
 
-for_body_d394.i:                                  ; preds = %for_body_d394.i, %if_then343.i
-  %indvars.iv1636.i = phi i64 [ 0, %if_then343.i ], [ %indvars.iv.next1637.i.3, %for_body_d394.i ]
-  %2979 = shl nuw nsw i64 %indvars.iv1636.i, 4
-  %2980 = add nuw nsw i64 %2979, %2978
-  %2981 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2980
-  %2982 = load <16 x float>, ptr %2981, align 4, !tbaa !4
-  %2983 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2980
-  %2984 = load <16 x float>, ptr %2983, align 4, !tbaa !4
-  %2985 = fmul <16 x float> %2953, %2984
-  %2986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2974, <16 x float> %2982, <16 x float> %2985)
-  store <16 x float> %2986, ptr %2983, align 4, !tbaa !4
-  %indvars.iv.next1637.i = shl i64 %indvars.iv1636.i, 4
-  %2987 = or disjoint i64 %indvars.iv.next1637.i, 16
-  %2988 = add nuw nsw i64 %2987, %2978
-  %2989 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2988
-  %2990 = load <16 x float>, ptr %2989, align 4, !tbaa !4
-  %2991 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2988
-  %2992 = load <16 x float>, ptr %2991, align 4, !tbaa !4
-  %2993 = fmul <16 x float> %2953, %2992
-  %2994 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2974, <16 x float> %2990, <16 x float> %2993)
-  store <16 x float> %2994, ptr %2991, align 4, !tbaa !4
-  %indvars.iv.next1637.i.1 = shl i64 %indvars.iv1636.i, 4
-  %2995 = or disjoint i64 %indvars.iv.next1637.i.1, 32
-  %2996 = add nuw nsw i64 %2995, %2978
-  %2997 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2996
-  %2998 = load <16 x float>, ptr %2997, align 4, !tbaa !4
-  %2999 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2996
-  %3000 = load <16 x float>, ptr %2999, align 4, !tbaa !4
-  %3001 = fmul <16 x float> %2953, %3000
-  %3002 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2974, <16 x float> %2998, <16 x float> %3001)
-  store <16 x float> %3002, ptr %2999, align 4, !tbaa !4
-  %indvars.iv.next1637.i.2 = shl i64 %indvars.iv1636.i, 4
-  %3003 = or disjoint i64 %indvars.iv.next1637.i.2, 48
-  %3004 = add nuw nsw i64 %3003, %2978
-  %3005 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3004
-  %3006 = load <16 x float>, ptr %3005, align 4, !tbaa !4
-  %3007 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3004
-  %3008 = load <16 x float>, ptr %3007, align 4, !tbaa !4
-  %3009 = fmul <16 x float> %2953, %3008
-  %3010 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2974, <16 x float> %3006, <16 x float> %3009)
-  store <16 x float> %3010, ptr %3007, align 4, !tbaa !4
-  %indvars.iv.next1637.i.3 = add nuw nsw i64 %indvars.iv1636.i, 4
-  %exitcond1639.not.i.3 = icmp eq i64 %indvars.iv.next1637.i.3, 128
-  br i1 %exitcond1639.not.i.3, label %if_end344.i, label %for_body_d394.i, !prof !30, !llvm.loop !84
+if_end374.i:                                      ; preds = %for_end_tile315.i
+  %2802 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2803 = tail call i32 %2802(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not544.i = icmp eq i32 %2803, 0
+  br i1 %.not544.i, label %if_end377.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end399.i:                                      ; preds = %for_end_tile340.i
-  %3011 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3012 = tail call i32 %3011(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
-  %.not569.i = icmp eq i32 %3012, 0
-  br i1 %.not569.i, label %if_end402.i, label %fused_attend_compute_.exit, !prof !36
+if_end377.i:                                      ; preds = %if_end374.i
+  %2804 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2805 = tail call i32 %2804(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not545.i = icmp eq i32 %2805, 0
+  br i1 %.not545.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end402.i:                                      ; preds = %if_end399.i
-  %3013 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3014 = tail call i32 %3013(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
-  %.not570.i = icmp eq i32 %3014, 0
-  br i1 %.not570.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !36
+for_body_tile383.i:                               ; preds = %if_end388.loopexit.i, %for_body_tile383.i.preheader
+  %indvars.iv1636.i = phi i64 [ %indvars.iv.next1637.i, %if_end388.loopexit.i ], [ 0, %for_body_tile383.i.preheader ]
+  %2806 = shl i64 %indvars.iv1636.i, 13
+  %2807 = and i64 %2806, 17179860992
+  %scevgep275 = getelementptr i8, ptr %total_acc.i, i64 %2807
+  %2808 = trunc nuw nsw i64 %indvars.iv1636.i to i32
+  %rmod456.i = srem i32 %2808, %120
+  %rdiv463.i = sdiv i32 %2808, %120
+  %2809 = icmp ne i32 %rmod456.i, 0
+  %.not535.i = and i1 %644, %2809
+  %2810 = select i1 %.not535.i, i32 %120, i32 0
+  %2811 = add nsw i32 %2810, %rmod456.i
+  %2812 = shl nsw i32 %2811, 4
+  %2813 = sub nsw i32 %118, %2812
+  %2814 = icmp sgt i32 %2813, 0
+  br i1 %2814, label %for_body_r458.lr.ph.i, label %if_end388.loopexit.i, !prof !3
 
-for_body_tile408.i:                               ; preds = %if_end413.loopexit.i, %for_body_tile408.i.preheader
-  %indvars.iv1661.i = phi i64 [ %indvars.iv.next1662.i, %if_end413.loopexit.i ], [ 0, %for_body_tile408.i.preheader ]
-  %3015 = shl i64 %indvars.iv1661.i, 13
-  %3016 = and i64 %3015, 17179860992
-  %scevgep283 = getelementptr i8, ptr %total_acc.i, i64 %3016
-  %3017 = trunc nuw nsw i64 %indvars.iv1661.i to i32
-  %rmod481.i = srem i32 %3017, %120
-  %rdiv488.i = sdiv i32 %3017, %120
-  %3018 = icmp ne i32 %rmod481.i, 0
-  %.not560.i = and i1 %639, %3018
-  %3019 = select i1 %.not560.i, i32 %120, i32 0
-  %3020 = add nsw i32 %3019, %rmod481.i
-  %3021 = shl nsw i32 %3020, 4
-  %3022 = sub nsw i32 %118, %3021
-  %3023 = icmp sgt i32 %3022, 0
-  br i1 %3023, label %for_body_r483.lr.ph.i, label %if_end413.loopexit.i, !prof !3
+for_end_tile384.i:                                ; preds = %if_end388.loopexit.i, %if_end388.us.i, %for_begin_tile382.preheader.i
+  %2815 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2816 = tail call i32 %2815(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not.i = icmp eq i32 %2816, 0
+  br i1 %.not.i, label %if_end483.i, label %fused_attend_compute_.exit, !prof !36
 
-for_end_tile409.i:                                ; preds = %if_end413.loopexit.i, %if_end413.us.i, %for_begin_tile407.preheader.i
-  %3024 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3025 = tail call i32 %3024(i32 1, i32 %dev_id, ptr nonnull %places.i)
-  %.not.i = icmp eq i32 %3025, 0
-  br i1 %.not.i, label %if_end508.i, label %fused_attend_compute_.exit, !prof !36
+if_end388.loopexit.i:                             ; preds = %for_end_d476.i, %for_body_tile383.i
+  %indvars.iv.next1637.i = add nuw nsw i64 %indvars.iv1636.i, 1
+  %exitcond1640.not.i = icmp eq i64 %indvars.iv.next1637.i, %wide.trip.count1675.i
+  br i1 %exitcond1640.not.i, label %for_end_tile384.i, label %for_body_tile383.i, !prof !8
 
-if_end413.loopexit.i:                             ; preds = %for_end_d501.i, %for_body_tile408.i
-  %indvars.iv.next1662.i = add nuw nsw i64 %indvars.iv1661.i, 1
-  %exitcond1665.not.i = icmp eq i64 %indvars.iv.next1662.i, %wide.trip.count1700.i
-  br i1 %exitcond1665.not.i, label %for_end_tile409.i, label %for_body_tile408.i, !prof !8
+for_body_r458.lr.ph.i:                            ; preds = %for_body_tile383.i
+  %2817 = sext i1 %.not535.i to i32
+  %2818 = add nsw i32 %rdiv463.i, %2817
+  %2819 = sext i32 %2818 to i64
+  %2820 = sext i32 %2811 to i64
+  %2821 = shl nsw i64 %2820, 7
+  %2822 = add nsw i64 %645, %2819
+  %2823 = shl nsw i64 %2822, 2
+  %2824 = add nsw i64 %2821, %647
+  %2825 = shl i64 %indvars.iv1636.i, 4
+  %2826 = and i64 %2825, 4294967280
+  %2827 = tail call i32 @llvm.umin.i32(i32 %2813, i32 16)
+  %wide.trip.count1624.i = zext nneg i32 %2827 to i64
+  %2828 = add nsw i64 %2824, %2823
+  %2829 = or disjoint i64 %2828, 1
+  %2830 = or disjoint i64 %2828, 2
+  %2831 = or disjoint i64 %2828, 3
+  br label %for_body_r458.i
 
-for_body_r483.lr.ph.i:                            ; preds = %for_body_tile408.i
-  %3026 = sext i1 %.not560.i to i32
-  %3027 = add nsw i32 %rdiv488.i, %3026
-  %3028 = sext i32 %3027 to i64
-  %3029 = sext i32 %3020 to i64
-  %3030 = shl nsw i64 %3029, 7
-  %3031 = add nsw i64 %640, %3028
-  %3032 = shl nsw i64 %3031, 2
-  %3033 = add nsw i64 %3030, %642
-  %3034 = shl i64 %indvars.iv1661.i, 4
-  %3035 = and i64 %3034, 4294967280
-  %3036 = tail call i32 @llvm.umin.i32(i32 %3022, i32 16)
-  %wide.trip.count1649.i = zext nneg i32 %3036 to i64
-  %3037 = add nsw i64 %3033, %3032
-  %3038 = or disjoint i64 %3037, 1
-  %3039 = or disjoint i64 %3037, 2
-  %3040 = or disjoint i64 %3037, 3
-  br label %for_body_r483.i
+for_begin_d474.preheader.lr.ph.i:                 ; preds = %for_body_r458.i
+  %.idx.i = shl nsw i64 %2822, 11
+  %2832 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %.idx536.i = shl nsw i64 %2820, 16
+  %2833 = getelementptr i8, ptr %2832, i64 %.idx536.i
+  %invariant.gep1325.i = getelementptr i8, ptr %2833, i64 %.idx537.i
+  %2834 = shl i64 %indvars.iv1636.i, 11
+  %2835 = and i64 %2834, 4294965248
+  %invariant.gep1773.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2835
+  %2836 = add nsw i64 %.idx536.i, %.idx.i
+  %scevgep270 = getelementptr i8, ptr %scevgep269, i64 %2836
+  %scevgep273 = getelementptr i8, ptr %scevgep272, i64 %2836
+  %2837 = shl nuw nsw i64 %wide.trip.count1624.i, 2
+  %2838 = getelementptr i8, ptr %scevgep276, i64 %2807
+  %scevgep277 = getelementptr i8, ptr %2838, i64 %2837
+  br label %for_begin_d474.preheader.i
 
-for_begin_d499.preheader.lr.ph.i:                 ; preds = %for_body_r483.i
-  %.idx.i = shl nsw i64 %3031, 11
-  %3041 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %.idx561.i = shl nsw i64 %3029, 16
-  %3042 = getelementptr i8, ptr %3041, i64 %.idx561.i
-  %invariant.gep1347.i = getelementptr i8, ptr %3042, i64 %.idx562.i
-  %3043 = shl i64 %indvars.iv1661.i, 11
-  %3044 = and i64 %3043, 4294965248
-  %invariant.gep1784.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3044
-  %3045 = add nsw i64 %.idx561.i, %.idx.i
-  %scevgep278 = getelementptr i8, ptr %scevgep277, i64 %3045
-  %scevgep281 = getelementptr i8, ptr %scevgep280, i64 %3045
-  %3046 = shl nuw nsw i64 %wide.trip.count1649.i, 2
-  %3047 = getelementptr i8, ptr %scevgep284, i64 %3016
-  %scevgep285 = getelementptr i8, ptr %3047, i64 %3046
-  br label %for_begin_d499.preheader.i
+for_body_r458.i:                                  ; preds = %for_body_r458.i, %for_body_r458.lr.ph.i
+  %indvars.iv1621.i = phi i64 [ 0, %for_body_r458.lr.ph.i ], [ %indvars.iv.next1622.i.3, %for_body_r458.i ]
+  %2839 = add nuw nsw i64 %indvars.iv1621.i, %2826
+  %2840 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2839
+  %2841 = load float, ptr %2840, align 4, !tbaa !4
+  %2842 = shl nuw nsw i64 %indvars.iv1621.i, 3
+  %2843 = and i64 %2842, 17179869152
+  %2844 = add nsw i64 %2828, %2843
+  %2845 = getelementptr inbounds float, ptr %partial_max, i64 %2844
+  store float %2841, ptr %2845, align 4, !tbaa !4
+  %2846 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2839
+  %2847 = load float, ptr %2846, align 4, !tbaa !4
+  %2848 = getelementptr inbounds float, ptr %partial_sum, i64 %2844
+  store float %2847, ptr %2848, align 4, !tbaa !4
+  %indvars.iv.next1622.i = or disjoint i64 %indvars.iv1621.i, 1
+  %2849 = add nuw nsw i64 %indvars.iv.next1622.i, %2826
+  %2850 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2849
+  %2851 = load float, ptr %2850, align 4, !tbaa !4
+  %2852 = shl nuw nsw i64 %indvars.iv1621.i, 3
+  %2853 = and i64 %2852, 17179869152
+  %2854 = add nsw i64 %2829, %2853
+  %2855 = getelementptr inbounds float, ptr %partial_max, i64 %2854
+  store float %2851, ptr %2855, align 4, !tbaa !4
+  %2856 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2849
+  %2857 = load float, ptr %2856, align 4, !tbaa !4
+  %2858 = getelementptr inbounds float, ptr %partial_sum, i64 %2854
+  store float %2857, ptr %2858, align 4, !tbaa !4
+  %indvars.iv.next1622.i.1 = or disjoint i64 %indvars.iv1621.i, 2
+  %2859 = add nuw nsw i64 %indvars.iv.next1622.i.1, %2826
+  %2860 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2859
+  %2861 = load float, ptr %2860, align 4, !tbaa !4
+  %2862 = shl nuw nsw i64 %indvars.iv1621.i, 3
+  %2863 = and i64 %2862, 17179869152
+  %2864 = add nsw i64 %2830, %2863
+  %2865 = getelementptr inbounds float, ptr %partial_max, i64 %2864
+  store float %2861, ptr %2865, align 4, !tbaa !4
+  %2866 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2859
+  %2867 = load float, ptr %2866, align 4, !tbaa !4
+  %2868 = getelementptr inbounds float, ptr %partial_sum, i64 %2864
+  store float %2867, ptr %2868, align 4, !tbaa !4
+  %indvars.iv.next1622.i.2 = or disjoint i64 %indvars.iv1621.i, 3
+  %2869 = add nuw nsw i64 %indvars.iv.next1622.i.2, %2826
+  %2870 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2869
+  %2871 = load float, ptr %2870, align 4, !tbaa !4
+  %2872 = shl nuw nsw i64 %indvars.iv1621.i, 3
+  %2873 = and i64 %2872, 17179869152
+  %2874 = add nsw i64 %2831, %2873
+  %2875 = getelementptr inbounds float, ptr %partial_max, i64 %2874
+  store float %2871, ptr %2875, align 4, !tbaa !4
+  %2876 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2869
+  %2877 = load float, ptr %2876, align 4, !tbaa !4
+  %2878 = getelementptr inbounds float, ptr %partial_sum, i64 %2874
+  store float %2877, ptr %2878, align 4, !tbaa !4
+  %indvars.iv.next1622.i.3 = add nuw nsw i64 %indvars.iv1621.i, 4
+  %exitcond1625.not.i.3 = icmp eq i64 %indvars.iv.next1622.i.3, %wide.trip.count1624.i
+  br i1 %exitcond1625.not.i.3, label %for_begin_d474.preheader.lr.ph.i, label %for_body_r458.i, !prof !8, !llvm.loop !81
 
-for_body_r483.i:                                  ; preds = %for_body_r483.i, %for_body_r483.lr.ph.i
-  %indvars.iv1646.i = phi i64 [ 0, %for_body_r483.lr.ph.i ], [ %indvars.iv.next1647.i.3, %for_body_r483.i ]
-  %3048 = add nuw nsw i64 %indvars.iv1646.i, %3035
-  %3049 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3048
-  %3050 = load float, ptr %3049, align 4, !tbaa !4
-  %3051 = shl nuw nsw i64 %indvars.iv1646.i, 3
-  %3052 = and i64 %3051, 17179869152
-  %3053 = add nsw i64 %3037, %3052
-  %3054 = getelementptr inbounds float, ptr %partial_max, i64 %3053
-  store float %3050, ptr %3054, align 4, !tbaa !4
-  %3055 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3048
-  %3056 = load float, ptr %3055, align 4, !tbaa !4
-  %3057 = getelementptr inbounds float, ptr %partial_sum, i64 %3053
-  store float %3056, ptr %3057, align 4, !tbaa !4
-  %indvars.iv.next1647.i = or disjoint i64 %indvars.iv1646.i, 1
-  %3058 = add nuw nsw i64 %indvars.iv.next1647.i, %3035
-  %3059 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3058
-  %3060 = load float, ptr %3059, align 4, !tbaa !4
-  %3061 = shl nuw nsw i64 %indvars.iv1646.i, 3
-  %3062 = and i64 %3061, 17179869152
-  %3063 = add nsw i64 %3038, %3062
-  %3064 = getelementptr inbounds float, ptr %partial_max, i64 %3063
-  store float %3060, ptr %3064, align 4, !tbaa !4
-  %3065 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3058
-  %3066 = load float, ptr %3065, align 4, !tbaa !4
-  %3067 = getelementptr inbounds float, ptr %partial_sum, i64 %3063
-  store float %3066, ptr %3067, align 4, !tbaa !4
-  %indvars.iv.next1647.i.1 = or disjoint i64 %indvars.iv1646.i, 2
-  %3068 = add nuw nsw i64 %indvars.iv.next1647.i.1, %3035
-  %3069 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3068
-  %3070 = load float, ptr %3069, align 4, !tbaa !4
-  %3071 = shl nuw nsw i64 %indvars.iv1646.i, 3
-  %3072 = and i64 %3071, 17179869152
-  %3073 = add nsw i64 %3039, %3072
-  %3074 = getelementptr inbounds float, ptr %partial_max, i64 %3073
-  store float %3070, ptr %3074, align 4, !tbaa !4
-  %3075 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3068
-  %3076 = load float, ptr %3075, align 4, !tbaa !4
-  %3077 = getelementptr inbounds float, ptr %partial_sum, i64 %3073
-  store float %3076, ptr %3077, align 4, !tbaa !4
-  %indvars.iv.next1647.i.2 = or disjoint i64 %indvars.iv1646.i, 3
-  %3078 = add nuw nsw i64 %indvars.iv.next1647.i.2, %3035
-  %3079 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3078
-  %3080 = load float, ptr %3079, align 4, !tbaa !4
-  %3081 = shl nuw nsw i64 %indvars.iv1646.i, 3
-  %3082 = and i64 %3081, 17179869152
-  %3083 = add nsw i64 %3040, %3082
-  %3084 = getelementptr inbounds float, ptr %partial_max, i64 %3083
-  store float %3080, ptr %3084, align 4, !tbaa !4
-  %3085 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3078
-  %3086 = load float, ptr %3085, align 4, !tbaa !4
-  %3087 = getelementptr inbounds float, ptr %partial_sum, i64 %3083
-  store float %3086, ptr %3087, align 4, !tbaa !4
-  %indvars.iv.next1647.i.3 = add nuw nsw i64 %indvars.iv1646.i, 4
-  %exitcond1650.not.i.3 = icmp eq i64 %indvars.iv.next1647.i.3, %wide.trip.count1649.i
-  br i1 %exitcond1650.not.i.3, label %for_begin_d499.preheader.lr.ph.i, label %for_body_r483.i, !prof !8, !llvm.loop !86
+for_begin_d474.preheader.i:                       ; preds = %for_end_d476.i, %for_begin_d474.preheader.lr.ph.i
+  %indvars.iv1630.i = phi i64 [ 0, %for_begin_d474.preheader.lr.ph.i ], [ %indvars.iv.next1631.i, %for_end_d476.i ]
+  %2879 = shl nuw nsw i64 %indvars.iv1630.i, 7
+  %2880 = and i64 %2879, 384
+  %2881 = shl nuw nsw i64 %indvars.iv1630.i, 10
+  %2882 = and i64 %2881, 2199023251456
+  %gep1326.i = getelementptr float, ptr %invariant.gep1325.i, i64 %2882
+  %2883 = getelementptr float, ptr %gep1326.i, i64 %2880
+  %gep1774.i = getelementptr inbounds nuw float, ptr %invariant.gep1773.i, i64 %indvars.iv1630.i
+  %2884 = shl i64 %indvars.iv1630.i, 12
+  %2885 = and i64 %2884, 8796093005824
+  %2886 = shl i64 %indvars.iv1630.i, 9
+  %2887 = and i64 %2886, 1536
+  %2888 = or disjoint i64 %2885, %2887
+  %scevgep274 = getelementptr i8, ptr %scevgep273, i64 %2888
+  %scevgep271 = getelementptr i8, ptr %scevgep270, i64 %2888
+  %bound0278 = icmp ult ptr %scevgep271, %scevgep277
+  %bound1279 = icmp ult ptr %scevgep275, %scevgep274
+  %found.conflict280 = and i1 %bound0278, %bound1279
+  br i1 %found.conflict280, label %for_body_d475.i, label %vector.body283, !prof !11
 
-for_begin_d499.preheader.i:                       ; preds = %for_end_d501.i, %for_begin_d499.preheader.lr.ph.i
-  %indvars.iv1655.i = phi i64 [ 0, %for_begin_d499.preheader.lr.ph.i ], [ %indvars.iv.next1656.i, %for_end_d501.i ]
-  %3088 = shl nuw nsw i64 %indvars.iv1655.i, 7
-  %3089 = and i64 %3088, 384
-  %3090 = shl nuw nsw i64 %indvars.iv1655.i, 10
-  %3091 = and i64 %3090, 2199023251456
-  %gep1348.i = getelementptr float, ptr %invariant.gep1347.i, i64 %3091
-  %3092 = getelementptr float, ptr %gep1348.i, i64 %3089
-  %gep1785.i = getelementptr inbounds nuw float, ptr %invariant.gep1784.i, i64 %indvars.iv1655.i
-  %3093 = shl i64 %indvars.iv1655.i, 12
-  %3094 = and i64 %3093, 8796093005824
-  %3095 = shl i64 %indvars.iv1655.i, 9
-  %3096 = and i64 %3095, 1536
-  %3097 = or disjoint i64 %3094, %3096
-  %scevgep282 = getelementptr i8, ptr %scevgep281, i64 %3097
-  %scevgep279 = getelementptr i8, ptr %scevgep278, i64 %3097
-  %bound0286 = icmp ult ptr %scevgep279, %scevgep285
-  %bound1287 = icmp ult ptr %scevgep283, %scevgep282
-  %found.conflict288 = and i1 %bound0286, %bound1287
-  br i1 %found.conflict288, label %for_body_d500.i, label %vector.body291, !prof !11
+vector.body283:                                   ; preds = %for_begin_d474.preheader.i
+  %2889 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %2890 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %2891 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %2892 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather286 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2889, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather287 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2890, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather288 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2891, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather289 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2892, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %2893 = getelementptr i8, ptr %2883, i64 32
+  %2894 = getelementptr i8, ptr %2883, i64 64
+  %2895 = getelementptr i8, ptr %2883, i64 96
+  store <8 x float> %wide.masked.gather286, ptr %2883, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather287, ptr %2893, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather288, ptr %2894, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather289, ptr %2895, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  %2896 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %2897 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %2898 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %2899 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather286.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2896, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather287.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2897, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather288.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2898, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather289.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2899, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %2900 = getelementptr i8, ptr %2883, i64 128
+  %2901 = getelementptr i8, ptr %2883, i64 160
+  %2902 = getelementptr i8, ptr %2883, i64 192
+  %2903 = getelementptr i8, ptr %2883, i64 224
+  store <8 x float> %wide.masked.gather286.1, ptr %2900, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather287.1, ptr %2901, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather288.1, ptr %2902, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather289.1, ptr %2903, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  %2904 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %2905 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %2906 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %2907 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather286.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2904, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather287.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2905, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather288.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2906, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather289.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2907, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %2908 = getelementptr i8, ptr %2883, i64 256
+  %2909 = getelementptr i8, ptr %2883, i64 288
+  %2910 = getelementptr i8, ptr %2883, i64 320
+  %2911 = getelementptr i8, ptr %2883, i64 352
+  store <8 x float> %wide.masked.gather286.2, ptr %2908, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather287.2, ptr %2909, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather288.2, ptr %2910, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather289.2, ptr %2911, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  %2912 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %2913 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %2914 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %2915 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather286.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2912, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather287.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2913, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather288.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2914, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather289.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2915, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %2916 = getelementptr i8, ptr %2883, i64 384
+  %2917 = getelementptr i8, ptr %2883, i64 416
+  %2918 = getelementptr i8, ptr %2883, i64 448
+  %2919 = getelementptr i8, ptr %2883, i64 480
+  store <8 x float> %wide.masked.gather286.3, ptr %2916, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather287.3, ptr %2917, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather288.3, ptr %2918, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather289.3, ptr %2919, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  br label %for_end_d476.i
 
-vector.body291:                                   ; preds = %for_begin_d499.preheader.i
-  %3098 = getelementptr inbounds nuw i8, ptr %gep1785.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3099 = getelementptr inbounds nuw i8, ptr %gep1785.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3100 = getelementptr inbounds nuw i8, ptr %gep1785.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3101 = getelementptr inbounds nuw i8, ptr %gep1785.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather294 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3098, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather295 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather296 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3100, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather297 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3101, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %3102 = getelementptr i8, ptr %3092, i64 32
-  %3103 = getelementptr i8, ptr %3092, i64 64
-  %3104 = getelementptr i8, ptr %3092, i64 96
-  store <8 x float> %wide.masked.gather294, ptr %3092, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather295, ptr %3102, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather296, ptr %3103, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather297, ptr %3104, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  %3105 = getelementptr inbounds nuw i8, ptr %gep1785.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3106 = getelementptr inbounds nuw i8, ptr %gep1785.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3107 = getelementptr inbounds nuw i8, ptr %gep1785.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3108 = getelementptr inbounds nuw i8, ptr %gep1785.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather294.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3105, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather295.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3106, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather296.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3107, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather297.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3108, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %3109 = getelementptr i8, ptr %3092, i64 128
-  %3110 = getelementptr i8, ptr %3092, i64 160
-  %3111 = getelementptr i8, ptr %3092, i64 192
-  %3112 = getelementptr i8, ptr %3092, i64 224
-  store <8 x float> %wide.masked.gather294.1, ptr %3109, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather295.1, ptr %3110, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather296.1, ptr %3111, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather297.1, ptr %3112, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  %3113 = getelementptr inbounds nuw i8, ptr %gep1785.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3114 = getelementptr inbounds nuw i8, ptr %gep1785.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3115 = getelementptr inbounds nuw i8, ptr %gep1785.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3116 = getelementptr inbounds nuw i8, ptr %gep1785.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather294.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3113, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather295.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3114, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather296.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3115, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather297.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3116, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %3117 = getelementptr i8, ptr %3092, i64 256
-  %3118 = getelementptr i8, ptr %3092, i64 288
-  %3119 = getelementptr i8, ptr %3092, i64 320
-  %3120 = getelementptr i8, ptr %3092, i64 352
-  store <8 x float> %wide.masked.gather294.2, ptr %3117, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather295.2, ptr %3118, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather296.2, ptr %3119, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather297.2, ptr %3120, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  %3121 = getelementptr inbounds nuw i8, ptr %gep1785.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3122 = getelementptr inbounds nuw i8, ptr %gep1785.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3123 = getelementptr inbounds nuw i8, ptr %gep1785.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3124 = getelementptr inbounds nuw i8, ptr %gep1785.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather294.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3121, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather295.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3122, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather296.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3123, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather297.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3124, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %3125 = getelementptr i8, ptr %3092, i64 384
-  %3126 = getelementptr i8, ptr %3092, i64 416
-  %3127 = getelementptr i8, ptr %3092, i64 448
-  %3128 = getelementptr i8, ptr %3092, i64 480
-  store <8 x float> %wide.masked.gather294.3, ptr %3125, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather295.3, ptr %3126, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather296.3, ptr %3127, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather297.3, ptr %3128, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  br label %for_end_d501.i
+for_body_d475.i:                                  ; preds = %for_body_d475.i, %for_begin_d474.preheader.i
+  %indvars.iv1626.i = phi i64 [ %indvars.iv.next1627.i.7, %for_body_d475.i ], [ 0, %for_begin_d474.preheader.i ]
+  %.idx1742.i = shl nuw nsw i64 %indvars.iv1626.i, 6
+  %2920 = getelementptr inbounds nuw i8, ptr %gep1774.i, i64 %.idx1742.i
+  %2921 = load float, ptr %2920, align 4, !tbaa !4
+  %2922 = getelementptr float, ptr %2883, i64 %indvars.iv1626.i
+  store float %2921, ptr %2922, align 4, !tbaa !4
+  %indvars.iv.next1627.i = or disjoint i64 %indvars.iv1626.i, 1
+  %.idx1742.i.1 = shl nuw nsw i64 %indvars.iv.next1627.i, 6
+  %2923 = getelementptr inbounds nuw i8, ptr %gep1774.i, i64 %.idx1742.i.1
+  %2924 = load float, ptr %2923, align 4, !tbaa !4
+  %2925 = getelementptr float, ptr %2883, i64 %indvars.iv.next1627.i
+  store float %2924, ptr %2925, align 4, !tbaa !4
+  %indvars.iv.next1627.i.1 = or disjoint i64 %indvars.iv1626.i, 2
+  %.idx1742.i.2 = shl nuw nsw i64 %indvars.iv.next1627.i.1, 6
+  %2926 = getelementptr inbounds nuw i8, ptr %gep1774.i, i64 %.idx1742.i.2
+  %2927 = load float, ptr %2926, align 4, !tbaa !4
+  %2928 = getelementptr float, ptr %2883, i64 %indvars.iv.next1627.i.1
+  store float %2927, ptr %2928, align 4, !tbaa !4
+  %indvars.iv.next1627.i.2 = or disjoint i64 %indvars.iv1626.i, 3
+  %.idx1742.i.3 = shl nuw nsw i64 %indvars.iv.next1627.i.2, 6
+  %2929 = getelementptr inbounds nuw i8, ptr %gep1774.i, i64 %.idx1742.i.3
+  %2930 = load float, ptr %2929, align 4, !tbaa !4
+  %2931 = getelementptr float, ptr %2883, i64 %indvars.iv.next1627.i.2
+  store float %2930, ptr %2931, align 4, !tbaa !4
+  %indvars.iv.next1627.i.3 = or disjoint i64 %indvars.iv1626.i, 4
+  %.idx1742.i.4 = shl nuw nsw i64 %indvars.iv.next1627.i.3, 6
+  %2932 = getelementptr inbounds nuw i8, ptr %gep1774.i, i64 %.idx1742.i.4
+  %2933 = load float, ptr %2932, align 4, !tbaa !4
+  %2934 = getelementptr float, ptr %2883, i64 %indvars.iv.next1627.i.3
+  store float %2933, ptr %2934, align 4, !tbaa !4
+  %indvars.iv.next1627.i.4 = or disjoint i64 %indvars.iv1626.i, 5
+  %.idx1742.i.5 = shl nuw nsw i64 %indvars.iv.next1627.i.4, 6
+  %2935 = getelementptr inbounds nuw i8, ptr %gep1774.i, i64 %.idx1742.i.5
+  %2936 = load float, ptr %2935, align 4, !tbaa !4
+  %2937 = getelementptr float, ptr %2883, i64 %indvars.iv.next1627.i.4
+  store float %2936, ptr %2937, align 4, !tbaa !4
+  %indvars.iv.next1627.i.5 = or disjoint i64 %indvars.iv1626.i, 6
+  %.idx1742.i.6 = shl nuw nsw i64 %indvars.iv.next1627.i.5, 6
+  %2938 = getelementptr inbounds nuw i8, ptr %gep1774.i, i64 %.idx1742.i.6
+  %2939 = load float, ptr %2938, align 4, !tbaa !4
+  %2940 = getelementptr float, ptr %2883, i64 %indvars.iv.next1627.i.5
+  store float %2939, ptr %2940, align 4, !tbaa !4
+  %indvars.iv.next1627.i.6 = or disjoint i64 %indvars.iv1626.i, 7
+  %.idx1742.i.7 = shl nuw nsw i64 %indvars.iv.next1627.i.6, 6
+  %2941 = getelementptr inbounds nuw i8, ptr %gep1774.i, i64 %.idx1742.i.7
+  %2942 = load float, ptr %2941, align 4, !tbaa !4
+  %2943 = getelementptr float, ptr %2883, i64 %indvars.iv.next1627.i.6
+  store float %2942, ptr %2943, align 4, !tbaa !4
+  %indvars.iv.next1627.i.7 = add nuw nsw i64 %indvars.iv1626.i, 8
+  %exitcond1629.not.i.7 = icmp eq i64 %indvars.iv.next1627.i.7, 128
+  br i1 %exitcond1629.not.i.7, label %for_end_d476.i, label %for_body_d475.i, !prof !28, !llvm.loop !87
 
-for_body_d500.i:                                  ; preds = %for_body_d500.i, %for_begin_d499.preheader.i
-  %indvars.iv1651.i = phi i64 [ %indvars.iv.next1652.i.7, %for_body_d500.i ], [ 0, %for_begin_d499.preheader.i ]
-  %.idx1752.i = shl nuw nsw i64 %indvars.iv1651.i, 6
-  %3129 = getelementptr inbounds nuw i8, ptr %gep1785.i, i64 %.idx1752.i
-  %3130 = load float, ptr %3129, align 4, !tbaa !4
-  %3131 = getelementptr float, ptr %3092, i64 %indvars.iv1651.i
-  store float %3130, ptr %3131, align 4, !tbaa !4
-  %indvars.iv.next1652.i = or disjoint i64 %indvars.iv1651.i, 1
-  %.idx1752.i.1 = shl nuw nsw i64 %indvars.iv.next1652.i, 6
-  %3132 = getelementptr inbounds nuw i8, ptr %gep1785.i, i64 %.idx1752.i.1
-  %3133 = load float, ptr %3132, align 4, !tbaa !4
-  %3134 = getelementptr float, ptr %3092, i64 %indvars.iv.next1652.i
-  store float %3133, ptr %3134, align 4, !tbaa !4
-  %indvars.iv.next1652.i.1 = or disjoint i64 %indvars.iv1651.i, 2
-  %.idx1752.i.2 = shl nuw nsw i64 %indvars.iv.next1652.i.1, 6
-  %3135 = getelementptr inbounds nuw i8, ptr %gep1785.i, i64 %.idx1752.i.2
-  %3136 = load float, ptr %3135, align 4, !tbaa !4
-  %3137 = getelementptr float, ptr %3092, i64 %indvars.iv.next1652.i.1
-  store float %3136, ptr %3137, align 4, !tbaa !4
-  %indvars.iv.next1652.i.2 = or disjoint i64 %indvars.iv1651.i, 3
-  %.idx1752.i.3 = shl nuw nsw i64 %indvars.iv.next1652.i.2, 6
-  %3138 = getelementptr inbounds nuw i8, ptr %gep1785.i, i64 %.idx1752.i.3
-  %3139 = load float, ptr %3138, align 4, !tbaa !4
-  %3140 = getelementptr float, ptr %3092, i64 %indvars.iv.next1652.i.2
-  store float %3139, ptr %3140, align 4, !tbaa !4
-  %indvars.iv.next1652.i.3 = or disjoint i64 %indvars.iv1651.i, 4
-  %.idx1752.i.4 = shl nuw nsw i64 %indvars.iv.next1652.i.3, 6
-  %3141 = getelementptr inbounds nuw i8, ptr %gep1785.i, i64 %.idx1752.i.4
-  %3142 = load float, ptr %3141, align 4, !tbaa !4
-  %3143 = getelementptr float, ptr %3092, i64 %indvars.iv.next1652.i.3
-  store float %3142, ptr %3143, align 4, !tbaa !4
-  %indvars.iv.next1652.i.4 = or disjoint i64 %indvars.iv1651.i, 5
-  %.idx1752.i.5 = shl nuw nsw i64 %indvars.iv.next1652.i.4, 6
-  %3144 = getelementptr inbounds nuw i8, ptr %gep1785.i, i64 %.idx1752.i.5
-  %3145 = load float, ptr %3144, align 4, !tbaa !4
-  %3146 = getelementptr float, ptr %3092, i64 %indvars.iv.next1652.i.4
-  store float %3145, ptr %3146, align 4, !tbaa !4
-  %indvars.iv.next1652.i.5 = or disjoint i64 %indvars.iv1651.i, 6
-  %.idx1752.i.6 = shl nuw nsw i64 %indvars.iv.next1652.i.5, 6
-  %3147 = getelementptr inbounds nuw i8, ptr %gep1785.i, i64 %.idx1752.i.6
-  %3148 = load float, ptr %3147, align 4, !tbaa !4
-  %3149 = getelementptr float, ptr %3092, i64 %indvars.iv.next1652.i.5
-  store float %3148, ptr %3149, align 4, !tbaa !4
-  %indvars.iv.next1652.i.6 = or disjoint i64 %indvars.iv1651.i, 7
-  %.idx1752.i.7 = shl nuw nsw i64 %indvars.iv.next1652.i.6, 6
-  %3150 = getelementptr inbounds nuw i8, ptr %gep1785.i, i64 %.idx1752.i.7
-  %3151 = load float, ptr %3150, align 4, !tbaa !4
-  %3152 = getelementptr float, ptr %3092, i64 %indvars.iv.next1652.i.6
-  store float %3151, ptr %3152, align 4, !tbaa !4
-  %indvars.iv.next1652.i.7 = add nuw nsw i64 %indvars.iv1651.i, 8
-  %exitcond1654.not.i.7 = icmp eq i64 %indvars.iv.next1652.i.7, 128
-  br i1 %exitcond1654.not.i.7, label %for_end_d501.i, label %for_body_d500.i, !prof !28, !llvm.loop !93
+for_end_d476.i:                                   ; preds = %for_body_d475.i, %vector.body283
+  %indvars.iv.next1631.i = add nuw nsw i64 %indvars.iv1630.i, 1
+  %exitcond1635.not.i = icmp eq i64 %indvars.iv.next1631.i, %wide.trip.count1624.i
+  br i1 %exitcond1635.not.i, label %if_end388.loopexit.i, label %for_begin_d474.preheader.i, !prof !8
 
-for_end_d501.i:                                   ; preds = %for_body_d500.i, %vector.body291
-  %indvars.iv.next1656.i = add nuw nsw i64 %indvars.iv1655.i, 1
-  %exitcond1660.not.i = icmp eq i64 %indvars.iv.next1656.i, %wide.trip.count1649.i
-  br i1 %exitcond1660.not.i, label %if_end413.loopexit.i, label %for_begin_d499.preheader.i, !prof !8
+if_end483.i:                                      ; preds = %for_end_tile384.i
+  %2944 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2945 = tail call i32 %2944(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not528.i = icmp eq i32 %2945, 0
+  br i1 %.not528.i, label %if_end486.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end508.i:                                      ; preds = %for_end_tile409.i
-  %3153 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3154 = tail call i32 %3153(i32 1, i32 %dev_id, ptr nonnull %limits.i)
-  %.not553.i = icmp eq i32 %3154, 0
-  br i1 %.not553.i, label %if_end511.i, label %fused_attend_compute_.exit, !prof !36
+if_end486.i:                                      ; preds = %if_end483.i
+  %2946 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2947 = tail call i32 %2946(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not529.i = icmp eq i32 %2947, 0
+  br i1 %.not529.i, label %if_end489.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end511.i:                                      ; preds = %if_end508.i
-  %3155 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3156 = tail call i32 %3155(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
-  %.not554.i = icmp eq i32 %3156, 0
-  br i1 %.not554.i, label %if_end514.i, label %fused_attend_compute_.exit, !prof !36
+if_end489.i:                                      ; preds = %if_end486.i
+  %2948 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2949 = tail call i32 %2948(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not530.i = icmp eq i32 %2949, 0
+  br i1 %.not530.i, label %if_end492.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end514.i:                                      ; preds = %if_end511.i
-  %3157 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3158 = tail call i32 %3157(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
-  %.not555.i = icmp eq i32 %3158, 0
-  br i1 %.not555.i, label %if_end517.i, label %fused_attend_compute_.exit, !prof !36
+if_end492.i:                                      ; preds = %if_end489.i
+  %2950 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2951 = tail call i32 %2950(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not531.i = icmp eq i32 %2951, 0
+  br i1 %.not531.i, label %if_end495.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end517.i:                                      ; preds = %if_end514.i
-  %3159 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3160 = tail call i32 %3159(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
-  %.not556.i = icmp eq i32 %3160, 0
-  br i1 %.not556.i, label %if_end520.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end520.i:                                      ; preds = %if_end517.i
-  %3161 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3162 = tail call i32 %3161(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not557.i = icmp ne i32 %3162, 0
-  %..i = sext i1 %.not557.i to i32
+if_end495.i:                                      ; preds = %if_end492.i
+  %2952 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2953 = tail call i32 %2952(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not532.i = icmp ne i32 %2953, 0
+  %..i = sext i1 %.not532.i to i32
   br label %fused_attend_compute_.exit
 
-fused_attend_compute_.exit:                       ; preds = %if_end520.i, %if_end517.i, %if_end514.i, %if_end511.i, %if_end508.i, %for_end_tile409.i, %if_end402.i, %if_end399.i, %for_end_tile340.i, %if_end333.i, %for_end_kv_head.i, %if_end327.us.i, %if_end324.us.i, %if_end321.us.i, %if_end318.us.i, %if_end179.us.i, %if_end152.us.i, %if_end149.us.i, %if_end146.us.i, %if_end143.us.i, %for_body_row_tile.us.i, %if_end124.i, %for_body_step.i, %if_end118.i, %if_end115.i, %for_body_number.i, %for_end_r469.us.i, %for_body_tile408.us.i, %for_body_r79.peel.next.i, %for_body_tile.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end54
-  %common.ret.op.i = phi i32 [ -1, %if_end517.i ], [ -1, %if_end54 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end508.i ], [ -1, %for_body_tile408.us.i ], [ -1, %for_body_row_tile.us.i ], [ -1, %if_end514.i ], [ %..i, %if_end520.i ], [ -1, %if_end511.i ], [ -1, %for_body_step.i ], [ -1, %for_body_number.i ], [ -1, %for_end_tile409.i ], [ -1, %for_end_r469.us.i ], [ -1, %if_end327.us.i ], [ -1, %if_end324.us.i ], [ -1, %if_end321.us.i ], [ -1, %if_end318.us.i ], [ -1, %if_end179.us.i ], [ -1, %if_end152.us.i ], [ -1, %if_end149.us.i ], [ -1, %if_end146.us.i ], [ -1, %if_end143.us.i ], [ -1, %if_end333.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end124.i ], [ -1, %if_end402.i ], [ -1, %if_end399.i ], [ -1, %for_end_tile340.i ], [ -1, %if_end118.i ], [ -1, %if_end115.i ], [ -1, %for_body_r79.peel.next.i ], [ -1, %for_body_tile.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor535.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %reach552.i)
+fused_attend_compute_.exit:                       ; preds = %if_end495.i, %if_end492.i, %if_end489.i, %if_end486.i, %if_end483.i, %for_end_tile384.i, %if_end377.i, %if_end374.i, %for_end_tile315.i, %if_end308.i, %for_end_kv_head.i, %if_end302.us.i, %if_end299.us.i, %if_end296.us.i, %if_end155.us.i, %if_end149.us.i, %if_end146.us.i, %if_end143.us.i, %for_body_row_tile.us.i, %if_end124.i, %for_body_step.i, %if_end118.i, %if_end115.i, %for_body_number.i, %for_end_r444.us.i, %for_body_tile383.us.i, %for_body_r79.peel.next.i, %for_body_tile.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end54
+  %common.ret.op.i = phi i32 [ -1, %if_end492.i ], [ -1, %if_end54 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end489.i ], [ -1, %for_body_step.i ], [ %..i, %if_end495.i ], [ -1, %for_end_tile384.i ], [ -1, %if_end483.i ], [ -1, %if_end486.i ], [ -1, %for_body_tile383.us.i ], [ -1, %for_body_row_tile.us.i ], [ -1, %for_body_number.i ], [ -1, %for_end_r444.us.i ], [ -1, %if_end302.us.i ], [ -1, %if_end299.us.i ], [ -1, %if_end296.us.i ], [ -1, %if_end155.us.i ], [ -1, %if_end149.us.i ], [ -1, %if_end146.us.i ], [ -1, %if_end143.us.i ], [ -1, %if_end308.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end124.i ], [ -1, %if_end377.i ], [ -1, %if_end374.i ], [ -1, %for_end_tile315.i ], [ -1, %if_end118.i ], [ -1, %if_end115.i ], [ -1, %for_body_r79.peel.next.i ], [ -1, %for_body_tile.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor509.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %reach527.i)
   ret i32 %common.ret.op.i
 }
 
@@ -6868,16 +6479,16 @@ vector.body172:                                   ; preds = %for_begin_r.prehead
   %172 = getelementptr i8, ptr %invariant.gep.i, i64 32
   %173 = getelementptr i8, ptr %invariant.gep.i, i64 64
   %174 = getelementptr i8, ptr %invariant.gep.i, i64 96
-  %wide.vec174 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec174 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !88
   %strided.vec175 = shufflevector <16 x i16> %wide.vec174, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec176 = shufflevector <16 x i16> %wide.vec174, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec177 = load <16 x i16>, ptr %172, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec177 = load <16 x i16>, ptr %172, align 2, !tbaa !4, !alias.scope !88
   %strided.vec178 = shufflevector <16 x i16> %wide.vec177, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec179 = shufflevector <16 x i16> %wide.vec177, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec180 = load <16 x i16>, ptr %173, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec180 = load <16 x i16>, ptr %173, align 2, !tbaa !4, !alias.scope !88
   %strided.vec181 = shufflevector <16 x i16> %wide.vec180, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec182 = shufflevector <16 x i16> %wide.vec180, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec183 = load <16 x i16>, ptr %174, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec183 = load <16 x i16>, ptr %174, align 2, !tbaa !4, !alias.scope !88
   %strided.vec184 = shufflevector <16 x i16> %wide.vec183, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec185 = shufflevector <16 x i16> %wide.vec183, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %175 = zext <8 x i16> %strided.vec176 to <8 x i32>
@@ -6931,24 +6542,24 @@ vector.body172:                                   ; preds = %for_begin_r.prehead
   %223 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 32
   %224 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 64
   %225 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 96
-  store <8 x i32> %219, ptr %invariant.gep1313.i, align 4, !tbaa !4, !alias.scope !97, !noalias !94
-  store <8 x i32> %220, ptr %223, align 4, !tbaa !4, !alias.scope !97, !noalias !94
-  store <8 x i32> %221, ptr %224, align 4, !tbaa !4, !alias.scope !97, !noalias !94
-  store <8 x i32> %222, ptr %225, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %219, ptr %invariant.gep1313.i, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x i32> %220, ptr %223, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x i32> %221, ptr %224, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x i32> %222, ptr %225, align 4, !tbaa !4, !alias.scope !91, !noalias !88
   %226 = getelementptr i8, ptr %invariant.gep.i, i64 128
   %227 = getelementptr i8, ptr %invariant.gep.i, i64 160
   %228 = getelementptr i8, ptr %invariant.gep.i, i64 192
   %229 = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %wide.vec174.1 = load <16 x i16>, ptr %226, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec174.1 = load <16 x i16>, ptr %226, align 2, !tbaa !4, !alias.scope !88
   %strided.vec175.1 = shufflevector <16 x i16> %wide.vec174.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec176.1 = shufflevector <16 x i16> %wide.vec174.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec177.1 = load <16 x i16>, ptr %227, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec177.1 = load <16 x i16>, ptr %227, align 2, !tbaa !4, !alias.scope !88
   %strided.vec178.1 = shufflevector <16 x i16> %wide.vec177.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec179.1 = shufflevector <16 x i16> %wide.vec177.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec180.1 = load <16 x i16>, ptr %228, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec180.1 = load <16 x i16>, ptr %228, align 2, !tbaa !4, !alias.scope !88
   %strided.vec181.1 = shufflevector <16 x i16> %wide.vec180.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec182.1 = shufflevector <16 x i16> %wide.vec180.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec183.1 = load <16 x i16>, ptr %229, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec183.1 = load <16 x i16>, ptr %229, align 2, !tbaa !4, !alias.scope !88
   %strided.vec184.1 = shufflevector <16 x i16> %wide.vec183.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec185.1 = shufflevector <16 x i16> %wide.vec183.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %230 = zext <8 x i16> %strided.vec176.1 to <8 x i32>
@@ -7003,10 +6614,10 @@ vector.body172:                                   ; preds = %for_begin_r.prehead
   %279 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 160
   %280 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 192
   %281 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 224
-  store <8 x i32> %274, ptr %278, align 4, !tbaa !4, !alias.scope !97, !noalias !94
-  store <8 x i32> %275, ptr %279, align 4, !tbaa !4, !alias.scope !97, !noalias !94
-  store <8 x i32> %276, ptr %280, align 4, !tbaa !4, !alias.scope !97, !noalias !94
-  store <8 x i32> %277, ptr %281, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %274, ptr %278, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x i32> %275, ptr %279, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x i32> %276, ptr %280, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x i32> %277, ptr %281, align 4, !tbaa !4, !alias.scope !91, !noalias !88
   br label %for_end_d.i
 
 for_end_tile.i:                                   ; preds = %for_end_d.3.i
@@ -7122,7 +6733,7 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   store i32 %364, ptr %gep1314.i.3, align 4, !tbaa !4
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 64
-  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !28, !llvm.loop !99
+  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !28, !llvm.loop !93
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body172
   %365 = or disjoint i64 %170, 1
@@ -7134,16 +6745,16 @@ vector.body144:                                   ; preds = %for_end_d.i
   %367 = getelementptr i8, ptr %invariant.gep.1.i, i64 32
   %368 = getelementptr i8, ptr %invariant.gep.1.i, i64 64
   %369 = getelementptr i8, ptr %invariant.gep.1.i, i64 96
-  %wide.vec146 = load <16 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec146 = load <16 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !4, !alias.scope !94
   %strided.vec147 = shufflevector <16 x i16> %wide.vec146, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec148 = shufflevector <16 x i16> %wide.vec146, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec149 = load <16 x i16>, ptr %367, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec149 = load <16 x i16>, ptr %367, align 2, !tbaa !4, !alias.scope !94
   %strided.vec150 = shufflevector <16 x i16> %wide.vec149, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec151 = shufflevector <16 x i16> %wide.vec149, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec152 = load <16 x i16>, ptr %368, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec152 = load <16 x i16>, ptr %368, align 2, !tbaa !4, !alias.scope !94
   %strided.vec153 = shufflevector <16 x i16> %wide.vec152, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec154 = shufflevector <16 x i16> %wide.vec152, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec155 = load <16 x i16>, ptr %369, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec155 = load <16 x i16>, ptr %369, align 2, !tbaa !4, !alias.scope !94
   %strided.vec156 = shufflevector <16 x i16> %wide.vec155, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec157 = shufflevector <16 x i16> %wide.vec155, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %370 = zext <8 x i16> %strided.vec148 to <8 x i32>
@@ -7198,24 +6809,24 @@ vector.body144:                                   ; preds = %for_end_d.i
   %419 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 288
   %420 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 320
   %421 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 352
-  store <8 x i32> %414, ptr %418, align 4, !tbaa !4, !alias.scope !103, !noalias !100
-  store <8 x i32> %415, ptr %419, align 4, !tbaa !4, !alias.scope !103, !noalias !100
-  store <8 x i32> %416, ptr %420, align 4, !tbaa !4, !alias.scope !103, !noalias !100
-  store <8 x i32> %417, ptr %421, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %414, ptr %418, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %415, ptr %419, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %416, ptr %420, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %417, ptr %421, align 4, !tbaa !4, !alias.scope !97, !noalias !94
   %422 = getelementptr i8, ptr %invariant.gep.1.i, i64 128
   %423 = getelementptr i8, ptr %invariant.gep.1.i, i64 160
   %424 = getelementptr i8, ptr %invariant.gep.1.i, i64 192
   %425 = getelementptr i8, ptr %invariant.gep.1.i, i64 224
-  %wide.vec146.1 = load <16 x i16>, ptr %422, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec146.1 = load <16 x i16>, ptr %422, align 2, !tbaa !4, !alias.scope !94
   %strided.vec147.1 = shufflevector <16 x i16> %wide.vec146.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec148.1 = shufflevector <16 x i16> %wide.vec146.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec149.1 = load <16 x i16>, ptr %423, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec149.1 = load <16 x i16>, ptr %423, align 2, !tbaa !4, !alias.scope !94
   %strided.vec150.1 = shufflevector <16 x i16> %wide.vec149.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec151.1 = shufflevector <16 x i16> %wide.vec149.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec152.1 = load <16 x i16>, ptr %424, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec152.1 = load <16 x i16>, ptr %424, align 2, !tbaa !4, !alias.scope !94
   %strided.vec153.1 = shufflevector <16 x i16> %wide.vec152.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec154.1 = shufflevector <16 x i16> %wide.vec152.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec155.1 = load <16 x i16>, ptr %425, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec155.1 = load <16 x i16>, ptr %425, align 2, !tbaa !4, !alias.scope !94
   %strided.vec156.1 = shufflevector <16 x i16> %wide.vec155.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec157.1 = shufflevector <16 x i16> %wide.vec155.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %426 = zext <8 x i16> %strided.vec148.1 to <8 x i32>
@@ -7270,10 +6881,10 @@ vector.body144:                                   ; preds = %for_end_d.i
   %475 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 416
   %476 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 448
   %477 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 480
-  store <8 x i32> %470, ptr %474, align 4, !tbaa !4, !alias.scope !103, !noalias !100
-  store <8 x i32> %471, ptr %475, align 4, !tbaa !4, !alias.scope !103, !noalias !100
-  store <8 x i32> %472, ptr %476, align 4, !tbaa !4, !alias.scope !103, !noalias !100
-  store <8 x i32> %473, ptr %477, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %470, ptr %474, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %471, ptr %475, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %472, ptr %476, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %473, ptr %477, align 4, !tbaa !4, !alias.scope !97, !noalias !94
   br label %for_end_d.1.i
 
 for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
@@ -7363,7 +6974,7 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   store i32 %540, ptr %541, align 4, !tbaa !4
   %indvars.iv.next.1.i.3 = add nuw nsw i64 %indvars.iv.1.i, 4
   %exitcond.1.not.i.3 = icmp eq i64 %indvars.iv.next.1.i.3, 64
-  br i1 %exitcond.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !28, !llvm.loop !105
+  br i1 %exitcond.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !28, !llvm.loop !99
 
 for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body144
   %542 = or disjoint i64 %170, 2
@@ -7375,16 +6986,16 @@ vector.body115:                                   ; preds = %for_end_d.1.i
   %544 = getelementptr i8, ptr %invariant.gep.2.i, i64 32
   %545 = getelementptr i8, ptr %invariant.gep.2.i, i64 64
   %546 = getelementptr i8, ptr %invariant.gep.2.i, i64 96
-  %wide.vec117 = load <16 x i16>, ptr %invariant.gep.2.i, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec117 = load <16 x i16>, ptr %invariant.gep.2.i, align 2, !tbaa !4, !alias.scope !100
   %strided.vec118 = shufflevector <16 x i16> %wide.vec117, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec119 = shufflevector <16 x i16> %wide.vec117, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec120 = load <16 x i16>, ptr %544, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec120 = load <16 x i16>, ptr %544, align 2, !tbaa !4, !alias.scope !100
   %strided.vec121 = shufflevector <16 x i16> %wide.vec120, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec122 = shufflevector <16 x i16> %wide.vec120, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec123 = load <16 x i16>, ptr %545, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec123 = load <16 x i16>, ptr %545, align 2, !tbaa !4, !alias.scope !100
   %strided.vec124 = shufflevector <16 x i16> %wide.vec123, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec125 = shufflevector <16 x i16> %wide.vec123, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec126 = load <16 x i16>, ptr %546, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec126 = load <16 x i16>, ptr %546, align 2, !tbaa !4, !alias.scope !100
   %strided.vec127 = shufflevector <16 x i16> %wide.vec126, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec128 = shufflevector <16 x i16> %wide.vec126, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %547 = zext <8 x i16> %strided.vec119 to <8 x i32>
@@ -7439,24 +7050,24 @@ vector.body115:                                   ; preds = %for_end_d.1.i
   %596 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 544
   %597 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 576
   %598 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 608
-  store <8 x i32> %591, ptr %595, align 4, !tbaa !4, !alias.scope !109, !noalias !106
-  store <8 x i32> %592, ptr %596, align 4, !tbaa !4, !alias.scope !109, !noalias !106
-  store <8 x i32> %593, ptr %597, align 4, !tbaa !4, !alias.scope !109, !noalias !106
-  store <8 x i32> %594, ptr %598, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %591, ptr %595, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %592, ptr %596, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %593, ptr %597, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %594, ptr %598, align 4, !tbaa !4, !alias.scope !103, !noalias !100
   %599 = getelementptr i8, ptr %invariant.gep.2.i, i64 128
   %600 = getelementptr i8, ptr %invariant.gep.2.i, i64 160
   %601 = getelementptr i8, ptr %invariant.gep.2.i, i64 192
   %602 = getelementptr i8, ptr %invariant.gep.2.i, i64 224
-  %wide.vec117.1 = load <16 x i16>, ptr %599, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec117.1 = load <16 x i16>, ptr %599, align 2, !tbaa !4, !alias.scope !100
   %strided.vec118.1 = shufflevector <16 x i16> %wide.vec117.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec119.1 = shufflevector <16 x i16> %wide.vec117.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec120.1 = load <16 x i16>, ptr %600, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec120.1 = load <16 x i16>, ptr %600, align 2, !tbaa !4, !alias.scope !100
   %strided.vec121.1 = shufflevector <16 x i16> %wide.vec120.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec122.1 = shufflevector <16 x i16> %wide.vec120.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec123.1 = load <16 x i16>, ptr %601, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec123.1 = load <16 x i16>, ptr %601, align 2, !tbaa !4, !alias.scope !100
   %strided.vec124.1 = shufflevector <16 x i16> %wide.vec123.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec125.1 = shufflevector <16 x i16> %wide.vec123.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec126.1 = load <16 x i16>, ptr %602, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec126.1 = load <16 x i16>, ptr %602, align 2, !tbaa !4, !alias.scope !100
   %strided.vec127.1 = shufflevector <16 x i16> %wide.vec126.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec128.1 = shufflevector <16 x i16> %wide.vec126.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %603 = zext <8 x i16> %strided.vec119.1 to <8 x i32>
@@ -7511,10 +7122,10 @@ vector.body115:                                   ; preds = %for_end_d.1.i
   %652 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 672
   %653 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 704
   %654 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 736
-  store <8 x i32> %647, ptr %651, align 4, !tbaa !4, !alias.scope !109, !noalias !106
-  store <8 x i32> %648, ptr %652, align 4, !tbaa !4, !alias.scope !109, !noalias !106
-  store <8 x i32> %649, ptr %653, align 4, !tbaa !4, !alias.scope !109, !noalias !106
-  store <8 x i32> %650, ptr %654, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %647, ptr %651, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %648, ptr %652, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %649, ptr %653, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %650, ptr %654, align 4, !tbaa !4, !alias.scope !103, !noalias !100
   br label %for_end_d.2.i
 
 for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
@@ -7604,7 +7215,7 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   store i32 %717, ptr %718, align 4, !tbaa !4
   %indvars.iv.next.2.i.3 = add nuw nsw i64 %indvars.iv.2.i, 4
   %exitcond.2.not.i.3 = icmp eq i64 %indvars.iv.next.2.i.3, 64
-  br i1 %exitcond.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !28, !llvm.loop !111
+  br i1 %exitcond.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !28, !llvm.loop !105
 
 for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body115
   %719 = or disjoint i64 %170, 3
@@ -7616,16 +7227,16 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %721 = getelementptr i8, ptr %invariant.gep.3.i, i64 32
   %722 = getelementptr i8, ptr %invariant.gep.3.i, i64 64
   %723 = getelementptr i8, ptr %invariant.gep.3.i, i64 96
-  %wide.vec = load <16 x i16>, ptr %invariant.gep.3.i, align 2, !tbaa !4, !alias.scope !112
+  %wide.vec = load <16 x i16>, ptr %invariant.gep.3.i, align 2, !tbaa !4, !alias.scope !106
   %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec92 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec93 = load <16 x i16>, ptr %721, align 2, !tbaa !4, !alias.scope !112
+  %wide.vec93 = load <16 x i16>, ptr %721, align 2, !tbaa !4, !alias.scope !106
   %strided.vec94 = shufflevector <16 x i16> %wide.vec93, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec95 = shufflevector <16 x i16> %wide.vec93, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec96 = load <16 x i16>, ptr %722, align 2, !tbaa !4, !alias.scope !112
+  %wide.vec96 = load <16 x i16>, ptr %722, align 2, !tbaa !4, !alias.scope !106
   %strided.vec97 = shufflevector <16 x i16> %wide.vec96, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec98 = shufflevector <16 x i16> %wide.vec96, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec99 = load <16 x i16>, ptr %723, align 2, !tbaa !4, !alias.scope !112
+  %wide.vec99 = load <16 x i16>, ptr %723, align 2, !tbaa !4, !alias.scope !106
   %strided.vec100 = shufflevector <16 x i16> %wide.vec99, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec101 = shufflevector <16 x i16> %wide.vec99, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %724 = zext <8 x i16> %strided.vec92 to <8 x i32>
@@ -7680,24 +7291,24 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %773 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 800
   %774 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 832
   %775 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 864
-  store <8 x i32> %768, ptr %772, align 4, !tbaa !4, !alias.scope !115, !noalias !112
-  store <8 x i32> %769, ptr %773, align 4, !tbaa !4, !alias.scope !115, !noalias !112
-  store <8 x i32> %770, ptr %774, align 4, !tbaa !4, !alias.scope !115, !noalias !112
-  store <8 x i32> %771, ptr %775, align 4, !tbaa !4, !alias.scope !115, !noalias !112
+  store <8 x i32> %768, ptr %772, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %769, ptr %773, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %770, ptr %774, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %771, ptr %775, align 4, !tbaa !4, !alias.scope !109, !noalias !106
   %776 = getelementptr i8, ptr %invariant.gep.3.i, i64 128
   %777 = getelementptr i8, ptr %invariant.gep.3.i, i64 160
   %778 = getelementptr i8, ptr %invariant.gep.3.i, i64 192
   %779 = getelementptr i8, ptr %invariant.gep.3.i, i64 224
-  %wide.vec.1 = load <16 x i16>, ptr %776, align 2, !tbaa !4, !alias.scope !112
+  %wide.vec.1 = load <16 x i16>, ptr %776, align 2, !tbaa !4, !alias.scope !106
   %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec92.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec93.1 = load <16 x i16>, ptr %777, align 2, !tbaa !4, !alias.scope !112
+  %wide.vec93.1 = load <16 x i16>, ptr %777, align 2, !tbaa !4, !alias.scope !106
   %strided.vec94.1 = shufflevector <16 x i16> %wide.vec93.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec95.1 = shufflevector <16 x i16> %wide.vec93.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec96.1 = load <16 x i16>, ptr %778, align 2, !tbaa !4, !alias.scope !112
+  %wide.vec96.1 = load <16 x i16>, ptr %778, align 2, !tbaa !4, !alias.scope !106
   %strided.vec97.1 = shufflevector <16 x i16> %wide.vec96.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec98.1 = shufflevector <16 x i16> %wide.vec96.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec99.1 = load <16 x i16>, ptr %779, align 2, !tbaa !4, !alias.scope !112
+  %wide.vec99.1 = load <16 x i16>, ptr %779, align 2, !tbaa !4, !alias.scope !106
   %strided.vec100.1 = shufflevector <16 x i16> %wide.vec99.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec101.1 = shufflevector <16 x i16> %wide.vec99.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %780 = zext <8 x i16> %strided.vec92.1 to <8 x i32>
@@ -7752,10 +7363,10 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %829 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 928
   %830 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 960
   %831 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 992
-  store <8 x i32> %824, ptr %828, align 4, !tbaa !4, !alias.scope !115, !noalias !112
-  store <8 x i32> %825, ptr %829, align 4, !tbaa !4, !alias.scope !115, !noalias !112
-  store <8 x i32> %826, ptr %830, align 4, !tbaa !4, !alias.scope !115, !noalias !112
-  store <8 x i32> %827, ptr %831, align 4, !tbaa !4, !alias.scope !115, !noalias !112
+  store <8 x i32> %824, ptr %828, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %825, ptr %829, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %826, ptr %830, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %827, ptr %831, align 4, !tbaa !4, !alias.scope !109, !noalias !106
   br label %for_end_d.3.i
 
 for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
@@ -7845,7 +7456,7 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   store i32 %894, ptr %895, align 4, !tbaa !4
   %indvars.iv.next.3.i.3 = add nuw nsw i64 %indvars.iv.3.i, 4
   %exitcond.3.not.i.3 = icmp eq i64 %indvars.iv.next.3.i.3, 64
-  br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !28, !llvm.loop !117
+  br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !28, !llvm.loop !111
 
 for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body
   %indvars.iv.next1102.i = add nuw nsw i64 %indvars.iv1101.i, 1
@@ -7881,7 +7492,7 @@ for_body_tile180.us.i:                            ; preds = %if_end204.us.3.i, %
   %indvars.iv1244.i = phi i64 [ %indvars.iv.next1245.i, %if_end204.us.3.i ], [ 0, %for_begin_tile179.preheader.i ]
   %909 = shl nuw nsw i64 %indvars.iv1244.i, 2
   %910 = getelementptr inbounds nuw float, ptr %row_sum243.i, i64 %909
-  %total.us.i = load <4 x float>, ptr %910, align 16, !tbaa !118
+  %total.us.i = load <4 x float>, ptr %910, align 16, !tbaa !112
   %911 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %912 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %913 = select <4 x i1> %912, <4 x float> zeroinitializer, <4 x float> %911
@@ -8282,7 +7893,7 @@ for_body_tile180.us.i:                            ; preds = %if_end204.us.3.i, %
   %gep1077.us.7.i.3 = getelementptr i8, ptr %invariant.gep1076.us.i.3, i64 224
   store <16 x i16> %1240, ptr %gep1077.us.7.i.3, align 2, !tbaa !4
   %1241 = getelementptr float, ptr %905, i64 %909
-  %1242 = load float, ptr %910, align 16, !tbaa !118
+  %1242 = load float, ptr %910, align 16, !tbaa !112
   %1243 = fcmp oeq float %1242, 0.000000e+00
   br i1 %1243, label %if_end204.us.i, label %if_else203.us.i
 
@@ -8290,7 +7901,7 @@ if_else203.us.i:                                  ; preds = %for_body_tile180.us
   %1244 = fmul float %1242, %908
   %1245 = tail call float @llvm.log.f32(float %1244)
   %1246 = getelementptr inbounds nuw float, ptr %row_max244.i, i64 %909
-  %1247 = load float, ptr %1246, align 16, !tbaa !120
+  %1247 = load float, ptr %1246, align 16, !tbaa !114
   %1248 = fadd float %1245, %1247
   br label %if_end204.us.i
 
@@ -8299,7 +7910,7 @@ if_end204.us.i:                                   ; preds = %if_else203.us.i, %f
   store float %1249, ptr %1241, align 4, !tbaa !4
   %1250 = or disjoint i64 %909, 1
   %1251 = getelementptr inbounds nuw float, ptr %row_sum243.i, i64 %1250
-  %1252 = load float, ptr %1251, align 4, !tbaa !118
+  %1252 = load float, ptr %1251, align 4, !tbaa !112
   %1253 = fcmp oeq float %1252, 0.000000e+00
   br i1 %1253, label %if_end204.us.1.i, label %if_else203.us.1.i
 
@@ -8307,7 +7918,7 @@ if_else203.us.1.i:                                ; preds = %if_end204.us.i
   %1254 = fmul float %1252, %908
   %1255 = tail call float @llvm.log.f32(float %1254)
   %1256 = getelementptr inbounds nuw float, ptr %row_max244.i, i64 %1250
-  %1257 = load float, ptr %1256, align 4, !tbaa !120
+  %1257 = load float, ptr %1256, align 4, !tbaa !114
   %1258 = fadd float %1255, %1257
   br label %if_end204.us.1.i
 
@@ -8317,7 +7928,7 @@ if_end204.us.1.i:                                 ; preds = %if_else203.us.1.i, 
   store float %1259, ptr %1260, align 4, !tbaa !4
   %1261 = or disjoint i64 %909, 2
   %1262 = getelementptr inbounds nuw float, ptr %row_sum243.i, i64 %1261
-  %1263 = load float, ptr %1262, align 8, !tbaa !118
+  %1263 = load float, ptr %1262, align 8, !tbaa !112
   %1264 = fcmp oeq float %1263, 0.000000e+00
   br i1 %1264, label %if_end204.us.2.i, label %if_else203.us.2.i
 
@@ -8325,7 +7936,7 @@ if_else203.us.2.i:                                ; preds = %if_end204.us.1.i
   %1265 = fmul float %1263, %908
   %1266 = tail call float @llvm.log.f32(float %1265)
   %1267 = getelementptr inbounds nuw float, ptr %row_max244.i, i64 %1261
-  %1268 = load float, ptr %1267, align 8, !tbaa !120
+  %1268 = load float, ptr %1267, align 8, !tbaa !114
   %1269 = fadd float %1266, %1268
   br label %if_end204.us.2.i
 
@@ -8335,7 +7946,7 @@ if_end204.us.2.i:                                 ; preds = %if_else203.us.2.i, 
   store float %1270, ptr %1271, align 4, !tbaa !4
   %1272 = or disjoint i64 %909, 3
   %1273 = getelementptr inbounds nuw float, ptr %row_sum243.i, i64 %1272
-  %1274 = load float, ptr %1273, align 4, !tbaa !118
+  %1274 = load float, ptr %1273, align 4, !tbaa !112
   %1275 = fcmp oeq float %1274, 0.000000e+00
   br i1 %1275, label %if_end204.us.3.i, label %if_else203.us.3.i
 
@@ -8343,7 +7954,7 @@ if_else203.us.3.i:                                ; preds = %if_end204.us.2.i
   %1276 = fmul float %1274, %908
   %1277 = tail call float @llvm.log.f32(float %1276)
   %1278 = getelementptr inbounds nuw float, ptr %row_max244.i, i64 %1272
-  %1279 = load float, ptr %1278, align 4, !tbaa !120
+  %1279 = load float, ptr %1278, align 4, !tbaa !114
   %1280 = fadd float %1277, %1279
   br label %if_end204.us.3.i
 
@@ -8440,7 +8051,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %1329, ptr %1330, align 8, !tbaa !4
   %indvars.iv.next1106.i.3 = add nuw nsw i64 %indvars.iv1105.i, 4
   %exitcond1108.not.i.3 = icmp eq i64 %indvars.iv.next1106.i.3, %wide.trip.count.i
-  br i1 %exitcond1108.not.i.3, label %for_body_t13.lr.ph.i, label %for_body_t.i, !prof !8, !llvm.loop !122
+  br i1 %exitcond1108.not.i.3, label %for_body_t13.lr.ph.i, label %for_body_t.i, !prof !8, !llvm.loop !116
 
 for_body_t13.lr.ph.i:                             ; preds = %for_body_t.i
   %row_start11.i = load i32, ptr %293, align 4, !tbaa !4
@@ -8608,7 +8219,7 @@ for_body_t13.i:                                   ; preds = %for_body_t13.i, %fo
   store i64 %1406, ptr %1407, align 8, !tbaa !4
   %indvars.iv.next1110.i.3 = add nuw nsw i64 %indvars.iv1109.i, 4
   %exitcond1113.not.i.3 = icmp eq i64 %indvars.iv.next1110.i.3, %wide.trip.count.i
-  br i1 %exitcond1113.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t13.i, !prof !8, !llvm.loop !123
+  br i1 %exitcond1113.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t13.i, !prof !8, !llvm.loop !117
 
 for_begin_kv_head.i:                              ; preds = %if_end168.i, %for_begin_kv_head.preheader.i
   %indvars.iv1204.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1205.i, %if_end168.i ]
@@ -8897,7 +8508,7 @@ for_begin_r38.preheader.i:                        ; preds = %if_end33.i
   br i1 %1332, label %for_body_to44.us.i.preheader, label %for_begin_ax1.preheader.i.preheader, !prof !3
 
 for_body_to44.us.i.preheader:                     ; preds = %for_begin_r38.preheader.i
-  br i1 %1345, label %for_body_to44.us.i.epil.preheader, label %for_body_to44.us.i, !prof !49
+  br i1 %1345, label %for_body_to44.us.i.epil.preheader, label %for_body_to44.us.i, !prof !71
 
 for_body_to44.us.i:                               ; preds = %for_body_to44.us.i, %for_body_to44.us.i.preheader
   %indvars.iv1130.i = phi i64 [ %indvars.iv.next1131.i.3, %for_body_to44.us.i ], [ 0, %for_body_to44.us.i.preheader ]
@@ -8956,10 +8567,10 @@ for_body_to44.us.i:                               ; preds = %for_body_to44.us.i,
   %indvars.iv.next1131.i.3 = add nuw nsw i64 %indvars.iv1130.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to44.us.1.i.preheader.unr-lcssa, label %for_body_to44.us.i, !prof !50, !llvm.loop !124
+  br i1 %niter.ncmp.3, label %for_body_to44.us.1.i.preheader.unr-lcssa, label %for_body_to44.us.i, !prof !72, !llvm.loop !118
 
 for_body_to44.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to44.us.i
-  br i1 %lcmp.mod.not, label %for_body_to44.us.1.i.preheader, label %for_body_to44.us.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod.not, label %for_body_to44.us.1.i.preheader, label %for_body_to44.us.i.epil.preheader, !prof !75
 
 for_body_to44.us.i.epil.preheader:                ; preds = %for_body_to44.us.1.i.preheader.unr-lcssa, %for_body_to44.us.i.preheader
   %indvars.iv1130.i.epil.init = phi i64 [ 0, %for_body_to44.us.i.preheader ], [ %indvars.iv.next1131.i.3, %for_body_to44.us.1.i.preheader.unr-lcssa ]
@@ -8984,10 +8595,10 @@ for_body_to44.us.i.epil:                          ; preds = %for_body_to44.us.i.
   %indvars.iv.next1131.i.epil = add nuw nsw i64 %indvars.iv1130.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to44.us.1.i.preheader, label %for_body_to44.us.i.epil, !prof !54, !llvm.loop !125
+  br i1 %epil.iter.cmp.not, label %for_body_to44.us.1.i.preheader, label %for_body_to44.us.i.epil, !prof !70, !llvm.loop !119
 
 for_body_to44.us.1.i.preheader:                   ; preds = %for_body_to44.us.i.epil, %for_body_to44.us.1.i.preheader.unr-lcssa
-  br i1 %1346, label %for_body_to44.us.1.i.epil.preheader, label %for_body_to44.us.1.i, !prof !49
+  br i1 %1346, label %for_body_to44.us.1.i.epil.preheader, label %for_body_to44.us.1.i, !prof !71
 
 for_body_to44.us.1.i:                             ; preds = %for_body_to44.us.1.i, %for_body_to44.us.1.i.preheader
   %indvars.iv1130.1.i = phi i64 [ %indvars.iv.next1131.1.i.3, %for_body_to44.us.1.i ], [ 0, %for_body_to44.us.1.i.preheader ]
@@ -9050,10 +8661,10 @@ for_body_to44.us.1.i:                             ; preds = %for_body_to44.us.1.
   %indvars.iv.next1131.1.i.3 = add nuw nsw i64 %indvars.iv1130.1.i, 4
   %niter205.next.3 = add i64 %niter205, 4
   %niter205.ncmp.3 = icmp eq i64 %niter205.next.3, %unroll_iter204
-  br i1 %niter205.ncmp.3, label %for_body_to44.us.2.i.preheader.unr-lcssa, label %for_body_to44.us.1.i, !prof !50, !llvm.loop !126
+  br i1 %niter205.ncmp.3, label %for_body_to44.us.2.i.preheader.unr-lcssa, label %for_body_to44.us.1.i, !prof !72, !llvm.loop !120
 
 for_body_to44.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to44.us.1.i
-  br i1 %lcmp.mod202.not, label %for_body_to44.us.2.i.preheader, label %for_body_to44.us.1.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod202.not, label %for_body_to44.us.2.i.preheader, label %for_body_to44.us.1.i.epil.preheader, !prof !75
 
 for_body_to44.us.1.i.epil.preheader:              ; preds = %for_body_to44.us.2.i.preheader.unr-lcssa, %for_body_to44.us.1.i.preheader
   %indvars.iv1130.1.i.epil.init = phi i64 [ 0, %for_body_to44.us.1.i.preheader ], [ %indvars.iv.next1131.1.i.3, %for_body_to44.us.2.i.preheader.unr-lcssa ]
@@ -9079,10 +8690,10 @@ for_body_to44.us.1.i.epil:                        ; preds = %for_body_to44.us.1.
   %indvars.iv.next1131.1.i.epil = add nuw nsw i64 %indvars.iv1130.1.i.epil, 1
   %epil.iter201.next = add i64 %epil.iter201, 1
   %epil.iter201.cmp.not = icmp eq i64 %epil.iter201.next, %xtraiter200
-  br i1 %epil.iter201.cmp.not, label %for_body_to44.us.2.i.preheader, label %for_body_to44.us.1.i.epil, !prof !54, !llvm.loop !127
+  br i1 %epil.iter201.cmp.not, label %for_body_to44.us.2.i.preheader, label %for_body_to44.us.1.i.epil, !prof !70, !llvm.loop !121
 
 for_body_to44.us.2.i.preheader:                   ; preds = %for_body_to44.us.1.i.epil, %for_body_to44.us.2.i.preheader.unr-lcssa
-  br i1 %1347, label %for_body_to44.us.2.i.epil.preheader, label %for_body_to44.us.2.i, !prof !49
+  br i1 %1347, label %for_body_to44.us.2.i.epil.preheader, label %for_body_to44.us.2.i, !prof !71
 
 for_body_to44.us.2.i:                             ; preds = %for_body_to44.us.2.i, %for_body_to44.us.2.i.preheader
   %indvars.iv1130.2.i = phi i64 [ %indvars.iv.next1131.2.i.3, %for_body_to44.us.2.i ], [ 0, %for_body_to44.us.2.i.preheader ]
@@ -9145,10 +8756,10 @@ for_body_to44.us.2.i:                             ; preds = %for_body_to44.us.2.
   %indvars.iv.next1131.2.i.3 = add nuw nsw i64 %indvars.iv1130.2.i, 4
   %niter211.next.3 = add i64 %niter211, 4
   %niter211.ncmp.3 = icmp eq i64 %niter211.next.3, %unroll_iter210
-  br i1 %niter211.ncmp.3, label %for_body_to44.us.3.i.preheader.unr-lcssa, label %for_body_to44.us.2.i, !prof !50, !llvm.loop !128
+  br i1 %niter211.ncmp.3, label %for_body_to44.us.3.i.preheader.unr-lcssa, label %for_body_to44.us.2.i, !prof !72, !llvm.loop !122
 
 for_body_to44.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to44.us.2.i
-  br i1 %lcmp.mod208.not, label %for_body_to44.us.3.i.preheader, label %for_body_to44.us.2.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod208.not, label %for_body_to44.us.3.i.preheader, label %for_body_to44.us.2.i.epil.preheader, !prof !75
 
 for_body_to44.us.2.i.epil.preheader:              ; preds = %for_body_to44.us.3.i.preheader.unr-lcssa, %for_body_to44.us.2.i.preheader
   %indvars.iv1130.2.i.epil.init = phi i64 [ 0, %for_body_to44.us.2.i.preheader ], [ %indvars.iv.next1131.2.i.3, %for_body_to44.us.3.i.preheader.unr-lcssa ]
@@ -9174,10 +8785,10 @@ for_body_to44.us.2.i.epil:                        ; preds = %for_body_to44.us.2.
   %indvars.iv.next1131.2.i.epil = add nuw nsw i64 %indvars.iv1130.2.i.epil, 1
   %epil.iter207.next = add i64 %epil.iter207, 1
   %epil.iter207.cmp.not = icmp eq i64 %epil.iter207.next, %xtraiter206
-  br i1 %epil.iter207.cmp.not, label %for_body_to44.us.3.i.preheader, label %for_body_to44.us.2.i.epil, !prof !54, !llvm.loop !129
+  br i1 %epil.iter207.cmp.not, label %for_body_to44.us.3.i.preheader, label %for_body_to44.us.2.i.epil, !prof !70, !llvm.loop !123
 
 for_body_to44.us.3.i.preheader:                   ; preds = %for_body_to44.us.2.i.epil, %for_body_to44.us.3.i.preheader.unr-lcssa
-  br i1 %1348, label %for_body_to44.us.3.i.epil.preheader, label %for_body_to44.us.3.i, !prof !49
+  br i1 %1348, label %for_body_to44.us.3.i.epil.preheader, label %for_body_to44.us.3.i, !prof !71
 
 for_body_to44.us.3.i:                             ; preds = %for_body_to44.us.3.i, %for_body_to44.us.3.i.preheader
   %indvars.iv1130.3.i = phi i64 [ %indvars.iv.next1131.3.i.3, %for_body_to44.us.3.i ], [ 0, %for_body_to44.us.3.i.preheader ]
@@ -9240,10 +8851,10 @@ for_body_to44.us.3.i:                             ; preds = %for_body_to44.us.3.
   %indvars.iv.next1131.3.i.3 = add nuw nsw i64 %indvars.iv1130.3.i, 4
   %niter217.next.3 = add i64 %niter217, 4
   %niter217.ncmp.3 = icmp eq i64 %niter217.next.3, %unroll_iter216
-  br i1 %niter217.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to44.us.3.i, !prof !50, !llvm.loop !130
+  br i1 %niter217.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to44.us.3.i, !prof !72, !llvm.loop !124
 
 for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to44.us.3.i
-  br i1 %lcmp.mod214.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to44.us.3.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod214.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to44.us.3.i.epil.preheader, !prof !75
 
 for_body_to44.us.3.i.epil.preheader:              ; preds = %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to44.us.3.i.preheader
   %indvars.iv1130.3.i.epil.init = phi i64 [ 0, %for_body_to44.us.3.i.preheader ], [ %indvars.iv.next1131.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
@@ -9269,7 +8880,7 @@ for_body_to44.us.3.i.epil:                        ; preds = %for_body_to44.us.3.
   %indvars.iv.next1131.3.i.epil = add nuw nsw i64 %indvars.iv1130.3.i.epil, 1
   %epil.iter213.next = add i64 %epil.iter213, 1
   %epil.iter213.cmp.not = icmp eq i64 %epil.iter213.next, %xtraiter212
-  br i1 %epil.iter213.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to44.us.3.i.epil, !prof !54, !llvm.loop !131
+  br i1 %epil.iter213.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to44.us.3.i.epil, !prof !70, !llvm.loop !125
 
 for_begin_ax1.preheader.i.preheader:              ; preds = %for_body_to44.us.3.i.epil, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_begin_r38.preheader.i
   br label %for_begin_ax1.preheader.i
@@ -9281,7 +8892,7 @@ for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %for
 for_body_ax1.lr.ph.i:                             ; preds = %for_begin_ax1.preheader.i
   %.idx1282.i = shl nuw nsw i64 %indvars.iv1144.i, 9
   %invariant.gep1321.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1282.i
-  br i1 %1349, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !132
+  br i1 %1349, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !126
 
 for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.lr.ph.i
   %indvars.iv1139.i = phi i64 [ %indvars.iv.next1140.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
@@ -9337,10 +8948,10 @@ for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %fo
   %indvars.iv.next1140.i.7 = add nuw nsw i64 %indvars.iv1139.i, 8
   %niter224.next.7 = add i64 %niter224, 8
   %niter224.ncmp.7 = icmp eq i64 %niter224.next.7, %unroll_iter223
-  br i1 %niter224.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !133, !llvm.loop !134
+  br i1 %niter224.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !127, !llvm.loop !128
 
 for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
-  br i1 %lcmp.mod220.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !135
+  br i1 %lcmp.mod220.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !129
 
 for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.lr.ph.i
   %indvars.iv1139.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1140.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
@@ -9360,7 +8971,7 @@ for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil
   %indvars.iv.next1140.i.epil = add nuw nsw i64 %indvars.iv1139.i.epil, 1
   %epil.iter219.next = add i64 %epil.iter219, 1
   %epil.iter219.cmp.not = icmp eq i64 %epil.iter219.next, %xtraiter218
-  br i1 %epil.iter219.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !53, !llvm.loop !136
+  br i1 %epil.iter219.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !75, !llvm.loop !130
 
 for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_begin_ax1.preheader.i
   %peak.rf_global235.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1824, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1827, %for_body_ax1.i.epil ]
@@ -9461,7 +9072,7 @@ for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil
   %peak.rf236.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global235.sroa.0.0.lcssa.i, i64 31
   %1891 = fcmp ogt float %1890, %peak.rf236.sroa.0.124.vec.extract.i
   %1892 = select i1 %1891, float %1890, float %peak.rf236.sroa.0.124.vec.extract.i
-  store float %1892, ptr %1828, align 4, !tbaa !137
+  store float %1892, ptr %1828, align 4, !tbaa !131
   %indvars.iv.next1145.i = add nuw nsw i64 %indvars.iv1144.i, 1
   %exitcond1147.not.i = icmp eq i64 %indvars.iv.next1145.i, 4
   br i1 %exitcond1147.not.i, label %for_body_r54.preheader.i, label %for_begin_ax1.preheader.i, !prof !30
@@ -9617,7 +9228,7 @@ for_body_to66.us.3.i:                             ; preds = %for_body_to66.us.3.
   br i1 %exitcond1156.3.not.i, label %for_body_to76.us.i.preheader, label %for_body_to66.us.3.i, !prof !8
 
 for_body_to76.us.i.preheader:                     ; preds = %for_body_to66.us.3.i
-  br i1 %1350, label %for_body_to76.us.i.epil.preheader, label %for_body_to76.us.i, !prof !49
+  br i1 %1350, label %for_body_to76.us.i.epil.preheader, label %for_body_to76.us.i, !prof !71
 
 for_body_to76.us.i:                               ; preds = %for_body_to76.us.i, %for_body_to76.us.i.preheader
   %indvars.iv1161.i = phi i64 [ %indvars.iv.next1162.i.3, %for_body_to76.us.i ], [ 0, %for_body_to76.us.i.preheader ]
@@ -9668,10 +9279,10 @@ for_body_to76.us.i:                               ; preds = %for_body_to76.us.i,
   %indvars.iv.next1162.i.3 = add nuw nsw i64 %indvars.iv1161.i, 4
   %niter230.next.3 = add i64 %niter230, 4
   %niter230.ncmp.3 = icmp eq i64 %niter230.next.3, %unroll_iter229
-  br i1 %niter230.ncmp.3, label %for_body_to76.us.1.i.preheader.unr-lcssa, label %for_body_to76.us.i, !prof !50, !llvm.loop !139
+  br i1 %niter230.ncmp.3, label %for_body_to76.us.1.i.preheader.unr-lcssa, label %for_body_to76.us.i, !prof !72, !llvm.loop !133
 
 for_body_to76.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to76.us.i
-  br i1 %lcmp.mod227.not, label %for_body_to76.us.1.i.preheader, label %for_body_to76.us.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod227.not, label %for_body_to76.us.1.i.preheader, label %for_body_to76.us.i.epil.preheader, !prof !75
 
 for_body_to76.us.i.epil.preheader:                ; preds = %for_body_to76.us.1.i.preheader.unr-lcssa, %for_body_to76.us.i.preheader
   %indvars.iv1161.i.epil.init = phi i64 [ 0, %for_body_to76.us.i.preheader ], [ %indvars.iv.next1162.i.3, %for_body_to76.us.1.i.preheader.unr-lcssa ]
@@ -9694,10 +9305,10 @@ for_body_to76.us.i.epil:                          ; preds = %for_body_to76.us.i.
   %indvars.iv.next1162.i.epil = add nuw nsw i64 %indvars.iv1161.i.epil, 1
   %epil.iter226.next = add i64 %epil.iter226, 1
   %epil.iter226.cmp.not = icmp eq i64 %epil.iter226.next, %xtraiter225
-  br i1 %epil.iter226.cmp.not, label %for_body_to76.us.1.i.preheader, label %for_body_to76.us.i.epil, !prof !54, !llvm.loop !140
+  br i1 %epil.iter226.cmp.not, label %for_body_to76.us.1.i.preheader, label %for_body_to76.us.i.epil, !prof !70, !llvm.loop !134
 
 for_body_to76.us.1.i.preheader:                   ; preds = %for_body_to76.us.i.epil, %for_body_to76.us.1.i.preheader.unr-lcssa
-  br i1 %1351, label %for_body_to76.us.1.i.epil.preheader, label %for_body_to76.us.1.i, !prof !49
+  br i1 %1351, label %for_body_to76.us.1.i.epil.preheader, label %for_body_to76.us.1.i, !prof !71
 
 for_body_to76.us.1.i:                             ; preds = %for_body_to76.us.1.i, %for_body_to76.us.1.i.preheader
   %indvars.iv1161.1.i = phi i64 [ %indvars.iv.next1162.1.i.3, %for_body_to76.us.1.i ], [ 0, %for_body_to76.us.1.i.preheader ]
@@ -9749,10 +9360,10 @@ for_body_to76.us.1.i:                             ; preds = %for_body_to76.us.1.
   %indvars.iv.next1162.1.i.3 = add nuw nsw i64 %indvars.iv1161.1.i, 4
   %niter236.next.3 = add i64 %niter236, 4
   %niter236.ncmp.3 = icmp eq i64 %niter236.next.3, %unroll_iter235
-  br i1 %niter236.ncmp.3, label %for_body_to76.us.2.i.preheader.unr-lcssa, label %for_body_to76.us.1.i, !prof !50, !llvm.loop !141
+  br i1 %niter236.ncmp.3, label %for_body_to76.us.2.i.preheader.unr-lcssa, label %for_body_to76.us.1.i, !prof !72, !llvm.loop !135
 
 for_body_to76.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to76.us.1.i
-  br i1 %lcmp.mod233.not, label %for_body_to76.us.2.i.preheader, label %for_body_to76.us.1.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod233.not, label %for_body_to76.us.2.i.preheader, label %for_body_to76.us.1.i.epil.preheader, !prof !75
 
 for_body_to76.us.1.i.epil.preheader:              ; preds = %for_body_to76.us.2.i.preheader.unr-lcssa, %for_body_to76.us.1.i.preheader
   %indvars.iv1161.1.i.epil.init = phi i64 [ 0, %for_body_to76.us.1.i.preheader ], [ %indvars.iv.next1162.1.i.3, %for_body_to76.us.2.i.preheader.unr-lcssa ]
@@ -9776,10 +9387,10 @@ for_body_to76.us.1.i.epil:                        ; preds = %for_body_to76.us.1.
   %indvars.iv.next1162.1.i.epil = add nuw nsw i64 %indvars.iv1161.1.i.epil, 1
   %epil.iter232.next = add i64 %epil.iter232, 1
   %epil.iter232.cmp.not = icmp eq i64 %epil.iter232.next, %xtraiter231
-  br i1 %epil.iter232.cmp.not, label %for_body_to76.us.2.i.preheader, label %for_body_to76.us.1.i.epil, !prof !54, !llvm.loop !142
+  br i1 %epil.iter232.cmp.not, label %for_body_to76.us.2.i.preheader, label %for_body_to76.us.1.i.epil, !prof !70, !llvm.loop !136
 
 for_body_to76.us.2.i.preheader:                   ; preds = %for_body_to76.us.1.i.epil, %for_body_to76.us.2.i.preheader.unr-lcssa
-  br i1 %1352, label %for_body_to76.us.2.i.epil.preheader, label %for_body_to76.us.2.i, !prof !49
+  br i1 %1352, label %for_body_to76.us.2.i.epil.preheader, label %for_body_to76.us.2.i, !prof !71
 
 for_body_to76.us.2.i:                             ; preds = %for_body_to76.us.2.i, %for_body_to76.us.2.i.preheader
   %indvars.iv1161.2.i = phi i64 [ %indvars.iv.next1162.2.i.3, %for_body_to76.us.2.i ], [ 0, %for_body_to76.us.2.i.preheader ]
@@ -9831,10 +9442,10 @@ for_body_to76.us.2.i:                             ; preds = %for_body_to76.us.2.
   %indvars.iv.next1162.2.i.3 = add nuw nsw i64 %indvars.iv1161.2.i, 4
   %niter242.next.3 = add i64 %niter242, 4
   %niter242.ncmp.3 = icmp eq i64 %niter242.next.3, %unroll_iter241
-  br i1 %niter242.ncmp.3, label %for_body_to76.us.3.i.preheader.unr-lcssa, label %for_body_to76.us.2.i, !prof !50, !llvm.loop !143
+  br i1 %niter242.ncmp.3, label %for_body_to76.us.3.i.preheader.unr-lcssa, label %for_body_to76.us.2.i, !prof !72, !llvm.loop !137
 
 for_body_to76.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to76.us.2.i
-  br i1 %lcmp.mod239.not, label %for_body_to76.us.3.i.preheader, label %for_body_to76.us.2.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod239.not, label %for_body_to76.us.3.i.preheader, label %for_body_to76.us.2.i.epil.preheader, !prof !75
 
 for_body_to76.us.2.i.epil.preheader:              ; preds = %for_body_to76.us.3.i.preheader.unr-lcssa, %for_body_to76.us.2.i.preheader
   %indvars.iv1161.2.i.epil.init = phi i64 [ 0, %for_body_to76.us.2.i.preheader ], [ %indvars.iv.next1162.2.i.3, %for_body_to76.us.3.i.preheader.unr-lcssa ]
@@ -9858,10 +9469,10 @@ for_body_to76.us.2.i.epil:                        ; preds = %for_body_to76.us.2.
   %indvars.iv.next1162.2.i.epil = add nuw nsw i64 %indvars.iv1161.2.i.epil, 1
   %epil.iter238.next = add i64 %epil.iter238, 1
   %epil.iter238.cmp.not = icmp eq i64 %epil.iter238.next, %xtraiter237
-  br i1 %epil.iter238.cmp.not, label %for_body_to76.us.3.i.preheader, label %for_body_to76.us.2.i.epil, !prof !54, !llvm.loop !144
+  br i1 %epil.iter238.cmp.not, label %for_body_to76.us.3.i.preheader, label %for_body_to76.us.2.i.epil, !prof !70, !llvm.loop !138
 
 for_body_to76.us.3.i.preheader:                   ; preds = %for_body_to76.us.2.i.epil, %for_body_to76.us.3.i.preheader.unr-lcssa
-  br i1 %1353, label %for_body_to76.us.3.i.epil.preheader, label %for_body_to76.us.3.i, !prof !49
+  br i1 %1353, label %for_body_to76.us.3.i.epil.preheader, label %for_body_to76.us.3.i, !prof !71
 
 for_body_to76.us.3.i:                             ; preds = %for_body_to76.us.3.i, %for_body_to76.us.3.i.preheader
   %indvars.iv1161.3.i = phi i64 [ %indvars.iv.next1162.3.i.3, %for_body_to76.us.3.i ], [ 0, %for_body_to76.us.3.i.preheader ]
@@ -9913,10 +9524,10 @@ for_body_to76.us.3.i:                             ; preds = %for_body_to76.us.3.
   %indvars.iv.next1162.3.i.3 = add nuw nsw i64 %indvars.iv1161.3.i, 4
   %niter248.next.3 = add i64 %niter248, 4
   %niter248.ncmp.3 = icmp eq i64 %niter248.next.3, %unroll_iter247
-  br i1 %niter248.ncmp.3, label %for_begin_ax185.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to76.us.3.i, !prof !50, !llvm.loop !145
+  br i1 %niter248.ncmp.3, label %for_begin_ax185.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to76.us.3.i, !prof !72, !llvm.loop !139
 
 for_begin_ax185.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to76.us.3.i
-  br i1 %lcmp.mod245.not, label %for_begin_ax185.preheader.i.preheader, label %for_body_to76.us.3.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod245.not, label %for_begin_ax185.preheader.i.preheader, label %for_body_to76.us.3.i.epil.preheader, !prof !75
 
 for_body_to76.us.3.i.epil.preheader:              ; preds = %for_begin_ax185.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to76.us.3.i.preheader
   %indvars.iv1161.3.i.epil.init = phi i64 [ 0, %for_body_to76.us.3.i.preheader ], [ %indvars.iv.next1162.3.i.3, %for_begin_ax185.preheader.i.preheader.loopexit.unr-lcssa ]
@@ -9940,7 +9551,7 @@ for_body_to76.us.3.i.epil:                        ; preds = %for_body_to76.us.3.
   %indvars.iv.next1162.3.i.epil = add nuw nsw i64 %indvars.iv1161.3.i.epil, 1
   %epil.iter244.next = add i64 %epil.iter244, 1
   %epil.iter244.cmp.not = icmp eq i64 %epil.iter244.next, %xtraiter243
-  br i1 %epil.iter244.cmp.not, label %for_begin_ax185.preheader.i.preheader, label %for_body_to76.us.3.i.epil, !prof !54, !llvm.loop !146
+  br i1 %epil.iter244.cmp.not, label %for_begin_ax185.preheader.i.preheader, label %for_body_to76.us.3.i.epil, !prof !70, !llvm.loop !140
 
 for_begin_ax185.preheader.i.preheader:            ; preds = %for_body_to76.us.3.i.epil, %for_begin_ax185.preheader.i.preheader.loopexit.unr-lcssa, %for_body_r54.preheader.i
   br label %for_begin_ax185.preheader.i
@@ -9952,7 +9563,7 @@ for_begin_ax185.preheader.i:                      ; preds = %for_end_ax187.i, %f
 for_body_ax186.lr.ph.i:                           ; preds = %for_begin_ax185.preheader.i
   %.idx1284.i = shl nuw nsw i64 %indvars.iv1175.i, 9
   %invariant.gep1323.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1284.i
-  br i1 %1354, label %for_body_ax186.i.epil.preheader, label %for_body_ax186.i, !prof !132
+  br i1 %1354, label %for_body_ax186.i.epil.preheader, label %for_body_ax186.i, !prof !126
 
 for_body_ax186.i:                                 ; preds = %for_body_ax186.i, %for_body_ax186.lr.ph.i
   %indvars.iv1170.i = phi i64 [ %indvars.iv.next1171.i.7, %for_body_ax186.i ], [ 0, %for_body_ax186.lr.ph.i ]
@@ -10000,10 +9611,10 @@ for_body_ax186.i:                                 ; preds = %for_body_ax186.i, %
   %indvars.iv.next1171.i.7 = add nuw nsw i64 %indvars.iv1170.i, 8
   %niter255.next.7 = add i64 %niter255, 8
   %niter255.ncmp.7 = icmp eq i64 %niter255.next.7, %unroll_iter254
-  br i1 %niter255.ncmp.7, label %for_end_ax187.i.loopexit.unr-lcssa, label %for_body_ax186.i, !prof !133, !llvm.loop !147
+  br i1 %niter255.ncmp.7, label %for_end_ax187.i.loopexit.unr-lcssa, label %for_body_ax186.i, !prof !127, !llvm.loop !141
 
 for_end_ax187.i.loopexit.unr-lcssa:               ; preds = %for_body_ax186.i
-  br i1 %lcmp.mod251.not, label %for_end_ax187.i, label %for_body_ax186.i.epil.preheader, !prof !135
+  br i1 %lcmp.mod251.not, label %for_end_ax187.i, label %for_body_ax186.i.epil.preheader, !prof !129
 
 for_body_ax186.i.epil.preheader:                  ; preds = %for_end_ax187.i.loopexit.unr-lcssa, %for_body_ax186.lr.ph.i
   %indvars.iv1170.i.epil.init = phi i64 [ 0, %for_body_ax186.lr.ph.i ], [ %indvars.iv.next1171.i.7, %for_end_ax187.i.loopexit.unr-lcssa ]
@@ -10022,7 +9633,7 @@ for_body_ax186.i.epil:                            ; preds = %for_body_ax186.i.ep
   %indvars.iv.next1171.i.epil = add nuw nsw i64 %indvars.iv1170.i.epil, 1
   %epil.iter250.next = add i64 %epil.iter250, 1
   %epil.iter250.cmp.not = icmp eq i64 %epil.iter250.next, %xtraiter249
-  br i1 %epil.iter250.cmp.not, label %for_end_ax187.i, label %for_body_ax186.i.epil, !prof !53, !llvm.loop !148
+  br i1 %epil.iter250.cmp.not, label %for_end_ax187.i, label %for_body_ax186.i.epil, !prof !75, !llvm.loop !142
 
 for_end_ax187.i:                                  ; preds = %for_body_ax186.i.epil, %for_end_ax187.i.loopexit.unr-lcssa, %for_begin_ax185.preheader.i
   %tile_sum.rf_global233.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax185.preheader.i ], [ %2202, %for_end_ax187.i.loopexit.unr-lcssa ], [ %2204, %for_body_ax186.i.epil ]
@@ -10091,7 +9702,7 @@ for_end_ax187.i:                                  ; preds = %for_body_ax186.i.ep
   %2236 = fadd float %tile_sum.rf234.sroa.0.120.vec.extract.i, %2235
   %tile_sum.rf234.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.i, i64 31
   %2237 = fadd float %tile_sum.rf234.sroa.0.124.vec.extract.i, %2236
-  store float %2237, ptr %2205, align 4, !tbaa !149
+  store float %2237, ptr %2205, align 4, !tbaa !143
   %indvars.iv.next1176.i = add nuw nsw i64 %indvars.iv1175.i, 1
   %exitcond1178.not.i = icmp eq i64 %indvars.iv.next1176.i, 4
   br i1 %exitcond1178.not.i, label %for_begin_to95.preheader.preheader.i, label %for_begin_ax185.preheader.i, !prof !30
@@ -10100,7 +9711,7 @@ for_begin_to95.preheader.preheader.i:             ; preds = %for_end_ax187.i
   br i1 %1332, label %for_body_to96.i.preheader, label %for_end_to97.3.i, !prof !3
 
 for_body_to96.i.preheader:                        ; preds = %for_begin_to95.preheader.preheader.i
-  br i1 %1355, label %for_body_to96.i.epil.preheader, label %for_body_to96.i, !prof !49
+  br i1 %1355, label %for_body_to96.i.epil.preheader, label %for_body_to96.i, !prof !71
 
 for_body_to96.i:                                  ; preds = %for_body_to96.i, %for_body_to96.i.preheader
   %indvars.iv1179.i = phi i64 [ %indvars.iv.next1180.i.3, %for_body_to96.i ], [ 0, %for_body_to96.i.preheader ]
@@ -10159,10 +9770,10 @@ for_body_to96.i:                                  ; preds = %for_body_to96.i, %f
   %indvars.iv.next1180.i.3 = add nuw nsw i64 %indvars.iv1179.i, 4
   %niter261.next.3 = add i64 %niter261, 4
   %niter261.ncmp.3 = icmp eq i64 %niter261.next.3, %unroll_iter260
-  br i1 %niter261.ncmp.3, label %for_body_to96.1.i.preheader.unr-lcssa, label %for_body_to96.i, !prof !50, !llvm.loop !151
+  br i1 %niter261.ncmp.3, label %for_body_to96.1.i.preheader.unr-lcssa, label %for_body_to96.i, !prof !72, !llvm.loop !145
 
 for_body_to96.1.i.preheader.unr-lcssa:            ; preds = %for_body_to96.i
-  br i1 %lcmp.mod258.not, label %for_body_to96.1.i.preheader, label %for_body_to96.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod258.not, label %for_body_to96.1.i.preheader, label %for_body_to96.i.epil.preheader, !prof !75
 
 for_body_to96.i.epil.preheader:                   ; preds = %for_body_to96.1.i.preheader.unr-lcssa, %for_body_to96.i.preheader
   %indvars.iv1179.i.epil.init = phi i64 [ 0, %for_body_to96.i.preheader ], [ %indvars.iv.next1180.i.3, %for_body_to96.1.i.preheader.unr-lcssa ]
@@ -10187,10 +9798,10 @@ for_body_to96.i.epil:                             ; preds = %for_body_to96.i.epi
   %indvars.iv.next1180.i.epil = add nuw nsw i64 %indvars.iv1179.i.epil, 1
   %epil.iter257.next = add i64 %epil.iter257, 1
   %epil.iter257.cmp.not = icmp eq i64 %epil.iter257.next, %xtraiter256
-  br i1 %epil.iter257.cmp.not, label %for_body_to96.1.i.preheader, label %for_body_to96.i.epil, !prof !54, !llvm.loop !152
+  br i1 %epil.iter257.cmp.not, label %for_body_to96.1.i.preheader, label %for_body_to96.i.epil, !prof !70, !llvm.loop !146
 
 for_body_to96.1.i.preheader:                      ; preds = %for_body_to96.i.epil, %for_body_to96.1.i.preheader.unr-lcssa
-  br i1 %1356, label %for_body_to96.1.i.epil.preheader, label %for_body_to96.1.i, !prof !49
+  br i1 %1356, label %for_body_to96.1.i.epil.preheader, label %for_body_to96.1.i, !prof !71
 
 for_body_to96.1.i:                                ; preds = %for_body_to96.1.i, %for_body_to96.1.i.preheader
   %indvars.iv1179.1.i = phi i64 [ %indvars.iv.next1180.1.i.3, %for_body_to96.1.i ], [ 0, %for_body_to96.1.i.preheader ]
@@ -10257,10 +9868,10 @@ for_body_to96.1.i:                                ; preds = %for_body_to96.1.i, 
   %indvars.iv.next1180.1.i.3 = add nuw nsw i64 %indvars.iv1179.1.i, 4
   %niter267.next.3 = add i64 %niter267, 4
   %niter267.ncmp.3 = icmp eq i64 %niter267.next.3, %unroll_iter266
-  br i1 %niter267.ncmp.3, label %for_body_to96.2.i.preheader.unr-lcssa, label %for_body_to96.1.i, !prof !50, !llvm.loop !153
+  br i1 %niter267.ncmp.3, label %for_body_to96.2.i.preheader.unr-lcssa, label %for_body_to96.1.i, !prof !72, !llvm.loop !147
 
 for_body_to96.2.i.preheader.unr-lcssa:            ; preds = %for_body_to96.1.i
-  br i1 %lcmp.mod264.not, label %for_body_to96.2.i.preheader, label %for_body_to96.1.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod264.not, label %for_body_to96.2.i.preheader, label %for_body_to96.1.i.epil.preheader, !prof !75
 
 for_body_to96.1.i.epil.preheader:                 ; preds = %for_body_to96.2.i.preheader.unr-lcssa, %for_body_to96.1.i.preheader
   %indvars.iv1179.1.i.epil.init = phi i64 [ 0, %for_body_to96.1.i.preheader ], [ %indvars.iv.next1180.1.i.3, %for_body_to96.2.i.preheader.unr-lcssa ]
@@ -10287,10 +9898,10 @@ for_body_to96.1.i.epil:                           ; preds = %for_body_to96.1.i.e
   %indvars.iv.next1180.1.i.epil = add nuw nsw i64 %indvars.iv1179.1.i.epil, 1
   %epil.iter263.next = add i64 %epil.iter263, 1
   %epil.iter263.cmp.not = icmp eq i64 %epil.iter263.next, %xtraiter262
-  br i1 %epil.iter263.cmp.not, label %for_body_to96.2.i.preheader, label %for_body_to96.1.i.epil, !prof !54, !llvm.loop !154
+  br i1 %epil.iter263.cmp.not, label %for_body_to96.2.i.preheader, label %for_body_to96.1.i.epil, !prof !70, !llvm.loop !148
 
 for_body_to96.2.i.preheader:                      ; preds = %for_body_to96.1.i.epil, %for_body_to96.2.i.preheader.unr-lcssa
-  br i1 %1357, label %for_body_to96.2.i.epil.preheader, label %for_body_to96.2.i, !prof !49
+  br i1 %1357, label %for_body_to96.2.i.epil.preheader, label %for_body_to96.2.i, !prof !71
 
 for_body_to96.2.i:                                ; preds = %for_body_to96.2.i, %for_body_to96.2.i.preheader
   %indvars.iv1179.2.i = phi i64 [ %indvars.iv.next1180.2.i.3, %for_body_to96.2.i ], [ 0, %for_body_to96.2.i.preheader ]
@@ -10357,10 +9968,10 @@ for_body_to96.2.i:                                ; preds = %for_body_to96.2.i, 
   %indvars.iv.next1180.2.i.3 = add nuw nsw i64 %indvars.iv1179.2.i, 4
   %niter273.next.3 = add i64 %niter273, 4
   %niter273.ncmp.3 = icmp eq i64 %niter273.next.3, %unroll_iter272
-  br i1 %niter273.ncmp.3, label %for_body_to96.3.i.preheader.unr-lcssa, label %for_body_to96.2.i, !prof !50, !llvm.loop !155
+  br i1 %niter273.ncmp.3, label %for_body_to96.3.i.preheader.unr-lcssa, label %for_body_to96.2.i, !prof !72, !llvm.loop !149
 
 for_body_to96.3.i.preheader.unr-lcssa:            ; preds = %for_body_to96.2.i
-  br i1 %lcmp.mod270.not, label %for_body_to96.3.i.preheader, label %for_body_to96.2.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod270.not, label %for_body_to96.3.i.preheader, label %for_body_to96.2.i.epil.preheader, !prof !75
 
 for_body_to96.2.i.epil.preheader:                 ; preds = %for_body_to96.3.i.preheader.unr-lcssa, %for_body_to96.2.i.preheader
   %indvars.iv1179.2.i.epil.init = phi i64 [ 0, %for_body_to96.2.i.preheader ], [ %indvars.iv.next1180.2.i.3, %for_body_to96.3.i.preheader.unr-lcssa ]
@@ -10387,10 +9998,10 @@ for_body_to96.2.i.epil:                           ; preds = %for_body_to96.2.i.e
   %indvars.iv.next1180.2.i.epil = add nuw nsw i64 %indvars.iv1179.2.i.epil, 1
   %epil.iter269.next = add i64 %epil.iter269, 1
   %epil.iter269.cmp.not = icmp eq i64 %epil.iter269.next, %xtraiter268
-  br i1 %epil.iter269.cmp.not, label %for_body_to96.3.i.preheader, label %for_body_to96.2.i.epil, !prof !54, !llvm.loop !156
+  br i1 %epil.iter269.cmp.not, label %for_body_to96.3.i.preheader, label %for_body_to96.2.i.epil, !prof !70, !llvm.loop !150
 
 for_body_to96.3.i.preheader:                      ; preds = %for_body_to96.2.i.epil, %for_body_to96.3.i.preheader.unr-lcssa
-  br i1 %1358, label %for_body_to96.3.i.epil.preheader, label %for_body_to96.3.i, !prof !49
+  br i1 %1358, label %for_body_to96.3.i.epil.preheader, label %for_body_to96.3.i, !prof !71
 
 for_body_to96.3.i:                                ; preds = %for_body_to96.3.i, %for_body_to96.3.i.preheader
   %indvars.iv1179.3.i = phi i64 [ %indvars.iv.next1180.3.i.3, %for_body_to96.3.i ], [ 0, %for_body_to96.3.i.preheader ]
@@ -10457,10 +10068,10 @@ for_body_to96.3.i:                                ; preds = %for_body_to96.3.i, 
   %indvars.iv.next1180.3.i.3 = add nuw nsw i64 %indvars.iv1179.3.i, 4
   %niter279.next.3 = add i64 %niter279, 4
   %niter279.ncmp.3 = icmp eq i64 %niter279.next.3, %unroll_iter278
-  br i1 %niter279.ncmp.3, label %for_end_to97.3.i.loopexit.unr-lcssa, label %for_body_to96.3.i, !prof !50, !llvm.loop !157
+  br i1 %niter279.ncmp.3, label %for_end_to97.3.i.loopexit.unr-lcssa, label %for_body_to96.3.i, !prof !72, !llvm.loop !151
 
 for_end_to97.3.i.loopexit.unr-lcssa:              ; preds = %for_body_to96.3.i
-  br i1 %lcmp.mod276.not, label %for_end_to97.3.i, label %for_body_to96.3.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod276.not, label %for_end_to97.3.i, label %for_body_to96.3.i.epil.preheader, !prof !75
 
 for_body_to96.3.i.epil.preheader:                 ; preds = %for_end_to97.3.i.loopexit.unr-lcssa, %for_body_to96.3.i.preheader
   %indvars.iv1179.3.i.epil.init = phi i64 [ 0, %for_body_to96.3.i.preheader ], [ %indvars.iv.next1180.3.i.3, %for_end_to97.3.i.loopexit.unr-lcssa ]
@@ -10487,18 +10098,18 @@ for_body_to96.3.i.epil:                           ; preds = %for_body_to96.3.i.e
   %indvars.iv.next1180.3.i.epil = add nuw nsw i64 %indvars.iv1179.3.i.epil, 1
   %epil.iter275.next = add i64 %epil.iter275, 1
   %epil.iter275.cmp.not = icmp eq i64 %epil.iter275.next, %xtraiter274
-  br i1 %epil.iter275.cmp.not, label %for_end_to97.3.i, label %for_body_to96.3.i.epil, !prof !54, !llvm.loop !158
+  br i1 %epil.iter275.cmp.not, label %for_end_to97.3.i, label %for_body_to96.3.i.epil, !prof !70, !llvm.loop !152
 
 for_end_to97.3.i:                                 ; preds = %for_body_to96.3.i.epil, %for_end_to97.3.i.loopexit.unr-lcssa, %for_begin_to95.preheader.preheader.i
   %2448 = shl nuw nsw i64 %indvars.iv1204.i, 2
   %2449 = getelementptr inbounds nuw float, ptr %row_max244.i, i64 %2448
-  %2450 = load <4 x float>, ptr %2449, align 16, !tbaa !120
+  %2450 = load <4 x float>, ptr %2449, align 16, !tbaa !114
   %old_max.i = select <4 x i1> %1336, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2450
   %2451 = getelementptr inbounds nuw float, ptr %row_sum243.i, i64 %2448
-  %2452 = load <4 x float>, ptr %2451, align 16, !tbaa !118
+  %2452 = load <4 x float>, ptr %2451, align 16, !tbaa !112
   %old_sum.i = select <4 x i1> %1336, <4 x float> zeroinitializer, <4 x float> %2452
   %2453 = fcmp ogt <4 x float> %old_max.i, %1894
-  %2454 = load <4 x float>, ptr %tile_sum238.i, align 16, !tbaa !159
+  %2454 = load <4 x float>, ptr %tile_sum238.i, align 16, !tbaa !153
   %2455 = fcmp oeq <4 x float> %2454, zeroinitializer
   %2456 = select <4 x i1> %2455, <4 x i1> splat (i1 true), <4 x i1> %2453
   %old_or_both.i = select <4 x i1> %2456, <4 x float> %old_max.i, <4 x float> %1894
@@ -10550,8 +10161,8 @@ for_end_to97.3.i:                                 ; preds = %for_body_to96.3.i.e
   %2500 = select <4 x i1> %2499, <4 x float> %2498, <4 x float> zeroinitializer
   %2501 = fmul <4 x float> %old_sum.i, %2479
   %2502 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2500, <4 x float> %2454, <4 x float> %2501)
-  store <4 x float> %m.i, ptr %2449, align 16, !tbaa !120
-  store <4 x float> %2502, ptr %2451, align 16, !tbaa !118
+  store <4 x float> %m.i, ptr %2449, align 16, !tbaa !114
+  store <4 x float> %2502, ptr %2451, align 16, !tbaa !112
   %2503 = shufflevector <4 x float> %2500, <4 x float> poison, <16 x i32> zeroinitializer
   %2504 = shl nuw nsw i64 %indvars.iv1204.i, 9
   %2505 = shufflevector <4 x float> %2479, <4 x float> poison, <16 x i32> zeroinitializer
@@ -11254,7 +10865,7 @@ for_end_to134.i:                                  ; preds = %for_begin_line137.p
 for_body_ti.lr.ph.i:                              ; preds = %for_end_to134.i
   %gep1072.idx.i = shl i64 %indvars.iv1200.i, 7
   %gep1072.i = getelementptr i8, ptr %invariant.gep1039.i, i64 %gep1072.idx.i
-  br i1 %1359, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !64
+  br i1 %1359, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !51
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
   %indvars.iv1197.i = phi i64 [ %indvars.iv.next1198.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
@@ -11365,10 +10976,10 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %indvars.iv.next1198.i.1 = add nuw nsw i64 %indvars.iv1197.i, 2
   %niter294.next.1 = add nuw i64 %niter294, 2
   %niter294.ncmp.1 = icmp eq i64 %niter294.next.1, %unroll_iter293
-  br i1 %niter294.ncmp.1, label %for_end_ti.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !59, !llvm.loop !167
+  br i1 %niter294.ncmp.1, label %for_end_ti.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !52, !llvm.loop !161
 
 for_end_ti.i.loopexit.unr-lcssa:                  ; preds = %for_body_ti.i
-  br i1 %lcmp.mod283.not, label %for_end_ti.i, label %for_body_ti.i.epil.preheader, !prof !54
+  br i1 %lcmp.mod283.not, label %for_end_ti.i, label %for_body_ti.i.epil.preheader, !prof !70
 
 for_body_ti.i.epil.preheader:                     ; preds = %for_end_ti.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
   %indvars.iv1197.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next1198.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
@@ -11553,41 +11164,41 @@ for_body_tile180.i:                               ; preds = %for_body_tile180.i,
   %3019 = shl nuw nsw i64 %indvars.iv1228.i, 2
   %3020 = add nuw nsw i64 %3019, %900
   %3021 = getelementptr inbounds nuw float, ptr %row_max244.i, i64 %3019
-  %3022 = load float, ptr %3021, align 16, !tbaa !120
+  %3022 = load float, ptr %3021, align 16, !tbaa !114
   %3023 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3020
   store float %3022, ptr %3023, align 4, !tbaa !4
   %3024 = getelementptr inbounds nuw float, ptr %row_sum243.i, i64 %3019
-  %3025 = load float, ptr %3024, align 16, !tbaa !118
+  %3025 = load float, ptr %3024, align 16, !tbaa !112
   %3026 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3020
   store float %3025, ptr %3026, align 4, !tbaa !4
   %3027 = or disjoint i64 %3019, 1
   %3028 = getelementptr inbounds nuw float, ptr %row_max244.i, i64 %3027
-  %3029 = load float, ptr %3028, align 4, !tbaa !120
+  %3029 = load float, ptr %3028, align 4, !tbaa !114
   %3030 = or disjoint i64 %3020, 1
   %3031 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3030
   store float %3029, ptr %3031, align 4, !tbaa !4
   %3032 = getelementptr inbounds nuw float, ptr %row_sum243.i, i64 %3027
-  %3033 = load float, ptr %3032, align 4, !tbaa !118
+  %3033 = load float, ptr %3032, align 4, !tbaa !112
   %3034 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3030
   store float %3033, ptr %3034, align 4, !tbaa !4
   %3035 = or disjoint i64 %3019, 2
   %3036 = getelementptr inbounds nuw float, ptr %row_max244.i, i64 %3035
-  %3037 = load float, ptr %3036, align 8, !tbaa !120
+  %3037 = load float, ptr %3036, align 8, !tbaa !114
   %3038 = or disjoint i64 %3020, 2
   %3039 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3038
   store float %3037, ptr %3039, align 4, !tbaa !4
   %3040 = getelementptr inbounds nuw float, ptr %row_sum243.i, i64 %3035
-  %3041 = load float, ptr %3040, align 8, !tbaa !118
+  %3041 = load float, ptr %3040, align 8, !tbaa !112
   %3042 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3038
   store float %3041, ptr %3042, align 4, !tbaa !4
   %3043 = or disjoint i64 %3019, 3
   %3044 = getelementptr inbounds nuw float, ptr %row_max244.i, i64 %3043
-  %3045 = load float, ptr %3044, align 4, !tbaa !120
+  %3045 = load float, ptr %3044, align 4, !tbaa !114
   %3046 = or disjoint i64 %3020, 3
   %3047 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3046
   store float %3045, ptr %3047, align 4, !tbaa !4
   %3048 = getelementptr inbounds nuw float, ptr %row_sum243.i, i64 %3043
-  %3049 = load float, ptr %3048, align 4, !tbaa !118
+  %3049 = load float, ptr %3048, align 4, !tbaa !112
   %3050 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3046
   store float %3049, ptr %3050, align 4, !tbaa !4
   %3051 = shl nuw nsw i64 %indvars.iv1228.i, 9
@@ -11918,7 +11529,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %83 = select <32 x i1> %82, <32 x float> zeroinitializer, <32 x float> %81
   %84 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %85 = select <32 x i1> %84, <32 x float> %83, <32 x float> zeroinitializer
-  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !168
+  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !162
   %arg2.i = fsub <32 x float> %57, %m.i
   %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %87 = bitcast <32 x float> %86 to <32 x i32>
@@ -11941,7 +11552,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
   %105 = fcmp one <32 x float> %60, zeroinitializer
   %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
-  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !174
+  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !168
   %107 = fmul <32 x float> %old_sum.i, %85
   %108 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %60, <32 x float> %107)
   %.idx.i = shl nsw i64 %54, 14
@@ -11951,13 +11562,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %111 = load float, ptr %110, align 4, !tbaa !180
+  %111 = load float, ptr %110, align 4, !tbaa !174
   %112 = insertelement <16 x float> poison, float %111, i64 0
   %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
   %114 = shl nuw nsw i64 %indvars.iv60.i, 7
   %115 = getelementptr float, ptr %109, i64 %114
   %116 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %117 = load float, ptr %116, align 4, !tbaa !181
+  %117 = load float, ptr %116, align 4, !tbaa !175
   %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
   store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !4
   %119 = load <16 x float>, ptr %115, align 4, !tbaa !4
@@ -12020,7 +11631,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %151 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %152 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %153 = select <32 x i1> %152, <32 x float> zeroinitializer, <32 x float> %151
-  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !182
+  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !176
   %sext29 = shl i64 %20, 32
   %154 = ashr exact i64 %sext29, 32
   %155 = mul nsw i64 %out_batch, %154
@@ -12030,13 +11641,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !180
+  %158 = load float, ptr %157, align 4, !tbaa !174
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %109, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !181
+  %164 = load float, ptr %163, align 4, !tbaa !175
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !4
@@ -12106,7 +11717,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !188
+  %215 = load float, ptr %214, align 4, !tbaa !182
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -12227,7 +11838,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !189
+  %310 = load float, ptr %309, align 16, !tbaa !183
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -12242,7 +11853,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !191
+  %317 = load float, ptr %316, align 16, !tbaa !185
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -12252,7 +11863,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !4
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !189
+  %322 = load float, ptr %321, align 4, !tbaa !183
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -12260,7 +11871,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !191
+  %327 = load float, ptr %326, align 4, !tbaa !185
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -12270,7 +11881,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !4
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !189
+  %332 = load float, ptr %331, align 8, !tbaa !183
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -12278,7 +11889,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !191
+  %337 = load float, ptr %336, align 8, !tbaa !185
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -12288,7 +11899,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !4
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !189
+  %342 = load float, ptr %341, align 4, !tbaa !183
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -12296,7 +11907,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !191
+  %347 = load float, ptr %346, align 4, !tbaa !185
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -12306,7 +11917,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !4
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !30, !llvm.loop !193
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !30, !llvm.loop !187
 
 merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
@@ -12494,7 +12105,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <32 x i1> %80, <32 x float> zeroinitializer, <32 x float> %79
   %82 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %83 = select <32 x i1> %82, <32 x float> %81, <32 x float> zeroinitializer
-  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !194
+  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !188
   %arg2.i = fsub <32 x float> %55, %m.i
   %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <32 x float> %84 to <32 x i32>
@@ -12517,7 +12128,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <32 x i1> %101, <32 x float> zeroinitializer, <32 x float> %100
   %103 = fcmp one <32 x float> %58, zeroinitializer
   %104 = select <32 x i1> %103, <32 x float> %102, <32 x float> zeroinitializer
-  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !200
+  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !194
   %105 = fmul <32 x float> %old_sum.i, %83
   %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %58, <32 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
@@ -12527,13 +12138,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !206
+  %109 = load float, ptr %108, align 4, !tbaa !200
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 7
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !207
+  %115 = load float, ptr %114, align 4, !tbaa !201
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
   store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !4
   %117 = load <16 x float>, ptr %113, align 4, !tbaa !4
@@ -12600,7 +12211,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %152 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %153 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %154 = select <32 x i1> %153, <32 x float> zeroinitializer, <32 x float> %152
-  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !208
+  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !202
   %155 = mul nsw i64 %out_batch, %149
   %156 = getelementptr i16, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
@@ -12608,13 +12219,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !206
+  %158 = load float, ptr %157, align 4, !tbaa !200
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %107, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !207
+  %164 = load float, ptr %163, align 4, !tbaa !201
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !4
@@ -12684,7 +12295,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !214
+  %215 = load float, ptr %214, align 4, !tbaa !208
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -12805,7 +12416,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !215
+  %310 = load float, ptr %309, align 16, !tbaa !209
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -12820,7 +12431,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !217
+  %317 = load float, ptr %316, align 16, !tbaa !211
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -12830,7 +12441,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !4
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !215
+  %322 = load float, ptr %321, align 4, !tbaa !209
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -12838,7 +12449,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !217
+  %327 = load float, ptr %326, align 4, !tbaa !211
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -12848,7 +12459,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !4
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !215
+  %332 = load float, ptr %331, align 8, !tbaa !209
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -12856,7 +12467,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !217
+  %337 = load float, ptr %336, align 8, !tbaa !211
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -12866,7 +12477,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !4
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !215
+  %342 = load float, ptr %341, align 4, !tbaa !209
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -12874,7 +12485,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !217
+  %347 = load float, ptr %346, align 4, !tbaa !211
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -12884,7 +12495,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !4
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !30, !llvm.loop !219
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !30, !llvm.loop !213
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
@@ -13095,9 +12706,6 @@ declare float @llvm.fabs.f32(float) #4
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare half @llvm.fabs.f16(half) #4
 
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umin.i32(i32, i32) #4
-
 ; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
 declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #7
 
@@ -13108,7 +12716,7 @@ declare void @llvm.lifetime.start.p0(ptr captures(none)) #8
 declare void @llvm.lifetime.end.p0(ptr captures(none)) #8
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i64 @llvm.smax.i64(i64, i64) #4
+declare i32 @llvm.umin.i32(i32, i32) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #4
@@ -13208,45 +12816,45 @@ attributes #12 = { nocallback nofree nosync nounwind willreturn memory(argmem: r
 !46 = !{!"llvm.loop.estimated_trip_count", i32 528417}
 !47 = !{!44, !44, i64 0}
 !48 = !{!"branch_weights", i32 1048704, i32 133169152}
-!49 = !{!"branch_weights", i32 6096, i32 2147477552}
-!50 = !{!"branch_weights", i32 8128, i32 2147475520}
-!51 = distinct !{!51, !52}
-!52 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!53 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!54 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!55 = distinct !{!55, !56, !57}
-!56 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!57 = !{!"llvm.loop.unroll.disable"}
-!58 = distinct !{!58, !56, !57}
-!59 = !{!"branch_weights", i32 4064, i32 2147479584}
-!60 = distinct !{!60, !61}
-!61 = !{!"llvm.loop.estimated_trip_count", i32 528416}
-!62 = distinct !{!62, !52}
-!63 = distinct !{!63, !56, !57}
-!64 = !{!"branch_weights", i32 2032, i32 2147481616}
-!65 = distinct !{!65, !61}
-!66 = distinct !{!66, !61}
-!67 = !{!68}
-!68 = distinct !{!68, !69}
-!69 = distinct !{!69, !"LVerDomain"}
-!70 = !{!71}
-!71 = distinct !{!71, !69}
-!72 = !{!"branch_weights", i32 127, i32 16777081}
-!73 = distinct !{!73, !17, !18, !74}
-!74 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!75 = !{!"branch_weights", i32 1, i32 7}
-!76 = !{!"branch_weights", i32 1, i32 1}
-!77 = distinct !{!77, !57}
-!78 = !{!"branch_weights", i32 127, i32 0}
-!79 = distinct !{!79, !17, !22}
-!80 = !{!"branch_weights", i32 134217601, i32 127}
-!81 = distinct !{!81, !52}
-!82 = distinct !{!82, !56, !57}
-!83 = distinct !{!83, !52}
-!84 = distinct !{!84, !85}
-!85 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!86 = distinct !{!86, !87}
-!87 = !{!"llvm.loop.estimated_trip_count", i32 264209}
+!49 = distinct !{!49, !50}
+!50 = !{!"llvm.loop.estimated_trip_count", i32 264209}
+!51 = !{!"branch_weights", i32 2032, i32 2147481616}
+!52 = !{!"branch_weights", i32 4064, i32 2147479584}
+!53 = distinct !{!53, !54}
+!54 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!55 = !{!56}
+!56 = distinct !{!56, !57}
+!57 = distinct !{!57, !"LVerDomain"}
+!58 = !{!59}
+!59 = distinct !{!59, !57}
+!60 = !{!"branch_weights", i32 127, i32 16777081}
+!61 = distinct !{!61, !17, !18, !62}
+!62 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!63 = !{!"branch_weights", i32 1, i32 7}
+!64 = !{!"branch_weights", i32 1, i32 1}
+!65 = distinct !{!65, !66}
+!66 = !{!"llvm.loop.unroll.disable"}
+!67 = !{!"branch_weights", i32 127, i32 0}
+!68 = distinct !{!68, !17, !22}
+!69 = !{!"branch_weights", i32 134217601, i32 127}
+!70 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!71 = !{!"branch_weights", i32 6096, i32 2147477552}
+!72 = !{!"branch_weights", i32 8128, i32 2147475520}
+!73 = distinct !{!73, !74}
+!74 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!75 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!76 = distinct !{!76, !77, !66}
+!77 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!78 = distinct !{!78, !50}
+!79 = distinct !{!79, !80}
+!80 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!81 = distinct !{!81, !50}
+!82 = !{!83}
+!83 = distinct !{!83, !84}
+!84 = distinct !{!84, !"LVerDomain"}
+!85 = !{!86}
+!86 = distinct !{!86, !84}
+!87 = distinct !{!87, !17, !22}
 !88 = !{!89}
 !89 = distinct !{!89, !90}
 !90 = distinct !{!90, !"LVerDomain"}
@@ -13271,111 +12879,105 @@ attributes #12 = { nocallback nofree nosync nounwind willreturn memory(argmem: r
 !109 = !{!110}
 !110 = distinct !{!110, !108}
 !111 = distinct !{!111, !17, !22}
-!112 = !{!113}
-!113 = distinct !{!113, !114}
-!114 = distinct !{!114, !"LVerDomain"}
-!115 = !{!116}
-!116 = distinct !{!116, !114}
-!117 = distinct !{!117, !17, !22}
-!118 = !{!119, !119, i64 0}
-!119 = !{!"buffer2", !6, i64 0}
-!120 = !{!121, !121, i64 0}
-!121 = !{!"buffer3", !6, i64 0}
-!122 = distinct !{!122, !87}
-!123 = distinct !{!123, !87}
-!124 = distinct !{!124, !52}
-!125 = distinct !{!125, !56, !57}
-!126 = distinct !{!126, !52}
-!127 = distinct !{!127, !56, !57}
-!128 = distinct !{!128, !52}
-!129 = distinct !{!129, !56, !57}
-!130 = distinct !{!130, !52}
-!131 = distinct !{!131, !56, !57}
-!132 = !{!"branch_weights", i32 14224, i32 2147469424}
-!133 = !{!"branch_weights", i32 16256, i32 2147467392}
-!134 = distinct !{!134, !74}
-!135 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!136 = distinct !{!136, !56, !57}
-!137 = !{!138, !138, i64 0}
-!138 = !{!"buffer4", !6, i64 0}
-!139 = distinct !{!139, !52}
-!140 = distinct !{!140, !56, !57}
-!141 = distinct !{!141, !52}
-!142 = distinct !{!142, !56, !57}
-!143 = distinct !{!143, !52}
-!144 = distinct !{!144, !56, !57}
-!145 = distinct !{!145, !52}
-!146 = distinct !{!146, !56, !57}
+!112 = !{!113, !113, i64 0}
+!113 = !{!"buffer2", !6, i64 0}
+!114 = !{!115, !115, i64 0}
+!115 = !{!"buffer3", !6, i64 0}
+!116 = distinct !{!116, !50}
+!117 = distinct !{!117, !50}
+!118 = distinct !{!118, !74}
+!119 = distinct !{!119, !77, !66}
+!120 = distinct !{!120, !74}
+!121 = distinct !{!121, !77, !66}
+!122 = distinct !{!122, !74}
+!123 = distinct !{!123, !77, !66}
+!124 = distinct !{!124, !74}
+!125 = distinct !{!125, !77, !66}
+!126 = !{!"branch_weights", i32 14224, i32 2147469424}
+!127 = !{!"branch_weights", i32 16256, i32 2147467392}
+!128 = distinct !{!128, !62}
+!129 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!130 = distinct !{!130, !77, !66}
+!131 = !{!132, !132, i64 0}
+!132 = !{!"buffer4", !6, i64 0}
+!133 = distinct !{!133, !74}
+!134 = distinct !{!134, !77, !66}
+!135 = distinct !{!135, !74}
+!136 = distinct !{!136, !77, !66}
+!137 = distinct !{!137, !74}
+!138 = distinct !{!138, !77, !66}
+!139 = distinct !{!139, !74}
+!140 = distinct !{!140, !77, !66}
+!141 = distinct !{!141, !62}
+!142 = distinct !{!142, !77, !66}
+!143 = !{!144, !144, i64 0}
+!144 = !{!"buffer5", !6, i64 0}
+!145 = distinct !{!145, !74}
+!146 = distinct !{!146, !77, !66}
 !147 = distinct !{!147, !74}
-!148 = distinct !{!148, !56, !57}
-!149 = !{!150, !150, i64 0}
-!150 = !{!"buffer5", !6, i64 0}
-!151 = distinct !{!151, !52}
-!152 = distinct !{!152, !56, !57}
-!153 = distinct !{!153, !52}
-!154 = distinct !{!154, !56, !57}
-!155 = distinct !{!155, !52}
-!156 = distinct !{!156, !56, !57}
-!157 = distinct !{!157, !52}
-!158 = distinct !{!158, !56, !57}
-!159 = !{!160, !160, i64 0}
-!160 = !{!"buffer5.w16.b0", !161, i64 0}
-!161 = !{!"buffer5.w32.b0", !162, i64 0}
-!162 = !{!"buffer5.w64.b0", !163, i64 0}
-!163 = !{!"buffer5.w128.b0", !164, i64 0}
-!164 = !{!"buffer5.w256.b0", !165, i64 0}
-!165 = !{!"buffer5.w512.b0", !166, i64 0}
-!166 = !{!"buffer5.w1024.b0", !150, i64 0}
-!167 = distinct !{!167, !61}
+!148 = distinct !{!148, !77, !66}
+!149 = distinct !{!149, !74}
+!150 = distinct !{!150, !77, !66}
+!151 = distinct !{!151, !74}
+!152 = distinct !{!152, !77, !66}
+!153 = !{!154, !154, i64 0}
+!154 = !{!"buffer5.w16.b0", !155, i64 0}
+!155 = !{!"buffer5.w32.b0", !156, i64 0}
+!156 = !{!"buffer5.w64.b0", !157, i64 0}
+!157 = !{!"buffer5.w128.b0", !158, i64 0}
+!158 = !{!"buffer5.w256.b0", !159, i64 0}
+!159 = !{!"buffer5.w512.b0", !160, i64 0}
+!160 = !{!"buffer5.w1024.b0", !144, i64 0}
+!161 = distinct !{!161, !54}
+!162 = !{!163, !163, i64 0}
+!163 = !{!"buffer6.w128.b0", !164, i64 0}
+!164 = !{!"buffer6.w256.b0", !165, i64 0}
+!165 = !{!"buffer6.w512.b0", !166, i64 0}
+!166 = !{!"buffer6.w1024.b0", !167, i64 0}
+!167 = !{!"buffer6", !6, i64 0}
 !168 = !{!169, !169, i64 0}
-!169 = !{!"buffer6.w128.b0", !170, i64 0}
-!170 = !{!"buffer6.w256.b0", !171, i64 0}
-!171 = !{!"buffer6.w512.b0", !172, i64 0}
-!172 = !{!"buffer6.w1024.b0", !173, i64 0}
-!173 = !{!"buffer6", !6, i64 0}
-!174 = !{!175, !175, i64 0}
-!175 = !{!"buffer7.w128.b0", !176, i64 0}
-!176 = !{!"buffer7.w256.b0", !177, i64 0}
-!177 = !{!"buffer7.w512.b0", !178, i64 0}
-!178 = !{!"buffer7.w1024.b0", !179, i64 0}
-!179 = !{!"buffer7", !6, i64 0}
-!180 = !{!179, !179, i64 0}
-!181 = !{!173, !173, i64 0}
-!182 = !{!183, !183, i64 0}
-!183 = !{!"buffer8.w128.b0", !184, i64 0}
-!184 = !{!"buffer8.w256.b0", !185, i64 0}
-!185 = !{!"buffer8.w512.b0", !186, i64 0}
-!186 = !{!"buffer8.w1024.b0", !187, i64 0}
-!187 = !{!"buffer8", !6, i64 0}
-!188 = !{!187, !187, i64 0}
-!189 = !{!190, !190, i64 0}
-!190 = !{!"buffer9", !6, i64 0}
-!191 = !{!192, !192, i64 0}
-!192 = !{!"buffer10", !6, i64 0}
-!193 = distinct !{!193, !85}
+!169 = !{!"buffer7.w128.b0", !170, i64 0}
+!170 = !{!"buffer7.w256.b0", !171, i64 0}
+!171 = !{!"buffer7.w512.b0", !172, i64 0}
+!172 = !{!"buffer7.w1024.b0", !173, i64 0}
+!173 = !{!"buffer7", !6, i64 0}
+!174 = !{!173, !173, i64 0}
+!175 = !{!167, !167, i64 0}
+!176 = !{!177, !177, i64 0}
+!177 = !{!"buffer8.w128.b0", !178, i64 0}
+!178 = !{!"buffer8.w256.b0", !179, i64 0}
+!179 = !{!"buffer8.w512.b0", !180, i64 0}
+!180 = !{!"buffer8.w1024.b0", !181, i64 0}
+!181 = !{!"buffer8", !6, i64 0}
+!182 = !{!181, !181, i64 0}
+!183 = !{!184, !184, i64 0}
+!184 = !{!"buffer9", !6, i64 0}
+!185 = !{!186, !186, i64 0}
+!186 = !{!"buffer10", !6, i64 0}
+!187 = distinct !{!187, !80}
+!188 = !{!189, !189, i64 0}
+!189 = !{!"buffer11.w128.b0", !190, i64 0}
+!190 = !{!"buffer11.w256.b0", !191, i64 0}
+!191 = !{!"buffer11.w512.b0", !192, i64 0}
+!192 = !{!"buffer11.w1024.b0", !193, i64 0}
+!193 = !{!"buffer11", !6, i64 0}
 !194 = !{!195, !195, i64 0}
-!195 = !{!"buffer11.w128.b0", !196, i64 0}
-!196 = !{!"buffer11.w256.b0", !197, i64 0}
-!197 = !{!"buffer11.w512.b0", !198, i64 0}
-!198 = !{!"buffer11.w1024.b0", !199, i64 0}
-!199 = !{!"buffer11", !6, i64 0}
-!200 = !{!201, !201, i64 0}
-!201 = !{!"buffer12.w128.b0", !202, i64 0}
-!202 = !{!"buffer12.w256.b0", !203, i64 0}
-!203 = !{!"buffer12.w512.b0", !204, i64 0}
-!204 = !{!"buffer12.w1024.b0", !205, i64 0}
-!205 = !{!"buffer12", !6, i64 0}
-!206 = !{!205, !205, i64 0}
-!207 = !{!199, !199, i64 0}
-!208 = !{!209, !209, i64 0}
-!209 = !{!"buffer13.w128.b0", !210, i64 0}
-!210 = !{!"buffer13.w256.b0", !211, i64 0}
-!211 = !{!"buffer13.w512.b0", !212, i64 0}
-!212 = !{!"buffer13.w1024.b0", !213, i64 0}
-!213 = !{!"buffer13", !6, i64 0}
-!214 = !{!213, !213, i64 0}
-!215 = !{!216, !216, i64 0}
-!216 = !{!"buffer14", !6, i64 0}
-!217 = !{!218, !218, i64 0}
-!218 = !{!"buffer15", !6, i64 0}
-!219 = distinct !{!219, !85}
+!195 = !{!"buffer12.w128.b0", !196, i64 0}
+!196 = !{!"buffer12.w256.b0", !197, i64 0}
+!197 = !{!"buffer12.w512.b0", !198, i64 0}
+!198 = !{!"buffer12.w1024.b0", !199, i64 0}
+!199 = !{!"buffer12", !6, i64 0}
+!200 = !{!199, !199, i64 0}
+!201 = !{!193, !193, i64 0}
+!202 = !{!203, !203, i64 0}
+!203 = !{!"buffer13.w128.b0", !204, i64 0}
+!204 = !{!"buffer13.w256.b0", !205, i64 0}
+!205 = !{!"buffer13.w512.b0", !206, i64 0}
+!206 = !{!"buffer13.w1024.b0", !207, i64 0}
+!207 = !{!"buffer13", !6, i64 0}
+!208 = !{!207, !207, i64 0}
+!209 = !{!210, !210, i64 0}
+!210 = !{!"buffer14", !6, i64 0}
+!211 = !{!212, !212, i64 0}
+!212 = !{!"buffer15", !6, i64 0}
+!213 = distinct !{!213, !80}

@@ -121,6 +121,12 @@ inline void CheckBlocks(const BlockTable& table, int64_t seq, const Interval& bl
   }
 }
 
+// The same of all runs of Runs.
+template <typename Seen>
+void CheckRuns(const BlockTable& table, int64_t seq, const Seen& seen, int64_t num_blocks, int32_t* to) {
+  for (int i = 0; i < seen.count; ++i) CheckBlocks(table, seq, seen.blocks[i], num_blocks, to);
+}
+
 // Rows within the table, lengths within their rows, and every used block id within the cache. Unused entries are not
 // looked at: those past a sequence's length, and those of blocks that its query does not see. Lengths that are int64 go
 // to lens_to.
@@ -132,8 +138,7 @@ void CheckIndices(const BlockTable& table, const Array& context_lens, int64_t nu
     const int64_t capacity = table.Capacity(seq, Spec::kBlockSize);
     const int64_t context_len = CheckContextLen(seq, IndexAt(context_lens, seq), capacity);
     if (lens_to != nullptr) lens_to[seq] = static_cast<int32_t>(context_len);
-    const Seen<Spec> seen(context_len);
-    for (int i = 0; i < seen.count; ++i) CheckBlocks(table, seq, seen.blocks[i], num_blocks, table_to.entries);
+    CheckRuns(table, seq, Seen<Spec>(context_len), num_blocks, table_to.entries);
   }
 }
 
