@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import test_attend
+import test_attend_masks
+import test_attend_staged
 import test_decode
 from block_pairs import OnPairs, sampled
 from inputs import make_inputs
@@ -30,7 +32,17 @@ class TestAttend:
     """tests/test_attend.py."""
 
 
-for holder, tests in ((TestDecode, test_decode), (TestAttend, test_attend)):
+class TestAttendStaged:
+    """tests/test_attend_staged.py."""
+
+
+class TestAttendMasks:
+    """Of tests/test_attend_masks.py what has ids in its tables that may not be looked at."""
+
+    test_ids = staticmethod(sampled(test_attend_masks)["test_ids_between_what_is_seen_are_not_looked_at"])
+
+
+for holder, tests in ((TestDecode, test_decode), (TestAttend, test_attend), (TestAttendStaged, test_attend_staged)):
     for name, test in sampled(tests).items():
         setattr(holder, name, staticmethod(test))
 
@@ -54,8 +66,9 @@ def test_the_bits_are_those_of_a_table(compiled, name, pipeline):
                 assert_same_bits(one, table)
 
 
-def test_attend_has_the_bits_of_a_table(compiled):
-    module = compiled(BASE, attend=True)
+@every_pipeline
+def test_attend_has_the_bits_of_a_table(compiled, pipeline):
+    module = compiled(BASE, pipeline, attend=True)
     ragged = make_ragged(BASE, [(3, 40), (0, 9), (1, 300), (33, 33)])
     for one, table in zip(ragged.attend(module), ragged.attend(module._module), strict=True):
         assert_same_bits(one, table)
