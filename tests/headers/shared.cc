@@ -143,19 +143,23 @@ void TestSeenUnions() {
   EXPECT(Seen<NoKeys>(1000).count == 0);
 }
 
-// The ids between the blocks that are seen may be anything.
+// The ids between the blocks that are seen may be anything, in a table and in a pair.
 void TestIndicesOfAUnion() {
   Made table(kInt32, {1, 25}), lens(kInt32, {1});
   lens.data<int32_t>()[0] = 100;
   for (int i = 0; i < 25; ++i) table.data<int32_t>()[i] = -7;
   for (const int i : {0, 10, 11, 24}) table.data<int32_t>()[i] = 3;
-  CheckIndices<Union>(Rows(table), Checked(lens), 4);
-  for (const int i : {0, 10, 11, 24}) {
-    table.data<int32_t>()[i] = 4;
-    EXPECT_RAISES(
-        "IndexError: block_table: expected a block id in [0, 4), got 4 for sequence 0 at position " + std::to_string(i),
-        CheckIndices<Union>(Rows(table), Checked(lens), 4));
-    table.data<int32_t>()[i] = 3;
+  Made starts(kInt32, {2});
+  starts.data<int32_t>()[0] = 0, starts.data<int32_t>()[1] = 25;
+  for (const BlockTable& each : {Rows(table), BlockTable{Checked(table), Checked(starts), true}}) {
+    CheckIndices<Union>(each, Checked(lens), 4);
+    for (const int i : {0, 10, 11, 24}) {
+      table.data<int32_t>()[i] = 4;
+      EXPECT_RAISES("IndexError: block_table: expected a block id in [0, 4), got 4 for sequence 0 at position " +
+                        std::to_string(i),
+                    CheckIndices<Union>(each, Checked(lens), 4));
+      table.data<int32_t>()[i] = 3;
+    }
   }
 }
 
