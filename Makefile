@@ -21,7 +21,7 @@ PYTEST := $(BIN)/python -m pytest
 HEADERS := $(wildcard templates/*/*.h tests/headers/*)
 
 # The tests that need torch or onnx, or do more where it is.
-TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays cuda_errors flex_attention memory onnx_attention openmp shared_kv threads torch_errors tracing_torch)
+TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays context_parallel cuda_errors flex_attention memory onnx_attention openmp shared_kv threads torch_errors tracing_torch)
 
 .PHONY: run test test-torch slow soak bench bench-attend test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
 .DEFAULT_GOAL := run

@@ -61,6 +61,16 @@ class Explanation(NamedTuple):
     remark: str
 
 
+class Extras(NamedTuple):
+    """The entry points that a library has only where it is to, by their names in Module."""
+
+    attend: bool = False
+    merge_states: bool = False
+
+
+NO_EXTRAS = Extras()
+
+
 class Backend(NamedTuple):
     """A kind of target. config is what normalize returned.
 
@@ -71,10 +81,10 @@ class Backend(NamedTuple):
         tools: () -> the programs and variables that a build depends on beside those of the C++ compiler. A RuntimeError
             names a program that is missing.
         attends: (pipeline) -> whether its libraries can have attend.
-        emit: (spec, config, pipeline, attend, empty directory) -> the text of every stage; attend: whether the library
-            has it.
+        merges: Whether its libraries can have merge_states.
+        emit: (spec, config, pipeline, extras, empty directory) -> the text of every stage.
         emit_portable: As emit, without the stages that programs of the machine make, which differ by their versions.
-        build: (spec, config, pipeline, attend, empty directory) -> Built.
+        build: (spec, config, pipeline, extras, empty directory) -> Built.
         explain: (spec, config, pipeline, limits, empty directory) -> Explanation. Like the three above, it imports TVM.
         origins: The stages of emit_portable that generated/ shows, each with the files that its text comes from.
         takes_numpy: Whether modules take NumPy arrays.
@@ -85,9 +95,10 @@ class Backend(NamedTuple):
     fingerprint: Callable[[dict[str, Any]], dict[str, Any]]
     tools: Callable[[], dict[str, object]]
     attends: Callable[[str], bool]
-    emit: Callable[[PagedAttentionSpec, dict[str, Any], str, bool, Path], dict[str, str]]
-    emit_portable: Callable[[PagedAttentionSpec, dict[str, Any], str, bool, Path], dict[str, str]]
-    build: Callable[[PagedAttentionSpec, dict[str, Any], str, bool, Path], Built]
+    merges: bool
+    emit: Callable[[PagedAttentionSpec, dict[str, Any], str, Extras, Path], dict[str, str]]
+    emit_portable: Callable[[PagedAttentionSpec, dict[str, Any], str, Extras, Path], dict[str, str]]
+    build: Callable[[PagedAttentionSpec, dict[str, Any], str, Extras, Path], Built]
     explain: Callable[[PagedAttentionSpec, dict[str, Any], str, Limits, Path], Explanation]
     origins: Mapping[str, str]
     takes_numpy: bool

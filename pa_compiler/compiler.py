@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pa_compiler import artifact, backends, dependencies, host, installation, interrupts, native, score_checks, turns
 from pa_compiler import store as _cache
-from pa_compiler.backend import Explanation, Limits
+from pa_compiler.backend import Explanation, Extras, Limits
 from pa_compiler.runtime import files, versions
 from pa_compiler.runtime.module import Module
 from pa_compiler.spec import PagedAttentionSpec
@@ -30,6 +30,7 @@ def compile(  # noqa: A001  (the public name)
     pipeline: str = "fused",
     *,
     attend: bool = True,
+    merge_states: bool = False,
     cache: bool = True,
     dump_dir: str | os.PathLike[str] | None = None,
 ) -> Module:
@@ -42,6 +43,7 @@ def compile(  # noqa: A001  (the public name)
         pipeline: "fused", one kernel for all stages, or "staged", a kernel for each stage, driven block by block as
             in the seed: slower, easier to follow, and a second opinion.
         attend: Whether the module has attend(), where its target can: a CPU. Without it less is compiled.
+        merge_states: Whether it has merge_states().
         cache: Whether to look in the cache on disk, and to leave the result there.
         dump_dir: A directory that gets what each stage produced, numbered in order, and in include/ the headers of the
             host.
@@ -59,7 +61,9 @@ def compile(  # noqa: A001  (the public name)
             templates or no sources.
         KeyboardInterrupt: by Ctrl-C. What was begun is removed, and the next call works.
     """
-    module = _compiled(spec, target, pipeline, attend, cache=cache, needs_cache=_cache.is_chosen())
+    module = _compiled(
+        spec, target, pipeline, Extras(attend, merge_states), cache=cache, needs_cache=_cache.is_chosen()
+    )
     if dump_dir is not None:
         Path(dump_dir).mkdir(parents=True, exist_ok=True)
         for number, (stage, text) in enumerate(module.sources.items(), start=1):
@@ -69,10 +73,15 @@ def compile(  # noqa: A001  (the public name)
 
 
 def compile_to_save(
-    spec: PagedAttentionSpec, target: backends.TargetLike = "llvm", pipeline: str = "fused", *, attend: bool = True
+    spec: PagedAttentionSpec,
+    target: backends.TargetLike = "llvm",
+    pipeline: str = "fused",
+    *,
+    attend: bool = True,
+    merge_states: bool = False,
 ) -> Module:
     """As compile, for a module that is saved: where the cache cannot be used, PA_CACHE_DIR or not, it needs none."""
-    return _compiled(spec, target, pipeline, attend, cache=True, needs_cache=False)
+    return _compiled(spec, target, pipeline, Extras(attend, merge_states), cache=True, needs_cache=False)
 
 
 def _checked(spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str) -> dict[str, Any]:
@@ -91,31 +100,34 @@ def _checked(spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: st
     return config
 
 
-def _has_attend(attend: bool, config: dict[str, Any], pipeline: str) -> bool:
-    """Whether a library has attend: if it is to, and can."""
-    if not isinstance(attend, bool):
-        raise TypeError(f"attend: expected a bool, got {attend!r} of type {type(attend).__name__}")
-    return attend and backends.of(config).attends(pipeline)
+def _checked_extras(extras: Extras, config: dict[str, Any], pipeline: str) -> Extras:
+    """What a library is to have beside decode and append_kv; attend where it can."""
+    for name, wanted in extras._asdict().items():
+        if not isinstance(wanted, bool):
+            raise TypeError(f"{name}: expected a bool, got {wanted!r} of type {type(wanted).__name__}")
+    if extras.merge_states and not backends.of(config).merges:
+        raise ValueError(f"merge_states: expected False for target {config['kind']}, got True")
+    return extras._replace(attend=extras.attend and backends.of(config).attends(pipeline))
 
 
 def _compiled(
     spec: PagedAttentionSpec,
     target: backends.TargetLike,
     pipeline: str,
-    attend: bool,
+    extras: Extras,
     *,
     cache: bool,
     needs_cache: bool,
 ) -> Module:
     config = _checked(spec, target, pipeline)
-    attend = _has_attend(attend, config, pipeline)
+    extras = _checked_extras(extras, config, pipeline)
 
     def build(directory: Path) -> None:
-        _build(spec, config, pipeline, attend, directory)
+        _build(spec, config, pipeline, extras, directory)
 
     entry = None
     if cache:
-        key = _cache.key(dependencies.inputs(spec, config, pipeline, attend))
+        key = _cache.key(dependencies.inputs(spec, config, pipeline, extras))
         try:
             entry = _cached(key, config, build)
         except OSError as error:
@@ -148,7 +160,7 @@ def _warn_of_no_cache(reason: str) -> None:
     warnings.warn(f"libraries are compiled without a cache: {reason}", RuntimeWarning, stacklevel=4)
 
 
-def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool, directory: Path) -> None:
+def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, extras: Extras, directory: Path) -> None:
     """Fill an empty directory with pa.so and the texts of the stages."""
     dependencies.tools(config)  # a missing compiler is said before a second is spent on TVM
     with turns.using_tvm():
@@ -156,17 +168,22 @@ def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, atte
             directory,
             spec,
             pipeline,
-            lambda scratch: backends.of(config).build(spec, config, pipeline, attend, scratch),
+            lambda scratch: backends.of(config).build(spec, config, pipeline, extras, scratch),
         )
 
 
 def emit(
-    spec: PagedAttentionSpec, target: backends.TargetLike = "llvm", pipeline: str = "fused", *, attend: bool = True
+    spec: PagedAttentionSpec,
+    target: backends.TargetLike = "llvm",
+    pipeline: str = "fused",
+    *,
+    attend: bool = True,
+    merge_states: bool = False,
 ) -> dict[str, str]:
     """The text of every stage, as in Module.sources, without building the library. Arguments as for compile."""
     config = _checked(spec, target, pipeline)
-    emit, has_attend = backends.of(config).emit, _has_attend(attend, config, pipeline)
-    return artifact.in_order(_with_tvm(lambda directory: emit(spec, config, pipeline, has_attend, directory)))
+    emit, extras = backends.of(config).emit, _checked_extras(Extras(attend, merge_states), config, pipeline)
+    return artifact.in_order(_with_tvm(lambda directory: emit(spec, config, pipeline, extras, directory)))
 
 
 def emit_portable(
@@ -174,8 +191,8 @@ def emit_portable(
 ) -> dict[str, str]:
     """As emit, without the stages that programs of this machine make."""
     config = _checked(spec, target, pipeline)
-    emit, has_attend = backends.of(config).emit_portable, _has_attend(attend, config, pipeline)
-    return artifact.in_order(_with_tvm(lambda directory: emit(spec, config, pipeline, has_attend, directory)))
+    emit, extras = backends.of(config).emit_portable, _checked_extras(Extras(attend), config, pipeline)
+    return artifact.in_order(_with_tvm(lambda directory: emit(spec, config, pipeline, extras, directory)))
 
 
 def explain(

@@ -8,6 +8,7 @@ import platform
 from typing import Any
 
 from pa_compiler import backends, commands, installation, native
+from pa_compiler.backend import NO_EXTRAS, Extras
 from pa_compiler.spec import PagedAttentionSpec
 
 _CXX_VARIABLES = ("CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "COMPILER_PATH", "GCC_EXEC_PREFIX", "LD_RUN_PATH")
@@ -19,13 +20,15 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("pa-compiler", "apache-tvm", "apache-tvm-ffi")}
 
 
-def inputs(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool = False) -> dict[str, object]:
+def inputs(
+    spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, extras: Extras = NO_EXTRAS
+) -> dict[str, object]:
     """All that a build depends on but the programs that it runs."""
     return {
         "spec": spec.stated(),
         "target": backends.of(config).fingerprint(config),
         "pipeline": pipeline,
-        "attend": attend,
+        **extras._asdict(),
         "versions": versions(),
         "languages": [platform.python_version_tuple()[:2], importlib.metadata.version("jinja2")],
         "text": installation.text_digest(),

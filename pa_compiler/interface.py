@@ -61,11 +61,12 @@ THREADING = ("auto", "own", "openmp")
 CHECKS = ("host", "device", "none")
 """Who can check the indices of a call of a library for a GPU, in the order of the library's numbers."""
 
-REPORT_CODES = ("nothing", "context_len", "block_id", "slot")
+REPORT_CODES = ("nothing", "context_len", "block_id", "slot", "row")
 """What a kernel can report to be wrong with the indices of a call, in the order of the codes."""
 
 REPORT_FIELDS = ("code", "index", "position", "value", "limit")
-"""The int64 numbers of such a report. index is of a sequence or a token, position in its row of block_table."""
+"""The int64 numbers of such a report. index is of a sequence or a token, position in its row of block_table; of a row,
+position is where it begins and value where it ends."""
 
 
 def split_blocks(spec: PagedAttentionSpec) -> int:
@@ -120,6 +121,8 @@ class Parameter(NamedTuple):
         of_values: Whether an array holds values: None with shared_kv, where they are in the keys.
         field: Field of the spec that says whether there is an array: None where the spec has it not. "" for all specs.
         of_input: Whether it is an array of the spec's inputs, which all have one type and no other.
+        shown: What errors call it, where that is not its name.
+        or_float32: Whether an array may be float32 as well.
     """
 
     name: str
@@ -129,11 +132,13 @@ class Parameter(NamedTuple):
     of_values: bool = False
     field: str = ""
     of_input: bool = False
+    shown: str = ""
+    or_float32: bool = False
 
     @property
     def said(self) -> str:
         """What errors call it: a caller gives inputs as a mapping."""
-        return f"inputs[{self.name.removeprefix(INPUT_PREFIX)!r}]" if self.of_input else self.name
+        return f"inputs[{self.name.removeprefix(INPUT_PREFIX)!r}]" if self.of_input else self.shown or self.name
 
     def absent(self, spec: PagedAttentionSpec) -> str:
         """What the spec has, or has not, so that the array has to be None; "" where it has to be one."""
@@ -148,6 +153,8 @@ class Parameter(NamedTuple):
         dtype = getattr(spec, self.dtype, self.dtype)
         if dtype == "bool":
             return ("bool", "uint8")
+        if self.or_float32 and dtype != "float32":
+            return (dtype, "float32")
         return ("int32", "int64") if dtype in ("int32", "int64") and not on_gpu else (dtype,)
 
 
@@ -158,7 +165,9 @@ _DECODE = (
     Parameter("query", "dtype"),
     Parameter("key_cache", "dtype"),
     Parameter("value_cache", "dtype", of_values=True),
-    Parameter("block_table", "int32"),
+    Parameter("block_table", "int32", optional=True),
+    Parameter("block_indptr", "int32", optional=True, shown="block_table[0]"),
+    Parameter("block_indices", "int32", optional=True, shown="block_table[1]"),
     Parameter("context_lens", "int32"),
     Parameter("out", "result_dtype", written=True),
     Parameter("lse", "float32", written=True, optional=True),
@@ -168,9 +177,9 @@ _DECODE = (
 )
 
 _ATTEND = (
-    *_DECODE[:5],
+    *_DECODE[:7],
     Parameter("query_start_loc", "int32"),
-    *_DECODE[5:-1],
+    *_DECODE[7:-1],
     Parameter("tree_mask", "bool", optional=True),
     Parameter("scale"),
     Parameter("causal"),
@@ -184,6 +193,13 @@ _APPEND_KV = (
     Parameter("slot_mapping", "int64"),
 )
 
+_MERGE_STATES = (
+    Parameter("outs", "result_dtype", or_float32=True),
+    Parameter("lses", "float32"),
+    Parameter("out", "result_dtype", written=True),
+    Parameter("lse", "float32", written=True, optional=True),
+)
+
 _THREADS = (Parameter("num_threads"), Parameter("threading"), Parameter("cpus"))
 _CHECK = (Parameter("check"),)
 _AS_UINT16 = (Parameter("as_uint16"),)
@@ -192,6 +208,7 @@ CPU_ENTRY_POINTS: Mapping[str, tuple[Parameter, ...]] = {
     "decode": (*_DECODE, *_THREADS, *_AS_UINT16),
     "attend": (*_ATTEND, *_THREADS, *_AS_UINT16),
     "append_kv": (*_APPEND_KV, *_THREADS, *_AS_UINT16),
+    "merge_states": (*_MERGE_STATES, *_THREADS, *_AS_UINT16),
     "plan": (Parameter("context_lens", "int32"),),
     "attend_plan": (
         Parameter("context_lens", "int32"),
@@ -202,7 +219,7 @@ CPU_ENTRY_POINTS: Mapping[str, tuple[Parameter, ...]] = {
     "openmp": (),
     "view_as_bfloat16": (Parameter("tensor", "uint16"),),
 }
-"""The functions of a library for a CPU, with what each takes, in order. Not every library has those of attend.
+"""The functions of a library for a CPU, with what each takes, in order. Not every library has attend or merge_states.
 
 Arrays come first. Where the last parameter is as_uint16, bit i of it says that parameter i is an array of bfloat16 that
 is declared uint16, for libraries that have no bfloat16 in DLPack.

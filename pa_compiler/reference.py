@@ -18,7 +18,7 @@ def decode(
     query: np.ndarray,
     key_cache: np.ndarray,
     value_cache: np.ndarray,
-    block_table: np.ndarray,
+    block_table: np.ndarray | tuple[np.ndarray, np.ndarray],
     context_lens: np.ndarray,
     scale: float | np.ndarray | None = None,
     *,
@@ -56,6 +56,7 @@ def decode(
             [num_blocks, num_kv_heads, block_size / 2, 2 * value_dim], pairs along tokens. Where values are the first
             elements of keys, a view of those: key_cache[..., :value_dim].
         block_table: [batch, max_blocks], integers: the block that holds tokens [i * block_size, (i + 1) * block_size).
+            Or a pair (indptr, indices), [batch + 1] and [n]: sequence b has indices[indptr[b] : indptr[b + 1]].
         context_lens: [batch], integers: tokens in each sequence.
         scale: Factor on every score, a number or an array of no axes; 1 / sqrt(head_dim) where it is None.
         kv_layout: "NHD", "HND" or "packed".
@@ -100,7 +101,7 @@ def attend(
     query: np.ndarray,
     key_cache: np.ndarray,
     value_cache: np.ndarray,
-    block_table: np.ndarray,
+    block_table: np.ndarray | tuple[np.ndarray, np.ndarray],
     context_lens: np.ndarray,
     query_start_loc: np.ndarray,
     scale: float | np.ndarray | None = None,
@@ -142,7 +143,42 @@ def attend(
     out = np.zeros((*query.shape[:2], value_cache.shape[3] // pair))
     lse = np.full(query.shape[:2], -np.inf)
     for batch, token, seen in tokens_of(context_lens, query_start_loc, causal=causal, tree_mask=tree_mask):
-        of = (query[token], key_cache, value_cache, block_table[batch], seen, scale)
+        of = (query[token], key_cache, value_cache, blocks_of(block_table, batch), seen, scale)
         weighed = weigh(*of, kv_layout=kv_layout, batch=batch, **fields)
         out[token], lse[token] = weighed.out(), weighed.lse
     return (out, lse) if return_lse else out
+
+
+def blocks_of(block_table: np.ndarray | tuple[np.ndarray, np.ndarray], batch: int) -> np.ndarray:
+    """The blocks of a sequence: its row of a table, or its part of the indices of a pair."""
+    if isinstance(block_table, tuple):
+        indptr, indices = block_table
+        return indices[indptr[batch] : indptr[batch + 1]]
+    return block_table[batch]
+
+
+def merge_states(
+    outs: np.ndarray, lses: np.ndarray, *, return_lse: bool = False
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """The result of attention to all keys, from those of attention to parts of them.
+
+    out = sum_p exp(lse_p - lse) * out_p with lse = log sum_p exp(lse_p). A part whose lse is -inf is empty, whatever
+    its out. Where some are inf, these alone count, and each as much as the others.
+
+    Args:
+        outs: [parts, num_tokens, num_heads, value_dim], any floating dtype.
+        lses: [parts, num_tokens, num_heads], natural logarithms.
+        return_lse: Return lse too.
+
+    Returns:
+        out: [num_tokens, num_heads, value_dim], float64; 0 where all parts are empty.
+        lse: [num_tokens, num_heads], float64, with return_lse; -inf where all parts are empty.
+    """
+    lses = np.asarray(lses, np.float64)
+    largest = lses.max(axis=0)
+    below = np.subtract(lses, largest, out=np.zeros_like(lses), where=lses != largest)
+    weights = np.where(np.isneginf(lses), 0, np.exp(below))
+    total = weights.sum(axis=0)
+    values = np.where(np.isneginf(lses)[..., None], 0, np.asarray(outs, np.float64))
+    out = (weights[..., None] * values).sum(axis=0) / np.where(total == 0, 1, total)[..., None]
+    return (out, largest + np.log(np.where(total == 0, 1, total))) if return_lse else out

@@ -13,7 +13,7 @@ from tvm import IRModule
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
 
-from pa_compiler.schedules.cpu import append_kv, head_dim_in_lanes, heads_in_lanes, tokens_in_lanes
+from pa_compiler.schedules.cpu import append_kv, head_dim_in_lanes, heads_in_lanes, merge_parts, tokens_in_lanes
 from pa_compiler.schedules.cuda import threads as cuda_threads
 from pa_compiler.tiles import Tiling, VectorTiling
 
@@ -47,14 +47,15 @@ def scheduled(mod: IRModule, tiling: Tiling) -> Schedule:
 
 def _strategy_of(function: str, tiling: Tiling) -> tuple[str, Tiling]:
     """How a PrimFunc is scheduled: partial results are merged in one way, whatever the strategy."""
-    if function in ("merge_partials", "merge_attend") and isinstance(tiling, VectorTiling):
+    if function.startswith("merge_") and isinstance(tiling, VectorTiling):
         return "head_dim_in_lanes", tiling.of_merge()
     return tiling.strategy, tiling
 
 
 def _stages(sch: Schedule, function: str, strategy: str) -> list[Callable[[Schedule, Tiling], None]]:
     """What a strategy does to the PrimFunc that a schedule works on: for each stage that is there, in STAGES' order."""
-    stages, scalar = _STRATEGIES[strategy].STAGES | append_kv.STAGES, _STRATEGIES[strategy].SCALAR
+    stages = _STRATEGIES[strategy].STAGES | append_kv.STAGES | merge_parts.STAGES
+    scalar = _STRATEGIES[strategy].SCALAR | merge_parts.SCALAR
     sblocks = _within(sch, sch.get_sblock("root"))
     if strays := list(_strays(sblocks, stages.keys() | scalar.keys())):
         raise ValueError(

@@ -89,19 +89,19 @@ def build_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def compiled(build_cache):
-    """compiled(spec, pipeline="fused", target="llvm", attend=False) -> Module, the same one each time.
+    """compiled(spec, pipeline="fused", target="llvm", attend=False, merge_states=False) -> Module, the same each time.
 
     Without attend it is there in half the time.
     """
 
     @functools.cache
-    def compile_once(spec, pipeline, target_text, attend):
+    def compile_once(spec, pipeline, target_text, **extras):
         with pytest.MonkeyPatch.context() as patch:  # a test may have turned PA_CACHE_DIR to a directory of its own
             patch.setenv("PA_CACHE_DIR", str(build_cache))
-            return pa_compiler.compile(spec, target=json.loads(target_text), pipeline=pipeline, attend=attend)
+            return pa_compiler.compile(spec, target=json.loads(target_text), pipeline=pipeline, **extras)
 
-    def compile_module(spec, pipeline="fused", target="llvm", attend=False):
-        module = compile_once(spec, pipeline, json.dumps(target), attend)
+    def compile_module(spec, pipeline="fused", target="llvm", attend=False, merge_states=False):
+        module = compile_once(spec, pipeline, json.dumps(target), attend=attend, merge_states=merge_states)
         module.num_threads = 2
         return module
 

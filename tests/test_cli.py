@@ -179,7 +179,7 @@ def test_every_field_of_the_spec_is_an_option():
 def test_inspect_prints_a_stage_as_it_is(invoke, monkeypatch, stage):
     emitted = {}
     monkeypatch.setattr(
-        compiler, "emit", lambda *arguments, attend: emitted.update(arguments=arguments) or {stage: "one\ntwo\n"}
+        compiler, "emit", lambda *arguments, **_: emitted.update(arguments=arguments) or {stage: "one\ntwo\n"}
     )
     result = invoke("inspect", "--stage", stage, "--target", "x86-64-v3", "--head-dim", "16", "--pipeline", "staged")
     assert (result.exit_code, result.stdout) == (0, "one\ntwo\n")
@@ -193,7 +193,7 @@ def test_inspect_prints_a_stage_as_it_is(invoke, monkeypatch, stage):
 )
 def test_values_have_options(invoke, monkeypatch, words, value_dim, shared_kv):
     asked = []
-    monkeypatch.setattr(compiler, "emit", lambda spec, *_, attend: asked.append(spec) or {"tensorir": ""})
+    monkeypatch.setattr(compiler, "emit", lambda spec, *_, **__: asked.append(spec) or {"tensorir": ""})
     assert invoke("inspect", "--head-dim", "576", *words.split()).exit_code == 0
     spec = pa_compiler.PagedAttentionSpec(
         16, 1, 576, 128, "bfloat16", "float32", value_dim=value_dim, shared_kv=shared_kv

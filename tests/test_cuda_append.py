@@ -114,6 +114,9 @@ def check(kernels, spec, context_lens, block_table, num_blocks=NUM_BLOCKS):
         "max_blocks": len(block_table[0]),
         "num_blocks": num_blocks,
         "table_seq": len(block_table[0]),
+        "row_starts": np.zeros(1, np.int32),
+        "row_step": 0,
+        "num_entries": 0,
     }
     kernels(spec).launch("cuda_check", arguments)
     return int(status[0])

@@ -207,11 +207,17 @@ def test_block_ids_on_the_device(emulated, base):
     spec = spec_of(base, mask_mod=sinks_and_window)
     kernels, inputs = build_others(emulated, spec), inputs_of(spec, [300, 17, 700, 0])
     numbers = {"table_seq": inputs.block_table.shape[1], "max_blocks": inputs.block_table.shape[1], "batch": 4}
+    numbers |= {"row_step": 0, "num_entries": 0}
     for sequence, entry in ((None, None), (0, 0), (0, 12), (0, 18), (2, 37), (2, 43)):
         table, status = inputs.block_table.copy(), np.zeros(1, np.int32)
         if sequence is not None:
             table[sequence, entry] = -1
-        arrays = {"block_table": table, "context_lens": inputs.context_lens, "status": status}
+        arrays = {
+            "row_starts": np.zeros(1, np.int32),
+            "block_table": table,
+            "context_lens": inputs.context_lens,
+            "status": status,
+        }
         kernels.launch("cuda_check", {**arrays, **numbers, "num_blocks": len(inputs.key_cache)})
         assert status[0] == (0 if sequence is None else VIOLATION - (2 * sequence + BAD_BLOCK))
 

@@ -111,8 +111,8 @@ def test_the_header_has_the_same_list(room, entry_points):
     lists = re.findall(r"// What (\w+) takes.*?\{(.*?)kCount = (\d+);", text, re.DOTALL)
     assert [name for name, _, _ in lists] == list(entry_points)
     for name, declared, count in lists:
-        names = [parameter.name for parameter in entry_points[name]]
-        assert re.findall(r'\{(\d+), "(\w+)"\}', declared) == [(str(i), each) for i, each in enumerate(names)]
+        names = [parameter.said for parameter in entry_points[name]]
+        assert re.findall(r'\{(\d+), "([\w\[\]]+)"\}', declared) == [(str(i), each) for i, each in enumerate(names)]
         assert int(count) == len(names)
     template = installation.templates()[f"{room}/host.cc.j2"]
     for given, parameters in (("parameters", "Decode"), ("decode_given", "Decode"), ("attend_given", "Attend")):

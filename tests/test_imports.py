@@ -58,7 +58,7 @@ ARROWS = {
         *("backend", "native", "interrupts", "words", "commands", "score", "bounds"),
     },
     "backends": {"backend", "cpu", "cuda"},
-    "dependencies": {"spec", "backends", "commands", "installation", "native"},
+    "dependencies": {"spec", "backend", "backends", "commands", "installation", "native"},
     "artifact": {"spec", "backend", "dependencies", "runtime"},
     "compiler": {
         *("spec", "score_checks", "runtime", "artifact", "backend", "backends", "dependencies", "store"),

@@ -251,7 +251,7 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor261.i = alloca [16 x float], align 16
+  %factor263.i = alloca [16 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -266,154 +266,172 @@ entry:
   %key_cache.handle.idx = select i1 %4, i64 24, i64 0
   %key_cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %key_cache.handle.idx
   %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %8 = getelementptr inbounds nuw i8, ptr %args, i64 40
-  %9 = load ptr, ptr %8, align 8
-  %10 = getelementptr inbounds nuw i8, ptr %args, i64 56
-  %11 = load ptr, ptr %10, align 8
-  %12 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %value_cache.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %value_cache.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %value_cache.handle.idx = select i1 %8, i64 24, i64 0
+  %value_cache.handle = getelementptr inbounds nuw i8, ptr %10, i64 %value_cache.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %12 = getelementptr inbounds nuw i8, ptr %args, i64 56
   %13 = load ptr, ptr %12, align 8
-  %14 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %14 = getelementptr inbounds nuw i8, ptr %args, i64 72
   %15 = load ptr, ptr %14, align 8
-  %16 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %16 = getelementptr inbounds nuw i8, ptr %args, i64 88
   %17 = load ptr, ptr %16, align 8
-  %18 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %18 = getelementptr inbounds nuw i8, ptr %args, i64 104
   %19 = load ptr, ptr %18, align 8
-  %20 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %20 = getelementptr inbounds nuw i8, ptr %args, i64 120
   %21 = load ptr, ptr %20, align 8
-  %22 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr nonnull align 8 %7, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
-  %23 = shufflevector <29 x i32> %22, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %24 = icmp eq <8 x i32> %23, splat (i32 70)
-  %25 = extractelement <8 x i1> %24, i64 0
-  %value_cache.handle.idx = select i1 %25, i64 24, i64 0
-  %value_cache.handle = getelementptr inbounds nuw i8, ptr %9, i64 %value_cache.handle.idx
-  %26 = extractelement <8 x i1> %24, i64 1
-  %block_table.handle.idx = select i1 %26, i64 24, i64 0
-  %block_table.handle = getelementptr inbounds nuw i8, ptr %11, i64 %block_table.handle.idx
-  %27 = extractelement <8 x i1> %24, i64 2
-  %context_lens.handle.idx = select i1 %27, i64 24, i64 0
-  %context_lens.handle = getelementptr inbounds nuw i8, ptr %13, i64 %context_lens.handle.idx
-  %28 = extractelement <8 x i1> %24, i64 3
-  %partial_max.handle.idx = select i1 %28, i64 24, i64 0
-  %partial_max.handle = getelementptr inbounds nuw i8, ptr %15, i64 %partial_max.handle.idx
-  %29 = extractelement <8 x i1> %24, i64 4
-  %partial_sum.handle.idx = select i1 %29, i64 24, i64 0
-  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %17, i64 %partial_sum.handle.idx
-  %30 = extractelement <8 x i1> %24, i64 5
-  %partial_acc.handle.idx = select i1 %30, i64 24, i64 0
-  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %19, i64 %partial_acc.handle.idx
-  %31 = extractelement <8 x i1> %24, i64 6
-  %out.handle.idx = select i1 %31, i64 24, i64 0
-  %out.handle = getelementptr inbounds nuw i8, ptr %21, i64 %out.handle.idx
-  %32 = getelementptr inbounds nuw i8, ptr %args, i64 152
-  %33 = load ptr, ptr %32, align 8
-  %34 = extractelement <8 x i1> %24, i64 7
-  %lse.handle.idx = select i1 %34, i64 24, i64 0
-  %lse.handle = getelementptr inbounds nuw i8, ptr %33, i64 %lse.handle.idx
-  %35 = getelementptr inbounds nuw i8, ptr %args, i64 168
-  %k_block = load i64, ptr %35, align 8
-  %36 = getelementptr inbounds nuw i8, ptr %args, i64 184
-  %k_row = load i64, ptr %36, align 8
-  %37 = getelementptr inbounds nuw i8, ptr %args, i64 216
-  %v_block = load i64, ptr %37, align 8
-  %38 = getelementptr inbounds nuw i8, ptr %args, i64 232
-  %v_row = load i64, ptr %38, align 8
-  %39 = getelementptr inbounds nuw i8, ptr %args, i64 264
-  %40 = load i64, ptr %39, align 8
-  %41 = getelementptr inbounds nuw i8, ptr %args, i64 280
-  %42 = load i64, ptr %41, align 8
-  %43 = getelementptr inbounds nuw i8, ptr %args, i64 296
+  %22 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %23 = load ptr, ptr %22, align 8
+  %24 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %25 = load ptr, ptr %24, align 8
+  %26 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr nonnull align 8 %11, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
+  %27 = shufflevector <29 x i32> %26, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %28 = icmp eq <8 x i32> %27, splat (i32 70)
+  %29 = extractelement <8 x i1> %28, i64 0
+  %block_table.handle.idx = select i1 %29, i64 24, i64 0
+  %block_table.handle = getelementptr inbounds nuw i8, ptr %13, i64 %block_table.handle.idx
+  %30 = extractelement <8 x i1> %28, i64 1
+  %row_starts.handle.idx = select i1 %30, i64 24, i64 0
+  %row_starts.handle = getelementptr inbounds nuw i8, ptr %15, i64 %row_starts.handle.idx
+  %31 = extractelement <8 x i1> %28, i64 2
+  %context_lens.handle.idx = select i1 %31, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %17, i64 %context_lens.handle.idx
+  %32 = extractelement <8 x i1> %28, i64 3
+  %partial_max.handle.idx = select i1 %32, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %19, i64 %partial_max.handle.idx
+  %33 = extractelement <8 x i1> %28, i64 4
+  %partial_sum.handle.idx = select i1 %33, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %21, i64 %partial_sum.handle.idx
+  %34 = extractelement <8 x i1> %28, i64 5
+  %partial_acc.handle.idx = select i1 %34, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %23, i64 %partial_acc.handle.idx
+  %35 = extractelement <8 x i1> %28, i64 6
+  %out.handle.idx = select i1 %35, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %25, i64 %out.handle.idx
+  %36 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %37 = load ptr, ptr %36, align 8
+  %38 = extractelement <8 x i1> %28, i64 7
+  %lse.handle.idx = select i1 %38, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %37, i64 %lse.handle.idx
+  %39 = getelementptr inbounds nuw i8, ptr %args, i64 184
+  %k_block = load i64, ptr %39, align 8
+  %40 = getelementptr inbounds nuw i8, ptr %args, i64 200
+  %k_row = load i64, ptr %40, align 8
+  %41 = getelementptr inbounds nuw i8, ptr %args, i64 232
+  %v_block = load i64, ptr %41, align 8
+  %42 = getelementptr inbounds nuw i8, ptr %args, i64 248
+  %v_row = load i64, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %args, i64 280
   %44 = load i64, ptr %43, align 8
-  %45 = getelementptr inbounds nuw i8, ptr %args, i64 312
+  %45 = getelementptr inbounds nuw i8, ptr %args, i64 296
   %46 = load i64, ptr %45, align 8
-  %47 = getelementptr inbounds nuw i8, ptr %args, i64 328
+  %47 = getelementptr inbounds nuw i8, ptr %args, i64 312
   %48 = load i64, ptr %47, align 8
-  %49 = getelementptr inbounds nuw i8, ptr %args, i64 336
-  %query_scale.type_index = load i32, ptr %49, align 8
-  %50 = getelementptr inbounds nuw i8, ptr %args, i64 344
-  %51 = load i64, ptr %50, align 8
-  %52 = getelementptr inbounds nuw i8, ptr %args, i64 352
-  %score_scale.type_index = load i32, ptr %52, align 8
-  %53 = getelementptr inbounds nuw i8, ptr %args, i64 360
-  %54 = load i64, ptr %53, align 8
-  %55 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
-  %fused_decode.query_shape = load ptr, ptr %55, align 8
-  %56 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
-  %fused_decode.query_strides = load ptr, ptr %56, align 8
-  %57 = icmp eq ptr %fused_decode.query_strides, null
-  %58 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 16
-  %59 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 8
-  %q_head.in = select i1 %57, ptr %58, ptr %59
+  %49 = getelementptr inbounds nuw i8, ptr %args, i64 328
+  %50 = load i64, ptr %49, align 8
+  %51 = getelementptr inbounds nuw i8, ptr %args, i64 344
+  %52 = load i64, ptr %51, align 8
+  %53 = getelementptr inbounds nuw i8, ptr %args, i64 352
+  %query_scale.type_index = load i32, ptr %53, align 8
+  %54 = getelementptr inbounds nuw i8, ptr %args, i64 360
+  %55 = load i64, ptr %54, align 8
+  %56 = getelementptr inbounds nuw i8, ptr %args, i64 368
+  %score_scale.type_index = load i32, ptr %56, align 8
+  %57 = getelementptr inbounds nuw i8, ptr %args, i64 376
+  %58 = load i64, ptr %57, align 8
+  %59 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
+  %fused_decode.query_shape = load ptr, ptr %59, align 8
+  %60 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
+  %fused_decode.query_strides = load ptr, ptr %60, align 8
+  %61 = icmp eq ptr %fused_decode.query_strides, null
+  %62 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 16
+  %63 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 8
+  %q_head.in = select i1 %61, ptr %62, ptr %63
   %q_head = load i64, ptr %q_head.in, align 8
-  br i1 %57, label %if_then31, label %if_else32
+  br i1 %61, label %if_then34, label %if_else35
 
-if_then31:                                        ; preds = %entry
-  %60 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8
-  %61 = load i64, ptr %60, align 8
-  %62 = load i64, ptr %58, align 8
-  %63 = mul nsw i64 %62, %61
-  br label %if_end33
-
-if_else32:                                        ; preds = %entry
-  %64 = load i64, ptr %fused_decode.query_strides, align 8
-  br label %if_end33
-
-if_end33:                                         ; preds = %if_else32, %if_then31
-  %q_batch = phi i64 [ %63, %if_then31 ], [ %64, %if_else32 ]
-  %65 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
-  %dev_id = load i32, ptr %65, align 4
-  %66 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
-  %fused_decode.block_table_strides = load ptr, ptr %66, align 8
-  %67 = icmp eq ptr %fused_decode.block_table_strides, null
-  br i1 %67, label %if_then34, label %if_end36
-
-if_then34:                                        ; preds = %if_end33
-  %68 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
-  %fused_decode.block_table_shape = load ptr, ptr %68, align 8
-  %69 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_shape, i64 8
+if_then34:                                        ; preds = %entry
+  %64 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8
+  %65 = load i64, ptr %64, align 8
+  %66 = load i64, ptr %62, align 8
+  %67 = mul nsw i64 %66, %65
   br label %if_end36
 
-if_end36:                                         ; preds = %if_then34, %if_end33
-  %table_seq.in = phi ptr [ %69, %if_then34 ], [ %fused_decode.block_table_strides, %if_end33 ]
+if_else35:                                        ; preds = %entry
+  %68 = load i64, ptr %fused_decode.query_strides, align 8
+  br label %if_end36
+
+if_end36:                                         ; preds = %if_else35, %if_then34
+  %q_batch = phi i64 [ %67, %if_then34 ], [ %68, %if_else35 ]
+  %69 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
+  %dev_id = load i32, ptr %69, align 4
+  %70 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %fused_decode.block_table_strides = load ptr, ptr %70, align 8
+  %71 = icmp eq ptr %fused_decode.block_table_strides, null
+  br i1 %71, label %if_then37, label %if_end39
+
+if_then37:                                        ; preds = %if_end36
+  %72 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %fused_decode.block_table_shape = load ptr, ptr %72, align 8
+  %73 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_shape, i64 8
+  br label %if_end39
+
+if_end39:                                         ; preds = %if_then37, %if_end36
+  %table_seq.in = phi ptr [ %73, %if_then37 ], [ %fused_decode.block_table_strides, %if_end36 ]
   %table_seq = load i64, ptr %table_seq.in, align 8
-  %70 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %fused_decode.out_shape = load ptr, ptr %70, align 8
-  %71 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %fused_decode.out_strides = load ptr, ptr %71, align 8
-  %72 = icmp eq ptr %fused_decode.out_strides, null
-  %73 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 16
-  %74 = getelementptr inbounds nuw i8, ptr %fused_decode.out_strides, i64 8
-  %out_head.in = select i1 %72, ptr %73, ptr %74
+  %74 = getelementptr inbounds nuw i8, ptr %row_starts.handle, i64 32
+  %fused_decode.row_starts_strides = load ptr, ptr %74, align 8
+  %75 = icmp eq ptr %fused_decode.row_starts_strides, null
+  br i1 %75, label %if_end42, label %if_else41
+
+if_else41:                                        ; preds = %if_end39
+  %76 = load i64, ptr %fused_decode.row_starts_strides, align 8
+  br label %if_end42
+
+if_end42:                                         ; preds = %if_else41, %if_end39
+  %row_step = phi i64 [ %76, %if_else41 ], [ 1, %if_end39 ]
+  %77 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %fused_decode.out_shape = load ptr, ptr %77, align 8
+  %78 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %fused_decode.out_strides = load ptr, ptr %78, align 8
+  %79 = icmp eq ptr %fused_decode.out_strides, null
+  %80 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 16
+  %81 = getelementptr inbounds nuw i8, ptr %fused_decode.out_strides, i64 8
+  %out_head.in = select i1 %79, ptr %80, ptr %81
   %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %72, label %if_then40, label %if_else41
+  br i1 %79, label %if_then46, label %if_else47
 
-if_then40:                                        ; preds = %if_end36
-  %75 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 8
-  %76 = load i64, ptr %75, align 8
-  %77 = load i64, ptr %73, align 8
-  %78 = mul nsw i64 %77, %76
-  br label %if_end42
+if_then46:                                        ; preds = %if_end42
+  %82 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 8
+  %83 = load i64, ptr %82, align 8
+  %84 = load i64, ptr %80, align 8
+  %85 = mul nsw i64 %84, %83
+  br label %if_end48
 
-if_else41:                                        ; preds = %if_end36
-  %79 = load i64, ptr %fused_decode.out_strides, align 8
-  br label %if_end42
+if_else47:                                        ; preds = %if_end42
+  %86 = load i64, ptr %fused_decode.out_strides, align 8
+  br label %if_end48
 
-if_end42:                                         ; preds = %if_else41, %if_then40
-  %out_batch = phi i64 [ %78, %if_then40 ], [ %79, %if_else41 ]
-  %80 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %fused_decode.lse_strides = load ptr, ptr %80, align 8
-  %81 = icmp eq ptr %fused_decode.lse_strides, null
-  br i1 %81, label %if_then43, label %if_end45
+if_end48:                                         ; preds = %if_else47, %if_then46
+  %out_batch = phi i64 [ %85, %if_then46 ], [ %86, %if_else47 ]
+  %87 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %fused_decode.lse_strides = load ptr, ptr %87, align 8
+  %88 = icmp eq ptr %fused_decode.lse_strides, null
+  br i1 %88, label %if_then49, label %if_end51
 
-if_then43:                                        ; preds = %if_end42
-  %82 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %fused_decode.lse_shape = load ptr, ptr %82, align 8
-  %83 = getelementptr inbounds nuw i8, ptr %fused_decode.lse_shape, i64 8
-  br label %if_end45
+if_then49:                                        ; preds = %if_end48
+  %89 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %fused_decode.lse_shape = load ptr, ptr %89, align 8
+  %90 = getelementptr inbounds nuw i8, ptr %fused_decode.lse_shape, i64 8
+  br label %if_end51
 
-if_end45:                                         ; preds = %if_then43, %if_end42
-  %lse_batch.in = phi ptr [ %83, %if_then43 ], [ %fused_decode.lse_strides, %if_end42 ]
+if_end51:                                         ; preds = %if_then49, %if_end48
+  %lse_batch.in = phi ptr [ %90, %if_then49 ], [ %fused_decode.lse_strides, %if_end48 ]
   %lse_batch = load i64, ptr %lse_batch.in, align 8
-  %num_seqs = trunc i64 %42 to i32
+  %num_seqs = trunc i64 %46 to i32
   %query = load ptr, ptr %query.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   %key_cache = load ptr, ptr %key_cache.handle, align 8
@@ -422,6 +440,8 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
   %block_table = load ptr, ptr %block_table.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  %row_starts = load ptr, ptr %row_starts.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %row_starts, i64 4) ]
   %context_lens = load ptr, ptr %context_lens.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   %partial_max = load ptr, ptr %partial_max.handle, align 8
@@ -434,6344 +454,6356 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor261.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor263.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %row_starts, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %84 = icmp sgt i32 %num_seqs, 0
-  br i1 %84, label %for_body_s.lr.ph.i, label %fused_decode_compute_.exit, !prof !3
+  %91 = icmp sgt i32 %num_seqs, 0
+  br i1 %91, label %for_body_s.lr.ph.i, label %fused_decode_compute_.exit, !prof !3
 
-for_body_s.lr.ph.i:                               ; preds = %if_end45
-  %block_begin = trunc i64 %44 to i32
-  %block_end = trunc i64 %46 to i32
-  %85 = icmp eq i32 %query_scale.type_index, 3
-  %.cast = bitcast i64 %51 to double
-  %86 = fptrunc double %.cast to float
-  %87 = sitofp i64 %51 to float
-  %query_scale = select i1 %85, float %86, float %87
-  %88 = icmp eq i32 %score_scale.type_index, 3
-  %.cast58 = bitcast i64 %54 to double
-  %89 = fptrunc double %.cast58 to float
-  %90 = sitofp i64 %54 to float
-  %score_scale = select i1 %88, float %89, float %90
-  %91 = shl i32 %block_begin, 7
-  %92 = shl i32 %block_end, 7
-  %93 = insertelement <4 x float> poison, float %query_scale, i64 0
-  %94 = shufflevector <4 x float> %93, <4 x float> poison, <4 x i32> zeroinitializer
-  %sext = shl i64 %40, 32
-  %95 = ashr exact i64 %sext, 32
-  %96 = shl i64 %q_head, 3
-  %97 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
-  %98 = insertelement <16 x float> poison, float %97, i64 0
-  %99 = bitcast <16 x float> %98 to <16 x i32>
-  %100 = shufflevector <16 x i32> %99, <16 x i32> poison, <16 x i32> zeroinitializer
-  %101 = insertelement <16 x float> poison, float %score_scale, i64 0
-  %102 = shufflevector <16 x float> %101, <16 x float> poison, <16 x i32> zeroinitializer
-  %103 = and i64 %48, 2147483648
-  %.not = icmp eq i64 %103, 0
-  %104 = shl i64 %out_head, 4
-  %105 = zext i32 %91 to i64
-  %106 = and i64 %48, 4294967295
-  %wide.trip.count675.i = and i64 %42, 2147483647
-  %.idx749.i = shl i64 %q_head, 2
-  %.idx750.i = mul i64 %q_head, 6
-  %.idx752.i = mul i64 %q_head, 10
-  %.idx753.i = mul i64 %q_head, 12
-  %.idx754.i = mul i64 %q_head, 14
-  %.idx285.2.i = shl i64 %q_head, 4
-  %.idx756.i = mul i64 %q_head, 18
-  %.idx757.i = mul i64 %q_head, 20
-  %.idx758.i = mul i64 %q_head, 22
-  %.idx285.3.i = mul i64 %q_head, 24
-  %.idx760.i = mul i64 %q_head, 26
-  %.idx761.i = mul i64 %q_head, 28
-  %.idx762.i = mul i64 %q_head, 30
-  %invariant.op.i = add i32 %91, -1
-  %107 = shl nuw nsw i64 %106, 13
-  %108 = getelementptr i8, ptr %partial_acc, i64 %107
-  %scevgep = getelementptr i8, ptr %108, i64 7680
-  %109 = add nuw nsw i64 %wide.trip.count675.i, %106
-  %110 = shl nuw nsw i64 %109, 13
-  %scevgep289 = getelementptr i8, ptr %partial_acc, i64 %110
-  %111 = shl nuw nsw i64 %106, 13
-  %112 = getelementptr i8, ptr %partial_acc, i64 %111
-  %scevgep296 = getelementptr i8, ptr %112, i64 7168
-  %113 = add nuw nsw i64 %wide.trip.count675.i, %106
+for_body_s.lr.ph.i:                               ; preds = %if_end51
+  %block_begin = trunc i64 %48 to i32
+  %block_end = trunc i64 %50 to i32
+  %92 = icmp eq i32 %query_scale.type_index, 3
+  %.cast = bitcast i64 %55 to double
+  %93 = fptrunc double %.cast to float
+  %94 = sitofp i64 %55 to float
+  %query_scale = select i1 %92, float %93, float %94
+  %95 = icmp eq i32 %score_scale.type_index, 3
+  %.cast64 = bitcast i64 %58 to double
+  %96 = fptrunc double %.cast64 to float
+  %97 = sitofp i64 %58 to float
+  %score_scale = select i1 %95, float %96, float %97
+  %98 = shl i32 %block_begin, 7
+  %99 = shl i32 %block_end, 7
+  %100 = insertelement <4 x float> poison, float %query_scale, i64 0
+  %101 = shufflevector <4 x float> %100, <4 x float> poison, <4 x i32> zeroinitializer
+  %sext = shl i64 %44, 32
+  %102 = ashr exact i64 %sext, 32
+  %103 = shl i64 %q_head, 3
+  %104 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
+  %105 = insertelement <16 x float> poison, float %104, i64 0
+  %106 = bitcast <16 x float> %105 to <16 x i32>
+  %107 = shufflevector <16 x i32> %106, <16 x i32> poison, <16 x i32> zeroinitializer
+  %108 = insertelement <16 x float> poison, float %score_scale, i64 0
+  %109 = shufflevector <16 x float> %108, <16 x float> poison, <16 x i32> zeroinitializer
+  %110 = and i64 %52, 2147483648
+  %.not = icmp eq i64 %110, 0
+  %111 = shl i64 %out_head, 4
+  %112 = zext i32 %98 to i64
+  %113 = and i64 %52, 4294967295
+  %wide.trip.count681.i = and i64 %46, 2147483647
+  %.idx755.i = shl i64 %q_head, 2
+  %.idx756.i = mul i64 %q_head, 6
+  %.idx758.i = mul i64 %q_head, 10
+  %.idx759.i = mul i64 %q_head, 12
+  %.idx760.i = mul i64 %q_head, 14
+  %.idx287.2.i = shl i64 %q_head, 4
+  %.idx762.i = mul i64 %q_head, 18
+  %.idx763.i = mul i64 %q_head, 20
+  %.idx764.i = mul i64 %q_head, 22
+  %.idx287.3.i = mul i64 %q_head, 24
+  %.idx766.i = mul i64 %q_head, 26
+  %.idx767.i = mul i64 %q_head, 28
+  %.idx768.i = mul i64 %q_head, 30
+  %invariant.op.i = add i32 %98, -1
   %114 = shl nuw nsw i64 %113, 13
   %115 = getelementptr i8, ptr %partial_acc, i64 %114
-  %scevgep297 = getelementptr i8, ptr %115, i64 -512
-  %116 = shl nuw nsw i64 %106, 13
-  %117 = getelementptr i8, ptr %partial_acc, i64 %116
-  %scevgep319 = getelementptr i8, ptr %117, i64 6656
-  %118 = add nuw nsw i64 %wide.trip.count675.i, %106
-  %119 = shl nuw nsw i64 %118, 13
-  %120 = getelementptr i8, ptr %partial_acc, i64 %119
-  %scevgep320 = getelementptr i8, ptr %120, i64 -1024
-  %121 = shl nuw nsw i64 %106, 13
+  %scevgep = getelementptr i8, ptr %115, i64 7680
+  %116 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %117 = shl nuw nsw i64 %116, 13
+  %scevgep295 = getelementptr i8, ptr %partial_acc, i64 %117
+  %118 = shl nuw nsw i64 %113, 13
+  %119 = getelementptr i8, ptr %partial_acc, i64 %118
+  %scevgep302 = getelementptr i8, ptr %119, i64 7168
+  %120 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %121 = shl nuw nsw i64 %120, 13
   %122 = getelementptr i8, ptr %partial_acc, i64 %121
-  %scevgep342 = getelementptr i8, ptr %122, i64 6144
-  %123 = add nuw nsw i64 %wide.trip.count675.i, %106
-  %124 = shl nuw nsw i64 %123, 13
-  %125 = getelementptr i8, ptr %partial_acc, i64 %124
-  %scevgep343 = getelementptr i8, ptr %125, i64 -1536
-  %126 = shl nuw nsw i64 %106, 13
+  %scevgep303 = getelementptr i8, ptr %122, i64 -512
+  %123 = shl nuw nsw i64 %113, 13
+  %124 = getelementptr i8, ptr %partial_acc, i64 %123
+  %scevgep325 = getelementptr i8, ptr %124, i64 6656
+  %125 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %126 = shl nuw nsw i64 %125, 13
   %127 = getelementptr i8, ptr %partial_acc, i64 %126
-  %scevgep365 = getelementptr i8, ptr %127, i64 5632
-  %128 = add nuw nsw i64 %wide.trip.count675.i, %106
-  %129 = shl nuw nsw i64 %128, 13
-  %130 = getelementptr i8, ptr %partial_acc, i64 %129
-  %scevgep366 = getelementptr i8, ptr %130, i64 -2048
-  %131 = shl nuw nsw i64 %106, 13
+  %scevgep326 = getelementptr i8, ptr %127, i64 -1024
+  %128 = shl nuw nsw i64 %113, 13
+  %129 = getelementptr i8, ptr %partial_acc, i64 %128
+  %scevgep348 = getelementptr i8, ptr %129, i64 6144
+  %130 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %131 = shl nuw nsw i64 %130, 13
   %132 = getelementptr i8, ptr %partial_acc, i64 %131
-  %scevgep388 = getelementptr i8, ptr %132, i64 5120
-  %133 = add nuw nsw i64 %wide.trip.count675.i, %106
-  %134 = shl nuw nsw i64 %133, 13
-  %135 = getelementptr i8, ptr %partial_acc, i64 %134
-  %scevgep389 = getelementptr i8, ptr %135, i64 -2560
-  %136 = shl nuw nsw i64 %106, 13
+  %scevgep349 = getelementptr i8, ptr %132, i64 -1536
+  %133 = shl nuw nsw i64 %113, 13
+  %134 = getelementptr i8, ptr %partial_acc, i64 %133
+  %scevgep371 = getelementptr i8, ptr %134, i64 5632
+  %135 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %136 = shl nuw nsw i64 %135, 13
   %137 = getelementptr i8, ptr %partial_acc, i64 %136
-  %scevgep411 = getelementptr i8, ptr %137, i64 4608
-  %138 = add nuw nsw i64 %wide.trip.count675.i, %106
-  %139 = shl nuw nsw i64 %138, 13
-  %140 = getelementptr i8, ptr %partial_acc, i64 %139
-  %scevgep412 = getelementptr i8, ptr %140, i64 -3072
-  %141 = shl nuw nsw i64 %106, 13
+  %scevgep372 = getelementptr i8, ptr %137, i64 -2048
+  %138 = shl nuw nsw i64 %113, 13
+  %139 = getelementptr i8, ptr %partial_acc, i64 %138
+  %scevgep394 = getelementptr i8, ptr %139, i64 5120
+  %140 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %141 = shl nuw nsw i64 %140, 13
   %142 = getelementptr i8, ptr %partial_acc, i64 %141
-  %scevgep434 = getelementptr i8, ptr %142, i64 4096
-  %143 = add nuw nsw i64 %wide.trip.count675.i, %106
-  %144 = shl nuw nsw i64 %143, 13
-  %145 = getelementptr i8, ptr %partial_acc, i64 %144
-  %scevgep435 = getelementptr i8, ptr %145, i64 -3584
-  %146 = shl nuw nsw i64 %106, 13
+  %scevgep395 = getelementptr i8, ptr %142, i64 -2560
+  %143 = shl nuw nsw i64 %113, 13
+  %144 = getelementptr i8, ptr %partial_acc, i64 %143
+  %scevgep417 = getelementptr i8, ptr %144, i64 4608
+  %145 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %146 = shl nuw nsw i64 %145, 13
   %147 = getelementptr i8, ptr %partial_acc, i64 %146
-  %scevgep457 = getelementptr i8, ptr %147, i64 3584
-  %148 = add nuw nsw i64 %wide.trip.count675.i, %106
-  %149 = shl nuw nsw i64 %148, 13
-  %150 = getelementptr i8, ptr %partial_acc, i64 %149
-  %scevgep458 = getelementptr i8, ptr %150, i64 -4096
-  %151 = shl nuw nsw i64 %106, 13
+  %scevgep418 = getelementptr i8, ptr %147, i64 -3072
+  %148 = shl nuw nsw i64 %113, 13
+  %149 = getelementptr i8, ptr %partial_acc, i64 %148
+  %scevgep440 = getelementptr i8, ptr %149, i64 4096
+  %150 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %151 = shl nuw nsw i64 %150, 13
   %152 = getelementptr i8, ptr %partial_acc, i64 %151
-  %scevgep480 = getelementptr i8, ptr %152, i64 3072
-  %153 = add nuw nsw i64 %wide.trip.count675.i, %106
-  %154 = shl nuw nsw i64 %153, 13
-  %155 = getelementptr i8, ptr %partial_acc, i64 %154
-  %scevgep481 = getelementptr i8, ptr %155, i64 -4608
-  %156 = shl nuw nsw i64 %106, 13
+  %scevgep441 = getelementptr i8, ptr %152, i64 -3584
+  %153 = shl nuw nsw i64 %113, 13
+  %154 = getelementptr i8, ptr %partial_acc, i64 %153
+  %scevgep463 = getelementptr i8, ptr %154, i64 3584
+  %155 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %156 = shl nuw nsw i64 %155, 13
   %157 = getelementptr i8, ptr %partial_acc, i64 %156
-  %scevgep503 = getelementptr i8, ptr %157, i64 2560
-  %158 = add nuw nsw i64 %wide.trip.count675.i, %106
-  %159 = shl nuw nsw i64 %158, 13
-  %160 = getelementptr i8, ptr %partial_acc, i64 %159
-  %scevgep504 = getelementptr i8, ptr %160, i64 -5120
-  %161 = shl nuw nsw i64 %106, 13
+  %scevgep464 = getelementptr i8, ptr %157, i64 -4096
+  %158 = shl nuw nsw i64 %113, 13
+  %159 = getelementptr i8, ptr %partial_acc, i64 %158
+  %scevgep486 = getelementptr i8, ptr %159, i64 3072
+  %160 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %161 = shl nuw nsw i64 %160, 13
   %162 = getelementptr i8, ptr %partial_acc, i64 %161
-  %scevgep526 = getelementptr i8, ptr %162, i64 2048
-  %163 = add nuw nsw i64 %wide.trip.count675.i, %106
-  %164 = shl nuw nsw i64 %163, 13
-  %165 = getelementptr i8, ptr %partial_acc, i64 %164
-  %scevgep527 = getelementptr i8, ptr %165, i64 -5632
-  %166 = shl nuw nsw i64 %106, 13
+  %scevgep487 = getelementptr i8, ptr %162, i64 -4608
+  %163 = shl nuw nsw i64 %113, 13
+  %164 = getelementptr i8, ptr %partial_acc, i64 %163
+  %scevgep509 = getelementptr i8, ptr %164, i64 2560
+  %165 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %166 = shl nuw nsw i64 %165, 13
   %167 = getelementptr i8, ptr %partial_acc, i64 %166
-  %scevgep549 = getelementptr i8, ptr %167, i64 1536
-  %168 = add nuw nsw i64 %wide.trip.count675.i, %106
-  %169 = shl nuw nsw i64 %168, 13
-  %170 = getelementptr i8, ptr %partial_acc, i64 %169
-  %scevgep550 = getelementptr i8, ptr %170, i64 -6144
-  %171 = shl nuw nsw i64 %106, 13
+  %scevgep510 = getelementptr i8, ptr %167, i64 -5120
+  %168 = shl nuw nsw i64 %113, 13
+  %169 = getelementptr i8, ptr %partial_acc, i64 %168
+  %scevgep532 = getelementptr i8, ptr %169, i64 2048
+  %170 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %171 = shl nuw nsw i64 %170, 13
   %172 = getelementptr i8, ptr %partial_acc, i64 %171
-  %scevgep572 = getelementptr i8, ptr %172, i64 1024
-  %173 = add nuw nsw i64 %wide.trip.count675.i, %106
-  %174 = shl nuw nsw i64 %173, 13
-  %175 = getelementptr i8, ptr %partial_acc, i64 %174
-  %scevgep573 = getelementptr i8, ptr %175, i64 -6656
-  %176 = shl nuw nsw i64 %106, 13
+  %scevgep533 = getelementptr i8, ptr %172, i64 -5632
+  %173 = shl nuw nsw i64 %113, 13
+  %174 = getelementptr i8, ptr %partial_acc, i64 %173
+  %scevgep555 = getelementptr i8, ptr %174, i64 1536
+  %175 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %176 = shl nuw nsw i64 %175, 13
   %177 = getelementptr i8, ptr %partial_acc, i64 %176
-  %scevgep595 = getelementptr i8, ptr %177, i64 512
-  %178 = add nuw nsw i64 %wide.trip.count675.i, %106
-  %179 = shl nuw nsw i64 %178, 13
-  %180 = getelementptr i8, ptr %partial_acc, i64 %179
-  %scevgep596 = getelementptr i8, ptr %180, i64 -7168
-  %181 = shl nuw nsw i64 %106, 13
-  %scevgep618 = getelementptr i8, ptr %partial_acc, i64 %181
-  %182 = add nuw nsw i64 %wide.trip.count675.i, %106
-  %183 = shl nuw nsw i64 %182, 13
+  %scevgep556 = getelementptr i8, ptr %177, i64 -6144
+  %178 = shl nuw nsw i64 %113, 13
+  %179 = getelementptr i8, ptr %partial_acc, i64 %178
+  %scevgep578 = getelementptr i8, ptr %179, i64 1024
+  %180 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %181 = shl nuw nsw i64 %180, 13
+  %182 = getelementptr i8, ptr %partial_acc, i64 %181
+  %scevgep579 = getelementptr i8, ptr %182, i64 -6656
+  %183 = shl nuw nsw i64 %113, 13
   %184 = getelementptr i8, ptr %partial_acc, i64 %183
-  %scevgep619 = getelementptr i8, ptr %184, i64 -7680
+  %scevgep601 = getelementptr i8, ptr %184, i64 512
+  %185 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %186 = shl nuw nsw i64 %185, 13
+  %187 = getelementptr i8, ptr %partial_acc, i64 %186
+  %scevgep602 = getelementptr i8, ptr %187, i64 -7168
+  %188 = shl nuw nsw i64 %113, 13
+  %scevgep624 = getelementptr i8, ptr %partial_acc, i64 %188
+  %189 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %190 = shl nuw nsw i64 %189, 13
+  %191 = getelementptr i8, ptr %partial_acc, i64 %190
+  %scevgep625 = getelementptr i8, ptr %191, i64 -7680
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end252.i
-  %indvars.iv.next671.i = add nuw nsw i64 %indvars.iv670.i, 1
-  %exitcond676.not.i = icmp eq i64 %indvars.iv.next671.i, %wide.trip.count675.i
-  br i1 %exitcond676.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
+for_begin_s.i:                                    ; preds = %if_end254.i
+  %indvars.iv.next677.i = add nuw nsw i64 %indvars.iv676.i, 1
+  %exitcond682.not.i = icmp eq i64 %indvars.iv.next677.i, %wide.trip.count681.i
+  br i1 %exitcond682.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv670.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next671.i, %for_begin_s.i ]
-  %185 = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_begin_s.i ]
-  %total291483.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %2110, %for_begin_s.i ]
-  %186 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %q_tile.i = tail call ptr %186(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %187 = icmp eq ptr %q_tile.i, null
-  br i1 %187, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
+  %indvars.iv676.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next677.i, %for_begin_s.i ]
+  %192 = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_begin_s.i ]
+  %total293489.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %2121, %for_begin_s.i ]
+  %193 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %q_tile.i = tail call ptr %193(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %194 = icmp eq ptr %q_tile.i, null
+  br i1 %194, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %188 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %acc.i = tail call ptr %188(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %189 = icmp eq ptr %acc.i, null
-  br i1 %189, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
+  %195 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %acc.i = tail call ptr %195(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %196 = icmp eq ptr %acc.i, null
+  br i1 %196, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %190 = add nsw i64 %indvars.iv670.i, %95
-  %191 = getelementptr inbounds i32, ptr %context_lens, i64 %190
-  %192 = load i32, ptr %191, align 4, !tbaa !5
-  %193 = mul nsw i64 %190, %q_batch
-  %invariant.gep351.i = getelementptr i16, ptr %query, i64 %193
+  %197 = add nsw i64 %indvars.iv676.i, %102
+  %198 = getelementptr inbounds i32, ptr %context_lens, i64 %197
+  %199 = load i32, ptr %198, align 4, !tbaa !5
+  %200 = mul nsw i64 %197, %q_batch
+  %invariant.gep353.i = getelementptr i16, ptr %query, i64 %200
   br label %for_body_ax2_0.i
 
 for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %if_end2.i
   %indvars.iv.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next.i, %for_body_ax2_0.i ]
   %gep.idx.i = shl i64 %indvars.iv.i, 3
-  %gep.i = getelementptr i8, ptr %invariant.gep351.i, i64 %gep.idx.i
-  %194 = load <4 x i16>, ptr %gep.i, align 2, !tbaa !5
-  %195 = zext <4 x i16> %194 to <4 x i32>
-  %196 = shl nuw <4 x i32> %195, splat (i32 16)
-  %197 = bitcast <4 x i32> %196 to <4 x float>
-  %198 = fmul <4 x float> %94, %197
-  %199 = getelementptr i16, ptr %gep.i, i64 %q_head
-  %200 = load <4 x i16>, ptr %199, align 2, !tbaa !5
-  %201 = zext <4 x i16> %200 to <4 x i32>
-  %202 = shl nuw <4 x i32> %201, splat (i32 16)
-  %203 = bitcast <4 x i32> %202 to <4 x float>
-  %204 = fmul <4 x float> %94, %203
-  %205 = getelementptr i8, ptr %gep.i, i64 %.idx749.i
-  %206 = load <4 x i16>, ptr %205, align 2, !tbaa !5
-  %207 = zext <4 x i16> %206 to <4 x i32>
-  %208 = shl nuw <4 x i32> %207, splat (i32 16)
-  %209 = bitcast <4 x i32> %208 to <4 x float>
-  %210 = fmul <4 x float> %94, %209
-  %211 = getelementptr i8, ptr %gep.i, i64 %.idx750.i
-  %212 = load <4 x i16>, ptr %211, align 2, !tbaa !5
-  %213 = zext <4 x i16> %212 to <4 x i32>
-  %214 = shl nuw <4 x i32> %213, splat (i32 16)
-  %215 = bitcast <4 x i32> %214 to <4 x float>
-  %216 = fmul <4 x float> %94, %215
-  %217 = shufflevector <4 x float> %198, <4 x float> %210, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %218 = shufflevector <4 x float> %204, <4 x float> %216, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %219 = shufflevector <4 x float> %198, <4 x float> %210, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %220 = shufflevector <4 x float> %204, <4 x float> %216, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %221 = shufflevector <4 x float> %217, <4 x float> %218, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx751.i = shl nuw nsw i64 %indvars.iv.i, 8
-  %222 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx751.i
-  store <4 x float> %221, ptr %222, align 4, !tbaa !5
-  %223 = shufflevector <4 x float> %217, <4 x float> %218, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %224 = getelementptr inbounds nuw i8, ptr %222, i64 64
-  store <4 x float> %223, ptr %224, align 4, !tbaa !5
-  %225 = shufflevector <4 x float> %219, <4 x float> %220, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %226 = getelementptr inbounds nuw i8, ptr %222, i64 128
-  store <4 x float> %225, ptr %226, align 4, !tbaa !5
-  %227 = shufflevector <4 x float> %219, <4 x float> %220, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %228 = getelementptr inbounds nuw i8, ptr %222, i64 192
-  store <4 x float> %227, ptr %228, align 4, !tbaa !5
+  %gep.i = getelementptr i8, ptr %invariant.gep353.i, i64 %gep.idx.i
+  %201 = load <4 x i16>, ptr %gep.i, align 2, !tbaa !5
+  %202 = zext <4 x i16> %201 to <4 x i32>
+  %203 = shl nuw <4 x i32> %202, splat (i32 16)
+  %204 = bitcast <4 x i32> %203 to <4 x float>
+  %205 = fmul <4 x float> %101, %204
+  %206 = getelementptr i16, ptr %gep.i, i64 %q_head
+  %207 = load <4 x i16>, ptr %206, align 2, !tbaa !5
+  %208 = zext <4 x i16> %207 to <4 x i32>
+  %209 = shl nuw <4 x i32> %208, splat (i32 16)
+  %210 = bitcast <4 x i32> %209 to <4 x float>
+  %211 = fmul <4 x float> %101, %210
+  %212 = getelementptr i8, ptr %gep.i, i64 %.idx755.i
+  %213 = load <4 x i16>, ptr %212, align 2, !tbaa !5
+  %214 = zext <4 x i16> %213 to <4 x i32>
+  %215 = shl nuw <4 x i32> %214, splat (i32 16)
+  %216 = bitcast <4 x i32> %215 to <4 x float>
+  %217 = fmul <4 x float> %101, %216
+  %218 = getelementptr i8, ptr %gep.i, i64 %.idx756.i
+  %219 = load <4 x i16>, ptr %218, align 2, !tbaa !5
+  %220 = zext <4 x i16> %219 to <4 x i32>
+  %221 = shl nuw <4 x i32> %220, splat (i32 16)
+  %222 = bitcast <4 x i32> %221 to <4 x float>
+  %223 = fmul <4 x float> %101, %222
+  %224 = shufflevector <4 x float> %205, <4 x float> %217, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %225 = shufflevector <4 x float> %211, <4 x float> %223, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %226 = shufflevector <4 x float> %205, <4 x float> %217, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %227 = shufflevector <4 x float> %211, <4 x float> %223, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %228 = shufflevector <4 x float> %224, <4 x float> %225, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx757.i = shl nuw nsw i64 %indvars.iv.i, 8
+  %229 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx757.i
+  store <4 x float> %228, ptr %229, align 4, !tbaa !5
+  %230 = shufflevector <4 x float> %224, <4 x float> %225, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %231 = getelementptr inbounds nuw i8, ptr %229, i64 64
+  store <4 x float> %230, ptr %231, align 4, !tbaa !5
+  %232 = shufflevector <4 x float> %226, <4 x float> %227, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %233 = getelementptr inbounds nuw i8, ptr %229, i64 128
+  store <4 x float> %232, ptr %233, align 4, !tbaa !5
+  %234 = shufflevector <4 x float> %226, <4 x float> %227, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %235 = getelementptr inbounds nuw i8, ptr %229, i64 192
+  store <4 x float> %234, ptr %235, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !16
 
 for_end_ax2_0.i:                                  ; preds = %for_body_ax2_0.i
-  %gep352.1.i = getelementptr i8, ptr %invariant.gep351.i, i64 %96
+  %gep354.1.i = getelementptr i8, ptr %invariant.gep353.i, i64 %103
   br label %for_body_ax2_0.1.i
 
 for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i, %for_end_ax2_0.i
   %indvars.iv.1.i = phi i64 [ 0, %for_end_ax2_0.i ], [ %indvars.iv.next.1.i, %for_body_ax2_0.1.i ]
-  %229 = shl nuw nsw i64 %indvars.iv.1.i, 2
-  %gep.1.i = getelementptr i16, ptr %gep352.1.i, i64 %229
-  %230 = load <4 x i16>, ptr %gep.1.i, align 2, !tbaa !5
-  %231 = zext <4 x i16> %230 to <4 x i32>
-  %232 = shl nuw <4 x i32> %231, splat (i32 16)
-  %233 = bitcast <4 x i32> %232 to <4 x float>
-  %234 = fmul <4 x float> %94, %233
-  %235 = getelementptr i16, ptr %invariant.gep351.i, i64 %229
-  %236 = getelementptr i8, ptr %235, i64 %.idx752.i
-  %237 = load <4 x i16>, ptr %236, align 2, !tbaa !5
+  %236 = shl nuw nsw i64 %indvars.iv.1.i, 2
+  %gep.1.i = getelementptr i16, ptr %gep354.1.i, i64 %236
+  %237 = load <4 x i16>, ptr %gep.1.i, align 2, !tbaa !5
   %238 = zext <4 x i16> %237 to <4 x i32>
   %239 = shl nuw <4 x i32> %238, splat (i32 16)
   %240 = bitcast <4 x i32> %239 to <4 x float>
-  %241 = fmul <4 x float> %94, %240
-  %242 = getelementptr i8, ptr %235, i64 %.idx753.i
-  %243 = load <4 x i16>, ptr %242, align 2, !tbaa !5
-  %244 = zext <4 x i16> %243 to <4 x i32>
-  %245 = shl nuw <4 x i32> %244, splat (i32 16)
-  %246 = bitcast <4 x i32> %245 to <4 x float>
-  %247 = fmul <4 x float> %94, %246
-  %248 = getelementptr i8, ptr %235, i64 %.idx754.i
-  %249 = load <4 x i16>, ptr %248, align 2, !tbaa !5
-  %250 = zext <4 x i16> %249 to <4 x i32>
-  %251 = shl nuw <4 x i32> %250, splat (i32 16)
-  %252 = bitcast <4 x i32> %251 to <4 x float>
-  %253 = fmul <4 x float> %94, %252
-  %254 = shufflevector <4 x float> %234, <4 x float> %247, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %255 = shufflevector <4 x float> %241, <4 x float> %253, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %256 = shufflevector <4 x float> %234, <4 x float> %247, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %257 = shufflevector <4 x float> %241, <4 x float> %253, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %258 = shufflevector <4 x float> %254, <4 x float> %255, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx755.i = shl nuw nsw i64 %indvars.iv.1.i, 8
-  %259 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx755.i
-  %260 = getelementptr inbounds nuw i8, ptr %259, i64 16
-  store <4 x float> %258, ptr %260, align 4, !tbaa !5
-  %261 = shufflevector <4 x float> %254, <4 x float> %255, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %262 = getelementptr inbounds nuw i8, ptr %259, i64 80
-  store <4 x float> %261, ptr %262, align 4, !tbaa !5
-  %263 = shufflevector <4 x float> %256, <4 x float> %257, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %264 = getelementptr inbounds nuw i8, ptr %259, i64 144
-  store <4 x float> %263, ptr %264, align 4, !tbaa !5
-  %265 = shufflevector <4 x float> %256, <4 x float> %257, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %266 = getelementptr inbounds nuw i8, ptr %259, i64 208
-  store <4 x float> %265, ptr %266, align 4, !tbaa !5
+  %241 = fmul <4 x float> %101, %240
+  %242 = getelementptr i16, ptr %invariant.gep353.i, i64 %236
+  %243 = getelementptr i8, ptr %242, i64 %.idx758.i
+  %244 = load <4 x i16>, ptr %243, align 2, !tbaa !5
+  %245 = zext <4 x i16> %244 to <4 x i32>
+  %246 = shl nuw <4 x i32> %245, splat (i32 16)
+  %247 = bitcast <4 x i32> %246 to <4 x float>
+  %248 = fmul <4 x float> %101, %247
+  %249 = getelementptr i8, ptr %242, i64 %.idx759.i
+  %250 = load <4 x i16>, ptr %249, align 2, !tbaa !5
+  %251 = zext <4 x i16> %250 to <4 x i32>
+  %252 = shl nuw <4 x i32> %251, splat (i32 16)
+  %253 = bitcast <4 x i32> %252 to <4 x float>
+  %254 = fmul <4 x float> %101, %253
+  %255 = getelementptr i8, ptr %242, i64 %.idx760.i
+  %256 = load <4 x i16>, ptr %255, align 2, !tbaa !5
+  %257 = zext <4 x i16> %256 to <4 x i32>
+  %258 = shl nuw <4 x i32> %257, splat (i32 16)
+  %259 = bitcast <4 x i32> %258 to <4 x float>
+  %260 = fmul <4 x float> %101, %259
+  %261 = shufflevector <4 x float> %241, <4 x float> %254, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %262 = shufflevector <4 x float> %248, <4 x float> %260, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %263 = shufflevector <4 x float> %241, <4 x float> %254, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %264 = shufflevector <4 x float> %248, <4 x float> %260, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %265 = shufflevector <4 x float> %261, <4 x float> %262, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx761.i = shl nuw nsw i64 %indvars.iv.1.i, 8
+  %266 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx761.i
+  %267 = getelementptr inbounds nuw i8, ptr %266, i64 16
+  store <4 x float> %265, ptr %267, align 4, !tbaa !5
+  %268 = shufflevector <4 x float> %261, <4 x float> %262, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %269 = getelementptr inbounds nuw i8, ptr %266, i64 80
+  store <4 x float> %268, ptr %269, align 4, !tbaa !5
+  %270 = shufflevector <4 x float> %263, <4 x float> %264, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %271 = getelementptr inbounds nuw i8, ptr %266, i64 144
+  store <4 x float> %270, ptr %271, align 4, !tbaa !5
+  %272 = shufflevector <4 x float> %263, <4 x float> %264, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %273 = getelementptr inbounds nuw i8, ptr %266, i64 208
+  store <4 x float> %272, ptr %273, align 4, !tbaa !5
   %indvars.iv.next.1.i = add nuw nsw i64 %indvars.iv.1.i, 1
   %exitcond.1.not.i = icmp eq i64 %indvars.iv.next.1.i, 32
   br i1 %exitcond.1.not.i, label %for_end_ax2_0.1.i, label %for_body_ax2_0.1.i, !prof !16
 
 for_end_ax2_0.1.i:                                ; preds = %for_body_ax2_0.1.i
-  %gep352.2.i = getelementptr i8, ptr %invariant.gep351.i, i64 %.idx285.2.i
+  %gep354.2.i = getelementptr i8, ptr %invariant.gep353.i, i64 %.idx287.2.i
   br label %for_body_ax2_0.2.i
 
 for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i, %for_end_ax2_0.1.i
   %indvars.iv.2.i = phi i64 [ 0, %for_end_ax2_0.1.i ], [ %indvars.iv.next.2.i, %for_body_ax2_0.2.i ]
-  %267 = shl nuw nsw i64 %indvars.iv.2.i, 2
-  %gep.2.i = getelementptr i16, ptr %gep352.2.i, i64 %267
-  %268 = load <4 x i16>, ptr %gep.2.i, align 2, !tbaa !5
-  %269 = zext <4 x i16> %268 to <4 x i32>
-  %270 = shl nuw <4 x i32> %269, splat (i32 16)
-  %271 = bitcast <4 x i32> %270 to <4 x float>
-  %272 = fmul <4 x float> %94, %271
-  %273 = getelementptr i16, ptr %invariant.gep351.i, i64 %267
-  %274 = getelementptr i8, ptr %273, i64 %.idx756.i
-  %275 = load <4 x i16>, ptr %274, align 2, !tbaa !5
+  %274 = shl nuw nsw i64 %indvars.iv.2.i, 2
+  %gep.2.i = getelementptr i16, ptr %gep354.2.i, i64 %274
+  %275 = load <4 x i16>, ptr %gep.2.i, align 2, !tbaa !5
   %276 = zext <4 x i16> %275 to <4 x i32>
   %277 = shl nuw <4 x i32> %276, splat (i32 16)
   %278 = bitcast <4 x i32> %277 to <4 x float>
-  %279 = fmul <4 x float> %94, %278
-  %280 = getelementptr i8, ptr %273, i64 %.idx757.i
-  %281 = load <4 x i16>, ptr %280, align 2, !tbaa !5
-  %282 = zext <4 x i16> %281 to <4 x i32>
-  %283 = shl nuw <4 x i32> %282, splat (i32 16)
-  %284 = bitcast <4 x i32> %283 to <4 x float>
-  %285 = fmul <4 x float> %94, %284
-  %286 = getelementptr i8, ptr %273, i64 %.idx758.i
-  %287 = load <4 x i16>, ptr %286, align 2, !tbaa !5
-  %288 = zext <4 x i16> %287 to <4 x i32>
-  %289 = shl nuw <4 x i32> %288, splat (i32 16)
-  %290 = bitcast <4 x i32> %289 to <4 x float>
-  %291 = fmul <4 x float> %94, %290
-  %292 = shufflevector <4 x float> %272, <4 x float> %285, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %293 = shufflevector <4 x float> %279, <4 x float> %291, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %294 = shufflevector <4 x float> %272, <4 x float> %285, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %295 = shufflevector <4 x float> %279, <4 x float> %291, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %296 = shufflevector <4 x float> %292, <4 x float> %293, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx759.i = shl nuw nsw i64 %indvars.iv.2.i, 8
-  %297 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx759.i
-  %298 = getelementptr inbounds nuw i8, ptr %297, i64 32
-  store <4 x float> %296, ptr %298, align 4, !tbaa !5
-  %299 = shufflevector <4 x float> %292, <4 x float> %293, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %300 = getelementptr inbounds nuw i8, ptr %297, i64 96
-  store <4 x float> %299, ptr %300, align 4, !tbaa !5
-  %301 = shufflevector <4 x float> %294, <4 x float> %295, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %302 = getelementptr inbounds nuw i8, ptr %297, i64 160
-  store <4 x float> %301, ptr %302, align 4, !tbaa !5
-  %303 = shufflevector <4 x float> %294, <4 x float> %295, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %304 = getelementptr inbounds nuw i8, ptr %297, i64 224
-  store <4 x float> %303, ptr %304, align 4, !tbaa !5
+  %279 = fmul <4 x float> %101, %278
+  %280 = getelementptr i16, ptr %invariant.gep353.i, i64 %274
+  %281 = getelementptr i8, ptr %280, i64 %.idx762.i
+  %282 = load <4 x i16>, ptr %281, align 2, !tbaa !5
+  %283 = zext <4 x i16> %282 to <4 x i32>
+  %284 = shl nuw <4 x i32> %283, splat (i32 16)
+  %285 = bitcast <4 x i32> %284 to <4 x float>
+  %286 = fmul <4 x float> %101, %285
+  %287 = getelementptr i8, ptr %280, i64 %.idx763.i
+  %288 = load <4 x i16>, ptr %287, align 2, !tbaa !5
+  %289 = zext <4 x i16> %288 to <4 x i32>
+  %290 = shl nuw <4 x i32> %289, splat (i32 16)
+  %291 = bitcast <4 x i32> %290 to <4 x float>
+  %292 = fmul <4 x float> %101, %291
+  %293 = getelementptr i8, ptr %280, i64 %.idx764.i
+  %294 = load <4 x i16>, ptr %293, align 2, !tbaa !5
+  %295 = zext <4 x i16> %294 to <4 x i32>
+  %296 = shl nuw <4 x i32> %295, splat (i32 16)
+  %297 = bitcast <4 x i32> %296 to <4 x float>
+  %298 = fmul <4 x float> %101, %297
+  %299 = shufflevector <4 x float> %279, <4 x float> %292, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %300 = shufflevector <4 x float> %286, <4 x float> %298, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %301 = shufflevector <4 x float> %279, <4 x float> %292, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %302 = shufflevector <4 x float> %286, <4 x float> %298, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %303 = shufflevector <4 x float> %299, <4 x float> %300, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx765.i = shl nuw nsw i64 %indvars.iv.2.i, 8
+  %304 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx765.i
+  %305 = getelementptr inbounds nuw i8, ptr %304, i64 32
+  store <4 x float> %303, ptr %305, align 4, !tbaa !5
+  %306 = shufflevector <4 x float> %299, <4 x float> %300, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %307 = getelementptr inbounds nuw i8, ptr %304, i64 96
+  store <4 x float> %306, ptr %307, align 4, !tbaa !5
+  %308 = shufflevector <4 x float> %301, <4 x float> %302, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %309 = getelementptr inbounds nuw i8, ptr %304, i64 160
+  store <4 x float> %308, ptr %309, align 4, !tbaa !5
+  %310 = shufflevector <4 x float> %301, <4 x float> %302, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %311 = getelementptr inbounds nuw i8, ptr %304, i64 224
+  store <4 x float> %310, ptr %311, align 4, !tbaa !5
   %indvars.iv.next.2.i = add nuw nsw i64 %indvars.iv.2.i, 1
   %exitcond.2.not.i = icmp eq i64 %indvars.iv.next.2.i, 32
   br i1 %exitcond.2.not.i, label %for_end_ax2_0.2.i, label %for_body_ax2_0.2.i, !prof !16
 
 for_end_ax2_0.2.i:                                ; preds = %for_body_ax2_0.2.i
-  %gep352.3.i = getelementptr i8, ptr %invariant.gep351.i, i64 %.idx285.3.i
+  %gep354.3.i = getelementptr i8, ptr %invariant.gep353.i, i64 %.idx287.3.i
   br label %for_body_ax2_0.3.i
 
 for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i, %for_end_ax2_0.2.i
   %indvars.iv.3.i = phi i64 [ 0, %for_end_ax2_0.2.i ], [ %indvars.iv.next.3.i, %for_body_ax2_0.3.i ]
-  %305 = shl nuw nsw i64 %indvars.iv.3.i, 2
-  %gep.3.i = getelementptr i16, ptr %gep352.3.i, i64 %305
-  %306 = load <4 x i16>, ptr %gep.3.i, align 2, !tbaa !5
-  %307 = zext <4 x i16> %306 to <4 x i32>
-  %308 = shl nuw <4 x i32> %307, splat (i32 16)
-  %309 = bitcast <4 x i32> %308 to <4 x float>
-  %310 = fmul <4 x float> %94, %309
-  %311 = getelementptr i16, ptr %invariant.gep351.i, i64 %305
-  %312 = getelementptr i8, ptr %311, i64 %.idx760.i
-  %313 = load <4 x i16>, ptr %312, align 2, !tbaa !5
+  %312 = shl nuw nsw i64 %indvars.iv.3.i, 2
+  %gep.3.i = getelementptr i16, ptr %gep354.3.i, i64 %312
+  %313 = load <4 x i16>, ptr %gep.3.i, align 2, !tbaa !5
   %314 = zext <4 x i16> %313 to <4 x i32>
   %315 = shl nuw <4 x i32> %314, splat (i32 16)
   %316 = bitcast <4 x i32> %315 to <4 x float>
-  %317 = fmul <4 x float> %94, %316
-  %318 = getelementptr i8, ptr %311, i64 %.idx761.i
-  %319 = load <4 x i16>, ptr %318, align 2, !tbaa !5
-  %320 = zext <4 x i16> %319 to <4 x i32>
-  %321 = shl nuw <4 x i32> %320, splat (i32 16)
-  %322 = bitcast <4 x i32> %321 to <4 x float>
-  %323 = fmul <4 x float> %94, %322
-  %324 = getelementptr i8, ptr %311, i64 %.idx762.i
-  %325 = load <4 x i16>, ptr %324, align 2, !tbaa !5
-  %326 = zext <4 x i16> %325 to <4 x i32>
-  %327 = shl nuw <4 x i32> %326, splat (i32 16)
-  %328 = bitcast <4 x i32> %327 to <4 x float>
-  %329 = fmul <4 x float> %94, %328
-  %330 = shufflevector <4 x float> %310, <4 x float> %323, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %331 = shufflevector <4 x float> %317, <4 x float> %329, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %332 = shufflevector <4 x float> %310, <4 x float> %323, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %333 = shufflevector <4 x float> %317, <4 x float> %329, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %334 = shufflevector <4 x float> %330, <4 x float> %331, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx763.i = shl nuw nsw i64 %indvars.iv.3.i, 8
-  %335 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx763.i
-  %336 = getelementptr inbounds nuw i8, ptr %335, i64 48
-  store <4 x float> %334, ptr %336, align 4, !tbaa !5
-  %337 = shufflevector <4 x float> %330, <4 x float> %331, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %338 = getelementptr inbounds nuw i8, ptr %335, i64 112
-  store <4 x float> %337, ptr %338, align 4, !tbaa !5
-  %339 = shufflevector <4 x float> %332, <4 x float> %333, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %340 = getelementptr inbounds nuw i8, ptr %335, i64 176
-  store <4 x float> %339, ptr %340, align 4, !tbaa !5
-  %341 = shufflevector <4 x float> %332, <4 x float> %333, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %342 = getelementptr inbounds nuw i8, ptr %335, i64 240
-  store <4 x float> %341, ptr %342, align 4, !tbaa !5
+  %317 = fmul <4 x float> %101, %316
+  %318 = getelementptr i16, ptr %invariant.gep353.i, i64 %312
+  %319 = getelementptr i8, ptr %318, i64 %.idx766.i
+  %320 = load <4 x i16>, ptr %319, align 2, !tbaa !5
+  %321 = zext <4 x i16> %320 to <4 x i32>
+  %322 = shl nuw <4 x i32> %321, splat (i32 16)
+  %323 = bitcast <4 x i32> %322 to <4 x float>
+  %324 = fmul <4 x float> %101, %323
+  %325 = getelementptr i8, ptr %318, i64 %.idx767.i
+  %326 = load <4 x i16>, ptr %325, align 2, !tbaa !5
+  %327 = zext <4 x i16> %326 to <4 x i32>
+  %328 = shl nuw <4 x i32> %327, splat (i32 16)
+  %329 = bitcast <4 x i32> %328 to <4 x float>
+  %330 = fmul <4 x float> %101, %329
+  %331 = getelementptr i8, ptr %318, i64 %.idx768.i
+  %332 = load <4 x i16>, ptr %331, align 2, !tbaa !5
+  %333 = zext <4 x i16> %332 to <4 x i32>
+  %334 = shl nuw <4 x i32> %333, splat (i32 16)
+  %335 = bitcast <4 x i32> %334 to <4 x float>
+  %336 = fmul <4 x float> %101, %335
+  %337 = shufflevector <4 x float> %317, <4 x float> %330, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %338 = shufflevector <4 x float> %324, <4 x float> %336, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %339 = shufflevector <4 x float> %317, <4 x float> %330, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %340 = shufflevector <4 x float> %324, <4 x float> %336, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %341 = shufflevector <4 x float> %337, <4 x float> %338, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx769.i = shl nuw nsw i64 %indvars.iv.3.i, 8
+  %342 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx769.i
+  %343 = getelementptr inbounds nuw i8, ptr %342, i64 48
+  store <4 x float> %341, ptr %343, align 4, !tbaa !5
+  %344 = shufflevector <4 x float> %337, <4 x float> %338, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %345 = getelementptr inbounds nuw i8, ptr %342, i64 112
+  store <4 x float> %344, ptr %345, align 4, !tbaa !5
+  %346 = shufflevector <4 x float> %339, <4 x float> %340, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %347 = getelementptr inbounds nuw i8, ptr %342, i64 176
+  store <4 x float> %346, ptr %347, align 4, !tbaa !5
+  %348 = shufflevector <4 x float> %339, <4 x float> %340, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %349 = getelementptr inbounds nuw i8, ptr %342, i64 240
+  store <4 x float> %348, ptr %349, align 4, !tbaa !5
   %indvars.iv.next.3.i = add nuw nsw i64 %indvars.iv.3.i, 1
   %exitcond.3.not.i = icmp eq i64 %indvars.iv.next.3.i, 32
   br i1 %exitcond.3.not.i, label %for_end_ax2_0.3.i, label %for_body_ax2_0.3.i, !prof !16
 
 for_end_ax2_0.3.i:                                ; preds = %for_body_ax2_0.3.i
-  %343 = add nsw i32 %192, -1
-  %344 = sitofp i32 %343 to float
-  %345 = bitcast float %344 to i32
-  %346 = ashr i32 %345, 23
-  %347 = tail call i32 @llvm.smax.i32(i32 %346, i32 125)
-  %places.i = add nsw i32 %347, -125
-  %348 = tail call i32 @llvm.smin.i32(i32 %92, i32 %192)
-  %349 = sub i32 %348, %91
-  %range_len.i = tail call i32 @llvm.smax.i32(i32 %349, i32 0)
-  %350 = add nuw nsw i32 %range_len.i, 127
-  %351 = lshr i32 %350, 7
-  %352 = tail call i32 @llvm.umax.i32(i32 %351, i32 1)
+  %350 = add nsw i32 %199, -1
+  %351 = sitofp i32 %350 to float
+  %352 = bitcast float %351 to i32
+  %353 = ashr i32 %352, 23
+  %354 = tail call i32 @llvm.smax.i32(i32 %353, i32 125)
+  %places.i = add nsw i32 %354, -125
+  %355 = tail call i32 @llvm.smin.i32(i32 %99, i32 %199)
+  %356 = sub i32 %355, %98
+  %range_len.i = tail call i32 @llvm.smax.i32(i32 %356, i32 0)
+  %357 = add nuw nsw i32 %range_len.i, 127
+  %358 = lshr i32 %357, 7
+  %359 = tail call i32 @llvm.umax.i32(i32 %358, i32 1)
+  %360 = mul nsw i64 %197, %row_step
+  %361 = getelementptr inbounds i32, ptr %row_starts, i64 %360
   %.reass.i = add i32 %invariant.op.i, %range_len.i
-  %353 = mul nsw i64 %190, %table_seq
-  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %353
-  %354 = uitofp nneg i32 %places.i to float
-  %355 = fsub float 0x4168000FE0000000, %354
-  %356 = insertelement <16 x float> poison, float %355, i64 0
-  %357 = shufflevector <16 x float> %356, <16 x float> poison, <16 x i32> zeroinitializer
-  %358 = tail call float @llvm.fmuladd.f32(float %354, float 0x3FE62E4300000000, float -8.700000e+01)
-  %359 = insertelement <16 x float> poison, float %358, i64 0
-  %360 = shufflevector <16 x float> %359, <16 x float> poison, <16 x i32> zeroinitializer
-  %361 = zext nneg i32 %351 to i64
-  %362 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count638.i = zext nneg i32 %352 to i64
+  %362 = mul nsw i64 %197, %table_seq
+  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %362
+  %363 = uitofp nneg i32 %places.i to float
+  %364 = fsub float 0x4168000FE0000000, %363
+  %365 = insertelement <16 x float> poison, float %364, i64 0
+  %366 = shufflevector <16 x float> %365, <16 x float> poison, <16 x i32> zeroinitializer
+  %367 = tail call float @llvm.fmuladd.f32(float %363, float 0x3FE62E4300000000, float -8.700000e+01)
+  %368 = insertelement <16 x float> poison, float %367, i64 0
+  %369 = shufflevector <16 x float> %368, <16 x float> poison, <16 x i32> zeroinitializer
+  %370 = zext nneg i32 %358 to i64
+  %371 = zext nneg i32 %range_len.i to i64
+  %wide.trip.count644.i = zext nneg i32 %359 to i64
   br label %for_body_step.i
 
-for_begin_step.i:                                 ; preds = %if_end197.i
-  %exitcond639.not.i = icmp eq i64 %indvars.iv.next636.i, %wide.trip.count638.i
+for_begin_step.i:                                 ; preds = %if_end199.i
+  %exitcond645.not.i = icmp eq i64 %indvars.iv.next642.i, %wide.trip.count644.i
   %indvars.iv.next = add nsw i32 %indvars.iv, -128
-  br i1 %exitcond639.not.i, label %for_end_step.i, label %for_body_step.i, !prof !16
+  br i1 %exitcond645.not.i, label %for_end_step.i, label %for_body_step.i, !prof !16
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_end_ax2_0.3.i
   %indvars.iv = phi i32 [ %range_len.i, %for_end_ax2_0.3.i ], [ %indvars.iv.next, %for_begin_step.i ]
-  %363 = phi <16 x float> [ %185, %for_end_ax2_0.3.i ], [ %m.i, %for_begin_step.i ]
-  %total292.i132 = phi <16 x float> [ %total291483.i, %for_end_ax2_0.3.i ], [ %2110, %for_begin_step.i ]
-  %indvars.iv635.i131 = phi i64 [ 0, %for_end_ax2_0.3.i ], [ %indvars.iv.next636.i, %for_begin_step.i ]
+  %372 = phi <16 x float> [ %192, %for_end_ax2_0.3.i ], [ %m.i, %for_begin_step.i ]
+  %total294.i138 = phi <16 x float> [ %total293489.i, %for_end_ax2_0.3.i ], [ %2121, %for_begin_step.i ]
+  %indvars.iv641.i137 = phi i64 [ 0, %for_end_ax2_0.3.i ], [ %indvars.iv.next642.i, %for_begin_step.i ]
   %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %364 = and i32 %smin, 7
-  %365 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %key_offsets.i = tail call ptr %365(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %366 = icmp eq ptr %key_offsets.i, null
-  br i1 %366, label %fused_decode_compute_.exit, label %if_end27.i, !prof !8
+  %373 = and i32 %smin, 7
+  %374 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %key_offsets.i = tail call ptr %374(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %375 = icmp eq ptr %key_offsets.i, null
+  br i1 %375, label %fused_decode_compute_.exit, label %if_end27.i, !prof !8
 
 for_end_step.i:                                   ; preds = %for_begin_step.i
-  br i1 %.not, label %for_begin_r241.preheader.i, label %if_then202.i
+  br i1 %.not, label %for_begin_r243.preheader.i, label %if_then204.i
 
-for_begin_r241.preheader.i:                       ; preds = %for_end_step.i
-  %367 = add nuw nsw i64 %indvars.iv670.i, %106
-  %368 = shl nuw nsw i64 %367, 4
-  %row_max274.sroa.0.0.vec.extract.i = extractelement <16 x float> %m.i, i64 0
-  %369 = getelementptr inbounds nuw float, ptr %partial_max, i64 %368
-  store float %row_max274.sroa.0.0.vec.extract.i, ptr %369, align 4, !tbaa !5
-  %row_sum273.sroa.0.0.vec.extract.i = extractelement <16 x float> %2110, i64 0
-  %370 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %368
-  store float %row_sum273.sroa.0.0.vec.extract.i, ptr %370, align 4, !tbaa !5
-  %row_max274.sroa.0.4.vec.extract.i = extractelement <16 x float> %m.i, i64 1
-  %371 = or disjoint i64 %368, 1
-  %372 = getelementptr inbounds nuw float, ptr %partial_max, i64 %371
-  store float %row_max274.sroa.0.4.vec.extract.i, ptr %372, align 4, !tbaa !5
-  %row_sum273.sroa.0.4.vec.extract.i = extractelement <16 x float> %2110, i64 1
-  %373 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %371
-  store float %row_sum273.sroa.0.4.vec.extract.i, ptr %373, align 4, !tbaa !5
-  %row_max274.sroa.0.8.vec.extract.i = extractelement <16 x float> %m.i, i64 2
-  %374 = or disjoint i64 %368, 2
-  %375 = getelementptr inbounds nuw float, ptr %partial_max, i64 %374
-  store float %row_max274.sroa.0.8.vec.extract.i, ptr %375, align 4, !tbaa !5
-  %row_sum273.sroa.0.8.vec.extract.i = extractelement <16 x float> %2110, i64 2
-  %376 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %374
-  store float %row_sum273.sroa.0.8.vec.extract.i, ptr %376, align 4, !tbaa !5
-  %row_max274.sroa.0.12.vec.extract.i = extractelement <16 x float> %m.i, i64 3
-  %377 = or disjoint i64 %368, 3
+for_begin_r243.preheader.i:                       ; preds = %for_end_step.i
+  %376 = add nuw nsw i64 %indvars.iv676.i, %113
+  %377 = shl nuw nsw i64 %376, 4
+  %row_max276.sroa.0.0.vec.extract.i = extractelement <16 x float> %m.i, i64 0
   %378 = getelementptr inbounds nuw float, ptr %partial_max, i64 %377
-  store float %row_max274.sroa.0.12.vec.extract.i, ptr %378, align 4, !tbaa !5
-  %row_sum273.sroa.0.12.vec.extract.i = extractelement <16 x float> %2110, i64 3
+  store float %row_max276.sroa.0.0.vec.extract.i, ptr %378, align 4, !tbaa !5
+  %row_sum275.sroa.0.0.vec.extract.i = extractelement <16 x float> %2121, i64 0
   %379 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %377
-  store float %row_sum273.sroa.0.12.vec.extract.i, ptr %379, align 4, !tbaa !5
-  %row_max274.sroa.0.16.vec.extract.i = extractelement <16 x float> %m.i, i64 4
-  %380 = or disjoint i64 %368, 4
+  store float %row_sum275.sroa.0.0.vec.extract.i, ptr %379, align 4, !tbaa !5
+  %row_max276.sroa.0.4.vec.extract.i = extractelement <16 x float> %m.i, i64 1
+  %380 = or disjoint i64 %377, 1
   %381 = getelementptr inbounds nuw float, ptr %partial_max, i64 %380
-  store float %row_max274.sroa.0.16.vec.extract.i, ptr %381, align 4, !tbaa !5
-  %row_sum273.sroa.0.16.vec.extract.i = extractelement <16 x float> %2110, i64 4
+  store float %row_max276.sroa.0.4.vec.extract.i, ptr %381, align 4, !tbaa !5
+  %row_sum275.sroa.0.4.vec.extract.i = extractelement <16 x float> %2121, i64 1
   %382 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %380
-  store float %row_sum273.sroa.0.16.vec.extract.i, ptr %382, align 4, !tbaa !5
-  %row_max274.sroa.0.20.vec.extract.i = extractelement <16 x float> %m.i, i64 5
-  %383 = or disjoint i64 %368, 5
+  store float %row_sum275.sroa.0.4.vec.extract.i, ptr %382, align 4, !tbaa !5
+  %row_max276.sroa.0.8.vec.extract.i = extractelement <16 x float> %m.i, i64 2
+  %383 = or disjoint i64 %377, 2
   %384 = getelementptr inbounds nuw float, ptr %partial_max, i64 %383
-  store float %row_max274.sroa.0.20.vec.extract.i, ptr %384, align 4, !tbaa !5
-  %row_sum273.sroa.0.20.vec.extract.i = extractelement <16 x float> %2110, i64 5
+  store float %row_max276.sroa.0.8.vec.extract.i, ptr %384, align 4, !tbaa !5
+  %row_sum275.sroa.0.8.vec.extract.i = extractelement <16 x float> %2121, i64 2
   %385 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %383
-  store float %row_sum273.sroa.0.20.vec.extract.i, ptr %385, align 4, !tbaa !5
-  %row_max274.sroa.0.24.vec.extract.i = extractelement <16 x float> %m.i, i64 6
-  %386 = or disjoint i64 %368, 6
+  store float %row_sum275.sroa.0.8.vec.extract.i, ptr %385, align 4, !tbaa !5
+  %row_max276.sroa.0.12.vec.extract.i = extractelement <16 x float> %m.i, i64 3
+  %386 = or disjoint i64 %377, 3
   %387 = getelementptr inbounds nuw float, ptr %partial_max, i64 %386
-  store float %row_max274.sroa.0.24.vec.extract.i, ptr %387, align 4, !tbaa !5
-  %row_sum273.sroa.0.24.vec.extract.i = extractelement <16 x float> %2110, i64 6
+  store float %row_max276.sroa.0.12.vec.extract.i, ptr %387, align 4, !tbaa !5
+  %row_sum275.sroa.0.12.vec.extract.i = extractelement <16 x float> %2121, i64 3
   %388 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %386
-  store float %row_sum273.sroa.0.24.vec.extract.i, ptr %388, align 4, !tbaa !5
-  %row_max274.sroa.0.28.vec.extract.i = extractelement <16 x float> %m.i, i64 7
-  %389 = or disjoint i64 %368, 7
+  store float %row_sum275.sroa.0.12.vec.extract.i, ptr %388, align 4, !tbaa !5
+  %row_max276.sroa.0.16.vec.extract.i = extractelement <16 x float> %m.i, i64 4
+  %389 = or disjoint i64 %377, 4
   %390 = getelementptr inbounds nuw float, ptr %partial_max, i64 %389
-  store float %row_max274.sroa.0.28.vec.extract.i, ptr %390, align 4, !tbaa !5
-  %row_sum273.sroa.0.28.vec.extract.i = extractelement <16 x float> %2110, i64 7
+  store float %row_max276.sroa.0.16.vec.extract.i, ptr %390, align 4, !tbaa !5
+  %row_sum275.sroa.0.16.vec.extract.i = extractelement <16 x float> %2121, i64 4
   %391 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %389
-  store float %row_sum273.sroa.0.28.vec.extract.i, ptr %391, align 4, !tbaa !5
-  %row_max274.sroa.0.32.vec.extract.i = extractelement <16 x float> %m.i, i64 8
-  %392 = or disjoint i64 %368, 8
+  store float %row_sum275.sroa.0.16.vec.extract.i, ptr %391, align 4, !tbaa !5
+  %row_max276.sroa.0.20.vec.extract.i = extractelement <16 x float> %m.i, i64 5
+  %392 = or disjoint i64 %377, 5
   %393 = getelementptr inbounds nuw float, ptr %partial_max, i64 %392
-  store float %row_max274.sroa.0.32.vec.extract.i, ptr %393, align 4, !tbaa !5
-  %row_sum273.sroa.0.32.vec.extract.i = extractelement <16 x float> %2110, i64 8
+  store float %row_max276.sroa.0.20.vec.extract.i, ptr %393, align 4, !tbaa !5
+  %row_sum275.sroa.0.20.vec.extract.i = extractelement <16 x float> %2121, i64 5
   %394 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %392
-  store float %row_sum273.sroa.0.32.vec.extract.i, ptr %394, align 4, !tbaa !5
-  %row_max274.sroa.0.36.vec.extract.i = extractelement <16 x float> %m.i, i64 9
-  %395 = or disjoint i64 %368, 9
+  store float %row_sum275.sroa.0.20.vec.extract.i, ptr %394, align 4, !tbaa !5
+  %row_max276.sroa.0.24.vec.extract.i = extractelement <16 x float> %m.i, i64 6
+  %395 = or disjoint i64 %377, 6
   %396 = getelementptr inbounds nuw float, ptr %partial_max, i64 %395
-  store float %row_max274.sroa.0.36.vec.extract.i, ptr %396, align 4, !tbaa !5
-  %row_sum273.sroa.0.36.vec.extract.i = extractelement <16 x float> %2110, i64 9
+  store float %row_max276.sroa.0.24.vec.extract.i, ptr %396, align 4, !tbaa !5
+  %row_sum275.sroa.0.24.vec.extract.i = extractelement <16 x float> %2121, i64 6
   %397 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %395
-  store float %row_sum273.sroa.0.36.vec.extract.i, ptr %397, align 4, !tbaa !5
-  %row_max274.sroa.0.40.vec.extract.i = extractelement <16 x float> %m.i, i64 10
-  %398 = or disjoint i64 %368, 10
+  store float %row_sum275.sroa.0.24.vec.extract.i, ptr %397, align 4, !tbaa !5
+  %row_max276.sroa.0.28.vec.extract.i = extractelement <16 x float> %m.i, i64 7
+  %398 = or disjoint i64 %377, 7
   %399 = getelementptr inbounds nuw float, ptr %partial_max, i64 %398
-  store float %row_max274.sroa.0.40.vec.extract.i, ptr %399, align 4, !tbaa !5
-  %row_sum273.sroa.0.40.vec.extract.i = extractelement <16 x float> %2110, i64 10
+  store float %row_max276.sroa.0.28.vec.extract.i, ptr %399, align 4, !tbaa !5
+  %row_sum275.sroa.0.28.vec.extract.i = extractelement <16 x float> %2121, i64 7
   %400 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %398
-  store float %row_sum273.sroa.0.40.vec.extract.i, ptr %400, align 4, !tbaa !5
-  %row_max274.sroa.0.44.vec.extract.i = extractelement <16 x float> %m.i, i64 11
-  %401 = or disjoint i64 %368, 11
+  store float %row_sum275.sroa.0.28.vec.extract.i, ptr %400, align 4, !tbaa !5
+  %row_max276.sroa.0.32.vec.extract.i = extractelement <16 x float> %m.i, i64 8
+  %401 = or disjoint i64 %377, 8
   %402 = getelementptr inbounds nuw float, ptr %partial_max, i64 %401
-  store float %row_max274.sroa.0.44.vec.extract.i, ptr %402, align 4, !tbaa !5
-  %row_sum273.sroa.0.44.vec.extract.i = extractelement <16 x float> %2110, i64 11
+  store float %row_max276.sroa.0.32.vec.extract.i, ptr %402, align 4, !tbaa !5
+  %row_sum275.sroa.0.32.vec.extract.i = extractelement <16 x float> %2121, i64 8
   %403 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %401
-  store float %row_sum273.sroa.0.44.vec.extract.i, ptr %403, align 4, !tbaa !5
-  %row_max274.sroa.0.48.vec.extract.i = extractelement <16 x float> %m.i, i64 12
-  %404 = or disjoint i64 %368, 12
+  store float %row_sum275.sroa.0.32.vec.extract.i, ptr %403, align 4, !tbaa !5
+  %row_max276.sroa.0.36.vec.extract.i = extractelement <16 x float> %m.i, i64 9
+  %404 = or disjoint i64 %377, 9
   %405 = getelementptr inbounds nuw float, ptr %partial_max, i64 %404
-  store float %row_max274.sroa.0.48.vec.extract.i, ptr %405, align 4, !tbaa !5
-  %row_sum273.sroa.0.48.vec.extract.i = extractelement <16 x float> %2110, i64 12
+  store float %row_max276.sroa.0.36.vec.extract.i, ptr %405, align 4, !tbaa !5
+  %row_sum275.sroa.0.36.vec.extract.i = extractelement <16 x float> %2121, i64 9
   %406 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %404
-  store float %row_sum273.sroa.0.48.vec.extract.i, ptr %406, align 4, !tbaa !5
-  %row_max274.sroa.0.52.vec.extract.i = extractelement <16 x float> %m.i, i64 13
-  %407 = or disjoint i64 %368, 13
+  store float %row_sum275.sroa.0.36.vec.extract.i, ptr %406, align 4, !tbaa !5
+  %row_max276.sroa.0.40.vec.extract.i = extractelement <16 x float> %m.i, i64 10
+  %407 = or disjoint i64 %377, 10
   %408 = getelementptr inbounds nuw float, ptr %partial_max, i64 %407
-  store float %row_max274.sroa.0.52.vec.extract.i, ptr %408, align 4, !tbaa !5
-  %row_sum273.sroa.0.52.vec.extract.i = extractelement <16 x float> %2110, i64 13
+  store float %row_max276.sroa.0.40.vec.extract.i, ptr %408, align 4, !tbaa !5
+  %row_sum275.sroa.0.40.vec.extract.i = extractelement <16 x float> %2121, i64 10
   %409 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %407
-  store float %row_sum273.sroa.0.52.vec.extract.i, ptr %409, align 4, !tbaa !5
-  %row_max274.sroa.0.56.vec.extract.i = extractelement <16 x float> %m.i, i64 14
-  %410 = or disjoint i64 %368, 14
+  store float %row_sum275.sroa.0.40.vec.extract.i, ptr %409, align 4, !tbaa !5
+  %row_max276.sroa.0.44.vec.extract.i = extractelement <16 x float> %m.i, i64 11
+  %410 = or disjoint i64 %377, 11
   %411 = getelementptr inbounds nuw float, ptr %partial_max, i64 %410
-  store float %row_max274.sroa.0.56.vec.extract.i, ptr %411, align 4, !tbaa !5
-  %row_sum273.sroa.0.56.vec.extract.i = extractelement <16 x float> %2110, i64 14
+  store float %row_max276.sroa.0.44.vec.extract.i, ptr %411, align 4, !tbaa !5
+  %row_sum275.sroa.0.44.vec.extract.i = extractelement <16 x float> %2121, i64 11
   %412 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %410
-  store float %row_sum273.sroa.0.56.vec.extract.i, ptr %412, align 4, !tbaa !5
-  %row_max274.sroa.0.60.vec.extract.i = extractelement <16 x float> %m.i, i64 15
-  %413 = or disjoint i64 %368, 15
+  store float %row_sum275.sroa.0.44.vec.extract.i, ptr %412, align 4, !tbaa !5
+  %row_max276.sroa.0.48.vec.extract.i = extractelement <16 x float> %m.i, i64 12
+  %413 = or disjoint i64 %377, 12
   %414 = getelementptr inbounds nuw float, ptr %partial_max, i64 %413
-  store float %row_max274.sroa.0.60.vec.extract.i, ptr %414, align 4, !tbaa !5
-  %row_sum273.sroa.0.60.vec.extract.i = extractelement <16 x float> %2110, i64 15
+  store float %row_max276.sroa.0.48.vec.extract.i, ptr %414, align 4, !tbaa !5
+  %row_sum275.sroa.0.48.vec.extract.i = extractelement <16 x float> %2121, i64 12
   %415 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %413
-  store float %row_sum273.sroa.0.60.vec.extract.i, ptr %415, align 4, !tbaa !5
-  %.idx.i = shl nuw nsw i64 %367, 13
-  %416 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  %scevgep620 = getelementptr i8, ptr %acc.i, i64 8132
-  %bound0621 = icmp ult ptr %scevgep618, %scevgep620
-  %bound1622 = icmp ult ptr %acc.i, %scevgep619
-  %found.conflict623 = and i1 %bound0621, %bound1622
-  br i1 %found.conflict623, label %for_body_d.i, label %vector.body626, !prof !17
+  store float %row_sum275.sroa.0.48.vec.extract.i, ptr %415, align 4, !tbaa !5
+  %row_max276.sroa.0.52.vec.extract.i = extractelement <16 x float> %m.i, i64 13
+  %416 = or disjoint i64 %377, 13
+  %417 = getelementptr inbounds nuw float, ptr %partial_max, i64 %416
+  store float %row_max276.sroa.0.52.vec.extract.i, ptr %417, align 4, !tbaa !5
+  %row_sum275.sroa.0.52.vec.extract.i = extractelement <16 x float> %2121, i64 13
+  %418 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %416
+  store float %row_sum275.sroa.0.52.vec.extract.i, ptr %418, align 4, !tbaa !5
+  %row_max276.sroa.0.56.vec.extract.i = extractelement <16 x float> %m.i, i64 14
+  %419 = or disjoint i64 %377, 14
+  %420 = getelementptr inbounds nuw float, ptr %partial_max, i64 %419
+  store float %row_max276.sroa.0.56.vec.extract.i, ptr %420, align 4, !tbaa !5
+  %row_sum275.sroa.0.56.vec.extract.i = extractelement <16 x float> %2121, i64 14
+  %421 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %419
+  store float %row_sum275.sroa.0.56.vec.extract.i, ptr %421, align 4, !tbaa !5
+  %row_max276.sroa.0.60.vec.extract.i = extractelement <16 x float> %m.i, i64 15
+  %422 = or disjoint i64 %377, 15
+  %423 = getelementptr inbounds nuw float, ptr %partial_max, i64 %422
+  store float %row_max276.sroa.0.60.vec.extract.i, ptr %423, align 4, !tbaa !5
+  %row_sum275.sroa.0.60.vec.extract.i = extractelement <16 x float> %2121, i64 15
+  %424 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %422
+  store float %row_sum275.sroa.0.60.vec.extract.i, ptr %424, align 4, !tbaa !5
+  %.idx.i = shl nuw nsw i64 %376, 13
+  %425 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
+  %scevgep626 = getelementptr i8, ptr %acc.i, i64 8132
+  %bound0627 = icmp ult ptr %scevgep624, %scevgep626
+  %bound1628 = icmp ult ptr %acc.i, %scevgep625
+  %found.conflict629 = and i1 %bound0627, %bound1628
+  br i1 %found.conflict629, label %for_body_d.i, label %vector.body632, !prof !17
 
-vector.body626:                                   ; preds = %for_begin_r241.preheader.i
-  %417 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %418 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %419 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %420 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather632 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %417, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather633 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %418, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather634 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %419, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather635 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %420, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %421 = getelementptr inbounds nuw i8, ptr %416, i64 32
-  %422 = getelementptr inbounds nuw i8, ptr %416, i64 64
-  %423 = getelementptr inbounds nuw i8, ptr %416, i64 96
-  store <8 x float> %wide.masked.gather632, ptr %416, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather633, ptr %421, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather634, ptr %422, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather635, ptr %423, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  %424 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %425 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %426 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %427 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather632.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %424, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather633.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %425, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather634.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %426, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather635.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %427, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %428 = getelementptr inbounds nuw i8, ptr %416, i64 128
-  %429 = getelementptr inbounds nuw i8, ptr %416, i64 160
-  %430 = getelementptr inbounds nuw i8, ptr %416, i64 192
-  %431 = getelementptr inbounds nuw i8, ptr %416, i64 224
-  store <8 x float> %wide.masked.gather632.1, ptr %428, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather633.1, ptr %429, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather634.1, ptr %430, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather635.1, ptr %431, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  %432 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %433 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %434 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %435 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather632.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %432, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather633.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %433, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather634.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %434, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather635.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %435, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %436 = getelementptr inbounds nuw i8, ptr %416, i64 256
-  %437 = getelementptr inbounds nuw i8, ptr %416, i64 288
-  %438 = getelementptr inbounds nuw i8, ptr %416, i64 320
-  %439 = getelementptr inbounds nuw i8, ptr %416, i64 352
-  store <8 x float> %wide.masked.gather632.2, ptr %436, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather633.2, ptr %437, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather634.2, ptr %438, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather635.2, ptr %439, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  %440 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %441 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %442 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %443 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather632.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %440, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather633.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %441, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather634.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %442, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather635.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %443, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %444 = getelementptr inbounds nuw i8, ptr %416, i64 384
-  %445 = getelementptr inbounds nuw i8, ptr %416, i64 416
-  %446 = getelementptr inbounds nuw i8, ptr %416, i64 448
-  %447 = getelementptr inbounds nuw i8, ptr %416, i64 480
-  store <8 x float> %wide.masked.gather632.3, ptr %444, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather633.3, ptr %445, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather634.3, ptr %446, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather635.3, ptr %447, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+vector.body632:                                   ; preds = %for_begin_r243.preheader.i
+  %426 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %427 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %428 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %429 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather638 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %426, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather639 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %427, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather640 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %428, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather641 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %429, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %430 = getelementptr inbounds nuw i8, ptr %425, i64 32
+  %431 = getelementptr inbounds nuw i8, ptr %425, i64 64
+  %432 = getelementptr inbounds nuw i8, ptr %425, i64 96
+  store <8 x float> %wide.masked.gather638, ptr %425, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather639, ptr %430, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather640, ptr %431, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather641, ptr %432, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  %433 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %434 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %435 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %436 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather638.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %433, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather639.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %434, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather640.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %435, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather641.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %436, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %437 = getelementptr inbounds nuw i8, ptr %425, i64 128
+  %438 = getelementptr inbounds nuw i8, ptr %425, i64 160
+  %439 = getelementptr inbounds nuw i8, ptr %425, i64 192
+  %440 = getelementptr inbounds nuw i8, ptr %425, i64 224
+  store <8 x float> %wide.masked.gather638.1, ptr %437, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather639.1, ptr %438, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather640.1, ptr %439, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather641.1, ptr %440, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  %441 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %442 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %443 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %444 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather638.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %441, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather639.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %442, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather640.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %443, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather641.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %444, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %445 = getelementptr inbounds nuw i8, ptr %425, i64 256
+  %446 = getelementptr inbounds nuw i8, ptr %425, i64 288
+  %447 = getelementptr inbounds nuw i8, ptr %425, i64 320
+  %448 = getelementptr inbounds nuw i8, ptr %425, i64 352
+  store <8 x float> %wide.masked.gather638.2, ptr %445, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather639.2, ptr %446, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather640.2, ptr %447, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather641.2, ptr %448, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  %449 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %450 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %451 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %452 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather638.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %449, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather639.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %450, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather640.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %451, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather641.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %452, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %453 = getelementptr inbounds nuw i8, ptr %425, i64 384
+  %454 = getelementptr inbounds nuw i8, ptr %425, i64 416
+  %455 = getelementptr inbounds nuw i8, ptr %425, i64 448
+  %456 = getelementptr inbounds nuw i8, ptr %425, i64 480
+  store <8 x float> %wide.masked.gather638.3, ptr %453, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather639.3, ptr %454, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather640.3, ptr %455, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather641.3, ptr %456, align 4, !tbaa !5, !alias.scope !21, !noalias !18
   br label %for_end_d.i
 
 if_end27.i:                                       ; preds = %for_body_step.i
-  %448 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %value_offsets.i = tail call ptr %448(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %449 = icmp eq ptr %value_offsets.i, null
-  br i1 %449, label %fused_decode_compute_.exit, label %if_end30.i, !prof !8
+  %457 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %value_offsets.i = tail call ptr %457(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %458 = icmp eq ptr %value_offsets.i, null
+  br i1 %458, label %fused_decode_compute_.exit, label %if_end30.i, !prof !8
 
 if_end30.i:                                       ; preds = %if_end27.i
-  %450 = shl nsw i64 %indvars.iv635.i131, 7
-  %451 = sub nsw i64 %362, %450
-  %indvars.iv.next636.i = add nuw nsw i64 %indvars.iv635.i131, 1
-  %452 = trunc nsw i64 %451 to i32
-  %453 = tail call i32 @llvm.smin.i32(i32 %452, i32 128)
-  %454 = add nsw i32 %453, 7
-  %455 = ashr i32 %454, 3
-  %456 = and i32 %454, -8
-  %457 = icmp samesign ult i64 %indvars.iv.next636.i, %361
-  %458 = select i1 %457, i32 256, i32 %456
-  %459 = icmp sgt i32 %458, 0
-  br i1 %459, label %for_body_t.lr.ph.i, label %for_end_t34.i, !prof !3
+  %459 = shl nsw i64 %indvars.iv641.i137, 7
+  %460 = sub nsw i64 %371, %459
+  %indvars.iv.next642.i = add nuw nsw i64 %indvars.iv641.i137, 1
+  %461 = trunc nsw i64 %460 to i32
+  %462 = tail call i32 @llvm.smin.i32(i32 %461, i32 128)
+  %463 = add nsw i32 %462, 7
+  %464 = ashr i32 %463, 3
+  %465 = and i32 %463, -8
+  %466 = icmp samesign ult i64 %indvars.iv.next642.i, %370
+  %467 = select i1 %466, i32 256, i32 %465
+  %468 = icmp sgt i32 %467, 0
+  br i1 %468, label %for_body_t.lr.ph.i, label %for_end_t36.i, !prof !3
 
 for_body_t.lr.ph.i:                               ; preds = %if_end30.i
-  %460 = add nuw nsw i64 %450, %105
-  %wide.trip.count.i = zext nneg i32 %458 to i64
+  %row_start.i = load i32, ptr %361, align 4, !tbaa !5
+  %469 = add nuw nsw i64 %459, %112
+  %470 = sext i32 %row_start.i to i64
+  %invariant.gep358.i = getelementptr i32, ptr %invariant.gep.i, i64 %470
+  %wide.trip.count.i = zext nneg i32 %467 to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv530.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next531.i.1, %for_body_t.i ]
-  %461 = add nuw nsw i64 %indvars.iv530.i, %460
-  %462 = trunc i64 %461 to i32
-  %463 = tail call i32 @llvm.smin.i32(i32 %462, i32 %.reass.i)
-  %464 = sext i32 %463 to i64
-  %465 = ashr i64 %464, 7
-  %gep355.i = getelementptr i32, ptr %invariant.gep.i, i64 %465
-  %466 = load i32, ptr %gep355.i, align 4, !tbaa !5
-  %block.i = sext i32 %466 to i64
-  %467 = and i64 %464, 127
-  %468 = mul nsw i64 %467, %k_row
-  %469 = mul nsw i64 %k_block, %block.i
-  %470 = add nsw i64 %468, %469
-  %471 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv530.i
-  store i64 %470, ptr %471, align 8, !tbaa !5
-  %indvars.iv.next531.i = or disjoint i64 %indvars.iv530.i, 1
-  %472 = add nuw nsw i64 %indvars.iv.next531.i, %460
-  %473 = trunc i64 %472 to i32
-  %474 = tail call i32 @llvm.smin.i32(i32 %473, i32 %.reass.i)
-  %475 = sext i32 %474 to i64
-  %476 = ashr i64 %475, 7
-  %gep355.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %476
-  %477 = load i32, ptr %gep355.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %477 to i64
-  %478 = and i64 %475, 127
-  %479 = mul nsw i64 %478, %k_row
-  %480 = mul nsw i64 %k_block, %block.i.1
-  %481 = add nsw i64 %479, %480
-  %482 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next531.i
-  store i64 %481, ptr %482, align 8, !tbaa !5
-  %indvars.iv.next531.i.1 = add nuw nsw i64 %indvars.iv530.i, 2
-  %exitcond533.not.i.1 = icmp eq i64 %indvars.iv.next531.i.1, %wide.trip.count.i
-  br i1 %exitcond533.not.i.1, label %for_body_t33.i, label %for_body_t.i, !prof !13, !llvm.loop !23
+  %indvars.iv536.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next537.i.1, %for_body_t.i ]
+  %471 = add nuw nsw i64 %indvars.iv536.i, %469
+  %472 = trunc i64 %471 to i32
+  %473 = tail call i32 @llvm.smin.i32(i32 %472, i32 %.reass.i)
+  %474 = sext i32 %473 to i64
+  %475 = ashr i64 %474, 7
+  %gep359.i = getelementptr i32, ptr %invariant.gep358.i, i64 %475
+  %476 = load i32, ptr %gep359.i, align 4, !tbaa !5
+  %block.i = sext i32 %476 to i64
+  %477 = and i64 %474, 127
+  %478 = mul nsw i64 %477, %k_row
+  %479 = mul nsw i64 %k_block, %block.i
+  %480 = add nsw i64 %478, %479
+  %481 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv536.i
+  store i64 %480, ptr %481, align 8, !tbaa !5
+  %indvars.iv.next537.i = or disjoint i64 %indvars.iv536.i, 1
+  %482 = add nuw nsw i64 %indvars.iv.next537.i, %469
+  %483 = trunc i64 %482 to i32
+  %484 = tail call i32 @llvm.smin.i32(i32 %483, i32 %.reass.i)
+  %485 = sext i32 %484 to i64
+  %486 = ashr i64 %485, 7
+  %gep359.i.1 = getelementptr i32, ptr %invariant.gep358.i, i64 %486
+  %487 = load i32, ptr %gep359.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %487 to i64
+  %488 = and i64 %485, 127
+  %489 = mul nsw i64 %488, %k_row
+  %490 = mul nsw i64 %k_block, %block.i.1
+  %491 = add nsw i64 %489, %490
+  %492 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next537.i
+  store i64 %491, ptr %492, align 8, !tbaa !5
+  %indvars.iv.next537.i.1 = add nuw nsw i64 %indvars.iv536.i, 2
+  %exitcond539.not.i.1 = icmp eq i64 %indvars.iv.next537.i.1, %wide.trip.count.i
+  br i1 %exitcond539.not.i.1, label %for_body_t35.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !23
 
-for_body_t33.i:                                   ; preds = %for_body_t33.i, %for_body_t.i
-  %indvars.iv534.i = phi i64 [ %indvars.iv.next535.i.1, %for_body_t33.i ], [ 0, %for_body_t.i ]
-  %483 = add nuw nsw i64 %indvars.iv534.i, %460
-  %484 = trunc i64 %483 to i32
-  %485 = tail call i32 @llvm.smin.i32(i32 %484, i32 %.reass.i)
-  %486 = sext i32 %485 to i64
-  %487 = ashr i64 %486, 7
-  %gep358.i = getelementptr i32, ptr %invariant.gep.i, i64 %487
-  %488 = load i32, ptr %gep358.i, align 4, !tbaa !5
-  %block40.i = sext i32 %488 to i64
-  %489 = and i64 %486, 127
-  %490 = mul nsw i64 %489, %v_row
-  %491 = mul nsw i64 %v_block, %block40.i
-  %492 = add nsw i64 %490, %491
-  %493 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv534.i
-  store i64 %492, ptr %493, align 8, !tbaa !5
-  %indvars.iv.next535.i = or disjoint i64 %indvars.iv534.i, 1
-  %494 = add nuw nsw i64 %indvars.iv.next535.i, %460
+for_body_t35.lr.ph.i:                             ; preds = %for_body_t.i
+  %row_start33.i = load i32, ptr %361, align 4, !tbaa !5
+  %493 = sext i32 %row_start33.i to i64
+  %invariant.gep363.i = getelementptr i32, ptr %invariant.gep.i, i64 %493
+  br label %for_body_t35.i
+
+for_body_t35.i:                                   ; preds = %for_body_t35.i, %for_body_t35.lr.ph.i
+  %indvars.iv540.i = phi i64 [ 0, %for_body_t35.lr.ph.i ], [ %indvars.iv.next541.i.1, %for_body_t35.i ]
+  %494 = add nuw nsw i64 %indvars.iv540.i, %469
   %495 = trunc i64 %494 to i32
   %496 = tail call i32 @llvm.smin.i32(i32 %495, i32 %.reass.i)
   %497 = sext i32 %496 to i64
   %498 = ashr i64 %497, 7
-  %gep358.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %498
-  %499 = load i32, ptr %gep358.i.1, align 4, !tbaa !5
-  %block40.i.1 = sext i32 %499 to i64
+  %gep364.i = getelementptr i32, ptr %invariant.gep363.i, i64 %498
+  %499 = load i32, ptr %gep364.i, align 4, !tbaa !5
+  %block42.i = sext i32 %499 to i64
   %500 = and i64 %497, 127
   %501 = mul nsw i64 %500, %v_row
-  %502 = mul nsw i64 %v_block, %block40.i.1
+  %502 = mul nsw i64 %v_block, %block42.i
   %503 = add nsw i64 %501, %502
-  %504 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next535.i
+  %504 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv540.i
   store i64 %503, ptr %504, align 8, !tbaa !5
-  %indvars.iv.next535.i.1 = add nuw nsw i64 %indvars.iv534.i, 2
-  %exitcond538.not.i.1 = icmp eq i64 %indvars.iv.next535.i.1, %wide.trip.count.i
-  br i1 %exitcond538.not.i.1, label %for_end_t34.i, label %for_body_t33.i, !prof !13, !llvm.loop !25
+  %indvars.iv.next541.i = or disjoint i64 %indvars.iv540.i, 1
+  %505 = add nuw nsw i64 %indvars.iv.next541.i, %469
+  %506 = trunc i64 %505 to i32
+  %507 = tail call i32 @llvm.smin.i32(i32 %506, i32 %.reass.i)
+  %508 = sext i32 %507 to i64
+  %509 = ashr i64 %508, 7
+  %gep364.i.1 = getelementptr i32, ptr %invariant.gep363.i, i64 %509
+  %510 = load i32, ptr %gep364.i.1, align 4, !tbaa !5
+  %block42.i.1 = sext i32 %510 to i64
+  %511 = and i64 %508, 127
+  %512 = mul nsw i64 %511, %v_row
+  %513 = mul nsw i64 %v_block, %block42.i.1
+  %514 = add nsw i64 %512, %513
+  %515 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next541.i
+  store i64 %514, ptr %515, align 8, !tbaa !5
+  %indvars.iv.next541.i.1 = add nuw nsw i64 %indvars.iv540.i, 2
+  %exitcond544.not.i.1 = icmp eq i64 %indvars.iv.next541.i.1, %wide.trip.count.i
+  br i1 %exitcond544.not.i.1, label %for_end_t36.i, label %for_body_t35.i, !prof !13, !llvm.loop !25
 
-for_end_t34.i:                                    ; preds = %for_body_t33.i, %if_end30.i
-  %505 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %k_tile.i = tail call ptr %505(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %506 = icmp eq ptr %k_tile.i, null
-  br i1 %506, label %fused_decode_compute_.exit, label %if_end44.i, !prof !8
+for_end_t36.i:                                    ; preds = %for_body_t35.i, %if_end30.i
+  %516 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %k_tile.i = tail call ptr %516(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %517 = icmp eq ptr %k_tile.i, null
+  br i1 %517, label %fused_decode_compute_.exit, label %if_end46.i, !prof !8
 
-if_end44.i:                                       ; preds = %for_end_t34.i
-  %507 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %v_tile.i = tail call ptr %507(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %508 = icmp eq ptr %v_tile.i, null
-  br i1 %508, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !8
+if_end46.i:                                       ; preds = %for_end_t36.i
+  %518 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %v_tile.i = tail call ptr %518(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %519 = icmp eq ptr %v_tile.i, null
+  br i1 %519, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !8
 
-for_begin_to.preheader.i:                         ; preds = %if_end44.i
-  %509 = icmp sgt i32 %455, 0
-  br i1 %509, label %for_begin_ti.preheader.preheader.i, label %for_end_to51.i, !prof !3
+for_begin_to.preheader.i:                         ; preds = %if_end46.i
+  %520 = icmp sgt i32 %464, 0
+  br i1 %520, label %for_begin_ti.preheader.preheader.i, label %for_end_to53.i, !prof !3
 
 for_begin_ti.preheader.preheader.i:               ; preds = %for_begin_to.preheader.i
-  %wide.trip.count546.i = zext nneg i32 %455 to i64
+  %wide.trip.count552.i = zext nneg i32 %464 to i64
   br label %for_begin_ti.preheader.i
 
 for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.preheader.i
-  %indvars.iv543.i = phi i64 [ 0, %for_begin_ti.preheader.preheader.i ], [ %indvars.iv.next544.i, %for_begin_ti.preheader.i ]
-  %.idx = shl nsw i64 %indvars.iv543.i, 6
-  %510 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
-  %511 = load i64, ptr %510, align 8, !tbaa !5
-  %512 = getelementptr inbounds i32, ptr %key_cache, i64 %511
-  %513 = load <16 x i32>, ptr %512, align 4, !tbaa !5
-  %514 = shl <16 x i32> %513, splat (i32 16)
-  %.idx59 = shl nsw i64 %indvars.iv543.i, 12
-  %515 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx59
-  store <16 x i32> %514, ptr %515, align 4, !tbaa !5
-  %516 = load i64, ptr %510, align 8, !tbaa !5
-  %517 = getelementptr inbounds i32, ptr %key_cache, i64 %516
-  %518 = load <16 x i32>, ptr %517, align 4, !tbaa !5
-  %519 = and <16 x i32> %518, %100
-  %520 = getelementptr inbounds nuw i8, ptr %515, i64 64
-  store <16 x i32> %519, ptr %520, align 4, !tbaa !5
-  %521 = load i64, ptr %510, align 8, !tbaa !5
-  %522 = getelementptr i32, ptr %key_cache, i64 %521
-  %523 = getelementptr i8, ptr %522, i64 64
+  %indvars.iv549.i = phi i64 [ 0, %for_begin_ti.preheader.preheader.i ], [ %indvars.iv.next550.i, %for_begin_ti.preheader.i ]
+  %.idx = shl nsw i64 %indvars.iv549.i, 6
+  %521 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
+  %522 = load i64, ptr %521, align 8, !tbaa !5
+  %523 = getelementptr inbounds i32, ptr %key_cache, i64 %522
   %524 = load <16 x i32>, ptr %523, align 4, !tbaa !5
   %525 = shl <16 x i32> %524, splat (i32 16)
-  %526 = getelementptr inbounds nuw i8, ptr %515, i64 128
+  %.idx65 = shl nsw i64 %indvars.iv549.i, 12
+  %526 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx65
   store <16 x i32> %525, ptr %526, align 4, !tbaa !5
-  %527 = load i64, ptr %510, align 8, !tbaa !5
-  %528 = getelementptr i32, ptr %key_cache, i64 %527
-  %529 = getelementptr i8, ptr %528, i64 64
-  %530 = load <16 x i32>, ptr %529, align 4, !tbaa !5
-  %531 = and <16 x i32> %530, %100
-  %532 = getelementptr inbounds nuw i8, ptr %515, i64 192
-  store <16 x i32> %531, ptr %532, align 4, !tbaa !5
-  %533 = load i64, ptr %510, align 8, !tbaa !5
-  %534 = getelementptr i32, ptr %key_cache, i64 %533
-  %535 = getelementptr i8, ptr %534, i64 128
-  %536 = load <16 x i32>, ptr %535, align 4, !tbaa !5
-  %537 = shl <16 x i32> %536, splat (i32 16)
-  %538 = getelementptr inbounds nuw i8, ptr %515, i64 256
-  store <16 x i32> %537, ptr %538, align 4, !tbaa !5
-  %539 = load i64, ptr %510, align 8, !tbaa !5
-  %540 = getelementptr i32, ptr %key_cache, i64 %539
-  %541 = getelementptr i8, ptr %540, i64 128
-  %542 = load <16 x i32>, ptr %541, align 4, !tbaa !5
-  %543 = and <16 x i32> %542, %100
-  %544 = getelementptr inbounds nuw i8, ptr %515, i64 320
-  store <16 x i32> %543, ptr %544, align 4, !tbaa !5
-  %545 = load i64, ptr %510, align 8, !tbaa !5
-  %546 = getelementptr i32, ptr %key_cache, i64 %545
-  %547 = getelementptr i8, ptr %546, i64 192
-  %548 = load <16 x i32>, ptr %547, align 4, !tbaa !5
-  %549 = shl <16 x i32> %548, splat (i32 16)
-  %550 = getelementptr inbounds nuw i8, ptr %515, i64 384
-  store <16 x i32> %549, ptr %550, align 4, !tbaa !5
-  %551 = load i64, ptr %510, align 8, !tbaa !5
-  %552 = getelementptr i32, ptr %key_cache, i64 %551
-  %553 = getelementptr i8, ptr %552, i64 192
-  %554 = load <16 x i32>, ptr %553, align 4, !tbaa !5
-  %555 = and <16 x i32> %554, %100
-  %556 = getelementptr inbounds nuw i8, ptr %515, i64 448
-  store <16 x i32> %555, ptr %556, align 4, !tbaa !5
-  %557 = getelementptr inbounds nuw i8, ptr %510, i64 8
-  %558 = load i64, ptr %557, align 8, !tbaa !5
-  %559 = getelementptr inbounds i32, ptr %key_cache, i64 %558
-  %560 = load <16 x i32>, ptr %559, align 4, !tbaa !5
-  %561 = shl <16 x i32> %560, splat (i32 16)
-  %562 = getelementptr inbounds nuw i8, ptr %515, i64 512
-  store <16 x i32> %561, ptr %562, align 4, !tbaa !5
-  %563 = load i64, ptr %557, align 8, !tbaa !5
-  %564 = getelementptr inbounds i32, ptr %key_cache, i64 %563
+  %527 = load i64, ptr %521, align 8, !tbaa !5
+  %528 = getelementptr inbounds i32, ptr %key_cache, i64 %527
+  %529 = load <16 x i32>, ptr %528, align 4, !tbaa !5
+  %530 = and <16 x i32> %529, %107
+  %531 = getelementptr inbounds nuw i8, ptr %526, i64 64
+  store <16 x i32> %530, ptr %531, align 4, !tbaa !5
+  %532 = load i64, ptr %521, align 8, !tbaa !5
+  %533 = getelementptr i32, ptr %key_cache, i64 %532
+  %534 = getelementptr i8, ptr %533, i64 64
+  %535 = load <16 x i32>, ptr %534, align 4, !tbaa !5
+  %536 = shl <16 x i32> %535, splat (i32 16)
+  %537 = getelementptr inbounds nuw i8, ptr %526, i64 128
+  store <16 x i32> %536, ptr %537, align 4, !tbaa !5
+  %538 = load i64, ptr %521, align 8, !tbaa !5
+  %539 = getelementptr i32, ptr %key_cache, i64 %538
+  %540 = getelementptr i8, ptr %539, i64 64
+  %541 = load <16 x i32>, ptr %540, align 4, !tbaa !5
+  %542 = and <16 x i32> %541, %107
+  %543 = getelementptr inbounds nuw i8, ptr %526, i64 192
+  store <16 x i32> %542, ptr %543, align 4, !tbaa !5
+  %544 = load i64, ptr %521, align 8, !tbaa !5
+  %545 = getelementptr i32, ptr %key_cache, i64 %544
+  %546 = getelementptr i8, ptr %545, i64 128
+  %547 = load <16 x i32>, ptr %546, align 4, !tbaa !5
+  %548 = shl <16 x i32> %547, splat (i32 16)
+  %549 = getelementptr inbounds nuw i8, ptr %526, i64 256
+  store <16 x i32> %548, ptr %549, align 4, !tbaa !5
+  %550 = load i64, ptr %521, align 8, !tbaa !5
+  %551 = getelementptr i32, ptr %key_cache, i64 %550
+  %552 = getelementptr i8, ptr %551, i64 128
+  %553 = load <16 x i32>, ptr %552, align 4, !tbaa !5
+  %554 = and <16 x i32> %553, %107
+  %555 = getelementptr inbounds nuw i8, ptr %526, i64 320
+  store <16 x i32> %554, ptr %555, align 4, !tbaa !5
+  %556 = load i64, ptr %521, align 8, !tbaa !5
+  %557 = getelementptr i32, ptr %key_cache, i64 %556
+  %558 = getelementptr i8, ptr %557, i64 192
+  %559 = load <16 x i32>, ptr %558, align 4, !tbaa !5
+  %560 = shl <16 x i32> %559, splat (i32 16)
+  %561 = getelementptr inbounds nuw i8, ptr %526, i64 384
+  store <16 x i32> %560, ptr %561, align 4, !tbaa !5
+  %562 = load i64, ptr %521, align 8, !tbaa !5
+  %563 = getelementptr i32, ptr %key_cache, i64 %562
+  %564 = getelementptr i8, ptr %563, i64 192
   %565 = load <16 x i32>, ptr %564, align 4, !tbaa !5
-  %566 = and <16 x i32> %565, %100
-  %567 = getelementptr inbounds nuw i8, ptr %515, i64 576
+  %566 = and <16 x i32> %565, %107
+  %567 = getelementptr inbounds nuw i8, ptr %526, i64 448
   store <16 x i32> %566, ptr %567, align 4, !tbaa !5
-  %568 = load i64, ptr %557, align 8, !tbaa !5
-  %569 = getelementptr i32, ptr %key_cache, i64 %568
-  %570 = getelementptr i8, ptr %569, i64 64
+  %568 = getelementptr inbounds nuw i8, ptr %521, i64 8
+  %569 = load i64, ptr %568, align 8, !tbaa !5
+  %570 = getelementptr inbounds i32, ptr %key_cache, i64 %569
   %571 = load <16 x i32>, ptr %570, align 4, !tbaa !5
   %572 = shl <16 x i32> %571, splat (i32 16)
-  %573 = getelementptr inbounds nuw i8, ptr %515, i64 640
+  %573 = getelementptr inbounds nuw i8, ptr %526, i64 512
   store <16 x i32> %572, ptr %573, align 4, !tbaa !5
-  %574 = load i64, ptr %557, align 8, !tbaa !5
-  %575 = getelementptr i32, ptr %key_cache, i64 %574
-  %576 = getelementptr i8, ptr %575, i64 64
-  %577 = load <16 x i32>, ptr %576, align 4, !tbaa !5
-  %578 = and <16 x i32> %577, %100
-  %579 = getelementptr inbounds nuw i8, ptr %515, i64 704
-  store <16 x i32> %578, ptr %579, align 4, !tbaa !5
-  %580 = load i64, ptr %557, align 8, !tbaa !5
-  %581 = getelementptr i32, ptr %key_cache, i64 %580
-  %582 = getelementptr i8, ptr %581, i64 128
-  %583 = load <16 x i32>, ptr %582, align 4, !tbaa !5
-  %584 = shl <16 x i32> %583, splat (i32 16)
-  %585 = getelementptr inbounds nuw i8, ptr %515, i64 768
-  store <16 x i32> %584, ptr %585, align 4, !tbaa !5
-  %586 = load i64, ptr %557, align 8, !tbaa !5
-  %587 = getelementptr i32, ptr %key_cache, i64 %586
-  %588 = getelementptr i8, ptr %587, i64 128
-  %589 = load <16 x i32>, ptr %588, align 4, !tbaa !5
-  %590 = and <16 x i32> %589, %100
-  %591 = getelementptr inbounds nuw i8, ptr %515, i64 832
-  store <16 x i32> %590, ptr %591, align 4, !tbaa !5
-  %592 = load i64, ptr %557, align 8, !tbaa !5
-  %593 = getelementptr i32, ptr %key_cache, i64 %592
-  %594 = getelementptr i8, ptr %593, i64 192
-  %595 = load <16 x i32>, ptr %594, align 4, !tbaa !5
-  %596 = shl <16 x i32> %595, splat (i32 16)
-  %597 = getelementptr inbounds nuw i8, ptr %515, i64 896
-  store <16 x i32> %596, ptr %597, align 4, !tbaa !5
-  %598 = load i64, ptr %557, align 8, !tbaa !5
-  %599 = getelementptr i32, ptr %key_cache, i64 %598
-  %600 = getelementptr i8, ptr %599, i64 192
-  %601 = load <16 x i32>, ptr %600, align 4, !tbaa !5
-  %602 = and <16 x i32> %601, %100
-  %603 = getelementptr inbounds nuw i8, ptr %515, i64 960
-  store <16 x i32> %602, ptr %603, align 4, !tbaa !5
-  %604 = getelementptr inbounds nuw i8, ptr %510, i64 16
-  %605 = load i64, ptr %604, align 8, !tbaa !5
-  %606 = getelementptr inbounds i32, ptr %key_cache, i64 %605
-  %607 = load <16 x i32>, ptr %606, align 4, !tbaa !5
-  %608 = shl <16 x i32> %607, splat (i32 16)
-  %609 = getelementptr inbounds nuw i8, ptr %515, i64 1024
-  store <16 x i32> %608, ptr %609, align 4, !tbaa !5
-  %610 = load i64, ptr %604, align 8, !tbaa !5
-  %611 = getelementptr inbounds i32, ptr %key_cache, i64 %610
+  %574 = load i64, ptr %568, align 8, !tbaa !5
+  %575 = getelementptr inbounds i32, ptr %key_cache, i64 %574
+  %576 = load <16 x i32>, ptr %575, align 4, !tbaa !5
+  %577 = and <16 x i32> %576, %107
+  %578 = getelementptr inbounds nuw i8, ptr %526, i64 576
+  store <16 x i32> %577, ptr %578, align 4, !tbaa !5
+  %579 = load i64, ptr %568, align 8, !tbaa !5
+  %580 = getelementptr i32, ptr %key_cache, i64 %579
+  %581 = getelementptr i8, ptr %580, i64 64
+  %582 = load <16 x i32>, ptr %581, align 4, !tbaa !5
+  %583 = shl <16 x i32> %582, splat (i32 16)
+  %584 = getelementptr inbounds nuw i8, ptr %526, i64 640
+  store <16 x i32> %583, ptr %584, align 4, !tbaa !5
+  %585 = load i64, ptr %568, align 8, !tbaa !5
+  %586 = getelementptr i32, ptr %key_cache, i64 %585
+  %587 = getelementptr i8, ptr %586, i64 64
+  %588 = load <16 x i32>, ptr %587, align 4, !tbaa !5
+  %589 = and <16 x i32> %588, %107
+  %590 = getelementptr inbounds nuw i8, ptr %526, i64 704
+  store <16 x i32> %589, ptr %590, align 4, !tbaa !5
+  %591 = load i64, ptr %568, align 8, !tbaa !5
+  %592 = getelementptr i32, ptr %key_cache, i64 %591
+  %593 = getelementptr i8, ptr %592, i64 128
+  %594 = load <16 x i32>, ptr %593, align 4, !tbaa !5
+  %595 = shl <16 x i32> %594, splat (i32 16)
+  %596 = getelementptr inbounds nuw i8, ptr %526, i64 768
+  store <16 x i32> %595, ptr %596, align 4, !tbaa !5
+  %597 = load i64, ptr %568, align 8, !tbaa !5
+  %598 = getelementptr i32, ptr %key_cache, i64 %597
+  %599 = getelementptr i8, ptr %598, i64 128
+  %600 = load <16 x i32>, ptr %599, align 4, !tbaa !5
+  %601 = and <16 x i32> %600, %107
+  %602 = getelementptr inbounds nuw i8, ptr %526, i64 832
+  store <16 x i32> %601, ptr %602, align 4, !tbaa !5
+  %603 = load i64, ptr %568, align 8, !tbaa !5
+  %604 = getelementptr i32, ptr %key_cache, i64 %603
+  %605 = getelementptr i8, ptr %604, i64 192
+  %606 = load <16 x i32>, ptr %605, align 4, !tbaa !5
+  %607 = shl <16 x i32> %606, splat (i32 16)
+  %608 = getelementptr inbounds nuw i8, ptr %526, i64 896
+  store <16 x i32> %607, ptr %608, align 4, !tbaa !5
+  %609 = load i64, ptr %568, align 8, !tbaa !5
+  %610 = getelementptr i32, ptr %key_cache, i64 %609
+  %611 = getelementptr i8, ptr %610, i64 192
   %612 = load <16 x i32>, ptr %611, align 4, !tbaa !5
-  %613 = and <16 x i32> %612, %100
-  %614 = getelementptr inbounds nuw i8, ptr %515, i64 1088
+  %613 = and <16 x i32> %612, %107
+  %614 = getelementptr inbounds nuw i8, ptr %526, i64 960
   store <16 x i32> %613, ptr %614, align 4, !tbaa !5
-  %615 = load i64, ptr %604, align 8, !tbaa !5
-  %616 = getelementptr i32, ptr %key_cache, i64 %615
-  %617 = getelementptr i8, ptr %616, i64 64
+  %615 = getelementptr inbounds nuw i8, ptr %521, i64 16
+  %616 = load i64, ptr %615, align 8, !tbaa !5
+  %617 = getelementptr inbounds i32, ptr %key_cache, i64 %616
   %618 = load <16 x i32>, ptr %617, align 4, !tbaa !5
   %619 = shl <16 x i32> %618, splat (i32 16)
-  %620 = getelementptr inbounds nuw i8, ptr %515, i64 1152
+  %620 = getelementptr inbounds nuw i8, ptr %526, i64 1024
   store <16 x i32> %619, ptr %620, align 4, !tbaa !5
-  %621 = load i64, ptr %604, align 8, !tbaa !5
-  %622 = getelementptr i32, ptr %key_cache, i64 %621
-  %623 = getelementptr i8, ptr %622, i64 64
-  %624 = load <16 x i32>, ptr %623, align 4, !tbaa !5
-  %625 = and <16 x i32> %624, %100
-  %626 = getelementptr inbounds nuw i8, ptr %515, i64 1216
-  store <16 x i32> %625, ptr %626, align 4, !tbaa !5
-  %627 = load i64, ptr %604, align 8, !tbaa !5
-  %628 = getelementptr i32, ptr %key_cache, i64 %627
-  %629 = getelementptr i8, ptr %628, i64 128
-  %630 = load <16 x i32>, ptr %629, align 4, !tbaa !5
-  %631 = shl <16 x i32> %630, splat (i32 16)
-  %632 = getelementptr inbounds nuw i8, ptr %515, i64 1280
-  store <16 x i32> %631, ptr %632, align 4, !tbaa !5
-  %633 = load i64, ptr %604, align 8, !tbaa !5
-  %634 = getelementptr i32, ptr %key_cache, i64 %633
-  %635 = getelementptr i8, ptr %634, i64 128
-  %636 = load <16 x i32>, ptr %635, align 4, !tbaa !5
-  %637 = and <16 x i32> %636, %100
-  %638 = getelementptr inbounds nuw i8, ptr %515, i64 1344
-  store <16 x i32> %637, ptr %638, align 4, !tbaa !5
-  %639 = load i64, ptr %604, align 8, !tbaa !5
-  %640 = getelementptr i32, ptr %key_cache, i64 %639
-  %641 = getelementptr i8, ptr %640, i64 192
-  %642 = load <16 x i32>, ptr %641, align 4, !tbaa !5
-  %643 = shl <16 x i32> %642, splat (i32 16)
-  %644 = getelementptr inbounds nuw i8, ptr %515, i64 1408
-  store <16 x i32> %643, ptr %644, align 4, !tbaa !5
-  %645 = load i64, ptr %604, align 8, !tbaa !5
-  %646 = getelementptr i32, ptr %key_cache, i64 %645
-  %647 = getelementptr i8, ptr %646, i64 192
-  %648 = load <16 x i32>, ptr %647, align 4, !tbaa !5
-  %649 = and <16 x i32> %648, %100
-  %650 = getelementptr inbounds nuw i8, ptr %515, i64 1472
-  store <16 x i32> %649, ptr %650, align 4, !tbaa !5
-  %651 = getelementptr inbounds nuw i8, ptr %510, i64 24
-  %652 = load i64, ptr %651, align 8, !tbaa !5
-  %653 = getelementptr inbounds i32, ptr %key_cache, i64 %652
-  %654 = load <16 x i32>, ptr %653, align 4, !tbaa !5
-  %655 = shl <16 x i32> %654, splat (i32 16)
-  %656 = getelementptr inbounds nuw i8, ptr %515, i64 1536
-  store <16 x i32> %655, ptr %656, align 4, !tbaa !5
-  %657 = load i64, ptr %651, align 8, !tbaa !5
-  %658 = getelementptr inbounds i32, ptr %key_cache, i64 %657
+  %621 = load i64, ptr %615, align 8, !tbaa !5
+  %622 = getelementptr inbounds i32, ptr %key_cache, i64 %621
+  %623 = load <16 x i32>, ptr %622, align 4, !tbaa !5
+  %624 = and <16 x i32> %623, %107
+  %625 = getelementptr inbounds nuw i8, ptr %526, i64 1088
+  store <16 x i32> %624, ptr %625, align 4, !tbaa !5
+  %626 = load i64, ptr %615, align 8, !tbaa !5
+  %627 = getelementptr i32, ptr %key_cache, i64 %626
+  %628 = getelementptr i8, ptr %627, i64 64
+  %629 = load <16 x i32>, ptr %628, align 4, !tbaa !5
+  %630 = shl <16 x i32> %629, splat (i32 16)
+  %631 = getelementptr inbounds nuw i8, ptr %526, i64 1152
+  store <16 x i32> %630, ptr %631, align 4, !tbaa !5
+  %632 = load i64, ptr %615, align 8, !tbaa !5
+  %633 = getelementptr i32, ptr %key_cache, i64 %632
+  %634 = getelementptr i8, ptr %633, i64 64
+  %635 = load <16 x i32>, ptr %634, align 4, !tbaa !5
+  %636 = and <16 x i32> %635, %107
+  %637 = getelementptr inbounds nuw i8, ptr %526, i64 1216
+  store <16 x i32> %636, ptr %637, align 4, !tbaa !5
+  %638 = load i64, ptr %615, align 8, !tbaa !5
+  %639 = getelementptr i32, ptr %key_cache, i64 %638
+  %640 = getelementptr i8, ptr %639, i64 128
+  %641 = load <16 x i32>, ptr %640, align 4, !tbaa !5
+  %642 = shl <16 x i32> %641, splat (i32 16)
+  %643 = getelementptr inbounds nuw i8, ptr %526, i64 1280
+  store <16 x i32> %642, ptr %643, align 4, !tbaa !5
+  %644 = load i64, ptr %615, align 8, !tbaa !5
+  %645 = getelementptr i32, ptr %key_cache, i64 %644
+  %646 = getelementptr i8, ptr %645, i64 128
+  %647 = load <16 x i32>, ptr %646, align 4, !tbaa !5
+  %648 = and <16 x i32> %647, %107
+  %649 = getelementptr inbounds nuw i8, ptr %526, i64 1344
+  store <16 x i32> %648, ptr %649, align 4, !tbaa !5
+  %650 = load i64, ptr %615, align 8, !tbaa !5
+  %651 = getelementptr i32, ptr %key_cache, i64 %650
+  %652 = getelementptr i8, ptr %651, i64 192
+  %653 = load <16 x i32>, ptr %652, align 4, !tbaa !5
+  %654 = shl <16 x i32> %653, splat (i32 16)
+  %655 = getelementptr inbounds nuw i8, ptr %526, i64 1408
+  store <16 x i32> %654, ptr %655, align 4, !tbaa !5
+  %656 = load i64, ptr %615, align 8, !tbaa !5
+  %657 = getelementptr i32, ptr %key_cache, i64 %656
+  %658 = getelementptr i8, ptr %657, i64 192
   %659 = load <16 x i32>, ptr %658, align 4, !tbaa !5
-  %660 = and <16 x i32> %659, %100
-  %661 = getelementptr inbounds nuw i8, ptr %515, i64 1600
+  %660 = and <16 x i32> %659, %107
+  %661 = getelementptr inbounds nuw i8, ptr %526, i64 1472
   store <16 x i32> %660, ptr %661, align 4, !tbaa !5
-  %662 = load i64, ptr %651, align 8, !tbaa !5
-  %663 = getelementptr i32, ptr %key_cache, i64 %662
-  %664 = getelementptr i8, ptr %663, i64 64
+  %662 = getelementptr inbounds nuw i8, ptr %521, i64 24
+  %663 = load i64, ptr %662, align 8, !tbaa !5
+  %664 = getelementptr inbounds i32, ptr %key_cache, i64 %663
   %665 = load <16 x i32>, ptr %664, align 4, !tbaa !5
   %666 = shl <16 x i32> %665, splat (i32 16)
-  %667 = getelementptr inbounds nuw i8, ptr %515, i64 1664
+  %667 = getelementptr inbounds nuw i8, ptr %526, i64 1536
   store <16 x i32> %666, ptr %667, align 4, !tbaa !5
-  %668 = load i64, ptr %651, align 8, !tbaa !5
-  %669 = getelementptr i32, ptr %key_cache, i64 %668
-  %670 = getelementptr i8, ptr %669, i64 64
-  %671 = load <16 x i32>, ptr %670, align 4, !tbaa !5
-  %672 = and <16 x i32> %671, %100
-  %673 = getelementptr inbounds nuw i8, ptr %515, i64 1728
-  store <16 x i32> %672, ptr %673, align 4, !tbaa !5
-  %674 = load i64, ptr %651, align 8, !tbaa !5
-  %675 = getelementptr i32, ptr %key_cache, i64 %674
-  %676 = getelementptr i8, ptr %675, i64 128
-  %677 = load <16 x i32>, ptr %676, align 4, !tbaa !5
-  %678 = shl <16 x i32> %677, splat (i32 16)
-  %679 = getelementptr inbounds nuw i8, ptr %515, i64 1792
-  store <16 x i32> %678, ptr %679, align 4, !tbaa !5
-  %680 = load i64, ptr %651, align 8, !tbaa !5
-  %681 = getelementptr i32, ptr %key_cache, i64 %680
-  %682 = getelementptr i8, ptr %681, i64 128
-  %683 = load <16 x i32>, ptr %682, align 4, !tbaa !5
-  %684 = and <16 x i32> %683, %100
-  %685 = getelementptr inbounds nuw i8, ptr %515, i64 1856
-  store <16 x i32> %684, ptr %685, align 4, !tbaa !5
-  %686 = load i64, ptr %651, align 8, !tbaa !5
-  %687 = getelementptr i32, ptr %key_cache, i64 %686
-  %688 = getelementptr i8, ptr %687, i64 192
-  %689 = load <16 x i32>, ptr %688, align 4, !tbaa !5
-  %690 = shl <16 x i32> %689, splat (i32 16)
-  %691 = getelementptr inbounds nuw i8, ptr %515, i64 1920
-  store <16 x i32> %690, ptr %691, align 4, !tbaa !5
-  %692 = load i64, ptr %651, align 8, !tbaa !5
-  %693 = getelementptr i32, ptr %key_cache, i64 %692
-  %694 = getelementptr i8, ptr %693, i64 192
-  %695 = load <16 x i32>, ptr %694, align 4, !tbaa !5
-  %696 = and <16 x i32> %695, %100
-  %697 = getelementptr inbounds nuw i8, ptr %515, i64 1984
-  store <16 x i32> %696, ptr %697, align 4, !tbaa !5
-  %698 = getelementptr inbounds nuw i8, ptr %510, i64 32
-  %699 = load i64, ptr %698, align 8, !tbaa !5
-  %700 = getelementptr inbounds i32, ptr %key_cache, i64 %699
-  %701 = load <16 x i32>, ptr %700, align 4, !tbaa !5
-  %702 = shl <16 x i32> %701, splat (i32 16)
-  %703 = getelementptr inbounds nuw i8, ptr %515, i64 2048
-  store <16 x i32> %702, ptr %703, align 4, !tbaa !5
-  %704 = load i64, ptr %698, align 8, !tbaa !5
-  %705 = getelementptr inbounds i32, ptr %key_cache, i64 %704
+  %668 = load i64, ptr %662, align 8, !tbaa !5
+  %669 = getelementptr inbounds i32, ptr %key_cache, i64 %668
+  %670 = load <16 x i32>, ptr %669, align 4, !tbaa !5
+  %671 = and <16 x i32> %670, %107
+  %672 = getelementptr inbounds nuw i8, ptr %526, i64 1600
+  store <16 x i32> %671, ptr %672, align 4, !tbaa !5
+  %673 = load i64, ptr %662, align 8, !tbaa !5
+  %674 = getelementptr i32, ptr %key_cache, i64 %673
+  %675 = getelementptr i8, ptr %674, i64 64
+  %676 = load <16 x i32>, ptr %675, align 4, !tbaa !5
+  %677 = shl <16 x i32> %676, splat (i32 16)
+  %678 = getelementptr inbounds nuw i8, ptr %526, i64 1664
+  store <16 x i32> %677, ptr %678, align 4, !tbaa !5
+  %679 = load i64, ptr %662, align 8, !tbaa !5
+  %680 = getelementptr i32, ptr %key_cache, i64 %679
+  %681 = getelementptr i8, ptr %680, i64 64
+  %682 = load <16 x i32>, ptr %681, align 4, !tbaa !5
+  %683 = and <16 x i32> %682, %107
+  %684 = getelementptr inbounds nuw i8, ptr %526, i64 1728
+  store <16 x i32> %683, ptr %684, align 4, !tbaa !5
+  %685 = load i64, ptr %662, align 8, !tbaa !5
+  %686 = getelementptr i32, ptr %key_cache, i64 %685
+  %687 = getelementptr i8, ptr %686, i64 128
+  %688 = load <16 x i32>, ptr %687, align 4, !tbaa !5
+  %689 = shl <16 x i32> %688, splat (i32 16)
+  %690 = getelementptr inbounds nuw i8, ptr %526, i64 1792
+  store <16 x i32> %689, ptr %690, align 4, !tbaa !5
+  %691 = load i64, ptr %662, align 8, !tbaa !5
+  %692 = getelementptr i32, ptr %key_cache, i64 %691
+  %693 = getelementptr i8, ptr %692, i64 128
+  %694 = load <16 x i32>, ptr %693, align 4, !tbaa !5
+  %695 = and <16 x i32> %694, %107
+  %696 = getelementptr inbounds nuw i8, ptr %526, i64 1856
+  store <16 x i32> %695, ptr %696, align 4, !tbaa !5
+  %697 = load i64, ptr %662, align 8, !tbaa !5
+  %698 = getelementptr i32, ptr %key_cache, i64 %697
+  %699 = getelementptr i8, ptr %698, i64 192
+  %700 = load <16 x i32>, ptr %699, align 4, !tbaa !5
+  %701 = shl <16 x i32> %700, splat (i32 16)
+  %702 = getelementptr inbounds nuw i8, ptr %526, i64 1920
+  store <16 x i32> %701, ptr %702, align 4, !tbaa !5
+  %703 = load i64, ptr %662, align 8, !tbaa !5
+  %704 = getelementptr i32, ptr %key_cache, i64 %703
+  %705 = getelementptr i8, ptr %704, i64 192
   %706 = load <16 x i32>, ptr %705, align 4, !tbaa !5
-  %707 = and <16 x i32> %706, %100
-  %708 = getelementptr inbounds nuw i8, ptr %515, i64 2112
+  %707 = and <16 x i32> %706, %107
+  %708 = getelementptr inbounds nuw i8, ptr %526, i64 1984
   store <16 x i32> %707, ptr %708, align 4, !tbaa !5
-  %709 = load i64, ptr %698, align 8, !tbaa !5
-  %710 = getelementptr i32, ptr %key_cache, i64 %709
-  %711 = getelementptr i8, ptr %710, i64 64
+  %709 = getelementptr inbounds nuw i8, ptr %521, i64 32
+  %710 = load i64, ptr %709, align 8, !tbaa !5
+  %711 = getelementptr inbounds i32, ptr %key_cache, i64 %710
   %712 = load <16 x i32>, ptr %711, align 4, !tbaa !5
   %713 = shl <16 x i32> %712, splat (i32 16)
-  %714 = getelementptr inbounds nuw i8, ptr %515, i64 2176
+  %714 = getelementptr inbounds nuw i8, ptr %526, i64 2048
   store <16 x i32> %713, ptr %714, align 4, !tbaa !5
-  %715 = load i64, ptr %698, align 8, !tbaa !5
-  %716 = getelementptr i32, ptr %key_cache, i64 %715
-  %717 = getelementptr i8, ptr %716, i64 64
-  %718 = load <16 x i32>, ptr %717, align 4, !tbaa !5
-  %719 = and <16 x i32> %718, %100
-  %720 = getelementptr inbounds nuw i8, ptr %515, i64 2240
-  store <16 x i32> %719, ptr %720, align 4, !tbaa !5
-  %721 = load i64, ptr %698, align 8, !tbaa !5
-  %722 = getelementptr i32, ptr %key_cache, i64 %721
-  %723 = getelementptr i8, ptr %722, i64 128
-  %724 = load <16 x i32>, ptr %723, align 4, !tbaa !5
-  %725 = shl <16 x i32> %724, splat (i32 16)
-  %726 = getelementptr inbounds nuw i8, ptr %515, i64 2304
-  store <16 x i32> %725, ptr %726, align 4, !tbaa !5
-  %727 = load i64, ptr %698, align 8, !tbaa !5
-  %728 = getelementptr i32, ptr %key_cache, i64 %727
-  %729 = getelementptr i8, ptr %728, i64 128
-  %730 = load <16 x i32>, ptr %729, align 4, !tbaa !5
-  %731 = and <16 x i32> %730, %100
-  %732 = getelementptr inbounds nuw i8, ptr %515, i64 2368
-  store <16 x i32> %731, ptr %732, align 4, !tbaa !5
-  %733 = load i64, ptr %698, align 8, !tbaa !5
-  %734 = getelementptr i32, ptr %key_cache, i64 %733
-  %735 = getelementptr i8, ptr %734, i64 192
-  %736 = load <16 x i32>, ptr %735, align 4, !tbaa !5
-  %737 = shl <16 x i32> %736, splat (i32 16)
-  %738 = getelementptr inbounds nuw i8, ptr %515, i64 2432
-  store <16 x i32> %737, ptr %738, align 4, !tbaa !5
-  %739 = load i64, ptr %698, align 8, !tbaa !5
-  %740 = getelementptr i32, ptr %key_cache, i64 %739
-  %741 = getelementptr i8, ptr %740, i64 192
-  %742 = load <16 x i32>, ptr %741, align 4, !tbaa !5
-  %743 = and <16 x i32> %742, %100
-  %744 = getelementptr inbounds nuw i8, ptr %515, i64 2496
-  store <16 x i32> %743, ptr %744, align 4, !tbaa !5
-  %745 = getelementptr inbounds nuw i8, ptr %510, i64 40
-  %746 = load i64, ptr %745, align 8, !tbaa !5
-  %747 = getelementptr inbounds i32, ptr %key_cache, i64 %746
-  %748 = load <16 x i32>, ptr %747, align 4, !tbaa !5
-  %749 = shl <16 x i32> %748, splat (i32 16)
-  %750 = getelementptr inbounds nuw i8, ptr %515, i64 2560
-  store <16 x i32> %749, ptr %750, align 4, !tbaa !5
-  %751 = load i64, ptr %745, align 8, !tbaa !5
-  %752 = getelementptr inbounds i32, ptr %key_cache, i64 %751
+  %715 = load i64, ptr %709, align 8, !tbaa !5
+  %716 = getelementptr inbounds i32, ptr %key_cache, i64 %715
+  %717 = load <16 x i32>, ptr %716, align 4, !tbaa !5
+  %718 = and <16 x i32> %717, %107
+  %719 = getelementptr inbounds nuw i8, ptr %526, i64 2112
+  store <16 x i32> %718, ptr %719, align 4, !tbaa !5
+  %720 = load i64, ptr %709, align 8, !tbaa !5
+  %721 = getelementptr i32, ptr %key_cache, i64 %720
+  %722 = getelementptr i8, ptr %721, i64 64
+  %723 = load <16 x i32>, ptr %722, align 4, !tbaa !5
+  %724 = shl <16 x i32> %723, splat (i32 16)
+  %725 = getelementptr inbounds nuw i8, ptr %526, i64 2176
+  store <16 x i32> %724, ptr %725, align 4, !tbaa !5
+  %726 = load i64, ptr %709, align 8, !tbaa !5
+  %727 = getelementptr i32, ptr %key_cache, i64 %726
+  %728 = getelementptr i8, ptr %727, i64 64
+  %729 = load <16 x i32>, ptr %728, align 4, !tbaa !5
+  %730 = and <16 x i32> %729, %107
+  %731 = getelementptr inbounds nuw i8, ptr %526, i64 2240
+  store <16 x i32> %730, ptr %731, align 4, !tbaa !5
+  %732 = load i64, ptr %709, align 8, !tbaa !5
+  %733 = getelementptr i32, ptr %key_cache, i64 %732
+  %734 = getelementptr i8, ptr %733, i64 128
+  %735 = load <16 x i32>, ptr %734, align 4, !tbaa !5
+  %736 = shl <16 x i32> %735, splat (i32 16)
+  %737 = getelementptr inbounds nuw i8, ptr %526, i64 2304
+  store <16 x i32> %736, ptr %737, align 4, !tbaa !5
+  %738 = load i64, ptr %709, align 8, !tbaa !5
+  %739 = getelementptr i32, ptr %key_cache, i64 %738
+  %740 = getelementptr i8, ptr %739, i64 128
+  %741 = load <16 x i32>, ptr %740, align 4, !tbaa !5
+  %742 = and <16 x i32> %741, %107
+  %743 = getelementptr inbounds nuw i8, ptr %526, i64 2368
+  store <16 x i32> %742, ptr %743, align 4, !tbaa !5
+  %744 = load i64, ptr %709, align 8, !tbaa !5
+  %745 = getelementptr i32, ptr %key_cache, i64 %744
+  %746 = getelementptr i8, ptr %745, i64 192
+  %747 = load <16 x i32>, ptr %746, align 4, !tbaa !5
+  %748 = shl <16 x i32> %747, splat (i32 16)
+  %749 = getelementptr inbounds nuw i8, ptr %526, i64 2432
+  store <16 x i32> %748, ptr %749, align 4, !tbaa !5
+  %750 = load i64, ptr %709, align 8, !tbaa !5
+  %751 = getelementptr i32, ptr %key_cache, i64 %750
+  %752 = getelementptr i8, ptr %751, i64 192
   %753 = load <16 x i32>, ptr %752, align 4, !tbaa !5
-  %754 = and <16 x i32> %753, %100
-  %755 = getelementptr inbounds nuw i8, ptr %515, i64 2624
+  %754 = and <16 x i32> %753, %107
+  %755 = getelementptr inbounds nuw i8, ptr %526, i64 2496
   store <16 x i32> %754, ptr %755, align 4, !tbaa !5
-  %756 = load i64, ptr %745, align 8, !tbaa !5
-  %757 = getelementptr i32, ptr %key_cache, i64 %756
-  %758 = getelementptr i8, ptr %757, i64 64
+  %756 = getelementptr inbounds nuw i8, ptr %521, i64 40
+  %757 = load i64, ptr %756, align 8, !tbaa !5
+  %758 = getelementptr inbounds i32, ptr %key_cache, i64 %757
   %759 = load <16 x i32>, ptr %758, align 4, !tbaa !5
   %760 = shl <16 x i32> %759, splat (i32 16)
-  %761 = getelementptr inbounds nuw i8, ptr %515, i64 2688
+  %761 = getelementptr inbounds nuw i8, ptr %526, i64 2560
   store <16 x i32> %760, ptr %761, align 4, !tbaa !5
-  %762 = load i64, ptr %745, align 8, !tbaa !5
-  %763 = getelementptr i32, ptr %key_cache, i64 %762
-  %764 = getelementptr i8, ptr %763, i64 64
-  %765 = load <16 x i32>, ptr %764, align 4, !tbaa !5
-  %766 = and <16 x i32> %765, %100
-  %767 = getelementptr inbounds nuw i8, ptr %515, i64 2752
-  store <16 x i32> %766, ptr %767, align 4, !tbaa !5
-  %768 = load i64, ptr %745, align 8, !tbaa !5
-  %769 = getelementptr i32, ptr %key_cache, i64 %768
-  %770 = getelementptr i8, ptr %769, i64 128
-  %771 = load <16 x i32>, ptr %770, align 4, !tbaa !5
-  %772 = shl <16 x i32> %771, splat (i32 16)
-  %773 = getelementptr inbounds nuw i8, ptr %515, i64 2816
-  store <16 x i32> %772, ptr %773, align 4, !tbaa !5
-  %774 = load i64, ptr %745, align 8, !tbaa !5
-  %775 = getelementptr i32, ptr %key_cache, i64 %774
-  %776 = getelementptr i8, ptr %775, i64 128
-  %777 = load <16 x i32>, ptr %776, align 4, !tbaa !5
-  %778 = and <16 x i32> %777, %100
-  %779 = getelementptr inbounds nuw i8, ptr %515, i64 2880
-  store <16 x i32> %778, ptr %779, align 4, !tbaa !5
-  %780 = load i64, ptr %745, align 8, !tbaa !5
-  %781 = getelementptr i32, ptr %key_cache, i64 %780
-  %782 = getelementptr i8, ptr %781, i64 192
-  %783 = load <16 x i32>, ptr %782, align 4, !tbaa !5
-  %784 = shl <16 x i32> %783, splat (i32 16)
-  %785 = getelementptr inbounds nuw i8, ptr %515, i64 2944
-  store <16 x i32> %784, ptr %785, align 4, !tbaa !5
-  %786 = load i64, ptr %745, align 8, !tbaa !5
-  %787 = getelementptr i32, ptr %key_cache, i64 %786
-  %788 = getelementptr i8, ptr %787, i64 192
-  %789 = load <16 x i32>, ptr %788, align 4, !tbaa !5
-  %790 = and <16 x i32> %789, %100
-  %791 = getelementptr inbounds nuw i8, ptr %515, i64 3008
-  store <16 x i32> %790, ptr %791, align 4, !tbaa !5
-  %792 = getelementptr inbounds nuw i8, ptr %510, i64 48
-  %793 = load i64, ptr %792, align 8, !tbaa !5
-  %794 = getelementptr inbounds i32, ptr %key_cache, i64 %793
-  %795 = load <16 x i32>, ptr %794, align 4, !tbaa !5
-  %796 = shl <16 x i32> %795, splat (i32 16)
-  %797 = getelementptr inbounds nuw i8, ptr %515, i64 3072
-  store <16 x i32> %796, ptr %797, align 4, !tbaa !5
-  %798 = load i64, ptr %792, align 8, !tbaa !5
-  %799 = getelementptr inbounds i32, ptr %key_cache, i64 %798
+  %762 = load i64, ptr %756, align 8, !tbaa !5
+  %763 = getelementptr inbounds i32, ptr %key_cache, i64 %762
+  %764 = load <16 x i32>, ptr %763, align 4, !tbaa !5
+  %765 = and <16 x i32> %764, %107
+  %766 = getelementptr inbounds nuw i8, ptr %526, i64 2624
+  store <16 x i32> %765, ptr %766, align 4, !tbaa !5
+  %767 = load i64, ptr %756, align 8, !tbaa !5
+  %768 = getelementptr i32, ptr %key_cache, i64 %767
+  %769 = getelementptr i8, ptr %768, i64 64
+  %770 = load <16 x i32>, ptr %769, align 4, !tbaa !5
+  %771 = shl <16 x i32> %770, splat (i32 16)
+  %772 = getelementptr inbounds nuw i8, ptr %526, i64 2688
+  store <16 x i32> %771, ptr %772, align 4, !tbaa !5
+  %773 = load i64, ptr %756, align 8, !tbaa !5
+  %774 = getelementptr i32, ptr %key_cache, i64 %773
+  %775 = getelementptr i8, ptr %774, i64 64
+  %776 = load <16 x i32>, ptr %775, align 4, !tbaa !5
+  %777 = and <16 x i32> %776, %107
+  %778 = getelementptr inbounds nuw i8, ptr %526, i64 2752
+  store <16 x i32> %777, ptr %778, align 4, !tbaa !5
+  %779 = load i64, ptr %756, align 8, !tbaa !5
+  %780 = getelementptr i32, ptr %key_cache, i64 %779
+  %781 = getelementptr i8, ptr %780, i64 128
+  %782 = load <16 x i32>, ptr %781, align 4, !tbaa !5
+  %783 = shl <16 x i32> %782, splat (i32 16)
+  %784 = getelementptr inbounds nuw i8, ptr %526, i64 2816
+  store <16 x i32> %783, ptr %784, align 4, !tbaa !5
+  %785 = load i64, ptr %756, align 8, !tbaa !5
+  %786 = getelementptr i32, ptr %key_cache, i64 %785
+  %787 = getelementptr i8, ptr %786, i64 128
+  %788 = load <16 x i32>, ptr %787, align 4, !tbaa !5
+  %789 = and <16 x i32> %788, %107
+  %790 = getelementptr inbounds nuw i8, ptr %526, i64 2880
+  store <16 x i32> %789, ptr %790, align 4, !tbaa !5
+  %791 = load i64, ptr %756, align 8, !tbaa !5
+  %792 = getelementptr i32, ptr %key_cache, i64 %791
+  %793 = getelementptr i8, ptr %792, i64 192
+  %794 = load <16 x i32>, ptr %793, align 4, !tbaa !5
+  %795 = shl <16 x i32> %794, splat (i32 16)
+  %796 = getelementptr inbounds nuw i8, ptr %526, i64 2944
+  store <16 x i32> %795, ptr %796, align 4, !tbaa !5
+  %797 = load i64, ptr %756, align 8, !tbaa !5
+  %798 = getelementptr i32, ptr %key_cache, i64 %797
+  %799 = getelementptr i8, ptr %798, i64 192
   %800 = load <16 x i32>, ptr %799, align 4, !tbaa !5
-  %801 = and <16 x i32> %800, %100
-  %802 = getelementptr inbounds nuw i8, ptr %515, i64 3136
+  %801 = and <16 x i32> %800, %107
+  %802 = getelementptr inbounds nuw i8, ptr %526, i64 3008
   store <16 x i32> %801, ptr %802, align 4, !tbaa !5
-  %803 = load i64, ptr %792, align 8, !tbaa !5
-  %804 = getelementptr i32, ptr %key_cache, i64 %803
-  %805 = getelementptr i8, ptr %804, i64 64
+  %803 = getelementptr inbounds nuw i8, ptr %521, i64 48
+  %804 = load i64, ptr %803, align 8, !tbaa !5
+  %805 = getelementptr inbounds i32, ptr %key_cache, i64 %804
   %806 = load <16 x i32>, ptr %805, align 4, !tbaa !5
   %807 = shl <16 x i32> %806, splat (i32 16)
-  %808 = getelementptr inbounds nuw i8, ptr %515, i64 3200
+  %808 = getelementptr inbounds nuw i8, ptr %526, i64 3072
   store <16 x i32> %807, ptr %808, align 4, !tbaa !5
-  %809 = load i64, ptr %792, align 8, !tbaa !5
-  %810 = getelementptr i32, ptr %key_cache, i64 %809
-  %811 = getelementptr i8, ptr %810, i64 64
-  %812 = load <16 x i32>, ptr %811, align 4, !tbaa !5
-  %813 = and <16 x i32> %812, %100
-  %814 = getelementptr inbounds nuw i8, ptr %515, i64 3264
-  store <16 x i32> %813, ptr %814, align 4, !tbaa !5
-  %815 = load i64, ptr %792, align 8, !tbaa !5
-  %816 = getelementptr i32, ptr %key_cache, i64 %815
-  %817 = getelementptr i8, ptr %816, i64 128
-  %818 = load <16 x i32>, ptr %817, align 4, !tbaa !5
-  %819 = shl <16 x i32> %818, splat (i32 16)
-  %820 = getelementptr inbounds nuw i8, ptr %515, i64 3328
-  store <16 x i32> %819, ptr %820, align 4, !tbaa !5
-  %821 = load i64, ptr %792, align 8, !tbaa !5
-  %822 = getelementptr i32, ptr %key_cache, i64 %821
-  %823 = getelementptr i8, ptr %822, i64 128
-  %824 = load <16 x i32>, ptr %823, align 4, !tbaa !5
-  %825 = and <16 x i32> %824, %100
-  %826 = getelementptr inbounds nuw i8, ptr %515, i64 3392
-  store <16 x i32> %825, ptr %826, align 4, !tbaa !5
-  %827 = load i64, ptr %792, align 8, !tbaa !5
-  %828 = getelementptr i32, ptr %key_cache, i64 %827
-  %829 = getelementptr i8, ptr %828, i64 192
-  %830 = load <16 x i32>, ptr %829, align 4, !tbaa !5
-  %831 = shl <16 x i32> %830, splat (i32 16)
-  %832 = getelementptr inbounds nuw i8, ptr %515, i64 3456
-  store <16 x i32> %831, ptr %832, align 4, !tbaa !5
-  %833 = load i64, ptr %792, align 8, !tbaa !5
-  %834 = getelementptr i32, ptr %key_cache, i64 %833
-  %835 = getelementptr i8, ptr %834, i64 192
-  %836 = load <16 x i32>, ptr %835, align 4, !tbaa !5
-  %837 = and <16 x i32> %836, %100
-  %838 = getelementptr inbounds nuw i8, ptr %515, i64 3520
-  store <16 x i32> %837, ptr %838, align 4, !tbaa !5
-  %839 = getelementptr inbounds nuw i8, ptr %510, i64 56
-  %840 = load i64, ptr %839, align 8, !tbaa !5
-  %841 = getelementptr inbounds i32, ptr %key_cache, i64 %840
-  %842 = load <16 x i32>, ptr %841, align 4, !tbaa !5
-  %843 = shl <16 x i32> %842, splat (i32 16)
-  %844 = getelementptr inbounds nuw i8, ptr %515, i64 3584
-  store <16 x i32> %843, ptr %844, align 4, !tbaa !5
-  %845 = load i64, ptr %839, align 8, !tbaa !5
-  %846 = getelementptr inbounds i32, ptr %key_cache, i64 %845
+  %809 = load i64, ptr %803, align 8, !tbaa !5
+  %810 = getelementptr inbounds i32, ptr %key_cache, i64 %809
+  %811 = load <16 x i32>, ptr %810, align 4, !tbaa !5
+  %812 = and <16 x i32> %811, %107
+  %813 = getelementptr inbounds nuw i8, ptr %526, i64 3136
+  store <16 x i32> %812, ptr %813, align 4, !tbaa !5
+  %814 = load i64, ptr %803, align 8, !tbaa !5
+  %815 = getelementptr i32, ptr %key_cache, i64 %814
+  %816 = getelementptr i8, ptr %815, i64 64
+  %817 = load <16 x i32>, ptr %816, align 4, !tbaa !5
+  %818 = shl <16 x i32> %817, splat (i32 16)
+  %819 = getelementptr inbounds nuw i8, ptr %526, i64 3200
+  store <16 x i32> %818, ptr %819, align 4, !tbaa !5
+  %820 = load i64, ptr %803, align 8, !tbaa !5
+  %821 = getelementptr i32, ptr %key_cache, i64 %820
+  %822 = getelementptr i8, ptr %821, i64 64
+  %823 = load <16 x i32>, ptr %822, align 4, !tbaa !5
+  %824 = and <16 x i32> %823, %107
+  %825 = getelementptr inbounds nuw i8, ptr %526, i64 3264
+  store <16 x i32> %824, ptr %825, align 4, !tbaa !5
+  %826 = load i64, ptr %803, align 8, !tbaa !5
+  %827 = getelementptr i32, ptr %key_cache, i64 %826
+  %828 = getelementptr i8, ptr %827, i64 128
+  %829 = load <16 x i32>, ptr %828, align 4, !tbaa !5
+  %830 = shl <16 x i32> %829, splat (i32 16)
+  %831 = getelementptr inbounds nuw i8, ptr %526, i64 3328
+  store <16 x i32> %830, ptr %831, align 4, !tbaa !5
+  %832 = load i64, ptr %803, align 8, !tbaa !5
+  %833 = getelementptr i32, ptr %key_cache, i64 %832
+  %834 = getelementptr i8, ptr %833, i64 128
+  %835 = load <16 x i32>, ptr %834, align 4, !tbaa !5
+  %836 = and <16 x i32> %835, %107
+  %837 = getelementptr inbounds nuw i8, ptr %526, i64 3392
+  store <16 x i32> %836, ptr %837, align 4, !tbaa !5
+  %838 = load i64, ptr %803, align 8, !tbaa !5
+  %839 = getelementptr i32, ptr %key_cache, i64 %838
+  %840 = getelementptr i8, ptr %839, i64 192
+  %841 = load <16 x i32>, ptr %840, align 4, !tbaa !5
+  %842 = shl <16 x i32> %841, splat (i32 16)
+  %843 = getelementptr inbounds nuw i8, ptr %526, i64 3456
+  store <16 x i32> %842, ptr %843, align 4, !tbaa !5
+  %844 = load i64, ptr %803, align 8, !tbaa !5
+  %845 = getelementptr i32, ptr %key_cache, i64 %844
+  %846 = getelementptr i8, ptr %845, i64 192
   %847 = load <16 x i32>, ptr %846, align 4, !tbaa !5
-  %848 = and <16 x i32> %847, %100
-  %849 = getelementptr inbounds nuw i8, ptr %515, i64 3648
+  %848 = and <16 x i32> %847, %107
+  %849 = getelementptr inbounds nuw i8, ptr %526, i64 3520
   store <16 x i32> %848, ptr %849, align 4, !tbaa !5
-  %850 = load i64, ptr %839, align 8, !tbaa !5
-  %851 = getelementptr i32, ptr %key_cache, i64 %850
-  %852 = getelementptr i8, ptr %851, i64 64
+  %850 = getelementptr inbounds nuw i8, ptr %521, i64 56
+  %851 = load i64, ptr %850, align 8, !tbaa !5
+  %852 = getelementptr inbounds i32, ptr %key_cache, i64 %851
   %853 = load <16 x i32>, ptr %852, align 4, !tbaa !5
   %854 = shl <16 x i32> %853, splat (i32 16)
-  %855 = getelementptr inbounds nuw i8, ptr %515, i64 3712
+  %855 = getelementptr inbounds nuw i8, ptr %526, i64 3584
   store <16 x i32> %854, ptr %855, align 4, !tbaa !5
-  %856 = load i64, ptr %839, align 8, !tbaa !5
-  %857 = getelementptr i32, ptr %key_cache, i64 %856
-  %858 = getelementptr i8, ptr %857, i64 64
-  %859 = load <16 x i32>, ptr %858, align 4, !tbaa !5
-  %860 = and <16 x i32> %859, %100
-  %861 = getelementptr inbounds nuw i8, ptr %515, i64 3776
-  store <16 x i32> %860, ptr %861, align 4, !tbaa !5
-  %862 = load i64, ptr %839, align 8, !tbaa !5
-  %863 = getelementptr i32, ptr %key_cache, i64 %862
-  %864 = getelementptr i8, ptr %863, i64 128
-  %865 = load <16 x i32>, ptr %864, align 4, !tbaa !5
-  %866 = shl <16 x i32> %865, splat (i32 16)
-  %867 = getelementptr inbounds nuw i8, ptr %515, i64 3840
-  store <16 x i32> %866, ptr %867, align 4, !tbaa !5
-  %868 = load i64, ptr %839, align 8, !tbaa !5
-  %869 = getelementptr i32, ptr %key_cache, i64 %868
-  %870 = getelementptr i8, ptr %869, i64 128
-  %871 = load <16 x i32>, ptr %870, align 4, !tbaa !5
-  %872 = and <16 x i32> %871, %100
-  %873 = getelementptr inbounds nuw i8, ptr %515, i64 3904
-  store <16 x i32> %872, ptr %873, align 4, !tbaa !5
-  %874 = load i64, ptr %839, align 8, !tbaa !5
-  %875 = getelementptr i32, ptr %key_cache, i64 %874
-  %876 = getelementptr i8, ptr %875, i64 192
-  %877 = load <16 x i32>, ptr %876, align 4, !tbaa !5
-  %878 = shl <16 x i32> %877, splat (i32 16)
-  %879 = getelementptr inbounds nuw i8, ptr %515, i64 3968
-  store <16 x i32> %878, ptr %879, align 4, !tbaa !5
-  %880 = load i64, ptr %839, align 8, !tbaa !5
-  %881 = getelementptr i32, ptr %key_cache, i64 %880
-  %882 = getelementptr i8, ptr %881, i64 192
-  %883 = load <16 x i32>, ptr %882, align 4, !tbaa !5
-  %884 = and <16 x i32> %883, %100
-  %885 = getelementptr inbounds nuw i8, ptr %515, i64 4032
-  store <16 x i32> %884, ptr %885, align 4, !tbaa !5
-  %indvars.iv.next544.i = add nuw nsw i64 %indvars.iv543.i, 1
-  %exitcond547.not.i = icmp eq i64 %indvars.iv.next544.i, %wide.trip.count546.i
-  br i1 %exitcond547.not.i, label %for_begin_ti54.preheader.i, label %for_begin_ti.preheader.i, !prof !13
-
-for_begin_ti54.preheader.i:                       ; preds = %for_begin_ti54.preheader.i, %for_begin_ti.preheader.i
-  %indvars.iv552.i = phi i64 [ %indvars.iv.next553.i, %for_begin_ti54.preheader.i ], [ 0, %for_begin_ti.preheader.i ]
-  %.idx60 = shl nsw i64 %indvars.iv552.i, 6
-  %886 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx60
-  %887 = load i64, ptr %886, align 8, !tbaa !5
-  %888 = getelementptr inbounds i32, ptr %value_cache, i64 %887
-  %889 = load <16 x i32>, ptr %888, align 4, !tbaa !5
-  %890 = shl <16 x i32> %889, splat (i32 16)
-  %.idx61 = shl nsw i64 %indvars.iv552.i, 12
-  %891 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx61
-  store <16 x i32> %890, ptr %891, align 4, !tbaa !5
-  %892 = load i64, ptr %886, align 8, !tbaa !5
-  %893 = getelementptr inbounds i32, ptr %value_cache, i64 %892
+  %856 = load i64, ptr %850, align 8, !tbaa !5
+  %857 = getelementptr inbounds i32, ptr %key_cache, i64 %856
+  %858 = load <16 x i32>, ptr %857, align 4, !tbaa !5
+  %859 = and <16 x i32> %858, %107
+  %860 = getelementptr inbounds nuw i8, ptr %526, i64 3648
+  store <16 x i32> %859, ptr %860, align 4, !tbaa !5
+  %861 = load i64, ptr %850, align 8, !tbaa !5
+  %862 = getelementptr i32, ptr %key_cache, i64 %861
+  %863 = getelementptr i8, ptr %862, i64 64
+  %864 = load <16 x i32>, ptr %863, align 4, !tbaa !5
+  %865 = shl <16 x i32> %864, splat (i32 16)
+  %866 = getelementptr inbounds nuw i8, ptr %526, i64 3712
+  store <16 x i32> %865, ptr %866, align 4, !tbaa !5
+  %867 = load i64, ptr %850, align 8, !tbaa !5
+  %868 = getelementptr i32, ptr %key_cache, i64 %867
+  %869 = getelementptr i8, ptr %868, i64 64
+  %870 = load <16 x i32>, ptr %869, align 4, !tbaa !5
+  %871 = and <16 x i32> %870, %107
+  %872 = getelementptr inbounds nuw i8, ptr %526, i64 3776
+  store <16 x i32> %871, ptr %872, align 4, !tbaa !5
+  %873 = load i64, ptr %850, align 8, !tbaa !5
+  %874 = getelementptr i32, ptr %key_cache, i64 %873
+  %875 = getelementptr i8, ptr %874, i64 128
+  %876 = load <16 x i32>, ptr %875, align 4, !tbaa !5
+  %877 = shl <16 x i32> %876, splat (i32 16)
+  %878 = getelementptr inbounds nuw i8, ptr %526, i64 3840
+  store <16 x i32> %877, ptr %878, align 4, !tbaa !5
+  %879 = load i64, ptr %850, align 8, !tbaa !5
+  %880 = getelementptr i32, ptr %key_cache, i64 %879
+  %881 = getelementptr i8, ptr %880, i64 128
+  %882 = load <16 x i32>, ptr %881, align 4, !tbaa !5
+  %883 = and <16 x i32> %882, %107
+  %884 = getelementptr inbounds nuw i8, ptr %526, i64 3904
+  store <16 x i32> %883, ptr %884, align 4, !tbaa !5
+  %885 = load i64, ptr %850, align 8, !tbaa !5
+  %886 = getelementptr i32, ptr %key_cache, i64 %885
+  %887 = getelementptr i8, ptr %886, i64 192
+  %888 = load <16 x i32>, ptr %887, align 4, !tbaa !5
+  %889 = shl <16 x i32> %888, splat (i32 16)
+  %890 = getelementptr inbounds nuw i8, ptr %526, i64 3968
+  store <16 x i32> %889, ptr %890, align 4, !tbaa !5
+  %891 = load i64, ptr %850, align 8, !tbaa !5
+  %892 = getelementptr i32, ptr %key_cache, i64 %891
+  %893 = getelementptr i8, ptr %892, i64 192
   %894 = load <16 x i32>, ptr %893, align 4, !tbaa !5
-  %895 = and <16 x i32> %894, %100
-  %896 = getelementptr inbounds nuw i8, ptr %891, i64 64
+  %895 = and <16 x i32> %894, %107
+  %896 = getelementptr inbounds nuw i8, ptr %526, i64 4032
   store <16 x i32> %895, ptr %896, align 4, !tbaa !5
-  %897 = load i64, ptr %886, align 8, !tbaa !5
-  %898 = getelementptr i32, ptr %value_cache, i64 %897
-  %899 = getelementptr i8, ptr %898, i64 64
+  %indvars.iv.next550.i = add nuw nsw i64 %indvars.iv549.i, 1
+  %exitcond553.not.i = icmp eq i64 %indvars.iv.next550.i, %wide.trip.count552.i
+  br i1 %exitcond553.not.i, label %for_begin_ti56.preheader.i, label %for_begin_ti.preheader.i, !prof !13
+
+for_begin_ti56.preheader.i:                       ; preds = %for_begin_ti56.preheader.i, %for_begin_ti.preheader.i
+  %indvars.iv558.i = phi i64 [ %indvars.iv.next559.i, %for_begin_ti56.preheader.i ], [ 0, %for_begin_ti.preheader.i ]
+  %.idx66 = shl nsw i64 %indvars.iv558.i, 6
+  %897 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx66
+  %898 = load i64, ptr %897, align 8, !tbaa !5
+  %899 = getelementptr inbounds i32, ptr %value_cache, i64 %898
   %900 = load <16 x i32>, ptr %899, align 4, !tbaa !5
   %901 = shl <16 x i32> %900, splat (i32 16)
-  %902 = getelementptr inbounds nuw i8, ptr %891, i64 128
+  %.idx67 = shl nsw i64 %indvars.iv558.i, 12
+  %902 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx67
   store <16 x i32> %901, ptr %902, align 4, !tbaa !5
-  %903 = load i64, ptr %886, align 8, !tbaa !5
-  %904 = getelementptr i32, ptr %value_cache, i64 %903
-  %905 = getelementptr i8, ptr %904, i64 64
-  %906 = load <16 x i32>, ptr %905, align 4, !tbaa !5
-  %907 = and <16 x i32> %906, %100
-  %908 = getelementptr inbounds nuw i8, ptr %891, i64 192
-  store <16 x i32> %907, ptr %908, align 4, !tbaa !5
-  %909 = load i64, ptr %886, align 8, !tbaa !5
-  %910 = getelementptr i32, ptr %value_cache, i64 %909
-  %911 = getelementptr i8, ptr %910, i64 128
-  %912 = load <16 x i32>, ptr %911, align 4, !tbaa !5
-  %913 = shl <16 x i32> %912, splat (i32 16)
-  %914 = getelementptr inbounds nuw i8, ptr %891, i64 256
-  store <16 x i32> %913, ptr %914, align 4, !tbaa !5
-  %915 = load i64, ptr %886, align 8, !tbaa !5
-  %916 = getelementptr i32, ptr %value_cache, i64 %915
-  %917 = getelementptr i8, ptr %916, i64 128
-  %918 = load <16 x i32>, ptr %917, align 4, !tbaa !5
-  %919 = and <16 x i32> %918, %100
-  %920 = getelementptr inbounds nuw i8, ptr %891, i64 320
-  store <16 x i32> %919, ptr %920, align 4, !tbaa !5
-  %921 = load i64, ptr %886, align 8, !tbaa !5
-  %922 = getelementptr i32, ptr %value_cache, i64 %921
-  %923 = getelementptr i8, ptr %922, i64 192
-  %924 = load <16 x i32>, ptr %923, align 4, !tbaa !5
-  %925 = shl <16 x i32> %924, splat (i32 16)
-  %926 = getelementptr inbounds nuw i8, ptr %891, i64 384
-  store <16 x i32> %925, ptr %926, align 4, !tbaa !5
-  %927 = load i64, ptr %886, align 8, !tbaa !5
-  %928 = getelementptr i32, ptr %value_cache, i64 %927
-  %929 = getelementptr i8, ptr %928, i64 192
-  %930 = load <16 x i32>, ptr %929, align 4, !tbaa !5
-  %931 = and <16 x i32> %930, %100
-  %932 = getelementptr inbounds nuw i8, ptr %891, i64 448
-  store <16 x i32> %931, ptr %932, align 4, !tbaa !5
-  %933 = getelementptr inbounds nuw i8, ptr %886, i64 8
-  %934 = load i64, ptr %933, align 8, !tbaa !5
-  %935 = getelementptr inbounds i32, ptr %value_cache, i64 %934
-  %936 = load <16 x i32>, ptr %935, align 4, !tbaa !5
-  %937 = shl <16 x i32> %936, splat (i32 16)
-  %938 = getelementptr inbounds nuw i8, ptr %891, i64 512
-  store <16 x i32> %937, ptr %938, align 4, !tbaa !5
-  %939 = load i64, ptr %933, align 8, !tbaa !5
-  %940 = getelementptr inbounds i32, ptr %value_cache, i64 %939
+  %903 = load i64, ptr %897, align 8, !tbaa !5
+  %904 = getelementptr inbounds i32, ptr %value_cache, i64 %903
+  %905 = load <16 x i32>, ptr %904, align 4, !tbaa !5
+  %906 = and <16 x i32> %905, %107
+  %907 = getelementptr inbounds nuw i8, ptr %902, i64 64
+  store <16 x i32> %906, ptr %907, align 4, !tbaa !5
+  %908 = load i64, ptr %897, align 8, !tbaa !5
+  %909 = getelementptr i32, ptr %value_cache, i64 %908
+  %910 = getelementptr i8, ptr %909, i64 64
+  %911 = load <16 x i32>, ptr %910, align 4, !tbaa !5
+  %912 = shl <16 x i32> %911, splat (i32 16)
+  %913 = getelementptr inbounds nuw i8, ptr %902, i64 128
+  store <16 x i32> %912, ptr %913, align 4, !tbaa !5
+  %914 = load i64, ptr %897, align 8, !tbaa !5
+  %915 = getelementptr i32, ptr %value_cache, i64 %914
+  %916 = getelementptr i8, ptr %915, i64 64
+  %917 = load <16 x i32>, ptr %916, align 4, !tbaa !5
+  %918 = and <16 x i32> %917, %107
+  %919 = getelementptr inbounds nuw i8, ptr %902, i64 192
+  store <16 x i32> %918, ptr %919, align 4, !tbaa !5
+  %920 = load i64, ptr %897, align 8, !tbaa !5
+  %921 = getelementptr i32, ptr %value_cache, i64 %920
+  %922 = getelementptr i8, ptr %921, i64 128
+  %923 = load <16 x i32>, ptr %922, align 4, !tbaa !5
+  %924 = shl <16 x i32> %923, splat (i32 16)
+  %925 = getelementptr inbounds nuw i8, ptr %902, i64 256
+  store <16 x i32> %924, ptr %925, align 4, !tbaa !5
+  %926 = load i64, ptr %897, align 8, !tbaa !5
+  %927 = getelementptr i32, ptr %value_cache, i64 %926
+  %928 = getelementptr i8, ptr %927, i64 128
+  %929 = load <16 x i32>, ptr %928, align 4, !tbaa !5
+  %930 = and <16 x i32> %929, %107
+  %931 = getelementptr inbounds nuw i8, ptr %902, i64 320
+  store <16 x i32> %930, ptr %931, align 4, !tbaa !5
+  %932 = load i64, ptr %897, align 8, !tbaa !5
+  %933 = getelementptr i32, ptr %value_cache, i64 %932
+  %934 = getelementptr i8, ptr %933, i64 192
+  %935 = load <16 x i32>, ptr %934, align 4, !tbaa !5
+  %936 = shl <16 x i32> %935, splat (i32 16)
+  %937 = getelementptr inbounds nuw i8, ptr %902, i64 384
+  store <16 x i32> %936, ptr %937, align 4, !tbaa !5
+  %938 = load i64, ptr %897, align 8, !tbaa !5
+  %939 = getelementptr i32, ptr %value_cache, i64 %938
+  %940 = getelementptr i8, ptr %939, i64 192
   %941 = load <16 x i32>, ptr %940, align 4, !tbaa !5
-  %942 = and <16 x i32> %941, %100
-  %943 = getelementptr inbounds nuw i8, ptr %891, i64 576
+  %942 = and <16 x i32> %941, %107
+  %943 = getelementptr inbounds nuw i8, ptr %902, i64 448
   store <16 x i32> %942, ptr %943, align 4, !tbaa !5
-  %944 = load i64, ptr %933, align 8, !tbaa !5
-  %945 = getelementptr i32, ptr %value_cache, i64 %944
-  %946 = getelementptr i8, ptr %945, i64 64
+  %944 = getelementptr inbounds nuw i8, ptr %897, i64 8
+  %945 = load i64, ptr %944, align 8, !tbaa !5
+  %946 = getelementptr inbounds i32, ptr %value_cache, i64 %945
   %947 = load <16 x i32>, ptr %946, align 4, !tbaa !5
   %948 = shl <16 x i32> %947, splat (i32 16)
-  %949 = getelementptr inbounds nuw i8, ptr %891, i64 640
+  %949 = getelementptr inbounds nuw i8, ptr %902, i64 512
   store <16 x i32> %948, ptr %949, align 4, !tbaa !5
-  %950 = load i64, ptr %933, align 8, !tbaa !5
-  %951 = getelementptr i32, ptr %value_cache, i64 %950
-  %952 = getelementptr i8, ptr %951, i64 64
-  %953 = load <16 x i32>, ptr %952, align 4, !tbaa !5
-  %954 = and <16 x i32> %953, %100
-  %955 = getelementptr inbounds nuw i8, ptr %891, i64 704
-  store <16 x i32> %954, ptr %955, align 4, !tbaa !5
-  %956 = load i64, ptr %933, align 8, !tbaa !5
-  %957 = getelementptr i32, ptr %value_cache, i64 %956
-  %958 = getelementptr i8, ptr %957, i64 128
-  %959 = load <16 x i32>, ptr %958, align 4, !tbaa !5
-  %960 = shl <16 x i32> %959, splat (i32 16)
-  %961 = getelementptr inbounds nuw i8, ptr %891, i64 768
-  store <16 x i32> %960, ptr %961, align 4, !tbaa !5
-  %962 = load i64, ptr %933, align 8, !tbaa !5
-  %963 = getelementptr i32, ptr %value_cache, i64 %962
-  %964 = getelementptr i8, ptr %963, i64 128
-  %965 = load <16 x i32>, ptr %964, align 4, !tbaa !5
-  %966 = and <16 x i32> %965, %100
-  %967 = getelementptr inbounds nuw i8, ptr %891, i64 832
-  store <16 x i32> %966, ptr %967, align 4, !tbaa !5
-  %968 = load i64, ptr %933, align 8, !tbaa !5
-  %969 = getelementptr i32, ptr %value_cache, i64 %968
-  %970 = getelementptr i8, ptr %969, i64 192
-  %971 = load <16 x i32>, ptr %970, align 4, !tbaa !5
-  %972 = shl <16 x i32> %971, splat (i32 16)
-  %973 = getelementptr inbounds nuw i8, ptr %891, i64 896
-  store <16 x i32> %972, ptr %973, align 4, !tbaa !5
-  %974 = load i64, ptr %933, align 8, !tbaa !5
-  %975 = getelementptr i32, ptr %value_cache, i64 %974
-  %976 = getelementptr i8, ptr %975, i64 192
-  %977 = load <16 x i32>, ptr %976, align 4, !tbaa !5
-  %978 = and <16 x i32> %977, %100
-  %979 = getelementptr inbounds nuw i8, ptr %891, i64 960
-  store <16 x i32> %978, ptr %979, align 4, !tbaa !5
-  %980 = getelementptr inbounds nuw i8, ptr %886, i64 16
-  %981 = load i64, ptr %980, align 8, !tbaa !5
-  %982 = getelementptr inbounds i32, ptr %value_cache, i64 %981
-  %983 = load <16 x i32>, ptr %982, align 4, !tbaa !5
-  %984 = shl <16 x i32> %983, splat (i32 16)
-  %985 = getelementptr inbounds nuw i8, ptr %891, i64 1024
-  store <16 x i32> %984, ptr %985, align 4, !tbaa !5
-  %986 = load i64, ptr %980, align 8, !tbaa !5
-  %987 = getelementptr inbounds i32, ptr %value_cache, i64 %986
+  %950 = load i64, ptr %944, align 8, !tbaa !5
+  %951 = getelementptr inbounds i32, ptr %value_cache, i64 %950
+  %952 = load <16 x i32>, ptr %951, align 4, !tbaa !5
+  %953 = and <16 x i32> %952, %107
+  %954 = getelementptr inbounds nuw i8, ptr %902, i64 576
+  store <16 x i32> %953, ptr %954, align 4, !tbaa !5
+  %955 = load i64, ptr %944, align 8, !tbaa !5
+  %956 = getelementptr i32, ptr %value_cache, i64 %955
+  %957 = getelementptr i8, ptr %956, i64 64
+  %958 = load <16 x i32>, ptr %957, align 4, !tbaa !5
+  %959 = shl <16 x i32> %958, splat (i32 16)
+  %960 = getelementptr inbounds nuw i8, ptr %902, i64 640
+  store <16 x i32> %959, ptr %960, align 4, !tbaa !5
+  %961 = load i64, ptr %944, align 8, !tbaa !5
+  %962 = getelementptr i32, ptr %value_cache, i64 %961
+  %963 = getelementptr i8, ptr %962, i64 64
+  %964 = load <16 x i32>, ptr %963, align 4, !tbaa !5
+  %965 = and <16 x i32> %964, %107
+  %966 = getelementptr inbounds nuw i8, ptr %902, i64 704
+  store <16 x i32> %965, ptr %966, align 4, !tbaa !5
+  %967 = load i64, ptr %944, align 8, !tbaa !5
+  %968 = getelementptr i32, ptr %value_cache, i64 %967
+  %969 = getelementptr i8, ptr %968, i64 128
+  %970 = load <16 x i32>, ptr %969, align 4, !tbaa !5
+  %971 = shl <16 x i32> %970, splat (i32 16)
+  %972 = getelementptr inbounds nuw i8, ptr %902, i64 768
+  store <16 x i32> %971, ptr %972, align 4, !tbaa !5
+  %973 = load i64, ptr %944, align 8, !tbaa !5
+  %974 = getelementptr i32, ptr %value_cache, i64 %973
+  %975 = getelementptr i8, ptr %974, i64 128
+  %976 = load <16 x i32>, ptr %975, align 4, !tbaa !5
+  %977 = and <16 x i32> %976, %107
+  %978 = getelementptr inbounds nuw i8, ptr %902, i64 832
+  store <16 x i32> %977, ptr %978, align 4, !tbaa !5
+  %979 = load i64, ptr %944, align 8, !tbaa !5
+  %980 = getelementptr i32, ptr %value_cache, i64 %979
+  %981 = getelementptr i8, ptr %980, i64 192
+  %982 = load <16 x i32>, ptr %981, align 4, !tbaa !5
+  %983 = shl <16 x i32> %982, splat (i32 16)
+  %984 = getelementptr inbounds nuw i8, ptr %902, i64 896
+  store <16 x i32> %983, ptr %984, align 4, !tbaa !5
+  %985 = load i64, ptr %944, align 8, !tbaa !5
+  %986 = getelementptr i32, ptr %value_cache, i64 %985
+  %987 = getelementptr i8, ptr %986, i64 192
   %988 = load <16 x i32>, ptr %987, align 4, !tbaa !5
-  %989 = and <16 x i32> %988, %100
-  %990 = getelementptr inbounds nuw i8, ptr %891, i64 1088
+  %989 = and <16 x i32> %988, %107
+  %990 = getelementptr inbounds nuw i8, ptr %902, i64 960
   store <16 x i32> %989, ptr %990, align 4, !tbaa !5
-  %991 = load i64, ptr %980, align 8, !tbaa !5
-  %992 = getelementptr i32, ptr %value_cache, i64 %991
-  %993 = getelementptr i8, ptr %992, i64 64
+  %991 = getelementptr inbounds nuw i8, ptr %897, i64 16
+  %992 = load i64, ptr %991, align 8, !tbaa !5
+  %993 = getelementptr inbounds i32, ptr %value_cache, i64 %992
   %994 = load <16 x i32>, ptr %993, align 4, !tbaa !5
   %995 = shl <16 x i32> %994, splat (i32 16)
-  %996 = getelementptr inbounds nuw i8, ptr %891, i64 1152
+  %996 = getelementptr inbounds nuw i8, ptr %902, i64 1024
   store <16 x i32> %995, ptr %996, align 4, !tbaa !5
-  %997 = load i64, ptr %980, align 8, !tbaa !5
-  %998 = getelementptr i32, ptr %value_cache, i64 %997
-  %999 = getelementptr i8, ptr %998, i64 64
-  %1000 = load <16 x i32>, ptr %999, align 4, !tbaa !5
-  %1001 = and <16 x i32> %1000, %100
-  %1002 = getelementptr inbounds nuw i8, ptr %891, i64 1216
-  store <16 x i32> %1001, ptr %1002, align 4, !tbaa !5
-  %1003 = load i64, ptr %980, align 8, !tbaa !5
-  %1004 = getelementptr i32, ptr %value_cache, i64 %1003
-  %1005 = getelementptr i8, ptr %1004, i64 128
-  %1006 = load <16 x i32>, ptr %1005, align 4, !tbaa !5
-  %1007 = shl <16 x i32> %1006, splat (i32 16)
-  %1008 = getelementptr inbounds nuw i8, ptr %891, i64 1280
-  store <16 x i32> %1007, ptr %1008, align 4, !tbaa !5
-  %1009 = load i64, ptr %980, align 8, !tbaa !5
-  %1010 = getelementptr i32, ptr %value_cache, i64 %1009
-  %1011 = getelementptr i8, ptr %1010, i64 128
-  %1012 = load <16 x i32>, ptr %1011, align 4, !tbaa !5
-  %1013 = and <16 x i32> %1012, %100
-  %1014 = getelementptr inbounds nuw i8, ptr %891, i64 1344
-  store <16 x i32> %1013, ptr %1014, align 4, !tbaa !5
-  %1015 = load i64, ptr %980, align 8, !tbaa !5
-  %1016 = getelementptr i32, ptr %value_cache, i64 %1015
-  %1017 = getelementptr i8, ptr %1016, i64 192
-  %1018 = load <16 x i32>, ptr %1017, align 4, !tbaa !5
-  %1019 = shl <16 x i32> %1018, splat (i32 16)
-  %1020 = getelementptr inbounds nuw i8, ptr %891, i64 1408
-  store <16 x i32> %1019, ptr %1020, align 4, !tbaa !5
-  %1021 = load i64, ptr %980, align 8, !tbaa !5
-  %1022 = getelementptr i32, ptr %value_cache, i64 %1021
-  %1023 = getelementptr i8, ptr %1022, i64 192
-  %1024 = load <16 x i32>, ptr %1023, align 4, !tbaa !5
-  %1025 = and <16 x i32> %1024, %100
-  %1026 = getelementptr inbounds nuw i8, ptr %891, i64 1472
-  store <16 x i32> %1025, ptr %1026, align 4, !tbaa !5
-  %1027 = getelementptr inbounds nuw i8, ptr %886, i64 24
-  %1028 = load i64, ptr %1027, align 8, !tbaa !5
-  %1029 = getelementptr inbounds i32, ptr %value_cache, i64 %1028
-  %1030 = load <16 x i32>, ptr %1029, align 4, !tbaa !5
-  %1031 = shl <16 x i32> %1030, splat (i32 16)
-  %1032 = getelementptr inbounds nuw i8, ptr %891, i64 1536
-  store <16 x i32> %1031, ptr %1032, align 4, !tbaa !5
-  %1033 = load i64, ptr %1027, align 8, !tbaa !5
-  %1034 = getelementptr inbounds i32, ptr %value_cache, i64 %1033
+  %997 = load i64, ptr %991, align 8, !tbaa !5
+  %998 = getelementptr inbounds i32, ptr %value_cache, i64 %997
+  %999 = load <16 x i32>, ptr %998, align 4, !tbaa !5
+  %1000 = and <16 x i32> %999, %107
+  %1001 = getelementptr inbounds nuw i8, ptr %902, i64 1088
+  store <16 x i32> %1000, ptr %1001, align 4, !tbaa !5
+  %1002 = load i64, ptr %991, align 8, !tbaa !5
+  %1003 = getelementptr i32, ptr %value_cache, i64 %1002
+  %1004 = getelementptr i8, ptr %1003, i64 64
+  %1005 = load <16 x i32>, ptr %1004, align 4, !tbaa !5
+  %1006 = shl <16 x i32> %1005, splat (i32 16)
+  %1007 = getelementptr inbounds nuw i8, ptr %902, i64 1152
+  store <16 x i32> %1006, ptr %1007, align 4, !tbaa !5
+  %1008 = load i64, ptr %991, align 8, !tbaa !5
+  %1009 = getelementptr i32, ptr %value_cache, i64 %1008
+  %1010 = getelementptr i8, ptr %1009, i64 64
+  %1011 = load <16 x i32>, ptr %1010, align 4, !tbaa !5
+  %1012 = and <16 x i32> %1011, %107
+  %1013 = getelementptr inbounds nuw i8, ptr %902, i64 1216
+  store <16 x i32> %1012, ptr %1013, align 4, !tbaa !5
+  %1014 = load i64, ptr %991, align 8, !tbaa !5
+  %1015 = getelementptr i32, ptr %value_cache, i64 %1014
+  %1016 = getelementptr i8, ptr %1015, i64 128
+  %1017 = load <16 x i32>, ptr %1016, align 4, !tbaa !5
+  %1018 = shl <16 x i32> %1017, splat (i32 16)
+  %1019 = getelementptr inbounds nuw i8, ptr %902, i64 1280
+  store <16 x i32> %1018, ptr %1019, align 4, !tbaa !5
+  %1020 = load i64, ptr %991, align 8, !tbaa !5
+  %1021 = getelementptr i32, ptr %value_cache, i64 %1020
+  %1022 = getelementptr i8, ptr %1021, i64 128
+  %1023 = load <16 x i32>, ptr %1022, align 4, !tbaa !5
+  %1024 = and <16 x i32> %1023, %107
+  %1025 = getelementptr inbounds nuw i8, ptr %902, i64 1344
+  store <16 x i32> %1024, ptr %1025, align 4, !tbaa !5
+  %1026 = load i64, ptr %991, align 8, !tbaa !5
+  %1027 = getelementptr i32, ptr %value_cache, i64 %1026
+  %1028 = getelementptr i8, ptr %1027, i64 192
+  %1029 = load <16 x i32>, ptr %1028, align 4, !tbaa !5
+  %1030 = shl <16 x i32> %1029, splat (i32 16)
+  %1031 = getelementptr inbounds nuw i8, ptr %902, i64 1408
+  store <16 x i32> %1030, ptr %1031, align 4, !tbaa !5
+  %1032 = load i64, ptr %991, align 8, !tbaa !5
+  %1033 = getelementptr i32, ptr %value_cache, i64 %1032
+  %1034 = getelementptr i8, ptr %1033, i64 192
   %1035 = load <16 x i32>, ptr %1034, align 4, !tbaa !5
-  %1036 = and <16 x i32> %1035, %100
-  %1037 = getelementptr inbounds nuw i8, ptr %891, i64 1600
+  %1036 = and <16 x i32> %1035, %107
+  %1037 = getelementptr inbounds nuw i8, ptr %902, i64 1472
   store <16 x i32> %1036, ptr %1037, align 4, !tbaa !5
-  %1038 = load i64, ptr %1027, align 8, !tbaa !5
-  %1039 = getelementptr i32, ptr %value_cache, i64 %1038
-  %1040 = getelementptr i8, ptr %1039, i64 64
+  %1038 = getelementptr inbounds nuw i8, ptr %897, i64 24
+  %1039 = load i64, ptr %1038, align 8, !tbaa !5
+  %1040 = getelementptr inbounds i32, ptr %value_cache, i64 %1039
   %1041 = load <16 x i32>, ptr %1040, align 4, !tbaa !5
   %1042 = shl <16 x i32> %1041, splat (i32 16)
-  %1043 = getelementptr inbounds nuw i8, ptr %891, i64 1664
+  %1043 = getelementptr inbounds nuw i8, ptr %902, i64 1536
   store <16 x i32> %1042, ptr %1043, align 4, !tbaa !5
-  %1044 = load i64, ptr %1027, align 8, !tbaa !5
-  %1045 = getelementptr i32, ptr %value_cache, i64 %1044
-  %1046 = getelementptr i8, ptr %1045, i64 64
-  %1047 = load <16 x i32>, ptr %1046, align 4, !tbaa !5
-  %1048 = and <16 x i32> %1047, %100
-  %1049 = getelementptr inbounds nuw i8, ptr %891, i64 1728
-  store <16 x i32> %1048, ptr %1049, align 4, !tbaa !5
-  %1050 = load i64, ptr %1027, align 8, !tbaa !5
-  %1051 = getelementptr i32, ptr %value_cache, i64 %1050
-  %1052 = getelementptr i8, ptr %1051, i64 128
-  %1053 = load <16 x i32>, ptr %1052, align 4, !tbaa !5
-  %1054 = shl <16 x i32> %1053, splat (i32 16)
-  %1055 = getelementptr inbounds nuw i8, ptr %891, i64 1792
-  store <16 x i32> %1054, ptr %1055, align 4, !tbaa !5
-  %1056 = load i64, ptr %1027, align 8, !tbaa !5
-  %1057 = getelementptr i32, ptr %value_cache, i64 %1056
-  %1058 = getelementptr i8, ptr %1057, i64 128
-  %1059 = load <16 x i32>, ptr %1058, align 4, !tbaa !5
-  %1060 = and <16 x i32> %1059, %100
-  %1061 = getelementptr inbounds nuw i8, ptr %891, i64 1856
-  store <16 x i32> %1060, ptr %1061, align 4, !tbaa !5
-  %1062 = load i64, ptr %1027, align 8, !tbaa !5
-  %1063 = getelementptr i32, ptr %value_cache, i64 %1062
-  %1064 = getelementptr i8, ptr %1063, i64 192
-  %1065 = load <16 x i32>, ptr %1064, align 4, !tbaa !5
-  %1066 = shl <16 x i32> %1065, splat (i32 16)
-  %1067 = getelementptr inbounds nuw i8, ptr %891, i64 1920
-  store <16 x i32> %1066, ptr %1067, align 4, !tbaa !5
-  %1068 = load i64, ptr %1027, align 8, !tbaa !5
-  %1069 = getelementptr i32, ptr %value_cache, i64 %1068
-  %1070 = getelementptr i8, ptr %1069, i64 192
-  %1071 = load <16 x i32>, ptr %1070, align 4, !tbaa !5
-  %1072 = and <16 x i32> %1071, %100
-  %1073 = getelementptr inbounds nuw i8, ptr %891, i64 1984
-  store <16 x i32> %1072, ptr %1073, align 4, !tbaa !5
-  %1074 = getelementptr inbounds nuw i8, ptr %886, i64 32
-  %1075 = load i64, ptr %1074, align 8, !tbaa !5
-  %1076 = getelementptr inbounds i32, ptr %value_cache, i64 %1075
-  %1077 = load <16 x i32>, ptr %1076, align 4, !tbaa !5
-  %1078 = shl <16 x i32> %1077, splat (i32 16)
-  %1079 = getelementptr inbounds nuw i8, ptr %891, i64 2048
-  store <16 x i32> %1078, ptr %1079, align 4, !tbaa !5
-  %1080 = load i64, ptr %1074, align 8, !tbaa !5
-  %1081 = getelementptr inbounds i32, ptr %value_cache, i64 %1080
+  %1044 = load i64, ptr %1038, align 8, !tbaa !5
+  %1045 = getelementptr inbounds i32, ptr %value_cache, i64 %1044
+  %1046 = load <16 x i32>, ptr %1045, align 4, !tbaa !5
+  %1047 = and <16 x i32> %1046, %107
+  %1048 = getelementptr inbounds nuw i8, ptr %902, i64 1600
+  store <16 x i32> %1047, ptr %1048, align 4, !tbaa !5
+  %1049 = load i64, ptr %1038, align 8, !tbaa !5
+  %1050 = getelementptr i32, ptr %value_cache, i64 %1049
+  %1051 = getelementptr i8, ptr %1050, i64 64
+  %1052 = load <16 x i32>, ptr %1051, align 4, !tbaa !5
+  %1053 = shl <16 x i32> %1052, splat (i32 16)
+  %1054 = getelementptr inbounds nuw i8, ptr %902, i64 1664
+  store <16 x i32> %1053, ptr %1054, align 4, !tbaa !5
+  %1055 = load i64, ptr %1038, align 8, !tbaa !5
+  %1056 = getelementptr i32, ptr %value_cache, i64 %1055
+  %1057 = getelementptr i8, ptr %1056, i64 64
+  %1058 = load <16 x i32>, ptr %1057, align 4, !tbaa !5
+  %1059 = and <16 x i32> %1058, %107
+  %1060 = getelementptr inbounds nuw i8, ptr %902, i64 1728
+  store <16 x i32> %1059, ptr %1060, align 4, !tbaa !5
+  %1061 = load i64, ptr %1038, align 8, !tbaa !5
+  %1062 = getelementptr i32, ptr %value_cache, i64 %1061
+  %1063 = getelementptr i8, ptr %1062, i64 128
+  %1064 = load <16 x i32>, ptr %1063, align 4, !tbaa !5
+  %1065 = shl <16 x i32> %1064, splat (i32 16)
+  %1066 = getelementptr inbounds nuw i8, ptr %902, i64 1792
+  store <16 x i32> %1065, ptr %1066, align 4, !tbaa !5
+  %1067 = load i64, ptr %1038, align 8, !tbaa !5
+  %1068 = getelementptr i32, ptr %value_cache, i64 %1067
+  %1069 = getelementptr i8, ptr %1068, i64 128
+  %1070 = load <16 x i32>, ptr %1069, align 4, !tbaa !5
+  %1071 = and <16 x i32> %1070, %107
+  %1072 = getelementptr inbounds nuw i8, ptr %902, i64 1856
+  store <16 x i32> %1071, ptr %1072, align 4, !tbaa !5
+  %1073 = load i64, ptr %1038, align 8, !tbaa !5
+  %1074 = getelementptr i32, ptr %value_cache, i64 %1073
+  %1075 = getelementptr i8, ptr %1074, i64 192
+  %1076 = load <16 x i32>, ptr %1075, align 4, !tbaa !5
+  %1077 = shl <16 x i32> %1076, splat (i32 16)
+  %1078 = getelementptr inbounds nuw i8, ptr %902, i64 1920
+  store <16 x i32> %1077, ptr %1078, align 4, !tbaa !5
+  %1079 = load i64, ptr %1038, align 8, !tbaa !5
+  %1080 = getelementptr i32, ptr %value_cache, i64 %1079
+  %1081 = getelementptr i8, ptr %1080, i64 192
   %1082 = load <16 x i32>, ptr %1081, align 4, !tbaa !5
-  %1083 = and <16 x i32> %1082, %100
-  %1084 = getelementptr inbounds nuw i8, ptr %891, i64 2112
+  %1083 = and <16 x i32> %1082, %107
+  %1084 = getelementptr inbounds nuw i8, ptr %902, i64 1984
   store <16 x i32> %1083, ptr %1084, align 4, !tbaa !5
-  %1085 = load i64, ptr %1074, align 8, !tbaa !5
-  %1086 = getelementptr i32, ptr %value_cache, i64 %1085
-  %1087 = getelementptr i8, ptr %1086, i64 64
+  %1085 = getelementptr inbounds nuw i8, ptr %897, i64 32
+  %1086 = load i64, ptr %1085, align 8, !tbaa !5
+  %1087 = getelementptr inbounds i32, ptr %value_cache, i64 %1086
   %1088 = load <16 x i32>, ptr %1087, align 4, !tbaa !5
   %1089 = shl <16 x i32> %1088, splat (i32 16)
-  %1090 = getelementptr inbounds nuw i8, ptr %891, i64 2176
+  %1090 = getelementptr inbounds nuw i8, ptr %902, i64 2048
   store <16 x i32> %1089, ptr %1090, align 4, !tbaa !5
-  %1091 = load i64, ptr %1074, align 8, !tbaa !5
-  %1092 = getelementptr i32, ptr %value_cache, i64 %1091
-  %1093 = getelementptr i8, ptr %1092, i64 64
-  %1094 = load <16 x i32>, ptr %1093, align 4, !tbaa !5
-  %1095 = and <16 x i32> %1094, %100
-  %1096 = getelementptr inbounds nuw i8, ptr %891, i64 2240
-  store <16 x i32> %1095, ptr %1096, align 4, !tbaa !5
-  %1097 = load i64, ptr %1074, align 8, !tbaa !5
-  %1098 = getelementptr i32, ptr %value_cache, i64 %1097
-  %1099 = getelementptr i8, ptr %1098, i64 128
-  %1100 = load <16 x i32>, ptr %1099, align 4, !tbaa !5
-  %1101 = shl <16 x i32> %1100, splat (i32 16)
-  %1102 = getelementptr inbounds nuw i8, ptr %891, i64 2304
-  store <16 x i32> %1101, ptr %1102, align 4, !tbaa !5
-  %1103 = load i64, ptr %1074, align 8, !tbaa !5
-  %1104 = getelementptr i32, ptr %value_cache, i64 %1103
-  %1105 = getelementptr i8, ptr %1104, i64 128
-  %1106 = load <16 x i32>, ptr %1105, align 4, !tbaa !5
-  %1107 = and <16 x i32> %1106, %100
-  %1108 = getelementptr inbounds nuw i8, ptr %891, i64 2368
-  store <16 x i32> %1107, ptr %1108, align 4, !tbaa !5
-  %1109 = load i64, ptr %1074, align 8, !tbaa !5
-  %1110 = getelementptr i32, ptr %value_cache, i64 %1109
-  %1111 = getelementptr i8, ptr %1110, i64 192
-  %1112 = load <16 x i32>, ptr %1111, align 4, !tbaa !5
-  %1113 = shl <16 x i32> %1112, splat (i32 16)
-  %1114 = getelementptr inbounds nuw i8, ptr %891, i64 2432
-  store <16 x i32> %1113, ptr %1114, align 4, !tbaa !5
-  %1115 = load i64, ptr %1074, align 8, !tbaa !5
-  %1116 = getelementptr i32, ptr %value_cache, i64 %1115
-  %1117 = getelementptr i8, ptr %1116, i64 192
-  %1118 = load <16 x i32>, ptr %1117, align 4, !tbaa !5
-  %1119 = and <16 x i32> %1118, %100
-  %1120 = getelementptr inbounds nuw i8, ptr %891, i64 2496
-  store <16 x i32> %1119, ptr %1120, align 4, !tbaa !5
-  %1121 = getelementptr inbounds nuw i8, ptr %886, i64 40
-  %1122 = load i64, ptr %1121, align 8, !tbaa !5
-  %1123 = getelementptr inbounds i32, ptr %value_cache, i64 %1122
-  %1124 = load <16 x i32>, ptr %1123, align 4, !tbaa !5
-  %1125 = shl <16 x i32> %1124, splat (i32 16)
-  %1126 = getelementptr inbounds nuw i8, ptr %891, i64 2560
-  store <16 x i32> %1125, ptr %1126, align 4, !tbaa !5
-  %1127 = load i64, ptr %1121, align 8, !tbaa !5
-  %1128 = getelementptr inbounds i32, ptr %value_cache, i64 %1127
+  %1091 = load i64, ptr %1085, align 8, !tbaa !5
+  %1092 = getelementptr inbounds i32, ptr %value_cache, i64 %1091
+  %1093 = load <16 x i32>, ptr %1092, align 4, !tbaa !5
+  %1094 = and <16 x i32> %1093, %107
+  %1095 = getelementptr inbounds nuw i8, ptr %902, i64 2112
+  store <16 x i32> %1094, ptr %1095, align 4, !tbaa !5
+  %1096 = load i64, ptr %1085, align 8, !tbaa !5
+  %1097 = getelementptr i32, ptr %value_cache, i64 %1096
+  %1098 = getelementptr i8, ptr %1097, i64 64
+  %1099 = load <16 x i32>, ptr %1098, align 4, !tbaa !5
+  %1100 = shl <16 x i32> %1099, splat (i32 16)
+  %1101 = getelementptr inbounds nuw i8, ptr %902, i64 2176
+  store <16 x i32> %1100, ptr %1101, align 4, !tbaa !5
+  %1102 = load i64, ptr %1085, align 8, !tbaa !5
+  %1103 = getelementptr i32, ptr %value_cache, i64 %1102
+  %1104 = getelementptr i8, ptr %1103, i64 64
+  %1105 = load <16 x i32>, ptr %1104, align 4, !tbaa !5
+  %1106 = and <16 x i32> %1105, %107
+  %1107 = getelementptr inbounds nuw i8, ptr %902, i64 2240
+  store <16 x i32> %1106, ptr %1107, align 4, !tbaa !5
+  %1108 = load i64, ptr %1085, align 8, !tbaa !5
+  %1109 = getelementptr i32, ptr %value_cache, i64 %1108
+  %1110 = getelementptr i8, ptr %1109, i64 128
+  %1111 = load <16 x i32>, ptr %1110, align 4, !tbaa !5
+  %1112 = shl <16 x i32> %1111, splat (i32 16)
+  %1113 = getelementptr inbounds nuw i8, ptr %902, i64 2304
+  store <16 x i32> %1112, ptr %1113, align 4, !tbaa !5
+  %1114 = load i64, ptr %1085, align 8, !tbaa !5
+  %1115 = getelementptr i32, ptr %value_cache, i64 %1114
+  %1116 = getelementptr i8, ptr %1115, i64 128
+  %1117 = load <16 x i32>, ptr %1116, align 4, !tbaa !5
+  %1118 = and <16 x i32> %1117, %107
+  %1119 = getelementptr inbounds nuw i8, ptr %902, i64 2368
+  store <16 x i32> %1118, ptr %1119, align 4, !tbaa !5
+  %1120 = load i64, ptr %1085, align 8, !tbaa !5
+  %1121 = getelementptr i32, ptr %value_cache, i64 %1120
+  %1122 = getelementptr i8, ptr %1121, i64 192
+  %1123 = load <16 x i32>, ptr %1122, align 4, !tbaa !5
+  %1124 = shl <16 x i32> %1123, splat (i32 16)
+  %1125 = getelementptr inbounds nuw i8, ptr %902, i64 2432
+  store <16 x i32> %1124, ptr %1125, align 4, !tbaa !5
+  %1126 = load i64, ptr %1085, align 8, !tbaa !5
+  %1127 = getelementptr i32, ptr %value_cache, i64 %1126
+  %1128 = getelementptr i8, ptr %1127, i64 192
   %1129 = load <16 x i32>, ptr %1128, align 4, !tbaa !5
-  %1130 = and <16 x i32> %1129, %100
-  %1131 = getelementptr inbounds nuw i8, ptr %891, i64 2624
+  %1130 = and <16 x i32> %1129, %107
+  %1131 = getelementptr inbounds nuw i8, ptr %902, i64 2496
   store <16 x i32> %1130, ptr %1131, align 4, !tbaa !5
-  %1132 = load i64, ptr %1121, align 8, !tbaa !5
-  %1133 = getelementptr i32, ptr %value_cache, i64 %1132
-  %1134 = getelementptr i8, ptr %1133, i64 64
+  %1132 = getelementptr inbounds nuw i8, ptr %897, i64 40
+  %1133 = load i64, ptr %1132, align 8, !tbaa !5
+  %1134 = getelementptr inbounds i32, ptr %value_cache, i64 %1133
   %1135 = load <16 x i32>, ptr %1134, align 4, !tbaa !5
   %1136 = shl <16 x i32> %1135, splat (i32 16)
-  %1137 = getelementptr inbounds nuw i8, ptr %891, i64 2688
+  %1137 = getelementptr inbounds nuw i8, ptr %902, i64 2560
   store <16 x i32> %1136, ptr %1137, align 4, !tbaa !5
-  %1138 = load i64, ptr %1121, align 8, !tbaa !5
-  %1139 = getelementptr i32, ptr %value_cache, i64 %1138
-  %1140 = getelementptr i8, ptr %1139, i64 64
-  %1141 = load <16 x i32>, ptr %1140, align 4, !tbaa !5
-  %1142 = and <16 x i32> %1141, %100
-  %1143 = getelementptr inbounds nuw i8, ptr %891, i64 2752
-  store <16 x i32> %1142, ptr %1143, align 4, !tbaa !5
-  %1144 = load i64, ptr %1121, align 8, !tbaa !5
-  %1145 = getelementptr i32, ptr %value_cache, i64 %1144
-  %1146 = getelementptr i8, ptr %1145, i64 128
-  %1147 = load <16 x i32>, ptr %1146, align 4, !tbaa !5
-  %1148 = shl <16 x i32> %1147, splat (i32 16)
-  %1149 = getelementptr inbounds nuw i8, ptr %891, i64 2816
-  store <16 x i32> %1148, ptr %1149, align 4, !tbaa !5
-  %1150 = load i64, ptr %1121, align 8, !tbaa !5
-  %1151 = getelementptr i32, ptr %value_cache, i64 %1150
-  %1152 = getelementptr i8, ptr %1151, i64 128
-  %1153 = load <16 x i32>, ptr %1152, align 4, !tbaa !5
-  %1154 = and <16 x i32> %1153, %100
-  %1155 = getelementptr inbounds nuw i8, ptr %891, i64 2880
-  store <16 x i32> %1154, ptr %1155, align 4, !tbaa !5
-  %1156 = load i64, ptr %1121, align 8, !tbaa !5
-  %1157 = getelementptr i32, ptr %value_cache, i64 %1156
-  %1158 = getelementptr i8, ptr %1157, i64 192
-  %1159 = load <16 x i32>, ptr %1158, align 4, !tbaa !5
-  %1160 = shl <16 x i32> %1159, splat (i32 16)
-  %1161 = getelementptr inbounds nuw i8, ptr %891, i64 2944
-  store <16 x i32> %1160, ptr %1161, align 4, !tbaa !5
-  %1162 = load i64, ptr %1121, align 8, !tbaa !5
-  %1163 = getelementptr i32, ptr %value_cache, i64 %1162
-  %1164 = getelementptr i8, ptr %1163, i64 192
-  %1165 = load <16 x i32>, ptr %1164, align 4, !tbaa !5
-  %1166 = and <16 x i32> %1165, %100
-  %1167 = getelementptr inbounds nuw i8, ptr %891, i64 3008
-  store <16 x i32> %1166, ptr %1167, align 4, !tbaa !5
-  %1168 = getelementptr inbounds nuw i8, ptr %886, i64 48
-  %1169 = load i64, ptr %1168, align 8, !tbaa !5
-  %1170 = getelementptr inbounds i32, ptr %value_cache, i64 %1169
-  %1171 = load <16 x i32>, ptr %1170, align 4, !tbaa !5
-  %1172 = shl <16 x i32> %1171, splat (i32 16)
-  %1173 = getelementptr inbounds nuw i8, ptr %891, i64 3072
-  store <16 x i32> %1172, ptr %1173, align 4, !tbaa !5
-  %1174 = load i64, ptr %1168, align 8, !tbaa !5
-  %1175 = getelementptr inbounds i32, ptr %value_cache, i64 %1174
+  %1138 = load i64, ptr %1132, align 8, !tbaa !5
+  %1139 = getelementptr inbounds i32, ptr %value_cache, i64 %1138
+  %1140 = load <16 x i32>, ptr %1139, align 4, !tbaa !5
+  %1141 = and <16 x i32> %1140, %107
+  %1142 = getelementptr inbounds nuw i8, ptr %902, i64 2624
+  store <16 x i32> %1141, ptr %1142, align 4, !tbaa !5
+  %1143 = load i64, ptr %1132, align 8, !tbaa !5
+  %1144 = getelementptr i32, ptr %value_cache, i64 %1143
+  %1145 = getelementptr i8, ptr %1144, i64 64
+  %1146 = load <16 x i32>, ptr %1145, align 4, !tbaa !5
+  %1147 = shl <16 x i32> %1146, splat (i32 16)
+  %1148 = getelementptr inbounds nuw i8, ptr %902, i64 2688
+  store <16 x i32> %1147, ptr %1148, align 4, !tbaa !5
+  %1149 = load i64, ptr %1132, align 8, !tbaa !5
+  %1150 = getelementptr i32, ptr %value_cache, i64 %1149
+  %1151 = getelementptr i8, ptr %1150, i64 64
+  %1152 = load <16 x i32>, ptr %1151, align 4, !tbaa !5
+  %1153 = and <16 x i32> %1152, %107
+  %1154 = getelementptr inbounds nuw i8, ptr %902, i64 2752
+  store <16 x i32> %1153, ptr %1154, align 4, !tbaa !5
+  %1155 = load i64, ptr %1132, align 8, !tbaa !5
+  %1156 = getelementptr i32, ptr %value_cache, i64 %1155
+  %1157 = getelementptr i8, ptr %1156, i64 128
+  %1158 = load <16 x i32>, ptr %1157, align 4, !tbaa !5
+  %1159 = shl <16 x i32> %1158, splat (i32 16)
+  %1160 = getelementptr inbounds nuw i8, ptr %902, i64 2816
+  store <16 x i32> %1159, ptr %1160, align 4, !tbaa !5
+  %1161 = load i64, ptr %1132, align 8, !tbaa !5
+  %1162 = getelementptr i32, ptr %value_cache, i64 %1161
+  %1163 = getelementptr i8, ptr %1162, i64 128
+  %1164 = load <16 x i32>, ptr %1163, align 4, !tbaa !5
+  %1165 = and <16 x i32> %1164, %107
+  %1166 = getelementptr inbounds nuw i8, ptr %902, i64 2880
+  store <16 x i32> %1165, ptr %1166, align 4, !tbaa !5
+  %1167 = load i64, ptr %1132, align 8, !tbaa !5
+  %1168 = getelementptr i32, ptr %value_cache, i64 %1167
+  %1169 = getelementptr i8, ptr %1168, i64 192
+  %1170 = load <16 x i32>, ptr %1169, align 4, !tbaa !5
+  %1171 = shl <16 x i32> %1170, splat (i32 16)
+  %1172 = getelementptr inbounds nuw i8, ptr %902, i64 2944
+  store <16 x i32> %1171, ptr %1172, align 4, !tbaa !5
+  %1173 = load i64, ptr %1132, align 8, !tbaa !5
+  %1174 = getelementptr i32, ptr %value_cache, i64 %1173
+  %1175 = getelementptr i8, ptr %1174, i64 192
   %1176 = load <16 x i32>, ptr %1175, align 4, !tbaa !5
-  %1177 = and <16 x i32> %1176, %100
-  %1178 = getelementptr inbounds nuw i8, ptr %891, i64 3136
+  %1177 = and <16 x i32> %1176, %107
+  %1178 = getelementptr inbounds nuw i8, ptr %902, i64 3008
   store <16 x i32> %1177, ptr %1178, align 4, !tbaa !5
-  %1179 = load i64, ptr %1168, align 8, !tbaa !5
-  %1180 = getelementptr i32, ptr %value_cache, i64 %1179
-  %1181 = getelementptr i8, ptr %1180, i64 64
+  %1179 = getelementptr inbounds nuw i8, ptr %897, i64 48
+  %1180 = load i64, ptr %1179, align 8, !tbaa !5
+  %1181 = getelementptr inbounds i32, ptr %value_cache, i64 %1180
   %1182 = load <16 x i32>, ptr %1181, align 4, !tbaa !5
   %1183 = shl <16 x i32> %1182, splat (i32 16)
-  %1184 = getelementptr inbounds nuw i8, ptr %891, i64 3200
+  %1184 = getelementptr inbounds nuw i8, ptr %902, i64 3072
   store <16 x i32> %1183, ptr %1184, align 4, !tbaa !5
-  %1185 = load i64, ptr %1168, align 8, !tbaa !5
-  %1186 = getelementptr i32, ptr %value_cache, i64 %1185
-  %1187 = getelementptr i8, ptr %1186, i64 64
-  %1188 = load <16 x i32>, ptr %1187, align 4, !tbaa !5
-  %1189 = and <16 x i32> %1188, %100
-  %1190 = getelementptr inbounds nuw i8, ptr %891, i64 3264
-  store <16 x i32> %1189, ptr %1190, align 4, !tbaa !5
-  %1191 = load i64, ptr %1168, align 8, !tbaa !5
-  %1192 = getelementptr i32, ptr %value_cache, i64 %1191
-  %1193 = getelementptr i8, ptr %1192, i64 128
-  %1194 = load <16 x i32>, ptr %1193, align 4, !tbaa !5
-  %1195 = shl <16 x i32> %1194, splat (i32 16)
-  %1196 = getelementptr inbounds nuw i8, ptr %891, i64 3328
-  store <16 x i32> %1195, ptr %1196, align 4, !tbaa !5
-  %1197 = load i64, ptr %1168, align 8, !tbaa !5
-  %1198 = getelementptr i32, ptr %value_cache, i64 %1197
-  %1199 = getelementptr i8, ptr %1198, i64 128
-  %1200 = load <16 x i32>, ptr %1199, align 4, !tbaa !5
-  %1201 = and <16 x i32> %1200, %100
-  %1202 = getelementptr inbounds nuw i8, ptr %891, i64 3392
-  store <16 x i32> %1201, ptr %1202, align 4, !tbaa !5
-  %1203 = load i64, ptr %1168, align 8, !tbaa !5
-  %1204 = getelementptr i32, ptr %value_cache, i64 %1203
-  %1205 = getelementptr i8, ptr %1204, i64 192
-  %1206 = load <16 x i32>, ptr %1205, align 4, !tbaa !5
-  %1207 = shl <16 x i32> %1206, splat (i32 16)
-  %1208 = getelementptr inbounds nuw i8, ptr %891, i64 3456
-  store <16 x i32> %1207, ptr %1208, align 4, !tbaa !5
-  %1209 = load i64, ptr %1168, align 8, !tbaa !5
-  %1210 = getelementptr i32, ptr %value_cache, i64 %1209
-  %1211 = getelementptr i8, ptr %1210, i64 192
-  %1212 = load <16 x i32>, ptr %1211, align 4, !tbaa !5
-  %1213 = and <16 x i32> %1212, %100
-  %1214 = getelementptr inbounds nuw i8, ptr %891, i64 3520
-  store <16 x i32> %1213, ptr %1214, align 4, !tbaa !5
-  %1215 = getelementptr inbounds nuw i8, ptr %886, i64 56
-  %1216 = load i64, ptr %1215, align 8, !tbaa !5
-  %1217 = getelementptr inbounds i32, ptr %value_cache, i64 %1216
-  %1218 = load <16 x i32>, ptr %1217, align 4, !tbaa !5
-  %1219 = shl <16 x i32> %1218, splat (i32 16)
-  %1220 = getelementptr inbounds nuw i8, ptr %891, i64 3584
-  store <16 x i32> %1219, ptr %1220, align 4, !tbaa !5
-  %1221 = load i64, ptr %1215, align 8, !tbaa !5
-  %1222 = getelementptr inbounds i32, ptr %value_cache, i64 %1221
+  %1185 = load i64, ptr %1179, align 8, !tbaa !5
+  %1186 = getelementptr inbounds i32, ptr %value_cache, i64 %1185
+  %1187 = load <16 x i32>, ptr %1186, align 4, !tbaa !5
+  %1188 = and <16 x i32> %1187, %107
+  %1189 = getelementptr inbounds nuw i8, ptr %902, i64 3136
+  store <16 x i32> %1188, ptr %1189, align 4, !tbaa !5
+  %1190 = load i64, ptr %1179, align 8, !tbaa !5
+  %1191 = getelementptr i32, ptr %value_cache, i64 %1190
+  %1192 = getelementptr i8, ptr %1191, i64 64
+  %1193 = load <16 x i32>, ptr %1192, align 4, !tbaa !5
+  %1194 = shl <16 x i32> %1193, splat (i32 16)
+  %1195 = getelementptr inbounds nuw i8, ptr %902, i64 3200
+  store <16 x i32> %1194, ptr %1195, align 4, !tbaa !5
+  %1196 = load i64, ptr %1179, align 8, !tbaa !5
+  %1197 = getelementptr i32, ptr %value_cache, i64 %1196
+  %1198 = getelementptr i8, ptr %1197, i64 64
+  %1199 = load <16 x i32>, ptr %1198, align 4, !tbaa !5
+  %1200 = and <16 x i32> %1199, %107
+  %1201 = getelementptr inbounds nuw i8, ptr %902, i64 3264
+  store <16 x i32> %1200, ptr %1201, align 4, !tbaa !5
+  %1202 = load i64, ptr %1179, align 8, !tbaa !5
+  %1203 = getelementptr i32, ptr %value_cache, i64 %1202
+  %1204 = getelementptr i8, ptr %1203, i64 128
+  %1205 = load <16 x i32>, ptr %1204, align 4, !tbaa !5
+  %1206 = shl <16 x i32> %1205, splat (i32 16)
+  %1207 = getelementptr inbounds nuw i8, ptr %902, i64 3328
+  store <16 x i32> %1206, ptr %1207, align 4, !tbaa !5
+  %1208 = load i64, ptr %1179, align 8, !tbaa !5
+  %1209 = getelementptr i32, ptr %value_cache, i64 %1208
+  %1210 = getelementptr i8, ptr %1209, i64 128
+  %1211 = load <16 x i32>, ptr %1210, align 4, !tbaa !5
+  %1212 = and <16 x i32> %1211, %107
+  %1213 = getelementptr inbounds nuw i8, ptr %902, i64 3392
+  store <16 x i32> %1212, ptr %1213, align 4, !tbaa !5
+  %1214 = load i64, ptr %1179, align 8, !tbaa !5
+  %1215 = getelementptr i32, ptr %value_cache, i64 %1214
+  %1216 = getelementptr i8, ptr %1215, i64 192
+  %1217 = load <16 x i32>, ptr %1216, align 4, !tbaa !5
+  %1218 = shl <16 x i32> %1217, splat (i32 16)
+  %1219 = getelementptr inbounds nuw i8, ptr %902, i64 3456
+  store <16 x i32> %1218, ptr %1219, align 4, !tbaa !5
+  %1220 = load i64, ptr %1179, align 8, !tbaa !5
+  %1221 = getelementptr i32, ptr %value_cache, i64 %1220
+  %1222 = getelementptr i8, ptr %1221, i64 192
   %1223 = load <16 x i32>, ptr %1222, align 4, !tbaa !5
-  %1224 = and <16 x i32> %1223, %100
-  %1225 = getelementptr inbounds nuw i8, ptr %891, i64 3648
+  %1224 = and <16 x i32> %1223, %107
+  %1225 = getelementptr inbounds nuw i8, ptr %902, i64 3520
   store <16 x i32> %1224, ptr %1225, align 4, !tbaa !5
-  %1226 = load i64, ptr %1215, align 8, !tbaa !5
-  %1227 = getelementptr i32, ptr %value_cache, i64 %1226
-  %1228 = getelementptr i8, ptr %1227, i64 64
+  %1226 = getelementptr inbounds nuw i8, ptr %897, i64 56
+  %1227 = load i64, ptr %1226, align 8, !tbaa !5
+  %1228 = getelementptr inbounds i32, ptr %value_cache, i64 %1227
   %1229 = load <16 x i32>, ptr %1228, align 4, !tbaa !5
   %1230 = shl <16 x i32> %1229, splat (i32 16)
-  %1231 = getelementptr inbounds nuw i8, ptr %891, i64 3712
+  %1231 = getelementptr inbounds nuw i8, ptr %902, i64 3584
   store <16 x i32> %1230, ptr %1231, align 4, !tbaa !5
-  %1232 = load i64, ptr %1215, align 8, !tbaa !5
-  %1233 = getelementptr i32, ptr %value_cache, i64 %1232
-  %1234 = getelementptr i8, ptr %1233, i64 64
-  %1235 = load <16 x i32>, ptr %1234, align 4, !tbaa !5
-  %1236 = and <16 x i32> %1235, %100
-  %1237 = getelementptr inbounds nuw i8, ptr %891, i64 3776
-  store <16 x i32> %1236, ptr %1237, align 4, !tbaa !5
-  %1238 = load i64, ptr %1215, align 8, !tbaa !5
-  %1239 = getelementptr i32, ptr %value_cache, i64 %1238
-  %1240 = getelementptr i8, ptr %1239, i64 128
-  %1241 = load <16 x i32>, ptr %1240, align 4, !tbaa !5
-  %1242 = shl <16 x i32> %1241, splat (i32 16)
-  %1243 = getelementptr inbounds nuw i8, ptr %891, i64 3840
-  store <16 x i32> %1242, ptr %1243, align 4, !tbaa !5
-  %1244 = load i64, ptr %1215, align 8, !tbaa !5
-  %1245 = getelementptr i32, ptr %value_cache, i64 %1244
-  %1246 = getelementptr i8, ptr %1245, i64 128
-  %1247 = load <16 x i32>, ptr %1246, align 4, !tbaa !5
-  %1248 = and <16 x i32> %1247, %100
-  %1249 = getelementptr inbounds nuw i8, ptr %891, i64 3904
-  store <16 x i32> %1248, ptr %1249, align 4, !tbaa !5
-  %1250 = load i64, ptr %1215, align 8, !tbaa !5
-  %1251 = getelementptr i32, ptr %value_cache, i64 %1250
-  %1252 = getelementptr i8, ptr %1251, i64 192
-  %1253 = load <16 x i32>, ptr %1252, align 4, !tbaa !5
-  %1254 = shl <16 x i32> %1253, splat (i32 16)
-  %1255 = getelementptr inbounds nuw i8, ptr %891, i64 3968
-  store <16 x i32> %1254, ptr %1255, align 4, !tbaa !5
-  %1256 = load i64, ptr %1215, align 8, !tbaa !5
-  %1257 = getelementptr i32, ptr %value_cache, i64 %1256
-  %1258 = getelementptr i8, ptr %1257, i64 192
-  %1259 = load <16 x i32>, ptr %1258, align 4, !tbaa !5
-  %1260 = and <16 x i32> %1259, %100
-  %1261 = getelementptr inbounds nuw i8, ptr %891, i64 4032
-  store <16 x i32> %1260, ptr %1261, align 4, !tbaa !5
-  %indvars.iv.next553.i = add nuw nsw i64 %indvars.iv552.i, 1
-  %exitcond556.not.i = icmp eq i64 %indvars.iv.next553.i, %wide.trip.count546.i
-  br i1 %exitcond556.not.i, label %for_end_to51.i, label %for_begin_ti54.preheader.i, !prof !13
+  %1232 = load i64, ptr %1226, align 8, !tbaa !5
+  %1233 = getelementptr inbounds i32, ptr %value_cache, i64 %1232
+  %1234 = load <16 x i32>, ptr %1233, align 4, !tbaa !5
+  %1235 = and <16 x i32> %1234, %107
+  %1236 = getelementptr inbounds nuw i8, ptr %902, i64 3648
+  store <16 x i32> %1235, ptr %1236, align 4, !tbaa !5
+  %1237 = load i64, ptr %1226, align 8, !tbaa !5
+  %1238 = getelementptr i32, ptr %value_cache, i64 %1237
+  %1239 = getelementptr i8, ptr %1238, i64 64
+  %1240 = load <16 x i32>, ptr %1239, align 4, !tbaa !5
+  %1241 = shl <16 x i32> %1240, splat (i32 16)
+  %1242 = getelementptr inbounds nuw i8, ptr %902, i64 3712
+  store <16 x i32> %1241, ptr %1242, align 4, !tbaa !5
+  %1243 = load i64, ptr %1226, align 8, !tbaa !5
+  %1244 = getelementptr i32, ptr %value_cache, i64 %1243
+  %1245 = getelementptr i8, ptr %1244, i64 64
+  %1246 = load <16 x i32>, ptr %1245, align 4, !tbaa !5
+  %1247 = and <16 x i32> %1246, %107
+  %1248 = getelementptr inbounds nuw i8, ptr %902, i64 3776
+  store <16 x i32> %1247, ptr %1248, align 4, !tbaa !5
+  %1249 = load i64, ptr %1226, align 8, !tbaa !5
+  %1250 = getelementptr i32, ptr %value_cache, i64 %1249
+  %1251 = getelementptr i8, ptr %1250, i64 128
+  %1252 = load <16 x i32>, ptr %1251, align 4, !tbaa !5
+  %1253 = shl <16 x i32> %1252, splat (i32 16)
+  %1254 = getelementptr inbounds nuw i8, ptr %902, i64 3840
+  store <16 x i32> %1253, ptr %1254, align 4, !tbaa !5
+  %1255 = load i64, ptr %1226, align 8, !tbaa !5
+  %1256 = getelementptr i32, ptr %value_cache, i64 %1255
+  %1257 = getelementptr i8, ptr %1256, i64 128
+  %1258 = load <16 x i32>, ptr %1257, align 4, !tbaa !5
+  %1259 = and <16 x i32> %1258, %107
+  %1260 = getelementptr inbounds nuw i8, ptr %902, i64 3904
+  store <16 x i32> %1259, ptr %1260, align 4, !tbaa !5
+  %1261 = load i64, ptr %1226, align 8, !tbaa !5
+  %1262 = getelementptr i32, ptr %value_cache, i64 %1261
+  %1263 = getelementptr i8, ptr %1262, i64 192
+  %1264 = load <16 x i32>, ptr %1263, align 4, !tbaa !5
+  %1265 = shl <16 x i32> %1264, splat (i32 16)
+  %1266 = getelementptr inbounds nuw i8, ptr %902, i64 3968
+  store <16 x i32> %1265, ptr %1266, align 4, !tbaa !5
+  %1267 = load i64, ptr %1226, align 8, !tbaa !5
+  %1268 = getelementptr i32, ptr %value_cache, i64 %1267
+  %1269 = getelementptr i8, ptr %1268, i64 192
+  %1270 = load <16 x i32>, ptr %1269, align 4, !tbaa !5
+  %1271 = and <16 x i32> %1270, %107
+  %1272 = getelementptr inbounds nuw i8, ptr %902, i64 4032
+  store <16 x i32> %1271, ptr %1272, align 4, !tbaa !5
+  %indvars.iv.next559.i = add nuw nsw i64 %indvars.iv558.i, 1
+  %exitcond562.not.i = icmp eq i64 %indvars.iv.next559.i, %wide.trip.count552.i
+  br i1 %exitcond562.not.i, label %for_end_to53.i, label %for_begin_ti56.preheader.i, !prof !13
 
-for_end_to51.i:                                   ; preds = %for_begin_ti54.preheader.i, %for_begin_to.preheader.i
-  %1262 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scores.i = tail call ptr %1262(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1263 = icmp eq ptr %scores.i, null
-  br i1 %1263, label %fused_decode_compute_.exit, label %if_end60.i, !prof !8
+for_end_to53.i:                                   ; preds = %for_begin_ti56.preheader.i, %for_begin_to.preheader.i
+  %1273 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.i = tail call ptr %1273(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1274 = icmp eq ptr %scores.i, null
+  br i1 %1274, label %fused_decode_compute_.exit, label %if_end62.i, !prof !8
 
-if_end60.i:                                       ; preds = %for_end_to51.i
-  %1264 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %probs.i = tail call ptr %1264(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1265 = icmp eq ptr %probs.i, null
-  br i1 %1265, label %fused_decode_compute_.exit, label %for_begin_to65.preheader.i, !prof !8
+if_end62.i:                                       ; preds = %for_end_to53.i
+  %1275 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %probs.i = tail call ptr %1275(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1276 = icmp eq ptr %probs.i, null
+  br i1 %1276, label %fused_decode_compute_.exit, label %for_begin_to67.preheader.i, !prof !8
 
-for_begin_to65.preheader.i:                       ; preds = %if_end60.i
-  br i1 %509, label %for_begin_line.preheader.lr.ph.i, label %for_end_to67.thread.i, !prof !3
+for_begin_to67.preheader.i:                       ; preds = %if_end62.i
+  br i1 %520, label %for_begin_line.preheader.lr.ph.i, label %for_end_to69.thread.i, !prof !3
 
-for_begin_line.preheader.lr.ph.i:                 ; preds = %for_begin_to65.preheader.i
-  %1266 = select i1 %457, i64 128, i64 0
-  %wide.trip.count574.i = zext nneg i32 %455 to i64
-  %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1266
+for_begin_line.preheader.lr.ph.i:                 ; preds = %for_begin_to67.preheader.i
+  %1277 = select i1 %466, i64 128, i64 0
+  %wide.trip.count580.i = zext nneg i32 %464 to i64
+  %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1277
   br label %for_begin_line.preheader.i
 
 for_begin_line.preheader.i:                       ; preds = %for_end_d_1.3.i, %for_begin_line.preheader.lr.ph.i
-  %indvars.iv571.i = phi i64 [ 0, %for_begin_line.preheader.lr.ph.i ], [ %indvars.iv.next572.i, %for_end_d_1.3.i ]
-  %.idx62 = shl nsw i64 %indvars.iv571.i, 6
-  %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx62
-  %1267 = load i64, ptr %gep, align 8, !tbaa !5
-  %1268 = getelementptr i32, ptr %key_cache, i64 %1267
-  tail call void @llvm.prefetch.p0(ptr readonly %1268, i32 0, i32 2, i32 1)
-  %1269 = getelementptr i8, ptr %1268, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %1269, i32 0, i32 2, i32 1)
-  %1270 = getelementptr i8, ptr %1268, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %1270, i32 0, i32 2, i32 1)
-  %1271 = getelementptr i8, ptr %1268, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1271, i32 0, i32 2, i32 1)
-  %1272 = getelementptr inbounds nuw i8, ptr %gep, i64 8
-  %1273 = load i64, ptr %1272, align 8, !tbaa !5
-  %1274 = getelementptr i32, ptr %key_cache, i64 %1273
-  tail call void @llvm.prefetch.p0(ptr readonly %1274, i32 0, i32 2, i32 1)
-  %1275 = getelementptr i8, ptr %1274, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %1275, i32 0, i32 2, i32 1)
-  %1276 = getelementptr i8, ptr %1274, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %1276, i32 0, i32 2, i32 1)
-  %1277 = getelementptr i8, ptr %1274, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1277, i32 0, i32 2, i32 1)
-  %1278 = getelementptr inbounds nuw i8, ptr %gep, i64 16
-  %1279 = load i64, ptr %1278, align 8, !tbaa !5
-  %1280 = getelementptr i32, ptr %key_cache, i64 %1279
+  %indvars.iv577.i = phi i64 [ 0, %for_begin_line.preheader.lr.ph.i ], [ %indvars.iv.next578.i, %for_end_d_1.3.i ]
+  %.idx68 = shl nsw i64 %indvars.iv577.i, 6
+  %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx68
+  %1278 = load i64, ptr %gep, align 8, !tbaa !5
+  %1279 = getelementptr i32, ptr %key_cache, i64 %1278
+  tail call void @llvm.prefetch.p0(ptr readonly %1279, i32 0, i32 2, i32 1)
+  %1280 = getelementptr i8, ptr %1279, i64 64
   tail call void @llvm.prefetch.p0(ptr readonly %1280, i32 0, i32 2, i32 1)
-  %1281 = getelementptr i8, ptr %1280, i64 64
+  %1281 = getelementptr i8, ptr %1279, i64 128
   tail call void @llvm.prefetch.p0(ptr readonly %1281, i32 0, i32 2, i32 1)
-  %1282 = getelementptr i8, ptr %1280, i64 128
+  %1282 = getelementptr i8, ptr %1279, i64 192
   tail call void @llvm.prefetch.p0(ptr readonly %1282, i32 0, i32 2, i32 1)
-  %1283 = getelementptr i8, ptr %1280, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1283, i32 0, i32 2, i32 1)
-  %1284 = getelementptr inbounds nuw i8, ptr %gep, i64 24
-  %1285 = load i64, ptr %1284, align 8, !tbaa !5
-  %1286 = getelementptr i32, ptr %key_cache, i64 %1285
+  %1283 = getelementptr inbounds nuw i8, ptr %gep, i64 8
+  %1284 = load i64, ptr %1283, align 8, !tbaa !5
+  %1285 = getelementptr i32, ptr %key_cache, i64 %1284
+  tail call void @llvm.prefetch.p0(ptr readonly %1285, i32 0, i32 2, i32 1)
+  %1286 = getelementptr i8, ptr %1285, i64 64
   tail call void @llvm.prefetch.p0(ptr readonly %1286, i32 0, i32 2, i32 1)
-  %1287 = getelementptr i8, ptr %1286, i64 64
+  %1287 = getelementptr i8, ptr %1285, i64 128
   tail call void @llvm.prefetch.p0(ptr readonly %1287, i32 0, i32 2, i32 1)
-  %1288 = getelementptr i8, ptr %1286, i64 128
+  %1288 = getelementptr i8, ptr %1285, i64 192
   tail call void @llvm.prefetch.p0(ptr readonly %1288, i32 0, i32 2, i32 1)
-  %1289 = getelementptr i8, ptr %1286, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1289, i32 0, i32 2, i32 1)
-  %1290 = getelementptr inbounds nuw i8, ptr %gep, i64 32
-  %1291 = load i64, ptr %1290, align 8, !tbaa !5
-  %1292 = getelementptr i32, ptr %key_cache, i64 %1291
+  %1289 = getelementptr inbounds nuw i8, ptr %gep, i64 16
+  %1290 = load i64, ptr %1289, align 8, !tbaa !5
+  %1291 = getelementptr i32, ptr %key_cache, i64 %1290
+  tail call void @llvm.prefetch.p0(ptr readonly %1291, i32 0, i32 2, i32 1)
+  %1292 = getelementptr i8, ptr %1291, i64 64
   tail call void @llvm.prefetch.p0(ptr readonly %1292, i32 0, i32 2, i32 1)
-  %1293 = getelementptr i8, ptr %1292, i64 64
+  %1293 = getelementptr i8, ptr %1291, i64 128
   tail call void @llvm.prefetch.p0(ptr readonly %1293, i32 0, i32 2, i32 1)
-  %1294 = getelementptr i8, ptr %1292, i64 128
+  %1294 = getelementptr i8, ptr %1291, i64 192
   tail call void @llvm.prefetch.p0(ptr readonly %1294, i32 0, i32 2, i32 1)
-  %1295 = getelementptr i8, ptr %1292, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1295, i32 0, i32 2, i32 1)
-  %1296 = getelementptr inbounds nuw i8, ptr %gep, i64 40
-  %1297 = load i64, ptr %1296, align 8, !tbaa !5
-  %1298 = getelementptr i32, ptr %key_cache, i64 %1297
+  %1295 = getelementptr inbounds nuw i8, ptr %gep, i64 24
+  %1296 = load i64, ptr %1295, align 8, !tbaa !5
+  %1297 = getelementptr i32, ptr %key_cache, i64 %1296
+  tail call void @llvm.prefetch.p0(ptr readonly %1297, i32 0, i32 2, i32 1)
+  %1298 = getelementptr i8, ptr %1297, i64 64
   tail call void @llvm.prefetch.p0(ptr readonly %1298, i32 0, i32 2, i32 1)
-  %1299 = getelementptr i8, ptr %1298, i64 64
+  %1299 = getelementptr i8, ptr %1297, i64 128
   tail call void @llvm.prefetch.p0(ptr readonly %1299, i32 0, i32 2, i32 1)
-  %1300 = getelementptr i8, ptr %1298, i64 128
+  %1300 = getelementptr i8, ptr %1297, i64 192
   tail call void @llvm.prefetch.p0(ptr readonly %1300, i32 0, i32 2, i32 1)
-  %1301 = getelementptr i8, ptr %1298, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1301, i32 0, i32 2, i32 1)
-  %1302 = getelementptr inbounds nuw i8, ptr %gep, i64 48
-  %1303 = load i64, ptr %1302, align 8, !tbaa !5
-  %1304 = getelementptr i32, ptr %key_cache, i64 %1303
+  %1301 = getelementptr inbounds nuw i8, ptr %gep, i64 32
+  %1302 = load i64, ptr %1301, align 8, !tbaa !5
+  %1303 = getelementptr i32, ptr %key_cache, i64 %1302
+  tail call void @llvm.prefetch.p0(ptr readonly %1303, i32 0, i32 2, i32 1)
+  %1304 = getelementptr i8, ptr %1303, i64 64
   tail call void @llvm.prefetch.p0(ptr readonly %1304, i32 0, i32 2, i32 1)
-  %1305 = getelementptr i8, ptr %1304, i64 64
+  %1305 = getelementptr i8, ptr %1303, i64 128
   tail call void @llvm.prefetch.p0(ptr readonly %1305, i32 0, i32 2, i32 1)
-  %1306 = getelementptr i8, ptr %1304, i64 128
+  %1306 = getelementptr i8, ptr %1303, i64 192
   tail call void @llvm.prefetch.p0(ptr readonly %1306, i32 0, i32 2, i32 1)
-  %1307 = getelementptr i8, ptr %1304, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1307, i32 0, i32 2, i32 1)
-  %1308 = getelementptr inbounds nuw i8, ptr %gep, i64 56
-  %1309 = load i64, ptr %1308, align 8, !tbaa !5
-  %1310 = getelementptr i32, ptr %key_cache, i64 %1309
+  %1307 = getelementptr inbounds nuw i8, ptr %gep, i64 40
+  %1308 = load i64, ptr %1307, align 8, !tbaa !5
+  %1309 = getelementptr i32, ptr %key_cache, i64 %1308
+  tail call void @llvm.prefetch.p0(ptr readonly %1309, i32 0, i32 2, i32 1)
+  %1310 = getelementptr i8, ptr %1309, i64 64
   tail call void @llvm.prefetch.p0(ptr readonly %1310, i32 0, i32 2, i32 1)
-  %1311 = getelementptr i8, ptr %1310, i64 64
+  %1311 = getelementptr i8, ptr %1309, i64 128
   tail call void @llvm.prefetch.p0(ptr readonly %1311, i32 0, i32 2, i32 1)
-  %1312 = getelementptr i8, ptr %1310, i64 128
+  %1312 = getelementptr i8, ptr %1309, i64 192
   tail call void @llvm.prefetch.p0(ptr readonly %1312, i32 0, i32 2, i32 1)
-  %1313 = getelementptr i8, ptr %1310, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1313, i32 0, i32 2, i32 1)
-  %1314 = shl i64 %indvars.iv571.i, 10
-  %1315 = and i64 %1314, 4294966272
-  %1316 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %1315
+  %1313 = getelementptr inbounds nuw i8, ptr %gep, i64 48
+  %1314 = load i64, ptr %1313, align 8, !tbaa !5
+  %1315 = getelementptr i32, ptr %key_cache, i64 %1314
+  tail call void @llvm.prefetch.p0(ptr readonly %1315, i32 0, i32 2, i32 1)
+  %1316 = getelementptr i8, ptr %1315, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %1316, i32 0, i32 2, i32 1)
+  %1317 = getelementptr i8, ptr %1315, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %1317, i32 0, i32 2, i32 1)
+  %1318 = getelementptr i8, ptr %1315, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %1318, i32 0, i32 2, i32 1)
+  %1319 = getelementptr inbounds nuw i8, ptr %gep, i64 56
+  %1320 = load i64, ptr %1319, align 8, !tbaa !5
+  %1321 = getelementptr i32, ptr %key_cache, i64 %1320
+  tail call void @llvm.prefetch.p0(ptr readonly %1321, i32 0, i32 2, i32 1)
+  %1322 = getelementptr i8, ptr %1321, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %1322, i32 0, i32 2, i32 1)
+  %1323 = getelementptr i8, ptr %1321, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %1323, i32 0, i32 2, i32 1)
+  %1324 = getelementptr i8, ptr %1321, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %1324, i32 0, i32 2, i32 1)
+  %1325 = shl i64 %indvars.iv577.i, 10
+  %1326 = and i64 %1325, 4294966272
+  %1327 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %1326
   br label %for_begin_d_2.preheader.i
 
-for_end_to67.i:                                   ; preds = %for_end_d_1.3.i
-  %1317 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled.i = tail call ptr %1317(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1318 = icmp eq ptr %scaled.i, null
-  br i1 %1318, label %fused_decode_compute_.exit, label %for_begin_to73.preheader.i, !prof !8
+for_end_to69.i:                                   ; preds = %for_end_d_1.3.i
+  %1328 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled.i = tail call ptr %1328(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1329 = icmp eq ptr %scaled.i, null
+  br i1 %1329, label %fused_decode_compute_.exit, label %for_begin_to75.preheader.i, !prof !8
 
-for_end_to67.thread.i:                            ; preds = %for_begin_to65.preheader.i
-  %1319 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled784.i = tail call ptr %1319(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1320 = icmp eq ptr %scaled784.i, null
-  br i1 %1320, label %fused_decode_compute_.exit, label %for_begin_to103.preheader.i, !prof !8
+for_end_to69.thread.i:                            ; preds = %for_begin_to67.preheader.i
+  %1330 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled790.i = tail call ptr %1330(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1331 = icmp eq ptr %scaled790.i, null
+  br i1 %1331, label %fused_decode_compute_.exit, label %for_begin_to105.preheader.i, !prof !8
 
-for_begin_to73.preheader.i:                       ; preds = %for_end_to67.i
-  %1321 = sext i32 %453 to i64
-  br label %for_begin_ti78.preheader.i
+for_begin_to75.preheader.i:                       ; preds = %for_end_to69.i
+  %1332 = sext i32 %462 to i64
+  br label %for_begin_ti80.preheader.i
 
 for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_line.preheader.i
-  %indvars.iv562.i = phi i64 [ 0, %for_begin_line.preheader.i ], [ %indvars.iv.next563.i, %for_begin_d_2.preheader.i ]
-  %scores_global269.sroa.0.1380.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1370, %for_begin_d_2.preheader.i ]
-  %scores_global269.sroa.4.1379.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1375, %for_begin_d_2.preheader.i ]
-  %scores_global269.sroa.8.1378.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1380, %for_begin_d_2.preheader.i ]
-  %scores_global269.sroa.12.1377.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1385, %for_begin_d_2.preheader.i ]
-  %scores_global269.sroa.16.1376.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1390, %for_begin_d_2.preheader.i ]
-  %scores_global269.sroa.20.1375.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1395, %for_begin_d_2.preheader.i ]
-  %scores_global269.sroa.24.1374.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1400, %for_begin_d_2.preheader.i ]
-  %scores_global269.sroa.28.1373.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1405, %for_begin_d_2.preheader.i ]
-  %.idx63 = shl nuw nsw i64 %indvars.iv562.i, 7
-  %1322 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx63
-  %1323 = load <16 x float>, ptr %1322, align 4, !tbaa !5
-  %1324 = getelementptr inbounds nuw float, ptr %1316, i64 %indvars.iv562.i
-  %1325 = load float, ptr %1324, align 4, !tbaa !5
-  %1326 = insertelement <16 x float> poison, float %1325, i64 0
-  %1327 = shufflevector <16 x float> %1326, <16 x float> poison, <16 x i32> zeroinitializer
-  %1328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1327, <16 x float> %scores_global269.sroa.0.1380.i)
-  %1329 = getelementptr inbounds nuw i8, ptr %1324, i64 512
-  %1330 = load float, ptr %1329, align 4, !tbaa !5
-  %1331 = insertelement <16 x float> poison, float %1330, i64 0
-  %1332 = shufflevector <16 x float> %1331, <16 x float> poison, <16 x i32> zeroinitializer
-  %1333 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1332, <16 x float> %scores_global269.sroa.4.1379.i)
-  %1334 = getelementptr inbounds nuw i8, ptr %1324, i64 1024
-  %1335 = load float, ptr %1334, align 4, !tbaa !5
-  %1336 = insertelement <16 x float> poison, float %1335, i64 0
-  %1337 = shufflevector <16 x float> %1336, <16 x float> poison, <16 x i32> zeroinitializer
-  %1338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1337, <16 x float> %scores_global269.sroa.8.1378.i)
-  %1339 = getelementptr inbounds nuw i8, ptr %1324, i64 1536
-  %1340 = load float, ptr %1339, align 4, !tbaa !5
-  %1341 = insertelement <16 x float> poison, float %1340, i64 0
-  %1342 = shufflevector <16 x float> %1341, <16 x float> poison, <16 x i32> zeroinitializer
-  %1343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1342, <16 x float> %scores_global269.sroa.12.1377.i)
-  %1344 = getelementptr inbounds nuw i8, ptr %1324, i64 2048
-  %1345 = load float, ptr %1344, align 4, !tbaa !5
-  %1346 = insertelement <16 x float> poison, float %1345, i64 0
-  %1347 = shufflevector <16 x float> %1346, <16 x float> poison, <16 x i32> zeroinitializer
-  %1348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1347, <16 x float> %scores_global269.sroa.16.1376.i)
-  %1349 = getelementptr inbounds nuw i8, ptr %1324, i64 2560
-  %1350 = load float, ptr %1349, align 4, !tbaa !5
-  %1351 = insertelement <16 x float> poison, float %1350, i64 0
-  %1352 = shufflevector <16 x float> %1351, <16 x float> poison, <16 x i32> zeroinitializer
-  %1353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1352, <16 x float> %scores_global269.sroa.20.1375.i)
-  %1354 = getelementptr inbounds nuw i8, ptr %1324, i64 3072
-  %1355 = load float, ptr %1354, align 4, !tbaa !5
-  %1356 = insertelement <16 x float> poison, float %1355, i64 0
-  %1357 = shufflevector <16 x float> %1356, <16 x float> poison, <16 x i32> zeroinitializer
-  %1358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1357, <16 x float> %scores_global269.sroa.24.1374.i)
-  %1359 = getelementptr inbounds nuw i8, ptr %1324, i64 3584
-  %1360 = load float, ptr %1359, align 4, !tbaa !5
-  %1361 = insertelement <16 x float> poison, float %1360, i64 0
-  %1362 = shufflevector <16 x float> %1361, <16 x float> poison, <16 x i32> zeroinitializer
-  %1363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1362, <16 x float> %scores_global269.sroa.28.1373.i)
-  %1364 = getelementptr inbounds nuw i8, ptr %1322, i64 64
-  %1365 = load <16 x float>, ptr %1364, align 4, !tbaa !5
-  %1366 = getelementptr inbounds nuw i8, ptr %1324, i64 64
-  %1367 = load float, ptr %1366, align 4, !tbaa !5
-  %1368 = insertelement <16 x float> poison, float %1367, i64 0
-  %1369 = shufflevector <16 x float> %1368, <16 x float> poison, <16 x i32> zeroinitializer
-  %1370 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1369, <16 x float> %1328)
-  %1371 = getelementptr inbounds nuw i8, ptr %1324, i64 576
-  %1372 = load float, ptr %1371, align 4, !tbaa !5
-  %1373 = insertelement <16 x float> poison, float %1372, i64 0
-  %1374 = shufflevector <16 x float> %1373, <16 x float> poison, <16 x i32> zeroinitializer
-  %1375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1374, <16 x float> %1333)
-  %1376 = getelementptr inbounds nuw i8, ptr %1324, i64 1088
-  %1377 = load float, ptr %1376, align 4, !tbaa !5
-  %1378 = insertelement <16 x float> poison, float %1377, i64 0
-  %1379 = shufflevector <16 x float> %1378, <16 x float> poison, <16 x i32> zeroinitializer
-  %1380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1379, <16 x float> %1338)
-  %1381 = getelementptr inbounds nuw i8, ptr %1324, i64 1600
-  %1382 = load float, ptr %1381, align 4, !tbaa !5
-  %1383 = insertelement <16 x float> poison, float %1382, i64 0
-  %1384 = shufflevector <16 x float> %1383, <16 x float> poison, <16 x i32> zeroinitializer
-  %1385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1384, <16 x float> %1343)
-  %1386 = getelementptr inbounds nuw i8, ptr %1324, i64 2112
-  %1387 = load float, ptr %1386, align 4, !tbaa !5
-  %1388 = insertelement <16 x float> poison, float %1387, i64 0
-  %1389 = shufflevector <16 x float> %1388, <16 x float> poison, <16 x i32> zeroinitializer
-  %1390 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1389, <16 x float> %1348)
-  %1391 = getelementptr inbounds nuw i8, ptr %1324, i64 2624
-  %1392 = load float, ptr %1391, align 4, !tbaa !5
-  %1393 = insertelement <16 x float> poison, float %1392, i64 0
-  %1394 = shufflevector <16 x float> %1393, <16 x float> poison, <16 x i32> zeroinitializer
-  %1395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1394, <16 x float> %1353)
-  %1396 = getelementptr inbounds nuw i8, ptr %1324, i64 3136
-  %1397 = load float, ptr %1396, align 4, !tbaa !5
-  %1398 = insertelement <16 x float> poison, float %1397, i64 0
-  %1399 = shufflevector <16 x float> %1398, <16 x float> poison, <16 x i32> zeroinitializer
-  %1400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1399, <16 x float> %1358)
-  %1401 = getelementptr inbounds nuw i8, ptr %1324, i64 3648
-  %1402 = load float, ptr %1401, align 4, !tbaa !5
-  %1403 = insertelement <16 x float> poison, float %1402, i64 0
-  %1404 = shufflevector <16 x float> %1403, <16 x float> poison, <16 x i32> zeroinitializer
-  %1405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1404, <16 x float> %1363)
-  %indvars.iv.next563.i = add nuw nsw i64 %indvars.iv562.i, 1
-  %exitcond566.not.i = icmp eq i64 %indvars.iv.next563.i, 16
-  br i1 %exitcond566.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !16
+  %indvars.iv568.i = phi i64 [ 0, %for_begin_line.preheader.i ], [ %indvars.iv.next569.i, %for_begin_d_2.preheader.i ]
+  %scores_global271.sroa.0.1386.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1381, %for_begin_d_2.preheader.i ]
+  %scores_global271.sroa.4.1385.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1386, %for_begin_d_2.preheader.i ]
+  %scores_global271.sroa.8.1384.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1391, %for_begin_d_2.preheader.i ]
+  %scores_global271.sroa.12.1383.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1396, %for_begin_d_2.preheader.i ]
+  %scores_global271.sroa.16.1382.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1401, %for_begin_d_2.preheader.i ]
+  %scores_global271.sroa.20.1381.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1406, %for_begin_d_2.preheader.i ]
+  %scores_global271.sroa.24.1380.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1411, %for_begin_d_2.preheader.i ]
+  %scores_global271.sroa.28.1379.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1416, %for_begin_d_2.preheader.i ]
+  %.idx69 = shl nuw nsw i64 %indvars.iv568.i, 7
+  %1333 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx69
+  %1334 = load <16 x float>, ptr %1333, align 4, !tbaa !5
+  %1335 = getelementptr inbounds nuw float, ptr %1327, i64 %indvars.iv568.i
+  %1336 = load float, ptr %1335, align 4, !tbaa !5
+  %1337 = insertelement <16 x float> poison, float %1336, i64 0
+  %1338 = shufflevector <16 x float> %1337, <16 x float> poison, <16 x i32> zeroinitializer
+  %1339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1338, <16 x float> %scores_global271.sroa.0.1386.i)
+  %1340 = getelementptr inbounds nuw i8, ptr %1335, i64 512
+  %1341 = load float, ptr %1340, align 4, !tbaa !5
+  %1342 = insertelement <16 x float> poison, float %1341, i64 0
+  %1343 = shufflevector <16 x float> %1342, <16 x float> poison, <16 x i32> zeroinitializer
+  %1344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1343, <16 x float> %scores_global271.sroa.4.1385.i)
+  %1345 = getelementptr inbounds nuw i8, ptr %1335, i64 1024
+  %1346 = load float, ptr %1345, align 4, !tbaa !5
+  %1347 = insertelement <16 x float> poison, float %1346, i64 0
+  %1348 = shufflevector <16 x float> %1347, <16 x float> poison, <16 x i32> zeroinitializer
+  %1349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1348, <16 x float> %scores_global271.sroa.8.1384.i)
+  %1350 = getelementptr inbounds nuw i8, ptr %1335, i64 1536
+  %1351 = load float, ptr %1350, align 4, !tbaa !5
+  %1352 = insertelement <16 x float> poison, float %1351, i64 0
+  %1353 = shufflevector <16 x float> %1352, <16 x float> poison, <16 x i32> zeroinitializer
+  %1354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1353, <16 x float> %scores_global271.sroa.12.1383.i)
+  %1355 = getelementptr inbounds nuw i8, ptr %1335, i64 2048
+  %1356 = load float, ptr %1355, align 4, !tbaa !5
+  %1357 = insertelement <16 x float> poison, float %1356, i64 0
+  %1358 = shufflevector <16 x float> %1357, <16 x float> poison, <16 x i32> zeroinitializer
+  %1359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1358, <16 x float> %scores_global271.sroa.16.1382.i)
+  %1360 = getelementptr inbounds nuw i8, ptr %1335, i64 2560
+  %1361 = load float, ptr %1360, align 4, !tbaa !5
+  %1362 = insertelement <16 x float> poison, float %1361, i64 0
+  %1363 = shufflevector <16 x float> %1362, <16 x float> poison, <16 x i32> zeroinitializer
+  %1364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1363, <16 x float> %scores_global271.sroa.20.1381.i)
+  %1365 = getelementptr inbounds nuw i8, ptr %1335, i64 3072
+  %1366 = load float, ptr %1365, align 4, !tbaa !5
+  %1367 = insertelement <16 x float> poison, float %1366, i64 0
+  %1368 = shufflevector <16 x float> %1367, <16 x float> poison, <16 x i32> zeroinitializer
+  %1369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1368, <16 x float> %scores_global271.sroa.24.1380.i)
+  %1370 = getelementptr inbounds nuw i8, ptr %1335, i64 3584
+  %1371 = load float, ptr %1370, align 4, !tbaa !5
+  %1372 = insertelement <16 x float> poison, float %1371, i64 0
+  %1373 = shufflevector <16 x float> %1372, <16 x float> poison, <16 x i32> zeroinitializer
+  %1374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1373, <16 x float> %scores_global271.sroa.28.1379.i)
+  %1375 = getelementptr inbounds nuw i8, ptr %1333, i64 64
+  %1376 = load <16 x float>, ptr %1375, align 4, !tbaa !5
+  %1377 = getelementptr inbounds nuw i8, ptr %1335, i64 64
+  %1378 = load float, ptr %1377, align 4, !tbaa !5
+  %1379 = insertelement <16 x float> poison, float %1378, i64 0
+  %1380 = shufflevector <16 x float> %1379, <16 x float> poison, <16 x i32> zeroinitializer
+  %1381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1380, <16 x float> %1339)
+  %1382 = getelementptr inbounds nuw i8, ptr %1335, i64 576
+  %1383 = load float, ptr %1382, align 4, !tbaa !5
+  %1384 = insertelement <16 x float> poison, float %1383, i64 0
+  %1385 = shufflevector <16 x float> %1384, <16 x float> poison, <16 x i32> zeroinitializer
+  %1386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1385, <16 x float> %1344)
+  %1387 = getelementptr inbounds nuw i8, ptr %1335, i64 1088
+  %1388 = load float, ptr %1387, align 4, !tbaa !5
+  %1389 = insertelement <16 x float> poison, float %1388, i64 0
+  %1390 = shufflevector <16 x float> %1389, <16 x float> poison, <16 x i32> zeroinitializer
+  %1391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1390, <16 x float> %1349)
+  %1392 = getelementptr inbounds nuw i8, ptr %1335, i64 1600
+  %1393 = load float, ptr %1392, align 4, !tbaa !5
+  %1394 = insertelement <16 x float> poison, float %1393, i64 0
+  %1395 = shufflevector <16 x float> %1394, <16 x float> poison, <16 x i32> zeroinitializer
+  %1396 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1395, <16 x float> %1354)
+  %1397 = getelementptr inbounds nuw i8, ptr %1335, i64 2112
+  %1398 = load float, ptr %1397, align 4, !tbaa !5
+  %1399 = insertelement <16 x float> poison, float %1398, i64 0
+  %1400 = shufflevector <16 x float> %1399, <16 x float> poison, <16 x i32> zeroinitializer
+  %1401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1400, <16 x float> %1359)
+  %1402 = getelementptr inbounds nuw i8, ptr %1335, i64 2624
+  %1403 = load float, ptr %1402, align 4, !tbaa !5
+  %1404 = insertelement <16 x float> poison, float %1403, i64 0
+  %1405 = shufflevector <16 x float> %1404, <16 x float> poison, <16 x i32> zeroinitializer
+  %1406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1405, <16 x float> %1364)
+  %1407 = getelementptr inbounds nuw i8, ptr %1335, i64 3136
+  %1408 = load float, ptr %1407, align 4, !tbaa !5
+  %1409 = insertelement <16 x float> poison, float %1408, i64 0
+  %1410 = shufflevector <16 x float> %1409, <16 x float> poison, <16 x i32> zeroinitializer
+  %1411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1410, <16 x float> %1369)
+  %1412 = getelementptr inbounds nuw i8, ptr %1335, i64 3648
+  %1413 = load float, ptr %1412, align 4, !tbaa !5
+  %1414 = insertelement <16 x float> poison, float %1413, i64 0
+  %1415 = shufflevector <16 x float> %1414, <16 x float> poison, <16 x i32> zeroinitializer
+  %1416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1415, <16 x float> %1374)
+  %indvars.iv.next569.i = add nuw nsw i64 %indvars.iv568.i, 1
+  %exitcond572.not.i = icmp eq i64 %indvars.iv.next569.i, 16
+  br i1 %exitcond572.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !16
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
-  %1406 = getelementptr inbounds nuw i8, ptr %1316, i64 128
+  %1417 = getelementptr inbounds nuw i8, ptr %1327, i64 128
   br label %for_begin_d_2.preheader.1.i
 
 for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
-  %indvars.iv562.1.i = phi i64 [ %indvars.iv.next563.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global269.sroa.0.1380.1.i = phi <16 x float> [ %1456, %for_begin_d_2.preheader.1.i ], [ %1370, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global269.sroa.4.1379.1.i = phi <16 x float> [ %1461, %for_begin_d_2.preheader.1.i ], [ %1375, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global269.sroa.8.1378.1.i = phi <16 x float> [ %1466, %for_begin_d_2.preheader.1.i ], [ %1380, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global269.sroa.12.1377.1.i = phi <16 x float> [ %1471, %for_begin_d_2.preheader.1.i ], [ %1385, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global269.sroa.16.1376.1.i = phi <16 x float> [ %1476, %for_begin_d_2.preheader.1.i ], [ %1390, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global269.sroa.20.1375.1.i = phi <16 x float> [ %1481, %for_begin_d_2.preheader.1.i ], [ %1395, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global269.sroa.24.1374.1.i = phi <16 x float> [ %1486, %for_begin_d_2.preheader.1.i ], [ %1400, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global269.sroa.28.1373.1.i = phi <16 x float> [ %1491, %for_begin_d_2.preheader.1.i ], [ %1405, %for_begin_d_2.preheader.1.i.preheader ]
-  %.idx64 = shl nuw nsw i64 %indvars.iv562.1.i, 7
-  %1407 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx64
-  %1408 = getelementptr inbounds nuw i8, ptr %1407, i64 2048
-  %1409 = load <16 x float>, ptr %1408, align 4, !tbaa !5
-  %1410 = getelementptr inbounds nuw float, ptr %1406, i64 %indvars.iv562.1.i
-  %1411 = load float, ptr %1410, align 4, !tbaa !5
-  %1412 = insertelement <16 x float> poison, float %1411, i64 0
-  %1413 = shufflevector <16 x float> %1412, <16 x float> poison, <16 x i32> zeroinitializer
-  %1414 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1413, <16 x float> %scores_global269.sroa.0.1380.1.i)
-  %1415 = getelementptr inbounds nuw i8, ptr %1410, i64 512
-  %1416 = load float, ptr %1415, align 4, !tbaa !5
-  %1417 = insertelement <16 x float> poison, float %1416, i64 0
-  %1418 = shufflevector <16 x float> %1417, <16 x float> poison, <16 x i32> zeroinitializer
-  %1419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1418, <16 x float> %scores_global269.sroa.4.1379.1.i)
-  %1420 = getelementptr inbounds nuw i8, ptr %1410, i64 1024
-  %1421 = load float, ptr %1420, align 4, !tbaa !5
-  %1422 = insertelement <16 x float> poison, float %1421, i64 0
-  %1423 = shufflevector <16 x float> %1422, <16 x float> poison, <16 x i32> zeroinitializer
-  %1424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1423, <16 x float> %scores_global269.sroa.8.1378.1.i)
-  %1425 = getelementptr inbounds nuw i8, ptr %1410, i64 1536
-  %1426 = load float, ptr %1425, align 4, !tbaa !5
-  %1427 = insertelement <16 x float> poison, float %1426, i64 0
-  %1428 = shufflevector <16 x float> %1427, <16 x float> poison, <16 x i32> zeroinitializer
-  %1429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1428, <16 x float> %scores_global269.sroa.12.1377.1.i)
-  %1430 = getelementptr inbounds nuw i8, ptr %1410, i64 2048
-  %1431 = load float, ptr %1430, align 4, !tbaa !5
-  %1432 = insertelement <16 x float> poison, float %1431, i64 0
-  %1433 = shufflevector <16 x float> %1432, <16 x float> poison, <16 x i32> zeroinitializer
-  %1434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1433, <16 x float> %scores_global269.sroa.16.1376.1.i)
-  %1435 = getelementptr inbounds nuw i8, ptr %1410, i64 2560
-  %1436 = load float, ptr %1435, align 4, !tbaa !5
-  %1437 = insertelement <16 x float> poison, float %1436, i64 0
-  %1438 = shufflevector <16 x float> %1437, <16 x float> poison, <16 x i32> zeroinitializer
-  %1439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1438, <16 x float> %scores_global269.sroa.20.1375.1.i)
-  %1440 = getelementptr inbounds nuw i8, ptr %1410, i64 3072
-  %1441 = load float, ptr %1440, align 4, !tbaa !5
-  %1442 = insertelement <16 x float> poison, float %1441, i64 0
-  %1443 = shufflevector <16 x float> %1442, <16 x float> poison, <16 x i32> zeroinitializer
-  %1444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1443, <16 x float> %scores_global269.sroa.24.1374.1.i)
-  %1445 = getelementptr inbounds nuw i8, ptr %1410, i64 3584
-  %1446 = load float, ptr %1445, align 4, !tbaa !5
-  %1447 = insertelement <16 x float> poison, float %1446, i64 0
-  %1448 = shufflevector <16 x float> %1447, <16 x float> poison, <16 x i32> zeroinitializer
-  %1449 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1448, <16 x float> %scores_global269.sroa.28.1373.1.i)
-  %1450 = getelementptr inbounds nuw i8, ptr %1407, i64 2112
-  %1451 = load <16 x float>, ptr %1450, align 4, !tbaa !5
-  %1452 = getelementptr inbounds nuw i8, ptr %1410, i64 64
-  %1453 = load float, ptr %1452, align 4, !tbaa !5
-  %1454 = insertelement <16 x float> poison, float %1453, i64 0
-  %1455 = shufflevector <16 x float> %1454, <16 x float> poison, <16 x i32> zeroinitializer
-  %1456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1455, <16 x float> %1414)
-  %1457 = getelementptr inbounds nuw i8, ptr %1410, i64 576
-  %1458 = load float, ptr %1457, align 4, !tbaa !5
-  %1459 = insertelement <16 x float> poison, float %1458, i64 0
-  %1460 = shufflevector <16 x float> %1459, <16 x float> poison, <16 x i32> zeroinitializer
-  %1461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1460, <16 x float> %1419)
-  %1462 = getelementptr inbounds nuw i8, ptr %1410, i64 1088
-  %1463 = load float, ptr %1462, align 4, !tbaa !5
-  %1464 = insertelement <16 x float> poison, float %1463, i64 0
-  %1465 = shufflevector <16 x float> %1464, <16 x float> poison, <16 x i32> zeroinitializer
-  %1466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1465, <16 x float> %1424)
-  %1467 = getelementptr inbounds nuw i8, ptr %1410, i64 1600
-  %1468 = load float, ptr %1467, align 4, !tbaa !5
-  %1469 = insertelement <16 x float> poison, float %1468, i64 0
-  %1470 = shufflevector <16 x float> %1469, <16 x float> poison, <16 x i32> zeroinitializer
-  %1471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1470, <16 x float> %1429)
-  %1472 = getelementptr inbounds nuw i8, ptr %1410, i64 2112
-  %1473 = load float, ptr %1472, align 4, !tbaa !5
-  %1474 = insertelement <16 x float> poison, float %1473, i64 0
-  %1475 = shufflevector <16 x float> %1474, <16 x float> poison, <16 x i32> zeroinitializer
-  %1476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1475, <16 x float> %1434)
-  %1477 = getelementptr inbounds nuw i8, ptr %1410, i64 2624
-  %1478 = load float, ptr %1477, align 4, !tbaa !5
-  %1479 = insertelement <16 x float> poison, float %1478, i64 0
-  %1480 = shufflevector <16 x float> %1479, <16 x float> poison, <16 x i32> zeroinitializer
-  %1481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1480, <16 x float> %1439)
-  %1482 = getelementptr inbounds nuw i8, ptr %1410, i64 3136
-  %1483 = load float, ptr %1482, align 4, !tbaa !5
-  %1484 = insertelement <16 x float> poison, float %1483, i64 0
-  %1485 = shufflevector <16 x float> %1484, <16 x float> poison, <16 x i32> zeroinitializer
-  %1486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1485, <16 x float> %1444)
-  %1487 = getelementptr inbounds nuw i8, ptr %1410, i64 3648
-  %1488 = load float, ptr %1487, align 4, !tbaa !5
-  %1489 = insertelement <16 x float> poison, float %1488, i64 0
-  %1490 = shufflevector <16 x float> %1489, <16 x float> poison, <16 x i32> zeroinitializer
-  %1491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1490, <16 x float> %1449)
-  %indvars.iv.next563.1.i = add nuw nsw i64 %indvars.iv562.1.i, 1
-  %exitcond566.1.not.i = icmp eq i64 %indvars.iv.next563.1.i, 16
-  br i1 %exitcond566.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !16
+  %indvars.iv568.1.i = phi i64 [ %indvars.iv.next569.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global271.sroa.0.1386.1.i = phi <16 x float> [ %1467, %for_begin_d_2.preheader.1.i ], [ %1381, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global271.sroa.4.1385.1.i = phi <16 x float> [ %1472, %for_begin_d_2.preheader.1.i ], [ %1386, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global271.sroa.8.1384.1.i = phi <16 x float> [ %1477, %for_begin_d_2.preheader.1.i ], [ %1391, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global271.sroa.12.1383.1.i = phi <16 x float> [ %1482, %for_begin_d_2.preheader.1.i ], [ %1396, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global271.sroa.16.1382.1.i = phi <16 x float> [ %1487, %for_begin_d_2.preheader.1.i ], [ %1401, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global271.sroa.20.1381.1.i = phi <16 x float> [ %1492, %for_begin_d_2.preheader.1.i ], [ %1406, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global271.sroa.24.1380.1.i = phi <16 x float> [ %1497, %for_begin_d_2.preheader.1.i ], [ %1411, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global271.sroa.28.1379.1.i = phi <16 x float> [ %1502, %for_begin_d_2.preheader.1.i ], [ %1416, %for_begin_d_2.preheader.1.i.preheader ]
+  %.idx70 = shl nuw nsw i64 %indvars.iv568.1.i, 7
+  %1418 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx70
+  %1419 = getelementptr inbounds nuw i8, ptr %1418, i64 2048
+  %1420 = load <16 x float>, ptr %1419, align 4, !tbaa !5
+  %1421 = getelementptr inbounds nuw float, ptr %1417, i64 %indvars.iv568.1.i
+  %1422 = load float, ptr %1421, align 4, !tbaa !5
+  %1423 = insertelement <16 x float> poison, float %1422, i64 0
+  %1424 = shufflevector <16 x float> %1423, <16 x float> poison, <16 x i32> zeroinitializer
+  %1425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1424, <16 x float> %scores_global271.sroa.0.1386.1.i)
+  %1426 = getelementptr inbounds nuw i8, ptr %1421, i64 512
+  %1427 = load float, ptr %1426, align 4, !tbaa !5
+  %1428 = insertelement <16 x float> poison, float %1427, i64 0
+  %1429 = shufflevector <16 x float> %1428, <16 x float> poison, <16 x i32> zeroinitializer
+  %1430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1429, <16 x float> %scores_global271.sroa.4.1385.1.i)
+  %1431 = getelementptr inbounds nuw i8, ptr %1421, i64 1024
+  %1432 = load float, ptr %1431, align 4, !tbaa !5
+  %1433 = insertelement <16 x float> poison, float %1432, i64 0
+  %1434 = shufflevector <16 x float> %1433, <16 x float> poison, <16 x i32> zeroinitializer
+  %1435 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1434, <16 x float> %scores_global271.sroa.8.1384.1.i)
+  %1436 = getelementptr inbounds nuw i8, ptr %1421, i64 1536
+  %1437 = load float, ptr %1436, align 4, !tbaa !5
+  %1438 = insertelement <16 x float> poison, float %1437, i64 0
+  %1439 = shufflevector <16 x float> %1438, <16 x float> poison, <16 x i32> zeroinitializer
+  %1440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1439, <16 x float> %scores_global271.sroa.12.1383.1.i)
+  %1441 = getelementptr inbounds nuw i8, ptr %1421, i64 2048
+  %1442 = load float, ptr %1441, align 4, !tbaa !5
+  %1443 = insertelement <16 x float> poison, float %1442, i64 0
+  %1444 = shufflevector <16 x float> %1443, <16 x float> poison, <16 x i32> zeroinitializer
+  %1445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1444, <16 x float> %scores_global271.sroa.16.1382.1.i)
+  %1446 = getelementptr inbounds nuw i8, ptr %1421, i64 2560
+  %1447 = load float, ptr %1446, align 4, !tbaa !5
+  %1448 = insertelement <16 x float> poison, float %1447, i64 0
+  %1449 = shufflevector <16 x float> %1448, <16 x float> poison, <16 x i32> zeroinitializer
+  %1450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1449, <16 x float> %scores_global271.sroa.20.1381.1.i)
+  %1451 = getelementptr inbounds nuw i8, ptr %1421, i64 3072
+  %1452 = load float, ptr %1451, align 4, !tbaa !5
+  %1453 = insertelement <16 x float> poison, float %1452, i64 0
+  %1454 = shufflevector <16 x float> %1453, <16 x float> poison, <16 x i32> zeroinitializer
+  %1455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1454, <16 x float> %scores_global271.sroa.24.1380.1.i)
+  %1456 = getelementptr inbounds nuw i8, ptr %1421, i64 3584
+  %1457 = load float, ptr %1456, align 4, !tbaa !5
+  %1458 = insertelement <16 x float> poison, float %1457, i64 0
+  %1459 = shufflevector <16 x float> %1458, <16 x float> poison, <16 x i32> zeroinitializer
+  %1460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1459, <16 x float> %scores_global271.sroa.28.1379.1.i)
+  %1461 = getelementptr inbounds nuw i8, ptr %1418, i64 2112
+  %1462 = load <16 x float>, ptr %1461, align 4, !tbaa !5
+  %1463 = getelementptr inbounds nuw i8, ptr %1421, i64 64
+  %1464 = load float, ptr %1463, align 4, !tbaa !5
+  %1465 = insertelement <16 x float> poison, float %1464, i64 0
+  %1466 = shufflevector <16 x float> %1465, <16 x float> poison, <16 x i32> zeroinitializer
+  %1467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1466, <16 x float> %1425)
+  %1468 = getelementptr inbounds nuw i8, ptr %1421, i64 576
+  %1469 = load float, ptr %1468, align 4, !tbaa !5
+  %1470 = insertelement <16 x float> poison, float %1469, i64 0
+  %1471 = shufflevector <16 x float> %1470, <16 x float> poison, <16 x i32> zeroinitializer
+  %1472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1471, <16 x float> %1430)
+  %1473 = getelementptr inbounds nuw i8, ptr %1421, i64 1088
+  %1474 = load float, ptr %1473, align 4, !tbaa !5
+  %1475 = insertelement <16 x float> poison, float %1474, i64 0
+  %1476 = shufflevector <16 x float> %1475, <16 x float> poison, <16 x i32> zeroinitializer
+  %1477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1476, <16 x float> %1435)
+  %1478 = getelementptr inbounds nuw i8, ptr %1421, i64 1600
+  %1479 = load float, ptr %1478, align 4, !tbaa !5
+  %1480 = insertelement <16 x float> poison, float %1479, i64 0
+  %1481 = shufflevector <16 x float> %1480, <16 x float> poison, <16 x i32> zeroinitializer
+  %1482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1481, <16 x float> %1440)
+  %1483 = getelementptr inbounds nuw i8, ptr %1421, i64 2112
+  %1484 = load float, ptr %1483, align 4, !tbaa !5
+  %1485 = insertelement <16 x float> poison, float %1484, i64 0
+  %1486 = shufflevector <16 x float> %1485, <16 x float> poison, <16 x i32> zeroinitializer
+  %1487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1486, <16 x float> %1445)
+  %1488 = getelementptr inbounds nuw i8, ptr %1421, i64 2624
+  %1489 = load float, ptr %1488, align 4, !tbaa !5
+  %1490 = insertelement <16 x float> poison, float %1489, i64 0
+  %1491 = shufflevector <16 x float> %1490, <16 x float> poison, <16 x i32> zeroinitializer
+  %1492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1491, <16 x float> %1450)
+  %1493 = getelementptr inbounds nuw i8, ptr %1421, i64 3136
+  %1494 = load float, ptr %1493, align 4, !tbaa !5
+  %1495 = insertelement <16 x float> poison, float %1494, i64 0
+  %1496 = shufflevector <16 x float> %1495, <16 x float> poison, <16 x i32> zeroinitializer
+  %1497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1496, <16 x float> %1455)
+  %1498 = getelementptr inbounds nuw i8, ptr %1421, i64 3648
+  %1499 = load float, ptr %1498, align 4, !tbaa !5
+  %1500 = insertelement <16 x float> poison, float %1499, i64 0
+  %1501 = shufflevector <16 x float> %1500, <16 x float> poison, <16 x i32> zeroinitializer
+  %1502 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1501, <16 x float> %1460)
+  %indvars.iv.next569.1.i = add nuw nsw i64 %indvars.iv568.1.i, 1
+  %exitcond572.1.not.i = icmp eq i64 %indvars.iv.next569.1.i, 16
+  br i1 %exitcond572.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !16
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
-  %1492 = getelementptr inbounds nuw i8, ptr %1316, i64 256
+  %1503 = getelementptr inbounds nuw i8, ptr %1327, i64 256
   br label %for_begin_d_2.preheader.2.i
 
 for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
-  %indvars.iv562.2.i = phi i64 [ %indvars.iv.next563.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global269.sroa.0.1380.2.i = phi <16 x float> [ %1542, %for_begin_d_2.preheader.2.i ], [ %1456, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global269.sroa.4.1379.2.i = phi <16 x float> [ %1547, %for_begin_d_2.preheader.2.i ], [ %1461, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global269.sroa.8.1378.2.i = phi <16 x float> [ %1552, %for_begin_d_2.preheader.2.i ], [ %1466, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global269.sroa.12.1377.2.i = phi <16 x float> [ %1557, %for_begin_d_2.preheader.2.i ], [ %1471, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global269.sroa.16.1376.2.i = phi <16 x float> [ %1562, %for_begin_d_2.preheader.2.i ], [ %1476, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global269.sroa.20.1375.2.i = phi <16 x float> [ %1567, %for_begin_d_2.preheader.2.i ], [ %1481, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global269.sroa.24.1374.2.i = phi <16 x float> [ %1572, %for_begin_d_2.preheader.2.i ], [ %1486, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global269.sroa.28.1373.2.i = phi <16 x float> [ %1577, %for_begin_d_2.preheader.2.i ], [ %1491, %for_begin_d_2.preheader.2.i.preheader ]
-  %.idx65 = shl nuw nsw i64 %indvars.iv562.2.i, 7
-  %1493 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx65
-  %1494 = getelementptr inbounds nuw i8, ptr %1493, i64 4096
-  %1495 = load <16 x float>, ptr %1494, align 4, !tbaa !5
-  %1496 = getelementptr inbounds nuw float, ptr %1492, i64 %indvars.iv562.2.i
-  %1497 = load float, ptr %1496, align 4, !tbaa !5
-  %1498 = insertelement <16 x float> poison, float %1497, i64 0
-  %1499 = shufflevector <16 x float> %1498, <16 x float> poison, <16 x i32> zeroinitializer
-  %1500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1499, <16 x float> %scores_global269.sroa.0.1380.2.i)
-  %1501 = getelementptr inbounds nuw i8, ptr %1496, i64 512
-  %1502 = load float, ptr %1501, align 4, !tbaa !5
-  %1503 = insertelement <16 x float> poison, float %1502, i64 0
-  %1504 = shufflevector <16 x float> %1503, <16 x float> poison, <16 x i32> zeroinitializer
-  %1505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1504, <16 x float> %scores_global269.sroa.4.1379.2.i)
-  %1506 = getelementptr inbounds nuw i8, ptr %1496, i64 1024
-  %1507 = load float, ptr %1506, align 4, !tbaa !5
-  %1508 = insertelement <16 x float> poison, float %1507, i64 0
-  %1509 = shufflevector <16 x float> %1508, <16 x float> poison, <16 x i32> zeroinitializer
-  %1510 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1509, <16 x float> %scores_global269.sroa.8.1378.2.i)
-  %1511 = getelementptr inbounds nuw i8, ptr %1496, i64 1536
-  %1512 = load float, ptr %1511, align 4, !tbaa !5
-  %1513 = insertelement <16 x float> poison, float %1512, i64 0
-  %1514 = shufflevector <16 x float> %1513, <16 x float> poison, <16 x i32> zeroinitializer
-  %1515 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1514, <16 x float> %scores_global269.sroa.12.1377.2.i)
-  %1516 = getelementptr inbounds nuw i8, ptr %1496, i64 2048
-  %1517 = load float, ptr %1516, align 4, !tbaa !5
-  %1518 = insertelement <16 x float> poison, float %1517, i64 0
-  %1519 = shufflevector <16 x float> %1518, <16 x float> poison, <16 x i32> zeroinitializer
-  %1520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1519, <16 x float> %scores_global269.sroa.16.1376.2.i)
-  %1521 = getelementptr inbounds nuw i8, ptr %1496, i64 2560
-  %1522 = load float, ptr %1521, align 4, !tbaa !5
-  %1523 = insertelement <16 x float> poison, float %1522, i64 0
-  %1524 = shufflevector <16 x float> %1523, <16 x float> poison, <16 x i32> zeroinitializer
-  %1525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1524, <16 x float> %scores_global269.sroa.20.1375.2.i)
-  %1526 = getelementptr inbounds nuw i8, ptr %1496, i64 3072
-  %1527 = load float, ptr %1526, align 4, !tbaa !5
-  %1528 = insertelement <16 x float> poison, float %1527, i64 0
-  %1529 = shufflevector <16 x float> %1528, <16 x float> poison, <16 x i32> zeroinitializer
-  %1530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1529, <16 x float> %scores_global269.sroa.24.1374.2.i)
-  %1531 = getelementptr inbounds nuw i8, ptr %1496, i64 3584
-  %1532 = load float, ptr %1531, align 4, !tbaa !5
-  %1533 = insertelement <16 x float> poison, float %1532, i64 0
-  %1534 = shufflevector <16 x float> %1533, <16 x float> poison, <16 x i32> zeroinitializer
-  %1535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1534, <16 x float> %scores_global269.sroa.28.1373.2.i)
-  %1536 = getelementptr inbounds nuw i8, ptr %1493, i64 4160
-  %1537 = load <16 x float>, ptr %1536, align 4, !tbaa !5
-  %1538 = getelementptr inbounds nuw i8, ptr %1496, i64 64
-  %1539 = load float, ptr %1538, align 4, !tbaa !5
-  %1540 = insertelement <16 x float> poison, float %1539, i64 0
-  %1541 = shufflevector <16 x float> %1540, <16 x float> poison, <16 x i32> zeroinitializer
-  %1542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1541, <16 x float> %1500)
-  %1543 = getelementptr inbounds nuw i8, ptr %1496, i64 576
-  %1544 = load float, ptr %1543, align 4, !tbaa !5
-  %1545 = insertelement <16 x float> poison, float %1544, i64 0
-  %1546 = shufflevector <16 x float> %1545, <16 x float> poison, <16 x i32> zeroinitializer
-  %1547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1546, <16 x float> %1505)
-  %1548 = getelementptr inbounds nuw i8, ptr %1496, i64 1088
-  %1549 = load float, ptr %1548, align 4, !tbaa !5
-  %1550 = insertelement <16 x float> poison, float %1549, i64 0
-  %1551 = shufflevector <16 x float> %1550, <16 x float> poison, <16 x i32> zeroinitializer
-  %1552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1551, <16 x float> %1510)
-  %1553 = getelementptr inbounds nuw i8, ptr %1496, i64 1600
-  %1554 = load float, ptr %1553, align 4, !tbaa !5
-  %1555 = insertelement <16 x float> poison, float %1554, i64 0
-  %1556 = shufflevector <16 x float> %1555, <16 x float> poison, <16 x i32> zeroinitializer
-  %1557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1556, <16 x float> %1515)
-  %1558 = getelementptr inbounds nuw i8, ptr %1496, i64 2112
-  %1559 = load float, ptr %1558, align 4, !tbaa !5
-  %1560 = insertelement <16 x float> poison, float %1559, i64 0
-  %1561 = shufflevector <16 x float> %1560, <16 x float> poison, <16 x i32> zeroinitializer
-  %1562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1561, <16 x float> %1520)
-  %1563 = getelementptr inbounds nuw i8, ptr %1496, i64 2624
-  %1564 = load float, ptr %1563, align 4, !tbaa !5
-  %1565 = insertelement <16 x float> poison, float %1564, i64 0
-  %1566 = shufflevector <16 x float> %1565, <16 x float> poison, <16 x i32> zeroinitializer
-  %1567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1566, <16 x float> %1525)
-  %1568 = getelementptr inbounds nuw i8, ptr %1496, i64 3136
-  %1569 = load float, ptr %1568, align 4, !tbaa !5
-  %1570 = insertelement <16 x float> poison, float %1569, i64 0
-  %1571 = shufflevector <16 x float> %1570, <16 x float> poison, <16 x i32> zeroinitializer
-  %1572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1571, <16 x float> %1530)
-  %1573 = getelementptr inbounds nuw i8, ptr %1496, i64 3648
-  %1574 = load float, ptr %1573, align 4, !tbaa !5
-  %1575 = insertelement <16 x float> poison, float %1574, i64 0
-  %1576 = shufflevector <16 x float> %1575, <16 x float> poison, <16 x i32> zeroinitializer
-  %1577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1576, <16 x float> %1535)
-  %indvars.iv.next563.2.i = add nuw nsw i64 %indvars.iv562.2.i, 1
-  %exitcond566.2.not.i = icmp eq i64 %indvars.iv.next563.2.i, 16
-  br i1 %exitcond566.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !16
+  %indvars.iv568.2.i = phi i64 [ %indvars.iv.next569.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global271.sroa.0.1386.2.i = phi <16 x float> [ %1553, %for_begin_d_2.preheader.2.i ], [ %1467, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global271.sroa.4.1385.2.i = phi <16 x float> [ %1558, %for_begin_d_2.preheader.2.i ], [ %1472, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global271.sroa.8.1384.2.i = phi <16 x float> [ %1563, %for_begin_d_2.preheader.2.i ], [ %1477, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global271.sroa.12.1383.2.i = phi <16 x float> [ %1568, %for_begin_d_2.preheader.2.i ], [ %1482, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global271.sroa.16.1382.2.i = phi <16 x float> [ %1573, %for_begin_d_2.preheader.2.i ], [ %1487, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global271.sroa.20.1381.2.i = phi <16 x float> [ %1578, %for_begin_d_2.preheader.2.i ], [ %1492, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global271.sroa.24.1380.2.i = phi <16 x float> [ %1583, %for_begin_d_2.preheader.2.i ], [ %1497, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global271.sroa.28.1379.2.i = phi <16 x float> [ %1588, %for_begin_d_2.preheader.2.i ], [ %1502, %for_begin_d_2.preheader.2.i.preheader ]
+  %.idx71 = shl nuw nsw i64 %indvars.iv568.2.i, 7
+  %1504 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx71
+  %1505 = getelementptr inbounds nuw i8, ptr %1504, i64 4096
+  %1506 = load <16 x float>, ptr %1505, align 4, !tbaa !5
+  %1507 = getelementptr inbounds nuw float, ptr %1503, i64 %indvars.iv568.2.i
+  %1508 = load float, ptr %1507, align 4, !tbaa !5
+  %1509 = insertelement <16 x float> poison, float %1508, i64 0
+  %1510 = shufflevector <16 x float> %1509, <16 x float> poison, <16 x i32> zeroinitializer
+  %1511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1510, <16 x float> %scores_global271.sroa.0.1386.2.i)
+  %1512 = getelementptr inbounds nuw i8, ptr %1507, i64 512
+  %1513 = load float, ptr %1512, align 4, !tbaa !5
+  %1514 = insertelement <16 x float> poison, float %1513, i64 0
+  %1515 = shufflevector <16 x float> %1514, <16 x float> poison, <16 x i32> zeroinitializer
+  %1516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1515, <16 x float> %scores_global271.sroa.4.1385.2.i)
+  %1517 = getelementptr inbounds nuw i8, ptr %1507, i64 1024
+  %1518 = load float, ptr %1517, align 4, !tbaa !5
+  %1519 = insertelement <16 x float> poison, float %1518, i64 0
+  %1520 = shufflevector <16 x float> %1519, <16 x float> poison, <16 x i32> zeroinitializer
+  %1521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1520, <16 x float> %scores_global271.sroa.8.1384.2.i)
+  %1522 = getelementptr inbounds nuw i8, ptr %1507, i64 1536
+  %1523 = load float, ptr %1522, align 4, !tbaa !5
+  %1524 = insertelement <16 x float> poison, float %1523, i64 0
+  %1525 = shufflevector <16 x float> %1524, <16 x float> poison, <16 x i32> zeroinitializer
+  %1526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1525, <16 x float> %scores_global271.sroa.12.1383.2.i)
+  %1527 = getelementptr inbounds nuw i8, ptr %1507, i64 2048
+  %1528 = load float, ptr %1527, align 4, !tbaa !5
+  %1529 = insertelement <16 x float> poison, float %1528, i64 0
+  %1530 = shufflevector <16 x float> %1529, <16 x float> poison, <16 x i32> zeroinitializer
+  %1531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1530, <16 x float> %scores_global271.sroa.16.1382.2.i)
+  %1532 = getelementptr inbounds nuw i8, ptr %1507, i64 2560
+  %1533 = load float, ptr %1532, align 4, !tbaa !5
+  %1534 = insertelement <16 x float> poison, float %1533, i64 0
+  %1535 = shufflevector <16 x float> %1534, <16 x float> poison, <16 x i32> zeroinitializer
+  %1536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1535, <16 x float> %scores_global271.sroa.20.1381.2.i)
+  %1537 = getelementptr inbounds nuw i8, ptr %1507, i64 3072
+  %1538 = load float, ptr %1537, align 4, !tbaa !5
+  %1539 = insertelement <16 x float> poison, float %1538, i64 0
+  %1540 = shufflevector <16 x float> %1539, <16 x float> poison, <16 x i32> zeroinitializer
+  %1541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1540, <16 x float> %scores_global271.sroa.24.1380.2.i)
+  %1542 = getelementptr inbounds nuw i8, ptr %1507, i64 3584
+  %1543 = load float, ptr %1542, align 4, !tbaa !5
+  %1544 = insertelement <16 x float> poison, float %1543, i64 0
+  %1545 = shufflevector <16 x float> %1544, <16 x float> poison, <16 x i32> zeroinitializer
+  %1546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1545, <16 x float> %scores_global271.sroa.28.1379.2.i)
+  %1547 = getelementptr inbounds nuw i8, ptr %1504, i64 4160
+  %1548 = load <16 x float>, ptr %1547, align 4, !tbaa !5
+  %1549 = getelementptr inbounds nuw i8, ptr %1507, i64 64
+  %1550 = load float, ptr %1549, align 4, !tbaa !5
+  %1551 = insertelement <16 x float> poison, float %1550, i64 0
+  %1552 = shufflevector <16 x float> %1551, <16 x float> poison, <16 x i32> zeroinitializer
+  %1553 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1552, <16 x float> %1511)
+  %1554 = getelementptr inbounds nuw i8, ptr %1507, i64 576
+  %1555 = load float, ptr %1554, align 4, !tbaa !5
+  %1556 = insertelement <16 x float> poison, float %1555, i64 0
+  %1557 = shufflevector <16 x float> %1556, <16 x float> poison, <16 x i32> zeroinitializer
+  %1558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1557, <16 x float> %1516)
+  %1559 = getelementptr inbounds nuw i8, ptr %1507, i64 1088
+  %1560 = load float, ptr %1559, align 4, !tbaa !5
+  %1561 = insertelement <16 x float> poison, float %1560, i64 0
+  %1562 = shufflevector <16 x float> %1561, <16 x float> poison, <16 x i32> zeroinitializer
+  %1563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1562, <16 x float> %1521)
+  %1564 = getelementptr inbounds nuw i8, ptr %1507, i64 1600
+  %1565 = load float, ptr %1564, align 4, !tbaa !5
+  %1566 = insertelement <16 x float> poison, float %1565, i64 0
+  %1567 = shufflevector <16 x float> %1566, <16 x float> poison, <16 x i32> zeroinitializer
+  %1568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1567, <16 x float> %1526)
+  %1569 = getelementptr inbounds nuw i8, ptr %1507, i64 2112
+  %1570 = load float, ptr %1569, align 4, !tbaa !5
+  %1571 = insertelement <16 x float> poison, float %1570, i64 0
+  %1572 = shufflevector <16 x float> %1571, <16 x float> poison, <16 x i32> zeroinitializer
+  %1573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1572, <16 x float> %1531)
+  %1574 = getelementptr inbounds nuw i8, ptr %1507, i64 2624
+  %1575 = load float, ptr %1574, align 4, !tbaa !5
+  %1576 = insertelement <16 x float> poison, float %1575, i64 0
+  %1577 = shufflevector <16 x float> %1576, <16 x float> poison, <16 x i32> zeroinitializer
+  %1578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1577, <16 x float> %1536)
+  %1579 = getelementptr inbounds nuw i8, ptr %1507, i64 3136
+  %1580 = load float, ptr %1579, align 4, !tbaa !5
+  %1581 = insertelement <16 x float> poison, float %1580, i64 0
+  %1582 = shufflevector <16 x float> %1581, <16 x float> poison, <16 x i32> zeroinitializer
+  %1583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1582, <16 x float> %1541)
+  %1584 = getelementptr inbounds nuw i8, ptr %1507, i64 3648
+  %1585 = load float, ptr %1584, align 4, !tbaa !5
+  %1586 = insertelement <16 x float> poison, float %1585, i64 0
+  %1587 = shufflevector <16 x float> %1586, <16 x float> poison, <16 x i32> zeroinitializer
+  %1588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1587, <16 x float> %1546)
+  %indvars.iv.next569.2.i = add nuw nsw i64 %indvars.iv568.2.i, 1
+  %exitcond572.2.not.i = icmp eq i64 %indvars.iv.next569.2.i, 16
+  br i1 %exitcond572.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !16
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
-  %1578 = getelementptr inbounds nuw i8, ptr %1316, i64 384
+  %1589 = getelementptr inbounds nuw i8, ptr %1327, i64 384
   br label %for_begin_d_2.preheader.3.i
 
 for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
-  %indvars.iv562.3.i = phi i64 [ %indvars.iv.next563.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global269.sroa.0.1380.3.i = phi <16 x float> [ %1628, %for_begin_d_2.preheader.3.i ], [ %1542, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global269.sroa.4.1379.3.i = phi <16 x float> [ %1633, %for_begin_d_2.preheader.3.i ], [ %1547, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global269.sroa.8.1378.3.i = phi <16 x float> [ %1638, %for_begin_d_2.preheader.3.i ], [ %1552, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global269.sroa.12.1377.3.i = phi <16 x float> [ %1643, %for_begin_d_2.preheader.3.i ], [ %1557, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global269.sroa.16.1376.3.i = phi <16 x float> [ %1648, %for_begin_d_2.preheader.3.i ], [ %1562, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global269.sroa.20.1375.3.i = phi <16 x float> [ %1653, %for_begin_d_2.preheader.3.i ], [ %1567, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global269.sroa.24.1374.3.i = phi <16 x float> [ %1658, %for_begin_d_2.preheader.3.i ], [ %1572, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global269.sroa.28.1373.3.i = phi <16 x float> [ %1663, %for_begin_d_2.preheader.3.i ], [ %1577, %for_begin_d_2.preheader.3.i.preheader ]
-  %.idx66 = shl nuw nsw i64 %indvars.iv562.3.i, 7
-  %1579 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx66
-  %1580 = getelementptr inbounds nuw i8, ptr %1579, i64 6144
-  %1581 = load <16 x float>, ptr %1580, align 4, !tbaa !5
-  %1582 = getelementptr inbounds nuw float, ptr %1578, i64 %indvars.iv562.3.i
-  %1583 = load float, ptr %1582, align 4, !tbaa !5
-  %1584 = insertelement <16 x float> poison, float %1583, i64 0
-  %1585 = shufflevector <16 x float> %1584, <16 x float> poison, <16 x i32> zeroinitializer
-  %1586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1585, <16 x float> %scores_global269.sroa.0.1380.3.i)
-  %1587 = getelementptr inbounds nuw i8, ptr %1582, i64 512
-  %1588 = load float, ptr %1587, align 4, !tbaa !5
-  %1589 = insertelement <16 x float> poison, float %1588, i64 0
-  %1590 = shufflevector <16 x float> %1589, <16 x float> poison, <16 x i32> zeroinitializer
-  %1591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1590, <16 x float> %scores_global269.sroa.4.1379.3.i)
-  %1592 = getelementptr inbounds nuw i8, ptr %1582, i64 1024
-  %1593 = load float, ptr %1592, align 4, !tbaa !5
-  %1594 = insertelement <16 x float> poison, float %1593, i64 0
-  %1595 = shufflevector <16 x float> %1594, <16 x float> poison, <16 x i32> zeroinitializer
-  %1596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1595, <16 x float> %scores_global269.sroa.8.1378.3.i)
-  %1597 = getelementptr inbounds nuw i8, ptr %1582, i64 1536
-  %1598 = load float, ptr %1597, align 4, !tbaa !5
-  %1599 = insertelement <16 x float> poison, float %1598, i64 0
-  %1600 = shufflevector <16 x float> %1599, <16 x float> poison, <16 x i32> zeroinitializer
-  %1601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1600, <16 x float> %scores_global269.sroa.12.1377.3.i)
-  %1602 = getelementptr inbounds nuw i8, ptr %1582, i64 2048
-  %1603 = load float, ptr %1602, align 4, !tbaa !5
-  %1604 = insertelement <16 x float> poison, float %1603, i64 0
-  %1605 = shufflevector <16 x float> %1604, <16 x float> poison, <16 x i32> zeroinitializer
-  %1606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1605, <16 x float> %scores_global269.sroa.16.1376.3.i)
-  %1607 = getelementptr inbounds nuw i8, ptr %1582, i64 2560
-  %1608 = load float, ptr %1607, align 4, !tbaa !5
-  %1609 = insertelement <16 x float> poison, float %1608, i64 0
-  %1610 = shufflevector <16 x float> %1609, <16 x float> poison, <16 x i32> zeroinitializer
-  %1611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1610, <16 x float> %scores_global269.sroa.20.1375.3.i)
-  %1612 = getelementptr inbounds nuw i8, ptr %1582, i64 3072
-  %1613 = load float, ptr %1612, align 4, !tbaa !5
-  %1614 = insertelement <16 x float> poison, float %1613, i64 0
-  %1615 = shufflevector <16 x float> %1614, <16 x float> poison, <16 x i32> zeroinitializer
-  %1616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1615, <16 x float> %scores_global269.sroa.24.1374.3.i)
-  %1617 = getelementptr inbounds nuw i8, ptr %1582, i64 3584
-  %1618 = load float, ptr %1617, align 4, !tbaa !5
-  %1619 = insertelement <16 x float> poison, float %1618, i64 0
-  %1620 = shufflevector <16 x float> %1619, <16 x float> poison, <16 x i32> zeroinitializer
-  %1621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1620, <16 x float> %scores_global269.sroa.28.1373.3.i)
-  %1622 = getelementptr inbounds nuw i8, ptr %1579, i64 6208
-  %1623 = load <16 x float>, ptr %1622, align 4, !tbaa !5
-  %1624 = getelementptr inbounds nuw i8, ptr %1582, i64 64
-  %1625 = load float, ptr %1624, align 4, !tbaa !5
-  %1626 = insertelement <16 x float> poison, float %1625, i64 0
-  %1627 = shufflevector <16 x float> %1626, <16 x float> poison, <16 x i32> zeroinitializer
-  %1628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1627, <16 x float> %1586)
-  %1629 = getelementptr inbounds nuw i8, ptr %1582, i64 576
-  %1630 = load float, ptr %1629, align 4, !tbaa !5
-  %1631 = insertelement <16 x float> poison, float %1630, i64 0
-  %1632 = shufflevector <16 x float> %1631, <16 x float> poison, <16 x i32> zeroinitializer
-  %1633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1632, <16 x float> %1591)
-  %1634 = getelementptr inbounds nuw i8, ptr %1582, i64 1088
-  %1635 = load float, ptr %1634, align 4, !tbaa !5
-  %1636 = insertelement <16 x float> poison, float %1635, i64 0
-  %1637 = shufflevector <16 x float> %1636, <16 x float> poison, <16 x i32> zeroinitializer
-  %1638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1637, <16 x float> %1596)
-  %1639 = getelementptr inbounds nuw i8, ptr %1582, i64 1600
-  %1640 = load float, ptr %1639, align 4, !tbaa !5
-  %1641 = insertelement <16 x float> poison, float %1640, i64 0
-  %1642 = shufflevector <16 x float> %1641, <16 x float> poison, <16 x i32> zeroinitializer
-  %1643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1642, <16 x float> %1601)
-  %1644 = getelementptr inbounds nuw i8, ptr %1582, i64 2112
-  %1645 = load float, ptr %1644, align 4, !tbaa !5
-  %1646 = insertelement <16 x float> poison, float %1645, i64 0
-  %1647 = shufflevector <16 x float> %1646, <16 x float> poison, <16 x i32> zeroinitializer
-  %1648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1647, <16 x float> %1606)
-  %1649 = getelementptr inbounds nuw i8, ptr %1582, i64 2624
-  %1650 = load float, ptr %1649, align 4, !tbaa !5
-  %1651 = insertelement <16 x float> poison, float %1650, i64 0
-  %1652 = shufflevector <16 x float> %1651, <16 x float> poison, <16 x i32> zeroinitializer
-  %1653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1652, <16 x float> %1611)
-  %1654 = getelementptr inbounds nuw i8, ptr %1582, i64 3136
-  %1655 = load float, ptr %1654, align 4, !tbaa !5
-  %1656 = insertelement <16 x float> poison, float %1655, i64 0
-  %1657 = shufflevector <16 x float> %1656, <16 x float> poison, <16 x i32> zeroinitializer
-  %1658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1657, <16 x float> %1616)
-  %1659 = getelementptr inbounds nuw i8, ptr %1582, i64 3648
-  %1660 = load float, ptr %1659, align 4, !tbaa !5
-  %1661 = insertelement <16 x float> poison, float %1660, i64 0
-  %1662 = shufflevector <16 x float> %1661, <16 x float> poison, <16 x i32> zeroinitializer
-  %1663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1662, <16 x float> %1621)
-  %indvars.iv.next563.3.i = add nuw nsw i64 %indvars.iv562.3.i, 1
-  %exitcond566.3.not.i = icmp eq i64 %indvars.iv.next563.3.i, 16
-  br i1 %exitcond566.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !16
+  %indvars.iv568.3.i = phi i64 [ %indvars.iv.next569.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global271.sroa.0.1386.3.i = phi <16 x float> [ %1639, %for_begin_d_2.preheader.3.i ], [ %1553, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global271.sroa.4.1385.3.i = phi <16 x float> [ %1644, %for_begin_d_2.preheader.3.i ], [ %1558, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global271.sroa.8.1384.3.i = phi <16 x float> [ %1649, %for_begin_d_2.preheader.3.i ], [ %1563, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global271.sroa.12.1383.3.i = phi <16 x float> [ %1654, %for_begin_d_2.preheader.3.i ], [ %1568, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global271.sroa.16.1382.3.i = phi <16 x float> [ %1659, %for_begin_d_2.preheader.3.i ], [ %1573, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global271.sroa.20.1381.3.i = phi <16 x float> [ %1664, %for_begin_d_2.preheader.3.i ], [ %1578, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global271.sroa.24.1380.3.i = phi <16 x float> [ %1669, %for_begin_d_2.preheader.3.i ], [ %1583, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global271.sroa.28.1379.3.i = phi <16 x float> [ %1674, %for_begin_d_2.preheader.3.i ], [ %1588, %for_begin_d_2.preheader.3.i.preheader ]
+  %.idx72 = shl nuw nsw i64 %indvars.iv568.3.i, 7
+  %1590 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx72
+  %1591 = getelementptr inbounds nuw i8, ptr %1590, i64 6144
+  %1592 = load <16 x float>, ptr %1591, align 4, !tbaa !5
+  %1593 = getelementptr inbounds nuw float, ptr %1589, i64 %indvars.iv568.3.i
+  %1594 = load float, ptr %1593, align 4, !tbaa !5
+  %1595 = insertelement <16 x float> poison, float %1594, i64 0
+  %1596 = shufflevector <16 x float> %1595, <16 x float> poison, <16 x i32> zeroinitializer
+  %1597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1596, <16 x float> %scores_global271.sroa.0.1386.3.i)
+  %1598 = getelementptr inbounds nuw i8, ptr %1593, i64 512
+  %1599 = load float, ptr %1598, align 4, !tbaa !5
+  %1600 = insertelement <16 x float> poison, float %1599, i64 0
+  %1601 = shufflevector <16 x float> %1600, <16 x float> poison, <16 x i32> zeroinitializer
+  %1602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1601, <16 x float> %scores_global271.sroa.4.1385.3.i)
+  %1603 = getelementptr inbounds nuw i8, ptr %1593, i64 1024
+  %1604 = load float, ptr %1603, align 4, !tbaa !5
+  %1605 = insertelement <16 x float> poison, float %1604, i64 0
+  %1606 = shufflevector <16 x float> %1605, <16 x float> poison, <16 x i32> zeroinitializer
+  %1607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1606, <16 x float> %scores_global271.sroa.8.1384.3.i)
+  %1608 = getelementptr inbounds nuw i8, ptr %1593, i64 1536
+  %1609 = load float, ptr %1608, align 4, !tbaa !5
+  %1610 = insertelement <16 x float> poison, float %1609, i64 0
+  %1611 = shufflevector <16 x float> %1610, <16 x float> poison, <16 x i32> zeroinitializer
+  %1612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1611, <16 x float> %scores_global271.sroa.12.1383.3.i)
+  %1613 = getelementptr inbounds nuw i8, ptr %1593, i64 2048
+  %1614 = load float, ptr %1613, align 4, !tbaa !5
+  %1615 = insertelement <16 x float> poison, float %1614, i64 0
+  %1616 = shufflevector <16 x float> %1615, <16 x float> poison, <16 x i32> zeroinitializer
+  %1617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1616, <16 x float> %scores_global271.sroa.16.1382.3.i)
+  %1618 = getelementptr inbounds nuw i8, ptr %1593, i64 2560
+  %1619 = load float, ptr %1618, align 4, !tbaa !5
+  %1620 = insertelement <16 x float> poison, float %1619, i64 0
+  %1621 = shufflevector <16 x float> %1620, <16 x float> poison, <16 x i32> zeroinitializer
+  %1622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1621, <16 x float> %scores_global271.sroa.20.1381.3.i)
+  %1623 = getelementptr inbounds nuw i8, ptr %1593, i64 3072
+  %1624 = load float, ptr %1623, align 4, !tbaa !5
+  %1625 = insertelement <16 x float> poison, float %1624, i64 0
+  %1626 = shufflevector <16 x float> %1625, <16 x float> poison, <16 x i32> zeroinitializer
+  %1627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1626, <16 x float> %scores_global271.sroa.24.1380.3.i)
+  %1628 = getelementptr inbounds nuw i8, ptr %1593, i64 3584
+  %1629 = load float, ptr %1628, align 4, !tbaa !5
+  %1630 = insertelement <16 x float> poison, float %1629, i64 0
+  %1631 = shufflevector <16 x float> %1630, <16 x float> poison, <16 x i32> zeroinitializer
+  %1632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1631, <16 x float> %scores_global271.sroa.28.1379.3.i)
+  %1633 = getelementptr inbounds nuw i8, ptr %1590, i64 6208
+  %1634 = load <16 x float>, ptr %1633, align 4, !tbaa !5
+  %1635 = getelementptr inbounds nuw i8, ptr %1593, i64 64
+  %1636 = load float, ptr %1635, align 4, !tbaa !5
+  %1637 = insertelement <16 x float> poison, float %1636, i64 0
+  %1638 = shufflevector <16 x float> %1637, <16 x float> poison, <16 x i32> zeroinitializer
+  %1639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1638, <16 x float> %1597)
+  %1640 = getelementptr inbounds nuw i8, ptr %1593, i64 576
+  %1641 = load float, ptr %1640, align 4, !tbaa !5
+  %1642 = insertelement <16 x float> poison, float %1641, i64 0
+  %1643 = shufflevector <16 x float> %1642, <16 x float> poison, <16 x i32> zeroinitializer
+  %1644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1643, <16 x float> %1602)
+  %1645 = getelementptr inbounds nuw i8, ptr %1593, i64 1088
+  %1646 = load float, ptr %1645, align 4, !tbaa !5
+  %1647 = insertelement <16 x float> poison, float %1646, i64 0
+  %1648 = shufflevector <16 x float> %1647, <16 x float> poison, <16 x i32> zeroinitializer
+  %1649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1648, <16 x float> %1607)
+  %1650 = getelementptr inbounds nuw i8, ptr %1593, i64 1600
+  %1651 = load float, ptr %1650, align 4, !tbaa !5
+  %1652 = insertelement <16 x float> poison, float %1651, i64 0
+  %1653 = shufflevector <16 x float> %1652, <16 x float> poison, <16 x i32> zeroinitializer
+  %1654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1653, <16 x float> %1612)
+  %1655 = getelementptr inbounds nuw i8, ptr %1593, i64 2112
+  %1656 = load float, ptr %1655, align 4, !tbaa !5
+  %1657 = insertelement <16 x float> poison, float %1656, i64 0
+  %1658 = shufflevector <16 x float> %1657, <16 x float> poison, <16 x i32> zeroinitializer
+  %1659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1658, <16 x float> %1617)
+  %1660 = getelementptr inbounds nuw i8, ptr %1593, i64 2624
+  %1661 = load float, ptr %1660, align 4, !tbaa !5
+  %1662 = insertelement <16 x float> poison, float %1661, i64 0
+  %1663 = shufflevector <16 x float> %1662, <16 x float> poison, <16 x i32> zeroinitializer
+  %1664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1663, <16 x float> %1622)
+  %1665 = getelementptr inbounds nuw i8, ptr %1593, i64 3136
+  %1666 = load float, ptr %1665, align 4, !tbaa !5
+  %1667 = insertelement <16 x float> poison, float %1666, i64 0
+  %1668 = shufflevector <16 x float> %1667, <16 x float> poison, <16 x i32> zeroinitializer
+  %1669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1668, <16 x float> %1627)
+  %1670 = getelementptr inbounds nuw i8, ptr %1593, i64 3648
+  %1671 = load float, ptr %1670, align 4, !tbaa !5
+  %1672 = insertelement <16 x float> poison, float %1671, i64 0
+  %1673 = shufflevector <16 x float> %1672, <16 x float> poison, <16 x i32> zeroinitializer
+  %1674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1673, <16 x float> %1632)
+  %indvars.iv.next569.3.i = add nuw nsw i64 %indvars.iv568.3.i, 1
+  %exitcond572.3.not.i = icmp eq i64 %indvars.iv.next569.3.i, 16
+  br i1 %exitcond572.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !16
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
-  %.idx780.i = shl nsw i64 %indvars.iv571.i, 9
-  %1664 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx780.i
-  store <16 x float> %1628, ptr %1664, align 4, !tbaa !5
-  %1665 = getelementptr inbounds nuw i8, ptr %1664, i64 64
-  store <16 x float> %1633, ptr %1665, align 4, !tbaa !5
-  %1666 = getelementptr inbounds nuw i8, ptr %1664, i64 128
-  store <16 x float> %1638, ptr %1666, align 4, !tbaa !5
-  %1667 = getelementptr inbounds nuw i8, ptr %1664, i64 192
-  store <16 x float> %1643, ptr %1667, align 4, !tbaa !5
-  %1668 = getelementptr inbounds nuw i8, ptr %1664, i64 256
-  store <16 x float> %1648, ptr %1668, align 4, !tbaa !5
-  %1669 = getelementptr inbounds nuw i8, ptr %1664, i64 320
-  store <16 x float> %1653, ptr %1669, align 4, !tbaa !5
-  %1670 = getelementptr inbounds nuw i8, ptr %1664, i64 384
-  store <16 x float> %1658, ptr %1670, align 4, !tbaa !5
-  %1671 = getelementptr inbounds nuw i8, ptr %1664, i64 448
-  store <16 x float> %1663, ptr %1671, align 4, !tbaa !5
-  %indvars.iv.next572.i = add nuw nsw i64 %indvars.iv571.i, 1
-  %exitcond575.not.i = icmp eq i64 %indvars.iv.next572.i, %wide.trip.count574.i
-  br i1 %exitcond575.not.i, label %for_end_to67.i, label %for_begin_line.preheader.i, !prof !13
+  %.idx786.i = shl nsw i64 %indvars.iv577.i, 9
+  %1675 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx786.i
+  store <16 x float> %1639, ptr %1675, align 4, !tbaa !5
+  %1676 = getelementptr inbounds nuw i8, ptr %1675, i64 64
+  store <16 x float> %1644, ptr %1676, align 4, !tbaa !5
+  %1677 = getelementptr inbounds nuw i8, ptr %1675, i64 128
+  store <16 x float> %1649, ptr %1677, align 4, !tbaa !5
+  %1678 = getelementptr inbounds nuw i8, ptr %1675, i64 192
+  store <16 x float> %1654, ptr %1678, align 4, !tbaa !5
+  %1679 = getelementptr inbounds nuw i8, ptr %1675, i64 256
+  store <16 x float> %1659, ptr %1679, align 4, !tbaa !5
+  %1680 = getelementptr inbounds nuw i8, ptr %1675, i64 320
+  store <16 x float> %1664, ptr %1680, align 4, !tbaa !5
+  %1681 = getelementptr inbounds nuw i8, ptr %1675, i64 384
+  store <16 x float> %1669, ptr %1681, align 4, !tbaa !5
+  %1682 = getelementptr inbounds nuw i8, ptr %1675, i64 448
+  store <16 x float> %1674, ptr %1682, align 4, !tbaa !5
+  %indvars.iv.next578.i = add nuw nsw i64 %indvars.iv577.i, 1
+  %exitcond581.not.i = icmp eq i64 %indvars.iv.next578.i, %wide.trip.count580.i
+  br i1 %exitcond581.not.i, label %for_end_to69.i, label %for_begin_line.preheader.i, !prof !13
 
-for_begin_ti78.preheader.i:                       ; preds = %for_begin_ti78.preheader.i, %for_begin_to73.preheader.i
-  %indvars.iv580.i = phi i64 [ 0, %for_begin_to73.preheader.i ], [ %indvars.iv.next581.i, %for_begin_ti78.preheader.i ]
-  %1672 = shl nsw i64 %indvars.iv580.i, 7
-  %1673 = shl nsw i64 %indvars.iv580.i, 3
-  %1674 = sub nsw i64 %1321, %1673
-  %1675 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1672
-  %1676 = load <16 x float>, ptr %1675, align 4, !tbaa !5
-  %1677 = fmul <16 x float> %102, %1676
-  %1678 = icmp sgt i64 %1674, 0
-  %1679 = insertelement <16 x i1> poison, i1 %1678, i64 0
-  %1680 = shufflevector <16 x i1> %1679, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1681 = select <16 x i1> %1680, <16 x float> %1677, <16 x float> splat (float 0xFFF0000000000000)
-  %1682 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1672
-  store <16 x float> %1681, ptr %1682, align 4, !tbaa !5
-  %1683 = or disjoint i64 %1672, 16
-  %1684 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1683
-  %1685 = load <16 x float>, ptr %1684, align 4, !tbaa !5
-  %1686 = fmul <16 x float> %102, %1685
-  %1687 = icmp sgt i64 %1674, 1
-  %1688 = insertelement <16 x i1> poison, i1 %1687, i64 0
-  %1689 = shufflevector <16 x i1> %1688, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1690 = select <16 x i1> %1689, <16 x float> %1686, <16 x float> splat (float 0xFFF0000000000000)
-  %1691 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1683
-  store <16 x float> %1690, ptr %1691, align 4, !tbaa !5
-  %1692 = or disjoint i64 %1672, 32
-  %1693 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1692
-  %1694 = load <16 x float>, ptr %1693, align 4, !tbaa !5
-  %1695 = fmul <16 x float> %102, %1694
-  %1696 = icmp sgt i64 %1674, 2
-  %1697 = insertelement <16 x i1> poison, i1 %1696, i64 0
-  %1698 = shufflevector <16 x i1> %1697, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1699 = select <16 x i1> %1698, <16 x float> %1695, <16 x float> splat (float 0xFFF0000000000000)
-  %1700 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1692
-  store <16 x float> %1699, ptr %1700, align 4, !tbaa !5
-  %1701 = or disjoint i64 %1672, 48
-  %1702 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1701
-  %1703 = load <16 x float>, ptr %1702, align 4, !tbaa !5
-  %1704 = fmul <16 x float> %102, %1703
-  %1705 = icmp sgt i64 %1674, 3
-  %1706 = insertelement <16 x i1> poison, i1 %1705, i64 0
-  %1707 = shufflevector <16 x i1> %1706, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1708 = select <16 x i1> %1707, <16 x float> %1704, <16 x float> splat (float 0xFFF0000000000000)
-  %1709 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1701
-  store <16 x float> %1708, ptr %1709, align 4, !tbaa !5
-  %1710 = or disjoint i64 %1672, 64
-  %1711 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1710
-  %1712 = load <16 x float>, ptr %1711, align 4, !tbaa !5
-  %1713 = fmul <16 x float> %102, %1712
-  %1714 = icmp sgt i64 %1674, 4
-  %1715 = insertelement <16 x i1> poison, i1 %1714, i64 0
-  %1716 = shufflevector <16 x i1> %1715, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1717 = select <16 x i1> %1716, <16 x float> %1713, <16 x float> splat (float 0xFFF0000000000000)
-  %1718 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1710
-  store <16 x float> %1717, ptr %1718, align 4, !tbaa !5
-  %1719 = or disjoint i64 %1672, 80
-  %1720 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1719
-  %1721 = load <16 x float>, ptr %1720, align 4, !tbaa !5
-  %1722 = fmul <16 x float> %102, %1721
-  %1723 = icmp sgt i64 %1674, 5
-  %1724 = insertelement <16 x i1> poison, i1 %1723, i64 0
-  %1725 = shufflevector <16 x i1> %1724, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1726 = select <16 x i1> %1725, <16 x float> %1722, <16 x float> splat (float 0xFFF0000000000000)
-  %1727 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1719
-  store <16 x float> %1726, ptr %1727, align 4, !tbaa !5
-  %1728 = or disjoint i64 %1672, 96
-  %1729 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1728
-  %1730 = load <16 x float>, ptr %1729, align 4, !tbaa !5
-  %1731 = fmul <16 x float> %102, %1730
-  %1732 = icmp sgt i64 %1674, 6
-  %1733 = insertelement <16 x i1> poison, i1 %1732, i64 0
-  %1734 = shufflevector <16 x i1> %1733, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1735 = select <16 x i1> %1734, <16 x float> %1731, <16 x float> splat (float 0xFFF0000000000000)
-  %1736 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1728
-  store <16 x float> %1735, ptr %1736, align 4, !tbaa !5
-  %1737 = or disjoint i64 %1672, 112
-  %1738 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1737
-  %1739 = load <16 x float>, ptr %1738, align 4, !tbaa !5
-  %1740 = fmul <16 x float> %102, %1739
-  %1741 = icmp sgt i64 %1674, 7
-  %1742 = insertelement <16 x i1> poison, i1 %1741, i64 0
-  %1743 = shufflevector <16 x i1> %1742, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1744 = select <16 x i1> %1743, <16 x float> %1740, <16 x float> splat (float 0xFFF0000000000000)
-  %1745 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1737
-  store <16 x float> %1744, ptr %1745, align 4, !tbaa !5
-  %indvars.iv.next581.i = add nuw nsw i64 %indvars.iv580.i, 1
-  %exitcond584.not.i = icmp eq i64 %indvars.iv.next581.i, %wide.trip.count574.i
-  br i1 %exitcond584.not.i, label %for_begin_ti88.preheader.i, label %for_begin_ti78.preheader.i, !prof !13
+for_begin_ti80.preheader.i:                       ; preds = %for_begin_ti80.preheader.i, %for_begin_to75.preheader.i
+  %indvars.iv586.i = phi i64 [ 0, %for_begin_to75.preheader.i ], [ %indvars.iv.next587.i, %for_begin_ti80.preheader.i ]
+  %1683 = shl nsw i64 %indvars.iv586.i, 7
+  %1684 = shl nsw i64 %indvars.iv586.i, 3
+  %1685 = sub nsw i64 %1332, %1684
+  %1686 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1683
+  %1687 = load <16 x float>, ptr %1686, align 4, !tbaa !5
+  %1688 = fmul <16 x float> %109, %1687
+  %1689 = icmp sgt i64 %1685, 0
+  %1690 = insertelement <16 x i1> poison, i1 %1689, i64 0
+  %1691 = shufflevector <16 x i1> %1690, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1692 = select <16 x i1> %1691, <16 x float> %1688, <16 x float> splat (float 0xFFF0000000000000)
+  %1693 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1683
+  store <16 x float> %1692, ptr %1693, align 4, !tbaa !5
+  %1694 = or disjoint i64 %1683, 16
+  %1695 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1694
+  %1696 = load <16 x float>, ptr %1695, align 4, !tbaa !5
+  %1697 = fmul <16 x float> %109, %1696
+  %1698 = icmp sgt i64 %1685, 1
+  %1699 = insertelement <16 x i1> poison, i1 %1698, i64 0
+  %1700 = shufflevector <16 x i1> %1699, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1701 = select <16 x i1> %1700, <16 x float> %1697, <16 x float> splat (float 0xFFF0000000000000)
+  %1702 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1694
+  store <16 x float> %1701, ptr %1702, align 4, !tbaa !5
+  %1703 = or disjoint i64 %1683, 32
+  %1704 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1703
+  %1705 = load <16 x float>, ptr %1704, align 4, !tbaa !5
+  %1706 = fmul <16 x float> %109, %1705
+  %1707 = icmp sgt i64 %1685, 2
+  %1708 = insertelement <16 x i1> poison, i1 %1707, i64 0
+  %1709 = shufflevector <16 x i1> %1708, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1710 = select <16 x i1> %1709, <16 x float> %1706, <16 x float> splat (float 0xFFF0000000000000)
+  %1711 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1703
+  store <16 x float> %1710, ptr %1711, align 4, !tbaa !5
+  %1712 = or disjoint i64 %1683, 48
+  %1713 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1712
+  %1714 = load <16 x float>, ptr %1713, align 4, !tbaa !5
+  %1715 = fmul <16 x float> %109, %1714
+  %1716 = icmp sgt i64 %1685, 3
+  %1717 = insertelement <16 x i1> poison, i1 %1716, i64 0
+  %1718 = shufflevector <16 x i1> %1717, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1719 = select <16 x i1> %1718, <16 x float> %1715, <16 x float> splat (float 0xFFF0000000000000)
+  %1720 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1712
+  store <16 x float> %1719, ptr %1720, align 4, !tbaa !5
+  %1721 = or disjoint i64 %1683, 64
+  %1722 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1721
+  %1723 = load <16 x float>, ptr %1722, align 4, !tbaa !5
+  %1724 = fmul <16 x float> %109, %1723
+  %1725 = icmp sgt i64 %1685, 4
+  %1726 = insertelement <16 x i1> poison, i1 %1725, i64 0
+  %1727 = shufflevector <16 x i1> %1726, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1728 = select <16 x i1> %1727, <16 x float> %1724, <16 x float> splat (float 0xFFF0000000000000)
+  %1729 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1721
+  store <16 x float> %1728, ptr %1729, align 4, !tbaa !5
+  %1730 = or disjoint i64 %1683, 80
+  %1731 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1730
+  %1732 = load <16 x float>, ptr %1731, align 4, !tbaa !5
+  %1733 = fmul <16 x float> %109, %1732
+  %1734 = icmp sgt i64 %1685, 5
+  %1735 = insertelement <16 x i1> poison, i1 %1734, i64 0
+  %1736 = shufflevector <16 x i1> %1735, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1737 = select <16 x i1> %1736, <16 x float> %1733, <16 x float> splat (float 0xFFF0000000000000)
+  %1738 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1730
+  store <16 x float> %1737, ptr %1738, align 4, !tbaa !5
+  %1739 = or disjoint i64 %1683, 96
+  %1740 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1739
+  %1741 = load <16 x float>, ptr %1740, align 4, !tbaa !5
+  %1742 = fmul <16 x float> %109, %1741
+  %1743 = icmp sgt i64 %1685, 6
+  %1744 = insertelement <16 x i1> poison, i1 %1743, i64 0
+  %1745 = shufflevector <16 x i1> %1744, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1746 = select <16 x i1> %1745, <16 x float> %1742, <16 x float> splat (float 0xFFF0000000000000)
+  %1747 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1739
+  store <16 x float> %1746, ptr %1747, align 4, !tbaa !5
+  %1748 = or disjoint i64 %1683, 112
+  %1749 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1748
+  %1750 = load <16 x float>, ptr %1749, align 4, !tbaa !5
+  %1751 = fmul <16 x float> %109, %1750
+  %1752 = icmp sgt i64 %1685, 7
+  %1753 = insertelement <16 x i1> poison, i1 %1752, i64 0
+  %1754 = shufflevector <16 x i1> %1753, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1755 = select <16 x i1> %1754, <16 x float> %1751, <16 x float> splat (float 0xFFF0000000000000)
+  %1756 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1748
+  store <16 x float> %1755, ptr %1756, align 4, !tbaa !5
+  %indvars.iv.next587.i = add nuw nsw i64 %indvars.iv586.i, 1
+  %exitcond590.not.i = icmp eq i64 %indvars.iv.next587.i, %wide.trip.count580.i
+  br i1 %exitcond590.not.i, label %for_begin_ti90.preheader.i, label %for_begin_ti80.preheader.i, !prof !13
 
-for_begin_ti88.preheader.i:                       ; preds = %for_begin_ti88.preheader.i, %for_begin_ti78.preheader.i
-  %indvars.iv589.i = phi i64 [ %indvars.iv.next590.i, %for_begin_ti88.preheader.i ], [ 0, %for_begin_ti78.preheader.i ]
-  %peak266.sroa.0.0396.i = phi <16 x float> [ %1777, %for_begin_ti88.preheader.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti78.preheader.i ]
-  %.idx67 = shl nsw i64 %indvars.iv589.i, 9
-  %1746 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx67
-  %1747 = load <16 x float>, ptr %1746, align 4, !tbaa !5
-  %1748 = fcmp ogt <16 x float> %peak266.sroa.0.0396.i, %1747
-  %1749 = select <16 x i1> %1748, <16 x float> %peak266.sroa.0.0396.i, <16 x float> %1747
-  %1750 = getelementptr inbounds nuw i8, ptr %1746, i64 64
-  %1751 = load <16 x float>, ptr %1750, align 4, !tbaa !5
-  %1752 = fcmp ogt <16 x float> %1749, %1751
-  %1753 = select <16 x i1> %1752, <16 x float> %1749, <16 x float> %1751
-  %1754 = getelementptr inbounds nuw i8, ptr %1746, i64 128
-  %1755 = load <16 x float>, ptr %1754, align 4, !tbaa !5
-  %1756 = fcmp ogt <16 x float> %1753, %1755
-  %1757 = select <16 x i1> %1756, <16 x float> %1753, <16 x float> %1755
-  %1758 = getelementptr inbounds nuw i8, ptr %1746, i64 192
-  %1759 = load <16 x float>, ptr %1758, align 4, !tbaa !5
-  %1760 = fcmp ogt <16 x float> %1757, %1759
-  %1761 = select <16 x i1> %1760, <16 x float> %1757, <16 x float> %1759
-  %1762 = getelementptr inbounds nuw i8, ptr %1746, i64 256
-  %1763 = load <16 x float>, ptr %1762, align 4, !tbaa !5
-  %1764 = fcmp ogt <16 x float> %1761, %1763
-  %1765 = select <16 x i1> %1764, <16 x float> %1761, <16 x float> %1763
-  %1766 = getelementptr inbounds nuw i8, ptr %1746, i64 320
-  %1767 = load <16 x float>, ptr %1766, align 4, !tbaa !5
-  %1768 = fcmp ogt <16 x float> %1765, %1767
-  %1769 = select <16 x i1> %1768, <16 x float> %1765, <16 x float> %1767
-  %1770 = getelementptr inbounds nuw i8, ptr %1746, i64 384
-  %1771 = load <16 x float>, ptr %1770, align 4, !tbaa !5
-  %1772 = fcmp ogt <16 x float> %1769, %1771
-  %1773 = select <16 x i1> %1772, <16 x float> %1769, <16 x float> %1771
-  %1774 = getelementptr inbounds nuw i8, ptr %1746, i64 448
-  %1775 = load <16 x float>, ptr %1774, align 4, !tbaa !5
-  %1776 = fcmp ogt <16 x float> %1773, %1775
-  %1777 = select <16 x i1> %1776, <16 x float> %1773, <16 x float> %1775
-  %indvars.iv.next590.i = add nuw nsw i64 %indvars.iv589.i, 1
-  %exitcond593.not.i = icmp eq i64 %indvars.iv.next590.i, %wide.trip.count574.i
-  br i1 %exitcond593.not.i, label %for_begin_ti98.preheader.preheader.i, label %for_begin_ti88.preheader.i, !prof !13
+for_begin_ti90.preheader.i:                       ; preds = %for_begin_ti90.preheader.i, %for_begin_ti80.preheader.i
+  %indvars.iv595.i = phi i64 [ %indvars.iv.next596.i, %for_begin_ti90.preheader.i ], [ 0, %for_begin_ti80.preheader.i ]
+  %peak268.sroa.0.0402.i = phi <16 x float> [ %1788, %for_begin_ti90.preheader.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti80.preheader.i ]
+  %.idx73 = shl nsw i64 %indvars.iv595.i, 9
+  %1757 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx73
+  %1758 = load <16 x float>, ptr %1757, align 4, !tbaa !5
+  %1759 = fcmp ogt <16 x float> %peak268.sroa.0.0402.i, %1758
+  %1760 = select <16 x i1> %1759, <16 x float> %peak268.sroa.0.0402.i, <16 x float> %1758
+  %1761 = getelementptr inbounds nuw i8, ptr %1757, i64 64
+  %1762 = load <16 x float>, ptr %1761, align 4, !tbaa !5
+  %1763 = fcmp ogt <16 x float> %1760, %1762
+  %1764 = select <16 x i1> %1763, <16 x float> %1760, <16 x float> %1762
+  %1765 = getelementptr inbounds nuw i8, ptr %1757, i64 128
+  %1766 = load <16 x float>, ptr %1765, align 4, !tbaa !5
+  %1767 = fcmp ogt <16 x float> %1764, %1766
+  %1768 = select <16 x i1> %1767, <16 x float> %1764, <16 x float> %1766
+  %1769 = getelementptr inbounds nuw i8, ptr %1757, i64 192
+  %1770 = load <16 x float>, ptr %1769, align 4, !tbaa !5
+  %1771 = fcmp ogt <16 x float> %1768, %1770
+  %1772 = select <16 x i1> %1771, <16 x float> %1768, <16 x float> %1770
+  %1773 = getelementptr inbounds nuw i8, ptr %1757, i64 256
+  %1774 = load <16 x float>, ptr %1773, align 4, !tbaa !5
+  %1775 = fcmp ogt <16 x float> %1772, %1774
+  %1776 = select <16 x i1> %1775, <16 x float> %1772, <16 x float> %1774
+  %1777 = getelementptr inbounds nuw i8, ptr %1757, i64 320
+  %1778 = load <16 x float>, ptr %1777, align 4, !tbaa !5
+  %1779 = fcmp ogt <16 x float> %1776, %1778
+  %1780 = select <16 x i1> %1779, <16 x float> %1776, <16 x float> %1778
+  %1781 = getelementptr inbounds nuw i8, ptr %1757, i64 384
+  %1782 = load <16 x float>, ptr %1781, align 4, !tbaa !5
+  %1783 = fcmp ogt <16 x float> %1780, %1782
+  %1784 = select <16 x i1> %1783, <16 x float> %1780, <16 x float> %1782
+  %1785 = getelementptr inbounds nuw i8, ptr %1757, i64 448
+  %1786 = load <16 x float>, ptr %1785, align 4, !tbaa !5
+  %1787 = fcmp ogt <16 x float> %1784, %1786
+  %1788 = select <16 x i1> %1787, <16 x float> %1784, <16 x float> %1786
+  %indvars.iv.next596.i = add nuw nsw i64 %indvars.iv595.i, 1
+  %exitcond599.not.i = icmp eq i64 %indvars.iv.next596.i, %wide.trip.count580.i
+  br i1 %exitcond599.not.i, label %for_begin_ti100.preheader.preheader.i, label %for_begin_ti90.preheader.i, !prof !13
 
-for_begin_ti98.preheader.preheader.i:             ; preds = %for_begin_ti88.preheader.i
-  %1778 = icmp sgt i64 %451, 0
-  %1779 = insertelement <16 x i1> poison, i1 %1778, i64 0
-  %1780 = shufflevector <16 x i1> %1779, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1781 = select <16 x i1> %1780, <16 x float> %1777, <16 x float> splat (float 0xC6293E5940000000)
-  br label %for_begin_ti98.preheader.i
+for_begin_ti100.preheader.preheader.i:            ; preds = %for_begin_ti90.preheader.i
+  %1789 = icmp sgt i64 %460, 0
+  %1790 = insertelement <16 x i1> poison, i1 %1789, i64 0
+  %1791 = shufflevector <16 x i1> %1790, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1792 = select <16 x i1> %1791, <16 x float> %1788, <16 x float> splat (float 0xC6293E5940000000)
+  br label %for_begin_ti100.preheader.i
 
-for_begin_to103.preheader.i:                      ; preds = %for_end_to67.thread.i
-  %1782 = icmp sgt i64 %451, 0
-  %1783 = insertelement <16 x i1> poison, i1 %1782, i64 0
-  %1784 = shufflevector <16 x i1> %1783, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1785 = select <16 x i1> %1784, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
-  br label %for_end_to105.i
+for_begin_to105.preheader.i:                      ; preds = %for_end_to69.thread.i
+  %1793 = icmp sgt i64 %460, 0
+  %1794 = insertelement <16 x i1> poison, i1 %1793, i64 0
+  %1795 = shufflevector <16 x i1> %1794, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1796 = select <16 x i1> %1795, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
+  br label %for_end_to107.i
 
-for_begin_ti98.preheader.i:                       ; preds = %for_begin_ti98.preheader.i, %for_begin_ti98.preheader.preheader.i
-  %indvars.iv598.i = phi i64 [ 0, %for_begin_ti98.preheader.preheader.i ], [ %indvars.iv.next599.i, %for_begin_ti98.preheader.i ]
-  %1786 = shl nsw i64 %indvars.iv598.i, 7
-  %1787 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1786
-  %1788 = load <16 x float>, ptr %1787, align 4, !tbaa !5
-  %arg.i = fsub <16 x float> %1788, %1781
-  %1789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %357)
-  %1790 = bitcast <16 x float> %1789 to <16 x i32>
-  %1791 = fsub <16 x float> %1789, %357
-  %1792 = fmul <16 x float> %1791, splat (float 0x3F2BD01060000000)
-  %1793 = fmul <16 x float> %1791, splat (float 0x3FE6300000000000)
-  %1794 = fsub <16 x float> %arg.i, %1793
-  %1795 = fadd <16 x float> %1792, %1794
-  %1796 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1795, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1797 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1796, <16 x float> %1795, <16 x float> splat (float 0x3FA5558F20000000))
-  %1798 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1797, <16 x float> %1795, <16 x float> splat (float 0x3FC5554920000000))
-  %1799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1798, <16 x float> %1795, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1800 = fmul <16 x float> %1795, %1795
-  %1801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1799, <16 x float> %1800, <16 x float> %1795)
-  %1802 = shl <16 x i32> %1790, splat (i32 23)
-  %1803 = bitcast <16 x i32> %1802 to <16 x float>
-  %1804 = fadd <16 x float> %1801, splat (float 1.000000e+00)
-  %1805 = fmul <16 x float> %1804, %1803
-  %1806 = fcmp olt <16 x float> %arg.i, %360
-  %1807 = select <16 x i1> %1806, <16 x float> zeroinitializer, <16 x float> %1805
-  %1808 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1786
-  store <16 x float> %1807, ptr %1808, align 4, !tbaa !5
-  %1809 = or disjoint i64 %1786, 16
-  %1810 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1809
-  %1811 = load <16 x float>, ptr %1810, align 4, !tbaa !5
-  %arg.1.i = fsub <16 x float> %1811, %1781
-  %1812 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %357)
-  %1813 = bitcast <16 x float> %1812 to <16 x i32>
-  %1814 = fsub <16 x float> %1812, %357
-  %1815 = fmul <16 x float> %1814, splat (float 0x3F2BD01060000000)
-  %1816 = fmul <16 x float> %1814, splat (float 0x3FE6300000000000)
-  %1817 = fsub <16 x float> %arg.1.i, %1816
-  %1818 = fadd <16 x float> %1815, %1817
-  %1819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1818, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1819, <16 x float> %1818, <16 x float> splat (float 0x3FA5558F20000000))
-  %1821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1820, <16 x float> %1818, <16 x float> splat (float 0x3FC5554920000000))
-  %1822 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1821, <16 x float> %1818, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1823 = fmul <16 x float> %1818, %1818
-  %1824 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1823, <16 x float> %1818)
-  %1825 = shl <16 x i32> %1813, splat (i32 23)
-  %1826 = bitcast <16 x i32> %1825 to <16 x float>
-  %1827 = fadd <16 x float> %1824, splat (float 1.000000e+00)
-  %1828 = fmul <16 x float> %1827, %1826
-  %1829 = fcmp olt <16 x float> %arg.1.i, %360
-  %1830 = select <16 x i1> %1829, <16 x float> zeroinitializer, <16 x float> %1828
-  %1831 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1809
-  store <16 x float> %1830, ptr %1831, align 4, !tbaa !5
-  %1832 = or disjoint i64 %1786, 32
-  %1833 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1832
-  %1834 = load <16 x float>, ptr %1833, align 4, !tbaa !5
-  %arg.2.i = fsub <16 x float> %1834, %1781
-  %1835 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %357)
-  %1836 = bitcast <16 x float> %1835 to <16 x i32>
-  %1837 = fsub <16 x float> %1835, %357
-  %1838 = fmul <16 x float> %1837, splat (float 0x3F2BD01060000000)
-  %1839 = fmul <16 x float> %1837, splat (float 0x3FE6300000000000)
-  %1840 = fsub <16 x float> %arg.2.i, %1839
-  %1841 = fadd <16 x float> %1838, %1840
-  %1842 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1841, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1843 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1842, <16 x float> %1841, <16 x float> splat (float 0x3FA5558F20000000))
-  %1844 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1843, <16 x float> %1841, <16 x float> splat (float 0x3FC5554920000000))
-  %1845 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1844, <16 x float> %1841, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1846 = fmul <16 x float> %1841, %1841
-  %1847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1845, <16 x float> %1846, <16 x float> %1841)
-  %1848 = shl <16 x i32> %1836, splat (i32 23)
-  %1849 = bitcast <16 x i32> %1848 to <16 x float>
-  %1850 = fadd <16 x float> %1847, splat (float 1.000000e+00)
-  %1851 = fmul <16 x float> %1850, %1849
-  %1852 = fcmp olt <16 x float> %arg.2.i, %360
-  %1853 = select <16 x i1> %1852, <16 x float> zeroinitializer, <16 x float> %1851
-  %1854 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1832
-  store <16 x float> %1853, ptr %1854, align 4, !tbaa !5
-  %1855 = or disjoint i64 %1786, 48
-  %1856 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1855
-  %1857 = load <16 x float>, ptr %1856, align 4, !tbaa !5
-  %arg.3.i = fsub <16 x float> %1857, %1781
-  %1858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %357)
-  %1859 = bitcast <16 x float> %1858 to <16 x i32>
-  %1860 = fsub <16 x float> %1858, %357
-  %1861 = fmul <16 x float> %1860, splat (float 0x3F2BD01060000000)
-  %1862 = fmul <16 x float> %1860, splat (float 0x3FE6300000000000)
-  %1863 = fsub <16 x float> %arg.3.i, %1862
-  %1864 = fadd <16 x float> %1861, %1863
-  %1865 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1864, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1866 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1865, <16 x float> %1864, <16 x float> splat (float 0x3FA5558F20000000))
-  %1867 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1866, <16 x float> %1864, <16 x float> splat (float 0x3FC5554920000000))
-  %1868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1867, <16 x float> %1864, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1869 = fmul <16 x float> %1864, %1864
-  %1870 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1868, <16 x float> %1869, <16 x float> %1864)
-  %1871 = shl <16 x i32> %1859, splat (i32 23)
-  %1872 = bitcast <16 x i32> %1871 to <16 x float>
-  %1873 = fadd <16 x float> %1870, splat (float 1.000000e+00)
-  %1874 = fmul <16 x float> %1873, %1872
-  %1875 = fcmp olt <16 x float> %arg.3.i, %360
-  %1876 = select <16 x i1> %1875, <16 x float> zeroinitializer, <16 x float> %1874
-  %1877 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1855
-  store <16 x float> %1876, ptr %1877, align 4, !tbaa !5
-  %1878 = or disjoint i64 %1786, 64
-  %1879 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1878
-  %1880 = load <16 x float>, ptr %1879, align 4, !tbaa !5
-  %arg.4.i = fsub <16 x float> %1880, %1781
-  %1881 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %357)
-  %1882 = bitcast <16 x float> %1881 to <16 x i32>
-  %1883 = fsub <16 x float> %1881, %357
-  %1884 = fmul <16 x float> %1883, splat (float 0x3F2BD01060000000)
-  %1885 = fmul <16 x float> %1883, splat (float 0x3FE6300000000000)
-  %1886 = fsub <16 x float> %arg.4.i, %1885
-  %1887 = fadd <16 x float> %1884, %1886
-  %1888 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1887, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1889 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1888, <16 x float> %1887, <16 x float> splat (float 0x3FA5558F20000000))
-  %1890 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1889, <16 x float> %1887, <16 x float> splat (float 0x3FC5554920000000))
-  %1891 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1890, <16 x float> %1887, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1892 = fmul <16 x float> %1887, %1887
-  %1893 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1891, <16 x float> %1892, <16 x float> %1887)
-  %1894 = shl <16 x i32> %1882, splat (i32 23)
-  %1895 = bitcast <16 x i32> %1894 to <16 x float>
-  %1896 = fadd <16 x float> %1893, splat (float 1.000000e+00)
-  %1897 = fmul <16 x float> %1896, %1895
-  %1898 = fcmp olt <16 x float> %arg.4.i, %360
-  %1899 = select <16 x i1> %1898, <16 x float> zeroinitializer, <16 x float> %1897
-  %1900 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1878
-  store <16 x float> %1899, ptr %1900, align 4, !tbaa !5
-  %1901 = or disjoint i64 %1786, 80
-  %1902 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1901
-  %1903 = load <16 x float>, ptr %1902, align 4, !tbaa !5
-  %arg.5.i = fsub <16 x float> %1903, %1781
-  %1904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %357)
-  %1905 = bitcast <16 x float> %1904 to <16 x i32>
-  %1906 = fsub <16 x float> %1904, %357
-  %1907 = fmul <16 x float> %1906, splat (float 0x3F2BD01060000000)
-  %1908 = fmul <16 x float> %1906, splat (float 0x3FE6300000000000)
-  %1909 = fsub <16 x float> %arg.5.i, %1908
-  %1910 = fadd <16 x float> %1907, %1909
-  %1911 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1910, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1912 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1911, <16 x float> %1910, <16 x float> splat (float 0x3FA5558F20000000))
-  %1913 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1912, <16 x float> %1910, <16 x float> splat (float 0x3FC5554920000000))
-  %1914 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1913, <16 x float> %1910, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1915 = fmul <16 x float> %1910, %1910
-  %1916 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1914, <16 x float> %1915, <16 x float> %1910)
-  %1917 = shl <16 x i32> %1905, splat (i32 23)
-  %1918 = bitcast <16 x i32> %1917 to <16 x float>
-  %1919 = fadd <16 x float> %1916, splat (float 1.000000e+00)
-  %1920 = fmul <16 x float> %1919, %1918
-  %1921 = fcmp olt <16 x float> %arg.5.i, %360
-  %1922 = select <16 x i1> %1921, <16 x float> zeroinitializer, <16 x float> %1920
-  %1923 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1901
-  store <16 x float> %1922, ptr %1923, align 4, !tbaa !5
-  %1924 = or disjoint i64 %1786, 96
-  %1925 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1924
-  %1926 = load <16 x float>, ptr %1925, align 4, !tbaa !5
-  %arg.6.i = fsub <16 x float> %1926, %1781
-  %1927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %357)
-  %1928 = bitcast <16 x float> %1927 to <16 x i32>
-  %1929 = fsub <16 x float> %1927, %357
-  %1930 = fmul <16 x float> %1929, splat (float 0x3F2BD01060000000)
-  %1931 = fmul <16 x float> %1929, splat (float 0x3FE6300000000000)
-  %1932 = fsub <16 x float> %arg.6.i, %1931
-  %1933 = fadd <16 x float> %1930, %1932
-  %1934 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1933, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1934, <16 x float> %1933, <16 x float> splat (float 0x3FA5558F20000000))
-  %1936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1935, <16 x float> %1933, <16 x float> splat (float 0x3FC5554920000000))
-  %1937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1936, <16 x float> %1933, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1938 = fmul <16 x float> %1933, %1933
-  %1939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1937, <16 x float> %1938, <16 x float> %1933)
-  %1940 = shl <16 x i32> %1928, splat (i32 23)
-  %1941 = bitcast <16 x i32> %1940 to <16 x float>
-  %1942 = fadd <16 x float> %1939, splat (float 1.000000e+00)
-  %1943 = fmul <16 x float> %1942, %1941
-  %1944 = fcmp olt <16 x float> %arg.6.i, %360
-  %1945 = select <16 x i1> %1944, <16 x float> zeroinitializer, <16 x float> %1943
-  %1946 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1924
-  store <16 x float> %1945, ptr %1946, align 4, !tbaa !5
-  %1947 = or disjoint i64 %1786, 112
-  %1948 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1947
-  %1949 = load <16 x float>, ptr %1948, align 4, !tbaa !5
-  %arg.7.i = fsub <16 x float> %1949, %1781
-  %1950 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %357)
-  %1951 = bitcast <16 x float> %1950 to <16 x i32>
-  %1952 = fsub <16 x float> %1950, %357
-  %1953 = fmul <16 x float> %1952, splat (float 0x3F2BD01060000000)
-  %1954 = fmul <16 x float> %1952, splat (float 0x3FE6300000000000)
-  %1955 = fsub <16 x float> %arg.7.i, %1954
-  %1956 = fadd <16 x float> %1953, %1955
-  %1957 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1956, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1957, <16 x float> %1956, <16 x float> splat (float 0x3FA5558F20000000))
-  %1959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1956, <16 x float> splat (float 0x3FC5554920000000))
-  %1960 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1959, <16 x float> %1956, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1961 = fmul <16 x float> %1956, %1956
-  %1962 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1960, <16 x float> %1961, <16 x float> %1956)
-  %1963 = shl <16 x i32> %1951, splat (i32 23)
-  %1964 = bitcast <16 x i32> %1963 to <16 x float>
-  %1965 = fadd <16 x float> %1962, splat (float 1.000000e+00)
-  %1966 = fmul <16 x float> %1965, %1964
-  %1967 = fcmp olt <16 x float> %arg.7.i, %360
-  %1968 = select <16 x i1> %1967, <16 x float> zeroinitializer, <16 x float> %1966
-  %1969 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1947
-  store <16 x float> %1968, ptr %1969, align 4, !tbaa !5
-  %indvars.iv.next599.i = add nuw nsw i64 %indvars.iv598.i, 1
-  %exitcond602.not.i = icmp eq i64 %indvars.iv.next599.i, %wide.trip.count574.i
-  br i1 %exitcond602.not.i, label %for_begin_ti108.preheader.i.preheader, label %for_begin_ti98.preheader.i, !prof !13
+for_begin_ti100.preheader.i:                      ; preds = %for_begin_ti100.preheader.i, %for_begin_ti100.preheader.preheader.i
+  %indvars.iv604.i = phi i64 [ 0, %for_begin_ti100.preheader.preheader.i ], [ %indvars.iv.next605.i, %for_begin_ti100.preheader.i ]
+  %1797 = shl nsw i64 %indvars.iv604.i, 7
+  %1798 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1797
+  %1799 = load <16 x float>, ptr %1798, align 4, !tbaa !5
+  %arg.i = fsub <16 x float> %1799, %1792
+  %1800 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
+  %1801 = bitcast <16 x float> %1800 to <16 x i32>
+  %1802 = fsub <16 x float> %1800, %366
+  %1803 = fmul <16 x float> %1802, splat (float 0x3F2BD01060000000)
+  %1804 = fmul <16 x float> %1802, splat (float 0x3FE6300000000000)
+  %1805 = fsub <16 x float> %arg.i, %1804
+  %1806 = fadd <16 x float> %1803, %1805
+  %1807 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1806, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1807, <16 x float> %1806, <16 x float> splat (float 0x3FA5558F20000000))
+  %1809 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1808, <16 x float> %1806, <16 x float> splat (float 0x3FC5554920000000))
+  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1809, <16 x float> %1806, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1811 = fmul <16 x float> %1806, %1806
+  %1812 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1810, <16 x float> %1811, <16 x float> %1806)
+  %1813 = shl <16 x i32> %1801, splat (i32 23)
+  %1814 = bitcast <16 x i32> %1813 to <16 x float>
+  %1815 = fadd <16 x float> %1812, splat (float 1.000000e+00)
+  %1816 = fmul <16 x float> %1815, %1814
+  %1817 = fcmp olt <16 x float> %arg.i, %369
+  %1818 = select <16 x i1> %1817, <16 x float> zeroinitializer, <16 x float> %1816
+  %1819 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1797
+  store <16 x float> %1818, ptr %1819, align 4, !tbaa !5
+  %1820 = or disjoint i64 %1797, 16
+  %1821 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1820
+  %1822 = load <16 x float>, ptr %1821, align 4, !tbaa !5
+  %arg.1.i = fsub <16 x float> %1822, %1792
+  %1823 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
+  %1824 = bitcast <16 x float> %1823 to <16 x i32>
+  %1825 = fsub <16 x float> %1823, %366
+  %1826 = fmul <16 x float> %1825, splat (float 0x3F2BD01060000000)
+  %1827 = fmul <16 x float> %1825, splat (float 0x3FE6300000000000)
+  %1828 = fsub <16 x float> %arg.1.i, %1827
+  %1829 = fadd <16 x float> %1826, %1828
+  %1830 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1829, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1830, <16 x float> %1829, <16 x float> splat (float 0x3FA5558F20000000))
+  %1832 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1831, <16 x float> %1829, <16 x float> splat (float 0x3FC5554920000000))
+  %1833 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1832, <16 x float> %1829, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1834 = fmul <16 x float> %1829, %1829
+  %1835 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1833, <16 x float> %1834, <16 x float> %1829)
+  %1836 = shl <16 x i32> %1824, splat (i32 23)
+  %1837 = bitcast <16 x i32> %1836 to <16 x float>
+  %1838 = fadd <16 x float> %1835, splat (float 1.000000e+00)
+  %1839 = fmul <16 x float> %1838, %1837
+  %1840 = fcmp olt <16 x float> %arg.1.i, %369
+  %1841 = select <16 x i1> %1840, <16 x float> zeroinitializer, <16 x float> %1839
+  %1842 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1820
+  store <16 x float> %1841, ptr %1842, align 4, !tbaa !5
+  %1843 = or disjoint i64 %1797, 32
+  %1844 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1843
+  %1845 = load <16 x float>, ptr %1844, align 4, !tbaa !5
+  %arg.2.i = fsub <16 x float> %1845, %1792
+  %1846 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
+  %1847 = bitcast <16 x float> %1846 to <16 x i32>
+  %1848 = fsub <16 x float> %1846, %366
+  %1849 = fmul <16 x float> %1848, splat (float 0x3F2BD01060000000)
+  %1850 = fmul <16 x float> %1848, splat (float 0x3FE6300000000000)
+  %1851 = fsub <16 x float> %arg.2.i, %1850
+  %1852 = fadd <16 x float> %1849, %1851
+  %1853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1852, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1853, <16 x float> %1852, <16 x float> splat (float 0x3FA5558F20000000))
+  %1855 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1854, <16 x float> %1852, <16 x float> splat (float 0x3FC5554920000000))
+  %1856 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1855, <16 x float> %1852, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1857 = fmul <16 x float> %1852, %1852
+  %1858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1856, <16 x float> %1857, <16 x float> %1852)
+  %1859 = shl <16 x i32> %1847, splat (i32 23)
+  %1860 = bitcast <16 x i32> %1859 to <16 x float>
+  %1861 = fadd <16 x float> %1858, splat (float 1.000000e+00)
+  %1862 = fmul <16 x float> %1861, %1860
+  %1863 = fcmp olt <16 x float> %arg.2.i, %369
+  %1864 = select <16 x i1> %1863, <16 x float> zeroinitializer, <16 x float> %1862
+  %1865 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1843
+  store <16 x float> %1864, ptr %1865, align 4, !tbaa !5
+  %1866 = or disjoint i64 %1797, 48
+  %1867 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1866
+  %1868 = load <16 x float>, ptr %1867, align 4, !tbaa !5
+  %arg.3.i = fsub <16 x float> %1868, %1792
+  %1869 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
+  %1870 = bitcast <16 x float> %1869 to <16 x i32>
+  %1871 = fsub <16 x float> %1869, %366
+  %1872 = fmul <16 x float> %1871, splat (float 0x3F2BD01060000000)
+  %1873 = fmul <16 x float> %1871, splat (float 0x3FE6300000000000)
+  %1874 = fsub <16 x float> %arg.3.i, %1873
+  %1875 = fadd <16 x float> %1872, %1874
+  %1876 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1875, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1877 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1876, <16 x float> %1875, <16 x float> splat (float 0x3FA5558F20000000))
+  %1878 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1877, <16 x float> %1875, <16 x float> splat (float 0x3FC5554920000000))
+  %1879 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1878, <16 x float> %1875, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1880 = fmul <16 x float> %1875, %1875
+  %1881 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1879, <16 x float> %1880, <16 x float> %1875)
+  %1882 = shl <16 x i32> %1870, splat (i32 23)
+  %1883 = bitcast <16 x i32> %1882 to <16 x float>
+  %1884 = fadd <16 x float> %1881, splat (float 1.000000e+00)
+  %1885 = fmul <16 x float> %1884, %1883
+  %1886 = fcmp olt <16 x float> %arg.3.i, %369
+  %1887 = select <16 x i1> %1886, <16 x float> zeroinitializer, <16 x float> %1885
+  %1888 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1866
+  store <16 x float> %1887, ptr %1888, align 4, !tbaa !5
+  %1889 = or disjoint i64 %1797, 64
+  %1890 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1889
+  %1891 = load <16 x float>, ptr %1890, align 4, !tbaa !5
+  %arg.4.i = fsub <16 x float> %1891, %1792
+  %1892 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
+  %1893 = bitcast <16 x float> %1892 to <16 x i32>
+  %1894 = fsub <16 x float> %1892, %366
+  %1895 = fmul <16 x float> %1894, splat (float 0x3F2BD01060000000)
+  %1896 = fmul <16 x float> %1894, splat (float 0x3FE6300000000000)
+  %1897 = fsub <16 x float> %arg.4.i, %1896
+  %1898 = fadd <16 x float> %1895, %1897
+  %1899 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1898, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1899, <16 x float> %1898, <16 x float> splat (float 0x3FA5558F20000000))
+  %1901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1900, <16 x float> %1898, <16 x float> splat (float 0x3FC5554920000000))
+  %1902 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1901, <16 x float> %1898, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1903 = fmul <16 x float> %1898, %1898
+  %1904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1902, <16 x float> %1903, <16 x float> %1898)
+  %1905 = shl <16 x i32> %1893, splat (i32 23)
+  %1906 = bitcast <16 x i32> %1905 to <16 x float>
+  %1907 = fadd <16 x float> %1904, splat (float 1.000000e+00)
+  %1908 = fmul <16 x float> %1907, %1906
+  %1909 = fcmp olt <16 x float> %arg.4.i, %369
+  %1910 = select <16 x i1> %1909, <16 x float> zeroinitializer, <16 x float> %1908
+  %1911 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1889
+  store <16 x float> %1910, ptr %1911, align 4, !tbaa !5
+  %1912 = or disjoint i64 %1797, 80
+  %1913 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1912
+  %1914 = load <16 x float>, ptr %1913, align 4, !tbaa !5
+  %arg.5.i = fsub <16 x float> %1914, %1792
+  %1915 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
+  %1916 = bitcast <16 x float> %1915 to <16 x i32>
+  %1917 = fsub <16 x float> %1915, %366
+  %1918 = fmul <16 x float> %1917, splat (float 0x3F2BD01060000000)
+  %1919 = fmul <16 x float> %1917, splat (float 0x3FE6300000000000)
+  %1920 = fsub <16 x float> %arg.5.i, %1919
+  %1921 = fadd <16 x float> %1918, %1920
+  %1922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1921, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1923 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1922, <16 x float> %1921, <16 x float> splat (float 0x3FA5558F20000000))
+  %1924 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1923, <16 x float> %1921, <16 x float> splat (float 0x3FC5554920000000))
+  %1925 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1924, <16 x float> %1921, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1926 = fmul <16 x float> %1921, %1921
+  %1927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1925, <16 x float> %1926, <16 x float> %1921)
+  %1928 = shl <16 x i32> %1916, splat (i32 23)
+  %1929 = bitcast <16 x i32> %1928 to <16 x float>
+  %1930 = fadd <16 x float> %1927, splat (float 1.000000e+00)
+  %1931 = fmul <16 x float> %1930, %1929
+  %1932 = fcmp olt <16 x float> %arg.5.i, %369
+  %1933 = select <16 x i1> %1932, <16 x float> zeroinitializer, <16 x float> %1931
+  %1934 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1912
+  store <16 x float> %1933, ptr %1934, align 4, !tbaa !5
+  %1935 = or disjoint i64 %1797, 96
+  %1936 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1935
+  %1937 = load <16 x float>, ptr %1936, align 4, !tbaa !5
+  %arg.6.i = fsub <16 x float> %1937, %1792
+  %1938 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
+  %1939 = bitcast <16 x float> %1938 to <16 x i32>
+  %1940 = fsub <16 x float> %1938, %366
+  %1941 = fmul <16 x float> %1940, splat (float 0x3F2BD01060000000)
+  %1942 = fmul <16 x float> %1940, splat (float 0x3FE6300000000000)
+  %1943 = fsub <16 x float> %arg.6.i, %1942
+  %1944 = fadd <16 x float> %1941, %1943
+  %1945 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1944, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1946 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1945, <16 x float> %1944, <16 x float> splat (float 0x3FA5558F20000000))
+  %1947 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1946, <16 x float> %1944, <16 x float> splat (float 0x3FC5554920000000))
+  %1948 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1947, <16 x float> %1944, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1949 = fmul <16 x float> %1944, %1944
+  %1950 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1948, <16 x float> %1949, <16 x float> %1944)
+  %1951 = shl <16 x i32> %1939, splat (i32 23)
+  %1952 = bitcast <16 x i32> %1951 to <16 x float>
+  %1953 = fadd <16 x float> %1950, splat (float 1.000000e+00)
+  %1954 = fmul <16 x float> %1953, %1952
+  %1955 = fcmp olt <16 x float> %arg.6.i, %369
+  %1956 = select <16 x i1> %1955, <16 x float> zeroinitializer, <16 x float> %1954
+  %1957 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1935
+  store <16 x float> %1956, ptr %1957, align 4, !tbaa !5
+  %1958 = or disjoint i64 %1797, 112
+  %1959 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1958
+  %1960 = load <16 x float>, ptr %1959, align 4, !tbaa !5
+  %arg.7.i = fsub <16 x float> %1960, %1792
+  %1961 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
+  %1962 = bitcast <16 x float> %1961 to <16 x i32>
+  %1963 = fsub <16 x float> %1961, %366
+  %1964 = fmul <16 x float> %1963, splat (float 0x3F2BD01060000000)
+  %1965 = fmul <16 x float> %1963, splat (float 0x3FE6300000000000)
+  %1966 = fsub <16 x float> %arg.7.i, %1965
+  %1967 = fadd <16 x float> %1964, %1966
+  %1968 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1967, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1968, <16 x float> %1967, <16 x float> splat (float 0x3FA5558F20000000))
+  %1970 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1969, <16 x float> %1967, <16 x float> splat (float 0x3FC5554920000000))
+  %1971 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1970, <16 x float> %1967, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1972 = fmul <16 x float> %1967, %1967
+  %1973 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1971, <16 x float> %1972, <16 x float> %1967)
+  %1974 = shl <16 x i32> %1962, splat (i32 23)
+  %1975 = bitcast <16 x i32> %1974 to <16 x float>
+  %1976 = fadd <16 x float> %1973, splat (float 1.000000e+00)
+  %1977 = fmul <16 x float> %1976, %1975
+  %1978 = fcmp olt <16 x float> %arg.7.i, %369
+  %1979 = select <16 x i1> %1978, <16 x float> zeroinitializer, <16 x float> %1977
+  %1980 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1958
+  store <16 x float> %1979, ptr %1980, align 4, !tbaa !5
+  %indvars.iv.next605.i = add nuw nsw i64 %indvars.iv604.i, 1
+  %exitcond608.not.i = icmp eq i64 %indvars.iv.next605.i, %wide.trip.count580.i
+  br i1 %exitcond608.not.i, label %for_begin_ti110.preheader.i.preheader, label %for_begin_ti100.preheader.i, !prof !13
 
-for_begin_ti108.preheader.i.preheader:            ; preds = %for_begin_ti98.preheader.i
-  %xtraiter = and i64 %wide.trip.count574.i, 1
-  %1970 = icmp eq i32 %455, 1
-  br i1 %1970, label %for_begin_ti108.preheader.i.epil.preheader, label %for_begin_ti108.preheader.i.preheader.new, !prof !4
+for_begin_ti110.preheader.i.preheader:            ; preds = %for_begin_ti100.preheader.i
+  %xtraiter = and i64 %wide.trip.count580.i, 1
+  %1981 = icmp eq i32 %464, 1
+  br i1 %1981, label %for_begin_ti110.preheader.i.epil.preheader, label %for_begin_ti110.preheader.i.preheader.new, !prof !4
 
-for_begin_ti108.preheader.i.preheader.new:        ; preds = %for_begin_ti108.preheader.i.preheader
-  %unroll_iter = and i64 %wide.trip.count574.i, 2147483646
-  br label %for_begin_ti108.preheader.i
+for_begin_ti110.preheader.i.preheader.new:        ; preds = %for_begin_ti110.preheader.i.preheader
+  %unroll_iter = and i64 %wide.trip.count580.i, 2147483646
+  br label %for_begin_ti110.preheader.i
 
-for_begin_ti108.preheader.i:                      ; preds = %for_begin_ti108.preheader.i, %for_begin_ti108.preheader.i.preheader.new
-  %indvars.iv607.i = phi i64 [ 0, %for_begin_ti108.preheader.i.preheader.new ], [ %indvars.iv.next608.i.1, %for_begin_ti108.preheader.i ]
-  %tile_sum267.sroa.0.0402.i = phi <16 x float> [ zeroinitializer, %for_begin_ti108.preheader.i.preheader.new ], [ %2019, %for_begin_ti108.preheader.i ]
-  %niter = phi i64 [ 0, %for_begin_ti108.preheader.i.preheader.new ], [ %niter.next.1, %for_begin_ti108.preheader.i ]
-  %.idx68 = shl nsw i64 %indvars.iv607.i, 9
-  %1971 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx68
-  %1972 = load <16 x float>, ptr %1971, align 4, !tbaa !5
-  %1973 = fadd <16 x float> %tile_sum267.sroa.0.0402.i, %1972
-  %1974 = getelementptr inbounds nuw i8, ptr %1971, i64 64
-  %1975 = load <16 x float>, ptr %1974, align 4, !tbaa !5
-  %1976 = fadd <16 x float> %1973, %1975
-  %1977 = getelementptr inbounds nuw i8, ptr %1971, i64 128
-  %1978 = load <16 x float>, ptr %1977, align 4, !tbaa !5
-  %1979 = fadd <16 x float> %1976, %1978
-  %1980 = getelementptr inbounds nuw i8, ptr %1971, i64 192
-  %1981 = load <16 x float>, ptr %1980, align 4, !tbaa !5
-  %1982 = fadd <16 x float> %1979, %1981
-  %1983 = getelementptr inbounds nuw i8, ptr %1971, i64 256
-  %1984 = load <16 x float>, ptr %1983, align 4, !tbaa !5
-  %1985 = fadd <16 x float> %1982, %1984
-  %1986 = getelementptr inbounds nuw i8, ptr %1971, i64 320
-  %1987 = load <16 x float>, ptr %1986, align 4, !tbaa !5
-  %1988 = fadd <16 x float> %1985, %1987
-  %1989 = getelementptr inbounds nuw i8, ptr %1971, i64 384
-  %1990 = load <16 x float>, ptr %1989, align 4, !tbaa !5
-  %1991 = fadd <16 x float> %1988, %1990
-  %1992 = getelementptr inbounds nuw i8, ptr %1971, i64 448
-  %1993 = load <16 x float>, ptr %1992, align 4, !tbaa !5
-  %1994 = fadd <16 x float> %1991, %1993
-  %indvars.iv.next608.i = shl i64 %indvars.iv607.i, 9
-  %1995 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next608.i
-  %1996 = getelementptr inbounds nuw i8, ptr %1995, i64 512
-  %1997 = load <16 x float>, ptr %1996, align 4, !tbaa !5
-  %1998 = fadd <16 x float> %1994, %1997
-  %1999 = getelementptr inbounds nuw i8, ptr %1995, i64 576
-  %2000 = load <16 x float>, ptr %1999, align 4, !tbaa !5
-  %2001 = fadd <16 x float> %1998, %2000
-  %2002 = getelementptr inbounds nuw i8, ptr %1995, i64 640
-  %2003 = load <16 x float>, ptr %2002, align 4, !tbaa !5
-  %2004 = fadd <16 x float> %2001, %2003
-  %2005 = getelementptr inbounds nuw i8, ptr %1995, i64 704
-  %2006 = load <16 x float>, ptr %2005, align 4, !tbaa !5
-  %2007 = fadd <16 x float> %2004, %2006
-  %2008 = getelementptr inbounds nuw i8, ptr %1995, i64 768
-  %2009 = load <16 x float>, ptr %2008, align 4, !tbaa !5
-  %2010 = fadd <16 x float> %2007, %2009
-  %2011 = getelementptr inbounds nuw i8, ptr %1995, i64 832
-  %2012 = load <16 x float>, ptr %2011, align 4, !tbaa !5
-  %2013 = fadd <16 x float> %2010, %2012
-  %2014 = getelementptr inbounds nuw i8, ptr %1995, i64 896
-  %2015 = load <16 x float>, ptr %2014, align 4, !tbaa !5
-  %2016 = fadd <16 x float> %2013, %2015
-  %2017 = getelementptr inbounds nuw i8, ptr %1995, i64 960
-  %2018 = load <16 x float>, ptr %2017, align 4, !tbaa !5
-  %2019 = fadd <16 x float> %2016, %2018
-  %indvars.iv.next608.i.1 = add nuw nsw i64 %indvars.iv607.i, 2
+for_begin_ti110.preheader.i:                      ; preds = %for_begin_ti110.preheader.i, %for_begin_ti110.preheader.i.preheader.new
+  %indvars.iv613.i = phi i64 [ 0, %for_begin_ti110.preheader.i.preheader.new ], [ %indvars.iv.next614.i.1, %for_begin_ti110.preheader.i ]
+  %tile_sum269.sroa.0.0408.i = phi <16 x float> [ zeroinitializer, %for_begin_ti110.preheader.i.preheader.new ], [ %2030, %for_begin_ti110.preheader.i ]
+  %niter = phi i64 [ 0, %for_begin_ti110.preheader.i.preheader.new ], [ %niter.next.1, %for_begin_ti110.preheader.i ]
+  %.idx74 = shl nsw i64 %indvars.iv613.i, 9
+  %1982 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx74
+  %1983 = load <16 x float>, ptr %1982, align 4, !tbaa !5
+  %1984 = fadd <16 x float> %tile_sum269.sroa.0.0408.i, %1983
+  %1985 = getelementptr inbounds nuw i8, ptr %1982, i64 64
+  %1986 = load <16 x float>, ptr %1985, align 4, !tbaa !5
+  %1987 = fadd <16 x float> %1984, %1986
+  %1988 = getelementptr inbounds nuw i8, ptr %1982, i64 128
+  %1989 = load <16 x float>, ptr %1988, align 4, !tbaa !5
+  %1990 = fadd <16 x float> %1987, %1989
+  %1991 = getelementptr inbounds nuw i8, ptr %1982, i64 192
+  %1992 = load <16 x float>, ptr %1991, align 4, !tbaa !5
+  %1993 = fadd <16 x float> %1990, %1992
+  %1994 = getelementptr inbounds nuw i8, ptr %1982, i64 256
+  %1995 = load <16 x float>, ptr %1994, align 4, !tbaa !5
+  %1996 = fadd <16 x float> %1993, %1995
+  %1997 = getelementptr inbounds nuw i8, ptr %1982, i64 320
+  %1998 = load <16 x float>, ptr %1997, align 4, !tbaa !5
+  %1999 = fadd <16 x float> %1996, %1998
+  %2000 = getelementptr inbounds nuw i8, ptr %1982, i64 384
+  %2001 = load <16 x float>, ptr %2000, align 4, !tbaa !5
+  %2002 = fadd <16 x float> %1999, %2001
+  %2003 = getelementptr inbounds nuw i8, ptr %1982, i64 448
+  %2004 = load <16 x float>, ptr %2003, align 4, !tbaa !5
+  %2005 = fadd <16 x float> %2002, %2004
+  %indvars.iv.next614.i = shl i64 %indvars.iv613.i, 9
+  %2006 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next614.i
+  %2007 = getelementptr inbounds nuw i8, ptr %2006, i64 512
+  %2008 = load <16 x float>, ptr %2007, align 4, !tbaa !5
+  %2009 = fadd <16 x float> %2005, %2008
+  %2010 = getelementptr inbounds nuw i8, ptr %2006, i64 576
+  %2011 = load <16 x float>, ptr %2010, align 4, !tbaa !5
+  %2012 = fadd <16 x float> %2009, %2011
+  %2013 = getelementptr inbounds nuw i8, ptr %2006, i64 640
+  %2014 = load <16 x float>, ptr %2013, align 4, !tbaa !5
+  %2015 = fadd <16 x float> %2012, %2014
+  %2016 = getelementptr inbounds nuw i8, ptr %2006, i64 704
+  %2017 = load <16 x float>, ptr %2016, align 4, !tbaa !5
+  %2018 = fadd <16 x float> %2015, %2017
+  %2019 = getelementptr inbounds nuw i8, ptr %2006, i64 768
+  %2020 = load <16 x float>, ptr %2019, align 4, !tbaa !5
+  %2021 = fadd <16 x float> %2018, %2020
+  %2022 = getelementptr inbounds nuw i8, ptr %2006, i64 832
+  %2023 = load <16 x float>, ptr %2022, align 4, !tbaa !5
+  %2024 = fadd <16 x float> %2021, %2023
+  %2025 = getelementptr inbounds nuw i8, ptr %2006, i64 896
+  %2026 = load <16 x float>, ptr %2025, align 4, !tbaa !5
+  %2027 = fadd <16 x float> %2024, %2026
+  %2028 = getelementptr inbounds nuw i8, ptr %2006, i64 960
+  %2029 = load <16 x float>, ptr %2028, align 4, !tbaa !5
+  %2030 = fadd <16 x float> %2027, %2029
+  %indvars.iv.next614.i.1 = add nuw nsw i64 %indvars.iv613.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_end_to105.i.loopexit.unr-lcssa, label %for_begin_ti108.preheader.i, !prof !9, !llvm.loop !26
+  br i1 %niter.ncmp.1, label %for_end_to107.i.loopexit.unr-lcssa, label %for_begin_ti110.preheader.i, !prof !9, !llvm.loop !26
 
-for_end_to105.i.loopexit.unr-lcssa:               ; preds = %for_begin_ti108.preheader.i
+for_end_to107.i.loopexit.unr-lcssa:               ; preds = %for_begin_ti110.preheader.i
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br i1 %lcmp.mod.not, label %for_end_to105.i, label %for_begin_ti108.preheader.i.epil.preheader, !prof !12
+  br i1 %lcmp.mod.not, label %for_end_to107.i, label %for_begin_ti110.preheader.i.epil.preheader, !prof !12
 
-for_begin_ti108.preheader.i.epil.preheader:       ; preds = %for_end_to105.i.loopexit.unr-lcssa, %for_begin_ti108.preheader.i.preheader
-  %indvars.iv607.i.epil.init = phi i64 [ 0, %for_begin_ti108.preheader.i.preheader ], [ %indvars.iv.next608.i.1, %for_end_to105.i.loopexit.unr-lcssa ]
-  %tile_sum267.sroa.0.0402.i.epil.init = phi <16 x float> [ zeroinitializer, %for_begin_ti108.preheader.i.preheader ], [ %2019, %for_end_to105.i.loopexit.unr-lcssa ]
-  %lcmp.mod707 = icmp ne i64 %xtraiter, 0
-  tail call void @llvm.assume(i1 %lcmp.mod707)
-  %.idx68.epil = shl nsw i64 %indvars.iv607.i.epil.init, 9
-  %2020 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx68.epil
-  %2021 = load <16 x float>, ptr %2020, align 4, !tbaa !5
-  %2022 = fadd <16 x float> %tile_sum267.sroa.0.0402.i.epil.init, %2021
-  %2023 = getelementptr inbounds nuw i8, ptr %2020, i64 64
-  %2024 = load <16 x float>, ptr %2023, align 4, !tbaa !5
-  %2025 = fadd <16 x float> %2022, %2024
-  %2026 = getelementptr inbounds nuw i8, ptr %2020, i64 128
-  %2027 = load <16 x float>, ptr %2026, align 4, !tbaa !5
-  %2028 = fadd <16 x float> %2025, %2027
-  %2029 = getelementptr inbounds nuw i8, ptr %2020, i64 192
-  %2030 = load <16 x float>, ptr %2029, align 4, !tbaa !5
-  %2031 = fadd <16 x float> %2028, %2030
-  %2032 = getelementptr inbounds nuw i8, ptr %2020, i64 256
-  %2033 = load <16 x float>, ptr %2032, align 4, !tbaa !5
-  %2034 = fadd <16 x float> %2031, %2033
-  %2035 = getelementptr inbounds nuw i8, ptr %2020, i64 320
-  %2036 = load <16 x float>, ptr %2035, align 4, !tbaa !5
-  %2037 = fadd <16 x float> %2034, %2036
-  %2038 = getelementptr inbounds nuw i8, ptr %2020, i64 384
-  %2039 = load <16 x float>, ptr %2038, align 4, !tbaa !5
-  %2040 = fadd <16 x float> %2037, %2039
-  %2041 = getelementptr inbounds nuw i8, ptr %2020, i64 448
-  %2042 = load <16 x float>, ptr %2041, align 4, !tbaa !5
-  %2043 = fadd <16 x float> %2040, %2042
-  br label %for_end_to105.i
+for_begin_ti110.preheader.i.epil.preheader:       ; preds = %for_end_to107.i.loopexit.unr-lcssa, %for_begin_ti110.preheader.i.preheader
+  %indvars.iv613.i.epil.init = phi i64 [ 0, %for_begin_ti110.preheader.i.preheader ], [ %indvars.iv.next614.i.1, %for_end_to107.i.loopexit.unr-lcssa ]
+  %tile_sum269.sroa.0.0408.i.epil.init = phi <16 x float> [ zeroinitializer, %for_begin_ti110.preheader.i.preheader ], [ %2030, %for_end_to107.i.loopexit.unr-lcssa ]
+  %lcmp.mod713 = icmp ne i64 %xtraiter, 0
+  tail call void @llvm.assume(i1 %lcmp.mod713)
+  %.idx74.epil = shl nsw i64 %indvars.iv613.i.epil.init, 9
+  %2031 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx74.epil
+  %2032 = load <16 x float>, ptr %2031, align 4, !tbaa !5
+  %2033 = fadd <16 x float> %tile_sum269.sroa.0.0408.i.epil.init, %2032
+  %2034 = getelementptr inbounds nuw i8, ptr %2031, i64 64
+  %2035 = load <16 x float>, ptr %2034, align 4, !tbaa !5
+  %2036 = fadd <16 x float> %2033, %2035
+  %2037 = getelementptr inbounds nuw i8, ptr %2031, i64 128
+  %2038 = load <16 x float>, ptr %2037, align 4, !tbaa !5
+  %2039 = fadd <16 x float> %2036, %2038
+  %2040 = getelementptr inbounds nuw i8, ptr %2031, i64 192
+  %2041 = load <16 x float>, ptr %2040, align 4, !tbaa !5
+  %2042 = fadd <16 x float> %2039, %2041
+  %2043 = getelementptr inbounds nuw i8, ptr %2031, i64 256
+  %2044 = load <16 x float>, ptr %2043, align 4, !tbaa !5
+  %2045 = fadd <16 x float> %2042, %2044
+  %2046 = getelementptr inbounds nuw i8, ptr %2031, i64 320
+  %2047 = load <16 x float>, ptr %2046, align 4, !tbaa !5
+  %2048 = fadd <16 x float> %2045, %2047
+  %2049 = getelementptr inbounds nuw i8, ptr %2031, i64 384
+  %2050 = load <16 x float>, ptr %2049, align 4, !tbaa !5
+  %2051 = fadd <16 x float> %2048, %2050
+  %2052 = getelementptr inbounds nuw i8, ptr %2031, i64 448
+  %2053 = load <16 x float>, ptr %2052, align 4, !tbaa !5
+  %2054 = fadd <16 x float> %2051, %2053
+  br label %for_end_to107.i
 
-for_end_to105.i:                                  ; preds = %for_begin_ti108.preheader.i.epil.preheader, %for_end_to105.i.loopexit.unr-lcssa, %for_begin_to103.preheader.i
-  %scaled785787789792795.i = phi ptr [ %scaled784.i, %for_begin_to103.preheader.i ], [ %scaled.i, %for_end_to105.i.loopexit.unr-lcssa ], [ %scaled.i, %for_begin_ti108.preheader.i.epil.preheader ]
-  %2044 = phi <16 x float> [ %1785, %for_begin_to103.preheader.i ], [ %1781, %for_end_to105.i.loopexit.unr-lcssa ], [ %1781, %for_begin_ti108.preheader.i.epil.preheader ]
-  %tile_sum267.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to103.preheader.i ], [ %2019, %for_end_to105.i.loopexit.unr-lcssa ], [ %2043, %for_begin_ti108.preheader.i.epil.preheader ]
-  %2045 = icmp eq i64 %indvars.iv635.i131, 0
-  %2046 = insertelement <16 x i1> poison, i1 %2045, i64 0
-  %2047 = shufflevector <16 x i1> %2046, <16 x i1> poison, <16 x i32> zeroinitializer
-  %old_max.i = select <16 x i1> %2047, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %363
-  %old_sum.i = select <16 x i1> %2047, <16 x float> zeroinitializer, <16 x float> %total292.i132
-  %2048 = fcmp ogt <16 x float> %old_max.i, %2044
-  %2049 = fcmp oeq <16 x float> %tile_sum267.sroa.0.0.lcssa.i, zeroinitializer
-  %2050 = select <16 x i1> %2049, <16 x i1> splat (i1 true), <16 x i1> %2048
-  %old_or_both.i = select <16 x i1> %2050, <16 x float> %old_max.i, <16 x float> %2044
-  %2051 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %2051, <16 x float> %2044, <16 x float> %old_or_both.i
-  %2052 = fsub <16 x float> %old_max.i, %m.i
-  %2053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2052, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2054 = bitcast <16 x float> %2053 to <16 x i32>
-  %2055 = fadd <16 x float> %2053, splat (float 0xC168000FE0000000)
-  %2056 = fmul <16 x float> %2055, splat (float 0x3F2BD01060000000)
-  %2057 = fmul <16 x float> %2055, splat (float 0x3FE6300000000000)
-  %2058 = fsub <16 x float> %2052, %2057
-  %2059 = fadd <16 x float> %2056, %2058
-  %2060 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2059, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2061 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2060, <16 x float> %2059, <16 x float> splat (float 0x3FA5558F20000000))
-  %2062 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2061, <16 x float> %2059, <16 x float> splat (float 0x3FC5554920000000))
-  %2063 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2062, <16 x float> %2059, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2064 = fmul <16 x float> %2059, %2059
-  %2065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2063, <16 x float> %2064, <16 x float> %2059)
-  %2066 = shl <16 x i32> %2054, splat (i32 23)
-  %2067 = bitcast <16 x i32> %2066 to <16 x float>
-  %2068 = fadd <16 x float> %2065, splat (float 1.000000e+00)
-  %2069 = fmul <16 x float> %2068, %2067
-  %2070 = fcmp olt <16 x float> %2052, splat (float -8.700000e+01)
-  %2071 = select <16 x i1> %2070, <16 x float> zeroinitializer, <16 x float> %2069
-  %2072 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %2073 = select <16 x i1> %2072, <16 x float> %2071, <16 x float> zeroinitializer
-  %arg130.i = fsub <16 x float> %2044, %m.i
-  %2074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg130.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2075 = bitcast <16 x float> %2074 to <16 x i32>
-  %2076 = fadd <16 x float> %2074, splat (float 0xC168000FE0000000)
-  %2077 = fmul <16 x float> %2076, splat (float 0x3F2BD01060000000)
-  %2078 = fmul <16 x float> %2076, splat (float 0x3FE6300000000000)
-  %2079 = fsub <16 x float> %arg130.i, %2078
-  %2080 = fadd <16 x float> %2077, %2079
-  %2081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2080, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2082 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2081, <16 x float> %2080, <16 x float> splat (float 0x3FA5558F20000000))
-  %2083 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2082, <16 x float> %2080, <16 x float> splat (float 0x3FC5554920000000))
-  %2084 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2083, <16 x float> %2080, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2085 = fmul <16 x float> %2080, %2080
-  %2086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2084, <16 x float> %2085, <16 x float> %2080)
-  %2087 = shl <16 x i32> %2075, splat (i32 23)
-  %2088 = bitcast <16 x i32> %2087 to <16 x float>
-  %2089 = fadd <16 x float> %2086, splat (float 1.000000e+00)
-  %2090 = fmul <16 x float> %2089, %2088
-  %2091 = fcmp olt <16 x float> %arg130.i, splat (float -8.700000e+01)
-  %2092 = select <16 x i1> %2091, <16 x float> zeroinitializer, <16 x float> %2090
-  %2093 = fcmp one <16 x float> %tile_sum267.sroa.0.0.lcssa.i, zeroinitializer
-  %2094 = select <16 x i1> %2093, <16 x float> %2092, <16 x float> zeroinitializer
-  %2095 = ashr i32 %453, 3
-  %2096 = icmp sgt i32 %2095, 0
-  %2097 = and i32 %453, 7
-  %.not490.i = icmp eq i32 %2097, 0
-  %2098 = select i1 %457, i32 128, i32 0
-  %2099 = shl nsw i32 %2095, 7
-  %2100 = shl nsw i32 %2095, 10
-  %2101 = fmul <16 x float> %2073, zeroinitializer
-  %2102 = sext i32 %2099 to i64
-  %2103 = zext i32 %2095 to i64
-  %invariant.gep853.i = getelementptr float, ptr %probs.i, i64 %2102
-  %exitcond.not = icmp eq i32 %364, 1
-  %gep854.i.1 = getelementptr i8, ptr %invariant.gep853.i, i64 64
-  %exitcond.not.1 = icmp eq i32 %364, 2
-  %gep854.i.2 = getelementptr i8, ptr %invariant.gep853.i, i64 128
-  %exitcond.not.2 = icmp eq i32 %364, 3
-  %gep854.i.3 = getelementptr i8, ptr %invariant.gep853.i, i64 192
-  %exitcond.not.3 = icmp eq i32 %364, 4
-  %gep854.i.4 = getelementptr i8, ptr %invariant.gep853.i, i64 256
-  %exitcond.not.4 = icmp eq i32 %364, 5
-  %gep854.i.5 = getelementptr i8, ptr %invariant.gep853.i, i64 320
-  %exitcond.not.5 = icmp eq i32 %364, 6
-  %gep854.i.6 = getelementptr i8, ptr %invariant.gep853.i, i64 384
+for_end_to107.i:                                  ; preds = %for_begin_ti110.preheader.i.epil.preheader, %for_end_to107.i.loopexit.unr-lcssa, %for_begin_to105.preheader.i
+  %scaled791793795798801.i = phi ptr [ %scaled790.i, %for_begin_to105.preheader.i ], [ %scaled.i, %for_end_to107.i.loopexit.unr-lcssa ], [ %scaled.i, %for_begin_ti110.preheader.i.epil.preheader ]
+  %2055 = phi <16 x float> [ %1796, %for_begin_to105.preheader.i ], [ %1792, %for_end_to107.i.loopexit.unr-lcssa ], [ %1792, %for_begin_ti110.preheader.i.epil.preheader ]
+  %tile_sum269.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to105.preheader.i ], [ %2030, %for_end_to107.i.loopexit.unr-lcssa ], [ %2054, %for_begin_ti110.preheader.i.epil.preheader ]
+  %2056 = icmp eq i64 %indvars.iv641.i137, 0
+  %2057 = insertelement <16 x i1> poison, i1 %2056, i64 0
+  %2058 = shufflevector <16 x i1> %2057, <16 x i1> poison, <16 x i32> zeroinitializer
+  %old_max.i = select <16 x i1> %2058, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %372
+  %old_sum.i = select <16 x i1> %2058, <16 x float> zeroinitializer, <16 x float> %total294.i138
+  %2059 = fcmp ogt <16 x float> %old_max.i, %2055
+  %2060 = fcmp oeq <16 x float> %tile_sum269.sroa.0.0.lcssa.i, zeroinitializer
+  %2061 = select <16 x i1> %2060, <16 x i1> splat (i1 true), <16 x i1> %2059
+  %old_or_both.i = select <16 x i1> %2061, <16 x float> %old_max.i, <16 x float> %2055
+  %2062 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %2062, <16 x float> %2055, <16 x float> %old_or_both.i
+  %2063 = fsub <16 x float> %old_max.i, %m.i
+  %2064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2063, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2065 = bitcast <16 x float> %2064 to <16 x i32>
+  %2066 = fadd <16 x float> %2064, splat (float 0xC168000FE0000000)
+  %2067 = fmul <16 x float> %2066, splat (float 0x3F2BD01060000000)
+  %2068 = fmul <16 x float> %2066, splat (float 0x3FE6300000000000)
+  %2069 = fsub <16 x float> %2063, %2068
+  %2070 = fadd <16 x float> %2067, %2069
+  %2071 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2070, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2072 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2071, <16 x float> %2070, <16 x float> splat (float 0x3FA5558F20000000))
+  %2073 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2072, <16 x float> %2070, <16 x float> splat (float 0x3FC5554920000000))
+  %2074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2070, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2075 = fmul <16 x float> %2070, %2070
+  %2076 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2075, <16 x float> %2070)
+  %2077 = shl <16 x i32> %2065, splat (i32 23)
+  %2078 = bitcast <16 x i32> %2077 to <16 x float>
+  %2079 = fadd <16 x float> %2076, splat (float 1.000000e+00)
+  %2080 = fmul <16 x float> %2079, %2078
+  %2081 = fcmp olt <16 x float> %2063, splat (float -8.700000e+01)
+  %2082 = select <16 x i1> %2081, <16 x float> zeroinitializer, <16 x float> %2080
+  %2083 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %2084 = select <16 x i1> %2083, <16 x float> %2082, <16 x float> zeroinitializer
+  %arg132.i = fsub <16 x float> %2055, %m.i
+  %2085 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg132.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2086 = bitcast <16 x float> %2085 to <16 x i32>
+  %2087 = fadd <16 x float> %2085, splat (float 0xC168000FE0000000)
+  %2088 = fmul <16 x float> %2087, splat (float 0x3F2BD01060000000)
+  %2089 = fmul <16 x float> %2087, splat (float 0x3FE6300000000000)
+  %2090 = fsub <16 x float> %arg132.i, %2089
+  %2091 = fadd <16 x float> %2088, %2090
+  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2092, <16 x float> %2091, <16 x float> splat (float 0x3FA5558F20000000))
+  %2094 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2093, <16 x float> %2091, <16 x float> splat (float 0x3FC5554920000000))
+  %2095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %2091, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2096 = fmul <16 x float> %2091, %2091
+  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2095, <16 x float> %2096, <16 x float> %2091)
+  %2098 = shl <16 x i32> %2086, splat (i32 23)
+  %2099 = bitcast <16 x i32> %2098 to <16 x float>
+  %2100 = fadd <16 x float> %2097, splat (float 1.000000e+00)
+  %2101 = fmul <16 x float> %2100, %2099
+  %2102 = fcmp olt <16 x float> %arg132.i, splat (float -8.700000e+01)
+  %2103 = select <16 x i1> %2102, <16 x float> zeroinitializer, <16 x float> %2101
+  %2104 = fcmp one <16 x float> %tile_sum269.sroa.0.0.lcssa.i, zeroinitializer
+  %2105 = select <16 x i1> %2104, <16 x float> %2103, <16 x float> zeroinitializer
+  %2106 = ashr i32 %462, 3
+  %2107 = icmp sgt i32 %2106, 0
+  %2108 = and i32 %462, 7
+  %.not496.i = icmp eq i32 %2108, 0
+  %2109 = select i1 %466, i32 128, i32 0
+  %2110 = shl nsw i32 %2106, 7
+  %2111 = shl nsw i32 %2106, 10
+  %2112 = fmul <16 x float> %2084, zeroinitializer
+  %2113 = sext i32 %2110 to i64
+  %2114 = zext i32 %2106 to i64
+  %invariant.gep859.i = getelementptr float, ptr %probs.i, i64 %2113
+  %exitcond.not = icmp eq i32 %373, 1
+  %gep860.i.1 = getelementptr i8, ptr %invariant.gep859.i, i64 64
+  %exitcond.not.1 = icmp eq i32 %373, 2
+  %gep860.i.2 = getelementptr i8, ptr %invariant.gep859.i, i64 128
+  %exitcond.not.2 = icmp eq i32 %373, 3
+  %gep860.i.3 = getelementptr i8, ptr %invariant.gep859.i, i64 192
+  %exitcond.not.3 = icmp eq i32 %373, 4
+  %gep860.i.4 = getelementptr i8, ptr %invariant.gep859.i, i64 256
+  %exitcond.not.4 = icmp eq i32 %373, 5
+  %gep860.i.5 = getelementptr i8, ptr %invariant.gep859.i, i64 320
+  %exitcond.not.5 = icmp eq i32 %373, 6
+  %gep860.i.6 = getelementptr i8, ptr %invariant.gep859.i, i64 384
   br label %for_body_d_0_m.i
 
-for_body_d_0_m.i:                                 ; preds = %if_end180.i, %for_end_to105.i
-  %indvars.iv631.i = phi i64 [ 0, %for_end_to105.i ], [ %indvars.iv.next632.i, %if_end180.i ]
-  br i1 %2096, label %for_begin_line150.preheader.lr.ph.i, label %for_end_to147.i, !prof !3
+for_body_d_0_m.i:                                 ; preds = %if_end182.i, %for_end_to107.i
+  %indvars.iv637.i = phi i64 [ 0, %for_end_to107.i ], [ %indvars.iv.next638.i, %if_end182.i ]
+  br i1 %2107, label %for_begin_line152.preheader.lr.ph.i, label %for_end_to149.i, !prof !3
 
-for_begin_line150.preheader.lr.ph.i:              ; preds = %for_body_d_0_m.i
-  %2104 = mul nuw nsw i64 %indvars.iv631.i, %2103
-  %2105 = shl i64 %indvars.iv631.i, 2
-  %2106 = and i64 %2105, 12
-  %2107 = shl i64 %indvars.iv631.i, 3
-  %2108 = and i64 %2107, 96
-  %invariant.gep127 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2108
-  %invariant.gep129 = getelementptr inbounds nuw float, ptr %invariant.gep127, i64 %2106
-  br label %for_begin_line150.preheader.i
+for_begin_line152.preheader.lr.ph.i:              ; preds = %for_body_d_0_m.i
+  %2115 = mul nuw nsw i64 %indvars.iv637.i, %2114
+  %2116 = shl i64 %indvars.iv637.i, 2
+  %2117 = and i64 %2116, 12
+  %2118 = shl i64 %indvars.iv637.i, 3
+  %2119 = and i64 %2118, 96
+  %invariant.gep133 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2119
+  %invariant.gep135 = getelementptr inbounds nuw float, ptr %invariant.gep133, i64 %2117
+  br label %for_begin_line152.preheader.i
 
-for_end_d_0_m.i:                                  ; preds = %if_end180.i
-  %2109 = fmul <16 x float> %old_sum.i, %2073
-  %2110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_sum267.sroa.0.0.lcssa.i, <16 x float> %2109)
-  %2111 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2112 = tail call i32 %2111(i32 1, i32 %dev_id, ptr nonnull %scaled785787789792795.i)
-  %.not278.i = icmp eq i32 %2112, 0
-  br i1 %.not278.i, label %if_end182.i, label %fused_decode_compute_.exit, !prof !27
+for_end_d_0_m.i:                                  ; preds = %if_end182.i
+  %2120 = fmul <16 x float> %old_sum.i, %2084
+  %2121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_sum269.sroa.0.0.lcssa.i, <16 x float> %2120)
+  %2122 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2123 = tail call i32 %2122(i32 1, i32 %dev_id, ptr nonnull %scaled791793795798801.i)
+  %.not280.i = icmp eq i32 %2123, 0
+  br i1 %.not280.i, label %if_end184.i, label %fused_decode_compute_.exit, !prof !27
 
-for_begin_line150.preheader.i:                    ; preds = %for_begin_line150.preheader.i, %for_begin_line150.preheader.lr.ph.i
-  %indvars.iv620.i = phi i64 [ 0, %for_begin_line150.preheader.lr.ph.i ], [ %indvars.iv.next621.i, %for_begin_line150.preheader.i ]
-  %full_acc262.sroa.28.0428.i = phi <16 x float> [ zeroinitializer, %for_begin_line150.preheader.lr.ph.i ], [ %2460, %for_begin_line150.preheader.i ]
-  %full_acc262.sroa.24.0427.i = phi <16 x float> [ zeroinitializer, %for_begin_line150.preheader.lr.ph.i ], [ %2455, %for_begin_line150.preheader.i ]
-  %full_acc262.sroa.20.0426.i = phi <16 x float> [ zeroinitializer, %for_begin_line150.preheader.lr.ph.i ], [ %2450, %for_begin_line150.preheader.i ]
-  %full_acc262.sroa.16.0425.i = phi <16 x float> [ zeroinitializer, %for_begin_line150.preheader.lr.ph.i ], [ %2445, %for_begin_line150.preheader.i ]
-  %full_acc262.sroa.12.0424.i = phi <16 x float> [ zeroinitializer, %for_begin_line150.preheader.lr.ph.i ], [ %2440, %for_begin_line150.preheader.i ]
-  %full_acc262.sroa.8.0423.i = phi <16 x float> [ zeroinitializer, %for_begin_line150.preheader.lr.ph.i ], [ %2435, %for_begin_line150.preheader.i ]
-  %full_acc262.sroa.4.0422.i = phi <16 x float> [ zeroinitializer, %for_begin_line150.preheader.lr.ph.i ], [ %2430, %for_begin_line150.preheader.i ]
-  %full_acc262.sroa.0.0421.i = phi <16 x float> [ zeroinitializer, %for_begin_line150.preheader.lr.ph.i ], [ %2425, %for_begin_line150.preheader.i ]
-  %2113 = add nuw nsw i64 %indvars.iv620.i, %2104
-  %2114 = trunc nuw i64 %2113 to i32
-  %2115 = lshr i32 %2114, 1
-  %2116 = add nuw nsw i32 %2115, %2098
-  %2117 = zext nneg i32 %2116 to i64
-  %2118 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2117
-  %2119 = load i64, ptr %2118, align 8, !tbaa !5
-  %2120 = shl nuw nsw i64 %2113, 5
-  %2121 = and i64 %2120, 32
-  %2122 = getelementptr i32, ptr %value_cache, i64 %2121
-  %invariant.gep405.i = getelementptr i32, ptr %2122, i64 %2119
-  tail call void @llvm.prefetch.p0(ptr readonly %invariant.gep405.i, i32 0, i32 2, i32 1)
-  %gep406.1.i = getelementptr i8, ptr %invariant.gep405.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep406.1.i, i32 0, i32 2, i32 1)
-  %2123 = shl nsw i64 %indvars.iv620.i, 10
-  %.masked.i = and i64 %2123, 4294966272
-  %2124 = shl i64 %indvars.iv620.i, 7
-  %2125 = and i64 %2124, 4294967168
-  %2126 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2125
-  %2127 = load <16 x float>, ptr %2126, align 4, !tbaa !5
-  %gep130 = getelementptr inbounds nuw float, ptr %invariant.gep129, i64 %.masked.i
-  %2128 = load float, ptr %gep130, align 4, !tbaa !5
-  %2129 = insertelement <16 x float> poison, float %2128, i64 0
-  %2130 = shufflevector <16 x float> %2129, <16 x float> poison, <16 x i32> zeroinitializer
-  %2131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2127, <16 x float> %2130, <16 x float> %full_acc262.sroa.0.0421.i)
-  %2132 = getelementptr inbounds nuw i8, ptr %gep130, i64 64
-  %2133 = load float, ptr %2132, align 4, !tbaa !5
-  %2134 = insertelement <16 x float> poison, float %2133, i64 0
-  %2135 = shufflevector <16 x float> %2134, <16 x float> poison, <16 x i32> zeroinitializer
-  %2136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2127, <16 x float> %2135, <16 x float> %full_acc262.sroa.4.0422.i)
-  %2137 = getelementptr inbounds nuw i8, ptr %gep130, i64 4
-  %2138 = load float, ptr %2137, align 4, !tbaa !5
-  %2139 = insertelement <16 x float> poison, float %2138, i64 0
-  %2140 = shufflevector <16 x float> %2139, <16 x float> poison, <16 x i32> zeroinitializer
-  %2141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2127, <16 x float> %2140, <16 x float> %full_acc262.sroa.8.0423.i)
-  %2142 = getelementptr inbounds nuw i8, ptr %gep130, i64 68
-  %2143 = load float, ptr %2142, align 4, !tbaa !5
-  %2144 = insertelement <16 x float> poison, float %2143, i64 0
-  %2145 = shufflevector <16 x float> %2144, <16 x float> poison, <16 x i32> zeroinitializer
-  %2146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2127, <16 x float> %2145, <16 x float> %full_acc262.sroa.12.0424.i)
-  %2147 = getelementptr inbounds nuw i8, ptr %gep130, i64 8
-  %2148 = load float, ptr %2147, align 4, !tbaa !5
-  %2149 = insertelement <16 x float> poison, float %2148, i64 0
-  %2150 = shufflevector <16 x float> %2149, <16 x float> poison, <16 x i32> zeroinitializer
-  %2151 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2127, <16 x float> %2150, <16 x float> %full_acc262.sroa.16.0425.i)
-  %2152 = getelementptr inbounds nuw i8, ptr %gep130, i64 72
-  %2153 = load float, ptr %2152, align 4, !tbaa !5
-  %2154 = insertelement <16 x float> poison, float %2153, i64 0
-  %2155 = shufflevector <16 x float> %2154, <16 x float> poison, <16 x i32> zeroinitializer
-  %2156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2127, <16 x float> %2155, <16 x float> %full_acc262.sroa.20.0426.i)
-  %2157 = getelementptr inbounds nuw i8, ptr %gep130, i64 12
-  %2158 = load float, ptr %2157, align 4, !tbaa !5
-  %2159 = insertelement <16 x float> poison, float %2158, i64 0
-  %2160 = shufflevector <16 x float> %2159, <16 x float> poison, <16 x i32> zeroinitializer
-  %2161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2127, <16 x float> %2160, <16 x float> %full_acc262.sroa.24.0427.i)
-  %2162 = getelementptr inbounds nuw i8, ptr %gep130, i64 76
-  %2163 = load float, ptr %2162, align 4, !tbaa !5
-  %2164 = insertelement <16 x float> poison, float %2163, i64 0
-  %2165 = shufflevector <16 x float> %2164, <16 x float> poison, <16 x i32> zeroinitializer
-  %2166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2127, <16 x float> %2165, <16 x float> %full_acc262.sroa.28.0428.i)
-  %2167 = getelementptr inbounds nuw i8, ptr %2126, i64 64
-  %2168 = load <16 x float>, ptr %2167, align 4, !tbaa !5
-  %2169 = getelementptr inbounds nuw i8, ptr %gep130, i64 512
-  %2170 = load float, ptr %2169, align 4, !tbaa !5
-  %2171 = insertelement <16 x float> poison, float %2170, i64 0
-  %2172 = shufflevector <16 x float> %2171, <16 x float> poison, <16 x i32> zeroinitializer
-  %2173 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2172, <16 x float> %2131)
-  %2174 = getelementptr inbounds nuw i8, ptr %gep130, i64 576
-  %2175 = load float, ptr %2174, align 4, !tbaa !5
-  %2176 = insertelement <16 x float> poison, float %2175, i64 0
-  %2177 = shufflevector <16 x float> %2176, <16 x float> poison, <16 x i32> zeroinitializer
-  %2178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2177, <16 x float> %2136)
-  %2179 = getelementptr inbounds nuw i8, ptr %gep130, i64 516
-  %2180 = load float, ptr %2179, align 4, !tbaa !5
-  %2181 = insertelement <16 x float> poison, float %2180, i64 0
-  %2182 = shufflevector <16 x float> %2181, <16 x float> poison, <16 x i32> zeroinitializer
-  %2183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2182, <16 x float> %2141)
-  %2184 = getelementptr inbounds nuw i8, ptr %gep130, i64 580
-  %2185 = load float, ptr %2184, align 4, !tbaa !5
-  %2186 = insertelement <16 x float> poison, float %2185, i64 0
-  %2187 = shufflevector <16 x float> %2186, <16 x float> poison, <16 x i32> zeroinitializer
-  %2188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2187, <16 x float> %2146)
-  %2189 = getelementptr inbounds nuw i8, ptr %gep130, i64 520
-  %2190 = load float, ptr %2189, align 4, !tbaa !5
-  %2191 = insertelement <16 x float> poison, float %2190, i64 0
-  %2192 = shufflevector <16 x float> %2191, <16 x float> poison, <16 x i32> zeroinitializer
-  %2193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2192, <16 x float> %2151)
-  %2194 = getelementptr inbounds nuw i8, ptr %gep130, i64 584
-  %2195 = load float, ptr %2194, align 4, !tbaa !5
-  %2196 = insertelement <16 x float> poison, float %2195, i64 0
-  %2197 = shufflevector <16 x float> %2196, <16 x float> poison, <16 x i32> zeroinitializer
-  %2198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2197, <16 x float> %2156)
-  %2199 = getelementptr inbounds nuw i8, ptr %gep130, i64 524
-  %2200 = load float, ptr %2199, align 4, !tbaa !5
-  %2201 = insertelement <16 x float> poison, float %2200, i64 0
-  %2202 = shufflevector <16 x float> %2201, <16 x float> poison, <16 x i32> zeroinitializer
-  %2203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2202, <16 x float> %2161)
-  %2204 = getelementptr inbounds nuw i8, ptr %gep130, i64 588
-  %2205 = load float, ptr %2204, align 4, !tbaa !5
-  %2206 = insertelement <16 x float> poison, float %2205, i64 0
-  %2207 = shufflevector <16 x float> %2206, <16 x float> poison, <16 x i32> zeroinitializer
-  %2208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2207, <16 x float> %2166)
-  %2209 = getelementptr inbounds nuw i8, ptr %2126, i64 128
-  %2210 = load <16 x float>, ptr %2209, align 4, !tbaa !5
-  %2211 = getelementptr inbounds nuw i8, ptr %gep130, i64 1024
-  %2212 = load float, ptr %2211, align 4, !tbaa !5
-  %2213 = insertelement <16 x float> poison, float %2212, i64 0
-  %2214 = shufflevector <16 x float> %2213, <16 x float> poison, <16 x i32> zeroinitializer
-  %2215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2214, <16 x float> %2173)
-  %2216 = getelementptr inbounds nuw i8, ptr %gep130, i64 1088
-  %2217 = load float, ptr %2216, align 4, !tbaa !5
-  %2218 = insertelement <16 x float> poison, float %2217, i64 0
-  %2219 = shufflevector <16 x float> %2218, <16 x float> poison, <16 x i32> zeroinitializer
-  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2219, <16 x float> %2178)
-  %2221 = getelementptr inbounds nuw i8, ptr %gep130, i64 1028
-  %2222 = load float, ptr %2221, align 4, !tbaa !5
-  %2223 = insertelement <16 x float> poison, float %2222, i64 0
-  %2224 = shufflevector <16 x float> %2223, <16 x float> poison, <16 x i32> zeroinitializer
-  %2225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2224, <16 x float> %2183)
-  %2226 = getelementptr inbounds nuw i8, ptr %gep130, i64 1092
-  %2227 = load float, ptr %2226, align 4, !tbaa !5
-  %2228 = insertelement <16 x float> poison, float %2227, i64 0
-  %2229 = shufflevector <16 x float> %2228, <16 x float> poison, <16 x i32> zeroinitializer
-  %2230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2229, <16 x float> %2188)
-  %2231 = getelementptr inbounds nuw i8, ptr %gep130, i64 1032
-  %2232 = load float, ptr %2231, align 4, !tbaa !5
-  %2233 = insertelement <16 x float> poison, float %2232, i64 0
-  %2234 = shufflevector <16 x float> %2233, <16 x float> poison, <16 x i32> zeroinitializer
-  %2235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2234, <16 x float> %2193)
-  %2236 = getelementptr inbounds nuw i8, ptr %gep130, i64 1096
-  %2237 = load float, ptr %2236, align 4, !tbaa !5
-  %2238 = insertelement <16 x float> poison, float %2237, i64 0
-  %2239 = shufflevector <16 x float> %2238, <16 x float> poison, <16 x i32> zeroinitializer
-  %2240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2239, <16 x float> %2198)
-  %2241 = getelementptr inbounds nuw i8, ptr %gep130, i64 1036
-  %2242 = load float, ptr %2241, align 4, !tbaa !5
-  %2243 = insertelement <16 x float> poison, float %2242, i64 0
-  %2244 = shufflevector <16 x float> %2243, <16 x float> poison, <16 x i32> zeroinitializer
-  %2245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2244, <16 x float> %2203)
-  %2246 = getelementptr inbounds nuw i8, ptr %gep130, i64 1100
-  %2247 = load float, ptr %2246, align 4, !tbaa !5
-  %2248 = insertelement <16 x float> poison, float %2247, i64 0
-  %2249 = shufflevector <16 x float> %2248, <16 x float> poison, <16 x i32> zeroinitializer
-  %2250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2249, <16 x float> %2208)
-  %2251 = getelementptr inbounds nuw i8, ptr %2126, i64 192
-  %2252 = load <16 x float>, ptr %2251, align 4, !tbaa !5
-  %2253 = getelementptr inbounds nuw i8, ptr %gep130, i64 1536
-  %2254 = load float, ptr %2253, align 4, !tbaa !5
-  %2255 = insertelement <16 x float> poison, float %2254, i64 0
-  %2256 = shufflevector <16 x float> %2255, <16 x float> poison, <16 x i32> zeroinitializer
-  %2257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2256, <16 x float> %2215)
-  %2258 = getelementptr inbounds nuw i8, ptr %gep130, i64 1600
-  %2259 = load float, ptr %2258, align 4, !tbaa !5
-  %2260 = insertelement <16 x float> poison, float %2259, i64 0
-  %2261 = shufflevector <16 x float> %2260, <16 x float> poison, <16 x i32> zeroinitializer
-  %2262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2261, <16 x float> %2220)
-  %2263 = getelementptr inbounds nuw i8, ptr %gep130, i64 1540
-  %2264 = load float, ptr %2263, align 4, !tbaa !5
-  %2265 = insertelement <16 x float> poison, float %2264, i64 0
-  %2266 = shufflevector <16 x float> %2265, <16 x float> poison, <16 x i32> zeroinitializer
-  %2267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2266, <16 x float> %2225)
-  %2268 = getelementptr inbounds nuw i8, ptr %gep130, i64 1604
-  %2269 = load float, ptr %2268, align 4, !tbaa !5
-  %2270 = insertelement <16 x float> poison, float %2269, i64 0
-  %2271 = shufflevector <16 x float> %2270, <16 x float> poison, <16 x i32> zeroinitializer
-  %2272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2271, <16 x float> %2230)
-  %2273 = getelementptr inbounds nuw i8, ptr %gep130, i64 1544
-  %2274 = load float, ptr %2273, align 4, !tbaa !5
-  %2275 = insertelement <16 x float> poison, float %2274, i64 0
-  %2276 = shufflevector <16 x float> %2275, <16 x float> poison, <16 x i32> zeroinitializer
-  %2277 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2276, <16 x float> %2235)
-  %2278 = getelementptr inbounds nuw i8, ptr %gep130, i64 1608
-  %2279 = load float, ptr %2278, align 4, !tbaa !5
-  %2280 = insertelement <16 x float> poison, float %2279, i64 0
-  %2281 = shufflevector <16 x float> %2280, <16 x float> poison, <16 x i32> zeroinitializer
-  %2282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2281, <16 x float> %2240)
-  %2283 = getelementptr inbounds nuw i8, ptr %gep130, i64 1548
-  %2284 = load float, ptr %2283, align 4, !tbaa !5
-  %2285 = insertelement <16 x float> poison, float %2284, i64 0
-  %2286 = shufflevector <16 x float> %2285, <16 x float> poison, <16 x i32> zeroinitializer
-  %2287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2286, <16 x float> %2245)
-  %2288 = getelementptr inbounds nuw i8, ptr %gep130, i64 1612
-  %2289 = load float, ptr %2288, align 4, !tbaa !5
-  %2290 = insertelement <16 x float> poison, float %2289, i64 0
-  %2291 = shufflevector <16 x float> %2290, <16 x float> poison, <16 x i32> zeroinitializer
-  %2292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2291, <16 x float> %2250)
-  %2293 = getelementptr inbounds nuw i8, ptr %2126, i64 256
-  %2294 = load <16 x float>, ptr %2293, align 4, !tbaa !5
-  %2295 = getelementptr inbounds nuw i8, ptr %gep130, i64 2048
-  %2296 = load float, ptr %2295, align 4, !tbaa !5
-  %2297 = insertelement <16 x float> poison, float %2296, i64 0
-  %2298 = shufflevector <16 x float> %2297, <16 x float> poison, <16 x i32> zeroinitializer
-  %2299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2298, <16 x float> %2257)
-  %2300 = getelementptr inbounds nuw i8, ptr %gep130, i64 2112
-  %2301 = load float, ptr %2300, align 4, !tbaa !5
-  %2302 = insertelement <16 x float> poison, float %2301, i64 0
-  %2303 = shufflevector <16 x float> %2302, <16 x float> poison, <16 x i32> zeroinitializer
-  %2304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2303, <16 x float> %2262)
-  %2305 = getelementptr inbounds nuw i8, ptr %gep130, i64 2052
-  %2306 = load float, ptr %2305, align 4, !tbaa !5
-  %2307 = insertelement <16 x float> poison, float %2306, i64 0
-  %2308 = shufflevector <16 x float> %2307, <16 x float> poison, <16 x i32> zeroinitializer
-  %2309 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2308, <16 x float> %2267)
-  %2310 = getelementptr inbounds nuw i8, ptr %gep130, i64 2116
-  %2311 = load float, ptr %2310, align 4, !tbaa !5
-  %2312 = insertelement <16 x float> poison, float %2311, i64 0
-  %2313 = shufflevector <16 x float> %2312, <16 x float> poison, <16 x i32> zeroinitializer
-  %2314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2313, <16 x float> %2272)
-  %2315 = getelementptr inbounds nuw i8, ptr %gep130, i64 2056
-  %2316 = load float, ptr %2315, align 4, !tbaa !5
-  %2317 = insertelement <16 x float> poison, float %2316, i64 0
-  %2318 = shufflevector <16 x float> %2317, <16 x float> poison, <16 x i32> zeroinitializer
-  %2319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2318, <16 x float> %2277)
-  %2320 = getelementptr inbounds nuw i8, ptr %gep130, i64 2120
-  %2321 = load float, ptr %2320, align 4, !tbaa !5
-  %2322 = insertelement <16 x float> poison, float %2321, i64 0
-  %2323 = shufflevector <16 x float> %2322, <16 x float> poison, <16 x i32> zeroinitializer
-  %2324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2323, <16 x float> %2282)
-  %2325 = getelementptr inbounds nuw i8, ptr %gep130, i64 2060
-  %2326 = load float, ptr %2325, align 4, !tbaa !5
-  %2327 = insertelement <16 x float> poison, float %2326, i64 0
-  %2328 = shufflevector <16 x float> %2327, <16 x float> poison, <16 x i32> zeroinitializer
-  %2329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2328, <16 x float> %2287)
-  %2330 = getelementptr inbounds nuw i8, ptr %gep130, i64 2124
-  %2331 = load float, ptr %2330, align 4, !tbaa !5
-  %2332 = insertelement <16 x float> poison, float %2331, i64 0
-  %2333 = shufflevector <16 x float> %2332, <16 x float> poison, <16 x i32> zeroinitializer
-  %2334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2333, <16 x float> %2292)
-  %2335 = getelementptr inbounds nuw i8, ptr %2126, i64 320
-  %2336 = load <16 x float>, ptr %2335, align 4, !tbaa !5
-  %2337 = getelementptr inbounds nuw i8, ptr %gep130, i64 2560
-  %2338 = load float, ptr %2337, align 4, !tbaa !5
-  %2339 = insertelement <16 x float> poison, float %2338, i64 0
-  %2340 = shufflevector <16 x float> %2339, <16 x float> poison, <16 x i32> zeroinitializer
-  %2341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2336, <16 x float> %2340, <16 x float> %2299)
-  %2342 = getelementptr inbounds nuw i8, ptr %gep130, i64 2624
-  %2343 = load float, ptr %2342, align 4, !tbaa !5
-  %2344 = insertelement <16 x float> poison, float %2343, i64 0
-  %2345 = shufflevector <16 x float> %2344, <16 x float> poison, <16 x i32> zeroinitializer
-  %2346 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2336, <16 x float> %2345, <16 x float> %2304)
-  %2347 = getelementptr inbounds nuw i8, ptr %gep130, i64 2564
-  %2348 = load float, ptr %2347, align 4, !tbaa !5
-  %2349 = insertelement <16 x float> poison, float %2348, i64 0
-  %2350 = shufflevector <16 x float> %2349, <16 x float> poison, <16 x i32> zeroinitializer
-  %2351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2336, <16 x float> %2350, <16 x float> %2309)
-  %2352 = getelementptr inbounds nuw i8, ptr %gep130, i64 2628
-  %2353 = load float, ptr %2352, align 4, !tbaa !5
-  %2354 = insertelement <16 x float> poison, float %2353, i64 0
-  %2355 = shufflevector <16 x float> %2354, <16 x float> poison, <16 x i32> zeroinitializer
-  %2356 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2336, <16 x float> %2355, <16 x float> %2314)
-  %2357 = getelementptr inbounds nuw i8, ptr %gep130, i64 2568
-  %2358 = load float, ptr %2357, align 4, !tbaa !5
-  %2359 = insertelement <16 x float> poison, float %2358, i64 0
-  %2360 = shufflevector <16 x float> %2359, <16 x float> poison, <16 x i32> zeroinitializer
-  %2361 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2336, <16 x float> %2360, <16 x float> %2319)
-  %2362 = getelementptr inbounds nuw i8, ptr %gep130, i64 2632
-  %2363 = load float, ptr %2362, align 4, !tbaa !5
-  %2364 = insertelement <16 x float> poison, float %2363, i64 0
-  %2365 = shufflevector <16 x float> %2364, <16 x float> poison, <16 x i32> zeroinitializer
-  %2366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2336, <16 x float> %2365, <16 x float> %2324)
-  %2367 = getelementptr inbounds nuw i8, ptr %gep130, i64 2572
-  %2368 = load float, ptr %2367, align 4, !tbaa !5
-  %2369 = insertelement <16 x float> poison, float %2368, i64 0
-  %2370 = shufflevector <16 x float> %2369, <16 x float> poison, <16 x i32> zeroinitializer
-  %2371 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2336, <16 x float> %2370, <16 x float> %2329)
-  %2372 = getelementptr inbounds nuw i8, ptr %gep130, i64 2636
-  %2373 = load float, ptr %2372, align 4, !tbaa !5
-  %2374 = insertelement <16 x float> poison, float %2373, i64 0
-  %2375 = shufflevector <16 x float> %2374, <16 x float> poison, <16 x i32> zeroinitializer
-  %2376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2336, <16 x float> %2375, <16 x float> %2334)
-  %2377 = getelementptr inbounds nuw i8, ptr %2126, i64 384
-  %2378 = load <16 x float>, ptr %2377, align 4, !tbaa !5
-  %2379 = getelementptr inbounds nuw i8, ptr %gep130, i64 3072
-  %2380 = load float, ptr %2379, align 4, !tbaa !5
-  %2381 = insertelement <16 x float> poison, float %2380, i64 0
-  %2382 = shufflevector <16 x float> %2381, <16 x float> poison, <16 x i32> zeroinitializer
-  %2383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2382, <16 x float> %2341)
-  %2384 = getelementptr inbounds nuw i8, ptr %gep130, i64 3136
-  %2385 = load float, ptr %2384, align 4, !tbaa !5
-  %2386 = insertelement <16 x float> poison, float %2385, i64 0
-  %2387 = shufflevector <16 x float> %2386, <16 x float> poison, <16 x i32> zeroinitializer
-  %2388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2387, <16 x float> %2346)
-  %2389 = getelementptr inbounds nuw i8, ptr %gep130, i64 3076
-  %2390 = load float, ptr %2389, align 4, !tbaa !5
-  %2391 = insertelement <16 x float> poison, float %2390, i64 0
-  %2392 = shufflevector <16 x float> %2391, <16 x float> poison, <16 x i32> zeroinitializer
-  %2393 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2392, <16 x float> %2351)
-  %2394 = getelementptr inbounds nuw i8, ptr %gep130, i64 3140
-  %2395 = load float, ptr %2394, align 4, !tbaa !5
-  %2396 = insertelement <16 x float> poison, float %2395, i64 0
-  %2397 = shufflevector <16 x float> %2396, <16 x float> poison, <16 x i32> zeroinitializer
-  %2398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2397, <16 x float> %2356)
-  %2399 = getelementptr inbounds nuw i8, ptr %gep130, i64 3080
-  %2400 = load float, ptr %2399, align 4, !tbaa !5
-  %2401 = insertelement <16 x float> poison, float %2400, i64 0
-  %2402 = shufflevector <16 x float> %2401, <16 x float> poison, <16 x i32> zeroinitializer
-  %2403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2402, <16 x float> %2361)
-  %2404 = getelementptr inbounds nuw i8, ptr %gep130, i64 3144
-  %2405 = load float, ptr %2404, align 4, !tbaa !5
-  %2406 = insertelement <16 x float> poison, float %2405, i64 0
-  %2407 = shufflevector <16 x float> %2406, <16 x float> poison, <16 x i32> zeroinitializer
-  %2408 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2407, <16 x float> %2366)
-  %2409 = getelementptr inbounds nuw i8, ptr %gep130, i64 3084
-  %2410 = load float, ptr %2409, align 4, !tbaa !5
-  %2411 = insertelement <16 x float> poison, float %2410, i64 0
-  %2412 = shufflevector <16 x float> %2411, <16 x float> poison, <16 x i32> zeroinitializer
-  %2413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2412, <16 x float> %2371)
-  %2414 = getelementptr inbounds nuw i8, ptr %gep130, i64 3148
-  %2415 = load float, ptr %2414, align 4, !tbaa !5
-  %2416 = insertelement <16 x float> poison, float %2415, i64 0
-  %2417 = shufflevector <16 x float> %2416, <16 x float> poison, <16 x i32> zeroinitializer
-  %2418 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2417, <16 x float> %2376)
-  %2419 = getelementptr inbounds nuw i8, ptr %2126, i64 448
-  %2420 = load <16 x float>, ptr %2419, align 4, !tbaa !5
-  %2421 = getelementptr inbounds nuw i8, ptr %gep130, i64 3584
-  %2422 = load float, ptr %2421, align 4, !tbaa !5
-  %2423 = insertelement <16 x float> poison, float %2422, i64 0
-  %2424 = shufflevector <16 x float> %2423, <16 x float> poison, <16 x i32> zeroinitializer
-  %2425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2424, <16 x float> %2383)
-  %2426 = getelementptr inbounds nuw i8, ptr %gep130, i64 3648
-  %2427 = load float, ptr %2426, align 4, !tbaa !5
-  %2428 = insertelement <16 x float> poison, float %2427, i64 0
-  %2429 = shufflevector <16 x float> %2428, <16 x float> poison, <16 x i32> zeroinitializer
-  %2430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2429, <16 x float> %2388)
-  %2431 = getelementptr inbounds nuw i8, ptr %gep130, i64 3588
-  %2432 = load float, ptr %2431, align 4, !tbaa !5
-  %2433 = insertelement <16 x float> poison, float %2432, i64 0
-  %2434 = shufflevector <16 x float> %2433, <16 x float> poison, <16 x i32> zeroinitializer
-  %2435 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2434, <16 x float> %2393)
-  %2436 = getelementptr inbounds nuw i8, ptr %gep130, i64 3652
-  %2437 = load float, ptr %2436, align 4, !tbaa !5
-  %2438 = insertelement <16 x float> poison, float %2437, i64 0
-  %2439 = shufflevector <16 x float> %2438, <16 x float> poison, <16 x i32> zeroinitializer
-  %2440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2439, <16 x float> %2398)
-  %2441 = getelementptr inbounds nuw i8, ptr %gep130, i64 3592
-  %2442 = load float, ptr %2441, align 4, !tbaa !5
-  %2443 = insertelement <16 x float> poison, float %2442, i64 0
-  %2444 = shufflevector <16 x float> %2443, <16 x float> poison, <16 x i32> zeroinitializer
-  %2445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2444, <16 x float> %2403)
-  %2446 = getelementptr inbounds nuw i8, ptr %gep130, i64 3656
-  %2447 = load float, ptr %2446, align 4, !tbaa !5
-  %2448 = insertelement <16 x float> poison, float %2447, i64 0
-  %2449 = shufflevector <16 x float> %2448, <16 x float> poison, <16 x i32> zeroinitializer
-  %2450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2449, <16 x float> %2408)
-  %2451 = getelementptr inbounds nuw i8, ptr %gep130, i64 3596
-  %2452 = load float, ptr %2451, align 4, !tbaa !5
-  %2453 = insertelement <16 x float> poison, float %2452, i64 0
-  %2454 = shufflevector <16 x float> %2453, <16 x float> poison, <16 x i32> zeroinitializer
-  %2455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2454, <16 x float> %2413)
-  %2456 = getelementptr inbounds nuw i8, ptr %gep130, i64 3660
-  %2457 = load float, ptr %2456, align 4, !tbaa !5
-  %2458 = insertelement <16 x float> poison, float %2457, i64 0
-  %2459 = shufflevector <16 x float> %2458, <16 x float> poison, <16 x i32> zeroinitializer
-  %2460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2459, <16 x float> %2418)
-  %indvars.iv.next621.i = add nuw nsw i64 %indvars.iv620.i, 1
-  %exitcond626.not.i = icmp eq i64 %indvars.iv.next621.i, %2103
-  br i1 %exitcond626.not.i, label %for_end_to147.i, label %for_begin_line150.preheader.i, !prof !13
-
-for_end_to147.i:                                  ; preds = %for_begin_line150.preheader.i, %for_body_d_0_m.i
-  %full_acc262.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2425, %for_begin_line150.preheader.i ]
-  %full_acc262.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2430, %for_begin_line150.preheader.i ]
-  %full_acc262.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2435, %for_begin_line150.preheader.i ]
-  %full_acc262.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2440, %for_begin_line150.preheader.i ]
-  %full_acc262.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2445, %for_begin_line150.preheader.i ]
-  %full_acc262.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2450, %for_begin_line150.preheader.i ]
-  %full_acc262.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2455, %for_begin_line150.preheader.i ]
-  %full_acc262.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2460, %for_begin_line150.preheader.i ]
-  br i1 %.not490.i, label %for_end_ti162.i, label %for_body_ti161.lr.ph.i, !prof !17
-
-for_body_ti161.lr.ph.i:                           ; preds = %for_end_to147.i
-  %indvars.iv631.tr.i = trunc i64 %indvars.iv631.i to i32
-  %2461 = shl i32 %indvars.iv631.tr.i, 2
-  %2462 = and i32 %2461, 12
-  %2463 = shl i32 %indvars.iv631.tr.i, 3
-  %2464 = and i32 %2463, 96
-  %invariant.op456.i = or disjoint i32 %2464, %2100
-  %invariant.op458.i = or disjoint i32 %invariant.op456.i, %2462
-  %2465 = load <16 x float>, ptr %invariant.gep853.i, align 4, !tbaa !5
-  %2466 = sext i32 %invariant.op458.i to i64
-  %2467 = getelementptr inbounds float, ptr %v_tile.i, i64 %2466
+for_begin_line152.preheader.i:                    ; preds = %for_begin_line152.preheader.i, %for_begin_line152.preheader.lr.ph.i
+  %indvars.iv626.i = phi i64 [ 0, %for_begin_line152.preheader.lr.ph.i ], [ %indvars.iv.next627.i, %for_begin_line152.preheader.i ]
+  %full_acc264.sroa.28.0434.i = phi <16 x float> [ zeroinitializer, %for_begin_line152.preheader.lr.ph.i ], [ %2471, %for_begin_line152.preheader.i ]
+  %full_acc264.sroa.24.0433.i = phi <16 x float> [ zeroinitializer, %for_begin_line152.preheader.lr.ph.i ], [ %2466, %for_begin_line152.preheader.i ]
+  %full_acc264.sroa.20.0432.i = phi <16 x float> [ zeroinitializer, %for_begin_line152.preheader.lr.ph.i ], [ %2461, %for_begin_line152.preheader.i ]
+  %full_acc264.sroa.16.0431.i = phi <16 x float> [ zeroinitializer, %for_begin_line152.preheader.lr.ph.i ], [ %2456, %for_begin_line152.preheader.i ]
+  %full_acc264.sroa.12.0430.i = phi <16 x float> [ zeroinitializer, %for_begin_line152.preheader.lr.ph.i ], [ %2451, %for_begin_line152.preheader.i ]
+  %full_acc264.sroa.8.0429.i = phi <16 x float> [ zeroinitializer, %for_begin_line152.preheader.lr.ph.i ], [ %2446, %for_begin_line152.preheader.i ]
+  %full_acc264.sroa.4.0428.i = phi <16 x float> [ zeroinitializer, %for_begin_line152.preheader.lr.ph.i ], [ %2441, %for_begin_line152.preheader.i ]
+  %full_acc264.sroa.0.0427.i = phi <16 x float> [ zeroinitializer, %for_begin_line152.preheader.lr.ph.i ], [ %2436, %for_begin_line152.preheader.i ]
+  %2124 = add nuw nsw i64 %indvars.iv626.i, %2115
+  %2125 = trunc nuw i64 %2124 to i32
+  %2126 = lshr i32 %2125, 1
+  %2127 = add nuw nsw i32 %2126, %2109
+  %2128 = zext nneg i32 %2127 to i64
+  %2129 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2128
+  %2130 = load i64, ptr %2129, align 8, !tbaa !5
+  %2131 = shl nuw nsw i64 %2124, 5
+  %2132 = and i64 %2131, 32
+  %2133 = getelementptr i32, ptr %value_cache, i64 %2132
+  %invariant.gep411.i = getelementptr i32, ptr %2133, i64 %2130
+  tail call void @llvm.prefetch.p0(ptr readonly %invariant.gep411.i, i32 0, i32 2, i32 1)
+  %gep412.1.i = getelementptr i8, ptr %invariant.gep411.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep412.1.i, i32 0, i32 2, i32 1)
+  %2134 = shl nsw i64 %indvars.iv626.i, 10
+  %.masked.i = and i64 %2134, 4294966272
+  %2135 = shl i64 %indvars.iv626.i, 7
+  %2136 = and i64 %2135, 4294967168
+  %2137 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2136
+  %2138 = load <16 x float>, ptr %2137, align 4, !tbaa !5
+  %gep136 = getelementptr inbounds nuw float, ptr %invariant.gep135, i64 %.masked.i
+  %2139 = load float, ptr %gep136, align 4, !tbaa !5
+  %2140 = insertelement <16 x float> poison, float %2139, i64 0
+  %2141 = shufflevector <16 x float> %2140, <16 x float> poison, <16 x i32> zeroinitializer
+  %2142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2141, <16 x float> %full_acc264.sroa.0.0427.i)
+  %2143 = getelementptr inbounds nuw i8, ptr %gep136, i64 64
+  %2144 = load float, ptr %2143, align 4, !tbaa !5
+  %2145 = insertelement <16 x float> poison, float %2144, i64 0
+  %2146 = shufflevector <16 x float> %2145, <16 x float> poison, <16 x i32> zeroinitializer
+  %2147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2146, <16 x float> %full_acc264.sroa.4.0428.i)
+  %2148 = getelementptr inbounds nuw i8, ptr %gep136, i64 4
+  %2149 = load float, ptr %2148, align 4, !tbaa !5
+  %2150 = insertelement <16 x float> poison, float %2149, i64 0
+  %2151 = shufflevector <16 x float> %2150, <16 x float> poison, <16 x i32> zeroinitializer
+  %2152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2151, <16 x float> %full_acc264.sroa.8.0429.i)
+  %2153 = getelementptr inbounds nuw i8, ptr %gep136, i64 68
+  %2154 = load float, ptr %2153, align 4, !tbaa !5
+  %2155 = insertelement <16 x float> poison, float %2154, i64 0
+  %2156 = shufflevector <16 x float> %2155, <16 x float> poison, <16 x i32> zeroinitializer
+  %2157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2156, <16 x float> %full_acc264.sroa.12.0430.i)
+  %2158 = getelementptr inbounds nuw i8, ptr %gep136, i64 8
+  %2159 = load float, ptr %2158, align 4, !tbaa !5
+  %2160 = insertelement <16 x float> poison, float %2159, i64 0
+  %2161 = shufflevector <16 x float> %2160, <16 x float> poison, <16 x i32> zeroinitializer
+  %2162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2161, <16 x float> %full_acc264.sroa.16.0431.i)
+  %2163 = getelementptr inbounds nuw i8, ptr %gep136, i64 72
+  %2164 = load float, ptr %2163, align 4, !tbaa !5
+  %2165 = insertelement <16 x float> poison, float %2164, i64 0
+  %2166 = shufflevector <16 x float> %2165, <16 x float> poison, <16 x i32> zeroinitializer
+  %2167 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2166, <16 x float> %full_acc264.sroa.20.0432.i)
+  %2168 = getelementptr inbounds nuw i8, ptr %gep136, i64 12
+  %2169 = load float, ptr %2168, align 4, !tbaa !5
+  %2170 = insertelement <16 x float> poison, float %2169, i64 0
+  %2171 = shufflevector <16 x float> %2170, <16 x float> poison, <16 x i32> zeroinitializer
+  %2172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2171, <16 x float> %full_acc264.sroa.24.0433.i)
+  %2173 = getelementptr inbounds nuw i8, ptr %gep136, i64 76
+  %2174 = load float, ptr %2173, align 4, !tbaa !5
+  %2175 = insertelement <16 x float> poison, float %2174, i64 0
+  %2176 = shufflevector <16 x float> %2175, <16 x float> poison, <16 x i32> zeroinitializer
+  %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2176, <16 x float> %full_acc264.sroa.28.0434.i)
+  %2178 = getelementptr inbounds nuw i8, ptr %2137, i64 64
+  %2179 = load <16 x float>, ptr %2178, align 4, !tbaa !5
+  %2180 = getelementptr inbounds nuw i8, ptr %gep136, i64 512
+  %2181 = load float, ptr %2180, align 4, !tbaa !5
+  %2182 = insertelement <16 x float> poison, float %2181, i64 0
+  %2183 = shufflevector <16 x float> %2182, <16 x float> poison, <16 x i32> zeroinitializer
+  %2184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2183, <16 x float> %2142)
+  %2185 = getelementptr inbounds nuw i8, ptr %gep136, i64 576
+  %2186 = load float, ptr %2185, align 4, !tbaa !5
+  %2187 = insertelement <16 x float> poison, float %2186, i64 0
+  %2188 = shufflevector <16 x float> %2187, <16 x float> poison, <16 x i32> zeroinitializer
+  %2189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2188, <16 x float> %2147)
+  %2190 = getelementptr inbounds nuw i8, ptr %gep136, i64 516
+  %2191 = load float, ptr %2190, align 4, !tbaa !5
+  %2192 = insertelement <16 x float> poison, float %2191, i64 0
+  %2193 = shufflevector <16 x float> %2192, <16 x float> poison, <16 x i32> zeroinitializer
+  %2194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2193, <16 x float> %2152)
+  %2195 = getelementptr inbounds nuw i8, ptr %gep136, i64 580
+  %2196 = load float, ptr %2195, align 4, !tbaa !5
+  %2197 = insertelement <16 x float> poison, float %2196, i64 0
+  %2198 = shufflevector <16 x float> %2197, <16 x float> poison, <16 x i32> zeroinitializer
+  %2199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2198, <16 x float> %2157)
+  %2200 = getelementptr inbounds nuw i8, ptr %gep136, i64 520
+  %2201 = load float, ptr %2200, align 4, !tbaa !5
+  %2202 = insertelement <16 x float> poison, float %2201, i64 0
+  %2203 = shufflevector <16 x float> %2202, <16 x float> poison, <16 x i32> zeroinitializer
+  %2204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2203, <16 x float> %2162)
+  %2205 = getelementptr inbounds nuw i8, ptr %gep136, i64 584
+  %2206 = load float, ptr %2205, align 4, !tbaa !5
+  %2207 = insertelement <16 x float> poison, float %2206, i64 0
+  %2208 = shufflevector <16 x float> %2207, <16 x float> poison, <16 x i32> zeroinitializer
+  %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2208, <16 x float> %2167)
+  %2210 = getelementptr inbounds nuw i8, ptr %gep136, i64 524
+  %2211 = load float, ptr %2210, align 4, !tbaa !5
+  %2212 = insertelement <16 x float> poison, float %2211, i64 0
+  %2213 = shufflevector <16 x float> %2212, <16 x float> poison, <16 x i32> zeroinitializer
+  %2214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2213, <16 x float> %2172)
+  %2215 = getelementptr inbounds nuw i8, ptr %gep136, i64 588
+  %2216 = load float, ptr %2215, align 4, !tbaa !5
+  %2217 = insertelement <16 x float> poison, float %2216, i64 0
+  %2218 = shufflevector <16 x float> %2217, <16 x float> poison, <16 x i32> zeroinitializer
+  %2219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2218, <16 x float> %2177)
+  %2220 = getelementptr inbounds nuw i8, ptr %2137, i64 128
+  %2221 = load <16 x float>, ptr %2220, align 4, !tbaa !5
+  %2222 = getelementptr inbounds nuw i8, ptr %gep136, i64 1024
+  %2223 = load float, ptr %2222, align 4, !tbaa !5
+  %2224 = insertelement <16 x float> poison, float %2223, i64 0
+  %2225 = shufflevector <16 x float> %2224, <16 x float> poison, <16 x i32> zeroinitializer
+  %2226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> %2225, <16 x float> %2184)
+  %2227 = getelementptr inbounds nuw i8, ptr %gep136, i64 1088
+  %2228 = load float, ptr %2227, align 4, !tbaa !5
+  %2229 = insertelement <16 x float> poison, float %2228, i64 0
+  %2230 = shufflevector <16 x float> %2229, <16 x float> poison, <16 x i32> zeroinitializer
+  %2231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> %2230, <16 x float> %2189)
+  %2232 = getelementptr inbounds nuw i8, ptr %gep136, i64 1028
+  %2233 = load float, ptr %2232, align 4, !tbaa !5
+  %2234 = insertelement <16 x float> poison, float %2233, i64 0
+  %2235 = shufflevector <16 x float> %2234, <16 x float> poison, <16 x i32> zeroinitializer
+  %2236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> %2235, <16 x float> %2194)
+  %2237 = getelementptr inbounds nuw i8, ptr %gep136, i64 1092
+  %2238 = load float, ptr %2237, align 4, !tbaa !5
+  %2239 = insertelement <16 x float> poison, float %2238, i64 0
+  %2240 = shufflevector <16 x float> %2239, <16 x float> poison, <16 x i32> zeroinitializer
+  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> %2240, <16 x float> %2199)
+  %2242 = getelementptr inbounds nuw i8, ptr %gep136, i64 1032
+  %2243 = load float, ptr %2242, align 4, !tbaa !5
+  %2244 = insertelement <16 x float> poison, float %2243, i64 0
+  %2245 = shufflevector <16 x float> %2244, <16 x float> poison, <16 x i32> zeroinitializer
+  %2246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> %2245, <16 x float> %2204)
+  %2247 = getelementptr inbounds nuw i8, ptr %gep136, i64 1096
+  %2248 = load float, ptr %2247, align 4, !tbaa !5
+  %2249 = insertelement <16 x float> poison, float %2248, i64 0
+  %2250 = shufflevector <16 x float> %2249, <16 x float> poison, <16 x i32> zeroinitializer
+  %2251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> %2250, <16 x float> %2209)
+  %2252 = getelementptr inbounds nuw i8, ptr %gep136, i64 1036
+  %2253 = load float, ptr %2252, align 4, !tbaa !5
+  %2254 = insertelement <16 x float> poison, float %2253, i64 0
+  %2255 = shufflevector <16 x float> %2254, <16 x float> poison, <16 x i32> zeroinitializer
+  %2256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> %2255, <16 x float> %2214)
+  %2257 = getelementptr inbounds nuw i8, ptr %gep136, i64 1100
+  %2258 = load float, ptr %2257, align 4, !tbaa !5
+  %2259 = insertelement <16 x float> poison, float %2258, i64 0
+  %2260 = shufflevector <16 x float> %2259, <16 x float> poison, <16 x i32> zeroinitializer
+  %2261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> %2260, <16 x float> %2219)
+  %2262 = getelementptr inbounds nuw i8, ptr %2137, i64 192
+  %2263 = load <16 x float>, ptr %2262, align 4, !tbaa !5
+  %2264 = getelementptr inbounds nuw i8, ptr %gep136, i64 1536
+  %2265 = load float, ptr %2264, align 4, !tbaa !5
+  %2266 = insertelement <16 x float> poison, float %2265, i64 0
+  %2267 = shufflevector <16 x float> %2266, <16 x float> poison, <16 x i32> zeroinitializer
+  %2268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> %2267, <16 x float> %2226)
+  %2269 = getelementptr inbounds nuw i8, ptr %gep136, i64 1600
+  %2270 = load float, ptr %2269, align 4, !tbaa !5
+  %2271 = insertelement <16 x float> poison, float %2270, i64 0
+  %2272 = shufflevector <16 x float> %2271, <16 x float> poison, <16 x i32> zeroinitializer
+  %2273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> %2272, <16 x float> %2231)
+  %2274 = getelementptr inbounds nuw i8, ptr %gep136, i64 1540
+  %2275 = load float, ptr %2274, align 4, !tbaa !5
+  %2276 = insertelement <16 x float> poison, float %2275, i64 0
+  %2277 = shufflevector <16 x float> %2276, <16 x float> poison, <16 x i32> zeroinitializer
+  %2278 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> %2277, <16 x float> %2236)
+  %2279 = getelementptr inbounds nuw i8, ptr %gep136, i64 1604
+  %2280 = load float, ptr %2279, align 4, !tbaa !5
+  %2281 = insertelement <16 x float> poison, float %2280, i64 0
+  %2282 = shufflevector <16 x float> %2281, <16 x float> poison, <16 x i32> zeroinitializer
+  %2283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> %2282, <16 x float> %2241)
+  %2284 = getelementptr inbounds nuw i8, ptr %gep136, i64 1544
+  %2285 = load float, ptr %2284, align 4, !tbaa !5
+  %2286 = insertelement <16 x float> poison, float %2285, i64 0
+  %2287 = shufflevector <16 x float> %2286, <16 x float> poison, <16 x i32> zeroinitializer
+  %2288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> %2287, <16 x float> %2246)
+  %2289 = getelementptr inbounds nuw i8, ptr %gep136, i64 1608
+  %2290 = load float, ptr %2289, align 4, !tbaa !5
+  %2291 = insertelement <16 x float> poison, float %2290, i64 0
+  %2292 = shufflevector <16 x float> %2291, <16 x float> poison, <16 x i32> zeroinitializer
+  %2293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> %2292, <16 x float> %2251)
+  %2294 = getelementptr inbounds nuw i8, ptr %gep136, i64 1548
+  %2295 = load float, ptr %2294, align 4, !tbaa !5
+  %2296 = insertelement <16 x float> poison, float %2295, i64 0
+  %2297 = shufflevector <16 x float> %2296, <16 x float> poison, <16 x i32> zeroinitializer
+  %2298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> %2297, <16 x float> %2256)
+  %2299 = getelementptr inbounds nuw i8, ptr %gep136, i64 1612
+  %2300 = load float, ptr %2299, align 4, !tbaa !5
+  %2301 = insertelement <16 x float> poison, float %2300, i64 0
+  %2302 = shufflevector <16 x float> %2301, <16 x float> poison, <16 x i32> zeroinitializer
+  %2303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> %2302, <16 x float> %2261)
+  %2304 = getelementptr inbounds nuw i8, ptr %2137, i64 256
+  %2305 = load <16 x float>, ptr %2304, align 4, !tbaa !5
+  %2306 = getelementptr inbounds nuw i8, ptr %gep136, i64 2048
+  %2307 = load float, ptr %2306, align 4, !tbaa !5
+  %2308 = insertelement <16 x float> poison, float %2307, i64 0
+  %2309 = shufflevector <16 x float> %2308, <16 x float> poison, <16 x i32> zeroinitializer
+  %2310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %2309, <16 x float> %2268)
+  %2311 = getelementptr inbounds nuw i8, ptr %gep136, i64 2112
+  %2312 = load float, ptr %2311, align 4, !tbaa !5
+  %2313 = insertelement <16 x float> poison, float %2312, i64 0
+  %2314 = shufflevector <16 x float> %2313, <16 x float> poison, <16 x i32> zeroinitializer
+  %2315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %2314, <16 x float> %2273)
+  %2316 = getelementptr inbounds nuw i8, ptr %gep136, i64 2052
+  %2317 = load float, ptr %2316, align 4, !tbaa !5
+  %2318 = insertelement <16 x float> poison, float %2317, i64 0
+  %2319 = shufflevector <16 x float> %2318, <16 x float> poison, <16 x i32> zeroinitializer
+  %2320 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %2319, <16 x float> %2278)
+  %2321 = getelementptr inbounds nuw i8, ptr %gep136, i64 2116
+  %2322 = load float, ptr %2321, align 4, !tbaa !5
+  %2323 = insertelement <16 x float> poison, float %2322, i64 0
+  %2324 = shufflevector <16 x float> %2323, <16 x float> poison, <16 x i32> zeroinitializer
+  %2325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %2324, <16 x float> %2283)
+  %2326 = getelementptr inbounds nuw i8, ptr %gep136, i64 2056
+  %2327 = load float, ptr %2326, align 4, !tbaa !5
+  %2328 = insertelement <16 x float> poison, float %2327, i64 0
+  %2329 = shufflevector <16 x float> %2328, <16 x float> poison, <16 x i32> zeroinitializer
+  %2330 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %2329, <16 x float> %2288)
+  %2331 = getelementptr inbounds nuw i8, ptr %gep136, i64 2120
+  %2332 = load float, ptr %2331, align 4, !tbaa !5
+  %2333 = insertelement <16 x float> poison, float %2332, i64 0
+  %2334 = shufflevector <16 x float> %2333, <16 x float> poison, <16 x i32> zeroinitializer
+  %2335 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %2334, <16 x float> %2293)
+  %2336 = getelementptr inbounds nuw i8, ptr %gep136, i64 2060
+  %2337 = load float, ptr %2336, align 4, !tbaa !5
+  %2338 = insertelement <16 x float> poison, float %2337, i64 0
+  %2339 = shufflevector <16 x float> %2338, <16 x float> poison, <16 x i32> zeroinitializer
+  %2340 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %2339, <16 x float> %2298)
+  %2341 = getelementptr inbounds nuw i8, ptr %gep136, i64 2124
+  %2342 = load float, ptr %2341, align 4, !tbaa !5
+  %2343 = insertelement <16 x float> poison, float %2342, i64 0
+  %2344 = shufflevector <16 x float> %2343, <16 x float> poison, <16 x i32> zeroinitializer
+  %2345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %2344, <16 x float> %2303)
+  %2346 = getelementptr inbounds nuw i8, ptr %2137, i64 320
+  %2347 = load <16 x float>, ptr %2346, align 4, !tbaa !5
+  %2348 = getelementptr inbounds nuw i8, ptr %gep136, i64 2560
+  %2349 = load float, ptr %2348, align 4, !tbaa !5
+  %2350 = insertelement <16 x float> poison, float %2349, i64 0
+  %2351 = shufflevector <16 x float> %2350, <16 x float> poison, <16 x i32> zeroinitializer
+  %2352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2351, <16 x float> %2310)
+  %2353 = getelementptr inbounds nuw i8, ptr %gep136, i64 2624
+  %2354 = load float, ptr %2353, align 4, !tbaa !5
+  %2355 = insertelement <16 x float> poison, float %2354, i64 0
+  %2356 = shufflevector <16 x float> %2355, <16 x float> poison, <16 x i32> zeroinitializer
+  %2357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2356, <16 x float> %2315)
+  %2358 = getelementptr inbounds nuw i8, ptr %gep136, i64 2564
+  %2359 = load float, ptr %2358, align 4, !tbaa !5
+  %2360 = insertelement <16 x float> poison, float %2359, i64 0
+  %2361 = shufflevector <16 x float> %2360, <16 x float> poison, <16 x i32> zeroinitializer
+  %2362 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2361, <16 x float> %2320)
+  %2363 = getelementptr inbounds nuw i8, ptr %gep136, i64 2628
+  %2364 = load float, ptr %2363, align 4, !tbaa !5
+  %2365 = insertelement <16 x float> poison, float %2364, i64 0
+  %2366 = shufflevector <16 x float> %2365, <16 x float> poison, <16 x i32> zeroinitializer
+  %2367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2366, <16 x float> %2325)
+  %2368 = getelementptr inbounds nuw i8, ptr %gep136, i64 2568
+  %2369 = load float, ptr %2368, align 4, !tbaa !5
+  %2370 = insertelement <16 x float> poison, float %2369, i64 0
+  %2371 = shufflevector <16 x float> %2370, <16 x float> poison, <16 x i32> zeroinitializer
+  %2372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2371, <16 x float> %2330)
+  %2373 = getelementptr inbounds nuw i8, ptr %gep136, i64 2632
+  %2374 = load float, ptr %2373, align 4, !tbaa !5
+  %2375 = insertelement <16 x float> poison, float %2374, i64 0
+  %2376 = shufflevector <16 x float> %2375, <16 x float> poison, <16 x i32> zeroinitializer
+  %2377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2376, <16 x float> %2335)
+  %2378 = getelementptr inbounds nuw i8, ptr %gep136, i64 2572
+  %2379 = load float, ptr %2378, align 4, !tbaa !5
+  %2380 = insertelement <16 x float> poison, float %2379, i64 0
+  %2381 = shufflevector <16 x float> %2380, <16 x float> poison, <16 x i32> zeroinitializer
+  %2382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2381, <16 x float> %2340)
+  %2383 = getelementptr inbounds nuw i8, ptr %gep136, i64 2636
+  %2384 = load float, ptr %2383, align 4, !tbaa !5
+  %2385 = insertelement <16 x float> poison, float %2384, i64 0
+  %2386 = shufflevector <16 x float> %2385, <16 x float> poison, <16 x i32> zeroinitializer
+  %2387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2386, <16 x float> %2345)
+  %2388 = getelementptr inbounds nuw i8, ptr %2137, i64 384
+  %2389 = load <16 x float>, ptr %2388, align 4, !tbaa !5
+  %2390 = getelementptr inbounds nuw i8, ptr %gep136, i64 3072
+  %2391 = load float, ptr %2390, align 4, !tbaa !5
+  %2392 = insertelement <16 x float> poison, float %2391, i64 0
+  %2393 = shufflevector <16 x float> %2392, <16 x float> poison, <16 x i32> zeroinitializer
+  %2394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2393, <16 x float> %2352)
+  %2395 = getelementptr inbounds nuw i8, ptr %gep136, i64 3136
+  %2396 = load float, ptr %2395, align 4, !tbaa !5
+  %2397 = insertelement <16 x float> poison, float %2396, i64 0
+  %2398 = shufflevector <16 x float> %2397, <16 x float> poison, <16 x i32> zeroinitializer
+  %2399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2398, <16 x float> %2357)
+  %2400 = getelementptr inbounds nuw i8, ptr %gep136, i64 3076
+  %2401 = load float, ptr %2400, align 4, !tbaa !5
+  %2402 = insertelement <16 x float> poison, float %2401, i64 0
+  %2403 = shufflevector <16 x float> %2402, <16 x float> poison, <16 x i32> zeroinitializer
+  %2404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2403, <16 x float> %2362)
+  %2405 = getelementptr inbounds nuw i8, ptr %gep136, i64 3140
+  %2406 = load float, ptr %2405, align 4, !tbaa !5
+  %2407 = insertelement <16 x float> poison, float %2406, i64 0
+  %2408 = shufflevector <16 x float> %2407, <16 x float> poison, <16 x i32> zeroinitializer
+  %2409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2408, <16 x float> %2367)
+  %2410 = getelementptr inbounds nuw i8, ptr %gep136, i64 3080
+  %2411 = load float, ptr %2410, align 4, !tbaa !5
+  %2412 = insertelement <16 x float> poison, float %2411, i64 0
+  %2413 = shufflevector <16 x float> %2412, <16 x float> poison, <16 x i32> zeroinitializer
+  %2414 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2413, <16 x float> %2372)
+  %2415 = getelementptr inbounds nuw i8, ptr %gep136, i64 3144
+  %2416 = load float, ptr %2415, align 4, !tbaa !5
+  %2417 = insertelement <16 x float> poison, float %2416, i64 0
+  %2418 = shufflevector <16 x float> %2417, <16 x float> poison, <16 x i32> zeroinitializer
+  %2419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2418, <16 x float> %2377)
+  %2420 = getelementptr inbounds nuw i8, ptr %gep136, i64 3084
+  %2421 = load float, ptr %2420, align 4, !tbaa !5
+  %2422 = insertelement <16 x float> poison, float %2421, i64 0
+  %2423 = shufflevector <16 x float> %2422, <16 x float> poison, <16 x i32> zeroinitializer
+  %2424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2423, <16 x float> %2382)
+  %2425 = getelementptr inbounds nuw i8, ptr %gep136, i64 3148
+  %2426 = load float, ptr %2425, align 4, !tbaa !5
+  %2427 = insertelement <16 x float> poison, float %2426, i64 0
+  %2428 = shufflevector <16 x float> %2427, <16 x float> poison, <16 x i32> zeroinitializer
+  %2429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2428, <16 x float> %2387)
+  %2430 = getelementptr inbounds nuw i8, ptr %2137, i64 448
+  %2431 = load <16 x float>, ptr %2430, align 4, !tbaa !5
+  %2432 = getelementptr inbounds nuw i8, ptr %gep136, i64 3584
+  %2433 = load float, ptr %2432, align 4, !tbaa !5
+  %2434 = insertelement <16 x float> poison, float %2433, i64 0
+  %2435 = shufflevector <16 x float> %2434, <16 x float> poison, <16 x i32> zeroinitializer
+  %2436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2435, <16 x float> %2394)
+  %2437 = getelementptr inbounds nuw i8, ptr %gep136, i64 3648
+  %2438 = load float, ptr %2437, align 4, !tbaa !5
+  %2439 = insertelement <16 x float> poison, float %2438, i64 0
+  %2440 = shufflevector <16 x float> %2439, <16 x float> poison, <16 x i32> zeroinitializer
+  %2441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2440, <16 x float> %2399)
+  %2442 = getelementptr inbounds nuw i8, ptr %gep136, i64 3588
+  %2443 = load float, ptr %2442, align 4, !tbaa !5
+  %2444 = insertelement <16 x float> poison, float %2443, i64 0
+  %2445 = shufflevector <16 x float> %2444, <16 x float> poison, <16 x i32> zeroinitializer
+  %2446 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2445, <16 x float> %2404)
+  %2447 = getelementptr inbounds nuw i8, ptr %gep136, i64 3652
+  %2448 = load float, ptr %2447, align 4, !tbaa !5
+  %2449 = insertelement <16 x float> poison, float %2448, i64 0
+  %2450 = shufflevector <16 x float> %2449, <16 x float> poison, <16 x i32> zeroinitializer
+  %2451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2450, <16 x float> %2409)
+  %2452 = getelementptr inbounds nuw i8, ptr %gep136, i64 3592
+  %2453 = load float, ptr %2452, align 4, !tbaa !5
+  %2454 = insertelement <16 x float> poison, float %2453, i64 0
+  %2455 = shufflevector <16 x float> %2454, <16 x float> poison, <16 x i32> zeroinitializer
+  %2456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2455, <16 x float> %2414)
+  %2457 = getelementptr inbounds nuw i8, ptr %gep136, i64 3656
+  %2458 = load float, ptr %2457, align 4, !tbaa !5
+  %2459 = insertelement <16 x float> poison, float %2458, i64 0
+  %2460 = shufflevector <16 x float> %2459, <16 x float> poison, <16 x i32> zeroinitializer
+  %2461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2460, <16 x float> %2419)
+  %2462 = getelementptr inbounds nuw i8, ptr %gep136, i64 3596
+  %2463 = load float, ptr %2462, align 4, !tbaa !5
+  %2464 = insertelement <16 x float> poison, float %2463, i64 0
+  %2465 = shufflevector <16 x float> %2464, <16 x float> poison, <16 x i32> zeroinitializer
+  %2466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2465, <16 x float> %2424)
+  %2467 = getelementptr inbounds nuw i8, ptr %gep136, i64 3660
   %2468 = load float, ptr %2467, align 4, !tbaa !5
   %2469 = insertelement <16 x float> poison, float %2468, i64 0
   %2470 = shufflevector <16 x float> %2469, <16 x float> poison, <16 x i32> zeroinitializer
-  %2471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2470, <16 x float> %full_acc262.sroa.0.0.lcssa.i)
-  %2472 = getelementptr i8, ptr %2467, i64 64
-  %2473 = load float, ptr %2472, align 4, !tbaa !5
-  %2474 = insertelement <16 x float> poison, float %2473, i64 0
-  %2475 = shufflevector <16 x float> %2474, <16 x float> poison, <16 x i32> zeroinitializer
-  %2476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2475, <16 x float> %full_acc262.sroa.4.0.lcssa.i)
-  %2477 = getelementptr i8, ptr %2467, i64 4
-  %2478 = load float, ptr %2477, align 4, !tbaa !5
-  %2479 = insertelement <16 x float> poison, float %2478, i64 0
-  %2480 = shufflevector <16 x float> %2479, <16 x float> poison, <16 x i32> zeroinitializer
-  %2481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2480, <16 x float> %full_acc262.sroa.8.0.lcssa.i)
-  %2482 = getelementptr i8, ptr %2467, i64 68
-  %2483 = load float, ptr %2482, align 4, !tbaa !5
-  %2484 = insertelement <16 x float> poison, float %2483, i64 0
-  %2485 = shufflevector <16 x float> %2484, <16 x float> poison, <16 x i32> zeroinitializer
-  %2486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2485, <16 x float> %full_acc262.sroa.12.0.lcssa.i)
-  %2487 = getelementptr i8, ptr %2467, i64 8
-  %2488 = load float, ptr %2487, align 4, !tbaa !5
-  %2489 = insertelement <16 x float> poison, float %2488, i64 0
-  %2490 = shufflevector <16 x float> %2489, <16 x float> poison, <16 x i32> zeroinitializer
-  %2491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2490, <16 x float> %full_acc262.sroa.16.0.lcssa.i)
-  %2492 = getelementptr i8, ptr %2467, i64 72
-  %2493 = load float, ptr %2492, align 4, !tbaa !5
-  %2494 = insertelement <16 x float> poison, float %2493, i64 0
-  %2495 = shufflevector <16 x float> %2494, <16 x float> poison, <16 x i32> zeroinitializer
-  %2496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2495, <16 x float> %full_acc262.sroa.20.0.lcssa.i)
-  %2497 = getelementptr i8, ptr %2467, i64 12
-  %2498 = load float, ptr %2497, align 4, !tbaa !5
-  %2499 = insertelement <16 x float> poison, float %2498, i64 0
-  %2500 = shufflevector <16 x float> %2499, <16 x float> poison, <16 x i32> zeroinitializer
-  %2501 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2500, <16 x float> %full_acc262.sroa.24.0.lcssa.i)
-  %2502 = getelementptr i8, ptr %2467, i64 76
-  %2503 = load float, ptr %2502, align 4, !tbaa !5
-  %2504 = insertelement <16 x float> poison, float %2503, i64 0
-  %2505 = shufflevector <16 x float> %2504, <16 x float> poison, <16 x i32> zeroinitializer
-  %2506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2505, <16 x float> %full_acc262.sroa.28.0.lcssa.i)
-  br i1 %exitcond.not, label %for_end_ti162.i, label %for_body_ti161.i.1, !prof !13
+  %2471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2470, <16 x float> %2429)
+  %indvars.iv.next627.i = add nuw nsw i64 %indvars.iv626.i, 1
+  %exitcond632.not.i = icmp eq i64 %indvars.iv.next627.i, %2114
+  br i1 %exitcond632.not.i, label %for_end_to149.i, label %for_begin_line152.preheader.i, !prof !13
 
-for_body_ti161.i.1:                               ; preds = %for_body_ti161.lr.ph.i
-  %2507 = load <16 x float>, ptr %gep854.i.1, align 4, !tbaa !5
-  %2508 = sext i32 %invariant.op458.i to i64
-  %2509 = getelementptr float, ptr %v_tile.i, i64 %2508
-  %2510 = getelementptr i8, ptr %2509, i64 512
-  %2511 = load float, ptr %2510, align 4, !tbaa !5
-  %2512 = insertelement <16 x float> poison, float %2511, i64 0
-  %2513 = shufflevector <16 x float> %2512, <16 x float> poison, <16 x i32> zeroinitializer
-  %2514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2513, <16 x float> %2471)
-  %2515 = getelementptr i8, ptr %2509, i64 576
-  %2516 = load float, ptr %2515, align 4, !tbaa !5
-  %2517 = insertelement <16 x float> poison, float %2516, i64 0
-  %2518 = shufflevector <16 x float> %2517, <16 x float> poison, <16 x i32> zeroinitializer
-  %2519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2518, <16 x float> %2476)
-  %2520 = getelementptr i8, ptr %2509, i64 516
-  %2521 = load float, ptr %2520, align 4, !tbaa !5
-  %2522 = insertelement <16 x float> poison, float %2521, i64 0
-  %2523 = shufflevector <16 x float> %2522, <16 x float> poison, <16 x i32> zeroinitializer
-  %2524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2523, <16 x float> %2481)
-  %2525 = getelementptr i8, ptr %2509, i64 580
-  %2526 = load float, ptr %2525, align 4, !tbaa !5
-  %2527 = insertelement <16 x float> poison, float %2526, i64 0
-  %2528 = shufflevector <16 x float> %2527, <16 x float> poison, <16 x i32> zeroinitializer
-  %2529 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2528, <16 x float> %2486)
-  %2530 = getelementptr i8, ptr %2509, i64 520
-  %2531 = load float, ptr %2530, align 4, !tbaa !5
-  %2532 = insertelement <16 x float> poison, float %2531, i64 0
-  %2533 = shufflevector <16 x float> %2532, <16 x float> poison, <16 x i32> zeroinitializer
-  %2534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2533, <16 x float> %2491)
-  %2535 = getelementptr i8, ptr %2509, i64 584
-  %2536 = load float, ptr %2535, align 4, !tbaa !5
-  %2537 = insertelement <16 x float> poison, float %2536, i64 0
-  %2538 = shufflevector <16 x float> %2537, <16 x float> poison, <16 x i32> zeroinitializer
-  %2539 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2538, <16 x float> %2496)
-  %2540 = getelementptr i8, ptr %2509, i64 524
-  %2541 = load float, ptr %2540, align 4, !tbaa !5
-  %2542 = insertelement <16 x float> poison, float %2541, i64 0
-  %2543 = shufflevector <16 x float> %2542, <16 x float> poison, <16 x i32> zeroinitializer
-  %2544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2543, <16 x float> %2501)
-  %2545 = getelementptr i8, ptr %2509, i64 588
-  %2546 = load float, ptr %2545, align 4, !tbaa !5
-  %2547 = insertelement <16 x float> poison, float %2546, i64 0
-  %2548 = shufflevector <16 x float> %2547, <16 x float> poison, <16 x i32> zeroinitializer
-  %2549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2548, <16 x float> %2506)
-  br i1 %exitcond.not.1, label %for_end_ti162.i, label %for_body_ti161.i.2, !prof !13
+for_end_to149.i:                                  ; preds = %for_begin_line152.preheader.i, %for_body_d_0_m.i
+  %full_acc264.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2436, %for_begin_line152.preheader.i ]
+  %full_acc264.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2441, %for_begin_line152.preheader.i ]
+  %full_acc264.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2446, %for_begin_line152.preheader.i ]
+  %full_acc264.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2451, %for_begin_line152.preheader.i ]
+  %full_acc264.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2456, %for_begin_line152.preheader.i ]
+  %full_acc264.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2461, %for_begin_line152.preheader.i ]
+  %full_acc264.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2466, %for_begin_line152.preheader.i ]
+  %full_acc264.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2471, %for_begin_line152.preheader.i ]
+  br i1 %.not496.i, label %for_end_ti164.i, label %for_body_ti163.lr.ph.i, !prof !17
 
-for_body_ti161.i.2:                               ; preds = %for_body_ti161.i.1
-  %2550 = load <16 x float>, ptr %gep854.i.2, align 4, !tbaa !5
-  %2551 = sext i32 %invariant.op458.i to i64
-  %2552 = getelementptr float, ptr %v_tile.i, i64 %2551
-  %2553 = getelementptr i8, ptr %2552, i64 1024
-  %2554 = load float, ptr %2553, align 4, !tbaa !5
-  %2555 = insertelement <16 x float> poison, float %2554, i64 0
-  %2556 = shufflevector <16 x float> %2555, <16 x float> poison, <16 x i32> zeroinitializer
-  %2557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2556, <16 x float> %2514)
-  %2558 = getelementptr i8, ptr %2552, i64 1088
-  %2559 = load float, ptr %2558, align 4, !tbaa !5
-  %2560 = insertelement <16 x float> poison, float %2559, i64 0
-  %2561 = shufflevector <16 x float> %2560, <16 x float> poison, <16 x i32> zeroinitializer
-  %2562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2561, <16 x float> %2519)
-  %2563 = getelementptr i8, ptr %2552, i64 1028
-  %2564 = load float, ptr %2563, align 4, !tbaa !5
-  %2565 = insertelement <16 x float> poison, float %2564, i64 0
-  %2566 = shufflevector <16 x float> %2565, <16 x float> poison, <16 x i32> zeroinitializer
-  %2567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2566, <16 x float> %2524)
-  %2568 = getelementptr i8, ptr %2552, i64 1092
-  %2569 = load float, ptr %2568, align 4, !tbaa !5
-  %2570 = insertelement <16 x float> poison, float %2569, i64 0
-  %2571 = shufflevector <16 x float> %2570, <16 x float> poison, <16 x i32> zeroinitializer
-  %2572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2571, <16 x float> %2529)
-  %2573 = getelementptr i8, ptr %2552, i64 1032
-  %2574 = load float, ptr %2573, align 4, !tbaa !5
-  %2575 = insertelement <16 x float> poison, float %2574, i64 0
-  %2576 = shufflevector <16 x float> %2575, <16 x float> poison, <16 x i32> zeroinitializer
-  %2577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2576, <16 x float> %2534)
-  %2578 = getelementptr i8, ptr %2552, i64 1096
-  %2579 = load float, ptr %2578, align 4, !tbaa !5
-  %2580 = insertelement <16 x float> poison, float %2579, i64 0
-  %2581 = shufflevector <16 x float> %2580, <16 x float> poison, <16 x i32> zeroinitializer
-  %2582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2581, <16 x float> %2539)
-  %2583 = getelementptr i8, ptr %2552, i64 1036
-  %2584 = load float, ptr %2583, align 4, !tbaa !5
-  %2585 = insertelement <16 x float> poison, float %2584, i64 0
-  %2586 = shufflevector <16 x float> %2585, <16 x float> poison, <16 x i32> zeroinitializer
-  %2587 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2586, <16 x float> %2544)
-  %2588 = getelementptr i8, ptr %2552, i64 1100
-  %2589 = load float, ptr %2588, align 4, !tbaa !5
-  %2590 = insertelement <16 x float> poison, float %2589, i64 0
-  %2591 = shufflevector <16 x float> %2590, <16 x float> poison, <16 x i32> zeroinitializer
-  %2592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2591, <16 x float> %2549)
-  br i1 %exitcond.not.2, label %for_end_ti162.i, label %for_body_ti161.i.3, !prof !13
+for_body_ti163.lr.ph.i:                           ; preds = %for_end_to149.i
+  %indvars.iv637.tr.i = trunc i64 %indvars.iv637.i to i32
+  %2472 = shl i32 %indvars.iv637.tr.i, 2
+  %2473 = and i32 %2472, 12
+  %2474 = shl i32 %indvars.iv637.tr.i, 3
+  %2475 = and i32 %2474, 96
+  %invariant.op462.i = or disjoint i32 %2475, %2111
+  %invariant.op464.i = or disjoint i32 %invariant.op462.i, %2473
+  %2476 = load <16 x float>, ptr %invariant.gep859.i, align 4, !tbaa !5
+  %2477 = sext i32 %invariant.op464.i to i64
+  %2478 = getelementptr inbounds float, ptr %v_tile.i, i64 %2477
+  %2479 = load float, ptr %2478, align 4, !tbaa !5
+  %2480 = insertelement <16 x float> poison, float %2479, i64 0
+  %2481 = shufflevector <16 x float> %2480, <16 x float> poison, <16 x i32> zeroinitializer
+  %2482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2476, <16 x float> %2481, <16 x float> %full_acc264.sroa.0.0.lcssa.i)
+  %2483 = getelementptr i8, ptr %2478, i64 64
+  %2484 = load float, ptr %2483, align 4, !tbaa !5
+  %2485 = insertelement <16 x float> poison, float %2484, i64 0
+  %2486 = shufflevector <16 x float> %2485, <16 x float> poison, <16 x i32> zeroinitializer
+  %2487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2476, <16 x float> %2486, <16 x float> %full_acc264.sroa.4.0.lcssa.i)
+  %2488 = getelementptr i8, ptr %2478, i64 4
+  %2489 = load float, ptr %2488, align 4, !tbaa !5
+  %2490 = insertelement <16 x float> poison, float %2489, i64 0
+  %2491 = shufflevector <16 x float> %2490, <16 x float> poison, <16 x i32> zeroinitializer
+  %2492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2476, <16 x float> %2491, <16 x float> %full_acc264.sroa.8.0.lcssa.i)
+  %2493 = getelementptr i8, ptr %2478, i64 68
+  %2494 = load float, ptr %2493, align 4, !tbaa !5
+  %2495 = insertelement <16 x float> poison, float %2494, i64 0
+  %2496 = shufflevector <16 x float> %2495, <16 x float> poison, <16 x i32> zeroinitializer
+  %2497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2476, <16 x float> %2496, <16 x float> %full_acc264.sroa.12.0.lcssa.i)
+  %2498 = getelementptr i8, ptr %2478, i64 8
+  %2499 = load float, ptr %2498, align 4, !tbaa !5
+  %2500 = insertelement <16 x float> poison, float %2499, i64 0
+  %2501 = shufflevector <16 x float> %2500, <16 x float> poison, <16 x i32> zeroinitializer
+  %2502 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2476, <16 x float> %2501, <16 x float> %full_acc264.sroa.16.0.lcssa.i)
+  %2503 = getelementptr i8, ptr %2478, i64 72
+  %2504 = load float, ptr %2503, align 4, !tbaa !5
+  %2505 = insertelement <16 x float> poison, float %2504, i64 0
+  %2506 = shufflevector <16 x float> %2505, <16 x float> poison, <16 x i32> zeroinitializer
+  %2507 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2476, <16 x float> %2506, <16 x float> %full_acc264.sroa.20.0.lcssa.i)
+  %2508 = getelementptr i8, ptr %2478, i64 12
+  %2509 = load float, ptr %2508, align 4, !tbaa !5
+  %2510 = insertelement <16 x float> poison, float %2509, i64 0
+  %2511 = shufflevector <16 x float> %2510, <16 x float> poison, <16 x i32> zeroinitializer
+  %2512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2476, <16 x float> %2511, <16 x float> %full_acc264.sroa.24.0.lcssa.i)
+  %2513 = getelementptr i8, ptr %2478, i64 76
+  %2514 = load float, ptr %2513, align 4, !tbaa !5
+  %2515 = insertelement <16 x float> poison, float %2514, i64 0
+  %2516 = shufflevector <16 x float> %2515, <16 x float> poison, <16 x i32> zeroinitializer
+  %2517 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2476, <16 x float> %2516, <16 x float> %full_acc264.sroa.28.0.lcssa.i)
+  br i1 %exitcond.not, label %for_end_ti164.i, label %for_body_ti163.i.1, !prof !13
 
-for_body_ti161.i.3:                               ; preds = %for_body_ti161.i.2
-  %2593 = load <16 x float>, ptr %gep854.i.3, align 4, !tbaa !5
-  %2594 = sext i32 %invariant.op458.i to i64
-  %2595 = getelementptr float, ptr %v_tile.i, i64 %2594
-  %2596 = getelementptr i8, ptr %2595, i64 1536
-  %2597 = load float, ptr %2596, align 4, !tbaa !5
-  %2598 = insertelement <16 x float> poison, float %2597, i64 0
-  %2599 = shufflevector <16 x float> %2598, <16 x float> poison, <16 x i32> zeroinitializer
-  %2600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2593, <16 x float> %2599, <16 x float> %2557)
-  %2601 = getelementptr i8, ptr %2595, i64 1600
-  %2602 = load float, ptr %2601, align 4, !tbaa !5
-  %2603 = insertelement <16 x float> poison, float %2602, i64 0
-  %2604 = shufflevector <16 x float> %2603, <16 x float> poison, <16 x i32> zeroinitializer
-  %2605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2593, <16 x float> %2604, <16 x float> %2562)
-  %2606 = getelementptr i8, ptr %2595, i64 1540
-  %2607 = load float, ptr %2606, align 4, !tbaa !5
-  %2608 = insertelement <16 x float> poison, float %2607, i64 0
-  %2609 = shufflevector <16 x float> %2608, <16 x float> poison, <16 x i32> zeroinitializer
-  %2610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2593, <16 x float> %2609, <16 x float> %2567)
-  %2611 = getelementptr i8, ptr %2595, i64 1604
-  %2612 = load float, ptr %2611, align 4, !tbaa !5
-  %2613 = insertelement <16 x float> poison, float %2612, i64 0
-  %2614 = shufflevector <16 x float> %2613, <16 x float> poison, <16 x i32> zeroinitializer
-  %2615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2593, <16 x float> %2614, <16 x float> %2572)
-  %2616 = getelementptr i8, ptr %2595, i64 1544
-  %2617 = load float, ptr %2616, align 4, !tbaa !5
-  %2618 = insertelement <16 x float> poison, float %2617, i64 0
-  %2619 = shufflevector <16 x float> %2618, <16 x float> poison, <16 x i32> zeroinitializer
-  %2620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2593, <16 x float> %2619, <16 x float> %2577)
-  %2621 = getelementptr i8, ptr %2595, i64 1608
-  %2622 = load float, ptr %2621, align 4, !tbaa !5
-  %2623 = insertelement <16 x float> poison, float %2622, i64 0
-  %2624 = shufflevector <16 x float> %2623, <16 x float> poison, <16 x i32> zeroinitializer
-  %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2593, <16 x float> %2624, <16 x float> %2582)
-  %2626 = getelementptr i8, ptr %2595, i64 1548
-  %2627 = load float, ptr %2626, align 4, !tbaa !5
-  %2628 = insertelement <16 x float> poison, float %2627, i64 0
-  %2629 = shufflevector <16 x float> %2628, <16 x float> poison, <16 x i32> zeroinitializer
-  %2630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2593, <16 x float> %2629, <16 x float> %2587)
-  %2631 = getelementptr i8, ptr %2595, i64 1612
-  %2632 = load float, ptr %2631, align 4, !tbaa !5
-  %2633 = insertelement <16 x float> poison, float %2632, i64 0
-  %2634 = shufflevector <16 x float> %2633, <16 x float> poison, <16 x i32> zeroinitializer
-  %2635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2593, <16 x float> %2634, <16 x float> %2592)
-  br i1 %exitcond.not.3, label %for_end_ti162.i, label %for_body_ti161.i.4, !prof !13
+for_body_ti163.i.1:                               ; preds = %for_body_ti163.lr.ph.i
+  %2518 = load <16 x float>, ptr %gep860.i.1, align 4, !tbaa !5
+  %2519 = sext i32 %invariant.op464.i to i64
+  %2520 = getelementptr float, ptr %v_tile.i, i64 %2519
+  %2521 = getelementptr i8, ptr %2520, i64 512
+  %2522 = load float, ptr %2521, align 4, !tbaa !5
+  %2523 = insertelement <16 x float> poison, float %2522, i64 0
+  %2524 = shufflevector <16 x float> %2523, <16 x float> poison, <16 x i32> zeroinitializer
+  %2525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2518, <16 x float> %2524, <16 x float> %2482)
+  %2526 = getelementptr i8, ptr %2520, i64 576
+  %2527 = load float, ptr %2526, align 4, !tbaa !5
+  %2528 = insertelement <16 x float> poison, float %2527, i64 0
+  %2529 = shufflevector <16 x float> %2528, <16 x float> poison, <16 x i32> zeroinitializer
+  %2530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2518, <16 x float> %2529, <16 x float> %2487)
+  %2531 = getelementptr i8, ptr %2520, i64 516
+  %2532 = load float, ptr %2531, align 4, !tbaa !5
+  %2533 = insertelement <16 x float> poison, float %2532, i64 0
+  %2534 = shufflevector <16 x float> %2533, <16 x float> poison, <16 x i32> zeroinitializer
+  %2535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2518, <16 x float> %2534, <16 x float> %2492)
+  %2536 = getelementptr i8, ptr %2520, i64 580
+  %2537 = load float, ptr %2536, align 4, !tbaa !5
+  %2538 = insertelement <16 x float> poison, float %2537, i64 0
+  %2539 = shufflevector <16 x float> %2538, <16 x float> poison, <16 x i32> zeroinitializer
+  %2540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2518, <16 x float> %2539, <16 x float> %2497)
+  %2541 = getelementptr i8, ptr %2520, i64 520
+  %2542 = load float, ptr %2541, align 4, !tbaa !5
+  %2543 = insertelement <16 x float> poison, float %2542, i64 0
+  %2544 = shufflevector <16 x float> %2543, <16 x float> poison, <16 x i32> zeroinitializer
+  %2545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2518, <16 x float> %2544, <16 x float> %2502)
+  %2546 = getelementptr i8, ptr %2520, i64 584
+  %2547 = load float, ptr %2546, align 4, !tbaa !5
+  %2548 = insertelement <16 x float> poison, float %2547, i64 0
+  %2549 = shufflevector <16 x float> %2548, <16 x float> poison, <16 x i32> zeroinitializer
+  %2550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2518, <16 x float> %2549, <16 x float> %2507)
+  %2551 = getelementptr i8, ptr %2520, i64 524
+  %2552 = load float, ptr %2551, align 4, !tbaa !5
+  %2553 = insertelement <16 x float> poison, float %2552, i64 0
+  %2554 = shufflevector <16 x float> %2553, <16 x float> poison, <16 x i32> zeroinitializer
+  %2555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2518, <16 x float> %2554, <16 x float> %2512)
+  %2556 = getelementptr i8, ptr %2520, i64 588
+  %2557 = load float, ptr %2556, align 4, !tbaa !5
+  %2558 = insertelement <16 x float> poison, float %2557, i64 0
+  %2559 = shufflevector <16 x float> %2558, <16 x float> poison, <16 x i32> zeroinitializer
+  %2560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2518, <16 x float> %2559, <16 x float> %2517)
+  br i1 %exitcond.not.1, label %for_end_ti164.i, label %for_body_ti163.i.2, !prof !13
 
-for_body_ti161.i.4:                               ; preds = %for_body_ti161.i.3
-  %2636 = load <16 x float>, ptr %gep854.i.4, align 4, !tbaa !5
-  %2637 = sext i32 %invariant.op458.i to i64
-  %2638 = getelementptr float, ptr %v_tile.i, i64 %2637
-  %2639 = getelementptr i8, ptr %2638, i64 2048
-  %2640 = load float, ptr %2639, align 4, !tbaa !5
-  %2641 = insertelement <16 x float> poison, float %2640, i64 0
-  %2642 = shufflevector <16 x float> %2641, <16 x float> poison, <16 x i32> zeroinitializer
-  %2643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> %2642, <16 x float> %2600)
-  %2644 = getelementptr i8, ptr %2638, i64 2112
-  %2645 = load float, ptr %2644, align 4, !tbaa !5
-  %2646 = insertelement <16 x float> poison, float %2645, i64 0
-  %2647 = shufflevector <16 x float> %2646, <16 x float> poison, <16 x i32> zeroinitializer
-  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> %2647, <16 x float> %2605)
-  %2649 = getelementptr i8, ptr %2638, i64 2052
-  %2650 = load float, ptr %2649, align 4, !tbaa !5
-  %2651 = insertelement <16 x float> poison, float %2650, i64 0
-  %2652 = shufflevector <16 x float> %2651, <16 x float> poison, <16 x i32> zeroinitializer
-  %2653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> %2652, <16 x float> %2610)
-  %2654 = getelementptr i8, ptr %2638, i64 2116
-  %2655 = load float, ptr %2654, align 4, !tbaa !5
-  %2656 = insertelement <16 x float> poison, float %2655, i64 0
-  %2657 = shufflevector <16 x float> %2656, <16 x float> poison, <16 x i32> zeroinitializer
-  %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> %2657, <16 x float> %2615)
-  %2659 = getelementptr i8, ptr %2638, i64 2056
-  %2660 = load float, ptr %2659, align 4, !tbaa !5
-  %2661 = insertelement <16 x float> poison, float %2660, i64 0
-  %2662 = shufflevector <16 x float> %2661, <16 x float> poison, <16 x i32> zeroinitializer
-  %2663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> %2662, <16 x float> %2620)
-  %2664 = getelementptr i8, ptr %2638, i64 2120
-  %2665 = load float, ptr %2664, align 4, !tbaa !5
-  %2666 = insertelement <16 x float> poison, float %2665, i64 0
-  %2667 = shufflevector <16 x float> %2666, <16 x float> poison, <16 x i32> zeroinitializer
-  %2668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> %2667, <16 x float> %2625)
-  %2669 = getelementptr i8, ptr %2638, i64 2060
-  %2670 = load float, ptr %2669, align 4, !tbaa !5
-  %2671 = insertelement <16 x float> poison, float %2670, i64 0
-  %2672 = shufflevector <16 x float> %2671, <16 x float> poison, <16 x i32> zeroinitializer
-  %2673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> %2672, <16 x float> %2630)
-  %2674 = getelementptr i8, ptr %2638, i64 2124
-  %2675 = load float, ptr %2674, align 4, !tbaa !5
-  %2676 = insertelement <16 x float> poison, float %2675, i64 0
-  %2677 = shufflevector <16 x float> %2676, <16 x float> poison, <16 x i32> zeroinitializer
-  %2678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> %2677, <16 x float> %2635)
-  br i1 %exitcond.not.4, label %for_end_ti162.i, label %for_body_ti161.i.5, !prof !13
+for_body_ti163.i.2:                               ; preds = %for_body_ti163.i.1
+  %2561 = load <16 x float>, ptr %gep860.i.2, align 4, !tbaa !5
+  %2562 = sext i32 %invariant.op464.i to i64
+  %2563 = getelementptr float, ptr %v_tile.i, i64 %2562
+  %2564 = getelementptr i8, ptr %2563, i64 1024
+  %2565 = load float, ptr %2564, align 4, !tbaa !5
+  %2566 = insertelement <16 x float> poison, float %2565, i64 0
+  %2567 = shufflevector <16 x float> %2566, <16 x float> poison, <16 x i32> zeroinitializer
+  %2568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2567, <16 x float> %2525)
+  %2569 = getelementptr i8, ptr %2563, i64 1088
+  %2570 = load float, ptr %2569, align 4, !tbaa !5
+  %2571 = insertelement <16 x float> poison, float %2570, i64 0
+  %2572 = shufflevector <16 x float> %2571, <16 x float> poison, <16 x i32> zeroinitializer
+  %2573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2572, <16 x float> %2530)
+  %2574 = getelementptr i8, ptr %2563, i64 1028
+  %2575 = load float, ptr %2574, align 4, !tbaa !5
+  %2576 = insertelement <16 x float> poison, float %2575, i64 0
+  %2577 = shufflevector <16 x float> %2576, <16 x float> poison, <16 x i32> zeroinitializer
+  %2578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2577, <16 x float> %2535)
+  %2579 = getelementptr i8, ptr %2563, i64 1092
+  %2580 = load float, ptr %2579, align 4, !tbaa !5
+  %2581 = insertelement <16 x float> poison, float %2580, i64 0
+  %2582 = shufflevector <16 x float> %2581, <16 x float> poison, <16 x i32> zeroinitializer
+  %2583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2582, <16 x float> %2540)
+  %2584 = getelementptr i8, ptr %2563, i64 1032
+  %2585 = load float, ptr %2584, align 4, !tbaa !5
+  %2586 = insertelement <16 x float> poison, float %2585, i64 0
+  %2587 = shufflevector <16 x float> %2586, <16 x float> poison, <16 x i32> zeroinitializer
+  %2588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2587, <16 x float> %2545)
+  %2589 = getelementptr i8, ptr %2563, i64 1096
+  %2590 = load float, ptr %2589, align 4, !tbaa !5
+  %2591 = insertelement <16 x float> poison, float %2590, i64 0
+  %2592 = shufflevector <16 x float> %2591, <16 x float> poison, <16 x i32> zeroinitializer
+  %2593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2592, <16 x float> %2550)
+  %2594 = getelementptr i8, ptr %2563, i64 1036
+  %2595 = load float, ptr %2594, align 4, !tbaa !5
+  %2596 = insertelement <16 x float> poison, float %2595, i64 0
+  %2597 = shufflevector <16 x float> %2596, <16 x float> poison, <16 x i32> zeroinitializer
+  %2598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2597, <16 x float> %2555)
+  %2599 = getelementptr i8, ptr %2563, i64 1100
+  %2600 = load float, ptr %2599, align 4, !tbaa !5
+  %2601 = insertelement <16 x float> poison, float %2600, i64 0
+  %2602 = shufflevector <16 x float> %2601, <16 x float> poison, <16 x i32> zeroinitializer
+  %2603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2602, <16 x float> %2560)
+  br i1 %exitcond.not.2, label %for_end_ti164.i, label %for_body_ti163.i.3, !prof !13
 
-for_body_ti161.i.5:                               ; preds = %for_body_ti161.i.4
-  %2679 = load <16 x float>, ptr %gep854.i.5, align 4, !tbaa !5
-  %2680 = sext i32 %invariant.op458.i to i64
-  %2681 = getelementptr float, ptr %v_tile.i, i64 %2680
-  %2682 = getelementptr i8, ptr %2681, i64 2560
-  %2683 = load float, ptr %2682, align 4, !tbaa !5
-  %2684 = insertelement <16 x float> poison, float %2683, i64 0
-  %2685 = shufflevector <16 x float> %2684, <16 x float> poison, <16 x i32> zeroinitializer
-  %2686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2685, <16 x float> %2643)
-  %2687 = getelementptr i8, ptr %2681, i64 2624
-  %2688 = load float, ptr %2687, align 4, !tbaa !5
-  %2689 = insertelement <16 x float> poison, float %2688, i64 0
-  %2690 = shufflevector <16 x float> %2689, <16 x float> poison, <16 x i32> zeroinitializer
-  %2691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2690, <16 x float> %2648)
-  %2692 = getelementptr i8, ptr %2681, i64 2564
-  %2693 = load float, ptr %2692, align 4, !tbaa !5
-  %2694 = insertelement <16 x float> poison, float %2693, i64 0
-  %2695 = shufflevector <16 x float> %2694, <16 x float> poison, <16 x i32> zeroinitializer
-  %2696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2695, <16 x float> %2653)
-  %2697 = getelementptr i8, ptr %2681, i64 2628
-  %2698 = load float, ptr %2697, align 4, !tbaa !5
-  %2699 = insertelement <16 x float> poison, float %2698, i64 0
-  %2700 = shufflevector <16 x float> %2699, <16 x float> poison, <16 x i32> zeroinitializer
-  %2701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2700, <16 x float> %2658)
-  %2702 = getelementptr i8, ptr %2681, i64 2568
-  %2703 = load float, ptr %2702, align 4, !tbaa !5
-  %2704 = insertelement <16 x float> poison, float %2703, i64 0
-  %2705 = shufflevector <16 x float> %2704, <16 x float> poison, <16 x i32> zeroinitializer
-  %2706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2705, <16 x float> %2663)
-  %2707 = getelementptr i8, ptr %2681, i64 2632
-  %2708 = load float, ptr %2707, align 4, !tbaa !5
-  %2709 = insertelement <16 x float> poison, float %2708, i64 0
-  %2710 = shufflevector <16 x float> %2709, <16 x float> poison, <16 x i32> zeroinitializer
-  %2711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2710, <16 x float> %2668)
-  %2712 = getelementptr i8, ptr %2681, i64 2572
-  %2713 = load float, ptr %2712, align 4, !tbaa !5
-  %2714 = insertelement <16 x float> poison, float %2713, i64 0
-  %2715 = shufflevector <16 x float> %2714, <16 x float> poison, <16 x i32> zeroinitializer
-  %2716 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2715, <16 x float> %2673)
-  %2717 = getelementptr i8, ptr %2681, i64 2636
-  %2718 = load float, ptr %2717, align 4, !tbaa !5
-  %2719 = insertelement <16 x float> poison, float %2718, i64 0
-  %2720 = shufflevector <16 x float> %2719, <16 x float> poison, <16 x i32> zeroinitializer
-  %2721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2720, <16 x float> %2678)
-  br i1 %exitcond.not.5, label %for_end_ti162.i, label %for_body_ti161.i.6, !prof !13
+for_body_ti163.i.3:                               ; preds = %for_body_ti163.i.2
+  %2604 = load <16 x float>, ptr %gep860.i.3, align 4, !tbaa !5
+  %2605 = sext i32 %invariant.op464.i to i64
+  %2606 = getelementptr float, ptr %v_tile.i, i64 %2605
+  %2607 = getelementptr i8, ptr %2606, i64 1536
+  %2608 = load float, ptr %2607, align 4, !tbaa !5
+  %2609 = insertelement <16 x float> poison, float %2608, i64 0
+  %2610 = shufflevector <16 x float> %2609, <16 x float> poison, <16 x i32> zeroinitializer
+  %2611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2604, <16 x float> %2610, <16 x float> %2568)
+  %2612 = getelementptr i8, ptr %2606, i64 1600
+  %2613 = load float, ptr %2612, align 4, !tbaa !5
+  %2614 = insertelement <16 x float> poison, float %2613, i64 0
+  %2615 = shufflevector <16 x float> %2614, <16 x float> poison, <16 x i32> zeroinitializer
+  %2616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2604, <16 x float> %2615, <16 x float> %2573)
+  %2617 = getelementptr i8, ptr %2606, i64 1540
+  %2618 = load float, ptr %2617, align 4, !tbaa !5
+  %2619 = insertelement <16 x float> poison, float %2618, i64 0
+  %2620 = shufflevector <16 x float> %2619, <16 x float> poison, <16 x i32> zeroinitializer
+  %2621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2604, <16 x float> %2620, <16 x float> %2578)
+  %2622 = getelementptr i8, ptr %2606, i64 1604
+  %2623 = load float, ptr %2622, align 4, !tbaa !5
+  %2624 = insertelement <16 x float> poison, float %2623, i64 0
+  %2625 = shufflevector <16 x float> %2624, <16 x float> poison, <16 x i32> zeroinitializer
+  %2626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2604, <16 x float> %2625, <16 x float> %2583)
+  %2627 = getelementptr i8, ptr %2606, i64 1544
+  %2628 = load float, ptr %2627, align 4, !tbaa !5
+  %2629 = insertelement <16 x float> poison, float %2628, i64 0
+  %2630 = shufflevector <16 x float> %2629, <16 x float> poison, <16 x i32> zeroinitializer
+  %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2604, <16 x float> %2630, <16 x float> %2588)
+  %2632 = getelementptr i8, ptr %2606, i64 1608
+  %2633 = load float, ptr %2632, align 4, !tbaa !5
+  %2634 = insertelement <16 x float> poison, float %2633, i64 0
+  %2635 = shufflevector <16 x float> %2634, <16 x float> poison, <16 x i32> zeroinitializer
+  %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2604, <16 x float> %2635, <16 x float> %2593)
+  %2637 = getelementptr i8, ptr %2606, i64 1548
+  %2638 = load float, ptr %2637, align 4, !tbaa !5
+  %2639 = insertelement <16 x float> poison, float %2638, i64 0
+  %2640 = shufflevector <16 x float> %2639, <16 x float> poison, <16 x i32> zeroinitializer
+  %2641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2604, <16 x float> %2640, <16 x float> %2598)
+  %2642 = getelementptr i8, ptr %2606, i64 1612
+  %2643 = load float, ptr %2642, align 4, !tbaa !5
+  %2644 = insertelement <16 x float> poison, float %2643, i64 0
+  %2645 = shufflevector <16 x float> %2644, <16 x float> poison, <16 x i32> zeroinitializer
+  %2646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2604, <16 x float> %2645, <16 x float> %2603)
+  br i1 %exitcond.not.3, label %for_end_ti164.i, label %for_body_ti163.i.4, !prof !13
 
-for_body_ti161.i.6:                               ; preds = %for_body_ti161.i.5
-  %2722 = load <16 x float>, ptr %gep854.i.6, align 4, !tbaa !5
-  %2723 = sext i32 %invariant.op458.i to i64
-  %2724 = getelementptr float, ptr %v_tile.i, i64 %2723
-  %2725 = getelementptr i8, ptr %2724, i64 3072
-  %2726 = load float, ptr %2725, align 4, !tbaa !5
-  %2727 = insertelement <16 x float> poison, float %2726, i64 0
-  %2728 = shufflevector <16 x float> %2727, <16 x float> poison, <16 x i32> zeroinitializer
-  %2729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2722, <16 x float> %2728, <16 x float> %2686)
-  %2730 = getelementptr i8, ptr %2724, i64 3136
-  %2731 = load float, ptr %2730, align 4, !tbaa !5
-  %2732 = insertelement <16 x float> poison, float %2731, i64 0
-  %2733 = shufflevector <16 x float> %2732, <16 x float> poison, <16 x i32> zeroinitializer
-  %2734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2722, <16 x float> %2733, <16 x float> %2691)
-  %2735 = getelementptr i8, ptr %2724, i64 3076
-  %2736 = load float, ptr %2735, align 4, !tbaa !5
-  %2737 = insertelement <16 x float> poison, float %2736, i64 0
-  %2738 = shufflevector <16 x float> %2737, <16 x float> poison, <16 x i32> zeroinitializer
-  %2739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2722, <16 x float> %2738, <16 x float> %2696)
-  %2740 = getelementptr i8, ptr %2724, i64 3140
-  %2741 = load float, ptr %2740, align 4, !tbaa !5
-  %2742 = insertelement <16 x float> poison, float %2741, i64 0
-  %2743 = shufflevector <16 x float> %2742, <16 x float> poison, <16 x i32> zeroinitializer
-  %2744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2722, <16 x float> %2743, <16 x float> %2701)
-  %2745 = getelementptr i8, ptr %2724, i64 3080
-  %2746 = load float, ptr %2745, align 4, !tbaa !5
-  %2747 = insertelement <16 x float> poison, float %2746, i64 0
-  %2748 = shufflevector <16 x float> %2747, <16 x float> poison, <16 x i32> zeroinitializer
-  %2749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2722, <16 x float> %2748, <16 x float> %2706)
-  %2750 = getelementptr i8, ptr %2724, i64 3144
-  %2751 = load float, ptr %2750, align 4, !tbaa !5
-  %2752 = insertelement <16 x float> poison, float %2751, i64 0
-  %2753 = shufflevector <16 x float> %2752, <16 x float> poison, <16 x i32> zeroinitializer
-  %2754 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2722, <16 x float> %2753, <16 x float> %2711)
-  %2755 = getelementptr i8, ptr %2724, i64 3084
-  %2756 = load float, ptr %2755, align 4, !tbaa !5
-  %2757 = insertelement <16 x float> poison, float %2756, i64 0
-  %2758 = shufflevector <16 x float> %2757, <16 x float> poison, <16 x i32> zeroinitializer
-  %2759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2722, <16 x float> %2758, <16 x float> %2716)
-  %2760 = getelementptr i8, ptr %2724, i64 3148
-  %2761 = load float, ptr %2760, align 4, !tbaa !5
-  %2762 = insertelement <16 x float> poison, float %2761, i64 0
-  %2763 = shufflevector <16 x float> %2762, <16 x float> poison, <16 x i32> zeroinitializer
-  %2764 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2722, <16 x float> %2763, <16 x float> %2721)
-  br label %for_end_ti162.i
+for_body_ti163.i.4:                               ; preds = %for_body_ti163.i.3
+  %2647 = load <16 x float>, ptr %gep860.i.4, align 4, !tbaa !5
+  %2648 = sext i32 %invariant.op464.i to i64
+  %2649 = getelementptr float, ptr %v_tile.i, i64 %2648
+  %2650 = getelementptr i8, ptr %2649, i64 2048
+  %2651 = load float, ptr %2650, align 4, !tbaa !5
+  %2652 = insertelement <16 x float> poison, float %2651, i64 0
+  %2653 = shufflevector <16 x float> %2652, <16 x float> poison, <16 x i32> zeroinitializer
+  %2654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2653, <16 x float> %2611)
+  %2655 = getelementptr i8, ptr %2649, i64 2112
+  %2656 = load float, ptr %2655, align 4, !tbaa !5
+  %2657 = insertelement <16 x float> poison, float %2656, i64 0
+  %2658 = shufflevector <16 x float> %2657, <16 x float> poison, <16 x i32> zeroinitializer
+  %2659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2658, <16 x float> %2616)
+  %2660 = getelementptr i8, ptr %2649, i64 2052
+  %2661 = load float, ptr %2660, align 4, !tbaa !5
+  %2662 = insertelement <16 x float> poison, float %2661, i64 0
+  %2663 = shufflevector <16 x float> %2662, <16 x float> poison, <16 x i32> zeroinitializer
+  %2664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2663, <16 x float> %2621)
+  %2665 = getelementptr i8, ptr %2649, i64 2116
+  %2666 = load float, ptr %2665, align 4, !tbaa !5
+  %2667 = insertelement <16 x float> poison, float %2666, i64 0
+  %2668 = shufflevector <16 x float> %2667, <16 x float> poison, <16 x i32> zeroinitializer
+  %2669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2668, <16 x float> %2626)
+  %2670 = getelementptr i8, ptr %2649, i64 2056
+  %2671 = load float, ptr %2670, align 4, !tbaa !5
+  %2672 = insertelement <16 x float> poison, float %2671, i64 0
+  %2673 = shufflevector <16 x float> %2672, <16 x float> poison, <16 x i32> zeroinitializer
+  %2674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2673, <16 x float> %2631)
+  %2675 = getelementptr i8, ptr %2649, i64 2120
+  %2676 = load float, ptr %2675, align 4, !tbaa !5
+  %2677 = insertelement <16 x float> poison, float %2676, i64 0
+  %2678 = shufflevector <16 x float> %2677, <16 x float> poison, <16 x i32> zeroinitializer
+  %2679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2678, <16 x float> %2636)
+  %2680 = getelementptr i8, ptr %2649, i64 2060
+  %2681 = load float, ptr %2680, align 4, !tbaa !5
+  %2682 = insertelement <16 x float> poison, float %2681, i64 0
+  %2683 = shufflevector <16 x float> %2682, <16 x float> poison, <16 x i32> zeroinitializer
+  %2684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2683, <16 x float> %2641)
+  %2685 = getelementptr i8, ptr %2649, i64 2124
+  %2686 = load float, ptr %2685, align 4, !tbaa !5
+  %2687 = insertelement <16 x float> poison, float %2686, i64 0
+  %2688 = shufflevector <16 x float> %2687, <16 x float> poison, <16 x i32> zeroinitializer
+  %2689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2688, <16 x float> %2646)
+  br i1 %exitcond.not.4, label %for_end_ti164.i, label %for_body_ti163.i.5, !prof !13
 
-for_end_ti162.i:                                  ; preds = %for_body_ti161.i.6, %for_body_ti161.i.5, %for_body_ti161.i.4, %for_body_ti161.i.3, %for_body_ti161.i.2, %for_body_ti161.i.1, %for_body_ti161.lr.ph.i, %for_end_to147.i
-  %tile_acc263.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc262.sroa.28.0.lcssa.i, %for_end_to147.i ], [ %2506, %for_body_ti161.lr.ph.i ], [ %2549, %for_body_ti161.i.1 ], [ %2592, %for_body_ti161.i.2 ], [ %2635, %for_body_ti161.i.3 ], [ %2678, %for_body_ti161.i.4 ], [ %2721, %for_body_ti161.i.5 ], [ %2764, %for_body_ti161.i.6 ]
-  %tile_acc263.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc262.sroa.24.0.lcssa.i, %for_end_to147.i ], [ %2501, %for_body_ti161.lr.ph.i ], [ %2544, %for_body_ti161.i.1 ], [ %2587, %for_body_ti161.i.2 ], [ %2630, %for_body_ti161.i.3 ], [ %2673, %for_body_ti161.i.4 ], [ %2716, %for_body_ti161.i.5 ], [ %2759, %for_body_ti161.i.6 ]
-  %tile_acc263.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc262.sroa.20.0.lcssa.i, %for_end_to147.i ], [ %2496, %for_body_ti161.lr.ph.i ], [ %2539, %for_body_ti161.i.1 ], [ %2582, %for_body_ti161.i.2 ], [ %2625, %for_body_ti161.i.3 ], [ %2668, %for_body_ti161.i.4 ], [ %2711, %for_body_ti161.i.5 ], [ %2754, %for_body_ti161.i.6 ]
-  %tile_acc263.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc262.sroa.16.0.lcssa.i, %for_end_to147.i ], [ %2491, %for_body_ti161.lr.ph.i ], [ %2534, %for_body_ti161.i.1 ], [ %2577, %for_body_ti161.i.2 ], [ %2620, %for_body_ti161.i.3 ], [ %2663, %for_body_ti161.i.4 ], [ %2706, %for_body_ti161.i.5 ], [ %2749, %for_body_ti161.i.6 ]
-  %tile_acc263.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc262.sroa.12.0.lcssa.i, %for_end_to147.i ], [ %2486, %for_body_ti161.lr.ph.i ], [ %2529, %for_body_ti161.i.1 ], [ %2572, %for_body_ti161.i.2 ], [ %2615, %for_body_ti161.i.3 ], [ %2658, %for_body_ti161.i.4 ], [ %2701, %for_body_ti161.i.5 ], [ %2744, %for_body_ti161.i.6 ]
-  %tile_acc263.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc262.sroa.8.0.lcssa.i, %for_end_to147.i ], [ %2481, %for_body_ti161.lr.ph.i ], [ %2524, %for_body_ti161.i.1 ], [ %2567, %for_body_ti161.i.2 ], [ %2610, %for_body_ti161.i.3 ], [ %2653, %for_body_ti161.i.4 ], [ %2696, %for_body_ti161.i.5 ], [ %2739, %for_body_ti161.i.6 ]
-  %tile_acc263.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc262.sroa.4.0.lcssa.i, %for_end_to147.i ], [ %2476, %for_body_ti161.lr.ph.i ], [ %2519, %for_body_ti161.i.1 ], [ %2562, %for_body_ti161.i.2 ], [ %2605, %for_body_ti161.i.3 ], [ %2648, %for_body_ti161.i.4 ], [ %2691, %for_body_ti161.i.5 ], [ %2734, %for_body_ti161.i.6 ]
-  %tile_acc263.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc262.sroa.0.0.lcssa.i, %for_end_to147.i ], [ %2471, %for_body_ti161.lr.ph.i ], [ %2514, %for_body_ti161.i.1 ], [ %2557, %for_body_ti161.i.2 ], [ %2600, %for_body_ti161.i.3 ], [ %2643, %for_body_ti161.i.4 ], [ %2686, %for_body_ti161.i.5 ], [ %2729, %for_body_ti161.i.6 ]
-  %.idx69 = shl nuw nsw i64 %indvars.iv631.i, 9
-  %2765 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx69
-  br i1 %2045, label %if_then179.i, label %if_end178.i, !prof !8
+for_body_ti163.i.5:                               ; preds = %for_body_ti163.i.4
+  %2690 = load <16 x float>, ptr %gep860.i.5, align 4, !tbaa !5
+  %2691 = sext i32 %invariant.op464.i to i64
+  %2692 = getelementptr float, ptr %v_tile.i, i64 %2691
+  %2693 = getelementptr i8, ptr %2692, i64 2560
+  %2694 = load float, ptr %2693, align 4, !tbaa !5
+  %2695 = insertelement <16 x float> poison, float %2694, i64 0
+  %2696 = shufflevector <16 x float> %2695, <16 x float> poison, <16 x i32> zeroinitializer
+  %2697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2696, <16 x float> %2654)
+  %2698 = getelementptr i8, ptr %2692, i64 2624
+  %2699 = load float, ptr %2698, align 4, !tbaa !5
+  %2700 = insertelement <16 x float> poison, float %2699, i64 0
+  %2701 = shufflevector <16 x float> %2700, <16 x float> poison, <16 x i32> zeroinitializer
+  %2702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2701, <16 x float> %2659)
+  %2703 = getelementptr i8, ptr %2692, i64 2564
+  %2704 = load float, ptr %2703, align 4, !tbaa !5
+  %2705 = insertelement <16 x float> poison, float %2704, i64 0
+  %2706 = shufflevector <16 x float> %2705, <16 x float> poison, <16 x i32> zeroinitializer
+  %2707 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2706, <16 x float> %2664)
+  %2708 = getelementptr i8, ptr %2692, i64 2628
+  %2709 = load float, ptr %2708, align 4, !tbaa !5
+  %2710 = insertelement <16 x float> poison, float %2709, i64 0
+  %2711 = shufflevector <16 x float> %2710, <16 x float> poison, <16 x i32> zeroinitializer
+  %2712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2711, <16 x float> %2669)
+  %2713 = getelementptr i8, ptr %2692, i64 2568
+  %2714 = load float, ptr %2713, align 4, !tbaa !5
+  %2715 = insertelement <16 x float> poison, float %2714, i64 0
+  %2716 = shufflevector <16 x float> %2715, <16 x float> poison, <16 x i32> zeroinitializer
+  %2717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2716, <16 x float> %2674)
+  %2718 = getelementptr i8, ptr %2692, i64 2632
+  %2719 = load float, ptr %2718, align 4, !tbaa !5
+  %2720 = insertelement <16 x float> poison, float %2719, i64 0
+  %2721 = shufflevector <16 x float> %2720, <16 x float> poison, <16 x i32> zeroinitializer
+  %2722 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2721, <16 x float> %2679)
+  %2723 = getelementptr i8, ptr %2692, i64 2572
+  %2724 = load float, ptr %2723, align 4, !tbaa !5
+  %2725 = insertelement <16 x float> poison, float %2724, i64 0
+  %2726 = shufflevector <16 x float> %2725, <16 x float> poison, <16 x i32> zeroinitializer
+  %2727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2726, <16 x float> %2684)
+  %2728 = getelementptr i8, ptr %2692, i64 2636
+  %2729 = load float, ptr %2728, align 4, !tbaa !5
+  %2730 = insertelement <16 x float> poison, float %2729, i64 0
+  %2731 = shufflevector <16 x float> %2730, <16 x float> poison, <16 x i32> zeroinitializer
+  %2732 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2731, <16 x float> %2689)
+  br i1 %exitcond.not.5, label %for_end_ti164.i, label %for_body_ti163.i.6, !prof !13
 
-if_end178.i:                                      ; preds = %for_end_ti162.i
-  %2766 = load <16 x float>, ptr %2765, align 4, !tbaa !5
-  %2767 = fmul <16 x float> %2073, %2766
-  %2768 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.0.0.lcssa.i, <16 x float> %2767)
-  store <16 x float> %2768, ptr %2765, align 4, !tbaa !5
-  %2769 = getelementptr inbounds nuw i8, ptr %2765, i64 64
-  %2770 = load <16 x float>, ptr %2769, align 4, !tbaa !5
-  %2771 = fmul <16 x float> %2073, %2770
-  %2772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.4.0.lcssa.i, <16 x float> %2771)
-  store <16 x float> %2772, ptr %2769, align 4, !tbaa !5
-  %2773 = getelementptr inbounds nuw i8, ptr %2765, i64 128
-  %2774 = load <16 x float>, ptr %2773, align 4, !tbaa !5
-  %2775 = fmul <16 x float> %2073, %2774
-  %2776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.9.0.lcssa.i, <16 x float> %2775)
-  store <16 x float> %2776, ptr %2773, align 4, !tbaa !5
-  %2777 = getelementptr inbounds nuw i8, ptr %2765, i64 192
-  %2778 = load <16 x float>, ptr %2777, align 4, !tbaa !5
-  %2779 = fmul <16 x float> %2073, %2778
-  %2780 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.13.0.lcssa.i, <16 x float> %2779)
-  store <16 x float> %2780, ptr %2777, align 4, !tbaa !5
-  %2781 = getelementptr inbounds nuw i8, ptr %2765, i64 256
-  %2782 = load <16 x float>, ptr %2781, align 4, !tbaa !5
-  %2783 = fmul <16 x float> %2073, %2782
-  %2784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.18.0.lcssa.i, <16 x float> %2783)
-  store <16 x float> %2784, ptr %2781, align 4, !tbaa !5
-  %2785 = getelementptr inbounds nuw i8, ptr %2765, i64 320
-  %2786 = load <16 x float>, ptr %2785, align 4, !tbaa !5
-  %2787 = fmul <16 x float> %2073, %2786
-  %2788 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.22.0.lcssa.i, <16 x float> %2787)
-  store <16 x float> %2788, ptr %2785, align 4, !tbaa !5
-  %2789 = getelementptr inbounds nuw i8, ptr %2765, i64 384
-  %2790 = load <16 x float>, ptr %2789, align 4, !tbaa !5
-  %2791 = fmul <16 x float> %2073, %2790
-  %2792 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.27.0.lcssa.i, <16 x float> %2791)
-  store <16 x float> %2792, ptr %2789, align 4, !tbaa !5
-  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2765, i64 448
+for_body_ti163.i.6:                               ; preds = %for_body_ti163.i.5
+  %2733 = load <16 x float>, ptr %gep860.i.6, align 4, !tbaa !5
+  %2734 = sext i32 %invariant.op464.i to i64
+  %2735 = getelementptr float, ptr %v_tile.i, i64 %2734
+  %2736 = getelementptr i8, ptr %2735, i64 3072
+  %2737 = load float, ptr %2736, align 4, !tbaa !5
+  %2738 = insertelement <16 x float> poison, float %2737, i64 0
+  %2739 = shufflevector <16 x float> %2738, <16 x float> poison, <16 x i32> zeroinitializer
+  %2740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2733, <16 x float> %2739, <16 x float> %2697)
+  %2741 = getelementptr i8, ptr %2735, i64 3136
+  %2742 = load float, ptr %2741, align 4, !tbaa !5
+  %2743 = insertelement <16 x float> poison, float %2742, i64 0
+  %2744 = shufflevector <16 x float> %2743, <16 x float> poison, <16 x i32> zeroinitializer
+  %2745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2733, <16 x float> %2744, <16 x float> %2702)
+  %2746 = getelementptr i8, ptr %2735, i64 3076
+  %2747 = load float, ptr %2746, align 4, !tbaa !5
+  %2748 = insertelement <16 x float> poison, float %2747, i64 0
+  %2749 = shufflevector <16 x float> %2748, <16 x float> poison, <16 x i32> zeroinitializer
+  %2750 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2733, <16 x float> %2749, <16 x float> %2707)
+  %2751 = getelementptr i8, ptr %2735, i64 3140
+  %2752 = load float, ptr %2751, align 4, !tbaa !5
+  %2753 = insertelement <16 x float> poison, float %2752, i64 0
+  %2754 = shufflevector <16 x float> %2753, <16 x float> poison, <16 x i32> zeroinitializer
+  %2755 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2733, <16 x float> %2754, <16 x float> %2712)
+  %2756 = getelementptr i8, ptr %2735, i64 3080
+  %2757 = load float, ptr %2756, align 4, !tbaa !5
+  %2758 = insertelement <16 x float> poison, float %2757, i64 0
+  %2759 = shufflevector <16 x float> %2758, <16 x float> poison, <16 x i32> zeroinitializer
+  %2760 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2733, <16 x float> %2759, <16 x float> %2717)
+  %2761 = getelementptr i8, ptr %2735, i64 3144
+  %2762 = load float, ptr %2761, align 4, !tbaa !5
+  %2763 = insertelement <16 x float> poison, float %2762, i64 0
+  %2764 = shufflevector <16 x float> %2763, <16 x float> poison, <16 x i32> zeroinitializer
+  %2765 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2733, <16 x float> %2764, <16 x float> %2722)
+  %2766 = getelementptr i8, ptr %2735, i64 3084
+  %2767 = load float, ptr %2766, align 4, !tbaa !5
+  %2768 = insertelement <16 x float> poison, float %2767, i64 0
+  %2769 = shufflevector <16 x float> %2768, <16 x float> poison, <16 x i32> zeroinitializer
+  %2770 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2733, <16 x float> %2769, <16 x float> %2727)
+  %2771 = getelementptr i8, ptr %2735, i64 3148
+  %2772 = load float, ptr %2771, align 4, !tbaa !5
+  %2773 = insertelement <16 x float> poison, float %2772, i64 0
+  %2774 = shufflevector <16 x float> %2773, <16 x float> poison, <16 x i32> zeroinitializer
+  %2775 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2733, <16 x float> %2774, <16 x float> %2732)
+  br label %for_end_ti164.i
+
+for_end_ti164.i:                                  ; preds = %for_body_ti163.i.6, %for_body_ti163.i.5, %for_body_ti163.i.4, %for_body_ti163.i.3, %for_body_ti163.i.2, %for_body_ti163.i.1, %for_body_ti163.lr.ph.i, %for_end_to149.i
+  %tile_acc265.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc264.sroa.28.0.lcssa.i, %for_end_to149.i ], [ %2517, %for_body_ti163.lr.ph.i ], [ %2560, %for_body_ti163.i.1 ], [ %2603, %for_body_ti163.i.2 ], [ %2646, %for_body_ti163.i.3 ], [ %2689, %for_body_ti163.i.4 ], [ %2732, %for_body_ti163.i.5 ], [ %2775, %for_body_ti163.i.6 ]
+  %tile_acc265.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc264.sroa.24.0.lcssa.i, %for_end_to149.i ], [ %2512, %for_body_ti163.lr.ph.i ], [ %2555, %for_body_ti163.i.1 ], [ %2598, %for_body_ti163.i.2 ], [ %2641, %for_body_ti163.i.3 ], [ %2684, %for_body_ti163.i.4 ], [ %2727, %for_body_ti163.i.5 ], [ %2770, %for_body_ti163.i.6 ]
+  %tile_acc265.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc264.sroa.20.0.lcssa.i, %for_end_to149.i ], [ %2507, %for_body_ti163.lr.ph.i ], [ %2550, %for_body_ti163.i.1 ], [ %2593, %for_body_ti163.i.2 ], [ %2636, %for_body_ti163.i.3 ], [ %2679, %for_body_ti163.i.4 ], [ %2722, %for_body_ti163.i.5 ], [ %2765, %for_body_ti163.i.6 ]
+  %tile_acc265.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc264.sroa.16.0.lcssa.i, %for_end_to149.i ], [ %2502, %for_body_ti163.lr.ph.i ], [ %2545, %for_body_ti163.i.1 ], [ %2588, %for_body_ti163.i.2 ], [ %2631, %for_body_ti163.i.3 ], [ %2674, %for_body_ti163.i.4 ], [ %2717, %for_body_ti163.i.5 ], [ %2760, %for_body_ti163.i.6 ]
+  %tile_acc265.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc264.sroa.12.0.lcssa.i, %for_end_to149.i ], [ %2497, %for_body_ti163.lr.ph.i ], [ %2540, %for_body_ti163.i.1 ], [ %2583, %for_body_ti163.i.2 ], [ %2626, %for_body_ti163.i.3 ], [ %2669, %for_body_ti163.i.4 ], [ %2712, %for_body_ti163.i.5 ], [ %2755, %for_body_ti163.i.6 ]
+  %tile_acc265.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc264.sroa.8.0.lcssa.i, %for_end_to149.i ], [ %2492, %for_body_ti163.lr.ph.i ], [ %2535, %for_body_ti163.i.1 ], [ %2578, %for_body_ti163.i.2 ], [ %2621, %for_body_ti163.i.3 ], [ %2664, %for_body_ti163.i.4 ], [ %2707, %for_body_ti163.i.5 ], [ %2750, %for_body_ti163.i.6 ]
+  %tile_acc265.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc264.sroa.4.0.lcssa.i, %for_end_to149.i ], [ %2487, %for_body_ti163.lr.ph.i ], [ %2530, %for_body_ti163.i.1 ], [ %2573, %for_body_ti163.i.2 ], [ %2616, %for_body_ti163.i.3 ], [ %2659, %for_body_ti163.i.4 ], [ %2702, %for_body_ti163.i.5 ], [ %2745, %for_body_ti163.i.6 ]
+  %tile_acc265.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc264.sroa.0.0.lcssa.i, %for_end_to149.i ], [ %2482, %for_body_ti163.lr.ph.i ], [ %2525, %for_body_ti163.i.1 ], [ %2568, %for_body_ti163.i.2 ], [ %2611, %for_body_ti163.i.3 ], [ %2654, %for_body_ti163.i.4 ], [ %2697, %for_body_ti163.i.5 ], [ %2740, %for_body_ti163.i.6 ]
+  %.idx75 = shl nuw nsw i64 %indvars.iv637.i, 9
+  %2776 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx75
+  br i1 %2056, label %if_then181.i, label %if_end180.i, !prof !8
+
+if_end180.i:                                      ; preds = %for_end_ti164.i
+  %2777 = load <16 x float>, ptr %2776, align 4, !tbaa !5
+  %2778 = fmul <16 x float> %2084, %2777
+  %2779 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.0.0.lcssa.i, <16 x float> %2778)
+  store <16 x float> %2779, ptr %2776, align 4, !tbaa !5
+  %2780 = getelementptr inbounds nuw i8, ptr %2776, i64 64
+  %2781 = load <16 x float>, ptr %2780, align 4, !tbaa !5
+  %2782 = fmul <16 x float> %2084, %2781
+  %2783 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.4.0.lcssa.i, <16 x float> %2782)
+  store <16 x float> %2783, ptr %2780, align 4, !tbaa !5
+  %2784 = getelementptr inbounds nuw i8, ptr %2776, i64 128
+  %2785 = load <16 x float>, ptr %2784, align 4, !tbaa !5
+  %2786 = fmul <16 x float> %2084, %2785
+  %2787 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.9.0.lcssa.i, <16 x float> %2786)
+  store <16 x float> %2787, ptr %2784, align 4, !tbaa !5
+  %2788 = getelementptr inbounds nuw i8, ptr %2776, i64 192
+  %2789 = load <16 x float>, ptr %2788, align 4, !tbaa !5
+  %2790 = fmul <16 x float> %2084, %2789
+  %2791 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.13.0.lcssa.i, <16 x float> %2790)
+  store <16 x float> %2791, ptr %2788, align 4, !tbaa !5
+  %2792 = getelementptr inbounds nuw i8, ptr %2776, i64 256
+  %2793 = load <16 x float>, ptr %2792, align 4, !tbaa !5
+  %2794 = fmul <16 x float> %2084, %2793
+  %2795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.18.0.lcssa.i, <16 x float> %2794)
+  store <16 x float> %2795, ptr %2792, align 4, !tbaa !5
+  %2796 = getelementptr inbounds nuw i8, ptr %2776, i64 320
+  %2797 = load <16 x float>, ptr %2796, align 4, !tbaa !5
+  %2798 = fmul <16 x float> %2084, %2797
+  %2799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.22.0.lcssa.i, <16 x float> %2798)
+  store <16 x float> %2799, ptr %2796, align 4, !tbaa !5
+  %2800 = getelementptr inbounds nuw i8, ptr %2776, i64 384
+  %2801 = load <16 x float>, ptr %2800, align 4, !tbaa !5
+  %2802 = fmul <16 x float> %2084, %2801
+  %2803 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.27.0.lcssa.i, <16 x float> %2802)
+  store <16 x float> %2803, ptr %2800, align 4, !tbaa !5
+  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2776, i64 448
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
-  %.pre746.i = fmul <16 x float> %2073, %.pre.i
-  br label %if_end180.i
+  %.pre752.i = fmul <16 x float> %2084, %.pre.i
+  br label %if_end182.i
 
-if_then179.i:                                     ; preds = %for_end_ti162.i
-  %2793 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.0.0.lcssa.i, <16 x float> %2101)
-  store <16 x float> %2793, ptr %2765, align 4, !tbaa !5
-  %2794 = getelementptr inbounds nuw i8, ptr %2765, i64 64
-  %2795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.4.0.lcssa.i, <16 x float> %2101)
-  store <16 x float> %2795, ptr %2794, align 4, !tbaa !5
-  %2796 = getelementptr inbounds nuw i8, ptr %2765, i64 128
-  %2797 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.9.0.lcssa.i, <16 x float> %2101)
-  store <16 x float> %2797, ptr %2796, align 4, !tbaa !5
-  %2798 = getelementptr inbounds nuw i8, ptr %2765, i64 192
-  %2799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.13.0.lcssa.i, <16 x float> %2101)
-  store <16 x float> %2799, ptr %2798, align 4, !tbaa !5
-  %2800 = getelementptr inbounds nuw i8, ptr %2765, i64 256
-  %2801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.18.0.lcssa.i, <16 x float> %2101)
-  store <16 x float> %2801, ptr %2800, align 4, !tbaa !5
-  %2802 = getelementptr inbounds nuw i8, ptr %2765, i64 320
-  %2803 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.22.0.lcssa.i, <16 x float> %2101)
-  store <16 x float> %2803, ptr %2802, align 4, !tbaa !5
-  %2804 = getelementptr inbounds nuw i8, ptr %2765, i64 384
-  %2805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.27.0.lcssa.i, <16 x float> %2101)
-  store <16 x float> %2805, ptr %2804, align 4, !tbaa !5
-  br label %if_end180.i
+if_then181.i:                                     ; preds = %for_end_ti164.i
+  %2804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.0.0.lcssa.i, <16 x float> %2112)
+  store <16 x float> %2804, ptr %2776, align 4, !tbaa !5
+  %2805 = getelementptr inbounds nuw i8, ptr %2776, i64 64
+  %2806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.4.0.lcssa.i, <16 x float> %2112)
+  store <16 x float> %2806, ptr %2805, align 4, !tbaa !5
+  %2807 = getelementptr inbounds nuw i8, ptr %2776, i64 128
+  %2808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.9.0.lcssa.i, <16 x float> %2112)
+  store <16 x float> %2808, ptr %2807, align 4, !tbaa !5
+  %2809 = getelementptr inbounds nuw i8, ptr %2776, i64 192
+  %2810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.13.0.lcssa.i, <16 x float> %2112)
+  store <16 x float> %2810, ptr %2809, align 4, !tbaa !5
+  %2811 = getelementptr inbounds nuw i8, ptr %2776, i64 256
+  %2812 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.18.0.lcssa.i, <16 x float> %2112)
+  store <16 x float> %2812, ptr %2811, align 4, !tbaa !5
+  %2813 = getelementptr inbounds nuw i8, ptr %2776, i64 320
+  %2814 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.22.0.lcssa.i, <16 x float> %2112)
+  store <16 x float> %2814, ptr %2813, align 4, !tbaa !5
+  %2815 = getelementptr inbounds nuw i8, ptr %2776, i64 384
+  %2816 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.27.0.lcssa.i, <16 x float> %2112)
+  store <16 x float> %2816, ptr %2815, align 4, !tbaa !5
+  br label %if_end182.i
 
-if_end180.i:                                      ; preds = %if_then179.i, %if_end178.i
-  %.pre-phi.i = phi <16 x float> [ %.pre746.i, %if_end178.i ], [ %2101, %if_then179.i ]
-  %2806 = getelementptr inbounds nuw i8, ptr %2765, i64 448
-  %2807 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %2807, ptr %2806, align 4, !tbaa !5
-  %indvars.iv.next632.i = add nuw nsw i64 %indvars.iv631.i, 1
-  %exitcond634.not.i = icmp eq i64 %indvars.iv.next632.i, 16
-  br i1 %exitcond634.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
+if_end182.i:                                      ; preds = %if_then181.i, %if_end180.i
+  %.pre-phi.i = phi <16 x float> [ %.pre752.i, %if_end180.i ], [ %2112, %if_then181.i ]
+  %2817 = getelementptr inbounds nuw i8, ptr %2776, i64 448
+  %2818 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %2818, ptr %2817, align 4, !tbaa !5
+  %indvars.iv.next638.i = add nuw nsw i64 %indvars.iv637.i, 1
+  %exitcond640.not.i = icmp eq i64 %indvars.iv.next638.i, 16
+  br i1 %exitcond640.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
 
-if_end182.i:                                      ; preds = %for_end_d_0_m.i
-  %2808 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2809 = tail call i32 %2808(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not279.i = icmp eq i32 %2809, 0
-  br i1 %.not279.i, label %if_end185.i, label %fused_decode_compute_.exit, !prof !27
+if_end184.i:                                      ; preds = %for_end_d_0_m.i
+  %2819 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2820 = tail call i32 %2819(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not281.i = icmp eq i32 %2820, 0
+  br i1 %.not281.i, label %if_end187.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end185.i:                                      ; preds = %if_end182.i
-  %2810 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2811 = tail call i32 %2810(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not280.i = icmp eq i32 %2811, 0
-  br i1 %.not280.i, label %if_end188.i, label %fused_decode_compute_.exit, !prof !27
+if_end187.i:                                      ; preds = %if_end184.i
+  %2821 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2822 = tail call i32 %2821(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not282.i = icmp eq i32 %2822, 0
+  br i1 %.not282.i, label %if_end190.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end188.i:                                      ; preds = %if_end185.i
-  %2812 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2813 = tail call i32 %2812(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not281.i = icmp eq i32 %2813, 0
-  br i1 %.not281.i, label %if_end191.i, label %fused_decode_compute_.exit, !prof !27
+if_end190.i:                                      ; preds = %if_end187.i
+  %2823 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2824 = tail call i32 %2823(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
+  %.not283.i = icmp eq i32 %2824, 0
+  br i1 %.not283.i, label %if_end193.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end191.i:                                      ; preds = %if_end188.i
-  %2814 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2815 = tail call i32 %2814(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not282.i = icmp eq i32 %2815, 0
-  br i1 %.not282.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !27
+if_end193.i:                                      ; preds = %if_end190.i
+  %2825 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2826 = tail call i32 %2825(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not284.i = icmp eq i32 %2826, 0
+  br i1 %.not284.i, label %if_end196.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end194.i:                                      ; preds = %if_end191.i
-  %2816 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2817 = tail call i32 %2816(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not283.i = icmp eq i32 %2817, 0
-  br i1 %.not283.i, label %if_end197.i, label %fused_decode_compute_.exit, !prof !27
+if_end196.i:                                      ; preds = %if_end193.i
+  %2827 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2828 = tail call i32 %2827(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not285.i = icmp eq i32 %2828, 0
+  br i1 %.not285.i, label %if_end199.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end197.i:                                      ; preds = %if_end194.i
-  %2818 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2819 = tail call i32 %2818(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not284.i = icmp eq i32 %2819, 0
-  br i1 %.not284.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !27
+if_end199.i:                                      ; preds = %if_end196.i
+  %2829 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2830 = tail call i32 %2829(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not286.i = icmp eq i32 %2830, 0
+  br i1 %.not286.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !27
 
-if_then202.i:                                     ; preds = %for_end_step.i
-  %2820 = fdiv <16 x float> splat (float 1.000000e+00), %2110
-  %2821 = fcmp oeq <16 x float> %2110, zeroinitializer
-  %2822 = select <16 x i1> %2821, <16 x float> zeroinitializer, <16 x float> %2820
-  store <16 x float> %2822, ptr %factor261.i, align 16, !tbaa !28
-  %2823 = mul nsw i64 %190, %out_batch
-  %invariant.gep473.i = getelementptr float, ptr %out, i64 %2823
-  br label %for_begin_d_0204.preheader.i
+if_then204.i:                                     ; preds = %for_end_step.i
+  %2831 = fdiv <16 x float> splat (float 1.000000e+00), %2121
+  %2832 = fcmp oeq <16 x float> %2121, zeroinitializer
+  %2833 = select <16 x i1> %2832, <16 x float> zeroinitializer, <16 x float> %2831
+  store <16 x float> %2833, ptr %factor263.i, align 16, !tbaa !28
+  %2834 = mul nsw i64 %197, %out_batch
+  %invariant.gep479.i = getelementptr float, ptr %out, i64 %2834
+  br label %for_begin_d_0206.preheader.i
 
-if_end203.i:                                      ; preds = %for_body_d.15.i, %vector.body, %if_end240.15.i
-  %2824 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2825 = tail call i32 %2824(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2825, 0
-  br i1 %.not.i, label %if_end252.i, label %fused_decode_compute_.exit, !prof !27
+if_end205.i:                                      ; preds = %for_body_d.15.i, %vector.body, %if_end242.15.i
+  %2835 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2836 = tail call i32 %2835(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2836, 0
+  br i1 %.not.i, label %if_end254.i, label %fused_decode_compute_.exit, !prof !27
 
-for_begin_r.preheader.i:                          ; preds = %for_end_d_0206.i
-  %2826 = mul nsw i64 %190, %lse_batch
-  %2827 = getelementptr float, ptr %lse, i64 %2826
-  %2828 = shl nuw nsw i32 %347, 23
-  %2829 = add nuw i32 %2828, 16777216
-  %2830 = bitcast i32 %2829 to float
-  %row_sum273.sroa.0.0.vec.extract712.i = extractelement <16 x float> %2110, i64 0
-  %2831 = fcmp oeq float %row_sum273.sroa.0.0.vec.extract712.i, 0.000000e+00
-  br i1 %2831, label %if_end240.i, label %if_else239.i
+for_begin_r.preheader.i:                          ; preds = %for_end_d_0208.i
+  %2837 = mul nsw i64 %197, %lse_batch
+  %2838 = getelementptr float, ptr %lse, i64 %2837
+  %2839 = shl nuw nsw i32 %354, 23
+  %2840 = add nuw i32 %2839, 16777216
+  %2841 = bitcast i32 %2840 to float
+  %row_sum275.sroa.0.0.vec.extract718.i = extractelement <16 x float> %2121, i64 0
+  %2842 = fcmp oeq float %row_sum275.sroa.0.0.vec.extract718.i, 0.000000e+00
+  br i1 %2842, label %if_end242.i, label %if_else241.i
 
-for_begin_d_0204.preheader.i:                     ; preds = %for_end_d_0206.i, %if_then202.i
-  %indvars.iv662.i = phi i64 [ 0, %if_then202.i ], [ %indvars.iv.next663.i, %for_end_d_0206.i ]
-  %2832 = shl nuw nsw i64 %indvars.iv662.i, 2
-  %2833 = getelementptr inbounds nuw float, ptr %factor261.i, i64 %2832
-  %2834 = load float, ptr %2833, align 16, !tbaa !35
-  %2835 = insertelement <16 x float> poison, float %2834, i64 0
-  %2836 = shufflevector <16 x float> %2835, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx277.i = mul i64 %104, %indvars.iv662.i
-  %gep474.i = getelementptr i8, ptr %invariant.gep473.i, i64 %.idx277.i
-  %2837 = getelementptr inbounds nuw i8, ptr %2833, i64 4
-  %2838 = load float, ptr %2837, align 4, !tbaa !35
-  %2839 = insertelement <16 x float> poison, float %2838, i64 0
-  %2840 = shufflevector <16 x float> %2839, <16 x float> poison, <16 x i32> zeroinitializer
-  %2841 = or disjoint i64 %2832, 1
-  %2842 = mul nsw i64 %2841, %out_head
-  %2843 = getelementptr inbounds nuw i8, ptr %2833, i64 8
-  %2844 = load float, ptr %2843, align 8, !tbaa !35
-  %2845 = insertelement <16 x float> poison, float %2844, i64 0
-  %2846 = shufflevector <16 x float> %2845, <16 x float> poison, <16 x i32> zeroinitializer
-  %2847 = or disjoint i64 %2832, 2
-  %2848 = mul nsw i64 %2847, %out_head
-  %2849 = getelementptr inbounds nuw i8, ptr %2833, i64 12
-  %2850 = load float, ptr %2849, align 4, !tbaa !35
-  %2851 = insertelement <16 x float> poison, float %2850, i64 0
-  %2852 = shufflevector <16 x float> %2851, <16 x float> poison, <16 x i32> zeroinitializer
-  %2853 = or disjoint i64 %2832, 3
-  %2854 = mul nsw i64 %2853, %out_head
-  %invariant.gep133 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2832
-  br label %for_begin_ax1_0209.preheader.i
+for_begin_d_0206.preheader.i:                     ; preds = %for_end_d_0208.i, %if_then204.i
+  %indvars.iv668.i = phi i64 [ 0, %if_then204.i ], [ %indvars.iv.next669.i, %for_end_d_0208.i ]
+  %2843 = shl nuw nsw i64 %indvars.iv668.i, 2
+  %2844 = getelementptr inbounds nuw float, ptr %factor263.i, i64 %2843
+  %2845 = load float, ptr %2844, align 16, !tbaa !35
+  %2846 = insertelement <16 x float> poison, float %2845, i64 0
+  %2847 = shufflevector <16 x float> %2846, <16 x float> poison, <16 x i32> zeroinitializer
+  %.idx279.i = mul i64 %111, %indvars.iv668.i
+  %gep480.i = getelementptr i8, ptr %invariant.gep479.i, i64 %.idx279.i
+  %2848 = getelementptr inbounds nuw i8, ptr %2844, i64 4
+  %2849 = load float, ptr %2848, align 4, !tbaa !35
+  %2850 = insertelement <16 x float> poison, float %2849, i64 0
+  %2851 = shufflevector <16 x float> %2850, <16 x float> poison, <16 x i32> zeroinitializer
+  %2852 = or disjoint i64 %2843, 1
+  %2853 = mul nsw i64 %2852, %out_head
+  %2854 = getelementptr inbounds nuw i8, ptr %2844, i64 8
+  %2855 = load float, ptr %2854, align 8, !tbaa !35
+  %2856 = insertelement <16 x float> poison, float %2855, i64 0
+  %2857 = shufflevector <16 x float> %2856, <16 x float> poison, <16 x i32> zeroinitializer
+  %2858 = or disjoint i64 %2843, 2
+  %2859 = mul nsw i64 %2858, %out_head
+  %2860 = getelementptr inbounds nuw i8, ptr %2844, i64 12
+  %2861 = load float, ptr %2860, align 4, !tbaa !35
+  %2862 = insertelement <16 x float> poison, float %2861, i64 0
+  %2863 = shufflevector <16 x float> %2862, <16 x float> poison, <16 x i32> zeroinitializer
+  %2864 = or disjoint i64 %2843, 3
+  %2865 = mul nsw i64 %2864, %out_head
+  %invariant.gep139 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2843
+  br label %for_begin_ax1_0211.preheader.i
 
-for_begin_ax1_0209.preheader.i:                   ; preds = %for_begin_ax1_0209.preheader.i, %for_begin_d_0204.preheader.i
-  %indvars.iv657.i = phi i64 [ 0, %for_begin_d_0204.preheader.i ], [ %indvars.iv.next658.i, %for_begin_ax1_0209.preheader.i ]
-  %.idx70 = shl nuw nsw i64 %indvars.iv657.i, 10
-  %gep134 = getelementptr inbounds nuw i8, ptr %invariant.gep133, i64 %.idx70
-  %v215.i = load <4 x float>, ptr %gep134, align 4, !tbaa !5
-  %2855 = getelementptr inbounds nuw i8, ptr %gep134, i64 64
-  %v217.i = load <4 x float>, ptr %2855, align 4, !tbaa !5
-  %2856 = getelementptr inbounds nuw i8, ptr %gep134, i64 128
-  %v219.i = load <4 x float>, ptr %2856, align 4, !tbaa !5
-  %2857 = getelementptr inbounds nuw i8, ptr %gep134, i64 192
-  %v221.i = load <4 x float>, ptr %2857, align 4, !tbaa !5
-  %2858 = shufflevector <4 x float> %v215.i, <4 x float> %v219.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2859 = shufflevector <4 x float> %v217.i, <4 x float> %v221.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2860 = shufflevector <4 x float> %v215.i, <4 x float> %v219.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2861 = shufflevector <4 x float> %v217.i, <4 x float> %v221.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2862 = shufflevector <4 x float> %2858, <4 x float> %2859, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2863 = shufflevector <4 x float> %2858, <4 x float> %2859, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2864 = shufflevector <4 x float> %2860, <4 x float> %2861, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2865 = shufflevector <4 x float> %2860, <4 x float> %2861, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2866 = getelementptr inbounds nuw i8, ptr %gep134, i64 256
-  %v215.1.i = load <4 x float>, ptr %2866, align 4, !tbaa !5
-  %2867 = getelementptr inbounds nuw i8, ptr %gep134, i64 320
-  %v217.1.i = load <4 x float>, ptr %2867, align 4, !tbaa !5
-  %2868 = getelementptr inbounds nuw i8, ptr %gep134, i64 384
-  %v219.1.i = load <4 x float>, ptr %2868, align 4, !tbaa !5
-  %2869 = getelementptr inbounds nuw i8, ptr %gep134, i64 448
-  %v221.1.i = load <4 x float>, ptr %2869, align 4, !tbaa !5
-  %2870 = shufflevector <4 x float> %v215.1.i, <4 x float> %v219.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2871 = shufflevector <4 x float> %v217.1.i, <4 x float> %v221.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2872 = shufflevector <4 x float> %v215.1.i, <4 x float> %v219.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2873 = shufflevector <4 x float> %v217.1.i, <4 x float> %v221.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2874 = shufflevector <4 x float> %2870, <4 x float> %2871, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2875 = shufflevector <4 x float> %2870, <4 x float> %2871, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2876 = shufflevector <4 x float> %2872, <4 x float> %2873, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2877 = shufflevector <4 x float> %2872, <4 x float> %2873, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2878 = getelementptr inbounds nuw i8, ptr %gep134, i64 512
-  %v215.2.i = load <4 x float>, ptr %2878, align 4, !tbaa !5
-  %2879 = getelementptr inbounds nuw i8, ptr %gep134, i64 576
-  %v217.2.i = load <4 x float>, ptr %2879, align 4, !tbaa !5
-  %2880 = getelementptr inbounds nuw i8, ptr %gep134, i64 640
-  %v219.2.i = load <4 x float>, ptr %2880, align 4, !tbaa !5
-  %2881 = getelementptr inbounds nuw i8, ptr %gep134, i64 704
-  %v221.2.i = load <4 x float>, ptr %2881, align 4, !tbaa !5
-  %2882 = shufflevector <4 x float> %v215.2.i, <4 x float> %v219.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2883 = shufflevector <4 x float> %v217.2.i, <4 x float> %v221.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2884 = shufflevector <4 x float> %v215.2.i, <4 x float> %v219.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2885 = shufflevector <4 x float> %v217.2.i, <4 x float> %v221.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2886 = shufflevector <4 x float> %2882, <4 x float> %2883, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2887 = shufflevector <4 x float> %2882, <4 x float> %2883, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2888 = shufflevector <4 x float> %2884, <4 x float> %2885, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2889 = shufflevector <4 x float> %2884, <4 x float> %2885, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2890 = getelementptr inbounds nuw i8, ptr %gep134, i64 768
-  %v215.3.i = load <4 x float>, ptr %2890, align 4, !tbaa !5
-  %2891 = getelementptr inbounds nuw i8, ptr %gep134, i64 832
-  %v217.3.i = load <4 x float>, ptr %2891, align 4, !tbaa !5
-  %2892 = getelementptr inbounds nuw i8, ptr %gep134, i64 896
-  %v219.3.i = load <4 x float>, ptr %2892, align 4, !tbaa !5
-  %2893 = getelementptr inbounds nuw i8, ptr %gep134, i64 960
-  %v221.3.i = load <4 x float>, ptr %2893, align 4, !tbaa !5
-  %2894 = shufflevector <4 x float> %v215.3.i, <4 x float> %v219.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2895 = shufflevector <4 x float> %v217.3.i, <4 x float> %v221.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2896 = shufflevector <4 x float> %v215.3.i, <4 x float> %v219.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2897 = shufflevector <4 x float> %v217.3.i, <4 x float> %v221.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2898 = shufflevector <4 x float> %2894, <4 x float> %2895, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2899 = shufflevector <4 x float> %2862, <4 x float> %2874, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2900 = shufflevector <4 x float> %2886, <4 x float> %2898, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2901 = shufflevector <8 x float> %2899, <8 x float> %2900, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2902 = shufflevector <4 x float> %2894, <4 x float> %2895, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2903 = shufflevector <4 x float> %2863, <4 x float> %2875, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2904 = shufflevector <4 x float> %2887, <4 x float> %2902, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2905 = shufflevector <8 x float> %2903, <8 x float> %2904, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2906 = shufflevector <4 x float> %2896, <4 x float> %2897, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2907 = shufflevector <4 x float> %2864, <4 x float> %2876, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2908 = shufflevector <4 x float> %2888, <4 x float> %2906, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2909 = shufflevector <8 x float> %2907, <8 x float> %2908, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2910 = shufflevector <4 x float> %2896, <4 x float> %2897, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2911 = shufflevector <4 x float> %2865, <4 x float> %2877, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2912 = shufflevector <4 x float> %2889, <4 x float> %2910, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2913 = shufflevector <8 x float> %2911, <8 x float> %2912, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2914 = fmul <16 x float> %2836, %2901
-  %2915 = shl nuw nsw i64 %indvars.iv657.i, 4
-  %gep471.i = getelementptr float, ptr %gep474.i, i64 %2915
-  store <16 x float> %2914, ptr %gep471.i, align 4, !tbaa !5
-  %2916 = fmul <16 x float> %2840, %2905
-  %2917 = getelementptr float, ptr %invariant.gep473.i, i64 %2915
-  %2918 = getelementptr float, ptr %2917, i64 %2842
-  store <16 x float> %2916, ptr %2918, align 4, !tbaa !5
-  %2919 = fmul <16 x float> %2846, %2909
-  %2920 = getelementptr float, ptr %2917, i64 %2848
-  store <16 x float> %2919, ptr %2920, align 4, !tbaa !5
-  %2921 = fmul <16 x float> %2852, %2913
-  %2922 = getelementptr float, ptr %2917, i64 %2854
-  store <16 x float> %2921, ptr %2922, align 4, !tbaa !5
-  %indvars.iv.next658.i = add nuw nsw i64 %indvars.iv657.i, 1
-  %exitcond661.not.i = icmp eq i64 %indvars.iv.next658.i, 8
-  br i1 %exitcond661.not.i, label %for_end_d_0206.i, label %for_begin_ax1_0209.preheader.i, !prof !16
+for_begin_ax1_0211.preheader.i:                   ; preds = %for_begin_ax1_0211.preheader.i, %for_begin_d_0206.preheader.i
+  %indvars.iv663.i = phi i64 [ 0, %for_begin_d_0206.preheader.i ], [ %indvars.iv.next664.i, %for_begin_ax1_0211.preheader.i ]
+  %.idx76 = shl nuw nsw i64 %indvars.iv663.i, 10
+  %gep140 = getelementptr inbounds nuw i8, ptr %invariant.gep139, i64 %.idx76
+  %v217.i = load <4 x float>, ptr %gep140, align 4, !tbaa !5
+  %2866 = getelementptr inbounds nuw i8, ptr %gep140, i64 64
+  %v219.i = load <4 x float>, ptr %2866, align 4, !tbaa !5
+  %2867 = getelementptr inbounds nuw i8, ptr %gep140, i64 128
+  %v221.i = load <4 x float>, ptr %2867, align 4, !tbaa !5
+  %2868 = getelementptr inbounds nuw i8, ptr %gep140, i64 192
+  %v223.i = load <4 x float>, ptr %2868, align 4, !tbaa !5
+  %2869 = shufflevector <4 x float> %v217.i, <4 x float> %v221.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2870 = shufflevector <4 x float> %v219.i, <4 x float> %v223.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2871 = shufflevector <4 x float> %v217.i, <4 x float> %v221.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2872 = shufflevector <4 x float> %v219.i, <4 x float> %v223.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2873 = shufflevector <4 x float> %2869, <4 x float> %2870, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2874 = shufflevector <4 x float> %2869, <4 x float> %2870, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2875 = shufflevector <4 x float> %2871, <4 x float> %2872, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2876 = shufflevector <4 x float> %2871, <4 x float> %2872, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2877 = getelementptr inbounds nuw i8, ptr %gep140, i64 256
+  %v217.1.i = load <4 x float>, ptr %2877, align 4, !tbaa !5
+  %2878 = getelementptr inbounds nuw i8, ptr %gep140, i64 320
+  %v219.1.i = load <4 x float>, ptr %2878, align 4, !tbaa !5
+  %2879 = getelementptr inbounds nuw i8, ptr %gep140, i64 384
+  %v221.1.i = load <4 x float>, ptr %2879, align 4, !tbaa !5
+  %2880 = getelementptr inbounds nuw i8, ptr %gep140, i64 448
+  %v223.1.i = load <4 x float>, ptr %2880, align 4, !tbaa !5
+  %2881 = shufflevector <4 x float> %v217.1.i, <4 x float> %v221.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2882 = shufflevector <4 x float> %v219.1.i, <4 x float> %v223.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2883 = shufflevector <4 x float> %v217.1.i, <4 x float> %v221.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2884 = shufflevector <4 x float> %v219.1.i, <4 x float> %v223.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2885 = shufflevector <4 x float> %2881, <4 x float> %2882, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2886 = shufflevector <4 x float> %2881, <4 x float> %2882, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2887 = shufflevector <4 x float> %2883, <4 x float> %2884, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2888 = shufflevector <4 x float> %2883, <4 x float> %2884, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2889 = getelementptr inbounds nuw i8, ptr %gep140, i64 512
+  %v217.2.i = load <4 x float>, ptr %2889, align 4, !tbaa !5
+  %2890 = getelementptr inbounds nuw i8, ptr %gep140, i64 576
+  %v219.2.i = load <4 x float>, ptr %2890, align 4, !tbaa !5
+  %2891 = getelementptr inbounds nuw i8, ptr %gep140, i64 640
+  %v221.2.i = load <4 x float>, ptr %2891, align 4, !tbaa !5
+  %2892 = getelementptr inbounds nuw i8, ptr %gep140, i64 704
+  %v223.2.i = load <4 x float>, ptr %2892, align 4, !tbaa !5
+  %2893 = shufflevector <4 x float> %v217.2.i, <4 x float> %v221.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2894 = shufflevector <4 x float> %v219.2.i, <4 x float> %v223.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2895 = shufflevector <4 x float> %v217.2.i, <4 x float> %v221.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2896 = shufflevector <4 x float> %v219.2.i, <4 x float> %v223.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2897 = shufflevector <4 x float> %2893, <4 x float> %2894, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2898 = shufflevector <4 x float> %2893, <4 x float> %2894, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2899 = shufflevector <4 x float> %2895, <4 x float> %2896, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2900 = shufflevector <4 x float> %2895, <4 x float> %2896, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2901 = getelementptr inbounds nuw i8, ptr %gep140, i64 768
+  %v217.3.i = load <4 x float>, ptr %2901, align 4, !tbaa !5
+  %2902 = getelementptr inbounds nuw i8, ptr %gep140, i64 832
+  %v219.3.i = load <4 x float>, ptr %2902, align 4, !tbaa !5
+  %2903 = getelementptr inbounds nuw i8, ptr %gep140, i64 896
+  %v221.3.i = load <4 x float>, ptr %2903, align 4, !tbaa !5
+  %2904 = getelementptr inbounds nuw i8, ptr %gep140, i64 960
+  %v223.3.i = load <4 x float>, ptr %2904, align 4, !tbaa !5
+  %2905 = shufflevector <4 x float> %v217.3.i, <4 x float> %v221.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2906 = shufflevector <4 x float> %v219.3.i, <4 x float> %v223.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2907 = shufflevector <4 x float> %v217.3.i, <4 x float> %v221.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2908 = shufflevector <4 x float> %v219.3.i, <4 x float> %v223.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2909 = shufflevector <4 x float> %2905, <4 x float> %2906, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2910 = shufflevector <4 x float> %2873, <4 x float> %2885, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2911 = shufflevector <4 x float> %2897, <4 x float> %2909, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2912 = shufflevector <8 x float> %2910, <8 x float> %2911, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2913 = shufflevector <4 x float> %2905, <4 x float> %2906, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2914 = shufflevector <4 x float> %2874, <4 x float> %2886, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2915 = shufflevector <4 x float> %2898, <4 x float> %2913, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2916 = shufflevector <8 x float> %2914, <8 x float> %2915, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2917 = shufflevector <4 x float> %2907, <4 x float> %2908, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2918 = shufflevector <4 x float> %2875, <4 x float> %2887, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2919 = shufflevector <4 x float> %2899, <4 x float> %2917, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2920 = shufflevector <8 x float> %2918, <8 x float> %2919, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2921 = shufflevector <4 x float> %2907, <4 x float> %2908, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2922 = shufflevector <4 x float> %2876, <4 x float> %2888, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2923 = shufflevector <4 x float> %2900, <4 x float> %2921, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2924 = shufflevector <8 x float> %2922, <8 x float> %2923, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2925 = fmul <16 x float> %2847, %2912
+  %2926 = shl nuw nsw i64 %indvars.iv663.i, 4
+  %gep477.i = getelementptr float, ptr %gep480.i, i64 %2926
+  store <16 x float> %2925, ptr %gep477.i, align 4, !tbaa !5
+  %2927 = fmul <16 x float> %2851, %2916
+  %2928 = getelementptr float, ptr %invariant.gep479.i, i64 %2926
+  %2929 = getelementptr float, ptr %2928, i64 %2853
+  store <16 x float> %2927, ptr %2929, align 4, !tbaa !5
+  %2930 = fmul <16 x float> %2857, %2920
+  %2931 = getelementptr float, ptr %2928, i64 %2859
+  store <16 x float> %2930, ptr %2931, align 4, !tbaa !5
+  %2932 = fmul <16 x float> %2863, %2924
+  %2933 = getelementptr float, ptr %2928, i64 %2865
+  store <16 x float> %2932, ptr %2933, align 4, !tbaa !5
+  %indvars.iv.next664.i = add nuw nsw i64 %indvars.iv663.i, 1
+  %exitcond667.not.i = icmp eq i64 %indvars.iv.next664.i, 8
+  br i1 %exitcond667.not.i, label %for_end_d_0208.i, label %for_begin_ax1_0211.preheader.i, !prof !16
 
-for_end_d_0206.i:                                 ; preds = %for_begin_ax1_0209.preheader.i
-  %indvars.iv.next663.i = add nuw nsw i64 %indvars.iv662.i, 1
-  %exitcond665.not.i = icmp eq i64 %indvars.iv.next663.i, 4
-  br i1 %exitcond665.not.i, label %for_begin_r.preheader.i, label %for_begin_d_0204.preheader.i, !prof !16
+for_end_d_0208.i:                                 ; preds = %for_begin_ax1_0211.preheader.i
+  %indvars.iv.next669.i = add nuw nsw i64 %indvars.iv668.i, 1
+  %exitcond671.not.i = icmp eq i64 %indvars.iv.next669.i, 4
+  br i1 %exitcond671.not.i, label %for_begin_r.preheader.i, label %for_begin_d_0206.preheader.i, !prof !16
 
-if_else239.i:                                     ; preds = %for_begin_r.preheader.i
-  %2923 = fmul float %row_sum273.sroa.0.0.vec.extract712.i, %2830
-  %2924 = tail call float @llvm.log.f32(float %2923)
-  %row_max274.sroa.0.0.vec.extract679.i = extractelement <16 x float> %m.i, i64 0
-  %2925 = fadd float %row_max274.sroa.0.0.vec.extract679.i, %2924
-  br label %if_end240.i
-
-if_end240.i:                                      ; preds = %if_else239.i, %for_begin_r.preheader.i
-  %2926 = phi float [ %2925, %if_else239.i ], [ 0xFFF0000000000000, %for_begin_r.preheader.i ]
-  store float %2926, ptr %2827, align 4, !tbaa !5
-  %row_sum273.sroa.0.4.vec.extract714.i = extractelement <16 x float> %2110, i64 1
-  %2927 = fcmp oeq float %row_sum273.sroa.0.4.vec.extract714.i, 0.000000e+00
-  br i1 %2927, label %if_end240.1.i, label %if_else239.1.i
-
-if_else239.1.i:                                   ; preds = %if_end240.i
-  %2928 = fmul float %row_sum273.sroa.0.4.vec.extract714.i, %2830
-  %2929 = tail call float @llvm.log.f32(float %2928)
-  %row_max274.sroa.0.4.vec.extract681.i = extractelement <16 x float> %m.i, i64 1
-  %2930 = fadd float %row_max274.sroa.0.4.vec.extract681.i, %2929
-  br label %if_end240.1.i
-
-if_end240.1.i:                                    ; preds = %if_else239.1.i, %if_end240.i
-  %2931 = phi float [ %2930, %if_else239.1.i ], [ 0xFFF0000000000000, %if_end240.i ]
-  %2932 = getelementptr i8, ptr %2827, i64 4
-  store float %2931, ptr %2932, align 4, !tbaa !5
-  %row_sum273.sroa.0.8.vec.extract716.i = extractelement <16 x float> %2110, i64 2
-  %2933 = fcmp oeq float %row_sum273.sroa.0.8.vec.extract716.i, 0.000000e+00
-  br i1 %2933, label %if_end240.2.i, label %if_else239.2.i
-
-if_else239.2.i:                                   ; preds = %if_end240.1.i
-  %2934 = fmul float %row_sum273.sroa.0.8.vec.extract716.i, %2830
+if_else241.i:                                     ; preds = %for_begin_r.preheader.i
+  %2934 = fmul float %row_sum275.sroa.0.0.vec.extract718.i, %2841
   %2935 = tail call float @llvm.log.f32(float %2934)
-  %row_max274.sroa.0.8.vec.extract683.i = extractelement <16 x float> %m.i, i64 2
-  %2936 = fadd float %row_max274.sroa.0.8.vec.extract683.i, %2935
-  br label %if_end240.2.i
+  %row_max276.sroa.0.0.vec.extract685.i = extractelement <16 x float> %m.i, i64 0
+  %2936 = fadd float %row_max276.sroa.0.0.vec.extract685.i, %2935
+  br label %if_end242.i
 
-if_end240.2.i:                                    ; preds = %if_else239.2.i, %if_end240.1.i
-  %2937 = phi float [ %2936, %if_else239.2.i ], [ 0xFFF0000000000000, %if_end240.1.i ]
-  %2938 = getelementptr i8, ptr %2827, i64 8
-  store float %2937, ptr %2938, align 4, !tbaa !5
-  %row_sum273.sroa.0.12.vec.extract718.i = extractelement <16 x float> %2110, i64 3
-  %2939 = fcmp oeq float %row_sum273.sroa.0.12.vec.extract718.i, 0.000000e+00
-  br i1 %2939, label %if_end240.3.i, label %if_else239.3.i
+if_end242.i:                                      ; preds = %if_else241.i, %for_begin_r.preheader.i
+  %2937 = phi float [ %2936, %if_else241.i ], [ 0xFFF0000000000000, %for_begin_r.preheader.i ]
+  store float %2937, ptr %2838, align 4, !tbaa !5
+  %row_sum275.sroa.0.4.vec.extract720.i = extractelement <16 x float> %2121, i64 1
+  %2938 = fcmp oeq float %row_sum275.sroa.0.4.vec.extract720.i, 0.000000e+00
+  br i1 %2938, label %if_end242.1.i, label %if_else241.1.i
 
-if_else239.3.i:                                   ; preds = %if_end240.2.i
-  %2940 = fmul float %row_sum273.sroa.0.12.vec.extract718.i, %2830
-  %2941 = tail call float @llvm.log.f32(float %2940)
-  %row_max274.sroa.0.12.vec.extract685.i = extractelement <16 x float> %m.i, i64 3
-  %2942 = fadd float %row_max274.sroa.0.12.vec.extract685.i, %2941
-  br label %if_end240.3.i
+if_else241.1.i:                                   ; preds = %if_end242.i
+  %2939 = fmul float %row_sum275.sroa.0.4.vec.extract720.i, %2841
+  %2940 = tail call float @llvm.log.f32(float %2939)
+  %row_max276.sroa.0.4.vec.extract687.i = extractelement <16 x float> %m.i, i64 1
+  %2941 = fadd float %row_max276.sroa.0.4.vec.extract687.i, %2940
+  br label %if_end242.1.i
 
-if_end240.3.i:                                    ; preds = %if_else239.3.i, %if_end240.2.i
-  %2943 = phi float [ %2942, %if_else239.3.i ], [ 0xFFF0000000000000, %if_end240.2.i ]
-  %2944 = getelementptr i8, ptr %2827, i64 12
-  store float %2943, ptr %2944, align 4, !tbaa !5
-  %row_sum273.sroa.0.16.vec.extract720.i = extractelement <16 x float> %2110, i64 4
-  %2945 = fcmp oeq float %row_sum273.sroa.0.16.vec.extract720.i, 0.000000e+00
-  br i1 %2945, label %if_end240.4.i, label %if_else239.4.i
+if_end242.1.i:                                    ; preds = %if_else241.1.i, %if_end242.i
+  %2942 = phi float [ %2941, %if_else241.1.i ], [ 0xFFF0000000000000, %if_end242.i ]
+  %2943 = getelementptr i8, ptr %2838, i64 4
+  store float %2942, ptr %2943, align 4, !tbaa !5
+  %row_sum275.sroa.0.8.vec.extract722.i = extractelement <16 x float> %2121, i64 2
+  %2944 = fcmp oeq float %row_sum275.sroa.0.8.vec.extract722.i, 0.000000e+00
+  br i1 %2944, label %if_end242.2.i, label %if_else241.2.i
 
-if_else239.4.i:                                   ; preds = %if_end240.3.i
-  %2946 = fmul float %row_sum273.sroa.0.16.vec.extract720.i, %2830
-  %2947 = tail call float @llvm.log.f32(float %2946)
-  %row_max274.sroa.0.16.vec.extract687.i = extractelement <16 x float> %m.i, i64 4
-  %2948 = fadd float %row_max274.sroa.0.16.vec.extract687.i, %2947
-  br label %if_end240.4.i
+if_else241.2.i:                                   ; preds = %if_end242.1.i
+  %2945 = fmul float %row_sum275.sroa.0.8.vec.extract722.i, %2841
+  %2946 = tail call float @llvm.log.f32(float %2945)
+  %row_max276.sroa.0.8.vec.extract689.i = extractelement <16 x float> %m.i, i64 2
+  %2947 = fadd float %row_max276.sroa.0.8.vec.extract689.i, %2946
+  br label %if_end242.2.i
 
-if_end240.4.i:                                    ; preds = %if_else239.4.i, %if_end240.3.i
-  %2949 = phi float [ %2948, %if_else239.4.i ], [ 0xFFF0000000000000, %if_end240.3.i ]
-  %2950 = getelementptr i8, ptr %2827, i64 16
-  store float %2949, ptr %2950, align 4, !tbaa !5
-  %row_sum273.sroa.0.20.vec.extract722.i = extractelement <16 x float> %2110, i64 5
-  %2951 = fcmp oeq float %row_sum273.sroa.0.20.vec.extract722.i, 0.000000e+00
-  br i1 %2951, label %if_end240.5.i, label %if_else239.5.i
+if_end242.2.i:                                    ; preds = %if_else241.2.i, %if_end242.1.i
+  %2948 = phi float [ %2947, %if_else241.2.i ], [ 0xFFF0000000000000, %if_end242.1.i ]
+  %2949 = getelementptr i8, ptr %2838, i64 8
+  store float %2948, ptr %2949, align 4, !tbaa !5
+  %row_sum275.sroa.0.12.vec.extract724.i = extractelement <16 x float> %2121, i64 3
+  %2950 = fcmp oeq float %row_sum275.sroa.0.12.vec.extract724.i, 0.000000e+00
+  br i1 %2950, label %if_end242.3.i, label %if_else241.3.i
 
-if_else239.5.i:                                   ; preds = %if_end240.4.i
-  %2952 = fmul float %row_sum273.sroa.0.20.vec.extract722.i, %2830
-  %2953 = tail call float @llvm.log.f32(float %2952)
-  %row_max274.sroa.0.20.vec.extract689.i = extractelement <16 x float> %m.i, i64 5
-  %2954 = fadd float %row_max274.sroa.0.20.vec.extract689.i, %2953
-  br label %if_end240.5.i
+if_else241.3.i:                                   ; preds = %if_end242.2.i
+  %2951 = fmul float %row_sum275.sroa.0.12.vec.extract724.i, %2841
+  %2952 = tail call float @llvm.log.f32(float %2951)
+  %row_max276.sroa.0.12.vec.extract691.i = extractelement <16 x float> %m.i, i64 3
+  %2953 = fadd float %row_max276.sroa.0.12.vec.extract691.i, %2952
+  br label %if_end242.3.i
 
-if_end240.5.i:                                    ; preds = %if_else239.5.i, %if_end240.4.i
-  %2955 = phi float [ %2954, %if_else239.5.i ], [ 0xFFF0000000000000, %if_end240.4.i ]
-  %2956 = getelementptr i8, ptr %2827, i64 20
-  store float %2955, ptr %2956, align 4, !tbaa !5
-  %row_sum273.sroa.0.24.vec.extract724.i = extractelement <16 x float> %2110, i64 6
-  %2957 = fcmp oeq float %row_sum273.sroa.0.24.vec.extract724.i, 0.000000e+00
-  br i1 %2957, label %if_end240.6.i, label %if_else239.6.i
+if_end242.3.i:                                    ; preds = %if_else241.3.i, %if_end242.2.i
+  %2954 = phi float [ %2953, %if_else241.3.i ], [ 0xFFF0000000000000, %if_end242.2.i ]
+  %2955 = getelementptr i8, ptr %2838, i64 12
+  store float %2954, ptr %2955, align 4, !tbaa !5
+  %row_sum275.sroa.0.16.vec.extract726.i = extractelement <16 x float> %2121, i64 4
+  %2956 = fcmp oeq float %row_sum275.sroa.0.16.vec.extract726.i, 0.000000e+00
+  br i1 %2956, label %if_end242.4.i, label %if_else241.4.i
 
-if_else239.6.i:                                   ; preds = %if_end240.5.i
-  %2958 = fmul float %row_sum273.sroa.0.24.vec.extract724.i, %2830
-  %2959 = tail call float @llvm.log.f32(float %2958)
-  %row_max274.sroa.0.24.vec.extract691.i = extractelement <16 x float> %m.i, i64 6
-  %2960 = fadd float %row_max274.sroa.0.24.vec.extract691.i, %2959
-  br label %if_end240.6.i
+if_else241.4.i:                                   ; preds = %if_end242.3.i
+  %2957 = fmul float %row_sum275.sroa.0.16.vec.extract726.i, %2841
+  %2958 = tail call float @llvm.log.f32(float %2957)
+  %row_max276.sroa.0.16.vec.extract693.i = extractelement <16 x float> %m.i, i64 4
+  %2959 = fadd float %row_max276.sroa.0.16.vec.extract693.i, %2958
+  br label %if_end242.4.i
 
-if_end240.6.i:                                    ; preds = %if_else239.6.i, %if_end240.5.i
-  %2961 = phi float [ %2960, %if_else239.6.i ], [ 0xFFF0000000000000, %if_end240.5.i ]
-  %2962 = getelementptr i8, ptr %2827, i64 24
-  store float %2961, ptr %2962, align 4, !tbaa !5
-  %row_sum273.sroa.0.28.vec.extract726.i = extractelement <16 x float> %2110, i64 7
-  %2963 = fcmp oeq float %row_sum273.sroa.0.28.vec.extract726.i, 0.000000e+00
-  br i1 %2963, label %if_end240.7.i, label %if_else239.7.i
+if_end242.4.i:                                    ; preds = %if_else241.4.i, %if_end242.3.i
+  %2960 = phi float [ %2959, %if_else241.4.i ], [ 0xFFF0000000000000, %if_end242.3.i ]
+  %2961 = getelementptr i8, ptr %2838, i64 16
+  store float %2960, ptr %2961, align 4, !tbaa !5
+  %row_sum275.sroa.0.20.vec.extract728.i = extractelement <16 x float> %2121, i64 5
+  %2962 = fcmp oeq float %row_sum275.sroa.0.20.vec.extract728.i, 0.000000e+00
+  br i1 %2962, label %if_end242.5.i, label %if_else241.5.i
 
-if_else239.7.i:                                   ; preds = %if_end240.6.i
-  %2964 = fmul float %row_sum273.sroa.0.28.vec.extract726.i, %2830
-  %2965 = tail call float @llvm.log.f32(float %2964)
-  %row_max274.sroa.0.28.vec.extract693.i = extractelement <16 x float> %m.i, i64 7
-  %2966 = fadd float %row_max274.sroa.0.28.vec.extract693.i, %2965
-  br label %if_end240.7.i
+if_else241.5.i:                                   ; preds = %if_end242.4.i
+  %2963 = fmul float %row_sum275.sroa.0.20.vec.extract728.i, %2841
+  %2964 = tail call float @llvm.log.f32(float %2963)
+  %row_max276.sroa.0.20.vec.extract695.i = extractelement <16 x float> %m.i, i64 5
+  %2965 = fadd float %row_max276.sroa.0.20.vec.extract695.i, %2964
+  br label %if_end242.5.i
 
-if_end240.7.i:                                    ; preds = %if_else239.7.i, %if_end240.6.i
-  %2967 = phi float [ %2966, %if_else239.7.i ], [ 0xFFF0000000000000, %if_end240.6.i ]
-  %2968 = getelementptr i8, ptr %2827, i64 28
-  store float %2967, ptr %2968, align 4, !tbaa !5
-  %row_sum273.sroa.0.32.vec.extract728.i = extractelement <16 x float> %2110, i64 8
-  %2969 = fcmp oeq float %row_sum273.sroa.0.32.vec.extract728.i, 0.000000e+00
-  br i1 %2969, label %if_end240.8.i, label %if_else239.8.i
+if_end242.5.i:                                    ; preds = %if_else241.5.i, %if_end242.4.i
+  %2966 = phi float [ %2965, %if_else241.5.i ], [ 0xFFF0000000000000, %if_end242.4.i ]
+  %2967 = getelementptr i8, ptr %2838, i64 20
+  store float %2966, ptr %2967, align 4, !tbaa !5
+  %row_sum275.sroa.0.24.vec.extract730.i = extractelement <16 x float> %2121, i64 6
+  %2968 = fcmp oeq float %row_sum275.sroa.0.24.vec.extract730.i, 0.000000e+00
+  br i1 %2968, label %if_end242.6.i, label %if_else241.6.i
 
-if_else239.8.i:                                   ; preds = %if_end240.7.i
-  %2970 = fmul float %row_sum273.sroa.0.32.vec.extract728.i, %2830
-  %2971 = tail call float @llvm.log.f32(float %2970)
-  %row_max274.sroa.0.32.vec.extract695.i = extractelement <16 x float> %m.i, i64 8
-  %2972 = fadd float %row_max274.sroa.0.32.vec.extract695.i, %2971
-  br label %if_end240.8.i
+if_else241.6.i:                                   ; preds = %if_end242.5.i
+  %2969 = fmul float %row_sum275.sroa.0.24.vec.extract730.i, %2841
+  %2970 = tail call float @llvm.log.f32(float %2969)
+  %row_max276.sroa.0.24.vec.extract697.i = extractelement <16 x float> %m.i, i64 6
+  %2971 = fadd float %row_max276.sroa.0.24.vec.extract697.i, %2970
+  br label %if_end242.6.i
 
-if_end240.8.i:                                    ; preds = %if_else239.8.i, %if_end240.7.i
-  %2973 = phi float [ %2972, %if_else239.8.i ], [ 0xFFF0000000000000, %if_end240.7.i ]
-  %2974 = getelementptr i8, ptr %2827, i64 32
-  store float %2973, ptr %2974, align 4, !tbaa !5
-  %row_sum273.sroa.0.36.vec.extract730.i = extractelement <16 x float> %2110, i64 9
-  %2975 = fcmp oeq float %row_sum273.sroa.0.36.vec.extract730.i, 0.000000e+00
-  br i1 %2975, label %if_end240.9.i, label %if_else239.9.i
+if_end242.6.i:                                    ; preds = %if_else241.6.i, %if_end242.5.i
+  %2972 = phi float [ %2971, %if_else241.6.i ], [ 0xFFF0000000000000, %if_end242.5.i ]
+  %2973 = getelementptr i8, ptr %2838, i64 24
+  store float %2972, ptr %2973, align 4, !tbaa !5
+  %row_sum275.sroa.0.28.vec.extract732.i = extractelement <16 x float> %2121, i64 7
+  %2974 = fcmp oeq float %row_sum275.sroa.0.28.vec.extract732.i, 0.000000e+00
+  br i1 %2974, label %if_end242.7.i, label %if_else241.7.i
 
-if_else239.9.i:                                   ; preds = %if_end240.8.i
-  %2976 = fmul float %row_sum273.sroa.0.36.vec.extract730.i, %2830
-  %2977 = tail call float @llvm.log.f32(float %2976)
-  %row_max274.sroa.0.36.vec.extract697.i = extractelement <16 x float> %m.i, i64 9
-  %2978 = fadd float %row_max274.sroa.0.36.vec.extract697.i, %2977
-  br label %if_end240.9.i
+if_else241.7.i:                                   ; preds = %if_end242.6.i
+  %2975 = fmul float %row_sum275.sroa.0.28.vec.extract732.i, %2841
+  %2976 = tail call float @llvm.log.f32(float %2975)
+  %row_max276.sroa.0.28.vec.extract699.i = extractelement <16 x float> %m.i, i64 7
+  %2977 = fadd float %row_max276.sroa.0.28.vec.extract699.i, %2976
+  br label %if_end242.7.i
 
-if_end240.9.i:                                    ; preds = %if_else239.9.i, %if_end240.8.i
-  %2979 = phi float [ %2978, %if_else239.9.i ], [ 0xFFF0000000000000, %if_end240.8.i ]
-  %2980 = getelementptr i8, ptr %2827, i64 36
-  store float %2979, ptr %2980, align 4, !tbaa !5
-  %row_sum273.sroa.0.40.vec.extract732.i = extractelement <16 x float> %2110, i64 10
-  %2981 = fcmp oeq float %row_sum273.sroa.0.40.vec.extract732.i, 0.000000e+00
-  br i1 %2981, label %if_end240.10.i, label %if_else239.10.i
+if_end242.7.i:                                    ; preds = %if_else241.7.i, %if_end242.6.i
+  %2978 = phi float [ %2977, %if_else241.7.i ], [ 0xFFF0000000000000, %if_end242.6.i ]
+  %2979 = getelementptr i8, ptr %2838, i64 28
+  store float %2978, ptr %2979, align 4, !tbaa !5
+  %row_sum275.sroa.0.32.vec.extract734.i = extractelement <16 x float> %2121, i64 8
+  %2980 = fcmp oeq float %row_sum275.sroa.0.32.vec.extract734.i, 0.000000e+00
+  br i1 %2980, label %if_end242.8.i, label %if_else241.8.i
 
-if_else239.10.i:                                  ; preds = %if_end240.9.i
-  %2982 = fmul float %row_sum273.sroa.0.40.vec.extract732.i, %2830
-  %2983 = tail call float @llvm.log.f32(float %2982)
-  %row_max274.sroa.0.40.vec.extract699.i = extractelement <16 x float> %m.i, i64 10
-  %2984 = fadd float %row_max274.sroa.0.40.vec.extract699.i, %2983
-  br label %if_end240.10.i
+if_else241.8.i:                                   ; preds = %if_end242.7.i
+  %2981 = fmul float %row_sum275.sroa.0.32.vec.extract734.i, %2841
+  %2982 = tail call float @llvm.log.f32(float %2981)
+  %row_max276.sroa.0.32.vec.extract701.i = extractelement <16 x float> %m.i, i64 8
+  %2983 = fadd float %row_max276.sroa.0.32.vec.extract701.i, %2982
+  br label %if_end242.8.i
 
-if_end240.10.i:                                   ; preds = %if_else239.10.i, %if_end240.9.i
-  %2985 = phi float [ %2984, %if_else239.10.i ], [ 0xFFF0000000000000, %if_end240.9.i ]
-  %2986 = getelementptr i8, ptr %2827, i64 40
-  store float %2985, ptr %2986, align 4, !tbaa !5
-  %row_sum273.sroa.0.44.vec.extract734.i = extractelement <16 x float> %2110, i64 11
-  %2987 = fcmp oeq float %row_sum273.sroa.0.44.vec.extract734.i, 0.000000e+00
-  br i1 %2987, label %if_end240.11.i, label %if_else239.11.i
+if_end242.8.i:                                    ; preds = %if_else241.8.i, %if_end242.7.i
+  %2984 = phi float [ %2983, %if_else241.8.i ], [ 0xFFF0000000000000, %if_end242.7.i ]
+  %2985 = getelementptr i8, ptr %2838, i64 32
+  store float %2984, ptr %2985, align 4, !tbaa !5
+  %row_sum275.sroa.0.36.vec.extract736.i = extractelement <16 x float> %2121, i64 9
+  %2986 = fcmp oeq float %row_sum275.sroa.0.36.vec.extract736.i, 0.000000e+00
+  br i1 %2986, label %if_end242.9.i, label %if_else241.9.i
 
-if_else239.11.i:                                  ; preds = %if_end240.10.i
-  %2988 = fmul float %row_sum273.sroa.0.44.vec.extract734.i, %2830
-  %2989 = tail call float @llvm.log.f32(float %2988)
-  %row_max274.sroa.0.44.vec.extract701.i = extractelement <16 x float> %m.i, i64 11
-  %2990 = fadd float %row_max274.sroa.0.44.vec.extract701.i, %2989
-  br label %if_end240.11.i
+if_else241.9.i:                                   ; preds = %if_end242.8.i
+  %2987 = fmul float %row_sum275.sroa.0.36.vec.extract736.i, %2841
+  %2988 = tail call float @llvm.log.f32(float %2987)
+  %row_max276.sroa.0.36.vec.extract703.i = extractelement <16 x float> %m.i, i64 9
+  %2989 = fadd float %row_max276.sroa.0.36.vec.extract703.i, %2988
+  br label %if_end242.9.i
 
-if_end240.11.i:                                   ; preds = %if_else239.11.i, %if_end240.10.i
-  %2991 = phi float [ %2990, %if_else239.11.i ], [ 0xFFF0000000000000, %if_end240.10.i ]
-  %2992 = getelementptr i8, ptr %2827, i64 44
-  store float %2991, ptr %2992, align 4, !tbaa !5
-  %row_sum273.sroa.0.48.vec.extract736.i = extractelement <16 x float> %2110, i64 12
-  %2993 = fcmp oeq float %row_sum273.sroa.0.48.vec.extract736.i, 0.000000e+00
-  br i1 %2993, label %if_end240.12.i, label %if_else239.12.i
+if_end242.9.i:                                    ; preds = %if_else241.9.i, %if_end242.8.i
+  %2990 = phi float [ %2989, %if_else241.9.i ], [ 0xFFF0000000000000, %if_end242.8.i ]
+  %2991 = getelementptr i8, ptr %2838, i64 36
+  store float %2990, ptr %2991, align 4, !tbaa !5
+  %row_sum275.sroa.0.40.vec.extract738.i = extractelement <16 x float> %2121, i64 10
+  %2992 = fcmp oeq float %row_sum275.sroa.0.40.vec.extract738.i, 0.000000e+00
+  br i1 %2992, label %if_end242.10.i, label %if_else241.10.i
 
-if_else239.12.i:                                  ; preds = %if_end240.11.i
-  %2994 = fmul float %row_sum273.sroa.0.48.vec.extract736.i, %2830
-  %2995 = tail call float @llvm.log.f32(float %2994)
-  %row_max274.sroa.0.48.vec.extract703.i = extractelement <16 x float> %m.i, i64 12
-  %2996 = fadd float %row_max274.sroa.0.48.vec.extract703.i, %2995
-  br label %if_end240.12.i
+if_else241.10.i:                                  ; preds = %if_end242.9.i
+  %2993 = fmul float %row_sum275.sroa.0.40.vec.extract738.i, %2841
+  %2994 = tail call float @llvm.log.f32(float %2993)
+  %row_max276.sroa.0.40.vec.extract705.i = extractelement <16 x float> %m.i, i64 10
+  %2995 = fadd float %row_max276.sroa.0.40.vec.extract705.i, %2994
+  br label %if_end242.10.i
 
-if_end240.12.i:                                   ; preds = %if_else239.12.i, %if_end240.11.i
-  %2997 = phi float [ %2996, %if_else239.12.i ], [ 0xFFF0000000000000, %if_end240.11.i ]
-  %2998 = getelementptr i8, ptr %2827, i64 48
-  store float %2997, ptr %2998, align 4, !tbaa !5
-  %row_sum273.sroa.0.52.vec.extract738.i = extractelement <16 x float> %2110, i64 13
-  %2999 = fcmp oeq float %row_sum273.sroa.0.52.vec.extract738.i, 0.000000e+00
-  br i1 %2999, label %if_end240.13.i, label %if_else239.13.i
+if_end242.10.i:                                   ; preds = %if_else241.10.i, %if_end242.9.i
+  %2996 = phi float [ %2995, %if_else241.10.i ], [ 0xFFF0000000000000, %if_end242.9.i ]
+  %2997 = getelementptr i8, ptr %2838, i64 40
+  store float %2996, ptr %2997, align 4, !tbaa !5
+  %row_sum275.sroa.0.44.vec.extract740.i = extractelement <16 x float> %2121, i64 11
+  %2998 = fcmp oeq float %row_sum275.sroa.0.44.vec.extract740.i, 0.000000e+00
+  br i1 %2998, label %if_end242.11.i, label %if_else241.11.i
 
-if_else239.13.i:                                  ; preds = %if_end240.12.i
-  %3000 = fmul float %row_sum273.sroa.0.52.vec.extract738.i, %2830
-  %3001 = tail call float @llvm.log.f32(float %3000)
-  %row_max274.sroa.0.52.vec.extract705.i = extractelement <16 x float> %m.i, i64 13
-  %3002 = fadd float %row_max274.sroa.0.52.vec.extract705.i, %3001
-  br label %if_end240.13.i
+if_else241.11.i:                                  ; preds = %if_end242.10.i
+  %2999 = fmul float %row_sum275.sroa.0.44.vec.extract740.i, %2841
+  %3000 = tail call float @llvm.log.f32(float %2999)
+  %row_max276.sroa.0.44.vec.extract707.i = extractelement <16 x float> %m.i, i64 11
+  %3001 = fadd float %row_max276.sroa.0.44.vec.extract707.i, %3000
+  br label %if_end242.11.i
 
-if_end240.13.i:                                   ; preds = %if_else239.13.i, %if_end240.12.i
-  %3003 = phi float [ %3002, %if_else239.13.i ], [ 0xFFF0000000000000, %if_end240.12.i ]
-  %3004 = getelementptr i8, ptr %2827, i64 52
-  store float %3003, ptr %3004, align 4, !tbaa !5
-  %row_sum273.sroa.0.56.vec.extract740.i = extractelement <16 x float> %2110, i64 14
-  %3005 = fcmp oeq float %row_sum273.sroa.0.56.vec.extract740.i, 0.000000e+00
-  br i1 %3005, label %if_end240.14.i, label %if_else239.14.i
+if_end242.11.i:                                   ; preds = %if_else241.11.i, %if_end242.10.i
+  %3002 = phi float [ %3001, %if_else241.11.i ], [ 0xFFF0000000000000, %if_end242.10.i ]
+  %3003 = getelementptr i8, ptr %2838, i64 44
+  store float %3002, ptr %3003, align 4, !tbaa !5
+  %row_sum275.sroa.0.48.vec.extract742.i = extractelement <16 x float> %2121, i64 12
+  %3004 = fcmp oeq float %row_sum275.sroa.0.48.vec.extract742.i, 0.000000e+00
+  br i1 %3004, label %if_end242.12.i, label %if_else241.12.i
 
-if_else239.14.i:                                  ; preds = %if_end240.13.i
-  %3006 = fmul float %row_sum273.sroa.0.56.vec.extract740.i, %2830
-  %3007 = tail call float @llvm.log.f32(float %3006)
-  %row_max274.sroa.0.56.vec.extract707.i = extractelement <16 x float> %m.i, i64 14
-  %3008 = fadd float %row_max274.sroa.0.56.vec.extract707.i, %3007
-  br label %if_end240.14.i
+if_else241.12.i:                                  ; preds = %if_end242.11.i
+  %3005 = fmul float %row_sum275.sroa.0.48.vec.extract742.i, %2841
+  %3006 = tail call float @llvm.log.f32(float %3005)
+  %row_max276.sroa.0.48.vec.extract709.i = extractelement <16 x float> %m.i, i64 12
+  %3007 = fadd float %row_max276.sroa.0.48.vec.extract709.i, %3006
+  br label %if_end242.12.i
 
-if_end240.14.i:                                   ; preds = %if_else239.14.i, %if_end240.13.i
-  %3009 = phi float [ %3008, %if_else239.14.i ], [ 0xFFF0000000000000, %if_end240.13.i ]
-  %3010 = getelementptr i8, ptr %2827, i64 56
-  store float %3009, ptr %3010, align 4, !tbaa !5
-  %row_sum273.sroa.0.60.vec.extract742.i = extractelement <16 x float> %2110, i64 15
-  %3011 = fcmp oeq float %row_sum273.sroa.0.60.vec.extract742.i, 0.000000e+00
-  br i1 %3011, label %if_end240.15.i, label %if_else239.15.i
+if_end242.12.i:                                   ; preds = %if_else241.12.i, %if_end242.11.i
+  %3008 = phi float [ %3007, %if_else241.12.i ], [ 0xFFF0000000000000, %if_end242.11.i ]
+  %3009 = getelementptr i8, ptr %2838, i64 48
+  store float %3008, ptr %3009, align 4, !tbaa !5
+  %row_sum275.sroa.0.52.vec.extract744.i = extractelement <16 x float> %2121, i64 13
+  %3010 = fcmp oeq float %row_sum275.sroa.0.52.vec.extract744.i, 0.000000e+00
+  br i1 %3010, label %if_end242.13.i, label %if_else241.13.i
 
-if_else239.15.i:                                  ; preds = %if_end240.14.i
-  %3012 = fmul float %row_sum273.sroa.0.60.vec.extract742.i, %2830
-  %3013 = tail call float @llvm.log.f32(float %3012)
-  %row_max274.sroa.0.60.vec.extract709.i = extractelement <16 x float> %m.i, i64 15
-  %3014 = fadd float %row_max274.sroa.0.60.vec.extract709.i, %3013
-  br label %if_end240.15.i
+if_else241.13.i:                                  ; preds = %if_end242.12.i
+  %3011 = fmul float %row_sum275.sroa.0.52.vec.extract744.i, %2841
+  %3012 = tail call float @llvm.log.f32(float %3011)
+  %row_max276.sroa.0.52.vec.extract711.i = extractelement <16 x float> %m.i, i64 13
+  %3013 = fadd float %row_max276.sroa.0.52.vec.extract711.i, %3012
+  br label %if_end242.13.i
 
-if_end240.15.i:                                   ; preds = %if_else239.15.i, %if_end240.14.i
-  %3015 = phi float [ %3014, %if_else239.15.i ], [ 0xFFF0000000000000, %if_end240.14.i ]
-  %3016 = getelementptr i8, ptr %2827, i64 60
-  store float %3015, ptr %3016, align 4, !tbaa !5
-  br label %if_end203.i
+if_end242.13.i:                                   ; preds = %if_else241.13.i, %if_end242.12.i
+  %3014 = phi float [ %3013, %if_else241.13.i ], [ 0xFFF0000000000000, %if_end242.12.i ]
+  %3015 = getelementptr i8, ptr %2838, i64 52
+  store float %3014, ptr %3015, align 4, !tbaa !5
+  %row_sum275.sroa.0.56.vec.extract746.i = extractelement <16 x float> %2121, i64 14
+  %3016 = fcmp oeq float %row_sum275.sroa.0.56.vec.extract746.i, 0.000000e+00
+  br i1 %3016, label %if_end242.14.i, label %if_else241.14.i
 
-for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_r241.preheader.i
-  %indvars.iv644.i = phi i64 [ %indvars.iv.next645.i.7, %for_body_d.i ], [ 0, %for_begin_r241.preheader.i ]
-  %.idx764.i = shl nuw nsw i64 %indvars.iv644.i, 6
-  %3017 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i
-  %3018 = load float, ptr %3017, align 4, !tbaa !5
-  %3019 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv644.i
-  store float %3018, ptr %3019, align 4, !tbaa !5
-  %indvars.iv.next645.i = or disjoint i64 %indvars.iv644.i, 1
-  %.idx764.i.1 = shl nuw nsw i64 %indvars.iv.next645.i, 6
-  %3020 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.1
-  %3021 = load float, ptr %3020, align 4, !tbaa !5
-  %3022 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next645.i
-  store float %3021, ptr %3022, align 4, !tbaa !5
-  %indvars.iv.next645.i.1 = or disjoint i64 %indvars.iv644.i, 2
-  %.idx764.i.2 = shl nuw nsw i64 %indvars.iv.next645.i.1, 6
-  %3023 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.2
-  %3024 = load float, ptr %3023, align 4, !tbaa !5
-  %3025 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next645.i.1
-  store float %3024, ptr %3025, align 4, !tbaa !5
-  %indvars.iv.next645.i.2 = or disjoint i64 %indvars.iv644.i, 3
-  %.idx764.i.3 = shl nuw nsw i64 %indvars.iv.next645.i.2, 6
-  %3026 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.3
-  %3027 = load float, ptr %3026, align 4, !tbaa !5
-  %3028 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next645.i.2
-  store float %3027, ptr %3028, align 4, !tbaa !5
-  %indvars.iv.next645.i.3 = or disjoint i64 %indvars.iv644.i, 4
-  %.idx764.i.4 = shl nuw nsw i64 %indvars.iv.next645.i.3, 6
-  %3029 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.4
-  %3030 = load float, ptr %3029, align 4, !tbaa !5
-  %3031 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next645.i.3
-  store float %3030, ptr %3031, align 4, !tbaa !5
-  %indvars.iv.next645.i.4 = or disjoint i64 %indvars.iv644.i, 5
-  %.idx764.i.5 = shl nuw nsw i64 %indvars.iv.next645.i.4, 6
-  %3032 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.5
-  %3033 = load float, ptr %3032, align 4, !tbaa !5
-  %3034 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next645.i.4
-  store float %3033, ptr %3034, align 4, !tbaa !5
-  %indvars.iv.next645.i.5 = or disjoint i64 %indvars.iv644.i, 6
-  %.idx764.i.6 = shl nuw nsw i64 %indvars.iv.next645.i.5, 6
-  %3035 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.6
-  %3036 = load float, ptr %3035, align 4, !tbaa !5
-  %3037 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next645.i.5
-  store float %3036, ptr %3037, align 4, !tbaa !5
-  %indvars.iv.next645.i.6 = or disjoint i64 %indvars.iv644.i, 7
-  %.idx764.i.7 = shl nuw nsw i64 %indvars.iv.next645.i.6, 6
-  %3038 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.7
-  %3039 = load float, ptr %3038, align 4, !tbaa !5
-  %3040 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next645.i.6
-  store float %3039, ptr %3040, align 4, !tbaa !5
-  %indvars.iv.next645.i.7 = add nuw nsw i64 %indvars.iv644.i, 8
-  %exitcond647.not.i.7 = icmp eq i64 %indvars.iv.next645.i.7, 128
-  br i1 %exitcond647.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !36, !llvm.loop !37
+if_else241.14.i:                                  ; preds = %if_end242.13.i
+  %3017 = fmul float %row_sum275.sroa.0.56.vec.extract746.i, %2841
+  %3018 = tail call float @llvm.log.f32(float %3017)
+  %row_max276.sroa.0.56.vec.extract713.i = extractelement <16 x float> %m.i, i64 14
+  %3019 = fadd float %row_max276.sroa.0.56.vec.extract713.i, %3018
+  br label %if_end242.14.i
 
-for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body626
-  %3041 = getelementptr inbounds nuw i8, ptr %416, i64 512
-  %scevgep597 = getelementptr i8, ptr %acc.i, i64 4
-  %scevgep598 = getelementptr i8, ptr %acc.i, i64 8136
-  %bound0599 = icmp ult ptr %scevgep595, %scevgep598
-  %bound1600 = icmp ult ptr %scevgep597, %scevgep596
-  %found.conflict601 = and i1 %bound0599, %bound1600
-  br i1 %found.conflict601, label %for_body_d.1.i, label %vector.body604, !prof !17
+if_end242.14.i:                                   ; preds = %if_else241.14.i, %if_end242.13.i
+  %3020 = phi float [ %3019, %if_else241.14.i ], [ 0xFFF0000000000000, %if_end242.13.i ]
+  %3021 = getelementptr i8, ptr %2838, i64 56
+  store float %3020, ptr %3021, align 4, !tbaa !5
+  %row_sum275.sroa.0.60.vec.extract748.i = extractelement <16 x float> %2121, i64 15
+  %3022 = fcmp oeq float %row_sum275.sroa.0.60.vec.extract748.i, 0.000000e+00
+  br i1 %3022, label %if_end242.15.i, label %if_else241.15.i
 
-vector.body604:                                   ; preds = %for_end_d.i
-  %3042 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3043 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3044 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3045 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3046 = getelementptr inbounds nuw i8, <8 x ptr> %3042, i64 4
-  %3047 = getelementptr inbounds nuw i8, <8 x ptr> %3043, i64 4
-  %3048 = getelementptr inbounds nuw i8, <8 x ptr> %3044, i64 4
-  %3049 = getelementptr inbounds nuw i8, <8 x ptr> %3045, i64 4
-  %wide.masked.gather610 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3046, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3047, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3048, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather613 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3049, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %3050 = getelementptr inbounds nuw i8, ptr %416, i64 544
-  %3051 = getelementptr inbounds nuw i8, ptr %416, i64 576
-  %3052 = getelementptr inbounds nuw i8, ptr %416, i64 608
-  store <8 x float> %wide.masked.gather610, ptr %3041, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611, ptr %3050, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612, ptr %3051, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather613, ptr %3052, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  %3053 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3054 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3055 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3056 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+if_else241.15.i:                                  ; preds = %if_end242.14.i
+  %3023 = fmul float %row_sum275.sroa.0.60.vec.extract748.i, %2841
+  %3024 = tail call float @llvm.log.f32(float %3023)
+  %row_max276.sroa.0.60.vec.extract715.i = extractelement <16 x float> %m.i, i64 15
+  %3025 = fadd float %row_max276.sroa.0.60.vec.extract715.i, %3024
+  br label %if_end242.15.i
+
+if_end242.15.i:                                   ; preds = %if_else241.15.i, %if_end242.14.i
+  %3026 = phi float [ %3025, %if_else241.15.i ], [ 0xFFF0000000000000, %if_end242.14.i ]
+  %3027 = getelementptr i8, ptr %2838, i64 60
+  store float %3026, ptr %3027, align 4, !tbaa !5
+  br label %if_end205.i
+
+for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_r243.preheader.i
+  %indvars.iv650.i = phi i64 [ %indvars.iv.next651.i.7, %for_body_d.i ], [ 0, %for_begin_r243.preheader.i ]
+  %.idx770.i = shl nuw nsw i64 %indvars.iv650.i, 6
+  %3028 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i
+  %3029 = load float, ptr %3028, align 4, !tbaa !5
+  %3030 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv650.i
+  store float %3029, ptr %3030, align 4, !tbaa !5
+  %indvars.iv.next651.i = or disjoint i64 %indvars.iv650.i, 1
+  %.idx770.i.1 = shl nuw nsw i64 %indvars.iv.next651.i, 6
+  %3031 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.1
+  %3032 = load float, ptr %3031, align 4, !tbaa !5
+  %3033 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next651.i
+  store float %3032, ptr %3033, align 4, !tbaa !5
+  %indvars.iv.next651.i.1 = or disjoint i64 %indvars.iv650.i, 2
+  %.idx770.i.2 = shl nuw nsw i64 %indvars.iv.next651.i.1, 6
+  %3034 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.2
+  %3035 = load float, ptr %3034, align 4, !tbaa !5
+  %3036 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next651.i.1
+  store float %3035, ptr %3036, align 4, !tbaa !5
+  %indvars.iv.next651.i.2 = or disjoint i64 %indvars.iv650.i, 3
+  %.idx770.i.3 = shl nuw nsw i64 %indvars.iv.next651.i.2, 6
+  %3037 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.3
+  %3038 = load float, ptr %3037, align 4, !tbaa !5
+  %3039 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next651.i.2
+  store float %3038, ptr %3039, align 4, !tbaa !5
+  %indvars.iv.next651.i.3 = or disjoint i64 %indvars.iv650.i, 4
+  %.idx770.i.4 = shl nuw nsw i64 %indvars.iv.next651.i.3, 6
+  %3040 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.4
+  %3041 = load float, ptr %3040, align 4, !tbaa !5
+  %3042 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next651.i.3
+  store float %3041, ptr %3042, align 4, !tbaa !5
+  %indvars.iv.next651.i.4 = or disjoint i64 %indvars.iv650.i, 5
+  %.idx770.i.5 = shl nuw nsw i64 %indvars.iv.next651.i.4, 6
+  %3043 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.5
+  %3044 = load float, ptr %3043, align 4, !tbaa !5
+  %3045 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next651.i.4
+  store float %3044, ptr %3045, align 4, !tbaa !5
+  %indvars.iv.next651.i.5 = or disjoint i64 %indvars.iv650.i, 6
+  %.idx770.i.6 = shl nuw nsw i64 %indvars.iv.next651.i.5, 6
+  %3046 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.6
+  %3047 = load float, ptr %3046, align 4, !tbaa !5
+  %3048 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next651.i.5
+  store float %3047, ptr %3048, align 4, !tbaa !5
+  %indvars.iv.next651.i.6 = or disjoint i64 %indvars.iv650.i, 7
+  %.idx770.i.7 = shl nuw nsw i64 %indvars.iv.next651.i.6, 6
+  %3049 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.7
+  %3050 = load float, ptr %3049, align 4, !tbaa !5
+  %3051 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next651.i.6
+  store float %3050, ptr %3051, align 4, !tbaa !5
+  %indvars.iv.next651.i.7 = add nuw nsw i64 %indvars.iv650.i, 8
+  %exitcond653.not.i.7 = icmp eq i64 %indvars.iv.next651.i.7, 128
+  br i1 %exitcond653.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !36, !llvm.loop !37
+
+for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body632
+  %3052 = getelementptr inbounds nuw i8, ptr %425, i64 512
+  %scevgep603 = getelementptr i8, ptr %acc.i, i64 4
+  %scevgep604 = getelementptr i8, ptr %acc.i, i64 8136
+  %bound0605 = icmp ult ptr %scevgep601, %scevgep604
+  %bound1606 = icmp ult ptr %scevgep603, %scevgep602
+  %found.conflict607 = and i1 %bound0605, %bound1606
+  br i1 %found.conflict607, label %for_body_d.1.i, label %vector.body610, !prof !17
+
+vector.body610:                                   ; preds = %for_end_d.i
+  %3053 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3054 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3055 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3056 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3057 = getelementptr inbounds nuw i8, <8 x ptr> %3053, i64 4
   %3058 = getelementptr inbounds nuw i8, <8 x ptr> %3054, i64 4
   %3059 = getelementptr inbounds nuw i8, <8 x ptr> %3055, i64 4
   %3060 = getelementptr inbounds nuw i8, <8 x ptr> %3056, i64 4
-  %wide.masked.gather610.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3057, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3058, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3059, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather613.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3060, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %3061 = getelementptr inbounds nuw i8, ptr %416, i64 640
-  %3062 = getelementptr inbounds nuw i8, ptr %416, i64 672
-  %3063 = getelementptr inbounds nuw i8, ptr %416, i64 704
-  %3064 = getelementptr inbounds nuw i8, ptr %416, i64 736
-  store <8 x float> %wide.masked.gather610.1, ptr %3061, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611.1, ptr %3062, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612.1, ptr %3063, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather613.1, ptr %3064, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  %3065 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3066 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3067 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3068 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather616 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3057, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather617 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3058, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather618 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3059, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather619 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3060, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %3061 = getelementptr inbounds nuw i8, ptr %425, i64 544
+  %3062 = getelementptr inbounds nuw i8, ptr %425, i64 576
+  %3063 = getelementptr inbounds nuw i8, ptr %425, i64 608
+  store <8 x float> %wide.masked.gather616, ptr %3052, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather617, ptr %3061, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather618, ptr %3062, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather619, ptr %3063, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  %3064 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3065 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3066 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3067 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3068 = getelementptr inbounds nuw i8, <8 x ptr> %3064, i64 4
   %3069 = getelementptr inbounds nuw i8, <8 x ptr> %3065, i64 4
   %3070 = getelementptr inbounds nuw i8, <8 x ptr> %3066, i64 4
   %3071 = getelementptr inbounds nuw i8, <8 x ptr> %3067, i64 4
-  %3072 = getelementptr inbounds nuw i8, <8 x ptr> %3068, i64 4
-  %wide.masked.gather610.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3069, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3070, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3071, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather613.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3072, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %3073 = getelementptr inbounds nuw i8, ptr %416, i64 768
-  %3074 = getelementptr inbounds nuw i8, ptr %416, i64 800
-  %3075 = getelementptr inbounds nuw i8, ptr %416, i64 832
-  %3076 = getelementptr inbounds nuw i8, ptr %416, i64 864
-  store <8 x float> %wide.masked.gather610.2, ptr %3073, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611.2, ptr %3074, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612.2, ptr %3075, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather613.2, ptr %3076, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  %3077 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3078 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3079 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3080 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather616.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3068, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather617.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3069, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather618.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3070, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather619.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3071, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %3072 = getelementptr inbounds nuw i8, ptr %425, i64 640
+  %3073 = getelementptr inbounds nuw i8, ptr %425, i64 672
+  %3074 = getelementptr inbounds nuw i8, ptr %425, i64 704
+  %3075 = getelementptr inbounds nuw i8, ptr %425, i64 736
+  store <8 x float> %wide.masked.gather616.1, ptr %3072, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather617.1, ptr %3073, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather618.1, ptr %3074, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather619.1, ptr %3075, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  %3076 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3077 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3078 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3079 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3080 = getelementptr inbounds nuw i8, <8 x ptr> %3076, i64 4
   %3081 = getelementptr inbounds nuw i8, <8 x ptr> %3077, i64 4
   %3082 = getelementptr inbounds nuw i8, <8 x ptr> %3078, i64 4
   %3083 = getelementptr inbounds nuw i8, <8 x ptr> %3079, i64 4
-  %3084 = getelementptr inbounds nuw i8, <8 x ptr> %3080, i64 4
-  %wide.masked.gather610.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3081, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3082, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3083, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather613.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3084, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %3085 = getelementptr inbounds nuw i8, ptr %416, i64 896
-  %3086 = getelementptr inbounds nuw i8, ptr %416, i64 928
-  %3087 = getelementptr inbounds nuw i8, ptr %416, i64 960
-  %3088 = getelementptr inbounds nuw i8, ptr %416, i64 992
-  store <8 x float> %wide.masked.gather610.3, ptr %3085, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611.3, ptr %3086, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612.3, ptr %3087, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather613.3, ptr %3088, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  %wide.masked.gather616.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3080, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather617.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3081, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather618.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3082, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather619.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3083, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %3084 = getelementptr inbounds nuw i8, ptr %425, i64 768
+  %3085 = getelementptr inbounds nuw i8, ptr %425, i64 800
+  %3086 = getelementptr inbounds nuw i8, ptr %425, i64 832
+  %3087 = getelementptr inbounds nuw i8, ptr %425, i64 864
+  store <8 x float> %wide.masked.gather616.2, ptr %3084, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather617.2, ptr %3085, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather618.2, ptr %3086, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather619.2, ptr %3087, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  %3088 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3089 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3090 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3091 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3092 = getelementptr inbounds nuw i8, <8 x ptr> %3088, i64 4
+  %3093 = getelementptr inbounds nuw i8, <8 x ptr> %3089, i64 4
+  %3094 = getelementptr inbounds nuw i8, <8 x ptr> %3090, i64 4
+  %3095 = getelementptr inbounds nuw i8, <8 x ptr> %3091, i64 4
+  %wide.masked.gather616.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3092, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather617.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3093, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather618.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3094, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather619.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3095, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %3096 = getelementptr inbounds nuw i8, ptr %425, i64 896
+  %3097 = getelementptr inbounds nuw i8, ptr %425, i64 928
+  %3098 = getelementptr inbounds nuw i8, ptr %425, i64 960
+  %3099 = getelementptr inbounds nuw i8, ptr %425, i64 992
+  store <8 x float> %wide.masked.gather616.3, ptr %3096, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather617.3, ptr %3097, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather618.3, ptr %3098, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather619.3, ptr %3099, align 4, !tbaa !5, !alias.scope !43, !noalias !40
   br label %for_end_d.1.i
 
 for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
-  %indvars.iv644.1.i = phi i64 [ %indvars.iv.next645.1.i.7, %for_body_d.1.i ], [ 0, %for_end_d.i ]
-  %.idx765.i = shl nuw nsw i64 %indvars.iv644.1.i, 6
-  %3089 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i
-  %3090 = getelementptr inbounds nuw i8, ptr %3089, i64 4
-  %3091 = load float, ptr %3090, align 4, !tbaa !5
-  %3092 = getelementptr inbounds nuw float, ptr %3041, i64 %indvars.iv644.1.i
-  store float %3091, ptr %3092, align 4, !tbaa !5
-  %indvars.iv.next645.1.i = or disjoint i64 %indvars.iv644.1.i, 1
-  %.idx765.i.1 = shl nuw nsw i64 %indvars.iv.next645.1.i, 6
-  %3093 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.1
-  %3094 = getelementptr inbounds nuw i8, ptr %3093, i64 4
-  %3095 = load float, ptr %3094, align 4, !tbaa !5
-  %3096 = getelementptr inbounds nuw float, ptr %3041, i64 %indvars.iv.next645.1.i
-  store float %3095, ptr %3096, align 4, !tbaa !5
-  %indvars.iv.next645.1.i.1 = or disjoint i64 %indvars.iv644.1.i, 2
-  %.idx765.i.2 = shl nuw nsw i64 %indvars.iv.next645.1.i.1, 6
-  %3097 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.2
-  %3098 = getelementptr inbounds nuw i8, ptr %3097, i64 4
-  %3099 = load float, ptr %3098, align 4, !tbaa !5
-  %3100 = getelementptr inbounds nuw float, ptr %3041, i64 %indvars.iv.next645.1.i.1
-  store float %3099, ptr %3100, align 4, !tbaa !5
-  %indvars.iv.next645.1.i.2 = or disjoint i64 %indvars.iv644.1.i, 3
-  %.idx765.i.3 = shl nuw nsw i64 %indvars.iv.next645.1.i.2, 6
-  %3101 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.3
-  %3102 = getelementptr inbounds nuw i8, ptr %3101, i64 4
-  %3103 = load float, ptr %3102, align 4, !tbaa !5
-  %3104 = getelementptr inbounds nuw float, ptr %3041, i64 %indvars.iv.next645.1.i.2
-  store float %3103, ptr %3104, align 4, !tbaa !5
-  %indvars.iv.next645.1.i.3 = or disjoint i64 %indvars.iv644.1.i, 4
-  %.idx765.i.4 = shl nuw nsw i64 %indvars.iv.next645.1.i.3, 6
-  %3105 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.4
-  %3106 = getelementptr inbounds nuw i8, ptr %3105, i64 4
-  %3107 = load float, ptr %3106, align 4, !tbaa !5
-  %3108 = getelementptr inbounds nuw float, ptr %3041, i64 %indvars.iv.next645.1.i.3
-  store float %3107, ptr %3108, align 4, !tbaa !5
-  %indvars.iv.next645.1.i.4 = or disjoint i64 %indvars.iv644.1.i, 5
-  %.idx765.i.5 = shl nuw nsw i64 %indvars.iv.next645.1.i.4, 6
-  %3109 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.5
-  %3110 = getelementptr inbounds nuw i8, ptr %3109, i64 4
-  %3111 = load float, ptr %3110, align 4, !tbaa !5
-  %3112 = getelementptr inbounds nuw float, ptr %3041, i64 %indvars.iv.next645.1.i.4
-  store float %3111, ptr %3112, align 4, !tbaa !5
-  %indvars.iv.next645.1.i.5 = or disjoint i64 %indvars.iv644.1.i, 6
-  %.idx765.i.6 = shl nuw nsw i64 %indvars.iv.next645.1.i.5, 6
-  %3113 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.6
-  %3114 = getelementptr inbounds nuw i8, ptr %3113, i64 4
-  %3115 = load float, ptr %3114, align 4, !tbaa !5
-  %3116 = getelementptr inbounds nuw float, ptr %3041, i64 %indvars.iv.next645.1.i.5
-  store float %3115, ptr %3116, align 4, !tbaa !5
-  %indvars.iv.next645.1.i.6 = or disjoint i64 %indvars.iv644.1.i, 7
-  %.idx765.i.7 = shl nuw nsw i64 %indvars.iv.next645.1.i.6, 6
-  %3117 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.7
-  %3118 = getelementptr inbounds nuw i8, ptr %3117, i64 4
-  %3119 = load float, ptr %3118, align 4, !tbaa !5
-  %3120 = getelementptr inbounds nuw float, ptr %3041, i64 %indvars.iv.next645.1.i.6
-  store float %3119, ptr %3120, align 4, !tbaa !5
-  %indvars.iv.next645.1.i.7 = add nuw nsw i64 %indvars.iv644.1.i, 8
-  %exitcond647.1.not.i.7 = icmp eq i64 %indvars.iv.next645.1.i.7, 128
-  br i1 %exitcond647.1.not.i.7, label %for_end_d.1.i, label %for_body_d.1.i, !prof !36, !llvm.loop !45
+  %indvars.iv650.1.i = phi i64 [ %indvars.iv.next651.1.i.7, %for_body_d.1.i ], [ 0, %for_end_d.i ]
+  %.idx771.i = shl nuw nsw i64 %indvars.iv650.1.i, 6
+  %3100 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i
+  %3101 = getelementptr inbounds nuw i8, ptr %3100, i64 4
+  %3102 = load float, ptr %3101, align 4, !tbaa !5
+  %3103 = getelementptr inbounds nuw float, ptr %3052, i64 %indvars.iv650.1.i
+  store float %3102, ptr %3103, align 4, !tbaa !5
+  %indvars.iv.next651.1.i = or disjoint i64 %indvars.iv650.1.i, 1
+  %.idx771.i.1 = shl nuw nsw i64 %indvars.iv.next651.1.i, 6
+  %3104 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.1
+  %3105 = getelementptr inbounds nuw i8, ptr %3104, i64 4
+  %3106 = load float, ptr %3105, align 4, !tbaa !5
+  %3107 = getelementptr inbounds nuw float, ptr %3052, i64 %indvars.iv.next651.1.i
+  store float %3106, ptr %3107, align 4, !tbaa !5
+  %indvars.iv.next651.1.i.1 = or disjoint i64 %indvars.iv650.1.i, 2
+  %.idx771.i.2 = shl nuw nsw i64 %indvars.iv.next651.1.i.1, 6
+  %3108 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.2
+  %3109 = getelementptr inbounds nuw i8, ptr %3108, i64 4
+  %3110 = load float, ptr %3109, align 4, !tbaa !5
+  %3111 = getelementptr inbounds nuw float, ptr %3052, i64 %indvars.iv.next651.1.i.1
+  store float %3110, ptr %3111, align 4, !tbaa !5
+  %indvars.iv.next651.1.i.2 = or disjoint i64 %indvars.iv650.1.i, 3
+  %.idx771.i.3 = shl nuw nsw i64 %indvars.iv.next651.1.i.2, 6
+  %3112 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.3
+  %3113 = getelementptr inbounds nuw i8, ptr %3112, i64 4
+  %3114 = load float, ptr %3113, align 4, !tbaa !5
+  %3115 = getelementptr inbounds nuw float, ptr %3052, i64 %indvars.iv.next651.1.i.2
+  store float %3114, ptr %3115, align 4, !tbaa !5
+  %indvars.iv.next651.1.i.3 = or disjoint i64 %indvars.iv650.1.i, 4
+  %.idx771.i.4 = shl nuw nsw i64 %indvars.iv.next651.1.i.3, 6
+  %3116 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.4
+  %3117 = getelementptr inbounds nuw i8, ptr %3116, i64 4
+  %3118 = load float, ptr %3117, align 4, !tbaa !5
+  %3119 = getelementptr inbounds nuw float, ptr %3052, i64 %indvars.iv.next651.1.i.3
+  store float %3118, ptr %3119, align 4, !tbaa !5
+  %indvars.iv.next651.1.i.4 = or disjoint i64 %indvars.iv650.1.i, 5
+  %.idx771.i.5 = shl nuw nsw i64 %indvars.iv.next651.1.i.4, 6
+  %3120 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.5
+  %3121 = getelementptr inbounds nuw i8, ptr %3120, i64 4
+  %3122 = load float, ptr %3121, align 4, !tbaa !5
+  %3123 = getelementptr inbounds nuw float, ptr %3052, i64 %indvars.iv.next651.1.i.4
+  store float %3122, ptr %3123, align 4, !tbaa !5
+  %indvars.iv.next651.1.i.5 = or disjoint i64 %indvars.iv650.1.i, 6
+  %.idx771.i.6 = shl nuw nsw i64 %indvars.iv.next651.1.i.5, 6
+  %3124 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.6
+  %3125 = getelementptr inbounds nuw i8, ptr %3124, i64 4
+  %3126 = load float, ptr %3125, align 4, !tbaa !5
+  %3127 = getelementptr inbounds nuw float, ptr %3052, i64 %indvars.iv.next651.1.i.5
+  store float %3126, ptr %3127, align 4, !tbaa !5
+  %indvars.iv.next651.1.i.6 = or disjoint i64 %indvars.iv650.1.i, 7
+  %.idx771.i.7 = shl nuw nsw i64 %indvars.iv.next651.1.i.6, 6
+  %3128 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.7
+  %3129 = getelementptr inbounds nuw i8, ptr %3128, i64 4
+  %3130 = load float, ptr %3129, align 4, !tbaa !5
+  %3131 = getelementptr inbounds nuw float, ptr %3052, i64 %indvars.iv.next651.1.i.6
+  store float %3130, ptr %3131, align 4, !tbaa !5
+  %indvars.iv.next651.1.i.7 = add nuw nsw i64 %indvars.iv650.1.i, 8
+  %exitcond653.1.not.i.7 = icmp eq i64 %indvars.iv.next651.1.i.7, 128
+  br i1 %exitcond653.1.not.i.7, label %for_end_d.1.i, label %for_body_d.1.i, !prof !36, !llvm.loop !45
 
-for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body604
-  %3121 = getelementptr inbounds nuw i8, ptr %416, i64 1024
-  %scevgep574 = getelementptr i8, ptr %acc.i, i64 8
-  %scevgep575 = getelementptr i8, ptr %acc.i, i64 8140
-  %bound0576 = icmp ult ptr %scevgep572, %scevgep575
-  %bound1577 = icmp ult ptr %scevgep574, %scevgep573
-  %found.conflict578 = and i1 %bound0576, %bound1577
-  br i1 %found.conflict578, label %for_body_d.2.i, label %vector.body581, !prof !17
+for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body610
+  %3132 = getelementptr inbounds nuw i8, ptr %425, i64 1024
+  %scevgep580 = getelementptr i8, ptr %acc.i, i64 8
+  %scevgep581 = getelementptr i8, ptr %acc.i, i64 8140
+  %bound0582 = icmp ult ptr %scevgep578, %scevgep581
+  %bound1583 = icmp ult ptr %scevgep580, %scevgep579
+  %found.conflict584 = and i1 %bound0582, %bound1583
+  br i1 %found.conflict584, label %for_body_d.2.i, label %vector.body587, !prof !17
 
-vector.body581:                                   ; preds = %for_end_d.1.i
-  %3122 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3123 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3124 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3125 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3126 = getelementptr inbounds nuw i8, <8 x ptr> %3122, i64 8
-  %3127 = getelementptr inbounds nuw i8, <8 x ptr> %3123, i64 8
-  %3128 = getelementptr inbounds nuw i8, <8 x ptr> %3124, i64 8
-  %3129 = getelementptr inbounds nuw i8, <8 x ptr> %3125, i64 8
-  %wide.masked.gather587 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3126, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3127, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3128, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather590 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3129, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3130 = getelementptr inbounds nuw i8, ptr %416, i64 1056
-  %3131 = getelementptr inbounds nuw i8, ptr %416, i64 1088
-  %3132 = getelementptr inbounds nuw i8, ptr %416, i64 1120
-  store <8 x float> %wide.masked.gather587, ptr %3121, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588, ptr %3130, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589, ptr %3131, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather590, ptr %3132, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  %3133 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3134 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3135 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3136 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+vector.body587:                                   ; preds = %for_end_d.1.i
+  %3133 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3134 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3135 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3136 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3137 = getelementptr inbounds nuw i8, <8 x ptr> %3133, i64 8
   %3138 = getelementptr inbounds nuw i8, <8 x ptr> %3134, i64 8
   %3139 = getelementptr inbounds nuw i8, <8 x ptr> %3135, i64 8
   %3140 = getelementptr inbounds nuw i8, <8 x ptr> %3136, i64 8
-  %wide.masked.gather587.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3137, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3138, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3139, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather590.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3140, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3141 = getelementptr inbounds nuw i8, ptr %416, i64 1152
-  %3142 = getelementptr inbounds nuw i8, ptr %416, i64 1184
-  %3143 = getelementptr inbounds nuw i8, ptr %416, i64 1216
-  %3144 = getelementptr inbounds nuw i8, ptr %416, i64 1248
-  store <8 x float> %wide.masked.gather587.1, ptr %3141, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588.1, ptr %3142, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589.1, ptr %3143, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather590.1, ptr %3144, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  %3145 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3146 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3147 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3148 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather593 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3137, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather594 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3138, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather595 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3139, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather596 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3140, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3141 = getelementptr inbounds nuw i8, ptr %425, i64 1056
+  %3142 = getelementptr inbounds nuw i8, ptr %425, i64 1088
+  %3143 = getelementptr inbounds nuw i8, ptr %425, i64 1120
+  store <8 x float> %wide.masked.gather593, ptr %3132, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather594, ptr %3141, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather595, ptr %3142, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather596, ptr %3143, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  %3144 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3145 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3146 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3147 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3148 = getelementptr inbounds nuw i8, <8 x ptr> %3144, i64 8
   %3149 = getelementptr inbounds nuw i8, <8 x ptr> %3145, i64 8
   %3150 = getelementptr inbounds nuw i8, <8 x ptr> %3146, i64 8
   %3151 = getelementptr inbounds nuw i8, <8 x ptr> %3147, i64 8
-  %3152 = getelementptr inbounds nuw i8, <8 x ptr> %3148, i64 8
-  %wide.masked.gather587.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3151, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather590.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3152, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3153 = getelementptr inbounds nuw i8, ptr %416, i64 1280
-  %3154 = getelementptr inbounds nuw i8, ptr %416, i64 1312
-  %3155 = getelementptr inbounds nuw i8, ptr %416, i64 1344
-  %3156 = getelementptr inbounds nuw i8, ptr %416, i64 1376
-  store <8 x float> %wide.masked.gather587.2, ptr %3153, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588.2, ptr %3154, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589.2, ptr %3155, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather590.2, ptr %3156, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  %3157 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3158 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3159 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3160 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather593.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3148, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather594.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather595.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather596.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3151, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3152 = getelementptr inbounds nuw i8, ptr %425, i64 1152
+  %3153 = getelementptr inbounds nuw i8, ptr %425, i64 1184
+  %3154 = getelementptr inbounds nuw i8, ptr %425, i64 1216
+  %3155 = getelementptr inbounds nuw i8, ptr %425, i64 1248
+  store <8 x float> %wide.masked.gather593.1, ptr %3152, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather594.1, ptr %3153, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather595.1, ptr %3154, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather596.1, ptr %3155, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  %3156 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3157 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3158 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3159 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3160 = getelementptr inbounds nuw i8, <8 x ptr> %3156, i64 8
   %3161 = getelementptr inbounds nuw i8, <8 x ptr> %3157, i64 8
   %3162 = getelementptr inbounds nuw i8, <8 x ptr> %3158, i64 8
   %3163 = getelementptr inbounds nuw i8, <8 x ptr> %3159, i64 8
-  %3164 = getelementptr inbounds nuw i8, <8 x ptr> %3160, i64 8
-  %wide.masked.gather587.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3161, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3162, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3163, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather590.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3164, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3165 = getelementptr inbounds nuw i8, ptr %416, i64 1408
-  %3166 = getelementptr inbounds nuw i8, ptr %416, i64 1440
-  %3167 = getelementptr inbounds nuw i8, ptr %416, i64 1472
-  %3168 = getelementptr inbounds nuw i8, ptr %416, i64 1504
-  store <8 x float> %wide.masked.gather587.3, ptr %3165, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588.3, ptr %3166, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589.3, ptr %3167, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather590.3, ptr %3168, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  %wide.masked.gather593.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3160, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather594.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3161, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather595.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3162, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather596.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3163, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3164 = getelementptr inbounds nuw i8, ptr %425, i64 1280
+  %3165 = getelementptr inbounds nuw i8, ptr %425, i64 1312
+  %3166 = getelementptr inbounds nuw i8, ptr %425, i64 1344
+  %3167 = getelementptr inbounds nuw i8, ptr %425, i64 1376
+  store <8 x float> %wide.masked.gather593.2, ptr %3164, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather594.2, ptr %3165, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather595.2, ptr %3166, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather596.2, ptr %3167, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  %3168 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3169 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3170 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3171 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3172 = getelementptr inbounds nuw i8, <8 x ptr> %3168, i64 8
+  %3173 = getelementptr inbounds nuw i8, <8 x ptr> %3169, i64 8
+  %3174 = getelementptr inbounds nuw i8, <8 x ptr> %3170, i64 8
+  %3175 = getelementptr inbounds nuw i8, <8 x ptr> %3171, i64 8
+  %wide.masked.gather593.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3172, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather594.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3173, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather595.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3174, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather596.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3175, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3176 = getelementptr inbounds nuw i8, ptr %425, i64 1408
+  %3177 = getelementptr inbounds nuw i8, ptr %425, i64 1440
+  %3178 = getelementptr inbounds nuw i8, ptr %425, i64 1472
+  %3179 = getelementptr inbounds nuw i8, ptr %425, i64 1504
+  store <8 x float> %wide.masked.gather593.3, ptr %3176, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather594.3, ptr %3177, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather595.3, ptr %3178, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather596.3, ptr %3179, align 4, !tbaa !5, !alias.scope !49, !noalias !46
   br label %for_end_d.2.i
 
 for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
-  %indvars.iv644.2.i = phi i64 [ %indvars.iv.next645.2.i.7, %for_body_d.2.i ], [ 0, %for_end_d.1.i ]
-  %.idx766.i = shl nuw nsw i64 %indvars.iv644.2.i, 6
-  %3169 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i
-  %3170 = getelementptr inbounds nuw i8, ptr %3169, i64 8
-  %3171 = load float, ptr %3170, align 4, !tbaa !5
-  %3172 = getelementptr inbounds nuw float, ptr %3121, i64 %indvars.iv644.2.i
-  store float %3171, ptr %3172, align 4, !tbaa !5
-  %indvars.iv.next645.2.i = or disjoint i64 %indvars.iv644.2.i, 1
-  %.idx766.i.1 = shl nuw nsw i64 %indvars.iv.next645.2.i, 6
-  %3173 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.1
-  %3174 = getelementptr inbounds nuw i8, ptr %3173, i64 8
-  %3175 = load float, ptr %3174, align 4, !tbaa !5
-  %3176 = getelementptr inbounds nuw float, ptr %3121, i64 %indvars.iv.next645.2.i
-  store float %3175, ptr %3176, align 4, !tbaa !5
-  %indvars.iv.next645.2.i.1 = or disjoint i64 %indvars.iv644.2.i, 2
-  %.idx766.i.2 = shl nuw nsw i64 %indvars.iv.next645.2.i.1, 6
-  %3177 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.2
-  %3178 = getelementptr inbounds nuw i8, ptr %3177, i64 8
-  %3179 = load float, ptr %3178, align 4, !tbaa !5
-  %3180 = getelementptr inbounds nuw float, ptr %3121, i64 %indvars.iv.next645.2.i.1
-  store float %3179, ptr %3180, align 4, !tbaa !5
-  %indvars.iv.next645.2.i.2 = or disjoint i64 %indvars.iv644.2.i, 3
-  %.idx766.i.3 = shl nuw nsw i64 %indvars.iv.next645.2.i.2, 6
-  %3181 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.3
-  %3182 = getelementptr inbounds nuw i8, ptr %3181, i64 8
-  %3183 = load float, ptr %3182, align 4, !tbaa !5
-  %3184 = getelementptr inbounds nuw float, ptr %3121, i64 %indvars.iv.next645.2.i.2
-  store float %3183, ptr %3184, align 4, !tbaa !5
-  %indvars.iv.next645.2.i.3 = or disjoint i64 %indvars.iv644.2.i, 4
-  %.idx766.i.4 = shl nuw nsw i64 %indvars.iv.next645.2.i.3, 6
-  %3185 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.4
-  %3186 = getelementptr inbounds nuw i8, ptr %3185, i64 8
-  %3187 = load float, ptr %3186, align 4, !tbaa !5
-  %3188 = getelementptr inbounds nuw float, ptr %3121, i64 %indvars.iv.next645.2.i.3
-  store float %3187, ptr %3188, align 4, !tbaa !5
-  %indvars.iv.next645.2.i.4 = or disjoint i64 %indvars.iv644.2.i, 5
-  %.idx766.i.5 = shl nuw nsw i64 %indvars.iv.next645.2.i.4, 6
-  %3189 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.5
-  %3190 = getelementptr inbounds nuw i8, ptr %3189, i64 8
-  %3191 = load float, ptr %3190, align 4, !tbaa !5
-  %3192 = getelementptr inbounds nuw float, ptr %3121, i64 %indvars.iv.next645.2.i.4
-  store float %3191, ptr %3192, align 4, !tbaa !5
-  %indvars.iv.next645.2.i.5 = or disjoint i64 %indvars.iv644.2.i, 6
-  %.idx766.i.6 = shl nuw nsw i64 %indvars.iv.next645.2.i.5, 6
-  %3193 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.6
-  %3194 = getelementptr inbounds nuw i8, ptr %3193, i64 8
-  %3195 = load float, ptr %3194, align 4, !tbaa !5
-  %3196 = getelementptr inbounds nuw float, ptr %3121, i64 %indvars.iv.next645.2.i.5
-  store float %3195, ptr %3196, align 4, !tbaa !5
-  %indvars.iv.next645.2.i.6 = or disjoint i64 %indvars.iv644.2.i, 7
-  %.idx766.i.7 = shl nuw nsw i64 %indvars.iv.next645.2.i.6, 6
-  %3197 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.7
-  %3198 = getelementptr inbounds nuw i8, ptr %3197, i64 8
-  %3199 = load float, ptr %3198, align 4, !tbaa !5
-  %3200 = getelementptr inbounds nuw float, ptr %3121, i64 %indvars.iv.next645.2.i.6
-  store float %3199, ptr %3200, align 4, !tbaa !5
-  %indvars.iv.next645.2.i.7 = add nuw nsw i64 %indvars.iv644.2.i, 8
-  %exitcond647.2.not.i.7 = icmp eq i64 %indvars.iv.next645.2.i.7, 128
-  br i1 %exitcond647.2.not.i.7, label %for_end_d.2.i, label %for_body_d.2.i, !prof !36, !llvm.loop !51
+  %indvars.iv650.2.i = phi i64 [ %indvars.iv.next651.2.i.7, %for_body_d.2.i ], [ 0, %for_end_d.1.i ]
+  %.idx772.i = shl nuw nsw i64 %indvars.iv650.2.i, 6
+  %3180 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i
+  %3181 = getelementptr inbounds nuw i8, ptr %3180, i64 8
+  %3182 = load float, ptr %3181, align 4, !tbaa !5
+  %3183 = getelementptr inbounds nuw float, ptr %3132, i64 %indvars.iv650.2.i
+  store float %3182, ptr %3183, align 4, !tbaa !5
+  %indvars.iv.next651.2.i = or disjoint i64 %indvars.iv650.2.i, 1
+  %.idx772.i.1 = shl nuw nsw i64 %indvars.iv.next651.2.i, 6
+  %3184 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.1
+  %3185 = getelementptr inbounds nuw i8, ptr %3184, i64 8
+  %3186 = load float, ptr %3185, align 4, !tbaa !5
+  %3187 = getelementptr inbounds nuw float, ptr %3132, i64 %indvars.iv.next651.2.i
+  store float %3186, ptr %3187, align 4, !tbaa !5
+  %indvars.iv.next651.2.i.1 = or disjoint i64 %indvars.iv650.2.i, 2
+  %.idx772.i.2 = shl nuw nsw i64 %indvars.iv.next651.2.i.1, 6
+  %3188 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.2
+  %3189 = getelementptr inbounds nuw i8, ptr %3188, i64 8
+  %3190 = load float, ptr %3189, align 4, !tbaa !5
+  %3191 = getelementptr inbounds nuw float, ptr %3132, i64 %indvars.iv.next651.2.i.1
+  store float %3190, ptr %3191, align 4, !tbaa !5
+  %indvars.iv.next651.2.i.2 = or disjoint i64 %indvars.iv650.2.i, 3
+  %.idx772.i.3 = shl nuw nsw i64 %indvars.iv.next651.2.i.2, 6
+  %3192 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.3
+  %3193 = getelementptr inbounds nuw i8, ptr %3192, i64 8
+  %3194 = load float, ptr %3193, align 4, !tbaa !5
+  %3195 = getelementptr inbounds nuw float, ptr %3132, i64 %indvars.iv.next651.2.i.2
+  store float %3194, ptr %3195, align 4, !tbaa !5
+  %indvars.iv.next651.2.i.3 = or disjoint i64 %indvars.iv650.2.i, 4
+  %.idx772.i.4 = shl nuw nsw i64 %indvars.iv.next651.2.i.3, 6
+  %3196 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.4
+  %3197 = getelementptr inbounds nuw i8, ptr %3196, i64 8
+  %3198 = load float, ptr %3197, align 4, !tbaa !5
+  %3199 = getelementptr inbounds nuw float, ptr %3132, i64 %indvars.iv.next651.2.i.3
+  store float %3198, ptr %3199, align 4, !tbaa !5
+  %indvars.iv.next651.2.i.4 = or disjoint i64 %indvars.iv650.2.i, 5
+  %.idx772.i.5 = shl nuw nsw i64 %indvars.iv.next651.2.i.4, 6
+  %3200 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.5
+  %3201 = getelementptr inbounds nuw i8, ptr %3200, i64 8
+  %3202 = load float, ptr %3201, align 4, !tbaa !5
+  %3203 = getelementptr inbounds nuw float, ptr %3132, i64 %indvars.iv.next651.2.i.4
+  store float %3202, ptr %3203, align 4, !tbaa !5
+  %indvars.iv.next651.2.i.5 = or disjoint i64 %indvars.iv650.2.i, 6
+  %.idx772.i.6 = shl nuw nsw i64 %indvars.iv.next651.2.i.5, 6
+  %3204 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.6
+  %3205 = getelementptr inbounds nuw i8, ptr %3204, i64 8
+  %3206 = load float, ptr %3205, align 4, !tbaa !5
+  %3207 = getelementptr inbounds nuw float, ptr %3132, i64 %indvars.iv.next651.2.i.5
+  store float %3206, ptr %3207, align 4, !tbaa !5
+  %indvars.iv.next651.2.i.6 = or disjoint i64 %indvars.iv650.2.i, 7
+  %.idx772.i.7 = shl nuw nsw i64 %indvars.iv.next651.2.i.6, 6
+  %3208 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.7
+  %3209 = getelementptr inbounds nuw i8, ptr %3208, i64 8
+  %3210 = load float, ptr %3209, align 4, !tbaa !5
+  %3211 = getelementptr inbounds nuw float, ptr %3132, i64 %indvars.iv.next651.2.i.6
+  store float %3210, ptr %3211, align 4, !tbaa !5
+  %indvars.iv.next651.2.i.7 = add nuw nsw i64 %indvars.iv650.2.i, 8
+  %exitcond653.2.not.i.7 = icmp eq i64 %indvars.iv.next651.2.i.7, 128
+  br i1 %exitcond653.2.not.i.7, label %for_end_d.2.i, label %for_body_d.2.i, !prof !36, !llvm.loop !51
 
-for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body581
-  %3201 = getelementptr inbounds nuw i8, ptr %416, i64 1536
-  %scevgep551 = getelementptr i8, ptr %acc.i, i64 12
-  %scevgep552 = getelementptr i8, ptr %acc.i, i64 8144
-  %bound0553 = icmp ult ptr %scevgep549, %scevgep552
-  %bound1554 = icmp ult ptr %scevgep551, %scevgep550
-  %found.conflict555 = and i1 %bound0553, %bound1554
-  br i1 %found.conflict555, label %for_body_d.3.i, label %vector.body558, !prof !17
+for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body587
+  %3212 = getelementptr inbounds nuw i8, ptr %425, i64 1536
+  %scevgep557 = getelementptr i8, ptr %acc.i, i64 12
+  %scevgep558 = getelementptr i8, ptr %acc.i, i64 8144
+  %bound0559 = icmp ult ptr %scevgep555, %scevgep558
+  %bound1560 = icmp ult ptr %scevgep557, %scevgep556
+  %found.conflict561 = and i1 %bound0559, %bound1560
+  br i1 %found.conflict561, label %for_body_d.3.i, label %vector.body564, !prof !17
 
-vector.body558:                                   ; preds = %for_end_d.2.i
-  %3202 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3203 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3204 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3205 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3206 = getelementptr inbounds nuw i8, <8 x ptr> %3202, i64 12
-  %3207 = getelementptr inbounds nuw i8, <8 x ptr> %3203, i64 12
-  %3208 = getelementptr inbounds nuw i8, <8 x ptr> %3204, i64 12
-  %3209 = getelementptr inbounds nuw i8, <8 x ptr> %3205, i64 12
-  %wide.masked.gather564 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3206, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3207, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3208, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather567 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3209, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3210 = getelementptr inbounds nuw i8, ptr %416, i64 1568
-  %3211 = getelementptr inbounds nuw i8, ptr %416, i64 1600
-  %3212 = getelementptr inbounds nuw i8, ptr %416, i64 1632
-  store <8 x float> %wide.masked.gather564, ptr %3201, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565, ptr %3210, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566, ptr %3211, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather567, ptr %3212, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  %3213 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3214 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3215 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3216 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+vector.body564:                                   ; preds = %for_end_d.2.i
+  %3213 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3214 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3215 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3216 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3217 = getelementptr inbounds nuw i8, <8 x ptr> %3213, i64 12
   %3218 = getelementptr inbounds nuw i8, <8 x ptr> %3214, i64 12
   %3219 = getelementptr inbounds nuw i8, <8 x ptr> %3215, i64 12
   %3220 = getelementptr inbounds nuw i8, <8 x ptr> %3216, i64 12
-  %wide.masked.gather564.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3217, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3218, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3219, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather567.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3220, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3221 = getelementptr inbounds nuw i8, ptr %416, i64 1664
-  %3222 = getelementptr inbounds nuw i8, ptr %416, i64 1696
-  %3223 = getelementptr inbounds nuw i8, ptr %416, i64 1728
-  %3224 = getelementptr inbounds nuw i8, ptr %416, i64 1760
-  store <8 x float> %wide.masked.gather564.1, ptr %3221, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565.1, ptr %3222, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566.1, ptr %3223, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather567.1, ptr %3224, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  %3225 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3226 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3227 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3228 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather570 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3217, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather571 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3218, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather572 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3219, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather573 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3220, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3221 = getelementptr inbounds nuw i8, ptr %425, i64 1568
+  %3222 = getelementptr inbounds nuw i8, ptr %425, i64 1600
+  %3223 = getelementptr inbounds nuw i8, ptr %425, i64 1632
+  store <8 x float> %wide.masked.gather570, ptr %3212, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather571, ptr %3221, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather572, ptr %3222, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather573, ptr %3223, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  %3224 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3225 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3226 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3227 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3228 = getelementptr inbounds nuw i8, <8 x ptr> %3224, i64 12
   %3229 = getelementptr inbounds nuw i8, <8 x ptr> %3225, i64 12
   %3230 = getelementptr inbounds nuw i8, <8 x ptr> %3226, i64 12
   %3231 = getelementptr inbounds nuw i8, <8 x ptr> %3227, i64 12
-  %3232 = getelementptr inbounds nuw i8, <8 x ptr> %3228, i64 12
-  %wide.masked.gather564.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3229, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3230, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3231, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather567.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3232, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3233 = getelementptr inbounds nuw i8, ptr %416, i64 1792
-  %3234 = getelementptr inbounds nuw i8, ptr %416, i64 1824
-  %3235 = getelementptr inbounds nuw i8, ptr %416, i64 1856
-  %3236 = getelementptr inbounds nuw i8, ptr %416, i64 1888
-  store <8 x float> %wide.masked.gather564.2, ptr %3233, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565.2, ptr %3234, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566.2, ptr %3235, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather567.2, ptr %3236, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  %3237 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3238 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3239 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3240 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather570.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3228, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather571.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3229, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather572.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3230, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather573.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3231, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3232 = getelementptr inbounds nuw i8, ptr %425, i64 1664
+  %3233 = getelementptr inbounds nuw i8, ptr %425, i64 1696
+  %3234 = getelementptr inbounds nuw i8, ptr %425, i64 1728
+  %3235 = getelementptr inbounds nuw i8, ptr %425, i64 1760
+  store <8 x float> %wide.masked.gather570.1, ptr %3232, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather571.1, ptr %3233, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather572.1, ptr %3234, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather573.1, ptr %3235, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  %3236 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3237 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3238 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3239 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3240 = getelementptr inbounds nuw i8, <8 x ptr> %3236, i64 12
   %3241 = getelementptr inbounds nuw i8, <8 x ptr> %3237, i64 12
   %3242 = getelementptr inbounds nuw i8, <8 x ptr> %3238, i64 12
   %3243 = getelementptr inbounds nuw i8, <8 x ptr> %3239, i64 12
-  %3244 = getelementptr inbounds nuw i8, <8 x ptr> %3240, i64 12
-  %wide.masked.gather564.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3241, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3242, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3243, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather567.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3244, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3245 = getelementptr inbounds nuw i8, ptr %416, i64 1920
-  %3246 = getelementptr inbounds nuw i8, ptr %416, i64 1952
-  %3247 = getelementptr inbounds nuw i8, ptr %416, i64 1984
-  %3248 = getelementptr inbounds nuw i8, ptr %416, i64 2016
-  store <8 x float> %wide.masked.gather564.3, ptr %3245, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565.3, ptr %3246, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566.3, ptr %3247, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather567.3, ptr %3248, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  %wide.masked.gather570.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3240, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather571.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3241, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather572.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3242, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather573.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3243, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3244 = getelementptr inbounds nuw i8, ptr %425, i64 1792
+  %3245 = getelementptr inbounds nuw i8, ptr %425, i64 1824
+  %3246 = getelementptr inbounds nuw i8, ptr %425, i64 1856
+  %3247 = getelementptr inbounds nuw i8, ptr %425, i64 1888
+  store <8 x float> %wide.masked.gather570.2, ptr %3244, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather571.2, ptr %3245, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather572.2, ptr %3246, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather573.2, ptr %3247, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  %3248 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3249 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3250 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3251 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3252 = getelementptr inbounds nuw i8, <8 x ptr> %3248, i64 12
+  %3253 = getelementptr inbounds nuw i8, <8 x ptr> %3249, i64 12
+  %3254 = getelementptr inbounds nuw i8, <8 x ptr> %3250, i64 12
+  %3255 = getelementptr inbounds nuw i8, <8 x ptr> %3251, i64 12
+  %wide.masked.gather570.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3252, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather571.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3253, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather572.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3254, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather573.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3255, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3256 = getelementptr inbounds nuw i8, ptr %425, i64 1920
+  %3257 = getelementptr inbounds nuw i8, ptr %425, i64 1952
+  %3258 = getelementptr inbounds nuw i8, ptr %425, i64 1984
+  %3259 = getelementptr inbounds nuw i8, ptr %425, i64 2016
+  store <8 x float> %wide.masked.gather570.3, ptr %3256, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather571.3, ptr %3257, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather572.3, ptr %3258, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather573.3, ptr %3259, align 4, !tbaa !5, !alias.scope !55, !noalias !52
   br label %for_end_d.3.i
 
 for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
-  %indvars.iv644.3.i = phi i64 [ %indvars.iv.next645.3.i.7, %for_body_d.3.i ], [ 0, %for_end_d.2.i ]
-  %.idx767.i = shl nuw nsw i64 %indvars.iv644.3.i, 6
-  %3249 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i
-  %3250 = getelementptr inbounds nuw i8, ptr %3249, i64 12
-  %3251 = load float, ptr %3250, align 4, !tbaa !5
-  %3252 = getelementptr inbounds nuw float, ptr %3201, i64 %indvars.iv644.3.i
-  store float %3251, ptr %3252, align 4, !tbaa !5
-  %indvars.iv.next645.3.i = or disjoint i64 %indvars.iv644.3.i, 1
-  %.idx767.i.1 = shl nuw nsw i64 %indvars.iv.next645.3.i, 6
-  %3253 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.1
-  %3254 = getelementptr inbounds nuw i8, ptr %3253, i64 12
-  %3255 = load float, ptr %3254, align 4, !tbaa !5
-  %3256 = getelementptr inbounds nuw float, ptr %3201, i64 %indvars.iv.next645.3.i
-  store float %3255, ptr %3256, align 4, !tbaa !5
-  %indvars.iv.next645.3.i.1 = or disjoint i64 %indvars.iv644.3.i, 2
-  %.idx767.i.2 = shl nuw nsw i64 %indvars.iv.next645.3.i.1, 6
-  %3257 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.2
-  %3258 = getelementptr inbounds nuw i8, ptr %3257, i64 12
-  %3259 = load float, ptr %3258, align 4, !tbaa !5
-  %3260 = getelementptr inbounds nuw float, ptr %3201, i64 %indvars.iv.next645.3.i.1
-  store float %3259, ptr %3260, align 4, !tbaa !5
-  %indvars.iv.next645.3.i.2 = or disjoint i64 %indvars.iv644.3.i, 3
-  %.idx767.i.3 = shl nuw nsw i64 %indvars.iv.next645.3.i.2, 6
-  %3261 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.3
-  %3262 = getelementptr inbounds nuw i8, ptr %3261, i64 12
-  %3263 = load float, ptr %3262, align 4, !tbaa !5
-  %3264 = getelementptr inbounds nuw float, ptr %3201, i64 %indvars.iv.next645.3.i.2
-  store float %3263, ptr %3264, align 4, !tbaa !5
-  %indvars.iv.next645.3.i.3 = or disjoint i64 %indvars.iv644.3.i, 4
-  %.idx767.i.4 = shl nuw nsw i64 %indvars.iv.next645.3.i.3, 6
-  %3265 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.4
-  %3266 = getelementptr inbounds nuw i8, ptr %3265, i64 12
-  %3267 = load float, ptr %3266, align 4, !tbaa !5
-  %3268 = getelementptr inbounds nuw float, ptr %3201, i64 %indvars.iv.next645.3.i.3
-  store float %3267, ptr %3268, align 4, !tbaa !5
-  %indvars.iv.next645.3.i.4 = or disjoint i64 %indvars.iv644.3.i, 5
-  %.idx767.i.5 = shl nuw nsw i64 %indvars.iv.next645.3.i.4, 6
-  %3269 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.5
-  %3270 = getelementptr inbounds nuw i8, ptr %3269, i64 12
-  %3271 = load float, ptr %3270, align 4, !tbaa !5
-  %3272 = getelementptr inbounds nuw float, ptr %3201, i64 %indvars.iv.next645.3.i.4
-  store float %3271, ptr %3272, align 4, !tbaa !5
-  %indvars.iv.next645.3.i.5 = or disjoint i64 %indvars.iv644.3.i, 6
-  %.idx767.i.6 = shl nuw nsw i64 %indvars.iv.next645.3.i.5, 6
-  %3273 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.6
-  %3274 = getelementptr inbounds nuw i8, ptr %3273, i64 12
-  %3275 = load float, ptr %3274, align 4, !tbaa !5
-  %3276 = getelementptr inbounds nuw float, ptr %3201, i64 %indvars.iv.next645.3.i.5
-  store float %3275, ptr %3276, align 4, !tbaa !5
-  %indvars.iv.next645.3.i.6 = or disjoint i64 %indvars.iv644.3.i, 7
-  %.idx767.i.7 = shl nuw nsw i64 %indvars.iv.next645.3.i.6, 6
-  %3277 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.7
-  %3278 = getelementptr inbounds nuw i8, ptr %3277, i64 12
-  %3279 = load float, ptr %3278, align 4, !tbaa !5
-  %3280 = getelementptr inbounds nuw float, ptr %3201, i64 %indvars.iv.next645.3.i.6
-  store float %3279, ptr %3280, align 4, !tbaa !5
-  %indvars.iv.next645.3.i.7 = add nuw nsw i64 %indvars.iv644.3.i, 8
-  %exitcond647.3.not.i.7 = icmp eq i64 %indvars.iv.next645.3.i.7, 128
-  br i1 %exitcond647.3.not.i.7, label %for_end_d.3.i, label %for_body_d.3.i, !prof !36, !llvm.loop !57
+  %indvars.iv650.3.i = phi i64 [ %indvars.iv.next651.3.i.7, %for_body_d.3.i ], [ 0, %for_end_d.2.i ]
+  %.idx773.i = shl nuw nsw i64 %indvars.iv650.3.i, 6
+  %3260 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i
+  %3261 = getelementptr inbounds nuw i8, ptr %3260, i64 12
+  %3262 = load float, ptr %3261, align 4, !tbaa !5
+  %3263 = getelementptr inbounds nuw float, ptr %3212, i64 %indvars.iv650.3.i
+  store float %3262, ptr %3263, align 4, !tbaa !5
+  %indvars.iv.next651.3.i = or disjoint i64 %indvars.iv650.3.i, 1
+  %.idx773.i.1 = shl nuw nsw i64 %indvars.iv.next651.3.i, 6
+  %3264 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.1
+  %3265 = getelementptr inbounds nuw i8, ptr %3264, i64 12
+  %3266 = load float, ptr %3265, align 4, !tbaa !5
+  %3267 = getelementptr inbounds nuw float, ptr %3212, i64 %indvars.iv.next651.3.i
+  store float %3266, ptr %3267, align 4, !tbaa !5
+  %indvars.iv.next651.3.i.1 = or disjoint i64 %indvars.iv650.3.i, 2
+  %.idx773.i.2 = shl nuw nsw i64 %indvars.iv.next651.3.i.1, 6
+  %3268 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.2
+  %3269 = getelementptr inbounds nuw i8, ptr %3268, i64 12
+  %3270 = load float, ptr %3269, align 4, !tbaa !5
+  %3271 = getelementptr inbounds nuw float, ptr %3212, i64 %indvars.iv.next651.3.i.1
+  store float %3270, ptr %3271, align 4, !tbaa !5
+  %indvars.iv.next651.3.i.2 = or disjoint i64 %indvars.iv650.3.i, 3
+  %.idx773.i.3 = shl nuw nsw i64 %indvars.iv.next651.3.i.2, 6
+  %3272 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.3
+  %3273 = getelementptr inbounds nuw i8, ptr %3272, i64 12
+  %3274 = load float, ptr %3273, align 4, !tbaa !5
+  %3275 = getelementptr inbounds nuw float, ptr %3212, i64 %indvars.iv.next651.3.i.2
+  store float %3274, ptr %3275, align 4, !tbaa !5
+  %indvars.iv.next651.3.i.3 = or disjoint i64 %indvars.iv650.3.i, 4
+  %.idx773.i.4 = shl nuw nsw i64 %indvars.iv.next651.3.i.3, 6
+  %3276 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.4
+  %3277 = getelementptr inbounds nuw i8, ptr %3276, i64 12
+  %3278 = load float, ptr %3277, align 4, !tbaa !5
+  %3279 = getelementptr inbounds nuw float, ptr %3212, i64 %indvars.iv.next651.3.i.3
+  store float %3278, ptr %3279, align 4, !tbaa !5
+  %indvars.iv.next651.3.i.4 = or disjoint i64 %indvars.iv650.3.i, 5
+  %.idx773.i.5 = shl nuw nsw i64 %indvars.iv.next651.3.i.4, 6
+  %3280 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.5
+  %3281 = getelementptr inbounds nuw i8, ptr %3280, i64 12
+  %3282 = load float, ptr %3281, align 4, !tbaa !5
+  %3283 = getelementptr inbounds nuw float, ptr %3212, i64 %indvars.iv.next651.3.i.4
+  store float %3282, ptr %3283, align 4, !tbaa !5
+  %indvars.iv.next651.3.i.5 = or disjoint i64 %indvars.iv650.3.i, 6
+  %.idx773.i.6 = shl nuw nsw i64 %indvars.iv.next651.3.i.5, 6
+  %3284 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.6
+  %3285 = getelementptr inbounds nuw i8, ptr %3284, i64 12
+  %3286 = load float, ptr %3285, align 4, !tbaa !5
+  %3287 = getelementptr inbounds nuw float, ptr %3212, i64 %indvars.iv.next651.3.i.5
+  store float %3286, ptr %3287, align 4, !tbaa !5
+  %indvars.iv.next651.3.i.6 = or disjoint i64 %indvars.iv650.3.i, 7
+  %.idx773.i.7 = shl nuw nsw i64 %indvars.iv.next651.3.i.6, 6
+  %3288 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.7
+  %3289 = getelementptr inbounds nuw i8, ptr %3288, i64 12
+  %3290 = load float, ptr %3289, align 4, !tbaa !5
+  %3291 = getelementptr inbounds nuw float, ptr %3212, i64 %indvars.iv.next651.3.i.6
+  store float %3290, ptr %3291, align 4, !tbaa !5
+  %indvars.iv.next651.3.i.7 = add nuw nsw i64 %indvars.iv650.3.i, 8
+  %exitcond653.3.not.i.7 = icmp eq i64 %indvars.iv.next651.3.i.7, 128
+  br i1 %exitcond653.3.not.i.7, label %for_end_d.3.i, label %for_body_d.3.i, !prof !36, !llvm.loop !57
 
-for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body558
-  %3281 = getelementptr inbounds nuw i8, ptr %416, i64 2048
-  %scevgep528 = getelementptr i8, ptr %acc.i, i64 16
-  %scevgep529 = getelementptr i8, ptr %acc.i, i64 8148
-  %bound0530 = icmp ult ptr %scevgep526, %scevgep529
-  %bound1531 = icmp ult ptr %scevgep528, %scevgep527
-  %found.conflict532 = and i1 %bound0530, %bound1531
-  br i1 %found.conflict532, label %for_body_d.4.i, label %vector.body535, !prof !17
+for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body564
+  %3292 = getelementptr inbounds nuw i8, ptr %425, i64 2048
+  %scevgep534 = getelementptr i8, ptr %acc.i, i64 16
+  %scevgep535 = getelementptr i8, ptr %acc.i, i64 8148
+  %bound0536 = icmp ult ptr %scevgep532, %scevgep535
+  %bound1537 = icmp ult ptr %scevgep534, %scevgep533
+  %found.conflict538 = and i1 %bound0536, %bound1537
+  br i1 %found.conflict538, label %for_body_d.4.i, label %vector.body541, !prof !17
 
-vector.body535:                                   ; preds = %for_end_d.3.i
-  %3282 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3283 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3284 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3285 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3286 = getelementptr inbounds nuw i8, <8 x ptr> %3282, i64 16
-  %3287 = getelementptr inbounds nuw i8, <8 x ptr> %3283, i64 16
-  %3288 = getelementptr inbounds nuw i8, <8 x ptr> %3284, i64 16
-  %3289 = getelementptr inbounds nuw i8, <8 x ptr> %3285, i64 16
-  %wide.masked.gather541 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3286, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3287, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3288, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather544 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3289, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3290 = getelementptr inbounds nuw i8, ptr %416, i64 2080
-  %3291 = getelementptr inbounds nuw i8, ptr %416, i64 2112
-  %3292 = getelementptr inbounds nuw i8, ptr %416, i64 2144
-  store <8 x float> %wide.masked.gather541, ptr %3281, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542, ptr %3290, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543, ptr %3291, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather544, ptr %3292, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  %3293 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3294 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3295 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3296 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+vector.body541:                                   ; preds = %for_end_d.3.i
+  %3293 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3294 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3295 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3296 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3297 = getelementptr inbounds nuw i8, <8 x ptr> %3293, i64 16
   %3298 = getelementptr inbounds nuw i8, <8 x ptr> %3294, i64 16
   %3299 = getelementptr inbounds nuw i8, <8 x ptr> %3295, i64 16
   %3300 = getelementptr inbounds nuw i8, <8 x ptr> %3296, i64 16
-  %wide.masked.gather541.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3297, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3298, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3299, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather544.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3300, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3301 = getelementptr inbounds nuw i8, ptr %416, i64 2176
-  %3302 = getelementptr inbounds nuw i8, ptr %416, i64 2208
-  %3303 = getelementptr inbounds nuw i8, ptr %416, i64 2240
-  %3304 = getelementptr inbounds nuw i8, ptr %416, i64 2272
-  store <8 x float> %wide.masked.gather541.1, ptr %3301, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542.1, ptr %3302, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543.1, ptr %3303, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather544.1, ptr %3304, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  %3305 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3306 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3307 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3308 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather547 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3297, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather548 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3298, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather549 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3299, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather550 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3300, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3301 = getelementptr inbounds nuw i8, ptr %425, i64 2080
+  %3302 = getelementptr inbounds nuw i8, ptr %425, i64 2112
+  %3303 = getelementptr inbounds nuw i8, ptr %425, i64 2144
+  store <8 x float> %wide.masked.gather547, ptr %3292, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather548, ptr %3301, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather549, ptr %3302, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather550, ptr %3303, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  %3304 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3305 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3306 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3307 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3308 = getelementptr inbounds nuw i8, <8 x ptr> %3304, i64 16
   %3309 = getelementptr inbounds nuw i8, <8 x ptr> %3305, i64 16
   %3310 = getelementptr inbounds nuw i8, <8 x ptr> %3306, i64 16
   %3311 = getelementptr inbounds nuw i8, <8 x ptr> %3307, i64 16
-  %3312 = getelementptr inbounds nuw i8, <8 x ptr> %3308, i64 16
-  %wide.masked.gather541.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3309, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3310, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3311, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather544.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3312, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3313 = getelementptr inbounds nuw i8, ptr %416, i64 2304
-  %3314 = getelementptr inbounds nuw i8, ptr %416, i64 2336
-  %3315 = getelementptr inbounds nuw i8, ptr %416, i64 2368
-  %3316 = getelementptr inbounds nuw i8, ptr %416, i64 2400
-  store <8 x float> %wide.masked.gather541.2, ptr %3313, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542.2, ptr %3314, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543.2, ptr %3315, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather544.2, ptr %3316, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  %3317 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3318 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3319 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3320 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather547.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3308, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather548.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3309, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather549.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3310, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather550.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3311, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3312 = getelementptr inbounds nuw i8, ptr %425, i64 2176
+  %3313 = getelementptr inbounds nuw i8, ptr %425, i64 2208
+  %3314 = getelementptr inbounds nuw i8, ptr %425, i64 2240
+  %3315 = getelementptr inbounds nuw i8, ptr %425, i64 2272
+  store <8 x float> %wide.masked.gather547.1, ptr %3312, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather548.1, ptr %3313, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather549.1, ptr %3314, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather550.1, ptr %3315, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  %3316 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3317 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3318 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3319 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3320 = getelementptr inbounds nuw i8, <8 x ptr> %3316, i64 16
   %3321 = getelementptr inbounds nuw i8, <8 x ptr> %3317, i64 16
   %3322 = getelementptr inbounds nuw i8, <8 x ptr> %3318, i64 16
   %3323 = getelementptr inbounds nuw i8, <8 x ptr> %3319, i64 16
-  %3324 = getelementptr inbounds nuw i8, <8 x ptr> %3320, i64 16
-  %wide.masked.gather541.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3321, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3322, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3323, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather544.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3324, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3325 = getelementptr inbounds nuw i8, ptr %416, i64 2432
-  %3326 = getelementptr inbounds nuw i8, ptr %416, i64 2464
-  %3327 = getelementptr inbounds nuw i8, ptr %416, i64 2496
-  %3328 = getelementptr inbounds nuw i8, ptr %416, i64 2528
-  store <8 x float> %wide.masked.gather541.3, ptr %3325, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542.3, ptr %3326, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543.3, ptr %3327, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather544.3, ptr %3328, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  %wide.masked.gather547.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3320, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather548.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3321, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather549.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3322, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather550.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3323, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3324 = getelementptr inbounds nuw i8, ptr %425, i64 2304
+  %3325 = getelementptr inbounds nuw i8, ptr %425, i64 2336
+  %3326 = getelementptr inbounds nuw i8, ptr %425, i64 2368
+  %3327 = getelementptr inbounds nuw i8, ptr %425, i64 2400
+  store <8 x float> %wide.masked.gather547.2, ptr %3324, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather548.2, ptr %3325, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather549.2, ptr %3326, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather550.2, ptr %3327, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  %3328 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3329 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3330 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3331 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3332 = getelementptr inbounds nuw i8, <8 x ptr> %3328, i64 16
+  %3333 = getelementptr inbounds nuw i8, <8 x ptr> %3329, i64 16
+  %3334 = getelementptr inbounds nuw i8, <8 x ptr> %3330, i64 16
+  %3335 = getelementptr inbounds nuw i8, <8 x ptr> %3331, i64 16
+  %wide.masked.gather547.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3332, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather548.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3333, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather549.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3334, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather550.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3335, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3336 = getelementptr inbounds nuw i8, ptr %425, i64 2432
+  %3337 = getelementptr inbounds nuw i8, ptr %425, i64 2464
+  %3338 = getelementptr inbounds nuw i8, ptr %425, i64 2496
+  %3339 = getelementptr inbounds nuw i8, ptr %425, i64 2528
+  store <8 x float> %wide.masked.gather547.3, ptr %3336, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather548.3, ptr %3337, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather549.3, ptr %3338, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather550.3, ptr %3339, align 4, !tbaa !5, !alias.scope !61, !noalias !58
   br label %for_end_d.4.i
 
 for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %for_end_d.3.i
-  %indvars.iv644.4.i = phi i64 [ %indvars.iv.next645.4.i.7, %for_body_d.4.i ], [ 0, %for_end_d.3.i ]
-  %.idx768.i = shl nuw nsw i64 %indvars.iv644.4.i, 6
-  %3329 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i
-  %3330 = getelementptr inbounds nuw i8, ptr %3329, i64 16
-  %3331 = load float, ptr %3330, align 4, !tbaa !5
-  %3332 = getelementptr inbounds nuw float, ptr %3281, i64 %indvars.iv644.4.i
-  store float %3331, ptr %3332, align 4, !tbaa !5
-  %indvars.iv.next645.4.i = or disjoint i64 %indvars.iv644.4.i, 1
-  %.idx768.i.1 = shl nuw nsw i64 %indvars.iv.next645.4.i, 6
-  %3333 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.1
-  %3334 = getelementptr inbounds nuw i8, ptr %3333, i64 16
-  %3335 = load float, ptr %3334, align 4, !tbaa !5
-  %3336 = getelementptr inbounds nuw float, ptr %3281, i64 %indvars.iv.next645.4.i
-  store float %3335, ptr %3336, align 4, !tbaa !5
-  %indvars.iv.next645.4.i.1 = or disjoint i64 %indvars.iv644.4.i, 2
-  %.idx768.i.2 = shl nuw nsw i64 %indvars.iv.next645.4.i.1, 6
-  %3337 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.2
-  %3338 = getelementptr inbounds nuw i8, ptr %3337, i64 16
-  %3339 = load float, ptr %3338, align 4, !tbaa !5
-  %3340 = getelementptr inbounds nuw float, ptr %3281, i64 %indvars.iv.next645.4.i.1
-  store float %3339, ptr %3340, align 4, !tbaa !5
-  %indvars.iv.next645.4.i.2 = or disjoint i64 %indvars.iv644.4.i, 3
-  %.idx768.i.3 = shl nuw nsw i64 %indvars.iv.next645.4.i.2, 6
-  %3341 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.3
-  %3342 = getelementptr inbounds nuw i8, ptr %3341, i64 16
-  %3343 = load float, ptr %3342, align 4, !tbaa !5
-  %3344 = getelementptr inbounds nuw float, ptr %3281, i64 %indvars.iv.next645.4.i.2
-  store float %3343, ptr %3344, align 4, !tbaa !5
-  %indvars.iv.next645.4.i.3 = or disjoint i64 %indvars.iv644.4.i, 4
-  %.idx768.i.4 = shl nuw nsw i64 %indvars.iv.next645.4.i.3, 6
-  %3345 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.4
-  %3346 = getelementptr inbounds nuw i8, ptr %3345, i64 16
-  %3347 = load float, ptr %3346, align 4, !tbaa !5
-  %3348 = getelementptr inbounds nuw float, ptr %3281, i64 %indvars.iv.next645.4.i.3
-  store float %3347, ptr %3348, align 4, !tbaa !5
-  %indvars.iv.next645.4.i.4 = or disjoint i64 %indvars.iv644.4.i, 5
-  %.idx768.i.5 = shl nuw nsw i64 %indvars.iv.next645.4.i.4, 6
-  %3349 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.5
-  %3350 = getelementptr inbounds nuw i8, ptr %3349, i64 16
-  %3351 = load float, ptr %3350, align 4, !tbaa !5
-  %3352 = getelementptr inbounds nuw float, ptr %3281, i64 %indvars.iv.next645.4.i.4
-  store float %3351, ptr %3352, align 4, !tbaa !5
-  %indvars.iv.next645.4.i.5 = or disjoint i64 %indvars.iv644.4.i, 6
-  %.idx768.i.6 = shl nuw nsw i64 %indvars.iv.next645.4.i.5, 6
-  %3353 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.6
-  %3354 = getelementptr inbounds nuw i8, ptr %3353, i64 16
-  %3355 = load float, ptr %3354, align 4, !tbaa !5
-  %3356 = getelementptr inbounds nuw float, ptr %3281, i64 %indvars.iv.next645.4.i.5
-  store float %3355, ptr %3356, align 4, !tbaa !5
-  %indvars.iv.next645.4.i.6 = or disjoint i64 %indvars.iv644.4.i, 7
-  %.idx768.i.7 = shl nuw nsw i64 %indvars.iv.next645.4.i.6, 6
-  %3357 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.7
-  %3358 = getelementptr inbounds nuw i8, ptr %3357, i64 16
-  %3359 = load float, ptr %3358, align 4, !tbaa !5
-  %3360 = getelementptr inbounds nuw float, ptr %3281, i64 %indvars.iv.next645.4.i.6
-  store float %3359, ptr %3360, align 4, !tbaa !5
-  %indvars.iv.next645.4.i.7 = add nuw nsw i64 %indvars.iv644.4.i, 8
-  %exitcond647.4.not.i.7 = icmp eq i64 %indvars.iv.next645.4.i.7, 128
-  br i1 %exitcond647.4.not.i.7, label %for_end_d.4.i, label %for_body_d.4.i, !prof !36, !llvm.loop !63
+  %indvars.iv650.4.i = phi i64 [ %indvars.iv.next651.4.i.7, %for_body_d.4.i ], [ 0, %for_end_d.3.i ]
+  %.idx774.i = shl nuw nsw i64 %indvars.iv650.4.i, 6
+  %3340 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i
+  %3341 = getelementptr inbounds nuw i8, ptr %3340, i64 16
+  %3342 = load float, ptr %3341, align 4, !tbaa !5
+  %3343 = getelementptr inbounds nuw float, ptr %3292, i64 %indvars.iv650.4.i
+  store float %3342, ptr %3343, align 4, !tbaa !5
+  %indvars.iv.next651.4.i = or disjoint i64 %indvars.iv650.4.i, 1
+  %.idx774.i.1 = shl nuw nsw i64 %indvars.iv.next651.4.i, 6
+  %3344 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.1
+  %3345 = getelementptr inbounds nuw i8, ptr %3344, i64 16
+  %3346 = load float, ptr %3345, align 4, !tbaa !5
+  %3347 = getelementptr inbounds nuw float, ptr %3292, i64 %indvars.iv.next651.4.i
+  store float %3346, ptr %3347, align 4, !tbaa !5
+  %indvars.iv.next651.4.i.1 = or disjoint i64 %indvars.iv650.4.i, 2
+  %.idx774.i.2 = shl nuw nsw i64 %indvars.iv.next651.4.i.1, 6
+  %3348 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.2
+  %3349 = getelementptr inbounds nuw i8, ptr %3348, i64 16
+  %3350 = load float, ptr %3349, align 4, !tbaa !5
+  %3351 = getelementptr inbounds nuw float, ptr %3292, i64 %indvars.iv.next651.4.i.1
+  store float %3350, ptr %3351, align 4, !tbaa !5
+  %indvars.iv.next651.4.i.2 = or disjoint i64 %indvars.iv650.4.i, 3
+  %.idx774.i.3 = shl nuw nsw i64 %indvars.iv.next651.4.i.2, 6
+  %3352 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.3
+  %3353 = getelementptr inbounds nuw i8, ptr %3352, i64 16
+  %3354 = load float, ptr %3353, align 4, !tbaa !5
+  %3355 = getelementptr inbounds nuw float, ptr %3292, i64 %indvars.iv.next651.4.i.2
+  store float %3354, ptr %3355, align 4, !tbaa !5
+  %indvars.iv.next651.4.i.3 = or disjoint i64 %indvars.iv650.4.i, 4
+  %.idx774.i.4 = shl nuw nsw i64 %indvars.iv.next651.4.i.3, 6
+  %3356 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.4
+  %3357 = getelementptr inbounds nuw i8, ptr %3356, i64 16
+  %3358 = load float, ptr %3357, align 4, !tbaa !5
+  %3359 = getelementptr inbounds nuw float, ptr %3292, i64 %indvars.iv.next651.4.i.3
+  store float %3358, ptr %3359, align 4, !tbaa !5
+  %indvars.iv.next651.4.i.4 = or disjoint i64 %indvars.iv650.4.i, 5
+  %.idx774.i.5 = shl nuw nsw i64 %indvars.iv.next651.4.i.4, 6
+  %3360 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.5
+  %3361 = getelementptr inbounds nuw i8, ptr %3360, i64 16
+  %3362 = load float, ptr %3361, align 4, !tbaa !5
+  %3363 = getelementptr inbounds nuw float, ptr %3292, i64 %indvars.iv.next651.4.i.4
+  store float %3362, ptr %3363, align 4, !tbaa !5
+  %indvars.iv.next651.4.i.5 = or disjoint i64 %indvars.iv650.4.i, 6
+  %.idx774.i.6 = shl nuw nsw i64 %indvars.iv.next651.4.i.5, 6
+  %3364 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.6
+  %3365 = getelementptr inbounds nuw i8, ptr %3364, i64 16
+  %3366 = load float, ptr %3365, align 4, !tbaa !5
+  %3367 = getelementptr inbounds nuw float, ptr %3292, i64 %indvars.iv.next651.4.i.5
+  store float %3366, ptr %3367, align 4, !tbaa !5
+  %indvars.iv.next651.4.i.6 = or disjoint i64 %indvars.iv650.4.i, 7
+  %.idx774.i.7 = shl nuw nsw i64 %indvars.iv.next651.4.i.6, 6
+  %3368 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.7
+  %3369 = getelementptr inbounds nuw i8, ptr %3368, i64 16
+  %3370 = load float, ptr %3369, align 4, !tbaa !5
+  %3371 = getelementptr inbounds nuw float, ptr %3292, i64 %indvars.iv.next651.4.i.6
+  store float %3370, ptr %3371, align 4, !tbaa !5
+  %indvars.iv.next651.4.i.7 = add nuw nsw i64 %indvars.iv650.4.i, 8
+  %exitcond653.4.not.i.7 = icmp eq i64 %indvars.iv.next651.4.i.7, 128
+  br i1 %exitcond653.4.not.i.7, label %for_end_d.4.i, label %for_body_d.4.i, !prof !36, !llvm.loop !63
 
-for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %vector.body535
-  %3361 = getelementptr inbounds nuw i8, ptr %416, i64 2560
-  %scevgep505 = getelementptr i8, ptr %acc.i, i64 20
-  %scevgep506 = getelementptr i8, ptr %acc.i, i64 8152
-  %bound0507 = icmp ult ptr %scevgep503, %scevgep506
-  %bound1508 = icmp ult ptr %scevgep505, %scevgep504
-  %found.conflict509 = and i1 %bound0507, %bound1508
-  br i1 %found.conflict509, label %for_body_d.5.i, label %vector.body512, !prof !17
+for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %vector.body541
+  %3372 = getelementptr inbounds nuw i8, ptr %425, i64 2560
+  %scevgep511 = getelementptr i8, ptr %acc.i, i64 20
+  %scevgep512 = getelementptr i8, ptr %acc.i, i64 8152
+  %bound0513 = icmp ult ptr %scevgep509, %scevgep512
+  %bound1514 = icmp ult ptr %scevgep511, %scevgep510
+  %found.conflict515 = and i1 %bound0513, %bound1514
+  br i1 %found.conflict515, label %for_body_d.5.i, label %vector.body518, !prof !17
 
-vector.body512:                                   ; preds = %for_end_d.4.i
-  %3362 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3363 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3364 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3365 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3366 = getelementptr inbounds nuw i8, <8 x ptr> %3362, i64 20
-  %3367 = getelementptr inbounds nuw i8, <8 x ptr> %3363, i64 20
-  %3368 = getelementptr inbounds nuw i8, <8 x ptr> %3364, i64 20
-  %3369 = getelementptr inbounds nuw i8, <8 x ptr> %3365, i64 20
-  %wide.masked.gather518 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3366, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3367, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3368, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather521 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3369, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3370 = getelementptr inbounds nuw i8, ptr %416, i64 2592
-  %3371 = getelementptr inbounds nuw i8, ptr %416, i64 2624
-  %3372 = getelementptr inbounds nuw i8, ptr %416, i64 2656
-  store <8 x float> %wide.masked.gather518, ptr %3361, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519, ptr %3370, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520, ptr %3371, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather521, ptr %3372, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  %3373 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3374 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3375 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3376 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+vector.body518:                                   ; preds = %for_end_d.4.i
+  %3373 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3374 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3375 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3376 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3377 = getelementptr inbounds nuw i8, <8 x ptr> %3373, i64 20
   %3378 = getelementptr inbounds nuw i8, <8 x ptr> %3374, i64 20
   %3379 = getelementptr inbounds nuw i8, <8 x ptr> %3375, i64 20
   %3380 = getelementptr inbounds nuw i8, <8 x ptr> %3376, i64 20
-  %wide.masked.gather518.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3377, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3378, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3379, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather521.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3380, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3381 = getelementptr inbounds nuw i8, ptr %416, i64 2688
-  %3382 = getelementptr inbounds nuw i8, ptr %416, i64 2720
-  %3383 = getelementptr inbounds nuw i8, ptr %416, i64 2752
-  %3384 = getelementptr inbounds nuw i8, ptr %416, i64 2784
-  store <8 x float> %wide.masked.gather518.1, ptr %3381, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519.1, ptr %3382, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520.1, ptr %3383, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather521.1, ptr %3384, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  %3385 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3386 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3387 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3388 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather524 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3377, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather525 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3378, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather526 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3379, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather527 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3380, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3381 = getelementptr inbounds nuw i8, ptr %425, i64 2592
+  %3382 = getelementptr inbounds nuw i8, ptr %425, i64 2624
+  %3383 = getelementptr inbounds nuw i8, ptr %425, i64 2656
+  store <8 x float> %wide.masked.gather524, ptr %3372, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather525, ptr %3381, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather526, ptr %3382, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather527, ptr %3383, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  %3384 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3385 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3386 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3387 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3388 = getelementptr inbounds nuw i8, <8 x ptr> %3384, i64 20
   %3389 = getelementptr inbounds nuw i8, <8 x ptr> %3385, i64 20
   %3390 = getelementptr inbounds nuw i8, <8 x ptr> %3386, i64 20
   %3391 = getelementptr inbounds nuw i8, <8 x ptr> %3387, i64 20
-  %3392 = getelementptr inbounds nuw i8, <8 x ptr> %3388, i64 20
-  %wide.masked.gather518.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3389, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3390, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3391, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather521.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3392, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3393 = getelementptr inbounds nuw i8, ptr %416, i64 2816
-  %3394 = getelementptr inbounds nuw i8, ptr %416, i64 2848
-  %3395 = getelementptr inbounds nuw i8, ptr %416, i64 2880
-  %3396 = getelementptr inbounds nuw i8, ptr %416, i64 2912
-  store <8 x float> %wide.masked.gather518.2, ptr %3393, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519.2, ptr %3394, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520.2, ptr %3395, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather521.2, ptr %3396, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  %3397 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3398 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3399 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3400 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather524.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3388, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather525.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3389, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather526.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3390, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather527.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3391, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3392 = getelementptr inbounds nuw i8, ptr %425, i64 2688
+  %3393 = getelementptr inbounds nuw i8, ptr %425, i64 2720
+  %3394 = getelementptr inbounds nuw i8, ptr %425, i64 2752
+  %3395 = getelementptr inbounds nuw i8, ptr %425, i64 2784
+  store <8 x float> %wide.masked.gather524.1, ptr %3392, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather525.1, ptr %3393, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather526.1, ptr %3394, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather527.1, ptr %3395, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  %3396 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3397 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3398 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3399 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3400 = getelementptr inbounds nuw i8, <8 x ptr> %3396, i64 20
   %3401 = getelementptr inbounds nuw i8, <8 x ptr> %3397, i64 20
   %3402 = getelementptr inbounds nuw i8, <8 x ptr> %3398, i64 20
   %3403 = getelementptr inbounds nuw i8, <8 x ptr> %3399, i64 20
-  %3404 = getelementptr inbounds nuw i8, <8 x ptr> %3400, i64 20
-  %wide.masked.gather518.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3401, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3402, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3403, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather521.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3404, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3405 = getelementptr inbounds nuw i8, ptr %416, i64 2944
-  %3406 = getelementptr inbounds nuw i8, ptr %416, i64 2976
-  %3407 = getelementptr inbounds nuw i8, ptr %416, i64 3008
-  %3408 = getelementptr inbounds nuw i8, ptr %416, i64 3040
-  store <8 x float> %wide.masked.gather518.3, ptr %3405, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519.3, ptr %3406, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520.3, ptr %3407, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather521.3, ptr %3408, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  %wide.masked.gather524.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3400, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather525.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3401, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather526.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3402, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather527.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3403, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3404 = getelementptr inbounds nuw i8, ptr %425, i64 2816
+  %3405 = getelementptr inbounds nuw i8, ptr %425, i64 2848
+  %3406 = getelementptr inbounds nuw i8, ptr %425, i64 2880
+  %3407 = getelementptr inbounds nuw i8, ptr %425, i64 2912
+  store <8 x float> %wide.masked.gather524.2, ptr %3404, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather525.2, ptr %3405, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather526.2, ptr %3406, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather527.2, ptr %3407, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  %3408 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3409 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3410 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3411 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3412 = getelementptr inbounds nuw i8, <8 x ptr> %3408, i64 20
+  %3413 = getelementptr inbounds nuw i8, <8 x ptr> %3409, i64 20
+  %3414 = getelementptr inbounds nuw i8, <8 x ptr> %3410, i64 20
+  %3415 = getelementptr inbounds nuw i8, <8 x ptr> %3411, i64 20
+  %wide.masked.gather524.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3412, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather525.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3413, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather526.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3414, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather527.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3415, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3416 = getelementptr inbounds nuw i8, ptr %425, i64 2944
+  %3417 = getelementptr inbounds nuw i8, ptr %425, i64 2976
+  %3418 = getelementptr inbounds nuw i8, ptr %425, i64 3008
+  %3419 = getelementptr inbounds nuw i8, ptr %425, i64 3040
+  store <8 x float> %wide.masked.gather524.3, ptr %3416, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather525.3, ptr %3417, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather526.3, ptr %3418, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather527.3, ptr %3419, align 4, !tbaa !5, !alias.scope !67, !noalias !64
   br label %for_end_d.5.i
 
 for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %for_end_d.4.i
-  %indvars.iv644.5.i = phi i64 [ %indvars.iv.next645.5.i.7, %for_body_d.5.i ], [ 0, %for_end_d.4.i ]
-  %.idx769.i = shl nuw nsw i64 %indvars.iv644.5.i, 6
-  %3409 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i
-  %3410 = getelementptr inbounds nuw i8, ptr %3409, i64 20
-  %3411 = load float, ptr %3410, align 4, !tbaa !5
-  %3412 = getelementptr inbounds nuw float, ptr %3361, i64 %indvars.iv644.5.i
-  store float %3411, ptr %3412, align 4, !tbaa !5
-  %indvars.iv.next645.5.i = or disjoint i64 %indvars.iv644.5.i, 1
-  %.idx769.i.1 = shl nuw nsw i64 %indvars.iv.next645.5.i, 6
-  %3413 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.1
-  %3414 = getelementptr inbounds nuw i8, ptr %3413, i64 20
-  %3415 = load float, ptr %3414, align 4, !tbaa !5
-  %3416 = getelementptr inbounds nuw float, ptr %3361, i64 %indvars.iv.next645.5.i
-  store float %3415, ptr %3416, align 4, !tbaa !5
-  %indvars.iv.next645.5.i.1 = or disjoint i64 %indvars.iv644.5.i, 2
-  %.idx769.i.2 = shl nuw nsw i64 %indvars.iv.next645.5.i.1, 6
-  %3417 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.2
-  %3418 = getelementptr inbounds nuw i8, ptr %3417, i64 20
-  %3419 = load float, ptr %3418, align 4, !tbaa !5
-  %3420 = getelementptr inbounds nuw float, ptr %3361, i64 %indvars.iv.next645.5.i.1
-  store float %3419, ptr %3420, align 4, !tbaa !5
-  %indvars.iv.next645.5.i.2 = or disjoint i64 %indvars.iv644.5.i, 3
-  %.idx769.i.3 = shl nuw nsw i64 %indvars.iv.next645.5.i.2, 6
-  %3421 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.3
-  %3422 = getelementptr inbounds nuw i8, ptr %3421, i64 20
-  %3423 = load float, ptr %3422, align 4, !tbaa !5
-  %3424 = getelementptr inbounds nuw float, ptr %3361, i64 %indvars.iv.next645.5.i.2
-  store float %3423, ptr %3424, align 4, !tbaa !5
-  %indvars.iv.next645.5.i.3 = or disjoint i64 %indvars.iv644.5.i, 4
-  %.idx769.i.4 = shl nuw nsw i64 %indvars.iv.next645.5.i.3, 6
-  %3425 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.4
-  %3426 = getelementptr inbounds nuw i8, ptr %3425, i64 20
-  %3427 = load float, ptr %3426, align 4, !tbaa !5
-  %3428 = getelementptr inbounds nuw float, ptr %3361, i64 %indvars.iv.next645.5.i.3
-  store float %3427, ptr %3428, align 4, !tbaa !5
-  %indvars.iv.next645.5.i.4 = or disjoint i64 %indvars.iv644.5.i, 5
-  %.idx769.i.5 = shl nuw nsw i64 %indvars.iv.next645.5.i.4, 6
-  %3429 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.5
-  %3430 = getelementptr inbounds nuw i8, ptr %3429, i64 20
-  %3431 = load float, ptr %3430, align 4, !tbaa !5
-  %3432 = getelementptr inbounds nuw float, ptr %3361, i64 %indvars.iv.next645.5.i.4
-  store float %3431, ptr %3432, align 4, !tbaa !5
-  %indvars.iv.next645.5.i.5 = or disjoint i64 %indvars.iv644.5.i, 6
-  %.idx769.i.6 = shl nuw nsw i64 %indvars.iv.next645.5.i.5, 6
-  %3433 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.6
-  %3434 = getelementptr inbounds nuw i8, ptr %3433, i64 20
-  %3435 = load float, ptr %3434, align 4, !tbaa !5
-  %3436 = getelementptr inbounds nuw float, ptr %3361, i64 %indvars.iv.next645.5.i.5
-  store float %3435, ptr %3436, align 4, !tbaa !5
-  %indvars.iv.next645.5.i.6 = or disjoint i64 %indvars.iv644.5.i, 7
-  %.idx769.i.7 = shl nuw nsw i64 %indvars.iv.next645.5.i.6, 6
-  %3437 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.7
-  %3438 = getelementptr inbounds nuw i8, ptr %3437, i64 20
-  %3439 = load float, ptr %3438, align 4, !tbaa !5
-  %3440 = getelementptr inbounds nuw float, ptr %3361, i64 %indvars.iv.next645.5.i.6
-  store float %3439, ptr %3440, align 4, !tbaa !5
-  %indvars.iv.next645.5.i.7 = add nuw nsw i64 %indvars.iv644.5.i, 8
-  %exitcond647.5.not.i.7 = icmp eq i64 %indvars.iv.next645.5.i.7, 128
-  br i1 %exitcond647.5.not.i.7, label %for_end_d.5.i, label %for_body_d.5.i, !prof !36, !llvm.loop !69
+  %indvars.iv650.5.i = phi i64 [ %indvars.iv.next651.5.i.7, %for_body_d.5.i ], [ 0, %for_end_d.4.i ]
+  %.idx775.i = shl nuw nsw i64 %indvars.iv650.5.i, 6
+  %3420 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i
+  %3421 = getelementptr inbounds nuw i8, ptr %3420, i64 20
+  %3422 = load float, ptr %3421, align 4, !tbaa !5
+  %3423 = getelementptr inbounds nuw float, ptr %3372, i64 %indvars.iv650.5.i
+  store float %3422, ptr %3423, align 4, !tbaa !5
+  %indvars.iv.next651.5.i = or disjoint i64 %indvars.iv650.5.i, 1
+  %.idx775.i.1 = shl nuw nsw i64 %indvars.iv.next651.5.i, 6
+  %3424 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.1
+  %3425 = getelementptr inbounds nuw i8, ptr %3424, i64 20
+  %3426 = load float, ptr %3425, align 4, !tbaa !5
+  %3427 = getelementptr inbounds nuw float, ptr %3372, i64 %indvars.iv.next651.5.i
+  store float %3426, ptr %3427, align 4, !tbaa !5
+  %indvars.iv.next651.5.i.1 = or disjoint i64 %indvars.iv650.5.i, 2
+  %.idx775.i.2 = shl nuw nsw i64 %indvars.iv.next651.5.i.1, 6
+  %3428 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.2
+  %3429 = getelementptr inbounds nuw i8, ptr %3428, i64 20
+  %3430 = load float, ptr %3429, align 4, !tbaa !5
+  %3431 = getelementptr inbounds nuw float, ptr %3372, i64 %indvars.iv.next651.5.i.1
+  store float %3430, ptr %3431, align 4, !tbaa !5
+  %indvars.iv.next651.5.i.2 = or disjoint i64 %indvars.iv650.5.i, 3
+  %.idx775.i.3 = shl nuw nsw i64 %indvars.iv.next651.5.i.2, 6
+  %3432 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.3
+  %3433 = getelementptr inbounds nuw i8, ptr %3432, i64 20
+  %3434 = load float, ptr %3433, align 4, !tbaa !5
+  %3435 = getelementptr inbounds nuw float, ptr %3372, i64 %indvars.iv.next651.5.i.2
+  store float %3434, ptr %3435, align 4, !tbaa !5
+  %indvars.iv.next651.5.i.3 = or disjoint i64 %indvars.iv650.5.i, 4
+  %.idx775.i.4 = shl nuw nsw i64 %indvars.iv.next651.5.i.3, 6
+  %3436 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.4
+  %3437 = getelementptr inbounds nuw i8, ptr %3436, i64 20
+  %3438 = load float, ptr %3437, align 4, !tbaa !5
+  %3439 = getelementptr inbounds nuw float, ptr %3372, i64 %indvars.iv.next651.5.i.3
+  store float %3438, ptr %3439, align 4, !tbaa !5
+  %indvars.iv.next651.5.i.4 = or disjoint i64 %indvars.iv650.5.i, 5
+  %.idx775.i.5 = shl nuw nsw i64 %indvars.iv.next651.5.i.4, 6
+  %3440 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.5
+  %3441 = getelementptr inbounds nuw i8, ptr %3440, i64 20
+  %3442 = load float, ptr %3441, align 4, !tbaa !5
+  %3443 = getelementptr inbounds nuw float, ptr %3372, i64 %indvars.iv.next651.5.i.4
+  store float %3442, ptr %3443, align 4, !tbaa !5
+  %indvars.iv.next651.5.i.5 = or disjoint i64 %indvars.iv650.5.i, 6
+  %.idx775.i.6 = shl nuw nsw i64 %indvars.iv.next651.5.i.5, 6
+  %3444 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.6
+  %3445 = getelementptr inbounds nuw i8, ptr %3444, i64 20
+  %3446 = load float, ptr %3445, align 4, !tbaa !5
+  %3447 = getelementptr inbounds nuw float, ptr %3372, i64 %indvars.iv.next651.5.i.5
+  store float %3446, ptr %3447, align 4, !tbaa !5
+  %indvars.iv.next651.5.i.6 = or disjoint i64 %indvars.iv650.5.i, 7
+  %.idx775.i.7 = shl nuw nsw i64 %indvars.iv.next651.5.i.6, 6
+  %3448 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.7
+  %3449 = getelementptr inbounds nuw i8, ptr %3448, i64 20
+  %3450 = load float, ptr %3449, align 4, !tbaa !5
+  %3451 = getelementptr inbounds nuw float, ptr %3372, i64 %indvars.iv.next651.5.i.6
+  store float %3450, ptr %3451, align 4, !tbaa !5
+  %indvars.iv.next651.5.i.7 = add nuw nsw i64 %indvars.iv650.5.i, 8
+  %exitcond653.5.not.i.7 = icmp eq i64 %indvars.iv.next651.5.i.7, 128
+  br i1 %exitcond653.5.not.i.7, label %for_end_d.5.i, label %for_body_d.5.i, !prof !36, !llvm.loop !69
 
-for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %vector.body512
-  %3441 = getelementptr inbounds nuw i8, ptr %416, i64 3072
-  %scevgep482 = getelementptr i8, ptr %acc.i, i64 24
-  %scevgep483 = getelementptr i8, ptr %acc.i, i64 8156
-  %bound0484 = icmp ult ptr %scevgep480, %scevgep483
-  %bound1485 = icmp ult ptr %scevgep482, %scevgep481
-  %found.conflict486 = and i1 %bound0484, %bound1485
-  br i1 %found.conflict486, label %for_body_d.6.i, label %vector.body489, !prof !17
+for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %vector.body518
+  %3452 = getelementptr inbounds nuw i8, ptr %425, i64 3072
+  %scevgep488 = getelementptr i8, ptr %acc.i, i64 24
+  %scevgep489 = getelementptr i8, ptr %acc.i, i64 8156
+  %bound0490 = icmp ult ptr %scevgep486, %scevgep489
+  %bound1491 = icmp ult ptr %scevgep488, %scevgep487
+  %found.conflict492 = and i1 %bound0490, %bound1491
+  br i1 %found.conflict492, label %for_body_d.6.i, label %vector.body495, !prof !17
 
-vector.body489:                                   ; preds = %for_end_d.5.i
-  %3442 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3443 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3444 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3445 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3446 = getelementptr inbounds nuw i8, <8 x ptr> %3442, i64 24
-  %3447 = getelementptr inbounds nuw i8, <8 x ptr> %3443, i64 24
-  %3448 = getelementptr inbounds nuw i8, <8 x ptr> %3444, i64 24
-  %3449 = getelementptr inbounds nuw i8, <8 x ptr> %3445, i64 24
-  %wide.masked.gather495 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3446, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3447, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3448, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather498 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3449, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3450 = getelementptr inbounds nuw i8, ptr %416, i64 3104
-  %3451 = getelementptr inbounds nuw i8, ptr %416, i64 3136
-  %3452 = getelementptr inbounds nuw i8, ptr %416, i64 3168
-  store <8 x float> %wide.masked.gather495, ptr %3441, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496, ptr %3450, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497, ptr %3451, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather498, ptr %3452, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  %3453 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3454 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3455 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3456 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+vector.body495:                                   ; preds = %for_end_d.5.i
+  %3453 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3454 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3455 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3456 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3457 = getelementptr inbounds nuw i8, <8 x ptr> %3453, i64 24
   %3458 = getelementptr inbounds nuw i8, <8 x ptr> %3454, i64 24
   %3459 = getelementptr inbounds nuw i8, <8 x ptr> %3455, i64 24
   %3460 = getelementptr inbounds nuw i8, <8 x ptr> %3456, i64 24
-  %wide.masked.gather495.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3457, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3458, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3459, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather498.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3460, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3461 = getelementptr inbounds nuw i8, ptr %416, i64 3200
-  %3462 = getelementptr inbounds nuw i8, ptr %416, i64 3232
-  %3463 = getelementptr inbounds nuw i8, ptr %416, i64 3264
-  %3464 = getelementptr inbounds nuw i8, ptr %416, i64 3296
-  store <8 x float> %wide.masked.gather495.1, ptr %3461, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496.1, ptr %3462, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497.1, ptr %3463, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather498.1, ptr %3464, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  %3465 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3466 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3467 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3468 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather501 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3457, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather502 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3458, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather503 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3459, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather504 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3460, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3461 = getelementptr inbounds nuw i8, ptr %425, i64 3104
+  %3462 = getelementptr inbounds nuw i8, ptr %425, i64 3136
+  %3463 = getelementptr inbounds nuw i8, ptr %425, i64 3168
+  store <8 x float> %wide.masked.gather501, ptr %3452, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather502, ptr %3461, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather503, ptr %3462, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather504, ptr %3463, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  %3464 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3465 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3466 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3467 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3468 = getelementptr inbounds nuw i8, <8 x ptr> %3464, i64 24
   %3469 = getelementptr inbounds nuw i8, <8 x ptr> %3465, i64 24
   %3470 = getelementptr inbounds nuw i8, <8 x ptr> %3466, i64 24
   %3471 = getelementptr inbounds nuw i8, <8 x ptr> %3467, i64 24
-  %3472 = getelementptr inbounds nuw i8, <8 x ptr> %3468, i64 24
-  %wide.masked.gather495.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3469, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3470, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3471, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather498.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3472, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3473 = getelementptr inbounds nuw i8, ptr %416, i64 3328
-  %3474 = getelementptr inbounds nuw i8, ptr %416, i64 3360
-  %3475 = getelementptr inbounds nuw i8, ptr %416, i64 3392
-  %3476 = getelementptr inbounds nuw i8, ptr %416, i64 3424
-  store <8 x float> %wide.masked.gather495.2, ptr %3473, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496.2, ptr %3474, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497.2, ptr %3475, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather498.2, ptr %3476, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  %3477 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3478 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3479 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3480 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather501.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3468, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather502.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3469, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather503.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3470, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather504.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3471, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3472 = getelementptr inbounds nuw i8, ptr %425, i64 3200
+  %3473 = getelementptr inbounds nuw i8, ptr %425, i64 3232
+  %3474 = getelementptr inbounds nuw i8, ptr %425, i64 3264
+  %3475 = getelementptr inbounds nuw i8, ptr %425, i64 3296
+  store <8 x float> %wide.masked.gather501.1, ptr %3472, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather502.1, ptr %3473, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather503.1, ptr %3474, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather504.1, ptr %3475, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  %3476 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3477 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3478 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3479 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3480 = getelementptr inbounds nuw i8, <8 x ptr> %3476, i64 24
   %3481 = getelementptr inbounds nuw i8, <8 x ptr> %3477, i64 24
   %3482 = getelementptr inbounds nuw i8, <8 x ptr> %3478, i64 24
   %3483 = getelementptr inbounds nuw i8, <8 x ptr> %3479, i64 24
-  %3484 = getelementptr inbounds nuw i8, <8 x ptr> %3480, i64 24
-  %wide.masked.gather495.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3481, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3482, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3483, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather498.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3484, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3485 = getelementptr inbounds nuw i8, ptr %416, i64 3456
-  %3486 = getelementptr inbounds nuw i8, ptr %416, i64 3488
-  %3487 = getelementptr inbounds nuw i8, ptr %416, i64 3520
-  %3488 = getelementptr inbounds nuw i8, ptr %416, i64 3552
-  store <8 x float> %wide.masked.gather495.3, ptr %3485, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496.3, ptr %3486, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497.3, ptr %3487, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather498.3, ptr %3488, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  %wide.masked.gather501.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3480, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather502.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3481, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather503.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3482, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather504.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3483, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3484 = getelementptr inbounds nuw i8, ptr %425, i64 3328
+  %3485 = getelementptr inbounds nuw i8, ptr %425, i64 3360
+  %3486 = getelementptr inbounds nuw i8, ptr %425, i64 3392
+  %3487 = getelementptr inbounds nuw i8, ptr %425, i64 3424
+  store <8 x float> %wide.masked.gather501.2, ptr %3484, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather502.2, ptr %3485, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather503.2, ptr %3486, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather504.2, ptr %3487, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  %3488 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3489 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3490 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3491 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3492 = getelementptr inbounds nuw i8, <8 x ptr> %3488, i64 24
+  %3493 = getelementptr inbounds nuw i8, <8 x ptr> %3489, i64 24
+  %3494 = getelementptr inbounds nuw i8, <8 x ptr> %3490, i64 24
+  %3495 = getelementptr inbounds nuw i8, <8 x ptr> %3491, i64 24
+  %wide.masked.gather501.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3492, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather502.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3493, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather503.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3494, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather504.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3495, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3496 = getelementptr inbounds nuw i8, ptr %425, i64 3456
+  %3497 = getelementptr inbounds nuw i8, ptr %425, i64 3488
+  %3498 = getelementptr inbounds nuw i8, ptr %425, i64 3520
+  %3499 = getelementptr inbounds nuw i8, ptr %425, i64 3552
+  store <8 x float> %wide.masked.gather501.3, ptr %3496, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather502.3, ptr %3497, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather503.3, ptr %3498, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather504.3, ptr %3499, align 4, !tbaa !5, !alias.scope !73, !noalias !70
   br label %for_end_d.6.i
 
 for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %for_end_d.5.i
-  %indvars.iv644.6.i = phi i64 [ %indvars.iv.next645.6.i.7, %for_body_d.6.i ], [ 0, %for_end_d.5.i ]
-  %.idx770.i = shl nuw nsw i64 %indvars.iv644.6.i, 6
-  %3489 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i
-  %3490 = getelementptr inbounds nuw i8, ptr %3489, i64 24
-  %3491 = load float, ptr %3490, align 4, !tbaa !5
-  %3492 = getelementptr inbounds nuw float, ptr %3441, i64 %indvars.iv644.6.i
-  store float %3491, ptr %3492, align 4, !tbaa !5
-  %indvars.iv.next645.6.i = or disjoint i64 %indvars.iv644.6.i, 1
-  %.idx770.i.1 = shl nuw nsw i64 %indvars.iv.next645.6.i, 6
-  %3493 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.1
-  %3494 = getelementptr inbounds nuw i8, ptr %3493, i64 24
-  %3495 = load float, ptr %3494, align 4, !tbaa !5
-  %3496 = getelementptr inbounds nuw float, ptr %3441, i64 %indvars.iv.next645.6.i
-  store float %3495, ptr %3496, align 4, !tbaa !5
-  %indvars.iv.next645.6.i.1 = or disjoint i64 %indvars.iv644.6.i, 2
-  %.idx770.i.2 = shl nuw nsw i64 %indvars.iv.next645.6.i.1, 6
-  %3497 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.2
-  %3498 = getelementptr inbounds nuw i8, ptr %3497, i64 24
-  %3499 = load float, ptr %3498, align 4, !tbaa !5
-  %3500 = getelementptr inbounds nuw float, ptr %3441, i64 %indvars.iv.next645.6.i.1
-  store float %3499, ptr %3500, align 4, !tbaa !5
-  %indvars.iv.next645.6.i.2 = or disjoint i64 %indvars.iv644.6.i, 3
-  %.idx770.i.3 = shl nuw nsw i64 %indvars.iv.next645.6.i.2, 6
-  %3501 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.3
-  %3502 = getelementptr inbounds nuw i8, ptr %3501, i64 24
-  %3503 = load float, ptr %3502, align 4, !tbaa !5
-  %3504 = getelementptr inbounds nuw float, ptr %3441, i64 %indvars.iv.next645.6.i.2
-  store float %3503, ptr %3504, align 4, !tbaa !5
-  %indvars.iv.next645.6.i.3 = or disjoint i64 %indvars.iv644.6.i, 4
-  %.idx770.i.4 = shl nuw nsw i64 %indvars.iv.next645.6.i.3, 6
-  %3505 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.4
-  %3506 = getelementptr inbounds nuw i8, ptr %3505, i64 24
-  %3507 = load float, ptr %3506, align 4, !tbaa !5
-  %3508 = getelementptr inbounds nuw float, ptr %3441, i64 %indvars.iv.next645.6.i.3
-  store float %3507, ptr %3508, align 4, !tbaa !5
-  %indvars.iv.next645.6.i.4 = or disjoint i64 %indvars.iv644.6.i, 5
-  %.idx770.i.5 = shl nuw nsw i64 %indvars.iv.next645.6.i.4, 6
-  %3509 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.5
-  %3510 = getelementptr inbounds nuw i8, ptr %3509, i64 24
-  %3511 = load float, ptr %3510, align 4, !tbaa !5
-  %3512 = getelementptr inbounds nuw float, ptr %3441, i64 %indvars.iv.next645.6.i.4
-  store float %3511, ptr %3512, align 4, !tbaa !5
-  %indvars.iv.next645.6.i.5 = or disjoint i64 %indvars.iv644.6.i, 6
-  %.idx770.i.6 = shl nuw nsw i64 %indvars.iv.next645.6.i.5, 6
-  %3513 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.6
-  %3514 = getelementptr inbounds nuw i8, ptr %3513, i64 24
-  %3515 = load float, ptr %3514, align 4, !tbaa !5
-  %3516 = getelementptr inbounds nuw float, ptr %3441, i64 %indvars.iv.next645.6.i.5
-  store float %3515, ptr %3516, align 4, !tbaa !5
-  %indvars.iv.next645.6.i.6 = or disjoint i64 %indvars.iv644.6.i, 7
-  %.idx770.i.7 = shl nuw nsw i64 %indvars.iv.next645.6.i.6, 6
-  %3517 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.7
-  %3518 = getelementptr inbounds nuw i8, ptr %3517, i64 24
-  %3519 = load float, ptr %3518, align 4, !tbaa !5
-  %3520 = getelementptr inbounds nuw float, ptr %3441, i64 %indvars.iv.next645.6.i.6
-  store float %3519, ptr %3520, align 4, !tbaa !5
-  %indvars.iv.next645.6.i.7 = add nuw nsw i64 %indvars.iv644.6.i, 8
-  %exitcond647.6.not.i.7 = icmp eq i64 %indvars.iv.next645.6.i.7, 128
-  br i1 %exitcond647.6.not.i.7, label %for_end_d.6.i, label %for_body_d.6.i, !prof !36, !llvm.loop !75
+  %indvars.iv650.6.i = phi i64 [ %indvars.iv.next651.6.i.7, %for_body_d.6.i ], [ 0, %for_end_d.5.i ]
+  %.idx776.i = shl nuw nsw i64 %indvars.iv650.6.i, 6
+  %3500 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i
+  %3501 = getelementptr inbounds nuw i8, ptr %3500, i64 24
+  %3502 = load float, ptr %3501, align 4, !tbaa !5
+  %3503 = getelementptr inbounds nuw float, ptr %3452, i64 %indvars.iv650.6.i
+  store float %3502, ptr %3503, align 4, !tbaa !5
+  %indvars.iv.next651.6.i = or disjoint i64 %indvars.iv650.6.i, 1
+  %.idx776.i.1 = shl nuw nsw i64 %indvars.iv.next651.6.i, 6
+  %3504 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.1
+  %3505 = getelementptr inbounds nuw i8, ptr %3504, i64 24
+  %3506 = load float, ptr %3505, align 4, !tbaa !5
+  %3507 = getelementptr inbounds nuw float, ptr %3452, i64 %indvars.iv.next651.6.i
+  store float %3506, ptr %3507, align 4, !tbaa !5
+  %indvars.iv.next651.6.i.1 = or disjoint i64 %indvars.iv650.6.i, 2
+  %.idx776.i.2 = shl nuw nsw i64 %indvars.iv.next651.6.i.1, 6
+  %3508 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.2
+  %3509 = getelementptr inbounds nuw i8, ptr %3508, i64 24
+  %3510 = load float, ptr %3509, align 4, !tbaa !5
+  %3511 = getelementptr inbounds nuw float, ptr %3452, i64 %indvars.iv.next651.6.i.1
+  store float %3510, ptr %3511, align 4, !tbaa !5
+  %indvars.iv.next651.6.i.2 = or disjoint i64 %indvars.iv650.6.i, 3
+  %.idx776.i.3 = shl nuw nsw i64 %indvars.iv.next651.6.i.2, 6
+  %3512 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.3
+  %3513 = getelementptr inbounds nuw i8, ptr %3512, i64 24
+  %3514 = load float, ptr %3513, align 4, !tbaa !5
+  %3515 = getelementptr inbounds nuw float, ptr %3452, i64 %indvars.iv.next651.6.i.2
+  store float %3514, ptr %3515, align 4, !tbaa !5
+  %indvars.iv.next651.6.i.3 = or disjoint i64 %indvars.iv650.6.i, 4
+  %.idx776.i.4 = shl nuw nsw i64 %indvars.iv.next651.6.i.3, 6
+  %3516 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.4
+  %3517 = getelementptr inbounds nuw i8, ptr %3516, i64 24
+  %3518 = load float, ptr %3517, align 4, !tbaa !5
+  %3519 = getelementptr inbounds nuw float, ptr %3452, i64 %indvars.iv.next651.6.i.3
+  store float %3518, ptr %3519, align 4, !tbaa !5
+  %indvars.iv.next651.6.i.4 = or disjoint i64 %indvars.iv650.6.i, 5
+  %.idx776.i.5 = shl nuw nsw i64 %indvars.iv.next651.6.i.4, 6
+  %3520 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.5
+  %3521 = getelementptr inbounds nuw i8, ptr %3520, i64 24
+  %3522 = load float, ptr %3521, align 4, !tbaa !5
+  %3523 = getelementptr inbounds nuw float, ptr %3452, i64 %indvars.iv.next651.6.i.4
+  store float %3522, ptr %3523, align 4, !tbaa !5
+  %indvars.iv.next651.6.i.5 = or disjoint i64 %indvars.iv650.6.i, 6
+  %.idx776.i.6 = shl nuw nsw i64 %indvars.iv.next651.6.i.5, 6
+  %3524 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.6
+  %3525 = getelementptr inbounds nuw i8, ptr %3524, i64 24
+  %3526 = load float, ptr %3525, align 4, !tbaa !5
+  %3527 = getelementptr inbounds nuw float, ptr %3452, i64 %indvars.iv.next651.6.i.5
+  store float %3526, ptr %3527, align 4, !tbaa !5
+  %indvars.iv.next651.6.i.6 = or disjoint i64 %indvars.iv650.6.i, 7
+  %.idx776.i.7 = shl nuw nsw i64 %indvars.iv.next651.6.i.6, 6
+  %3528 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.7
+  %3529 = getelementptr inbounds nuw i8, ptr %3528, i64 24
+  %3530 = load float, ptr %3529, align 4, !tbaa !5
+  %3531 = getelementptr inbounds nuw float, ptr %3452, i64 %indvars.iv.next651.6.i.6
+  store float %3530, ptr %3531, align 4, !tbaa !5
+  %indvars.iv.next651.6.i.7 = add nuw nsw i64 %indvars.iv650.6.i, 8
+  %exitcond653.6.not.i.7 = icmp eq i64 %indvars.iv.next651.6.i.7, 128
+  br i1 %exitcond653.6.not.i.7, label %for_end_d.6.i, label %for_body_d.6.i, !prof !36, !llvm.loop !75
 
-for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %vector.body489
-  %3521 = getelementptr inbounds nuw i8, ptr %416, i64 3584
-  %scevgep459 = getelementptr i8, ptr %acc.i, i64 28
-  %scevgep460 = getelementptr i8, ptr %acc.i, i64 8160
-  %bound0461 = icmp ult ptr %scevgep457, %scevgep460
-  %bound1462 = icmp ult ptr %scevgep459, %scevgep458
-  %found.conflict463 = and i1 %bound0461, %bound1462
-  br i1 %found.conflict463, label %for_body_d.7.i, label %vector.body466, !prof !17
+for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %vector.body495
+  %3532 = getelementptr inbounds nuw i8, ptr %425, i64 3584
+  %scevgep465 = getelementptr i8, ptr %acc.i, i64 28
+  %scevgep466 = getelementptr i8, ptr %acc.i, i64 8160
+  %bound0467 = icmp ult ptr %scevgep463, %scevgep466
+  %bound1468 = icmp ult ptr %scevgep465, %scevgep464
+  %found.conflict469 = and i1 %bound0467, %bound1468
+  br i1 %found.conflict469, label %for_body_d.7.i, label %vector.body472, !prof !17
 
-vector.body466:                                   ; preds = %for_end_d.6.i
-  %3522 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3523 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3524 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3525 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3526 = getelementptr inbounds nuw i8, <8 x ptr> %3522, i64 28
-  %3527 = getelementptr inbounds nuw i8, <8 x ptr> %3523, i64 28
-  %3528 = getelementptr inbounds nuw i8, <8 x ptr> %3524, i64 28
-  %3529 = getelementptr inbounds nuw i8, <8 x ptr> %3525, i64 28
-  %wide.masked.gather472 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3526, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3527, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3528, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather475 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3529, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3530 = getelementptr inbounds nuw i8, ptr %416, i64 3616
-  %3531 = getelementptr inbounds nuw i8, ptr %416, i64 3648
-  %3532 = getelementptr inbounds nuw i8, ptr %416, i64 3680
-  store <8 x float> %wide.masked.gather472, ptr %3521, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473, ptr %3530, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474, ptr %3531, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather475, ptr %3532, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  %3533 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3534 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3535 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3536 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+vector.body472:                                   ; preds = %for_end_d.6.i
+  %3533 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3534 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3535 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3536 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3537 = getelementptr inbounds nuw i8, <8 x ptr> %3533, i64 28
   %3538 = getelementptr inbounds nuw i8, <8 x ptr> %3534, i64 28
   %3539 = getelementptr inbounds nuw i8, <8 x ptr> %3535, i64 28
   %3540 = getelementptr inbounds nuw i8, <8 x ptr> %3536, i64 28
-  %wide.masked.gather472.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3537, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3538, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3539, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather475.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3540, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3541 = getelementptr inbounds nuw i8, ptr %416, i64 3712
-  %3542 = getelementptr inbounds nuw i8, ptr %416, i64 3744
-  %3543 = getelementptr inbounds nuw i8, ptr %416, i64 3776
-  %3544 = getelementptr inbounds nuw i8, ptr %416, i64 3808
-  store <8 x float> %wide.masked.gather472.1, ptr %3541, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473.1, ptr %3542, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474.1, ptr %3543, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather475.1, ptr %3544, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  %3545 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3546 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3547 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3548 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather478 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3537, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather479 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3538, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather480 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3539, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather481 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3540, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3541 = getelementptr inbounds nuw i8, ptr %425, i64 3616
+  %3542 = getelementptr inbounds nuw i8, ptr %425, i64 3648
+  %3543 = getelementptr inbounds nuw i8, ptr %425, i64 3680
+  store <8 x float> %wide.masked.gather478, ptr %3532, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather479, ptr %3541, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather480, ptr %3542, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather481, ptr %3543, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  %3544 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3545 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3546 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3547 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3548 = getelementptr inbounds nuw i8, <8 x ptr> %3544, i64 28
   %3549 = getelementptr inbounds nuw i8, <8 x ptr> %3545, i64 28
   %3550 = getelementptr inbounds nuw i8, <8 x ptr> %3546, i64 28
   %3551 = getelementptr inbounds nuw i8, <8 x ptr> %3547, i64 28
-  %3552 = getelementptr inbounds nuw i8, <8 x ptr> %3548, i64 28
-  %wide.masked.gather472.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3549, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3550, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3551, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather475.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3552, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3553 = getelementptr inbounds nuw i8, ptr %416, i64 3840
-  %3554 = getelementptr inbounds nuw i8, ptr %416, i64 3872
-  %3555 = getelementptr inbounds nuw i8, ptr %416, i64 3904
-  %3556 = getelementptr inbounds nuw i8, ptr %416, i64 3936
-  store <8 x float> %wide.masked.gather472.2, ptr %3553, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473.2, ptr %3554, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474.2, ptr %3555, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather475.2, ptr %3556, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  %3557 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3558 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3559 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3560 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather478.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3548, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather479.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3549, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather480.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3550, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather481.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3551, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3552 = getelementptr inbounds nuw i8, ptr %425, i64 3712
+  %3553 = getelementptr inbounds nuw i8, ptr %425, i64 3744
+  %3554 = getelementptr inbounds nuw i8, ptr %425, i64 3776
+  %3555 = getelementptr inbounds nuw i8, ptr %425, i64 3808
+  store <8 x float> %wide.masked.gather478.1, ptr %3552, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather479.1, ptr %3553, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather480.1, ptr %3554, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather481.1, ptr %3555, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  %3556 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3557 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3558 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3559 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3560 = getelementptr inbounds nuw i8, <8 x ptr> %3556, i64 28
   %3561 = getelementptr inbounds nuw i8, <8 x ptr> %3557, i64 28
   %3562 = getelementptr inbounds nuw i8, <8 x ptr> %3558, i64 28
   %3563 = getelementptr inbounds nuw i8, <8 x ptr> %3559, i64 28
-  %3564 = getelementptr inbounds nuw i8, <8 x ptr> %3560, i64 28
-  %wide.masked.gather472.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3561, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3562, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3563, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather475.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3564, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3565 = getelementptr inbounds nuw i8, ptr %416, i64 3968
-  %3566 = getelementptr inbounds nuw i8, ptr %416, i64 4000
-  %3567 = getelementptr inbounds nuw i8, ptr %416, i64 4032
-  %3568 = getelementptr inbounds nuw i8, ptr %416, i64 4064
-  store <8 x float> %wide.masked.gather472.3, ptr %3565, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473.3, ptr %3566, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474.3, ptr %3567, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather475.3, ptr %3568, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  %wide.masked.gather478.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3560, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather479.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3561, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather480.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3562, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather481.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3563, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3564 = getelementptr inbounds nuw i8, ptr %425, i64 3840
+  %3565 = getelementptr inbounds nuw i8, ptr %425, i64 3872
+  %3566 = getelementptr inbounds nuw i8, ptr %425, i64 3904
+  %3567 = getelementptr inbounds nuw i8, ptr %425, i64 3936
+  store <8 x float> %wide.masked.gather478.2, ptr %3564, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather479.2, ptr %3565, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather480.2, ptr %3566, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather481.2, ptr %3567, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  %3568 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3569 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3570 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3571 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3572 = getelementptr inbounds nuw i8, <8 x ptr> %3568, i64 28
+  %3573 = getelementptr inbounds nuw i8, <8 x ptr> %3569, i64 28
+  %3574 = getelementptr inbounds nuw i8, <8 x ptr> %3570, i64 28
+  %3575 = getelementptr inbounds nuw i8, <8 x ptr> %3571, i64 28
+  %wide.masked.gather478.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3572, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather479.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3573, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather480.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3574, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather481.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3575, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3576 = getelementptr inbounds nuw i8, ptr %425, i64 3968
+  %3577 = getelementptr inbounds nuw i8, ptr %425, i64 4000
+  %3578 = getelementptr inbounds nuw i8, ptr %425, i64 4032
+  %3579 = getelementptr inbounds nuw i8, ptr %425, i64 4064
+  store <8 x float> %wide.masked.gather478.3, ptr %3576, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather479.3, ptr %3577, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather480.3, ptr %3578, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather481.3, ptr %3579, align 4, !tbaa !5, !alias.scope !79, !noalias !76
   br label %for_end_d.7.i
 
 for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %for_end_d.6.i
-  %indvars.iv644.7.i = phi i64 [ %indvars.iv.next645.7.i.7, %for_body_d.7.i ], [ 0, %for_end_d.6.i ]
-  %.idx771.i = shl nuw nsw i64 %indvars.iv644.7.i, 6
-  %3569 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i
-  %3570 = getelementptr inbounds nuw i8, ptr %3569, i64 28
-  %3571 = load float, ptr %3570, align 4, !tbaa !5
-  %3572 = getelementptr inbounds nuw float, ptr %3521, i64 %indvars.iv644.7.i
-  store float %3571, ptr %3572, align 4, !tbaa !5
-  %indvars.iv.next645.7.i = or disjoint i64 %indvars.iv644.7.i, 1
-  %.idx771.i.1 = shl nuw nsw i64 %indvars.iv.next645.7.i, 6
-  %3573 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.1
-  %3574 = getelementptr inbounds nuw i8, ptr %3573, i64 28
-  %3575 = load float, ptr %3574, align 4, !tbaa !5
-  %3576 = getelementptr inbounds nuw float, ptr %3521, i64 %indvars.iv.next645.7.i
-  store float %3575, ptr %3576, align 4, !tbaa !5
-  %indvars.iv.next645.7.i.1 = or disjoint i64 %indvars.iv644.7.i, 2
-  %.idx771.i.2 = shl nuw nsw i64 %indvars.iv.next645.7.i.1, 6
-  %3577 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.2
-  %3578 = getelementptr inbounds nuw i8, ptr %3577, i64 28
-  %3579 = load float, ptr %3578, align 4, !tbaa !5
-  %3580 = getelementptr inbounds nuw float, ptr %3521, i64 %indvars.iv.next645.7.i.1
-  store float %3579, ptr %3580, align 4, !tbaa !5
-  %indvars.iv.next645.7.i.2 = or disjoint i64 %indvars.iv644.7.i, 3
-  %.idx771.i.3 = shl nuw nsw i64 %indvars.iv.next645.7.i.2, 6
-  %3581 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.3
-  %3582 = getelementptr inbounds nuw i8, ptr %3581, i64 28
-  %3583 = load float, ptr %3582, align 4, !tbaa !5
-  %3584 = getelementptr inbounds nuw float, ptr %3521, i64 %indvars.iv.next645.7.i.2
-  store float %3583, ptr %3584, align 4, !tbaa !5
-  %indvars.iv.next645.7.i.3 = or disjoint i64 %indvars.iv644.7.i, 4
-  %.idx771.i.4 = shl nuw nsw i64 %indvars.iv.next645.7.i.3, 6
-  %3585 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.4
-  %3586 = getelementptr inbounds nuw i8, ptr %3585, i64 28
-  %3587 = load float, ptr %3586, align 4, !tbaa !5
-  %3588 = getelementptr inbounds nuw float, ptr %3521, i64 %indvars.iv.next645.7.i.3
-  store float %3587, ptr %3588, align 4, !tbaa !5
-  %indvars.iv.next645.7.i.4 = or disjoint i64 %indvars.iv644.7.i, 5
-  %.idx771.i.5 = shl nuw nsw i64 %indvars.iv.next645.7.i.4, 6
-  %3589 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.5
-  %3590 = getelementptr inbounds nuw i8, ptr %3589, i64 28
-  %3591 = load float, ptr %3590, align 4, !tbaa !5
-  %3592 = getelementptr inbounds nuw float, ptr %3521, i64 %indvars.iv.next645.7.i.4
-  store float %3591, ptr %3592, align 4, !tbaa !5
-  %indvars.iv.next645.7.i.5 = or disjoint i64 %indvars.iv644.7.i, 6
-  %.idx771.i.6 = shl nuw nsw i64 %indvars.iv.next645.7.i.5, 6
-  %3593 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.6
-  %3594 = getelementptr inbounds nuw i8, ptr %3593, i64 28
-  %3595 = load float, ptr %3594, align 4, !tbaa !5
-  %3596 = getelementptr inbounds nuw float, ptr %3521, i64 %indvars.iv.next645.7.i.5
-  store float %3595, ptr %3596, align 4, !tbaa !5
-  %indvars.iv.next645.7.i.6 = or disjoint i64 %indvars.iv644.7.i, 7
-  %.idx771.i.7 = shl nuw nsw i64 %indvars.iv.next645.7.i.6, 6
-  %3597 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.7
-  %3598 = getelementptr inbounds nuw i8, ptr %3597, i64 28
-  %3599 = load float, ptr %3598, align 4, !tbaa !5
-  %3600 = getelementptr inbounds nuw float, ptr %3521, i64 %indvars.iv.next645.7.i.6
-  store float %3599, ptr %3600, align 4, !tbaa !5
-  %indvars.iv.next645.7.i.7 = add nuw nsw i64 %indvars.iv644.7.i, 8
-  %exitcond647.7.not.i.7 = icmp eq i64 %indvars.iv.next645.7.i.7, 128
-  br i1 %exitcond647.7.not.i.7, label %for_end_d.7.i, label %for_body_d.7.i, !prof !36, !llvm.loop !81
+  %indvars.iv650.7.i = phi i64 [ %indvars.iv.next651.7.i.7, %for_body_d.7.i ], [ 0, %for_end_d.6.i ]
+  %.idx777.i = shl nuw nsw i64 %indvars.iv650.7.i, 6
+  %3580 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i
+  %3581 = getelementptr inbounds nuw i8, ptr %3580, i64 28
+  %3582 = load float, ptr %3581, align 4, !tbaa !5
+  %3583 = getelementptr inbounds nuw float, ptr %3532, i64 %indvars.iv650.7.i
+  store float %3582, ptr %3583, align 4, !tbaa !5
+  %indvars.iv.next651.7.i = or disjoint i64 %indvars.iv650.7.i, 1
+  %.idx777.i.1 = shl nuw nsw i64 %indvars.iv.next651.7.i, 6
+  %3584 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.1
+  %3585 = getelementptr inbounds nuw i8, ptr %3584, i64 28
+  %3586 = load float, ptr %3585, align 4, !tbaa !5
+  %3587 = getelementptr inbounds nuw float, ptr %3532, i64 %indvars.iv.next651.7.i
+  store float %3586, ptr %3587, align 4, !tbaa !5
+  %indvars.iv.next651.7.i.1 = or disjoint i64 %indvars.iv650.7.i, 2
+  %.idx777.i.2 = shl nuw nsw i64 %indvars.iv.next651.7.i.1, 6
+  %3588 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.2
+  %3589 = getelementptr inbounds nuw i8, ptr %3588, i64 28
+  %3590 = load float, ptr %3589, align 4, !tbaa !5
+  %3591 = getelementptr inbounds nuw float, ptr %3532, i64 %indvars.iv.next651.7.i.1
+  store float %3590, ptr %3591, align 4, !tbaa !5
+  %indvars.iv.next651.7.i.2 = or disjoint i64 %indvars.iv650.7.i, 3
+  %.idx777.i.3 = shl nuw nsw i64 %indvars.iv.next651.7.i.2, 6
+  %3592 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.3
+  %3593 = getelementptr inbounds nuw i8, ptr %3592, i64 28
+  %3594 = load float, ptr %3593, align 4, !tbaa !5
+  %3595 = getelementptr inbounds nuw float, ptr %3532, i64 %indvars.iv.next651.7.i.2
+  store float %3594, ptr %3595, align 4, !tbaa !5
+  %indvars.iv.next651.7.i.3 = or disjoint i64 %indvars.iv650.7.i, 4
+  %.idx777.i.4 = shl nuw nsw i64 %indvars.iv.next651.7.i.3, 6
+  %3596 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.4
+  %3597 = getelementptr inbounds nuw i8, ptr %3596, i64 28
+  %3598 = load float, ptr %3597, align 4, !tbaa !5
+  %3599 = getelementptr inbounds nuw float, ptr %3532, i64 %indvars.iv.next651.7.i.3
+  store float %3598, ptr %3599, align 4, !tbaa !5
+  %indvars.iv.next651.7.i.4 = or disjoint i64 %indvars.iv650.7.i, 5
+  %.idx777.i.5 = shl nuw nsw i64 %indvars.iv.next651.7.i.4, 6
+  %3600 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.5
+  %3601 = getelementptr inbounds nuw i8, ptr %3600, i64 28
+  %3602 = load float, ptr %3601, align 4, !tbaa !5
+  %3603 = getelementptr inbounds nuw float, ptr %3532, i64 %indvars.iv.next651.7.i.4
+  store float %3602, ptr %3603, align 4, !tbaa !5
+  %indvars.iv.next651.7.i.5 = or disjoint i64 %indvars.iv650.7.i, 6
+  %.idx777.i.6 = shl nuw nsw i64 %indvars.iv.next651.7.i.5, 6
+  %3604 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.6
+  %3605 = getelementptr inbounds nuw i8, ptr %3604, i64 28
+  %3606 = load float, ptr %3605, align 4, !tbaa !5
+  %3607 = getelementptr inbounds nuw float, ptr %3532, i64 %indvars.iv.next651.7.i.5
+  store float %3606, ptr %3607, align 4, !tbaa !5
+  %indvars.iv.next651.7.i.6 = or disjoint i64 %indvars.iv650.7.i, 7
+  %.idx777.i.7 = shl nuw nsw i64 %indvars.iv.next651.7.i.6, 6
+  %3608 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.7
+  %3609 = getelementptr inbounds nuw i8, ptr %3608, i64 28
+  %3610 = load float, ptr %3609, align 4, !tbaa !5
+  %3611 = getelementptr inbounds nuw float, ptr %3532, i64 %indvars.iv.next651.7.i.6
+  store float %3610, ptr %3611, align 4, !tbaa !5
+  %indvars.iv.next651.7.i.7 = add nuw nsw i64 %indvars.iv650.7.i, 8
+  %exitcond653.7.not.i.7 = icmp eq i64 %indvars.iv.next651.7.i.7, 128
+  br i1 %exitcond653.7.not.i.7, label %for_end_d.7.i, label %for_body_d.7.i, !prof !36, !llvm.loop !81
 
-for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %vector.body466
-  %3601 = getelementptr inbounds nuw i8, ptr %416, i64 4096
-  %scevgep436 = getelementptr i8, ptr %acc.i, i64 32
-  %scevgep437 = getelementptr i8, ptr %acc.i, i64 8164
-  %bound0438 = icmp ult ptr %scevgep434, %scevgep437
-  %bound1439 = icmp ult ptr %scevgep436, %scevgep435
-  %found.conflict440 = and i1 %bound0438, %bound1439
-  br i1 %found.conflict440, label %for_body_d.8.i, label %vector.body443, !prof !17
+for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %vector.body472
+  %3612 = getelementptr inbounds nuw i8, ptr %425, i64 4096
+  %scevgep442 = getelementptr i8, ptr %acc.i, i64 32
+  %scevgep443 = getelementptr i8, ptr %acc.i, i64 8164
+  %bound0444 = icmp ult ptr %scevgep440, %scevgep443
+  %bound1445 = icmp ult ptr %scevgep442, %scevgep441
+  %found.conflict446 = and i1 %bound0444, %bound1445
+  br i1 %found.conflict446, label %for_body_d.8.i, label %vector.body449, !prof !17
 
-vector.body443:                                   ; preds = %for_end_d.7.i
-  %3602 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3603 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3604 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3605 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3606 = getelementptr inbounds nuw i8, <8 x ptr> %3602, i64 32
-  %3607 = getelementptr inbounds nuw i8, <8 x ptr> %3603, i64 32
-  %3608 = getelementptr inbounds nuw i8, <8 x ptr> %3604, i64 32
-  %3609 = getelementptr inbounds nuw i8, <8 x ptr> %3605, i64 32
-  %wide.masked.gather449 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3606, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3607, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3608, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather452 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3609, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3610 = getelementptr inbounds nuw i8, ptr %416, i64 4128
-  %3611 = getelementptr inbounds nuw i8, ptr %416, i64 4160
-  %3612 = getelementptr inbounds nuw i8, ptr %416, i64 4192
-  store <8 x float> %wide.masked.gather449, ptr %3601, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450, ptr %3610, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451, ptr %3611, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather452, ptr %3612, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  %3613 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3614 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3615 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3616 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+vector.body449:                                   ; preds = %for_end_d.7.i
+  %3613 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3614 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3615 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3616 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3617 = getelementptr inbounds nuw i8, <8 x ptr> %3613, i64 32
   %3618 = getelementptr inbounds nuw i8, <8 x ptr> %3614, i64 32
   %3619 = getelementptr inbounds nuw i8, <8 x ptr> %3615, i64 32
   %3620 = getelementptr inbounds nuw i8, <8 x ptr> %3616, i64 32
-  %wide.masked.gather449.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3617, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3618, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3619, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather452.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3620, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3621 = getelementptr inbounds nuw i8, ptr %416, i64 4224
-  %3622 = getelementptr inbounds nuw i8, ptr %416, i64 4256
-  %3623 = getelementptr inbounds nuw i8, ptr %416, i64 4288
-  %3624 = getelementptr inbounds nuw i8, ptr %416, i64 4320
-  store <8 x float> %wide.masked.gather449.1, ptr %3621, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450.1, ptr %3622, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451.1, ptr %3623, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather452.1, ptr %3624, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  %3625 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3626 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3627 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3628 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather455 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3617, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather456 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3618, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather457 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3619, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather458 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3620, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3621 = getelementptr inbounds nuw i8, ptr %425, i64 4128
+  %3622 = getelementptr inbounds nuw i8, ptr %425, i64 4160
+  %3623 = getelementptr inbounds nuw i8, ptr %425, i64 4192
+  store <8 x float> %wide.masked.gather455, ptr %3612, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather456, ptr %3621, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather457, ptr %3622, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather458, ptr %3623, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  %3624 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3625 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3626 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3627 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3628 = getelementptr inbounds nuw i8, <8 x ptr> %3624, i64 32
   %3629 = getelementptr inbounds nuw i8, <8 x ptr> %3625, i64 32
   %3630 = getelementptr inbounds nuw i8, <8 x ptr> %3626, i64 32
   %3631 = getelementptr inbounds nuw i8, <8 x ptr> %3627, i64 32
-  %3632 = getelementptr inbounds nuw i8, <8 x ptr> %3628, i64 32
-  %wide.masked.gather449.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3629, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3630, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3631, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather452.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3632, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3633 = getelementptr inbounds nuw i8, ptr %416, i64 4352
-  %3634 = getelementptr inbounds nuw i8, ptr %416, i64 4384
-  %3635 = getelementptr inbounds nuw i8, ptr %416, i64 4416
-  %3636 = getelementptr inbounds nuw i8, ptr %416, i64 4448
-  store <8 x float> %wide.masked.gather449.2, ptr %3633, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450.2, ptr %3634, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451.2, ptr %3635, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather452.2, ptr %3636, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  %3637 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3638 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3639 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3640 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather455.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3628, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather456.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3629, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather457.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3630, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather458.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3631, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3632 = getelementptr inbounds nuw i8, ptr %425, i64 4224
+  %3633 = getelementptr inbounds nuw i8, ptr %425, i64 4256
+  %3634 = getelementptr inbounds nuw i8, ptr %425, i64 4288
+  %3635 = getelementptr inbounds nuw i8, ptr %425, i64 4320
+  store <8 x float> %wide.masked.gather455.1, ptr %3632, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather456.1, ptr %3633, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather457.1, ptr %3634, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather458.1, ptr %3635, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  %3636 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3637 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3638 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3639 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3640 = getelementptr inbounds nuw i8, <8 x ptr> %3636, i64 32
   %3641 = getelementptr inbounds nuw i8, <8 x ptr> %3637, i64 32
   %3642 = getelementptr inbounds nuw i8, <8 x ptr> %3638, i64 32
   %3643 = getelementptr inbounds nuw i8, <8 x ptr> %3639, i64 32
-  %3644 = getelementptr inbounds nuw i8, <8 x ptr> %3640, i64 32
-  %wide.masked.gather449.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3641, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3642, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3643, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather452.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3644, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3645 = getelementptr inbounds nuw i8, ptr %416, i64 4480
-  %3646 = getelementptr inbounds nuw i8, ptr %416, i64 4512
-  %3647 = getelementptr inbounds nuw i8, ptr %416, i64 4544
-  %3648 = getelementptr inbounds nuw i8, ptr %416, i64 4576
-  store <8 x float> %wide.masked.gather449.3, ptr %3645, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450.3, ptr %3646, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451.3, ptr %3647, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather452.3, ptr %3648, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  %wide.masked.gather455.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3640, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather456.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3641, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather457.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3642, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather458.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3643, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3644 = getelementptr inbounds nuw i8, ptr %425, i64 4352
+  %3645 = getelementptr inbounds nuw i8, ptr %425, i64 4384
+  %3646 = getelementptr inbounds nuw i8, ptr %425, i64 4416
+  %3647 = getelementptr inbounds nuw i8, ptr %425, i64 4448
+  store <8 x float> %wide.masked.gather455.2, ptr %3644, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather456.2, ptr %3645, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather457.2, ptr %3646, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather458.2, ptr %3647, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  %3648 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3649 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3650 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3651 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3652 = getelementptr inbounds nuw i8, <8 x ptr> %3648, i64 32
+  %3653 = getelementptr inbounds nuw i8, <8 x ptr> %3649, i64 32
+  %3654 = getelementptr inbounds nuw i8, <8 x ptr> %3650, i64 32
+  %3655 = getelementptr inbounds nuw i8, <8 x ptr> %3651, i64 32
+  %wide.masked.gather455.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3652, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather456.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3653, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather457.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3654, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather458.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3655, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3656 = getelementptr inbounds nuw i8, ptr %425, i64 4480
+  %3657 = getelementptr inbounds nuw i8, ptr %425, i64 4512
+  %3658 = getelementptr inbounds nuw i8, ptr %425, i64 4544
+  %3659 = getelementptr inbounds nuw i8, ptr %425, i64 4576
+  store <8 x float> %wide.masked.gather455.3, ptr %3656, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather456.3, ptr %3657, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather457.3, ptr %3658, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather458.3, ptr %3659, align 4, !tbaa !5, !alias.scope !85, !noalias !82
   br label %for_end_d.8.i
 
 for_body_d.8.i:                                   ; preds = %for_body_d.8.i, %for_end_d.7.i
-  %indvars.iv644.8.i = phi i64 [ %indvars.iv.next645.8.i.7, %for_body_d.8.i ], [ 0, %for_end_d.7.i ]
-  %.idx772.i = shl nuw nsw i64 %indvars.iv644.8.i, 6
-  %3649 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i
-  %3650 = getelementptr inbounds nuw i8, ptr %3649, i64 32
-  %3651 = load float, ptr %3650, align 4, !tbaa !5
-  %3652 = getelementptr inbounds nuw float, ptr %3601, i64 %indvars.iv644.8.i
-  store float %3651, ptr %3652, align 4, !tbaa !5
-  %indvars.iv.next645.8.i = or disjoint i64 %indvars.iv644.8.i, 1
-  %.idx772.i.1 = shl nuw nsw i64 %indvars.iv.next645.8.i, 6
-  %3653 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.1
-  %3654 = getelementptr inbounds nuw i8, ptr %3653, i64 32
-  %3655 = load float, ptr %3654, align 4, !tbaa !5
-  %3656 = getelementptr inbounds nuw float, ptr %3601, i64 %indvars.iv.next645.8.i
-  store float %3655, ptr %3656, align 4, !tbaa !5
-  %indvars.iv.next645.8.i.1 = or disjoint i64 %indvars.iv644.8.i, 2
-  %.idx772.i.2 = shl nuw nsw i64 %indvars.iv.next645.8.i.1, 6
-  %3657 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.2
-  %3658 = getelementptr inbounds nuw i8, ptr %3657, i64 32
-  %3659 = load float, ptr %3658, align 4, !tbaa !5
-  %3660 = getelementptr inbounds nuw float, ptr %3601, i64 %indvars.iv.next645.8.i.1
-  store float %3659, ptr %3660, align 4, !tbaa !5
-  %indvars.iv.next645.8.i.2 = or disjoint i64 %indvars.iv644.8.i, 3
-  %.idx772.i.3 = shl nuw nsw i64 %indvars.iv.next645.8.i.2, 6
-  %3661 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.3
-  %3662 = getelementptr inbounds nuw i8, ptr %3661, i64 32
-  %3663 = load float, ptr %3662, align 4, !tbaa !5
-  %3664 = getelementptr inbounds nuw float, ptr %3601, i64 %indvars.iv.next645.8.i.2
-  store float %3663, ptr %3664, align 4, !tbaa !5
-  %indvars.iv.next645.8.i.3 = or disjoint i64 %indvars.iv644.8.i, 4
-  %.idx772.i.4 = shl nuw nsw i64 %indvars.iv.next645.8.i.3, 6
-  %3665 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.4
-  %3666 = getelementptr inbounds nuw i8, ptr %3665, i64 32
-  %3667 = load float, ptr %3666, align 4, !tbaa !5
-  %3668 = getelementptr inbounds nuw float, ptr %3601, i64 %indvars.iv.next645.8.i.3
-  store float %3667, ptr %3668, align 4, !tbaa !5
-  %indvars.iv.next645.8.i.4 = or disjoint i64 %indvars.iv644.8.i, 5
-  %.idx772.i.5 = shl nuw nsw i64 %indvars.iv.next645.8.i.4, 6
-  %3669 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.5
-  %3670 = getelementptr inbounds nuw i8, ptr %3669, i64 32
-  %3671 = load float, ptr %3670, align 4, !tbaa !5
-  %3672 = getelementptr inbounds nuw float, ptr %3601, i64 %indvars.iv.next645.8.i.4
-  store float %3671, ptr %3672, align 4, !tbaa !5
-  %indvars.iv.next645.8.i.5 = or disjoint i64 %indvars.iv644.8.i, 6
-  %.idx772.i.6 = shl nuw nsw i64 %indvars.iv.next645.8.i.5, 6
-  %3673 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.6
-  %3674 = getelementptr inbounds nuw i8, ptr %3673, i64 32
-  %3675 = load float, ptr %3674, align 4, !tbaa !5
-  %3676 = getelementptr inbounds nuw float, ptr %3601, i64 %indvars.iv.next645.8.i.5
-  store float %3675, ptr %3676, align 4, !tbaa !5
-  %indvars.iv.next645.8.i.6 = or disjoint i64 %indvars.iv644.8.i, 7
-  %.idx772.i.7 = shl nuw nsw i64 %indvars.iv.next645.8.i.6, 6
-  %3677 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.7
-  %3678 = getelementptr inbounds nuw i8, ptr %3677, i64 32
-  %3679 = load float, ptr %3678, align 4, !tbaa !5
-  %3680 = getelementptr inbounds nuw float, ptr %3601, i64 %indvars.iv.next645.8.i.6
-  store float %3679, ptr %3680, align 4, !tbaa !5
-  %indvars.iv.next645.8.i.7 = add nuw nsw i64 %indvars.iv644.8.i, 8
-  %exitcond647.8.not.i.7 = icmp eq i64 %indvars.iv.next645.8.i.7, 128
-  br i1 %exitcond647.8.not.i.7, label %for_end_d.8.i, label %for_body_d.8.i, !prof !36, !llvm.loop !87
+  %indvars.iv650.8.i = phi i64 [ %indvars.iv.next651.8.i.7, %for_body_d.8.i ], [ 0, %for_end_d.7.i ]
+  %.idx778.i = shl nuw nsw i64 %indvars.iv650.8.i, 6
+  %3660 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i
+  %3661 = getelementptr inbounds nuw i8, ptr %3660, i64 32
+  %3662 = load float, ptr %3661, align 4, !tbaa !5
+  %3663 = getelementptr inbounds nuw float, ptr %3612, i64 %indvars.iv650.8.i
+  store float %3662, ptr %3663, align 4, !tbaa !5
+  %indvars.iv.next651.8.i = or disjoint i64 %indvars.iv650.8.i, 1
+  %.idx778.i.1 = shl nuw nsw i64 %indvars.iv.next651.8.i, 6
+  %3664 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.1
+  %3665 = getelementptr inbounds nuw i8, ptr %3664, i64 32
+  %3666 = load float, ptr %3665, align 4, !tbaa !5
+  %3667 = getelementptr inbounds nuw float, ptr %3612, i64 %indvars.iv.next651.8.i
+  store float %3666, ptr %3667, align 4, !tbaa !5
+  %indvars.iv.next651.8.i.1 = or disjoint i64 %indvars.iv650.8.i, 2
+  %.idx778.i.2 = shl nuw nsw i64 %indvars.iv.next651.8.i.1, 6
+  %3668 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.2
+  %3669 = getelementptr inbounds nuw i8, ptr %3668, i64 32
+  %3670 = load float, ptr %3669, align 4, !tbaa !5
+  %3671 = getelementptr inbounds nuw float, ptr %3612, i64 %indvars.iv.next651.8.i.1
+  store float %3670, ptr %3671, align 4, !tbaa !5
+  %indvars.iv.next651.8.i.2 = or disjoint i64 %indvars.iv650.8.i, 3
+  %.idx778.i.3 = shl nuw nsw i64 %indvars.iv.next651.8.i.2, 6
+  %3672 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.3
+  %3673 = getelementptr inbounds nuw i8, ptr %3672, i64 32
+  %3674 = load float, ptr %3673, align 4, !tbaa !5
+  %3675 = getelementptr inbounds nuw float, ptr %3612, i64 %indvars.iv.next651.8.i.2
+  store float %3674, ptr %3675, align 4, !tbaa !5
+  %indvars.iv.next651.8.i.3 = or disjoint i64 %indvars.iv650.8.i, 4
+  %.idx778.i.4 = shl nuw nsw i64 %indvars.iv.next651.8.i.3, 6
+  %3676 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.4
+  %3677 = getelementptr inbounds nuw i8, ptr %3676, i64 32
+  %3678 = load float, ptr %3677, align 4, !tbaa !5
+  %3679 = getelementptr inbounds nuw float, ptr %3612, i64 %indvars.iv.next651.8.i.3
+  store float %3678, ptr %3679, align 4, !tbaa !5
+  %indvars.iv.next651.8.i.4 = or disjoint i64 %indvars.iv650.8.i, 5
+  %.idx778.i.5 = shl nuw nsw i64 %indvars.iv.next651.8.i.4, 6
+  %3680 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.5
+  %3681 = getelementptr inbounds nuw i8, ptr %3680, i64 32
+  %3682 = load float, ptr %3681, align 4, !tbaa !5
+  %3683 = getelementptr inbounds nuw float, ptr %3612, i64 %indvars.iv.next651.8.i.4
+  store float %3682, ptr %3683, align 4, !tbaa !5
+  %indvars.iv.next651.8.i.5 = or disjoint i64 %indvars.iv650.8.i, 6
+  %.idx778.i.6 = shl nuw nsw i64 %indvars.iv.next651.8.i.5, 6
+  %3684 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.6
+  %3685 = getelementptr inbounds nuw i8, ptr %3684, i64 32
+  %3686 = load float, ptr %3685, align 4, !tbaa !5
+  %3687 = getelementptr inbounds nuw float, ptr %3612, i64 %indvars.iv.next651.8.i.5
+  store float %3686, ptr %3687, align 4, !tbaa !5
+  %indvars.iv.next651.8.i.6 = or disjoint i64 %indvars.iv650.8.i, 7
+  %.idx778.i.7 = shl nuw nsw i64 %indvars.iv.next651.8.i.6, 6
+  %3688 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.7
+  %3689 = getelementptr inbounds nuw i8, ptr %3688, i64 32
+  %3690 = load float, ptr %3689, align 4, !tbaa !5
+  %3691 = getelementptr inbounds nuw float, ptr %3612, i64 %indvars.iv.next651.8.i.6
+  store float %3690, ptr %3691, align 4, !tbaa !5
+  %indvars.iv.next651.8.i.7 = add nuw nsw i64 %indvars.iv650.8.i, 8
+  %exitcond653.8.not.i.7 = icmp eq i64 %indvars.iv.next651.8.i.7, 128
+  br i1 %exitcond653.8.not.i.7, label %for_end_d.8.i, label %for_body_d.8.i, !prof !36, !llvm.loop !87
 
-for_end_d.8.i:                                    ; preds = %for_body_d.8.i, %vector.body443
-  %3681 = getelementptr inbounds nuw i8, ptr %416, i64 4608
-  %scevgep413 = getelementptr i8, ptr %acc.i, i64 36
-  %scevgep414 = getelementptr i8, ptr %acc.i, i64 8168
-  %bound0415 = icmp ult ptr %scevgep411, %scevgep414
-  %bound1416 = icmp ult ptr %scevgep413, %scevgep412
-  %found.conflict417 = and i1 %bound0415, %bound1416
-  br i1 %found.conflict417, label %for_body_d.9.i, label %vector.body420, !prof !17
+for_end_d.8.i:                                    ; preds = %for_body_d.8.i, %vector.body449
+  %3692 = getelementptr inbounds nuw i8, ptr %425, i64 4608
+  %scevgep419 = getelementptr i8, ptr %acc.i, i64 36
+  %scevgep420 = getelementptr i8, ptr %acc.i, i64 8168
+  %bound0421 = icmp ult ptr %scevgep417, %scevgep420
+  %bound1422 = icmp ult ptr %scevgep419, %scevgep418
+  %found.conflict423 = and i1 %bound0421, %bound1422
+  br i1 %found.conflict423, label %for_body_d.9.i, label %vector.body426, !prof !17
 
-vector.body420:                                   ; preds = %for_end_d.8.i
-  %3682 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3683 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3684 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3685 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3686 = getelementptr inbounds nuw i8, <8 x ptr> %3682, i64 36
-  %3687 = getelementptr inbounds nuw i8, <8 x ptr> %3683, i64 36
-  %3688 = getelementptr inbounds nuw i8, <8 x ptr> %3684, i64 36
-  %3689 = getelementptr inbounds nuw i8, <8 x ptr> %3685, i64 36
-  %wide.masked.gather426 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3686, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3687, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3688, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather429 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3689, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3690 = getelementptr inbounds nuw i8, ptr %416, i64 4640
-  %3691 = getelementptr inbounds nuw i8, ptr %416, i64 4672
-  %3692 = getelementptr inbounds nuw i8, ptr %416, i64 4704
-  store <8 x float> %wide.masked.gather426, ptr %3681, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427, ptr %3690, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428, ptr %3691, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather429, ptr %3692, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  %3693 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3694 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3695 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3696 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+vector.body426:                                   ; preds = %for_end_d.8.i
+  %3693 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3694 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3695 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3696 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3697 = getelementptr inbounds nuw i8, <8 x ptr> %3693, i64 36
   %3698 = getelementptr inbounds nuw i8, <8 x ptr> %3694, i64 36
   %3699 = getelementptr inbounds nuw i8, <8 x ptr> %3695, i64 36
   %3700 = getelementptr inbounds nuw i8, <8 x ptr> %3696, i64 36
-  %wide.masked.gather426.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3697, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3698, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3699, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather429.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3700, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3701 = getelementptr inbounds nuw i8, ptr %416, i64 4736
-  %3702 = getelementptr inbounds nuw i8, ptr %416, i64 4768
-  %3703 = getelementptr inbounds nuw i8, ptr %416, i64 4800
-  %3704 = getelementptr inbounds nuw i8, ptr %416, i64 4832
-  store <8 x float> %wide.masked.gather426.1, ptr %3701, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427.1, ptr %3702, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428.1, ptr %3703, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather429.1, ptr %3704, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  %3705 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3706 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3707 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3708 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather432 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3697, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather433 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3698, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather434 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3699, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather435 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3700, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3701 = getelementptr inbounds nuw i8, ptr %425, i64 4640
+  %3702 = getelementptr inbounds nuw i8, ptr %425, i64 4672
+  %3703 = getelementptr inbounds nuw i8, ptr %425, i64 4704
+  store <8 x float> %wide.masked.gather432, ptr %3692, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather433, ptr %3701, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather434, ptr %3702, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather435, ptr %3703, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  %3704 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3705 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3706 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3707 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3708 = getelementptr inbounds nuw i8, <8 x ptr> %3704, i64 36
   %3709 = getelementptr inbounds nuw i8, <8 x ptr> %3705, i64 36
   %3710 = getelementptr inbounds nuw i8, <8 x ptr> %3706, i64 36
   %3711 = getelementptr inbounds nuw i8, <8 x ptr> %3707, i64 36
-  %3712 = getelementptr inbounds nuw i8, <8 x ptr> %3708, i64 36
-  %wide.masked.gather426.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3709, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3710, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3711, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather429.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3712, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3713 = getelementptr inbounds nuw i8, ptr %416, i64 4864
-  %3714 = getelementptr inbounds nuw i8, ptr %416, i64 4896
-  %3715 = getelementptr inbounds nuw i8, ptr %416, i64 4928
-  %3716 = getelementptr inbounds nuw i8, ptr %416, i64 4960
-  store <8 x float> %wide.masked.gather426.2, ptr %3713, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427.2, ptr %3714, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428.2, ptr %3715, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather429.2, ptr %3716, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  %3717 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3718 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3719 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3720 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather432.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3708, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather433.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3709, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather434.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3710, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather435.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3711, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3712 = getelementptr inbounds nuw i8, ptr %425, i64 4736
+  %3713 = getelementptr inbounds nuw i8, ptr %425, i64 4768
+  %3714 = getelementptr inbounds nuw i8, ptr %425, i64 4800
+  %3715 = getelementptr inbounds nuw i8, ptr %425, i64 4832
+  store <8 x float> %wide.masked.gather432.1, ptr %3712, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather433.1, ptr %3713, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather434.1, ptr %3714, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather435.1, ptr %3715, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  %3716 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3717 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3718 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3719 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3720 = getelementptr inbounds nuw i8, <8 x ptr> %3716, i64 36
   %3721 = getelementptr inbounds nuw i8, <8 x ptr> %3717, i64 36
   %3722 = getelementptr inbounds nuw i8, <8 x ptr> %3718, i64 36
   %3723 = getelementptr inbounds nuw i8, <8 x ptr> %3719, i64 36
-  %3724 = getelementptr inbounds nuw i8, <8 x ptr> %3720, i64 36
-  %wide.masked.gather426.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3721, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3722, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3723, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather429.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3724, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3725 = getelementptr inbounds nuw i8, ptr %416, i64 4992
-  %3726 = getelementptr inbounds nuw i8, ptr %416, i64 5024
-  %3727 = getelementptr inbounds nuw i8, ptr %416, i64 5056
-  %3728 = getelementptr inbounds nuw i8, ptr %416, i64 5088
-  store <8 x float> %wide.masked.gather426.3, ptr %3725, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427.3, ptr %3726, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428.3, ptr %3727, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather429.3, ptr %3728, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  %wide.masked.gather432.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3720, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather433.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3721, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather434.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3722, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather435.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3723, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3724 = getelementptr inbounds nuw i8, ptr %425, i64 4864
+  %3725 = getelementptr inbounds nuw i8, ptr %425, i64 4896
+  %3726 = getelementptr inbounds nuw i8, ptr %425, i64 4928
+  %3727 = getelementptr inbounds nuw i8, ptr %425, i64 4960
+  store <8 x float> %wide.masked.gather432.2, ptr %3724, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather433.2, ptr %3725, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather434.2, ptr %3726, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather435.2, ptr %3727, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  %3728 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3729 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3730 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3731 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3732 = getelementptr inbounds nuw i8, <8 x ptr> %3728, i64 36
+  %3733 = getelementptr inbounds nuw i8, <8 x ptr> %3729, i64 36
+  %3734 = getelementptr inbounds nuw i8, <8 x ptr> %3730, i64 36
+  %3735 = getelementptr inbounds nuw i8, <8 x ptr> %3731, i64 36
+  %wide.masked.gather432.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3732, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather433.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3733, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather434.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3734, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather435.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3735, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3736 = getelementptr inbounds nuw i8, ptr %425, i64 4992
+  %3737 = getelementptr inbounds nuw i8, ptr %425, i64 5024
+  %3738 = getelementptr inbounds nuw i8, ptr %425, i64 5056
+  %3739 = getelementptr inbounds nuw i8, ptr %425, i64 5088
+  store <8 x float> %wide.masked.gather432.3, ptr %3736, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather433.3, ptr %3737, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather434.3, ptr %3738, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather435.3, ptr %3739, align 4, !tbaa !5, !alias.scope !91, !noalias !88
   br label %for_end_d.9.i
 
 for_body_d.9.i:                                   ; preds = %for_body_d.9.i, %for_end_d.8.i
-  %indvars.iv644.9.i = phi i64 [ %indvars.iv.next645.9.i.7, %for_body_d.9.i ], [ 0, %for_end_d.8.i ]
-  %.idx773.i = shl nuw nsw i64 %indvars.iv644.9.i, 6
-  %3729 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i
-  %3730 = getelementptr inbounds nuw i8, ptr %3729, i64 36
-  %3731 = load float, ptr %3730, align 4, !tbaa !5
-  %3732 = getelementptr inbounds nuw float, ptr %3681, i64 %indvars.iv644.9.i
-  store float %3731, ptr %3732, align 4, !tbaa !5
-  %indvars.iv.next645.9.i = or disjoint i64 %indvars.iv644.9.i, 1
-  %.idx773.i.1 = shl nuw nsw i64 %indvars.iv.next645.9.i, 6
-  %3733 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.1
-  %3734 = getelementptr inbounds nuw i8, ptr %3733, i64 36
-  %3735 = load float, ptr %3734, align 4, !tbaa !5
-  %3736 = getelementptr inbounds nuw float, ptr %3681, i64 %indvars.iv.next645.9.i
-  store float %3735, ptr %3736, align 4, !tbaa !5
-  %indvars.iv.next645.9.i.1 = or disjoint i64 %indvars.iv644.9.i, 2
-  %.idx773.i.2 = shl nuw nsw i64 %indvars.iv.next645.9.i.1, 6
-  %3737 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.2
-  %3738 = getelementptr inbounds nuw i8, ptr %3737, i64 36
-  %3739 = load float, ptr %3738, align 4, !tbaa !5
-  %3740 = getelementptr inbounds nuw float, ptr %3681, i64 %indvars.iv.next645.9.i.1
-  store float %3739, ptr %3740, align 4, !tbaa !5
-  %indvars.iv.next645.9.i.2 = or disjoint i64 %indvars.iv644.9.i, 3
-  %.idx773.i.3 = shl nuw nsw i64 %indvars.iv.next645.9.i.2, 6
-  %3741 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.3
-  %3742 = getelementptr inbounds nuw i8, ptr %3741, i64 36
-  %3743 = load float, ptr %3742, align 4, !tbaa !5
-  %3744 = getelementptr inbounds nuw float, ptr %3681, i64 %indvars.iv.next645.9.i.2
-  store float %3743, ptr %3744, align 4, !tbaa !5
-  %indvars.iv.next645.9.i.3 = or disjoint i64 %indvars.iv644.9.i, 4
-  %.idx773.i.4 = shl nuw nsw i64 %indvars.iv.next645.9.i.3, 6
-  %3745 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.4
-  %3746 = getelementptr inbounds nuw i8, ptr %3745, i64 36
-  %3747 = load float, ptr %3746, align 4, !tbaa !5
-  %3748 = getelementptr inbounds nuw float, ptr %3681, i64 %indvars.iv.next645.9.i.3
-  store float %3747, ptr %3748, align 4, !tbaa !5
-  %indvars.iv.next645.9.i.4 = or disjoint i64 %indvars.iv644.9.i, 5
-  %.idx773.i.5 = shl nuw nsw i64 %indvars.iv.next645.9.i.4, 6
-  %3749 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.5
-  %3750 = getelementptr inbounds nuw i8, ptr %3749, i64 36
-  %3751 = load float, ptr %3750, align 4, !tbaa !5
-  %3752 = getelementptr inbounds nuw float, ptr %3681, i64 %indvars.iv.next645.9.i.4
-  store float %3751, ptr %3752, align 4, !tbaa !5
-  %indvars.iv.next645.9.i.5 = or disjoint i64 %indvars.iv644.9.i, 6
-  %.idx773.i.6 = shl nuw nsw i64 %indvars.iv.next645.9.i.5, 6
-  %3753 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.6
-  %3754 = getelementptr inbounds nuw i8, ptr %3753, i64 36
-  %3755 = load float, ptr %3754, align 4, !tbaa !5
-  %3756 = getelementptr inbounds nuw float, ptr %3681, i64 %indvars.iv.next645.9.i.5
-  store float %3755, ptr %3756, align 4, !tbaa !5
-  %indvars.iv.next645.9.i.6 = or disjoint i64 %indvars.iv644.9.i, 7
-  %.idx773.i.7 = shl nuw nsw i64 %indvars.iv.next645.9.i.6, 6
-  %3757 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.7
-  %3758 = getelementptr inbounds nuw i8, ptr %3757, i64 36
-  %3759 = load float, ptr %3758, align 4, !tbaa !5
-  %3760 = getelementptr inbounds nuw float, ptr %3681, i64 %indvars.iv.next645.9.i.6
-  store float %3759, ptr %3760, align 4, !tbaa !5
-  %indvars.iv.next645.9.i.7 = add nuw nsw i64 %indvars.iv644.9.i, 8
-  %exitcond647.9.not.i.7 = icmp eq i64 %indvars.iv.next645.9.i.7, 128
-  br i1 %exitcond647.9.not.i.7, label %for_end_d.9.i, label %for_body_d.9.i, !prof !36, !llvm.loop !93
+  %indvars.iv650.9.i = phi i64 [ %indvars.iv.next651.9.i.7, %for_body_d.9.i ], [ 0, %for_end_d.8.i ]
+  %.idx779.i = shl nuw nsw i64 %indvars.iv650.9.i, 6
+  %3740 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i
+  %3741 = getelementptr inbounds nuw i8, ptr %3740, i64 36
+  %3742 = load float, ptr %3741, align 4, !tbaa !5
+  %3743 = getelementptr inbounds nuw float, ptr %3692, i64 %indvars.iv650.9.i
+  store float %3742, ptr %3743, align 4, !tbaa !5
+  %indvars.iv.next651.9.i = or disjoint i64 %indvars.iv650.9.i, 1
+  %.idx779.i.1 = shl nuw nsw i64 %indvars.iv.next651.9.i, 6
+  %3744 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.1
+  %3745 = getelementptr inbounds nuw i8, ptr %3744, i64 36
+  %3746 = load float, ptr %3745, align 4, !tbaa !5
+  %3747 = getelementptr inbounds nuw float, ptr %3692, i64 %indvars.iv.next651.9.i
+  store float %3746, ptr %3747, align 4, !tbaa !5
+  %indvars.iv.next651.9.i.1 = or disjoint i64 %indvars.iv650.9.i, 2
+  %.idx779.i.2 = shl nuw nsw i64 %indvars.iv.next651.9.i.1, 6
+  %3748 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.2
+  %3749 = getelementptr inbounds nuw i8, ptr %3748, i64 36
+  %3750 = load float, ptr %3749, align 4, !tbaa !5
+  %3751 = getelementptr inbounds nuw float, ptr %3692, i64 %indvars.iv.next651.9.i.1
+  store float %3750, ptr %3751, align 4, !tbaa !5
+  %indvars.iv.next651.9.i.2 = or disjoint i64 %indvars.iv650.9.i, 3
+  %.idx779.i.3 = shl nuw nsw i64 %indvars.iv.next651.9.i.2, 6
+  %3752 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.3
+  %3753 = getelementptr inbounds nuw i8, ptr %3752, i64 36
+  %3754 = load float, ptr %3753, align 4, !tbaa !5
+  %3755 = getelementptr inbounds nuw float, ptr %3692, i64 %indvars.iv.next651.9.i.2
+  store float %3754, ptr %3755, align 4, !tbaa !5
+  %indvars.iv.next651.9.i.3 = or disjoint i64 %indvars.iv650.9.i, 4
+  %.idx779.i.4 = shl nuw nsw i64 %indvars.iv.next651.9.i.3, 6
+  %3756 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.4
+  %3757 = getelementptr inbounds nuw i8, ptr %3756, i64 36
+  %3758 = load float, ptr %3757, align 4, !tbaa !5
+  %3759 = getelementptr inbounds nuw float, ptr %3692, i64 %indvars.iv.next651.9.i.3
+  store float %3758, ptr %3759, align 4, !tbaa !5
+  %indvars.iv.next651.9.i.4 = or disjoint i64 %indvars.iv650.9.i, 5
+  %.idx779.i.5 = shl nuw nsw i64 %indvars.iv.next651.9.i.4, 6
+  %3760 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.5
+  %3761 = getelementptr inbounds nuw i8, ptr %3760, i64 36
+  %3762 = load float, ptr %3761, align 4, !tbaa !5
+  %3763 = getelementptr inbounds nuw float, ptr %3692, i64 %indvars.iv.next651.9.i.4
+  store float %3762, ptr %3763, align 4, !tbaa !5
+  %indvars.iv.next651.9.i.5 = or disjoint i64 %indvars.iv650.9.i, 6
+  %.idx779.i.6 = shl nuw nsw i64 %indvars.iv.next651.9.i.5, 6
+  %3764 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.6
+  %3765 = getelementptr inbounds nuw i8, ptr %3764, i64 36
+  %3766 = load float, ptr %3765, align 4, !tbaa !5
+  %3767 = getelementptr inbounds nuw float, ptr %3692, i64 %indvars.iv.next651.9.i.5
+  store float %3766, ptr %3767, align 4, !tbaa !5
+  %indvars.iv.next651.9.i.6 = or disjoint i64 %indvars.iv650.9.i, 7
+  %.idx779.i.7 = shl nuw nsw i64 %indvars.iv.next651.9.i.6, 6
+  %3768 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.7
+  %3769 = getelementptr inbounds nuw i8, ptr %3768, i64 36
+  %3770 = load float, ptr %3769, align 4, !tbaa !5
+  %3771 = getelementptr inbounds nuw float, ptr %3692, i64 %indvars.iv.next651.9.i.6
+  store float %3770, ptr %3771, align 4, !tbaa !5
+  %indvars.iv.next651.9.i.7 = add nuw nsw i64 %indvars.iv650.9.i, 8
+  %exitcond653.9.not.i.7 = icmp eq i64 %indvars.iv.next651.9.i.7, 128
+  br i1 %exitcond653.9.not.i.7, label %for_end_d.9.i, label %for_body_d.9.i, !prof !36, !llvm.loop !93
 
-for_end_d.9.i:                                    ; preds = %for_body_d.9.i, %vector.body420
-  %3761 = getelementptr inbounds nuw i8, ptr %416, i64 5120
-  %scevgep390 = getelementptr i8, ptr %acc.i, i64 40
-  %scevgep391 = getelementptr i8, ptr %acc.i, i64 8172
-  %bound0392 = icmp ult ptr %scevgep388, %scevgep391
-  %bound1393 = icmp ult ptr %scevgep390, %scevgep389
-  %found.conflict394 = and i1 %bound0392, %bound1393
-  br i1 %found.conflict394, label %for_body_d.10.i, label %vector.body397, !prof !17
+for_end_d.9.i:                                    ; preds = %for_body_d.9.i, %vector.body426
+  %3772 = getelementptr inbounds nuw i8, ptr %425, i64 5120
+  %scevgep396 = getelementptr i8, ptr %acc.i, i64 40
+  %scevgep397 = getelementptr i8, ptr %acc.i, i64 8172
+  %bound0398 = icmp ult ptr %scevgep394, %scevgep397
+  %bound1399 = icmp ult ptr %scevgep396, %scevgep395
+  %found.conflict400 = and i1 %bound0398, %bound1399
+  br i1 %found.conflict400, label %for_body_d.10.i, label %vector.body403, !prof !17
 
-vector.body397:                                   ; preds = %for_end_d.9.i
-  %3762 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3763 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3764 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3765 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3766 = getelementptr inbounds nuw i8, <8 x ptr> %3762, i64 40
-  %3767 = getelementptr inbounds nuw i8, <8 x ptr> %3763, i64 40
-  %3768 = getelementptr inbounds nuw i8, <8 x ptr> %3764, i64 40
-  %3769 = getelementptr inbounds nuw i8, <8 x ptr> %3765, i64 40
-  %wide.masked.gather403 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3766, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3767, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3768, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather406 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3769, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3770 = getelementptr inbounds nuw i8, ptr %416, i64 5152
-  %3771 = getelementptr inbounds nuw i8, ptr %416, i64 5184
-  %3772 = getelementptr inbounds nuw i8, ptr %416, i64 5216
-  store <8 x float> %wide.masked.gather403, ptr %3761, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404, ptr %3770, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405, ptr %3771, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather406, ptr %3772, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  %3773 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3774 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3775 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3776 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+vector.body403:                                   ; preds = %for_end_d.9.i
+  %3773 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3774 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3775 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3776 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3777 = getelementptr inbounds nuw i8, <8 x ptr> %3773, i64 40
   %3778 = getelementptr inbounds nuw i8, <8 x ptr> %3774, i64 40
   %3779 = getelementptr inbounds nuw i8, <8 x ptr> %3775, i64 40
   %3780 = getelementptr inbounds nuw i8, <8 x ptr> %3776, i64 40
-  %wide.masked.gather403.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3777, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3778, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3779, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather406.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3780, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3781 = getelementptr inbounds nuw i8, ptr %416, i64 5248
-  %3782 = getelementptr inbounds nuw i8, ptr %416, i64 5280
-  %3783 = getelementptr inbounds nuw i8, ptr %416, i64 5312
-  %3784 = getelementptr inbounds nuw i8, ptr %416, i64 5344
-  store <8 x float> %wide.masked.gather403.1, ptr %3781, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404.1, ptr %3782, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405.1, ptr %3783, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather406.1, ptr %3784, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  %3785 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3786 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3787 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3788 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather409 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3777, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather410 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3778, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather411 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3779, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather412 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3780, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3781 = getelementptr inbounds nuw i8, ptr %425, i64 5152
+  %3782 = getelementptr inbounds nuw i8, ptr %425, i64 5184
+  %3783 = getelementptr inbounds nuw i8, ptr %425, i64 5216
+  store <8 x float> %wide.masked.gather409, ptr %3772, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather410, ptr %3781, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather411, ptr %3782, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather412, ptr %3783, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  %3784 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3785 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3786 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3787 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3788 = getelementptr inbounds nuw i8, <8 x ptr> %3784, i64 40
   %3789 = getelementptr inbounds nuw i8, <8 x ptr> %3785, i64 40
   %3790 = getelementptr inbounds nuw i8, <8 x ptr> %3786, i64 40
   %3791 = getelementptr inbounds nuw i8, <8 x ptr> %3787, i64 40
-  %3792 = getelementptr inbounds nuw i8, <8 x ptr> %3788, i64 40
-  %wide.masked.gather403.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3789, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3790, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3791, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather406.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3792, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3793 = getelementptr inbounds nuw i8, ptr %416, i64 5376
-  %3794 = getelementptr inbounds nuw i8, ptr %416, i64 5408
-  %3795 = getelementptr inbounds nuw i8, ptr %416, i64 5440
-  %3796 = getelementptr inbounds nuw i8, ptr %416, i64 5472
-  store <8 x float> %wide.masked.gather403.2, ptr %3793, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404.2, ptr %3794, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405.2, ptr %3795, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather406.2, ptr %3796, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  %3797 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3798 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3799 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3800 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather409.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3788, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather410.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3789, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather411.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3790, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather412.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3791, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3792 = getelementptr inbounds nuw i8, ptr %425, i64 5248
+  %3793 = getelementptr inbounds nuw i8, ptr %425, i64 5280
+  %3794 = getelementptr inbounds nuw i8, ptr %425, i64 5312
+  %3795 = getelementptr inbounds nuw i8, ptr %425, i64 5344
+  store <8 x float> %wide.masked.gather409.1, ptr %3792, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather410.1, ptr %3793, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather411.1, ptr %3794, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather412.1, ptr %3795, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  %3796 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3797 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3798 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3799 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3800 = getelementptr inbounds nuw i8, <8 x ptr> %3796, i64 40
   %3801 = getelementptr inbounds nuw i8, <8 x ptr> %3797, i64 40
   %3802 = getelementptr inbounds nuw i8, <8 x ptr> %3798, i64 40
   %3803 = getelementptr inbounds nuw i8, <8 x ptr> %3799, i64 40
-  %3804 = getelementptr inbounds nuw i8, <8 x ptr> %3800, i64 40
-  %wide.masked.gather403.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3801, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3802, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3803, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather406.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3804, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3805 = getelementptr inbounds nuw i8, ptr %416, i64 5504
-  %3806 = getelementptr inbounds nuw i8, ptr %416, i64 5536
-  %3807 = getelementptr inbounds nuw i8, ptr %416, i64 5568
-  %3808 = getelementptr inbounds nuw i8, ptr %416, i64 5600
-  store <8 x float> %wide.masked.gather403.3, ptr %3805, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404.3, ptr %3806, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405.3, ptr %3807, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather406.3, ptr %3808, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  %wide.masked.gather409.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3800, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather410.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3801, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather411.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3802, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather412.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3803, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3804 = getelementptr inbounds nuw i8, ptr %425, i64 5376
+  %3805 = getelementptr inbounds nuw i8, ptr %425, i64 5408
+  %3806 = getelementptr inbounds nuw i8, ptr %425, i64 5440
+  %3807 = getelementptr inbounds nuw i8, ptr %425, i64 5472
+  store <8 x float> %wide.masked.gather409.2, ptr %3804, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather410.2, ptr %3805, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather411.2, ptr %3806, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather412.2, ptr %3807, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  %3808 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3809 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3810 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3811 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3812 = getelementptr inbounds nuw i8, <8 x ptr> %3808, i64 40
+  %3813 = getelementptr inbounds nuw i8, <8 x ptr> %3809, i64 40
+  %3814 = getelementptr inbounds nuw i8, <8 x ptr> %3810, i64 40
+  %3815 = getelementptr inbounds nuw i8, <8 x ptr> %3811, i64 40
+  %wide.masked.gather409.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3812, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather410.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3813, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather411.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3814, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather412.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3815, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3816 = getelementptr inbounds nuw i8, ptr %425, i64 5504
+  %3817 = getelementptr inbounds nuw i8, ptr %425, i64 5536
+  %3818 = getelementptr inbounds nuw i8, ptr %425, i64 5568
+  %3819 = getelementptr inbounds nuw i8, ptr %425, i64 5600
+  store <8 x float> %wide.masked.gather409.3, ptr %3816, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather410.3, ptr %3817, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather411.3, ptr %3818, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather412.3, ptr %3819, align 4, !tbaa !5, !alias.scope !97, !noalias !94
   br label %for_end_d.10.i
 
 for_body_d.10.i:                                  ; preds = %for_body_d.10.i, %for_end_d.9.i
-  %indvars.iv644.10.i = phi i64 [ %indvars.iv.next645.10.i.7, %for_body_d.10.i ], [ 0, %for_end_d.9.i ]
-  %.idx774.i = shl nuw nsw i64 %indvars.iv644.10.i, 6
-  %3809 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i
-  %3810 = getelementptr inbounds nuw i8, ptr %3809, i64 40
-  %3811 = load float, ptr %3810, align 4, !tbaa !5
-  %3812 = getelementptr inbounds nuw float, ptr %3761, i64 %indvars.iv644.10.i
-  store float %3811, ptr %3812, align 4, !tbaa !5
-  %indvars.iv.next645.10.i = or disjoint i64 %indvars.iv644.10.i, 1
-  %.idx774.i.1 = shl nuw nsw i64 %indvars.iv.next645.10.i, 6
-  %3813 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.1
-  %3814 = getelementptr inbounds nuw i8, ptr %3813, i64 40
-  %3815 = load float, ptr %3814, align 4, !tbaa !5
-  %3816 = getelementptr inbounds nuw float, ptr %3761, i64 %indvars.iv.next645.10.i
-  store float %3815, ptr %3816, align 4, !tbaa !5
-  %indvars.iv.next645.10.i.1 = or disjoint i64 %indvars.iv644.10.i, 2
-  %.idx774.i.2 = shl nuw nsw i64 %indvars.iv.next645.10.i.1, 6
-  %3817 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.2
-  %3818 = getelementptr inbounds nuw i8, ptr %3817, i64 40
-  %3819 = load float, ptr %3818, align 4, !tbaa !5
-  %3820 = getelementptr inbounds nuw float, ptr %3761, i64 %indvars.iv.next645.10.i.1
-  store float %3819, ptr %3820, align 4, !tbaa !5
-  %indvars.iv.next645.10.i.2 = or disjoint i64 %indvars.iv644.10.i, 3
-  %.idx774.i.3 = shl nuw nsw i64 %indvars.iv.next645.10.i.2, 6
-  %3821 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.3
-  %3822 = getelementptr inbounds nuw i8, ptr %3821, i64 40
-  %3823 = load float, ptr %3822, align 4, !tbaa !5
-  %3824 = getelementptr inbounds nuw float, ptr %3761, i64 %indvars.iv.next645.10.i.2
-  store float %3823, ptr %3824, align 4, !tbaa !5
-  %indvars.iv.next645.10.i.3 = or disjoint i64 %indvars.iv644.10.i, 4
-  %.idx774.i.4 = shl nuw nsw i64 %indvars.iv.next645.10.i.3, 6
-  %3825 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.4
-  %3826 = getelementptr inbounds nuw i8, ptr %3825, i64 40
-  %3827 = load float, ptr %3826, align 4, !tbaa !5
-  %3828 = getelementptr inbounds nuw float, ptr %3761, i64 %indvars.iv.next645.10.i.3
-  store float %3827, ptr %3828, align 4, !tbaa !5
-  %indvars.iv.next645.10.i.4 = or disjoint i64 %indvars.iv644.10.i, 5
-  %.idx774.i.5 = shl nuw nsw i64 %indvars.iv.next645.10.i.4, 6
-  %3829 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.5
-  %3830 = getelementptr inbounds nuw i8, ptr %3829, i64 40
-  %3831 = load float, ptr %3830, align 4, !tbaa !5
-  %3832 = getelementptr inbounds nuw float, ptr %3761, i64 %indvars.iv.next645.10.i.4
-  store float %3831, ptr %3832, align 4, !tbaa !5
-  %indvars.iv.next645.10.i.5 = or disjoint i64 %indvars.iv644.10.i, 6
-  %.idx774.i.6 = shl nuw nsw i64 %indvars.iv.next645.10.i.5, 6
-  %3833 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.6
-  %3834 = getelementptr inbounds nuw i8, ptr %3833, i64 40
-  %3835 = load float, ptr %3834, align 4, !tbaa !5
-  %3836 = getelementptr inbounds nuw float, ptr %3761, i64 %indvars.iv.next645.10.i.5
-  store float %3835, ptr %3836, align 4, !tbaa !5
-  %indvars.iv.next645.10.i.6 = or disjoint i64 %indvars.iv644.10.i, 7
-  %.idx774.i.7 = shl nuw nsw i64 %indvars.iv.next645.10.i.6, 6
-  %3837 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.7
-  %3838 = getelementptr inbounds nuw i8, ptr %3837, i64 40
-  %3839 = load float, ptr %3838, align 4, !tbaa !5
-  %3840 = getelementptr inbounds nuw float, ptr %3761, i64 %indvars.iv.next645.10.i.6
-  store float %3839, ptr %3840, align 4, !tbaa !5
-  %indvars.iv.next645.10.i.7 = add nuw nsw i64 %indvars.iv644.10.i, 8
-  %exitcond647.10.not.i.7 = icmp eq i64 %indvars.iv.next645.10.i.7, 128
-  br i1 %exitcond647.10.not.i.7, label %for_end_d.10.i, label %for_body_d.10.i, !prof !36, !llvm.loop !99
+  %indvars.iv650.10.i = phi i64 [ %indvars.iv.next651.10.i.7, %for_body_d.10.i ], [ 0, %for_end_d.9.i ]
+  %.idx780.i = shl nuw nsw i64 %indvars.iv650.10.i, 6
+  %3820 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx780.i
+  %3821 = getelementptr inbounds nuw i8, ptr %3820, i64 40
+  %3822 = load float, ptr %3821, align 4, !tbaa !5
+  %3823 = getelementptr inbounds nuw float, ptr %3772, i64 %indvars.iv650.10.i
+  store float %3822, ptr %3823, align 4, !tbaa !5
+  %indvars.iv.next651.10.i = or disjoint i64 %indvars.iv650.10.i, 1
+  %.idx780.i.1 = shl nuw nsw i64 %indvars.iv.next651.10.i, 6
+  %3824 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx780.i.1
+  %3825 = getelementptr inbounds nuw i8, ptr %3824, i64 40
+  %3826 = load float, ptr %3825, align 4, !tbaa !5
+  %3827 = getelementptr inbounds nuw float, ptr %3772, i64 %indvars.iv.next651.10.i
+  store float %3826, ptr %3827, align 4, !tbaa !5
+  %indvars.iv.next651.10.i.1 = or disjoint i64 %indvars.iv650.10.i, 2
+  %.idx780.i.2 = shl nuw nsw i64 %indvars.iv.next651.10.i.1, 6
+  %3828 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx780.i.2
+  %3829 = getelementptr inbounds nuw i8, ptr %3828, i64 40
+  %3830 = load float, ptr %3829, align 4, !tbaa !5
+  %3831 = getelementptr inbounds nuw float, ptr %3772, i64 %indvars.iv.next651.10.i.1
+  store float %3830, ptr %3831, align 4, !tbaa !5
+  %indvars.iv.next651.10.i.2 = or disjoint i64 %indvars.iv650.10.i, 3
+  %.idx780.i.3 = shl nuw nsw i64 %indvars.iv.next651.10.i.2, 6
+  %3832 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx780.i.3
+  %3833 = getelementptr inbounds nuw i8, ptr %3832, i64 40
+  %3834 = load float, ptr %3833, align 4, !tbaa !5
+  %3835 = getelementptr inbounds nuw float, ptr %3772, i64 %indvars.iv.next651.10.i.2
+  store float %3834, ptr %3835, align 4, !tbaa !5
+  %indvars.iv.next651.10.i.3 = or disjoint i64 %indvars.iv650.10.i, 4
+  %.idx780.i.4 = shl nuw nsw i64 %indvars.iv.next651.10.i.3, 6
+  %3836 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx780.i.4
+  %3837 = getelementptr inbounds nuw i8, ptr %3836, i64 40
+  %3838 = load float, ptr %3837, align 4, !tbaa !5
+  %3839 = getelementptr inbounds nuw float, ptr %3772, i64 %indvars.iv.next651.10.i.3
+  store float %3838, ptr %3839, align 4, !tbaa !5
+  %indvars.iv.next651.10.i.4 = or disjoint i64 %indvars.iv650.10.i, 5
+  %.idx780.i.5 = shl nuw nsw i64 %indvars.iv.next651.10.i.4, 6
+  %3840 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx780.i.5
+  %3841 = getelementptr inbounds nuw i8, ptr %3840, i64 40
+  %3842 = load float, ptr %3841, align 4, !tbaa !5
+  %3843 = getelementptr inbounds nuw float, ptr %3772, i64 %indvars.iv.next651.10.i.4
+  store float %3842, ptr %3843, align 4, !tbaa !5
+  %indvars.iv.next651.10.i.5 = or disjoint i64 %indvars.iv650.10.i, 6
+  %.idx780.i.6 = shl nuw nsw i64 %indvars.iv.next651.10.i.5, 6
+  %3844 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx780.i.6
+  %3845 = getelementptr inbounds nuw i8, ptr %3844, i64 40
+  %3846 = load float, ptr %3845, align 4, !tbaa !5
+  %3847 = getelementptr inbounds nuw float, ptr %3772, i64 %indvars.iv.next651.10.i.5
+  store float %3846, ptr %3847, align 4, !tbaa !5
+  %indvars.iv.next651.10.i.6 = or disjoint i64 %indvars.iv650.10.i, 7
+  %.idx780.i.7 = shl nuw nsw i64 %indvars.iv.next651.10.i.6, 6
+  %3848 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx780.i.7
+  %3849 = getelementptr inbounds nuw i8, ptr %3848, i64 40
+  %3850 = load float, ptr %3849, align 4, !tbaa !5
+  %3851 = getelementptr inbounds nuw float, ptr %3772, i64 %indvars.iv.next651.10.i.6
+  store float %3850, ptr %3851, align 4, !tbaa !5
+  %indvars.iv.next651.10.i.7 = add nuw nsw i64 %indvars.iv650.10.i, 8
+  %exitcond653.10.not.i.7 = icmp eq i64 %indvars.iv.next651.10.i.7, 128
+  br i1 %exitcond653.10.not.i.7, label %for_end_d.10.i, label %for_body_d.10.i, !prof !36, !llvm.loop !99
 
-for_end_d.10.i:                                   ; preds = %for_body_d.10.i, %vector.body397
-  %3841 = getelementptr inbounds nuw i8, ptr %416, i64 5632
-  %scevgep367 = getelementptr i8, ptr %acc.i, i64 44
-  %scevgep368 = getelementptr i8, ptr %acc.i, i64 8176
-  %bound0369 = icmp ult ptr %scevgep365, %scevgep368
-  %bound1370 = icmp ult ptr %scevgep367, %scevgep366
-  %found.conflict371 = and i1 %bound0369, %bound1370
-  br i1 %found.conflict371, label %for_body_d.11.i, label %vector.body374, !prof !17
+for_end_d.10.i:                                   ; preds = %for_body_d.10.i, %vector.body403
+  %3852 = getelementptr inbounds nuw i8, ptr %425, i64 5632
+  %scevgep373 = getelementptr i8, ptr %acc.i, i64 44
+  %scevgep374 = getelementptr i8, ptr %acc.i, i64 8176
+  %bound0375 = icmp ult ptr %scevgep371, %scevgep374
+  %bound1376 = icmp ult ptr %scevgep373, %scevgep372
+  %found.conflict377 = and i1 %bound0375, %bound1376
+  br i1 %found.conflict377, label %for_body_d.11.i, label %vector.body380, !prof !17
 
-vector.body374:                                   ; preds = %for_end_d.10.i
-  %3842 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3843 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3844 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3845 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3846 = getelementptr inbounds nuw i8, <8 x ptr> %3842, i64 44
-  %3847 = getelementptr inbounds nuw i8, <8 x ptr> %3843, i64 44
-  %3848 = getelementptr inbounds nuw i8, <8 x ptr> %3844, i64 44
-  %3849 = getelementptr inbounds nuw i8, <8 x ptr> %3845, i64 44
-  %wide.masked.gather380 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3846, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3847, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3848, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather383 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3849, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3850 = getelementptr inbounds nuw i8, ptr %416, i64 5664
-  %3851 = getelementptr inbounds nuw i8, ptr %416, i64 5696
-  %3852 = getelementptr inbounds nuw i8, ptr %416, i64 5728
-  store <8 x float> %wide.masked.gather380, ptr %3841, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381, ptr %3850, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382, ptr %3851, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather383, ptr %3852, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  %3853 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3854 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3855 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3856 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+vector.body380:                                   ; preds = %for_end_d.10.i
+  %3853 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3854 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3855 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3856 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3857 = getelementptr inbounds nuw i8, <8 x ptr> %3853, i64 44
   %3858 = getelementptr inbounds nuw i8, <8 x ptr> %3854, i64 44
   %3859 = getelementptr inbounds nuw i8, <8 x ptr> %3855, i64 44
   %3860 = getelementptr inbounds nuw i8, <8 x ptr> %3856, i64 44
-  %wide.masked.gather380.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3857, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3858, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3859, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather383.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3860, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3861 = getelementptr inbounds nuw i8, ptr %416, i64 5760
-  %3862 = getelementptr inbounds nuw i8, ptr %416, i64 5792
-  %3863 = getelementptr inbounds nuw i8, ptr %416, i64 5824
-  %3864 = getelementptr inbounds nuw i8, ptr %416, i64 5856
-  store <8 x float> %wide.masked.gather380.1, ptr %3861, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381.1, ptr %3862, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382.1, ptr %3863, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather383.1, ptr %3864, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  %3865 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3866 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3867 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3868 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather386 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3857, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather387 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3858, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather388 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3859, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather389 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3860, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3861 = getelementptr inbounds nuw i8, ptr %425, i64 5664
+  %3862 = getelementptr inbounds nuw i8, ptr %425, i64 5696
+  %3863 = getelementptr inbounds nuw i8, ptr %425, i64 5728
+  store <8 x float> %wide.masked.gather386, ptr %3852, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather387, ptr %3861, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather388, ptr %3862, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather389, ptr %3863, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  %3864 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3865 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3866 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3867 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3868 = getelementptr inbounds nuw i8, <8 x ptr> %3864, i64 44
   %3869 = getelementptr inbounds nuw i8, <8 x ptr> %3865, i64 44
   %3870 = getelementptr inbounds nuw i8, <8 x ptr> %3866, i64 44
   %3871 = getelementptr inbounds nuw i8, <8 x ptr> %3867, i64 44
-  %3872 = getelementptr inbounds nuw i8, <8 x ptr> %3868, i64 44
-  %wide.masked.gather380.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3869, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3870, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3871, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather383.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3872, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3873 = getelementptr inbounds nuw i8, ptr %416, i64 5888
-  %3874 = getelementptr inbounds nuw i8, ptr %416, i64 5920
-  %3875 = getelementptr inbounds nuw i8, ptr %416, i64 5952
-  %3876 = getelementptr inbounds nuw i8, ptr %416, i64 5984
-  store <8 x float> %wide.masked.gather380.2, ptr %3873, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381.2, ptr %3874, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382.2, ptr %3875, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather383.2, ptr %3876, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  %3877 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3878 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3879 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3880 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather386.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3868, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather387.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3869, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather388.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3870, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather389.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3871, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3872 = getelementptr inbounds nuw i8, ptr %425, i64 5760
+  %3873 = getelementptr inbounds nuw i8, ptr %425, i64 5792
+  %3874 = getelementptr inbounds nuw i8, ptr %425, i64 5824
+  %3875 = getelementptr inbounds nuw i8, ptr %425, i64 5856
+  store <8 x float> %wide.masked.gather386.1, ptr %3872, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather387.1, ptr %3873, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather388.1, ptr %3874, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather389.1, ptr %3875, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  %3876 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3877 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3878 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3879 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3880 = getelementptr inbounds nuw i8, <8 x ptr> %3876, i64 44
   %3881 = getelementptr inbounds nuw i8, <8 x ptr> %3877, i64 44
   %3882 = getelementptr inbounds nuw i8, <8 x ptr> %3878, i64 44
   %3883 = getelementptr inbounds nuw i8, <8 x ptr> %3879, i64 44
-  %3884 = getelementptr inbounds nuw i8, <8 x ptr> %3880, i64 44
-  %wide.masked.gather380.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3881, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3882, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3883, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather383.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3884, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3885 = getelementptr inbounds nuw i8, ptr %416, i64 6016
-  %3886 = getelementptr inbounds nuw i8, ptr %416, i64 6048
-  %3887 = getelementptr inbounds nuw i8, ptr %416, i64 6080
-  %3888 = getelementptr inbounds nuw i8, ptr %416, i64 6112
-  store <8 x float> %wide.masked.gather380.3, ptr %3885, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381.3, ptr %3886, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382.3, ptr %3887, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather383.3, ptr %3888, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  %wide.masked.gather386.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3880, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather387.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3881, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather388.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3882, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather389.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3883, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3884 = getelementptr inbounds nuw i8, ptr %425, i64 5888
+  %3885 = getelementptr inbounds nuw i8, ptr %425, i64 5920
+  %3886 = getelementptr inbounds nuw i8, ptr %425, i64 5952
+  %3887 = getelementptr inbounds nuw i8, ptr %425, i64 5984
+  store <8 x float> %wide.masked.gather386.2, ptr %3884, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather387.2, ptr %3885, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather388.2, ptr %3886, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather389.2, ptr %3887, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  %3888 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3889 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3890 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3891 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3892 = getelementptr inbounds nuw i8, <8 x ptr> %3888, i64 44
+  %3893 = getelementptr inbounds nuw i8, <8 x ptr> %3889, i64 44
+  %3894 = getelementptr inbounds nuw i8, <8 x ptr> %3890, i64 44
+  %3895 = getelementptr inbounds nuw i8, <8 x ptr> %3891, i64 44
+  %wide.masked.gather386.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3892, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather387.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3893, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather388.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3894, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather389.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3895, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3896 = getelementptr inbounds nuw i8, ptr %425, i64 6016
+  %3897 = getelementptr inbounds nuw i8, ptr %425, i64 6048
+  %3898 = getelementptr inbounds nuw i8, ptr %425, i64 6080
+  %3899 = getelementptr inbounds nuw i8, ptr %425, i64 6112
+  store <8 x float> %wide.masked.gather386.3, ptr %3896, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather387.3, ptr %3897, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather388.3, ptr %3898, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather389.3, ptr %3899, align 4, !tbaa !5, !alias.scope !103, !noalias !100
   br label %for_end_d.11.i
 
 for_body_d.11.i:                                  ; preds = %for_body_d.11.i, %for_end_d.10.i
-  %indvars.iv644.11.i = phi i64 [ %indvars.iv.next645.11.i.7, %for_body_d.11.i ], [ 0, %for_end_d.10.i ]
-  %.idx775.i = shl nuw nsw i64 %indvars.iv644.11.i, 6
-  %3889 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i
-  %3890 = getelementptr inbounds nuw i8, ptr %3889, i64 44
-  %3891 = load float, ptr %3890, align 4, !tbaa !5
-  %3892 = getelementptr inbounds nuw float, ptr %3841, i64 %indvars.iv644.11.i
-  store float %3891, ptr %3892, align 4, !tbaa !5
-  %indvars.iv.next645.11.i = or disjoint i64 %indvars.iv644.11.i, 1
-  %.idx775.i.1 = shl nuw nsw i64 %indvars.iv.next645.11.i, 6
-  %3893 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.1
-  %3894 = getelementptr inbounds nuw i8, ptr %3893, i64 44
-  %3895 = load float, ptr %3894, align 4, !tbaa !5
-  %3896 = getelementptr inbounds nuw float, ptr %3841, i64 %indvars.iv.next645.11.i
-  store float %3895, ptr %3896, align 4, !tbaa !5
-  %indvars.iv.next645.11.i.1 = or disjoint i64 %indvars.iv644.11.i, 2
-  %.idx775.i.2 = shl nuw nsw i64 %indvars.iv.next645.11.i.1, 6
-  %3897 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.2
-  %3898 = getelementptr inbounds nuw i8, ptr %3897, i64 44
-  %3899 = load float, ptr %3898, align 4, !tbaa !5
-  %3900 = getelementptr inbounds nuw float, ptr %3841, i64 %indvars.iv.next645.11.i.1
-  store float %3899, ptr %3900, align 4, !tbaa !5
-  %indvars.iv.next645.11.i.2 = or disjoint i64 %indvars.iv644.11.i, 3
-  %.idx775.i.3 = shl nuw nsw i64 %indvars.iv.next645.11.i.2, 6
-  %3901 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.3
-  %3902 = getelementptr inbounds nuw i8, ptr %3901, i64 44
-  %3903 = load float, ptr %3902, align 4, !tbaa !5
-  %3904 = getelementptr inbounds nuw float, ptr %3841, i64 %indvars.iv.next645.11.i.2
-  store float %3903, ptr %3904, align 4, !tbaa !5
-  %indvars.iv.next645.11.i.3 = or disjoint i64 %indvars.iv644.11.i, 4
-  %.idx775.i.4 = shl nuw nsw i64 %indvars.iv.next645.11.i.3, 6
-  %3905 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.4
-  %3906 = getelementptr inbounds nuw i8, ptr %3905, i64 44
-  %3907 = load float, ptr %3906, align 4, !tbaa !5
-  %3908 = getelementptr inbounds nuw float, ptr %3841, i64 %indvars.iv.next645.11.i.3
-  store float %3907, ptr %3908, align 4, !tbaa !5
-  %indvars.iv.next645.11.i.4 = or disjoint i64 %indvars.iv644.11.i, 5
-  %.idx775.i.5 = shl nuw nsw i64 %indvars.iv.next645.11.i.4, 6
-  %3909 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.5
-  %3910 = getelementptr inbounds nuw i8, ptr %3909, i64 44
-  %3911 = load float, ptr %3910, align 4, !tbaa !5
-  %3912 = getelementptr inbounds nuw float, ptr %3841, i64 %indvars.iv.next645.11.i.4
-  store float %3911, ptr %3912, align 4, !tbaa !5
-  %indvars.iv.next645.11.i.5 = or disjoint i64 %indvars.iv644.11.i, 6
-  %.idx775.i.6 = shl nuw nsw i64 %indvars.iv.next645.11.i.5, 6
-  %3913 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.6
-  %3914 = getelementptr inbounds nuw i8, ptr %3913, i64 44
-  %3915 = load float, ptr %3914, align 4, !tbaa !5
-  %3916 = getelementptr inbounds nuw float, ptr %3841, i64 %indvars.iv.next645.11.i.5
-  store float %3915, ptr %3916, align 4, !tbaa !5
-  %indvars.iv.next645.11.i.6 = or disjoint i64 %indvars.iv644.11.i, 7
-  %.idx775.i.7 = shl nuw nsw i64 %indvars.iv.next645.11.i.6, 6
-  %3917 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.7
-  %3918 = getelementptr inbounds nuw i8, ptr %3917, i64 44
-  %3919 = load float, ptr %3918, align 4, !tbaa !5
-  %3920 = getelementptr inbounds nuw float, ptr %3841, i64 %indvars.iv.next645.11.i.6
-  store float %3919, ptr %3920, align 4, !tbaa !5
-  %indvars.iv.next645.11.i.7 = add nuw nsw i64 %indvars.iv644.11.i, 8
-  %exitcond647.11.not.i.7 = icmp eq i64 %indvars.iv.next645.11.i.7, 128
-  br i1 %exitcond647.11.not.i.7, label %for_end_d.11.i, label %for_body_d.11.i, !prof !36, !llvm.loop !105
+  %indvars.iv650.11.i = phi i64 [ %indvars.iv.next651.11.i.7, %for_body_d.11.i ], [ 0, %for_end_d.10.i ]
+  %.idx781.i = shl nuw nsw i64 %indvars.iv650.11.i, 6
+  %3900 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx781.i
+  %3901 = getelementptr inbounds nuw i8, ptr %3900, i64 44
+  %3902 = load float, ptr %3901, align 4, !tbaa !5
+  %3903 = getelementptr inbounds nuw float, ptr %3852, i64 %indvars.iv650.11.i
+  store float %3902, ptr %3903, align 4, !tbaa !5
+  %indvars.iv.next651.11.i = or disjoint i64 %indvars.iv650.11.i, 1
+  %.idx781.i.1 = shl nuw nsw i64 %indvars.iv.next651.11.i, 6
+  %3904 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx781.i.1
+  %3905 = getelementptr inbounds nuw i8, ptr %3904, i64 44
+  %3906 = load float, ptr %3905, align 4, !tbaa !5
+  %3907 = getelementptr inbounds nuw float, ptr %3852, i64 %indvars.iv.next651.11.i
+  store float %3906, ptr %3907, align 4, !tbaa !5
+  %indvars.iv.next651.11.i.1 = or disjoint i64 %indvars.iv650.11.i, 2
+  %.idx781.i.2 = shl nuw nsw i64 %indvars.iv.next651.11.i.1, 6
+  %3908 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx781.i.2
+  %3909 = getelementptr inbounds nuw i8, ptr %3908, i64 44
+  %3910 = load float, ptr %3909, align 4, !tbaa !5
+  %3911 = getelementptr inbounds nuw float, ptr %3852, i64 %indvars.iv.next651.11.i.1
+  store float %3910, ptr %3911, align 4, !tbaa !5
+  %indvars.iv.next651.11.i.2 = or disjoint i64 %indvars.iv650.11.i, 3
+  %.idx781.i.3 = shl nuw nsw i64 %indvars.iv.next651.11.i.2, 6
+  %3912 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx781.i.3
+  %3913 = getelementptr inbounds nuw i8, ptr %3912, i64 44
+  %3914 = load float, ptr %3913, align 4, !tbaa !5
+  %3915 = getelementptr inbounds nuw float, ptr %3852, i64 %indvars.iv.next651.11.i.2
+  store float %3914, ptr %3915, align 4, !tbaa !5
+  %indvars.iv.next651.11.i.3 = or disjoint i64 %indvars.iv650.11.i, 4
+  %.idx781.i.4 = shl nuw nsw i64 %indvars.iv.next651.11.i.3, 6
+  %3916 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx781.i.4
+  %3917 = getelementptr inbounds nuw i8, ptr %3916, i64 44
+  %3918 = load float, ptr %3917, align 4, !tbaa !5
+  %3919 = getelementptr inbounds nuw float, ptr %3852, i64 %indvars.iv.next651.11.i.3
+  store float %3918, ptr %3919, align 4, !tbaa !5
+  %indvars.iv.next651.11.i.4 = or disjoint i64 %indvars.iv650.11.i, 5
+  %.idx781.i.5 = shl nuw nsw i64 %indvars.iv.next651.11.i.4, 6
+  %3920 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx781.i.5
+  %3921 = getelementptr inbounds nuw i8, ptr %3920, i64 44
+  %3922 = load float, ptr %3921, align 4, !tbaa !5
+  %3923 = getelementptr inbounds nuw float, ptr %3852, i64 %indvars.iv.next651.11.i.4
+  store float %3922, ptr %3923, align 4, !tbaa !5
+  %indvars.iv.next651.11.i.5 = or disjoint i64 %indvars.iv650.11.i, 6
+  %.idx781.i.6 = shl nuw nsw i64 %indvars.iv.next651.11.i.5, 6
+  %3924 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx781.i.6
+  %3925 = getelementptr inbounds nuw i8, ptr %3924, i64 44
+  %3926 = load float, ptr %3925, align 4, !tbaa !5
+  %3927 = getelementptr inbounds nuw float, ptr %3852, i64 %indvars.iv.next651.11.i.5
+  store float %3926, ptr %3927, align 4, !tbaa !5
+  %indvars.iv.next651.11.i.6 = or disjoint i64 %indvars.iv650.11.i, 7
+  %.idx781.i.7 = shl nuw nsw i64 %indvars.iv.next651.11.i.6, 6
+  %3928 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx781.i.7
+  %3929 = getelementptr inbounds nuw i8, ptr %3928, i64 44
+  %3930 = load float, ptr %3929, align 4, !tbaa !5
+  %3931 = getelementptr inbounds nuw float, ptr %3852, i64 %indvars.iv.next651.11.i.6
+  store float %3930, ptr %3931, align 4, !tbaa !5
+  %indvars.iv.next651.11.i.7 = add nuw nsw i64 %indvars.iv650.11.i, 8
+  %exitcond653.11.not.i.7 = icmp eq i64 %indvars.iv.next651.11.i.7, 128
+  br i1 %exitcond653.11.not.i.7, label %for_end_d.11.i, label %for_body_d.11.i, !prof !36, !llvm.loop !105
 
-for_end_d.11.i:                                   ; preds = %for_body_d.11.i, %vector.body374
-  %3921 = getelementptr inbounds nuw i8, ptr %416, i64 6144
-  %scevgep344 = getelementptr i8, ptr %acc.i, i64 48
-  %scevgep345 = getelementptr i8, ptr %acc.i, i64 8180
-  %bound0346 = icmp ult ptr %scevgep342, %scevgep345
-  %bound1347 = icmp ult ptr %scevgep344, %scevgep343
-  %found.conflict348 = and i1 %bound0346, %bound1347
-  br i1 %found.conflict348, label %for_body_d.12.i, label %vector.body351, !prof !17
+for_end_d.11.i:                                   ; preds = %for_body_d.11.i, %vector.body380
+  %3932 = getelementptr inbounds nuw i8, ptr %425, i64 6144
+  %scevgep350 = getelementptr i8, ptr %acc.i, i64 48
+  %scevgep351 = getelementptr i8, ptr %acc.i, i64 8180
+  %bound0352 = icmp ult ptr %scevgep348, %scevgep351
+  %bound1353 = icmp ult ptr %scevgep350, %scevgep349
+  %found.conflict354 = and i1 %bound0352, %bound1353
+  br i1 %found.conflict354, label %for_body_d.12.i, label %vector.body357, !prof !17
 
-vector.body351:                                   ; preds = %for_end_d.11.i
-  %3922 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3923 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3924 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3925 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3926 = getelementptr inbounds nuw i8, <8 x ptr> %3922, i64 48
-  %3927 = getelementptr inbounds nuw i8, <8 x ptr> %3923, i64 48
-  %3928 = getelementptr inbounds nuw i8, <8 x ptr> %3924, i64 48
-  %3929 = getelementptr inbounds nuw i8, <8 x ptr> %3925, i64 48
-  %wide.masked.gather357 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3926, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3927, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3928, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather360 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3929, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3930 = getelementptr inbounds nuw i8, ptr %416, i64 6176
-  %3931 = getelementptr inbounds nuw i8, ptr %416, i64 6208
-  %3932 = getelementptr inbounds nuw i8, ptr %416, i64 6240
-  store <8 x float> %wide.masked.gather357, ptr %3921, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358, ptr %3930, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359, ptr %3931, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather360, ptr %3932, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  %3933 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3934 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3935 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3936 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+vector.body357:                                   ; preds = %for_end_d.11.i
+  %3933 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3934 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3935 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3936 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3937 = getelementptr inbounds nuw i8, <8 x ptr> %3933, i64 48
   %3938 = getelementptr inbounds nuw i8, <8 x ptr> %3934, i64 48
   %3939 = getelementptr inbounds nuw i8, <8 x ptr> %3935, i64 48
   %3940 = getelementptr inbounds nuw i8, <8 x ptr> %3936, i64 48
-  %wide.masked.gather357.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3937, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3938, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3939, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather360.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3940, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3941 = getelementptr inbounds nuw i8, ptr %416, i64 6272
-  %3942 = getelementptr inbounds nuw i8, ptr %416, i64 6304
-  %3943 = getelementptr inbounds nuw i8, ptr %416, i64 6336
-  %3944 = getelementptr inbounds nuw i8, ptr %416, i64 6368
-  store <8 x float> %wide.masked.gather357.1, ptr %3941, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358.1, ptr %3942, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359.1, ptr %3943, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather360.1, ptr %3944, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  %3945 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3946 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3947 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3948 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather363 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3937, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather364 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3938, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather365 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3939, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather366 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3940, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3941 = getelementptr inbounds nuw i8, ptr %425, i64 6176
+  %3942 = getelementptr inbounds nuw i8, ptr %425, i64 6208
+  %3943 = getelementptr inbounds nuw i8, ptr %425, i64 6240
+  store <8 x float> %wide.masked.gather363, ptr %3932, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather364, ptr %3941, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather365, ptr %3942, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather366, ptr %3943, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  %3944 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3945 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3946 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3947 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3948 = getelementptr inbounds nuw i8, <8 x ptr> %3944, i64 48
   %3949 = getelementptr inbounds nuw i8, <8 x ptr> %3945, i64 48
   %3950 = getelementptr inbounds nuw i8, <8 x ptr> %3946, i64 48
   %3951 = getelementptr inbounds nuw i8, <8 x ptr> %3947, i64 48
-  %3952 = getelementptr inbounds nuw i8, <8 x ptr> %3948, i64 48
-  %wide.masked.gather357.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3949, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3950, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3951, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather360.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3952, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3953 = getelementptr inbounds nuw i8, ptr %416, i64 6400
-  %3954 = getelementptr inbounds nuw i8, ptr %416, i64 6432
-  %3955 = getelementptr inbounds nuw i8, ptr %416, i64 6464
-  %3956 = getelementptr inbounds nuw i8, ptr %416, i64 6496
-  store <8 x float> %wide.masked.gather357.2, ptr %3953, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358.2, ptr %3954, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359.2, ptr %3955, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather360.2, ptr %3956, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  %3957 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3958 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3959 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3960 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather363.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3948, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather364.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3949, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather365.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3950, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather366.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3951, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3952 = getelementptr inbounds nuw i8, ptr %425, i64 6272
+  %3953 = getelementptr inbounds nuw i8, ptr %425, i64 6304
+  %3954 = getelementptr inbounds nuw i8, ptr %425, i64 6336
+  %3955 = getelementptr inbounds nuw i8, ptr %425, i64 6368
+  store <8 x float> %wide.masked.gather363.1, ptr %3952, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather364.1, ptr %3953, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather365.1, ptr %3954, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather366.1, ptr %3955, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  %3956 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3957 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3958 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3959 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3960 = getelementptr inbounds nuw i8, <8 x ptr> %3956, i64 48
   %3961 = getelementptr inbounds nuw i8, <8 x ptr> %3957, i64 48
   %3962 = getelementptr inbounds nuw i8, <8 x ptr> %3958, i64 48
   %3963 = getelementptr inbounds nuw i8, <8 x ptr> %3959, i64 48
-  %3964 = getelementptr inbounds nuw i8, <8 x ptr> %3960, i64 48
-  %wide.masked.gather357.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3961, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3962, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3963, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather360.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3964, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3965 = getelementptr inbounds nuw i8, ptr %416, i64 6528
-  %3966 = getelementptr inbounds nuw i8, ptr %416, i64 6560
-  %3967 = getelementptr inbounds nuw i8, ptr %416, i64 6592
-  %3968 = getelementptr inbounds nuw i8, ptr %416, i64 6624
-  store <8 x float> %wide.masked.gather357.3, ptr %3965, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358.3, ptr %3966, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359.3, ptr %3967, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather360.3, ptr %3968, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  %wide.masked.gather363.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3960, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather364.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3961, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather365.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3962, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather366.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3963, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3964 = getelementptr inbounds nuw i8, ptr %425, i64 6400
+  %3965 = getelementptr inbounds nuw i8, ptr %425, i64 6432
+  %3966 = getelementptr inbounds nuw i8, ptr %425, i64 6464
+  %3967 = getelementptr inbounds nuw i8, ptr %425, i64 6496
+  store <8 x float> %wide.masked.gather363.2, ptr %3964, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather364.2, ptr %3965, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather365.2, ptr %3966, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather366.2, ptr %3967, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  %3968 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3969 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3970 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3971 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3972 = getelementptr inbounds nuw i8, <8 x ptr> %3968, i64 48
+  %3973 = getelementptr inbounds nuw i8, <8 x ptr> %3969, i64 48
+  %3974 = getelementptr inbounds nuw i8, <8 x ptr> %3970, i64 48
+  %3975 = getelementptr inbounds nuw i8, <8 x ptr> %3971, i64 48
+  %wide.masked.gather363.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3972, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather364.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3973, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather365.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3974, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather366.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3975, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3976 = getelementptr inbounds nuw i8, ptr %425, i64 6528
+  %3977 = getelementptr inbounds nuw i8, ptr %425, i64 6560
+  %3978 = getelementptr inbounds nuw i8, ptr %425, i64 6592
+  %3979 = getelementptr inbounds nuw i8, ptr %425, i64 6624
+  store <8 x float> %wide.masked.gather363.3, ptr %3976, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather364.3, ptr %3977, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather365.3, ptr %3978, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather366.3, ptr %3979, align 4, !tbaa !5, !alias.scope !109, !noalias !106
   br label %for_end_d.12.i
 
 for_body_d.12.i:                                  ; preds = %for_body_d.12.i, %for_end_d.11.i
-  %indvars.iv644.12.i = phi i64 [ %indvars.iv.next645.12.i.7, %for_body_d.12.i ], [ 0, %for_end_d.11.i ]
-  %.idx776.i = shl nuw nsw i64 %indvars.iv644.12.i, 6
-  %3969 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i
-  %3970 = getelementptr inbounds nuw i8, ptr %3969, i64 48
-  %3971 = load float, ptr %3970, align 4, !tbaa !5
-  %3972 = getelementptr inbounds nuw float, ptr %3921, i64 %indvars.iv644.12.i
-  store float %3971, ptr %3972, align 4, !tbaa !5
-  %indvars.iv.next645.12.i = or disjoint i64 %indvars.iv644.12.i, 1
-  %.idx776.i.1 = shl nuw nsw i64 %indvars.iv.next645.12.i, 6
-  %3973 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.1
-  %3974 = getelementptr inbounds nuw i8, ptr %3973, i64 48
-  %3975 = load float, ptr %3974, align 4, !tbaa !5
-  %3976 = getelementptr inbounds nuw float, ptr %3921, i64 %indvars.iv.next645.12.i
-  store float %3975, ptr %3976, align 4, !tbaa !5
-  %indvars.iv.next645.12.i.1 = or disjoint i64 %indvars.iv644.12.i, 2
-  %.idx776.i.2 = shl nuw nsw i64 %indvars.iv.next645.12.i.1, 6
-  %3977 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.2
-  %3978 = getelementptr inbounds nuw i8, ptr %3977, i64 48
-  %3979 = load float, ptr %3978, align 4, !tbaa !5
-  %3980 = getelementptr inbounds nuw float, ptr %3921, i64 %indvars.iv.next645.12.i.1
-  store float %3979, ptr %3980, align 4, !tbaa !5
-  %indvars.iv.next645.12.i.2 = or disjoint i64 %indvars.iv644.12.i, 3
-  %.idx776.i.3 = shl nuw nsw i64 %indvars.iv.next645.12.i.2, 6
-  %3981 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.3
-  %3982 = getelementptr inbounds nuw i8, ptr %3981, i64 48
-  %3983 = load float, ptr %3982, align 4, !tbaa !5
-  %3984 = getelementptr inbounds nuw float, ptr %3921, i64 %indvars.iv.next645.12.i.2
-  store float %3983, ptr %3984, align 4, !tbaa !5
-  %indvars.iv.next645.12.i.3 = or disjoint i64 %indvars.iv644.12.i, 4
-  %.idx776.i.4 = shl nuw nsw i64 %indvars.iv.next645.12.i.3, 6
-  %3985 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.4
-  %3986 = getelementptr inbounds nuw i8, ptr %3985, i64 48
-  %3987 = load float, ptr %3986, align 4, !tbaa !5
-  %3988 = getelementptr inbounds nuw float, ptr %3921, i64 %indvars.iv.next645.12.i.3
-  store float %3987, ptr %3988, align 4, !tbaa !5
-  %indvars.iv.next645.12.i.4 = or disjoint i64 %indvars.iv644.12.i, 5
-  %.idx776.i.5 = shl nuw nsw i64 %indvars.iv.next645.12.i.4, 6
-  %3989 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.5
-  %3990 = getelementptr inbounds nuw i8, ptr %3989, i64 48
-  %3991 = load float, ptr %3990, align 4, !tbaa !5
-  %3992 = getelementptr inbounds nuw float, ptr %3921, i64 %indvars.iv.next645.12.i.4
-  store float %3991, ptr %3992, align 4, !tbaa !5
-  %indvars.iv.next645.12.i.5 = or disjoint i64 %indvars.iv644.12.i, 6
-  %.idx776.i.6 = shl nuw nsw i64 %indvars.iv.next645.12.i.5, 6
-  %3993 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.6
-  %3994 = getelementptr inbounds nuw i8, ptr %3993, i64 48
-  %3995 = load float, ptr %3994, align 4, !tbaa !5
-  %3996 = getelementptr inbounds nuw float, ptr %3921, i64 %indvars.iv.next645.12.i.5
-  store float %3995, ptr %3996, align 4, !tbaa !5
-  %indvars.iv.next645.12.i.6 = or disjoint i64 %indvars.iv644.12.i, 7
-  %.idx776.i.7 = shl nuw nsw i64 %indvars.iv.next645.12.i.6, 6
-  %3997 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.7
-  %3998 = getelementptr inbounds nuw i8, ptr %3997, i64 48
-  %3999 = load float, ptr %3998, align 4, !tbaa !5
-  %4000 = getelementptr inbounds nuw float, ptr %3921, i64 %indvars.iv.next645.12.i.6
-  store float %3999, ptr %4000, align 4, !tbaa !5
-  %indvars.iv.next645.12.i.7 = add nuw nsw i64 %indvars.iv644.12.i, 8
-  %exitcond647.12.not.i.7 = icmp eq i64 %indvars.iv.next645.12.i.7, 128
-  br i1 %exitcond647.12.not.i.7, label %for_end_d.12.i, label %for_body_d.12.i, !prof !36, !llvm.loop !111
+  %indvars.iv650.12.i = phi i64 [ %indvars.iv.next651.12.i.7, %for_body_d.12.i ], [ 0, %for_end_d.11.i ]
+  %.idx782.i = shl nuw nsw i64 %indvars.iv650.12.i, 6
+  %3980 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx782.i
+  %3981 = getelementptr inbounds nuw i8, ptr %3980, i64 48
+  %3982 = load float, ptr %3981, align 4, !tbaa !5
+  %3983 = getelementptr inbounds nuw float, ptr %3932, i64 %indvars.iv650.12.i
+  store float %3982, ptr %3983, align 4, !tbaa !5
+  %indvars.iv.next651.12.i = or disjoint i64 %indvars.iv650.12.i, 1
+  %.idx782.i.1 = shl nuw nsw i64 %indvars.iv.next651.12.i, 6
+  %3984 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx782.i.1
+  %3985 = getelementptr inbounds nuw i8, ptr %3984, i64 48
+  %3986 = load float, ptr %3985, align 4, !tbaa !5
+  %3987 = getelementptr inbounds nuw float, ptr %3932, i64 %indvars.iv.next651.12.i
+  store float %3986, ptr %3987, align 4, !tbaa !5
+  %indvars.iv.next651.12.i.1 = or disjoint i64 %indvars.iv650.12.i, 2
+  %.idx782.i.2 = shl nuw nsw i64 %indvars.iv.next651.12.i.1, 6
+  %3988 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx782.i.2
+  %3989 = getelementptr inbounds nuw i8, ptr %3988, i64 48
+  %3990 = load float, ptr %3989, align 4, !tbaa !5
+  %3991 = getelementptr inbounds nuw float, ptr %3932, i64 %indvars.iv.next651.12.i.1
+  store float %3990, ptr %3991, align 4, !tbaa !5
+  %indvars.iv.next651.12.i.2 = or disjoint i64 %indvars.iv650.12.i, 3
+  %.idx782.i.3 = shl nuw nsw i64 %indvars.iv.next651.12.i.2, 6
+  %3992 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx782.i.3
+  %3993 = getelementptr inbounds nuw i8, ptr %3992, i64 48
+  %3994 = load float, ptr %3993, align 4, !tbaa !5
+  %3995 = getelementptr inbounds nuw float, ptr %3932, i64 %indvars.iv.next651.12.i.2
+  store float %3994, ptr %3995, align 4, !tbaa !5
+  %indvars.iv.next651.12.i.3 = or disjoint i64 %indvars.iv650.12.i, 4
+  %.idx782.i.4 = shl nuw nsw i64 %indvars.iv.next651.12.i.3, 6
+  %3996 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx782.i.4
+  %3997 = getelementptr inbounds nuw i8, ptr %3996, i64 48
+  %3998 = load float, ptr %3997, align 4, !tbaa !5
+  %3999 = getelementptr inbounds nuw float, ptr %3932, i64 %indvars.iv.next651.12.i.3
+  store float %3998, ptr %3999, align 4, !tbaa !5
+  %indvars.iv.next651.12.i.4 = or disjoint i64 %indvars.iv650.12.i, 5
+  %.idx782.i.5 = shl nuw nsw i64 %indvars.iv.next651.12.i.4, 6
+  %4000 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx782.i.5
+  %4001 = getelementptr inbounds nuw i8, ptr %4000, i64 48
+  %4002 = load float, ptr %4001, align 4, !tbaa !5
+  %4003 = getelementptr inbounds nuw float, ptr %3932, i64 %indvars.iv.next651.12.i.4
+  store float %4002, ptr %4003, align 4, !tbaa !5
+  %indvars.iv.next651.12.i.5 = or disjoint i64 %indvars.iv650.12.i, 6
+  %.idx782.i.6 = shl nuw nsw i64 %indvars.iv.next651.12.i.5, 6
+  %4004 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx782.i.6
+  %4005 = getelementptr inbounds nuw i8, ptr %4004, i64 48
+  %4006 = load float, ptr %4005, align 4, !tbaa !5
+  %4007 = getelementptr inbounds nuw float, ptr %3932, i64 %indvars.iv.next651.12.i.5
+  store float %4006, ptr %4007, align 4, !tbaa !5
+  %indvars.iv.next651.12.i.6 = or disjoint i64 %indvars.iv650.12.i, 7
+  %.idx782.i.7 = shl nuw nsw i64 %indvars.iv.next651.12.i.6, 6
+  %4008 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx782.i.7
+  %4009 = getelementptr inbounds nuw i8, ptr %4008, i64 48
+  %4010 = load float, ptr %4009, align 4, !tbaa !5
+  %4011 = getelementptr inbounds nuw float, ptr %3932, i64 %indvars.iv.next651.12.i.6
+  store float %4010, ptr %4011, align 4, !tbaa !5
+  %indvars.iv.next651.12.i.7 = add nuw nsw i64 %indvars.iv650.12.i, 8
+  %exitcond653.12.not.i.7 = icmp eq i64 %indvars.iv.next651.12.i.7, 128
+  br i1 %exitcond653.12.not.i.7, label %for_end_d.12.i, label %for_body_d.12.i, !prof !36, !llvm.loop !111
 
-for_end_d.12.i:                                   ; preds = %for_body_d.12.i, %vector.body351
-  %4001 = getelementptr inbounds nuw i8, ptr %416, i64 6656
-  %scevgep321 = getelementptr i8, ptr %acc.i, i64 52
-  %scevgep322 = getelementptr i8, ptr %acc.i, i64 8184
-  %bound0323 = icmp ult ptr %scevgep319, %scevgep322
-  %bound1324 = icmp ult ptr %scevgep321, %scevgep320
-  %found.conflict325 = and i1 %bound0323, %bound1324
-  br i1 %found.conflict325, label %for_body_d.13.i, label %vector.body328, !prof !17
+for_end_d.12.i:                                   ; preds = %for_body_d.12.i, %vector.body357
+  %4012 = getelementptr inbounds nuw i8, ptr %425, i64 6656
+  %scevgep327 = getelementptr i8, ptr %acc.i, i64 52
+  %scevgep328 = getelementptr i8, ptr %acc.i, i64 8184
+  %bound0329 = icmp ult ptr %scevgep325, %scevgep328
+  %bound1330 = icmp ult ptr %scevgep327, %scevgep326
+  %found.conflict331 = and i1 %bound0329, %bound1330
+  br i1 %found.conflict331, label %for_body_d.13.i, label %vector.body334, !prof !17
 
-vector.body328:                                   ; preds = %for_end_d.12.i
-  %4002 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4003 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4004 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4005 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %4006 = getelementptr inbounds nuw i8, <8 x ptr> %4002, i64 52
-  %4007 = getelementptr inbounds nuw i8, <8 x ptr> %4003, i64 52
-  %4008 = getelementptr inbounds nuw i8, <8 x ptr> %4004, i64 52
-  %4009 = getelementptr inbounds nuw i8, <8 x ptr> %4005, i64 52
-  %wide.masked.gather334 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4006, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4007, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4008, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather337 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4009, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %4010 = getelementptr inbounds nuw i8, ptr %416, i64 6688
-  %4011 = getelementptr inbounds nuw i8, ptr %416, i64 6720
-  %4012 = getelementptr inbounds nuw i8, ptr %416, i64 6752
-  store <8 x float> %wide.masked.gather334, ptr %4001, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335, ptr %4010, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336, ptr %4011, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather337, ptr %4012, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  %4013 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4014 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4015 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4016 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+vector.body334:                                   ; preds = %for_end_d.12.i
+  %4013 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %4014 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %4015 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %4016 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %4017 = getelementptr inbounds nuw i8, <8 x ptr> %4013, i64 52
   %4018 = getelementptr inbounds nuw i8, <8 x ptr> %4014, i64 52
   %4019 = getelementptr inbounds nuw i8, <8 x ptr> %4015, i64 52
   %4020 = getelementptr inbounds nuw i8, <8 x ptr> %4016, i64 52
-  %wide.masked.gather334.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4017, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4018, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4019, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather337.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4020, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %4021 = getelementptr inbounds nuw i8, ptr %416, i64 6784
-  %4022 = getelementptr inbounds nuw i8, ptr %416, i64 6816
-  %4023 = getelementptr inbounds nuw i8, ptr %416, i64 6848
-  %4024 = getelementptr inbounds nuw i8, ptr %416, i64 6880
-  store <8 x float> %wide.masked.gather334.1, ptr %4021, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335.1, ptr %4022, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336.1, ptr %4023, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather337.1, ptr %4024, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  %4025 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4026 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4027 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4028 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather340 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4017, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather341 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4018, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather342 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4019, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather343 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4020, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %4021 = getelementptr inbounds nuw i8, ptr %425, i64 6688
+  %4022 = getelementptr inbounds nuw i8, ptr %425, i64 6720
+  %4023 = getelementptr inbounds nuw i8, ptr %425, i64 6752
+  store <8 x float> %wide.masked.gather340, ptr %4012, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather341, ptr %4021, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather342, ptr %4022, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather343, ptr %4023, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  %4024 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %4025 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %4026 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %4027 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %4028 = getelementptr inbounds nuw i8, <8 x ptr> %4024, i64 52
   %4029 = getelementptr inbounds nuw i8, <8 x ptr> %4025, i64 52
   %4030 = getelementptr inbounds nuw i8, <8 x ptr> %4026, i64 52
   %4031 = getelementptr inbounds nuw i8, <8 x ptr> %4027, i64 52
-  %4032 = getelementptr inbounds nuw i8, <8 x ptr> %4028, i64 52
-  %wide.masked.gather334.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4029, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4030, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4031, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather337.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4032, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %4033 = getelementptr inbounds nuw i8, ptr %416, i64 6912
-  %4034 = getelementptr inbounds nuw i8, ptr %416, i64 6944
-  %4035 = getelementptr inbounds nuw i8, ptr %416, i64 6976
-  %4036 = getelementptr inbounds nuw i8, ptr %416, i64 7008
-  store <8 x float> %wide.masked.gather334.2, ptr %4033, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335.2, ptr %4034, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336.2, ptr %4035, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather337.2, ptr %4036, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  %4037 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4038 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4039 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4040 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather340.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4028, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather341.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4029, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather342.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4030, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather343.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4031, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %4032 = getelementptr inbounds nuw i8, ptr %425, i64 6784
+  %4033 = getelementptr inbounds nuw i8, ptr %425, i64 6816
+  %4034 = getelementptr inbounds nuw i8, ptr %425, i64 6848
+  %4035 = getelementptr inbounds nuw i8, ptr %425, i64 6880
+  store <8 x float> %wide.masked.gather340.1, ptr %4032, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather341.1, ptr %4033, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather342.1, ptr %4034, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather343.1, ptr %4035, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  %4036 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4037 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4038 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4039 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %4040 = getelementptr inbounds nuw i8, <8 x ptr> %4036, i64 52
   %4041 = getelementptr inbounds nuw i8, <8 x ptr> %4037, i64 52
   %4042 = getelementptr inbounds nuw i8, <8 x ptr> %4038, i64 52
   %4043 = getelementptr inbounds nuw i8, <8 x ptr> %4039, i64 52
-  %4044 = getelementptr inbounds nuw i8, <8 x ptr> %4040, i64 52
-  %wide.masked.gather334.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4041, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4042, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4043, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather337.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4044, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %4045 = getelementptr inbounds nuw i8, ptr %416, i64 7040
-  %4046 = getelementptr inbounds nuw i8, ptr %416, i64 7072
-  %4047 = getelementptr inbounds nuw i8, ptr %416, i64 7104
-  %4048 = getelementptr inbounds nuw i8, ptr %416, i64 7136
-  store <8 x float> %wide.masked.gather334.3, ptr %4045, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335.3, ptr %4046, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336.3, ptr %4047, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather337.3, ptr %4048, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  %wide.masked.gather340.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4040, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather341.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4041, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather342.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4042, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather343.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4043, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %4044 = getelementptr inbounds nuw i8, ptr %425, i64 6912
+  %4045 = getelementptr inbounds nuw i8, ptr %425, i64 6944
+  %4046 = getelementptr inbounds nuw i8, ptr %425, i64 6976
+  %4047 = getelementptr inbounds nuw i8, ptr %425, i64 7008
+  store <8 x float> %wide.masked.gather340.2, ptr %4044, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather341.2, ptr %4045, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather342.2, ptr %4046, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather343.2, ptr %4047, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  %4048 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4049 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4050 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4051 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %4052 = getelementptr inbounds nuw i8, <8 x ptr> %4048, i64 52
+  %4053 = getelementptr inbounds nuw i8, <8 x ptr> %4049, i64 52
+  %4054 = getelementptr inbounds nuw i8, <8 x ptr> %4050, i64 52
+  %4055 = getelementptr inbounds nuw i8, <8 x ptr> %4051, i64 52
+  %wide.masked.gather340.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4052, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather341.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4053, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather342.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4054, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather343.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4055, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %4056 = getelementptr inbounds nuw i8, ptr %425, i64 7040
+  %4057 = getelementptr inbounds nuw i8, ptr %425, i64 7072
+  %4058 = getelementptr inbounds nuw i8, ptr %425, i64 7104
+  %4059 = getelementptr inbounds nuw i8, ptr %425, i64 7136
+  store <8 x float> %wide.masked.gather340.3, ptr %4056, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather341.3, ptr %4057, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather342.3, ptr %4058, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather343.3, ptr %4059, align 4, !tbaa !5, !alias.scope !115, !noalias !112
   br label %for_end_d.13.i
 
 for_body_d.13.i:                                  ; preds = %for_body_d.13.i, %for_end_d.12.i
-  %indvars.iv644.13.i = phi i64 [ %indvars.iv.next645.13.i.7, %for_body_d.13.i ], [ 0, %for_end_d.12.i ]
-  %.idx777.i = shl nuw nsw i64 %indvars.iv644.13.i, 6
-  %4049 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i
-  %4050 = getelementptr inbounds nuw i8, ptr %4049, i64 52
-  %4051 = load float, ptr %4050, align 4, !tbaa !5
-  %4052 = getelementptr inbounds nuw float, ptr %4001, i64 %indvars.iv644.13.i
-  store float %4051, ptr %4052, align 4, !tbaa !5
-  %indvars.iv.next645.13.i = or disjoint i64 %indvars.iv644.13.i, 1
-  %.idx777.i.1 = shl nuw nsw i64 %indvars.iv.next645.13.i, 6
-  %4053 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.1
-  %4054 = getelementptr inbounds nuw i8, ptr %4053, i64 52
-  %4055 = load float, ptr %4054, align 4, !tbaa !5
-  %4056 = getelementptr inbounds nuw float, ptr %4001, i64 %indvars.iv.next645.13.i
-  store float %4055, ptr %4056, align 4, !tbaa !5
-  %indvars.iv.next645.13.i.1 = or disjoint i64 %indvars.iv644.13.i, 2
-  %.idx777.i.2 = shl nuw nsw i64 %indvars.iv.next645.13.i.1, 6
-  %4057 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.2
-  %4058 = getelementptr inbounds nuw i8, ptr %4057, i64 52
-  %4059 = load float, ptr %4058, align 4, !tbaa !5
-  %4060 = getelementptr inbounds nuw float, ptr %4001, i64 %indvars.iv.next645.13.i.1
-  store float %4059, ptr %4060, align 4, !tbaa !5
-  %indvars.iv.next645.13.i.2 = or disjoint i64 %indvars.iv644.13.i, 3
-  %.idx777.i.3 = shl nuw nsw i64 %indvars.iv.next645.13.i.2, 6
-  %4061 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.3
-  %4062 = getelementptr inbounds nuw i8, ptr %4061, i64 52
-  %4063 = load float, ptr %4062, align 4, !tbaa !5
-  %4064 = getelementptr inbounds nuw float, ptr %4001, i64 %indvars.iv.next645.13.i.2
-  store float %4063, ptr %4064, align 4, !tbaa !5
-  %indvars.iv.next645.13.i.3 = or disjoint i64 %indvars.iv644.13.i, 4
-  %.idx777.i.4 = shl nuw nsw i64 %indvars.iv.next645.13.i.3, 6
-  %4065 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.4
-  %4066 = getelementptr inbounds nuw i8, ptr %4065, i64 52
-  %4067 = load float, ptr %4066, align 4, !tbaa !5
-  %4068 = getelementptr inbounds nuw float, ptr %4001, i64 %indvars.iv.next645.13.i.3
-  store float %4067, ptr %4068, align 4, !tbaa !5
-  %indvars.iv.next645.13.i.4 = or disjoint i64 %indvars.iv644.13.i, 5
-  %.idx777.i.5 = shl nuw nsw i64 %indvars.iv.next645.13.i.4, 6
-  %4069 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.5
-  %4070 = getelementptr inbounds nuw i8, ptr %4069, i64 52
-  %4071 = load float, ptr %4070, align 4, !tbaa !5
-  %4072 = getelementptr inbounds nuw float, ptr %4001, i64 %indvars.iv.next645.13.i.4
-  store float %4071, ptr %4072, align 4, !tbaa !5
-  %indvars.iv.next645.13.i.5 = or disjoint i64 %indvars.iv644.13.i, 6
-  %.idx777.i.6 = shl nuw nsw i64 %indvars.iv.next645.13.i.5, 6
-  %4073 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.6
-  %4074 = getelementptr inbounds nuw i8, ptr %4073, i64 52
-  %4075 = load float, ptr %4074, align 4, !tbaa !5
-  %4076 = getelementptr inbounds nuw float, ptr %4001, i64 %indvars.iv.next645.13.i.5
-  store float %4075, ptr %4076, align 4, !tbaa !5
-  %indvars.iv.next645.13.i.6 = or disjoint i64 %indvars.iv644.13.i, 7
-  %.idx777.i.7 = shl nuw nsw i64 %indvars.iv.next645.13.i.6, 6
-  %4077 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.7
-  %4078 = getelementptr inbounds nuw i8, ptr %4077, i64 52
-  %4079 = load float, ptr %4078, align 4, !tbaa !5
-  %4080 = getelementptr inbounds nuw float, ptr %4001, i64 %indvars.iv.next645.13.i.6
-  store float %4079, ptr %4080, align 4, !tbaa !5
-  %indvars.iv.next645.13.i.7 = add nuw nsw i64 %indvars.iv644.13.i, 8
-  %exitcond647.13.not.i.7 = icmp eq i64 %indvars.iv.next645.13.i.7, 128
-  br i1 %exitcond647.13.not.i.7, label %for_end_d.13.i, label %for_body_d.13.i, !prof !36, !llvm.loop !117
+  %indvars.iv650.13.i = phi i64 [ %indvars.iv.next651.13.i.7, %for_body_d.13.i ], [ 0, %for_end_d.12.i ]
+  %.idx783.i = shl nuw nsw i64 %indvars.iv650.13.i, 6
+  %4060 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx783.i
+  %4061 = getelementptr inbounds nuw i8, ptr %4060, i64 52
+  %4062 = load float, ptr %4061, align 4, !tbaa !5
+  %4063 = getelementptr inbounds nuw float, ptr %4012, i64 %indvars.iv650.13.i
+  store float %4062, ptr %4063, align 4, !tbaa !5
+  %indvars.iv.next651.13.i = or disjoint i64 %indvars.iv650.13.i, 1
+  %.idx783.i.1 = shl nuw nsw i64 %indvars.iv.next651.13.i, 6
+  %4064 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx783.i.1
+  %4065 = getelementptr inbounds nuw i8, ptr %4064, i64 52
+  %4066 = load float, ptr %4065, align 4, !tbaa !5
+  %4067 = getelementptr inbounds nuw float, ptr %4012, i64 %indvars.iv.next651.13.i
+  store float %4066, ptr %4067, align 4, !tbaa !5
+  %indvars.iv.next651.13.i.1 = or disjoint i64 %indvars.iv650.13.i, 2
+  %.idx783.i.2 = shl nuw nsw i64 %indvars.iv.next651.13.i.1, 6
+  %4068 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx783.i.2
+  %4069 = getelementptr inbounds nuw i8, ptr %4068, i64 52
+  %4070 = load float, ptr %4069, align 4, !tbaa !5
+  %4071 = getelementptr inbounds nuw float, ptr %4012, i64 %indvars.iv.next651.13.i.1
+  store float %4070, ptr %4071, align 4, !tbaa !5
+  %indvars.iv.next651.13.i.2 = or disjoint i64 %indvars.iv650.13.i, 3
+  %.idx783.i.3 = shl nuw nsw i64 %indvars.iv.next651.13.i.2, 6
+  %4072 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx783.i.3
+  %4073 = getelementptr inbounds nuw i8, ptr %4072, i64 52
+  %4074 = load float, ptr %4073, align 4, !tbaa !5
+  %4075 = getelementptr inbounds nuw float, ptr %4012, i64 %indvars.iv.next651.13.i.2
+  store float %4074, ptr %4075, align 4, !tbaa !5
+  %indvars.iv.next651.13.i.3 = or disjoint i64 %indvars.iv650.13.i, 4
+  %.idx783.i.4 = shl nuw nsw i64 %indvars.iv.next651.13.i.3, 6
+  %4076 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx783.i.4
+  %4077 = getelementptr inbounds nuw i8, ptr %4076, i64 52
+  %4078 = load float, ptr %4077, align 4, !tbaa !5
+  %4079 = getelementptr inbounds nuw float, ptr %4012, i64 %indvars.iv.next651.13.i.3
+  store float %4078, ptr %4079, align 4, !tbaa !5
+  %indvars.iv.next651.13.i.4 = or disjoint i64 %indvars.iv650.13.i, 5
+  %.idx783.i.5 = shl nuw nsw i64 %indvars.iv.next651.13.i.4, 6
+  %4080 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx783.i.5
+  %4081 = getelementptr inbounds nuw i8, ptr %4080, i64 52
+  %4082 = load float, ptr %4081, align 4, !tbaa !5
+  %4083 = getelementptr inbounds nuw float, ptr %4012, i64 %indvars.iv.next651.13.i.4
+  store float %4082, ptr %4083, align 4, !tbaa !5
+  %indvars.iv.next651.13.i.5 = or disjoint i64 %indvars.iv650.13.i, 6
+  %.idx783.i.6 = shl nuw nsw i64 %indvars.iv.next651.13.i.5, 6
+  %4084 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx783.i.6
+  %4085 = getelementptr inbounds nuw i8, ptr %4084, i64 52
+  %4086 = load float, ptr %4085, align 4, !tbaa !5
+  %4087 = getelementptr inbounds nuw float, ptr %4012, i64 %indvars.iv.next651.13.i.5
+  store float %4086, ptr %4087, align 4, !tbaa !5
+  %indvars.iv.next651.13.i.6 = or disjoint i64 %indvars.iv650.13.i, 7
+  %.idx783.i.7 = shl nuw nsw i64 %indvars.iv.next651.13.i.6, 6
+  %4088 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx783.i.7
+  %4089 = getelementptr inbounds nuw i8, ptr %4088, i64 52
+  %4090 = load float, ptr %4089, align 4, !tbaa !5
+  %4091 = getelementptr inbounds nuw float, ptr %4012, i64 %indvars.iv.next651.13.i.6
+  store float %4090, ptr %4091, align 4, !tbaa !5
+  %indvars.iv.next651.13.i.7 = add nuw nsw i64 %indvars.iv650.13.i, 8
+  %exitcond653.13.not.i.7 = icmp eq i64 %indvars.iv.next651.13.i.7, 128
+  br i1 %exitcond653.13.not.i.7, label %for_end_d.13.i, label %for_body_d.13.i, !prof !36, !llvm.loop !117
 
-for_end_d.13.i:                                   ; preds = %for_body_d.13.i, %vector.body328
-  %4081 = getelementptr inbounds nuw i8, ptr %416, i64 7168
-  %scevgep298 = getelementptr i8, ptr %acc.i, i64 56
-  %scevgep299 = getelementptr i8, ptr %acc.i, i64 8188
-  %bound0300 = icmp ult ptr %scevgep296, %scevgep299
-  %bound1301 = icmp ult ptr %scevgep298, %scevgep297
-  %found.conflict302 = and i1 %bound0300, %bound1301
-  br i1 %found.conflict302, label %for_body_d.14.i, label %vector.body305, !prof !17
+for_end_d.13.i:                                   ; preds = %for_body_d.13.i, %vector.body334
+  %4092 = getelementptr inbounds nuw i8, ptr %425, i64 7168
+  %scevgep304 = getelementptr i8, ptr %acc.i, i64 56
+  %scevgep305 = getelementptr i8, ptr %acc.i, i64 8188
+  %bound0306 = icmp ult ptr %scevgep302, %scevgep305
+  %bound1307 = icmp ult ptr %scevgep304, %scevgep303
+  %found.conflict308 = and i1 %bound0306, %bound1307
+  br i1 %found.conflict308, label %for_body_d.14.i, label %vector.body311, !prof !17
 
-vector.body305:                                   ; preds = %for_end_d.13.i
-  %4082 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4083 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4084 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4085 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %4086 = getelementptr inbounds nuw i8, <8 x ptr> %4082, i64 56
-  %4087 = getelementptr inbounds nuw i8, <8 x ptr> %4083, i64 56
-  %4088 = getelementptr inbounds nuw i8, <8 x ptr> %4084, i64 56
-  %4089 = getelementptr inbounds nuw i8, <8 x ptr> %4085, i64 56
-  %wide.masked.gather311 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4086, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4087, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4088, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather314 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4089, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4090 = getelementptr inbounds nuw i8, ptr %416, i64 7200
-  %4091 = getelementptr inbounds nuw i8, ptr %416, i64 7232
-  %4092 = getelementptr inbounds nuw i8, ptr %416, i64 7264
-  store <8 x float> %wide.masked.gather311, ptr %4081, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312, ptr %4090, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313, ptr %4091, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather314, ptr %4092, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  %4093 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4094 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4095 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4096 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+vector.body311:                                   ; preds = %for_end_d.13.i
+  %4093 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %4094 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %4095 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %4096 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %4097 = getelementptr inbounds nuw i8, <8 x ptr> %4093, i64 56
   %4098 = getelementptr inbounds nuw i8, <8 x ptr> %4094, i64 56
   %4099 = getelementptr inbounds nuw i8, <8 x ptr> %4095, i64 56
   %4100 = getelementptr inbounds nuw i8, <8 x ptr> %4096, i64 56
-  %wide.masked.gather311.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4097, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4098, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather314.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4100, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4101 = getelementptr inbounds nuw i8, ptr %416, i64 7296
-  %4102 = getelementptr inbounds nuw i8, ptr %416, i64 7328
-  %4103 = getelementptr inbounds nuw i8, ptr %416, i64 7360
-  %4104 = getelementptr inbounds nuw i8, ptr %416, i64 7392
-  store <8 x float> %wide.masked.gather311.1, ptr %4101, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312.1, ptr %4102, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313.1, ptr %4103, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather314.1, ptr %4104, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  %4105 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4106 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4107 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4108 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather317 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4097, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather318 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4098, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather319 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather320 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4100, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4101 = getelementptr inbounds nuw i8, ptr %425, i64 7200
+  %4102 = getelementptr inbounds nuw i8, ptr %425, i64 7232
+  %4103 = getelementptr inbounds nuw i8, ptr %425, i64 7264
+  store <8 x float> %wide.masked.gather317, ptr %4092, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather318, ptr %4101, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather319, ptr %4102, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather320, ptr %4103, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  %4104 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %4105 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %4106 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %4107 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %4108 = getelementptr inbounds nuw i8, <8 x ptr> %4104, i64 56
   %4109 = getelementptr inbounds nuw i8, <8 x ptr> %4105, i64 56
   %4110 = getelementptr inbounds nuw i8, <8 x ptr> %4106, i64 56
   %4111 = getelementptr inbounds nuw i8, <8 x ptr> %4107, i64 56
-  %4112 = getelementptr inbounds nuw i8, <8 x ptr> %4108, i64 56
-  %wide.masked.gather311.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4109, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4110, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4111, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather314.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4112, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4113 = getelementptr inbounds nuw i8, ptr %416, i64 7424
-  %4114 = getelementptr inbounds nuw i8, ptr %416, i64 7456
-  %4115 = getelementptr inbounds nuw i8, ptr %416, i64 7488
-  %4116 = getelementptr inbounds nuw i8, ptr %416, i64 7520
-  store <8 x float> %wide.masked.gather311.2, ptr %4113, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312.2, ptr %4114, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313.2, ptr %4115, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather314.2, ptr %4116, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  %4117 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4118 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4119 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4120 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather317.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4108, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather318.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4109, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather319.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4110, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather320.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4111, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4112 = getelementptr inbounds nuw i8, ptr %425, i64 7296
+  %4113 = getelementptr inbounds nuw i8, ptr %425, i64 7328
+  %4114 = getelementptr inbounds nuw i8, ptr %425, i64 7360
+  %4115 = getelementptr inbounds nuw i8, ptr %425, i64 7392
+  store <8 x float> %wide.masked.gather317.1, ptr %4112, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather318.1, ptr %4113, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather319.1, ptr %4114, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather320.1, ptr %4115, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  %4116 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4117 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4118 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4119 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %4120 = getelementptr inbounds nuw i8, <8 x ptr> %4116, i64 56
   %4121 = getelementptr inbounds nuw i8, <8 x ptr> %4117, i64 56
   %4122 = getelementptr inbounds nuw i8, <8 x ptr> %4118, i64 56
   %4123 = getelementptr inbounds nuw i8, <8 x ptr> %4119, i64 56
-  %4124 = getelementptr inbounds nuw i8, <8 x ptr> %4120, i64 56
-  %wide.masked.gather311.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4121, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4122, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4123, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather314.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4124, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4125 = getelementptr inbounds nuw i8, ptr %416, i64 7552
-  %4126 = getelementptr inbounds nuw i8, ptr %416, i64 7584
-  %4127 = getelementptr inbounds nuw i8, ptr %416, i64 7616
-  %4128 = getelementptr inbounds nuw i8, ptr %416, i64 7648
-  store <8 x float> %wide.masked.gather311.3, ptr %4125, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312.3, ptr %4126, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313.3, ptr %4127, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather314.3, ptr %4128, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  %wide.masked.gather317.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4120, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather318.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4121, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather319.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4122, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather320.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4123, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4124 = getelementptr inbounds nuw i8, ptr %425, i64 7424
+  %4125 = getelementptr inbounds nuw i8, ptr %425, i64 7456
+  %4126 = getelementptr inbounds nuw i8, ptr %425, i64 7488
+  %4127 = getelementptr inbounds nuw i8, ptr %425, i64 7520
+  store <8 x float> %wide.masked.gather317.2, ptr %4124, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather318.2, ptr %4125, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather319.2, ptr %4126, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather320.2, ptr %4127, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  %4128 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4129 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4130 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4131 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %4132 = getelementptr inbounds nuw i8, <8 x ptr> %4128, i64 56
+  %4133 = getelementptr inbounds nuw i8, <8 x ptr> %4129, i64 56
+  %4134 = getelementptr inbounds nuw i8, <8 x ptr> %4130, i64 56
+  %4135 = getelementptr inbounds nuw i8, <8 x ptr> %4131, i64 56
+  %wide.masked.gather317.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4132, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather318.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4133, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather319.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4134, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather320.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4135, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4136 = getelementptr inbounds nuw i8, ptr %425, i64 7552
+  %4137 = getelementptr inbounds nuw i8, ptr %425, i64 7584
+  %4138 = getelementptr inbounds nuw i8, ptr %425, i64 7616
+  %4139 = getelementptr inbounds nuw i8, ptr %425, i64 7648
+  store <8 x float> %wide.masked.gather317.3, ptr %4136, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather318.3, ptr %4137, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather319.3, ptr %4138, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather320.3, ptr %4139, align 4, !tbaa !5, !alias.scope !121, !noalias !118
   br label %for_end_d.14.i
 
 for_body_d.14.i:                                  ; preds = %for_body_d.14.i, %for_end_d.13.i
-  %indvars.iv644.14.i = phi i64 [ %indvars.iv.next645.14.i.7, %for_body_d.14.i ], [ 0, %for_end_d.13.i ]
-  %.idx778.i = shl nuw nsw i64 %indvars.iv644.14.i, 6
-  %4129 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i
-  %4130 = getelementptr inbounds nuw i8, ptr %4129, i64 56
-  %4131 = load float, ptr %4130, align 4, !tbaa !5
-  %4132 = getelementptr inbounds nuw float, ptr %4081, i64 %indvars.iv644.14.i
-  store float %4131, ptr %4132, align 4, !tbaa !5
-  %indvars.iv.next645.14.i = or disjoint i64 %indvars.iv644.14.i, 1
-  %.idx778.i.1 = shl nuw nsw i64 %indvars.iv.next645.14.i, 6
-  %4133 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.1
-  %4134 = getelementptr inbounds nuw i8, ptr %4133, i64 56
-  %4135 = load float, ptr %4134, align 4, !tbaa !5
-  %4136 = getelementptr inbounds nuw float, ptr %4081, i64 %indvars.iv.next645.14.i
-  store float %4135, ptr %4136, align 4, !tbaa !5
-  %indvars.iv.next645.14.i.1 = or disjoint i64 %indvars.iv644.14.i, 2
-  %.idx778.i.2 = shl nuw nsw i64 %indvars.iv.next645.14.i.1, 6
-  %4137 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.2
-  %4138 = getelementptr inbounds nuw i8, ptr %4137, i64 56
-  %4139 = load float, ptr %4138, align 4, !tbaa !5
-  %4140 = getelementptr inbounds nuw float, ptr %4081, i64 %indvars.iv.next645.14.i.1
-  store float %4139, ptr %4140, align 4, !tbaa !5
-  %indvars.iv.next645.14.i.2 = or disjoint i64 %indvars.iv644.14.i, 3
-  %.idx778.i.3 = shl nuw nsw i64 %indvars.iv.next645.14.i.2, 6
-  %4141 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.3
-  %4142 = getelementptr inbounds nuw i8, ptr %4141, i64 56
-  %4143 = load float, ptr %4142, align 4, !tbaa !5
-  %4144 = getelementptr inbounds nuw float, ptr %4081, i64 %indvars.iv.next645.14.i.2
-  store float %4143, ptr %4144, align 4, !tbaa !5
-  %indvars.iv.next645.14.i.3 = or disjoint i64 %indvars.iv644.14.i, 4
-  %.idx778.i.4 = shl nuw nsw i64 %indvars.iv.next645.14.i.3, 6
-  %4145 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.4
-  %4146 = getelementptr inbounds nuw i8, ptr %4145, i64 56
-  %4147 = load float, ptr %4146, align 4, !tbaa !5
-  %4148 = getelementptr inbounds nuw float, ptr %4081, i64 %indvars.iv.next645.14.i.3
-  store float %4147, ptr %4148, align 4, !tbaa !5
-  %indvars.iv.next645.14.i.4 = or disjoint i64 %indvars.iv644.14.i, 5
-  %.idx778.i.5 = shl nuw nsw i64 %indvars.iv.next645.14.i.4, 6
-  %4149 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.5
-  %4150 = getelementptr inbounds nuw i8, ptr %4149, i64 56
-  %4151 = load float, ptr %4150, align 4, !tbaa !5
-  %4152 = getelementptr inbounds nuw float, ptr %4081, i64 %indvars.iv.next645.14.i.4
-  store float %4151, ptr %4152, align 4, !tbaa !5
-  %indvars.iv.next645.14.i.5 = or disjoint i64 %indvars.iv644.14.i, 6
-  %.idx778.i.6 = shl nuw nsw i64 %indvars.iv.next645.14.i.5, 6
-  %4153 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.6
-  %4154 = getelementptr inbounds nuw i8, ptr %4153, i64 56
-  %4155 = load float, ptr %4154, align 4, !tbaa !5
-  %4156 = getelementptr inbounds nuw float, ptr %4081, i64 %indvars.iv.next645.14.i.5
-  store float %4155, ptr %4156, align 4, !tbaa !5
-  %indvars.iv.next645.14.i.6 = or disjoint i64 %indvars.iv644.14.i, 7
-  %.idx778.i.7 = shl nuw nsw i64 %indvars.iv.next645.14.i.6, 6
-  %4157 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.7
-  %4158 = getelementptr inbounds nuw i8, ptr %4157, i64 56
-  %4159 = load float, ptr %4158, align 4, !tbaa !5
-  %4160 = getelementptr inbounds nuw float, ptr %4081, i64 %indvars.iv.next645.14.i.6
-  store float %4159, ptr %4160, align 4, !tbaa !5
-  %indvars.iv.next645.14.i.7 = add nuw nsw i64 %indvars.iv644.14.i, 8
-  %exitcond647.14.not.i.7 = icmp eq i64 %indvars.iv.next645.14.i.7, 128
-  br i1 %exitcond647.14.not.i.7, label %for_end_d.14.i, label %for_body_d.14.i, !prof !36, !llvm.loop !123
+  %indvars.iv650.14.i = phi i64 [ %indvars.iv.next651.14.i.7, %for_body_d.14.i ], [ 0, %for_end_d.13.i ]
+  %.idx784.i = shl nuw nsw i64 %indvars.iv650.14.i, 6
+  %4140 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx784.i
+  %4141 = getelementptr inbounds nuw i8, ptr %4140, i64 56
+  %4142 = load float, ptr %4141, align 4, !tbaa !5
+  %4143 = getelementptr inbounds nuw float, ptr %4092, i64 %indvars.iv650.14.i
+  store float %4142, ptr %4143, align 4, !tbaa !5
+  %indvars.iv.next651.14.i = or disjoint i64 %indvars.iv650.14.i, 1
+  %.idx784.i.1 = shl nuw nsw i64 %indvars.iv.next651.14.i, 6
+  %4144 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx784.i.1
+  %4145 = getelementptr inbounds nuw i8, ptr %4144, i64 56
+  %4146 = load float, ptr %4145, align 4, !tbaa !5
+  %4147 = getelementptr inbounds nuw float, ptr %4092, i64 %indvars.iv.next651.14.i
+  store float %4146, ptr %4147, align 4, !tbaa !5
+  %indvars.iv.next651.14.i.1 = or disjoint i64 %indvars.iv650.14.i, 2
+  %.idx784.i.2 = shl nuw nsw i64 %indvars.iv.next651.14.i.1, 6
+  %4148 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx784.i.2
+  %4149 = getelementptr inbounds nuw i8, ptr %4148, i64 56
+  %4150 = load float, ptr %4149, align 4, !tbaa !5
+  %4151 = getelementptr inbounds nuw float, ptr %4092, i64 %indvars.iv.next651.14.i.1
+  store float %4150, ptr %4151, align 4, !tbaa !5
+  %indvars.iv.next651.14.i.2 = or disjoint i64 %indvars.iv650.14.i, 3
+  %.idx784.i.3 = shl nuw nsw i64 %indvars.iv.next651.14.i.2, 6
+  %4152 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx784.i.3
+  %4153 = getelementptr inbounds nuw i8, ptr %4152, i64 56
+  %4154 = load float, ptr %4153, align 4, !tbaa !5
+  %4155 = getelementptr inbounds nuw float, ptr %4092, i64 %indvars.iv.next651.14.i.2
+  store float %4154, ptr %4155, align 4, !tbaa !5
+  %indvars.iv.next651.14.i.3 = or disjoint i64 %indvars.iv650.14.i, 4
+  %.idx784.i.4 = shl nuw nsw i64 %indvars.iv.next651.14.i.3, 6
+  %4156 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx784.i.4
+  %4157 = getelementptr inbounds nuw i8, ptr %4156, i64 56
+  %4158 = load float, ptr %4157, align 4, !tbaa !5
+  %4159 = getelementptr inbounds nuw float, ptr %4092, i64 %indvars.iv.next651.14.i.3
+  store float %4158, ptr %4159, align 4, !tbaa !5
+  %indvars.iv.next651.14.i.4 = or disjoint i64 %indvars.iv650.14.i, 5
+  %.idx784.i.5 = shl nuw nsw i64 %indvars.iv.next651.14.i.4, 6
+  %4160 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx784.i.5
+  %4161 = getelementptr inbounds nuw i8, ptr %4160, i64 56
+  %4162 = load float, ptr %4161, align 4, !tbaa !5
+  %4163 = getelementptr inbounds nuw float, ptr %4092, i64 %indvars.iv.next651.14.i.4
+  store float %4162, ptr %4163, align 4, !tbaa !5
+  %indvars.iv.next651.14.i.5 = or disjoint i64 %indvars.iv650.14.i, 6
+  %.idx784.i.6 = shl nuw nsw i64 %indvars.iv.next651.14.i.5, 6
+  %4164 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx784.i.6
+  %4165 = getelementptr inbounds nuw i8, ptr %4164, i64 56
+  %4166 = load float, ptr %4165, align 4, !tbaa !5
+  %4167 = getelementptr inbounds nuw float, ptr %4092, i64 %indvars.iv.next651.14.i.5
+  store float %4166, ptr %4167, align 4, !tbaa !5
+  %indvars.iv.next651.14.i.6 = or disjoint i64 %indvars.iv650.14.i, 7
+  %.idx784.i.7 = shl nuw nsw i64 %indvars.iv.next651.14.i.6, 6
+  %4168 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx784.i.7
+  %4169 = getelementptr inbounds nuw i8, ptr %4168, i64 56
+  %4170 = load float, ptr %4169, align 4, !tbaa !5
+  %4171 = getelementptr inbounds nuw float, ptr %4092, i64 %indvars.iv.next651.14.i.6
+  store float %4170, ptr %4171, align 4, !tbaa !5
+  %indvars.iv.next651.14.i.7 = add nuw nsw i64 %indvars.iv650.14.i, 8
+  %exitcond653.14.not.i.7 = icmp eq i64 %indvars.iv.next651.14.i.7, 128
+  br i1 %exitcond653.14.not.i.7, label %for_end_d.14.i, label %for_body_d.14.i, !prof !36, !llvm.loop !123
 
-for_end_d.14.i:                                   ; preds = %for_body_d.14.i, %vector.body305
-  %4161 = getelementptr inbounds nuw i8, ptr %416, i64 7680
-  %scevgep290 = getelementptr i8, ptr %acc.i, i64 60
-  %scevgep291 = getelementptr i8, ptr %acc.i, i64 8192
-  %bound0 = icmp ult ptr %scevgep, %scevgep291
-  %bound1 = icmp ult ptr %scevgep290, %scevgep289
+for_end_d.14.i:                                   ; preds = %for_body_d.14.i, %vector.body311
+  %4172 = getelementptr inbounds nuw i8, ptr %425, i64 7680
+  %scevgep296 = getelementptr i8, ptr %acc.i, i64 60
+  %scevgep297 = getelementptr i8, ptr %acc.i, i64 8192
+  %bound0 = icmp ult ptr %scevgep, %scevgep297
+  %bound1 = icmp ult ptr %scevgep296, %scevgep295
   %found.conflict = and i1 %bound0, %bound1
   br i1 %found.conflict, label %for_body_d.15.i, label %vector.body, !prof !17
 
 vector.body:                                      ; preds = %for_end_d.14.i
-  %4162 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4163 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4164 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4165 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %4166 = getelementptr inbounds nuw i8, <8 x ptr> %4162, i64 60
-  %4167 = getelementptr inbounds nuw i8, <8 x ptr> %4163, i64 60
-  %4168 = getelementptr inbounds nuw i8, <8 x ptr> %4164, i64 60
-  %4169 = getelementptr inbounds nuw i8, <8 x ptr> %4165, i64 60
-  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4166, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4168, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather294 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4169, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4170 = getelementptr inbounds nuw i8, ptr %416, i64 7712
-  %4171 = getelementptr inbounds nuw i8, ptr %416, i64 7744
-  %4172 = getelementptr inbounds nuw i8, ptr %416, i64 7776
-  store <8 x float> %wide.masked.gather, ptr %4161, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292, ptr %4170, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293, ptr %4171, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather294, ptr %4172, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  %4173 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4174 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4175 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4176 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %4173 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %4174 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %4175 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %4176 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %4177 = getelementptr inbounds nuw i8, <8 x ptr> %4173, i64 60
   %4178 = getelementptr inbounds nuw i8, <8 x ptr> %4174, i64 60
   %4179 = getelementptr inbounds nuw i8, <8 x ptr> %4175, i64 60
   %4180 = getelementptr inbounds nuw i8, <8 x ptr> %4176, i64 60
-  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4177, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4178, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4179, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather294.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4180, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4181 = getelementptr inbounds nuw i8, ptr %416, i64 7808
-  %4182 = getelementptr inbounds nuw i8, ptr %416, i64 7840
-  %4183 = getelementptr inbounds nuw i8, ptr %416, i64 7872
-  %4184 = getelementptr inbounds nuw i8, ptr %416, i64 7904
-  store <8 x float> %wide.masked.gather.1, ptr %4181, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292.1, ptr %4182, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293.1, ptr %4183, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather294.1, ptr %4184, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  %4185 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4186 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4187 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4188 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4177, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather298 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4178, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather299 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4179, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather300 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4180, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4181 = getelementptr inbounds nuw i8, ptr %425, i64 7712
+  %4182 = getelementptr inbounds nuw i8, ptr %425, i64 7744
+  %4183 = getelementptr inbounds nuw i8, ptr %425, i64 7776
+  store <8 x float> %wide.masked.gather, ptr %4172, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather298, ptr %4181, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather299, ptr %4182, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather300, ptr %4183, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  %4184 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %4185 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %4186 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %4187 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %4188 = getelementptr inbounds nuw i8, <8 x ptr> %4184, i64 60
   %4189 = getelementptr inbounds nuw i8, <8 x ptr> %4185, i64 60
   %4190 = getelementptr inbounds nuw i8, <8 x ptr> %4186, i64 60
   %4191 = getelementptr inbounds nuw i8, <8 x ptr> %4187, i64 60
-  %4192 = getelementptr inbounds nuw i8, <8 x ptr> %4188, i64 60
-  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4189, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4190, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4191, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather294.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4192, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4193 = getelementptr inbounds nuw i8, ptr %416, i64 7936
-  %4194 = getelementptr inbounds nuw i8, ptr %416, i64 7968
-  %4195 = getelementptr inbounds nuw i8, ptr %416, i64 8000
-  %4196 = getelementptr inbounds nuw i8, ptr %416, i64 8032
-  store <8 x float> %wide.masked.gather.2, ptr %4193, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292.2, ptr %4194, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293.2, ptr %4195, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather294.2, ptr %4196, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  %4197 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4198 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4199 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4200 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4188, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather298.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4189, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather299.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4190, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather300.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4191, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4192 = getelementptr inbounds nuw i8, ptr %425, i64 7808
+  %4193 = getelementptr inbounds nuw i8, ptr %425, i64 7840
+  %4194 = getelementptr inbounds nuw i8, ptr %425, i64 7872
+  %4195 = getelementptr inbounds nuw i8, ptr %425, i64 7904
+  store <8 x float> %wide.masked.gather.1, ptr %4192, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather298.1, ptr %4193, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather299.1, ptr %4194, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather300.1, ptr %4195, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  %4196 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4197 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4198 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4199 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %4200 = getelementptr inbounds nuw i8, <8 x ptr> %4196, i64 60
   %4201 = getelementptr inbounds nuw i8, <8 x ptr> %4197, i64 60
   %4202 = getelementptr inbounds nuw i8, <8 x ptr> %4198, i64 60
   %4203 = getelementptr inbounds nuw i8, <8 x ptr> %4199, i64 60
-  %4204 = getelementptr inbounds nuw i8, <8 x ptr> %4200, i64 60
-  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4201, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4202, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4203, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather294.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4204, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4205 = getelementptr inbounds nuw i8, ptr %416, i64 8064
-  %4206 = getelementptr inbounds nuw i8, ptr %416, i64 8096
-  %4207 = getelementptr inbounds nuw i8, ptr %416, i64 8128
-  %4208 = getelementptr inbounds nuw i8, ptr %416, i64 8160
-  store <8 x float> %wide.masked.gather.3, ptr %4205, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292.3, ptr %4206, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293.3, ptr %4207, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather294.3, ptr %4208, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  br label %if_end203.i
+  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4200, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather298.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4201, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather299.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4202, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather300.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4203, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4204 = getelementptr inbounds nuw i8, ptr %425, i64 7936
+  %4205 = getelementptr inbounds nuw i8, ptr %425, i64 7968
+  %4206 = getelementptr inbounds nuw i8, ptr %425, i64 8000
+  %4207 = getelementptr inbounds nuw i8, ptr %425, i64 8032
+  store <8 x float> %wide.masked.gather.2, ptr %4204, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather298.2, ptr %4205, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather299.2, ptr %4206, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather300.2, ptr %4207, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  %4208 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4209 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4210 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4211 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %4212 = getelementptr inbounds nuw i8, <8 x ptr> %4208, i64 60
+  %4213 = getelementptr inbounds nuw i8, <8 x ptr> %4209, i64 60
+  %4214 = getelementptr inbounds nuw i8, <8 x ptr> %4210, i64 60
+  %4215 = getelementptr inbounds nuw i8, <8 x ptr> %4211, i64 60
+  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4212, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather298.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4213, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather299.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4214, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather300.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4215, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4216 = getelementptr inbounds nuw i8, ptr %425, i64 8064
+  %4217 = getelementptr inbounds nuw i8, ptr %425, i64 8096
+  %4218 = getelementptr inbounds nuw i8, ptr %425, i64 8128
+  %4219 = getelementptr inbounds nuw i8, ptr %425, i64 8160
+  store <8 x float> %wide.masked.gather.3, ptr %4216, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather298.3, ptr %4217, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather299.3, ptr %4218, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather300.3, ptr %4219, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  br label %if_end205.i
 
 for_body_d.15.i:                                  ; preds = %for_body_d.15.i, %for_end_d.14.i
-  %indvars.iv644.15.i = phi i64 [ %indvars.iv.next645.15.i.7, %for_body_d.15.i ], [ 0, %for_end_d.14.i ]
-  %.idx779.i = shl nuw nsw i64 %indvars.iv644.15.i, 6
-  %4209 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i
-  %4210 = getelementptr inbounds nuw i8, ptr %4209, i64 60
-  %4211 = load float, ptr %4210, align 4, !tbaa !5
-  %4212 = getelementptr inbounds nuw float, ptr %4161, i64 %indvars.iv644.15.i
-  store float %4211, ptr %4212, align 4, !tbaa !5
-  %indvars.iv.next645.15.i = or disjoint i64 %indvars.iv644.15.i, 1
-  %.idx779.i.1 = shl nuw nsw i64 %indvars.iv.next645.15.i, 6
-  %4213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.1
-  %4214 = getelementptr inbounds nuw i8, ptr %4213, i64 60
-  %4215 = load float, ptr %4214, align 4, !tbaa !5
-  %4216 = getelementptr inbounds nuw float, ptr %4161, i64 %indvars.iv.next645.15.i
-  store float %4215, ptr %4216, align 4, !tbaa !5
-  %indvars.iv.next645.15.i.1 = or disjoint i64 %indvars.iv644.15.i, 2
-  %.idx779.i.2 = shl nuw nsw i64 %indvars.iv.next645.15.i.1, 6
-  %4217 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.2
-  %4218 = getelementptr inbounds nuw i8, ptr %4217, i64 60
-  %4219 = load float, ptr %4218, align 4, !tbaa !5
-  %4220 = getelementptr inbounds nuw float, ptr %4161, i64 %indvars.iv.next645.15.i.1
-  store float %4219, ptr %4220, align 4, !tbaa !5
-  %indvars.iv.next645.15.i.2 = or disjoint i64 %indvars.iv644.15.i, 3
-  %.idx779.i.3 = shl nuw nsw i64 %indvars.iv.next645.15.i.2, 6
-  %4221 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.3
-  %4222 = getelementptr inbounds nuw i8, ptr %4221, i64 60
-  %4223 = load float, ptr %4222, align 4, !tbaa !5
-  %4224 = getelementptr inbounds nuw float, ptr %4161, i64 %indvars.iv.next645.15.i.2
-  store float %4223, ptr %4224, align 4, !tbaa !5
-  %indvars.iv.next645.15.i.3 = or disjoint i64 %indvars.iv644.15.i, 4
-  %.idx779.i.4 = shl nuw nsw i64 %indvars.iv.next645.15.i.3, 6
-  %4225 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.4
-  %4226 = getelementptr inbounds nuw i8, ptr %4225, i64 60
-  %4227 = load float, ptr %4226, align 4, !tbaa !5
-  %4228 = getelementptr inbounds nuw float, ptr %4161, i64 %indvars.iv.next645.15.i.3
-  store float %4227, ptr %4228, align 4, !tbaa !5
-  %indvars.iv.next645.15.i.4 = or disjoint i64 %indvars.iv644.15.i, 5
-  %.idx779.i.5 = shl nuw nsw i64 %indvars.iv.next645.15.i.4, 6
-  %4229 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.5
-  %4230 = getelementptr inbounds nuw i8, ptr %4229, i64 60
-  %4231 = load float, ptr %4230, align 4, !tbaa !5
-  %4232 = getelementptr inbounds nuw float, ptr %4161, i64 %indvars.iv.next645.15.i.4
-  store float %4231, ptr %4232, align 4, !tbaa !5
-  %indvars.iv.next645.15.i.5 = or disjoint i64 %indvars.iv644.15.i, 6
-  %.idx779.i.6 = shl nuw nsw i64 %indvars.iv.next645.15.i.5, 6
-  %4233 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.6
-  %4234 = getelementptr inbounds nuw i8, ptr %4233, i64 60
-  %4235 = load float, ptr %4234, align 4, !tbaa !5
-  %4236 = getelementptr inbounds nuw float, ptr %4161, i64 %indvars.iv.next645.15.i.5
-  store float %4235, ptr %4236, align 4, !tbaa !5
-  %indvars.iv.next645.15.i.6 = or disjoint i64 %indvars.iv644.15.i, 7
-  %.idx779.i.7 = shl nuw nsw i64 %indvars.iv.next645.15.i.6, 6
-  %4237 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.7
-  %4238 = getelementptr inbounds nuw i8, ptr %4237, i64 60
-  %4239 = load float, ptr %4238, align 4, !tbaa !5
-  %4240 = getelementptr inbounds nuw float, ptr %4161, i64 %indvars.iv.next645.15.i.6
-  store float %4239, ptr %4240, align 4, !tbaa !5
-  %indvars.iv.next645.15.i.7 = add nuw nsw i64 %indvars.iv644.15.i, 8
-  %exitcond647.15.not.i.7 = icmp eq i64 %indvars.iv.next645.15.i.7, 128
-  br i1 %exitcond647.15.not.i.7, label %if_end203.i, label %for_body_d.15.i, !prof !36, !llvm.loop !129
+  %indvars.iv650.15.i = phi i64 [ %indvars.iv.next651.15.i.7, %for_body_d.15.i ], [ 0, %for_end_d.14.i ]
+  %.idx785.i = shl nuw nsw i64 %indvars.iv650.15.i, 6
+  %4220 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx785.i
+  %4221 = getelementptr inbounds nuw i8, ptr %4220, i64 60
+  %4222 = load float, ptr %4221, align 4, !tbaa !5
+  %4223 = getelementptr inbounds nuw float, ptr %4172, i64 %indvars.iv650.15.i
+  store float %4222, ptr %4223, align 4, !tbaa !5
+  %indvars.iv.next651.15.i = or disjoint i64 %indvars.iv650.15.i, 1
+  %.idx785.i.1 = shl nuw nsw i64 %indvars.iv.next651.15.i, 6
+  %4224 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx785.i.1
+  %4225 = getelementptr inbounds nuw i8, ptr %4224, i64 60
+  %4226 = load float, ptr %4225, align 4, !tbaa !5
+  %4227 = getelementptr inbounds nuw float, ptr %4172, i64 %indvars.iv.next651.15.i
+  store float %4226, ptr %4227, align 4, !tbaa !5
+  %indvars.iv.next651.15.i.1 = or disjoint i64 %indvars.iv650.15.i, 2
+  %.idx785.i.2 = shl nuw nsw i64 %indvars.iv.next651.15.i.1, 6
+  %4228 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx785.i.2
+  %4229 = getelementptr inbounds nuw i8, ptr %4228, i64 60
+  %4230 = load float, ptr %4229, align 4, !tbaa !5
+  %4231 = getelementptr inbounds nuw float, ptr %4172, i64 %indvars.iv.next651.15.i.1
+  store float %4230, ptr %4231, align 4, !tbaa !5
+  %indvars.iv.next651.15.i.2 = or disjoint i64 %indvars.iv650.15.i, 3
+  %.idx785.i.3 = shl nuw nsw i64 %indvars.iv.next651.15.i.2, 6
+  %4232 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx785.i.3
+  %4233 = getelementptr inbounds nuw i8, ptr %4232, i64 60
+  %4234 = load float, ptr %4233, align 4, !tbaa !5
+  %4235 = getelementptr inbounds nuw float, ptr %4172, i64 %indvars.iv.next651.15.i.2
+  store float %4234, ptr %4235, align 4, !tbaa !5
+  %indvars.iv.next651.15.i.3 = or disjoint i64 %indvars.iv650.15.i, 4
+  %.idx785.i.4 = shl nuw nsw i64 %indvars.iv.next651.15.i.3, 6
+  %4236 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx785.i.4
+  %4237 = getelementptr inbounds nuw i8, ptr %4236, i64 60
+  %4238 = load float, ptr %4237, align 4, !tbaa !5
+  %4239 = getelementptr inbounds nuw float, ptr %4172, i64 %indvars.iv.next651.15.i.3
+  store float %4238, ptr %4239, align 4, !tbaa !5
+  %indvars.iv.next651.15.i.4 = or disjoint i64 %indvars.iv650.15.i, 5
+  %.idx785.i.5 = shl nuw nsw i64 %indvars.iv.next651.15.i.4, 6
+  %4240 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx785.i.5
+  %4241 = getelementptr inbounds nuw i8, ptr %4240, i64 60
+  %4242 = load float, ptr %4241, align 4, !tbaa !5
+  %4243 = getelementptr inbounds nuw float, ptr %4172, i64 %indvars.iv.next651.15.i.4
+  store float %4242, ptr %4243, align 4, !tbaa !5
+  %indvars.iv.next651.15.i.5 = or disjoint i64 %indvars.iv650.15.i, 6
+  %.idx785.i.6 = shl nuw nsw i64 %indvars.iv.next651.15.i.5, 6
+  %4244 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx785.i.6
+  %4245 = getelementptr inbounds nuw i8, ptr %4244, i64 60
+  %4246 = load float, ptr %4245, align 4, !tbaa !5
+  %4247 = getelementptr inbounds nuw float, ptr %4172, i64 %indvars.iv.next651.15.i.5
+  store float %4246, ptr %4247, align 4, !tbaa !5
+  %indvars.iv.next651.15.i.6 = or disjoint i64 %indvars.iv650.15.i, 7
+  %.idx785.i.7 = shl nuw nsw i64 %indvars.iv.next651.15.i.6, 6
+  %4248 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx785.i.7
+  %4249 = getelementptr inbounds nuw i8, ptr %4248, i64 60
+  %4250 = load float, ptr %4249, align 4, !tbaa !5
+  %4251 = getelementptr inbounds nuw float, ptr %4172, i64 %indvars.iv.next651.15.i.6
+  store float %4250, ptr %4251, align 4, !tbaa !5
+  %indvars.iv.next651.15.i.7 = add nuw nsw i64 %indvars.iv650.15.i, 8
+  %exitcond653.15.not.i.7 = icmp eq i64 %indvars.iv.next651.15.i.7, 128
+  br i1 %exitcond653.15.not.i.7, label %if_end205.i, label %for_body_d.15.i, !prof !36, !llvm.loop !129
 
-if_end252.i:                                      ; preds = %if_end203.i
-  %4241 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %4242 = tail call i32 %4241(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not276.i = icmp eq i32 %4242, 0
-  br i1 %.not276.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !27
+if_end254.i:                                      ; preds = %if_end205.i
+  %4252 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %4253 = tail call i32 %4252(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not278.i = icmp eq i32 %4253, 0
+  br i1 %.not278.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !27
 
-fused_decode_compute_.exit:                       ; preds = %if_end252.i, %if_end203.i, %if_end197.i, %if_end194.i, %if_end191.i, %if_end188.i, %if_end185.i, %if_end182.i, %for_end_d_0_m.i, %for_end_to67.thread.i, %for_end_to67.i, %if_end60.i, %for_end_to51.i, %if_end44.i, %for_end_t34.i, %if_end27.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
-  %common.ret.op.i = phi i32 [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end197.i ], [ -1, %if_end194.i ], [ -1, %if_end191.i ], [ -1, %if_end188.i ], [ -1, %if_end185.i ], [ -1, %if_end182.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to67.thread.i ], [ -1, %for_end_to67.i ], [ -1, %if_end60.i ], [ -1, %for_end_to51.i ], [ -1, %if_end44.i ], [ -1, %for_end_t34.i ], [ -1, %if_end27.i ], [ -1, %if_end.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end203.i ], [ -1, %if_end252.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor261.i)
+fused_decode_compute_.exit:                       ; preds = %if_end254.i, %if_end205.i, %if_end199.i, %if_end196.i, %if_end193.i, %if_end190.i, %if_end187.i, %if_end184.i, %for_end_d_0_m.i, %for_end_to69.thread.i, %for_end_to69.i, %if_end62.i, %for_end_to53.i, %if_end46.i, %for_end_t36.i, %if_end27.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
+  %common.ret.op.i = phi i32 [ -1, %for_body_step.i ], [ 0, %if_end51 ], [ -1, %if_end199.i ], [ -1, %if_end196.i ], [ -1, %if_end193.i ], [ -1, %if_end190.i ], [ -1, %if_end187.i ], [ -1, %if_end184.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to69.thread.i ], [ -1, %for_end_to69.i ], [ -1, %if_end62.i ], [ -1, %for_end_to53.i ], [ -1, %if_end46.i ], [ -1, %for_end_t36.i ], [ -1, %if_end27.i ], [ -1, %if_end.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end205.i ], [ -1, %if_end254.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor263.i)
   ret i32 %common.ret.op.i
 }
 

@@ -54,7 +54,7 @@ constexpr InstructionSet kInstructionSets[] = {
 // What each kernel takes, in its order; a call names all of it.
 struct QkMatmul {
   static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_qk_matmul;
-  Passed<Array> query, key_cache, block_table, context_lens, scores;
+  Passed<Array> query, key_cache, block_table, row_starts, context_lens, scores;
   Passed<BlockStride<Keys>> k_block; Passed<RowStride<Keys>> k_row; Passed<HeadStride<Keys>> k_head;
   Passed<int64_t> batch_start, num_seqs, kv_head, head_start, num_rows, block_idx; Passed<float> query_scale;
 };
@@ -67,7 +67,7 @@ struct SoftmaxPrepare {
 
 struct PvMatmul {
   static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_pv_matmul;
-  Passed<Array> value_cache, block_table, context_lens, probs, tile_acc;
+  Passed<Array> value_cache, block_table, row_starts, context_lens, probs, tile_acc;
   Passed<BlockStride<Values>> v_block; Passed<RowStride<Values>> v_row; Passed<HeadStride<Values>> v_head;
   Passed<int64_t> batch_start, num_seqs, kv_head, block_idx;
 };
@@ -102,20 +102,22 @@ void RunItem(const WorkItem& item, const DecodeArguments& args) {
     for (int64_t step = 0; step < num_steps; ++step) {
       const int64_t block_idx = item.block_begin + step;
       Call(QkMatmul{
-          .query = args.query, .key_cache = args.key_cache.memory, .block_table = args.block_table,
-          .context_lens = args.context_lens, .scores = chunk.scores, .k_block = args.key_cache.block_stride,
-          .k_row = args.key_cache.row_stride, .k_head = args.key_cache.head_stride, .batch_start = item.batch_start,
-          .num_seqs = item.num_seqs, .kv_head = kv_head, .head_start = head_start, .num_rows = num_rows,
-          .block_idx = block_idx, .query_scale = args.scale.query});
+          .query = args.query, .key_cache = args.key_cache.memory, .block_table = args.block_table.entries,
+          .row_starts = args.block_table.row_starts, .context_lens = args.context_lens, .scores = chunk.scores,
+          .k_block = args.key_cache.block_stride, .k_row = args.key_cache.row_stride,
+          .k_head = args.key_cache.head_stride, .batch_start = item.batch_start, .num_seqs = item.num_seqs,
+          .kv_head = kv_head, .head_start = head_start, .num_rows = num_rows, .block_idx = block_idx,
+          .query_scale = args.scale.query});
       Call(SoftmaxPrepare{
           .context_lens = args.context_lens, .scores = chunk.scores, .probs = chunk.probs, .tile_max = chunk.tile_max,
           .tile_sum = chunk.tile_sum, .batch_start = item.batch_start, .num_seqs = item.num_seqs,
           .block_idx = block_idx, .score_scale = args.scale.scores});
       Call(PvMatmul{
-          .value_cache = args.value_cache.memory, .block_table = args.block_table, .context_lens = args.context_lens,
-          .probs = chunk.probs, .tile_acc = chunk.tile_acc, .v_block = args.value_cache.block_stride,
-          .v_row = args.value_cache.row_stride, .v_head = args.value_cache.head_stride,
-          .batch_start = item.batch_start, .num_seqs = item.num_seqs, .kv_head = kv_head, .block_idx = block_idx});
+          .value_cache = args.value_cache.memory, .block_table = args.block_table.entries,
+          .row_starts = args.block_table.row_starts, .context_lens = args.context_lens, .probs = chunk.probs,
+          .tile_acc = chunk.tile_acc, .v_block = args.value_cache.block_stride, .v_row = args.value_cache.row_stride,
+          .v_head = args.value_cache.head_stride, .batch_start = item.batch_start, .num_seqs = item.num_seqs,
+          .kv_head = kv_head, .block_idx = block_idx});
       Call(OnlineUpdate{
           .tile_max = chunk.tile_max, .tile_sum = chunk.tile_sum, .tile_acc = chunk.tile_acc,
           .row_max = chunk.row_max, .row_sum = chunk.row_sum, .acc = chunk.acc, .num_seqs = item.num_seqs,

@@ -21,6 +21,7 @@ lse_batch = TypeVar("lse_batch")
 out_batch = TypeVar("out_batch")
 out_head = TypeVar("out_head")
 max_blocks = TypeVar("max_blocks")
+row_step = TypeVar("row_step")
 table_seq = TypeVar("table_seq")
 v_span = TypeVar("v_span")
 k_span = TypeVar("k_span")
@@ -164,7 +165,7 @@ class Module:
                                             acc[vs + vi, vr, vd] = alpha[vi, vr] * acc[vs + vi, vr, vd] + beta[vi, vr] * tile_acc[vs + vi, vr, vd]
 
     @T.prim_func(s_tir=True)
-    def pv_matmul(value_cache: T.Buffer((v_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), probs: T.Buffer((16, 16, 128), "float32"), tile_acc: T.Buffer((16, 16, 128), "float32"), v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, block_idx: T.int32):
+    def pv_matmul(value_cache: T.Buffer((v_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), row_starts: T.Buffer((batch,), "int32", strides=(row_step,), align=4), context_lens: T.Buffer((batch,), "int32", align=4), probs: T.Buffer((16, 16, 128), "float32"), tile_acc: T.Buffer((16, 16, 128), "float32"), v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, block_idx: T.int32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -177,15 +178,16 @@ class Module:
                 head_offset: T.let[T.int64] = T.Cast("int64", kv_head) * v_head
                 num_offsets: T.let[T.int32] = (valid_len + 16 - 1) // 16 * 16
                 with T.sblock("token_offsets"):
-                    T.reads(block_table[seq, 0:max_blocks])
+                    T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
                     T.writes(value_offsets[0:128])
+                    row_start: T.let[T.int32] = row_starts[seq]
                     for t in range(num_offsets):
                         with T.sblock("offset"):
                             vt = T.axis.spatial(128, t)
-                            T.reads(block_table[seq, T.min(block_idx * 128 + vt, block_idx * 128 + valid_len - 1) // 128])
+                            T.reads(block_table[seq, row_start + T.min(block_idx * 128 + vt, block_idx * 128 + valid_len - 1) // 128])
                             T.writes(value_offsets[vt])
                             token: T.let[T.int32] = T.min(block_idx * 128 + vt, block_idx * 128 + valid_len - 1)
-                            block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
+                            block: T.let[T.int64] = T.Cast("int64", block_table[seq, row_start + token // 128])
                             slot: T.let[T.int32] = token % 128
                             value_offsets[vt] = block * v_block + T.Cast("int64", slot) * v_row
                 num_full: T.let[T.int32] = valid_len // 16
@@ -245,7 +247,7 @@ class Module:
                                                 tile_acc[vs, vr, vd] = tile_acc[vs, vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + (head_offset + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)])
 
     @T.prim_func(s_tir=True)
-    def qk_matmul(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), k_block: T.int64, k_row: T.int64, k_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, head_start: T.int32, num_rows: T.int32, block_idx: T.int32, query_scale: T.float32):
+    def qk_matmul(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), row_starts: T.Buffer((batch,), "int32", strides=(row_step,), align=4), context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), k_block: T.int64, k_row: T.int64, k_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, head_start: T.int32, num_rows: T.int32, block_idx: T.int32, query_scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -270,15 +272,16 @@ class Module:
                                 q_tile[0, vr, vd] = T.if_then_else(vr < num_rows, T.Cast("float32", query[seq, head_start + vr, vd]) * query_scale, T.float32(0.0))
                 num_offsets: T.let[T.int32] = (valid_len + 16 - 1) // 16 * 16
                 with T.sblock("token_offsets"):
-                    T.reads(block_table[seq, 0:max_blocks])
+                    T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
                     T.writes(key_offsets[0:128])
+                    row_start: T.let[T.int32] = row_starts[seq]
                     for t in range(num_offsets):
                         with T.sblock("offset"):
                             vt = T.axis.spatial(128, t)
-                            T.reads(block_table[seq, T.min(block_idx * 128 + vt, block_idx * 128 + valid_len - 1) // 128])
+                            T.reads(block_table[seq, row_start + T.min(block_idx * 128 + vt, block_idx * 128 + valid_len - 1) // 128])
                             T.writes(key_offsets[vt])
                             token: T.let[T.int32] = T.min(block_idx * 128 + vt, block_idx * 128 + valid_len - 1)
-                            block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
+                            block: T.let[T.int64] = T.Cast("int64", block_table[seq, row_start + token // 128])
                             slot: T.let[T.int32] = token % 128
                             key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
                 with T.sblock("qk_matmul"):

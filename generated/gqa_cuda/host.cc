@@ -62,7 +62,7 @@ void LaunchDecode(const Call& call, const DecodeArguments& args, Check check, co
   Workspace workspace(call, 2 * Workspace::Aligned(row_bytes) + Workspace::Aligned(row_bytes * Spec::kValueDim) +
                                 Workspace::Aligned(lse_bytes) + Workspace::Aligned(sizeof(int32_t)));
   int32_t batch = static_cast<int32_t>(args.batch);
-  CUdeviceptr block_table = Address(args.block_table);
+  CUdeviceptr block_table = Address(args.block_table.entries);
   CUdeviceptr context_lens = Address(args.context_lens);
   int32_t items = static_cast<int32_t>(num_items);
   BlockStride<Keys> k_block = args.key_cache.block_stride;
@@ -71,8 +71,9 @@ void LaunchDecode(const Call& call, const DecodeArguments& args, Check check, co
   CUdeviceptr key_cache = Address(args.key_cache.memory);
   CUdeviceptr lse = args.has_lse() ? Address(args.lse) : workspace.Take(lse_bytes);
   int64_t lse_batch = args.has_lse() ? args.lse.strides[0] : Spec::kNumHeads;
-  int32_t max_blocks = static_cast<int32_t>(Capacity(args.block_table, Spec::kBlockSize) / Spec::kBlockSize);
+  int32_t max_blocks = static_cast<int32_t>(args.block_table.is_pair ? 0 : args.block_table.Capacity(0, Spec::kBlockSize) / Spec::kBlockSize);
   int64_t num_blocks = args.num_blocks;
+  int64_t num_entries = args.block_table.MostBlocks();
   CUdeviceptr out = Address(args.out);
   int64_t out_batch = args.out.strides[0];
   int64_t out_head = args.out.strides[1];
@@ -84,9 +85,11 @@ void LaunchDecode(const Call& call, const DecodeArguments& args, Check check, co
   CUdeviceptr query = Address(args.query);
   float query_scale = args.scale.query;
   CUdeviceptr report = call.report;
+  CUdeviceptr row_starts = args.block_table.is_pair ? Address(args.block_table.row_starts) : call.device.zero;
+  int64_t row_step = args.block_table.row_starts.strides[0];
   float score_scale = args.scale.scores;
   CUdeviceptr status = check == kCheckDevice ? workspace.Take(sizeof(int32_t)) : call.device.zero;
-  int64_t table_seq = args.block_table.strides[0];
+  int64_t table_seq = args.block_table.entries.strides[0];
   BlockStride<Values> v_block = args.value_cache.block_stride;
   HeadStride<Values> v_head = args.value_cache.head_stride;
   RowStride<Values> v_row = args.value_cache.row_stride;
@@ -96,21 +99,24 @@ void LaunchDecode(const Call& call, const DecodeArguments& args, Check check, co
     PA_DRIVER(cuMemsetD32Async, status, 0, 1, call.stream);
     {
       void* values[] = {
-          &block_table, &context_lens, &status, &batch, &max_blocks, &num_blocks, &table_seq};
+          &block_table, &context_lens, &row_starts, &status, &batch, &max_blocks, &num_blocks, &num_entries,
+          &row_step, &table_seq};
       call.Launch<Spec>(Spec::kCudaCheck, int64_t{batch}, values);
     }
   }
   {
     void* values[] = {
         &block_table, &context_lens, &key_cache, &lse, &out, &partial_acc, &partial_max, &partial_sum, &query,
-        &status, &value_cache, &batch, &items, &k_block, &k_head, &k_row, &lse_batch, &out_batch, &out_head,
-        &q_batch, &q_head, &query_scale, &score_scale, &table_seq, &v_block, &v_head, &v_row};
+        &row_starts, &status, &value_cache, &batch, &items, &k_block, &k_head, &k_row, &lse_batch, &out_batch,
+        &out_head, &q_batch, &q_head, &query_scale, &row_step, &score_scale, &table_seq, &v_block, &v_head,
+        &v_row};
     call.Launch<Spec>(Spec::kCudaDecode, int64_t{items * 8}, values);
   }
   {
     void* values[] = {
-        &block_table, &context_lens, &lse, &out, &partial_acc, &partial_max, &partial_sum, &report, &status,
-        &batch, &items, &lse_batch, &max_blocks, &num_blocks, &out_batch, &out_head, &table_seq};
+        &block_table, &context_lens, &lse, &out, &partial_acc, &partial_max, &partial_sum, &report, &row_starts,
+        &status, &batch, &items, &lse_batch, &max_blocks, &num_blocks, &num_entries, &out_batch, &out_head,
+        &row_step, &table_seq};
     call.Launch<Spec>(Spec::kCudaMerge, int64_t{batch * 32}, values);
   }
 }
@@ -119,12 +125,13 @@ void LaunchDecode(const Call& call, const DecodeArguments& args, Check check, co
 // before anything is launched, and they too with check "host".
 void Decode(const Inputs& in, TVMFFIAny*) {
   const Check check = CheckOf(in, DecodeParameters::kCheck);
-  const DecodeArguments args = CheckDecode<Spec, DecodeParameters>(in);
+  DecodeArguments args = CheckDecode<Spec, DecodeParameters>(in);
   const int id = CheckSameDevice({
       {"query", &args.query},
       {"key_cache", &args.key_cache.memory},
       {"value_cache", &args.value_cache.memory},
-      {"block_table", &args.block_table},
+      {args.block_table.is_pair ? "block_table[1]" : "block_table", &args.block_table.entries},
+      {"block_table[0]", args.block_table.is_pair ? &args.block_table.row_starts : &args.block_table.entries},
       {"context_lens", &args.context_lens},
       {"out", &args.out},
       {"lse", args.has_lse() ? &args.lse : &args.out},
@@ -134,12 +141,16 @@ void Decode(const Inputs& in, TVMFFIAny*) {
   Device& device = DeviceOf<Spec>(id);
   RaiseReported(device);
   if (args.batch == 0) return;
+  const BlockTable table = args.block_table;
+  args.block_table.AsRead(args.batch);
   const Call call(device, id);
   if (check == kCheckHost) {
     CheckNotCapturing(call, "'device' or 'none'");
-    const HostCopy block_table(call, args.block_table), context_lens(call, args.context_lens);
+    const HostCopy entries(call, table.entries), context_lens(call, args.context_lens);
+    const HostCopy row_starts(call, table.is_pair ? table.row_starts : Array());
     PA_DRIVER(cuStreamSynchronize, call.stream);
-    CheckIndices<Spec>(block_table.array, context_lens.array, args.num_blocks);
+    const BlockTable copied{entries.array, table.is_pair ? row_starts.array : table.row_starts, table.is_pair};
+    CheckIndices<Spec>(copied, context_lens.array, args.num_blocks);
     LaunchDecode(call, args, check, &context_lens.array);
   } else {
     LaunchDecode(call, args, check, nullptr);

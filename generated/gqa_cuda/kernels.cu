@@ -212,12 +212,12 @@ __forceinline__ __device__ void tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_sh
 __forceinline__ __device__ void tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(float& __d0, float& __d1, float& __d2, float& __d3, uint32_t __a0, uint32_t __a1, uint32_t __a2, uint32_t __a3, uint32_t __b0, uint32_t __b1, float __c0, float __c1, float __c2, float __c3) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};" : "=f"(__d0), "=f"(__d1), "=f"(__d2), "=f"(__d3) : "r"(__a0), "r"(__a1), "r"(__a2), "r"(__a3), "r"(__b0), "r"(__b1), "f"(__c0), "f"(__c1), "f"(__c2), "f"(__c3));
 }
-extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, nv_bfloat16* __restrict__ key_cache_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, nv_bfloat16* __restrict__ query_ptr, int* __restrict__ status_ptr, nv_bfloat16* __restrict__ value_cache_ptr, int batch, int items, int64_t k_block, int64_t k_head, int64_t k_row, int64_t lse_batch, int64_t out_batch, int64_t out_head, int64_t q_batch, int64_t q_head, float query_scale, float score_scale, int64_t table_seq, int64_t v_block, int64_t v_head, int64_t v_row);
-extern "C" __global__ void __launch_bounds__(128) cuda_merge_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, int64_t* __restrict__ report_ptr, int* __restrict__ status_ptr, int batch, int items, int64_t lse_batch, int max_blocks, int64_t num_blocks, int64_t out_batch, int64_t out_head, int64_t table_seq);
-extern "C" __global__ void __launch_bounds__(128) cuda_check_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, int* __restrict__ status_ptr, int batch, int max_blocks, int64_t num_blocks, int64_t table_seq);
+extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, nv_bfloat16* __restrict__ key_cache_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, nv_bfloat16* __restrict__ query_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, nv_bfloat16* __restrict__ value_cache_ptr, int batch, int items, int64_t k_block, int64_t k_head, int64_t k_row, int64_t lse_batch, int64_t out_batch, int64_t out_head, int64_t q_batch, int64_t q_head, float query_scale, int64_t row_step, float score_scale, int64_t table_seq, int64_t v_block, int64_t v_head, int64_t v_row);
+extern "C" __global__ void __launch_bounds__(128) cuda_merge_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, int64_t* __restrict__ report_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, int batch, int items, int64_t lse_batch, int max_blocks, int64_t num_blocks, int64_t num_entries, int64_t out_batch, int64_t out_head, int64_t row_step, int64_t table_seq);
+extern "C" __global__ void __launch_bounds__(128) cuda_check_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, int batch, int max_blocks, int64_t num_blocks, int64_t num_entries, int64_t row_step, int64_t table_seq);
 extern "C" __global__ void __launch_bounds__(256) cuda_append_kv_kernel(ushort* __restrict__ key_ptr, ushort* __restrict__ key_cache_ptr, int64_t* __restrict__ report_ptr, int64_t* __restrict__ slot_mapping_ptr, int* __restrict__ status_ptr, ushort* __restrict__ value_ptr, ushort* __restrict__ value_cache_ptr, int64_t k_block, int64_t k_head, int64_t k_row, int64_t key_head, int64_t key_token, int64_t num_blocks, int num_tokens, int64_t v_block, int64_t v_head, int64_t v_row, int64_t value_head, int64_t value_token);
 extern "C" __global__ void __launch_bounds__(128) cuda_check_slots_kernel(int64_t* __restrict__ slot_mapping_ptr, int* __restrict__ status_ptr, int64_t num_blocks, int num_tokens);
-extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, nv_bfloat16* __restrict__ key_cache_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, nv_bfloat16* __restrict__ query_ptr, int* __restrict__ status_ptr, nv_bfloat16* __restrict__ value_cache_ptr, int batch, int items, int64_t k_block, int64_t k_head, int64_t k_row, int64_t lse_batch, int64_t out_batch, int64_t out_head, int64_t q_batch, int64_t q_head, float query_scale, float score_scale, int64_t table_seq, int64_t v_block, int64_t v_head, int64_t v_row) {
+extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, nv_bfloat16* __restrict__ key_cache_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, nv_bfloat16* __restrict__ query_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, nv_bfloat16* __restrict__ value_cache_ptr, int batch, int items, int64_t k_block, int64_t k_head, int64_t k_row, int64_t lse_batch, int64_t out_batch, int64_t out_head, int64_t q_batch, int64_t q_head, float query_scale, int64_t row_step, float score_scale, int64_t table_seq, int64_t v_block, int64_t v_head, int64_t v_row) {
   int warp_id_in_cta = __shfl_sync((uint)4294967295, (((int)threadIdx.x) >> 5), 0, 32);
   int cta = ((int)blockIdx.x);
   int warp_id = warp_id_in_cta;
@@ -300,6 +300,8 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
   if ((0 <= found_ptr[0]) & (stopped_ptr[0] == 0)) {
     alignas(64) int64_t seq_ptr[1];
     seq_ptr[0] = ((int64_t)found_ptr[0]);
+    alignas(64) int64_t row_ptr[1];
+    row_ptr[0] = ((seq_ptr[0] * table_seq) + ((int64_t)row_starts_ptr[(seq_ptr[0] * row_step)]));
     alignas(64) int rows_ptr[1];
     rows_ptr[0] = (4 - max(first_row_ptr[0], 0));
     alignas(64) int places_ptr[1];
@@ -437,17 +439,17 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
     if (0 < num_tiles_ptr[0]) {
       alignas(64) int entry_ptr[1];
       entry_ptr[0] = (min((own_ptr[0] + (lane_ptr[0] % 16)), (end_ptr_1[0] - 1)) / 16);
-      block_ptr[0] = block_table_ptr[((seq_ptr[0] * table_seq) + ((int64_t)entry_ptr[0]))];
+      block_ptr[0] = block_table_ptr[(row_ptr[0] + ((int64_t)entry_ptr[0]))];
     }
     for (int step = 0; step < (num_tiles_ptr[0] + 1); ++step) {
       if (step < num_tiles_ptr[0]) {
-        alignas(64) int row_ptr[1];
-        row_ptr[0] = (lane_ptr[0] / 8);
+        alignas(64) int row_ptr_1[1];
+        row_ptr_1[0] = (lane_ptr[0] / 8);
         alignas(64) int token_ptr[1];
         int cse_v3 = (step * 64);
-        token_ptr[0] = (((step * 64) + own_ptr[0]) + row_ptr[0]);
+        token_ptr[0] = (((step * 64) + own_ptr[0]) + row_ptr_1[0]);
         alignas(64) int number_ptr[1];
-        number_ptr[0] = __shfl_sync((uint)4294967295, block_ptr[0], row_ptr[0], 32);
+        number_ptr[0] = __shfl_sync((uint)4294967295, block_ptr[0], row_ptr_1[0], 32);
         alignas(64) int slot_ptr[1];
         slot_ptr[0] = (token_ptr[0] % 16);
         alignas(64) uint size_ptr[1];
@@ -455,69 +457,69 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
         alignas(64) int64_t source_ptr[1];
         source_ptr[0] = (((((int64_t)number_ptr[0]) * k_block) + (((int64_t)slot_ptr[0]) * k_row)) + (((int64_t)kv_head_ptr[0]) * k_head));
         int cse_v12 = ((step % 2) * 2048);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr[0])])), size_ptr[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr[0] % 8)) * 4))]))), (&(key_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr[0]) + (int64_t)64)])), size_ptr[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_1[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr[0])])), size_ptr[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_1[0] % 8)) * 4))]))), (&(key_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr[0]) + (int64_t)64)])), size_ptr[0]);
         alignas(64) int64_t source_ptr_1[1];
         source_ptr_1[0] = (((((int64_t)number_ptr[0]) * v_block) + (((int64_t)slot_ptr[0]) * v_row)) + (((int64_t)kv_head_ptr[0]) * v_head));
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_1[0])])), size_ptr[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_1[0]) + (int64_t)64)])), size_ptr[0]);
-        alignas(64) int row_ptr_1[1];
-        row_ptr_1[0] = ((lane_ptr[0] / 8) + 4);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_1[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_1[0])])), size_ptr[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_1[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_1[0]) + (int64_t)64)])), size_ptr[0]);
+        alignas(64) int row_ptr_2[1];
+        row_ptr_2[0] = ((lane_ptr[0] / 8) + 4);
         alignas(64) int token_ptr_1[1];
-        token_ptr_1[0] = (((step * 64) + own_ptr[0]) + row_ptr_1[0]);
+        token_ptr_1[0] = (((step * 64) + own_ptr[0]) + row_ptr_2[0]);
         alignas(64) int number_ptr_1[1];
-        number_ptr_1[0] = __shfl_sync((uint)4294967295, block_ptr[0], row_ptr_1[0], 32);
+        number_ptr_1[0] = __shfl_sync((uint)4294967295, block_ptr[0], row_ptr_2[0], 32);
         alignas(64) int slot_ptr_1[1];
         slot_ptr_1[0] = (token_ptr_1[0] % 16);
         alignas(64) uint size_ptr_1[1];
         size_ptr_1[0] = ((token_ptr_1[0] < end_ptr_1[0]) ? (uint)16 : (uint)0);
         alignas(64) int64_t source_ptr_2[1];
         source_ptr_2[0] = (((((int64_t)number_ptr_1[0]) * k_block) + (((int64_t)slot_ptr_1[0]) * k_row)) + (((int64_t)kv_head_ptr[0]) * k_head));
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_1[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_2[0])])), size_ptr_1[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_1[0] % 8)) * 4))]))), (&(key_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_2[0]) + (int64_t)64)])), size_ptr_1[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_2[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_2[0])])), size_ptr_1[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_2[0] % 8)) * 4))]))), (&(key_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_2[0]) + (int64_t)64)])), size_ptr_1[0]);
         alignas(64) int64_t source_ptr_3[1];
         source_ptr_3[0] = (((((int64_t)number_ptr_1[0]) * v_block) + (((int64_t)slot_ptr_1[0]) * v_row)) + (((int64_t)kv_head_ptr[0]) * v_head));
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_1[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_3[0])])), size_ptr_1[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_1[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_3[0]) + (int64_t)64)])), size_ptr_1[0]);
-        alignas(64) int row_ptr_2[1];
-        row_ptr_2[0] = ((lane_ptr[0] / 8) + 8);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_2[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_3[0])])), size_ptr_1[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_2[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_3[0]) + (int64_t)64)])), size_ptr_1[0]);
+        alignas(64) int row_ptr_3[1];
+        row_ptr_3[0] = ((lane_ptr[0] / 8) + 8);
         alignas(64) int token_ptr_2[1];
-        token_ptr_2[0] = (((step * 64) + own_ptr[0]) + row_ptr_2[0]);
+        token_ptr_2[0] = (((step * 64) + own_ptr[0]) + row_ptr_3[0]);
         alignas(64) int number_ptr_2[1];
-        number_ptr_2[0] = __shfl_sync((uint)4294967295, block_ptr[0], row_ptr_2[0], 32);
+        number_ptr_2[0] = __shfl_sync((uint)4294967295, block_ptr[0], row_ptr_3[0], 32);
         alignas(64) int slot_ptr_2[1];
         slot_ptr_2[0] = (token_ptr_2[0] % 16);
         alignas(64) uint size_ptr_2[1];
         size_ptr_2[0] = ((token_ptr_2[0] < end_ptr_1[0]) ? (uint)16 : (uint)0);
         alignas(64) int64_t source_ptr_4[1];
         source_ptr_4[0] = (((((int64_t)number_ptr_2[0]) * k_block) + (((int64_t)slot_ptr_2[0]) * k_row)) + (((int64_t)kv_head_ptr[0]) * k_head));
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_2[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_4[0])])), size_ptr_2[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_2[0] % 8)) * 4))]))), (&(key_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_4[0]) + (int64_t)64)])), size_ptr_2[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_3[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_4[0])])), size_ptr_2[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_3[0] % 8)) * 4))]))), (&(key_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_4[0]) + (int64_t)64)])), size_ptr_2[0]);
         alignas(64) int64_t source_ptr_5[1];
         source_ptr_5[0] = (((((int64_t)number_ptr_2[0]) * v_block) + (((int64_t)slot_ptr_2[0]) * v_row)) + (((int64_t)kv_head_ptr[0]) * v_head));
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_2[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_5[0])])), size_ptr_2[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_2[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_5[0]) + (int64_t)64)])), size_ptr_2[0]);
-        alignas(64) int row_ptr_3[1];
-        row_ptr_3[0] = ((lane_ptr[0] / 8) + 12);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_3[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_5[0])])), size_ptr_2[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_3[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_5[0]) + (int64_t)64)])), size_ptr_2[0]);
+        alignas(64) int row_ptr_4[1];
+        row_ptr_4[0] = ((lane_ptr[0] / 8) + 12);
         alignas(64) int token_ptr_3[1];
-        token_ptr_3[0] = (((step * 64) + own_ptr[0]) + row_ptr_3[0]);
+        token_ptr_3[0] = (((step * 64) + own_ptr[0]) + row_ptr_4[0]);
         alignas(64) int number_ptr_3[1];
-        number_ptr_3[0] = __shfl_sync((uint)4294967295, block_ptr[0], row_ptr_3[0], 32);
+        number_ptr_3[0] = __shfl_sync((uint)4294967295, block_ptr[0], row_ptr_4[0], 32);
         alignas(64) int slot_ptr_3[1];
         slot_ptr_3[0] = (token_ptr_3[0] % 16);
         alignas(64) uint size_ptr_3[1];
         size_ptr_3[0] = ((token_ptr_3[0] < end_ptr_1[0]) ? (uint)16 : (uint)0);
         alignas(64) int64_t source_ptr_6[1];
         source_ptr_6[0] = (((((int64_t)number_ptr_3[0]) * k_block) + (((int64_t)slot_ptr_3[0]) * k_row)) + (((int64_t)kv_head_ptr[0]) * k_head));
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_3[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_6[0])])), size_ptr_3[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_3[0] % 8)) * 4))]))), (&(key_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_6[0]) + (int64_t)64)])), size_ptr_3[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_4[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_4[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_6[0])])), size_ptr_3[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_4[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_4[0] % 8)) * 4))]))), (&(key_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_6[0]) + (int64_t)64)])), size_ptr_3[0]);
         alignas(64) int64_t source_ptr_7[1];
         source_ptr_7[0] = (((((int64_t)number_ptr_3[0]) * v_block) + (((int64_t)slot_ptr_3[0]) * v_row)) + (((int64_t)kv_head_ptr[0]) * v_head));
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_3[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_7[0])])), size_ptr_3[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_3[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_7[0]) + (int64_t)64)])), size_ptr_3[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_4[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_4[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_7[0])])), size_ptr_3[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_4[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_4[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_7[0]) + (int64_t)64)])), size_ptr_3[0]);
         alignas(64) int entry_ptr_1[1];
         entry_ptr_1[0] = (min(((((step * 64) + own_ptr[0]) + (lane_ptr[0] % 16)) + 64), (end_ptr_1[0] - 1)) / 16);
-        block_ptr[0] = block_table_ptr[((seq_ptr[0] * table_seq) + ((int64_t)entry_ptr_1[0]))];
+        block_ptr[0] = block_table_ptr[(row_ptr[0] + ((int64_t)entry_ptr_1[0]))];
       }
       tvm_builtin_ptx_cp_async_commit_group_async_commit_group();
       if (1 <= step) {
@@ -756,7 +758,7 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
   }
 }
 
-extern "C" __global__ void __launch_bounds__(128) cuda_merge_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, int64_t* __restrict__ report_ptr, int* __restrict__ status_ptr, int batch, int items, int64_t lse_batch, int max_blocks, int64_t num_blocks, int64_t out_batch, int64_t out_head, int64_t table_seq) {
+extern "C" __global__ void __launch_bounds__(128) cuda_merge_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, int64_t* __restrict__ report_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, int batch, int items, int64_t lse_batch, int max_blocks, int64_t num_blocks, int64_t num_entries, int64_t out_batch, int64_t out_head, int64_t row_step, int64_t table_seq) {
   int warp_id_in_cta = __shfl_sync((uint)4294967295, (((int)threadIdx.x) >> 5), 0, 32);
   int cta = ((int)blockIdx.x);
   int warp_id = warp_id_in_cta;
@@ -781,24 +783,33 @@ extern "C" __global__ void __launch_bounds__(128) cuda_merge_kernel(int* __restr
     alignas(64) int64_t code_ptr[1];
     code_ptr[0] = (int64_t)1;
     report_ptr[1] = seq_ptr_1[0];
-    if ((found_ptr_1[0] % 2) == 0) {
-      report_ptr[3] = length_ptr[0];
-      report_ptr[4] = (((int64_t)max_blocks) * (int64_t)16);
+    if (((((seq_ptr_1[0] == (int64_t)0) && (row_starts_ptr[(seq_ptr_1[0] * row_step)] != 0)) || (row_starts_ptr[(seq_ptr_1[0] * row_step)] < 0)) || (row_starts_ptr[((seq_ptr_1[0] + (int64_t)1) * row_step)] < row_starts_ptr[(seq_ptr_1[0] * row_step)])) || (num_entries < ((int64_t)row_starts_ptr[((seq_ptr_1[0] + (int64_t)1) * row_step)]))) {
+      code_ptr[0] = (int64_t)4;
+      report_ptr[2] = ((int64_t)row_starts_ptr[(seq_ptr_1[0] * row_step)]);
+      report_ptr[3] = ((int64_t)row_starts_ptr[((seq_ptr_1[0] + (int64_t)1) * row_step)]);
+      report_ptr[4] = num_entries;
     } else {
-      code_ptr[0] = (int64_t)2;
-      alignas(64) int64_t i_ptr[1];
-      i_ptr[0] = (int64_t)0;
-      alignas(64) int64_t block_ptr[1];
-      block_ptr[0] = ((int64_t)block_table_ptr[(seq_ptr_1[0] * table_seq)]);
-      #pragma unroll 1
-      while (1) {
-        if (!(((((int64_t)0 <= block_ptr[0]) & (block_ptr[0] < num_blocks)) & (((i_ptr[0] * (int64_t)16) + (int64_t)16) < length_ptr[0])))) { break; }
-        i_ptr[0] = (i_ptr[0] + (int64_t)1);
-        block_ptr[0] = ((int64_t)block_table_ptr[((seq_ptr_1[0] * table_seq) + i_ptr[0])]);
+      if ((found_ptr_1[0] % 2) == 0) {
+        report_ptr[3] = length_ptr[0];
+        report_ptr[4] = (min(((((int64_t)max_blocks) + ((int64_t)row_starts_ptr[((seq_ptr_1[0] + (int64_t)1) * row_step)])) - ((int64_t)row_starts_ptr[(seq_ptr_1[0] * row_step)])), (int64_t)67108864) * (int64_t)16);
+      } else {
+        code_ptr[0] = (int64_t)2;
+        alignas(64) int64_t i_ptr[1];
+        i_ptr[0] = (int64_t)0;
+        alignas(64) int64_t row_ptr[1];
+        row_ptr[0] = ((seq_ptr_1[0] * table_seq) + ((int64_t)row_starts_ptr[(seq_ptr_1[0] * row_step)]));
+        alignas(64) int64_t block_ptr[1];
+        block_ptr[0] = ((int64_t)block_table_ptr[row_ptr[0]]);
+        #pragma unroll 1
+        while (1) {
+          if (!(((((int64_t)0 <= block_ptr[0]) & (block_ptr[0] < num_blocks)) & (((i_ptr[0] * (int64_t)16) + (int64_t)16) < length_ptr[0])))) { break; }
+          i_ptr[0] = (i_ptr[0] + (int64_t)1);
+          block_ptr[0] = ((int64_t)block_table_ptr[(row_ptr[0] + i_ptr[0])]);
+        }
+        report_ptr[2] = i_ptr[0];
+        report_ptr[3] = block_ptr[0];
+        report_ptr[4] = num_blocks;
       }
-      report_ptr[2] = i_ptr[0];
-      report_ptr[3] = block_ptr[0];
-      report_ptr[4] = num_blocks;
     }
     tvm_builtin_ptx_st_release_sys_global_b64_s64((&(report_ptr[0])), code_ptr[0]);
   }
@@ -856,7 +867,7 @@ extern "C" __global__ void __launch_bounds__(128) cuda_merge_kernel(int* __restr
   }
 }
 
-extern "C" __global__ void __launch_bounds__(128) cuda_check_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, int* __restrict__ status_ptr, int batch, int max_blocks, int64_t num_blocks, int64_t table_seq) {
+extern "C" __global__ void __launch_bounds__(128) cuda_check_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, int batch, int max_blocks, int64_t num_blocks, int64_t num_entries, int64_t row_step, int64_t table_seq) {
   int warp_id_in_cta = __shfl_sync((uint)4294967295, (((int)threadIdx.x) >> 5), 0, 32);
   int cta = ((int)blockIdx.x);
   int warp_id = warp_id_in_cta;
@@ -868,7 +879,11 @@ extern "C" __global__ void __launch_bounds__(128) cuda_check_kernel(int* __restr
   seq_ptr[0] = ((int)blockIdx.x);
   alignas(64) int64_t length_ptr[1];
   length_ptr[0] = ((int64_t)context_lens_ptr[seq_ptr[0]]);
-  if ((length_ptr[0] < (int64_t)0) | ((((int64_t)max_blocks) * (int64_t)16) < length_ptr[0])) {
+  alignas(64) int64_t row_ptr[1];
+  row_ptr[0] = ((((int64_t)seq_ptr[0]) * table_seq) + ((int64_t)row_starts_ptr[(((int64_t)seq_ptr[0]) * row_step)]));
+  alignas(64) int64_t most_ptr[1];
+  most_ptr[0] = (min(((((int64_t)max_blocks) + ((int64_t)row_starts_ptr[((((int64_t)seq_ptr[0]) + (int64_t)1) * row_step)])) - ((int64_t)row_starts_ptr[(((int64_t)seq_ptr[0]) * row_step)])), (int64_t)67108864) * (int64_t)16);
+  if (((length_ptr[0] < (int64_t)0) | (most_ptr[0] < length_ptr[0])) | (((((seq_ptr[0] == 0) && (row_starts_ptr[(((int64_t)seq_ptr[0]) * row_step)] != 0)) || (row_starts_ptr[(((int64_t)seq_ptr[0]) * row_step)] < 0)) || (row_starts_ptr[((((int64_t)seq_ptr[0]) + (int64_t)1) * row_step)] < row_starts_ptr[(((int64_t)seq_ptr[0]) * row_step)])) || (num_entries < ((int64_t)row_starts_ptr[((((int64_t)seq_ptr[0]) + (int64_t)1) * row_step)])))) {
     if (thread_ptr[0] == 0) {
       tvm_builtin_ptx_red_relaxed_gpu_global_max_s32((&(status_ptr[0])), (2147483647 - (seq_ptr[0] * 2)));
     }
@@ -880,7 +895,7 @@ extern "C" __global__ void __launch_bounds__(128) cuda_check_kernel(int* __restr
       i_ptr[0] = ((step * 128) + thread_ptr[0]);
       if (i_ptr[0] < used_ptr[0]) {
         alignas(64) int block_ptr[1];
-        block_ptr[0] = block_table_ptr[((((int64_t)seq_ptr[0]) * table_seq) + ((int64_t)i_ptr[0]))];
+        block_ptr[0] = block_table_ptr[(row_ptr[0] + ((int64_t)i_ptr[0]))];
         if ((block_ptr[0] < 0) | (num_blocks <= ((int64_t)block_ptr[0]))) {
           tvm_builtin_ptx_red_relaxed_gpu_global_max_s32((&(status_ptr[0])), (2147483646 - (seq_ptr[0] * 2)));
         }

@@ -18,6 +18,7 @@ value_cache_span = TypeVar("value_cache_span")
 value_span = TypeVar("value_span")
 block_table_span = TypeVar("block_table_span")
 context_lens_span = TypeVar("context_lens_span")
+row_starts_span = TypeVar("row_starts_span")
 lse_span = TypeVar("lse_span")
 out_span = TypeVar("out_span")
 partial_acc_span = TypeVar("partial_acc_span")
@@ -84,7 +85,7 @@ class Module:
                     T.ptx.st(T.address_of(value_cache[block * v_block + slot * v_row + head * v_head + d]), words[4], words[5], words[6], words[7], "", "", "global", "", "", "", "v4", "b32", "")
 
     @T.prim_func
-    def cuda_check(block_table: T.Buffer((block_table_span,), "int32"), context_lens: T.Buffer((context_lens_span,), "int32"), status: T.Buffer((status_span,), "int32"), table_seq: T.int64, batch: T.int32, max_blocks: T.int32, num_blocks: T.int64):
+    def cuda_check(block_table: T.Buffer((block_table_span,), "int32"), row_starts: T.Buffer((row_starts_span,), "int32"), context_lens: T.Buffer((context_lens_span,), "int32"), status: T.Buffer((status_span,), "int32"), table_seq: T.int64, row_step: T.int64, num_entries: T.int64, batch: T.int32, max_blocks: T.int32, num_blocks: T.int64):
         T.attr({"tirx.device_entry": T.bool(True)})
         cta = T.cta_id([batch])
         warp_id = T.warp_id([4])
@@ -92,7 +93,9 @@ class Module:
         thread: T.int32 = warp_id * 32 + lane_id
         seq: T.int32 = cta
         length: T.int64 = T.Cast("int64", context_lens[seq])
-        if (length < T.int64(0)) | (length > T.Cast("int64", max_blocks) * T.int64(16)):
+        row: T.int64 = T.Cast("int64", seq) * table_seq + T.Cast("int64", row_starts[T.Cast("int64", seq) * row_step])
+        most: T.int64 = T.min((T.Cast("int64", max_blocks) + T.Cast("int64", row_starts[(T.Cast("int64", seq) + T.int64(1)) * row_step]) - T.Cast("int64", row_starts[T.Cast("int64", seq) * row_step])) * T.int64(16), T.int64(1073741824))
+        if (length < T.int64(0)) | (length > most) | (T.Cast("int64", seq) == T.int64(0) and T.Cast("int64", row_starts[T.Cast("int64", seq) * row_step]) != T.int64(0) or T.Cast("int64", row_starts[T.Cast("int64", seq) * row_step]) < T.int64(0) or (T.Cast("int64", row_starts[(T.Cast("int64", seq) + T.int64(1)) * row_step]) < T.Cast("int64", row_starts[T.Cast("int64", seq) * row_step]) or T.Cast("int64", row_starts[(T.Cast("int64", seq) + T.int64(1)) * row_step]) > num_entries)):
             if thread == 0:
                 T.ptx.red(T.address_of(status[0]), 2147483647 - 2 * seq, "relaxed", "gpu", "global", "max", "", "s32", "")
         else:
@@ -100,7 +103,7 @@ class Module:
             for step in range(T.Div(used + 127, 128)):
                 i: T.int32 = step * 128 + thread
                 if i < used:
-                    block: T.int32 = block_table[T.Cast("int64", seq) * table_seq + T.Cast("int64", i)]
+                    block: T.int32 = block_table[row + T.Cast("int64", i)]
                     if (block < 0) | (T.Cast("int64", block) >= num_blocks):
                         T.ptx.red(T.address_of(status[0]), 2147483647 - (2 * seq + 1), "relaxed", "gpu", "global", "max", "", "s32", "")
 
@@ -117,7 +120,7 @@ class Module:
                 T.ptx.red(T.address_of(status[0]), 2147483647 - 2 * token, "relaxed", "gpu", "global", "max", "", "s32", "")
 
     @T.prim_func
-    def cuda_decode(query: T.Buffer((query_span,), "bfloat16"), key_cache: T.Buffer((key_cache_span,), "bfloat16"), value_cache: T.Buffer((value_cache_span,), "bfloat16"), block_table: T.Buffer((block_table_span,), "int32"), context_lens: T.Buffer((context_lens_span,), "int32"), status: T.Buffer((status_span,), "int32"), partial_max: T.Buffer((partial_max_span,), "float32"), partial_sum: T.Buffer((partial_sum_span,), "float32"), partial_acc: T.Buffer((partial_acc_span,), "float32"), out: T.Buffer((out_span,), "bfloat16"), lse: T.Buffer((lse_span,), "float32"), q_batch: T.int64, q_head: T.int64, k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, table_seq: T.int64, out_batch: T.int64, out_head: T.int64, lse_batch: T.int64, batch: T.int32, items: T.int32, query_scale: T.float32, score_scale: T.float32):
+    def cuda_decode(query: T.Buffer((query_span,), "bfloat16"), key_cache: T.Buffer((key_cache_span,), "bfloat16"), value_cache: T.Buffer((value_cache_span,), "bfloat16"), block_table: T.Buffer((block_table_span,), "int32"), row_starts: T.Buffer((row_starts_span,), "int32"), context_lens: T.Buffer((context_lens_span,), "int32"), status: T.Buffer((status_span,), "int32"), partial_max: T.Buffer((partial_max_span,), "float32"), partial_sum: T.Buffer((partial_sum_span,), "float32"), partial_acc: T.Buffer((partial_acc_span,), "float32"), out: T.Buffer((out_span,), "bfloat16"), lse: T.Buffer((lse_span,), "float32"), q_batch: T.int64, q_head: T.int64, k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, table_seq: T.int64, row_step: T.int64, out_batch: T.int64, out_head: T.int64, lse_batch: T.int64, batch: T.int32, items: T.int32, query_scale: T.float32, score_scale: T.float32):
         T.attr({"tirx.device_entry": T.bool(True)})
         cta = T.cta_id([items * 8])
         warp_id = T.warp_id([4])
@@ -173,6 +176,7 @@ class Module:
             first = first + 32
         if (found[0] >= 0) & (stopped == 0):
             seq: T.int64 = T.Cast("int64", found[0])
+            row: T.int64 = seq * table_seq + T.Cast("int64", row_starts[seq * row_step])
             rows: T.int32 = T.min(4 - first_row, 4)
             places: T.int32 = T.max((T.reinterpret("int32", T.Cast("float32", found[4] - 1)) >> 23) - 125, 0)
             for i in T.unroll(16):
@@ -198,23 +202,23 @@ class Module:
             num_tiles: T.int32 = T.Div(T.max(end - own, 0) + 63, 64)
             if num_tiles > 0:
                 entry: T.int32 = T.Div(T.min(own + T.truncmod(lane, 16), end - 1), 16)
-                block = block_table[seq * table_seq + T.Cast("int64", entry)]
+                block = block_table[row + T.Cast("int64", entry)]
             for step in range(num_tiles + 1):
                 if step < num_tiles:
                     for i in T.unroll(4):
-                        row: T.int32 = i * 4 + T.Div(lane, 8)
-                        token: T.int32 = own + step * 64 + row
-                        number: T.int32 = T.cuda.__shfl_sync(T.uint32(4294967295), block, row, 32)
+                        row_1: T.int32 = i * 4 + T.Div(lane, 8)
+                        token: T.int32 = own + step * 64 + row_1
+                        number: T.int32 = T.cuda.__shfl_sync(T.uint32(4294967295), block, row_1, 32)
                         slot: T.int32 = T.truncmod(token, 16)
                         size: T.uint32 = T.Select(token < end, T.uint32(16), T.uint32(0))
                         source: T.int64 = T.Cast("int64", number) * k_block + T.Cast("int64", slot) * k_row + T.Cast("int64", kv_head) * k_head
                         for c in T.unroll(2):
-                            T.ptx.cp(T.cuda.cvta_generic_to_shared(T.address_of(ring[(warp * 2 + T.truncmod(step, 2)) * 2048 + (row * 16 + (c * 8 + T.truncmod(lane, 8) ^ T.truncmod(row, 8))) * 4])), T.address_of(key_cache[source + T.Cast("int64", (c * 8 + T.truncmod(lane, 8)) * 8)]), 16, size, "async", "cg", "shared", "global", "", "L2::128B", "")
+                            T.ptx.cp(T.cuda.cvta_generic_to_shared(T.address_of(ring[(warp * 2 + T.truncmod(step, 2)) * 2048 + (row_1 * 16 + (c * 8 + T.truncmod(lane, 8) ^ T.truncmod(row_1, 8))) * 4])), T.address_of(key_cache[source + T.Cast("int64", (c * 8 + T.truncmod(lane, 8)) * 8)]), 16, size, "async", "cg", "shared", "global", "", "L2::128B", "")
                         source_1: T.int64 = T.Cast("int64", number) * v_block + T.Cast("int64", slot) * v_row + T.Cast("int64", kv_head) * v_head
                         for c in T.unroll(2):
-                            T.ptx.cp(T.cuda.cvta_generic_to_shared(T.address_of(ring[(warp * 2 + T.truncmod(step, 2)) * 2048 + 1024 + (row * 16 + (c * 8 + T.truncmod(lane, 8) ^ T.truncmod(row, 8))) * 4])), T.address_of(value_cache[source_1 + T.Cast("int64", (c * 8 + T.truncmod(lane, 8)) * 8)]), 16, size, "async", "cg", "shared", "global", "", "L2::128B", "")
+                            T.ptx.cp(T.cuda.cvta_generic_to_shared(T.address_of(ring[(warp * 2 + T.truncmod(step, 2)) * 2048 + 1024 + (row_1 * 16 + (c * 8 + T.truncmod(lane, 8) ^ T.truncmod(row_1, 8))) * 4])), T.address_of(value_cache[source_1 + T.Cast("int64", (c * 8 + T.truncmod(lane, 8)) * 8)]), 16, size, "async", "cg", "shared", "global", "", "L2::128B", "")
                     entry: T.int32 = T.Div(T.min(own + (step + 1) * 64 + T.truncmod(lane, 16), end - 1), 16)
-                    block = block_table[seq * table_seq + T.Cast("int64", entry)]
+                    block = block_table[row + T.Cast("int64", entry)]
                 T.ptx.cp("async", "commit_group", "")
                 if step >= 1:
                     T.ptx.cp(1, "async", "wait_group", "")
@@ -271,31 +275,31 @@ class Module:
             T.cuda.cta_sync()
             for n in T.unroll(1):
                 for h in T.unroll(2):
-                    row: T.let[T.int32] = n * 8 + T.truncmod(lane, 4) * 2 + h
-                    if row < 4:
+                    row_1: T.let[T.int32] = n * 8 + T.truncmod(lane, 4) * 2 + h
+                    if row_1 < 4:
                         if lane < 4:
-                            warp_max[warp * 4 + row] = row_max[n * 2 + h]
-                            warp_sum[warp * 4 + row] = row_sum[n * 4 + h]
+                            warp_max[warp * 4 + row_1] = row_max[n * 2 + h]
+                            warp_sum[warp * 4 + row_1] = row_sum[n * 4 + h]
                         for k in T.unroll(8):
                             for i in T.unroll(2):
-                                warp_acc[(warp * 4 + row) * 132 + (k * 16 + i * 8 + T.Div(lane, 4))] = acc[(n * 8 + k) * 4 + 2 * i + h]
+                                warp_acc[(warp * 4 + row_1) * 132 + (k * 16 + i * 8 + T.Div(lane, 4))] = acc[(n * 8 + k) * 4 + 2 * i + h]
             T.cuda.cta_sync()
             for step in range(T.Div(rows * 128 + 127, 128)):
-                row: T.let[T.int32] = T.Div(step * 128 + (warp * 32 + lane), 128)
+                row_1: T.let[T.int32] = T.Div(step * 128 + (warp * 32 + lane), 128)
                 d: T.let[T.int32] = T.truncmod(step * 128 + (warp * 32 + lane), 128)
-                if row < rows:
+                if row_1 < rows:
                     highest: T.float32 = T.float32("-inf")
                     total_1: T.float32 = T.float32(0.0)
                     value: T.float32 = T.float32(0.0)
                     for i in T.unroll(4):
-                        highest = T.max(highest, warp_max[row + i * 4])
+                        highest = T.max(highest, warp_max[row_1 + i * 4])
                     shift: T.float32 = T.Select(highest == T.float32("-inf"), T.float32(0.0), highest)
                     for i in T.unroll(4):
                         weight: T.float32 = T.float32(0.0)
-                        T.ptx.ex2(weight, (warp_max[row + i * 4] - shift) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
-                        total_1 = total_1 + weight * warp_sum[row + i * 4]
-                        value = value + weight * warp_acc[(row + i * 4) * 132 + d]
-                    head: T.let[T.int64] = T.Cast("int64", kv_head * 4 + first_row + row)
+                        T.ptx.ex2(weight, (warp_max[row_1 + i * 4] - shift) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
+                        total_1 = total_1 + weight * warp_sum[row_1 + i * 4]
+                        value = value + weight * warp_acc[(row_1 + i * 4) * 132 + d]
+                    head: T.let[T.int64] = T.Cast("int64", kv_head * 4 + first_row + row_1)
                     if found[3] == 1:
                         out[seq * out_batch + head * out_head + T.Cast("int64", d)] = T.Cast("bfloat16", T.Select(total_1 == T.float32(0.0), value, value / total_1))
                         if d == 0:
@@ -308,7 +312,7 @@ class Module:
                             partial_sum[slot] = total_1
 
     @T.prim_func
-    def cuda_merge(block_table: T.Buffer((block_table_span,), "int32"), context_lens: T.Buffer((context_lens_span,), "int32"), status: T.Buffer((status_span,), "int32"), report: T.Buffer((report_span,), "int64"), partial_max: T.Buffer((partial_max_span,), "float32"), partial_sum: T.Buffer((partial_sum_span,), "float32"), partial_acc: T.Buffer((partial_acc_span,), "float32"), out: T.Buffer((out_span,), "bfloat16"), lse: T.Buffer((lse_span,), "float32"), out_batch: T.int64, out_head: T.int64, lse_batch: T.int64, table_seq: T.int64, num_blocks: T.int64, max_blocks: T.int32, batch: T.int32, items: T.int32):
+    def cuda_merge(block_table: T.Buffer((block_table_span,), "int32"), row_starts: T.Buffer((row_starts_span,), "int32"), context_lens: T.Buffer((context_lens_span,), "int32"), status: T.Buffer((status_span,), "int32"), report: T.Buffer((report_span,), "int64"), partial_max: T.Buffer((partial_max_span,), "float32"), partial_sum: T.Buffer((partial_sum_span,), "float32"), partial_acc: T.Buffer((partial_acc_span,), "float32"), out: T.Buffer((out_span,), "bfloat16"), lse: T.Buffer((lse_span,), "float32"), out_batch: T.int64, out_head: T.int64, lse_batch: T.int64, table_seq: T.int64, row_step: T.int64, num_entries: T.int64, num_blocks: T.int64, max_blocks: T.int32, batch: T.int32, items: T.int32):
         T.attr({"tirx.device_entry": T.bool(True)})
         cta = T.cta_id([batch * 32])
         warp_id = T.warp_id([4])
@@ -324,19 +328,26 @@ class Module:
             length: T.int64 = T.Cast("int64", context_lens[seq_1])
             code: T.int64 = T.int64(1)
             report[1] = seq_1
-            if T.truncmod(found_1, 2) == 0:
-                report[3] = length
-                report[4] = T.Cast("int64", max_blocks) * T.int64(16)
+            if seq_1 == T.int64(0) and T.Cast("int64", row_starts[seq_1 * row_step]) != T.int64(0) or T.Cast("int64", row_starts[seq_1 * row_step]) < T.int64(0) or (T.Cast("int64", row_starts[(seq_1 + T.int64(1)) * row_step]) < T.Cast("int64", row_starts[seq_1 * row_step]) or T.Cast("int64", row_starts[(seq_1 + T.int64(1)) * row_step]) > num_entries):
+                code = T.int64(4)
+                report[2] = T.Cast("int64", row_starts[seq_1 * row_step])
+                report[3] = T.Cast("int64", row_starts[(seq_1 + T.int64(1)) * row_step])
+                report[4] = num_entries
             else:
-                code = T.int64(2)
-                i: T.int64 = T.int64(0)
-                block: T.int64 = T.Cast("int64", block_table[seq_1 * table_seq])
-                while (block >= T.int64(0)) & (block < num_blocks) & ((i + T.int64(1)) * T.int64(16) < length):
-                    i = i + T.int64(1)
-                    block = T.Cast("int64", block_table[seq_1 * table_seq + i])
-                report[2] = i
-                report[3] = block
-                report[4] = num_blocks
+                if T.truncmod(found_1, 2) == 0:
+                    report[3] = length
+                    report[4] = T.min((T.Cast("int64", max_blocks) + T.Cast("int64", row_starts[(seq_1 + T.int64(1)) * row_step]) - T.Cast("int64", row_starts[seq_1 * row_step])) * T.int64(16), T.int64(1073741824))
+                else:
+                    code = T.int64(2)
+                    i: T.int64 = T.int64(0)
+                    row: T.int64 = seq_1 * table_seq + T.Cast("int64", row_starts[seq_1 * row_step])
+                    block: T.int64 = T.Cast("int64", block_table[row])
+                    while (block >= T.int64(0)) & (block < num_blocks) & ((i + T.int64(1)) * T.int64(16) < length):
+                        i = i + T.int64(1)
+                        block = T.Cast("int64", block_table[row + i])
+                    report[2] = i
+                    report[3] = block
+                    report[4] = num_blocks
             T.ptx.st(T.address_of(report[0]), code, "", "release", "sys", "global", "", "", "", "b64", "")
         range_steps: T.int32
         steps: T.uint32 = T.uint32(0)

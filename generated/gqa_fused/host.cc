@@ -56,8 +56,8 @@ constexpr InstructionSet kInstructionSets[] = {
 // What each kernel takes, in its order; a call names all of it.
 struct FusedDecode {
   static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_fused_decode;
-  Passed<Array> query, key_cache, value_cache, block_table, context_lens, partial_max, partial_sum, partial_acc,
-      out, lse;
+  Passed<Array> query, key_cache, value_cache, block_table, row_starts, context_lens, partial_max, partial_sum,
+      partial_acc, out, lse;
   Passed<BlockStride<Keys>> k_block; Passed<RowStride<Keys>> k_row; Passed<HeadStride<Keys>> k_head;
   Passed<BlockStride<Values>> v_block; Passed<RowStride<Values>> v_row; Passed<HeadStride<Values>> v_head;
   Passed<int64_t> batch_start, num_seqs, block_begin, block_end, partial_start;
@@ -78,8 +78,8 @@ struct AppendRow {
 
 struct FusedAttend {
   static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_fused_attend;
-  Passed<Array> query, key_cache, value_cache, block_table, context_lens, tree_mask, partial_max, partial_sum,
-      partial_acc, out, lse;
+  Passed<Array> query, key_cache, value_cache, block_table, row_starts, context_lens, tree_mask, partial_max,
+      partial_sum, partial_acc, out, lse;
   Passed<BlockStride<Keys>> k_block; Passed<RowStride<Keys>> k_row; Passed<HeadStride<Keys>> k_head;
   Passed<BlockStride<Values>> v_block; Passed<RowStride<Values>> v_row; Passed<HeadStride<Values>> v_head;
   Passed<int64_t> seq, token_begin, num_query, first_pos, kv_head_begin, num_kv_heads, block_begin, block_end,
@@ -98,14 +98,14 @@ struct MergeAttend {
 void RunItem(const WorkItem& item, const DecodeArguments& args, const Plan<Spec>& plan, const Partials<Spec>& partials) {
   Call(FusedDecode{
       .query = args.query, .key_cache = args.key_cache.memory, .value_cache = args.value_cache.memory,
-      .block_table = args.block_table, .context_lens = args.context_lens, .partial_max = partials.max,
-      .partial_sum = partials.sum, .partial_acc = partials.acc, .out = args.out, .lse = args.lse,
-      .k_block = args.key_cache.block_stride, .k_row = args.key_cache.row_stride,
-      .k_head = args.key_cache.head_stride, .v_block = args.value_cache.block_stride,
-      .v_row = args.value_cache.row_stride, .v_head = args.value_cache.head_stride,
-      .batch_start = item.batch_start, .num_seqs = item.num_seqs, .block_begin = item.block_begin,
-      .block_end = item.block_end, .partial_start = item.partial_start, .query_scale = args.scale.query,
-      .score_scale = args.scale.scores});
+      .block_table = args.block_table.entries, .row_starts = args.block_table.row_starts,
+      .context_lens = args.context_lens, .partial_max = partials.max, .partial_sum = partials.sum,
+      .partial_acc = partials.acc, .out = args.out, .lse = args.lse, .k_block = args.key_cache.block_stride,
+      .k_row = args.key_cache.row_stride, .k_head = args.key_cache.head_stride,
+      .v_block = args.value_cache.block_stride, .v_row = args.value_cache.row_stride,
+      .v_head = args.value_cache.head_stride, .batch_start = item.batch_start, .num_seqs = item.num_seqs,
+      .block_begin = item.block_begin, .block_end = item.block_end, .partial_start = item.partial_start,
+      .query_scale = args.scale.query, .score_scale = args.scale.scores});
   const int64_t seq = item.batch_start;
   if (item.partial_start < 0 || !partials.Complete(seq)) return;
   Call(MergePartials{
@@ -137,9 +137,10 @@ void Attend(const Inputs& in, TVMFFIAny*) {
     const AttendItem& item = plan.item(i);
     Call(FusedAttend{
         .query = args.query, .key_cache = args.key_cache.memory, .value_cache = args.value_cache.memory,
-        .block_table = args.block_table, .context_lens = args.context_lens, .tree_mask = args.tree_mask,
-        .partial_max = partials.max, .partial_sum = partials.sum, .partial_acc = partials.acc, .out = args.out,
-        .lse = args.lse, .k_block = args.key_cache.block_stride, .k_row = args.key_cache.row_stride,
+        .block_table = args.block_table.entries, .row_starts = args.block_table.row_starts,
+        .context_lens = args.context_lens, .tree_mask = args.tree_mask, .partial_max = partials.max,
+        .partial_sum = partials.sum, .partial_acc = partials.acc, .out = args.out, .lse = args.lse,
+        .k_block = args.key_cache.block_stride, .k_row = args.key_cache.row_stride,
         .k_head = args.key_cache.head_stride, .v_block = args.value_cache.block_stride,
         .v_row = args.value_cache.row_stride, .v_head = args.value_cache.head_stride, .seq = item.seq,
         .token_begin = item.token_begin, .num_query = item.num_query, .first_pos = item.first_pos,

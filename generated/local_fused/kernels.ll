@@ -190,14 +190,14 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %scaled273.i = alloca [128 x float], align 16
-  %beta277.i = alloca [16 x float], align 16
-  %alpha278.i = alloca [16 x float], align 16
-  %column_term279.i = alloca [64 x float], align 16
-  %value_offsets280.i = alloca [64 x i64], align 16
-  %key_offsets281.i = alloca [64 x i64], align 16
-  %row_sum283.i = alloca [16 x float], align 16
-  %row_max284.i = alloca [16 x float], align 16
+  %scaled275.i = alloca [128 x float], align 16
+  %beta279.i = alloca [16 x float], align 16
+  %alpha280.i = alloca [16 x float], align 16
+  %column_term281.i = alloca [64 x float], align 16
+  %value_offsets282.i = alloca [64 x i64], align 16
+  %key_offsets283.i = alloca [64 x i64], align 16
+  %row_sum285.i = alloca [16 x float], align 16
+  %row_max286.i = alloca [16 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -212,158 +212,176 @@ entry:
   %key_cache.handle.idx = select i1 %4, i64 24, i64 0
   %key_cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %key_cache.handle.idx
   %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %8 = getelementptr inbounds nuw i8, ptr %args, i64 40
-  %9 = load ptr, ptr %8, align 8
-  %10 = getelementptr inbounds nuw i8, ptr %args, i64 56
-  %11 = load ptr, ptr %10, align 8
-  %12 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %value_cache.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %value_cache.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %value_cache.handle.idx = select i1 %8, i64 24, i64 0
+  %value_cache.handle = getelementptr inbounds nuw i8, ptr %10, i64 %value_cache.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %12 = getelementptr inbounds nuw i8, ptr %args, i64 56
   %13 = load ptr, ptr %12, align 8
-  %14 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %14 = getelementptr inbounds nuw i8, ptr %args, i64 72
   %15 = load ptr, ptr %14, align 8
-  %16 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %16 = getelementptr inbounds nuw i8, ptr %args, i64 88
   %17 = load ptr, ptr %16, align 8
-  %18 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %18 = getelementptr inbounds nuw i8, ptr %args, i64 104
   %19 = load ptr, ptr %18, align 8
-  %20 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %20 = getelementptr inbounds nuw i8, ptr %args, i64 120
   %21 = load ptr, ptr %20, align 8
-  %22 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr nonnull align 8 %7, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
-  %23 = shufflevector <29 x i32> %22, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %24 = icmp eq <8 x i32> %23, splat (i32 70)
-  %25 = extractelement <8 x i1> %24, i64 0
-  %value_cache.handle.idx = select i1 %25, i64 24, i64 0
-  %value_cache.handle = getelementptr inbounds nuw i8, ptr %9, i64 %value_cache.handle.idx
-  %26 = extractelement <8 x i1> %24, i64 1
-  %block_table.handle.idx = select i1 %26, i64 24, i64 0
-  %block_table.handle = getelementptr inbounds nuw i8, ptr %11, i64 %block_table.handle.idx
-  %27 = extractelement <8 x i1> %24, i64 2
-  %context_lens.handle.idx = select i1 %27, i64 24, i64 0
-  %context_lens.handle = getelementptr inbounds nuw i8, ptr %13, i64 %context_lens.handle.idx
-  %28 = extractelement <8 x i1> %24, i64 3
-  %partial_max.handle.idx = select i1 %28, i64 24, i64 0
-  %partial_max.handle = getelementptr inbounds nuw i8, ptr %15, i64 %partial_max.handle.idx
-  %29 = extractelement <8 x i1> %24, i64 4
-  %partial_sum.handle.idx = select i1 %29, i64 24, i64 0
-  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %17, i64 %partial_sum.handle.idx
-  %30 = extractelement <8 x i1> %24, i64 5
-  %partial_acc.handle.idx = select i1 %30, i64 24, i64 0
-  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %19, i64 %partial_acc.handle.idx
-  %31 = extractelement <8 x i1> %24, i64 6
-  %out.handle.idx = select i1 %31, i64 24, i64 0
-  %out.handle = getelementptr inbounds nuw i8, ptr %21, i64 %out.handle.idx
-  %32 = getelementptr inbounds nuw i8, ptr %args, i64 152
-  %33 = load ptr, ptr %32, align 8
-  %34 = extractelement <8 x i1> %24, i64 7
-  %lse.handle.idx = select i1 %34, i64 24, i64 0
-  %lse.handle = getelementptr inbounds nuw i8, ptr %33, i64 %lse.handle.idx
-  %35 = getelementptr inbounds nuw i8, ptr %args, i64 168
-  %k_block = load i64, ptr %35, align 8
-  %36 = getelementptr inbounds nuw i8, ptr %args, i64 184
-  %k_row = load i64, ptr %36, align 8
-  %37 = getelementptr inbounds nuw i8, ptr %args, i64 200
-  %k_head = load i64, ptr %37, align 8
-  %38 = getelementptr inbounds nuw i8, ptr %args, i64 216
-  %v_block = load i64, ptr %38, align 8
-  %39 = getelementptr inbounds nuw i8, ptr %args, i64 232
-  %v_row = load i64, ptr %39, align 8
-  %40 = getelementptr inbounds nuw i8, ptr %args, i64 248
-  %v_head = load i64, ptr %40, align 8
-  %41 = getelementptr inbounds nuw i8, ptr %args, i64 264
-  %42 = load i64, ptr %41, align 8
-  %43 = getelementptr inbounds nuw i8, ptr %args, i64 280
-  %44 = load i64, ptr %43, align 8
-  %45 = getelementptr inbounds nuw i8, ptr %args, i64 296
+  %22 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %23 = load ptr, ptr %22, align 8
+  %24 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %25 = load ptr, ptr %24, align 8
+  %26 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr nonnull align 8 %11, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
+  %27 = shufflevector <29 x i32> %26, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %28 = icmp eq <8 x i32> %27, splat (i32 70)
+  %29 = extractelement <8 x i1> %28, i64 0
+  %block_table.handle.idx = select i1 %29, i64 24, i64 0
+  %block_table.handle = getelementptr inbounds nuw i8, ptr %13, i64 %block_table.handle.idx
+  %30 = extractelement <8 x i1> %28, i64 1
+  %row_starts.handle.idx = select i1 %30, i64 24, i64 0
+  %row_starts.handle = getelementptr inbounds nuw i8, ptr %15, i64 %row_starts.handle.idx
+  %31 = extractelement <8 x i1> %28, i64 2
+  %context_lens.handle.idx = select i1 %31, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %17, i64 %context_lens.handle.idx
+  %32 = extractelement <8 x i1> %28, i64 3
+  %partial_max.handle.idx = select i1 %32, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %19, i64 %partial_max.handle.idx
+  %33 = extractelement <8 x i1> %28, i64 4
+  %partial_sum.handle.idx = select i1 %33, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %21, i64 %partial_sum.handle.idx
+  %34 = extractelement <8 x i1> %28, i64 5
+  %partial_acc.handle.idx = select i1 %34, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %23, i64 %partial_acc.handle.idx
+  %35 = extractelement <8 x i1> %28, i64 6
+  %out.handle.idx = select i1 %35, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %25, i64 %out.handle.idx
+  %36 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %37 = load ptr, ptr %36, align 8
+  %38 = extractelement <8 x i1> %28, i64 7
+  %lse.handle.idx = select i1 %38, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %37, i64 %lse.handle.idx
+  %39 = getelementptr inbounds nuw i8, ptr %args, i64 184
+  %k_block = load i64, ptr %39, align 8
+  %40 = getelementptr inbounds nuw i8, ptr %args, i64 200
+  %k_row = load i64, ptr %40, align 8
+  %41 = getelementptr inbounds nuw i8, ptr %args, i64 216
+  %k_head = load i64, ptr %41, align 8
+  %42 = getelementptr inbounds nuw i8, ptr %args, i64 232
+  %v_block = load i64, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %args, i64 248
+  %v_row = load i64, ptr %43, align 8
+  %44 = getelementptr inbounds nuw i8, ptr %args, i64 264
+  %v_head = load i64, ptr %44, align 8
+  %45 = getelementptr inbounds nuw i8, ptr %args, i64 280
   %46 = load i64, ptr %45, align 8
-  %47 = getelementptr inbounds nuw i8, ptr %args, i64 312
+  %47 = getelementptr inbounds nuw i8, ptr %args, i64 296
   %48 = load i64, ptr %47, align 8
-  %49 = getelementptr inbounds nuw i8, ptr %args, i64 328
+  %49 = getelementptr inbounds nuw i8, ptr %args, i64 312
   %50 = load i64, ptr %49, align 8
-  %51 = getelementptr inbounds nuw i8, ptr %args, i64 336
-  %query_scale.type_index = load i32, ptr %51, align 8
-  %52 = getelementptr inbounds nuw i8, ptr %args, i64 344
-  %53 = load i64, ptr %52, align 8
-  %54 = getelementptr inbounds nuw i8, ptr %args, i64 352
-  %score_scale.type_index = load i32, ptr %54, align 8
-  %55 = getelementptr inbounds nuw i8, ptr %args, i64 360
-  %56 = load i64, ptr %55, align 8
-  %57 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
-  %fused_decode.query_shape = load ptr, ptr %57, align 8
-  %58 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
-  %fused_decode.query_strides = load ptr, ptr %58, align 8
-  %59 = icmp eq ptr %fused_decode.query_strides, null
-  %60 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 16
-  %61 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 8
-  %q_head.in = select i1 %59, ptr %60, ptr %61
+  %51 = getelementptr inbounds nuw i8, ptr %args, i64 328
+  %52 = load i64, ptr %51, align 8
+  %53 = getelementptr inbounds nuw i8, ptr %args, i64 344
+  %54 = load i64, ptr %53, align 8
+  %55 = getelementptr inbounds nuw i8, ptr %args, i64 352
+  %query_scale.type_index = load i32, ptr %55, align 8
+  %56 = getelementptr inbounds nuw i8, ptr %args, i64 360
+  %57 = load i64, ptr %56, align 8
+  %58 = getelementptr inbounds nuw i8, ptr %args, i64 368
+  %score_scale.type_index = load i32, ptr %58, align 8
+  %59 = getelementptr inbounds nuw i8, ptr %args, i64 376
+  %60 = load i64, ptr %59, align 8
+  %61 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
+  %fused_decode.query_shape = load ptr, ptr %61, align 8
+  %62 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
+  %fused_decode.query_strides = load ptr, ptr %62, align 8
+  %63 = icmp eq ptr %fused_decode.query_strides, null
+  %64 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 16
+  %65 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 8
+  %q_head.in = select i1 %63, ptr %64, ptr %65
   %q_head = load i64, ptr %q_head.in, align 8
-  br i1 %59, label %if_then31, label %if_else32
+  br i1 %63, label %if_then34, label %if_else35
 
-if_then31:                                        ; preds = %entry
-  %62 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8
-  %63 = load i64, ptr %62, align 8
-  %64 = load i64, ptr %60, align 8
-  %65 = mul nsw i64 %64, %63
-  br label %if_end33
-
-if_else32:                                        ; preds = %entry
-  %66 = load i64, ptr %fused_decode.query_strides, align 8
-  br label %if_end33
-
-if_end33:                                         ; preds = %if_else32, %if_then31
-  %q_batch = phi i64 [ %65, %if_then31 ], [ %66, %if_else32 ]
-  %67 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
-  %dev_id = load i32, ptr %67, align 4
-  %68 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
-  %fused_decode.block_table_strides = load ptr, ptr %68, align 8
-  %69 = icmp eq ptr %fused_decode.block_table_strides, null
-  br i1 %69, label %if_then34, label %if_end36
-
-if_then34:                                        ; preds = %if_end33
-  %70 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
-  %fused_decode.block_table_shape = load ptr, ptr %70, align 8
-  %71 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_shape, i64 8
+if_then34:                                        ; preds = %entry
+  %66 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8
+  %67 = load i64, ptr %66, align 8
+  %68 = load i64, ptr %64, align 8
+  %69 = mul nsw i64 %68, %67
   br label %if_end36
 
-if_end36:                                         ; preds = %if_then34, %if_end33
-  %table_seq.in = phi ptr [ %71, %if_then34 ], [ %fused_decode.block_table_strides, %if_end33 ]
+if_else35:                                        ; preds = %entry
+  %70 = load i64, ptr %fused_decode.query_strides, align 8
+  br label %if_end36
+
+if_end36:                                         ; preds = %if_else35, %if_then34
+  %q_batch = phi i64 [ %69, %if_then34 ], [ %70, %if_else35 ]
+  %71 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
+  %dev_id = load i32, ptr %71, align 4
+  %72 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %fused_decode.block_table_strides = load ptr, ptr %72, align 8
+  %73 = icmp eq ptr %fused_decode.block_table_strides, null
+  br i1 %73, label %if_then37, label %if_end39
+
+if_then37:                                        ; preds = %if_end36
+  %74 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %fused_decode.block_table_shape = load ptr, ptr %74, align 8
+  %75 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_shape, i64 8
+  br label %if_end39
+
+if_end39:                                         ; preds = %if_then37, %if_end36
+  %table_seq.in = phi ptr [ %75, %if_then37 ], [ %fused_decode.block_table_strides, %if_end36 ]
   %table_seq = load i64, ptr %table_seq.in, align 8
-  %72 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %fused_decode.out_shape = load ptr, ptr %72, align 8
-  %73 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %fused_decode.out_strides = load ptr, ptr %73, align 8
-  %74 = icmp eq ptr %fused_decode.out_strides, null
-  %75 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 16
-  %76 = getelementptr inbounds nuw i8, ptr %fused_decode.out_strides, i64 8
-  %out_head.in = select i1 %74, ptr %75, ptr %76
+  %76 = getelementptr inbounds nuw i8, ptr %row_starts.handle, i64 32
+  %fused_decode.row_starts_strides = load ptr, ptr %76, align 8
+  %77 = icmp eq ptr %fused_decode.row_starts_strides, null
+  br i1 %77, label %if_end42, label %if_else41
+
+if_else41:                                        ; preds = %if_end39
+  %78 = load i64, ptr %fused_decode.row_starts_strides, align 8
+  br label %if_end42
+
+if_end42:                                         ; preds = %if_else41, %if_end39
+  %row_step = phi i64 [ %78, %if_else41 ], [ 1, %if_end39 ]
+  %79 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %fused_decode.out_shape = load ptr, ptr %79, align 8
+  %80 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %fused_decode.out_strides = load ptr, ptr %80, align 8
+  %81 = icmp eq ptr %fused_decode.out_strides, null
+  %82 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 16
+  %83 = getelementptr inbounds nuw i8, ptr %fused_decode.out_strides, i64 8
+  %out_head.in = select i1 %81, ptr %82, ptr %83
   %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %74, label %if_then40, label %if_else41
+  br i1 %81, label %if_then46, label %if_else47
 
-if_then40:                                        ; preds = %if_end36
-  %77 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 8
-  %78 = load i64, ptr %77, align 8
-  %79 = load i64, ptr %75, align 8
-  %80 = mul nsw i64 %79, %78
-  br label %if_end42
+if_then46:                                        ; preds = %if_end42
+  %84 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 8
+  %85 = load i64, ptr %84, align 8
+  %86 = load i64, ptr %82, align 8
+  %87 = mul nsw i64 %86, %85
+  br label %if_end48
 
-if_else41:                                        ; preds = %if_end36
-  %81 = load i64, ptr %fused_decode.out_strides, align 8
-  br label %if_end42
+if_else47:                                        ; preds = %if_end42
+  %88 = load i64, ptr %fused_decode.out_strides, align 8
+  br label %if_end48
 
-if_end42:                                         ; preds = %if_else41, %if_then40
-  %out_batch = phi i64 [ %80, %if_then40 ], [ %81, %if_else41 ]
-  %82 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %fused_decode.lse_strides = load ptr, ptr %82, align 8
-  %83 = icmp eq ptr %fused_decode.lse_strides, null
-  br i1 %83, label %if_then43, label %if_end45
+if_end48:                                         ; preds = %if_else47, %if_then46
+  %out_batch = phi i64 [ %87, %if_then46 ], [ %88, %if_else47 ]
+  %89 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %fused_decode.lse_strides = load ptr, ptr %89, align 8
+  %90 = icmp eq ptr %fused_decode.lse_strides, null
+  br i1 %90, label %if_then49, label %if_end51
 
-if_then43:                                        ; preds = %if_end42
-  %84 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %fused_decode.lse_shape = load ptr, ptr %84, align 8
-  %85 = getelementptr inbounds nuw i8, ptr %fused_decode.lse_shape, i64 8
-  br label %if_end45
+if_then49:                                        ; preds = %if_end48
+  %91 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %fused_decode.lse_shape = load ptr, ptr %91, align 8
+  %92 = getelementptr inbounds nuw i8, ptr %fused_decode.lse_shape, i64 8
+  br label %if_end51
 
-if_end45:                                         ; preds = %if_then43, %if_end42
-  %lse_batch.in = phi ptr [ %85, %if_then43 ], [ %fused_decode.lse_strides, %if_end42 ]
+if_end51:                                         ; preds = %if_then49, %if_end48
+  %lse_batch.in = phi ptr [ %92, %if_then49 ], [ %fused_decode.lse_strides, %if_end48 ]
   %lse_batch = load i64, ptr %lse_batch.in, align 8
-  %num_seqs = trunc i64 %44 to i32
+  %num_seqs = trunc i64 %48 to i32
   %query = load ptr, ptr %query.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   %key_cache = load ptr, ptr %key_cache.handle, align 8
@@ -372,6 +390,8 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
   %block_table = load ptr, ptr %block_table.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  %row_starts = load ptr, ptr %row_starts.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %row_starts, i64 4) ]
   %context_lens = load ptr, ptr %context_lens.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   %partial_max = load ptr, ptr %partial_max.handle, align 8
@@ -384,1674 +404,1680 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %scaled273.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta277.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha278.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %column_term279.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %value_offsets280.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %key_offsets281.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum283.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max284.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %scaled275.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta279.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha280.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %column_term281.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %value_offsets282.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %key_offsets283.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum285.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max286.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %row_starts, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %86 = icmp sgt i32 %num_seqs, 0
-  br i1 %86, label %for_body_s.lr.ph.i, label %fused_decode_compute_.exit, !prof !3
+  %93 = icmp sgt i32 %num_seqs, 0
+  br i1 %93, label %for_body_s.lr.ph.i, label %fused_decode_compute_.exit, !prof !3
 
-for_body_s.lr.ph.i:                               ; preds = %if_end45
-  %block_begin = trunc i64 %46 to i32
-  %block_end = trunc i64 %48 to i32
-  %87 = icmp eq i32 %query_scale.type_index, 3
-  %.cast = bitcast i64 %53 to double
-  %88 = fptrunc double %.cast to float
-  %89 = sitofp i64 %53 to float
-  %query_scale = select i1 %87, float %88, float %89
-  %90 = icmp eq i32 %score_scale.type_index, 3
-  %.cast58 = bitcast i64 %56 to double
-  %91 = fptrunc double %.cast58 to float
-  %92 = sitofp i64 %56 to float
-  %score_scale = select i1 %90, float %91, float %92
-  %93 = shl nsw i32 %block_begin, 4
-  %94 = shl nsw i32 %block_end, 4
-  %95 = insertelement <32 x float> poison, float %query_scale, i64 0
-  %96 = shufflevector <32 x float> %95, <32 x float> poison, <32 x i32> zeroinitializer
-  %sext = shl i64 %42, 32
-  %97 = ashr exact i64 %sext, 32
-  %98 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
-  %99 = insertelement <16 x float> poison, float %98, i64 0
-  %100 = bitcast <16 x float> %99 to <16 x i32>
-  %101 = shufflevector <16 x i32> %100, <16 x i32> poison, <16 x i32> zeroinitializer
-  %102 = insertelement <16 x float> poison, float %score_scale, i64 0
-  %103 = shufflevector <16 x float> %102, <16 x float> poison, <16 x i32> zeroinitializer
-  %104 = and i64 %50, 2147483648
-  %.not = icmp eq i64 %104, 0
-  %105 = and i64 %50, 4294967295
-  %wide.trip.count785.i = and i64 %44, 2147483647
-  %106 = getelementptr inbounds nuw i8, ptr %row_max284.i, i64 4
-  %107 = getelementptr inbounds nuw i8, ptr %row_sum283.i, i64 4
-  %108 = getelementptr inbounds nuw i8, ptr %row_max284.i, i64 8
-  %109 = getelementptr inbounds nuw i8, ptr %row_sum283.i, i64 8
-  %110 = getelementptr inbounds nuw i8, ptr %row_max284.i, i64 12
-  %111 = getelementptr inbounds nuw i8, ptr %row_sum283.i, i64 12
-  %112 = getelementptr inbounds nuw i8, ptr %row_max284.i, i64 16
-  %113 = getelementptr inbounds nuw i8, ptr %row_sum283.i, i64 16
-  %114 = getelementptr inbounds nuw i8, ptr %row_max284.i, i64 20
-  %115 = getelementptr inbounds nuw i8, ptr %row_sum283.i, i64 20
-  %116 = getelementptr inbounds nuw i8, ptr %row_max284.i, i64 24
-  %117 = getelementptr inbounds nuw i8, ptr %row_sum283.i, i64 24
-  %118 = getelementptr inbounds nuw i8, ptr %row_max284.i, i64 28
-  %119 = getelementptr inbounds nuw i8, ptr %row_sum283.i, i64 28
-  %120 = getelementptr inbounds nuw i8, ptr %row_max284.i, i64 32
-  %121 = getelementptr inbounds nuw i8, ptr %row_sum283.i, i64 32
-  %122 = getelementptr inbounds nuw i8, ptr %row_max284.i, i64 36
-  %123 = getelementptr inbounds nuw i8, ptr %row_sum283.i, i64 36
-  %124 = getelementptr inbounds nuw i8, ptr %row_max284.i, i64 40
-  %125 = getelementptr inbounds nuw i8, ptr %row_sum283.i, i64 40
-  %126 = getelementptr inbounds nuw i8, ptr %row_max284.i, i64 44
-  %127 = getelementptr inbounds nuw i8, ptr %row_sum283.i, i64 44
-  %128 = getelementptr inbounds nuw i8, ptr %row_max284.i, i64 48
-  %129 = getelementptr inbounds nuw i8, ptr %row_sum283.i, i64 48
-  %130 = getelementptr inbounds nuw i8, ptr %row_max284.i, i64 52
-  %131 = getelementptr inbounds nuw i8, ptr %row_sum283.i, i64 52
-  %132 = getelementptr inbounds nuw i8, ptr %row_max284.i, i64 56
-  %133 = getelementptr inbounds nuw i8, ptr %row_sum283.i, i64 56
-  %134 = getelementptr inbounds nuw i8, ptr %row_max284.i, i64 60
-  %135 = getelementptr inbounds nuw i8, ptr %row_sum283.i, i64 60
-  %broadcast.splatinsert132 = insertelement <4 x i64> poison, i64 %k_row, i64 0
-  %broadcast.splat133 = shufflevector <4 x i64> %broadcast.splatinsert132, <4 x i64> poison, <4 x i32> zeroinitializer
-  %broadcast.splatinsert134 = insertelement <4 x i64> poison, i64 %k_block, i64 0
-  %broadcast.splat135 = shufflevector <4 x i64> %broadcast.splatinsert134, <4 x i64> poison, <4 x i32> zeroinitializer
-  %broadcast.splatinsert120 = insertelement <4 x i64> poison, i64 %v_row, i64 0
-  %broadcast.splat121 = shufflevector <4 x i64> %broadcast.splatinsert120, <4 x i64> poison, <4 x i32> zeroinitializer
-  %broadcast.splatinsert122 = insertelement <4 x i64> poison, i64 %v_block, i64 0
-  %broadcast.splat123 = shufflevector <4 x i64> %broadcast.splatinsert122, <4 x i64> poison, <4 x i32> zeroinitializer
+for_body_s.lr.ph.i:                               ; preds = %if_end51
+  %block_begin = trunc i64 %50 to i32
+  %block_end = trunc i64 %52 to i32
+  %94 = icmp eq i32 %query_scale.type_index, 3
+  %.cast = bitcast i64 %57 to double
+  %95 = fptrunc double %.cast to float
+  %96 = sitofp i64 %57 to float
+  %query_scale = select i1 %94, float %95, float %96
+  %97 = icmp eq i32 %score_scale.type_index, 3
+  %.cast64 = bitcast i64 %60 to double
+  %98 = fptrunc double %.cast64 to float
+  %99 = sitofp i64 %60 to float
+  %score_scale = select i1 %97, float %98, float %99
+  %100 = shl nsw i32 %block_begin, 4
+  %101 = shl nsw i32 %block_end, 4
+  %102 = insertelement <32 x float> poison, float %query_scale, i64 0
+  %103 = shufflevector <32 x float> %102, <32 x float> poison, <32 x i32> zeroinitializer
+  %sext = shl i64 %46, 32
+  %104 = ashr exact i64 %sext, 32
+  %105 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
+  %106 = insertelement <16 x float> poison, float %105, i64 0
+  %107 = bitcast <16 x float> %106 to <16 x i32>
+  %108 = shufflevector <16 x i32> %107, <16 x i32> poison, <16 x i32> zeroinitializer
+  %109 = insertelement <16 x float> poison, float %score_scale, i64 0
+  %110 = shufflevector <16 x float> %109, <16 x float> poison, <16 x i32> zeroinitializer
+  %111 = and i64 %54, 2147483648
+  %.not = icmp eq i64 %111, 0
+  %112 = and i64 %54, 4294967295
+  %wide.trip.count791.i = and i64 %48, 2147483647
+  %113 = getelementptr inbounds nuw i8, ptr %row_max286.i, i64 4
+  %114 = getelementptr inbounds nuw i8, ptr %row_sum285.i, i64 4
+  %115 = getelementptr inbounds nuw i8, ptr %row_max286.i, i64 8
+  %116 = getelementptr inbounds nuw i8, ptr %row_sum285.i, i64 8
+  %117 = getelementptr inbounds nuw i8, ptr %row_max286.i, i64 12
+  %118 = getelementptr inbounds nuw i8, ptr %row_sum285.i, i64 12
+  %119 = getelementptr inbounds nuw i8, ptr %row_max286.i, i64 16
+  %120 = getelementptr inbounds nuw i8, ptr %row_sum285.i, i64 16
+  %121 = getelementptr inbounds nuw i8, ptr %row_max286.i, i64 20
+  %122 = getelementptr inbounds nuw i8, ptr %row_sum285.i, i64 20
+  %123 = getelementptr inbounds nuw i8, ptr %row_max286.i, i64 24
+  %124 = getelementptr inbounds nuw i8, ptr %row_sum285.i, i64 24
+  %125 = getelementptr inbounds nuw i8, ptr %row_max286.i, i64 28
+  %126 = getelementptr inbounds nuw i8, ptr %row_sum285.i, i64 28
+  %127 = getelementptr inbounds nuw i8, ptr %row_max286.i, i64 32
+  %128 = getelementptr inbounds nuw i8, ptr %row_sum285.i, i64 32
+  %129 = getelementptr inbounds nuw i8, ptr %row_max286.i, i64 36
+  %130 = getelementptr inbounds nuw i8, ptr %row_sum285.i, i64 36
+  %131 = getelementptr inbounds nuw i8, ptr %row_max286.i, i64 40
+  %132 = getelementptr inbounds nuw i8, ptr %row_sum285.i, i64 40
+  %133 = getelementptr inbounds nuw i8, ptr %row_max286.i, i64 44
+  %134 = getelementptr inbounds nuw i8, ptr %row_sum285.i, i64 44
+  %135 = getelementptr inbounds nuw i8, ptr %row_max286.i, i64 48
+  %136 = getelementptr inbounds nuw i8, ptr %row_sum285.i, i64 48
+  %137 = getelementptr inbounds nuw i8, ptr %row_max286.i, i64 52
+  %138 = getelementptr inbounds nuw i8, ptr %row_sum285.i, i64 52
+  %139 = getelementptr inbounds nuw i8, ptr %row_max286.i, i64 56
+  %140 = getelementptr inbounds nuw i8, ptr %row_sum285.i, i64 56
+  %141 = getelementptr inbounds nuw i8, ptr %row_max286.i, i64 60
+  %142 = getelementptr inbounds nuw i8, ptr %row_sum285.i, i64 60
+  %broadcast.splatinsert138 = insertelement <4 x i64> poison, i64 %k_row, i64 0
+  %broadcast.splat139 = shufflevector <4 x i64> %broadcast.splatinsert138, <4 x i64> poison, <4 x i32> zeroinitializer
+  %broadcast.splatinsert140 = insertelement <4 x i64> poison, i64 %k_block, i64 0
+  %broadcast.splat141 = shufflevector <4 x i64> %broadcast.splatinsert140, <4 x i64> poison, <4 x i32> zeroinitializer
+  %broadcast.splatinsert126 = insertelement <4 x i64> poison, i64 %v_row, i64 0
+  %broadcast.splat127 = shufflevector <4 x i64> %broadcast.splatinsert126, <4 x i64> poison, <4 x i32> zeroinitializer
+  %broadcast.splatinsert128 = insertelement <4 x i64> poison, i64 %v_block, i64 0
+  %broadcast.splat129 = shufflevector <4 x i64> %broadcast.splatinsert128, <4 x i64> poison, <4 x i32> zeroinitializer
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end251.i
-  %indvars.iv.next781.i = add nuw nsw i64 %indvars.iv780.i, 1
-  %exitcond786.not.i = icmp eq i64 %indvars.iv.next781.i, %wide.trip.count785.i
-  br i1 %exitcond786.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
+for_begin_s.i:                                    ; preds = %if_end253.i
+  %indvars.iv.next787.i = add nuw nsw i64 %indvars.iv786.i, 1
+  %exitcond792.not.i = icmp eq i64 %indvars.iv.next787.i, %wide.trip.count791.i
+  br i1 %exitcond792.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv780.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next781.i, %for_begin_s.i ]
-  %136 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %q_tile.i = tail call ptr %136(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %137 = icmp eq ptr %q_tile.i, null
-  br i1 %137, label %fused_decode_compute_.exit, label %if_end.i, !prof !7
+  %indvars.iv786.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next787.i, %for_begin_s.i ]
+  %143 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %q_tile.i = tail call ptr %143(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %144 = icmp eq ptr %q_tile.i, null
+  br i1 %144, label %fused_decode_compute_.exit, label %if_end.i, !prof !7
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %138 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %acc.i = tail call ptr %138(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %139 = icmp eq ptr %acc.i, null
-  br i1 %139, label %fused_decode_compute_.exit, label %if_end2.i, !prof !7
+  %145 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %acc.i = tail call ptr %145(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %146 = icmp eq ptr %acc.i, null
+  br i1 %146, label %fused_decode_compute_.exit, label %if_end2.i, !prof !7
 
 if_end2.i:                                        ; preds = %if_end.i
-  %140 = add nsw i64 %indvars.iv780.i, %97
-  %141 = getelementptr inbounds i32, ptr %context_lens, i64 %140
-  %142 = load i32, ptr %141, align 4, !tbaa !4
-  %143 = mul nsw i64 %140, %q_batch
-  %144 = getelementptr i16, ptr %query, i64 %143
+  %147 = add nsw i64 %indvars.iv786.i, %104
+  %148 = getelementptr inbounds i32, ptr %context_lens, i64 %147
+  %149 = load i32, ptr %148, align 4, !tbaa !4
+  %150 = mul nsw i64 %147, %q_batch
+  %151 = getelementptr i16, ptr %query, i64 %150
   br label %for_begin_ax1.preheader.i
 
 for_begin_ax1.preheader.i:                        ; preds = %for_begin_ax1.preheader.i, %if_end2.i
-  %indvars.iv617.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next618.i, %for_begin_ax1.preheader.i ]
-  %145 = shl nuw nsw i64 %indvars.iv617.i, 1
-  %146 = mul nsw i64 %145, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %144, i64 %146
-  %.idx91 = shl nuw nsw i64 %indvars.iv617.i, 11
-  %147 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx91
-  %148 = load <32 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4
-  %149 = zext <32 x i16> %148 to <32 x i32>
-  %150 = shl nuw <32 x i32> %149, splat (i32 16)
-  %151 = bitcast <32 x i32> %150 to <32 x float>
-  %152 = fmul <32 x float> %96, %151
-  %153 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  store <4 x float> %153, ptr %147, align 4, !tbaa !4
-  %154 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %155 = getelementptr inbounds nuw i8, ptr %147, i64 64
-  store <4 x float> %154, ptr %155, align 4, !tbaa !4
-  %156 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %157 = getelementptr inbounds nuw i8, ptr %147, i64 16
-  store <4 x float> %156, ptr %157, align 4, !tbaa !4
-  %158 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %159 = getelementptr inbounds nuw i8, ptr %147, i64 80
-  store <4 x float> %158, ptr %159, align 4, !tbaa !4
-  %160 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %161 = getelementptr inbounds nuw i8, ptr %147, i64 32
-  store <4 x float> %160, ptr %161, align 4, !tbaa !4
-  %162 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %163 = getelementptr inbounds nuw i8, ptr %147, i64 96
-  store <4 x float> %162, ptr %163, align 4, !tbaa !4
-  %164 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %165 = getelementptr inbounds nuw i8, ptr %147, i64 48
-  store <4 x float> %164, ptr %165, align 4, !tbaa !4
-  %166 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %167 = getelementptr inbounds nuw i8, ptr %147, i64 112
-  store <4 x float> %166, ptr %167, align 4, !tbaa !4
-  %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 64
-  %168 = load <32 x i16>, ptr %gep.i.1, align 2, !tbaa !4
-  %169 = zext <32 x i16> %168 to <32 x i32>
-  %170 = shl nuw <32 x i32> %169, splat (i32 16)
-  %171 = bitcast <32 x i32> %170 to <32 x float>
-  %172 = fmul <32 x float> %96, %171
-  %173 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %174 = getelementptr inbounds nuw i8, ptr %147, i64 128
+  %indvars.iv623.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next624.i, %for_begin_ax1.preheader.i ]
+  %152 = shl nuw nsw i64 %indvars.iv623.i, 1
+  %153 = mul nsw i64 %152, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %151, i64 %153
+  %.idx97 = shl nuw nsw i64 %indvars.iv623.i, 11
+  %154 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx97
+  %155 = load <32 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4
+  %156 = zext <32 x i16> %155 to <32 x i32>
+  %157 = shl nuw <32 x i32> %156, splat (i32 16)
+  %158 = bitcast <32 x i32> %157 to <32 x float>
+  %159 = fmul <32 x float> %103, %158
+  %160 = shufflevector <32 x float> %159, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  store <4 x float> %160, ptr %154, align 4, !tbaa !4
+  %161 = shufflevector <32 x float> %159, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %162 = getelementptr inbounds nuw i8, ptr %154, i64 64
+  store <4 x float> %161, ptr %162, align 4, !tbaa !4
+  %163 = shufflevector <32 x float> %159, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %164 = getelementptr inbounds nuw i8, ptr %154, i64 16
+  store <4 x float> %163, ptr %164, align 4, !tbaa !4
+  %165 = shufflevector <32 x float> %159, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %166 = getelementptr inbounds nuw i8, ptr %154, i64 80
+  store <4 x float> %165, ptr %166, align 4, !tbaa !4
+  %167 = shufflevector <32 x float> %159, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %168 = getelementptr inbounds nuw i8, ptr %154, i64 32
+  store <4 x float> %167, ptr %168, align 4, !tbaa !4
+  %169 = shufflevector <32 x float> %159, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %170 = getelementptr inbounds nuw i8, ptr %154, i64 96
+  store <4 x float> %169, ptr %170, align 4, !tbaa !4
+  %171 = shufflevector <32 x float> %159, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %172 = getelementptr inbounds nuw i8, ptr %154, i64 48
+  store <4 x float> %171, ptr %172, align 4, !tbaa !4
+  %173 = shufflevector <32 x float> %159, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %174 = getelementptr inbounds nuw i8, ptr %154, i64 112
   store <4 x float> %173, ptr %174, align 4, !tbaa !4
-  %175 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %176 = getelementptr inbounds nuw i8, ptr %147, i64 192
-  store <4 x float> %175, ptr %176, align 4, !tbaa !4
-  %177 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %178 = getelementptr inbounds nuw i8, ptr %147, i64 144
-  store <4 x float> %177, ptr %178, align 4, !tbaa !4
-  %179 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %180 = getelementptr inbounds nuw i8, ptr %147, i64 208
-  store <4 x float> %179, ptr %180, align 4, !tbaa !4
-  %181 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %182 = getelementptr inbounds nuw i8, ptr %147, i64 160
-  store <4 x float> %181, ptr %182, align 4, !tbaa !4
-  %183 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %184 = getelementptr inbounds nuw i8, ptr %147, i64 224
-  store <4 x float> %183, ptr %184, align 4, !tbaa !4
-  %185 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %186 = getelementptr inbounds nuw i8, ptr %147, i64 176
-  store <4 x float> %185, ptr %186, align 4, !tbaa !4
-  %187 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %188 = getelementptr inbounds nuw i8, ptr %147, i64 240
-  store <4 x float> %187, ptr %188, align 4, !tbaa !4
-  %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 128
-  %189 = load <32 x i16>, ptr %gep.i.2, align 2, !tbaa !4
-  %190 = zext <32 x i16> %189 to <32 x i32>
-  %191 = shl nuw <32 x i32> %190, splat (i32 16)
-  %192 = bitcast <32 x i32> %191 to <32 x float>
-  %193 = fmul <32 x float> %96, %192
-  %194 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %195 = getelementptr inbounds nuw i8, ptr %147, i64 256
+  %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 64
+  %175 = load <32 x i16>, ptr %gep.i.1, align 2, !tbaa !4
+  %176 = zext <32 x i16> %175 to <32 x i32>
+  %177 = shl nuw <32 x i32> %176, splat (i32 16)
+  %178 = bitcast <32 x i32> %177 to <32 x float>
+  %179 = fmul <32 x float> %103, %178
+  %180 = shufflevector <32 x float> %179, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %181 = getelementptr inbounds nuw i8, ptr %154, i64 128
+  store <4 x float> %180, ptr %181, align 4, !tbaa !4
+  %182 = shufflevector <32 x float> %179, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %183 = getelementptr inbounds nuw i8, ptr %154, i64 192
+  store <4 x float> %182, ptr %183, align 4, !tbaa !4
+  %184 = shufflevector <32 x float> %179, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %185 = getelementptr inbounds nuw i8, ptr %154, i64 144
+  store <4 x float> %184, ptr %185, align 4, !tbaa !4
+  %186 = shufflevector <32 x float> %179, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %187 = getelementptr inbounds nuw i8, ptr %154, i64 208
+  store <4 x float> %186, ptr %187, align 4, !tbaa !4
+  %188 = shufflevector <32 x float> %179, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %189 = getelementptr inbounds nuw i8, ptr %154, i64 160
+  store <4 x float> %188, ptr %189, align 4, !tbaa !4
+  %190 = shufflevector <32 x float> %179, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %191 = getelementptr inbounds nuw i8, ptr %154, i64 224
+  store <4 x float> %190, ptr %191, align 4, !tbaa !4
+  %192 = shufflevector <32 x float> %179, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %193 = getelementptr inbounds nuw i8, ptr %154, i64 176
+  store <4 x float> %192, ptr %193, align 4, !tbaa !4
+  %194 = shufflevector <32 x float> %179, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %195 = getelementptr inbounds nuw i8, ptr %154, i64 240
   store <4 x float> %194, ptr %195, align 4, !tbaa !4
-  %196 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %197 = getelementptr inbounds nuw i8, ptr %147, i64 320
-  store <4 x float> %196, ptr %197, align 4, !tbaa !4
-  %198 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %199 = getelementptr inbounds nuw i8, ptr %147, i64 272
-  store <4 x float> %198, ptr %199, align 4, !tbaa !4
-  %200 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %201 = getelementptr inbounds nuw i8, ptr %147, i64 336
-  store <4 x float> %200, ptr %201, align 4, !tbaa !4
-  %202 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %203 = getelementptr inbounds nuw i8, ptr %147, i64 288
-  store <4 x float> %202, ptr %203, align 4, !tbaa !4
-  %204 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %205 = getelementptr inbounds nuw i8, ptr %147, i64 352
-  store <4 x float> %204, ptr %205, align 4, !tbaa !4
-  %206 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %207 = getelementptr inbounds nuw i8, ptr %147, i64 304
-  store <4 x float> %206, ptr %207, align 4, !tbaa !4
-  %208 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %209 = getelementptr inbounds nuw i8, ptr %147, i64 368
-  store <4 x float> %208, ptr %209, align 4, !tbaa !4
-  %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 192
-  %210 = load <32 x i16>, ptr %gep.i.3, align 2, !tbaa !4
-  %211 = zext <32 x i16> %210 to <32 x i32>
-  %212 = shl nuw <32 x i32> %211, splat (i32 16)
-  %213 = bitcast <32 x i32> %212 to <32 x float>
-  %214 = fmul <32 x float> %96, %213
-  %215 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %216 = getelementptr inbounds nuw i8, ptr %147, i64 384
+  %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 128
+  %196 = load <32 x i16>, ptr %gep.i.2, align 2, !tbaa !4
+  %197 = zext <32 x i16> %196 to <32 x i32>
+  %198 = shl nuw <32 x i32> %197, splat (i32 16)
+  %199 = bitcast <32 x i32> %198 to <32 x float>
+  %200 = fmul <32 x float> %103, %199
+  %201 = shufflevector <32 x float> %200, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %202 = getelementptr inbounds nuw i8, ptr %154, i64 256
+  store <4 x float> %201, ptr %202, align 4, !tbaa !4
+  %203 = shufflevector <32 x float> %200, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %204 = getelementptr inbounds nuw i8, ptr %154, i64 320
+  store <4 x float> %203, ptr %204, align 4, !tbaa !4
+  %205 = shufflevector <32 x float> %200, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %206 = getelementptr inbounds nuw i8, ptr %154, i64 272
+  store <4 x float> %205, ptr %206, align 4, !tbaa !4
+  %207 = shufflevector <32 x float> %200, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %208 = getelementptr inbounds nuw i8, ptr %154, i64 336
+  store <4 x float> %207, ptr %208, align 4, !tbaa !4
+  %209 = shufflevector <32 x float> %200, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %210 = getelementptr inbounds nuw i8, ptr %154, i64 288
+  store <4 x float> %209, ptr %210, align 4, !tbaa !4
+  %211 = shufflevector <32 x float> %200, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %212 = getelementptr inbounds nuw i8, ptr %154, i64 352
+  store <4 x float> %211, ptr %212, align 4, !tbaa !4
+  %213 = shufflevector <32 x float> %200, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %214 = getelementptr inbounds nuw i8, ptr %154, i64 304
+  store <4 x float> %213, ptr %214, align 4, !tbaa !4
+  %215 = shufflevector <32 x float> %200, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %216 = getelementptr inbounds nuw i8, ptr %154, i64 368
   store <4 x float> %215, ptr %216, align 4, !tbaa !4
-  %217 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %218 = getelementptr inbounds nuw i8, ptr %147, i64 448
-  store <4 x float> %217, ptr %218, align 4, !tbaa !4
-  %219 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %220 = getelementptr inbounds nuw i8, ptr %147, i64 400
-  store <4 x float> %219, ptr %220, align 4, !tbaa !4
-  %221 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %222 = getelementptr inbounds nuw i8, ptr %147, i64 464
-  store <4 x float> %221, ptr %222, align 4, !tbaa !4
-  %223 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %224 = getelementptr inbounds nuw i8, ptr %147, i64 416
-  store <4 x float> %223, ptr %224, align 4, !tbaa !4
-  %225 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %226 = getelementptr inbounds nuw i8, ptr %147, i64 480
-  store <4 x float> %225, ptr %226, align 4, !tbaa !4
-  %227 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %228 = getelementptr inbounds nuw i8, ptr %147, i64 432
-  store <4 x float> %227, ptr %228, align 4, !tbaa !4
-  %229 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %230 = getelementptr inbounds nuw i8, ptr %147, i64 496
-  store <4 x float> %229, ptr %230, align 4, !tbaa !4
-  %gep.i.4 = getelementptr i8, ptr %invariant.gep.i, i64 256
-  %231 = load <32 x i16>, ptr %gep.i.4, align 2, !tbaa !4
-  %232 = zext <32 x i16> %231 to <32 x i32>
-  %233 = shl nuw <32 x i32> %232, splat (i32 16)
-  %234 = bitcast <32 x i32> %233 to <32 x float>
-  %235 = fmul <32 x float> %96, %234
-  %236 = shufflevector <32 x float> %235, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %237 = getelementptr inbounds nuw i8, ptr %147, i64 512
+  %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 192
+  %217 = load <32 x i16>, ptr %gep.i.3, align 2, !tbaa !4
+  %218 = zext <32 x i16> %217 to <32 x i32>
+  %219 = shl nuw <32 x i32> %218, splat (i32 16)
+  %220 = bitcast <32 x i32> %219 to <32 x float>
+  %221 = fmul <32 x float> %103, %220
+  %222 = shufflevector <32 x float> %221, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %223 = getelementptr inbounds nuw i8, ptr %154, i64 384
+  store <4 x float> %222, ptr %223, align 4, !tbaa !4
+  %224 = shufflevector <32 x float> %221, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %225 = getelementptr inbounds nuw i8, ptr %154, i64 448
+  store <4 x float> %224, ptr %225, align 4, !tbaa !4
+  %226 = shufflevector <32 x float> %221, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %227 = getelementptr inbounds nuw i8, ptr %154, i64 400
+  store <4 x float> %226, ptr %227, align 4, !tbaa !4
+  %228 = shufflevector <32 x float> %221, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %229 = getelementptr inbounds nuw i8, ptr %154, i64 464
+  store <4 x float> %228, ptr %229, align 4, !tbaa !4
+  %230 = shufflevector <32 x float> %221, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %231 = getelementptr inbounds nuw i8, ptr %154, i64 416
+  store <4 x float> %230, ptr %231, align 4, !tbaa !4
+  %232 = shufflevector <32 x float> %221, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %233 = getelementptr inbounds nuw i8, ptr %154, i64 480
+  store <4 x float> %232, ptr %233, align 4, !tbaa !4
+  %234 = shufflevector <32 x float> %221, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %235 = getelementptr inbounds nuw i8, ptr %154, i64 432
+  store <4 x float> %234, ptr %235, align 4, !tbaa !4
+  %236 = shufflevector <32 x float> %221, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %237 = getelementptr inbounds nuw i8, ptr %154, i64 496
   store <4 x float> %236, ptr %237, align 4, !tbaa !4
-  %238 = shufflevector <32 x float> %235, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %239 = getelementptr inbounds nuw i8, ptr %147, i64 576
-  store <4 x float> %238, ptr %239, align 4, !tbaa !4
-  %240 = shufflevector <32 x float> %235, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %241 = getelementptr inbounds nuw i8, ptr %147, i64 528
-  store <4 x float> %240, ptr %241, align 4, !tbaa !4
-  %242 = shufflevector <32 x float> %235, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %243 = getelementptr inbounds nuw i8, ptr %147, i64 592
-  store <4 x float> %242, ptr %243, align 4, !tbaa !4
-  %244 = shufflevector <32 x float> %235, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %245 = getelementptr inbounds nuw i8, ptr %147, i64 544
-  store <4 x float> %244, ptr %245, align 4, !tbaa !4
-  %246 = shufflevector <32 x float> %235, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %247 = getelementptr inbounds nuw i8, ptr %147, i64 608
-  store <4 x float> %246, ptr %247, align 4, !tbaa !4
-  %248 = shufflevector <32 x float> %235, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %249 = getelementptr inbounds nuw i8, ptr %147, i64 560
-  store <4 x float> %248, ptr %249, align 4, !tbaa !4
-  %250 = shufflevector <32 x float> %235, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %251 = getelementptr inbounds nuw i8, ptr %147, i64 624
-  store <4 x float> %250, ptr %251, align 4, !tbaa !4
-  %gep.i.5 = getelementptr i8, ptr %invariant.gep.i, i64 320
-  %252 = load <32 x i16>, ptr %gep.i.5, align 2, !tbaa !4
-  %253 = zext <32 x i16> %252 to <32 x i32>
-  %254 = shl nuw <32 x i32> %253, splat (i32 16)
-  %255 = bitcast <32 x i32> %254 to <32 x float>
-  %256 = fmul <32 x float> %96, %255
-  %257 = shufflevector <32 x float> %256, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %258 = getelementptr inbounds nuw i8, ptr %147, i64 640
+  %gep.i.4 = getelementptr i8, ptr %invariant.gep.i, i64 256
+  %238 = load <32 x i16>, ptr %gep.i.4, align 2, !tbaa !4
+  %239 = zext <32 x i16> %238 to <32 x i32>
+  %240 = shl nuw <32 x i32> %239, splat (i32 16)
+  %241 = bitcast <32 x i32> %240 to <32 x float>
+  %242 = fmul <32 x float> %103, %241
+  %243 = shufflevector <32 x float> %242, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %244 = getelementptr inbounds nuw i8, ptr %154, i64 512
+  store <4 x float> %243, ptr %244, align 4, !tbaa !4
+  %245 = shufflevector <32 x float> %242, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %246 = getelementptr inbounds nuw i8, ptr %154, i64 576
+  store <4 x float> %245, ptr %246, align 4, !tbaa !4
+  %247 = shufflevector <32 x float> %242, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %248 = getelementptr inbounds nuw i8, ptr %154, i64 528
+  store <4 x float> %247, ptr %248, align 4, !tbaa !4
+  %249 = shufflevector <32 x float> %242, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %250 = getelementptr inbounds nuw i8, ptr %154, i64 592
+  store <4 x float> %249, ptr %250, align 4, !tbaa !4
+  %251 = shufflevector <32 x float> %242, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %252 = getelementptr inbounds nuw i8, ptr %154, i64 544
+  store <4 x float> %251, ptr %252, align 4, !tbaa !4
+  %253 = shufflevector <32 x float> %242, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %254 = getelementptr inbounds nuw i8, ptr %154, i64 608
+  store <4 x float> %253, ptr %254, align 4, !tbaa !4
+  %255 = shufflevector <32 x float> %242, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %256 = getelementptr inbounds nuw i8, ptr %154, i64 560
+  store <4 x float> %255, ptr %256, align 4, !tbaa !4
+  %257 = shufflevector <32 x float> %242, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %258 = getelementptr inbounds nuw i8, ptr %154, i64 624
   store <4 x float> %257, ptr %258, align 4, !tbaa !4
-  %259 = shufflevector <32 x float> %256, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %260 = getelementptr inbounds nuw i8, ptr %147, i64 704
-  store <4 x float> %259, ptr %260, align 4, !tbaa !4
-  %261 = shufflevector <32 x float> %256, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %262 = getelementptr inbounds nuw i8, ptr %147, i64 656
-  store <4 x float> %261, ptr %262, align 4, !tbaa !4
-  %263 = shufflevector <32 x float> %256, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %264 = getelementptr inbounds nuw i8, ptr %147, i64 720
-  store <4 x float> %263, ptr %264, align 4, !tbaa !4
-  %265 = shufflevector <32 x float> %256, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %266 = getelementptr inbounds nuw i8, ptr %147, i64 672
-  store <4 x float> %265, ptr %266, align 4, !tbaa !4
-  %267 = shufflevector <32 x float> %256, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %268 = getelementptr inbounds nuw i8, ptr %147, i64 736
-  store <4 x float> %267, ptr %268, align 4, !tbaa !4
-  %269 = shufflevector <32 x float> %256, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %270 = getelementptr inbounds nuw i8, ptr %147, i64 688
-  store <4 x float> %269, ptr %270, align 4, !tbaa !4
-  %271 = shufflevector <32 x float> %256, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %272 = getelementptr inbounds nuw i8, ptr %147, i64 752
-  store <4 x float> %271, ptr %272, align 4, !tbaa !4
-  %gep.i.6 = getelementptr i8, ptr %invariant.gep.i, i64 384
-  %273 = load <32 x i16>, ptr %gep.i.6, align 2, !tbaa !4
-  %274 = zext <32 x i16> %273 to <32 x i32>
-  %275 = shl nuw <32 x i32> %274, splat (i32 16)
-  %276 = bitcast <32 x i32> %275 to <32 x float>
-  %277 = fmul <32 x float> %96, %276
-  %278 = shufflevector <32 x float> %277, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %279 = getelementptr inbounds nuw i8, ptr %147, i64 768
+  %gep.i.5 = getelementptr i8, ptr %invariant.gep.i, i64 320
+  %259 = load <32 x i16>, ptr %gep.i.5, align 2, !tbaa !4
+  %260 = zext <32 x i16> %259 to <32 x i32>
+  %261 = shl nuw <32 x i32> %260, splat (i32 16)
+  %262 = bitcast <32 x i32> %261 to <32 x float>
+  %263 = fmul <32 x float> %103, %262
+  %264 = shufflevector <32 x float> %263, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %265 = getelementptr inbounds nuw i8, ptr %154, i64 640
+  store <4 x float> %264, ptr %265, align 4, !tbaa !4
+  %266 = shufflevector <32 x float> %263, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %267 = getelementptr inbounds nuw i8, ptr %154, i64 704
+  store <4 x float> %266, ptr %267, align 4, !tbaa !4
+  %268 = shufflevector <32 x float> %263, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %269 = getelementptr inbounds nuw i8, ptr %154, i64 656
+  store <4 x float> %268, ptr %269, align 4, !tbaa !4
+  %270 = shufflevector <32 x float> %263, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %271 = getelementptr inbounds nuw i8, ptr %154, i64 720
+  store <4 x float> %270, ptr %271, align 4, !tbaa !4
+  %272 = shufflevector <32 x float> %263, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %273 = getelementptr inbounds nuw i8, ptr %154, i64 672
+  store <4 x float> %272, ptr %273, align 4, !tbaa !4
+  %274 = shufflevector <32 x float> %263, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %275 = getelementptr inbounds nuw i8, ptr %154, i64 736
+  store <4 x float> %274, ptr %275, align 4, !tbaa !4
+  %276 = shufflevector <32 x float> %263, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %277 = getelementptr inbounds nuw i8, ptr %154, i64 688
+  store <4 x float> %276, ptr %277, align 4, !tbaa !4
+  %278 = shufflevector <32 x float> %263, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %279 = getelementptr inbounds nuw i8, ptr %154, i64 752
   store <4 x float> %278, ptr %279, align 4, !tbaa !4
-  %280 = shufflevector <32 x float> %277, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %281 = getelementptr inbounds nuw i8, ptr %147, i64 832
-  store <4 x float> %280, ptr %281, align 4, !tbaa !4
-  %282 = shufflevector <32 x float> %277, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %283 = getelementptr inbounds nuw i8, ptr %147, i64 784
-  store <4 x float> %282, ptr %283, align 4, !tbaa !4
-  %284 = shufflevector <32 x float> %277, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %285 = getelementptr inbounds nuw i8, ptr %147, i64 848
-  store <4 x float> %284, ptr %285, align 4, !tbaa !4
-  %286 = shufflevector <32 x float> %277, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %287 = getelementptr inbounds nuw i8, ptr %147, i64 800
-  store <4 x float> %286, ptr %287, align 4, !tbaa !4
-  %288 = shufflevector <32 x float> %277, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %289 = getelementptr inbounds nuw i8, ptr %147, i64 864
-  store <4 x float> %288, ptr %289, align 4, !tbaa !4
-  %290 = shufflevector <32 x float> %277, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %291 = getelementptr inbounds nuw i8, ptr %147, i64 816
-  store <4 x float> %290, ptr %291, align 4, !tbaa !4
-  %292 = shufflevector <32 x float> %277, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %293 = getelementptr inbounds nuw i8, ptr %147, i64 880
-  store <4 x float> %292, ptr %293, align 4, !tbaa !4
-  %gep.i.7 = getelementptr i8, ptr %invariant.gep.i, i64 448
-  %294 = load <32 x i16>, ptr %gep.i.7, align 2, !tbaa !4
-  %295 = zext <32 x i16> %294 to <32 x i32>
-  %296 = shl nuw <32 x i32> %295, splat (i32 16)
-  %297 = bitcast <32 x i32> %296 to <32 x float>
-  %298 = fmul <32 x float> %96, %297
-  %299 = shufflevector <32 x float> %298, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %300 = getelementptr inbounds nuw i8, ptr %147, i64 896
+  %gep.i.6 = getelementptr i8, ptr %invariant.gep.i, i64 384
+  %280 = load <32 x i16>, ptr %gep.i.6, align 2, !tbaa !4
+  %281 = zext <32 x i16> %280 to <32 x i32>
+  %282 = shl nuw <32 x i32> %281, splat (i32 16)
+  %283 = bitcast <32 x i32> %282 to <32 x float>
+  %284 = fmul <32 x float> %103, %283
+  %285 = shufflevector <32 x float> %284, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %286 = getelementptr inbounds nuw i8, ptr %154, i64 768
+  store <4 x float> %285, ptr %286, align 4, !tbaa !4
+  %287 = shufflevector <32 x float> %284, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %288 = getelementptr inbounds nuw i8, ptr %154, i64 832
+  store <4 x float> %287, ptr %288, align 4, !tbaa !4
+  %289 = shufflevector <32 x float> %284, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %290 = getelementptr inbounds nuw i8, ptr %154, i64 784
+  store <4 x float> %289, ptr %290, align 4, !tbaa !4
+  %291 = shufflevector <32 x float> %284, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %292 = getelementptr inbounds nuw i8, ptr %154, i64 848
+  store <4 x float> %291, ptr %292, align 4, !tbaa !4
+  %293 = shufflevector <32 x float> %284, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %294 = getelementptr inbounds nuw i8, ptr %154, i64 800
+  store <4 x float> %293, ptr %294, align 4, !tbaa !4
+  %295 = shufflevector <32 x float> %284, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %296 = getelementptr inbounds nuw i8, ptr %154, i64 864
+  store <4 x float> %295, ptr %296, align 4, !tbaa !4
+  %297 = shufflevector <32 x float> %284, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %298 = getelementptr inbounds nuw i8, ptr %154, i64 816
+  store <4 x float> %297, ptr %298, align 4, !tbaa !4
+  %299 = shufflevector <32 x float> %284, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %300 = getelementptr inbounds nuw i8, ptr %154, i64 880
   store <4 x float> %299, ptr %300, align 4, !tbaa !4
-  %301 = shufflevector <32 x float> %298, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %302 = getelementptr inbounds nuw i8, ptr %147, i64 960
-  store <4 x float> %301, ptr %302, align 4, !tbaa !4
-  %303 = shufflevector <32 x float> %298, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %304 = getelementptr inbounds nuw i8, ptr %147, i64 912
-  store <4 x float> %303, ptr %304, align 4, !tbaa !4
-  %305 = shufflevector <32 x float> %298, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %306 = getelementptr inbounds nuw i8, ptr %147, i64 976
-  store <4 x float> %305, ptr %306, align 4, !tbaa !4
-  %307 = shufflevector <32 x float> %298, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %308 = getelementptr inbounds nuw i8, ptr %147, i64 928
-  store <4 x float> %307, ptr %308, align 4, !tbaa !4
-  %309 = shufflevector <32 x float> %298, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %310 = getelementptr inbounds nuw i8, ptr %147, i64 992
-  store <4 x float> %309, ptr %310, align 4, !tbaa !4
-  %311 = shufflevector <32 x float> %298, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %312 = getelementptr inbounds nuw i8, ptr %147, i64 944
-  store <4 x float> %311, ptr %312, align 4, !tbaa !4
-  %313 = shufflevector <32 x float> %298, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %314 = getelementptr inbounds nuw i8, ptr %147, i64 1008
-  store <4 x float> %313, ptr %314, align 4, !tbaa !4
-  %315 = or disjoint i64 %145, 1
-  %316 = mul nsw i64 %315, %q_head
-  %invariant.gep.1.i = getelementptr i16, ptr %144, i64 %316
-  %317 = getelementptr inbounds nuw i8, ptr %147, i64 1024
-  %318 = load <32 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !4
-  %319 = zext <32 x i16> %318 to <32 x i32>
-  %320 = shl nuw <32 x i32> %319, splat (i32 16)
-  %321 = bitcast <32 x i32> %320 to <32 x float>
-  %322 = fmul <32 x float> %96, %321
-  %323 = shufflevector <32 x float> %322, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  store <4 x float> %323, ptr %317, align 4, !tbaa !4
-  %324 = shufflevector <32 x float> %322, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %325 = getelementptr inbounds nuw i8, ptr %147, i64 1088
-  store <4 x float> %324, ptr %325, align 4, !tbaa !4
-  %326 = shufflevector <32 x float> %322, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %327 = getelementptr inbounds nuw i8, ptr %147, i64 1040
-  store <4 x float> %326, ptr %327, align 4, !tbaa !4
-  %328 = shufflevector <32 x float> %322, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %329 = getelementptr inbounds nuw i8, ptr %147, i64 1104
-  store <4 x float> %328, ptr %329, align 4, !tbaa !4
-  %330 = shufflevector <32 x float> %322, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %331 = getelementptr inbounds nuw i8, ptr %147, i64 1056
-  store <4 x float> %330, ptr %331, align 4, !tbaa !4
-  %332 = shufflevector <32 x float> %322, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %333 = getelementptr inbounds nuw i8, ptr %147, i64 1120
-  store <4 x float> %332, ptr %333, align 4, !tbaa !4
-  %334 = shufflevector <32 x float> %322, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %335 = getelementptr inbounds nuw i8, ptr %147, i64 1072
-  store <4 x float> %334, ptr %335, align 4, !tbaa !4
-  %336 = shufflevector <32 x float> %322, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %337 = getelementptr inbounds nuw i8, ptr %147, i64 1136
-  store <4 x float> %336, ptr %337, align 4, !tbaa !4
-  %gep.1.i.1 = getelementptr i8, ptr %invariant.gep.1.i, i64 64
-  %338 = load <32 x i16>, ptr %gep.1.i.1, align 2, !tbaa !4
-  %339 = zext <32 x i16> %338 to <32 x i32>
-  %340 = shl nuw <32 x i32> %339, splat (i32 16)
-  %341 = bitcast <32 x i32> %340 to <32 x float>
-  %342 = fmul <32 x float> %96, %341
-  %343 = shufflevector <32 x float> %342, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %344 = getelementptr inbounds nuw i8, ptr %147, i64 1152
+  %gep.i.7 = getelementptr i8, ptr %invariant.gep.i, i64 448
+  %301 = load <32 x i16>, ptr %gep.i.7, align 2, !tbaa !4
+  %302 = zext <32 x i16> %301 to <32 x i32>
+  %303 = shl nuw <32 x i32> %302, splat (i32 16)
+  %304 = bitcast <32 x i32> %303 to <32 x float>
+  %305 = fmul <32 x float> %103, %304
+  %306 = shufflevector <32 x float> %305, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %307 = getelementptr inbounds nuw i8, ptr %154, i64 896
+  store <4 x float> %306, ptr %307, align 4, !tbaa !4
+  %308 = shufflevector <32 x float> %305, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %309 = getelementptr inbounds nuw i8, ptr %154, i64 960
+  store <4 x float> %308, ptr %309, align 4, !tbaa !4
+  %310 = shufflevector <32 x float> %305, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %311 = getelementptr inbounds nuw i8, ptr %154, i64 912
+  store <4 x float> %310, ptr %311, align 4, !tbaa !4
+  %312 = shufflevector <32 x float> %305, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %313 = getelementptr inbounds nuw i8, ptr %154, i64 976
+  store <4 x float> %312, ptr %313, align 4, !tbaa !4
+  %314 = shufflevector <32 x float> %305, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %315 = getelementptr inbounds nuw i8, ptr %154, i64 928
+  store <4 x float> %314, ptr %315, align 4, !tbaa !4
+  %316 = shufflevector <32 x float> %305, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %317 = getelementptr inbounds nuw i8, ptr %154, i64 992
+  store <4 x float> %316, ptr %317, align 4, !tbaa !4
+  %318 = shufflevector <32 x float> %305, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %319 = getelementptr inbounds nuw i8, ptr %154, i64 944
+  store <4 x float> %318, ptr %319, align 4, !tbaa !4
+  %320 = shufflevector <32 x float> %305, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %321 = getelementptr inbounds nuw i8, ptr %154, i64 1008
+  store <4 x float> %320, ptr %321, align 4, !tbaa !4
+  %322 = or disjoint i64 %152, 1
+  %323 = mul nsw i64 %322, %q_head
+  %invariant.gep.1.i = getelementptr i16, ptr %151, i64 %323
+  %324 = getelementptr inbounds nuw i8, ptr %154, i64 1024
+  %325 = load <32 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !4
+  %326 = zext <32 x i16> %325 to <32 x i32>
+  %327 = shl nuw <32 x i32> %326, splat (i32 16)
+  %328 = bitcast <32 x i32> %327 to <32 x float>
+  %329 = fmul <32 x float> %103, %328
+  %330 = shufflevector <32 x float> %329, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  store <4 x float> %330, ptr %324, align 4, !tbaa !4
+  %331 = shufflevector <32 x float> %329, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %332 = getelementptr inbounds nuw i8, ptr %154, i64 1088
+  store <4 x float> %331, ptr %332, align 4, !tbaa !4
+  %333 = shufflevector <32 x float> %329, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %334 = getelementptr inbounds nuw i8, ptr %154, i64 1040
+  store <4 x float> %333, ptr %334, align 4, !tbaa !4
+  %335 = shufflevector <32 x float> %329, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %336 = getelementptr inbounds nuw i8, ptr %154, i64 1104
+  store <4 x float> %335, ptr %336, align 4, !tbaa !4
+  %337 = shufflevector <32 x float> %329, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %338 = getelementptr inbounds nuw i8, ptr %154, i64 1056
+  store <4 x float> %337, ptr %338, align 4, !tbaa !4
+  %339 = shufflevector <32 x float> %329, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %340 = getelementptr inbounds nuw i8, ptr %154, i64 1120
+  store <4 x float> %339, ptr %340, align 4, !tbaa !4
+  %341 = shufflevector <32 x float> %329, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %342 = getelementptr inbounds nuw i8, ptr %154, i64 1072
+  store <4 x float> %341, ptr %342, align 4, !tbaa !4
+  %343 = shufflevector <32 x float> %329, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %344 = getelementptr inbounds nuw i8, ptr %154, i64 1136
   store <4 x float> %343, ptr %344, align 4, !tbaa !4
-  %345 = shufflevector <32 x float> %342, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %346 = getelementptr inbounds nuw i8, ptr %147, i64 1216
-  store <4 x float> %345, ptr %346, align 4, !tbaa !4
-  %347 = shufflevector <32 x float> %342, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %348 = getelementptr inbounds nuw i8, ptr %147, i64 1168
-  store <4 x float> %347, ptr %348, align 4, !tbaa !4
-  %349 = shufflevector <32 x float> %342, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %350 = getelementptr inbounds nuw i8, ptr %147, i64 1232
-  store <4 x float> %349, ptr %350, align 4, !tbaa !4
-  %351 = shufflevector <32 x float> %342, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %352 = getelementptr inbounds nuw i8, ptr %147, i64 1184
-  store <4 x float> %351, ptr %352, align 4, !tbaa !4
-  %353 = shufflevector <32 x float> %342, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %354 = getelementptr inbounds nuw i8, ptr %147, i64 1248
-  store <4 x float> %353, ptr %354, align 4, !tbaa !4
-  %355 = shufflevector <32 x float> %342, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %356 = getelementptr inbounds nuw i8, ptr %147, i64 1200
-  store <4 x float> %355, ptr %356, align 4, !tbaa !4
-  %357 = shufflevector <32 x float> %342, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %358 = getelementptr inbounds nuw i8, ptr %147, i64 1264
-  store <4 x float> %357, ptr %358, align 4, !tbaa !4
-  %gep.1.i.2 = getelementptr i8, ptr %invariant.gep.1.i, i64 128
-  %359 = load <32 x i16>, ptr %gep.1.i.2, align 2, !tbaa !4
-  %360 = zext <32 x i16> %359 to <32 x i32>
-  %361 = shl nuw <32 x i32> %360, splat (i32 16)
-  %362 = bitcast <32 x i32> %361 to <32 x float>
-  %363 = fmul <32 x float> %96, %362
-  %364 = shufflevector <32 x float> %363, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %365 = getelementptr inbounds nuw i8, ptr %147, i64 1280
+  %gep.1.i.1 = getelementptr i8, ptr %invariant.gep.1.i, i64 64
+  %345 = load <32 x i16>, ptr %gep.1.i.1, align 2, !tbaa !4
+  %346 = zext <32 x i16> %345 to <32 x i32>
+  %347 = shl nuw <32 x i32> %346, splat (i32 16)
+  %348 = bitcast <32 x i32> %347 to <32 x float>
+  %349 = fmul <32 x float> %103, %348
+  %350 = shufflevector <32 x float> %349, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %351 = getelementptr inbounds nuw i8, ptr %154, i64 1152
+  store <4 x float> %350, ptr %351, align 4, !tbaa !4
+  %352 = shufflevector <32 x float> %349, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %353 = getelementptr inbounds nuw i8, ptr %154, i64 1216
+  store <4 x float> %352, ptr %353, align 4, !tbaa !4
+  %354 = shufflevector <32 x float> %349, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %355 = getelementptr inbounds nuw i8, ptr %154, i64 1168
+  store <4 x float> %354, ptr %355, align 4, !tbaa !4
+  %356 = shufflevector <32 x float> %349, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %357 = getelementptr inbounds nuw i8, ptr %154, i64 1232
+  store <4 x float> %356, ptr %357, align 4, !tbaa !4
+  %358 = shufflevector <32 x float> %349, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %359 = getelementptr inbounds nuw i8, ptr %154, i64 1184
+  store <4 x float> %358, ptr %359, align 4, !tbaa !4
+  %360 = shufflevector <32 x float> %349, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %361 = getelementptr inbounds nuw i8, ptr %154, i64 1248
+  store <4 x float> %360, ptr %361, align 4, !tbaa !4
+  %362 = shufflevector <32 x float> %349, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %363 = getelementptr inbounds nuw i8, ptr %154, i64 1200
+  store <4 x float> %362, ptr %363, align 4, !tbaa !4
+  %364 = shufflevector <32 x float> %349, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %365 = getelementptr inbounds nuw i8, ptr %154, i64 1264
   store <4 x float> %364, ptr %365, align 4, !tbaa !4
-  %366 = shufflevector <32 x float> %363, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %367 = getelementptr inbounds nuw i8, ptr %147, i64 1344
-  store <4 x float> %366, ptr %367, align 4, !tbaa !4
-  %368 = shufflevector <32 x float> %363, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %369 = getelementptr inbounds nuw i8, ptr %147, i64 1296
-  store <4 x float> %368, ptr %369, align 4, !tbaa !4
-  %370 = shufflevector <32 x float> %363, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %371 = getelementptr inbounds nuw i8, ptr %147, i64 1360
-  store <4 x float> %370, ptr %371, align 4, !tbaa !4
-  %372 = shufflevector <32 x float> %363, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %373 = getelementptr inbounds nuw i8, ptr %147, i64 1312
-  store <4 x float> %372, ptr %373, align 4, !tbaa !4
-  %374 = shufflevector <32 x float> %363, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %375 = getelementptr inbounds nuw i8, ptr %147, i64 1376
-  store <4 x float> %374, ptr %375, align 4, !tbaa !4
-  %376 = shufflevector <32 x float> %363, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %377 = getelementptr inbounds nuw i8, ptr %147, i64 1328
-  store <4 x float> %376, ptr %377, align 4, !tbaa !4
-  %378 = shufflevector <32 x float> %363, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %379 = getelementptr inbounds nuw i8, ptr %147, i64 1392
-  store <4 x float> %378, ptr %379, align 4, !tbaa !4
-  %gep.1.i.3 = getelementptr i8, ptr %invariant.gep.1.i, i64 192
-  %380 = load <32 x i16>, ptr %gep.1.i.3, align 2, !tbaa !4
-  %381 = zext <32 x i16> %380 to <32 x i32>
-  %382 = shl nuw <32 x i32> %381, splat (i32 16)
-  %383 = bitcast <32 x i32> %382 to <32 x float>
-  %384 = fmul <32 x float> %96, %383
-  %385 = shufflevector <32 x float> %384, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %386 = getelementptr inbounds nuw i8, ptr %147, i64 1408
+  %gep.1.i.2 = getelementptr i8, ptr %invariant.gep.1.i, i64 128
+  %366 = load <32 x i16>, ptr %gep.1.i.2, align 2, !tbaa !4
+  %367 = zext <32 x i16> %366 to <32 x i32>
+  %368 = shl nuw <32 x i32> %367, splat (i32 16)
+  %369 = bitcast <32 x i32> %368 to <32 x float>
+  %370 = fmul <32 x float> %103, %369
+  %371 = shufflevector <32 x float> %370, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %372 = getelementptr inbounds nuw i8, ptr %154, i64 1280
+  store <4 x float> %371, ptr %372, align 4, !tbaa !4
+  %373 = shufflevector <32 x float> %370, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %374 = getelementptr inbounds nuw i8, ptr %154, i64 1344
+  store <4 x float> %373, ptr %374, align 4, !tbaa !4
+  %375 = shufflevector <32 x float> %370, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %376 = getelementptr inbounds nuw i8, ptr %154, i64 1296
+  store <4 x float> %375, ptr %376, align 4, !tbaa !4
+  %377 = shufflevector <32 x float> %370, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %378 = getelementptr inbounds nuw i8, ptr %154, i64 1360
+  store <4 x float> %377, ptr %378, align 4, !tbaa !4
+  %379 = shufflevector <32 x float> %370, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %380 = getelementptr inbounds nuw i8, ptr %154, i64 1312
+  store <4 x float> %379, ptr %380, align 4, !tbaa !4
+  %381 = shufflevector <32 x float> %370, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %382 = getelementptr inbounds nuw i8, ptr %154, i64 1376
+  store <4 x float> %381, ptr %382, align 4, !tbaa !4
+  %383 = shufflevector <32 x float> %370, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %384 = getelementptr inbounds nuw i8, ptr %154, i64 1328
+  store <4 x float> %383, ptr %384, align 4, !tbaa !4
+  %385 = shufflevector <32 x float> %370, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %386 = getelementptr inbounds nuw i8, ptr %154, i64 1392
   store <4 x float> %385, ptr %386, align 4, !tbaa !4
-  %387 = shufflevector <32 x float> %384, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %388 = getelementptr inbounds nuw i8, ptr %147, i64 1472
-  store <4 x float> %387, ptr %388, align 4, !tbaa !4
-  %389 = shufflevector <32 x float> %384, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %390 = getelementptr inbounds nuw i8, ptr %147, i64 1424
-  store <4 x float> %389, ptr %390, align 4, !tbaa !4
-  %391 = shufflevector <32 x float> %384, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %392 = getelementptr inbounds nuw i8, ptr %147, i64 1488
-  store <4 x float> %391, ptr %392, align 4, !tbaa !4
-  %393 = shufflevector <32 x float> %384, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %394 = getelementptr inbounds nuw i8, ptr %147, i64 1440
-  store <4 x float> %393, ptr %394, align 4, !tbaa !4
-  %395 = shufflevector <32 x float> %384, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %396 = getelementptr inbounds nuw i8, ptr %147, i64 1504
-  store <4 x float> %395, ptr %396, align 4, !tbaa !4
-  %397 = shufflevector <32 x float> %384, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %398 = getelementptr inbounds nuw i8, ptr %147, i64 1456
-  store <4 x float> %397, ptr %398, align 4, !tbaa !4
-  %399 = shufflevector <32 x float> %384, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %400 = getelementptr inbounds nuw i8, ptr %147, i64 1520
-  store <4 x float> %399, ptr %400, align 4, !tbaa !4
-  %gep.1.i.4 = getelementptr i8, ptr %invariant.gep.1.i, i64 256
-  %401 = load <32 x i16>, ptr %gep.1.i.4, align 2, !tbaa !4
-  %402 = zext <32 x i16> %401 to <32 x i32>
-  %403 = shl nuw <32 x i32> %402, splat (i32 16)
-  %404 = bitcast <32 x i32> %403 to <32 x float>
-  %405 = fmul <32 x float> %96, %404
-  %406 = shufflevector <32 x float> %405, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %407 = getelementptr inbounds nuw i8, ptr %147, i64 1536
+  %gep.1.i.3 = getelementptr i8, ptr %invariant.gep.1.i, i64 192
+  %387 = load <32 x i16>, ptr %gep.1.i.3, align 2, !tbaa !4
+  %388 = zext <32 x i16> %387 to <32 x i32>
+  %389 = shl nuw <32 x i32> %388, splat (i32 16)
+  %390 = bitcast <32 x i32> %389 to <32 x float>
+  %391 = fmul <32 x float> %103, %390
+  %392 = shufflevector <32 x float> %391, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %393 = getelementptr inbounds nuw i8, ptr %154, i64 1408
+  store <4 x float> %392, ptr %393, align 4, !tbaa !4
+  %394 = shufflevector <32 x float> %391, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %395 = getelementptr inbounds nuw i8, ptr %154, i64 1472
+  store <4 x float> %394, ptr %395, align 4, !tbaa !4
+  %396 = shufflevector <32 x float> %391, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %397 = getelementptr inbounds nuw i8, ptr %154, i64 1424
+  store <4 x float> %396, ptr %397, align 4, !tbaa !4
+  %398 = shufflevector <32 x float> %391, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %399 = getelementptr inbounds nuw i8, ptr %154, i64 1488
+  store <4 x float> %398, ptr %399, align 4, !tbaa !4
+  %400 = shufflevector <32 x float> %391, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %401 = getelementptr inbounds nuw i8, ptr %154, i64 1440
+  store <4 x float> %400, ptr %401, align 4, !tbaa !4
+  %402 = shufflevector <32 x float> %391, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %403 = getelementptr inbounds nuw i8, ptr %154, i64 1504
+  store <4 x float> %402, ptr %403, align 4, !tbaa !4
+  %404 = shufflevector <32 x float> %391, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %405 = getelementptr inbounds nuw i8, ptr %154, i64 1456
+  store <4 x float> %404, ptr %405, align 4, !tbaa !4
+  %406 = shufflevector <32 x float> %391, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %407 = getelementptr inbounds nuw i8, ptr %154, i64 1520
   store <4 x float> %406, ptr %407, align 4, !tbaa !4
-  %408 = shufflevector <32 x float> %405, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %409 = getelementptr inbounds nuw i8, ptr %147, i64 1600
-  store <4 x float> %408, ptr %409, align 4, !tbaa !4
-  %410 = shufflevector <32 x float> %405, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %411 = getelementptr inbounds nuw i8, ptr %147, i64 1552
-  store <4 x float> %410, ptr %411, align 4, !tbaa !4
-  %412 = shufflevector <32 x float> %405, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %413 = getelementptr inbounds nuw i8, ptr %147, i64 1616
-  store <4 x float> %412, ptr %413, align 4, !tbaa !4
-  %414 = shufflevector <32 x float> %405, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %415 = getelementptr inbounds nuw i8, ptr %147, i64 1568
-  store <4 x float> %414, ptr %415, align 4, !tbaa !4
-  %416 = shufflevector <32 x float> %405, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %417 = getelementptr inbounds nuw i8, ptr %147, i64 1632
-  store <4 x float> %416, ptr %417, align 4, !tbaa !4
-  %418 = shufflevector <32 x float> %405, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %419 = getelementptr inbounds nuw i8, ptr %147, i64 1584
-  store <4 x float> %418, ptr %419, align 4, !tbaa !4
-  %420 = shufflevector <32 x float> %405, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %421 = getelementptr inbounds nuw i8, ptr %147, i64 1648
-  store <4 x float> %420, ptr %421, align 4, !tbaa !4
-  %gep.1.i.5 = getelementptr i8, ptr %invariant.gep.1.i, i64 320
-  %422 = load <32 x i16>, ptr %gep.1.i.5, align 2, !tbaa !4
-  %423 = zext <32 x i16> %422 to <32 x i32>
-  %424 = shl nuw <32 x i32> %423, splat (i32 16)
-  %425 = bitcast <32 x i32> %424 to <32 x float>
-  %426 = fmul <32 x float> %96, %425
-  %427 = shufflevector <32 x float> %426, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %428 = getelementptr inbounds nuw i8, ptr %147, i64 1664
+  %gep.1.i.4 = getelementptr i8, ptr %invariant.gep.1.i, i64 256
+  %408 = load <32 x i16>, ptr %gep.1.i.4, align 2, !tbaa !4
+  %409 = zext <32 x i16> %408 to <32 x i32>
+  %410 = shl nuw <32 x i32> %409, splat (i32 16)
+  %411 = bitcast <32 x i32> %410 to <32 x float>
+  %412 = fmul <32 x float> %103, %411
+  %413 = shufflevector <32 x float> %412, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %414 = getelementptr inbounds nuw i8, ptr %154, i64 1536
+  store <4 x float> %413, ptr %414, align 4, !tbaa !4
+  %415 = shufflevector <32 x float> %412, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %416 = getelementptr inbounds nuw i8, ptr %154, i64 1600
+  store <4 x float> %415, ptr %416, align 4, !tbaa !4
+  %417 = shufflevector <32 x float> %412, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %418 = getelementptr inbounds nuw i8, ptr %154, i64 1552
+  store <4 x float> %417, ptr %418, align 4, !tbaa !4
+  %419 = shufflevector <32 x float> %412, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %420 = getelementptr inbounds nuw i8, ptr %154, i64 1616
+  store <4 x float> %419, ptr %420, align 4, !tbaa !4
+  %421 = shufflevector <32 x float> %412, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %422 = getelementptr inbounds nuw i8, ptr %154, i64 1568
+  store <4 x float> %421, ptr %422, align 4, !tbaa !4
+  %423 = shufflevector <32 x float> %412, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %424 = getelementptr inbounds nuw i8, ptr %154, i64 1632
+  store <4 x float> %423, ptr %424, align 4, !tbaa !4
+  %425 = shufflevector <32 x float> %412, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %426 = getelementptr inbounds nuw i8, ptr %154, i64 1584
+  store <4 x float> %425, ptr %426, align 4, !tbaa !4
+  %427 = shufflevector <32 x float> %412, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %428 = getelementptr inbounds nuw i8, ptr %154, i64 1648
   store <4 x float> %427, ptr %428, align 4, !tbaa !4
-  %429 = shufflevector <32 x float> %426, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %430 = getelementptr inbounds nuw i8, ptr %147, i64 1728
-  store <4 x float> %429, ptr %430, align 4, !tbaa !4
-  %431 = shufflevector <32 x float> %426, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %432 = getelementptr inbounds nuw i8, ptr %147, i64 1680
-  store <4 x float> %431, ptr %432, align 4, !tbaa !4
-  %433 = shufflevector <32 x float> %426, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %434 = getelementptr inbounds nuw i8, ptr %147, i64 1744
-  store <4 x float> %433, ptr %434, align 4, !tbaa !4
-  %435 = shufflevector <32 x float> %426, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %436 = getelementptr inbounds nuw i8, ptr %147, i64 1696
-  store <4 x float> %435, ptr %436, align 4, !tbaa !4
-  %437 = shufflevector <32 x float> %426, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %438 = getelementptr inbounds nuw i8, ptr %147, i64 1760
-  store <4 x float> %437, ptr %438, align 4, !tbaa !4
-  %439 = shufflevector <32 x float> %426, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %440 = getelementptr inbounds nuw i8, ptr %147, i64 1712
-  store <4 x float> %439, ptr %440, align 4, !tbaa !4
-  %441 = shufflevector <32 x float> %426, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %442 = getelementptr inbounds nuw i8, ptr %147, i64 1776
-  store <4 x float> %441, ptr %442, align 4, !tbaa !4
-  %gep.1.i.6 = getelementptr i8, ptr %invariant.gep.1.i, i64 384
-  %443 = load <32 x i16>, ptr %gep.1.i.6, align 2, !tbaa !4
-  %444 = zext <32 x i16> %443 to <32 x i32>
-  %445 = shl nuw <32 x i32> %444, splat (i32 16)
-  %446 = bitcast <32 x i32> %445 to <32 x float>
-  %447 = fmul <32 x float> %96, %446
-  %448 = shufflevector <32 x float> %447, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %449 = getelementptr inbounds nuw i8, ptr %147, i64 1792
+  %gep.1.i.5 = getelementptr i8, ptr %invariant.gep.1.i, i64 320
+  %429 = load <32 x i16>, ptr %gep.1.i.5, align 2, !tbaa !4
+  %430 = zext <32 x i16> %429 to <32 x i32>
+  %431 = shl nuw <32 x i32> %430, splat (i32 16)
+  %432 = bitcast <32 x i32> %431 to <32 x float>
+  %433 = fmul <32 x float> %103, %432
+  %434 = shufflevector <32 x float> %433, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %435 = getelementptr inbounds nuw i8, ptr %154, i64 1664
+  store <4 x float> %434, ptr %435, align 4, !tbaa !4
+  %436 = shufflevector <32 x float> %433, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %437 = getelementptr inbounds nuw i8, ptr %154, i64 1728
+  store <4 x float> %436, ptr %437, align 4, !tbaa !4
+  %438 = shufflevector <32 x float> %433, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %439 = getelementptr inbounds nuw i8, ptr %154, i64 1680
+  store <4 x float> %438, ptr %439, align 4, !tbaa !4
+  %440 = shufflevector <32 x float> %433, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %441 = getelementptr inbounds nuw i8, ptr %154, i64 1744
+  store <4 x float> %440, ptr %441, align 4, !tbaa !4
+  %442 = shufflevector <32 x float> %433, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %443 = getelementptr inbounds nuw i8, ptr %154, i64 1696
+  store <4 x float> %442, ptr %443, align 4, !tbaa !4
+  %444 = shufflevector <32 x float> %433, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %445 = getelementptr inbounds nuw i8, ptr %154, i64 1760
+  store <4 x float> %444, ptr %445, align 4, !tbaa !4
+  %446 = shufflevector <32 x float> %433, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %447 = getelementptr inbounds nuw i8, ptr %154, i64 1712
+  store <4 x float> %446, ptr %447, align 4, !tbaa !4
+  %448 = shufflevector <32 x float> %433, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %449 = getelementptr inbounds nuw i8, ptr %154, i64 1776
   store <4 x float> %448, ptr %449, align 4, !tbaa !4
-  %450 = shufflevector <32 x float> %447, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %451 = getelementptr inbounds nuw i8, ptr %147, i64 1856
-  store <4 x float> %450, ptr %451, align 4, !tbaa !4
-  %452 = shufflevector <32 x float> %447, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %453 = getelementptr inbounds nuw i8, ptr %147, i64 1808
-  store <4 x float> %452, ptr %453, align 4, !tbaa !4
-  %454 = shufflevector <32 x float> %447, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %455 = getelementptr inbounds nuw i8, ptr %147, i64 1872
-  store <4 x float> %454, ptr %455, align 4, !tbaa !4
-  %456 = shufflevector <32 x float> %447, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %457 = getelementptr inbounds nuw i8, ptr %147, i64 1824
-  store <4 x float> %456, ptr %457, align 4, !tbaa !4
-  %458 = shufflevector <32 x float> %447, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %459 = getelementptr inbounds nuw i8, ptr %147, i64 1888
-  store <4 x float> %458, ptr %459, align 4, !tbaa !4
-  %460 = shufflevector <32 x float> %447, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %461 = getelementptr inbounds nuw i8, ptr %147, i64 1840
-  store <4 x float> %460, ptr %461, align 4, !tbaa !4
-  %462 = shufflevector <32 x float> %447, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %463 = getelementptr inbounds nuw i8, ptr %147, i64 1904
-  store <4 x float> %462, ptr %463, align 4, !tbaa !4
-  %gep.1.i.7 = getelementptr i8, ptr %invariant.gep.1.i, i64 448
-  %464 = load <32 x i16>, ptr %gep.1.i.7, align 2, !tbaa !4
-  %465 = zext <32 x i16> %464 to <32 x i32>
-  %466 = shl nuw <32 x i32> %465, splat (i32 16)
-  %467 = bitcast <32 x i32> %466 to <32 x float>
-  %468 = fmul <32 x float> %96, %467
-  %469 = shufflevector <32 x float> %468, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %470 = getelementptr inbounds nuw i8, ptr %147, i64 1920
+  %gep.1.i.6 = getelementptr i8, ptr %invariant.gep.1.i, i64 384
+  %450 = load <32 x i16>, ptr %gep.1.i.6, align 2, !tbaa !4
+  %451 = zext <32 x i16> %450 to <32 x i32>
+  %452 = shl nuw <32 x i32> %451, splat (i32 16)
+  %453 = bitcast <32 x i32> %452 to <32 x float>
+  %454 = fmul <32 x float> %103, %453
+  %455 = shufflevector <32 x float> %454, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %456 = getelementptr inbounds nuw i8, ptr %154, i64 1792
+  store <4 x float> %455, ptr %456, align 4, !tbaa !4
+  %457 = shufflevector <32 x float> %454, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %458 = getelementptr inbounds nuw i8, ptr %154, i64 1856
+  store <4 x float> %457, ptr %458, align 4, !tbaa !4
+  %459 = shufflevector <32 x float> %454, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %460 = getelementptr inbounds nuw i8, ptr %154, i64 1808
+  store <4 x float> %459, ptr %460, align 4, !tbaa !4
+  %461 = shufflevector <32 x float> %454, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %462 = getelementptr inbounds nuw i8, ptr %154, i64 1872
+  store <4 x float> %461, ptr %462, align 4, !tbaa !4
+  %463 = shufflevector <32 x float> %454, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %464 = getelementptr inbounds nuw i8, ptr %154, i64 1824
+  store <4 x float> %463, ptr %464, align 4, !tbaa !4
+  %465 = shufflevector <32 x float> %454, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %466 = getelementptr inbounds nuw i8, ptr %154, i64 1888
+  store <4 x float> %465, ptr %466, align 4, !tbaa !4
+  %467 = shufflevector <32 x float> %454, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %468 = getelementptr inbounds nuw i8, ptr %154, i64 1840
+  store <4 x float> %467, ptr %468, align 4, !tbaa !4
+  %469 = shufflevector <32 x float> %454, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %470 = getelementptr inbounds nuw i8, ptr %154, i64 1904
   store <4 x float> %469, ptr %470, align 4, !tbaa !4
-  %471 = shufflevector <32 x float> %468, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %472 = getelementptr inbounds nuw i8, ptr %147, i64 1984
-  store <4 x float> %471, ptr %472, align 4, !tbaa !4
-  %473 = shufflevector <32 x float> %468, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %474 = getelementptr inbounds nuw i8, ptr %147, i64 1936
-  store <4 x float> %473, ptr %474, align 4, !tbaa !4
-  %475 = shufflevector <32 x float> %468, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %476 = getelementptr inbounds nuw i8, ptr %147, i64 2000
-  store <4 x float> %475, ptr %476, align 4, !tbaa !4
-  %477 = shufflevector <32 x float> %468, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %478 = getelementptr inbounds nuw i8, ptr %147, i64 1952
-  store <4 x float> %477, ptr %478, align 4, !tbaa !4
-  %479 = shufflevector <32 x float> %468, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %480 = getelementptr inbounds nuw i8, ptr %147, i64 2016
-  store <4 x float> %479, ptr %480, align 4, !tbaa !4
-  %481 = shufflevector <32 x float> %468, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %482 = getelementptr inbounds nuw i8, ptr %147, i64 1968
-  store <4 x float> %481, ptr %482, align 4, !tbaa !4
-  %483 = shufflevector <32 x float> %468, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %484 = getelementptr inbounds nuw i8, ptr %147, i64 2032
-  store <4 x float> %483, ptr %484, align 4, !tbaa !4
-  %indvars.iv.next618.i = add nuw nsw i64 %indvars.iv617.i, 1
-  %exitcond620.not.i = icmp eq i64 %indvars.iv.next618.i, 8
-  br i1 %exitcond620.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !11
+  %gep.1.i.7 = getelementptr i8, ptr %invariant.gep.1.i, i64 448
+  %471 = load <32 x i16>, ptr %gep.1.i.7, align 2, !tbaa !4
+  %472 = zext <32 x i16> %471 to <32 x i32>
+  %473 = shl nuw <32 x i32> %472, splat (i32 16)
+  %474 = bitcast <32 x i32> %473 to <32 x float>
+  %475 = fmul <32 x float> %103, %474
+  %476 = shufflevector <32 x float> %475, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %477 = getelementptr inbounds nuw i8, ptr %154, i64 1920
+  store <4 x float> %476, ptr %477, align 4, !tbaa !4
+  %478 = shufflevector <32 x float> %475, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %479 = getelementptr inbounds nuw i8, ptr %154, i64 1984
+  store <4 x float> %478, ptr %479, align 4, !tbaa !4
+  %480 = shufflevector <32 x float> %475, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %481 = getelementptr inbounds nuw i8, ptr %154, i64 1936
+  store <4 x float> %480, ptr %481, align 4, !tbaa !4
+  %482 = shufflevector <32 x float> %475, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %483 = getelementptr inbounds nuw i8, ptr %154, i64 2000
+  store <4 x float> %482, ptr %483, align 4, !tbaa !4
+  %484 = shufflevector <32 x float> %475, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %485 = getelementptr inbounds nuw i8, ptr %154, i64 1952
+  store <4 x float> %484, ptr %485, align 4, !tbaa !4
+  %486 = shufflevector <32 x float> %475, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %487 = getelementptr inbounds nuw i8, ptr %154, i64 2016
+  store <4 x float> %486, ptr %487, align 4, !tbaa !4
+  %488 = shufflevector <32 x float> %475, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %489 = getelementptr inbounds nuw i8, ptr %154, i64 1968
+  store <4 x float> %488, ptr %489, align 4, !tbaa !4
+  %490 = shufflevector <32 x float> %475, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %491 = getelementptr inbounds nuw i8, ptr %154, i64 2032
+  store <4 x float> %490, ptr %491, align 4, !tbaa !4
+  %indvars.iv.next624.i = add nuw nsw i64 %indvars.iv623.i, 1
+  %exitcond626.not.i = icmp eq i64 %indvars.iv.next624.i, 8
+  br i1 %exitcond626.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !11
 
 for_end_tile.i:                                   ; preds = %for_begin_ax1.preheader.i
-  %485 = add nsw i32 %142, -1
-  %486 = sitofp i32 %485 to float
-  %487 = bitcast float %486 to i32
-  %488 = ashr i32 %487, 23
-  %489 = tail call i32 @llvm.smax.i32(i32 %488, i32 125)
-  %places.i = add nsw i32 %489, -125
-  %490 = tail call i32 @llvm.smax.i32(i32 %142, i32 4096)
-  %seen.i = add nsw i32 %490, -4096
-  %491 = tail call i32 @llvm.smax.i32(i32 %93, i32 %seen.i)
-  %492 = tail call i32 @llvm.smin.i32(i32 %94, i32 %142)
-  %493 = sub nsw i32 %492, %491
-  %range_len.i = tail call i32 @llvm.smax.i32(i32 %493, i32 0)
-  %494 = add nuw nsw i32 %range_len.i, 63
-  %495 = lshr i32 %494, 6
-  %496 = tail call i32 @llvm.umax.i32(i32 %495, i32 1)
-  %497 = add nsw i32 %491, -1
-  %498 = add i32 %497, %range_len.i
-  %499 = mul nsw i64 %140, %table_seq
-  %invariant.gep445.i = getelementptr i32, ptr %block_table, i64 %499
-  %500 = uitofp nneg i32 %places.i to float
-  %501 = fsub float 0x4168000FE0000000, %500
-  %502 = insertelement <16 x float> poison, float %501, i64 0
-  %503 = shufflevector <16 x float> %502, <16 x float> poison, <16 x i32> zeroinitializer
-  %504 = tail call float @llvm.fmuladd.f32(float %500, float 0x3FE62E4300000000, float -8.700000e+01)
-  %505 = insertelement <16 x float> poison, float %504, i64 0
-  %506 = shufflevector <16 x float> %505, <16 x float> poison, <16 x i32> zeroinitializer
-  %broadcast.splatinsert130 = insertelement <4 x i32> poison, i32 %498, i64 0
-  %broadcast.splat131 = shufflevector <4 x i32> %broadcast.splatinsert130, <4 x i32> poison, <4 x i32> zeroinitializer
-  %broadcast.splatinsert118 = insertelement <4 x i32> poison, i32 %498, i64 0
-  %broadcast.splat119 = shufflevector <4 x i32> %broadcast.splatinsert118, <4 x i32> poison, <4 x i32> zeroinitializer
+  %492 = add nsw i32 %149, -1
+  %493 = sitofp i32 %492 to float
+  %494 = bitcast float %493 to i32
+  %495 = ashr i32 %494, 23
+  %496 = tail call i32 @llvm.smax.i32(i32 %495, i32 125)
+  %places.i = add nsw i32 %496, -125
+  %497 = tail call i32 @llvm.smax.i32(i32 %149, i32 4096)
+  %seen.i = add nsw i32 %497, -4096
+  %498 = tail call i32 @llvm.smax.i32(i32 %100, i32 %seen.i)
+  %499 = tail call i32 @llvm.smin.i32(i32 %101, i32 %149)
+  %500 = sub nsw i32 %499, %498
+  %range_len.i = tail call i32 @llvm.smax.i32(i32 %500, i32 0)
+  %501 = add nuw nsw i32 %range_len.i, 63
+  %502 = lshr i32 %501, 6
+  %503 = tail call i32 @llvm.umax.i32(i32 %502, i32 1)
+  %504 = mul nsw i64 %147, %row_step
+  %505 = getelementptr inbounds i32, ptr %row_starts, i64 %504
+  %506 = add nsw i32 %498, -1
+  %507 = add i32 %506, %range_len.i
+  %508 = mul nsw i64 %147, %table_seq
+  %invariant.gep447.i = getelementptr i32, ptr %block_table, i64 %508
+  %509 = uitofp nneg i32 %places.i to float
+  %510 = fsub float 0x4168000FE0000000, %509
+  %511 = insertelement <16 x float> poison, float %510, i64 0
+  %512 = shufflevector <16 x float> %511, <16 x float> poison, <16 x i32> zeroinitializer
+  %513 = tail call float @llvm.fmuladd.f32(float %509, float 0x3FE62E4300000000, float -8.700000e+01)
+  %514 = insertelement <16 x float> poison, float %513, i64 0
+  %515 = shufflevector <16 x float> %514, <16 x float> poison, <16 x i32> zeroinitializer
+  %broadcast.splatinsert136 = insertelement <4 x i32> poison, i32 %507, i64 0
+  %broadcast.splat137 = shufflevector <4 x i32> %broadcast.splatinsert136, <4 x i32> poison, <4 x i32> zeroinitializer
+  %broadcast.splatinsert124 = insertelement <4 x i32> poison, i32 %507, i64 0
+  %broadcast.splat125 = shufflevector <4 x i32> %broadcast.splatinsert124, <4 x i32> poison, <4 x i32> zeroinitializer
   br label %for_begin_step.i
 
-for_begin_step.i:                                 ; preds = %if_end204.i, %for_end_tile.i
-  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end204.i ], [ %range_len.i, %for_end_tile.i ]
-  %step.i = phi i32 [ %1171, %if_end204.i ], [ 0, %for_end_tile.i ]
-  %smin197 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 64)
-  %507 = and i32 %smin197, 15
-  %508 = zext nneg i32 %507 to i64
-  %exitcond747.not.i = icmp eq i32 %step.i, %496
-  br i1 %exitcond747.not.i, label %for_begin_tile209.preheader.i, label %for_body_step.i, !prof !12
+for_begin_step.i:                                 ; preds = %if_end206.i, %for_end_tile.i
+  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end206.i ], [ %range_len.i, %for_end_tile.i ]
+  %step.i = phi i32 [ %1180, %if_end206.i ], [ 0, %for_end_tile.i ]
+  %smin203 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 64)
+  %516 = and i32 %smin203, 15
+  %517 = zext nneg i32 %516 to i64
+  %exitcond753.not.i = icmp eq i32 %step.i, %503
+  br i1 %exitcond753.not.i, label %for_begin_tile211.preheader.i, label %for_body_step.i, !prof !12
 
-for_begin_tile209.preheader.i:                    ; preds = %for_begin_step.i
-  %509 = mul nsw i64 %140, %out_batch
-  %510 = getelementptr i16, ptr %out, i64 %509
-  %511 = mul nsw i64 %140, %lse_batch
-  %512 = getelementptr float, ptr %lse, i64 %511
-  %513 = shl nuw nsw i32 %489, 23
-  %514 = add nuw i32 %513, 16777216
-  %515 = bitcast i32 %514 to float
-  br i1 %.not, label %for_body_tile210.preheader.i, label %for_body_tile210.us.i
+for_begin_tile211.preheader.i:                    ; preds = %for_begin_step.i
+  %518 = mul nsw i64 %147, %out_batch
+  %519 = getelementptr i16, ptr %out, i64 %518
+  %520 = mul nsw i64 %147, %lse_batch
+  %521 = getelementptr float, ptr %lse, i64 %520
+  %522 = shl nuw nsw i32 %496, 23
+  %523 = add nuw i32 %522, 16777216
+  %524 = bitcast i32 %523 to float
+  br i1 %.not, label %for_body_tile212.preheader.i, label %for_body_tile212.us.i
 
-for_body_tile210.preheader.i:                     ; preds = %for_begin_tile209.preheader.i
-  %516 = add nuw nsw i64 %indvars.iv780.i, %105
-  %.idx.i = shl nuw nsw i64 %516, 14
-  %517 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  %518 = shl nuw nsw i64 %516, 4
-  %519 = load float, ptr %row_max284.i, align 16, !tbaa !13
-  %520 = getelementptr inbounds nuw float, ptr %partial_max, i64 %518
-  store float %519, ptr %520, align 4, !tbaa !4
-  %521 = load float, ptr %row_sum283.i, align 16, !tbaa !15
-  %522 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %518
-  store float %521, ptr %522, align 4, !tbaa !4
-  %523 = load float, ptr %106, align 4, !tbaa !13
-  %524 = or disjoint i64 %518, 1
-  %525 = getelementptr inbounds nuw float, ptr %partial_max, i64 %524
-  store float %523, ptr %525, align 4, !tbaa !4
-  %526 = load float, ptr %107, align 4, !tbaa !15
-  %527 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %524
-  store float %526, ptr %527, align 4, !tbaa !4
-  %528 = load <32 x float>, ptr %acc.i, align 4, !tbaa !4
-  store <32 x float> %528, ptr %517, align 4, !tbaa !4
-  %529 = getelementptr inbounds nuw i8, ptr %acc.i, i64 128
-  %530 = load <32 x float>, ptr %529, align 4, !tbaa !4
-  %531 = getelementptr inbounds nuw i8, ptr %517, i64 128
-  store <32 x float> %530, ptr %531, align 4, !tbaa !4
-  %532 = getelementptr inbounds nuw i8, ptr %acc.i, i64 256
-  %533 = load <32 x float>, ptr %532, align 4, !tbaa !4
-  %534 = getelementptr inbounds nuw i8, ptr %517, i64 256
-  store <32 x float> %533, ptr %534, align 4, !tbaa !4
-  %535 = getelementptr inbounds nuw i8, ptr %acc.i, i64 384
-  %536 = load <32 x float>, ptr %535, align 4, !tbaa !4
-  %537 = getelementptr inbounds nuw i8, ptr %517, i64 384
-  store <32 x float> %536, ptr %537, align 4, !tbaa !4
-  %538 = getelementptr inbounds nuw i8, ptr %acc.i, i64 512
+for_body_tile212.preheader.i:                     ; preds = %for_begin_tile211.preheader.i
+  %525 = add nuw nsw i64 %indvars.iv786.i, %112
+  %.idx.i = shl nuw nsw i64 %525, 14
+  %526 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
+  %527 = shl nuw nsw i64 %525, 4
+  %528 = load float, ptr %row_max286.i, align 16, !tbaa !13
+  %529 = getelementptr inbounds nuw float, ptr %partial_max, i64 %527
+  store float %528, ptr %529, align 4, !tbaa !4
+  %530 = load float, ptr %row_sum285.i, align 16, !tbaa !15
+  %531 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %527
+  store float %530, ptr %531, align 4, !tbaa !4
+  %532 = load float, ptr %113, align 4, !tbaa !13
+  %533 = or disjoint i64 %527, 1
+  %534 = getelementptr inbounds nuw float, ptr %partial_max, i64 %533
+  store float %532, ptr %534, align 4, !tbaa !4
+  %535 = load float, ptr %114, align 4, !tbaa !15
+  %536 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %533
+  store float %535, ptr %536, align 4, !tbaa !4
+  %537 = load <32 x float>, ptr %acc.i, align 4, !tbaa !4
+  store <32 x float> %537, ptr %526, align 4, !tbaa !4
+  %538 = getelementptr inbounds nuw i8, ptr %acc.i, i64 128
   %539 = load <32 x float>, ptr %538, align 4, !tbaa !4
-  %540 = getelementptr inbounds nuw i8, ptr %517, i64 512
+  %540 = getelementptr inbounds nuw i8, ptr %526, i64 128
   store <32 x float> %539, ptr %540, align 4, !tbaa !4
-  %541 = getelementptr inbounds nuw i8, ptr %acc.i, i64 640
+  %541 = getelementptr inbounds nuw i8, ptr %acc.i, i64 256
   %542 = load <32 x float>, ptr %541, align 4, !tbaa !4
-  %543 = getelementptr inbounds nuw i8, ptr %517, i64 640
+  %543 = getelementptr inbounds nuw i8, ptr %526, i64 256
   store <32 x float> %542, ptr %543, align 4, !tbaa !4
-  %544 = getelementptr inbounds nuw i8, ptr %acc.i, i64 768
+  %544 = getelementptr inbounds nuw i8, ptr %acc.i, i64 384
   %545 = load <32 x float>, ptr %544, align 4, !tbaa !4
-  %546 = getelementptr inbounds nuw i8, ptr %517, i64 768
+  %546 = getelementptr inbounds nuw i8, ptr %526, i64 384
   store <32 x float> %545, ptr %546, align 4, !tbaa !4
-  %547 = getelementptr inbounds nuw i8, ptr %acc.i, i64 896
+  %547 = getelementptr inbounds nuw i8, ptr %acc.i, i64 512
   %548 = load <32 x float>, ptr %547, align 4, !tbaa !4
-  %549 = getelementptr inbounds nuw i8, ptr %517, i64 896
+  %549 = getelementptr inbounds nuw i8, ptr %526, i64 512
   store <32 x float> %548, ptr %549, align 4, !tbaa !4
-  %550 = getelementptr inbounds nuw i8, ptr %517, i64 1024
-  %551 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1024
-  %552 = load <32 x float>, ptr %551, align 4, !tbaa !4
-  store <32 x float> %552, ptr %550, align 4, !tbaa !4
-  %553 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1152
+  %550 = getelementptr inbounds nuw i8, ptr %acc.i, i64 640
+  %551 = load <32 x float>, ptr %550, align 4, !tbaa !4
+  %552 = getelementptr inbounds nuw i8, ptr %526, i64 640
+  store <32 x float> %551, ptr %552, align 4, !tbaa !4
+  %553 = getelementptr inbounds nuw i8, ptr %acc.i, i64 768
   %554 = load <32 x float>, ptr %553, align 4, !tbaa !4
-  %555 = getelementptr inbounds nuw i8, ptr %517, i64 1152
+  %555 = getelementptr inbounds nuw i8, ptr %526, i64 768
   store <32 x float> %554, ptr %555, align 4, !tbaa !4
-  %556 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1280
+  %556 = getelementptr inbounds nuw i8, ptr %acc.i, i64 896
   %557 = load <32 x float>, ptr %556, align 4, !tbaa !4
-  %558 = getelementptr inbounds nuw i8, ptr %517, i64 1280
+  %558 = getelementptr inbounds nuw i8, ptr %526, i64 896
   store <32 x float> %557, ptr %558, align 4, !tbaa !4
-  %559 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1408
-  %560 = load <32 x float>, ptr %559, align 4, !tbaa !4
-  %561 = getelementptr inbounds nuw i8, ptr %517, i64 1408
-  store <32 x float> %560, ptr %561, align 4, !tbaa !4
-  %562 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1536
+  %559 = getelementptr inbounds nuw i8, ptr %526, i64 1024
+  %560 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1024
+  %561 = load <32 x float>, ptr %560, align 4, !tbaa !4
+  store <32 x float> %561, ptr %559, align 4, !tbaa !4
+  %562 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1152
   %563 = load <32 x float>, ptr %562, align 4, !tbaa !4
-  %564 = getelementptr inbounds nuw i8, ptr %517, i64 1536
+  %564 = getelementptr inbounds nuw i8, ptr %526, i64 1152
   store <32 x float> %563, ptr %564, align 4, !tbaa !4
-  %565 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1664
+  %565 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1280
   %566 = load <32 x float>, ptr %565, align 4, !tbaa !4
-  %567 = getelementptr inbounds nuw i8, ptr %517, i64 1664
+  %567 = getelementptr inbounds nuw i8, ptr %526, i64 1280
   store <32 x float> %566, ptr %567, align 4, !tbaa !4
-  %568 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1792
+  %568 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1408
   %569 = load <32 x float>, ptr %568, align 4, !tbaa !4
-  %570 = getelementptr inbounds nuw i8, ptr %517, i64 1792
+  %570 = getelementptr inbounds nuw i8, ptr %526, i64 1408
   store <32 x float> %569, ptr %570, align 4, !tbaa !4
-  %571 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1920
+  %571 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1536
   %572 = load <32 x float>, ptr %571, align 4, !tbaa !4
-  %573 = getelementptr inbounds nuw i8, ptr %517, i64 1920
+  %573 = getelementptr inbounds nuw i8, ptr %526, i64 1536
   store <32 x float> %572, ptr %573, align 4, !tbaa !4
-  %574 = or disjoint i64 %518, 2
-  %575 = load float, ptr %108, align 8, !tbaa !13
-  %576 = getelementptr inbounds nuw float, ptr %partial_max, i64 %574
-  store float %575, ptr %576, align 4, !tbaa !4
-  %577 = load float, ptr %109, align 8, !tbaa !15
-  %578 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %574
-  store float %577, ptr %578, align 4, !tbaa !4
-  %579 = load float, ptr %110, align 4, !tbaa !13
-  %580 = or disjoint i64 %518, 3
-  %581 = getelementptr inbounds nuw float, ptr %partial_max, i64 %580
-  store float %579, ptr %581, align 4, !tbaa !4
-  %582 = load float, ptr %111, align 4, !tbaa !15
-  %583 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %580
-  store float %582, ptr %583, align 4, !tbaa !4
-  %584 = getelementptr inbounds nuw i8, ptr %517, i64 2048
-  %585 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2048
-  %586 = load <32 x float>, ptr %585, align 4, !tbaa !4
-  store <32 x float> %586, ptr %584, align 4, !tbaa !4
-  %587 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2176
-  %588 = load <32 x float>, ptr %587, align 4, !tbaa !4
-  %589 = getelementptr inbounds nuw i8, ptr %517, i64 2176
-  store <32 x float> %588, ptr %589, align 4, !tbaa !4
-  %590 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2304
-  %591 = load <32 x float>, ptr %590, align 4, !tbaa !4
-  %592 = getelementptr inbounds nuw i8, ptr %517, i64 2304
-  store <32 x float> %591, ptr %592, align 4, !tbaa !4
-  %593 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2432
-  %594 = load <32 x float>, ptr %593, align 4, !tbaa !4
-  %595 = getelementptr inbounds nuw i8, ptr %517, i64 2432
-  store <32 x float> %594, ptr %595, align 4, !tbaa !4
-  %596 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2560
+  %574 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1664
+  %575 = load <32 x float>, ptr %574, align 4, !tbaa !4
+  %576 = getelementptr inbounds nuw i8, ptr %526, i64 1664
+  store <32 x float> %575, ptr %576, align 4, !tbaa !4
+  %577 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1792
+  %578 = load <32 x float>, ptr %577, align 4, !tbaa !4
+  %579 = getelementptr inbounds nuw i8, ptr %526, i64 1792
+  store <32 x float> %578, ptr %579, align 4, !tbaa !4
+  %580 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1920
+  %581 = load <32 x float>, ptr %580, align 4, !tbaa !4
+  %582 = getelementptr inbounds nuw i8, ptr %526, i64 1920
+  store <32 x float> %581, ptr %582, align 4, !tbaa !4
+  %583 = or disjoint i64 %527, 2
+  %584 = load float, ptr %115, align 8, !tbaa !13
+  %585 = getelementptr inbounds nuw float, ptr %partial_max, i64 %583
+  store float %584, ptr %585, align 4, !tbaa !4
+  %586 = load float, ptr %116, align 8, !tbaa !15
+  %587 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %583
+  store float %586, ptr %587, align 4, !tbaa !4
+  %588 = load float, ptr %117, align 4, !tbaa !13
+  %589 = or disjoint i64 %527, 3
+  %590 = getelementptr inbounds nuw float, ptr %partial_max, i64 %589
+  store float %588, ptr %590, align 4, !tbaa !4
+  %591 = load float, ptr %118, align 4, !tbaa !15
+  %592 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %589
+  store float %591, ptr %592, align 4, !tbaa !4
+  %593 = getelementptr inbounds nuw i8, ptr %526, i64 2048
+  %594 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2048
+  %595 = load <32 x float>, ptr %594, align 4, !tbaa !4
+  store <32 x float> %595, ptr %593, align 4, !tbaa !4
+  %596 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2176
   %597 = load <32 x float>, ptr %596, align 4, !tbaa !4
-  %598 = getelementptr inbounds nuw i8, ptr %517, i64 2560
+  %598 = getelementptr inbounds nuw i8, ptr %526, i64 2176
   store <32 x float> %597, ptr %598, align 4, !tbaa !4
-  %599 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2688
+  %599 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2304
   %600 = load <32 x float>, ptr %599, align 4, !tbaa !4
-  %601 = getelementptr inbounds nuw i8, ptr %517, i64 2688
+  %601 = getelementptr inbounds nuw i8, ptr %526, i64 2304
   store <32 x float> %600, ptr %601, align 4, !tbaa !4
-  %602 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2816
+  %602 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2432
   %603 = load <32 x float>, ptr %602, align 4, !tbaa !4
-  %604 = getelementptr inbounds nuw i8, ptr %517, i64 2816
+  %604 = getelementptr inbounds nuw i8, ptr %526, i64 2432
   store <32 x float> %603, ptr %604, align 4, !tbaa !4
-  %605 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2944
+  %605 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2560
   %606 = load <32 x float>, ptr %605, align 4, !tbaa !4
-  %607 = getelementptr inbounds nuw i8, ptr %517, i64 2944
+  %607 = getelementptr inbounds nuw i8, ptr %526, i64 2560
   store <32 x float> %606, ptr %607, align 4, !tbaa !4
-  %608 = getelementptr inbounds nuw i8, ptr %517, i64 3072
-  %609 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3072
-  %610 = load <32 x float>, ptr %609, align 4, !tbaa !4
-  store <32 x float> %610, ptr %608, align 4, !tbaa !4
-  %611 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3200
+  %608 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2688
+  %609 = load <32 x float>, ptr %608, align 4, !tbaa !4
+  %610 = getelementptr inbounds nuw i8, ptr %526, i64 2688
+  store <32 x float> %609, ptr %610, align 4, !tbaa !4
+  %611 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2816
   %612 = load <32 x float>, ptr %611, align 4, !tbaa !4
-  %613 = getelementptr inbounds nuw i8, ptr %517, i64 3200
+  %613 = getelementptr inbounds nuw i8, ptr %526, i64 2816
   store <32 x float> %612, ptr %613, align 4, !tbaa !4
-  %614 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3328
+  %614 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2944
   %615 = load <32 x float>, ptr %614, align 4, !tbaa !4
-  %616 = getelementptr inbounds nuw i8, ptr %517, i64 3328
+  %616 = getelementptr inbounds nuw i8, ptr %526, i64 2944
   store <32 x float> %615, ptr %616, align 4, !tbaa !4
-  %617 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3456
-  %618 = load <32 x float>, ptr %617, align 4, !tbaa !4
-  %619 = getelementptr inbounds nuw i8, ptr %517, i64 3456
-  store <32 x float> %618, ptr %619, align 4, !tbaa !4
-  %620 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3584
+  %617 = getelementptr inbounds nuw i8, ptr %526, i64 3072
+  %618 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3072
+  %619 = load <32 x float>, ptr %618, align 4, !tbaa !4
+  store <32 x float> %619, ptr %617, align 4, !tbaa !4
+  %620 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3200
   %621 = load <32 x float>, ptr %620, align 4, !tbaa !4
-  %622 = getelementptr inbounds nuw i8, ptr %517, i64 3584
+  %622 = getelementptr inbounds nuw i8, ptr %526, i64 3200
   store <32 x float> %621, ptr %622, align 4, !tbaa !4
-  %623 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3712
+  %623 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3328
   %624 = load <32 x float>, ptr %623, align 4, !tbaa !4
-  %625 = getelementptr inbounds nuw i8, ptr %517, i64 3712
+  %625 = getelementptr inbounds nuw i8, ptr %526, i64 3328
   store <32 x float> %624, ptr %625, align 4, !tbaa !4
-  %626 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3840
+  %626 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3456
   %627 = load <32 x float>, ptr %626, align 4, !tbaa !4
-  %628 = getelementptr inbounds nuw i8, ptr %517, i64 3840
+  %628 = getelementptr inbounds nuw i8, ptr %526, i64 3456
   store <32 x float> %627, ptr %628, align 4, !tbaa !4
-  %629 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3968
+  %629 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3584
   %630 = load <32 x float>, ptr %629, align 4, !tbaa !4
-  %631 = getelementptr inbounds nuw i8, ptr %517, i64 3968
+  %631 = getelementptr inbounds nuw i8, ptr %526, i64 3584
   store <32 x float> %630, ptr %631, align 4, !tbaa !4
-  %632 = or disjoint i64 %518, 4
-  %633 = load float, ptr %112, align 16, !tbaa !13
-  %634 = getelementptr inbounds nuw float, ptr %partial_max, i64 %632
-  store float %633, ptr %634, align 4, !tbaa !4
-  %635 = load float, ptr %113, align 16, !tbaa !15
-  %636 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %632
-  store float %635, ptr %636, align 4, !tbaa !4
-  %637 = load float, ptr %114, align 4, !tbaa !13
-  %638 = or disjoint i64 %518, 5
-  %639 = getelementptr inbounds nuw float, ptr %partial_max, i64 %638
-  store float %637, ptr %639, align 4, !tbaa !4
-  %640 = load float, ptr %115, align 4, !tbaa !15
-  %641 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %638
-  store float %640, ptr %641, align 4, !tbaa !4
-  %642 = getelementptr inbounds nuw i8, ptr %517, i64 4096
-  %643 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4096
-  %644 = load <32 x float>, ptr %643, align 4, !tbaa !4
-  store <32 x float> %644, ptr %642, align 4, !tbaa !4
-  %645 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4224
-  %646 = load <32 x float>, ptr %645, align 4, !tbaa !4
-  %647 = getelementptr inbounds nuw i8, ptr %517, i64 4224
-  store <32 x float> %646, ptr %647, align 4, !tbaa !4
-  %648 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4352
-  %649 = load <32 x float>, ptr %648, align 4, !tbaa !4
-  %650 = getelementptr inbounds nuw i8, ptr %517, i64 4352
-  store <32 x float> %649, ptr %650, align 4, !tbaa !4
-  %651 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4480
-  %652 = load <32 x float>, ptr %651, align 4, !tbaa !4
-  %653 = getelementptr inbounds nuw i8, ptr %517, i64 4480
-  store <32 x float> %652, ptr %653, align 4, !tbaa !4
-  %654 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4608
+  %632 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3712
+  %633 = load <32 x float>, ptr %632, align 4, !tbaa !4
+  %634 = getelementptr inbounds nuw i8, ptr %526, i64 3712
+  store <32 x float> %633, ptr %634, align 4, !tbaa !4
+  %635 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3840
+  %636 = load <32 x float>, ptr %635, align 4, !tbaa !4
+  %637 = getelementptr inbounds nuw i8, ptr %526, i64 3840
+  store <32 x float> %636, ptr %637, align 4, !tbaa !4
+  %638 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3968
+  %639 = load <32 x float>, ptr %638, align 4, !tbaa !4
+  %640 = getelementptr inbounds nuw i8, ptr %526, i64 3968
+  store <32 x float> %639, ptr %640, align 4, !tbaa !4
+  %641 = or disjoint i64 %527, 4
+  %642 = load float, ptr %119, align 16, !tbaa !13
+  %643 = getelementptr inbounds nuw float, ptr %partial_max, i64 %641
+  store float %642, ptr %643, align 4, !tbaa !4
+  %644 = load float, ptr %120, align 16, !tbaa !15
+  %645 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %641
+  store float %644, ptr %645, align 4, !tbaa !4
+  %646 = load float, ptr %121, align 4, !tbaa !13
+  %647 = or disjoint i64 %527, 5
+  %648 = getelementptr inbounds nuw float, ptr %partial_max, i64 %647
+  store float %646, ptr %648, align 4, !tbaa !4
+  %649 = load float, ptr %122, align 4, !tbaa !15
+  %650 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %647
+  store float %649, ptr %650, align 4, !tbaa !4
+  %651 = getelementptr inbounds nuw i8, ptr %526, i64 4096
+  %652 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4096
+  %653 = load <32 x float>, ptr %652, align 4, !tbaa !4
+  store <32 x float> %653, ptr %651, align 4, !tbaa !4
+  %654 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4224
   %655 = load <32 x float>, ptr %654, align 4, !tbaa !4
-  %656 = getelementptr inbounds nuw i8, ptr %517, i64 4608
+  %656 = getelementptr inbounds nuw i8, ptr %526, i64 4224
   store <32 x float> %655, ptr %656, align 4, !tbaa !4
-  %657 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4736
+  %657 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4352
   %658 = load <32 x float>, ptr %657, align 4, !tbaa !4
-  %659 = getelementptr inbounds nuw i8, ptr %517, i64 4736
+  %659 = getelementptr inbounds nuw i8, ptr %526, i64 4352
   store <32 x float> %658, ptr %659, align 4, !tbaa !4
-  %660 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4864
+  %660 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4480
   %661 = load <32 x float>, ptr %660, align 4, !tbaa !4
-  %662 = getelementptr inbounds nuw i8, ptr %517, i64 4864
+  %662 = getelementptr inbounds nuw i8, ptr %526, i64 4480
   store <32 x float> %661, ptr %662, align 4, !tbaa !4
-  %663 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4992
+  %663 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4608
   %664 = load <32 x float>, ptr %663, align 4, !tbaa !4
-  %665 = getelementptr inbounds nuw i8, ptr %517, i64 4992
+  %665 = getelementptr inbounds nuw i8, ptr %526, i64 4608
   store <32 x float> %664, ptr %665, align 4, !tbaa !4
-  %666 = getelementptr inbounds nuw i8, ptr %517, i64 5120
-  %667 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5120
-  %668 = load <32 x float>, ptr %667, align 4, !tbaa !4
-  store <32 x float> %668, ptr %666, align 4, !tbaa !4
-  %669 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5248
+  %666 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4736
+  %667 = load <32 x float>, ptr %666, align 4, !tbaa !4
+  %668 = getelementptr inbounds nuw i8, ptr %526, i64 4736
+  store <32 x float> %667, ptr %668, align 4, !tbaa !4
+  %669 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4864
   %670 = load <32 x float>, ptr %669, align 4, !tbaa !4
-  %671 = getelementptr inbounds nuw i8, ptr %517, i64 5248
+  %671 = getelementptr inbounds nuw i8, ptr %526, i64 4864
   store <32 x float> %670, ptr %671, align 4, !tbaa !4
-  %672 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5376
+  %672 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4992
   %673 = load <32 x float>, ptr %672, align 4, !tbaa !4
-  %674 = getelementptr inbounds nuw i8, ptr %517, i64 5376
+  %674 = getelementptr inbounds nuw i8, ptr %526, i64 4992
   store <32 x float> %673, ptr %674, align 4, !tbaa !4
-  %675 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5504
-  %676 = load <32 x float>, ptr %675, align 4, !tbaa !4
-  %677 = getelementptr inbounds nuw i8, ptr %517, i64 5504
-  store <32 x float> %676, ptr %677, align 4, !tbaa !4
-  %678 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5632
+  %675 = getelementptr inbounds nuw i8, ptr %526, i64 5120
+  %676 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5120
+  %677 = load <32 x float>, ptr %676, align 4, !tbaa !4
+  store <32 x float> %677, ptr %675, align 4, !tbaa !4
+  %678 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5248
   %679 = load <32 x float>, ptr %678, align 4, !tbaa !4
-  %680 = getelementptr inbounds nuw i8, ptr %517, i64 5632
+  %680 = getelementptr inbounds nuw i8, ptr %526, i64 5248
   store <32 x float> %679, ptr %680, align 4, !tbaa !4
-  %681 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5760
+  %681 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5376
   %682 = load <32 x float>, ptr %681, align 4, !tbaa !4
-  %683 = getelementptr inbounds nuw i8, ptr %517, i64 5760
+  %683 = getelementptr inbounds nuw i8, ptr %526, i64 5376
   store <32 x float> %682, ptr %683, align 4, !tbaa !4
-  %684 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5888
+  %684 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5504
   %685 = load <32 x float>, ptr %684, align 4, !tbaa !4
-  %686 = getelementptr inbounds nuw i8, ptr %517, i64 5888
+  %686 = getelementptr inbounds nuw i8, ptr %526, i64 5504
   store <32 x float> %685, ptr %686, align 4, !tbaa !4
-  %687 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6016
+  %687 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5632
   %688 = load <32 x float>, ptr %687, align 4, !tbaa !4
-  %689 = getelementptr inbounds nuw i8, ptr %517, i64 6016
+  %689 = getelementptr inbounds nuw i8, ptr %526, i64 5632
   store <32 x float> %688, ptr %689, align 4, !tbaa !4
-  %690 = or disjoint i64 %518, 6
-  %691 = load float, ptr %116, align 8, !tbaa !13
-  %692 = getelementptr inbounds nuw float, ptr %partial_max, i64 %690
-  store float %691, ptr %692, align 4, !tbaa !4
-  %693 = load float, ptr %117, align 8, !tbaa !15
-  %694 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %690
-  store float %693, ptr %694, align 4, !tbaa !4
-  %695 = load float, ptr %118, align 4, !tbaa !13
-  %696 = or disjoint i64 %518, 7
-  %697 = getelementptr inbounds nuw float, ptr %partial_max, i64 %696
-  store float %695, ptr %697, align 4, !tbaa !4
-  %698 = load float, ptr %119, align 4, !tbaa !15
-  %699 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %696
-  store float %698, ptr %699, align 4, !tbaa !4
-  %700 = getelementptr inbounds nuw i8, ptr %517, i64 6144
-  %701 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6144
-  %702 = load <32 x float>, ptr %701, align 4, !tbaa !4
-  store <32 x float> %702, ptr %700, align 4, !tbaa !4
-  %703 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6272
-  %704 = load <32 x float>, ptr %703, align 4, !tbaa !4
-  %705 = getelementptr inbounds nuw i8, ptr %517, i64 6272
-  store <32 x float> %704, ptr %705, align 4, !tbaa !4
-  %706 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6400
-  %707 = load <32 x float>, ptr %706, align 4, !tbaa !4
-  %708 = getelementptr inbounds nuw i8, ptr %517, i64 6400
-  store <32 x float> %707, ptr %708, align 4, !tbaa !4
-  %709 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6528
-  %710 = load <32 x float>, ptr %709, align 4, !tbaa !4
-  %711 = getelementptr inbounds nuw i8, ptr %517, i64 6528
-  store <32 x float> %710, ptr %711, align 4, !tbaa !4
-  %712 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6656
+  %690 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5760
+  %691 = load <32 x float>, ptr %690, align 4, !tbaa !4
+  %692 = getelementptr inbounds nuw i8, ptr %526, i64 5760
+  store <32 x float> %691, ptr %692, align 4, !tbaa !4
+  %693 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5888
+  %694 = load <32 x float>, ptr %693, align 4, !tbaa !4
+  %695 = getelementptr inbounds nuw i8, ptr %526, i64 5888
+  store <32 x float> %694, ptr %695, align 4, !tbaa !4
+  %696 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6016
+  %697 = load <32 x float>, ptr %696, align 4, !tbaa !4
+  %698 = getelementptr inbounds nuw i8, ptr %526, i64 6016
+  store <32 x float> %697, ptr %698, align 4, !tbaa !4
+  %699 = or disjoint i64 %527, 6
+  %700 = load float, ptr %123, align 8, !tbaa !13
+  %701 = getelementptr inbounds nuw float, ptr %partial_max, i64 %699
+  store float %700, ptr %701, align 4, !tbaa !4
+  %702 = load float, ptr %124, align 8, !tbaa !15
+  %703 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %699
+  store float %702, ptr %703, align 4, !tbaa !4
+  %704 = load float, ptr %125, align 4, !tbaa !13
+  %705 = or disjoint i64 %527, 7
+  %706 = getelementptr inbounds nuw float, ptr %partial_max, i64 %705
+  store float %704, ptr %706, align 4, !tbaa !4
+  %707 = load float, ptr %126, align 4, !tbaa !15
+  %708 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %705
+  store float %707, ptr %708, align 4, !tbaa !4
+  %709 = getelementptr inbounds nuw i8, ptr %526, i64 6144
+  %710 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6144
+  %711 = load <32 x float>, ptr %710, align 4, !tbaa !4
+  store <32 x float> %711, ptr %709, align 4, !tbaa !4
+  %712 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6272
   %713 = load <32 x float>, ptr %712, align 4, !tbaa !4
-  %714 = getelementptr inbounds nuw i8, ptr %517, i64 6656
+  %714 = getelementptr inbounds nuw i8, ptr %526, i64 6272
   store <32 x float> %713, ptr %714, align 4, !tbaa !4
-  %715 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6784
+  %715 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6400
   %716 = load <32 x float>, ptr %715, align 4, !tbaa !4
-  %717 = getelementptr inbounds nuw i8, ptr %517, i64 6784
+  %717 = getelementptr inbounds nuw i8, ptr %526, i64 6400
   store <32 x float> %716, ptr %717, align 4, !tbaa !4
-  %718 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6912
+  %718 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6528
   %719 = load <32 x float>, ptr %718, align 4, !tbaa !4
-  %720 = getelementptr inbounds nuw i8, ptr %517, i64 6912
+  %720 = getelementptr inbounds nuw i8, ptr %526, i64 6528
   store <32 x float> %719, ptr %720, align 4, !tbaa !4
-  %721 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7040
+  %721 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6656
   %722 = load <32 x float>, ptr %721, align 4, !tbaa !4
-  %723 = getelementptr inbounds nuw i8, ptr %517, i64 7040
+  %723 = getelementptr inbounds nuw i8, ptr %526, i64 6656
   store <32 x float> %722, ptr %723, align 4, !tbaa !4
-  %724 = getelementptr inbounds nuw i8, ptr %517, i64 7168
-  %725 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7168
-  %726 = load <32 x float>, ptr %725, align 4, !tbaa !4
-  store <32 x float> %726, ptr %724, align 4, !tbaa !4
-  %727 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7296
+  %724 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6784
+  %725 = load <32 x float>, ptr %724, align 4, !tbaa !4
+  %726 = getelementptr inbounds nuw i8, ptr %526, i64 6784
+  store <32 x float> %725, ptr %726, align 4, !tbaa !4
+  %727 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6912
   %728 = load <32 x float>, ptr %727, align 4, !tbaa !4
-  %729 = getelementptr inbounds nuw i8, ptr %517, i64 7296
+  %729 = getelementptr inbounds nuw i8, ptr %526, i64 6912
   store <32 x float> %728, ptr %729, align 4, !tbaa !4
-  %730 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7424
+  %730 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7040
   %731 = load <32 x float>, ptr %730, align 4, !tbaa !4
-  %732 = getelementptr inbounds nuw i8, ptr %517, i64 7424
+  %732 = getelementptr inbounds nuw i8, ptr %526, i64 7040
   store <32 x float> %731, ptr %732, align 4, !tbaa !4
-  %733 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7552
-  %734 = load <32 x float>, ptr %733, align 4, !tbaa !4
-  %735 = getelementptr inbounds nuw i8, ptr %517, i64 7552
-  store <32 x float> %734, ptr %735, align 4, !tbaa !4
-  %736 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7680
+  %733 = getelementptr inbounds nuw i8, ptr %526, i64 7168
+  %734 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7168
+  %735 = load <32 x float>, ptr %734, align 4, !tbaa !4
+  store <32 x float> %735, ptr %733, align 4, !tbaa !4
+  %736 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7296
   %737 = load <32 x float>, ptr %736, align 4, !tbaa !4
-  %738 = getelementptr inbounds nuw i8, ptr %517, i64 7680
+  %738 = getelementptr inbounds nuw i8, ptr %526, i64 7296
   store <32 x float> %737, ptr %738, align 4, !tbaa !4
-  %739 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7808
+  %739 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7424
   %740 = load <32 x float>, ptr %739, align 4, !tbaa !4
-  %741 = getelementptr inbounds nuw i8, ptr %517, i64 7808
+  %741 = getelementptr inbounds nuw i8, ptr %526, i64 7424
   store <32 x float> %740, ptr %741, align 4, !tbaa !4
-  %742 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7936
+  %742 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7552
   %743 = load <32 x float>, ptr %742, align 4, !tbaa !4
-  %744 = getelementptr inbounds nuw i8, ptr %517, i64 7936
+  %744 = getelementptr inbounds nuw i8, ptr %526, i64 7552
   store <32 x float> %743, ptr %744, align 4, !tbaa !4
-  %745 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8064
+  %745 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7680
   %746 = load <32 x float>, ptr %745, align 4, !tbaa !4
-  %747 = getelementptr inbounds nuw i8, ptr %517, i64 8064
+  %747 = getelementptr inbounds nuw i8, ptr %526, i64 7680
   store <32 x float> %746, ptr %747, align 4, !tbaa !4
-  %748 = or disjoint i64 %518, 8
-  %749 = load float, ptr %120, align 16, !tbaa !13
-  %750 = getelementptr inbounds nuw float, ptr %partial_max, i64 %748
-  store float %749, ptr %750, align 4, !tbaa !4
-  %751 = load float, ptr %121, align 16, !tbaa !15
-  %752 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %748
-  store float %751, ptr %752, align 4, !tbaa !4
-  %753 = load float, ptr %122, align 4, !tbaa !13
-  %754 = or disjoint i64 %518, 9
-  %755 = getelementptr inbounds nuw float, ptr %partial_max, i64 %754
-  store float %753, ptr %755, align 4, !tbaa !4
-  %756 = load float, ptr %123, align 4, !tbaa !15
-  %757 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %754
-  store float %756, ptr %757, align 4, !tbaa !4
-  %758 = getelementptr inbounds nuw i8, ptr %517, i64 8192
-  %759 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8192
-  %760 = load <32 x float>, ptr %759, align 4, !tbaa !4
-  store <32 x float> %760, ptr %758, align 4, !tbaa !4
-  %761 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8320
-  %762 = load <32 x float>, ptr %761, align 4, !tbaa !4
-  %763 = getelementptr inbounds nuw i8, ptr %517, i64 8320
-  store <32 x float> %762, ptr %763, align 4, !tbaa !4
-  %764 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8448
-  %765 = load <32 x float>, ptr %764, align 4, !tbaa !4
-  %766 = getelementptr inbounds nuw i8, ptr %517, i64 8448
-  store <32 x float> %765, ptr %766, align 4, !tbaa !4
-  %767 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8576
-  %768 = load <32 x float>, ptr %767, align 4, !tbaa !4
-  %769 = getelementptr inbounds nuw i8, ptr %517, i64 8576
-  store <32 x float> %768, ptr %769, align 4, !tbaa !4
-  %770 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8704
+  %748 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7808
+  %749 = load <32 x float>, ptr %748, align 4, !tbaa !4
+  %750 = getelementptr inbounds nuw i8, ptr %526, i64 7808
+  store <32 x float> %749, ptr %750, align 4, !tbaa !4
+  %751 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7936
+  %752 = load <32 x float>, ptr %751, align 4, !tbaa !4
+  %753 = getelementptr inbounds nuw i8, ptr %526, i64 7936
+  store <32 x float> %752, ptr %753, align 4, !tbaa !4
+  %754 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8064
+  %755 = load <32 x float>, ptr %754, align 4, !tbaa !4
+  %756 = getelementptr inbounds nuw i8, ptr %526, i64 8064
+  store <32 x float> %755, ptr %756, align 4, !tbaa !4
+  %757 = or disjoint i64 %527, 8
+  %758 = load float, ptr %127, align 16, !tbaa !13
+  %759 = getelementptr inbounds nuw float, ptr %partial_max, i64 %757
+  store float %758, ptr %759, align 4, !tbaa !4
+  %760 = load float, ptr %128, align 16, !tbaa !15
+  %761 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %757
+  store float %760, ptr %761, align 4, !tbaa !4
+  %762 = load float, ptr %129, align 4, !tbaa !13
+  %763 = or disjoint i64 %527, 9
+  %764 = getelementptr inbounds nuw float, ptr %partial_max, i64 %763
+  store float %762, ptr %764, align 4, !tbaa !4
+  %765 = load float, ptr %130, align 4, !tbaa !15
+  %766 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %763
+  store float %765, ptr %766, align 4, !tbaa !4
+  %767 = getelementptr inbounds nuw i8, ptr %526, i64 8192
+  %768 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8192
+  %769 = load <32 x float>, ptr %768, align 4, !tbaa !4
+  store <32 x float> %769, ptr %767, align 4, !tbaa !4
+  %770 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8320
   %771 = load <32 x float>, ptr %770, align 4, !tbaa !4
-  %772 = getelementptr inbounds nuw i8, ptr %517, i64 8704
+  %772 = getelementptr inbounds nuw i8, ptr %526, i64 8320
   store <32 x float> %771, ptr %772, align 4, !tbaa !4
-  %773 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8832
+  %773 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8448
   %774 = load <32 x float>, ptr %773, align 4, !tbaa !4
-  %775 = getelementptr inbounds nuw i8, ptr %517, i64 8832
+  %775 = getelementptr inbounds nuw i8, ptr %526, i64 8448
   store <32 x float> %774, ptr %775, align 4, !tbaa !4
-  %776 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8960
+  %776 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8576
   %777 = load <32 x float>, ptr %776, align 4, !tbaa !4
-  %778 = getelementptr inbounds nuw i8, ptr %517, i64 8960
+  %778 = getelementptr inbounds nuw i8, ptr %526, i64 8576
   store <32 x float> %777, ptr %778, align 4, !tbaa !4
-  %779 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9088
+  %779 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8704
   %780 = load <32 x float>, ptr %779, align 4, !tbaa !4
-  %781 = getelementptr inbounds nuw i8, ptr %517, i64 9088
+  %781 = getelementptr inbounds nuw i8, ptr %526, i64 8704
   store <32 x float> %780, ptr %781, align 4, !tbaa !4
-  %782 = getelementptr inbounds nuw i8, ptr %517, i64 9216
-  %783 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9216
-  %784 = load <32 x float>, ptr %783, align 4, !tbaa !4
-  store <32 x float> %784, ptr %782, align 4, !tbaa !4
-  %785 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9344
+  %782 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8832
+  %783 = load <32 x float>, ptr %782, align 4, !tbaa !4
+  %784 = getelementptr inbounds nuw i8, ptr %526, i64 8832
+  store <32 x float> %783, ptr %784, align 4, !tbaa !4
+  %785 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8960
   %786 = load <32 x float>, ptr %785, align 4, !tbaa !4
-  %787 = getelementptr inbounds nuw i8, ptr %517, i64 9344
+  %787 = getelementptr inbounds nuw i8, ptr %526, i64 8960
   store <32 x float> %786, ptr %787, align 4, !tbaa !4
-  %788 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9472
+  %788 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9088
   %789 = load <32 x float>, ptr %788, align 4, !tbaa !4
-  %790 = getelementptr inbounds nuw i8, ptr %517, i64 9472
+  %790 = getelementptr inbounds nuw i8, ptr %526, i64 9088
   store <32 x float> %789, ptr %790, align 4, !tbaa !4
-  %791 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9600
-  %792 = load <32 x float>, ptr %791, align 4, !tbaa !4
-  %793 = getelementptr inbounds nuw i8, ptr %517, i64 9600
-  store <32 x float> %792, ptr %793, align 4, !tbaa !4
-  %794 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9728
+  %791 = getelementptr inbounds nuw i8, ptr %526, i64 9216
+  %792 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9216
+  %793 = load <32 x float>, ptr %792, align 4, !tbaa !4
+  store <32 x float> %793, ptr %791, align 4, !tbaa !4
+  %794 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9344
   %795 = load <32 x float>, ptr %794, align 4, !tbaa !4
-  %796 = getelementptr inbounds nuw i8, ptr %517, i64 9728
+  %796 = getelementptr inbounds nuw i8, ptr %526, i64 9344
   store <32 x float> %795, ptr %796, align 4, !tbaa !4
-  %797 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9856
+  %797 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9472
   %798 = load <32 x float>, ptr %797, align 4, !tbaa !4
-  %799 = getelementptr inbounds nuw i8, ptr %517, i64 9856
+  %799 = getelementptr inbounds nuw i8, ptr %526, i64 9472
   store <32 x float> %798, ptr %799, align 4, !tbaa !4
-  %800 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9984
+  %800 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9600
   %801 = load <32 x float>, ptr %800, align 4, !tbaa !4
-  %802 = getelementptr inbounds nuw i8, ptr %517, i64 9984
+  %802 = getelementptr inbounds nuw i8, ptr %526, i64 9600
   store <32 x float> %801, ptr %802, align 4, !tbaa !4
-  %803 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10112
+  %803 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9728
   %804 = load <32 x float>, ptr %803, align 4, !tbaa !4
-  %805 = getelementptr inbounds nuw i8, ptr %517, i64 10112
+  %805 = getelementptr inbounds nuw i8, ptr %526, i64 9728
   store <32 x float> %804, ptr %805, align 4, !tbaa !4
-  %806 = or disjoint i64 %518, 10
-  %807 = load float, ptr %124, align 8, !tbaa !13
-  %808 = getelementptr inbounds nuw float, ptr %partial_max, i64 %806
-  store float %807, ptr %808, align 4, !tbaa !4
-  %809 = load float, ptr %125, align 8, !tbaa !15
-  %810 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %806
-  store float %809, ptr %810, align 4, !tbaa !4
-  %811 = load float, ptr %126, align 4, !tbaa !13
-  %812 = or disjoint i64 %518, 11
-  %813 = getelementptr inbounds nuw float, ptr %partial_max, i64 %812
-  store float %811, ptr %813, align 4, !tbaa !4
-  %814 = load float, ptr %127, align 4, !tbaa !15
-  %815 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %812
-  store float %814, ptr %815, align 4, !tbaa !4
-  %816 = getelementptr inbounds nuw i8, ptr %517, i64 10240
-  %817 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10240
-  %818 = load <32 x float>, ptr %817, align 4, !tbaa !4
-  store <32 x float> %818, ptr %816, align 4, !tbaa !4
-  %819 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10368
-  %820 = load <32 x float>, ptr %819, align 4, !tbaa !4
-  %821 = getelementptr inbounds nuw i8, ptr %517, i64 10368
-  store <32 x float> %820, ptr %821, align 4, !tbaa !4
-  %822 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10496
-  %823 = load <32 x float>, ptr %822, align 4, !tbaa !4
-  %824 = getelementptr inbounds nuw i8, ptr %517, i64 10496
-  store <32 x float> %823, ptr %824, align 4, !tbaa !4
-  %825 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10624
-  %826 = load <32 x float>, ptr %825, align 4, !tbaa !4
-  %827 = getelementptr inbounds nuw i8, ptr %517, i64 10624
-  store <32 x float> %826, ptr %827, align 4, !tbaa !4
-  %828 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10752
+  %806 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9856
+  %807 = load <32 x float>, ptr %806, align 4, !tbaa !4
+  %808 = getelementptr inbounds nuw i8, ptr %526, i64 9856
+  store <32 x float> %807, ptr %808, align 4, !tbaa !4
+  %809 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9984
+  %810 = load <32 x float>, ptr %809, align 4, !tbaa !4
+  %811 = getelementptr inbounds nuw i8, ptr %526, i64 9984
+  store <32 x float> %810, ptr %811, align 4, !tbaa !4
+  %812 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10112
+  %813 = load <32 x float>, ptr %812, align 4, !tbaa !4
+  %814 = getelementptr inbounds nuw i8, ptr %526, i64 10112
+  store <32 x float> %813, ptr %814, align 4, !tbaa !4
+  %815 = or disjoint i64 %527, 10
+  %816 = load float, ptr %131, align 8, !tbaa !13
+  %817 = getelementptr inbounds nuw float, ptr %partial_max, i64 %815
+  store float %816, ptr %817, align 4, !tbaa !4
+  %818 = load float, ptr %132, align 8, !tbaa !15
+  %819 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %815
+  store float %818, ptr %819, align 4, !tbaa !4
+  %820 = load float, ptr %133, align 4, !tbaa !13
+  %821 = or disjoint i64 %527, 11
+  %822 = getelementptr inbounds nuw float, ptr %partial_max, i64 %821
+  store float %820, ptr %822, align 4, !tbaa !4
+  %823 = load float, ptr %134, align 4, !tbaa !15
+  %824 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %821
+  store float %823, ptr %824, align 4, !tbaa !4
+  %825 = getelementptr inbounds nuw i8, ptr %526, i64 10240
+  %826 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10240
+  %827 = load <32 x float>, ptr %826, align 4, !tbaa !4
+  store <32 x float> %827, ptr %825, align 4, !tbaa !4
+  %828 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10368
   %829 = load <32 x float>, ptr %828, align 4, !tbaa !4
-  %830 = getelementptr inbounds nuw i8, ptr %517, i64 10752
+  %830 = getelementptr inbounds nuw i8, ptr %526, i64 10368
   store <32 x float> %829, ptr %830, align 4, !tbaa !4
-  %831 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10880
+  %831 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10496
   %832 = load <32 x float>, ptr %831, align 4, !tbaa !4
-  %833 = getelementptr inbounds nuw i8, ptr %517, i64 10880
+  %833 = getelementptr inbounds nuw i8, ptr %526, i64 10496
   store <32 x float> %832, ptr %833, align 4, !tbaa !4
-  %834 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11008
+  %834 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10624
   %835 = load <32 x float>, ptr %834, align 4, !tbaa !4
-  %836 = getelementptr inbounds nuw i8, ptr %517, i64 11008
+  %836 = getelementptr inbounds nuw i8, ptr %526, i64 10624
   store <32 x float> %835, ptr %836, align 4, !tbaa !4
-  %837 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11136
+  %837 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10752
   %838 = load <32 x float>, ptr %837, align 4, !tbaa !4
-  %839 = getelementptr inbounds nuw i8, ptr %517, i64 11136
+  %839 = getelementptr inbounds nuw i8, ptr %526, i64 10752
   store <32 x float> %838, ptr %839, align 4, !tbaa !4
-  %840 = getelementptr inbounds nuw i8, ptr %517, i64 11264
-  %841 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11264
-  %842 = load <32 x float>, ptr %841, align 4, !tbaa !4
-  store <32 x float> %842, ptr %840, align 4, !tbaa !4
-  %843 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11392
+  %840 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10880
+  %841 = load <32 x float>, ptr %840, align 4, !tbaa !4
+  %842 = getelementptr inbounds nuw i8, ptr %526, i64 10880
+  store <32 x float> %841, ptr %842, align 4, !tbaa !4
+  %843 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11008
   %844 = load <32 x float>, ptr %843, align 4, !tbaa !4
-  %845 = getelementptr inbounds nuw i8, ptr %517, i64 11392
+  %845 = getelementptr inbounds nuw i8, ptr %526, i64 11008
   store <32 x float> %844, ptr %845, align 4, !tbaa !4
-  %846 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11520
+  %846 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11136
   %847 = load <32 x float>, ptr %846, align 4, !tbaa !4
-  %848 = getelementptr inbounds nuw i8, ptr %517, i64 11520
+  %848 = getelementptr inbounds nuw i8, ptr %526, i64 11136
   store <32 x float> %847, ptr %848, align 4, !tbaa !4
-  %849 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11648
-  %850 = load <32 x float>, ptr %849, align 4, !tbaa !4
-  %851 = getelementptr inbounds nuw i8, ptr %517, i64 11648
-  store <32 x float> %850, ptr %851, align 4, !tbaa !4
-  %852 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11776
+  %849 = getelementptr inbounds nuw i8, ptr %526, i64 11264
+  %850 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11264
+  %851 = load <32 x float>, ptr %850, align 4, !tbaa !4
+  store <32 x float> %851, ptr %849, align 4, !tbaa !4
+  %852 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11392
   %853 = load <32 x float>, ptr %852, align 4, !tbaa !4
-  %854 = getelementptr inbounds nuw i8, ptr %517, i64 11776
+  %854 = getelementptr inbounds nuw i8, ptr %526, i64 11392
   store <32 x float> %853, ptr %854, align 4, !tbaa !4
-  %855 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11904
+  %855 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11520
   %856 = load <32 x float>, ptr %855, align 4, !tbaa !4
-  %857 = getelementptr inbounds nuw i8, ptr %517, i64 11904
+  %857 = getelementptr inbounds nuw i8, ptr %526, i64 11520
   store <32 x float> %856, ptr %857, align 4, !tbaa !4
-  %858 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12032
+  %858 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11648
   %859 = load <32 x float>, ptr %858, align 4, !tbaa !4
-  %860 = getelementptr inbounds nuw i8, ptr %517, i64 12032
+  %860 = getelementptr inbounds nuw i8, ptr %526, i64 11648
   store <32 x float> %859, ptr %860, align 4, !tbaa !4
-  %861 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12160
+  %861 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11776
   %862 = load <32 x float>, ptr %861, align 4, !tbaa !4
-  %863 = getelementptr inbounds nuw i8, ptr %517, i64 12160
+  %863 = getelementptr inbounds nuw i8, ptr %526, i64 11776
   store <32 x float> %862, ptr %863, align 4, !tbaa !4
-  %864 = or disjoint i64 %518, 12
-  %865 = load float, ptr %128, align 16, !tbaa !13
-  %866 = getelementptr inbounds nuw float, ptr %partial_max, i64 %864
-  store float %865, ptr %866, align 4, !tbaa !4
-  %867 = load float, ptr %129, align 16, !tbaa !15
-  %868 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %864
-  store float %867, ptr %868, align 4, !tbaa !4
-  %869 = load float, ptr %130, align 4, !tbaa !13
-  %870 = or disjoint i64 %518, 13
-  %871 = getelementptr inbounds nuw float, ptr %partial_max, i64 %870
-  store float %869, ptr %871, align 4, !tbaa !4
-  %872 = load float, ptr %131, align 4, !tbaa !15
-  %873 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %870
-  store float %872, ptr %873, align 4, !tbaa !4
-  %874 = getelementptr inbounds nuw i8, ptr %517, i64 12288
-  %875 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12288
-  %876 = load <32 x float>, ptr %875, align 4, !tbaa !4
-  store <32 x float> %876, ptr %874, align 4, !tbaa !4
-  %877 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12416
-  %878 = load <32 x float>, ptr %877, align 4, !tbaa !4
-  %879 = getelementptr inbounds nuw i8, ptr %517, i64 12416
-  store <32 x float> %878, ptr %879, align 4, !tbaa !4
-  %880 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12544
-  %881 = load <32 x float>, ptr %880, align 4, !tbaa !4
-  %882 = getelementptr inbounds nuw i8, ptr %517, i64 12544
-  store <32 x float> %881, ptr %882, align 4, !tbaa !4
-  %883 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12672
-  %884 = load <32 x float>, ptr %883, align 4, !tbaa !4
-  %885 = getelementptr inbounds nuw i8, ptr %517, i64 12672
-  store <32 x float> %884, ptr %885, align 4, !tbaa !4
-  %886 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12800
+  %864 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11904
+  %865 = load <32 x float>, ptr %864, align 4, !tbaa !4
+  %866 = getelementptr inbounds nuw i8, ptr %526, i64 11904
+  store <32 x float> %865, ptr %866, align 4, !tbaa !4
+  %867 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12032
+  %868 = load <32 x float>, ptr %867, align 4, !tbaa !4
+  %869 = getelementptr inbounds nuw i8, ptr %526, i64 12032
+  store <32 x float> %868, ptr %869, align 4, !tbaa !4
+  %870 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12160
+  %871 = load <32 x float>, ptr %870, align 4, !tbaa !4
+  %872 = getelementptr inbounds nuw i8, ptr %526, i64 12160
+  store <32 x float> %871, ptr %872, align 4, !tbaa !4
+  %873 = or disjoint i64 %527, 12
+  %874 = load float, ptr %135, align 16, !tbaa !13
+  %875 = getelementptr inbounds nuw float, ptr %partial_max, i64 %873
+  store float %874, ptr %875, align 4, !tbaa !4
+  %876 = load float, ptr %136, align 16, !tbaa !15
+  %877 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %873
+  store float %876, ptr %877, align 4, !tbaa !4
+  %878 = load float, ptr %137, align 4, !tbaa !13
+  %879 = or disjoint i64 %527, 13
+  %880 = getelementptr inbounds nuw float, ptr %partial_max, i64 %879
+  store float %878, ptr %880, align 4, !tbaa !4
+  %881 = load float, ptr %138, align 4, !tbaa !15
+  %882 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %879
+  store float %881, ptr %882, align 4, !tbaa !4
+  %883 = getelementptr inbounds nuw i8, ptr %526, i64 12288
+  %884 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12288
+  %885 = load <32 x float>, ptr %884, align 4, !tbaa !4
+  store <32 x float> %885, ptr %883, align 4, !tbaa !4
+  %886 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12416
   %887 = load <32 x float>, ptr %886, align 4, !tbaa !4
-  %888 = getelementptr inbounds nuw i8, ptr %517, i64 12800
+  %888 = getelementptr inbounds nuw i8, ptr %526, i64 12416
   store <32 x float> %887, ptr %888, align 4, !tbaa !4
-  %889 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12928
+  %889 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12544
   %890 = load <32 x float>, ptr %889, align 4, !tbaa !4
-  %891 = getelementptr inbounds nuw i8, ptr %517, i64 12928
+  %891 = getelementptr inbounds nuw i8, ptr %526, i64 12544
   store <32 x float> %890, ptr %891, align 4, !tbaa !4
-  %892 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13056
+  %892 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12672
   %893 = load <32 x float>, ptr %892, align 4, !tbaa !4
-  %894 = getelementptr inbounds nuw i8, ptr %517, i64 13056
+  %894 = getelementptr inbounds nuw i8, ptr %526, i64 12672
   store <32 x float> %893, ptr %894, align 4, !tbaa !4
-  %895 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13184
+  %895 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12800
   %896 = load <32 x float>, ptr %895, align 4, !tbaa !4
-  %897 = getelementptr inbounds nuw i8, ptr %517, i64 13184
+  %897 = getelementptr inbounds nuw i8, ptr %526, i64 12800
   store <32 x float> %896, ptr %897, align 4, !tbaa !4
-  %898 = getelementptr inbounds nuw i8, ptr %517, i64 13312
-  %899 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13312
-  %900 = load <32 x float>, ptr %899, align 4, !tbaa !4
-  store <32 x float> %900, ptr %898, align 4, !tbaa !4
-  %901 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13440
+  %898 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12928
+  %899 = load <32 x float>, ptr %898, align 4, !tbaa !4
+  %900 = getelementptr inbounds nuw i8, ptr %526, i64 12928
+  store <32 x float> %899, ptr %900, align 4, !tbaa !4
+  %901 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13056
   %902 = load <32 x float>, ptr %901, align 4, !tbaa !4
-  %903 = getelementptr inbounds nuw i8, ptr %517, i64 13440
+  %903 = getelementptr inbounds nuw i8, ptr %526, i64 13056
   store <32 x float> %902, ptr %903, align 4, !tbaa !4
-  %904 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13568
+  %904 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13184
   %905 = load <32 x float>, ptr %904, align 4, !tbaa !4
-  %906 = getelementptr inbounds nuw i8, ptr %517, i64 13568
+  %906 = getelementptr inbounds nuw i8, ptr %526, i64 13184
   store <32 x float> %905, ptr %906, align 4, !tbaa !4
-  %907 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13696
-  %908 = load <32 x float>, ptr %907, align 4, !tbaa !4
-  %909 = getelementptr inbounds nuw i8, ptr %517, i64 13696
-  store <32 x float> %908, ptr %909, align 4, !tbaa !4
-  %910 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13824
+  %907 = getelementptr inbounds nuw i8, ptr %526, i64 13312
+  %908 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13312
+  %909 = load <32 x float>, ptr %908, align 4, !tbaa !4
+  store <32 x float> %909, ptr %907, align 4, !tbaa !4
+  %910 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13440
   %911 = load <32 x float>, ptr %910, align 4, !tbaa !4
-  %912 = getelementptr inbounds nuw i8, ptr %517, i64 13824
+  %912 = getelementptr inbounds nuw i8, ptr %526, i64 13440
   store <32 x float> %911, ptr %912, align 4, !tbaa !4
-  %913 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13952
+  %913 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13568
   %914 = load <32 x float>, ptr %913, align 4, !tbaa !4
-  %915 = getelementptr inbounds nuw i8, ptr %517, i64 13952
+  %915 = getelementptr inbounds nuw i8, ptr %526, i64 13568
   store <32 x float> %914, ptr %915, align 4, !tbaa !4
-  %916 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14080
+  %916 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13696
   %917 = load <32 x float>, ptr %916, align 4, !tbaa !4
-  %918 = getelementptr inbounds nuw i8, ptr %517, i64 14080
+  %918 = getelementptr inbounds nuw i8, ptr %526, i64 13696
   store <32 x float> %917, ptr %918, align 4, !tbaa !4
-  %919 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14208
+  %919 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13824
   %920 = load <32 x float>, ptr %919, align 4, !tbaa !4
-  %921 = getelementptr inbounds nuw i8, ptr %517, i64 14208
+  %921 = getelementptr inbounds nuw i8, ptr %526, i64 13824
   store <32 x float> %920, ptr %921, align 4, !tbaa !4
-  %922 = or disjoint i64 %518, 14
-  %923 = load float, ptr %132, align 8, !tbaa !13
-  %924 = getelementptr inbounds nuw float, ptr %partial_max, i64 %922
-  store float %923, ptr %924, align 4, !tbaa !4
-  %925 = load float, ptr %133, align 8, !tbaa !15
-  %926 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %922
-  store float %925, ptr %926, align 4, !tbaa !4
-  %927 = load float, ptr %134, align 4, !tbaa !13
-  %928 = or disjoint i64 %518, 15
-  %929 = getelementptr inbounds nuw float, ptr %partial_max, i64 %928
-  store float %927, ptr %929, align 4, !tbaa !4
-  %930 = load float, ptr %135, align 4, !tbaa !15
-  %931 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %928
-  store float %930, ptr %931, align 4, !tbaa !4
-  %932 = getelementptr inbounds nuw i8, ptr %517, i64 14336
-  %933 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14336
-  %934 = load <32 x float>, ptr %933, align 4, !tbaa !4
-  store <32 x float> %934, ptr %932, align 4, !tbaa !4
-  %935 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14464
-  %936 = load <32 x float>, ptr %935, align 4, !tbaa !4
-  %937 = getelementptr inbounds nuw i8, ptr %517, i64 14464
-  store <32 x float> %936, ptr %937, align 4, !tbaa !4
-  %938 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14592
-  %939 = load <32 x float>, ptr %938, align 4, !tbaa !4
-  %940 = getelementptr inbounds nuw i8, ptr %517, i64 14592
-  store <32 x float> %939, ptr %940, align 4, !tbaa !4
-  %941 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14720
-  %942 = load <32 x float>, ptr %941, align 4, !tbaa !4
-  %943 = getelementptr inbounds nuw i8, ptr %517, i64 14720
-  store <32 x float> %942, ptr %943, align 4, !tbaa !4
-  %944 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14848
+  %922 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13952
+  %923 = load <32 x float>, ptr %922, align 4, !tbaa !4
+  %924 = getelementptr inbounds nuw i8, ptr %526, i64 13952
+  store <32 x float> %923, ptr %924, align 4, !tbaa !4
+  %925 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14080
+  %926 = load <32 x float>, ptr %925, align 4, !tbaa !4
+  %927 = getelementptr inbounds nuw i8, ptr %526, i64 14080
+  store <32 x float> %926, ptr %927, align 4, !tbaa !4
+  %928 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14208
+  %929 = load <32 x float>, ptr %928, align 4, !tbaa !4
+  %930 = getelementptr inbounds nuw i8, ptr %526, i64 14208
+  store <32 x float> %929, ptr %930, align 4, !tbaa !4
+  %931 = or disjoint i64 %527, 14
+  %932 = load float, ptr %139, align 8, !tbaa !13
+  %933 = getelementptr inbounds nuw float, ptr %partial_max, i64 %931
+  store float %932, ptr %933, align 4, !tbaa !4
+  %934 = load float, ptr %140, align 8, !tbaa !15
+  %935 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %931
+  store float %934, ptr %935, align 4, !tbaa !4
+  %936 = load float, ptr %141, align 4, !tbaa !13
+  %937 = or disjoint i64 %527, 15
+  %938 = getelementptr inbounds nuw float, ptr %partial_max, i64 %937
+  store float %936, ptr %938, align 4, !tbaa !4
+  %939 = load float, ptr %142, align 4, !tbaa !15
+  %940 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %937
+  store float %939, ptr %940, align 4, !tbaa !4
+  %941 = getelementptr inbounds nuw i8, ptr %526, i64 14336
+  %942 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14336
+  %943 = load <32 x float>, ptr %942, align 4, !tbaa !4
+  store <32 x float> %943, ptr %941, align 4, !tbaa !4
+  %944 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14464
   %945 = load <32 x float>, ptr %944, align 4, !tbaa !4
-  %946 = getelementptr inbounds nuw i8, ptr %517, i64 14848
+  %946 = getelementptr inbounds nuw i8, ptr %526, i64 14464
   store <32 x float> %945, ptr %946, align 4, !tbaa !4
-  %947 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14976
+  %947 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14592
   %948 = load <32 x float>, ptr %947, align 4, !tbaa !4
-  %949 = getelementptr inbounds nuw i8, ptr %517, i64 14976
+  %949 = getelementptr inbounds nuw i8, ptr %526, i64 14592
   store <32 x float> %948, ptr %949, align 4, !tbaa !4
-  %950 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15104
+  %950 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14720
   %951 = load <32 x float>, ptr %950, align 4, !tbaa !4
-  %952 = getelementptr inbounds nuw i8, ptr %517, i64 15104
+  %952 = getelementptr inbounds nuw i8, ptr %526, i64 14720
   store <32 x float> %951, ptr %952, align 4, !tbaa !4
-  %953 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15232
+  %953 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14848
   %954 = load <32 x float>, ptr %953, align 4, !tbaa !4
-  %955 = getelementptr inbounds nuw i8, ptr %517, i64 15232
+  %955 = getelementptr inbounds nuw i8, ptr %526, i64 14848
   store <32 x float> %954, ptr %955, align 4, !tbaa !4
-  %956 = getelementptr inbounds nuw i8, ptr %517, i64 15360
-  %957 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15360
-  %958 = load <32 x float>, ptr %957, align 4, !tbaa !4
-  store <32 x float> %958, ptr %956, align 4, !tbaa !4
-  %959 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15488
+  %956 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14976
+  %957 = load <32 x float>, ptr %956, align 4, !tbaa !4
+  %958 = getelementptr inbounds nuw i8, ptr %526, i64 14976
+  store <32 x float> %957, ptr %958, align 4, !tbaa !4
+  %959 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15104
   %960 = load <32 x float>, ptr %959, align 4, !tbaa !4
-  %961 = getelementptr inbounds nuw i8, ptr %517, i64 15488
+  %961 = getelementptr inbounds nuw i8, ptr %526, i64 15104
   store <32 x float> %960, ptr %961, align 4, !tbaa !4
-  %962 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15616
+  %962 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15232
   %963 = load <32 x float>, ptr %962, align 4, !tbaa !4
-  %964 = getelementptr inbounds nuw i8, ptr %517, i64 15616
+  %964 = getelementptr inbounds nuw i8, ptr %526, i64 15232
   store <32 x float> %963, ptr %964, align 4, !tbaa !4
-  %965 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15744
-  %966 = load <32 x float>, ptr %965, align 4, !tbaa !4
-  %967 = getelementptr inbounds nuw i8, ptr %517, i64 15744
-  store <32 x float> %966, ptr %967, align 4, !tbaa !4
-  %968 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15872
+  %965 = getelementptr inbounds nuw i8, ptr %526, i64 15360
+  %966 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15360
+  %967 = load <32 x float>, ptr %966, align 4, !tbaa !4
+  store <32 x float> %967, ptr %965, align 4, !tbaa !4
+  %968 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15488
   %969 = load <32 x float>, ptr %968, align 4, !tbaa !4
-  %970 = getelementptr inbounds nuw i8, ptr %517, i64 15872
+  %970 = getelementptr inbounds nuw i8, ptr %526, i64 15488
   store <32 x float> %969, ptr %970, align 4, !tbaa !4
-  %971 = getelementptr inbounds nuw i8, ptr %acc.i, i64 16000
+  %971 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15616
   %972 = load <32 x float>, ptr %971, align 4, !tbaa !4
-  %973 = getelementptr inbounds nuw i8, ptr %517, i64 16000
+  %973 = getelementptr inbounds nuw i8, ptr %526, i64 15616
   store <32 x float> %972, ptr %973, align 4, !tbaa !4
-  %974 = getelementptr inbounds nuw i8, ptr %acc.i, i64 16128
+  %974 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15744
   %975 = load <32 x float>, ptr %974, align 4, !tbaa !4
-  %976 = getelementptr inbounds nuw i8, ptr %517, i64 16128
+  %976 = getelementptr inbounds nuw i8, ptr %526, i64 15744
   store <32 x float> %975, ptr %976, align 4, !tbaa !4
-  %977 = getelementptr inbounds nuw i8, ptr %acc.i, i64 16256
+  %977 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15872
   %978 = load <32 x float>, ptr %977, align 4, !tbaa !4
-  %979 = getelementptr inbounds nuw i8, ptr %517, i64 16256
+  %979 = getelementptr inbounds nuw i8, ptr %526, i64 15872
   store <32 x float> %978, ptr %979, align 4, !tbaa !4
-  br label %for_end_tile211.i
+  %980 = getelementptr inbounds nuw i8, ptr %acc.i, i64 16000
+  %981 = load <32 x float>, ptr %980, align 4, !tbaa !4
+  %982 = getelementptr inbounds nuw i8, ptr %526, i64 16000
+  store <32 x float> %981, ptr %982, align 4, !tbaa !4
+  %983 = getelementptr inbounds nuw i8, ptr %acc.i, i64 16128
+  %984 = load <32 x float>, ptr %983, align 4, !tbaa !4
+  %985 = getelementptr inbounds nuw i8, ptr %526, i64 16128
+  store <32 x float> %984, ptr %985, align 4, !tbaa !4
+  %986 = getelementptr inbounds nuw i8, ptr %acc.i, i64 16256
+  %987 = load <32 x float>, ptr %986, align 4, !tbaa !4
+  %988 = getelementptr inbounds nuw i8, ptr %526, i64 16256
+  store <32 x float> %987, ptr %988, align 4, !tbaa !4
+  br label %for_end_tile213.i
 
-for_body_tile210.us.i:                            ; preds = %if_end234.us.1.i, %for_begin_tile209.preheader.i
-  %indvars.iv776.i = phi i64 [ %indvars.iv.next777.i, %if_end234.us.1.i ], [ 0, %for_begin_tile209.preheader.i ]
-  %980 = shl nuw nsw i64 %indvars.iv776.i, 1
-  %981 = getelementptr inbounds nuw float, ptr %row_sum283.i, i64 %980
-  %total.us.i = load <2 x float>, ptr %981, align 8, !tbaa !15
-  %982 = fdiv <2 x float> splat (float 1.000000e+00), %total.us.i
-  %983 = fcmp oeq <2 x float> %total.us.i, zeroinitializer
-  %984 = select <2 x i1> %983, <2 x float> zeroinitializer, <2 x float> %982
-  %985 = shufflevector <2 x float> %984, <2 x float> poison, <32 x i32> zeroinitializer
-  %986 = mul nsw i64 %980, %out_head
-  %invariant.gep571.us.i = getelementptr i16, ptr %510, i64 %986
-  %.idx60 = shl nuw nsw i64 %indvars.iv776.i, 11
-  %987 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
-  %988 = load <32 x float>, ptr %987, align 4, !tbaa !4
-  %989 = fmul <32 x float> %988, %985
-  %990 = bitcast <32 x float> %989 to <32 x i32>
-  %991 = lshr <32 x i32> %990, splat (i32 16)
-  %992 = and <32 x i32> %991, splat (i32 1)
-  %993 = add nuw <32 x i32> %990, splat (i32 32767)
-  %994 = add nuw <32 x i32> %993, %992
-  %995 = lshr <32 x i32> %994, splat (i32 16)
-  %996 = trunc nuw <32 x i32> %995 to <32 x i16>
-  store <32 x i16> %996, ptr %invariant.gep571.us.i, align 2, !tbaa !4
-  %997 = getelementptr inbounds nuw i8, ptr %987, i64 128
-  %998 = load <32 x float>, ptr %997, align 4, !tbaa !4
-  %999 = fmul <32 x float> %998, %985
-  %1000 = bitcast <32 x float> %999 to <32 x i32>
-  %1001 = lshr <32 x i32> %1000, splat (i32 16)
-  %1002 = and <32 x i32> %1001, splat (i32 1)
-  %1003 = add nuw <32 x i32> %1000, splat (i32 32767)
-  %1004 = add nuw <32 x i32> %1003, %1002
-  %1005 = lshr <32 x i32> %1004, splat (i32 16)
-  %1006 = trunc nuw <32 x i32> %1005 to <32 x i16>
-  %gep572.us.1.i = getelementptr i8, ptr %invariant.gep571.us.i, i64 64
-  store <32 x i16> %1006, ptr %gep572.us.1.i, align 2, !tbaa !4
-  %1007 = getelementptr inbounds nuw i8, ptr %987, i64 256
-  %1008 = load <32 x float>, ptr %1007, align 4, !tbaa !4
-  %1009 = fmul <32 x float> %985, %1008
-  %1010 = bitcast <32 x float> %1009 to <32 x i32>
-  %1011 = lshr <32 x i32> %1010, splat (i32 16)
-  %1012 = and <32 x i32> %1011, splat (i32 1)
-  %1013 = add nuw <32 x i32> %1010, splat (i32 32767)
-  %1014 = add nuw <32 x i32> %1013, %1012
-  %1015 = lshr <32 x i32> %1014, splat (i32 16)
-  %1016 = trunc nuw <32 x i32> %1015 to <32 x i16>
-  %gep572.us.2.i = getelementptr i8, ptr %invariant.gep571.us.i, i64 128
-  store <32 x i16> %1016, ptr %gep572.us.2.i, align 2, !tbaa !4
-  %1017 = getelementptr inbounds nuw i8, ptr %987, i64 384
-  %1018 = load <32 x float>, ptr %1017, align 4, !tbaa !4
-  %1019 = fmul <32 x float> %985, %1018
-  %1020 = bitcast <32 x float> %1019 to <32 x i32>
-  %1021 = lshr <32 x i32> %1020, splat (i32 16)
-  %1022 = and <32 x i32> %1021, splat (i32 1)
-  %1023 = add nuw <32 x i32> %1020, splat (i32 32767)
-  %1024 = add nuw <32 x i32> %1023, %1022
-  %1025 = lshr <32 x i32> %1024, splat (i32 16)
-  %1026 = trunc nuw <32 x i32> %1025 to <32 x i16>
-  %gep572.us.3.i = getelementptr i8, ptr %invariant.gep571.us.i, i64 192
-  store <32 x i16> %1026, ptr %gep572.us.3.i, align 2, !tbaa !4
-  %1027 = getelementptr inbounds nuw i8, ptr %987, i64 512
-  %1028 = load <32 x float>, ptr %1027, align 4, !tbaa !4
-  %1029 = fmul <32 x float> %985, %1028
-  %1030 = bitcast <32 x float> %1029 to <32 x i32>
-  %1031 = lshr <32 x i32> %1030, splat (i32 16)
-  %1032 = and <32 x i32> %1031, splat (i32 1)
-  %1033 = add nuw <32 x i32> %1030, splat (i32 32767)
-  %1034 = add nuw <32 x i32> %1033, %1032
-  %1035 = lshr <32 x i32> %1034, splat (i32 16)
-  %1036 = trunc nuw <32 x i32> %1035 to <32 x i16>
-  %gep572.us.4.i = getelementptr i8, ptr %invariant.gep571.us.i, i64 256
-  store <32 x i16> %1036, ptr %gep572.us.4.i, align 2, !tbaa !4
-  %1037 = getelementptr inbounds nuw i8, ptr %987, i64 640
-  %1038 = load <32 x float>, ptr %1037, align 4, !tbaa !4
-  %1039 = fmul <32 x float> %985, %1038
-  %1040 = bitcast <32 x float> %1039 to <32 x i32>
-  %1041 = lshr <32 x i32> %1040, splat (i32 16)
-  %1042 = and <32 x i32> %1041, splat (i32 1)
-  %1043 = add nuw <32 x i32> %1040, splat (i32 32767)
-  %1044 = add nuw <32 x i32> %1043, %1042
-  %1045 = lshr <32 x i32> %1044, splat (i32 16)
-  %1046 = trunc nuw <32 x i32> %1045 to <32 x i16>
-  %gep572.us.5.i = getelementptr i8, ptr %invariant.gep571.us.i, i64 320
-  store <32 x i16> %1046, ptr %gep572.us.5.i, align 2, !tbaa !4
-  %1047 = getelementptr inbounds nuw i8, ptr %987, i64 768
-  %1048 = load <32 x float>, ptr %1047, align 4, !tbaa !4
-  %1049 = fmul <32 x float> %985, %1048
-  %1050 = bitcast <32 x float> %1049 to <32 x i32>
-  %1051 = lshr <32 x i32> %1050, splat (i32 16)
-  %1052 = and <32 x i32> %1051, splat (i32 1)
-  %1053 = add nuw <32 x i32> %1050, splat (i32 32767)
-  %1054 = add nuw <32 x i32> %1053, %1052
-  %1055 = lshr <32 x i32> %1054, splat (i32 16)
-  %1056 = trunc nuw <32 x i32> %1055 to <32 x i16>
-  %gep572.us.6.i = getelementptr i8, ptr %invariant.gep571.us.i, i64 384
-  store <32 x i16> %1056, ptr %gep572.us.6.i, align 2, !tbaa !4
-  %1057 = getelementptr inbounds nuw i8, ptr %987, i64 896
-  %1058 = load <32 x float>, ptr %1057, align 4, !tbaa !4
-  %1059 = fmul <32 x float> %985, %1058
-  %1060 = bitcast <32 x float> %1059 to <32 x i32>
-  %1061 = lshr <32 x i32> %1060, splat (i32 16)
-  %1062 = and <32 x i32> %1061, splat (i32 1)
-  %1063 = add nuw <32 x i32> %1060, splat (i32 32767)
-  %1064 = add nuw <32 x i32> %1063, %1062
-  %1065 = lshr <32 x i32> %1064, splat (i32 16)
-  %1066 = trunc nuw <32 x i32> %1065 to <32 x i16>
-  %gep572.us.7.i = getelementptr i8, ptr %invariant.gep571.us.i, i64 448
-  store <32 x i16> %1066, ptr %gep572.us.7.i, align 2, !tbaa !4
-  %1067 = shufflevector <2 x float> %984, <2 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %1068 = or disjoint i64 %980, 1
-  %1069 = mul nsw i64 %1068, %out_head
-  %invariant.gep571.us.1.i = getelementptr i16, ptr %510, i64 %1069
-  %1070 = getelementptr inbounds nuw i8, ptr %987, i64 1024
-  %1071 = load <32 x float>, ptr %1070, align 4, !tbaa !4
-  %1072 = fmul <32 x float> %1067, %1071
-  %1073 = bitcast <32 x float> %1072 to <32 x i32>
+for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %for_begin_tile211.preheader.i
+  %indvars.iv782.i = phi i64 [ %indvars.iv.next783.i, %if_end236.us.1.i ], [ 0, %for_begin_tile211.preheader.i ]
+  %989 = shl nuw nsw i64 %indvars.iv782.i, 1
+  %990 = getelementptr inbounds nuw float, ptr %row_sum285.i, i64 %989
+  %total.us.i = load <2 x float>, ptr %990, align 8, !tbaa !15
+  %991 = fdiv <2 x float> splat (float 1.000000e+00), %total.us.i
+  %992 = fcmp oeq <2 x float> %total.us.i, zeroinitializer
+  %993 = select <2 x i1> %992, <2 x float> zeroinitializer, <2 x float> %991
+  %994 = shufflevector <2 x float> %993, <2 x float> poison, <32 x i32> zeroinitializer
+  %995 = mul nsw i64 %989, %out_head
+  %invariant.gep577.us.i = getelementptr i16, ptr %519, i64 %995
+  %.idx66 = shl nuw nsw i64 %indvars.iv782.i, 11
+  %996 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx66
+  %997 = load <32 x float>, ptr %996, align 4, !tbaa !4
+  %998 = fmul <32 x float> %997, %994
+  %999 = bitcast <32 x float> %998 to <32 x i32>
+  %1000 = lshr <32 x i32> %999, splat (i32 16)
+  %1001 = and <32 x i32> %1000, splat (i32 1)
+  %1002 = add nuw <32 x i32> %999, splat (i32 32767)
+  %1003 = add nuw <32 x i32> %1002, %1001
+  %1004 = lshr <32 x i32> %1003, splat (i32 16)
+  %1005 = trunc nuw <32 x i32> %1004 to <32 x i16>
+  store <32 x i16> %1005, ptr %invariant.gep577.us.i, align 2, !tbaa !4
+  %1006 = getelementptr inbounds nuw i8, ptr %996, i64 128
+  %1007 = load <32 x float>, ptr %1006, align 4, !tbaa !4
+  %1008 = fmul <32 x float> %1007, %994
+  %1009 = bitcast <32 x float> %1008 to <32 x i32>
+  %1010 = lshr <32 x i32> %1009, splat (i32 16)
+  %1011 = and <32 x i32> %1010, splat (i32 1)
+  %1012 = add nuw <32 x i32> %1009, splat (i32 32767)
+  %1013 = add nuw <32 x i32> %1012, %1011
+  %1014 = lshr <32 x i32> %1013, splat (i32 16)
+  %1015 = trunc nuw <32 x i32> %1014 to <32 x i16>
+  %gep578.us.1.i = getelementptr i8, ptr %invariant.gep577.us.i, i64 64
+  store <32 x i16> %1015, ptr %gep578.us.1.i, align 2, !tbaa !4
+  %1016 = getelementptr inbounds nuw i8, ptr %996, i64 256
+  %1017 = load <32 x float>, ptr %1016, align 4, !tbaa !4
+  %1018 = fmul <32 x float> %994, %1017
+  %1019 = bitcast <32 x float> %1018 to <32 x i32>
+  %1020 = lshr <32 x i32> %1019, splat (i32 16)
+  %1021 = and <32 x i32> %1020, splat (i32 1)
+  %1022 = add nuw <32 x i32> %1019, splat (i32 32767)
+  %1023 = add nuw <32 x i32> %1022, %1021
+  %1024 = lshr <32 x i32> %1023, splat (i32 16)
+  %1025 = trunc nuw <32 x i32> %1024 to <32 x i16>
+  %gep578.us.2.i = getelementptr i8, ptr %invariant.gep577.us.i, i64 128
+  store <32 x i16> %1025, ptr %gep578.us.2.i, align 2, !tbaa !4
+  %1026 = getelementptr inbounds nuw i8, ptr %996, i64 384
+  %1027 = load <32 x float>, ptr %1026, align 4, !tbaa !4
+  %1028 = fmul <32 x float> %994, %1027
+  %1029 = bitcast <32 x float> %1028 to <32 x i32>
+  %1030 = lshr <32 x i32> %1029, splat (i32 16)
+  %1031 = and <32 x i32> %1030, splat (i32 1)
+  %1032 = add nuw <32 x i32> %1029, splat (i32 32767)
+  %1033 = add nuw <32 x i32> %1032, %1031
+  %1034 = lshr <32 x i32> %1033, splat (i32 16)
+  %1035 = trunc nuw <32 x i32> %1034 to <32 x i16>
+  %gep578.us.3.i = getelementptr i8, ptr %invariant.gep577.us.i, i64 192
+  store <32 x i16> %1035, ptr %gep578.us.3.i, align 2, !tbaa !4
+  %1036 = getelementptr inbounds nuw i8, ptr %996, i64 512
+  %1037 = load <32 x float>, ptr %1036, align 4, !tbaa !4
+  %1038 = fmul <32 x float> %994, %1037
+  %1039 = bitcast <32 x float> %1038 to <32 x i32>
+  %1040 = lshr <32 x i32> %1039, splat (i32 16)
+  %1041 = and <32 x i32> %1040, splat (i32 1)
+  %1042 = add nuw <32 x i32> %1039, splat (i32 32767)
+  %1043 = add nuw <32 x i32> %1042, %1041
+  %1044 = lshr <32 x i32> %1043, splat (i32 16)
+  %1045 = trunc nuw <32 x i32> %1044 to <32 x i16>
+  %gep578.us.4.i = getelementptr i8, ptr %invariant.gep577.us.i, i64 256
+  store <32 x i16> %1045, ptr %gep578.us.4.i, align 2, !tbaa !4
+  %1046 = getelementptr inbounds nuw i8, ptr %996, i64 640
+  %1047 = load <32 x float>, ptr %1046, align 4, !tbaa !4
+  %1048 = fmul <32 x float> %994, %1047
+  %1049 = bitcast <32 x float> %1048 to <32 x i32>
+  %1050 = lshr <32 x i32> %1049, splat (i32 16)
+  %1051 = and <32 x i32> %1050, splat (i32 1)
+  %1052 = add nuw <32 x i32> %1049, splat (i32 32767)
+  %1053 = add nuw <32 x i32> %1052, %1051
+  %1054 = lshr <32 x i32> %1053, splat (i32 16)
+  %1055 = trunc nuw <32 x i32> %1054 to <32 x i16>
+  %gep578.us.5.i = getelementptr i8, ptr %invariant.gep577.us.i, i64 320
+  store <32 x i16> %1055, ptr %gep578.us.5.i, align 2, !tbaa !4
+  %1056 = getelementptr inbounds nuw i8, ptr %996, i64 768
+  %1057 = load <32 x float>, ptr %1056, align 4, !tbaa !4
+  %1058 = fmul <32 x float> %994, %1057
+  %1059 = bitcast <32 x float> %1058 to <32 x i32>
+  %1060 = lshr <32 x i32> %1059, splat (i32 16)
+  %1061 = and <32 x i32> %1060, splat (i32 1)
+  %1062 = add nuw <32 x i32> %1059, splat (i32 32767)
+  %1063 = add nuw <32 x i32> %1062, %1061
+  %1064 = lshr <32 x i32> %1063, splat (i32 16)
+  %1065 = trunc nuw <32 x i32> %1064 to <32 x i16>
+  %gep578.us.6.i = getelementptr i8, ptr %invariant.gep577.us.i, i64 384
+  store <32 x i16> %1065, ptr %gep578.us.6.i, align 2, !tbaa !4
+  %1066 = getelementptr inbounds nuw i8, ptr %996, i64 896
+  %1067 = load <32 x float>, ptr %1066, align 4, !tbaa !4
+  %1068 = fmul <32 x float> %994, %1067
+  %1069 = bitcast <32 x float> %1068 to <32 x i32>
+  %1070 = lshr <32 x i32> %1069, splat (i32 16)
+  %1071 = and <32 x i32> %1070, splat (i32 1)
+  %1072 = add nuw <32 x i32> %1069, splat (i32 32767)
+  %1073 = add nuw <32 x i32> %1072, %1071
   %1074 = lshr <32 x i32> %1073, splat (i32 16)
-  %1075 = and <32 x i32> %1074, splat (i32 1)
-  %1076 = add nuw <32 x i32> %1073, splat (i32 32767)
-  %1077 = add nuw <32 x i32> %1076, %1075
-  %1078 = lshr <32 x i32> %1077, splat (i32 16)
-  %1079 = trunc nuw <32 x i32> %1078 to <32 x i16>
-  store <32 x i16> %1079, ptr %invariant.gep571.us.1.i, align 2, !tbaa !4
-  %1080 = getelementptr inbounds nuw i8, ptr %987, i64 1152
-  %1081 = load <32 x float>, ptr %1080, align 4, !tbaa !4
-  %1082 = fmul <32 x float> %1067, %1081
-  %1083 = bitcast <32 x float> %1082 to <32 x i32>
-  %1084 = lshr <32 x i32> %1083, splat (i32 16)
-  %1085 = and <32 x i32> %1084, splat (i32 1)
-  %1086 = add nuw <32 x i32> %1083, splat (i32 32767)
-  %1087 = add nuw <32 x i32> %1086, %1085
-  %1088 = lshr <32 x i32> %1087, splat (i32 16)
-  %1089 = trunc nuw <32 x i32> %1088 to <32 x i16>
-  %gep572.us.1.1.i = getelementptr i8, ptr %invariant.gep571.us.1.i, i64 64
-  store <32 x i16> %1089, ptr %gep572.us.1.1.i, align 2, !tbaa !4
-  %1090 = getelementptr inbounds nuw i8, ptr %987, i64 1280
-  %1091 = load <32 x float>, ptr %1090, align 4, !tbaa !4
-  %1092 = fmul <32 x float> %1067, %1091
-  %1093 = bitcast <32 x float> %1092 to <32 x i32>
-  %1094 = lshr <32 x i32> %1093, splat (i32 16)
-  %1095 = and <32 x i32> %1094, splat (i32 1)
-  %1096 = add nuw <32 x i32> %1093, splat (i32 32767)
-  %1097 = add nuw <32 x i32> %1096, %1095
-  %1098 = lshr <32 x i32> %1097, splat (i32 16)
-  %1099 = trunc nuw <32 x i32> %1098 to <32 x i16>
-  %gep572.us.2.1.i = getelementptr i8, ptr %invariant.gep571.us.1.i, i64 128
-  store <32 x i16> %1099, ptr %gep572.us.2.1.i, align 2, !tbaa !4
-  %1100 = getelementptr inbounds nuw i8, ptr %987, i64 1408
-  %1101 = load <32 x float>, ptr %1100, align 4, !tbaa !4
-  %1102 = fmul <32 x float> %1067, %1101
-  %1103 = bitcast <32 x float> %1102 to <32 x i32>
-  %1104 = lshr <32 x i32> %1103, splat (i32 16)
-  %1105 = and <32 x i32> %1104, splat (i32 1)
-  %1106 = add nuw <32 x i32> %1103, splat (i32 32767)
-  %1107 = add nuw <32 x i32> %1106, %1105
-  %1108 = lshr <32 x i32> %1107, splat (i32 16)
-  %1109 = trunc nuw <32 x i32> %1108 to <32 x i16>
-  %gep572.us.3.1.i = getelementptr i8, ptr %invariant.gep571.us.1.i, i64 192
-  store <32 x i16> %1109, ptr %gep572.us.3.1.i, align 2, !tbaa !4
-  %1110 = getelementptr inbounds nuw i8, ptr %987, i64 1536
-  %1111 = load <32 x float>, ptr %1110, align 4, !tbaa !4
-  %1112 = fmul <32 x float> %1067, %1111
-  %1113 = bitcast <32 x float> %1112 to <32 x i32>
-  %1114 = lshr <32 x i32> %1113, splat (i32 16)
-  %1115 = and <32 x i32> %1114, splat (i32 1)
-  %1116 = add nuw <32 x i32> %1113, splat (i32 32767)
-  %1117 = add nuw <32 x i32> %1116, %1115
-  %1118 = lshr <32 x i32> %1117, splat (i32 16)
-  %1119 = trunc nuw <32 x i32> %1118 to <32 x i16>
-  %gep572.us.4.1.i = getelementptr i8, ptr %invariant.gep571.us.1.i, i64 256
-  store <32 x i16> %1119, ptr %gep572.us.4.1.i, align 2, !tbaa !4
-  %1120 = getelementptr inbounds nuw i8, ptr %987, i64 1664
-  %1121 = load <32 x float>, ptr %1120, align 4, !tbaa !4
-  %1122 = fmul <32 x float> %1067, %1121
-  %1123 = bitcast <32 x float> %1122 to <32 x i32>
-  %1124 = lshr <32 x i32> %1123, splat (i32 16)
-  %1125 = and <32 x i32> %1124, splat (i32 1)
-  %1126 = add nuw <32 x i32> %1123, splat (i32 32767)
-  %1127 = add nuw <32 x i32> %1126, %1125
-  %1128 = lshr <32 x i32> %1127, splat (i32 16)
-  %1129 = trunc nuw <32 x i32> %1128 to <32 x i16>
-  %gep572.us.5.1.i = getelementptr i8, ptr %invariant.gep571.us.1.i, i64 320
-  store <32 x i16> %1129, ptr %gep572.us.5.1.i, align 2, !tbaa !4
-  %1130 = getelementptr inbounds nuw i8, ptr %987, i64 1792
-  %1131 = load <32 x float>, ptr %1130, align 4, !tbaa !4
-  %1132 = fmul <32 x float> %1067, %1131
-  %1133 = bitcast <32 x float> %1132 to <32 x i32>
-  %1134 = lshr <32 x i32> %1133, splat (i32 16)
-  %1135 = and <32 x i32> %1134, splat (i32 1)
-  %1136 = add nuw <32 x i32> %1133, splat (i32 32767)
-  %1137 = add nuw <32 x i32> %1136, %1135
-  %1138 = lshr <32 x i32> %1137, splat (i32 16)
-  %1139 = trunc nuw <32 x i32> %1138 to <32 x i16>
-  %gep572.us.6.1.i = getelementptr i8, ptr %invariant.gep571.us.1.i, i64 384
-  store <32 x i16> %1139, ptr %gep572.us.6.1.i, align 2, !tbaa !4
-  %1140 = getelementptr inbounds nuw i8, ptr %987, i64 1920
-  %1141 = load <32 x float>, ptr %1140, align 4, !tbaa !4
-  %1142 = fmul <32 x float> %1067, %1141
-  %1143 = bitcast <32 x float> %1142 to <32 x i32>
-  %1144 = lshr <32 x i32> %1143, splat (i32 16)
-  %1145 = and <32 x i32> %1144, splat (i32 1)
-  %1146 = add nuw <32 x i32> %1143, splat (i32 32767)
-  %1147 = add nuw <32 x i32> %1146, %1145
-  %1148 = lshr <32 x i32> %1147, splat (i32 16)
-  %1149 = trunc nuw <32 x i32> %1148 to <32 x i16>
-  %gep572.us.7.1.i = getelementptr i8, ptr %invariant.gep571.us.1.i, i64 448
-  store <32 x i16> %1149, ptr %gep572.us.7.1.i, align 2, !tbaa !4
-  %1150 = getelementptr float, ptr %512, i64 %980
-  %1151 = load float, ptr %981, align 8, !tbaa !15
-  %1152 = fcmp oeq float %1151, 0.000000e+00
-  br i1 %1152, label %if_end234.us.i, label %if_else233.us.i
-
-if_else233.us.i:                                  ; preds = %for_body_tile210.us.i
-  %1153 = fmul float %1151, %515
-  %1154 = tail call float @llvm.log.f32(float %1153)
-  %1155 = getelementptr inbounds nuw float, ptr %row_max284.i, i64 %980
-  %1156 = load float, ptr %1155, align 8, !tbaa !13
-  %1157 = fadd float %1154, %1156
-  br label %if_end234.us.i
-
-if_end234.us.i:                                   ; preds = %if_else233.us.i, %for_body_tile210.us.i
-  %1158 = phi float [ %1157, %if_else233.us.i ], [ 0xFFF0000000000000, %for_body_tile210.us.i ]
-  store float %1158, ptr %1150, align 4, !tbaa !4
-  %1159 = getelementptr inbounds nuw float, ptr %row_sum283.i, i64 %1068
-  %1160 = load float, ptr %1159, align 4, !tbaa !15
+  %1075 = trunc nuw <32 x i32> %1074 to <32 x i16>
+  %gep578.us.7.i = getelementptr i8, ptr %invariant.gep577.us.i, i64 448
+  store <32 x i16> %1075, ptr %gep578.us.7.i, align 2, !tbaa !4
+  %1076 = shufflevector <2 x float> %993, <2 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %1077 = or disjoint i64 %989, 1
+  %1078 = mul nsw i64 %1077, %out_head
+  %invariant.gep577.us.1.i = getelementptr i16, ptr %519, i64 %1078
+  %1079 = getelementptr inbounds nuw i8, ptr %996, i64 1024
+  %1080 = load <32 x float>, ptr %1079, align 4, !tbaa !4
+  %1081 = fmul <32 x float> %1076, %1080
+  %1082 = bitcast <32 x float> %1081 to <32 x i32>
+  %1083 = lshr <32 x i32> %1082, splat (i32 16)
+  %1084 = and <32 x i32> %1083, splat (i32 1)
+  %1085 = add nuw <32 x i32> %1082, splat (i32 32767)
+  %1086 = add nuw <32 x i32> %1085, %1084
+  %1087 = lshr <32 x i32> %1086, splat (i32 16)
+  %1088 = trunc nuw <32 x i32> %1087 to <32 x i16>
+  store <32 x i16> %1088, ptr %invariant.gep577.us.1.i, align 2, !tbaa !4
+  %1089 = getelementptr inbounds nuw i8, ptr %996, i64 1152
+  %1090 = load <32 x float>, ptr %1089, align 4, !tbaa !4
+  %1091 = fmul <32 x float> %1076, %1090
+  %1092 = bitcast <32 x float> %1091 to <32 x i32>
+  %1093 = lshr <32 x i32> %1092, splat (i32 16)
+  %1094 = and <32 x i32> %1093, splat (i32 1)
+  %1095 = add nuw <32 x i32> %1092, splat (i32 32767)
+  %1096 = add nuw <32 x i32> %1095, %1094
+  %1097 = lshr <32 x i32> %1096, splat (i32 16)
+  %1098 = trunc nuw <32 x i32> %1097 to <32 x i16>
+  %gep578.us.1.1.i = getelementptr i8, ptr %invariant.gep577.us.1.i, i64 64
+  store <32 x i16> %1098, ptr %gep578.us.1.1.i, align 2, !tbaa !4
+  %1099 = getelementptr inbounds nuw i8, ptr %996, i64 1280
+  %1100 = load <32 x float>, ptr %1099, align 4, !tbaa !4
+  %1101 = fmul <32 x float> %1076, %1100
+  %1102 = bitcast <32 x float> %1101 to <32 x i32>
+  %1103 = lshr <32 x i32> %1102, splat (i32 16)
+  %1104 = and <32 x i32> %1103, splat (i32 1)
+  %1105 = add nuw <32 x i32> %1102, splat (i32 32767)
+  %1106 = add nuw <32 x i32> %1105, %1104
+  %1107 = lshr <32 x i32> %1106, splat (i32 16)
+  %1108 = trunc nuw <32 x i32> %1107 to <32 x i16>
+  %gep578.us.2.1.i = getelementptr i8, ptr %invariant.gep577.us.1.i, i64 128
+  store <32 x i16> %1108, ptr %gep578.us.2.1.i, align 2, !tbaa !4
+  %1109 = getelementptr inbounds nuw i8, ptr %996, i64 1408
+  %1110 = load <32 x float>, ptr %1109, align 4, !tbaa !4
+  %1111 = fmul <32 x float> %1076, %1110
+  %1112 = bitcast <32 x float> %1111 to <32 x i32>
+  %1113 = lshr <32 x i32> %1112, splat (i32 16)
+  %1114 = and <32 x i32> %1113, splat (i32 1)
+  %1115 = add nuw <32 x i32> %1112, splat (i32 32767)
+  %1116 = add nuw <32 x i32> %1115, %1114
+  %1117 = lshr <32 x i32> %1116, splat (i32 16)
+  %1118 = trunc nuw <32 x i32> %1117 to <32 x i16>
+  %gep578.us.3.1.i = getelementptr i8, ptr %invariant.gep577.us.1.i, i64 192
+  store <32 x i16> %1118, ptr %gep578.us.3.1.i, align 2, !tbaa !4
+  %1119 = getelementptr inbounds nuw i8, ptr %996, i64 1536
+  %1120 = load <32 x float>, ptr %1119, align 4, !tbaa !4
+  %1121 = fmul <32 x float> %1076, %1120
+  %1122 = bitcast <32 x float> %1121 to <32 x i32>
+  %1123 = lshr <32 x i32> %1122, splat (i32 16)
+  %1124 = and <32 x i32> %1123, splat (i32 1)
+  %1125 = add nuw <32 x i32> %1122, splat (i32 32767)
+  %1126 = add nuw <32 x i32> %1125, %1124
+  %1127 = lshr <32 x i32> %1126, splat (i32 16)
+  %1128 = trunc nuw <32 x i32> %1127 to <32 x i16>
+  %gep578.us.4.1.i = getelementptr i8, ptr %invariant.gep577.us.1.i, i64 256
+  store <32 x i16> %1128, ptr %gep578.us.4.1.i, align 2, !tbaa !4
+  %1129 = getelementptr inbounds nuw i8, ptr %996, i64 1664
+  %1130 = load <32 x float>, ptr %1129, align 4, !tbaa !4
+  %1131 = fmul <32 x float> %1076, %1130
+  %1132 = bitcast <32 x float> %1131 to <32 x i32>
+  %1133 = lshr <32 x i32> %1132, splat (i32 16)
+  %1134 = and <32 x i32> %1133, splat (i32 1)
+  %1135 = add nuw <32 x i32> %1132, splat (i32 32767)
+  %1136 = add nuw <32 x i32> %1135, %1134
+  %1137 = lshr <32 x i32> %1136, splat (i32 16)
+  %1138 = trunc nuw <32 x i32> %1137 to <32 x i16>
+  %gep578.us.5.1.i = getelementptr i8, ptr %invariant.gep577.us.1.i, i64 320
+  store <32 x i16> %1138, ptr %gep578.us.5.1.i, align 2, !tbaa !4
+  %1139 = getelementptr inbounds nuw i8, ptr %996, i64 1792
+  %1140 = load <32 x float>, ptr %1139, align 4, !tbaa !4
+  %1141 = fmul <32 x float> %1076, %1140
+  %1142 = bitcast <32 x float> %1141 to <32 x i32>
+  %1143 = lshr <32 x i32> %1142, splat (i32 16)
+  %1144 = and <32 x i32> %1143, splat (i32 1)
+  %1145 = add nuw <32 x i32> %1142, splat (i32 32767)
+  %1146 = add nuw <32 x i32> %1145, %1144
+  %1147 = lshr <32 x i32> %1146, splat (i32 16)
+  %1148 = trunc nuw <32 x i32> %1147 to <32 x i16>
+  %gep578.us.6.1.i = getelementptr i8, ptr %invariant.gep577.us.1.i, i64 384
+  store <32 x i16> %1148, ptr %gep578.us.6.1.i, align 2, !tbaa !4
+  %1149 = getelementptr inbounds nuw i8, ptr %996, i64 1920
+  %1150 = load <32 x float>, ptr %1149, align 4, !tbaa !4
+  %1151 = fmul <32 x float> %1076, %1150
+  %1152 = bitcast <32 x float> %1151 to <32 x i32>
+  %1153 = lshr <32 x i32> %1152, splat (i32 16)
+  %1154 = and <32 x i32> %1153, splat (i32 1)
+  %1155 = add nuw <32 x i32> %1152, splat (i32 32767)
+  %1156 = add nuw <32 x i32> %1155, %1154
+  %1157 = lshr <32 x i32> %1156, splat (i32 16)
+  %1158 = trunc nuw <32 x i32> %1157 to <32 x i16>
+  %gep578.us.7.1.i = getelementptr i8, ptr %invariant.gep577.us.1.i, i64 448
+  store <32 x i16> %1158, ptr %gep578.us.7.1.i, align 2, !tbaa !4
+  %1159 = getelementptr float, ptr %521, i64 %989
+  %1160 = load float, ptr %990, align 8, !tbaa !15
   %1161 = fcmp oeq float %1160, 0.000000e+00
-  br i1 %1161, label %if_end234.us.1.i, label %if_else233.us.1.i
+  br i1 %1161, label %if_end236.us.i, label %if_else235.us.i
 
-if_else233.us.1.i:                                ; preds = %if_end234.us.i
-  %1162 = fmul float %1160, %515
+if_else235.us.i:                                  ; preds = %for_body_tile212.us.i
+  %1162 = fmul float %1160, %524
   %1163 = tail call float @llvm.log.f32(float %1162)
-  %1164 = getelementptr inbounds nuw float, ptr %row_max284.i, i64 %1068
-  %1165 = load float, ptr %1164, align 4, !tbaa !13
+  %1164 = getelementptr inbounds nuw float, ptr %row_max286.i, i64 %989
+  %1165 = load float, ptr %1164, align 8, !tbaa !13
   %1166 = fadd float %1163, %1165
-  br label %if_end234.us.1.i
+  br label %if_end236.us.i
 
-if_end234.us.1.i:                                 ; preds = %if_else233.us.1.i, %if_end234.us.i
-  %1167 = phi float [ %1166, %if_else233.us.1.i ], [ 0xFFF0000000000000, %if_end234.us.i ]
-  %1168 = getelementptr i8, ptr %1150, i64 4
-  store float %1167, ptr %1168, align 4, !tbaa !4
-  %indvars.iv.next777.i = add nuw nsw i64 %indvars.iv776.i, 1
-  %exitcond779.not.i = icmp eq i64 %indvars.iv.next777.i, 8
-  br i1 %exitcond779.not.i, label %for_end_tile211.i, label %for_body_tile210.us.i, !prof !11
+if_end236.us.i:                                   ; preds = %if_else235.us.i, %for_body_tile212.us.i
+  %1167 = phi float [ %1166, %if_else235.us.i ], [ 0xFFF0000000000000, %for_body_tile212.us.i ]
+  store float %1167, ptr %1159, align 4, !tbaa !4
+  %1168 = getelementptr inbounds nuw float, ptr %row_sum285.i, i64 %1077
+  %1169 = load float, ptr %1168, align 4, !tbaa !15
+  %1170 = fcmp oeq float %1169, 0.000000e+00
+  br i1 %1170, label %if_end236.us.1.i, label %if_else235.us.1.i
+
+if_else235.us.1.i:                                ; preds = %if_end236.us.i
+  %1171 = fmul float %1169, %524
+  %1172 = tail call float @llvm.log.f32(float %1171)
+  %1173 = getelementptr inbounds nuw float, ptr %row_max286.i, i64 %1077
+  %1174 = load float, ptr %1173, align 4, !tbaa !13
+  %1175 = fadd float %1172, %1174
+  br label %if_end236.us.1.i
+
+if_end236.us.1.i:                                 ; preds = %if_else235.us.1.i, %if_end236.us.i
+  %1176 = phi float [ %1175, %if_else235.us.1.i ], [ 0xFFF0000000000000, %if_end236.us.i ]
+  %1177 = getelementptr i8, ptr %1159, i64 4
+  store float %1176, ptr %1177, align 4, !tbaa !4
+  %indvars.iv.next783.i = add nuw nsw i64 %indvars.iv782.i, 1
+  %exitcond785.not.i = icmp eq i64 %indvars.iv.next783.i, 8
+  br i1 %exitcond785.not.i, label %for_end_tile213.i, label %for_body_tile212.us.i, !prof !11
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
-  %1169 = shl nsw i32 %step.i, 6
-  %1170 = sub nsw i32 %range_len.i, %1169
-  %1171 = add nuw nsw i32 %step.i, 1
-  %1172 = tail call i32 @llvm.smin.i32(i32 %1170, i32 64)
-  %1173 = add nsw i32 %1172, 15
-  %1174 = ashr i32 %1173, 4
-  %1175 = and i32 %1173, -16
-  %1176 = icmp samesign ult i32 %1171, %495
-  %1177 = select i1 %1176, i32 64, i32 %1175
-  %1178 = icmp sgt i32 %1177, 0
-  br i1 %1178, label %for_body_t.lr.ph.i, label %for_end_t16.i, !prof !3
+  %1178 = shl nsw i32 %step.i, 6
+  %1179 = sub nsw i32 %range_len.i, %1178
+  %1180 = add nuw nsw i32 %step.i, 1
+  %1181 = tail call i32 @llvm.smin.i32(i32 %1179, i32 64)
+  %1182 = add nsw i32 %1181, 15
+  %1183 = ashr i32 %1182, 4
+  %1184 = and i32 %1182, -16
+  %1185 = icmp samesign ult i32 %1180, %502
+  %1186 = select i1 %1185, i32 64, i32 %1184
+  %1187 = icmp sgt i32 %1186, 0
+  br i1 %1187, label %for_body_t.lr.ph.i, label %for_end_t18.i, !prof !3
 
 for_body_t.lr.ph.i:                               ; preds = %for_body_step.i
-  %1179 = icmp sgt i32 %1170, 63
-  %1180 = add nuw nsw i32 %1169, %491
-  %wide.trip.count.i = zext nneg i32 %1177 to i64
-  %broadcast.splatinsert128 = insertelement <4 x i32> poison, i32 %1180, i64 0
-  %broadcast.splat129 = shufflevector <4 x i32> %broadcast.splatinsert128, <4 x i32> poison, <4 x i32> zeroinitializer
-  br label %vector.body136
+  %row_start.i = load i32, ptr %505, align 4, !tbaa !4
+  %1188 = icmp sgt i32 %1179, 63
+  %1189 = add nuw nsw i32 %1178, %498
+  %1190 = sext i32 %row_start.i to i64
+  %invariant.gep449.i = getelementptr i32, ptr %invariant.gep447.i, i64 %1190
+  %wide.trip.count.i = zext nneg i32 %1186 to i64
+  %broadcast.splatinsert134 = insertelement <4 x i32> poison, i32 %1189, i64 0
+  %broadcast.splat135 = shufflevector <4 x i32> %broadcast.splatinsert134, <4 x i32> poison, <4 x i32> zeroinitializer
+  br label %vector.body142
 
-vector.body136:                                   ; preds = %vector.body136, %for_body_t.lr.ph.i
-  %index137 = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %index.next140, %vector.body136 ]
-  %vec.ind138 = phi <4 x i32> [ <i32 0, i32 1, i32 2, i32 3>, %for_body_t.lr.ph.i ], [ %vec.ind.next141, %vector.body136 ]
-  %1181 = lshr <4 x i32> %vec.ind138, splat (i32 3)
-  %1182 = shl <4 x i32> %vec.ind138, splat (i32 3)
-  %1183 = and <4 x i32> %1182, splat (i32 56)
-  %1184 = add nuw nsw <4 x i32> %1183, %1181
-  %1185 = select i1 %1179, <4 x i32> %1184, <4 x i32> %vec.ind138
-  %1186 = add nsw <4 x i32> %1185, %broadcast.splat129
-  %1187 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %1186, <4 x i32> %broadcast.splat131)
-  %1188 = sext <4 x i32> %1187 to <4 x i64>
-  %1189 = ashr <4 x i64> %1188, splat (i64 4)
-  %1190 = getelementptr i32, ptr %invariant.gep445.i, <4 x i64> %1189
-  %wide.masked.gather139 = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %1190, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !4
-  %1191 = sext <4 x i32> %wide.masked.gather139 to <4 x i64>
-  %1192 = and <4 x i64> %1188, splat (i64 15)
-  %1193 = mul nsw <4 x i64> %1192, %broadcast.splat133
-  %1194 = mul nsw <4 x i64> %broadcast.splat135, %1191
-  %1195 = add nsw <4 x i64> %1193, %1194
-  %1196 = getelementptr inbounds nuw i64, ptr %key_offsets281.i, i64 %index137
-  store <4 x i64> %1195, ptr %1196, align 16, !tbaa !17
-  %index.next140 = add nuw i64 %index137, 4
-  %vec.ind.next141 = add <4 x i32> %vec.ind138, splat (i32 4)
-  %1197 = icmp eq i64 %index.next140, %wide.trip.count.i
-  br i1 %1197, label %vector.ph, label %vector.body136, !prof !19, !llvm.loop !20
+vector.body142:                                   ; preds = %vector.body142, %for_body_t.lr.ph.i
+  %index143 = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %index.next146, %vector.body142 ]
+  %vec.ind144 = phi <4 x i32> [ <i32 0, i32 1, i32 2, i32 3>, %for_body_t.lr.ph.i ], [ %vec.ind.next147, %vector.body142 ]
+  %1191 = lshr <4 x i32> %vec.ind144, splat (i32 3)
+  %1192 = shl <4 x i32> %vec.ind144, splat (i32 3)
+  %1193 = and <4 x i32> %1192, splat (i32 56)
+  %1194 = add nuw nsw <4 x i32> %1193, %1191
+  %1195 = select i1 %1188, <4 x i32> %1194, <4 x i32> %vec.ind144
+  %1196 = add nsw <4 x i32> %1195, %broadcast.splat135
+  %1197 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %1196, <4 x i32> %broadcast.splat137)
+  %1198 = sext <4 x i32> %1197 to <4 x i64>
+  %1199 = ashr <4 x i64> %1198, splat (i64 4)
+  %1200 = getelementptr i32, ptr %invariant.gep449.i, <4 x i64> %1199
+  %wide.masked.gather145 = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %1200, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !4
+  %1201 = sext <4 x i32> %wide.masked.gather145 to <4 x i64>
+  %1202 = and <4 x i64> %1198, splat (i64 15)
+  %1203 = mul nsw <4 x i64> %1202, %broadcast.splat139
+  %1204 = mul nsw <4 x i64> %broadcast.splat141, %1201
+  %1205 = add nsw <4 x i64> %1203, %1204
+  %1206 = getelementptr inbounds nuw i64, ptr %key_offsets283.i, i64 %index143
+  store <4 x i64> %1205, ptr %1206, align 16, !tbaa !17
+  %index.next146 = add nuw i64 %index143, 4
+  %vec.ind.next147 = add <4 x i32> %vec.ind144, splat (i32 4)
+  %1207 = icmp eq i64 %index.next146, %wide.trip.count.i
+  br i1 %1207, label %vector.ph, label %vector.body142, !prof !19, !llvm.loop !20
 
-vector.ph:                                        ; preds = %vector.body136
-  %broadcast.splatinsert = insertelement <4 x i32> poison, i32 %1180, i64 0
+vector.ph:                                        ; preds = %vector.body142
+  %broadcast.splatinsert = insertelement <4 x i32> poison, i32 %1189, i64 0
   %broadcast.splat = shufflevector <4 x i32> %broadcast.splatinsert, <4 x i32> poison, <4 x i32> zeroinitializer
   br label %vector.body
 
 vector.body:                                      ; preds = %vector.body, %vector.ph
   %index = phi i64 [ 0, %vector.ph ], [ %index.next, %vector.body ]
   %vec.ind = phi <4 x i32> [ <i32 0, i32 1, i32 2, i32 3>, %vector.ph ], [ %vec.ind.next, %vector.body ]
-  %1198 = lshr <4 x i32> %vec.ind, splat (i32 3)
-  %1199 = shl <4 x i32> %vec.ind, splat (i32 3)
-  %1200 = and <4 x i32> %1199, splat (i32 56)
-  %1201 = add nuw nsw <4 x i32> %1200, %1198
-  %1202 = select i1 %1179, <4 x i32> %1201, <4 x i32> %vec.ind
-  %1203 = add nsw <4 x i32> %1202, %broadcast.splat
-  %1204 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %1203, <4 x i32> %broadcast.splat119)
-  %1205 = sext <4 x i32> %1204 to <4 x i64>
-  %1206 = ashr <4 x i64> %1205, splat (i64 4)
-  %1207 = getelementptr i32, ptr %invariant.gep445.i, <4 x i64> %1206
-  %wide.masked.gather = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %1207, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !4
-  %1208 = sext <4 x i32> %wide.masked.gather to <4 x i64>
-  %1209 = and <4 x i64> %1205, splat (i64 15)
-  %1210 = mul nsw <4 x i64> %1209, %broadcast.splat121
-  %1211 = mul nsw <4 x i64> %broadcast.splat123, %1208
-  %1212 = add nsw <4 x i64> %1210, %1211
-  %1213 = getelementptr inbounds nuw i64, ptr %value_offsets280.i, i64 %index
-  store <4 x i64> %1212, ptr %1213, align 16, !tbaa !24
+  %1208 = lshr <4 x i32> %vec.ind, splat (i32 3)
+  %1209 = shl <4 x i32> %vec.ind, splat (i32 3)
+  %1210 = and <4 x i32> %1209, splat (i32 56)
+  %1211 = add nuw nsw <4 x i32> %1210, %1208
+  %1212 = select i1 %1188, <4 x i32> %1211, <4 x i32> %vec.ind
+  %1213 = add nsw <4 x i32> %1212, %broadcast.splat
+  %1214 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %1213, <4 x i32> %broadcast.splat125)
+  %1215 = sext <4 x i32> %1214 to <4 x i64>
+  %1216 = ashr <4 x i64> %1215, splat (i64 4)
+  %1217 = getelementptr i32, ptr %invariant.gep449.i, <4 x i64> %1216
+  %wide.masked.gather = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %1217, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !4
+  %1218 = sext <4 x i32> %wide.masked.gather to <4 x i64>
+  %1219 = and <4 x i64> %1215, splat (i64 15)
+  %1220 = mul nsw <4 x i64> %1219, %broadcast.splat127
+  %1221 = mul nsw <4 x i64> %broadcast.splat129, %1218
+  %1222 = add nsw <4 x i64> %1220, %1221
+  %1223 = getelementptr inbounds nuw i64, ptr %value_offsets282.i, i64 %index
+  store <4 x i64> %1222, ptr %1223, align 16, !tbaa !24
   %index.next = add nuw i64 %index, 4
   %vec.ind.next = add <4 x i32> %vec.ind, splat (i32 4)
-  %1214 = icmp eq i64 %index.next, %wide.trip.count.i
-  br i1 %1214, label %for_end_t16.i, label %vector.body, !prof !19, !llvm.loop !26
+  %1224 = icmp eq i64 %index.next, %wide.trip.count.i
+  br i1 %1224, label %for_end_t18.i, label %vector.body, !prof !19, !llvm.loop !26
 
-for_end_t16.i:                                    ; preds = %vector.body, %for_body_step.i
-  %1215 = icmp sgt i32 %1174, 0
-  br i1 %1215, label %for_body_v.lr.ph.i, label %for_end_v.i, !prof !3
+for_end_t18.i:                                    ; preds = %vector.body, %for_body_step.i
+  %1225 = icmp sgt i32 %1183, 0
+  br i1 %1225, label %for_body_v.lr.ph.i, label %for_end_v.i, !prof !3
 
-for_body_v.lr.ph.i:                               ; preds = %for_end_t16.i
-  %1216 = load i32, ptr %141, align 4, !tbaa !4
-  %1217 = tail call i32 @llvm.smax.i32(i32 %1216, i32 1)
-  %v26.i = add nsw i32 %1217, -1
-  %1218 = icmp sgt i32 %1170, 63
-  %1219 = insertelement <16 x i1> poison, i1 %1218, i64 0
-  %1220 = shufflevector <16 x i1> %1219, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1221 = add nuw nsw i32 %1169, %491
-  %1222 = insertelement <16 x i32> poison, i32 %1221, i64 0
-  %1223 = shufflevector <16 x i32> %1222, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1224 = insertelement <16 x i32> poison, i32 %v26.i, i64 0
-  %1225 = shufflevector <16 x i32> %1224, <16 x i32> poison, <16 x i32> zeroinitializer
-  %wide.trip.count633.i = zext nneg i32 %1174 to i64
-  %xtraiter = and i64 %wide.trip.count633.i, 1
-  %1226 = icmp eq i32 %1174, 1
-  br i1 %1226, label %for_body_v.i.epil.preheader, label %for_body_v.lr.ph.i.new, !prof !27
+for_body_v.lr.ph.i:                               ; preds = %for_end_t18.i
+  %1226 = load i32, ptr %148, align 4, !tbaa !4
+  %1227 = tail call i32 @llvm.smax.i32(i32 %1226, i32 1)
+  %v28.i = add nsw i32 %1227, -1
+  %1228 = icmp sgt i32 %1179, 63
+  %1229 = insertelement <16 x i1> poison, i1 %1228, i64 0
+  %1230 = shufflevector <16 x i1> %1229, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1231 = add nuw nsw i32 %1178, %498
+  %1232 = insertelement <16 x i32> poison, i32 %1231, i64 0
+  %1233 = shufflevector <16 x i32> %1232, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1234 = insertelement <16 x i32> poison, i32 %v28.i, i64 0
+  %1235 = shufflevector <16 x i32> %1234, <16 x i32> poison, <16 x i32> zeroinitializer
+  %wide.trip.count639.i = zext nneg i32 %1183 to i64
+  %xtraiter = and i64 %wide.trip.count639.i, 1
+  %1236 = icmp eq i32 %1183, 1
+  br i1 %1236, label %for_body_v.i.epil.preheader, label %for_body_v.lr.ph.i.new, !prof !27
 
 for_body_v.lr.ph.i.new:                           ; preds = %for_body_v.lr.ph.i
-  %unroll_iter = and i64 %wide.trip.count633.i, 2147483646
+  %unroll_iter = and i64 %wide.trip.count639.i, 2147483646
   br label %for_body_v.i
 
 for_body_v.i:                                     ; preds = %for_body_v.i, %for_body_v.lr.ph.i.new
-  %indvars.iv630.i = phi i64 [ 0, %for_body_v.lr.ph.i.new ], [ %indvars.iv.next631.i.1, %for_body_v.i ]
+  %indvars.iv636.i = phi i64 [ 0, %for_body_v.lr.ph.i.new ], [ %indvars.iv.next637.i.1, %for_body_v.i ]
   %niter = phi i64 [ 0, %for_body_v.lr.ph.i.new ], [ %niter.next.1, %for_body_v.i ]
-  %1227 = shl nsw i64 %indvars.iv630.i, 4
-  %1228 = trunc i64 %1227 to i32
-  %1229 = insertelement <8 x i32> poison, i32 %1228, i64 0
-  %1230 = shufflevector <8 x i32> %1229, <8 x i32> poison, <16 x i32> zeroinitializer
-  %1231 = or disjoint <16 x i32> %1230, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %1232 = sdiv <16 x i32> %1231, splat (i32 8)
-  %1233 = add nsw <16 x i32> %1232, <i32 0, i32 8, i32 16, i32 24, i32 32, i32 40, i32 48, i32 56, i32 0, i32 8, i32 16, i32 24, i32 32, i32 40, i32 48, i32 56>
-  %1234 = select <16 x i1> %1220, <16 x i32> %1233, <16 x i32> %1231
-  %1235 = add nsw <16 x i32> %1234, %1223
-  %1236 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %1235, <16 x i32> %1225)
-  %1237 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %1236, <16 x i32> zeroinitializer)
-  %1238 = sub <16 x i32> %1225, %1237
-  %1239 = sitofp <16 x i32> %1238 to <16 x float>
-  %1240 = getelementptr inbounds nuw float, ptr %column_term279.i, i64 %1227
-  store <16 x float> %1239, ptr %1240, align 16, !tbaa !28
-  %indvars.iv.next631.i = shl i64 %indvars.iv630.i, 4
-  %1241 = or disjoint i64 %indvars.iv.next631.i, 16
-  %1242 = trunc i64 %1241 to i32
-  %1243 = insertelement <8 x i32> poison, i32 %1242, i64 0
-  %1244 = shufflevector <8 x i32> %1243, <8 x i32> poison, <16 x i32> zeroinitializer
-  %1245 = or disjoint <16 x i32> %1244, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %1246 = sdiv <16 x i32> %1245, splat (i32 8)
-  %1247 = add nsw <16 x i32> %1246, <i32 0, i32 8, i32 16, i32 24, i32 32, i32 40, i32 48, i32 56, i32 0, i32 8, i32 16, i32 24, i32 32, i32 40, i32 48, i32 56>
-  %1248 = select <16 x i1> %1220, <16 x i32> %1247, <16 x i32> %1245
-  %1249 = add nsw <16 x i32> %1248, %1223
-  %1250 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %1249, <16 x i32> %1225)
-  %1251 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %1250, <16 x i32> zeroinitializer)
-  %1252 = sub <16 x i32> %1225, %1251
-  %1253 = sitofp <16 x i32> %1252 to <16 x float>
-  %1254 = getelementptr inbounds nuw float, ptr %column_term279.i, i64 %1241
-  store <16 x float> %1253, ptr %1254, align 16, !tbaa !28
-  %indvars.iv.next631.i.1 = add nuw nsw i64 %indvars.iv630.i, 2
+  %1237 = shl nsw i64 %indvars.iv636.i, 4
+  %1238 = trunc i64 %1237 to i32
+  %1239 = insertelement <8 x i32> poison, i32 %1238, i64 0
+  %1240 = shufflevector <8 x i32> %1239, <8 x i32> poison, <16 x i32> zeroinitializer
+  %1241 = or disjoint <16 x i32> %1240, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1242 = sdiv <16 x i32> %1241, splat (i32 8)
+  %1243 = add nsw <16 x i32> %1242, <i32 0, i32 8, i32 16, i32 24, i32 32, i32 40, i32 48, i32 56, i32 0, i32 8, i32 16, i32 24, i32 32, i32 40, i32 48, i32 56>
+  %1244 = select <16 x i1> %1230, <16 x i32> %1243, <16 x i32> %1241
+  %1245 = add nsw <16 x i32> %1244, %1233
+  %1246 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %1245, <16 x i32> %1235)
+  %1247 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %1246, <16 x i32> zeroinitializer)
+  %1248 = sub <16 x i32> %1235, %1247
+  %1249 = sitofp <16 x i32> %1248 to <16 x float>
+  %1250 = getelementptr inbounds nuw float, ptr %column_term281.i, i64 %1237
+  store <16 x float> %1249, ptr %1250, align 16, !tbaa !28
+  %indvars.iv.next637.i = shl i64 %indvars.iv636.i, 4
+  %1251 = or disjoint i64 %indvars.iv.next637.i, 16
+  %1252 = trunc i64 %1251 to i32
+  %1253 = insertelement <8 x i32> poison, i32 %1252, i64 0
+  %1254 = shufflevector <8 x i32> %1253, <8 x i32> poison, <16 x i32> zeroinitializer
+  %1255 = or disjoint <16 x i32> %1254, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1256 = sdiv <16 x i32> %1255, splat (i32 8)
+  %1257 = add nsw <16 x i32> %1256, <i32 0, i32 8, i32 16, i32 24, i32 32, i32 40, i32 48, i32 56, i32 0, i32 8, i32 16, i32 24, i32 32, i32 40, i32 48, i32 56>
+  %1258 = select <16 x i1> %1230, <16 x i32> %1257, <16 x i32> %1255
+  %1259 = add nsw <16 x i32> %1258, %1233
+  %1260 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %1259, <16 x i32> %1235)
+  %1261 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %1260, <16 x i32> zeroinitializer)
+  %1262 = sub <16 x i32> %1235, %1261
+  %1263 = sitofp <16 x i32> %1262 to <16 x float>
+  %1264 = getelementptr inbounds nuw float, ptr %column_term281.i, i64 %1251
+  store <16 x float> %1263, ptr %1264, align 16, !tbaa !28
+  %indvars.iv.next637.i.1 = add nuw nsw i64 %indvars.iv636.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
   br i1 %niter.ncmp.1, label %for_end_v.i.loopexit.unr-lcssa, label %for_body_v.i, !prof !30, !llvm.loop !31
@@ -2061,2464 +2087,2464 @@ for_end_v.i.loopexit.unr-lcssa:                   ; preds = %for_body_v.i
   br i1 %lcmp.mod.not, label %for_end_v.i, label %for_body_v.i.epil.preheader, !prof !33
 
 for_body_v.i.epil.preheader:                      ; preds = %for_end_v.i.loopexit.unr-lcssa, %for_body_v.lr.ph.i
-  %indvars.iv630.i.epil.init = phi i64 [ 0, %for_body_v.lr.ph.i ], [ %indvars.iv.next631.i.1, %for_end_v.i.loopexit.unr-lcssa ]
-  %lcmp.mod157 = icmp ne i64 %xtraiter, 0
-  tail call void @llvm.assume(i1 %lcmp.mod157)
-  %1255 = shl nsw i64 %indvars.iv630.i.epil.init, 4
-  %1256 = trunc i64 %1255 to i32
-  %1257 = insertelement <8 x i32> poison, i32 %1256, i64 0
-  %1258 = shufflevector <8 x i32> %1257, <8 x i32> poison, <16 x i32> zeroinitializer
-  %1259 = or disjoint <16 x i32> %1258, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %1260 = sdiv <16 x i32> %1259, splat (i32 8)
-  %1261 = add nsw <16 x i32> %1260, <i32 0, i32 8, i32 16, i32 24, i32 32, i32 40, i32 48, i32 56, i32 0, i32 8, i32 16, i32 24, i32 32, i32 40, i32 48, i32 56>
-  %1262 = select <16 x i1> %1220, <16 x i32> %1261, <16 x i32> %1259
-  %1263 = add nsw <16 x i32> %1262, %1223
-  %1264 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %1263, <16 x i32> %1225)
-  %1265 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %1264, <16 x i32> zeroinitializer)
-  %1266 = sub <16 x i32> %1225, %1265
-  %1267 = sitofp <16 x i32> %1266 to <16 x float>
-  %1268 = getelementptr inbounds nuw float, ptr %column_term279.i, i64 %1255
-  store <16 x float> %1267, ptr %1268, align 16, !tbaa !28
+  %indvars.iv636.i.epil.init = phi i64 [ 0, %for_body_v.lr.ph.i ], [ %indvars.iv.next637.i.1, %for_end_v.i.loopexit.unr-lcssa ]
+  %lcmp.mod163 = icmp ne i64 %xtraiter, 0
+  tail call void @llvm.assume(i1 %lcmp.mod163)
+  %1265 = shl nsw i64 %indvars.iv636.i.epil.init, 4
+  %1266 = trunc i64 %1265 to i32
+  %1267 = insertelement <8 x i32> poison, i32 %1266, i64 0
+  %1268 = shufflevector <8 x i32> %1267, <8 x i32> poison, <16 x i32> zeroinitializer
+  %1269 = or disjoint <16 x i32> %1268, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1270 = sdiv <16 x i32> %1269, splat (i32 8)
+  %1271 = add nsw <16 x i32> %1270, <i32 0, i32 8, i32 16, i32 24, i32 32, i32 40, i32 48, i32 56, i32 0, i32 8, i32 16, i32 24, i32 32, i32 40, i32 48, i32 56>
+  %1272 = select <16 x i1> %1230, <16 x i32> %1271, <16 x i32> %1269
+  %1273 = add nsw <16 x i32> %1272, %1233
+  %1274 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %1273, <16 x i32> %1235)
+  %1275 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %1274, <16 x i32> zeroinitializer)
+  %1276 = sub <16 x i32> %1235, %1275
+  %1277 = sitofp <16 x i32> %1276 to <16 x float>
+  %1278 = getelementptr inbounds nuw float, ptr %column_term281.i, i64 %1265
+  store <16 x float> %1277, ptr %1278, align 16, !tbaa !28
   br label %for_end_v.i
 
-for_end_v.i:                                      ; preds = %for_body_v.i.epil.preheader, %for_end_v.i.loopexit.unr-lcssa, %for_end_t16.i
-  %1269 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scores.i = tail call ptr %1269(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
-  %1270 = icmp eq ptr %scores.i, null
-  br i1 %1270, label %fused_decode_compute_.exit, label %if_end29.i, !prof !7
+for_end_v.i:                                      ; preds = %for_body_v.i.epil.preheader, %for_end_v.i.loopexit.unr-lcssa, %for_end_t18.i
+  %1279 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scores.i = tail call ptr %1279(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
+  %1280 = icmp eq ptr %scores.i, null
+  br i1 %1280, label %fused_decode_compute_.exit, label %if_end31.i, !prof !7
 
-if_end29.i:                                       ; preds = %for_end_v.i
-  %1271 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %probs.i = tail call ptr %1271(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
-  %1272 = icmp eq ptr %probs.i, null
-  br i1 %1272, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !7
+if_end31.i:                                       ; preds = %for_end_v.i
+  %1281 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %probs.i = tail call ptr %1281(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
+  %1282 = icmp eq ptr %probs.i, null
+  br i1 %1282, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !7
 
-for_begin_to.preheader.i:                         ; preds = %if_end29.i
-  %wide.trip.count653.i = zext i32 %1174 to i64
-  br i1 %1215, label %for_begin_i.preheader.i, label %for_begin_i40.preheader.i, !prof !3
+for_begin_to.preheader.i:                         ; preds = %if_end31.i
+  %wide.trip.count659.i = zext i32 %1183 to i64
+  br i1 %1225, label %for_begin_i.preheader.i, label %for_begin_i42.preheader.i, !prof !3
 
-for_begin_i40.preheader.i:                        ; preds = %for_end_i.i, %for_begin_to.preheader.i
-  %1273 = icmp sgt i32 %1170, 0
-  %1274 = icmp eq i32 %step.i, 0
-  %1275 = insertelement <2 x i1> poison, i1 %1274, i64 0
-  %1276 = shufflevector <2 x i1> %1275, <2 x i1> poison, <2 x i32> zeroinitializer
-  %1277 = add nsw i64 %wide.trip.count653.i, -1
-  %xtraiter158 = and i64 %wide.trip.count653.i, 7
-  %1278 = icmp ult i32 %1174, 8
-  %unroll_iter162 = and i64 %wide.trip.count653.i, 2147483640
-  %lcmp.mod159.not = icmp eq i64 %xtraiter158, 0
-  %lcmp.mod161 = icmp ne i64 %xtraiter158, 0
-  %xtraiter164 = and i64 %wide.trip.count653.i, 7
-  %1279 = icmp ult i32 %1174, 8
-  %unroll_iter169 = and i64 %wide.trip.count653.i, 2147483640
-  %lcmp.mod166.not = icmp eq i64 %xtraiter164, 0
-  %lcmp.mod168 = icmp ne i64 %xtraiter164, 0
-  %xtraiter171 = and i64 %wide.trip.count653.i, 1
-  %1280 = icmp eq i64 %1277, 0
-  %unroll_iter175 = and i64 %wide.trip.count653.i, 2147483646
-  %lcmp.mod173.not = icmp eq i64 %xtraiter171, 0
-  %lcmp.mod174 = icmp ne i64 %xtraiter171, 0
-  %xtraiter177 = and i64 %wide.trip.count653.i, 1
-  %1281 = icmp eq i64 %1277, 0
-  %unroll_iter181 = and i64 %wide.trip.count653.i, 2147483646
+for_begin_i42.preheader.i:                        ; preds = %for_end_i.i, %for_begin_to.preheader.i
+  %1283 = icmp sgt i32 %1179, 0
+  %1284 = icmp eq i32 %step.i, 0
+  %1285 = insertelement <2 x i1> poison, i1 %1284, i64 0
+  %1286 = shufflevector <2 x i1> %1285, <2 x i1> poison, <2 x i32> zeroinitializer
+  %1287 = add nsw i64 %wide.trip.count659.i, -1
+  %xtraiter164 = and i64 %wide.trip.count659.i, 7
+  %1288 = icmp ult i32 %1183, 8
+  %unroll_iter168 = and i64 %wide.trip.count659.i, 2147483640
+  %lcmp.mod165.not = icmp eq i64 %xtraiter164, 0
+  %lcmp.mod167 = icmp ne i64 %xtraiter164, 0
+  %xtraiter170 = and i64 %wide.trip.count659.i, 7
+  %1289 = icmp ult i32 %1183, 8
+  %unroll_iter175 = and i64 %wide.trip.count659.i, 2147483640
+  %lcmp.mod172.not = icmp eq i64 %xtraiter170, 0
+  %lcmp.mod174 = icmp ne i64 %xtraiter170, 0
+  %xtraiter177 = and i64 %wide.trip.count659.i, 1
+  %1290 = icmp eq i64 %1287, 0
+  %unroll_iter181 = and i64 %wide.trip.count659.i, 2147483646
   %lcmp.mod179.not = icmp eq i64 %xtraiter177, 0
   %lcmp.mod180 = icmp ne i64 %xtraiter177, 0
-  %xtraiter183 = and i64 %wide.trip.count653.i, 7
-  %1282 = icmp ult i32 %1174, 8
-  %unroll_iter188 = and i64 %wide.trip.count653.i, 2147483640
+  %xtraiter183 = and i64 %wide.trip.count659.i, 1
+  %1291 = icmp eq i64 %1287, 0
+  %unroll_iter187 = and i64 %wide.trip.count659.i, 2147483646
   %lcmp.mod185.not = icmp eq i64 %xtraiter183, 0
-  %lcmp.mod187 = icmp ne i64 %xtraiter183, 0
-  %xtraiter190 = and i64 %wide.trip.count653.i, 7
-  %1283 = icmp ult i32 %1174, 8
-  %unroll_iter195 = and i64 %wide.trip.count653.i, 2147483640
-  %lcmp.mod192.not = icmp eq i64 %xtraiter190, 0
-  %lcmp.mod194 = icmp ne i64 %xtraiter190, 0
-  br label %for_begin_v45.preheader.i
+  %lcmp.mod186 = icmp ne i64 %xtraiter183, 0
+  %xtraiter189 = and i64 %wide.trip.count659.i, 7
+  %1292 = icmp ult i32 %1183, 8
+  %unroll_iter194 = and i64 %wide.trip.count659.i, 2147483640
+  %lcmp.mod191.not = icmp eq i64 %xtraiter189, 0
+  %lcmp.mod193 = icmp ne i64 %xtraiter189, 0
+  %xtraiter196 = and i64 %wide.trip.count659.i, 7
+  %1293 = icmp ult i32 %1183, 8
+  %unroll_iter201 = and i64 %wide.trip.count659.i, 2147483640
+  %lcmp.mod198.not = icmp eq i64 %xtraiter196, 0
+  %lcmp.mod200 = icmp ne i64 %xtraiter196, 0
+  br label %for_begin_v47.preheader.i
 
 for_begin_i.preheader.i:                          ; preds = %for_end_i.i, %for_begin_to.preheader.i
-  %indvars.iv650.i = phi i64 [ %indvars.iv.next651.i, %for_end_i.i ], [ 0, %for_begin_to.preheader.i ]
-  %1284 = shl nsw i64 %indvars.iv650.i, 4
-  %invariant.gep846.i = getelementptr inbounds nuw i64, ptr %key_offsets281.i, i64 %1284
-  %invariant.gep = getelementptr inbounds nuw float, ptr %scores.i, i64 %1284
+  %indvars.iv656.i = phi i64 [ %indvars.iv.next657.i, %for_end_i.i ], [ 0, %for_begin_to.preheader.i ]
+  %1294 = shl nsw i64 %indvars.iv656.i, 4
+  %invariant.gep852.i = getelementptr inbounds nuw i64, ptr %key_offsets283.i, i64 %1294
+  %invariant.gep = getelementptr inbounds nuw float, ptr %scores.i, i64 %1294
   br label %for_body_i.i
 
 for_begin_i.i:                                    ; preds = %for_begin_r.preheader.i
-  %indvars.iv.next647.i = add nuw nsw i64 %indvars.iv646.i, 1
-  %exitcond649.not.i = icmp eq i64 %indvars.iv.next647.i, 8
-  br i1 %exitcond649.not.i, label %for_end_i.i, label %for_body_i.i, !prof !11
+  %indvars.iv.next653.i = add nuw nsw i64 %indvars.iv652.i, 1
+  %exitcond655.not.i = icmp eq i64 %indvars.iv.next653.i, 8
+  br i1 %exitcond655.not.i, label %for_end_i.i, label %for_body_i.i, !prof !11
 
 for_body_i.i:                                     ; preds = %for_begin_i.i, %for_begin_i.preheader.i
-  %indvars.iv646.i = phi i64 [ 0, %for_begin_i.preheader.i ], [ %indvars.iv.next647.i, %for_begin_i.i ]
-  %1285 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scores.rf.i = tail call ptr %1285(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1286 = icmp eq ptr %scores.rf.i, null
-  br i1 %1286, label %fused_decode_compute_.exit, label %for_begin_ax1_0.preheader.i, !prof !7
+  %indvars.iv652.i = phi i64 [ 0, %for_begin_i.preheader.i ], [ %indvars.iv.next653.i, %for_begin_i.i ]
+  %1295 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scores.rf.i = tail call ptr %1295(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1296 = icmp eq ptr %scores.rf.i, null
+  br i1 %1296, label %fused_decode_compute_.exit, label %for_begin_ax1_0.preheader.i, !prof !7
 
 for_begin_ax1_0.preheader.i:                      ; preds = %for_body_i.i
-  %1287 = mul nsw i64 %indvars.iv646.i, %k_head
-  %invariant.gep468.i = getelementptr i32, ptr %key_cache, i64 %1287
-  %.idx = shl nuw nsw i64 %indvars.iv646.i, 11
-  %1288 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx
-  %1289 = getelementptr inbounds nuw i8, ptr %1288, i64 1024
-  %1290 = getelementptr inbounds nuw i8, ptr %1288, i64 64
-  %1291 = getelementptr inbounds nuw i8, ptr %1288, i64 1088
-  %1292 = getelementptr inbounds nuw i8, ptr %1288, i64 128
-  %1293 = getelementptr inbounds nuw i8, ptr %1288, i64 1152
-  %1294 = getelementptr inbounds nuw i8, ptr %1288, i64 192
-  %1295 = getelementptr inbounds nuw i8, ptr %1288, i64 1216
-  %1296 = getelementptr inbounds nuw i8, ptr %1288, i64 256
-  %1297 = getelementptr inbounds nuw i8, ptr %1288, i64 1280
-  %1298 = getelementptr inbounds nuw i8, ptr %1288, i64 320
-  %1299 = getelementptr inbounds nuw i8, ptr %1288, i64 1344
-  %1300 = getelementptr inbounds nuw i8, ptr %1288, i64 384
-  %1301 = getelementptr inbounds nuw i8, ptr %1288, i64 1408
-  %1302 = getelementptr inbounds nuw i8, ptr %1288, i64 448
-  %1303 = getelementptr inbounds nuw i8, ptr %1288, i64 1472
-  %1304 = getelementptr inbounds nuw i8, ptr %1288, i64 512
-  %1305 = getelementptr inbounds nuw i8, ptr %1288, i64 1536
-  %1306 = getelementptr inbounds nuw i8, ptr %1288, i64 576
-  %1307 = getelementptr inbounds nuw i8, ptr %1288, i64 1600
-  %1308 = getelementptr inbounds nuw i8, ptr %1288, i64 640
-  %1309 = getelementptr inbounds nuw i8, ptr %1288, i64 1664
-  %1310 = getelementptr inbounds nuw i8, ptr %1288, i64 704
-  %1311 = getelementptr inbounds nuw i8, ptr %1288, i64 1728
-  %1312 = getelementptr inbounds nuw i8, ptr %1288, i64 768
-  %1313 = getelementptr inbounds nuw i8, ptr %1288, i64 1792
-  %1314 = getelementptr inbounds nuw i8, ptr %1288, i64 832
-  %1315 = getelementptr inbounds nuw i8, ptr %1288, i64 1856
-  %1316 = getelementptr inbounds nuw i8, ptr %1288, i64 896
-  %1317 = getelementptr inbounds nuw i8, ptr %1288, i64 1920
-  %1318 = getelementptr inbounds nuw i8, ptr %1288, i64 960
-  %1319 = getelementptr inbounds nuw i8, ptr %1288, i64 1984
+  %1297 = mul nsw i64 %indvars.iv652.i, %k_head
+  %invariant.gep474.i = getelementptr i32, ptr %key_cache, i64 %1297
+  %.idx = shl nuw nsw i64 %indvars.iv652.i, 11
+  %1298 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx
+  %1299 = getelementptr inbounds nuw i8, ptr %1298, i64 1024
+  %1300 = getelementptr inbounds nuw i8, ptr %1298, i64 64
+  %1301 = getelementptr inbounds nuw i8, ptr %1298, i64 1088
+  %1302 = getelementptr inbounds nuw i8, ptr %1298, i64 128
+  %1303 = getelementptr inbounds nuw i8, ptr %1298, i64 1152
+  %1304 = getelementptr inbounds nuw i8, ptr %1298, i64 192
+  %1305 = getelementptr inbounds nuw i8, ptr %1298, i64 1216
+  %1306 = getelementptr inbounds nuw i8, ptr %1298, i64 256
+  %1307 = getelementptr inbounds nuw i8, ptr %1298, i64 1280
+  %1308 = getelementptr inbounds nuw i8, ptr %1298, i64 320
+  %1309 = getelementptr inbounds nuw i8, ptr %1298, i64 1344
+  %1310 = getelementptr inbounds nuw i8, ptr %1298, i64 384
+  %1311 = getelementptr inbounds nuw i8, ptr %1298, i64 1408
+  %1312 = getelementptr inbounds nuw i8, ptr %1298, i64 448
+  %1313 = getelementptr inbounds nuw i8, ptr %1298, i64 1472
+  %1314 = getelementptr inbounds nuw i8, ptr %1298, i64 512
+  %1315 = getelementptr inbounds nuw i8, ptr %1298, i64 1536
+  %1316 = getelementptr inbounds nuw i8, ptr %1298, i64 576
+  %1317 = getelementptr inbounds nuw i8, ptr %1298, i64 1600
+  %1318 = getelementptr inbounds nuw i8, ptr %1298, i64 640
+  %1319 = getelementptr inbounds nuw i8, ptr %1298, i64 1664
+  %1320 = getelementptr inbounds nuw i8, ptr %1298, i64 704
+  %1321 = getelementptr inbounds nuw i8, ptr %1298, i64 1728
+  %1322 = getelementptr inbounds nuw i8, ptr %1298, i64 768
+  %1323 = getelementptr inbounds nuw i8, ptr %1298, i64 1792
+  %1324 = getelementptr inbounds nuw i8, ptr %1298, i64 832
+  %1325 = getelementptr inbounds nuw i8, ptr %1298, i64 1856
+  %1326 = getelementptr inbounds nuw i8, ptr %1298, i64 896
+  %1327 = getelementptr inbounds nuw i8, ptr %1298, i64 1920
+  %1328 = getelementptr inbounds nuw i8, ptr %1298, i64 960
+  %1329 = getelementptr inbounds nuw i8, ptr %1298, i64 1984
   br label %for_begin_ax4.preheader.i
 
 for_end_i.i:                                      ; preds = %for_begin_i.i
-  %indvars.iv.next651.i = add nuw nsw i64 %indvars.iv650.i, 1
-  %exitcond654.not.i = icmp eq i64 %indvars.iv.next651.i, %wide.trip.count653.i
-  br i1 %exitcond654.not.i, label %for_begin_i40.preheader.i, label %for_begin_i.preheader.i, !prof !8
+  %indvars.iv.next657.i = add nuw nsw i64 %indvars.iv656.i, 1
+  %exitcond660.not.i = icmp eq i64 %indvars.iv.next657.i, %wide.trip.count659.i
+  br i1 %exitcond660.not.i, label %for_begin_i42.preheader.i, label %for_begin_i.preheader.i, !prof !8
 
 for_begin_r.preheader.i:                          ; preds = %for_begin_ax4.preheader.i
-  %.idx59 = shl nuw nsw i64 %indvars.iv646.i, 9
-  %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx59
+  %.idx65 = shl nuw nsw i64 %indvars.iv652.i, 9
+  %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx65
   store <16 x float> zeroinitializer, ptr %gep, align 4, !tbaa !4
   %sum_0.i = load <16 x float>, ptr %scores.rf.i, align 4, !tbaa !4
-  %1320 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
-  %sum_1.i = load <16 x float>, ptr %1320, align 4, !tbaa !4
-  %1321 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
-  %sum_2.i = load <16 x float>, ptr %1321, align 4, !tbaa !4
-  %1322 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
-  %sum_3.i = load <16 x float>, ptr %1322, align 4, !tbaa !4
-  %1323 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
-  %sum_4.i = load <16 x float>, ptr %1323, align 4, !tbaa !4
-  %1324 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
-  %sum_5.i = load <16 x float>, ptr %1324, align 4, !tbaa !4
-  %1325 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
-  %sum_6.i = load <16 x float>, ptr %1325, align 4, !tbaa !4
-  %1326 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
-  %sum_7.i = load <16 x float>, ptr %1326, align 4, !tbaa !4
-  %1327 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
-  %sum_8.i = load <16 x float>, ptr %1327, align 4, !tbaa !4
-  %1328 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
-  %sum_9.i = load <16 x float>, ptr %1328, align 4, !tbaa !4
-  %1329 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
-  %sum_10.i = load <16 x float>, ptr %1329, align 4, !tbaa !4
-  %1330 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
-  %sum_11.i = load <16 x float>, ptr %1330, align 4, !tbaa !4
-  %1331 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
-  %sum_12.i = load <16 x float>, ptr %1331, align 4, !tbaa !4
-  %1332 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
-  %sum_13.i = load <16 x float>, ptr %1332, align 4, !tbaa !4
-  %1333 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
-  %sum_14.i = load <16 x float>, ptr %1333, align 4, !tbaa !4
-  %1334 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
-  %sum_15.i = load <16 x float>, ptr %1334, align 4, !tbaa !4
-  %1335 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1336 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.i = fadd <16 x float> %1336, %1335
-  %1337 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1338 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.i = fadd <16 x float> %1338, %1337
-  %1339 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1340 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.i = fadd <16 x float> %1340, %1339
-  %1341 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1342 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.i = fadd <16 x float> %1342, %1341
-  %1343 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1344 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.i = fadd <16 x float> %1344, %1343
-  %1345 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1346 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.i = fadd <16 x float> %1346, %1345
-  %1347 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1348 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.i = fadd <16 x float> %1348, %1347
-  %1349 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1350 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.i = fadd <16 x float> %1350, %1349
-  %1351 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1352 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.i = fadd <16 x float> %1352, %1351
-  %1353 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1354 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.i = fadd <16 x float> %1354, %1353
-  %1355 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1356 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.i = fadd <16 x float> %1356, %1355
-  %1357 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1358 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.i = fadd <16 x float> %1358, %1357
-  %1359 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %1360 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.i = fadd <16 x float> %1360, %1359
-  %1361 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %1362 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.i = fadd <16 x float> %1362, %1361
-  %1363 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %1364 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %1365 = fadd <16 x float> %1364, %1363
-  %1366 = fadd <16 x float> %1365, zeroinitializer
-  store <16 x float> %1366, ptr %gep, align 4, !tbaa !4
-  %1367 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  store <16 x float> zeroinitializer, ptr %1367, align 4, !tbaa !4
-  %1368 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
-  %sum_0.1.i = load <16 x float>, ptr %1368, align 4, !tbaa !4
-  %1369 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
-  %sum_1.1.i = load <16 x float>, ptr %1369, align 4, !tbaa !4
-  %1370 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
-  %sum_2.1.i = load <16 x float>, ptr %1370, align 4, !tbaa !4
-  %1371 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
-  %sum_3.1.i = load <16 x float>, ptr %1371, align 4, !tbaa !4
-  %1372 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
-  %sum_4.1.i = load <16 x float>, ptr %1372, align 4, !tbaa !4
-  %1373 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
-  %sum_5.1.i = load <16 x float>, ptr %1373, align 4, !tbaa !4
-  %1374 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
-  %sum_6.1.i = load <16 x float>, ptr %1374, align 4, !tbaa !4
-  %1375 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
-  %sum_7.1.i = load <16 x float>, ptr %1375, align 4, !tbaa !4
-  %1376 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
-  %sum_8.1.i = load <16 x float>, ptr %1376, align 4, !tbaa !4
-  %1377 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
-  %sum_9.1.i = load <16 x float>, ptr %1377, align 4, !tbaa !4
-  %1378 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
-  %sum_10.1.i = load <16 x float>, ptr %1378, align 4, !tbaa !4
-  %1379 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
-  %sum_11.1.i = load <16 x float>, ptr %1379, align 4, !tbaa !4
-  %1380 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
-  %sum_12.1.i = load <16 x float>, ptr %1380, align 4, !tbaa !4
-  %1381 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
-  %sum_13.1.i = load <16 x float>, ptr %1381, align 4, !tbaa !4
-  %1382 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
-  %sum_14.1.i = load <16 x float>, ptr %1382, align 4, !tbaa !4
-  %1383 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
-  %sum_15.1.i = load <16 x float>, ptr %1383, align 4, !tbaa !4
-  %1384 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1385 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.1.i = fadd <16 x float> %1385, %1384
-  %1386 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1387 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.1.i = fadd <16 x float> %1387, %1386
-  %1388 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1389 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.1.i = fadd <16 x float> %1389, %1388
-  %1390 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1391 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.1.i = fadd <16 x float> %1391, %1390
-  %1392 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1393 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.1.i = fadd <16 x float> %1393, %1392
-  %1394 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1395 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.1.i = fadd <16 x float> %1395, %1394
-  %1396 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1397 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.1.i = fadd <16 x float> %1397, %1396
-  %1398 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1399 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.1.i = fadd <16 x float> %1399, %1398
-  %1400 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1401 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.1.i = fadd <16 x float> %1401, %1400
-  %1402 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1403 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.1.i = fadd <16 x float> %1403, %1402
-  %1404 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1405 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.1.i = fadd <16 x float> %1405, %1404
-  %1406 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1407 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.1.i = fadd <16 x float> %1407, %1406
-  %1408 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %1409 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.1.i = fadd <16 x float> %1409, %1408
-  %1410 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %1411 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.1.i = fadd <16 x float> %1411, %1410
-  %1412 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %1413 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %1414 = fadd <16 x float> %1413, %1412
-  %1415 = fadd <16 x float> %1414, zeroinitializer
-  store <16 x float> %1415, ptr %1367, align 4, !tbaa !4
-  %1416 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1417 = tail call i32 %1416(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
-  %.not290.i = icmp eq i32 %1417, 0
-  br i1 %.not290.i, label %for_begin_i.i, label %fused_decode_compute_.exit, !prof !12
+  %1330 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
+  %sum_1.i = load <16 x float>, ptr %1330, align 4, !tbaa !4
+  %1331 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
+  %sum_2.i = load <16 x float>, ptr %1331, align 4, !tbaa !4
+  %1332 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
+  %sum_3.i = load <16 x float>, ptr %1332, align 4, !tbaa !4
+  %1333 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
+  %sum_4.i = load <16 x float>, ptr %1333, align 4, !tbaa !4
+  %1334 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
+  %sum_5.i = load <16 x float>, ptr %1334, align 4, !tbaa !4
+  %1335 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
+  %sum_6.i = load <16 x float>, ptr %1335, align 4, !tbaa !4
+  %1336 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
+  %sum_7.i = load <16 x float>, ptr %1336, align 4, !tbaa !4
+  %1337 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
+  %sum_8.i = load <16 x float>, ptr %1337, align 4, !tbaa !4
+  %1338 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
+  %sum_9.i = load <16 x float>, ptr %1338, align 4, !tbaa !4
+  %1339 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
+  %sum_10.i = load <16 x float>, ptr %1339, align 4, !tbaa !4
+  %1340 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
+  %sum_11.i = load <16 x float>, ptr %1340, align 4, !tbaa !4
+  %1341 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
+  %sum_12.i = load <16 x float>, ptr %1341, align 4, !tbaa !4
+  %1342 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
+  %sum_13.i = load <16 x float>, ptr %1342, align 4, !tbaa !4
+  %1343 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
+  %sum_14.i = load <16 x float>, ptr %1343, align 4, !tbaa !4
+  %1344 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
+  %sum_15.i = load <16 x float>, ptr %1344, align 4, !tbaa !4
+  %1345 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1346 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.i = fadd <16 x float> %1346, %1345
+  %1347 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1348 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.i = fadd <16 x float> %1348, %1347
+  %1349 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1350 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.i = fadd <16 x float> %1350, %1349
+  %1351 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1352 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.i = fadd <16 x float> %1352, %1351
+  %1353 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1354 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.i = fadd <16 x float> %1354, %1353
+  %1355 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1356 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.i = fadd <16 x float> %1356, %1355
+  %1357 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1358 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.i = fadd <16 x float> %1358, %1357
+  %1359 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1360 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.i = fadd <16 x float> %1360, %1359
+  %1361 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1362 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.i = fadd <16 x float> %1362, %1361
+  %1363 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1364 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.i = fadd <16 x float> %1364, %1363
+  %1365 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1366 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.i = fadd <16 x float> %1366, %1365
+  %1367 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1368 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.i = fadd <16 x float> %1368, %1367
+  %1369 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %1370 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.i = fadd <16 x float> %1370, %1369
+  %1371 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %1372 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.i = fadd <16 x float> %1372, %1371
+  %1373 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %1374 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %1375 = fadd <16 x float> %1374, %1373
+  %1376 = fadd <16 x float> %1375, zeroinitializer
+  store <16 x float> %1376, ptr %gep, align 4, !tbaa !4
+  %1377 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  store <16 x float> zeroinitializer, ptr %1377, align 4, !tbaa !4
+  %1378 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
+  %sum_0.1.i = load <16 x float>, ptr %1378, align 4, !tbaa !4
+  %1379 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
+  %sum_1.1.i = load <16 x float>, ptr %1379, align 4, !tbaa !4
+  %1380 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
+  %sum_2.1.i = load <16 x float>, ptr %1380, align 4, !tbaa !4
+  %1381 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
+  %sum_3.1.i = load <16 x float>, ptr %1381, align 4, !tbaa !4
+  %1382 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
+  %sum_4.1.i = load <16 x float>, ptr %1382, align 4, !tbaa !4
+  %1383 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
+  %sum_5.1.i = load <16 x float>, ptr %1383, align 4, !tbaa !4
+  %1384 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
+  %sum_6.1.i = load <16 x float>, ptr %1384, align 4, !tbaa !4
+  %1385 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
+  %sum_7.1.i = load <16 x float>, ptr %1385, align 4, !tbaa !4
+  %1386 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
+  %sum_8.1.i = load <16 x float>, ptr %1386, align 4, !tbaa !4
+  %1387 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
+  %sum_9.1.i = load <16 x float>, ptr %1387, align 4, !tbaa !4
+  %1388 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
+  %sum_10.1.i = load <16 x float>, ptr %1388, align 4, !tbaa !4
+  %1389 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
+  %sum_11.1.i = load <16 x float>, ptr %1389, align 4, !tbaa !4
+  %1390 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
+  %sum_12.1.i = load <16 x float>, ptr %1390, align 4, !tbaa !4
+  %1391 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
+  %sum_13.1.i = load <16 x float>, ptr %1391, align 4, !tbaa !4
+  %1392 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
+  %sum_14.1.i = load <16 x float>, ptr %1392, align 4, !tbaa !4
+  %1393 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
+  %sum_15.1.i = load <16 x float>, ptr %1393, align 4, !tbaa !4
+  %1394 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1395 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.1.i = fadd <16 x float> %1395, %1394
+  %1396 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1397 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.1.i = fadd <16 x float> %1397, %1396
+  %1398 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1399 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.1.i = fadd <16 x float> %1399, %1398
+  %1400 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1401 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.1.i = fadd <16 x float> %1401, %1400
+  %1402 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1403 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.1.i = fadd <16 x float> %1403, %1402
+  %1404 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1405 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.1.i = fadd <16 x float> %1405, %1404
+  %1406 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1407 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.1.i = fadd <16 x float> %1407, %1406
+  %1408 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1409 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.1.i = fadd <16 x float> %1409, %1408
+  %1410 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1411 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.1.i = fadd <16 x float> %1411, %1410
+  %1412 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1413 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.1.i = fadd <16 x float> %1413, %1412
+  %1414 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1415 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.1.i = fadd <16 x float> %1415, %1414
+  %1416 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1417 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.1.i = fadd <16 x float> %1417, %1416
+  %1418 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %1419 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.1.i = fadd <16 x float> %1419, %1418
+  %1420 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %1421 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.1.i = fadd <16 x float> %1421, %1420
+  %1422 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %1423 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %1424 = fadd <16 x float> %1423, %1422
+  %1425 = fadd <16 x float> %1424, zeroinitializer
+  store <16 x float> %1425, ptr %1377, align 4, !tbaa !4
+  %1426 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1427 = tail call i32 %1426(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
+  %.not292.i = icmp eq i32 %1427, 0
+  br i1 %.not292.i, label %for_begin_i.i, label %fused_decode_compute_.exit, !prof !12
 
 for_begin_ax4.preheader.i:                        ; preds = %for_begin_ax4.preheader.i, %for_begin_ax1_0.preheader.i
-  %indvars.iv639.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next640.i, %for_begin_ax4.preheader.i ]
-  %.idx822.i = shl nuw nsw i64 %indvars.iv639.i, 5
-  %gep847.i = getelementptr inbounds nuw i8, ptr %invariant.gep846.i, i64 %.idx822.i
-  %1418 = load i64, ptr %gep847.i, align 16, !tbaa !17
-  %gep469.i = getelementptr i32, ptr %invariant.gep468.i, i64 %1418
-  %1419 = getelementptr inbounds nuw i8, ptr %gep847.i, i64 8
-  %1420 = load i64, ptr %1419, align 8, !tbaa !17
-  %gep471.i = getelementptr i32, ptr %invariant.gep468.i, i64 %1420
-  %1421 = getelementptr inbounds nuw i8, ptr %gep847.i, i64 16
-  %1422 = load i64, ptr %1421, align 16, !tbaa !17
-  %gep473.i = getelementptr i32, ptr %invariant.gep468.i, i64 %1422
-  %1423 = getelementptr inbounds nuw i8, ptr %gep847.i, i64 24
-  %1424 = load i64, ptr %1423, align 8, !tbaa !17
-  %gep475.i = getelementptr i32, ptr %invariant.gep468.i, i64 %1424
-  %1425 = load <16 x float>, ptr %1288, align 4, !tbaa !4
-  %1426 = load <16 x i32>, ptr %gep469.i, align 4, !tbaa !4
-  %1427 = shl <16 x i32> %1426, splat (i32 16)
-  %1428 = bitcast <16 x i32> %1427 to <16 x float>
-  %1429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1425, <16 x float> %1428, <16 x float> zeroinitializer)
-  %1430 = load <16 x i32>, ptr %gep471.i, align 4, !tbaa !4
-  %1431 = shl <16 x i32> %1430, splat (i32 16)
-  %1432 = bitcast <16 x i32> %1431 to <16 x float>
-  %1433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1425, <16 x float> %1432, <16 x float> zeroinitializer)
-  %1434 = load <16 x i32>, ptr %gep473.i, align 4, !tbaa !4
-  %1435 = shl <16 x i32> %1434, splat (i32 16)
-  %1436 = bitcast <16 x i32> %1435 to <16 x float>
-  %1437 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1425, <16 x float> %1436, <16 x float> zeroinitializer)
-  %1438 = load <16 x i32>, ptr %gep475.i, align 4, !tbaa !4
-  %1439 = shl <16 x i32> %1438, splat (i32 16)
-  %1440 = bitcast <16 x i32> %1439 to <16 x float>
-  %1441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1425, <16 x float> %1440, <16 x float> zeroinitializer)
-  %1442 = load <16 x float>, ptr %1289, align 4, !tbaa !4
-  %1443 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1442, <16 x float> %1428, <16 x float> zeroinitializer)
-  %1444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1442, <16 x float> %1432, <16 x float> zeroinitializer)
-  %1445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1442, <16 x float> %1436, <16 x float> zeroinitializer)
-  %1446 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1442, <16 x float> %1440, <16 x float> zeroinitializer)
-  %1447 = load <16 x float>, ptr %1290, align 4, !tbaa !4
-  %1448 = and <16 x i32> %1426, %101
-  %1449 = bitcast <16 x i32> %1448 to <16 x float>
-  %1450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1447, <16 x float> %1449, <16 x float> %1429)
-  %1451 = and <16 x i32> %1430, %101
-  %1452 = bitcast <16 x i32> %1451 to <16 x float>
-  %1453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1447, <16 x float> %1452, <16 x float> %1433)
-  %1454 = and <16 x i32> %1434, %101
-  %1455 = bitcast <16 x i32> %1454 to <16 x float>
-  %1456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1447, <16 x float> %1455, <16 x float> %1437)
-  %1457 = and <16 x i32> %1438, %101
-  %1458 = bitcast <16 x i32> %1457 to <16 x float>
-  %1459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1447, <16 x float> %1458, <16 x float> %1441)
-  %1460 = load <16 x float>, ptr %1291, align 4, !tbaa !4
-  %1461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1460, <16 x float> %1449, <16 x float> %1443)
-  %1462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1460, <16 x float> %1452, <16 x float> %1444)
-  %1463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1460, <16 x float> %1455, <16 x float> %1445)
-  %1464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1460, <16 x float> %1458, <16 x float> %1446)
-  %1465 = load <16 x float>, ptr %1292, align 4, !tbaa !4
-  %gep452.1.i = getelementptr i8, ptr %gep469.i, i64 64
-  %1466 = load <16 x i32>, ptr %gep452.1.i, align 4, !tbaa !4
-  %1467 = shl <16 x i32> %1466, splat (i32 16)
+  %indvars.iv645.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next646.i, %for_begin_ax4.preheader.i ]
+  %.idx828.i = shl nuw nsw i64 %indvars.iv645.i, 5
+  %gep853.i = getelementptr inbounds nuw i8, ptr %invariant.gep852.i, i64 %.idx828.i
+  %1428 = load i64, ptr %gep853.i, align 16, !tbaa !17
+  %gep475.i = getelementptr i32, ptr %invariant.gep474.i, i64 %1428
+  %1429 = getelementptr inbounds nuw i8, ptr %gep853.i, i64 8
+  %1430 = load i64, ptr %1429, align 8, !tbaa !17
+  %gep477.i = getelementptr i32, ptr %invariant.gep474.i, i64 %1430
+  %1431 = getelementptr inbounds nuw i8, ptr %gep853.i, i64 16
+  %1432 = load i64, ptr %1431, align 16, !tbaa !17
+  %gep479.i = getelementptr i32, ptr %invariant.gep474.i, i64 %1432
+  %1433 = getelementptr inbounds nuw i8, ptr %gep853.i, i64 24
+  %1434 = load i64, ptr %1433, align 8, !tbaa !17
+  %gep481.i = getelementptr i32, ptr %invariant.gep474.i, i64 %1434
+  %1435 = load <16 x float>, ptr %1298, align 4, !tbaa !4
+  %1436 = load <16 x i32>, ptr %gep475.i, align 4, !tbaa !4
+  %1437 = shl <16 x i32> %1436, splat (i32 16)
+  %1438 = bitcast <16 x i32> %1437 to <16 x float>
+  %1439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1435, <16 x float> %1438, <16 x float> zeroinitializer)
+  %1440 = load <16 x i32>, ptr %gep477.i, align 4, !tbaa !4
+  %1441 = shl <16 x i32> %1440, splat (i32 16)
+  %1442 = bitcast <16 x i32> %1441 to <16 x float>
+  %1443 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1435, <16 x float> %1442, <16 x float> zeroinitializer)
+  %1444 = load <16 x i32>, ptr %gep479.i, align 4, !tbaa !4
+  %1445 = shl <16 x i32> %1444, splat (i32 16)
+  %1446 = bitcast <16 x i32> %1445 to <16 x float>
+  %1447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1435, <16 x float> %1446, <16 x float> zeroinitializer)
+  %1448 = load <16 x i32>, ptr %gep481.i, align 4, !tbaa !4
+  %1449 = shl <16 x i32> %1448, splat (i32 16)
+  %1450 = bitcast <16 x i32> %1449 to <16 x float>
+  %1451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1435, <16 x float> %1450, <16 x float> zeroinitializer)
+  %1452 = load <16 x float>, ptr %1299, align 4, !tbaa !4
+  %1453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1452, <16 x float> %1438, <16 x float> zeroinitializer)
+  %1454 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1452, <16 x float> %1442, <16 x float> zeroinitializer)
+  %1455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1452, <16 x float> %1446, <16 x float> zeroinitializer)
+  %1456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1452, <16 x float> %1450, <16 x float> zeroinitializer)
+  %1457 = load <16 x float>, ptr %1300, align 4, !tbaa !4
+  %1458 = and <16 x i32> %1436, %108
+  %1459 = bitcast <16 x i32> %1458 to <16 x float>
+  %1460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1457, <16 x float> %1459, <16 x float> %1439)
+  %1461 = and <16 x i32> %1440, %108
+  %1462 = bitcast <16 x i32> %1461 to <16 x float>
+  %1463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1457, <16 x float> %1462, <16 x float> %1443)
+  %1464 = and <16 x i32> %1444, %108
+  %1465 = bitcast <16 x i32> %1464 to <16 x float>
+  %1466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1457, <16 x float> %1465, <16 x float> %1447)
+  %1467 = and <16 x i32> %1448, %108
   %1468 = bitcast <16 x i32> %1467 to <16 x float>
-  %1469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1468, <16 x float> %1450)
-  %gep454.1.i = getelementptr i8, ptr %gep471.i, i64 64
-  %1470 = load <16 x i32>, ptr %gep454.1.i, align 4, !tbaa !4
-  %1471 = shl <16 x i32> %1470, splat (i32 16)
-  %1472 = bitcast <16 x i32> %1471 to <16 x float>
-  %1473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1472, <16 x float> %1453)
-  %gep456.1.i = getelementptr i8, ptr %gep473.i, i64 64
-  %1474 = load <16 x i32>, ptr %gep456.1.i, align 4, !tbaa !4
-  %1475 = shl <16 x i32> %1474, splat (i32 16)
-  %1476 = bitcast <16 x i32> %1475 to <16 x float>
-  %1477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1476, <16 x float> %1456)
+  %1469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1457, <16 x float> %1468, <16 x float> %1451)
+  %1470 = load <16 x float>, ptr %1301, align 4, !tbaa !4
+  %1471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1470, <16 x float> %1459, <16 x float> %1453)
+  %1472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1470, <16 x float> %1462, <16 x float> %1454)
+  %1473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1470, <16 x float> %1465, <16 x float> %1455)
+  %1474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1470, <16 x float> %1468, <16 x float> %1456)
+  %1475 = load <16 x float>, ptr %1302, align 4, !tbaa !4
   %gep458.1.i = getelementptr i8, ptr %gep475.i, i64 64
-  %1478 = load <16 x i32>, ptr %gep458.1.i, align 4, !tbaa !4
-  %1479 = shl <16 x i32> %1478, splat (i32 16)
-  %1480 = bitcast <16 x i32> %1479 to <16 x float>
-  %1481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1480, <16 x float> %1459)
-  %1482 = load <16 x float>, ptr %1293, align 4, !tbaa !4
-  %1483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1482, <16 x float> %1468, <16 x float> %1461)
-  %1484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1482, <16 x float> %1472, <16 x float> %1462)
-  %1485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1482, <16 x float> %1476, <16 x float> %1463)
-  %1486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1482, <16 x float> %1480, <16 x float> %1464)
-  %1487 = load <16 x float>, ptr %1294, align 4, !tbaa !4
-  %1488 = and <16 x i32> %1466, %101
-  %1489 = bitcast <16 x i32> %1488 to <16 x float>
-  %1490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1487, <16 x float> %1489, <16 x float> %1469)
-  %1491 = and <16 x i32> %1470, %101
-  %1492 = bitcast <16 x i32> %1491 to <16 x float>
-  %1493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1487, <16 x float> %1492, <16 x float> %1473)
-  %1494 = and <16 x i32> %1474, %101
-  %1495 = bitcast <16 x i32> %1494 to <16 x float>
-  %1496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1487, <16 x float> %1495, <16 x float> %1477)
-  %1497 = and <16 x i32> %1478, %101
-  %1498 = bitcast <16 x i32> %1497 to <16 x float>
-  %1499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1487, <16 x float> %1498, <16 x float> %1481)
-  %1500 = load <16 x float>, ptr %1295, align 4, !tbaa !4
-  %1501 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1500, <16 x float> %1489, <16 x float> %1483)
-  %1502 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1500, <16 x float> %1492, <16 x float> %1484)
-  %1503 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1500, <16 x float> %1495, <16 x float> %1485)
-  %1504 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1500, <16 x float> %1498, <16 x float> %1486)
-  %1505 = load <16 x float>, ptr %1296, align 4, !tbaa !4
-  %gep452.2.i = getelementptr i8, ptr %gep469.i, i64 128
-  %1506 = load <16 x i32>, ptr %gep452.2.i, align 4, !tbaa !4
-  %1507 = shl <16 x i32> %1506, splat (i32 16)
+  %1476 = load <16 x i32>, ptr %gep458.1.i, align 4, !tbaa !4
+  %1477 = shl <16 x i32> %1476, splat (i32 16)
+  %1478 = bitcast <16 x i32> %1477 to <16 x float>
+  %1479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1475, <16 x float> %1478, <16 x float> %1460)
+  %gep460.1.i = getelementptr i8, ptr %gep477.i, i64 64
+  %1480 = load <16 x i32>, ptr %gep460.1.i, align 4, !tbaa !4
+  %1481 = shl <16 x i32> %1480, splat (i32 16)
+  %1482 = bitcast <16 x i32> %1481 to <16 x float>
+  %1483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1475, <16 x float> %1482, <16 x float> %1463)
+  %gep462.1.i = getelementptr i8, ptr %gep479.i, i64 64
+  %1484 = load <16 x i32>, ptr %gep462.1.i, align 4, !tbaa !4
+  %1485 = shl <16 x i32> %1484, splat (i32 16)
+  %1486 = bitcast <16 x i32> %1485 to <16 x float>
+  %1487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1475, <16 x float> %1486, <16 x float> %1466)
+  %gep464.1.i = getelementptr i8, ptr %gep481.i, i64 64
+  %1488 = load <16 x i32>, ptr %gep464.1.i, align 4, !tbaa !4
+  %1489 = shl <16 x i32> %1488, splat (i32 16)
+  %1490 = bitcast <16 x i32> %1489 to <16 x float>
+  %1491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1475, <16 x float> %1490, <16 x float> %1469)
+  %1492 = load <16 x float>, ptr %1303, align 4, !tbaa !4
+  %1493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1492, <16 x float> %1478, <16 x float> %1471)
+  %1494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1492, <16 x float> %1482, <16 x float> %1472)
+  %1495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1492, <16 x float> %1486, <16 x float> %1473)
+  %1496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1492, <16 x float> %1490, <16 x float> %1474)
+  %1497 = load <16 x float>, ptr %1304, align 4, !tbaa !4
+  %1498 = and <16 x i32> %1476, %108
+  %1499 = bitcast <16 x i32> %1498 to <16 x float>
+  %1500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1497, <16 x float> %1499, <16 x float> %1479)
+  %1501 = and <16 x i32> %1480, %108
+  %1502 = bitcast <16 x i32> %1501 to <16 x float>
+  %1503 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1497, <16 x float> %1502, <16 x float> %1483)
+  %1504 = and <16 x i32> %1484, %108
+  %1505 = bitcast <16 x i32> %1504 to <16 x float>
+  %1506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1497, <16 x float> %1505, <16 x float> %1487)
+  %1507 = and <16 x i32> %1488, %108
   %1508 = bitcast <16 x i32> %1507 to <16 x float>
-  %1509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1505, <16 x float> %1508, <16 x float> %1490)
-  %gep454.2.i = getelementptr i8, ptr %gep471.i, i64 128
-  %1510 = load <16 x i32>, ptr %gep454.2.i, align 4, !tbaa !4
-  %1511 = shl <16 x i32> %1510, splat (i32 16)
-  %1512 = bitcast <16 x i32> %1511 to <16 x float>
-  %1513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1505, <16 x float> %1512, <16 x float> %1493)
-  %gep456.2.i = getelementptr i8, ptr %gep473.i, i64 128
-  %1514 = load <16 x i32>, ptr %gep456.2.i, align 4, !tbaa !4
-  %1515 = shl <16 x i32> %1514, splat (i32 16)
-  %1516 = bitcast <16 x i32> %1515 to <16 x float>
-  %1517 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1505, <16 x float> %1516, <16 x float> %1496)
+  %1509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1497, <16 x float> %1508, <16 x float> %1491)
+  %1510 = load <16 x float>, ptr %1305, align 4, !tbaa !4
+  %1511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1499, <16 x float> %1493)
+  %1512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1502, <16 x float> %1494)
+  %1513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1505, <16 x float> %1495)
+  %1514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1508, <16 x float> %1496)
+  %1515 = load <16 x float>, ptr %1306, align 4, !tbaa !4
   %gep458.2.i = getelementptr i8, ptr %gep475.i, i64 128
-  %1518 = load <16 x i32>, ptr %gep458.2.i, align 4, !tbaa !4
-  %1519 = shl <16 x i32> %1518, splat (i32 16)
-  %1520 = bitcast <16 x i32> %1519 to <16 x float>
-  %1521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1505, <16 x float> %1520, <16 x float> %1499)
-  %1522 = load <16 x float>, ptr %1297, align 4, !tbaa !4
-  %1523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1522, <16 x float> %1508, <16 x float> %1501)
-  %1524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1522, <16 x float> %1512, <16 x float> %1502)
-  %1525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1522, <16 x float> %1516, <16 x float> %1503)
-  %1526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1522, <16 x float> %1520, <16 x float> %1504)
-  %1527 = load <16 x float>, ptr %1298, align 4, !tbaa !4
-  %1528 = and <16 x i32> %1506, %101
-  %1529 = bitcast <16 x i32> %1528 to <16 x float>
-  %1530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1527, <16 x float> %1529, <16 x float> %1509)
-  %1531 = and <16 x i32> %1510, %101
-  %1532 = bitcast <16 x i32> %1531 to <16 x float>
-  %1533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1527, <16 x float> %1532, <16 x float> %1513)
-  %1534 = and <16 x i32> %1514, %101
-  %1535 = bitcast <16 x i32> %1534 to <16 x float>
-  %1536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1527, <16 x float> %1535, <16 x float> %1517)
-  %1537 = and <16 x i32> %1518, %101
-  %1538 = bitcast <16 x i32> %1537 to <16 x float>
-  %1539 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1527, <16 x float> %1538, <16 x float> %1521)
-  %1540 = load <16 x float>, ptr %1299, align 4, !tbaa !4
-  %1541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1540, <16 x float> %1529, <16 x float> %1523)
-  %1542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1540, <16 x float> %1532, <16 x float> %1524)
-  %1543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1540, <16 x float> %1535, <16 x float> %1525)
-  %1544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1540, <16 x float> %1538, <16 x float> %1526)
-  %1545 = load <16 x float>, ptr %1300, align 4, !tbaa !4
-  %gep452.3.i = getelementptr i8, ptr %gep469.i, i64 192
-  %1546 = load <16 x i32>, ptr %gep452.3.i, align 4, !tbaa !4
-  %1547 = shl <16 x i32> %1546, splat (i32 16)
+  %1516 = load <16 x i32>, ptr %gep458.2.i, align 4, !tbaa !4
+  %1517 = shl <16 x i32> %1516, splat (i32 16)
+  %1518 = bitcast <16 x i32> %1517 to <16 x float>
+  %1519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1515, <16 x float> %1518, <16 x float> %1500)
+  %gep460.2.i = getelementptr i8, ptr %gep477.i, i64 128
+  %1520 = load <16 x i32>, ptr %gep460.2.i, align 4, !tbaa !4
+  %1521 = shl <16 x i32> %1520, splat (i32 16)
+  %1522 = bitcast <16 x i32> %1521 to <16 x float>
+  %1523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1515, <16 x float> %1522, <16 x float> %1503)
+  %gep462.2.i = getelementptr i8, ptr %gep479.i, i64 128
+  %1524 = load <16 x i32>, ptr %gep462.2.i, align 4, !tbaa !4
+  %1525 = shl <16 x i32> %1524, splat (i32 16)
+  %1526 = bitcast <16 x i32> %1525 to <16 x float>
+  %1527 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1515, <16 x float> %1526, <16 x float> %1506)
+  %gep464.2.i = getelementptr i8, ptr %gep481.i, i64 128
+  %1528 = load <16 x i32>, ptr %gep464.2.i, align 4, !tbaa !4
+  %1529 = shl <16 x i32> %1528, splat (i32 16)
+  %1530 = bitcast <16 x i32> %1529 to <16 x float>
+  %1531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1515, <16 x float> %1530, <16 x float> %1509)
+  %1532 = load <16 x float>, ptr %1307, align 4, !tbaa !4
+  %1533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1532, <16 x float> %1518, <16 x float> %1511)
+  %1534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1532, <16 x float> %1522, <16 x float> %1512)
+  %1535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1532, <16 x float> %1526, <16 x float> %1513)
+  %1536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1532, <16 x float> %1530, <16 x float> %1514)
+  %1537 = load <16 x float>, ptr %1308, align 4, !tbaa !4
+  %1538 = and <16 x i32> %1516, %108
+  %1539 = bitcast <16 x i32> %1538 to <16 x float>
+  %1540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1539, <16 x float> %1519)
+  %1541 = and <16 x i32> %1520, %108
+  %1542 = bitcast <16 x i32> %1541 to <16 x float>
+  %1543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1542, <16 x float> %1523)
+  %1544 = and <16 x i32> %1524, %108
+  %1545 = bitcast <16 x i32> %1544 to <16 x float>
+  %1546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1545, <16 x float> %1527)
+  %1547 = and <16 x i32> %1528, %108
   %1548 = bitcast <16 x i32> %1547 to <16 x float>
-  %1549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1548, <16 x float> %1530)
-  %gep454.3.i = getelementptr i8, ptr %gep471.i, i64 192
-  %1550 = load <16 x i32>, ptr %gep454.3.i, align 4, !tbaa !4
-  %1551 = shl <16 x i32> %1550, splat (i32 16)
-  %1552 = bitcast <16 x i32> %1551 to <16 x float>
-  %1553 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1552, <16 x float> %1533)
-  %gep456.3.i = getelementptr i8, ptr %gep473.i, i64 192
-  %1554 = load <16 x i32>, ptr %gep456.3.i, align 4, !tbaa !4
-  %1555 = shl <16 x i32> %1554, splat (i32 16)
-  %1556 = bitcast <16 x i32> %1555 to <16 x float>
-  %1557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1556, <16 x float> %1536)
+  %1549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1548, <16 x float> %1531)
+  %1550 = load <16 x float>, ptr %1309, align 4, !tbaa !4
+  %1551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1539, <16 x float> %1533)
+  %1552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1542, <16 x float> %1534)
+  %1553 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1545, <16 x float> %1535)
+  %1554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1548, <16 x float> %1536)
+  %1555 = load <16 x float>, ptr %1310, align 4, !tbaa !4
   %gep458.3.i = getelementptr i8, ptr %gep475.i, i64 192
-  %1558 = load <16 x i32>, ptr %gep458.3.i, align 4, !tbaa !4
-  %1559 = shl <16 x i32> %1558, splat (i32 16)
-  %1560 = bitcast <16 x i32> %1559 to <16 x float>
-  %1561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1560, <16 x float> %1539)
-  %1562 = load <16 x float>, ptr %1301, align 4, !tbaa !4
-  %1563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1562, <16 x float> %1548, <16 x float> %1541)
-  %1564 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1562, <16 x float> %1552, <16 x float> %1542)
-  %1565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1562, <16 x float> %1556, <16 x float> %1543)
-  %1566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1562, <16 x float> %1560, <16 x float> %1544)
-  %1567 = load <16 x float>, ptr %1302, align 4, !tbaa !4
-  %1568 = and <16 x i32> %1546, %101
-  %1569 = bitcast <16 x i32> %1568 to <16 x float>
-  %1570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1569, <16 x float> %1549)
-  %1571 = and <16 x i32> %1550, %101
-  %1572 = bitcast <16 x i32> %1571 to <16 x float>
-  %1573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1572, <16 x float> %1553)
-  %1574 = and <16 x i32> %1554, %101
-  %1575 = bitcast <16 x i32> %1574 to <16 x float>
-  %1576 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1575, <16 x float> %1557)
-  %1577 = and <16 x i32> %1558, %101
-  %1578 = bitcast <16 x i32> %1577 to <16 x float>
-  %1579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1578, <16 x float> %1561)
-  %1580 = load <16 x float>, ptr %1303, align 4, !tbaa !4
-  %1581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1580, <16 x float> %1569, <16 x float> %1563)
-  %1582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1580, <16 x float> %1572, <16 x float> %1564)
-  %1583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1580, <16 x float> %1575, <16 x float> %1565)
-  %1584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1580, <16 x float> %1578, <16 x float> %1566)
-  %1585 = load <16 x float>, ptr %1304, align 4, !tbaa !4
-  %gep452.4.i = getelementptr i8, ptr %gep469.i, i64 256
-  %1586 = load <16 x i32>, ptr %gep452.4.i, align 4, !tbaa !4
-  %1587 = shl <16 x i32> %1586, splat (i32 16)
+  %1556 = load <16 x i32>, ptr %gep458.3.i, align 4, !tbaa !4
+  %1557 = shl <16 x i32> %1556, splat (i32 16)
+  %1558 = bitcast <16 x i32> %1557 to <16 x float>
+  %1559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1555, <16 x float> %1558, <16 x float> %1540)
+  %gep460.3.i = getelementptr i8, ptr %gep477.i, i64 192
+  %1560 = load <16 x i32>, ptr %gep460.3.i, align 4, !tbaa !4
+  %1561 = shl <16 x i32> %1560, splat (i32 16)
+  %1562 = bitcast <16 x i32> %1561 to <16 x float>
+  %1563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1555, <16 x float> %1562, <16 x float> %1543)
+  %gep462.3.i = getelementptr i8, ptr %gep479.i, i64 192
+  %1564 = load <16 x i32>, ptr %gep462.3.i, align 4, !tbaa !4
+  %1565 = shl <16 x i32> %1564, splat (i32 16)
+  %1566 = bitcast <16 x i32> %1565 to <16 x float>
+  %1567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1555, <16 x float> %1566, <16 x float> %1546)
+  %gep464.3.i = getelementptr i8, ptr %gep481.i, i64 192
+  %1568 = load <16 x i32>, ptr %gep464.3.i, align 4, !tbaa !4
+  %1569 = shl <16 x i32> %1568, splat (i32 16)
+  %1570 = bitcast <16 x i32> %1569 to <16 x float>
+  %1571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1555, <16 x float> %1570, <16 x float> %1549)
+  %1572 = load <16 x float>, ptr %1311, align 4, !tbaa !4
+  %1573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1558, <16 x float> %1551)
+  %1574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1562, <16 x float> %1552)
+  %1575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1566, <16 x float> %1553)
+  %1576 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1570, <16 x float> %1554)
+  %1577 = load <16 x float>, ptr %1312, align 4, !tbaa !4
+  %1578 = and <16 x i32> %1556, %108
+  %1579 = bitcast <16 x i32> %1578 to <16 x float>
+  %1580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1577, <16 x float> %1579, <16 x float> %1559)
+  %1581 = and <16 x i32> %1560, %108
+  %1582 = bitcast <16 x i32> %1581 to <16 x float>
+  %1583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1577, <16 x float> %1582, <16 x float> %1563)
+  %1584 = and <16 x i32> %1564, %108
+  %1585 = bitcast <16 x i32> %1584 to <16 x float>
+  %1586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1577, <16 x float> %1585, <16 x float> %1567)
+  %1587 = and <16 x i32> %1568, %108
   %1588 = bitcast <16 x i32> %1587 to <16 x float>
-  %1589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1585, <16 x float> %1588, <16 x float> %1570)
-  %gep454.4.i = getelementptr i8, ptr %gep471.i, i64 256
-  %1590 = load <16 x i32>, ptr %gep454.4.i, align 4, !tbaa !4
-  %1591 = shl <16 x i32> %1590, splat (i32 16)
-  %1592 = bitcast <16 x i32> %1591 to <16 x float>
-  %1593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1585, <16 x float> %1592, <16 x float> %1573)
-  %gep456.4.i = getelementptr i8, ptr %gep473.i, i64 256
-  %1594 = load <16 x i32>, ptr %gep456.4.i, align 4, !tbaa !4
-  %1595 = shl <16 x i32> %1594, splat (i32 16)
-  %1596 = bitcast <16 x i32> %1595 to <16 x float>
-  %1597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1585, <16 x float> %1596, <16 x float> %1576)
+  %1589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1577, <16 x float> %1588, <16 x float> %1571)
+  %1590 = load <16 x float>, ptr %1313, align 4, !tbaa !4
+  %1591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1590, <16 x float> %1579, <16 x float> %1573)
+  %1592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1590, <16 x float> %1582, <16 x float> %1574)
+  %1593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1590, <16 x float> %1585, <16 x float> %1575)
+  %1594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1590, <16 x float> %1588, <16 x float> %1576)
+  %1595 = load <16 x float>, ptr %1314, align 4, !tbaa !4
   %gep458.4.i = getelementptr i8, ptr %gep475.i, i64 256
-  %1598 = load <16 x i32>, ptr %gep458.4.i, align 4, !tbaa !4
-  %1599 = shl <16 x i32> %1598, splat (i32 16)
-  %1600 = bitcast <16 x i32> %1599 to <16 x float>
-  %1601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1585, <16 x float> %1600, <16 x float> %1579)
-  %1602 = load <16 x float>, ptr %1305, align 4, !tbaa !4
-  %1603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1602, <16 x float> %1588, <16 x float> %1581)
-  %1604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1602, <16 x float> %1592, <16 x float> %1582)
-  %1605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1602, <16 x float> %1596, <16 x float> %1583)
-  %1606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1602, <16 x float> %1600, <16 x float> %1584)
-  %1607 = load <16 x float>, ptr %1306, align 4, !tbaa !4
-  %1608 = and <16 x i32> %1586, %101
-  %1609 = bitcast <16 x i32> %1608 to <16 x float>
-  %1610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1607, <16 x float> %1609, <16 x float> %1589)
-  %1611 = and <16 x i32> %1590, %101
-  %1612 = bitcast <16 x i32> %1611 to <16 x float>
-  %1613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1607, <16 x float> %1612, <16 x float> %1593)
-  %1614 = and <16 x i32> %1594, %101
-  %1615 = bitcast <16 x i32> %1614 to <16 x float>
-  %1616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1607, <16 x float> %1615, <16 x float> %1597)
-  %1617 = and <16 x i32> %1598, %101
-  %1618 = bitcast <16 x i32> %1617 to <16 x float>
-  %1619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1607, <16 x float> %1618, <16 x float> %1601)
-  %1620 = load <16 x float>, ptr %1307, align 4, !tbaa !4
-  %1621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1620, <16 x float> %1609, <16 x float> %1603)
-  %1622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1620, <16 x float> %1612, <16 x float> %1604)
-  %1623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1620, <16 x float> %1615, <16 x float> %1605)
-  %1624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1620, <16 x float> %1618, <16 x float> %1606)
-  %1625 = load <16 x float>, ptr %1308, align 4, !tbaa !4
-  %gep452.5.i = getelementptr i8, ptr %gep469.i, i64 320
-  %1626 = load <16 x i32>, ptr %gep452.5.i, align 4, !tbaa !4
-  %1627 = shl <16 x i32> %1626, splat (i32 16)
+  %1596 = load <16 x i32>, ptr %gep458.4.i, align 4, !tbaa !4
+  %1597 = shl <16 x i32> %1596, splat (i32 16)
+  %1598 = bitcast <16 x i32> %1597 to <16 x float>
+  %1599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1595, <16 x float> %1598, <16 x float> %1580)
+  %gep460.4.i = getelementptr i8, ptr %gep477.i, i64 256
+  %1600 = load <16 x i32>, ptr %gep460.4.i, align 4, !tbaa !4
+  %1601 = shl <16 x i32> %1600, splat (i32 16)
+  %1602 = bitcast <16 x i32> %1601 to <16 x float>
+  %1603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1595, <16 x float> %1602, <16 x float> %1583)
+  %gep462.4.i = getelementptr i8, ptr %gep479.i, i64 256
+  %1604 = load <16 x i32>, ptr %gep462.4.i, align 4, !tbaa !4
+  %1605 = shl <16 x i32> %1604, splat (i32 16)
+  %1606 = bitcast <16 x i32> %1605 to <16 x float>
+  %1607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1595, <16 x float> %1606, <16 x float> %1586)
+  %gep464.4.i = getelementptr i8, ptr %gep481.i, i64 256
+  %1608 = load <16 x i32>, ptr %gep464.4.i, align 4, !tbaa !4
+  %1609 = shl <16 x i32> %1608, splat (i32 16)
+  %1610 = bitcast <16 x i32> %1609 to <16 x float>
+  %1611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1595, <16 x float> %1610, <16 x float> %1589)
+  %1612 = load <16 x float>, ptr %1315, align 4, !tbaa !4
+  %1613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1598, <16 x float> %1591)
+  %1614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1602, <16 x float> %1592)
+  %1615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1606, <16 x float> %1593)
+  %1616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1610, <16 x float> %1594)
+  %1617 = load <16 x float>, ptr %1316, align 4, !tbaa !4
+  %1618 = and <16 x i32> %1596, %108
+  %1619 = bitcast <16 x i32> %1618 to <16 x float>
+  %1620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1617, <16 x float> %1619, <16 x float> %1599)
+  %1621 = and <16 x i32> %1600, %108
+  %1622 = bitcast <16 x i32> %1621 to <16 x float>
+  %1623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1617, <16 x float> %1622, <16 x float> %1603)
+  %1624 = and <16 x i32> %1604, %108
+  %1625 = bitcast <16 x i32> %1624 to <16 x float>
+  %1626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1617, <16 x float> %1625, <16 x float> %1607)
+  %1627 = and <16 x i32> %1608, %108
   %1628 = bitcast <16 x i32> %1627 to <16 x float>
-  %1629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1625, <16 x float> %1628, <16 x float> %1610)
-  %gep454.5.i = getelementptr i8, ptr %gep471.i, i64 320
-  %1630 = load <16 x i32>, ptr %gep454.5.i, align 4, !tbaa !4
-  %1631 = shl <16 x i32> %1630, splat (i32 16)
-  %1632 = bitcast <16 x i32> %1631 to <16 x float>
-  %1633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1625, <16 x float> %1632, <16 x float> %1613)
-  %gep456.5.i = getelementptr i8, ptr %gep473.i, i64 320
-  %1634 = load <16 x i32>, ptr %gep456.5.i, align 4, !tbaa !4
-  %1635 = shl <16 x i32> %1634, splat (i32 16)
-  %1636 = bitcast <16 x i32> %1635 to <16 x float>
-  %1637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1625, <16 x float> %1636, <16 x float> %1616)
+  %1629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1617, <16 x float> %1628, <16 x float> %1611)
+  %1630 = load <16 x float>, ptr %1317, align 4, !tbaa !4
+  %1631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1619, <16 x float> %1613)
+  %1632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1622, <16 x float> %1614)
+  %1633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1625, <16 x float> %1615)
+  %1634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1628, <16 x float> %1616)
+  %1635 = load <16 x float>, ptr %1318, align 4, !tbaa !4
   %gep458.5.i = getelementptr i8, ptr %gep475.i, i64 320
-  %1638 = load <16 x i32>, ptr %gep458.5.i, align 4, !tbaa !4
-  %1639 = shl <16 x i32> %1638, splat (i32 16)
-  %1640 = bitcast <16 x i32> %1639 to <16 x float>
-  %1641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1625, <16 x float> %1640, <16 x float> %1619)
-  %1642 = load <16 x float>, ptr %1309, align 4, !tbaa !4
-  %1643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1642, <16 x float> %1628, <16 x float> %1621)
-  %1644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1642, <16 x float> %1632, <16 x float> %1622)
-  %1645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1642, <16 x float> %1636, <16 x float> %1623)
-  %1646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1642, <16 x float> %1640, <16 x float> %1624)
-  %1647 = load <16 x float>, ptr %1310, align 4, !tbaa !4
-  %1648 = and <16 x i32> %1626, %101
-  %1649 = bitcast <16 x i32> %1648 to <16 x float>
-  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1647, <16 x float> %1649, <16 x float> %1629)
-  %1651 = and <16 x i32> %1630, %101
-  %1652 = bitcast <16 x i32> %1651 to <16 x float>
-  %1653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1647, <16 x float> %1652, <16 x float> %1633)
-  %1654 = and <16 x i32> %1634, %101
-  %1655 = bitcast <16 x i32> %1654 to <16 x float>
-  %1656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1647, <16 x float> %1655, <16 x float> %1637)
-  %1657 = and <16 x i32> %1638, %101
-  %1658 = bitcast <16 x i32> %1657 to <16 x float>
-  %1659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1647, <16 x float> %1658, <16 x float> %1641)
-  %1660 = load <16 x float>, ptr %1311, align 4, !tbaa !4
-  %1661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1660, <16 x float> %1649, <16 x float> %1643)
-  %1662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1660, <16 x float> %1652, <16 x float> %1644)
-  %1663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1660, <16 x float> %1655, <16 x float> %1645)
-  %1664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1660, <16 x float> %1658, <16 x float> %1646)
-  %1665 = load <16 x float>, ptr %1312, align 4, !tbaa !4
-  %gep452.6.i = getelementptr i8, ptr %gep469.i, i64 384
-  %1666 = load <16 x i32>, ptr %gep452.6.i, align 4, !tbaa !4
-  %1667 = shl <16 x i32> %1666, splat (i32 16)
+  %1636 = load <16 x i32>, ptr %gep458.5.i, align 4, !tbaa !4
+  %1637 = shl <16 x i32> %1636, splat (i32 16)
+  %1638 = bitcast <16 x i32> %1637 to <16 x float>
+  %1639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1638, <16 x float> %1620)
+  %gep460.5.i = getelementptr i8, ptr %gep477.i, i64 320
+  %1640 = load <16 x i32>, ptr %gep460.5.i, align 4, !tbaa !4
+  %1641 = shl <16 x i32> %1640, splat (i32 16)
+  %1642 = bitcast <16 x i32> %1641 to <16 x float>
+  %1643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1642, <16 x float> %1623)
+  %gep462.5.i = getelementptr i8, ptr %gep479.i, i64 320
+  %1644 = load <16 x i32>, ptr %gep462.5.i, align 4, !tbaa !4
+  %1645 = shl <16 x i32> %1644, splat (i32 16)
+  %1646 = bitcast <16 x i32> %1645 to <16 x float>
+  %1647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1646, <16 x float> %1626)
+  %gep464.5.i = getelementptr i8, ptr %gep481.i, i64 320
+  %1648 = load <16 x i32>, ptr %gep464.5.i, align 4, !tbaa !4
+  %1649 = shl <16 x i32> %1648, splat (i32 16)
+  %1650 = bitcast <16 x i32> %1649 to <16 x float>
+  %1651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1650, <16 x float> %1629)
+  %1652 = load <16 x float>, ptr %1319, align 4, !tbaa !4
+  %1653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1638, <16 x float> %1631)
+  %1654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1642, <16 x float> %1632)
+  %1655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1646, <16 x float> %1633)
+  %1656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1650, <16 x float> %1634)
+  %1657 = load <16 x float>, ptr %1320, align 4, !tbaa !4
+  %1658 = and <16 x i32> %1636, %108
+  %1659 = bitcast <16 x i32> %1658 to <16 x float>
+  %1660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1659, <16 x float> %1639)
+  %1661 = and <16 x i32> %1640, %108
+  %1662 = bitcast <16 x i32> %1661 to <16 x float>
+  %1663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1662, <16 x float> %1643)
+  %1664 = and <16 x i32> %1644, %108
+  %1665 = bitcast <16 x i32> %1664 to <16 x float>
+  %1666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1665, <16 x float> %1647)
+  %1667 = and <16 x i32> %1648, %108
   %1668 = bitcast <16 x i32> %1667 to <16 x float>
-  %1669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1668, <16 x float> %1650)
-  %gep454.6.i = getelementptr i8, ptr %gep471.i, i64 384
-  %1670 = load <16 x i32>, ptr %gep454.6.i, align 4, !tbaa !4
-  %1671 = shl <16 x i32> %1670, splat (i32 16)
-  %1672 = bitcast <16 x i32> %1671 to <16 x float>
-  %1673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1672, <16 x float> %1653)
-  %gep456.6.i = getelementptr i8, ptr %gep473.i, i64 384
-  %1674 = load <16 x i32>, ptr %gep456.6.i, align 4, !tbaa !4
-  %1675 = shl <16 x i32> %1674, splat (i32 16)
-  %1676 = bitcast <16 x i32> %1675 to <16 x float>
-  %1677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1676, <16 x float> %1656)
+  %1669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1668, <16 x float> %1651)
+  %1670 = load <16 x float>, ptr %1321, align 4, !tbaa !4
+  %1671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1659, <16 x float> %1653)
+  %1672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1662, <16 x float> %1654)
+  %1673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1665, <16 x float> %1655)
+  %1674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1668, <16 x float> %1656)
+  %1675 = load <16 x float>, ptr %1322, align 4, !tbaa !4
   %gep458.6.i = getelementptr i8, ptr %gep475.i, i64 384
-  %1678 = load <16 x i32>, ptr %gep458.6.i, align 4, !tbaa !4
-  %1679 = shl <16 x i32> %1678, splat (i32 16)
-  %1680 = bitcast <16 x i32> %1679 to <16 x float>
-  %1681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1680, <16 x float> %1659)
-  %1682 = load <16 x float>, ptr %1313, align 4, !tbaa !4
-  %1683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1682, <16 x float> %1668, <16 x float> %1661)
-  %1684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1682, <16 x float> %1672, <16 x float> %1662)
-  %1685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1682, <16 x float> %1676, <16 x float> %1663)
-  %1686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1682, <16 x float> %1680, <16 x float> %1664)
-  %1687 = load <16 x float>, ptr %1314, align 4, !tbaa !4
-  %1688 = and <16 x i32> %1666, %101
-  %1689 = bitcast <16 x i32> %1688 to <16 x float>
-  %1690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1689, <16 x float> %1669)
-  %1691 = and <16 x i32> %1670, %101
-  %1692 = bitcast <16 x i32> %1691 to <16 x float>
-  %1693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1692, <16 x float> %1673)
-  %1694 = and <16 x i32> %1674, %101
-  %1695 = bitcast <16 x i32> %1694 to <16 x float>
-  %1696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1695, <16 x float> %1677)
-  %1697 = and <16 x i32> %1678, %101
-  %1698 = bitcast <16 x i32> %1697 to <16 x float>
-  %1699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1698, <16 x float> %1681)
-  %1700 = load <16 x float>, ptr %1315, align 4, !tbaa !4
-  %1701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1689, <16 x float> %1683)
-  %1702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1692, <16 x float> %1684)
-  %1703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1695, <16 x float> %1685)
-  %1704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1698, <16 x float> %1686)
-  %1705 = load <16 x float>, ptr %1316, align 4, !tbaa !4
-  %gep452.7.i = getelementptr i8, ptr %gep469.i, i64 448
-  %1706 = load <16 x i32>, ptr %gep452.7.i, align 4, !tbaa !4
-  %1707 = shl <16 x i32> %1706, splat (i32 16)
+  %1676 = load <16 x i32>, ptr %gep458.6.i, align 4, !tbaa !4
+  %1677 = shl <16 x i32> %1676, splat (i32 16)
+  %1678 = bitcast <16 x i32> %1677 to <16 x float>
+  %1679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1678, <16 x float> %1660)
+  %gep460.6.i = getelementptr i8, ptr %gep477.i, i64 384
+  %1680 = load <16 x i32>, ptr %gep460.6.i, align 4, !tbaa !4
+  %1681 = shl <16 x i32> %1680, splat (i32 16)
+  %1682 = bitcast <16 x i32> %1681 to <16 x float>
+  %1683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1682, <16 x float> %1663)
+  %gep462.6.i = getelementptr i8, ptr %gep479.i, i64 384
+  %1684 = load <16 x i32>, ptr %gep462.6.i, align 4, !tbaa !4
+  %1685 = shl <16 x i32> %1684, splat (i32 16)
+  %1686 = bitcast <16 x i32> %1685 to <16 x float>
+  %1687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1686, <16 x float> %1666)
+  %gep464.6.i = getelementptr i8, ptr %gep481.i, i64 384
+  %1688 = load <16 x i32>, ptr %gep464.6.i, align 4, !tbaa !4
+  %1689 = shl <16 x i32> %1688, splat (i32 16)
+  %1690 = bitcast <16 x i32> %1689 to <16 x float>
+  %1691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1690, <16 x float> %1669)
+  %1692 = load <16 x float>, ptr %1323, align 4, !tbaa !4
+  %1693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1692, <16 x float> %1678, <16 x float> %1671)
+  %1694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1692, <16 x float> %1682, <16 x float> %1672)
+  %1695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1692, <16 x float> %1686, <16 x float> %1673)
+  %1696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1692, <16 x float> %1690, <16 x float> %1674)
+  %1697 = load <16 x float>, ptr %1324, align 4, !tbaa !4
+  %1698 = and <16 x i32> %1676, %108
+  %1699 = bitcast <16 x i32> %1698 to <16 x float>
+  %1700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1699, <16 x float> %1679)
+  %1701 = and <16 x i32> %1680, %108
+  %1702 = bitcast <16 x i32> %1701 to <16 x float>
+  %1703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1702, <16 x float> %1683)
+  %1704 = and <16 x i32> %1684, %108
+  %1705 = bitcast <16 x i32> %1704 to <16 x float>
+  %1706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1705, <16 x float> %1687)
+  %1707 = and <16 x i32> %1688, %108
   %1708 = bitcast <16 x i32> %1707 to <16 x float>
-  %1709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1705, <16 x float> %1708, <16 x float> %1690)
-  %gep454.7.i = getelementptr i8, ptr %gep471.i, i64 448
-  %1710 = load <16 x i32>, ptr %gep454.7.i, align 4, !tbaa !4
-  %1711 = shl <16 x i32> %1710, splat (i32 16)
-  %1712 = bitcast <16 x i32> %1711 to <16 x float>
-  %1713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1705, <16 x float> %1712, <16 x float> %1693)
-  %gep456.7.i = getelementptr i8, ptr %gep473.i, i64 448
-  %1714 = load <16 x i32>, ptr %gep456.7.i, align 4, !tbaa !4
-  %1715 = shl <16 x i32> %1714, splat (i32 16)
-  %1716 = bitcast <16 x i32> %1715 to <16 x float>
-  %1717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1705, <16 x float> %1716, <16 x float> %1696)
+  %1709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1708, <16 x float> %1691)
+  %1710 = load <16 x float>, ptr %1325, align 4, !tbaa !4
+  %1711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1710, <16 x float> %1699, <16 x float> %1693)
+  %1712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1710, <16 x float> %1702, <16 x float> %1694)
+  %1713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1710, <16 x float> %1705, <16 x float> %1695)
+  %1714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1710, <16 x float> %1708, <16 x float> %1696)
+  %1715 = load <16 x float>, ptr %1326, align 4, !tbaa !4
   %gep458.7.i = getelementptr i8, ptr %gep475.i, i64 448
-  %1718 = load <16 x i32>, ptr %gep458.7.i, align 4, !tbaa !4
-  %1719 = shl <16 x i32> %1718, splat (i32 16)
-  %1720 = bitcast <16 x i32> %1719 to <16 x float>
-  %1721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1705, <16 x float> %1720, <16 x float> %1699)
-  %1722 = load <16 x float>, ptr %1317, align 4, !tbaa !4
-  %1723 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1722, <16 x float> %1708, <16 x float> %1701)
-  %1724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1722, <16 x float> %1712, <16 x float> %1702)
-  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1722, <16 x float> %1716, <16 x float> %1703)
-  %1726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1722, <16 x float> %1720, <16 x float> %1704)
-  %1727 = load <16 x float>, ptr %1318, align 4, !tbaa !4
-  %1728 = and <16 x i32> %1706, %101
-  %1729 = bitcast <16 x i32> %1728 to <16 x float>
-  %1730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1727, <16 x float> %1729, <16 x float> %1709)
-  %1731 = and <16 x i32> %1710, %101
-  %1732 = bitcast <16 x i32> %1731 to <16 x float>
-  %1733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1727, <16 x float> %1732, <16 x float> %1713)
-  %1734 = and <16 x i32> %1714, %101
-  %1735 = bitcast <16 x i32> %1734 to <16 x float>
-  %1736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1727, <16 x float> %1735, <16 x float> %1717)
-  %1737 = and <16 x i32> %1718, %101
-  %1738 = bitcast <16 x i32> %1737 to <16 x float>
-  %1739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1727, <16 x float> %1738, <16 x float> %1721)
-  %1740 = load <16 x float>, ptr %1319, align 4, !tbaa !4
-  %1741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1740, <16 x float> %1729, <16 x float> %1723)
-  %1742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1740, <16 x float> %1732, <16 x float> %1724)
-  %1743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1740, <16 x float> %1735, <16 x float> %1725)
-  %1744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1740, <16 x float> %1738, <16 x float> %1726)
-  %.idx823.i = shl nuw nsw i64 %indvars.iv639.i, 8
-  %1745 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx823.i
-  store <16 x float> %1730, ptr %1745, align 4, !tbaa !4
-  %1746 = getelementptr inbounds nuw i8, ptr %1745, i64 64
-  store <16 x float> %1733, ptr %1746, align 4, !tbaa !4
-  %1747 = getelementptr inbounds nuw i8, ptr %1745, i64 128
-  store <16 x float> %1736, ptr %1747, align 4, !tbaa !4
-  %1748 = getelementptr inbounds nuw i8, ptr %1745, i64 192
-  store <16 x float> %1739, ptr %1748, align 4, !tbaa !4
-  %1749 = getelementptr inbounds nuw i8, ptr %1745, i64 1024
-  store <16 x float> %1741, ptr %1749, align 4, !tbaa !4
-  %1750 = getelementptr inbounds nuw i8, ptr %1745, i64 1088
-  store <16 x float> %1742, ptr %1750, align 4, !tbaa !4
-  %1751 = getelementptr inbounds nuw i8, ptr %1745, i64 1152
-  store <16 x float> %1743, ptr %1751, align 4, !tbaa !4
-  %1752 = getelementptr inbounds nuw i8, ptr %1745, i64 1216
-  store <16 x float> %1744, ptr %1752, align 4, !tbaa !4
-  %indvars.iv.next640.i = add nuw nsw i64 %indvars.iv639.i, 1
-  %exitcond642.not.i = icmp eq i64 %indvars.iv.next640.i, 4
-  br i1 %exitcond642.not.i, label %for_begin_r.preheader.i, label %for_begin_ax4.preheader.i, !prof !11
+  %1716 = load <16 x i32>, ptr %gep458.7.i, align 4, !tbaa !4
+  %1717 = shl <16 x i32> %1716, splat (i32 16)
+  %1718 = bitcast <16 x i32> %1717 to <16 x float>
+  %1719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1718, <16 x float> %1700)
+  %gep460.7.i = getelementptr i8, ptr %gep477.i, i64 448
+  %1720 = load <16 x i32>, ptr %gep460.7.i, align 4, !tbaa !4
+  %1721 = shl <16 x i32> %1720, splat (i32 16)
+  %1722 = bitcast <16 x i32> %1721 to <16 x float>
+  %1723 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1722, <16 x float> %1703)
+  %gep462.7.i = getelementptr i8, ptr %gep479.i, i64 448
+  %1724 = load <16 x i32>, ptr %gep462.7.i, align 4, !tbaa !4
+  %1725 = shl <16 x i32> %1724, splat (i32 16)
+  %1726 = bitcast <16 x i32> %1725 to <16 x float>
+  %1727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1726, <16 x float> %1706)
+  %gep464.7.i = getelementptr i8, ptr %gep481.i, i64 448
+  %1728 = load <16 x i32>, ptr %gep464.7.i, align 4, !tbaa !4
+  %1729 = shl <16 x i32> %1728, splat (i32 16)
+  %1730 = bitcast <16 x i32> %1729 to <16 x float>
+  %1731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1730, <16 x float> %1709)
+  %1732 = load <16 x float>, ptr %1327, align 4, !tbaa !4
+  %1733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1732, <16 x float> %1718, <16 x float> %1711)
+  %1734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1732, <16 x float> %1722, <16 x float> %1712)
+  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1732, <16 x float> %1726, <16 x float> %1713)
+  %1736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1732, <16 x float> %1730, <16 x float> %1714)
+  %1737 = load <16 x float>, ptr %1328, align 4, !tbaa !4
+  %1738 = and <16 x i32> %1716, %108
+  %1739 = bitcast <16 x i32> %1738 to <16 x float>
+  %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1739, <16 x float> %1719)
+  %1741 = and <16 x i32> %1720, %108
+  %1742 = bitcast <16 x i32> %1741 to <16 x float>
+  %1743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1742, <16 x float> %1723)
+  %1744 = and <16 x i32> %1724, %108
+  %1745 = bitcast <16 x i32> %1744 to <16 x float>
+  %1746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1745, <16 x float> %1727)
+  %1747 = and <16 x i32> %1728, %108
+  %1748 = bitcast <16 x i32> %1747 to <16 x float>
+  %1749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1748, <16 x float> %1731)
+  %1750 = load <16 x float>, ptr %1329, align 4, !tbaa !4
+  %1751 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1750, <16 x float> %1739, <16 x float> %1733)
+  %1752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1750, <16 x float> %1742, <16 x float> %1734)
+  %1753 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1750, <16 x float> %1745, <16 x float> %1735)
+  %1754 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1750, <16 x float> %1748, <16 x float> %1736)
+  %.idx829.i = shl nuw nsw i64 %indvars.iv645.i, 8
+  %1755 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx829.i
+  store <16 x float> %1740, ptr %1755, align 4, !tbaa !4
+  %1756 = getelementptr inbounds nuw i8, ptr %1755, i64 64
+  store <16 x float> %1743, ptr %1756, align 4, !tbaa !4
+  %1757 = getelementptr inbounds nuw i8, ptr %1755, i64 128
+  store <16 x float> %1746, ptr %1757, align 4, !tbaa !4
+  %1758 = getelementptr inbounds nuw i8, ptr %1755, i64 192
+  store <16 x float> %1749, ptr %1758, align 4, !tbaa !4
+  %1759 = getelementptr inbounds nuw i8, ptr %1755, i64 1024
+  store <16 x float> %1751, ptr %1759, align 4, !tbaa !4
+  %1760 = getelementptr inbounds nuw i8, ptr %1755, i64 1088
+  store <16 x float> %1752, ptr %1760, align 4, !tbaa !4
+  %1761 = getelementptr inbounds nuw i8, ptr %1755, i64 1152
+  store <16 x float> %1753, ptr %1761, align 4, !tbaa !4
+  %1762 = getelementptr inbounds nuw i8, ptr %1755, i64 1216
+  store <16 x float> %1754, ptr %1762, align 4, !tbaa !4
+  %indvars.iv.next646.i = add nuw nsw i64 %indvars.iv645.i, 1
+  %exitcond648.not.i = icmp eq i64 %indvars.iv.next646.i, 4
+  br i1 %exitcond648.not.i, label %for_begin_r.preheader.i, label %for_begin_ax4.preheader.i, !prof !11
 
-for_begin_v45.preheader.i:                        ; preds = %for_end_ax194.1.i, %for_begin_i40.preheader.i
-  %indvars.iv696.i = phi i64 [ 0, %for_begin_i40.preheader.i ], [ %indvars.iv.next697.i, %for_end_ax194.1.i ]
-  %1753 = shl nuw nsw i64 %indvars.iv696.i, 1
-  %1754 = trunc i64 %1753 to i32
-  %1755 = add i32 %1754, 2
-  %1756 = uitofp nneg i32 %1755 to float
-  %1757 = fmul float %1756, 6.250000e-02
-  %1758 = shl nuw nsw i64 %indvars.iv696.i, 7
-  br i1 %1215, label %for_begin_to55.preheader.us.preheader.i, label %for_end_ax167.i, !prof !3
+for_begin_v47.preheader.i:                        ; preds = %for_end_ax196.1.i, %for_begin_i42.preheader.i
+  %indvars.iv702.i = phi i64 [ 0, %for_begin_i42.preheader.i ], [ %indvars.iv.next703.i, %for_end_ax196.1.i ]
+  %1763 = shl nuw nsw i64 %indvars.iv702.i, 1
+  %1764 = trunc i64 %1763 to i32
+  %1765 = add i32 %1764, 2
+  %1766 = uitofp nneg i32 %1765 to float
+  %1767 = fmul float %1766, 6.250000e-02
+  %1768 = shl nuw nsw i64 %indvars.iv702.i, 7
+  br i1 %1225, label %for_begin_to57.preheader.us.preheader.i, label %for_end_ax169.i, !prof !3
 
-for_end_i42.i:                                    ; preds = %for_end_ax194.1.i
-  %1759 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %full_acc.i = tail call ptr %1759(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %1760 = icmp eq ptr %full_acc.i, null
-  br i1 %1760, label %fused_decode_compute_.exit, label %for_begin_d_0_init.preheader.preheader.i, !prof !7
+for_end_i44.i:                                    ; preds = %for_end_ax196.1.i
+  %1769 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %full_acc.i = tail call ptr %1769(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %1770 = icmp eq ptr %full_acc.i, null
+  br i1 %1770, label %fused_decode_compute_.exit, label %for_begin_d_0_init.preheader.preheader.i, !prof !7
 
-for_begin_d_0_init.preheader.preheader.i:         ; preds = %for_end_i42.i
+for_begin_d_0_init.preheader.preheader.i:         ; preds = %for_end_i44.i
   tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(16384) %full_acc.i, i8 0, i64 16384, i1 false), !tbaa !4
-  %1761 = ashr i32 %1172, 4
-  %1762 = icmp sgt i32 %1761, 0
-  br i1 %1762, label %for_begin_i137.preheader.preheader.i, label %for_begin_i_m.preheader.i, !prof !3
+  %1771 = ashr i32 %1181, 4
+  %1772 = icmp sgt i32 %1771, 0
+  br i1 %1772, label %for_begin_i139.preheader.preheader.i, label %for_begin_i_m.preheader.i, !prof !3
 
-for_begin_to55.preheader.us.preheader.i:          ; preds = %for_begin_v45.preheader.i
-  %1763 = or disjoint i32 %1754, 1
-  %1764 = uitofp nneg i32 %1763 to float
-  %1765 = fmul float %1764, 6.250000e-02
-  %1766 = insertelement <16 x float> poison, float %1765, i64 0
-  %1767 = shufflevector <16 x float> %1766, <16 x float> poison, <16 x i32> zeroinitializer
-  %1768 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1758
-  br label %for_body_to56.us.i
+for_begin_to57.preheader.us.preheader.i:          ; preds = %for_begin_v47.preheader.i
+  %1773 = or disjoint i32 %1764, 1
+  %1774 = uitofp nneg i32 %1773 to float
+  %1775 = fmul float %1774, 6.250000e-02
+  %1776 = insertelement <16 x float> poison, float %1775, i64 0
+  %1777 = shufflevector <16 x float> %1776, <16 x float> poison, <16 x i32> zeroinitializer
+  %1778 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1768
+  br label %for_body_to58.us.i
 
-for_body_to56.us.i:                               ; preds = %for_body_to56.us.i, %for_begin_to55.preheader.us.preheader.i
-  %indvars.iv658.i = phi i64 [ 0, %for_begin_to55.preheader.us.preheader.i ], [ %indvars.iv.next659.i, %for_body_to56.us.i ]
-  %1769 = shl nsw i64 %indvars.iv658.i, 4
-  %1770 = getelementptr inbounds nuw float, ptr %column_term279.i, i64 %1769
-  %1771 = load <16 x float>, ptr %1770, align 16, !tbaa !28
-  %1772 = fmul <16 x float> %1767, %1771
-  %1773 = fmul <16 x float> %1772, splat (float 7.812500e-03)
-  %1774 = getelementptr inbounds nuw float, ptr %1768, i64 %1769
-  %1775 = load <16 x float>, ptr %1774, align 4, !tbaa !4
-  %1776 = fmul <16 x float> %103, %1775
-  %1777 = fmul <16 x float> %1776, splat (float 0x3F947AE140000000)
-  %1778 = fcmp olt <16 x float> %1777, splat (float -9.000000e+00)
-  %1779 = select <16 x i1> %1778, <16 x float> splat (float -9.000000e+00), <16 x float> %1777
-  %1780 = fcmp ogt <16 x float> %1777, splat (float 9.000000e+00)
-  %tanh_x.us.i = select <16 x i1> %1780, <16 x float> splat (float 9.000000e+00), <16 x float> %1779
+for_body_to58.us.i:                               ; preds = %for_body_to58.us.i, %for_begin_to57.preheader.us.preheader.i
+  %indvars.iv664.i = phi i64 [ 0, %for_begin_to57.preheader.us.preheader.i ], [ %indvars.iv.next665.i, %for_body_to58.us.i ]
+  %1779 = shl nsw i64 %indvars.iv664.i, 4
+  %1780 = getelementptr inbounds nuw float, ptr %column_term281.i, i64 %1779
+  %1781 = load <16 x float>, ptr %1780, align 16, !tbaa !28
+  %1782 = fmul <16 x float> %1777, %1781
+  %1783 = fmul <16 x float> %1782, splat (float 7.812500e-03)
+  %1784 = getelementptr inbounds nuw float, ptr %1778, i64 %1779
+  %1785 = load <16 x float>, ptr %1784, align 4, !tbaa !4
+  %1786 = fmul <16 x float> %110, %1785
+  %1787 = fmul <16 x float> %1786, splat (float 0x3F947AE140000000)
+  %1788 = fcmp olt <16 x float> %1787, splat (float -9.000000e+00)
+  %1789 = select <16 x i1> %1788, <16 x float> splat (float -9.000000e+00), <16 x float> %1787
+  %1790 = fcmp ogt <16 x float> %1787, splat (float 9.000000e+00)
+  %tanh_x.us.i = select <16 x i1> %1790, <16 x float> splat (float 9.000000e+00), <16 x float> %1789
   %tanh_square.us.i = fmul <16 x float> %tanh_x.us.i, %tanh_x.us.i
-  %1781 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.us.i, <16 x float> splat (float 0x3E4CADA000000000), <16 x float> splat (float 0x3EF59C27C0000000))
-  %1782 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1781, <16 x float> %tanh_square.us.i, <16 x float> splat (float 0x3F6CA2C220000000))
-  %1783 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1782, <16 x float> %tanh_square.us.i, <16 x float> splat (float 0x3FC120B120000000))
-  %1784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1783, <16 x float> %tanh_square.us.i, <16 x float> splat (float 1.000000e+00))
-  %1785 = fmul <16 x float> %tanh_x.us.i, %1784
-  %1786 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.us.i, <16 x float> splat (float 0x3EAA17E860000000), <16 x float> splat (float 0x3F358859C0000000))
-  %1787 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %tanh_square.us.i, <16 x float> splat (float 0x3F9A7F7C80000000))
-  %1788 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1787, <16 x float> %tanh_square.us.i, <16 x float> splat (float 0x3FDDE5AD20000000))
-  %1789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1788, <16 x float> %tanh_square.us.i, <16 x float> splat (float 1.000000e+00))
-  %1790 = fdiv <16 x float> %1785, %1789
-  %1791 = fmul <16 x float> %1790, splat (float 5.000000e+01)
-  %1792 = fsub <16 x float> %1791, %1773
-  %1793 = trunc i64 %1769 to i32
-  %1794 = sub i32 %1172, %1793
-  %1795 = insertelement <16 x i32> poison, i32 %1794, i64 0
-  %1796 = shufflevector <16 x i32> %1795, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1797 = icmp sgt <16 x i32> %1796, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %1798 = select <16 x i1> %1797, <16 x float> %1792, <16 x float> splat (float 0xFFF0000000000000)
-  %1799 = getelementptr inbounds nuw float, ptr %scaled273.i, i64 %1769
-  store <16 x float> %1798, ptr %1799, align 16, !tbaa !34
-  %indvars.iv.next659.i = add nuw nsw i64 %indvars.iv658.i, 1
-  %exitcond662.not.i = icmp eq i64 %indvars.iv.next659.i, %wide.trip.count653.i
-  br i1 %exitcond662.not.i, label %for_begin_to55.for_end_to57_crit_edge.us.i, label %for_body_to56.us.i, !prof !8
+  %1791 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.us.i, <16 x float> splat (float 0x3E4CADA000000000), <16 x float> splat (float 0x3EF59C27C0000000))
+  %1792 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1791, <16 x float> %tanh_square.us.i, <16 x float> splat (float 0x3F6CA2C220000000))
+  %1793 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1792, <16 x float> %tanh_square.us.i, <16 x float> splat (float 0x3FC120B120000000))
+  %1794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1793, <16 x float> %tanh_square.us.i, <16 x float> splat (float 1.000000e+00))
+  %1795 = fmul <16 x float> %tanh_x.us.i, %1794
+  %1796 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.us.i, <16 x float> splat (float 0x3EAA17E860000000), <16 x float> splat (float 0x3F358859C0000000))
+  %1797 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1796, <16 x float> %tanh_square.us.i, <16 x float> splat (float 0x3F9A7F7C80000000))
+  %1798 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1797, <16 x float> %tanh_square.us.i, <16 x float> splat (float 0x3FDDE5AD20000000))
+  %1799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1798, <16 x float> %tanh_square.us.i, <16 x float> splat (float 1.000000e+00))
+  %1800 = fdiv <16 x float> %1795, %1799
+  %1801 = fmul <16 x float> %1800, splat (float 5.000000e+01)
+  %1802 = fsub <16 x float> %1801, %1783
+  %1803 = trunc i64 %1779 to i32
+  %1804 = sub i32 %1181, %1803
+  %1805 = insertelement <16 x i32> poison, i32 %1804, i64 0
+  %1806 = shufflevector <16 x i32> %1805, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1807 = icmp sgt <16 x i32> %1806, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1808 = select <16 x i1> %1807, <16 x float> %1802, <16 x float> splat (float 0xFFF0000000000000)
+  %1809 = getelementptr inbounds nuw float, ptr %scaled275.i, i64 %1779
+  store <16 x float> %1808, ptr %1809, align 16, !tbaa !34
+  %indvars.iv.next665.i = add nuw nsw i64 %indvars.iv664.i, 1
+  %exitcond668.not.i = icmp eq i64 %indvars.iv.next665.i, %wide.trip.count659.i
+  br i1 %exitcond668.not.i, label %for_begin_to57.for_end_to59_crit_edge.us.i, label %for_body_to58.us.i, !prof !8
 
-for_begin_to55.for_end_to57_crit_edge.us.i:       ; preds = %for_body_to56.us.i
-  %1800 = insertelement <16 x float> poison, float %1757, i64 0
-  %1801 = shufflevector <16 x float> %1800, <16 x float> poison, <16 x i32> zeroinitializer
-  %1802 = getelementptr inbounds nuw i8, ptr %1768, i64 256
-  br label %for_body_to56.us.1.i
+for_begin_to57.for_end_to59_crit_edge.us.i:       ; preds = %for_body_to58.us.i
+  %1810 = insertelement <16 x float> poison, float %1767, i64 0
+  %1811 = shufflevector <16 x float> %1810, <16 x float> poison, <16 x i32> zeroinitializer
+  %1812 = getelementptr inbounds nuw i8, ptr %1778, i64 256
+  br label %for_body_to58.us.1.i
 
-for_body_to56.us.1.i:                             ; preds = %for_body_to56.us.1.i, %for_begin_to55.for_end_to57_crit_edge.us.i
-  %indvars.iv658.1.i = phi i64 [ 0, %for_begin_to55.for_end_to57_crit_edge.us.i ], [ %indvars.iv.next659.1.i, %for_body_to56.us.1.i ]
-  %1803 = shl nsw i64 %indvars.iv658.1.i, 4
-  %1804 = getelementptr inbounds nuw float, ptr %column_term279.i, i64 %1803
-  %1805 = load <16 x float>, ptr %1804, align 16, !tbaa !28
-  %1806 = fmul <16 x float> %1801, %1805
-  %1807 = fmul <16 x float> %1806, splat (float 7.812500e-03)
-  %1808 = getelementptr inbounds nuw float, ptr %1802, i64 %1803
-  %1809 = load <16 x float>, ptr %1808, align 4, !tbaa !4
-  %1810 = fmul <16 x float> %103, %1809
-  %1811 = fmul <16 x float> %1810, splat (float 0x3F947AE140000000)
-  %1812 = fcmp olt <16 x float> %1811, splat (float -9.000000e+00)
-  %1813 = select <16 x i1> %1812, <16 x float> splat (float -9.000000e+00), <16 x float> %1811
-  %1814 = fcmp ogt <16 x float> %1811, splat (float 9.000000e+00)
-  %tanh_x.us.1.i = select <16 x i1> %1814, <16 x float> splat (float 9.000000e+00), <16 x float> %1813
+for_body_to58.us.1.i:                             ; preds = %for_body_to58.us.1.i, %for_begin_to57.for_end_to59_crit_edge.us.i
+  %indvars.iv664.1.i = phi i64 [ 0, %for_begin_to57.for_end_to59_crit_edge.us.i ], [ %indvars.iv.next665.1.i, %for_body_to58.us.1.i ]
+  %1813 = shl nsw i64 %indvars.iv664.1.i, 4
+  %1814 = getelementptr inbounds nuw float, ptr %column_term281.i, i64 %1813
+  %1815 = load <16 x float>, ptr %1814, align 16, !tbaa !28
+  %1816 = fmul <16 x float> %1811, %1815
+  %1817 = fmul <16 x float> %1816, splat (float 7.812500e-03)
+  %1818 = getelementptr inbounds nuw float, ptr %1812, i64 %1813
+  %1819 = load <16 x float>, ptr %1818, align 4, !tbaa !4
+  %1820 = fmul <16 x float> %110, %1819
+  %1821 = fmul <16 x float> %1820, splat (float 0x3F947AE140000000)
+  %1822 = fcmp olt <16 x float> %1821, splat (float -9.000000e+00)
+  %1823 = select <16 x i1> %1822, <16 x float> splat (float -9.000000e+00), <16 x float> %1821
+  %1824 = fcmp ogt <16 x float> %1821, splat (float 9.000000e+00)
+  %tanh_x.us.1.i = select <16 x i1> %1824, <16 x float> splat (float 9.000000e+00), <16 x float> %1823
   %tanh_square.us.1.i = fmul <16 x float> %tanh_x.us.1.i, %tanh_x.us.1.i
-  %1815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.us.1.i, <16 x float> splat (float 0x3E4CADA000000000), <16 x float> splat (float 0x3EF59C27C0000000))
-  %1816 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1815, <16 x float> %tanh_square.us.1.i, <16 x float> splat (float 0x3F6CA2C220000000))
-  %1817 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1816, <16 x float> %tanh_square.us.1.i, <16 x float> splat (float 0x3FC120B120000000))
-  %1818 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1817, <16 x float> %tanh_square.us.1.i, <16 x float> splat (float 1.000000e+00))
-  %1819 = fmul <16 x float> %tanh_x.us.1.i, %1818
-  %1820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.us.1.i, <16 x float> splat (float 0x3EAA17E860000000), <16 x float> splat (float 0x3F358859C0000000))
-  %1821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1820, <16 x float> %tanh_square.us.1.i, <16 x float> splat (float 0x3F9A7F7C80000000))
-  %1822 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1821, <16 x float> %tanh_square.us.1.i, <16 x float> splat (float 0x3FDDE5AD20000000))
-  %1823 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %tanh_square.us.1.i, <16 x float> splat (float 1.000000e+00))
-  %1824 = fdiv <16 x float> %1819, %1823
-  %1825 = fmul <16 x float> %1824, splat (float 5.000000e+01)
-  %1826 = fsub <16 x float> %1825, %1807
-  %1827 = trunc i64 %1803 to i32
-  %1828 = sub i32 %1172, %1827
-  %1829 = insertelement <16 x i32> poison, i32 %1828, i64 0
-  %1830 = shufflevector <16 x i32> %1829, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1831 = icmp sgt <16 x i32> %1830, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %1832 = select <16 x i1> %1831, <16 x float> %1826, <16 x float> splat (float 0xFFF0000000000000)
-  %1833 = getelementptr inbounds nuw float, ptr %scaled273.i, i64 %1803
-  %1834 = getelementptr inbounds nuw i8, ptr %1833, i64 256
-  store <16 x float> %1832, ptr %1834, align 16, !tbaa !34
-  %indvars.iv.next659.1.i = add nuw nsw i64 %indvars.iv658.1.i, 1
-  %exitcond662.1.not.i = icmp eq i64 %indvars.iv.next659.1.i, %wide.trip.count653.i
-  br i1 %exitcond662.1.not.i, label %for_body_ax166.i.preheader, label %for_body_to56.us.1.i, !prof !8
+  %1825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.us.1.i, <16 x float> splat (float 0x3E4CADA000000000), <16 x float> splat (float 0x3EF59C27C0000000))
+  %1826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1825, <16 x float> %tanh_square.us.1.i, <16 x float> splat (float 0x3F6CA2C220000000))
+  %1827 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1826, <16 x float> %tanh_square.us.1.i, <16 x float> splat (float 0x3FC120B120000000))
+  %1828 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %tanh_square.us.1.i, <16 x float> splat (float 1.000000e+00))
+  %1829 = fmul <16 x float> %tanh_x.us.1.i, %1828
+  %1830 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %tanh_square.us.1.i, <16 x float> splat (float 0x3EAA17E860000000), <16 x float> splat (float 0x3F358859C0000000))
+  %1831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1830, <16 x float> %tanh_square.us.1.i, <16 x float> splat (float 0x3F9A7F7C80000000))
+  %1832 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1831, <16 x float> %tanh_square.us.1.i, <16 x float> splat (float 0x3FDDE5AD20000000))
+  %1833 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1832, <16 x float> %tanh_square.us.1.i, <16 x float> splat (float 1.000000e+00))
+  %1834 = fdiv <16 x float> %1829, %1833
+  %1835 = fmul <16 x float> %1834, splat (float 5.000000e+01)
+  %1836 = fsub <16 x float> %1835, %1817
+  %1837 = trunc i64 %1813 to i32
+  %1838 = sub i32 %1181, %1837
+  %1839 = insertelement <16 x i32> poison, i32 %1838, i64 0
+  %1840 = shufflevector <16 x i32> %1839, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1841 = icmp sgt <16 x i32> %1840, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1842 = select <16 x i1> %1841, <16 x float> %1836, <16 x float> splat (float 0xFFF0000000000000)
+  %1843 = getelementptr inbounds nuw float, ptr %scaled275.i, i64 %1813
+  %1844 = getelementptr inbounds nuw i8, ptr %1843, i64 256
+  store <16 x float> %1842, ptr %1844, align 16, !tbaa !34
+  %indvars.iv.next665.1.i = add nuw nsw i64 %indvars.iv664.1.i, 1
+  %exitcond668.1.not.i = icmp eq i64 %indvars.iv.next665.1.i, %wide.trip.count659.i
+  br i1 %exitcond668.1.not.i, label %for_body_ax168.i.preheader, label %for_body_to58.us.1.i, !prof !8
 
-for_body_ax166.i.preheader:                       ; preds = %for_body_to56.us.1.i
-  br i1 %1278, label %for_body_ax166.i.epil.preheader, label %for_body_ax166.i, !prof !36
+for_body_ax168.i.preheader:                       ; preds = %for_body_to58.us.1.i
+  br i1 %1288, label %for_body_ax168.i.epil.preheader, label %for_body_ax168.i, !prof !36
 
-for_body_r71.us.preheader.i:                      ; preds = %for_end_ax167.1.i
-  %peak.rf270.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.1.i, i64 0
-  %1835 = fcmp olt float %peak.rf270.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
-  %1836 = select i1 %1835, float 0xC7EFFFFFE0000000, float %peak.rf270.sroa.0.0.vec.extract.1.i
-  %peak.rf270.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.1.i, i64 1
-  %1837 = fcmp ogt float %1836, %peak.rf270.sroa.0.4.vec.extract.1.i
-  %1838 = select i1 %1837, float %1836, float %peak.rf270.sroa.0.4.vec.extract.1.i
-  %peak.rf270.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.1.i, i64 2
-  %1839 = fcmp ogt float %1838, %peak.rf270.sroa.0.8.vec.extract.1.i
-  %1840 = select i1 %1839, float %1838, float %peak.rf270.sroa.0.8.vec.extract.1.i
-  %peak.rf270.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.1.i, i64 3
-  %1841 = fcmp ogt float %1840, %peak.rf270.sroa.0.12.vec.extract.1.i
-  %1842 = select i1 %1841, float %1840, float %peak.rf270.sroa.0.12.vec.extract.1.i
-  %peak.rf270.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.1.i, i64 4
-  %1843 = fcmp ogt float %1842, %peak.rf270.sroa.0.16.vec.extract.1.i
-  %1844 = select i1 %1843, float %1842, float %peak.rf270.sroa.0.16.vec.extract.1.i
-  %peak.rf270.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.1.i, i64 5
-  %1845 = fcmp ogt float %1844, %peak.rf270.sroa.0.20.vec.extract.1.i
-  %1846 = select i1 %1845, float %1844, float %peak.rf270.sroa.0.20.vec.extract.1.i
-  %peak.rf270.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.1.i, i64 6
-  %1847 = fcmp ogt float %1846, %peak.rf270.sroa.0.24.vec.extract.1.i
-  %1848 = select i1 %1847, float %1846, float %peak.rf270.sroa.0.24.vec.extract.1.i
-  %peak.rf270.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.1.i, i64 7
-  %1849 = fcmp ogt float %1848, %peak.rf270.sroa.0.28.vec.extract.1.i
-  %1850 = select i1 %1849, float %1848, float %peak.rf270.sroa.0.28.vec.extract.1.i
-  %peak.rf270.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.1.i, i64 8
-  %1851 = fcmp ogt float %1850, %peak.rf270.sroa.0.32.vec.extract.1.i
-  %1852 = select i1 %1851, float %1850, float %peak.rf270.sroa.0.32.vec.extract.1.i
-  %peak.rf270.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.1.i, i64 9
-  %1853 = fcmp ogt float %1852, %peak.rf270.sroa.0.36.vec.extract.1.i
-  %1854 = select i1 %1853, float %1852, float %peak.rf270.sroa.0.36.vec.extract.1.i
-  %peak.rf270.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.1.i, i64 10
-  %1855 = fcmp ogt float %1854, %peak.rf270.sroa.0.40.vec.extract.1.i
-  %1856 = select i1 %1855, float %1854, float %peak.rf270.sroa.0.40.vec.extract.1.i
-  %peak.rf270.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.1.i, i64 11
-  %1857 = fcmp ogt float %1856, %peak.rf270.sroa.0.44.vec.extract.1.i
-  %1858 = select i1 %1857, float %1856, float %peak.rf270.sroa.0.44.vec.extract.1.i
-  %peak.rf270.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.1.i, i64 12
-  %1859 = fcmp ogt float %1858, %peak.rf270.sroa.0.48.vec.extract.1.i
-  %1860 = select i1 %1859, float %1858, float %peak.rf270.sroa.0.48.vec.extract.1.i
-  %peak.rf270.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.1.i, i64 13
-  %1861 = fcmp ogt float %1860, %peak.rf270.sroa.0.52.vec.extract.1.i
-  %1862 = select i1 %1861, float %1860, float %peak.rf270.sroa.0.52.vec.extract.1.i
-  %peak.rf270.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.1.i, i64 14
-  %1863 = fcmp ogt float %1862, %peak.rf270.sroa.0.56.vec.extract.1.i
-  %1864 = select i1 %1863, float %1862, float %peak.rf270.sroa.0.56.vec.extract.1.i
-  %peak.rf270.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.1.i, i64 15
-  %1865 = fcmp ogt float %1864, %peak.rf270.sroa.0.60.vec.extract.1.i
-  %1866 = select i1 %1865, float %1864, float %peak.rf270.sroa.0.60.vec.extract.1.i
-  %peak272.sroa.0.4.vec.insert.i = insertelement <2 x float> %peak272.sroa.0.0.vec.insert.i, float %1866, i64 1
-  br label %for_begin_r77.preheader.i
+for_body_r73.us.preheader.i:                      ; preds = %for_end_ax169.1.i
+  %peak.rf272.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.1.i, i64 0
+  %1845 = fcmp olt float %peak.rf272.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
+  %1846 = select i1 %1845, float 0xC7EFFFFFE0000000, float %peak.rf272.sroa.0.0.vec.extract.1.i
+  %peak.rf272.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.1.i, i64 1
+  %1847 = fcmp ogt float %1846, %peak.rf272.sroa.0.4.vec.extract.1.i
+  %1848 = select i1 %1847, float %1846, float %peak.rf272.sroa.0.4.vec.extract.1.i
+  %peak.rf272.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.1.i, i64 2
+  %1849 = fcmp ogt float %1848, %peak.rf272.sroa.0.8.vec.extract.1.i
+  %1850 = select i1 %1849, float %1848, float %peak.rf272.sroa.0.8.vec.extract.1.i
+  %peak.rf272.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.1.i, i64 3
+  %1851 = fcmp ogt float %1850, %peak.rf272.sroa.0.12.vec.extract.1.i
+  %1852 = select i1 %1851, float %1850, float %peak.rf272.sroa.0.12.vec.extract.1.i
+  %peak.rf272.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.1.i, i64 4
+  %1853 = fcmp ogt float %1852, %peak.rf272.sroa.0.16.vec.extract.1.i
+  %1854 = select i1 %1853, float %1852, float %peak.rf272.sroa.0.16.vec.extract.1.i
+  %peak.rf272.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.1.i, i64 5
+  %1855 = fcmp ogt float %1854, %peak.rf272.sroa.0.20.vec.extract.1.i
+  %1856 = select i1 %1855, float %1854, float %peak.rf272.sroa.0.20.vec.extract.1.i
+  %peak.rf272.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.1.i, i64 6
+  %1857 = fcmp ogt float %1856, %peak.rf272.sroa.0.24.vec.extract.1.i
+  %1858 = select i1 %1857, float %1856, float %peak.rf272.sroa.0.24.vec.extract.1.i
+  %peak.rf272.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.1.i, i64 7
+  %1859 = fcmp ogt float %1858, %peak.rf272.sroa.0.28.vec.extract.1.i
+  %1860 = select i1 %1859, float %1858, float %peak.rf272.sroa.0.28.vec.extract.1.i
+  %peak.rf272.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.1.i, i64 8
+  %1861 = fcmp ogt float %1860, %peak.rf272.sroa.0.32.vec.extract.1.i
+  %1862 = select i1 %1861, float %1860, float %peak.rf272.sroa.0.32.vec.extract.1.i
+  %peak.rf272.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.1.i, i64 9
+  %1863 = fcmp ogt float %1862, %peak.rf272.sroa.0.36.vec.extract.1.i
+  %1864 = select i1 %1863, float %1862, float %peak.rf272.sroa.0.36.vec.extract.1.i
+  %peak.rf272.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.1.i, i64 10
+  %1865 = fcmp ogt float %1864, %peak.rf272.sroa.0.40.vec.extract.1.i
+  %1866 = select i1 %1865, float %1864, float %peak.rf272.sroa.0.40.vec.extract.1.i
+  %peak.rf272.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.1.i, i64 11
+  %1867 = fcmp ogt float %1866, %peak.rf272.sroa.0.44.vec.extract.1.i
+  %1868 = select i1 %1867, float %1866, float %peak.rf272.sroa.0.44.vec.extract.1.i
+  %peak.rf272.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.1.i, i64 12
+  %1869 = fcmp ogt float %1868, %peak.rf272.sroa.0.48.vec.extract.1.i
+  %1870 = select i1 %1869, float %1868, float %peak.rf272.sroa.0.48.vec.extract.1.i
+  %peak.rf272.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.1.i, i64 13
+  %1871 = fcmp ogt float %1870, %peak.rf272.sroa.0.52.vec.extract.1.i
+  %1872 = select i1 %1871, float %1870, float %peak.rf272.sroa.0.52.vec.extract.1.i
+  %peak.rf272.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.1.i, i64 14
+  %1873 = fcmp ogt float %1872, %peak.rf272.sroa.0.56.vec.extract.1.i
+  %1874 = select i1 %1873, float %1872, float %peak.rf272.sroa.0.56.vec.extract.1.i
+  %peak.rf272.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.1.i, i64 15
+  %1875 = fcmp ogt float %1874, %peak.rf272.sroa.0.60.vec.extract.1.i
+  %1876 = select i1 %1875, float %1874, float %peak.rf272.sroa.0.60.vec.extract.1.i
+  %peak274.sroa.0.4.vec.insert.i = insertelement <2 x float> %peak274.sroa.0.0.vec.insert.i, float %1876, i64 1
+  br label %for_begin_r79.preheader.i
 
-for_body_ax166.i:                                 ; preds = %for_body_ax166.i, %for_body_ax166.i.preheader
-  %indvars.iv666.i = phi i64 [ %indvars.iv.next667.i.7, %for_body_ax166.i ], [ 0, %for_body_ax166.i.preheader ]
-  %peak.rf_global269.sroa.0.0483.i = phi <16 x float> [ %1905, %for_body_ax166.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax166.i.preheader ]
-  %niter163 = phi i64 [ %niter163.next.7, %for_body_ax166.i ], [ 0, %for_body_ax166.i.preheader ]
-  %.idx824.i = shl nsw i64 %indvars.iv666.i, 6
-  %1867 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %.idx824.i
-  %1868 = load <16 x float>, ptr %1867, align 16, !tbaa !34
-  %1869 = fcmp ogt <16 x float> %peak.rf_global269.sroa.0.0483.i, %1868
-  %1870 = select <16 x i1> %1869, <16 x float> %peak.rf_global269.sroa.0.0483.i, <16 x float> %1868
-  %indvars.iv.next667.i = shl i64 %indvars.iv666.i, 6
-  %1871 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.i
-  %1872 = getelementptr inbounds nuw i8, ptr %1871, i64 64
-  %1873 = load <16 x float>, ptr %1872, align 16, !tbaa !34
-  %1874 = fcmp ogt <16 x float> %1870, %1873
-  %1875 = select <16 x i1> %1874, <16 x float> %1870, <16 x float> %1873
-  %indvars.iv.next667.i.1 = shl i64 %indvars.iv666.i, 6
-  %1876 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.i.1
-  %1877 = getelementptr inbounds nuw i8, ptr %1876, i64 128
+for_body_ax168.i:                                 ; preds = %for_body_ax168.i, %for_body_ax168.i.preheader
+  %indvars.iv672.i = phi i64 [ %indvars.iv.next673.i.7, %for_body_ax168.i ], [ 0, %for_body_ax168.i.preheader ]
+  %peak.rf_global271.sroa.0.0489.i = phi <16 x float> [ %1915, %for_body_ax168.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax168.i.preheader ]
+  %niter169 = phi i64 [ %niter169.next.7, %for_body_ax168.i ], [ 0, %for_body_ax168.i.preheader ]
+  %.idx830.i = shl nsw i64 %indvars.iv672.i, 6
+  %1877 = getelementptr inbounds nuw i8, ptr %scaled275.i, i64 %.idx830.i
   %1878 = load <16 x float>, ptr %1877, align 16, !tbaa !34
-  %1879 = fcmp ogt <16 x float> %1875, %1878
-  %1880 = select <16 x i1> %1879, <16 x float> %1875, <16 x float> %1878
-  %indvars.iv.next667.i.2 = shl i64 %indvars.iv666.i, 6
-  %1881 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.i.2
-  %1882 = getelementptr inbounds nuw i8, ptr %1881, i64 192
+  %1879 = fcmp ogt <16 x float> %peak.rf_global271.sroa.0.0489.i, %1878
+  %1880 = select <16 x i1> %1879, <16 x float> %peak.rf_global271.sroa.0.0489.i, <16 x float> %1878
+  %indvars.iv.next673.i = shl i64 %indvars.iv672.i, 6
+  %1881 = getelementptr inbounds nuw i8, ptr %scaled275.i, i64 %indvars.iv.next673.i
+  %1882 = getelementptr inbounds nuw i8, ptr %1881, i64 64
   %1883 = load <16 x float>, ptr %1882, align 16, !tbaa !34
   %1884 = fcmp ogt <16 x float> %1880, %1883
   %1885 = select <16 x i1> %1884, <16 x float> %1880, <16 x float> %1883
-  %indvars.iv.next667.i.3 = shl i64 %indvars.iv666.i, 6
-  %1886 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.i.3
-  %1887 = getelementptr inbounds nuw i8, ptr %1886, i64 256
+  %indvars.iv.next673.i.1 = shl i64 %indvars.iv672.i, 6
+  %1886 = getelementptr inbounds nuw i8, ptr %scaled275.i, i64 %indvars.iv.next673.i.1
+  %1887 = getelementptr inbounds nuw i8, ptr %1886, i64 128
   %1888 = load <16 x float>, ptr %1887, align 16, !tbaa !34
   %1889 = fcmp ogt <16 x float> %1885, %1888
   %1890 = select <16 x i1> %1889, <16 x float> %1885, <16 x float> %1888
-  %indvars.iv.next667.i.4 = shl i64 %indvars.iv666.i, 6
-  %1891 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.i.4
-  %1892 = getelementptr inbounds nuw i8, ptr %1891, i64 320
+  %indvars.iv.next673.i.2 = shl i64 %indvars.iv672.i, 6
+  %1891 = getelementptr inbounds nuw i8, ptr %scaled275.i, i64 %indvars.iv.next673.i.2
+  %1892 = getelementptr inbounds nuw i8, ptr %1891, i64 192
   %1893 = load <16 x float>, ptr %1892, align 16, !tbaa !34
   %1894 = fcmp ogt <16 x float> %1890, %1893
   %1895 = select <16 x i1> %1894, <16 x float> %1890, <16 x float> %1893
-  %indvars.iv.next667.i.5 = shl i64 %indvars.iv666.i, 6
-  %1896 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.i.5
-  %1897 = getelementptr inbounds nuw i8, ptr %1896, i64 384
+  %indvars.iv.next673.i.3 = shl i64 %indvars.iv672.i, 6
+  %1896 = getelementptr inbounds nuw i8, ptr %scaled275.i, i64 %indvars.iv.next673.i.3
+  %1897 = getelementptr inbounds nuw i8, ptr %1896, i64 256
   %1898 = load <16 x float>, ptr %1897, align 16, !tbaa !34
   %1899 = fcmp ogt <16 x float> %1895, %1898
   %1900 = select <16 x i1> %1899, <16 x float> %1895, <16 x float> %1898
-  %indvars.iv.next667.i.6 = shl i64 %indvars.iv666.i, 6
-  %1901 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.i.6
-  %1902 = getelementptr inbounds nuw i8, ptr %1901, i64 448
+  %indvars.iv.next673.i.4 = shl i64 %indvars.iv672.i, 6
+  %1901 = getelementptr inbounds nuw i8, ptr %scaled275.i, i64 %indvars.iv.next673.i.4
+  %1902 = getelementptr inbounds nuw i8, ptr %1901, i64 320
   %1903 = load <16 x float>, ptr %1902, align 16, !tbaa !34
   %1904 = fcmp ogt <16 x float> %1900, %1903
   %1905 = select <16 x i1> %1904, <16 x float> %1900, <16 x float> %1903
-  %indvars.iv.next667.i.7 = add nuw nsw i64 %indvars.iv666.i, 8
-  %niter163.next.7 = add i64 %niter163, 8
-  %niter163.ncmp.7 = icmp eq i64 %niter163.next.7, %unroll_iter162
-  br i1 %niter163.ncmp.7, label %for_end_ax167.i.loopexit.unr-lcssa, label %for_body_ax166.i, !prof !37, !llvm.loop !38
+  %indvars.iv.next673.i.5 = shl i64 %indvars.iv672.i, 6
+  %1906 = getelementptr inbounds nuw i8, ptr %scaled275.i, i64 %indvars.iv.next673.i.5
+  %1907 = getelementptr inbounds nuw i8, ptr %1906, i64 384
+  %1908 = load <16 x float>, ptr %1907, align 16, !tbaa !34
+  %1909 = fcmp ogt <16 x float> %1905, %1908
+  %1910 = select <16 x i1> %1909, <16 x float> %1905, <16 x float> %1908
+  %indvars.iv.next673.i.6 = shl i64 %indvars.iv672.i, 6
+  %1911 = getelementptr inbounds nuw i8, ptr %scaled275.i, i64 %indvars.iv.next673.i.6
+  %1912 = getelementptr inbounds nuw i8, ptr %1911, i64 448
+  %1913 = load <16 x float>, ptr %1912, align 16, !tbaa !34
+  %1914 = fcmp ogt <16 x float> %1910, %1913
+  %1915 = select <16 x i1> %1914, <16 x float> %1910, <16 x float> %1913
+  %indvars.iv.next673.i.7 = add nuw nsw i64 %indvars.iv672.i, 8
+  %niter169.next.7 = add i64 %niter169, 8
+  %niter169.ncmp.7 = icmp eq i64 %niter169.next.7, %unroll_iter168
+  br i1 %niter169.ncmp.7, label %for_end_ax169.i.loopexit.unr-lcssa, label %for_body_ax168.i, !prof !37, !llvm.loop !38
 
-for_end_ax167.i.loopexit.unr-lcssa:               ; preds = %for_body_ax166.i
-  br i1 %lcmp.mod159.not, label %for_end_ax167.i, label %for_body_ax166.i.epil.preheader, !prof !40
+for_end_ax169.i.loopexit.unr-lcssa:               ; preds = %for_body_ax168.i
+  br i1 %lcmp.mod165.not, label %for_end_ax169.i, label %for_body_ax168.i.epil.preheader, !prof !40
 
-for_body_ax166.i.epil.preheader:                  ; preds = %for_end_ax167.i.loopexit.unr-lcssa, %for_body_ax166.i.preheader
-  %indvars.iv666.i.epil.init = phi i64 [ 0, %for_body_ax166.i.preheader ], [ %indvars.iv.next667.i.7, %for_end_ax167.i.loopexit.unr-lcssa ]
-  %peak.rf_global269.sroa.0.0483.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax166.i.preheader ], [ %1905, %for_end_ax167.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod161)
-  br label %for_body_ax166.i.epil
+for_body_ax168.i.epil.preheader:                  ; preds = %for_end_ax169.i.loopexit.unr-lcssa, %for_body_ax168.i.preheader
+  %indvars.iv672.i.epil.init = phi i64 [ 0, %for_body_ax168.i.preheader ], [ %indvars.iv.next673.i.7, %for_end_ax169.i.loopexit.unr-lcssa ]
+  %peak.rf_global271.sroa.0.0489.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax168.i.preheader ], [ %1915, %for_end_ax169.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod167)
+  br label %for_body_ax168.i.epil
 
-for_body_ax166.i.epil:                            ; preds = %for_body_ax166.i.epil, %for_body_ax166.i.epil.preheader
-  %indvars.iv666.i.epil = phi i64 [ %indvars.iv.next667.i.epil, %for_body_ax166.i.epil ], [ %indvars.iv666.i.epil.init, %for_body_ax166.i.epil.preheader ]
-  %peak.rf_global269.sroa.0.0483.i.epil = phi <16 x float> [ %1909, %for_body_ax166.i.epil ], [ %peak.rf_global269.sroa.0.0483.i.epil.init, %for_body_ax166.i.epil.preheader ]
-  %epil.iter = phi i64 [ %epil.iter.next, %for_body_ax166.i.epil ], [ 0, %for_body_ax166.i.epil.preheader ]
-  %.idx824.i.epil = shl nsw i64 %indvars.iv666.i.epil, 6
-  %1906 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %.idx824.i.epil
-  %1907 = load <16 x float>, ptr %1906, align 16, !tbaa !34
-  %1908 = fcmp ogt <16 x float> %peak.rf_global269.sroa.0.0483.i.epil, %1907
-  %1909 = select <16 x i1> %1908, <16 x float> %peak.rf_global269.sroa.0.0483.i.epil, <16 x float> %1907
-  %indvars.iv.next667.i.epil = add nuw nsw i64 %indvars.iv666.i.epil, 1
+for_body_ax168.i.epil:                            ; preds = %for_body_ax168.i.epil, %for_body_ax168.i.epil.preheader
+  %indvars.iv672.i.epil = phi i64 [ %indvars.iv.next673.i.epil, %for_body_ax168.i.epil ], [ %indvars.iv672.i.epil.init, %for_body_ax168.i.epil.preheader ]
+  %peak.rf_global271.sroa.0.0489.i.epil = phi <16 x float> [ %1919, %for_body_ax168.i.epil ], [ %peak.rf_global271.sroa.0.0489.i.epil.init, %for_body_ax168.i.epil.preheader ]
+  %epil.iter = phi i64 [ %epil.iter.next, %for_body_ax168.i.epil ], [ 0, %for_body_ax168.i.epil.preheader ]
+  %.idx830.i.epil = shl nsw i64 %indvars.iv672.i.epil, 6
+  %1916 = getelementptr inbounds nuw i8, ptr %scaled275.i, i64 %.idx830.i.epil
+  %1917 = load <16 x float>, ptr %1916, align 16, !tbaa !34
+  %1918 = fcmp ogt <16 x float> %peak.rf_global271.sroa.0.0489.i.epil, %1917
+  %1919 = select <16 x i1> %1918, <16 x float> %peak.rf_global271.sroa.0.0489.i.epil, <16 x float> %1917
+  %indvars.iv.next673.i.epil = add nuw nsw i64 %indvars.iv672.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
-  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter158
-  br i1 %epil.iter.cmp.not, label %for_end_ax167.i, label %for_body_ax166.i.epil, !prof !41, !llvm.loop !42
+  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter164
+  br i1 %epil.iter.cmp.not, label %for_end_ax169.i, label %for_body_ax168.i.epil, !prof !41, !llvm.loop !42
 
-for_end_ax167.i:                                  ; preds = %for_body_ax166.i.epil, %for_end_ax167.i.loopexit.unr-lcssa, %for_begin_v45.preheader.i
-  %peak.rf_global269.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_v45.preheader.i ], [ %1905, %for_end_ax167.i.loopexit.unr-lcssa ], [ %1909, %for_body_ax166.i.epil ]
-  %peak.rf270.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.i, i64 0
-  %1910 = fcmp olt float %peak.rf270.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %1911 = select i1 %1910, float 0xC7EFFFFFE0000000, float %peak.rf270.sroa.0.0.vec.extract.i
-  %peak.rf270.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.i, i64 1
-  %1912 = fcmp ogt float %1911, %peak.rf270.sroa.0.4.vec.extract.i
-  %1913 = select i1 %1912, float %1911, float %peak.rf270.sroa.0.4.vec.extract.i
-  %peak.rf270.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.i, i64 2
-  %1914 = fcmp ogt float %1913, %peak.rf270.sroa.0.8.vec.extract.i
-  %1915 = select i1 %1914, float %1913, float %peak.rf270.sroa.0.8.vec.extract.i
-  %peak.rf270.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.i, i64 3
-  %1916 = fcmp ogt float %1915, %peak.rf270.sroa.0.12.vec.extract.i
-  %1917 = select i1 %1916, float %1915, float %peak.rf270.sroa.0.12.vec.extract.i
-  %peak.rf270.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.i, i64 4
-  %1918 = fcmp ogt float %1917, %peak.rf270.sroa.0.16.vec.extract.i
-  %1919 = select i1 %1918, float %1917, float %peak.rf270.sroa.0.16.vec.extract.i
-  %peak.rf270.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.i, i64 5
-  %1920 = fcmp ogt float %1919, %peak.rf270.sroa.0.20.vec.extract.i
-  %1921 = select i1 %1920, float %1919, float %peak.rf270.sroa.0.20.vec.extract.i
-  %peak.rf270.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.i, i64 6
-  %1922 = fcmp ogt float %1921, %peak.rf270.sroa.0.24.vec.extract.i
-  %1923 = select i1 %1922, float %1921, float %peak.rf270.sroa.0.24.vec.extract.i
-  %peak.rf270.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.i, i64 7
-  %1924 = fcmp ogt float %1923, %peak.rf270.sroa.0.28.vec.extract.i
-  %1925 = select i1 %1924, float %1923, float %peak.rf270.sroa.0.28.vec.extract.i
-  %peak.rf270.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.i, i64 8
-  %1926 = fcmp ogt float %1925, %peak.rf270.sroa.0.32.vec.extract.i
-  %1927 = select i1 %1926, float %1925, float %peak.rf270.sroa.0.32.vec.extract.i
-  %peak.rf270.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.i, i64 9
-  %1928 = fcmp ogt float %1927, %peak.rf270.sroa.0.36.vec.extract.i
-  %1929 = select i1 %1928, float %1927, float %peak.rf270.sroa.0.36.vec.extract.i
-  %peak.rf270.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.i, i64 10
-  %1930 = fcmp ogt float %1929, %peak.rf270.sroa.0.40.vec.extract.i
-  %1931 = select i1 %1930, float %1929, float %peak.rf270.sroa.0.40.vec.extract.i
-  %peak.rf270.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.i, i64 11
-  %1932 = fcmp ogt float %1931, %peak.rf270.sroa.0.44.vec.extract.i
-  %1933 = select i1 %1932, float %1931, float %peak.rf270.sroa.0.44.vec.extract.i
-  %peak.rf270.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.i, i64 12
-  %1934 = fcmp ogt float %1933, %peak.rf270.sroa.0.48.vec.extract.i
-  %1935 = select i1 %1934, float %1933, float %peak.rf270.sroa.0.48.vec.extract.i
-  %peak.rf270.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.i, i64 13
-  %1936 = fcmp ogt float %1935, %peak.rf270.sroa.0.52.vec.extract.i
-  %1937 = select i1 %1936, float %1935, float %peak.rf270.sroa.0.52.vec.extract.i
-  %peak.rf270.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.i, i64 14
-  %1938 = fcmp ogt float %1937, %peak.rf270.sroa.0.56.vec.extract.i
-  %1939 = select i1 %1938, float %1937, float %peak.rf270.sroa.0.56.vec.extract.i
-  %peak.rf270.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global269.sroa.0.0.lcssa.i, i64 15
-  %1940 = fcmp ogt float %1939, %peak.rf270.sroa.0.60.vec.extract.i
-  %1941 = select i1 %1940, float %1939, float %peak.rf270.sroa.0.60.vec.extract.i
-  %peak272.sroa.0.0.vec.insert.i = insertelement <2 x float> poison, float %1941, i64 0
-  br i1 %1215, label %for_body_ax166.1.i.preheader, label %for_end_ax167.1.i, !prof !3
+for_end_ax169.i:                                  ; preds = %for_body_ax168.i.epil, %for_end_ax169.i.loopexit.unr-lcssa, %for_begin_v47.preheader.i
+  %peak.rf_global271.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_v47.preheader.i ], [ %1915, %for_end_ax169.i.loopexit.unr-lcssa ], [ %1919, %for_body_ax168.i.epil ]
+  %peak.rf272.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.i, i64 0
+  %1920 = fcmp olt float %peak.rf272.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %1921 = select i1 %1920, float 0xC7EFFFFFE0000000, float %peak.rf272.sroa.0.0.vec.extract.i
+  %peak.rf272.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.i, i64 1
+  %1922 = fcmp ogt float %1921, %peak.rf272.sroa.0.4.vec.extract.i
+  %1923 = select i1 %1922, float %1921, float %peak.rf272.sroa.0.4.vec.extract.i
+  %peak.rf272.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.i, i64 2
+  %1924 = fcmp ogt float %1923, %peak.rf272.sroa.0.8.vec.extract.i
+  %1925 = select i1 %1924, float %1923, float %peak.rf272.sroa.0.8.vec.extract.i
+  %peak.rf272.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.i, i64 3
+  %1926 = fcmp ogt float %1925, %peak.rf272.sroa.0.12.vec.extract.i
+  %1927 = select i1 %1926, float %1925, float %peak.rf272.sroa.0.12.vec.extract.i
+  %peak.rf272.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.i, i64 4
+  %1928 = fcmp ogt float %1927, %peak.rf272.sroa.0.16.vec.extract.i
+  %1929 = select i1 %1928, float %1927, float %peak.rf272.sroa.0.16.vec.extract.i
+  %peak.rf272.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.i, i64 5
+  %1930 = fcmp ogt float %1929, %peak.rf272.sroa.0.20.vec.extract.i
+  %1931 = select i1 %1930, float %1929, float %peak.rf272.sroa.0.20.vec.extract.i
+  %peak.rf272.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.i, i64 6
+  %1932 = fcmp ogt float %1931, %peak.rf272.sroa.0.24.vec.extract.i
+  %1933 = select i1 %1932, float %1931, float %peak.rf272.sroa.0.24.vec.extract.i
+  %peak.rf272.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.i, i64 7
+  %1934 = fcmp ogt float %1933, %peak.rf272.sroa.0.28.vec.extract.i
+  %1935 = select i1 %1934, float %1933, float %peak.rf272.sroa.0.28.vec.extract.i
+  %peak.rf272.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.i, i64 8
+  %1936 = fcmp ogt float %1935, %peak.rf272.sroa.0.32.vec.extract.i
+  %1937 = select i1 %1936, float %1935, float %peak.rf272.sroa.0.32.vec.extract.i
+  %peak.rf272.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.i, i64 9
+  %1938 = fcmp ogt float %1937, %peak.rf272.sroa.0.36.vec.extract.i
+  %1939 = select i1 %1938, float %1937, float %peak.rf272.sroa.0.36.vec.extract.i
+  %peak.rf272.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.i, i64 10
+  %1940 = fcmp ogt float %1939, %peak.rf272.sroa.0.40.vec.extract.i
+  %1941 = select i1 %1940, float %1939, float %peak.rf272.sroa.0.40.vec.extract.i
+  %peak.rf272.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.i, i64 11
+  %1942 = fcmp ogt float %1941, %peak.rf272.sroa.0.44.vec.extract.i
+  %1943 = select i1 %1942, float %1941, float %peak.rf272.sroa.0.44.vec.extract.i
+  %peak.rf272.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.i, i64 12
+  %1944 = fcmp ogt float %1943, %peak.rf272.sroa.0.48.vec.extract.i
+  %1945 = select i1 %1944, float %1943, float %peak.rf272.sroa.0.48.vec.extract.i
+  %peak.rf272.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.i, i64 13
+  %1946 = fcmp ogt float %1945, %peak.rf272.sroa.0.52.vec.extract.i
+  %1947 = select i1 %1946, float %1945, float %peak.rf272.sroa.0.52.vec.extract.i
+  %peak.rf272.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.i, i64 14
+  %1948 = fcmp ogt float %1947, %peak.rf272.sroa.0.56.vec.extract.i
+  %1949 = select i1 %1948, float %1947, float %peak.rf272.sroa.0.56.vec.extract.i
+  %peak.rf272.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global271.sroa.0.0.lcssa.i, i64 15
+  %1950 = fcmp ogt float %1949, %peak.rf272.sroa.0.60.vec.extract.i
+  %1951 = select i1 %1950, float %1949, float %peak.rf272.sroa.0.60.vec.extract.i
+  %peak274.sroa.0.0.vec.insert.i = insertelement <2 x float> poison, float %1951, i64 0
+  br i1 %1225, label %for_body_ax168.1.i.preheader, label %for_end_ax169.1.i, !prof !3
 
-for_body_ax166.1.i.preheader:                     ; preds = %for_end_ax167.i
-  br i1 %1279, label %for_body_ax166.1.i.epil.preheader, label %for_body_ax166.1.i, !prof !36
+for_body_ax168.1.i.preheader:                     ; preds = %for_end_ax169.i
+  br i1 %1289, label %for_body_ax168.1.i.epil.preheader, label %for_body_ax168.1.i, !prof !36
 
-for_body_ax166.1.i:                               ; preds = %for_body_ax166.1.i, %for_body_ax166.1.i.preheader
-  %indvars.iv666.1.i = phi i64 [ %indvars.iv.next667.1.i.7, %for_body_ax166.1.i ], [ 0, %for_body_ax166.1.i.preheader ]
-  %peak.rf_global269.sroa.0.0483.1.i = phi <16 x float> [ %1981, %for_body_ax166.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax166.1.i.preheader ]
-  %niter170 = phi i64 [ %niter170.next.7, %for_body_ax166.1.i ], [ 0, %for_body_ax166.1.i.preheader ]
-  %.idx825.i = shl nsw i64 %indvars.iv666.1.i, 6
-  %1942 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %.idx825.i
-  %1943 = getelementptr inbounds nuw i8, ptr %1942, i64 256
-  %1944 = load <16 x float>, ptr %1943, align 16, !tbaa !34
-  %1945 = fcmp ogt <16 x float> %peak.rf_global269.sroa.0.0483.1.i, %1944
-  %1946 = select <16 x i1> %1945, <16 x float> %peak.rf_global269.sroa.0.0483.1.i, <16 x float> %1944
-  %indvars.iv.next667.1.i = shl i64 %indvars.iv666.1.i, 6
-  %1947 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.1.i
-  %1948 = getelementptr inbounds nuw i8, ptr %1947, i64 320
-  %1949 = load <16 x float>, ptr %1948, align 16, !tbaa !34
-  %1950 = fcmp ogt <16 x float> %1946, %1949
-  %1951 = select <16 x i1> %1950, <16 x float> %1946, <16 x float> %1949
-  %indvars.iv.next667.1.i.1 = shl i64 %indvars.iv666.1.i, 6
-  %1952 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.1.i.1
-  %1953 = getelementptr inbounds nuw i8, ptr %1952, i64 384
+for_body_ax168.1.i:                               ; preds = %for_body_ax168.1.i, %for_body_ax168.1.i.preheader
+  %indvars.iv672.1.i = phi i64 [ %indvars.iv.next673.1.i.7, %for_body_ax168.1.i ], [ 0, %for_body_ax168.1.i.preheader ]
+  %peak.rf_global271.sroa.0.0489.1.i = phi <16 x float> [ %1991, %for_body_ax168.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax168.1.i.preheader ]
+  %niter176 = phi i64 [ %niter176.next.7, %for_body_ax168.1.i ], [ 0, %for_body_ax168.1.i.preheader ]
+  %.idx831.i = shl nsw i64 %indvars.iv672.1.i, 6
+  %1952 = getelementptr inbounds nuw i8, ptr %scaled275.i, i64 %.idx831.i
+  %1953 = getelementptr inbounds nuw i8, ptr %1952, i64 256
   %1954 = load <16 x float>, ptr %1953, align 16, !tbaa !34
-  %1955 = fcmp ogt <16 x float> %1951, %1954
-  %1956 = select <16 x i1> %1955, <16 x float> %1951, <16 x float> %1954
-  %indvars.iv.next667.1.i.2 = shl i64 %indvars.iv666.1.i, 6
-  %1957 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.1.i.2
-  %1958 = getelementptr inbounds nuw i8, ptr %1957, i64 448
+  %1955 = fcmp ogt <16 x float> %peak.rf_global271.sroa.0.0489.1.i, %1954
+  %1956 = select <16 x i1> %1955, <16 x float> %peak.rf_global271.sroa.0.0489.1.i, <16 x float> %1954
+  %indvars.iv.next673.1.i = shl i64 %indvars.iv672.1.i, 6
+  %1957 = getelementptr inbounds nuw i8, ptr %scaled275.i, i64 %indvars.iv.next673.1.i
+  %1958 = getelementptr inbounds nuw i8, ptr %1957, i64 320
   %1959 = load <16 x float>, ptr %1958, align 16, !tbaa !34
   %1960 = fcmp ogt <16 x float> %1956, %1959
   %1961 = select <16 x i1> %1960, <16 x float> %1956, <16 x float> %1959
-  %indvars.iv.next667.1.i.3 = shl i64 %indvars.iv666.1.i, 6
-  %1962 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.1.i.3
-  %1963 = getelementptr inbounds nuw i8, ptr %1962, i64 512
+  %indvars.iv.next673.1.i.1 = shl i64 %indvars.iv672.1.i, 6
+  %1962 = getelementptr inbounds nuw i8, ptr %scaled275.i, i64 %indvars.iv.next673.1.i.1
+  %1963 = getelementptr inbounds nuw i8, ptr %1962, i64 384
   %1964 = load <16 x float>, ptr %1963, align 16, !tbaa !34
   %1965 = fcmp ogt <16 x float> %1961, %1964
   %1966 = select <16 x i1> %1965, <16 x float> %1961, <16 x float> %1964
-  %indvars.iv.next667.1.i.4 = shl i64 %indvars.iv666.1.i, 6
-  %1967 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.1.i.4
-  %1968 = getelementptr inbounds nuw i8, ptr %1967, i64 576
+  %indvars.iv.next673.1.i.2 = shl i64 %indvars.iv672.1.i, 6
+  %1967 = getelementptr inbounds nuw i8, ptr %scaled275.i, i64 %indvars.iv.next673.1.i.2
+  %1968 = getelementptr inbounds nuw i8, ptr %1967, i64 448
   %1969 = load <16 x float>, ptr %1968, align 16, !tbaa !34
   %1970 = fcmp ogt <16 x float> %1966, %1969
   %1971 = select <16 x i1> %1970, <16 x float> %1966, <16 x float> %1969
-  %indvars.iv.next667.1.i.5 = shl i64 %indvars.iv666.1.i, 6
-  %1972 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.1.i.5
-  %1973 = getelementptr inbounds nuw i8, ptr %1972, i64 640
+  %indvars.iv.next673.1.i.3 = shl i64 %indvars.iv672.1.i, 6
+  %1972 = getelementptr inbounds nuw i8, ptr %scaled275.i, i64 %indvars.iv.next673.1.i.3
+  %1973 = getelementptr inbounds nuw i8, ptr %1972, i64 512
   %1974 = load <16 x float>, ptr %1973, align 16, !tbaa !34
   %1975 = fcmp ogt <16 x float> %1971, %1974
   %1976 = select <16 x i1> %1975, <16 x float> %1971, <16 x float> %1974
-  %indvars.iv.next667.1.i.6 = shl i64 %indvars.iv666.1.i, 6
-  %1977 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %indvars.iv.next667.1.i.6
-  %1978 = getelementptr inbounds nuw i8, ptr %1977, i64 704
+  %indvars.iv.next673.1.i.4 = shl i64 %indvars.iv672.1.i, 6
+  %1977 = getelementptr inbounds nuw i8, ptr %scaled275.i, i64 %indvars.iv.next673.1.i.4
+  %1978 = getelementptr inbounds nuw i8, ptr %1977, i64 576
   %1979 = load <16 x float>, ptr %1978, align 16, !tbaa !34
   %1980 = fcmp ogt <16 x float> %1976, %1979
   %1981 = select <16 x i1> %1980, <16 x float> %1976, <16 x float> %1979
-  %indvars.iv.next667.1.i.7 = add nuw nsw i64 %indvars.iv666.1.i, 8
-  %niter170.next.7 = add i64 %niter170, 8
-  %niter170.ncmp.7 = icmp eq i64 %niter170.next.7, %unroll_iter169
-  br i1 %niter170.ncmp.7, label %for_end_ax167.1.i.loopexit.unr-lcssa, label %for_body_ax166.1.i, !prof !37, !llvm.loop !45
-
-for_end_ax167.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax166.1.i
-  br i1 %lcmp.mod166.not, label %for_end_ax167.1.i, label %for_body_ax166.1.i.epil.preheader, !prof !40
-
-for_body_ax166.1.i.epil.preheader:                ; preds = %for_end_ax167.1.i.loopexit.unr-lcssa, %for_body_ax166.1.i.preheader
-  %indvars.iv666.1.i.epil.init = phi i64 [ 0, %for_body_ax166.1.i.preheader ], [ %indvars.iv.next667.1.i.7, %for_end_ax167.1.i.loopexit.unr-lcssa ]
-  %peak.rf_global269.sroa.0.0483.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax166.1.i.preheader ], [ %1981, %for_end_ax167.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod168)
-  br label %for_body_ax166.1.i.epil
-
-for_body_ax166.1.i.epil:                          ; preds = %for_body_ax166.1.i.epil, %for_body_ax166.1.i.epil.preheader
-  %indvars.iv666.1.i.epil = phi i64 [ %indvars.iv.next667.1.i.epil, %for_body_ax166.1.i.epil ], [ %indvars.iv666.1.i.epil.init, %for_body_ax166.1.i.epil.preheader ]
-  %peak.rf_global269.sroa.0.0483.1.i.epil = phi <16 x float> [ %1986, %for_body_ax166.1.i.epil ], [ %peak.rf_global269.sroa.0.0483.1.i.epil.init, %for_body_ax166.1.i.epil.preheader ]
-  %epil.iter165 = phi i64 [ %epil.iter165.next, %for_body_ax166.1.i.epil ], [ 0, %for_body_ax166.1.i.epil.preheader ]
-  %.idx825.i.epil = shl nsw i64 %indvars.iv666.1.i.epil, 6
-  %1982 = getelementptr inbounds nuw i8, ptr %scaled273.i, i64 %.idx825.i.epil
-  %1983 = getelementptr inbounds nuw i8, ptr %1982, i64 256
+  %indvars.iv.next673.1.i.5 = shl i64 %indvars.iv672.1.i, 6
+  %1982 = getelementptr inbounds nuw i8, ptr %scaled275.i, i64 %indvars.iv.next673.1.i.5
+  %1983 = getelementptr inbounds nuw i8, ptr %1982, i64 640
   %1984 = load <16 x float>, ptr %1983, align 16, !tbaa !34
-  %1985 = fcmp ogt <16 x float> %peak.rf_global269.sroa.0.0483.1.i.epil, %1984
-  %1986 = select <16 x i1> %1985, <16 x float> %peak.rf_global269.sroa.0.0483.1.i.epil, <16 x float> %1984
-  %indvars.iv.next667.1.i.epil = add nuw nsw i64 %indvars.iv666.1.i.epil, 1
-  %epil.iter165.next = add i64 %epil.iter165, 1
-  %epil.iter165.cmp.not = icmp eq i64 %epil.iter165.next, %xtraiter164
-  br i1 %epil.iter165.cmp.not, label %for_end_ax167.1.i, label %for_body_ax166.1.i.epil, !prof !41, !llvm.loop !46
+  %1985 = fcmp ogt <16 x float> %1981, %1984
+  %1986 = select <16 x i1> %1985, <16 x float> %1981, <16 x float> %1984
+  %indvars.iv.next673.1.i.6 = shl i64 %indvars.iv672.1.i, 6
+  %1987 = getelementptr inbounds nuw i8, ptr %scaled275.i, i64 %indvars.iv.next673.1.i.6
+  %1988 = getelementptr inbounds nuw i8, ptr %1987, i64 704
+  %1989 = load <16 x float>, ptr %1988, align 16, !tbaa !34
+  %1990 = fcmp ogt <16 x float> %1986, %1989
+  %1991 = select <16 x i1> %1990, <16 x float> %1986, <16 x float> %1989
+  %indvars.iv.next673.1.i.7 = add nuw nsw i64 %indvars.iv672.1.i, 8
+  %niter176.next.7 = add i64 %niter176, 8
+  %niter176.ncmp.7 = icmp eq i64 %niter176.next.7, %unroll_iter175
+  br i1 %niter176.ncmp.7, label %for_end_ax169.1.i.loopexit.unr-lcssa, label %for_body_ax168.1.i, !prof !37, !llvm.loop !45
 
-for_end_ax167.1.i:                                ; preds = %for_body_ax166.1.i.epil, %for_end_ax167.1.i.loopexit.unr-lcssa, %for_end_ax167.i
-  %peak.rf_global269.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax167.i ], [ %1981, %for_end_ax167.1.i.loopexit.unr-lcssa ], [ %1986, %for_body_ax166.1.i.epil ]
-  br i1 %1273, label %for_body_r71.us.preheader.i, label %for_begin_r77.preheader.i
+for_end_ax169.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax168.1.i
+  br i1 %lcmp.mod172.not, label %for_end_ax169.1.i, label %for_body_ax168.1.i.epil.preheader, !prof !40
 
-for_begin_r77.preheader.i:                        ; preds = %for_end_ax167.1.i, %for_body_r71.us.preheader.i
-  %tile_max275.sroa.0.3.i = phi <2 x float> [ %peak272.sroa.0.4.vec.insert.i, %for_body_r71.us.preheader.i ], [ splat (float 0xC6293E5940000000), %for_end_ax167.1.i ]
-  br i1 %1215, label %for_begin_to82.preheader.us.preheader.i, label %for_end_ax194.i, !prof !3
-
-for_begin_to82.preheader.us.preheader.i:          ; preds = %for_begin_r77.preheader.i
-  %1987 = shufflevector <2 x float> %tile_max275.sroa.0.3.i, <2 x float> poison, <16 x i32> zeroinitializer
-  %1988 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1758
-  br i1 %1280, label %for_body_to83.us.i.epil.preheader, label %for_body_to83.us.i, !prof !27
-
-for_body_to83.us.i:                               ; preds = %for_body_to83.us.i, %for_begin_to82.preheader.us.preheader.i
-  %indvars.iv680.i = phi i64 [ %indvars.iv.next681.i.1, %for_body_to83.us.i ], [ 0, %for_begin_to82.preheader.us.preheader.i ]
-  %niter176 = phi i64 [ %niter176.next.1, %for_body_to83.us.i ], [ 0, %for_begin_to82.preheader.us.preheader.i ]
-  %1989 = shl nsw i64 %indvars.iv680.i, 4
-  %1990 = getelementptr inbounds nuw float, ptr %scaled273.i, i64 %1989
-  %1991 = load <16 x float>, ptr %1990, align 16, !tbaa !34
-  %arg.us.i = fsub <16 x float> %1991, %1987
-  %1992 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %503)
-  %1993 = bitcast <16 x float> %1992 to <16 x i32>
-  %1994 = fsub <16 x float> %1992, %503
-  %1995 = fmul <16 x float> %1994, splat (float 0x3F2BD01060000000)
-  %1996 = fmul <16 x float> %1994, splat (float 0x3FE6300000000000)
-  %1997 = fsub <16 x float> %arg.us.i, %1996
-  %1998 = fadd <16 x float> %1995, %1997
-  %1999 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1998, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2000 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1999, <16 x float> %1998, <16 x float> splat (float 0x3FA5558F20000000))
-  %2001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2000, <16 x float> %1998, <16 x float> splat (float 0x3FC5554920000000))
-  %2002 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2001, <16 x float> %1998, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2003 = fmul <16 x float> %1998, %1998
-  %2004 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2002, <16 x float> %2003, <16 x float> %1998)
-  %2005 = shl <16 x i32> %1993, splat (i32 23)
-  %2006 = bitcast <16 x i32> %2005 to <16 x float>
-  %2007 = fadd <16 x float> %2004, splat (float 1.000000e+00)
-  %2008 = fmul <16 x float> %2007, %2006
-  %2009 = fcmp olt <16 x float> %arg.us.i, %506
-  %2010 = select <16 x i1> %2009, <16 x float> zeroinitializer, <16 x float> %2008
-  %2011 = getelementptr inbounds nuw float, ptr %1988, i64 %1989
-  store <16 x float> %2010, ptr %2011, align 4, !tbaa !4
-  %indvars.iv.next681.i = shl i64 %indvars.iv680.i, 4
-  %2012 = or disjoint i64 %indvars.iv.next681.i, 16
-  %2013 = getelementptr inbounds nuw float, ptr %scaled273.i, i64 %2012
-  %2014 = load <16 x float>, ptr %2013, align 16, !tbaa !34
-  %arg.us.i.1 = fsub <16 x float> %2014, %1987
-  %2015 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %503)
-  %2016 = bitcast <16 x float> %2015 to <16 x i32>
-  %2017 = fsub <16 x float> %2015, %503
-  %2018 = fmul <16 x float> %2017, splat (float 0x3F2BD01060000000)
-  %2019 = fmul <16 x float> %2017, splat (float 0x3FE6300000000000)
-  %2020 = fsub <16 x float> %arg.us.i.1, %2019
-  %2021 = fadd <16 x float> %2018, %2020
-  %2022 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2021, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2023 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2021, <16 x float> splat (float 0x3FA5558F20000000))
-  %2024 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2023, <16 x float> %2021, <16 x float> splat (float 0x3FC5554920000000))
-  %2025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2024, <16 x float> %2021, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2026 = fmul <16 x float> %2021, %2021
-  %2027 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2025, <16 x float> %2026, <16 x float> %2021)
-  %2028 = shl <16 x i32> %2016, splat (i32 23)
-  %2029 = bitcast <16 x i32> %2028 to <16 x float>
-  %2030 = fadd <16 x float> %2027, splat (float 1.000000e+00)
-  %2031 = fmul <16 x float> %2030, %2029
-  %2032 = fcmp olt <16 x float> %arg.us.i.1, %506
-  %2033 = select <16 x i1> %2032, <16 x float> zeroinitializer, <16 x float> %2031
-  %2034 = getelementptr inbounds nuw float, ptr %1988, i64 %2012
-  store <16 x float> %2033, ptr %2034, align 4, !tbaa !4
-  %indvars.iv.next681.i.1 = add nuw nsw i64 %indvars.iv680.i, 2
-  %niter176.next.1 = add i64 %niter176, 2
-  %niter176.ncmp.1 = icmp eq i64 %niter176.next.1, %unroll_iter175
-  br i1 %niter176.ncmp.1, label %for_begin_to82.for_end_to84_crit_edge.us.i.unr-lcssa, label %for_body_to83.us.i, !prof !30, !llvm.loop !47
-
-for_begin_to82.for_end_to84_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to83.us.i
-  br i1 %lcmp.mod173.not, label %for_begin_to82.for_end_to84_crit_edge.us.i, label %for_body_to83.us.i.epil.preheader, !prof !33
-
-for_body_to83.us.i.epil.preheader:                ; preds = %for_begin_to82.for_end_to84_crit_edge.us.i.unr-lcssa, %for_begin_to82.preheader.us.preheader.i
-  %indvars.iv680.i.epil.init = phi i64 [ 0, %for_begin_to82.preheader.us.preheader.i ], [ %indvars.iv.next681.i.1, %for_begin_to82.for_end_to84_crit_edge.us.i.unr-lcssa ]
+for_body_ax168.1.i.epil.preheader:                ; preds = %for_end_ax169.1.i.loopexit.unr-lcssa, %for_body_ax168.1.i.preheader
+  %indvars.iv672.1.i.epil.init = phi i64 [ 0, %for_body_ax168.1.i.preheader ], [ %indvars.iv.next673.1.i.7, %for_end_ax169.1.i.loopexit.unr-lcssa ]
+  %peak.rf_global271.sroa.0.0489.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax168.1.i.preheader ], [ %1991, %for_end_ax169.1.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod174)
-  %2035 = shl nsw i64 %indvars.iv680.i.epil.init, 4
-  %2036 = getelementptr inbounds nuw float, ptr %scaled273.i, i64 %2035
-  %2037 = load <16 x float>, ptr %2036, align 16, !tbaa !34
-  %arg.us.i.epil = fsub <16 x float> %2037, %1987
-  %2038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %503)
-  %2039 = bitcast <16 x float> %2038 to <16 x i32>
-  %2040 = fsub <16 x float> %2038, %503
-  %2041 = fmul <16 x float> %2040, splat (float 0x3F2BD01060000000)
-  %2042 = fmul <16 x float> %2040, splat (float 0x3FE6300000000000)
-  %2043 = fsub <16 x float> %arg.us.i.epil, %2042
-  %2044 = fadd <16 x float> %2041, %2043
-  %2045 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2044, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2046 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2045, <16 x float> %2044, <16 x float> splat (float 0x3FA5558F20000000))
-  %2047 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2046, <16 x float> %2044, <16 x float> splat (float 0x3FC5554920000000))
-  %2048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2047, <16 x float> %2044, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2049 = fmul <16 x float> %2044, %2044
-  %2050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2048, <16 x float> %2049, <16 x float> %2044)
-  %2051 = shl <16 x i32> %2039, splat (i32 23)
-  %2052 = bitcast <16 x i32> %2051 to <16 x float>
-  %2053 = fadd <16 x float> %2050, splat (float 1.000000e+00)
-  %2054 = fmul <16 x float> %2053, %2052
-  %2055 = fcmp olt <16 x float> %arg.us.i.epil, %506
-  %2056 = select <16 x i1> %2055, <16 x float> zeroinitializer, <16 x float> %2054
-  %2057 = getelementptr inbounds nuw float, ptr %1988, i64 %2035
-  store <16 x float> %2056, ptr %2057, align 4, !tbaa !4
-  br label %for_begin_to82.for_end_to84_crit_edge.us.i
+  br label %for_body_ax168.1.i.epil
 
-for_begin_to82.for_end_to84_crit_edge.us.i:       ; preds = %for_body_to83.us.i.epil.preheader, %for_begin_to82.for_end_to84_crit_edge.us.i.unr-lcssa
-  %2058 = shufflevector <2 x float> %tile_max275.sroa.0.3.i, <2 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2059 = getelementptr inbounds nuw i8, ptr %1988, i64 256
-  br i1 %1281, label %for_body_to83.us.1.i.epil.preheader, label %for_body_to83.us.1.i, !prof !27
+for_body_ax168.1.i.epil:                          ; preds = %for_body_ax168.1.i.epil, %for_body_ax168.1.i.epil.preheader
+  %indvars.iv672.1.i.epil = phi i64 [ %indvars.iv.next673.1.i.epil, %for_body_ax168.1.i.epil ], [ %indvars.iv672.1.i.epil.init, %for_body_ax168.1.i.epil.preheader ]
+  %peak.rf_global271.sroa.0.0489.1.i.epil = phi <16 x float> [ %1996, %for_body_ax168.1.i.epil ], [ %peak.rf_global271.sroa.0.0489.1.i.epil.init, %for_body_ax168.1.i.epil.preheader ]
+  %epil.iter171 = phi i64 [ %epil.iter171.next, %for_body_ax168.1.i.epil ], [ 0, %for_body_ax168.1.i.epil.preheader ]
+  %.idx831.i.epil = shl nsw i64 %indvars.iv672.1.i.epil, 6
+  %1992 = getelementptr inbounds nuw i8, ptr %scaled275.i, i64 %.idx831.i.epil
+  %1993 = getelementptr inbounds nuw i8, ptr %1992, i64 256
+  %1994 = load <16 x float>, ptr %1993, align 16, !tbaa !34
+  %1995 = fcmp ogt <16 x float> %peak.rf_global271.sroa.0.0489.1.i.epil, %1994
+  %1996 = select <16 x i1> %1995, <16 x float> %peak.rf_global271.sroa.0.0489.1.i.epil, <16 x float> %1994
+  %indvars.iv.next673.1.i.epil = add nuw nsw i64 %indvars.iv672.1.i.epil, 1
+  %epil.iter171.next = add i64 %epil.iter171, 1
+  %epil.iter171.cmp.not = icmp eq i64 %epil.iter171.next, %xtraiter170
+  br i1 %epil.iter171.cmp.not, label %for_end_ax169.1.i, label %for_body_ax168.1.i.epil, !prof !41, !llvm.loop !46
 
-for_body_to83.us.1.i:                             ; preds = %for_body_to83.us.1.i, %for_begin_to82.for_end_to84_crit_edge.us.i
-  %indvars.iv680.1.i = phi i64 [ %indvars.iv.next681.1.i.1, %for_body_to83.us.1.i ], [ 0, %for_begin_to82.for_end_to84_crit_edge.us.i ]
-  %niter182 = phi i64 [ %niter182.next.1, %for_body_to83.us.1.i ], [ 0, %for_begin_to82.for_end_to84_crit_edge.us.i ]
-  %2060 = shl nsw i64 %indvars.iv680.1.i, 4
-  %2061 = getelementptr inbounds nuw float, ptr %scaled273.i, i64 %2060
-  %2062 = getelementptr inbounds nuw i8, ptr %2061, i64 256
-  %2063 = load <16 x float>, ptr %2062, align 16, !tbaa !34
-  %arg.us.1.i = fsub <16 x float> %2063, %2058
-  %2064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %503)
-  %2065 = bitcast <16 x float> %2064 to <16 x i32>
-  %2066 = fsub <16 x float> %2064, %503
-  %2067 = fmul <16 x float> %2066, splat (float 0x3F2BD01060000000)
-  %2068 = fmul <16 x float> %2066, splat (float 0x3FE6300000000000)
-  %2069 = fsub <16 x float> %arg.us.1.i, %2068
-  %2070 = fadd <16 x float> %2067, %2069
-  %2071 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2070, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2072 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2071, <16 x float> %2070, <16 x float> splat (float 0x3FA5558F20000000))
-  %2073 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2072, <16 x float> %2070, <16 x float> splat (float 0x3FC5554920000000))
-  %2074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2070, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2075 = fmul <16 x float> %2070, %2070
-  %2076 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2075, <16 x float> %2070)
-  %2077 = shl <16 x i32> %2065, splat (i32 23)
-  %2078 = bitcast <16 x i32> %2077 to <16 x float>
-  %2079 = fadd <16 x float> %2076, splat (float 1.000000e+00)
-  %2080 = fmul <16 x float> %2079, %2078
-  %2081 = fcmp olt <16 x float> %arg.us.1.i, %506
-  %2082 = select <16 x i1> %2081, <16 x float> zeroinitializer, <16 x float> %2080
-  %2083 = getelementptr inbounds nuw float, ptr %2059, i64 %2060
-  store <16 x float> %2082, ptr %2083, align 4, !tbaa !4
-  %indvars.iv.next681.1.i = shl i64 %indvars.iv680.1.i, 4
-  %2084 = or disjoint i64 %indvars.iv.next681.1.i, 16
-  %2085 = getelementptr inbounds nuw float, ptr %scaled273.i, i64 %2084
-  %2086 = getelementptr inbounds nuw i8, ptr %2085, i64 256
-  %2087 = load <16 x float>, ptr %2086, align 16, !tbaa !34
-  %arg.us.1.i.1 = fsub <16 x float> %2087, %2058
-  %2088 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %503)
-  %2089 = bitcast <16 x float> %2088 to <16 x i32>
-  %2090 = fsub <16 x float> %2088, %503
-  %2091 = fmul <16 x float> %2090, splat (float 0x3F2BD01060000000)
-  %2092 = fmul <16 x float> %2090, splat (float 0x3FE6300000000000)
-  %2093 = fsub <16 x float> %arg.us.1.i.1, %2092
-  %2094 = fadd <16 x float> %2091, %2093
-  %2095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2095, <16 x float> %2094, <16 x float> splat (float 0x3FA5558F20000000))
-  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2096, <16 x float> %2094, <16 x float> splat (float 0x3FC5554920000000))
-  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2097, <16 x float> %2094, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2099 = fmul <16 x float> %2094, %2094
-  %2100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2098, <16 x float> %2099, <16 x float> %2094)
-  %2101 = shl <16 x i32> %2089, splat (i32 23)
-  %2102 = bitcast <16 x i32> %2101 to <16 x float>
-  %2103 = fadd <16 x float> %2100, splat (float 1.000000e+00)
-  %2104 = fmul <16 x float> %2103, %2102
-  %2105 = fcmp olt <16 x float> %arg.us.1.i.1, %506
-  %2106 = select <16 x i1> %2105, <16 x float> zeroinitializer, <16 x float> %2104
-  %2107 = getelementptr inbounds nuw float, ptr %2059, i64 %2084
-  store <16 x float> %2106, ptr %2107, align 4, !tbaa !4
-  %indvars.iv.next681.1.i.1 = add nuw nsw i64 %indvars.iv680.1.i, 2
+for_end_ax169.1.i:                                ; preds = %for_body_ax168.1.i.epil, %for_end_ax169.1.i.loopexit.unr-lcssa, %for_end_ax169.i
+  %peak.rf_global271.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax169.i ], [ %1991, %for_end_ax169.1.i.loopexit.unr-lcssa ], [ %1996, %for_body_ax168.1.i.epil ]
+  br i1 %1283, label %for_body_r73.us.preheader.i, label %for_begin_r79.preheader.i
+
+for_begin_r79.preheader.i:                        ; preds = %for_end_ax169.1.i, %for_body_r73.us.preheader.i
+  %tile_max277.sroa.0.3.i = phi <2 x float> [ %peak274.sroa.0.4.vec.insert.i, %for_body_r73.us.preheader.i ], [ splat (float 0xC6293E5940000000), %for_end_ax169.1.i ]
+  br i1 %1225, label %for_begin_to84.preheader.us.preheader.i, label %for_end_ax196.i, !prof !3
+
+for_begin_to84.preheader.us.preheader.i:          ; preds = %for_begin_r79.preheader.i
+  %1997 = shufflevector <2 x float> %tile_max277.sroa.0.3.i, <2 x float> poison, <16 x i32> zeroinitializer
+  %1998 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1768
+  br i1 %1290, label %for_body_to85.us.i.epil.preheader, label %for_body_to85.us.i, !prof !27
+
+for_body_to85.us.i:                               ; preds = %for_body_to85.us.i, %for_begin_to84.preheader.us.preheader.i
+  %indvars.iv686.i = phi i64 [ %indvars.iv.next687.i.1, %for_body_to85.us.i ], [ 0, %for_begin_to84.preheader.us.preheader.i ]
+  %niter182 = phi i64 [ %niter182.next.1, %for_body_to85.us.i ], [ 0, %for_begin_to84.preheader.us.preheader.i ]
+  %1999 = shl nsw i64 %indvars.iv686.i, 4
+  %2000 = getelementptr inbounds nuw float, ptr %scaled275.i, i64 %1999
+  %2001 = load <16 x float>, ptr %2000, align 16, !tbaa !34
+  %arg.us.i = fsub <16 x float> %2001, %1997
+  %2002 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %512)
+  %2003 = bitcast <16 x float> %2002 to <16 x i32>
+  %2004 = fsub <16 x float> %2002, %512
+  %2005 = fmul <16 x float> %2004, splat (float 0x3F2BD01060000000)
+  %2006 = fmul <16 x float> %2004, splat (float 0x3FE6300000000000)
+  %2007 = fsub <16 x float> %arg.us.i, %2006
+  %2008 = fadd <16 x float> %2005, %2007
+  %2009 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2008, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2010 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2009, <16 x float> %2008, <16 x float> splat (float 0x3FA5558F20000000))
+  %2011 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2010, <16 x float> %2008, <16 x float> splat (float 0x3FC5554920000000))
+  %2012 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2011, <16 x float> %2008, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2013 = fmul <16 x float> %2008, %2008
+  %2014 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2012, <16 x float> %2013, <16 x float> %2008)
+  %2015 = shl <16 x i32> %2003, splat (i32 23)
+  %2016 = bitcast <16 x i32> %2015 to <16 x float>
+  %2017 = fadd <16 x float> %2014, splat (float 1.000000e+00)
+  %2018 = fmul <16 x float> %2017, %2016
+  %2019 = fcmp olt <16 x float> %arg.us.i, %515
+  %2020 = select <16 x i1> %2019, <16 x float> zeroinitializer, <16 x float> %2018
+  %2021 = getelementptr inbounds nuw float, ptr %1998, i64 %1999
+  store <16 x float> %2020, ptr %2021, align 4, !tbaa !4
+  %indvars.iv.next687.i = shl i64 %indvars.iv686.i, 4
+  %2022 = or disjoint i64 %indvars.iv.next687.i, 16
+  %2023 = getelementptr inbounds nuw float, ptr %scaled275.i, i64 %2022
+  %2024 = load <16 x float>, ptr %2023, align 16, !tbaa !34
+  %arg.us.i.1 = fsub <16 x float> %2024, %1997
+  %2025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %512)
+  %2026 = bitcast <16 x float> %2025 to <16 x i32>
+  %2027 = fsub <16 x float> %2025, %512
+  %2028 = fmul <16 x float> %2027, splat (float 0x3F2BD01060000000)
+  %2029 = fmul <16 x float> %2027, splat (float 0x3FE6300000000000)
+  %2030 = fsub <16 x float> %arg.us.i.1, %2029
+  %2031 = fadd <16 x float> %2028, %2030
+  %2032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2031, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2032, <16 x float> %2031, <16 x float> splat (float 0x3FA5558F20000000))
+  %2034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2033, <16 x float> %2031, <16 x float> splat (float 0x3FC5554920000000))
+  %2035 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2034, <16 x float> %2031, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2036 = fmul <16 x float> %2031, %2031
+  %2037 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2035, <16 x float> %2036, <16 x float> %2031)
+  %2038 = shl <16 x i32> %2026, splat (i32 23)
+  %2039 = bitcast <16 x i32> %2038 to <16 x float>
+  %2040 = fadd <16 x float> %2037, splat (float 1.000000e+00)
+  %2041 = fmul <16 x float> %2040, %2039
+  %2042 = fcmp olt <16 x float> %arg.us.i.1, %515
+  %2043 = select <16 x i1> %2042, <16 x float> zeroinitializer, <16 x float> %2041
+  %2044 = getelementptr inbounds nuw float, ptr %1998, i64 %2022
+  store <16 x float> %2043, ptr %2044, align 4, !tbaa !4
+  %indvars.iv.next687.i.1 = add nuw nsw i64 %indvars.iv686.i, 2
   %niter182.next.1 = add i64 %niter182, 2
   %niter182.ncmp.1 = icmp eq i64 %niter182.next.1, %unroll_iter181
-  br i1 %niter182.ncmp.1, label %for_body_ax193.i.preheader.unr-lcssa, label %for_body_to83.us.1.i, !prof !30, !llvm.loop !48
+  br i1 %niter182.ncmp.1, label %for_begin_to84.for_end_to86_crit_edge.us.i.unr-lcssa, label %for_body_to85.us.i, !prof !30, !llvm.loop !47
 
-for_body_ax193.i.preheader.unr-lcssa:             ; preds = %for_body_to83.us.1.i
-  br i1 %lcmp.mod179.not, label %for_body_ax193.i.preheader, label %for_body_to83.us.1.i.epil.preheader, !prof !33
+for_begin_to84.for_end_to86_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to85.us.i
+  br i1 %lcmp.mod179.not, label %for_begin_to84.for_end_to86_crit_edge.us.i, label %for_body_to85.us.i.epil.preheader, !prof !33
 
-for_body_to83.us.1.i.epil.preheader:              ; preds = %for_body_ax193.i.preheader.unr-lcssa, %for_begin_to82.for_end_to84_crit_edge.us.i
-  %indvars.iv680.1.i.epil.init = phi i64 [ 0, %for_begin_to82.for_end_to84_crit_edge.us.i ], [ %indvars.iv.next681.1.i.1, %for_body_ax193.i.preheader.unr-lcssa ]
+for_body_to85.us.i.epil.preheader:                ; preds = %for_begin_to84.for_end_to86_crit_edge.us.i.unr-lcssa, %for_begin_to84.preheader.us.preheader.i
+  %indvars.iv686.i.epil.init = phi i64 [ 0, %for_begin_to84.preheader.us.preheader.i ], [ %indvars.iv.next687.i.1, %for_begin_to84.for_end_to86_crit_edge.us.i.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod180)
-  %2108 = shl nsw i64 %indvars.iv680.1.i.epil.init, 4
-  %2109 = getelementptr inbounds nuw float, ptr %scaled273.i, i64 %2108
-  %2110 = getelementptr inbounds nuw i8, ptr %2109, i64 256
-  %2111 = load <16 x float>, ptr %2110, align 16, !tbaa !34
-  %arg.us.1.i.epil = fsub <16 x float> %2111, %2058
-  %2112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %503)
-  %2113 = bitcast <16 x float> %2112 to <16 x i32>
-  %2114 = fsub <16 x float> %2112, %503
-  %2115 = fmul <16 x float> %2114, splat (float 0x3F2BD01060000000)
-  %2116 = fmul <16 x float> %2114, splat (float 0x3FE6300000000000)
-  %2117 = fsub <16 x float> %arg.us.1.i.epil, %2116
-  %2118 = fadd <16 x float> %2115, %2117
-  %2119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2119, <16 x float> %2118, <16 x float> splat (float 0x3FA5558F20000000))
-  %2121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2120, <16 x float> %2118, <16 x float> splat (float 0x3FC5554920000000))
-  %2122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2121, <16 x float> %2118, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2123 = fmul <16 x float> %2118, %2118
-  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2122, <16 x float> %2123, <16 x float> %2118)
-  %2125 = shl <16 x i32> %2113, splat (i32 23)
-  %2126 = bitcast <16 x i32> %2125 to <16 x float>
-  %2127 = fadd <16 x float> %2124, splat (float 1.000000e+00)
-  %2128 = fmul <16 x float> %2127, %2126
-  %2129 = fcmp olt <16 x float> %arg.us.1.i.epil, %506
-  %2130 = select <16 x i1> %2129, <16 x float> zeroinitializer, <16 x float> %2128
-  %2131 = getelementptr inbounds nuw float, ptr %2059, i64 %2108
-  store <16 x float> %2130, ptr %2131, align 4, !tbaa !4
-  br label %for_body_ax193.i.preheader
+  %2045 = shl nsw i64 %indvars.iv686.i.epil.init, 4
+  %2046 = getelementptr inbounds nuw float, ptr %scaled275.i, i64 %2045
+  %2047 = load <16 x float>, ptr %2046, align 16, !tbaa !34
+  %arg.us.i.epil = fsub <16 x float> %2047, %1997
+  %2048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %512)
+  %2049 = bitcast <16 x float> %2048 to <16 x i32>
+  %2050 = fsub <16 x float> %2048, %512
+  %2051 = fmul <16 x float> %2050, splat (float 0x3F2BD01060000000)
+  %2052 = fmul <16 x float> %2050, splat (float 0x3FE6300000000000)
+  %2053 = fsub <16 x float> %arg.us.i.epil, %2052
+  %2054 = fadd <16 x float> %2051, %2053
+  %2055 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2056 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2055, <16 x float> %2054, <16 x float> splat (float 0x3FA5558F20000000))
+  %2057 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2056, <16 x float> %2054, <16 x float> splat (float 0x3FC5554920000000))
+  %2058 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2057, <16 x float> %2054, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2059 = fmul <16 x float> %2054, %2054
+  %2060 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2058, <16 x float> %2059, <16 x float> %2054)
+  %2061 = shl <16 x i32> %2049, splat (i32 23)
+  %2062 = bitcast <16 x i32> %2061 to <16 x float>
+  %2063 = fadd <16 x float> %2060, splat (float 1.000000e+00)
+  %2064 = fmul <16 x float> %2063, %2062
+  %2065 = fcmp olt <16 x float> %arg.us.i.epil, %515
+  %2066 = select <16 x i1> %2065, <16 x float> zeroinitializer, <16 x float> %2064
+  %2067 = getelementptr inbounds nuw float, ptr %1998, i64 %2045
+  store <16 x float> %2066, ptr %2067, align 4, !tbaa !4
+  br label %for_begin_to84.for_end_to86_crit_edge.us.i
 
-for_body_ax193.i.preheader:                       ; preds = %for_body_to83.us.1.i.epil.preheader, %for_body_ax193.i.preheader.unr-lcssa
-  br i1 %1282, label %for_body_ax193.i.epil.preheader, label %for_body_ax193.i, !prof !36
+for_begin_to84.for_end_to86_crit_edge.us.i:       ; preds = %for_body_to85.us.i.epil.preheader, %for_begin_to84.for_end_to86_crit_edge.us.i.unr-lcssa
+  %2068 = shufflevector <2 x float> %tile_max277.sroa.0.3.i, <2 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2069 = getelementptr inbounds nuw i8, ptr %1998, i64 256
+  br i1 %1291, label %for_body_to85.us.1.i.epil.preheader, label %for_body_to85.us.1.i, !prof !27
 
-for_body_ax193.i:                                 ; preds = %for_body_ax193.i, %for_body_ax193.i.preheader
-  %indvars.iv688.i = phi i64 [ %indvars.iv.next689.i.7, %for_body_ax193.i ], [ 0, %for_body_ax193.i.preheader ]
-  %tile_sum.rf_global267.sroa.0.0490.i = phi <16 x float> [ %2162, %for_body_ax193.i ], [ zeroinitializer, %for_body_ax193.i.preheader ]
-  %niter189 = phi i64 [ %niter189.next.7, %for_body_ax193.i ], [ 0, %for_body_ax193.i.preheader ]
-  %.idx826.i = shl nsw i64 %indvars.iv688.i, 6
-  %2132 = getelementptr inbounds nuw i8, ptr %1988, i64 %.idx826.i
-  %2133 = load <16 x float>, ptr %2132, align 4, !tbaa !4
-  %2134 = fadd <16 x float> %tile_sum.rf_global267.sroa.0.0490.i, %2133
-  %indvars.iv.next689.i = shl i64 %indvars.iv688.i, 6
-  %2135 = getelementptr inbounds nuw i8, ptr %1988, i64 %indvars.iv.next689.i
-  %2136 = getelementptr inbounds nuw i8, ptr %2135, i64 64
-  %2137 = load <16 x float>, ptr %2136, align 4, !tbaa !4
-  %2138 = fadd <16 x float> %2134, %2137
-  %indvars.iv.next689.i.1 = shl i64 %indvars.iv688.i, 6
-  %2139 = getelementptr inbounds nuw i8, ptr %1988, i64 %indvars.iv.next689.i.1
-  %2140 = getelementptr inbounds nuw i8, ptr %2139, i64 128
-  %2141 = load <16 x float>, ptr %2140, align 4, !tbaa !4
-  %2142 = fadd <16 x float> %2138, %2141
-  %indvars.iv.next689.i.2 = shl i64 %indvars.iv688.i, 6
-  %2143 = getelementptr inbounds nuw i8, ptr %1988, i64 %indvars.iv.next689.i.2
-  %2144 = getelementptr inbounds nuw i8, ptr %2143, i64 192
-  %2145 = load <16 x float>, ptr %2144, align 4, !tbaa !4
-  %2146 = fadd <16 x float> %2142, %2145
-  %indvars.iv.next689.i.3 = shl i64 %indvars.iv688.i, 6
-  %2147 = getelementptr inbounds nuw i8, ptr %1988, i64 %indvars.iv.next689.i.3
-  %2148 = getelementptr inbounds nuw i8, ptr %2147, i64 256
-  %2149 = load <16 x float>, ptr %2148, align 4, !tbaa !4
-  %2150 = fadd <16 x float> %2146, %2149
-  %indvars.iv.next689.i.4 = shl i64 %indvars.iv688.i, 6
-  %2151 = getelementptr inbounds nuw i8, ptr %1988, i64 %indvars.iv.next689.i.4
-  %2152 = getelementptr inbounds nuw i8, ptr %2151, i64 320
-  %2153 = load <16 x float>, ptr %2152, align 4, !tbaa !4
-  %2154 = fadd <16 x float> %2150, %2153
-  %indvars.iv.next689.i.5 = shl i64 %indvars.iv688.i, 6
-  %2155 = getelementptr inbounds nuw i8, ptr %1988, i64 %indvars.iv.next689.i.5
-  %2156 = getelementptr inbounds nuw i8, ptr %2155, i64 384
-  %2157 = load <16 x float>, ptr %2156, align 4, !tbaa !4
-  %2158 = fadd <16 x float> %2154, %2157
-  %indvars.iv.next689.i.6 = shl i64 %indvars.iv688.i, 6
-  %2159 = getelementptr inbounds nuw i8, ptr %1988, i64 %indvars.iv.next689.i.6
-  %2160 = getelementptr inbounds nuw i8, ptr %2159, i64 448
-  %2161 = load <16 x float>, ptr %2160, align 4, !tbaa !4
-  %2162 = fadd <16 x float> %2158, %2161
-  %indvars.iv.next689.i.7 = add nuw nsw i64 %indvars.iv688.i, 8
-  %niter189.next.7 = add i64 %niter189, 8
-  %niter189.ncmp.7 = icmp eq i64 %niter189.next.7, %unroll_iter188
-  br i1 %niter189.ncmp.7, label %for_end_ax194.i.loopexit.unr-lcssa, label %for_body_ax193.i, !prof !37, !llvm.loop !49
+for_body_to85.us.1.i:                             ; preds = %for_body_to85.us.1.i, %for_begin_to84.for_end_to86_crit_edge.us.i
+  %indvars.iv686.1.i = phi i64 [ %indvars.iv.next687.1.i.1, %for_body_to85.us.1.i ], [ 0, %for_begin_to84.for_end_to86_crit_edge.us.i ]
+  %niter188 = phi i64 [ %niter188.next.1, %for_body_to85.us.1.i ], [ 0, %for_begin_to84.for_end_to86_crit_edge.us.i ]
+  %2070 = shl nsw i64 %indvars.iv686.1.i, 4
+  %2071 = getelementptr inbounds nuw float, ptr %scaled275.i, i64 %2070
+  %2072 = getelementptr inbounds nuw i8, ptr %2071, i64 256
+  %2073 = load <16 x float>, ptr %2072, align 16, !tbaa !34
+  %arg.us.1.i = fsub <16 x float> %2073, %2068
+  %2074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %512)
+  %2075 = bitcast <16 x float> %2074 to <16 x i32>
+  %2076 = fsub <16 x float> %2074, %512
+  %2077 = fmul <16 x float> %2076, splat (float 0x3F2BD01060000000)
+  %2078 = fmul <16 x float> %2076, splat (float 0x3FE6300000000000)
+  %2079 = fsub <16 x float> %arg.us.1.i, %2078
+  %2080 = fadd <16 x float> %2077, %2079
+  %2081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2080, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2082 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2081, <16 x float> %2080, <16 x float> splat (float 0x3FA5558F20000000))
+  %2083 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2082, <16 x float> %2080, <16 x float> splat (float 0x3FC5554920000000))
+  %2084 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2083, <16 x float> %2080, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2085 = fmul <16 x float> %2080, %2080
+  %2086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2084, <16 x float> %2085, <16 x float> %2080)
+  %2087 = shl <16 x i32> %2075, splat (i32 23)
+  %2088 = bitcast <16 x i32> %2087 to <16 x float>
+  %2089 = fadd <16 x float> %2086, splat (float 1.000000e+00)
+  %2090 = fmul <16 x float> %2089, %2088
+  %2091 = fcmp olt <16 x float> %arg.us.1.i, %515
+  %2092 = select <16 x i1> %2091, <16 x float> zeroinitializer, <16 x float> %2090
+  %2093 = getelementptr inbounds nuw float, ptr %2069, i64 %2070
+  store <16 x float> %2092, ptr %2093, align 4, !tbaa !4
+  %indvars.iv.next687.1.i = shl i64 %indvars.iv686.1.i, 4
+  %2094 = or disjoint i64 %indvars.iv.next687.1.i, 16
+  %2095 = getelementptr inbounds nuw float, ptr %scaled275.i, i64 %2094
+  %2096 = getelementptr inbounds nuw i8, ptr %2095, i64 256
+  %2097 = load <16 x float>, ptr %2096, align 16, !tbaa !34
+  %arg.us.1.i.1 = fsub <16 x float> %2097, %2068
+  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %512)
+  %2099 = bitcast <16 x float> %2098 to <16 x i32>
+  %2100 = fsub <16 x float> %2098, %512
+  %2101 = fmul <16 x float> %2100, splat (float 0x3F2BD01060000000)
+  %2102 = fmul <16 x float> %2100, splat (float 0x3FE6300000000000)
+  %2103 = fsub <16 x float> %arg.us.1.i.1, %2102
+  %2104 = fadd <16 x float> %2101, %2103
+  %2105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2104, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %2104, <16 x float> splat (float 0x3FA5558F20000000))
+  %2107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2106, <16 x float> %2104, <16 x float> splat (float 0x3FC5554920000000))
+  %2108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2107, <16 x float> %2104, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2109 = fmul <16 x float> %2104, %2104
+  %2110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2108, <16 x float> %2109, <16 x float> %2104)
+  %2111 = shl <16 x i32> %2099, splat (i32 23)
+  %2112 = bitcast <16 x i32> %2111 to <16 x float>
+  %2113 = fadd <16 x float> %2110, splat (float 1.000000e+00)
+  %2114 = fmul <16 x float> %2113, %2112
+  %2115 = fcmp olt <16 x float> %arg.us.1.i.1, %515
+  %2116 = select <16 x i1> %2115, <16 x float> zeroinitializer, <16 x float> %2114
+  %2117 = getelementptr inbounds nuw float, ptr %2069, i64 %2094
+  store <16 x float> %2116, ptr %2117, align 4, !tbaa !4
+  %indvars.iv.next687.1.i.1 = add nuw nsw i64 %indvars.iv686.1.i, 2
+  %niter188.next.1 = add i64 %niter188, 2
+  %niter188.ncmp.1 = icmp eq i64 %niter188.next.1, %unroll_iter187
+  br i1 %niter188.ncmp.1, label %for_body_ax195.i.preheader.unr-lcssa, label %for_body_to85.us.1.i, !prof !30, !llvm.loop !48
 
-for_end_ax194.i.loopexit.unr-lcssa:               ; preds = %for_body_ax193.i
-  br i1 %lcmp.mod185.not, label %for_end_ax194.i, label %for_body_ax193.i.epil.preheader, !prof !40
+for_body_ax195.i.preheader.unr-lcssa:             ; preds = %for_body_to85.us.1.i
+  br i1 %lcmp.mod185.not, label %for_body_ax195.i.preheader, label %for_body_to85.us.1.i.epil.preheader, !prof !33
 
-for_body_ax193.i.epil.preheader:                  ; preds = %for_end_ax194.i.loopexit.unr-lcssa, %for_body_ax193.i.preheader
-  %indvars.iv688.i.epil.init = phi i64 [ 0, %for_body_ax193.i.preheader ], [ %indvars.iv.next689.i.7, %for_end_ax194.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global267.sroa.0.0490.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax193.i.preheader ], [ %2162, %for_end_ax194.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod187)
-  br label %for_body_ax193.i.epil
+for_body_to85.us.1.i.epil.preheader:              ; preds = %for_body_ax195.i.preheader.unr-lcssa, %for_begin_to84.for_end_to86_crit_edge.us.i
+  %indvars.iv686.1.i.epil.init = phi i64 [ 0, %for_begin_to84.for_end_to86_crit_edge.us.i ], [ %indvars.iv.next687.1.i.1, %for_body_ax195.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod186)
+  %2118 = shl nsw i64 %indvars.iv686.1.i.epil.init, 4
+  %2119 = getelementptr inbounds nuw float, ptr %scaled275.i, i64 %2118
+  %2120 = getelementptr inbounds nuw i8, ptr %2119, i64 256
+  %2121 = load <16 x float>, ptr %2120, align 16, !tbaa !34
+  %arg.us.1.i.epil = fsub <16 x float> %2121, %2068
+  %2122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %512)
+  %2123 = bitcast <16 x float> %2122 to <16 x i32>
+  %2124 = fsub <16 x float> %2122, %512
+  %2125 = fmul <16 x float> %2124, splat (float 0x3F2BD01060000000)
+  %2126 = fmul <16 x float> %2124, splat (float 0x3FE6300000000000)
+  %2127 = fsub <16 x float> %arg.us.1.i.epil, %2126
+  %2128 = fadd <16 x float> %2125, %2127
+  %2129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2128, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2129, <16 x float> %2128, <16 x float> splat (float 0x3FA5558F20000000))
+  %2131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2130, <16 x float> %2128, <16 x float> splat (float 0x3FC5554920000000))
+  %2132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2131, <16 x float> %2128, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2133 = fmul <16 x float> %2128, %2128
+  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2133, <16 x float> %2128)
+  %2135 = shl <16 x i32> %2123, splat (i32 23)
+  %2136 = bitcast <16 x i32> %2135 to <16 x float>
+  %2137 = fadd <16 x float> %2134, splat (float 1.000000e+00)
+  %2138 = fmul <16 x float> %2137, %2136
+  %2139 = fcmp olt <16 x float> %arg.us.1.i.epil, %515
+  %2140 = select <16 x i1> %2139, <16 x float> zeroinitializer, <16 x float> %2138
+  %2141 = getelementptr inbounds nuw float, ptr %2069, i64 %2118
+  store <16 x float> %2140, ptr %2141, align 4, !tbaa !4
+  br label %for_body_ax195.i.preheader
 
-for_body_ax193.i.epil:                            ; preds = %for_body_ax193.i.epil, %for_body_ax193.i.epil.preheader
-  %indvars.iv688.i.epil = phi i64 [ %indvars.iv.next689.i.epil, %for_body_ax193.i.epil ], [ %indvars.iv688.i.epil.init, %for_body_ax193.i.epil.preheader ]
-  %tile_sum.rf_global267.sroa.0.0490.i.epil = phi <16 x float> [ %2165, %for_body_ax193.i.epil ], [ %tile_sum.rf_global267.sroa.0.0490.i.epil.init, %for_body_ax193.i.epil.preheader ]
-  %epil.iter184 = phi i64 [ %epil.iter184.next, %for_body_ax193.i.epil ], [ 0, %for_body_ax193.i.epil.preheader ]
-  %.idx826.i.epil = shl nsw i64 %indvars.iv688.i.epil, 6
-  %2163 = getelementptr inbounds nuw i8, ptr %1988, i64 %.idx826.i.epil
-  %2164 = load <16 x float>, ptr %2163, align 4, !tbaa !4
-  %2165 = fadd <16 x float> %tile_sum.rf_global267.sroa.0.0490.i.epil, %2164
-  %indvars.iv.next689.i.epil = add nuw nsw i64 %indvars.iv688.i.epil, 1
-  %epil.iter184.next = add i64 %epil.iter184, 1
-  %epil.iter184.cmp.not = icmp eq i64 %epil.iter184.next, %xtraiter183
-  br i1 %epil.iter184.cmp.not, label %for_end_ax194.i, label %for_body_ax193.i.epil, !prof !41, !llvm.loop !50
+for_body_ax195.i.preheader:                       ; preds = %for_body_to85.us.1.i.epil.preheader, %for_body_ax195.i.preheader.unr-lcssa
+  br i1 %1292, label %for_body_ax195.i.epil.preheader, label %for_body_ax195.i, !prof !36
 
-for_end_ax194.i:                                  ; preds = %for_body_ax193.i.epil, %for_end_ax194.i.loopexit.unr-lcssa, %for_begin_r77.preheader.i
-  %tile_sum.rf_global267.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r77.preheader.i ], [ %2162, %for_end_ax194.i.loopexit.unr-lcssa ], [ %2165, %for_body_ax193.i.epil ]
-  %tile_sum.rf268.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.i, i64 0
-  %2166 = fadd float %tile_sum.rf268.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf268.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.i, i64 1
-  %2167 = fadd float %tile_sum.rf268.sroa.0.4.vec.extract.i, %2166
-  %tile_sum.rf268.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.i, i64 2
-  %2168 = fadd float %tile_sum.rf268.sroa.0.8.vec.extract.i, %2167
-  %tile_sum.rf268.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.i, i64 3
-  %2169 = fadd float %tile_sum.rf268.sroa.0.12.vec.extract.i, %2168
-  %tile_sum.rf268.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.i, i64 4
-  %2170 = fadd float %tile_sum.rf268.sroa.0.16.vec.extract.i, %2169
-  %tile_sum.rf268.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.i, i64 5
-  %2171 = fadd float %tile_sum.rf268.sroa.0.20.vec.extract.i, %2170
-  %tile_sum.rf268.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.i, i64 6
-  %2172 = fadd float %tile_sum.rf268.sroa.0.24.vec.extract.i, %2171
-  %tile_sum.rf268.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.i, i64 7
-  %2173 = fadd float %tile_sum.rf268.sroa.0.28.vec.extract.i, %2172
-  %tile_sum.rf268.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.i, i64 8
-  %2174 = fadd float %tile_sum.rf268.sroa.0.32.vec.extract.i, %2173
-  %tile_sum.rf268.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.i, i64 9
-  %2175 = fadd float %tile_sum.rf268.sroa.0.36.vec.extract.i, %2174
-  %tile_sum.rf268.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.i, i64 10
-  %2176 = fadd float %tile_sum.rf268.sroa.0.40.vec.extract.i, %2175
-  %tile_sum.rf268.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.i, i64 11
-  %2177 = fadd float %tile_sum.rf268.sroa.0.44.vec.extract.i, %2176
-  %tile_sum.rf268.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.i, i64 12
-  %2178 = fadd float %tile_sum.rf268.sroa.0.48.vec.extract.i, %2177
-  %tile_sum.rf268.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.i, i64 13
-  %2179 = fadd float %tile_sum.rf268.sroa.0.52.vec.extract.i, %2178
-  %tile_sum.rf268.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.i, i64 14
-  %2180 = fadd float %tile_sum.rf268.sroa.0.56.vec.extract.i, %2179
-  %tile_sum.rf268.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.i, i64 15
-  %2181 = fadd float %tile_sum.rf268.sroa.0.60.vec.extract.i, %2180
-  %tile_sum274.sroa.0.0.vec.insert.i = insertelement <2 x float> poison, float %2181, i64 0
-  br i1 %1215, label %for_body_ax193.lr.ph.1.i, label %for_end_ax194.1.i, !prof !3
+for_body_ax195.i:                                 ; preds = %for_body_ax195.i, %for_body_ax195.i.preheader
+  %indvars.iv694.i = phi i64 [ %indvars.iv.next695.i.7, %for_body_ax195.i ], [ 0, %for_body_ax195.i.preheader ]
+  %tile_sum.rf_global269.sroa.0.0496.i = phi <16 x float> [ %2172, %for_body_ax195.i ], [ zeroinitializer, %for_body_ax195.i.preheader ]
+  %niter195 = phi i64 [ %niter195.next.7, %for_body_ax195.i ], [ 0, %for_body_ax195.i.preheader ]
+  %.idx832.i = shl nsw i64 %indvars.iv694.i, 6
+  %2142 = getelementptr inbounds nuw i8, ptr %1998, i64 %.idx832.i
+  %2143 = load <16 x float>, ptr %2142, align 4, !tbaa !4
+  %2144 = fadd <16 x float> %tile_sum.rf_global269.sroa.0.0496.i, %2143
+  %indvars.iv.next695.i = shl i64 %indvars.iv694.i, 6
+  %2145 = getelementptr inbounds nuw i8, ptr %1998, i64 %indvars.iv.next695.i
+  %2146 = getelementptr inbounds nuw i8, ptr %2145, i64 64
+  %2147 = load <16 x float>, ptr %2146, align 4, !tbaa !4
+  %2148 = fadd <16 x float> %2144, %2147
+  %indvars.iv.next695.i.1 = shl i64 %indvars.iv694.i, 6
+  %2149 = getelementptr inbounds nuw i8, ptr %1998, i64 %indvars.iv.next695.i.1
+  %2150 = getelementptr inbounds nuw i8, ptr %2149, i64 128
+  %2151 = load <16 x float>, ptr %2150, align 4, !tbaa !4
+  %2152 = fadd <16 x float> %2148, %2151
+  %indvars.iv.next695.i.2 = shl i64 %indvars.iv694.i, 6
+  %2153 = getelementptr inbounds nuw i8, ptr %1998, i64 %indvars.iv.next695.i.2
+  %2154 = getelementptr inbounds nuw i8, ptr %2153, i64 192
+  %2155 = load <16 x float>, ptr %2154, align 4, !tbaa !4
+  %2156 = fadd <16 x float> %2152, %2155
+  %indvars.iv.next695.i.3 = shl i64 %indvars.iv694.i, 6
+  %2157 = getelementptr inbounds nuw i8, ptr %1998, i64 %indvars.iv.next695.i.3
+  %2158 = getelementptr inbounds nuw i8, ptr %2157, i64 256
+  %2159 = load <16 x float>, ptr %2158, align 4, !tbaa !4
+  %2160 = fadd <16 x float> %2156, %2159
+  %indvars.iv.next695.i.4 = shl i64 %indvars.iv694.i, 6
+  %2161 = getelementptr inbounds nuw i8, ptr %1998, i64 %indvars.iv.next695.i.4
+  %2162 = getelementptr inbounds nuw i8, ptr %2161, i64 320
+  %2163 = load <16 x float>, ptr %2162, align 4, !tbaa !4
+  %2164 = fadd <16 x float> %2160, %2163
+  %indvars.iv.next695.i.5 = shl i64 %indvars.iv694.i, 6
+  %2165 = getelementptr inbounds nuw i8, ptr %1998, i64 %indvars.iv.next695.i.5
+  %2166 = getelementptr inbounds nuw i8, ptr %2165, i64 384
+  %2167 = load <16 x float>, ptr %2166, align 4, !tbaa !4
+  %2168 = fadd <16 x float> %2164, %2167
+  %indvars.iv.next695.i.6 = shl i64 %indvars.iv694.i, 6
+  %2169 = getelementptr inbounds nuw i8, ptr %1998, i64 %indvars.iv.next695.i.6
+  %2170 = getelementptr inbounds nuw i8, ptr %2169, i64 448
+  %2171 = load <16 x float>, ptr %2170, align 4, !tbaa !4
+  %2172 = fadd <16 x float> %2168, %2171
+  %indvars.iv.next695.i.7 = add nuw nsw i64 %indvars.iv694.i, 8
+  %niter195.next.7 = add i64 %niter195, 8
+  %niter195.ncmp.7 = icmp eq i64 %niter195.next.7, %unroll_iter194
+  br i1 %niter195.ncmp.7, label %for_end_ax196.i.loopexit.unr-lcssa, label %for_body_ax195.i, !prof !37, !llvm.loop !49
 
-for_body_ax193.lr.ph.1.i:                         ; preds = %for_end_ax194.i
-  %2182 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1758
-  %2183 = getelementptr inbounds nuw i8, ptr %2182, i64 256
-  br i1 %1283, label %for_body_ax193.1.i.epil.preheader, label %for_body_ax193.1.i, !prof !36
+for_end_ax196.i.loopexit.unr-lcssa:               ; preds = %for_body_ax195.i
+  br i1 %lcmp.mod191.not, label %for_end_ax196.i, label %for_body_ax195.i.epil.preheader, !prof !40
 
-for_body_ax193.1.i:                               ; preds = %for_body_ax193.1.i, %for_body_ax193.lr.ph.1.i
-  %indvars.iv688.1.i = phi i64 [ %indvars.iv.next689.1.i.7, %for_body_ax193.1.i ], [ 0, %for_body_ax193.lr.ph.1.i ]
-  %tile_sum.rf_global267.sroa.0.0490.1.i = phi <16 x float> [ %2214, %for_body_ax193.1.i ], [ zeroinitializer, %for_body_ax193.lr.ph.1.i ]
-  %niter196 = phi i64 [ %niter196.next.7, %for_body_ax193.1.i ], [ 0, %for_body_ax193.lr.ph.1.i ]
-  %.idx827.i = shl nsw i64 %indvars.iv688.1.i, 6
-  %2184 = getelementptr inbounds nuw i8, ptr %2183, i64 %.idx827.i
-  %2185 = load <16 x float>, ptr %2184, align 4, !tbaa !4
-  %2186 = fadd <16 x float> %tile_sum.rf_global267.sroa.0.0490.1.i, %2185
-  %indvars.iv.next689.1.i = shl i64 %indvars.iv688.1.i, 6
-  %2187 = getelementptr inbounds nuw i8, ptr %2183, i64 %indvars.iv.next689.1.i
-  %2188 = getelementptr inbounds nuw i8, ptr %2187, i64 64
-  %2189 = load <16 x float>, ptr %2188, align 4, !tbaa !4
-  %2190 = fadd <16 x float> %2186, %2189
-  %indvars.iv.next689.1.i.1 = shl i64 %indvars.iv688.1.i, 6
-  %2191 = getelementptr inbounds nuw i8, ptr %2183, i64 %indvars.iv.next689.1.i.1
-  %2192 = getelementptr inbounds nuw i8, ptr %2191, i64 128
-  %2193 = load <16 x float>, ptr %2192, align 4, !tbaa !4
-  %2194 = fadd <16 x float> %2190, %2193
-  %indvars.iv.next689.1.i.2 = shl i64 %indvars.iv688.1.i, 6
-  %2195 = getelementptr inbounds nuw i8, ptr %2183, i64 %indvars.iv.next689.1.i.2
-  %2196 = getelementptr inbounds nuw i8, ptr %2195, i64 192
-  %2197 = load <16 x float>, ptr %2196, align 4, !tbaa !4
-  %2198 = fadd <16 x float> %2194, %2197
-  %indvars.iv.next689.1.i.3 = shl i64 %indvars.iv688.1.i, 6
-  %2199 = getelementptr inbounds nuw i8, ptr %2183, i64 %indvars.iv.next689.1.i.3
-  %2200 = getelementptr inbounds nuw i8, ptr %2199, i64 256
-  %2201 = load <16 x float>, ptr %2200, align 4, !tbaa !4
-  %2202 = fadd <16 x float> %2198, %2201
-  %indvars.iv.next689.1.i.4 = shl i64 %indvars.iv688.1.i, 6
-  %2203 = getelementptr inbounds nuw i8, ptr %2183, i64 %indvars.iv.next689.1.i.4
-  %2204 = getelementptr inbounds nuw i8, ptr %2203, i64 320
-  %2205 = load <16 x float>, ptr %2204, align 4, !tbaa !4
-  %2206 = fadd <16 x float> %2202, %2205
-  %indvars.iv.next689.1.i.5 = shl i64 %indvars.iv688.1.i, 6
-  %2207 = getelementptr inbounds nuw i8, ptr %2183, i64 %indvars.iv.next689.1.i.5
-  %2208 = getelementptr inbounds nuw i8, ptr %2207, i64 384
-  %2209 = load <16 x float>, ptr %2208, align 4, !tbaa !4
-  %2210 = fadd <16 x float> %2206, %2209
-  %indvars.iv.next689.1.i.6 = shl i64 %indvars.iv688.1.i, 6
-  %2211 = getelementptr inbounds nuw i8, ptr %2183, i64 %indvars.iv.next689.1.i.6
-  %2212 = getelementptr inbounds nuw i8, ptr %2211, i64 448
-  %2213 = load <16 x float>, ptr %2212, align 4, !tbaa !4
-  %2214 = fadd <16 x float> %2210, %2213
-  %indvars.iv.next689.1.i.7 = add nuw nsw i64 %indvars.iv688.1.i, 8
-  %niter196.next.7 = add i64 %niter196, 8
-  %niter196.ncmp.7 = icmp eq i64 %niter196.next.7, %unroll_iter195
-  br i1 %niter196.ncmp.7, label %for_end_ax194.1.i.loopexit.unr-lcssa, label %for_body_ax193.1.i, !prof !37, !llvm.loop !51
+for_body_ax195.i.epil.preheader:                  ; preds = %for_end_ax196.i.loopexit.unr-lcssa, %for_body_ax195.i.preheader
+  %indvars.iv694.i.epil.init = phi i64 [ 0, %for_body_ax195.i.preheader ], [ %indvars.iv.next695.i.7, %for_end_ax196.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global269.sroa.0.0496.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax195.i.preheader ], [ %2172, %for_end_ax196.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod193)
+  br label %for_body_ax195.i.epil
 
-for_end_ax194.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax193.1.i
-  br i1 %lcmp.mod192.not, label %for_end_ax194.1.i, label %for_body_ax193.1.i.epil.preheader, !prof !40
+for_body_ax195.i.epil:                            ; preds = %for_body_ax195.i.epil, %for_body_ax195.i.epil.preheader
+  %indvars.iv694.i.epil = phi i64 [ %indvars.iv.next695.i.epil, %for_body_ax195.i.epil ], [ %indvars.iv694.i.epil.init, %for_body_ax195.i.epil.preheader ]
+  %tile_sum.rf_global269.sroa.0.0496.i.epil = phi <16 x float> [ %2175, %for_body_ax195.i.epil ], [ %tile_sum.rf_global269.sroa.0.0496.i.epil.init, %for_body_ax195.i.epil.preheader ]
+  %epil.iter190 = phi i64 [ %epil.iter190.next, %for_body_ax195.i.epil ], [ 0, %for_body_ax195.i.epil.preheader ]
+  %.idx832.i.epil = shl nsw i64 %indvars.iv694.i.epil, 6
+  %2173 = getelementptr inbounds nuw i8, ptr %1998, i64 %.idx832.i.epil
+  %2174 = load <16 x float>, ptr %2173, align 4, !tbaa !4
+  %2175 = fadd <16 x float> %tile_sum.rf_global269.sroa.0.0496.i.epil, %2174
+  %indvars.iv.next695.i.epil = add nuw nsw i64 %indvars.iv694.i.epil, 1
+  %epil.iter190.next = add i64 %epil.iter190, 1
+  %epil.iter190.cmp.not = icmp eq i64 %epil.iter190.next, %xtraiter189
+  br i1 %epil.iter190.cmp.not, label %for_end_ax196.i, label %for_body_ax195.i.epil, !prof !41, !llvm.loop !50
 
-for_body_ax193.1.i.epil.preheader:                ; preds = %for_end_ax194.1.i.loopexit.unr-lcssa, %for_body_ax193.lr.ph.1.i
-  %indvars.iv688.1.i.epil.init = phi i64 [ 0, %for_body_ax193.lr.ph.1.i ], [ %indvars.iv.next689.1.i.7, %for_end_ax194.1.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global267.sroa.0.0490.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax193.lr.ph.1.i ], [ %2214, %for_end_ax194.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod194)
-  br label %for_body_ax193.1.i.epil
+for_end_ax196.i:                                  ; preds = %for_body_ax195.i.epil, %for_end_ax196.i.loopexit.unr-lcssa, %for_begin_r79.preheader.i
+  %tile_sum.rf_global269.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r79.preheader.i ], [ %2172, %for_end_ax196.i.loopexit.unr-lcssa ], [ %2175, %for_body_ax195.i.epil ]
+  %tile_sum.rf270.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.i, i64 0
+  %2176 = fadd float %tile_sum.rf270.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf270.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.i, i64 1
+  %2177 = fadd float %tile_sum.rf270.sroa.0.4.vec.extract.i, %2176
+  %tile_sum.rf270.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.i, i64 2
+  %2178 = fadd float %tile_sum.rf270.sroa.0.8.vec.extract.i, %2177
+  %tile_sum.rf270.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.i, i64 3
+  %2179 = fadd float %tile_sum.rf270.sroa.0.12.vec.extract.i, %2178
+  %tile_sum.rf270.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.i, i64 4
+  %2180 = fadd float %tile_sum.rf270.sroa.0.16.vec.extract.i, %2179
+  %tile_sum.rf270.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.i, i64 5
+  %2181 = fadd float %tile_sum.rf270.sroa.0.20.vec.extract.i, %2180
+  %tile_sum.rf270.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.i, i64 6
+  %2182 = fadd float %tile_sum.rf270.sroa.0.24.vec.extract.i, %2181
+  %tile_sum.rf270.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.i, i64 7
+  %2183 = fadd float %tile_sum.rf270.sroa.0.28.vec.extract.i, %2182
+  %tile_sum.rf270.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.i, i64 8
+  %2184 = fadd float %tile_sum.rf270.sroa.0.32.vec.extract.i, %2183
+  %tile_sum.rf270.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.i, i64 9
+  %2185 = fadd float %tile_sum.rf270.sroa.0.36.vec.extract.i, %2184
+  %tile_sum.rf270.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.i, i64 10
+  %2186 = fadd float %tile_sum.rf270.sroa.0.40.vec.extract.i, %2185
+  %tile_sum.rf270.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.i, i64 11
+  %2187 = fadd float %tile_sum.rf270.sroa.0.44.vec.extract.i, %2186
+  %tile_sum.rf270.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.i, i64 12
+  %2188 = fadd float %tile_sum.rf270.sroa.0.48.vec.extract.i, %2187
+  %tile_sum.rf270.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.i, i64 13
+  %2189 = fadd float %tile_sum.rf270.sroa.0.52.vec.extract.i, %2188
+  %tile_sum.rf270.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.i, i64 14
+  %2190 = fadd float %tile_sum.rf270.sroa.0.56.vec.extract.i, %2189
+  %tile_sum.rf270.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.i, i64 15
+  %2191 = fadd float %tile_sum.rf270.sroa.0.60.vec.extract.i, %2190
+  %tile_sum276.sroa.0.0.vec.insert.i = insertelement <2 x float> poison, float %2191, i64 0
+  br i1 %1225, label %for_body_ax195.lr.ph.1.i, label %for_end_ax196.1.i, !prof !3
 
-for_body_ax193.1.i.epil:                          ; preds = %for_body_ax193.1.i.epil, %for_body_ax193.1.i.epil.preheader
-  %indvars.iv688.1.i.epil = phi i64 [ %indvars.iv688.1.i.epil.init, %for_body_ax193.1.i.epil.preheader ], [ %indvars.iv.next689.1.i.epil, %for_body_ax193.1.i.epil ]
-  %tile_sum.rf_global267.sroa.0.0490.1.i.epil = phi <16 x float> [ %tile_sum.rf_global267.sroa.0.0490.1.i.epil.init, %for_body_ax193.1.i.epil.preheader ], [ %2217, %for_body_ax193.1.i.epil ]
-  %epil.iter191 = phi i64 [ 0, %for_body_ax193.1.i.epil.preheader ], [ %epil.iter191.next, %for_body_ax193.1.i.epil ]
-  %.idx827.i.epil = shl nsw i64 %indvars.iv688.1.i.epil, 6
-  %2215 = getelementptr inbounds nuw i8, ptr %2183, i64 %.idx827.i.epil
-  %2216 = load <16 x float>, ptr %2215, align 4, !tbaa !4
-  %2217 = fadd <16 x float> %tile_sum.rf_global267.sroa.0.0490.1.i.epil, %2216
-  %indvars.iv.next689.1.i.epil = add nuw nsw i64 %indvars.iv688.1.i.epil, 1
-  %epil.iter191.next = add i64 %epil.iter191, 1
-  %epil.iter191.cmp.not = icmp eq i64 %epil.iter191.next, %xtraiter190
-  br i1 %epil.iter191.cmp.not, label %for_end_ax194.1.i, label %for_body_ax193.1.i.epil, !prof !41, !llvm.loop !52
+for_body_ax195.lr.ph.1.i:                         ; preds = %for_end_ax196.i
+  %2192 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1768
+  %2193 = getelementptr inbounds nuw i8, ptr %2192, i64 256
+  br i1 %1293, label %for_body_ax195.1.i.epil.preheader, label %for_body_ax195.1.i, !prof !36
 
-for_end_ax194.1.i:                                ; preds = %for_body_ax193.1.i.epil, %for_end_ax194.1.i.loopexit.unr-lcssa, %for_end_ax194.i
-  %tile_sum.rf_global267.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax194.i ], [ %2214, %for_end_ax194.1.i.loopexit.unr-lcssa ], [ %2217, %for_body_ax193.1.i.epil ]
-  %tile_sum.rf268.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.1.i, i64 0
-  %2218 = fadd float %tile_sum.rf268.sroa.0.0.vec.extract.1.i, 0.000000e+00
-  %tile_sum.rf268.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.1.i, i64 1
-  %2219 = fadd float %tile_sum.rf268.sroa.0.4.vec.extract.1.i, %2218
-  %tile_sum.rf268.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.1.i, i64 2
-  %2220 = fadd float %tile_sum.rf268.sroa.0.8.vec.extract.1.i, %2219
-  %tile_sum.rf268.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.1.i, i64 3
-  %2221 = fadd float %tile_sum.rf268.sroa.0.12.vec.extract.1.i, %2220
-  %tile_sum.rf268.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.1.i, i64 4
-  %2222 = fadd float %tile_sum.rf268.sroa.0.16.vec.extract.1.i, %2221
-  %tile_sum.rf268.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.1.i, i64 5
-  %2223 = fadd float %tile_sum.rf268.sroa.0.20.vec.extract.1.i, %2222
-  %tile_sum.rf268.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.1.i, i64 6
-  %2224 = fadd float %tile_sum.rf268.sroa.0.24.vec.extract.1.i, %2223
-  %tile_sum.rf268.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.1.i, i64 7
-  %2225 = fadd float %tile_sum.rf268.sroa.0.28.vec.extract.1.i, %2224
-  %tile_sum.rf268.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.1.i, i64 8
-  %2226 = fadd float %tile_sum.rf268.sroa.0.32.vec.extract.1.i, %2225
-  %tile_sum.rf268.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.1.i, i64 9
-  %2227 = fadd float %tile_sum.rf268.sroa.0.36.vec.extract.1.i, %2226
-  %tile_sum.rf268.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.1.i, i64 10
-  %2228 = fadd float %tile_sum.rf268.sroa.0.40.vec.extract.1.i, %2227
-  %tile_sum.rf268.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.1.i, i64 11
-  %2229 = fadd float %tile_sum.rf268.sroa.0.44.vec.extract.1.i, %2228
-  %tile_sum.rf268.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.1.i, i64 12
-  %2230 = fadd float %tile_sum.rf268.sroa.0.48.vec.extract.1.i, %2229
-  %tile_sum.rf268.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.1.i, i64 13
-  %2231 = fadd float %tile_sum.rf268.sroa.0.52.vec.extract.1.i, %2230
-  %tile_sum.rf268.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.1.i, i64 14
-  %2232 = fadd float %tile_sum.rf268.sroa.0.56.vec.extract.1.i, %2231
-  %tile_sum.rf268.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global267.sroa.0.0.lcssa.1.i, i64 15
-  %2233 = fadd float %tile_sum.rf268.sroa.0.60.vec.extract.1.i, %2232
-  %tile_sum274.sroa.0.4.vec.insert.i = insertelement <2 x float> %tile_sum274.sroa.0.0.vec.insert.i, float %2233, i64 1
-  %2234 = getelementptr inbounds nuw float, ptr %row_max284.i, i64 %1753
-  %2235 = load <2 x float>, ptr %2234, align 8, !tbaa !13
-  %old_max.i = select <2 x i1> %1276, <2 x float> splat (float 0xC6293E5940000000), <2 x float> %2235
-  %2236 = getelementptr inbounds nuw float, ptr %row_sum283.i, i64 %1753
-  %2237 = load <2 x float>, ptr %2236, align 8, !tbaa !15
-  %old_sum.i = select <2 x i1> %1276, <2 x float> zeroinitializer, <2 x float> %2237
-  %2238 = fcmp ogt <2 x float> %old_max.i, %tile_max275.sroa.0.3.i
-  %2239 = fcmp oeq <2 x float> %tile_sum274.sroa.0.4.vec.insert.i, zeroinitializer
-  %2240 = select <2 x i1> %2239, <2 x i1> splat (i1 true), <2 x i1> %2238
-  %old_or_both.i = select <2 x i1> %2240, <2 x float> %old_max.i, <2 x float> %tile_max275.sroa.0.3.i
-  %2241 = fcmp oeq <2 x float> %old_sum.i, zeroinitializer
-  %m.i = select <2 x i1> %2241, <2 x float> %tile_max275.sroa.0.3.i, <2 x float> %old_or_both.i
-  %2242 = fsub <2 x float> %old_max.i, %m.i
-  %2243 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2242, <2 x float> splat (float 0x3FF7154760000000), <2 x float> splat (float 0x4168000FE0000000))
-  %2244 = bitcast <2 x float> %2243 to <2 x i32>
-  %2245 = fadd <2 x float> %2243, splat (float 0xC168000FE0000000)
-  %2246 = fmul <2 x float> %2245, splat (float 0x3F2BD01060000000)
-  %2247 = fmul <2 x float> %2245, splat (float 0x3FE6300000000000)
-  %2248 = fsub <2 x float> %2242, %2247
-  %2249 = fadd <2 x float> %2246, %2248
-  %2250 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2249, <2 x float> splat (float 0x3F56A243A0000000), <2 x float> splat (float 0x3F81239E00000000))
-  %2251 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2250, <2 x float> %2249, <2 x float> splat (float 0x3FA5558F20000000))
-  %2252 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2251, <2 x float> %2249, <2 x float> splat (float 0x3FC5554920000000))
-  %2253 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2252, <2 x float> %2249, <2 x float> splat (float 0x3FDFFFFFC0000000))
-  %2254 = fmul <2 x float> %2249, %2249
-  %2255 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2253, <2 x float> %2254, <2 x float> %2249)
-  %2256 = shl <2 x i32> %2244, splat (i32 23)
-  %2257 = bitcast <2 x i32> %2256 to <2 x float>
-  %2258 = fadd <2 x float> %2255, splat (float 1.000000e+00)
-  %2259 = fmul <2 x float> %2258, %2257
-  %2260 = fcmp olt <2 x float> %2242, splat (float -8.700000e+01)
-  %2261 = select <2 x i1> %2260, <2 x float> zeroinitializer, <2 x float> %2259
-  %2262 = fcmp one <2 x float> %old_sum.i, zeroinitializer
-  %2263 = select <2 x i1> %2262, <2 x float> %2261, <2 x float> zeroinitializer
-  %2264 = getelementptr inbounds nuw float, ptr %alpha278.i, i64 %1753
-  store <2 x float> %2263, ptr %2264, align 8, !tbaa !53
-  %arg114.i = fsub <2 x float> %tile_max275.sroa.0.3.i, %m.i
-  %2265 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %arg114.i, <2 x float> splat (float 0x3FF7154760000000), <2 x float> splat (float 0x4168000FE0000000))
-  %2266 = bitcast <2 x float> %2265 to <2 x i32>
-  %2267 = fadd <2 x float> %2265, splat (float 0xC168000FE0000000)
-  %2268 = fmul <2 x float> %2267, splat (float 0x3F2BD01060000000)
-  %2269 = fmul <2 x float> %2267, splat (float 0x3FE6300000000000)
-  %2270 = fsub <2 x float> %arg114.i, %2269
-  %2271 = fadd <2 x float> %2268, %2270
-  %2272 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2271, <2 x float> splat (float 0x3F56A243A0000000), <2 x float> splat (float 0x3F81239E00000000))
-  %2273 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2272, <2 x float> %2271, <2 x float> splat (float 0x3FA5558F20000000))
-  %2274 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2273, <2 x float> %2271, <2 x float> splat (float 0x3FC5554920000000))
-  %2275 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2274, <2 x float> %2271, <2 x float> splat (float 0x3FDFFFFFC0000000))
-  %2276 = fmul <2 x float> %2271, %2271
-  %2277 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2275, <2 x float> %2276, <2 x float> %2271)
-  %2278 = shl <2 x i32> %2266, splat (i32 23)
-  %2279 = bitcast <2 x i32> %2278 to <2 x float>
-  %2280 = fadd <2 x float> %2277, splat (float 1.000000e+00)
-  %2281 = fmul <2 x float> %2280, %2279
-  %2282 = fcmp olt <2 x float> %arg114.i, splat (float -8.700000e+01)
-  %2283 = select <2 x i1> %2282, <2 x float> zeroinitializer, <2 x float> %2281
-  %2284 = fcmp one <2 x float> %tile_sum274.sroa.0.4.vec.insert.i, zeroinitializer
-  %2285 = select <2 x i1> %2284, <2 x float> %2283, <2 x float> zeroinitializer
-  %2286 = getelementptr inbounds nuw float, ptr %beta277.i, i64 %1753
-  store <2 x float> %2285, ptr %2286, align 8, !tbaa !55
-  %2287 = fmul <2 x float> %old_sum.i, %2263
-  %2288 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2285, <2 x float> %tile_sum274.sroa.0.4.vec.insert.i, <2 x float> %2287)
-  store <2 x float> %m.i, ptr %2234, align 8, !tbaa !13
-  store <2 x float> %2288, ptr %2236, align 8, !tbaa !15
-  %indvars.iv.next697.i = add nuw nsw i64 %indvars.iv696.i, 1
-  %exitcond699.not.i = icmp eq i64 %indvars.iv.next697.i, 8
-  br i1 %exitcond699.not.i, label %for_end_i42.i, label %for_begin_v45.preheader.i, !prof !11
+for_body_ax195.1.i:                               ; preds = %for_body_ax195.1.i, %for_body_ax195.lr.ph.1.i
+  %indvars.iv694.1.i = phi i64 [ %indvars.iv.next695.1.i.7, %for_body_ax195.1.i ], [ 0, %for_body_ax195.lr.ph.1.i ]
+  %tile_sum.rf_global269.sroa.0.0496.1.i = phi <16 x float> [ %2224, %for_body_ax195.1.i ], [ zeroinitializer, %for_body_ax195.lr.ph.1.i ]
+  %niter202 = phi i64 [ %niter202.next.7, %for_body_ax195.1.i ], [ 0, %for_body_ax195.lr.ph.1.i ]
+  %.idx833.i = shl nsw i64 %indvars.iv694.1.i, 6
+  %2194 = getelementptr inbounds nuw i8, ptr %2193, i64 %.idx833.i
+  %2195 = load <16 x float>, ptr %2194, align 4, !tbaa !4
+  %2196 = fadd <16 x float> %tile_sum.rf_global269.sroa.0.0496.1.i, %2195
+  %indvars.iv.next695.1.i = shl i64 %indvars.iv694.1.i, 6
+  %2197 = getelementptr inbounds nuw i8, ptr %2193, i64 %indvars.iv.next695.1.i
+  %2198 = getelementptr inbounds nuw i8, ptr %2197, i64 64
+  %2199 = load <16 x float>, ptr %2198, align 4, !tbaa !4
+  %2200 = fadd <16 x float> %2196, %2199
+  %indvars.iv.next695.1.i.1 = shl i64 %indvars.iv694.1.i, 6
+  %2201 = getelementptr inbounds nuw i8, ptr %2193, i64 %indvars.iv.next695.1.i.1
+  %2202 = getelementptr inbounds nuw i8, ptr %2201, i64 128
+  %2203 = load <16 x float>, ptr %2202, align 4, !tbaa !4
+  %2204 = fadd <16 x float> %2200, %2203
+  %indvars.iv.next695.1.i.2 = shl i64 %indvars.iv694.1.i, 6
+  %2205 = getelementptr inbounds nuw i8, ptr %2193, i64 %indvars.iv.next695.1.i.2
+  %2206 = getelementptr inbounds nuw i8, ptr %2205, i64 192
+  %2207 = load <16 x float>, ptr %2206, align 4, !tbaa !4
+  %2208 = fadd <16 x float> %2204, %2207
+  %indvars.iv.next695.1.i.3 = shl i64 %indvars.iv694.1.i, 6
+  %2209 = getelementptr inbounds nuw i8, ptr %2193, i64 %indvars.iv.next695.1.i.3
+  %2210 = getelementptr inbounds nuw i8, ptr %2209, i64 256
+  %2211 = load <16 x float>, ptr %2210, align 4, !tbaa !4
+  %2212 = fadd <16 x float> %2208, %2211
+  %indvars.iv.next695.1.i.4 = shl i64 %indvars.iv694.1.i, 6
+  %2213 = getelementptr inbounds nuw i8, ptr %2193, i64 %indvars.iv.next695.1.i.4
+  %2214 = getelementptr inbounds nuw i8, ptr %2213, i64 320
+  %2215 = load <16 x float>, ptr %2214, align 4, !tbaa !4
+  %2216 = fadd <16 x float> %2212, %2215
+  %indvars.iv.next695.1.i.5 = shl i64 %indvars.iv694.1.i, 6
+  %2217 = getelementptr inbounds nuw i8, ptr %2193, i64 %indvars.iv.next695.1.i.5
+  %2218 = getelementptr inbounds nuw i8, ptr %2217, i64 384
+  %2219 = load <16 x float>, ptr %2218, align 4, !tbaa !4
+  %2220 = fadd <16 x float> %2216, %2219
+  %indvars.iv.next695.1.i.6 = shl i64 %indvars.iv694.1.i, 6
+  %2221 = getelementptr inbounds nuw i8, ptr %2193, i64 %indvars.iv.next695.1.i.6
+  %2222 = getelementptr inbounds nuw i8, ptr %2221, i64 448
+  %2223 = load <16 x float>, ptr %2222, align 4, !tbaa !4
+  %2224 = fadd <16 x float> %2220, %2223
+  %indvars.iv.next695.1.i.7 = add nuw nsw i64 %indvars.iv694.1.i, 8
+  %niter202.next.7 = add i64 %niter202, 8
+  %niter202.ncmp.7 = icmp eq i64 %niter202.next.7, %unroll_iter201
+  br i1 %niter202.ncmp.7, label %for_end_ax196.1.i.loopexit.unr-lcssa, label %for_body_ax195.1.i, !prof !37, !llvm.loop !51
 
-for_begin_i137.preheader.preheader.i:             ; preds = %for_begin_d_0_init.preheader.preheader.i
-  %wide.trip.count718.i = zext nneg i32 %1761 to i64
-  br label %for_begin_i137.preheader.i
+for_end_ax196.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax195.1.i
+  br i1 %lcmp.mod198.not, label %for_end_ax196.1.i, label %for_body_ax195.1.i.epil.preheader, !prof !40
 
-for_begin_i_m.preheader.i:                        ; preds = %for_end_i139.i, %for_begin_d_0_init.preheader.preheader.i
-  %2289 = and i32 %1172, 15
-  %.not583.i = icmp eq i32 %2289, 0
-  %2290 = and i32 %1172, -16
-  %2291 = sext i32 %2290 to i64
-  %invariant.gep854.i = getelementptr float, ptr %probs.i, i64 %2291
-  %invariant.gep852.i = getelementptr i64, ptr %value_offsets280.i, i64 %2291
-  %xtraiter198 = and i64 %508, 1
-  %2292 = icmp eq i32 %507, 1
-  %unroll_iter224 = and i64 %508, 14
-  %lcmp.mod214.not = icmp eq i64 %xtraiter198, 0
-  %lcmp.mod223 = icmp ne i64 %xtraiter198, 0
+for_body_ax195.1.i.epil.preheader:                ; preds = %for_end_ax196.1.i.loopexit.unr-lcssa, %for_body_ax195.lr.ph.1.i
+  %indvars.iv694.1.i.epil.init = phi i64 [ 0, %for_body_ax195.lr.ph.1.i ], [ %indvars.iv.next695.1.i.7, %for_end_ax196.1.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global269.sroa.0.0496.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax195.lr.ph.1.i ], [ %2224, %for_end_ax196.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod200)
+  br label %for_body_ax195.1.i.epil
+
+for_body_ax195.1.i.epil:                          ; preds = %for_body_ax195.1.i.epil, %for_body_ax195.1.i.epil.preheader
+  %indvars.iv694.1.i.epil = phi i64 [ %indvars.iv694.1.i.epil.init, %for_body_ax195.1.i.epil.preheader ], [ %indvars.iv.next695.1.i.epil, %for_body_ax195.1.i.epil ]
+  %tile_sum.rf_global269.sroa.0.0496.1.i.epil = phi <16 x float> [ %tile_sum.rf_global269.sroa.0.0496.1.i.epil.init, %for_body_ax195.1.i.epil.preheader ], [ %2227, %for_body_ax195.1.i.epil ]
+  %epil.iter197 = phi i64 [ 0, %for_body_ax195.1.i.epil.preheader ], [ %epil.iter197.next, %for_body_ax195.1.i.epil ]
+  %.idx833.i.epil = shl nsw i64 %indvars.iv694.1.i.epil, 6
+  %2225 = getelementptr inbounds nuw i8, ptr %2193, i64 %.idx833.i.epil
+  %2226 = load <16 x float>, ptr %2225, align 4, !tbaa !4
+  %2227 = fadd <16 x float> %tile_sum.rf_global269.sroa.0.0496.1.i.epil, %2226
+  %indvars.iv.next695.1.i.epil = add nuw nsw i64 %indvars.iv694.1.i.epil, 1
+  %epil.iter197.next = add i64 %epil.iter197, 1
+  %epil.iter197.cmp.not = icmp eq i64 %epil.iter197.next, %xtraiter196
+  br i1 %epil.iter197.cmp.not, label %for_end_ax196.1.i, label %for_body_ax195.1.i.epil, !prof !41, !llvm.loop !52
+
+for_end_ax196.1.i:                                ; preds = %for_body_ax195.1.i.epil, %for_end_ax196.1.i.loopexit.unr-lcssa, %for_end_ax196.i
+  %tile_sum.rf_global269.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax196.i ], [ %2224, %for_end_ax196.1.i.loopexit.unr-lcssa ], [ %2227, %for_body_ax195.1.i.epil ]
+  %tile_sum.rf270.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.1.i, i64 0
+  %2228 = fadd float %tile_sum.rf270.sroa.0.0.vec.extract.1.i, 0.000000e+00
+  %tile_sum.rf270.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.1.i, i64 1
+  %2229 = fadd float %tile_sum.rf270.sroa.0.4.vec.extract.1.i, %2228
+  %tile_sum.rf270.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.1.i, i64 2
+  %2230 = fadd float %tile_sum.rf270.sroa.0.8.vec.extract.1.i, %2229
+  %tile_sum.rf270.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.1.i, i64 3
+  %2231 = fadd float %tile_sum.rf270.sroa.0.12.vec.extract.1.i, %2230
+  %tile_sum.rf270.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.1.i, i64 4
+  %2232 = fadd float %tile_sum.rf270.sroa.0.16.vec.extract.1.i, %2231
+  %tile_sum.rf270.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.1.i, i64 5
+  %2233 = fadd float %tile_sum.rf270.sroa.0.20.vec.extract.1.i, %2232
+  %tile_sum.rf270.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.1.i, i64 6
+  %2234 = fadd float %tile_sum.rf270.sroa.0.24.vec.extract.1.i, %2233
+  %tile_sum.rf270.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.1.i, i64 7
+  %2235 = fadd float %tile_sum.rf270.sroa.0.28.vec.extract.1.i, %2234
+  %tile_sum.rf270.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.1.i, i64 8
+  %2236 = fadd float %tile_sum.rf270.sroa.0.32.vec.extract.1.i, %2235
+  %tile_sum.rf270.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.1.i, i64 9
+  %2237 = fadd float %tile_sum.rf270.sroa.0.36.vec.extract.1.i, %2236
+  %tile_sum.rf270.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.1.i, i64 10
+  %2238 = fadd float %tile_sum.rf270.sroa.0.40.vec.extract.1.i, %2237
+  %tile_sum.rf270.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.1.i, i64 11
+  %2239 = fadd float %tile_sum.rf270.sroa.0.44.vec.extract.1.i, %2238
+  %tile_sum.rf270.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.1.i, i64 12
+  %2240 = fadd float %tile_sum.rf270.sroa.0.48.vec.extract.1.i, %2239
+  %tile_sum.rf270.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.1.i, i64 13
+  %2241 = fadd float %tile_sum.rf270.sroa.0.52.vec.extract.1.i, %2240
+  %tile_sum.rf270.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.1.i, i64 14
+  %2242 = fadd float %tile_sum.rf270.sroa.0.56.vec.extract.1.i, %2241
+  %tile_sum.rf270.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global269.sroa.0.0.lcssa.1.i, i64 15
+  %2243 = fadd float %tile_sum.rf270.sroa.0.60.vec.extract.1.i, %2242
+  %tile_sum276.sroa.0.4.vec.insert.i = insertelement <2 x float> %tile_sum276.sroa.0.0.vec.insert.i, float %2243, i64 1
+  %2244 = getelementptr inbounds nuw float, ptr %row_max286.i, i64 %1763
+  %2245 = load <2 x float>, ptr %2244, align 8, !tbaa !13
+  %old_max.i = select <2 x i1> %1286, <2 x float> splat (float 0xC6293E5940000000), <2 x float> %2245
+  %2246 = getelementptr inbounds nuw float, ptr %row_sum285.i, i64 %1763
+  %2247 = load <2 x float>, ptr %2246, align 8, !tbaa !15
+  %old_sum.i = select <2 x i1> %1286, <2 x float> zeroinitializer, <2 x float> %2247
+  %2248 = fcmp ogt <2 x float> %old_max.i, %tile_max277.sroa.0.3.i
+  %2249 = fcmp oeq <2 x float> %tile_sum276.sroa.0.4.vec.insert.i, zeroinitializer
+  %2250 = select <2 x i1> %2249, <2 x i1> splat (i1 true), <2 x i1> %2248
+  %old_or_both.i = select <2 x i1> %2250, <2 x float> %old_max.i, <2 x float> %tile_max277.sroa.0.3.i
+  %2251 = fcmp oeq <2 x float> %old_sum.i, zeroinitializer
+  %m.i = select <2 x i1> %2251, <2 x float> %tile_max277.sroa.0.3.i, <2 x float> %old_or_both.i
+  %2252 = fsub <2 x float> %old_max.i, %m.i
+  %2253 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2252, <2 x float> splat (float 0x3FF7154760000000), <2 x float> splat (float 0x4168000FE0000000))
+  %2254 = bitcast <2 x float> %2253 to <2 x i32>
+  %2255 = fadd <2 x float> %2253, splat (float 0xC168000FE0000000)
+  %2256 = fmul <2 x float> %2255, splat (float 0x3F2BD01060000000)
+  %2257 = fmul <2 x float> %2255, splat (float 0x3FE6300000000000)
+  %2258 = fsub <2 x float> %2252, %2257
+  %2259 = fadd <2 x float> %2256, %2258
+  %2260 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2259, <2 x float> splat (float 0x3F56A243A0000000), <2 x float> splat (float 0x3F81239E00000000))
+  %2261 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2260, <2 x float> %2259, <2 x float> splat (float 0x3FA5558F20000000))
+  %2262 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2261, <2 x float> %2259, <2 x float> splat (float 0x3FC5554920000000))
+  %2263 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2262, <2 x float> %2259, <2 x float> splat (float 0x3FDFFFFFC0000000))
+  %2264 = fmul <2 x float> %2259, %2259
+  %2265 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2263, <2 x float> %2264, <2 x float> %2259)
+  %2266 = shl <2 x i32> %2254, splat (i32 23)
+  %2267 = bitcast <2 x i32> %2266 to <2 x float>
+  %2268 = fadd <2 x float> %2265, splat (float 1.000000e+00)
+  %2269 = fmul <2 x float> %2268, %2267
+  %2270 = fcmp olt <2 x float> %2252, splat (float -8.700000e+01)
+  %2271 = select <2 x i1> %2270, <2 x float> zeroinitializer, <2 x float> %2269
+  %2272 = fcmp one <2 x float> %old_sum.i, zeroinitializer
+  %2273 = select <2 x i1> %2272, <2 x float> %2271, <2 x float> zeroinitializer
+  %2274 = getelementptr inbounds nuw float, ptr %alpha280.i, i64 %1763
+  store <2 x float> %2273, ptr %2274, align 8, !tbaa !53
+  %arg116.i = fsub <2 x float> %tile_max277.sroa.0.3.i, %m.i
+  %2275 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %arg116.i, <2 x float> splat (float 0x3FF7154760000000), <2 x float> splat (float 0x4168000FE0000000))
+  %2276 = bitcast <2 x float> %2275 to <2 x i32>
+  %2277 = fadd <2 x float> %2275, splat (float 0xC168000FE0000000)
+  %2278 = fmul <2 x float> %2277, splat (float 0x3F2BD01060000000)
+  %2279 = fmul <2 x float> %2277, splat (float 0x3FE6300000000000)
+  %2280 = fsub <2 x float> %arg116.i, %2279
+  %2281 = fadd <2 x float> %2278, %2280
+  %2282 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2281, <2 x float> splat (float 0x3F56A243A0000000), <2 x float> splat (float 0x3F81239E00000000))
+  %2283 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2282, <2 x float> %2281, <2 x float> splat (float 0x3FA5558F20000000))
+  %2284 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2283, <2 x float> %2281, <2 x float> splat (float 0x3FC5554920000000))
+  %2285 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2284, <2 x float> %2281, <2 x float> splat (float 0x3FDFFFFFC0000000))
+  %2286 = fmul <2 x float> %2281, %2281
+  %2287 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2285, <2 x float> %2286, <2 x float> %2281)
+  %2288 = shl <2 x i32> %2276, splat (i32 23)
+  %2289 = bitcast <2 x i32> %2288 to <2 x float>
+  %2290 = fadd <2 x float> %2287, splat (float 1.000000e+00)
+  %2291 = fmul <2 x float> %2290, %2289
+  %2292 = fcmp olt <2 x float> %arg116.i, splat (float -8.700000e+01)
+  %2293 = select <2 x i1> %2292, <2 x float> zeroinitializer, <2 x float> %2291
+  %2294 = fcmp one <2 x float> %tile_sum276.sroa.0.4.vec.insert.i, zeroinitializer
+  %2295 = select <2 x i1> %2294, <2 x float> %2293, <2 x float> zeroinitializer
+  %2296 = getelementptr inbounds nuw float, ptr %beta279.i, i64 %1763
+  store <2 x float> %2295, ptr %2296, align 8, !tbaa !55
+  %2297 = fmul <2 x float> %old_sum.i, %2273
+  %2298 = tail call <2 x float> @llvm.fmuladd.v2f32(<2 x float> %2295, <2 x float> %tile_sum276.sroa.0.4.vec.insert.i, <2 x float> %2297)
+  store <2 x float> %m.i, ptr %2244, align 8, !tbaa !13
+  store <2 x float> %2298, ptr %2246, align 8, !tbaa !15
+  %indvars.iv.next703.i = add nuw nsw i64 %indvars.iv702.i, 1
+  %exitcond705.not.i = icmp eq i64 %indvars.iv.next703.i, 8
+  br i1 %exitcond705.not.i, label %for_end_i44.i, label %for_begin_v47.preheader.i, !prof !11
+
+for_begin_i139.preheader.preheader.i:             ; preds = %for_begin_d_0_init.preheader.preheader.i
+  %wide.trip.count724.i = zext nneg i32 %1771 to i64
+  br label %for_begin_i139.preheader.i
+
+for_begin_i_m.preheader.i:                        ; preds = %for_end_i141.i, %for_begin_d_0_init.preheader.preheader.i
+  %2299 = and i32 %1181, 15
+  %.not589.i = icmp eq i32 %2299, 0
+  %2300 = and i32 %1181, -16
+  %2301 = sext i32 %2300 to i64
+  %invariant.gep860.i = getelementptr float, ptr %probs.i, i64 %2301
+  %invariant.gep858.i = getelementptr i64, ptr %value_offsets282.i, i64 %2301
+  %xtraiter204 = and i64 %517, 1
+  %2302 = icmp eq i32 %516, 1
+  %unroll_iter230 = and i64 %517, 14
+  %lcmp.mod220.not = icmp eq i64 %xtraiter204, 0
+  %lcmp.mod229 = icmp ne i64 %xtraiter204, 0
   br label %for_begin_d_0_m.preheader.i
 
-for_begin_i137.preheader.i:                       ; preds = %for_end_i139.i, %for_begin_i137.preheader.preheader.i
-  %indvars.iv715.i = phi i64 [ 0, %for_begin_i137.preheader.preheader.i ], [ %indvars.iv.next716.i, %for_end_i139.i ]
-  %2293 = shl nsw i64 %indvars.iv715.i, 4
-  %2294 = getelementptr inbounds nuw i64, ptr %value_offsets280.i, i64 %2293
-  %2295 = load i64, ptr %2294, align 16, !tbaa !24
-  %2296 = getelementptr i32, ptr %value_cache, i64 %2295
-  %2297 = getelementptr inbounds nuw i8, ptr %2294, i64 8
-  %2298 = load i64, ptr %2297, align 8, !tbaa !24
-  %2299 = getelementptr i32, ptr %value_cache, i64 %2298
-  %2300 = getelementptr inbounds nuw i8, ptr %2294, i64 16
-  %2301 = load i64, ptr %2300, align 16, !tbaa !24
-  %2302 = getelementptr i32, ptr %value_cache, i64 %2301
-  %2303 = getelementptr inbounds nuw i8, ptr %2294, i64 24
-  %2304 = load i64, ptr %2303, align 8, !tbaa !24
-  %2305 = getelementptr i32, ptr %value_cache, i64 %2304
-  %2306 = getelementptr inbounds nuw i8, ptr %2294, i64 32
-  %2307 = load i64, ptr %2306, align 16, !tbaa !24
-  %2308 = getelementptr i32, ptr %value_cache, i64 %2307
-  %2309 = getelementptr inbounds nuw i8, ptr %2294, i64 40
-  %2310 = load i64, ptr %2309, align 8, !tbaa !24
-  %2311 = getelementptr i32, ptr %value_cache, i64 %2310
-  %2312 = getelementptr inbounds nuw i8, ptr %2294, i64 48
-  %2313 = load i64, ptr %2312, align 16, !tbaa !24
-  %2314 = getelementptr i32, ptr %value_cache, i64 %2313
-  %2315 = getelementptr inbounds nuw i8, ptr %2294, i64 56
-  %2316 = load i64, ptr %2315, align 8, !tbaa !24
-  %2317 = getelementptr i32, ptr %value_cache, i64 %2316
-  %2318 = getelementptr inbounds nuw i8, ptr %2294, i64 64
-  %2319 = load i64, ptr %2318, align 16, !tbaa !24
-  %2320 = getelementptr i32, ptr %value_cache, i64 %2319
-  %2321 = getelementptr inbounds nuw i8, ptr %2294, i64 72
-  %2322 = load i64, ptr %2321, align 8, !tbaa !24
-  %2323 = getelementptr i32, ptr %value_cache, i64 %2322
-  %2324 = getelementptr inbounds nuw i8, ptr %2294, i64 80
-  %2325 = load i64, ptr %2324, align 16, !tbaa !24
-  %2326 = getelementptr i32, ptr %value_cache, i64 %2325
-  %2327 = getelementptr inbounds nuw i8, ptr %2294, i64 88
-  %2328 = load i64, ptr %2327, align 8, !tbaa !24
-  %2329 = getelementptr i32, ptr %value_cache, i64 %2328
-  %2330 = getelementptr inbounds nuw i8, ptr %2294, i64 96
-  %2331 = load i64, ptr %2330, align 16, !tbaa !24
-  %2332 = getelementptr i32, ptr %value_cache, i64 %2331
-  %2333 = getelementptr inbounds nuw i8, ptr %2294, i64 104
-  %2334 = load i64, ptr %2333, align 8, !tbaa !24
-  %2335 = getelementptr i32, ptr %value_cache, i64 %2334
-  %2336 = getelementptr inbounds nuw i8, ptr %2294, i64 112
-  %2337 = load i64, ptr %2336, align 16, !tbaa !24
-  %2338 = getelementptr i32, ptr %value_cache, i64 %2337
-  %2339 = getelementptr inbounds nuw i8, ptr %2294, i64 120
-  %2340 = load i64, ptr %2339, align 8, !tbaa !24
-  %2341 = getelementptr i32, ptr %value_cache, i64 %2340
-  %invariant.gep850.i = getelementptr inbounds nuw float, ptr %probs.i, i64 %2293
+for_begin_i139.preheader.i:                       ; preds = %for_end_i141.i, %for_begin_i139.preheader.preheader.i
+  %indvars.iv721.i = phi i64 [ 0, %for_begin_i139.preheader.preheader.i ], [ %indvars.iv.next722.i, %for_end_i141.i ]
+  %2303 = shl nsw i64 %indvars.iv721.i, 4
+  %2304 = getelementptr inbounds nuw i64, ptr %value_offsets282.i, i64 %2303
+  %2305 = load i64, ptr %2304, align 16, !tbaa !24
+  %2306 = getelementptr i32, ptr %value_cache, i64 %2305
+  %2307 = getelementptr inbounds nuw i8, ptr %2304, i64 8
+  %2308 = load i64, ptr %2307, align 8, !tbaa !24
+  %2309 = getelementptr i32, ptr %value_cache, i64 %2308
+  %2310 = getelementptr inbounds nuw i8, ptr %2304, i64 16
+  %2311 = load i64, ptr %2310, align 16, !tbaa !24
+  %2312 = getelementptr i32, ptr %value_cache, i64 %2311
+  %2313 = getelementptr inbounds nuw i8, ptr %2304, i64 24
+  %2314 = load i64, ptr %2313, align 8, !tbaa !24
+  %2315 = getelementptr i32, ptr %value_cache, i64 %2314
+  %2316 = getelementptr inbounds nuw i8, ptr %2304, i64 32
+  %2317 = load i64, ptr %2316, align 16, !tbaa !24
+  %2318 = getelementptr i32, ptr %value_cache, i64 %2317
+  %2319 = getelementptr inbounds nuw i8, ptr %2304, i64 40
+  %2320 = load i64, ptr %2319, align 8, !tbaa !24
+  %2321 = getelementptr i32, ptr %value_cache, i64 %2320
+  %2322 = getelementptr inbounds nuw i8, ptr %2304, i64 48
+  %2323 = load i64, ptr %2322, align 16, !tbaa !24
+  %2324 = getelementptr i32, ptr %value_cache, i64 %2323
+  %2325 = getelementptr inbounds nuw i8, ptr %2304, i64 56
+  %2326 = load i64, ptr %2325, align 8, !tbaa !24
+  %2327 = getelementptr i32, ptr %value_cache, i64 %2326
+  %2328 = getelementptr inbounds nuw i8, ptr %2304, i64 64
+  %2329 = load i64, ptr %2328, align 16, !tbaa !24
+  %2330 = getelementptr i32, ptr %value_cache, i64 %2329
+  %2331 = getelementptr inbounds nuw i8, ptr %2304, i64 72
+  %2332 = load i64, ptr %2331, align 8, !tbaa !24
+  %2333 = getelementptr i32, ptr %value_cache, i64 %2332
+  %2334 = getelementptr inbounds nuw i8, ptr %2304, i64 80
+  %2335 = load i64, ptr %2334, align 16, !tbaa !24
+  %2336 = getelementptr i32, ptr %value_cache, i64 %2335
+  %2337 = getelementptr inbounds nuw i8, ptr %2304, i64 88
+  %2338 = load i64, ptr %2337, align 8, !tbaa !24
+  %2339 = getelementptr i32, ptr %value_cache, i64 %2338
+  %2340 = getelementptr inbounds nuw i8, ptr %2304, i64 96
+  %2341 = load i64, ptr %2340, align 16, !tbaa !24
+  %2342 = getelementptr i32, ptr %value_cache, i64 %2341
+  %2343 = getelementptr inbounds nuw i8, ptr %2304, i64 104
+  %2344 = load i64, ptr %2343, align 8, !tbaa !24
+  %2345 = getelementptr i32, ptr %value_cache, i64 %2344
+  %2346 = getelementptr inbounds nuw i8, ptr %2304, i64 112
+  %2347 = load i64, ptr %2346, align 16, !tbaa !24
+  %2348 = getelementptr i32, ptr %value_cache, i64 %2347
+  %2349 = getelementptr inbounds nuw i8, ptr %2304, i64 120
+  %2350 = load i64, ptr %2349, align 8, !tbaa !24
+  %2351 = getelementptr i32, ptr %value_cache, i64 %2350
+  %invariant.gep856.i = getelementptr inbounds nuw float, ptr %probs.i, i64 %2303
   br label %for_begin_d_0.preheader.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_begin_i137.preheader.i
-  %indvars.iv711.i = phi i64 [ 0, %for_begin_i137.preheader.i ], [ %indvars.iv.next712.i, %for_end_d_0.i ]
-  %.idx828.i = shl nuw nsw i64 %indvars.iv711.i, 9
-  %gep851.i = getelementptr inbounds nuw i8, ptr %invariant.gep850.i, i64 %.idx828.i
-  %2342 = mul nsw i64 %indvars.iv711.i, %v_head
-  %invariant.gep497.i = getelementptr i32, ptr %2296, i64 %2342
-  %2343 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 256
-  %2344 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 4
-  %invariant.gep499.i = getelementptr i32, ptr %2299, i64 %2342
-  %2345 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 260
-  %2346 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 8
-  %invariant.gep501.i = getelementptr i32, ptr %2302, i64 %2342
-  %2347 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 264
-  %2348 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 12
-  %invariant.gep503.i = getelementptr i32, ptr %2305, i64 %2342
-  %2349 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 268
-  %2350 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 16
-  %invariant.gep505.i = getelementptr i32, ptr %2308, i64 %2342
-  %2351 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 272
-  %2352 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 20
-  %invariant.gep507.i = getelementptr i32, ptr %2311, i64 %2342
-  %2353 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 276
-  %2354 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 24
-  %invariant.gep509.i = getelementptr i32, ptr %2314, i64 %2342
-  %2355 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 280
-  %2356 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 28
-  %invariant.gep511.i = getelementptr i32, ptr %2317, i64 %2342
-  %2357 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 284
-  %2358 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 32
-  %invariant.gep513.i = getelementptr i32, ptr %2320, i64 %2342
-  %2359 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 288
-  %2360 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 36
-  %invariant.gep515.i = getelementptr i32, ptr %2323, i64 %2342
-  %2361 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 292
-  %2362 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 40
-  %invariant.gep517.i = getelementptr i32, ptr %2326, i64 %2342
-  %2363 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 296
-  %2364 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 44
-  %invariant.gep519.i = getelementptr i32, ptr %2329, i64 %2342
-  %2365 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 300
-  %2366 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 48
-  %invariant.gep521.i = getelementptr i32, ptr %2332, i64 %2342
-  %2367 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 304
-  %2368 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 52
-  %invariant.gep523.i = getelementptr i32, ptr %2335, i64 %2342
-  %2369 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 308
-  %2370 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 56
-  %invariant.gep525.i = getelementptr i32, ptr %2338, i64 %2342
-  %2371 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 312
-  %2372 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 60
-  %invariant.gep527.i = getelementptr i32, ptr %2341, i64 %2342
-  %2373 = getelementptr inbounds nuw i8, ptr %gep851.i, i64 316
-  %.idx830.i = shl nuw nsw i64 %indvars.iv711.i, 11
-  %invariant.gep848.i = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 %.idx830.i
+for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_begin_i139.preheader.i
+  %indvars.iv717.i = phi i64 [ 0, %for_begin_i139.preheader.i ], [ %indvars.iv.next718.i, %for_end_d_0.i ]
+  %.idx834.i = shl nuw nsw i64 %indvars.iv717.i, 9
+  %gep857.i = getelementptr inbounds nuw i8, ptr %invariant.gep856.i, i64 %.idx834.i
+  %2352 = mul nsw i64 %indvars.iv717.i, %v_head
+  %invariant.gep503.i = getelementptr i32, ptr %2306, i64 %2352
+  %2353 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 256
+  %2354 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 4
+  %invariant.gep505.i = getelementptr i32, ptr %2309, i64 %2352
+  %2355 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 260
+  %2356 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 8
+  %invariant.gep507.i = getelementptr i32, ptr %2312, i64 %2352
+  %2357 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 264
+  %2358 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 12
+  %invariant.gep509.i = getelementptr i32, ptr %2315, i64 %2352
+  %2359 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 268
+  %2360 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 16
+  %invariant.gep511.i = getelementptr i32, ptr %2318, i64 %2352
+  %2361 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 272
+  %2362 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 20
+  %invariant.gep513.i = getelementptr i32, ptr %2321, i64 %2352
+  %2363 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 276
+  %2364 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 24
+  %invariant.gep515.i = getelementptr i32, ptr %2324, i64 %2352
+  %2365 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 280
+  %2366 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 28
+  %invariant.gep517.i = getelementptr i32, ptr %2327, i64 %2352
+  %2367 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 284
+  %2368 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 32
+  %invariant.gep519.i = getelementptr i32, ptr %2330, i64 %2352
+  %2369 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 288
+  %2370 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 36
+  %invariant.gep521.i = getelementptr i32, ptr %2333, i64 %2352
+  %2371 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 292
+  %2372 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 40
+  %invariant.gep523.i = getelementptr i32, ptr %2336, i64 %2352
+  %2373 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 296
+  %2374 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 44
+  %invariant.gep525.i = getelementptr i32, ptr %2339, i64 %2352
+  %2375 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 300
+  %2376 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 48
+  %invariant.gep527.i = getelementptr i32, ptr %2342, i64 %2352
+  %2377 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 304
+  %2378 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 52
+  %invariant.gep529.i = getelementptr i32, ptr %2345, i64 %2352
+  %2379 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 308
+  %2380 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 56
+  %invariant.gep531.i = getelementptr i32, ptr %2348, i64 %2352
+  %2381 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 312
+  %2382 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 60
+  %invariant.gep533.i = getelementptr i32, ptr %2351, i64 %2352
+  %2383 = getelementptr inbounds nuw i8, ptr %gep857.i, i64 316
+  %.idx836.i = shl nuw nsw i64 %indvars.iv717.i, 11
+  %invariant.gep854.i = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 %.idx836.i
   br label %for_body_d_0.i
 
-for_end_i139.i:                                   ; preds = %for_end_d_0.i
-  %indvars.iv.next716.i = add nuw nsw i64 %indvars.iv715.i, 1
-  %exitcond719.not.i = icmp eq i64 %indvars.iv.next716.i, %wide.trip.count718.i
-  br i1 %exitcond719.not.i, label %for_begin_i_m.preheader.i, label %for_begin_i137.preheader.i, !prof !8
+for_end_i141.i:                                   ; preds = %for_end_d_0.i
+  %indvars.iv.next722.i = add nuw nsw i64 %indvars.iv721.i, 1
+  %exitcond725.not.i = icmp eq i64 %indvars.iv.next722.i, %wide.trip.count724.i
+  br i1 %exitcond725.not.i, label %for_begin_i_m.preheader.i, label %for_begin_i139.preheader.i, !prof !8
 
 for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %for_begin_d_0.preheader.i
-  %indvars.iv707.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next708.i, %for_body_d_0.i ]
-  %2374 = load float, ptr %gep851.i, align 4, !tbaa !4
-  %2375 = insertelement <16 x float> poison, float %2374, i64 0
-  %2376 = shufflevector <16 x float> %2375, <16 x float> poison, <16 x i32> zeroinitializer
-  %2377 = shl nuw nsw i64 %indvars.iv707.i, 5
-  %gep498.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2377
-  %2378 = load <16 x i32>, ptr %gep498.i, align 4, !tbaa !4
-  %2379 = shl <16 x i32> %2378, splat (i32 16)
-  %2380 = bitcast <16 x i32> %2379 to <16 x float>
-  %2381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2380, <16 x float> zeroinitializer)
-  %2382 = and <16 x i32> %2378, %101
-  %2383 = bitcast <16 x i32> %2382 to <16 x float>
-  %2384 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2383, <16 x float> zeroinitializer)
-  %2385 = getelementptr i8, ptr %gep498.i, i64 64
-  %2386 = load <16 x i32>, ptr %2385, align 4, !tbaa !4
-  %2387 = shl <16 x i32> %2386, splat (i32 16)
-  %2388 = bitcast <16 x i32> %2387 to <16 x float>
-  %2389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2388, <16 x float> zeroinitializer)
-  %2390 = and <16 x i32> %2386, %101
-  %2391 = bitcast <16 x i32> %2390 to <16 x float>
-  %2392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2391, <16 x float> zeroinitializer)
-  %2393 = load float, ptr %2343, align 4, !tbaa !4
-  %2394 = insertelement <16 x float> poison, float %2393, i64 0
-  %2395 = shufflevector <16 x float> %2394, <16 x float> poison, <16 x i32> zeroinitializer
-  %2396 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2395, <16 x float> %2380, <16 x float> zeroinitializer)
-  %2397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2395, <16 x float> %2383, <16 x float> zeroinitializer)
-  %2398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2395, <16 x float> %2388, <16 x float> zeroinitializer)
-  %2399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2395, <16 x float> %2391, <16 x float> zeroinitializer)
-  %2400 = load float, ptr %2344, align 4, !tbaa !4
-  %2401 = insertelement <16 x float> poison, float %2400, i64 0
-  %2402 = shufflevector <16 x float> %2401, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep500.i = getelementptr i32, ptr %invariant.gep499.i, i64 %2377
-  %2403 = load <16 x i32>, ptr %gep500.i, align 4, !tbaa !4
-  %2404 = shl <16 x i32> %2403, splat (i32 16)
-  %2405 = bitcast <16 x i32> %2404 to <16 x float>
-  %2406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2402, <16 x float> %2405, <16 x float> %2381)
-  %2407 = and <16 x i32> %2403, %101
-  %2408 = bitcast <16 x i32> %2407 to <16 x float>
-  %2409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2402, <16 x float> %2408, <16 x float> %2384)
-  %2410 = getelementptr i8, ptr %gep500.i, i64 64
-  %2411 = load <16 x i32>, ptr %2410, align 4, !tbaa !4
-  %2412 = shl <16 x i32> %2411, splat (i32 16)
-  %2413 = bitcast <16 x i32> %2412 to <16 x float>
-  %2414 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2402, <16 x float> %2413, <16 x float> %2389)
-  %2415 = and <16 x i32> %2411, %101
-  %2416 = bitcast <16 x i32> %2415 to <16 x float>
-  %2417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2402, <16 x float> %2416, <16 x float> %2392)
-  %2418 = load float, ptr %2345, align 4, !tbaa !4
-  %2419 = insertelement <16 x float> poison, float %2418, i64 0
-  %2420 = shufflevector <16 x float> %2419, <16 x float> poison, <16 x i32> zeroinitializer
-  %2421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2405, <16 x float> %2396)
-  %2422 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2408, <16 x float> %2397)
-  %2423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2413, <16 x float> %2398)
-  %2424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2416, <16 x float> %2399)
-  %2425 = load float, ptr %2346, align 4, !tbaa !4
-  %2426 = insertelement <16 x float> poison, float %2425, i64 0
-  %2427 = shufflevector <16 x float> %2426, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep502.i = getelementptr i32, ptr %invariant.gep501.i, i64 %2377
-  %2428 = load <16 x i32>, ptr %gep502.i, align 4, !tbaa !4
-  %2429 = shl <16 x i32> %2428, splat (i32 16)
-  %2430 = bitcast <16 x i32> %2429 to <16 x float>
-  %2431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2427, <16 x float> %2430, <16 x float> %2406)
-  %2432 = and <16 x i32> %2428, %101
-  %2433 = bitcast <16 x i32> %2432 to <16 x float>
-  %2434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2427, <16 x float> %2433, <16 x float> %2409)
-  %2435 = getelementptr i8, ptr %gep502.i, i64 64
-  %2436 = load <16 x i32>, ptr %2435, align 4, !tbaa !4
-  %2437 = shl <16 x i32> %2436, splat (i32 16)
-  %2438 = bitcast <16 x i32> %2437 to <16 x float>
-  %2439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2427, <16 x float> %2438, <16 x float> %2414)
-  %2440 = and <16 x i32> %2436, %101
-  %2441 = bitcast <16 x i32> %2440 to <16 x float>
-  %2442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2427, <16 x float> %2441, <16 x float> %2417)
-  %2443 = load float, ptr %2347, align 4, !tbaa !4
-  %2444 = insertelement <16 x float> poison, float %2443, i64 0
-  %2445 = shufflevector <16 x float> %2444, <16 x float> poison, <16 x i32> zeroinitializer
-  %2446 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2445, <16 x float> %2430, <16 x float> %2421)
-  %2447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2445, <16 x float> %2433, <16 x float> %2422)
-  %2448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2445, <16 x float> %2438, <16 x float> %2423)
-  %2449 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2445, <16 x float> %2441, <16 x float> %2424)
-  %2450 = load float, ptr %2348, align 4, !tbaa !4
-  %2451 = insertelement <16 x float> poison, float %2450, i64 0
-  %2452 = shufflevector <16 x float> %2451, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep504.i = getelementptr i32, ptr %invariant.gep503.i, i64 %2377
-  %2453 = load <16 x i32>, ptr %gep504.i, align 4, !tbaa !4
-  %2454 = shl <16 x i32> %2453, splat (i32 16)
-  %2455 = bitcast <16 x i32> %2454 to <16 x float>
-  %2456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2452, <16 x float> %2455, <16 x float> %2431)
-  %2457 = and <16 x i32> %2453, %101
-  %2458 = bitcast <16 x i32> %2457 to <16 x float>
-  %2459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2452, <16 x float> %2458, <16 x float> %2434)
-  %2460 = getelementptr i8, ptr %gep504.i, i64 64
-  %2461 = load <16 x i32>, ptr %2460, align 4, !tbaa !4
-  %2462 = shl <16 x i32> %2461, splat (i32 16)
-  %2463 = bitcast <16 x i32> %2462 to <16 x float>
-  %2464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2452, <16 x float> %2463, <16 x float> %2439)
-  %2465 = and <16 x i32> %2461, %101
-  %2466 = bitcast <16 x i32> %2465 to <16 x float>
-  %2467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2452, <16 x float> %2466, <16 x float> %2442)
-  %2468 = load float, ptr %2349, align 4, !tbaa !4
-  %2469 = insertelement <16 x float> poison, float %2468, i64 0
-  %2470 = shufflevector <16 x float> %2469, <16 x float> poison, <16 x i32> zeroinitializer
-  %2471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2470, <16 x float> %2455, <16 x float> %2446)
-  %2472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2470, <16 x float> %2458, <16 x float> %2447)
-  %2473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2470, <16 x float> %2463, <16 x float> %2448)
-  %2474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2470, <16 x float> %2466, <16 x float> %2449)
-  %2475 = load float, ptr %2350, align 4, !tbaa !4
-  %2476 = insertelement <16 x float> poison, float %2475, i64 0
-  %2477 = shufflevector <16 x float> %2476, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep506.i = getelementptr i32, ptr %invariant.gep505.i, i64 %2377
-  %2478 = load <16 x i32>, ptr %gep506.i, align 4, !tbaa !4
-  %2479 = shl <16 x i32> %2478, splat (i32 16)
-  %2480 = bitcast <16 x i32> %2479 to <16 x float>
-  %2481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2477, <16 x float> %2480, <16 x float> %2456)
-  %2482 = and <16 x i32> %2478, %101
-  %2483 = bitcast <16 x i32> %2482 to <16 x float>
-  %2484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2477, <16 x float> %2483, <16 x float> %2459)
-  %2485 = getelementptr i8, ptr %gep506.i, i64 64
-  %2486 = load <16 x i32>, ptr %2485, align 4, !tbaa !4
-  %2487 = shl <16 x i32> %2486, splat (i32 16)
-  %2488 = bitcast <16 x i32> %2487 to <16 x float>
-  %2489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2477, <16 x float> %2488, <16 x float> %2464)
-  %2490 = and <16 x i32> %2486, %101
-  %2491 = bitcast <16 x i32> %2490 to <16 x float>
-  %2492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2477, <16 x float> %2491, <16 x float> %2467)
-  %2493 = load float, ptr %2351, align 4, !tbaa !4
-  %2494 = insertelement <16 x float> poison, float %2493, i64 0
-  %2495 = shufflevector <16 x float> %2494, <16 x float> poison, <16 x i32> zeroinitializer
-  %2496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2495, <16 x float> %2480, <16 x float> %2471)
-  %2497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2495, <16 x float> %2483, <16 x float> %2472)
-  %2498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2495, <16 x float> %2488, <16 x float> %2473)
-  %2499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2495, <16 x float> %2491, <16 x float> %2474)
-  %2500 = load float, ptr %2352, align 4, !tbaa !4
-  %2501 = insertelement <16 x float> poison, float %2500, i64 0
-  %2502 = shufflevector <16 x float> %2501, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep508.i = getelementptr i32, ptr %invariant.gep507.i, i64 %2377
-  %2503 = load <16 x i32>, ptr %gep508.i, align 4, !tbaa !4
-  %2504 = shl <16 x i32> %2503, splat (i32 16)
-  %2505 = bitcast <16 x i32> %2504 to <16 x float>
-  %2506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2502, <16 x float> %2505, <16 x float> %2481)
-  %2507 = and <16 x i32> %2503, %101
-  %2508 = bitcast <16 x i32> %2507 to <16 x float>
-  %2509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2502, <16 x float> %2508, <16 x float> %2484)
-  %2510 = getelementptr i8, ptr %gep508.i, i64 64
-  %2511 = load <16 x i32>, ptr %2510, align 4, !tbaa !4
-  %2512 = shl <16 x i32> %2511, splat (i32 16)
-  %2513 = bitcast <16 x i32> %2512 to <16 x float>
-  %2514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2502, <16 x float> %2513, <16 x float> %2489)
-  %2515 = and <16 x i32> %2511, %101
-  %2516 = bitcast <16 x i32> %2515 to <16 x float>
-  %2517 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2502, <16 x float> %2516, <16 x float> %2492)
-  %2518 = load float, ptr %2353, align 4, !tbaa !4
-  %2519 = insertelement <16 x float> poison, float %2518, i64 0
-  %2520 = shufflevector <16 x float> %2519, <16 x float> poison, <16 x i32> zeroinitializer
-  %2521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2520, <16 x float> %2505, <16 x float> %2496)
-  %2522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2520, <16 x float> %2508, <16 x float> %2497)
-  %2523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2520, <16 x float> %2513, <16 x float> %2498)
-  %2524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2520, <16 x float> %2516, <16 x float> %2499)
-  %2525 = load float, ptr %2354, align 4, !tbaa !4
-  %2526 = insertelement <16 x float> poison, float %2525, i64 0
-  %2527 = shufflevector <16 x float> %2526, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep510.i = getelementptr i32, ptr %invariant.gep509.i, i64 %2377
-  %2528 = load <16 x i32>, ptr %gep510.i, align 4, !tbaa !4
-  %2529 = shl <16 x i32> %2528, splat (i32 16)
-  %2530 = bitcast <16 x i32> %2529 to <16 x float>
-  %2531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2527, <16 x float> %2530, <16 x float> %2506)
-  %2532 = and <16 x i32> %2528, %101
-  %2533 = bitcast <16 x i32> %2532 to <16 x float>
-  %2534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2527, <16 x float> %2533, <16 x float> %2509)
-  %2535 = getelementptr i8, ptr %gep510.i, i64 64
-  %2536 = load <16 x i32>, ptr %2535, align 4, !tbaa !4
-  %2537 = shl <16 x i32> %2536, splat (i32 16)
-  %2538 = bitcast <16 x i32> %2537 to <16 x float>
-  %2539 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2527, <16 x float> %2538, <16 x float> %2514)
-  %2540 = and <16 x i32> %2536, %101
-  %2541 = bitcast <16 x i32> %2540 to <16 x float>
-  %2542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2527, <16 x float> %2541, <16 x float> %2517)
-  %2543 = load float, ptr %2355, align 4, !tbaa !4
-  %2544 = insertelement <16 x float> poison, float %2543, i64 0
-  %2545 = shufflevector <16 x float> %2544, <16 x float> poison, <16 x i32> zeroinitializer
-  %2546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2545, <16 x float> %2530, <16 x float> %2521)
-  %2547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2545, <16 x float> %2533, <16 x float> %2522)
-  %2548 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2545, <16 x float> %2538, <16 x float> %2523)
-  %2549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2545, <16 x float> %2541, <16 x float> %2524)
-  %2550 = load float, ptr %2356, align 4, !tbaa !4
-  %2551 = insertelement <16 x float> poison, float %2550, i64 0
-  %2552 = shufflevector <16 x float> %2551, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep512.i = getelementptr i32, ptr %invariant.gep511.i, i64 %2377
-  %2553 = load <16 x i32>, ptr %gep512.i, align 4, !tbaa !4
-  %2554 = shl <16 x i32> %2553, splat (i32 16)
-  %2555 = bitcast <16 x i32> %2554 to <16 x float>
-  %2556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2552, <16 x float> %2555, <16 x float> %2531)
-  %2557 = and <16 x i32> %2553, %101
-  %2558 = bitcast <16 x i32> %2557 to <16 x float>
-  %2559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2552, <16 x float> %2558, <16 x float> %2534)
-  %2560 = getelementptr i8, ptr %gep512.i, i64 64
-  %2561 = load <16 x i32>, ptr %2560, align 4, !tbaa !4
-  %2562 = shl <16 x i32> %2561, splat (i32 16)
-  %2563 = bitcast <16 x i32> %2562 to <16 x float>
-  %2564 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2552, <16 x float> %2563, <16 x float> %2539)
-  %2565 = and <16 x i32> %2561, %101
-  %2566 = bitcast <16 x i32> %2565 to <16 x float>
-  %2567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2552, <16 x float> %2566, <16 x float> %2542)
-  %2568 = load float, ptr %2357, align 4, !tbaa !4
-  %2569 = insertelement <16 x float> poison, float %2568, i64 0
-  %2570 = shufflevector <16 x float> %2569, <16 x float> poison, <16 x i32> zeroinitializer
-  %2571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2570, <16 x float> %2555, <16 x float> %2546)
-  %2572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2570, <16 x float> %2558, <16 x float> %2547)
-  %2573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2570, <16 x float> %2563, <16 x float> %2548)
-  %2574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2570, <16 x float> %2566, <16 x float> %2549)
-  %2575 = load float, ptr %2358, align 4, !tbaa !4
-  %2576 = insertelement <16 x float> poison, float %2575, i64 0
-  %2577 = shufflevector <16 x float> %2576, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep514.i = getelementptr i32, ptr %invariant.gep513.i, i64 %2377
-  %2578 = load <16 x i32>, ptr %gep514.i, align 4, !tbaa !4
-  %2579 = shl <16 x i32> %2578, splat (i32 16)
-  %2580 = bitcast <16 x i32> %2579 to <16 x float>
-  %2581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2577, <16 x float> %2580, <16 x float> %2556)
-  %2582 = and <16 x i32> %2578, %101
-  %2583 = bitcast <16 x i32> %2582 to <16 x float>
-  %2584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2577, <16 x float> %2583, <16 x float> %2559)
-  %2585 = getelementptr i8, ptr %gep514.i, i64 64
-  %2586 = load <16 x i32>, ptr %2585, align 4, !tbaa !4
-  %2587 = shl <16 x i32> %2586, splat (i32 16)
-  %2588 = bitcast <16 x i32> %2587 to <16 x float>
-  %2589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2577, <16 x float> %2588, <16 x float> %2564)
-  %2590 = and <16 x i32> %2586, %101
-  %2591 = bitcast <16 x i32> %2590 to <16 x float>
-  %2592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2577, <16 x float> %2591, <16 x float> %2567)
-  %2593 = load float, ptr %2359, align 4, !tbaa !4
-  %2594 = insertelement <16 x float> poison, float %2593, i64 0
-  %2595 = shufflevector <16 x float> %2594, <16 x float> poison, <16 x i32> zeroinitializer
-  %2596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2580, <16 x float> %2571)
-  %2597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2583, <16 x float> %2572)
-  %2598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2588, <16 x float> %2573)
-  %2599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2591, <16 x float> %2574)
-  %2600 = load float, ptr %2360, align 4, !tbaa !4
-  %2601 = insertelement <16 x float> poison, float %2600, i64 0
-  %2602 = shufflevector <16 x float> %2601, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep516.i = getelementptr i32, ptr %invariant.gep515.i, i64 %2377
-  %2603 = load <16 x i32>, ptr %gep516.i, align 4, !tbaa !4
-  %2604 = shl <16 x i32> %2603, splat (i32 16)
-  %2605 = bitcast <16 x i32> %2604 to <16 x float>
-  %2606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2602, <16 x float> %2605, <16 x float> %2581)
-  %2607 = and <16 x i32> %2603, %101
-  %2608 = bitcast <16 x i32> %2607 to <16 x float>
-  %2609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2602, <16 x float> %2608, <16 x float> %2584)
-  %2610 = getelementptr i8, ptr %gep516.i, i64 64
-  %2611 = load <16 x i32>, ptr %2610, align 4, !tbaa !4
-  %2612 = shl <16 x i32> %2611, splat (i32 16)
-  %2613 = bitcast <16 x i32> %2612 to <16 x float>
-  %2614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2602, <16 x float> %2613, <16 x float> %2589)
-  %2615 = and <16 x i32> %2611, %101
-  %2616 = bitcast <16 x i32> %2615 to <16 x float>
-  %2617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2602, <16 x float> %2616, <16 x float> %2592)
-  %2618 = load float, ptr %2361, align 4, !tbaa !4
-  %2619 = insertelement <16 x float> poison, float %2618, i64 0
-  %2620 = shufflevector <16 x float> %2619, <16 x float> poison, <16 x i32> zeroinitializer
-  %2621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2620, <16 x float> %2605, <16 x float> %2596)
-  %2622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2620, <16 x float> %2608, <16 x float> %2597)
-  %2623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2620, <16 x float> %2613, <16 x float> %2598)
-  %2624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2620, <16 x float> %2616, <16 x float> %2599)
-  %2625 = load float, ptr %2362, align 4, !tbaa !4
-  %2626 = insertelement <16 x float> poison, float %2625, i64 0
-  %2627 = shufflevector <16 x float> %2626, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep518.i = getelementptr i32, ptr %invariant.gep517.i, i64 %2377
-  %2628 = load <16 x i32>, ptr %gep518.i, align 4, !tbaa !4
-  %2629 = shl <16 x i32> %2628, splat (i32 16)
-  %2630 = bitcast <16 x i32> %2629 to <16 x float>
-  %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2627, <16 x float> %2630, <16 x float> %2606)
-  %2632 = and <16 x i32> %2628, %101
-  %2633 = bitcast <16 x i32> %2632 to <16 x float>
-  %2634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2627, <16 x float> %2633, <16 x float> %2609)
-  %2635 = getelementptr i8, ptr %gep518.i, i64 64
-  %2636 = load <16 x i32>, ptr %2635, align 4, !tbaa !4
-  %2637 = shl <16 x i32> %2636, splat (i32 16)
-  %2638 = bitcast <16 x i32> %2637 to <16 x float>
-  %2639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2627, <16 x float> %2638, <16 x float> %2614)
-  %2640 = and <16 x i32> %2636, %101
-  %2641 = bitcast <16 x i32> %2640 to <16 x float>
-  %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2627, <16 x float> %2641, <16 x float> %2617)
-  %2643 = load float, ptr %2363, align 4, !tbaa !4
-  %2644 = insertelement <16 x float> poison, float %2643, i64 0
-  %2645 = shufflevector <16 x float> %2644, <16 x float> poison, <16 x i32> zeroinitializer
-  %2646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2645, <16 x float> %2630, <16 x float> %2621)
-  %2647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2645, <16 x float> %2633, <16 x float> %2622)
-  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2645, <16 x float> %2638, <16 x float> %2623)
-  %2649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2645, <16 x float> %2641, <16 x float> %2624)
-  %2650 = load float, ptr %2364, align 4, !tbaa !4
-  %2651 = insertelement <16 x float> poison, float %2650, i64 0
-  %2652 = shufflevector <16 x float> %2651, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep520.i = getelementptr i32, ptr %invariant.gep519.i, i64 %2377
-  %2653 = load <16 x i32>, ptr %gep520.i, align 4, !tbaa !4
-  %2654 = shl <16 x i32> %2653, splat (i32 16)
-  %2655 = bitcast <16 x i32> %2654 to <16 x float>
-  %2656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2652, <16 x float> %2655, <16 x float> %2631)
-  %2657 = and <16 x i32> %2653, %101
-  %2658 = bitcast <16 x i32> %2657 to <16 x float>
-  %2659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2652, <16 x float> %2658, <16 x float> %2634)
-  %2660 = getelementptr i8, ptr %gep520.i, i64 64
-  %2661 = load <16 x i32>, ptr %2660, align 4, !tbaa !4
-  %2662 = shl <16 x i32> %2661, splat (i32 16)
-  %2663 = bitcast <16 x i32> %2662 to <16 x float>
-  %2664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2652, <16 x float> %2663, <16 x float> %2639)
-  %2665 = and <16 x i32> %2661, %101
-  %2666 = bitcast <16 x i32> %2665 to <16 x float>
-  %2667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2652, <16 x float> %2666, <16 x float> %2642)
-  %2668 = load float, ptr %2365, align 4, !tbaa !4
-  %2669 = insertelement <16 x float> poison, float %2668, i64 0
-  %2670 = shufflevector <16 x float> %2669, <16 x float> poison, <16 x i32> zeroinitializer
-  %2671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2655, <16 x float> %2646)
-  %2672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2658, <16 x float> %2647)
-  %2673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2663, <16 x float> %2648)
-  %2674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2666, <16 x float> %2649)
-  %2675 = load float, ptr %2366, align 4, !tbaa !4
-  %2676 = insertelement <16 x float> poison, float %2675, i64 0
-  %2677 = shufflevector <16 x float> %2676, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep522.i = getelementptr i32, ptr %invariant.gep521.i, i64 %2377
-  %2678 = load <16 x i32>, ptr %gep522.i, align 4, !tbaa !4
-  %2679 = shl <16 x i32> %2678, splat (i32 16)
-  %2680 = bitcast <16 x i32> %2679 to <16 x float>
-  %2681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2680, <16 x float> %2656)
-  %2682 = and <16 x i32> %2678, %101
-  %2683 = bitcast <16 x i32> %2682 to <16 x float>
-  %2684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2683, <16 x float> %2659)
-  %2685 = getelementptr i8, ptr %gep522.i, i64 64
-  %2686 = load <16 x i32>, ptr %2685, align 4, !tbaa !4
-  %2687 = shl <16 x i32> %2686, splat (i32 16)
-  %2688 = bitcast <16 x i32> %2687 to <16 x float>
-  %2689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2688, <16 x float> %2664)
-  %2690 = and <16 x i32> %2686, %101
-  %2691 = bitcast <16 x i32> %2690 to <16 x float>
-  %2692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2691, <16 x float> %2667)
-  %2693 = load float, ptr %2367, align 4, !tbaa !4
-  %2694 = insertelement <16 x float> poison, float %2693, i64 0
-  %2695 = shufflevector <16 x float> %2694, <16 x float> poison, <16 x i32> zeroinitializer
-  %2696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2680, <16 x float> %2671)
-  %2697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2683, <16 x float> %2672)
-  %2698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2688, <16 x float> %2673)
-  %2699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2691, <16 x float> %2674)
-  %2700 = load float, ptr %2368, align 4, !tbaa !4
-  %2701 = insertelement <16 x float> poison, float %2700, i64 0
-  %2702 = shufflevector <16 x float> %2701, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep524.i = getelementptr i32, ptr %invariant.gep523.i, i64 %2377
-  %2703 = load <16 x i32>, ptr %gep524.i, align 4, !tbaa !4
-  %2704 = shl <16 x i32> %2703, splat (i32 16)
-  %2705 = bitcast <16 x i32> %2704 to <16 x float>
-  %2706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2705, <16 x float> %2681)
-  %2707 = and <16 x i32> %2703, %101
-  %2708 = bitcast <16 x i32> %2707 to <16 x float>
-  %2709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2708, <16 x float> %2684)
-  %2710 = getelementptr i8, ptr %gep524.i, i64 64
-  %2711 = load <16 x i32>, ptr %2710, align 4, !tbaa !4
-  %2712 = shl <16 x i32> %2711, splat (i32 16)
-  %2713 = bitcast <16 x i32> %2712 to <16 x float>
-  %2714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2713, <16 x float> %2689)
-  %2715 = and <16 x i32> %2711, %101
-  %2716 = bitcast <16 x i32> %2715 to <16 x float>
-  %2717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2716, <16 x float> %2692)
-  %2718 = load float, ptr %2369, align 4, !tbaa !4
-  %2719 = insertelement <16 x float> poison, float %2718, i64 0
-  %2720 = shufflevector <16 x float> %2719, <16 x float> poison, <16 x i32> zeroinitializer
-  %2721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2705, <16 x float> %2696)
-  %2722 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2708, <16 x float> %2697)
-  %2723 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2713, <16 x float> %2698)
-  %2724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2716, <16 x float> %2699)
-  %2725 = load float, ptr %2370, align 4, !tbaa !4
-  %2726 = insertelement <16 x float> poison, float %2725, i64 0
-  %2727 = shufflevector <16 x float> %2726, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep526.i = getelementptr i32, ptr %invariant.gep525.i, i64 %2377
-  %2728 = load <16 x i32>, ptr %gep526.i, align 4, !tbaa !4
-  %2729 = shl <16 x i32> %2728, splat (i32 16)
-  %2730 = bitcast <16 x i32> %2729 to <16 x float>
-  %2731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2727, <16 x float> %2730, <16 x float> %2706)
-  %2732 = and <16 x i32> %2728, %101
-  %2733 = bitcast <16 x i32> %2732 to <16 x float>
-  %2734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2727, <16 x float> %2733, <16 x float> %2709)
-  %2735 = getelementptr i8, ptr %gep526.i, i64 64
-  %2736 = load <16 x i32>, ptr %2735, align 4, !tbaa !4
-  %2737 = shl <16 x i32> %2736, splat (i32 16)
-  %2738 = bitcast <16 x i32> %2737 to <16 x float>
-  %2739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2727, <16 x float> %2738, <16 x float> %2714)
-  %2740 = and <16 x i32> %2736, %101
-  %2741 = bitcast <16 x i32> %2740 to <16 x float>
-  %2742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2727, <16 x float> %2741, <16 x float> %2717)
-  %2743 = load float, ptr %2371, align 4, !tbaa !4
-  %2744 = insertelement <16 x float> poison, float %2743, i64 0
-  %2745 = shufflevector <16 x float> %2744, <16 x float> poison, <16 x i32> zeroinitializer
-  %2746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2745, <16 x float> %2730, <16 x float> %2721)
-  %2747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2745, <16 x float> %2733, <16 x float> %2722)
-  %2748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2745, <16 x float> %2738, <16 x float> %2723)
-  %2749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2745, <16 x float> %2741, <16 x float> %2724)
-  %2750 = load float, ptr %2372, align 4, !tbaa !4
-  %2751 = insertelement <16 x float> poison, float %2750, i64 0
-  %2752 = shufflevector <16 x float> %2751, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep528.i = getelementptr i32, ptr %invariant.gep527.i, i64 %2377
-  %2753 = load <16 x i32>, ptr %gep528.i, align 4, !tbaa !4
-  %2754 = shl <16 x i32> %2753, splat (i32 16)
-  %2755 = bitcast <16 x i32> %2754 to <16 x float>
-  %2756 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2752, <16 x float> %2755, <16 x float> %2731)
-  %2757 = and <16 x i32> %2753, %101
-  %2758 = bitcast <16 x i32> %2757 to <16 x float>
-  %2759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2752, <16 x float> %2758, <16 x float> %2734)
-  %2760 = getelementptr i8, ptr %gep528.i, i64 64
-  %2761 = load <16 x i32>, ptr %2760, align 4, !tbaa !4
-  %2762 = shl <16 x i32> %2761, splat (i32 16)
-  %2763 = bitcast <16 x i32> %2762 to <16 x float>
-  %2764 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2752, <16 x float> %2763, <16 x float> %2739)
-  %2765 = and <16 x i32> %2761, %101
-  %2766 = bitcast <16 x i32> %2765 to <16 x float>
-  %2767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2752, <16 x float> %2766, <16 x float> %2742)
-  %2768 = load float, ptr %2373, align 4, !tbaa !4
-  %2769 = insertelement <16 x float> poison, float %2768, i64 0
-  %2770 = shufflevector <16 x float> %2769, <16 x float> poison, <16 x i32> zeroinitializer
-  %2771 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2755, <16 x float> %2746)
-  %2772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2758, <16 x float> %2747)
-  %2773 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2763, <16 x float> %2748)
-  %2774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2766, <16 x float> %2749)
-  %.idx829.i = shl nuw nsw i64 %indvars.iv707.i, 8
-  %gep849.i = getelementptr inbounds nuw i8, ptr %invariant.gep848.i, i64 %.idx829.i
-  %2775 = load <16 x float>, ptr %gep849.i, align 4, !tbaa !4
-  %2776 = fadd <16 x float> %2775, %2756
-  store <16 x float> %2776, ptr %gep849.i, align 4, !tbaa !4
-  %2777 = getelementptr inbounds nuw i8, ptr %gep849.i, i64 64
-  %2778 = load <16 x float>, ptr %2777, align 4, !tbaa !4
-  %2779 = fadd <16 x float> %2759, %2778
-  store <16 x float> %2779, ptr %2777, align 4, !tbaa !4
-  %2780 = getelementptr inbounds nuw i8, ptr %gep849.i, i64 128
-  %2781 = load <16 x float>, ptr %2780, align 4, !tbaa !4
-  %2782 = fadd <16 x float> %2764, %2781
-  store <16 x float> %2782, ptr %2780, align 4, !tbaa !4
-  %2783 = getelementptr inbounds nuw i8, ptr %gep849.i, i64 192
-  %2784 = load <16 x float>, ptr %2783, align 4, !tbaa !4
-  %2785 = fadd <16 x float> %2767, %2784
-  store <16 x float> %2785, ptr %2783, align 4, !tbaa !4
-  %2786 = getelementptr inbounds nuw i8, ptr %gep849.i, i64 1024
-  %2787 = load <16 x float>, ptr %2786, align 4, !tbaa !4
-  %2788 = fadd <16 x float> %2771, %2787
-  store <16 x float> %2788, ptr %2786, align 4, !tbaa !4
-  %2789 = getelementptr inbounds nuw i8, ptr %gep849.i, i64 1088
-  %2790 = load <16 x float>, ptr %2789, align 4, !tbaa !4
-  %2791 = fadd <16 x float> %2772, %2790
-  store <16 x float> %2791, ptr %2789, align 4, !tbaa !4
-  %2792 = getelementptr inbounds nuw i8, ptr %gep849.i, i64 1152
-  %2793 = load <16 x float>, ptr %2792, align 4, !tbaa !4
-  %2794 = fadd <16 x float> %2773, %2793
-  store <16 x float> %2794, ptr %2792, align 4, !tbaa !4
-  %2795 = getelementptr inbounds nuw i8, ptr %gep849.i, i64 1216
-  %2796 = load <16 x float>, ptr %2795, align 4, !tbaa !4
-  %2797 = fadd <16 x float> %2774, %2796
-  store <16 x float> %2797, ptr %2795, align 4, !tbaa !4
-  %indvars.iv.next708.i = add nuw nsw i64 %indvars.iv707.i, 1
-  %exitcond710.not.i = icmp eq i64 %indvars.iv.next708.i, 4
-  br i1 %exitcond710.not.i, label %for_end_d_0.i, label %for_body_d_0.i, !prof !11
+  %indvars.iv713.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next714.i, %for_body_d_0.i ]
+  %2384 = load float, ptr %gep857.i, align 4, !tbaa !4
+  %2385 = insertelement <16 x float> poison, float %2384, i64 0
+  %2386 = shufflevector <16 x float> %2385, <16 x float> poison, <16 x i32> zeroinitializer
+  %2387 = shl nuw nsw i64 %indvars.iv713.i, 5
+  %gep504.i = getelementptr i32, ptr %invariant.gep503.i, i64 %2387
+  %2388 = load <16 x i32>, ptr %gep504.i, align 4, !tbaa !4
+  %2389 = shl <16 x i32> %2388, splat (i32 16)
+  %2390 = bitcast <16 x i32> %2389 to <16 x float>
+  %2391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2386, <16 x float> %2390, <16 x float> zeroinitializer)
+  %2392 = and <16 x i32> %2388, %108
+  %2393 = bitcast <16 x i32> %2392 to <16 x float>
+  %2394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2386, <16 x float> %2393, <16 x float> zeroinitializer)
+  %2395 = getelementptr i8, ptr %gep504.i, i64 64
+  %2396 = load <16 x i32>, ptr %2395, align 4, !tbaa !4
+  %2397 = shl <16 x i32> %2396, splat (i32 16)
+  %2398 = bitcast <16 x i32> %2397 to <16 x float>
+  %2399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2386, <16 x float> %2398, <16 x float> zeroinitializer)
+  %2400 = and <16 x i32> %2396, %108
+  %2401 = bitcast <16 x i32> %2400 to <16 x float>
+  %2402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2386, <16 x float> %2401, <16 x float> zeroinitializer)
+  %2403 = load float, ptr %2353, align 4, !tbaa !4
+  %2404 = insertelement <16 x float> poison, float %2403, i64 0
+  %2405 = shufflevector <16 x float> %2404, <16 x float> poison, <16 x i32> zeroinitializer
+  %2406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2405, <16 x float> %2390, <16 x float> zeroinitializer)
+  %2407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2405, <16 x float> %2393, <16 x float> zeroinitializer)
+  %2408 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2405, <16 x float> %2398, <16 x float> zeroinitializer)
+  %2409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2405, <16 x float> %2401, <16 x float> zeroinitializer)
+  %2410 = load float, ptr %2354, align 4, !tbaa !4
+  %2411 = insertelement <16 x float> poison, float %2410, i64 0
+  %2412 = shufflevector <16 x float> %2411, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep506.i = getelementptr i32, ptr %invariant.gep505.i, i64 %2387
+  %2413 = load <16 x i32>, ptr %gep506.i, align 4, !tbaa !4
+  %2414 = shl <16 x i32> %2413, splat (i32 16)
+  %2415 = bitcast <16 x i32> %2414 to <16 x float>
+  %2416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2412, <16 x float> %2415, <16 x float> %2391)
+  %2417 = and <16 x i32> %2413, %108
+  %2418 = bitcast <16 x i32> %2417 to <16 x float>
+  %2419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2412, <16 x float> %2418, <16 x float> %2394)
+  %2420 = getelementptr i8, ptr %gep506.i, i64 64
+  %2421 = load <16 x i32>, ptr %2420, align 4, !tbaa !4
+  %2422 = shl <16 x i32> %2421, splat (i32 16)
+  %2423 = bitcast <16 x i32> %2422 to <16 x float>
+  %2424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2412, <16 x float> %2423, <16 x float> %2399)
+  %2425 = and <16 x i32> %2421, %108
+  %2426 = bitcast <16 x i32> %2425 to <16 x float>
+  %2427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2412, <16 x float> %2426, <16 x float> %2402)
+  %2428 = load float, ptr %2355, align 4, !tbaa !4
+  %2429 = insertelement <16 x float> poison, float %2428, i64 0
+  %2430 = shufflevector <16 x float> %2429, <16 x float> poison, <16 x i32> zeroinitializer
+  %2431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2430, <16 x float> %2415, <16 x float> %2406)
+  %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2430, <16 x float> %2418, <16 x float> %2407)
+  %2433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2430, <16 x float> %2423, <16 x float> %2408)
+  %2434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2430, <16 x float> %2426, <16 x float> %2409)
+  %2435 = load float, ptr %2356, align 4, !tbaa !4
+  %2436 = insertelement <16 x float> poison, float %2435, i64 0
+  %2437 = shufflevector <16 x float> %2436, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep508.i = getelementptr i32, ptr %invariant.gep507.i, i64 %2387
+  %2438 = load <16 x i32>, ptr %gep508.i, align 4, !tbaa !4
+  %2439 = shl <16 x i32> %2438, splat (i32 16)
+  %2440 = bitcast <16 x i32> %2439 to <16 x float>
+  %2441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2437, <16 x float> %2440, <16 x float> %2416)
+  %2442 = and <16 x i32> %2438, %108
+  %2443 = bitcast <16 x i32> %2442 to <16 x float>
+  %2444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2437, <16 x float> %2443, <16 x float> %2419)
+  %2445 = getelementptr i8, ptr %gep508.i, i64 64
+  %2446 = load <16 x i32>, ptr %2445, align 4, !tbaa !4
+  %2447 = shl <16 x i32> %2446, splat (i32 16)
+  %2448 = bitcast <16 x i32> %2447 to <16 x float>
+  %2449 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2437, <16 x float> %2448, <16 x float> %2424)
+  %2450 = and <16 x i32> %2446, %108
+  %2451 = bitcast <16 x i32> %2450 to <16 x float>
+  %2452 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2437, <16 x float> %2451, <16 x float> %2427)
+  %2453 = load float, ptr %2357, align 4, !tbaa !4
+  %2454 = insertelement <16 x float> poison, float %2453, i64 0
+  %2455 = shufflevector <16 x float> %2454, <16 x float> poison, <16 x i32> zeroinitializer
+  %2456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2455, <16 x float> %2440, <16 x float> %2431)
+  %2457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2455, <16 x float> %2443, <16 x float> %2432)
+  %2458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2455, <16 x float> %2448, <16 x float> %2433)
+  %2459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2455, <16 x float> %2451, <16 x float> %2434)
+  %2460 = load float, ptr %2358, align 4, !tbaa !4
+  %2461 = insertelement <16 x float> poison, float %2460, i64 0
+  %2462 = shufflevector <16 x float> %2461, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep510.i = getelementptr i32, ptr %invariant.gep509.i, i64 %2387
+  %2463 = load <16 x i32>, ptr %gep510.i, align 4, !tbaa !4
+  %2464 = shl <16 x i32> %2463, splat (i32 16)
+  %2465 = bitcast <16 x i32> %2464 to <16 x float>
+  %2466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2462, <16 x float> %2465, <16 x float> %2441)
+  %2467 = and <16 x i32> %2463, %108
+  %2468 = bitcast <16 x i32> %2467 to <16 x float>
+  %2469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2462, <16 x float> %2468, <16 x float> %2444)
+  %2470 = getelementptr i8, ptr %gep510.i, i64 64
+  %2471 = load <16 x i32>, ptr %2470, align 4, !tbaa !4
+  %2472 = shl <16 x i32> %2471, splat (i32 16)
+  %2473 = bitcast <16 x i32> %2472 to <16 x float>
+  %2474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2462, <16 x float> %2473, <16 x float> %2449)
+  %2475 = and <16 x i32> %2471, %108
+  %2476 = bitcast <16 x i32> %2475 to <16 x float>
+  %2477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2462, <16 x float> %2476, <16 x float> %2452)
+  %2478 = load float, ptr %2359, align 4, !tbaa !4
+  %2479 = insertelement <16 x float> poison, float %2478, i64 0
+  %2480 = shufflevector <16 x float> %2479, <16 x float> poison, <16 x i32> zeroinitializer
+  %2481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2480, <16 x float> %2465, <16 x float> %2456)
+  %2482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2480, <16 x float> %2468, <16 x float> %2457)
+  %2483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2480, <16 x float> %2473, <16 x float> %2458)
+  %2484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2480, <16 x float> %2476, <16 x float> %2459)
+  %2485 = load float, ptr %2360, align 4, !tbaa !4
+  %2486 = insertelement <16 x float> poison, float %2485, i64 0
+  %2487 = shufflevector <16 x float> %2486, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep512.i = getelementptr i32, ptr %invariant.gep511.i, i64 %2387
+  %2488 = load <16 x i32>, ptr %gep512.i, align 4, !tbaa !4
+  %2489 = shl <16 x i32> %2488, splat (i32 16)
+  %2490 = bitcast <16 x i32> %2489 to <16 x float>
+  %2491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2487, <16 x float> %2490, <16 x float> %2466)
+  %2492 = and <16 x i32> %2488, %108
+  %2493 = bitcast <16 x i32> %2492 to <16 x float>
+  %2494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2487, <16 x float> %2493, <16 x float> %2469)
+  %2495 = getelementptr i8, ptr %gep512.i, i64 64
+  %2496 = load <16 x i32>, ptr %2495, align 4, !tbaa !4
+  %2497 = shl <16 x i32> %2496, splat (i32 16)
+  %2498 = bitcast <16 x i32> %2497 to <16 x float>
+  %2499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2487, <16 x float> %2498, <16 x float> %2474)
+  %2500 = and <16 x i32> %2496, %108
+  %2501 = bitcast <16 x i32> %2500 to <16 x float>
+  %2502 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2487, <16 x float> %2501, <16 x float> %2477)
+  %2503 = load float, ptr %2361, align 4, !tbaa !4
+  %2504 = insertelement <16 x float> poison, float %2503, i64 0
+  %2505 = shufflevector <16 x float> %2504, <16 x float> poison, <16 x i32> zeroinitializer
+  %2506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2490, <16 x float> %2481)
+  %2507 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2493, <16 x float> %2482)
+  %2508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2498, <16 x float> %2483)
+  %2509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2501, <16 x float> %2484)
+  %2510 = load float, ptr %2362, align 4, !tbaa !4
+  %2511 = insertelement <16 x float> poison, float %2510, i64 0
+  %2512 = shufflevector <16 x float> %2511, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep514.i = getelementptr i32, ptr %invariant.gep513.i, i64 %2387
+  %2513 = load <16 x i32>, ptr %gep514.i, align 4, !tbaa !4
+  %2514 = shl <16 x i32> %2513, splat (i32 16)
+  %2515 = bitcast <16 x i32> %2514 to <16 x float>
+  %2516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2512, <16 x float> %2515, <16 x float> %2491)
+  %2517 = and <16 x i32> %2513, %108
+  %2518 = bitcast <16 x i32> %2517 to <16 x float>
+  %2519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2512, <16 x float> %2518, <16 x float> %2494)
+  %2520 = getelementptr i8, ptr %gep514.i, i64 64
+  %2521 = load <16 x i32>, ptr %2520, align 4, !tbaa !4
+  %2522 = shl <16 x i32> %2521, splat (i32 16)
+  %2523 = bitcast <16 x i32> %2522 to <16 x float>
+  %2524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2512, <16 x float> %2523, <16 x float> %2499)
+  %2525 = and <16 x i32> %2521, %108
+  %2526 = bitcast <16 x i32> %2525 to <16 x float>
+  %2527 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2512, <16 x float> %2526, <16 x float> %2502)
+  %2528 = load float, ptr %2363, align 4, !tbaa !4
+  %2529 = insertelement <16 x float> poison, float %2528, i64 0
+  %2530 = shufflevector <16 x float> %2529, <16 x float> poison, <16 x i32> zeroinitializer
+  %2531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2530, <16 x float> %2515, <16 x float> %2506)
+  %2532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2530, <16 x float> %2518, <16 x float> %2507)
+  %2533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2530, <16 x float> %2523, <16 x float> %2508)
+  %2534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2530, <16 x float> %2526, <16 x float> %2509)
+  %2535 = load float, ptr %2364, align 4, !tbaa !4
+  %2536 = insertelement <16 x float> poison, float %2535, i64 0
+  %2537 = shufflevector <16 x float> %2536, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep516.i = getelementptr i32, ptr %invariant.gep515.i, i64 %2387
+  %2538 = load <16 x i32>, ptr %gep516.i, align 4, !tbaa !4
+  %2539 = shl <16 x i32> %2538, splat (i32 16)
+  %2540 = bitcast <16 x i32> %2539 to <16 x float>
+  %2541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2537, <16 x float> %2540, <16 x float> %2516)
+  %2542 = and <16 x i32> %2538, %108
+  %2543 = bitcast <16 x i32> %2542 to <16 x float>
+  %2544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2537, <16 x float> %2543, <16 x float> %2519)
+  %2545 = getelementptr i8, ptr %gep516.i, i64 64
+  %2546 = load <16 x i32>, ptr %2545, align 4, !tbaa !4
+  %2547 = shl <16 x i32> %2546, splat (i32 16)
+  %2548 = bitcast <16 x i32> %2547 to <16 x float>
+  %2549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2537, <16 x float> %2548, <16 x float> %2524)
+  %2550 = and <16 x i32> %2546, %108
+  %2551 = bitcast <16 x i32> %2550 to <16 x float>
+  %2552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2537, <16 x float> %2551, <16 x float> %2527)
+  %2553 = load float, ptr %2365, align 4, !tbaa !4
+  %2554 = insertelement <16 x float> poison, float %2553, i64 0
+  %2555 = shufflevector <16 x float> %2554, <16 x float> poison, <16 x i32> zeroinitializer
+  %2556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2555, <16 x float> %2540, <16 x float> %2531)
+  %2557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2555, <16 x float> %2543, <16 x float> %2532)
+  %2558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2555, <16 x float> %2548, <16 x float> %2533)
+  %2559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2555, <16 x float> %2551, <16 x float> %2534)
+  %2560 = load float, ptr %2366, align 4, !tbaa !4
+  %2561 = insertelement <16 x float> poison, float %2560, i64 0
+  %2562 = shufflevector <16 x float> %2561, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep518.i = getelementptr i32, ptr %invariant.gep517.i, i64 %2387
+  %2563 = load <16 x i32>, ptr %gep518.i, align 4, !tbaa !4
+  %2564 = shl <16 x i32> %2563, splat (i32 16)
+  %2565 = bitcast <16 x i32> %2564 to <16 x float>
+  %2566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2565, <16 x float> %2541)
+  %2567 = and <16 x i32> %2563, %108
+  %2568 = bitcast <16 x i32> %2567 to <16 x float>
+  %2569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2568, <16 x float> %2544)
+  %2570 = getelementptr i8, ptr %gep518.i, i64 64
+  %2571 = load <16 x i32>, ptr %2570, align 4, !tbaa !4
+  %2572 = shl <16 x i32> %2571, splat (i32 16)
+  %2573 = bitcast <16 x i32> %2572 to <16 x float>
+  %2574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2573, <16 x float> %2549)
+  %2575 = and <16 x i32> %2571, %108
+  %2576 = bitcast <16 x i32> %2575 to <16 x float>
+  %2577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2576, <16 x float> %2552)
+  %2578 = load float, ptr %2367, align 4, !tbaa !4
+  %2579 = insertelement <16 x float> poison, float %2578, i64 0
+  %2580 = shufflevector <16 x float> %2579, <16 x float> poison, <16 x i32> zeroinitializer
+  %2581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2580, <16 x float> %2565, <16 x float> %2556)
+  %2582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2580, <16 x float> %2568, <16 x float> %2557)
+  %2583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2580, <16 x float> %2573, <16 x float> %2558)
+  %2584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2580, <16 x float> %2576, <16 x float> %2559)
+  %2585 = load float, ptr %2368, align 4, !tbaa !4
+  %2586 = insertelement <16 x float> poison, float %2585, i64 0
+  %2587 = shufflevector <16 x float> %2586, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep520.i = getelementptr i32, ptr %invariant.gep519.i, i64 %2387
+  %2588 = load <16 x i32>, ptr %gep520.i, align 4, !tbaa !4
+  %2589 = shl <16 x i32> %2588, splat (i32 16)
+  %2590 = bitcast <16 x i32> %2589 to <16 x float>
+  %2591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2587, <16 x float> %2590, <16 x float> %2566)
+  %2592 = and <16 x i32> %2588, %108
+  %2593 = bitcast <16 x i32> %2592 to <16 x float>
+  %2594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2587, <16 x float> %2593, <16 x float> %2569)
+  %2595 = getelementptr i8, ptr %gep520.i, i64 64
+  %2596 = load <16 x i32>, ptr %2595, align 4, !tbaa !4
+  %2597 = shl <16 x i32> %2596, splat (i32 16)
+  %2598 = bitcast <16 x i32> %2597 to <16 x float>
+  %2599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2587, <16 x float> %2598, <16 x float> %2574)
+  %2600 = and <16 x i32> %2596, %108
+  %2601 = bitcast <16 x i32> %2600 to <16 x float>
+  %2602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2587, <16 x float> %2601, <16 x float> %2577)
+  %2603 = load float, ptr %2369, align 4, !tbaa !4
+  %2604 = insertelement <16 x float> poison, float %2603, i64 0
+  %2605 = shufflevector <16 x float> %2604, <16 x float> poison, <16 x i32> zeroinitializer
+  %2606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2590, <16 x float> %2581)
+  %2607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2593, <16 x float> %2582)
+  %2608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2598, <16 x float> %2583)
+  %2609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2601, <16 x float> %2584)
+  %2610 = load float, ptr %2370, align 4, !tbaa !4
+  %2611 = insertelement <16 x float> poison, float %2610, i64 0
+  %2612 = shufflevector <16 x float> %2611, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep522.i = getelementptr i32, ptr %invariant.gep521.i, i64 %2387
+  %2613 = load <16 x i32>, ptr %gep522.i, align 4, !tbaa !4
+  %2614 = shl <16 x i32> %2613, splat (i32 16)
+  %2615 = bitcast <16 x i32> %2614 to <16 x float>
+  %2616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2612, <16 x float> %2615, <16 x float> %2591)
+  %2617 = and <16 x i32> %2613, %108
+  %2618 = bitcast <16 x i32> %2617 to <16 x float>
+  %2619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2612, <16 x float> %2618, <16 x float> %2594)
+  %2620 = getelementptr i8, ptr %gep522.i, i64 64
+  %2621 = load <16 x i32>, ptr %2620, align 4, !tbaa !4
+  %2622 = shl <16 x i32> %2621, splat (i32 16)
+  %2623 = bitcast <16 x i32> %2622 to <16 x float>
+  %2624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2612, <16 x float> %2623, <16 x float> %2599)
+  %2625 = and <16 x i32> %2621, %108
+  %2626 = bitcast <16 x i32> %2625 to <16 x float>
+  %2627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2612, <16 x float> %2626, <16 x float> %2602)
+  %2628 = load float, ptr %2371, align 4, !tbaa !4
+  %2629 = insertelement <16 x float> poison, float %2628, i64 0
+  %2630 = shufflevector <16 x float> %2629, <16 x float> poison, <16 x i32> zeroinitializer
+  %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2630, <16 x float> %2615, <16 x float> %2606)
+  %2632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2630, <16 x float> %2618, <16 x float> %2607)
+  %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2630, <16 x float> %2623, <16 x float> %2608)
+  %2634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2630, <16 x float> %2626, <16 x float> %2609)
+  %2635 = load float, ptr %2372, align 4, !tbaa !4
+  %2636 = insertelement <16 x float> poison, float %2635, i64 0
+  %2637 = shufflevector <16 x float> %2636, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep524.i = getelementptr i32, ptr %invariant.gep523.i, i64 %2387
+  %2638 = load <16 x i32>, ptr %gep524.i, align 4, !tbaa !4
+  %2639 = shl <16 x i32> %2638, splat (i32 16)
+  %2640 = bitcast <16 x i32> %2639 to <16 x float>
+  %2641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2640, <16 x float> %2616)
+  %2642 = and <16 x i32> %2638, %108
+  %2643 = bitcast <16 x i32> %2642 to <16 x float>
+  %2644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2643, <16 x float> %2619)
+  %2645 = getelementptr i8, ptr %gep524.i, i64 64
+  %2646 = load <16 x i32>, ptr %2645, align 4, !tbaa !4
+  %2647 = shl <16 x i32> %2646, splat (i32 16)
+  %2648 = bitcast <16 x i32> %2647 to <16 x float>
+  %2649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2648, <16 x float> %2624)
+  %2650 = and <16 x i32> %2646, %108
+  %2651 = bitcast <16 x i32> %2650 to <16 x float>
+  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2651, <16 x float> %2627)
+  %2653 = load float, ptr %2373, align 4, !tbaa !4
+  %2654 = insertelement <16 x float> poison, float %2653, i64 0
+  %2655 = shufflevector <16 x float> %2654, <16 x float> poison, <16 x i32> zeroinitializer
+  %2656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2655, <16 x float> %2640, <16 x float> %2631)
+  %2657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2655, <16 x float> %2643, <16 x float> %2632)
+  %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2655, <16 x float> %2648, <16 x float> %2633)
+  %2659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2655, <16 x float> %2651, <16 x float> %2634)
+  %2660 = load float, ptr %2374, align 4, !tbaa !4
+  %2661 = insertelement <16 x float> poison, float %2660, i64 0
+  %2662 = shufflevector <16 x float> %2661, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep526.i = getelementptr i32, ptr %invariant.gep525.i, i64 %2387
+  %2663 = load <16 x i32>, ptr %gep526.i, align 4, !tbaa !4
+  %2664 = shl <16 x i32> %2663, splat (i32 16)
+  %2665 = bitcast <16 x i32> %2664 to <16 x float>
+  %2666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2662, <16 x float> %2665, <16 x float> %2641)
+  %2667 = and <16 x i32> %2663, %108
+  %2668 = bitcast <16 x i32> %2667 to <16 x float>
+  %2669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2662, <16 x float> %2668, <16 x float> %2644)
+  %2670 = getelementptr i8, ptr %gep526.i, i64 64
+  %2671 = load <16 x i32>, ptr %2670, align 4, !tbaa !4
+  %2672 = shl <16 x i32> %2671, splat (i32 16)
+  %2673 = bitcast <16 x i32> %2672 to <16 x float>
+  %2674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2662, <16 x float> %2673, <16 x float> %2649)
+  %2675 = and <16 x i32> %2671, %108
+  %2676 = bitcast <16 x i32> %2675 to <16 x float>
+  %2677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2662, <16 x float> %2676, <16 x float> %2652)
+  %2678 = load float, ptr %2375, align 4, !tbaa !4
+  %2679 = insertelement <16 x float> poison, float %2678, i64 0
+  %2680 = shufflevector <16 x float> %2679, <16 x float> poison, <16 x i32> zeroinitializer
+  %2681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2680, <16 x float> %2665, <16 x float> %2656)
+  %2682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2680, <16 x float> %2668, <16 x float> %2657)
+  %2683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2680, <16 x float> %2673, <16 x float> %2658)
+  %2684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2680, <16 x float> %2676, <16 x float> %2659)
+  %2685 = load float, ptr %2376, align 4, !tbaa !4
+  %2686 = insertelement <16 x float> poison, float %2685, i64 0
+  %2687 = shufflevector <16 x float> %2686, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep528.i = getelementptr i32, ptr %invariant.gep527.i, i64 %2387
+  %2688 = load <16 x i32>, ptr %gep528.i, align 4, !tbaa !4
+  %2689 = shl <16 x i32> %2688, splat (i32 16)
+  %2690 = bitcast <16 x i32> %2689 to <16 x float>
+  %2691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2690, <16 x float> %2666)
+  %2692 = and <16 x i32> %2688, %108
+  %2693 = bitcast <16 x i32> %2692 to <16 x float>
+  %2694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2693, <16 x float> %2669)
+  %2695 = getelementptr i8, ptr %gep528.i, i64 64
+  %2696 = load <16 x i32>, ptr %2695, align 4, !tbaa !4
+  %2697 = shl <16 x i32> %2696, splat (i32 16)
+  %2698 = bitcast <16 x i32> %2697 to <16 x float>
+  %2699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2698, <16 x float> %2674)
+  %2700 = and <16 x i32> %2696, %108
+  %2701 = bitcast <16 x i32> %2700 to <16 x float>
+  %2702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2701, <16 x float> %2677)
+  %2703 = load float, ptr %2377, align 4, !tbaa !4
+  %2704 = insertelement <16 x float> poison, float %2703, i64 0
+  %2705 = shufflevector <16 x float> %2704, <16 x float> poison, <16 x i32> zeroinitializer
+  %2706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2705, <16 x float> %2690, <16 x float> %2681)
+  %2707 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2705, <16 x float> %2693, <16 x float> %2682)
+  %2708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2705, <16 x float> %2698, <16 x float> %2683)
+  %2709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2705, <16 x float> %2701, <16 x float> %2684)
+  %2710 = load float, ptr %2378, align 4, !tbaa !4
+  %2711 = insertelement <16 x float> poison, float %2710, i64 0
+  %2712 = shufflevector <16 x float> %2711, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep530.i = getelementptr i32, ptr %invariant.gep529.i, i64 %2387
+  %2713 = load <16 x i32>, ptr %gep530.i, align 4, !tbaa !4
+  %2714 = shl <16 x i32> %2713, splat (i32 16)
+  %2715 = bitcast <16 x i32> %2714 to <16 x float>
+  %2716 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2715, <16 x float> %2691)
+  %2717 = and <16 x i32> %2713, %108
+  %2718 = bitcast <16 x i32> %2717 to <16 x float>
+  %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2718, <16 x float> %2694)
+  %2720 = getelementptr i8, ptr %gep530.i, i64 64
+  %2721 = load <16 x i32>, ptr %2720, align 4, !tbaa !4
+  %2722 = shl <16 x i32> %2721, splat (i32 16)
+  %2723 = bitcast <16 x i32> %2722 to <16 x float>
+  %2724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2723, <16 x float> %2699)
+  %2725 = and <16 x i32> %2721, %108
+  %2726 = bitcast <16 x i32> %2725 to <16 x float>
+  %2727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2726, <16 x float> %2702)
+  %2728 = load float, ptr %2379, align 4, !tbaa !4
+  %2729 = insertelement <16 x float> poison, float %2728, i64 0
+  %2730 = shufflevector <16 x float> %2729, <16 x float> poison, <16 x i32> zeroinitializer
+  %2731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2730, <16 x float> %2715, <16 x float> %2706)
+  %2732 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2730, <16 x float> %2718, <16 x float> %2707)
+  %2733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2730, <16 x float> %2723, <16 x float> %2708)
+  %2734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2730, <16 x float> %2726, <16 x float> %2709)
+  %2735 = load float, ptr %2380, align 4, !tbaa !4
+  %2736 = insertelement <16 x float> poison, float %2735, i64 0
+  %2737 = shufflevector <16 x float> %2736, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep532.i = getelementptr i32, ptr %invariant.gep531.i, i64 %2387
+  %2738 = load <16 x i32>, ptr %gep532.i, align 4, !tbaa !4
+  %2739 = shl <16 x i32> %2738, splat (i32 16)
+  %2740 = bitcast <16 x i32> %2739 to <16 x float>
+  %2741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2740, <16 x float> %2716)
+  %2742 = and <16 x i32> %2738, %108
+  %2743 = bitcast <16 x i32> %2742 to <16 x float>
+  %2744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2743, <16 x float> %2719)
+  %2745 = getelementptr i8, ptr %gep532.i, i64 64
+  %2746 = load <16 x i32>, ptr %2745, align 4, !tbaa !4
+  %2747 = shl <16 x i32> %2746, splat (i32 16)
+  %2748 = bitcast <16 x i32> %2747 to <16 x float>
+  %2749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2748, <16 x float> %2724)
+  %2750 = and <16 x i32> %2746, %108
+  %2751 = bitcast <16 x i32> %2750 to <16 x float>
+  %2752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2751, <16 x float> %2727)
+  %2753 = load float, ptr %2381, align 4, !tbaa !4
+  %2754 = insertelement <16 x float> poison, float %2753, i64 0
+  %2755 = shufflevector <16 x float> %2754, <16 x float> poison, <16 x i32> zeroinitializer
+  %2756 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2755, <16 x float> %2740, <16 x float> %2731)
+  %2757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2755, <16 x float> %2743, <16 x float> %2732)
+  %2758 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2755, <16 x float> %2748, <16 x float> %2733)
+  %2759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2755, <16 x float> %2751, <16 x float> %2734)
+  %2760 = load float, ptr %2382, align 4, !tbaa !4
+  %2761 = insertelement <16 x float> poison, float %2760, i64 0
+  %2762 = shufflevector <16 x float> %2761, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep534.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2387
+  %2763 = load <16 x i32>, ptr %gep534.i, align 4, !tbaa !4
+  %2764 = shl <16 x i32> %2763, splat (i32 16)
+  %2765 = bitcast <16 x i32> %2764 to <16 x float>
+  %2766 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2765, <16 x float> %2741)
+  %2767 = and <16 x i32> %2763, %108
+  %2768 = bitcast <16 x i32> %2767 to <16 x float>
+  %2769 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2768, <16 x float> %2744)
+  %2770 = getelementptr i8, ptr %gep534.i, i64 64
+  %2771 = load <16 x i32>, ptr %2770, align 4, !tbaa !4
+  %2772 = shl <16 x i32> %2771, splat (i32 16)
+  %2773 = bitcast <16 x i32> %2772 to <16 x float>
+  %2774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2773, <16 x float> %2749)
+  %2775 = and <16 x i32> %2771, %108
+  %2776 = bitcast <16 x i32> %2775 to <16 x float>
+  %2777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2776, <16 x float> %2752)
+  %2778 = load float, ptr %2383, align 4, !tbaa !4
+  %2779 = insertelement <16 x float> poison, float %2778, i64 0
+  %2780 = shufflevector <16 x float> %2779, <16 x float> poison, <16 x i32> zeroinitializer
+  %2781 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2765, <16 x float> %2756)
+  %2782 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2768, <16 x float> %2757)
+  %2783 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2773, <16 x float> %2758)
+  %2784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2776, <16 x float> %2759)
+  %.idx835.i = shl nuw nsw i64 %indvars.iv713.i, 8
+  %gep855.i = getelementptr inbounds nuw i8, ptr %invariant.gep854.i, i64 %.idx835.i
+  %2785 = load <16 x float>, ptr %gep855.i, align 4, !tbaa !4
+  %2786 = fadd <16 x float> %2785, %2766
+  store <16 x float> %2786, ptr %gep855.i, align 4, !tbaa !4
+  %2787 = getelementptr inbounds nuw i8, ptr %gep855.i, i64 64
+  %2788 = load <16 x float>, ptr %2787, align 4, !tbaa !4
+  %2789 = fadd <16 x float> %2769, %2788
+  store <16 x float> %2789, ptr %2787, align 4, !tbaa !4
+  %2790 = getelementptr inbounds nuw i8, ptr %gep855.i, i64 128
+  %2791 = load <16 x float>, ptr %2790, align 4, !tbaa !4
+  %2792 = fadd <16 x float> %2774, %2791
+  store <16 x float> %2792, ptr %2790, align 4, !tbaa !4
+  %2793 = getelementptr inbounds nuw i8, ptr %gep855.i, i64 192
+  %2794 = load <16 x float>, ptr %2793, align 4, !tbaa !4
+  %2795 = fadd <16 x float> %2777, %2794
+  store <16 x float> %2795, ptr %2793, align 4, !tbaa !4
+  %2796 = getelementptr inbounds nuw i8, ptr %gep855.i, i64 1024
+  %2797 = load <16 x float>, ptr %2796, align 4, !tbaa !4
+  %2798 = fadd <16 x float> %2781, %2797
+  store <16 x float> %2798, ptr %2796, align 4, !tbaa !4
+  %2799 = getelementptr inbounds nuw i8, ptr %gep855.i, i64 1088
+  %2800 = load <16 x float>, ptr %2799, align 4, !tbaa !4
+  %2801 = fadd <16 x float> %2782, %2800
+  store <16 x float> %2801, ptr %2799, align 4, !tbaa !4
+  %2802 = getelementptr inbounds nuw i8, ptr %gep855.i, i64 1152
+  %2803 = load <16 x float>, ptr %2802, align 4, !tbaa !4
+  %2804 = fadd <16 x float> %2783, %2803
+  store <16 x float> %2804, ptr %2802, align 4, !tbaa !4
+  %2805 = getelementptr inbounds nuw i8, ptr %gep855.i, i64 1216
+  %2806 = load <16 x float>, ptr %2805, align 4, !tbaa !4
+  %2807 = fadd <16 x float> %2784, %2806
+  store <16 x float> %2807, ptr %2805, align 4, !tbaa !4
+  %indvars.iv.next714.i = add nuw nsw i64 %indvars.iv713.i, 1
+  %exitcond716.not.i = icmp eq i64 %indvars.iv.next714.i, 4
+  br i1 %exitcond716.not.i, label %for_end_d_0.i, label %for_body_d_0.i, !prof !11
 
 for_end_d_0.i:                                    ; preds = %for_body_d_0.i
-  %indvars.iv.next712.i = add nuw nsw i64 %indvars.iv711.i, 1
-  %exitcond714.not.i = icmp eq i64 %indvars.iv.next712.i, 8
-  br i1 %exitcond714.not.i, label %for_end_i139.i, label %for_begin_d_0.preheader.i, !prof !11
+  %indvars.iv.next718.i = add nuw nsw i64 %indvars.iv717.i, 1
+  %exitcond720.not.i = icmp eq i64 %indvars.iv.next718.i, 8
+  br i1 %exitcond720.not.i, label %for_end_i141.i, label %for_begin_d_0.preheader.i, !prof !11
 
 for_begin_d_0_m.preheader.i:                      ; preds = %for_end_d_0_m.i, %for_begin_i_m.preheader.i
-  %indvars.iv743.i = phi i64 [ 0, %for_begin_i_m.preheader.i ], [ %indvars.iv.next744.i, %for_end_d_0_m.i ]
-  %2798 = shl nuw nsw i64 %indvars.iv743.i, 9
-  %2799 = shl nuw nsw i64 %indvars.iv743.i, 1
-  %2800 = getelementptr inbounds nuw float, ptr %beta277.i, i64 %2799
-  %2801 = load float, ptr %2800, align 8, !tbaa !55
-  %2802 = insertelement <32 x float> poison, float %2801, i64 0
-  %2803 = shufflevector <32 x float> %2802, <32 x float> poison, <32 x i32> zeroinitializer
-  %2804 = getelementptr inbounds nuw float, ptr %alpha278.i, i64 %2799
-  %2805 = load float, ptr %2804, align 8, !tbaa !53
-  %2806 = insertelement <32 x float> poison, float %2805, i64 0
-  %2807 = shufflevector <32 x float> %2806, <32 x float> poison, <32 x i32> zeroinitializer
-  %2808 = or disjoint i64 %2799, 1
-  %2809 = getelementptr inbounds nuw float, ptr %beta277.i, i64 %2808
-  %2810 = load float, ptr %2809, align 4, !tbaa !55
-  %2811 = insertelement <32 x float> poison, float %2810, i64 0
-  %2812 = shufflevector <32 x float> %2811, <32 x float> poison, <32 x i32> zeroinitializer
-  %2813 = getelementptr inbounds nuw float, ptr %alpha278.i, i64 %2808
-  %2814 = load float, ptr %2813, align 4, !tbaa !53
-  %2815 = insertelement <32 x float> poison, float %2814, i64 0
-  %2816 = shufflevector <32 x float> %2815, <32 x float> poison, <32 x i32> zeroinitializer
-  %2817 = mul nsw i64 %indvars.iv743.i, %v_head
-  %invariant.gep565.i = getelementptr i32, ptr %value_cache, i64 %2817
-  %gep855.i = getelementptr i8, ptr %invariant.gep854.i, i64 %2798
+  %indvars.iv749.i = phi i64 [ 0, %for_begin_i_m.preheader.i ], [ %indvars.iv.next750.i, %for_end_d_0_m.i ]
+  %2808 = shl nuw nsw i64 %indvars.iv749.i, 9
+  %2809 = shl nuw nsw i64 %indvars.iv749.i, 1
+  %2810 = getelementptr inbounds nuw float, ptr %beta279.i, i64 %2809
+  %2811 = load float, ptr %2810, align 8, !tbaa !55
+  %2812 = insertelement <32 x float> poison, float %2811, i64 0
+  %2813 = shufflevector <32 x float> %2812, <32 x float> poison, <32 x i32> zeroinitializer
+  %2814 = getelementptr inbounds nuw float, ptr %alpha280.i, i64 %2809
+  %2815 = load float, ptr %2814, align 8, !tbaa !53
+  %2816 = insertelement <32 x float> poison, float %2815, i64 0
+  %2817 = shufflevector <32 x float> %2816, <32 x float> poison, <32 x i32> zeroinitializer
+  %2818 = or disjoint i64 %2809, 1
+  %2819 = getelementptr inbounds nuw float, ptr %beta279.i, i64 %2818
+  %2820 = load float, ptr %2819, align 4, !tbaa !55
+  %2821 = insertelement <32 x float> poison, float %2820, i64 0
+  %2822 = shufflevector <32 x float> %2821, <32 x float> poison, <32 x i32> zeroinitializer
+  %2823 = getelementptr inbounds nuw float, ptr %alpha280.i, i64 %2818
+  %2824 = load float, ptr %2823, align 4, !tbaa !53
+  %2825 = insertelement <32 x float> poison, float %2824, i64 0
+  %2826 = shufflevector <32 x float> %2825, <32 x float> poison, <32 x i32> zeroinitializer
+  %2827 = mul nsw i64 %indvars.iv749.i, %v_head
+  %invariant.gep571.i = getelementptr i32, ptr %value_cache, i64 %2827
+  %gep861.i = getelementptr i8, ptr %invariant.gep860.i, i64 %2808
   br label %for_body_d_0_m.i
 
 for_end_i_m.i:                                    ; preds = %for_end_d_0_m.i
-  %2818 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2819 = tail call i32 %2818(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
-  %.not287.i = icmp eq i32 %2819, 0
-  br i1 %.not287.i, label %if_end201.i, label %fused_decode_compute_.exit, !prof !12
+  %2828 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2829 = tail call i32 %2828(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
+  %.not289.i = icmp eq i32 %2829, 0
+  br i1 %.not289.i, label %if_end203.i, label %fused_decode_compute_.exit, !prof !12
 
-for_body_d_0_m.i:                                 ; preds = %if_end199.i, %for_begin_d_0_m.preheader.i
-  %indvars.iv739.i = phi i64 [ 0, %for_begin_d_0_m.preheader.i ], [ %indvars.iv.next740.i, %if_end199.i ]
-  %2820 = shl nuw nsw i64 %indvars.iv739.i, 6
-  %2821 = add nuw nsw i64 %2820, %2798
-  %2822 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2821
-  %2823 = load <16 x float>, ptr %2822, align 4, !tbaa !4
-  %2824 = getelementptr inbounds nuw i8, ptr %2822, i64 64
-  %2825 = load <16 x float>, ptr %2824, align 4, !tbaa !4
-  %2826 = or disjoint i64 %2821, 32
-  %2827 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2826
-  %2828 = load <16 x float>, ptr %2827, align 4, !tbaa !4
-  %2829 = getelementptr inbounds nuw i8, ptr %2822, i64 192
-  %2830 = load <16 x float>, ptr %2829, align 4, !tbaa !4
-  %2831 = or disjoint i64 %2821, 256
+for_body_d_0_m.i:                                 ; preds = %if_end201.i, %for_begin_d_0_m.preheader.i
+  %indvars.iv745.i = phi i64 [ 0, %for_begin_d_0_m.preheader.i ], [ %indvars.iv.next746.i, %if_end201.i ]
+  %2830 = shl nuw nsw i64 %indvars.iv745.i, 6
+  %2831 = add nuw nsw i64 %2830, %2808
   %2832 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2831
   %2833 = load <16 x float>, ptr %2832, align 4, !tbaa !4
-  %2834 = getelementptr inbounds nuw i8, ptr %2822, i64 1088
+  %2834 = getelementptr inbounds nuw i8, ptr %2832, i64 64
   %2835 = load <16 x float>, ptr %2834, align 4, !tbaa !4
-  %2836 = or disjoint i64 %2821, 288
+  %2836 = or disjoint i64 %2831, 32
   %2837 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2836
   %2838 = load <16 x float>, ptr %2837, align 4, !tbaa !4
-  %2839 = getelementptr inbounds nuw i8, ptr %2822, i64 1216
+  %2839 = getelementptr inbounds nuw i8, ptr %2832, i64 192
   %2840 = load <16 x float>, ptr %2839, align 4, !tbaa !4
-  br i1 %.not583.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !57
+  %2841 = or disjoint i64 %2831, 256
+  %2842 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2841
+  %2843 = load <16 x float>, ptr %2842, align 4, !tbaa !4
+  %2844 = getelementptr inbounds nuw i8, ptr %2832, i64 1088
+  %2845 = load <16 x float>, ptr %2844, align 4, !tbaa !4
+  %2846 = or disjoint i64 %2831, 288
+  %2847 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2846
+  %2848 = load <16 x float>, ptr %2847, align 4, !tbaa !4
+  %2849 = getelementptr inbounds nuw i8, ptr %2832, i64 1216
+  %2850 = load <16 x float>, ptr %2849, align 4, !tbaa !4
+  br i1 %.not589.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !57
 
 for_body_ti.lr.ph.i:                              ; preds = %for_body_d_0_m.i
-  %gep566.idx.i = shl i64 %indvars.iv739.i, 7
-  %gep566.i = getelementptr i8, ptr %invariant.gep565.i, i64 %gep566.idx.i
-  br i1 %2292, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !27
+  %gep572.idx.i = shl i64 %indvars.iv745.i, 7
+  %gep572.i = getelementptr i8, ptr %invariant.gep571.i, i64 %gep572.idx.i
+  br i1 %2302, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !27
 
-for_end_d_0_m.i:                                  ; preds = %if_end199.i
-  %indvars.iv.next744.i = add nuw nsw i64 %indvars.iv743.i, 1
-  %exitcond746.not.i = icmp eq i64 %indvars.iv.next744.i, 8
-  br i1 %exitcond746.not.i, label %for_end_i_m.i, label %for_begin_d_0_m.preheader.i, !prof !11
+for_end_d_0_m.i:                                  ; preds = %if_end201.i
+  %indvars.iv.next750.i = add nuw nsw i64 %indvars.iv749.i, 1
+  %exitcond752.not.i = icmp eq i64 %indvars.iv.next750.i, 8
+  br i1 %exitcond752.not.i, label %for_end_i_m.i, label %for_begin_d_0_m.preheader.i, !prof !11
 
 for_begin_ax4_0.preheader.i.loopexit.unr-lcssa:   ; preds = %for_body_ti.i
-  br i1 %lcmp.mod214.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !33
+  br i1 %lcmp.mod220.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !33
 
 for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
-  %indvars.iv720.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next721.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init = phi <16 x float> [ %2823, %for_body_ti.lr.ph.i ], [ %2914, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init201 = phi <16 x float> [ %2825, %for_body_ti.lr.ph.i ], [ %2917, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init203 = phi <16 x float> [ %2828, %for_body_ti.lr.ph.i ], [ %2922, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init205 = phi <16 x float> [ %2830, %for_body_ti.lr.ph.i ], [ %2925, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init207 = phi <16 x float> [ %2833, %for_body_ti.lr.ph.i ], [ %2930, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init209 = phi <16 x float> [ %2835, %for_body_ti.lr.ph.i ], [ %2931, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init211 = phi <16 x float> [ %2838, %for_body_ti.lr.ph.i ], [ %2932, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init213 = phi <16 x float> [ %2840, %for_body_ti.lr.ph.i ], [ %2933, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod223)
-  %2841 = getelementptr float, ptr %gep855.i, i64 %indvars.iv720.i.epil.init
-  %2842 = load float, ptr %2841, align 4, !tbaa !4
-  %2843 = insertelement <16 x float> poison, float %2842, i64 0
-  %2844 = shufflevector <16 x float> %2843, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep853.i.epil = getelementptr i64, ptr %invariant.gep852.i, i64 %indvars.iv720.i.epil.init
-  %2845 = load i64, ptr %gep853.i.epil, align 8, !tbaa !24
-  %gep557.i.epil = getelementptr i32, ptr %gep566.i, i64 %2845
-  %2846 = load <16 x i32>, ptr %gep557.i.epil, align 4, !tbaa !4
-  %2847 = shl <16 x i32> %2846, splat (i32 16)
-  %2848 = bitcast <16 x i32> %2847 to <16 x float>
-  %2849 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2844, <16 x float> %2848, <16 x float> %.epil.init)
-  %2850 = and <16 x i32> %2846, %101
-  %2851 = bitcast <16 x i32> %2850 to <16 x float>
-  %2852 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2844, <16 x float> %2851, <16 x float> %.epil.init201)
-  %2853 = getelementptr i8, ptr %gep557.i.epil, i64 64
-  %2854 = load <16 x i32>, ptr %2853, align 4, !tbaa !4
-  %2855 = shl <16 x i32> %2854, splat (i32 16)
-  %2856 = bitcast <16 x i32> %2855 to <16 x float>
-  %2857 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2844, <16 x float> %2856, <16 x float> %.epil.init203)
-  %2858 = and <16 x i32> %2854, %101
-  %2859 = bitcast <16 x i32> %2858 to <16 x float>
-  %2860 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2844, <16 x float> %2859, <16 x float> %.epil.init205)
-  %2861 = getelementptr i8, ptr %2841, i64 256
-  %2862 = load float, ptr %2861, align 4, !tbaa !4
-  %2863 = insertelement <16 x float> poison, float %2862, i64 0
-  %2864 = shufflevector <16 x float> %2863, <16 x float> poison, <16 x i32> zeroinitializer
-  %2865 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2848, <16 x float> %.epil.init207)
-  %2866 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2851, <16 x float> %.epil.init209)
-  %2867 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2856, <16 x float> %.epil.init211)
-  %2868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2859, <16 x float> %.epil.init213)
+  %indvars.iv726.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next727.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init = phi <16 x float> [ %2833, %for_body_ti.lr.ph.i ], [ %2924, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init207 = phi <16 x float> [ %2835, %for_body_ti.lr.ph.i ], [ %2927, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init209 = phi <16 x float> [ %2838, %for_body_ti.lr.ph.i ], [ %2932, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init211 = phi <16 x float> [ %2840, %for_body_ti.lr.ph.i ], [ %2935, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init213 = phi <16 x float> [ %2843, %for_body_ti.lr.ph.i ], [ %2940, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init215 = phi <16 x float> [ %2845, %for_body_ti.lr.ph.i ], [ %2941, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init217 = phi <16 x float> [ %2848, %for_body_ti.lr.ph.i ], [ %2942, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init219 = phi <16 x float> [ %2850, %for_body_ti.lr.ph.i ], [ %2943, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod229)
+  %2851 = getelementptr float, ptr %gep861.i, i64 %indvars.iv726.i.epil.init
+  %2852 = load float, ptr %2851, align 4, !tbaa !4
+  %2853 = insertelement <16 x float> poison, float %2852, i64 0
+  %2854 = shufflevector <16 x float> %2853, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep859.i.epil = getelementptr i64, ptr %invariant.gep858.i, i64 %indvars.iv726.i.epil.init
+  %2855 = load i64, ptr %gep859.i.epil, align 8, !tbaa !24
+  %gep563.i.epil = getelementptr i32, ptr %gep572.i, i64 %2855
+  %2856 = load <16 x i32>, ptr %gep563.i.epil, align 4, !tbaa !4
+  %2857 = shl <16 x i32> %2856, splat (i32 16)
+  %2858 = bitcast <16 x i32> %2857 to <16 x float>
+  %2859 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2854, <16 x float> %2858, <16 x float> %.epil.init)
+  %2860 = and <16 x i32> %2856, %108
+  %2861 = bitcast <16 x i32> %2860 to <16 x float>
+  %2862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2854, <16 x float> %2861, <16 x float> %.epil.init207)
+  %2863 = getelementptr i8, ptr %gep563.i.epil, i64 64
+  %2864 = load <16 x i32>, ptr %2863, align 4, !tbaa !4
+  %2865 = shl <16 x i32> %2864, splat (i32 16)
+  %2866 = bitcast <16 x i32> %2865 to <16 x float>
+  %2867 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2854, <16 x float> %2866, <16 x float> %.epil.init209)
+  %2868 = and <16 x i32> %2864, %108
+  %2869 = bitcast <16 x i32> %2868 to <16 x float>
+  %2870 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2854, <16 x float> %2869, <16 x float> %.epil.init211)
+  %2871 = getelementptr i8, ptr %2851, i64 256
+  %2872 = load float, ptr %2871, align 4, !tbaa !4
+  %2873 = insertelement <16 x float> poison, float %2872, i64 0
+  %2874 = shufflevector <16 x float> %2873, <16 x float> poison, <16 x i32> zeroinitializer
+  %2875 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2874, <16 x float> %2858, <16 x float> %.epil.init213)
+  %2876 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2874, <16 x float> %2861, <16 x float> %.epil.init215)
+  %2877 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2874, <16 x float> %2866, <16 x float> %.epil.init217)
+  %2878 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2874, <16 x float> %2869, <16 x float> %.epil.init219)
   br label %for_begin_ax4_0.preheader.i
 
 for_begin_ax4_0.preheader.i:                      ; preds = %for_body_ti.i.epil.preheader, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_body_d_0_m.i
-  %.lcssa544.i = phi <16 x float> [ %2840, %for_body_d_0_m.i ], [ %2933, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2868, %for_body_ti.i.epil.preheader ]
-  %.lcssa542.i = phi <16 x float> [ %2838, %for_body_d_0_m.i ], [ %2932, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2867, %for_body_ti.i.epil.preheader ]
-  %.lcssa540.i = phi <16 x float> [ %2835, %for_body_d_0_m.i ], [ %2931, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2866, %for_body_ti.i.epil.preheader ]
-  %.lcssa538.i = phi <16 x float> [ %2833, %for_body_d_0_m.i ], [ %2930, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2865, %for_body_ti.i.epil.preheader ]
-  %.lcssa536.i = phi <16 x float> [ %2830, %for_body_d_0_m.i ], [ %2925, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2860, %for_body_ti.i.epil.preheader ]
-  %.lcssa534.i = phi <16 x float> [ %2828, %for_body_d_0_m.i ], [ %2922, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2857, %for_body_ti.i.epil.preheader ]
-  %.lcssa532.i = phi <16 x float> [ %2825, %for_body_d_0_m.i ], [ %2917, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2852, %for_body_ti.i.epil.preheader ]
-  %.lcssa.i = phi <16 x float> [ %2823, %for_body_d_0_m.i ], [ %2914, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2849, %for_body_ti.i.epil.preheader ]
-  %2869 = shufflevector <16 x float> %.lcssa.i, <16 x float> %.lcssa532.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %1274, label %if_end151.i, label %for_begin_ax4_0.preheader.if_end151_crit_edge.i, !prof !7
+  %.lcssa550.i = phi <16 x float> [ %2850, %for_body_d_0_m.i ], [ %2943, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2878, %for_body_ti.i.epil.preheader ]
+  %.lcssa548.i = phi <16 x float> [ %2848, %for_body_d_0_m.i ], [ %2942, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2877, %for_body_ti.i.epil.preheader ]
+  %.lcssa546.i = phi <16 x float> [ %2845, %for_body_d_0_m.i ], [ %2941, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2876, %for_body_ti.i.epil.preheader ]
+  %.lcssa544.i = phi <16 x float> [ %2843, %for_body_d_0_m.i ], [ %2940, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2875, %for_body_ti.i.epil.preheader ]
+  %.lcssa542.i = phi <16 x float> [ %2840, %for_body_d_0_m.i ], [ %2935, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2870, %for_body_ti.i.epil.preheader ]
+  %.lcssa540.i = phi <16 x float> [ %2838, %for_body_d_0_m.i ], [ %2932, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2867, %for_body_ti.i.epil.preheader ]
+  %.lcssa538.i = phi <16 x float> [ %2835, %for_body_d_0_m.i ], [ %2927, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2862, %for_body_ti.i.epil.preheader ]
+  %.lcssa.i = phi <16 x float> [ %2833, %for_body_d_0_m.i ], [ %2924, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2859, %for_body_ti.i.epil.preheader ]
+  %2879 = shufflevector <16 x float> %.lcssa.i, <16 x float> %.lcssa538.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %1284, label %if_end153.i, label %for_begin_ax4_0.preheader.if_end153_crit_edge.i, !prof !7
 
-for_begin_ax4_0.preheader.if_end151_crit_edge.i:  ; preds = %for_begin_ax4_0.preheader.i
-  %.phi.trans.insert.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2821
+for_begin_ax4_0.preheader.if_end153_crit_edge.i:  ; preds = %for_begin_ax4_0.preheader.i
+  %.phi.trans.insert.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2831
   %.pre.i = load <32 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !4
-  br label %if_end151.i
+  br label %if_end153.i
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
-  %indvars.iv720.i = phi i64 [ %indvars.iv.next721.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %2870 = phi <16 x float> [ %2914, %for_body_ti.i ], [ %2823, %for_body_ti.lr.ph.i ]
-  %2871 = phi <16 x float> [ %2917, %for_body_ti.i ], [ %2825, %for_body_ti.lr.ph.i ]
-  %2872 = phi <16 x float> [ %2922, %for_body_ti.i ], [ %2828, %for_body_ti.lr.ph.i ]
-  %2873 = phi <16 x float> [ %2925, %for_body_ti.i ], [ %2830, %for_body_ti.lr.ph.i ]
-  %2874 = phi <16 x float> [ %2930, %for_body_ti.i ], [ %2833, %for_body_ti.lr.ph.i ]
-  %2875 = phi <16 x float> [ %2931, %for_body_ti.i ], [ %2835, %for_body_ti.lr.ph.i ]
-  %2876 = phi <16 x float> [ %2932, %for_body_ti.i ], [ %2838, %for_body_ti.lr.ph.i ]
-  %2877 = phi <16 x float> [ %2933, %for_body_ti.i ], [ %2840, %for_body_ti.lr.ph.i ]
-  %niter225 = phi i64 [ %niter225.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %2878 = getelementptr float, ptr %gep855.i, i64 %indvars.iv720.i
-  %2879 = load float, ptr %2878, align 4, !tbaa !4
-  %2880 = insertelement <16 x float> poison, float %2879, i64 0
-  %2881 = shufflevector <16 x float> %2880, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep853.i = getelementptr i64, ptr %invariant.gep852.i, i64 %indvars.iv720.i
-  %2882 = load i64, ptr %gep853.i, align 16, !tbaa !24
-  %gep557.i = getelementptr i32, ptr %gep566.i, i64 %2882
-  %2883 = load <16 x i32>, ptr %gep557.i, align 4, !tbaa !4
-  %2884 = shl <16 x i32> %2883, splat (i32 16)
-  %2885 = bitcast <16 x i32> %2884 to <16 x float>
-  %2886 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2881, <16 x float> %2885, <16 x float> %2870)
-  %2887 = and <16 x i32> %2883, %101
-  %2888 = bitcast <16 x i32> %2887 to <16 x float>
-  %2889 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2881, <16 x float> %2888, <16 x float> %2871)
-  %2890 = getelementptr i8, ptr %gep557.i, i64 64
-  %2891 = load <16 x i32>, ptr %2890, align 4, !tbaa !4
-  %2892 = shl <16 x i32> %2891, splat (i32 16)
-  %2893 = bitcast <16 x i32> %2892 to <16 x float>
-  %2894 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2881, <16 x float> %2893, <16 x float> %2872)
-  %2895 = and <16 x i32> %2891, %101
-  %2896 = bitcast <16 x i32> %2895 to <16 x float>
-  %2897 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2881, <16 x float> %2896, <16 x float> %2873)
-  %2898 = getelementptr i8, ptr %2878, i64 256
-  %2899 = load float, ptr %2898, align 4, !tbaa !4
-  %2900 = insertelement <16 x float> poison, float %2899, i64 0
-  %2901 = shufflevector <16 x float> %2900, <16 x float> poison, <16 x i32> zeroinitializer
-  %2902 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2901, <16 x float> %2885, <16 x float> %2874)
-  %2903 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2901, <16 x float> %2888, <16 x float> %2875)
-  %2904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2901, <16 x float> %2893, <16 x float> %2876)
-  %2905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2901, <16 x float> %2896, <16 x float> %2877)
-  %indvars.iv.next721.i = or disjoint i64 %indvars.iv720.i, 1
-  %2906 = getelementptr float, ptr %gep855.i, i64 %indvars.iv.next721.i
-  %2907 = load float, ptr %2906, align 4, !tbaa !4
-  %2908 = insertelement <16 x float> poison, float %2907, i64 0
-  %2909 = shufflevector <16 x float> %2908, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep853.i.1 = getelementptr i64, ptr %invariant.gep852.i, i64 %indvars.iv.next721.i
-  %2910 = load i64, ptr %gep853.i.1, align 8, !tbaa !24
-  %gep557.i.1 = getelementptr i32, ptr %gep566.i, i64 %2910
-  %2911 = load <16 x i32>, ptr %gep557.i.1, align 4, !tbaa !4
-  %2912 = shl <16 x i32> %2911, splat (i32 16)
-  %2913 = bitcast <16 x i32> %2912 to <16 x float>
-  %2914 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2909, <16 x float> %2913, <16 x float> %2886)
-  %2915 = and <16 x i32> %2911, %101
-  %2916 = bitcast <16 x i32> %2915 to <16 x float>
-  %2917 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2909, <16 x float> %2916, <16 x float> %2889)
-  %2918 = getelementptr i8, ptr %gep557.i.1, i64 64
-  %2919 = load <16 x i32>, ptr %2918, align 4, !tbaa !4
-  %2920 = shl <16 x i32> %2919, splat (i32 16)
-  %2921 = bitcast <16 x i32> %2920 to <16 x float>
-  %2922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2909, <16 x float> %2921, <16 x float> %2894)
-  %2923 = and <16 x i32> %2919, %101
-  %2924 = bitcast <16 x i32> %2923 to <16 x float>
-  %2925 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2909, <16 x float> %2924, <16 x float> %2897)
-  %2926 = getelementptr i8, ptr %2906, i64 256
-  %2927 = load float, ptr %2926, align 4, !tbaa !4
-  %2928 = insertelement <16 x float> poison, float %2927, i64 0
-  %2929 = shufflevector <16 x float> %2928, <16 x float> poison, <16 x i32> zeroinitializer
-  %2930 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2929, <16 x float> %2913, <16 x float> %2902)
-  %2931 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2929, <16 x float> %2916, <16 x float> %2903)
-  %2932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2929, <16 x float> %2921, <16 x float> %2904)
-  %2933 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2929, <16 x float> %2924, <16 x float> %2905)
-  %indvars.iv.next721.i.1 = add nuw nsw i64 %indvars.iv720.i, 2
-  %niter225.next.1 = add i64 %niter225, 2
-  %niter225.ncmp.1 = icmp eq i64 %niter225.next.1, %unroll_iter224
-  br i1 %niter225.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !30, !llvm.loop !58
+  %indvars.iv726.i = phi i64 [ %indvars.iv.next727.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %2880 = phi <16 x float> [ %2924, %for_body_ti.i ], [ %2833, %for_body_ti.lr.ph.i ]
+  %2881 = phi <16 x float> [ %2927, %for_body_ti.i ], [ %2835, %for_body_ti.lr.ph.i ]
+  %2882 = phi <16 x float> [ %2932, %for_body_ti.i ], [ %2838, %for_body_ti.lr.ph.i ]
+  %2883 = phi <16 x float> [ %2935, %for_body_ti.i ], [ %2840, %for_body_ti.lr.ph.i ]
+  %2884 = phi <16 x float> [ %2940, %for_body_ti.i ], [ %2843, %for_body_ti.lr.ph.i ]
+  %2885 = phi <16 x float> [ %2941, %for_body_ti.i ], [ %2845, %for_body_ti.lr.ph.i ]
+  %2886 = phi <16 x float> [ %2942, %for_body_ti.i ], [ %2848, %for_body_ti.lr.ph.i ]
+  %2887 = phi <16 x float> [ %2943, %for_body_ti.i ], [ %2850, %for_body_ti.lr.ph.i ]
+  %niter231 = phi i64 [ %niter231.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %2888 = getelementptr float, ptr %gep861.i, i64 %indvars.iv726.i
+  %2889 = load float, ptr %2888, align 4, !tbaa !4
+  %2890 = insertelement <16 x float> poison, float %2889, i64 0
+  %2891 = shufflevector <16 x float> %2890, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep859.i = getelementptr i64, ptr %invariant.gep858.i, i64 %indvars.iv726.i
+  %2892 = load i64, ptr %gep859.i, align 16, !tbaa !24
+  %gep563.i = getelementptr i32, ptr %gep572.i, i64 %2892
+  %2893 = load <16 x i32>, ptr %gep563.i, align 4, !tbaa !4
+  %2894 = shl <16 x i32> %2893, splat (i32 16)
+  %2895 = bitcast <16 x i32> %2894 to <16 x float>
+  %2896 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2891, <16 x float> %2895, <16 x float> %2880)
+  %2897 = and <16 x i32> %2893, %108
+  %2898 = bitcast <16 x i32> %2897 to <16 x float>
+  %2899 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2891, <16 x float> %2898, <16 x float> %2881)
+  %2900 = getelementptr i8, ptr %gep563.i, i64 64
+  %2901 = load <16 x i32>, ptr %2900, align 4, !tbaa !4
+  %2902 = shl <16 x i32> %2901, splat (i32 16)
+  %2903 = bitcast <16 x i32> %2902 to <16 x float>
+  %2904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2891, <16 x float> %2903, <16 x float> %2882)
+  %2905 = and <16 x i32> %2901, %108
+  %2906 = bitcast <16 x i32> %2905 to <16 x float>
+  %2907 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2891, <16 x float> %2906, <16 x float> %2883)
+  %2908 = getelementptr i8, ptr %2888, i64 256
+  %2909 = load float, ptr %2908, align 4, !tbaa !4
+  %2910 = insertelement <16 x float> poison, float %2909, i64 0
+  %2911 = shufflevector <16 x float> %2910, <16 x float> poison, <16 x i32> zeroinitializer
+  %2912 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2911, <16 x float> %2895, <16 x float> %2884)
+  %2913 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2911, <16 x float> %2898, <16 x float> %2885)
+  %2914 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2911, <16 x float> %2903, <16 x float> %2886)
+  %2915 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2911, <16 x float> %2906, <16 x float> %2887)
+  %indvars.iv.next727.i = or disjoint i64 %indvars.iv726.i, 1
+  %2916 = getelementptr float, ptr %gep861.i, i64 %indvars.iv.next727.i
+  %2917 = load float, ptr %2916, align 4, !tbaa !4
+  %2918 = insertelement <16 x float> poison, float %2917, i64 0
+  %2919 = shufflevector <16 x float> %2918, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep859.i.1 = getelementptr i64, ptr %invariant.gep858.i, i64 %indvars.iv.next727.i
+  %2920 = load i64, ptr %gep859.i.1, align 8, !tbaa !24
+  %gep563.i.1 = getelementptr i32, ptr %gep572.i, i64 %2920
+  %2921 = load <16 x i32>, ptr %gep563.i.1, align 4, !tbaa !4
+  %2922 = shl <16 x i32> %2921, splat (i32 16)
+  %2923 = bitcast <16 x i32> %2922 to <16 x float>
+  %2924 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2919, <16 x float> %2923, <16 x float> %2896)
+  %2925 = and <16 x i32> %2921, %108
+  %2926 = bitcast <16 x i32> %2925 to <16 x float>
+  %2927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2919, <16 x float> %2926, <16 x float> %2899)
+  %2928 = getelementptr i8, ptr %gep563.i.1, i64 64
+  %2929 = load <16 x i32>, ptr %2928, align 4, !tbaa !4
+  %2930 = shl <16 x i32> %2929, splat (i32 16)
+  %2931 = bitcast <16 x i32> %2930 to <16 x float>
+  %2932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2919, <16 x float> %2931, <16 x float> %2904)
+  %2933 = and <16 x i32> %2929, %108
+  %2934 = bitcast <16 x i32> %2933 to <16 x float>
+  %2935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2919, <16 x float> %2934, <16 x float> %2907)
+  %2936 = getelementptr i8, ptr %2916, i64 256
+  %2937 = load float, ptr %2936, align 4, !tbaa !4
+  %2938 = insertelement <16 x float> poison, float %2937, i64 0
+  %2939 = shufflevector <16 x float> %2938, <16 x float> poison, <16 x i32> zeroinitializer
+  %2940 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2939, <16 x float> %2923, <16 x float> %2912)
+  %2941 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2939, <16 x float> %2926, <16 x float> %2913)
+  %2942 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2939, <16 x float> %2931, <16 x float> %2914)
+  %2943 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2939, <16 x float> %2934, <16 x float> %2915)
+  %indvars.iv.next727.i.1 = add nuw nsw i64 %indvars.iv726.i, 2
+  %niter231.next.1 = add i64 %niter231, 2
+  %niter231.ncmp.1 = icmp eq i64 %niter231.next.1, %unroll_iter230
+  br i1 %niter231.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !30, !llvm.loop !58
 
-if_end151.i:                                      ; preds = %for_begin_ax4_0.preheader.if_end151_crit_edge.i, %for_begin_ax4_0.preheader.i
-  %2934 = phi <32 x float> [ %.pre.i, %for_begin_ax4_0.preheader.if_end151_crit_edge.i ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
-  %2935 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2821
-  %2936 = fmul <32 x float> %2807, %2934
-  %2937 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2803, <32 x float> %2869, <32 x float> %2936)
-  store <32 x float> %2937, ptr %2935, align 4, !tbaa !4
-  %2938 = shufflevector <16 x float> %.lcssa534.i, <16 x float> %.lcssa536.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %1274, label %if_end167.i, label %if_end151.if_end167_crit_edge.i, !prof !7
-
-if_end151.if_end167_crit_edge.i:                  ; preds = %if_end151.i
-  %.phi.trans.insert811.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2826
-  %.pre812.i = load <32 x float>, ptr %.phi.trans.insert811.i, align 4, !tbaa !4
-  br label %if_end167.i
-
-if_end167.i:                                      ; preds = %if_end151.if_end167_crit_edge.i, %if_end151.i
-  %2939 = phi <32 x float> [ %.pre812.i, %if_end151.if_end167_crit_edge.i ], [ zeroinitializer, %if_end151.i ]
-  %2940 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2826
-  %2941 = fmul <32 x float> %2807, %2939
-  %2942 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2803, <32 x float> %2938, <32 x float> %2941)
-  store <32 x float> %2942, ptr %2940, align 4, !tbaa !4
-  %2943 = shufflevector <16 x float> %.lcssa538.i, <16 x float> %.lcssa540.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %1274, label %if_end183.i, label %if_end167.if_end183_crit_edge.i, !prof !7
-
-if_end167.if_end183_crit_edge.i:                  ; preds = %if_end167.i
-  %.phi.trans.insert813.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2831
-  %.pre814.i = load <32 x float>, ptr %.phi.trans.insert813.i, align 4, !tbaa !4
-  br label %if_end183.i
-
-if_end183.i:                                      ; preds = %if_end167.if_end183_crit_edge.i, %if_end167.i
-  %2944 = phi <32 x float> [ %.pre814.i, %if_end167.if_end183_crit_edge.i ], [ zeroinitializer, %if_end167.i ]
+if_end153.i:                                      ; preds = %for_begin_ax4_0.preheader.if_end153_crit_edge.i, %for_begin_ax4_0.preheader.i
+  %2944 = phi <32 x float> [ %.pre.i, %for_begin_ax4_0.preheader.if_end153_crit_edge.i ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
   %2945 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2831
-  %2946 = fmul <32 x float> %2816, %2944
-  %2947 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2812, <32 x float> %2943, <32 x float> %2946)
+  %2946 = fmul <32 x float> %2817, %2944
+  %2947 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2813, <32 x float> %2879, <32 x float> %2946)
   store <32 x float> %2947, ptr %2945, align 4, !tbaa !4
-  %2948 = shufflevector <16 x float> %.lcssa542.i, <16 x float> %.lcssa544.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %1274, label %if_end199.i, label %if_end183.if_end199_crit_edge.i, !prof !7
+  %2948 = shufflevector <16 x float> %.lcssa540.i, <16 x float> %.lcssa542.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %1284, label %if_end169.i, label %if_end153.if_end169_crit_edge.i, !prof !7
 
-if_end183.if_end199_crit_edge.i:                  ; preds = %if_end183.i
-  %.phi.trans.insert815.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2836
-  %.pre816.i = load <32 x float>, ptr %.phi.trans.insert815.i, align 4, !tbaa !4
-  br label %if_end199.i
+if_end153.if_end169_crit_edge.i:                  ; preds = %if_end153.i
+  %.phi.trans.insert817.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2836
+  %.pre818.i = load <32 x float>, ptr %.phi.trans.insert817.i, align 4, !tbaa !4
+  br label %if_end169.i
 
-if_end199.i:                                      ; preds = %if_end183.if_end199_crit_edge.i, %if_end183.i
-  %2949 = phi <32 x float> [ %.pre816.i, %if_end183.if_end199_crit_edge.i ], [ zeroinitializer, %if_end183.i ]
+if_end169.i:                                      ; preds = %if_end153.if_end169_crit_edge.i, %if_end153.i
+  %2949 = phi <32 x float> [ %.pre818.i, %if_end153.if_end169_crit_edge.i ], [ zeroinitializer, %if_end153.i ]
   %2950 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2836
-  %2951 = fmul <32 x float> %2816, %2949
-  %2952 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2812, <32 x float> %2948, <32 x float> %2951)
+  %2951 = fmul <32 x float> %2817, %2949
+  %2952 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2813, <32 x float> %2948, <32 x float> %2951)
   store <32 x float> %2952, ptr %2950, align 4, !tbaa !4
-  %indvars.iv.next740.i = add nuw nsw i64 %indvars.iv739.i, 1
-  %exitcond742.not.i = icmp eq i64 %indvars.iv.next740.i, 4
-  br i1 %exitcond742.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !11
+  %2953 = shufflevector <16 x float> %.lcssa544.i, <16 x float> %.lcssa546.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %1284, label %if_end185.i, label %if_end169.if_end185_crit_edge.i, !prof !7
 
-if_end201.i:                                      ; preds = %for_end_i_m.i
-  %2953 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2954 = tail call i32 %2953(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not288.i = icmp eq i32 %2954, 0
-  br i1 %.not288.i, label %if_end204.i, label %fused_decode_compute_.exit, !prof !12
+if_end169.if_end185_crit_edge.i:                  ; preds = %if_end169.i
+  %.phi.trans.insert819.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2841
+  %.pre820.i = load <32 x float>, ptr %.phi.trans.insert819.i, align 4, !tbaa !4
+  br label %if_end185.i
 
-if_end204.i:                                      ; preds = %if_end201.i
-  %2955 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2956 = tail call i32 %2955(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not289.i = icmp eq i32 %2956, 0
+if_end185.i:                                      ; preds = %if_end169.if_end185_crit_edge.i, %if_end169.i
+  %2954 = phi <32 x float> [ %.pre820.i, %if_end169.if_end185_crit_edge.i ], [ zeroinitializer, %if_end169.i ]
+  %2955 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2841
+  %2956 = fmul <32 x float> %2826, %2954
+  %2957 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2822, <32 x float> %2953, <32 x float> %2956)
+  store <32 x float> %2957, ptr %2955, align 4, !tbaa !4
+  %2958 = shufflevector <16 x float> %.lcssa548.i, <16 x float> %.lcssa550.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %1284, label %if_end201.i, label %if_end185.if_end201_crit_edge.i, !prof !7
+
+if_end185.if_end201_crit_edge.i:                  ; preds = %if_end185.i
+  %.phi.trans.insert821.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2846
+  %.pre822.i = load <32 x float>, ptr %.phi.trans.insert821.i, align 4, !tbaa !4
+  br label %if_end201.i
+
+if_end201.i:                                      ; preds = %if_end185.if_end201_crit_edge.i, %if_end185.i
+  %2959 = phi <32 x float> [ %.pre822.i, %if_end185.if_end201_crit_edge.i ], [ zeroinitializer, %if_end185.i ]
+  %2960 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2846
+  %2961 = fmul <32 x float> %2826, %2959
+  %2962 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2822, <32 x float> %2958, <32 x float> %2961)
+  store <32 x float> %2962, ptr %2960, align 4, !tbaa !4
+  %indvars.iv.next746.i = add nuw nsw i64 %indvars.iv745.i, 1
+  %exitcond748.not.i = icmp eq i64 %indvars.iv.next746.i, 4
+  br i1 %exitcond748.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !11
+
+if_end203.i:                                      ; preds = %for_end_i_m.i
+  %2963 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2964 = tail call i32 %2963(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not290.i = icmp eq i32 %2964, 0
+  br i1 %.not290.i, label %if_end206.i, label %fused_decode_compute_.exit, !prof !12
+
+if_end206.i:                                      ; preds = %if_end203.i
+  %2965 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2966 = tail call i32 %2965(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not291.i = icmp eq i32 %2966, 0
   %indvars.iv.next = add i32 %indvars.iv, -64
-  br i1 %.not289.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !12
+  br i1 %.not291.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !12
 
-for_end_tile211.i:                                ; preds = %if_end234.us.1.i, %for_body_tile210.preheader.i
-  %2957 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2958 = tail call i32 %2957(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2958, 0
-  br i1 %.not.i, label %if_end251.i, label %fused_decode_compute_.exit, !prof !12
+for_end_tile213.i:                                ; preds = %if_end236.us.1.i, %for_body_tile212.preheader.i
+  %2967 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2968 = tail call i32 %2967(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2968, 0
+  br i1 %.not.i, label %if_end253.i, label %fused_decode_compute_.exit, !prof !12
 
-if_end251.i:                                      ; preds = %for_end_tile211.i
-  %2959 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2960 = tail call i32 %2959(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not285.i = icmp eq i32 %2960, 0
-  br i1 %.not285.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !12
+if_end253.i:                                      ; preds = %for_end_tile213.i
+  %2969 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2970 = tail call i32 %2969(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not287.i = icmp eq i32 %2970, 0
+  br i1 %.not287.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !12
 
-fused_decode_compute_.exit:                       ; preds = %if_end251.i, %for_end_tile211.i, %if_end204.i, %if_end201.i, %for_end_i_m.i, %for_end_i42.i, %for_begin_r.preheader.i, %for_body_i.i, %if_end29.i, %for_end_v.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
-  %common.ret.op.i = phi i32 [ -1, %for_body_i.i ], [ -1, %for_end_v.i ], [ 0, %if_end45 ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end204.i ], [ -1, %if_end201.i ], [ -1, %for_end_i_m.i ], [ -1, %for_end_i42.i ], [ -1, %if_end29.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end251.i ], [ -1, %for_end_tile211.i ], [ -1, %if_end.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %scaled273.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta277.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha278.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %column_term279.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %value_offsets280.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %key_offsets281.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum283.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max284.i)
+fused_decode_compute_.exit:                       ; preds = %if_end253.i, %for_end_tile213.i, %if_end206.i, %if_end203.i, %for_end_i_m.i, %for_end_i44.i, %for_begin_r.preheader.i, %for_body_i.i, %if_end31.i, %for_end_v.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
+  %common.ret.op.i = phi i32 [ -1, %for_body_i.i ], [ -1, %for_end_v.i ], [ 0, %if_end51 ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end206.i ], [ -1, %if_end203.i ], [ -1, %for_end_i_m.i ], [ -1, %for_end_i44.i ], [ -1, %if_end31.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end253.i ], [ -1, %for_end_tile213.i ], [ -1, %if_end.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %scaled275.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta279.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha280.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %column_term281.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %value_offsets282.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %key_offsets283.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum285.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max286.i)
   ret i32 %common.ret.op.i
 }
 

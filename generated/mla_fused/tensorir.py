@@ -24,6 +24,7 @@ out_batch = TypeVar("out_batch")
 out_head = TypeVar("out_head")
 q_batch = TypeVar("q_batch")
 q_head = TypeVar("q_head")
+row_step = TypeVar("row_step")
 slots = TypeVar("slots")
 table_seq = TypeVar("table_seq")
 v_span = TypeVar("v_span")
@@ -48,7 +49,7 @@ class Module:
                             cache[T.Div(target, T.int64(64)), T.truncmod(target, T.int64(64)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
 
     @T.prim_func(s_tir=True)
-    def fused_decode(query: T.Buffer((batch, T.int64(128), T.int64(576)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(128)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(128)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(128), T.int64(512)), "float32", align=4), out: T.Buffer((batch, T.int64(128), T.int64(512)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(128)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, query_scale: T.float32, score_scale: T.float32):
+    def fused_decode(query: T.Buffer((batch, T.int64(128), T.int64(576)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), row_starts: T.Buffer((batch,), "int32", strides=(row_step,), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(128)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(128)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(128), T.int64(512)), "float32", align=4), out: T.Buffer((batch, T.int64(128), T.int64(512)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(128)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, query_scale: T.float32, score_scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -90,15 +91,16 @@ class Module:
                         num_offsets: T.let[T.int32] = T.Select(has_next, 224, (valid_len + 8 - 1) // 8 * 8)
                         last: T.let[T.int32] = range_begin + range_len - 1
                         with T.sblock("token_offsets"):
-                            T.reads(block_table[seq, 0:max_blocks])
+                            T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
                             T.writes(key_offsets[0:224])
+                            row_start: T.let[T.int32] = row_starts[seq]
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
                                     vt = T.axis.spatial(224, t)
-                                    T.reads(block_table[seq, T.min(tile_start + vt, last) // 64])
+                                    T.reads(block_table[seq, row_start + T.min(tile_start + vt, last) // 64])
                                     T.writes(key_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
-                                    block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 64])
+                                    block: T.let[T.int64] = T.Cast("int64", block_table[seq, row_start + token // 64])
                                     slot: T.let[T.int32] = token % 64
                                     key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
                         for kv_head in range(1):

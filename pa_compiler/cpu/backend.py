@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pa_compiler import host, interrupts, native
-from pa_compiler.backend import Built
+from pa_compiler.backend import Built, Extras
 from pa_compiler.cpu import build as _build
 from pa_compiler.cpu import instructions, prefetch
 from pa_compiler.cpu import target as _target
@@ -41,13 +41,20 @@ class Lowered:
     mod: IRModule
 
 
-def build_kernels(spec: PagedAttentionSpec, tiles: Tiling, pipeline: str, of_attend: Tiling | None = None) -> IRModule:
-    """spec -> kernels, which is most of what the host has to wait for; those of attend where it has tiles."""
+def build_kernels(
+    spec: PagedAttentionSpec, tiles: Tiling, pipeline: str, of_attend: Tiling | None = None, merges: bool = False
+) -> IRModule:
+    """spec -> kernels, which is most of what the host has to wait for; those of attend where it has tiles.
+
+    With merges also those of merge_states.
+    """
     from pa_compiler import kernels
 
     built = kernels.build(spec, tiles, pipeline)
     if of_attend is not None:
         built.update(kernels.build_attend(spec, of_attend, pipeline))
+    if merges:
+        built.update(kernels.build_merge(spec, tiles))
     return built
 
 
@@ -84,23 +91,25 @@ def attends(pipeline: str) -> bool:
 
 
 def emit(
-    spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool, directory: Path
+    spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, extras: Extras, directory: Path
 ) -> dict[str, str]:
     """The text of every stage; directory is for intermediate files."""
     cpu = _target.resolve(config)
-    tiles, of_attend = tiling.choose(spec, cpu, pipeline), tiling.choose_attend(spec, cpu, pipeline) if attend else None
-    unscheduled = build_kernels(spec, tiles, pipeline, of_attend)
+    tiles = tiling.choose(spec, cpu, pipeline)
+    of_attend = tiling.choose_attend(spec, cpu, pipeline) if extras.attend else None
+    unscheduled = build_kernels(spec, tiles, pipeline, of_attend, extras.merge_states)
     text = host_text(spec, cpu, tiles, pipeline, unscheduled)
     lowered = lower(unscheduled, spec, tiles, of_attend)
     compiled = _build.compile_kernels(instructions.select(lowered.mod, cpu, tiles), cpu, directory)
     return _texts(lowered, text, compiled)
 
 
-def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool, directory: Path) -> Built:
+def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, extras: Extras, directory: Path) -> Built:
     """Lower, compile and link, with the tiles that the policy chooses."""
     cpu = _target.resolve(config)
-    of_attend = tiling.choose_attend(spec, cpu, pipeline) if attend else None
-    return build_with_tiles(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory, of_attend)
+    tiles = tiling.choose(spec, cpu, pipeline)
+    of_attend = tiling.choose_attend(spec, cpu, pipeline) if extras.attend else None
+    return build_with_tiles(spec, cpu, tiles, pipeline, directory, of_attend, extras.merge_states)
 
 
 def build_with_tiles(
@@ -110,9 +119,10 @@ def build_with_tiles(
     pipeline: str,
     directory: Path,
     of_attend: Tiling | None = None,
+    merges: bool = False,
 ) -> Built:
     """Lower, compile and link. The library and intermediate files lie in directory."""
-    unscheduled = build_kernels(spec, tiles, pipeline, of_attend)
+    unscheduled = build_kernels(spec, tiles, pipeline, of_attend, merges)
     text = host_text(spec, cpu, tiles, pipeline, unscheduled)
     interrupts.check()
     with native.compiling_host(text, directory, host.headers(text)) as compiling:  # while TVM works

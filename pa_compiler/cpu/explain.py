@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pa_compiler import bounds
-from pa_compiler.backend import Explanation, Limits
+from pa_compiler.backend import Explanation, Extras, Limits
 from pa_compiler.cpu import backend
 from pa_compiler.cpu import target as _target
 from pa_compiler.cpu import tiles as tiling
@@ -73,7 +73,7 @@ def explain(
     cpu = _target.resolve(config)
     tiles = tiling.choose(spec, cpu, pipeline)
     strategy, reason = tiling.choose_strategy(spec, cpu, pipeline)
-    loops = inner_loops(backend.emit(spec, config, pipeline, False, directory)["asm"])
+    loops = inner_loops(backend.emit(spec, config, pipeline, Extras(), directory)["asm"])
     facts = [
         ("vectors", f"{cpu.vector_registers} registers of {cpu.vector_lanes} float32 lanes"),
         ("pipeline", pipeline),

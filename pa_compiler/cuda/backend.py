@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pa_compiler import commands, interrupts, native
-from pa_compiler.backend import Built
+from pa_compiler.backend import Built, Extras
 from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import host as cuda_host
 from pa_compiler.cuda import tiling as cuda_tiling
@@ -94,14 +94,14 @@ def attends(pipeline: str) -> bool:
 
 
 def emit_portable(
-    spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool, directory: Path
+    spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, extras: Extras, directory: Path
 ) -> dict[str, str]:
     """As emit, without what nvcc makes: it needs none."""
     return lower(spec, CudaTarget(config["arch"]), pipeline).texts
 
 
 def emit(
-    spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool, directory: Path
+    spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, extras: Extras, directory: Path
 ) -> dict[str, str]:
     """The text of every stage; directory is for intermediate files."""
     target = CudaTarget(config["arch"])
@@ -109,7 +109,7 @@ def emit(
     return lowered.texts | _machine_texts(cuda_build.assemble(lowered.cuda, target.arch, directory), directory)
 
 
-def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool, directory: Path) -> Built:
+def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, extras: Extras, directory: Path) -> Built:
     """Lower, compile and link. The library and intermediate files lie in directory.
 
     Raises:

@@ -15,6 +15,7 @@ from pa_compiler.kernels.fused_attend import fused_attend
 from pa_compiler.kernels.fused_decode import fused_decode
 from pa_compiler.kernels.merge_attend import merge_attend
 from pa_compiler.kernels.merge_partials import merge_partials
+from pa_compiler.kernels.merge_parts import merge_float32_parts, merge_parts
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
@@ -48,6 +49,12 @@ def build_attend(spec: PagedAttentionSpec, tiling: Tiling, pipeline: str = "fuse
     """The PrimFuncs of a pipeline's attend, unscheduled, under the names that ATTEND has for them."""
     built = ((name, kernel(spec, tiling)) for name, kernel in ATTEND[pipeline].items())
     return IRModule({name: function.with_attr("global_symbol", name) for name, function in built})
+
+
+def build_merge(spec: PagedAttentionSpec, tiling: Tiling) -> IRModule:
+    """The PrimFuncs of merge_states, unscheduled, under their own names: for each type that results may have, one."""
+    merges = (merge_parts,) if spec.result_dtype == "float32" else (merge_parts, merge_float32_parts)
+    return IRModule({kernel.__name__: kernel(spec, tiling) for kernel in merges})
 
 
 def apart(mod: IRModule) -> tuple[IRModule, IRModule]:

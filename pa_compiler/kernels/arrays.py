@@ -7,6 +7,7 @@ those of the host's arrays: batch, max_blocks, and `q_batch`, the elements from 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
@@ -15,6 +16,17 @@ from tvm.tirx import Buffer, PrimFunc, Var
 from pa_compiler.score import BATCH, Constant, Input
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiles import Element, Tiling
+
+
+class BlockTable(NamedTuple):
+    """Which blocks are a sequence's: block i is entries[seq, row_starts[seq] + i].
+
+    A table has its rows in entries, and 0 in row_starts. Of a pair (indptr, indices) indptr is row_starts, and each row
+    of entries is all of indices: the stride between rows is 0.
+    """
+
+    entries: Buffer
+    row_starts: Buffer
 
 
 class Arrays:
@@ -52,9 +64,13 @@ class Arrays:
         return T.match_buffer(handle, (self._var(extent),), element.word_dtype, align=ITEMSIZES[element.dtype])
 
     def block_table(self, handle: Var) -> Buffer:
-        """[batch, max_blocks], int32: block i of a sequence holds its tokens from i * block_size on."""
+        """[batch, max_blocks], int32: the entries of BlockTable."""
         shape = (self._var("batch"), self._var("max_blocks"))
         return T.match_buffer(handle, shape, "int32", strides=[self._var("table_seq"), T.int64(1)], align=4)
+
+    def row_starts(self, handle: Var) -> Buffer:
+        """[batch], int32: the row_starts of BlockTable."""
+        return T.match_buffer(handle, (self._var("batch"),), "int32", strides=[self._var("row_step")], align=4)
 
     def context_lens(self, handle: Var) -> Buffer:
         """[batch], int32: tokens of each sequence."""
@@ -73,6 +89,19 @@ class Arrays:
         spec = self._spec
         shape = (self._var("slots"), T.int64(spec.num_heads), T.int64(spec.result_dim))
         return T.match_buffer(handle, shape, "float32", align=4)
+
+    def outs(self, handle: Var, dtype: str) -> Buffer:
+        """[parts, batch or num_tokens, num_heads, value_dim], dtype: results of parts of the keys."""
+        spec = self._spec
+        shape = (self._var("parts"), self._var(self._tokens), T.int64(spec.num_heads), T.int64(spec.result_dim))
+        strides = [*map(self._var, ("outs_part", "outs_token", "outs_head")), T.int64(1)]
+        return T.match_buffer(handle, shape, dtype, strides=strides, align=ITEMSIZES[dtype])
+
+    def lses(self, handle: Var) -> Buffer:
+        """[parts, batch or num_tokens, num_heads], float32: natural logarithms."""
+        shape = (self._var("parts"), self._var(self._tokens), T.int64(self._spec.num_heads))
+        strides = [self._var("lses_part"), self._var("lses_token"), T.int64(1)]
+        return T.match_buffer(handle, shape, "float32", strides=strides, align=4)
 
     def out(self, handle: Var) -> Buffer:
         """[batch or num_tokens, num_heads, value_dim], out_dtype; a head's elements lie side by side."""

@@ -113,9 +113,9 @@ def look_up(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess) -> Ca
     offsets_stage = token_offsets(spec, tiling, access)
 
     @inline
-    def stage(block_table, cache, tile, seq):
+    def stage(table, cache, tile, seq):
         num_offsets: T.let = tile.num_groups * tiling.token_group
-        offsets_stage(block_table, cache, tile, seq, tile.start + tile.valid_len - 1, num_offsets)
+        offsets_stage(table, cache, tile, seq, tile.start + tile.valid_len - 1, num_offsets)
 
     return stage
 

@@ -10,7 +10,7 @@ from tvm.tirx import PrimFunc
 from pa_compiler import tvmscript as script
 from pa_compiler.interface import attend_range_blocks, attend_tiles
 from pa_compiler.kernels import ahead, state
-from pa_compiler.kernels.arrays import Arrays, without
+from pa_compiler.kernels.arrays import Arrays, BlockTable, without
 from pa_compiler.kernels.attend_rows import Item, attend_rows, finish_item, rows_of_item
 from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_shape, load_tile, value_access
 from pa_compiler.kernels.computed import compute_columns
@@ -62,6 +62,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         key_cache_handle: T.handle,
         value_cache_handle: T.handle,
         block_table_handle: T.handle,
+        row_starts_handle: T.handle,
         context_lens_handle: T.handle,
         tree_mask_handle: T.handle,
         partial_max_handle: T.handle,
@@ -96,6 +97,8 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         key_cache = arrays.key_cache(key_cache_handle)
         value_cache = arrays.value_cache(value_cache_handle)
         block_table = arrays.block_table(block_table_handle)
+        row_starts = arrays.row_starts(row_starts_handle)
+        table = T.meta_var(BlockTable(block_table, row_starts))
         context_lens = arrays.context_lens(context_lens_handle)
         tree_mask = arrays.tree_mask(tree_mask_handle)
         partial_max = arrays.partial_rows(partial_max_handle)
@@ -165,7 +168,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                 keys if spec.shared_kv else Cache(value_cache, v_block, v_row, v_head, value_offsets)
                             )
                             attend(
-                                q_tile, keys, values, block_table, of_functions, item, running, vstep, num_steps,
+                                q_tile, keys, values, table, of_functions, item, running, vstep, num_steps,
                                 read_begin + vstep * kv_tile, range_end, span[0] if late else None, runs, context_len,
                             )  # fmt: skip
                     for tile in range(num_tiles):
@@ -238,7 +241,7 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
 
     @script.inline
     def stage(
-        q_tile, key_cache, value_cache, block_table, of_functions, item, running, step, num_steps, start, range_end,
+        q_tile, key_cache, value_cache, table, of_functions, item, running, step, num_steps, start, range_end,
         first_token, runs, context_len,
     ):  # fmt: skip
         tile_start: T.let = script.opaque(start)
@@ -247,9 +250,9 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
         has_next: T.let = tile_start + tiling.kv_tile < range_end
         num_offsets: T.let = T.Select(has_next, tiling.num_offsets, tile.num_groups * tiling.token_group)
         last: T.let = range_end - 1
-        key_offsets_stage(block_table, key_cache, tile, item.seq, last, num_offsets, first_token, runs)
+        key_offsets_stage(table, key_cache, tile, item.seq, last, num_offsets, first_token, runs)
         if not spec.shared_kv:
-            value_offsets_stage(block_table, value_cache, tile, item.seq, last, num_offsets, first_token, runs)
+            value_offsets_stage(table, value_cache, tile, item.seq, last, num_offsets, first_token, runs)
         computed = T.meta_var(columns_stage(of_functions, item.seq, context_len, tile, tile.num_groups))
         for kv_head in range(item.num_kv_heads):
             with T.sblock("kv_head"):

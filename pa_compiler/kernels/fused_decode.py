@@ -9,7 +9,7 @@ from tvm.tirx import PrimFunc
 
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels import ahead, state
-from pa_compiler.kernels.arrays import Arrays, without
+from pa_compiler.kernels.arrays import Arrays, BlockTable, without
 from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_shape, load_tile, value_access
 from pa_compiler.kernels.computed import allocate_visible, compute_columns, compute_visible
 from pa_compiler.kernels.headroom import headroom
@@ -52,6 +52,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         key_cache_handle: T.handle,
         value_cache_handle: T.handle,
         block_table_handle: T.handle,
+        row_starts_handle: T.handle,
         context_lens_handle: T.handle,
         partial_max_handle: T.handle,
         partial_sum_handle: T.handle,
@@ -78,6 +79,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         key_cache = arrays.key_cache(key_cache_handle)
         value_cache = arrays.value_cache(value_cache_handle)
         block_table = arrays.block_table(block_table_handle)
+        row_starts = arrays.row_starts(row_starts_handle)
+        table = T.meta_var(BlockTable(block_table, row_starts))
         context_lens = arrays.context_lens(context_lens_handle)
         partial_max = arrays.partial_rows(partial_max_handle)
         partial_sum = arrays.partial_rows(partial_sum_handle)
@@ -126,7 +129,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         values = T.meta_var(
                             keys if spec.shared_kv else Cache(value_cache, v_block, v_row, v_head, value_offsets)
                         )
-                        look_up(block_table, keys, values, tile, seq, range_begin + range_len - 1, has_next)
+                        look_up(table, keys, values, tile, seq, range_begin + range_len - 1, has_next)
                         computed = T.meta_var(
                             columns_stage(of_functions, seq, context_lens[seq], tile, tile.num_groups)
                         )
@@ -169,12 +172,12 @@ def _look_up(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     value_offsets_stage = token_offsets(spec, tiling, value_access(spec, tiling))
 
     @script.inline
-    def stage(block_table, keys, values, tile, seq, last_token, has_next):
+    def stage(table, keys, values, tile, seq, last_token, has_next):
         num_offsets: T.let = T.Select(has_next, tiling.num_offsets, tile.num_groups * tiling.token_group)
         last: T.let = last_token
-        key_offsets_stage(block_table, keys, tile, seq, last, num_offsets)
+        key_offsets_stage(table, keys, tile, seq, last, num_offsets)
         if not spec.shared_kv:
-            value_offsets_stage(block_table, values, tile, seq, last, num_offsets)
+            value_offsets_stage(table, values, tile, seq, last, num_offsets)
 
     return stage
 

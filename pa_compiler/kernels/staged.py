@@ -18,7 +18,7 @@ from pa_compiler import tvmscript as script
 from pa_compiler.kernels import pv_matmul as pv
 from pa_compiler.kernels import qk_matmul as qk
 from pa_compiler.kernels import softmax, state
-from pa_compiler.kernels.arrays import Arrays, without
+from pa_compiler.kernels.arrays import Arrays, BlockTable, without
 from pa_compiler.kernels.caches import Cache, key_access, value_access
 from pa_compiler.kernels.chunk import Queries, compute_block, look_up, not_taken, place_of, tile_of
 from pa_compiler.kernels.headroom import headroom
@@ -45,6 +45,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         query_handle: T.handle,
         key_cache_handle: T.handle,
         block_table_handle: T.handle,
+        row_starts_handle: T.handle,
         context_lens_handle: T.handle,
         scores_handle: T.handle,
         k_block: T.int64,
@@ -65,6 +66,8 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         query = arrays.query(query_handle)
         key_cache = arrays.key_cache(key_cache_handle)
         block_table = arrays.block_table(block_table_handle)
+        row_starts = arrays.row_starts(row_starts_handle)
+        table = T.meta_var(BlockTable(block_table, row_starts))
         context_lens = arrays.context_lens(context_lens_handle)
         scores = arrays.scores(scores_handle)
         for s in range(num_seqs):
@@ -80,7 +83,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 keys = T.meta_var(Cache(key_cache, k_block, k_row, k_head, key_offsets))
                 head_offset: T.let = T.Cast("int64", kv_head) * k_head
                 load_query_stage(query, q_tile, 0, place.rows(head_start, num_rows), query_scale)
-                look_up_stage(block_table, keys, tile, place.seq)
+                look_up_stage(table, keys, tile, place.seq)
                 qk_stage(q_tile, 0, keys, head_offset, tile, scores, vs)
 
     return without(qk_matmul, *not_taken(tiling))
@@ -158,6 +161,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     def pv_matmul(
         value_cache_handle: T.handle,
         block_table_handle: T.handle,
+        row_starts_handle: T.handle,
         context_lens_handle: T.handle,
         tree_mask_handle: T.handle,
         probs_handle: T.handle,
@@ -180,6 +184,8 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     ):
         value_cache = arrays.value_cache(value_cache_handle)
         block_table = arrays.block_table(block_table_handle)
+        row_starts = arrays.row_starts(row_starts_handle)
+        table = T.meta_var(BlockTable(block_table, row_starts))
         context_lens = arrays.context_lens(context_lens_handle)
         if tiling.attends:
             tree_mask = arrays.tree_mask(tree_mask_handle)
@@ -197,7 +203,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 tile = T.meta_var(tile_of(spec, tiling, place, block_idx))
                 values = T.meta_var(Cache(value_cache, v_block, v_row, v_head, value_offsets))
                 head_offset: T.let = T.Cast("int64", kv_head) * v_head
-                look_up_stage(block_table, values, tile, place.seq)
+                look_up_stage(table, values, tile, place.seq)
                 num_full: T.let = tile.num_full
                 rows = T.meta_var(place.rows(head_start, num_rows))
                 tree = T.meta_var(

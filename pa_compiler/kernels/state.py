@@ -200,8 +200,8 @@ def normalize(spec: PagedAttentionSpec, capacity: int, many_tokens: bool = False
 
     ln of row_sum without the sequence's headroom, which is in acc and row_sum. A row whose sum is 0 gives out = 0 and
     lse = -inf. With many_tokens all rows are normalized, those that pad the tile too, before those that there are are
-    copied: in vectors whatever their number. With sinks, the sum has exp(sink - row_max) besides, which has no value; a
-    sink of -inf is none.
+    copied: in vectors whatever their number. Where sinks are given, the sum has exp(sink - row_max) besides, which has
+    no value; a sink of -inf is none.
     """
     dim, out_dtype, add_sinks = spec.result_dim, spec.result_dtype, _add_sinks(capacity)
 
@@ -213,11 +213,11 @@ def normalize(spec: PagedAttentionSpec, capacity: int, many_tokens: bool = False
                 state.row_max[slot, 0:capacity],
                 state.row_sum[slot, 0:capacity],
                 state.acc[slot, 0:capacity, 0:dim],
-                *([sinks[0 : spec.num_heads]] if spec.sinks else []),
+                *([] if sinks is None else [sinks[0 : spec.num_heads]]),
             )
             T.writes(out[rows.all(slice(0, dim))], lse[rows.all()])
             factor = T.sblock_alloc_buffer((capacity,), "float32")
-            if spec.sinks:
+            if sinks is not None:
                 peak = T.sblock_alloc_buffer((capacity,), "float32")
                 total_sum = T.sblock_alloc_buffer((capacity,), "float32")
                 add_sinks(state, sinks, rows, headroom, peak, total_sum, factor)
@@ -227,8 +227,8 @@ def normalize(spec: PagedAttentionSpec, capacity: int, many_tokens: bool = False
                         vr = T.axis.spatial(capacity, r)
                         total: T.let = state.row_sum[slot, vr]
                         factor[vr] = T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)
-            maxima = T.meta_var(peak if spec.sinks else state.row_max)
-            sums = T.meta_var(total_sum if spec.sinks else state.row_sum)
+            maxima = T.meta_var(state.row_max if sinks is None else peak)
+            sums = T.meta_var(state.row_sum if sinks is None else total_sum)
             if many_tokens:
                 ordered = T.sblock_alloc_buffer((capacity, dim), "float32")
                 for r, d in T.grid(capacity, dim):
@@ -245,7 +245,7 @@ def normalize(spec: PagedAttentionSpec, capacity: int, many_tokens: bool = False
             for r in range(rows.num):
                 with T.sblock("lse"):
                     vr = T.axis.spatial(capacity, r)
-                    place = T.meta_var((vr,) if spec.sinks else (slot, vr))
+                    place = T.meta_var((slot, vr) if sinks is None else (vr,))
                     lse[rows.at(vr)] = T.Select(
                         sums[place] == T.float32(0),
                         T.float32("-inf"),

@@ -99,15 +99,20 @@ def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess)
         return T.Select(is_seen, block, functools.reduce(T.min, (runs[i, 0] for i in numbers)))
 
     @inline
-    def stage(block_table, cache, tile, seq, last_token, num_offsets, first_token=None, runs=None):
+    def stage(table, cache, tile, seq, last_token, num_offsets, first_token=None, runs=None):
         with T.sblock("token_offsets"):
-            T.reads(block_table[seq, 0 : block_table.shape[1]], *([] if runs is None else [whole(runs)]))
+            T.reads(
+                table.entries[seq, 0 : table.entries.shape[1]],
+                table.row_starts[seq],
+                *([] if runs is None else [whole(runs)]),
+            )
             T.writes(cache.offsets[0:size])
+            row_start: T.let = table.row_starts[seq]
             for t in range(num_offsets):
                 with T.sblock("offset"):
                     vt = T.axis.spatial(size, t)
                     token: T.let = held(tile.position(vt), first_token, last_token)
-                    block: T.let = T.Cast("int64", block_table[seq, entry(token, runs)])
+                    block: T.let = T.Cast("int64", table.entries[seq, row_start + entry(token, runs)])
                     slot: T.let = T.floormod(token, block_size)
                     cache.offsets[vt] = block * cache.block + access.slot_offset(slot, cache.row)
 

@@ -71,6 +71,21 @@ def _item(name: str, array: object) -> object:
     return array.item()
 
 
+def block_tables(given: tuple[Any, ...] | None) -> tuple[None, Any, Any]:
+    """A block_table that is a pair (indptr, indices) as libraries take it, which have a table before these.
+
+    Raises:
+        TypeError: it is None or a tuple of another length, or None is among it.
+    """
+    if given is None or len(given) != 2:
+        got = "NoneType" if given is None else f"a tuple of {len(given)}"
+        raise TypeError(f"block_table: expected an array with DLPack or a pair (indptr, indices), got {got}")
+    for number, array in enumerate(given):
+        if array is None:
+            raise TypeError(f"block_table[{number}]: expected an array with DLPack, got NoneType")
+    return (None, *given)
+
+
 def input_arrays(spec: PagedAttentionSpec, given: object) -> tuple[Any, ...]:
     """The arrays of a mapping by the names of a spec's inputs, in the spec's order. None stands for no inputs.
 

@@ -6,36 +6,21 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import tvm_ffi
-
-from pa_compiler.interface import CPU_ENTRY_POINTS, Parameter, with_inputs
-from pa_compiler.runtime import results
-from pa_compiler.runtime.arguments import input_arrays, real_number
-from pa_compiler.runtime.entry_points import EntryPoint
-from pa_compiler.runtime.thread_settings import ThreadSettings
-from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.runtime.arguments import block_tables, input_arrays, real_number
+from pa_compiler.runtime.merging import Merging
 
 
-class Calls(ThreadSettings):
+class Calls(Merging):
     """The calls of a Module, which says what they have in common."""
 
-    spec: PagedAttentionSpec
-    pipeline: str
-    _functions: tvm_ffi.Module
-    _entry_points: Mapping[str, tuple[Parameter, ...]] = CPU_ENTRY_POINTS
-    _on_gpu = False
-
     def _open(self) -> None:
-        """Look the functions up. Not every library has attend."""
+        """Look the functions up. Not every library has attend and merge_states."""
         self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
         self._decode, self._append_kv = self._entry_point("decode"), self._entry_point("append_kv")
         self._attend = self._entry_point("attend") if self._functions.implements_function("attend") else None
-
-    def _entry_point(self, name: str) -> EntryPoint:
-        parameters = self._entry_points[name]
-        if name in ("decode", "attend"):
-            parameters = with_inputs(parameters, self.spec)
-        return EntryPoint(self._functions[name], parameters, self.spec, self._on_gpu)
+        self._merge_states = (
+            self._entry_point("merge_states") if self._functions.implements_function("merge_states") else None
+        )
 
     def decode(
         self,
@@ -69,8 +54,9 @@ class Calls(ThreadSettings):
             value_cache: As key_cache, with value_dim in place of head_dim. None with shared_kv: the value of a token is
                 the first value_dim elements of its key.
             block_table: [batch, max_blocks], int32 or int64: the block ids of each sequence's context in order. Entries
-                past those that its length needs may hold anything, as may those before the spec's window.
-            context_lens: [batch], int32 or int64: tokens of each sequence, 0 to max_blocks * block_size.
+                past those that its length needs may hold anything, as may those before the spec's window. Or a pair
+                (indptr, indices), [batch + 1] and [n]: those of sequence b are indices[indptr[b] : indptr[b + 1]].
+            context_lens: [batch], int32 or int64: tokens of each sequence, from 0 to those that its blocks hold.
             scale: Factor on the scores, finite as a float32, a number or an array of no axes; by default
                 1 / sqrt(head_dim). Products of queries with keys may be beyond float32 where the scores are not.
             out: [batch, num_heads, value_dim] or [batch, num_heads * value_dim], out_dtype, written and returned; by
@@ -106,7 +92,9 @@ class Calls(ThreadSettings):
             out = self._new_like(query, self.spec.result_dtype, (self.spec.num_heads, self.spec.result_dim))
         if return_lse and lse is None:
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
-        arrays = (query, key_cache, value_cache, block_table, context_lens, out, lse, alibi_slopes, sinks)
+        is_table = type(block_table) is not tuple and block_table is not None
+        tables = (block_table, None, None) if is_table else block_tables(block_table)
+        arrays = (query, key_cache, value_cache, *tables, context_lens, out, lse, alibi_slopes, sinks)
         if inputs is not None or self.spec.inputs:
             arrays += input_arrays(self.spec, inputs)
         self._decode.call(arrays, (scale, *self._manner(check, "decode")))
@@ -182,7 +170,9 @@ class Calls(ThreadSettings):
             out = self._new_like(query, self.spec.result_dtype, (self.spec.num_heads, self.spec.result_dim))
         if return_lse and lse is None:
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
-        arrays: tuple[Any, ...] = (query, key_cache, value_cache, block_table, context_lens, query_start_loc, out, lse)
+        is_table = type(block_table) is not tuple and block_table is not None
+        tables = (block_table, None, None) if is_table else block_tables(block_table)
+        arrays: tuple[Any, ...] = (query, key_cache, value_cache, *tables, context_lens, query_start_loc, out, lse)
         arrays += (alibi_slopes, sinks, tree_mask)
         if inputs is not None or self.spec.inputs:
             arrays += input_arrays(self.spec, inputs)
@@ -233,12 +223,3 @@ class Calls(ThreadSettings):
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
         """
         self._append_kv.call((key, value, key_cache, value_cache, slot_mapping), self._manner(check, "append_kv"))
-
-    def _manner(self, check: str | None, of: str) -> tuple[int, ...]:
-        """The numbers that tell the library how to go about a call of decode or append_kv; for a CPU, the threads."""
-        if check not in (None, "host"):
-            raise ValueError(f"check: expected 'host' for a CPU module, got {check!r}")
-        return self._thread_numbers
-
-    def _new_like(self, query: Any, dtype: str, extents: tuple[int, ...]) -> Any:
-        return results.new_like(query, dtype, extents, self._functions)

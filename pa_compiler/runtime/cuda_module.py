@@ -139,11 +139,11 @@ class CudaModule(Module):
             raise ValueError(f"check: expected one of {', '.join(choices)}, got {check!r}")
         return (CHECKS.index(check),)
 
-    def _new_like(self, query: Any, dtype: str, extents: tuple[int, ...]) -> Any:
-        if not torch_tensors.is_tensor(query):
+    def _new_like(self, given: Any, dtype: str, extents: tuple[int, ...], axis: int = 0) -> Any:
+        if not torch_tensors.is_tensor(given):
             name = "lse" if len(extents) == 1 else "out"
             raise TypeError(
                 f"{name}: expected an array to write to, since a GPU module makes them for torch tensors alone, "
-                f"got None with a query of type {type(query).__name__}"
+                f"got None with {'outs' if axis else 'a query'} of type {type(given).__name__}"
             )
-        return super()._new_like(query, dtype, extents)
+        return super()._new_like(given, dtype, extents, axis)

@@ -63,11 +63,11 @@ def lacks_memory(tensor: Any) -> bool:
         return True
 
 
-def empty_for(query: Any, extents: Sequence[int], dtype: str) -> torch.Tensor:
-    """A new tensor [batch, *extents] beside query, whose first axis is the batch, with anything in it."""
-    torch, shape = sys.modules["torch"], query.shape
-    batch = shape[0] if shape else 0  # a query without axes is for the library to refuse
-    return torch.empty(batch, *extents, dtype=getattr(torch, dtype), device=query.device)
+def empty_for(given: Any, extents: Sequence[int], dtype: str, axis: int) -> torch.Tensor:
+    """A new tensor [as many as an axis of given has, *extents] beside it, with anything in it."""
+    torch, shape = sys.modules["torch"], given.shape
+    count = shape[axis] if len(shape) > axis else 0  # one of fewer axes is for the library to refuse
+    return torch.empty(count, *extents, dtype=getattr(torch, dtype), device=given.device)
 
 
 def from_numpy(array: np.ndarray) -> torch.Tensor:

@@ -63,6 +63,7 @@ class Draw:
         give_out: Whether out is given, as a view into a larger array.
         lse: "none", "returned" or "given", also as a view into a larger array.
         num_threads: Threads of the call.
+        as_pair: Whether the call takes block_table as a pair of indptr and indices.
         rng: For what remains to be drawn: orders and places.
     """
 
@@ -81,6 +82,7 @@ class Draw:
     give_out: bool
     lse: str
     num_threads: int
+    as_pair: bool
     rng: np.random.Generator
 
 
@@ -125,6 +127,7 @@ def draw(spec: PagedAttentionSpec, seed: int, number: int, attends: bool = False
         give_out=bool(rng.random() < 0.5),
         lse=str(rng.choice(["none", "returned", "given"])),
         num_threads=int(rng.choice([1, 2, 3, 8])),
+        as_pair=bool(rng.random() < 0.25),
         rng=rng,
     )
 

@@ -144,3 +144,11 @@ def function_inputs(rng: np.random.Generator, spec: PagedAttentionSpec, batch: i
 def constant_arrays(spec: PagedAttentionSpec) -> dict[str, np.ndarray]:
     """The tensors that the functions of a spec close over, by their names in its terms."""
     return {each.name: np.frombuffer(each.data, each.dtype).reshape(each.shape) for each in spec.constants}
+
+
+def as_pair(block_table: np.ndarray, context_lens: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same blocks as a pair (indptr, indices), of block_table's type: what lengths need, or an entry more."""
+    batch, width = block_table.shape
+    counts = np.minimum(-(-np.asarray(context_lens, np.int64) // block_size) + np.arange(batch) % 2, width)
+    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(block_table.dtype)
+    return indptr, block_table[np.arange(width) < counts[:, None]]

@@ -14,6 +14,10 @@ ROW_BYTES = 16
 """Rows on the GPU are as many bytes longer than the array's, so that none of its axes but the last is contiguous."""
 
 
+_PAIR = ("block_table[0]", "block_table[1]")
+"""The arrays of a block_table that is a pair."""
+
+
 class Memory(Protocol):
     """A GPU's memory."""
 
@@ -80,7 +84,7 @@ class OnGpu:
         query: np.ndarray,
         key_cache: np.ndarray,
         value_cache: np.ndarray | None,
-        block_table: np.ndarray,
+        block_table: np.ndarray | tuple[np.ndarray, np.ndarray],
         context_lens: np.ndarray,
         scale: float | None = None,
         out: np.ndarray | None = None,
@@ -91,7 +95,9 @@ class OnGpu:
         **heads: np.ndarray,
     ) -> Any:
         """As Module.decode, with NumPy arrays; heads are alibi_slopes and sinks, as the spec has them."""
-        arrays = {"query": query, "key_cache": key_cache, "value_cache": value_cache, "block_table": block_table}
+        pair = block_table if isinstance(block_table, tuple) else (block_table,)
+        arrays = {"query": query, "key_cache": key_cache, "value_cache": value_cache}
+        arrays |= dict(zip(_PAIR if len(pair) > 1 else ("block_table",), pair, strict=True))
         arrays |= {"context_lens": context_lens, **heads}
         arrays |= {f"{INPUT_PREFIX}{name}": array for name, array in (inputs or {}).items()}
         shape = (*query.shape[:2], self.spec.result_dim)
@@ -137,7 +143,9 @@ class OnGpu:
             for name, array in arrays.items()
         }
         inputs = {name: each for name, each in tensors.items() if name.startswith(INPUT_PREFIX)}
-        arguments = {name: each for name, each in tensors.items() if name not in inputs}
+        arguments: dict[str, Any] = {name: each for name, each in tensors.items() if name not in inputs}
+        if _PAIR[0] in arguments:
+            arguments["block_table"] = tuple(arguments.pop(name) for name in _PAIR)
         if inputs:
             arguments["inputs"] = {name.removeprefix(INPUT_PREFIX): each for name, each in inputs.items()}
         getattr(self._module, function)(**arguments, **others, check=check)

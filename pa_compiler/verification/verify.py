@@ -23,6 +23,7 @@ from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification import draws
 from pa_compiler.verification.comparison import Errors, compare, oracle
 from pa_compiler.verification.draws import Draw, inside
+from pa_compiler.verification.inputs import as_pair
 
 _CACHES = ("key_cache", "value_cache")
 
@@ -141,8 +142,13 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
     rows = call.query.shape[:2]
     out, whole_out = inside(np.full((*rows, spec.result_dim), np.nan, spec.result_dtype), np.nan, call.rng)
     lse, whole_lse = inside(np.full(rows, np.nan, np.float32), np.nan, call.rng)
-    arguments = [call.query, key_cache, value_cache, call.block_table, call.context_lens]
-    names = ["query", *_CACHES, "block_table", "context_lens"]
+    table: np.ndarray | tuple[np.ndarray, np.ndarray] = call.block_table
+    tables = {"block_table": call.block_table}
+    if call.as_pair:
+        table = as_pair(call.block_table, call.context_lens, spec.block_size)
+        tables = {f"block_table[{i}]": array for i, array in enumerate(table)}
+    arguments = [call.query, key_cache, value_cache, table, call.context_lens]
+    names = ["query", *_CACHES, *tables, "context_lens"]
     kind, run, options = "decode", module.decode, call.heads
     if call.queries is not None:
         arguments.append(call.queries.query_start_loc)
@@ -155,7 +161,7 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
             wrong += _differences("after append_kv", (key_cache, value_cache), converted)
         heads = {**call.heads, **call.heads.get("inputs", {})}
         heads.pop("inputs", None)
-        inputs = (*arguments, *heads.values())
+        inputs = (*arguments[:3], *tables.values(), *arguments[4:], *heads.values())
         before = _copies(inputs)
         returned = run(
             *arguments,

@@ -5,6 +5,7 @@
 
 #include "cpu/scratch.h"
 #include "shared/arrays.h"
+#include "shared/block_table.h"
 
 namespace pa {
 
@@ -31,6 +32,24 @@ class Converted {
   static int64_t Count(const Array& given) { return given.shape[0] * (given.tensor.ndim == 1 ? 1 : given.shape[1]); }
 
   Borrowed<Index> converted_;
+};
+
+// The same of a block table.
+class ConvertedTable {
+ public:
+  explicit ConvertedTable(const BlockTable& given)
+      : entries_(given.entries), row_starts_(given.row_starts), is_pair_(given.is_pair) {}
+
+  TableTo to() const { return {entries_.to(), row_starts_.to()}; }
+  BlockTable AsRead(int64_t batch) const {
+    BlockTable table{entries_.array, row_starts_.array, is_pair_};
+    table.AsRead(batch);
+    return table;
+  }
+
+ private:
+  const Converted<int32_t> entries_, row_starts_;
+  const bool is_pair_;
 };
 
 }  // namespace pa

@@ -28,7 +28,8 @@ class DecodeCall {
   DecodeArguments args;
 
  private:
-  const Converted<int32_t> block_table_, context_lens_;
+  const ConvertedTable block_table_;
+  const Converted<int32_t> context_lens_;
 
  public:
   const Plan<Spec> plan;
@@ -47,7 +48,7 @@ class DecodeCall {
  private:
   const int32_t* CheckedLens() {
     CheckIndices<Spec>(args.block_table, args.context_lens, args.num_blocks, context_lens_.to(), block_table_.to());
-    args.block_table = block_table_.array, args.context_lens = context_lens_.array;
+    args.block_table = block_table_.AsRead(args.batch), args.context_lens = context_lens_.array;
     return static_cast<const int32_t*>(args.context_lens.tensor.data);
   }
 

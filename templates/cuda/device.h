@@ -188,6 +188,8 @@ inline void RaiseReported(const Device& device) {
         RaiseContextLen(seen.index, seen.value, seen.limit, kWhere);
       case Report::kBlockId:
         RaiseBlockId(seen.index, seen.position, seen.value, seen.limit, kWhere);
+      case Report::kRow:
+        RaiseRow(seen.index, seen.position, seen.value, seen.limit, kWhere);
       case Report::kSlot:
         RaiseSlot(seen.index, seen.value, seen.limit, kWhere);
     }

@@ -51,6 +51,8 @@ void TestDecodeCall() {
                                      Any(keys.tensor),
                                      Any(values.tensor),
                                      Any(table.tensor),
+                                     none,
+                                     none,
                                      Any(lens.tensor),
                                      Any(out.tensor),
                                      none,
@@ -62,16 +64,16 @@ void TestDecodeCall() {
                                      Packed(int64_t{0}),
                                      Packed(int64_t{0})};
   {
-    DecodeCall<Spec> call(Inputs(given, 14, 14));
+    DecodeCall<Spec> call(Inputs(given, 16, 16));
     EXPECT(call.plan.num_items == 4 && call.plan.num_partials == 3 && call.args.batch == 2);
     EXPECT(call.threads.limit == 35 / Spec::kThreadTokens + 1);
     EXPECT(static_cast<const int32_t*>(call.args.context_lens.tensor.data)[1] == 30);
-    EXPECT(static_cast<const int32_t*>(call.args.block_table.tensor.data)[15] == 15 % 9);
+    EXPECT(static_cast<const int32_t*>(call.args.block_table.entries.tensor.data)[15] == 15 % 9);
     EXPECT(call.args.has_lse() && call.args.lse.shape[0] == 2 && call.args.lse.shape[1] == 4);
   }
   len[1] = 33;
   EXPECT_RAISES("ValueError: context_lens: expected a length from 0 to 32 for sequence 1, got 33",
-                DecodeCall<Spec>(Inputs(given, 14, 14)));
+                DecodeCall<Spec>(Inputs(given, 16, 16)));
 }
 
 // Which heads of which cache are written, by so many tokens.

@@ -3,6 +3,7 @@
 #include "expect.h"
 #include "shared/append_checks.h"
 #include "shared/arrays.h"
+#include "shared/block_table.h"
 #include "shared/decode_checks.h"
 #include "shared/errors.h"
 #include "shared/indices.h"
@@ -88,22 +89,25 @@ void TestOverlaps() {
   EXPECT(!Overlap(whole, right));
 }
 
+BlockTable Rows(const Made& table) { return {Checked(table), NoRowStarts(), false}; }
+
 void TestIndices() {
   Made table(kInt64, {2, 3}), lens(kInt64, {2}), slots(kInt32, {3});
-  const Array table_array = Checked(table), lens_array = Checked(lens), slots_array = Checked(slots);
+  const BlockTable rows = Rows(table);
+  const Array lens_array = Checked(lens), slots_array = Checked(slots);
   int64_t *blocks = table.data<int64_t>(), *lengths = lens.data<int64_t>();
   lengths[0] = 5, lengths[1] = 12;
   for (int i = 0; i < 6; ++i) blocks[i] = i;
   blocks[2] = int64_t{1} << 40;  // not used: the first sequence has two blocks
   int32_t lens_to[2] = {}, table_to[6] = {};
-  CheckIndices<Narrow>(table_array, lens_array, 6, lens_to, table_to);
+  CheckIndices<Narrow>(rows, lens_array, 6, lens_to, {table_to});
   EXPECT(lens_to[0] == 5 && lens_to[1] == 12 && table_to[0] == 0 && table_to[2] == 0 && table_to[5] == 5);
   blocks[4] = 6;
   EXPECT_RAISES("IndexError: block_table: expected a block id in [0, 6), got 6 for sequence 1 at position 1",
-                CheckIndices<Narrow>(table_array, lens_array, 6, lens_to, table_to));
+                CheckIndices<Narrow>(rows, lens_array, 6, lens_to, {table_to}));
   lengths[0] = 13;
   EXPECT_RAISES("ValueError: context_lens: expected a length from 0 to 12 for sequence 0, got 13",
-                CheckIndices<Narrow>(table_array, lens_array, 6, lens_to, table_to));
+                CheckIndices<Narrow>(rows, lens_array, 6, lens_to, {table_to}));
   slots.data<int32_t>()[1] = -1, slots.data<int32_t>()[2] = 8;
   int64_t slots_to[3] = {};
   CheckSlots(slots_array, 9, slots_to);
@@ -139,20 +143,49 @@ void TestSeenUnions() {
   EXPECT(Seen<NoKeys>(1000).count == 0);
 }
 
-// The ids between the blocks that are seen may be anything.
+// The ids between the blocks that are seen may be anything, in a table and in a pair.
 void TestIndicesOfAUnion() {
   Made table(kInt32, {1, 25}), lens(kInt32, {1});
   lens.data<int32_t>()[0] = 100;
   for (int i = 0; i < 25; ++i) table.data<int32_t>()[i] = -7;
   for (const int i : {0, 10, 11, 24}) table.data<int32_t>()[i] = 3;
-  CheckIndices<Union>(Checked(table), Checked(lens), 4);
-  for (const int i : {0, 10, 11, 24}) {
-    table.data<int32_t>()[i] = 4;
-    EXPECT_RAISES(
-        "IndexError: block_table: expected a block id in [0, 4), got 4 for sequence 0 at position " + std::to_string(i),
-        CheckIndices<Union>(Checked(table), Checked(lens), 4));
-    table.data<int32_t>()[i] = 3;
+  Made starts(kInt32, {2});
+  starts.data<int32_t>()[0] = 0, starts.data<int32_t>()[1] = 25;
+  for (const BlockTable& each : {Rows(table), BlockTable{Checked(table), Checked(starts), true}}) {
+    CheckIndices<Union>(each, Checked(lens), 4);
+    for (const int i : {0, 10, 11, 24}) {
+      table.data<int32_t>()[i] = 4;
+      EXPECT_RAISES("IndexError: block_table: expected a block id in [0, 4), got 4 for sequence 0 at position " +
+                        std::to_string(i),
+                    CheckIndices<Union>(each, Checked(lens), 4));
+      table.data<int32_t>()[i] = 3;
+    }
   }
+}
+
+// Rows of 2, 0 and 1 blocks one after another.
+void TestIndicesOfAPair() {
+  Made starts(kInt64, {4}), indices(kInt64, {5}), lens(kInt32, {3});
+  const int64_t from[] = {0, 2, 2, 3}, ids[] = {4, 5, 3, 99, -1};
+  std::copy_n(from, 4, starts.data<int64_t>());
+  std::copy_n(ids, 5, indices.data<int64_t>());
+  lens.data<int32_t>()[0] = 7, lens.data<int32_t>()[2] = 4;
+  Array entries = Checked(indices);
+  entries.tensor.ndim = 2, entries.shape[0] = 1, entries.shape[1] = 5, entries.strides[0] = 0, entries.strides[1] = 1;
+  const BlockTable pair{entries, Checked(starts), true};
+  int32_t starts_to[4] = {}, table_to[5] = {};
+  CheckIndices<Narrow>(pair, Checked(lens), 6, nullptr, {table_to, starts_to});
+  EXPECT(starts_to[1] == 2 && starts_to[3] == 3 && table_to[1] == 5 && table_to[2] == 3 && table_to[3] == 0);
+  lens.data<int32_t>()[1] = 1;
+  EXPECT_RAISES("ValueError: context_lens: expected a length from 0 to 0 for sequence 1, got 1",
+                CheckIndices<Narrow>(pair, Checked(lens), 6, nullptr, {table_to, starts_to}));
+  starts.data<int64_t>()[2] = 1;
+  EXPECT_RAISES("ValueError: block_table[0]: expected numbers that never fall, got 1 after 2 at position 2",
+                CheckRowStarts(pair, starts_to));
+  starts.data<int64_t>()[2] = 6;
+  EXPECT_RAISES(
+      "ValueError: block_table[0]: expected numbers up to 5, the entries of block_table[1], got 6 at position 2",
+      CheckRowStarts(pair, starts_to));
 }
 
 // Sequences of 8 and of 13 tokens, of which a window of 5 shows blocks [0, 2) and [2, 4).
@@ -166,17 +199,17 @@ void TestIndicesOfAWindow() {
   narrow.data<int32_t>()[4] = 1 << 30;
   int32_t table_to[8];
   for (int32_t& each : table_to) each = -5;
-  CheckIndices<Windowed>(Checked(narrow), lens_array, 4);
-  CheckIndices<Windowed>(Checked(wide), lens_array, 4, nullptr, table_to);
+  CheckIndices<Windowed>(Rows(narrow), lens_array, 4);
+  CheckIndices<Windowed>(Rows(wide), lens_array, 4, nullptr, {table_to});
   const int32_t expected[] = {0, 1, -5, -5, -5, -5, 2, 3};
   EXPECT(std::memcmp(table_to, expected, sizeof expected) == 0);
   EXPECT_RAISES("IndexError: block_table: expected a block id in [0, 4), got 1073741824 for sequence 1 at position 0",
-                CheckIndices<Narrow>(Checked(narrow), lens_array, 4));
+                CheckIndices<Narrow>(Rows(narrow), lens_array, 4));
   narrow.data<int32_t>()[6] = -3, wide.data<int64_t>()[6] = -3;
   const std::string error =
       "IndexError: block_table: expected a block id in [0, 4), got -3 for sequence 1 at position 2";
-  EXPECT_RAISES(error, CheckIndices<Windowed>(Checked(narrow), lens_array, 4));
-  EXPECT_RAISES(error, CheckIndices<Windowed>(Checked(wide), lens_array, 4, nullptr, table_to));
+  EXPECT_RAISES(error, CheckIndices<Windowed>(Rows(narrow), lens_array, 4));
+  EXPECT_RAISES(error, CheckIndices<Windowed>(Rows(wide), lens_array, 4, nullptr, {table_to}));
 }
 
 void TestScale() {
@@ -218,6 +251,7 @@ int main() {
   TestSeen();
   TestSeenUnions();
   TestIndicesOfAUnion();
+  TestIndicesOfAPair();
   TestIndicesOfAWindow();
   TestScale();
   TestSharedSlots();

@@ -21,6 +21,8 @@ struct DecodeCall {
                                                Any(keys.tensor),
                                                Any(values.tensor),
                                                Any(table.tensor),
+                                               None(),
+                                               None(),
                                                Any(lens.tensor),
                                                Any(out.tensor),
                                                None(),

@@ -63,6 +63,7 @@ class Kernels:
             "query": tvm.runtime.tensor(call.query),
             "key_cache": words(call.key_cache, self.tiles.keys),
             "block_table": tvm.runtime.tensor(call.block_table),
+            "row_starts": tvm.runtime.tensor(np.zeros(len(call.context_lens), np.int32)),
             "context_lens": tvm.runtime.tensor(call.context_lens),
             "tree_mask": tvm.runtime.tensor(tree_mask),
             "alibi_slopes": tvm.runtime.tensor(call.alibi_slopes),

@@ -40,7 +40,8 @@ class AttendCall {
   AttendArguments args;
 
  private:
-  const Converted<int32_t> block_table_, context_lens_, query_start_loc_;
+  const ConvertedTable block_table_;
+  const Converted<int32_t> context_lens_, query_start_loc_;
 
  public:
   const Queries queries;
@@ -77,15 +78,17 @@ class AttendCall {
 
  private:
   Queries CheckedQueries() {
-    const int64_t capacity = Capacity(args.block_table, Spec::kBlockSize);
-    CheckLengths(args.context_lens, args.query_start_loc, capacity, args.query.shape[0], context_lens_.to(),
-                 query_start_loc_.to());
+    const BlockTable& table = args.block_table;
+    CheckRowStarts(table, block_table_.to().row_starts);
+    CheckLengths(
+        args.context_lens, args.query_start_loc, [&](int64_t seq) { return table.Capacity(seq, Spec::kBlockSize); },
+        args.query.shape[0], context_lens_.to(), query_start_loc_.to());
     args.context_lens = context_lens_.array, args.query_start_loc = query_start_loc_.array;
     const Queries checked = {static_cast<const int32_t*>(args.context_lens.tensor.data),
                              static_cast<const int32_t*>(args.query_start_loc.tensor.data), args.batch, args.causal,
                              static_cast<const uint8_t*>(args.tree_mask.tensor.data)};
-    CheckQueries<Spec>(args, checked, block_table_.to());
-    args.block_table = block_table_.array;
+    CheckQueries<Spec>(args, checked, block_table_.to().entries);
+    args.block_table = block_table_.AsRead(args.batch);
     if (!args.has_tree()) args.tree_mask = UnusedMask();
     return checked;
   }
@@ -110,7 +113,7 @@ void AttendPlanText(const Inputs& in, TVMFFIAny* result) {
   const int64_t batch = given_lens.shape[0], threads = in.Int(Given::kNumThreads);
   const Array given_starts = check.Indices(Given::kQueryStartLoc, kInt32, {batch + 1});
   const Converted<int32_t> lens(given_lens), starts(given_starts);
-  CheckLengths(given_lens, given_starts, kMaxContextLen, -1, lens.to(), starts.to());
+  CheckLengths(given_lens, given_starts, [](int64_t) { return kMaxContextLen; }, -1, lens.to(), starts.to());
   const Queries queries = {static_cast<const int32_t*>(lens.array.tensor.data),
                            static_cast<const int32_t*>(starts.array.tensor.data), batch, true, nullptr};
   const AttendPlan<Spec> plan(queries, threads);

@@ -16,20 +16,22 @@ namespace pa {
 // What decode takes, in this order.
 struct DecodeParameters {
   static constexpr Parameter kQuery{0, "query"}, kKeyCache{1, "key_cache"}, kValueCache{2, "value_cache"},
-      kBlockTable{3, "block_table"}, kContextLens{4, "context_lens"}, kOut{5, "out"}, kLse{6, "lse"},
-      kAlibiSlopes{7, "alibi_slopes"}, kSinks{8, "sinks"}, kScale{9, "scale"}, kNumThreads{10, "num_threads"},
-      kThreading{11, "threading"}, kCpus{12, "cpus"}, kAsUint16{13, "as_uint16"};
-  static constexpr int kCount = 14;
+      kBlockTable{3, "block_table"}, kBlockIndptr{4, "block_table[0]"}, kBlockIndices{5, "block_table[1]"},
+      kContextLens{6, "context_lens"}, kOut{7, "out"}, kLse{8, "lse"}, kAlibiSlopes{9, "alibi_slopes"},
+      kSinks{10, "sinks"}, kScale{11, "scale"}, kNumThreads{12, "num_threads"}, kThreading{13, "threading"},
+      kCpus{14, "cpus"}, kAsUint16{15, "as_uint16"};
+  static constexpr int kCount = 16;
 };
 
 // What attend takes, in this order.
 struct AttendParameters {
   static constexpr Parameter kQuery{0, "query"}, kKeyCache{1, "key_cache"}, kValueCache{2, "value_cache"},
-      kBlockTable{3, "block_table"}, kContextLens{4, "context_lens"}, kQueryStartLoc{5, "query_start_loc"},
-      kOut{6, "out"}, kLse{7, "lse"}, kAlibiSlopes{8, "alibi_slopes"}, kSinks{9, "sinks"},
-      kTreeMask{10, "tree_mask"}, kScale{11, "scale"}, kCausal{12, "causal"}, kNumThreads{13, "num_threads"},
-      kThreading{14, "threading"}, kCpus{15, "cpus"}, kAsUint16{16, "as_uint16"};
-  static constexpr int kCount = 17;
+      kBlockTable{3, "block_table"}, kBlockIndptr{4, "block_table[0]"}, kBlockIndices{5, "block_table[1]"},
+      kContextLens{6, "context_lens"}, kQueryStartLoc{7, "query_start_loc"}, kOut{8, "out"}, kLse{9, "lse"},
+      kAlibiSlopes{10, "alibi_slopes"}, kSinks{11, "sinks"}, kTreeMask{12, "tree_mask"}, kScale{13, "scale"},
+      kCausal{14, "causal"}, kNumThreads{15, "num_threads"}, kThreading{16, "threading"}, kCpus{17, "cpus"},
+      kAsUint16{18, "as_uint16"};
+  static constexpr int kCount = 19;
 };
 
 // What append_kv takes, in this order.
@@ -38,6 +40,13 @@ struct AppendKvParameters {
       kValueCache{3, "value_cache"}, kSlotMapping{4, "slot_mapping"}, kNumThreads{5, "num_threads"},
       kThreading{6, "threading"}, kCpus{7, "cpus"}, kAsUint16{8, "as_uint16"};
   static constexpr int kCount = 9;
+};
+
+// What merge_states takes, in this order.
+struct MergeStatesParameters {
+  static constexpr Parameter kOuts{0, "outs"}, kLses{1, "lses"}, kOut{2, "out"}, kLse{3, "lse"},
+      kNumThreads{4, "num_threads"}, kThreading{5, "threading"}, kCpus{6, "cpus"}, kAsUint16{7, "as_uint16"};
+  static constexpr int kCount = 8;
 };
 
 // What plan takes, in this order.

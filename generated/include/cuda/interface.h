@@ -14,10 +14,10 @@ namespace pa {
 // What decode takes, in this order.
 struct DecodeParameters {
   static constexpr Parameter kQuery{0, "query"}, kKeyCache{1, "key_cache"}, kValueCache{2, "value_cache"},
-      kBlockTable{3, "block_table"}, kContextLens{4, "context_lens"}, kOut{5, "out"}, kLse{6, "lse"},
-      kAlibiSlopes{7, "alibi_slopes"}, kSinks{8, "sinks"}, kScale{9, "scale"}, kCheck{10, "check"},
-      kAsUint16{11, "as_uint16"};
-  static constexpr int kCount = 12;
+      kBlockTable{3, "block_table"}, kBlockIndptr{4, "block_table[0]"}, kBlockIndices{5, "block_table[1]"},
+      kContextLens{6, "context_lens"}, kOut{7, "out"}, kLse{8, "lse"}, kAlibiSlopes{9, "alibi_slopes"},
+      kSinks{10, "sinks"}, kScale{11, "scale"}, kCheck{12, "check"}, kAsUint16{13, "as_uint16"};
+  static constexpr int kCount = 14;
 };
 
 // What append_kv takes, in this order.
@@ -40,7 +40,7 @@ constexpr int kNumChecks = 3;
 // What a kernel found wrong with the indices of a call, in memory of the host that the device sees. The device writes
 // code last.
 struct alignas(64) Report {
-  enum Code : int64_t { kNothing, kContextLen, kBlockId, kSlot };
+  enum Code : int64_t { kNothing, kContextLen, kBlockId, kSlot, kRow };
   int64_t code, index, position, value, limit;  // index: of a sequence or a token
 };
 

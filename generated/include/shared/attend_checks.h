@@ -49,16 +49,17 @@ AttendArguments CheckAttend(const Inputs& in) {
   return args;
 }
 
-// Lengths within the block table, and query tokens that are the last of their sequences. Those that are int64 go to
-// lens_to and starts_to.
-inline void CheckLengths(const Array& context_lens, const Array& query_start_loc, int64_t capacity, int64_t num_tokens,
-                         int32_t* lens_to, int32_t* starts_to) {
+// Lengths within what there are blocks for, and query tokens that are the last of their sequences. Those that are int64
+// go to lens_to and starts_to.
+template <typename CapacityOf>
+void CheckLengths(const Array& context_lens, const Array& query_start_loc, const CapacityOf& capacity_of,
+                  int64_t num_tokens, int32_t* lens_to, int32_t* starts_to) {
   const int64_t batch = context_lens.shape[0];
   int64_t begin = IndexAt(query_start_loc, 0);
   if (begin != 0) Raise("ValueError", "query_start_loc: expected 0 first, got %" PRId64, begin);
   if (starts_to != nullptr) starts_to[0] = 0;
   for (int64_t seq = 0; seq < batch; ++seq) {
-    const int64_t context_len = CheckContextLen(seq, IndexAt(context_lens, seq), capacity);
+    const int64_t context_len = CheckContextLen(seq, IndexAt(context_lens, seq), capacity_of(seq));
     const int64_t end = IndexAt(query_start_loc, seq + 1);
     if (end < begin) {
       Raise("ValueError",

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <limits>
 
+#include "shared/block_table.h"
 #include "shared/caches.h"
 #include "shared/overlap.h"
 
@@ -39,8 +40,9 @@ struct DecodeArguments {
   Array query;
   Cache<Keys> key_cache;
   Cache<Values> value_cache;
-  Array block_table, context_lens, out, lse;  // lse.tensor.data is nullptr where none was given
-  Array alibi_slopes, sinks;                  // where the spec has alibi, and sinks
+  BlockTable block_table;
+  Array context_lens, out, lse;  // lse.tensor.data is nullptr where none was given
+  Array alibi_slopes, sinks;     // where the spec has alibi, and sinks
   int64_t batch, num_blocks;
   Scale scale;
 
@@ -73,11 +75,14 @@ inline void CheckWritten(const DecodeArguments& args, const Array& key_cache, co
     CheckDistinctElements("lse", args.lse);
     CheckNoOverlap("lse", args.lse, "out", args.out);
   }
+  const bool is_pair = args.block_table.is_pair;
   for (const Named& input :
        {Named{"query", &args.query}, Named{"key_cache", &key_cache}, Named{"value_cache", &value_cache},
-        Named{"block_table", &args.block_table}, Named{"context_lens", &args.context_lens}}) {
+        Named{is_pair ? "block_table[1]" : "block_table", &args.block_table.entries},
+        Named{"context_lens", &args.context_lens}}) {
     CheckNotWritten(args, input);
   }
+  if (is_pair) CheckNotWritten(args, {"block_table[0]", &args.block_table.row_starts});
 }
 
 // An array with a number for each query head, which decode takes where the spec has it (kHas).
@@ -103,7 +108,7 @@ void CheckAttention(const ArgumentCheck<Spec>& check, int64_t num_rows, DecodeAr
   Array key_cache, value_cache;
   CheckCaches<Spec, Given>(check, &key_cache, &value_cache);
   args.num_blocks = key_cache.shape[0];
-  args.block_table = check.Indices(Given::kBlockTable, kInt32, {args.batch, -1}, "max_blocks");
+  args.block_table = CheckTable<Spec, Given>(check, args.batch);
   args.context_lens = check.Indices(Given::kContextLens, kInt32, {args.batch});
   args.out = CheckOut<Spec, Given>(check, num_rows);
   if (!in.IsNone(Given::kLse)) args.lse = check(Given::kLse, kFloat32, {num_rows, Spec::kNumHeads});

@@ -61,8 +61,15 @@ class Arrays:
         return _span("value_cache", handle, self._spec.dtype)
 
     def block_table(self, handle: Var) -> Buffer:
-        """[batch, max_blocks], int32; stride table_seq."""
+        """[batch, max_blocks], int32; stride table_seq. Of a pair (indptr, indices) indices, with stride 0."""
         return _span("block_table", handle, "int32")
+
+    def row_starts(self, handle: Var) -> Buffer:
+        """[batch + 1], int32: where in its row of block_table a sequence's blocks begin, and those of the next.
+
+        Of a pair indptr, with stride row_step 1; else one 0, with stride 0.
+        """
+        return _span("row_starts", handle, "int32")
 
     def context_lens(self, handle: Var) -> Buffer:
         """[batch], int32: tokens of each sequence."""

@@ -8,11 +8,13 @@ The code, one of REPORT_CODES, is written last, with all the others in place for
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import PrimFunc
+from tvm.tirx import Buffer, PrimFunc
 
+from pa_compiler.bounds import affine
 from pa_compiler.cuda.kernels.arrays import Arrays
 from pa_compiler.cuda.tiles import WARP
 from pa_compiler.cuda.tiling import CHECK_THREADS
@@ -24,13 +26,13 @@ from pa_compiler.tvmscript import inline
 VIOLATION = 0x7FFFFFFF
 
 BAD_LENGTH, BAD_BLOCK = 0, 1
-"""Kinds, where the position is a sequence: its context_len is outside [0, max_blocks * block_size], or it names a block
-outside [0, num_blocks) for one of its tokens."""
+"""Kinds, where the position is a sequence: its context_len is negative or more than its row of block_table has blocks
+for, or the row is not within the table; or it names a block outside [0, num_blocks) for one of its tokens."""
 
 BAD_SLOT = 0
 """Kind, where the position is a token: its slot is neither -1 nor in [0, num_blocks * block_size)."""
 
-LENGTH_CODE, BLOCK_CODE, SLOT_CODE = map(REPORT_CODES.index, ("context_len", "block_id", "slot"))
+LENGTH_CODE, BLOCK_CODE, SLOT_CODE, ROW_CODE = map(REPORT_CODES.index, ("context_len", "block_id", "slot", "row"))
 """Codes of a report."""
 
 CODE, INDEX, POSITION, VALUE, LIMIT = map(REPORT_FIELDS.index, ("code", "index", "position", "value", "limit"))
@@ -38,6 +40,43 @@ CODE, INDEX, POSITION, VALUE, LIMIT = map(REPORT_FIELDS.index, ("code", "index",
 
 _RAISE = "red.relaxed.gpu.global.max.s32"
 _PUBLISH = "st.release.sys.global.b64"
+
+
+class Rows(NamedTuple):
+    """The rows of block_table: as Arrays.block_table and Arrays.row_starts, with what is known of them.
+
+    Attributes:
+        table, stride: The entries, and from a row to the next.
+        starts, step: The row starts, and from one to the next: 0 where there is one 0 for all.
+        blocks: The entries of a row, where the row starts are one 0; else 0.
+        num_entries: Of the table, where row starts are to be within them.
+    """
+
+    table: Buffer
+    stride: Expr
+    starts: Buffer
+    step: Expr
+    blocks: Expr
+    num_entries: Expr
+
+    def place(self, seq: Expr) -> Expr:
+        """The row start of a sequence, int64 as seq is."""
+        return T.Cast("int64", self.starts[seq * self.step])
+
+    def start(self, seq: Expr) -> Expr:
+        """Where in the table a sequence's row begins."""
+        return seq * self.stride + self.place(seq)
+
+    def most_tokens(self, seq: Expr, block_size: int) -> Expr:
+        """Tokens that a sequence has blocks for."""
+        blocks = T.Cast("int64", self.blocks) + self.place(seq + T.int64(1)) - self.place(seq)
+        return T.min(blocks * T.int64(block_size), T.int64(affine.MAX_LENGTH))
+
+    def is_wrong(self, seq: Expr) -> Expr:
+        """Whether a row does not begin where it may, ends before it begins or beyond the table."""
+        begin, end = self.place(seq), self.place(seq + T.int64(1))
+        first = T.And(seq == T.int64(0), begin != T.int64(0))
+        return T.Or(T.Or(first, begin < T.int64(0)), T.Or(end < begin, end > self.num_entries))
 
 
 def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
@@ -50,14 +89,19 @@ def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
     @T.prim_func
     def cuda_check(
         block_table_handle: T.handle,
+        row_starts_handle: T.handle,
         context_lens_handle: T.handle,
         status_handle: T.handle,
         table_seq: T.int64,
+        row_step: T.int64,
+        num_entries: T.int64,
         batch: T.int32,
         max_blocks: T.int32,
         num_blocks: T.int64,
     ):
         block_table = arrays.block_table(block_table_handle)
+        row_starts = arrays.row_starts(row_starts_handle)
+        rows = T.meta_var(Rows(block_table, table_seq, row_starts, row_step, max_blocks, num_entries))
         context_lens = arrays.context_lens(context_lens_handle)
         status = arrays.status(status_handle)
         T.device_entry()
@@ -67,7 +111,9 @@ def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
         thread: T.int32 = warp_id * WARP + lane_id
         seq: T.int32 = cta
         length: T.int64 = T.Cast("int64", context_lens[seq])
-        if (length < T.int64(0)) | (length > T.Cast("int64", max_blocks) * T.int64(block_size)):
+        row: T.int64 = rows.start(T.Cast("int64", seq))
+        most: T.int64 = rows.most_tokens(T.Cast("int64", seq), block_size)
+        if (length < T.int64(0)) | (length > most) | rows.is_wrong(T.Cast("int64", seq)):
             if thread == 0:
                 T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * seq + BAD_LENGTH))
         else:
@@ -77,7 +123,7 @@ def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
             for step in range(T.truncdiv(used - first + (CHECK_THREADS - 1), CHECK_THREADS)):
                 i: T.int32 = first + step * CHECK_THREADS + thread
                 if _is_seen(spec, i < used, context_lens[seq], i):
-                    block: T.int32 = block_table[T.Cast("int64", seq) * table_seq + T.Cast("int64", i)]
+                    block: T.int32 = block_table[row + T.Cast("int64", i)]
                     if (block < 0) | (T.Cast("int64", block) >= num_blocks):
                         T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * seq + BAD_BLOCK))
 
@@ -115,25 +161,31 @@ def report_indices(spec: PagedAttentionSpec) -> Callable[..., None]:
     block_size = spec.block_size
 
     @inline
-    def stage(status, context_lens, block_table, table_seq, max_blocks, num_blocks, report):
+    def stage(status, context_lens, rows, num_blocks, report):
         found: T.int32 = VIOLATION - status[0]
         seq: T.int64 = T.Cast("int64", T.truncdiv(found, 2))
         length: T.int64 = T.Cast("int64", context_lens[seq])
         code: T.int64 = T.int64(LENGTH_CODE)
         report[INDEX] = seq
-        if T.truncmod(found, 2) == BAD_LENGTH:
+        if rows.is_wrong(seq):
+            code = T.int64(ROW_CODE)
+            report[POSITION] = rows.place(seq)
+            report[VALUE] = rows.place(seq + T.int64(1))
+            report[LIMIT] = rows.num_entries
+        elif T.truncmod(found, 2) == BAD_LENGTH:
             report[VALUE] = length
-            report[LIMIT] = T.Cast("int64", max_blocks) * T.int64(block_size)
+            report[LIMIT] = rows.most_tokens(seq, block_size)
         else:
             code = T.int64(BLOCK_CODE)
             first = T.meta_var(_first_block(spec, context_lens[seq]).astype("int64"))
             i: T.int64 = first
-            block: T.int64 = T.Cast("int64", block_table[seq * table_seq + first])
+            row: T.int64 = rows.start(seq)
+            block: T.int64 = T.Cast("int64", rows.table[row + first])
             while _passes(spec, (block >= T.int64(0)) & (block < num_blocks), context_lens[seq], i) & (
                 (i + T.int64(1)) * T.int64(block_size) < length
             ):
                 i = i + T.int64(1)
-                block = T.Cast("int64", block_table[seq * table_seq + i])
+                block = T.Cast("int64", rows.table[row + i])
             report[POSITION] = i
             report[VALUE] = block
             report[LIMIT] = num_blocks

@@ -44,6 +44,7 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         key_cache_handle: T.handle,
         value_cache_handle: T.handle,
         block_table_handle: T.handle,
+        row_starts_handle: T.handle,
         context_lens_handle: T.handle,
         status_handle: T.handle,
         partial_max_handle: T.handle,
@@ -62,6 +63,7 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         v_row: T.int64,
         v_head: T.int64,
         table_seq: T.int64,
+        row_step: T.int64,
         out_batch: T.int64,
         out_head: T.int64,
         lse_batch: T.int64,
@@ -76,6 +78,7 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         key_cache = arrays.key_cache(key_cache_handle)
         value_cache = arrays.value_cache(value_cache_handle)
         block_table = arrays.block_table(block_table_handle)
+        row_starts = arrays.row_starts(row_starts_handle)
         context_lens = arrays.context_lens(context_lens_handle)
         status = arrays.status(status_handle)
         partials = T.meta_var(arrays.partials(partial_max_handle, partial_sum_handle, partial_acc_handle))
@@ -106,6 +109,7 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         find_item_stage(context_lens, batch, items - batch, item, lane, found)
         if (found[0] >= 0) & (stopped == 0):
             seq: T.int64 = T.Cast("int64", found[0])
+            row: T.int64 = seq * table_seq + T.Cast("int64", row_starts[seq * row_step])
             rows: T.int32 = T.min(spec.group - first_row, tiling.row_tile)
             places: T.int32 = headroom(spec, found[4])
             keys = T.meta_var(Cache(key_cache, k_block, k_row, T.Cast("int64", kv_head) * k_head))
@@ -128,7 +132,7 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
                 )
             )
             attend_range_stage(
-                keys, values, block_table, seq * table_seq, ring, found[1], found[2], warp, lane, q,
+                keys, values, block_table, row, ring, found[1], found[2], warp, lane, q,
                 score_scale, T.Cast("float32", places), scoring, state,
             )  # fmt: skip
             T.cuda.cta_sync()  # the results take the place of the rings

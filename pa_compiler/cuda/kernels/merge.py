@@ -4,7 +4,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler.cuda.kernels.arrays import Arrays
-from pa_compiler.cuda.kernels.check import report_indices
+from pa_compiler.cuda.kernels.check import Rows, report_indices
 from pa_compiler.cuda.kernels.plan import find_partials
 from pa_compiler.cuda.kernels.state import NEGATIVE_INFINITY, merge, normalize
 from pa_compiler.cuda.tiles import WARP, CudaTiling
@@ -26,6 +26,7 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
     @T.prim_func
     def cuda_merge(
         block_table_handle: T.handle,
+        row_starts_handle: T.handle,
         context_lens_handle: T.handle,
         status_handle: T.handle,
         report_handle: T.handle,
@@ -40,12 +41,15 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         lse_batch: T.int64,
         sink_head: T.int64,
         table_seq: T.int64,
+        row_step: T.int64,
+        num_entries: T.int64,
         num_blocks: T.int64,
         max_blocks: T.int32,
         batch: T.int32,
         items: T.int32,
     ):
         block_table = arrays.block_table(block_table_handle)
+        row_starts = arrays.row_starts(row_starts_handle)
         context_lens = arrays.context_lens(context_lens_handle)
         status = arrays.status(status_handle)
         report = arrays.report(report_handle)
@@ -64,7 +68,8 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         seq: T.int32 = T.truncdiv(cta, heads)
         head: T.int32 = T.truncmod(cta, heads)
         if (status[0] != 0) & (cta == 0) & (thread == 0):
-            report_stage(status, context_lens, block_table, table_seq, max_blocks, num_blocks, report)
+            rows = T.meta_var(Rows(block_table, table_seq, row_starts, row_step, max_blocks, num_entries))
+            report_stage(status, context_lens, rows, num_blocks, report)
         find_partials_stage(context_lens, batch, items - batch, seq, lane, found)
         if (found[1] > 1) & (status[0] == 0) & (thread < value_dim):
             first: T.int64 = T.Cast("int64", found[0]) * T.int64(heads) + T.Cast("int64", head)
