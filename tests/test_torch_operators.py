@@ -107,7 +107,8 @@ def test_whole_graphs_have_the_bits_of_the_module(operators, spec, backend):
     expected = model(operators.module, expected_arrays, ragged, keywords, new)
     torch._dynamo.reset()
     graph = torch.compile(model, fullgraph=True, backend=backend)
-    found = graph(operators, found_arrays, ragged, keywords, new)
+    with torch._inductor.config.patch({"cpp.cxx": (None, "g++")}):  # and not what warns of the hosts' code
+        found = graph(operators, found_arrays, ragged, keywords, new)
     for one, other in zip([*expected, *expected_arrays], [*found, *found_arrays], strict=True):
         assert one is other is None or (one.dtype == other.dtype and torch.equal(one, other))
 
@@ -128,7 +129,7 @@ def test_shapes_of_any_batch_are_one_graph(operators, spec):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     graph = torch.compile(lambda *each: operators.decode(*each), fullgraph=True, backend=counter, dynamic=True)
-    for batch in (4, 3, 2):
+    for batch in (3, 2):
         rows = [arrays[0][:batch], *arrays[1:3], arrays[3][:batch], arrays[4][:batch]]
         assert torch.equal(graph(*rows), operators.module.decode(*rows))
     assert counter.frame_count == 1
@@ -165,7 +166,7 @@ BAD = [  # id, error, what its message begins with, what is done to a call of de
     ("id_over", IndexError, "block_table: expected a block id in ", lambda c: c[3].fill_(99)),
     ("axes", ValueError, "query: expected ", lambda c: c.__setitem__(0, c[0][0])),
     ("dtype", TypeError, "query: expected ", lambda c: c.__setitem__(0, c[0].half())),
-    ("device", ValueError, "context_lens: expected ", lambda c: c.__setitem__(4, c[4].to("meta"))),
+    ("device", ValueError, "context_lens: expected a tensor on device cpu, got one on meta", lambda c: c.__setitem__(4, c[4].to("meta"))),
     ("scale", TypeError, "scale: expected a number, got 'x'", lambda c: c.append("x")),
 ]
 
@@ -175,9 +176,6 @@ BAD = [  # id, error, what its message begins with, what is done to a call of de
 def test_bad_arguments(operators, spec, error, begins, change):
     arrays, _, _ = tensors(spec)
     change(arrays)
-    if begins.startswith("context_lens"):
-        assert operators.decode(*arrays).device.type == "meta"  # torch asks for shapes alone
-        return
     with pytest.raises(error, match=f"^{begins}"):
         operators.decode(*arrays)
 

@@ -9,6 +9,10 @@ TORCH_VARLEN = frozenset({(2, 13)})
 """Of torch: torch.nn.attention.varlen calls torch_attn::_varlen_attn and _varlen_attn_out, with the arguments and
 results that torch/varlen.py takes and gives. They are private, and defined with a body for CUDA alone."""
 
+TRANSFORMERS = frozenset({(5, 24)})
+"""Of transformers: what integrations/transformers/private.py says of it, and Cache.update, which is handed the
+attention's arguments."""
+
 
 def check(name: str, version: str, known: Collection[tuple[int, int]], what: str) -> None:
     """Check that a library is of a version that is known.

@@ -234,6 +234,23 @@ def _no_fake(handle: str, *arrays: Any, **options: Any) -> None:
     _module(handle)
 
 
+def _check_traced(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check of tensors without memory what the module cannot when it runs: torch leaves it to each operator.
+
+    Raises:
+        ValueError: one is to have a gradient, or is on another device than the first.
+    """
+    device = next(iter(tensors.values())).device
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected a tensor on device {device}, got one on {tensor.device}")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: expected a tensor that needs no gradient, got one with requires_grad: call detach(), or this "
+                "function under torch.no_grad()"
+            )
+
+
 def _define(schema: str, kernel: Any, fake: Any) -> Any:
     """Define an operator, whose tensors keep their strides in compiled graphs. The module checks their device."""
     name = schema.partition("(")[0]
@@ -242,13 +259,8 @@ def _define(schema: str, kernel: Any, fake: Any) -> Any:
     names = [argument.name for argument in operator._schema.arguments]
 
     def checked(*arrays: Any, **options: Any) -> Any:
-        if torch.is_grad_enabled():
-            for argument, array in zip(names, arrays, strict=False):
-                if isinstance(array, torch.Tensor) and array.requires_grad:
-                    raise ValueError(
-                        f"{argument}: expected a tensor that needs no gradient, got one with requires_grad: call "
-                        "detach(), or this function under torch.no_grad()"
-                    )
+        tensors = {each: array for each, array in zip(names, arrays, strict=False) if isinstance(array, torch.Tensor)}
+        _check_traced(tensors)
         return fake(*arrays, **options)
 
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
