@@ -12,6 +12,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 RUNTIME := $(VENV)-runtime
 TORCH   := $(VENV)-torch
+ENGINES := $(VENV)-engines
 PEERS  ?= .venv-peers
 CUDA   ?= .venv-cuda
 PYTEST := $(BIN)/python -m pytest
@@ -20,9 +21,10 @@ PYTEST := $(BIN)/python -m pytest
 HEADERS := $(wildcard templates/*/*.h tests/headers/*)
 
 # The tests that need torch or onnx, or do more where it is.
-TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays cuda_errors flex_attention memory onnx_attention openmp shared_kv threads torch_errors tracing_torch)
+TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays cuda_errors flex_attention memory onnx_attention openmp shared_kv threads torch_engines_page torch_errors torch_operators torch_varlen tracing_torch)
+ENGINE_TESTS := $(patsubst %,tests/test_%.py,torch_engines_page transformers_generate)
 
-.PHONY: run test test-torch slow soak bench test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
+.PHONY: run test test-torch test-engines slow soak bench test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -33,6 +35,10 @@ test: $(STAMP)
 
 test-torch: $(TORCH)/.installed
 	$(TORCH)/bin/python -m pytest -rs -n $(JOBS) $(TORCH_TESTS)
+
+# Models of other libraries on these kernels.
+test-engines: $(ENGINES)/.installed
+	$(ENGINES)/bin/python -m pytest -rs -n $(JOBS) $(ENGINE_TESTS)
 
 # The seed's three big cases, with 1 GB of cache, and every shape of the CUDA kernels: half an hour.
 slow: $(STAMP)
@@ -84,7 +90,7 @@ check-generated: $(STAMP)
 	$(BIN)/pa-compiler generate --check
 
 clean:
-	rm -rf $(VENV) $(RUNTIME) $(TORCH) $(PEERS) $(CUDA) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RUNTIME) $(TORCH) $(ENGINES) $(PEERS) $(CUDA) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # torch for CPUs, into the environment that is being made. It comes from an index of its own, which is asked once: PyPI's
 # torch is for CUDA and brings some GB with it.
@@ -111,6 +117,13 @@ $(TORCH)/.installed: $(STAMP) benchmarks/peers.txt
 	@$(PYTHON) -m venv $(TORCH)
 	$(install-torch)
 	@$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,test]' "$(TORCH_PIN)" "$(ONNX_PIN)"
+	@touch $@
+
+$(ENGINES)/.installed: $(STAMP) benchmarks/peers.txt
+	@echo 'Installing into $(ENGINES): torch for CPUs and transformers, about 1 GB the first time.'
+	@$(PYTHON) -m venv $(ENGINES)
+	$(install-torch)
+	@$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,test,transformers]' "$(TORCH_PIN)"
 	@touch $@
 
 $(CUDA)/.installed: $(STAMP) benchmarks/cuda_peers.txt
