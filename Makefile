@@ -22,7 +22,7 @@ HEADERS := $(wildcard templates/*/*.h tests/headers/*)
 
 # The tests that need torch or onnx, or do more where it is.
 TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays cuda_errors flex_attention memory onnx_attention openmp shared_kv threads torch_engines_page torch_errors torch_operators torch_varlen tracing_torch)
-ENGINE_TESTS := $(patsubst %,tests/test_%.py,torch_engines_page transformers_generate)
+ENGINE_TESTS := $(patsubst %,tests/test_%.py,torch_engines_page transformers_continuous transformers_generate)
 
 .PHONY: run test test-torch test-engines slow soak bench test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
 .DEFAULT_GOAL := run

@@ -66,7 +66,7 @@ def model(family):
     """It is disabled in the end."""
     made = make_model(family)
     yield made
-    if made.config._attn_implementation == "pa_compiler":
+    if made.config._attn_implementation == "pa_compiler_flash":
         disable(made)
 
 

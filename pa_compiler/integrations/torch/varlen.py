@@ -100,7 +100,7 @@ def _varlen_attn_out(
     """torch_attn::_varlen_attn_out: writes out, and returns lse [num_heads, tokens]."""
     window, causal = _seen(window_size, is_causal)
     if block_table is None:
-        key, value, block_table, seqused_k = _as_blocks(key, value, cu_seq_k, seqused_k)
+        key, value, block_table, seqused_k = as_blocks(key, value, cu_seq_k, seqused_k)
     elif seqused_k is None:
         raise ValueError("seqused_k: expected the lengths of the sequences beside block_table, got None")
     for name, tensor, axes in (("query", query, 3), ("key", key, 4), ("value", value, 4)):
@@ -130,7 +130,7 @@ def _seen(window_size: list[int] | None, is_causal: bool) -> tuple[int | None, b
     return None if left == -1 or left >= _MOST_WINDOW else left + 1, right == 0
 
 
-def _as_blocks(
+def as_blocks(
     key: torch.Tensor, value: torch.Tensor, cu_seq_k: torch.Tensor | None, seqused_k: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Keys and values [tokens, num_kv_heads, head_dim] as caches of blocks of one token, with a table and lengths.

@@ -9,6 +9,7 @@ import torch
 
 from pa_compiler.integrations import modules
 from pa_compiler.integrations.transformers import cache as caches
+from pa_compiler.integrations.transformers import continuous
 from pa_compiler.integrations.transformers.private import window_of
 from pa_compiler.integrations.transformers.steps import Step, make_step
 from pa_compiler.runtime.module import Module
@@ -46,6 +47,7 @@ def attend(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    sliding_window: int | None = None,
     paged_layer: caches.PagedLayer | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -54,26 +56,26 @@ def attend(
     Raises:
         ValueError: something is asked for that the kernels do not have. It is named.
     """
-    _check(layer, attention_mask, dropout, others)
-    module = _module(
-        *(query.shape[1], key.shape[1], key.shape[3], value.shape[3], query.dtype),
-        *(window_of(attention_mask.function), softcap, s_aux is not None),
-    )
+    _check(layer, dropout, others)
+    shape = (query.shape[1], key.shape[1], key.shape[3], value.shape[3], query.dtype, softcap, s_aux is not None)
+    sinks = None if s_aux is None else s_aux.detach().float()
+    if attention_mask is None and continuous.is_continuous(others):
+        find = functools.partial(_module, *shape, sliding_window)
+        return continuous.attend_continuous(find, query, key, value, others, scaling, sinks), None
+    if not isinstance(attention_mask, Mask):
+        got = list(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else attention_mask
+        raise ValueError(f"attention_mask: expected None or one of [batch, columns], got {got}")
+    module = _module(*shape, window_of(attention_mask.function), caches.BLOCK_SIZE)
     if paged_layer is None:
         step, (keys, values) = _without_cache(module, query, key, value, attention_mask)
     else:
         step = paged_layer.append(module, key, value, attention_mask.padding)
         keys, values = paged_layer.keys, paged_layer.values
-    sinks = None if s_aux is None else s_aux.detach().float()
     return _attend(module, query, keys, values, step, scaling, sinks), None
 
 
-def _check(layer: torch.nn.Module, mask: Any, dropout: float, others: dict[str, Any]) -> None:
+def _check(layer: torch.nn.Module, dropout: float, others: dict[str, Any]) -> None:
     """Check what the kernels cannot take. Each is named."""
-    if not isinstance(mask, Mask):
-        raise ValueError(
-            f"attention_mask: expected None or [batch, columns], got {getattr(mask, 'shape', mask)} in {type(layer)}"
-        )
     if dropout:
         raise ValueError(f"dropout: expected 0, got {dropout}: call model.eval()")
     if not getattr(layer, "is_causal", True) or others.get("is_causal") is False:
@@ -90,12 +92,13 @@ def _module(
     head_dim: int,
     value_dim: int,
     dtype: torch.dtype,
-    window: int | None,
     softcap: float | None,
     sinks: bool,
+    window: int | None,
+    block_size: int,
 ) -> Module:
     fields = {"value_dim": value_dim, "window": window, "softcap": softcap, "sinks": sinks}
-    shape = (num_heads, num_kv_heads, head_dim, caches.BLOCK_SIZE)
+    shape = (num_heads, num_kv_heads, head_dim, block_size)
     return modules.of(PagedAttentionSpec(*shape, str(dtype).removeprefix("torch."), **fields))
 
 

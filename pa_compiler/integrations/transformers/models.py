@@ -13,8 +13,8 @@ from pa_compiler.integrations.transformers.attention import attend, make_mask
 from pa_compiler.integrations.transformers.cache import PagedCache
 from pa_compiler.spec import DTYPES
 
-_before: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()
-"""The attention that each enabled model had."""
+_before: weakref.WeakKeyDictionary[PreTrainedModel, list[tuple[Any, str]]] = weakref.WeakKeyDictionary()
+"""What each enabled model had, as private.use_own_attention takes it."""
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -40,8 +40,7 @@ def enable(model: PreTrainedModel) -> None:
     _check(model)
     config = model.config.get_text_config(decoder=True)
     private.register(attend, make_mask)
-    _before[model] = model.config._attn_implementation
-    model.set_attn_implementation(private.NAME)
+    _before[model] = private.use_attention(model)
     private.use_cache(model, lambda columns: PagedCache(config.num_hidden_layers, columns))
 
 
@@ -54,7 +53,9 @@ def disable(model: PreTrainedModel) -> None:
     if model not in _before:
         raise ValueError(f"model: expected one that enable() was called with, got {type(model).__name__}")
     private.use_own_cache(model)
-    model.set_attn_implementation(_before.pop(model))
+    private.use_own_attention(_before.pop(model))
+    if not _before:
+        private.unregister()
 
 
 def _check(model: Any) -> None:

@@ -3,7 +3,9 @@
 - What a mask shows stands in a function of indices that transformers.masking_utils puts together: window_of takes it
   apart.
 - generate() makes its cache in _prepare_cache_for_generation, which has no other hook.
-- An attention that is registered for a model is asked for by the name in its config.
+- Continuous batching takes attentions whose name has "flash" in it, and no others of other people's. For such a name
+  set_attn_implementation() would fetch a kernel, so what it sets is set here.
+- Continuous batching gives block tables on GPUs alone.
 """
 
 from __future__ import annotations
@@ -13,14 +15,17 @@ from collections.abc import Callable
 from typing import Any
 
 import transformers
+from transformers import PreTrainedModel
+from transformers.generation.continuous_batching import initialization
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pa_compiler.integrations import versions
 
-NAME = "pa_compiler"
+NAME = "pa_compiler_flash"
 """Of our attention, in transformers' tables and in a model's config."""
 
+_ensure_decode_fast_path = initialization.ensure_decode_fast_path_is_available
 _CACHE_HOOK = "_prepare_cache_for_generation"
 
 
@@ -37,6 +42,36 @@ def register(attend: Callable[..., Any], make_mask: Callable[..., Any]) -> None:
     """Put our attention into transformers' tables, where any model may ask for it by name."""
     ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, make_mask)
+    initialization.ensure_decode_fast_path_is_available = _keep_block_tables
+
+
+def unregister() -> None:
+    """Undo register."""
+    del ALL_ATTENTION_FUNCTIONS._global_mapping[NAME], ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[NAME]
+    initialization.ensure_decode_fast_path_is_available = _ensure_decode_fast_path
+
+
+def use_attention(model: Any) -> list[tuple[Any, str]]:
+    """Have all parts of a model ask for our attention. Returns what undoes it: configs, and what stood there."""
+    parts = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    before = [(config, config._attn_implementation_internal) for config in parts.values()]
+    for config in parts.values():
+        config._attn_implementation_internal = NAME  # and not by set_attn_implementation, which would fetch a kernel
+    return before
+
+
+def use_own_attention(before: list[tuple[Any, str]]) -> None:
+    """Undo use_attention."""
+    for config, name in before:
+        config._attn_implementation_internal = name
+
+
+def _keep_block_tables(config: Any, cb_config: Any, user_requested: bool) -> None:
+    """ensure_decode_fast_path_is_available, by which a CPU gets block tables where all layers can have them."""
+    kinds = initialization.group_layers_by_attn_type(config)
+    tables = all(initialization.ATTN_TYPE_TO_ALLOCATOR[kind].supports_block_table for kind in kinds)
+    if config._attn_implementation != NAME or not tables:
+        _ensure_decode_fast_path(config, cb_config, user_requested)
 
 
 def window_of(mask_function: Any) -> int | None:
