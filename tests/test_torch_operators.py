@@ -166,7 +166,12 @@ BAD = [  # id, error, what its message begins with, what is done to a call of de
     ("id_over", IndexError, "block_table: expected a block id in ", lambda c: c[3].fill_(99)),
     ("axes", ValueError, "query: expected ", lambda c: c.__setitem__(0, c[0][0])),
     ("dtype", TypeError, "query: expected ", lambda c: c.__setitem__(0, c[0].half())),
-    ("device", ValueError, "context_lens: expected a tensor on device cpu, got one on meta", lambda c: c.__setitem__(4, c[4].to("meta"))),
+    (
+        "device",
+        ValueError,
+        "context_lens: expected a tensor on device cpu, got one on meta",
+        lambda c: c.__setitem__(4, c[4].to("meta")),
+    ),
     ("scale", TypeError, "scale: expected a number, got 'x'", lambda c: c.append("x")),
 ]
 
@@ -176,16 +181,16 @@ BAD = [  # id, error, what its message begins with, what is done to a call of de
 def test_bad_arguments(operators, spec, error, begins, change):
     arrays, _, _ = tensors(spec)
     change(arrays)
-    with pytest.raises(error, match=f"^{begins}"):
+    with pytest.raises(error, match=rf"^{begins}"):
         operators.decode(*arrays)
 
 
 @pytest.mark.parametrize("spec", [SCORED], ids=["scored"])
 def test_bad_inputs(operators, spec):
     arrays, keywords, _ = tensors(spec)
-    with pytest.raises(TypeError, match="^inputs: expected arrays named bias, got none"):
+    with pytest.raises(TypeError, match=r"^inputs: expected arrays named bias, got none"):
         operators.decode(*arrays, **keywords | {"inputs": {}})
-    with pytest.raises(TypeError, match="^inputs: expected 1 tensors, got 0"):
+    with pytest.raises(TypeError, match=r"^inputs: expected 1 tensors, got 0"):
         torch_ops.decode(operators.handle, *arrays, **keywords | {"inputs": []})
 
 
@@ -202,7 +207,7 @@ def test_bad_handles(compiled):
     arrays, _, _ = tensors(BFLOAT16)
     with pytest.raises(ValueError, match=r"^module: expected the handle .* got 'none'"):
         torch_ops.decode("none", *arrays)
-    with pytest.raises(TypeError, match="^module: expected a Module, got str"):
+    with pytest.raises(TypeError, match=r"^module: expected a Module, got str"):
         Operators("none")
-    with pytest.raises(TypeError, match="^name: expected a string that is not empty, or None, got 3"):
+    with pytest.raises(TypeError, match=r"^name: expected a string that is not empty, or None, got 3"):
         Operators(compiled(SPECS["float32"]), 3)

@@ -71,7 +71,9 @@ def test_fewer_keys_than_there_is_room_for():
     spec, ragged, (query, key, value, starts, cu_seq_k, *most), given = call("float32", (-1, 0), 1)
     room = [length + 3 for _, length in SEQUENCES]
     wide = [torch.full((sum(room), *each.shape[1:]), torch.nan) for each in (key, value)]
-    for begin, (_, length), (first, _) in zip(np.cumsum([0, *room]), SEQUENCES, np.c_[cu_seq_k[:-1], room], strict=False):
+    for begin, (_, length), (first, _) in zip(
+        np.cumsum([0, *room]), SEQUENCES, np.c_[cu_seq_k[:-1], room], strict=False
+    ):
         for to, of in zip(wide, (key, value), strict=True):
             to[begin : begin + length] = of[first : first + length]
     begins = torch.from_numpy(np.cumsum([0, *room]))
@@ -131,13 +133,15 @@ BAD = [  # id, block size, error, what its message begins with, changes of argum
 ]
 
 
-@pytest.mark.parametrize(("block_size", "error", "begins", "changes", "others"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])  # fmt: skip
+@pytest.mark.parametrize(
+    ("block_size", "error", "begins", "changes", "others"), [row[1:] for row in BAD], ids=[row[0] for row in BAD]
+)
 def test_refused(block_size, error, begins, changes, others):
     _, _, arguments, given = call("float32", (-1, 0), block_size)
     for number, change in changes.items():
         arguments[number] = change(arguments[number])
     out = torch.full((sum(count for count, _ in SEQUENCES), 6, 32), torch.nan)
-    with pytest.raises(error, match=f"^{begins}"):
+    with pytest.raises(error, match=rf"^{begins}"):
         varlen_attn_out(out, *arguments, **given | others)
     assert out.isnan().all()
 
@@ -160,9 +164,9 @@ def test_modules_that_are_given(compiled, capfd):
     enable_varlen_attention(compiled(spec, attend=True))
     varlen_attn(*arguments, **given)
     assert capfd.readouterr().err == ""
-    with pytest.raises(TypeError, match="^modules_to_use: expected Modules, got int"):
+    with pytest.raises(TypeError, match=r"^modules_to_use: expected Modules, got int"):
         enable_varlen_attention(3)
-    with pytest.raises(ValueError, match="^modules_to_use: expected modules with attend, got Module"):
+    with pytest.raises(ValueError, match=r"^modules_to_use: expected modules with attend, got Module"):
         enable_varlen_attention(compiled(spec))
 
 

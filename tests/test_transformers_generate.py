@@ -29,17 +29,27 @@ SHAPE = {
     "eos_token_id": None,
 }
 WINDOWED = {"sliding_window": 20, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+SCALED = {"query_pre_attn_scalar": 16}
 LATENT = {
-    **{"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8},
-    **{"v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-    **{"first_k_dense_replace": 1, "moe_intermediate_size": 32},
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
 }
 FAMILIES = {  # by the name of the model's class and of its configuration's
     "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {}),
     "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": 20}),
-    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**WINDOWED, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16}),
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**WINDOWED, "query_pre_attn_scalar": 16}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**WINDOWED, **SCALED, "attn_logit_softcapping": 5.0}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**WINDOWED, **SCALED}),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", LATENT),
 }  # fmt: skip
@@ -137,14 +147,14 @@ def test_disabled_it_is_as_it_was(model):
     before, config = dict(vars(model)), copy.deepcopy(model.config)
     expected = generated(model, ids, mask, max_new_tokens=5)
     enable(model)
-    with pytest.raises(ValueError, match="^model: expected one that is not enabled, got an enabled LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"^model: expected one that is not enabled, got an enabled LlamaForCausalLM"):
         enable(model)
     disable(model)
     assert vars(model) == before
     assert model.config.to_dict() == config.to_dict()
     assert model.config._attn_implementation == "eager"
     assert all(torch.equal(*each) for each in zip(generated(model, ids, mask, max_new_tokens=5), expected, strict=True))
-    with pytest.raises(ValueError, match="^model: expected one that enable"):
+    with pytest.raises(ValueError, match=r"^model: expected one that enable"):
         disable(model)
 
 
@@ -154,7 +164,7 @@ def not_causal(model):
 
 REFUSED = [  # id, what is done to a model before it is enabled, what the message begins with
     ("not_causal", not_causal, "model: expected attention that is causal, got .* model.layers.1.self_attn"),
-    ("config", lambda m: setattr(m.config, "is_causal", False), "model: expected attention that is causal, got .* config"),
+    ("config", lambda m: setattr(m.config, "is_causal", False), "model: expected attention that is causal, .* config"),
     ("double", lambda m: m.double(), "model: expected parameters of float32, float16, bfloat16, got .* of float64"),
     ("layers", lambda m: setattr(m.config, "layer_types", ["chunked_attention"] * 3), "model: expected layers of full"),
 ]  # fmt: skip
@@ -165,7 +175,7 @@ REFUSED = [  # id, what is done to a model before it is enabled, what the messag
 def test_models_that_are_refused(model, change, begins):
     change(model)
     before = dict(vars(model))
-    with pytest.raises(ValueError, match=f"^{begins}"):
+    with pytest.raises(ValueError, match=rf"^{begins}"):
         enable(model)
     assert vars(model) == before
     assert model.config._attn_implementation == "eager"
@@ -173,9 +183,9 @@ def test_models_that_are_refused(model, change, begins):
 
 def test_families_that_are_refused():
     mpt = transformers.MptForCausalLM(transformers.MptConfig(d_model=32, n_heads=4, n_layers=1, vocab_size=16))
-    with pytest.raises(ValueError, match="^model: expected one that calls transformers' AttentionInterface, got Mpt"):
+    with pytest.raises(ValueError, match=r"^model: expected one that calls transformers' AttentionInterface, got Mpt"):
         enable(mpt)
-    with pytest.raises(TypeError, match="^model: expected a PreTrainedModel, got Linear"):
+    with pytest.raises(TypeError, match=r"^model: expected a PreTrainedModel, got Linear"):
         enable(torch.nn.Linear(2, 2))
 
 
@@ -188,11 +198,11 @@ def test_calls_that_are_refused(model):
     square = torch.zeros(len(ids), 1, 60, 60)
     with torch.no_grad():
         for name, given in (("attention_mask", gap), ("attention_mask", square)):
-            with pytest.raises(ValueError, match=f"^{name}: expected "):
+            with pytest.raises(ValueError, match=rf"^{name}: expected "):
                 model(ids, **{name: given})
-    with pytest.raises(ValueError, match="^query: expected a tensor that needs no gradient"):
+    with pytest.raises(ValueError, match=r"^query: expected a tensor that needs no gradient"):
         model(ids, attention_mask=mask)
-    with pytest.raises(ValueError, match="^cache_implementation: expected None"):
+    with pytest.raises(ValueError, match=r"^cache_implementation: expected None"):
         model.generate(ids, attention_mask=mask, max_new_tokens=3, cache_implementation="static")
 
 

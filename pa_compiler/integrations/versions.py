@@ -1,4 +1,4 @@
-"""Versions of other libraries whose private parts are used here: what is done to them holds for these, and no others."""
+"""Versions of other libraries whose private parts are used here: for these it holds, and for no others."""
 
 from __future__ import annotations
 

@@ -274,7 +274,8 @@ _DECODE_OPTIONS = "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor[]? inpu
 _ATTEND_OPTIONS = f"bool causal=True, Tensor? tree_mask=None, {_DECODE_OPTIONS}"
 
 _DECODE = _define(
-    f"decode(str module, {_CACHES}, float? scale=None, *, bool return_lse=False, {_DECODE_OPTIONS}) -> (Tensor, Tensor)",
+    f"decode(str module, {_CACHES}, float? scale=None, *, bool return_lse=False, {_DECODE_OPTIONS}) -> "
+    "(Tensor, Tensor)",
     *(_decode, _new_fake),
 )
 _DECODE_OUT = _define(

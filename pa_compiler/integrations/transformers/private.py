@@ -94,7 +94,8 @@ def window_of(mask_function: Any) -> int | None:
 def _taken_apart(function: Any) -> tuple[str, dict[str, Any]]:
     """The name of a function within transformers, and the values that it closes over."""
     cells = function.__closure__ or ()
-    return function.__qualname__, dict(zip(function.__code__.co_freevars, (each.cell_contents for each in cells)))
+    values = (each.cell_contents for each in cells)
+    return function.__qualname__, dict(zip(function.__code__.co_freevars, values, strict=True))
 
 
 def use_cache(model: Any, make: Callable[[int], Any]) -> None:

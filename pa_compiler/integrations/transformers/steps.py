@@ -75,5 +75,7 @@ def left_padding(mask: torch.Tensor, batch: int, total: int) -> torch.Tensor | N
         return None
     padding = total - mask.sum(1)
     if not torch.equal(mask, torch.arange(total) >= padding[:, None]):
-        raise ValueError("attention_mask: expected padding on the left alone, got a row with a gap after its first token")
+        raise ValueError(
+            "attention_mask: expected padding on the left alone, got a row with a gap after its first token"
+        )
     return padding
