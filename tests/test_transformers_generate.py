@@ -135,10 +135,11 @@ def test_beams_and_more_than_one_turn(model):
     enable(model)
     assert torch.equal(generated(model, ids, mask, max_new_tokens=20, num_beams=3)[0], expected)
     cache = PagedCache(3, capacity=16)
-    first = model.generate(ids[:1], max_new_tokens=9, do_sample=False, past_key_values=cache)
+    given = {"do_sample": False, "past_key_values": cache}
+    first = model.generate(ids[:1], attention_mask=mask[:1], max_new_tokens=9, **given)
     assert cache.get_seq_length() == first.shape[1] - 1
-    second = model.generate(first, max_new_tokens=9, do_sample=False, past_key_values=cache)
-    assert torch.equal(second, model.generate(ids[:1], max_new_tokens=18, do_sample=False))
+    second = model.generate(first, attention_mask=torch.ones_like(first), max_new_tokens=9, **given)
+    assert torch.equal(second, generated(model, ids[:1], mask[:1], max_new_tokens=18)[0])
 
 
 @llama
