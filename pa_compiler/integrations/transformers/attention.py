@@ -97,9 +97,10 @@ def _module(
     window: int | None,
     block_size: int,
 ) -> Module:
-    fields = {"value_dim": value_dim, "window": window, "softcap": softcap, "sinks": sinks}
-    shape = (num_heads, num_kv_heads, head_dim, block_size)
-    return modules.of(PagedAttentionSpec(*shape, str(dtype).removeprefix("torch."), **fields))
+    shape, name = (num_heads, num_kv_heads, head_dim, block_size), str(dtype).removeprefix("torch.")
+    return modules.of(
+        PagedAttentionSpec(*shape, name, value_dim=value_dim, window=window, softcap=softcap, sinks=sinks)
+    )
 
 
 def _without_cache(

@@ -32,6 +32,9 @@ class PagedLayer(CacheLayerMixin):
 
     def __init__(self, cache: PagedCache) -> None:
         super().__init__()
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+        self.is_initialized: bool = False
         self._cache, self._batch, self._blocks, self.columns = cache, 0, 0, 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -140,8 +143,8 @@ class PagedCache(Cache):
 
 def append(module: Module, key: torch.Tensor, value: torch.Tensor, keys: Any, values: Any, step: Step) -> None:
     """append_kv of [batch, num_kv_heads, columns, dim]."""
-    new = (each.transpose(1, 2).flatten(0, 1) for each in (key, value))
-    module.append_kv(*new, keys, values, step.slots)
+    key, value = (each.transpose(1, 2).flatten(0, 1) for each in (key, value))
+    module.append_kv(key, value, keys, values, step.slots)
 
 
 def _by_sequence(cache: torch.Tensor, batch: int) -> torch.Tensor:

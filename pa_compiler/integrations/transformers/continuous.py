@@ -48,10 +48,8 @@ def attend_continuous(
     new = key[0].transpose(0, 1), value[0].transpose(0, 1)
     table, cu_seq_lens_k = arguments.get("block_table"), arguments["cu_seq_lens_k"]
     if table is None:
-        *caches, table, lens = as_blocks(*new, cu_seq_lens_k, None)
-        indices = (table, lens, arguments["cu_seq_lens_q"])
-        out = module_for(1).attend(tokens, *caches, *indices, scale, sinks=sinks)
-        return out[None]
+        call = (*as_blocks(*new, cu_seq_lens_k, None), arguments["cu_seq_lens_q"])
+        return module_for(1).attend(tokens, *call, scale, sinks=sinks)[None]
     if len(tokens) != len(table):
         raise ValueError(f"block_table: expected {len(tokens)} rows, as there are query tokens, got {len(table)}")
     pages = arguments["k_cache"], arguments["v_cache"]
