@@ -201,7 +201,7 @@ def test_calls_that_are_refused(model):
         for name, given in (("attention_mask", gap), ("attention_mask", square)):
             with pytest.raises(ValueError, match=rf"^{name}: expected "):
                 model(ids, **{name: given})
-    with pytest.raises(ValueError, match=r"^query: expected a tensor that needs no gradient"):
+    with pytest.raises(ValueError, match=r"^key: expected a tensor that needs no gradient"):
         model(ids, attention_mask=mask)
     with pytest.raises(ValueError, match=r"^cache_implementation: expected None"):
         model.generate(ids, attention_mask=mask, max_new_tokens=3, cache_implementation="static")
