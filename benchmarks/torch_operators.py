@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -23,16 +26,15 @@ def main() -> None:
     query, key = torch.randn(5, 9, 64).bfloat16(), torch.randn(5, 3, 64).bfloat16()
     tokens, starts = torch.randn(12, 9, 64).bfloat16(), torch.tensor([0, 3, 4, 4, 8, 12], dtype=torch.int32)
     slots, out = torch.arange(5) * 16 + 7, torch.empty_like(query)
-    cases = {}
+    cases: dict[str, Callable[[], Any]] = {}
     for name, calls in (("module", module), ("operators", Operators(module))):
-        cases |= {
-            f"decode, {name}": lambda calls=calls: calls.decode(query, keys, values, *indices),
-            f"decode with out, {name}": lambda calls=calls: calls.decode(query, keys, values, *indices, None, out),
-            f"attend, {name}": lambda calls=calls: calls.attend(tokens, keys, values, *indices, starts),
-            f"append_kv, {name}": lambda calls=calls: calls.append_kv(key, key, keys, values, slots),
-        }
-    for call in ("decode", "decode with out", "attend"):
-        assert torch.equal(cases[f"{call}, module"](), cases[f"{call}, operators"]()), call
+        decode = functools.partial(calls.decode, query, keys, values, *indices)
+        cases[f"decode, {name}"] = decode
+        cases[f"decode with out, {name}"] = functools.partial(decode, None, out)
+        cases[f"attend, {name}"] = functools.partial(calls.attend, tokens, keys, values, *indices, starts)
+        cases[f"append_kv, {name}"] = functools.partial(calls.append_kv, key, key, keys, values, slots)
+    for which in ("decode", "decode with out", "attend"):
+        assert torch.equal(cases[f"{which}, module"](), cases[f"{which}, operators"]()), which
     times: dict[str, list[float]] = {case: [] for case in cases}
     for _ in range(ROUNDS):
         for case, call in cases.items():
