@@ -36,6 +36,7 @@ LATENT = {
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
+    "head_dim": 8,  # of the rotary part
     "v_head_dim": 16,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
