@@ -22,6 +22,7 @@ from pa_compiler.interface import (
     AttendItem,
     Parameter,
     WorkItem,
+    attend_heads,
     attend_range_blocks,
     attend_tiles,
     with_inputs,
@@ -124,6 +125,7 @@ def render(
         range_blocks=attend_range_blocks(spec),
         attend_rows=ATTEND_ROWS,
         attend_tiles=attend_tiles(spec),
+        attend_heads=attend_heads(spec),
         word_elements=tiling.keys.word,
         thread_tokens=thread_tokens,
         instruction_sets=[_instruction_set(name) for name in instruction_sets(target)],
@@ -276,9 +278,9 @@ def _extents(shape: Sequence[str | int]) -> str:
     return "{" + ", ".join("-1" if isinstance(extent, str) else str(extent) for extent in shape) + "}"
 
 
-def _intervals(spec: PagedAttentionSpec) -> list[str]:
+def _intervals(spec: PagedAttentionSpec, many_tokens: bool = False) -> list[str]:
     """The intervals of keys that a query sees, as C++'s initializers."""
-    texts = ([affine.text(end, affine.CPP) for end in interval] for interval in bounds(spec).intervals)
+    texts = ([affine.text(end, affine.CPP) for end in interval] for interval in bounds(spec, many_tokens).intervals)
     return [f"{{{begin}, {end}}}" for begin, end in texts]
 
 

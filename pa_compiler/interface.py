@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 
 SPLIT_TOKENS = 2048
 """Tokens of one kv head after which a sequence is split into block ranges; with more kv heads ranges are shorter. A
@@ -79,8 +79,12 @@ ATTEND_ROWS = 16
 ATTEND_TILES = 32
 """Tiles of rows that a work item of attend has at most; more only where a single query token has more."""
 
-ATTEND_KV_TILE = 256
+ATTEND_KV_TILE = 128
 """Tokens of one step of attend's online softmax: a divisor of this."""
+
+ATTEND_STEP_BYTES = 1 << 19
+"""Keys and values of a step of a work item of attend, in all of its kv heads, at most, where a token's heads lie side
+by side: the next step's are fetched in that order, and both have to be in a second-level cache of 1 MB."""
 
 ATTEND_RANGE_TOKENS = 4096
 """Tokens of a range of keys in attend, about: whole blocks, and whole steps."""
@@ -89,6 +93,13 @@ ATTEND_RANGE_TOKENS = 4096
 def attend_tiles(spec: PagedAttentionSpec) -> int:
     """Tiles of rows that a work item of attend has at most."""
     return max(ATTEND_TILES, -(-spec.group // ATTEND_ROWS))
+
+
+def attend_heads(spec: PagedAttentionSpec) -> int:
+    """kv heads that a work item of attend has at most."""
+    elements = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
+    most = ATTEND_STEP_BYTES // (ATTEND_KV_TILE * elements * ITEMSIZES[spec.dtype])
+    return spec.num_kv_heads if spec.kv_layout != "NHD" else min(max(most, 1), spec.num_kv_heads)
 
 
 def attend_range_blocks(spec: PagedAttentionSpec) -> int:

@@ -21,7 +21,7 @@ from pa_compiler import tvmscript as script
 from pa_compiler.cpu import assembly, target
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.kernels.caches import Cache, key_access
-from pa_compiler.kernels.exp import store_exp
+from pa_compiler.kernels.exp import store_exp, store_weight
 from pa_compiler.kernels.tokens import Tile, token_offsets
 
 SPEC = pa_compiler.PagedAttentionSpec(16, 1, 32, 16, "float32")
@@ -103,6 +103,34 @@ def test_exp_over_its_whole_range(cpu, headroom):
     inside = (x > smallest) & np.isfinite(x)
     inside[-1] = False
     np.testing.assert_allclose(y[inside], np.exp(x[inside].astype(np.float64)), rtol=2e-7)
+    assert np.all(y[x < smallest - 1e-5] == 0)
+
+
+@pytest.mark.parametrize("headroom", [0, 12, 32])
+def test_weights_that_are_rounded_to_bfloat16(cpu, headroom):
+    count = 1 << 16
+    smallest = np.float32(-87 + headroom * np.log(2))
+
+    @T.prim_func(s_tir=True)
+    def evaluate(x_handle: T.handle, y_handle: T.handle):
+        x = T.match_buffer(x_handle, (count,), "float32")
+        y = T.match_buffer(y_handle, (count,), "float32")
+        for i in range(count):
+            with T.sblock("weight"):
+                vi = T.axis.spatial(count, i)
+                store_weight(y, (vi,), x[vi], T.int32(headroom))
+
+    x = np.linspace(-90, 0, count, dtype=np.float32)
+    x[:4] = [np.nan, -np.inf, -0.0, -3e38]
+    y = tvm.runtime.tensor(np.empty_like(x))
+    executable = tvm.compile(evaluate, target=tvm.target.Target(json.loads(cpu.config)))
+    executable["evaluate"](tvm.runtime.tensor(x), y)
+    y = y.numpy() * 2.0**headroom
+    assert np.isnan(y[0])
+    assert y[1] == y[3] == 0
+    assert y[2] == y[-1] == 1
+    inside = (x > smallest) & np.isfinite(x)
+    np.testing.assert_allclose(y[inside], np.exp(x[inside].astype(np.float64)), rtol=1e-5)
     assert np.all(y[x < smallest - 1e-5] == 0)
 
 

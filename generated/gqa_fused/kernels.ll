@@ -251,8 +251,8 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor552.i = alloca [16 x float], align 16
-  %reach570.i = alloca [128 x i32], align 16
+  %factor539.i = alloca [16 x float], align 16
+  %reach557.i = alloca [128 x i32], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -470,8 +470,8 @@ if_end48:                                         ; preds = %if_then46, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor552.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %reach570.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor539.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %reach557.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -562,36 +562,36 @@ for_begin_ax1_0.preheader.lr.ph.i:                ; preds = %if_end14.i
   br label %for_begin_ax1_0.preheader.i
 
 for_begin_ax1_0.preheader.i:                      ; preds = %for_body_r.peel.next.i, %for_begin_ax1_0.preheader.lr.ph.i
-  %indvars.iv930.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next931.i, %for_body_r.peel.next.i ]
-  %153 = trunc nuw nsw i64 %indvars.iv930.i to i32
+  %indvars.iv911.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next912.i, %for_body_r.peel.next.i ]
+  %153 = trunc nuw nsw i64 %indvars.iv911.i to i32
   %rmod.i = srem i32 %153, %113
   %rdiv39.i = sdiv i32 %153, %113
   %154 = icmp ne i32 %rmod.i, 0
-  %.not602.i = and i1 %138, %154
-  %155 = select i1 %.not602.i, i32 %113, i32 0
+  %.not587.i = and i1 %138, %154
+  %155 = select i1 %.not587.i, i32 %113, i32 0
   %156 = add nsw i32 %155, %rmod.i
   %157 = shl nsw i32 %156, 2
   %158 = shl nsw i32 %156, 4
   %159 = sub nsw i32 %111, %158
   %160 = shl nsw i32 %156, 3
-  %invariant.op676.i = sub i32 %160, %152
-  %161 = sext i1 %.not602.i to i32
+  %invariant.op661.i = sub i32 %160, %152
+  %161 = sext i1 %.not587.i to i32
   %162 = sext i32 %156 to i64
   %163 = shl nsw i64 %162, 2
-  %invariant.op678.i = add nsw i64 %163, %143
+  %invariant.op663.i = add nsw i64 %163, %143
   %164 = sext i32 %159 to i64
-  %165 = shl i64 %indvars.iv930.i, 11
+  %165 = shl i64 %indvars.iv911.i, 11
   %166 = and i64 %165, 4294965248
-  %invariant.gep1249.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %166
+  %invariant.gep1228.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %166
   br label %for_begin_ax2_0.preheader.i
 
 for_begin_tile105.preheader.i:                    ; preds = %for_body_r.peel.next.i
-  %167 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 4
+  %167 = getelementptr inbounds nuw i8, ptr %reach557.i, i64 4
   %168 = load <2 x i32>, ptr %167, align 4
-  %exitcond938.peel.not.i = icmp eq i32 %114, 1
+  %exitcond919.peel.not.i = icmp eq i32 %114, 1
   %169 = extractelement <2 x i32> %168, i64 0
   %170 = extractelement <2 x i32> %168, i64 1
-  br i1 %exitcond938.peel.not.i, label %for_end_tile107.loopexit.i, label %iter.check, !prof !13
+  br i1 %exitcond919.peel.not.i, label %for_end_tile107.loopexit.i, label %iter.check, !prof !13
 
 iter.check:                                       ; preds = %for_begin_tile105.preheader.i
   %171 = add nsw i64 %wide.trip.count.i, -1
@@ -599,8 +599,8 @@ iter.check:                                       ; preds = %for_begin_tile105.p
   br i1 %min.iters.check, label %if_end115.i.preheader, label %vector.main.loop.iter.check, !prof !16
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
-  %min.iters.check368 = icmp ult i32 %114, 34
-  br i1 %min.iters.check368, label %vec.epilog.ph, label %vector.ph, !prof !16
+  %min.iters.check359 = icmp ult i32 %114, 34
+  br i1 %min.iters.check359, label %vec.epilog.ph, label %vector.ph, !prof !16
 
 vector.ph:                                        ; preds = %vector.main.loop.iter.check
   %n.mod.vf = and i64 %171, 31
@@ -608,64 +608,64 @@ vector.ph:                                        ; preds = %vector.main.loop.it
   %173 = select i1 %172, i64 32, i64 %n.mod.vf
   %n.vec = sub nsw i64 %171, %173
   %broadcast.splat = shufflevector <2 x i32> %168, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat370 = shufflevector <2 x i32> %168, <2 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splat361 = shufflevector <2 x i32> %168, <2 x i32> poison, <8 x i32> zeroinitializer
   br label %vector.body
 
 vector.body:                                      ; preds = %vector.body, %vector.ph
   %index = phi i64 [ 0, %vector.ph ], [ %index.next, %vector.body ]
   %vec.phi = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %186, %vector.body ]
-  %vec.phi371 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %187, %vector.body ]
-  %vec.phi372 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %188, %vector.body ]
-  %vec.phi373 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %189, %vector.body ]
-  %vec.phi374 = phi <8 x i32> [ %broadcast.splat370, %vector.ph ], [ %190, %vector.body ]
-  %vec.phi375 = phi <8 x i32> [ %broadcast.splat370, %vector.ph ], [ %191, %vector.body ]
-  %vec.phi376 = phi <8 x i32> [ %broadcast.splat370, %vector.ph ], [ %192, %vector.body ]
-  %vec.phi377 = phi <8 x i32> [ %broadcast.splat370, %vector.ph ], [ %193, %vector.body ]
+  %vec.phi362 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %187, %vector.body ]
+  %vec.phi363 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %188, %vector.body ]
+  %vec.phi364 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %189, %vector.body ]
+  %vec.phi365 = phi <8 x i32> [ %broadcast.splat361, %vector.ph ], [ %190, %vector.body ]
+  %vec.phi366 = phi <8 x i32> [ %broadcast.splat361, %vector.ph ], [ %191, %vector.body ]
+  %vec.phi367 = phi <8 x i32> [ %broadcast.splat361, %vector.ph ], [ %192, %vector.body ]
+  %vec.phi368 = phi <8 x i32> [ %broadcast.splat361, %vector.ph ], [ %193, %vector.body ]
   %174 = shl i64 %index, 4
   %175 = shl i64 %index, 4
   %176 = shl i64 %index, 4
   %177 = shl i64 %index, 4
-  %178 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %174
-  %179 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %175
-  %180 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %176
-  %181 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %177
+  %178 = getelementptr inbounds nuw i8, ptr %reach557.i, i64 %174
+  %179 = getelementptr inbounds nuw i8, ptr %reach557.i, i64 %175
+  %180 = getelementptr inbounds nuw i8, ptr %reach557.i, i64 %176
+  %181 = getelementptr inbounds nuw i8, ptr %reach557.i, i64 %177
   %182 = getelementptr inbounds nuw i8, ptr %178, i64 20
   %183 = getelementptr inbounds nuw i8, ptr %179, i64 148
   %184 = getelementptr inbounds nuw i8, ptr %180, i64 276
   %185 = getelementptr inbounds nuw i8, ptr %181, i64 404
   %wide.vec = load <32 x i32>, ptr %182, align 4, !tbaa !17
   %strided.vec = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec378 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec379 = load <32 x i32>, ptr %183, align 4, !tbaa !17
-  %strided.vec380 = shufflevector <32 x i32> %wide.vec379, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec381 = shufflevector <32 x i32> %wide.vec379, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec382 = load <32 x i32>, ptr %184, align 4, !tbaa !17
-  %strided.vec383 = shufflevector <32 x i32> %wide.vec382, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec384 = shufflevector <32 x i32> %wide.vec382, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec385 = load <32 x i32>, ptr %185, align 4, !tbaa !17
-  %strided.vec386 = shufflevector <32 x i32> %wide.vec385, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec387 = shufflevector <32 x i32> %wide.vec385, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %186 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec378)
-  %187 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi371, <8 x i32> %strided.vec381)
-  %188 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi372, <8 x i32> %strided.vec384)
-  %189 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi373, <8 x i32> %strided.vec387)
-  %190 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi374, <8 x i32> %strided.vec)
-  %191 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi375, <8 x i32> %strided.vec380)
-  %192 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi376, <8 x i32> %strided.vec383)
-  %193 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi377, <8 x i32> %strided.vec386)
+  %strided.vec369 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec370 = load <32 x i32>, ptr %183, align 4, !tbaa !17
+  %strided.vec371 = shufflevector <32 x i32> %wide.vec370, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec372 = shufflevector <32 x i32> %wide.vec370, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec373 = load <32 x i32>, ptr %184, align 4, !tbaa !17
+  %strided.vec374 = shufflevector <32 x i32> %wide.vec373, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec375 = shufflevector <32 x i32> %wide.vec373, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec376 = load <32 x i32>, ptr %185, align 4, !tbaa !17
+  %strided.vec377 = shufflevector <32 x i32> %wide.vec376, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec378 = shufflevector <32 x i32> %wide.vec376, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %186 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec369)
+  %187 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi362, <8 x i32> %strided.vec372)
+  %188 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi363, <8 x i32> %strided.vec375)
+  %189 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi364, <8 x i32> %strided.vec378)
+  %190 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi365, <8 x i32> %strided.vec)
+  %191 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi366, <8 x i32> %strided.vec371)
+  %192 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi367, <8 x i32> %strided.vec374)
+  %193 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi368, <8 x i32> %strided.vec377)
   %index.next = add nuw i64 %index, 32
   %194 = icmp eq i64 %index.next, %n.vec
   br i1 %194, label %vec.epilog.iter.check, label %vector.body, !prof !19, !llvm.loop !20
 
 vec.epilog.iter.check:                            ; preds = %vector.body
-  %rdx.minmax390 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %190, <8 x i32> %191)
-  %rdx.minmax391 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax390, <8 x i32> %192)
-  %rdx.minmax392 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax391, <8 x i32> %193)
-  %195 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax392)
+  %rdx.minmax381 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %190, <8 x i32> %191)
+  %rdx.minmax382 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax381, <8 x i32> %192)
+  %rdx.minmax383 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax382, <8 x i32> %193)
+  %195 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax383)
   %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %186, <8 x i32> %187)
-  %rdx.minmax388 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %188)
-  %rdx.minmax389 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax388, <8 x i32> %189)
-  %196 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax389)
+  %rdx.minmax379 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %188)
+  %rdx.minmax380 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax379, <8 x i32> %189)
+  %196 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax380)
   %ind.end = add nsw i64 %n.vec, 1
   %min.epilog.iters.check = icmp samesign ult i64 %173, 5
   %197 = insertelement <2 x i32> poison, i32 %195, i64 0
@@ -675,29 +675,29 @@ vec.epilog.iter.check:                            ; preds = %vector.body
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
   %199 = phi <2 x i32> [ %198, %vec.epilog.iter.check ], [ %168, %vector.main.loop.iter.check ]
-  %n.mod.vf394 = and i64 %171, 3
-  %200 = icmp eq i64 %n.mod.vf394, 0
-  %201 = select i1 %200, i64 4, i64 %n.mod.vf394
-  %n.vec395 = sub nsw i64 %171, %201
-  %202 = add nsw i64 %n.vec395, 1
-  %broadcast.splat397 = shufflevector <2 x i32> %199, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat399 = shufflevector <2 x i32> %199, <2 x i32> poison, <4 x i32> zeroinitializer
+  %n.mod.vf385 = and i64 %171, 3
+  %200 = icmp eq i64 %n.mod.vf385, 0
+  %201 = select i1 %200, i64 4, i64 %n.mod.vf385
+  %n.vec386 = sub nsw i64 %171, %201
+  %202 = add nsw i64 %n.vec386, 1
+  %broadcast.splat388 = shufflevector <2 x i32> %199, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat390 = shufflevector <2 x i32> %199, <2 x i32> poison, <4 x i32> zeroinitializer
   br label %vec.epilog.vector.body
 
 vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
-  %index400 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next406, %vec.epilog.vector.body ]
-  %vec.phi401 = phi <4 x i32> [ %broadcast.splat397, %vec.epilog.ph ], [ %205, %vec.epilog.vector.body ]
-  %vec.phi402 = phi <4 x i32> [ %broadcast.splat399, %vec.epilog.ph ], [ %206, %vec.epilog.vector.body ]
-  %offset.idx = shl i64 %index400, 4
-  %203 = getelementptr i8, ptr %reach570.i, i64 %offset.idx
+  %index391 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next397, %vec.epilog.vector.body ]
+  %vec.phi392 = phi <4 x i32> [ %broadcast.splat388, %vec.epilog.ph ], [ %205, %vec.epilog.vector.body ]
+  %vec.phi393 = phi <4 x i32> [ %broadcast.splat390, %vec.epilog.ph ], [ %206, %vec.epilog.vector.body ]
+  %offset.idx = shl i64 %index391, 4
+  %203 = getelementptr i8, ptr %reach557.i, i64 %offset.idx
   %204 = getelementptr i8, ptr %203, i64 20
-  %wide.vec403 = load <16 x i32>, ptr %204, align 4, !tbaa !17
-  %strided.vec404 = shufflevector <16 x i32> %wide.vec403, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
-  %strided.vec405 = shufflevector <16 x i32> %wide.vec403, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
-  %205 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi401, <4 x i32> %strided.vec405)
-  %206 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi402, <4 x i32> %strided.vec404)
-  %index.next406 = add nuw i64 %index400, 4
-  %207 = icmp eq i64 %index.next406, %n.vec395
+  %wide.vec394 = load <16 x i32>, ptr %204, align 4, !tbaa !17
+  %strided.vec395 = shufflevector <16 x i32> %wide.vec394, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
+  %strided.vec396 = shufflevector <16 x i32> %wide.vec394, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
+  %205 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi392, <4 x i32> %strided.vec396)
+  %206 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi393, <4 x i32> %strided.vec395)
+  %index.next397 = add nuw i64 %index391, 4
+  %207 = icmp eq i64 %index.next397, %n.vec386
   br i1 %207, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !26
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
@@ -706,28 +706,28 @@ vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.b
   br label %if_end115.i.preheader
 
 if_end115.i.preheader:                            ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv934.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %202, %vec.epilog.middle.block ]
-  %span569.sroa.0.0691.i.ph = phi i32 [ %170, %iter.check ], [ %196, %vec.epilog.iter.check ], [ %208, %vec.epilog.middle.block ]
-  %span569.sroa.3.0690.i.ph = phi i32 [ %169, %iter.check ], [ %195, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
+  %indvars.iv915.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %202, %vec.epilog.middle.block ]
+  %span556.sroa.0.0676.i.ph = phi i32 [ %170, %iter.check ], [ %196, %vec.epilog.iter.check ], [ %208, %vec.epilog.middle.block ]
+  %span556.sroa.3.0675.i.ph = phi i32 [ %169, %iter.check ], [ %195, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
   br label %if_end115.i
 
 for_begin_ax2_0.preheader.i:                      ; preds = %for_end_ax2_0.i, %for_begin_ax1_0.preheader.i
-  %indvars.iv917.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next918.i, %for_end_ax2_0.i ]
-  %210 = trunc i64 %indvars.iv917.i to i32
+  %indvars.iv898.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next899.i, %for_end_ax2_0.i ]
+  %210 = trunc i64 %indvars.iv898.i to i32
   %211 = add i32 %157, %210
   %212 = icmp slt i32 %211, %num_query
-  %213 = shl nuw nsw i64 %indvars.iv917.i, 2
+  %213 = shl nuw nsw i64 %indvars.iv898.i, 2
   %214 = or disjoint i64 %213, 1
   %215 = icmp slt i64 %214, %164
   %216 = shl i32 %210, 1
-  %.reass677.i = add i32 %invariant.op676.i, %216
-  %217 = icmp slt i32 %.reass677.i, -1
+  %.reass662.i = add i32 %invariant.op661.i, %216
+  %217 = icmp slt i32 %.reass662.i, -1
   %218 = or disjoint i64 %213, 3
   %219 = icmp slt i64 %218, %164
-  %.reass679.i = add nsw i64 %invariant.op678.i, %indvars.iv917.i
-  %220 = mul nsw i64 %.reass679.i, %q_batch
+  %.reass664.i = add nsw i64 %invariant.op663.i, %indvars.iv898.i
+  %220 = mul nsw i64 %.reass664.i, %q_batch
   %221 = getelementptr i16, ptr %query, i64 %220
-  %invariant.gep1251.i = getelementptr inbounds nuw float, ptr %invariant.gep1249.i, i64 %213
+  %invariant.gep1230.i = getelementptr inbounds nuw float, ptr %invariant.gep1228.i, i64 %213
   br label %for_body_ax2_0.i
 
 for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
@@ -748,7 +748,7 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %236 = ashr <16 x i32> %235, splat (i32 2)
   %237 = add <16 x i32> %236, %146
   %238 = select <16 x i1> %151, <16 x i32> %148, <16 x i32> %237
-  %239 = shl nsw i64 %indvars.iv930.i, 4
+  %239 = shl nsw i64 %indvars.iv911.i, 4
   %240 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %239
   store <16 x i32> %238, ptr %240, align 4, !tbaa !5
   %241 = add nsw <16 x i32> %238, splat (i32 -1)
@@ -759,74 +759,74 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %246 = add nsw <16 x i32> %245, splat (i32 -125)
   %247 = getelementptr inbounds nuw i32, ptr %places.i, i64 %239
   store <16 x i32> %246, ptr %247, align 4, !tbaa !5
-  %248 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %239
+  %248 = getelementptr inbounds nuw i8, ptr %reach557.i, i64 %239
   %249 = getelementptr inbounds nuw i8, ptr %248, i64 4
   %250 = getelementptr inbounds nuw i8, ptr %248, i64 8
   %251 = getelementptr inbounds nuw i8, ptr %248, i64 12
   %252 = and i64 %239, 4294967280
   %253 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %252
   %own.peel.i = load i32, ptr %253, align 4, !tbaa !5
-  %gep1254.i = getelementptr inbounds nuw i8, ptr %253, i64 4
-  %own.i = load i32, ptr %gep1254.i, align 4, !tbaa !5
+  %gep1233.i = getelementptr inbounds nuw i8, ptr %253, i64 4
+  %own.i = load i32, ptr %gep1233.i, align 4, !tbaa !5
   %254 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
   %255 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
-  %gep1254.i.1 = getelementptr inbounds nuw i8, ptr %253, i64 8
-  %own.i.1 = load i32, ptr %gep1254.i.1, align 4, !tbaa !5
+  %gep1233.i.1 = getelementptr inbounds nuw i8, ptr %253, i64 8
+  %own.i.1 = load i32, ptr %gep1233.i.1, align 4, !tbaa !5
   %256 = tail call i32 @llvm.smin.i32(i32 %254, i32 %own.i.1)
   %257 = tail call i32 @llvm.smax.i32(i32 %255, i32 %own.i.1)
-  %gep1254.i.2 = getelementptr inbounds nuw i8, ptr %253, i64 12
-  %own.i.2 = load i32, ptr %gep1254.i.2, align 4, !tbaa !5
+  %gep1233.i.2 = getelementptr inbounds nuw i8, ptr %253, i64 12
+  %own.i.2 = load i32, ptr %gep1233.i.2, align 4, !tbaa !5
   %258 = tail call i32 @llvm.smin.i32(i32 %256, i32 %own.i.2)
   %259 = tail call i32 @llvm.smax.i32(i32 %257, i32 %own.i.2)
-  %gep1254.i.3 = getelementptr inbounds nuw i8, ptr %253, i64 16
-  %own.i.3 = load i32, ptr %gep1254.i.3, align 4, !tbaa !5
+  %gep1233.i.3 = getelementptr inbounds nuw i8, ptr %253, i64 16
+  %own.i.3 = load i32, ptr %gep1233.i.3, align 4, !tbaa !5
   %260 = tail call i32 @llvm.smin.i32(i32 %258, i32 %own.i.3)
   %261 = tail call i32 @llvm.smax.i32(i32 %259, i32 %own.i.3)
-  %gep1254.i.4 = getelementptr inbounds nuw i8, ptr %253, i64 20
-  %own.i.4 = load i32, ptr %gep1254.i.4, align 4, !tbaa !5
+  %gep1233.i.4 = getelementptr inbounds nuw i8, ptr %253, i64 20
+  %own.i.4 = load i32, ptr %gep1233.i.4, align 4, !tbaa !5
   %262 = tail call i32 @llvm.smin.i32(i32 %260, i32 %own.i.4)
   %263 = tail call i32 @llvm.smax.i32(i32 %261, i32 %own.i.4)
-  %gep1254.i.5 = getelementptr inbounds nuw i8, ptr %253, i64 24
-  %own.i.5 = load i32, ptr %gep1254.i.5, align 4, !tbaa !5
+  %gep1233.i.5 = getelementptr inbounds nuw i8, ptr %253, i64 24
+  %own.i.5 = load i32, ptr %gep1233.i.5, align 4, !tbaa !5
   %264 = tail call i32 @llvm.smin.i32(i32 %262, i32 %own.i.5)
   %265 = tail call i32 @llvm.smax.i32(i32 %263, i32 %own.i.5)
-  %gep1254.i.6 = getelementptr inbounds nuw i8, ptr %253, i64 28
-  %own.i.6 = load i32, ptr %gep1254.i.6, align 4, !tbaa !5
+  %gep1233.i.6 = getelementptr inbounds nuw i8, ptr %253, i64 28
+  %own.i.6 = load i32, ptr %gep1233.i.6, align 4, !tbaa !5
   %266 = tail call i32 @llvm.smin.i32(i32 %264, i32 %own.i.6)
   %267 = tail call i32 @llvm.smax.i32(i32 %265, i32 %own.i.6)
-  %gep1254.i.7 = getelementptr inbounds nuw i8, ptr %253, i64 32
-  %own.i.7 = load i32, ptr %gep1254.i.7, align 4, !tbaa !5
+  %gep1233.i.7 = getelementptr inbounds nuw i8, ptr %253, i64 32
+  %own.i.7 = load i32, ptr %gep1233.i.7, align 4, !tbaa !5
   %268 = tail call i32 @llvm.smin.i32(i32 %266, i32 %own.i.7)
   %269 = tail call i32 @llvm.smax.i32(i32 %267, i32 %own.i.7)
-  %gep1254.i.8 = getelementptr inbounds nuw i8, ptr %253, i64 36
-  %own.i.8 = load i32, ptr %gep1254.i.8, align 4, !tbaa !5
+  %gep1233.i.8 = getelementptr inbounds nuw i8, ptr %253, i64 36
+  %own.i.8 = load i32, ptr %gep1233.i.8, align 4, !tbaa !5
   %270 = tail call i32 @llvm.smin.i32(i32 %268, i32 %own.i.8)
   %271 = tail call i32 @llvm.smax.i32(i32 %269, i32 %own.i.8)
-  %gep1254.i.9 = getelementptr inbounds nuw i8, ptr %253, i64 40
-  %own.i.9 = load i32, ptr %gep1254.i.9, align 4, !tbaa !5
+  %gep1233.i.9 = getelementptr inbounds nuw i8, ptr %253, i64 40
+  %own.i.9 = load i32, ptr %gep1233.i.9, align 4, !tbaa !5
   %272 = tail call i32 @llvm.smin.i32(i32 %270, i32 %own.i.9)
   %273 = tail call i32 @llvm.smax.i32(i32 %271, i32 %own.i.9)
-  %gep1254.i.10 = getelementptr inbounds nuw i8, ptr %253, i64 44
-  %own.i.10 = load i32, ptr %gep1254.i.10, align 4, !tbaa !5
+  %gep1233.i.10 = getelementptr inbounds nuw i8, ptr %253, i64 44
+  %own.i.10 = load i32, ptr %gep1233.i.10, align 4, !tbaa !5
   %274 = tail call i32 @llvm.smin.i32(i32 %272, i32 %own.i.10)
   %275 = tail call i32 @llvm.smax.i32(i32 %273, i32 %own.i.10)
-  %gep1254.i.11 = getelementptr inbounds nuw i8, ptr %253, i64 48
-  %own.i.11 = load i32, ptr %gep1254.i.11, align 4, !tbaa !5
+  %gep1233.i.11 = getelementptr inbounds nuw i8, ptr %253, i64 48
+  %own.i.11 = load i32, ptr %gep1233.i.11, align 4, !tbaa !5
   %276 = tail call i32 @llvm.smin.i32(i32 %274, i32 %own.i.11)
   %277 = tail call i32 @llvm.smax.i32(i32 %275, i32 %own.i.11)
-  %gep1254.i.12 = getelementptr inbounds nuw i8, ptr %253, i64 52
-  %own.i.12 = load i32, ptr %gep1254.i.12, align 4, !tbaa !5
+  %gep1233.i.12 = getelementptr inbounds nuw i8, ptr %253, i64 52
+  %own.i.12 = load i32, ptr %gep1233.i.12, align 4, !tbaa !5
   %278 = tail call i32 @llvm.smin.i32(i32 %276, i32 %own.i.12)
   %279 = tail call i32 @llvm.smax.i32(i32 %277, i32 %own.i.12)
-  %gep1254.i.13 = getelementptr inbounds nuw i8, ptr %253, i64 56
-  %own.i.13 = load i32, ptr %gep1254.i.13, align 4, !tbaa !5
+  %gep1233.i.13 = getelementptr inbounds nuw i8, ptr %253, i64 56
+  %own.i.13 = load i32, ptr %gep1233.i.13, align 4, !tbaa !5
   %280 = tail call i32 @llvm.smin.i32(i32 %278, i32 %own.i.13)
   %281 = tail call i32 @llvm.smax.i32(i32 %279, i32 %own.i.13)
-  %gep1254.i.14 = getelementptr inbounds nuw i8, ptr %253, i64 60
-  %own.i.14 = load i32, ptr %gep1254.i.14, align 4, !tbaa !5
+  %gep1233.i.14 = getelementptr inbounds nuw i8, ptr %253, i64 60
+  %own.i.14 = load i32, ptr %gep1233.i.14, align 4, !tbaa !5
   %282 = tail call i32 @llvm.smin.i32(i32 %280, i32 %own.i.14)
   %283 = tail call i32 @llvm.smax.i32(i32 %281, i32 %own.i.14)
-  %284 = shl i64 %indvars.iv930.i, 13
+  %284 = shl i64 %indvars.iv911.i, 13
   %285 = and i64 %284, 17179860992
   %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %285
   store i32 %282, ptr %248, align 16, !tbaa !17
@@ -838,18 +838,18 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %287 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %239
   store <16 x float> zeroinitializer, ptr %287, align 4, !tbaa !5
   tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep.i, i8 0, i64 8192, i1 false), !tbaa !5
-  %indvars.iv.next931.i = add nuw nsw i64 %indvars.iv930.i, 1
-  %exitcond933.not.i = icmp eq i64 %indvars.iv.next931.i, %wide.trip.count.i
-  br i1 %exitcond933.not.i, label %for_begin_tile105.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
+  %indvars.iv.next912.i = add nuw nsw i64 %indvars.iv911.i, 1
+  %exitcond914.not.i = icmp eq i64 %indvars.iv.next912.i, %wide.trip.count.i
+  br i1 %exitcond914.not.i, label %for_begin_tile105.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
 
 for_body_ax2_0.i:                                 ; preds = %if_end36.i, %for_begin_ax2_0.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_ax2_0.preheader.i ], [ %indvars.iv.next.i, %if_end36.i ]
   br i1 %212, label %if_then16.i, label %if_end17.i
 
 for_end_ax2_0.i:                                  ; preds = %if_end36.i
-  %indvars.iv.next918.i = add nuw nsw i64 %indvars.iv917.i, 1
-  %exitcond921.not.i = icmp eq i64 %indvars.iv.next918.i, 4
-  br i1 %exitcond921.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !28
+  %indvars.iv.next899.i = add nuw nsw i64 %indvars.iv898.i, 1
+  %exitcond902.not.i = icmp eq i64 %indvars.iv.next899.i, 4
+  br i1 %exitcond902.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !28
 
 if_then16.i:                                      ; preds = %for_body_ax2_0.i
   %rdiv.i = sdiv i32 %153, %113
@@ -857,8 +857,8 @@ if_then16.i:                                      ; preds = %for_body_ax2_0.i
   %289 = sext i32 %288 to i64
   %290 = add nsw i64 %141, %289
   %291 = mul i64 %142, %290
-  %.idx1175.i = shl i64 %indvars.iv.i, 3
-  %292 = getelementptr i8, ptr %221, i64 %.idx1175.i
+  %.idx1154.i = shl i64 %indvars.iv.i, 3
+  %292 = getelementptr i8, ptr %221, i64 %.idx1154.i
   %293 = getelementptr i16, ptr %292, i64 %291
   %294 = load <4 x i16>, ptr %293, align 2, !tbaa !5
   %295 = zext <4 x i16> %294 to <4 x i32>
@@ -879,8 +879,8 @@ if_then20.i:                                      ; preds = %if_end17.i
   %303 = shl nsw i64 %302, 2
   %304 = or disjoint i64 %303, 1
   %305 = mul nsw i64 %304, %q_head
-  %.idx1176.i = shl i64 %indvars.iv.i, 3
-  %306 = getelementptr i8, ptr %221, i64 %.idx1176.i
+  %.idx1155.i = shl i64 %indvars.iv.i, 3
+  %306 = getelementptr i8, ptr %221, i64 %.idx1155.i
   %307 = getelementptr i16, ptr %306, i64 %305
   %308 = load <4 x i16>, ptr %307, align 2, !tbaa !5
   %309 = zext <4 x i16> %308 to <4 x i32>
@@ -901,8 +901,8 @@ if_then27.i:                                      ; preds = %if_end22.i
   %317 = shl nsw i64 %316, 2
   %318 = or disjoint i64 %317, 2
   %319 = mul nsw i64 %318, %q_head
-  %.idx1177.i = shl i64 %indvars.iv.i, 3
-  %320 = getelementptr i8, ptr %221, i64 %.idx1177.i
+  %.idx1156.i = shl i64 %indvars.iv.i, 3
+  %320 = getelementptr i8, ptr %221, i64 %.idx1156.i
   %321 = getelementptr i16, ptr %320, i64 %319
   %322 = load <4 x i16>, ptr %321, align 2, !tbaa !5
   %323 = zext <4 x i16> %322 to <4 x i32>
@@ -922,8 +922,8 @@ if_then34.i:                                      ; preds = %if_end29.i
   %331 = shl nsw i64 %330, 2
   %332 = or disjoint i64 %331, 3
   %333 = mul nsw i64 %332, %q_head
-  %.idx1178.i = shl i64 %indvars.iv.i, 3
-  %334 = getelementptr i8, ptr %221, i64 %.idx1178.i
+  %.idx1157.i = shl i64 %indvars.iv.i, 3
+  %334 = getelementptr i8, ptr %221, i64 %.idx1157.i
   %335 = getelementptr i16, ptr %334, i64 %333
   %336 = load <4 x i16>, ptr %335, align 2, !tbaa !5
   %337 = zext <4 x i16> %336 to <4 x i32>
@@ -939,40 +939,40 @@ if_end36.i:                                       ; preds = %if_then34.i, %if_en
   %344 = shufflevector <4 x float> %299, <4 x float> %327, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %345 = shufflevector <4 x float> %313, <4 x float> %341, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %346 = shufflevector <4 x float> %342, <4 x float> %343, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1179.i = shl nuw nsw i64 %indvars.iv.i, 8
-  %gep1252.i = getelementptr inbounds nuw i8, ptr %invariant.gep1251.i, i64 %.idx1179.i
-  store <4 x float> %346, ptr %gep1252.i, align 4, !tbaa !5
+  %.idx1158.i = shl nuw nsw i64 %indvars.iv.i, 8
+  %gep1231.i = getelementptr inbounds nuw i8, ptr %invariant.gep1230.i, i64 %.idx1158.i
+  store <4 x float> %346, ptr %gep1231.i, align 4, !tbaa !5
   %347 = shufflevector <4 x float> %342, <4 x float> %343, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %348 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 64
+  %348 = getelementptr inbounds nuw i8, ptr %gep1231.i, i64 64
   store <4 x float> %347, ptr %348, align 4, !tbaa !5
   %349 = shufflevector <4 x float> %344, <4 x float> %345, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %350 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 128
+  %350 = getelementptr inbounds nuw i8, ptr %gep1231.i, i64 128
   store <4 x float> %349, ptr %350, align 4, !tbaa !5
   %351 = shufflevector <4 x float> %344, <4 x float> %345, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %352 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 192
+  %352 = getelementptr inbounds nuw i8, ptr %gep1231.i, i64 192
   store <4 x float> %351, ptr %352, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !28
 
 for_end_tile107.loopexit.i:                       ; preds = %if_end115.i, %for_begin_tile105.preheader.i
-  %.lcssa914.i = phi i32 [ %170, %for_begin_tile105.preheader.i ], [ %386, %if_end115.i ]
-  %.lcssa913.i = phi i32 [ %169, %for_begin_tile105.preheader.i ], [ %389, %if_end115.i ]
-  %353 = and i32 %.lcssa914.i, -128
+  %.lcssa895.i = phi i32 [ %170, %for_begin_tile105.preheader.i ], [ %390, %if_end115.i ]
+  %.lcssa894.i = phi i32 [ %169, %for_begin_tile105.preheader.i ], [ %393, %if_end115.i ]
+  %353 = and i32 %.lcssa895.i, -128
   br label %for_end_tile107.i
 
 for_end_tile107.i:                                ; preds = %for_end_tile107.loopexit.i, %if_end14.i
-  %span569.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end14.i ], [ %.lcssa913.i, %for_end_tile107.loopexit.i ]
-  %span569.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end14.i ], [ %353, %for_end_tile107.loopexit.i ]
+  %span556.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end14.i ], [ %.lcssa894.i, %for_end_tile107.loopexit.i ]
+  %span556.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end14.i ], [ %353, %for_end_tile107.loopexit.i ]
   %354 = shl nsw i32 %block_end, 4
-  %key_end.i = tail call i32 @llvm.smin.i32(i32 %354, i32 %span569.sroa.3.0.lcssa.i)
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %354, i32 %span556.sroa.3.0.lcssa.i)
   %355 = shl nsw i32 %block_begin, 4
   %356 = sub nsw i32 %key_end.i, %355
   %357 = tail call i32 @llvm.smax.i32(i32 %356, i32 0)
   %358 = add nuw nsw i32 %357, 4095
   %359 = lshr i32 %358, 12
-  %.not875.i = icmp eq i32 %359, 0
-  br i1 %.not875.i, label %for_begin_tile423.preheader.i, label %for_body_number.lr.ph.i, !prof !16
+  %.not856.i = icmp eq i32 %359, 0
+  br i1 %.not856.i, label %for_begin_tile411.preheader.i, label %for_body_number.lr.ph.i, !prof !16
 
 for_body_number.lr.ph.i:                          ; preds = %for_end_tile107.i
   %360 = mul nsw i64 %table_seq, %132
@@ -985,441 +985,436 @@ for_body_number.lr.ph.i:                          ; preds = %for_end_tile107.i
   %365 = bitcast <16 x float> %364 to <16 x i32>
   %366 = shufflevector <16 x i32> %365, <16 x i32> poison, <16 x i32> zeroinitializer
   %367 = icmp sgt i32 %113, 0
-  %368 = insertelement <16 x float> poison, float %score_scale, i64 0
-  %369 = shufflevector <16 x float> %368, <16 x float> poison, <16 x i32> zeroinitializer
-  %370 = sext i32 %context_len.i to i64
+  %368 = add nsw i32 %113, -1
+  %369 = mul nsw i64 %362, %k_head
+  %370 = insertelement <16 x float> poison, float %score_scale, i64 0
+  %371 = shufflevector <16 x float> %370, <16 x float> poison, <16 x i32> zeroinitializer
+  %372 = sext i32 %context_len.i to i64
   %sext67 = shl i64 %67, 32
-  %371 = ashr exact i64 %sext67, 32
-  %372 = add i64 %371, %tree_start
-  %373 = sub i64 %372, %370
-  %374 = sext i32 %113 to i64
-  %wide.trip.count1065.i = and i64 %56, 4294967295
-  %wide.trip.count1060.i = zext nneg i32 %113 to i64
-  %375 = getelementptr i8, ptr %tree_mask, i64 %373
-  %wide.trip.count1079.i = zext nneg i32 %114 to i64
-  %376 = add i64 %tree_start, %371
-  %377 = sub i64 %376, %370
-  %378 = add i32 %355, 4096
-  %379 = add i64 %tree_start, %371
-  %380 = sub i64 %379, %370
-  %381 = getelementptr i8, ptr %tree_mask, i64 %380
-  %382 = getelementptr i8, ptr %tree_mask, i64 %377
+  %373 = ashr exact i64 %sext67, 32
+  %374 = add i64 %373, %tree_start
+  %375 = sub i64 %374, %372
+  %376 = mul nsw i64 %362, %v_head
+  %invariant.gep805.i = getelementptr i32, ptr %value_cache, i64 %376
+  %377 = zext i32 %368 to i64
+  %378 = sext i32 %113 to i64
+  %wide.trip.count1044.i = and i64 %56, 4294967295
+  %wide.trip.count1039.i = zext nneg i32 %113 to i64
+  %379 = getelementptr i8, ptr %tree_mask, i64 %375
+  %wide.trip.count1058.i = zext nneg i32 %114 to i64
+  %380 = add i64 %tree_start, %373
+  %381 = sub i64 %380, %372
+  %382 = add i32 %355, 4096
+  %383 = add i64 %tree_start, %373
+  %384 = sub i64 %383, %372
+  %385 = getelementptr i8, ptr %tree_mask, i64 %384
+  %386 = getelementptr i8, ptr %tree_mask, i64 %381
   br label %for_body_number.i
 
 if_end115.i:                                      ; preds = %if_end115.i, %if_end115.i.preheader
-  %indvars.iv934.i = phi i64 [ %indvars.iv.next935.i, %if_end115.i ], [ %indvars.iv934.i.ph, %if_end115.i.preheader ]
-  %span569.sroa.0.0691.i = phi i32 [ %386, %if_end115.i ], [ %span569.sroa.0.0691.i.ph, %if_end115.i.preheader ]
-  %span569.sroa.3.0690.i = phi i32 [ %389, %if_end115.i ], [ %span569.sroa.3.0690.i.ph, %if_end115.i.preheader ]
-  %.idx1181.i = shl nsw i64 %indvars.iv934.i, 4
-  %383 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %.idx1181.i
-  %384 = getelementptr inbounds nuw i8, ptr %383, i64 8
-  %385 = load i32, ptr %384, align 8, !tbaa !17
-  %386 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.0.0691.i, i32 %385)
-  %387 = getelementptr inbounds nuw i8, ptr %383, i64 4
-  %388 = load i32, ptr %387, align 4, !tbaa !17
-  %389 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.3.0690.i, i32 %388)
-  %indvars.iv.next935.i = add nuw nsw i64 %indvars.iv934.i, 1
-  %exitcond938.not.i = icmp eq i64 %indvars.iv.next935.i, %wide.trip.count.i
-  br i1 %exitcond938.not.i, label %for_end_tile107.loopexit.i, label %if_end115.i, !prof !29, !llvm.loop !30
+  %indvars.iv915.i = phi i64 [ %indvars.iv.next916.i, %if_end115.i ], [ %indvars.iv915.i.ph, %if_end115.i.preheader ]
+  %span556.sroa.0.0676.i = phi i32 [ %390, %if_end115.i ], [ %span556.sroa.0.0676.i.ph, %if_end115.i.preheader ]
+  %span556.sroa.3.0675.i = phi i32 [ %393, %if_end115.i ], [ %span556.sroa.3.0675.i.ph, %if_end115.i.preheader ]
+  %.idx1160.i = shl nsw i64 %indvars.iv915.i, 4
+  %387 = getelementptr inbounds nuw i8, ptr %reach557.i, i64 %.idx1160.i
+  %388 = getelementptr inbounds nuw i8, ptr %387, i64 8
+  %389 = load i32, ptr %388, align 8, !tbaa !17
+  %390 = tail call i32 @llvm.smin.i32(i32 %span556.sroa.0.0676.i, i32 %389)
+  %391 = getelementptr inbounds nuw i8, ptr %387, i64 4
+  %392 = load i32, ptr %391, align 4, !tbaa !17
+  %393 = tail call i32 @llvm.smax.i32(i32 %span556.sroa.3.0675.i, i32 %392)
+  %indvars.iv.next916.i = add nuw nsw i64 %indvars.iv915.i, 1
+  %exitcond919.not.i = icmp eq i64 %indvars.iv.next916.i, %wide.trip.count.i
+  br i1 %exitcond919.not.i, label %for_end_tile107.loopexit.i, label %if_end115.i, !prof !29, !llvm.loop !30
 
-for_begin_number.i:                               ; preds = %if_end418.i
-  %390 = add nuw nsw i32 %number855.i, 1
-  %exitcond1081.not.i = icmp eq i32 %390, %359
-  %indvars.iv.next216 = add i32 %indvars.iv215, 4096
-  br i1 %exitcond1081.not.i, label %for_begin_tile423.preheader.i, label %for_body_number.i, !prof !13
+for_begin_number.i:                               ; preds = %if_end406.i
+  %394 = add nuw nsw i32 %number836.i, 1
+  %exitcond1060.not.i = icmp eq i32 %394, %359
+  %indvars.iv.next = add i32 %indvars.iv, 4096
+  br i1 %exitcond1060.not.i, label %for_begin_tile411.preheader.i, label %for_body_number.i, !prof !13
 
-for_begin_tile423.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile107.i
-  br i1 %135, label %for_end_tile425.i, label %for_body_tile424.lr.ph.i, !prof !16
+for_begin_tile411.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile107.i
+  br i1 %135, label %for_end_tile413.i, label %for_body_tile412.lr.ph.i, !prof !16
 
-for_body_tile424.lr.ph.i:                         ; preds = %for_begin_tile423.preheader.i
-  %391 = and i64 %62, 2147483648
-  %.not = icmp eq i64 %391, 0
-  %392 = icmp slt i32 %113, 0
+for_body_tile412.lr.ph.i:                         ; preds = %for_begin_tile411.preheader.i
+  %395 = and i64 %62, 2147483648
+  %.not = icmp eq i64 %395, 0
+  %396 = icmp slt i32 %113, 0
   %sext78 = shl i64 %54, 32
-  %393 = ashr exact i64 %sext78, 32
-  %394 = and i64 %62, 4294967295
-  %395 = shl nuw nsw i64 %394, 5
-  %.idx580.i = shl nuw nsw i64 %394, 14
+  %397 = ashr exact i64 %sext78, 32
+  %398 = and i64 %62, 4294967295
+  %399 = shl nuw nsw i64 %398, 5
+  %.idx567.i = shl nuw nsw i64 %398, 14
   %sext79 = shl i64 %48, 32
-  %396 = ashr exact i64 %sext79, 32
-  %wide.trip.count1136.i = zext nneg i32 %114 to i64
-  br i1 %.not, label %for_body_tile424.i.preheader, label %for_body_tile424.us.i
+  %400 = ashr exact i64 %sext79, 32
+  %wide.trip.count1115.i = zext nneg i32 %114 to i64
+  br i1 %.not, label %for_body_tile412.i.preheader, label %for_body_tile412.us.i
 
-for_body_tile424.i.preheader:                     ; preds = %for_body_tile424.lr.ph.i
-  %scevgep508 = getelementptr i8, ptr %partial_acc, i64 %.idx580.i
-  %397 = getelementptr i8, ptr %partial_acc, i64 %.idx580.i
-  %scevgep511 = getelementptr i8, ptr %397, i64 512
-  %scevgep515 = getelementptr i8, ptr %total_acc.i, i64 8128
-  br label %for_body_tile424.i
+for_body_tile412.i.preheader:                     ; preds = %for_body_tile412.lr.ph.i
+  %scevgep499 = getelementptr i8, ptr %partial_acc, i64 %.idx567.i
+  %401 = getelementptr i8, ptr %partial_acc, i64 %.idx567.i
+  %scevgep502 = getelementptr i8, ptr %401, i64 512
+  %scevgep506 = getelementptr i8, ptr %total_acc.i, i64 8128
+  br label %for_body_tile412.i
 
-for_body_tile424.us.i:                            ; preds = %if_end429.us.i, %for_body_tile424.lr.ph.i
-  %indvars.iv1133.i = phi i64 [ %indvars.iv.next1134.i, %if_end429.us.i ], [ 0, %for_body_tile424.lr.ph.i ]
-  %398 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %ordered.us.i = tail call ptr %398(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %399 = icmp eq ptr %ordered.us.i, null
-  br i1 %399, label %fused_attend_compute_.exit, label %if_end432.us.i, !prof !8
+for_body_tile412.us.i:                            ; preds = %if_end417.us.i, %for_body_tile412.lr.ph.i
+  %indvars.iv1112.i = phi i64 [ %indvars.iv.next1113.i, %if_end417.us.i ], [ 0, %for_body_tile412.lr.ph.i ]
+  %402 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %ordered.us.i = tail call ptr %402(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %403 = icmp eq ptr %ordered.us.i, null
+  br i1 %403, label %fused_attend_compute_.exit, label %if_end420.us.i, !prof !8
 
-if_end432.us.i:                                   ; preds = %for_body_tile424.us.i
-  %400 = shl nsw i64 %indvars.iv1133.i, 4
-  %401 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %400
-  %total.us.i = load <16 x float>, ptr %401, align 4, !tbaa !5
-  %402 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
-  %403 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
-  %404 = select <16 x i1> %403, <16 x float> zeroinitializer, <16 x float> %402
-  store <16 x float> %404, ptr %factor552.i, align 16, !tbaa !31
-  %405 = shl i64 %indvars.iv1133.i, 11
-  %406 = and i64 %405, 4294965248
-  %invariant.gep152 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %406
-  br label %for_begin_d_0434.preheader.us.i
+if_end420.us.i:                                   ; preds = %for_body_tile412.us.i
+  %404 = shl nsw i64 %indvars.iv1112.i, 4
+  %405 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %404
+  %total.us.i = load <16 x float>, ptr %405, align 4, !tbaa !5
+  %406 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
+  %407 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
+  %408 = select <16 x i1> %407, <16 x float> zeroinitializer, <16 x float> %406
+  store <16 x float> %408, ptr %factor539.i, align 16, !tbaa !31
+  %409 = shl i64 %indvars.iv1112.i, 11
+  %410 = and i64 %409, 4294965248
+  %invariant.gep152 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %410
+  br label %for_begin_d_0422.preheader.us.i
 
-for_end_r_0.us.i:                                 ; preds = %for_end_d_0436.us.i
-  %407 = trunc nuw nsw i64 %indvars.iv1133.i to i32
-  %rmod468.us.i = srem i32 %407, %113
-  %rdiv480.us.i = sdiv i32 %407, %113
-  %408 = icmp ne i32 %rmod468.us.i, 0
-  %.not584.us.i = and i1 %392, %408
-  %409 = select i1 %.not584.us.i, i32 %113, i32 0
-  %410 = add nsw i32 %409, %rmod468.us.i
-  %411 = shl nsw i32 %410, 4
-  %412 = sub nsw i32 %111, %411
-  %413 = icmp sgt i32 %412, 0
-  br i1 %413, label %for_begin_d_0474.preheader.lr.ph.us.i, label %for_end_r485.us.i, !prof !3
+for_end_r_0.us.i:                                 ; preds = %for_end_d_0424.us.i
+  %411 = trunc nuw nsw i64 %indvars.iv1112.i to i32
+  %rmod456.us.i = srem i32 %411, %113
+  %rdiv468.us.i = sdiv i32 %411, %113
+  %412 = icmp ne i32 %rmod456.us.i, 0
+  %.not571.us.i = and i1 %396, %412
+  %413 = select i1 %.not571.us.i, i32 %113, i32 0
+  %414 = add nsw i32 %413, %rmod456.us.i
+  %415 = shl nsw i32 %414, 4
+  %416 = sub nsw i32 %111, %415
+  %417 = icmp sgt i32 %416, 0
+  br i1 %417, label %for_begin_d_0462.preheader.lr.ph.us.i, label %for_end_r473.us.i, !prof !3
 
-for_end_r485.us.i:                                ; preds = %if_end490.us.i.1, %for_end_r_0.us.i
-  %414 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %415 = tail call i32 %414(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
-  %.not581.us.i = icmp eq i32 %415, 0
-  br i1 %.not581.us.i, label %if_end429.us.i, label %fused_attend_compute_.exit, !prof !38
+for_end_r473.us.i:                                ; preds = %if_end478.us.i.1, %for_end_r_0.us.i
+  %418 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %419 = tail call i32 %418(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
+  %.not568.us.i = icmp eq i32 %419, 0
+  br i1 %.not568.us.i, label %if_end417.us.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end429.us.i:                                   ; preds = %for_end_r485.us.i
-  %indvars.iv.next1134.i = add nuw nsw i64 %indvars.iv1133.i, 1
-  %exitcond1137.not.i = icmp eq i64 %indvars.iv.next1134.i, %wide.trip.count1136.i
-  br i1 %exitcond1137.not.i, label %for_end_tile425.i, label %for_body_tile424.us.i, !prof !13
-
-for_body_r484.us.i:                               ; preds = %for_body_r484.lr.ph.us.i, %if_end490.us.i.1
-  %indvars.iv1127.i = phi i64 [ 0, %for_body_r484.lr.ph.us.i ], [ %indvars.iv.next1128.i.1, %if_end490.us.i.1 ]
-  %416 = add nuw nsw i64 %indvars.iv1127.i, %590
-  %417 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %416
-  %418 = load float, ptr %417, align 4, !tbaa !5
-  %419 = fcmp oeq float %418, 0.000000e+00
-  br i1 %419, label %if_end490.us.i, label %if_else489.us.i
-
-if_else489.us.i:                                  ; preds = %for_body_r484.us.i
-  %420 = getelementptr inbounds nuw i32, ptr %places.i, i64 %416
-  %421 = load i32, ptr %420, align 4, !tbaa !5
-  %422 = shl i32 %421, 23
-  %423 = add i32 %422, 1065353216
-  %424 = bitcast i32 %423 to float
-  %425 = fmul float %418, %424
-  %426 = tail call float @llvm.log.f32(float %425)
-  %427 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %416
-  %428 = load float, ptr %427, align 4, !tbaa !5
-  %429 = fadd float %428, %426
-  br label %if_end490.us.i
-
-if_end490.us.i:                                   ; preds = %if_else489.us.i, %for_body_r484.us.i
-  %430 = phi float [ %429, %if_else489.us.i ], [ 0xFFF0000000000000, %for_body_r484.us.i ]
-  %431 = and i64 %indvars.iv1127.i, 2
-  %432 = lshr i64 %indvars.iv1127.i, 2
-  %433 = add nsw i64 %432, %587
-  %434 = mul nsw i64 %433, %lse_batch
-  %435 = getelementptr float, ptr %589, i64 %434
-  %436 = getelementptr float, ptr %435, i64 %431
-  store float %430, ptr %436, align 4, !tbaa !5
-  %indvars.iv.next1128.i = or disjoint i64 %indvars.iv1127.i, 1
-  %437 = add nuw nsw i64 %indvars.iv.next1128.i, %590
-  %438 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %437
-  %439 = load float, ptr %438, align 4, !tbaa !5
-  %440 = fcmp oeq float %439, 0.000000e+00
-  br i1 %440, label %if_end490.us.i.1, label %if_else489.us.i.1
-
-if_else489.us.i.1:                                ; preds = %if_end490.us.i
-  %441 = getelementptr inbounds nuw i32, ptr %places.i, i64 %437
-  %442 = load i32, ptr %441, align 4, !tbaa !5
-  %443 = shl i32 %442, 23
-  %444 = add i32 %443, 1065353216
-  %445 = bitcast i32 %444 to float
-  %446 = fmul float %439, %445
-  %447 = tail call float @llvm.log.f32(float %446)
-  %448 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %437
-  %449 = load float, ptr %448, align 4, !tbaa !5
-  %450 = fadd float %449, %447
-  br label %if_end490.us.i.1
-
-if_end490.us.i.1:                                 ; preds = %if_else489.us.i.1, %if_end490.us.i
-  %451 = phi float [ %450, %if_else489.us.i.1 ], [ 0xFFF0000000000000, %if_end490.us.i ]
-  %452 = and i64 %indvars.iv.next1128.i, 3
-  %453 = lshr i64 %indvars.iv1127.i, 2
-  %454 = add nsw i64 %453, %587
-  %455 = mul nsw i64 %454, %lse_batch
-  %456 = getelementptr float, ptr %589, i64 %455
-  %457 = getelementptr float, ptr %456, i64 %452
-  store float %451, ptr %457, align 4, !tbaa !5
-  %indvars.iv.next1128.i.1 = add nuw nsw i64 %indvars.iv1127.i, 2
-  %exitcond1132.not.i.1 = icmp eq i64 %indvars.iv.next1128.i.1, %wide.trip.count1125.i
-  br i1 %exitcond1132.not.i.1, label %for_end_r485.us.i, label %for_body_r484.us.i, !prof !13, !llvm.loop !39
-
-for_end_d_0436.us.i:                              ; preds = %for_begin_ax1_0439.preheader.us.i
+if_end417.us.i:                                   ; preds = %for_end_r473.us.i
   %indvars.iv.next1113.i = add nuw nsw i64 %indvars.iv1112.i, 1
-  %exitcond1116.not.i = icmp eq i64 %indvars.iv.next1113.i, 4
-  br i1 %exitcond1116.not.i, label %for_end_r_0.us.i, label %for_begin_d_0434.preheader.us.i, !prof !28
+  %exitcond1116.not.i = icmp eq i64 %indvars.iv.next1113.i, %wide.trip.count1115.i
+  br i1 %exitcond1116.not.i, label %for_end_tile413.i, label %for_body_tile412.us.i, !prof !13
 
-for_begin_ax1_0439.preheader.us.i:                ; preds = %for_begin_d_0434.preheader.us.i, %for_begin_ax1_0439.preheader.us.i
-  %indvars.iv1107.i = phi i64 [ 0, %for_begin_d_0434.preheader.us.i ], [ %indvars.iv.next1108.i, %for_begin_ax1_0439.preheader.us.i ]
-  %.idx80 = shl nuw nsw i64 %indvars.iv1107.i, 10
+for_body_r472.us.i:                               ; preds = %for_body_r472.lr.ph.us.i, %if_end478.us.i.1
+  %indvars.iv1106.i = phi i64 [ 0, %for_body_r472.lr.ph.us.i ], [ %indvars.iv.next1107.i.1, %if_end478.us.i.1 ]
+  %420 = add nuw nsw i64 %indvars.iv1106.i, %594
+  %421 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %420
+  %422 = load float, ptr %421, align 4, !tbaa !5
+  %423 = fcmp oeq float %422, 0.000000e+00
+  br i1 %423, label %if_end478.us.i, label %if_else477.us.i
+
+if_else477.us.i:                                  ; preds = %for_body_r472.us.i
+  %424 = getelementptr inbounds nuw i32, ptr %places.i, i64 %420
+  %425 = load i32, ptr %424, align 4, !tbaa !5
+  %426 = shl i32 %425, 23
+  %427 = add i32 %426, 1065353216
+  %428 = bitcast i32 %427 to float
+  %429 = fmul float %422, %428
+  %430 = tail call float @llvm.log.f32(float %429)
+  %431 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %420
+  %432 = load float, ptr %431, align 4, !tbaa !5
+  %433 = fadd float %432, %430
+  br label %if_end478.us.i
+
+if_end478.us.i:                                   ; preds = %if_else477.us.i, %for_body_r472.us.i
+  %434 = phi float [ %433, %if_else477.us.i ], [ 0xFFF0000000000000, %for_body_r472.us.i ]
+  %435 = and i64 %indvars.iv1106.i, 2
+  %436 = lshr i64 %indvars.iv1106.i, 2
+  %437 = add nsw i64 %436, %591
+  %438 = mul nsw i64 %437, %lse_batch
+  %439 = getelementptr float, ptr %593, i64 %438
+  %440 = getelementptr float, ptr %439, i64 %435
+  store float %434, ptr %440, align 4, !tbaa !5
+  %indvars.iv.next1107.i = or disjoint i64 %indvars.iv1106.i, 1
+  %441 = add nuw nsw i64 %indvars.iv.next1107.i, %594
+  %442 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %441
+  %443 = load float, ptr %442, align 4, !tbaa !5
+  %444 = fcmp oeq float %443, 0.000000e+00
+  br i1 %444, label %if_end478.us.i.1, label %if_else477.us.i.1
+
+if_else477.us.i.1:                                ; preds = %if_end478.us.i
+  %445 = getelementptr inbounds nuw i32, ptr %places.i, i64 %441
+  %446 = load i32, ptr %445, align 4, !tbaa !5
+  %447 = shl i32 %446, 23
+  %448 = add i32 %447, 1065353216
+  %449 = bitcast i32 %448 to float
+  %450 = fmul float %443, %449
+  %451 = tail call float @llvm.log.f32(float %450)
+  %452 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %441
+  %453 = load float, ptr %452, align 4, !tbaa !5
+  %454 = fadd float %453, %451
+  br label %if_end478.us.i.1
+
+if_end478.us.i.1:                                 ; preds = %if_else477.us.i.1, %if_end478.us.i
+  %455 = phi float [ %454, %if_else477.us.i.1 ], [ 0xFFF0000000000000, %if_end478.us.i ]
+  %456 = and i64 %indvars.iv.next1107.i, 3
+  %457 = lshr i64 %indvars.iv1106.i, 2
+  %458 = add nsw i64 %457, %591
+  %459 = mul nsw i64 %458, %lse_batch
+  %460 = getelementptr float, ptr %593, i64 %459
+  %461 = getelementptr float, ptr %460, i64 %456
+  store float %455, ptr %461, align 4, !tbaa !5
+  %indvars.iv.next1107.i.1 = add nuw nsw i64 %indvars.iv1106.i, 2
+  %exitcond1111.not.i.1 = icmp eq i64 %indvars.iv.next1107.i.1, %wide.trip.count1104.i
+  br i1 %exitcond1111.not.i.1, label %for_end_r473.us.i, label %for_body_r472.us.i, !prof !13, !llvm.loop !39
+
+for_end_d_0424.us.i:                              ; preds = %for_begin_ax1_0427.preheader.us.i
+  %indvars.iv.next1092.i = add nuw nsw i64 %indvars.iv1091.i, 1
+  %exitcond1095.not.i = icmp eq i64 %indvars.iv.next1092.i, 4
+  br i1 %exitcond1095.not.i, label %for_end_r_0.us.i, label %for_begin_d_0422.preheader.us.i, !prof !28
+
+for_begin_ax1_0427.preheader.us.i:                ; preds = %for_begin_d_0422.preheader.us.i, %for_begin_ax1_0427.preheader.us.i
+  %indvars.iv1086.i = phi i64 [ 0, %for_begin_d_0422.preheader.us.i ], [ %indvars.iv.next1087.i, %for_begin_ax1_0427.preheader.us.i ]
+  %.idx80 = shl nuw nsw i64 %indvars.iv1086.i, 10
   %gep155 = getelementptr inbounds nuw i8, ptr %invariant.gep154, i64 %.idx80
-  %v445.us.i = load <4 x float>, ptr %gep155, align 4, !tbaa !5
-  %458 = getelementptr inbounds nuw i8, ptr %gep155, i64 64
-  %v447.us.i = load <4 x float>, ptr %458, align 4, !tbaa !5
-  %459 = getelementptr inbounds nuw i8, ptr %gep155, i64 128
-  %v449.us.i = load <4 x float>, ptr %459, align 4, !tbaa !5
-  %460 = getelementptr inbounds nuw i8, ptr %gep155, i64 192
-  %v451.us.i = load <4 x float>, ptr %460, align 4, !tbaa !5
-  %461 = shufflevector <4 x float> %v445.us.i, <4 x float> %v449.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %462 = shufflevector <4 x float> %v447.us.i, <4 x float> %v451.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %463 = shufflevector <4 x float> %v445.us.i, <4 x float> %v449.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %464 = shufflevector <4 x float> %v447.us.i, <4 x float> %v451.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %465 = shufflevector <4 x float> %461, <4 x float> %462, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %466 = shufflevector <4 x float> %461, <4 x float> %462, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %467 = shufflevector <4 x float> %463, <4 x float> %464, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %468 = shufflevector <4 x float> %463, <4 x float> %464, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %469 = getelementptr inbounds nuw i8, ptr %gep155, i64 256
-  %v445.us.1.i = load <4 x float>, ptr %469, align 4, !tbaa !5
-  %470 = getelementptr inbounds nuw i8, ptr %gep155, i64 320
-  %v447.us.1.i = load <4 x float>, ptr %470, align 4, !tbaa !5
-  %471 = getelementptr inbounds nuw i8, ptr %gep155, i64 384
-  %v449.us.1.i = load <4 x float>, ptr %471, align 4, !tbaa !5
-  %472 = getelementptr inbounds nuw i8, ptr %gep155, i64 448
-  %v451.us.1.i = load <4 x float>, ptr %472, align 4, !tbaa !5
-  %473 = shufflevector <4 x float> %v445.us.1.i, <4 x float> %v449.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %474 = shufflevector <4 x float> %v447.us.1.i, <4 x float> %v451.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %475 = shufflevector <4 x float> %v445.us.1.i, <4 x float> %v449.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %476 = shufflevector <4 x float> %v447.us.1.i, <4 x float> %v451.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %477 = shufflevector <4 x float> %473, <4 x float> %474, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %478 = shufflevector <4 x float> %473, <4 x float> %474, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %479 = shufflevector <4 x float> %475, <4 x float> %476, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %480 = shufflevector <4 x float> %475, <4 x float> %476, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %481 = getelementptr inbounds nuw i8, ptr %gep155, i64 512
-  %v445.us.2.i = load <4 x float>, ptr %481, align 4, !tbaa !5
-  %482 = getelementptr inbounds nuw i8, ptr %gep155, i64 576
-  %v447.us.2.i = load <4 x float>, ptr %482, align 4, !tbaa !5
-  %483 = getelementptr inbounds nuw i8, ptr %gep155, i64 640
-  %v449.us.2.i = load <4 x float>, ptr %483, align 4, !tbaa !5
-  %484 = getelementptr inbounds nuw i8, ptr %gep155, i64 704
-  %v451.us.2.i = load <4 x float>, ptr %484, align 4, !tbaa !5
-  %485 = shufflevector <4 x float> %v445.us.2.i, <4 x float> %v449.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %486 = shufflevector <4 x float> %v447.us.2.i, <4 x float> %v451.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %487 = shufflevector <4 x float> %v445.us.2.i, <4 x float> %v449.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %488 = shufflevector <4 x float> %v447.us.2.i, <4 x float> %v451.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %489 = shufflevector <4 x float> %485, <4 x float> %486, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %490 = shufflevector <4 x float> %485, <4 x float> %486, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %491 = shufflevector <4 x float> %487, <4 x float> %488, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %492 = shufflevector <4 x float> %487, <4 x float> %488, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %493 = getelementptr inbounds nuw i8, ptr %gep155, i64 768
-  %v445.us.3.i = load <4 x float>, ptr %493, align 4, !tbaa !5
-  %494 = getelementptr inbounds nuw i8, ptr %gep155, i64 832
-  %v447.us.3.i = load <4 x float>, ptr %494, align 4, !tbaa !5
-  %495 = getelementptr inbounds nuw i8, ptr %gep155, i64 896
-  %v449.us.3.i = load <4 x float>, ptr %495, align 4, !tbaa !5
-  %496 = getelementptr inbounds nuw i8, ptr %gep155, i64 960
-  %v451.us.3.i = load <4 x float>, ptr %496, align 4, !tbaa !5
-  %497 = shufflevector <4 x float> %v445.us.3.i, <4 x float> %v449.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %498 = shufflevector <4 x float> %v447.us.3.i, <4 x float> %v451.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %499 = shufflevector <4 x float> %v445.us.3.i, <4 x float> %v449.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %500 = shufflevector <4 x float> %v447.us.3.i, <4 x float> %v451.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %501 = shufflevector <4 x float> %497, <4 x float> %498, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %502 = shufflevector <4 x float> %465, <4 x float> %477, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %503 = shufflevector <4 x float> %489, <4 x float> %501, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %504 = shufflevector <8 x float> %502, <8 x float> %503, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %505 = shufflevector <4 x float> %497, <4 x float> %498, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %506 = shufflevector <4 x float> %466, <4 x float> %478, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %507 = shufflevector <4 x float> %490, <4 x float> %505, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %v433.us.i = load <4 x float>, ptr %gep155, align 4, !tbaa !5
+  %462 = getelementptr inbounds nuw i8, ptr %gep155, i64 64
+  %v435.us.i = load <4 x float>, ptr %462, align 4, !tbaa !5
+  %463 = getelementptr inbounds nuw i8, ptr %gep155, i64 128
+  %v437.us.i = load <4 x float>, ptr %463, align 4, !tbaa !5
+  %464 = getelementptr inbounds nuw i8, ptr %gep155, i64 192
+  %v439.us.i = load <4 x float>, ptr %464, align 4, !tbaa !5
+  %465 = shufflevector <4 x float> %v433.us.i, <4 x float> %v437.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %466 = shufflevector <4 x float> %v435.us.i, <4 x float> %v439.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %467 = shufflevector <4 x float> %v433.us.i, <4 x float> %v437.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %468 = shufflevector <4 x float> %v435.us.i, <4 x float> %v439.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %469 = shufflevector <4 x float> %465, <4 x float> %466, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %470 = shufflevector <4 x float> %465, <4 x float> %466, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %471 = shufflevector <4 x float> %467, <4 x float> %468, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %472 = shufflevector <4 x float> %467, <4 x float> %468, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %473 = getelementptr inbounds nuw i8, ptr %gep155, i64 256
+  %v433.us.1.i = load <4 x float>, ptr %473, align 4, !tbaa !5
+  %474 = getelementptr inbounds nuw i8, ptr %gep155, i64 320
+  %v435.us.1.i = load <4 x float>, ptr %474, align 4, !tbaa !5
+  %475 = getelementptr inbounds nuw i8, ptr %gep155, i64 384
+  %v437.us.1.i = load <4 x float>, ptr %475, align 4, !tbaa !5
+  %476 = getelementptr inbounds nuw i8, ptr %gep155, i64 448
+  %v439.us.1.i = load <4 x float>, ptr %476, align 4, !tbaa !5
+  %477 = shufflevector <4 x float> %v433.us.1.i, <4 x float> %v437.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %478 = shufflevector <4 x float> %v435.us.1.i, <4 x float> %v439.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %479 = shufflevector <4 x float> %v433.us.1.i, <4 x float> %v437.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %480 = shufflevector <4 x float> %v435.us.1.i, <4 x float> %v439.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %481 = shufflevector <4 x float> %477, <4 x float> %478, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %482 = shufflevector <4 x float> %477, <4 x float> %478, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %483 = shufflevector <4 x float> %479, <4 x float> %480, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %484 = shufflevector <4 x float> %479, <4 x float> %480, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %485 = getelementptr inbounds nuw i8, ptr %gep155, i64 512
+  %v433.us.2.i = load <4 x float>, ptr %485, align 4, !tbaa !5
+  %486 = getelementptr inbounds nuw i8, ptr %gep155, i64 576
+  %v435.us.2.i = load <4 x float>, ptr %486, align 4, !tbaa !5
+  %487 = getelementptr inbounds nuw i8, ptr %gep155, i64 640
+  %v437.us.2.i = load <4 x float>, ptr %487, align 4, !tbaa !5
+  %488 = getelementptr inbounds nuw i8, ptr %gep155, i64 704
+  %v439.us.2.i = load <4 x float>, ptr %488, align 4, !tbaa !5
+  %489 = shufflevector <4 x float> %v433.us.2.i, <4 x float> %v437.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %490 = shufflevector <4 x float> %v435.us.2.i, <4 x float> %v439.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %491 = shufflevector <4 x float> %v433.us.2.i, <4 x float> %v437.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %492 = shufflevector <4 x float> %v435.us.2.i, <4 x float> %v439.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %493 = shufflevector <4 x float> %489, <4 x float> %490, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %494 = shufflevector <4 x float> %489, <4 x float> %490, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %495 = shufflevector <4 x float> %491, <4 x float> %492, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %496 = shufflevector <4 x float> %491, <4 x float> %492, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %497 = getelementptr inbounds nuw i8, ptr %gep155, i64 768
+  %v433.us.3.i = load <4 x float>, ptr %497, align 4, !tbaa !5
+  %498 = getelementptr inbounds nuw i8, ptr %gep155, i64 832
+  %v435.us.3.i = load <4 x float>, ptr %498, align 4, !tbaa !5
+  %499 = getelementptr inbounds nuw i8, ptr %gep155, i64 896
+  %v437.us.3.i = load <4 x float>, ptr %499, align 4, !tbaa !5
+  %500 = getelementptr inbounds nuw i8, ptr %gep155, i64 960
+  %v439.us.3.i = load <4 x float>, ptr %500, align 4, !tbaa !5
+  %501 = shufflevector <4 x float> %v433.us.3.i, <4 x float> %v437.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %502 = shufflevector <4 x float> %v435.us.3.i, <4 x float> %v439.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %503 = shufflevector <4 x float> %v433.us.3.i, <4 x float> %v437.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %504 = shufflevector <4 x float> %v435.us.3.i, <4 x float> %v439.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %505 = shufflevector <4 x float> %501, <4 x float> %502, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %506 = shufflevector <4 x float> %469, <4 x float> %481, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %507 = shufflevector <4 x float> %493, <4 x float> %505, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
   %508 = shufflevector <8 x float> %506, <8 x float> %507, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %509 = shufflevector <4 x float> %499, <4 x float> %500, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %510 = shufflevector <4 x float> %467, <4 x float> %479, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %511 = shufflevector <4 x float> %491, <4 x float> %509, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %509 = shufflevector <4 x float> %501, <4 x float> %502, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %510 = shufflevector <4 x float> %470, <4 x float> %482, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %511 = shufflevector <4 x float> %494, <4 x float> %509, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
   %512 = shufflevector <8 x float> %510, <8 x float> %511, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %513 = shufflevector <4 x float> %499, <4 x float> %500, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %514 = shufflevector <4 x float> %468, <4 x float> %480, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %515 = shufflevector <4 x float> %492, <4 x float> %513, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %513 = shufflevector <4 x float> %503, <4 x float> %504, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %514 = shufflevector <4 x float> %471, <4 x float> %483, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %515 = shufflevector <4 x float> %495, <4 x float> %513, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
   %516 = shufflevector <8 x float> %514, <8 x float> %515, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %517 = fmul <16 x float> %567, %504
-  %.idx1190.i = shl nuw nsw i64 %indvars.iv1107.i, 6
-  %gep1262.i = getelementptr inbounds nuw i8, ptr %invariant.gep1261.i, i64 %.idx1190.i
-  store <16 x float> %517, ptr %gep1262.i, align 4, !tbaa !5
-  %518 = fmul <16 x float> %571, %508
-  %519 = getelementptr inbounds nuw i8, ptr %gep1262.i, i64 512
-  store <16 x float> %518, ptr %519, align 4, !tbaa !5
-  %520 = fmul <16 x float> %575, %512
-  %521 = getelementptr inbounds nuw i8, ptr %gep1262.i, i64 1024
-  store <16 x float> %520, ptr %521, align 4, !tbaa !5
-  %522 = fmul <16 x float> %579, %516
-  %523 = getelementptr inbounds nuw i8, ptr %gep1262.i, i64 1536
+  %517 = shufflevector <4 x float> %503, <4 x float> %504, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %518 = shufflevector <4 x float> %472, <4 x float> %484, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %519 = shufflevector <4 x float> %496, <4 x float> %517, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %520 = shufflevector <8 x float> %518, <8 x float> %519, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %521 = fmul <16 x float> %571, %508
+  %.idx1169.i = shl nuw nsw i64 %indvars.iv1086.i, 6
+  %gep1241.i = getelementptr inbounds nuw i8, ptr %invariant.gep1240.i, i64 %.idx1169.i
+  store <16 x float> %521, ptr %gep1241.i, align 4, !tbaa !5
+  %522 = fmul <16 x float> %575, %512
+  %523 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 512
   store <16 x float> %522, ptr %523, align 4, !tbaa !5
-  %indvars.iv.next1108.i = add nuw nsw i64 %indvars.iv1107.i, 1
-  %exitcond1111.not.i = icmp eq i64 %indvars.iv.next1108.i, 8
-  br i1 %exitcond1111.not.i, label %for_end_d_0436.us.i, label %for_begin_ax1_0439.preheader.us.i, !prof !28
+  %524 = fmul <16 x float> %579, %516
+  %525 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 1024
+  store <16 x float> %524, ptr %525, align 4, !tbaa !5
+  %526 = fmul <16 x float> %583, %520
+  %527 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 1536
+  store <16 x float> %526, ptr %527, align 4, !tbaa !5
+  %indvars.iv.next1087.i = add nuw nsw i64 %indvars.iv1086.i, 1
+  %exitcond1090.not.i = icmp eq i64 %indvars.iv.next1087.i, 8
+  br i1 %exitcond1090.not.i, label %for_end_d_0424.us.i, label %for_begin_ax1_0427.preheader.us.i, !prof !28
 
-for_begin_d_0474.preheader.us.i:                  ; preds = %for_begin_d_0474.preheader.lr.ph.us.i, %for_begin_d_0474.preheader.us.i
-  %indvars.iv1121.i = phi i64 [ 0, %for_begin_d_0474.preheader.lr.ph.us.i ], [ %indvars.iv.next1122.i, %for_begin_d_0474.preheader.us.i ]
-  %524 = and i64 %indvars.iv1121.i, 3
-  %525 = or disjoint i64 %524, %584
-  %526 = mul nsw i64 %525, %out_head
-  %527 = lshr i64 %indvars.iv1121.i, 2
-  %528 = add nsw i64 %527, %587
-  %529 = mul nsw i64 %528, %out_batch
-  %530 = getelementptr i16, ptr %out, i64 %529
-  %invariant.gep867.us.i = getelementptr i16, ptr %530, i64 %526
-  %.idx81 = shl nsw i64 %indvars.iv1121.i, 9
-  %531 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx81
-  %532 = load <32 x i32>, ptr %531, align 4, !tbaa !5
-  %533 = lshr <32 x i32> %532, splat (i32 16)
-  %534 = and <32 x i32> %533, splat (i32 1)
-  %535 = add nuw <32 x i32> %532, splat (i32 32767)
-  %536 = add nuw <32 x i32> %535, %534
+for_begin_d_0462.preheader.us.i:                  ; preds = %for_begin_d_0462.preheader.lr.ph.us.i, %for_begin_d_0462.preheader.us.i
+  %indvars.iv1100.i = phi i64 [ 0, %for_begin_d_0462.preheader.lr.ph.us.i ], [ %indvars.iv.next1101.i, %for_begin_d_0462.preheader.us.i ]
+  %528 = and i64 %indvars.iv1100.i, 3
+  %529 = or disjoint i64 %528, %588
+  %530 = mul nsw i64 %529, %out_head
+  %531 = lshr i64 %indvars.iv1100.i, 2
+  %532 = add nsw i64 %531, %591
+  %533 = mul nsw i64 %532, %out_batch
+  %534 = getelementptr i16, ptr %out, i64 %533
+  %invariant.gep848.us.i = getelementptr i16, ptr %534, i64 %530
+  %.idx81 = shl nsw i64 %indvars.iv1100.i, 9
+  %535 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx81
+  %536 = load <32 x i32>, ptr %535, align 4, !tbaa !5
   %537 = lshr <32 x i32> %536, splat (i32 16)
-  %538 = trunc nuw <32 x i32> %537 to <32 x i16>
-  store <32 x i16> %538, ptr %invariant.gep867.us.i, align 2, !tbaa !5
-  %539 = getelementptr inbounds nuw i8, ptr %531, i64 128
-  %540 = load <32 x i32>, ptr %539, align 4, !tbaa !5
+  %538 = and <32 x i32> %537, splat (i32 1)
+  %539 = add nuw <32 x i32> %536, splat (i32 32767)
+  %540 = add nuw <32 x i32> %539, %538
   %541 = lshr <32 x i32> %540, splat (i32 16)
-  %542 = and <32 x i32> %541, splat (i32 1)
-  %543 = add nuw <32 x i32> %540, splat (i32 32767)
-  %544 = add nuw <32 x i32> %543, %542
+  %542 = trunc nuw <32 x i32> %541 to <32 x i16>
+  store <32 x i16> %542, ptr %invariant.gep848.us.i, align 2, !tbaa !5
+  %543 = getelementptr inbounds nuw i8, ptr %535, i64 128
+  %544 = load <32 x i32>, ptr %543, align 4, !tbaa !5
   %545 = lshr <32 x i32> %544, splat (i32 16)
-  %546 = trunc nuw <32 x i32> %545 to <32 x i16>
-  %gep868.us.1.i = getelementptr i8, ptr %invariant.gep867.us.i, i64 64
-  store <32 x i16> %546, ptr %gep868.us.1.i, align 2, !tbaa !5
-  %547 = getelementptr inbounds nuw i8, ptr %531, i64 256
-  %548 = load <32 x i32>, ptr %547, align 4, !tbaa !5
+  %546 = and <32 x i32> %545, splat (i32 1)
+  %547 = add nuw <32 x i32> %544, splat (i32 32767)
+  %548 = add nuw <32 x i32> %547, %546
   %549 = lshr <32 x i32> %548, splat (i32 16)
-  %550 = and <32 x i32> %549, splat (i32 1)
-  %551 = add nuw <32 x i32> %548, splat (i32 32767)
-  %552 = add nuw <32 x i32> %551, %550
+  %550 = trunc nuw <32 x i32> %549 to <32 x i16>
+  %gep849.us.1.i = getelementptr i8, ptr %invariant.gep848.us.i, i64 64
+  store <32 x i16> %550, ptr %gep849.us.1.i, align 2, !tbaa !5
+  %551 = getelementptr inbounds nuw i8, ptr %535, i64 256
+  %552 = load <32 x i32>, ptr %551, align 4, !tbaa !5
   %553 = lshr <32 x i32> %552, splat (i32 16)
-  %554 = trunc nuw <32 x i32> %553 to <32 x i16>
-  %gep868.us.2.i = getelementptr i8, ptr %invariant.gep867.us.i, i64 128
-  store <32 x i16> %554, ptr %gep868.us.2.i, align 2, !tbaa !5
-  %555 = getelementptr inbounds nuw i8, ptr %531, i64 384
-  %556 = load <32 x i32>, ptr %555, align 4, !tbaa !5
+  %554 = and <32 x i32> %553, splat (i32 1)
+  %555 = add nuw <32 x i32> %552, splat (i32 32767)
+  %556 = add nuw <32 x i32> %555, %554
   %557 = lshr <32 x i32> %556, splat (i32 16)
-  %558 = and <32 x i32> %557, splat (i32 1)
-  %559 = add nuw <32 x i32> %556, splat (i32 32767)
-  %560 = add nuw <32 x i32> %559, %558
+  %558 = trunc nuw <32 x i32> %557 to <32 x i16>
+  %gep849.us.2.i = getelementptr i8, ptr %invariant.gep848.us.i, i64 128
+  store <32 x i16> %558, ptr %gep849.us.2.i, align 2, !tbaa !5
+  %559 = getelementptr inbounds nuw i8, ptr %535, i64 384
+  %560 = load <32 x i32>, ptr %559, align 4, !tbaa !5
   %561 = lshr <32 x i32> %560, splat (i32 16)
-  %562 = trunc nuw <32 x i32> %561 to <32 x i16>
-  %gep868.us.3.i = getelementptr i8, ptr %invariant.gep867.us.i, i64 192
-  store <32 x i16> %562, ptr %gep868.us.3.i, align 2, !tbaa !5
-  %indvars.iv.next1122.i = add nuw nsw i64 %indvars.iv1121.i, 1
-  %exitcond1126.not.i = icmp eq i64 %indvars.iv.next1122.i, %wide.trip.count1125.i
-  br i1 %exitcond1126.not.i, label %for_body_r484.lr.ph.us.i, label %for_begin_d_0474.preheader.us.i, !prof !13
+  %562 = and <32 x i32> %561, splat (i32 1)
+  %563 = add nuw <32 x i32> %560, splat (i32 32767)
+  %564 = add nuw <32 x i32> %563, %562
+  %565 = lshr <32 x i32> %564, splat (i32 16)
+  %566 = trunc nuw <32 x i32> %565 to <32 x i16>
+  %gep849.us.3.i = getelementptr i8, ptr %invariant.gep848.us.i, i64 192
+  store <32 x i16> %566, ptr %gep849.us.3.i, align 2, !tbaa !5
+  %indvars.iv.next1101.i = add nuw nsw i64 %indvars.iv1100.i, 1
+  %exitcond1105.not.i = icmp eq i64 %indvars.iv.next1101.i, %wide.trip.count1104.i
+  br i1 %exitcond1105.not.i, label %for_body_r472.lr.ph.us.i, label %for_begin_d_0462.preheader.us.i, !prof !13
 
-for_begin_d_0434.preheader.us.i:                  ; preds = %for_end_d_0436.us.i, %if_end432.us.i
-  %indvars.iv1112.i = phi i64 [ %indvars.iv.next1113.i, %for_end_d_0436.us.i ], [ 0, %if_end432.us.i ]
-  %563 = shl nuw nsw i64 %indvars.iv1112.i, 2
-  %564 = getelementptr inbounds nuw float, ptr %factor552.i, i64 %563
-  %565 = load float, ptr %564, align 16, !tbaa !41
-  %566 = insertelement <16 x float> poison, float %565, i64 0
-  %567 = shufflevector <16 x float> %566, <16 x float> poison, <16 x i32> zeroinitializer
-  %568 = getelementptr inbounds nuw i8, ptr %564, i64 4
-  %569 = load float, ptr %568, align 4, !tbaa !41
+for_begin_d_0422.preheader.us.i:                  ; preds = %for_end_d_0424.us.i, %if_end420.us.i
+  %indvars.iv1091.i = phi i64 [ %indvars.iv.next1092.i, %for_end_d_0424.us.i ], [ 0, %if_end420.us.i ]
+  %567 = shl nuw nsw i64 %indvars.iv1091.i, 2
+  %568 = getelementptr inbounds nuw float, ptr %factor539.i, i64 %567
+  %569 = load float, ptr %568, align 16, !tbaa !41
   %570 = insertelement <16 x float> poison, float %569, i64 0
   %571 = shufflevector <16 x float> %570, <16 x float> poison, <16 x i32> zeroinitializer
-  %572 = getelementptr inbounds nuw i8, ptr %564, i64 8
-  %573 = load float, ptr %572, align 8, !tbaa !41
+  %572 = getelementptr inbounds nuw i8, ptr %568, i64 4
+  %573 = load float, ptr %572, align 4, !tbaa !41
   %574 = insertelement <16 x float> poison, float %573, i64 0
   %575 = shufflevector <16 x float> %574, <16 x float> poison, <16 x i32> zeroinitializer
-  %576 = getelementptr inbounds nuw i8, ptr %564, i64 12
-  %577 = load float, ptr %576, align 4, !tbaa !41
+  %576 = getelementptr inbounds nuw i8, ptr %568, i64 8
+  %577 = load float, ptr %576, align 8, !tbaa !41
   %578 = insertelement <16 x float> poison, float %577, i64 0
   %579 = shufflevector <16 x float> %578, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx1191.i = shl nuw nsw i64 %indvars.iv1112.i, 11
-  %invariant.gep1261.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1191.i
-  %invariant.gep154 = getelementptr inbounds nuw float, ptr %invariant.gep152, i64 %563
-  br label %for_begin_ax1_0439.preheader.us.i
+  %580 = getelementptr inbounds nuw i8, ptr %568, i64 12
+  %581 = load float, ptr %580, align 4, !tbaa !41
+  %582 = insertelement <16 x float> poison, float %581, i64 0
+  %583 = shufflevector <16 x float> %582, <16 x float> poison, <16 x i32> zeroinitializer
+  %.idx1170.i = shl nuw nsw i64 %indvars.iv1091.i, 11
+  %invariant.gep1240.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1170.i
+  %invariant.gep154 = getelementptr inbounds nuw float, ptr %invariant.gep152, i64 %567
+  br label %for_begin_ax1_0427.preheader.us.i
 
-for_begin_d_0474.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
-  %580 = sext i1 %.not584.us.i to i32
-  %581 = add nsw i32 %rdiv480.us.i, %580
-  %582 = sext i32 %581 to i64
-  %583 = add nsw i64 %393, %582
-  %584 = shl nsw i64 %583, 2
-  %585 = sext i32 %410 to i64
-  %586 = shl nsw i64 %585, 2
-  %587 = add nsw i64 %586, %396
-  %588 = tail call i32 @llvm.umin.i32(i32 %412, i32 16)
-  %wide.trip.count1125.i = zext nneg i32 %588 to i64
-  br label %for_begin_d_0474.preheader.us.i
+for_begin_d_0462.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
+  %584 = sext i1 %.not571.us.i to i32
+  %585 = add nsw i32 %rdiv468.us.i, %584
+  %586 = sext i32 %585 to i64
+  %587 = add nsw i64 %397, %586
+  %588 = shl nsw i64 %587, 2
+  %589 = sext i32 %414 to i64
+  %590 = shl nsw i64 %589, 2
+  %591 = add nsw i64 %590, %400
+  %592 = tail call i32 @llvm.umin.i32(i32 %416, i32 16)
+  %wide.trip.count1104.i = zext nneg i32 %592 to i64
+  br label %for_begin_d_0462.preheader.us.i
 
-for_body_r484.lr.ph.us.i:                         ; preds = %for_begin_d_0474.preheader.us.i
-  %.idx585.us.i = shl nsw i64 %583, 4
-  %589 = getelementptr i8, ptr %lse, i64 %.idx585.us.i
-  %590 = and i64 %400, 4294967280
-  br label %for_body_r484.us.i
+for_body_r472.lr.ph.us.i:                         ; preds = %for_begin_d_0462.preheader.us.i
+  %.idx572.us.i = shl nsw i64 %587, 4
+  %593 = getelementptr i8, ptr %lse, i64 %.idx572.us.i
+  %594 = and i64 %404, 4294967280
+  br label %for_body_r472.us.i
 
 for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
-  %indvars.iv215 = phi i32 [ %indvars.iv.next216, %for_begin_number.i ], [ %355, %for_body_number.lr.ph.i ]
-  %indvars.iv.in = phi i32 [ %indvars.iv, %for_begin_number.i ], [ %355, %for_body_number.lr.ph.i ]
-  %number855.i = phi i32 [ %390, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
-  %591 = shl nuw nsw i32 %number855.i, 12
-  %592 = add i32 %378, %591
-  %smin605 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %592)
-  %smin606 = tail call i32 @llvm.smin.i32(i32 %smin605, i32 %354)
-  %smax607 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
-  %593 = shl nuw nsw i32 %number855.i, 12
-  %594 = add i32 %378, %593
-  %smin600 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %594)
-  %smin601 = tail call i32 @llvm.smin.i32(i32 %smin600, i32 %354)
-  %smax = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
-  %595 = shl nuw nsw i32 %number855.i, 12
-  %596 = add i32 %378, %595
-  %smin483 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %596)
-  %smin484 = tail call i32 @llvm.smin.i32(i32 %smin483, i32 %354)
-  %smax485 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
-  %597 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
-  %smax462 = sext i32 %597 to i64
+  %indvars.iv217.in = phi i32 [ %indvars.iv217, %for_begin_number.i ], [ %355, %for_body_number.lr.ph.i ]
+  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_number.i ], [ %355, %for_body_number.lr.ph.i ]
+  %number836.i = phi i32 [ %394, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %595 = shl nuw nsw i32 %number836.i, 12
+  %596 = add i32 %382, %595
+  %smin474 = tail call i32 @llvm.smin.i32(i32 %span556.sroa.3.0.lcssa.i, i32 %596)
+  %smin475 = tail call i32 @llvm.smin.i32(i32 %smin474, i32 %354)
+  %smax476 = tail call i32 @llvm.smax.i32(i32 %span556.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %597 = tail call i32 @llvm.smax.i32(i32 %span556.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %smax453 = sext i32 %597 to i64
   %598 = add i32 %597, %tree_size
   %599 = sub i32 %context_len.i, %598
-  %600 = shl nuw nsw i32 %number855.i, 12
-  %601 = add i32 %378, %600
-  %smin467 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %601)
-  %smin468 = tail call i32 @llvm.smin.i32(i32 %smin467, i32 %354)
-  %smax469 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
-  %602 = sub i32 %smin468, %smax469
-  %603 = shl nuw nsw i32 %number855.i, 12
-  %604 = add i32 %378, %603
-  %smin447 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %604)
-  %smin448 = tail call i32 @llvm.smin.i32(i32 %smin447, i32 %354)
-  %smax449 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
-  %605 = sub i32 %smin448, %smax449
-  %606 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %600 = shl nuw nsw i32 %number836.i, 12
+  %601 = add i32 %382, %600
+  %smin458 = tail call i32 @llvm.smin.i32(i32 %span556.sroa.3.0.lcssa.i, i32 %601)
+  %smin459 = tail call i32 @llvm.smin.i32(i32 %smin458, i32 %354)
+  %smax460 = tail call i32 @llvm.smax.i32(i32 %span556.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %602 = sub i32 %smin459, %smax460
+  %603 = shl nuw nsw i32 %number836.i, 12
+  %604 = add i32 %382, %603
+  %smin438 = tail call i32 @llvm.smin.i32(i32 %span556.sroa.3.0.lcssa.i, i32 %604)
+  %smin439 = tail call i32 @llvm.smin.i32(i32 %smin438, i32 %354)
+  %smax440 = tail call i32 @llvm.smax.i32(i32 %span556.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %605 = sub i32 %smin439, %smax440
+  %606 = tail call i32 @llvm.smax.i32(i32 %span556.sroa.0.0.lcssa.i, i32 %indvars.iv)
   %607 = add i32 %606, %tree_size
   %608 = sub i32 %context_len.i, %607
-  %609 = shl nuw nsw i32 %number855.i, 12
-  %610 = add i32 %378, %609
-  %smin427 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %610)
-  %smin428 = tail call i32 @llvm.smin.i32(i32 %smin427, i32 %354)
-  %smax429 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
-  %611 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
-  %smax410 = sext i32 %611 to i64
+  %609 = shl nuw nsw i32 %number836.i, 12
+  %610 = add i32 %382, %609
+  %smin418 = tail call i32 @llvm.smin.i32(i32 %span556.sroa.3.0.lcssa.i, i32 %610)
+  %smin419 = tail call i32 @llvm.smin.i32(i32 %smin418, i32 %354)
+  %smax420 = tail call i32 @llvm.smax.i32(i32 %span556.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %611 = tail call i32 @llvm.smax.i32(i32 %span556.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %smax401 = sext i32 %611 to i64
   %612 = add i32 %611, %tree_size
   %613 = sub i32 %context_len.i, %612
-  %614 = shl nuw nsw i32 %number855.i, 12
-  %615 = add i32 %378, %614
-  %smin414 = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %615)
-  %smin415 = tail call i32 @llvm.smin.i32(i32 %smin414, i32 %354)
-  %smax416 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
-  %616 = sub i32 %smin415, %smax416
-  %617 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %614 = shl nuw nsw i32 %number836.i, 12
+  %615 = add i32 %382, %614
+  %smin405 = tail call i32 @llvm.smin.i32(i32 %span556.sroa.3.0.lcssa.i, i32 %615)
+  %smin406 = tail call i32 @llvm.smin.i32(i32 %smin405, i32 %354)
+  %smax407 = tail call i32 @llvm.smax.i32(i32 %span556.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %616 = sub i32 %smin406, %smax407
+  %617 = tail call i32 @llvm.smax.i32(i32 %span556.sroa.0.0.lcssa.i, i32 %indvars.iv)
   %618 = add i32 %617, %tree_size
-  %indvars.iv = add i32 %indvars.iv.in, 4096
-  %619 = tail call i32 @llvm.smax.i32(i32 %span569.sroa.0.0.lcssa.i, i32 %indvars.iv215)
+  %indvars.iv217 = add i32 %indvars.iv217.in, 4096
+  %619 = tail call i32 @llvm.smax.i32(i32 %span556.sroa.0.0.lcssa.i, i32 %indvars.iv)
   %620 = add i32 %619, %tree_size
   %621 = sub i32 %context_len.i, %620
-  %622 = sub i32 0, %619
-  %smin = tail call i32 @llvm.smin.i32(i32 %span569.sroa.3.0.lcssa.i, i32 %indvars.iv)
-  %smin214 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %354)
-  %623 = sub i32 %smin214, %619
+  %smin = tail call i32 @llvm.smin.i32(i32 %span556.sroa.3.0.lcssa.i, i32 %indvars.iv217)
+  %smin219 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %354)
+  %622 = sub i32 %smin219, %619
+  %623 = sub i32 0, %619
   %624 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %row_max.i = tail call ptr %624(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %625 = icmp eq ptr %row_max.i, null
@@ -1438,4006 +1433,3773 @@ if_end120.i:                                      ; preds = %if_end117.i
   br i1 %629, label %fused_attend_compute_.exit, label %if_end123.i, !prof !8
 
 if_end123.i:                                      ; preds = %if_end120.i
-  %630 = shl nsw i32 %number855.i, 12
+  %630 = shl nsw i32 %number836.i, 12
   %631 = add nsw i32 %630, %355
   %632 = add nsw i32 %631, 4096
-  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %631, i32 %span569.sroa.0.0.lcssa.i)
+  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %631, i32 %span556.sroa.0.0.lcssa.i)
   %633 = tail call i32 @llvm.smin.i32(i32 %632, i32 %key_end.i)
   %634 = sub nsw i32 %633, %read_begin.i
-  %.fr878.i = freeze i32 %634
-  %635 = icmp slt i32 %.fr878.i, 1
-  %636 = tail call i32 @llvm.smax.i32(i32 %.fr878.i, i32 0)
+  %.fr859.i = freeze i32 %634
+  %635 = icmp slt i32 %.fr859.i, 1
+  %636 = tail call i32 @llvm.smax.i32(i32 %.fr859.i, i32 0)
   %637 = add nuw nsw i32 %636, 127
   %638 = lshr i32 %637, 7
-  %.not876.i = icmp eq i32 %638, 0
-  br i1 %.not876.i, label %for_begin_tile354.preheader.i, label %for_body_step.lr.ph.i, !prof !16
+  %.not857.i = icmp eq i32 %638, 0
+  br i1 %.not857.i, label %for_begin_tile342.preheader.i, label %for_body_step.lr.ph.i, !prof !16
 
 for_body_step.lr.ph.i:                            ; preds = %if_end123.i
   %639 = add nsw i32 %633, -1
   %640 = sext i32 %read_begin.i to i64
-  %wide.trip.count1070.i = zext nneg i32 %638 to i64
-  %641 = getelementptr i8, ptr %381, i64 %smax462
-  %642 = getelementptr i8, ptr %382, i64 %smax410
+  %641 = sext i32 %633 to i64
+  %wide.trip.count1049.i = zext nneg i32 %638 to i64
+  %invariant.op.i = add nsw i64 %641, -128
+  %642 = getelementptr i8, ptr %385, i64 %smax453
+  %643 = getelementptr i8, ptr %386, i64 %smax401
   br label %for_body_step.i
 
-for_begin_step.i:                                 ; preds = %if_end349.i
-  %indvars.iv.next1068.i = add nuw nsw i64 %indvars.iv1067.i, 1
-  %exitcond1071.not.i = icmp eq i64 %indvars.iv.next1068.i, %wide.trip.count1070.i
-  %indvars.iv.next218 = add i32 %indvars.iv217, -128
-  %indvars.iv.next227 = add i32 %indvars.iv226, -128
-  %indvars.iv.next230 = add i32 %indvars.iv229, -128
-  br i1 %exitcond1071.not.i, label %for_begin_tile354.preheader.i, label %for_body_step.i, !prof !13
+for_begin_step.i:                                 ; preds = %if_end337.i
+  %indvars.iv.next1047.i = add nuw nsw i64 %indvars.iv1046.i, 1
+  %exitcond1050.not.i = icmp eq i64 %indvars.iv.next1047.i, %wide.trip.count1049.i
+  %indvars.iv.next215 = add i32 %indvars.iv214, -128
+  %indvars.iv.next221 = add i32 %indvars.iv220, -128
+  %indvars.iv.next223 = add i32 %indvars.iv222, -128
+  br i1 %exitcond1050.not.i, label %for_begin_tile342.preheader.i, label %for_body_step.i, !prof !13
 
-for_begin_tile354.preheader.i:                    ; preds = %for_begin_step.i, %if_end123.i
+for_begin_tile342.preheader.i:                    ; preds = %for_begin_step.i, %if_end123.i
   %brmerge.i = or i1 %135, %635
-  br i1 %brmerge.i, label %for_end_tile356.i, label %for_body_tile355.i, !prof !42
+  br i1 %brmerge.i, label %for_end_tile344.i, label %for_body_tile343.i, !prof !42
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
-  %indvars.iv229 = phi i32 [ %indvars.iv.next230, %for_begin_step.i ], [ %622, %for_body_step.lr.ph.i ]
-  %indvars.iv226 = phi i32 [ %indvars.iv.next227, %for_begin_step.i ], [ %621, %for_body_step.lr.ph.i ]
-  %indvars.iv217 = phi i32 [ %indvars.iv.next218, %for_begin_step.i ], [ %623, %for_body_step.lr.ph.i ]
-  %indvars.iv1067.i = phi i64 [ %indvars.iv.next1068.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
-  %indvars.iv1067.i.tr634 = trunc i64 %indvars.iv1067.i to i32
-  %643 = shl i32 %indvars.iv1067.i.tr634, 7
-  %644 = add i32 %smax607, %643
-  %645 = sub i32 %smin606, %644
-  %smax608 = tail call i32 @llvm.smax.i32(i32 %645, i32 128)
-  %umin609 = tail call i32 @llvm.umin.i32(i32 %smax608, i32 256)
-  %646 = add nsw i32 %umin609, -128
-  %smin610 = tail call i32 @llvm.smin.i32(i32 %645, i32 128)
-  %647 = add nsw i32 %smin610, 7
-  %648 = and i32 %647, -8
-  %649 = add i32 %646, %648
-  %650 = zext i32 %649 to i64
-  %indvars.iv1067.i.tr635 = trunc i64 %indvars.iv1067.i to i32
-  %651 = shl i32 %indvars.iv1067.i.tr635, 7
-  %652 = add i32 %smax, %651
-  %653 = sub i32 %smin601, %652
-  %smax602 = tail call i32 @llvm.smax.i32(i32 %653, i32 128)
-  %umin = tail call i32 @llvm.umin.i32(i32 %smax602, i32 256)
-  %654 = add nsw i32 %umin, -128
-  %smin603 = tail call i32 @llvm.smin.i32(i32 %653, i32 128)
-  %655 = add nsw i32 %smin603, 7
-  %656 = and i32 %655, -8
-  %657 = add i32 %654, %656
-  %658 = zext i32 %657 to i64
-  %smax482 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
-  %indvars.iv1067.i.tr = trunc i64 %indvars.iv1067.i to i32
-  %659 = shl i32 %indvars.iv1067.i.tr, 7
-  %660 = add i32 %smax485, %659
-  %661 = sub i32 %smin484, %660
-  %662 = shl nuw nsw i64 %indvars.iv1067.i, 7
-  %scevgep463 = getelementptr i8, ptr %641, i64 %662
-  %663 = mul nsw i64 %indvars.iv1067.i, -128
-  %664 = trunc i64 %663 to i32
-  %665 = add i32 %599, %664
-  %smax464 = tail call i32 @llvm.smax.i32(i32 %665, i32 0)
-  %666 = zext nneg i32 %smax464 to i64
-  %smax466 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
-  %667 = trunc i64 %663 to i32
-  %668 = add i32 %602, %667
-  %669 = shl i32 %smax464, 4
-  %670 = sext i32 %669 to i64
-  %671 = shl nsw i64 %670, 2
-  %smax446 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
-  %672 = mul nsw i64 %indvars.iv1067.i, -128
-  %673 = trunc i64 %672 to i32
-  %674 = add i32 %605, %673
-  %675 = trunc i64 %672 to i32
-  %676 = add i32 %608, %675
-  %smax453 = tail call i32 @llvm.smax.i32(i32 %676, i32 0)
-  %677 = shl i32 %smax453, 4
-  %678 = sext i32 %677 to i64
-  %smax426 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
-  %indvars.iv1067.i.tr532 = trunc i64 %indvars.iv1067.i to i32
-  %679 = shl i32 %indvars.iv1067.i.tr532, 7
-  %680 = add i32 %smax429, %679
-  %681 = sub i32 %smin428, %680
-  %682 = shl nuw nsw i64 %indvars.iv1067.i, 7
-  %scevgep = getelementptr i8, ptr %642, i64 %682
-  %683 = mul nsw i64 %indvars.iv1067.i, -128
-  %684 = trunc i64 %683 to i32
-  %685 = add i32 %613, %684
-  %smax411 = tail call i32 @llvm.smax.i32(i32 %685, i32 0)
-  %686 = zext nneg i32 %smax411 to i64
-  %smax413 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
-  %687 = trunc i64 %683 to i32
-  %688 = add i32 %616, %687
-  %689 = shl i32 %smax411, 4
-  %690 = sext i32 %689 to i64
-  %691 = shl nsw i64 %690, 2
-  %indvars.iv1067.i.tr533 = trunc i64 %indvars.iv1067.i to i32
-  %692 = shl i32 %indvars.iv1067.i.tr533, 7
-  %693 = add i32 %618, %692
-  %694 = sub i32 %context_len.i, %693
-  %smax409 = tail call i32 @llvm.smax.i32(i32 %694, i32 0)
-  %695 = shl i32 %smax409, 4
-  %smax234 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
-  %696 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %key_offsets.i = tail call ptr %696(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %697 = icmp eq ptr %key_offsets.i, null
-  br i1 %697, label %fused_attend_compute_.exit, label %if_end126.i, !prof !8
+  %indvars.iv222 = phi i32 [ %indvars.iv.next223, %for_begin_step.i ], [ %623, %for_body_step.lr.ph.i ]
+  %indvars.iv220 = phi i32 [ %indvars.iv.next221, %for_begin_step.i ], [ %622, %for_body_step.lr.ph.i ]
+  %indvars.iv214 = phi i32 [ %indvars.iv.next215, %for_begin_step.i ], [ %621, %for_body_step.lr.ph.i ]
+  %indvars.iv1046.i = phi i64 [ %indvars.iv.next1047.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
+  %smax473 = tail call i32 @llvm.smax.i32(i32 %indvars.iv214, i32 0)
+  %indvars.iv1046.i.tr = trunc i64 %indvars.iv1046.i to i32
+  %644 = shl i32 %indvars.iv1046.i.tr, 7
+  %645 = add i32 %smax476, %644
+  %646 = sub i32 %smin475, %645
+  %647 = shl nuw nsw i64 %indvars.iv1046.i, 7
+  %scevgep454 = getelementptr i8, ptr %642, i64 %647
+  %648 = mul nsw i64 %indvars.iv1046.i, -128
+  %649 = trunc i64 %648 to i32
+  %650 = add i32 %599, %649
+  %smax455 = tail call i32 @llvm.smax.i32(i32 %650, i32 0)
+  %651 = zext nneg i32 %smax455 to i64
+  %smax457 = tail call i32 @llvm.smax.i32(i32 %indvars.iv214, i32 0)
+  %652 = trunc i64 %648 to i32
+  %653 = add i32 %602, %652
+  %654 = shl i32 %smax455, 4
+  %655 = sext i32 %654 to i64
+  %656 = shl nsw i64 %655, 2
+  %smax437 = tail call i32 @llvm.smax.i32(i32 %indvars.iv214, i32 0)
+  %657 = mul nsw i64 %indvars.iv1046.i, -128
+  %658 = trunc i64 %657 to i32
+  %659 = add i32 %605, %658
+  %660 = trunc i64 %657 to i32
+  %661 = add i32 %608, %660
+  %smax444 = tail call i32 @llvm.smax.i32(i32 %661, i32 0)
+  %662 = shl i32 %smax444, 4
+  %663 = sext i32 %662 to i64
+  %smax417 = tail call i32 @llvm.smax.i32(i32 %indvars.iv214, i32 0)
+  %indvars.iv1046.i.tr523 = trunc i64 %indvars.iv1046.i to i32
+  %664 = shl i32 %indvars.iv1046.i.tr523, 7
+  %665 = add i32 %smax420, %664
+  %666 = sub i32 %smin419, %665
+  %667 = shl nuw nsw i64 %indvars.iv1046.i, 7
+  %scevgep = getelementptr i8, ptr %643, i64 %667
+  %668 = mul nsw i64 %indvars.iv1046.i, -128
+  %669 = trunc i64 %668 to i32
+  %670 = add i32 %613, %669
+  %smax402 = tail call i32 @llvm.smax.i32(i32 %670, i32 0)
+  %671 = zext nneg i32 %smax402 to i64
+  %smax404 = tail call i32 @llvm.smax.i32(i32 %indvars.iv214, i32 0)
+  %672 = trunc i64 %668 to i32
+  %673 = add i32 %616, %672
+  %674 = trunc i64 %668 to i32
+  %675 = sub i32 %674, %smax407
+  %676 = shl i32 %smax402, 4
+  %677 = sext i32 %676 to i64
+  %678 = shl nsw i64 %677, 2
+  %indvars.iv1046.i.tr524 = trunc i64 %indvars.iv1046.i to i32
+  %679 = shl i32 %indvars.iv1046.i.tr524, 7
+  %680 = add i32 %618, %679
+  %681 = sub i32 %context_len.i, %680
+  %smax400 = tail call i32 @llvm.smax.i32(i32 %681, i32 0)
+  %682 = shl i32 %smax400, 4
+  %smax226 = tail call i32 @llvm.smax.i32(i32 %indvars.iv214, i32 0)
+  %683 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %key_offsets.i = tail call ptr %683(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %684 = icmp eq ptr %key_offsets.i, null
+  br i1 %684, label %fused_attend_compute_.exit, label %if_end126.i, !prof !8
 
 if_end126.i:                                      ; preds = %for_body_step.i
-  %698 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %value_offsets.i = tail call ptr %698(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %699 = icmp eq ptr %value_offsets.i, null
-  br i1 %699, label %fused_attend_compute_.exit, label %if_end129.i, !prof !8
+  %685 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %value_offsets.i = tail call ptr %685(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %686 = icmp eq ptr %value_offsets.i, null
+  br i1 %686, label %fused_attend_compute_.exit, label %if_end129.i, !prof !8
 
 if_end129.i:                                      ; preds = %if_end126.i
-  %700 = shl nsw i64 %indvars.iv1067.i, 7
-  %701 = add nsw i64 %700, %640
-  %702 = trunc i64 %701 to i32
-  %703 = sub i32 %633, %702
-  %704 = tail call i32 @llvm.smax.i32(i32 %703, i32 128)
-  %705 = tail call i32 @llvm.umin.i32(i32 %704, i32 256)
-  %706 = add nsw i32 %705, -128
-  %707 = tail call i32 @llvm.smin.i32(i32 %703, i32 128)
-  %708 = add nsw i32 %707, 7
-  %709 = ashr i32 %708, 3
-  %710 = and i32 %708, -8
-  %711 = add nsw i32 %706, %710
-  %712 = icmp sgt i32 %711, 0
-  br i1 %712, label %for_body_t.i.preheader, label %for_begin_kv_head.preheader.i, !prof !3
+  %687 = shl nsw i64 %indvars.iv1046.i, 7
+  %688 = add nsw i64 %687, %640
+  %689 = trunc i64 %688 to i32
+  %690 = sub i32 %633, %689
+  %691 = tail call i32 @llvm.smin.i32(i32 %690, i32 128)
+  %692 = add nsw i32 %691, 7
+  %693 = ashr i32 %692, 3
+  %694 = and i32 %692, -8
+  %695 = icmp slt i64 %688, %invariant.op.i
+  %696 = select i1 %695, i32 256, i32 %694
+  %697 = icmp sgt i32 %696, 0
+  br i1 %697, label %for_body_t.preheader.i, label %for_begin_kv_head.preheader.i, !prof !3
 
-for_body_t.i.preheader:                           ; preds = %if_end129.i
-  %xtraiter = and i64 %658, 1
-  %713 = icmp eq i32 %657, 1
-  br i1 %713, label %for_body_t.i.epil.preheader, label %for_body_t.i.preheader.new, !prof !4
-
-for_body_t.i.preheader.new:                       ; preds = %for_body_t.i.preheader
-  %unroll_iter = and i64 %658, 4294967294
+for_body_t.preheader.i:                           ; preds = %if_end129.i
+  %wide.trip.count924.i = zext nneg i32 %696 to i64
   br label %for_body_t.i
 
-for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.i.preheader.new
-  %indvars.iv940.i = phi i64 [ 0, %for_body_t.i.preheader.new ], [ %indvars.iv.next941.i.1, %for_body_t.i ]
-  %niter = phi i64 [ 0, %for_body_t.i.preheader.new ], [ %niter.next.1, %for_body_t.i ]
-  %714 = add nsw i64 %indvars.iv940.i, %701
-  %715 = trunc nsw i64 %714 to i32
-  %716 = tail call i32 @llvm.smin.i32(i32 %715, i32 %639)
-  %717 = sext i32 %716 to i64
-  %718 = ashr i64 %717, 4
-  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %718
-  %719 = load i32, ptr %gep.i, align 4, !tbaa !5
-  %block.i = sext i32 %719 to i64
-  %720 = and i64 %717, 15
-  %721 = mul nsw i64 %720, %k_row
-  %722 = mul nsw i64 %k_block, %block.i
-  %723 = add nsw i64 %721, %722
-  %724 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv940.i
-  store i64 %723, ptr %724, align 8, !tbaa !5
-  %indvars.iv.next941.i = or disjoint i64 %indvars.iv940.i, 1
-  %725 = add nsw i64 %indvars.iv.next941.i, %701
-  %726 = trunc nsw i64 %725 to i32
-  %727 = tail call i32 @llvm.smin.i32(i32 %726, i32 %639)
-  %728 = sext i32 %727 to i64
-  %729 = ashr i64 %728, 4
-  %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %729
-  %730 = load i32, ptr %gep.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %730 to i64
-  %731 = and i64 %728, 15
-  %732 = mul nsw i64 %731, %k_row
-  %733 = mul nsw i64 %k_block, %block.i.1
-  %734 = add nsw i64 %732, %733
-  %735 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next941.i
-  store i64 %734, ptr %735, align 8, !tbaa !5
-  %indvars.iv.next941.i.1 = add nuw nsw i64 %indvars.iv940.i, 2
-  %niter.next.1 = add i64 %niter, 2
-  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_body_t132.i.preheader.unr-lcssa, label %for_body_t.i, !prof !9, !llvm.loop !43
+for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.preheader.i
+  %indvars.iv921.i = phi i64 [ 0, %for_body_t.preheader.i ], [ %indvars.iv.next922.i.1, %for_body_t.i ]
+  %698 = add nsw i64 %indvars.iv921.i, %688
+  %699 = trunc nsw i64 %698 to i32
+  %700 = tail call i32 @llvm.smin.i32(i32 %699, i32 %639)
+  %701 = sext i32 %700 to i64
+  %702 = ashr i64 %701, 4
+  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %702
+  %703 = load i32, ptr %gep.i, align 4, !tbaa !5
+  %block.i = sext i32 %703 to i64
+  %704 = and i64 %701, 15
+  %705 = mul nsw i64 %704, %k_row
+  %706 = mul nsw i64 %k_block, %block.i
+  %707 = add nsw i64 %705, %706
+  %708 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv921.i
+  store i64 %707, ptr %708, align 8, !tbaa !5
+  %indvars.iv.next922.i = or disjoint i64 %indvars.iv921.i, 1
+  %709 = add nsw i64 %indvars.iv.next922.i, %688
+  %710 = trunc nsw i64 %709 to i32
+  %711 = tail call i32 @llvm.smin.i32(i32 %710, i32 %639)
+  %712 = sext i32 %711 to i64
+  %713 = ashr i64 %712, 4
+  %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %713
+  %714 = load i32, ptr %gep.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %714 to i64
+  %715 = and i64 %712, 15
+  %716 = mul nsw i64 %715, %k_row
+  %717 = mul nsw i64 %k_block, %block.i.1
+  %718 = add nsw i64 %716, %717
+  %719 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next922.i
+  store i64 %718, ptr %719, align 8, !tbaa !5
+  %indvars.iv.next922.i.1 = add nuw nsw i64 %indvars.iv921.i, 2
+  %exitcond925.not.i.1 = icmp eq i64 %indvars.iv.next922.i.1, %wide.trip.count924.i
+  br i1 %exitcond925.not.i.1, label %for_body_t132.i, label %for_body_t.i, !prof !13, !llvm.loop !43
 
-for_body_t132.i.preheader.unr-lcssa:              ; preds = %for_body_t.i
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br i1 %lcmp.mod.not, label %for_body_t132.i.preheader, label %for_body_t.i.epil.preheader, !prof !12
-
-for_body_t.i.epil.preheader:                      ; preds = %for_body_t132.i.preheader.unr-lcssa, %for_body_t.i.preheader
-  %indvars.iv940.i.epil.init = phi i64 [ 0, %for_body_t.i.preheader ], [ %indvars.iv.next941.i.1, %for_body_t132.i.preheader.unr-lcssa ]
-  %lcmp.mod604 = icmp ne i64 %xtraiter, 0
-  tail call void @llvm.assume(i1 %lcmp.mod604)
-  %736 = add nsw i64 %indvars.iv940.i.epil.init, %701
-  %737 = trunc nsw i64 %736 to i32
-  %738 = tail call i32 @llvm.smin.i32(i32 %737, i32 %639)
-  %739 = sext i32 %738 to i64
-  %740 = ashr i64 %739, 4
-  %gep.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %740
-  %741 = load i32, ptr %gep.i.epil, align 4, !tbaa !5
-  %block.i.epil = sext i32 %741 to i64
-  %742 = and i64 %739, 15
-  %743 = mul nsw i64 %742, %k_row
-  %744 = mul nsw i64 %k_block, %block.i.epil
-  %745 = add nsw i64 %743, %744
-  %746 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv940.i.epil.init
-  store i64 %745, ptr %746, align 8, !tbaa !5
-  br label %for_body_t132.i.preheader
-
-for_body_t132.i.preheader:                        ; preds = %for_body_t.i.epil.preheader, %for_body_t132.i.preheader.unr-lcssa
-  %xtraiter611 = and i64 %650, 1
-  %747 = icmp eq i32 %649, 1
-  br i1 %747, label %for_body_t132.i.epil.preheader, label %for_body_t132.i.preheader.new, !prof !4
-
-for_body_t132.i.preheader.new:                    ; preds = %for_body_t132.i.preheader
-  %unroll_iter614 = and i64 %650, 4294967294
-  br label %for_body_t132.i
-
-for_begin_kv_head.preheader.i.loopexit.unr-lcssa: ; preds = %for_body_t132.i
-  %lcmp.mod612.not = icmp eq i64 %xtraiter611, 0
-  br i1 %lcmp.mod612.not, label %for_begin_kv_head.preheader.i, label %for_body_t132.i.epil.preheader, !prof !12
-
-for_body_t132.i.epil.preheader:                   ; preds = %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %for_body_t132.i.preheader
-  %indvars.iv943.i.epil.init = phi i64 [ 0, %for_body_t132.i.preheader ], [ %indvars.iv.next944.i.1, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa ]
-  %lcmp.mod613 = icmp ne i64 %xtraiter611, 0
-  tail call void @llvm.assume(i1 %lcmp.mod613)
-  %748 = add nsw i64 %indvars.iv943.i.epil.init, %701
-  %749 = trunc nsw i64 %748 to i32
-  %750 = tail call i32 @llvm.smin.i32(i32 %749, i32 %639)
-  %751 = sext i32 %750 to i64
-  %752 = ashr i64 %751, 4
-  %gep697.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %752
-  %753 = load i32, ptr %gep697.i.epil, align 4, !tbaa !5
-  %block139.i.epil = sext i32 %753 to i64
-  %754 = and i64 %751, 15
-  %755 = mul nsw i64 %754, %v_row
-  %756 = mul nsw i64 %v_block, %block139.i.epil
-  %757 = add nsw i64 %755, %756
-  %758 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv943.i.epil.init
-  store i64 %757, ptr %758, align 8, !tbaa !5
-  br label %for_begin_kv_head.preheader.i
-
-for_begin_kv_head.preheader.i:                    ; preds = %for_body_t132.i.epil.preheader, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %if_end129.i
+for_begin_kv_head.preheader.i:                    ; preds = %for_body_t132.i, %if_end129.i
   br i1 %361, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
 
 for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
-  %759 = icmp sgt i32 %709, 0
-  %760 = add nsw i32 %705, -129
-  %761 = add i32 %tree_size, %702
-  %762 = sub i32 %context_len.i, %761
-  %763 = tail call i32 @llvm.smax.i32(i32 %762, i32 0)
-  %764 = zext nneg i32 %763 to i64
-  %765 = icmp eq i64 %indvars.iv1067.i, 0
-  %766 = insertelement <16 x i1> poison, i1 %765, i64 0
-  %767 = shufflevector <16 x i1> %766, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count953.i = zext nneg i32 %709 to i64
-  %768 = getelementptr i8, ptr %375, i64 %701
-  %769 = getelementptr i8, ptr %768, i64 %764
-  %scevgep412 = getelementptr i8, ptr %scevgep, i64 %686
-  %scevgep465 = getelementptr i8, ptr %scevgep463, i64 %666
-  %broadcast.splatinsert495 = insertelement <8 x i32> poison, i32 %763, i64 0
-  %broadcast.splat496 = shufflevector <8 x i32> %broadcast.splatinsert495, <8 x i32> poison, <8 x i32> zeroinitializer
-  %broadcast.splatinsert438 = insertelement <8 x i32> poison, i32 %763, i64 0
-  %broadcast.splat439 = shufflevector <8 x i32> %broadcast.splatinsert438, <8 x i32> poison, <8 x i32> zeroinitializer
+  %720 = icmp sgt i32 %693, 0
+  %721 = add i32 %tree_size, %689
+  %722 = sub i32 %context_len.i, %721
+  %723 = tail call i32 @llvm.smax.i32(i32 %722, i32 0)
+  %724 = zext nneg i32 %723 to i64
+  %725 = icmp eq i64 %indvars.iv1046.i, 0
+  %726 = insertelement <16 x i1> poison, i1 %725, i64 0
+  %727 = shufflevector <16 x i1> %726, <16 x i1> poison, <16 x i32> zeroinitializer
+  %wide.trip.count938.i = zext nneg i32 %693 to i64
+  %728 = getelementptr i8, ptr %379, i64 %688
+  %729 = getelementptr i8, ptr %728, i64 %724
+  %scevgep403 = getelementptr i8, ptr %scevgep, i64 %671
+  %scevgep456 = getelementptr i8, ptr %scevgep454, i64 %651
+  %broadcast.splatinsert486 = insertelement <8 x i32> poison, i32 %723, i64 0
+  %broadcast.splat487 = shufflevector <8 x i32> %broadcast.splatinsert486, <8 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splatinsert429 = insertelement <8 x i32> poison, i32 %723, i64 0
+  %broadcast.splat430 = shufflevector <8 x i32> %broadcast.splatinsert429, <8 x i32> poison, <8 x i32> zeroinitializer
   br label %for_body_kv_head.i
 
-for_body_t132.i:                                  ; preds = %for_body_t132.i, %for_body_t132.i.preheader.new
-  %indvars.iv943.i = phi i64 [ 0, %for_body_t132.i.preheader.new ], [ %indvars.iv.next944.i.1, %for_body_t132.i ]
-  %niter615 = phi i64 [ 0, %for_body_t132.i.preheader.new ], [ %niter615.next.1, %for_body_t132.i ]
-  %770 = add nsw i64 %indvars.iv943.i, %701
-  %771 = trunc nsw i64 %770 to i32
-  %772 = tail call i32 @llvm.smin.i32(i32 %771, i32 %639)
-  %773 = sext i32 %772 to i64
-  %774 = ashr i64 %773, 4
-  %gep697.i = getelementptr i32, ptr %invariant.gep.i, i64 %774
-  %775 = load i32, ptr %gep697.i, align 4, !tbaa !5
-  %block139.i = sext i32 %775 to i64
-  %776 = and i64 %773, 15
-  %777 = mul nsw i64 %776, %v_row
-  %778 = mul nsw i64 %v_block, %block139.i
-  %779 = add nsw i64 %777, %778
-  %780 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv943.i
-  store i64 %779, ptr %780, align 8, !tbaa !5
-  %indvars.iv.next944.i = or disjoint i64 %indvars.iv943.i, 1
-  %781 = add nsw i64 %indvars.iv.next944.i, %701
-  %782 = trunc nsw i64 %781 to i32
-  %783 = tail call i32 @llvm.smin.i32(i32 %782, i32 %639)
-  %784 = sext i32 %783 to i64
-  %785 = ashr i64 %784, 4
-  %gep697.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %785
-  %786 = load i32, ptr %gep697.i.1, align 4, !tbaa !5
-  %block139.i.1 = sext i32 %786 to i64
-  %787 = and i64 %784, 15
-  %788 = mul nsw i64 %787, %v_row
-  %789 = mul nsw i64 %v_block, %block139.i.1
-  %790 = add nsw i64 %788, %789
-  %791 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next944.i
-  store i64 %790, ptr %791, align 8, !tbaa !5
-  %indvars.iv.next944.i.1 = add nuw nsw i64 %indvars.iv943.i, 2
-  %niter615.next.1 = add i64 %niter615, 2
-  %niter615.ncmp.1 = icmp eq i64 %niter615.next.1, %unroll_iter614
-  br i1 %niter615.ncmp.1, label %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, label %for_body_t132.i, !prof !9, !llvm.loop !44
+for_body_t132.i:                                  ; preds = %for_body_t132.i, %for_body_t.i
+  %indvars.iv926.i = phi i64 [ %indvars.iv.next927.i.1, %for_body_t132.i ], [ 0, %for_body_t.i ]
+  %730 = add nsw i64 %indvars.iv926.i, %688
+  %731 = trunc nsw i64 %730 to i32
+  %732 = tail call i32 @llvm.smin.i32(i32 %731, i32 %639)
+  %733 = sext i32 %732 to i64
+  %734 = ashr i64 %733, 4
+  %gep682.i = getelementptr i32, ptr %invariant.gep.i, i64 %734
+  %735 = load i32, ptr %gep682.i, align 4, !tbaa !5
+  %block139.i = sext i32 %735 to i64
+  %736 = and i64 %733, 15
+  %737 = mul nsw i64 %736, %v_row
+  %738 = mul nsw i64 %v_block, %block139.i
+  %739 = add nsw i64 %737, %738
+  %740 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv926.i
+  store i64 %739, ptr %740, align 8, !tbaa !5
+  %indvars.iv.next927.i = or disjoint i64 %indvars.iv926.i, 1
+  %741 = add nsw i64 %indvars.iv.next927.i, %688
+  %742 = trunc nsw i64 %741 to i32
+  %743 = tail call i32 @llvm.smin.i32(i32 %742, i32 %639)
+  %744 = sext i32 %743 to i64
+  %745 = ashr i64 %744, 4
+  %gep682.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %745
+  %746 = load i32, ptr %gep682.i.1, align 4, !tbaa !5
+  %block139.i.1 = sext i32 %746 to i64
+  %747 = and i64 %744, 15
+  %748 = mul nsw i64 %747, %v_row
+  %749 = mul nsw i64 %v_block, %block139.i.1
+  %750 = add nsw i64 %748, %749
+  %751 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next927.i
+  store i64 %750, ptr %751, align 8, !tbaa !5
+  %indvars.iv.next927.i.1 = add nuw nsw i64 %indvars.iv926.i, 2
+  %exitcond930.not.i.1 = icmp eq i64 %indvars.iv.next927.i.1, %wide.trip.count924.i
+  br i1 %exitcond930.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t132.i, !prof !13, !llvm.loop !44
 
-for_begin_kv_head.i:                              ; preds = %if_end343.i
-  %indvars.iv.next1063.i = add nuw nsw i64 %indvars.iv1062.i, 1
-  %exitcond1066.not.i = icmp eq i64 %indvars.iv.next1063.i, %wide.trip.count1065.i
-  br i1 %exitcond1066.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
+for_begin_kv_head.i:                              ; preds = %if_end331.i
+  %indvars.iv.next1042.i = add nuw nsw i64 %indvars.iv1041.i, 1
+  %exitcond1045.not.i = icmp eq i64 %indvars.iv.next1042.i, %wide.trip.count1044.i
+  br i1 %exitcond1045.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i, %for_body_kv_head.lr.ph.i
-  %indvars.iv1062.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1063.i, %for_begin_kv_head.i ]
-  %792 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %k_tile.i = tail call ptr %792(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %793 = icmp eq ptr %k_tile.i, null
-  br i1 %793, label %fused_attend_compute_.exit, label %if_end143.i, !prof !8
+  %indvars.iv1041.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1042.i, %for_begin_kv_head.i ]
+  %752 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %k_tile.i = tail call ptr %752(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %753 = icmp eq ptr %k_tile.i, null
+  br i1 %753, label %fused_attend_compute_.exit, label %if_end143.i, !prof !8
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i, %for_begin_kv_head.preheader.i
-  %794 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %795 = tail call i32 %794(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not589.i = icmp eq i32 %795, 0
-  br i1 %.not589.i, label %if_end349.i, label %fused_attend_compute_.exit, !prof !38
+  %754 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %755 = tail call i32 %754(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not576.i = icmp eq i32 %755, 0
+  br i1 %.not576.i, label %if_end337.i, label %fused_attend_compute_.exit, !prof !38
 
 if_end143.i:                                      ; preds = %for_body_kv_head.i
-  %796 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %v_tile.i = tail call ptr %796(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %797 = icmp eq ptr %v_tile.i, null
-  br i1 %797, label %fused_attend_compute_.exit, label %if_end146.i, !prof !8
+  %756 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %v_tile.i = tail call ptr %756(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %757 = icmp eq ptr %v_tile.i, null
+  br i1 %757, label %fused_attend_compute_.exit, label %if_end146.i, !prof !8
 
 if_end146.i:                                      ; preds = %if_end143.i
-  %798 = add nsw i64 %indvars.iv1062.i, %362
-  br i1 %759, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
+  %758 = add nsw i64 %indvars.iv1041.i, %362
+  br i1 %720, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
 
 for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end146.i
-  %799 = mul nsw i64 %798, %k_head
-  %invariant.gep698.i = getelementptr i32, ptr %key_cache, i64 %799
+  %759 = mul nsw i64 %758, %k_head
+  %invariant.gep683.i = getelementptr i32, ptr %key_cache, i64 %759
   br label %for_begin_ti.preheader.i
 
 for_begin_ti153.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
-  %800 = mul nsw i64 %798, %v_head
-  %invariant.gep716.i = getelementptr i32, ptr %value_cache, i64 %800
+  %760 = mul nsw i64 %758, %v_head
+  %invariant.gep701.i = getelementptr i32, ptr %value_cache, i64 %760
   br label %for_begin_ti153.preheader.i
 
 for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.lr.ph.i
-  %indvars.iv950.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next951.i, %for_begin_ti.preheader.i ]
-  %.idx = shl nsw i64 %indvars.iv950.i, 6
-  %801 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
-  %802 = load i64, ptr %801, align 8, !tbaa !5
-  %gep699.i = getelementptr i32, ptr %invariant.gep698.i, i64 %802
-  %803 = load <16 x i32>, ptr %gep699.i, align 4, !tbaa !5
-  %804 = shl <16 x i32> %803, splat (i32 16)
-  %.idx68 = shl nsw i64 %indvars.iv950.i, 12
-  %805 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx68
-  store <16 x i32> %804, ptr %805, align 4, !tbaa !5
-  %806 = load i64, ptr %801, align 8, !tbaa !5
-  %gep701.i = getelementptr i32, ptr %invariant.gep698.i, i64 %806
-  %807 = load <16 x i32>, ptr %gep701.i, align 4, !tbaa !5
-  %808 = and <16 x i32> %807, %366
-  %809 = getelementptr inbounds nuw i8, ptr %805, i64 64
-  store <16 x i32> %808, ptr %809, align 4, !tbaa !5
-  %810 = load i64, ptr %801, align 8, !tbaa !5
-  %gep703.i = getelementptr i32, ptr %invariant.gep698.i, i64 %810
-  %811 = getelementptr i8, ptr %gep703.i, i64 64
-  %812 = load <16 x i32>, ptr %811, align 4, !tbaa !5
-  %813 = shl <16 x i32> %812, splat (i32 16)
-  %814 = getelementptr inbounds nuw i8, ptr %805, i64 128
-  store <16 x i32> %813, ptr %814, align 4, !tbaa !5
-  %815 = load i64, ptr %801, align 8, !tbaa !5
-  %gep705.i = getelementptr i32, ptr %invariant.gep698.i, i64 %815
-  %816 = getelementptr i8, ptr %gep705.i, i64 64
-  %817 = load <16 x i32>, ptr %816, align 4, !tbaa !5
-  %818 = and <16 x i32> %817, %366
-  %819 = getelementptr inbounds nuw i8, ptr %805, i64 192
-  store <16 x i32> %818, ptr %819, align 4, !tbaa !5
-  %820 = load i64, ptr %801, align 8, !tbaa !5
-  %gep707.i = getelementptr i32, ptr %invariant.gep698.i, i64 %820
-  %821 = getelementptr i8, ptr %gep707.i, i64 128
-  %822 = load <16 x i32>, ptr %821, align 4, !tbaa !5
-  %823 = shl <16 x i32> %822, splat (i32 16)
-  %824 = getelementptr inbounds nuw i8, ptr %805, i64 256
-  store <16 x i32> %823, ptr %824, align 4, !tbaa !5
-  %825 = load i64, ptr %801, align 8, !tbaa !5
-  %gep709.i = getelementptr i32, ptr %invariant.gep698.i, i64 %825
-  %826 = getelementptr i8, ptr %gep709.i, i64 128
-  %827 = load <16 x i32>, ptr %826, align 4, !tbaa !5
-  %828 = and <16 x i32> %827, %366
-  %829 = getelementptr inbounds nuw i8, ptr %805, i64 320
-  store <16 x i32> %828, ptr %829, align 4, !tbaa !5
-  %830 = load i64, ptr %801, align 8, !tbaa !5
-  %gep711.i = getelementptr i32, ptr %invariant.gep698.i, i64 %830
-  %831 = getelementptr i8, ptr %gep711.i, i64 192
-  %832 = load <16 x i32>, ptr %831, align 4, !tbaa !5
-  %833 = shl <16 x i32> %832, splat (i32 16)
-  %834 = getelementptr inbounds nuw i8, ptr %805, i64 384
-  store <16 x i32> %833, ptr %834, align 4, !tbaa !5
-  %835 = load i64, ptr %801, align 8, !tbaa !5
-  %gep713.i = getelementptr i32, ptr %invariant.gep698.i, i64 %835
-  %836 = getelementptr i8, ptr %gep713.i, i64 192
-  %837 = load <16 x i32>, ptr %836, align 4, !tbaa !5
-  %838 = and <16 x i32> %837, %366
-  %839 = getelementptr inbounds nuw i8, ptr %805, i64 448
-  store <16 x i32> %838, ptr %839, align 4, !tbaa !5
-  %840 = getelementptr inbounds nuw i8, ptr %801, i64 8
-  %841 = load i64, ptr %840, align 8, !tbaa !5
-  %gep699.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %841
-  %842 = load <16 x i32>, ptr %gep699.1.i, align 4, !tbaa !5
-  %843 = shl <16 x i32> %842, splat (i32 16)
-  %844 = getelementptr inbounds nuw i8, ptr %805, i64 512
-  store <16 x i32> %843, ptr %844, align 4, !tbaa !5
-  %845 = load i64, ptr %840, align 8, !tbaa !5
-  %gep701.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %845
-  %846 = load <16 x i32>, ptr %gep701.1.i, align 4, !tbaa !5
-  %847 = and <16 x i32> %846, %366
-  %848 = getelementptr inbounds nuw i8, ptr %805, i64 576
-  store <16 x i32> %847, ptr %848, align 4, !tbaa !5
-  %849 = load i64, ptr %840, align 8, !tbaa !5
-  %gep703.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %849
-  %850 = getelementptr i8, ptr %gep703.1.i, i64 64
-  %851 = load <16 x i32>, ptr %850, align 4, !tbaa !5
-  %852 = shl <16 x i32> %851, splat (i32 16)
-  %853 = getelementptr inbounds nuw i8, ptr %805, i64 640
-  store <16 x i32> %852, ptr %853, align 4, !tbaa !5
-  %854 = load i64, ptr %840, align 8, !tbaa !5
-  %gep705.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %854
-  %855 = getelementptr i8, ptr %gep705.1.i, i64 64
-  %856 = load <16 x i32>, ptr %855, align 4, !tbaa !5
-  %857 = and <16 x i32> %856, %366
-  %858 = getelementptr inbounds nuw i8, ptr %805, i64 704
-  store <16 x i32> %857, ptr %858, align 4, !tbaa !5
-  %859 = load i64, ptr %840, align 8, !tbaa !5
-  %gep707.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %859
-  %860 = getelementptr i8, ptr %gep707.1.i, i64 128
-  %861 = load <16 x i32>, ptr %860, align 4, !tbaa !5
-  %862 = shl <16 x i32> %861, splat (i32 16)
-  %863 = getelementptr inbounds nuw i8, ptr %805, i64 768
-  store <16 x i32> %862, ptr %863, align 4, !tbaa !5
-  %864 = load i64, ptr %840, align 8, !tbaa !5
-  %gep709.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %864
-  %865 = getelementptr i8, ptr %gep709.1.i, i64 128
-  %866 = load <16 x i32>, ptr %865, align 4, !tbaa !5
-  %867 = and <16 x i32> %866, %366
-  %868 = getelementptr inbounds nuw i8, ptr %805, i64 832
-  store <16 x i32> %867, ptr %868, align 4, !tbaa !5
-  %869 = load i64, ptr %840, align 8, !tbaa !5
-  %gep711.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %869
-  %870 = getelementptr i8, ptr %gep711.1.i, i64 192
-  %871 = load <16 x i32>, ptr %870, align 4, !tbaa !5
-  %872 = shl <16 x i32> %871, splat (i32 16)
-  %873 = getelementptr inbounds nuw i8, ptr %805, i64 896
-  store <16 x i32> %872, ptr %873, align 4, !tbaa !5
-  %874 = load i64, ptr %840, align 8, !tbaa !5
-  %gep713.1.i = getelementptr i32, ptr %invariant.gep698.i, i64 %874
-  %875 = getelementptr i8, ptr %gep713.1.i, i64 192
-  %876 = load <16 x i32>, ptr %875, align 4, !tbaa !5
-  %877 = and <16 x i32> %876, %366
-  %878 = getelementptr inbounds nuw i8, ptr %805, i64 960
-  store <16 x i32> %877, ptr %878, align 4, !tbaa !5
-  %879 = getelementptr inbounds nuw i8, ptr %801, i64 16
-  %880 = load i64, ptr %879, align 8, !tbaa !5
-  %gep699.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %880
-  %881 = load <16 x i32>, ptr %gep699.2.i, align 4, !tbaa !5
-  %882 = shl <16 x i32> %881, splat (i32 16)
-  %883 = getelementptr inbounds nuw i8, ptr %805, i64 1024
-  store <16 x i32> %882, ptr %883, align 4, !tbaa !5
-  %884 = load i64, ptr %879, align 8, !tbaa !5
-  %gep701.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %884
-  %885 = load <16 x i32>, ptr %gep701.2.i, align 4, !tbaa !5
-  %886 = and <16 x i32> %885, %366
-  %887 = getelementptr inbounds nuw i8, ptr %805, i64 1088
-  store <16 x i32> %886, ptr %887, align 4, !tbaa !5
-  %888 = load i64, ptr %879, align 8, !tbaa !5
-  %gep703.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %888
-  %889 = getelementptr i8, ptr %gep703.2.i, i64 64
-  %890 = load <16 x i32>, ptr %889, align 4, !tbaa !5
-  %891 = shl <16 x i32> %890, splat (i32 16)
-  %892 = getelementptr inbounds nuw i8, ptr %805, i64 1152
-  store <16 x i32> %891, ptr %892, align 4, !tbaa !5
-  %893 = load i64, ptr %879, align 8, !tbaa !5
-  %gep705.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %893
-  %894 = getelementptr i8, ptr %gep705.2.i, i64 64
-  %895 = load <16 x i32>, ptr %894, align 4, !tbaa !5
-  %896 = and <16 x i32> %895, %366
-  %897 = getelementptr inbounds nuw i8, ptr %805, i64 1216
-  store <16 x i32> %896, ptr %897, align 4, !tbaa !5
-  %898 = load i64, ptr %879, align 8, !tbaa !5
-  %gep707.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %898
-  %899 = getelementptr i8, ptr %gep707.2.i, i64 128
-  %900 = load <16 x i32>, ptr %899, align 4, !tbaa !5
-  %901 = shl <16 x i32> %900, splat (i32 16)
-  %902 = getelementptr inbounds nuw i8, ptr %805, i64 1280
-  store <16 x i32> %901, ptr %902, align 4, !tbaa !5
-  %903 = load i64, ptr %879, align 8, !tbaa !5
-  %gep709.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %903
-  %904 = getelementptr i8, ptr %gep709.2.i, i64 128
-  %905 = load <16 x i32>, ptr %904, align 4, !tbaa !5
-  %906 = and <16 x i32> %905, %366
-  %907 = getelementptr inbounds nuw i8, ptr %805, i64 1344
-  store <16 x i32> %906, ptr %907, align 4, !tbaa !5
-  %908 = load i64, ptr %879, align 8, !tbaa !5
-  %gep711.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %908
-  %909 = getelementptr i8, ptr %gep711.2.i, i64 192
-  %910 = load <16 x i32>, ptr %909, align 4, !tbaa !5
-  %911 = shl <16 x i32> %910, splat (i32 16)
-  %912 = getelementptr inbounds nuw i8, ptr %805, i64 1408
-  store <16 x i32> %911, ptr %912, align 4, !tbaa !5
-  %913 = load i64, ptr %879, align 8, !tbaa !5
-  %gep713.2.i = getelementptr i32, ptr %invariant.gep698.i, i64 %913
-  %914 = getelementptr i8, ptr %gep713.2.i, i64 192
-  %915 = load <16 x i32>, ptr %914, align 4, !tbaa !5
-  %916 = and <16 x i32> %915, %366
-  %917 = getelementptr inbounds nuw i8, ptr %805, i64 1472
-  store <16 x i32> %916, ptr %917, align 4, !tbaa !5
-  %918 = getelementptr inbounds nuw i8, ptr %801, i64 24
-  %919 = load i64, ptr %918, align 8, !tbaa !5
-  %gep699.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %919
-  %920 = load <16 x i32>, ptr %gep699.3.i, align 4, !tbaa !5
-  %921 = shl <16 x i32> %920, splat (i32 16)
-  %922 = getelementptr inbounds nuw i8, ptr %805, i64 1536
-  store <16 x i32> %921, ptr %922, align 4, !tbaa !5
-  %923 = load i64, ptr %918, align 8, !tbaa !5
-  %gep701.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %923
-  %924 = load <16 x i32>, ptr %gep701.3.i, align 4, !tbaa !5
-  %925 = and <16 x i32> %924, %366
-  %926 = getelementptr inbounds nuw i8, ptr %805, i64 1600
-  store <16 x i32> %925, ptr %926, align 4, !tbaa !5
-  %927 = load i64, ptr %918, align 8, !tbaa !5
-  %gep703.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %927
-  %928 = getelementptr i8, ptr %gep703.3.i, i64 64
-  %929 = load <16 x i32>, ptr %928, align 4, !tbaa !5
-  %930 = shl <16 x i32> %929, splat (i32 16)
-  %931 = getelementptr inbounds nuw i8, ptr %805, i64 1664
-  store <16 x i32> %930, ptr %931, align 4, !tbaa !5
-  %932 = load i64, ptr %918, align 8, !tbaa !5
-  %gep705.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %932
-  %933 = getelementptr i8, ptr %gep705.3.i, i64 64
-  %934 = load <16 x i32>, ptr %933, align 4, !tbaa !5
-  %935 = and <16 x i32> %934, %366
-  %936 = getelementptr inbounds nuw i8, ptr %805, i64 1728
-  store <16 x i32> %935, ptr %936, align 4, !tbaa !5
-  %937 = load i64, ptr %918, align 8, !tbaa !5
-  %gep707.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %937
-  %938 = getelementptr i8, ptr %gep707.3.i, i64 128
-  %939 = load <16 x i32>, ptr %938, align 4, !tbaa !5
-  %940 = shl <16 x i32> %939, splat (i32 16)
-  %941 = getelementptr inbounds nuw i8, ptr %805, i64 1792
-  store <16 x i32> %940, ptr %941, align 4, !tbaa !5
-  %942 = load i64, ptr %918, align 8, !tbaa !5
-  %gep709.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %942
-  %943 = getelementptr i8, ptr %gep709.3.i, i64 128
-  %944 = load <16 x i32>, ptr %943, align 4, !tbaa !5
-  %945 = and <16 x i32> %944, %366
-  %946 = getelementptr inbounds nuw i8, ptr %805, i64 1856
-  store <16 x i32> %945, ptr %946, align 4, !tbaa !5
-  %947 = load i64, ptr %918, align 8, !tbaa !5
-  %gep711.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %947
-  %948 = getelementptr i8, ptr %gep711.3.i, i64 192
-  %949 = load <16 x i32>, ptr %948, align 4, !tbaa !5
-  %950 = shl <16 x i32> %949, splat (i32 16)
-  %951 = getelementptr inbounds nuw i8, ptr %805, i64 1920
-  store <16 x i32> %950, ptr %951, align 4, !tbaa !5
-  %952 = load i64, ptr %918, align 8, !tbaa !5
-  %gep713.3.i = getelementptr i32, ptr %invariant.gep698.i, i64 %952
-  %953 = getelementptr i8, ptr %gep713.3.i, i64 192
-  %954 = load <16 x i32>, ptr %953, align 4, !tbaa !5
-  %955 = and <16 x i32> %954, %366
-  %956 = getelementptr inbounds nuw i8, ptr %805, i64 1984
-  store <16 x i32> %955, ptr %956, align 4, !tbaa !5
-  %957 = getelementptr inbounds nuw i8, ptr %801, i64 32
-  %958 = load i64, ptr %957, align 8, !tbaa !5
-  %gep699.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %958
-  %959 = load <16 x i32>, ptr %gep699.4.i, align 4, !tbaa !5
-  %960 = shl <16 x i32> %959, splat (i32 16)
-  %961 = getelementptr inbounds nuw i8, ptr %805, i64 2048
-  store <16 x i32> %960, ptr %961, align 4, !tbaa !5
-  %962 = load i64, ptr %957, align 8, !tbaa !5
-  %gep701.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %962
-  %963 = load <16 x i32>, ptr %gep701.4.i, align 4, !tbaa !5
-  %964 = and <16 x i32> %963, %366
-  %965 = getelementptr inbounds nuw i8, ptr %805, i64 2112
-  store <16 x i32> %964, ptr %965, align 4, !tbaa !5
-  %966 = load i64, ptr %957, align 8, !tbaa !5
-  %gep703.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %966
-  %967 = getelementptr i8, ptr %gep703.4.i, i64 64
-  %968 = load <16 x i32>, ptr %967, align 4, !tbaa !5
-  %969 = shl <16 x i32> %968, splat (i32 16)
-  %970 = getelementptr inbounds nuw i8, ptr %805, i64 2176
-  store <16 x i32> %969, ptr %970, align 4, !tbaa !5
-  %971 = load i64, ptr %957, align 8, !tbaa !5
-  %gep705.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %971
-  %972 = getelementptr i8, ptr %gep705.4.i, i64 64
-  %973 = load <16 x i32>, ptr %972, align 4, !tbaa !5
-  %974 = and <16 x i32> %973, %366
-  %975 = getelementptr inbounds nuw i8, ptr %805, i64 2240
-  store <16 x i32> %974, ptr %975, align 4, !tbaa !5
-  %976 = load i64, ptr %957, align 8, !tbaa !5
-  %gep707.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %976
-  %977 = getelementptr i8, ptr %gep707.4.i, i64 128
-  %978 = load <16 x i32>, ptr %977, align 4, !tbaa !5
-  %979 = shl <16 x i32> %978, splat (i32 16)
-  %980 = getelementptr inbounds nuw i8, ptr %805, i64 2304
-  store <16 x i32> %979, ptr %980, align 4, !tbaa !5
-  %981 = load i64, ptr %957, align 8, !tbaa !5
-  %gep709.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %981
-  %982 = getelementptr i8, ptr %gep709.4.i, i64 128
-  %983 = load <16 x i32>, ptr %982, align 4, !tbaa !5
-  %984 = and <16 x i32> %983, %366
-  %985 = getelementptr inbounds nuw i8, ptr %805, i64 2368
-  store <16 x i32> %984, ptr %985, align 4, !tbaa !5
-  %986 = load i64, ptr %957, align 8, !tbaa !5
-  %gep711.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %986
-  %987 = getelementptr i8, ptr %gep711.4.i, i64 192
-  %988 = load <16 x i32>, ptr %987, align 4, !tbaa !5
-  %989 = shl <16 x i32> %988, splat (i32 16)
-  %990 = getelementptr inbounds nuw i8, ptr %805, i64 2432
-  store <16 x i32> %989, ptr %990, align 4, !tbaa !5
-  %991 = load i64, ptr %957, align 8, !tbaa !5
-  %gep713.4.i = getelementptr i32, ptr %invariant.gep698.i, i64 %991
-  %992 = getelementptr i8, ptr %gep713.4.i, i64 192
-  %993 = load <16 x i32>, ptr %992, align 4, !tbaa !5
-  %994 = and <16 x i32> %993, %366
-  %995 = getelementptr inbounds nuw i8, ptr %805, i64 2496
-  store <16 x i32> %994, ptr %995, align 4, !tbaa !5
-  %996 = getelementptr inbounds nuw i8, ptr %801, i64 40
-  %997 = load i64, ptr %996, align 8, !tbaa !5
-  %gep699.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %997
-  %998 = load <16 x i32>, ptr %gep699.5.i, align 4, !tbaa !5
-  %999 = shl <16 x i32> %998, splat (i32 16)
-  %1000 = getelementptr inbounds nuw i8, ptr %805, i64 2560
-  store <16 x i32> %999, ptr %1000, align 4, !tbaa !5
-  %1001 = load i64, ptr %996, align 8, !tbaa !5
-  %gep701.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1001
-  %1002 = load <16 x i32>, ptr %gep701.5.i, align 4, !tbaa !5
-  %1003 = and <16 x i32> %1002, %366
-  %1004 = getelementptr inbounds nuw i8, ptr %805, i64 2624
-  store <16 x i32> %1003, ptr %1004, align 4, !tbaa !5
-  %1005 = load i64, ptr %996, align 8, !tbaa !5
-  %gep703.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1005
-  %1006 = getelementptr i8, ptr %gep703.5.i, i64 64
-  %1007 = load <16 x i32>, ptr %1006, align 4, !tbaa !5
-  %1008 = shl <16 x i32> %1007, splat (i32 16)
-  %1009 = getelementptr inbounds nuw i8, ptr %805, i64 2688
-  store <16 x i32> %1008, ptr %1009, align 4, !tbaa !5
-  %1010 = load i64, ptr %996, align 8, !tbaa !5
-  %gep705.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1010
-  %1011 = getelementptr i8, ptr %gep705.5.i, i64 64
-  %1012 = load <16 x i32>, ptr %1011, align 4, !tbaa !5
-  %1013 = and <16 x i32> %1012, %366
-  %1014 = getelementptr inbounds nuw i8, ptr %805, i64 2752
-  store <16 x i32> %1013, ptr %1014, align 4, !tbaa !5
-  %1015 = load i64, ptr %996, align 8, !tbaa !5
-  %gep707.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1015
-  %1016 = getelementptr i8, ptr %gep707.5.i, i64 128
-  %1017 = load <16 x i32>, ptr %1016, align 4, !tbaa !5
-  %1018 = shl <16 x i32> %1017, splat (i32 16)
-  %1019 = getelementptr inbounds nuw i8, ptr %805, i64 2816
-  store <16 x i32> %1018, ptr %1019, align 4, !tbaa !5
-  %1020 = load i64, ptr %996, align 8, !tbaa !5
-  %gep709.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1020
-  %1021 = getelementptr i8, ptr %gep709.5.i, i64 128
-  %1022 = load <16 x i32>, ptr %1021, align 4, !tbaa !5
-  %1023 = and <16 x i32> %1022, %366
-  %1024 = getelementptr inbounds nuw i8, ptr %805, i64 2880
-  store <16 x i32> %1023, ptr %1024, align 4, !tbaa !5
-  %1025 = load i64, ptr %996, align 8, !tbaa !5
-  %gep711.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1025
-  %1026 = getelementptr i8, ptr %gep711.5.i, i64 192
-  %1027 = load <16 x i32>, ptr %1026, align 4, !tbaa !5
-  %1028 = shl <16 x i32> %1027, splat (i32 16)
-  %1029 = getelementptr inbounds nuw i8, ptr %805, i64 2944
-  store <16 x i32> %1028, ptr %1029, align 4, !tbaa !5
-  %1030 = load i64, ptr %996, align 8, !tbaa !5
-  %gep713.5.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1030
-  %1031 = getelementptr i8, ptr %gep713.5.i, i64 192
-  %1032 = load <16 x i32>, ptr %1031, align 4, !tbaa !5
-  %1033 = and <16 x i32> %1032, %366
-  %1034 = getelementptr inbounds nuw i8, ptr %805, i64 3008
-  store <16 x i32> %1033, ptr %1034, align 4, !tbaa !5
-  %1035 = getelementptr inbounds nuw i8, ptr %801, i64 48
-  %1036 = load i64, ptr %1035, align 8, !tbaa !5
-  %gep699.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1036
-  %1037 = load <16 x i32>, ptr %gep699.6.i, align 4, !tbaa !5
-  %1038 = shl <16 x i32> %1037, splat (i32 16)
-  %1039 = getelementptr inbounds nuw i8, ptr %805, i64 3072
-  store <16 x i32> %1038, ptr %1039, align 4, !tbaa !5
-  %1040 = load i64, ptr %1035, align 8, !tbaa !5
-  %gep701.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1040
-  %1041 = load <16 x i32>, ptr %gep701.6.i, align 4, !tbaa !5
-  %1042 = and <16 x i32> %1041, %366
-  %1043 = getelementptr inbounds nuw i8, ptr %805, i64 3136
-  store <16 x i32> %1042, ptr %1043, align 4, !tbaa !5
-  %1044 = load i64, ptr %1035, align 8, !tbaa !5
-  %gep703.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1044
-  %1045 = getelementptr i8, ptr %gep703.6.i, i64 64
-  %1046 = load <16 x i32>, ptr %1045, align 4, !tbaa !5
-  %1047 = shl <16 x i32> %1046, splat (i32 16)
-  %1048 = getelementptr inbounds nuw i8, ptr %805, i64 3200
-  store <16 x i32> %1047, ptr %1048, align 4, !tbaa !5
-  %1049 = load i64, ptr %1035, align 8, !tbaa !5
-  %gep705.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1049
-  %1050 = getelementptr i8, ptr %gep705.6.i, i64 64
-  %1051 = load <16 x i32>, ptr %1050, align 4, !tbaa !5
-  %1052 = and <16 x i32> %1051, %366
-  %1053 = getelementptr inbounds nuw i8, ptr %805, i64 3264
-  store <16 x i32> %1052, ptr %1053, align 4, !tbaa !5
-  %1054 = load i64, ptr %1035, align 8, !tbaa !5
-  %gep707.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1054
-  %1055 = getelementptr i8, ptr %gep707.6.i, i64 128
-  %1056 = load <16 x i32>, ptr %1055, align 4, !tbaa !5
-  %1057 = shl <16 x i32> %1056, splat (i32 16)
-  %1058 = getelementptr inbounds nuw i8, ptr %805, i64 3328
-  store <16 x i32> %1057, ptr %1058, align 4, !tbaa !5
-  %1059 = load i64, ptr %1035, align 8, !tbaa !5
-  %gep709.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1059
-  %1060 = getelementptr i8, ptr %gep709.6.i, i64 128
-  %1061 = load <16 x i32>, ptr %1060, align 4, !tbaa !5
-  %1062 = and <16 x i32> %1061, %366
-  %1063 = getelementptr inbounds nuw i8, ptr %805, i64 3392
-  store <16 x i32> %1062, ptr %1063, align 4, !tbaa !5
-  %1064 = load i64, ptr %1035, align 8, !tbaa !5
-  %gep711.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1064
-  %1065 = getelementptr i8, ptr %gep711.6.i, i64 192
-  %1066 = load <16 x i32>, ptr %1065, align 4, !tbaa !5
-  %1067 = shl <16 x i32> %1066, splat (i32 16)
-  %1068 = getelementptr inbounds nuw i8, ptr %805, i64 3456
-  store <16 x i32> %1067, ptr %1068, align 4, !tbaa !5
-  %1069 = load i64, ptr %1035, align 8, !tbaa !5
-  %gep713.6.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1069
-  %1070 = getelementptr i8, ptr %gep713.6.i, i64 192
-  %1071 = load <16 x i32>, ptr %1070, align 4, !tbaa !5
-  %1072 = and <16 x i32> %1071, %366
-  %1073 = getelementptr inbounds nuw i8, ptr %805, i64 3520
-  store <16 x i32> %1072, ptr %1073, align 4, !tbaa !5
-  %1074 = getelementptr inbounds nuw i8, ptr %801, i64 56
-  %1075 = load i64, ptr %1074, align 8, !tbaa !5
-  %gep699.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1075
-  %1076 = load <16 x i32>, ptr %gep699.7.i, align 4, !tbaa !5
-  %1077 = shl <16 x i32> %1076, splat (i32 16)
-  %1078 = getelementptr inbounds nuw i8, ptr %805, i64 3584
-  store <16 x i32> %1077, ptr %1078, align 4, !tbaa !5
-  %1079 = load i64, ptr %1074, align 8, !tbaa !5
-  %gep701.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1079
-  %1080 = load <16 x i32>, ptr %gep701.7.i, align 4, !tbaa !5
-  %1081 = and <16 x i32> %1080, %366
-  %1082 = getelementptr inbounds nuw i8, ptr %805, i64 3648
-  store <16 x i32> %1081, ptr %1082, align 4, !tbaa !5
-  %1083 = load i64, ptr %1074, align 8, !tbaa !5
-  %gep703.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1083
-  %1084 = getelementptr i8, ptr %gep703.7.i, i64 64
-  %1085 = load <16 x i32>, ptr %1084, align 4, !tbaa !5
-  %1086 = shl <16 x i32> %1085, splat (i32 16)
-  %1087 = getelementptr inbounds nuw i8, ptr %805, i64 3712
-  store <16 x i32> %1086, ptr %1087, align 4, !tbaa !5
-  %1088 = load i64, ptr %1074, align 8, !tbaa !5
-  %gep705.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1088
-  %1089 = getelementptr i8, ptr %gep705.7.i, i64 64
-  %1090 = load <16 x i32>, ptr %1089, align 4, !tbaa !5
-  %1091 = and <16 x i32> %1090, %366
-  %1092 = getelementptr inbounds nuw i8, ptr %805, i64 3776
-  store <16 x i32> %1091, ptr %1092, align 4, !tbaa !5
-  %1093 = load i64, ptr %1074, align 8, !tbaa !5
-  %gep707.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1093
-  %1094 = getelementptr i8, ptr %gep707.7.i, i64 128
-  %1095 = load <16 x i32>, ptr %1094, align 4, !tbaa !5
-  %1096 = shl <16 x i32> %1095, splat (i32 16)
-  %1097 = getelementptr inbounds nuw i8, ptr %805, i64 3840
-  store <16 x i32> %1096, ptr %1097, align 4, !tbaa !5
-  %1098 = load i64, ptr %1074, align 8, !tbaa !5
-  %gep709.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1098
-  %1099 = getelementptr i8, ptr %gep709.7.i, i64 128
-  %1100 = load <16 x i32>, ptr %1099, align 4, !tbaa !5
-  %1101 = and <16 x i32> %1100, %366
-  %1102 = getelementptr inbounds nuw i8, ptr %805, i64 3904
-  store <16 x i32> %1101, ptr %1102, align 4, !tbaa !5
-  %1103 = load i64, ptr %1074, align 8, !tbaa !5
-  %gep711.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1103
-  %1104 = getelementptr i8, ptr %gep711.7.i, i64 192
-  %1105 = load <16 x i32>, ptr %1104, align 4, !tbaa !5
-  %1106 = shl <16 x i32> %1105, splat (i32 16)
-  %1107 = getelementptr inbounds nuw i8, ptr %805, i64 3968
-  store <16 x i32> %1106, ptr %1107, align 4, !tbaa !5
-  %1108 = load i64, ptr %1074, align 8, !tbaa !5
-  %gep713.7.i = getelementptr i32, ptr %invariant.gep698.i, i64 %1108
-  %1109 = getelementptr i8, ptr %gep713.7.i, i64 192
-  %1110 = load <16 x i32>, ptr %1109, align 4, !tbaa !5
-  %1111 = and <16 x i32> %1110, %366
-  %1112 = getelementptr inbounds nuw i8, ptr %805, i64 4032
-  store <16 x i32> %1111, ptr %1112, align 4, !tbaa !5
-  %indvars.iv.next951.i = add nuw nsw i64 %indvars.iv950.i, 1
-  %exitcond954.not.i = icmp eq i64 %indvars.iv.next951.i, %wide.trip.count953.i
-  br i1 %exitcond954.not.i, label %for_begin_ti153.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
+  %indvars.iv935.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next936.i, %for_begin_ti.preheader.i ]
+  %.idx = shl nsw i64 %indvars.iv935.i, 6
+  %761 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
+  %762 = load i64, ptr %761, align 8, !tbaa !5
+  %gep684.i = getelementptr i32, ptr %invariant.gep683.i, i64 %762
+  %763 = load <16 x i32>, ptr %gep684.i, align 4, !tbaa !5
+  %764 = shl <16 x i32> %763, splat (i32 16)
+  %.idx68 = shl nsw i64 %indvars.iv935.i, 12
+  %765 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx68
+  store <16 x i32> %764, ptr %765, align 4, !tbaa !5
+  %766 = load i64, ptr %761, align 8, !tbaa !5
+  %gep686.i = getelementptr i32, ptr %invariant.gep683.i, i64 %766
+  %767 = load <16 x i32>, ptr %gep686.i, align 4, !tbaa !5
+  %768 = and <16 x i32> %767, %366
+  %769 = getelementptr inbounds nuw i8, ptr %765, i64 64
+  store <16 x i32> %768, ptr %769, align 4, !tbaa !5
+  %770 = load i64, ptr %761, align 8, !tbaa !5
+  %gep688.i = getelementptr i32, ptr %invariant.gep683.i, i64 %770
+  %771 = getelementptr i8, ptr %gep688.i, i64 64
+  %772 = load <16 x i32>, ptr %771, align 4, !tbaa !5
+  %773 = shl <16 x i32> %772, splat (i32 16)
+  %774 = getelementptr inbounds nuw i8, ptr %765, i64 128
+  store <16 x i32> %773, ptr %774, align 4, !tbaa !5
+  %775 = load i64, ptr %761, align 8, !tbaa !5
+  %gep690.i = getelementptr i32, ptr %invariant.gep683.i, i64 %775
+  %776 = getelementptr i8, ptr %gep690.i, i64 64
+  %777 = load <16 x i32>, ptr %776, align 4, !tbaa !5
+  %778 = and <16 x i32> %777, %366
+  %779 = getelementptr inbounds nuw i8, ptr %765, i64 192
+  store <16 x i32> %778, ptr %779, align 4, !tbaa !5
+  %780 = load i64, ptr %761, align 8, !tbaa !5
+  %gep692.i = getelementptr i32, ptr %invariant.gep683.i, i64 %780
+  %781 = getelementptr i8, ptr %gep692.i, i64 128
+  %782 = load <16 x i32>, ptr %781, align 4, !tbaa !5
+  %783 = shl <16 x i32> %782, splat (i32 16)
+  %784 = getelementptr inbounds nuw i8, ptr %765, i64 256
+  store <16 x i32> %783, ptr %784, align 4, !tbaa !5
+  %785 = load i64, ptr %761, align 8, !tbaa !5
+  %gep694.i = getelementptr i32, ptr %invariant.gep683.i, i64 %785
+  %786 = getelementptr i8, ptr %gep694.i, i64 128
+  %787 = load <16 x i32>, ptr %786, align 4, !tbaa !5
+  %788 = and <16 x i32> %787, %366
+  %789 = getelementptr inbounds nuw i8, ptr %765, i64 320
+  store <16 x i32> %788, ptr %789, align 4, !tbaa !5
+  %790 = load i64, ptr %761, align 8, !tbaa !5
+  %gep696.i = getelementptr i32, ptr %invariant.gep683.i, i64 %790
+  %791 = getelementptr i8, ptr %gep696.i, i64 192
+  %792 = load <16 x i32>, ptr %791, align 4, !tbaa !5
+  %793 = shl <16 x i32> %792, splat (i32 16)
+  %794 = getelementptr inbounds nuw i8, ptr %765, i64 384
+  store <16 x i32> %793, ptr %794, align 4, !tbaa !5
+  %795 = load i64, ptr %761, align 8, !tbaa !5
+  %gep698.i = getelementptr i32, ptr %invariant.gep683.i, i64 %795
+  %796 = getelementptr i8, ptr %gep698.i, i64 192
+  %797 = load <16 x i32>, ptr %796, align 4, !tbaa !5
+  %798 = and <16 x i32> %797, %366
+  %799 = getelementptr inbounds nuw i8, ptr %765, i64 448
+  store <16 x i32> %798, ptr %799, align 4, !tbaa !5
+  %800 = getelementptr inbounds nuw i8, ptr %761, i64 8
+  %801 = load i64, ptr %800, align 8, !tbaa !5
+  %gep684.1.i = getelementptr i32, ptr %invariant.gep683.i, i64 %801
+  %802 = load <16 x i32>, ptr %gep684.1.i, align 4, !tbaa !5
+  %803 = shl <16 x i32> %802, splat (i32 16)
+  %804 = getelementptr inbounds nuw i8, ptr %765, i64 512
+  store <16 x i32> %803, ptr %804, align 4, !tbaa !5
+  %805 = load i64, ptr %800, align 8, !tbaa !5
+  %gep686.1.i = getelementptr i32, ptr %invariant.gep683.i, i64 %805
+  %806 = load <16 x i32>, ptr %gep686.1.i, align 4, !tbaa !5
+  %807 = and <16 x i32> %806, %366
+  %808 = getelementptr inbounds nuw i8, ptr %765, i64 576
+  store <16 x i32> %807, ptr %808, align 4, !tbaa !5
+  %809 = load i64, ptr %800, align 8, !tbaa !5
+  %gep688.1.i = getelementptr i32, ptr %invariant.gep683.i, i64 %809
+  %810 = getelementptr i8, ptr %gep688.1.i, i64 64
+  %811 = load <16 x i32>, ptr %810, align 4, !tbaa !5
+  %812 = shl <16 x i32> %811, splat (i32 16)
+  %813 = getelementptr inbounds nuw i8, ptr %765, i64 640
+  store <16 x i32> %812, ptr %813, align 4, !tbaa !5
+  %814 = load i64, ptr %800, align 8, !tbaa !5
+  %gep690.1.i = getelementptr i32, ptr %invariant.gep683.i, i64 %814
+  %815 = getelementptr i8, ptr %gep690.1.i, i64 64
+  %816 = load <16 x i32>, ptr %815, align 4, !tbaa !5
+  %817 = and <16 x i32> %816, %366
+  %818 = getelementptr inbounds nuw i8, ptr %765, i64 704
+  store <16 x i32> %817, ptr %818, align 4, !tbaa !5
+  %819 = load i64, ptr %800, align 8, !tbaa !5
+  %gep692.1.i = getelementptr i32, ptr %invariant.gep683.i, i64 %819
+  %820 = getelementptr i8, ptr %gep692.1.i, i64 128
+  %821 = load <16 x i32>, ptr %820, align 4, !tbaa !5
+  %822 = shl <16 x i32> %821, splat (i32 16)
+  %823 = getelementptr inbounds nuw i8, ptr %765, i64 768
+  store <16 x i32> %822, ptr %823, align 4, !tbaa !5
+  %824 = load i64, ptr %800, align 8, !tbaa !5
+  %gep694.1.i = getelementptr i32, ptr %invariant.gep683.i, i64 %824
+  %825 = getelementptr i8, ptr %gep694.1.i, i64 128
+  %826 = load <16 x i32>, ptr %825, align 4, !tbaa !5
+  %827 = and <16 x i32> %826, %366
+  %828 = getelementptr inbounds nuw i8, ptr %765, i64 832
+  store <16 x i32> %827, ptr %828, align 4, !tbaa !5
+  %829 = load i64, ptr %800, align 8, !tbaa !5
+  %gep696.1.i = getelementptr i32, ptr %invariant.gep683.i, i64 %829
+  %830 = getelementptr i8, ptr %gep696.1.i, i64 192
+  %831 = load <16 x i32>, ptr %830, align 4, !tbaa !5
+  %832 = shl <16 x i32> %831, splat (i32 16)
+  %833 = getelementptr inbounds nuw i8, ptr %765, i64 896
+  store <16 x i32> %832, ptr %833, align 4, !tbaa !5
+  %834 = load i64, ptr %800, align 8, !tbaa !5
+  %gep698.1.i = getelementptr i32, ptr %invariant.gep683.i, i64 %834
+  %835 = getelementptr i8, ptr %gep698.1.i, i64 192
+  %836 = load <16 x i32>, ptr %835, align 4, !tbaa !5
+  %837 = and <16 x i32> %836, %366
+  %838 = getelementptr inbounds nuw i8, ptr %765, i64 960
+  store <16 x i32> %837, ptr %838, align 4, !tbaa !5
+  %839 = getelementptr inbounds nuw i8, ptr %761, i64 16
+  %840 = load i64, ptr %839, align 8, !tbaa !5
+  %gep684.2.i = getelementptr i32, ptr %invariant.gep683.i, i64 %840
+  %841 = load <16 x i32>, ptr %gep684.2.i, align 4, !tbaa !5
+  %842 = shl <16 x i32> %841, splat (i32 16)
+  %843 = getelementptr inbounds nuw i8, ptr %765, i64 1024
+  store <16 x i32> %842, ptr %843, align 4, !tbaa !5
+  %844 = load i64, ptr %839, align 8, !tbaa !5
+  %gep686.2.i = getelementptr i32, ptr %invariant.gep683.i, i64 %844
+  %845 = load <16 x i32>, ptr %gep686.2.i, align 4, !tbaa !5
+  %846 = and <16 x i32> %845, %366
+  %847 = getelementptr inbounds nuw i8, ptr %765, i64 1088
+  store <16 x i32> %846, ptr %847, align 4, !tbaa !5
+  %848 = load i64, ptr %839, align 8, !tbaa !5
+  %gep688.2.i = getelementptr i32, ptr %invariant.gep683.i, i64 %848
+  %849 = getelementptr i8, ptr %gep688.2.i, i64 64
+  %850 = load <16 x i32>, ptr %849, align 4, !tbaa !5
+  %851 = shl <16 x i32> %850, splat (i32 16)
+  %852 = getelementptr inbounds nuw i8, ptr %765, i64 1152
+  store <16 x i32> %851, ptr %852, align 4, !tbaa !5
+  %853 = load i64, ptr %839, align 8, !tbaa !5
+  %gep690.2.i = getelementptr i32, ptr %invariant.gep683.i, i64 %853
+  %854 = getelementptr i8, ptr %gep690.2.i, i64 64
+  %855 = load <16 x i32>, ptr %854, align 4, !tbaa !5
+  %856 = and <16 x i32> %855, %366
+  %857 = getelementptr inbounds nuw i8, ptr %765, i64 1216
+  store <16 x i32> %856, ptr %857, align 4, !tbaa !5
+  %858 = load i64, ptr %839, align 8, !tbaa !5
+  %gep692.2.i = getelementptr i32, ptr %invariant.gep683.i, i64 %858
+  %859 = getelementptr i8, ptr %gep692.2.i, i64 128
+  %860 = load <16 x i32>, ptr %859, align 4, !tbaa !5
+  %861 = shl <16 x i32> %860, splat (i32 16)
+  %862 = getelementptr inbounds nuw i8, ptr %765, i64 1280
+  store <16 x i32> %861, ptr %862, align 4, !tbaa !5
+  %863 = load i64, ptr %839, align 8, !tbaa !5
+  %gep694.2.i = getelementptr i32, ptr %invariant.gep683.i, i64 %863
+  %864 = getelementptr i8, ptr %gep694.2.i, i64 128
+  %865 = load <16 x i32>, ptr %864, align 4, !tbaa !5
+  %866 = and <16 x i32> %865, %366
+  %867 = getelementptr inbounds nuw i8, ptr %765, i64 1344
+  store <16 x i32> %866, ptr %867, align 4, !tbaa !5
+  %868 = load i64, ptr %839, align 8, !tbaa !5
+  %gep696.2.i = getelementptr i32, ptr %invariant.gep683.i, i64 %868
+  %869 = getelementptr i8, ptr %gep696.2.i, i64 192
+  %870 = load <16 x i32>, ptr %869, align 4, !tbaa !5
+  %871 = shl <16 x i32> %870, splat (i32 16)
+  %872 = getelementptr inbounds nuw i8, ptr %765, i64 1408
+  store <16 x i32> %871, ptr %872, align 4, !tbaa !5
+  %873 = load i64, ptr %839, align 8, !tbaa !5
+  %gep698.2.i = getelementptr i32, ptr %invariant.gep683.i, i64 %873
+  %874 = getelementptr i8, ptr %gep698.2.i, i64 192
+  %875 = load <16 x i32>, ptr %874, align 4, !tbaa !5
+  %876 = and <16 x i32> %875, %366
+  %877 = getelementptr inbounds nuw i8, ptr %765, i64 1472
+  store <16 x i32> %876, ptr %877, align 4, !tbaa !5
+  %878 = getelementptr inbounds nuw i8, ptr %761, i64 24
+  %879 = load i64, ptr %878, align 8, !tbaa !5
+  %gep684.3.i = getelementptr i32, ptr %invariant.gep683.i, i64 %879
+  %880 = load <16 x i32>, ptr %gep684.3.i, align 4, !tbaa !5
+  %881 = shl <16 x i32> %880, splat (i32 16)
+  %882 = getelementptr inbounds nuw i8, ptr %765, i64 1536
+  store <16 x i32> %881, ptr %882, align 4, !tbaa !5
+  %883 = load i64, ptr %878, align 8, !tbaa !5
+  %gep686.3.i = getelementptr i32, ptr %invariant.gep683.i, i64 %883
+  %884 = load <16 x i32>, ptr %gep686.3.i, align 4, !tbaa !5
+  %885 = and <16 x i32> %884, %366
+  %886 = getelementptr inbounds nuw i8, ptr %765, i64 1600
+  store <16 x i32> %885, ptr %886, align 4, !tbaa !5
+  %887 = load i64, ptr %878, align 8, !tbaa !5
+  %gep688.3.i = getelementptr i32, ptr %invariant.gep683.i, i64 %887
+  %888 = getelementptr i8, ptr %gep688.3.i, i64 64
+  %889 = load <16 x i32>, ptr %888, align 4, !tbaa !5
+  %890 = shl <16 x i32> %889, splat (i32 16)
+  %891 = getelementptr inbounds nuw i8, ptr %765, i64 1664
+  store <16 x i32> %890, ptr %891, align 4, !tbaa !5
+  %892 = load i64, ptr %878, align 8, !tbaa !5
+  %gep690.3.i = getelementptr i32, ptr %invariant.gep683.i, i64 %892
+  %893 = getelementptr i8, ptr %gep690.3.i, i64 64
+  %894 = load <16 x i32>, ptr %893, align 4, !tbaa !5
+  %895 = and <16 x i32> %894, %366
+  %896 = getelementptr inbounds nuw i8, ptr %765, i64 1728
+  store <16 x i32> %895, ptr %896, align 4, !tbaa !5
+  %897 = load i64, ptr %878, align 8, !tbaa !5
+  %gep692.3.i = getelementptr i32, ptr %invariant.gep683.i, i64 %897
+  %898 = getelementptr i8, ptr %gep692.3.i, i64 128
+  %899 = load <16 x i32>, ptr %898, align 4, !tbaa !5
+  %900 = shl <16 x i32> %899, splat (i32 16)
+  %901 = getelementptr inbounds nuw i8, ptr %765, i64 1792
+  store <16 x i32> %900, ptr %901, align 4, !tbaa !5
+  %902 = load i64, ptr %878, align 8, !tbaa !5
+  %gep694.3.i = getelementptr i32, ptr %invariant.gep683.i, i64 %902
+  %903 = getelementptr i8, ptr %gep694.3.i, i64 128
+  %904 = load <16 x i32>, ptr %903, align 4, !tbaa !5
+  %905 = and <16 x i32> %904, %366
+  %906 = getelementptr inbounds nuw i8, ptr %765, i64 1856
+  store <16 x i32> %905, ptr %906, align 4, !tbaa !5
+  %907 = load i64, ptr %878, align 8, !tbaa !5
+  %gep696.3.i = getelementptr i32, ptr %invariant.gep683.i, i64 %907
+  %908 = getelementptr i8, ptr %gep696.3.i, i64 192
+  %909 = load <16 x i32>, ptr %908, align 4, !tbaa !5
+  %910 = shl <16 x i32> %909, splat (i32 16)
+  %911 = getelementptr inbounds nuw i8, ptr %765, i64 1920
+  store <16 x i32> %910, ptr %911, align 4, !tbaa !5
+  %912 = load i64, ptr %878, align 8, !tbaa !5
+  %gep698.3.i = getelementptr i32, ptr %invariant.gep683.i, i64 %912
+  %913 = getelementptr i8, ptr %gep698.3.i, i64 192
+  %914 = load <16 x i32>, ptr %913, align 4, !tbaa !5
+  %915 = and <16 x i32> %914, %366
+  %916 = getelementptr inbounds nuw i8, ptr %765, i64 1984
+  store <16 x i32> %915, ptr %916, align 4, !tbaa !5
+  %917 = getelementptr inbounds nuw i8, ptr %761, i64 32
+  %918 = load i64, ptr %917, align 8, !tbaa !5
+  %gep684.4.i = getelementptr i32, ptr %invariant.gep683.i, i64 %918
+  %919 = load <16 x i32>, ptr %gep684.4.i, align 4, !tbaa !5
+  %920 = shl <16 x i32> %919, splat (i32 16)
+  %921 = getelementptr inbounds nuw i8, ptr %765, i64 2048
+  store <16 x i32> %920, ptr %921, align 4, !tbaa !5
+  %922 = load i64, ptr %917, align 8, !tbaa !5
+  %gep686.4.i = getelementptr i32, ptr %invariant.gep683.i, i64 %922
+  %923 = load <16 x i32>, ptr %gep686.4.i, align 4, !tbaa !5
+  %924 = and <16 x i32> %923, %366
+  %925 = getelementptr inbounds nuw i8, ptr %765, i64 2112
+  store <16 x i32> %924, ptr %925, align 4, !tbaa !5
+  %926 = load i64, ptr %917, align 8, !tbaa !5
+  %gep688.4.i = getelementptr i32, ptr %invariant.gep683.i, i64 %926
+  %927 = getelementptr i8, ptr %gep688.4.i, i64 64
+  %928 = load <16 x i32>, ptr %927, align 4, !tbaa !5
+  %929 = shl <16 x i32> %928, splat (i32 16)
+  %930 = getelementptr inbounds nuw i8, ptr %765, i64 2176
+  store <16 x i32> %929, ptr %930, align 4, !tbaa !5
+  %931 = load i64, ptr %917, align 8, !tbaa !5
+  %gep690.4.i = getelementptr i32, ptr %invariant.gep683.i, i64 %931
+  %932 = getelementptr i8, ptr %gep690.4.i, i64 64
+  %933 = load <16 x i32>, ptr %932, align 4, !tbaa !5
+  %934 = and <16 x i32> %933, %366
+  %935 = getelementptr inbounds nuw i8, ptr %765, i64 2240
+  store <16 x i32> %934, ptr %935, align 4, !tbaa !5
+  %936 = load i64, ptr %917, align 8, !tbaa !5
+  %gep692.4.i = getelementptr i32, ptr %invariant.gep683.i, i64 %936
+  %937 = getelementptr i8, ptr %gep692.4.i, i64 128
+  %938 = load <16 x i32>, ptr %937, align 4, !tbaa !5
+  %939 = shl <16 x i32> %938, splat (i32 16)
+  %940 = getelementptr inbounds nuw i8, ptr %765, i64 2304
+  store <16 x i32> %939, ptr %940, align 4, !tbaa !5
+  %941 = load i64, ptr %917, align 8, !tbaa !5
+  %gep694.4.i = getelementptr i32, ptr %invariant.gep683.i, i64 %941
+  %942 = getelementptr i8, ptr %gep694.4.i, i64 128
+  %943 = load <16 x i32>, ptr %942, align 4, !tbaa !5
+  %944 = and <16 x i32> %943, %366
+  %945 = getelementptr inbounds nuw i8, ptr %765, i64 2368
+  store <16 x i32> %944, ptr %945, align 4, !tbaa !5
+  %946 = load i64, ptr %917, align 8, !tbaa !5
+  %gep696.4.i = getelementptr i32, ptr %invariant.gep683.i, i64 %946
+  %947 = getelementptr i8, ptr %gep696.4.i, i64 192
+  %948 = load <16 x i32>, ptr %947, align 4, !tbaa !5
+  %949 = shl <16 x i32> %948, splat (i32 16)
+  %950 = getelementptr inbounds nuw i8, ptr %765, i64 2432
+  store <16 x i32> %949, ptr %950, align 4, !tbaa !5
+  %951 = load i64, ptr %917, align 8, !tbaa !5
+  %gep698.4.i = getelementptr i32, ptr %invariant.gep683.i, i64 %951
+  %952 = getelementptr i8, ptr %gep698.4.i, i64 192
+  %953 = load <16 x i32>, ptr %952, align 4, !tbaa !5
+  %954 = and <16 x i32> %953, %366
+  %955 = getelementptr inbounds nuw i8, ptr %765, i64 2496
+  store <16 x i32> %954, ptr %955, align 4, !tbaa !5
+  %956 = getelementptr inbounds nuw i8, ptr %761, i64 40
+  %957 = load i64, ptr %956, align 8, !tbaa !5
+  %gep684.5.i = getelementptr i32, ptr %invariant.gep683.i, i64 %957
+  %958 = load <16 x i32>, ptr %gep684.5.i, align 4, !tbaa !5
+  %959 = shl <16 x i32> %958, splat (i32 16)
+  %960 = getelementptr inbounds nuw i8, ptr %765, i64 2560
+  store <16 x i32> %959, ptr %960, align 4, !tbaa !5
+  %961 = load i64, ptr %956, align 8, !tbaa !5
+  %gep686.5.i = getelementptr i32, ptr %invariant.gep683.i, i64 %961
+  %962 = load <16 x i32>, ptr %gep686.5.i, align 4, !tbaa !5
+  %963 = and <16 x i32> %962, %366
+  %964 = getelementptr inbounds nuw i8, ptr %765, i64 2624
+  store <16 x i32> %963, ptr %964, align 4, !tbaa !5
+  %965 = load i64, ptr %956, align 8, !tbaa !5
+  %gep688.5.i = getelementptr i32, ptr %invariant.gep683.i, i64 %965
+  %966 = getelementptr i8, ptr %gep688.5.i, i64 64
+  %967 = load <16 x i32>, ptr %966, align 4, !tbaa !5
+  %968 = shl <16 x i32> %967, splat (i32 16)
+  %969 = getelementptr inbounds nuw i8, ptr %765, i64 2688
+  store <16 x i32> %968, ptr %969, align 4, !tbaa !5
+  %970 = load i64, ptr %956, align 8, !tbaa !5
+  %gep690.5.i = getelementptr i32, ptr %invariant.gep683.i, i64 %970
+  %971 = getelementptr i8, ptr %gep690.5.i, i64 64
+  %972 = load <16 x i32>, ptr %971, align 4, !tbaa !5
+  %973 = and <16 x i32> %972, %366
+  %974 = getelementptr inbounds nuw i8, ptr %765, i64 2752
+  store <16 x i32> %973, ptr %974, align 4, !tbaa !5
+  %975 = load i64, ptr %956, align 8, !tbaa !5
+  %gep692.5.i = getelementptr i32, ptr %invariant.gep683.i, i64 %975
+  %976 = getelementptr i8, ptr %gep692.5.i, i64 128
+  %977 = load <16 x i32>, ptr %976, align 4, !tbaa !5
+  %978 = shl <16 x i32> %977, splat (i32 16)
+  %979 = getelementptr inbounds nuw i8, ptr %765, i64 2816
+  store <16 x i32> %978, ptr %979, align 4, !tbaa !5
+  %980 = load i64, ptr %956, align 8, !tbaa !5
+  %gep694.5.i = getelementptr i32, ptr %invariant.gep683.i, i64 %980
+  %981 = getelementptr i8, ptr %gep694.5.i, i64 128
+  %982 = load <16 x i32>, ptr %981, align 4, !tbaa !5
+  %983 = and <16 x i32> %982, %366
+  %984 = getelementptr inbounds nuw i8, ptr %765, i64 2880
+  store <16 x i32> %983, ptr %984, align 4, !tbaa !5
+  %985 = load i64, ptr %956, align 8, !tbaa !5
+  %gep696.5.i = getelementptr i32, ptr %invariant.gep683.i, i64 %985
+  %986 = getelementptr i8, ptr %gep696.5.i, i64 192
+  %987 = load <16 x i32>, ptr %986, align 4, !tbaa !5
+  %988 = shl <16 x i32> %987, splat (i32 16)
+  %989 = getelementptr inbounds nuw i8, ptr %765, i64 2944
+  store <16 x i32> %988, ptr %989, align 4, !tbaa !5
+  %990 = load i64, ptr %956, align 8, !tbaa !5
+  %gep698.5.i = getelementptr i32, ptr %invariant.gep683.i, i64 %990
+  %991 = getelementptr i8, ptr %gep698.5.i, i64 192
+  %992 = load <16 x i32>, ptr %991, align 4, !tbaa !5
+  %993 = and <16 x i32> %992, %366
+  %994 = getelementptr inbounds nuw i8, ptr %765, i64 3008
+  store <16 x i32> %993, ptr %994, align 4, !tbaa !5
+  %995 = getelementptr inbounds nuw i8, ptr %761, i64 48
+  %996 = load i64, ptr %995, align 8, !tbaa !5
+  %gep684.6.i = getelementptr i32, ptr %invariant.gep683.i, i64 %996
+  %997 = load <16 x i32>, ptr %gep684.6.i, align 4, !tbaa !5
+  %998 = shl <16 x i32> %997, splat (i32 16)
+  %999 = getelementptr inbounds nuw i8, ptr %765, i64 3072
+  store <16 x i32> %998, ptr %999, align 4, !tbaa !5
+  %1000 = load i64, ptr %995, align 8, !tbaa !5
+  %gep686.6.i = getelementptr i32, ptr %invariant.gep683.i, i64 %1000
+  %1001 = load <16 x i32>, ptr %gep686.6.i, align 4, !tbaa !5
+  %1002 = and <16 x i32> %1001, %366
+  %1003 = getelementptr inbounds nuw i8, ptr %765, i64 3136
+  store <16 x i32> %1002, ptr %1003, align 4, !tbaa !5
+  %1004 = load i64, ptr %995, align 8, !tbaa !5
+  %gep688.6.i = getelementptr i32, ptr %invariant.gep683.i, i64 %1004
+  %1005 = getelementptr i8, ptr %gep688.6.i, i64 64
+  %1006 = load <16 x i32>, ptr %1005, align 4, !tbaa !5
+  %1007 = shl <16 x i32> %1006, splat (i32 16)
+  %1008 = getelementptr inbounds nuw i8, ptr %765, i64 3200
+  store <16 x i32> %1007, ptr %1008, align 4, !tbaa !5
+  %1009 = load i64, ptr %995, align 8, !tbaa !5
+  %gep690.6.i = getelementptr i32, ptr %invariant.gep683.i, i64 %1009
+  %1010 = getelementptr i8, ptr %gep690.6.i, i64 64
+  %1011 = load <16 x i32>, ptr %1010, align 4, !tbaa !5
+  %1012 = and <16 x i32> %1011, %366
+  %1013 = getelementptr inbounds nuw i8, ptr %765, i64 3264
+  store <16 x i32> %1012, ptr %1013, align 4, !tbaa !5
+  %1014 = load i64, ptr %995, align 8, !tbaa !5
+  %gep692.6.i = getelementptr i32, ptr %invariant.gep683.i, i64 %1014
+  %1015 = getelementptr i8, ptr %gep692.6.i, i64 128
+  %1016 = load <16 x i32>, ptr %1015, align 4, !tbaa !5
+  %1017 = shl <16 x i32> %1016, splat (i32 16)
+  %1018 = getelementptr inbounds nuw i8, ptr %765, i64 3328
+  store <16 x i32> %1017, ptr %1018, align 4, !tbaa !5
+  %1019 = load i64, ptr %995, align 8, !tbaa !5
+  %gep694.6.i = getelementptr i32, ptr %invariant.gep683.i, i64 %1019
+  %1020 = getelementptr i8, ptr %gep694.6.i, i64 128
+  %1021 = load <16 x i32>, ptr %1020, align 4, !tbaa !5
+  %1022 = and <16 x i32> %1021, %366
+  %1023 = getelementptr inbounds nuw i8, ptr %765, i64 3392
+  store <16 x i32> %1022, ptr %1023, align 4, !tbaa !5
+  %1024 = load i64, ptr %995, align 8, !tbaa !5
+  %gep696.6.i = getelementptr i32, ptr %invariant.gep683.i, i64 %1024
+  %1025 = getelementptr i8, ptr %gep696.6.i, i64 192
+  %1026 = load <16 x i32>, ptr %1025, align 4, !tbaa !5
+  %1027 = shl <16 x i32> %1026, splat (i32 16)
+  %1028 = getelementptr inbounds nuw i8, ptr %765, i64 3456
+  store <16 x i32> %1027, ptr %1028, align 4, !tbaa !5
+  %1029 = load i64, ptr %995, align 8, !tbaa !5
+  %gep698.6.i = getelementptr i32, ptr %invariant.gep683.i, i64 %1029
+  %1030 = getelementptr i8, ptr %gep698.6.i, i64 192
+  %1031 = load <16 x i32>, ptr %1030, align 4, !tbaa !5
+  %1032 = and <16 x i32> %1031, %366
+  %1033 = getelementptr inbounds nuw i8, ptr %765, i64 3520
+  store <16 x i32> %1032, ptr %1033, align 4, !tbaa !5
+  %1034 = getelementptr inbounds nuw i8, ptr %761, i64 56
+  %1035 = load i64, ptr %1034, align 8, !tbaa !5
+  %gep684.7.i = getelementptr i32, ptr %invariant.gep683.i, i64 %1035
+  %1036 = load <16 x i32>, ptr %gep684.7.i, align 4, !tbaa !5
+  %1037 = shl <16 x i32> %1036, splat (i32 16)
+  %1038 = getelementptr inbounds nuw i8, ptr %765, i64 3584
+  store <16 x i32> %1037, ptr %1038, align 4, !tbaa !5
+  %1039 = load i64, ptr %1034, align 8, !tbaa !5
+  %gep686.7.i = getelementptr i32, ptr %invariant.gep683.i, i64 %1039
+  %1040 = load <16 x i32>, ptr %gep686.7.i, align 4, !tbaa !5
+  %1041 = and <16 x i32> %1040, %366
+  %1042 = getelementptr inbounds nuw i8, ptr %765, i64 3648
+  store <16 x i32> %1041, ptr %1042, align 4, !tbaa !5
+  %1043 = load i64, ptr %1034, align 8, !tbaa !5
+  %gep688.7.i = getelementptr i32, ptr %invariant.gep683.i, i64 %1043
+  %1044 = getelementptr i8, ptr %gep688.7.i, i64 64
+  %1045 = load <16 x i32>, ptr %1044, align 4, !tbaa !5
+  %1046 = shl <16 x i32> %1045, splat (i32 16)
+  %1047 = getelementptr inbounds nuw i8, ptr %765, i64 3712
+  store <16 x i32> %1046, ptr %1047, align 4, !tbaa !5
+  %1048 = load i64, ptr %1034, align 8, !tbaa !5
+  %gep690.7.i = getelementptr i32, ptr %invariant.gep683.i, i64 %1048
+  %1049 = getelementptr i8, ptr %gep690.7.i, i64 64
+  %1050 = load <16 x i32>, ptr %1049, align 4, !tbaa !5
+  %1051 = and <16 x i32> %1050, %366
+  %1052 = getelementptr inbounds nuw i8, ptr %765, i64 3776
+  store <16 x i32> %1051, ptr %1052, align 4, !tbaa !5
+  %1053 = load i64, ptr %1034, align 8, !tbaa !5
+  %gep692.7.i = getelementptr i32, ptr %invariant.gep683.i, i64 %1053
+  %1054 = getelementptr i8, ptr %gep692.7.i, i64 128
+  %1055 = load <16 x i32>, ptr %1054, align 4, !tbaa !5
+  %1056 = shl <16 x i32> %1055, splat (i32 16)
+  %1057 = getelementptr inbounds nuw i8, ptr %765, i64 3840
+  store <16 x i32> %1056, ptr %1057, align 4, !tbaa !5
+  %1058 = load i64, ptr %1034, align 8, !tbaa !5
+  %gep694.7.i = getelementptr i32, ptr %invariant.gep683.i, i64 %1058
+  %1059 = getelementptr i8, ptr %gep694.7.i, i64 128
+  %1060 = load <16 x i32>, ptr %1059, align 4, !tbaa !5
+  %1061 = and <16 x i32> %1060, %366
+  %1062 = getelementptr inbounds nuw i8, ptr %765, i64 3904
+  store <16 x i32> %1061, ptr %1062, align 4, !tbaa !5
+  %1063 = load i64, ptr %1034, align 8, !tbaa !5
+  %gep696.7.i = getelementptr i32, ptr %invariant.gep683.i, i64 %1063
+  %1064 = getelementptr i8, ptr %gep696.7.i, i64 192
+  %1065 = load <16 x i32>, ptr %1064, align 4, !tbaa !5
+  %1066 = shl <16 x i32> %1065, splat (i32 16)
+  %1067 = getelementptr inbounds nuw i8, ptr %765, i64 3968
+  store <16 x i32> %1066, ptr %1067, align 4, !tbaa !5
+  %1068 = load i64, ptr %1034, align 8, !tbaa !5
+  %gep698.7.i = getelementptr i32, ptr %invariant.gep683.i, i64 %1068
+  %1069 = getelementptr i8, ptr %gep698.7.i, i64 192
+  %1070 = load <16 x i32>, ptr %1069, align 4, !tbaa !5
+  %1071 = and <16 x i32> %1070, %366
+  %1072 = getelementptr inbounds nuw i8, ptr %765, i64 4032
+  store <16 x i32> %1071, ptr %1072, align 4, !tbaa !5
+  %indvars.iv.next936.i = add nuw nsw i64 %indvars.iv935.i, 1
+  %exitcond939.not.i = icmp eq i64 %indvars.iv.next936.i, %wide.trip.count938.i
+  br i1 %exitcond939.not.i, label %for_begin_ti153.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
 
 for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti153.preheader.i, %if_end146.i
+  %1073 = trunc nuw nsw i64 %indvars.iv1041.i to i32
+  %factor.op.mul830.i = shl i32 %1073, 3
   br i1 %367, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !3
 
 for_body_row_tile.lr.ph.i:                        ; preds = %for_begin_row_tile.preheader.i
-  %1113 = mul nuw nsw i64 %indvars.iv1062.i, %374
-  %1114 = mul nsw i64 %798, %k_head
-  %invariant.gep739.i = getelementptr i32, ptr %key_cache, i64 %1114
-  %1115 = mul nsw i64 %798, %v_head
-  %invariant.gep746.i = getelementptr i32, ptr %value_cache, i64 %1115
+  %1074 = mul nuw nsw i64 %indvars.iv1041.i, %378
   br label %for_body_row_tile.i
 
 for_begin_ti153.preheader.i:                      ; preds = %for_begin_ti153.preheader.i, %for_begin_ti153.preheader.lr.ph.i
-  %indvars.iv959.i = phi i64 [ 0, %for_begin_ti153.preheader.lr.ph.i ], [ %indvars.iv.next960.i, %for_begin_ti153.preheader.i ]
-  %.idx69 = shl nsw i64 %indvars.iv959.i, 6
-  %1116 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx69
-  %1117 = load i64, ptr %1116, align 8, !tbaa !5
-  %gep717.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1117
-  %1118 = load <16 x i32>, ptr %gep717.i, align 4, !tbaa !5
-  %1119 = shl <16 x i32> %1118, splat (i32 16)
-  %.idx70 = shl nsw i64 %indvars.iv959.i, 12
-  %1120 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx70
-  store <16 x i32> %1119, ptr %1120, align 4, !tbaa !5
-  %1121 = load i64, ptr %1116, align 8, !tbaa !5
-  %gep719.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1121
-  %1122 = load <16 x i32>, ptr %gep719.i, align 4, !tbaa !5
-  %1123 = and <16 x i32> %1122, %366
-  %1124 = getelementptr inbounds nuw i8, ptr %1120, i64 64
-  store <16 x i32> %1123, ptr %1124, align 4, !tbaa !5
-  %1125 = load i64, ptr %1116, align 8, !tbaa !5
-  %gep721.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1125
-  %1126 = getelementptr i8, ptr %gep721.i, i64 64
-  %1127 = load <16 x i32>, ptr %1126, align 4, !tbaa !5
-  %1128 = shl <16 x i32> %1127, splat (i32 16)
-  %1129 = getelementptr inbounds nuw i8, ptr %1120, i64 128
-  store <16 x i32> %1128, ptr %1129, align 4, !tbaa !5
-  %1130 = load i64, ptr %1116, align 8, !tbaa !5
-  %gep723.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1130
-  %1131 = getelementptr i8, ptr %gep723.i, i64 64
-  %1132 = load <16 x i32>, ptr %1131, align 4, !tbaa !5
-  %1133 = and <16 x i32> %1132, %366
-  %1134 = getelementptr inbounds nuw i8, ptr %1120, i64 192
-  store <16 x i32> %1133, ptr %1134, align 4, !tbaa !5
-  %1135 = load i64, ptr %1116, align 8, !tbaa !5
-  %gep725.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1135
-  %1136 = getelementptr i8, ptr %gep725.i, i64 128
-  %1137 = load <16 x i32>, ptr %1136, align 4, !tbaa !5
-  %1138 = shl <16 x i32> %1137, splat (i32 16)
-  %1139 = getelementptr inbounds nuw i8, ptr %1120, i64 256
-  store <16 x i32> %1138, ptr %1139, align 4, !tbaa !5
-  %1140 = load i64, ptr %1116, align 8, !tbaa !5
-  %gep727.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1140
-  %1141 = getelementptr i8, ptr %gep727.i, i64 128
-  %1142 = load <16 x i32>, ptr %1141, align 4, !tbaa !5
-  %1143 = and <16 x i32> %1142, %366
-  %1144 = getelementptr inbounds nuw i8, ptr %1120, i64 320
-  store <16 x i32> %1143, ptr %1144, align 4, !tbaa !5
-  %1145 = load i64, ptr %1116, align 8, !tbaa !5
-  %gep729.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1145
-  %1146 = getelementptr i8, ptr %gep729.i, i64 192
-  %1147 = load <16 x i32>, ptr %1146, align 4, !tbaa !5
-  %1148 = shl <16 x i32> %1147, splat (i32 16)
-  %1149 = getelementptr inbounds nuw i8, ptr %1120, i64 384
-  store <16 x i32> %1148, ptr %1149, align 4, !tbaa !5
-  %1150 = load i64, ptr %1116, align 8, !tbaa !5
-  %gep731.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1150
-  %1151 = getelementptr i8, ptr %gep731.i, i64 192
-  %1152 = load <16 x i32>, ptr %1151, align 4, !tbaa !5
-  %1153 = and <16 x i32> %1152, %366
-  %1154 = getelementptr inbounds nuw i8, ptr %1120, i64 448
-  store <16 x i32> %1153, ptr %1154, align 4, !tbaa !5
-  %1155 = getelementptr inbounds nuw i8, ptr %1116, i64 8
-  %1156 = load i64, ptr %1155, align 8, !tbaa !5
-  %gep717.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1156
-  %1157 = load <16 x i32>, ptr %gep717.1.i, align 4, !tbaa !5
-  %1158 = shl <16 x i32> %1157, splat (i32 16)
-  %1159 = getelementptr inbounds nuw i8, ptr %1120, i64 512
-  store <16 x i32> %1158, ptr %1159, align 4, !tbaa !5
-  %1160 = load i64, ptr %1155, align 8, !tbaa !5
-  %gep719.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1160
-  %1161 = load <16 x i32>, ptr %gep719.1.i, align 4, !tbaa !5
-  %1162 = and <16 x i32> %1161, %366
-  %1163 = getelementptr inbounds nuw i8, ptr %1120, i64 576
-  store <16 x i32> %1162, ptr %1163, align 4, !tbaa !5
-  %1164 = load i64, ptr %1155, align 8, !tbaa !5
-  %gep721.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1164
-  %1165 = getelementptr i8, ptr %gep721.1.i, i64 64
-  %1166 = load <16 x i32>, ptr %1165, align 4, !tbaa !5
-  %1167 = shl <16 x i32> %1166, splat (i32 16)
-  %1168 = getelementptr inbounds nuw i8, ptr %1120, i64 640
-  store <16 x i32> %1167, ptr %1168, align 4, !tbaa !5
-  %1169 = load i64, ptr %1155, align 8, !tbaa !5
-  %gep723.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1169
-  %1170 = getelementptr i8, ptr %gep723.1.i, i64 64
-  %1171 = load <16 x i32>, ptr %1170, align 4, !tbaa !5
-  %1172 = and <16 x i32> %1171, %366
-  %1173 = getelementptr inbounds nuw i8, ptr %1120, i64 704
-  store <16 x i32> %1172, ptr %1173, align 4, !tbaa !5
-  %1174 = load i64, ptr %1155, align 8, !tbaa !5
-  %gep725.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1174
-  %1175 = getelementptr i8, ptr %gep725.1.i, i64 128
-  %1176 = load <16 x i32>, ptr %1175, align 4, !tbaa !5
-  %1177 = shl <16 x i32> %1176, splat (i32 16)
-  %1178 = getelementptr inbounds nuw i8, ptr %1120, i64 768
-  store <16 x i32> %1177, ptr %1178, align 4, !tbaa !5
-  %1179 = load i64, ptr %1155, align 8, !tbaa !5
-  %gep727.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1179
-  %1180 = getelementptr i8, ptr %gep727.1.i, i64 128
-  %1181 = load <16 x i32>, ptr %1180, align 4, !tbaa !5
-  %1182 = and <16 x i32> %1181, %366
-  %1183 = getelementptr inbounds nuw i8, ptr %1120, i64 832
-  store <16 x i32> %1182, ptr %1183, align 4, !tbaa !5
-  %1184 = load i64, ptr %1155, align 8, !tbaa !5
-  %gep729.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1184
-  %1185 = getelementptr i8, ptr %gep729.1.i, i64 192
-  %1186 = load <16 x i32>, ptr %1185, align 4, !tbaa !5
-  %1187 = shl <16 x i32> %1186, splat (i32 16)
-  %1188 = getelementptr inbounds nuw i8, ptr %1120, i64 896
-  store <16 x i32> %1187, ptr %1188, align 4, !tbaa !5
-  %1189 = load i64, ptr %1155, align 8, !tbaa !5
-  %gep731.1.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1189
-  %1190 = getelementptr i8, ptr %gep731.1.i, i64 192
-  %1191 = load <16 x i32>, ptr %1190, align 4, !tbaa !5
-  %1192 = and <16 x i32> %1191, %366
-  %1193 = getelementptr inbounds nuw i8, ptr %1120, i64 960
-  store <16 x i32> %1192, ptr %1193, align 4, !tbaa !5
-  %1194 = getelementptr inbounds nuw i8, ptr %1116, i64 16
-  %1195 = load i64, ptr %1194, align 8, !tbaa !5
-  %gep717.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1195
-  %1196 = load <16 x i32>, ptr %gep717.2.i, align 4, !tbaa !5
-  %1197 = shl <16 x i32> %1196, splat (i32 16)
-  %1198 = getelementptr inbounds nuw i8, ptr %1120, i64 1024
-  store <16 x i32> %1197, ptr %1198, align 4, !tbaa !5
-  %1199 = load i64, ptr %1194, align 8, !tbaa !5
-  %gep719.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1199
-  %1200 = load <16 x i32>, ptr %gep719.2.i, align 4, !tbaa !5
-  %1201 = and <16 x i32> %1200, %366
-  %1202 = getelementptr inbounds nuw i8, ptr %1120, i64 1088
-  store <16 x i32> %1201, ptr %1202, align 4, !tbaa !5
-  %1203 = load i64, ptr %1194, align 8, !tbaa !5
-  %gep721.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1203
-  %1204 = getelementptr i8, ptr %gep721.2.i, i64 64
-  %1205 = load <16 x i32>, ptr %1204, align 4, !tbaa !5
-  %1206 = shl <16 x i32> %1205, splat (i32 16)
-  %1207 = getelementptr inbounds nuw i8, ptr %1120, i64 1152
-  store <16 x i32> %1206, ptr %1207, align 4, !tbaa !5
-  %1208 = load i64, ptr %1194, align 8, !tbaa !5
-  %gep723.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1208
-  %1209 = getelementptr i8, ptr %gep723.2.i, i64 64
-  %1210 = load <16 x i32>, ptr %1209, align 4, !tbaa !5
-  %1211 = and <16 x i32> %1210, %366
-  %1212 = getelementptr inbounds nuw i8, ptr %1120, i64 1216
-  store <16 x i32> %1211, ptr %1212, align 4, !tbaa !5
-  %1213 = load i64, ptr %1194, align 8, !tbaa !5
-  %gep725.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1213
-  %1214 = getelementptr i8, ptr %gep725.2.i, i64 128
-  %1215 = load <16 x i32>, ptr %1214, align 4, !tbaa !5
-  %1216 = shl <16 x i32> %1215, splat (i32 16)
-  %1217 = getelementptr inbounds nuw i8, ptr %1120, i64 1280
-  store <16 x i32> %1216, ptr %1217, align 4, !tbaa !5
-  %1218 = load i64, ptr %1194, align 8, !tbaa !5
-  %gep727.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1218
-  %1219 = getelementptr i8, ptr %gep727.2.i, i64 128
-  %1220 = load <16 x i32>, ptr %1219, align 4, !tbaa !5
-  %1221 = and <16 x i32> %1220, %366
-  %1222 = getelementptr inbounds nuw i8, ptr %1120, i64 1344
-  store <16 x i32> %1221, ptr %1222, align 4, !tbaa !5
-  %1223 = load i64, ptr %1194, align 8, !tbaa !5
-  %gep729.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1223
-  %1224 = getelementptr i8, ptr %gep729.2.i, i64 192
-  %1225 = load <16 x i32>, ptr %1224, align 4, !tbaa !5
-  %1226 = shl <16 x i32> %1225, splat (i32 16)
-  %1227 = getelementptr inbounds nuw i8, ptr %1120, i64 1408
-  store <16 x i32> %1226, ptr %1227, align 4, !tbaa !5
-  %1228 = load i64, ptr %1194, align 8, !tbaa !5
-  %gep731.2.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1228
-  %1229 = getelementptr i8, ptr %gep731.2.i, i64 192
-  %1230 = load <16 x i32>, ptr %1229, align 4, !tbaa !5
-  %1231 = and <16 x i32> %1230, %366
-  %1232 = getelementptr inbounds nuw i8, ptr %1120, i64 1472
-  store <16 x i32> %1231, ptr %1232, align 4, !tbaa !5
-  %1233 = getelementptr inbounds nuw i8, ptr %1116, i64 24
-  %1234 = load i64, ptr %1233, align 8, !tbaa !5
-  %gep717.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1234
-  %1235 = load <16 x i32>, ptr %gep717.3.i, align 4, !tbaa !5
-  %1236 = shl <16 x i32> %1235, splat (i32 16)
-  %1237 = getelementptr inbounds nuw i8, ptr %1120, i64 1536
-  store <16 x i32> %1236, ptr %1237, align 4, !tbaa !5
-  %1238 = load i64, ptr %1233, align 8, !tbaa !5
-  %gep719.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1238
-  %1239 = load <16 x i32>, ptr %gep719.3.i, align 4, !tbaa !5
-  %1240 = and <16 x i32> %1239, %366
-  %1241 = getelementptr inbounds nuw i8, ptr %1120, i64 1600
-  store <16 x i32> %1240, ptr %1241, align 4, !tbaa !5
-  %1242 = load i64, ptr %1233, align 8, !tbaa !5
-  %gep721.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1242
-  %1243 = getelementptr i8, ptr %gep721.3.i, i64 64
-  %1244 = load <16 x i32>, ptr %1243, align 4, !tbaa !5
-  %1245 = shl <16 x i32> %1244, splat (i32 16)
-  %1246 = getelementptr inbounds nuw i8, ptr %1120, i64 1664
-  store <16 x i32> %1245, ptr %1246, align 4, !tbaa !5
-  %1247 = load i64, ptr %1233, align 8, !tbaa !5
-  %gep723.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1247
-  %1248 = getelementptr i8, ptr %gep723.3.i, i64 64
-  %1249 = load <16 x i32>, ptr %1248, align 4, !tbaa !5
-  %1250 = and <16 x i32> %1249, %366
-  %1251 = getelementptr inbounds nuw i8, ptr %1120, i64 1728
-  store <16 x i32> %1250, ptr %1251, align 4, !tbaa !5
-  %1252 = load i64, ptr %1233, align 8, !tbaa !5
-  %gep725.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1252
-  %1253 = getelementptr i8, ptr %gep725.3.i, i64 128
-  %1254 = load <16 x i32>, ptr %1253, align 4, !tbaa !5
-  %1255 = shl <16 x i32> %1254, splat (i32 16)
-  %1256 = getelementptr inbounds nuw i8, ptr %1120, i64 1792
-  store <16 x i32> %1255, ptr %1256, align 4, !tbaa !5
-  %1257 = load i64, ptr %1233, align 8, !tbaa !5
-  %gep727.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1257
-  %1258 = getelementptr i8, ptr %gep727.3.i, i64 128
-  %1259 = load <16 x i32>, ptr %1258, align 4, !tbaa !5
-  %1260 = and <16 x i32> %1259, %366
-  %1261 = getelementptr inbounds nuw i8, ptr %1120, i64 1856
-  store <16 x i32> %1260, ptr %1261, align 4, !tbaa !5
-  %1262 = load i64, ptr %1233, align 8, !tbaa !5
-  %gep729.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1262
-  %1263 = getelementptr i8, ptr %gep729.3.i, i64 192
-  %1264 = load <16 x i32>, ptr %1263, align 4, !tbaa !5
-  %1265 = shl <16 x i32> %1264, splat (i32 16)
-  %1266 = getelementptr inbounds nuw i8, ptr %1120, i64 1920
-  store <16 x i32> %1265, ptr %1266, align 4, !tbaa !5
-  %1267 = load i64, ptr %1233, align 8, !tbaa !5
-  %gep731.3.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1267
-  %1268 = getelementptr i8, ptr %gep731.3.i, i64 192
-  %1269 = load <16 x i32>, ptr %1268, align 4, !tbaa !5
-  %1270 = and <16 x i32> %1269, %366
-  %1271 = getelementptr inbounds nuw i8, ptr %1120, i64 1984
-  store <16 x i32> %1270, ptr %1271, align 4, !tbaa !5
-  %1272 = getelementptr inbounds nuw i8, ptr %1116, i64 32
-  %1273 = load i64, ptr %1272, align 8, !tbaa !5
-  %gep717.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1273
-  %1274 = load <16 x i32>, ptr %gep717.4.i, align 4, !tbaa !5
-  %1275 = shl <16 x i32> %1274, splat (i32 16)
-  %1276 = getelementptr inbounds nuw i8, ptr %1120, i64 2048
-  store <16 x i32> %1275, ptr %1276, align 4, !tbaa !5
-  %1277 = load i64, ptr %1272, align 8, !tbaa !5
-  %gep719.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1277
-  %1278 = load <16 x i32>, ptr %gep719.4.i, align 4, !tbaa !5
-  %1279 = and <16 x i32> %1278, %366
-  %1280 = getelementptr inbounds nuw i8, ptr %1120, i64 2112
-  store <16 x i32> %1279, ptr %1280, align 4, !tbaa !5
-  %1281 = load i64, ptr %1272, align 8, !tbaa !5
-  %gep721.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1281
-  %1282 = getelementptr i8, ptr %gep721.4.i, i64 64
-  %1283 = load <16 x i32>, ptr %1282, align 4, !tbaa !5
-  %1284 = shl <16 x i32> %1283, splat (i32 16)
-  %1285 = getelementptr inbounds nuw i8, ptr %1120, i64 2176
-  store <16 x i32> %1284, ptr %1285, align 4, !tbaa !5
-  %1286 = load i64, ptr %1272, align 8, !tbaa !5
-  %gep723.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1286
-  %1287 = getelementptr i8, ptr %gep723.4.i, i64 64
-  %1288 = load <16 x i32>, ptr %1287, align 4, !tbaa !5
-  %1289 = and <16 x i32> %1288, %366
-  %1290 = getelementptr inbounds nuw i8, ptr %1120, i64 2240
-  store <16 x i32> %1289, ptr %1290, align 4, !tbaa !5
-  %1291 = load i64, ptr %1272, align 8, !tbaa !5
-  %gep725.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1291
-  %1292 = getelementptr i8, ptr %gep725.4.i, i64 128
-  %1293 = load <16 x i32>, ptr %1292, align 4, !tbaa !5
-  %1294 = shl <16 x i32> %1293, splat (i32 16)
-  %1295 = getelementptr inbounds nuw i8, ptr %1120, i64 2304
-  store <16 x i32> %1294, ptr %1295, align 4, !tbaa !5
-  %1296 = load i64, ptr %1272, align 8, !tbaa !5
-  %gep727.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1296
-  %1297 = getelementptr i8, ptr %gep727.4.i, i64 128
-  %1298 = load <16 x i32>, ptr %1297, align 4, !tbaa !5
-  %1299 = and <16 x i32> %1298, %366
-  %1300 = getelementptr inbounds nuw i8, ptr %1120, i64 2368
-  store <16 x i32> %1299, ptr %1300, align 4, !tbaa !5
-  %1301 = load i64, ptr %1272, align 8, !tbaa !5
-  %gep729.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1301
-  %1302 = getelementptr i8, ptr %gep729.4.i, i64 192
-  %1303 = load <16 x i32>, ptr %1302, align 4, !tbaa !5
-  %1304 = shl <16 x i32> %1303, splat (i32 16)
-  %1305 = getelementptr inbounds nuw i8, ptr %1120, i64 2432
-  store <16 x i32> %1304, ptr %1305, align 4, !tbaa !5
-  %1306 = load i64, ptr %1272, align 8, !tbaa !5
-  %gep731.4.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1306
-  %1307 = getelementptr i8, ptr %gep731.4.i, i64 192
-  %1308 = load <16 x i32>, ptr %1307, align 4, !tbaa !5
-  %1309 = and <16 x i32> %1308, %366
-  %1310 = getelementptr inbounds nuw i8, ptr %1120, i64 2496
-  store <16 x i32> %1309, ptr %1310, align 4, !tbaa !5
-  %1311 = getelementptr inbounds nuw i8, ptr %1116, i64 40
-  %1312 = load i64, ptr %1311, align 8, !tbaa !5
-  %gep717.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1312
-  %1313 = load <16 x i32>, ptr %gep717.5.i, align 4, !tbaa !5
-  %1314 = shl <16 x i32> %1313, splat (i32 16)
-  %1315 = getelementptr inbounds nuw i8, ptr %1120, i64 2560
-  store <16 x i32> %1314, ptr %1315, align 4, !tbaa !5
-  %1316 = load i64, ptr %1311, align 8, !tbaa !5
-  %gep719.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1316
-  %1317 = load <16 x i32>, ptr %gep719.5.i, align 4, !tbaa !5
-  %1318 = and <16 x i32> %1317, %366
-  %1319 = getelementptr inbounds nuw i8, ptr %1120, i64 2624
-  store <16 x i32> %1318, ptr %1319, align 4, !tbaa !5
-  %1320 = load i64, ptr %1311, align 8, !tbaa !5
-  %gep721.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1320
-  %1321 = getelementptr i8, ptr %gep721.5.i, i64 64
-  %1322 = load <16 x i32>, ptr %1321, align 4, !tbaa !5
-  %1323 = shl <16 x i32> %1322, splat (i32 16)
-  %1324 = getelementptr inbounds nuw i8, ptr %1120, i64 2688
-  store <16 x i32> %1323, ptr %1324, align 4, !tbaa !5
-  %1325 = load i64, ptr %1311, align 8, !tbaa !5
-  %gep723.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1325
-  %1326 = getelementptr i8, ptr %gep723.5.i, i64 64
-  %1327 = load <16 x i32>, ptr %1326, align 4, !tbaa !5
-  %1328 = and <16 x i32> %1327, %366
-  %1329 = getelementptr inbounds nuw i8, ptr %1120, i64 2752
-  store <16 x i32> %1328, ptr %1329, align 4, !tbaa !5
-  %1330 = load i64, ptr %1311, align 8, !tbaa !5
-  %gep725.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1330
-  %1331 = getelementptr i8, ptr %gep725.5.i, i64 128
-  %1332 = load <16 x i32>, ptr %1331, align 4, !tbaa !5
-  %1333 = shl <16 x i32> %1332, splat (i32 16)
-  %1334 = getelementptr inbounds nuw i8, ptr %1120, i64 2816
-  store <16 x i32> %1333, ptr %1334, align 4, !tbaa !5
-  %1335 = load i64, ptr %1311, align 8, !tbaa !5
-  %gep727.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1335
-  %1336 = getelementptr i8, ptr %gep727.5.i, i64 128
-  %1337 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
-  %1338 = and <16 x i32> %1337, %366
-  %1339 = getelementptr inbounds nuw i8, ptr %1120, i64 2880
-  store <16 x i32> %1338, ptr %1339, align 4, !tbaa !5
-  %1340 = load i64, ptr %1311, align 8, !tbaa !5
-  %gep729.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1340
-  %1341 = getelementptr i8, ptr %gep729.5.i, i64 192
-  %1342 = load <16 x i32>, ptr %1341, align 4, !tbaa !5
-  %1343 = shl <16 x i32> %1342, splat (i32 16)
-  %1344 = getelementptr inbounds nuw i8, ptr %1120, i64 2944
-  store <16 x i32> %1343, ptr %1344, align 4, !tbaa !5
-  %1345 = load i64, ptr %1311, align 8, !tbaa !5
-  %gep731.5.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1345
-  %1346 = getelementptr i8, ptr %gep731.5.i, i64 192
-  %1347 = load <16 x i32>, ptr %1346, align 4, !tbaa !5
-  %1348 = and <16 x i32> %1347, %366
-  %1349 = getelementptr inbounds nuw i8, ptr %1120, i64 3008
-  store <16 x i32> %1348, ptr %1349, align 4, !tbaa !5
-  %1350 = getelementptr inbounds nuw i8, ptr %1116, i64 48
-  %1351 = load i64, ptr %1350, align 8, !tbaa !5
-  %gep717.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1351
-  %1352 = load <16 x i32>, ptr %gep717.6.i, align 4, !tbaa !5
-  %1353 = shl <16 x i32> %1352, splat (i32 16)
-  %1354 = getelementptr inbounds nuw i8, ptr %1120, i64 3072
-  store <16 x i32> %1353, ptr %1354, align 4, !tbaa !5
-  %1355 = load i64, ptr %1350, align 8, !tbaa !5
-  %gep719.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1355
-  %1356 = load <16 x i32>, ptr %gep719.6.i, align 4, !tbaa !5
-  %1357 = and <16 x i32> %1356, %366
-  %1358 = getelementptr inbounds nuw i8, ptr %1120, i64 3136
-  store <16 x i32> %1357, ptr %1358, align 4, !tbaa !5
-  %1359 = load i64, ptr %1350, align 8, !tbaa !5
-  %gep721.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1359
-  %1360 = getelementptr i8, ptr %gep721.6.i, i64 64
-  %1361 = load <16 x i32>, ptr %1360, align 4, !tbaa !5
-  %1362 = shl <16 x i32> %1361, splat (i32 16)
-  %1363 = getelementptr inbounds nuw i8, ptr %1120, i64 3200
-  store <16 x i32> %1362, ptr %1363, align 4, !tbaa !5
-  %1364 = load i64, ptr %1350, align 8, !tbaa !5
-  %gep723.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1364
-  %1365 = getelementptr i8, ptr %gep723.6.i, i64 64
-  %1366 = load <16 x i32>, ptr %1365, align 4, !tbaa !5
-  %1367 = and <16 x i32> %1366, %366
-  %1368 = getelementptr inbounds nuw i8, ptr %1120, i64 3264
-  store <16 x i32> %1367, ptr %1368, align 4, !tbaa !5
-  %1369 = load i64, ptr %1350, align 8, !tbaa !5
-  %gep725.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1369
-  %1370 = getelementptr i8, ptr %gep725.6.i, i64 128
-  %1371 = load <16 x i32>, ptr %1370, align 4, !tbaa !5
-  %1372 = shl <16 x i32> %1371, splat (i32 16)
-  %1373 = getelementptr inbounds nuw i8, ptr %1120, i64 3328
-  store <16 x i32> %1372, ptr %1373, align 4, !tbaa !5
-  %1374 = load i64, ptr %1350, align 8, !tbaa !5
-  %gep727.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1374
-  %1375 = getelementptr i8, ptr %gep727.6.i, i64 128
-  %1376 = load <16 x i32>, ptr %1375, align 4, !tbaa !5
-  %1377 = and <16 x i32> %1376, %366
-  %1378 = getelementptr inbounds nuw i8, ptr %1120, i64 3392
-  store <16 x i32> %1377, ptr %1378, align 4, !tbaa !5
-  %1379 = load i64, ptr %1350, align 8, !tbaa !5
-  %gep729.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1379
-  %1380 = getelementptr i8, ptr %gep729.6.i, i64 192
-  %1381 = load <16 x i32>, ptr %1380, align 4, !tbaa !5
-  %1382 = shl <16 x i32> %1381, splat (i32 16)
-  %1383 = getelementptr inbounds nuw i8, ptr %1120, i64 3456
-  store <16 x i32> %1382, ptr %1383, align 4, !tbaa !5
-  %1384 = load i64, ptr %1350, align 8, !tbaa !5
-  %gep731.6.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1384
-  %1385 = getelementptr i8, ptr %gep731.6.i, i64 192
-  %1386 = load <16 x i32>, ptr %1385, align 4, !tbaa !5
-  %1387 = and <16 x i32> %1386, %366
-  %1388 = getelementptr inbounds nuw i8, ptr %1120, i64 3520
-  store <16 x i32> %1387, ptr %1388, align 4, !tbaa !5
-  %1389 = getelementptr inbounds nuw i8, ptr %1116, i64 56
-  %1390 = load i64, ptr %1389, align 8, !tbaa !5
-  %gep717.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1390
-  %1391 = load <16 x i32>, ptr %gep717.7.i, align 4, !tbaa !5
-  %1392 = shl <16 x i32> %1391, splat (i32 16)
-  %1393 = getelementptr inbounds nuw i8, ptr %1120, i64 3584
-  store <16 x i32> %1392, ptr %1393, align 4, !tbaa !5
-  %1394 = load i64, ptr %1389, align 8, !tbaa !5
-  %gep719.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1394
-  %1395 = load <16 x i32>, ptr %gep719.7.i, align 4, !tbaa !5
-  %1396 = and <16 x i32> %1395, %366
-  %1397 = getelementptr inbounds nuw i8, ptr %1120, i64 3648
-  store <16 x i32> %1396, ptr %1397, align 4, !tbaa !5
-  %1398 = load i64, ptr %1389, align 8, !tbaa !5
-  %gep721.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1398
-  %1399 = getelementptr i8, ptr %gep721.7.i, i64 64
-  %1400 = load <16 x i32>, ptr %1399, align 4, !tbaa !5
-  %1401 = shl <16 x i32> %1400, splat (i32 16)
-  %1402 = getelementptr inbounds nuw i8, ptr %1120, i64 3712
-  store <16 x i32> %1401, ptr %1402, align 4, !tbaa !5
-  %1403 = load i64, ptr %1389, align 8, !tbaa !5
-  %gep723.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1403
-  %1404 = getelementptr i8, ptr %gep723.7.i, i64 64
-  %1405 = load <16 x i32>, ptr %1404, align 4, !tbaa !5
-  %1406 = and <16 x i32> %1405, %366
-  %1407 = getelementptr inbounds nuw i8, ptr %1120, i64 3776
-  store <16 x i32> %1406, ptr %1407, align 4, !tbaa !5
-  %1408 = load i64, ptr %1389, align 8, !tbaa !5
-  %gep725.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1408
-  %1409 = getelementptr i8, ptr %gep725.7.i, i64 128
-  %1410 = load <16 x i32>, ptr %1409, align 4, !tbaa !5
-  %1411 = shl <16 x i32> %1410, splat (i32 16)
-  %1412 = getelementptr inbounds nuw i8, ptr %1120, i64 3840
-  store <16 x i32> %1411, ptr %1412, align 4, !tbaa !5
-  %1413 = load i64, ptr %1389, align 8, !tbaa !5
-  %gep727.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1413
-  %1414 = getelementptr i8, ptr %gep727.7.i, i64 128
-  %1415 = load <16 x i32>, ptr %1414, align 4, !tbaa !5
-  %1416 = and <16 x i32> %1415, %366
-  %1417 = getelementptr inbounds nuw i8, ptr %1120, i64 3904
-  store <16 x i32> %1416, ptr %1417, align 4, !tbaa !5
-  %1418 = load i64, ptr %1389, align 8, !tbaa !5
-  %gep729.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1418
-  %1419 = getelementptr i8, ptr %gep729.7.i, i64 192
-  %1420 = load <16 x i32>, ptr %1419, align 4, !tbaa !5
-  %1421 = shl <16 x i32> %1420, splat (i32 16)
-  %1422 = getelementptr inbounds nuw i8, ptr %1120, i64 3968
-  store <16 x i32> %1421, ptr %1422, align 4, !tbaa !5
-  %1423 = load i64, ptr %1389, align 8, !tbaa !5
-  %gep731.7.i = getelementptr i32, ptr %invariant.gep716.i, i64 %1423
-  %1424 = getelementptr i8, ptr %gep731.7.i, i64 192
-  %1425 = load <16 x i32>, ptr %1424, align 4, !tbaa !5
-  %1426 = and <16 x i32> %1425, %366
-  %1427 = getelementptr inbounds nuw i8, ptr %1120, i64 4032
-  store <16 x i32> %1426, ptr %1427, align 4, !tbaa !5
-  %indvars.iv.next960.i = add nuw nsw i64 %indvars.iv959.i, 1
-  %exitcond963.not.i = icmp eq i64 %indvars.iv.next960.i, %wide.trip.count953.i
-  br i1 %exitcond963.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti153.preheader.i, !prof !13
+  %indvars.iv944.i = phi i64 [ 0, %for_begin_ti153.preheader.lr.ph.i ], [ %indvars.iv.next945.i, %for_begin_ti153.preheader.i ]
+  %.idx69 = shl nsw i64 %indvars.iv944.i, 6
+  %1075 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx69
+  %1076 = load i64, ptr %1075, align 8, !tbaa !5
+  %gep702.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1076
+  %1077 = load <16 x i32>, ptr %gep702.i, align 4, !tbaa !5
+  %1078 = shl <16 x i32> %1077, splat (i32 16)
+  %.idx70 = shl nsw i64 %indvars.iv944.i, 12
+  %1079 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx70
+  store <16 x i32> %1078, ptr %1079, align 4, !tbaa !5
+  %1080 = load i64, ptr %1075, align 8, !tbaa !5
+  %gep704.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1080
+  %1081 = load <16 x i32>, ptr %gep704.i, align 4, !tbaa !5
+  %1082 = and <16 x i32> %1081, %366
+  %1083 = getelementptr inbounds nuw i8, ptr %1079, i64 64
+  store <16 x i32> %1082, ptr %1083, align 4, !tbaa !5
+  %1084 = load i64, ptr %1075, align 8, !tbaa !5
+  %gep706.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1084
+  %1085 = getelementptr i8, ptr %gep706.i, i64 64
+  %1086 = load <16 x i32>, ptr %1085, align 4, !tbaa !5
+  %1087 = shl <16 x i32> %1086, splat (i32 16)
+  %1088 = getelementptr inbounds nuw i8, ptr %1079, i64 128
+  store <16 x i32> %1087, ptr %1088, align 4, !tbaa !5
+  %1089 = load i64, ptr %1075, align 8, !tbaa !5
+  %gep708.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1089
+  %1090 = getelementptr i8, ptr %gep708.i, i64 64
+  %1091 = load <16 x i32>, ptr %1090, align 4, !tbaa !5
+  %1092 = and <16 x i32> %1091, %366
+  %1093 = getelementptr inbounds nuw i8, ptr %1079, i64 192
+  store <16 x i32> %1092, ptr %1093, align 4, !tbaa !5
+  %1094 = load i64, ptr %1075, align 8, !tbaa !5
+  %gep710.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1094
+  %1095 = getelementptr i8, ptr %gep710.i, i64 128
+  %1096 = load <16 x i32>, ptr %1095, align 4, !tbaa !5
+  %1097 = shl <16 x i32> %1096, splat (i32 16)
+  %1098 = getelementptr inbounds nuw i8, ptr %1079, i64 256
+  store <16 x i32> %1097, ptr %1098, align 4, !tbaa !5
+  %1099 = load i64, ptr %1075, align 8, !tbaa !5
+  %gep712.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1099
+  %1100 = getelementptr i8, ptr %gep712.i, i64 128
+  %1101 = load <16 x i32>, ptr %1100, align 4, !tbaa !5
+  %1102 = and <16 x i32> %1101, %366
+  %1103 = getelementptr inbounds nuw i8, ptr %1079, i64 320
+  store <16 x i32> %1102, ptr %1103, align 4, !tbaa !5
+  %1104 = load i64, ptr %1075, align 8, !tbaa !5
+  %gep714.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1104
+  %1105 = getelementptr i8, ptr %gep714.i, i64 192
+  %1106 = load <16 x i32>, ptr %1105, align 4, !tbaa !5
+  %1107 = shl <16 x i32> %1106, splat (i32 16)
+  %1108 = getelementptr inbounds nuw i8, ptr %1079, i64 384
+  store <16 x i32> %1107, ptr %1108, align 4, !tbaa !5
+  %1109 = load i64, ptr %1075, align 8, !tbaa !5
+  %gep716.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1109
+  %1110 = getelementptr i8, ptr %gep716.i, i64 192
+  %1111 = load <16 x i32>, ptr %1110, align 4, !tbaa !5
+  %1112 = and <16 x i32> %1111, %366
+  %1113 = getelementptr inbounds nuw i8, ptr %1079, i64 448
+  store <16 x i32> %1112, ptr %1113, align 4, !tbaa !5
+  %1114 = getelementptr inbounds nuw i8, ptr %1075, i64 8
+  %1115 = load i64, ptr %1114, align 8, !tbaa !5
+  %gep702.1.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1115
+  %1116 = load <16 x i32>, ptr %gep702.1.i, align 4, !tbaa !5
+  %1117 = shl <16 x i32> %1116, splat (i32 16)
+  %1118 = getelementptr inbounds nuw i8, ptr %1079, i64 512
+  store <16 x i32> %1117, ptr %1118, align 4, !tbaa !5
+  %1119 = load i64, ptr %1114, align 8, !tbaa !5
+  %gep704.1.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1119
+  %1120 = load <16 x i32>, ptr %gep704.1.i, align 4, !tbaa !5
+  %1121 = and <16 x i32> %1120, %366
+  %1122 = getelementptr inbounds nuw i8, ptr %1079, i64 576
+  store <16 x i32> %1121, ptr %1122, align 4, !tbaa !5
+  %1123 = load i64, ptr %1114, align 8, !tbaa !5
+  %gep706.1.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1123
+  %1124 = getelementptr i8, ptr %gep706.1.i, i64 64
+  %1125 = load <16 x i32>, ptr %1124, align 4, !tbaa !5
+  %1126 = shl <16 x i32> %1125, splat (i32 16)
+  %1127 = getelementptr inbounds nuw i8, ptr %1079, i64 640
+  store <16 x i32> %1126, ptr %1127, align 4, !tbaa !5
+  %1128 = load i64, ptr %1114, align 8, !tbaa !5
+  %gep708.1.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1128
+  %1129 = getelementptr i8, ptr %gep708.1.i, i64 64
+  %1130 = load <16 x i32>, ptr %1129, align 4, !tbaa !5
+  %1131 = and <16 x i32> %1130, %366
+  %1132 = getelementptr inbounds nuw i8, ptr %1079, i64 704
+  store <16 x i32> %1131, ptr %1132, align 4, !tbaa !5
+  %1133 = load i64, ptr %1114, align 8, !tbaa !5
+  %gep710.1.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1133
+  %1134 = getelementptr i8, ptr %gep710.1.i, i64 128
+  %1135 = load <16 x i32>, ptr %1134, align 4, !tbaa !5
+  %1136 = shl <16 x i32> %1135, splat (i32 16)
+  %1137 = getelementptr inbounds nuw i8, ptr %1079, i64 768
+  store <16 x i32> %1136, ptr %1137, align 4, !tbaa !5
+  %1138 = load i64, ptr %1114, align 8, !tbaa !5
+  %gep712.1.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1138
+  %1139 = getelementptr i8, ptr %gep712.1.i, i64 128
+  %1140 = load <16 x i32>, ptr %1139, align 4, !tbaa !5
+  %1141 = and <16 x i32> %1140, %366
+  %1142 = getelementptr inbounds nuw i8, ptr %1079, i64 832
+  store <16 x i32> %1141, ptr %1142, align 4, !tbaa !5
+  %1143 = load i64, ptr %1114, align 8, !tbaa !5
+  %gep714.1.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1143
+  %1144 = getelementptr i8, ptr %gep714.1.i, i64 192
+  %1145 = load <16 x i32>, ptr %1144, align 4, !tbaa !5
+  %1146 = shl <16 x i32> %1145, splat (i32 16)
+  %1147 = getelementptr inbounds nuw i8, ptr %1079, i64 896
+  store <16 x i32> %1146, ptr %1147, align 4, !tbaa !5
+  %1148 = load i64, ptr %1114, align 8, !tbaa !5
+  %gep716.1.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1148
+  %1149 = getelementptr i8, ptr %gep716.1.i, i64 192
+  %1150 = load <16 x i32>, ptr %1149, align 4, !tbaa !5
+  %1151 = and <16 x i32> %1150, %366
+  %1152 = getelementptr inbounds nuw i8, ptr %1079, i64 960
+  store <16 x i32> %1151, ptr %1152, align 4, !tbaa !5
+  %1153 = getelementptr inbounds nuw i8, ptr %1075, i64 16
+  %1154 = load i64, ptr %1153, align 8, !tbaa !5
+  %gep702.2.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1154
+  %1155 = load <16 x i32>, ptr %gep702.2.i, align 4, !tbaa !5
+  %1156 = shl <16 x i32> %1155, splat (i32 16)
+  %1157 = getelementptr inbounds nuw i8, ptr %1079, i64 1024
+  store <16 x i32> %1156, ptr %1157, align 4, !tbaa !5
+  %1158 = load i64, ptr %1153, align 8, !tbaa !5
+  %gep704.2.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1158
+  %1159 = load <16 x i32>, ptr %gep704.2.i, align 4, !tbaa !5
+  %1160 = and <16 x i32> %1159, %366
+  %1161 = getelementptr inbounds nuw i8, ptr %1079, i64 1088
+  store <16 x i32> %1160, ptr %1161, align 4, !tbaa !5
+  %1162 = load i64, ptr %1153, align 8, !tbaa !5
+  %gep706.2.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1162
+  %1163 = getelementptr i8, ptr %gep706.2.i, i64 64
+  %1164 = load <16 x i32>, ptr %1163, align 4, !tbaa !5
+  %1165 = shl <16 x i32> %1164, splat (i32 16)
+  %1166 = getelementptr inbounds nuw i8, ptr %1079, i64 1152
+  store <16 x i32> %1165, ptr %1166, align 4, !tbaa !5
+  %1167 = load i64, ptr %1153, align 8, !tbaa !5
+  %gep708.2.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1167
+  %1168 = getelementptr i8, ptr %gep708.2.i, i64 64
+  %1169 = load <16 x i32>, ptr %1168, align 4, !tbaa !5
+  %1170 = and <16 x i32> %1169, %366
+  %1171 = getelementptr inbounds nuw i8, ptr %1079, i64 1216
+  store <16 x i32> %1170, ptr %1171, align 4, !tbaa !5
+  %1172 = load i64, ptr %1153, align 8, !tbaa !5
+  %gep710.2.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1172
+  %1173 = getelementptr i8, ptr %gep710.2.i, i64 128
+  %1174 = load <16 x i32>, ptr %1173, align 4, !tbaa !5
+  %1175 = shl <16 x i32> %1174, splat (i32 16)
+  %1176 = getelementptr inbounds nuw i8, ptr %1079, i64 1280
+  store <16 x i32> %1175, ptr %1176, align 4, !tbaa !5
+  %1177 = load i64, ptr %1153, align 8, !tbaa !5
+  %gep712.2.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1177
+  %1178 = getelementptr i8, ptr %gep712.2.i, i64 128
+  %1179 = load <16 x i32>, ptr %1178, align 4, !tbaa !5
+  %1180 = and <16 x i32> %1179, %366
+  %1181 = getelementptr inbounds nuw i8, ptr %1079, i64 1344
+  store <16 x i32> %1180, ptr %1181, align 4, !tbaa !5
+  %1182 = load i64, ptr %1153, align 8, !tbaa !5
+  %gep714.2.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1182
+  %1183 = getelementptr i8, ptr %gep714.2.i, i64 192
+  %1184 = load <16 x i32>, ptr %1183, align 4, !tbaa !5
+  %1185 = shl <16 x i32> %1184, splat (i32 16)
+  %1186 = getelementptr inbounds nuw i8, ptr %1079, i64 1408
+  store <16 x i32> %1185, ptr %1186, align 4, !tbaa !5
+  %1187 = load i64, ptr %1153, align 8, !tbaa !5
+  %gep716.2.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1187
+  %1188 = getelementptr i8, ptr %gep716.2.i, i64 192
+  %1189 = load <16 x i32>, ptr %1188, align 4, !tbaa !5
+  %1190 = and <16 x i32> %1189, %366
+  %1191 = getelementptr inbounds nuw i8, ptr %1079, i64 1472
+  store <16 x i32> %1190, ptr %1191, align 4, !tbaa !5
+  %1192 = getelementptr inbounds nuw i8, ptr %1075, i64 24
+  %1193 = load i64, ptr %1192, align 8, !tbaa !5
+  %gep702.3.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1193
+  %1194 = load <16 x i32>, ptr %gep702.3.i, align 4, !tbaa !5
+  %1195 = shl <16 x i32> %1194, splat (i32 16)
+  %1196 = getelementptr inbounds nuw i8, ptr %1079, i64 1536
+  store <16 x i32> %1195, ptr %1196, align 4, !tbaa !5
+  %1197 = load i64, ptr %1192, align 8, !tbaa !5
+  %gep704.3.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1197
+  %1198 = load <16 x i32>, ptr %gep704.3.i, align 4, !tbaa !5
+  %1199 = and <16 x i32> %1198, %366
+  %1200 = getelementptr inbounds nuw i8, ptr %1079, i64 1600
+  store <16 x i32> %1199, ptr %1200, align 4, !tbaa !5
+  %1201 = load i64, ptr %1192, align 8, !tbaa !5
+  %gep706.3.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1201
+  %1202 = getelementptr i8, ptr %gep706.3.i, i64 64
+  %1203 = load <16 x i32>, ptr %1202, align 4, !tbaa !5
+  %1204 = shl <16 x i32> %1203, splat (i32 16)
+  %1205 = getelementptr inbounds nuw i8, ptr %1079, i64 1664
+  store <16 x i32> %1204, ptr %1205, align 4, !tbaa !5
+  %1206 = load i64, ptr %1192, align 8, !tbaa !5
+  %gep708.3.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1206
+  %1207 = getelementptr i8, ptr %gep708.3.i, i64 64
+  %1208 = load <16 x i32>, ptr %1207, align 4, !tbaa !5
+  %1209 = and <16 x i32> %1208, %366
+  %1210 = getelementptr inbounds nuw i8, ptr %1079, i64 1728
+  store <16 x i32> %1209, ptr %1210, align 4, !tbaa !5
+  %1211 = load i64, ptr %1192, align 8, !tbaa !5
+  %gep710.3.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1211
+  %1212 = getelementptr i8, ptr %gep710.3.i, i64 128
+  %1213 = load <16 x i32>, ptr %1212, align 4, !tbaa !5
+  %1214 = shl <16 x i32> %1213, splat (i32 16)
+  %1215 = getelementptr inbounds nuw i8, ptr %1079, i64 1792
+  store <16 x i32> %1214, ptr %1215, align 4, !tbaa !5
+  %1216 = load i64, ptr %1192, align 8, !tbaa !5
+  %gep712.3.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1216
+  %1217 = getelementptr i8, ptr %gep712.3.i, i64 128
+  %1218 = load <16 x i32>, ptr %1217, align 4, !tbaa !5
+  %1219 = and <16 x i32> %1218, %366
+  %1220 = getelementptr inbounds nuw i8, ptr %1079, i64 1856
+  store <16 x i32> %1219, ptr %1220, align 4, !tbaa !5
+  %1221 = load i64, ptr %1192, align 8, !tbaa !5
+  %gep714.3.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1221
+  %1222 = getelementptr i8, ptr %gep714.3.i, i64 192
+  %1223 = load <16 x i32>, ptr %1222, align 4, !tbaa !5
+  %1224 = shl <16 x i32> %1223, splat (i32 16)
+  %1225 = getelementptr inbounds nuw i8, ptr %1079, i64 1920
+  store <16 x i32> %1224, ptr %1225, align 4, !tbaa !5
+  %1226 = load i64, ptr %1192, align 8, !tbaa !5
+  %gep716.3.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1226
+  %1227 = getelementptr i8, ptr %gep716.3.i, i64 192
+  %1228 = load <16 x i32>, ptr %1227, align 4, !tbaa !5
+  %1229 = and <16 x i32> %1228, %366
+  %1230 = getelementptr inbounds nuw i8, ptr %1079, i64 1984
+  store <16 x i32> %1229, ptr %1230, align 4, !tbaa !5
+  %1231 = getelementptr inbounds nuw i8, ptr %1075, i64 32
+  %1232 = load i64, ptr %1231, align 8, !tbaa !5
+  %gep702.4.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1232
+  %1233 = load <16 x i32>, ptr %gep702.4.i, align 4, !tbaa !5
+  %1234 = shl <16 x i32> %1233, splat (i32 16)
+  %1235 = getelementptr inbounds nuw i8, ptr %1079, i64 2048
+  store <16 x i32> %1234, ptr %1235, align 4, !tbaa !5
+  %1236 = load i64, ptr %1231, align 8, !tbaa !5
+  %gep704.4.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1236
+  %1237 = load <16 x i32>, ptr %gep704.4.i, align 4, !tbaa !5
+  %1238 = and <16 x i32> %1237, %366
+  %1239 = getelementptr inbounds nuw i8, ptr %1079, i64 2112
+  store <16 x i32> %1238, ptr %1239, align 4, !tbaa !5
+  %1240 = load i64, ptr %1231, align 8, !tbaa !5
+  %gep706.4.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1240
+  %1241 = getelementptr i8, ptr %gep706.4.i, i64 64
+  %1242 = load <16 x i32>, ptr %1241, align 4, !tbaa !5
+  %1243 = shl <16 x i32> %1242, splat (i32 16)
+  %1244 = getelementptr inbounds nuw i8, ptr %1079, i64 2176
+  store <16 x i32> %1243, ptr %1244, align 4, !tbaa !5
+  %1245 = load i64, ptr %1231, align 8, !tbaa !5
+  %gep708.4.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1245
+  %1246 = getelementptr i8, ptr %gep708.4.i, i64 64
+  %1247 = load <16 x i32>, ptr %1246, align 4, !tbaa !5
+  %1248 = and <16 x i32> %1247, %366
+  %1249 = getelementptr inbounds nuw i8, ptr %1079, i64 2240
+  store <16 x i32> %1248, ptr %1249, align 4, !tbaa !5
+  %1250 = load i64, ptr %1231, align 8, !tbaa !5
+  %gep710.4.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1250
+  %1251 = getelementptr i8, ptr %gep710.4.i, i64 128
+  %1252 = load <16 x i32>, ptr %1251, align 4, !tbaa !5
+  %1253 = shl <16 x i32> %1252, splat (i32 16)
+  %1254 = getelementptr inbounds nuw i8, ptr %1079, i64 2304
+  store <16 x i32> %1253, ptr %1254, align 4, !tbaa !5
+  %1255 = load i64, ptr %1231, align 8, !tbaa !5
+  %gep712.4.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1255
+  %1256 = getelementptr i8, ptr %gep712.4.i, i64 128
+  %1257 = load <16 x i32>, ptr %1256, align 4, !tbaa !5
+  %1258 = and <16 x i32> %1257, %366
+  %1259 = getelementptr inbounds nuw i8, ptr %1079, i64 2368
+  store <16 x i32> %1258, ptr %1259, align 4, !tbaa !5
+  %1260 = load i64, ptr %1231, align 8, !tbaa !5
+  %gep714.4.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1260
+  %1261 = getelementptr i8, ptr %gep714.4.i, i64 192
+  %1262 = load <16 x i32>, ptr %1261, align 4, !tbaa !5
+  %1263 = shl <16 x i32> %1262, splat (i32 16)
+  %1264 = getelementptr inbounds nuw i8, ptr %1079, i64 2432
+  store <16 x i32> %1263, ptr %1264, align 4, !tbaa !5
+  %1265 = load i64, ptr %1231, align 8, !tbaa !5
+  %gep716.4.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1265
+  %1266 = getelementptr i8, ptr %gep716.4.i, i64 192
+  %1267 = load <16 x i32>, ptr %1266, align 4, !tbaa !5
+  %1268 = and <16 x i32> %1267, %366
+  %1269 = getelementptr inbounds nuw i8, ptr %1079, i64 2496
+  store <16 x i32> %1268, ptr %1269, align 4, !tbaa !5
+  %1270 = getelementptr inbounds nuw i8, ptr %1075, i64 40
+  %1271 = load i64, ptr %1270, align 8, !tbaa !5
+  %gep702.5.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1271
+  %1272 = load <16 x i32>, ptr %gep702.5.i, align 4, !tbaa !5
+  %1273 = shl <16 x i32> %1272, splat (i32 16)
+  %1274 = getelementptr inbounds nuw i8, ptr %1079, i64 2560
+  store <16 x i32> %1273, ptr %1274, align 4, !tbaa !5
+  %1275 = load i64, ptr %1270, align 8, !tbaa !5
+  %gep704.5.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1275
+  %1276 = load <16 x i32>, ptr %gep704.5.i, align 4, !tbaa !5
+  %1277 = and <16 x i32> %1276, %366
+  %1278 = getelementptr inbounds nuw i8, ptr %1079, i64 2624
+  store <16 x i32> %1277, ptr %1278, align 4, !tbaa !5
+  %1279 = load i64, ptr %1270, align 8, !tbaa !5
+  %gep706.5.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1279
+  %1280 = getelementptr i8, ptr %gep706.5.i, i64 64
+  %1281 = load <16 x i32>, ptr %1280, align 4, !tbaa !5
+  %1282 = shl <16 x i32> %1281, splat (i32 16)
+  %1283 = getelementptr inbounds nuw i8, ptr %1079, i64 2688
+  store <16 x i32> %1282, ptr %1283, align 4, !tbaa !5
+  %1284 = load i64, ptr %1270, align 8, !tbaa !5
+  %gep708.5.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1284
+  %1285 = getelementptr i8, ptr %gep708.5.i, i64 64
+  %1286 = load <16 x i32>, ptr %1285, align 4, !tbaa !5
+  %1287 = and <16 x i32> %1286, %366
+  %1288 = getelementptr inbounds nuw i8, ptr %1079, i64 2752
+  store <16 x i32> %1287, ptr %1288, align 4, !tbaa !5
+  %1289 = load i64, ptr %1270, align 8, !tbaa !5
+  %gep710.5.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1289
+  %1290 = getelementptr i8, ptr %gep710.5.i, i64 128
+  %1291 = load <16 x i32>, ptr %1290, align 4, !tbaa !5
+  %1292 = shl <16 x i32> %1291, splat (i32 16)
+  %1293 = getelementptr inbounds nuw i8, ptr %1079, i64 2816
+  store <16 x i32> %1292, ptr %1293, align 4, !tbaa !5
+  %1294 = load i64, ptr %1270, align 8, !tbaa !5
+  %gep712.5.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1294
+  %1295 = getelementptr i8, ptr %gep712.5.i, i64 128
+  %1296 = load <16 x i32>, ptr %1295, align 4, !tbaa !5
+  %1297 = and <16 x i32> %1296, %366
+  %1298 = getelementptr inbounds nuw i8, ptr %1079, i64 2880
+  store <16 x i32> %1297, ptr %1298, align 4, !tbaa !5
+  %1299 = load i64, ptr %1270, align 8, !tbaa !5
+  %gep714.5.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1299
+  %1300 = getelementptr i8, ptr %gep714.5.i, i64 192
+  %1301 = load <16 x i32>, ptr %1300, align 4, !tbaa !5
+  %1302 = shl <16 x i32> %1301, splat (i32 16)
+  %1303 = getelementptr inbounds nuw i8, ptr %1079, i64 2944
+  store <16 x i32> %1302, ptr %1303, align 4, !tbaa !5
+  %1304 = load i64, ptr %1270, align 8, !tbaa !5
+  %gep716.5.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1304
+  %1305 = getelementptr i8, ptr %gep716.5.i, i64 192
+  %1306 = load <16 x i32>, ptr %1305, align 4, !tbaa !5
+  %1307 = and <16 x i32> %1306, %366
+  %1308 = getelementptr inbounds nuw i8, ptr %1079, i64 3008
+  store <16 x i32> %1307, ptr %1308, align 4, !tbaa !5
+  %1309 = getelementptr inbounds nuw i8, ptr %1075, i64 48
+  %1310 = load i64, ptr %1309, align 8, !tbaa !5
+  %gep702.6.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1310
+  %1311 = load <16 x i32>, ptr %gep702.6.i, align 4, !tbaa !5
+  %1312 = shl <16 x i32> %1311, splat (i32 16)
+  %1313 = getelementptr inbounds nuw i8, ptr %1079, i64 3072
+  store <16 x i32> %1312, ptr %1313, align 4, !tbaa !5
+  %1314 = load i64, ptr %1309, align 8, !tbaa !5
+  %gep704.6.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1314
+  %1315 = load <16 x i32>, ptr %gep704.6.i, align 4, !tbaa !5
+  %1316 = and <16 x i32> %1315, %366
+  %1317 = getelementptr inbounds nuw i8, ptr %1079, i64 3136
+  store <16 x i32> %1316, ptr %1317, align 4, !tbaa !5
+  %1318 = load i64, ptr %1309, align 8, !tbaa !5
+  %gep706.6.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1318
+  %1319 = getelementptr i8, ptr %gep706.6.i, i64 64
+  %1320 = load <16 x i32>, ptr %1319, align 4, !tbaa !5
+  %1321 = shl <16 x i32> %1320, splat (i32 16)
+  %1322 = getelementptr inbounds nuw i8, ptr %1079, i64 3200
+  store <16 x i32> %1321, ptr %1322, align 4, !tbaa !5
+  %1323 = load i64, ptr %1309, align 8, !tbaa !5
+  %gep708.6.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1323
+  %1324 = getelementptr i8, ptr %gep708.6.i, i64 64
+  %1325 = load <16 x i32>, ptr %1324, align 4, !tbaa !5
+  %1326 = and <16 x i32> %1325, %366
+  %1327 = getelementptr inbounds nuw i8, ptr %1079, i64 3264
+  store <16 x i32> %1326, ptr %1327, align 4, !tbaa !5
+  %1328 = load i64, ptr %1309, align 8, !tbaa !5
+  %gep710.6.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1328
+  %1329 = getelementptr i8, ptr %gep710.6.i, i64 128
+  %1330 = load <16 x i32>, ptr %1329, align 4, !tbaa !5
+  %1331 = shl <16 x i32> %1330, splat (i32 16)
+  %1332 = getelementptr inbounds nuw i8, ptr %1079, i64 3328
+  store <16 x i32> %1331, ptr %1332, align 4, !tbaa !5
+  %1333 = load i64, ptr %1309, align 8, !tbaa !5
+  %gep712.6.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1333
+  %1334 = getelementptr i8, ptr %gep712.6.i, i64 128
+  %1335 = load <16 x i32>, ptr %1334, align 4, !tbaa !5
+  %1336 = and <16 x i32> %1335, %366
+  %1337 = getelementptr inbounds nuw i8, ptr %1079, i64 3392
+  store <16 x i32> %1336, ptr %1337, align 4, !tbaa !5
+  %1338 = load i64, ptr %1309, align 8, !tbaa !5
+  %gep714.6.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1338
+  %1339 = getelementptr i8, ptr %gep714.6.i, i64 192
+  %1340 = load <16 x i32>, ptr %1339, align 4, !tbaa !5
+  %1341 = shl <16 x i32> %1340, splat (i32 16)
+  %1342 = getelementptr inbounds nuw i8, ptr %1079, i64 3456
+  store <16 x i32> %1341, ptr %1342, align 4, !tbaa !5
+  %1343 = load i64, ptr %1309, align 8, !tbaa !5
+  %gep716.6.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1343
+  %1344 = getelementptr i8, ptr %gep716.6.i, i64 192
+  %1345 = load <16 x i32>, ptr %1344, align 4, !tbaa !5
+  %1346 = and <16 x i32> %1345, %366
+  %1347 = getelementptr inbounds nuw i8, ptr %1079, i64 3520
+  store <16 x i32> %1346, ptr %1347, align 4, !tbaa !5
+  %1348 = getelementptr inbounds nuw i8, ptr %1075, i64 56
+  %1349 = load i64, ptr %1348, align 8, !tbaa !5
+  %gep702.7.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1349
+  %1350 = load <16 x i32>, ptr %gep702.7.i, align 4, !tbaa !5
+  %1351 = shl <16 x i32> %1350, splat (i32 16)
+  %1352 = getelementptr inbounds nuw i8, ptr %1079, i64 3584
+  store <16 x i32> %1351, ptr %1352, align 4, !tbaa !5
+  %1353 = load i64, ptr %1348, align 8, !tbaa !5
+  %gep704.7.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1353
+  %1354 = load <16 x i32>, ptr %gep704.7.i, align 4, !tbaa !5
+  %1355 = and <16 x i32> %1354, %366
+  %1356 = getelementptr inbounds nuw i8, ptr %1079, i64 3648
+  store <16 x i32> %1355, ptr %1356, align 4, !tbaa !5
+  %1357 = load i64, ptr %1348, align 8, !tbaa !5
+  %gep706.7.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1357
+  %1358 = getelementptr i8, ptr %gep706.7.i, i64 64
+  %1359 = load <16 x i32>, ptr %1358, align 4, !tbaa !5
+  %1360 = shl <16 x i32> %1359, splat (i32 16)
+  %1361 = getelementptr inbounds nuw i8, ptr %1079, i64 3712
+  store <16 x i32> %1360, ptr %1361, align 4, !tbaa !5
+  %1362 = load i64, ptr %1348, align 8, !tbaa !5
+  %gep708.7.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1362
+  %1363 = getelementptr i8, ptr %gep708.7.i, i64 64
+  %1364 = load <16 x i32>, ptr %1363, align 4, !tbaa !5
+  %1365 = and <16 x i32> %1364, %366
+  %1366 = getelementptr inbounds nuw i8, ptr %1079, i64 3776
+  store <16 x i32> %1365, ptr %1366, align 4, !tbaa !5
+  %1367 = load i64, ptr %1348, align 8, !tbaa !5
+  %gep710.7.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1367
+  %1368 = getelementptr i8, ptr %gep710.7.i, i64 128
+  %1369 = load <16 x i32>, ptr %1368, align 4, !tbaa !5
+  %1370 = shl <16 x i32> %1369, splat (i32 16)
+  %1371 = getelementptr inbounds nuw i8, ptr %1079, i64 3840
+  store <16 x i32> %1370, ptr %1371, align 4, !tbaa !5
+  %1372 = load i64, ptr %1348, align 8, !tbaa !5
+  %gep712.7.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1372
+  %1373 = getelementptr i8, ptr %gep712.7.i, i64 128
+  %1374 = load <16 x i32>, ptr %1373, align 4, !tbaa !5
+  %1375 = and <16 x i32> %1374, %366
+  %1376 = getelementptr inbounds nuw i8, ptr %1079, i64 3904
+  store <16 x i32> %1375, ptr %1376, align 4, !tbaa !5
+  %1377 = load i64, ptr %1348, align 8, !tbaa !5
+  %gep714.7.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1377
+  %1378 = getelementptr i8, ptr %gep714.7.i, i64 192
+  %1379 = load <16 x i32>, ptr %1378, align 4, !tbaa !5
+  %1380 = shl <16 x i32> %1379, splat (i32 16)
+  %1381 = getelementptr inbounds nuw i8, ptr %1079, i64 3968
+  store <16 x i32> %1380, ptr %1381, align 4, !tbaa !5
+  %1382 = load i64, ptr %1348, align 8, !tbaa !5
+  %gep716.7.i = getelementptr i32, ptr %invariant.gep701.i, i64 %1382
+  %1383 = getelementptr i8, ptr %gep716.7.i, i64 192
+  %1384 = load <16 x i32>, ptr %1383, align 4, !tbaa !5
+  %1385 = and <16 x i32> %1384, %366
+  %1386 = getelementptr inbounds nuw i8, ptr %1079, i64 4032
+  store <16 x i32> %1385, ptr %1386, align 4, !tbaa !5
+  %indvars.iv.next945.i = add nuw nsw i64 %indvars.iv944.i, 1
+  %exitcond948.not.i = icmp eq i64 %indvars.iv.next945.i, %wide.trip.count938.i
+  br i1 %exitcond948.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti153.preheader.i, !prof !13
 
-for_begin_row_tile.i:                             ; preds = %if_end337.i
-  %indvars.iv.next1058.i = add nuw nsw i64 %indvars.iv1057.i, 1
-  %exitcond1061.not.i = icmp eq i64 %indvars.iv.next1058.i, %wide.trip.count1060.i
-  br i1 %exitcond1061.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
+for_begin_row_tile.i:                             ; preds = %if_end325.i
+  %indvars.iv.next1037.i = add nuw nsw i64 %indvars.iv1036.i, 1
+  %exitcond1040.not.i = icmp eq i64 %indvars.iv.next1037.i, %wide.trip.count1039.i
+  br i1 %exitcond1040.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
 
 for_body_row_tile.i:                              ; preds = %for_begin_row_tile.i, %for_body_row_tile.lr.ph.i
-  %indvars.iv1057.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1058.i, %for_begin_row_tile.i ]
-  %1428 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scores.i = tail call ptr %1428(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1429 = icmp eq ptr %scores.i, null
-  br i1 %1429, label %fused_attend_compute_.exit, label %if_end159.i, !prof !8
+  %indvars.iv1036.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1037.i, %for_begin_row_tile.i ]
+  %1387 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.i = tail call ptr %1387(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1388 = icmp eq ptr %scores.i, null
+  br i1 %1388, label %fused_attend_compute_.exit, label %if_end159.i, !prof !8
 
 for_end_row_tile.i:                               ; preds = %for_begin_row_tile.i, %for_begin_row_tile.preheader.i
-  %1430 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %1431 = tail call i32 %1430(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not591.i = icmp eq i32 %1431, 0
-  br i1 %.not591.i, label %if_end343.i, label %fused_attend_compute_.exit, !prof !38
+  %1389 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1390 = tail call i32 %1389(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
+  %.not578.i = icmp eq i32 %1390, 0
+  br i1 %.not578.i, label %if_end331.i, label %fused_attend_compute_.exit, !prof !38
 
 if_end159.i:                                      ; preds = %for_body_row_tile.i
-  %1432 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %probs.i = tail call ptr %1432(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1433 = icmp eq ptr %probs.i, null
-  br i1 %1433, label %fused_attend_compute_.exit, label %if_end162.i, !prof !8
+  %1391 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %probs.i = tail call ptr %1391(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1392 = icmp eq ptr %probs.i, null
+  br i1 %1392, label %fused_attend_compute_.exit, label %if_end162.i, !prof !8
 
 if_end162.i:                                      ; preds = %if_end159.i
-  %1434 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %edges.i = tail call ptr %1434(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %1435 = icmp eq ptr %edges.i, null
-  br i1 %1435, label %fused_attend_compute_.exit, label %if_end165.i, !prof !8
+  %1393 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %edges.i = tail call ptr %1393(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %1394 = icmp eq ptr %edges.i, null
+  br i1 %1394, label %fused_attend_compute_.exit, label %if_end165.i, !prof !8
 
 if_end165.i:                                      ; preds = %if_end162.i
-  %1436 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled.i = tail call ptr %1436(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1437 = icmp eq ptr %scaled.i, null
-  br i1 %1437, label %fused_attend_compute_.exit, label %if_end168.i, !prof !8
+  %1395 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled.i = tail call ptr %1395(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1396 = icmp eq ptr %scaled.i, null
+  br i1 %1396, label %fused_attend_compute_.exit, label %if_end168.i, !prof !8
 
 if_end168.i:                                      ; preds = %if_end165.i
-  %1438 = srem i32 %760, %113
-  %1439 = ashr i32 %1438, 31
-  %1440 = sdiv i32 %760, %113
-  %1441 = add nsw i32 %1440, %1439
-  %.not593737.i = icmp slt i32 %1441, 0
-  br i1 %.not593737.i, label %for_end_t181.i, label %for_body_t171.lr.ph.i, !prof !16
+  %1397 = icmp eq i64 %indvars.iv1036.i, %377
+  %1398 = add nuw nsw i64 %indvars.iv1036.i, %1074
+  %.idx1161.i = shl i64 %1398, 4
+  %1399 = getelementptr i8, ptr %reach557.i, i64 %.idx1161.i
+  %1400 = getelementptr i8, ptr %1399, i64 4
+  %1401 = load i32, ptr %1400, align 4, !tbaa !17
+  %1402 = sext i32 %1401 to i64
+  %1403 = icmp slt i64 %688, %1402
+  br i1 %1403, label %if_then170.i, label %if_end171.i, !prof !8
 
-for_body_t171.lr.ph.i:                            ; preds = %if_end168.i
-  %1442 = add nuw i32 %1441, 1
-  %1443 = trunc nuw nsw i64 %indvars.iv1057.i to i32
-  %1444 = mul nuw nsw i32 %1442, %1443
-  %xtraiter616 = and i32 %1442, 3
-  %1445 = icmp ult i32 %1441, 3
-  br i1 %1445, label %for_body_t171.i.epil.preheader, label %for_body_t171.lr.ph.i.new, !prof !45
+if_then170.i:                                     ; preds = %if_end168.i
+  %1404 = sub nsw i32 %1401, %689
+  %valid_len173.i = tail call i32 @llvm.smin.i32(i32 %691, i32 %1404)
+  %1405 = add nsw i32 %valid_len173.i, 7
+  %1406 = ashr i32 %1405, 3
+  %1407 = icmp sgt i32 %1406, 0
+  br i1 %1407, label %for_body_to175.lr.ph.i, label %for_end_to183.i, !prof !3
 
-for_body_t171.lr.ph.i.new:                        ; preds = %for_body_t171.lr.ph.i
-  %unroll_iter619 = and i32 %1442, -4
-  br label %for_body_t171.i
-
-for_body_t171.i:                                  ; preds = %for_body_t171.i, %for_body_t171.lr.ph.i.new
-  %t174738.i = phi i32 [ 0, %for_body_t171.lr.ph.i.new ], [ %1473, %for_body_t171.i ]
-  %niter620 = phi i32 [ 0, %for_body_t171.lr.ph.i.new ], [ %niter620.next.3, %for_body_t171.i ]
-  %1446 = add nuw nsw i32 %t174738.i, %1444
-  %1447 = tail call i32 @llvm.smin.i32(i32 %1446, i32 %760)
-  %1448 = sext i32 %1447 to i64
-  %1449 = getelementptr i64, ptr %key_offsets.i, i64 %1448
-  %1450 = getelementptr i8, ptr %1449, i64 1024
-  %1451 = load i64, ptr %1450, align 8, !tbaa !5
-  %gep740.i = getelementptr i32, ptr %invariant.gep739.i, i64 %1451
-  tail call void @llvm.prefetch.p0(ptr readonly %gep740.i, i32 0, i32 2, i32 1)
-  %gep735.1.i = getelementptr i8, ptr %gep740.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep735.1.i, i32 0, i32 2, i32 1)
-  %gep735.2.i = getelementptr i8, ptr %gep740.i, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep735.2.i, i32 0, i32 2, i32 1)
-  %gep735.3.i = getelementptr i8, ptr %gep740.i, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep735.3.i, i32 0, i32 2, i32 1)
-  %1452 = or disjoint i32 %t174738.i, 1
-  %1453 = add nuw nsw i32 %1452, %1444
-  %1454 = tail call i32 @llvm.smin.i32(i32 %1453, i32 %760)
-  %1455 = sext i32 %1454 to i64
-  %1456 = getelementptr i64, ptr %key_offsets.i, i64 %1455
-  %1457 = getelementptr i8, ptr %1456, i64 1024
-  %1458 = load i64, ptr %1457, align 8, !tbaa !5
-  %gep740.i.1 = getelementptr i32, ptr %invariant.gep739.i, i64 %1458
-  tail call void @llvm.prefetch.p0(ptr readonly %gep740.i.1, i32 0, i32 2, i32 1)
-  %gep735.1.i.1 = getelementptr i8, ptr %gep740.i.1, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep735.1.i.1, i32 0, i32 2, i32 1)
-  %gep735.2.i.1 = getelementptr i8, ptr %gep740.i.1, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep735.2.i.1, i32 0, i32 2, i32 1)
-  %gep735.3.i.1 = getelementptr i8, ptr %gep740.i.1, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep735.3.i.1, i32 0, i32 2, i32 1)
-  %1459 = or disjoint i32 %t174738.i, 2
-  %1460 = add nuw nsw i32 %1459, %1444
-  %1461 = tail call i32 @llvm.smin.i32(i32 %1460, i32 %760)
-  %1462 = sext i32 %1461 to i64
-  %1463 = getelementptr i64, ptr %key_offsets.i, i64 %1462
-  %1464 = getelementptr i8, ptr %1463, i64 1024
-  %1465 = load i64, ptr %1464, align 8, !tbaa !5
-  %gep740.i.2 = getelementptr i32, ptr %invariant.gep739.i, i64 %1465
-  tail call void @llvm.prefetch.p0(ptr readonly %gep740.i.2, i32 0, i32 2, i32 1)
-  %gep735.1.i.2 = getelementptr i8, ptr %gep740.i.2, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep735.1.i.2, i32 0, i32 2, i32 1)
-  %gep735.2.i.2 = getelementptr i8, ptr %gep740.i.2, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep735.2.i.2, i32 0, i32 2, i32 1)
-  %gep735.3.i.2 = getelementptr i8, ptr %gep740.i.2, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep735.3.i.2, i32 0, i32 2, i32 1)
-  %1466 = or disjoint i32 %t174738.i, 3
-  %1467 = add nuw nsw i32 %1466, %1444
-  %1468 = tail call i32 @llvm.smin.i32(i32 %1467, i32 %760)
-  %1469 = sext i32 %1468 to i64
-  %1470 = getelementptr i64, ptr %key_offsets.i, i64 %1469
-  %1471 = getelementptr i8, ptr %1470, i64 1024
-  %1472 = load i64, ptr %1471, align 8, !tbaa !5
-  %gep740.i.3 = getelementptr i32, ptr %invariant.gep739.i, i64 %1472
-  tail call void @llvm.prefetch.p0(ptr readonly %gep740.i.3, i32 0, i32 2, i32 1)
-  %gep735.1.i.3 = getelementptr i8, ptr %gep740.i.3, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep735.1.i.3, i32 0, i32 2, i32 1)
-  %gep735.2.i.3 = getelementptr i8, ptr %gep740.i.3, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep735.2.i.3, i32 0, i32 2, i32 1)
-  %gep735.3.i.3 = getelementptr i8, ptr %gep740.i.3, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep735.3.i.3, i32 0, i32 2, i32 1)
-  %1473 = add nuw i32 %t174738.i, 4
-  %niter620.next.3 = add i32 %niter620, 4
-  %niter620.ncmp.3 = icmp eq i32 %niter620.next.3, %unroll_iter619
-  br i1 %niter620.ncmp.3, label %for_body_t180.i.preheader.unr-lcssa, label %for_body_t171.i, !prof !46, !llvm.loop !47
-
-for_body_t180.i.preheader.unr-lcssa:              ; preds = %for_body_t171.i
-  %lcmp.mod617.not = icmp eq i32 %xtraiter616, 0
-  br i1 %lcmp.mod617.not, label %for_body_t180.i.preheader, label %for_body_t171.i.epil.preheader, !prof !49
-
-for_body_t171.i.epil.preheader:                   ; preds = %for_body_t180.i.preheader.unr-lcssa, %for_body_t171.lr.ph.i
-  %t174738.i.epil.init = phi i32 [ 0, %for_body_t171.lr.ph.i ], [ %1473, %for_body_t180.i.preheader.unr-lcssa ]
-  %lcmp.mod618 = icmp ne i32 %xtraiter616, 0
-  tail call void @llvm.assume(i1 %lcmp.mod618)
-  br label %for_body_t171.i.epil
-
-for_body_t171.i.epil:                             ; preds = %for_body_t171.i.epil, %for_body_t171.i.epil.preheader
-  %t174738.i.epil = phi i32 [ %t174738.i.epil.init, %for_body_t171.i.epil.preheader ], [ %1480, %for_body_t171.i.epil ]
-  %epil.iter = phi i32 [ 0, %for_body_t171.i.epil.preheader ], [ %epil.iter.next, %for_body_t171.i.epil ]
-  %1474 = add nuw nsw i32 %t174738.i.epil, %1444
-  %1475 = tail call i32 @llvm.smin.i32(i32 %1474, i32 %760)
-  %1476 = sext i32 %1475 to i64
-  %1477 = getelementptr i64, ptr %key_offsets.i, i64 %1476
-  %1478 = getelementptr i8, ptr %1477, i64 1024
-  %1479 = load i64, ptr %1478, align 8, !tbaa !5
-  %gep740.i.epil = getelementptr i32, ptr %invariant.gep739.i, i64 %1479
-  tail call void @llvm.prefetch.p0(ptr readonly %gep740.i.epil, i32 0, i32 2, i32 1)
-  %gep735.1.i.epil = getelementptr i8, ptr %gep740.i.epil, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep735.1.i.epil, i32 0, i32 2, i32 1)
-  %gep735.2.i.epil = getelementptr i8, ptr %gep740.i.epil, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep735.2.i.epil, i32 0, i32 2, i32 1)
-  %gep735.3.i.epil = getelementptr i8, ptr %gep740.i.epil, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep735.3.i.epil, i32 0, i32 2, i32 1)
-  %1480 = add nuw i32 %t174738.i.epil, 1
-  %epil.iter.next = add i32 %epil.iter, 1
-  %epil.iter.cmp.not = icmp eq i32 %epil.iter.next, %xtraiter616
-  br i1 %epil.iter.cmp.not, label %for_body_t180.i.preheader, label %for_body_t171.i.epil, !prof !12, !llvm.loop !50
-
-for_body_t180.i.preheader:                        ; preds = %for_body_t171.i.epil, %for_body_t180.i.preheader.unr-lcssa
-  %xtraiter621 = and i32 %1442, 3
-  %1481 = icmp ult i32 %1441, 3
-  br i1 %1481, label %for_body_t180.i.epil.preheader, label %for_body_t180.i.preheader.new, !prof !45
-
-for_body_t180.i.preheader.new:                    ; preds = %for_body_t180.i.preheader
-  %unroll_iter625 = and i32 %1442, -4
-  br label %for_body_t180.i
-
-for_body_t180.i:                                  ; preds = %for_body_t180.i, %for_body_t180.i.preheader.new
-  %t183745.i = phi i32 [ 0, %for_body_t180.i.preheader.new ], [ %1509, %for_body_t180.i ]
-  %niter626 = phi i32 [ 0, %for_body_t180.i.preheader.new ], [ %niter626.next.3, %for_body_t180.i ]
-  %1482 = add nuw nsw i32 %t183745.i, %1444
-  %1483 = tail call i32 @llvm.smin.i32(i32 %1482, i32 %760)
-  %1484 = sext i32 %1483 to i64
-  %1485 = getelementptr i64, ptr %value_offsets.i, i64 %1484
-  %1486 = getelementptr i8, ptr %1485, i64 1024
-  %1487 = load i64, ptr %1486, align 8, !tbaa !5
-  %gep747.i = getelementptr i32, ptr %invariant.gep746.i, i64 %1487
-  tail call void @llvm.prefetch.p0(ptr readonly %gep747.i, i32 0, i32 2, i32 1)
-  %gep742.1.i = getelementptr i8, ptr %gep747.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep742.1.i, i32 0, i32 2, i32 1)
-  %gep742.2.i = getelementptr i8, ptr %gep747.i, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep742.2.i, i32 0, i32 2, i32 1)
-  %gep742.3.i = getelementptr i8, ptr %gep747.i, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep742.3.i, i32 0, i32 2, i32 1)
-  %1488 = or disjoint i32 %t183745.i, 1
-  %1489 = add nuw nsw i32 %1488, %1444
-  %1490 = tail call i32 @llvm.smin.i32(i32 %1489, i32 %760)
-  %1491 = sext i32 %1490 to i64
-  %1492 = getelementptr i64, ptr %value_offsets.i, i64 %1491
-  %1493 = getelementptr i8, ptr %1492, i64 1024
-  %1494 = load i64, ptr %1493, align 8, !tbaa !5
-  %gep747.i.1 = getelementptr i32, ptr %invariant.gep746.i, i64 %1494
-  tail call void @llvm.prefetch.p0(ptr readonly %gep747.i.1, i32 0, i32 2, i32 1)
-  %gep742.1.i.1 = getelementptr i8, ptr %gep747.i.1, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep742.1.i.1, i32 0, i32 2, i32 1)
-  %gep742.2.i.1 = getelementptr i8, ptr %gep747.i.1, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep742.2.i.1, i32 0, i32 2, i32 1)
-  %gep742.3.i.1 = getelementptr i8, ptr %gep747.i.1, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep742.3.i.1, i32 0, i32 2, i32 1)
-  %1495 = or disjoint i32 %t183745.i, 2
-  %1496 = add nuw nsw i32 %1495, %1444
-  %1497 = tail call i32 @llvm.smin.i32(i32 %1496, i32 %760)
-  %1498 = sext i32 %1497 to i64
-  %1499 = getelementptr i64, ptr %value_offsets.i, i64 %1498
-  %1500 = getelementptr i8, ptr %1499, i64 1024
-  %1501 = load i64, ptr %1500, align 8, !tbaa !5
-  %gep747.i.2 = getelementptr i32, ptr %invariant.gep746.i, i64 %1501
-  tail call void @llvm.prefetch.p0(ptr readonly %gep747.i.2, i32 0, i32 2, i32 1)
-  %gep742.1.i.2 = getelementptr i8, ptr %gep747.i.2, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep742.1.i.2, i32 0, i32 2, i32 1)
-  %gep742.2.i.2 = getelementptr i8, ptr %gep747.i.2, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep742.2.i.2, i32 0, i32 2, i32 1)
-  %gep742.3.i.2 = getelementptr i8, ptr %gep747.i.2, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep742.3.i.2, i32 0, i32 2, i32 1)
-  %1502 = or disjoint i32 %t183745.i, 3
-  %1503 = add nuw nsw i32 %1502, %1444
-  %1504 = tail call i32 @llvm.smin.i32(i32 %1503, i32 %760)
-  %1505 = sext i32 %1504 to i64
-  %1506 = getelementptr i64, ptr %value_offsets.i, i64 %1505
-  %1507 = getelementptr i8, ptr %1506, i64 1024
-  %1508 = load i64, ptr %1507, align 8, !tbaa !5
-  %gep747.i.3 = getelementptr i32, ptr %invariant.gep746.i, i64 %1508
-  tail call void @llvm.prefetch.p0(ptr readonly %gep747.i.3, i32 0, i32 2, i32 1)
-  %gep742.1.i.3 = getelementptr i8, ptr %gep747.i.3, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep742.1.i.3, i32 0, i32 2, i32 1)
-  %gep742.2.i.3 = getelementptr i8, ptr %gep747.i.3, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep742.2.i.3, i32 0, i32 2, i32 1)
-  %gep742.3.i.3 = getelementptr i8, ptr %gep747.i.3, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep742.3.i.3, i32 0, i32 2, i32 1)
-  %1509 = add nuw i32 %t183745.i, 4
-  %niter626.next.3 = add i32 %niter626, 4
-  %niter626.ncmp.3 = icmp eq i32 %niter626.next.3, %unroll_iter625
-  br i1 %niter626.ncmp.3, label %for_end_t181.i.loopexit.unr-lcssa, label %for_body_t180.i, !prof !46, !llvm.loop !53
-
-for_end_t181.i.loopexit.unr-lcssa:                ; preds = %for_body_t180.i
-  %lcmp.mod623.not = icmp eq i32 %xtraiter621, 0
-  br i1 %lcmp.mod623.not, label %for_end_t181.i, label %for_body_t180.i.epil.preheader, !prof !49
-
-for_body_t180.i.epil.preheader:                   ; preds = %for_end_t181.i.loopexit.unr-lcssa, %for_body_t180.i.preheader
-  %t183745.i.epil.init = phi i32 [ 0, %for_body_t180.i.preheader ], [ %1509, %for_end_t181.i.loopexit.unr-lcssa ]
-  %lcmp.mod624 = icmp ne i32 %xtraiter621, 0
-  tail call void @llvm.assume(i1 %lcmp.mod624)
-  br label %for_body_t180.i.epil
-
-for_body_t180.i.epil:                             ; preds = %for_body_t180.i.epil, %for_body_t180.i.epil.preheader
-  %t183745.i.epil = phi i32 [ %1516, %for_body_t180.i.epil ], [ %t183745.i.epil.init, %for_body_t180.i.epil.preheader ]
-  %epil.iter622 = phi i32 [ %epil.iter622.next, %for_body_t180.i.epil ], [ 0, %for_body_t180.i.epil.preheader ]
-  %1510 = add nuw nsw i32 %t183745.i.epil, %1444
-  %1511 = tail call i32 @llvm.smin.i32(i32 %1510, i32 %760)
-  %1512 = sext i32 %1511 to i64
-  %1513 = getelementptr i64, ptr %value_offsets.i, i64 %1512
-  %1514 = getelementptr i8, ptr %1513, i64 1024
-  %1515 = load i64, ptr %1514, align 8, !tbaa !5
-  %gep747.i.epil = getelementptr i32, ptr %invariant.gep746.i, i64 %1515
-  tail call void @llvm.prefetch.p0(ptr readonly %gep747.i.epil, i32 0, i32 2, i32 1)
-  %gep742.1.i.epil = getelementptr i8, ptr %gep747.i.epil, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep742.1.i.epil, i32 0, i32 2, i32 1)
-  %gep742.2.i.epil = getelementptr i8, ptr %gep747.i.epil, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep742.2.i.epil, i32 0, i32 2, i32 1)
-  %gep742.3.i.epil = getelementptr i8, ptr %gep747.i.epil, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep742.3.i.epil, i32 0, i32 2, i32 1)
-  %1516 = add nuw i32 %t183745.i.epil, 1
-  %epil.iter622.next = add i32 %epil.iter622, 1
-  %epil.iter622.cmp.not = icmp eq i32 %epil.iter622.next, %xtraiter621
-  br i1 %epil.iter622.cmp.not, label %for_end_t181.i, label %for_body_t180.i.epil, !prof !12, !llvm.loop !54
-
-for_end_t181.i:                                   ; preds = %for_body_t180.i.epil, %for_end_t181.i.loopexit.unr-lcssa, %if_end168.i
-  %1517 = add nuw nsw i64 %indvars.iv1057.i, %1113
-  %.idx1182.i = shl i64 %1517, 4
-  %1518 = getelementptr i8, ptr %reach570.i, i64 %.idx1182.i
-  %1519 = getelementptr i8, ptr %1518, i64 4
-  %1520 = load i32, ptr %1519, align 4, !tbaa !17
-  %1521 = sext i32 %1520 to i64
-  %1522 = icmp slt i64 %701, %1521
-  br i1 %1522, label %if_then191.i, label %if_end192.i, !prof !8
-
-if_then191.i:                                     ; preds = %for_end_t181.i
-  %1523 = sub nsw i32 %1520, %702
-  %valid_len194.i = tail call i32 @llvm.smin.i32(i32 %707, i32 %1523)
-  %1524 = add nsw i32 %valid_len194.i, 7
-  %1525 = ashr i32 %1524, 3
-  %1526 = icmp sgt i32 %1525, 0
-  br i1 %1526, label %for_begin_d_0.preheader.lr.ph.i, label %for_end_to202.i, !prof !3
-
-for_begin_d_0.preheader.lr.ph.i:                  ; preds = %if_then191.i
-  %wide.trip.count990.i = zext nneg i32 %1525 to i64
-  %invariant.gep.idx = shl i64 %1517, 13
+for_body_to175.lr.ph.i:                           ; preds = %if_then170.i
+  %1408 = and i1 %695, %1397
+  %1409 = mul nuw nsw i32 %1406, %1073
+  %wide.trip.count966.i = zext nneg i32 %1406 to i64
+  %invariant.gep.idx = shl i64 %1398, 13
   %invariant.gep = getelementptr i8, ptr %q_tile.i, i64 %invariant.gep.idx
-  br label %for_begin_d_0.preheader.i
+  br label %for_body_to175.i
 
-if_end192.i:                                      ; preds = %if_end329.i, %for_end_t181.i
-  %1527 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %1528 = tail call i32 %1527(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not595.i = icmp eq i32 %1528, 0
-  br i1 %.not595.i, label %if_end331.i, label %fused_attend_compute_.exit, !prof !38
+if_end171.i:                                      ; preds = %if_end317.i, %if_end168.i
+  %1410 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1411 = tail call i32 %1410(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not580.i = icmp eq i32 %1411, 0
+  br i1 %.not580.i, label %if_end319.i, label %fused_attend_compute_.exit, !prof !38
 
-for_begin_to200.preheader.i:                      ; preds = %for_end_d_1.3.i
-  %.idx1184.i = shl nsw i64 %1517, 6
-  %1529 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1184.i
-  br label %for_begin_ti205.preheader.i
+for_begin_to181.preheader.i:                      ; preds = %for_end_d_1.3.i
+  %.idx1163.i = shl nsw i64 %1398, 6
+  %1412 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1163.i
+  br label %for_begin_ti186.preheader.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_end_d_1.3.i, %for_begin_d_0.preheader.lr.ph.i
-  %indvars.iv987.i = phi i64 [ 0, %for_begin_d_0.preheader.lr.ph.i ], [ %indvars.iv.next988.i, %for_end_d_1.3.i ]
-  %.idx257 = shl nsw i64 %indvars.iv987.i, 12
-  %1530 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx257
+for_body_to175.i:                                 ; preds = %for_end_d_1.3.i, %for_body_to175.lr.ph.i
+  %indvars.iv963.i = phi i64 [ 0, %for_body_to175.lr.ph.i ], [ %indvars.iv.next964.i, %for_end_d_1.3.i ]
+  br i1 %1408, label %for_begin_line.preheader.i, label %if_end180.i, !prof !8
+
+for_begin_line.preheader.i:                       ; preds = %for_body_to175.i
+  %1413 = trunc i64 %indvars.iv963.i to i32
+  %1414 = add i32 %1409, %1413
+  %1415 = shl i32 %1414, 3
+  br label %for_body_line.i
+
+if_end180.i:                                      ; preds = %for_body_line.i, %for_body_to175.i
+  %.idx248 = shl nsw i64 %indvars.iv963.i, 12
+  %1416 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx248
   br label %for_begin_d_2.preheader.i
 
-for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_d_0.preheader.i
-  %indvars.iv978.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next979.i, %for_begin_d_2.preheader.i ]
-  %scores_global563.sroa.0.1766.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1578, %for_begin_d_2.preheader.i ]
-  %scores_global563.sroa.4.1765.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1583, %for_begin_d_2.preheader.i ]
-  %scores_global563.sroa.8.1764.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1588, %for_begin_d_2.preheader.i ]
-  %scores_global563.sroa.12.1763.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1593, %for_begin_d_2.preheader.i ]
-  %scores_global563.sroa.16.1762.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1598, %for_begin_d_2.preheader.i ]
-  %scores_global563.sroa.20.1761.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1603, %for_begin_d_2.preheader.i ]
-  %scores_global563.sroa.24.1760.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1608, %for_begin_d_2.preheader.i ]
-  %scores_global563.sroa.28.1759.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1613, %for_begin_d_2.preheader.i ]
-  %.idx71 = shl nuw nsw i64 %indvars.iv978.i, 7
+for_body_line.i:                                  ; preds = %for_body_line.i, %for_begin_line.preheader.i
+  %line719.i = phi i32 [ 0, %for_begin_line.preheader.i ], [ %1452, %for_body_line.i ]
+  %1417 = lshr i32 %line719.i, 2
+  %1418 = add nuw nsw i32 %1417, %1415
+  %1419 = srem i32 %1418, %num_kv_heads
+  %1420 = sext i32 %1419 to i64
+  %1421 = mul nsw i64 %k_head, %1420
+  %1422 = sdiv i32 %1418, %num_kv_heads
+  %1423 = sext i32 %1422 to i64
+  %1424 = getelementptr i64, ptr %key_offsets.i, i64 %1423
+  %1425 = getelementptr i8, ptr %1424, i64 1024
+  %1426 = load i64, ptr %1425, align 8, !tbaa !5
+  %1427 = shl nuw nsw i32 %line719.i, 4
+  %1428 = and i32 %1427, 32
+  %1429 = zext nneg i32 %1428 to i64
+  %1430 = getelementptr i32, ptr %key_cache, i64 %1426
+  %1431 = getelementptr i32, ptr %1430, i64 %1429
+  %1432 = getelementptr i32, ptr %1431, i64 %369
+  %1433 = getelementptr i32, ptr %1432, i64 %1421
+  tail call void @llvm.prefetch.p0(ptr readonly %1433, i32 0, i32 2, i32 1)
+  %1434 = lshr i32 %line719.i, 2
+  %1435 = add nuw nsw i32 %1434, %1415
+  %1436 = srem i32 %1435, %num_kv_heads
+  %1437 = sext i32 %1436 to i64
+  %1438 = mul nsw i64 %k_head, %1437
+  %1439 = sdiv i32 %1435, %num_kv_heads
+  %1440 = sext i32 %1439 to i64
+  %1441 = getelementptr i64, ptr %key_offsets.i, i64 %1440
+  %1442 = getelementptr i8, ptr %1441, i64 1024
+  %1443 = load i64, ptr %1442, align 8, !tbaa !5
+  %1444 = shl i32 %line719.i, 4
+  %1445 = and i32 %1444, 32
+  %1446 = getelementptr i32, ptr %key_cache, i64 %1443
+  %1447 = zext nneg i32 %1445 to i64
+  %1448 = getelementptr i32, ptr %1446, i64 %1447
+  %1449 = getelementptr i8, ptr %1448, i64 64
+  %1450 = getelementptr i32, ptr %1449, i64 %369
+  %1451 = getelementptr i32, ptr %1450, i64 %1438
+  tail call void @llvm.prefetch.p0(ptr readonly %1451, i32 0, i32 2, i32 1)
+  %1452 = add nuw nsw i32 %line719.i, 2
+  %exitcond949.not.i.1 = icmp eq i32 %1452, 32
+  br i1 %exitcond949.not.i.1, label %if_end180.i, label %for_body_line.i, !prof !28, !llvm.loop !45
+
+for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %if_end180.i
+  %indvars.iv954.i = phi i64 [ 0, %if_end180.i ], [ %indvars.iv.next955.i, %for_begin_d_2.preheader.i ]
+  %scores_global550.sroa.0.1738.i = phi <16 x float> [ zeroinitializer, %if_end180.i ], [ %1500, %for_begin_d_2.preheader.i ]
+  %scores_global550.sroa.4.1737.i = phi <16 x float> [ zeroinitializer, %if_end180.i ], [ %1505, %for_begin_d_2.preheader.i ]
+  %scores_global550.sroa.8.1736.i = phi <16 x float> [ zeroinitializer, %if_end180.i ], [ %1510, %for_begin_d_2.preheader.i ]
+  %scores_global550.sroa.12.1735.i = phi <16 x float> [ zeroinitializer, %if_end180.i ], [ %1515, %for_begin_d_2.preheader.i ]
+  %scores_global550.sroa.16.1734.i = phi <16 x float> [ zeroinitializer, %if_end180.i ], [ %1520, %for_begin_d_2.preheader.i ]
+  %scores_global550.sroa.20.1733.i = phi <16 x float> [ zeroinitializer, %if_end180.i ], [ %1525, %for_begin_d_2.preheader.i ]
+  %scores_global550.sroa.24.1732.i = phi <16 x float> [ zeroinitializer, %if_end180.i ], [ %1530, %for_begin_d_2.preheader.i ]
+  %scores_global550.sroa.28.1731.i = phi <16 x float> [ zeroinitializer, %if_end180.i ], [ %1535, %for_begin_d_2.preheader.i ]
+  %.idx71 = shl nuw nsw i64 %indvars.iv954.i, 7
   %gep = getelementptr i8, ptr %invariant.gep, i64 %.idx71
-  %1531 = load <16 x float>, ptr %gep, align 4, !tbaa !5
-  %1532 = getelementptr inbounds nuw float, ptr %1530, i64 %indvars.iv978.i
-  %1533 = load float, ptr %1532, align 4, !tbaa !5
-  %1534 = insertelement <16 x float> poison, float %1533, i64 0
-  %1535 = shufflevector <16 x float> %1534, <16 x float> poison, <16 x i32> zeroinitializer
-  %1536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1535, <16 x float> %scores_global563.sroa.0.1766.i)
-  %1537 = getelementptr inbounds nuw i8, ptr %1532, i64 512
-  %1538 = load float, ptr %1537, align 4, !tbaa !5
-  %1539 = insertelement <16 x float> poison, float %1538, i64 0
-  %1540 = shufflevector <16 x float> %1539, <16 x float> poison, <16 x i32> zeroinitializer
-  %1541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1540, <16 x float> %scores_global563.sroa.4.1765.i)
-  %1542 = getelementptr inbounds nuw i8, ptr %1532, i64 1024
-  %1543 = load float, ptr %1542, align 4, !tbaa !5
-  %1544 = insertelement <16 x float> poison, float %1543, i64 0
-  %1545 = shufflevector <16 x float> %1544, <16 x float> poison, <16 x i32> zeroinitializer
-  %1546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1545, <16 x float> %scores_global563.sroa.8.1764.i)
-  %1547 = getelementptr inbounds nuw i8, ptr %1532, i64 1536
-  %1548 = load float, ptr %1547, align 4, !tbaa !5
-  %1549 = insertelement <16 x float> poison, float %1548, i64 0
-  %1550 = shufflevector <16 x float> %1549, <16 x float> poison, <16 x i32> zeroinitializer
-  %1551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1550, <16 x float> %scores_global563.sroa.12.1763.i)
-  %1552 = getelementptr inbounds nuw i8, ptr %1532, i64 2048
-  %1553 = load float, ptr %1552, align 4, !tbaa !5
-  %1554 = insertelement <16 x float> poison, float %1553, i64 0
-  %1555 = shufflevector <16 x float> %1554, <16 x float> poison, <16 x i32> zeroinitializer
-  %1556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1555, <16 x float> %scores_global563.sroa.16.1762.i)
-  %1557 = getelementptr inbounds nuw i8, ptr %1532, i64 2560
-  %1558 = load float, ptr %1557, align 4, !tbaa !5
-  %1559 = insertelement <16 x float> poison, float %1558, i64 0
-  %1560 = shufflevector <16 x float> %1559, <16 x float> poison, <16 x i32> zeroinitializer
-  %1561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1560, <16 x float> %scores_global563.sroa.20.1761.i)
-  %1562 = getelementptr inbounds nuw i8, ptr %1532, i64 3072
-  %1563 = load float, ptr %1562, align 4, !tbaa !5
-  %1564 = insertelement <16 x float> poison, float %1563, i64 0
-  %1565 = shufflevector <16 x float> %1564, <16 x float> poison, <16 x i32> zeroinitializer
-  %1566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1565, <16 x float> %scores_global563.sroa.24.1760.i)
-  %1567 = getelementptr inbounds nuw i8, ptr %1532, i64 3584
-  %1568 = load float, ptr %1567, align 4, !tbaa !5
-  %1569 = insertelement <16 x float> poison, float %1568, i64 0
-  %1570 = shufflevector <16 x float> %1569, <16 x float> poison, <16 x i32> zeroinitializer
-  %1571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1570, <16 x float> %scores_global563.sroa.28.1759.i)
-  %1572 = getelementptr i8, ptr %gep, i64 64
-  %1573 = load <16 x float>, ptr %1572, align 4, !tbaa !5
-  %1574 = getelementptr inbounds nuw i8, ptr %1532, i64 64
-  %1575 = load float, ptr %1574, align 4, !tbaa !5
-  %1576 = insertelement <16 x float> poison, float %1575, i64 0
-  %1577 = shufflevector <16 x float> %1576, <16 x float> poison, <16 x i32> zeroinitializer
-  %1578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1577, <16 x float> %1536)
-  %1579 = getelementptr inbounds nuw i8, ptr %1532, i64 576
-  %1580 = load float, ptr %1579, align 4, !tbaa !5
-  %1581 = insertelement <16 x float> poison, float %1580, i64 0
-  %1582 = shufflevector <16 x float> %1581, <16 x float> poison, <16 x i32> zeroinitializer
-  %1583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1582, <16 x float> %1541)
-  %1584 = getelementptr inbounds nuw i8, ptr %1532, i64 1088
-  %1585 = load float, ptr %1584, align 4, !tbaa !5
-  %1586 = insertelement <16 x float> poison, float %1585, i64 0
-  %1587 = shufflevector <16 x float> %1586, <16 x float> poison, <16 x i32> zeroinitializer
-  %1588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1587, <16 x float> %1546)
-  %1589 = getelementptr inbounds nuw i8, ptr %1532, i64 1600
-  %1590 = load float, ptr %1589, align 4, !tbaa !5
-  %1591 = insertelement <16 x float> poison, float %1590, i64 0
-  %1592 = shufflevector <16 x float> %1591, <16 x float> poison, <16 x i32> zeroinitializer
-  %1593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1592, <16 x float> %1551)
-  %1594 = getelementptr inbounds nuw i8, ptr %1532, i64 2112
-  %1595 = load float, ptr %1594, align 4, !tbaa !5
-  %1596 = insertelement <16 x float> poison, float %1595, i64 0
-  %1597 = shufflevector <16 x float> %1596, <16 x float> poison, <16 x i32> zeroinitializer
-  %1598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1597, <16 x float> %1556)
-  %1599 = getelementptr inbounds nuw i8, ptr %1532, i64 2624
-  %1600 = load float, ptr %1599, align 4, !tbaa !5
-  %1601 = insertelement <16 x float> poison, float %1600, i64 0
-  %1602 = shufflevector <16 x float> %1601, <16 x float> poison, <16 x i32> zeroinitializer
-  %1603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1602, <16 x float> %1561)
-  %1604 = getelementptr inbounds nuw i8, ptr %1532, i64 3136
-  %1605 = load float, ptr %1604, align 4, !tbaa !5
-  %1606 = insertelement <16 x float> poison, float %1605, i64 0
-  %1607 = shufflevector <16 x float> %1606, <16 x float> poison, <16 x i32> zeroinitializer
-  %1608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1607, <16 x float> %1566)
-  %1609 = getelementptr inbounds nuw i8, ptr %1532, i64 3648
-  %1610 = load float, ptr %1609, align 4, !tbaa !5
-  %1611 = insertelement <16 x float> poison, float %1610, i64 0
-  %1612 = shufflevector <16 x float> %1611, <16 x float> poison, <16 x i32> zeroinitializer
-  %1613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1573, <16 x float> %1612, <16 x float> %1571)
-  %indvars.iv.next979.i = add nuw nsw i64 %indvars.iv978.i, 1
-  %exitcond982.not.i = icmp eq i64 %indvars.iv.next979.i, 16
-  br i1 %exitcond982.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !28
+  %1453 = load <16 x float>, ptr %gep, align 4, !tbaa !5
+  %1454 = getelementptr inbounds nuw float, ptr %1416, i64 %indvars.iv954.i
+  %1455 = load float, ptr %1454, align 4, !tbaa !5
+  %1456 = insertelement <16 x float> poison, float %1455, i64 0
+  %1457 = shufflevector <16 x float> %1456, <16 x float> poison, <16 x i32> zeroinitializer
+  %1458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1453, <16 x float> %1457, <16 x float> %scores_global550.sroa.0.1738.i)
+  %1459 = getelementptr inbounds nuw i8, ptr %1454, i64 512
+  %1460 = load float, ptr %1459, align 4, !tbaa !5
+  %1461 = insertelement <16 x float> poison, float %1460, i64 0
+  %1462 = shufflevector <16 x float> %1461, <16 x float> poison, <16 x i32> zeroinitializer
+  %1463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1453, <16 x float> %1462, <16 x float> %scores_global550.sroa.4.1737.i)
+  %1464 = getelementptr inbounds nuw i8, ptr %1454, i64 1024
+  %1465 = load float, ptr %1464, align 4, !tbaa !5
+  %1466 = insertelement <16 x float> poison, float %1465, i64 0
+  %1467 = shufflevector <16 x float> %1466, <16 x float> poison, <16 x i32> zeroinitializer
+  %1468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1453, <16 x float> %1467, <16 x float> %scores_global550.sroa.8.1736.i)
+  %1469 = getelementptr inbounds nuw i8, ptr %1454, i64 1536
+  %1470 = load float, ptr %1469, align 4, !tbaa !5
+  %1471 = insertelement <16 x float> poison, float %1470, i64 0
+  %1472 = shufflevector <16 x float> %1471, <16 x float> poison, <16 x i32> zeroinitializer
+  %1473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1453, <16 x float> %1472, <16 x float> %scores_global550.sroa.12.1735.i)
+  %1474 = getelementptr inbounds nuw i8, ptr %1454, i64 2048
+  %1475 = load float, ptr %1474, align 4, !tbaa !5
+  %1476 = insertelement <16 x float> poison, float %1475, i64 0
+  %1477 = shufflevector <16 x float> %1476, <16 x float> poison, <16 x i32> zeroinitializer
+  %1478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1453, <16 x float> %1477, <16 x float> %scores_global550.sroa.16.1734.i)
+  %1479 = getelementptr inbounds nuw i8, ptr %1454, i64 2560
+  %1480 = load float, ptr %1479, align 4, !tbaa !5
+  %1481 = insertelement <16 x float> poison, float %1480, i64 0
+  %1482 = shufflevector <16 x float> %1481, <16 x float> poison, <16 x i32> zeroinitializer
+  %1483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1453, <16 x float> %1482, <16 x float> %scores_global550.sroa.20.1733.i)
+  %1484 = getelementptr inbounds nuw i8, ptr %1454, i64 3072
+  %1485 = load float, ptr %1484, align 4, !tbaa !5
+  %1486 = insertelement <16 x float> poison, float %1485, i64 0
+  %1487 = shufflevector <16 x float> %1486, <16 x float> poison, <16 x i32> zeroinitializer
+  %1488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1453, <16 x float> %1487, <16 x float> %scores_global550.sroa.24.1732.i)
+  %1489 = getelementptr inbounds nuw i8, ptr %1454, i64 3584
+  %1490 = load float, ptr %1489, align 4, !tbaa !5
+  %1491 = insertelement <16 x float> poison, float %1490, i64 0
+  %1492 = shufflevector <16 x float> %1491, <16 x float> poison, <16 x i32> zeroinitializer
+  %1493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1453, <16 x float> %1492, <16 x float> %scores_global550.sroa.28.1731.i)
+  %1494 = getelementptr i8, ptr %gep, i64 64
+  %1495 = load <16 x float>, ptr %1494, align 4, !tbaa !5
+  %1496 = getelementptr inbounds nuw i8, ptr %1454, i64 64
+  %1497 = load float, ptr %1496, align 4, !tbaa !5
+  %1498 = insertelement <16 x float> poison, float %1497, i64 0
+  %1499 = shufflevector <16 x float> %1498, <16 x float> poison, <16 x i32> zeroinitializer
+  %1500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1499, <16 x float> %1458)
+  %1501 = getelementptr inbounds nuw i8, ptr %1454, i64 576
+  %1502 = load float, ptr %1501, align 4, !tbaa !5
+  %1503 = insertelement <16 x float> poison, float %1502, i64 0
+  %1504 = shufflevector <16 x float> %1503, <16 x float> poison, <16 x i32> zeroinitializer
+  %1505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1504, <16 x float> %1463)
+  %1506 = getelementptr inbounds nuw i8, ptr %1454, i64 1088
+  %1507 = load float, ptr %1506, align 4, !tbaa !5
+  %1508 = insertelement <16 x float> poison, float %1507, i64 0
+  %1509 = shufflevector <16 x float> %1508, <16 x float> poison, <16 x i32> zeroinitializer
+  %1510 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1509, <16 x float> %1468)
+  %1511 = getelementptr inbounds nuw i8, ptr %1454, i64 1600
+  %1512 = load float, ptr %1511, align 4, !tbaa !5
+  %1513 = insertelement <16 x float> poison, float %1512, i64 0
+  %1514 = shufflevector <16 x float> %1513, <16 x float> poison, <16 x i32> zeroinitializer
+  %1515 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1514, <16 x float> %1473)
+  %1516 = getelementptr inbounds nuw i8, ptr %1454, i64 2112
+  %1517 = load float, ptr %1516, align 4, !tbaa !5
+  %1518 = insertelement <16 x float> poison, float %1517, i64 0
+  %1519 = shufflevector <16 x float> %1518, <16 x float> poison, <16 x i32> zeroinitializer
+  %1520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1519, <16 x float> %1478)
+  %1521 = getelementptr inbounds nuw i8, ptr %1454, i64 2624
+  %1522 = load float, ptr %1521, align 4, !tbaa !5
+  %1523 = insertelement <16 x float> poison, float %1522, i64 0
+  %1524 = shufflevector <16 x float> %1523, <16 x float> poison, <16 x i32> zeroinitializer
+  %1525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1524, <16 x float> %1483)
+  %1526 = getelementptr inbounds nuw i8, ptr %1454, i64 3136
+  %1527 = load float, ptr %1526, align 4, !tbaa !5
+  %1528 = insertelement <16 x float> poison, float %1527, i64 0
+  %1529 = shufflevector <16 x float> %1528, <16 x float> poison, <16 x i32> zeroinitializer
+  %1530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1529, <16 x float> %1488)
+  %1531 = getelementptr inbounds nuw i8, ptr %1454, i64 3648
+  %1532 = load float, ptr %1531, align 4, !tbaa !5
+  %1533 = insertelement <16 x float> poison, float %1532, i64 0
+  %1534 = shufflevector <16 x float> %1533, <16 x float> poison, <16 x i32> zeroinitializer
+  %1535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1534, <16 x float> %1493)
+  %indvars.iv.next955.i = add nuw nsw i64 %indvars.iv954.i, 1
+  %exitcond958.not.i = icmp eq i64 %indvars.iv.next955.i, 16
+  br i1 %exitcond958.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !28
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
-  %1614 = getelementptr inbounds nuw i8, ptr %1530, i64 128
+  %1536 = getelementptr inbounds nuw i8, ptr %1416, i64 128
   br label %for_begin_d_2.preheader.1.i
 
 for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
-  %indvars.iv978.1.i = phi i64 [ %indvars.iv.next979.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global563.sroa.0.1766.1.i = phi <16 x float> [ %1663, %for_begin_d_2.preheader.1.i ], [ %1578, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global563.sroa.4.1765.1.i = phi <16 x float> [ %1668, %for_begin_d_2.preheader.1.i ], [ %1583, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global563.sroa.8.1764.1.i = phi <16 x float> [ %1673, %for_begin_d_2.preheader.1.i ], [ %1588, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global563.sroa.12.1763.1.i = phi <16 x float> [ %1678, %for_begin_d_2.preheader.1.i ], [ %1593, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global563.sroa.16.1762.1.i = phi <16 x float> [ %1683, %for_begin_d_2.preheader.1.i ], [ %1598, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global563.sroa.20.1761.1.i = phi <16 x float> [ %1688, %for_begin_d_2.preheader.1.i ], [ %1603, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global563.sroa.24.1760.1.i = phi <16 x float> [ %1693, %for_begin_d_2.preheader.1.i ], [ %1608, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global563.sroa.28.1759.1.i = phi <16 x float> [ %1698, %for_begin_d_2.preheader.1.i ], [ %1613, %for_begin_d_2.preheader.1.i.preheader ]
-  %.idx72 = shl i64 %indvars.iv978.1.i, 7
+  %indvars.iv954.1.i = phi i64 [ %indvars.iv.next955.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global550.sroa.0.1738.1.i = phi <16 x float> [ %1585, %for_begin_d_2.preheader.1.i ], [ %1500, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global550.sroa.4.1737.1.i = phi <16 x float> [ %1590, %for_begin_d_2.preheader.1.i ], [ %1505, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global550.sroa.8.1736.1.i = phi <16 x float> [ %1595, %for_begin_d_2.preheader.1.i ], [ %1510, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global550.sroa.12.1735.1.i = phi <16 x float> [ %1600, %for_begin_d_2.preheader.1.i ], [ %1515, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global550.sroa.16.1734.1.i = phi <16 x float> [ %1605, %for_begin_d_2.preheader.1.i ], [ %1520, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global550.sroa.20.1733.1.i = phi <16 x float> [ %1610, %for_begin_d_2.preheader.1.i ], [ %1525, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global550.sroa.24.1732.1.i = phi <16 x float> [ %1615, %for_begin_d_2.preheader.1.i ], [ %1530, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global550.sroa.28.1731.1.i = phi <16 x float> [ %1620, %for_begin_d_2.preheader.1.i ], [ %1535, %for_begin_d_2.preheader.1.i.preheader ]
+  %.idx72 = shl i64 %indvars.iv954.1.i, 7
   %gep143 = getelementptr i8, ptr %invariant.gep, i64 %.idx72
-  %1615 = getelementptr i8, ptr %gep143, i64 2048
-  %1616 = load <16 x float>, ptr %1615, align 4, !tbaa !5
-  %1617 = getelementptr inbounds nuw float, ptr %1614, i64 %indvars.iv978.1.i
-  %1618 = load float, ptr %1617, align 4, !tbaa !5
-  %1619 = insertelement <16 x float> poison, float %1618, i64 0
-  %1620 = shufflevector <16 x float> %1619, <16 x float> poison, <16 x i32> zeroinitializer
-  %1621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1620, <16 x float> %scores_global563.sroa.0.1766.1.i)
-  %1622 = getelementptr inbounds nuw i8, ptr %1617, i64 512
-  %1623 = load float, ptr %1622, align 4, !tbaa !5
-  %1624 = insertelement <16 x float> poison, float %1623, i64 0
-  %1625 = shufflevector <16 x float> %1624, <16 x float> poison, <16 x i32> zeroinitializer
-  %1626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1625, <16 x float> %scores_global563.sroa.4.1765.1.i)
-  %1627 = getelementptr inbounds nuw i8, ptr %1617, i64 1024
-  %1628 = load float, ptr %1627, align 4, !tbaa !5
-  %1629 = insertelement <16 x float> poison, float %1628, i64 0
-  %1630 = shufflevector <16 x float> %1629, <16 x float> poison, <16 x i32> zeroinitializer
-  %1631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1630, <16 x float> %scores_global563.sroa.8.1764.1.i)
-  %1632 = getelementptr inbounds nuw i8, ptr %1617, i64 1536
-  %1633 = load float, ptr %1632, align 4, !tbaa !5
-  %1634 = insertelement <16 x float> poison, float %1633, i64 0
-  %1635 = shufflevector <16 x float> %1634, <16 x float> poison, <16 x i32> zeroinitializer
-  %1636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1635, <16 x float> %scores_global563.sroa.12.1763.1.i)
-  %1637 = getelementptr inbounds nuw i8, ptr %1617, i64 2048
-  %1638 = load float, ptr %1637, align 4, !tbaa !5
-  %1639 = insertelement <16 x float> poison, float %1638, i64 0
-  %1640 = shufflevector <16 x float> %1639, <16 x float> poison, <16 x i32> zeroinitializer
-  %1641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1640, <16 x float> %scores_global563.sroa.16.1762.1.i)
-  %1642 = getelementptr inbounds nuw i8, ptr %1617, i64 2560
-  %1643 = load float, ptr %1642, align 4, !tbaa !5
-  %1644 = insertelement <16 x float> poison, float %1643, i64 0
-  %1645 = shufflevector <16 x float> %1644, <16 x float> poison, <16 x i32> zeroinitializer
-  %1646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1645, <16 x float> %scores_global563.sroa.20.1761.1.i)
-  %1647 = getelementptr inbounds nuw i8, ptr %1617, i64 3072
-  %1648 = load float, ptr %1647, align 4, !tbaa !5
-  %1649 = insertelement <16 x float> poison, float %1648, i64 0
-  %1650 = shufflevector <16 x float> %1649, <16 x float> poison, <16 x i32> zeroinitializer
-  %1651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1650, <16 x float> %scores_global563.sroa.24.1760.1.i)
-  %1652 = getelementptr inbounds nuw i8, ptr %1617, i64 3584
-  %1653 = load float, ptr %1652, align 4, !tbaa !5
-  %1654 = insertelement <16 x float> poison, float %1653, i64 0
-  %1655 = shufflevector <16 x float> %1654, <16 x float> poison, <16 x i32> zeroinitializer
-  %1656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1655, <16 x float> %scores_global563.sroa.28.1759.1.i)
-  %1657 = getelementptr i8, ptr %gep143, i64 2112
-  %1658 = load <16 x float>, ptr %1657, align 4, !tbaa !5
-  %1659 = getelementptr inbounds nuw i8, ptr %1617, i64 64
-  %1660 = load float, ptr %1659, align 4, !tbaa !5
-  %1661 = insertelement <16 x float> poison, float %1660, i64 0
-  %1662 = shufflevector <16 x float> %1661, <16 x float> poison, <16 x i32> zeroinitializer
-  %1663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1662, <16 x float> %1621)
-  %1664 = getelementptr inbounds nuw i8, ptr %1617, i64 576
-  %1665 = load float, ptr %1664, align 4, !tbaa !5
-  %1666 = insertelement <16 x float> poison, float %1665, i64 0
-  %1667 = shufflevector <16 x float> %1666, <16 x float> poison, <16 x i32> zeroinitializer
-  %1668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1667, <16 x float> %1626)
-  %1669 = getelementptr inbounds nuw i8, ptr %1617, i64 1088
-  %1670 = load float, ptr %1669, align 4, !tbaa !5
-  %1671 = insertelement <16 x float> poison, float %1670, i64 0
-  %1672 = shufflevector <16 x float> %1671, <16 x float> poison, <16 x i32> zeroinitializer
-  %1673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1672, <16 x float> %1631)
-  %1674 = getelementptr inbounds nuw i8, ptr %1617, i64 1600
-  %1675 = load float, ptr %1674, align 4, !tbaa !5
-  %1676 = insertelement <16 x float> poison, float %1675, i64 0
-  %1677 = shufflevector <16 x float> %1676, <16 x float> poison, <16 x i32> zeroinitializer
-  %1678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1677, <16 x float> %1636)
-  %1679 = getelementptr inbounds nuw i8, ptr %1617, i64 2112
-  %1680 = load float, ptr %1679, align 4, !tbaa !5
-  %1681 = insertelement <16 x float> poison, float %1680, i64 0
-  %1682 = shufflevector <16 x float> %1681, <16 x float> poison, <16 x i32> zeroinitializer
-  %1683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1682, <16 x float> %1641)
-  %1684 = getelementptr inbounds nuw i8, ptr %1617, i64 2624
-  %1685 = load float, ptr %1684, align 4, !tbaa !5
-  %1686 = insertelement <16 x float> poison, float %1685, i64 0
-  %1687 = shufflevector <16 x float> %1686, <16 x float> poison, <16 x i32> zeroinitializer
-  %1688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1687, <16 x float> %1646)
-  %1689 = getelementptr inbounds nuw i8, ptr %1617, i64 3136
-  %1690 = load float, ptr %1689, align 4, !tbaa !5
-  %1691 = insertelement <16 x float> poison, float %1690, i64 0
-  %1692 = shufflevector <16 x float> %1691, <16 x float> poison, <16 x i32> zeroinitializer
-  %1693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1692, <16 x float> %1651)
-  %1694 = getelementptr inbounds nuw i8, ptr %1617, i64 3648
-  %1695 = load float, ptr %1694, align 4, !tbaa !5
-  %1696 = insertelement <16 x float> poison, float %1695, i64 0
-  %1697 = shufflevector <16 x float> %1696, <16 x float> poison, <16 x i32> zeroinitializer
-  %1698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1697, <16 x float> %1656)
-  %indvars.iv.next979.1.i = add nuw nsw i64 %indvars.iv978.1.i, 1
-  %exitcond982.1.not.i = icmp eq i64 %indvars.iv.next979.1.i, 16
-  br i1 %exitcond982.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !28
+  %1537 = getelementptr i8, ptr %gep143, i64 2048
+  %1538 = load <16 x float>, ptr %1537, align 4, !tbaa !5
+  %1539 = getelementptr inbounds nuw float, ptr %1536, i64 %indvars.iv954.1.i
+  %1540 = load float, ptr %1539, align 4, !tbaa !5
+  %1541 = insertelement <16 x float> poison, float %1540, i64 0
+  %1542 = shufflevector <16 x float> %1541, <16 x float> poison, <16 x i32> zeroinitializer
+  %1543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1538, <16 x float> %1542, <16 x float> %scores_global550.sroa.0.1738.1.i)
+  %1544 = getelementptr inbounds nuw i8, ptr %1539, i64 512
+  %1545 = load float, ptr %1544, align 4, !tbaa !5
+  %1546 = insertelement <16 x float> poison, float %1545, i64 0
+  %1547 = shufflevector <16 x float> %1546, <16 x float> poison, <16 x i32> zeroinitializer
+  %1548 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1538, <16 x float> %1547, <16 x float> %scores_global550.sroa.4.1737.1.i)
+  %1549 = getelementptr inbounds nuw i8, ptr %1539, i64 1024
+  %1550 = load float, ptr %1549, align 4, !tbaa !5
+  %1551 = insertelement <16 x float> poison, float %1550, i64 0
+  %1552 = shufflevector <16 x float> %1551, <16 x float> poison, <16 x i32> zeroinitializer
+  %1553 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1538, <16 x float> %1552, <16 x float> %scores_global550.sroa.8.1736.1.i)
+  %1554 = getelementptr inbounds nuw i8, ptr %1539, i64 1536
+  %1555 = load float, ptr %1554, align 4, !tbaa !5
+  %1556 = insertelement <16 x float> poison, float %1555, i64 0
+  %1557 = shufflevector <16 x float> %1556, <16 x float> poison, <16 x i32> zeroinitializer
+  %1558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1538, <16 x float> %1557, <16 x float> %scores_global550.sroa.12.1735.1.i)
+  %1559 = getelementptr inbounds nuw i8, ptr %1539, i64 2048
+  %1560 = load float, ptr %1559, align 4, !tbaa !5
+  %1561 = insertelement <16 x float> poison, float %1560, i64 0
+  %1562 = shufflevector <16 x float> %1561, <16 x float> poison, <16 x i32> zeroinitializer
+  %1563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1538, <16 x float> %1562, <16 x float> %scores_global550.sroa.16.1734.1.i)
+  %1564 = getelementptr inbounds nuw i8, ptr %1539, i64 2560
+  %1565 = load float, ptr %1564, align 4, !tbaa !5
+  %1566 = insertelement <16 x float> poison, float %1565, i64 0
+  %1567 = shufflevector <16 x float> %1566, <16 x float> poison, <16 x i32> zeroinitializer
+  %1568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1538, <16 x float> %1567, <16 x float> %scores_global550.sroa.20.1733.1.i)
+  %1569 = getelementptr inbounds nuw i8, ptr %1539, i64 3072
+  %1570 = load float, ptr %1569, align 4, !tbaa !5
+  %1571 = insertelement <16 x float> poison, float %1570, i64 0
+  %1572 = shufflevector <16 x float> %1571, <16 x float> poison, <16 x i32> zeroinitializer
+  %1573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1538, <16 x float> %1572, <16 x float> %scores_global550.sroa.24.1732.1.i)
+  %1574 = getelementptr inbounds nuw i8, ptr %1539, i64 3584
+  %1575 = load float, ptr %1574, align 4, !tbaa !5
+  %1576 = insertelement <16 x float> poison, float %1575, i64 0
+  %1577 = shufflevector <16 x float> %1576, <16 x float> poison, <16 x i32> zeroinitializer
+  %1578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1538, <16 x float> %1577, <16 x float> %scores_global550.sroa.28.1731.1.i)
+  %1579 = getelementptr i8, ptr %gep143, i64 2112
+  %1580 = load <16 x float>, ptr %1579, align 4, !tbaa !5
+  %1581 = getelementptr inbounds nuw i8, ptr %1539, i64 64
+  %1582 = load float, ptr %1581, align 4, !tbaa !5
+  %1583 = insertelement <16 x float> poison, float %1582, i64 0
+  %1584 = shufflevector <16 x float> %1583, <16 x float> poison, <16 x i32> zeroinitializer
+  %1585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1580, <16 x float> %1584, <16 x float> %1543)
+  %1586 = getelementptr inbounds nuw i8, ptr %1539, i64 576
+  %1587 = load float, ptr %1586, align 4, !tbaa !5
+  %1588 = insertelement <16 x float> poison, float %1587, i64 0
+  %1589 = shufflevector <16 x float> %1588, <16 x float> poison, <16 x i32> zeroinitializer
+  %1590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1580, <16 x float> %1589, <16 x float> %1548)
+  %1591 = getelementptr inbounds nuw i8, ptr %1539, i64 1088
+  %1592 = load float, ptr %1591, align 4, !tbaa !5
+  %1593 = insertelement <16 x float> poison, float %1592, i64 0
+  %1594 = shufflevector <16 x float> %1593, <16 x float> poison, <16 x i32> zeroinitializer
+  %1595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1580, <16 x float> %1594, <16 x float> %1553)
+  %1596 = getelementptr inbounds nuw i8, ptr %1539, i64 1600
+  %1597 = load float, ptr %1596, align 4, !tbaa !5
+  %1598 = insertelement <16 x float> poison, float %1597, i64 0
+  %1599 = shufflevector <16 x float> %1598, <16 x float> poison, <16 x i32> zeroinitializer
+  %1600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1580, <16 x float> %1599, <16 x float> %1558)
+  %1601 = getelementptr inbounds nuw i8, ptr %1539, i64 2112
+  %1602 = load float, ptr %1601, align 4, !tbaa !5
+  %1603 = insertelement <16 x float> poison, float %1602, i64 0
+  %1604 = shufflevector <16 x float> %1603, <16 x float> poison, <16 x i32> zeroinitializer
+  %1605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1580, <16 x float> %1604, <16 x float> %1563)
+  %1606 = getelementptr inbounds nuw i8, ptr %1539, i64 2624
+  %1607 = load float, ptr %1606, align 4, !tbaa !5
+  %1608 = insertelement <16 x float> poison, float %1607, i64 0
+  %1609 = shufflevector <16 x float> %1608, <16 x float> poison, <16 x i32> zeroinitializer
+  %1610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1580, <16 x float> %1609, <16 x float> %1568)
+  %1611 = getelementptr inbounds nuw i8, ptr %1539, i64 3136
+  %1612 = load float, ptr %1611, align 4, !tbaa !5
+  %1613 = insertelement <16 x float> poison, float %1612, i64 0
+  %1614 = shufflevector <16 x float> %1613, <16 x float> poison, <16 x i32> zeroinitializer
+  %1615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1580, <16 x float> %1614, <16 x float> %1573)
+  %1616 = getelementptr inbounds nuw i8, ptr %1539, i64 3648
+  %1617 = load float, ptr %1616, align 4, !tbaa !5
+  %1618 = insertelement <16 x float> poison, float %1617, i64 0
+  %1619 = shufflevector <16 x float> %1618, <16 x float> poison, <16 x i32> zeroinitializer
+  %1620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1580, <16 x float> %1619, <16 x float> %1578)
+  %indvars.iv.next955.1.i = add nuw nsw i64 %indvars.iv954.1.i, 1
+  %exitcond958.1.not.i = icmp eq i64 %indvars.iv.next955.1.i, 16
+  br i1 %exitcond958.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !28
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
-  %1699 = getelementptr inbounds nuw i8, ptr %1530, i64 256
+  %1621 = getelementptr inbounds nuw i8, ptr %1416, i64 256
   br label %for_begin_d_2.preheader.2.i
 
 for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
-  %indvars.iv978.2.i = phi i64 [ %indvars.iv.next979.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global563.sroa.0.1766.2.i = phi <16 x float> [ %1748, %for_begin_d_2.preheader.2.i ], [ %1663, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global563.sroa.4.1765.2.i = phi <16 x float> [ %1753, %for_begin_d_2.preheader.2.i ], [ %1668, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global563.sroa.8.1764.2.i = phi <16 x float> [ %1758, %for_begin_d_2.preheader.2.i ], [ %1673, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global563.sroa.12.1763.2.i = phi <16 x float> [ %1763, %for_begin_d_2.preheader.2.i ], [ %1678, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global563.sroa.16.1762.2.i = phi <16 x float> [ %1768, %for_begin_d_2.preheader.2.i ], [ %1683, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global563.sroa.20.1761.2.i = phi <16 x float> [ %1773, %for_begin_d_2.preheader.2.i ], [ %1688, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global563.sroa.24.1760.2.i = phi <16 x float> [ %1778, %for_begin_d_2.preheader.2.i ], [ %1693, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global563.sroa.28.1759.2.i = phi <16 x float> [ %1783, %for_begin_d_2.preheader.2.i ], [ %1698, %for_begin_d_2.preheader.2.i.preheader ]
-  %.idx73 = shl i64 %indvars.iv978.2.i, 7
+  %indvars.iv954.2.i = phi i64 [ %indvars.iv.next955.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global550.sroa.0.1738.2.i = phi <16 x float> [ %1670, %for_begin_d_2.preheader.2.i ], [ %1585, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global550.sroa.4.1737.2.i = phi <16 x float> [ %1675, %for_begin_d_2.preheader.2.i ], [ %1590, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global550.sroa.8.1736.2.i = phi <16 x float> [ %1680, %for_begin_d_2.preheader.2.i ], [ %1595, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global550.sroa.12.1735.2.i = phi <16 x float> [ %1685, %for_begin_d_2.preheader.2.i ], [ %1600, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global550.sroa.16.1734.2.i = phi <16 x float> [ %1690, %for_begin_d_2.preheader.2.i ], [ %1605, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global550.sroa.20.1733.2.i = phi <16 x float> [ %1695, %for_begin_d_2.preheader.2.i ], [ %1610, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global550.sroa.24.1732.2.i = phi <16 x float> [ %1700, %for_begin_d_2.preheader.2.i ], [ %1615, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global550.sroa.28.1731.2.i = phi <16 x float> [ %1705, %for_begin_d_2.preheader.2.i ], [ %1620, %for_begin_d_2.preheader.2.i.preheader ]
+  %.idx73 = shl i64 %indvars.iv954.2.i, 7
   %gep145 = getelementptr i8, ptr %invariant.gep, i64 %.idx73
-  %1700 = getelementptr i8, ptr %gep145, i64 4096
-  %1701 = load <16 x float>, ptr %1700, align 4, !tbaa !5
-  %1702 = getelementptr inbounds nuw float, ptr %1699, i64 %indvars.iv978.2.i
-  %1703 = load float, ptr %1702, align 4, !tbaa !5
-  %1704 = insertelement <16 x float> poison, float %1703, i64 0
-  %1705 = shufflevector <16 x float> %1704, <16 x float> poison, <16 x i32> zeroinitializer
-  %1706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1705, <16 x float> %scores_global563.sroa.0.1766.2.i)
-  %1707 = getelementptr inbounds nuw i8, ptr %1702, i64 512
-  %1708 = load float, ptr %1707, align 4, !tbaa !5
-  %1709 = insertelement <16 x float> poison, float %1708, i64 0
-  %1710 = shufflevector <16 x float> %1709, <16 x float> poison, <16 x i32> zeroinitializer
-  %1711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1710, <16 x float> %scores_global563.sroa.4.1765.2.i)
-  %1712 = getelementptr inbounds nuw i8, ptr %1702, i64 1024
-  %1713 = load float, ptr %1712, align 4, !tbaa !5
-  %1714 = insertelement <16 x float> poison, float %1713, i64 0
-  %1715 = shufflevector <16 x float> %1714, <16 x float> poison, <16 x i32> zeroinitializer
-  %1716 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1715, <16 x float> %scores_global563.sroa.8.1764.2.i)
-  %1717 = getelementptr inbounds nuw i8, ptr %1702, i64 1536
-  %1718 = load float, ptr %1717, align 4, !tbaa !5
-  %1719 = insertelement <16 x float> poison, float %1718, i64 0
-  %1720 = shufflevector <16 x float> %1719, <16 x float> poison, <16 x i32> zeroinitializer
-  %1721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1720, <16 x float> %scores_global563.sroa.12.1763.2.i)
-  %1722 = getelementptr inbounds nuw i8, ptr %1702, i64 2048
-  %1723 = load float, ptr %1722, align 4, !tbaa !5
-  %1724 = insertelement <16 x float> poison, float %1723, i64 0
-  %1725 = shufflevector <16 x float> %1724, <16 x float> poison, <16 x i32> zeroinitializer
-  %1726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1725, <16 x float> %scores_global563.sroa.16.1762.2.i)
-  %1727 = getelementptr inbounds nuw i8, ptr %1702, i64 2560
-  %1728 = load float, ptr %1727, align 4, !tbaa !5
-  %1729 = insertelement <16 x float> poison, float %1728, i64 0
-  %1730 = shufflevector <16 x float> %1729, <16 x float> poison, <16 x i32> zeroinitializer
-  %1731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1730, <16 x float> %scores_global563.sroa.20.1761.2.i)
-  %1732 = getelementptr inbounds nuw i8, ptr %1702, i64 3072
-  %1733 = load float, ptr %1732, align 4, !tbaa !5
-  %1734 = insertelement <16 x float> poison, float %1733, i64 0
-  %1735 = shufflevector <16 x float> %1734, <16 x float> poison, <16 x i32> zeroinitializer
-  %1736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1735, <16 x float> %scores_global563.sroa.24.1760.2.i)
-  %1737 = getelementptr inbounds nuw i8, ptr %1702, i64 3584
-  %1738 = load float, ptr %1737, align 4, !tbaa !5
-  %1739 = insertelement <16 x float> poison, float %1738, i64 0
-  %1740 = shufflevector <16 x float> %1739, <16 x float> poison, <16 x i32> zeroinitializer
-  %1741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1740, <16 x float> %scores_global563.sroa.28.1759.2.i)
-  %1742 = getelementptr i8, ptr %gep145, i64 4160
-  %1743 = load <16 x float>, ptr %1742, align 4, !tbaa !5
-  %1744 = getelementptr inbounds nuw i8, ptr %1702, i64 64
-  %1745 = load float, ptr %1744, align 4, !tbaa !5
-  %1746 = insertelement <16 x float> poison, float %1745, i64 0
-  %1747 = shufflevector <16 x float> %1746, <16 x float> poison, <16 x i32> zeroinitializer
-  %1748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1747, <16 x float> %1706)
-  %1749 = getelementptr inbounds nuw i8, ptr %1702, i64 576
-  %1750 = load float, ptr %1749, align 4, !tbaa !5
-  %1751 = insertelement <16 x float> poison, float %1750, i64 0
-  %1752 = shufflevector <16 x float> %1751, <16 x float> poison, <16 x i32> zeroinitializer
-  %1753 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1752, <16 x float> %1711)
-  %1754 = getelementptr inbounds nuw i8, ptr %1702, i64 1088
-  %1755 = load float, ptr %1754, align 4, !tbaa !5
-  %1756 = insertelement <16 x float> poison, float %1755, i64 0
-  %1757 = shufflevector <16 x float> %1756, <16 x float> poison, <16 x i32> zeroinitializer
-  %1758 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1757, <16 x float> %1716)
-  %1759 = getelementptr inbounds nuw i8, ptr %1702, i64 1600
-  %1760 = load float, ptr %1759, align 4, !tbaa !5
-  %1761 = insertelement <16 x float> poison, float %1760, i64 0
-  %1762 = shufflevector <16 x float> %1761, <16 x float> poison, <16 x i32> zeroinitializer
-  %1763 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1762, <16 x float> %1721)
-  %1764 = getelementptr inbounds nuw i8, ptr %1702, i64 2112
-  %1765 = load float, ptr %1764, align 4, !tbaa !5
-  %1766 = insertelement <16 x float> poison, float %1765, i64 0
-  %1767 = shufflevector <16 x float> %1766, <16 x float> poison, <16 x i32> zeroinitializer
-  %1768 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1767, <16 x float> %1726)
-  %1769 = getelementptr inbounds nuw i8, ptr %1702, i64 2624
-  %1770 = load float, ptr %1769, align 4, !tbaa !5
-  %1771 = insertelement <16 x float> poison, float %1770, i64 0
-  %1772 = shufflevector <16 x float> %1771, <16 x float> poison, <16 x i32> zeroinitializer
-  %1773 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1772, <16 x float> %1731)
-  %1774 = getelementptr inbounds nuw i8, ptr %1702, i64 3136
-  %1775 = load float, ptr %1774, align 4, !tbaa !5
-  %1776 = insertelement <16 x float> poison, float %1775, i64 0
-  %1777 = shufflevector <16 x float> %1776, <16 x float> poison, <16 x i32> zeroinitializer
-  %1778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1777, <16 x float> %1736)
-  %1779 = getelementptr inbounds nuw i8, ptr %1702, i64 3648
-  %1780 = load float, ptr %1779, align 4, !tbaa !5
-  %1781 = insertelement <16 x float> poison, float %1780, i64 0
-  %1782 = shufflevector <16 x float> %1781, <16 x float> poison, <16 x i32> zeroinitializer
-  %1783 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1782, <16 x float> %1741)
-  %indvars.iv.next979.2.i = add nuw nsw i64 %indvars.iv978.2.i, 1
-  %exitcond982.2.not.i = icmp eq i64 %indvars.iv.next979.2.i, 16
-  br i1 %exitcond982.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !28
+  %1622 = getelementptr i8, ptr %gep145, i64 4096
+  %1623 = load <16 x float>, ptr %1622, align 4, !tbaa !5
+  %1624 = getelementptr inbounds nuw float, ptr %1621, i64 %indvars.iv954.2.i
+  %1625 = load float, ptr %1624, align 4, !tbaa !5
+  %1626 = insertelement <16 x float> poison, float %1625, i64 0
+  %1627 = shufflevector <16 x float> %1626, <16 x float> poison, <16 x i32> zeroinitializer
+  %1628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1627, <16 x float> %scores_global550.sroa.0.1738.2.i)
+  %1629 = getelementptr inbounds nuw i8, ptr %1624, i64 512
+  %1630 = load float, ptr %1629, align 4, !tbaa !5
+  %1631 = insertelement <16 x float> poison, float %1630, i64 0
+  %1632 = shufflevector <16 x float> %1631, <16 x float> poison, <16 x i32> zeroinitializer
+  %1633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1632, <16 x float> %scores_global550.sroa.4.1737.2.i)
+  %1634 = getelementptr inbounds nuw i8, ptr %1624, i64 1024
+  %1635 = load float, ptr %1634, align 4, !tbaa !5
+  %1636 = insertelement <16 x float> poison, float %1635, i64 0
+  %1637 = shufflevector <16 x float> %1636, <16 x float> poison, <16 x i32> zeroinitializer
+  %1638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1637, <16 x float> %scores_global550.sroa.8.1736.2.i)
+  %1639 = getelementptr inbounds nuw i8, ptr %1624, i64 1536
+  %1640 = load float, ptr %1639, align 4, !tbaa !5
+  %1641 = insertelement <16 x float> poison, float %1640, i64 0
+  %1642 = shufflevector <16 x float> %1641, <16 x float> poison, <16 x i32> zeroinitializer
+  %1643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1642, <16 x float> %scores_global550.sroa.12.1735.2.i)
+  %1644 = getelementptr inbounds nuw i8, ptr %1624, i64 2048
+  %1645 = load float, ptr %1644, align 4, !tbaa !5
+  %1646 = insertelement <16 x float> poison, float %1645, i64 0
+  %1647 = shufflevector <16 x float> %1646, <16 x float> poison, <16 x i32> zeroinitializer
+  %1648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1647, <16 x float> %scores_global550.sroa.16.1734.2.i)
+  %1649 = getelementptr inbounds nuw i8, ptr %1624, i64 2560
+  %1650 = load float, ptr %1649, align 4, !tbaa !5
+  %1651 = insertelement <16 x float> poison, float %1650, i64 0
+  %1652 = shufflevector <16 x float> %1651, <16 x float> poison, <16 x i32> zeroinitializer
+  %1653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1652, <16 x float> %scores_global550.sroa.20.1733.2.i)
+  %1654 = getelementptr inbounds nuw i8, ptr %1624, i64 3072
+  %1655 = load float, ptr %1654, align 4, !tbaa !5
+  %1656 = insertelement <16 x float> poison, float %1655, i64 0
+  %1657 = shufflevector <16 x float> %1656, <16 x float> poison, <16 x i32> zeroinitializer
+  %1658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1657, <16 x float> %scores_global550.sroa.24.1732.2.i)
+  %1659 = getelementptr inbounds nuw i8, ptr %1624, i64 3584
+  %1660 = load float, ptr %1659, align 4, !tbaa !5
+  %1661 = insertelement <16 x float> poison, float %1660, i64 0
+  %1662 = shufflevector <16 x float> %1661, <16 x float> poison, <16 x i32> zeroinitializer
+  %1663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1662, <16 x float> %scores_global550.sroa.28.1731.2.i)
+  %1664 = getelementptr i8, ptr %gep145, i64 4160
+  %1665 = load <16 x float>, ptr %1664, align 4, !tbaa !5
+  %1666 = getelementptr inbounds nuw i8, ptr %1624, i64 64
+  %1667 = load float, ptr %1666, align 4, !tbaa !5
+  %1668 = insertelement <16 x float> poison, float %1667, i64 0
+  %1669 = shufflevector <16 x float> %1668, <16 x float> poison, <16 x i32> zeroinitializer
+  %1670 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1669, <16 x float> %1628)
+  %1671 = getelementptr inbounds nuw i8, ptr %1624, i64 576
+  %1672 = load float, ptr %1671, align 4, !tbaa !5
+  %1673 = insertelement <16 x float> poison, float %1672, i64 0
+  %1674 = shufflevector <16 x float> %1673, <16 x float> poison, <16 x i32> zeroinitializer
+  %1675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1674, <16 x float> %1633)
+  %1676 = getelementptr inbounds nuw i8, ptr %1624, i64 1088
+  %1677 = load float, ptr %1676, align 4, !tbaa !5
+  %1678 = insertelement <16 x float> poison, float %1677, i64 0
+  %1679 = shufflevector <16 x float> %1678, <16 x float> poison, <16 x i32> zeroinitializer
+  %1680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1679, <16 x float> %1638)
+  %1681 = getelementptr inbounds nuw i8, ptr %1624, i64 1600
+  %1682 = load float, ptr %1681, align 4, !tbaa !5
+  %1683 = insertelement <16 x float> poison, float %1682, i64 0
+  %1684 = shufflevector <16 x float> %1683, <16 x float> poison, <16 x i32> zeroinitializer
+  %1685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1684, <16 x float> %1643)
+  %1686 = getelementptr inbounds nuw i8, ptr %1624, i64 2112
+  %1687 = load float, ptr %1686, align 4, !tbaa !5
+  %1688 = insertelement <16 x float> poison, float %1687, i64 0
+  %1689 = shufflevector <16 x float> %1688, <16 x float> poison, <16 x i32> zeroinitializer
+  %1690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1689, <16 x float> %1648)
+  %1691 = getelementptr inbounds nuw i8, ptr %1624, i64 2624
+  %1692 = load float, ptr %1691, align 4, !tbaa !5
+  %1693 = insertelement <16 x float> poison, float %1692, i64 0
+  %1694 = shufflevector <16 x float> %1693, <16 x float> poison, <16 x i32> zeroinitializer
+  %1695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1694, <16 x float> %1653)
+  %1696 = getelementptr inbounds nuw i8, ptr %1624, i64 3136
+  %1697 = load float, ptr %1696, align 4, !tbaa !5
+  %1698 = insertelement <16 x float> poison, float %1697, i64 0
+  %1699 = shufflevector <16 x float> %1698, <16 x float> poison, <16 x i32> zeroinitializer
+  %1700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1699, <16 x float> %1658)
+  %1701 = getelementptr inbounds nuw i8, ptr %1624, i64 3648
+  %1702 = load float, ptr %1701, align 4, !tbaa !5
+  %1703 = insertelement <16 x float> poison, float %1702, i64 0
+  %1704 = shufflevector <16 x float> %1703, <16 x float> poison, <16 x i32> zeroinitializer
+  %1705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1704, <16 x float> %1663)
+  %indvars.iv.next955.2.i = add nuw nsw i64 %indvars.iv954.2.i, 1
+  %exitcond958.2.not.i = icmp eq i64 %indvars.iv.next955.2.i, 16
+  br i1 %exitcond958.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !28
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
-  %1784 = getelementptr inbounds nuw i8, ptr %1530, i64 384
+  %1706 = getelementptr inbounds nuw i8, ptr %1416, i64 384
   br label %for_begin_d_2.preheader.3.i
 
 for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
-  %indvars.iv978.3.i = phi i64 [ %indvars.iv.next979.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global563.sroa.0.1766.3.i = phi <16 x float> [ %1833, %for_begin_d_2.preheader.3.i ], [ %1748, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global563.sroa.4.1765.3.i = phi <16 x float> [ %1838, %for_begin_d_2.preheader.3.i ], [ %1753, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global563.sroa.8.1764.3.i = phi <16 x float> [ %1843, %for_begin_d_2.preheader.3.i ], [ %1758, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global563.sroa.12.1763.3.i = phi <16 x float> [ %1848, %for_begin_d_2.preheader.3.i ], [ %1763, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global563.sroa.16.1762.3.i = phi <16 x float> [ %1853, %for_begin_d_2.preheader.3.i ], [ %1768, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global563.sroa.20.1761.3.i = phi <16 x float> [ %1858, %for_begin_d_2.preheader.3.i ], [ %1773, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global563.sroa.24.1760.3.i = phi <16 x float> [ %1863, %for_begin_d_2.preheader.3.i ], [ %1778, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global563.sroa.28.1759.3.i = phi <16 x float> [ %1868, %for_begin_d_2.preheader.3.i ], [ %1783, %for_begin_d_2.preheader.3.i.preheader ]
-  %.idx74 = shl i64 %indvars.iv978.3.i, 7
+  %indvars.iv954.3.i = phi i64 [ %indvars.iv.next955.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global550.sroa.0.1738.3.i = phi <16 x float> [ %1755, %for_begin_d_2.preheader.3.i ], [ %1670, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global550.sroa.4.1737.3.i = phi <16 x float> [ %1760, %for_begin_d_2.preheader.3.i ], [ %1675, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global550.sroa.8.1736.3.i = phi <16 x float> [ %1765, %for_begin_d_2.preheader.3.i ], [ %1680, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global550.sroa.12.1735.3.i = phi <16 x float> [ %1770, %for_begin_d_2.preheader.3.i ], [ %1685, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global550.sroa.16.1734.3.i = phi <16 x float> [ %1775, %for_begin_d_2.preheader.3.i ], [ %1690, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global550.sroa.20.1733.3.i = phi <16 x float> [ %1780, %for_begin_d_2.preheader.3.i ], [ %1695, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global550.sroa.24.1732.3.i = phi <16 x float> [ %1785, %for_begin_d_2.preheader.3.i ], [ %1700, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global550.sroa.28.1731.3.i = phi <16 x float> [ %1790, %for_begin_d_2.preheader.3.i ], [ %1705, %for_begin_d_2.preheader.3.i.preheader ]
+  %.idx74 = shl i64 %indvars.iv954.3.i, 7
   %gep147 = getelementptr i8, ptr %invariant.gep, i64 %.idx74
-  %1785 = getelementptr i8, ptr %gep147, i64 6144
-  %1786 = load <16 x float>, ptr %1785, align 4, !tbaa !5
-  %1787 = getelementptr inbounds nuw float, ptr %1784, i64 %indvars.iv978.3.i
-  %1788 = load float, ptr %1787, align 4, !tbaa !5
-  %1789 = insertelement <16 x float> poison, float %1788, i64 0
-  %1790 = shufflevector <16 x float> %1789, <16 x float> poison, <16 x i32> zeroinitializer
-  %1791 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1790, <16 x float> %scores_global563.sroa.0.1766.3.i)
-  %1792 = getelementptr inbounds nuw i8, ptr %1787, i64 512
-  %1793 = load float, ptr %1792, align 4, !tbaa !5
-  %1794 = insertelement <16 x float> poison, float %1793, i64 0
-  %1795 = shufflevector <16 x float> %1794, <16 x float> poison, <16 x i32> zeroinitializer
-  %1796 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1795, <16 x float> %scores_global563.sroa.4.1765.3.i)
-  %1797 = getelementptr inbounds nuw i8, ptr %1787, i64 1024
-  %1798 = load float, ptr %1797, align 4, !tbaa !5
-  %1799 = insertelement <16 x float> poison, float %1798, i64 0
-  %1800 = shufflevector <16 x float> %1799, <16 x float> poison, <16 x i32> zeroinitializer
-  %1801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1800, <16 x float> %scores_global563.sroa.8.1764.3.i)
-  %1802 = getelementptr inbounds nuw i8, ptr %1787, i64 1536
-  %1803 = load float, ptr %1802, align 4, !tbaa !5
-  %1804 = insertelement <16 x float> poison, float %1803, i64 0
-  %1805 = shufflevector <16 x float> %1804, <16 x float> poison, <16 x i32> zeroinitializer
-  %1806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1805, <16 x float> %scores_global563.sroa.12.1763.3.i)
-  %1807 = getelementptr inbounds nuw i8, ptr %1787, i64 2048
-  %1808 = load float, ptr %1807, align 4, !tbaa !5
-  %1809 = insertelement <16 x float> poison, float %1808, i64 0
-  %1810 = shufflevector <16 x float> %1809, <16 x float> poison, <16 x i32> zeroinitializer
-  %1811 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1810, <16 x float> %scores_global563.sroa.16.1762.3.i)
-  %1812 = getelementptr inbounds nuw i8, ptr %1787, i64 2560
-  %1813 = load float, ptr %1812, align 4, !tbaa !5
-  %1814 = insertelement <16 x float> poison, float %1813, i64 0
-  %1815 = shufflevector <16 x float> %1814, <16 x float> poison, <16 x i32> zeroinitializer
-  %1816 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1815, <16 x float> %scores_global563.sroa.20.1761.3.i)
-  %1817 = getelementptr inbounds nuw i8, ptr %1787, i64 3072
-  %1818 = load float, ptr %1817, align 4, !tbaa !5
-  %1819 = insertelement <16 x float> poison, float %1818, i64 0
-  %1820 = shufflevector <16 x float> %1819, <16 x float> poison, <16 x i32> zeroinitializer
-  %1821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1820, <16 x float> %scores_global563.sroa.24.1760.3.i)
-  %1822 = getelementptr inbounds nuw i8, ptr %1787, i64 3584
-  %1823 = load float, ptr %1822, align 4, !tbaa !5
-  %1824 = insertelement <16 x float> poison, float %1823, i64 0
-  %1825 = shufflevector <16 x float> %1824, <16 x float> poison, <16 x i32> zeroinitializer
-  %1826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1786, <16 x float> %1825, <16 x float> %scores_global563.sroa.28.1759.3.i)
-  %1827 = getelementptr i8, ptr %gep147, i64 6208
-  %1828 = load <16 x float>, ptr %1827, align 4, !tbaa !5
-  %1829 = getelementptr inbounds nuw i8, ptr %1787, i64 64
-  %1830 = load float, ptr %1829, align 4, !tbaa !5
-  %1831 = insertelement <16 x float> poison, float %1830, i64 0
-  %1832 = shufflevector <16 x float> %1831, <16 x float> poison, <16 x i32> zeroinitializer
-  %1833 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1832, <16 x float> %1791)
-  %1834 = getelementptr inbounds nuw i8, ptr %1787, i64 576
-  %1835 = load float, ptr %1834, align 4, !tbaa !5
-  %1836 = insertelement <16 x float> poison, float %1835, i64 0
-  %1837 = shufflevector <16 x float> %1836, <16 x float> poison, <16 x i32> zeroinitializer
-  %1838 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1837, <16 x float> %1796)
-  %1839 = getelementptr inbounds nuw i8, ptr %1787, i64 1088
-  %1840 = load float, ptr %1839, align 4, !tbaa !5
-  %1841 = insertelement <16 x float> poison, float %1840, i64 0
-  %1842 = shufflevector <16 x float> %1841, <16 x float> poison, <16 x i32> zeroinitializer
-  %1843 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1842, <16 x float> %1801)
-  %1844 = getelementptr inbounds nuw i8, ptr %1787, i64 1600
-  %1845 = load float, ptr %1844, align 4, !tbaa !5
-  %1846 = insertelement <16 x float> poison, float %1845, i64 0
-  %1847 = shufflevector <16 x float> %1846, <16 x float> poison, <16 x i32> zeroinitializer
-  %1848 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1847, <16 x float> %1806)
-  %1849 = getelementptr inbounds nuw i8, ptr %1787, i64 2112
-  %1850 = load float, ptr %1849, align 4, !tbaa !5
-  %1851 = insertelement <16 x float> poison, float %1850, i64 0
-  %1852 = shufflevector <16 x float> %1851, <16 x float> poison, <16 x i32> zeroinitializer
-  %1853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1852, <16 x float> %1811)
-  %1854 = getelementptr inbounds nuw i8, ptr %1787, i64 2624
-  %1855 = load float, ptr %1854, align 4, !tbaa !5
-  %1856 = insertelement <16 x float> poison, float %1855, i64 0
-  %1857 = shufflevector <16 x float> %1856, <16 x float> poison, <16 x i32> zeroinitializer
-  %1858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1857, <16 x float> %1816)
-  %1859 = getelementptr inbounds nuw i8, ptr %1787, i64 3136
-  %1860 = load float, ptr %1859, align 4, !tbaa !5
-  %1861 = insertelement <16 x float> poison, float %1860, i64 0
-  %1862 = shufflevector <16 x float> %1861, <16 x float> poison, <16 x i32> zeroinitializer
-  %1863 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1862, <16 x float> %1821)
-  %1864 = getelementptr inbounds nuw i8, ptr %1787, i64 3648
-  %1865 = load float, ptr %1864, align 4, !tbaa !5
-  %1866 = insertelement <16 x float> poison, float %1865, i64 0
-  %1867 = shufflevector <16 x float> %1866, <16 x float> poison, <16 x i32> zeroinitializer
-  %1868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1867, <16 x float> %1826)
-  %indvars.iv.next979.3.i = add nuw nsw i64 %indvars.iv978.3.i, 1
-  %exitcond982.3.not.i = icmp eq i64 %indvars.iv.next979.3.i, 16
-  br i1 %exitcond982.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !28
+  %1707 = getelementptr i8, ptr %gep147, i64 6144
+  %1708 = load <16 x float>, ptr %1707, align 4, !tbaa !5
+  %1709 = getelementptr inbounds nuw float, ptr %1706, i64 %indvars.iv954.3.i
+  %1710 = load float, ptr %1709, align 4, !tbaa !5
+  %1711 = insertelement <16 x float> poison, float %1710, i64 0
+  %1712 = shufflevector <16 x float> %1711, <16 x float> poison, <16 x i32> zeroinitializer
+  %1713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1708, <16 x float> %1712, <16 x float> %scores_global550.sroa.0.1738.3.i)
+  %1714 = getelementptr inbounds nuw i8, ptr %1709, i64 512
+  %1715 = load float, ptr %1714, align 4, !tbaa !5
+  %1716 = insertelement <16 x float> poison, float %1715, i64 0
+  %1717 = shufflevector <16 x float> %1716, <16 x float> poison, <16 x i32> zeroinitializer
+  %1718 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1708, <16 x float> %1717, <16 x float> %scores_global550.sroa.4.1737.3.i)
+  %1719 = getelementptr inbounds nuw i8, ptr %1709, i64 1024
+  %1720 = load float, ptr %1719, align 4, !tbaa !5
+  %1721 = insertelement <16 x float> poison, float %1720, i64 0
+  %1722 = shufflevector <16 x float> %1721, <16 x float> poison, <16 x i32> zeroinitializer
+  %1723 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1708, <16 x float> %1722, <16 x float> %scores_global550.sroa.8.1736.3.i)
+  %1724 = getelementptr inbounds nuw i8, ptr %1709, i64 1536
+  %1725 = load float, ptr %1724, align 4, !tbaa !5
+  %1726 = insertelement <16 x float> poison, float %1725, i64 0
+  %1727 = shufflevector <16 x float> %1726, <16 x float> poison, <16 x i32> zeroinitializer
+  %1728 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1708, <16 x float> %1727, <16 x float> %scores_global550.sroa.12.1735.3.i)
+  %1729 = getelementptr inbounds nuw i8, ptr %1709, i64 2048
+  %1730 = load float, ptr %1729, align 4, !tbaa !5
+  %1731 = insertelement <16 x float> poison, float %1730, i64 0
+  %1732 = shufflevector <16 x float> %1731, <16 x float> poison, <16 x i32> zeroinitializer
+  %1733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1708, <16 x float> %1732, <16 x float> %scores_global550.sroa.16.1734.3.i)
+  %1734 = getelementptr inbounds nuw i8, ptr %1709, i64 2560
+  %1735 = load float, ptr %1734, align 4, !tbaa !5
+  %1736 = insertelement <16 x float> poison, float %1735, i64 0
+  %1737 = shufflevector <16 x float> %1736, <16 x float> poison, <16 x i32> zeroinitializer
+  %1738 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1708, <16 x float> %1737, <16 x float> %scores_global550.sroa.20.1733.3.i)
+  %1739 = getelementptr inbounds nuw i8, ptr %1709, i64 3072
+  %1740 = load float, ptr %1739, align 4, !tbaa !5
+  %1741 = insertelement <16 x float> poison, float %1740, i64 0
+  %1742 = shufflevector <16 x float> %1741, <16 x float> poison, <16 x i32> zeroinitializer
+  %1743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1708, <16 x float> %1742, <16 x float> %scores_global550.sroa.24.1732.3.i)
+  %1744 = getelementptr inbounds nuw i8, ptr %1709, i64 3584
+  %1745 = load float, ptr %1744, align 4, !tbaa !5
+  %1746 = insertelement <16 x float> poison, float %1745, i64 0
+  %1747 = shufflevector <16 x float> %1746, <16 x float> poison, <16 x i32> zeroinitializer
+  %1748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1708, <16 x float> %1747, <16 x float> %scores_global550.sroa.28.1731.3.i)
+  %1749 = getelementptr i8, ptr %gep147, i64 6208
+  %1750 = load <16 x float>, ptr %1749, align 4, !tbaa !5
+  %1751 = getelementptr inbounds nuw i8, ptr %1709, i64 64
+  %1752 = load float, ptr %1751, align 4, !tbaa !5
+  %1753 = insertelement <16 x float> poison, float %1752, i64 0
+  %1754 = shufflevector <16 x float> %1753, <16 x float> poison, <16 x i32> zeroinitializer
+  %1755 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1750, <16 x float> %1754, <16 x float> %1713)
+  %1756 = getelementptr inbounds nuw i8, ptr %1709, i64 576
+  %1757 = load float, ptr %1756, align 4, !tbaa !5
+  %1758 = insertelement <16 x float> poison, float %1757, i64 0
+  %1759 = shufflevector <16 x float> %1758, <16 x float> poison, <16 x i32> zeroinitializer
+  %1760 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1750, <16 x float> %1759, <16 x float> %1718)
+  %1761 = getelementptr inbounds nuw i8, ptr %1709, i64 1088
+  %1762 = load float, ptr %1761, align 4, !tbaa !5
+  %1763 = insertelement <16 x float> poison, float %1762, i64 0
+  %1764 = shufflevector <16 x float> %1763, <16 x float> poison, <16 x i32> zeroinitializer
+  %1765 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1750, <16 x float> %1764, <16 x float> %1723)
+  %1766 = getelementptr inbounds nuw i8, ptr %1709, i64 1600
+  %1767 = load float, ptr %1766, align 4, !tbaa !5
+  %1768 = insertelement <16 x float> poison, float %1767, i64 0
+  %1769 = shufflevector <16 x float> %1768, <16 x float> poison, <16 x i32> zeroinitializer
+  %1770 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1750, <16 x float> %1769, <16 x float> %1728)
+  %1771 = getelementptr inbounds nuw i8, ptr %1709, i64 2112
+  %1772 = load float, ptr %1771, align 4, !tbaa !5
+  %1773 = insertelement <16 x float> poison, float %1772, i64 0
+  %1774 = shufflevector <16 x float> %1773, <16 x float> poison, <16 x i32> zeroinitializer
+  %1775 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1750, <16 x float> %1774, <16 x float> %1733)
+  %1776 = getelementptr inbounds nuw i8, ptr %1709, i64 2624
+  %1777 = load float, ptr %1776, align 4, !tbaa !5
+  %1778 = insertelement <16 x float> poison, float %1777, i64 0
+  %1779 = shufflevector <16 x float> %1778, <16 x float> poison, <16 x i32> zeroinitializer
+  %1780 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1750, <16 x float> %1779, <16 x float> %1738)
+  %1781 = getelementptr inbounds nuw i8, ptr %1709, i64 3136
+  %1782 = load float, ptr %1781, align 4, !tbaa !5
+  %1783 = insertelement <16 x float> poison, float %1782, i64 0
+  %1784 = shufflevector <16 x float> %1783, <16 x float> poison, <16 x i32> zeroinitializer
+  %1785 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1750, <16 x float> %1784, <16 x float> %1743)
+  %1786 = getelementptr inbounds nuw i8, ptr %1709, i64 3648
+  %1787 = load float, ptr %1786, align 4, !tbaa !5
+  %1788 = insertelement <16 x float> poison, float %1787, i64 0
+  %1789 = shufflevector <16 x float> %1788, <16 x float> poison, <16 x i32> zeroinitializer
+  %1790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1750, <16 x float> %1789, <16 x float> %1748)
+  %indvars.iv.next955.3.i = add nuw nsw i64 %indvars.iv954.3.i, 1
+  %exitcond958.3.not.i = icmp eq i64 %indvars.iv.next955.3.i, 16
+  br i1 %exitcond958.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !28
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
-  %.idx1183.i = shl nsw i64 %indvars.iv987.i, 9
-  %1869 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1183.i
-  store <16 x float> %1833, ptr %1869, align 4, !tbaa !5
-  %1870 = getelementptr inbounds nuw i8, ptr %1869, i64 64
-  store <16 x float> %1838, ptr %1870, align 4, !tbaa !5
-  %1871 = getelementptr inbounds nuw i8, ptr %1869, i64 128
-  store <16 x float> %1843, ptr %1871, align 4, !tbaa !5
-  %1872 = getelementptr inbounds nuw i8, ptr %1869, i64 192
-  store <16 x float> %1848, ptr %1872, align 4, !tbaa !5
-  %1873 = getelementptr inbounds nuw i8, ptr %1869, i64 256
-  store <16 x float> %1853, ptr %1873, align 4, !tbaa !5
-  %1874 = getelementptr inbounds nuw i8, ptr %1869, i64 320
-  store <16 x float> %1858, ptr %1874, align 4, !tbaa !5
-  %1875 = getelementptr inbounds nuw i8, ptr %1869, i64 384
-  store <16 x float> %1863, ptr %1875, align 4, !tbaa !5
-  %1876 = getelementptr inbounds nuw i8, ptr %1869, i64 448
-  store <16 x float> %1868, ptr %1876, align 4, !tbaa !5
-  %indvars.iv.next988.i = add nuw nsw i64 %indvars.iv987.i, 1
-  %exitcond991.not.i = icmp eq i64 %indvars.iv.next988.i, %wide.trip.count990.i
-  br i1 %exitcond991.not.i, label %for_begin_to200.preheader.i, label %for_begin_d_0.preheader.i, !prof !13
+  %.idx1162.i = shl nsw i64 %indvars.iv963.i, 9
+  %1791 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1162.i
+  store <16 x float> %1755, ptr %1791, align 4, !tbaa !5
+  %1792 = getelementptr inbounds nuw i8, ptr %1791, i64 64
+  store <16 x float> %1760, ptr %1792, align 4, !tbaa !5
+  %1793 = getelementptr inbounds nuw i8, ptr %1791, i64 128
+  store <16 x float> %1765, ptr %1793, align 4, !tbaa !5
+  %1794 = getelementptr inbounds nuw i8, ptr %1791, i64 192
+  store <16 x float> %1770, ptr %1794, align 4, !tbaa !5
+  %1795 = getelementptr inbounds nuw i8, ptr %1791, i64 256
+  store <16 x float> %1775, ptr %1795, align 4, !tbaa !5
+  %1796 = getelementptr inbounds nuw i8, ptr %1791, i64 320
+  store <16 x float> %1780, ptr %1796, align 4, !tbaa !5
+  %1797 = getelementptr inbounds nuw i8, ptr %1791, i64 384
+  store <16 x float> %1785, ptr %1797, align 4, !tbaa !5
+  %1798 = getelementptr inbounds nuw i8, ptr %1791, i64 448
+  store <16 x float> %1790, ptr %1798, align 4, !tbaa !5
+  %indvars.iv.next964.i = add nuw nsw i64 %indvars.iv963.i, 1
+  %exitcond967.not.i = icmp eq i64 %indvars.iv.next964.i, %wide.trip.count966.i
+  br i1 %exitcond967.not.i, label %for_begin_to181.preheader.i, label %for_body_to175.i, !prof !13
 
-for_begin_ti205.preheader.i:                      ; preds = %for_begin_ti205.preheader.i, %for_begin_to200.preheader.i
-  %indvars.iv996.i = phi i64 [ 0, %for_begin_to200.preheader.i ], [ %indvars.iv.next997.i, %for_begin_ti205.preheader.i ]
-  %1877 = shl nsw i64 %indvars.iv996.i, 7
-  %1878 = shl nsw i64 %indvars.iv996.i, 3
-  %1879 = add nsw i64 %1878, %701
-  %1880 = trunc i64 %1879 to i32
-  %1881 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1877
-  %1882 = load <16 x float>, ptr %1881, align 4, !tbaa !5
-  %1883 = fmul <16 x float> %369, %1882
-  %1884 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
-  %1885 = insertelement <16 x i32> poison, i32 %1880, i64 0
-  %1886 = shufflevector <16 x i32> %1885, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1887 = icmp slt <16 x i32> %1886, %1884
-  %1888 = select <16 x i1> %1887, <16 x float> %1883, <16 x float> splat (float 0xFFF0000000000000)
-  %1889 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1877
-  store <16 x float> %1888, ptr %1889, align 4, !tbaa !5
-  %1890 = or disjoint i64 %1877, 16
-  %1891 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1890
-  %1892 = load <16 x float>, ptr %1891, align 4, !tbaa !5
-  %1893 = fmul <16 x float> %369, %1892
-  %1894 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
-  %1895 = or i32 %1880, 1
-  %1896 = insertelement <16 x i32> poison, i32 %1895, i64 0
-  %1897 = shufflevector <16 x i32> %1896, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1898 = icmp slt <16 x i32> %1897, %1894
-  %1899 = select <16 x i1> %1898, <16 x float> %1893, <16 x float> splat (float 0xFFF0000000000000)
-  %1900 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1890
-  store <16 x float> %1899, ptr %1900, align 4, !tbaa !5
-  %1901 = or disjoint i64 %1877, 32
-  %1902 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1901
-  %1903 = load <16 x float>, ptr %1902, align 4, !tbaa !5
-  %1904 = fmul <16 x float> %369, %1903
-  %1905 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
-  %1906 = or i32 %1880, 2
-  %1907 = insertelement <16 x i32> poison, i32 %1906, i64 0
-  %1908 = shufflevector <16 x i32> %1907, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1909 = icmp slt <16 x i32> %1908, %1905
-  %1910 = select <16 x i1> %1909, <16 x float> %1904, <16 x float> splat (float 0xFFF0000000000000)
-  %1911 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1901
-  store <16 x float> %1910, ptr %1911, align 4, !tbaa !5
-  %1912 = or disjoint i64 %1877, 48
-  %1913 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1912
-  %1914 = load <16 x float>, ptr %1913, align 4, !tbaa !5
-  %1915 = fmul <16 x float> %369, %1914
-  %1916 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
-  %1917 = or i32 %1880, 3
-  %1918 = insertelement <16 x i32> poison, i32 %1917, i64 0
-  %1919 = shufflevector <16 x i32> %1918, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1920 = icmp slt <16 x i32> %1919, %1916
-  %1921 = select <16 x i1> %1920, <16 x float> %1915, <16 x float> splat (float 0xFFF0000000000000)
-  %1922 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1912
-  store <16 x float> %1921, ptr %1922, align 4, !tbaa !5
-  %1923 = or disjoint i64 %1877, 64
-  %1924 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1923
-  %1925 = load <16 x float>, ptr %1924, align 4, !tbaa !5
-  %1926 = fmul <16 x float> %369, %1925
-  %1927 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
-  %1928 = or i32 %1880, 4
-  %1929 = insertelement <16 x i32> poison, i32 %1928, i64 0
-  %1930 = shufflevector <16 x i32> %1929, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1931 = icmp slt <16 x i32> %1930, %1927
-  %1932 = select <16 x i1> %1931, <16 x float> %1926, <16 x float> splat (float 0xFFF0000000000000)
-  %1933 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1923
-  store <16 x float> %1932, ptr %1933, align 4, !tbaa !5
-  %1934 = or disjoint i64 %1877, 80
-  %1935 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1934
-  %1936 = load <16 x float>, ptr %1935, align 4, !tbaa !5
-  %1937 = fmul <16 x float> %369, %1936
-  %1938 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
-  %1939 = or i32 %1880, 5
-  %1940 = insertelement <16 x i32> poison, i32 %1939, i64 0
-  %1941 = shufflevector <16 x i32> %1940, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1942 = icmp slt <16 x i32> %1941, %1938
-  %1943 = select <16 x i1> %1942, <16 x float> %1937, <16 x float> splat (float 0xFFF0000000000000)
-  %1944 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1934
-  store <16 x float> %1943, ptr %1944, align 4, !tbaa !5
-  %1945 = or disjoint i64 %1877, 96
-  %1946 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1945
-  %1947 = load <16 x float>, ptr %1946, align 4, !tbaa !5
-  %1948 = fmul <16 x float> %369, %1947
-  %1949 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
-  %1950 = or i32 %1880, 6
-  %1951 = insertelement <16 x i32> poison, i32 %1950, i64 0
-  %1952 = shufflevector <16 x i32> %1951, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1953 = icmp slt <16 x i32> %1952, %1949
-  %1954 = select <16 x i1> %1953, <16 x float> %1948, <16 x float> splat (float 0xFFF0000000000000)
-  %1955 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1945
-  store <16 x float> %1954, ptr %1955, align 4, !tbaa !5
-  %1956 = or disjoint i64 %1877, 112
-  %1957 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1956
-  %1958 = load <16 x float>, ptr %1957, align 4, !tbaa !5
-  %1959 = fmul <16 x float> %369, %1958
-  %1960 = load <16 x i32>, ptr %1529, align 4, !tbaa !5
-  %1961 = or i32 %1880, 7
-  %1962 = insertelement <16 x i32> poison, i32 %1961, i64 0
-  %1963 = shufflevector <16 x i32> %1962, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1964 = icmp slt <16 x i32> %1963, %1960
-  %1965 = select <16 x i1> %1964, <16 x float> %1959, <16 x float> splat (float 0xFFF0000000000000)
-  %1966 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1956
-  store <16 x float> %1965, ptr %1966, align 4, !tbaa !5
-  %indvars.iv.next997.i = add nuw nsw i64 %indvars.iv996.i, 1
-  %exitcond1000.not.i = icmp eq i64 %indvars.iv.next997.i, %wide.trip.count990.i
-  br i1 %exitcond1000.not.i, label %for_end_to202.i, label %for_begin_ti205.preheader.i, !prof !13
+for_begin_ti186.preheader.i:                      ; preds = %for_begin_ti186.preheader.i, %for_begin_to181.preheader.i
+  %indvars.iv972.i = phi i64 [ 0, %for_begin_to181.preheader.i ], [ %indvars.iv.next973.i, %for_begin_ti186.preheader.i ]
+  %1799 = shl nsw i64 %indvars.iv972.i, 7
+  %1800 = shl nsw i64 %indvars.iv972.i, 3
+  %1801 = add nsw i64 %1800, %688
+  %1802 = trunc i64 %1801 to i32
+  %1803 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1799
+  %1804 = load <16 x float>, ptr %1803, align 4, !tbaa !5
+  %1805 = fmul <16 x float> %371, %1804
+  %1806 = load <16 x i32>, ptr %1412, align 4, !tbaa !5
+  %1807 = insertelement <16 x i32> poison, i32 %1802, i64 0
+  %1808 = shufflevector <16 x i32> %1807, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1809 = icmp slt <16 x i32> %1808, %1806
+  %1810 = select <16 x i1> %1809, <16 x float> %1805, <16 x float> splat (float 0xFFF0000000000000)
+  %1811 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1799
+  store <16 x float> %1810, ptr %1811, align 4, !tbaa !5
+  %1812 = or disjoint i64 %1799, 16
+  %1813 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1812
+  %1814 = load <16 x float>, ptr %1813, align 4, !tbaa !5
+  %1815 = fmul <16 x float> %371, %1814
+  %1816 = load <16 x i32>, ptr %1412, align 4, !tbaa !5
+  %1817 = or i32 %1802, 1
+  %1818 = insertelement <16 x i32> poison, i32 %1817, i64 0
+  %1819 = shufflevector <16 x i32> %1818, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1820 = icmp slt <16 x i32> %1819, %1816
+  %1821 = select <16 x i1> %1820, <16 x float> %1815, <16 x float> splat (float 0xFFF0000000000000)
+  %1822 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1812
+  store <16 x float> %1821, ptr %1822, align 4, !tbaa !5
+  %1823 = or disjoint i64 %1799, 32
+  %1824 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1823
+  %1825 = load <16 x float>, ptr %1824, align 4, !tbaa !5
+  %1826 = fmul <16 x float> %371, %1825
+  %1827 = load <16 x i32>, ptr %1412, align 4, !tbaa !5
+  %1828 = or i32 %1802, 2
+  %1829 = insertelement <16 x i32> poison, i32 %1828, i64 0
+  %1830 = shufflevector <16 x i32> %1829, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1831 = icmp slt <16 x i32> %1830, %1827
+  %1832 = select <16 x i1> %1831, <16 x float> %1826, <16 x float> splat (float 0xFFF0000000000000)
+  %1833 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1823
+  store <16 x float> %1832, ptr %1833, align 4, !tbaa !5
+  %1834 = or disjoint i64 %1799, 48
+  %1835 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1834
+  %1836 = load <16 x float>, ptr %1835, align 4, !tbaa !5
+  %1837 = fmul <16 x float> %371, %1836
+  %1838 = load <16 x i32>, ptr %1412, align 4, !tbaa !5
+  %1839 = or i32 %1802, 3
+  %1840 = insertelement <16 x i32> poison, i32 %1839, i64 0
+  %1841 = shufflevector <16 x i32> %1840, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1842 = icmp slt <16 x i32> %1841, %1838
+  %1843 = select <16 x i1> %1842, <16 x float> %1837, <16 x float> splat (float 0xFFF0000000000000)
+  %1844 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1834
+  store <16 x float> %1843, ptr %1844, align 4, !tbaa !5
+  %1845 = or disjoint i64 %1799, 64
+  %1846 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1845
+  %1847 = load <16 x float>, ptr %1846, align 4, !tbaa !5
+  %1848 = fmul <16 x float> %371, %1847
+  %1849 = load <16 x i32>, ptr %1412, align 4, !tbaa !5
+  %1850 = or i32 %1802, 4
+  %1851 = insertelement <16 x i32> poison, i32 %1850, i64 0
+  %1852 = shufflevector <16 x i32> %1851, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1853 = icmp slt <16 x i32> %1852, %1849
+  %1854 = select <16 x i1> %1853, <16 x float> %1848, <16 x float> splat (float 0xFFF0000000000000)
+  %1855 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1845
+  store <16 x float> %1854, ptr %1855, align 4, !tbaa !5
+  %1856 = or disjoint i64 %1799, 80
+  %1857 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1856
+  %1858 = load <16 x float>, ptr %1857, align 4, !tbaa !5
+  %1859 = fmul <16 x float> %371, %1858
+  %1860 = load <16 x i32>, ptr %1412, align 4, !tbaa !5
+  %1861 = or i32 %1802, 5
+  %1862 = insertelement <16 x i32> poison, i32 %1861, i64 0
+  %1863 = shufflevector <16 x i32> %1862, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1864 = icmp slt <16 x i32> %1863, %1860
+  %1865 = select <16 x i1> %1864, <16 x float> %1859, <16 x float> splat (float 0xFFF0000000000000)
+  %1866 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1856
+  store <16 x float> %1865, ptr %1866, align 4, !tbaa !5
+  %1867 = or disjoint i64 %1799, 96
+  %1868 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1867
+  %1869 = load <16 x float>, ptr %1868, align 4, !tbaa !5
+  %1870 = fmul <16 x float> %371, %1869
+  %1871 = load <16 x i32>, ptr %1412, align 4, !tbaa !5
+  %1872 = or i32 %1802, 6
+  %1873 = insertelement <16 x i32> poison, i32 %1872, i64 0
+  %1874 = shufflevector <16 x i32> %1873, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1875 = icmp slt <16 x i32> %1874, %1871
+  %1876 = select <16 x i1> %1875, <16 x float> %1870, <16 x float> splat (float 0xFFF0000000000000)
+  %1877 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1867
+  store <16 x float> %1876, ptr %1877, align 4, !tbaa !5
+  %1878 = or disjoint i64 %1799, 112
+  %1879 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1878
+  %1880 = load <16 x float>, ptr %1879, align 4, !tbaa !5
+  %1881 = fmul <16 x float> %371, %1880
+  %1882 = load <16 x i32>, ptr %1412, align 4, !tbaa !5
+  %1883 = or i32 %1802, 7
+  %1884 = insertelement <16 x i32> poison, i32 %1883, i64 0
+  %1885 = shufflevector <16 x i32> %1884, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1886 = icmp slt <16 x i32> %1885, %1882
+  %1887 = select <16 x i1> %1886, <16 x float> %1881, <16 x float> splat (float 0xFFF0000000000000)
+  %1888 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1878
+  store <16 x float> %1887, ptr %1888, align 4, !tbaa !5
+  %indvars.iv.next973.i = add nuw nsw i64 %indvars.iv972.i, 1
+  %exitcond976.not.i = icmp eq i64 %indvars.iv.next973.i, %wide.trip.count966.i
+  br i1 %exitcond976.not.i, label %for_end_to183.i, label %for_begin_ti186.preheader.i, !prof !13
 
-for_end_to202.i:                                  ; preds = %for_begin_ti205.preheader.i, %if_then191.i
-  br i1 %134, label %if_then210.i, label %if_end211.i, !prof !8
+for_end_to183.i:                                  ; preds = %for_begin_ti186.preheader.i, %if_then170.i
+  br i1 %134, label %if_then191.i, label %if_end192.i, !prof !8
 
-if_then210.i:                                     ; preds = %for_end_to202.i
-  %1967 = trunc nsw i64 %1517 to i32
-  %1968 = urem i32 %1967, %113
-  %1969 = shl nuw nsw i32 %1968, 4
-  %1970 = sub nsw i32 %111, %1969
-  %1971 = tail call i32 @llvm.smin.i32(i32 %1970, i32 16)
-  %1972 = icmp sgt i32 %1970, 0
-  br i1 %1972, label %for_body_r213.lr.ph.i, label %if_end211.i, !prof !3
+if_then191.i:                                     ; preds = %for_end_to183.i
+  %1889 = trunc nsw i64 %1398 to i32
+  %1890 = urem i32 %1889, %113
+  %1891 = shl nuw nsw i32 %1890, 4
+  %1892 = sub nsw i32 %111, %1891
+  %1893 = tail call i32 @llvm.smin.i32(i32 %1892, i32 16)
+  %1894 = icmp sgt i32 %1892, 0
+  br i1 %1894, label %for_body_r194.lr.ph.i, label %if_end192.i, !prof !3
 
-for_body_r213.lr.ph.i:                            ; preds = %if_then210.i
-  %1973 = icmp sgt i32 %valid_len194.i, %763
-  %1974 = zext nneg i32 %1968 to i64
-  %1975 = shl nuw nsw i64 %1974, 2
-  br i1 %1973, label %for_body_r213.us.preheader.i, label %if_end211.i, !prof !3
+for_body_r194.lr.ph.i:                            ; preds = %if_then191.i
+  %1895 = icmp sgt i32 %valid_len173.i, %723
+  %1896 = zext nneg i32 %1890 to i64
+  %1897 = shl nuw nsw i64 %1896, 2
+  br i1 %1895, label %for_body_r194.us.preheader.i, label %if_end192.i, !prof !3
 
-for_body_r213.us.preheader.i:                     ; preds = %for_body_r213.lr.ph.i
-  %1976 = add i32 %indvars.iv229, %1520
-  %smin231 = tail call i32 @llvm.smin.i32(i32 %indvars.iv217, i32 %1976)
-  %smin232 = tail call i32 @llvm.smin.i32(i32 %smin231, i32 128)
-  %1977 = sub i32 %smin232, %smax234
-  %1978 = zext i32 %1977 to i64
-  %smin450 = tail call i32 @llvm.smin.i32(i32 %674, i32 %1976)
-  %smin451 = tail call i32 @llvm.smin.i32(i32 %smin450, i32 128)
-  %1979 = sub i32 %smin451, %smax446
-  %1980 = zext i32 %1979 to i64
-  %1981 = add nsw i64 %1980, -1
-  %smin470 = tail call i32 @llvm.smin.i32(i32 %668, i32 %1976)
-  %smin471 = tail call i32 @llvm.smin.i32(i32 %smin470, i32 128)
-  %1982 = sub i32 %smin471, %smax466
-  %1983 = zext i32 %1982 to i64
-  %scevgep472 = getelementptr i8, ptr %scevgep465, i64 %1983
-  %scevgep474 = getelementptr i8, ptr %scaled.i, i64 %671
-  %scevgep475 = getelementptr i8, ptr %scaled.i, i64 -60
-  %scevgep476 = getelementptr i8, ptr %scevgep475, i64 %671
-  %1984 = shl nuw nsw i64 %1983, 6
-  %smin486 = tail call i32 @llvm.smin.i32(i32 %661, i32 %1976)
-  %smin487 = tail call i32 @llvm.smin.i32(i32 %smin486, i32 128)
-  %1985 = sub i32 %smin487, %smax482
-  %1986 = zext i32 %1985 to i64
-  %min.iters.check489 = icmp ult i32 %1985, 24
-  %1987 = trunc i64 %1981 to i32
-  %mul.result455 = shl i32 %1987, 4
-  %1988 = icmp ugt i64 %1981, 268435455
-  %mul.result459 = shl nsw i64 %1981, 6
-  %smax477 = tail call i32 @llvm.smax.i32(i32 %1971, i32 1)
-  %1989 = add nsw i32 %smax477, -1
-  %1990 = zext nneg i32 %1989 to i64
-  %1991 = shl nuw nsw i64 %1990, 2
-  %1992 = getelementptr i8, ptr %scevgep476, i64 %1984
-  %scevgep478 = getelementptr i8, ptr %1992, i64 %1991
-  %n.vec492 = and i64 %1986, 4294967288
-  %cmp.n505 = icmp eq i64 %n.vec492, %1986
-  %xtraiter627 = and i64 %1986, 3
-  %lcmp.mod628.not = icmp eq i64 %xtraiter627, 0
-  br label %for_body_r213.us.i
+for_body_r194.us.preheader.i:                     ; preds = %for_body_r194.lr.ph.i
+  %1898 = add i32 %indvars.iv222, %1401
+  %smin224 = tail call i32 @llvm.smin.i32(i32 %indvars.iv220, i32 %1898)
+  %smin225 = tail call i32 @llvm.smin.i32(i32 %smin224, i32 128)
+  %1899 = sub i32 %smin225, %smax226
+  %1900 = zext i32 %1899 to i64
+  %smin441 = tail call i32 @llvm.smin.i32(i32 %659, i32 %1898)
+  %smin442 = tail call i32 @llvm.smin.i32(i32 %smin441, i32 128)
+  %1901 = sub i32 %smin442, %smax437
+  %1902 = zext i32 %1901 to i64
+  %1903 = add nsw i64 %1902, -1
+  %smin461 = tail call i32 @llvm.smin.i32(i32 %653, i32 %1898)
+  %smin462 = tail call i32 @llvm.smin.i32(i32 %smin461, i32 128)
+  %1904 = sub i32 %smin462, %smax457
+  %1905 = zext i32 %1904 to i64
+  %scevgep463 = getelementptr i8, ptr %scevgep456, i64 %1905
+  %scevgep465 = getelementptr i8, ptr %scaled.i, i64 %656
+  %scevgep466 = getelementptr i8, ptr %scaled.i, i64 -60
+  %scevgep467 = getelementptr i8, ptr %scevgep466, i64 %656
+  %1906 = shl nuw nsw i64 %1905, 6
+  %smin477 = tail call i32 @llvm.smin.i32(i32 %646, i32 %1898)
+  %smin478 = tail call i32 @llvm.smin.i32(i32 %smin477, i32 128)
+  %1907 = sub i32 %smin478, %smax473
+  %1908 = zext i32 %1907 to i64
+  %min.iters.check480 = icmp ult i32 %1907, 24
+  %1909 = trunc i64 %1903 to i32
+  %mul.result446 = shl i32 %1909, 4
+  %1910 = icmp ugt i64 %1903, 268435455
+  %mul.result450 = shl nsw i64 %1903, 6
+  %smax468 = tail call i32 @llvm.smax.i32(i32 %1893, i32 1)
+  %1911 = add nsw i32 %smax468, -1
+  %1912 = zext nneg i32 %1911 to i64
+  %1913 = shl nuw nsw i64 %1912, 2
+  %1914 = getelementptr i8, ptr %scevgep467, i64 %1906
+  %scevgep469 = getelementptr i8, ptr %1914, i64 %1913
+  %n.vec483 = and i64 %1908, 4294967288
+  %cmp.n496 = icmp eq i64 %n.vec483, %1908
+  %xtraiter = and i64 %1908, 3
+  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
+  br label %for_body_r194.us.i
 
-for_body_r213.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r213.us.preheader.i
-  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r213.us.preheader.i ]
-  %r216781.us.i = phi i32 [ %2057, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r213.us.preheader.i ]
-  %1993 = lshr i32 %r216781.us.i, 2
-  %1994 = zext nneg i32 %1993 to i64
-  %1995 = add nuw nsw i64 %1975, %1994
-  %1996 = mul nsw i64 %1995, %371
-  %1997 = getelementptr i8, ptr %769, i64 %1996
-  br i1 %min.iters.check489, label %for_body_c.us.i.preheader, label %vector.scevcheck445, !prof !16
+for_body_r194.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r194.us.preheader.i
+  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r194.us.preheader.i ]
+  %r197753.us.i = phi i32 [ %1979, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r194.us.preheader.i ]
+  %1915 = lshr i32 %r197753.us.i, 2
+  %1916 = zext nneg i32 %1915 to i64
+  %1917 = add nuw nsw i64 %1897, %1916
+  %1918 = mul nsw i64 %1917, %373
+  %1919 = getelementptr i8, ptr %729, i64 %1918
+  br i1 %min.iters.check480, label %for_body_c.us.i.preheader, label %vector.scevcheck436, !prof !16
 
-vector.scevcheck445:                              ; preds = %for_body_r213.us.i
-  %1998 = add i64 %indvar, %678
-  %1999 = shl i64 %1998, 2
-  %scevgep457 = getelementptr i8, ptr %scaled.i, i64 %1999
-  %2000 = add i32 %677, %r216781.us.i
-  %2001 = add i32 %2000, %mul.result455
-  %2002 = icmp slt i32 %2001, %2000
-  %2003 = or i1 %2002, %1988
-  %2004 = getelementptr i8, ptr %scevgep457, i64 %mul.result459
-  %2005 = icmp ult ptr %2004, %scevgep457
-  %2006 = or i1 %2005, %2003
-  br i1 %2006, label %for_body_c.us.i.preheader, label %vector.memcheck461, !prof !16
+vector.scevcheck436:                              ; preds = %for_body_r194.us.i
+  %1920 = add i64 %indvar, %663
+  %1921 = shl i64 %1920, 2
+  %scevgep448 = getelementptr i8, ptr %scaled.i, i64 %1921
+  %1922 = add i32 %662, %r197753.us.i
+  %1923 = add i32 %1922, %mul.result446
+  %1924 = icmp slt i32 %1923, %1922
+  %1925 = or i1 %1924, %1910
+  %1926 = getelementptr i8, ptr %scevgep448, i64 %mul.result450
+  %1927 = icmp ult ptr %1926, %scevgep448
+  %1928 = or i1 %1927, %1925
+  br i1 %1928, label %for_body_c.us.i.preheader, label %vector.memcheck452, !prof !16
 
-vector.memcheck461:                               ; preds = %vector.scevcheck445
-  %scevgep473 = getelementptr i8, ptr %scevgep472, i64 %1996
-  %bound0479 = icmp ult ptr %1997, %scevgep478
-  %bound1480 = icmp ult ptr %scevgep474, %scevgep473
-  %found.conflict481 = and i1 %bound0479, %bound1480
-  br i1 %found.conflict481, label %for_body_c.us.i.preheader, label %vector.ph490, !prof !16
+vector.memcheck452:                               ; preds = %vector.scevcheck436
+  %scevgep464 = getelementptr i8, ptr %scevgep463, i64 %1918
+  %bound0470 = icmp ult ptr %1919, %scevgep469
+  %bound1471 = icmp ult ptr %scevgep465, %scevgep464
+  %found.conflict472 = and i1 %bound0470, %bound1471
+  br i1 %found.conflict472, label %for_body_c.us.i.preheader, label %vector.ph481, !prof !16
 
-vector.ph490:                                     ; preds = %vector.memcheck461
-  %broadcast.splatinsert493 = insertelement <8 x i32> poison, i32 %r216781.us.i, i64 0
-  %broadcast.splat494 = shufflevector <8 x i32> %broadcast.splatinsert493, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body497
+vector.ph481:                                     ; preds = %vector.memcheck452
+  %broadcast.splatinsert484 = insertelement <8 x i32> poison, i32 %r197753.us.i, i64 0
+  %broadcast.splat485 = shufflevector <8 x i32> %broadcast.splatinsert484, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body488
 
-vector.body497:                                   ; preds = %vector.body497, %vector.ph490
-  %index498 = phi i64 [ 0, %vector.ph490 ], [ %index.next502, %vector.body497 ]
-  %vec.ind499 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph490 ], [ %vec.ind.next503, %vector.body497 ]
-  %2007 = getelementptr i8, ptr %1997, i64 %index498
-  %wide.load500 = load <8 x i8>, ptr %2007, align 1, !tbaa !5, !alias.scope !55, !noalias !58
-  %2008 = icmp ne <8 x i8> %wide.load500, zeroinitializer
-  %2009 = add <8 x i32> %broadcast.splat496, %vec.ind499
-  %2010 = shl <8 x i32> %2009, splat (i32 4)
-  %2011 = add nsw <8 x i32> %2010, %broadcast.splat494
-  %2012 = sext <8 x i32> %2011 to <8 x i64>
-  %2013 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %2012
-  %wide.masked.gather501 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2013, <8 x i1> %2008, <8 x float> poison), !tbaa !5, !alias.scope !58
-  %predphi = select <8 x i1> %2008, <8 x float> %wide.masked.gather501, <8 x float> splat (float 0xFFF0000000000000)
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2013, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !58
-  %index.next502 = add nuw i64 %index498, 8
-  %vec.ind.next503 = add <8 x i32> %vec.ind499, splat (i32 8)
-  %2014 = icmp eq i64 %index.next502, %n.vec492
-  br i1 %2014, label %middle.block504, label %vector.body497, !prof !60, !llvm.loop !61
+vector.body488:                                   ; preds = %vector.body488, %vector.ph481
+  %index489 = phi i64 [ 0, %vector.ph481 ], [ %index.next493, %vector.body488 ]
+  %vec.ind490 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph481 ], [ %vec.ind.next494, %vector.body488 ]
+  %1929 = getelementptr i8, ptr %1919, i64 %index489
+  %wide.load491 = load <8 x i8>, ptr %1929, align 1, !tbaa !5, !alias.scope !47, !noalias !50
+  %1930 = icmp ne <8 x i8> %wide.load491, zeroinitializer
+  %1931 = add <8 x i32> %broadcast.splat487, %vec.ind490
+  %1932 = shl <8 x i32> %1931, splat (i32 4)
+  %1933 = add nsw <8 x i32> %1932, %broadcast.splat485
+  %1934 = sext <8 x i32> %1933 to <8 x i64>
+  %1935 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %1934
+  %wide.masked.gather492 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %1935, <8 x i1> %1930, <8 x float> poison), !tbaa !5, !alias.scope !50
+  %predphi = select <8 x i1> %1930, <8 x float> %wide.masked.gather492, <8 x float> splat (float 0xFFF0000000000000)
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %1935, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !50
+  %index.next493 = add nuw i64 %index489, 8
+  %vec.ind.next494 = add <8 x i32> %vec.ind490, splat (i32 8)
+  %1936 = icmp eq i64 %index.next493, %n.vec483
+  br i1 %1936, label %middle.block495, label %vector.body488, !prof !52, !llvm.loop !53
 
-middle.block504:                                  ; preds = %vector.body497
-  br i1 %cmp.n505, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !63
+middle.block495:                                  ; preds = %vector.body488
+  br i1 %cmp.n496, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !55
 
-for_body_c.us.i.preheader:                        ; preds = %middle.block504, %vector.memcheck461, %vector.scevcheck445, %for_body_r213.us.i
-  %indvars.iv1001.i.ph = phi i64 [ 0, %vector.memcheck461 ], [ 0, %vector.scevcheck445 ], [ 0, %for_body_r213.us.i ], [ %n.vec492, %middle.block504 ]
-  br i1 %lcmp.mod628.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
+for_body_c.us.i.preheader:                        ; preds = %middle.block495, %vector.memcheck452, %vector.scevcheck436, %for_body_r194.us.i
+  %indvars.iv977.i.ph = phi i64 [ 0, %vector.memcheck452 ], [ 0, %vector.scevcheck436 ], [ 0, %for_body_r194.us.i ], [ %n.vec483, %middle.block495 ]
+  br i1 %lcmp.mod.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
 
-for_body_c.us.i.prol:                             ; preds = %if_end219.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv1001.i.prol = phi i64 [ %indvars.iv.next1002.i.prol, %if_end219.us.i.prol ], [ %indvars.iv1001.i.ph, %for_body_c.us.i.preheader ]
-  %prol.iter = phi i64 [ %prol.iter.next, %if_end219.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
-  %2015 = getelementptr i8, ptr %1997, i64 %indvars.iv1001.i.prol
-  %2016 = load i8, ptr %2015, align 1, !tbaa !5
-  %2017 = icmp eq i8 %2016, 0
-  %2018 = trunc i64 %indvars.iv1001.i.prol to i32
-  %.pre1144.i.prol = add i32 %763, %2018
-  %.pre1146.i.prol = shl i32 %.pre1144.i.prol, 4
-  %.pre1148.i.prol = add nsw i32 %.pre1146.i.prol, %r216781.us.i
-  %.pre1150.i.prol = sext i32 %.pre1148.i.prol to i64
-  br i1 %2017, label %if_end219.us.i.prol, label %if_else218.us.i.prol
+for_body_c.us.i.prol:                             ; preds = %if_end200.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv977.i.prol = phi i64 [ %indvars.iv.next978.i.prol, %if_end200.us.i.prol ], [ %indvars.iv977.i.ph, %for_body_c.us.i.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %if_end200.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
+  %1937 = getelementptr i8, ptr %1919, i64 %indvars.iv977.i.prol
+  %1938 = load i8, ptr %1937, align 1, !tbaa !5
+  %1939 = icmp eq i8 %1938, 0
+  %1940 = trunc i64 %indvars.iv977.i.prol to i32
+  %.pre1123.i.prol = add i32 %723, %1940
+  %.pre1125.i.prol = shl i32 %.pre1123.i.prol, 4
+  %.pre1127.i.prol = add nsw i32 %.pre1125.i.prol, %r197753.us.i
+  %.pre1129.i.prol = sext i32 %.pre1127.i.prol to i64
+  br i1 %1939, label %if_end200.us.i.prol, label %if_else199.us.i.prol
 
-if_else218.us.i.prol:                             ; preds = %for_body_c.us.i.prol
-  %2019 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.prol
-  %2020 = load float, ptr %2019, align 4, !tbaa !5
-  br label %if_end219.us.i.prol
+if_else199.us.i.prol:                             ; preds = %for_body_c.us.i.prol
+  %1941 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.prol
+  %1942 = load float, ptr %1941, align 4, !tbaa !5
+  br label %if_end200.us.i.prol
 
-if_end219.us.i.prol:                              ; preds = %if_else218.us.i.prol, %for_body_c.us.i.prol
-  %2021 = phi float [ %2020, %if_else218.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
-  %2022 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.prol
-  store float %2021, ptr %2022, align 4, !tbaa !5
-  %indvars.iv.next1002.i.prol = add nuw nsw i64 %indvars.iv1001.i.prol, 1
+if_end200.us.i.prol:                              ; preds = %if_else199.us.i.prol, %for_body_c.us.i.prol
+  %1943 = phi float [ %1942, %if_else199.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
+  %1944 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.prol
+  store float %1943, ptr %1944, align 4, !tbaa !5
+  %indvars.iv.next978.i.prol = add nuw nsw i64 %indvars.iv977.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
-  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter627
-  br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !64, !llvm.loop !65
+  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
+  br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !56, !llvm.loop !57
 
-for_body_c.us.i.prol.loopexit:                    ; preds = %if_end219.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv1001.i.unr = phi i64 [ %indvars.iv1001.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next1002.i.prol, %if_end219.us.i.prol ]
-  %2023 = sub nsw i64 %indvars.iv1001.i.ph, %1986
-  %2024 = icmp ugt i64 %2023, -4
-  br i1 %2024, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
+for_body_c.us.i.prol.loopexit:                    ; preds = %if_end200.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv977.i.unr = phi i64 [ %indvars.iv977.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next978.i.prol, %if_end200.us.i.prol ]
+  %1945 = sub nsw i64 %indvars.iv977.i.ph, %1908
+  %1946 = icmp ugt i64 %1945, -4
+  br i1 %1946, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
 
-for_body_c.us.i:                                  ; preds = %if_end219.us.i.3, %for_body_c.us.i.prol.loopexit
-  %indvars.iv1001.i = phi i64 [ %indvars.iv.next1002.i.3, %if_end219.us.i.3 ], [ %indvars.iv1001.i.unr, %for_body_c.us.i.prol.loopexit ]
-  %2025 = getelementptr i8, ptr %1997, i64 %indvars.iv1001.i
-  %2026 = load i8, ptr %2025, align 1, !tbaa !5
-  %2027 = icmp eq i8 %2026, 0
-  %2028 = trunc i64 %indvars.iv1001.i to i32
-  %.pre1144.i = add i32 %763, %2028
-  %.pre1146.i = shl i32 %.pre1144.i, 4
-  %.pre1148.i = add nsw i32 %.pre1146.i, %r216781.us.i
-  %.pre1150.i = sext i32 %.pre1148.i to i64
-  br i1 %2027, label %if_end219.us.i, label %if_else218.us.i
+for_body_c.us.i:                                  ; preds = %if_end200.us.i.3, %for_body_c.us.i.prol.loopexit
+  %indvars.iv977.i = phi i64 [ %indvars.iv.next978.i.3, %if_end200.us.i.3 ], [ %indvars.iv977.i.unr, %for_body_c.us.i.prol.loopexit ]
+  %1947 = getelementptr i8, ptr %1919, i64 %indvars.iv977.i
+  %1948 = load i8, ptr %1947, align 1, !tbaa !5
+  %1949 = icmp eq i8 %1948, 0
+  %1950 = trunc i64 %indvars.iv977.i to i32
+  %.pre1123.i = add i32 %723, %1950
+  %.pre1125.i = shl i32 %.pre1123.i, 4
+  %.pre1127.i = add nsw i32 %.pre1125.i, %r197753.us.i
+  %.pre1129.i = sext i32 %.pre1127.i to i64
+  br i1 %1949, label %if_end200.us.i, label %if_else199.us.i
 
-if_else218.us.i:                                  ; preds = %for_body_c.us.i
-  %2029 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i
-  %2030 = load float, ptr %2029, align 4, !tbaa !5
-  br label %if_end219.us.i
+if_else199.us.i:                                  ; preds = %for_body_c.us.i
+  %1951 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i
+  %1952 = load float, ptr %1951, align 4, !tbaa !5
+  br label %if_end200.us.i
 
-if_end219.us.i:                                   ; preds = %if_else218.us.i, %for_body_c.us.i
-  %2031 = phi float [ %2030, %if_else218.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
-  %2032 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i
-  store float %2031, ptr %2032, align 4, !tbaa !5
-  %indvars.iv.next1002.i = add nuw nsw i64 %indvars.iv1001.i, 1
-  %2033 = getelementptr i8, ptr %1997, i64 %indvars.iv.next1002.i
-  %2034 = load i8, ptr %2033, align 1, !tbaa !5
-  %2035 = icmp eq i8 %2034, 0
-  %2036 = trunc i64 %indvars.iv.next1002.i to i32
-  %.pre1144.i.1 = add i32 %763, %2036
-  %.pre1146.i.1 = shl i32 %.pre1144.i.1, 4
-  %.pre1148.i.1 = add nsw i32 %.pre1146.i.1, %r216781.us.i
-  %.pre1150.i.1 = sext i32 %.pre1148.i.1 to i64
-  br i1 %2035, label %if_end219.us.i.1, label %if_else218.us.i.1
+if_end200.us.i:                                   ; preds = %if_else199.us.i, %for_body_c.us.i
+  %1953 = phi float [ %1952, %if_else199.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
+  %1954 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i
+  store float %1953, ptr %1954, align 4, !tbaa !5
+  %indvars.iv.next978.i = add nuw nsw i64 %indvars.iv977.i, 1
+  %1955 = getelementptr i8, ptr %1919, i64 %indvars.iv.next978.i
+  %1956 = load i8, ptr %1955, align 1, !tbaa !5
+  %1957 = icmp eq i8 %1956, 0
+  %1958 = trunc i64 %indvars.iv.next978.i to i32
+  %.pre1123.i.1 = add i32 %723, %1958
+  %.pre1125.i.1 = shl i32 %.pre1123.i.1, 4
+  %.pre1127.i.1 = add nsw i32 %.pre1125.i.1, %r197753.us.i
+  %.pre1129.i.1 = sext i32 %.pre1127.i.1 to i64
+  br i1 %1957, label %if_end200.us.i.1, label %if_else199.us.i.1
 
-if_else218.us.i.1:                                ; preds = %if_end219.us.i
-  %2037 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.1
-  %2038 = load float, ptr %2037, align 4, !tbaa !5
-  br label %if_end219.us.i.1
+if_else199.us.i.1:                                ; preds = %if_end200.us.i
+  %1959 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.1
+  %1960 = load float, ptr %1959, align 4, !tbaa !5
+  br label %if_end200.us.i.1
 
-if_end219.us.i.1:                                 ; preds = %if_else218.us.i.1, %if_end219.us.i
-  %2039 = phi float [ %2038, %if_else218.us.i.1 ], [ 0xFFF0000000000000, %if_end219.us.i ]
-  %2040 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.1
-  store float %2039, ptr %2040, align 4, !tbaa !5
-  %indvars.iv.next1002.i.1 = add nuw nsw i64 %indvars.iv1001.i, 2
-  %2041 = getelementptr i8, ptr %1997, i64 %indvars.iv.next1002.i.1
-  %2042 = load i8, ptr %2041, align 1, !tbaa !5
-  %2043 = icmp eq i8 %2042, 0
-  %2044 = trunc i64 %indvars.iv.next1002.i.1 to i32
-  %.pre1144.i.2 = add i32 %763, %2044
-  %.pre1146.i.2 = shl i32 %.pre1144.i.2, 4
-  %.pre1148.i.2 = add nsw i32 %.pre1146.i.2, %r216781.us.i
-  %.pre1150.i.2 = sext i32 %.pre1148.i.2 to i64
-  br i1 %2043, label %if_end219.us.i.2, label %if_else218.us.i.2
+if_end200.us.i.1:                                 ; preds = %if_else199.us.i.1, %if_end200.us.i
+  %1961 = phi float [ %1960, %if_else199.us.i.1 ], [ 0xFFF0000000000000, %if_end200.us.i ]
+  %1962 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.1
+  store float %1961, ptr %1962, align 4, !tbaa !5
+  %indvars.iv.next978.i.1 = add nuw nsw i64 %indvars.iv977.i, 2
+  %1963 = getelementptr i8, ptr %1919, i64 %indvars.iv.next978.i.1
+  %1964 = load i8, ptr %1963, align 1, !tbaa !5
+  %1965 = icmp eq i8 %1964, 0
+  %1966 = trunc i64 %indvars.iv.next978.i.1 to i32
+  %.pre1123.i.2 = add i32 %723, %1966
+  %.pre1125.i.2 = shl i32 %.pre1123.i.2, 4
+  %.pre1127.i.2 = add nsw i32 %.pre1125.i.2, %r197753.us.i
+  %.pre1129.i.2 = sext i32 %.pre1127.i.2 to i64
+  br i1 %1965, label %if_end200.us.i.2, label %if_else199.us.i.2
 
-if_else218.us.i.2:                                ; preds = %if_end219.us.i.1
-  %2045 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.2
-  %2046 = load float, ptr %2045, align 4, !tbaa !5
-  br label %if_end219.us.i.2
+if_else199.us.i.2:                                ; preds = %if_end200.us.i.1
+  %1967 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.2
+  %1968 = load float, ptr %1967, align 4, !tbaa !5
+  br label %if_end200.us.i.2
 
-if_end219.us.i.2:                                 ; preds = %if_else218.us.i.2, %if_end219.us.i.1
-  %2047 = phi float [ %2046, %if_else218.us.i.2 ], [ 0xFFF0000000000000, %if_end219.us.i.1 ]
-  %2048 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.2
-  store float %2047, ptr %2048, align 4, !tbaa !5
-  %indvars.iv.next1002.i.2 = add nuw nsw i64 %indvars.iv1001.i, 3
-  %2049 = getelementptr i8, ptr %1997, i64 %indvars.iv.next1002.i.2
-  %2050 = load i8, ptr %2049, align 1, !tbaa !5
-  %2051 = icmp eq i8 %2050, 0
-  %2052 = trunc i64 %indvars.iv.next1002.i.2 to i32
-  %.pre1144.i.3 = add i32 %763, %2052
-  %.pre1146.i.3 = shl i32 %.pre1144.i.3, 4
-  %.pre1148.i.3 = add nsw i32 %.pre1146.i.3, %r216781.us.i
-  %.pre1150.i.3 = sext i32 %.pre1148.i.3 to i64
-  br i1 %2051, label %if_end219.us.i.3, label %if_else218.us.i.3
+if_end200.us.i.2:                                 ; preds = %if_else199.us.i.2, %if_end200.us.i.1
+  %1969 = phi float [ %1968, %if_else199.us.i.2 ], [ 0xFFF0000000000000, %if_end200.us.i.1 ]
+  %1970 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.2
+  store float %1969, ptr %1970, align 4, !tbaa !5
+  %indvars.iv.next978.i.2 = add nuw nsw i64 %indvars.iv977.i, 3
+  %1971 = getelementptr i8, ptr %1919, i64 %indvars.iv.next978.i.2
+  %1972 = load i8, ptr %1971, align 1, !tbaa !5
+  %1973 = icmp eq i8 %1972, 0
+  %1974 = trunc i64 %indvars.iv.next978.i.2 to i32
+  %.pre1123.i.3 = add i32 %723, %1974
+  %.pre1125.i.3 = shl i32 %.pre1123.i.3, 4
+  %.pre1127.i.3 = add nsw i32 %.pre1125.i.3, %r197753.us.i
+  %.pre1129.i.3 = sext i32 %.pre1127.i.3 to i64
+  br i1 %1973, label %if_end200.us.i.3, label %if_else199.us.i.3
 
-if_else218.us.i.3:                                ; preds = %if_end219.us.i.2
-  %2053 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.3
-  %2054 = load float, ptr %2053, align 4, !tbaa !5
-  br label %if_end219.us.i.3
+if_else199.us.i.3:                                ; preds = %if_end200.us.i.2
+  %1975 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.3
+  %1976 = load float, ptr %1975, align 4, !tbaa !5
+  br label %if_end200.us.i.3
 
-if_end219.us.i.3:                                 ; preds = %if_else218.us.i.3, %if_end219.us.i.2
-  %2055 = phi float [ %2054, %if_else218.us.i.3 ], [ 0xFFF0000000000000, %if_end219.us.i.2 ]
-  %2056 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1150.i.3
-  store float %2055, ptr %2056, align 4, !tbaa !5
-  %indvars.iv.next1002.i.3 = add nuw nsw i64 %indvars.iv1001.i, 4
-  %exitcond233.not.3 = icmp eq i64 %indvars.iv.next1002.i.3, %1978
-  br i1 %exitcond233.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !66, !llvm.loop !67
+if_end200.us.i.3:                                 ; preds = %if_else199.us.i.3, %if_end200.us.i.2
+  %1977 = phi float [ %1976, %if_else199.us.i.3 ], [ 0xFFF0000000000000, %if_end200.us.i.2 ]
+  %1978 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.3
+  store float %1977, ptr %1978, align 4, !tbaa !5
+  %indvars.iv.next978.i.3 = add nuw nsw i64 %indvars.iv977.i, 4
+  %exitcond.not.3 = icmp eq i64 %indvars.iv.next978.i.3, %1900
+  br i1 %exitcond.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !59, !llvm.loop !60
 
-for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end219.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block504
-  %2057 = add nuw nsw i32 %r216781.us.i, 1
-  %2058 = icmp slt i32 %2057, %1971
+for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end200.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block495
+  %1979 = add nuw nsw i32 %r197753.us.i, 1
+  %1980 = icmp slt i32 %1979, %1893
   %indvar.next = add i64 %indvar, 1
-  br i1 %2058, label %for_body_r213.us.i, label %if_end211.i, !prof !68
+  br i1 %1980, label %for_body_r194.us.i, label %if_end192.i, !prof !61
 
-if_end211.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r213.lr.ph.i, %if_then210.i, %for_end_to202.i
-  br i1 %1526, label %for_begin_ti225.preheader.preheader.i, label %for_end_to222.i, !prof !3
+if_end192.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r194.lr.ph.i, %if_then191.i, %for_end_to183.i
+  br i1 %1407, label %for_begin_ti206.preheader.preheader.i, label %for_end_to203.i, !prof !3
 
-for_begin_ti225.preheader.preheader.i:            ; preds = %if_end211.i
-  %wide.trip.count1011.i = zext nneg i32 %1525 to i64
-  br label %for_begin_ti225.preheader.i
+for_begin_ti206.preheader.preheader.i:            ; preds = %if_end192.i
+  %wide.trip.count987.i = zext nneg i32 %1406 to i64
+  br label %for_begin_ti206.preheader.i
 
-for_begin_ti225.preheader.i:                      ; preds = %for_begin_ti225.preheader.i, %for_begin_ti225.preheader.preheader.i
-  %indvars.iv1008.i = phi i64 [ 0, %for_begin_ti225.preheader.preheader.i ], [ %indvars.iv.next1009.i, %for_begin_ti225.preheader.i ]
-  %peak562.sroa.0.0784.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti225.preheader.preheader.i ], [ %2090, %for_begin_ti225.preheader.i ]
-  %.idx75 = shl nsw i64 %indvars.iv1008.i, 9
-  %2059 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx75
-  %2060 = load <16 x float>, ptr %2059, align 4, !tbaa !5
-  %2061 = fcmp ogt <16 x float> %peak562.sroa.0.0784.i, %2060
-  %2062 = select <16 x i1> %2061, <16 x float> %peak562.sroa.0.0784.i, <16 x float> %2060
-  %2063 = getelementptr inbounds nuw i8, ptr %2059, i64 64
-  %2064 = load <16 x float>, ptr %2063, align 4, !tbaa !5
-  %2065 = fcmp ogt <16 x float> %2062, %2064
-  %2066 = select <16 x i1> %2065, <16 x float> %2062, <16 x float> %2064
-  %2067 = getelementptr inbounds nuw i8, ptr %2059, i64 128
-  %2068 = load <16 x float>, ptr %2067, align 4, !tbaa !5
-  %2069 = fcmp ogt <16 x float> %2066, %2068
-  %2070 = select <16 x i1> %2069, <16 x float> %2066, <16 x float> %2068
-  %2071 = getelementptr inbounds nuw i8, ptr %2059, i64 192
-  %2072 = load <16 x float>, ptr %2071, align 4, !tbaa !5
-  %2073 = fcmp ogt <16 x float> %2070, %2072
-  %2074 = select <16 x i1> %2073, <16 x float> %2070, <16 x float> %2072
-  %2075 = getelementptr inbounds nuw i8, ptr %2059, i64 256
-  %2076 = load <16 x float>, ptr %2075, align 4, !tbaa !5
-  %2077 = fcmp ogt <16 x float> %2074, %2076
-  %2078 = select <16 x i1> %2077, <16 x float> %2074, <16 x float> %2076
-  %2079 = getelementptr inbounds nuw i8, ptr %2059, i64 320
-  %2080 = load <16 x float>, ptr %2079, align 4, !tbaa !5
-  %2081 = fcmp ogt <16 x float> %2078, %2080
-  %2082 = select <16 x i1> %2081, <16 x float> %2078, <16 x float> %2080
-  %2083 = getelementptr inbounds nuw i8, ptr %2059, i64 384
-  %2084 = load <16 x float>, ptr %2083, align 4, !tbaa !5
-  %2085 = fcmp ogt <16 x float> %2082, %2084
-  %2086 = select <16 x i1> %2085, <16 x float> %2082, <16 x float> %2084
-  %2087 = getelementptr inbounds nuw i8, ptr %2059, i64 448
-  %2088 = load <16 x float>, ptr %2087, align 4, !tbaa !5
-  %2089 = fcmp ogt <16 x float> %2086, %2088
-  %2090 = select <16 x i1> %2089, <16 x float> %2086, <16 x float> %2088
-  %indvars.iv.next1009.i = add nuw nsw i64 %indvars.iv1008.i, 1
-  %exitcond1012.not.i = icmp eq i64 %indvars.iv.next1009.i, %wide.trip.count1011.i
-  br i1 %exitcond1012.not.i, label %for_begin_ti235.preheader.lr.ph.i, label %for_begin_ti225.preheader.i, !prof !13
+for_begin_ti206.preheader.i:                      ; preds = %for_begin_ti206.preheader.i, %for_begin_ti206.preheader.preheader.i
+  %indvars.iv984.i = phi i64 [ 0, %for_begin_ti206.preheader.preheader.i ], [ %indvars.iv.next985.i, %for_begin_ti206.preheader.i ]
+  %peak549.sroa.0.0756.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti206.preheader.preheader.i ], [ %2012, %for_begin_ti206.preheader.i ]
+  %.idx75 = shl nsw i64 %indvars.iv984.i, 9
+  %1981 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx75
+  %1982 = load <16 x float>, ptr %1981, align 4, !tbaa !5
+  %1983 = fcmp ogt <16 x float> %peak549.sroa.0.0756.i, %1982
+  %1984 = select <16 x i1> %1983, <16 x float> %peak549.sroa.0.0756.i, <16 x float> %1982
+  %1985 = getelementptr inbounds nuw i8, ptr %1981, i64 64
+  %1986 = load <16 x float>, ptr %1985, align 4, !tbaa !5
+  %1987 = fcmp ogt <16 x float> %1984, %1986
+  %1988 = select <16 x i1> %1987, <16 x float> %1984, <16 x float> %1986
+  %1989 = getelementptr inbounds nuw i8, ptr %1981, i64 128
+  %1990 = load <16 x float>, ptr %1989, align 4, !tbaa !5
+  %1991 = fcmp ogt <16 x float> %1988, %1990
+  %1992 = select <16 x i1> %1991, <16 x float> %1988, <16 x float> %1990
+  %1993 = getelementptr inbounds nuw i8, ptr %1981, i64 192
+  %1994 = load <16 x float>, ptr %1993, align 4, !tbaa !5
+  %1995 = fcmp ogt <16 x float> %1992, %1994
+  %1996 = select <16 x i1> %1995, <16 x float> %1992, <16 x float> %1994
+  %1997 = getelementptr inbounds nuw i8, ptr %1981, i64 256
+  %1998 = load <16 x float>, ptr %1997, align 4, !tbaa !5
+  %1999 = fcmp ogt <16 x float> %1996, %1998
+  %2000 = select <16 x i1> %1999, <16 x float> %1996, <16 x float> %1998
+  %2001 = getelementptr inbounds nuw i8, ptr %1981, i64 320
+  %2002 = load <16 x float>, ptr %2001, align 4, !tbaa !5
+  %2003 = fcmp ogt <16 x float> %2000, %2002
+  %2004 = select <16 x i1> %2003, <16 x float> %2000, <16 x float> %2002
+  %2005 = getelementptr inbounds nuw i8, ptr %1981, i64 384
+  %2006 = load <16 x float>, ptr %2005, align 4, !tbaa !5
+  %2007 = fcmp ogt <16 x float> %2004, %2006
+  %2008 = select <16 x i1> %2007, <16 x float> %2004, <16 x float> %2006
+  %2009 = getelementptr inbounds nuw i8, ptr %1981, i64 448
+  %2010 = load <16 x float>, ptr %2009, align 4, !tbaa !5
+  %2011 = fcmp ogt <16 x float> %2008, %2010
+  %2012 = select <16 x i1> %2011, <16 x float> %2008, <16 x float> %2010
+  %indvars.iv.next985.i = add nuw nsw i64 %indvars.iv984.i, 1
+  %exitcond988.not.i = icmp eq i64 %indvars.iv.next985.i, %wide.trip.count987.i
+  br i1 %exitcond988.not.i, label %for_begin_ti216.preheader.lr.ph.i, label %for_begin_ti206.preheader.i, !prof !13
 
-for_end_to222.i:                                  ; preds = %if_end211.i
-  %2091 = icmp sgt i32 %valid_len194.i, 0
-  %2092 = insertelement <16 x i1> poison, i1 %2091, i64 0
-  %2093 = shufflevector <16 x i1> %2092, <16 x i1> poison, <16 x i32> zeroinitializer
-  %2094 = select <16 x i1> %2093, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
-  br label %for_end_to232.i
+for_end_to203.i:                                  ; preds = %if_end192.i
+  %2013 = icmp sgt i32 %valid_len173.i, 0
+  %2014 = insertelement <16 x i1> poison, i1 %2013, i64 0
+  %2015 = shufflevector <16 x i1> %2014, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2016 = select <16 x i1> %2015, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
+  br label %for_end_to213.i
 
-for_begin_ti235.preheader.lr.ph.i:                ; preds = %for_begin_ti225.preheader.i
-  %2095 = icmp sgt i32 %valid_len194.i, 0
-  %2096 = insertelement <16 x i1> poison, i1 %2095, i64 0
-  %2097 = shufflevector <16 x i1> %2096, <16 x i1> poison, <16 x i32> zeroinitializer
-  %2098 = select <16 x i1> %2097, <16 x float> %2090, <16 x float> splat (float 0xC6293E5940000000)
-  %2099 = getelementptr inbounds nuw i32, ptr %places.i, i64 %.idx1182.i
-  %2100 = load <16 x i32>, ptr %2099, align 4, !tbaa !5
-  %2101 = sitofp <16 x i32> %2100 to <16 x float>
-  %2102 = fsub <16 x float> splat (float 0x4168000FE0000000), %2101
-  %2103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  br label %for_begin_ti235.preheader.i
+for_begin_ti216.preheader.lr.ph.i:                ; preds = %for_begin_ti206.preheader.i
+  %2017 = icmp sgt i32 %valid_len173.i, 0
+  %2018 = insertelement <16 x i1> poison, i1 %2017, i64 0
+  %2019 = shufflevector <16 x i1> %2018, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2020 = select <16 x i1> %2019, <16 x float> %2012, <16 x float> splat (float 0xC6293E5940000000)
+  %2021 = getelementptr inbounds nuw i32, ptr %places.i, i64 %.idx1161.i
+  %2022 = load <16 x i32>, ptr %2021, align 4, !tbaa !5
+  %2023 = sitofp <16 x i32> %2022 to <16 x float>
+  %2024 = fsub <16 x float> splat (float 0x4168000FE0000000), %2023
+  %2025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2023, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  br label %for_begin_ti216.preheader.i
 
-for_begin_ti235.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti235.preheader.lr.ph.i
-  %indvars.iv1021.i = phi i64 [ 0, %for_begin_ti235.preheader.lr.ph.i ], [ %indvars.iv.next1022.i, %for_end_ax0.i ]
-  %tile_sum566.sroa.0.0790.i = phi <16 x float> [ zeroinitializer, %for_begin_ti235.preheader.lr.ph.i ], [ %.us-phi.i, %for_end_ax0.i ]
-  %2104 = shl nsw i64 %indvars.iv1021.i, 7
-  %2105 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2104
-  %2106 = load <16 x float>, ptr %2105, align 4, !tbaa !5
-  %arg.i = fsub <16 x float> %2106, %2098
-  %2107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
-  %bits.i = bitcast <16 x float> %2107 to <16 x i32>
-  %n.i = fsub <16 x float> %2107, %2102
-  %2108 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
-  %2109 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
-  %2110 = fsub <16 x float> %arg.i, %2109
-  %2111 = fadd <16 x float> %2108, %2110
-  %2112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2111, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %2111, <16 x float> splat (float 0x3FA5558F20000000))
-  %2114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2113, <16 x float> %2111, <16 x float> splat (float 0x3FC5554920000000))
-  %2115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2111, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2116 = fmul <16 x float> %2111, %2111
-  %2117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2115, <16 x float> %2116, <16 x float> %2111)
-  %2118 = shl <16 x i32> %bits.i, splat (i32 23)
-  %2119 = bitcast <16 x i32> %2118 to <16 x float>
-  %2120 = fadd <16 x float> %2117, splat (float 1.000000e+00)
-  %2121 = fmul <16 x float> %2120, %2119
-  %2122 = fcmp olt <16 x float> %arg.i, %2103
-  %2123 = select <16 x i1> %2122, <16 x float> zeroinitializer, <16 x float> %2121
-  %2124 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2104
-  store <16 x float> %2123, ptr %2124, align 4, !tbaa !5
-  %2125 = or disjoint i64 %2104, 16
-  %2126 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2125
-  %2127 = load <16 x float>, ptr %2126, align 4, !tbaa !5
-  %arg.1.i = fsub <16 x float> %2127, %2098
-  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
-  %bits.1.i = bitcast <16 x float> %2128 to <16 x i32>
-  %n.1.i = fsub <16 x float> %2128, %2102
-  %2129 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
-  %2130 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
-  %2131 = fsub <16 x float> %arg.1.i, %2130
-  %2132 = fadd <16 x float> %2129, %2131
-  %2133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2133, <16 x float> %2132, <16 x float> splat (float 0x3FA5558F20000000))
-  %2135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2134, <16 x float> %2132, <16 x float> splat (float 0x3FC5554920000000))
-  %2136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2135, <16 x float> %2132, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2137 = fmul <16 x float> %2132, %2132
-  %2138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2136, <16 x float> %2137, <16 x float> %2132)
-  %2139 = shl <16 x i32> %bits.1.i, splat (i32 23)
-  %2140 = bitcast <16 x i32> %2139 to <16 x float>
-  %2141 = fadd <16 x float> %2138, splat (float 1.000000e+00)
-  %2142 = fmul <16 x float> %2141, %2140
-  %2143 = fcmp olt <16 x float> %arg.1.i, %2103
-  %2144 = select <16 x i1> %2143, <16 x float> zeroinitializer, <16 x float> %2142
-  %2145 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2125
-  store <16 x float> %2144, ptr %2145, align 4, !tbaa !5
-  %2146 = or disjoint i64 %2104, 32
-  %2147 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2146
-  %2148 = load <16 x float>, ptr %2147, align 4, !tbaa !5
-  %arg.2.i = fsub <16 x float> %2148, %2098
-  %2149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
-  %bits.2.i = bitcast <16 x float> %2149 to <16 x i32>
-  %n.2.i = fsub <16 x float> %2149, %2102
-  %2150 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
-  %2151 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
-  %2152 = fsub <16 x float> %arg.2.i, %2151
-  %2153 = fadd <16 x float> %2150, %2152
-  %2154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2153, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2154, <16 x float> %2153, <16 x float> splat (float 0x3FA5558F20000000))
-  %2156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %2153, <16 x float> splat (float 0x3FC5554920000000))
-  %2157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2153, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2158 = fmul <16 x float> %2153, %2153
-  %2159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2157, <16 x float> %2158, <16 x float> %2153)
-  %2160 = shl <16 x i32> %bits.2.i, splat (i32 23)
-  %2161 = bitcast <16 x i32> %2160 to <16 x float>
-  %2162 = fadd <16 x float> %2159, splat (float 1.000000e+00)
-  %2163 = fmul <16 x float> %2162, %2161
-  %2164 = fcmp olt <16 x float> %arg.2.i, %2103
-  %2165 = select <16 x i1> %2164, <16 x float> zeroinitializer, <16 x float> %2163
-  %2166 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2146
-  store <16 x float> %2165, ptr %2166, align 4, !tbaa !5
-  %2167 = or disjoint i64 %2104, 48
-  %2168 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2167
-  %2169 = load <16 x float>, ptr %2168, align 4, !tbaa !5
-  %arg.3.i = fsub <16 x float> %2169, %2098
-  %2170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
-  %bits.3.i = bitcast <16 x float> %2170 to <16 x i32>
-  %n.3.i = fsub <16 x float> %2170, %2102
-  %2171 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
-  %2172 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
-  %2173 = fsub <16 x float> %arg.3.i, %2172
-  %2174 = fadd <16 x float> %2171, %2173
-  %2175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2174, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2175, <16 x float> %2174, <16 x float> splat (float 0x3FA5558F20000000))
-  %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2176, <16 x float> %2174, <16 x float> splat (float 0x3FC5554920000000))
-  %2178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2177, <16 x float> %2174, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2179 = fmul <16 x float> %2174, %2174
-  %2180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2178, <16 x float> %2179, <16 x float> %2174)
-  %2181 = shl <16 x i32> %bits.3.i, splat (i32 23)
-  %2182 = bitcast <16 x i32> %2181 to <16 x float>
-  %2183 = fadd <16 x float> %2180, splat (float 1.000000e+00)
-  %2184 = fmul <16 x float> %2183, %2182
-  %2185 = fcmp olt <16 x float> %arg.3.i, %2103
-  %2186 = select <16 x i1> %2185, <16 x float> zeroinitializer, <16 x float> %2184
-  %2187 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2167
-  store <16 x float> %2186, ptr %2187, align 4, !tbaa !5
-  %2188 = or disjoint i64 %2104, 64
-  %2189 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2188
-  %2190 = load <16 x float>, ptr %2189, align 4, !tbaa !5
-  %arg.4.i = fsub <16 x float> %2190, %2098
-  %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
-  %bits.4.i = bitcast <16 x float> %2191 to <16 x i32>
-  %n.4.i = fsub <16 x float> %2191, %2102
-  %2192 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
-  %2193 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
-  %2194 = fsub <16 x float> %arg.4.i, %2193
-  %2195 = fadd <16 x float> %2192, %2194
-  %2196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2195, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2196, <16 x float> %2195, <16 x float> splat (float 0x3FA5558F20000000))
-  %2198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2197, <16 x float> %2195, <16 x float> splat (float 0x3FC5554920000000))
-  %2199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2195, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2200 = fmul <16 x float> %2195, %2195
-  %2201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2199, <16 x float> %2200, <16 x float> %2195)
-  %2202 = shl <16 x i32> %bits.4.i, splat (i32 23)
-  %2203 = bitcast <16 x i32> %2202 to <16 x float>
-  %2204 = fadd <16 x float> %2201, splat (float 1.000000e+00)
-  %2205 = fmul <16 x float> %2204, %2203
-  %2206 = fcmp olt <16 x float> %arg.4.i, %2103
-  %2207 = select <16 x i1> %2206, <16 x float> zeroinitializer, <16 x float> %2205
-  %2208 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2188
-  store <16 x float> %2207, ptr %2208, align 4, !tbaa !5
-  %2209 = or disjoint i64 %2104, 80
-  %2210 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2209
-  %2211 = load <16 x float>, ptr %2210, align 4, !tbaa !5
-  %arg.5.i = fsub <16 x float> %2211, %2098
-  %2212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
-  %bits.5.i = bitcast <16 x float> %2212 to <16 x i32>
-  %n.5.i = fsub <16 x float> %2212, %2102
-  %2213 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
-  %2214 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
-  %2215 = fsub <16 x float> %arg.5.i, %2214
-  %2216 = fadd <16 x float> %2213, %2215
-  %2217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2216, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2217, <16 x float> %2216, <16 x float> splat (float 0x3FA5558F20000000))
-  %2219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2218, <16 x float> %2216, <16 x float> splat (float 0x3FC5554920000000))
-  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2216, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2221 = fmul <16 x float> %2216, %2216
-  %2222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2220, <16 x float> %2221, <16 x float> %2216)
-  %2223 = shl <16 x i32> %bits.5.i, splat (i32 23)
-  %2224 = bitcast <16 x i32> %2223 to <16 x float>
-  %2225 = fadd <16 x float> %2222, splat (float 1.000000e+00)
-  %2226 = fmul <16 x float> %2225, %2224
-  %2227 = fcmp olt <16 x float> %arg.5.i, %2103
-  %2228 = select <16 x i1> %2227, <16 x float> zeroinitializer, <16 x float> %2226
-  %2229 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2209
-  store <16 x float> %2228, ptr %2229, align 4, !tbaa !5
-  %2230 = or disjoint i64 %2104, 96
-  %2231 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2230
-  %2232 = load <16 x float>, ptr %2231, align 4, !tbaa !5
-  %arg.6.i = fsub <16 x float> %2232, %2098
-  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
-  %bits.6.i = bitcast <16 x float> %2233 to <16 x i32>
-  %n.6.i = fsub <16 x float> %2233, %2102
-  %2234 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
-  %2235 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
-  %2236 = fsub <16 x float> %arg.6.i, %2235
-  %2237 = fadd <16 x float> %2234, %2236
-  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2237, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %2237, <16 x float> splat (float 0x3FA5558F20000000))
-  %2240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2239, <16 x float> %2237, <16 x float> splat (float 0x3FC5554920000000))
-  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2237, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2242 = fmul <16 x float> %2237, %2237
-  %2243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2241, <16 x float> %2242, <16 x float> %2237)
-  %2244 = shl <16 x i32> %bits.6.i, splat (i32 23)
-  %2245 = bitcast <16 x i32> %2244 to <16 x float>
-  %2246 = fadd <16 x float> %2243, splat (float 1.000000e+00)
-  %2247 = fmul <16 x float> %2246, %2245
-  %2248 = fcmp olt <16 x float> %arg.6.i, %2103
-  %2249 = select <16 x i1> %2248, <16 x float> zeroinitializer, <16 x float> %2247
-  %2250 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2230
-  store <16 x float> %2249, ptr %2250, align 4, !tbaa !5
-  %2251 = or disjoint i64 %2104, 112
-  %2252 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2251
-  %2253 = load <16 x float>, ptr %2252, align 4, !tbaa !5
-  %arg.7.i = fsub <16 x float> %2253, %2098
-  %2254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2102)
-  %bits.7.i = bitcast <16 x float> %2254 to <16 x i32>
-  %n.7.i = fsub <16 x float> %2254, %2102
-  %2255 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
-  %2256 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
-  %2257 = fsub <16 x float> %arg.7.i, %2256
-  %2258 = fadd <16 x float> %2255, %2257
-  %2259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2258, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2259, <16 x float> %2258, <16 x float> splat (float 0x3FA5558F20000000))
-  %2261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2258, <16 x float> splat (float 0x3FC5554920000000))
-  %2262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2258, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2263 = fmul <16 x float> %2258, %2258
-  %2264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2262, <16 x float> %2263, <16 x float> %2258)
-  %2265 = shl <16 x i32> %bits.7.i, splat (i32 23)
-  %2266 = bitcast <16 x i32> %2265 to <16 x float>
-  %2267 = fadd <16 x float> %2264, splat (float 1.000000e+00)
-  %2268 = fmul <16 x float> %2267, %2266
-  %2269 = fcmp olt <16 x float> %arg.7.i, %2103
-  %2270 = select <16 x i1> %2269, <16 x float> zeroinitializer, <16 x float> %2268
-  %2271 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2251
-  store <16 x float> %2270, ptr %2271, align 4, !tbaa !5
-  %2272 = icmp samesign ult i64 %indvars.iv1021.i, 16
-  br i1 %2272, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
+for_begin_ti216.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti216.preheader.lr.ph.i
+  %indvars.iv997.i = phi i64 [ 0, %for_begin_ti216.preheader.lr.ph.i ], [ %indvars.iv.next998.i, %for_end_ax0.i ]
+  %tile_sum553.sroa.0.0762.i = phi <16 x float> [ zeroinitializer, %for_begin_ti216.preheader.lr.ph.i ], [ %.us-phi.i, %for_end_ax0.i ]
+  %2026 = shl nsw i64 %indvars.iv997.i, 7
+  %2027 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2026
+  %2028 = load <16 x float>, ptr %2027, align 4, !tbaa !5
+  %arg.i = fsub <16 x float> %2028, %2020
+  %2029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2024)
+  %bits.i = bitcast <16 x float> %2029 to <16 x i32>
+  %n.i = fsub <16 x float> %2029, %2024
+  %2030 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
+  %2031 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
+  %2032 = fsub <16 x float> %arg.i, %2031
+  %2033 = fadd <16 x float> %2030, %2032
+  %2034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2033, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2035 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2034, <16 x float> %2033, <16 x float> splat (float 0x3FA5558F20000000))
+  %2036 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2035, <16 x float> %2033, <16 x float> splat (float 0x3FC5554920000000))
+  %2037 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2036, <16 x float> %2033, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2038 = fmul <16 x float> %2033, %2033
+  %2039 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2037, <16 x float> %2038, <16 x float> %2033)
+  %2040 = shl <16 x i32> %bits.i, splat (i32 23)
+  %2041 = bitcast <16 x i32> %2040 to <16 x float>
+  %2042 = fadd <16 x float> %2039, splat (float 1.000000e+00)
+  %2043 = fmul <16 x float> %2042, %2041
+  %2044 = fcmp olt <16 x float> %arg.i, %2025
+  %2045 = select <16 x i1> %2044, <16 x float> zeroinitializer, <16 x float> %2043
+  %2046 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2026
+  store <16 x float> %2045, ptr %2046, align 4, !tbaa !5
+  %2047 = or disjoint i64 %2026, 16
+  %2048 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2047
+  %2049 = load <16 x float>, ptr %2048, align 4, !tbaa !5
+  %arg.1.i = fsub <16 x float> %2049, %2020
+  %2050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2024)
+  %bits.1.i = bitcast <16 x float> %2050 to <16 x i32>
+  %n.1.i = fsub <16 x float> %2050, %2024
+  %2051 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
+  %2052 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
+  %2053 = fsub <16 x float> %arg.1.i, %2052
+  %2054 = fadd <16 x float> %2051, %2053
+  %2055 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2056 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2055, <16 x float> %2054, <16 x float> splat (float 0x3FA5558F20000000))
+  %2057 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2056, <16 x float> %2054, <16 x float> splat (float 0x3FC5554920000000))
+  %2058 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2057, <16 x float> %2054, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2059 = fmul <16 x float> %2054, %2054
+  %2060 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2058, <16 x float> %2059, <16 x float> %2054)
+  %2061 = shl <16 x i32> %bits.1.i, splat (i32 23)
+  %2062 = bitcast <16 x i32> %2061 to <16 x float>
+  %2063 = fadd <16 x float> %2060, splat (float 1.000000e+00)
+  %2064 = fmul <16 x float> %2063, %2062
+  %2065 = fcmp olt <16 x float> %arg.1.i, %2025
+  %2066 = select <16 x i1> %2065, <16 x float> zeroinitializer, <16 x float> %2064
+  %2067 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2047
+  store <16 x float> %2066, ptr %2067, align 4, !tbaa !5
+  %2068 = or disjoint i64 %2026, 32
+  %2069 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2068
+  %2070 = load <16 x float>, ptr %2069, align 4, !tbaa !5
+  %arg.2.i = fsub <16 x float> %2070, %2020
+  %2071 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2024)
+  %bits.2.i = bitcast <16 x float> %2071 to <16 x i32>
+  %n.2.i = fsub <16 x float> %2071, %2024
+  %2072 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
+  %2073 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
+  %2074 = fsub <16 x float> %arg.2.i, %2073
+  %2075 = fadd <16 x float> %2072, %2074
+  %2076 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2075, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2076, <16 x float> %2075, <16 x float> splat (float 0x3FA5558F20000000))
+  %2078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2077, <16 x float> %2075, <16 x float> splat (float 0x3FC5554920000000))
+  %2079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2078, <16 x float> %2075, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2080 = fmul <16 x float> %2075, %2075
+  %2081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2079, <16 x float> %2080, <16 x float> %2075)
+  %2082 = shl <16 x i32> %bits.2.i, splat (i32 23)
+  %2083 = bitcast <16 x i32> %2082 to <16 x float>
+  %2084 = fadd <16 x float> %2081, splat (float 1.000000e+00)
+  %2085 = fmul <16 x float> %2084, %2083
+  %2086 = fcmp olt <16 x float> %arg.2.i, %2025
+  %2087 = select <16 x i1> %2086, <16 x float> zeroinitializer, <16 x float> %2085
+  %2088 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2068
+  store <16 x float> %2087, ptr %2088, align 4, !tbaa !5
+  %2089 = or disjoint i64 %2026, 48
+  %2090 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2089
+  %2091 = load <16 x float>, ptr %2090, align 4, !tbaa !5
+  %arg.3.i = fsub <16 x float> %2091, %2020
+  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2024)
+  %bits.3.i = bitcast <16 x float> %2092 to <16 x i32>
+  %n.3.i = fsub <16 x float> %2092, %2024
+  %2093 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
+  %2094 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
+  %2095 = fsub <16 x float> %arg.3.i, %2094
+  %2096 = fadd <16 x float> %2093, %2095
+  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2096, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2097, <16 x float> %2096, <16 x float> splat (float 0x3FA5558F20000000))
+  %2099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2098, <16 x float> %2096, <16 x float> splat (float 0x3FC5554920000000))
+  %2100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2099, <16 x float> %2096, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2101 = fmul <16 x float> %2096, %2096
+  %2102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2100, <16 x float> %2101, <16 x float> %2096)
+  %2103 = shl <16 x i32> %bits.3.i, splat (i32 23)
+  %2104 = bitcast <16 x i32> %2103 to <16 x float>
+  %2105 = fadd <16 x float> %2102, splat (float 1.000000e+00)
+  %2106 = fmul <16 x float> %2105, %2104
+  %2107 = fcmp olt <16 x float> %arg.3.i, %2025
+  %2108 = select <16 x i1> %2107, <16 x float> zeroinitializer, <16 x float> %2106
+  %2109 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2089
+  store <16 x float> %2108, ptr %2109, align 4, !tbaa !5
+  %2110 = or disjoint i64 %2026, 64
+  %2111 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2110
+  %2112 = load <16 x float>, ptr %2111, align 4, !tbaa !5
+  %arg.4.i = fsub <16 x float> %2112, %2020
+  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2024)
+  %bits.4.i = bitcast <16 x float> %2113 to <16 x i32>
+  %n.4.i = fsub <16 x float> %2113, %2024
+  %2114 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
+  %2115 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
+  %2116 = fsub <16 x float> %arg.4.i, %2115
+  %2117 = fadd <16 x float> %2114, %2116
+  %2118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2117, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2117, <16 x float> splat (float 0x3FA5558F20000000))
+  %2120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2119, <16 x float> %2117, <16 x float> splat (float 0x3FC5554920000000))
+  %2121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2120, <16 x float> %2117, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2122 = fmul <16 x float> %2117, %2117
+  %2123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2121, <16 x float> %2122, <16 x float> %2117)
+  %2124 = shl <16 x i32> %bits.4.i, splat (i32 23)
+  %2125 = bitcast <16 x i32> %2124 to <16 x float>
+  %2126 = fadd <16 x float> %2123, splat (float 1.000000e+00)
+  %2127 = fmul <16 x float> %2126, %2125
+  %2128 = fcmp olt <16 x float> %arg.4.i, %2025
+  %2129 = select <16 x i1> %2128, <16 x float> zeroinitializer, <16 x float> %2127
+  %2130 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2110
+  store <16 x float> %2129, ptr %2130, align 4, !tbaa !5
+  %2131 = or disjoint i64 %2026, 80
+  %2132 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2131
+  %2133 = load <16 x float>, ptr %2132, align 4, !tbaa !5
+  %arg.5.i = fsub <16 x float> %2133, %2020
+  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2024)
+  %bits.5.i = bitcast <16 x float> %2134 to <16 x i32>
+  %n.5.i = fsub <16 x float> %2134, %2024
+  %2135 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
+  %2136 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
+  %2137 = fsub <16 x float> %arg.5.i, %2136
+  %2138 = fadd <16 x float> %2135, %2137
+  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2139, <16 x float> %2138, <16 x float> splat (float 0x3FA5558F20000000))
+  %2141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2140, <16 x float> %2138, <16 x float> splat (float 0x3FC5554920000000))
+  %2142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2141, <16 x float> %2138, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2143 = fmul <16 x float> %2138, %2138
+  %2144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2142, <16 x float> %2143, <16 x float> %2138)
+  %2145 = shl <16 x i32> %bits.5.i, splat (i32 23)
+  %2146 = bitcast <16 x i32> %2145 to <16 x float>
+  %2147 = fadd <16 x float> %2144, splat (float 1.000000e+00)
+  %2148 = fmul <16 x float> %2147, %2146
+  %2149 = fcmp olt <16 x float> %arg.5.i, %2025
+  %2150 = select <16 x i1> %2149, <16 x float> zeroinitializer, <16 x float> %2148
+  %2151 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2131
+  store <16 x float> %2150, ptr %2151, align 4, !tbaa !5
+  %2152 = or disjoint i64 %2026, 96
+  %2153 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2152
+  %2154 = load <16 x float>, ptr %2153, align 4, !tbaa !5
+  %arg.6.i = fsub <16 x float> %2154, %2020
+  %2155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2024)
+  %bits.6.i = bitcast <16 x float> %2155 to <16 x i32>
+  %n.6.i = fsub <16 x float> %2155, %2024
+  %2156 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
+  %2157 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
+  %2158 = fsub <16 x float> %arg.6.i, %2157
+  %2159 = fadd <16 x float> %2156, %2158
+  %2160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2159, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %2159, <16 x float> splat (float 0x3FA5558F20000000))
+  %2162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2161, <16 x float> %2159, <16 x float> splat (float 0x3FC5554920000000))
+  %2163 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2162, <16 x float> %2159, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2164 = fmul <16 x float> %2159, %2159
+  %2165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2163, <16 x float> %2164, <16 x float> %2159)
+  %2166 = shl <16 x i32> %bits.6.i, splat (i32 23)
+  %2167 = bitcast <16 x i32> %2166 to <16 x float>
+  %2168 = fadd <16 x float> %2165, splat (float 1.000000e+00)
+  %2169 = fmul <16 x float> %2168, %2167
+  %2170 = fcmp olt <16 x float> %arg.6.i, %2025
+  %2171 = select <16 x i1> %2170, <16 x float> zeroinitializer, <16 x float> %2169
+  %2172 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2152
+  store <16 x float> %2171, ptr %2172, align 4, !tbaa !5
+  %2173 = or disjoint i64 %2026, 112
+  %2174 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2173
+  %2175 = load <16 x float>, ptr %2174, align 4, !tbaa !5
+  %arg.7.i = fsub <16 x float> %2175, %2020
+  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2024)
+  %bits.7.i = bitcast <16 x float> %2176 to <16 x i32>
+  %n.7.i = fsub <16 x float> %2176, %2024
+  %2177 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
+  %2178 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
+  %2179 = fsub <16 x float> %arg.7.i, %2178
+  %2180 = fadd <16 x float> %2177, %2179
+  %2181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2180, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2181, <16 x float> %2180, <16 x float> splat (float 0x3FA5558F20000000))
+  %2183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2182, <16 x float> %2180, <16 x float> splat (float 0x3FC5554920000000))
+  %2184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2183, <16 x float> %2180, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2185 = fmul <16 x float> %2180, %2180
+  %2186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2184, <16 x float> %2185, <16 x float> %2180)
+  %2187 = shl <16 x i32> %bits.7.i, splat (i32 23)
+  %2188 = bitcast <16 x i32> %2187 to <16 x float>
+  %2189 = fadd <16 x float> %2186, splat (float 1.000000e+00)
+  %2190 = fmul <16 x float> %2189, %2188
+  %2191 = fcmp olt <16 x float> %arg.7.i, %2025
+  %2192 = select <16 x i1> %2191, <16 x float> zeroinitializer, <16 x float> %2190
+  %2193 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2173
+  store <16 x float> %2192, ptr %2193, align 4, !tbaa !5
+  %2194 = icmp samesign ult i64 %indvars.iv997.i, 16
+  br i1 %2194, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
 
-for_end_to232.i:                                  ; preds = %for_end_ax0.i, %for_end_to222.i
-  %2273 = phi <16 x float> [ %2094, %for_end_to222.i ], [ %2098, %for_end_ax0.i ]
-  %tile_sum566.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_end_to222.i ], [ %.us-phi.i, %for_end_ax0.i ]
-  %2274 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1182.i
-  %2275 = load <16 x float>, ptr %2274, align 4, !tbaa !5
-  %old_max.i = select <16 x i1> %767, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2275
-  %2276 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1182.i
-  %2277 = load <16 x float>, ptr %2276, align 4, !tbaa !5
-  %old_sum.i = select <16 x i1> %767, <16 x float> zeroinitializer, <16 x float> %2277
-  %2278 = fcmp ogt <16 x float> %old_max.i, %2273
-  %2279 = fcmp oeq <16 x float> %tile_sum566.sroa.0.0.lcssa.i, zeroinitializer
-  %2280 = select <16 x i1> %2279, <16 x i1> splat (i1 true), <16 x i1> %2278
-  %old_or_both.i = select <16 x i1> %2280, <16 x float> %old_max.i, <16 x float> %2273
-  %2281 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %2281, <16 x float> %2273, <16 x float> %old_or_both.i
-  %2282 = fsub <16 x float> %old_max.i, %m.i
-  %2283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2284 = bitcast <16 x float> %2283 to <16 x i32>
-  %2285 = fadd <16 x float> %2283, splat (float 0xC168000FE0000000)
-  %2286 = fmul <16 x float> %2285, splat (float 0x3F2BD01060000000)
-  %2287 = fmul <16 x float> %2285, splat (float 0x3FE6300000000000)
-  %2288 = fsub <16 x float> %2282, %2287
-  %2289 = fadd <16 x float> %2286, %2288
-  %2290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2289, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2290, <16 x float> %2289, <16 x float> splat (float 0x3FA5558F20000000))
-  %2292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2291, <16 x float> %2289, <16 x float> splat (float 0x3FC5554920000000))
-  %2293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2289, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2294 = fmul <16 x float> %2289, %2289
-  %2295 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2293, <16 x float> %2294, <16 x float> %2289)
-  %2296 = shl <16 x i32> %2284, splat (i32 23)
-  %2297 = bitcast <16 x i32> %2296 to <16 x float>
-  %2298 = fadd <16 x float> %2295, splat (float 1.000000e+00)
-  %2299 = fmul <16 x float> %2298, %2297
-  %2300 = fcmp olt <16 x float> %2282, splat (float -8.700000e+01)
-  %2301 = select <16 x i1> %2300, <16 x float> zeroinitializer, <16 x float> %2299
-  %2302 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %2303 = select <16 x i1> %2302, <16 x float> %2301, <16 x float> zeroinitializer
-  %arg259.i = fsub <16 x float> %2273, %m.i
-  %2304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg259.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2305 = bitcast <16 x float> %2304 to <16 x i32>
-  %2306 = fadd <16 x float> %2304, splat (float 0xC168000FE0000000)
-  %2307 = fmul <16 x float> %2306, splat (float 0x3F2BD01060000000)
-  %2308 = fmul <16 x float> %2306, splat (float 0x3FE6300000000000)
-  %2309 = fsub <16 x float> %arg259.i, %2308
-  %2310 = fadd <16 x float> %2307, %2309
-  %2311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2311, <16 x float> %2310, <16 x float> splat (float 0x3FA5558F20000000))
-  %2313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2310, <16 x float> splat (float 0x3FC5554920000000))
-  %2314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2313, <16 x float> %2310, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2315 = fmul <16 x float> %2310, %2310
-  %2316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %2315, <16 x float> %2310)
-  %2317 = shl <16 x i32> %2305, splat (i32 23)
-  %2318 = bitcast <16 x i32> %2317 to <16 x float>
-  %2319 = fadd <16 x float> %2316, splat (float 1.000000e+00)
-  %2320 = fmul <16 x float> %2319, %2318
-  %2321 = fcmp olt <16 x float> %arg259.i, splat (float -8.700000e+01)
-  %2322 = select <16 x i1> %2321, <16 x float> zeroinitializer, <16 x float> %2320
-  %2323 = fcmp one <16 x float> %tile_sum566.sroa.0.0.lcssa.i, zeroinitializer
-  %2324 = select <16 x i1> %2323, <16 x float> %2322, <16 x float> zeroinitializer
-  %2325 = fmul <16 x float> %old_sum.i, %2303
-  %2326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_sum566.sroa.0.0.lcssa.i, <16 x float> %2325)
-  store <16 x float> %m.i, ptr %2274, align 4, !tbaa !5
-  store <16 x float> %2326, ptr %2276, align 4, !tbaa !5
-  %2327 = load i32, ptr %1518, align 16, !tbaa !17
-  %2328 = sub nsw i32 %2327, %702
-  %2329 = tail call i32 @llvm.smin.i32(i32 %2328, i32 %valid_len194.i)
-  %2330 = tail call i32 @llvm.smin.i32(i32 %2329, i32 %762)
-  %2331 = select i1 %134, i32 %2330, i32 %2329
-  %2332 = tail call i32 @llvm.smax.i32(i32 %2331, i32 0)
-  %num_full.i = lshr i32 %2332, 3
-  %2333 = sub nsw i32 %1525, %num_full.i
-  %2334 = icmp sgt i32 %2333, 0
-  br i1 %2334, label %for_begin_ti282.preheader.lr.ph.i, label %for_end_to279.i, !prof !3
+for_end_to213.i:                                  ; preds = %for_end_ax0.i, %for_end_to203.i
+  %2195 = phi <16 x float> [ %2016, %for_end_to203.i ], [ %2020, %for_end_ax0.i ]
+  %tile_sum553.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_end_to203.i ], [ %.us-phi.i, %for_end_ax0.i ]
+  %2196 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1161.i
+  %2197 = load <16 x float>, ptr %2196, align 4, !tbaa !5
+  %old_max.i = select <16 x i1> %727, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2197
+  %2198 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1161.i
+  %2199 = load <16 x float>, ptr %2198, align 4, !tbaa !5
+  %old_sum.i = select <16 x i1> %727, <16 x float> zeroinitializer, <16 x float> %2199
+  %2200 = fcmp ogt <16 x float> %old_max.i, %2195
+  %2201 = fcmp oeq <16 x float> %tile_sum553.sroa.0.0.lcssa.i, zeroinitializer
+  %2202 = select <16 x i1> %2201, <16 x i1> splat (i1 true), <16 x i1> %2200
+  %old_or_both.i = select <16 x i1> %2202, <16 x float> %old_max.i, <16 x float> %2195
+  %2203 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %2203, <16 x float> %2195, <16 x float> %old_or_both.i
+  %2204 = fsub <16 x float> %old_max.i, %m.i
+  %2205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2204, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2206 = bitcast <16 x float> %2205 to <16 x i32>
+  %2207 = fadd <16 x float> %2205, splat (float 0xC168000FE0000000)
+  %2208 = fmul <16 x float> %2207, splat (float 0x3F2BD01060000000)
+  %2209 = fmul <16 x float> %2207, splat (float 0x3FE6300000000000)
+  %2210 = fsub <16 x float> %2204, %2209
+  %2211 = fadd <16 x float> %2208, %2210
+  %2212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2211, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2212, <16 x float> %2211, <16 x float> splat (float 0x3FA5558F20000000))
+  %2214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2213, <16 x float> %2211, <16 x float> splat (float 0x3FC5554920000000))
+  %2215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2214, <16 x float> %2211, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2216 = fmul <16 x float> %2211, %2211
+  %2217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2215, <16 x float> %2216, <16 x float> %2211)
+  %2218 = shl <16 x i32> %2206, splat (i32 23)
+  %2219 = bitcast <16 x i32> %2218 to <16 x float>
+  %2220 = fadd <16 x float> %2217, splat (float 1.000000e+00)
+  %2221 = fmul <16 x float> %2220, %2219
+  %2222 = fcmp olt <16 x float> %2204, splat (float -8.700000e+01)
+  %2223 = select <16 x i1> %2222, <16 x float> zeroinitializer, <16 x float> %2221
+  %2224 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %2225 = select <16 x i1> %2224, <16 x float> %2223, <16 x float> zeroinitializer
+  %arg240.i = fsub <16 x float> %2195, %m.i
+  %2226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg240.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2227 = bitcast <16 x float> %2226 to <16 x i32>
+  %2228 = fadd <16 x float> %2226, splat (float 0xC168000FE0000000)
+  %2229 = fmul <16 x float> %2228, splat (float 0x3F2BD01060000000)
+  %2230 = fmul <16 x float> %2228, splat (float 0x3FE6300000000000)
+  %2231 = fsub <16 x float> %arg240.i, %2230
+  %2232 = fadd <16 x float> %2229, %2231
+  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2232, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2233, <16 x float> %2232, <16 x float> splat (float 0x3FA5558F20000000))
+  %2235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2234, <16 x float> %2232, <16 x float> splat (float 0x3FC5554920000000))
+  %2236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2235, <16 x float> %2232, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2237 = fmul <16 x float> %2232, %2232
+  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2236, <16 x float> %2237, <16 x float> %2232)
+  %2239 = shl <16 x i32> %2227, splat (i32 23)
+  %2240 = bitcast <16 x i32> %2239 to <16 x float>
+  %2241 = fadd <16 x float> %2238, splat (float 1.000000e+00)
+  %2242 = fmul <16 x float> %2241, %2240
+  %2243 = fcmp olt <16 x float> %arg240.i, splat (float -8.700000e+01)
+  %2244 = select <16 x i1> %2243, <16 x float> zeroinitializer, <16 x float> %2242
+  %2245 = fcmp one <16 x float> %tile_sum553.sroa.0.0.lcssa.i, zeroinitializer
+  %2246 = select <16 x i1> %2245, <16 x float> %2244, <16 x float> zeroinitializer
+  %2247 = fmul <16 x float> %old_sum.i, %2225
+  %2248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %tile_sum553.sroa.0.0.lcssa.i, <16 x float> %2247)
+  store <16 x float> %m.i, ptr %2196, align 4, !tbaa !5
+  store <16 x float> %2248, ptr %2198, align 4, !tbaa !5
+  %2249 = load i32, ptr %1399, align 16, !tbaa !17
+  %2250 = sub nsw i32 %2249, %689
+  %2251 = tail call i32 @llvm.smin.i32(i32 %2250, i32 %valid_len173.i)
+  %2252 = tail call i32 @llvm.smin.i32(i32 %2251, i32 %722)
+  %2253 = select i1 %134, i32 %2252, i32 %2251
+  %2254 = tail call i32 @llvm.smax.i32(i32 %2253, i32 0)
+  %num_full.i = lshr i32 %2254, 3
+  %2255 = sub nsw i32 %1406, %num_full.i
+  %2256 = icmp sgt i32 %2255, 0
+  br i1 %2256, label %for_begin_ti263.preheader.lr.ph.i, label %for_end_to260.i, !prof !3
 
-for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti235.preheader.i
-  %2335 = fadd <16 x float> %tile_sum566.sroa.0.0790.i, %2123
-  %2336 = fadd <16 x float> %2335, %2144
-  %2337 = fadd <16 x float> %2336, %2165
-  %2338 = fadd <16 x float> %2337, %2186
-  %2339 = fadd <16 x float> %2338, %2207
-  %2340 = fadd <16 x float> %2339, %2228
-  %2341 = fadd <16 x float> %2340, %2249
-  %2342 = fadd <16 x float> %2341, %2270
+for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti216.preheader.i
+  %2257 = fadd <16 x float> %tile_sum553.sroa.0.0762.i, %2045
+  %2258 = fadd <16 x float> %2257, %2066
+  %2259 = fadd <16 x float> %2258, %2087
+  %2260 = fadd <16 x float> %2259, %2108
+  %2261 = fadd <16 x float> %2260, %2129
+  %2262 = fadd <16 x float> %2261, %2150
+  %2263 = fadd <16 x float> %2262, %2171
+  %2264 = fadd <16 x float> %2263, %2192
   br label %for_end_ax0.i
 
-for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti235.preheader.i
-  %.us-phi.i = phi <16 x float> [ %2342, %for_body_ax0.us.preheader.i ], [ %tile_sum566.sroa.0.0790.i, %for_begin_ti235.preheader.i ]
-  %indvars.iv.next1022.i = add nuw nsw i64 %indvars.iv1021.i, 1
-  %exitcond1025.not.i = icmp eq i64 %indvars.iv.next1022.i, %wide.trip.count1011.i
-  br i1 %exitcond1025.not.i, label %for_end_to232.i, label %for_begin_ti235.preheader.i, !prof !13
+for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti216.preheader.i
+  %.us-phi.i = phi <16 x float> [ %2264, %for_body_ax0.us.preheader.i ], [ %tile_sum553.sroa.0.0762.i, %for_begin_ti216.preheader.i ]
+  %indvars.iv.next998.i = add nuw nsw i64 %indvars.iv997.i, 1
+  %exitcond1001.not.i = icmp eq i64 %indvars.iv.next998.i, %wide.trip.count987.i
+  br i1 %exitcond1001.not.i, label %for_end_to213.i, label %for_begin_ti216.preheader.i, !prof !13
 
-for_begin_ti282.preheader.lr.ph.i:                ; preds = %for_end_to232.i
-  %2343 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %.idx1182.i
-  %2344 = and i32 %2332, 2147483640
-  %2345 = add i32 %2344, %702
-  %wide.trip.count1033.i = zext nneg i32 %2333 to i64
-  br label %for_begin_ti282.preheader.i
+for_begin_ti263.preheader.lr.ph.i:                ; preds = %for_end_to213.i
+  %2265 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %.idx1161.i
+  %2266 = and i32 %2254, 2147483640
+  %2267 = add i32 %2266, %689
+  %wide.trip.count1009.i = zext nneg i32 %2255 to i64
+  br label %for_begin_ti263.preheader.i
 
-for_begin_ti282.preheader.i:                      ; preds = %for_begin_ti282.preheader.i, %for_begin_ti282.preheader.lr.ph.i
-  %indvars.iv1030.i = phi i64 [ 0, %for_begin_ti282.preheader.lr.ph.i ], [ %indvars.iv.next1031.i, %for_begin_ti282.preheader.i ]
-  %indvars.iv1030.tr.i = trunc i64 %indvars.iv1030.i to i32
-  %2346 = shl i32 %indvars.iv1030.tr.i, 3
-  %2347 = add i32 %2345, %2346
-  %2348 = add i32 %num_full.i, %indvars.iv1030.tr.i
-  %2349 = shl i32 %2348, 7
-  %2350 = sext i32 %2349 to i64
-  %2351 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
-  %2352 = insertelement <16 x i32> poison, i32 %2347, i64 0
-  %2353 = shufflevector <16 x i32> %2352, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2354 = icmp slt <16 x i32> %2353, %2351
-  %2355 = sext <16 x i1> %2354 to <16 x i32>
-  %2356 = getelementptr inbounds i32, ptr %edges.i, i64 %2350
-  store <16 x i32> %2355, ptr %2356, align 4, !tbaa !5
-  %2357 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
-  %2358 = add i32 %2347, 1
-  %2359 = insertelement <16 x i32> poison, i32 %2358, i64 0
-  %2360 = shufflevector <16 x i32> %2359, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2361 = icmp slt <16 x i32> %2360, %2357
-  %2362 = sext <16 x i1> %2361 to <16 x i32>
-  %2363 = getelementptr i8, ptr %2356, i64 64
-  store <16 x i32> %2362, ptr %2363, align 4, !tbaa !5
-  %2364 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
-  %2365 = add i32 %2347, 2
-  %2366 = insertelement <16 x i32> poison, i32 %2365, i64 0
-  %2367 = shufflevector <16 x i32> %2366, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2368 = icmp slt <16 x i32> %2367, %2364
-  %2369 = sext <16 x i1> %2368 to <16 x i32>
-  %2370 = getelementptr i8, ptr %2356, i64 128
-  store <16 x i32> %2369, ptr %2370, align 4, !tbaa !5
-  %2371 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
-  %2372 = add i32 %2347, 3
-  %2373 = insertelement <16 x i32> poison, i32 %2372, i64 0
-  %2374 = shufflevector <16 x i32> %2373, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2375 = icmp slt <16 x i32> %2374, %2371
-  %2376 = sext <16 x i1> %2375 to <16 x i32>
-  %2377 = getelementptr i8, ptr %2356, i64 192
-  store <16 x i32> %2376, ptr %2377, align 4, !tbaa !5
-  %2378 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
-  %2379 = add i32 %2347, 4
-  %2380 = insertelement <16 x i32> poison, i32 %2379, i64 0
-  %2381 = shufflevector <16 x i32> %2380, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2382 = icmp slt <16 x i32> %2381, %2378
-  %2383 = sext <16 x i1> %2382 to <16 x i32>
-  %2384 = getelementptr i8, ptr %2356, i64 256
-  store <16 x i32> %2383, ptr %2384, align 4, !tbaa !5
-  %2385 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
-  %2386 = add i32 %2347, 5
-  %2387 = insertelement <16 x i32> poison, i32 %2386, i64 0
-  %2388 = shufflevector <16 x i32> %2387, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2389 = icmp slt <16 x i32> %2388, %2385
-  %2390 = sext <16 x i1> %2389 to <16 x i32>
-  %2391 = getelementptr i8, ptr %2356, i64 320
-  store <16 x i32> %2390, ptr %2391, align 4, !tbaa !5
-  %2392 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
-  %2393 = add i32 %2347, 6
-  %2394 = insertelement <16 x i32> poison, i32 %2393, i64 0
-  %2395 = shufflevector <16 x i32> %2394, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2396 = icmp slt <16 x i32> %2395, %2392
-  %2397 = sext <16 x i1> %2396 to <16 x i32>
-  %2398 = getelementptr i8, ptr %2356, i64 384
-  store <16 x i32> %2397, ptr %2398, align 4, !tbaa !5
-  %2399 = load <16 x i32>, ptr %2343, align 4, !tbaa !5
-  %2400 = add i32 %2347, 7
-  %2401 = insertelement <16 x i32> poison, i32 %2400, i64 0
-  %2402 = shufflevector <16 x i32> %2401, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2403 = icmp slt <16 x i32> %2402, %2399
-  %2404 = sext <16 x i1> %2403 to <16 x i32>
-  %2405 = getelementptr i8, ptr %2356, i64 448
-  store <16 x i32> %2404, ptr %2405, align 4, !tbaa !5
-  %indvars.iv.next1031.i = add nuw nsw i64 %indvars.iv1030.i, 1
-  %exitcond1034.not.i = icmp eq i64 %indvars.iv.next1031.i, %wide.trip.count1033.i
-  br i1 %exitcond1034.not.i, label %for_end_to279.i, label %for_begin_ti282.preheader.i, !prof !13
+for_begin_ti263.preheader.i:                      ; preds = %for_begin_ti263.preheader.i, %for_begin_ti263.preheader.lr.ph.i
+  %indvars.iv1006.i = phi i64 [ 0, %for_begin_ti263.preheader.lr.ph.i ], [ %indvars.iv.next1007.i, %for_begin_ti263.preheader.i ]
+  %indvars.iv1006.tr.i = trunc i64 %indvars.iv1006.i to i32
+  %2268 = shl i32 %indvars.iv1006.tr.i, 3
+  %2269 = add i32 %2267, %2268
+  %2270 = add i32 %num_full.i, %indvars.iv1006.tr.i
+  %2271 = shl i32 %2270, 7
+  %2272 = sext i32 %2271 to i64
+  %2273 = load <16 x i32>, ptr %2265, align 4, !tbaa !5
+  %2274 = insertelement <16 x i32> poison, i32 %2269, i64 0
+  %2275 = shufflevector <16 x i32> %2274, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2276 = icmp slt <16 x i32> %2275, %2273
+  %2277 = sext <16 x i1> %2276 to <16 x i32>
+  %2278 = getelementptr inbounds i32, ptr %edges.i, i64 %2272
+  store <16 x i32> %2277, ptr %2278, align 4, !tbaa !5
+  %2279 = load <16 x i32>, ptr %2265, align 4, !tbaa !5
+  %2280 = add i32 %2269, 1
+  %2281 = insertelement <16 x i32> poison, i32 %2280, i64 0
+  %2282 = shufflevector <16 x i32> %2281, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2283 = icmp slt <16 x i32> %2282, %2279
+  %2284 = sext <16 x i1> %2283 to <16 x i32>
+  %2285 = getelementptr i8, ptr %2278, i64 64
+  store <16 x i32> %2284, ptr %2285, align 4, !tbaa !5
+  %2286 = load <16 x i32>, ptr %2265, align 4, !tbaa !5
+  %2287 = add i32 %2269, 2
+  %2288 = insertelement <16 x i32> poison, i32 %2287, i64 0
+  %2289 = shufflevector <16 x i32> %2288, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2290 = icmp slt <16 x i32> %2289, %2286
+  %2291 = sext <16 x i1> %2290 to <16 x i32>
+  %2292 = getelementptr i8, ptr %2278, i64 128
+  store <16 x i32> %2291, ptr %2292, align 4, !tbaa !5
+  %2293 = load <16 x i32>, ptr %2265, align 4, !tbaa !5
+  %2294 = add i32 %2269, 3
+  %2295 = insertelement <16 x i32> poison, i32 %2294, i64 0
+  %2296 = shufflevector <16 x i32> %2295, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2297 = icmp slt <16 x i32> %2296, %2293
+  %2298 = sext <16 x i1> %2297 to <16 x i32>
+  %2299 = getelementptr i8, ptr %2278, i64 192
+  store <16 x i32> %2298, ptr %2299, align 4, !tbaa !5
+  %2300 = load <16 x i32>, ptr %2265, align 4, !tbaa !5
+  %2301 = add i32 %2269, 4
+  %2302 = insertelement <16 x i32> poison, i32 %2301, i64 0
+  %2303 = shufflevector <16 x i32> %2302, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2304 = icmp slt <16 x i32> %2303, %2300
+  %2305 = sext <16 x i1> %2304 to <16 x i32>
+  %2306 = getelementptr i8, ptr %2278, i64 256
+  store <16 x i32> %2305, ptr %2306, align 4, !tbaa !5
+  %2307 = load <16 x i32>, ptr %2265, align 4, !tbaa !5
+  %2308 = add i32 %2269, 5
+  %2309 = insertelement <16 x i32> poison, i32 %2308, i64 0
+  %2310 = shufflevector <16 x i32> %2309, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2311 = icmp slt <16 x i32> %2310, %2307
+  %2312 = sext <16 x i1> %2311 to <16 x i32>
+  %2313 = getelementptr i8, ptr %2278, i64 320
+  store <16 x i32> %2312, ptr %2313, align 4, !tbaa !5
+  %2314 = load <16 x i32>, ptr %2265, align 4, !tbaa !5
+  %2315 = add i32 %2269, 6
+  %2316 = insertelement <16 x i32> poison, i32 %2315, i64 0
+  %2317 = shufflevector <16 x i32> %2316, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2318 = icmp slt <16 x i32> %2317, %2314
+  %2319 = sext <16 x i1> %2318 to <16 x i32>
+  %2320 = getelementptr i8, ptr %2278, i64 384
+  store <16 x i32> %2319, ptr %2320, align 4, !tbaa !5
+  %2321 = load <16 x i32>, ptr %2265, align 4, !tbaa !5
+  %2322 = add i32 %2269, 7
+  %2323 = insertelement <16 x i32> poison, i32 %2322, i64 0
+  %2324 = shufflevector <16 x i32> %2323, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2325 = icmp slt <16 x i32> %2324, %2321
+  %2326 = sext <16 x i1> %2325 to <16 x i32>
+  %2327 = getelementptr i8, ptr %2278, i64 448
+  store <16 x i32> %2326, ptr %2327, align 4, !tbaa !5
+  %indvars.iv.next1007.i = add nuw nsw i64 %indvars.iv1006.i, 1
+  %exitcond1010.not.i = icmp eq i64 %indvars.iv.next1007.i, %wide.trip.count1009.i
+  br i1 %exitcond1010.not.i, label %for_end_to260.i, label %for_begin_ti263.preheader.i, !prof !13
 
-for_end_to279.i:                                  ; preds = %for_begin_ti282.preheader.i, %for_end_to232.i
-  br i1 %134, label %if_then287.i, label %if_end288.i, !prof !8
+for_end_to260.i:                                  ; preds = %for_begin_ti263.preheader.i, %for_end_to213.i
+  br i1 %134, label %if_then268.i, label %if_end269.i, !prof !8
 
-if_then287.i:                                     ; preds = %for_end_to279.i
-  %2406 = trunc nsw i64 %1517 to i32
-  %2407 = urem i32 %2406, %113
-  %2408 = shl nuw nsw i32 %2407, 4
-  %2409 = sub nsw i32 %111, %2408
-  %2410 = tail call i32 @llvm.smin.i32(i32 %2409, i32 16)
-  %2411 = icmp sgt i32 %2409, 0
-  br i1 %2411, label %for_body_r290.lr.ph.i, label %if_end288.i, !prof !3
+if_then268.i:                                     ; preds = %for_end_to260.i
+  %2328 = trunc nsw i64 %1398 to i32
+  %2329 = urem i32 %2328, %113
+  %2330 = shl nuw nsw i32 %2329, 4
+  %2331 = sub nsw i32 %111, %2330
+  %2332 = tail call i32 @llvm.smin.i32(i32 %2331, i32 16)
+  %2333 = icmp sgt i32 %2331, 0
+  br i1 %2333, label %for_body_r271.lr.ph.i, label %if_end269.i, !prof !3
 
-for_body_r290.lr.ph.i:                            ; preds = %if_then287.i
-  %2412 = icmp sgt i32 %valid_len194.i, %763
-  %2413 = zext nneg i32 %2407 to i64
-  %2414 = shl nuw nsw i64 %2413, 2
-  br i1 %2412, label %for_body_r290.us.preheader.i, label %if_end288.i, !prof !3
+for_body_r271.lr.ph.i:                            ; preds = %if_then268.i
+  %2334 = icmp sgt i32 %valid_len173.i, %723
+  %2335 = zext nneg i32 %2329 to i64
+  %2336 = shl nuw nsw i64 %2335, 2
+  br i1 %2334, label %for_body_r271.us.preheader.i, label %if_end269.i, !prof !3
 
-for_body_r290.us.preheader.i:                     ; preds = %for_body_r290.lr.ph.i
-  %2415 = add i32 %indvars.iv229, %1520
-  %smin235 = tail call i32 @llvm.smin.i32(i32 %indvars.iv217, i32 %2415)
-  %smin236 = tail call i32 @llvm.smin.i32(i32 %smin235, i32 128)
-  %2416 = sub i32 %smin236, %smax234
-  %2417 = zext i32 %2416 to i64
-  %2418 = add nsw i64 %2417, -1
-  %smin417 = tail call i32 @llvm.smin.i32(i32 %688, i32 %2415)
-  %smin418 = tail call i32 @llvm.smin.i32(i32 %smin417, i32 128)
-  %2419 = sub i32 %smin418, %smax413
-  %2420 = zext i32 %2419 to i64
-  %scevgep419 = getelementptr i8, ptr %scevgep412, i64 %2420
-  %scevgep421 = getelementptr i8, ptr %edges.i, i64 %691
-  %scevgep422 = getelementptr i8, ptr %edges.i, i64 -60
-  %scevgep423 = getelementptr i8, ptr %scevgep422, i64 %691
-  %2421 = shl nuw nsw i64 %2420, 6
-  %smin430 = tail call i32 @llvm.smin.i32(i32 %681, i32 %2415)
-  %smin431 = tail call i32 @llvm.smin.i32(i32 %smin430, i32 128)
-  %2422 = sub i32 %smin431, %smax426
-  %2423 = zext i32 %2422 to i64
-  %min.iters.check432 = icmp ult i32 %2422, 16
-  %2424 = trunc i64 %2418 to i32
-  %2425 = add i32 %smax409, %2424
-  %2426 = shl i32 %2425, 4
-  %2427 = icmp ugt i64 %2418, 268435455
-  %smax424 = tail call i32 @llvm.smax.i32(i32 %2410, i32 1)
-  %2428 = add nsw i32 %smax424, -1
-  %2429 = zext nneg i32 %2428 to i64
-  %2430 = shl nuw nsw i64 %2429, 2
-  %2431 = getelementptr i8, ptr %scevgep423, i64 %2421
-  %scevgep425 = getelementptr i8, ptr %2431, i64 %2430
-  %n.vec435 = and i64 %2423, 4294967288
-  %cmp.n = icmp eq i64 %n.vec435, %2423
-  %xtraiter629 = and i64 %2423, 3
-  %lcmp.mod630.not = icmp eq i64 %xtraiter629, 0
-  br label %for_body_r290.us.i
+for_body_r271.us.preheader.i:                     ; preds = %for_body_r271.lr.ph.i
+  %2337 = add i32 %indvars.iv222, %1401
+  %smin227 = tail call i32 @llvm.smin.i32(i32 %indvars.iv220, i32 %2337)
+  %smin228 = tail call i32 @llvm.smin.i32(i32 %smin227, i32 128)
+  %2338 = sub i32 %smin228, %smax226
+  %2339 = zext i32 %2338 to i64
+  %2340 = add nsw i64 %2339, -1
+  %2341 = add i32 %675, %1401
+  %smin408 = tail call i32 @llvm.smin.i32(i32 %673, i32 %2341)
+  %smin409 = tail call i32 @llvm.smin.i32(i32 %smin408, i32 128)
+  %2342 = sub i32 %smin409, %smax404
+  %2343 = zext i32 %2342 to i64
+  %scevgep410 = getelementptr i8, ptr %scevgep403, i64 %2343
+  %scevgep412 = getelementptr i8, ptr %edges.i, i64 %678
+  %scevgep413 = getelementptr i8, ptr %edges.i, i64 -60
+  %scevgep414 = getelementptr i8, ptr %scevgep413, i64 %678
+  %2344 = shl nuw nsw i64 %2343, 6
+  %smin421 = tail call i32 @llvm.smin.i32(i32 %666, i32 %2337)
+  %smin422 = tail call i32 @llvm.smin.i32(i32 %smin421, i32 128)
+  %2345 = sub i32 %smin422, %smax417
+  %2346 = zext i32 %2345 to i64
+  %min.iters.check423 = icmp ult i32 %2345, 16
+  %2347 = trunc i64 %2340 to i32
+  %2348 = add i32 %smax400, %2347
+  %2349 = shl i32 %2348, 4
+  %2350 = icmp ugt i64 %2340, 268435455
+  %smax415 = tail call i32 @llvm.smax.i32(i32 %2332, i32 1)
+  %2351 = add nsw i32 %smax415, -1
+  %2352 = zext nneg i32 %2351 to i64
+  %2353 = shl nuw nsw i64 %2352, 2
+  %2354 = getelementptr i8, ptr %scevgep414, i64 %2344
+  %scevgep416 = getelementptr i8, ptr %2354, i64 %2353
+  %n.vec426 = and i64 %2346, 4294967288
+  %cmp.n = icmp eq i64 %n.vec426, %2346
+  %xtraiter591 = and i64 %2346, 3
+  %lcmp.mod592.not = icmp eq i64 %xtraiter591, 0
+  br label %for_body_r271.us.i
 
-for_body_r290.us.i:                               ; preds = %for_begin_c294.for_end_c296_crit_edge.us.i, %for_body_r290.us.preheader.i
-  %r293796.us.i = phi i32 [ %2502, %for_begin_c294.for_end_c296_crit_edge.us.i ], [ 0, %for_body_r290.us.preheader.i ]
-  %2432 = lshr i32 %r293796.us.i, 2
-  %2433 = zext nneg i32 %2432 to i64
-  %2434 = add nuw nsw i64 %2414, %2433
-  %2435 = mul nsw i64 %2434, %371
-  %2436 = getelementptr i8, ptr %769, i64 %2435
-  br i1 %min.iters.check432, label %for_body_c295.us.i.preheader, label %vector.scevcheck, !prof !16
+for_body_r271.us.i:                               ; preds = %for_begin_c275.for_end_c277_crit_edge.us.i, %for_body_r271.us.preheader.i
+  %r274768.us.i = phi i32 [ %2425, %for_begin_c275.for_end_c277_crit_edge.us.i ], [ 0, %for_body_r271.us.preheader.i ]
+  %2355 = lshr i32 %r274768.us.i, 2
+  %2356 = zext nneg i32 %2355 to i64
+  %2357 = add nuw nsw i64 %2336, %2356
+  %2358 = mul nsw i64 %2357, %373
+  %2359 = getelementptr i8, ptr %729, i64 %2358
+  br i1 %min.iters.check423, label %for_body_c276.us.i.preheader, label %vector.scevcheck, !prof !16
 
-vector.scevcheck:                                 ; preds = %for_body_r290.us.i
-  %2437 = add i32 %695, %r293796.us.i
-  %2438 = add i32 %2426, %r293796.us.i
-  %2439 = icmp slt i32 %2438, %2437
-  %2440 = or i1 %2439, %2427
-  br i1 %2440, label %for_body_c295.us.i.preheader, label %vector.memcheck, !prof !16
+vector.scevcheck:                                 ; preds = %for_body_r271.us.i
+  %2360 = add i32 %682, %r274768.us.i
+  %2361 = add i32 %2349, %r274768.us.i
+  %2362 = icmp slt i32 %2361, %2360
+  %2363 = or i1 %2362, %2350
+  br i1 %2363, label %for_body_c276.us.i.preheader, label %vector.memcheck, !prof !16
 
 vector.memcheck:                                  ; preds = %vector.scevcheck
-  %scevgep420 = getelementptr i8, ptr %scevgep419, i64 %2435
-  %bound0 = icmp ult ptr %2436, %scevgep425
-  %bound1 = icmp ult ptr %scevgep421, %scevgep420
+  %scevgep411 = getelementptr i8, ptr %scevgep410, i64 %2358
+  %bound0 = icmp ult ptr %2359, %scevgep416
+  %bound1 = icmp ult ptr %scevgep412, %scevgep411
   %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_c295.us.i.preheader, label %vector.ph433, !prof !16
+  br i1 %found.conflict, label %for_body_c276.us.i.preheader, label %vector.ph424, !prof !16
 
-vector.ph433:                                     ; preds = %vector.memcheck
-  %broadcast.splatinsert436 = insertelement <8 x i32> poison, i32 %r293796.us.i, i64 0
-  %broadcast.splat437 = shufflevector <8 x i32> %broadcast.splatinsert436, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body440
+vector.ph424:                                     ; preds = %vector.memcheck
+  %broadcast.splatinsert427 = insertelement <8 x i32> poison, i32 %r274768.us.i, i64 0
+  %broadcast.splat428 = shufflevector <8 x i32> %broadcast.splatinsert427, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body431
 
-vector.body440:                                   ; preds = %vector.body440, %vector.ph433
-  %index441 = phi i64 [ 0, %vector.ph433 ], [ %index.next442, %vector.body440 ]
-  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph433 ], [ %vec.ind.next, %vector.body440 ]
-  %2441 = getelementptr i8, ptr %2436, i64 %index441
-  %wide.load = load <8 x i8>, ptr %2441, align 1, !tbaa !5, !alias.scope !69, !noalias !72
-  %2442 = icmp eq <8 x i8> %wide.load, zeroinitializer
-  %2443 = add <8 x i32> %broadcast.splat439, %vec.ind
-  %2444 = shl <8 x i32> %2443, splat (i32 4)
-  %2445 = add nsw <8 x i32> %2444, %broadcast.splat437
-  %2446 = sext <8 x i32> %2445 to <8 x i64>
-  %2447 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2446
-  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2447, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !72
-  %2448 = select <8 x i1> %2442, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2448, <8 x ptr> align 4 %2447, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !72
-  %index.next442 = add nuw i64 %index441, 8
+vector.body431:                                   ; preds = %vector.body431, %vector.ph424
+  %index432 = phi i64 [ 0, %vector.ph424 ], [ %index.next433, %vector.body431 ]
+  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph424 ], [ %vec.ind.next, %vector.body431 ]
+  %2364 = getelementptr i8, ptr %2359, i64 %index432
+  %wide.load = load <8 x i8>, ptr %2364, align 1, !tbaa !5, !alias.scope !62, !noalias !65
+  %2365 = icmp eq <8 x i8> %wide.load, zeroinitializer
+  %2366 = add <8 x i32> %broadcast.splat430, %vec.ind
+  %2367 = shl <8 x i32> %2366, splat (i32 4)
+  %2368 = add nsw <8 x i32> %2367, %broadcast.splat428
+  %2369 = sext <8 x i32> %2368 to <8 x i64>
+  %2370 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2369
+  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2370, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !65
+  %2371 = select <8 x i1> %2365, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2371, <8 x ptr> align 4 %2370, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !65
+  %index.next433 = add nuw i64 %index432, 8
   %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
-  %2449 = icmp eq i64 %index.next442, %n.vec435
-  br i1 %2449, label %middle.block443, label %vector.body440, !prof !60, !llvm.loop !74
+  %2372 = icmp eq i64 %index.next433, %n.vec426
+  br i1 %2372, label %middle.block434, label %vector.body431, !prof !52, !llvm.loop !67
 
-middle.block443:                                  ; preds = %vector.body440
-  br i1 %cmp.n, label %for_begin_c294.for_end_c296_crit_edge.us.i, label %for_body_c295.us.i.preheader, !prof !63
+middle.block434:                                  ; preds = %vector.body431
+  br i1 %cmp.n, label %for_begin_c275.for_end_c277_crit_edge.us.i, label %for_body_c276.us.i.preheader, !prof !55
 
-for_body_c295.us.i.preheader:                     ; preds = %middle.block443, %vector.memcheck, %vector.scevcheck, %for_body_r290.us.i
-  %indvars.iv1035.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r290.us.i ], [ %n.vec435, %middle.block443 ]
-  br i1 %lcmp.mod630.not, label %for_body_c295.us.i.prol.loopexit, label %for_body_c295.us.i.prol, !prof !3
+for_body_c276.us.i.preheader:                     ; preds = %middle.block434, %vector.memcheck, %vector.scevcheck, %for_body_r271.us.i
+  %indvars.iv1011.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r271.us.i ], [ %n.vec426, %middle.block434 ]
+  br i1 %lcmp.mod592.not, label %for_body_c276.us.i.prol.loopexit, label %for_body_c276.us.i.prol, !prof !3
 
-for_body_c295.us.i.prol:                          ; preds = %for_body_c295.us.i.prol, %for_body_c295.us.i.preheader
-  %indvars.iv1035.i.prol = phi i64 [ %indvars.iv.next1036.i.prol, %for_body_c295.us.i.prol ], [ %indvars.iv1035.i.ph, %for_body_c295.us.i.preheader ]
-  %prol.iter631 = phi i64 [ %prol.iter631.next, %for_body_c295.us.i.prol ], [ 0, %for_body_c295.us.i.preheader ]
-  %2450 = getelementptr i8, ptr %2436, i64 %indvars.iv1035.i.prol
-  %2451 = load i8, ptr %2450, align 1, !tbaa !5
-  %.not599.us.i.prol = icmp eq i8 %2451, 0
-  %2452 = trunc i64 %indvars.iv1035.i.prol to i32
-  %2453 = add i32 %763, %2452
-  %2454 = shl i32 %2453, 4
-  %2455 = add nsw i32 %2454, %r293796.us.i
-  %2456 = sext i32 %2455 to i64
-  %2457 = getelementptr inbounds i32, ptr %edges.i, i64 %2456
-  %2458 = load i32, ptr %2457, align 4, !tbaa !5
-  %2459 = select i1 %.not599.us.i.prol, i32 0, i32 %2458
-  store i32 %2459, ptr %2457, align 4, !tbaa !5
-  %indvars.iv.next1036.i.prol = add nuw nsw i64 %indvars.iv1035.i.prol, 1
-  %prol.iter631.next = add i64 %prol.iter631, 1
-  %prol.iter631.cmp.not = icmp eq i64 %prol.iter631.next, %xtraiter629
-  br i1 %prol.iter631.cmp.not, label %for_body_c295.us.i.prol.loopexit, label %for_body_c295.us.i.prol, !prof !64, !llvm.loop !75
+for_body_c276.us.i.prol:                          ; preds = %for_body_c276.us.i.prol, %for_body_c276.us.i.preheader
+  %indvars.iv1011.i.prol = phi i64 [ %indvars.iv.next1012.i.prol, %for_body_c276.us.i.prol ], [ %indvars.iv1011.i.ph, %for_body_c276.us.i.preheader ]
+  %prol.iter593 = phi i64 [ %prol.iter593.next, %for_body_c276.us.i.prol ], [ 0, %for_body_c276.us.i.preheader ]
+  %2373 = getelementptr i8, ptr %2359, i64 %indvars.iv1011.i.prol
+  %2374 = load i8, ptr %2373, align 1, !tbaa !5
+  %.not584.us.i.prol = icmp eq i8 %2374, 0
+  %2375 = trunc i64 %indvars.iv1011.i.prol to i32
+  %2376 = add i32 %723, %2375
+  %2377 = shl i32 %2376, 4
+  %2378 = add nsw i32 %2377, %r274768.us.i
+  %2379 = sext i32 %2378 to i64
+  %2380 = getelementptr inbounds i32, ptr %edges.i, i64 %2379
+  %2381 = load i32, ptr %2380, align 4, !tbaa !5
+  %2382 = select i1 %.not584.us.i.prol, i32 0, i32 %2381
+  store i32 %2382, ptr %2380, align 4, !tbaa !5
+  %indvars.iv.next1012.i.prol = add nuw nsw i64 %indvars.iv1011.i.prol, 1
+  %prol.iter593.next = add i64 %prol.iter593, 1
+  %prol.iter593.cmp.not = icmp eq i64 %prol.iter593.next, %xtraiter591
+  br i1 %prol.iter593.cmp.not, label %for_body_c276.us.i.prol.loopexit, label %for_body_c276.us.i.prol, !prof !56, !llvm.loop !68
 
-for_body_c295.us.i.prol.loopexit:                 ; preds = %for_body_c295.us.i.prol, %for_body_c295.us.i.preheader
-  %indvars.iv1035.i.unr = phi i64 [ %indvars.iv1035.i.ph, %for_body_c295.us.i.preheader ], [ %indvars.iv.next1036.i.prol, %for_body_c295.us.i.prol ]
-  %2460 = sub nsw i64 %indvars.iv1035.i.ph, %2423
-  %2461 = icmp ugt i64 %2460, -4
-  br i1 %2461, label %for_begin_c294.for_end_c296_crit_edge.us.i, label %for_body_c295.us.i, !prof !16
+for_body_c276.us.i.prol.loopexit:                 ; preds = %for_body_c276.us.i.prol, %for_body_c276.us.i.preheader
+  %indvars.iv1011.i.unr = phi i64 [ %indvars.iv1011.i.ph, %for_body_c276.us.i.preheader ], [ %indvars.iv.next1012.i.prol, %for_body_c276.us.i.prol ]
+  %2383 = sub nsw i64 %indvars.iv1011.i.ph, %2346
+  %2384 = icmp ugt i64 %2383, -4
+  br i1 %2384, label %for_begin_c275.for_end_c277_crit_edge.us.i, label %for_body_c276.us.i, !prof !16
 
-for_body_c295.us.i:                               ; preds = %for_body_c295.us.i, %for_body_c295.us.i.prol.loopexit
-  %indvars.iv1035.i = phi i64 [ %indvars.iv.next1036.i.3, %for_body_c295.us.i ], [ %indvars.iv1035.i.unr, %for_body_c295.us.i.prol.loopexit ]
-  %2462 = getelementptr i8, ptr %2436, i64 %indvars.iv1035.i
-  %2463 = load i8, ptr %2462, align 1, !tbaa !5
-  %.not599.us.i = icmp eq i8 %2463, 0
-  %2464 = trunc i64 %indvars.iv1035.i to i32
-  %2465 = add i32 %763, %2464
-  %2466 = shl i32 %2465, 4
-  %2467 = add nsw i32 %2466, %r293796.us.i
-  %2468 = sext i32 %2467 to i64
-  %2469 = getelementptr inbounds i32, ptr %edges.i, i64 %2468
-  %2470 = load i32, ptr %2469, align 4, !tbaa !5
-  %2471 = select i1 %.not599.us.i, i32 0, i32 %2470
-  store i32 %2471, ptr %2469, align 4, !tbaa !5
-  %indvars.iv.next1036.i = add nuw nsw i64 %indvars.iv1035.i, 1
-  %2472 = getelementptr i8, ptr %2436, i64 %indvars.iv.next1036.i
-  %2473 = load i8, ptr %2472, align 1, !tbaa !5
-  %.not599.us.i.1 = icmp eq i8 %2473, 0
-  %2474 = trunc i64 %indvars.iv.next1036.i to i32
-  %2475 = add i32 %763, %2474
-  %2476 = shl i32 %2475, 4
-  %2477 = add nsw i32 %2476, %r293796.us.i
-  %2478 = sext i32 %2477 to i64
-  %2479 = getelementptr inbounds i32, ptr %edges.i, i64 %2478
-  %2480 = load i32, ptr %2479, align 4, !tbaa !5
-  %2481 = select i1 %.not599.us.i.1, i32 0, i32 %2480
-  store i32 %2481, ptr %2479, align 4, !tbaa !5
-  %indvars.iv.next1036.i.1 = add nuw nsw i64 %indvars.iv1035.i, 2
-  %2482 = getelementptr i8, ptr %2436, i64 %indvars.iv.next1036.i.1
-  %2483 = load i8, ptr %2482, align 1, !tbaa !5
-  %.not599.us.i.2 = icmp eq i8 %2483, 0
-  %2484 = trunc i64 %indvars.iv.next1036.i.1 to i32
-  %2485 = add i32 %763, %2484
-  %2486 = shl i32 %2485, 4
-  %2487 = add nsw i32 %2486, %r293796.us.i
-  %2488 = sext i32 %2487 to i64
-  %2489 = getelementptr inbounds i32, ptr %edges.i, i64 %2488
-  %2490 = load i32, ptr %2489, align 4, !tbaa !5
-  %2491 = select i1 %.not599.us.i.2, i32 0, i32 %2490
-  store i32 %2491, ptr %2489, align 4, !tbaa !5
-  %indvars.iv.next1036.i.2 = add nuw nsw i64 %indvars.iv1035.i, 3
-  %2492 = getelementptr i8, ptr %2436, i64 %indvars.iv.next1036.i.2
-  %2493 = load i8, ptr %2492, align 1, !tbaa !5
-  %.not599.us.i.3 = icmp eq i8 %2493, 0
-  %2494 = trunc i64 %indvars.iv.next1036.i.2 to i32
-  %2495 = add i32 %763, %2494
-  %2496 = shl i32 %2495, 4
-  %2497 = add nsw i32 %2496, %r293796.us.i
-  %2498 = sext i32 %2497 to i64
-  %2499 = getelementptr inbounds i32, ptr %edges.i, i64 %2498
-  %2500 = load i32, ptr %2499, align 4, !tbaa !5
-  %2501 = select i1 %.not599.us.i.3, i32 0, i32 %2500
-  store i32 %2501, ptr %2499, align 4, !tbaa !5
-  %indvars.iv.next1036.i.3 = add nuw nsw i64 %indvars.iv1035.i, 4
-  %exitcond237.not.3 = icmp eq i64 %indvars.iv.next1036.i.3, %2417
-  br i1 %exitcond237.not.3, label %for_begin_c294.for_end_c296_crit_edge.us.i, label %for_body_c295.us.i, !prof !66, !llvm.loop !76
+for_body_c276.us.i:                               ; preds = %for_body_c276.us.i, %for_body_c276.us.i.prol.loopexit
+  %indvars.iv1011.i = phi i64 [ %indvars.iv.next1012.i.3, %for_body_c276.us.i ], [ %indvars.iv1011.i.unr, %for_body_c276.us.i.prol.loopexit ]
+  %2385 = getelementptr i8, ptr %2359, i64 %indvars.iv1011.i
+  %2386 = load i8, ptr %2385, align 1, !tbaa !5
+  %.not584.us.i = icmp eq i8 %2386, 0
+  %2387 = trunc i64 %indvars.iv1011.i to i32
+  %2388 = add i32 %723, %2387
+  %2389 = shl i32 %2388, 4
+  %2390 = add nsw i32 %2389, %r274768.us.i
+  %2391 = sext i32 %2390 to i64
+  %2392 = getelementptr inbounds i32, ptr %edges.i, i64 %2391
+  %2393 = load i32, ptr %2392, align 4, !tbaa !5
+  %2394 = select i1 %.not584.us.i, i32 0, i32 %2393
+  store i32 %2394, ptr %2392, align 4, !tbaa !5
+  %indvars.iv.next1012.i = add nuw nsw i64 %indvars.iv1011.i, 1
+  %2395 = getelementptr i8, ptr %2359, i64 %indvars.iv.next1012.i
+  %2396 = load i8, ptr %2395, align 1, !tbaa !5
+  %.not584.us.i.1 = icmp eq i8 %2396, 0
+  %2397 = trunc i64 %indvars.iv.next1012.i to i32
+  %2398 = add i32 %723, %2397
+  %2399 = shl i32 %2398, 4
+  %2400 = add nsw i32 %2399, %r274768.us.i
+  %2401 = sext i32 %2400 to i64
+  %2402 = getelementptr inbounds i32, ptr %edges.i, i64 %2401
+  %2403 = load i32, ptr %2402, align 4, !tbaa !5
+  %2404 = select i1 %.not584.us.i.1, i32 0, i32 %2403
+  store i32 %2404, ptr %2402, align 4, !tbaa !5
+  %indvars.iv.next1012.i.1 = add nuw nsw i64 %indvars.iv1011.i, 2
+  %2405 = getelementptr i8, ptr %2359, i64 %indvars.iv.next1012.i.1
+  %2406 = load i8, ptr %2405, align 1, !tbaa !5
+  %.not584.us.i.2 = icmp eq i8 %2406, 0
+  %2407 = trunc i64 %indvars.iv.next1012.i.1 to i32
+  %2408 = add i32 %723, %2407
+  %2409 = shl i32 %2408, 4
+  %2410 = add nsw i32 %2409, %r274768.us.i
+  %2411 = sext i32 %2410 to i64
+  %2412 = getelementptr inbounds i32, ptr %edges.i, i64 %2411
+  %2413 = load i32, ptr %2412, align 4, !tbaa !5
+  %2414 = select i1 %.not584.us.i.2, i32 0, i32 %2413
+  store i32 %2414, ptr %2412, align 4, !tbaa !5
+  %indvars.iv.next1012.i.2 = add nuw nsw i64 %indvars.iv1011.i, 3
+  %2415 = getelementptr i8, ptr %2359, i64 %indvars.iv.next1012.i.2
+  %2416 = load i8, ptr %2415, align 1, !tbaa !5
+  %.not584.us.i.3 = icmp eq i8 %2416, 0
+  %2417 = trunc i64 %indvars.iv.next1012.i.2 to i32
+  %2418 = add i32 %723, %2417
+  %2419 = shl i32 %2418, 4
+  %2420 = add nsw i32 %2419, %r274768.us.i
+  %2421 = sext i32 %2420 to i64
+  %2422 = getelementptr inbounds i32, ptr %edges.i, i64 %2421
+  %2423 = load i32, ptr %2422, align 4, !tbaa !5
+  %2424 = select i1 %.not584.us.i.3, i32 0, i32 %2423
+  store i32 %2424, ptr %2422, align 4, !tbaa !5
+  %indvars.iv.next1012.i.3 = add nuw nsw i64 %indvars.iv1011.i, 4
+  %exitcond229.not.3 = icmp eq i64 %indvars.iv.next1012.i.3, %2339
+  br i1 %exitcond229.not.3, label %for_begin_c275.for_end_c277_crit_edge.us.i, label %for_body_c276.us.i, !prof !59, !llvm.loop !69
 
-for_begin_c294.for_end_c296_crit_edge.us.i:       ; preds = %for_body_c295.us.i, %for_body_c295.us.i.prol.loopexit, %middle.block443
-  %2502 = add nuw nsw i32 %r293796.us.i, 1
-  %2503 = icmp slt i32 %2502, %2410
-  br i1 %2503, label %for_body_r290.us.i, label %if_end288.i, !prof !68
+for_begin_c275.for_end_c277_crit_edge.us.i:       ; preds = %for_body_c276.us.i, %for_body_c276.us.i.prol.loopexit, %middle.block434
+  %2425 = add nuw nsw i32 %r274768.us.i, 1
+  %2426 = icmp slt i32 %2425, %2332
+  br i1 %2426, label %for_body_r271.us.i, label %if_end269.i, !prof !61
 
-if_end288.i:                                      ; preds = %for_begin_c294.for_end_c296_crit_edge.us.i, %for_body_r290.lr.ph.i, %if_then287.i, %for_end_to279.i
-  %.not877.i = icmp eq i32 %num_full.i, 0
-  %2504 = and i32 %2332, 2147483640
-  %2505 = icmp sgt i32 %valid_len194.i, %2504
-  %2506 = shl nuw nsw i32 %num_full.i, 7
-  %2507 = shl nuw nsw i32 %num_full.i, 10
-  %2508 = fmul <16 x float> %2303, zeroinitializer
-  %2509 = zext nneg i32 %2506 to i64
-  %2510 = shl i64 %1517, 11
-  %2511 = and i64 %2510, 4294965248
-  %wide.trip.count1047.i = zext nneg i32 %num_full.i to i64
-  %2512 = add i32 %indvars.iv229, %1520
-  %2513 = tail call i32 @llvm.smin.i32(i32 %indvars.iv217, i32 %2512)
-  %2514 = tail call i32 @llvm.smin.i32(i32 %2513, i32 128)
-  %smin239 = sext i32 %2514 to i64
-  %2515 = shl nuw nsw i64 %wide.trip.count1047.i, 3
-  %2516 = sub nsw i64 %smin239, %2515
-  %smax240 = tail call i64 @llvm.smax.i64(i64 %2516, i64 1)
-  br label %for_begin_to299.preheader.i
+if_end269.i:                                      ; preds = %for_begin_c275.for_end_c277_crit_edge.us.i, %for_body_r271.lr.ph.i, %if_then268.i, %for_end_to260.i
+  %factor.op.mul.reass.i = mul i32 %factor.op.mul830.i, %num_full.i
+  %.not858.i = icmp eq i32 %num_full.i, 0
+  %2427 = and i32 %2254, 2147483640
+  %2428 = icmp sgt i32 %valid_len173.i, %2427
+  %2429 = and i1 %695, %1397
+  %2430 = shl nuw nsw i32 %num_full.i, 7
+  %2431 = shl nuw nsw i32 %num_full.i, 10
+  %2432 = fmul <16 x float> %2225, zeroinitializer
+  %2433 = zext nneg i32 %2430 to i64
+  %2434 = shl i64 %1398, 11
+  %2435 = and i64 %2434, 4294965248
+  %2436 = zext nneg i32 %num_full.i to i64
+  %2437 = add i32 %indvars.iv222, %1401
+  %2438 = tail call i32 @llvm.smin.i32(i32 %indvars.iv220, i32 %2437)
+  %2439 = tail call i32 @llvm.smin.i32(i32 %2438, i32 128)
+  %smin231 = sext i32 %2439 to i64
+  %2440 = shl nuw nsw i64 %2436, 3
+  %2441 = sub nsw i64 %smin231, %2440
+  %smax232 = tail call i64 @llvm.smax.i64(i64 %2441, i64 1)
+  br label %for_begin_to280.preheader.i
 
-for_begin_to299.preheader.i:                      ; preds = %if_end329.i, %if_end288.i
-  %indvars.iv1053.i = phi i64 [ 0, %if_end288.i ], [ %indvars.iv.next1054.i, %if_end329.i ]
-  br i1 %.not877.i, label %for_end_to301.i, label %for_begin_ti304.preheader.lr.ph.i, !prof !16
+for_begin_to280.preheader.i:                      ; preds = %if_end317.i, %if_end269.i
+  %indvars.iv1032.i = phi i64 [ 0, %if_end269.i ], [ %indvars.iv.next1033.i, %if_end317.i ]
+  br i1 %.not858.i, label %for_end_to282.i, label %for_body_to281.lr.ph.i, !prof !16
 
-for_begin_ti304.preheader.lr.ph.i:                ; preds = %for_begin_to299.preheader.i
-  %2517 = shl i64 %indvars.iv1053.i, 2
-  %2518 = and i64 %2517, 12
-  %2519 = shl i64 %indvars.iv1053.i, 3
-  %2520 = and i64 %2519, 96
-  %invariant.gep148 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2520
-  %invariant.gep150 = getelementptr inbounds nuw float, ptr %invariant.gep148, i64 %2518
-  br label %for_begin_ti304.preheader.i
+for_body_to281.lr.ph.i:                           ; preds = %for_begin_to280.preheader.i
+  %2442 = mul nuw nsw i64 %indvars.iv1032.i, %2436
+  %2443 = shl i64 %indvars.iv1032.i, 2
+  %2444 = and i64 %2443, 12
+  %2445 = shl i64 %indvars.iv1032.i, 3
+  %2446 = and i64 %2445, 96
+  %invariant.gep148 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2446
+  %invariant.gep150 = getelementptr inbounds nuw float, ptr %invariant.gep148, i64 %2444
+  br label %for_body_to281.i
 
-for_begin_ti304.preheader.i:                      ; preds = %for_begin_ti304.preheader.i, %for_begin_ti304.preheader.lr.ph.i
-  %indvars.iv1043.i = phi i64 [ 0, %for_begin_ti304.preheader.lr.ph.i ], [ %indvars.iv.next1044.i, %for_begin_ti304.preheader.i ]
-  %full_acc557.sroa.28.0817.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2855, %for_begin_ti304.preheader.i ]
-  %full_acc557.sroa.24.0816.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2850, %for_begin_ti304.preheader.i ]
-  %full_acc557.sroa.20.0815.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2845, %for_begin_ti304.preheader.i ]
-  %full_acc557.sroa.16.0814.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2840, %for_begin_ti304.preheader.i ]
-  %full_acc557.sroa.12.0813.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2835, %for_begin_ti304.preheader.i ]
-  %full_acc557.sroa.8.0812.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2830, %for_begin_ti304.preheader.i ]
-  %full_acc557.sroa.4.0811.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2825, %for_begin_ti304.preheader.i ]
-  %full_acc557.sroa.0.0810.i = phi <16 x float> [ zeroinitializer, %for_begin_ti304.preheader.lr.ph.i ], [ %2820, %for_begin_ti304.preheader.i ]
-  %.idx76 = shl nsw i64 %indvars.iv1043.i, 9
-  %2521 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx76
-  %2522 = load <16 x float>, ptr %2521, align 4, !tbaa !5
-  %.idx77 = shl nsw i64 %indvars.iv1043.i, 12
+for_body_to281.i:                                 ; preds = %if_end286.i, %for_body_to281.lr.ph.i
+  %indvars.iv1022.i = phi i64 [ 0, %for_body_to281.lr.ph.i ], [ %indvars.iv.next1023.i, %if_end286.i ]
+  %full_acc544.sroa.28.0795.i = phi <16 x float> [ zeroinitializer, %for_body_to281.lr.ph.i ], [ %2800, %if_end286.i ]
+  %full_acc544.sroa.24.0794.i = phi <16 x float> [ zeroinitializer, %for_body_to281.lr.ph.i ], [ %2795, %if_end286.i ]
+  %full_acc544.sroa.20.0793.i = phi <16 x float> [ zeroinitializer, %for_body_to281.lr.ph.i ], [ %2790, %if_end286.i ]
+  %full_acc544.sroa.16.0792.i = phi <16 x float> [ zeroinitializer, %for_body_to281.lr.ph.i ], [ %2785, %if_end286.i ]
+  %full_acc544.sroa.12.0791.i = phi <16 x float> [ zeroinitializer, %for_body_to281.lr.ph.i ], [ %2780, %if_end286.i ]
+  %full_acc544.sroa.8.0790.i = phi <16 x float> [ zeroinitializer, %for_body_to281.lr.ph.i ], [ %2775, %if_end286.i ]
+  %full_acc544.sroa.4.0789.i = phi <16 x float> [ zeroinitializer, %for_body_to281.lr.ph.i ], [ %2770, %if_end286.i ]
+  %full_acc544.sroa.0.0788.i = phi <16 x float> [ zeroinitializer, %for_body_to281.lr.ph.i ], [ %2765, %if_end286.i ]
+  br i1 %2429, label %for_begin_line287.preheader.i, label %if_end286.i, !prof !8
+
+for_begin_line287.preheader.i:                    ; preds = %for_body_to281.i
+  %2447 = add nuw nsw i64 %indvars.iv1022.i, %2442
+  %2448 = trunc nuw nsw i64 %2447 to i32
+  %2449 = lshr i32 %2448, 1
+  %2450 = add nuw nsw i32 %2449, %factor.op.mul.reass.i
+  %2451 = srem i32 %2450, %num_kv_heads
+  %2452 = zext nneg i32 %2451 to i64
+  %2453 = mul nsw i64 %v_head, %2452
+  %2454 = sdiv i32 %2450, %num_kv_heads
+  %2455 = sext i32 %2454 to i64
+  %2456 = getelementptr i64, ptr %value_offsets.i, i64 %2455
+  %2457 = getelementptr i8, ptr %2456, i64 1024
+  %2458 = load i64, ptr %2457, align 8, !tbaa !5
+  %2459 = shl i64 %2447, 5
+  %2460 = and i64 %2459, 32
+  %gep806.i = getelementptr i32, ptr %invariant.gep805.i, i64 %2458
+  %invariant.gep771.i = getelementptr i32, ptr %gep806.i, i64 %2453
+  %gep772.i = getelementptr i32, ptr %invariant.gep771.i, i64 %2460
+  tail call void @llvm.prefetch.p0(ptr readonly %gep772.i, i32 0, i32 2, i32 1)
+  %gep772.1.i = getelementptr i8, ptr %gep772.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep772.1.i, i32 0, i32 2, i32 1)
+  br label %if_end286.i
+
+for_end_to282.i:                                  ; preds = %if_end286.i, %for_begin_to280.preheader.i
+  %full_acc544.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to280.preheader.i ], [ %2765, %if_end286.i ]
+  %full_acc544.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to280.preheader.i ], [ %2770, %if_end286.i ]
+  %full_acc544.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to280.preheader.i ], [ %2775, %if_end286.i ]
+  %full_acc544.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to280.preheader.i ], [ %2780, %if_end286.i ]
+  %full_acc544.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to280.preheader.i ], [ %2785, %if_end286.i ]
+  %full_acc544.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to280.preheader.i ], [ %2790, %if_end286.i ]
+  %full_acc544.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to280.preheader.i ], [ %2795, %if_end286.i ]
+  %full_acc544.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to280.preheader.i ], [ %2800, %if_end286.i ]
+  br i1 %2428, label %for_body_ti298.lr.ph.i, label %for_end_ti299.i, !prof !3
+
+for_body_ti298.lr.ph.i:                           ; preds = %for_end_to282.i
+  %indvars.iv1032.tr.i = trunc i64 %indvars.iv1032.i to i32
+  %2461 = shl i32 %indvars.iv1032.tr.i, 2
+  %2462 = and i32 %2461, 12
+  %2463 = shl i32 %indvars.iv1032.tr.i, 3
+  %2464 = and i32 %2463, 96
+  %invariant.op825.i = or disjoint i32 %2464, %2431
+  %invariant.op827.i = or disjoint i32 %invariant.op825.i, %2462
+  %2465 = zext nneg i32 %invariant.op827.i to i64
+  %invariant.gep1236.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2465
+  br label %for_body_ti298.i
+
+if_end286.i:                                      ; preds = %for_begin_line287.preheader.i, %for_body_to281.i
+  %.idx76 = shl nsw i64 %indvars.iv1022.i, 9
+  %2466 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx76
+  %2467 = load <16 x float>, ptr %2466, align 4, !tbaa !5
+  %.idx77 = shl nsw i64 %indvars.iv1022.i, 12
   %gep151 = getelementptr inbounds nuw i8, ptr %invariant.gep150, i64 %.idx77
-  %2523 = load float, ptr %gep151, align 4, !tbaa !5
-  %2524 = insertelement <16 x float> poison, float %2523, i64 0
-  %2525 = shufflevector <16 x float> %2524, <16 x float> poison, <16 x i32> zeroinitializer
-  %2526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2525, <16 x float> %full_acc557.sroa.0.0810.i)
-  %2527 = getelementptr inbounds nuw i8, ptr %gep151, i64 64
-  %2528 = load float, ptr %2527, align 4, !tbaa !5
-  %2529 = insertelement <16 x float> poison, float %2528, i64 0
-  %2530 = shufflevector <16 x float> %2529, <16 x float> poison, <16 x i32> zeroinitializer
-  %2531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2530, <16 x float> %full_acc557.sroa.4.0811.i)
-  %2532 = getelementptr inbounds nuw i8, ptr %gep151, i64 4
-  %2533 = load float, ptr %2532, align 4, !tbaa !5
-  %2534 = insertelement <16 x float> poison, float %2533, i64 0
-  %2535 = shufflevector <16 x float> %2534, <16 x float> poison, <16 x i32> zeroinitializer
-  %2536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2535, <16 x float> %full_acc557.sroa.8.0812.i)
-  %2537 = getelementptr inbounds nuw i8, ptr %gep151, i64 68
-  %2538 = load float, ptr %2537, align 4, !tbaa !5
-  %2539 = insertelement <16 x float> poison, float %2538, i64 0
-  %2540 = shufflevector <16 x float> %2539, <16 x float> poison, <16 x i32> zeroinitializer
-  %2541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2540, <16 x float> %full_acc557.sroa.12.0813.i)
-  %2542 = getelementptr inbounds nuw i8, ptr %gep151, i64 8
-  %2543 = load float, ptr %2542, align 4, !tbaa !5
-  %2544 = insertelement <16 x float> poison, float %2543, i64 0
-  %2545 = shufflevector <16 x float> %2544, <16 x float> poison, <16 x i32> zeroinitializer
-  %2546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2545, <16 x float> %full_acc557.sroa.16.0814.i)
-  %2547 = getelementptr inbounds nuw i8, ptr %gep151, i64 72
-  %2548 = load float, ptr %2547, align 4, !tbaa !5
-  %2549 = insertelement <16 x float> poison, float %2548, i64 0
-  %2550 = shufflevector <16 x float> %2549, <16 x float> poison, <16 x i32> zeroinitializer
-  %2551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2550, <16 x float> %full_acc557.sroa.20.0815.i)
-  %2552 = getelementptr inbounds nuw i8, ptr %gep151, i64 12
-  %2553 = load float, ptr %2552, align 4, !tbaa !5
-  %2554 = insertelement <16 x float> poison, float %2553, i64 0
-  %2555 = shufflevector <16 x float> %2554, <16 x float> poison, <16 x i32> zeroinitializer
-  %2556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2555, <16 x float> %full_acc557.sroa.24.0816.i)
-  %2557 = getelementptr inbounds nuw i8, ptr %gep151, i64 76
-  %2558 = load float, ptr %2557, align 4, !tbaa !5
-  %2559 = insertelement <16 x float> poison, float %2558, i64 0
-  %2560 = shufflevector <16 x float> %2559, <16 x float> poison, <16 x i32> zeroinitializer
-  %2561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2560, <16 x float> %full_acc557.sroa.28.0817.i)
-  %2562 = getelementptr inbounds nuw i8, ptr %2521, i64 64
-  %2563 = load <16 x float>, ptr %2562, align 4, !tbaa !5
-  %2564 = getelementptr inbounds nuw i8, ptr %gep151, i64 512
-  %2565 = load float, ptr %2564, align 4, !tbaa !5
-  %2566 = insertelement <16 x float> poison, float %2565, i64 0
-  %2567 = shufflevector <16 x float> %2566, <16 x float> poison, <16 x i32> zeroinitializer
-  %2568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2567, <16 x float> %2526)
-  %2569 = getelementptr inbounds nuw i8, ptr %gep151, i64 576
-  %2570 = load float, ptr %2569, align 4, !tbaa !5
-  %2571 = insertelement <16 x float> poison, float %2570, i64 0
-  %2572 = shufflevector <16 x float> %2571, <16 x float> poison, <16 x i32> zeroinitializer
-  %2573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2572, <16 x float> %2531)
-  %2574 = getelementptr inbounds nuw i8, ptr %gep151, i64 516
-  %2575 = load float, ptr %2574, align 4, !tbaa !5
-  %2576 = insertelement <16 x float> poison, float %2575, i64 0
-  %2577 = shufflevector <16 x float> %2576, <16 x float> poison, <16 x i32> zeroinitializer
-  %2578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2577, <16 x float> %2536)
-  %2579 = getelementptr inbounds nuw i8, ptr %gep151, i64 580
-  %2580 = load float, ptr %2579, align 4, !tbaa !5
-  %2581 = insertelement <16 x float> poison, float %2580, i64 0
-  %2582 = shufflevector <16 x float> %2581, <16 x float> poison, <16 x i32> zeroinitializer
-  %2583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2582, <16 x float> %2541)
-  %2584 = getelementptr inbounds nuw i8, ptr %gep151, i64 520
-  %2585 = load float, ptr %2584, align 4, !tbaa !5
-  %2586 = insertelement <16 x float> poison, float %2585, i64 0
-  %2587 = shufflevector <16 x float> %2586, <16 x float> poison, <16 x i32> zeroinitializer
-  %2588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2587, <16 x float> %2546)
-  %2589 = getelementptr inbounds nuw i8, ptr %gep151, i64 584
-  %2590 = load float, ptr %2589, align 4, !tbaa !5
-  %2591 = insertelement <16 x float> poison, float %2590, i64 0
-  %2592 = shufflevector <16 x float> %2591, <16 x float> poison, <16 x i32> zeroinitializer
-  %2593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2592, <16 x float> %2551)
-  %2594 = getelementptr inbounds nuw i8, ptr %gep151, i64 524
-  %2595 = load float, ptr %2594, align 4, !tbaa !5
-  %2596 = insertelement <16 x float> poison, float %2595, i64 0
-  %2597 = shufflevector <16 x float> %2596, <16 x float> poison, <16 x i32> zeroinitializer
-  %2598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2597, <16 x float> %2556)
-  %2599 = getelementptr inbounds nuw i8, ptr %gep151, i64 588
-  %2600 = load float, ptr %2599, align 4, !tbaa !5
-  %2601 = insertelement <16 x float> poison, float %2600, i64 0
-  %2602 = shufflevector <16 x float> %2601, <16 x float> poison, <16 x i32> zeroinitializer
-  %2603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2602, <16 x float> %2561)
-  %2604 = getelementptr inbounds nuw i8, ptr %2521, i64 128
-  %2605 = load <16 x float>, ptr %2604, align 4, !tbaa !5
-  %2606 = getelementptr inbounds nuw i8, ptr %gep151, i64 1024
-  %2607 = load float, ptr %2606, align 4, !tbaa !5
-  %2608 = insertelement <16 x float> poison, float %2607, i64 0
-  %2609 = shufflevector <16 x float> %2608, <16 x float> poison, <16 x i32> zeroinitializer
-  %2610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2609, <16 x float> %2568)
-  %2611 = getelementptr inbounds nuw i8, ptr %gep151, i64 1088
-  %2612 = load float, ptr %2611, align 4, !tbaa !5
-  %2613 = insertelement <16 x float> poison, float %2612, i64 0
-  %2614 = shufflevector <16 x float> %2613, <16 x float> poison, <16 x i32> zeroinitializer
-  %2615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2614, <16 x float> %2573)
-  %2616 = getelementptr inbounds nuw i8, ptr %gep151, i64 1028
-  %2617 = load float, ptr %2616, align 4, !tbaa !5
-  %2618 = insertelement <16 x float> poison, float %2617, i64 0
-  %2619 = shufflevector <16 x float> %2618, <16 x float> poison, <16 x i32> zeroinitializer
-  %2620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2619, <16 x float> %2578)
-  %2621 = getelementptr inbounds nuw i8, ptr %gep151, i64 1092
-  %2622 = load float, ptr %2621, align 4, !tbaa !5
-  %2623 = insertelement <16 x float> poison, float %2622, i64 0
-  %2624 = shufflevector <16 x float> %2623, <16 x float> poison, <16 x i32> zeroinitializer
-  %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2624, <16 x float> %2583)
-  %2626 = getelementptr inbounds nuw i8, ptr %gep151, i64 1032
-  %2627 = load float, ptr %2626, align 4, !tbaa !5
-  %2628 = insertelement <16 x float> poison, float %2627, i64 0
-  %2629 = shufflevector <16 x float> %2628, <16 x float> poison, <16 x i32> zeroinitializer
-  %2630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2629, <16 x float> %2588)
-  %2631 = getelementptr inbounds nuw i8, ptr %gep151, i64 1096
-  %2632 = load float, ptr %2631, align 4, !tbaa !5
-  %2633 = insertelement <16 x float> poison, float %2632, i64 0
-  %2634 = shufflevector <16 x float> %2633, <16 x float> poison, <16 x i32> zeroinitializer
-  %2635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2634, <16 x float> %2593)
-  %2636 = getelementptr inbounds nuw i8, ptr %gep151, i64 1036
-  %2637 = load float, ptr %2636, align 4, !tbaa !5
-  %2638 = insertelement <16 x float> poison, float %2637, i64 0
-  %2639 = shufflevector <16 x float> %2638, <16 x float> poison, <16 x i32> zeroinitializer
-  %2640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2639, <16 x float> %2598)
-  %2641 = getelementptr inbounds nuw i8, ptr %gep151, i64 1100
-  %2642 = load float, ptr %2641, align 4, !tbaa !5
-  %2643 = insertelement <16 x float> poison, float %2642, i64 0
-  %2644 = shufflevector <16 x float> %2643, <16 x float> poison, <16 x i32> zeroinitializer
-  %2645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2644, <16 x float> %2603)
-  %2646 = getelementptr inbounds nuw i8, ptr %2521, i64 192
-  %2647 = load <16 x float>, ptr %2646, align 4, !tbaa !5
-  %2648 = getelementptr inbounds nuw i8, ptr %gep151, i64 1536
-  %2649 = load float, ptr %2648, align 4, !tbaa !5
-  %2650 = insertelement <16 x float> poison, float %2649, i64 0
-  %2651 = shufflevector <16 x float> %2650, <16 x float> poison, <16 x i32> zeroinitializer
-  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2651, <16 x float> %2610)
-  %2653 = getelementptr inbounds nuw i8, ptr %gep151, i64 1600
-  %2654 = load float, ptr %2653, align 4, !tbaa !5
-  %2655 = insertelement <16 x float> poison, float %2654, i64 0
-  %2656 = shufflevector <16 x float> %2655, <16 x float> poison, <16 x i32> zeroinitializer
-  %2657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2656, <16 x float> %2615)
-  %2658 = getelementptr inbounds nuw i8, ptr %gep151, i64 1540
-  %2659 = load float, ptr %2658, align 4, !tbaa !5
-  %2660 = insertelement <16 x float> poison, float %2659, i64 0
-  %2661 = shufflevector <16 x float> %2660, <16 x float> poison, <16 x i32> zeroinitializer
-  %2662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2661, <16 x float> %2620)
-  %2663 = getelementptr inbounds nuw i8, ptr %gep151, i64 1604
-  %2664 = load float, ptr %2663, align 4, !tbaa !5
-  %2665 = insertelement <16 x float> poison, float %2664, i64 0
-  %2666 = shufflevector <16 x float> %2665, <16 x float> poison, <16 x i32> zeroinitializer
-  %2667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2666, <16 x float> %2625)
-  %2668 = getelementptr inbounds nuw i8, ptr %gep151, i64 1544
-  %2669 = load float, ptr %2668, align 4, !tbaa !5
-  %2670 = insertelement <16 x float> poison, float %2669, i64 0
-  %2671 = shufflevector <16 x float> %2670, <16 x float> poison, <16 x i32> zeroinitializer
-  %2672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2671, <16 x float> %2630)
-  %2673 = getelementptr inbounds nuw i8, ptr %gep151, i64 1608
-  %2674 = load float, ptr %2673, align 4, !tbaa !5
-  %2675 = insertelement <16 x float> poison, float %2674, i64 0
-  %2676 = shufflevector <16 x float> %2675, <16 x float> poison, <16 x i32> zeroinitializer
-  %2677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2676, <16 x float> %2635)
-  %2678 = getelementptr inbounds nuw i8, ptr %gep151, i64 1548
-  %2679 = load float, ptr %2678, align 4, !tbaa !5
-  %2680 = insertelement <16 x float> poison, float %2679, i64 0
-  %2681 = shufflevector <16 x float> %2680, <16 x float> poison, <16 x i32> zeroinitializer
-  %2682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2681, <16 x float> %2640)
-  %2683 = getelementptr inbounds nuw i8, ptr %gep151, i64 1612
-  %2684 = load float, ptr %2683, align 4, !tbaa !5
-  %2685 = insertelement <16 x float> poison, float %2684, i64 0
-  %2686 = shufflevector <16 x float> %2685, <16 x float> poison, <16 x i32> zeroinitializer
-  %2687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2686, <16 x float> %2645)
-  %2688 = getelementptr inbounds nuw i8, ptr %2521, i64 256
-  %2689 = load <16 x float>, ptr %2688, align 4, !tbaa !5
-  %2690 = getelementptr inbounds nuw i8, ptr %gep151, i64 2048
-  %2691 = load float, ptr %2690, align 4, !tbaa !5
-  %2692 = insertelement <16 x float> poison, float %2691, i64 0
-  %2693 = shufflevector <16 x float> %2692, <16 x float> poison, <16 x i32> zeroinitializer
-  %2694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2693, <16 x float> %2652)
-  %2695 = getelementptr inbounds nuw i8, ptr %gep151, i64 2112
-  %2696 = load float, ptr %2695, align 4, !tbaa !5
-  %2697 = insertelement <16 x float> poison, float %2696, i64 0
-  %2698 = shufflevector <16 x float> %2697, <16 x float> poison, <16 x i32> zeroinitializer
-  %2699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2698, <16 x float> %2657)
-  %2700 = getelementptr inbounds nuw i8, ptr %gep151, i64 2052
-  %2701 = load float, ptr %2700, align 4, !tbaa !5
-  %2702 = insertelement <16 x float> poison, float %2701, i64 0
-  %2703 = shufflevector <16 x float> %2702, <16 x float> poison, <16 x i32> zeroinitializer
-  %2704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2703, <16 x float> %2662)
-  %2705 = getelementptr inbounds nuw i8, ptr %gep151, i64 2116
-  %2706 = load float, ptr %2705, align 4, !tbaa !5
-  %2707 = insertelement <16 x float> poison, float %2706, i64 0
-  %2708 = shufflevector <16 x float> %2707, <16 x float> poison, <16 x i32> zeroinitializer
-  %2709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2708, <16 x float> %2667)
-  %2710 = getelementptr inbounds nuw i8, ptr %gep151, i64 2056
-  %2711 = load float, ptr %2710, align 4, !tbaa !5
-  %2712 = insertelement <16 x float> poison, float %2711, i64 0
-  %2713 = shufflevector <16 x float> %2712, <16 x float> poison, <16 x i32> zeroinitializer
-  %2714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2713, <16 x float> %2672)
-  %2715 = getelementptr inbounds nuw i8, ptr %gep151, i64 2120
-  %2716 = load float, ptr %2715, align 4, !tbaa !5
-  %2717 = insertelement <16 x float> poison, float %2716, i64 0
-  %2718 = shufflevector <16 x float> %2717, <16 x float> poison, <16 x i32> zeroinitializer
-  %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2718, <16 x float> %2677)
-  %2720 = getelementptr inbounds nuw i8, ptr %gep151, i64 2060
-  %2721 = load float, ptr %2720, align 4, !tbaa !5
-  %2722 = insertelement <16 x float> poison, float %2721, i64 0
-  %2723 = shufflevector <16 x float> %2722, <16 x float> poison, <16 x i32> zeroinitializer
-  %2724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2723, <16 x float> %2682)
-  %2725 = getelementptr inbounds nuw i8, ptr %gep151, i64 2124
-  %2726 = load float, ptr %2725, align 4, !tbaa !5
-  %2727 = insertelement <16 x float> poison, float %2726, i64 0
-  %2728 = shufflevector <16 x float> %2727, <16 x float> poison, <16 x i32> zeroinitializer
-  %2729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2728, <16 x float> %2687)
-  %2730 = getelementptr inbounds nuw i8, ptr %2521, i64 320
-  %2731 = load <16 x float>, ptr %2730, align 4, !tbaa !5
-  %2732 = getelementptr inbounds nuw i8, ptr %gep151, i64 2560
-  %2733 = load float, ptr %2732, align 4, !tbaa !5
-  %2734 = insertelement <16 x float> poison, float %2733, i64 0
-  %2735 = shufflevector <16 x float> %2734, <16 x float> poison, <16 x i32> zeroinitializer
-  %2736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2735, <16 x float> %2694)
-  %2737 = getelementptr inbounds nuw i8, ptr %gep151, i64 2624
-  %2738 = load float, ptr %2737, align 4, !tbaa !5
-  %2739 = insertelement <16 x float> poison, float %2738, i64 0
-  %2740 = shufflevector <16 x float> %2739, <16 x float> poison, <16 x i32> zeroinitializer
-  %2741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2740, <16 x float> %2699)
-  %2742 = getelementptr inbounds nuw i8, ptr %gep151, i64 2564
-  %2743 = load float, ptr %2742, align 4, !tbaa !5
-  %2744 = insertelement <16 x float> poison, float %2743, i64 0
-  %2745 = shufflevector <16 x float> %2744, <16 x float> poison, <16 x i32> zeroinitializer
-  %2746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2745, <16 x float> %2704)
-  %2747 = getelementptr inbounds nuw i8, ptr %gep151, i64 2628
-  %2748 = load float, ptr %2747, align 4, !tbaa !5
-  %2749 = insertelement <16 x float> poison, float %2748, i64 0
-  %2750 = shufflevector <16 x float> %2749, <16 x float> poison, <16 x i32> zeroinitializer
-  %2751 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2750, <16 x float> %2709)
-  %2752 = getelementptr inbounds nuw i8, ptr %gep151, i64 2568
-  %2753 = load float, ptr %2752, align 4, !tbaa !5
-  %2754 = insertelement <16 x float> poison, float %2753, i64 0
-  %2755 = shufflevector <16 x float> %2754, <16 x float> poison, <16 x i32> zeroinitializer
-  %2756 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2755, <16 x float> %2714)
-  %2757 = getelementptr inbounds nuw i8, ptr %gep151, i64 2632
-  %2758 = load float, ptr %2757, align 4, !tbaa !5
-  %2759 = insertelement <16 x float> poison, float %2758, i64 0
-  %2760 = shufflevector <16 x float> %2759, <16 x float> poison, <16 x i32> zeroinitializer
-  %2761 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2760, <16 x float> %2719)
-  %2762 = getelementptr inbounds nuw i8, ptr %gep151, i64 2572
-  %2763 = load float, ptr %2762, align 4, !tbaa !5
-  %2764 = insertelement <16 x float> poison, float %2763, i64 0
-  %2765 = shufflevector <16 x float> %2764, <16 x float> poison, <16 x i32> zeroinitializer
-  %2766 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2765, <16 x float> %2724)
-  %2767 = getelementptr inbounds nuw i8, ptr %gep151, i64 2636
-  %2768 = load float, ptr %2767, align 4, !tbaa !5
-  %2769 = insertelement <16 x float> poison, float %2768, i64 0
-  %2770 = shufflevector <16 x float> %2769, <16 x float> poison, <16 x i32> zeroinitializer
-  %2771 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2770, <16 x float> %2729)
-  %2772 = getelementptr inbounds nuw i8, ptr %2521, i64 384
-  %2773 = load <16 x float>, ptr %2772, align 4, !tbaa !5
-  %2774 = getelementptr inbounds nuw i8, ptr %gep151, i64 3072
-  %2775 = load float, ptr %2774, align 4, !tbaa !5
-  %2776 = insertelement <16 x float> poison, float %2775, i64 0
-  %2777 = shufflevector <16 x float> %2776, <16 x float> poison, <16 x i32> zeroinitializer
-  %2778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2777, <16 x float> %2736)
-  %2779 = getelementptr inbounds nuw i8, ptr %gep151, i64 3136
-  %2780 = load float, ptr %2779, align 4, !tbaa !5
-  %2781 = insertelement <16 x float> poison, float %2780, i64 0
-  %2782 = shufflevector <16 x float> %2781, <16 x float> poison, <16 x i32> zeroinitializer
-  %2783 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2782, <16 x float> %2741)
-  %2784 = getelementptr inbounds nuw i8, ptr %gep151, i64 3076
-  %2785 = load float, ptr %2784, align 4, !tbaa !5
-  %2786 = insertelement <16 x float> poison, float %2785, i64 0
-  %2787 = shufflevector <16 x float> %2786, <16 x float> poison, <16 x i32> zeroinitializer
-  %2788 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2787, <16 x float> %2746)
-  %2789 = getelementptr inbounds nuw i8, ptr %gep151, i64 3140
-  %2790 = load float, ptr %2789, align 4, !tbaa !5
-  %2791 = insertelement <16 x float> poison, float %2790, i64 0
-  %2792 = shufflevector <16 x float> %2791, <16 x float> poison, <16 x i32> zeroinitializer
-  %2793 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2792, <16 x float> %2751)
-  %2794 = getelementptr inbounds nuw i8, ptr %gep151, i64 3080
-  %2795 = load float, ptr %2794, align 4, !tbaa !5
-  %2796 = insertelement <16 x float> poison, float %2795, i64 0
-  %2797 = shufflevector <16 x float> %2796, <16 x float> poison, <16 x i32> zeroinitializer
-  %2798 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2797, <16 x float> %2756)
-  %2799 = getelementptr inbounds nuw i8, ptr %gep151, i64 3144
-  %2800 = load float, ptr %2799, align 4, !tbaa !5
-  %2801 = insertelement <16 x float> poison, float %2800, i64 0
-  %2802 = shufflevector <16 x float> %2801, <16 x float> poison, <16 x i32> zeroinitializer
-  %2803 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2802, <16 x float> %2761)
-  %2804 = getelementptr inbounds nuw i8, ptr %gep151, i64 3084
-  %2805 = load float, ptr %2804, align 4, !tbaa !5
-  %2806 = insertelement <16 x float> poison, float %2805, i64 0
-  %2807 = shufflevector <16 x float> %2806, <16 x float> poison, <16 x i32> zeroinitializer
-  %2808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2807, <16 x float> %2766)
-  %2809 = getelementptr inbounds nuw i8, ptr %gep151, i64 3148
-  %2810 = load float, ptr %2809, align 4, !tbaa !5
-  %2811 = insertelement <16 x float> poison, float %2810, i64 0
-  %2812 = shufflevector <16 x float> %2811, <16 x float> poison, <16 x i32> zeroinitializer
-  %2813 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2773, <16 x float> %2812, <16 x float> %2771)
-  %2814 = getelementptr inbounds nuw i8, ptr %2521, i64 448
-  %2815 = load <16 x float>, ptr %2814, align 4, !tbaa !5
-  %2816 = getelementptr inbounds nuw i8, ptr %gep151, i64 3584
-  %2817 = load float, ptr %2816, align 4, !tbaa !5
-  %2818 = insertelement <16 x float> poison, float %2817, i64 0
-  %2819 = shufflevector <16 x float> %2818, <16 x float> poison, <16 x i32> zeroinitializer
-  %2820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2819, <16 x float> %2778)
-  %2821 = getelementptr inbounds nuw i8, ptr %gep151, i64 3648
-  %2822 = load float, ptr %2821, align 4, !tbaa !5
-  %2823 = insertelement <16 x float> poison, float %2822, i64 0
-  %2824 = shufflevector <16 x float> %2823, <16 x float> poison, <16 x i32> zeroinitializer
-  %2825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2824, <16 x float> %2783)
-  %2826 = getelementptr inbounds nuw i8, ptr %gep151, i64 3588
-  %2827 = load float, ptr %2826, align 4, !tbaa !5
-  %2828 = insertelement <16 x float> poison, float %2827, i64 0
-  %2829 = shufflevector <16 x float> %2828, <16 x float> poison, <16 x i32> zeroinitializer
-  %2830 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2829, <16 x float> %2788)
-  %2831 = getelementptr inbounds nuw i8, ptr %gep151, i64 3652
-  %2832 = load float, ptr %2831, align 4, !tbaa !5
-  %2833 = insertelement <16 x float> poison, float %2832, i64 0
-  %2834 = shufflevector <16 x float> %2833, <16 x float> poison, <16 x i32> zeroinitializer
-  %2835 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2834, <16 x float> %2793)
-  %2836 = getelementptr inbounds nuw i8, ptr %gep151, i64 3592
-  %2837 = load float, ptr %2836, align 4, !tbaa !5
-  %2838 = insertelement <16 x float> poison, float %2837, i64 0
-  %2839 = shufflevector <16 x float> %2838, <16 x float> poison, <16 x i32> zeroinitializer
-  %2840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2839, <16 x float> %2798)
-  %2841 = getelementptr inbounds nuw i8, ptr %gep151, i64 3656
-  %2842 = load float, ptr %2841, align 4, !tbaa !5
-  %2843 = insertelement <16 x float> poison, float %2842, i64 0
-  %2844 = shufflevector <16 x float> %2843, <16 x float> poison, <16 x i32> zeroinitializer
-  %2845 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2844, <16 x float> %2803)
-  %2846 = getelementptr inbounds nuw i8, ptr %gep151, i64 3596
-  %2847 = load float, ptr %2846, align 4, !tbaa !5
-  %2848 = insertelement <16 x float> poison, float %2847, i64 0
-  %2849 = shufflevector <16 x float> %2848, <16 x float> poison, <16 x i32> zeroinitializer
-  %2850 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2849, <16 x float> %2808)
-  %2851 = getelementptr inbounds nuw i8, ptr %gep151, i64 3660
-  %2852 = load float, ptr %2851, align 4, !tbaa !5
-  %2853 = insertelement <16 x float> poison, float %2852, i64 0
-  %2854 = shufflevector <16 x float> %2853, <16 x float> poison, <16 x i32> zeroinitializer
-  %2855 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2815, <16 x float> %2854, <16 x float> %2813)
-  %indvars.iv.next1044.i = add nuw nsw i64 %indvars.iv1043.i, 1
-  %exitcond1048.not.i = icmp eq i64 %indvars.iv.next1044.i, %wide.trip.count1047.i
-  br i1 %exitcond1048.not.i, label %for_end_to301.i, label %for_begin_ti304.preheader.i, !prof !13
+  %2468 = load float, ptr %gep151, align 4, !tbaa !5
+  %2469 = insertelement <16 x float> poison, float %2468, i64 0
+  %2470 = shufflevector <16 x float> %2469, <16 x float> poison, <16 x i32> zeroinitializer
+  %2471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2467, <16 x float> %2470, <16 x float> %full_acc544.sroa.0.0788.i)
+  %2472 = getelementptr inbounds nuw i8, ptr %gep151, i64 64
+  %2473 = load float, ptr %2472, align 4, !tbaa !5
+  %2474 = insertelement <16 x float> poison, float %2473, i64 0
+  %2475 = shufflevector <16 x float> %2474, <16 x float> poison, <16 x i32> zeroinitializer
+  %2476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2467, <16 x float> %2475, <16 x float> %full_acc544.sroa.4.0789.i)
+  %2477 = getelementptr inbounds nuw i8, ptr %gep151, i64 4
+  %2478 = load float, ptr %2477, align 4, !tbaa !5
+  %2479 = insertelement <16 x float> poison, float %2478, i64 0
+  %2480 = shufflevector <16 x float> %2479, <16 x float> poison, <16 x i32> zeroinitializer
+  %2481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2467, <16 x float> %2480, <16 x float> %full_acc544.sroa.8.0790.i)
+  %2482 = getelementptr inbounds nuw i8, ptr %gep151, i64 68
+  %2483 = load float, ptr %2482, align 4, !tbaa !5
+  %2484 = insertelement <16 x float> poison, float %2483, i64 0
+  %2485 = shufflevector <16 x float> %2484, <16 x float> poison, <16 x i32> zeroinitializer
+  %2486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2467, <16 x float> %2485, <16 x float> %full_acc544.sroa.12.0791.i)
+  %2487 = getelementptr inbounds nuw i8, ptr %gep151, i64 8
+  %2488 = load float, ptr %2487, align 4, !tbaa !5
+  %2489 = insertelement <16 x float> poison, float %2488, i64 0
+  %2490 = shufflevector <16 x float> %2489, <16 x float> poison, <16 x i32> zeroinitializer
+  %2491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2467, <16 x float> %2490, <16 x float> %full_acc544.sroa.16.0792.i)
+  %2492 = getelementptr inbounds nuw i8, ptr %gep151, i64 72
+  %2493 = load float, ptr %2492, align 4, !tbaa !5
+  %2494 = insertelement <16 x float> poison, float %2493, i64 0
+  %2495 = shufflevector <16 x float> %2494, <16 x float> poison, <16 x i32> zeroinitializer
+  %2496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2467, <16 x float> %2495, <16 x float> %full_acc544.sroa.20.0793.i)
+  %2497 = getelementptr inbounds nuw i8, ptr %gep151, i64 12
+  %2498 = load float, ptr %2497, align 4, !tbaa !5
+  %2499 = insertelement <16 x float> poison, float %2498, i64 0
+  %2500 = shufflevector <16 x float> %2499, <16 x float> poison, <16 x i32> zeroinitializer
+  %2501 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2467, <16 x float> %2500, <16 x float> %full_acc544.sroa.24.0794.i)
+  %2502 = getelementptr inbounds nuw i8, ptr %gep151, i64 76
+  %2503 = load float, ptr %2502, align 4, !tbaa !5
+  %2504 = insertelement <16 x float> poison, float %2503, i64 0
+  %2505 = shufflevector <16 x float> %2504, <16 x float> poison, <16 x i32> zeroinitializer
+  %2506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2467, <16 x float> %2505, <16 x float> %full_acc544.sroa.28.0795.i)
+  %2507 = getelementptr inbounds nuw i8, ptr %2466, i64 64
+  %2508 = load <16 x float>, ptr %2507, align 4, !tbaa !5
+  %2509 = getelementptr inbounds nuw i8, ptr %gep151, i64 512
+  %2510 = load float, ptr %2509, align 4, !tbaa !5
+  %2511 = insertelement <16 x float> poison, float %2510, i64 0
+  %2512 = shufflevector <16 x float> %2511, <16 x float> poison, <16 x i32> zeroinitializer
+  %2513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2508, <16 x float> %2512, <16 x float> %2471)
+  %2514 = getelementptr inbounds nuw i8, ptr %gep151, i64 576
+  %2515 = load float, ptr %2514, align 4, !tbaa !5
+  %2516 = insertelement <16 x float> poison, float %2515, i64 0
+  %2517 = shufflevector <16 x float> %2516, <16 x float> poison, <16 x i32> zeroinitializer
+  %2518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2508, <16 x float> %2517, <16 x float> %2476)
+  %2519 = getelementptr inbounds nuw i8, ptr %gep151, i64 516
+  %2520 = load float, ptr %2519, align 4, !tbaa !5
+  %2521 = insertelement <16 x float> poison, float %2520, i64 0
+  %2522 = shufflevector <16 x float> %2521, <16 x float> poison, <16 x i32> zeroinitializer
+  %2523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2508, <16 x float> %2522, <16 x float> %2481)
+  %2524 = getelementptr inbounds nuw i8, ptr %gep151, i64 580
+  %2525 = load float, ptr %2524, align 4, !tbaa !5
+  %2526 = insertelement <16 x float> poison, float %2525, i64 0
+  %2527 = shufflevector <16 x float> %2526, <16 x float> poison, <16 x i32> zeroinitializer
+  %2528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2508, <16 x float> %2527, <16 x float> %2486)
+  %2529 = getelementptr inbounds nuw i8, ptr %gep151, i64 520
+  %2530 = load float, ptr %2529, align 4, !tbaa !5
+  %2531 = insertelement <16 x float> poison, float %2530, i64 0
+  %2532 = shufflevector <16 x float> %2531, <16 x float> poison, <16 x i32> zeroinitializer
+  %2533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2508, <16 x float> %2532, <16 x float> %2491)
+  %2534 = getelementptr inbounds nuw i8, ptr %gep151, i64 584
+  %2535 = load float, ptr %2534, align 4, !tbaa !5
+  %2536 = insertelement <16 x float> poison, float %2535, i64 0
+  %2537 = shufflevector <16 x float> %2536, <16 x float> poison, <16 x i32> zeroinitializer
+  %2538 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2508, <16 x float> %2537, <16 x float> %2496)
+  %2539 = getelementptr inbounds nuw i8, ptr %gep151, i64 524
+  %2540 = load float, ptr %2539, align 4, !tbaa !5
+  %2541 = insertelement <16 x float> poison, float %2540, i64 0
+  %2542 = shufflevector <16 x float> %2541, <16 x float> poison, <16 x i32> zeroinitializer
+  %2543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2508, <16 x float> %2542, <16 x float> %2501)
+  %2544 = getelementptr inbounds nuw i8, ptr %gep151, i64 588
+  %2545 = load float, ptr %2544, align 4, !tbaa !5
+  %2546 = insertelement <16 x float> poison, float %2545, i64 0
+  %2547 = shufflevector <16 x float> %2546, <16 x float> poison, <16 x i32> zeroinitializer
+  %2548 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2508, <16 x float> %2547, <16 x float> %2506)
+  %2549 = getelementptr inbounds nuw i8, ptr %2466, i64 128
+  %2550 = load <16 x float>, ptr %2549, align 4, !tbaa !5
+  %2551 = getelementptr inbounds nuw i8, ptr %gep151, i64 1024
+  %2552 = load float, ptr %2551, align 4, !tbaa !5
+  %2553 = insertelement <16 x float> poison, float %2552, i64 0
+  %2554 = shufflevector <16 x float> %2553, <16 x float> poison, <16 x i32> zeroinitializer
+  %2555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2554, <16 x float> %2513)
+  %2556 = getelementptr inbounds nuw i8, ptr %gep151, i64 1088
+  %2557 = load float, ptr %2556, align 4, !tbaa !5
+  %2558 = insertelement <16 x float> poison, float %2557, i64 0
+  %2559 = shufflevector <16 x float> %2558, <16 x float> poison, <16 x i32> zeroinitializer
+  %2560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2559, <16 x float> %2518)
+  %2561 = getelementptr inbounds nuw i8, ptr %gep151, i64 1028
+  %2562 = load float, ptr %2561, align 4, !tbaa !5
+  %2563 = insertelement <16 x float> poison, float %2562, i64 0
+  %2564 = shufflevector <16 x float> %2563, <16 x float> poison, <16 x i32> zeroinitializer
+  %2565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2564, <16 x float> %2523)
+  %2566 = getelementptr inbounds nuw i8, ptr %gep151, i64 1092
+  %2567 = load float, ptr %2566, align 4, !tbaa !5
+  %2568 = insertelement <16 x float> poison, float %2567, i64 0
+  %2569 = shufflevector <16 x float> %2568, <16 x float> poison, <16 x i32> zeroinitializer
+  %2570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2569, <16 x float> %2528)
+  %2571 = getelementptr inbounds nuw i8, ptr %gep151, i64 1032
+  %2572 = load float, ptr %2571, align 4, !tbaa !5
+  %2573 = insertelement <16 x float> poison, float %2572, i64 0
+  %2574 = shufflevector <16 x float> %2573, <16 x float> poison, <16 x i32> zeroinitializer
+  %2575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2574, <16 x float> %2533)
+  %2576 = getelementptr inbounds nuw i8, ptr %gep151, i64 1096
+  %2577 = load float, ptr %2576, align 4, !tbaa !5
+  %2578 = insertelement <16 x float> poison, float %2577, i64 0
+  %2579 = shufflevector <16 x float> %2578, <16 x float> poison, <16 x i32> zeroinitializer
+  %2580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2579, <16 x float> %2538)
+  %2581 = getelementptr inbounds nuw i8, ptr %gep151, i64 1036
+  %2582 = load float, ptr %2581, align 4, !tbaa !5
+  %2583 = insertelement <16 x float> poison, float %2582, i64 0
+  %2584 = shufflevector <16 x float> %2583, <16 x float> poison, <16 x i32> zeroinitializer
+  %2585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2584, <16 x float> %2543)
+  %2586 = getelementptr inbounds nuw i8, ptr %gep151, i64 1100
+  %2587 = load float, ptr %2586, align 4, !tbaa !5
+  %2588 = insertelement <16 x float> poison, float %2587, i64 0
+  %2589 = shufflevector <16 x float> %2588, <16 x float> poison, <16 x i32> zeroinitializer
+  %2590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2589, <16 x float> %2548)
+  %2591 = getelementptr inbounds nuw i8, ptr %2466, i64 192
+  %2592 = load <16 x float>, ptr %2591, align 4, !tbaa !5
+  %2593 = getelementptr inbounds nuw i8, ptr %gep151, i64 1536
+  %2594 = load float, ptr %2593, align 4, !tbaa !5
+  %2595 = insertelement <16 x float> poison, float %2594, i64 0
+  %2596 = shufflevector <16 x float> %2595, <16 x float> poison, <16 x i32> zeroinitializer
+  %2597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2592, <16 x float> %2596, <16 x float> %2555)
+  %2598 = getelementptr inbounds nuw i8, ptr %gep151, i64 1600
+  %2599 = load float, ptr %2598, align 4, !tbaa !5
+  %2600 = insertelement <16 x float> poison, float %2599, i64 0
+  %2601 = shufflevector <16 x float> %2600, <16 x float> poison, <16 x i32> zeroinitializer
+  %2602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2592, <16 x float> %2601, <16 x float> %2560)
+  %2603 = getelementptr inbounds nuw i8, ptr %gep151, i64 1540
+  %2604 = load float, ptr %2603, align 4, !tbaa !5
+  %2605 = insertelement <16 x float> poison, float %2604, i64 0
+  %2606 = shufflevector <16 x float> %2605, <16 x float> poison, <16 x i32> zeroinitializer
+  %2607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2592, <16 x float> %2606, <16 x float> %2565)
+  %2608 = getelementptr inbounds nuw i8, ptr %gep151, i64 1604
+  %2609 = load float, ptr %2608, align 4, !tbaa !5
+  %2610 = insertelement <16 x float> poison, float %2609, i64 0
+  %2611 = shufflevector <16 x float> %2610, <16 x float> poison, <16 x i32> zeroinitializer
+  %2612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2592, <16 x float> %2611, <16 x float> %2570)
+  %2613 = getelementptr inbounds nuw i8, ptr %gep151, i64 1544
+  %2614 = load float, ptr %2613, align 4, !tbaa !5
+  %2615 = insertelement <16 x float> poison, float %2614, i64 0
+  %2616 = shufflevector <16 x float> %2615, <16 x float> poison, <16 x i32> zeroinitializer
+  %2617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2592, <16 x float> %2616, <16 x float> %2575)
+  %2618 = getelementptr inbounds nuw i8, ptr %gep151, i64 1608
+  %2619 = load float, ptr %2618, align 4, !tbaa !5
+  %2620 = insertelement <16 x float> poison, float %2619, i64 0
+  %2621 = shufflevector <16 x float> %2620, <16 x float> poison, <16 x i32> zeroinitializer
+  %2622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2592, <16 x float> %2621, <16 x float> %2580)
+  %2623 = getelementptr inbounds nuw i8, ptr %gep151, i64 1548
+  %2624 = load float, ptr %2623, align 4, !tbaa !5
+  %2625 = insertelement <16 x float> poison, float %2624, i64 0
+  %2626 = shufflevector <16 x float> %2625, <16 x float> poison, <16 x i32> zeroinitializer
+  %2627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2592, <16 x float> %2626, <16 x float> %2585)
+  %2628 = getelementptr inbounds nuw i8, ptr %gep151, i64 1612
+  %2629 = load float, ptr %2628, align 4, !tbaa !5
+  %2630 = insertelement <16 x float> poison, float %2629, i64 0
+  %2631 = shufflevector <16 x float> %2630, <16 x float> poison, <16 x i32> zeroinitializer
+  %2632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2592, <16 x float> %2631, <16 x float> %2590)
+  %2633 = getelementptr inbounds nuw i8, ptr %2466, i64 256
+  %2634 = load <16 x float>, ptr %2633, align 4, !tbaa !5
+  %2635 = getelementptr inbounds nuw i8, ptr %gep151, i64 2048
+  %2636 = load float, ptr %2635, align 4, !tbaa !5
+  %2637 = insertelement <16 x float> poison, float %2636, i64 0
+  %2638 = shufflevector <16 x float> %2637, <16 x float> poison, <16 x i32> zeroinitializer
+  %2639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2638, <16 x float> %2597)
+  %2640 = getelementptr inbounds nuw i8, ptr %gep151, i64 2112
+  %2641 = load float, ptr %2640, align 4, !tbaa !5
+  %2642 = insertelement <16 x float> poison, float %2641, i64 0
+  %2643 = shufflevector <16 x float> %2642, <16 x float> poison, <16 x i32> zeroinitializer
+  %2644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2643, <16 x float> %2602)
+  %2645 = getelementptr inbounds nuw i8, ptr %gep151, i64 2052
+  %2646 = load float, ptr %2645, align 4, !tbaa !5
+  %2647 = insertelement <16 x float> poison, float %2646, i64 0
+  %2648 = shufflevector <16 x float> %2647, <16 x float> poison, <16 x i32> zeroinitializer
+  %2649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2648, <16 x float> %2607)
+  %2650 = getelementptr inbounds nuw i8, ptr %gep151, i64 2116
+  %2651 = load float, ptr %2650, align 4, !tbaa !5
+  %2652 = insertelement <16 x float> poison, float %2651, i64 0
+  %2653 = shufflevector <16 x float> %2652, <16 x float> poison, <16 x i32> zeroinitializer
+  %2654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2653, <16 x float> %2612)
+  %2655 = getelementptr inbounds nuw i8, ptr %gep151, i64 2056
+  %2656 = load float, ptr %2655, align 4, !tbaa !5
+  %2657 = insertelement <16 x float> poison, float %2656, i64 0
+  %2658 = shufflevector <16 x float> %2657, <16 x float> poison, <16 x i32> zeroinitializer
+  %2659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2658, <16 x float> %2617)
+  %2660 = getelementptr inbounds nuw i8, ptr %gep151, i64 2120
+  %2661 = load float, ptr %2660, align 4, !tbaa !5
+  %2662 = insertelement <16 x float> poison, float %2661, i64 0
+  %2663 = shufflevector <16 x float> %2662, <16 x float> poison, <16 x i32> zeroinitializer
+  %2664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2663, <16 x float> %2622)
+  %2665 = getelementptr inbounds nuw i8, ptr %gep151, i64 2060
+  %2666 = load float, ptr %2665, align 4, !tbaa !5
+  %2667 = insertelement <16 x float> poison, float %2666, i64 0
+  %2668 = shufflevector <16 x float> %2667, <16 x float> poison, <16 x i32> zeroinitializer
+  %2669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2668, <16 x float> %2627)
+  %2670 = getelementptr inbounds nuw i8, ptr %gep151, i64 2124
+  %2671 = load float, ptr %2670, align 4, !tbaa !5
+  %2672 = insertelement <16 x float> poison, float %2671, i64 0
+  %2673 = shufflevector <16 x float> %2672, <16 x float> poison, <16 x i32> zeroinitializer
+  %2674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2673, <16 x float> %2632)
+  %2675 = getelementptr inbounds nuw i8, ptr %2466, i64 320
+  %2676 = load <16 x float>, ptr %2675, align 4, !tbaa !5
+  %2677 = getelementptr inbounds nuw i8, ptr %gep151, i64 2560
+  %2678 = load float, ptr %2677, align 4, !tbaa !5
+  %2679 = insertelement <16 x float> poison, float %2678, i64 0
+  %2680 = shufflevector <16 x float> %2679, <16 x float> poison, <16 x i32> zeroinitializer
+  %2681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2676, <16 x float> %2680, <16 x float> %2639)
+  %2682 = getelementptr inbounds nuw i8, ptr %gep151, i64 2624
+  %2683 = load float, ptr %2682, align 4, !tbaa !5
+  %2684 = insertelement <16 x float> poison, float %2683, i64 0
+  %2685 = shufflevector <16 x float> %2684, <16 x float> poison, <16 x i32> zeroinitializer
+  %2686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2676, <16 x float> %2685, <16 x float> %2644)
+  %2687 = getelementptr inbounds nuw i8, ptr %gep151, i64 2564
+  %2688 = load float, ptr %2687, align 4, !tbaa !5
+  %2689 = insertelement <16 x float> poison, float %2688, i64 0
+  %2690 = shufflevector <16 x float> %2689, <16 x float> poison, <16 x i32> zeroinitializer
+  %2691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2676, <16 x float> %2690, <16 x float> %2649)
+  %2692 = getelementptr inbounds nuw i8, ptr %gep151, i64 2628
+  %2693 = load float, ptr %2692, align 4, !tbaa !5
+  %2694 = insertelement <16 x float> poison, float %2693, i64 0
+  %2695 = shufflevector <16 x float> %2694, <16 x float> poison, <16 x i32> zeroinitializer
+  %2696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2676, <16 x float> %2695, <16 x float> %2654)
+  %2697 = getelementptr inbounds nuw i8, ptr %gep151, i64 2568
+  %2698 = load float, ptr %2697, align 4, !tbaa !5
+  %2699 = insertelement <16 x float> poison, float %2698, i64 0
+  %2700 = shufflevector <16 x float> %2699, <16 x float> poison, <16 x i32> zeroinitializer
+  %2701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2676, <16 x float> %2700, <16 x float> %2659)
+  %2702 = getelementptr inbounds nuw i8, ptr %gep151, i64 2632
+  %2703 = load float, ptr %2702, align 4, !tbaa !5
+  %2704 = insertelement <16 x float> poison, float %2703, i64 0
+  %2705 = shufflevector <16 x float> %2704, <16 x float> poison, <16 x i32> zeroinitializer
+  %2706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2676, <16 x float> %2705, <16 x float> %2664)
+  %2707 = getelementptr inbounds nuw i8, ptr %gep151, i64 2572
+  %2708 = load float, ptr %2707, align 4, !tbaa !5
+  %2709 = insertelement <16 x float> poison, float %2708, i64 0
+  %2710 = shufflevector <16 x float> %2709, <16 x float> poison, <16 x i32> zeroinitializer
+  %2711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2676, <16 x float> %2710, <16 x float> %2669)
+  %2712 = getelementptr inbounds nuw i8, ptr %gep151, i64 2636
+  %2713 = load float, ptr %2712, align 4, !tbaa !5
+  %2714 = insertelement <16 x float> poison, float %2713, i64 0
+  %2715 = shufflevector <16 x float> %2714, <16 x float> poison, <16 x i32> zeroinitializer
+  %2716 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2676, <16 x float> %2715, <16 x float> %2674)
+  %2717 = getelementptr inbounds nuw i8, ptr %2466, i64 384
+  %2718 = load <16 x float>, ptr %2717, align 4, !tbaa !5
+  %2719 = getelementptr inbounds nuw i8, ptr %gep151, i64 3072
+  %2720 = load float, ptr %2719, align 4, !tbaa !5
+  %2721 = insertelement <16 x float> poison, float %2720, i64 0
+  %2722 = shufflevector <16 x float> %2721, <16 x float> poison, <16 x i32> zeroinitializer
+  %2723 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2718, <16 x float> %2722, <16 x float> %2681)
+  %2724 = getelementptr inbounds nuw i8, ptr %gep151, i64 3136
+  %2725 = load float, ptr %2724, align 4, !tbaa !5
+  %2726 = insertelement <16 x float> poison, float %2725, i64 0
+  %2727 = shufflevector <16 x float> %2726, <16 x float> poison, <16 x i32> zeroinitializer
+  %2728 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2718, <16 x float> %2727, <16 x float> %2686)
+  %2729 = getelementptr inbounds nuw i8, ptr %gep151, i64 3076
+  %2730 = load float, ptr %2729, align 4, !tbaa !5
+  %2731 = insertelement <16 x float> poison, float %2730, i64 0
+  %2732 = shufflevector <16 x float> %2731, <16 x float> poison, <16 x i32> zeroinitializer
+  %2733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2718, <16 x float> %2732, <16 x float> %2691)
+  %2734 = getelementptr inbounds nuw i8, ptr %gep151, i64 3140
+  %2735 = load float, ptr %2734, align 4, !tbaa !5
+  %2736 = insertelement <16 x float> poison, float %2735, i64 0
+  %2737 = shufflevector <16 x float> %2736, <16 x float> poison, <16 x i32> zeroinitializer
+  %2738 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2718, <16 x float> %2737, <16 x float> %2696)
+  %2739 = getelementptr inbounds nuw i8, ptr %gep151, i64 3080
+  %2740 = load float, ptr %2739, align 4, !tbaa !5
+  %2741 = insertelement <16 x float> poison, float %2740, i64 0
+  %2742 = shufflevector <16 x float> %2741, <16 x float> poison, <16 x i32> zeroinitializer
+  %2743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2718, <16 x float> %2742, <16 x float> %2701)
+  %2744 = getelementptr inbounds nuw i8, ptr %gep151, i64 3144
+  %2745 = load float, ptr %2744, align 4, !tbaa !5
+  %2746 = insertelement <16 x float> poison, float %2745, i64 0
+  %2747 = shufflevector <16 x float> %2746, <16 x float> poison, <16 x i32> zeroinitializer
+  %2748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2718, <16 x float> %2747, <16 x float> %2706)
+  %2749 = getelementptr inbounds nuw i8, ptr %gep151, i64 3084
+  %2750 = load float, ptr %2749, align 4, !tbaa !5
+  %2751 = insertelement <16 x float> poison, float %2750, i64 0
+  %2752 = shufflevector <16 x float> %2751, <16 x float> poison, <16 x i32> zeroinitializer
+  %2753 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2718, <16 x float> %2752, <16 x float> %2711)
+  %2754 = getelementptr inbounds nuw i8, ptr %gep151, i64 3148
+  %2755 = load float, ptr %2754, align 4, !tbaa !5
+  %2756 = insertelement <16 x float> poison, float %2755, i64 0
+  %2757 = shufflevector <16 x float> %2756, <16 x float> poison, <16 x i32> zeroinitializer
+  %2758 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2718, <16 x float> %2757, <16 x float> %2716)
+  %2759 = getelementptr inbounds nuw i8, ptr %2466, i64 448
+  %2760 = load <16 x float>, ptr %2759, align 4, !tbaa !5
+  %2761 = getelementptr inbounds nuw i8, ptr %gep151, i64 3584
+  %2762 = load float, ptr %2761, align 4, !tbaa !5
+  %2763 = insertelement <16 x float> poison, float %2762, i64 0
+  %2764 = shufflevector <16 x float> %2763, <16 x float> poison, <16 x i32> zeroinitializer
+  %2765 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2760, <16 x float> %2764, <16 x float> %2723)
+  %2766 = getelementptr inbounds nuw i8, ptr %gep151, i64 3648
+  %2767 = load float, ptr %2766, align 4, !tbaa !5
+  %2768 = insertelement <16 x float> poison, float %2767, i64 0
+  %2769 = shufflevector <16 x float> %2768, <16 x float> poison, <16 x i32> zeroinitializer
+  %2770 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2760, <16 x float> %2769, <16 x float> %2728)
+  %2771 = getelementptr inbounds nuw i8, ptr %gep151, i64 3588
+  %2772 = load float, ptr %2771, align 4, !tbaa !5
+  %2773 = insertelement <16 x float> poison, float %2772, i64 0
+  %2774 = shufflevector <16 x float> %2773, <16 x float> poison, <16 x i32> zeroinitializer
+  %2775 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2760, <16 x float> %2774, <16 x float> %2733)
+  %2776 = getelementptr inbounds nuw i8, ptr %gep151, i64 3652
+  %2777 = load float, ptr %2776, align 4, !tbaa !5
+  %2778 = insertelement <16 x float> poison, float %2777, i64 0
+  %2779 = shufflevector <16 x float> %2778, <16 x float> poison, <16 x i32> zeroinitializer
+  %2780 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2760, <16 x float> %2779, <16 x float> %2738)
+  %2781 = getelementptr inbounds nuw i8, ptr %gep151, i64 3592
+  %2782 = load float, ptr %2781, align 4, !tbaa !5
+  %2783 = insertelement <16 x float> poison, float %2782, i64 0
+  %2784 = shufflevector <16 x float> %2783, <16 x float> poison, <16 x i32> zeroinitializer
+  %2785 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2760, <16 x float> %2784, <16 x float> %2743)
+  %2786 = getelementptr inbounds nuw i8, ptr %gep151, i64 3656
+  %2787 = load float, ptr %2786, align 4, !tbaa !5
+  %2788 = insertelement <16 x float> poison, float %2787, i64 0
+  %2789 = shufflevector <16 x float> %2788, <16 x float> poison, <16 x i32> zeroinitializer
+  %2790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2760, <16 x float> %2789, <16 x float> %2748)
+  %2791 = getelementptr inbounds nuw i8, ptr %gep151, i64 3596
+  %2792 = load float, ptr %2791, align 4, !tbaa !5
+  %2793 = insertelement <16 x float> poison, float %2792, i64 0
+  %2794 = shufflevector <16 x float> %2793, <16 x float> poison, <16 x i32> zeroinitializer
+  %2795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2760, <16 x float> %2794, <16 x float> %2753)
+  %2796 = getelementptr inbounds nuw i8, ptr %gep151, i64 3660
+  %2797 = load float, ptr %2796, align 4, !tbaa !5
+  %2798 = insertelement <16 x float> poison, float %2797, i64 0
+  %2799 = shufflevector <16 x float> %2798, <16 x float> poison, <16 x i32> zeroinitializer
+  %2800 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2760, <16 x float> %2799, <16 x float> %2758)
+  %indvars.iv.next1023.i = add nuw nsw i64 %indvars.iv1022.i, 1
+  %exitcond1027.not.i = icmp eq i64 %indvars.iv.next1023.i, %2436
+  br i1 %exitcond1027.not.i, label %for_end_to282.i, label %for_body_to281.i, !prof !13
 
-for_end_to301.i:                                  ; preds = %for_begin_ti304.preheader.i, %for_begin_to299.preheader.i
-  %full_acc557.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2820, %for_begin_ti304.preheader.i ]
-  %full_acc557.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2825, %for_begin_ti304.preheader.i ]
-  %full_acc557.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2830, %for_begin_ti304.preheader.i ]
-  %full_acc557.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2835, %for_begin_ti304.preheader.i ]
-  %full_acc557.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2840, %for_begin_ti304.preheader.i ]
-  %full_acc557.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2845, %for_begin_ti304.preheader.i ]
-  %full_acc557.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2850, %for_begin_ti304.preheader.i ]
-  %full_acc557.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to299.preheader.i ], [ %2855, %for_begin_ti304.preheader.i ]
-  br i1 %2505, label %for_body_ti310.lr.ph.i, label %for_end_ti311.i, !prof !3
+for_body_ti298.i:                                 ; preds = %for_body_ti298.i, %for_body_ti298.lr.ph.i
+  %indvars.iv1028.i = phi i64 [ 0, %for_body_ti298.lr.ph.i ], [ %indvars.iv.next1029.i, %for_body_ti298.i ]
+  %tile_acc545.sroa.31.0815.i = phi <16 x float> [ %full_acc544.sroa.28.0.lcssa.i, %for_body_ti298.lr.ph.i ], [ %2861, %for_body_ti298.i ]
+  %tile_acc545.sroa.0.0814.i = phi <16 x float> [ %full_acc544.sroa.0.0.lcssa.i, %for_body_ti298.lr.ph.i ], [ %2812, %for_body_ti298.i ]
+  %tile_acc545.sroa.4.0813.i = phi <16 x float> [ %full_acc544.sroa.4.0.lcssa.i, %for_body_ti298.lr.ph.i ], [ %2819, %for_body_ti298.i ]
+  %tile_acc545.sroa.9.0812.i = phi <16 x float> [ %full_acc544.sroa.8.0.lcssa.i, %for_body_ti298.lr.ph.i ], [ %2826, %for_body_ti298.i ]
+  %tile_acc545.sroa.13.0811.i = phi <16 x float> [ %full_acc544.sroa.12.0.lcssa.i, %for_body_ti298.lr.ph.i ], [ %2833, %for_body_ti298.i ]
+  %tile_acc545.sroa.18.0810.i = phi <16 x float> [ %full_acc544.sroa.16.0.lcssa.i, %for_body_ti298.lr.ph.i ], [ %2840, %for_body_ti298.i ]
+  %tile_acc545.sroa.22.0809.i = phi <16 x float> [ %full_acc544.sroa.20.0.lcssa.i, %for_body_ti298.lr.ph.i ], [ %2847, %for_body_ti298.i ]
+  %tile_acc545.sroa.27.0808.i = phi <16 x float> [ %full_acc544.sroa.24.0.lcssa.i, %for_body_ti298.lr.ph.i ], [ %2854, %for_body_ti298.i ]
+  %2801 = shl nsw i64 %indvars.iv1028.i, 4
+  %2802 = add nuw nsw i64 %2801, %2433
+  %2803 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2802
+  %2804 = load <16 x float>, ptr %2803, align 4, !tbaa !5
+  %2805 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2802
+  %2806 = load <16 x i32>, ptr %2805, align 4, !tbaa !5
+  %.idx1166.i = shl nsw i64 %indvars.iv1028.i, 9
+  %gep1237.i = getelementptr inbounds nuw i8, ptr %invariant.gep1236.i, i64 %.idx1166.i
+  %2807 = load i32, ptr %gep1237.i, align 4, !tbaa !5
+  %2808 = insertelement <16 x i32> poison, i32 %2807, i64 0
+  %2809 = shufflevector <16 x i32> %2808, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2810 = and <16 x i32> %2809, %2806
+  %2811 = bitcast <16 x i32> %2810 to <16 x float>
+  %2812 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2804, <16 x float> %2811, <16 x float> %tile_acc545.sroa.0.0814.i)
+  %2813 = getelementptr inbounds nuw i8, ptr %gep1237.i, i64 64
+  %2814 = load i32, ptr %2813, align 4, !tbaa !5
+  %2815 = insertelement <16 x i32> poison, i32 %2814, i64 0
+  %2816 = shufflevector <16 x i32> %2815, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2817 = and <16 x i32> %2816, %2806
+  %2818 = bitcast <16 x i32> %2817 to <16 x float>
+  %2819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2804, <16 x float> %2818, <16 x float> %tile_acc545.sroa.4.0813.i)
+  %2820 = getelementptr inbounds nuw i8, ptr %gep1237.i, i64 4
+  %2821 = load i32, ptr %2820, align 4, !tbaa !5
+  %2822 = insertelement <16 x i32> poison, i32 %2821, i64 0
+  %2823 = shufflevector <16 x i32> %2822, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2824 = and <16 x i32> %2823, %2806
+  %2825 = bitcast <16 x i32> %2824 to <16 x float>
+  %2826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2804, <16 x float> %2825, <16 x float> %tile_acc545.sroa.9.0812.i)
+  %2827 = getelementptr inbounds nuw i8, ptr %gep1237.i, i64 68
+  %2828 = load i32, ptr %2827, align 4, !tbaa !5
+  %2829 = insertelement <16 x i32> poison, i32 %2828, i64 0
+  %2830 = shufflevector <16 x i32> %2829, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2831 = and <16 x i32> %2830, %2806
+  %2832 = bitcast <16 x i32> %2831 to <16 x float>
+  %2833 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2804, <16 x float> %2832, <16 x float> %tile_acc545.sroa.13.0811.i)
+  %2834 = getelementptr inbounds nuw i8, ptr %gep1237.i, i64 8
+  %2835 = load i32, ptr %2834, align 4, !tbaa !5
+  %2836 = insertelement <16 x i32> poison, i32 %2835, i64 0
+  %2837 = shufflevector <16 x i32> %2836, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2838 = and <16 x i32> %2837, %2806
+  %2839 = bitcast <16 x i32> %2838 to <16 x float>
+  %2840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2804, <16 x float> %2839, <16 x float> %tile_acc545.sroa.18.0810.i)
+  %2841 = getelementptr inbounds nuw i8, ptr %gep1237.i, i64 72
+  %2842 = load i32, ptr %2841, align 4, !tbaa !5
+  %2843 = insertelement <16 x i32> poison, i32 %2842, i64 0
+  %2844 = shufflevector <16 x i32> %2843, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2845 = and <16 x i32> %2844, %2806
+  %2846 = bitcast <16 x i32> %2845 to <16 x float>
+  %2847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2804, <16 x float> %2846, <16 x float> %tile_acc545.sroa.22.0809.i)
+  %2848 = getelementptr inbounds nuw i8, ptr %gep1237.i, i64 12
+  %2849 = load i32, ptr %2848, align 4, !tbaa !5
+  %2850 = insertelement <16 x i32> poison, i32 %2849, i64 0
+  %2851 = shufflevector <16 x i32> %2850, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2852 = and <16 x i32> %2851, %2806
+  %2853 = bitcast <16 x i32> %2852 to <16 x float>
+  %2854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2804, <16 x float> %2853, <16 x float> %tile_acc545.sroa.27.0808.i)
+  %2855 = getelementptr inbounds nuw i8, ptr %gep1237.i, i64 76
+  %2856 = load i32, ptr %2855, align 4, !tbaa !5
+  %2857 = insertelement <16 x i32> poison, i32 %2856, i64 0
+  %2858 = shufflevector <16 x i32> %2857, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2859 = and <16 x i32> %2858, %2806
+  %2860 = bitcast <16 x i32> %2859 to <16 x float>
+  %2861 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2804, <16 x float> %2860, <16 x float> %tile_acc545.sroa.31.0815.i)
+  %indvars.iv.next1029.i = add nuw nsw i64 %indvars.iv1028.i, 1
+  %exitcond233.not = icmp eq i64 %indvars.iv.next1029.i, %smax232
+  br i1 %exitcond233.not, label %for_end_ti299.i, label %for_body_ti298.i, !prof !13
 
-for_body_ti310.lr.ph.i:                           ; preds = %for_end_to301.i
-  %indvars.iv1053.tr.i = trunc i64 %indvars.iv1053.i to i32
-  %2856 = shl i32 %indvars.iv1053.tr.i, 2
-  %2857 = and i32 %2856, 12
-  %2858 = shl i32 %indvars.iv1053.tr.i, 3
-  %2859 = and i32 %2858, 96
-  %invariant.op845.i = or disjoint i32 %2859, %2507
-  %invariant.op847.i = or disjoint i32 %invariant.op845.i, %2857
-  %2860 = zext nneg i32 %invariant.op847.i to i64
-  %invariant.gep1257.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2860
-  br label %for_body_ti310.i
+for_end_ti299.i:                                  ; preds = %for_body_ti298.i, %for_end_to282.i
+  %tile_acc545.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc544.sroa.24.0.lcssa.i, %for_end_to282.i ], [ %2854, %for_body_ti298.i ]
+  %tile_acc545.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc544.sroa.20.0.lcssa.i, %for_end_to282.i ], [ %2847, %for_body_ti298.i ]
+  %tile_acc545.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc544.sroa.16.0.lcssa.i, %for_end_to282.i ], [ %2840, %for_body_ti298.i ]
+  %tile_acc545.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc544.sroa.12.0.lcssa.i, %for_end_to282.i ], [ %2833, %for_body_ti298.i ]
+  %tile_acc545.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc544.sroa.8.0.lcssa.i, %for_end_to282.i ], [ %2826, %for_body_ti298.i ]
+  %tile_acc545.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc544.sroa.4.0.lcssa.i, %for_end_to282.i ], [ %2819, %for_body_ti298.i ]
+  %tile_acc545.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc544.sroa.0.0.lcssa.i, %for_end_to282.i ], [ %2812, %for_body_ti298.i ]
+  %tile_acc545.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc544.sroa.28.0.lcssa.i, %for_end_to282.i ], [ %2861, %for_body_ti298.i ]
+  %2862 = shl nuw nsw i64 %indvars.iv1032.i, 7
+  %2863 = add nuw nsw i64 %2862, %2435
+  %2864 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2863
+  br i1 %725, label %if_then316.i, label %if_end315.i, !prof !8
 
-for_body_ti310.i:                                 ; preds = %for_body_ti310.i, %for_body_ti310.lr.ph.i
-  %indvars.iv1049.i = phi i64 [ 0, %for_body_ti310.lr.ph.i ], [ %indvars.iv.next1050.i, %for_body_ti310.i ]
-  %tile_acc558.sroa.31.0835.i = phi <16 x float> [ %full_acc557.sroa.28.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2921, %for_body_ti310.i ]
-  %tile_acc558.sroa.0.0834.i = phi <16 x float> [ %full_acc557.sroa.0.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2872, %for_body_ti310.i ]
-  %tile_acc558.sroa.4.0833.i = phi <16 x float> [ %full_acc557.sroa.4.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2879, %for_body_ti310.i ]
-  %tile_acc558.sroa.9.0832.i = phi <16 x float> [ %full_acc557.sroa.8.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2886, %for_body_ti310.i ]
-  %tile_acc558.sroa.13.0831.i = phi <16 x float> [ %full_acc557.sroa.12.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2893, %for_body_ti310.i ]
-  %tile_acc558.sroa.18.0830.i = phi <16 x float> [ %full_acc557.sroa.16.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2900, %for_body_ti310.i ]
-  %tile_acc558.sroa.22.0829.i = phi <16 x float> [ %full_acc557.sroa.20.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2907, %for_body_ti310.i ]
-  %tile_acc558.sroa.27.0828.i = phi <16 x float> [ %full_acc557.sroa.24.0.lcssa.i, %for_body_ti310.lr.ph.i ], [ %2914, %for_body_ti310.i ]
-  %2861 = shl nsw i64 %indvars.iv1049.i, 4
-  %2862 = add nuw nsw i64 %2861, %2509
-  %2863 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2862
-  %2864 = load <16 x float>, ptr %2863, align 4, !tbaa !5
-  %2865 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2862
-  %2866 = load <16 x i32>, ptr %2865, align 4, !tbaa !5
-  %.idx1187.i = shl nsw i64 %indvars.iv1049.i, 9
-  %gep1258.i = getelementptr inbounds nuw i8, ptr %invariant.gep1257.i, i64 %.idx1187.i
-  %2867 = load i32, ptr %gep1258.i, align 4, !tbaa !5
-  %2868 = insertelement <16 x i32> poison, i32 %2867, i64 0
-  %2869 = shufflevector <16 x i32> %2868, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2870 = and <16 x i32> %2869, %2866
-  %2871 = bitcast <16 x i32> %2870 to <16 x float>
-  %2872 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2871, <16 x float> %tile_acc558.sroa.0.0834.i)
-  %2873 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 64
-  %2874 = load i32, ptr %2873, align 4, !tbaa !5
-  %2875 = insertelement <16 x i32> poison, i32 %2874, i64 0
-  %2876 = shufflevector <16 x i32> %2875, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2877 = and <16 x i32> %2876, %2866
-  %2878 = bitcast <16 x i32> %2877 to <16 x float>
-  %2879 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2878, <16 x float> %tile_acc558.sroa.4.0833.i)
-  %2880 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 4
-  %2881 = load i32, ptr %2880, align 4, !tbaa !5
-  %2882 = insertelement <16 x i32> poison, i32 %2881, i64 0
-  %2883 = shufflevector <16 x i32> %2882, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2884 = and <16 x i32> %2883, %2866
-  %2885 = bitcast <16 x i32> %2884 to <16 x float>
-  %2886 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2885, <16 x float> %tile_acc558.sroa.9.0832.i)
-  %2887 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 68
-  %2888 = load i32, ptr %2887, align 4, !tbaa !5
-  %2889 = insertelement <16 x i32> poison, i32 %2888, i64 0
-  %2890 = shufflevector <16 x i32> %2889, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2891 = and <16 x i32> %2890, %2866
-  %2892 = bitcast <16 x i32> %2891 to <16 x float>
-  %2893 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2892, <16 x float> %tile_acc558.sroa.13.0831.i)
-  %2894 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 8
-  %2895 = load i32, ptr %2894, align 4, !tbaa !5
-  %2896 = insertelement <16 x i32> poison, i32 %2895, i64 0
-  %2897 = shufflevector <16 x i32> %2896, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2898 = and <16 x i32> %2897, %2866
-  %2899 = bitcast <16 x i32> %2898 to <16 x float>
-  %2900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2899, <16 x float> %tile_acc558.sroa.18.0830.i)
-  %2901 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 72
-  %2902 = load i32, ptr %2901, align 4, !tbaa !5
-  %2903 = insertelement <16 x i32> poison, i32 %2902, i64 0
-  %2904 = shufflevector <16 x i32> %2903, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2905 = and <16 x i32> %2904, %2866
-  %2906 = bitcast <16 x i32> %2905 to <16 x float>
-  %2907 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2906, <16 x float> %tile_acc558.sroa.22.0829.i)
-  %2908 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 12
-  %2909 = load i32, ptr %2908, align 4, !tbaa !5
-  %2910 = insertelement <16 x i32> poison, i32 %2909, i64 0
-  %2911 = shufflevector <16 x i32> %2910, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2912 = and <16 x i32> %2911, %2866
-  %2913 = bitcast <16 x i32> %2912 to <16 x float>
-  %2914 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2913, <16 x float> %tile_acc558.sroa.27.0828.i)
-  %2915 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 76
-  %2916 = load i32, ptr %2915, align 4, !tbaa !5
-  %2917 = insertelement <16 x i32> poison, i32 %2916, i64 0
-  %2918 = shufflevector <16 x i32> %2917, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2919 = and <16 x i32> %2918, %2866
-  %2920 = bitcast <16 x i32> %2919 to <16 x float>
-  %2921 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2920, <16 x float> %tile_acc558.sroa.31.0835.i)
-  %indvars.iv.next1050.i = add nuw nsw i64 %indvars.iv1049.i, 1
-  %exitcond241.not = icmp eq i64 %indvars.iv.next1050.i, %smax240
-  br i1 %exitcond241.not, label %for_end_ti311.i, label %for_body_ti310.i, !prof !13
-
-for_end_ti311.i:                                  ; preds = %for_body_ti310.i, %for_end_to301.i
-  %tile_acc558.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.24.0.lcssa.i, %for_end_to301.i ], [ %2914, %for_body_ti310.i ]
-  %tile_acc558.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.20.0.lcssa.i, %for_end_to301.i ], [ %2907, %for_body_ti310.i ]
-  %tile_acc558.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.16.0.lcssa.i, %for_end_to301.i ], [ %2900, %for_body_ti310.i ]
-  %tile_acc558.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.12.0.lcssa.i, %for_end_to301.i ], [ %2893, %for_body_ti310.i ]
-  %tile_acc558.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.8.0.lcssa.i, %for_end_to301.i ], [ %2886, %for_body_ti310.i ]
-  %tile_acc558.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.4.0.lcssa.i, %for_end_to301.i ], [ %2879, %for_body_ti310.i ]
-  %tile_acc558.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.0.0.lcssa.i, %for_end_to301.i ], [ %2872, %for_body_ti310.i ]
-  %tile_acc558.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc557.sroa.28.0.lcssa.i, %for_end_to301.i ], [ %2921, %for_body_ti310.i ]
-  %2922 = shl nuw nsw i64 %indvars.iv1053.i, 7
-  %2923 = add nuw nsw i64 %2922, %2511
-  %2924 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2923
-  br i1 %765, label %if_then328.i, label %if_end327.i, !prof !8
-
-if_end327.i:                                      ; preds = %for_end_ti311.i
-  %2925 = load <16 x float>, ptr %2924, align 4, !tbaa !5
-  %2926 = fmul <16 x float> %2303, %2925
-  %2927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.0.0.lcssa.i, <16 x float> %2926)
-  store <16 x float> %2927, ptr %2924, align 4, !tbaa !5
-  %2928 = getelementptr i8, ptr %2924, i64 64
-  %2929 = load <16 x float>, ptr %2928, align 4, !tbaa !5
-  %2930 = fmul <16 x float> %2303, %2929
-  %2931 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.4.0.lcssa.i, <16 x float> %2930)
-  store <16 x float> %2931, ptr %2928, align 4, !tbaa !5
-  %2932 = getelementptr i8, ptr %2924, i64 128
-  %2933 = load <16 x float>, ptr %2932, align 4, !tbaa !5
-  %2934 = fmul <16 x float> %2303, %2933
-  %2935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.9.0.lcssa.i, <16 x float> %2934)
-  store <16 x float> %2935, ptr %2932, align 4, !tbaa !5
-  %2936 = getelementptr i8, ptr %2924, i64 192
-  %2937 = load <16 x float>, ptr %2936, align 4, !tbaa !5
-  %2938 = fmul <16 x float> %2303, %2937
-  %2939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.13.0.lcssa.i, <16 x float> %2938)
-  store <16 x float> %2939, ptr %2936, align 4, !tbaa !5
-  %2940 = getelementptr i8, ptr %2924, i64 256
-  %2941 = load <16 x float>, ptr %2940, align 4, !tbaa !5
-  %2942 = fmul <16 x float> %2303, %2941
-  %2943 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.18.0.lcssa.i, <16 x float> %2942)
-  store <16 x float> %2943, ptr %2940, align 4, !tbaa !5
-  %2944 = getelementptr i8, ptr %2924, i64 320
-  %2945 = load <16 x float>, ptr %2944, align 4, !tbaa !5
-  %2946 = fmul <16 x float> %2303, %2945
-  %2947 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.22.0.lcssa.i, <16 x float> %2946)
-  store <16 x float> %2947, ptr %2944, align 4, !tbaa !5
-  %2948 = getelementptr i8, ptr %2924, i64 384
-  %2949 = load <16 x float>, ptr %2948, align 4, !tbaa !5
-  %2950 = fmul <16 x float> %2303, %2949
-  %2951 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.27.0.lcssa.i, <16 x float> %2950)
-  store <16 x float> %2951, ptr %2948, align 4, !tbaa !5
-  %.phi.trans.insert.i = getelementptr i8, ptr %2924, i64 448
+if_end315.i:                                      ; preds = %for_end_ti299.i
+  %2865 = load <16 x float>, ptr %2864, align 4, !tbaa !5
+  %2866 = fmul <16 x float> %2225, %2865
+  %2867 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %tile_acc545.sroa.0.0.lcssa.i, <16 x float> %2866)
+  store <16 x float> %2867, ptr %2864, align 4, !tbaa !5
+  %2868 = getelementptr i8, ptr %2864, i64 64
+  %2869 = load <16 x float>, ptr %2868, align 4, !tbaa !5
+  %2870 = fmul <16 x float> %2225, %2869
+  %2871 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %tile_acc545.sroa.4.0.lcssa.i, <16 x float> %2870)
+  store <16 x float> %2871, ptr %2868, align 4, !tbaa !5
+  %2872 = getelementptr i8, ptr %2864, i64 128
+  %2873 = load <16 x float>, ptr %2872, align 4, !tbaa !5
+  %2874 = fmul <16 x float> %2225, %2873
+  %2875 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %tile_acc545.sroa.9.0.lcssa.i, <16 x float> %2874)
+  store <16 x float> %2875, ptr %2872, align 4, !tbaa !5
+  %2876 = getelementptr i8, ptr %2864, i64 192
+  %2877 = load <16 x float>, ptr %2876, align 4, !tbaa !5
+  %2878 = fmul <16 x float> %2225, %2877
+  %2879 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %tile_acc545.sroa.13.0.lcssa.i, <16 x float> %2878)
+  store <16 x float> %2879, ptr %2876, align 4, !tbaa !5
+  %2880 = getelementptr i8, ptr %2864, i64 256
+  %2881 = load <16 x float>, ptr %2880, align 4, !tbaa !5
+  %2882 = fmul <16 x float> %2225, %2881
+  %2883 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %tile_acc545.sroa.18.0.lcssa.i, <16 x float> %2882)
+  store <16 x float> %2883, ptr %2880, align 4, !tbaa !5
+  %2884 = getelementptr i8, ptr %2864, i64 320
+  %2885 = load <16 x float>, ptr %2884, align 4, !tbaa !5
+  %2886 = fmul <16 x float> %2225, %2885
+  %2887 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %tile_acc545.sroa.22.0.lcssa.i, <16 x float> %2886)
+  store <16 x float> %2887, ptr %2884, align 4, !tbaa !5
+  %2888 = getelementptr i8, ptr %2864, i64 384
+  %2889 = load <16 x float>, ptr %2888, align 4, !tbaa !5
+  %2890 = fmul <16 x float> %2225, %2889
+  %2891 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %tile_acc545.sroa.27.0.lcssa.i, <16 x float> %2890)
+  store <16 x float> %2891, ptr %2888, align 4, !tbaa !5
+  %.phi.trans.insert.i = getelementptr i8, ptr %2864, i64 448
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
-  %.pre1141.i = fmul <16 x float> %2303, %.pre.i
-  br label %if_end329.i
+  %.pre1120.i = fmul <16 x float> %2225, %.pre.i
+  br label %if_end317.i
 
-if_then328.i:                                     ; preds = %for_end_ti311.i
-  %2952 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.0.0.lcssa.i, <16 x float> %2508)
-  store <16 x float> %2952, ptr %2924, align 4, !tbaa !5
-  %2953 = getelementptr i8, ptr %2924, i64 64
-  %2954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.4.0.lcssa.i, <16 x float> %2508)
-  store <16 x float> %2954, ptr %2953, align 4, !tbaa !5
-  %2955 = getelementptr i8, ptr %2924, i64 128
-  %2956 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.9.0.lcssa.i, <16 x float> %2508)
-  store <16 x float> %2956, ptr %2955, align 4, !tbaa !5
-  %2957 = getelementptr i8, ptr %2924, i64 192
-  %2958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.13.0.lcssa.i, <16 x float> %2508)
-  store <16 x float> %2958, ptr %2957, align 4, !tbaa !5
-  %2959 = getelementptr i8, ptr %2924, i64 256
-  %2960 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.18.0.lcssa.i, <16 x float> %2508)
-  store <16 x float> %2960, ptr %2959, align 4, !tbaa !5
-  %2961 = getelementptr i8, ptr %2924, i64 320
-  %2962 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.22.0.lcssa.i, <16 x float> %2508)
-  store <16 x float> %2962, ptr %2961, align 4, !tbaa !5
-  %2963 = getelementptr i8, ptr %2924, i64 384
-  %2964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.27.0.lcssa.i, <16 x float> %2508)
-  store <16 x float> %2964, ptr %2963, align 4, !tbaa !5
-  br label %if_end329.i
+if_then316.i:                                     ; preds = %for_end_ti299.i
+  %2892 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %tile_acc545.sroa.0.0.lcssa.i, <16 x float> %2432)
+  store <16 x float> %2892, ptr %2864, align 4, !tbaa !5
+  %2893 = getelementptr i8, ptr %2864, i64 64
+  %2894 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %tile_acc545.sroa.4.0.lcssa.i, <16 x float> %2432)
+  store <16 x float> %2894, ptr %2893, align 4, !tbaa !5
+  %2895 = getelementptr i8, ptr %2864, i64 128
+  %2896 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %tile_acc545.sroa.9.0.lcssa.i, <16 x float> %2432)
+  store <16 x float> %2896, ptr %2895, align 4, !tbaa !5
+  %2897 = getelementptr i8, ptr %2864, i64 192
+  %2898 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %tile_acc545.sroa.13.0.lcssa.i, <16 x float> %2432)
+  store <16 x float> %2898, ptr %2897, align 4, !tbaa !5
+  %2899 = getelementptr i8, ptr %2864, i64 256
+  %2900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %tile_acc545.sroa.18.0.lcssa.i, <16 x float> %2432)
+  store <16 x float> %2900, ptr %2899, align 4, !tbaa !5
+  %2901 = getelementptr i8, ptr %2864, i64 320
+  %2902 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %tile_acc545.sroa.22.0.lcssa.i, <16 x float> %2432)
+  store <16 x float> %2902, ptr %2901, align 4, !tbaa !5
+  %2903 = getelementptr i8, ptr %2864, i64 384
+  %2904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %tile_acc545.sroa.27.0.lcssa.i, <16 x float> %2432)
+  store <16 x float> %2904, ptr %2903, align 4, !tbaa !5
+  br label %if_end317.i
 
-if_end329.i:                                      ; preds = %if_then328.i, %if_end327.i
-  %.pre-phi.i = phi <16 x float> [ %.pre1141.i, %if_end327.i ], [ %2508, %if_then328.i ]
-  %2965 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2923
-  %2966 = getelementptr i8, ptr %2965, i64 448
-  %2967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %tile_acc558.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %2967, ptr %2966, align 4, !tbaa !5
-  %indvars.iv.next1054.i = add nuw nsw i64 %indvars.iv1053.i, 1
-  %exitcond1056.not.i = icmp eq i64 %indvars.iv.next1054.i, 16
-  br i1 %exitcond1056.not.i, label %if_end192.i, label %for_begin_to299.preheader.i, !prof !28
+if_end317.i:                                      ; preds = %if_then316.i, %if_end315.i
+  %.pre-phi.i = phi <16 x float> [ %.pre1120.i, %if_end315.i ], [ %2432, %if_then316.i ]
+  %2905 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2863
+  %2906 = getelementptr i8, ptr %2905, i64 448
+  %2907 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %tile_acc545.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %2907, ptr %2906, align 4, !tbaa !5
+  %indvars.iv.next1033.i = add nuw nsw i64 %indvars.iv1032.i, 1
+  %exitcond1035.not.i = icmp eq i64 %indvars.iv.next1033.i, 16
+  br i1 %exitcond1035.not.i, label %if_end171.i, label %for_begin_to280.preheader.i, !prof !28
 
-if_end331.i:                                      ; preds = %if_end192.i
-  %2968 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2969 = tail call i32 %2968(i32 1, i32 %dev_id, ptr nonnull %edges.i)
-  %.not596.i = icmp eq i32 %2969, 0
-  br i1 %.not596.i, label %if_end334.i, label %fused_attend_compute_.exit, !prof !38
+if_end319.i:                                      ; preds = %if_end171.i
+  %2908 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2909 = tail call i32 %2908(i32 1, i32 %dev_id, ptr nonnull %edges.i)
+  %.not581.i = icmp eq i32 %2909, 0
+  br i1 %.not581.i, label %if_end322.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end334.i:                                      ; preds = %if_end331.i
-  %2970 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2971 = tail call i32 %2970(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not597.i = icmp eq i32 %2971, 0
-  br i1 %.not597.i, label %if_end337.i, label %fused_attend_compute_.exit, !prof !38
+if_end322.i:                                      ; preds = %if_end319.i
+  %2910 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2911 = tail call i32 %2910(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not582.i = icmp eq i32 %2911, 0
+  br i1 %.not582.i, label %if_end325.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end337.i:                                      ; preds = %if_end334.i
-  %2972 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2973 = tail call i32 %2972(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not598.i = icmp eq i32 %2973, 0
-  br i1 %.not598.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !38
+if_end325.i:                                      ; preds = %if_end322.i
+  %2912 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2913 = tail call i32 %2912(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not583.i = icmp eq i32 %2913, 0
+  br i1 %.not583.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end343.i:                                      ; preds = %for_end_row_tile.i
-  %2974 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2975 = tail call i32 %2974(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not592.i = icmp eq i32 %2975, 0
-  br i1 %.not592.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !38
+if_end331.i:                                      ; preds = %for_end_row_tile.i
+  %2914 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2915 = tail call i32 %2914(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not579.i = icmp eq i32 %2915, 0
+  br i1 %.not579.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end349.i:                                      ; preds = %for_end_kv_head.i
-  %2976 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2977 = tail call i32 %2976(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not590.i = icmp eq i32 %2977, 0
-  br i1 %.not590.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !38
+if_end337.i:                                      ; preds = %for_end_kv_head.i
+  %2916 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2917 = tail call i32 %2916(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not577.i = icmp eq i32 %2917, 0
+  br i1 %.not577.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !38
 
-for_body_tile355.i:                               ; preds = %if_end360.i, %for_begin_tile354.preheader.i
-  %indvars.iv1076.i = phi i64 [ %indvars.iv.next1077.i, %if_end360.i ], [ 0, %for_begin_tile354.preheader.i ]
-  %.idx1188.i = shl nsw i64 %indvars.iv1076.i, 4
-  %2978 = getelementptr inbounds nuw i8, ptr %reach570.i, i64 %.idx1188.i
-  %2979 = getelementptr inbounds nuw i8, ptr %2978, i64 4
-  %2980 = load i32, ptr %2979, align 4, !tbaa !17
-  %2981 = icmp slt i32 %read_begin.i, %2980
-  br i1 %2981, label %if_then359.i, label %if_end360.i, !prof !8
+for_body_tile343.i:                               ; preds = %if_end348.i, %for_begin_tile342.preheader.i
+  %indvars.iv1055.i = phi i64 [ %indvars.iv.next1056.i, %if_end348.i ], [ 0, %for_begin_tile342.preheader.i ]
+  %.idx1167.i = shl nsw i64 %indvars.iv1055.i, 4
+  %2918 = getelementptr inbounds nuw i8, ptr %reach557.i, i64 %.idx1167.i
+  %2919 = getelementptr inbounds nuw i8, ptr %2918, i64 4
+  %2920 = load i32, ptr %2919, align 4, !tbaa !17
+  %2921 = icmp slt i32 %read_begin.i, %2920
+  br i1 %2921, label %if_then347.i, label %if_end348.i, !prof !8
 
-for_end_tile356.i:                                ; preds = %if_end360.i, %for_begin_tile354.preheader.i
-  %2982 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2983 = tail call i32 %2982(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not586.i = icmp eq i32 %2983, 0
-  br i1 %.not586.i, label %if_end415.i, label %fused_attend_compute_.exit, !prof !38
+for_end_tile344.i:                                ; preds = %if_end348.i, %for_begin_tile342.preheader.i
+  %2922 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2923 = tail call i32 %2922(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not573.i = icmp eq i32 %2923, 0
+  br i1 %.not573.i, label %if_end403.i, label %fused_attend_compute_.exit, !prof !38
 
-if_then359.i:                                     ; preds = %for_body_tile355.i
-  %2984 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1188.i
-  %old_max366.i = load <16 x float>, ptr %2984, align 4, !tbaa !5
-  %2985 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1188.i
-  %old_sum368.i = load <16 x float>, ptr %2985, align 4, !tbaa !5
-  %2986 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1188.i
-  %2987 = load <16 x float>, ptr %2986, align 4, !tbaa !5
-  %2988 = fcmp ogt <16 x float> %old_max366.i, %2987
-  %2989 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1188.i
-  %2990 = load <16 x float>, ptr %2989, align 4, !tbaa !5
-  %2991 = fcmp oeq <16 x float> %2990, zeroinitializer
-  %2992 = select <16 x i1> %2991, <16 x i1> splat (i1 true), <16 x i1> %2988
-  %old_or_both372.i = select <16 x i1> %2992, <16 x float> %old_max366.i, <16 x float> %2987
-  %2993 = fcmp oeq <16 x float> %old_sum368.i, zeroinitializer
-  %m374.i = select <16 x i1> %2993, <16 x float> %2987, <16 x float> %old_or_both372.i
-  %2994 = fsub <16 x float> %old_max366.i, %m374.i
-  %2995 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2994, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2996 = bitcast <16 x float> %2995 to <16 x i32>
-  %2997 = fadd <16 x float> %2995, splat (float 0xC168000FE0000000)
-  %2998 = fmul <16 x float> %2997, splat (float 0x3F2BD01060000000)
-  %2999 = fmul <16 x float> %2997, splat (float 0x3FE6300000000000)
-  %3000 = fsub <16 x float> %2994, %2999
-  %3001 = fadd <16 x float> %2998, %3000
-  %3002 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3001, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %3003 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3002, <16 x float> %3001, <16 x float> splat (float 0x3FA5558F20000000))
-  %3004 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3003, <16 x float> %3001, <16 x float> splat (float 0x3FC5554920000000))
-  %3005 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3004, <16 x float> %3001, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %3006 = fmul <16 x float> %3001, %3001
-  %3007 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3005, <16 x float> %3006, <16 x float> %3001)
-  %3008 = shl <16 x i32> %2996, splat (i32 23)
-  %3009 = bitcast <16 x i32> %3008 to <16 x float>
-  %3010 = fadd <16 x float> %3007, splat (float 1.000000e+00)
-  %3011 = fmul <16 x float> %3010, %3009
-  %3012 = fcmp olt <16 x float> %2994, splat (float -8.700000e+01)
-  %3013 = select <16 x i1> %3012, <16 x float> zeroinitializer, <16 x float> %3011
-  %3014 = fcmp one <16 x float> %old_sum368.i, zeroinitializer
-  %3015 = select <16 x i1> %3014, <16 x float> %3013, <16 x float> zeroinitializer
-  %arg392.i = fsub <16 x float> %2987, %m374.i
-  %3016 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg392.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %3017 = bitcast <16 x float> %3016 to <16 x i32>
-  %3018 = fadd <16 x float> %3016, splat (float 0xC168000FE0000000)
-  %3019 = fmul <16 x float> %3018, splat (float 0x3F2BD01060000000)
-  %3020 = fmul <16 x float> %3018, splat (float 0x3FE6300000000000)
-  %3021 = fsub <16 x float> %arg392.i, %3020
-  %3022 = fadd <16 x float> %3019, %3021
-  %3023 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3022, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %3024 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3023, <16 x float> %3022, <16 x float> splat (float 0x3FA5558F20000000))
-  %3025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3024, <16 x float> %3022, <16 x float> splat (float 0x3FC5554920000000))
-  %3026 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3025, <16 x float> %3022, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %3027 = fmul <16 x float> %3022, %3022
-  %3028 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3026, <16 x float> %3027, <16 x float> %3022)
-  %3029 = shl <16 x i32> %3017, splat (i32 23)
-  %3030 = bitcast <16 x i32> %3029 to <16 x float>
-  %3031 = fadd <16 x float> %3028, splat (float 1.000000e+00)
-  %3032 = fmul <16 x float> %3031, %3030
-  %3033 = fcmp olt <16 x float> %arg392.i, splat (float -8.700000e+01)
-  %3034 = select <16 x i1> %3033, <16 x float> zeroinitializer, <16 x float> %3032
-  %3035 = fcmp one <16 x float> %2990, zeroinitializer
-  %3036 = select <16 x i1> %3035, <16 x float> %3034, <16 x float> zeroinitializer
-  %3037 = fmul <16 x float> %old_sum368.i, %3015
-  %3038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3036, <16 x float> %2990, <16 x float> %3037)
-  store <16 x float> %m374.i, ptr %2984, align 4, !tbaa !5
-  store <16 x float> %3038, ptr %2985, align 4, !tbaa !5
-  %3039 = shl i64 %indvars.iv1076.i, 11
-  %3040 = and i64 %3039, 4294965248
-  br label %for_body_d410.i
+if_then347.i:                                     ; preds = %for_body_tile343.i
+  %2924 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1167.i
+  %old_max354.i = load <16 x float>, ptr %2924, align 4, !tbaa !5
+  %2925 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1167.i
+  %old_sum356.i = load <16 x float>, ptr %2925, align 4, !tbaa !5
+  %2926 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1167.i
+  %2927 = load <16 x float>, ptr %2926, align 4, !tbaa !5
+  %2928 = fcmp ogt <16 x float> %old_max354.i, %2927
+  %2929 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1167.i
+  %2930 = load <16 x float>, ptr %2929, align 4, !tbaa !5
+  %2931 = fcmp oeq <16 x float> %2930, zeroinitializer
+  %2932 = select <16 x i1> %2931, <16 x i1> splat (i1 true), <16 x i1> %2928
+  %old_or_both360.i = select <16 x i1> %2932, <16 x float> %old_max354.i, <16 x float> %2927
+  %2933 = fcmp oeq <16 x float> %old_sum356.i, zeroinitializer
+  %m362.i = select <16 x i1> %2933, <16 x float> %2927, <16 x float> %old_or_both360.i
+  %2934 = fsub <16 x float> %old_max354.i, %m362.i
+  %2935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2934, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2936 = bitcast <16 x float> %2935 to <16 x i32>
+  %2937 = fadd <16 x float> %2935, splat (float 0xC168000FE0000000)
+  %2938 = fmul <16 x float> %2937, splat (float 0x3F2BD01060000000)
+  %2939 = fmul <16 x float> %2937, splat (float 0x3FE6300000000000)
+  %2940 = fsub <16 x float> %2934, %2939
+  %2941 = fadd <16 x float> %2938, %2940
+  %2942 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2941, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2943 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2942, <16 x float> %2941, <16 x float> splat (float 0x3FA5558F20000000))
+  %2944 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2943, <16 x float> %2941, <16 x float> splat (float 0x3FC5554920000000))
+  %2945 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2944, <16 x float> %2941, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2946 = fmul <16 x float> %2941, %2941
+  %2947 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2945, <16 x float> %2946, <16 x float> %2941)
+  %2948 = shl <16 x i32> %2936, splat (i32 23)
+  %2949 = bitcast <16 x i32> %2948 to <16 x float>
+  %2950 = fadd <16 x float> %2947, splat (float 1.000000e+00)
+  %2951 = fmul <16 x float> %2950, %2949
+  %2952 = fcmp olt <16 x float> %2934, splat (float -8.700000e+01)
+  %2953 = select <16 x i1> %2952, <16 x float> zeroinitializer, <16 x float> %2951
+  %2954 = fcmp one <16 x float> %old_sum356.i, zeroinitializer
+  %2955 = select <16 x i1> %2954, <16 x float> %2953, <16 x float> zeroinitializer
+  %arg380.i = fsub <16 x float> %2927, %m362.i
+  %2956 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg380.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2957 = bitcast <16 x float> %2956 to <16 x i32>
+  %2958 = fadd <16 x float> %2956, splat (float 0xC168000FE0000000)
+  %2959 = fmul <16 x float> %2958, splat (float 0x3F2BD01060000000)
+  %2960 = fmul <16 x float> %2958, splat (float 0x3FE6300000000000)
+  %2961 = fsub <16 x float> %arg380.i, %2960
+  %2962 = fadd <16 x float> %2959, %2961
+  %2963 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2962, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2963, <16 x float> %2962, <16 x float> splat (float 0x3FA5558F20000000))
+  %2965 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2964, <16 x float> %2962, <16 x float> splat (float 0x3FC5554920000000))
+  %2966 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2965, <16 x float> %2962, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2967 = fmul <16 x float> %2962, %2962
+  %2968 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2966, <16 x float> %2967, <16 x float> %2962)
+  %2969 = shl <16 x i32> %2957, splat (i32 23)
+  %2970 = bitcast <16 x i32> %2969 to <16 x float>
+  %2971 = fadd <16 x float> %2968, splat (float 1.000000e+00)
+  %2972 = fmul <16 x float> %2971, %2970
+  %2973 = fcmp olt <16 x float> %arg380.i, splat (float -8.700000e+01)
+  %2974 = select <16 x i1> %2973, <16 x float> zeroinitializer, <16 x float> %2972
+  %2975 = fcmp one <16 x float> %2930, zeroinitializer
+  %2976 = select <16 x i1> %2975, <16 x float> %2974, <16 x float> zeroinitializer
+  %2977 = fmul <16 x float> %old_sum356.i, %2955
+  %2978 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2976, <16 x float> %2930, <16 x float> %2977)
+  store <16 x float> %m362.i, ptr %2924, align 4, !tbaa !5
+  store <16 x float> %2978, ptr %2925, align 4, !tbaa !5
+  %2979 = shl i64 %indvars.iv1055.i, 11
+  %2980 = and i64 %2979, 4294965248
+  br label %for_body_d398.i
 
-if_end360.i:                                      ; preds = %for_body_d410.i, %for_body_tile355.i
+if_end348.i:                                      ; preds = %for_body_d398.i, %for_body_tile343.i
+  %indvars.iv.next1056.i = add nuw nsw i64 %indvars.iv1055.i, 1
+  %exitcond1059.not.i = icmp eq i64 %indvars.iv.next1056.i, %wide.trip.count1058.i
+  br i1 %exitcond1059.not.i, label %for_end_tile344.i, label %for_body_tile343.i, !prof !13
+
+for_body_d398.i:                                  ; preds = %for_body_d398.i, %if_then347.i
+  %indvars.iv1051.i = phi i64 [ 0, %if_then347.i ], [ %indvars.iv.next1052.i.3, %for_body_d398.i ]
+  %2981 = shl nuw nsw i64 %indvars.iv1051.i, 4
+  %2982 = add nuw nsw i64 %2981, %2980
+  %2983 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2982
+  %2984 = load <16 x float>, ptr %2983, align 4, !tbaa !5
+  %2985 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2982
+  %2986 = load <16 x float>, ptr %2985, align 4, !tbaa !5
+  %2987 = fmul <16 x float> %2955, %2986
+  %2988 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2976, <16 x float> %2984, <16 x float> %2987)
+  store <16 x float> %2988, ptr %2985, align 4, !tbaa !5
+  %indvars.iv.next1052.i = shl i64 %indvars.iv1051.i, 4
+  %2989 = or disjoint i64 %indvars.iv.next1052.i, 16
+  %2990 = add nuw nsw i64 %2989, %2980
+  %2991 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2990
+  %2992 = load <16 x float>, ptr %2991, align 4, !tbaa !5
+  %2993 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2990
+  %2994 = load <16 x float>, ptr %2993, align 4, !tbaa !5
+  %2995 = fmul <16 x float> %2955, %2994
+  %2996 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2976, <16 x float> %2992, <16 x float> %2995)
+  store <16 x float> %2996, ptr %2993, align 4, !tbaa !5
+  %indvars.iv.next1052.i.1 = shl i64 %indvars.iv1051.i, 4
+  %2997 = or disjoint i64 %indvars.iv.next1052.i.1, 32
+  %2998 = add nuw nsw i64 %2997, %2980
+  %2999 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2998
+  %3000 = load <16 x float>, ptr %2999, align 4, !tbaa !5
+  %3001 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2998
+  %3002 = load <16 x float>, ptr %3001, align 4, !tbaa !5
+  %3003 = fmul <16 x float> %2955, %3002
+  %3004 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2976, <16 x float> %3000, <16 x float> %3003)
+  store <16 x float> %3004, ptr %3001, align 4, !tbaa !5
+  %indvars.iv.next1052.i.2 = shl i64 %indvars.iv1051.i, 4
+  %3005 = or disjoint i64 %indvars.iv.next1052.i.2, 48
+  %3006 = add nuw nsw i64 %3005, %2980
+  %3007 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3006
+  %3008 = load <16 x float>, ptr %3007, align 4, !tbaa !5
+  %3009 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3006
+  %3010 = load <16 x float>, ptr %3009, align 4, !tbaa !5
+  %3011 = fmul <16 x float> %2955, %3010
+  %3012 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2976, <16 x float> %3008, <16 x float> %3011)
+  store <16 x float> %3012, ptr %3009, align 4, !tbaa !5
+  %indvars.iv.next1052.i.3 = add nuw nsw i64 %indvars.iv1051.i, 4
+  %exitcond1054.not.i.3 = icmp eq i64 %indvars.iv.next1052.i.3, 128
+  br i1 %exitcond1054.not.i.3, label %if_end348.i, label %for_body_d398.i, !prof !28, !llvm.loop !70
+
+if_end403.i:                                      ; preds = %for_end_tile344.i
+  %3013 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3014 = tail call i32 %3013(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not574.i = icmp eq i32 %3014, 0
+  br i1 %.not574.i, label %if_end406.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end406.i:                                      ; preds = %if_end403.i
+  %3015 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3016 = tail call i32 %3015(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not575.i = icmp eq i32 %3016, 0
+  br i1 %.not575.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !38
+
+for_body_tile412.i:                               ; preds = %if_end417.loopexit.i, %for_body_tile412.i.preheader
+  %indvars.iv1076.i = phi i64 [ %indvars.iv.next1077.i, %if_end417.loopexit.i ], [ 0, %for_body_tile412.i.preheader ]
+  %3017 = shl i64 %indvars.iv1076.i, 13
+  %3018 = and i64 %3017, 17179860992
+  %scevgep505 = getelementptr i8, ptr %total_acc.i, i64 %3018
+  %3019 = trunc nuw nsw i64 %indvars.iv1076.i to i32
+  %rmod485.i = srem i32 %3019, %113
+  %rdiv492.i = sdiv i32 %3019, %113
+  %3020 = icmp ne i32 %rmod485.i, 0
+  %.not565.i = and i1 %396, %3020
+  %3021 = select i1 %.not565.i, i32 %113, i32 0
+  %3022 = add nsw i32 %3021, %rmod485.i
+  %3023 = shl nsw i32 %3022, 4
+  %3024 = sub nsw i32 %111, %3023
+  %3025 = icmp sgt i32 %3024, 0
+  br i1 %3025, label %for_body_r487.lr.ph.i, label %if_end417.loopexit.i, !prof !3
+
+for_end_tile413.i:                                ; preds = %if_end417.loopexit.i, %if_end417.us.i, %for_begin_tile411.preheader.i
+  %3026 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3027 = tail call i32 %3026(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not.i = icmp eq i32 %3027, 0
+  br i1 %.not.i, label %if_end512.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end417.loopexit.i:                             ; preds = %for_end_d505.i, %for_body_tile412.i
   %indvars.iv.next1077.i = add nuw nsw i64 %indvars.iv1076.i, 1
-  %exitcond1080.not.i = icmp eq i64 %indvars.iv.next1077.i, %wide.trip.count1079.i
-  br i1 %exitcond1080.not.i, label %for_end_tile356.i, label %for_body_tile355.i, !prof !13
+  %exitcond1080.not.i = icmp eq i64 %indvars.iv.next1077.i, %wide.trip.count1115.i
+  br i1 %exitcond1080.not.i, label %for_end_tile413.i, label %for_body_tile412.i, !prof !13
 
-for_body_d410.i:                                  ; preds = %for_body_d410.i, %if_then359.i
-  %indvars.iv1072.i = phi i64 [ 0, %if_then359.i ], [ %indvars.iv.next1073.i.3, %for_body_d410.i ]
-  %3041 = shl nuw nsw i64 %indvars.iv1072.i, 4
-  %3042 = add nuw nsw i64 %3041, %3040
-  %3043 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3042
-  %3044 = load <16 x float>, ptr %3043, align 4, !tbaa !5
-  %3045 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3042
-  %3046 = load <16 x float>, ptr %3045, align 4, !tbaa !5
-  %3047 = fmul <16 x float> %3015, %3046
-  %3048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3036, <16 x float> %3044, <16 x float> %3047)
-  store <16 x float> %3048, ptr %3045, align 4, !tbaa !5
-  %indvars.iv.next1073.i = shl i64 %indvars.iv1072.i, 4
-  %3049 = or disjoint i64 %indvars.iv.next1073.i, 16
-  %3050 = add nuw nsw i64 %3049, %3040
-  %3051 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3050
-  %3052 = load <16 x float>, ptr %3051, align 4, !tbaa !5
-  %3053 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3050
-  %3054 = load <16 x float>, ptr %3053, align 4, !tbaa !5
-  %3055 = fmul <16 x float> %3015, %3054
-  %3056 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3036, <16 x float> %3052, <16 x float> %3055)
-  store <16 x float> %3056, ptr %3053, align 4, !tbaa !5
-  %indvars.iv.next1073.i.1 = shl i64 %indvars.iv1072.i, 4
-  %3057 = or disjoint i64 %indvars.iv.next1073.i.1, 32
-  %3058 = add nuw nsw i64 %3057, %3040
-  %3059 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3058
-  %3060 = load <16 x float>, ptr %3059, align 4, !tbaa !5
-  %3061 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3058
-  %3062 = load <16 x float>, ptr %3061, align 4, !tbaa !5
-  %3063 = fmul <16 x float> %3015, %3062
-  %3064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3036, <16 x float> %3060, <16 x float> %3063)
-  store <16 x float> %3064, ptr %3061, align 4, !tbaa !5
-  %indvars.iv.next1073.i.2 = shl i64 %indvars.iv1072.i, 4
-  %3065 = or disjoint i64 %indvars.iv.next1073.i.2, 48
-  %3066 = add nuw nsw i64 %3065, %3040
-  %3067 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3066
-  %3068 = load <16 x float>, ptr %3067, align 4, !tbaa !5
-  %3069 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3066
-  %3070 = load <16 x float>, ptr %3069, align 4, !tbaa !5
-  %3071 = fmul <16 x float> %3015, %3070
-  %3072 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3036, <16 x float> %3068, <16 x float> %3071)
-  store <16 x float> %3072, ptr %3069, align 4, !tbaa !5
-  %indvars.iv.next1073.i.3 = add nuw nsw i64 %indvars.iv1072.i, 4
-  %exitcond1075.not.i.3 = icmp eq i64 %indvars.iv.next1073.i.3, 128
-  br i1 %exitcond1075.not.i.3, label %if_end360.i, label %for_body_d410.i, !prof !28, !llvm.loop !77
+for_body_r487.lr.ph.i:                            ; preds = %for_body_tile412.i
+  %3028 = sext i1 %.not565.i to i32
+  %3029 = add nsw i32 %rdiv492.i, %3028
+  %3030 = sext i32 %3029 to i64
+  %3031 = sext i32 %3022 to i64
+  %3032 = shl nsw i64 %3031, 7
+  %3033 = add nsw i64 %397, %3030
+  %3034 = shl nsw i64 %3033, 2
+  %3035 = add nsw i64 %3032, %399
+  %3036 = shl i64 %indvars.iv1076.i, 4
+  %3037 = and i64 %3036, 4294967280
+  %3038 = tail call i32 @llvm.umin.i32(i32 %3024, i32 16)
+  %wide.trip.count1064.i = zext nneg i32 %3038 to i64
+  %3039 = add nsw i64 %3035, %3034
+  br label %for_body_r487.i
 
-if_end415.i:                                      ; preds = %for_end_tile356.i
-  %3073 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3074 = tail call i32 %3073(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
-  %.not587.i = icmp eq i32 %3074, 0
-  br i1 %.not587.i, label %if_end418.i, label %fused_attend_compute_.exit, !prof !38
+for_begin_d503.preheader.lr.ph.i:                 ; preds = %for_body_r487.i
+  %.idx.i = shl nsw i64 %3033, 11
+  %3040 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %.idx566.i = shl nsw i64 %3031, 16
+  %3041 = getelementptr i8, ptr %3040, i64 %.idx566.i
+  %invariant.gep840.i = getelementptr i8, ptr %3041, i64 %.idx567.i
+  %3042 = shl i64 %indvars.iv1076.i, 11
+  %3043 = and i64 %3042, 4294965248
+  %invariant.gep1238.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3043
+  %3044 = add nsw i64 %.idx566.i, %.idx.i
+  %scevgep500 = getelementptr i8, ptr %scevgep499, i64 %3044
+  %scevgep503 = getelementptr i8, ptr %scevgep502, i64 %3044
+  %3045 = shl nuw nsw i64 %wide.trip.count1064.i, 2
+  %3046 = getelementptr i8, ptr %scevgep506, i64 %3018
+  %scevgep507 = getelementptr i8, ptr %3046, i64 %3045
+  br label %for_begin_d503.preheader.i
 
-if_end418.i:                                      ; preds = %if_end415.i
-  %3075 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3076 = tail call i32 %3075(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
-  %.not588.i = icmp eq i32 %3076, 0
-  br i1 %.not588.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !38
+for_body_r487.i:                                  ; preds = %for_body_r487.i, %for_body_r487.lr.ph.i
+  %indvars.iv1061.i = phi i64 [ 0, %for_body_r487.lr.ph.i ], [ %indvars.iv.next1062.i.1, %for_body_r487.i ]
+  %3047 = add nuw nsw i64 %indvars.iv1061.i, %3037
+  %3048 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3047
+  %3049 = load float, ptr %3048, align 4, !tbaa !5
+  %3050 = and i64 %indvars.iv1061.i, 2
+  %3051 = shl nuw nsw i64 %indvars.iv1061.i, 3
+  %3052 = and i64 %3051, 17179869152
+  %3053 = or disjoint i64 %3039, %3050
+  %3054 = add nsw i64 %3053, %3052
+  %3055 = getelementptr inbounds float, ptr %partial_max, i64 %3054
+  store float %3049, ptr %3055, align 4, !tbaa !5
+  %3056 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3047
+  %3057 = load float, ptr %3056, align 4, !tbaa !5
+  %3058 = getelementptr inbounds float, ptr %partial_sum, i64 %3054
+  store float %3057, ptr %3058, align 4, !tbaa !5
+  %indvars.iv.next1062.i = or disjoint i64 %indvars.iv1061.i, 1
+  %3059 = add nuw nsw i64 %indvars.iv.next1062.i, %3037
+  %3060 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3059
+  %3061 = load float, ptr %3060, align 4, !tbaa !5
+  %3062 = and i64 %indvars.iv.next1062.i, 3
+  %3063 = shl nuw nsw i64 %indvars.iv1061.i, 3
+  %3064 = and i64 %3063, 17179869152
+  %3065 = or disjoint i64 %3039, %3062
+  %3066 = add nsw i64 %3065, %3064
+  %3067 = getelementptr inbounds float, ptr %partial_max, i64 %3066
+  store float %3061, ptr %3067, align 4, !tbaa !5
+  %3068 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3059
+  %3069 = load float, ptr %3068, align 4, !tbaa !5
+  %3070 = getelementptr inbounds float, ptr %partial_sum, i64 %3066
+  store float %3069, ptr %3070, align 4, !tbaa !5
+  %indvars.iv.next1062.i.1 = add nuw nsw i64 %indvars.iv1061.i, 2
+  %exitcond1065.not.i.1 = icmp eq i64 %indvars.iv.next1062.i.1, %wide.trip.count1064.i
+  br i1 %exitcond1065.not.i.1, label %for_begin_d503.preheader.lr.ph.i, label %for_body_r487.i, !prof !13, !llvm.loop !72
 
-for_body_tile424.i:                               ; preds = %if_end429.loopexit.i, %for_body_tile424.i.preheader
-  %indvars.iv1097.i = phi i64 [ %indvars.iv.next1098.i, %if_end429.loopexit.i ], [ 0, %for_body_tile424.i.preheader ]
-  %3077 = shl i64 %indvars.iv1097.i, 13
-  %3078 = and i64 %3077, 17179860992
-  %scevgep514 = getelementptr i8, ptr %total_acc.i, i64 %3078
-  %3079 = trunc nuw nsw i64 %indvars.iv1097.i to i32
-  %rmod497.i = srem i32 %3079, %113
-  %rdiv504.i = sdiv i32 %3079, %113
-  %3080 = icmp ne i32 %rmod497.i, 0
-  %.not578.i = and i1 %392, %3080
-  %3081 = select i1 %.not578.i, i32 %113, i32 0
-  %3082 = add nsw i32 %3081, %rmod497.i
-  %3083 = shl nsw i32 %3082, 4
-  %3084 = sub nsw i32 %111, %3083
-  %3085 = icmp sgt i32 %3084, 0
-  br i1 %3085, label %for_body_r499.lr.ph.i, label %if_end429.loopexit.i, !prof !3
+for_begin_d503.preheader.i:                       ; preds = %for_end_d505.i, %for_begin_d503.preheader.lr.ph.i
+  %indvars.iv1070.i = phi i64 [ 0, %for_begin_d503.preheader.lr.ph.i ], [ %indvars.iv.next1071.i, %for_end_d505.i ]
+  %3071 = shl nuw nsw i64 %indvars.iv1070.i, 7
+  %3072 = and i64 %3071, 384
+  %3073 = shl nuw nsw i64 %indvars.iv1070.i, 10
+  %3074 = and i64 %3073, 2199023251456
+  %gep841.i = getelementptr float, ptr %invariant.gep840.i, i64 %3074
+  %3075 = getelementptr float, ptr %gep841.i, i64 %3072
+  %gep1239.i = getelementptr inbounds nuw float, ptr %invariant.gep1238.i, i64 %indvars.iv1070.i
+  %3076 = shl i64 %indvars.iv1070.i, 12
+  %3077 = and i64 %3076, 8796093005824
+  %3078 = shl i64 %indvars.iv1070.i, 9
+  %3079 = and i64 %3078, 1536
+  %3080 = or disjoint i64 %3077, %3079
+  %scevgep504 = getelementptr i8, ptr %scevgep503, i64 %3080
+  %scevgep501 = getelementptr i8, ptr %scevgep500, i64 %3080
+  %bound0508 = icmp ult ptr %scevgep501, %scevgep507
+  %bound1509 = icmp ult ptr %scevgep505, %scevgep504
+  %found.conflict510 = and i1 %bound0508, %bound1509
+  br i1 %found.conflict510, label %for_body_d504.i, label %vector.body513, !prof !16
 
-for_end_tile425.i:                                ; preds = %if_end429.loopexit.i, %if_end429.us.i, %for_begin_tile423.preheader.i
-  %3086 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3087 = tail call i32 %3086(i32 1, i32 %dev_id, ptr nonnull %places.i)
-  %.not.i = icmp eq i32 %3087, 0
-  br i1 %.not.i, label %if_end524.i, label %fused_attend_compute_.exit, !prof !38
+vector.body513:                                   ; preds = %for_begin_d503.preheader.i
+  %3081 = getelementptr inbounds nuw i8, ptr %gep1239.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3082 = getelementptr inbounds nuw i8, ptr %gep1239.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3083 = getelementptr inbounds nuw i8, ptr %gep1239.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3084 = getelementptr inbounds nuw i8, ptr %gep1239.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather516 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3081, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather517 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3082, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather518 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3083, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather519 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3084, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3085 = getelementptr i8, ptr %3075, i64 32
+  %3086 = getelementptr i8, ptr %3075, i64 64
+  %3087 = getelementptr i8, ptr %3075, i64 96
+  store <8 x float> %wide.masked.gather516, ptr %3075, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather517, ptr %3085, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather518, ptr %3086, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather519, ptr %3087, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  %3088 = getelementptr inbounds nuw i8, ptr %gep1239.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3089 = getelementptr inbounds nuw i8, ptr %gep1239.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3090 = getelementptr inbounds nuw i8, ptr %gep1239.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3091 = getelementptr inbounds nuw i8, ptr %gep1239.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather516.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3088, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather517.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3089, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather518.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3090, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather519.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3091, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3092 = getelementptr i8, ptr %3075, i64 128
+  %3093 = getelementptr i8, ptr %3075, i64 160
+  %3094 = getelementptr i8, ptr %3075, i64 192
+  %3095 = getelementptr i8, ptr %3075, i64 224
+  store <8 x float> %wide.masked.gather516.1, ptr %3092, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather517.1, ptr %3093, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather518.1, ptr %3094, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather519.1, ptr %3095, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  %3096 = getelementptr inbounds nuw i8, ptr %gep1239.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3097 = getelementptr inbounds nuw i8, ptr %gep1239.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3098 = getelementptr inbounds nuw i8, ptr %gep1239.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3099 = getelementptr inbounds nuw i8, ptr %gep1239.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather516.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3096, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather517.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3097, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather518.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3098, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather519.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3100 = getelementptr i8, ptr %3075, i64 256
+  %3101 = getelementptr i8, ptr %3075, i64 288
+  %3102 = getelementptr i8, ptr %3075, i64 320
+  %3103 = getelementptr i8, ptr %3075, i64 352
+  store <8 x float> %wide.masked.gather516.2, ptr %3100, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather517.2, ptr %3101, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather518.2, ptr %3102, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather519.2, ptr %3103, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  %3104 = getelementptr inbounds nuw i8, ptr %gep1239.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3105 = getelementptr inbounds nuw i8, ptr %gep1239.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3106 = getelementptr inbounds nuw i8, ptr %gep1239.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3107 = getelementptr inbounds nuw i8, ptr %gep1239.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather516.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3104, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather517.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3105, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather518.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3106, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather519.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3107, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3108 = getelementptr i8, ptr %3075, i64 384
+  %3109 = getelementptr i8, ptr %3075, i64 416
+  %3110 = getelementptr i8, ptr %3075, i64 448
+  %3111 = getelementptr i8, ptr %3075, i64 480
+  store <8 x float> %wide.masked.gather516.3, ptr %3108, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather517.3, ptr %3109, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather518.3, ptr %3110, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather519.3, ptr %3111, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  br label %for_end_d505.i
 
-if_end429.loopexit.i:                             ; preds = %for_end_d517.i, %for_body_tile424.i
-  %indvars.iv.next1098.i = add nuw nsw i64 %indvars.iv1097.i, 1
-  %exitcond1101.not.i = icmp eq i64 %indvars.iv.next1098.i, %wide.trip.count1136.i
-  br i1 %exitcond1101.not.i, label %for_end_tile425.i, label %for_body_tile424.i, !prof !13
+for_body_d504.i:                                  ; preds = %for_body_d504.i, %for_begin_d503.preheader.i
+  %indvars.iv1066.i = phi i64 [ %indvars.iv.next1067.i.7, %for_body_d504.i ], [ 0, %for_begin_d503.preheader.i ]
+  %.idx1168.i = shl nuw nsw i64 %indvars.iv1066.i, 6
+  %3112 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 %.idx1168.i
+  %3113 = load float, ptr %3112, align 4, !tbaa !5
+  %3114 = getelementptr float, ptr %3075, i64 %indvars.iv1066.i
+  store float %3113, ptr %3114, align 4, !tbaa !5
+  %indvars.iv.next1067.i = or disjoint i64 %indvars.iv1066.i, 1
+  %.idx1168.i.1 = shl nuw nsw i64 %indvars.iv.next1067.i, 6
+  %3115 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 %.idx1168.i.1
+  %3116 = load float, ptr %3115, align 4, !tbaa !5
+  %3117 = getelementptr float, ptr %3075, i64 %indvars.iv.next1067.i
+  store float %3116, ptr %3117, align 4, !tbaa !5
+  %indvars.iv.next1067.i.1 = or disjoint i64 %indvars.iv1066.i, 2
+  %.idx1168.i.2 = shl nuw nsw i64 %indvars.iv.next1067.i.1, 6
+  %3118 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 %.idx1168.i.2
+  %3119 = load float, ptr %3118, align 4, !tbaa !5
+  %3120 = getelementptr float, ptr %3075, i64 %indvars.iv.next1067.i.1
+  store float %3119, ptr %3120, align 4, !tbaa !5
+  %indvars.iv.next1067.i.2 = or disjoint i64 %indvars.iv1066.i, 3
+  %.idx1168.i.3 = shl nuw nsw i64 %indvars.iv.next1067.i.2, 6
+  %3121 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 %.idx1168.i.3
+  %3122 = load float, ptr %3121, align 4, !tbaa !5
+  %3123 = getelementptr float, ptr %3075, i64 %indvars.iv.next1067.i.2
+  store float %3122, ptr %3123, align 4, !tbaa !5
+  %indvars.iv.next1067.i.3 = or disjoint i64 %indvars.iv1066.i, 4
+  %.idx1168.i.4 = shl nuw nsw i64 %indvars.iv.next1067.i.3, 6
+  %3124 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 %.idx1168.i.4
+  %3125 = load float, ptr %3124, align 4, !tbaa !5
+  %3126 = getelementptr float, ptr %3075, i64 %indvars.iv.next1067.i.3
+  store float %3125, ptr %3126, align 4, !tbaa !5
+  %indvars.iv.next1067.i.4 = or disjoint i64 %indvars.iv1066.i, 5
+  %.idx1168.i.5 = shl nuw nsw i64 %indvars.iv.next1067.i.4, 6
+  %3127 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 %.idx1168.i.5
+  %3128 = load float, ptr %3127, align 4, !tbaa !5
+  %3129 = getelementptr float, ptr %3075, i64 %indvars.iv.next1067.i.4
+  store float %3128, ptr %3129, align 4, !tbaa !5
+  %indvars.iv.next1067.i.5 = or disjoint i64 %indvars.iv1066.i, 6
+  %.idx1168.i.6 = shl nuw nsw i64 %indvars.iv.next1067.i.5, 6
+  %3130 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 %.idx1168.i.6
+  %3131 = load float, ptr %3130, align 4, !tbaa !5
+  %3132 = getelementptr float, ptr %3075, i64 %indvars.iv.next1067.i.5
+  store float %3131, ptr %3132, align 4, !tbaa !5
+  %indvars.iv.next1067.i.6 = or disjoint i64 %indvars.iv1066.i, 7
+  %.idx1168.i.7 = shl nuw nsw i64 %indvars.iv.next1067.i.6, 6
+  %3133 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 %.idx1168.i.7
+  %3134 = load float, ptr %3133, align 4, !tbaa !5
+  %3135 = getelementptr float, ptr %3075, i64 %indvars.iv.next1067.i.6
+  store float %3134, ptr %3135, align 4, !tbaa !5
+  %indvars.iv.next1067.i.7 = add nuw nsw i64 %indvars.iv1066.i, 8
+  %exitcond1069.not.i.7 = icmp eq i64 %indvars.iv.next1067.i.7, 128
+  br i1 %exitcond1069.not.i.7, label %for_end_d505.i, label %for_body_d504.i, !prof !29, !llvm.loop !78
 
-for_body_r499.lr.ph.i:                            ; preds = %for_body_tile424.i
-  %3088 = sext i1 %.not578.i to i32
-  %3089 = add nsw i32 %rdiv504.i, %3088
-  %3090 = sext i32 %3089 to i64
-  %3091 = sext i32 %3082 to i64
-  %3092 = shl nsw i64 %3091, 7
-  %3093 = add nsw i64 %393, %3090
-  %3094 = shl nsw i64 %3093, 2
-  %3095 = add nsw i64 %3092, %395
-  %3096 = shl i64 %indvars.iv1097.i, 4
-  %3097 = and i64 %3096, 4294967280
-  %3098 = tail call i32 @llvm.umin.i32(i32 %3084, i32 16)
-  %wide.trip.count1085.i = zext nneg i32 %3098 to i64
-  %3099 = add nsw i64 %3095, %3094
-  br label %for_body_r499.i
+for_end_d505.i:                                   ; preds = %for_body_d504.i, %vector.body513
+  %indvars.iv.next1071.i = add nuw nsw i64 %indvars.iv1070.i, 1
+  %exitcond1075.not.i = icmp eq i64 %indvars.iv.next1071.i, %wide.trip.count1064.i
+  br i1 %exitcond1075.not.i, label %if_end417.loopexit.i, label %for_begin_d503.preheader.i, !prof !13
 
-for_begin_d515.preheader.lr.ph.i:                 ; preds = %for_body_r499.i
-  %.idx.i = shl nsw i64 %3093, 11
-  %3100 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %.idx579.i = shl nsw i64 %3091, 16
-  %3101 = getelementptr i8, ptr %3100, i64 %.idx579.i
-  %invariant.gep859.i = getelementptr i8, ptr %3101, i64 %.idx580.i
-  %3102 = shl i64 %indvars.iv1097.i, 11
-  %3103 = and i64 %3102, 4294965248
-  %invariant.gep1259.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3103
-  %3104 = add nsw i64 %.idx579.i, %.idx.i
-  %scevgep509 = getelementptr i8, ptr %scevgep508, i64 %3104
-  %scevgep512 = getelementptr i8, ptr %scevgep511, i64 %3104
-  %3105 = shl nuw nsw i64 %wide.trip.count1085.i, 2
-  %3106 = getelementptr i8, ptr %scevgep515, i64 %3078
-  %scevgep516 = getelementptr i8, ptr %3106, i64 %3105
-  br label %for_begin_d515.preheader.i
+if_end512.i:                                      ; preds = %for_end_tile413.i
+  %3136 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3137 = tail call i32 %3136(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not558.i = icmp eq i32 %3137, 0
+  br i1 %.not558.i, label %if_end515.i, label %fused_attend_compute_.exit, !prof !38
 
-for_body_r499.i:                                  ; preds = %for_body_r499.i, %for_body_r499.lr.ph.i
-  %indvars.iv1082.i = phi i64 [ 0, %for_body_r499.lr.ph.i ], [ %indvars.iv.next1083.i.1, %for_body_r499.i ]
-  %3107 = add nuw nsw i64 %indvars.iv1082.i, %3097
-  %3108 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3107
-  %3109 = load float, ptr %3108, align 4, !tbaa !5
-  %3110 = and i64 %indvars.iv1082.i, 2
-  %3111 = shl nuw nsw i64 %indvars.iv1082.i, 3
-  %3112 = and i64 %3111, 17179869152
-  %3113 = or disjoint i64 %3099, %3110
-  %3114 = add nsw i64 %3113, %3112
-  %3115 = getelementptr inbounds float, ptr %partial_max, i64 %3114
-  store float %3109, ptr %3115, align 4, !tbaa !5
-  %3116 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3107
-  %3117 = load float, ptr %3116, align 4, !tbaa !5
-  %3118 = getelementptr inbounds float, ptr %partial_sum, i64 %3114
-  store float %3117, ptr %3118, align 4, !tbaa !5
-  %indvars.iv.next1083.i = or disjoint i64 %indvars.iv1082.i, 1
-  %3119 = add nuw nsw i64 %indvars.iv.next1083.i, %3097
-  %3120 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3119
-  %3121 = load float, ptr %3120, align 4, !tbaa !5
-  %3122 = and i64 %indvars.iv.next1083.i, 3
-  %3123 = shl nuw nsw i64 %indvars.iv1082.i, 3
-  %3124 = and i64 %3123, 17179869152
-  %3125 = or disjoint i64 %3099, %3122
-  %3126 = add nsw i64 %3125, %3124
-  %3127 = getelementptr inbounds float, ptr %partial_max, i64 %3126
-  store float %3121, ptr %3127, align 4, !tbaa !5
-  %3128 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3119
-  %3129 = load float, ptr %3128, align 4, !tbaa !5
-  %3130 = getelementptr inbounds float, ptr %partial_sum, i64 %3126
-  store float %3129, ptr %3130, align 4, !tbaa !5
-  %indvars.iv.next1083.i.1 = add nuw nsw i64 %indvars.iv1082.i, 2
-  %exitcond1086.not.i.1 = icmp eq i64 %indvars.iv.next1083.i.1, %wide.trip.count1085.i
-  br i1 %exitcond1086.not.i.1, label %for_begin_d515.preheader.lr.ph.i, label %for_body_r499.i, !prof !13, !llvm.loop !79
+if_end515.i:                                      ; preds = %if_end512.i
+  %3138 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3139 = tail call i32 %3138(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not559.i = icmp eq i32 %3139, 0
+  br i1 %.not559.i, label %if_end518.i, label %fused_attend_compute_.exit, !prof !38
 
-for_begin_d515.preheader.i:                       ; preds = %for_end_d517.i, %for_begin_d515.preheader.lr.ph.i
-  %indvars.iv1091.i = phi i64 [ 0, %for_begin_d515.preheader.lr.ph.i ], [ %indvars.iv.next1092.i, %for_end_d517.i ]
-  %3131 = shl nuw nsw i64 %indvars.iv1091.i, 7
-  %3132 = and i64 %3131, 384
-  %3133 = shl nuw nsw i64 %indvars.iv1091.i, 10
-  %3134 = and i64 %3133, 2199023251456
-  %gep860.i = getelementptr float, ptr %invariant.gep859.i, i64 %3134
-  %3135 = getelementptr float, ptr %gep860.i, i64 %3132
-  %gep1260.i = getelementptr inbounds nuw float, ptr %invariant.gep1259.i, i64 %indvars.iv1091.i
-  %3136 = shl i64 %indvars.iv1091.i, 12
-  %3137 = and i64 %3136, 8796093005824
-  %3138 = shl i64 %indvars.iv1091.i, 9
-  %3139 = and i64 %3138, 1536
-  %3140 = or disjoint i64 %3137, %3139
-  %scevgep513 = getelementptr i8, ptr %scevgep512, i64 %3140
-  %scevgep510 = getelementptr i8, ptr %scevgep509, i64 %3140
-  %bound0517 = icmp ult ptr %scevgep510, %scevgep516
-  %bound1518 = icmp ult ptr %scevgep514, %scevgep513
-  %found.conflict519 = and i1 %bound0517, %bound1518
-  br i1 %found.conflict519, label %for_body_d516.i, label %vector.body522, !prof !16
+if_end518.i:                                      ; preds = %if_end515.i
+  %3140 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3141 = tail call i32 %3140(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not560.i = icmp eq i32 %3141, 0
+  br i1 %.not560.i, label %if_end521.i, label %fused_attend_compute_.exit, !prof !38
 
-vector.body522:                                   ; preds = %for_begin_d515.preheader.i
-  %3141 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3142 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3143 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3144 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather525 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3141, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather526 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3142, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather527 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3143, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather528 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3144, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %3145 = getelementptr i8, ptr %3135, i64 32
-  %3146 = getelementptr i8, ptr %3135, i64 64
-  %3147 = getelementptr i8, ptr %3135, i64 96
-  store <8 x float> %wide.masked.gather525, ptr %3135, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather526, ptr %3145, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather527, ptr %3146, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather528, ptr %3147, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  %3148 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3149 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3150 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3151 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather525.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3148, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather526.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather527.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather528.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3151, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %3152 = getelementptr i8, ptr %3135, i64 128
-  %3153 = getelementptr i8, ptr %3135, i64 160
-  %3154 = getelementptr i8, ptr %3135, i64 192
-  %3155 = getelementptr i8, ptr %3135, i64 224
-  store <8 x float> %wide.masked.gather525.1, ptr %3152, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather526.1, ptr %3153, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather527.1, ptr %3154, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather528.1, ptr %3155, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  %3156 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3157 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3158 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3159 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather525.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3156, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather526.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3157, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather527.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3158, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather528.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3159, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %3160 = getelementptr i8, ptr %3135, i64 256
-  %3161 = getelementptr i8, ptr %3135, i64 288
-  %3162 = getelementptr i8, ptr %3135, i64 320
-  %3163 = getelementptr i8, ptr %3135, i64 352
-  store <8 x float> %wide.masked.gather525.2, ptr %3160, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather526.2, ptr %3161, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather527.2, ptr %3162, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather528.2, ptr %3163, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  %3164 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3165 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3166 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3167 = getelementptr inbounds nuw i8, ptr %gep1260.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather525.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3164, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather526.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3165, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather527.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3166, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %wide.masked.gather528.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
-  %3168 = getelementptr i8, ptr %3135, i64 384
-  %3169 = getelementptr i8, ptr %3135, i64 416
-  %3170 = getelementptr i8, ptr %3135, i64 448
-  %3171 = getelementptr i8, ptr %3135, i64 480
-  store <8 x float> %wide.masked.gather525.3, ptr %3168, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather526.3, ptr %3169, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather527.3, ptr %3170, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  store <8 x float> %wide.masked.gather528.3, ptr %3171, align 4, !tbaa !5, !alias.scope !83, !noalias !80
-  br label %for_end_d517.i
+if_end521.i:                                      ; preds = %if_end518.i
+  %3142 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3143 = tail call i32 %3142(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not561.i = icmp eq i32 %3143, 0
+  br i1 %.not561.i, label %if_end524.i, label %fused_attend_compute_.exit, !prof !38
 
-for_body_d516.i:                                  ; preds = %for_body_d516.i, %for_begin_d515.preheader.i
-  %indvars.iv1087.i = phi i64 [ %indvars.iv.next1088.i.7, %for_body_d516.i ], [ 0, %for_begin_d515.preheader.i ]
-  %.idx1189.i = shl nuw nsw i64 %indvars.iv1087.i, 6
-  %3172 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i
-  %3173 = load float, ptr %3172, align 4, !tbaa !5
-  %3174 = getelementptr float, ptr %3135, i64 %indvars.iv1087.i
-  store float %3173, ptr %3174, align 4, !tbaa !5
-  %indvars.iv.next1088.i = or disjoint i64 %indvars.iv1087.i, 1
-  %.idx1189.i.1 = shl nuw nsw i64 %indvars.iv.next1088.i, 6
-  %3175 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.1
-  %3176 = load float, ptr %3175, align 4, !tbaa !5
-  %3177 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i
-  store float %3176, ptr %3177, align 4, !tbaa !5
-  %indvars.iv.next1088.i.1 = or disjoint i64 %indvars.iv1087.i, 2
-  %.idx1189.i.2 = shl nuw nsw i64 %indvars.iv.next1088.i.1, 6
-  %3178 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.2
-  %3179 = load float, ptr %3178, align 4, !tbaa !5
-  %3180 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i.1
-  store float %3179, ptr %3180, align 4, !tbaa !5
-  %indvars.iv.next1088.i.2 = or disjoint i64 %indvars.iv1087.i, 3
-  %.idx1189.i.3 = shl nuw nsw i64 %indvars.iv.next1088.i.2, 6
-  %3181 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.3
-  %3182 = load float, ptr %3181, align 4, !tbaa !5
-  %3183 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i.2
-  store float %3182, ptr %3183, align 4, !tbaa !5
-  %indvars.iv.next1088.i.3 = or disjoint i64 %indvars.iv1087.i, 4
-  %.idx1189.i.4 = shl nuw nsw i64 %indvars.iv.next1088.i.3, 6
-  %3184 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.4
-  %3185 = load float, ptr %3184, align 4, !tbaa !5
-  %3186 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i.3
-  store float %3185, ptr %3186, align 4, !tbaa !5
-  %indvars.iv.next1088.i.4 = or disjoint i64 %indvars.iv1087.i, 5
-  %.idx1189.i.5 = shl nuw nsw i64 %indvars.iv.next1088.i.4, 6
-  %3187 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.5
-  %3188 = load float, ptr %3187, align 4, !tbaa !5
-  %3189 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i.4
-  store float %3188, ptr %3189, align 4, !tbaa !5
-  %indvars.iv.next1088.i.5 = or disjoint i64 %indvars.iv1087.i, 6
-  %.idx1189.i.6 = shl nuw nsw i64 %indvars.iv.next1088.i.5, 6
-  %3190 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.6
-  %3191 = load float, ptr %3190, align 4, !tbaa !5
-  %3192 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i.5
-  store float %3191, ptr %3192, align 4, !tbaa !5
-  %indvars.iv.next1088.i.6 = or disjoint i64 %indvars.iv1087.i, 7
-  %.idx1189.i.7 = shl nuw nsw i64 %indvars.iv.next1088.i.6, 6
-  %3193 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 %.idx1189.i.7
-  %3194 = load float, ptr %3193, align 4, !tbaa !5
-  %3195 = getelementptr float, ptr %3135, i64 %indvars.iv.next1088.i.6
-  store float %3194, ptr %3195, align 4, !tbaa !5
-  %indvars.iv.next1088.i.7 = add nuw nsw i64 %indvars.iv1087.i, 8
-  %exitcond1090.not.i.7 = icmp eq i64 %indvars.iv.next1088.i.7, 128
-  br i1 %exitcond1090.not.i.7, label %for_end_d517.i, label %for_body_d516.i, !prof !29, !llvm.loop !85
-
-for_end_d517.i:                                   ; preds = %for_body_d516.i, %vector.body522
-  %indvars.iv.next1092.i = add nuw nsw i64 %indvars.iv1091.i, 1
-  %exitcond1096.not.i = icmp eq i64 %indvars.iv.next1092.i, %wide.trip.count1085.i
-  br i1 %exitcond1096.not.i, label %if_end429.loopexit.i, label %for_begin_d515.preheader.i, !prof !13
-
-if_end524.i:                                      ; preds = %for_end_tile425.i
-  %3196 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3197 = tail call i32 %3196(i32 1, i32 %dev_id, ptr nonnull %limits.i)
-  %.not571.i = icmp eq i32 %3197, 0
-  br i1 %.not571.i, label %if_end527.i, label %fused_attend_compute_.exit, !prof !38
-
-if_end527.i:                                      ; preds = %if_end524.i
-  %3198 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3199 = tail call i32 %3198(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
-  %.not572.i = icmp eq i32 %3199, 0
-  br i1 %.not572.i, label %if_end530.i, label %fused_attend_compute_.exit, !prof !38
-
-if_end530.i:                                      ; preds = %if_end527.i
-  %3200 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3201 = tail call i32 %3200(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
-  %.not573.i = icmp eq i32 %3201, 0
-  br i1 %.not573.i, label %if_end533.i, label %fused_attend_compute_.exit, !prof !38
-
-if_end533.i:                                      ; preds = %if_end530.i
-  %3202 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3203 = tail call i32 %3202(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
-  %.not574.i = icmp eq i32 %3203, 0
-  br i1 %.not574.i, label %if_end536.i, label %fused_attend_compute_.exit, !prof !38
-
-if_end536.i:                                      ; preds = %if_end533.i
-  %3204 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3205 = tail call i32 %3204(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not575.i = icmp ne i32 %3205, 0
-  %..i = sext i1 %.not575.i to i32
+if_end524.i:                                      ; preds = %if_end521.i
+  %3144 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3145 = tail call i32 %3144(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not562.i = icmp ne i32 %3145, 0
+  %..i = sext i1 %.not562.i to i32
   br label %fused_attend_compute_.exit
 
-fused_attend_compute_.exit:                       ; preds = %if_end536.i, %if_end533.i, %if_end530.i, %if_end527.i, %if_end524.i, %for_end_tile425.i, %if_end418.i, %if_end415.i, %for_end_tile356.i, %if_end349.i, %if_end343.i, %if_end337.i, %if_end334.i, %if_end331.i, %if_end192.i, %if_end165.i, %if_end162.i, %if_end159.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end143.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end126.i, %for_body_step.i, %if_end120.i, %if_end117.i, %for_body_number.i, %for_end_r485.us.i, %for_body_tile424.us.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
-  %common.ret.op.i = phi i32 [ -1, %if_end533.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end530.i ], [ %..i, %if_end536.i ], [ -1, %for_end_tile425.i ], [ -1, %for_body_tile424.us.i ], [ -1, %if_end524.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end527.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_end_r485.us.i ], [ -1, %if_end337.i ], [ -1, %if_end334.i ], [ -1, %if_end331.i ], [ -1, %if_end192.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %if_end159.i ], [ -1, %if_end343.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end143.i ], [ -1, %if_end349.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end126.i ], [ -1, %if_end418.i ], [ -1, %if_end415.i ], [ -1, %for_end_tile356.i ], [ -1, %if_end120.i ], [ -1, %if_end117.i ], [ -1, %for_body_number.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor552.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %reach570.i)
+fused_attend_compute_.exit:                       ; preds = %if_end524.i, %if_end521.i, %if_end518.i, %if_end515.i, %if_end512.i, %for_end_tile413.i, %if_end406.i, %if_end403.i, %for_end_tile344.i, %if_end337.i, %if_end331.i, %if_end325.i, %if_end322.i, %if_end319.i, %if_end171.i, %if_end165.i, %if_end162.i, %if_end159.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end143.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end126.i, %for_body_step.i, %if_end120.i, %if_end117.i, %for_body_number.i, %for_end_r473.us.i, %for_body_tile412.us.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
+  %common.ret.op.i = phi i32 [ -1, %if_end521.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end518.i ], [ %..i, %if_end524.i ], [ -1, %for_end_tile413.i ], [ -1, %for_body_tile412.us.i ], [ -1, %if_end512.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end515.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_end_r473.us.i ], [ -1, %if_end325.i ], [ -1, %if_end322.i ], [ -1, %if_end319.i ], [ -1, %if_end171.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %if_end159.i ], [ -1, %if_end331.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end143.i ], [ -1, %if_end337.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end126.i ], [ -1, %if_end406.i ], [ -1, %if_end403.i ], [ -1, %for_end_tile344.i ], [ -1, %if_end120.i ], [ -1, %if_end117.i ], [ -1, %for_body_number.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor539.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %reach557.i)
   ret i32 %common.ret.op.i
 }
 
@@ -5901,7 +5663,7 @@ for_body_tile209.us.i:                            ; preds = %if_end228.us.3.i, %
   %indvars.iv830.i = phi i64 [ %indvars.iv.next831.i, %if_end228.us.3.i ], [ 0, %for_begin_tile208.preheader.i ]
   %234 = shl nuw nsw i64 %indvars.iv830.i, 2
   %235 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %234
-  %total.us.i = load <4 x float>, ptr %235, align 16, !tbaa !86
+  %total.us.i = load <4 x float>, ptr %235, align 16, !tbaa !79
   %236 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %237 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %238 = select <4 x i1> %237, <4 x float> zeroinitializer, <4 x float> %236
@@ -6110,7 +5872,7 @@ for_body_tile209.us.i:                            ; preds = %if_end228.us.3.i, %
   %gep631.us.3.3.i = getelementptr i8, ptr %invariant.gep630.us.3.i, i64 192
   store <32 x i16> %409, ptr %gep631.us.3.3.i, align 2, !tbaa !5
   %410 = getelementptr float, ptr %230, i64 %234
-  %411 = load float, ptr %235, align 16, !tbaa !86
+  %411 = load float, ptr %235, align 16, !tbaa !79
   %412 = fcmp oeq float %411, 0.000000e+00
   br i1 %412, label %if_end228.us.i, label %if_else227.us.i
 
@@ -6118,7 +5880,7 @@ if_else227.us.i:                                  ; preds = %for_body_tile209.us
   %413 = fmul float %411, %233
   %414 = tail call float @llvm.log.f32(float %413)
   %415 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %234
-  %416 = load float, ptr %415, align 16, !tbaa !88
+  %416 = load float, ptr %415, align 16, !tbaa !81
   %417 = fadd float %414, %416
   br label %if_end228.us.i
 
@@ -6126,7 +5888,7 @@ if_end228.us.i:                                   ; preds = %if_else227.us.i, %f
   %418 = phi float [ %417, %if_else227.us.i ], [ 0xFFF0000000000000, %for_body_tile209.us.i ]
   store float %418, ptr %410, align 4, !tbaa !5
   %419 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %282
-  %420 = load float, ptr %419, align 4, !tbaa !86
+  %420 = load float, ptr %419, align 4, !tbaa !79
   %421 = fcmp oeq float %420, 0.000000e+00
   br i1 %421, label %if_end228.us.1.i, label %if_else227.us.1.i
 
@@ -6134,7 +5896,7 @@ if_else227.us.1.i:                                ; preds = %if_end228.us.i
   %422 = fmul float %420, %233
   %423 = tail call float @llvm.log.f32(float %422)
   %424 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %282
-  %425 = load float, ptr %424, align 4, !tbaa !88
+  %425 = load float, ptr %424, align 4, !tbaa !81
   %426 = fadd float %423, %425
   br label %if_end228.us.1.i
 
@@ -6143,7 +5905,7 @@ if_end228.us.1.i:                                 ; preds = %if_else227.us.1.i, 
   %428 = getelementptr i8, ptr %410, i64 4
   store float %427, ptr %428, align 4, !tbaa !5
   %429 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %325
-  %430 = load float, ptr %429, align 8, !tbaa !86
+  %430 = load float, ptr %429, align 8, !tbaa !79
   %431 = fcmp oeq float %430, 0.000000e+00
   br i1 %431, label %if_end228.us.2.i, label %if_else227.us.2.i
 
@@ -6151,7 +5913,7 @@ if_else227.us.2.i:                                ; preds = %if_end228.us.1.i
   %432 = fmul float %430, %233
   %433 = tail call float @llvm.log.f32(float %432)
   %434 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %325
-  %435 = load float, ptr %434, align 8, !tbaa !88
+  %435 = load float, ptr %434, align 8, !tbaa !81
   %436 = fadd float %433, %435
   br label %if_end228.us.2.i
 
@@ -6160,7 +5922,7 @@ if_end228.us.2.i:                                 ; preds = %if_else227.us.2.i, 
   %438 = getelementptr i8, ptr %410, i64 8
   store float %437, ptr %438, align 4, !tbaa !5
   %439 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %368
-  %440 = load float, ptr %439, align 4, !tbaa !86
+  %440 = load float, ptr %439, align 4, !tbaa !79
   %441 = fcmp oeq float %440, 0.000000e+00
   br i1 %441, label %if_end228.us.3.i, label %if_else227.us.3.i
 
@@ -6168,7 +5930,7 @@ if_else227.us.3.i:                                ; preds = %if_end228.us.2.i
   %442 = fmul float %440, %233
   %443 = tail call float @llvm.log.f32(float %442)
   %444 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %368
-  %445 = load float, ptr %444, align 4, !tbaa !88
+  %445 = load float, ptr %444, align 4, !tbaa !81
   %446 = fadd float %443, %445
   br label %if_end228.us.3.i
 
@@ -6244,7 +6006,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %484, ptr %485, align 8, !tbaa !5
   %indvars.iv.next692.i.1 = add nuw nsw i64 %indvars.iv691.i, 2
   %exitcond694.not.i.1 = icmp eq i64 %indvars.iv.next692.i.1, %wide.trip.count.i
-  br i1 %exitcond694.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !90
+  br i1 %exitcond694.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !83
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t21.i, %if_end18.i
   %486 = icmp sgt i32 %458, 0
@@ -6381,7 +6143,7 @@ for_body_t21.i:                                   ; preds = %for_body_t21.i, %fo
   store i64 %535, ptr %536, align 8, !tbaa !5
   %indvars.iv.next696.i.1 = add nuw nsw i64 %indvars.iv695.i, 2
   %exitcond699.not.i.1 = icmp eq i64 %indvars.iv.next696.i.1, %wide.trip.count.i
-  br i1 %exitcond699.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !91
+  br i1 %exitcond699.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !84
 
 for_begin_kv_head.i:                              ; preds = %if_end197.i, %for_begin_kv_head.preheader.i
   %indvars.iv790.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next791.i, %if_end197.i ]
@@ -6481,7 +6243,7 @@ for_end_to.i:                                     ; preds = %for_begin_to.i
   br i1 %587, label %fused_decode_compute_.exit, label %for_body_to52.us.i.preheader, !prof !8
 
 for_body_to52.us.i.preheader:                     ; preds = %for_end_to.i
-  br i1 %498, label %for_body_to52.us.i.epil.preheader, label %for_body_to52.us.i, !prof !45
+  br i1 %498, label %for_body_to52.us.i.epil.preheader, label %for_body_to52.us.i, !prof !85
 
 for_end_to.thread.i:                              ; preds = %for_begin_to.preheader.i
   %588 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -6546,10 +6308,10 @@ for_body_to52.us.i:                               ; preds = %for_body_to52.us.i,
   %indvars.iv.next719.i.3 = add nuw nsw i64 %indvars.iv718.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to52.us.1.i.preheader.unr-lcssa, label %for_body_to52.us.i, !prof !46, !llvm.loop !92
+  br i1 %niter.ncmp.3, label %for_body_to52.us.1.i.preheader.unr-lcssa, label %for_body_to52.us.i, !prof !86, !llvm.loop !87
 
 for_body_to52.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to52.us.i
-  br i1 %lcmp.mod.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil.preheader, !prof !49
+  br i1 %lcmp.mod.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil.preheader, !prof !89
 
 for_body_to52.us.i.epil.preheader:                ; preds = %for_body_to52.us.1.i.preheader.unr-lcssa, %for_body_to52.us.i.preheader
   %indvars.iv718.i.epil.init = phi i64 [ 0, %for_body_to52.us.i.preheader ], [ %indvars.iv.next719.i.3, %for_body_to52.us.1.i.preheader.unr-lcssa ]
@@ -6574,10 +6336,10 @@ for_body_to52.us.i.epil:                          ; preds = %for_body_to52.us.i.
   %indvars.iv.next719.i.epil = add nuw nsw i64 %indvars.iv718.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil, !prof !12, !llvm.loop !93
+  br i1 %epil.iter.cmp.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil, !prof !12, !llvm.loop !90
 
 for_body_to52.us.1.i.preheader:                   ; preds = %for_body_to52.us.i.epil, %for_body_to52.us.1.i.preheader.unr-lcssa
-  br i1 %499, label %for_body_to52.us.1.i.epil.preheader, label %for_body_to52.us.1.i, !prof !45
+  br i1 %499, label %for_body_to52.us.1.i.epil.preheader, label %for_body_to52.us.1.i, !prof !85
 
 for_body_to52.us.1.i:                             ; preds = %for_body_to52.us.1.i, %for_body_to52.us.1.i.preheader
   %indvars.iv718.1.i = phi i64 [ %indvars.iv.next719.1.i.3, %for_body_to52.us.1.i ], [ 0, %for_body_to52.us.1.i.preheader ]
@@ -6640,10 +6402,10 @@ for_body_to52.us.1.i:                             ; preds = %for_body_to52.us.1.
   %indvars.iv.next719.1.i.3 = add nuw nsw i64 %indvars.iv718.1.i, 4
   %niter209.next.3 = add i64 %niter209, 4
   %niter209.ncmp.3 = icmp eq i64 %niter209.next.3, %unroll_iter208
-  br i1 %niter209.ncmp.3, label %for_body_to52.us.2.i.preheader.unr-lcssa, label %for_body_to52.us.1.i, !prof !46, !llvm.loop !94
+  br i1 %niter209.ncmp.3, label %for_body_to52.us.2.i.preheader.unr-lcssa, label %for_body_to52.us.1.i, !prof !86, !llvm.loop !92
 
 for_body_to52.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to52.us.1.i
-  br i1 %lcmp.mod206.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil.preheader, !prof !49
+  br i1 %lcmp.mod206.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil.preheader, !prof !89
 
 for_body_to52.us.1.i.epil.preheader:              ; preds = %for_body_to52.us.2.i.preheader.unr-lcssa, %for_body_to52.us.1.i.preheader
   %indvars.iv718.1.i.epil.init = phi i64 [ 0, %for_body_to52.us.1.i.preheader ], [ %indvars.iv.next719.1.i.3, %for_body_to52.us.2.i.preheader.unr-lcssa ]
@@ -6669,10 +6431,10 @@ for_body_to52.us.1.i.epil:                        ; preds = %for_body_to52.us.1.
   %indvars.iv.next719.1.i.epil = add nuw nsw i64 %indvars.iv718.1.i.epil, 1
   %epil.iter205.next = add i64 %epil.iter205, 1
   %epil.iter205.cmp.not = icmp eq i64 %epil.iter205.next, %xtraiter204
-  br i1 %epil.iter205.cmp.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil, !prof !12, !llvm.loop !95
+  br i1 %epil.iter205.cmp.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil, !prof !12, !llvm.loop !93
 
 for_body_to52.us.2.i.preheader:                   ; preds = %for_body_to52.us.1.i.epil, %for_body_to52.us.2.i.preheader.unr-lcssa
-  br i1 %500, label %for_body_to52.us.2.i.epil.preheader, label %for_body_to52.us.2.i, !prof !45
+  br i1 %500, label %for_body_to52.us.2.i.epil.preheader, label %for_body_to52.us.2.i, !prof !85
 
 for_body_to52.us.2.i:                             ; preds = %for_body_to52.us.2.i, %for_body_to52.us.2.i.preheader
   %indvars.iv718.2.i = phi i64 [ %indvars.iv.next719.2.i.3, %for_body_to52.us.2.i ], [ 0, %for_body_to52.us.2.i.preheader ]
@@ -6735,10 +6497,10 @@ for_body_to52.us.2.i:                             ; preds = %for_body_to52.us.2.
   %indvars.iv.next719.2.i.3 = add nuw nsw i64 %indvars.iv718.2.i, 4
   %niter215.next.3 = add i64 %niter215, 4
   %niter215.ncmp.3 = icmp eq i64 %niter215.next.3, %unroll_iter214
-  br i1 %niter215.ncmp.3, label %for_body_to52.us.3.i.preheader.unr-lcssa, label %for_body_to52.us.2.i, !prof !46, !llvm.loop !96
+  br i1 %niter215.ncmp.3, label %for_body_to52.us.3.i.preheader.unr-lcssa, label %for_body_to52.us.2.i, !prof !86, !llvm.loop !94
 
 for_body_to52.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to52.us.2.i
-  br i1 %lcmp.mod212.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil.preheader, !prof !49
+  br i1 %lcmp.mod212.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil.preheader, !prof !89
 
 for_body_to52.us.2.i.epil.preheader:              ; preds = %for_body_to52.us.3.i.preheader.unr-lcssa, %for_body_to52.us.2.i.preheader
   %indvars.iv718.2.i.epil.init = phi i64 [ 0, %for_body_to52.us.2.i.preheader ], [ %indvars.iv.next719.2.i.3, %for_body_to52.us.3.i.preheader.unr-lcssa ]
@@ -6764,10 +6526,10 @@ for_body_to52.us.2.i.epil:                        ; preds = %for_body_to52.us.2.
   %indvars.iv.next719.2.i.epil = add nuw nsw i64 %indvars.iv718.2.i.epil, 1
   %epil.iter211.next = add i64 %epil.iter211, 1
   %epil.iter211.cmp.not = icmp eq i64 %epil.iter211.next, %xtraiter210
-  br i1 %epil.iter211.cmp.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil, !prof !12, !llvm.loop !97
+  br i1 %epil.iter211.cmp.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil, !prof !12, !llvm.loop !95
 
 for_body_to52.us.3.i.preheader:                   ; preds = %for_body_to52.us.2.i.epil, %for_body_to52.us.3.i.preheader.unr-lcssa
-  br i1 %501, label %for_body_to52.us.3.i.epil.preheader, label %for_body_to52.us.3.i, !prof !45
+  br i1 %501, label %for_body_to52.us.3.i.epil.preheader, label %for_body_to52.us.3.i, !prof !85
 
 for_body_to52.us.3.i:                             ; preds = %for_body_to52.us.3.i, %for_body_to52.us.3.i.preheader
   %indvars.iv718.3.i = phi i64 [ %indvars.iv.next719.3.i.3, %for_body_to52.us.3.i ], [ 0, %for_body_to52.us.3.i.preheader ]
@@ -6830,10 +6592,10 @@ for_body_to52.us.3.i:                             ; preds = %for_body_to52.us.3.
   %indvars.iv.next719.3.i.3 = add nuw nsw i64 %indvars.iv718.3.i, 4
   %niter221.next.3 = add i64 %niter221, 4
   %niter221.ncmp.3 = icmp eq i64 %niter221.next.3, %unroll_iter220
-  br i1 %niter221.ncmp.3, label %for_body_ax162.i.preheader.unr-lcssa, label %for_body_to52.us.3.i, !prof !46, !llvm.loop !98
+  br i1 %niter221.ncmp.3, label %for_body_ax162.i.preheader.unr-lcssa, label %for_body_to52.us.3.i, !prof !86, !llvm.loop !96
 
 for_body_ax162.i.preheader.unr-lcssa:             ; preds = %for_body_to52.us.3.i
-  br i1 %lcmp.mod218.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil.preheader, !prof !49
+  br i1 %lcmp.mod218.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil.preheader, !prof !89
 
 for_body_to52.us.3.i.epil.preheader:              ; preds = %for_body_ax162.i.preheader.unr-lcssa, %for_body_to52.us.3.i.preheader
   %indvars.iv718.3.i.epil.init = phi i64 [ 0, %for_body_to52.us.3.i.preheader ], [ %indvars.iv.next719.3.i.3, %for_body_ax162.i.preheader.unr-lcssa ]
@@ -6859,10 +6621,10 @@ for_body_to52.us.3.i.epil:                        ; preds = %for_body_to52.us.3.
   %indvars.iv.next719.3.i.epil = add nuw nsw i64 %indvars.iv718.3.i.epil, 1
   %epil.iter217.next = add i64 %epil.iter217, 1
   %epil.iter217.cmp.not = icmp eq i64 %epil.iter217.next, %xtraiter216
-  br i1 %epil.iter217.cmp.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil, !prof !12, !llvm.loop !99
+  br i1 %epil.iter217.cmp.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil, !prof !12, !llvm.loop !97
 
 for_body_ax162.i.preheader:                       ; preds = %for_body_to52.us.3.i.epil, %for_body_ax162.i.preheader.unr-lcssa
-  br i1 %502, label %for_body_ax162.i.epil.preheader, label %for_body_ax162.i, !prof !100
+  br i1 %502, label %for_body_ax162.i.epil.preheader, label %for_body_ax162.i, !prof !98
 
 for_begin_r.preheader.i:                          ; preds = %for_begin_line.preheader.i
   %825 = getelementptr inbounds nuw float, ptr %scores.i, i64 %585
@@ -7499,10 +7261,10 @@ for_body_ax162.i:                                 ; preds = %for_body_ax162.i, %
   %indvars.iv.next728.i.7 = add nuw nsw i64 %indvars.iv727.i, 8
   %niter228.next.7 = add i64 %niter228, 8
   %niter228.ncmp.7 = icmp eq i64 %niter228.next.7, %unroll_iter227
-  br i1 %niter228.ncmp.7, label %for_end_ax163.i.loopexit.unr-lcssa, label %for_body_ax162.i, !prof !101, !llvm.loop !102
+  br i1 %niter228.ncmp.7, label %for_end_ax163.i.loopexit.unr-lcssa, label %for_body_ax162.i, !prof !99, !llvm.loop !100
 
 for_end_ax163.i.loopexit.unr-lcssa:               ; preds = %for_body_ax162.i
-  br i1 %lcmp.mod224.not, label %for_end_ax163.i, label %for_body_ax162.i.epil.preheader, !prof !103
+  br i1 %lcmp.mod224.not, label %for_end_ax163.i, label %for_body_ax162.i.epil.preheader, !prof !101
 
 for_body_ax162.i.epil.preheader:                  ; preds = %for_end_ax163.i.loopexit.unr-lcssa, %for_body_ax162.i.preheader
   %indvars.iv727.i.epil.init = phi i64 [ 0, %for_body_ax162.i.preheader ], [ %indvars.iv.next728.i.7, %for_end_ax163.i.loopexit.unr-lcssa ]
@@ -7522,7 +7284,7 @@ for_body_ax162.i.epil:                            ; preds = %for_body_ax162.i.ep
   %indvars.iv.next728.i.epil = add nuw nsw i64 %indvars.iv727.i.epil, 1
   %epil.iter223.next = add i64 %epil.iter223, 1
   %epil.iter223.cmp.not = icmp eq i64 %epil.iter223.next, %xtraiter222
-  br i1 %epil.iter223.cmp.not, label %for_end_ax163.i, label %for_body_ax162.i.epil, !prof !49, !llvm.loop !104
+  br i1 %epil.iter223.cmp.not, label %for_end_ax163.i, label %for_body_ax162.i.epil, !prof !89, !llvm.loop !102
 
 for_end_ax163.i:                                  ; preds = %for_body_ax162.i.epil, %for_end_ax163.i.loopexit.unr-lcssa, %for_end_to.thread.i
   %scaled923925928.i = phi ptr [ %scaled922.i, %for_end_to.thread.i ], [ %scaled.i, %for_body_ax162.i.epil ], [ %scaled.i, %for_end_ax163.i.loopexit.unr-lcssa ]
@@ -7579,7 +7341,7 @@ for_end_ax163.i:                                  ; preds = %for_body_ax162.i.ep
   br i1 %486, label %for_body_ax162.1.i.preheader, label %for_end_ax163.1.i, !prof !3
 
 for_body_ax162.1.i.preheader:                     ; preds = %for_end_ax163.i
-  br i1 %503, label %for_body_ax162.1.i.epil.preheader, label %for_body_ax162.1.i, !prof !100
+  br i1 %503, label %for_body_ax162.1.i.epil.preheader, label %for_body_ax162.1.i, !prof !98
 
 for_body_ax162.1.i:                               ; preds = %for_body_ax162.1.i, %for_body_ax162.1.i.preheader
   %indvars.iv727.1.i = phi i64 [ %indvars.iv.next728.1.i.7, %for_body_ax162.1.i ], [ 0, %for_body_ax162.1.i.preheader ]
@@ -7636,10 +7398,10 @@ for_body_ax162.1.i:                               ; preds = %for_body_ax162.1.i,
   %indvars.iv.next728.1.i.7 = add nuw nsw i64 %indvars.iv727.1.i, 8
   %niter235.next.7 = add i64 %niter235, 8
   %niter235.ncmp.7 = icmp eq i64 %niter235.next.7, %unroll_iter234
-  br i1 %niter235.ncmp.7, label %for_end_ax163.1.i.loopexit.unr-lcssa, label %for_body_ax162.1.i, !prof !101, !llvm.loop !105
+  br i1 %niter235.ncmp.7, label %for_end_ax163.1.i.loopexit.unr-lcssa, label %for_body_ax162.1.i, !prof !99, !llvm.loop !103
 
 for_end_ax163.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax162.1.i
-  br i1 %lcmp.mod231.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil.preheader, !prof !103
+  br i1 %lcmp.mod231.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil.preheader, !prof !101
 
 for_body_ax162.1.i.epil.preheader:                ; preds = %for_end_ax163.1.i.loopexit.unr-lcssa, %for_body_ax162.1.i.preheader
   %indvars.iv727.1.i.epil.init = phi i64 [ 0, %for_body_ax162.1.i.preheader ], [ %indvars.iv.next728.1.i.7, %for_end_ax163.1.i.loopexit.unr-lcssa ]
@@ -7660,7 +7422,7 @@ for_body_ax162.1.i.epil:                          ; preds = %for_body_ax162.1.i.
   %indvars.iv.next728.1.i.epil = add nuw nsw i64 %indvars.iv727.1.i.epil, 1
   %epil.iter230.next = add i64 %epil.iter230, 1
   %epil.iter230.cmp.not = icmp eq i64 %epil.iter230.next, %xtraiter229
-  br i1 %epil.iter230.cmp.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil, !prof !49, !llvm.loop !106
+  br i1 %epil.iter230.cmp.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil, !prof !89, !llvm.loop !104
 
 for_end_ax163.1.i:                                ; preds = %for_body_ax162.1.i.epil, %for_end_ax163.1.i.loopexit.unr-lcssa, %for_end_ax163.i
   %peak.rf_global264.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax163.i ], [ %1336, %for_end_ax163.1.i.loopexit.unr-lcssa ], [ %1341, %for_body_ax162.1.i.epil ]
@@ -7716,7 +7478,7 @@ for_end_ax163.1.i:                                ; preds = %for_body_ax162.1.i.
   br i1 %486, label %for_body_ax162.2.i.preheader, label %for_end_ax163.2.i, !prof !3
 
 for_body_ax162.2.i.preheader:                     ; preds = %for_end_ax163.1.i
-  br i1 %504, label %for_body_ax162.2.i.epil.preheader, label %for_body_ax162.2.i, !prof !100
+  br i1 %504, label %for_body_ax162.2.i.epil.preheader, label %for_body_ax162.2.i, !prof !98
 
 for_body_ax162.2.i:                               ; preds = %for_body_ax162.2.i, %for_body_ax162.2.i.preheader
   %indvars.iv727.2.i = phi i64 [ %indvars.iv.next728.2.i.7, %for_body_ax162.2.i ], [ 0, %for_body_ax162.2.i.preheader ]
@@ -7773,10 +7535,10 @@ for_body_ax162.2.i:                               ; preds = %for_body_ax162.2.i,
   %indvars.iv.next728.2.i.7 = add nuw nsw i64 %indvars.iv727.2.i, 8
   %niter242.next.7 = add i64 %niter242, 8
   %niter242.ncmp.7 = icmp eq i64 %niter242.next.7, %unroll_iter241
-  br i1 %niter242.ncmp.7, label %for_end_ax163.2.i.loopexit.unr-lcssa, label %for_body_ax162.2.i, !prof !101, !llvm.loop !107
+  br i1 %niter242.ncmp.7, label %for_end_ax163.2.i.loopexit.unr-lcssa, label %for_body_ax162.2.i, !prof !99, !llvm.loop !105
 
 for_end_ax163.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax162.2.i
-  br i1 %lcmp.mod238.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil.preheader, !prof !103
+  br i1 %lcmp.mod238.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil.preheader, !prof !101
 
 for_body_ax162.2.i.epil.preheader:                ; preds = %for_end_ax163.2.i.loopexit.unr-lcssa, %for_body_ax162.2.i.preheader
   %indvars.iv727.2.i.epil.init = phi i64 [ 0, %for_body_ax162.2.i.preheader ], [ %indvars.iv.next728.2.i.7, %for_end_ax163.2.i.loopexit.unr-lcssa ]
@@ -7797,7 +7559,7 @@ for_body_ax162.2.i.epil:                          ; preds = %for_body_ax162.2.i.
   %indvars.iv.next728.2.i.epil = add nuw nsw i64 %indvars.iv727.2.i.epil, 1
   %epil.iter237.next = add i64 %epil.iter237, 1
   %epil.iter237.cmp.not = icmp eq i64 %epil.iter237.next, %xtraiter236
-  br i1 %epil.iter237.cmp.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil, !prof !49, !llvm.loop !108
+  br i1 %epil.iter237.cmp.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil, !prof !89, !llvm.loop !106
 
 for_end_ax163.2.i:                                ; preds = %for_body_ax162.2.i.epil, %for_end_ax163.2.i.loopexit.unr-lcssa, %for_end_ax163.1.i
   %peak.rf_global264.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax163.1.i ], [ %1413, %for_end_ax163.2.i.loopexit.unr-lcssa ], [ %1418, %for_body_ax162.2.i.epil ]
@@ -7853,7 +7615,7 @@ for_end_ax163.2.i:                                ; preds = %for_body_ax162.2.i.
   br i1 %486, label %for_body_ax162.3.i.preheader, label %for_end_ax163.3.i, !prof !3
 
 for_body_ax162.3.i.preheader:                     ; preds = %for_end_ax163.2.i
-  br i1 %505, label %for_body_ax162.3.i.epil.preheader, label %for_body_ax162.3.i, !prof !100
+  br i1 %505, label %for_body_ax162.3.i.epil.preheader, label %for_body_ax162.3.i, !prof !98
 
 for_body_ax162.3.i:                               ; preds = %for_body_ax162.3.i, %for_body_ax162.3.i.preheader
   %indvars.iv727.3.i = phi i64 [ %indvars.iv.next728.3.i.7, %for_body_ax162.3.i ], [ 0, %for_body_ax162.3.i.preheader ]
@@ -7910,10 +7672,10 @@ for_body_ax162.3.i:                               ; preds = %for_body_ax162.3.i,
   %indvars.iv.next728.3.i.7 = add nuw nsw i64 %indvars.iv727.3.i, 8
   %niter249.next.7 = add i64 %niter249, 8
   %niter249.ncmp.7 = icmp eq i64 %niter249.next.7, %unroll_iter248
-  br i1 %niter249.ncmp.7, label %for_end_ax163.3.i.loopexit.unr-lcssa, label %for_body_ax162.3.i, !prof !101, !llvm.loop !109
+  br i1 %niter249.ncmp.7, label %for_end_ax163.3.i.loopexit.unr-lcssa, label %for_body_ax162.3.i, !prof !99, !llvm.loop !107
 
 for_end_ax163.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax162.3.i
-  br i1 %lcmp.mod245.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil.preheader, !prof !103
+  br i1 %lcmp.mod245.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil.preheader, !prof !101
 
 for_body_ax162.3.i.epil.preheader:                ; preds = %for_end_ax163.3.i.loopexit.unr-lcssa, %for_body_ax162.3.i.preheader
   %indvars.iv727.3.i.epil.init = phi i64 [ 0, %for_body_ax162.3.i.preheader ], [ %indvars.iv.next728.3.i.7, %for_end_ax163.3.i.loopexit.unr-lcssa ]
@@ -7934,7 +7696,7 @@ for_body_ax162.3.i.epil:                          ; preds = %for_body_ax162.3.i.
   %indvars.iv.next728.3.i.epil = add nuw nsw i64 %indvars.iv727.3.i.epil, 1
   %epil.iter244.next = add i64 %epil.iter244, 1
   %epil.iter244.cmp.not = icmp eq i64 %epil.iter244.next, %xtraiter243
-  br i1 %epil.iter244.cmp.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil, !prof !49, !llvm.loop !110
+  br i1 %epil.iter244.cmp.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil, !prof !89, !llvm.loop !108
 
 for_end_ax163.3.i:                                ; preds = %for_body_ax162.3.i.epil, %for_end_ax163.3.i.loopexit.unr-lcssa, %for_end_ax163.2.i
   %peak.rf_global264.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax163.2.i ], [ %1490, %for_end_ax163.3.i.loopexit.unr-lcssa ], [ %1495, %for_body_ax162.3.i.epil ]
@@ -8005,7 +7767,7 @@ for_body_to79.us.i:                               ; preds = %for_body_to79.us.i,
   %indvars.iv.next744.i.1 = add nuw nsw i64 %indvars.iv743.i, 2
   %niter255.next.1 = add i64 %niter255, 2
   %niter255.ncmp.1 = icmp eq i64 %niter255.next.1, %unroll_iter254
-  br i1 %niter255.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa, label %for_body_to79.us.i, !prof !9, !llvm.loop !111
+  br i1 %niter255.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa, label %for_body_to79.us.i, !prof !9, !llvm.loop !109
 
 for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to79.us.i
   br i1 %lcmp.mod252.not, label %for_begin_to78.for_end_to80_crit_edge.us.i, label %for_body_to79.us.i.epil.preheader, !prof !12
@@ -8102,7 +7864,7 @@ for_body_to79.us.1.i:                             ; preds = %for_body_to79.us.1.
   %indvars.iv.next744.1.i.1 = add nuw nsw i64 %indvars.iv743.1.i, 2
   %niter261.next.1 = add i64 %niter261, 2
   %niter261.ncmp.1 = icmp eq i64 %niter261.next.1, %unroll_iter260
-  br i1 %niter261.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa, label %for_body_to79.us.1.i, !prof !9, !llvm.loop !112
+  br i1 %niter261.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa, label %for_body_to79.us.1.i, !prof !9, !llvm.loop !110
 
 for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa: ; preds = %for_body_to79.us.1.i
   br i1 %lcmp.mod258.not, label %for_begin_to78.for_end_to80_crit_edge.us.1.i, label %for_body_to79.us.1.i.epil.preheader, !prof !12
@@ -8200,7 +7962,7 @@ for_body_to79.us.2.i:                             ; preds = %for_body_to79.us.2.
   %indvars.iv.next744.2.i.1 = add nuw nsw i64 %indvars.iv743.2.i, 2
   %niter267.next.1 = add i64 %niter267, 2
   %niter267.ncmp.1 = icmp eq i64 %niter267.next.1, %unroll_iter266
-  br i1 %niter267.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa, label %for_body_to79.us.2.i, !prof !9, !llvm.loop !113
+  br i1 %niter267.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa, label %for_body_to79.us.2.i, !prof !9, !llvm.loop !111
 
 for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa: ; preds = %for_body_to79.us.2.i
   br i1 %lcmp.mod264.not, label %for_begin_to78.for_end_to80_crit_edge.us.2.i, label %for_body_to79.us.2.i.epil.preheader, !prof !12
@@ -8298,7 +8060,7 @@ for_body_to79.us.3.i:                             ; preds = %for_body_to79.us.3.
   %indvars.iv.next744.3.i.1 = add nuw nsw i64 %indvars.iv743.3.i, 2
   %niter273.next.1 = add i64 %niter273, 2
   %niter273.ncmp.1 = icmp eq i64 %niter273.next.1, %unroll_iter272
-  br i1 %niter273.ncmp.1, label %for_body_ax189.i.preheader.unr-lcssa, label %for_body_to79.us.3.i, !prof !9, !llvm.loop !114
+  br i1 %niter273.ncmp.1, label %for_body_ax189.i.preheader.unr-lcssa, label %for_body_to79.us.3.i, !prof !9, !llvm.loop !112
 
 for_body_ax189.i.preheader.unr-lcssa:             ; preds = %for_body_to79.us.3.i
   br i1 %lcmp.mod270.not, label %for_body_ax189.i.preheader, label %for_body_to79.us.3.i.epil.preheader, !prof !12
@@ -8335,7 +8097,7 @@ for_body_to79.us.3.i.epil.preheader:              ; preds = %for_body_ax189.i.pr
   br label %for_body_ax189.i.preheader
 
 for_body_ax189.i.preheader:                       ; preds = %for_body_to79.us.3.i.epil.preheader, %for_body_ax189.i.preheader.unr-lcssa
-  br i1 %510, label %for_body_ax189.i.epil.preheader, label %for_body_ax189.i, !prof !100
+  br i1 %510, label %for_body_ax189.i.epil.preheader, label %for_body_ax189.i, !prof !98
 
 for_body_ax189.i:                                 ; preds = %for_body_ax189.i, %for_body_ax189.i.preheader
   %indvars.iv752.i = phi i64 [ %indvars.iv.next753.i.7, %for_body_ax189.i ], [ 0, %for_body_ax189.i.preheader ]
@@ -8383,10 +8145,10 @@ for_body_ax189.i:                                 ; preds = %for_body_ax189.i, %
   %indvars.iv.next753.i.7 = add nuw nsw i64 %indvars.iv752.i, 8
   %niter280.next.7 = add i64 %niter280, 8
   %niter280.ncmp.7 = icmp eq i64 %niter280.next.7, %unroll_iter279
-  br i1 %niter280.ncmp.7, label %for_end_ax190.i.loopexit.unr-lcssa, label %for_body_ax189.i, !prof !101, !llvm.loop !115
+  br i1 %niter280.ncmp.7, label %for_end_ax190.i.loopexit.unr-lcssa, label %for_body_ax189.i, !prof !99, !llvm.loop !113
 
 for_end_ax190.i.loopexit.unr-lcssa:               ; preds = %for_body_ax189.i
-  br i1 %lcmp.mod276.not, label %for_end_ax190.i, label %for_body_ax189.i.epil.preheader, !prof !103
+  br i1 %lcmp.mod276.not, label %for_end_ax190.i, label %for_body_ax189.i.epil.preheader, !prof !101
 
 for_body_ax189.i.epil.preheader:                  ; preds = %for_end_ax190.i.loopexit.unr-lcssa, %for_body_ax189.i.preheader
   %indvars.iv752.i.epil.init = phi i64 [ 0, %for_body_ax189.i.preheader ], [ %indvars.iv.next753.i.7, %for_end_ax190.i.loopexit.unr-lcssa ]
@@ -8405,7 +8167,7 @@ for_body_ax189.i.epil:                            ; preds = %for_body_ax189.i.ep
   %indvars.iv.next753.i.epil = add nuw nsw i64 %indvars.iv752.i.epil, 1
   %epil.iter275.next = add i64 %epil.iter275, 1
   %epil.iter275.cmp.not = icmp eq i64 %epil.iter275.next, %xtraiter274
-  br i1 %epil.iter275.cmp.not, label %for_end_ax190.i, label %for_body_ax189.i.epil, !prof !49, !llvm.loop !116
+  br i1 %epil.iter275.cmp.not, label %for_end_ax190.i, label %for_body_ax189.i.epil, !prof !89, !llvm.loop !114
 
 for_end_ax190.i:                                  ; preds = %for_body_ax189.i.epil, %for_end_ax190.i.loopexit.unr-lcssa, %for_begin_r73.preheader.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r73.preheader.i ], [ %1812, %for_end_ax190.i.loopexit.unr-lcssa ], [ %1815, %for_body_ax189.i.epil ]
@@ -8445,7 +8207,7 @@ for_end_ax190.i:                                  ; preds = %for_body_ax189.i.ep
   br i1 %486, label %for_body_ax189.1.i.preheader, label %for_end_ax190.1.i, !prof !3
 
 for_body_ax189.1.i.preheader:                     ; preds = %for_end_ax190.i
-  br i1 %511, label %for_body_ax189.1.i.epil.preheader, label %for_body_ax189.1.i, !prof !100
+  br i1 %511, label %for_body_ax189.1.i.epil.preheader, label %for_body_ax189.1.i, !prof !98
 
 for_body_ax189.1.i:                               ; preds = %for_body_ax189.1.i, %for_body_ax189.1.i.preheader
   %indvars.iv752.1.i = phi i64 [ %indvars.iv.next753.1.i.7, %for_body_ax189.1.i ], [ 0, %for_body_ax189.1.i.preheader ]
@@ -8494,10 +8256,10 @@ for_body_ax189.1.i:                               ; preds = %for_body_ax189.1.i,
   %indvars.iv.next753.1.i.7 = add nuw nsw i64 %indvars.iv752.1.i, 8
   %niter287.next.7 = add i64 %niter287, 8
   %niter287.ncmp.7 = icmp eq i64 %niter287.next.7, %unroll_iter286
-  br i1 %niter287.ncmp.7, label %for_end_ax190.1.i.loopexit.unr-lcssa, label %for_body_ax189.1.i, !prof !101, !llvm.loop !117
+  br i1 %niter287.ncmp.7, label %for_end_ax190.1.i.loopexit.unr-lcssa, label %for_body_ax189.1.i, !prof !99, !llvm.loop !115
 
 for_end_ax190.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax189.1.i
-  br i1 %lcmp.mod283.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil.preheader, !prof !103
+  br i1 %lcmp.mod283.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil.preheader, !prof !101
 
 for_body_ax189.1.i.epil.preheader:                ; preds = %for_end_ax190.1.i.loopexit.unr-lcssa, %for_body_ax189.1.i.preheader
   %indvars.iv752.1.i.epil.init = phi i64 [ 0, %for_body_ax189.1.i.preheader ], [ %indvars.iv.next753.1.i.7, %for_end_ax190.1.i.loopexit.unr-lcssa ]
@@ -8517,7 +8279,7 @@ for_body_ax189.1.i.epil:                          ; preds = %for_body_ax189.1.i.
   %indvars.iv.next753.1.i.epil = add nuw nsw i64 %indvars.iv752.1.i.epil, 1
   %epil.iter282.next = add i64 %epil.iter282, 1
   %epil.iter282.cmp.not = icmp eq i64 %epil.iter282.next, %xtraiter281
-  br i1 %epil.iter282.cmp.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil, !prof !49, !llvm.loop !118
+  br i1 %epil.iter282.cmp.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil, !prof !89, !llvm.loop !116
 
 for_end_ax190.1.i:                                ; preds = %for_body_ax189.1.i.epil, %for_end_ax190.1.i.loopexit.unr-lcssa, %for_end_ax190.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax190.i ], [ %1863, %for_end_ax190.1.i.loopexit.unr-lcssa ], [ %1867, %for_body_ax189.1.i.epil ]
@@ -8557,7 +8319,7 @@ for_end_ax190.1.i:                                ; preds = %for_body_ax189.1.i.
   br i1 %486, label %for_body_ax189.2.i.preheader, label %for_end_ax190.2.i, !prof !3
 
 for_body_ax189.2.i.preheader:                     ; preds = %for_end_ax190.1.i
-  br i1 %512, label %for_body_ax189.2.i.epil.preheader, label %for_body_ax189.2.i, !prof !100
+  br i1 %512, label %for_body_ax189.2.i.epil.preheader, label %for_body_ax189.2.i, !prof !98
 
 for_body_ax189.2.i:                               ; preds = %for_body_ax189.2.i, %for_body_ax189.2.i.preheader
   %indvars.iv752.2.i = phi i64 [ %indvars.iv.next753.2.i.7, %for_body_ax189.2.i ], [ 0, %for_body_ax189.2.i.preheader ]
@@ -8606,10 +8368,10 @@ for_body_ax189.2.i:                               ; preds = %for_body_ax189.2.i,
   %indvars.iv.next753.2.i.7 = add nuw nsw i64 %indvars.iv752.2.i, 8
   %niter294.next.7 = add i64 %niter294, 8
   %niter294.ncmp.7 = icmp eq i64 %niter294.next.7, %unroll_iter293
-  br i1 %niter294.ncmp.7, label %for_end_ax190.2.i.loopexit.unr-lcssa, label %for_body_ax189.2.i, !prof !101, !llvm.loop !119
+  br i1 %niter294.ncmp.7, label %for_end_ax190.2.i.loopexit.unr-lcssa, label %for_body_ax189.2.i, !prof !99, !llvm.loop !117
 
 for_end_ax190.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax189.2.i
-  br i1 %lcmp.mod290.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil.preheader, !prof !103
+  br i1 %lcmp.mod290.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil.preheader, !prof !101
 
 for_body_ax189.2.i.epil.preheader:                ; preds = %for_end_ax190.2.i.loopexit.unr-lcssa, %for_body_ax189.2.i.preheader
   %indvars.iv752.2.i.epil.init = phi i64 [ 0, %for_body_ax189.2.i.preheader ], [ %indvars.iv.next753.2.i.7, %for_end_ax190.2.i.loopexit.unr-lcssa ]
@@ -8629,7 +8391,7 @@ for_body_ax189.2.i.epil:                          ; preds = %for_body_ax189.2.i.
   %indvars.iv.next753.2.i.epil = add nuw nsw i64 %indvars.iv752.2.i.epil, 1
   %epil.iter289.next = add i64 %epil.iter289, 1
   %epil.iter289.cmp.not = icmp eq i64 %epil.iter289.next, %xtraiter288
-  br i1 %epil.iter289.cmp.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil, !prof !49, !llvm.loop !120
+  br i1 %epil.iter289.cmp.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil, !prof !89, !llvm.loop !118
 
 for_end_ax190.2.i:                                ; preds = %for_body_ax189.2.i.epil, %for_end_ax190.2.i.loopexit.unr-lcssa, %for_end_ax190.1.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax190.1.i ], [ %1915, %for_end_ax190.2.i.loopexit.unr-lcssa ], [ %1919, %for_body_ax189.2.i.epil ]
@@ -8669,7 +8431,7 @@ for_end_ax190.2.i:                                ; preds = %for_body_ax189.2.i.
   br i1 %486, label %for_body_ax189.3.i.preheader, label %for_end_ax190.3.i, !prof !3
 
 for_body_ax189.3.i.preheader:                     ; preds = %for_end_ax190.2.i
-  br i1 %513, label %for_body_ax189.3.i.epil.preheader, label %for_body_ax189.3.i, !prof !100
+  br i1 %513, label %for_body_ax189.3.i.epil.preheader, label %for_body_ax189.3.i, !prof !98
 
 for_body_ax189.3.i:                               ; preds = %for_body_ax189.3.i, %for_body_ax189.3.i.preheader
   %indvars.iv752.3.i = phi i64 [ %indvars.iv.next753.3.i.7, %for_body_ax189.3.i ], [ 0, %for_body_ax189.3.i.preheader ]
@@ -8718,10 +8480,10 @@ for_body_ax189.3.i:                               ; preds = %for_body_ax189.3.i,
   %indvars.iv.next753.3.i.7 = add nuw nsw i64 %indvars.iv752.3.i, 8
   %niter301.next.7 = add i64 %niter301, 8
   %niter301.ncmp.7 = icmp eq i64 %niter301.next.7, %unroll_iter300
-  br i1 %niter301.ncmp.7, label %for_end_ax190.3.i.loopexit.unr-lcssa, label %for_body_ax189.3.i, !prof !101, !llvm.loop !121
+  br i1 %niter301.ncmp.7, label %for_end_ax190.3.i.loopexit.unr-lcssa, label %for_body_ax189.3.i, !prof !99, !llvm.loop !119
 
 for_end_ax190.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax189.3.i
-  br i1 %lcmp.mod297.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil.preheader, !prof !103
+  br i1 %lcmp.mod297.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil.preheader, !prof !101
 
 for_body_ax189.3.i.epil.preheader:                ; preds = %for_end_ax190.3.i.loopexit.unr-lcssa, %for_body_ax189.3.i.preheader
   %indvars.iv752.3.i.epil.init = phi i64 [ 0, %for_body_ax189.3.i.preheader ], [ %indvars.iv.next753.3.i.7, %for_end_ax190.3.i.loopexit.unr-lcssa ]
@@ -8741,7 +8503,7 @@ for_body_ax189.3.i.epil:                          ; preds = %for_body_ax189.3.i.
   %indvars.iv.next753.3.i.epil = add nuw nsw i64 %indvars.iv752.3.i.epil, 1
   %epil.iter296.next = add i64 %epil.iter296, 1
   %epil.iter296.cmp.not = icmp eq i64 %epil.iter296.next, %xtraiter295
-  br i1 %epil.iter296.cmp.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil, !prof !49, !llvm.loop !122
+  br i1 %epil.iter296.cmp.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil, !prof !89, !llvm.loop !120
 
 for_end_ax190.3.i:                                ; preds = %for_body_ax189.3.i.epil, %for_end_ax190.3.i.loopexit.unr-lcssa, %for_end_ax190.2.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax190.2.i ], [ %1967, %for_end_ax190.3.i.loopexit.unr-lcssa ], [ %1971, %for_body_ax189.3.i.epil ]
@@ -8780,10 +8542,10 @@ for_end_ax190.3.i:                                ; preds = %for_body_ax189.3.i.
   %tile_sum267.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum267.sroa.0.8.vec.insert.i, float %1987, i64 3
   %1988 = shl nuw nsw i64 %indvars.iv790.i, 2
   %1989 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %1988
-  %1990 = load <4 x float>, ptr %1989, align 16, !tbaa !88
+  %1990 = load <4 x float>, ptr %1989, align 16, !tbaa !81
   %old_max.i = select <4 x i1> %490, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %1990
   %1991 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %1988
-  %1992 = load <4 x float>, ptr %1991, align 16, !tbaa !86
+  %1992 = load <4 x float>, ptr %1991, align 16, !tbaa !79
   %old_sum.i = select <4 x i1> %490, <4 x float> zeroinitializer, <4 x float> %1992
   %1993 = fcmp ogt <4 x float> %old_max.i, %tile_max268.sroa.0.3.i
   %1994 = fcmp oeq <4 x float> %tile_sum267.sroa.0.12.vec.insert.i, zeroinitializer
@@ -8837,8 +8599,8 @@ for_end_ax190.3.i:                                ; preds = %for_body_ax189.3.i.
   %2039 = select <4 x i1> %2038, <4 x float> %2037, <4 x float> zeroinitializer
   %2040 = fmul <4 x float> %old_sum.i, %2018
   %2041 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2039, <4 x float> %tile_sum267.sroa.0.12.vec.insert.i, <4 x float> %2040)
-  store <4 x float> %m.i, ptr %1989, align 16, !tbaa !88
-  store <4 x float> %2041, ptr %1991, align 16, !tbaa !86
+  store <4 x float> %m.i, ptr %1989, align 16, !tbaa !81
+  store <4 x float> %2041, ptr %1991, align 16, !tbaa !79
   %2042 = shufflevector <4 x float> %2039, <4 x float> poison, <32 x i32> zeroinitializer
   %2043 = shl nuw nsw i64 %indvars.iv790.i, 9
   %2044 = shufflevector <4 x float> %2018, <4 x float> poison, <32 x i32> zeroinitializer
@@ -9639,7 +9401,7 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %indvars.iv.next768.i.1 = add nuw nsw i64 %indvars.iv767.i, 2
   %niter330.next.1 = add i64 %niter330, 2
   %niter330.ncmp.1 = icmp eq i64 %niter330.next.1, %unroll_iter329
-  br i1 %niter330.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !123
+  br i1 %niter330.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !121
 
 if_end144.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end144.i_crit_edge, %for_begin_ax4_0.preheader.i
   %2722 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end144.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
@@ -9717,41 +9479,41 @@ for_body_tile209.i:                               ; preds = %for_body_tile209.i,
   %2747 = shl nuw nsw i64 %indvars.iv814.i, 2
   %2748 = add nuw nsw i64 %2747, %225
   %2749 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2747
-  %2750 = load float, ptr %2749, align 16, !tbaa !88
+  %2750 = load float, ptr %2749, align 16, !tbaa !81
   %2751 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2748
   store float %2750, ptr %2751, align 4, !tbaa !5
   %2752 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2747
-  %2753 = load float, ptr %2752, align 16, !tbaa !86
+  %2753 = load float, ptr %2752, align 16, !tbaa !79
   %2754 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2748
   store float %2753, ptr %2754, align 4, !tbaa !5
   %2755 = or disjoint i64 %2747, 1
   %2756 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2755
-  %2757 = load float, ptr %2756, align 4, !tbaa !88
+  %2757 = load float, ptr %2756, align 4, !tbaa !81
   %2758 = or disjoint i64 %2748, 1
   %2759 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2758
   store float %2757, ptr %2759, align 4, !tbaa !5
   %2760 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2755
-  %2761 = load float, ptr %2760, align 4, !tbaa !86
+  %2761 = load float, ptr %2760, align 4, !tbaa !79
   %2762 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2758
   store float %2761, ptr %2762, align 4, !tbaa !5
   %2763 = or disjoint i64 %2747, 2
   %2764 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2763
-  %2765 = load float, ptr %2764, align 8, !tbaa !88
+  %2765 = load float, ptr %2764, align 8, !tbaa !81
   %2766 = or disjoint i64 %2748, 2
   %2767 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2766
   store float %2765, ptr %2767, align 4, !tbaa !5
   %2768 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2763
-  %2769 = load float, ptr %2768, align 8, !tbaa !86
+  %2769 = load float, ptr %2768, align 8, !tbaa !79
   %2770 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2766
   store float %2769, ptr %2770, align 4, !tbaa !5
   %2771 = or disjoint i64 %2747, 3
   %2772 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2771
-  %2773 = load float, ptr %2772, align 4, !tbaa !88
+  %2773 = load float, ptr %2772, align 4, !tbaa !81
   %2774 = or disjoint i64 %2748, 3
   %2775 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2774
   store float %2773, ptr %2775, align 4, !tbaa !5
   %2776 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2771
-  %2777 = load float, ptr %2776, align 4, !tbaa !86
+  %2777 = load float, ptr %2776, align 4, !tbaa !79
   %2778 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2774
   store float %2777, ptr %2778, align 4, !tbaa !5
   %2779 = shl nuw nsw i64 %indvars.iv814.i, 9
@@ -10016,7 +9778,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %83 = select <32 x i1> %82, <32 x float> zeroinitializer, <32 x float> %81
   %84 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %85 = select <32 x i1> %84, <32 x float> %83, <32 x float> zeroinitializer
-  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !124
+  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !122
   %arg2.i = fsub <32 x float> %57, %m.i
   %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %87 = bitcast <32 x float> %86 to <32 x i32>
@@ -10039,7 +9801,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
   %105 = fcmp one <32 x float> %60, zeroinitializer
   %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
-  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !130
+  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !128
   %107 = fmul <32 x float> %old_sum.i, %85
   %108 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %60, <32 x float> %107)
   %.idx.i = shl nsw i64 %54, 14
@@ -10049,13 +9811,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %111 = load float, ptr %110, align 4, !tbaa !136
+  %111 = load float, ptr %110, align 4, !tbaa !134
   %112 = insertelement <16 x float> poison, float %111, i64 0
   %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
   %114 = shl nuw nsw i64 %indvars.iv60.i, 7
   %115 = getelementptr float, ptr %109, i64 %114
   %116 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %117 = load float, ptr %116, align 4, !tbaa !137
+  %117 = load float, ptr %116, align 4, !tbaa !135
   %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
   store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
   %119 = load <16 x float>, ptr %115, align 4, !tbaa !5
@@ -10118,7 +9880,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %151 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %152 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %153 = select <32 x i1> %152, <32 x float> zeroinitializer, <32 x float> %151
-  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !138
+  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !136
   %sext29 = shl i64 %20, 32
   %154 = ashr exact i64 %sext29, 32
   %155 = mul nsw i64 %out_batch, %154
@@ -10128,13 +9890,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !136
+  %158 = load float, ptr %157, align 4, !tbaa !134
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %109, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !137
+  %164 = load float, ptr %163, align 4, !tbaa !135
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
@@ -10204,7 +9966,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !144
+  %215 = load float, ptr %214, align 4, !tbaa !142
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -10325,7 +10087,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !145
+  %310 = load float, ptr %309, align 16, !tbaa !143
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -10340,7 +10102,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !147
+  %317 = load float, ptr %316, align 16, !tbaa !145
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -10350,7 +10112,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !5
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !145
+  %322 = load float, ptr %321, align 4, !tbaa !143
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -10358,7 +10120,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !147
+  %327 = load float, ptr %326, align 4, !tbaa !145
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -10368,7 +10130,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !5
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !145
+  %332 = load float, ptr %331, align 8, !tbaa !143
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -10376,7 +10138,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !147
+  %337 = load float, ptr %336, align 8, !tbaa !145
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -10386,7 +10148,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !5
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !145
+  %342 = load float, ptr %341, align 4, !tbaa !143
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -10394,7 +10156,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !147
+  %347 = load float, ptr %346, align 4, !tbaa !145
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -10404,7 +10166,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !5
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !149
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !147
 
 merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
@@ -10592,7 +10354,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <32 x i1> %80, <32 x float> zeroinitializer, <32 x float> %79
   %82 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %83 = select <32 x i1> %82, <32 x float> %81, <32 x float> zeroinitializer
-  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !150
+  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !148
   %arg2.i = fsub <32 x float> %55, %m.i
   %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <32 x float> %84 to <32 x i32>
@@ -10615,7 +10377,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <32 x i1> %101, <32 x float> zeroinitializer, <32 x float> %100
   %103 = fcmp one <32 x float> %58, zeroinitializer
   %104 = select <32 x i1> %103, <32 x float> %102, <32 x float> zeroinitializer
-  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !156
+  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !154
   %105 = fmul <32 x float> %old_sum.i, %83
   %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %58, <32 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
@@ -10625,13 +10387,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !162
+  %109 = load float, ptr %108, align 4, !tbaa !160
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 7
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !163
+  %115 = load float, ptr %114, align 4, !tbaa !161
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
   store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !5
   %117 = load <16 x float>, ptr %113, align 4, !tbaa !5
@@ -10698,7 +10460,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %152 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %153 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %154 = select <32 x i1> %153, <32 x float> zeroinitializer, <32 x float> %152
-  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !164
+  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !162
   %155 = mul nsw i64 %out_batch, %149
   %156 = getelementptr i16, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
@@ -10706,13 +10468,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !162
+  %158 = load float, ptr %157, align 4, !tbaa !160
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %107, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !163
+  %164 = load float, ptr %163, align 4, !tbaa !161
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
@@ -10782,7 +10544,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !170
+  %215 = load float, ptr %214, align 4, !tbaa !168
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -10903,7 +10665,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !171
+  %310 = load float, ptr %309, align 16, !tbaa !169
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -10918,7 +10680,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !173
+  %317 = load float, ptr %316, align 16, !tbaa !171
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -10928,7 +10690,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !5
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !171
+  %322 = load float, ptr %321, align 4, !tbaa !169
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -10936,7 +10698,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !173
+  %327 = load float, ptr %326, align 4, !tbaa !171
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -10946,7 +10708,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !5
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !171
+  %332 = load float, ptr %331, align 8, !tbaa !169
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -10954,7 +10716,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !173
+  %337 = load float, ptr %336, align 8, !tbaa !171
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -10964,7 +10726,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !5
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !171
+  %342 = load float, ptr %341, align 4, !tbaa !169
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -10972,7 +10734,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !173
+  %347 = load float, ptr %346, align 4, !tbaa !171
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -10982,7 +10744,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !5
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !175
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !173
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
@@ -11193,9 +10955,6 @@ declare float @llvm.fabs.f32(float) #3
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare half @llvm.fabs.f16(half) #3
 
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umin.i32(i32, i32) #3
-
 ; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
 declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #6
 
@@ -11207,6 +10966,9 @@ declare void @llvm.lifetime.end.p0(ptr captures(none)) #7
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare i64 @llvm.smax.i64(i64, i64) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.umin.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #3
@@ -11305,136 +11067,134 @@ attributes #11 = { nocallback nofree nosync nounwind willreturn memory(argmem: r
 !40 = !{!"llvm.loop.estimated_trip_count", i32 528417}
 !41 = !{!37, !37, i64 0}
 !42 = !{!"branch_weights", i32 1048704, i32 133169152}
-!43 = distinct !{!43, !11}
-!44 = distinct !{!44, !11}
-!45 = !{!"branch_weights", i32 6096, i32 2147477552}
-!46 = !{!"branch_weights", i32 8128, i32 2147475520}
-!47 = distinct !{!47, !48}
-!48 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!49 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!50 = distinct !{!50, !51, !52}
-!51 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!52 = !{!"llvm.loop.unroll.disable"}
-!53 = distinct !{!53, !48}
-!54 = distinct !{!54, !51, !52}
-!55 = !{!56}
-!56 = distinct !{!56, !57}
-!57 = distinct !{!57, !"LVerDomain"}
-!58 = !{!59}
-!59 = distinct !{!59, !57}
-!60 = !{!"branch_weights", i32 127, i32 16777081}
-!61 = distinct !{!61, !22, !23, !62}
-!62 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!63 = !{!"branch_weights", i32 1, i32 7}
-!64 = !{!"branch_weights", i32 1, i32 1}
-!65 = distinct !{!65, !52}
-!66 = !{!"branch_weights", i32 127, i32 0}
-!67 = distinct !{!67, !22, !27}
-!68 = !{!"branch_weights", i32 134217601, i32 127}
-!69 = !{!70}
+!43 = distinct !{!43, !40}
+!44 = distinct !{!44, !40}
+!45 = distinct !{!45, !46}
+!46 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!47 = !{!48}
+!48 = distinct !{!48, !49}
+!49 = distinct !{!49, !"LVerDomain"}
+!50 = !{!51}
+!51 = distinct !{!51, !49}
+!52 = !{!"branch_weights", i32 127, i32 16777081}
+!53 = distinct !{!53, !22, !23, !54}
+!54 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!55 = !{!"branch_weights", i32 1, i32 7}
+!56 = !{!"branch_weights", i32 1, i32 1}
+!57 = distinct !{!57, !58}
+!58 = !{!"llvm.loop.unroll.disable"}
+!59 = !{!"branch_weights", i32 127, i32 0}
+!60 = distinct !{!60, !22, !27}
+!61 = !{!"branch_weights", i32 134217601, i32 127}
+!62 = !{!63}
+!63 = distinct !{!63, !64}
+!64 = distinct !{!64, !"LVerDomain"}
+!65 = !{!66}
+!66 = distinct !{!66, !64}
+!67 = distinct !{!67, !22, !23, !54}
+!68 = distinct !{!68, !58}
+!69 = distinct !{!69, !22, !27}
 !70 = distinct !{!70, !71}
-!71 = distinct !{!71, !"LVerDomain"}
-!72 = !{!73}
-!73 = distinct !{!73, !71}
-!74 = distinct !{!74, !22, !23, !62}
-!75 = distinct !{!75, !52}
-!76 = distinct !{!76, !22, !27}
-!77 = distinct !{!77, !78}
-!78 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!79 = distinct !{!79, !40}
-!80 = !{!81}
-!81 = distinct !{!81, !82}
-!82 = distinct !{!82, !"LVerDomain"}
-!83 = !{!84}
-!84 = distinct !{!84, !82}
-!85 = distinct !{!85, !22, !27}
-!86 = !{!87, !87, i64 0}
-!87 = !{!"buffer2", !7, i64 0}
-!88 = !{!89, !89, i64 0}
-!89 = !{!"buffer3", !7, i64 0}
-!90 = distinct !{!90, !40}
-!91 = distinct !{!91, !40}
-!92 = distinct !{!92, !48}
-!93 = distinct !{!93, !51, !52}
-!94 = distinct !{!94, !48}
-!95 = distinct !{!95, !51, !52}
-!96 = distinct !{!96, !48}
-!97 = distinct !{!97, !51, !52}
-!98 = distinct !{!98, !48}
-!99 = distinct !{!99, !51, !52}
-!100 = !{!"branch_weights", i32 14224, i32 2147469424}
-!101 = !{!"branch_weights", i32 16256, i32 2147467392}
-!102 = distinct !{!102, !62}
-!103 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!104 = distinct !{!104, !51, !52}
-!105 = distinct !{!105, !62}
-!106 = distinct !{!106, !51, !52}
-!107 = distinct !{!107, !62}
-!108 = distinct !{!108, !51, !52}
-!109 = distinct !{!109, !62}
-!110 = distinct !{!110, !51, !52}
+!71 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!72 = distinct !{!72, !40}
+!73 = !{!74}
+!74 = distinct !{!74, !75}
+!75 = distinct !{!75, !"LVerDomain"}
+!76 = !{!77}
+!77 = distinct !{!77, !75}
+!78 = distinct !{!78, !22, !27}
+!79 = !{!80, !80, i64 0}
+!80 = !{!"buffer2", !7, i64 0}
+!81 = !{!82, !82, i64 0}
+!82 = !{!"buffer3", !7, i64 0}
+!83 = distinct !{!83, !40}
+!84 = distinct !{!84, !40}
+!85 = !{!"branch_weights", i32 6096, i32 2147477552}
+!86 = !{!"branch_weights", i32 8128, i32 2147475520}
+!87 = distinct !{!87, !88}
+!88 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!89 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!90 = distinct !{!90, !91, !58}
+!91 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!92 = distinct !{!92, !88}
+!93 = distinct !{!93, !91, !58}
+!94 = distinct !{!94, !88}
+!95 = distinct !{!95, !91, !58}
+!96 = distinct !{!96, !88}
+!97 = distinct !{!97, !91, !58}
+!98 = !{!"branch_weights", i32 14224, i32 2147469424}
+!99 = !{!"branch_weights", i32 16256, i32 2147467392}
+!100 = distinct !{!100, !54}
+!101 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!102 = distinct !{!102, !91, !58}
+!103 = distinct !{!103, !54}
+!104 = distinct !{!104, !91, !58}
+!105 = distinct !{!105, !54}
+!106 = distinct !{!106, !91, !58}
+!107 = distinct !{!107, !54}
+!108 = distinct !{!108, !91, !58}
+!109 = distinct !{!109, !11}
+!110 = distinct !{!110, !11}
 !111 = distinct !{!111, !11}
 !112 = distinct !{!112, !11}
-!113 = distinct !{!113, !11}
-!114 = distinct !{!114, !11}
-!115 = distinct !{!115, !62}
-!116 = distinct !{!116, !51, !52}
-!117 = distinct !{!117, !62}
-!118 = distinct !{!118, !51, !52}
-!119 = distinct !{!119, !62}
-!120 = distinct !{!120, !51, !52}
-!121 = distinct !{!121, !62}
-!122 = distinct !{!122, !51, !52}
-!123 = distinct !{!123, !11}
-!124 = !{!125, !125, i64 0}
-!125 = !{!"buffer4.w128.b0", !126, i64 0}
-!126 = !{!"buffer4.w256.b0", !127, i64 0}
-!127 = !{!"buffer4.w512.b0", !128, i64 0}
-!128 = !{!"buffer4.w1024.b0", !129, i64 0}
-!129 = !{!"buffer4", !7, i64 0}
-!130 = !{!131, !131, i64 0}
-!131 = !{!"buffer5.w128.b0", !132, i64 0}
-!132 = !{!"buffer5.w256.b0", !133, i64 0}
-!133 = !{!"buffer5.w512.b0", !134, i64 0}
-!134 = !{!"buffer5.w1024.b0", !135, i64 0}
-!135 = !{!"buffer5", !7, i64 0}
-!136 = !{!135, !135, i64 0}
-!137 = !{!129, !129, i64 0}
-!138 = !{!139, !139, i64 0}
-!139 = !{!"buffer6.w128.b0", !140, i64 0}
-!140 = !{!"buffer6.w256.b0", !141, i64 0}
-!141 = !{!"buffer6.w512.b0", !142, i64 0}
-!142 = !{!"buffer6.w1024.b0", !143, i64 0}
-!143 = !{!"buffer6", !7, i64 0}
-!144 = !{!143, !143, i64 0}
+!113 = distinct !{!113, !54}
+!114 = distinct !{!114, !91, !58}
+!115 = distinct !{!115, !54}
+!116 = distinct !{!116, !91, !58}
+!117 = distinct !{!117, !54}
+!118 = distinct !{!118, !91, !58}
+!119 = distinct !{!119, !54}
+!120 = distinct !{!120, !91, !58}
+!121 = distinct !{!121, !11}
+!122 = !{!123, !123, i64 0}
+!123 = !{!"buffer4.w128.b0", !124, i64 0}
+!124 = !{!"buffer4.w256.b0", !125, i64 0}
+!125 = !{!"buffer4.w512.b0", !126, i64 0}
+!126 = !{!"buffer4.w1024.b0", !127, i64 0}
+!127 = !{!"buffer4", !7, i64 0}
+!128 = !{!129, !129, i64 0}
+!129 = !{!"buffer5.w128.b0", !130, i64 0}
+!130 = !{!"buffer5.w256.b0", !131, i64 0}
+!131 = !{!"buffer5.w512.b0", !132, i64 0}
+!132 = !{!"buffer5.w1024.b0", !133, i64 0}
+!133 = !{!"buffer5", !7, i64 0}
+!134 = !{!133, !133, i64 0}
+!135 = !{!127, !127, i64 0}
+!136 = !{!137, !137, i64 0}
+!137 = !{!"buffer6.w128.b0", !138, i64 0}
+!138 = !{!"buffer6.w256.b0", !139, i64 0}
+!139 = !{!"buffer6.w512.b0", !140, i64 0}
+!140 = !{!"buffer6.w1024.b0", !141, i64 0}
+!141 = !{!"buffer6", !7, i64 0}
+!142 = !{!141, !141, i64 0}
+!143 = !{!144, !144, i64 0}
+!144 = !{!"buffer7", !7, i64 0}
 !145 = !{!146, !146, i64 0}
-!146 = !{!"buffer7", !7, i64 0}
-!147 = !{!148, !148, i64 0}
-!148 = !{!"buffer8", !7, i64 0}
-!149 = distinct !{!149, !78}
-!150 = !{!151, !151, i64 0}
-!151 = !{!"buffer9.w128.b0", !152, i64 0}
-!152 = !{!"buffer9.w256.b0", !153, i64 0}
-!153 = !{!"buffer9.w512.b0", !154, i64 0}
-!154 = !{!"buffer9.w1024.b0", !155, i64 0}
-!155 = !{!"buffer9", !7, i64 0}
-!156 = !{!157, !157, i64 0}
-!157 = !{!"buffer10.w128.b0", !158, i64 0}
-!158 = !{!"buffer10.w256.b0", !159, i64 0}
-!159 = !{!"buffer10.w512.b0", !160, i64 0}
-!160 = !{!"buffer10.w1024.b0", !161, i64 0}
-!161 = !{!"buffer10", !7, i64 0}
-!162 = !{!161, !161, i64 0}
-!163 = !{!155, !155, i64 0}
-!164 = !{!165, !165, i64 0}
-!165 = !{!"buffer11.w128.b0", !166, i64 0}
-!166 = !{!"buffer11.w256.b0", !167, i64 0}
-!167 = !{!"buffer11.w512.b0", !168, i64 0}
-!168 = !{!"buffer11.w1024.b0", !169, i64 0}
-!169 = !{!"buffer11", !7, i64 0}
-!170 = !{!169, !169, i64 0}
+!146 = !{!"buffer8", !7, i64 0}
+!147 = distinct !{!147, !71}
+!148 = !{!149, !149, i64 0}
+!149 = !{!"buffer9.w128.b0", !150, i64 0}
+!150 = !{!"buffer9.w256.b0", !151, i64 0}
+!151 = !{!"buffer9.w512.b0", !152, i64 0}
+!152 = !{!"buffer9.w1024.b0", !153, i64 0}
+!153 = !{!"buffer9", !7, i64 0}
+!154 = !{!155, !155, i64 0}
+!155 = !{!"buffer10.w128.b0", !156, i64 0}
+!156 = !{!"buffer10.w256.b0", !157, i64 0}
+!157 = !{!"buffer10.w512.b0", !158, i64 0}
+!158 = !{!"buffer10.w1024.b0", !159, i64 0}
+!159 = !{!"buffer10", !7, i64 0}
+!160 = !{!159, !159, i64 0}
+!161 = !{!153, !153, i64 0}
+!162 = !{!163, !163, i64 0}
+!163 = !{!"buffer11.w128.b0", !164, i64 0}
+!164 = !{!"buffer11.w256.b0", !165, i64 0}
+!165 = !{!"buffer11.w512.b0", !166, i64 0}
+!166 = !{!"buffer11.w1024.b0", !167, i64 0}
+!167 = !{!"buffer11", !7, i64 0}
+!168 = !{!167, !167, i64 0}
+!169 = !{!170, !170, i64 0}
+!170 = !{!"buffer12", !7, i64 0}
 !171 = !{!172, !172, i64 0}
-!172 = !{!"buffer12", !7, i64 0}
-!173 = !{!174, !174, i64 0}
-!174 = !{!"buffer13", !7, i64 0}
-!175 = distinct !{!175, !78}
+!172 = !{!"buffer13", !7, i64 0}
+!173 = distinct !{!173, !71}

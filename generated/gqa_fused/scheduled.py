@@ -178,8 +178,8 @@ class Module:
                         value_offsets = T.sblock_alloc_buffer((256,), "int64")
                         tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 128)
                         valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 128))
-                        next_len: T.let[T.int32] = T.reinterpret("int32", T.max(T.min(range_end - tile_start - 128, 128), 0))
-                        num_offsets: T.let[T.int32] = (valid_len + 8 - 1) // 8 * 8 + next_len
+                        has_next: T.let[T.bool] = tile_start + 128 < range_end
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 8 - 1) // 8 * 8)
                         last: T.let[T.int32] = range_end - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
@@ -212,6 +212,9 @@ class Module:
                                 T.writes()
                                 k_tile = T.sblock_alloc_buffer((128, 4, 2, 16))
                                 v_tile = T.sblock_alloc_buffer((128, 4, 2, 16))
+                                is_last: T.let[T.bool] = T.bool(True)
+                                next_tile: T.let[T.int32] = T.Select(is_last, 128, 0)
+                                next_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + T.Select(is_last, 0, vkv + 1))
                                 key_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * v_head
                                 with T.sblock("load_keys"):
@@ -254,60 +257,45 @@ class Module:
                                         edges = T.sblock_alloc_buffer((128, 16), "int32")
                                         scaled = T.sblock_alloc_buffer((128, 16))
                                         first: T.let[T.int32] = T.reinterpret("int32", vkv * head_tiles + vrt)
-                                        each: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
-                                        for t in range(each):
-                                            with T.sblock("fetch"):
-                                                vt = T.axis.opaque(128, t)
-                                                T.reads()
-                                                T.writes()
-                                                token: T.let[T.int32] = T.min(vrt * each + vt, next_len - 1)
-                                                for line in range(4):
-                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[128 + (token * 4 + line) // 4] + key_head + T.Cast("int64", (token * 4 + line) % 4 * 16)]), 0, 2, 1)
-                                        each_1: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
-                                        for t in range(each_1):
-                                            with T.sblock("fetch"):
-                                                vt = T.axis.opaque(128, t)
-                                                T.reads()
-                                                T.writes()
-                                                token: T.let[T.int32] = T.min(vrt * each_1 + vt, next_len - 1)
-                                                for line in range(4):
-                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[128 + (token * 4 + line) // 4] + value_head + T.Cast("int64", (token * 4 + line) % 4 * 16)]), 0, 2, 1)
+                                        wanted: T.let[T.bool] = vrt == head_tiles - 1 and (has_next or not is_last)
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.reinterpret("int32", T.min(valid_len, reach[first, 1] - tile_start))
                                             with T.sblock("qk_matmul"):
                                                 T.reads(q_tile[first, 0:128, 0:16], k_tile[0:(valid_len_1 + 7) // 8 * 8, 0:4, 0:2, 0:16], key_offsets[0:256])
                                                 T.writes(scores[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16])
                                                 scores_global = T.sblock_alloc_buffer((1, (valid_len_1 + 7) // 8 * 8, 16))
-                                                for i in range(1):
-                                                    for to in T.serial((valid_len_1 + 8 - 1) // 8, annotations={"pa.fetch.group": "next_keys", "pa.fetch.here": "next_keys"}):
-                                                        for ti_init in T.unroll(8):
-                                                            for r_init in T.vectorized(16):
-                                                                with T.sblock("scores_init"):
-                                                                    vt = T.axis.spatial(128, to * 8 + ti_init)
-                                                                    vi, vr = T.axis.remap("SS", [i, r_init])
-                                                                    T.reads()
+                                                for i, to in T.grid(1, (valid_len_1 + 8 - 1) // 8):
+                                                    if wanted:
+                                                        for line in range(32):
+                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + (T.Div((vkv * ((valid_len_1 + 8 - 1) // 8 * 32) + (to * 32 + line)) // 4, num_kv_heads) * 4 + (vkv * ((valid_len_1 + 8 - 1) // 8 * 32) + (to * 32 + line)) % 4) // 4] + (next_head * k_head + T.Cast("int64", T.truncmod((vkv * ((valid_len_1 + 8 - 1) // 8 * 32) + (to * 32 + line)) // 4, num_kv_heads)) * k_head) + T.Cast("int64", (T.Div((vkv * ((valid_len_1 + 8 - 1) // 8 * 32) + (to * 32 + line)) // 4, num_kv_heads) * 4 + (vkv * ((valid_len_1 + 8 - 1) // 8 * 32) + (to * 32 + line)) % 4) % 4 * 16)]), 0, 2, 1)
+                                                    for ti_init in T.unroll(8):
+                                                        for r_init in T.vectorized(16):
+                                                            with T.sblock("scores_init"):
+                                                                vt = T.axis.spatial(128, to * 8 + ti_init)
+                                                                vi, vr = T.axis.remap("SS", [i, r_init])
+                                                                T.reads()
+                                                                T.writes(scores_global[0, vt, vr])
+                                                                scores_global[0, vt, vr] = T.float32(0.0)
+                                                    for d_0, d_1, d_2 in T.grid(4, 16, 2):
+                                                        for ti in T.unroll(8):
+                                                            for r in T.vectorized(16):
+                                                                with T.sblock("scores_update"):
+                                                                    vt = T.axis.spatial(128, to * 8 + ti)
+                                                                    vi, vr = T.axis.remap("SS", [i, r])
+                                                                    vd = T.axis.reduce(128, d_0 * 32 + d_1 * 2 + d_2)
+                                                                    T.reads(scores_global[0, vt, vr], q_tile[first, vd, vr], k_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
                                                                     T.writes(scores_global[0, vt, vr])
-                                                                    scores_global[0, vt, vr] = T.float32(0.0)
-                                                        for d_0, d_1, d_2 in T.grid(4, 16, 2):
-                                                            for ti in T.unroll(8):
-                                                                for r in T.vectorized(16):
-                                                                    with T.sblock("scores_update"):
-                                                                        vt = T.axis.spatial(128, to * 8 + ti)
-                                                                        vi, vr = T.axis.remap("SS", [i, r])
-                                                                        vd = T.axis.reduce(128, d_0 * 32 + d_1 * 2 + d_2)
-                                                                        T.reads(scores_global[0, vt, vr], q_tile[first, vd, vr], k_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
-                                                                        T.writes(scores_global[0, vt, vr])
-                                                                        scores_global[0, vt, vr] = scores_global[0, vt, vr] + q_tile[first, vd, vr] * k_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
-                                                        for ax0 in range(1):
-                                                            for ax1 in T.unroll(8):
-                                                                for ax2 in T.vectorized(16):
-                                                                    with T.sblock("scores_global"):
-                                                                        v0 = T.axis.spatial(1, ax0)
-                                                                        v1 = T.axis.spatial((valid_len_1 + 7) // 8 * 8, to * 8 + ax1)
-                                                                        v2 = T.axis.spatial(16, ax2)
-                                                                        T.reads(scores_global[v0, v1, v2])
-                                                                        T.writes(scores[v0, v1, v2])
-                                                                        scores[v0, v1, v2] = scores_global[v0, v1, v2]
+                                                                    scores_global[0, vt, vr] = scores_global[0, vt, vr] + q_tile[first, vd, vr] * k_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
+                                                    for ax0 in range(1):
+                                                        for ax1 in T.unroll(8):
+                                                            for ax2 in T.vectorized(16):
+                                                                with T.sblock("scores_global"):
+                                                                    v0 = T.axis.spatial(1, ax0)
+                                                                    v1 = T.axis.spatial((valid_len_1 + 7) // 8 * 8, to * 8 + ax1)
+                                                                    v2 = T.axis.spatial(16, ax2)
+                                                                    T.reads(scores_global[v0, v1, v2])
+                                                                    T.writes(scores[v0, v1, v2])
+                                                                    scores[v0, v1, v2] = scores_global[v0, v1, v2]
                                             with T.sblock("seen_scores"):
                                                 T.reads(scores[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16])
                                                 T.writes(scaled[0:T.max((valid_len_1 + 7) // 8 * 8, T.max(valid_len_1, T.max(context_len - tree_size - tile_start, 0))), 0:16])
@@ -463,56 +451,58 @@ class Module:
                                                 T.writes()
                                                 tile_acc = T.sblock_alloc_buffer((1, 128, 16))
                                                 full_acc = T.sblock_alloc_buffer((1, 128, 16))
-                                                for i_m in range(1):
-                                                    for d_0_m in T.serial(16, annotations={"pa.fetch.pass": "next_values"}):
-                                                        for d_1_init in T.unroll(8):
-                                                            for r_init in T.vectorized(16):
-                                                                with T.sblock("full_groups_init"):
-                                                                    vi, vr = T.axis.remap("SS", [i_m, r_init])
-                                                                    vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
-                                                                    T.reads()
-                                                                    T.writes(full_acc[vi, vd, vr])
-                                                                    full_acc[vi, vd, vr] = T.float32(0.0)
-                                                        for to in T.serial(num_full, annotations={"pa.fetch.group": "next_values", "pa.fetch.here": "next_values"}):
-                                                            for ti in range(8):
-                                                                for d_1 in T.unroll(8):
-                                                                    for r in T.vectorized(16):
-                                                                        with T.sblock("full_groups_update"):
-                                                                            vt = T.axis.reduce(128, to * 8 + ti)
-                                                                            vi, vr = T.axis.remap("SS", [i_m, r])
-                                                                            vd = T.axis.spatial(128, d_0_m * 8 + d_1)
-                                                                            T.reads(full_acc[vi, vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt])
-                                                                            T.writes(full_acc[vi, vd, vr])
-                                                                            full_acc[vi, vd, vr] = full_acc[vi, vd, vr] + probs[0, vt, vr] * v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
-                                                        for d_1_init in T.unroll(8):
-                                                            for r_init in T.vectorized(16):
-                                                                with T.sblock("tile_acc_init"):
-                                                                    vi, vr = T.axis.remap("SS", [i_m, r_init])
-                                                                    vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
-                                                                    T.reads()
-                                                                    T.writes(tile_acc[0, vd, vr])
-                                                                    tile_acc[0, vd, vr] = full_acc[vi, vd, vr]
-                                                        for ti in range(valid_len_1 - num_full * 8 + 1 - 1):
+                                                for i_m, d_0_m in T.grid(1, 16):
+                                                    for d_1_init in T.unroll(8):
+                                                        for r_init in T.vectorized(16):
+                                                            with T.sblock("full_groups_init"):
+                                                                vi, vr = T.axis.remap("SS", [i_m, r_init])
+                                                                vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
+                                                                T.reads()
+                                                                T.writes(full_acc[vi, vd, vr])
+                                                                full_acc[vi, vd, vr] = T.float32(0.0)
+                                                    for to in range(num_full):
+                                                        if wanted:
+                                                            for line in range(2):
+                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + (T.Div((vkv * (num_full * 32) + ((d_0_m * num_full + to) * 2 + line)) // 4, num_kv_heads) * 4 + (vkv * (num_full * 32) + ((d_0_m * num_full + to) * 2 + line)) % 4) // 4] + (next_head * v_head + T.Cast("int64", T.truncmod((vkv * (num_full * 32) + ((d_0_m * num_full + to) * 2 + line)) // 4, num_kv_heads)) * v_head) + T.Cast("int64", (T.Div((vkv * (num_full * 32) + ((d_0_m * num_full + to) * 2 + line)) // 4, num_kv_heads) * 4 + (vkv * (num_full * 32) + ((d_0_m * num_full + to) * 2 + line)) % 4) % 4 * 16)]), 0, 2, 1)
+                                                        for ti in range(8):
                                                             for d_1 in T.unroll(8):
                                                                 for r in T.vectorized(16):
-                                                                    with T.sblock("tile_acc_update"):
-                                                                        vt = T.axis.reduce(128, ti + num_full * 8)
+                                                                    with T.sblock("full_groups_update"):
+                                                                        vt = T.axis.reduce(128, to * 8 + ti)
                                                                         vi, vr = T.axis.remap("SS", [i_m, r])
                                                                         vd = T.axis.spatial(128, d_0_m * 8 + d_1)
-                                                                        T.reads(tile_acc[0, vd, vr], full_acc[vi, vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt], edges[vt, vr])
-                                                                        T.writes(tile_acc[0, vd, vr])
-                                                                        tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + probs[0, vt, vr] * T.reinterpret("float32", T.reinterpret("int32", v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]) & edges[vt, vr])
+                                                                        T.reads(full_acc[vi, vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt])
+                                                                        T.writes(full_acc[vi, vd, vr])
+                                                                        full_acc[vi, vd, vr] = full_acc[vi, vd, vr] + probs[0, vt, vr] * v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
+                                                    for d_1_init in T.unroll(8):
+                                                        for r_init in T.vectorized(16):
+                                                            with T.sblock("tile_acc_init"):
+                                                                vi, vr = T.axis.remap("SS", [i_m, r_init])
+                                                                vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
+                                                                T.reads()
+                                                                T.writes(tile_acc[0, vd, vr])
+                                                                tile_acc[0, vd, vr] = full_acc[vi, vd, vr]
+                                                    for ti in range(valid_len_1 - num_full * 8 + 1 - 1):
                                                         for d_1 in T.unroll(8):
                                                             for r in T.vectorized(16):
-                                                                with T.sblock("acc"):
+                                                                with T.sblock("tile_acc_update"):
+                                                                    vt = T.axis.reduce(128, ti + num_full * 8)
                                                                     vi, vr = T.axis.remap("SS", [i_m, r])
                                                                     vd = T.axis.spatial(128, d_0_m * 8 + d_1)
-                                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                    T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vd, vr])
-                                                                    T.writes(acc[first, vd, vr])
-                                                                    with T.init():
-                                                                        acc[first, vd, vr] = T.float32(0.0)
-                                                                    acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc[vi, vd, vr]
+                                                                    T.reads(tile_acc[0, vd, vr], full_acc[vi, vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt], edges[vt, vr])
+                                                                    T.writes(tile_acc[0, vd, vr])
+                                                                    tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + probs[0, vt, vr] * T.reinterpret("float32", T.reinterpret("int32", v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]) & edges[vt, vr])
+                                                    for d_1 in T.unroll(8):
+                                                        for r in T.vectorized(16):
+                                                            with T.sblock("acc"):
+                                                                vi, vr = T.axis.remap("SS", [i_m, r])
+                                                                vd = T.axis.spatial(128, d_0_m * 8 + d_1)
+                                                                vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                                T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vd, vr])
+                                                                T.writes(acc[first, vd, vr])
+                                                                with T.init():
+                                                                    acc[first, vd, vr] = T.float32(0.0)
+                                                                acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc[vi, vd, vr]
                 for tile in range(num_tiles):
                     with T.sblock("range_state"):
                         vtile = T.axis.spatial(num_tiles, tile)

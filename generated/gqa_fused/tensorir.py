@@ -149,8 +149,8 @@ class Module:
                         value_offsets = T.sblock_alloc_buffer((256,), "int64")
                         tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 128)
                         valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 128))
-                        next_len: T.let[T.int32] = T.reinterpret("int32", T.max(T.min(range_end - tile_start - 128, 128), 0))
-                        num_offsets: T.let[T.int32] = (valid_len + 8 - 1) // 8 * 8 + next_len
+                        has_next: T.let[T.bool] = tile_start + 128 < range_end
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 8 - 1) // 8 * 8)
                         last: T.let[T.int32] = range_end - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
@@ -183,6 +183,9 @@ class Module:
                                 T.writes()
                                 k_tile = T.sblock_alloc_buffer((128, 128))
                                 v_tile = T.sblock_alloc_buffer((128, 128))
+                                is_last: T.let[T.bool] = T.bool(True)
+                                next_tile: T.let[T.int32] = T.Select(is_last, 128, 0)
+                                next_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + T.Select(is_last, 0, vkv + 1))
                                 key_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * v_head
                                 with T.sblock("load_keys"):
@@ -219,24 +222,15 @@ class Module:
                                         edges = T.sblock_alloc_buffer((16, 128), "int32")
                                         scaled = T.sblock_alloc_buffer((16, 128))
                                         first: T.let[T.int32] = T.reinterpret("int32", vkv * head_tiles + vrt)
-                                        each: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
-                                        for t in range(each):
-                                            with T.sblock("fetch"):
-                                                vt = T.axis.opaque(128, t)
-                                                T.reads()
-                                                T.writes()
-                                                token: T.let[T.int32] = T.min(vrt * each + vt, next_len - 1)
-                                                for line in range(4):
-                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[128 + (token * 4 + line) // 4] + key_head + T.Cast("int64", (token * 4 + line) % 4 * 16)]), 0, 2, 1)
-                                        each_1: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
-                                        for t in range(each_1):
-                                            with T.sblock("fetch"):
-                                                vt = T.axis.opaque(128, t)
-                                                T.reads()
-                                                T.writes()
-                                                token: T.let[T.int32] = T.min(vrt * each_1 + vt, next_len - 1)
-                                                for line in range(4):
-                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[128 + (token * 4 + line) // 4] + value_head + T.Cast("int64", (token * 4 + line) % 4 * 16)]), 0, 2, 1)
+                                        wanted: T.let[T.bool] = vrt == head_tiles - 1 and (has_next or not is_last)
+                                        with T.sblock("next_keys"):
+                                            T.reads()
+                                            T.writes()
+                                            T.call_extern("int32", "next_tile", key_cache[0], key_offsets[0], k_block, k_row, k_head, next_tile, next_head * k_head, wanted, num_kv_heads, vkv)
+                                        with T.sblock("next_values"):
+                                            T.reads()
+                                            T.writes()
+                                            T.call_extern("int32", "next_tile", value_cache[0], value_offsets[0], v_block, v_row, v_head, next_tile, next_head * v_head, wanted, num_kv_heads, vkv)
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.reinterpret("int32", T.min(valid_len, reach[first, 1] - tile_start))
                                             with T.sblock("qk_matmul"):

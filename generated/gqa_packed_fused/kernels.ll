@@ -1135,8 +1135,8 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor533.i = alloca [16 x float], align 16
-  %reach550.i = alloca [128 x i32], align 16
+  %factor507.i = alloca [16 x float], align 16
+  %reach525.i = alloca [128 x i32], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -1353,8 +1353,8 @@ if_end48:                                         ; preds = %if_then46, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor533.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %reach550.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor507.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %reach525.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -1439,7 +1439,7 @@ for_body_tile.lr.ph.i:                            ; preds = %if_end14.i
   %147 = insertelement <16 x i1> poison, i1 %146, i64 0
   %148 = shufflevector <16 x i1> %147, <16 x i1> poison, <16 x i32> zeroinitializer
   %wide.trip.count.i = zext nneg i32 %114 to i64
-  %scevgep154 = getelementptr i8, ptr %query, i64 256
+  %scevgep144 = getelementptr i8, ptr %query, i64 256
   %149 = shl i64 %q_batch, 1
   %150 = shl i64 %q_head, 1
   %broadcast.splatinsert = insertelement <8 x float> poison, float %query_scale, i64 0
@@ -1447,17 +1447,17 @@ for_body_tile.lr.ph.i:                            ; preds = %if_end14.i
   br label %for_body_tile.i
 
 for_begin_tile.i:                                 ; preds = %for_body_r79.peel.next.i
-  %indvars.iv.next1508.i = add nuw nsw i64 %indvars.iv1507.i, 1
-  %exitcond1510.not.i = icmp eq i64 %indvars.iv.next1508.i, %wide.trip.count.i
-  br i1 %exitcond1510.not.i, label %for_begin_tile103.preheader.i, label %for_body_tile.i, !prof !8
+  %indvars.iv.next1487.i = add nuw nsw i64 %indvars.iv1486.i, 1
+  %exitcond1489.not.i = icmp eq i64 %indvars.iv.next1487.i, %wide.trip.count.i
+  br i1 %exitcond1489.not.i, label %for_begin_tile103.preheader.i, label %for_body_tile.i, !prof !8
 
 for_begin_tile103.preheader.i:                    ; preds = %for_begin_tile.i
-  %151 = getelementptr inbounds nuw i8, ptr %reach550.i, i64 4
+  %151 = getelementptr inbounds nuw i8, ptr %reach525.i, i64 4
   %152 = load <2 x i32>, ptr %151, align 4
-  %exitcond1515.peel.not.i = icmp eq i32 %114, 1
+  %exitcond1494.peel.not.i = icmp eq i32 %114, 1
   %153 = extractelement <2 x i32> %152, i64 0
   %154 = extractelement <2 x i32> %152, i64 1
-  br i1 %exitcond1515.peel.not.i, label %for_end_tile105.loopexit.i, label %iter.check, !prof !8
+  br i1 %exitcond1494.peel.not.i, label %for_end_tile105.loopexit.i, label %iter.check, !prof !8
 
 iter.check:                                       ; preds = %for_begin_tile103.preheader.i
   %155 = add nsw i64 %wide.trip.count.i, -1
@@ -1465,73 +1465,73 @@ iter.check:                                       ; preds = %for_begin_tile103.p
   br i1 %min.iters.check, label %if_end113.i.preheader, label %vector.main.loop.iter.check, !prof !11
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
-  %min.iters.check168 = icmp ult i32 %114, 34
-  br i1 %min.iters.check168, label %vec.epilog.ph, label %vector.ph169, !prof !11
+  %min.iters.check158 = icmp ult i32 %114, 34
+  br i1 %min.iters.check158, label %vec.epilog.ph, label %vector.ph159, !prof !11
 
-vector.ph169:                                     ; preds = %vector.main.loop.iter.check
+vector.ph159:                                     ; preds = %vector.main.loop.iter.check
   %n.mod.vf = and i64 %155, 31
   %156 = icmp eq i64 %n.mod.vf, 0
   %157 = select i1 %156, i64 32, i64 %n.mod.vf
   %n.vec = sub nsw i64 %155, %157
-  %broadcast.splat171 = shufflevector <2 x i32> %152, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat173 = shufflevector <2 x i32> %152, <2 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body174
+  %broadcast.splat161 = shufflevector <2 x i32> %152, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat163 = shufflevector <2 x i32> %152, <2 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body164
 
-vector.body174:                                   ; preds = %vector.body174, %vector.ph169
-  %index175 = phi i64 [ 0, %vector.ph169 ], [ %index.next195, %vector.body174 ]
-  %vec.phi = phi <8 x i32> [ %broadcast.splat171, %vector.ph169 ], [ %170, %vector.body174 ]
-  %vec.phi176 = phi <8 x i32> [ %broadcast.splat171, %vector.ph169 ], [ %171, %vector.body174 ]
-  %vec.phi177 = phi <8 x i32> [ %broadcast.splat171, %vector.ph169 ], [ %172, %vector.body174 ]
-  %vec.phi178 = phi <8 x i32> [ %broadcast.splat171, %vector.ph169 ], [ %173, %vector.body174 ]
-  %vec.phi179 = phi <8 x i32> [ %broadcast.splat173, %vector.ph169 ], [ %174, %vector.body174 ]
-  %vec.phi180 = phi <8 x i32> [ %broadcast.splat173, %vector.ph169 ], [ %175, %vector.body174 ]
-  %vec.phi181 = phi <8 x i32> [ %broadcast.splat173, %vector.ph169 ], [ %176, %vector.body174 ]
-  %vec.phi182 = phi <8 x i32> [ %broadcast.splat173, %vector.ph169 ], [ %177, %vector.body174 ]
-  %158 = shl i64 %index175, 4
-  %159 = shl i64 %index175, 4
-  %160 = shl i64 %index175, 4
-  %161 = shl i64 %index175, 4
-  %162 = getelementptr inbounds nuw i8, ptr %reach550.i, i64 %158
-  %163 = getelementptr inbounds nuw i8, ptr %reach550.i, i64 %159
-  %164 = getelementptr inbounds nuw i8, ptr %reach550.i, i64 %160
-  %165 = getelementptr inbounds nuw i8, ptr %reach550.i, i64 %161
+vector.body164:                                   ; preds = %vector.body164, %vector.ph159
+  %index165 = phi i64 [ 0, %vector.ph159 ], [ %index.next185, %vector.body164 ]
+  %vec.phi = phi <8 x i32> [ %broadcast.splat161, %vector.ph159 ], [ %170, %vector.body164 ]
+  %vec.phi166 = phi <8 x i32> [ %broadcast.splat161, %vector.ph159 ], [ %171, %vector.body164 ]
+  %vec.phi167 = phi <8 x i32> [ %broadcast.splat161, %vector.ph159 ], [ %172, %vector.body164 ]
+  %vec.phi168 = phi <8 x i32> [ %broadcast.splat161, %vector.ph159 ], [ %173, %vector.body164 ]
+  %vec.phi169 = phi <8 x i32> [ %broadcast.splat163, %vector.ph159 ], [ %174, %vector.body164 ]
+  %vec.phi170 = phi <8 x i32> [ %broadcast.splat163, %vector.ph159 ], [ %175, %vector.body164 ]
+  %vec.phi171 = phi <8 x i32> [ %broadcast.splat163, %vector.ph159 ], [ %176, %vector.body164 ]
+  %vec.phi172 = phi <8 x i32> [ %broadcast.splat163, %vector.ph159 ], [ %177, %vector.body164 ]
+  %158 = shl i64 %index165, 4
+  %159 = shl i64 %index165, 4
+  %160 = shl i64 %index165, 4
+  %161 = shl i64 %index165, 4
+  %162 = getelementptr inbounds nuw i8, ptr %reach525.i, i64 %158
+  %163 = getelementptr inbounds nuw i8, ptr %reach525.i, i64 %159
+  %164 = getelementptr inbounds nuw i8, ptr %reach525.i, i64 %160
+  %165 = getelementptr inbounds nuw i8, ptr %reach525.i, i64 %161
   %166 = getelementptr inbounds nuw i8, ptr %162, i64 20
   %167 = getelementptr inbounds nuw i8, ptr %163, i64 148
   %168 = getelementptr inbounds nuw i8, ptr %164, i64 276
   %169 = getelementptr inbounds nuw i8, ptr %165, i64 404
-  %wide.vec183 = load <32 x i32>, ptr %166, align 4, !tbaa !12
-  %strided.vec184 = shufflevector <32 x i32> %wide.vec183, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec185 = shufflevector <32 x i32> %wide.vec183, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec186 = load <32 x i32>, ptr %167, align 4, !tbaa !12
-  %strided.vec187 = shufflevector <32 x i32> %wide.vec186, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec188 = shufflevector <32 x i32> %wide.vec186, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec189 = load <32 x i32>, ptr %168, align 4, !tbaa !12
-  %strided.vec190 = shufflevector <32 x i32> %wide.vec189, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec191 = shufflevector <32 x i32> %wide.vec189, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec192 = load <32 x i32>, ptr %169, align 4, !tbaa !12
-  %strided.vec193 = shufflevector <32 x i32> %wide.vec192, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec194 = shufflevector <32 x i32> %wide.vec192, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %170 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec185)
-  %171 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi176, <8 x i32> %strided.vec188)
-  %172 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi177, <8 x i32> %strided.vec191)
-  %173 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi178, <8 x i32> %strided.vec194)
-  %174 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi179, <8 x i32> %strided.vec184)
-  %175 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi180, <8 x i32> %strided.vec187)
-  %176 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi181, <8 x i32> %strided.vec190)
-  %177 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi182, <8 x i32> %strided.vec193)
-  %index.next195 = add nuw i64 %index175, 32
-  %178 = icmp eq i64 %index.next195, %n.vec
-  br i1 %178, label %vec.epilog.iter.check, label %vector.body174, !prof !14, !llvm.loop !15
+  %wide.vec173 = load <32 x i32>, ptr %166, align 4, !tbaa !12
+  %strided.vec174 = shufflevector <32 x i32> %wide.vec173, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec175 = shufflevector <32 x i32> %wide.vec173, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec176 = load <32 x i32>, ptr %167, align 4, !tbaa !12
+  %strided.vec177 = shufflevector <32 x i32> %wide.vec176, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec178 = shufflevector <32 x i32> %wide.vec176, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec179 = load <32 x i32>, ptr %168, align 4, !tbaa !12
+  %strided.vec180 = shufflevector <32 x i32> %wide.vec179, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec181 = shufflevector <32 x i32> %wide.vec179, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec182 = load <32 x i32>, ptr %169, align 4, !tbaa !12
+  %strided.vec183 = shufflevector <32 x i32> %wide.vec182, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec184 = shufflevector <32 x i32> %wide.vec182, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %170 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec175)
+  %171 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi166, <8 x i32> %strided.vec178)
+  %172 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi167, <8 x i32> %strided.vec181)
+  %173 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi168, <8 x i32> %strided.vec184)
+  %174 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi169, <8 x i32> %strided.vec174)
+  %175 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi170, <8 x i32> %strided.vec177)
+  %176 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi171, <8 x i32> %strided.vec180)
+  %177 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi172, <8 x i32> %strided.vec183)
+  %index.next185 = add nuw i64 %index165, 32
+  %178 = icmp eq i64 %index.next185, %n.vec
+  br i1 %178, label %vec.epilog.iter.check, label %vector.body164, !prof !14, !llvm.loop !15
 
-vec.epilog.iter.check:                            ; preds = %vector.body174
-  %rdx.minmax199 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %174, <8 x i32> %175)
-  %rdx.minmax200 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax199, <8 x i32> %176)
-  %rdx.minmax201 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax200, <8 x i32> %177)
-  %179 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax201)
+vec.epilog.iter.check:                            ; preds = %vector.body164
+  %rdx.minmax189 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %174, <8 x i32> %175)
+  %rdx.minmax190 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax189, <8 x i32> %176)
+  %rdx.minmax191 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax190, <8 x i32> %177)
+  %179 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax191)
   %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %170, <8 x i32> %171)
-  %rdx.minmax197 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %172)
-  %rdx.minmax198 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax197, <8 x i32> %173)
-  %180 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax198)
+  %rdx.minmax187 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %172)
+  %rdx.minmax188 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax187, <8 x i32> %173)
+  %180 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax188)
   %ind.end = add nsw i64 %n.vec, 1
   %min.epilog.iters.check = icmp samesign ult i64 %157, 5
   %181 = insertelement <2 x i32> poison, i32 %179, i64 0
@@ -1541,29 +1541,29 @@ vec.epilog.iter.check:                            ; preds = %vector.body174
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
   %183 = phi <2 x i32> [ %182, %vec.epilog.iter.check ], [ %152, %vector.main.loop.iter.check ]
-  %n.mod.vf203 = and i64 %155, 3
-  %184 = icmp eq i64 %n.mod.vf203, 0
-  %185 = select i1 %184, i64 4, i64 %n.mod.vf203
-  %n.vec204 = sub nsw i64 %155, %185
-  %186 = add nsw i64 %n.vec204, 1
-  %broadcast.splat206 = shufflevector <2 x i32> %183, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat208 = shufflevector <2 x i32> %183, <2 x i32> poison, <4 x i32> zeroinitializer
+  %n.mod.vf193 = and i64 %155, 3
+  %184 = icmp eq i64 %n.mod.vf193, 0
+  %185 = select i1 %184, i64 4, i64 %n.mod.vf193
+  %n.vec194 = sub nsw i64 %155, %185
+  %186 = add nsw i64 %n.vec194, 1
+  %broadcast.splat196 = shufflevector <2 x i32> %183, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat198 = shufflevector <2 x i32> %183, <2 x i32> poison, <4 x i32> zeroinitializer
   br label %vec.epilog.vector.body
 
 vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
-  %index209 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next215, %vec.epilog.vector.body ]
-  %vec.phi210 = phi <4 x i32> [ %broadcast.splat206, %vec.epilog.ph ], [ %189, %vec.epilog.vector.body ]
-  %vec.phi211 = phi <4 x i32> [ %broadcast.splat208, %vec.epilog.ph ], [ %190, %vec.epilog.vector.body ]
-  %offset.idx = shl i64 %index209, 4
-  %187 = getelementptr i8, ptr %reach550.i, i64 %offset.idx
+  %index199 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next205, %vec.epilog.vector.body ]
+  %vec.phi200 = phi <4 x i32> [ %broadcast.splat196, %vec.epilog.ph ], [ %189, %vec.epilog.vector.body ]
+  %vec.phi201 = phi <4 x i32> [ %broadcast.splat198, %vec.epilog.ph ], [ %190, %vec.epilog.vector.body ]
+  %offset.idx = shl i64 %index199, 4
+  %187 = getelementptr i8, ptr %reach525.i, i64 %offset.idx
   %188 = getelementptr i8, ptr %187, i64 20
-  %wide.vec212 = load <16 x i32>, ptr %188, align 4, !tbaa !12
-  %strided.vec213 = shufflevector <16 x i32> %wide.vec212, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
-  %strided.vec214 = shufflevector <16 x i32> %wide.vec212, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
-  %189 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi210, <4 x i32> %strided.vec214)
-  %190 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi211, <4 x i32> %strided.vec213)
-  %index.next215 = add nuw i64 %index209, 4
-  %191 = icmp eq i64 %index.next215, %n.vec204
+  %wide.vec202 = load <16 x i32>, ptr %188, align 4, !tbaa !12
+  %strided.vec203 = shufflevector <16 x i32> %wide.vec202, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
+  %strided.vec204 = shufflevector <16 x i32> %wide.vec202, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
+  %189 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi200, <4 x i32> %strided.vec204)
+  %190 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi201, <4 x i32> %strided.vec203)
+  %index.next205 = add nuw i64 %index199, 4
+  %191 = icmp eq i64 %index.next205, %n.vec194
   br i1 %191, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !21
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
@@ -1572,17 +1572,17 @@ vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.b
   br label %if_end113.i.preheader
 
 if_end113.i.preheader:                            ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv1511.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %186, %vec.epilog.middle.block ]
-  %span549.sroa.0.01213.i.ph = phi i32 [ %154, %iter.check ], [ %180, %vec.epilog.iter.check ], [ %192, %vec.epilog.middle.block ]
-  %span549.sroa.3.01212.i.ph = phi i32 [ %153, %iter.check ], [ %179, %vec.epilog.iter.check ], [ %193, %vec.epilog.middle.block ]
+  %indvars.iv1490.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %186, %vec.epilog.middle.block ]
+  %span524.sroa.0.01187.i.ph = phi i32 [ %154, %iter.check ], [ %180, %vec.epilog.iter.check ], [ %192, %vec.epilog.middle.block ]
+  %span524.sroa.3.01186.i.ph = phi i32 [ %153, %iter.check ], [ %179, %vec.epilog.iter.check ], [ %193, %vec.epilog.middle.block ]
   br label %if_end113.i
 
 for_body_tile.i:                                  ; preds = %for_begin_tile.i, %for_body_tile.lr.ph.i
-  %indvars.iv1507.i = phi i64 [ 0, %for_body_tile.lr.ph.i ], [ %indvars.iv.next1508.i, %for_begin_tile.i ]
-  %194 = trunc nuw nsw i64 %indvars.iv1507.i to i32
-  %195 = shl i64 %indvars.iv1507.i, 13
+  %indvars.iv1486.i = phi i64 [ 0, %for_body_tile.lr.ph.i ], [ %indvars.iv.next1487.i, %for_begin_tile.i ]
+  %194 = trunc nuw nsw i64 %indvars.iv1486.i to i32
+  %195 = shl i64 %indvars.iv1486.i, 13
   %196 = and i64 %195, 17179860992
-  %scevgep1503.i = getelementptr i8, ptr %total_acc.i, i64 %196
+  %scevgep1482.i = getelementptr i8, ptr %total_acc.i, i64 %196
   %197 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
   %q_tile_global.i = tail call ptr %197(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
   %198 = icmp eq ptr %q_tile_global.i, null
@@ -1592,12 +1592,12 @@ for_begin_r.preheader.i:                          ; preds = %for_body_tile.i
   %rmod.i = srem i32 %194, %113
   %rdiv.us.i = sdiv i32 %194, %113
   %199 = icmp ne i32 %rmod.i, 0
-  %.not581.i = and i1 %138, %199
-  %200 = select i1 %.not581.i, i32 %113, i32 0
+  %.not553.i = and i1 %138, %199
+  %200 = select i1 %.not553.i, i32 %113, i32 0
   %201 = add nsw i32 %200, %rmod.i
   %202 = shl nsw i32 %201, 4
   %203 = sub nsw i32 %111, %202
-  %204 = sext i1 %.not581.i to i32
+  %204 = sext i1 %.not553.i to i32
   %205 = sext i32 %201 to i64
   %206 = shl nsw i64 %205, 2
   %invariant.op.i = add nsw i64 %206, %140
@@ -1607,9 +1607,9 @@ for_begin_r.preheader.i:                          ; preds = %for_body_tile.i
   br label %for_begin_d.preheader.i
 
 for_begin_ax1_0.preheader.i:                      ; preds = %for_end_d.i
-  %209 = shl i64 %indvars.iv1507.i, 10
+  %209 = shl i64 %indvars.iv1486.i, 10
   %210 = and i64 %209, 4294966272
-  %invariant.gep1762.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %210
+  %invariant.gep1750.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %210
   br label %for_body_ax2_0.i
 
 for_begin_d.preheader.i:                          ; preds = %for_end_d.i, %for_begin_r.preheader.i
@@ -1639,12 +1639,12 @@ for_begin_d.preheader.split.us.i:                 ; preds = %for_begin_d.prehead
   %224 = or disjoint i64 %223, %219
   %225 = mul nsw i64 %224, %q_head
   %invariant.gep.i = getelementptr i16, ptr %218, i64 %225
-  %.idx1731.i = shl nuw nsw i64 %indvar.i, 8
-  %invariant.gep1760.i = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1731.i
+  %.idx1721.i = shl nuw nsw i64 %indvar.i, 8
+  %invariant.gep1748.i = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1721.i
   %226 = mul i64 %150, %224
-  %227 = getelementptr i8, ptr %scevgep154, i64 %215
-  %scevgep155 = getelementptr i8, ptr %227, i64 %226
-  %bound0 = icmp ult ptr %q_tile_global.i, %scevgep155
+  %227 = getelementptr i8, ptr %scevgep144, i64 %215
+  %scevgep145 = getelementptr i8, ptr %227, i64 %226
+  %bound0 = icmp ult ptr %q_tile_global.i, %scevgep145
   %bound1 = icmp ult ptr %invariant.gep.i, %scevgep
   %found.conflict = and i1 %bound0, %bound1
   br i1 %found.conflict, label %for_body_d.us.i, label %vector.body, !prof !11
@@ -1655,20 +1655,20 @@ vector.body:                                      ; preds = %for_begin_d.prehead
   %230 = getelementptr i8, ptr %invariant.gep.i, i64 96
   %wide.vec = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !23
   %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec156 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec157 = load <16 x i16>, ptr %228, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec158 = shufflevector <16 x i16> %wide.vec157, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec159 = shufflevector <16 x i16> %wide.vec157, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec160 = load <16 x i16>, ptr %229, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec161 = shufflevector <16 x i16> %wide.vec160, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec162 = shufflevector <16 x i16> %wide.vec160, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec163 = load <16 x i16>, ptr %230, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec164 = shufflevector <16 x i16> %wide.vec163, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec165 = shufflevector <16 x i16> %wide.vec163, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %231 = zext <8 x i16> %strided.vec156 to <8 x i32>
-  %232 = zext <8 x i16> %strided.vec159 to <8 x i32>
-  %233 = zext <8 x i16> %strided.vec162 to <8 x i32>
-  %234 = zext <8 x i16> %strided.vec165 to <8 x i32>
+  %strided.vec146 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec147 = load <16 x i16>, ptr %228, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec148 = shufflevector <16 x i16> %wide.vec147, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec149 = shufflevector <16 x i16> %wide.vec147, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec150 = load <16 x i16>, ptr %229, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec151 = shufflevector <16 x i16> %wide.vec150, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec152 = shufflevector <16 x i16> %wide.vec150, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec153 = load <16 x i16>, ptr %230, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec154 = shufflevector <16 x i16> %wide.vec153, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec155 = shufflevector <16 x i16> %wide.vec153, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %231 = zext <8 x i16> %strided.vec146 to <8 x i32>
+  %232 = zext <8 x i16> %strided.vec149 to <8 x i32>
+  %233 = zext <8 x i16> %strided.vec152 to <8 x i32>
+  %234 = zext <8 x i16> %strided.vec155 to <8 x i32>
   %235 = shl nuw <8 x i32> %231, splat (i32 16)
   %236 = shl nuw <8 x i32> %232, splat (i32 16)
   %237 = shl nuw <8 x i32> %233, splat (i32 16)
@@ -1686,9 +1686,9 @@ vector.body:                                      ; preds = %for_begin_d.prehead
   %249 = bitcast <8 x float> %245 to <8 x i32>
   %250 = bitcast <8 x float> %246 to <8 x i32>
   %251 = zext <8 x i16> %strided.vec to <8 x i32>
-  %252 = zext <8 x i16> %strided.vec158 to <8 x i32>
-  %253 = zext <8 x i16> %strided.vec161 to <8 x i32>
-  %254 = zext <8 x i16> %strided.vec164 to <8 x i32>
+  %252 = zext <8 x i16> %strided.vec148 to <8 x i32>
+  %253 = zext <8 x i16> %strided.vec151 to <8 x i32>
+  %254 = zext <8 x i16> %strided.vec154 to <8 x i32>
   %255 = shl nuw <8 x i32> %251, splat (i32 16)
   %256 = shl nuw <8 x i32> %252, splat (i32 16)
   %257 = shl nuw <8 x i32> %253, splat (i32 16)
@@ -1713,10 +1713,10 @@ vector.body:                                      ; preds = %for_begin_d.prehead
   %276 = or <8 x i32> %272, %248
   %277 = or <8 x i32> %273, %249
   %278 = or <8 x i32> %274, %250
-  %279 = getelementptr inbounds nuw i8, ptr %invariant.gep1760.i, i64 32
-  %280 = getelementptr inbounds nuw i8, ptr %invariant.gep1760.i, i64 64
-  %281 = getelementptr inbounds nuw i8, ptr %invariant.gep1760.i, i64 96
-  store <8 x i32> %275, ptr %invariant.gep1760.i, align 4, !tbaa !4, !alias.scope !26, !noalias !23
+  %279 = getelementptr inbounds nuw i8, ptr %invariant.gep1748.i, i64 32
+  %280 = getelementptr inbounds nuw i8, ptr %invariant.gep1748.i, i64 64
+  %281 = getelementptr inbounds nuw i8, ptr %invariant.gep1748.i, i64 96
+  store <8 x i32> %275, ptr %invariant.gep1748.i, align 4, !tbaa !4, !alias.scope !26, !noalias !23
   store <8 x i32> %276, ptr %279, align 4, !tbaa !4, !alias.scope !26, !noalias !23
   store <8 x i32> %277, ptr %280, align 4, !tbaa !4, !alias.scope !26, !noalias !23
   store <8 x i32> %278, ptr %281, align 4, !tbaa !4, !alias.scope !26, !noalias !23
@@ -1726,20 +1726,20 @@ vector.body:                                      ; preds = %for_begin_d.prehead
   %285 = getelementptr i8, ptr %invariant.gep.i, i64 224
   %wide.vec.1 = load <16 x i16>, ptr %282, align 2, !tbaa !4, !alias.scope !23
   %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec156.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec157.1 = load <16 x i16>, ptr %283, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec158.1 = shufflevector <16 x i16> %wide.vec157.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec159.1 = shufflevector <16 x i16> %wide.vec157.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec160.1 = load <16 x i16>, ptr %284, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec161.1 = shufflevector <16 x i16> %wide.vec160.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec162.1 = shufflevector <16 x i16> %wide.vec160.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec163.1 = load <16 x i16>, ptr %285, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec164.1 = shufflevector <16 x i16> %wide.vec163.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec165.1 = shufflevector <16 x i16> %wide.vec163.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %286 = zext <8 x i16> %strided.vec156.1 to <8 x i32>
-  %287 = zext <8 x i16> %strided.vec159.1 to <8 x i32>
-  %288 = zext <8 x i16> %strided.vec162.1 to <8 x i32>
-  %289 = zext <8 x i16> %strided.vec165.1 to <8 x i32>
+  %strided.vec146.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec147.1 = load <16 x i16>, ptr %283, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec148.1 = shufflevector <16 x i16> %wide.vec147.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec149.1 = shufflevector <16 x i16> %wide.vec147.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec150.1 = load <16 x i16>, ptr %284, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec151.1 = shufflevector <16 x i16> %wide.vec150.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec152.1 = shufflevector <16 x i16> %wide.vec150.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec153.1 = load <16 x i16>, ptr %285, align 2, !tbaa !4, !alias.scope !23
+  %strided.vec154.1 = shufflevector <16 x i16> %wide.vec153.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec155.1 = shufflevector <16 x i16> %wide.vec153.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %286 = zext <8 x i16> %strided.vec146.1 to <8 x i32>
+  %287 = zext <8 x i16> %strided.vec149.1 to <8 x i32>
+  %288 = zext <8 x i16> %strided.vec152.1 to <8 x i32>
+  %289 = zext <8 x i16> %strided.vec155.1 to <8 x i32>
   %290 = shl nuw <8 x i32> %286, splat (i32 16)
   %291 = shl nuw <8 x i32> %287, splat (i32 16)
   %292 = shl nuw <8 x i32> %288, splat (i32 16)
@@ -1757,9 +1757,9 @@ vector.body:                                      ; preds = %for_begin_d.prehead
   %304 = bitcast <8 x float> %300 to <8 x i32>
   %305 = bitcast <8 x float> %301 to <8 x i32>
   %306 = zext <8 x i16> %strided.vec.1 to <8 x i32>
-  %307 = zext <8 x i16> %strided.vec158.1 to <8 x i32>
-  %308 = zext <8 x i16> %strided.vec161.1 to <8 x i32>
-  %309 = zext <8 x i16> %strided.vec164.1 to <8 x i32>
+  %307 = zext <8 x i16> %strided.vec148.1 to <8 x i32>
+  %308 = zext <8 x i16> %strided.vec151.1 to <8 x i32>
+  %309 = zext <8 x i16> %strided.vec154.1 to <8 x i32>
   %310 = shl nuw <8 x i32> %306, splat (i32 16)
   %311 = shl nuw <8 x i32> %307, splat (i32 16)
   %312 = shl nuw <8 x i32> %308, splat (i32 16)
@@ -1784,10 +1784,10 @@ vector.body:                                      ; preds = %for_begin_d.prehead
   %331 = or <8 x i32> %327, %303
   %332 = or <8 x i32> %328, %304
   %333 = or <8 x i32> %329, %305
-  %334 = getelementptr inbounds nuw i8, ptr %invariant.gep1760.i, i64 128
-  %335 = getelementptr inbounds nuw i8, ptr %invariant.gep1760.i, i64 160
-  %336 = getelementptr inbounds nuw i8, ptr %invariant.gep1760.i, i64 192
-  %337 = getelementptr inbounds nuw i8, ptr %invariant.gep1760.i, i64 224
+  %334 = getelementptr inbounds nuw i8, ptr %invariant.gep1748.i, i64 128
+  %335 = getelementptr inbounds nuw i8, ptr %invariant.gep1748.i, i64 160
+  %336 = getelementptr inbounds nuw i8, ptr %invariant.gep1748.i, i64 192
+  %337 = getelementptr inbounds nuw i8, ptr %invariant.gep1748.i, i64 224
   store <8 x i32> %330, ptr %334, align 4, !tbaa !4, !alias.scope !26, !noalias !23
   store <8 x i32> %331, ptr %335, align 4, !tbaa !4, !alias.scope !26, !noalias !23
   store <8 x i32> %332, ptr %336, align 4, !tbaa !4, !alias.scope !26, !noalias !23
@@ -1813,8 +1813,8 @@ for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %f
   %350 = bitcast float %349 to i32
   %351 = lshr i32 %350, 16
   %352 = or i32 %351, %344
-  %gep1761.i = getelementptr inbounds nuw i32, ptr %invariant.gep1760.i, i64 %indvars.iv.i
-  store i32 %352, ptr %gep1761.i, align 4, !tbaa !4
+  %gep1749.i = getelementptr inbounds nuw i32, ptr %invariant.gep1748.i, i64 %indvars.iv.i
+  store i32 %352, ptr %gep1749.i, align 4, !tbaa !4
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
   %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
@@ -1833,8 +1833,8 @@ for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %f
   %365 = bitcast float %364 to i32
   %366 = lshr i32 %365, 16
   %367 = or i32 %366, %359
-  %gep1761.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1760.i, i64 %indvars.iv.next.i
-  store i32 %367, ptr %gep1761.i.1, align 4, !tbaa !4
+  %gep1749.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1748.i, i64 %indvars.iv.next.i
+  store i32 %367, ptr %gep1749.i.1, align 4, !tbaa !4
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
   %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
   %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
@@ -1853,8 +1853,8 @@ for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %f
   %380 = bitcast float %379 to i32
   %381 = lshr i32 %380, 16
   %382 = or i32 %381, %374
-  %gep1761.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1760.i, i64 %indvars.iv.next.i.1
-  store i32 %382, ptr %gep1761.i.2, align 4, !tbaa !4
+  %gep1749.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1748.i, i64 %indvars.iv.next.i.1
+  store i32 %382, ptr %gep1749.i.2, align 4, !tbaa !4
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
   %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
   %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
@@ -1873,21 +1873,21 @@ for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %f
   %395 = bitcast float %394 to i32
   %396 = lshr i32 %395, 16
   %397 = or i32 %396, %389
-  %gep1761.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1760.i, i64 %indvars.iv.next.i.2
-  store i32 %397, ptr %gep1761.i.3, align 4, !tbaa !4
+  %gep1749.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1748.i, i64 %indvars.iv.next.i.2
+  store i32 %397, ptr %gep1749.i.3, align 4, !tbaa !4
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 64
   br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !prof !28, !llvm.loop !29
 
 for_end_d.i:                                      ; preds = %for_body_d.us.i, %vector.body, %for_body_d.preheader.i
   %indvar.next.i = add nuw nsw i64 %indvar.i, 1
-  %exitcond1487.not.i = icmp eq i64 %indvar.next.i, 16
-  br i1 %exitcond1487.not.i, label %for_begin_ax1_0.preheader.i, label %for_begin_d.preheader.i, !prof !30
+  %exitcond1466.not.i = icmp eq i64 %indvar.next.i, 16
+  br i1 %exitcond1466.not.i, label %for_begin_ax1_0.preheader.i, label %for_begin_d.preheader.i, !prof !30
 
 for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %for_begin_ax1_0.preheader.i
-  %indvars.iv1488.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next1489.i.1, %for_body_ax2_0.i ]
-  %.idx1732.i = shl nuw nsw i64 %indvars.iv1488.i, 4
-  %398 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1732.i
+  %indvars.iv1467.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next1468.i.1, %for_body_ax2_0.i ]
+  %.idx1722.i = shl nuw nsw i64 %indvars.iv1467.i, 4
+  %398 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1722.i
   %v.i = load <4 x i32>, ptr %398, align 4, !tbaa !4
   %399 = getelementptr inbounds nuw i8, ptr %398, i64 256
   %v27.i = load <4 x i32>, ptr %399, align 4, !tbaa !4
@@ -1900,21 +1900,21 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   %404 = shufflevector <4 x i32> %v.i, <4 x i32> %v29.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %405 = shufflevector <4 x i32> %v27.i, <4 x i32> %v31.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %406 = shufflevector <4 x i32> %402, <4 x i32> %403, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1733.i = shl nuw nsw i64 %indvars.iv1488.i, 8
-  %gep1763.i = getelementptr inbounds nuw i8, ptr %invariant.gep1762.i, i64 %.idx1733.i
-  store <4 x i32> %406, ptr %gep1763.i, align 4, !tbaa !4
+  %.idx1723.i = shl nuw nsw i64 %indvars.iv1467.i, 8
+  %gep1751.i = getelementptr inbounds nuw i8, ptr %invariant.gep1750.i, i64 %.idx1723.i
+  store <4 x i32> %406, ptr %gep1751.i, align 4, !tbaa !4
   %407 = shufflevector <4 x i32> %402, <4 x i32> %403, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %408 = getelementptr inbounds nuw i8, ptr %gep1763.i, i64 64
+  %408 = getelementptr inbounds nuw i8, ptr %gep1751.i, i64 64
   store <4 x i32> %407, ptr %408, align 4, !tbaa !4
   %409 = shufflevector <4 x i32> %404, <4 x i32> %405, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %410 = getelementptr inbounds nuw i8, ptr %gep1763.i, i64 128
+  %410 = getelementptr inbounds nuw i8, ptr %gep1751.i, i64 128
   store <4 x i32> %409, ptr %410, align 4, !tbaa !4
   %411 = shufflevector <4 x i32> %404, <4 x i32> %405, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %412 = getelementptr inbounds nuw i8, ptr %gep1763.i, i64 192
+  %412 = getelementptr inbounds nuw i8, ptr %gep1751.i, i64 192
   store <4 x i32> %411, ptr %412, align 4, !tbaa !4
-  %indvars.iv.next1489.i = or disjoint i64 %indvars.iv1488.i, 1
-  %.idx1732.i.1 = shl nuw nsw i64 %indvars.iv.next1489.i, 4
-  %413 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1732.i.1
+  %indvars.iv.next1468.i = or disjoint i64 %indvars.iv1467.i, 1
+  %.idx1722.i.1 = shl nuw nsw i64 %indvars.iv.next1468.i, 4
+  %413 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1722.i.1
   %v.i.1 = load <4 x i32>, ptr %413, align 4, !tbaa !4
   %414 = getelementptr inbounds nuw i8, ptr %413, i64 256
   %v27.i.1 = load <4 x i32>, ptr %414, align 4, !tbaa !4
@@ -1927,26 +1927,26 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   %419 = shufflevector <4 x i32> %v.i.1, <4 x i32> %v29.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %420 = shufflevector <4 x i32> %v27.i.1, <4 x i32> %v31.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %421 = shufflevector <4 x i32> %417, <4 x i32> %418, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1733.i.1 = shl nuw nsw i64 %indvars.iv.next1489.i, 8
-  %gep1763.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1762.i, i64 %.idx1733.i.1
-  store <4 x i32> %421, ptr %gep1763.i.1, align 4, !tbaa !4
+  %.idx1723.i.1 = shl nuw nsw i64 %indvars.iv.next1468.i, 8
+  %gep1751.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1750.i, i64 %.idx1723.i.1
+  store <4 x i32> %421, ptr %gep1751.i.1, align 4, !tbaa !4
   %422 = shufflevector <4 x i32> %417, <4 x i32> %418, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %423 = getelementptr inbounds nuw i8, ptr %gep1763.i.1, i64 64
+  %423 = getelementptr inbounds nuw i8, ptr %gep1751.i.1, i64 64
   store <4 x i32> %422, ptr %423, align 4, !tbaa !4
   %424 = shufflevector <4 x i32> %419, <4 x i32> %420, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %425 = getelementptr inbounds nuw i8, ptr %gep1763.i.1, i64 128
+  %425 = getelementptr inbounds nuw i8, ptr %gep1751.i.1, i64 128
   store <4 x i32> %424, ptr %425, align 4, !tbaa !4
   %426 = shufflevector <4 x i32> %419, <4 x i32> %420, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %427 = getelementptr inbounds nuw i8, ptr %gep1763.i.1, i64 192
+  %427 = getelementptr inbounds nuw i8, ptr %gep1751.i.1, i64 192
   store <4 x i32> %426, ptr %427, align 4, !tbaa !4
-  %indvars.iv.next1489.i.1 = add nuw nsw i64 %indvars.iv1488.i, 2
-  %exitcond1492.not.i.1 = icmp eq i64 %indvars.iv.next1489.i.1, 16
-  br i1 %exitcond1492.not.i.1, label %for_body_ax2_0.1.i, label %for_body_ax2_0.i, !prof !30, !llvm.loop !31
+  %indvars.iv.next1468.i.1 = add nuw nsw i64 %indvars.iv1467.i, 2
+  %exitcond1471.not.i.1 = icmp eq i64 %indvars.iv.next1468.i.1, 16
+  br i1 %exitcond1471.not.i.1, label %for_body_ax2_0.1.i, label %for_body_ax2_0.i, !prof !30, !llvm.loop !31
 
 for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i, %for_body_ax2_0.i
-  %indvars.iv1488.1.i = phi i64 [ %indvars.iv.next1489.1.i.1, %for_body_ax2_0.1.i ], [ 0, %for_body_ax2_0.i ]
-  %.idx1734.i = shl nuw nsw i64 %indvars.iv1488.1.i, 4
-  %428 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1734.i
+  %indvars.iv1467.1.i = phi i64 [ %indvars.iv.next1468.1.i.1, %for_body_ax2_0.1.i ], [ 0, %for_body_ax2_0.i ]
+  %.idx1724.i = shl nuw nsw i64 %indvars.iv1467.1.i, 4
+  %428 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1724.i
   %429 = getelementptr inbounds nuw i8, ptr %428, i64 1024
   %v.1.i = load <4 x i32>, ptr %429, align 4, !tbaa !4
   %430 = getelementptr inbounds nuw i8, ptr %428, i64 1280
@@ -1960,22 +1960,22 @@ for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i,
   %435 = shufflevector <4 x i32> %v.1.i, <4 x i32> %v29.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %436 = shufflevector <4 x i32> %v27.1.i, <4 x i32> %v31.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %437 = shufflevector <4 x i32> %433, <4 x i32> %434, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1735.i = shl nuw nsw i64 %indvars.iv1488.1.i, 8
-  %gep1765.i = getelementptr inbounds nuw i8, ptr %invariant.gep1762.i, i64 %.idx1735.i
-  %438 = getelementptr inbounds nuw i8, ptr %gep1765.i, i64 16
+  %.idx1725.i = shl nuw nsw i64 %indvars.iv1467.1.i, 8
+  %gep1753.i = getelementptr inbounds nuw i8, ptr %invariant.gep1750.i, i64 %.idx1725.i
+  %438 = getelementptr inbounds nuw i8, ptr %gep1753.i, i64 16
   store <4 x i32> %437, ptr %438, align 4, !tbaa !4
   %439 = shufflevector <4 x i32> %433, <4 x i32> %434, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %440 = getelementptr inbounds nuw i8, ptr %gep1765.i, i64 80
+  %440 = getelementptr inbounds nuw i8, ptr %gep1753.i, i64 80
   store <4 x i32> %439, ptr %440, align 4, !tbaa !4
   %441 = shufflevector <4 x i32> %435, <4 x i32> %436, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %442 = getelementptr inbounds nuw i8, ptr %gep1765.i, i64 144
+  %442 = getelementptr inbounds nuw i8, ptr %gep1753.i, i64 144
   store <4 x i32> %441, ptr %442, align 4, !tbaa !4
   %443 = shufflevector <4 x i32> %435, <4 x i32> %436, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %444 = getelementptr inbounds nuw i8, ptr %gep1765.i, i64 208
+  %444 = getelementptr inbounds nuw i8, ptr %gep1753.i, i64 208
   store <4 x i32> %443, ptr %444, align 4, !tbaa !4
-  %indvars.iv.next1489.1.i = or disjoint i64 %indvars.iv1488.1.i, 1
-  %.idx1734.i.1 = shl nuw nsw i64 %indvars.iv.next1489.1.i, 4
-  %445 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1734.i.1
+  %indvars.iv.next1468.1.i = or disjoint i64 %indvars.iv1467.1.i, 1
+  %.idx1724.i.1 = shl nuw nsw i64 %indvars.iv.next1468.1.i, 4
+  %445 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1724.i.1
   %446 = getelementptr inbounds nuw i8, ptr %445, i64 1024
   %v.1.i.1 = load <4 x i32>, ptr %446, align 4, !tbaa !4
   %447 = getelementptr inbounds nuw i8, ptr %445, i64 1280
@@ -1989,27 +1989,27 @@ for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i,
   %452 = shufflevector <4 x i32> %v.1.i.1, <4 x i32> %v29.1.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %453 = shufflevector <4 x i32> %v27.1.i.1, <4 x i32> %v31.1.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %454 = shufflevector <4 x i32> %450, <4 x i32> %451, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1735.i.1 = shl nuw nsw i64 %indvars.iv.next1489.1.i, 8
-  %gep1765.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1762.i, i64 %.idx1735.i.1
-  %455 = getelementptr inbounds nuw i8, ptr %gep1765.i.1, i64 16
+  %.idx1725.i.1 = shl nuw nsw i64 %indvars.iv.next1468.1.i, 8
+  %gep1753.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1750.i, i64 %.idx1725.i.1
+  %455 = getelementptr inbounds nuw i8, ptr %gep1753.i.1, i64 16
   store <4 x i32> %454, ptr %455, align 4, !tbaa !4
   %456 = shufflevector <4 x i32> %450, <4 x i32> %451, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %457 = getelementptr inbounds nuw i8, ptr %gep1765.i.1, i64 80
+  %457 = getelementptr inbounds nuw i8, ptr %gep1753.i.1, i64 80
   store <4 x i32> %456, ptr %457, align 4, !tbaa !4
   %458 = shufflevector <4 x i32> %452, <4 x i32> %453, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %459 = getelementptr inbounds nuw i8, ptr %gep1765.i.1, i64 144
+  %459 = getelementptr inbounds nuw i8, ptr %gep1753.i.1, i64 144
   store <4 x i32> %458, ptr %459, align 4, !tbaa !4
   %460 = shufflevector <4 x i32> %452, <4 x i32> %453, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %461 = getelementptr inbounds nuw i8, ptr %gep1765.i.1, i64 208
+  %461 = getelementptr inbounds nuw i8, ptr %gep1753.i.1, i64 208
   store <4 x i32> %460, ptr %461, align 4, !tbaa !4
-  %indvars.iv.next1489.1.i.1 = add nuw nsw i64 %indvars.iv1488.1.i, 2
-  %exitcond1492.1.not.i.1 = icmp eq i64 %indvars.iv.next1489.1.i.1, 16
-  br i1 %exitcond1492.1.not.i.1, label %for_body_ax2_0.2.i, label %for_body_ax2_0.1.i, !prof !30, !llvm.loop !33
+  %indvars.iv.next1468.1.i.1 = add nuw nsw i64 %indvars.iv1467.1.i, 2
+  %exitcond1471.1.not.i.1 = icmp eq i64 %indvars.iv.next1468.1.i.1, 16
+  br i1 %exitcond1471.1.not.i.1, label %for_body_ax2_0.2.i, label %for_body_ax2_0.1.i, !prof !30, !llvm.loop !33
 
 for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i, %for_body_ax2_0.1.i
-  %indvars.iv1488.2.i = phi i64 [ %indvars.iv.next1489.2.i.1, %for_body_ax2_0.2.i ], [ 0, %for_body_ax2_0.1.i ]
-  %.idx1736.i = shl nuw nsw i64 %indvars.iv1488.2.i, 4
-  %462 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1736.i
+  %indvars.iv1467.2.i = phi i64 [ %indvars.iv.next1468.2.i.1, %for_body_ax2_0.2.i ], [ 0, %for_body_ax2_0.1.i ]
+  %.idx1726.i = shl nuw nsw i64 %indvars.iv1467.2.i, 4
+  %462 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1726.i
   %463 = getelementptr inbounds nuw i8, ptr %462, i64 2048
   %v.2.i = load <4 x i32>, ptr %463, align 4, !tbaa !4
   %464 = getelementptr inbounds nuw i8, ptr %462, i64 2304
@@ -2023,22 +2023,22 @@ for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i,
   %469 = shufflevector <4 x i32> %v.2.i, <4 x i32> %v29.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %470 = shufflevector <4 x i32> %v27.2.i, <4 x i32> %v31.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %471 = shufflevector <4 x i32> %467, <4 x i32> %468, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1737.i = shl nuw nsw i64 %indvars.iv1488.2.i, 8
-  %gep1767.i = getelementptr inbounds nuw i8, ptr %invariant.gep1762.i, i64 %.idx1737.i
-  %472 = getelementptr inbounds nuw i8, ptr %gep1767.i, i64 32
+  %.idx1727.i = shl nuw nsw i64 %indvars.iv1467.2.i, 8
+  %gep1755.i = getelementptr inbounds nuw i8, ptr %invariant.gep1750.i, i64 %.idx1727.i
+  %472 = getelementptr inbounds nuw i8, ptr %gep1755.i, i64 32
   store <4 x i32> %471, ptr %472, align 4, !tbaa !4
   %473 = shufflevector <4 x i32> %467, <4 x i32> %468, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %474 = getelementptr inbounds nuw i8, ptr %gep1767.i, i64 96
+  %474 = getelementptr inbounds nuw i8, ptr %gep1755.i, i64 96
   store <4 x i32> %473, ptr %474, align 4, !tbaa !4
   %475 = shufflevector <4 x i32> %469, <4 x i32> %470, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %476 = getelementptr inbounds nuw i8, ptr %gep1767.i, i64 160
+  %476 = getelementptr inbounds nuw i8, ptr %gep1755.i, i64 160
   store <4 x i32> %475, ptr %476, align 4, !tbaa !4
   %477 = shufflevector <4 x i32> %469, <4 x i32> %470, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %478 = getelementptr inbounds nuw i8, ptr %gep1767.i, i64 224
+  %478 = getelementptr inbounds nuw i8, ptr %gep1755.i, i64 224
   store <4 x i32> %477, ptr %478, align 4, !tbaa !4
-  %indvars.iv.next1489.2.i = or disjoint i64 %indvars.iv1488.2.i, 1
-  %.idx1736.i.1 = shl nuw nsw i64 %indvars.iv.next1489.2.i, 4
-  %479 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1736.i.1
+  %indvars.iv.next1468.2.i = or disjoint i64 %indvars.iv1467.2.i, 1
+  %.idx1726.i.1 = shl nuw nsw i64 %indvars.iv.next1468.2.i, 4
+  %479 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1726.i.1
   %480 = getelementptr inbounds nuw i8, ptr %479, i64 2048
   %v.2.i.1 = load <4 x i32>, ptr %480, align 4, !tbaa !4
   %481 = getelementptr inbounds nuw i8, ptr %479, i64 2304
@@ -2052,27 +2052,27 @@ for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i,
   %486 = shufflevector <4 x i32> %v.2.i.1, <4 x i32> %v29.2.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %487 = shufflevector <4 x i32> %v27.2.i.1, <4 x i32> %v31.2.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %488 = shufflevector <4 x i32> %484, <4 x i32> %485, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1737.i.1 = shl nuw nsw i64 %indvars.iv.next1489.2.i, 8
-  %gep1767.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1762.i, i64 %.idx1737.i.1
-  %489 = getelementptr inbounds nuw i8, ptr %gep1767.i.1, i64 32
+  %.idx1727.i.1 = shl nuw nsw i64 %indvars.iv.next1468.2.i, 8
+  %gep1755.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1750.i, i64 %.idx1727.i.1
+  %489 = getelementptr inbounds nuw i8, ptr %gep1755.i.1, i64 32
   store <4 x i32> %488, ptr %489, align 4, !tbaa !4
   %490 = shufflevector <4 x i32> %484, <4 x i32> %485, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %491 = getelementptr inbounds nuw i8, ptr %gep1767.i.1, i64 96
+  %491 = getelementptr inbounds nuw i8, ptr %gep1755.i.1, i64 96
   store <4 x i32> %490, ptr %491, align 4, !tbaa !4
   %492 = shufflevector <4 x i32> %486, <4 x i32> %487, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %493 = getelementptr inbounds nuw i8, ptr %gep1767.i.1, i64 160
+  %493 = getelementptr inbounds nuw i8, ptr %gep1755.i.1, i64 160
   store <4 x i32> %492, ptr %493, align 4, !tbaa !4
   %494 = shufflevector <4 x i32> %486, <4 x i32> %487, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %495 = getelementptr inbounds nuw i8, ptr %gep1767.i.1, i64 224
+  %495 = getelementptr inbounds nuw i8, ptr %gep1755.i.1, i64 224
   store <4 x i32> %494, ptr %495, align 4, !tbaa !4
-  %indvars.iv.next1489.2.i.1 = add nuw nsw i64 %indvars.iv1488.2.i, 2
-  %exitcond1492.2.not.i.1 = icmp eq i64 %indvars.iv.next1489.2.i.1, 16
-  br i1 %exitcond1492.2.not.i.1, label %for_body_ax2_0.3.i, label %for_body_ax2_0.2.i, !prof !30, !llvm.loop !34
+  %indvars.iv.next1468.2.i.1 = add nuw nsw i64 %indvars.iv1467.2.i, 2
+  %exitcond1471.2.not.i.1 = icmp eq i64 %indvars.iv.next1468.2.i.1, 16
+  br i1 %exitcond1471.2.not.i.1, label %for_body_ax2_0.3.i, label %for_body_ax2_0.2.i, !prof !30, !llvm.loop !34
 
 for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i, %for_body_ax2_0.2.i
-  %indvars.iv1488.3.i = phi i64 [ %indvars.iv.next1489.3.i.1, %for_body_ax2_0.3.i ], [ 0, %for_body_ax2_0.2.i ]
-  %.idx1738.i = shl nuw nsw i64 %indvars.iv1488.3.i, 4
-  %496 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1738.i
+  %indvars.iv1467.3.i = phi i64 [ %indvars.iv.next1468.3.i.1, %for_body_ax2_0.3.i ], [ 0, %for_body_ax2_0.2.i ]
+  %.idx1728.i = shl nuw nsw i64 %indvars.iv1467.3.i, 4
+  %496 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1728.i
   %497 = getelementptr inbounds nuw i8, ptr %496, i64 3072
   %v.3.i = load <4 x i32>, ptr %497, align 4, !tbaa !4
   %498 = getelementptr inbounds nuw i8, ptr %496, i64 3328
@@ -2086,22 +2086,22 @@ for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i,
   %503 = shufflevector <4 x i32> %v.3.i, <4 x i32> %v29.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %504 = shufflevector <4 x i32> %v27.3.i, <4 x i32> %v31.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %505 = shufflevector <4 x i32> %501, <4 x i32> %502, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1739.i = shl nuw nsw i64 %indvars.iv1488.3.i, 8
-  %gep1769.i = getelementptr inbounds nuw i8, ptr %invariant.gep1762.i, i64 %.idx1739.i
-  %506 = getelementptr inbounds nuw i8, ptr %gep1769.i, i64 48
+  %.idx1729.i = shl nuw nsw i64 %indvars.iv1467.3.i, 8
+  %gep1757.i = getelementptr inbounds nuw i8, ptr %invariant.gep1750.i, i64 %.idx1729.i
+  %506 = getelementptr inbounds nuw i8, ptr %gep1757.i, i64 48
   store <4 x i32> %505, ptr %506, align 4, !tbaa !4
   %507 = shufflevector <4 x i32> %501, <4 x i32> %502, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %508 = getelementptr inbounds nuw i8, ptr %gep1769.i, i64 112
+  %508 = getelementptr inbounds nuw i8, ptr %gep1757.i, i64 112
   store <4 x i32> %507, ptr %508, align 4, !tbaa !4
   %509 = shufflevector <4 x i32> %503, <4 x i32> %504, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %510 = getelementptr inbounds nuw i8, ptr %gep1769.i, i64 176
+  %510 = getelementptr inbounds nuw i8, ptr %gep1757.i, i64 176
   store <4 x i32> %509, ptr %510, align 4, !tbaa !4
   %511 = shufflevector <4 x i32> %503, <4 x i32> %504, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %512 = getelementptr inbounds nuw i8, ptr %gep1769.i, i64 240
+  %512 = getelementptr inbounds nuw i8, ptr %gep1757.i, i64 240
   store <4 x i32> %511, ptr %512, align 4, !tbaa !4
-  %indvars.iv.next1489.3.i = or disjoint i64 %indvars.iv1488.3.i, 1
-  %.idx1738.i.1 = shl nuw nsw i64 %indvars.iv.next1489.3.i, 4
-  %513 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1738.i.1
+  %indvars.iv.next1468.3.i = or disjoint i64 %indvars.iv1467.3.i, 1
+  %.idx1728.i.1 = shl nuw nsw i64 %indvars.iv.next1468.3.i, 4
+  %513 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1728.i.1
   %514 = getelementptr inbounds nuw i8, ptr %513, i64 3072
   %v.3.i.1 = load <4 x i32>, ptr %514, align 4, !tbaa !4
   %515 = getelementptr inbounds nuw i8, ptr %513, i64 3328
@@ -2115,22 +2115,22 @@ for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i,
   %520 = shufflevector <4 x i32> %v.3.i.1, <4 x i32> %v29.3.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %521 = shufflevector <4 x i32> %v27.3.i.1, <4 x i32> %v31.3.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %522 = shufflevector <4 x i32> %518, <4 x i32> %519, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1739.i.1 = shl nuw nsw i64 %indvars.iv.next1489.3.i, 8
-  %gep1769.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1762.i, i64 %.idx1739.i.1
-  %523 = getelementptr inbounds nuw i8, ptr %gep1769.i.1, i64 48
+  %.idx1729.i.1 = shl nuw nsw i64 %indvars.iv.next1468.3.i, 8
+  %gep1757.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1750.i, i64 %.idx1729.i.1
+  %523 = getelementptr inbounds nuw i8, ptr %gep1757.i.1, i64 48
   store <4 x i32> %522, ptr %523, align 4, !tbaa !4
   %524 = shufflevector <4 x i32> %518, <4 x i32> %519, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %525 = getelementptr inbounds nuw i8, ptr %gep1769.i.1, i64 112
+  %525 = getelementptr inbounds nuw i8, ptr %gep1757.i.1, i64 112
   store <4 x i32> %524, ptr %525, align 4, !tbaa !4
   %526 = shufflevector <4 x i32> %520, <4 x i32> %521, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %527 = getelementptr inbounds nuw i8, ptr %gep1769.i.1, i64 176
+  %527 = getelementptr inbounds nuw i8, ptr %gep1757.i.1, i64 176
   store <4 x i32> %526, ptr %527, align 4, !tbaa !4
   %528 = shufflevector <4 x i32> %520, <4 x i32> %521, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %529 = getelementptr inbounds nuw i8, ptr %gep1769.i.1, i64 240
+  %529 = getelementptr inbounds nuw i8, ptr %gep1757.i.1, i64 240
   store <4 x i32> %528, ptr %529, align 4, !tbaa !4
-  %indvars.iv.next1489.3.i.1 = add nuw nsw i64 %indvars.iv1488.3.i, 2
-  %exitcond1492.3.not.i.1 = icmp eq i64 %indvars.iv.next1489.3.i.1, 16
-  br i1 %exitcond1492.3.not.i.1, label %for_body_r79.peel.next.i, label %for_body_ax2_0.3.i, !prof !30, !llvm.loop !35
+  %indvars.iv.next1468.3.i.1 = add nuw nsw i64 %indvars.iv1467.3.i, 2
+  %exitcond1471.3.not.i.1 = icmp eq i64 %indvars.iv.next1468.3.i.1, 16
+  br i1 %exitcond1471.3.not.i.1, label %for_body_r79.peel.next.i, label %for_body_ax2_0.3.i, !prof !30, !llvm.loop !35
 
 for_body_r79.peel.next.i:                         ; preds = %for_body_ax2_0.3.i
   %530 = icmp eq i32 %rmod.i, 0
@@ -2150,7 +2150,7 @@ for_body_r79.peel.next.i:                         ; preds = %for_body_ax2_0.3.i
   %544 = ashr <16 x i32> %543, splat (i32 2)
   %545 = add <16 x i32> %544, %143
   %546 = select <16 x i1> %148, <16 x i32> %145, <16 x i32> %545
-  %547 = shl nsw i64 %indvars.iv1507.i, 4
+  %547 = shl nsw i64 %indvars.iv1486.i, 4
   %548 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %547
   store <16 x i32> %546, ptr %548, align 4, !tbaa !4
   %549 = add nsw <16 x i32> %546, splat (i32 -1)
@@ -2161,71 +2161,71 @@ for_body_r79.peel.next.i:                         ; preds = %for_body_ax2_0.3.i
   %554 = add nsw <16 x i32> %553, splat (i32 -125)
   %555 = getelementptr inbounds nuw i32, ptr %places.i, i64 %547
   store <16 x i32> %554, ptr %555, align 4, !tbaa !4
-  %556 = getelementptr inbounds nuw i8, ptr %reach550.i, i64 %547
+  %556 = getelementptr inbounds nuw i8, ptr %reach525.i, i64 %547
   %557 = getelementptr inbounds nuw i8, ptr %556, i64 4
   %558 = getelementptr inbounds nuw i8, ptr %556, i64 8
   %559 = getelementptr inbounds nuw i8, ptr %556, i64 12
   %560 = and i64 %547, 4294967280
   %561 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %560
   %own.peel.i = load i32, ptr %561, align 4, !tbaa !4
-  %gep1771.i = getelementptr inbounds nuw i8, ptr %561, i64 4
-  %own.i = load i32, ptr %gep1771.i, align 4, !tbaa !4
+  %gep1759.i = getelementptr inbounds nuw i8, ptr %561, i64 4
+  %own.i = load i32, ptr %gep1759.i, align 4, !tbaa !4
   %562 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
   %563 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
-  %gep1771.i.1 = getelementptr inbounds nuw i8, ptr %561, i64 8
-  %own.i.1 = load i32, ptr %gep1771.i.1, align 4, !tbaa !4
+  %gep1759.i.1 = getelementptr inbounds nuw i8, ptr %561, i64 8
+  %own.i.1 = load i32, ptr %gep1759.i.1, align 4, !tbaa !4
   %564 = tail call i32 @llvm.smin.i32(i32 %562, i32 %own.i.1)
   %565 = tail call i32 @llvm.smax.i32(i32 %563, i32 %own.i.1)
-  %gep1771.i.2 = getelementptr inbounds nuw i8, ptr %561, i64 12
-  %own.i.2 = load i32, ptr %gep1771.i.2, align 4, !tbaa !4
+  %gep1759.i.2 = getelementptr inbounds nuw i8, ptr %561, i64 12
+  %own.i.2 = load i32, ptr %gep1759.i.2, align 4, !tbaa !4
   %566 = tail call i32 @llvm.smin.i32(i32 %564, i32 %own.i.2)
   %567 = tail call i32 @llvm.smax.i32(i32 %565, i32 %own.i.2)
-  %gep1771.i.3 = getelementptr inbounds nuw i8, ptr %561, i64 16
-  %own.i.3 = load i32, ptr %gep1771.i.3, align 4, !tbaa !4
+  %gep1759.i.3 = getelementptr inbounds nuw i8, ptr %561, i64 16
+  %own.i.3 = load i32, ptr %gep1759.i.3, align 4, !tbaa !4
   %568 = tail call i32 @llvm.smin.i32(i32 %566, i32 %own.i.3)
   %569 = tail call i32 @llvm.smax.i32(i32 %567, i32 %own.i.3)
-  %gep1771.i.4 = getelementptr inbounds nuw i8, ptr %561, i64 20
-  %own.i.4 = load i32, ptr %gep1771.i.4, align 4, !tbaa !4
+  %gep1759.i.4 = getelementptr inbounds nuw i8, ptr %561, i64 20
+  %own.i.4 = load i32, ptr %gep1759.i.4, align 4, !tbaa !4
   %570 = tail call i32 @llvm.smin.i32(i32 %568, i32 %own.i.4)
   %571 = tail call i32 @llvm.smax.i32(i32 %569, i32 %own.i.4)
-  %gep1771.i.5 = getelementptr inbounds nuw i8, ptr %561, i64 24
-  %own.i.5 = load i32, ptr %gep1771.i.5, align 4, !tbaa !4
+  %gep1759.i.5 = getelementptr inbounds nuw i8, ptr %561, i64 24
+  %own.i.5 = load i32, ptr %gep1759.i.5, align 4, !tbaa !4
   %572 = tail call i32 @llvm.smin.i32(i32 %570, i32 %own.i.5)
   %573 = tail call i32 @llvm.smax.i32(i32 %571, i32 %own.i.5)
-  %gep1771.i.6 = getelementptr inbounds nuw i8, ptr %561, i64 28
-  %own.i.6 = load i32, ptr %gep1771.i.6, align 4, !tbaa !4
+  %gep1759.i.6 = getelementptr inbounds nuw i8, ptr %561, i64 28
+  %own.i.6 = load i32, ptr %gep1759.i.6, align 4, !tbaa !4
   %574 = tail call i32 @llvm.smin.i32(i32 %572, i32 %own.i.6)
   %575 = tail call i32 @llvm.smax.i32(i32 %573, i32 %own.i.6)
-  %gep1771.i.7 = getelementptr inbounds nuw i8, ptr %561, i64 32
-  %own.i.7 = load i32, ptr %gep1771.i.7, align 4, !tbaa !4
+  %gep1759.i.7 = getelementptr inbounds nuw i8, ptr %561, i64 32
+  %own.i.7 = load i32, ptr %gep1759.i.7, align 4, !tbaa !4
   %576 = tail call i32 @llvm.smin.i32(i32 %574, i32 %own.i.7)
   %577 = tail call i32 @llvm.smax.i32(i32 %575, i32 %own.i.7)
-  %gep1771.i.8 = getelementptr inbounds nuw i8, ptr %561, i64 36
-  %own.i.8 = load i32, ptr %gep1771.i.8, align 4, !tbaa !4
+  %gep1759.i.8 = getelementptr inbounds nuw i8, ptr %561, i64 36
+  %own.i.8 = load i32, ptr %gep1759.i.8, align 4, !tbaa !4
   %578 = tail call i32 @llvm.smin.i32(i32 %576, i32 %own.i.8)
   %579 = tail call i32 @llvm.smax.i32(i32 %577, i32 %own.i.8)
-  %gep1771.i.9 = getelementptr inbounds nuw i8, ptr %561, i64 40
-  %own.i.9 = load i32, ptr %gep1771.i.9, align 4, !tbaa !4
+  %gep1759.i.9 = getelementptr inbounds nuw i8, ptr %561, i64 40
+  %own.i.9 = load i32, ptr %gep1759.i.9, align 4, !tbaa !4
   %580 = tail call i32 @llvm.smin.i32(i32 %578, i32 %own.i.9)
   %581 = tail call i32 @llvm.smax.i32(i32 %579, i32 %own.i.9)
-  %gep1771.i.10 = getelementptr inbounds nuw i8, ptr %561, i64 44
-  %own.i.10 = load i32, ptr %gep1771.i.10, align 4, !tbaa !4
+  %gep1759.i.10 = getelementptr inbounds nuw i8, ptr %561, i64 44
+  %own.i.10 = load i32, ptr %gep1759.i.10, align 4, !tbaa !4
   %582 = tail call i32 @llvm.smin.i32(i32 %580, i32 %own.i.10)
   %583 = tail call i32 @llvm.smax.i32(i32 %581, i32 %own.i.10)
-  %gep1771.i.11 = getelementptr inbounds nuw i8, ptr %561, i64 48
-  %own.i.11 = load i32, ptr %gep1771.i.11, align 4, !tbaa !4
+  %gep1759.i.11 = getelementptr inbounds nuw i8, ptr %561, i64 48
+  %own.i.11 = load i32, ptr %gep1759.i.11, align 4, !tbaa !4
   %584 = tail call i32 @llvm.smin.i32(i32 %582, i32 %own.i.11)
   %585 = tail call i32 @llvm.smax.i32(i32 %583, i32 %own.i.11)
-  %gep1771.i.12 = getelementptr inbounds nuw i8, ptr %561, i64 52
-  %own.i.12 = load i32, ptr %gep1771.i.12, align 4, !tbaa !4
+  %gep1759.i.12 = getelementptr inbounds nuw i8, ptr %561, i64 52
+  %own.i.12 = load i32, ptr %gep1759.i.12, align 4, !tbaa !4
   %586 = tail call i32 @llvm.smin.i32(i32 %584, i32 %own.i.12)
   %587 = tail call i32 @llvm.smax.i32(i32 %585, i32 %own.i.12)
-  %gep1771.i.13 = getelementptr inbounds nuw i8, ptr %561, i64 56
-  %own.i.13 = load i32, ptr %gep1771.i.13, align 4, !tbaa !4
+  %gep1759.i.13 = getelementptr inbounds nuw i8, ptr %561, i64 56
+  %own.i.13 = load i32, ptr %gep1759.i.13, align 4, !tbaa !4
   %588 = tail call i32 @llvm.smin.i32(i32 %586, i32 %own.i.13)
   %589 = tail call i32 @llvm.smax.i32(i32 %587, i32 %own.i.13)
-  %gep1771.i.14 = getelementptr inbounds nuw i8, ptr %561, i64 60
-  %own.i.14 = load i32, ptr %gep1771.i.14, align 4, !tbaa !4
+  %gep1759.i.14 = getelementptr inbounds nuw i8, ptr %561, i64 60
+  %own.i.14 = load i32, ptr %gep1759.i.14, align 4, !tbaa !4
   %590 = tail call i32 @llvm.smin.i32(i32 %588, i32 %own.i.14)
   %591 = tail call i32 @llvm.smax.i32(i32 %589, i32 %own.i.14)
   store i32 %590, ptr %556, align 16, !tbaa !12
@@ -2236,4214 +2236,3822 @@ for_body_r79.peel.next.i:                         ; preds = %for_body_ax2_0.3.i
   store <16 x float> splat (float 0xC6293E5940000000), ptr %592, align 4, !tbaa !4
   %593 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %547
   store <16 x float> zeroinitializer, ptr %593, align 4, !tbaa !4
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep1503.i, i8 0, i64 8192, i1 false), !tbaa !4
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep1482.i, i8 0, i64 8192, i1 false), !tbaa !4
   %594 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %595 = tail call i32 %594(i32 1, i32 %dev_id, ptr nonnull %q_tile_global.i)
-  %.not578.i = icmp eq i32 %595, 0
-  br i1 %.not578.i, label %for_begin_tile.i, label %fused_attend_compute_.exit, !prof !36
+  %.not550.i = icmp eq i32 %595, 0
+  br i1 %.not550.i, label %for_begin_tile.i, label %fused_attend_compute_.exit, !prof !36
 
 for_end_tile105.loopexit.i:                       ; preds = %if_end113.i, %for_begin_tile103.preheader.i
-  %.lcssa1483.i = phi i32 [ %154, %for_begin_tile103.preheader.i ], [ %624, %if_end113.i ]
-  %.lcssa1482.i = phi i32 [ %153, %for_begin_tile103.preheader.i ], [ %627, %if_end113.i ]
-  %596 = and i32 %.lcssa1483.i, -256
+  %.lcssa1462.i = phi i32 [ %154, %for_begin_tile103.preheader.i ], [ %629, %if_end113.i ]
+  %.lcssa1461.i = phi i32 [ %153, %for_begin_tile103.preheader.i ], [ %632, %if_end113.i ]
+  %596 = and i32 %.lcssa1462.i, -128
   br label %for_end_tile105.i
 
 for_end_tile105.i:                                ; preds = %for_end_tile105.loopexit.i, %if_end14.i
-  %span549.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end14.i ], [ %.lcssa1482.i, %for_end_tile105.loopexit.i ]
-  %span549.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end14.i ], [ %596, %for_end_tile105.loopexit.i ]
+  %span524.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end14.i ], [ %.lcssa1461.i, %for_end_tile105.loopexit.i ]
+  %span524.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end14.i ], [ %596, %for_end_tile105.loopexit.i ]
   %597 = shl nsw i32 %block_end, 4
-  %key_end.i = tail call i32 @llvm.smin.i32(i32 %597, i32 %span549.sroa.3.0.lcssa.i)
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %597, i32 %span524.sroa.3.0.lcssa.i)
   %598 = shl nsw i32 %block_begin, 4
   %599 = sub nsw i32 %key_end.i, %598
   %600 = tail call i32 @llvm.smax.i32(i32 %599, i32 0)
   %601 = add nuw nsw i32 %600, 4095
   %602 = lshr i32 %601, 12
-  %.not1356.i = icmp eq i32 %602, 0
-  br i1 %.not1356.i, label %for_begin_tile405.preheader.i, label %for_body_number.lr.ph.i, !prof !11
+  %.not1334.i = icmp eq i32 %602, 0
+  br i1 %.not1334.i, label %for_begin_tile380.preheader.i, label %for_body_number.lr.ph.i, !prof !11
 
 for_body_number.lr.ph.i:                          ; preds = %for_end_tile105.i
   %603 = mul nsw i64 %table_seq, %132
   %604 = getelementptr i32, ptr %block_table, i64 %603
   %605 = icmp sgt i32 %num_kv_heads, 0
+  %606 = add i64 %56, 4294967295
   %sext66 = shl i64 %54, 32
-  %606 = ashr exact i64 %sext66, 32
-  %607 = icmp sgt i32 %113, 0
-  %608 = shl i64 %k_row, 4
-  %609 = insertelement <16 x float> poison, float %score_scale, i64 0
-  %610 = shufflevector <16 x float> %609, <16 x float> poison, <16 x i32> zeroinitializer
-  %611 = sext i32 %context_len.i to i64
+  %607 = ashr exact i64 %sext66, 32
+  %608 = icmp sgt i32 %113, 0
+  %609 = add nsw i32 %113, -1
+  %610 = shl i64 %k_row, 4
+  %611 = insertelement <16 x float> poison, float %score_scale, i64 0
+  %612 = shufflevector <16 x float> %611, <16 x float> poison, <16 x i32> zeroinitializer
+  %613 = sext i32 %context_len.i to i64
   %sext67 = shl i64 %67, 32
-  %612 = ashr exact i64 %sext67, 32
-  %613 = add i64 %612, %tree_start
-  %614 = sub i64 %613, %611
-  %615 = zext i32 %113 to i64
-  %wide.trip.count1623.i = and i64 %56, 4294967295
-  %616 = getelementptr i8, ptr %tree_mask, i64 %614
-  %wide.trip.count1637.i = zext nneg i32 %114 to i64
-  %617 = add i32 %598, 4096
-  %618 = add i64 %tree_start, %612
-  %619 = sub i64 %618, %611
-  %620 = getelementptr i8, ptr %tree_mask, i64 %619
+  %614 = ashr exact i64 %sext67, 32
+  %615 = add i64 %614, %tree_start
+  %616 = sub i64 %615, %613
+  %617 = zext i32 %609 to i64
+  %618 = and i64 %606, 4294967295
+  %sext68 = shl i64 %56, 32
+  %619 = ashr exact i64 %sext68, 32
+  %620 = zext i32 %113 to i64
+  %wide.trip.count1598.i = and i64 %56, 4294967295
+  %621 = getelementptr i8, ptr %tree_mask, i64 %616
+  %wide.trip.count1612.i = zext nneg i32 %114 to i64
+  %622 = add i32 %598, 4096
+  %623 = add i64 %tree_start, %614
+  %624 = sub i64 %623, %613
+  %625 = getelementptr i8, ptr %tree_mask, i64 %624
   br label %for_body_number.i
 
 if_end113.i:                                      ; preds = %if_end113.i, %if_end113.i.preheader
-  %indvars.iv1511.i = phi i64 [ %indvars.iv.next1512.i, %if_end113.i ], [ %indvars.iv1511.i.ph, %if_end113.i.preheader ]
-  %span549.sroa.0.01213.i = phi i32 [ %624, %if_end113.i ], [ %span549.sroa.0.01213.i.ph, %if_end113.i.preheader ]
-  %span549.sroa.3.01212.i = phi i32 [ %627, %if_end113.i ], [ %span549.sroa.3.01212.i.ph, %if_end113.i.preheader ]
-  %.idx1741.i = shl nsw i64 %indvars.iv1511.i, 4
-  %621 = getelementptr inbounds nuw i8, ptr %reach550.i, i64 %.idx1741.i
-  %622 = getelementptr inbounds nuw i8, ptr %621, i64 8
-  %623 = load i32, ptr %622, align 8, !tbaa !12
-  %624 = tail call i32 @llvm.smin.i32(i32 %span549.sroa.0.01213.i, i32 %623)
-  %625 = getelementptr inbounds nuw i8, ptr %621, i64 4
-  %626 = load i32, ptr %625, align 4, !tbaa !12
-  %627 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.3.01212.i, i32 %626)
-  %indvars.iv.next1512.i = add nuw nsw i64 %indvars.iv1511.i, 1
-  %exitcond1515.not.i = icmp eq i64 %indvars.iv.next1512.i, %wide.trip.count.i
-  br i1 %exitcond1515.not.i, label %for_end_tile105.loopexit.i, label %if_end113.i, !prof !28, !llvm.loop !37
+  %indvars.iv1490.i = phi i64 [ %indvars.iv.next1491.i, %if_end113.i ], [ %indvars.iv1490.i.ph, %if_end113.i.preheader ]
+  %span524.sroa.0.01187.i = phi i32 [ %629, %if_end113.i ], [ %span524.sroa.0.01187.i.ph, %if_end113.i.preheader ]
+  %span524.sroa.3.01186.i = phi i32 [ %632, %if_end113.i ], [ %span524.sroa.3.01186.i.ph, %if_end113.i.preheader ]
+  %.idx1731.i = shl nsw i64 %indvars.iv1490.i, 4
+  %626 = getelementptr inbounds nuw i8, ptr %reach525.i, i64 %.idx1731.i
+  %627 = getelementptr inbounds nuw i8, ptr %626, i64 8
+  %628 = load i32, ptr %627, align 8, !tbaa !12
+  %629 = tail call i32 @llvm.smin.i32(i32 %span524.sroa.0.01187.i, i32 %628)
+  %630 = getelementptr inbounds nuw i8, ptr %626, i64 4
+  %631 = load i32, ptr %630, align 4, !tbaa !12
+  %632 = tail call i32 @llvm.smax.i32(i32 %span524.sroa.3.01186.i, i32 %631)
+  %indvars.iv.next1491.i = add nuw nsw i64 %indvars.iv1490.i, 1
+  %exitcond1494.not.i = icmp eq i64 %indvars.iv.next1491.i, %wide.trip.count.i
+  br i1 %exitcond1494.not.i, label %for_end_tile105.loopexit.i, label %if_end113.i, !prof !28, !llvm.loop !37
 
-for_begin_number.i:                               ; preds = %if_end400.i
-  %628 = add nuw nsw i32 %number1337.i, 1
-  %exitcond1639.not.i = icmp eq i32 %628, %602
-  %indvars.iv.next102 = add i32 %indvars.iv101, 4096
-  br i1 %exitcond1639.not.i, label %for_begin_tile405.preheader.i, label %for_body_number.i, !prof !8
+for_begin_number.i:                               ; preds = %if_end375.i
+  %633 = add nuw nsw i32 %number1315.i, 1
+  %exitcond1614.not.i = icmp eq i32 %633, %602
+  %indvars.iv.next = add i32 %indvars.iv, 4096
+  br i1 %exitcond1614.not.i, label %for_begin_tile380.preheader.i, label %for_body_number.i, !prof !8
 
-for_begin_tile405.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile105.i
-  br i1 %135, label %for_end_tile407.i, label %for_body_tile406.lr.ph.i, !prof !11
+for_begin_tile380.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile105.i
+  br i1 %135, label %for_end_tile382.i, label %for_body_tile381.lr.ph.i, !prof !11
 
-for_body_tile406.lr.ph.i:                         ; preds = %for_begin_tile405.preheader.i
-  %629 = and i64 %62, 2147483648
-  %.not = icmp eq i64 %629, 0
-  %630 = icmp slt i32 %113, 0
-  %sext72 = shl i64 %54, 32
-  %631 = ashr exact i64 %sext72, 32
-  %632 = and i64 %62, 4294967295
-  %633 = shl nuw nsw i64 %632, 5
-  %.idx560.i = shl nuw nsw i64 %632, 14
-  %sext73 = shl i64 %48, 32
-  %634 = ashr exact i64 %sext73, 32
-  %wide.trip.count1694.i = zext nneg i32 %114 to i64
-  br i1 %.not, label %for_body_tile406.i.preheader, label %for_body_tile406.us.i
+for_body_tile381.lr.ph.i:                         ; preds = %for_begin_tile380.preheader.i
+  %634 = and i64 %62, 2147483648
+  %.not = icmp eq i64 %634, 0
+  %635 = icmp slt i32 %113, 0
+  %sext73 = shl i64 %54, 32
+  %636 = ashr exact i64 %sext73, 32
+  %637 = and i64 %62, 4294967295
+  %638 = shl nuw nsw i64 %637, 5
+  %.idx535.i = shl nuw nsw i64 %637, 14
+  %sext74 = shl i64 %48, 32
+  %639 = ashr exact i64 %sext74, 32
+  %wide.trip.count1669.i = zext nneg i32 %114 to i64
+  br i1 %.not, label %for_body_tile381.i.preheader, label %for_body_tile381.us.i
 
-for_body_tile406.i.preheader:                     ; preds = %for_body_tile406.lr.ph.i
-  %scevgep271 = getelementptr i8, ptr %partial_acc, i64 %.idx560.i
-  %635 = getelementptr i8, ptr %partial_acc, i64 %.idx560.i
-  %scevgep274 = getelementptr i8, ptr %635, i64 512
-  %scevgep278 = getelementptr i8, ptr %total_acc.i, i64 8128
-  br label %for_body_tile406.i
+for_body_tile381.i.preheader:                     ; preds = %for_body_tile381.lr.ph.i
+  %scevgep263 = getelementptr i8, ptr %partial_acc, i64 %.idx535.i
+  %640 = getelementptr i8, ptr %partial_acc, i64 %.idx535.i
+  %scevgep266 = getelementptr i8, ptr %640, i64 512
+  %scevgep270 = getelementptr i8, ptr %total_acc.i, i64 8128
+  br label %for_body_tile381.i
 
-for_body_tile406.us.i:                            ; preds = %if_end411.us.i, %for_body_tile406.lr.ph.i
-  %indvars.iv1691.i = phi i64 [ %indvars.iv.next1692.i, %if_end411.us.i ], [ 0, %for_body_tile406.lr.ph.i ]
-  %636 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %ordered.us.i = tail call ptr %636(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %637 = icmp eq ptr %ordered.us.i, null
-  br i1 %637, label %fused_attend_compute_.exit, label %if_end414.us.i, !prof !7
+for_body_tile381.us.i:                            ; preds = %if_end386.us.i, %for_body_tile381.lr.ph.i
+  %indvars.iv1666.i = phi i64 [ %indvars.iv.next1667.i, %if_end386.us.i ], [ 0, %for_body_tile381.lr.ph.i ]
+  %641 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %ordered.us.i = tail call ptr %641(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %642 = icmp eq ptr %ordered.us.i, null
+  br i1 %642, label %fused_attend_compute_.exit, label %if_end389.us.i, !prof !7
 
-if_end414.us.i:                                   ; preds = %for_body_tile406.us.i
-  %638 = shl nsw i64 %indvars.iv1691.i, 4
-  %639 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %638
-  %total.us.i = load <16 x float>, ptr %639, align 4, !tbaa !4
-  %640 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
-  %641 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
-  %642 = select <16 x i1> %641, <16 x float> zeroinitializer, <16 x float> %640
-  store <16 x float> %642, ptr %factor533.i, align 16, !tbaa !38
-  %643 = shl i64 %indvars.iv1691.i, 11
-  %644 = and i64 %643, 4294965248
-  %invariant.gep = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %644
-  br label %for_begin_d_0416.preheader.us.i
+if_end389.us.i:                                   ; preds = %for_body_tile381.us.i
+  %643 = shl nsw i64 %indvars.iv1666.i, 4
+  %644 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %643
+  %total.us.i = load <16 x float>, ptr %644, align 4, !tbaa !4
+  %645 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
+  %646 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
+  %647 = select <16 x i1> %646, <16 x float> zeroinitializer, <16 x float> %645
+  store <16 x float> %647, ptr %factor507.i, align 16, !tbaa !38
+  %648 = shl i64 %indvars.iv1666.i, 11
+  %649 = and i64 %648, 4294965248
+  %invariant.gep = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %649
+  br label %for_begin_d_0391.preheader.us.i
 
-for_end_r_0.us.i:                                 ; preds = %for_end_d_0418.us.i
-  %645 = trunc nuw nsw i64 %indvars.iv1691.i to i32
-  %rmod450.us.i = srem i32 %645, %113
-  %rdiv462.us.i = sdiv i32 %645, %113
-  %646 = icmp ne i32 %rmod450.us.i, 0
-  %.not564.us.i = and i1 %630, %646
-  %647 = select i1 %.not564.us.i, i32 %113, i32 0
-  %648 = add nsw i32 %647, %rmod450.us.i
-  %649 = shl nsw i32 %648, 4
-  %650 = sub nsw i32 %111, %649
-  %651 = icmp sgt i32 %650, 0
-  br i1 %651, label %for_begin_d_0456.preheader.lr.ph.us.i, label %for_end_r467.us.i, !prof !3
+for_end_r_0.us.i:                                 ; preds = %for_end_d_0393.us.i
+  %650 = trunc nuw nsw i64 %indvars.iv1666.i to i32
+  %rmod425.us.i = srem i32 %650, %113
+  %rdiv437.us.i = sdiv i32 %650, %113
+  %651 = icmp ne i32 %rmod425.us.i, 0
+  %.not539.us.i = and i1 %635, %651
+  %652 = select i1 %.not539.us.i, i32 %113, i32 0
+  %653 = add nsw i32 %652, %rmod425.us.i
+  %654 = shl nsw i32 %653, 4
+  %655 = sub nsw i32 %111, %654
+  %656 = icmp sgt i32 %655, 0
+  br i1 %656, label %for_begin_d_0431.preheader.lr.ph.us.i, label %for_end_r442.us.i, !prof !3
 
-for_end_r467.us.i:                                ; preds = %if_end472.us.i.1, %for_end_r_0.us.i
-  %652 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %653 = tail call i32 %652(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
-  %.not561.us.i = icmp eq i32 %653, 0
-  br i1 %.not561.us.i, label %if_end411.us.i, label %fused_attend_compute_.exit, !prof !36
+for_end_r442.us.i:                                ; preds = %if_end447.us.i.1, %for_end_r_0.us.i
+  %657 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %658 = tail call i32 %657(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
+  %.not536.us.i = icmp eq i32 %658, 0
+  br i1 %.not536.us.i, label %if_end386.us.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end411.us.i:                                   ; preds = %for_end_r467.us.i
-  %indvars.iv.next1692.i = add nuw nsw i64 %indvars.iv1691.i, 1
-  %exitcond1695.not.i = icmp eq i64 %indvars.iv.next1692.i, %wide.trip.count1694.i
-  br i1 %exitcond1695.not.i, label %for_end_tile407.i, label %for_body_tile406.us.i, !prof !8
+if_end386.us.i:                                   ; preds = %for_end_r442.us.i
+  %indvars.iv.next1667.i = add nuw nsw i64 %indvars.iv1666.i, 1
+  %exitcond1670.not.i = icmp eq i64 %indvars.iv.next1667.i, %wide.trip.count1669.i
+  br i1 %exitcond1670.not.i, label %for_end_tile382.i, label %for_body_tile381.us.i, !prof !8
 
-for_body_r466.us.i:                               ; preds = %for_body_r466.lr.ph.us.i, %if_end472.us.i.1
-  %indvars.iv1685.i = phi i64 [ 0, %for_body_r466.lr.ph.us.i ], [ %indvars.iv.next1686.i.1, %if_end472.us.i.1 ]
-  %654 = add nuw nsw i64 %indvars.iv1685.i, %860
-  %655 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %654
-  %656 = load float, ptr %655, align 4, !tbaa !4
-  %657 = fcmp oeq float %656, 0.000000e+00
-  br i1 %657, label %if_end472.us.i, label %if_else471.us.i
+for_body_r441.us.i:                               ; preds = %for_body_r441.lr.ph.us.i, %if_end447.us.i.1
+  %indvars.iv1660.i = phi i64 [ 0, %for_body_r441.lr.ph.us.i ], [ %indvars.iv.next1661.i.1, %if_end447.us.i.1 ]
+  %659 = add nuw nsw i64 %indvars.iv1660.i, %865
+  %660 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %659
+  %661 = load float, ptr %660, align 4, !tbaa !4
+  %662 = fcmp oeq float %661, 0.000000e+00
+  br i1 %662, label %if_end447.us.i, label %if_else446.us.i
 
-if_else471.us.i:                                  ; preds = %for_body_r466.us.i
-  %658 = getelementptr inbounds nuw i32, ptr %places.i, i64 %654
-  %659 = load i32, ptr %658, align 4, !tbaa !4
-  %660 = shl i32 %659, 23
-  %661 = add i32 %660, 1065353216
-  %662 = bitcast i32 %661 to float
-  %663 = fmul float %656, %662
-  %664 = tail call float @llvm.log.f32(float %663)
-  %665 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %654
-  %666 = load float, ptr %665, align 4, !tbaa !4
-  %667 = fadd float %666, %664
-  br label %if_end472.us.i
+if_else446.us.i:                                  ; preds = %for_body_r441.us.i
+  %663 = getelementptr inbounds nuw i32, ptr %places.i, i64 %659
+  %664 = load i32, ptr %663, align 4, !tbaa !4
+  %665 = shl i32 %664, 23
+  %666 = add i32 %665, 1065353216
+  %667 = bitcast i32 %666 to float
+  %668 = fmul float %661, %667
+  %669 = tail call float @llvm.log.f32(float %668)
+  %670 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %659
+  %671 = load float, ptr %670, align 4, !tbaa !4
+  %672 = fadd float %671, %669
+  br label %if_end447.us.i
 
-if_end472.us.i:                                   ; preds = %if_else471.us.i, %for_body_r466.us.i
-  %668 = phi float [ %667, %if_else471.us.i ], [ 0xFFF0000000000000, %for_body_r466.us.i ]
-  %669 = and i64 %indvars.iv1685.i, 2
-  %670 = lshr i64 %indvars.iv1685.i, 2
-  %671 = add nsw i64 %670, %857
-  %672 = mul nsw i64 %671, %lse_batch
-  %673 = getelementptr float, ptr %859, i64 %672
-  %674 = getelementptr float, ptr %673, i64 %669
-  store float %668, ptr %674, align 4, !tbaa !4
-  %indvars.iv.next1686.i = or disjoint i64 %indvars.iv1685.i, 1
-  %675 = add nuw nsw i64 %indvars.iv.next1686.i, %860
-  %676 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %675
-  %677 = load float, ptr %676, align 4, !tbaa !4
-  %678 = fcmp oeq float %677, 0.000000e+00
-  br i1 %678, label %if_end472.us.i.1, label %if_else471.us.i.1
+if_end447.us.i:                                   ; preds = %if_else446.us.i, %for_body_r441.us.i
+  %673 = phi float [ %672, %if_else446.us.i ], [ 0xFFF0000000000000, %for_body_r441.us.i ]
+  %674 = and i64 %indvars.iv1660.i, 2
+  %675 = lshr i64 %indvars.iv1660.i, 2
+  %676 = add nsw i64 %675, %862
+  %677 = mul nsw i64 %676, %lse_batch
+  %678 = getelementptr float, ptr %864, i64 %677
+  %679 = getelementptr float, ptr %678, i64 %674
+  store float %673, ptr %679, align 4, !tbaa !4
+  %indvars.iv.next1661.i = or disjoint i64 %indvars.iv1660.i, 1
+  %680 = add nuw nsw i64 %indvars.iv.next1661.i, %865
+  %681 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %680
+  %682 = load float, ptr %681, align 4, !tbaa !4
+  %683 = fcmp oeq float %682, 0.000000e+00
+  br i1 %683, label %if_end447.us.i.1, label %if_else446.us.i.1
 
-if_else471.us.i.1:                                ; preds = %if_end472.us.i
-  %679 = getelementptr inbounds nuw i32, ptr %places.i, i64 %675
-  %680 = load i32, ptr %679, align 4, !tbaa !4
-  %681 = shl i32 %680, 23
-  %682 = add i32 %681, 1065353216
-  %683 = bitcast i32 %682 to float
-  %684 = fmul float %677, %683
-  %685 = tail call float @llvm.log.f32(float %684)
-  %686 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %675
-  %687 = load float, ptr %686, align 4, !tbaa !4
-  %688 = fadd float %687, %685
-  br label %if_end472.us.i.1
+if_else446.us.i.1:                                ; preds = %if_end447.us.i
+  %684 = getelementptr inbounds nuw i32, ptr %places.i, i64 %680
+  %685 = load i32, ptr %684, align 4, !tbaa !4
+  %686 = shl i32 %685, 23
+  %687 = add i32 %686, 1065353216
+  %688 = bitcast i32 %687 to float
+  %689 = fmul float %682, %688
+  %690 = tail call float @llvm.log.f32(float %689)
+  %691 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %680
+  %692 = load float, ptr %691, align 4, !tbaa !4
+  %693 = fadd float %692, %690
+  br label %if_end447.us.i.1
 
-if_end472.us.i.1:                                 ; preds = %if_else471.us.i.1, %if_end472.us.i
-  %689 = phi float [ %688, %if_else471.us.i.1 ], [ 0xFFF0000000000000, %if_end472.us.i ]
-  %690 = and i64 %indvars.iv.next1686.i, 3
-  %691 = lshr i64 %indvars.iv1685.i, 2
-  %692 = add nsw i64 %691, %857
-  %693 = mul nsw i64 %692, %lse_batch
-  %694 = getelementptr float, ptr %859, i64 %693
-  %695 = getelementptr float, ptr %694, i64 %690
-  store float %689, ptr %695, align 4, !tbaa !4
-  %indvars.iv.next1686.i.1 = add nuw nsw i64 %indvars.iv1685.i, 2
-  %exitcond1690.not.i.1 = icmp eq i64 %indvars.iv.next1686.i.1, %wide.trip.count1683.i
-  br i1 %exitcond1690.not.i.1, label %for_end_r467.us.i, label %for_body_r466.us.i, !prof !8, !llvm.loop !45
+if_end447.us.i.1:                                 ; preds = %if_else446.us.i.1, %if_end447.us.i
+  %694 = phi float [ %693, %if_else446.us.i.1 ], [ 0xFFF0000000000000, %if_end447.us.i ]
+  %695 = and i64 %indvars.iv.next1661.i, 3
+  %696 = lshr i64 %indvars.iv1660.i, 2
+  %697 = add nsw i64 %696, %862
+  %698 = mul nsw i64 %697, %lse_batch
+  %699 = getelementptr float, ptr %864, i64 %698
+  %700 = getelementptr float, ptr %699, i64 %695
+  store float %694, ptr %700, align 4, !tbaa !4
+  %indvars.iv.next1661.i.1 = add nuw nsw i64 %indvars.iv1660.i, 2
+  %exitcond1665.not.i.1 = icmp eq i64 %indvars.iv.next1661.i.1, %wide.trip.count1658.i
+  br i1 %exitcond1665.not.i.1, label %for_end_r442.us.i, label %for_body_r441.us.i, !prof !8, !llvm.loop !45
 
-for_end_d_0418.us.i:                              ; preds = %for_begin_ax1_0421.preheader.us.i
-  %indvars.iv.next1671.i = add nuw nsw i64 %indvars.iv1670.i, 1
-  %exitcond1674.not.i = icmp eq i64 %indvars.iv.next1671.i, 4
-  br i1 %exitcond1674.not.i, label %for_end_r_0.us.i, label %for_begin_d_0416.preheader.us.i, !prof !30
+for_end_d_0393.us.i:                              ; preds = %for_begin_ax1_0396.preheader.us.i
+  %indvars.iv.next1646.i = add nuw nsw i64 %indvars.iv1645.i, 1
+  %exitcond1649.not.i = icmp eq i64 %indvars.iv.next1646.i, 4
+  br i1 %exitcond1649.not.i, label %for_end_r_0.us.i, label %for_begin_d_0391.preheader.us.i, !prof !30
 
-for_begin_ax1_0421.preheader.us.i:                ; preds = %for_begin_d_0416.preheader.us.i, %for_begin_ax1_0421.preheader.us.i
-  %indvars.iv1665.i = phi i64 [ 0, %for_begin_d_0416.preheader.us.i ], [ %indvars.iv.next1666.i, %for_begin_ax1_0421.preheader.us.i ]
-  %.idx74 = shl nuw nsw i64 %indvars.iv1665.i, 10
-  %gep89 = getelementptr inbounds nuw i8, ptr %invariant.gep88, i64 %.idx74
-  %v427.us.i = load <4 x float>, ptr %gep89, align 4, !tbaa !4
-  %696 = getelementptr inbounds nuw i8, ptr %gep89, i64 64
-  %v429.us.i = load <4 x float>, ptr %696, align 4, !tbaa !4
-  %697 = getelementptr inbounds nuw i8, ptr %gep89, i64 128
-  %v431.us.i = load <4 x float>, ptr %697, align 4, !tbaa !4
-  %698 = getelementptr inbounds nuw i8, ptr %gep89, i64 192
-  %v433.us.i = load <4 x float>, ptr %698, align 4, !tbaa !4
-  %699 = shufflevector <4 x float> %v427.us.i, <4 x float> %v431.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %700 = shufflevector <4 x float> %v429.us.i, <4 x float> %v433.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %701 = shufflevector <4 x float> %v427.us.i, <4 x float> %v431.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %702 = shufflevector <4 x float> %v429.us.i, <4 x float> %v433.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %703 = shufflevector <4 x float> %699, <4 x float> %700, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %704 = shufflevector <4 x float> %699, <4 x float> %700, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %705 = shufflevector <4 x float> %701, <4 x float> %702, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %706 = shufflevector <4 x float> %701, <4 x float> %702, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %707 = getelementptr inbounds nuw i8, ptr %gep89, i64 256
-  %v427.us.1.i = load <4 x float>, ptr %707, align 4, !tbaa !4
-  %708 = getelementptr inbounds nuw i8, ptr %gep89, i64 320
-  %v429.us.1.i = load <4 x float>, ptr %708, align 4, !tbaa !4
-  %709 = getelementptr inbounds nuw i8, ptr %gep89, i64 384
-  %v431.us.1.i = load <4 x float>, ptr %709, align 4, !tbaa !4
-  %710 = getelementptr inbounds nuw i8, ptr %gep89, i64 448
-  %v433.us.1.i = load <4 x float>, ptr %710, align 4, !tbaa !4
-  %711 = shufflevector <4 x float> %v427.us.1.i, <4 x float> %v431.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %712 = shufflevector <4 x float> %v429.us.1.i, <4 x float> %v433.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %713 = shufflevector <4 x float> %v427.us.1.i, <4 x float> %v431.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %714 = shufflevector <4 x float> %v429.us.1.i, <4 x float> %v433.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %715 = shufflevector <4 x float> %711, <4 x float> %712, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %716 = shufflevector <4 x float> %711, <4 x float> %712, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %717 = shufflevector <4 x float> %713, <4 x float> %714, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %718 = shufflevector <4 x float> %713, <4 x float> %714, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %719 = getelementptr inbounds nuw i8, ptr %gep89, i64 512
-  %v427.us.2.i = load <4 x float>, ptr %719, align 4, !tbaa !4
-  %720 = getelementptr inbounds nuw i8, ptr %gep89, i64 576
-  %v429.us.2.i = load <4 x float>, ptr %720, align 4, !tbaa !4
-  %721 = getelementptr inbounds nuw i8, ptr %gep89, i64 640
-  %v431.us.2.i = load <4 x float>, ptr %721, align 4, !tbaa !4
-  %722 = getelementptr inbounds nuw i8, ptr %gep89, i64 704
-  %v433.us.2.i = load <4 x float>, ptr %722, align 4, !tbaa !4
-  %723 = shufflevector <4 x float> %v427.us.2.i, <4 x float> %v431.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %724 = shufflevector <4 x float> %v429.us.2.i, <4 x float> %v433.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %725 = shufflevector <4 x float> %v427.us.2.i, <4 x float> %v431.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %726 = shufflevector <4 x float> %v429.us.2.i, <4 x float> %v433.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %727 = shufflevector <4 x float> %723, <4 x float> %724, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %728 = shufflevector <4 x float> %723, <4 x float> %724, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %729 = shufflevector <4 x float> %725, <4 x float> %726, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %730 = shufflevector <4 x float> %725, <4 x float> %726, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %731 = getelementptr inbounds nuw i8, ptr %gep89, i64 768
-  %v427.us.3.i = load <4 x float>, ptr %731, align 4, !tbaa !4
-  %732 = getelementptr inbounds nuw i8, ptr %gep89, i64 832
-  %v429.us.3.i = load <4 x float>, ptr %732, align 4, !tbaa !4
-  %733 = getelementptr inbounds nuw i8, ptr %gep89, i64 896
-  %v431.us.3.i = load <4 x float>, ptr %733, align 4, !tbaa !4
-  %734 = getelementptr inbounds nuw i8, ptr %gep89, i64 960
-  %v433.us.3.i = load <4 x float>, ptr %734, align 4, !tbaa !4
-  %735 = shufflevector <4 x float> %v427.us.3.i, <4 x float> %v431.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %736 = shufflevector <4 x float> %v429.us.3.i, <4 x float> %v433.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %737 = shufflevector <4 x float> %v427.us.3.i, <4 x float> %v431.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %738 = shufflevector <4 x float> %v429.us.3.i, <4 x float> %v433.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %739 = shufflevector <4 x float> %735, <4 x float> %736, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %740 = shufflevector <4 x float> %703, <4 x float> %715, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %741 = shufflevector <4 x float> %727, <4 x float> %739, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %742 = shufflevector <8 x float> %740, <8 x float> %741, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %743 = shufflevector <4 x float> %735, <4 x float> %736, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %744 = shufflevector <4 x float> %704, <4 x float> %716, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %745 = shufflevector <4 x float> %728, <4 x float> %743, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %746 = shufflevector <8 x float> %744, <8 x float> %745, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %747 = shufflevector <4 x float> %737, <4 x float> %738, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %748 = shufflevector <4 x float> %705, <4 x float> %717, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %749 = shufflevector <4 x float> %729, <4 x float> %747, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %750 = shufflevector <8 x float> %748, <8 x float> %749, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %751 = shufflevector <4 x float> %737, <4 x float> %738, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %752 = shufflevector <4 x float> %706, <4 x float> %718, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %753 = shufflevector <4 x float> %730, <4 x float> %751, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %754 = shufflevector <8 x float> %752, <8 x float> %753, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %755 = fmul <16 x float> %837, %742
-  %.idx1747.i = shl nuw nsw i64 %indvars.iv1665.i, 6
-  %gep1781.i = getelementptr inbounds nuw i8, ptr %invariant.gep1780.i, i64 %.idx1747.i
-  store <16 x float> %755, ptr %gep1781.i, align 4, !tbaa !4
-  %756 = fmul <16 x float> %841, %746
-  %757 = getelementptr inbounds nuw i8, ptr %gep1781.i, i64 512
-  store <16 x float> %756, ptr %757, align 4, !tbaa !4
-  %758 = fmul <16 x float> %845, %750
-  %759 = getelementptr inbounds nuw i8, ptr %gep1781.i, i64 1024
-  store <16 x float> %758, ptr %759, align 4, !tbaa !4
-  %760 = fmul <16 x float> %849, %754
-  %761 = getelementptr inbounds nuw i8, ptr %gep1781.i, i64 1536
-  store <16 x float> %760, ptr %761, align 4, !tbaa !4
-  %indvars.iv.next1666.i = add nuw nsw i64 %indvars.iv1665.i, 1
-  %exitcond1669.not.i = icmp eq i64 %indvars.iv.next1666.i, 8
-  br i1 %exitcond1669.not.i, label %for_end_d_0418.us.i, label %for_begin_ax1_0421.preheader.us.i, !prof !30
+for_begin_ax1_0396.preheader.us.i:                ; preds = %for_begin_d_0391.preheader.us.i, %for_begin_ax1_0396.preheader.us.i
+  %indvars.iv1640.i = phi i64 [ 0, %for_begin_d_0391.preheader.us.i ], [ %indvars.iv.next1641.i, %for_begin_ax1_0396.preheader.us.i ]
+  %.idx75 = shl nuw nsw i64 %indvars.iv1640.i, 10
+  %gep90 = getelementptr inbounds nuw i8, ptr %invariant.gep89, i64 %.idx75
+  %v402.us.i = load <4 x float>, ptr %gep90, align 4, !tbaa !4
+  %701 = getelementptr inbounds nuw i8, ptr %gep90, i64 64
+  %v404.us.i = load <4 x float>, ptr %701, align 4, !tbaa !4
+  %702 = getelementptr inbounds nuw i8, ptr %gep90, i64 128
+  %v406.us.i = load <4 x float>, ptr %702, align 4, !tbaa !4
+  %703 = getelementptr inbounds nuw i8, ptr %gep90, i64 192
+  %v408.us.i = load <4 x float>, ptr %703, align 4, !tbaa !4
+  %704 = shufflevector <4 x float> %v402.us.i, <4 x float> %v406.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %705 = shufflevector <4 x float> %v404.us.i, <4 x float> %v408.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %706 = shufflevector <4 x float> %v402.us.i, <4 x float> %v406.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %707 = shufflevector <4 x float> %v404.us.i, <4 x float> %v408.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %708 = shufflevector <4 x float> %704, <4 x float> %705, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %709 = shufflevector <4 x float> %704, <4 x float> %705, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %710 = shufflevector <4 x float> %706, <4 x float> %707, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %711 = shufflevector <4 x float> %706, <4 x float> %707, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %712 = getelementptr inbounds nuw i8, ptr %gep90, i64 256
+  %v402.us.1.i = load <4 x float>, ptr %712, align 4, !tbaa !4
+  %713 = getelementptr inbounds nuw i8, ptr %gep90, i64 320
+  %v404.us.1.i = load <4 x float>, ptr %713, align 4, !tbaa !4
+  %714 = getelementptr inbounds nuw i8, ptr %gep90, i64 384
+  %v406.us.1.i = load <4 x float>, ptr %714, align 4, !tbaa !4
+  %715 = getelementptr inbounds nuw i8, ptr %gep90, i64 448
+  %v408.us.1.i = load <4 x float>, ptr %715, align 4, !tbaa !4
+  %716 = shufflevector <4 x float> %v402.us.1.i, <4 x float> %v406.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %717 = shufflevector <4 x float> %v404.us.1.i, <4 x float> %v408.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %718 = shufflevector <4 x float> %v402.us.1.i, <4 x float> %v406.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %719 = shufflevector <4 x float> %v404.us.1.i, <4 x float> %v408.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %720 = shufflevector <4 x float> %716, <4 x float> %717, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %721 = shufflevector <4 x float> %716, <4 x float> %717, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %722 = shufflevector <4 x float> %718, <4 x float> %719, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %723 = shufflevector <4 x float> %718, <4 x float> %719, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %724 = getelementptr inbounds nuw i8, ptr %gep90, i64 512
+  %v402.us.2.i = load <4 x float>, ptr %724, align 4, !tbaa !4
+  %725 = getelementptr inbounds nuw i8, ptr %gep90, i64 576
+  %v404.us.2.i = load <4 x float>, ptr %725, align 4, !tbaa !4
+  %726 = getelementptr inbounds nuw i8, ptr %gep90, i64 640
+  %v406.us.2.i = load <4 x float>, ptr %726, align 4, !tbaa !4
+  %727 = getelementptr inbounds nuw i8, ptr %gep90, i64 704
+  %v408.us.2.i = load <4 x float>, ptr %727, align 4, !tbaa !4
+  %728 = shufflevector <4 x float> %v402.us.2.i, <4 x float> %v406.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %729 = shufflevector <4 x float> %v404.us.2.i, <4 x float> %v408.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %730 = shufflevector <4 x float> %v402.us.2.i, <4 x float> %v406.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %731 = shufflevector <4 x float> %v404.us.2.i, <4 x float> %v408.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %732 = shufflevector <4 x float> %728, <4 x float> %729, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %733 = shufflevector <4 x float> %728, <4 x float> %729, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %734 = shufflevector <4 x float> %730, <4 x float> %731, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %735 = shufflevector <4 x float> %730, <4 x float> %731, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %736 = getelementptr inbounds nuw i8, ptr %gep90, i64 768
+  %v402.us.3.i = load <4 x float>, ptr %736, align 4, !tbaa !4
+  %737 = getelementptr inbounds nuw i8, ptr %gep90, i64 832
+  %v404.us.3.i = load <4 x float>, ptr %737, align 4, !tbaa !4
+  %738 = getelementptr inbounds nuw i8, ptr %gep90, i64 896
+  %v406.us.3.i = load <4 x float>, ptr %738, align 4, !tbaa !4
+  %739 = getelementptr inbounds nuw i8, ptr %gep90, i64 960
+  %v408.us.3.i = load <4 x float>, ptr %739, align 4, !tbaa !4
+  %740 = shufflevector <4 x float> %v402.us.3.i, <4 x float> %v406.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %741 = shufflevector <4 x float> %v404.us.3.i, <4 x float> %v408.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %742 = shufflevector <4 x float> %v402.us.3.i, <4 x float> %v406.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %743 = shufflevector <4 x float> %v404.us.3.i, <4 x float> %v408.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %744 = shufflevector <4 x float> %740, <4 x float> %741, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %745 = shufflevector <4 x float> %708, <4 x float> %720, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %746 = shufflevector <4 x float> %732, <4 x float> %744, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %747 = shufflevector <8 x float> %745, <8 x float> %746, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %748 = shufflevector <4 x float> %740, <4 x float> %741, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %749 = shufflevector <4 x float> %709, <4 x float> %721, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %750 = shufflevector <4 x float> %733, <4 x float> %748, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %751 = shufflevector <8 x float> %749, <8 x float> %750, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %752 = shufflevector <4 x float> %742, <4 x float> %743, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %753 = shufflevector <4 x float> %710, <4 x float> %722, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %754 = shufflevector <4 x float> %734, <4 x float> %752, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %755 = shufflevector <8 x float> %753, <8 x float> %754, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %756 = shufflevector <4 x float> %742, <4 x float> %743, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %757 = shufflevector <4 x float> %711, <4 x float> %723, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %758 = shufflevector <4 x float> %735, <4 x float> %756, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %759 = shufflevector <8 x float> %757, <8 x float> %758, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %760 = fmul <16 x float> %842, %747
+  %.idx1737.i = shl nuw nsw i64 %indvars.iv1640.i, 6
+  %gep1770.i = getelementptr inbounds nuw i8, ptr %invariant.gep1769.i, i64 %.idx1737.i
+  store <16 x float> %760, ptr %gep1770.i, align 4, !tbaa !4
+  %761 = fmul <16 x float> %846, %751
+  %762 = getelementptr inbounds nuw i8, ptr %gep1770.i, i64 512
+  store <16 x float> %761, ptr %762, align 4, !tbaa !4
+  %763 = fmul <16 x float> %850, %755
+  %764 = getelementptr inbounds nuw i8, ptr %gep1770.i, i64 1024
+  store <16 x float> %763, ptr %764, align 4, !tbaa !4
+  %765 = fmul <16 x float> %854, %759
+  %766 = getelementptr inbounds nuw i8, ptr %gep1770.i, i64 1536
+  store <16 x float> %765, ptr %766, align 4, !tbaa !4
+  %indvars.iv.next1641.i = add nuw nsw i64 %indvars.iv1640.i, 1
+  %exitcond1644.not.i = icmp eq i64 %indvars.iv.next1641.i, 8
+  br i1 %exitcond1644.not.i, label %for_end_d_0393.us.i, label %for_begin_ax1_0396.preheader.us.i, !prof !30
 
-for_begin_d_0456.preheader.us.i:                  ; preds = %for_begin_d_0456.preheader.lr.ph.us.i, %for_begin_d_0456.preheader.us.i
-  %indvars.iv1679.i = phi i64 [ 0, %for_begin_d_0456.preheader.lr.ph.us.i ], [ %indvars.iv.next1680.i, %for_begin_d_0456.preheader.us.i ]
-  %762 = and i64 %indvars.iv1679.i, 3
-  %763 = or disjoint i64 %762, %854
-  %764 = mul nsw i64 %763, %out_head
-  %765 = lshr i64 %indvars.iv1679.i, 2
-  %766 = add nsw i64 %765, %857
-  %767 = mul nsw i64 %766, %out_batch
-  %768 = getelementptr i16, ptr %out, i64 %767
-  %invariant.gep1349.us.i = getelementptr i16, ptr %768, i64 %764
-  %.idx75 = shl nsw i64 %indvars.iv1679.i, 9
-  %769 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx75
-  %770 = load <16 x i32>, ptr %769, align 4, !tbaa !4
-  %771 = lshr <16 x i32> %770, splat (i32 16)
-  %772 = and <16 x i32> %771, splat (i32 1)
-  %773 = add nuw <16 x i32> %770, splat (i32 32767)
-  %774 = add nuw <16 x i32> %773, %772
-  %775 = lshr <16 x i32> %774, splat (i32 16)
-  %776 = trunc nuw <16 x i32> %775 to <16 x i16>
-  store <16 x i16> %776, ptr %invariant.gep1349.us.i, align 2, !tbaa !4
-  %777 = getelementptr inbounds nuw i8, ptr %769, i64 64
-  %778 = load <16 x i32>, ptr %777, align 4, !tbaa !4
-  %779 = lshr <16 x i32> %778, splat (i32 16)
-  %780 = and <16 x i32> %779, splat (i32 1)
-  %781 = add nuw <16 x i32> %778, splat (i32 32767)
-  %782 = add nuw <16 x i32> %781, %780
-  %783 = lshr <16 x i32> %782, splat (i32 16)
-  %784 = trunc nuw <16 x i32> %783 to <16 x i16>
-  %gep1350.us.1.i = getelementptr i8, ptr %invariant.gep1349.us.i, i64 32
-  store <16 x i16> %784, ptr %gep1350.us.1.i, align 2, !tbaa !4
-  %785 = getelementptr inbounds nuw i8, ptr %769, i64 128
-  %786 = load <16 x i32>, ptr %785, align 4, !tbaa !4
-  %787 = lshr <16 x i32> %786, splat (i32 16)
-  %788 = and <16 x i32> %787, splat (i32 1)
-  %789 = add nuw <16 x i32> %786, splat (i32 32767)
-  %790 = add nuw <16 x i32> %789, %788
-  %791 = lshr <16 x i32> %790, splat (i32 16)
-  %792 = trunc nuw <16 x i32> %791 to <16 x i16>
-  %gep1350.us.2.i = getelementptr i8, ptr %invariant.gep1349.us.i, i64 64
-  store <16 x i16> %792, ptr %gep1350.us.2.i, align 2, !tbaa !4
-  %793 = getelementptr inbounds nuw i8, ptr %769, i64 192
-  %794 = load <16 x i32>, ptr %793, align 4, !tbaa !4
-  %795 = lshr <16 x i32> %794, splat (i32 16)
-  %796 = and <16 x i32> %795, splat (i32 1)
-  %797 = add nuw <16 x i32> %794, splat (i32 32767)
-  %798 = add nuw <16 x i32> %797, %796
-  %799 = lshr <16 x i32> %798, splat (i32 16)
-  %800 = trunc nuw <16 x i32> %799 to <16 x i16>
-  %gep1350.us.3.i = getelementptr i8, ptr %invariant.gep1349.us.i, i64 96
-  store <16 x i16> %800, ptr %gep1350.us.3.i, align 2, !tbaa !4
-  %801 = getelementptr inbounds nuw i8, ptr %769, i64 256
-  %802 = load <16 x i32>, ptr %801, align 4, !tbaa !4
-  %803 = lshr <16 x i32> %802, splat (i32 16)
-  %804 = and <16 x i32> %803, splat (i32 1)
-  %805 = add nuw <16 x i32> %802, splat (i32 32767)
-  %806 = add nuw <16 x i32> %805, %804
-  %807 = lshr <16 x i32> %806, splat (i32 16)
-  %808 = trunc nuw <16 x i32> %807 to <16 x i16>
-  %gep1350.us.4.i = getelementptr i8, ptr %invariant.gep1349.us.i, i64 128
-  store <16 x i16> %808, ptr %gep1350.us.4.i, align 2, !tbaa !4
-  %809 = getelementptr inbounds nuw i8, ptr %769, i64 320
-  %810 = load <16 x i32>, ptr %809, align 4, !tbaa !4
-  %811 = lshr <16 x i32> %810, splat (i32 16)
-  %812 = and <16 x i32> %811, splat (i32 1)
-  %813 = add nuw <16 x i32> %810, splat (i32 32767)
-  %814 = add nuw <16 x i32> %813, %812
-  %815 = lshr <16 x i32> %814, splat (i32 16)
-  %816 = trunc nuw <16 x i32> %815 to <16 x i16>
-  %gep1350.us.5.i = getelementptr i8, ptr %invariant.gep1349.us.i, i64 160
-  store <16 x i16> %816, ptr %gep1350.us.5.i, align 2, !tbaa !4
-  %817 = getelementptr inbounds nuw i8, ptr %769, i64 384
-  %818 = load <16 x i32>, ptr %817, align 4, !tbaa !4
-  %819 = lshr <16 x i32> %818, splat (i32 16)
-  %820 = and <16 x i32> %819, splat (i32 1)
-  %821 = add nuw <16 x i32> %818, splat (i32 32767)
-  %822 = add nuw <16 x i32> %821, %820
-  %823 = lshr <16 x i32> %822, splat (i32 16)
-  %824 = trunc nuw <16 x i32> %823 to <16 x i16>
-  %gep1350.us.6.i = getelementptr i8, ptr %invariant.gep1349.us.i, i64 192
-  store <16 x i16> %824, ptr %gep1350.us.6.i, align 2, !tbaa !4
-  %825 = getelementptr inbounds nuw i8, ptr %769, i64 448
-  %826 = load <16 x i32>, ptr %825, align 4, !tbaa !4
-  %827 = lshr <16 x i32> %826, splat (i32 16)
-  %828 = and <16 x i32> %827, splat (i32 1)
-  %829 = add nuw <16 x i32> %826, splat (i32 32767)
-  %830 = add nuw <16 x i32> %829, %828
-  %831 = lshr <16 x i32> %830, splat (i32 16)
-  %832 = trunc nuw <16 x i32> %831 to <16 x i16>
-  %gep1350.us.7.i = getelementptr i8, ptr %invariant.gep1349.us.i, i64 224
-  store <16 x i16> %832, ptr %gep1350.us.7.i, align 2, !tbaa !4
-  %indvars.iv.next1680.i = add nuw nsw i64 %indvars.iv1679.i, 1
-  %exitcond1684.not.i = icmp eq i64 %indvars.iv.next1680.i, %wide.trip.count1683.i
-  br i1 %exitcond1684.not.i, label %for_body_r466.lr.ph.us.i, label %for_begin_d_0456.preheader.us.i, !prof !8
+for_begin_d_0431.preheader.us.i:                  ; preds = %for_begin_d_0431.preheader.lr.ph.us.i, %for_begin_d_0431.preheader.us.i
+  %indvars.iv1654.i = phi i64 [ 0, %for_begin_d_0431.preheader.lr.ph.us.i ], [ %indvars.iv.next1655.i, %for_begin_d_0431.preheader.us.i ]
+  %767 = and i64 %indvars.iv1654.i, 3
+  %768 = or disjoint i64 %767, %859
+  %769 = mul nsw i64 %768, %out_head
+  %770 = lshr i64 %indvars.iv1654.i, 2
+  %771 = add nsw i64 %770, %862
+  %772 = mul nsw i64 %771, %out_batch
+  %773 = getelementptr i16, ptr %out, i64 %772
+  %invariant.gep1327.us.i = getelementptr i16, ptr %773, i64 %769
+  %.idx76 = shl nsw i64 %indvars.iv1654.i, 9
+  %774 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx76
+  %775 = load <16 x i32>, ptr %774, align 4, !tbaa !4
+  %776 = lshr <16 x i32> %775, splat (i32 16)
+  %777 = and <16 x i32> %776, splat (i32 1)
+  %778 = add nuw <16 x i32> %775, splat (i32 32767)
+  %779 = add nuw <16 x i32> %778, %777
+  %780 = lshr <16 x i32> %779, splat (i32 16)
+  %781 = trunc nuw <16 x i32> %780 to <16 x i16>
+  store <16 x i16> %781, ptr %invariant.gep1327.us.i, align 2, !tbaa !4
+  %782 = getelementptr inbounds nuw i8, ptr %774, i64 64
+  %783 = load <16 x i32>, ptr %782, align 4, !tbaa !4
+  %784 = lshr <16 x i32> %783, splat (i32 16)
+  %785 = and <16 x i32> %784, splat (i32 1)
+  %786 = add nuw <16 x i32> %783, splat (i32 32767)
+  %787 = add nuw <16 x i32> %786, %785
+  %788 = lshr <16 x i32> %787, splat (i32 16)
+  %789 = trunc nuw <16 x i32> %788 to <16 x i16>
+  %gep1328.us.1.i = getelementptr i8, ptr %invariant.gep1327.us.i, i64 32
+  store <16 x i16> %789, ptr %gep1328.us.1.i, align 2, !tbaa !4
+  %790 = getelementptr inbounds nuw i8, ptr %774, i64 128
+  %791 = load <16 x i32>, ptr %790, align 4, !tbaa !4
+  %792 = lshr <16 x i32> %791, splat (i32 16)
+  %793 = and <16 x i32> %792, splat (i32 1)
+  %794 = add nuw <16 x i32> %791, splat (i32 32767)
+  %795 = add nuw <16 x i32> %794, %793
+  %796 = lshr <16 x i32> %795, splat (i32 16)
+  %797 = trunc nuw <16 x i32> %796 to <16 x i16>
+  %gep1328.us.2.i = getelementptr i8, ptr %invariant.gep1327.us.i, i64 64
+  store <16 x i16> %797, ptr %gep1328.us.2.i, align 2, !tbaa !4
+  %798 = getelementptr inbounds nuw i8, ptr %774, i64 192
+  %799 = load <16 x i32>, ptr %798, align 4, !tbaa !4
+  %800 = lshr <16 x i32> %799, splat (i32 16)
+  %801 = and <16 x i32> %800, splat (i32 1)
+  %802 = add nuw <16 x i32> %799, splat (i32 32767)
+  %803 = add nuw <16 x i32> %802, %801
+  %804 = lshr <16 x i32> %803, splat (i32 16)
+  %805 = trunc nuw <16 x i32> %804 to <16 x i16>
+  %gep1328.us.3.i = getelementptr i8, ptr %invariant.gep1327.us.i, i64 96
+  store <16 x i16> %805, ptr %gep1328.us.3.i, align 2, !tbaa !4
+  %806 = getelementptr inbounds nuw i8, ptr %774, i64 256
+  %807 = load <16 x i32>, ptr %806, align 4, !tbaa !4
+  %808 = lshr <16 x i32> %807, splat (i32 16)
+  %809 = and <16 x i32> %808, splat (i32 1)
+  %810 = add nuw <16 x i32> %807, splat (i32 32767)
+  %811 = add nuw <16 x i32> %810, %809
+  %812 = lshr <16 x i32> %811, splat (i32 16)
+  %813 = trunc nuw <16 x i32> %812 to <16 x i16>
+  %gep1328.us.4.i = getelementptr i8, ptr %invariant.gep1327.us.i, i64 128
+  store <16 x i16> %813, ptr %gep1328.us.4.i, align 2, !tbaa !4
+  %814 = getelementptr inbounds nuw i8, ptr %774, i64 320
+  %815 = load <16 x i32>, ptr %814, align 4, !tbaa !4
+  %816 = lshr <16 x i32> %815, splat (i32 16)
+  %817 = and <16 x i32> %816, splat (i32 1)
+  %818 = add nuw <16 x i32> %815, splat (i32 32767)
+  %819 = add nuw <16 x i32> %818, %817
+  %820 = lshr <16 x i32> %819, splat (i32 16)
+  %821 = trunc nuw <16 x i32> %820 to <16 x i16>
+  %gep1328.us.5.i = getelementptr i8, ptr %invariant.gep1327.us.i, i64 160
+  store <16 x i16> %821, ptr %gep1328.us.5.i, align 2, !tbaa !4
+  %822 = getelementptr inbounds nuw i8, ptr %774, i64 384
+  %823 = load <16 x i32>, ptr %822, align 4, !tbaa !4
+  %824 = lshr <16 x i32> %823, splat (i32 16)
+  %825 = and <16 x i32> %824, splat (i32 1)
+  %826 = add nuw <16 x i32> %823, splat (i32 32767)
+  %827 = add nuw <16 x i32> %826, %825
+  %828 = lshr <16 x i32> %827, splat (i32 16)
+  %829 = trunc nuw <16 x i32> %828 to <16 x i16>
+  %gep1328.us.6.i = getelementptr i8, ptr %invariant.gep1327.us.i, i64 192
+  store <16 x i16> %829, ptr %gep1328.us.6.i, align 2, !tbaa !4
+  %830 = getelementptr inbounds nuw i8, ptr %774, i64 448
+  %831 = load <16 x i32>, ptr %830, align 4, !tbaa !4
+  %832 = lshr <16 x i32> %831, splat (i32 16)
+  %833 = and <16 x i32> %832, splat (i32 1)
+  %834 = add nuw <16 x i32> %831, splat (i32 32767)
+  %835 = add nuw <16 x i32> %834, %833
+  %836 = lshr <16 x i32> %835, splat (i32 16)
+  %837 = trunc nuw <16 x i32> %836 to <16 x i16>
+  %gep1328.us.7.i = getelementptr i8, ptr %invariant.gep1327.us.i, i64 224
+  store <16 x i16> %837, ptr %gep1328.us.7.i, align 2, !tbaa !4
+  %indvars.iv.next1655.i = add nuw nsw i64 %indvars.iv1654.i, 1
+  %exitcond1659.not.i = icmp eq i64 %indvars.iv.next1655.i, %wide.trip.count1658.i
+  br i1 %exitcond1659.not.i, label %for_body_r441.lr.ph.us.i, label %for_begin_d_0431.preheader.us.i, !prof !8
 
-for_begin_d_0416.preheader.us.i:                  ; preds = %for_end_d_0418.us.i, %if_end414.us.i
-  %indvars.iv1670.i = phi i64 [ %indvars.iv.next1671.i, %for_end_d_0418.us.i ], [ 0, %if_end414.us.i ]
-  %833 = shl nuw nsw i64 %indvars.iv1670.i, 2
-  %834 = getelementptr inbounds nuw float, ptr %factor533.i, i64 %833
-  %835 = load float, ptr %834, align 16, !tbaa !47
-  %836 = insertelement <16 x float> poison, float %835, i64 0
-  %837 = shufflevector <16 x float> %836, <16 x float> poison, <16 x i32> zeroinitializer
-  %838 = getelementptr inbounds nuw i8, ptr %834, i64 4
-  %839 = load float, ptr %838, align 4, !tbaa !47
-  %840 = insertelement <16 x float> poison, float %839, i64 0
-  %841 = shufflevector <16 x float> %840, <16 x float> poison, <16 x i32> zeroinitializer
-  %842 = getelementptr inbounds nuw i8, ptr %834, i64 8
-  %843 = load float, ptr %842, align 8, !tbaa !47
-  %844 = insertelement <16 x float> poison, float %843, i64 0
-  %845 = shufflevector <16 x float> %844, <16 x float> poison, <16 x i32> zeroinitializer
-  %846 = getelementptr inbounds nuw i8, ptr %834, i64 12
-  %847 = load float, ptr %846, align 4, !tbaa !47
-  %848 = insertelement <16 x float> poison, float %847, i64 0
-  %849 = shufflevector <16 x float> %848, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx1748.i = shl nuw nsw i64 %indvars.iv1670.i, 11
-  %invariant.gep1780.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1748.i
-  %invariant.gep88 = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %833
-  br label %for_begin_ax1_0421.preheader.us.i
+for_begin_d_0391.preheader.us.i:                  ; preds = %for_end_d_0393.us.i, %if_end389.us.i
+  %indvars.iv1645.i = phi i64 [ %indvars.iv.next1646.i, %for_end_d_0393.us.i ], [ 0, %if_end389.us.i ]
+  %838 = shl nuw nsw i64 %indvars.iv1645.i, 2
+  %839 = getelementptr inbounds nuw float, ptr %factor507.i, i64 %838
+  %840 = load float, ptr %839, align 16, !tbaa !47
+  %841 = insertelement <16 x float> poison, float %840, i64 0
+  %842 = shufflevector <16 x float> %841, <16 x float> poison, <16 x i32> zeroinitializer
+  %843 = getelementptr inbounds nuw i8, ptr %839, i64 4
+  %844 = load float, ptr %843, align 4, !tbaa !47
+  %845 = insertelement <16 x float> poison, float %844, i64 0
+  %846 = shufflevector <16 x float> %845, <16 x float> poison, <16 x i32> zeroinitializer
+  %847 = getelementptr inbounds nuw i8, ptr %839, i64 8
+  %848 = load float, ptr %847, align 8, !tbaa !47
+  %849 = insertelement <16 x float> poison, float %848, i64 0
+  %850 = shufflevector <16 x float> %849, <16 x float> poison, <16 x i32> zeroinitializer
+  %851 = getelementptr inbounds nuw i8, ptr %839, i64 12
+  %852 = load float, ptr %851, align 4, !tbaa !47
+  %853 = insertelement <16 x float> poison, float %852, i64 0
+  %854 = shufflevector <16 x float> %853, <16 x float> poison, <16 x i32> zeroinitializer
+  %.idx1738.i = shl nuw nsw i64 %indvars.iv1645.i, 11
+  %invariant.gep1769.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1738.i
+  %invariant.gep89 = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %838
+  br label %for_begin_ax1_0396.preheader.us.i
 
-for_begin_d_0456.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
-  %850 = sext i1 %.not564.us.i to i32
-  %851 = add nsw i32 %rdiv462.us.i, %850
-  %852 = sext i32 %851 to i64
-  %853 = add nsw i64 %631, %852
-  %854 = shl nsw i64 %853, 2
-  %855 = sext i32 %648 to i64
-  %856 = shl nsw i64 %855, 2
-  %857 = add nsw i64 %856, %634
-  %858 = tail call i32 @llvm.umin.i32(i32 %650, i32 16)
-  %wide.trip.count1683.i = zext nneg i32 %858 to i64
-  br label %for_begin_d_0456.preheader.us.i
+for_begin_d_0431.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
+  %855 = sext i1 %.not539.us.i to i32
+  %856 = add nsw i32 %rdiv437.us.i, %855
+  %857 = sext i32 %856 to i64
+  %858 = add nsw i64 %636, %857
+  %859 = shl nsw i64 %858, 2
+  %860 = sext i32 %653 to i64
+  %861 = shl nsw i64 %860, 2
+  %862 = add nsw i64 %861, %639
+  %863 = tail call i32 @llvm.umin.i32(i32 %655, i32 16)
+  %wide.trip.count1658.i = zext nneg i32 %863 to i64
+  br label %for_begin_d_0431.preheader.us.i
 
-for_body_r466.lr.ph.us.i:                         ; preds = %for_begin_d_0456.preheader.us.i
-  %.idx565.us.i = shl nsw i64 %853, 4
-  %859 = getelementptr i8, ptr %lse, i64 %.idx565.us.i
-  %860 = and i64 %638, 4294967280
-  br label %for_body_r466.us.i
+for_body_r441.lr.ph.us.i:                         ; preds = %for_begin_d_0431.preheader.us.i
+  %.idx540.us.i = shl nsw i64 %858, 4
+  %864 = getelementptr i8, ptr %lse, i64 %.idx540.us.i
+  %865 = and i64 %643, 4294967280
+  br label %for_body_r441.us.i
 
 for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
-  %indvars.iv101 = phi i32 [ %indvars.iv.next102, %for_begin_number.i ], [ %598, %for_body_number.lr.ph.i ]
-  %indvars.iv.in = phi i32 [ %indvars.iv, %for_begin_number.i ], [ %598, %for_body_number.lr.ph.i ]
-  %number1337.i = phi i32 [ %628, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
-  %861 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.0.0.lcssa.i, i32 %indvars.iv101)
-  %862 = add i32 %861, %tree_size
-  %863 = shl nuw nsw i32 %number1337.i, 12
-  %864 = add i32 %617, %863
-  %smin320 = tail call i32 @llvm.smin.i32(i32 %span549.sroa.3.0.lcssa.i, i32 %864)
-  %smin321 = tail call i32 @llvm.smin.i32(i32 %smin320, i32 %597)
-  %smax322 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.0.0.lcssa.i, i32 %indvars.iv101)
-  %865 = shl nuw nsw i32 %number1337.i, 12
-  %866 = add i32 %617, %865
-  %smin314 = tail call i32 @llvm.smin.i32(i32 %span549.sroa.3.0.lcssa.i, i32 %866)
-  %smin315 = tail call i32 @llvm.smin.i32(i32 %smin314, i32 %597)
-  %smax316 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.0.0.lcssa.i, i32 %indvars.iv101)
-  %867 = shl nuw nsw i32 %number1337.i, 12
-  %868 = add i32 %617, %867
-  %smin251 = tail call i32 @llvm.smin.i32(i32 %span549.sroa.3.0.lcssa.i, i32 %868)
-  %smin252 = tail call i32 @llvm.smin.i32(i32 %smin251, i32 %597)
-  %smax253 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.0.0.lcssa.i, i32 %indvars.iv101)
-  %869 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.0.0.lcssa.i, i32 %indvars.iv101)
-  %smax230 = sext i32 %869 to i64
-  %870 = add i32 %869, %tree_size
-  %871 = sub i32 %context_len.i, %870
-  %872 = shl nuw nsw i32 %number1337.i, 12
-  %873 = add i32 %617, %872
-  %smin235 = tail call i32 @llvm.smin.i32(i32 %span549.sroa.3.0.lcssa.i, i32 %873)
-  %smin236 = tail call i32 @llvm.smin.i32(i32 %smin235, i32 %597)
-  %smax237 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.0.0.lcssa.i, i32 %indvars.iv101)
-  %874 = sub i32 %smin236, %smax237
-  %875 = shl nuw nsw i32 %number1337.i, 12
-  %876 = add i32 %617, %875
-  %smin218 = tail call i32 @llvm.smin.i32(i32 %span549.sroa.3.0.lcssa.i, i32 %876)
-  %smin219 = tail call i32 @llvm.smin.i32(i32 %smin218, i32 %597)
-  %smax220 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.0.0.lcssa.i, i32 %indvars.iv101)
-  %877 = sub i32 %smin219, %smax220
-  %878 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.0.0.lcssa.i, i32 %indvars.iv101)
-  %879 = add i32 %878, %tree_size
-  %880 = sub i32 %context_len.i, %879
-  %indvars.iv = add i32 %indvars.iv.in, 4096
-  %881 = tail call i32 @llvm.smax.i32(i32 %span549.sroa.0.0.lcssa.i, i32 %indvars.iv101)
-  %882 = add i32 %881, %tree_size
-  %883 = sub i32 %context_len.i, %882
-  %884 = sub i32 0, %881
-  %smin = tail call i32 @llvm.smin.i32(i32 %span549.sroa.3.0.lcssa.i, i32 %indvars.iv)
-  %smin100 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %597)
-  %885 = sub i32 %smin100, %881
-  %886 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %row_max.i = tail call ptr %886(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %887 = icmp eq ptr %row_max.i, null
-  br i1 %887, label %fused_attend_compute_.exit, label %if_end115.i, !prof !7
+  %indvars.iv103.in = phi i32 [ %indvars.iv103, %for_begin_number.i ], [ %598, %for_body_number.lr.ph.i ]
+  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_number.i ], [ %598, %for_body_number.lr.ph.i ]
+  %number1315.i = phi i32 [ %633, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %866 = tail call i32 @llvm.smax.i32(i32 %span524.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %867 = add i32 %866, %tree_size
+  %868 = shl nuw nsw i32 %number1315.i, 12
+  %869 = add i32 %622, %868
+  %smin243 = tail call i32 @llvm.smin.i32(i32 %span524.sroa.3.0.lcssa.i, i32 %869)
+  %smin244 = tail call i32 @llvm.smin.i32(i32 %smin243, i32 %597)
+  %smax245 = tail call i32 @llvm.smax.i32(i32 %span524.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %870 = tail call i32 @llvm.smax.i32(i32 %span524.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %smax220 = sext i32 %870 to i64
+  %871 = add i32 %870, %tree_size
+  %872 = sub i32 %context_len.i, %871
+  %873 = shl nuw nsw i32 %number1315.i, 12
+  %874 = add i32 %622, %873
+  %smin227 = tail call i32 @llvm.smin.i32(i32 %span524.sroa.3.0.lcssa.i, i32 %874)
+  %smin228 = tail call i32 @llvm.smin.i32(i32 %smin227, i32 %597)
+  %smax229 = tail call i32 @llvm.smax.i32(i32 %span524.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %875 = sub i32 %smin228, %smax229
+  %876 = shl nuw nsw i32 %number1315.i, 12
+  %877 = add i32 %622, %876
+  %smin208 = tail call i32 @llvm.smin.i32(i32 %span524.sroa.3.0.lcssa.i, i32 %877)
+  %smin209 = tail call i32 @llvm.smin.i32(i32 %smin208, i32 %597)
+  %878 = add i32 %598, %876
+  %smax210 = tail call i32 @llvm.smax.i32(i32 %span524.sroa.0.0.lcssa.i, i32 %878)
+  %879 = sub i32 %smin209, %smax210
+  %880 = tail call i32 @llvm.smax.i32(i32 %span524.sroa.0.0.lcssa.i, i32 %878)
+  %881 = add i32 %880, %tree_size
+  %882 = sub i32 %context_len.i, %881
+  %indvars.iv103 = add i32 %indvars.iv103.in, 4096
+  %883 = tail call i32 @llvm.smax.i32(i32 %span524.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %884 = add i32 %883, %tree_size
+  %885 = sub i32 %context_len.i, %884
+  %smin = tail call i32 @llvm.smin.i32(i32 %span524.sroa.3.0.lcssa.i, i32 %indvars.iv103)
+  %smin105 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %597)
+  %886 = sub i32 %smin105, %883
+  %887 = sub i32 0, %883
+  %888 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %row_max.i = tail call ptr %888(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %889 = icmp eq ptr %row_max.i, null
+  br i1 %889, label %fused_attend_compute_.exit, label %if_end115.i, !prof !7
 
 if_end115.i:                                      ; preds = %for_body_number.i
-  %888 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %row_sum.i = tail call ptr %888(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %889 = icmp eq ptr %row_sum.i, null
-  br i1 %889, label %fused_attend_compute_.exit, label %if_end118.i, !prof !7
+  %890 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %row_sum.i = tail call ptr %890(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %891 = icmp eq ptr %row_sum.i, null
+  br i1 %891, label %fused_attend_compute_.exit, label %if_end118.i, !prof !7
 
 if_end118.i:                                      ; preds = %if_end115.i
-  %890 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %acc.i = tail call ptr %890(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
-  %891 = icmp eq ptr %acc.i, null
-  br i1 %891, label %fused_attend_compute_.exit, label %if_end121.i, !prof !7
+  %892 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %acc.i = tail call ptr %892(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
+  %893 = icmp eq ptr %acc.i, null
+  br i1 %893, label %fused_attend_compute_.exit, label %if_end121.i, !prof !7
 
 if_end121.i:                                      ; preds = %if_end118.i
-  %892 = shl nsw i32 %number1337.i, 12
-  %893 = add nsw i32 %892, %598
-  %894 = add nsw i32 %893, 4096
-  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %893, i32 %span549.sroa.0.0.lcssa.i)
-  %895 = tail call i32 @llvm.smin.i32(i32 %894, i32 %key_end.i)
-  %896 = sub nsw i32 %895, %read_begin.i
-  %.fr1470.i = freeze i32 %896
-  %897 = icmp slt i32 %.fr1470.i, 1
-  %898 = tail call i32 @llvm.smax.i32(i32 %.fr1470.i, i32 0)
-  %899 = add nuw nsw i32 %898, 255
-  %900 = lshr i32 %899, 8
-  %.not1357.i = icmp eq i32 %900, 0
-  br i1 %.not1357.i, label %for_begin_tile336.preheader.i, label %for_body_step.lr.ph.i, !prof !11
+  %894 = shl nsw i32 %number1315.i, 12
+  %895 = add nsw i32 %894, %598
+  %896 = add nsw i32 %895, 4096
+  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %895, i32 %span524.sroa.0.0.lcssa.i)
+  %897 = tail call i32 @llvm.smin.i32(i32 %896, i32 %key_end.i)
+  %898 = sub nsw i32 %897, %read_begin.i
+  %.fr1448.i = freeze i32 %898
+  %899 = icmp slt i32 %.fr1448.i, 1
+  %900 = tail call i32 @llvm.smax.i32(i32 %.fr1448.i, i32 0)
+  %901 = add nuw nsw i32 %900, 127
+  %902 = lshr i32 %901, 7
+  %.not1335.i = icmp eq i32 %902, 0
+  br i1 %.not1335.i, label %for_begin_tile311.preheader.i, label %for_body_step.lr.ph.i, !prof !11
 
 for_body_step.lr.ph.i:                            ; preds = %if_end121.i
-  %901 = add nsw i32 %895, -1
-  %902 = sext i32 %read_begin.i to i64
-  %wide.trip.count1628.i = zext nneg i32 %900 to i64
-  %903 = getelementptr i8, ptr %620, i64 %smax230
+  %903 = add nsw i32 %897, -1
+  %904 = sext i32 %read_begin.i to i64
+  %905 = sext i32 %897 to i64
+  %wide.trip.count1603.i = zext nneg i32 %902 to i64
+  %invariant.op1766.i = add nsw i64 %905, -128
+  %906 = getelementptr i8, ptr %625, i64 %smax220
   br label %for_body_step.i
 
-for_begin_step.i:                                 ; preds = %if_end331.i
-  %indvars.iv.next1626.i = add nuw nsw i64 %indvars.iv1625.i, 1
-  %exitcond1629.not.i = icmp eq i64 %indvars.iv.next1626.i, %wide.trip.count1628.i
-  %indvars.iv.next104 = add i32 %indvars.iv103, -256
-  %indvars.iv.next113 = add i32 %indvars.iv112, -256
-  %indvars.iv.next116 = add i32 %indvars.iv115, -256
-  br i1 %exitcond1629.not.i, label %for_begin_tile336.preheader.i, label %for_body_step.i, !prof !8
+for_begin_step.i:                                 ; preds = %if_end306.i
+  %indvars.iv.next1601.i = add nuw nsw i64 %indvars.iv1600.i, 1
+  %exitcond1604.not.i = icmp eq i64 %indvars.iv.next1601.i, %wide.trip.count1603.i
+  %indvars.iv.next101 = add i32 %indvars.iv100, -128
+  %indvars.iv.next107 = add i32 %indvars.iv106, -128
+  %indvars.iv.next109 = add i32 %indvars.iv108, -128
+  br i1 %exitcond1604.not.i, label %for_begin_tile311.preheader.i, label %for_body_step.i, !prof !8
 
-for_begin_tile336.preheader.i:                    ; preds = %for_begin_step.i, %if_end121.i
-  %brmerge.i = or i1 %135, %897
-  br i1 %brmerge.i, label %for_end_tile338.i, label %for_body_tile337.i, !prof !48
+for_begin_tile311.preheader.i:                    ; preds = %for_begin_step.i, %if_end121.i
+  %brmerge.i = or i1 %135, %899
+  br i1 %brmerge.i, label %for_end_tile313.i, label %for_body_tile312.i, !prof !48
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
-  %indvars.iv115 = phi i32 [ %indvars.iv.next116, %for_begin_step.i ], [ %884, %for_body_step.lr.ph.i ]
-  %indvars.iv112 = phi i32 [ %indvars.iv.next113, %for_begin_step.i ], [ %883, %for_body_step.lr.ph.i ]
-  %indvars.iv103 = phi i32 [ %indvars.iv.next104, %for_begin_step.i ], [ %885, %for_body_step.lr.ph.i ]
-  %indvars.iv1625.i = phi i64 [ %indvars.iv.next1626.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
-  %indvars.iv1625.i.tr369 = trunc i64 %indvars.iv1625.i to i32
-  %904 = shl i32 %indvars.iv1625.i.tr369, 8
-  %905 = add i32 %862, %904
-  %906 = sub i32 %context_len.i, %905
-  %smax366 = tail call i32 @llvm.smax.i32(i32 %906, i32 0)
-  %.mask = and i32 %smax366, 1
-  %907 = and i32 %smax366, 1
-  %indvars.iv1625.i.tr370 = trunc i64 %indvars.iv1625.i to i32
-  %908 = shl i32 %indvars.iv1625.i.tr370, 8
-  %909 = add i32 %smax322, %908
-  %910 = sub i32 %smin321, %909
-  %smax323 = tail call i32 @llvm.smax.i32(i32 %910, i32 256)
-  %umin324 = tail call i32 @llvm.umin.i32(i32 %smax323, i32 512)
-  %911 = add nsw i32 %umin324, -256
-  %smin325 = tail call i32 @llvm.smin.i32(i32 %910, i32 256)
-  %912 = add nsw i32 %smin325, 7
-  %913 = and i32 %912, -8
-  %914 = add i32 %911, %913
-  %915 = zext i32 %914 to i64
-  %indvars.iv1625.i.tr371 = trunc i64 %indvars.iv1625.i to i32
-  %916 = shl i32 %indvars.iv1625.i.tr371, 8
-  %917 = add i32 %smax316, %916
-  %918 = sub i32 %smin315, %917
-  %smax317 = tail call i32 @llvm.smax.i32(i32 %918, i32 256)
-  %umin = tail call i32 @llvm.umin.i32(i32 %smax317, i32 512)
-  %919 = add nsw i32 %umin, -256
-  %smin318 = tail call i32 @llvm.smin.i32(i32 %918, i32 256)
-  %920 = add nsw i32 %smin318, 7
-  %921 = and i32 %920, -8
-  %922 = add i32 %919, %921
-  %923 = zext i32 %922 to i64
-  %smax250 = tail call i32 @llvm.smax.i32(i32 %indvars.iv112, i32 0)
-  %indvars.iv1625.i.tr = trunc i64 %indvars.iv1625.i to i32
-  %924 = shl i32 %indvars.iv1625.i.tr, 8
-  %925 = add i32 %smax253, %924
-  %926 = sub i32 %smin252, %925
-  %927 = shl nuw nsw i64 %indvars.iv1625.i, 8
-  %scevgep231 = getelementptr i8, ptr %903, i64 %927
-  %928 = mul nsw i64 %indvars.iv1625.i, -256
-  %929 = trunc i64 %928 to i32
-  %930 = add i32 %871, %929
-  %smax232 = tail call i32 @llvm.smax.i32(i32 %930, i32 0)
-  %931 = zext nneg i32 %smax232 to i64
-  %smax234 = tail call i32 @llvm.smax.i32(i32 %indvars.iv112, i32 0)
-  %932 = trunc i64 %928 to i32
-  %933 = add i32 %874, %932
-  %934 = shl i32 %smax232, 4
-  %935 = sext i32 %934 to i64
-  %936 = shl nsw i64 %935, 2
-  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv112, i32 0)
-  %937 = mul nsw i64 %indvars.iv1625.i, -256
-  %938 = trunc i64 %937 to i32
-  %939 = add i32 %877, %938
-  %940 = trunc i64 %937 to i32
-  %941 = add i32 %880, %940
-  %smax224 = tail call i32 @llvm.smax.i32(i32 %941, i32 0)
-  %942 = shl i32 %smax224, 4
-  %943 = sext i32 %942 to i64
-  %smax120 = tail call i32 @llvm.smax.i32(i32 %indvars.iv112, i32 0)
-  %944 = zext nneg i32 %smax120 to i64
-  %945 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %key_offsets.i = tail call ptr %945(i32 1, i32 %dev_id, i64 4096, i32 0, i32 64)
-  %946 = icmp eq ptr %key_offsets.i, null
-  br i1 %946, label %fused_attend_compute_.exit, label %if_end124.i, !prof !7
+  %indvars.iv108 = phi i32 [ %indvars.iv.next109, %for_begin_step.i ], [ %887, %for_body_step.lr.ph.i ]
+  %indvars.iv106 = phi i32 [ %indvars.iv.next107, %for_begin_step.i ], [ %886, %for_body_step.lr.ph.i ]
+  %indvars.iv100 = phi i32 [ %indvars.iv.next101, %for_begin_step.i ], [ %885, %for_body_step.lr.ph.i ]
+  %indvars.iv1600.i = phi i64 [ %indvars.iv.next1601.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
+  %indvars.iv1600.i.tr319 = trunc i64 %indvars.iv1600.i to i32
+  %907 = shl i32 %indvars.iv1600.i.tr319, 7
+  %908 = add i32 %867, %907
+  %909 = sub i32 %context_len.i, %908
+  %smax316 = tail call i32 @llvm.smax.i32(i32 %909, i32 0)
+  %.mask = and i32 %smax316, 1
+  %910 = and i32 %smax316, 1
+  %smax242 = tail call i32 @llvm.smax.i32(i32 %indvars.iv100, i32 0)
+  %indvars.iv1600.i.tr = trunc i64 %indvars.iv1600.i to i32
+  %911 = shl i32 %indvars.iv1600.i.tr, 7
+  %912 = add i32 %smax245, %911
+  %913 = sub i32 %smin244, %912
+  %914 = shl nuw nsw i64 %indvars.iv1600.i, 7
+  %scevgep221 = getelementptr i8, ptr %906, i64 %914
+  %915 = mul nsw i64 %indvars.iv1600.i, -128
+  %916 = trunc i64 %915 to i32
+  %917 = add i32 %872, %916
+  %smax222 = tail call i32 @llvm.smax.i32(i32 %917, i32 0)
+  %918 = zext nneg i32 %smax222 to i64
+  %smax226 = tail call i32 @llvm.smax.i32(i32 %indvars.iv100, i32 0)
+  %919 = trunc i64 %915 to i32
+  %920 = add i32 %875, %919
+  %921 = shl i32 %smax222, 4
+  %922 = sext i32 %921 to i64
+  %923 = shl nsw i64 %922, 2
+  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv100, i32 0)
+  %924 = mul nsw i64 %indvars.iv1600.i, -128
+  %925 = trunc i64 %924 to i32
+  %926 = add i32 %879, %925
+  %927 = trunc i64 %924 to i32
+  %928 = sub i32 %927, %smax210
+  %929 = trunc i64 %924 to i32
+  %930 = add i32 %882, %929
+  %smax214 = tail call i32 @llvm.smax.i32(i32 %930, i32 0)
+  %931 = shl i32 %smax214, 4
+  %932 = sext i32 %931 to i64
+  %smax112 = tail call i32 @llvm.smax.i32(i32 %indvars.iv100, i32 0)
+  %933 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %key_offsets.i = tail call ptr %933(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %934 = icmp eq ptr %key_offsets.i, null
+  br i1 %934, label %fused_attend_compute_.exit, label %if_end124.i, !prof !7
 
 if_end124.i:                                      ; preds = %for_body_step.i
-  %947 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %value_offsets.i = tail call ptr %947(i32 1, i32 %dev_id, i64 4096, i32 0, i32 64)
-  %948 = icmp eq ptr %value_offsets.i, null
-  br i1 %948, label %fused_attend_compute_.exit, label %if_end127.i, !prof !7
+  %935 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %value_offsets.i = tail call ptr %935(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %936 = icmp eq ptr %value_offsets.i, null
+  br i1 %936, label %fused_attend_compute_.exit, label %if_end127.i, !prof !7
 
 if_end127.i:                                      ; preds = %if_end124.i
-  %949 = shl nsw i64 %indvars.iv1625.i, 8
-  %950 = add nsw i64 %949, %902
-  %951 = trunc i64 %950 to i32
-  %952 = sub i32 %895, %951
-  %953 = tail call i32 @llvm.smax.i32(i32 %952, i32 256)
-  %954 = tail call i32 @llvm.umin.i32(i32 %953, i32 512)
-  %955 = add nsw i32 %954, -256
-  %956 = tail call i32 @llvm.smin.i32(i32 %952, i32 256)
-  %957 = add nsw i32 %956, 7
-  %958 = and i32 %957, -8
-  %959 = add nsw i32 %955, %958
-  %960 = icmp sgt i32 %959, 0
-  br i1 %960, label %for_body_t.i.preheader, label %for_begin_kv_head.preheader.i, !prof !3
+  %937 = shl nsw i64 %indvars.iv1600.i, 7
+  %938 = add nsw i64 %937, %904
+  %939 = trunc i64 %938 to i32
+  %940 = sub i32 %897, %939
+  %941 = tail call i32 @llvm.smin.i32(i32 %940, i32 128)
+  %942 = add nsw i32 %941, 7
+  %943 = and i32 %942, -8
+  %944 = icmp slt i64 %938, %invariant.op1766.i
+  %945 = select i1 %944, i32 256, i32 %943
+  %946 = icmp sgt i32 %945, 0
+  br i1 %946, label %for_body_t.preheader.i, label %for_begin_kv_head.preheader.i, !prof !3
 
-for_body_t.i.preheader:                           ; preds = %if_end127.i
-  %xtraiter = and i64 %923, 3
-  %961 = add i32 %922, -1
-  %962 = icmp ult i32 %961, 3
-  br i1 %962, label %for_body_t.i.epil.preheader, label %for_body_t.i.preheader.new, !prof !49
-
-for_body_t.i.preheader.new:                       ; preds = %for_body_t.i.preheader
-  %unroll_iter = and i64 %923, 4294967292
+for_body_t.preheader.i:                           ; preds = %if_end127.i
+  %wide.trip.count1499.i = zext nneg i32 %945 to i64
   br label %for_body_t.i
 
-for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.i.preheader.new
-  %indvars.iv1517.i = phi i64 [ 0, %for_body_t.i.preheader.new ], [ %indvars.iv.next1518.i.3, %for_body_t.i ]
-  %niter = phi i64 [ 0, %for_body_t.i.preheader.new ], [ %niter.next.3, %for_body_t.i ]
-  %963 = add nsw i64 %indvars.iv1517.i, %950
-  %964 = trunc nsw i64 %963 to i32
-  %965 = tail call i32 @llvm.smin.i32(i32 %964, i32 %901)
-  %966 = ashr i32 %965, 4
-  %967 = sext i32 %966 to i64
-  %968 = getelementptr i32, ptr %604, i64 %967
-  %969 = load i32, ptr %968, align 4, !tbaa !4
-  %block.i = sext i32 %969 to i64
-  %970 = mul nsw i64 %k_block, %block.i
-  %971 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1517.i
-  store i64 %970, ptr %971, align 8, !tbaa !4
-  %indvars.iv.next1518.i = or disjoint i64 %indvars.iv1517.i, 1
-  %972 = add nsw i64 %indvars.iv.next1518.i, %950
-  %973 = trunc nsw i64 %972 to i32
-  %974 = tail call i32 @llvm.smin.i32(i32 %973, i32 %901)
-  %975 = ashr i32 %974, 4
-  %976 = sext i32 %975 to i64
-  %977 = getelementptr i32, ptr %604, i64 %976
-  %978 = load i32, ptr %977, align 4, !tbaa !4
-  %block.i.1 = sext i32 %978 to i64
-  %979 = mul nsw i64 %k_block, %block.i.1
-  %980 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1518.i
-  store i64 %979, ptr %980, align 8, !tbaa !4
-  %indvars.iv.next1518.i.1 = or disjoint i64 %indvars.iv1517.i, 2
-  %981 = add nsw i64 %indvars.iv.next1518.i.1, %950
-  %982 = trunc nsw i64 %981 to i32
-  %983 = tail call i32 @llvm.smin.i32(i32 %982, i32 %901)
-  %984 = ashr i32 %983, 4
-  %985 = sext i32 %984 to i64
-  %986 = getelementptr i32, ptr %604, i64 %985
-  %987 = load i32, ptr %986, align 4, !tbaa !4
-  %block.i.2 = sext i32 %987 to i64
-  %988 = mul nsw i64 %k_block, %block.i.2
-  %989 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1518.i.1
-  store i64 %988, ptr %989, align 8, !tbaa !4
-  %indvars.iv.next1518.i.2 = or disjoint i64 %indvars.iv1517.i, 3
-  %990 = add nsw i64 %indvars.iv.next1518.i.2, %950
-  %991 = trunc nsw i64 %990 to i32
-  %992 = tail call i32 @llvm.smin.i32(i32 %991, i32 %901)
-  %993 = ashr i32 %992, 4
-  %994 = sext i32 %993 to i64
-  %995 = getelementptr i32, ptr %604, i64 %994
-  %996 = load i32, ptr %995, align 4, !tbaa !4
-  %block.i.3 = sext i32 %996 to i64
-  %997 = mul nsw i64 %k_block, %block.i.3
-  %998 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1518.i.2
-  store i64 %997, ptr %998, align 8, !tbaa !4
-  %indvars.iv.next1518.i.3 = add nuw nsw i64 %indvars.iv1517.i, 4
-  %niter.next.3 = add i64 %niter, 4
-  %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_t130.i.preheader.unr-lcssa, label %for_body_t.i, !prof !50, !llvm.loop !51
+for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.preheader.i
+  %indvars.iv1496.i = phi i64 [ 0, %for_body_t.preheader.i ], [ %indvars.iv.next1497.i.3, %for_body_t.i ]
+  %947 = add nsw i64 %indvars.iv1496.i, %938
+  %948 = trunc nsw i64 %947 to i32
+  %949 = tail call i32 @llvm.smin.i32(i32 %948, i32 %903)
+  %950 = ashr i32 %949, 4
+  %951 = sext i32 %950 to i64
+  %952 = getelementptr i32, ptr %604, i64 %951
+  %953 = load i32, ptr %952, align 4, !tbaa !4
+  %block.i = sext i32 %953 to i64
+  %954 = mul nsw i64 %k_block, %block.i
+  %955 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1496.i
+  store i64 %954, ptr %955, align 8, !tbaa !4
+  %indvars.iv.next1497.i = or disjoint i64 %indvars.iv1496.i, 1
+  %956 = add nsw i64 %indvars.iv.next1497.i, %938
+  %957 = trunc nsw i64 %956 to i32
+  %958 = tail call i32 @llvm.smin.i32(i32 %957, i32 %903)
+  %959 = ashr i32 %958, 4
+  %960 = sext i32 %959 to i64
+  %961 = getelementptr i32, ptr %604, i64 %960
+  %962 = load i32, ptr %961, align 4, !tbaa !4
+  %block.i.1 = sext i32 %962 to i64
+  %963 = mul nsw i64 %k_block, %block.i.1
+  %964 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1497.i
+  store i64 %963, ptr %964, align 8, !tbaa !4
+  %indvars.iv.next1497.i.1 = or disjoint i64 %indvars.iv1496.i, 2
+  %965 = add nsw i64 %indvars.iv.next1497.i.1, %938
+  %966 = trunc nsw i64 %965 to i32
+  %967 = tail call i32 @llvm.smin.i32(i32 %966, i32 %903)
+  %968 = ashr i32 %967, 4
+  %969 = sext i32 %968 to i64
+  %970 = getelementptr i32, ptr %604, i64 %969
+  %971 = load i32, ptr %970, align 4, !tbaa !4
+  %block.i.2 = sext i32 %971 to i64
+  %972 = mul nsw i64 %k_block, %block.i.2
+  %973 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1497.i.1
+  store i64 %972, ptr %973, align 8, !tbaa !4
+  %indvars.iv.next1497.i.2 = or disjoint i64 %indvars.iv1496.i, 3
+  %974 = add nsw i64 %indvars.iv.next1497.i.2, %938
+  %975 = trunc nsw i64 %974 to i32
+  %976 = tail call i32 @llvm.smin.i32(i32 %975, i32 %903)
+  %977 = ashr i32 %976, 4
+  %978 = sext i32 %977 to i64
+  %979 = getelementptr i32, ptr %604, i64 %978
+  %980 = load i32, ptr %979, align 4, !tbaa !4
+  %block.i.3 = sext i32 %980 to i64
+  %981 = mul nsw i64 %k_block, %block.i.3
+  %982 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1497.i.2
+  store i64 %981, ptr %982, align 8, !tbaa !4
+  %indvars.iv.next1497.i.3 = add nuw nsw i64 %indvars.iv1496.i, 4
+  %exitcond1500.not.i.3 = icmp eq i64 %indvars.iv.next1497.i.3, %wide.trip.count1499.i
+  br i1 %exitcond1500.not.i.3, label %for_body_t130.i, label %for_body_t.i, !prof !8, !llvm.loop !49
 
-for_body_t130.i.preheader.unr-lcssa:              ; preds = %for_body_t.i
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br i1 %lcmp.mod.not, label %for_body_t130.i.preheader, label %for_body_t.i.epil.preheader, !prof !53
-
-for_body_t.i.epil.preheader:                      ; preds = %for_body_t130.i.preheader.unr-lcssa, %for_body_t.i.preheader
-  %indvars.iv1517.i.epil.init = phi i64 [ 0, %for_body_t.i.preheader ], [ %indvars.iv.next1518.i.3, %for_body_t130.i.preheader.unr-lcssa ]
-  %lcmp.mod319 = icmp ne i64 %xtraiter, 0
-  tail call void @llvm.assume(i1 %lcmp.mod319)
-  br label %for_body_t.i.epil
-
-for_body_t.i.epil:                                ; preds = %for_body_t.i.epil, %for_body_t.i.epil.preheader
-  %indvars.iv1517.i.epil = phi i64 [ %indvars.iv.next1518.i.epil, %for_body_t.i.epil ], [ %indvars.iv1517.i.epil.init, %for_body_t.i.epil.preheader ]
-  %epil.iter = phi i64 [ %epil.iter.next, %for_body_t.i.epil ], [ 0, %for_body_t.i.epil.preheader ]
-  %999 = add nsw i64 %indvars.iv1517.i.epil, %950
-  %1000 = trunc nsw i64 %999 to i32
-  %1001 = tail call i32 @llvm.smin.i32(i32 %1000, i32 %901)
-  %1002 = ashr i32 %1001, 4
-  %1003 = sext i32 %1002 to i64
-  %1004 = getelementptr i32, ptr %604, i64 %1003
-  %1005 = load i32, ptr %1004, align 4, !tbaa !4
-  %block.i.epil = sext i32 %1005 to i64
-  %1006 = mul nsw i64 %k_block, %block.i.epil
-  %1007 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1517.i.epil
-  store i64 %1006, ptr %1007, align 8, !tbaa !4
-  %indvars.iv.next1518.i.epil = add nuw nsw i64 %indvars.iv1517.i.epil, 1
-  %epil.iter.next = add i64 %epil.iter, 1
-  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_t130.i.preheader, label %for_body_t.i.epil, !prof !54, !llvm.loop !55
-
-for_body_t130.i.preheader:                        ; preds = %for_body_t.i.epil, %for_body_t130.i.preheader.unr-lcssa
-  %xtraiter326 = and i64 %915, 3
-  %1008 = add i32 %914, -1
-  %1009 = icmp ult i32 %1008, 3
-  br i1 %1009, label %for_body_t130.i.epil.preheader, label %for_body_t130.i.preheader.new, !prof !49
-
-for_body_t130.i.preheader.new:                    ; preds = %for_body_t130.i.preheader
-  %unroll_iter330 = and i64 %915, 4294967292
-  br label %for_body_t130.i
-
-for_begin_kv_head.preheader.i.loopexit.unr-lcssa: ; preds = %for_body_t130.i
-  %lcmp.mod328.not = icmp eq i64 %xtraiter326, 0
-  br i1 %lcmp.mod328.not, label %for_begin_kv_head.preheader.i, label %for_body_t130.i.epil.preheader, !prof !53
-
-for_body_t130.i.epil.preheader:                   ; preds = %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %for_body_t130.i.preheader
-  %indvars.iv1520.i.epil.init = phi i64 [ 0, %for_body_t130.i.preheader ], [ %indvars.iv.next1521.i.3, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa ]
-  %lcmp.mod329 = icmp ne i64 %xtraiter326, 0
-  tail call void @llvm.assume(i1 %lcmp.mod329)
-  br label %for_body_t130.i.epil
-
-for_body_t130.i.epil:                             ; preds = %for_body_t130.i.epil, %for_body_t130.i.epil.preheader
-  %indvars.iv1520.i.epil = phi i64 [ %indvars.iv.next1521.i.epil, %for_body_t130.i.epil ], [ %indvars.iv1520.i.epil.init, %for_body_t130.i.epil.preheader ]
-  %epil.iter327 = phi i64 [ %epil.iter327.next, %for_body_t130.i.epil ], [ 0, %for_body_t130.i.epil.preheader ]
-  %1010 = add nsw i64 %indvars.iv1520.i.epil, %950
-  %1011 = trunc nsw i64 %1010 to i32
-  %1012 = tail call i32 @llvm.smin.i32(i32 %1011, i32 %901)
-  %1013 = sext i32 %1012 to i64
-  %1014 = ashr i64 %1013, 4
-  %gep1219.i.epil = getelementptr i32, ptr %604, i64 %1014
-  %1015 = load i32, ptr %gep1219.i.epil, align 4, !tbaa !4
-  %block137.i.epil = sext i32 %1015 to i64
-  %1016 = lshr i64 %1013, 1
-  %1017 = and i64 %1016, 7
-  %1018 = mul nsw i64 %1017, %v_row
-  %1019 = mul nsw i64 %v_block, %block137.i.epil
-  %1020 = add nsw i64 %1018, %1019
-  %1021 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1520.i.epil
-  store i64 %1020, ptr %1021, align 8, !tbaa !4
-  %indvars.iv.next1521.i.epil = add nuw nsw i64 %indvars.iv1520.i.epil, 1
-  %epil.iter327.next = add i64 %epil.iter327, 1
-  %epil.iter327.cmp.not = icmp eq i64 %epil.iter327.next, %xtraiter326
-  br i1 %epil.iter327.cmp.not, label %for_begin_kv_head.preheader.i, label %for_body_t130.i.epil, !prof !54, !llvm.loop !58
-
-for_begin_kv_head.preheader.i:                    ; preds = %for_body_t130.i.epil, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %if_end127.i
+for_begin_kv_head.preheader.i:                    ; preds = %for_body_t130.i, %if_end127.i
   br i1 %605, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
 
 for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
-  %1022 = add nsw i32 %954, -257
-  %1023 = add i32 %tree_size, %951
-  %1024 = sub i32 %context_len.i, %1023
-  %1025 = tail call i32 @llvm.smax.i32(i32 %1024, i32 0)
-  %1026 = zext nneg i32 %1025 to i64
-  %1027 = icmp eq i64 %indvars.iv1625.i, 0
-  %1028 = insertelement <16 x i1> poison, i1 %1027, i64 0
-  %1029 = shufflevector <16 x i1> %1028, <16 x i1> poison, <16 x i32> zeroinitializer
-  br i1 %607, label %for_body_kv_head.us.preheader.i, label %for_end_kv_head.i, !prof !3
+  %983 = add i32 %tree_size, %939
+  %984 = sub i32 %context_len.i, %983
+  %985 = tail call i32 @llvm.smax.i32(i32 %984, i32 0)
+  %986 = zext nneg i32 %985 to i64
+  %987 = icmp eq i64 %indvars.iv1600.i, 0
+  %988 = insertelement <16 x i1> poison, i1 %987, i64 0
+  %989 = shufflevector <16 x i1> %988, <16 x i1> poison, <16 x i32> zeroinitializer
+  br i1 %608, label %for_body_kv_head.us.preheader.i, label %for_end_kv_head.i, !prof !3
 
 for_body_kv_head.us.preheader.i:                  ; preds = %for_body_kv_head.lr.ph.i
-  %1030 = getelementptr i8, ptr %616, i64 %950
-  %1031 = getelementptr i8, ptr %1030, i64 %1026
-  %scevgep233 = getelementptr i8, ptr %scevgep231, i64 %931
-  %broadcast.splatinsert263 = insertelement <8 x i32> poison, i32 %1025, i64 0
-  %broadcast.splat264 = shufflevector <8 x i32> %broadcast.splatinsert263, <8 x i32> poison, <8 x i32> zeroinitializer
-  %1032 = icmp eq i32 %.mask, 0
-  %1033 = select i1 %1032, i32 -65536, i32 65535
-  %.not372 = icmp eq i32 %907, 0
-  %1034 = select i1 %.not372, i32 65535, i32 -65536
-  %1035 = icmp eq i32 %.mask, 0
-  %1036 = select i1 %1035, i32 -65536, i32 65535
-  %.not373 = icmp eq i32 %907, 0
-  %1037 = select i1 %.not373, i32 65535, i32 -65536
+  %990 = getelementptr i8, ptr %621, i64 %938
+  %991 = getelementptr i8, ptr %990, i64 %986
+  %scevgep223 = getelementptr i8, ptr %scevgep221, i64 %918
+  %scevgep225 = getelementptr i8, ptr %scevgep221, i64 %918
+  %broadcast.splatinsert255 = insertelement <8 x i32> poison, i32 %985, i64 0
+  %broadcast.splat256 = shufflevector <8 x i32> %broadcast.splatinsert255, <8 x i32> poison, <8 x i32> zeroinitializer
+  %992 = icmp eq i32 %.mask, 0
+  %993 = select i1 %992, i32 -65536, i32 65535
+  %.not320 = icmp eq i32 %910, 0
+  %994 = select i1 %.not320, i32 65535, i32 -65536
+  %995 = icmp eq i32 %.mask, 0
+  %996 = select i1 %995, i32 -65536, i32 65535
+  %.not321 = icmp eq i32 %910, 0
+  %997 = select i1 %.not321, i32 65535, i32 -65536
   br label %for_body_kv_head.us.i
 
-for_body_kv_head.us.i:                            ; preds = %for_begin_row_tile.for_end_row_tile_crit_edge.us.i, %for_body_kv_head.us.preheader.i
-  %indvars.iv1620.i = phi i64 [ 0, %for_body_kv_head.us.preheader.i ], [ %indvars.iv.next1621.i, %for_begin_row_tile.for_end_row_tile_crit_edge.us.i ]
-  %1038 = add nsw i64 %indvars.iv1620.i, %606
-  %1039 = mul nuw nsw i64 %indvars.iv1620.i, %615
-  %1040 = mul nsw i64 %1038, %k_head
-  %invariant.gep1223.us.i = getelementptr i32, ptr %key_cache, i64 %1040
-  %1041 = mul nsw i64 %1038, %v_head
-  %invariant.gep1230.us.i = getelementptr i32, ptr %value_cache, i64 %1041
+for_body_kv_head.us.i:                            ; preds = %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i, %for_body_kv_head.us.preheader.i
+  %indvars.iv1595.i = phi i64 [ 0, %for_body_kv_head.us.preheader.i ], [ %indvars.iv.next1596.i, %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i ]
+  %998 = icmp eq i64 %indvars.iv1595.i, %618
+  %indvars.iv.next1596.i = add nuw nsw i64 %indvars.iv1595.i, 1
+  %999 = select i1 %998, i64 0, i64 %indvars.iv.next1596.i
+  %1000 = add nsw i64 %indvars.iv1595.i, %607
+  %1001 = mul nuw nsw i64 %indvars.iv1595.i, %620
+  %1002 = icmp slt i64 %indvars.iv.next1596.i, %619
+  %1003 = or i1 %944, %1002
+  %1004 = add nsw i64 %999, %607
+  %1005 = mul nsw i64 %1004, %k_head
+  %1006 = select i1 %998, i32 128, i32 0
+  %invariant.gep1207.us.i = getelementptr i32, ptr %key_cache, i64 %1005
+  %1007 = mul nsw i64 %1000, %k_head
+  %1008 = mul nsw i64 %1004, %v_head
+  %1009 = mul nsw i64 %1000, %v_head
+  %invariant.gep1287.us.i = getelementptr i32, ptr %value_cache, i64 %1009
   br label %for_body_row_tile.us.i
 
-for_begin_row_tile.us.i:                          ; preds = %if_end325.us.i
-  %indvars.iv.next1616.i = add nuw nsw i64 %indvars.iv1615.i, 1
-  %exitcond1619.not.i = icmp eq i64 %indvars.iv.next1616.i, %615
-  br i1 %exitcond1619.not.i, label %for_begin_row_tile.for_end_row_tile_crit_edge.us.i, label %for_body_row_tile.us.i, !prof !8
+for_begin_row_tile.us.i:                          ; preds = %if_end300.us.i
+  %indvars.iv.next1591.i = add nuw nsw i64 %indvars.iv1590.i, 1
+  %exitcond1594.not.i = icmp eq i64 %indvars.iv.next1591.i, %620
+  br i1 %exitcond1594.not.i, label %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i, label %for_body_row_tile.us.i, !prof !8
 
 for_body_row_tile.us.i:                           ; preds = %for_begin_row_tile.us.i, %for_body_kv_head.us.i
-  %indvars.iv1615.i = phi i64 [ 0, %for_body_kv_head.us.i ], [ %indvars.iv.next1616.i, %for_begin_row_tile.us.i ]
-  %1042 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scores.us.i = tail call ptr %1042(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %1043 = icmp eq ptr %scores.us.i, null
-  br i1 %1043, label %fused_attend_compute_.exit, label %if_end141.us.i, !prof !7
+  %indvars.iv1590.i = phi i64 [ 0, %for_body_kv_head.us.i ], [ %indvars.iv.next1591.i, %for_begin_row_tile.us.i ]
+  %1010 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scores.us.i = tail call ptr %1010(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1011 = icmp eq ptr %scores.us.i, null
+  br i1 %1011, label %fused_attend_compute_.exit, label %if_end141.us.i, !prof !7
 
 if_end141.us.i:                                   ; preds = %for_body_row_tile.us.i
-  %1044 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %probs.us.i = tail call ptr %1044(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %1045 = icmp eq ptr %probs.us.i, null
-  br i1 %1045, label %fused_attend_compute_.exit, label %if_end144.us.i, !prof !7
+  %1012 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %edges.us.i = tail call ptr %1012(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
+  %1013 = icmp eq ptr %edges.us.i, null
+  br i1 %1013, label %fused_attend_compute_.exit, label %if_end144.us.i, !prof !7
 
 if_end144.us.i:                                   ; preds = %if_end141.us.i
-  %1046 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %edges.us.i = tail call ptr %1046(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %1047 = icmp eq ptr %edges.us.i, null
-  br i1 %1047, label %fused_attend_compute_.exit, label %if_end147.us.i, !prof !7
+  %1014 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %prob_pairs.us.i = tail call ptr %1014(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
+  %1015 = icmp eq ptr %prob_pairs.us.i, null
+  br i1 %1015, label %fused_attend_compute_.exit, label %if_end147.us.i, !prof !7
 
 if_end147.us.i:                                   ; preds = %if_end144.us.i
-  %1048 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %prob_pairs.us.i = tail call ptr %1048(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %1049 = icmp eq ptr %prob_pairs.us.i, null
-  br i1 %1049, label %fused_attend_compute_.exit, label %if_end150.us.i, !prof !7
+  %1016 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scaled.us.i = tail call ptr %1016(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1017 = icmp eq ptr %scaled.us.i, null
+  br i1 %1017, label %fused_attend_compute_.exit, label %if_end150.us.i, !prof !7
 
 if_end150.us.i:                                   ; preds = %if_end147.us.i
-  %1050 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scaled.us.i = tail call ptr %1050(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %1051 = icmp eq ptr %scaled.us.i, null
-  br i1 %1051, label %fused_attend_compute_.exit, label %if_end153.us.i, !prof !7
+  %1018 = add nuw nsw i64 %indvars.iv1590.i, %1001
+  %1019 = trunc nuw i64 %1018 to i32
+  %1020 = shl i64 %1018, 2
+  %1021 = and i64 %1020, 4294967292
+  %1022 = getelementptr i32, ptr %reach525.i, i64 %1021
+  %1023 = getelementptr i8, ptr %1022, i64 4
+  %1024 = load i32, ptr %1023, align 4, !tbaa !12
+  %1025 = sext i32 %1024 to i64
+  %1026 = icmp slt i64 %938, %1025
+  br i1 %1026, label %if_then152.us.i, label %if_end153.us.i, !prof !7
 
-if_end153.us.i:                                   ; preds = %if_end150.us.i
-  %1052 = srem i32 %1022, %113
-  %1053 = ashr i32 %1052, 31
-  %1054 = sdiv i32 %1022, %113
-  %1055 = add nsw i32 %1054, %1053
-  %.not5711221.us.i = icmp slt i32 %1055, 0
-  br i1 %.not5711221.us.i, label %for_end_t166.us.i, label %for_body_t156.lr.ph.us.i, !prof !11
+if_then152.us.i:                                  ; preds = %if_end150.us.i
+  %1027 = icmp eq i64 %indvars.iv1590.i, %617
+  %1028 = sub nsw i32 %1024, %939
+  %valid_len155.us.i = tail call i32 @llvm.smin.i32(i32 %941, i32 %1028)
+  %1029 = add nsw i32 %valid_len155.us.i, 7
+  %1030 = ashr i32 %1029, 3
+  %1031 = icmp sgt i32 %1030, 0
+  %1032 = and i1 %1003, %1027
+  br i1 %1031, label %for_body_to.us.us.preheader.i, label %for_end_to160.us.i, !prof !3
 
-for_body_t156.us.i:                               ; preds = %for_body_t156.lr.ph.us.i.new, %for_body_t156.us.i
-  %t1591222.us.i = phi i32 [ 0, %for_body_t156.lr.ph.us.i.new ], [ %1099, %for_body_t156.us.i ]
-  %niter337 = phi i32 [ 0, %for_body_t156.lr.ph.us.i.new ], [ %niter337.next.1, %for_body_t156.us.i ]
-  %1056 = add nuw nsw i32 %t1591222.us.i, %2052
-  %1057 = tail call i32 @llvm.smin.i32(i32 %1056, i32 %1022)
-  %1058 = shl i32 %1057, 2
-  %1059 = and i32 %1058, 60
-  %1060 = and i32 %1057, -16
-  %1061 = sext i32 %1060 to i64
-  %1062 = getelementptr i64, ptr %key_offsets.i, i64 %1061
-  %1063 = getelementptr i8, ptr %1062, i64 2048
-  %1064 = load i64, ptr %1063, align 8, !tbaa !4
-  %gep1224.us.i = getelementptr i32, ptr %invariant.gep1223.us.i, i64 %1064
-  %1065 = zext nneg i32 %1059 to i64
-  %1066 = mul nsw i64 %k_row, %1065
-  %1067 = getelementptr i32, ptr %gep1224.us.i, i64 %1066
-  tail call void @llvm.prefetch.p0(ptr readonly %1067, i32 0, i32 2, i32 1)
-  %1068 = or disjoint i64 %1065, 1
-  %1069 = mul nsw i64 %1068, %k_row
-  %1070 = getelementptr i32, ptr %gep1224.us.i, i64 %1069
-  tail call void @llvm.prefetch.p0(ptr readonly %1070, i32 0, i32 2, i32 1)
-  %1071 = or disjoint i64 %1065, 2
-  %1072 = mul nsw i64 %1071, %k_row
-  %1073 = getelementptr i32, ptr %gep1224.us.i, i64 %1072
-  tail call void @llvm.prefetch.p0(ptr readonly %1073, i32 0, i32 2, i32 1)
-  %1074 = or disjoint i64 %1065, 3
-  %1075 = mul nsw i64 %1074, %k_row
-  %1076 = getelementptr i32, ptr %gep1224.us.i, i64 %1075
-  tail call void @llvm.prefetch.p0(ptr readonly %1076, i32 0, i32 2, i32 1)
-  %1077 = or disjoint i32 %t1591222.us.i, 1
-  %1078 = add nuw nsw i32 %1077, %2052
-  %1079 = tail call i32 @llvm.smin.i32(i32 %1078, i32 %1022)
-  %1080 = shl i32 %1079, 2
-  %1081 = and i32 %1080, 60
-  %1082 = and i32 %1079, -16
-  %1083 = sext i32 %1082 to i64
-  %1084 = getelementptr i64, ptr %key_offsets.i, i64 %1083
-  %1085 = getelementptr i8, ptr %1084, i64 2048
-  %1086 = load i64, ptr %1085, align 8, !tbaa !4
-  %gep1224.us.i.1 = getelementptr i32, ptr %invariant.gep1223.us.i, i64 %1086
-  %1087 = zext nneg i32 %1081 to i64
-  %1088 = mul nsw i64 %k_row, %1087
-  %1089 = getelementptr i32, ptr %gep1224.us.i.1, i64 %1088
-  tail call void @llvm.prefetch.p0(ptr readonly %1089, i32 0, i32 2, i32 1)
-  %1090 = or disjoint i64 %1087, 1
-  %1091 = mul nsw i64 %1090, %k_row
-  %1092 = getelementptr i32, ptr %gep1224.us.i.1, i64 %1091
-  tail call void @llvm.prefetch.p0(ptr readonly %1092, i32 0, i32 2, i32 1)
-  %1093 = or disjoint i64 %1087, 2
-  %1094 = mul nsw i64 %1093, %k_row
-  %1095 = getelementptr i32, ptr %gep1224.us.i.1, i64 %1094
-  tail call void @llvm.prefetch.p0(ptr readonly %1095, i32 0, i32 2, i32 1)
-  %1096 = or disjoint i64 %1087, 3
-  %1097 = mul nsw i64 %1096, %k_row
-  %1098 = getelementptr i32, ptr %gep1224.us.i.1, i64 %1097
-  tail call void @llvm.prefetch.p0(ptr readonly %1098, i32 0, i32 2, i32 1)
-  %1099 = add nuw i32 %t1591222.us.i, 2
-  %niter337.next.1 = add i32 %niter337, 2
-  %niter337.ncmp.1 = icmp eq i32 %niter337.next.1, %unroll_iter336
-  br i1 %niter337.ncmp.1, label %for_body_t165.us.i.preheader.unr-lcssa, label %for_body_t156.us.i, !prof !59, !llvm.loop !60
+for_body_to.us.us.preheader.i:                    ; preds = %if_then152.us.i
+  %1033 = shl i64 %1018, 10
+  %1034 = and i64 %1033, 4294966272
+  %wide.trip.count1517.i = zext nneg i32 %1030 to i64
+  %invariant.gep1762.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %1034
+  br label %for_body_to.us.us.i
 
-for_body_t165.us.i.preheader.unr-lcssa:           ; preds = %for_body_t156.us.i
-  %lcmp.mod334.not = icmp eq i32 %xtraiter332, 0
-  br i1 %lcmp.mod334.not, label %for_body_t165.us.i.preheader, label %for_body_t156.us.i.epil.preheader, !prof !54
+for_end_to160.us.i:                               ; preds = %for_begin_ti.preheader.us.i, %if_then152.us.i
+  br i1 %134, label %if_then163.us.i, label %if_end164.us.i, !prof !7
 
-for_body_t156.us.i.epil.preheader:                ; preds = %for_body_t156.lr.ph.us.i, %for_body_t165.us.i.preheader.unr-lcssa
-  %t1591222.us.i.epil.init = phi i32 [ 0, %for_body_t156.lr.ph.us.i ], [ %1099, %for_body_t165.us.i.preheader.unr-lcssa ]
-  %lcmp.mod335 = icmp ne i32 %xtraiter332, 0
-  tail call void @llvm.assume(i1 %lcmp.mod335)
-  %1100 = add nuw nsw i32 %t1591222.us.i.epil.init, %2052
-  %1101 = tail call i32 @llvm.smin.i32(i32 %1100, i32 %1022)
-  %1102 = shl i32 %1101, 2
-  %1103 = and i32 %1102, 60
-  %1104 = and i32 %1101, -16
-  %1105 = sext i32 %1104 to i64
-  %1106 = getelementptr i64, ptr %key_offsets.i, i64 %1105
-  %1107 = getelementptr i8, ptr %1106, i64 2048
-  %1108 = load i64, ptr %1107, align 8, !tbaa !4
-  %gep1224.us.i.epil = getelementptr i32, ptr %invariant.gep1223.us.i, i64 %1108
-  %1109 = zext nneg i32 %1103 to i64
-  %1110 = mul nsw i64 %k_row, %1109
-  %1111 = getelementptr i32, ptr %gep1224.us.i.epil, i64 %1110
-  tail call void @llvm.prefetch.p0(ptr readonly %1111, i32 0, i32 2, i32 1)
-  %1112 = or disjoint i64 %1109, 1
-  %1113 = mul nsw i64 %1112, %k_row
-  %1114 = getelementptr i32, ptr %gep1224.us.i.epil, i64 %1113
-  tail call void @llvm.prefetch.p0(ptr readonly %1114, i32 0, i32 2, i32 1)
-  %1115 = or disjoint i64 %1109, 2
-  %1116 = mul nsw i64 %1115, %k_row
-  %1117 = getelementptr i32, ptr %gep1224.us.i.epil, i64 %1116
-  tail call void @llvm.prefetch.p0(ptr readonly %1117, i32 0, i32 2, i32 1)
-  %1118 = or disjoint i64 %1109, 3
-  %1119 = mul nsw i64 %1118, %k_row
-  %1120 = getelementptr i32, ptr %gep1224.us.i.epil, i64 %1119
-  tail call void @llvm.prefetch.p0(ptr readonly %1120, i32 0, i32 2, i32 1)
-  br label %for_body_t165.us.i.preheader
+if_then163.us.i:                                  ; preds = %for_end_to160.us.i
+  %1035 = urem i32 %1019, %113
+  %1036 = shl nuw nsw i32 %1035, 4
+  %1037 = sub nsw i32 %111, %1036
+  %1038 = tail call i32 @llvm.smin.i32(i32 %1037, i32 16)
+  %1039 = icmp sgt i32 %1037, 0
+  br i1 %1039, label %for_body_r166.lr.ph.us.i, label %if_end164.us.i, !prof !3
 
-for_body_t165.us.i.preheader:                     ; preds = %for_body_t156.us.i.epil.preheader, %for_body_t165.us.i.preheader.unr-lcssa
-  %xtraiter338 = and i32 %2050, 3
-  %1121 = icmp ult i32 %1055, 3
-  br i1 %1121, label %for_body_t165.us.i.epil.preheader, label %for_body_t165.us.i.preheader.new, !prof !49
+if_end164.us.i:                                   ; preds = %for_begin_c.for_end_c_crit_edge.us.us.i, %for_body_r166.lr.ph.us.i, %if_then163.us.i, %for_end_to160.us.i
+  br i1 %1031, label %for_begin_ti178.preheader.us.preheader.i, label %for_end_to175.us.i, !prof !3
 
-for_body_t165.us.i.preheader.new:                 ; preds = %for_body_t165.us.i.preheader
-  %unroll_iter342 = and i32 %2050, -4
-  br label %for_body_t165.us.i
+for_begin_ti178.preheader.us.preheader.i:         ; preds = %if_end164.us.i
+  %wide.trip.count1538.i = zext nneg i32 %1030 to i64
+  %xtraiter306 = and i64 %wide.trip.count1538.i, 1
+  %1040 = icmp eq i32 %1030, 1
+  br i1 %1040, label %for_begin_ti178.preheader.us.i.epil.preheader, label %for_begin_ti178.preheader.us.preheader.i.new, !prof !51
 
-for_body_t165.us.i:                               ; preds = %for_body_t165.us.i, %for_body_t165.us.i.preheader.new
-  %t1681229.us.i = phi i32 [ 0, %for_body_t165.us.i.preheader.new ], [ %1161, %for_body_t165.us.i ]
-  %niter343 = phi i32 [ 0, %for_body_t165.us.i.preheader.new ], [ %niter343.next.3, %for_body_t165.us.i ]
-  %1122 = add nuw nsw i32 %t1681229.us.i, %2052
-  %1123 = tail call i32 @llvm.smin.i32(i32 %1122, i32 %1022)
-  %1124 = sext i32 %1123 to i64
-  %1125 = getelementptr i64, ptr %value_offsets.i, i64 %1124
-  %1126 = getelementptr i8, ptr %1125, i64 2048
-  %1127 = load i64, ptr %1126, align 8, !tbaa !4
-  %1128 = shl i32 %1123, 6
-  %1129 = and i32 %1128, 64
-  %gep1231.us.i = getelementptr i32, ptr %invariant.gep1230.us.i, i64 %1127
-  %1130 = zext nneg i32 %1129 to i64
-  %gep1226.us.i = getelementptr i32, ptr %gep1231.us.i, i64 %1130
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.i, i32 0, i32 2, i32 1)
-  %gep1226.us.1.i = getelementptr i8, ptr %gep1226.us.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.1.i, i32 0, i32 2, i32 1)
-  %gep1226.us.2.i = getelementptr i8, ptr %gep1226.us.i, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.2.i, i32 0, i32 2, i32 1)
-  %gep1226.us.3.i = getelementptr i8, ptr %gep1226.us.i, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.3.i, i32 0, i32 2, i32 1)
-  %1131 = or disjoint i32 %t1681229.us.i, 1
-  %1132 = add nuw nsw i32 %1131, %2052
-  %1133 = tail call i32 @llvm.smin.i32(i32 %1132, i32 %1022)
-  %1134 = sext i32 %1133 to i64
-  %1135 = getelementptr i64, ptr %value_offsets.i, i64 %1134
-  %1136 = getelementptr i8, ptr %1135, i64 2048
-  %1137 = load i64, ptr %1136, align 8, !tbaa !4
-  %1138 = shl i32 %1133, 6
-  %1139 = and i32 %1138, 64
-  %gep1231.us.i.1 = getelementptr i32, ptr %invariant.gep1230.us.i, i64 %1137
-  %1140 = zext nneg i32 %1139 to i64
-  %gep1226.us.i.1 = getelementptr i32, ptr %gep1231.us.i.1, i64 %1140
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.i.1, i32 0, i32 2, i32 1)
-  %gep1226.us.1.i.1 = getelementptr i8, ptr %gep1226.us.i.1, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.1.i.1, i32 0, i32 2, i32 1)
-  %gep1226.us.2.i.1 = getelementptr i8, ptr %gep1226.us.i.1, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.2.i.1, i32 0, i32 2, i32 1)
-  %gep1226.us.3.i.1 = getelementptr i8, ptr %gep1226.us.i.1, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.3.i.1, i32 0, i32 2, i32 1)
-  %1141 = or disjoint i32 %t1681229.us.i, 2
-  %1142 = add nuw nsw i32 %1141, %2052
-  %1143 = tail call i32 @llvm.smin.i32(i32 %1142, i32 %1022)
-  %1144 = sext i32 %1143 to i64
-  %1145 = getelementptr i64, ptr %value_offsets.i, i64 %1144
-  %1146 = getelementptr i8, ptr %1145, i64 2048
-  %1147 = load i64, ptr %1146, align 8, !tbaa !4
-  %1148 = shl i32 %1143, 6
-  %1149 = and i32 %1148, 64
-  %gep1231.us.i.2 = getelementptr i32, ptr %invariant.gep1230.us.i, i64 %1147
-  %1150 = zext nneg i32 %1149 to i64
-  %gep1226.us.i.2 = getelementptr i32, ptr %gep1231.us.i.2, i64 %1150
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.i.2, i32 0, i32 2, i32 1)
-  %gep1226.us.1.i.2 = getelementptr i8, ptr %gep1226.us.i.2, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.1.i.2, i32 0, i32 2, i32 1)
-  %gep1226.us.2.i.2 = getelementptr i8, ptr %gep1226.us.i.2, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.2.i.2, i32 0, i32 2, i32 1)
-  %gep1226.us.3.i.2 = getelementptr i8, ptr %gep1226.us.i.2, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.3.i.2, i32 0, i32 2, i32 1)
-  %1151 = or disjoint i32 %t1681229.us.i, 3
-  %1152 = add nuw nsw i32 %1151, %2052
-  %1153 = tail call i32 @llvm.smin.i32(i32 %1152, i32 %1022)
-  %1154 = sext i32 %1153 to i64
-  %1155 = getelementptr i64, ptr %value_offsets.i, i64 %1154
-  %1156 = getelementptr i8, ptr %1155, i64 2048
-  %1157 = load i64, ptr %1156, align 8, !tbaa !4
-  %1158 = shl i32 %1153, 6
-  %1159 = and i32 %1158, 64
-  %gep1231.us.i.3 = getelementptr i32, ptr %invariant.gep1230.us.i, i64 %1157
-  %1160 = zext nneg i32 %1159 to i64
-  %gep1226.us.i.3 = getelementptr i32, ptr %gep1231.us.i.3, i64 %1160
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.i.3, i32 0, i32 2, i32 1)
-  %gep1226.us.1.i.3 = getelementptr i8, ptr %gep1226.us.i.3, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.1.i.3, i32 0, i32 2, i32 1)
-  %gep1226.us.2.i.3 = getelementptr i8, ptr %gep1226.us.i.3, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.2.i.3, i32 0, i32 2, i32 1)
-  %gep1226.us.3.i.3 = getelementptr i8, ptr %gep1226.us.i.3, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.3.i.3, i32 0, i32 2, i32 1)
-  %1161 = add nuw i32 %t1681229.us.i, 4
-  %niter343.next.3 = add i32 %niter343, 4
-  %niter343.ncmp.3 = icmp eq i32 %niter343.next.3, %unroll_iter342
-  br i1 %niter343.ncmp.3, label %for_end_t166.us.i.loopexit.unr-lcssa, label %for_body_t165.us.i, !prof !50, !llvm.loop !62
+for_begin_ti178.preheader.us.preheader.i.new:     ; preds = %for_begin_ti178.preheader.us.preheader.i
+  %unroll_iter = and i64 %wide.trip.count1538.i, 2147483646
+  br label %for_begin_ti178.preheader.us.i
 
-for_end_t166.us.i.loopexit.unr-lcssa:             ; preds = %for_body_t165.us.i
-  %lcmp.mod340.not = icmp eq i32 %xtraiter338, 0
-  br i1 %lcmp.mod340.not, label %for_end_t166.us.i, label %for_body_t165.us.i.epil.preheader, !prof !53
+for_end_to175.us.i:                               ; preds = %if_end164.us.i
+  %1041 = icmp sgt i32 %valid_len155.us.i, 0
+  %1042 = insertelement <16 x i1> poison, i1 %1041, i64 0
+  %1043 = shufflevector <16 x i1> %1042, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1044 = select <16 x i1> %1043, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
+  %1045 = shl i64 %1018, 4
+  %1046 = and i64 %1045, 4294967280
+  br label %for_end_to185.us.i
 
-for_body_t165.us.i.epil.preheader:                ; preds = %for_end_t166.us.i.loopexit.unr-lcssa, %for_body_t165.us.i.preheader
-  %t1681229.us.i.epil.init = phi i32 [ 0, %for_body_t165.us.i.preheader ], [ %1161, %for_end_t166.us.i.loopexit.unr-lcssa ]
-  %lcmp.mod341 = icmp ne i32 %xtraiter338, 0
-  tail call void @llvm.assume(i1 %lcmp.mod341)
-  br label %for_body_t165.us.i.epil
+for_end_to185.us.i:                               ; preds = %for_end_ax0197.us.i, %for_end_to175.us.i
+  %1047 = phi i64 [ %1046, %for_end_to175.us.i ], [ %2560, %for_end_ax0197.us.i ]
+  %1048 = phi <16 x float> [ %1044, %for_end_to175.us.i ], [ %2558, %for_end_ax0197.us.i ]
+  %tile_sum522.sroa.0.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_end_to175.us.i ], [ %.us-phi.us.i, %for_end_ax0197.us.i ]
+  %1049 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %1047
+  %1050 = load <16 x float>, ptr %1049, align 4, !tbaa !4
+  %old_max.us.i = select <16 x i1> %989, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %1050
+  %1051 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %1047
+  %1052 = load <16 x float>, ptr %1051, align 4, !tbaa !4
+  %old_sum.us.i = select <16 x i1> %989, <16 x float> zeroinitializer, <16 x float> %1052
+  %1053 = fcmp ogt <16 x float> %old_max.us.i, %1048
+  %1054 = fcmp oeq <16 x float> %tile_sum522.sroa.0.0.lcssa.us.i, zeroinitializer
+  %1055 = select <16 x i1> %1054, <16 x i1> splat (i1 true), <16 x i1> %1053
+  %old_or_both.us.i = select <16 x i1> %1055, <16 x float> %old_max.us.i, <16 x float> %1048
+  %1056 = fcmp oeq <16 x float> %old_sum.us.i, zeroinitializer
+  %m.us.i = select <16 x i1> %1056, <16 x float> %1048, <16 x float> %old_or_both.us.i
+  %1057 = fsub <16 x float> %old_max.us.i, %m.us.i
+  %1058 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1057, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1059 = bitcast <16 x float> %1058 to <16 x i32>
+  %1060 = fadd <16 x float> %1058, splat (float 0xC168000FE0000000)
+  %1061 = fmul <16 x float> %1060, splat (float 0x3F2BD01060000000)
+  %1062 = fmul <16 x float> %1060, splat (float 0x3FE6300000000000)
+  %1063 = fsub <16 x float> %1057, %1062
+  %1064 = fadd <16 x float> %1061, %1063
+  %1065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1064, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1066 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1065, <16 x float> %1064, <16 x float> splat (float 0x3FA5558F20000000))
+  %1067 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1066, <16 x float> %1064, <16 x float> splat (float 0x3FC5554920000000))
+  %1068 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1067, <16 x float> %1064, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1069 = fmul <16 x float> %1064, %1064
+  %1070 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1068, <16 x float> %1069, <16 x float> %1064)
+  %1071 = shl <16 x i32> %1059, splat (i32 23)
+  %1072 = bitcast <16 x i32> %1071 to <16 x float>
+  %1073 = fadd <16 x float> %1070, splat (float 1.000000e+00)
+  %1074 = fmul <16 x float> %1073, %1072
+  %1075 = fcmp olt <16 x float> %1057, splat (float -8.700000e+01)
+  %1076 = select <16 x i1> %1075, <16 x float> zeroinitializer, <16 x float> %1074
+  %1077 = fcmp one <16 x float> %old_sum.us.i, zeroinitializer
+  %1078 = select <16 x i1> %1077, <16 x float> %1076, <16 x float> zeroinitializer
+  %arg215.us.i = fsub <16 x float> %1048, %m.us.i
+  %1079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg215.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1080 = bitcast <16 x float> %1079 to <16 x i32>
+  %1081 = fadd <16 x float> %1079, splat (float 0xC168000FE0000000)
+  %1082 = fmul <16 x float> %1081, splat (float 0x3F2BD01060000000)
+  %1083 = fmul <16 x float> %1081, splat (float 0x3FE6300000000000)
+  %1084 = fsub <16 x float> %arg215.us.i, %1083
+  %1085 = fadd <16 x float> %1082, %1084
+  %1086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1085, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1086, <16 x float> %1085, <16 x float> splat (float 0x3FA5558F20000000))
+  %1088 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1087, <16 x float> %1085, <16 x float> splat (float 0x3FC5554920000000))
+  %1089 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1088, <16 x float> %1085, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1090 = fmul <16 x float> %1085, %1085
+  %1091 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1089, <16 x float> %1090, <16 x float> %1085)
+  %1092 = shl <16 x i32> %1080, splat (i32 23)
+  %1093 = bitcast <16 x i32> %1092 to <16 x float>
+  %1094 = fadd <16 x float> %1091, splat (float 1.000000e+00)
+  %1095 = fmul <16 x float> %1094, %1093
+  %1096 = fcmp olt <16 x float> %arg215.us.i, splat (float -8.700000e+01)
+  %1097 = select <16 x i1> %1096, <16 x float> zeroinitializer, <16 x float> %1095
+  %1098 = fcmp one <16 x float> %tile_sum522.sroa.0.0.lcssa.us.i, zeroinitializer
+  %1099 = select <16 x i1> %1098, <16 x float> %1097, <16 x float> zeroinitializer
+  %1100 = fmul <16 x float> %old_sum.us.i, %1078
+  %1101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1099, <16 x float> %tile_sum522.sroa.0.0.lcssa.us.i, <16 x float> %1100)
+  store <16 x float> %m.us.i, ptr %1049, align 4, !tbaa !4
+  store <16 x float> %1101, ptr %1051, align 4, !tbaa !4
+  %1102 = load i32, ptr %1022, align 16, !tbaa !12
+  %1103 = sub nsw i32 %1102, %939
+  %1104 = tail call i32 @llvm.smin.i32(i32 %1103, i32 %valid_len155.us.i)
+  %1105 = tail call i32 @llvm.smin.i32(i32 %1104, i32 %984)
+  %1106 = select i1 %134, i32 %1105, i32 %1104
+  %1107 = tail call i32 @llvm.smax.i32(i32 %1106, i32 0)
+  %num_full.us.i = lshr i32 %1107, 3
+  %1108 = sub nsw i32 %1030, %num_full.us.i
+  %1109 = icmp sgt i32 %1108, 0
+  br i1 %1109, label %for_begin_ti238.preheader.lr.ph.us.i, label %for_end_to235.us.i, !prof !3
 
-for_body_t165.us.i.epil:                          ; preds = %for_body_t165.us.i.epil, %for_body_t165.us.i.epil.preheader
-  %t1681229.us.i.epil = phi i32 [ %1171, %for_body_t165.us.i.epil ], [ %t1681229.us.i.epil.init, %for_body_t165.us.i.epil.preheader ]
-  %epil.iter339 = phi i32 [ %epil.iter339.next, %for_body_t165.us.i.epil ], [ 0, %for_body_t165.us.i.epil.preheader ]
-  %1162 = add nuw nsw i32 %t1681229.us.i.epil, %2052
-  %1163 = tail call i32 @llvm.smin.i32(i32 %1162, i32 %1022)
-  %1164 = sext i32 %1163 to i64
-  %1165 = getelementptr i64, ptr %value_offsets.i, i64 %1164
-  %1166 = getelementptr i8, ptr %1165, i64 2048
-  %1167 = load i64, ptr %1166, align 8, !tbaa !4
-  %1168 = shl i32 %1163, 6
-  %1169 = and i32 %1168, 64
-  %gep1231.us.i.epil = getelementptr i32, ptr %invariant.gep1230.us.i, i64 %1167
-  %1170 = zext nneg i32 %1169 to i64
-  %gep1226.us.i.epil = getelementptr i32, ptr %gep1231.us.i.epil, i64 %1170
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.i.epil, i32 0, i32 2, i32 1)
-  %gep1226.us.1.i.epil = getelementptr i8, ptr %gep1226.us.i.epil, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.1.i.epil, i32 0, i32 2, i32 1)
-  %gep1226.us.2.i.epil = getelementptr i8, ptr %gep1226.us.i.epil, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.2.i.epil, i32 0, i32 2, i32 1)
-  %gep1226.us.3.i.epil = getelementptr i8, ptr %gep1226.us.i.epil, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1226.us.3.i.epil, i32 0, i32 2, i32 1)
-  %1171 = add nuw i32 %t1681229.us.i.epil, 1
-  %epil.iter339.next = add i32 %epil.iter339, 1
-  %epil.iter339.cmp.not = icmp eq i32 %epil.iter339.next, %xtraiter338
-  br i1 %epil.iter339.cmp.not, label %for_end_t166.us.i, label %for_body_t165.us.i.epil, !prof !54, !llvm.loop !63
+for_end_to235.us.i:                               ; preds = %for_begin_ti238.preheader.us.i, %for_end_to185.us.i
+  br i1 %134, label %if_then243.us.i, label %if_end244.us.i, !prof !7
 
-for_end_t166.us.i:                                ; preds = %for_body_t165.us.i.epil, %for_end_t166.us.i.loopexit.unr-lcssa, %if_end153.us.i
-  %1172 = add nuw nsw i64 %indvars.iv1615.i, %1039
-  %1173 = trunc nuw i64 %1172 to i32
-  %1174 = shl i64 %1172, 2
-  %1175 = and i64 %1174, 4294967292
-  %1176 = getelementptr i32, ptr %reach550.i, i64 %1175
-  %1177 = getelementptr i8, ptr %1176, i64 4
-  %1178 = load i32, ptr %1177, align 4, !tbaa !12
-  %1179 = sext i32 %1178 to i64
-  %1180 = icmp slt i64 %950, %1179
-  br i1 %1180, label %if_then176.us.i, label %if_end177.us.i, !prof !7
+if_then243.us.i:                                  ; preds = %for_end_to235.us.i
+  %1110 = urem i32 %1019, %113
+  %1111 = shl nuw nsw i32 %1110, 4
+  %1112 = sub nsw i32 %111, %1111
+  %1113 = tail call i32 @llvm.smin.i32(i32 %1112, i32 16)
+  %1114 = icmp sgt i32 %1112, 0
+  br i1 %1114, label %for_body_r246.lr.ph.us.i, label %if_end244.us.i, !prof !3
 
-if_then176.us.i:                                  ; preds = %for_end_t166.us.i
-  %1181 = sub nsw i32 %1178, %951
-  %valid_len179.us.i = tail call i32 @llvm.smin.i32(i32 %956, i32 %1181)
-  %1182 = add nsw i32 %valid_len179.us.i, 7
-  %1183 = ashr i32 %1182, 3
-  %1184 = icmp sgt i32 %1183, 0
-  br i1 %1184, label %for_begin_d_0.preheader.us.us.preheader.i, label %for_end_to182.us.i, !prof !3
+if_end244.us.i:                                   ; preds = %for_begin_c250.for_end_c252_crit_edge.us.us.i, %for_body_r246.lr.ph.us.i, %if_then243.us.i, %for_end_to235.us.i
+  %.not1447.i = icmp eq i32 %num_full.us.i, 0
+  %1115 = shl nuw nsw i32 %num_full.us.i, 2
+  %1116 = add nsw i32 %valid_len155.us.i, 1
+  %1117 = ashr i32 %1116, 1
+  %1118 = sub nsw i32 %1117, %1115
+  %1119 = icmp sgt i32 %1118, 0
+  %1120 = shl i64 %1018, 11
+  %1121 = shl nuw nsw i32 %num_full.us.i, 6
+  %1122 = and i32 %1107, 2147483640
+  %1123 = fmul <16 x float> %1078, zeroinitializer
+  %1124 = zext nneg i32 %1121 to i64
+  %1125 = zext nneg i32 %1122 to i64
+  %1126 = and i64 %1120, 4294965248
+  %1127 = zext nneg i32 %num_full.us.i to i64
+  %wide.trip.count1584.i = zext nneg i32 %1118 to i64
+  %invariant.gep1764.i = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1125
+  br label %for_begin_to255.preheader.us.i
 
-for_begin_d_0.preheader.us.us.preheader.i:        ; preds = %if_then176.us.i
-  %1185 = shl i64 %1172, 10
-  %1186 = and i64 %1185, 4294966272
-  %wide.trip.count1540.i = zext nneg i32 %1183 to i64
-  %invariant.gep1774.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %1186
-  br label %for_begin_d_0.preheader.us.us.i
+if_end153.us.i:                                   ; preds = %if_end292.us.i, %if_end150.us.i
+  %1128 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1129 = tail call i32 %1128(i32 1, i32 %dev_id, ptr nonnull %scaled.us.i)
+  %.not546.us.i = icmp eq i32 %1129, 0
+  br i1 %.not546.us.i, label %if_end294.us.i, label %fused_attend_compute_.exit, !prof !36
 
-for_end_to182.us.i:                               ; preds = %for_begin_ti.preheader.us.i, %if_then176.us.i
-  br i1 %134, label %if_then185.us.i, label %if_end186.us.i, !prof !7
+if_end294.us.i:                                   ; preds = %if_end153.us.i
+  %1130 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1131 = tail call i32 %1130(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.us.i)
+  %.not547.us.i = icmp eq i32 %1131, 0
+  br i1 %.not547.us.i, label %if_end297.us.i, label %fused_attend_compute_.exit, !prof !36
 
-if_then185.us.i:                                  ; preds = %for_end_to182.us.i
-  %1187 = urem i32 %1173, %113
-  %1188 = shl nuw nsw i32 %1187, 4
-  %1189 = sub nsw i32 %111, %1188
-  %1190 = tail call i32 @llvm.smin.i32(i32 %1189, i32 16)
-  %1191 = icmp sgt i32 %1189, 0
-  br i1 %1191, label %for_body_r188.lr.ph.us.i, label %if_end186.us.i, !prof !3
+if_end297.us.i:                                   ; preds = %if_end294.us.i
+  %1132 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1133 = tail call i32 %1132(i32 1, i32 %dev_id, ptr nonnull %edges.us.i)
+  %.not548.us.i = icmp eq i32 %1133, 0
+  br i1 %.not548.us.i, label %if_end300.us.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end186.us.i:                                   ; preds = %for_begin_c.for_end_c_crit_edge.us.us.i, %for_body_r188.lr.ph.us.i, %if_then185.us.i, %for_end_to182.us.i
-  br i1 %1184, label %for_begin_ti200.preheader.us.preheader.i, label %for_begin_to217.preheader.us.thread.i, !prof !3
+if_end300.us.i:                                   ; preds = %if_end297.us.i
+  %1134 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1135 = tail call i32 %1134(i32 1, i32 %dev_id, ptr nonnull %scores.us.i)
+  %.not549.us.i = icmp eq i32 %1135, 0
+  br i1 %.not549.us.i, label %for_begin_row_tile.us.i, label %fused_attend_compute_.exit, !prof !36
 
-for_begin_ti200.preheader.us.preheader.i:         ; preds = %if_end186.us.i
-  %wide.trip.count1561.i = zext nneg i32 %1183 to i64
-  %1192 = add nsw i64 %wide.trip.count1561.i, -1
-  %xtraiter346 = and i64 %wide.trip.count1561.i, 1
-  %1193 = icmp eq i64 %1192, 0
-  br i1 %1193, label %for_begin_ti200.preheader.us.i.epil.preheader, label %for_begin_ti200.preheader.us.preheader.i.new, !prof !64
+for_end_to257.us.i:                               ; preds = %for_begin_to255.preheader.us.i, %if_end261.us.i
+  %full_acc512.sroa.8.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to255.preheader.us.i ], [ %r.i951.us.3.i, %if_end261.us.i ]
+  %full_acc512.sroa.4.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to255.preheader.us.i ], [ %r.i948.us.3.i, %if_end261.us.i ]
+  %full_acc512.sroa.0.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to255.preheader.us.i ], [ %r.i945.us.3.i, %if_end261.us.i ]
+  %full_acc512.sroa.12.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to255.preheader.us.i ], [ %r.i954.us.3.i, %if_end261.us.i ]
+  %full_acc512.sroa.16.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to255.preheader.us.i ], [ %r.i957.us.3.i, %if_end261.us.i ]
+  %full_acc512.sroa.20.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to255.preheader.us.i ], [ %r.i960.us.3.i, %if_end261.us.i ]
+  %full_acc512.sroa.24.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to255.preheader.us.i ], [ %r.i963.us.3.i, %if_end261.us.i ]
+  %full_acc512.sroa.28.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to255.preheader.us.i ], [ %r.i966.us.3.i, %if_end261.us.i ]
+  br i1 %1119, label %for_body_ti273.lr.ph.us.i, label %for_end_ti274.us.i, !prof !3
 
-for_begin_ti200.preheader.us.preheader.i.new:     ; preds = %for_begin_ti200.preheader.us.preheader.i
-  %unroll_iter351 = and i64 %wide.trip.count1561.i, 2147483646
-  br label %for_begin_ti200.preheader.us.i
+for_end_ti274.us.i:                               ; preds = %for_body_ti273.us.i, %for_end_to257.us.i
+  %tile_acc513.sroa.31.0.lcssa.us.i = phi <16 x float> [ %full_acc512.sroa.28.0.lcssa.us.i, %for_end_to257.us.i ], [ %r.i990.us.i, %for_body_ti273.us.i ]
+  %tile_acc513.sroa.27.0.lcssa.us.i = phi <16 x float> [ %full_acc512.sroa.24.0.lcssa.us.i, %for_end_to257.us.i ], [ %r.i987.us.i, %for_body_ti273.us.i ]
+  %tile_acc513.sroa.22.0.lcssa.us.i = phi <16 x float> [ %full_acc512.sroa.20.0.lcssa.us.i, %for_end_to257.us.i ], [ %r.i984.us.i, %for_body_ti273.us.i ]
+  %tile_acc513.sroa.18.0.lcssa.us.i = phi <16 x float> [ %full_acc512.sroa.16.0.lcssa.us.i, %for_end_to257.us.i ], [ %r.i981.us.i, %for_body_ti273.us.i ]
+  %tile_acc513.sroa.13.0.lcssa.us.i = phi <16 x float> [ %full_acc512.sroa.12.0.lcssa.us.i, %for_end_to257.us.i ], [ %r.i978.us.i, %for_body_ti273.us.i ]
+  %tile_acc513.sroa.9.0.lcssa.us.i = phi <16 x float> [ %full_acc512.sroa.8.0.lcssa.us.i, %for_end_to257.us.i ], [ %r.i975.us.i, %for_body_ti273.us.i ]
+  %tile_acc513.sroa.4.0.lcssa.us.i = phi <16 x float> [ %full_acc512.sroa.4.0.lcssa.us.i, %for_end_to257.us.i ], [ %r.i972.us.i, %for_body_ti273.us.i ]
+  %tile_acc513.sroa.0.0.lcssa.us.i = phi <16 x float> [ %full_acc512.sroa.0.0.lcssa.us.i, %for_end_to257.us.i ], [ %r.i969.us.i, %for_body_ti273.us.i ]
+  %1136 = shl nuw nsw i64 %indvars.iv1586.i, 7
+  %1137 = add nuw nsw i64 %1136, %1126
+  %1138 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1137
+  br i1 %987, label %if_then291.us.i, label %if_end290.us.i, !prof !7
 
-for_begin_to217.preheader.us.thread.i:            ; preds = %if_end186.us.i
-  %1194 = icmp sgt i32 %valid_len179.us.i, 0
-  %1195 = insertelement <16 x i1> poison, i1 %1194, i64 0
-  %1196 = shufflevector <16 x i1> %1195, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1197 = select <16 x i1> %1196, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
-  %1198 = shl i64 %1172, 4
-  %1199 = and i64 %1198, 4294967280
-  br label %for_end_to219.us.i
-
-for_end_to219.us.i.loopexit.unr-lcssa:            ; preds = %for_begin_ti222.preheader.us.i
-  %lcmp.mod355.not = icmp eq i64 %xtraiter353, 0
-  br i1 %lcmp.mod355.not, label %for_end_to219.us.i, label %for_begin_ti222.preheader.us.i.epil.preheader, !prof !54
-
-for_begin_ti222.preheader.us.i.epil.preheader:    ; preds = %for_begin_ti222.preheader.us.i.preheader, %for_end_to219.us.i.loopexit.unr-lcssa
-  %indvars.iv1580.i.epil.init = phi i64 [ 0, %for_begin_ti222.preheader.us.i.preheader ], [ %indvars.iv.next1581.i.1, %for_end_to219.us.i.loopexit.unr-lcssa ]
-  %lcmp.mod356 = icmp ne i64 %xtraiter353, 0
-  tail call void @llvm.assume(i1 %lcmp.mod356)
-  %.idx68.epil = shl nsw i64 %indvars.iv1580.i.epil.init, 9
-  %1200 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx68.epil
-  %1201 = getelementptr inbounds nuw i8, ptr %1200, i64 64
-  %1202 = load <16 x i32>, ptr %1201, align 4, !tbaa !4
-  %1203 = load <16 x i32>, ptr %1200, align 4, !tbaa !4
-  %1204 = lshr <16 x i32> %1203, splat (i32 16)
-  %1205 = or <16 x i32> %1204, %1202
-  %.idx69.epil = shl nsw i64 %indvars.iv1580.i.epil.init, 8
-  %1206 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx69.epil
-  store <16 x i32> %1205, ptr %1206, align 4, !tbaa !4
-  %1207 = getelementptr inbounds nuw i8, ptr %1200, i64 128
-  %1208 = getelementptr inbounds nuw i8, ptr %1200, i64 192
-  %1209 = load <16 x i32>, ptr %1208, align 4, !tbaa !4
-  %1210 = load <16 x i32>, ptr %1207, align 4, !tbaa !4
-  %1211 = lshr <16 x i32> %1210, splat (i32 16)
-  %1212 = or <16 x i32> %1211, %1209
-  %1213 = getelementptr inbounds nuw i8, ptr %1206, i64 64
-  store <16 x i32> %1212, ptr %1213, align 4, !tbaa !4
-  %1214 = getelementptr inbounds nuw i8, ptr %1200, i64 256
-  %1215 = getelementptr inbounds nuw i8, ptr %1200, i64 320
-  %1216 = load <16 x i32>, ptr %1215, align 4, !tbaa !4
-  %1217 = load <16 x i32>, ptr %1214, align 4, !tbaa !4
-  %1218 = lshr <16 x i32> %1217, splat (i32 16)
-  %1219 = or <16 x i32> %1218, %1216
-  %1220 = getelementptr inbounds nuw i8, ptr %1206, i64 128
-  store <16 x i32> %1219, ptr %1220, align 4, !tbaa !4
-  %1221 = getelementptr inbounds nuw i8, ptr %1200, i64 384
-  %1222 = getelementptr inbounds nuw i8, ptr %1200, i64 448
-  %1223 = load <16 x i32>, ptr %1222, align 4, !tbaa !4
-  %1224 = load <16 x i32>, ptr %1221, align 4, !tbaa !4
-  %1225 = lshr <16 x i32> %1224, splat (i32 16)
-  %1226 = or <16 x i32> %1225, %1223
-  %1227 = getelementptr inbounds nuw i8, ptr %1206, i64 192
-  store <16 x i32> %1226, ptr %1227, align 4, !tbaa !4
-  br label %for_end_to219.us.i
-
-for_end_to219.us.i:                               ; preds = %for_begin_ti222.preheader.us.i.epil.preheader, %for_end_to219.us.i.loopexit.unr-lcssa, %for_begin_to217.preheader.us.thread.i
-  %tile_sum547.sroa.0.0.lcssa.us1752.i = phi <16 x float> [ zeroinitializer, %for_begin_to217.preheader.us.thread.i ], [ %.us-phi.us.i, %for_end_to219.us.i.loopexit.unr-lcssa ], [ %.us-phi.us.i, %for_begin_ti222.preheader.us.i.epil.preheader ]
-  %1228 = phi <16 x float> [ %1197, %for_begin_to217.preheader.us.thread.i ], [ %2769, %for_end_to219.us.i.loopexit.unr-lcssa ], [ %2769, %for_begin_ti222.preheader.us.i.epil.preheader ]
-  %1229 = phi i64 [ %1199, %for_begin_to217.preheader.us.thread.i ], [ %2771, %for_end_to219.us.i.loopexit.unr-lcssa ], [ %2771, %for_begin_ti222.preheader.us.i.epil.preheader ]
-  %1230 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %1229
-  %1231 = load <16 x float>, ptr %1230, align 4, !tbaa !4
-  %old_max.us.i = select <16 x i1> %1029, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %1231
-  %1232 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %1229
-  %1233 = load <16 x float>, ptr %1232, align 4, !tbaa !4
-  %old_sum.us.i = select <16 x i1> %1029, <16 x float> zeroinitializer, <16 x float> %1233
-  %1234 = fcmp ogt <16 x float> %old_max.us.i, %1228
-  %1235 = fcmp oeq <16 x float> %tile_sum547.sroa.0.0.lcssa.us1752.i, zeroinitializer
-  %1236 = select <16 x i1> %1235, <16 x i1> splat (i1 true), <16 x i1> %1234
-  %old_or_both.us.i = select <16 x i1> %1236, <16 x float> %old_max.us.i, <16 x float> %1228
-  %1237 = fcmp oeq <16 x float> %old_sum.us.i, zeroinitializer
-  %m.us.i = select <16 x i1> %1237, <16 x float> %1228, <16 x float> %old_or_both.us.i
-  %1238 = fsub <16 x float> %old_max.us.i, %m.us.i
-  %1239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1238, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1240 = bitcast <16 x float> %1239 to <16 x i32>
-  %1241 = fadd <16 x float> %1239, splat (float 0xC168000FE0000000)
-  %1242 = fmul <16 x float> %1241, splat (float 0x3F2BD01060000000)
-  %1243 = fmul <16 x float> %1241, splat (float 0x3FE6300000000000)
-  %1244 = fsub <16 x float> %1238, %1243
-  %1245 = fadd <16 x float> %1242, %1244
-  %1246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1245, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1247 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1246, <16 x float> %1245, <16 x float> splat (float 0x3FA5558F20000000))
-  %1248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1247, <16 x float> %1245, <16 x float> splat (float 0x3FC5554920000000))
-  %1249 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1248, <16 x float> %1245, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1250 = fmul <16 x float> %1245, %1245
-  %1251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1249, <16 x float> %1250, <16 x float> %1245)
-  %1252 = shl <16 x i32> %1240, splat (i32 23)
-  %1253 = bitcast <16 x i32> %1252 to <16 x float>
-  %1254 = fadd <16 x float> %1251, splat (float 1.000000e+00)
-  %1255 = fmul <16 x float> %1254, %1253
-  %1256 = fcmp olt <16 x float> %1238, splat (float -8.700000e+01)
-  %1257 = select <16 x i1> %1256, <16 x float> zeroinitializer, <16 x float> %1255
-  %1258 = fcmp one <16 x float> %old_sum.us.i, zeroinitializer
-  %1259 = select <16 x i1> %1258, <16 x float> %1257, <16 x float> zeroinitializer
-  %arg244.us.i = fsub <16 x float> %1228, %m.us.i
-  %1260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg244.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1261 = bitcast <16 x float> %1260 to <16 x i32>
-  %1262 = fadd <16 x float> %1260, splat (float 0xC168000FE0000000)
-  %1263 = fmul <16 x float> %1262, splat (float 0x3F2BD01060000000)
-  %1264 = fmul <16 x float> %1262, splat (float 0x3FE6300000000000)
-  %1265 = fsub <16 x float> %arg244.us.i, %1264
-  %1266 = fadd <16 x float> %1263, %1265
-  %1267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1266, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1267, <16 x float> %1266, <16 x float> splat (float 0x3FA5558F20000000))
-  %1269 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1268, <16 x float> %1266, <16 x float> splat (float 0x3FC5554920000000))
-  %1270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1269, <16 x float> %1266, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1271 = fmul <16 x float> %1266, %1266
-  %1272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1270, <16 x float> %1271, <16 x float> %1266)
-  %1273 = shl <16 x i32> %1261, splat (i32 23)
-  %1274 = bitcast <16 x i32> %1273 to <16 x float>
-  %1275 = fadd <16 x float> %1272, splat (float 1.000000e+00)
-  %1276 = fmul <16 x float> %1275, %1274
-  %1277 = fcmp olt <16 x float> %arg244.us.i, splat (float -8.700000e+01)
-  %1278 = select <16 x i1> %1277, <16 x float> zeroinitializer, <16 x float> %1276
-  %1279 = fcmp one <16 x float> %tile_sum547.sroa.0.0.lcssa.us1752.i, zeroinitializer
-  %1280 = select <16 x i1> %1279, <16 x float> %1278, <16 x float> zeroinitializer
-  %1281 = fmul <16 x float> %old_sum.us.i, %1259
-  %1282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_sum547.sroa.0.0.lcssa.us1752.i, <16 x float> %1281)
-  store <16 x float> %m.us.i, ptr %1230, align 4, !tbaa !4
-  store <16 x float> %1282, ptr %1232, align 4, !tbaa !4
-  %1283 = load i32, ptr %1176, align 16, !tbaa !12
-  %1284 = sub nsw i32 %1283, %951
-  %1285 = tail call i32 @llvm.smin.i32(i32 %1284, i32 %valid_len179.us.i)
-  %1286 = tail call i32 @llvm.smin.i32(i32 %1285, i32 %1024)
-  %1287 = select i1 %134, i32 %1286, i32 %1285
-  %1288 = tail call i32 @llvm.smax.i32(i32 %1287, i32 0)
-  %num_full.us.i = lshr i32 %1288, 3
-  %1289 = sub nsw i32 %1183, %num_full.us.i
-  %1290 = icmp sgt i32 %1289, 0
-  br i1 %1290, label %for_begin_ti267.preheader.lr.ph.us.i, label %for_end_to264.us.i, !prof !3
-
-for_end_to264.us.i:                               ; preds = %for_begin_ti267.preheader.us.i, %for_end_to219.us.i
-  br i1 %134, label %if_then272.us.i, label %if_end273.us.i, !prof !7
-
-if_then272.us.i:                                  ; preds = %for_end_to264.us.i
-  %1291 = urem i32 %1173, %113
-  %1292 = shl nuw nsw i32 %1291, 4
-  %1293 = sub nsw i32 %111, %1292
-  %1294 = tail call i32 @llvm.smin.i32(i32 %1293, i32 16)
-  %1295 = icmp sgt i32 %1293, 0
-  br i1 %1295, label %for_body_r275.lr.ph.us.i, label %if_end273.us.i, !prof !3
-
-if_end273.us.i:                                   ; preds = %for_end_c281.us.i.loopexit.us, %for_body_r275.lr.ph.us.i, %if_then272.us.i, %for_end_to264.us.i
-  %.not1469.i = icmp eq i32 %num_full.us.i, 0
-  %1296 = shl nuw nsw i32 %num_full.us.i, 2
-  %1297 = add nsw i32 %valid_len179.us.i, 1
-  %1298 = ashr i32 %1297, 1
-  %1299 = sub nsw i32 %1298, %1296
-  %1300 = icmp sgt i32 %1299, 0
-  %1301 = shl i64 %1172, 11
-  %1302 = shl nuw nsw i32 %num_full.us.i, 6
-  %1303 = and i32 %1288, 2147483640
-  %1304 = fmul <16 x float> %1259, zeroinitializer
-  %1305 = zext nneg i32 %1302 to i64
-  %1306 = zext nneg i32 %1303 to i64
-  %1307 = and i64 %1301, 4294965248
-  %wide.trip.count1604.i = zext nneg i32 %num_full.us.i to i64
-  %wide.trip.count1609.i = zext nneg i32 %1299 to i64
-  %invariant.gep1776.i = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1306
-  br label %for_begin_to284.preheader.us.i
-
-if_end177.us.i:                                   ; preds = %if_end314.us.i, %for_end_t166.us.i
-  %1308 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1309 = tail call i32 %1308(i32 1, i32 %dev_id, ptr nonnull %scaled.us.i)
-  %.not573.us.i = icmp eq i32 %1309, 0
-  br i1 %.not573.us.i, label %if_end316.us.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end316.us.i:                                   ; preds = %if_end177.us.i
-  %1310 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1311 = tail call i32 %1310(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.us.i)
-  %.not574.us.i = icmp eq i32 %1311, 0
-  br i1 %.not574.us.i, label %if_end319.us.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end319.us.i:                                   ; preds = %if_end316.us.i
-  %1312 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1313 = tail call i32 %1312(i32 1, i32 %dev_id, ptr nonnull %edges.us.i)
-  %.not575.us.i = icmp eq i32 %1313, 0
-  br i1 %.not575.us.i, label %if_end322.us.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end322.us.i:                                   ; preds = %if_end319.us.i
-  %1314 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1315 = tail call i32 %1314(i32 1, i32 %dev_id, ptr nonnull %probs.us.i)
-  %.not576.us.i = icmp eq i32 %1315, 0
-  br i1 %.not576.us.i, label %if_end325.us.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end325.us.i:                                   ; preds = %if_end322.us.i
-  %1316 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1317 = tail call i32 %1316(i32 1, i32 %dev_id, ptr nonnull %scores.us.i)
-  %.not577.us.i = icmp eq i32 %1317, 0
-  br i1 %.not577.us.i, label %for_begin_row_tile.us.i, label %fused_attend_compute_.exit, !prof !36
-
-for_end_to286.us.i:                               ; preds = %for_begin_to284.preheader.us.i, %for_begin_ti289.preheader.us.i
-  %full_acc538.sroa.8.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to284.preheader.us.i ], [ %r.i977.us.3.i, %for_begin_ti289.preheader.us.i ]
-  %full_acc538.sroa.4.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to284.preheader.us.i ], [ %r.i974.us.3.i, %for_begin_ti289.preheader.us.i ]
-  %full_acc538.sroa.0.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to284.preheader.us.i ], [ %r.i971.us.3.i, %for_begin_ti289.preheader.us.i ]
-  %full_acc538.sroa.12.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to284.preheader.us.i ], [ %r.i980.us.3.i, %for_begin_ti289.preheader.us.i ]
-  %full_acc538.sroa.16.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to284.preheader.us.i ], [ %r.i983.us.3.i, %for_begin_ti289.preheader.us.i ]
-  %full_acc538.sroa.20.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to284.preheader.us.i ], [ %r.i986.us.3.i, %for_begin_ti289.preheader.us.i ]
-  %full_acc538.sroa.24.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to284.preheader.us.i ], [ %r.i989.us.3.i, %for_begin_ti289.preheader.us.i ]
-  %full_acc538.sroa.28.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to284.preheader.us.i ], [ %r.i992.us.3.i, %for_begin_ti289.preheader.us.i ]
-  br i1 %1300, label %for_body_ti295.lr.ph.us.i, label %for_end_ti296.us.i, !prof !3
-
-for_end_ti296.us.i:                               ; preds = %for_body_ti295.us.i, %for_end_to286.us.i
-  %tile_acc539.sroa.31.0.lcssa.us.i = phi <16 x float> [ %full_acc538.sroa.28.0.lcssa.us.i, %for_end_to286.us.i ], [ %r.i1016.us.i, %for_body_ti295.us.i ]
-  %tile_acc539.sroa.27.0.lcssa.us.i = phi <16 x float> [ %full_acc538.sroa.24.0.lcssa.us.i, %for_end_to286.us.i ], [ %r.i1013.us.i, %for_body_ti295.us.i ]
-  %tile_acc539.sroa.22.0.lcssa.us.i = phi <16 x float> [ %full_acc538.sroa.20.0.lcssa.us.i, %for_end_to286.us.i ], [ %r.i1010.us.i, %for_body_ti295.us.i ]
-  %tile_acc539.sroa.18.0.lcssa.us.i = phi <16 x float> [ %full_acc538.sroa.16.0.lcssa.us.i, %for_end_to286.us.i ], [ %r.i1007.us.i, %for_body_ti295.us.i ]
-  %tile_acc539.sroa.13.0.lcssa.us.i = phi <16 x float> [ %full_acc538.sroa.12.0.lcssa.us.i, %for_end_to286.us.i ], [ %r.i1004.us.i, %for_body_ti295.us.i ]
-  %tile_acc539.sroa.9.0.lcssa.us.i = phi <16 x float> [ %full_acc538.sroa.8.0.lcssa.us.i, %for_end_to286.us.i ], [ %r.i1001.us.i, %for_body_ti295.us.i ]
-  %tile_acc539.sroa.4.0.lcssa.us.i = phi <16 x float> [ %full_acc538.sroa.4.0.lcssa.us.i, %for_end_to286.us.i ], [ %r.i998.us.i, %for_body_ti295.us.i ]
-  %tile_acc539.sroa.0.0.lcssa.us.i = phi <16 x float> [ %full_acc538.sroa.0.0.lcssa.us.i, %for_end_to286.us.i ], [ %r.i995.us.i, %for_body_ti295.us.i ]
-  %1318 = shl nuw nsw i64 %indvars.iv1611.i, 7
-  %1319 = add nuw nsw i64 %1318, %1307
-  %1320 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1319
-  br i1 %1027, label %if_then313.us.i, label %if_end312.us.i, !prof !7
-
-if_end312.us.i:                                   ; preds = %for_end_ti296.us.i
-  %1321 = load <16 x float>, ptr %1320, align 4, !tbaa !4
-  %1322 = fmul <16 x float> %1259, %1321
-  %1323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.0.0.lcssa.us.i, <16 x float> %1322)
-  store <16 x float> %1323, ptr %1320, align 4, !tbaa !4
-  %1324 = getelementptr i8, ptr %1320, i64 64
-  %1325 = load <16 x float>, ptr %1324, align 4, !tbaa !4
-  %1326 = fmul <16 x float> %1259, %1325
-  %1327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.4.0.lcssa.us.i, <16 x float> %1326)
-  store <16 x float> %1327, ptr %1324, align 4, !tbaa !4
-  %1328 = getelementptr i8, ptr %1320, i64 128
-  %1329 = load <16 x float>, ptr %1328, align 4, !tbaa !4
-  %1330 = fmul <16 x float> %1259, %1329
-  %1331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.9.0.lcssa.us.i, <16 x float> %1330)
-  store <16 x float> %1331, ptr %1328, align 4, !tbaa !4
-  %1332 = getelementptr i8, ptr %1320, i64 192
-  %1333 = load <16 x float>, ptr %1332, align 4, !tbaa !4
-  %1334 = fmul <16 x float> %1259, %1333
-  %1335 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.13.0.lcssa.us.i, <16 x float> %1334)
-  store <16 x float> %1335, ptr %1332, align 4, !tbaa !4
-  %1336 = getelementptr i8, ptr %1320, i64 256
-  %1337 = load <16 x float>, ptr %1336, align 4, !tbaa !4
-  %1338 = fmul <16 x float> %1259, %1337
-  %1339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.18.0.lcssa.us.i, <16 x float> %1338)
-  store <16 x float> %1339, ptr %1336, align 4, !tbaa !4
-  %1340 = getelementptr i8, ptr %1320, i64 320
-  %1341 = load <16 x float>, ptr %1340, align 4, !tbaa !4
-  %1342 = fmul <16 x float> %1259, %1341
-  %1343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.22.0.lcssa.us.i, <16 x float> %1342)
-  store <16 x float> %1343, ptr %1340, align 4, !tbaa !4
-  %1344 = getelementptr i8, ptr %1320, i64 384
-  %1345 = load <16 x float>, ptr %1344, align 4, !tbaa !4
-  %1346 = fmul <16 x float> %1259, %1345
-  %1347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.27.0.lcssa.us.i, <16 x float> %1346)
-  store <16 x float> %1347, ptr %1344, align 4, !tbaa !4
-  %.phi.trans.insert.i = getelementptr i8, ptr %1320, i64 448
+if_end290.us.i:                                   ; preds = %for_end_ti274.us.i
+  %1139 = load <16 x float>, ptr %1138, align 4, !tbaa !4
+  %1140 = fmul <16 x float> %1078, %1139
+  %1141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1099, <16 x float> %tile_acc513.sroa.0.0.lcssa.us.i, <16 x float> %1140)
+  store <16 x float> %1141, ptr %1138, align 4, !tbaa !4
+  %1142 = getelementptr i8, ptr %1138, i64 64
+  %1143 = load <16 x float>, ptr %1142, align 4, !tbaa !4
+  %1144 = fmul <16 x float> %1078, %1143
+  %1145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1099, <16 x float> %tile_acc513.sroa.4.0.lcssa.us.i, <16 x float> %1144)
+  store <16 x float> %1145, ptr %1142, align 4, !tbaa !4
+  %1146 = getelementptr i8, ptr %1138, i64 128
+  %1147 = load <16 x float>, ptr %1146, align 4, !tbaa !4
+  %1148 = fmul <16 x float> %1078, %1147
+  %1149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1099, <16 x float> %tile_acc513.sroa.9.0.lcssa.us.i, <16 x float> %1148)
+  store <16 x float> %1149, ptr %1146, align 4, !tbaa !4
+  %1150 = getelementptr i8, ptr %1138, i64 192
+  %1151 = load <16 x float>, ptr %1150, align 4, !tbaa !4
+  %1152 = fmul <16 x float> %1078, %1151
+  %1153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1099, <16 x float> %tile_acc513.sroa.13.0.lcssa.us.i, <16 x float> %1152)
+  store <16 x float> %1153, ptr %1150, align 4, !tbaa !4
+  %1154 = getelementptr i8, ptr %1138, i64 256
+  %1155 = load <16 x float>, ptr %1154, align 4, !tbaa !4
+  %1156 = fmul <16 x float> %1078, %1155
+  %1157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1099, <16 x float> %tile_acc513.sroa.18.0.lcssa.us.i, <16 x float> %1156)
+  store <16 x float> %1157, ptr %1154, align 4, !tbaa !4
+  %1158 = getelementptr i8, ptr %1138, i64 320
+  %1159 = load <16 x float>, ptr %1158, align 4, !tbaa !4
+  %1160 = fmul <16 x float> %1078, %1159
+  %1161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1099, <16 x float> %tile_acc513.sroa.22.0.lcssa.us.i, <16 x float> %1160)
+  store <16 x float> %1161, ptr %1158, align 4, !tbaa !4
+  %1162 = getelementptr i8, ptr %1138, i64 384
+  %1163 = load <16 x float>, ptr %1162, align 4, !tbaa !4
+  %1164 = fmul <16 x float> %1078, %1163
+  %1165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1099, <16 x float> %tile_acc513.sroa.27.0.lcssa.us.i, <16 x float> %1164)
+  store <16 x float> %1165, ptr %1162, align 4, !tbaa !4
+  %.phi.trans.insert.i = getelementptr i8, ptr %1138, i64 448
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !4
-  %.pre1699.i = fmul <16 x float> %1259, %.pre.i
-  br label %if_end314.us.i
+  %.pre1682.i = fmul <16 x float> %1078, %.pre.i
+  br label %if_end292.us.i
 
-if_then313.us.i:                                  ; preds = %for_end_ti296.us.i
-  %1348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.0.0.lcssa.us.i, <16 x float> %1304)
-  store <16 x float> %1348, ptr %1320, align 4, !tbaa !4
-  %1349 = getelementptr i8, ptr %1320, i64 64
-  %1350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.4.0.lcssa.us.i, <16 x float> %1304)
-  store <16 x float> %1350, ptr %1349, align 4, !tbaa !4
-  %1351 = getelementptr i8, ptr %1320, i64 128
-  %1352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.9.0.lcssa.us.i, <16 x float> %1304)
-  store <16 x float> %1352, ptr %1351, align 4, !tbaa !4
-  %1353 = getelementptr i8, ptr %1320, i64 192
-  %1354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.13.0.lcssa.us.i, <16 x float> %1304)
-  store <16 x float> %1354, ptr %1353, align 4, !tbaa !4
-  %1355 = getelementptr i8, ptr %1320, i64 256
-  %1356 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.18.0.lcssa.us.i, <16 x float> %1304)
-  store <16 x float> %1356, ptr %1355, align 4, !tbaa !4
-  %1357 = getelementptr i8, ptr %1320, i64 320
-  %1358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.22.0.lcssa.us.i, <16 x float> %1304)
-  store <16 x float> %1358, ptr %1357, align 4, !tbaa !4
-  %1359 = getelementptr i8, ptr %1320, i64 384
-  %1360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.27.0.lcssa.us.i, <16 x float> %1304)
-  store <16 x float> %1360, ptr %1359, align 4, !tbaa !4
-  br label %if_end314.us.i
+if_then291.us.i:                                  ; preds = %for_end_ti274.us.i
+  %1166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1099, <16 x float> %tile_acc513.sroa.0.0.lcssa.us.i, <16 x float> %1123)
+  store <16 x float> %1166, ptr %1138, align 4, !tbaa !4
+  %1167 = getelementptr i8, ptr %1138, i64 64
+  %1168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1099, <16 x float> %tile_acc513.sroa.4.0.lcssa.us.i, <16 x float> %1123)
+  store <16 x float> %1168, ptr %1167, align 4, !tbaa !4
+  %1169 = getelementptr i8, ptr %1138, i64 128
+  %1170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1099, <16 x float> %tile_acc513.sroa.9.0.lcssa.us.i, <16 x float> %1123)
+  store <16 x float> %1170, ptr %1169, align 4, !tbaa !4
+  %1171 = getelementptr i8, ptr %1138, i64 192
+  %1172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1099, <16 x float> %tile_acc513.sroa.13.0.lcssa.us.i, <16 x float> %1123)
+  store <16 x float> %1172, ptr %1171, align 4, !tbaa !4
+  %1173 = getelementptr i8, ptr %1138, i64 256
+  %1174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1099, <16 x float> %tile_acc513.sroa.18.0.lcssa.us.i, <16 x float> %1123)
+  store <16 x float> %1174, ptr %1173, align 4, !tbaa !4
+  %1175 = getelementptr i8, ptr %1138, i64 320
+  %1176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1099, <16 x float> %tile_acc513.sroa.22.0.lcssa.us.i, <16 x float> %1123)
+  store <16 x float> %1176, ptr %1175, align 4, !tbaa !4
+  %1177 = getelementptr i8, ptr %1138, i64 384
+  %1178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1099, <16 x float> %tile_acc513.sroa.27.0.lcssa.us.i, <16 x float> %1123)
+  store <16 x float> %1178, ptr %1177, align 4, !tbaa !4
+  br label %if_end292.us.i
 
-if_end314.us.i:                                   ; preds = %if_then313.us.i, %if_end312.us.i
-  %.pre-phi.i = phi <16 x float> [ %1304, %if_then313.us.i ], [ %.pre1699.i, %if_end312.us.i ]
-  %1361 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1319
-  %1362 = getelementptr i8, ptr %1361, i64 448
-  %1363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1280, <16 x float> %tile_acc539.sroa.31.0.lcssa.us.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %1363, ptr %1362, align 4, !tbaa !4
-  %indvars.iv.next1612.i = add nuw nsw i64 %indvars.iv1611.i, 1
-  %exitcond1614.not.i = icmp eq i64 %indvars.iv.next1612.i, 16
-  br i1 %exitcond1614.not.i, label %if_end177.us.i, label %for_begin_to284.preheader.us.i, !prof !30
+if_end292.us.i:                                   ; preds = %if_then291.us.i, %if_end290.us.i
+  %.pre-phi.i = phi <16 x float> [ %1123, %if_then291.us.i ], [ %.pre1682.i, %if_end290.us.i ]
+  %1179 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1137
+  %1180 = getelementptr i8, ptr %1179, i64 448
+  %1181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1099, <16 x float> %tile_acc513.sroa.31.0.lcssa.us.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %1181, ptr %1180, align 4, !tbaa !4
+  %indvars.iv.next1587.i = add nuw nsw i64 %indvars.iv1586.i, 1
+  %exitcond1589.not.i = icmp eq i64 %indvars.iv.next1587.i, 16
+  br i1 %exitcond1589.not.i, label %if_end153.us.i, label %for_begin_to255.preheader.us.i, !prof !30
 
-for_body_ti295.us.i:                              ; preds = %for_body_ti295.lr.ph.us.i, %for_body_ti295.us.i
-  %indvars.iv1606.i = phi i64 [ 0, %for_body_ti295.lr.ph.us.i ], [ %indvars.iv.next1607.i, %for_body_ti295.us.i ]
-  %tile_acc539.sroa.0.01302.us.i = phi <16 x float> [ %full_acc538.sroa.0.0.lcssa.us.i, %for_body_ti295.lr.ph.us.i ], [ %r.i995.us.i, %for_body_ti295.us.i ]
-  %tile_acc539.sroa.4.01301.us.i = phi <16 x float> [ %full_acc538.sroa.4.0.lcssa.us.i, %for_body_ti295.lr.ph.us.i ], [ %r.i998.us.i, %for_body_ti295.us.i ]
-  %tile_acc539.sroa.9.01300.us.i = phi <16 x float> [ %full_acc538.sroa.8.0.lcssa.us.i, %for_body_ti295.lr.ph.us.i ], [ %r.i1001.us.i, %for_body_ti295.us.i ]
-  %tile_acc539.sroa.13.01299.us.i = phi <16 x float> [ %full_acc538.sroa.12.0.lcssa.us.i, %for_body_ti295.lr.ph.us.i ], [ %r.i1004.us.i, %for_body_ti295.us.i ]
-  %tile_acc539.sroa.18.01298.us.i = phi <16 x float> [ %full_acc538.sroa.16.0.lcssa.us.i, %for_body_ti295.lr.ph.us.i ], [ %r.i1007.us.i, %for_body_ti295.us.i ]
-  %tile_acc539.sroa.22.01297.us.i = phi <16 x float> [ %full_acc538.sroa.20.0.lcssa.us.i, %for_body_ti295.lr.ph.us.i ], [ %r.i1010.us.i, %for_body_ti295.us.i ]
-  %tile_acc539.sroa.27.01296.us.i = phi <16 x float> [ %full_acc538.sroa.24.0.lcssa.us.i, %for_body_ti295.lr.ph.us.i ], [ %r.i1013.us.i, %for_body_ti295.us.i ]
-  %tile_acc539.sroa.31.01295.us.i = phi <16 x float> [ %full_acc538.sroa.28.0.lcssa.us.i, %for_body_ti295.lr.ph.us.i ], [ %r.i1016.us.i, %for_body_ti295.us.i ]
-  %1364 = shl nsw i64 %indvars.iv1606.i, 4
-  %1365 = add nuw nsw i64 %1364, %1305
-  %1366 = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %1365
-  %1367 = load <32 x bfloat>, ptr %1366, align 4, !tbaa !4
-  %1368 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1365
-  %1369 = load <16 x i32>, ptr %1368, align 4, !tbaa !4
-  %gep1777.i = getelementptr inbounds nuw i8, ptr %invariant.gep1776.i, i64 %1364
-  %1370 = load i64, ptr %gep1777.i, align 8, !tbaa !4
-  %gep1315.us.i = getelementptr i32, ptr %gep1320.us.i, i64 %1370
-  %1371 = load i32, ptr %gep1315.us.i, align 4, !tbaa !4
-  %1372 = insertelement <16 x i32> poison, i32 %1371, i64 0
-  %1373 = shufflevector <16 x i32> %1372, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1374 = and <16 x i32> %1373, %1369
-  %y.i994.us.i = bitcast <16 x i32> %1374 to <32 x bfloat>
-  %r.i995.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc539.sroa.0.01302.us.i, <32 x bfloat> %1367, <32 x bfloat> %y.i994.us.i)
-  %1375 = getelementptr i8, ptr %gep1315.us.i, i64 4
-  %1376 = load i32, ptr %1375, align 4, !tbaa !4
-  %1377 = insertelement <16 x i32> poison, i32 %1376, i64 0
-  %1378 = shufflevector <16 x i32> %1377, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1379 = and <16 x i32> %1378, %1369
-  %y.i997.us.i = bitcast <16 x i32> %1379 to <32 x bfloat>
-  %r.i998.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc539.sroa.4.01301.us.i, <32 x bfloat> %1367, <32 x bfloat> %y.i997.us.i)
-  %1380 = getelementptr i8, ptr %gep1315.us.i, i64 8
-  %1381 = load i32, ptr %1380, align 4, !tbaa !4
-  %1382 = insertelement <16 x i32> poison, i32 %1381, i64 0
-  %1383 = shufflevector <16 x i32> %1382, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1384 = and <16 x i32> %1383, %1369
-  %y.i1000.us.i = bitcast <16 x i32> %1384 to <32 x bfloat>
-  %r.i1001.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc539.sroa.9.01300.us.i, <32 x bfloat> %1367, <32 x bfloat> %y.i1000.us.i)
-  %1385 = getelementptr i8, ptr %gep1315.us.i, i64 12
-  %1386 = load i32, ptr %1385, align 4, !tbaa !4
+for_body_ti273.us.i:                              ; preds = %for_body_ti273.lr.ph.us.i, %for_body_ti273.us.i
+  %indvars.iv1581.i = phi i64 [ 0, %for_body_ti273.lr.ph.us.i ], [ %indvars.iv.next1582.i, %for_body_ti273.us.i ]
+  %tile_acc513.sroa.0.01272.us.i = phi <16 x float> [ %full_acc512.sroa.0.0.lcssa.us.i, %for_body_ti273.lr.ph.us.i ], [ %r.i969.us.i, %for_body_ti273.us.i ]
+  %tile_acc513.sroa.4.01271.us.i = phi <16 x float> [ %full_acc512.sroa.4.0.lcssa.us.i, %for_body_ti273.lr.ph.us.i ], [ %r.i972.us.i, %for_body_ti273.us.i ]
+  %tile_acc513.sroa.9.01270.us.i = phi <16 x float> [ %full_acc512.sroa.8.0.lcssa.us.i, %for_body_ti273.lr.ph.us.i ], [ %r.i975.us.i, %for_body_ti273.us.i ]
+  %tile_acc513.sroa.13.01269.us.i = phi <16 x float> [ %full_acc512.sroa.12.0.lcssa.us.i, %for_body_ti273.lr.ph.us.i ], [ %r.i978.us.i, %for_body_ti273.us.i ]
+  %tile_acc513.sroa.18.01268.us.i = phi <16 x float> [ %full_acc512.sroa.16.0.lcssa.us.i, %for_body_ti273.lr.ph.us.i ], [ %r.i981.us.i, %for_body_ti273.us.i ]
+  %tile_acc513.sroa.22.01267.us.i = phi <16 x float> [ %full_acc512.sroa.20.0.lcssa.us.i, %for_body_ti273.lr.ph.us.i ], [ %r.i984.us.i, %for_body_ti273.us.i ]
+  %tile_acc513.sroa.27.01266.us.i = phi <16 x float> [ %full_acc512.sroa.24.0.lcssa.us.i, %for_body_ti273.lr.ph.us.i ], [ %r.i987.us.i, %for_body_ti273.us.i ]
+  %tile_acc513.sroa.31.01265.us.i = phi <16 x float> [ %full_acc512.sroa.28.0.lcssa.us.i, %for_body_ti273.lr.ph.us.i ], [ %r.i990.us.i, %for_body_ti273.us.i ]
+  %1182 = shl nsw i64 %indvars.iv1581.i, 4
+  %1183 = add nuw nsw i64 %1182, %1124
+  %1184 = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %1183
+  %1185 = load <32 x bfloat>, ptr %1184, align 4, !tbaa !4
+  %1186 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1183
+  %1187 = load <16 x i32>, ptr %1186, align 4, !tbaa !4
+  %gep1765.i = getelementptr inbounds nuw i8, ptr %invariant.gep1764.i, i64 %1182
+  %1188 = load i64, ptr %gep1765.i, align 8, !tbaa !4
+  %gep1285.us.i = getelementptr i32, ptr %gep1290.us.i, i64 %1188
+  %1189 = load i32, ptr %gep1285.us.i, align 4, !tbaa !4
+  %1190 = insertelement <16 x i32> poison, i32 %1189, i64 0
+  %1191 = shufflevector <16 x i32> %1190, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1192 = and <16 x i32> %1191, %1187
+  %y.i968.us.i = bitcast <16 x i32> %1192 to <32 x bfloat>
+  %r.i969.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc513.sroa.0.01272.us.i, <32 x bfloat> %1185, <32 x bfloat> %y.i968.us.i)
+  %1193 = getelementptr i8, ptr %gep1285.us.i, i64 4
+  %1194 = load i32, ptr %1193, align 4, !tbaa !4
+  %1195 = insertelement <16 x i32> poison, i32 %1194, i64 0
+  %1196 = shufflevector <16 x i32> %1195, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1197 = and <16 x i32> %1196, %1187
+  %y.i971.us.i = bitcast <16 x i32> %1197 to <32 x bfloat>
+  %r.i972.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc513.sroa.4.01271.us.i, <32 x bfloat> %1185, <32 x bfloat> %y.i971.us.i)
+  %1198 = getelementptr i8, ptr %gep1285.us.i, i64 8
+  %1199 = load i32, ptr %1198, align 4, !tbaa !4
+  %1200 = insertelement <16 x i32> poison, i32 %1199, i64 0
+  %1201 = shufflevector <16 x i32> %1200, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1202 = and <16 x i32> %1201, %1187
+  %y.i974.us.i = bitcast <16 x i32> %1202 to <32 x bfloat>
+  %r.i975.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc513.sroa.9.01270.us.i, <32 x bfloat> %1185, <32 x bfloat> %y.i974.us.i)
+  %1203 = getelementptr i8, ptr %gep1285.us.i, i64 12
+  %1204 = load i32, ptr %1203, align 4, !tbaa !4
+  %1205 = insertelement <16 x i32> poison, i32 %1204, i64 0
+  %1206 = shufflevector <16 x i32> %1205, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1207 = and <16 x i32> %1206, %1187
+  %y.i977.us.i = bitcast <16 x i32> %1207 to <32 x bfloat>
+  %r.i978.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc513.sroa.13.01269.us.i, <32 x bfloat> %1185, <32 x bfloat> %y.i977.us.i)
+  %1208 = getelementptr i8, ptr %gep1285.us.i, i64 16
+  %1209 = load i32, ptr %1208, align 4, !tbaa !4
+  %1210 = insertelement <16 x i32> poison, i32 %1209, i64 0
+  %1211 = shufflevector <16 x i32> %1210, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1212 = and <16 x i32> %1211, %1187
+  %y.i980.us.i = bitcast <16 x i32> %1212 to <32 x bfloat>
+  %r.i981.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc513.sroa.18.01268.us.i, <32 x bfloat> %1185, <32 x bfloat> %y.i980.us.i)
+  %1213 = getelementptr i8, ptr %gep1285.us.i, i64 20
+  %1214 = load i32, ptr %1213, align 4, !tbaa !4
+  %1215 = insertelement <16 x i32> poison, i32 %1214, i64 0
+  %1216 = shufflevector <16 x i32> %1215, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1217 = and <16 x i32> %1216, %1187
+  %y.i983.us.i = bitcast <16 x i32> %1217 to <32 x bfloat>
+  %r.i984.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc513.sroa.22.01267.us.i, <32 x bfloat> %1185, <32 x bfloat> %y.i983.us.i)
+  %1218 = getelementptr i8, ptr %gep1285.us.i, i64 24
+  %1219 = load i32, ptr %1218, align 4, !tbaa !4
+  %1220 = insertelement <16 x i32> poison, i32 %1219, i64 0
+  %1221 = shufflevector <16 x i32> %1220, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1222 = and <16 x i32> %1221, %1187
+  %y.i986.us.i = bitcast <16 x i32> %1222 to <32 x bfloat>
+  %r.i987.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc513.sroa.27.01266.us.i, <32 x bfloat> %1185, <32 x bfloat> %y.i986.us.i)
+  %1223 = getelementptr i8, ptr %gep1285.us.i, i64 28
+  %1224 = load i32, ptr %1223, align 4, !tbaa !4
+  %1225 = insertelement <16 x i32> poison, i32 %1224, i64 0
+  %1226 = shufflevector <16 x i32> %1225, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1227 = and <16 x i32> %1226, %1187
+  %y.i989.us.i = bitcast <16 x i32> %1227 to <32 x bfloat>
+  %r.i990.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc513.sroa.31.01265.us.i, <32 x bfloat> %1185, <32 x bfloat> %y.i989.us.i)
+  %indvars.iv.next1582.i = add nuw nsw i64 %indvars.iv1581.i, 1
+  %exitcond1585.not.i = icmp eq i64 %indvars.iv.next1582.i, %wide.trip.count1584.i
+  br i1 %exitcond1585.not.i, label %for_end_ti274.us.i, label %for_body_ti273.us.i, !prof !8
+
+for_body_to256.us.i:                              ; preds = %for_body_to256.lr.ph.us.i, %if_end261.us.i
+  %indvars.iv1576.i = phi i64 [ 0, %for_body_to256.lr.ph.us.i ], [ %indvars.iv.next1577.i, %if_end261.us.i ]
+  %full_acc512.sroa.28.01255.us.i = phi <16 x float> [ zeroinitializer, %for_body_to256.lr.ph.us.i ], [ %r.i966.us.3.i, %if_end261.us.i ]
+  %full_acc512.sroa.24.01254.us.i = phi <16 x float> [ zeroinitializer, %for_body_to256.lr.ph.us.i ], [ %r.i963.us.3.i, %if_end261.us.i ]
+  %full_acc512.sroa.20.01253.us.i = phi <16 x float> [ zeroinitializer, %for_body_to256.lr.ph.us.i ], [ %r.i960.us.3.i, %if_end261.us.i ]
+  %full_acc512.sroa.16.01252.us.i = phi <16 x float> [ zeroinitializer, %for_body_to256.lr.ph.us.i ], [ %r.i957.us.3.i, %if_end261.us.i ]
+  %full_acc512.sroa.12.01251.us.i = phi <16 x float> [ zeroinitializer, %for_body_to256.lr.ph.us.i ], [ %r.i954.us.3.i, %if_end261.us.i ]
+  %full_acc512.sroa.0.01250.us.i = phi <16 x float> [ zeroinitializer, %for_body_to256.lr.ph.us.i ], [ %r.i945.us.3.i, %if_end261.us.i ]
+  %full_acc512.sroa.4.01249.us.i = phi <16 x float> [ zeroinitializer, %for_body_to256.lr.ph.us.i ], [ %r.i948.us.3.i, %if_end261.us.i ]
+  %full_acc512.sroa.8.01248.us.i = phi <16 x float> [ zeroinitializer, %for_body_to256.lr.ph.us.i ], [ %r.i951.us.3.i, %if_end261.us.i ]
+  br i1 %1032, label %for_begin_line262.preheader.us.i, label %if_end261.us.i, !prof !7
+
+if_end261.us.i:                                   ; preds = %for_begin_line262.preheader.us.i, %for_body_to256.us.i
+  %.idx71 = shl nsw i64 %indvars.iv1576.i, 8
+  %1228 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx71
+  %1229 = load <32 x bfloat>, ptr %1228, align 4, !tbaa !4
+  %.idx72 = shl nsw i64 %indvars.iv1576.i, 6
+  %1230 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx72
+  %1231 = load i64, ptr %1230, align 8, !tbaa !4
+  %gep1238.us.i = getelementptr i32, ptr %gep1288.us.i, i64 %1231
+  %1232 = load i32, ptr %gep1238.us.i, align 4, !tbaa !4
+  %1233 = insertelement <16 x i32> poison, i32 %1232, i64 0
+  %1234 = shufflevector <16 x i32> %1233, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i944.us.i = bitcast <16 x i32> %1234 to <32 x bfloat>
+  %r.i945.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc512.sroa.0.01250.us.i, <32 x bfloat> %1229, <32 x bfloat> %y.i944.us.i)
+  %1235 = getelementptr i8, ptr %gep1238.us.i, i64 4
+  %1236 = load i32, ptr %1235, align 4, !tbaa !4
+  %1237 = insertelement <16 x i32> poison, i32 %1236, i64 0
+  %1238 = shufflevector <16 x i32> %1237, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i947.us.i = bitcast <16 x i32> %1238 to <32 x bfloat>
+  %r.i948.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc512.sroa.4.01249.us.i, <32 x bfloat> %1229, <32 x bfloat> %y.i947.us.i)
+  %1239 = getelementptr i8, ptr %gep1238.us.i, i64 8
+  %1240 = load i32, ptr %1239, align 4, !tbaa !4
+  %1241 = insertelement <16 x i32> poison, i32 %1240, i64 0
+  %1242 = shufflevector <16 x i32> %1241, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i950.us.i = bitcast <16 x i32> %1242 to <32 x bfloat>
+  %r.i951.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc512.sroa.8.01248.us.i, <32 x bfloat> %1229, <32 x bfloat> %y.i950.us.i)
+  %1243 = getelementptr i8, ptr %gep1238.us.i, i64 12
+  %1244 = load i32, ptr %1243, align 4, !tbaa !4
+  %1245 = insertelement <16 x i32> poison, i32 %1244, i64 0
+  %1246 = shufflevector <16 x i32> %1245, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i953.us.i = bitcast <16 x i32> %1246 to <32 x bfloat>
+  %r.i954.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc512.sroa.12.01251.us.i, <32 x bfloat> %1229, <32 x bfloat> %y.i953.us.i)
+  %1247 = getelementptr i8, ptr %gep1238.us.i, i64 16
+  %1248 = load i32, ptr %1247, align 4, !tbaa !4
+  %1249 = insertelement <16 x i32> poison, i32 %1248, i64 0
+  %1250 = shufflevector <16 x i32> %1249, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i956.us.i = bitcast <16 x i32> %1250 to <32 x bfloat>
+  %r.i957.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc512.sroa.16.01252.us.i, <32 x bfloat> %1229, <32 x bfloat> %y.i956.us.i)
+  %1251 = getelementptr i8, ptr %gep1238.us.i, i64 20
+  %1252 = load i32, ptr %1251, align 4, !tbaa !4
+  %1253 = insertelement <16 x i32> poison, i32 %1252, i64 0
+  %1254 = shufflevector <16 x i32> %1253, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i959.us.i = bitcast <16 x i32> %1254 to <32 x bfloat>
+  %r.i960.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc512.sroa.20.01253.us.i, <32 x bfloat> %1229, <32 x bfloat> %y.i959.us.i)
+  %1255 = getelementptr i8, ptr %gep1238.us.i, i64 24
+  %1256 = load i32, ptr %1255, align 4, !tbaa !4
+  %1257 = insertelement <16 x i32> poison, i32 %1256, i64 0
+  %1258 = shufflevector <16 x i32> %1257, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i962.us.i = bitcast <16 x i32> %1258 to <32 x bfloat>
+  %r.i963.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc512.sroa.24.01254.us.i, <32 x bfloat> %1229, <32 x bfloat> %y.i962.us.i)
+  %1259 = getelementptr i8, ptr %gep1238.us.i, i64 28
+  %1260 = load i32, ptr %1259, align 4, !tbaa !4
+  %1261 = insertelement <16 x i32> poison, i32 %1260, i64 0
+  %1262 = shufflevector <16 x i32> %1261, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i965.us.i = bitcast <16 x i32> %1262 to <32 x bfloat>
+  %r.i966.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc512.sroa.28.01255.us.i, <32 x bfloat> %1229, <32 x bfloat> %y.i965.us.i)
+  %1263 = getelementptr inbounds nuw i8, ptr %1228, i64 64
+  %1264 = load <32 x bfloat>, ptr %1263, align 4, !tbaa !4
+  %1265 = getelementptr inbounds nuw i8, ptr %1230, i64 16
+  %1266 = load i64, ptr %1265, align 8, !tbaa !4
+  %gep1238.us.1.i = getelementptr i32, ptr %gep1288.us.i, i64 %1266
+  %1267 = load i32, ptr %gep1238.us.1.i, align 4, !tbaa !4
+  %1268 = insertelement <16 x i32> poison, i32 %1267, i64 0
+  %1269 = shufflevector <16 x i32> %1268, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i944.us.1.i = bitcast <16 x i32> %1269 to <32 x bfloat>
+  %r.i945.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i945.us.i, <32 x bfloat> %1264, <32 x bfloat> %y.i944.us.1.i)
+  %1270 = getelementptr i8, ptr %gep1238.us.1.i, i64 4
+  %1271 = load i32, ptr %1270, align 4, !tbaa !4
+  %1272 = insertelement <16 x i32> poison, i32 %1271, i64 0
+  %1273 = shufflevector <16 x i32> %1272, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i947.us.1.i = bitcast <16 x i32> %1273 to <32 x bfloat>
+  %r.i948.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i948.us.i, <32 x bfloat> %1264, <32 x bfloat> %y.i947.us.1.i)
+  %1274 = getelementptr i8, ptr %gep1238.us.1.i, i64 8
+  %1275 = load i32, ptr %1274, align 4, !tbaa !4
+  %1276 = insertelement <16 x i32> poison, i32 %1275, i64 0
+  %1277 = shufflevector <16 x i32> %1276, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i950.us.1.i = bitcast <16 x i32> %1277 to <32 x bfloat>
+  %r.i951.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i951.us.i, <32 x bfloat> %1264, <32 x bfloat> %y.i950.us.1.i)
+  %1278 = getelementptr i8, ptr %gep1238.us.1.i, i64 12
+  %1279 = load i32, ptr %1278, align 4, !tbaa !4
+  %1280 = insertelement <16 x i32> poison, i32 %1279, i64 0
+  %1281 = shufflevector <16 x i32> %1280, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i953.us.1.i = bitcast <16 x i32> %1281 to <32 x bfloat>
+  %r.i954.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i954.us.i, <32 x bfloat> %1264, <32 x bfloat> %y.i953.us.1.i)
+  %1282 = getelementptr i8, ptr %gep1238.us.1.i, i64 16
+  %1283 = load i32, ptr %1282, align 4, !tbaa !4
+  %1284 = insertelement <16 x i32> poison, i32 %1283, i64 0
+  %1285 = shufflevector <16 x i32> %1284, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i956.us.1.i = bitcast <16 x i32> %1285 to <32 x bfloat>
+  %r.i957.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i957.us.i, <32 x bfloat> %1264, <32 x bfloat> %y.i956.us.1.i)
+  %1286 = getelementptr i8, ptr %gep1238.us.1.i, i64 20
+  %1287 = load i32, ptr %1286, align 4, !tbaa !4
+  %1288 = insertelement <16 x i32> poison, i32 %1287, i64 0
+  %1289 = shufflevector <16 x i32> %1288, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i959.us.1.i = bitcast <16 x i32> %1289 to <32 x bfloat>
+  %r.i960.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i960.us.i, <32 x bfloat> %1264, <32 x bfloat> %y.i959.us.1.i)
+  %1290 = getelementptr i8, ptr %gep1238.us.1.i, i64 24
+  %1291 = load i32, ptr %1290, align 4, !tbaa !4
+  %1292 = insertelement <16 x i32> poison, i32 %1291, i64 0
+  %1293 = shufflevector <16 x i32> %1292, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i962.us.1.i = bitcast <16 x i32> %1293 to <32 x bfloat>
+  %r.i963.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i963.us.i, <32 x bfloat> %1264, <32 x bfloat> %y.i962.us.1.i)
+  %1294 = getelementptr i8, ptr %gep1238.us.1.i, i64 28
+  %1295 = load i32, ptr %1294, align 4, !tbaa !4
+  %1296 = insertelement <16 x i32> poison, i32 %1295, i64 0
+  %1297 = shufflevector <16 x i32> %1296, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i965.us.1.i = bitcast <16 x i32> %1297 to <32 x bfloat>
+  %r.i966.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i966.us.i, <32 x bfloat> %1264, <32 x bfloat> %y.i965.us.1.i)
+  %1298 = getelementptr inbounds nuw i8, ptr %1228, i64 128
+  %1299 = load <32 x bfloat>, ptr %1298, align 4, !tbaa !4
+  %1300 = getelementptr inbounds nuw i8, ptr %1230, i64 32
+  %1301 = load i64, ptr %1300, align 8, !tbaa !4
+  %gep1238.us.2.i = getelementptr i32, ptr %gep1288.us.i, i64 %1301
+  %1302 = load i32, ptr %gep1238.us.2.i, align 4, !tbaa !4
+  %1303 = insertelement <16 x i32> poison, i32 %1302, i64 0
+  %1304 = shufflevector <16 x i32> %1303, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i944.us.2.i = bitcast <16 x i32> %1304 to <32 x bfloat>
+  %r.i945.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i945.us.1.i, <32 x bfloat> %1299, <32 x bfloat> %y.i944.us.2.i)
+  %1305 = getelementptr i8, ptr %gep1238.us.2.i, i64 4
+  %1306 = load i32, ptr %1305, align 4, !tbaa !4
+  %1307 = insertelement <16 x i32> poison, i32 %1306, i64 0
+  %1308 = shufflevector <16 x i32> %1307, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i947.us.2.i = bitcast <16 x i32> %1308 to <32 x bfloat>
+  %r.i948.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i948.us.1.i, <32 x bfloat> %1299, <32 x bfloat> %y.i947.us.2.i)
+  %1309 = getelementptr i8, ptr %gep1238.us.2.i, i64 8
+  %1310 = load i32, ptr %1309, align 4, !tbaa !4
+  %1311 = insertelement <16 x i32> poison, i32 %1310, i64 0
+  %1312 = shufflevector <16 x i32> %1311, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i950.us.2.i = bitcast <16 x i32> %1312 to <32 x bfloat>
+  %r.i951.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i951.us.1.i, <32 x bfloat> %1299, <32 x bfloat> %y.i950.us.2.i)
+  %1313 = getelementptr i8, ptr %gep1238.us.2.i, i64 12
+  %1314 = load i32, ptr %1313, align 4, !tbaa !4
+  %1315 = insertelement <16 x i32> poison, i32 %1314, i64 0
+  %1316 = shufflevector <16 x i32> %1315, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i953.us.2.i = bitcast <16 x i32> %1316 to <32 x bfloat>
+  %r.i954.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i954.us.1.i, <32 x bfloat> %1299, <32 x bfloat> %y.i953.us.2.i)
+  %1317 = getelementptr i8, ptr %gep1238.us.2.i, i64 16
+  %1318 = load i32, ptr %1317, align 4, !tbaa !4
+  %1319 = insertelement <16 x i32> poison, i32 %1318, i64 0
+  %1320 = shufflevector <16 x i32> %1319, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i956.us.2.i = bitcast <16 x i32> %1320 to <32 x bfloat>
+  %r.i957.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i957.us.1.i, <32 x bfloat> %1299, <32 x bfloat> %y.i956.us.2.i)
+  %1321 = getelementptr i8, ptr %gep1238.us.2.i, i64 20
+  %1322 = load i32, ptr %1321, align 4, !tbaa !4
+  %1323 = insertelement <16 x i32> poison, i32 %1322, i64 0
+  %1324 = shufflevector <16 x i32> %1323, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i959.us.2.i = bitcast <16 x i32> %1324 to <32 x bfloat>
+  %r.i960.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i960.us.1.i, <32 x bfloat> %1299, <32 x bfloat> %y.i959.us.2.i)
+  %1325 = getelementptr i8, ptr %gep1238.us.2.i, i64 24
+  %1326 = load i32, ptr %1325, align 4, !tbaa !4
+  %1327 = insertelement <16 x i32> poison, i32 %1326, i64 0
+  %1328 = shufflevector <16 x i32> %1327, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i962.us.2.i = bitcast <16 x i32> %1328 to <32 x bfloat>
+  %r.i963.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i963.us.1.i, <32 x bfloat> %1299, <32 x bfloat> %y.i962.us.2.i)
+  %1329 = getelementptr i8, ptr %gep1238.us.2.i, i64 28
+  %1330 = load i32, ptr %1329, align 4, !tbaa !4
+  %1331 = insertelement <16 x i32> poison, i32 %1330, i64 0
+  %1332 = shufflevector <16 x i32> %1331, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i965.us.2.i = bitcast <16 x i32> %1332 to <32 x bfloat>
+  %r.i966.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i966.us.1.i, <32 x bfloat> %1299, <32 x bfloat> %y.i965.us.2.i)
+  %1333 = getelementptr inbounds nuw i8, ptr %1228, i64 192
+  %1334 = load <32 x bfloat>, ptr %1333, align 4, !tbaa !4
+  %1335 = getelementptr inbounds nuw i8, ptr %1230, i64 48
+  %1336 = load i64, ptr %1335, align 8, !tbaa !4
+  %gep1238.us.3.i = getelementptr i32, ptr %gep1288.us.i, i64 %1336
+  %1337 = load i32, ptr %gep1238.us.3.i, align 4, !tbaa !4
+  %1338 = insertelement <16 x i32> poison, i32 %1337, i64 0
+  %1339 = shufflevector <16 x i32> %1338, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i944.us.3.i = bitcast <16 x i32> %1339 to <32 x bfloat>
+  %r.i945.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i945.us.2.i, <32 x bfloat> %1334, <32 x bfloat> %y.i944.us.3.i)
+  %1340 = getelementptr i8, ptr %gep1238.us.3.i, i64 4
+  %1341 = load i32, ptr %1340, align 4, !tbaa !4
+  %1342 = insertelement <16 x i32> poison, i32 %1341, i64 0
+  %1343 = shufflevector <16 x i32> %1342, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i947.us.3.i = bitcast <16 x i32> %1343 to <32 x bfloat>
+  %r.i948.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i948.us.2.i, <32 x bfloat> %1334, <32 x bfloat> %y.i947.us.3.i)
+  %1344 = getelementptr i8, ptr %gep1238.us.3.i, i64 8
+  %1345 = load i32, ptr %1344, align 4, !tbaa !4
+  %1346 = insertelement <16 x i32> poison, i32 %1345, i64 0
+  %1347 = shufflevector <16 x i32> %1346, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i950.us.3.i = bitcast <16 x i32> %1347 to <32 x bfloat>
+  %r.i951.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i951.us.2.i, <32 x bfloat> %1334, <32 x bfloat> %y.i950.us.3.i)
+  %1348 = getelementptr i8, ptr %gep1238.us.3.i, i64 12
+  %1349 = load i32, ptr %1348, align 4, !tbaa !4
+  %1350 = insertelement <16 x i32> poison, i32 %1349, i64 0
+  %1351 = shufflevector <16 x i32> %1350, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i953.us.3.i = bitcast <16 x i32> %1351 to <32 x bfloat>
+  %r.i954.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i954.us.2.i, <32 x bfloat> %1334, <32 x bfloat> %y.i953.us.3.i)
+  %1352 = getelementptr i8, ptr %gep1238.us.3.i, i64 16
+  %1353 = load i32, ptr %1352, align 4, !tbaa !4
+  %1354 = insertelement <16 x i32> poison, i32 %1353, i64 0
+  %1355 = shufflevector <16 x i32> %1354, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i956.us.3.i = bitcast <16 x i32> %1355 to <32 x bfloat>
+  %r.i957.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i957.us.2.i, <32 x bfloat> %1334, <32 x bfloat> %y.i956.us.3.i)
+  %1356 = getelementptr i8, ptr %gep1238.us.3.i, i64 20
+  %1357 = load i32, ptr %1356, align 4, !tbaa !4
+  %1358 = insertelement <16 x i32> poison, i32 %1357, i64 0
+  %1359 = shufflevector <16 x i32> %1358, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i959.us.3.i = bitcast <16 x i32> %1359 to <32 x bfloat>
+  %r.i960.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i960.us.2.i, <32 x bfloat> %1334, <32 x bfloat> %y.i959.us.3.i)
+  %1360 = getelementptr i8, ptr %gep1238.us.3.i, i64 24
+  %1361 = load i32, ptr %1360, align 4, !tbaa !4
+  %1362 = insertelement <16 x i32> poison, i32 %1361, i64 0
+  %1363 = shufflevector <16 x i32> %1362, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i962.us.3.i = bitcast <16 x i32> %1363 to <32 x bfloat>
+  %r.i963.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i963.us.2.i, <32 x bfloat> %1334, <32 x bfloat> %y.i962.us.3.i)
+  %1364 = getelementptr i8, ptr %gep1238.us.3.i, i64 28
+  %1365 = load i32, ptr %1364, align 4, !tbaa !4
+  %1366 = insertelement <16 x i32> poison, i32 %1365, i64 0
+  %1367 = shufflevector <16 x i32> %1366, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i965.us.3.i = bitcast <16 x i32> %1367 to <32 x bfloat>
+  %r.i966.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i966.us.2.i, <32 x bfloat> %1334, <32 x bfloat> %y.i965.us.3.i)
+  %indvars.iv.next1577.i = add nuw nsw i64 %indvars.iv1576.i, 1
+  %exitcond1580.not.i = icmp eq i64 %indvars.iv.next1577.i, %1127
+  br i1 %exitcond1580.not.i, label %for_end_to257.us.i, label %for_body_to256.us.i, !prof !8
+
+for_begin_line262.preheader.us.i:                 ; preds = %for_body_to256.us.i
+  %1368 = add nuw nsw i64 %indvars.iv1576.i, %2647
+  %1369 = trunc nuw nsw i64 %1368 to i32
+  %1370 = lshr i32 %1369, 1
+  %1371 = add nuw nsw i32 %1370, %1006
+  %1372 = zext nneg i32 %1371 to i64
+  %1373 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1372
+  %1374 = load i64, ptr %1373, align 8, !tbaa !4
+  %1375 = shl nuw nsw i64 %1368, 5
+  %1376 = and i64 %1375, 32
+  %1377 = and i64 %1375, 64
+  %1378 = getelementptr i32, ptr %value_cache, i64 %1377
+  %1379 = getelementptr i32, ptr %1378, i64 %1376
+  %invariant.gep1230.us.i = getelementptr i32, ptr %1379, i64 %1374
+  %invariant.gep1232.us.i = getelementptr i32, ptr %invariant.gep1230.us.i, i64 %1008
+  tail call void @llvm.prefetch.p0(ptr readonly %invariant.gep1232.us.i, i32 0, i32 2, i32 1)
+  %gep1233.us.1.i = getelementptr i8, ptr %invariant.gep1232.us.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1233.us.1.i, i32 0, i32 2, i32 1)
+  br label %if_end261.us.i
+
+for_begin_to255.preheader.us.i:                   ; preds = %if_end292.us.i, %if_end244.us.i
+  %indvars.iv1586.i = phi i64 [ %indvars.iv.next1587.i, %if_end292.us.i ], [ 0, %if_end244.us.i ]
+  br i1 %.not1447.i, label %for_end_to257.us.i, label %for_body_to256.lr.ph.us.i, !prof !11
+
+for_begin_ti238.preheader.us.i:                   ; preds = %for_begin_ti238.preheader.lr.ph.us.i, %for_begin_ti238.preheader.us.i
+  %indvars.iv1561.i = phi i64 [ 0, %for_begin_ti238.preheader.lr.ph.us.i ], [ %indvars.iv.next1562.i, %for_begin_ti238.preheader.us.i ]
+  %indvars.iv1561.tr.i = trunc i64 %indvars.iv1561.i to i32
+  %1380 = shl i32 %indvars.iv1561.tr.i, 3
+  %1381 = add i32 %2568, %1380
+  %1382 = add i32 %num_full.us.i, %indvars.iv1561.tr.i
+  %1383 = shl i32 %1382, 6
+  %1384 = sext i32 %1383 to i64
+  %1385 = load <16 x i32>, ptr %2566, align 4, !tbaa !4
+  %1386 = or disjoint i32 %1381, 1
   %1387 = insertelement <16 x i32> poison, i32 %1386, i64 0
   %1388 = shufflevector <16 x i32> %1387, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1389 = and <16 x i32> %1388, %1369
-  %y.i1003.us.i = bitcast <16 x i32> %1389 to <32 x bfloat>
-  %r.i1004.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc539.sroa.13.01299.us.i, <32 x bfloat> %1367, <32 x bfloat> %y.i1003.us.i)
-  %1390 = getelementptr i8, ptr %gep1315.us.i, i64 16
-  %1391 = load i32, ptr %1390, align 4, !tbaa !4
-  %1392 = insertelement <16 x i32> poison, i32 %1391, i64 0
-  %1393 = shufflevector <16 x i32> %1392, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1394 = and <16 x i32> %1393, %1369
-  %y.i1006.us.i = bitcast <16 x i32> %1394 to <32 x bfloat>
-  %r.i1007.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc539.sroa.18.01298.us.i, <32 x bfloat> %1367, <32 x bfloat> %y.i1006.us.i)
-  %1395 = getelementptr i8, ptr %gep1315.us.i, i64 20
-  %1396 = load i32, ptr %1395, align 4, !tbaa !4
-  %1397 = insertelement <16 x i32> poison, i32 %1396, i64 0
-  %1398 = shufflevector <16 x i32> %1397, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1399 = and <16 x i32> %1398, %1369
-  %y.i1009.us.i = bitcast <16 x i32> %1399 to <32 x bfloat>
-  %r.i1010.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc539.sroa.22.01297.us.i, <32 x bfloat> %1367, <32 x bfloat> %y.i1009.us.i)
-  %1400 = getelementptr i8, ptr %gep1315.us.i, i64 24
-  %1401 = load i32, ptr %1400, align 4, !tbaa !4
-  %1402 = insertelement <16 x i32> poison, i32 %1401, i64 0
-  %1403 = shufflevector <16 x i32> %1402, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1404 = and <16 x i32> %1403, %1369
-  %y.i1012.us.i = bitcast <16 x i32> %1404 to <32 x bfloat>
-  %r.i1013.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc539.sroa.27.01296.us.i, <32 x bfloat> %1367, <32 x bfloat> %y.i1012.us.i)
-  %1405 = getelementptr i8, ptr %gep1315.us.i, i64 28
-  %1406 = load i32, ptr %1405, align 4, !tbaa !4
-  %1407 = insertelement <16 x i32> poison, i32 %1406, i64 0
-  %1408 = shufflevector <16 x i32> %1407, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1409 = and <16 x i32> %1408, %1369
-  %y.i1015.us.i = bitcast <16 x i32> %1409 to <32 x bfloat>
-  %r.i1016.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc539.sroa.31.01295.us.i, <32 x bfloat> %1367, <32 x bfloat> %y.i1015.us.i)
-  %indvars.iv.next1607.i = add nuw nsw i64 %indvars.iv1606.i, 1
-  %exitcond1610.not.i = icmp eq i64 %indvars.iv.next1607.i, %wide.trip.count1609.i
-  br i1 %exitcond1610.not.i, label %for_end_ti296.us.i, label %for_body_ti295.us.i, !prof !8
+  %1389 = icmp slt <16 x i32> %1388, %1385
+  %1390 = select <16 x i1> %1389, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %1391 = insertelement <16 x i32> poison, i32 %1381, i64 0
+  %1392 = shufflevector <16 x i32> %1391, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1393 = icmp slt <16 x i32> %1392, %1385
+  %1394 = select <16 x i1> %1393, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %1395 = or disjoint <16 x i32> %1390, %1394
+  %1396 = getelementptr inbounds i32, ptr %edges.us.i, i64 %1384
+  store <16 x i32> %1395, ptr %1396, align 4, !tbaa !4
+  %1397 = load <16 x i32>, ptr %2566, align 4, !tbaa !4
+  %1398 = add nuw nsw i32 %1381, 2
+  %1399 = or disjoint i32 %1398, 1
+  %1400 = insertelement <16 x i32> poison, i32 %1399, i64 0
+  %1401 = shufflevector <16 x i32> %1400, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1402 = icmp slt <16 x i32> %1401, %1397
+  %1403 = select <16 x i1> %1402, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %1404 = insertelement <16 x i32> poison, i32 %1398, i64 0
+  %1405 = shufflevector <16 x i32> %1404, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1406 = icmp slt <16 x i32> %1405, %1397
+  %1407 = select <16 x i1> %1406, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %1408 = or disjoint <16 x i32> %1403, %1407
+  %1409 = getelementptr i8, ptr %1396, i64 64
+  store <16 x i32> %1408, ptr %1409, align 4, !tbaa !4
+  %1410 = load <16 x i32>, ptr %2566, align 4, !tbaa !4
+  %1411 = add nuw nsw i32 %1381, 4
+  %1412 = or disjoint i32 %1411, 1
+  %1413 = insertelement <16 x i32> poison, i32 %1412, i64 0
+  %1414 = shufflevector <16 x i32> %1413, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1415 = icmp slt <16 x i32> %1414, %1410
+  %1416 = select <16 x i1> %1415, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %1417 = insertelement <16 x i32> poison, i32 %1411, i64 0
+  %1418 = shufflevector <16 x i32> %1417, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1419 = icmp slt <16 x i32> %1418, %1410
+  %1420 = select <16 x i1> %1419, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %1421 = or disjoint <16 x i32> %1416, %1420
+  %1422 = getelementptr i8, ptr %1396, i64 128
+  store <16 x i32> %1421, ptr %1422, align 4, !tbaa !4
+  %1423 = load <16 x i32>, ptr %2566, align 4, !tbaa !4
+  %1424 = add nuw nsw i32 %1381, 6
+  %1425 = or disjoint i32 %1424, 1
+  %1426 = insertelement <16 x i32> poison, i32 %1425, i64 0
+  %1427 = shufflevector <16 x i32> %1426, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1428 = icmp slt <16 x i32> %1427, %1423
+  %1429 = select <16 x i1> %1428, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %1430 = insertelement <16 x i32> poison, i32 %1424, i64 0
+  %1431 = shufflevector <16 x i32> %1430, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1432 = icmp slt <16 x i32> %1431, %1423
+  %1433 = select <16 x i1> %1432, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %1434 = or disjoint <16 x i32> %1433, %1429
+  %1435 = getelementptr i8, ptr %1396, i64 192
+  store <16 x i32> %1434, ptr %1435, align 4, !tbaa !4
+  %indvars.iv.next1562.i = add nuw nsw i64 %indvars.iv1561.i, 1
+  %exitcond1565.not.i = icmp eq i64 %indvars.iv.next1562.i, %wide.trip.count1564.i
+  br i1 %exitcond1565.not.i, label %for_end_to235.us.i, label %for_begin_ti238.preheader.us.i, !prof !8
 
-for_begin_ti289.preheader.us.i:                   ; preds = %for_begin_ti289.preheader.lr.ph.us.i, %for_begin_ti289.preheader.us.i
-  %indvars.iv1601.i = phi i64 [ 0, %for_begin_ti289.preheader.lr.ph.us.i ], [ %indvars.iv.next1602.i, %for_begin_ti289.preheader.us.i ]
-  %full_acc538.sroa.28.01285.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti289.preheader.lr.ph.us.i ], [ %r.i992.us.3.i, %for_begin_ti289.preheader.us.i ]
-  %full_acc538.sroa.24.01284.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti289.preheader.lr.ph.us.i ], [ %r.i989.us.3.i, %for_begin_ti289.preheader.us.i ]
-  %full_acc538.sroa.20.01283.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti289.preheader.lr.ph.us.i ], [ %r.i986.us.3.i, %for_begin_ti289.preheader.us.i ]
-  %full_acc538.sroa.16.01282.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti289.preheader.lr.ph.us.i ], [ %r.i983.us.3.i, %for_begin_ti289.preheader.us.i ]
-  %full_acc538.sroa.12.01281.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti289.preheader.lr.ph.us.i ], [ %r.i980.us.3.i, %for_begin_ti289.preheader.us.i ]
-  %full_acc538.sroa.0.01280.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti289.preheader.lr.ph.us.i ], [ %r.i971.us.3.i, %for_begin_ti289.preheader.us.i ]
-  %full_acc538.sroa.4.01279.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti289.preheader.lr.ph.us.i ], [ %r.i974.us.3.i, %for_begin_ti289.preheader.us.i ]
-  %full_acc538.sroa.8.01278.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti289.preheader.lr.ph.us.i ], [ %r.i977.us.3.i, %for_begin_ti289.preheader.us.i ]
-  %.idx70 = shl nsw i64 %indvars.iv1601.i, 8
-  %1410 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx70
-  %1411 = load <32 x bfloat>, ptr %1410, align 4, !tbaa !4
-  %.idx71 = shl nsw i64 %indvars.iv1601.i, 6
-  %1412 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx71
-  %1413 = load i64, ptr %1412, align 8, !tbaa !4
-  %gep1268.us.i = getelementptr i32, ptr %gep1318.us.i, i64 %1413
-  %1414 = load i32, ptr %gep1268.us.i, align 4, !tbaa !4
-  %1415 = insertelement <16 x i32> poison, i32 %1414, i64 0
-  %1416 = shufflevector <16 x i32> %1415, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i970.us.i = bitcast <16 x i32> %1416 to <32 x bfloat>
-  %r.i971.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc538.sroa.0.01280.us.i, <32 x bfloat> %1411, <32 x bfloat> %y.i970.us.i)
-  %1417 = getelementptr i8, ptr %gep1268.us.i, i64 4
-  %1418 = load i32, ptr %1417, align 4, !tbaa !4
-  %1419 = insertelement <16 x i32> poison, i32 %1418, i64 0
-  %1420 = shufflevector <16 x i32> %1419, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i973.us.i = bitcast <16 x i32> %1420 to <32 x bfloat>
-  %r.i974.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc538.sroa.4.01279.us.i, <32 x bfloat> %1411, <32 x bfloat> %y.i973.us.i)
-  %1421 = getelementptr i8, ptr %gep1268.us.i, i64 8
-  %1422 = load i32, ptr %1421, align 4, !tbaa !4
-  %1423 = insertelement <16 x i32> poison, i32 %1422, i64 0
-  %1424 = shufflevector <16 x i32> %1423, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i976.us.i = bitcast <16 x i32> %1424 to <32 x bfloat>
-  %r.i977.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc538.sroa.8.01278.us.i, <32 x bfloat> %1411, <32 x bfloat> %y.i976.us.i)
-  %1425 = getelementptr i8, ptr %gep1268.us.i, i64 12
-  %1426 = load i32, ptr %1425, align 4, !tbaa !4
-  %1427 = insertelement <16 x i32> poison, i32 %1426, i64 0
-  %1428 = shufflevector <16 x i32> %1427, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i979.us.i = bitcast <16 x i32> %1428 to <32 x bfloat>
-  %r.i980.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc538.sroa.12.01281.us.i, <32 x bfloat> %1411, <32 x bfloat> %y.i979.us.i)
-  %1429 = getelementptr i8, ptr %gep1268.us.i, i64 16
-  %1430 = load i32, ptr %1429, align 4, !tbaa !4
-  %1431 = insertelement <16 x i32> poison, i32 %1430, i64 0
-  %1432 = shufflevector <16 x i32> %1431, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i982.us.i = bitcast <16 x i32> %1432 to <32 x bfloat>
-  %r.i983.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc538.sroa.16.01282.us.i, <32 x bfloat> %1411, <32 x bfloat> %y.i982.us.i)
-  %1433 = getelementptr i8, ptr %gep1268.us.i, i64 20
-  %1434 = load i32, ptr %1433, align 4, !tbaa !4
-  %1435 = insertelement <16 x i32> poison, i32 %1434, i64 0
-  %1436 = shufflevector <16 x i32> %1435, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i985.us.i = bitcast <16 x i32> %1436 to <32 x bfloat>
-  %r.i986.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc538.sroa.20.01283.us.i, <32 x bfloat> %1411, <32 x bfloat> %y.i985.us.i)
-  %1437 = getelementptr i8, ptr %gep1268.us.i, i64 24
-  %1438 = load i32, ptr %1437, align 4, !tbaa !4
-  %1439 = insertelement <16 x i32> poison, i32 %1438, i64 0
-  %1440 = shufflevector <16 x i32> %1439, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i988.us.i = bitcast <16 x i32> %1440 to <32 x bfloat>
-  %r.i989.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc538.sroa.24.01284.us.i, <32 x bfloat> %1411, <32 x bfloat> %y.i988.us.i)
-  %1441 = getelementptr i8, ptr %gep1268.us.i, i64 28
-  %1442 = load i32, ptr %1441, align 4, !tbaa !4
-  %1443 = insertelement <16 x i32> poison, i32 %1442, i64 0
-  %1444 = shufflevector <16 x i32> %1443, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i991.us.i = bitcast <16 x i32> %1444 to <32 x bfloat>
-  %r.i992.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc538.sroa.28.01285.us.i, <32 x bfloat> %1411, <32 x bfloat> %y.i991.us.i)
-  %1445 = getelementptr inbounds nuw i8, ptr %1410, i64 64
-  %1446 = load <32 x bfloat>, ptr %1445, align 4, !tbaa !4
-  %1447 = getelementptr inbounds nuw i8, ptr %1412, i64 16
-  %1448 = load i64, ptr %1447, align 8, !tbaa !4
-  %gep1268.us.1.i = getelementptr i32, ptr %gep1318.us.i, i64 %1448
-  %1449 = load i32, ptr %gep1268.us.1.i, align 4, !tbaa !4
-  %1450 = insertelement <16 x i32> poison, i32 %1449, i64 0
-  %1451 = shufflevector <16 x i32> %1450, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i970.us.1.i = bitcast <16 x i32> %1451 to <32 x bfloat>
-  %r.i971.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i971.us.i, <32 x bfloat> %1446, <32 x bfloat> %y.i970.us.1.i)
-  %1452 = getelementptr i8, ptr %gep1268.us.1.i, i64 4
-  %1453 = load i32, ptr %1452, align 4, !tbaa !4
-  %1454 = insertelement <16 x i32> poison, i32 %1453, i64 0
-  %1455 = shufflevector <16 x i32> %1454, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i973.us.1.i = bitcast <16 x i32> %1455 to <32 x bfloat>
-  %r.i974.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i974.us.i, <32 x bfloat> %1446, <32 x bfloat> %y.i973.us.1.i)
-  %1456 = getelementptr i8, ptr %gep1268.us.1.i, i64 8
-  %1457 = load i32, ptr %1456, align 4, !tbaa !4
-  %1458 = insertelement <16 x i32> poison, i32 %1457, i64 0
-  %1459 = shufflevector <16 x i32> %1458, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i976.us.1.i = bitcast <16 x i32> %1459 to <32 x bfloat>
-  %r.i977.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i977.us.i, <32 x bfloat> %1446, <32 x bfloat> %y.i976.us.1.i)
-  %1460 = getelementptr i8, ptr %gep1268.us.1.i, i64 12
-  %1461 = load i32, ptr %1460, align 4, !tbaa !4
-  %1462 = insertelement <16 x i32> poison, i32 %1461, i64 0
-  %1463 = shufflevector <16 x i32> %1462, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i979.us.1.i = bitcast <16 x i32> %1463 to <32 x bfloat>
-  %r.i980.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i980.us.i, <32 x bfloat> %1446, <32 x bfloat> %y.i979.us.1.i)
-  %1464 = getelementptr i8, ptr %gep1268.us.1.i, i64 16
-  %1465 = load i32, ptr %1464, align 4, !tbaa !4
-  %1466 = insertelement <16 x i32> poison, i32 %1465, i64 0
-  %1467 = shufflevector <16 x i32> %1466, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i982.us.1.i = bitcast <16 x i32> %1467 to <32 x bfloat>
-  %r.i983.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i983.us.i, <32 x bfloat> %1446, <32 x bfloat> %y.i982.us.1.i)
-  %1468 = getelementptr i8, ptr %gep1268.us.1.i, i64 20
-  %1469 = load i32, ptr %1468, align 4, !tbaa !4
-  %1470 = insertelement <16 x i32> poison, i32 %1469, i64 0
-  %1471 = shufflevector <16 x i32> %1470, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i985.us.1.i = bitcast <16 x i32> %1471 to <32 x bfloat>
-  %r.i986.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i986.us.i, <32 x bfloat> %1446, <32 x bfloat> %y.i985.us.1.i)
-  %1472 = getelementptr i8, ptr %gep1268.us.1.i, i64 24
-  %1473 = load i32, ptr %1472, align 4, !tbaa !4
-  %1474 = insertelement <16 x i32> poison, i32 %1473, i64 0
-  %1475 = shufflevector <16 x i32> %1474, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i988.us.1.i = bitcast <16 x i32> %1475 to <32 x bfloat>
-  %r.i989.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i989.us.i, <32 x bfloat> %1446, <32 x bfloat> %y.i988.us.1.i)
-  %1476 = getelementptr i8, ptr %gep1268.us.1.i, i64 28
-  %1477 = load i32, ptr %1476, align 4, !tbaa !4
-  %1478 = insertelement <16 x i32> poison, i32 %1477, i64 0
-  %1479 = shufflevector <16 x i32> %1478, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i991.us.1.i = bitcast <16 x i32> %1479 to <32 x bfloat>
-  %r.i992.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i992.us.i, <32 x bfloat> %1446, <32 x bfloat> %y.i991.us.1.i)
-  %1480 = getelementptr inbounds nuw i8, ptr %1410, i64 128
-  %1481 = load <32 x bfloat>, ptr %1480, align 4, !tbaa !4
-  %1482 = getelementptr inbounds nuw i8, ptr %1412, i64 32
-  %1483 = load i64, ptr %1482, align 8, !tbaa !4
-  %gep1268.us.2.i = getelementptr i32, ptr %gep1318.us.i, i64 %1483
-  %1484 = load i32, ptr %gep1268.us.2.i, align 4, !tbaa !4
-  %1485 = insertelement <16 x i32> poison, i32 %1484, i64 0
-  %1486 = shufflevector <16 x i32> %1485, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i970.us.2.i = bitcast <16 x i32> %1486 to <32 x bfloat>
-  %r.i971.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i971.us.1.i, <32 x bfloat> %1481, <32 x bfloat> %y.i970.us.2.i)
-  %1487 = getelementptr i8, ptr %gep1268.us.2.i, i64 4
-  %1488 = load i32, ptr %1487, align 4, !tbaa !4
-  %1489 = insertelement <16 x i32> poison, i32 %1488, i64 0
-  %1490 = shufflevector <16 x i32> %1489, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i973.us.2.i = bitcast <16 x i32> %1490 to <32 x bfloat>
-  %r.i974.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i974.us.1.i, <32 x bfloat> %1481, <32 x bfloat> %y.i973.us.2.i)
-  %1491 = getelementptr i8, ptr %gep1268.us.2.i, i64 8
-  %1492 = load i32, ptr %1491, align 4, !tbaa !4
-  %1493 = insertelement <16 x i32> poison, i32 %1492, i64 0
-  %1494 = shufflevector <16 x i32> %1493, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i976.us.2.i = bitcast <16 x i32> %1494 to <32 x bfloat>
-  %r.i977.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i977.us.1.i, <32 x bfloat> %1481, <32 x bfloat> %y.i976.us.2.i)
-  %1495 = getelementptr i8, ptr %gep1268.us.2.i, i64 12
-  %1496 = load i32, ptr %1495, align 4, !tbaa !4
-  %1497 = insertelement <16 x i32> poison, i32 %1496, i64 0
-  %1498 = shufflevector <16 x i32> %1497, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i979.us.2.i = bitcast <16 x i32> %1498 to <32 x bfloat>
-  %r.i980.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i980.us.1.i, <32 x bfloat> %1481, <32 x bfloat> %y.i979.us.2.i)
-  %1499 = getelementptr i8, ptr %gep1268.us.2.i, i64 16
-  %1500 = load i32, ptr %1499, align 4, !tbaa !4
-  %1501 = insertelement <16 x i32> poison, i32 %1500, i64 0
-  %1502 = shufflevector <16 x i32> %1501, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i982.us.2.i = bitcast <16 x i32> %1502 to <32 x bfloat>
-  %r.i983.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i983.us.1.i, <32 x bfloat> %1481, <32 x bfloat> %y.i982.us.2.i)
-  %1503 = getelementptr i8, ptr %gep1268.us.2.i, i64 20
-  %1504 = load i32, ptr %1503, align 4, !tbaa !4
-  %1505 = insertelement <16 x i32> poison, i32 %1504, i64 0
-  %1506 = shufflevector <16 x i32> %1505, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i985.us.2.i = bitcast <16 x i32> %1506 to <32 x bfloat>
-  %r.i986.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i986.us.1.i, <32 x bfloat> %1481, <32 x bfloat> %y.i985.us.2.i)
-  %1507 = getelementptr i8, ptr %gep1268.us.2.i, i64 24
-  %1508 = load i32, ptr %1507, align 4, !tbaa !4
-  %1509 = insertelement <16 x i32> poison, i32 %1508, i64 0
-  %1510 = shufflevector <16 x i32> %1509, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i988.us.2.i = bitcast <16 x i32> %1510 to <32 x bfloat>
-  %r.i989.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i989.us.1.i, <32 x bfloat> %1481, <32 x bfloat> %y.i988.us.2.i)
-  %1511 = getelementptr i8, ptr %gep1268.us.2.i, i64 28
-  %1512 = load i32, ptr %1511, align 4, !tbaa !4
-  %1513 = insertelement <16 x i32> poison, i32 %1512, i64 0
-  %1514 = shufflevector <16 x i32> %1513, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i991.us.2.i = bitcast <16 x i32> %1514 to <32 x bfloat>
-  %r.i992.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i992.us.1.i, <32 x bfloat> %1481, <32 x bfloat> %y.i991.us.2.i)
-  %1515 = getelementptr inbounds nuw i8, ptr %1410, i64 192
-  %1516 = load <32 x bfloat>, ptr %1515, align 4, !tbaa !4
-  %1517 = getelementptr inbounds nuw i8, ptr %1412, i64 48
-  %1518 = load i64, ptr %1517, align 8, !tbaa !4
-  %gep1268.us.3.i = getelementptr i32, ptr %gep1318.us.i, i64 %1518
-  %1519 = load i32, ptr %gep1268.us.3.i, align 4, !tbaa !4
-  %1520 = insertelement <16 x i32> poison, i32 %1519, i64 0
-  %1521 = shufflevector <16 x i32> %1520, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i970.us.3.i = bitcast <16 x i32> %1521 to <32 x bfloat>
-  %r.i971.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i971.us.2.i, <32 x bfloat> %1516, <32 x bfloat> %y.i970.us.3.i)
-  %1522 = getelementptr i8, ptr %gep1268.us.3.i, i64 4
-  %1523 = load i32, ptr %1522, align 4, !tbaa !4
-  %1524 = insertelement <16 x i32> poison, i32 %1523, i64 0
-  %1525 = shufflevector <16 x i32> %1524, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i973.us.3.i = bitcast <16 x i32> %1525 to <32 x bfloat>
-  %r.i974.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i974.us.2.i, <32 x bfloat> %1516, <32 x bfloat> %y.i973.us.3.i)
-  %1526 = getelementptr i8, ptr %gep1268.us.3.i, i64 8
-  %1527 = load i32, ptr %1526, align 4, !tbaa !4
-  %1528 = insertelement <16 x i32> poison, i32 %1527, i64 0
-  %1529 = shufflevector <16 x i32> %1528, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i976.us.3.i = bitcast <16 x i32> %1529 to <32 x bfloat>
-  %r.i977.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i977.us.2.i, <32 x bfloat> %1516, <32 x bfloat> %y.i976.us.3.i)
-  %1530 = getelementptr i8, ptr %gep1268.us.3.i, i64 12
-  %1531 = load i32, ptr %1530, align 4, !tbaa !4
-  %1532 = insertelement <16 x i32> poison, i32 %1531, i64 0
-  %1533 = shufflevector <16 x i32> %1532, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i979.us.3.i = bitcast <16 x i32> %1533 to <32 x bfloat>
-  %r.i980.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i980.us.2.i, <32 x bfloat> %1516, <32 x bfloat> %y.i979.us.3.i)
-  %1534 = getelementptr i8, ptr %gep1268.us.3.i, i64 16
-  %1535 = load i32, ptr %1534, align 4, !tbaa !4
-  %1536 = insertelement <16 x i32> poison, i32 %1535, i64 0
-  %1537 = shufflevector <16 x i32> %1536, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i982.us.3.i = bitcast <16 x i32> %1537 to <32 x bfloat>
-  %r.i983.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i983.us.2.i, <32 x bfloat> %1516, <32 x bfloat> %y.i982.us.3.i)
-  %1538 = getelementptr i8, ptr %gep1268.us.3.i, i64 20
-  %1539 = load i32, ptr %1538, align 4, !tbaa !4
-  %1540 = insertelement <16 x i32> poison, i32 %1539, i64 0
-  %1541 = shufflevector <16 x i32> %1540, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i985.us.3.i = bitcast <16 x i32> %1541 to <32 x bfloat>
-  %r.i986.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i986.us.2.i, <32 x bfloat> %1516, <32 x bfloat> %y.i985.us.3.i)
-  %1542 = getelementptr i8, ptr %gep1268.us.3.i, i64 24
-  %1543 = load i32, ptr %1542, align 4, !tbaa !4
-  %1544 = insertelement <16 x i32> poison, i32 %1543, i64 0
-  %1545 = shufflevector <16 x i32> %1544, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i988.us.3.i = bitcast <16 x i32> %1545 to <32 x bfloat>
-  %r.i989.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i989.us.2.i, <32 x bfloat> %1516, <32 x bfloat> %y.i988.us.3.i)
-  %1546 = getelementptr i8, ptr %gep1268.us.3.i, i64 28
-  %1547 = load i32, ptr %1546, align 4, !tbaa !4
-  %1548 = insertelement <16 x i32> poison, i32 %1547, i64 0
-  %1549 = shufflevector <16 x i32> %1548, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i991.us.3.i = bitcast <16 x i32> %1549 to <32 x bfloat>
-  %r.i992.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i992.us.2.i, <32 x bfloat> %1516, <32 x bfloat> %y.i991.us.3.i)
-  %indvars.iv.next1602.i = add nuw nsw i64 %indvars.iv1601.i, 1
-  %exitcond1605.not.i = icmp eq i64 %indvars.iv.next1602.i, %wide.trip.count1604.i
-  br i1 %exitcond1605.not.i, label %for_end_to286.us.i, label %for_begin_ti289.preheader.us.i, !prof !8
+for_begin_ti188.preheader.us.i:                   ; preds = %for_begin_ti188.preheader.lr.ph.us.i, %for_end_ax0197.us.i
+  %indvars.iv1552.i = phi i64 [ 0, %for_begin_ti188.preheader.lr.ph.us.i ], [ %indvars.iv.next1553.i, %for_end_ax0197.us.i ]
+  %tile_sum522.sroa.0.01223.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti188.preheader.lr.ph.us.i ], [ %.us-phi.us.i, %for_end_ax0197.us.i ]
+  %1436 = icmp samesign ult i64 %indvars.iv1552.i, 16
+  br i1 %1436, label %for_body_ax0196.us.us.preheader.i, label %for_end_ax0197.us.i, !prof !7
 
-for_begin_to284.preheader.us.i:                   ; preds = %if_end314.us.i, %if_end273.us.i
-  %indvars.iv1611.i = phi i64 [ %indvars.iv.next1612.i, %if_end314.us.i ], [ 0, %if_end273.us.i ]
-  br i1 %.not1469.i, label %for_end_to286.us.i, label %for_begin_ti289.preheader.lr.ph.us.i, !prof !11
-
-for_begin_ti267.preheader.us.i:                   ; preds = %for_begin_ti267.preheader.lr.ph.us.i, %for_begin_ti267.preheader.us.i
-  %indvars.iv1589.i = phi i64 [ 0, %for_begin_ti267.preheader.lr.ph.us.i ], [ %indvars.iv.next1590.i, %for_begin_ti267.preheader.us.i ]
-  %indvars.iv1589.tr.i = trunc i64 %indvars.iv1589.i to i32
-  %1550 = shl i32 %indvars.iv1589.tr.i, 3
-  %1551 = add i32 %2779, %1550
-  %1552 = add i32 %num_full.us.i, %indvars.iv1589.tr.i
-  %1553 = shl i32 %1552, 6
-  %1554 = sext i32 %1553 to i64
-  %1555 = load <16 x i32>, ptr %2777, align 4, !tbaa !4
-  %1556 = or disjoint i32 %1551, 1
-  %1557 = insertelement <16 x i32> poison, i32 %1556, i64 0
-  %1558 = shufflevector <16 x i32> %1557, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1559 = icmp slt <16 x i32> %1558, %1555
-  %1560 = select <16 x i1> %1559, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
-  %1561 = insertelement <16 x i32> poison, i32 %1551, i64 0
-  %1562 = shufflevector <16 x i32> %1561, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1563 = icmp slt <16 x i32> %1562, %1555
-  %1564 = select <16 x i1> %1563, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
-  %1565 = or disjoint <16 x i32> %1560, %1564
-  %1566 = getelementptr inbounds i32, ptr %edges.us.i, i64 %1554
-  store <16 x i32> %1565, ptr %1566, align 4, !tbaa !4
-  %1567 = load <16 x i32>, ptr %2777, align 4, !tbaa !4
-  %1568 = add nuw nsw i32 %1551, 2
-  %1569 = or disjoint i32 %1568, 1
-  %1570 = insertelement <16 x i32> poison, i32 %1569, i64 0
-  %1571 = shufflevector <16 x i32> %1570, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1572 = icmp slt <16 x i32> %1571, %1567
-  %1573 = select <16 x i1> %1572, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
-  %1574 = insertelement <16 x i32> poison, i32 %1568, i64 0
-  %1575 = shufflevector <16 x i32> %1574, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1576 = icmp slt <16 x i32> %1575, %1567
-  %1577 = select <16 x i1> %1576, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
-  %1578 = or disjoint <16 x i32> %1573, %1577
-  %1579 = getelementptr i8, ptr %1566, i64 64
-  store <16 x i32> %1578, ptr %1579, align 4, !tbaa !4
-  %1580 = load <16 x i32>, ptr %2777, align 4, !tbaa !4
-  %1581 = add nuw nsw i32 %1551, 4
-  %1582 = or disjoint i32 %1581, 1
-  %1583 = insertelement <16 x i32> poison, i32 %1582, i64 0
-  %1584 = shufflevector <16 x i32> %1583, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1585 = icmp slt <16 x i32> %1584, %1580
-  %1586 = select <16 x i1> %1585, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
-  %1587 = insertelement <16 x i32> poison, i32 %1581, i64 0
-  %1588 = shufflevector <16 x i32> %1587, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1589 = icmp slt <16 x i32> %1588, %1580
-  %1590 = select <16 x i1> %1589, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
-  %1591 = or disjoint <16 x i32> %1586, %1590
-  %1592 = getelementptr i8, ptr %1566, i64 128
-  store <16 x i32> %1591, ptr %1592, align 4, !tbaa !4
-  %1593 = load <16 x i32>, ptr %2777, align 4, !tbaa !4
-  %1594 = add nuw nsw i32 %1551, 6
-  %1595 = or disjoint i32 %1594, 1
-  %1596 = insertelement <16 x i32> poison, i32 %1595, i64 0
-  %1597 = shufflevector <16 x i32> %1596, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1598 = icmp slt <16 x i32> %1597, %1593
-  %1599 = select <16 x i1> %1598, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
-  %1600 = insertelement <16 x i32> poison, i32 %1594, i64 0
-  %1601 = shufflevector <16 x i32> %1600, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1602 = icmp slt <16 x i32> %1601, %1593
-  %1603 = select <16 x i1> %1602, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
-  %1604 = or disjoint <16 x i32> %1603, %1599
-  %1605 = getelementptr i8, ptr %1566, i64 192
-  store <16 x i32> %1604, ptr %1605, align 4, !tbaa !4
-  %indvars.iv.next1590.i = add nuw nsw i64 %indvars.iv1589.i, 1
-  %exitcond1593.not.i = icmp eq i64 %indvars.iv.next1590.i, %wide.trip.count1592.i
-  br i1 %exitcond1593.not.i, label %for_end_to264.us.i, label %for_begin_ti267.preheader.us.i, !prof !8
-
-for_begin_ti222.preheader.us.i:                   ; preds = %for_begin_ti222.preheader.us.i.preheader.new, %for_begin_ti222.preheader.us.i
-  %indvars.iv1580.i = phi i64 [ 0, %for_begin_ti222.preheader.us.i.preheader.new ], [ %indvars.iv.next1581.i.1, %for_begin_ti222.preheader.us.i ]
-  %niter358 = phi i64 [ 0, %for_begin_ti222.preheader.us.i.preheader.new ], [ %niter358.next.1, %for_begin_ti222.preheader.us.i ]
-  %.idx68 = shl nsw i64 %indvars.iv1580.i, 9
-  %1606 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx68
-  %1607 = getelementptr inbounds nuw i8, ptr %1606, i64 64
-  %1608 = load <16 x i32>, ptr %1607, align 4, !tbaa !4
-  %1609 = load <16 x i32>, ptr %1606, align 4, !tbaa !4
-  %1610 = lshr <16 x i32> %1609, splat (i32 16)
-  %1611 = or <16 x i32> %1610, %1608
-  %.idx69 = shl nsw i64 %indvars.iv1580.i, 8
-  %1612 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx69
-  store <16 x i32> %1611, ptr %1612, align 4, !tbaa !4
-  %1613 = getelementptr inbounds nuw i8, ptr %1606, i64 128
-  %1614 = getelementptr inbounds nuw i8, ptr %1606, i64 192
-  %1615 = load <16 x i32>, ptr %1614, align 4, !tbaa !4
-  %1616 = load <16 x i32>, ptr %1613, align 4, !tbaa !4
-  %1617 = lshr <16 x i32> %1616, splat (i32 16)
-  %1618 = or <16 x i32> %1617, %1615
-  %1619 = getelementptr inbounds nuw i8, ptr %1612, i64 64
-  store <16 x i32> %1618, ptr %1619, align 4, !tbaa !4
-  %1620 = getelementptr inbounds nuw i8, ptr %1606, i64 256
-  %1621 = getelementptr inbounds nuw i8, ptr %1606, i64 320
-  %1622 = load <16 x i32>, ptr %1621, align 4, !tbaa !4
-  %1623 = load <16 x i32>, ptr %1620, align 4, !tbaa !4
-  %1624 = lshr <16 x i32> %1623, splat (i32 16)
-  %1625 = or <16 x i32> %1624, %1622
-  %1626 = getelementptr inbounds nuw i8, ptr %1612, i64 128
-  store <16 x i32> %1625, ptr %1626, align 4, !tbaa !4
-  %1627 = getelementptr inbounds nuw i8, ptr %1606, i64 384
-  %1628 = getelementptr inbounds nuw i8, ptr %1606, i64 448
-  %1629 = load <16 x i32>, ptr %1628, align 4, !tbaa !4
-  %1630 = load <16 x i32>, ptr %1627, align 4, !tbaa !4
-  %1631 = lshr <16 x i32> %1630, splat (i32 16)
-  %1632 = or <16 x i32> %1631, %1629
-  %1633 = getelementptr inbounds nuw i8, ptr %1612, i64 192
-  store <16 x i32> %1632, ptr %1633, align 4, !tbaa !4
-  %indvars.iv.next1581.i = or disjoint i64 %indvars.iv1580.i, 1
-  %.idx68.1 = shl nsw i64 %indvars.iv.next1581.i, 9
-  %1634 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx68.1
-  %1635 = getelementptr inbounds nuw i8, ptr %1634, i64 64
-  %1636 = load <16 x i32>, ptr %1635, align 4, !tbaa !4
-  %1637 = load <16 x i32>, ptr %1634, align 4, !tbaa !4
-  %1638 = lshr <16 x i32> %1637, splat (i32 16)
-  %1639 = or <16 x i32> %1638, %1636
-  %.idx69.1 = shl nsw i64 %indvars.iv.next1581.i, 8
-  %1640 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx69.1
-  store <16 x i32> %1639, ptr %1640, align 4, !tbaa !4
-  %1641 = getelementptr inbounds nuw i8, ptr %1634, i64 128
-  %1642 = getelementptr inbounds nuw i8, ptr %1634, i64 192
-  %1643 = load <16 x i32>, ptr %1642, align 4, !tbaa !4
-  %1644 = load <16 x i32>, ptr %1641, align 4, !tbaa !4
-  %1645 = lshr <16 x i32> %1644, splat (i32 16)
-  %1646 = or <16 x i32> %1645, %1643
-  %1647 = getelementptr inbounds nuw i8, ptr %1640, i64 64
-  store <16 x i32> %1646, ptr %1647, align 4, !tbaa !4
-  %1648 = getelementptr inbounds nuw i8, ptr %1634, i64 256
-  %1649 = getelementptr inbounds nuw i8, ptr %1634, i64 320
-  %1650 = load <16 x i32>, ptr %1649, align 4, !tbaa !4
-  %1651 = load <16 x i32>, ptr %1648, align 4, !tbaa !4
-  %1652 = lshr <16 x i32> %1651, splat (i32 16)
-  %1653 = or <16 x i32> %1652, %1650
-  %1654 = getelementptr inbounds nuw i8, ptr %1640, i64 128
-  store <16 x i32> %1653, ptr %1654, align 4, !tbaa !4
-  %1655 = getelementptr inbounds nuw i8, ptr %1634, i64 384
-  %1656 = getelementptr inbounds nuw i8, ptr %1634, i64 448
-  %1657 = load <16 x i32>, ptr %1656, align 4, !tbaa !4
-  %1658 = load <16 x i32>, ptr %1655, align 4, !tbaa !4
-  %1659 = lshr <16 x i32> %1658, splat (i32 16)
-  %1660 = or <16 x i32> %1659, %1657
-  %1661 = getelementptr inbounds nuw i8, ptr %1640, i64 192
-  store <16 x i32> %1660, ptr %1661, align 4, !tbaa !4
-  %indvars.iv.next1581.i.1 = add nuw nsw i64 %indvars.iv1580.i, 2
-  %niter358.next.1 = add i64 %niter358, 2
-  %niter358.ncmp.1 = icmp eq i64 %niter358.next.1, %unroll_iter357
-  br i1 %niter358.ncmp.1, label %for_end_to219.us.i.loopexit.unr-lcssa, label %for_begin_ti222.preheader.us.i, !prof !59, !llvm.loop !65
-
-for_body_ax0.us.us.preheader.i:                   ; preds = %for_begin_ti210.preheader.us.i
-  %1662 = bitcast <16 x i32> %1865 to <16 x float>
-  %1663 = bitcast <16 x i32> %1838 to <16 x float>
-  %1664 = bitcast <16 x i32> %1811 to <16 x float>
-  %1665 = bitcast <16 x i32> %1892 to <16 x float>
-  %1666 = load <16 x float>, ptr %1704, align 4, !tbaa !4
-  %1667 = fadd <16 x float> %tile_sum547.sroa.0.01256.us.i, %1666
-  %1668 = load <16 x float>, ptr %1731, align 4, !tbaa !4
-  %1669 = fadd <16 x float> %1667, %1668
-  %1670 = load <16 x float>, ptr %1758, align 4, !tbaa !4
-  %1671 = fadd <16 x float> %1669, %1670
-  %1672 = load <16 x float>, ptr %1785, align 4, !tbaa !4
-  %1673 = fadd <16 x float> %1671, %1672
-  %1674 = fadd <16 x float> %1673, %1664
-  %1675 = fadd <16 x float> %1674, %1663
-  %1676 = fadd <16 x float> %1675, %1662
-  %1677 = fadd <16 x float> %1676, %1665
-  br label %for_end_ax0.us.i
-
-for_begin_ti210.preheader.us.i:                   ; preds = %for_begin_ti210.preheader.lr.ph.us.i, %for_end_ax0.us.i
-  %indvars.iv1571.i = phi i64 [ 0, %for_begin_ti210.preheader.lr.ph.us.i ], [ %indvars.iv.next1572.i, %for_end_ax0.us.i ]
-  %tile_sum547.sroa.0.01256.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti210.preheader.lr.ph.us.i ], [ %.us-phi.us.i, %for_end_ax0.us.i ]
-  %1678 = shl nsw i64 %indvars.iv1571.i, 7
-  %1679 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1678
-  %1680 = load <16 x float>, ptr %1679, align 4, !tbaa !4
-  %arg.us.i = fsub <16 x float> %1680, %2769
-  %1681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2775)
-  %bits.us.i = bitcast <16 x float> %1681 to <16 x i32>
-  %n.us.i = fsub <16 x float> %1681, %2775
-  %1682 = fmul <16 x float> %n.us.i, splat (float 0x3F2BD01060000000)
-  %1683 = fmul <16 x float> %n.us.i, splat (float 0x3FE6300000000000)
-  %1684 = fsub <16 x float> %arg.us.i, %1683
-  %1685 = fadd <16 x float> %1682, %1684
-  %1686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1685, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1686, <16 x float> %1685, <16 x float> splat (float 0x3FA5558F20000000))
-  %1688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1685, <16 x float> splat (float 0x3FC5554920000000))
-  %1689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1688, <16 x float> %1685, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1690 = fmul <16 x float> %1685, %1685
-  %1691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1689, <16 x float> %1690, <16 x float> %1685)
-  %1692 = shl <16 x i32> %bits.us.i, splat (i32 23)
-  %1693 = bitcast <16 x i32> %1692 to <16 x float>
-  %1694 = fadd <16 x float> %1691, splat (float 1.000000e+00)
-  %1695 = fmul <16 x float> %1694, %1693
-  %1696 = fcmp olt <16 x float> %arg.us.i, %2776
-  %1697 = select <16 x i1> %1696, <16 x float> zeroinitializer, <16 x float> %1695
-  %1698 = bitcast <16 x float> %1697 to <16 x i32>
-  %1699 = lshr <16 x i32> %1698, splat (i32 16)
-  %1700 = and <16 x i32> %1699, splat (i32 1)
-  %1701 = add nsw <16 x i32> %1698, splat (i32 32767)
-  %1702 = add nsw <16 x i32> %1701, %1700
-  %1703 = and <16 x i32> %1702, splat (i32 -65536)
-  %1704 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1678
-  store <16 x i32> %1703, ptr %1704, align 4, !tbaa !4
-  %1705 = or disjoint i64 %1678, 16
-  %1706 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1705
-  %1707 = load <16 x float>, ptr %1706, align 4, !tbaa !4
-  %arg.us.1.i = fsub <16 x float> %1707, %2769
-  %1708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2775)
-  %bits.us.1.i = bitcast <16 x float> %1708 to <16 x i32>
-  %n.us.1.i = fsub <16 x float> %1708, %2775
-  %1709 = fmul <16 x float> %n.us.1.i, splat (float 0x3F2BD01060000000)
-  %1710 = fmul <16 x float> %n.us.1.i, splat (float 0x3FE6300000000000)
-  %1711 = fsub <16 x float> %arg.us.1.i, %1710
-  %1712 = fadd <16 x float> %1709, %1711
-  %1713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1712, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1713, <16 x float> %1712, <16 x float> splat (float 0x3FA5558F20000000))
-  %1715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1714, <16 x float> %1712, <16 x float> splat (float 0x3FC5554920000000))
-  %1716 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1712, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1717 = fmul <16 x float> %1712, %1712
-  %1718 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1716, <16 x float> %1717, <16 x float> %1712)
-  %1719 = shl <16 x i32> %bits.us.1.i, splat (i32 23)
-  %1720 = bitcast <16 x i32> %1719 to <16 x float>
-  %1721 = fadd <16 x float> %1718, splat (float 1.000000e+00)
-  %1722 = fmul <16 x float> %1721, %1720
-  %1723 = fcmp olt <16 x float> %arg.us.1.i, %2776
-  %1724 = select <16 x i1> %1723, <16 x float> zeroinitializer, <16 x float> %1722
-  %1725 = bitcast <16 x float> %1724 to <16 x i32>
-  %1726 = lshr <16 x i32> %1725, splat (i32 16)
-  %1727 = and <16 x i32> %1726, splat (i32 1)
-  %1728 = add nsw <16 x i32> %1725, splat (i32 32767)
-  %1729 = add nsw <16 x i32> %1728, %1727
-  %1730 = and <16 x i32> %1729, splat (i32 -65536)
-  %1731 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1705
-  store <16 x i32> %1730, ptr %1731, align 4, !tbaa !4
-  %1732 = or disjoint i64 %1678, 32
-  %1733 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1732
-  %1734 = load <16 x float>, ptr %1733, align 4, !tbaa !4
-  %arg.us.2.i = fsub <16 x float> %1734, %2769
-  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2775)
-  %bits.us.2.i = bitcast <16 x float> %1735 to <16 x i32>
-  %n.us.2.i = fsub <16 x float> %1735, %2775
-  %1736 = fmul <16 x float> %n.us.2.i, splat (float 0x3F2BD01060000000)
-  %1737 = fmul <16 x float> %n.us.2.i, splat (float 0x3FE6300000000000)
-  %1738 = fsub <16 x float> %arg.us.2.i, %1737
-  %1739 = fadd <16 x float> %1736, %1738
-  %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1740, <16 x float> %1739, <16 x float> splat (float 0x3FA5558F20000000))
-  %1742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1741, <16 x float> %1739, <16 x float> splat (float 0x3FC5554920000000))
-  %1743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1739, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1744 = fmul <16 x float> %1739, %1739
-  %1745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1744, <16 x float> %1739)
-  %1746 = shl <16 x i32> %bits.us.2.i, splat (i32 23)
-  %1747 = bitcast <16 x i32> %1746 to <16 x float>
-  %1748 = fadd <16 x float> %1745, splat (float 1.000000e+00)
-  %1749 = fmul <16 x float> %1748, %1747
-  %1750 = fcmp olt <16 x float> %arg.us.2.i, %2776
-  %1751 = select <16 x i1> %1750, <16 x float> zeroinitializer, <16 x float> %1749
-  %1752 = bitcast <16 x float> %1751 to <16 x i32>
-  %1753 = lshr <16 x i32> %1752, splat (i32 16)
-  %1754 = and <16 x i32> %1753, splat (i32 1)
-  %1755 = add nsw <16 x i32> %1752, splat (i32 32767)
-  %1756 = add nsw <16 x i32> %1755, %1754
-  %1757 = and <16 x i32> %1756, splat (i32 -65536)
-  %1758 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1732
-  store <16 x i32> %1757, ptr %1758, align 4, !tbaa !4
-  %1759 = or disjoint i64 %1678, 48
-  %1760 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1759
-  %1761 = load <16 x float>, ptr %1760, align 4, !tbaa !4
-  %arg.us.3.i = fsub <16 x float> %1761, %2769
-  %1762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2775)
-  %bits.us.3.i = bitcast <16 x float> %1762 to <16 x i32>
-  %n.us.3.i = fsub <16 x float> %1762, %2775
-  %1763 = fmul <16 x float> %n.us.3.i, splat (float 0x3F2BD01060000000)
-  %1764 = fmul <16 x float> %n.us.3.i, splat (float 0x3FE6300000000000)
-  %1765 = fsub <16 x float> %arg.us.3.i, %1764
-  %1766 = fadd <16 x float> %1763, %1765
-  %1767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1766, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1768 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1767, <16 x float> %1766, <16 x float> splat (float 0x3FA5558F20000000))
-  %1769 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1768, <16 x float> %1766, <16 x float> splat (float 0x3FC5554920000000))
-  %1770 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1769, <16 x float> %1766, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1771 = fmul <16 x float> %1766, %1766
-  %1772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1770, <16 x float> %1771, <16 x float> %1766)
-  %1773 = shl <16 x i32> %bits.us.3.i, splat (i32 23)
-  %1774 = bitcast <16 x i32> %1773 to <16 x float>
-  %1775 = fadd <16 x float> %1772, splat (float 1.000000e+00)
-  %1776 = fmul <16 x float> %1775, %1774
-  %1777 = fcmp olt <16 x float> %arg.us.3.i, %2776
-  %1778 = select <16 x i1> %1777, <16 x float> zeroinitializer, <16 x float> %1776
-  %1779 = bitcast <16 x float> %1778 to <16 x i32>
-  %1780 = lshr <16 x i32> %1779, splat (i32 16)
-  %1781 = and <16 x i32> %1780, splat (i32 1)
-  %1782 = add nsw <16 x i32> %1779, splat (i32 32767)
-  %1783 = add nsw <16 x i32> %1782, %1781
-  %1784 = and <16 x i32> %1783, splat (i32 -65536)
-  %1785 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1759
-  store <16 x i32> %1784, ptr %1785, align 4, !tbaa !4
-  %1786 = or disjoint i64 %1678, 64
-  %1787 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1786
-  %1788 = load <16 x float>, ptr %1787, align 4, !tbaa !4
-  %arg.us.4.i = fsub <16 x float> %1788, %2769
-  %1789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2775)
-  %bits.us.4.i = bitcast <16 x float> %1789 to <16 x i32>
-  %n.us.4.i = fsub <16 x float> %1789, %2775
-  %1790 = fmul <16 x float> %n.us.4.i, splat (float 0x3F2BD01060000000)
-  %1791 = fmul <16 x float> %n.us.4.i, splat (float 0x3FE6300000000000)
-  %1792 = fsub <16 x float> %arg.us.4.i, %1791
-  %1793 = fadd <16 x float> %1790, %1792
-  %1794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1793, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1794, <16 x float> %1793, <16 x float> splat (float 0x3FA5558F20000000))
-  %1796 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1795, <16 x float> %1793, <16 x float> splat (float 0x3FC5554920000000))
-  %1797 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1796, <16 x float> %1793, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1798 = fmul <16 x float> %1793, %1793
-  %1799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1797, <16 x float> %1798, <16 x float> %1793)
-  %1800 = shl <16 x i32> %bits.us.4.i, splat (i32 23)
-  %1801 = bitcast <16 x i32> %1800 to <16 x float>
-  %1802 = fadd <16 x float> %1799, splat (float 1.000000e+00)
-  %1803 = fmul <16 x float> %1802, %1801
-  %1804 = fcmp olt <16 x float> %arg.us.4.i, %2776
-  %1805 = select <16 x i1> %1804, <16 x float> zeroinitializer, <16 x float> %1803
-  %1806 = bitcast <16 x float> %1805 to <16 x i32>
-  %1807 = lshr <16 x i32> %1806, splat (i32 16)
-  %1808 = and <16 x i32> %1807, splat (i32 1)
-  %1809 = add nsw <16 x i32> %1806, splat (i32 32767)
-  %1810 = add nsw <16 x i32> %1809, %1808
-  %1811 = and <16 x i32> %1810, splat (i32 -65536)
-  %1812 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1786
-  store <16 x i32> %1811, ptr %1812, align 4, !tbaa !4
-  %1813 = or disjoint i64 %1678, 80
-  %1814 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1813
-  %1815 = load <16 x float>, ptr %1814, align 4, !tbaa !4
-  %arg.us.5.i = fsub <16 x float> %1815, %2769
-  %1816 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2775)
-  %bits.us.5.i = bitcast <16 x float> %1816 to <16 x i32>
-  %n.us.5.i = fsub <16 x float> %1816, %2775
-  %1817 = fmul <16 x float> %n.us.5.i, splat (float 0x3F2BD01060000000)
-  %1818 = fmul <16 x float> %n.us.5.i, splat (float 0x3FE6300000000000)
-  %1819 = fsub <16 x float> %arg.us.5.i, %1818
-  %1820 = fadd <16 x float> %1817, %1819
-  %1821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1820, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1822 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1821, <16 x float> %1820, <16 x float> splat (float 0x3FA5558F20000000))
-  %1823 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1820, <16 x float> splat (float 0x3FC5554920000000))
-  %1824 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1823, <16 x float> %1820, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1825 = fmul <16 x float> %1820, %1820
-  %1826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1825, <16 x float> %1820)
-  %1827 = shl <16 x i32> %bits.us.5.i, splat (i32 23)
-  %1828 = bitcast <16 x i32> %1827 to <16 x float>
-  %1829 = fadd <16 x float> %1826, splat (float 1.000000e+00)
-  %1830 = fmul <16 x float> %1829, %1828
-  %1831 = fcmp olt <16 x float> %arg.us.5.i, %2776
-  %1832 = select <16 x i1> %1831, <16 x float> zeroinitializer, <16 x float> %1830
-  %1833 = bitcast <16 x float> %1832 to <16 x i32>
-  %1834 = lshr <16 x i32> %1833, splat (i32 16)
-  %1835 = and <16 x i32> %1834, splat (i32 1)
-  %1836 = add nsw <16 x i32> %1833, splat (i32 32767)
-  %1837 = add nsw <16 x i32> %1836, %1835
-  %1838 = and <16 x i32> %1837, splat (i32 -65536)
-  %1839 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1813
-  store <16 x i32> %1838, ptr %1839, align 4, !tbaa !4
-  %1840 = or disjoint i64 %1678, 96
-  %1841 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1840
-  %1842 = load <16 x float>, ptr %1841, align 4, !tbaa !4
-  %arg.us.6.i = fsub <16 x float> %1842, %2769
-  %1843 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2775)
-  %bits.us.6.i = bitcast <16 x float> %1843 to <16 x i32>
-  %n.us.6.i = fsub <16 x float> %1843, %2775
-  %1844 = fmul <16 x float> %n.us.6.i, splat (float 0x3F2BD01060000000)
-  %1845 = fmul <16 x float> %n.us.6.i, splat (float 0x3FE6300000000000)
-  %1846 = fsub <16 x float> %arg.us.6.i, %1845
-  %1847 = fadd <16 x float> %1844, %1846
-  %1848 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1847, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1849 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1848, <16 x float> %1847, <16 x float> splat (float 0x3FA5558F20000000))
-  %1850 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1847, <16 x float> splat (float 0x3FC5554920000000))
-  %1851 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1850, <16 x float> %1847, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1852 = fmul <16 x float> %1847, %1847
-  %1853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1851, <16 x float> %1852, <16 x float> %1847)
-  %1854 = shl <16 x i32> %bits.us.6.i, splat (i32 23)
-  %1855 = bitcast <16 x i32> %1854 to <16 x float>
-  %1856 = fadd <16 x float> %1853, splat (float 1.000000e+00)
-  %1857 = fmul <16 x float> %1856, %1855
-  %1858 = fcmp olt <16 x float> %arg.us.6.i, %2776
-  %1859 = select <16 x i1> %1858, <16 x float> zeroinitializer, <16 x float> %1857
-  %1860 = bitcast <16 x float> %1859 to <16 x i32>
-  %1861 = lshr <16 x i32> %1860, splat (i32 16)
-  %1862 = and <16 x i32> %1861, splat (i32 1)
-  %1863 = add nsw <16 x i32> %1860, splat (i32 32767)
-  %1864 = add nsw <16 x i32> %1863, %1862
-  %1865 = and <16 x i32> %1864, splat (i32 -65536)
-  %1866 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1840
-  store <16 x i32> %1865, ptr %1866, align 4, !tbaa !4
-  %1867 = or disjoint i64 %1678, 112
-  %1868 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1867
-  %1869 = load <16 x float>, ptr %1868, align 4, !tbaa !4
-  %arg.us.7.i = fsub <16 x float> %1869, %2769
-  %1870 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2775)
-  %bits.us.7.i = bitcast <16 x float> %1870 to <16 x i32>
-  %n.us.7.i = fsub <16 x float> %1870, %2775
-  %1871 = fmul <16 x float> %n.us.7.i, splat (float 0x3F2BD01060000000)
-  %1872 = fmul <16 x float> %n.us.7.i, splat (float 0x3FE6300000000000)
-  %1873 = fsub <16 x float> %arg.us.7.i, %1872
-  %1874 = fadd <16 x float> %1871, %1873
-  %1875 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1874, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1876 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1875, <16 x float> %1874, <16 x float> splat (float 0x3FA5558F20000000))
-  %1877 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1876, <16 x float> %1874, <16 x float> splat (float 0x3FC5554920000000))
-  %1878 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1877, <16 x float> %1874, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1879 = fmul <16 x float> %1874, %1874
-  %1880 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1878, <16 x float> %1879, <16 x float> %1874)
-  %1881 = shl <16 x i32> %bits.us.7.i, splat (i32 23)
-  %1882 = bitcast <16 x i32> %1881 to <16 x float>
-  %1883 = fadd <16 x float> %1880, splat (float 1.000000e+00)
-  %1884 = fmul <16 x float> %1883, %1882
-  %1885 = fcmp olt <16 x float> %arg.us.7.i, %2776
-  %1886 = select <16 x i1> %1885, <16 x float> zeroinitializer, <16 x float> %1884
-  %1887 = bitcast <16 x float> %1886 to <16 x i32>
-  %1888 = lshr <16 x i32> %1887, splat (i32 16)
-  %1889 = and <16 x i32> %1888, splat (i32 1)
-  %1890 = add nsw <16 x i32> %1887, splat (i32 32767)
-  %1891 = add nsw <16 x i32> %1890, %1889
-  %1892 = and <16 x i32> %1891, splat (i32 -65536)
-  %1893 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1867
-  store <16 x i32> %1892, ptr %1893, align 4, !tbaa !4
-  %1894 = icmp samesign ult i64 %indvars.iv1571.i, 32
-  br i1 %1894, label %for_body_ax0.us.us.preheader.i, label %for_end_ax0.us.i, !prof !7
-
-for_begin_ti200.preheader.us.i:                   ; preds = %for_begin_ti200.preheader.us.i, %for_begin_ti200.preheader.us.preheader.i.new
-  %indvars.iv1558.i = phi i64 [ 0, %for_begin_ti200.preheader.us.preheader.i.new ], [ %indvars.iv.next1559.i.1, %for_begin_ti200.preheader.us.i ]
-  %peak543.sroa.0.01250.us.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti200.preheader.us.preheader.i.new ], [ %1959, %for_begin_ti200.preheader.us.i ]
-  %niter352 = phi i64 [ 0, %for_begin_ti200.preheader.us.preheader.i.new ], [ %niter352.next.1, %for_begin_ti200.preheader.us.i ]
-  %.idx = shl nsw i64 %indvars.iv1558.i, 9
-  %1895 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx
-  %1896 = load <16 x float>, ptr %1895, align 4, !tbaa !4
-  %1897 = fcmp ogt <16 x float> %peak543.sroa.0.01250.us.i, %1896
-  %1898 = select <16 x i1> %1897, <16 x float> %peak543.sroa.0.01250.us.i, <16 x float> %1896
-  %1899 = getelementptr inbounds nuw i8, ptr %1895, i64 64
-  %1900 = load <16 x float>, ptr %1899, align 4, !tbaa !4
-  %1901 = fcmp ogt <16 x float> %1898, %1900
-  %1902 = select <16 x i1> %1901, <16 x float> %1898, <16 x float> %1900
-  %1903 = getelementptr inbounds nuw i8, ptr %1895, i64 128
-  %1904 = load <16 x float>, ptr %1903, align 4, !tbaa !4
-  %1905 = fcmp ogt <16 x float> %1902, %1904
-  %1906 = select <16 x i1> %1905, <16 x float> %1902, <16 x float> %1904
-  %1907 = getelementptr inbounds nuw i8, ptr %1895, i64 192
-  %1908 = load <16 x float>, ptr %1907, align 4, !tbaa !4
-  %1909 = fcmp ogt <16 x float> %1906, %1908
-  %1910 = select <16 x i1> %1909, <16 x float> %1906, <16 x float> %1908
-  %1911 = getelementptr inbounds nuw i8, ptr %1895, i64 256
-  %1912 = load <16 x float>, ptr %1911, align 4, !tbaa !4
-  %1913 = fcmp ogt <16 x float> %1910, %1912
-  %1914 = select <16 x i1> %1913, <16 x float> %1910, <16 x float> %1912
-  %1915 = getelementptr inbounds nuw i8, ptr %1895, i64 320
-  %1916 = load <16 x float>, ptr %1915, align 4, !tbaa !4
-  %1917 = fcmp ogt <16 x float> %1914, %1916
-  %1918 = select <16 x i1> %1917, <16 x float> %1914, <16 x float> %1916
-  %1919 = getelementptr inbounds nuw i8, ptr %1895, i64 384
-  %1920 = load <16 x float>, ptr %1919, align 4, !tbaa !4
-  %1921 = fcmp ogt <16 x float> %1918, %1920
-  %1922 = select <16 x i1> %1921, <16 x float> %1918, <16 x float> %1920
-  %1923 = getelementptr inbounds nuw i8, ptr %1895, i64 448
-  %1924 = load <16 x float>, ptr %1923, align 4, !tbaa !4
-  %1925 = fcmp ogt <16 x float> %1922, %1924
-  %1926 = select <16 x i1> %1925, <16 x float> %1922, <16 x float> %1924
-  %indvars.iv.next1559.i = shl i64 %indvars.iv1558.i, 9
-  %1927 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %indvars.iv.next1559.i
-  %1928 = getelementptr inbounds nuw i8, ptr %1927, i64 512
-  %1929 = load <16 x float>, ptr %1928, align 4, !tbaa !4
-  %1930 = fcmp ogt <16 x float> %1926, %1929
-  %1931 = select <16 x i1> %1930, <16 x float> %1926, <16 x float> %1929
-  %1932 = getelementptr inbounds nuw i8, ptr %1927, i64 576
-  %1933 = load <16 x float>, ptr %1932, align 4, !tbaa !4
-  %1934 = fcmp ogt <16 x float> %1931, %1933
-  %1935 = select <16 x i1> %1934, <16 x float> %1931, <16 x float> %1933
-  %1936 = getelementptr inbounds nuw i8, ptr %1927, i64 640
-  %1937 = load <16 x float>, ptr %1936, align 4, !tbaa !4
-  %1938 = fcmp ogt <16 x float> %1935, %1937
-  %1939 = select <16 x i1> %1938, <16 x float> %1935, <16 x float> %1937
-  %1940 = getelementptr inbounds nuw i8, ptr %1927, i64 704
-  %1941 = load <16 x float>, ptr %1940, align 4, !tbaa !4
-  %1942 = fcmp ogt <16 x float> %1939, %1941
-  %1943 = select <16 x i1> %1942, <16 x float> %1939, <16 x float> %1941
-  %1944 = getelementptr inbounds nuw i8, ptr %1927, i64 768
-  %1945 = load <16 x float>, ptr %1944, align 4, !tbaa !4
-  %1946 = fcmp ogt <16 x float> %1943, %1945
-  %1947 = select <16 x i1> %1946, <16 x float> %1943, <16 x float> %1945
-  %1948 = getelementptr inbounds nuw i8, ptr %1927, i64 832
-  %1949 = load <16 x float>, ptr %1948, align 4, !tbaa !4
-  %1950 = fcmp ogt <16 x float> %1947, %1949
-  %1951 = select <16 x i1> %1950, <16 x float> %1947, <16 x float> %1949
-  %1952 = getelementptr inbounds nuw i8, ptr %1927, i64 896
-  %1953 = load <16 x float>, ptr %1952, align 4, !tbaa !4
-  %1954 = fcmp ogt <16 x float> %1951, %1953
-  %1955 = select <16 x i1> %1954, <16 x float> %1951, <16 x float> %1953
-  %1956 = getelementptr inbounds nuw i8, ptr %1927, i64 960
-  %1957 = load <16 x float>, ptr %1956, align 4, !tbaa !4
-  %1958 = fcmp ogt <16 x float> %1955, %1957
-  %1959 = select <16 x i1> %1958, <16 x float> %1955, <16 x float> %1957
-  %indvars.iv.next1559.i.1 = add nuw nsw i64 %indvars.iv1558.i, 2
-  %niter352.next.1 = add i64 %niter352, 2
-  %niter352.ncmp.1 = icmp eq i64 %niter352.next.1, %unroll_iter351
-  br i1 %niter352.ncmp.1, label %for_begin_ti210.preheader.lr.ph.us.i.unr-lcssa, label %for_begin_ti200.preheader.us.i, !prof !59, !llvm.loop !66
+for_begin_ti178.preheader.us.i:                   ; preds = %for_begin_ti178.preheader.us.i, %for_begin_ti178.preheader.us.preheader.i.new
+  %indvars.iv1535.i = phi i64 [ 0, %for_begin_ti178.preheader.us.preheader.i.new ], [ %indvars.iv.next1536.i.1, %for_begin_ti178.preheader.us.i ]
+  %peak518.sroa.0.01215.us.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti178.preheader.us.preheader.i.new ], [ %1501, %for_begin_ti178.preheader.us.i ]
+  %niter = phi i64 [ 0, %for_begin_ti178.preheader.us.preheader.i.new ], [ %niter.next.1, %for_begin_ti178.preheader.us.i ]
+  %.idx = shl nsw i64 %indvars.iv1535.i, 9
+  %1437 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx
+  %1438 = load <16 x float>, ptr %1437, align 4, !tbaa !4
+  %1439 = fcmp ogt <16 x float> %peak518.sroa.0.01215.us.i, %1438
+  %1440 = select <16 x i1> %1439, <16 x float> %peak518.sroa.0.01215.us.i, <16 x float> %1438
+  %1441 = getelementptr inbounds nuw i8, ptr %1437, i64 64
+  %1442 = load <16 x float>, ptr %1441, align 4, !tbaa !4
+  %1443 = fcmp ogt <16 x float> %1440, %1442
+  %1444 = select <16 x i1> %1443, <16 x float> %1440, <16 x float> %1442
+  %1445 = getelementptr inbounds nuw i8, ptr %1437, i64 128
+  %1446 = load <16 x float>, ptr %1445, align 4, !tbaa !4
+  %1447 = fcmp ogt <16 x float> %1444, %1446
+  %1448 = select <16 x i1> %1447, <16 x float> %1444, <16 x float> %1446
+  %1449 = getelementptr inbounds nuw i8, ptr %1437, i64 192
+  %1450 = load <16 x float>, ptr %1449, align 4, !tbaa !4
+  %1451 = fcmp ogt <16 x float> %1448, %1450
+  %1452 = select <16 x i1> %1451, <16 x float> %1448, <16 x float> %1450
+  %1453 = getelementptr inbounds nuw i8, ptr %1437, i64 256
+  %1454 = load <16 x float>, ptr %1453, align 4, !tbaa !4
+  %1455 = fcmp ogt <16 x float> %1452, %1454
+  %1456 = select <16 x i1> %1455, <16 x float> %1452, <16 x float> %1454
+  %1457 = getelementptr inbounds nuw i8, ptr %1437, i64 320
+  %1458 = load <16 x float>, ptr %1457, align 4, !tbaa !4
+  %1459 = fcmp ogt <16 x float> %1456, %1458
+  %1460 = select <16 x i1> %1459, <16 x float> %1456, <16 x float> %1458
+  %1461 = getelementptr inbounds nuw i8, ptr %1437, i64 384
+  %1462 = load <16 x float>, ptr %1461, align 4, !tbaa !4
+  %1463 = fcmp ogt <16 x float> %1460, %1462
+  %1464 = select <16 x i1> %1463, <16 x float> %1460, <16 x float> %1462
+  %1465 = getelementptr inbounds nuw i8, ptr %1437, i64 448
+  %1466 = load <16 x float>, ptr %1465, align 4, !tbaa !4
+  %1467 = fcmp ogt <16 x float> %1464, %1466
+  %1468 = select <16 x i1> %1467, <16 x float> %1464, <16 x float> %1466
+  %indvars.iv.next1536.i = shl i64 %indvars.iv1535.i, 9
+  %1469 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %indvars.iv.next1536.i
+  %1470 = getelementptr inbounds nuw i8, ptr %1469, i64 512
+  %1471 = load <16 x float>, ptr %1470, align 4, !tbaa !4
+  %1472 = fcmp ogt <16 x float> %1468, %1471
+  %1473 = select <16 x i1> %1472, <16 x float> %1468, <16 x float> %1471
+  %1474 = getelementptr inbounds nuw i8, ptr %1469, i64 576
+  %1475 = load <16 x float>, ptr %1474, align 4, !tbaa !4
+  %1476 = fcmp ogt <16 x float> %1473, %1475
+  %1477 = select <16 x i1> %1476, <16 x float> %1473, <16 x float> %1475
+  %1478 = getelementptr inbounds nuw i8, ptr %1469, i64 640
+  %1479 = load <16 x float>, ptr %1478, align 4, !tbaa !4
+  %1480 = fcmp ogt <16 x float> %1477, %1479
+  %1481 = select <16 x i1> %1480, <16 x float> %1477, <16 x float> %1479
+  %1482 = getelementptr inbounds nuw i8, ptr %1469, i64 704
+  %1483 = load <16 x float>, ptr %1482, align 4, !tbaa !4
+  %1484 = fcmp ogt <16 x float> %1481, %1483
+  %1485 = select <16 x i1> %1484, <16 x float> %1481, <16 x float> %1483
+  %1486 = getelementptr inbounds nuw i8, ptr %1469, i64 768
+  %1487 = load <16 x float>, ptr %1486, align 4, !tbaa !4
+  %1488 = fcmp ogt <16 x float> %1485, %1487
+  %1489 = select <16 x i1> %1488, <16 x float> %1485, <16 x float> %1487
+  %1490 = getelementptr inbounds nuw i8, ptr %1469, i64 832
+  %1491 = load <16 x float>, ptr %1490, align 4, !tbaa !4
+  %1492 = fcmp ogt <16 x float> %1489, %1491
+  %1493 = select <16 x i1> %1492, <16 x float> %1489, <16 x float> %1491
+  %1494 = getelementptr inbounds nuw i8, ptr %1469, i64 896
+  %1495 = load <16 x float>, ptr %1494, align 4, !tbaa !4
+  %1496 = fcmp ogt <16 x float> %1493, %1495
+  %1497 = select <16 x i1> %1496, <16 x float> %1493, <16 x float> %1495
+  %1498 = getelementptr inbounds nuw i8, ptr %1469, i64 960
+  %1499 = load <16 x float>, ptr %1498, align 4, !tbaa !4
+  %1500 = fcmp ogt <16 x float> %1497, %1499
+  %1501 = select <16 x i1> %1500, <16 x float> %1497, <16 x float> %1499
+  %indvars.iv.next1536.i.1 = add nuw nsw i64 %indvars.iv1535.i, 2
+  %niter.next.1 = add i64 %niter, 2
+  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
+  br i1 %niter.ncmp.1, label %for_begin_ti188.preheader.lr.ph.us.i.unr-lcssa, label %for_begin_ti178.preheader.us.i, !prof !52, !llvm.loop !53
 
 for_begin_ti.preheader.us.i:                      ; preds = %for_end_i.us.i, %for_begin_ti.preheader.us.i
-  %indvars.iv1546.i = phi i64 [ 0, %for_end_i.us.i ], [ %indvars.iv.next1547.i, %for_begin_ti.preheader.us.i ]
-  %1960 = shl nsw i64 %indvars.iv1546.i, 7
-  %1961 = shl nsw i64 %indvars.iv1546.i, 3
-  %1962 = add nsw i64 %1961, %950
-  %1963 = trunc i64 %1962 to i32
-  %1964 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1960
-  %1965 = load <16 x float>, ptr %1964, align 4, !tbaa !4
-  %1966 = fmul <16 x float> %610, %1965
-  %1967 = load <16 x i32>, ptr %2056, align 4, !tbaa !4
-  %1968 = insertelement <16 x i32> poison, i32 %1963, i64 0
-  %1969 = shufflevector <16 x i32> %1968, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1970 = icmp slt <16 x i32> %1969, %1967
-  %1971 = select <16 x i1> %1970, <16 x float> %1966, <16 x float> splat (float 0xFFF0000000000000)
-  %1972 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1960
-  store <16 x float> %1971, ptr %1972, align 4, !tbaa !4
-  %1973 = or disjoint i64 %1960, 16
-  %1974 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1973
-  %1975 = load <16 x float>, ptr %1974, align 4, !tbaa !4
-  %1976 = fmul <16 x float> %610, %1975
-  %1977 = load <16 x i32>, ptr %2056, align 4, !tbaa !4
-  %1978 = or i32 %1963, 1
-  %1979 = insertelement <16 x i32> poison, i32 %1978, i64 0
-  %1980 = shufflevector <16 x i32> %1979, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1981 = icmp slt <16 x i32> %1980, %1977
-  %1982 = select <16 x i1> %1981, <16 x float> %1976, <16 x float> splat (float 0xFFF0000000000000)
-  %1983 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1973
-  store <16 x float> %1982, ptr %1983, align 4, !tbaa !4
-  %1984 = or disjoint i64 %1960, 32
-  %1985 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1984
-  %1986 = load <16 x float>, ptr %1985, align 4, !tbaa !4
-  %1987 = fmul <16 x float> %610, %1986
-  %1988 = load <16 x i32>, ptr %2056, align 4, !tbaa !4
-  %1989 = or i32 %1963, 2
-  %1990 = insertelement <16 x i32> poison, i32 %1989, i64 0
-  %1991 = shufflevector <16 x i32> %1990, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1992 = icmp slt <16 x i32> %1991, %1988
-  %1993 = select <16 x i1> %1992, <16 x float> %1987, <16 x float> splat (float 0xFFF0000000000000)
-  %1994 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1984
-  store <16 x float> %1993, ptr %1994, align 4, !tbaa !4
-  %1995 = or disjoint i64 %1960, 48
-  %1996 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1995
-  %1997 = load <16 x float>, ptr %1996, align 4, !tbaa !4
-  %1998 = fmul <16 x float> %610, %1997
-  %1999 = load <16 x i32>, ptr %2056, align 4, !tbaa !4
-  %2000 = or i32 %1963, 3
-  %2001 = insertelement <16 x i32> poison, i32 %2000, i64 0
-  %2002 = shufflevector <16 x i32> %2001, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2003 = icmp slt <16 x i32> %2002, %1999
-  %2004 = select <16 x i1> %2003, <16 x float> %1998, <16 x float> splat (float 0xFFF0000000000000)
-  %2005 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1995
-  store <16 x float> %2004, ptr %2005, align 4, !tbaa !4
-  %2006 = or disjoint i64 %1960, 64
-  %2007 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2006
-  %2008 = load <16 x float>, ptr %2007, align 4, !tbaa !4
-  %2009 = fmul <16 x float> %610, %2008
-  %2010 = load <16 x i32>, ptr %2056, align 4, !tbaa !4
-  %2011 = or i32 %1963, 4
-  %2012 = insertelement <16 x i32> poison, i32 %2011, i64 0
-  %2013 = shufflevector <16 x i32> %2012, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2014 = icmp slt <16 x i32> %2013, %2010
-  %2015 = select <16 x i1> %2014, <16 x float> %2009, <16 x float> splat (float 0xFFF0000000000000)
-  %2016 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2006
-  store <16 x float> %2015, ptr %2016, align 4, !tbaa !4
-  %2017 = or disjoint i64 %1960, 80
-  %2018 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2017
-  %2019 = load <16 x float>, ptr %2018, align 4, !tbaa !4
-  %2020 = fmul <16 x float> %610, %2019
-  %2021 = load <16 x i32>, ptr %2056, align 4, !tbaa !4
-  %2022 = or i32 %1963, 5
-  %2023 = insertelement <16 x i32> poison, i32 %2022, i64 0
-  %2024 = shufflevector <16 x i32> %2023, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2025 = icmp slt <16 x i32> %2024, %2021
-  %2026 = select <16 x i1> %2025, <16 x float> %2020, <16 x float> splat (float 0xFFF0000000000000)
-  %2027 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2017
-  store <16 x float> %2026, ptr %2027, align 4, !tbaa !4
-  %2028 = or disjoint i64 %1960, 96
-  %2029 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2028
-  %2030 = load <16 x float>, ptr %2029, align 4, !tbaa !4
-  %2031 = fmul <16 x float> %610, %2030
-  %2032 = load <16 x i32>, ptr %2056, align 4, !tbaa !4
-  %2033 = or i32 %1963, 6
-  %2034 = insertelement <16 x i32> poison, i32 %2033, i64 0
-  %2035 = shufflevector <16 x i32> %2034, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2036 = icmp slt <16 x i32> %2035, %2032
-  %2037 = select <16 x i1> %2036, <16 x float> %2031, <16 x float> splat (float 0xFFF0000000000000)
-  %2038 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2028
-  store <16 x float> %2037, ptr %2038, align 4, !tbaa !4
-  %2039 = or disjoint i64 %1960, 112
-  %2040 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2039
-  %2041 = load <16 x float>, ptr %2040, align 4, !tbaa !4
-  %2042 = fmul <16 x float> %610, %2041
-  %2043 = load <16 x i32>, ptr %2056, align 4, !tbaa !4
-  %2044 = or i32 %1963, 7
-  %2045 = insertelement <16 x i32> poison, i32 %2044, i64 0
-  %2046 = shufflevector <16 x i32> %2045, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2047 = icmp slt <16 x i32> %2046, %2043
-  %2048 = select <16 x i1> %2047, <16 x float> %2042, <16 x float> splat (float 0xFFF0000000000000)
-  %2049 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2039
-  store <16 x float> %2048, ptr %2049, align 4, !tbaa !4
-  %indvars.iv.next1547.i = add nuw nsw i64 %indvars.iv1546.i, 1
-  %exitcond1550.not.i = icmp eq i64 %indvars.iv.next1547.i, %wide.trip.count1540.i
-  br i1 %exitcond1550.not.i, label %for_end_to182.us.i, label %for_begin_ti.preheader.us.i, !prof !8
-
-for_body_t156.lr.ph.us.i:                         ; preds = %if_end153.us.i
-  %2050 = add nuw i32 %1055, 1
-  %2051 = trunc nuw nsw i64 %indvars.iv1615.i to i32
-  %2052 = mul nuw nsw i32 %2050, %2051
-  %xtraiter332 = and i32 %2050, 1
-  %2053 = icmp eq i32 %1055, 0
-  br i1 %2053, label %for_body_t156.us.i.epil.preheader, label %for_body_t156.lr.ph.us.i.new, !prof !64
-
-for_body_t156.lr.ph.us.i.new:                     ; preds = %for_body_t156.lr.ph.us.i
-  %unroll_iter336 = and i32 %2050, -2
-  br label %for_body_t156.us.i
+  %indvars.iv1523.i = phi i64 [ 0, %for_end_i.us.i ], [ %indvars.iv.next1524.i, %for_begin_ti.preheader.us.i ]
+  %1502 = shl nsw i64 %indvars.iv1523.i, 7
+  %1503 = shl nsw i64 %indvars.iv1523.i, 3
+  %1504 = add nsw i64 %1503, %938
+  %1505 = trunc i64 %1504 to i32
+  %1506 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1502
+  %1507 = load <16 x float>, ptr %1506, align 4, !tbaa !4
+  %1508 = fmul <16 x float> %612, %1507
+  %1509 = load <16 x i32>, ptr %1594, align 4, !tbaa !4
+  %1510 = insertelement <16 x i32> poison, i32 %1505, i64 0
+  %1511 = shufflevector <16 x i32> %1510, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1512 = icmp slt <16 x i32> %1511, %1509
+  %1513 = select <16 x i1> %1512, <16 x float> %1508, <16 x float> splat (float 0xFFF0000000000000)
+  %1514 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1502
+  store <16 x float> %1513, ptr %1514, align 4, !tbaa !4
+  %1515 = or disjoint i64 %1502, 16
+  %1516 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1515
+  %1517 = load <16 x float>, ptr %1516, align 4, !tbaa !4
+  %1518 = fmul <16 x float> %612, %1517
+  %1519 = load <16 x i32>, ptr %1594, align 4, !tbaa !4
+  %1520 = or i32 %1505, 1
+  %1521 = insertelement <16 x i32> poison, i32 %1520, i64 0
+  %1522 = shufflevector <16 x i32> %1521, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1523 = icmp slt <16 x i32> %1522, %1519
+  %1524 = select <16 x i1> %1523, <16 x float> %1518, <16 x float> splat (float 0xFFF0000000000000)
+  %1525 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1515
+  store <16 x float> %1524, ptr %1525, align 4, !tbaa !4
+  %1526 = or disjoint i64 %1502, 32
+  %1527 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1526
+  %1528 = load <16 x float>, ptr %1527, align 4, !tbaa !4
+  %1529 = fmul <16 x float> %612, %1528
+  %1530 = load <16 x i32>, ptr %1594, align 4, !tbaa !4
+  %1531 = or i32 %1505, 2
+  %1532 = insertelement <16 x i32> poison, i32 %1531, i64 0
+  %1533 = shufflevector <16 x i32> %1532, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1534 = icmp slt <16 x i32> %1533, %1530
+  %1535 = select <16 x i1> %1534, <16 x float> %1529, <16 x float> splat (float 0xFFF0000000000000)
+  %1536 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1526
+  store <16 x float> %1535, ptr %1536, align 4, !tbaa !4
+  %1537 = or disjoint i64 %1502, 48
+  %1538 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1537
+  %1539 = load <16 x float>, ptr %1538, align 4, !tbaa !4
+  %1540 = fmul <16 x float> %612, %1539
+  %1541 = load <16 x i32>, ptr %1594, align 4, !tbaa !4
+  %1542 = or i32 %1505, 3
+  %1543 = insertelement <16 x i32> poison, i32 %1542, i64 0
+  %1544 = shufflevector <16 x i32> %1543, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1545 = icmp slt <16 x i32> %1544, %1541
+  %1546 = select <16 x i1> %1545, <16 x float> %1540, <16 x float> splat (float 0xFFF0000000000000)
+  %1547 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1537
+  store <16 x float> %1546, ptr %1547, align 4, !tbaa !4
+  %1548 = or disjoint i64 %1502, 64
+  %1549 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1548
+  %1550 = load <16 x float>, ptr %1549, align 4, !tbaa !4
+  %1551 = fmul <16 x float> %612, %1550
+  %1552 = load <16 x i32>, ptr %1594, align 4, !tbaa !4
+  %1553 = or i32 %1505, 4
+  %1554 = insertelement <16 x i32> poison, i32 %1553, i64 0
+  %1555 = shufflevector <16 x i32> %1554, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1556 = icmp slt <16 x i32> %1555, %1552
+  %1557 = select <16 x i1> %1556, <16 x float> %1551, <16 x float> splat (float 0xFFF0000000000000)
+  %1558 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1548
+  store <16 x float> %1557, ptr %1558, align 4, !tbaa !4
+  %1559 = or disjoint i64 %1502, 80
+  %1560 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1559
+  %1561 = load <16 x float>, ptr %1560, align 4, !tbaa !4
+  %1562 = fmul <16 x float> %612, %1561
+  %1563 = load <16 x i32>, ptr %1594, align 4, !tbaa !4
+  %1564 = or i32 %1505, 5
+  %1565 = insertelement <16 x i32> poison, i32 %1564, i64 0
+  %1566 = shufflevector <16 x i32> %1565, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1567 = icmp slt <16 x i32> %1566, %1563
+  %1568 = select <16 x i1> %1567, <16 x float> %1562, <16 x float> splat (float 0xFFF0000000000000)
+  %1569 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1559
+  store <16 x float> %1568, ptr %1569, align 4, !tbaa !4
+  %1570 = or disjoint i64 %1502, 96
+  %1571 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1570
+  %1572 = load <16 x float>, ptr %1571, align 4, !tbaa !4
+  %1573 = fmul <16 x float> %612, %1572
+  %1574 = load <16 x i32>, ptr %1594, align 4, !tbaa !4
+  %1575 = or i32 %1505, 6
+  %1576 = insertelement <16 x i32> poison, i32 %1575, i64 0
+  %1577 = shufflevector <16 x i32> %1576, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1578 = icmp slt <16 x i32> %1577, %1574
+  %1579 = select <16 x i1> %1578, <16 x float> %1573, <16 x float> splat (float 0xFFF0000000000000)
+  %1580 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1570
+  store <16 x float> %1579, ptr %1580, align 4, !tbaa !4
+  %1581 = or disjoint i64 %1502, 112
+  %1582 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1581
+  %1583 = load <16 x float>, ptr %1582, align 4, !tbaa !4
+  %1584 = fmul <16 x float> %612, %1583
+  %1585 = load <16 x i32>, ptr %1594, align 4, !tbaa !4
+  %1586 = or i32 %1505, 7
+  %1587 = insertelement <16 x i32> poison, i32 %1586, i64 0
+  %1588 = shufflevector <16 x i32> %1587, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1589 = icmp slt <16 x i32> %1588, %1585
+  %1590 = select <16 x i1> %1589, <16 x float> %1584, <16 x float> splat (float 0xFFF0000000000000)
+  %1591 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1581
+  store <16 x float> %1590, ptr %1591, align 4, !tbaa !4
+  %indvars.iv.next1524.i = add nuw nsw i64 %indvars.iv1523.i, 1
+  %exitcond1527.not.i = icmp eq i64 %indvars.iv.next1524.i, %wide.trip.count1517.i
+  br i1 %exitcond1527.not.i, label %for_end_to160.us.i, label %for_begin_ti.preheader.us.i, !prof !8
 
 for_end_i.us.i:                                   ; preds = %for_end_d_0.us.us.i
-  %2054 = shl i64 %1172, 4
-  %2055 = and i64 %2054, 4294967280
-  %2056 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %2055
+  %1592 = shl i64 %1018, 4
+  %1593 = and i64 %1592, 4294967280
+  %1594 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %1593
   br label %for_begin_ti.preheader.us.i
 
-for_end_d_0.us.us.i:                              ; preds = %for_body_d_0.us.us.i
-  %.idx1743.i = shl nsw i64 %indvars.iv1537.i, 9
-  %2057 = getelementptr inbounds nuw i8, ptr %scores.us.i, i64 %.idx1743.i
-  store <16 x float> %r.i947.us.us.i, ptr %2057, align 4, !tbaa !4
-  %2058 = getelementptr inbounds nuw i8, ptr %2057, i64 64
-  store <16 x float> %r.i950.us.us.i, ptr %2058, align 4, !tbaa !4
-  %2059 = getelementptr inbounds nuw i8, ptr %2057, i64 128
-  store <16 x float> %r.i953.us.us.i, ptr %2059, align 4, !tbaa !4
-  %2060 = getelementptr inbounds nuw i8, ptr %2057, i64 192
-  store <16 x float> %r.i956.us.us.i, ptr %2060, align 4, !tbaa !4
-  %2061 = getelementptr inbounds nuw i8, ptr %2057, i64 256
-  store <16 x float> %r.i959.us.us.i, ptr %2061, align 4, !tbaa !4
-  %2062 = getelementptr inbounds nuw i8, ptr %2057, i64 320
-  store <16 x float> %r.i962.us.us.i, ptr %2062, align 4, !tbaa !4
-  %2063 = getelementptr inbounds nuw i8, ptr %2057, i64 384
-  store <16 x float> %r.i965.us.us.i, ptr %2063, align 4, !tbaa !4
-  %2064 = getelementptr inbounds nuw i8, ptr %2057, i64 448
-  store <16 x float> %r.i968.us.us.i, ptr %2064, align 4, !tbaa !4
-  %indvars.iv.next1538.i = add nuw nsw i64 %indvars.iv1537.i, 1
-  %exitcond1541.not.i = icmp eq i64 %indvars.iv.next1538.i, %wide.trip.count1540.i
-  br i1 %exitcond1541.not.i, label %for_end_i.us.i, label %for_begin_d_0.preheader.us.us.i, !prof !8
+for_body_to.us.us.i:                              ; preds = %for_end_d_0.us.us.i, %for_body_to.us.us.preheader.i
+  %indvars.iv1514.i = phi i64 [ 0, %for_body_to.us.us.preheader.i ], [ %indvars.iv.next1515.i, %for_end_d_0.us.us.i ]
+  br i1 %1032, label %for_begin_line.preheader.us.us.i, label %for_body_to.us.us.if_end157.us.us_crit_edge.i, !prof !7
 
-for_body_d_0.us.us.i:                             ; preds = %for_begin_d_0.preheader.us.us.i, %for_body_d_0.us.us.i
-  %indvars.iv1533.i = phi i64 [ 0, %for_begin_d_0.preheader.us.us.i ], [ %indvars.iv.next1534.i, %for_body_d_0.us.us.i ]
-  %scores_global544.sroa.0.01241.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i947.us.us.i, %for_body_d_0.us.us.i ]
-  %scores_global544.sroa.34.01240.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i950.us.us.i, %for_body_d_0.us.us.i ]
-  %scores_global544.sroa.68.01239.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i953.us.us.i, %for_body_d_0.us.us.i ]
-  %scores_global544.sroa.102.01238.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i956.us.us.i, %for_body_d_0.us.us.i ]
-  %scores_global544.sroa.136.01237.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i959.us.us.i, %for_body_d_0.us.us.i ]
-  %scores_global544.sroa.170.01236.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i962.us.us.i, %for_body_d_0.us.us.i ]
-  %scores_global544.sroa.204.01235.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i965.us.us.i, %for_body_d_0.us.us.i ]
-  %scores_global544.sroa.238.01234.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us.i ], [ %r.i968.us.us.i, %for_body_d_0.us.us.i ]
-  %.idx1742.i = shl nuw nsw i64 %indvars.iv1533.i, 10
-  %gep1775.i = getelementptr inbounds nuw i8, ptr %invariant.gep1774.i, i64 %.idx1742.i
-  %2065 = load <32 x bfloat>, ptr %gep1775.i, align 4, !tbaa !4
-  %2066 = mul i64 %608, %indvars.iv1533.i
-  %2067 = getelementptr i32, ptr %2646, i64 %2066
-  %2068 = load i32, ptr %2067, align 4, !tbaa !4
-  %2069 = insertelement <16 x i32> poison, i32 %2068, i64 0
-  %2070 = shufflevector <16 x i32> %2069, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i.us.us.i = bitcast <16 x i32> %2070 to <32 x bfloat>
-  %r.i.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global544.sroa.0.01241.us.us.i, <32 x bfloat> %2065, <32 x bfloat> %y.i.us.us.i)
-  %2071 = getelementptr i8, ptr %2067, i64 4
-  %2072 = load i32, ptr %2071, align 4, !tbaa !4
-  %2073 = insertelement <16 x i32> poison, i32 %2072, i64 0
-  %2074 = shufflevector <16 x i32> %2073, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i589.us.us.i = bitcast <16 x i32> %2074 to <32 x bfloat>
-  %r.i590.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global544.sroa.34.01240.us.us.i, <32 x bfloat> %2065, <32 x bfloat> %y.i589.us.us.i)
-  %2075 = getelementptr i8, ptr %2067, i64 8
-  %2076 = load i32, ptr %2075, align 4, !tbaa !4
-  %2077 = insertelement <16 x i32> poison, i32 %2076, i64 0
-  %2078 = shufflevector <16 x i32> %2077, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i592.us.us.i = bitcast <16 x i32> %2078 to <32 x bfloat>
-  %r.i593.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global544.sroa.68.01239.us.us.i, <32 x bfloat> %2065, <32 x bfloat> %y.i592.us.us.i)
-  %2079 = getelementptr i8, ptr %2067, i64 12
-  %2080 = load i32, ptr %2079, align 4, !tbaa !4
-  %2081 = insertelement <16 x i32> poison, i32 %2080, i64 0
-  %2082 = shufflevector <16 x i32> %2081, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i595.us.us.i = bitcast <16 x i32> %2082 to <32 x bfloat>
-  %r.i596.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global544.sroa.102.01238.us.us.i, <32 x bfloat> %2065, <32 x bfloat> %y.i595.us.us.i)
-  %2083 = getelementptr i8, ptr %2067, i64 16
-  %2084 = load i32, ptr %2083, align 4, !tbaa !4
-  %2085 = insertelement <16 x i32> poison, i32 %2084, i64 0
-  %2086 = shufflevector <16 x i32> %2085, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i598.us.us.i = bitcast <16 x i32> %2086 to <32 x bfloat>
-  %r.i599.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global544.sroa.136.01237.us.us.i, <32 x bfloat> %2065, <32 x bfloat> %y.i598.us.us.i)
-  %2087 = getelementptr i8, ptr %2067, i64 20
-  %2088 = load i32, ptr %2087, align 4, !tbaa !4
-  %2089 = insertelement <16 x i32> poison, i32 %2088, i64 0
-  %2090 = shufflevector <16 x i32> %2089, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i601.us.us.i = bitcast <16 x i32> %2090 to <32 x bfloat>
-  %r.i602.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global544.sroa.170.01236.us.us.i, <32 x bfloat> %2065, <32 x bfloat> %y.i601.us.us.i)
-  %2091 = getelementptr i8, ptr %2067, i64 24
-  %2092 = load i32, ptr %2091, align 4, !tbaa !4
-  %2093 = insertelement <16 x i32> poison, i32 %2092, i64 0
-  %2094 = shufflevector <16 x i32> %2093, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i604.us.us.i = bitcast <16 x i32> %2094 to <32 x bfloat>
-  %r.i605.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global544.sroa.204.01235.us.us.i, <32 x bfloat> %2065, <32 x bfloat> %y.i604.us.us.i)
-  %2095 = getelementptr i8, ptr %2067, i64 28
-  %2096 = load i32, ptr %2095, align 4, !tbaa !4
-  %2097 = insertelement <16 x i32> poison, i32 %2096, i64 0
-  %2098 = shufflevector <16 x i32> %2097, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i607.us.us.i = bitcast <16 x i32> %2098 to <32 x bfloat>
-  %r.i608.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global544.sroa.238.01234.us.us.i, <32 x bfloat> %2065, <32 x bfloat> %y.i607.us.us.i)
-  %2099 = getelementptr i8, ptr %gep1775.i, i64 64
-  %2100 = load <32 x bfloat>, ptr %2099, align 4, !tbaa !4
-  %2101 = shl nuw nsw i64 %indvars.iv1533.i, 4
-  %2102 = or disjoint i64 %2101, 1
-  %2103 = mul nsw i64 %2102, %k_row
-  %2104 = getelementptr i32, ptr %2646, i64 %2103
+for_body_to.us.us.if_end157.us.us_crit_edge.i:    ; preds = %for_body_to.us.us.i
+  %.pre1683.i = shl nuw nsw i64 %indvars.iv1514.i, 3
+  %.pre1685.i = trunc nuw nsw i64 %.pre1683.i to i32
+  %.pre1687.i = and i32 %.pre1685.i, 2147483632
+  br label %if_end157.us.us.i
+
+if_end157.us.us.i:                                ; preds = %for_begin_line.preheader.us.us.i, %for_body_to.us.us.if_end157.us.us_crit_edge.i
+  %.pre-phi1688.i = phi i32 [ %.pre1687.i, %for_body_to.us.us.if_end157.us.us_crit_edge.i ], [ %2188, %for_begin_line.preheader.us.us.i ]
+  %.pre-phi1684.i = phi i64 [ %.pre1683.i, %for_body_to.us.us.if_end157.us.us_crit_edge.i ], [ %2186, %for_begin_line.preheader.us.us.i ]
+  %1595 = and i64 %.pre-phi1684.i, 17179869168
+  %1596 = zext nneg i32 %.pre-phi1688.i to i64
+  %1597 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1596
+  %1598 = load i64, ptr %1597, align 8, !tbaa !4
+  %1599 = add i64 %.pre-phi1684.i, %1007
+  %invariant.op1195.us.us.i = add i64 %1599, %1598
+  %.reass1196.us.us.i = sub i64 %invariant.op1195.us.us.i, %1595
+  %1600 = getelementptr i32, ptr %key_cache, i64 %.reass1196.us.us.i
+  br label %for_body_d_0.us.us.i
+
+for_end_d_0.us.us.i:                              ; preds = %for_body_d_0.us.us.i
+  %.idx1733.i = shl nsw i64 %indvars.iv1514.i, 9
+  %1601 = getelementptr inbounds nuw i8, ptr %scores.us.i, i64 %.idx1733.i
+  store <16 x float> %r.i919.us.us.i, ptr %1601, align 4, !tbaa !4
+  %1602 = getelementptr inbounds nuw i8, ptr %1601, i64 64
+  store <16 x float> %r.i922.us.us.i, ptr %1602, align 4, !tbaa !4
+  %1603 = getelementptr inbounds nuw i8, ptr %1601, i64 128
+  store <16 x float> %r.i925.us.us.i, ptr %1603, align 4, !tbaa !4
+  %1604 = getelementptr inbounds nuw i8, ptr %1601, i64 192
+  store <16 x float> %r.i928.us.us.i, ptr %1604, align 4, !tbaa !4
+  %1605 = getelementptr inbounds nuw i8, ptr %1601, i64 256
+  store <16 x float> %r.i931.us.us.i, ptr %1605, align 4, !tbaa !4
+  %1606 = getelementptr inbounds nuw i8, ptr %1601, i64 320
+  store <16 x float> %r.i934.us.us.i, ptr %1606, align 4, !tbaa !4
+  %1607 = getelementptr inbounds nuw i8, ptr %1601, i64 384
+  store <16 x float> %r.i937.us.us.i, ptr %1607, align 4, !tbaa !4
+  %1608 = getelementptr inbounds nuw i8, ptr %1601, i64 448
+  store <16 x float> %r.i940.us.us.i, ptr %1608, align 4, !tbaa !4
+  %indvars.iv.next1515.i = add nuw nsw i64 %indvars.iv1514.i, 1
+  %exitcond1518.not.i = icmp eq i64 %indvars.iv.next1515.i, %wide.trip.count1517.i
+  br i1 %exitcond1518.not.i, label %for_end_i.us.i, label %for_body_to.us.us.i, !prof !8
+
+for_body_d_0.us.us.i:                             ; preds = %for_body_d_0.us.us.i, %if_end157.us.us.i
+  %indvars.iv1510.i = phi i64 [ %indvars.iv.next1511.i, %for_body_d_0.us.us.i ], [ 0, %if_end157.us.us.i ]
+  %scores_global519.sroa.0.01204.us.us.i = phi <16 x float> [ %r.i919.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end157.us.us.i ]
+  %scores_global519.sroa.34.01203.us.us.i = phi <16 x float> [ %r.i922.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end157.us.us.i ]
+  %scores_global519.sroa.68.01202.us.us.i = phi <16 x float> [ %r.i925.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end157.us.us.i ]
+  %scores_global519.sroa.102.01201.us.us.i = phi <16 x float> [ %r.i928.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end157.us.us.i ]
+  %scores_global519.sroa.136.01200.us.us.i = phi <16 x float> [ %r.i931.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end157.us.us.i ]
+  %scores_global519.sroa.170.01199.us.us.i = phi <16 x float> [ %r.i934.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end157.us.us.i ]
+  %scores_global519.sroa.204.01198.us.us.i = phi <16 x float> [ %r.i937.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end157.us.us.i ]
+  %scores_global519.sroa.238.01197.us.us.i = phi <16 x float> [ %r.i940.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end157.us.us.i ]
+  %.idx1732.i = shl nuw nsw i64 %indvars.iv1510.i, 10
+  %gep1763.i = getelementptr inbounds nuw i8, ptr %invariant.gep1762.i, i64 %.idx1732.i
+  %1609 = load <32 x bfloat>, ptr %gep1763.i, align 4, !tbaa !4
+  %1610 = mul i64 %610, %indvars.iv1510.i
+  %1611 = getelementptr i32, ptr %1600, i64 %1610
+  %1612 = load i32, ptr %1611, align 4, !tbaa !4
+  %1613 = insertelement <16 x i32> poison, i32 %1612, i64 0
+  %1614 = shufflevector <16 x i32> %1613, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i.us.us.i = bitcast <16 x i32> %1614 to <32 x bfloat>
+  %r.i.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global519.sroa.0.01204.us.us.i, <32 x bfloat> %1609, <32 x bfloat> %y.i.us.us.i)
+  %1615 = getelementptr i8, ptr %1611, i64 4
+  %1616 = load i32, ptr %1615, align 4, !tbaa !4
+  %1617 = insertelement <16 x i32> poison, i32 %1616, i64 0
+  %1618 = shufflevector <16 x i32> %1617, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i561.us.us.i = bitcast <16 x i32> %1618 to <32 x bfloat>
+  %r.i562.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global519.sroa.34.01203.us.us.i, <32 x bfloat> %1609, <32 x bfloat> %y.i561.us.us.i)
+  %1619 = getelementptr i8, ptr %1611, i64 8
+  %1620 = load i32, ptr %1619, align 4, !tbaa !4
+  %1621 = insertelement <16 x i32> poison, i32 %1620, i64 0
+  %1622 = shufflevector <16 x i32> %1621, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i564.us.us.i = bitcast <16 x i32> %1622 to <32 x bfloat>
+  %r.i565.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global519.sroa.68.01202.us.us.i, <32 x bfloat> %1609, <32 x bfloat> %y.i564.us.us.i)
+  %1623 = getelementptr i8, ptr %1611, i64 12
+  %1624 = load i32, ptr %1623, align 4, !tbaa !4
+  %1625 = insertelement <16 x i32> poison, i32 %1624, i64 0
+  %1626 = shufflevector <16 x i32> %1625, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i567.us.us.i = bitcast <16 x i32> %1626 to <32 x bfloat>
+  %r.i568.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global519.sroa.102.01201.us.us.i, <32 x bfloat> %1609, <32 x bfloat> %y.i567.us.us.i)
+  %1627 = getelementptr i8, ptr %1611, i64 16
+  %1628 = load i32, ptr %1627, align 4, !tbaa !4
+  %1629 = insertelement <16 x i32> poison, i32 %1628, i64 0
+  %1630 = shufflevector <16 x i32> %1629, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i570.us.us.i = bitcast <16 x i32> %1630 to <32 x bfloat>
+  %r.i571.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global519.sroa.136.01200.us.us.i, <32 x bfloat> %1609, <32 x bfloat> %y.i570.us.us.i)
+  %1631 = getelementptr i8, ptr %1611, i64 20
+  %1632 = load i32, ptr %1631, align 4, !tbaa !4
+  %1633 = insertelement <16 x i32> poison, i32 %1632, i64 0
+  %1634 = shufflevector <16 x i32> %1633, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i573.us.us.i = bitcast <16 x i32> %1634 to <32 x bfloat>
+  %r.i574.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global519.sroa.170.01199.us.us.i, <32 x bfloat> %1609, <32 x bfloat> %y.i573.us.us.i)
+  %1635 = getelementptr i8, ptr %1611, i64 24
+  %1636 = load i32, ptr %1635, align 4, !tbaa !4
+  %1637 = insertelement <16 x i32> poison, i32 %1636, i64 0
+  %1638 = shufflevector <16 x i32> %1637, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i576.us.us.i = bitcast <16 x i32> %1638 to <32 x bfloat>
+  %r.i577.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global519.sroa.204.01198.us.us.i, <32 x bfloat> %1609, <32 x bfloat> %y.i576.us.us.i)
+  %1639 = getelementptr i8, ptr %1611, i64 28
+  %1640 = load i32, ptr %1639, align 4, !tbaa !4
+  %1641 = insertelement <16 x i32> poison, i32 %1640, i64 0
+  %1642 = shufflevector <16 x i32> %1641, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i579.us.us.i = bitcast <16 x i32> %1642 to <32 x bfloat>
+  %r.i580.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global519.sroa.238.01197.us.us.i, <32 x bfloat> %1609, <32 x bfloat> %y.i579.us.us.i)
+  %1643 = getelementptr i8, ptr %gep1763.i, i64 64
+  %1644 = load <32 x bfloat>, ptr %1643, align 4, !tbaa !4
+  %1645 = shl nuw nsw i64 %indvars.iv1510.i, 4
+  %1646 = or disjoint i64 %1645, 1
+  %1647 = mul nsw i64 %1646, %k_row
+  %1648 = getelementptr i32, ptr %1600, i64 %1647
+  %1649 = load i32, ptr %1648, align 4, !tbaa !4
+  %1650 = insertelement <16 x i32> poison, i32 %1649, i64 0
+  %1651 = shufflevector <16 x i32> %1650, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i582.us.us.i = bitcast <16 x i32> %1651 to <32 x bfloat>
+  %r.i583.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.us.i, <32 x bfloat> %1644, <32 x bfloat> %y.i582.us.us.i)
+  %1652 = getelementptr i8, ptr %1648, i64 4
+  %1653 = load i32, ptr %1652, align 4, !tbaa !4
+  %1654 = insertelement <16 x i32> poison, i32 %1653, i64 0
+  %1655 = shufflevector <16 x i32> %1654, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i585.us.us.i = bitcast <16 x i32> %1655 to <32 x bfloat>
+  %r.i586.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i562.us.us.i, <32 x bfloat> %1644, <32 x bfloat> %y.i585.us.us.i)
+  %1656 = getelementptr i8, ptr %1648, i64 8
+  %1657 = load i32, ptr %1656, align 4, !tbaa !4
+  %1658 = insertelement <16 x i32> poison, i32 %1657, i64 0
+  %1659 = shufflevector <16 x i32> %1658, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i588.us.us.i = bitcast <16 x i32> %1659 to <32 x bfloat>
+  %r.i589.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i565.us.us.i, <32 x bfloat> %1644, <32 x bfloat> %y.i588.us.us.i)
+  %1660 = getelementptr i8, ptr %1648, i64 12
+  %1661 = load i32, ptr %1660, align 4, !tbaa !4
+  %1662 = insertelement <16 x i32> poison, i32 %1661, i64 0
+  %1663 = shufflevector <16 x i32> %1662, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i591.us.us.i = bitcast <16 x i32> %1663 to <32 x bfloat>
+  %r.i592.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i568.us.us.i, <32 x bfloat> %1644, <32 x bfloat> %y.i591.us.us.i)
+  %1664 = getelementptr i8, ptr %1648, i64 16
+  %1665 = load i32, ptr %1664, align 4, !tbaa !4
+  %1666 = insertelement <16 x i32> poison, i32 %1665, i64 0
+  %1667 = shufflevector <16 x i32> %1666, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i594.us.us.i = bitcast <16 x i32> %1667 to <32 x bfloat>
+  %r.i595.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i571.us.us.i, <32 x bfloat> %1644, <32 x bfloat> %y.i594.us.us.i)
+  %1668 = getelementptr i8, ptr %1648, i64 20
+  %1669 = load i32, ptr %1668, align 4, !tbaa !4
+  %1670 = insertelement <16 x i32> poison, i32 %1669, i64 0
+  %1671 = shufflevector <16 x i32> %1670, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i597.us.us.i = bitcast <16 x i32> %1671 to <32 x bfloat>
+  %r.i598.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i574.us.us.i, <32 x bfloat> %1644, <32 x bfloat> %y.i597.us.us.i)
+  %1672 = getelementptr i8, ptr %1648, i64 24
+  %1673 = load i32, ptr %1672, align 4, !tbaa !4
+  %1674 = insertelement <16 x i32> poison, i32 %1673, i64 0
+  %1675 = shufflevector <16 x i32> %1674, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i600.us.us.i = bitcast <16 x i32> %1675 to <32 x bfloat>
+  %r.i601.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i577.us.us.i, <32 x bfloat> %1644, <32 x bfloat> %y.i600.us.us.i)
+  %1676 = getelementptr i8, ptr %1648, i64 28
+  %1677 = load i32, ptr %1676, align 4, !tbaa !4
+  %1678 = insertelement <16 x i32> poison, i32 %1677, i64 0
+  %1679 = shufflevector <16 x i32> %1678, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i603.us.us.i = bitcast <16 x i32> %1679 to <32 x bfloat>
+  %r.i604.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i580.us.us.i, <32 x bfloat> %1644, <32 x bfloat> %y.i603.us.us.i)
+  %1680 = getelementptr i8, ptr %gep1763.i, i64 128
+  %1681 = load <32 x bfloat>, ptr %1680, align 4, !tbaa !4
+  %1682 = or disjoint i64 %1645, 2
+  %1683 = mul nsw i64 %1682, %k_row
+  %1684 = getelementptr i32, ptr %1600, i64 %1683
+  %1685 = load i32, ptr %1684, align 4, !tbaa !4
+  %1686 = insertelement <16 x i32> poison, i32 %1685, i64 0
+  %1687 = shufflevector <16 x i32> %1686, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i606.us.us.i = bitcast <16 x i32> %1687 to <32 x bfloat>
+  %r.i607.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i583.us.us.i, <32 x bfloat> %1681, <32 x bfloat> %y.i606.us.us.i)
+  %1688 = getelementptr i8, ptr %1684, i64 4
+  %1689 = load i32, ptr %1688, align 4, !tbaa !4
+  %1690 = insertelement <16 x i32> poison, i32 %1689, i64 0
+  %1691 = shufflevector <16 x i32> %1690, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i609.us.us.i = bitcast <16 x i32> %1691 to <32 x bfloat>
+  %r.i610.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i586.us.us.i, <32 x bfloat> %1681, <32 x bfloat> %y.i609.us.us.i)
+  %1692 = getelementptr i8, ptr %1684, i64 8
+  %1693 = load i32, ptr %1692, align 4, !tbaa !4
+  %1694 = insertelement <16 x i32> poison, i32 %1693, i64 0
+  %1695 = shufflevector <16 x i32> %1694, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i612.us.us.i = bitcast <16 x i32> %1695 to <32 x bfloat>
+  %r.i613.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i589.us.us.i, <32 x bfloat> %1681, <32 x bfloat> %y.i612.us.us.i)
+  %1696 = getelementptr i8, ptr %1684, i64 12
+  %1697 = load i32, ptr %1696, align 4, !tbaa !4
+  %1698 = insertelement <16 x i32> poison, i32 %1697, i64 0
+  %1699 = shufflevector <16 x i32> %1698, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i615.us.us.i = bitcast <16 x i32> %1699 to <32 x bfloat>
+  %r.i616.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i592.us.us.i, <32 x bfloat> %1681, <32 x bfloat> %y.i615.us.us.i)
+  %1700 = getelementptr i8, ptr %1684, i64 16
+  %1701 = load i32, ptr %1700, align 4, !tbaa !4
+  %1702 = insertelement <16 x i32> poison, i32 %1701, i64 0
+  %1703 = shufflevector <16 x i32> %1702, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i618.us.us.i = bitcast <16 x i32> %1703 to <32 x bfloat>
+  %r.i619.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i595.us.us.i, <32 x bfloat> %1681, <32 x bfloat> %y.i618.us.us.i)
+  %1704 = getelementptr i8, ptr %1684, i64 20
+  %1705 = load i32, ptr %1704, align 4, !tbaa !4
+  %1706 = insertelement <16 x i32> poison, i32 %1705, i64 0
+  %1707 = shufflevector <16 x i32> %1706, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i621.us.us.i = bitcast <16 x i32> %1707 to <32 x bfloat>
+  %r.i622.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i598.us.us.i, <32 x bfloat> %1681, <32 x bfloat> %y.i621.us.us.i)
+  %1708 = getelementptr i8, ptr %1684, i64 24
+  %1709 = load i32, ptr %1708, align 4, !tbaa !4
+  %1710 = insertelement <16 x i32> poison, i32 %1709, i64 0
+  %1711 = shufflevector <16 x i32> %1710, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i624.us.us.i = bitcast <16 x i32> %1711 to <32 x bfloat>
+  %r.i625.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i601.us.us.i, <32 x bfloat> %1681, <32 x bfloat> %y.i624.us.us.i)
+  %1712 = getelementptr i8, ptr %1684, i64 28
+  %1713 = load i32, ptr %1712, align 4, !tbaa !4
+  %1714 = insertelement <16 x i32> poison, i32 %1713, i64 0
+  %1715 = shufflevector <16 x i32> %1714, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i627.us.us.i = bitcast <16 x i32> %1715 to <32 x bfloat>
+  %r.i628.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i604.us.us.i, <32 x bfloat> %1681, <32 x bfloat> %y.i627.us.us.i)
+  %1716 = getelementptr i8, ptr %gep1763.i, i64 192
+  %1717 = load <32 x bfloat>, ptr %1716, align 4, !tbaa !4
+  %1718 = or disjoint i64 %1645, 3
+  %1719 = mul nsw i64 %1718, %k_row
+  %1720 = getelementptr i32, ptr %1600, i64 %1719
+  %1721 = load i32, ptr %1720, align 4, !tbaa !4
+  %1722 = insertelement <16 x i32> poison, i32 %1721, i64 0
+  %1723 = shufflevector <16 x i32> %1722, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i630.us.us.i = bitcast <16 x i32> %1723 to <32 x bfloat>
+  %r.i631.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i607.us.us.i, <32 x bfloat> %1717, <32 x bfloat> %y.i630.us.us.i)
+  %1724 = getelementptr i8, ptr %1720, i64 4
+  %1725 = load i32, ptr %1724, align 4, !tbaa !4
+  %1726 = insertelement <16 x i32> poison, i32 %1725, i64 0
+  %1727 = shufflevector <16 x i32> %1726, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i633.us.us.i = bitcast <16 x i32> %1727 to <32 x bfloat>
+  %r.i634.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i610.us.us.i, <32 x bfloat> %1717, <32 x bfloat> %y.i633.us.us.i)
+  %1728 = getelementptr i8, ptr %1720, i64 8
+  %1729 = load i32, ptr %1728, align 4, !tbaa !4
+  %1730 = insertelement <16 x i32> poison, i32 %1729, i64 0
+  %1731 = shufflevector <16 x i32> %1730, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i636.us.us.i = bitcast <16 x i32> %1731 to <32 x bfloat>
+  %r.i637.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i613.us.us.i, <32 x bfloat> %1717, <32 x bfloat> %y.i636.us.us.i)
+  %1732 = getelementptr i8, ptr %1720, i64 12
+  %1733 = load i32, ptr %1732, align 4, !tbaa !4
+  %1734 = insertelement <16 x i32> poison, i32 %1733, i64 0
+  %1735 = shufflevector <16 x i32> %1734, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i639.us.us.i = bitcast <16 x i32> %1735 to <32 x bfloat>
+  %r.i640.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i616.us.us.i, <32 x bfloat> %1717, <32 x bfloat> %y.i639.us.us.i)
+  %1736 = getelementptr i8, ptr %1720, i64 16
+  %1737 = load i32, ptr %1736, align 4, !tbaa !4
+  %1738 = insertelement <16 x i32> poison, i32 %1737, i64 0
+  %1739 = shufflevector <16 x i32> %1738, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i642.us.us.i = bitcast <16 x i32> %1739 to <32 x bfloat>
+  %r.i643.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i619.us.us.i, <32 x bfloat> %1717, <32 x bfloat> %y.i642.us.us.i)
+  %1740 = getelementptr i8, ptr %1720, i64 20
+  %1741 = load i32, ptr %1740, align 4, !tbaa !4
+  %1742 = insertelement <16 x i32> poison, i32 %1741, i64 0
+  %1743 = shufflevector <16 x i32> %1742, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i645.us.us.i = bitcast <16 x i32> %1743 to <32 x bfloat>
+  %r.i646.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i622.us.us.i, <32 x bfloat> %1717, <32 x bfloat> %y.i645.us.us.i)
+  %1744 = getelementptr i8, ptr %1720, i64 24
+  %1745 = load i32, ptr %1744, align 4, !tbaa !4
+  %1746 = insertelement <16 x i32> poison, i32 %1745, i64 0
+  %1747 = shufflevector <16 x i32> %1746, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i648.us.us.i = bitcast <16 x i32> %1747 to <32 x bfloat>
+  %r.i649.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i625.us.us.i, <32 x bfloat> %1717, <32 x bfloat> %y.i648.us.us.i)
+  %1748 = getelementptr i8, ptr %1720, i64 28
+  %1749 = load i32, ptr %1748, align 4, !tbaa !4
+  %1750 = insertelement <16 x i32> poison, i32 %1749, i64 0
+  %1751 = shufflevector <16 x i32> %1750, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i651.us.us.i = bitcast <16 x i32> %1751 to <32 x bfloat>
+  %r.i652.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i628.us.us.i, <32 x bfloat> %1717, <32 x bfloat> %y.i651.us.us.i)
+  %1752 = getelementptr i8, ptr %gep1763.i, i64 256
+  %1753 = load <32 x bfloat>, ptr %1752, align 4, !tbaa !4
+  %1754 = or disjoint i64 %1645, 4
+  %1755 = mul nsw i64 %1754, %k_row
+  %1756 = getelementptr i32, ptr %1600, i64 %1755
+  %1757 = load i32, ptr %1756, align 4, !tbaa !4
+  %1758 = insertelement <16 x i32> poison, i32 %1757, i64 0
+  %1759 = shufflevector <16 x i32> %1758, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i654.us.us.i = bitcast <16 x i32> %1759 to <32 x bfloat>
+  %r.i655.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i631.us.us.i, <32 x bfloat> %1753, <32 x bfloat> %y.i654.us.us.i)
+  %1760 = getelementptr i8, ptr %1756, i64 4
+  %1761 = load i32, ptr %1760, align 4, !tbaa !4
+  %1762 = insertelement <16 x i32> poison, i32 %1761, i64 0
+  %1763 = shufflevector <16 x i32> %1762, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i657.us.us.i = bitcast <16 x i32> %1763 to <32 x bfloat>
+  %r.i658.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i634.us.us.i, <32 x bfloat> %1753, <32 x bfloat> %y.i657.us.us.i)
+  %1764 = getelementptr i8, ptr %1756, i64 8
+  %1765 = load i32, ptr %1764, align 4, !tbaa !4
+  %1766 = insertelement <16 x i32> poison, i32 %1765, i64 0
+  %1767 = shufflevector <16 x i32> %1766, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i660.us.us.i = bitcast <16 x i32> %1767 to <32 x bfloat>
+  %r.i661.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i637.us.us.i, <32 x bfloat> %1753, <32 x bfloat> %y.i660.us.us.i)
+  %1768 = getelementptr i8, ptr %1756, i64 12
+  %1769 = load i32, ptr %1768, align 4, !tbaa !4
+  %1770 = insertelement <16 x i32> poison, i32 %1769, i64 0
+  %1771 = shufflevector <16 x i32> %1770, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i663.us.us.i = bitcast <16 x i32> %1771 to <32 x bfloat>
+  %r.i664.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i640.us.us.i, <32 x bfloat> %1753, <32 x bfloat> %y.i663.us.us.i)
+  %1772 = getelementptr i8, ptr %1756, i64 16
+  %1773 = load i32, ptr %1772, align 4, !tbaa !4
+  %1774 = insertelement <16 x i32> poison, i32 %1773, i64 0
+  %1775 = shufflevector <16 x i32> %1774, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i666.us.us.i = bitcast <16 x i32> %1775 to <32 x bfloat>
+  %r.i667.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i643.us.us.i, <32 x bfloat> %1753, <32 x bfloat> %y.i666.us.us.i)
+  %1776 = getelementptr i8, ptr %1756, i64 20
+  %1777 = load i32, ptr %1776, align 4, !tbaa !4
+  %1778 = insertelement <16 x i32> poison, i32 %1777, i64 0
+  %1779 = shufflevector <16 x i32> %1778, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i669.us.us.i = bitcast <16 x i32> %1779 to <32 x bfloat>
+  %r.i670.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i646.us.us.i, <32 x bfloat> %1753, <32 x bfloat> %y.i669.us.us.i)
+  %1780 = getelementptr i8, ptr %1756, i64 24
+  %1781 = load i32, ptr %1780, align 4, !tbaa !4
+  %1782 = insertelement <16 x i32> poison, i32 %1781, i64 0
+  %1783 = shufflevector <16 x i32> %1782, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i672.us.us.i = bitcast <16 x i32> %1783 to <32 x bfloat>
+  %r.i673.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i649.us.us.i, <32 x bfloat> %1753, <32 x bfloat> %y.i672.us.us.i)
+  %1784 = getelementptr i8, ptr %1756, i64 28
+  %1785 = load i32, ptr %1784, align 4, !tbaa !4
+  %1786 = insertelement <16 x i32> poison, i32 %1785, i64 0
+  %1787 = shufflevector <16 x i32> %1786, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i675.us.us.i = bitcast <16 x i32> %1787 to <32 x bfloat>
+  %r.i676.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i652.us.us.i, <32 x bfloat> %1753, <32 x bfloat> %y.i675.us.us.i)
+  %1788 = getelementptr i8, ptr %gep1763.i, i64 320
+  %1789 = load <32 x bfloat>, ptr %1788, align 4, !tbaa !4
+  %1790 = or disjoint i64 %1645, 5
+  %1791 = mul nsw i64 %1790, %k_row
+  %1792 = getelementptr i32, ptr %1600, i64 %1791
+  %1793 = load i32, ptr %1792, align 4, !tbaa !4
+  %1794 = insertelement <16 x i32> poison, i32 %1793, i64 0
+  %1795 = shufflevector <16 x i32> %1794, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i678.us.us.i = bitcast <16 x i32> %1795 to <32 x bfloat>
+  %r.i679.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i655.us.us.i, <32 x bfloat> %1789, <32 x bfloat> %y.i678.us.us.i)
+  %1796 = getelementptr i8, ptr %1792, i64 4
+  %1797 = load i32, ptr %1796, align 4, !tbaa !4
+  %1798 = insertelement <16 x i32> poison, i32 %1797, i64 0
+  %1799 = shufflevector <16 x i32> %1798, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i681.us.us.i = bitcast <16 x i32> %1799 to <32 x bfloat>
+  %r.i682.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i658.us.us.i, <32 x bfloat> %1789, <32 x bfloat> %y.i681.us.us.i)
+  %1800 = getelementptr i8, ptr %1792, i64 8
+  %1801 = load i32, ptr %1800, align 4, !tbaa !4
+  %1802 = insertelement <16 x i32> poison, i32 %1801, i64 0
+  %1803 = shufflevector <16 x i32> %1802, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i684.us.us.i = bitcast <16 x i32> %1803 to <32 x bfloat>
+  %r.i685.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i661.us.us.i, <32 x bfloat> %1789, <32 x bfloat> %y.i684.us.us.i)
+  %1804 = getelementptr i8, ptr %1792, i64 12
+  %1805 = load i32, ptr %1804, align 4, !tbaa !4
+  %1806 = insertelement <16 x i32> poison, i32 %1805, i64 0
+  %1807 = shufflevector <16 x i32> %1806, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i687.us.us.i = bitcast <16 x i32> %1807 to <32 x bfloat>
+  %r.i688.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i664.us.us.i, <32 x bfloat> %1789, <32 x bfloat> %y.i687.us.us.i)
+  %1808 = getelementptr i8, ptr %1792, i64 16
+  %1809 = load i32, ptr %1808, align 4, !tbaa !4
+  %1810 = insertelement <16 x i32> poison, i32 %1809, i64 0
+  %1811 = shufflevector <16 x i32> %1810, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i690.us.us.i = bitcast <16 x i32> %1811 to <32 x bfloat>
+  %r.i691.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i667.us.us.i, <32 x bfloat> %1789, <32 x bfloat> %y.i690.us.us.i)
+  %1812 = getelementptr i8, ptr %1792, i64 20
+  %1813 = load i32, ptr %1812, align 4, !tbaa !4
+  %1814 = insertelement <16 x i32> poison, i32 %1813, i64 0
+  %1815 = shufflevector <16 x i32> %1814, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i693.us.us.i = bitcast <16 x i32> %1815 to <32 x bfloat>
+  %r.i694.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i670.us.us.i, <32 x bfloat> %1789, <32 x bfloat> %y.i693.us.us.i)
+  %1816 = getelementptr i8, ptr %1792, i64 24
+  %1817 = load i32, ptr %1816, align 4, !tbaa !4
+  %1818 = insertelement <16 x i32> poison, i32 %1817, i64 0
+  %1819 = shufflevector <16 x i32> %1818, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i696.us.us.i = bitcast <16 x i32> %1819 to <32 x bfloat>
+  %r.i697.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i673.us.us.i, <32 x bfloat> %1789, <32 x bfloat> %y.i696.us.us.i)
+  %1820 = getelementptr i8, ptr %1792, i64 28
+  %1821 = load i32, ptr %1820, align 4, !tbaa !4
+  %1822 = insertelement <16 x i32> poison, i32 %1821, i64 0
+  %1823 = shufflevector <16 x i32> %1822, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i699.us.us.i = bitcast <16 x i32> %1823 to <32 x bfloat>
+  %r.i700.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i676.us.us.i, <32 x bfloat> %1789, <32 x bfloat> %y.i699.us.us.i)
+  %1824 = getelementptr i8, ptr %gep1763.i, i64 384
+  %1825 = load <32 x bfloat>, ptr %1824, align 4, !tbaa !4
+  %1826 = or disjoint i64 %1645, 6
+  %1827 = mul nsw i64 %1826, %k_row
+  %1828 = getelementptr i32, ptr %1600, i64 %1827
+  %1829 = load i32, ptr %1828, align 4, !tbaa !4
+  %1830 = insertelement <16 x i32> poison, i32 %1829, i64 0
+  %1831 = shufflevector <16 x i32> %1830, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i702.us.us.i = bitcast <16 x i32> %1831 to <32 x bfloat>
+  %r.i703.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i679.us.us.i, <32 x bfloat> %1825, <32 x bfloat> %y.i702.us.us.i)
+  %1832 = getelementptr i8, ptr %1828, i64 4
+  %1833 = load i32, ptr %1832, align 4, !tbaa !4
+  %1834 = insertelement <16 x i32> poison, i32 %1833, i64 0
+  %1835 = shufflevector <16 x i32> %1834, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i705.us.us.i = bitcast <16 x i32> %1835 to <32 x bfloat>
+  %r.i706.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i682.us.us.i, <32 x bfloat> %1825, <32 x bfloat> %y.i705.us.us.i)
+  %1836 = getelementptr i8, ptr %1828, i64 8
+  %1837 = load i32, ptr %1836, align 4, !tbaa !4
+  %1838 = insertelement <16 x i32> poison, i32 %1837, i64 0
+  %1839 = shufflevector <16 x i32> %1838, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i708.us.us.i = bitcast <16 x i32> %1839 to <32 x bfloat>
+  %r.i709.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i685.us.us.i, <32 x bfloat> %1825, <32 x bfloat> %y.i708.us.us.i)
+  %1840 = getelementptr i8, ptr %1828, i64 12
+  %1841 = load i32, ptr %1840, align 4, !tbaa !4
+  %1842 = insertelement <16 x i32> poison, i32 %1841, i64 0
+  %1843 = shufflevector <16 x i32> %1842, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i711.us.us.i = bitcast <16 x i32> %1843 to <32 x bfloat>
+  %r.i712.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i688.us.us.i, <32 x bfloat> %1825, <32 x bfloat> %y.i711.us.us.i)
+  %1844 = getelementptr i8, ptr %1828, i64 16
+  %1845 = load i32, ptr %1844, align 4, !tbaa !4
+  %1846 = insertelement <16 x i32> poison, i32 %1845, i64 0
+  %1847 = shufflevector <16 x i32> %1846, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i714.us.us.i = bitcast <16 x i32> %1847 to <32 x bfloat>
+  %r.i715.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i691.us.us.i, <32 x bfloat> %1825, <32 x bfloat> %y.i714.us.us.i)
+  %1848 = getelementptr i8, ptr %1828, i64 20
+  %1849 = load i32, ptr %1848, align 4, !tbaa !4
+  %1850 = insertelement <16 x i32> poison, i32 %1849, i64 0
+  %1851 = shufflevector <16 x i32> %1850, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i717.us.us.i = bitcast <16 x i32> %1851 to <32 x bfloat>
+  %r.i718.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i694.us.us.i, <32 x bfloat> %1825, <32 x bfloat> %y.i717.us.us.i)
+  %1852 = getelementptr i8, ptr %1828, i64 24
+  %1853 = load i32, ptr %1852, align 4, !tbaa !4
+  %1854 = insertelement <16 x i32> poison, i32 %1853, i64 0
+  %1855 = shufflevector <16 x i32> %1854, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i720.us.us.i = bitcast <16 x i32> %1855 to <32 x bfloat>
+  %r.i721.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i697.us.us.i, <32 x bfloat> %1825, <32 x bfloat> %y.i720.us.us.i)
+  %1856 = getelementptr i8, ptr %1828, i64 28
+  %1857 = load i32, ptr %1856, align 4, !tbaa !4
+  %1858 = insertelement <16 x i32> poison, i32 %1857, i64 0
+  %1859 = shufflevector <16 x i32> %1858, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i723.us.us.i = bitcast <16 x i32> %1859 to <32 x bfloat>
+  %r.i724.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.us.us.i, <32 x bfloat> %1825, <32 x bfloat> %y.i723.us.us.i)
+  %1860 = getelementptr i8, ptr %gep1763.i, i64 448
+  %1861 = load <32 x bfloat>, ptr %1860, align 4, !tbaa !4
+  %1862 = or disjoint i64 %1645, 7
+  %1863 = mul nsw i64 %1862, %k_row
+  %1864 = getelementptr i32, ptr %1600, i64 %1863
+  %1865 = load i32, ptr %1864, align 4, !tbaa !4
+  %1866 = insertelement <16 x i32> poison, i32 %1865, i64 0
+  %1867 = shufflevector <16 x i32> %1866, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i726.us.us.i = bitcast <16 x i32> %1867 to <32 x bfloat>
+  %r.i727.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i703.us.us.i, <32 x bfloat> %1861, <32 x bfloat> %y.i726.us.us.i)
+  %1868 = getelementptr i8, ptr %1864, i64 4
+  %1869 = load i32, ptr %1868, align 4, !tbaa !4
+  %1870 = insertelement <16 x i32> poison, i32 %1869, i64 0
+  %1871 = shufflevector <16 x i32> %1870, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i729.us.us.i = bitcast <16 x i32> %1871 to <32 x bfloat>
+  %r.i730.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i706.us.us.i, <32 x bfloat> %1861, <32 x bfloat> %y.i729.us.us.i)
+  %1872 = getelementptr i8, ptr %1864, i64 8
+  %1873 = load i32, ptr %1872, align 4, !tbaa !4
+  %1874 = insertelement <16 x i32> poison, i32 %1873, i64 0
+  %1875 = shufflevector <16 x i32> %1874, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i732.us.us.i = bitcast <16 x i32> %1875 to <32 x bfloat>
+  %r.i733.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i709.us.us.i, <32 x bfloat> %1861, <32 x bfloat> %y.i732.us.us.i)
+  %1876 = getelementptr i8, ptr %1864, i64 12
+  %1877 = load i32, ptr %1876, align 4, !tbaa !4
+  %1878 = insertelement <16 x i32> poison, i32 %1877, i64 0
+  %1879 = shufflevector <16 x i32> %1878, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i735.us.us.i = bitcast <16 x i32> %1879 to <32 x bfloat>
+  %r.i736.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i712.us.us.i, <32 x bfloat> %1861, <32 x bfloat> %y.i735.us.us.i)
+  %1880 = getelementptr i8, ptr %1864, i64 16
+  %1881 = load i32, ptr %1880, align 4, !tbaa !4
+  %1882 = insertelement <16 x i32> poison, i32 %1881, i64 0
+  %1883 = shufflevector <16 x i32> %1882, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i738.us.us.i = bitcast <16 x i32> %1883 to <32 x bfloat>
+  %r.i739.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i715.us.us.i, <32 x bfloat> %1861, <32 x bfloat> %y.i738.us.us.i)
+  %1884 = getelementptr i8, ptr %1864, i64 20
+  %1885 = load i32, ptr %1884, align 4, !tbaa !4
+  %1886 = insertelement <16 x i32> poison, i32 %1885, i64 0
+  %1887 = shufflevector <16 x i32> %1886, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i741.us.us.i = bitcast <16 x i32> %1887 to <32 x bfloat>
+  %r.i742.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i718.us.us.i, <32 x bfloat> %1861, <32 x bfloat> %y.i741.us.us.i)
+  %1888 = getelementptr i8, ptr %1864, i64 24
+  %1889 = load i32, ptr %1888, align 4, !tbaa !4
+  %1890 = insertelement <16 x i32> poison, i32 %1889, i64 0
+  %1891 = shufflevector <16 x i32> %1890, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i744.us.us.i = bitcast <16 x i32> %1891 to <32 x bfloat>
+  %r.i745.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i721.us.us.i, <32 x bfloat> %1861, <32 x bfloat> %y.i744.us.us.i)
+  %1892 = getelementptr i8, ptr %1864, i64 28
+  %1893 = load i32, ptr %1892, align 4, !tbaa !4
+  %1894 = insertelement <16 x i32> poison, i32 %1893, i64 0
+  %1895 = shufflevector <16 x i32> %1894, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i747.us.us.i = bitcast <16 x i32> %1895 to <32 x bfloat>
+  %r.i748.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i724.us.us.i, <32 x bfloat> %1861, <32 x bfloat> %y.i747.us.us.i)
+  %1896 = getelementptr i8, ptr %gep1763.i, i64 512
+  %1897 = load <32 x bfloat>, ptr %1896, align 4, !tbaa !4
+  %1898 = or disjoint i64 %1645, 8
+  %1899 = mul nsw i64 %1898, %k_row
+  %1900 = getelementptr i32, ptr %1600, i64 %1899
+  %1901 = load i32, ptr %1900, align 4, !tbaa !4
+  %1902 = insertelement <16 x i32> poison, i32 %1901, i64 0
+  %1903 = shufflevector <16 x i32> %1902, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i750.us.us.i = bitcast <16 x i32> %1903 to <32 x bfloat>
+  %r.i751.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i727.us.us.i, <32 x bfloat> %1897, <32 x bfloat> %y.i750.us.us.i)
+  %1904 = getelementptr i8, ptr %1900, i64 4
+  %1905 = load i32, ptr %1904, align 4, !tbaa !4
+  %1906 = insertelement <16 x i32> poison, i32 %1905, i64 0
+  %1907 = shufflevector <16 x i32> %1906, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i753.us.us.i = bitcast <16 x i32> %1907 to <32 x bfloat>
+  %r.i754.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i730.us.us.i, <32 x bfloat> %1897, <32 x bfloat> %y.i753.us.us.i)
+  %1908 = getelementptr i8, ptr %1900, i64 8
+  %1909 = load i32, ptr %1908, align 4, !tbaa !4
+  %1910 = insertelement <16 x i32> poison, i32 %1909, i64 0
+  %1911 = shufflevector <16 x i32> %1910, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i756.us.us.i = bitcast <16 x i32> %1911 to <32 x bfloat>
+  %r.i757.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i733.us.us.i, <32 x bfloat> %1897, <32 x bfloat> %y.i756.us.us.i)
+  %1912 = getelementptr i8, ptr %1900, i64 12
+  %1913 = load i32, ptr %1912, align 4, !tbaa !4
+  %1914 = insertelement <16 x i32> poison, i32 %1913, i64 0
+  %1915 = shufflevector <16 x i32> %1914, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i759.us.us.i = bitcast <16 x i32> %1915 to <32 x bfloat>
+  %r.i760.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i736.us.us.i, <32 x bfloat> %1897, <32 x bfloat> %y.i759.us.us.i)
+  %1916 = getelementptr i8, ptr %1900, i64 16
+  %1917 = load i32, ptr %1916, align 4, !tbaa !4
+  %1918 = insertelement <16 x i32> poison, i32 %1917, i64 0
+  %1919 = shufflevector <16 x i32> %1918, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i762.us.us.i = bitcast <16 x i32> %1919 to <32 x bfloat>
+  %r.i763.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i739.us.us.i, <32 x bfloat> %1897, <32 x bfloat> %y.i762.us.us.i)
+  %1920 = getelementptr i8, ptr %1900, i64 20
+  %1921 = load i32, ptr %1920, align 4, !tbaa !4
+  %1922 = insertelement <16 x i32> poison, i32 %1921, i64 0
+  %1923 = shufflevector <16 x i32> %1922, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i765.us.us.i = bitcast <16 x i32> %1923 to <32 x bfloat>
+  %r.i766.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i742.us.us.i, <32 x bfloat> %1897, <32 x bfloat> %y.i765.us.us.i)
+  %1924 = getelementptr i8, ptr %1900, i64 24
+  %1925 = load i32, ptr %1924, align 4, !tbaa !4
+  %1926 = insertelement <16 x i32> poison, i32 %1925, i64 0
+  %1927 = shufflevector <16 x i32> %1926, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i768.us.us.i = bitcast <16 x i32> %1927 to <32 x bfloat>
+  %r.i769.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i745.us.us.i, <32 x bfloat> %1897, <32 x bfloat> %y.i768.us.us.i)
+  %1928 = getelementptr i8, ptr %1900, i64 28
+  %1929 = load i32, ptr %1928, align 4, !tbaa !4
+  %1930 = insertelement <16 x i32> poison, i32 %1929, i64 0
+  %1931 = shufflevector <16 x i32> %1930, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i771.us.us.i = bitcast <16 x i32> %1931 to <32 x bfloat>
+  %r.i772.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i748.us.us.i, <32 x bfloat> %1897, <32 x bfloat> %y.i771.us.us.i)
+  %1932 = getelementptr i8, ptr %gep1763.i, i64 576
+  %1933 = load <32 x bfloat>, ptr %1932, align 4, !tbaa !4
+  %1934 = or disjoint i64 %1645, 9
+  %1935 = mul nsw i64 %1934, %k_row
+  %1936 = getelementptr i32, ptr %1600, i64 %1935
+  %1937 = load i32, ptr %1936, align 4, !tbaa !4
+  %1938 = insertelement <16 x i32> poison, i32 %1937, i64 0
+  %1939 = shufflevector <16 x i32> %1938, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i774.us.us.i = bitcast <16 x i32> %1939 to <32 x bfloat>
+  %r.i775.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i751.us.us.i, <32 x bfloat> %1933, <32 x bfloat> %y.i774.us.us.i)
+  %1940 = getelementptr i8, ptr %1936, i64 4
+  %1941 = load i32, ptr %1940, align 4, !tbaa !4
+  %1942 = insertelement <16 x i32> poison, i32 %1941, i64 0
+  %1943 = shufflevector <16 x i32> %1942, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i777.us.us.i = bitcast <16 x i32> %1943 to <32 x bfloat>
+  %r.i778.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i754.us.us.i, <32 x bfloat> %1933, <32 x bfloat> %y.i777.us.us.i)
+  %1944 = getelementptr i8, ptr %1936, i64 8
+  %1945 = load i32, ptr %1944, align 4, !tbaa !4
+  %1946 = insertelement <16 x i32> poison, i32 %1945, i64 0
+  %1947 = shufflevector <16 x i32> %1946, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i780.us.us.i = bitcast <16 x i32> %1947 to <32 x bfloat>
+  %r.i781.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i757.us.us.i, <32 x bfloat> %1933, <32 x bfloat> %y.i780.us.us.i)
+  %1948 = getelementptr i8, ptr %1936, i64 12
+  %1949 = load i32, ptr %1948, align 4, !tbaa !4
+  %1950 = insertelement <16 x i32> poison, i32 %1949, i64 0
+  %1951 = shufflevector <16 x i32> %1950, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i783.us.us.i = bitcast <16 x i32> %1951 to <32 x bfloat>
+  %r.i784.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i760.us.us.i, <32 x bfloat> %1933, <32 x bfloat> %y.i783.us.us.i)
+  %1952 = getelementptr i8, ptr %1936, i64 16
+  %1953 = load i32, ptr %1952, align 4, !tbaa !4
+  %1954 = insertelement <16 x i32> poison, i32 %1953, i64 0
+  %1955 = shufflevector <16 x i32> %1954, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i786.us.us.i = bitcast <16 x i32> %1955 to <32 x bfloat>
+  %r.i787.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i763.us.us.i, <32 x bfloat> %1933, <32 x bfloat> %y.i786.us.us.i)
+  %1956 = getelementptr i8, ptr %1936, i64 20
+  %1957 = load i32, ptr %1956, align 4, !tbaa !4
+  %1958 = insertelement <16 x i32> poison, i32 %1957, i64 0
+  %1959 = shufflevector <16 x i32> %1958, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i789.us.us.i = bitcast <16 x i32> %1959 to <32 x bfloat>
+  %r.i790.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i766.us.us.i, <32 x bfloat> %1933, <32 x bfloat> %y.i789.us.us.i)
+  %1960 = getelementptr i8, ptr %1936, i64 24
+  %1961 = load i32, ptr %1960, align 4, !tbaa !4
+  %1962 = insertelement <16 x i32> poison, i32 %1961, i64 0
+  %1963 = shufflevector <16 x i32> %1962, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i792.us.us.i = bitcast <16 x i32> %1963 to <32 x bfloat>
+  %r.i793.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i769.us.us.i, <32 x bfloat> %1933, <32 x bfloat> %y.i792.us.us.i)
+  %1964 = getelementptr i8, ptr %1936, i64 28
+  %1965 = load i32, ptr %1964, align 4, !tbaa !4
+  %1966 = insertelement <16 x i32> poison, i32 %1965, i64 0
+  %1967 = shufflevector <16 x i32> %1966, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i795.us.us.i = bitcast <16 x i32> %1967 to <32 x bfloat>
+  %r.i796.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i772.us.us.i, <32 x bfloat> %1933, <32 x bfloat> %y.i795.us.us.i)
+  %1968 = getelementptr i8, ptr %gep1763.i, i64 640
+  %1969 = load <32 x bfloat>, ptr %1968, align 4, !tbaa !4
+  %1970 = or disjoint i64 %1645, 10
+  %1971 = mul nsw i64 %1970, %k_row
+  %1972 = getelementptr i32, ptr %1600, i64 %1971
+  %1973 = load i32, ptr %1972, align 4, !tbaa !4
+  %1974 = insertelement <16 x i32> poison, i32 %1973, i64 0
+  %1975 = shufflevector <16 x i32> %1974, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i798.us.us.i = bitcast <16 x i32> %1975 to <32 x bfloat>
+  %r.i799.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i775.us.us.i, <32 x bfloat> %1969, <32 x bfloat> %y.i798.us.us.i)
+  %1976 = getelementptr i8, ptr %1972, i64 4
+  %1977 = load i32, ptr %1976, align 4, !tbaa !4
+  %1978 = insertelement <16 x i32> poison, i32 %1977, i64 0
+  %1979 = shufflevector <16 x i32> %1978, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i801.us.us.i = bitcast <16 x i32> %1979 to <32 x bfloat>
+  %r.i802.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i778.us.us.i, <32 x bfloat> %1969, <32 x bfloat> %y.i801.us.us.i)
+  %1980 = getelementptr i8, ptr %1972, i64 8
+  %1981 = load i32, ptr %1980, align 4, !tbaa !4
+  %1982 = insertelement <16 x i32> poison, i32 %1981, i64 0
+  %1983 = shufflevector <16 x i32> %1982, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i804.us.us.i = bitcast <16 x i32> %1983 to <32 x bfloat>
+  %r.i805.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i781.us.us.i, <32 x bfloat> %1969, <32 x bfloat> %y.i804.us.us.i)
+  %1984 = getelementptr i8, ptr %1972, i64 12
+  %1985 = load i32, ptr %1984, align 4, !tbaa !4
+  %1986 = insertelement <16 x i32> poison, i32 %1985, i64 0
+  %1987 = shufflevector <16 x i32> %1986, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i807.us.us.i = bitcast <16 x i32> %1987 to <32 x bfloat>
+  %r.i808.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i784.us.us.i, <32 x bfloat> %1969, <32 x bfloat> %y.i807.us.us.i)
+  %1988 = getelementptr i8, ptr %1972, i64 16
+  %1989 = load i32, ptr %1988, align 4, !tbaa !4
+  %1990 = insertelement <16 x i32> poison, i32 %1989, i64 0
+  %1991 = shufflevector <16 x i32> %1990, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i810.us.us.i = bitcast <16 x i32> %1991 to <32 x bfloat>
+  %r.i811.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i787.us.us.i, <32 x bfloat> %1969, <32 x bfloat> %y.i810.us.us.i)
+  %1992 = getelementptr i8, ptr %1972, i64 20
+  %1993 = load i32, ptr %1992, align 4, !tbaa !4
+  %1994 = insertelement <16 x i32> poison, i32 %1993, i64 0
+  %1995 = shufflevector <16 x i32> %1994, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i813.us.us.i = bitcast <16 x i32> %1995 to <32 x bfloat>
+  %r.i814.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i790.us.us.i, <32 x bfloat> %1969, <32 x bfloat> %y.i813.us.us.i)
+  %1996 = getelementptr i8, ptr %1972, i64 24
+  %1997 = load i32, ptr %1996, align 4, !tbaa !4
+  %1998 = insertelement <16 x i32> poison, i32 %1997, i64 0
+  %1999 = shufflevector <16 x i32> %1998, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i816.us.us.i = bitcast <16 x i32> %1999 to <32 x bfloat>
+  %r.i817.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i793.us.us.i, <32 x bfloat> %1969, <32 x bfloat> %y.i816.us.us.i)
+  %2000 = getelementptr i8, ptr %1972, i64 28
+  %2001 = load i32, ptr %2000, align 4, !tbaa !4
+  %2002 = insertelement <16 x i32> poison, i32 %2001, i64 0
+  %2003 = shufflevector <16 x i32> %2002, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i819.us.us.i = bitcast <16 x i32> %2003 to <32 x bfloat>
+  %r.i820.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i796.us.us.i, <32 x bfloat> %1969, <32 x bfloat> %y.i819.us.us.i)
+  %2004 = getelementptr i8, ptr %gep1763.i, i64 704
+  %2005 = load <32 x bfloat>, ptr %2004, align 4, !tbaa !4
+  %2006 = or disjoint i64 %1645, 11
+  %2007 = mul nsw i64 %2006, %k_row
+  %2008 = getelementptr i32, ptr %1600, i64 %2007
+  %2009 = load i32, ptr %2008, align 4, !tbaa !4
+  %2010 = insertelement <16 x i32> poison, i32 %2009, i64 0
+  %2011 = shufflevector <16 x i32> %2010, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i822.us.us.i = bitcast <16 x i32> %2011 to <32 x bfloat>
+  %r.i823.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i799.us.us.i, <32 x bfloat> %2005, <32 x bfloat> %y.i822.us.us.i)
+  %2012 = getelementptr i8, ptr %2008, i64 4
+  %2013 = load i32, ptr %2012, align 4, !tbaa !4
+  %2014 = insertelement <16 x i32> poison, i32 %2013, i64 0
+  %2015 = shufflevector <16 x i32> %2014, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i825.us.us.i = bitcast <16 x i32> %2015 to <32 x bfloat>
+  %r.i826.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i802.us.us.i, <32 x bfloat> %2005, <32 x bfloat> %y.i825.us.us.i)
+  %2016 = getelementptr i8, ptr %2008, i64 8
+  %2017 = load i32, ptr %2016, align 4, !tbaa !4
+  %2018 = insertelement <16 x i32> poison, i32 %2017, i64 0
+  %2019 = shufflevector <16 x i32> %2018, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i828.us.us.i = bitcast <16 x i32> %2019 to <32 x bfloat>
+  %r.i829.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i805.us.us.i, <32 x bfloat> %2005, <32 x bfloat> %y.i828.us.us.i)
+  %2020 = getelementptr i8, ptr %2008, i64 12
+  %2021 = load i32, ptr %2020, align 4, !tbaa !4
+  %2022 = insertelement <16 x i32> poison, i32 %2021, i64 0
+  %2023 = shufflevector <16 x i32> %2022, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i831.us.us.i = bitcast <16 x i32> %2023 to <32 x bfloat>
+  %r.i832.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i808.us.us.i, <32 x bfloat> %2005, <32 x bfloat> %y.i831.us.us.i)
+  %2024 = getelementptr i8, ptr %2008, i64 16
+  %2025 = load i32, ptr %2024, align 4, !tbaa !4
+  %2026 = insertelement <16 x i32> poison, i32 %2025, i64 0
+  %2027 = shufflevector <16 x i32> %2026, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i834.us.us.i = bitcast <16 x i32> %2027 to <32 x bfloat>
+  %r.i835.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i811.us.us.i, <32 x bfloat> %2005, <32 x bfloat> %y.i834.us.us.i)
+  %2028 = getelementptr i8, ptr %2008, i64 20
+  %2029 = load i32, ptr %2028, align 4, !tbaa !4
+  %2030 = insertelement <16 x i32> poison, i32 %2029, i64 0
+  %2031 = shufflevector <16 x i32> %2030, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i837.us.us.i = bitcast <16 x i32> %2031 to <32 x bfloat>
+  %r.i838.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i814.us.us.i, <32 x bfloat> %2005, <32 x bfloat> %y.i837.us.us.i)
+  %2032 = getelementptr i8, ptr %2008, i64 24
+  %2033 = load i32, ptr %2032, align 4, !tbaa !4
+  %2034 = insertelement <16 x i32> poison, i32 %2033, i64 0
+  %2035 = shufflevector <16 x i32> %2034, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i840.us.us.i = bitcast <16 x i32> %2035 to <32 x bfloat>
+  %r.i841.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i817.us.us.i, <32 x bfloat> %2005, <32 x bfloat> %y.i840.us.us.i)
+  %2036 = getelementptr i8, ptr %2008, i64 28
+  %2037 = load i32, ptr %2036, align 4, !tbaa !4
+  %2038 = insertelement <16 x i32> poison, i32 %2037, i64 0
+  %2039 = shufflevector <16 x i32> %2038, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i843.us.us.i = bitcast <16 x i32> %2039 to <32 x bfloat>
+  %r.i844.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i820.us.us.i, <32 x bfloat> %2005, <32 x bfloat> %y.i843.us.us.i)
+  %2040 = getelementptr i8, ptr %gep1763.i, i64 768
+  %2041 = load <32 x bfloat>, ptr %2040, align 4, !tbaa !4
+  %2042 = or disjoint i64 %1645, 12
+  %2043 = mul nsw i64 %2042, %k_row
+  %2044 = getelementptr i32, ptr %1600, i64 %2043
+  %2045 = load i32, ptr %2044, align 4, !tbaa !4
+  %2046 = insertelement <16 x i32> poison, i32 %2045, i64 0
+  %2047 = shufflevector <16 x i32> %2046, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i846.us.us.i = bitcast <16 x i32> %2047 to <32 x bfloat>
+  %r.i847.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i823.us.us.i, <32 x bfloat> %2041, <32 x bfloat> %y.i846.us.us.i)
+  %2048 = getelementptr i8, ptr %2044, i64 4
+  %2049 = load i32, ptr %2048, align 4, !tbaa !4
+  %2050 = insertelement <16 x i32> poison, i32 %2049, i64 0
+  %2051 = shufflevector <16 x i32> %2050, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i849.us.us.i = bitcast <16 x i32> %2051 to <32 x bfloat>
+  %r.i850.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i826.us.us.i, <32 x bfloat> %2041, <32 x bfloat> %y.i849.us.us.i)
+  %2052 = getelementptr i8, ptr %2044, i64 8
+  %2053 = load i32, ptr %2052, align 4, !tbaa !4
+  %2054 = insertelement <16 x i32> poison, i32 %2053, i64 0
+  %2055 = shufflevector <16 x i32> %2054, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i852.us.us.i = bitcast <16 x i32> %2055 to <32 x bfloat>
+  %r.i853.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i829.us.us.i, <32 x bfloat> %2041, <32 x bfloat> %y.i852.us.us.i)
+  %2056 = getelementptr i8, ptr %2044, i64 12
+  %2057 = load i32, ptr %2056, align 4, !tbaa !4
+  %2058 = insertelement <16 x i32> poison, i32 %2057, i64 0
+  %2059 = shufflevector <16 x i32> %2058, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i855.us.us.i = bitcast <16 x i32> %2059 to <32 x bfloat>
+  %r.i856.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i832.us.us.i, <32 x bfloat> %2041, <32 x bfloat> %y.i855.us.us.i)
+  %2060 = getelementptr i8, ptr %2044, i64 16
+  %2061 = load i32, ptr %2060, align 4, !tbaa !4
+  %2062 = insertelement <16 x i32> poison, i32 %2061, i64 0
+  %2063 = shufflevector <16 x i32> %2062, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i858.us.us.i = bitcast <16 x i32> %2063 to <32 x bfloat>
+  %r.i859.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i835.us.us.i, <32 x bfloat> %2041, <32 x bfloat> %y.i858.us.us.i)
+  %2064 = getelementptr i8, ptr %2044, i64 20
+  %2065 = load i32, ptr %2064, align 4, !tbaa !4
+  %2066 = insertelement <16 x i32> poison, i32 %2065, i64 0
+  %2067 = shufflevector <16 x i32> %2066, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i861.us.us.i = bitcast <16 x i32> %2067 to <32 x bfloat>
+  %r.i862.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i838.us.us.i, <32 x bfloat> %2041, <32 x bfloat> %y.i861.us.us.i)
+  %2068 = getelementptr i8, ptr %2044, i64 24
+  %2069 = load i32, ptr %2068, align 4, !tbaa !4
+  %2070 = insertelement <16 x i32> poison, i32 %2069, i64 0
+  %2071 = shufflevector <16 x i32> %2070, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i864.us.us.i = bitcast <16 x i32> %2071 to <32 x bfloat>
+  %r.i865.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i841.us.us.i, <32 x bfloat> %2041, <32 x bfloat> %y.i864.us.us.i)
+  %2072 = getelementptr i8, ptr %2044, i64 28
+  %2073 = load i32, ptr %2072, align 4, !tbaa !4
+  %2074 = insertelement <16 x i32> poison, i32 %2073, i64 0
+  %2075 = shufflevector <16 x i32> %2074, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i867.us.us.i = bitcast <16 x i32> %2075 to <32 x bfloat>
+  %r.i868.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i844.us.us.i, <32 x bfloat> %2041, <32 x bfloat> %y.i867.us.us.i)
+  %2076 = getelementptr i8, ptr %gep1763.i, i64 832
+  %2077 = load <32 x bfloat>, ptr %2076, align 4, !tbaa !4
+  %2078 = or disjoint i64 %1645, 13
+  %2079 = mul nsw i64 %2078, %k_row
+  %2080 = getelementptr i32, ptr %1600, i64 %2079
+  %2081 = load i32, ptr %2080, align 4, !tbaa !4
+  %2082 = insertelement <16 x i32> poison, i32 %2081, i64 0
+  %2083 = shufflevector <16 x i32> %2082, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i870.us.us.i = bitcast <16 x i32> %2083 to <32 x bfloat>
+  %r.i871.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i847.us.us.i, <32 x bfloat> %2077, <32 x bfloat> %y.i870.us.us.i)
+  %2084 = getelementptr i8, ptr %2080, i64 4
+  %2085 = load i32, ptr %2084, align 4, !tbaa !4
+  %2086 = insertelement <16 x i32> poison, i32 %2085, i64 0
+  %2087 = shufflevector <16 x i32> %2086, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i873.us.us.i = bitcast <16 x i32> %2087 to <32 x bfloat>
+  %r.i874.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i850.us.us.i, <32 x bfloat> %2077, <32 x bfloat> %y.i873.us.us.i)
+  %2088 = getelementptr i8, ptr %2080, i64 8
+  %2089 = load i32, ptr %2088, align 4, !tbaa !4
+  %2090 = insertelement <16 x i32> poison, i32 %2089, i64 0
+  %2091 = shufflevector <16 x i32> %2090, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i876.us.us.i = bitcast <16 x i32> %2091 to <32 x bfloat>
+  %r.i877.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i853.us.us.i, <32 x bfloat> %2077, <32 x bfloat> %y.i876.us.us.i)
+  %2092 = getelementptr i8, ptr %2080, i64 12
+  %2093 = load i32, ptr %2092, align 4, !tbaa !4
+  %2094 = insertelement <16 x i32> poison, i32 %2093, i64 0
+  %2095 = shufflevector <16 x i32> %2094, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i879.us.us.i = bitcast <16 x i32> %2095 to <32 x bfloat>
+  %r.i880.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i856.us.us.i, <32 x bfloat> %2077, <32 x bfloat> %y.i879.us.us.i)
+  %2096 = getelementptr i8, ptr %2080, i64 16
+  %2097 = load i32, ptr %2096, align 4, !tbaa !4
+  %2098 = insertelement <16 x i32> poison, i32 %2097, i64 0
+  %2099 = shufflevector <16 x i32> %2098, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i882.us.us.i = bitcast <16 x i32> %2099 to <32 x bfloat>
+  %r.i883.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i859.us.us.i, <32 x bfloat> %2077, <32 x bfloat> %y.i882.us.us.i)
+  %2100 = getelementptr i8, ptr %2080, i64 20
+  %2101 = load i32, ptr %2100, align 4, !tbaa !4
+  %2102 = insertelement <16 x i32> poison, i32 %2101, i64 0
+  %2103 = shufflevector <16 x i32> %2102, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i885.us.us.i = bitcast <16 x i32> %2103 to <32 x bfloat>
+  %r.i886.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i862.us.us.i, <32 x bfloat> %2077, <32 x bfloat> %y.i885.us.us.i)
+  %2104 = getelementptr i8, ptr %2080, i64 24
   %2105 = load i32, ptr %2104, align 4, !tbaa !4
   %2106 = insertelement <16 x i32> poison, i32 %2105, i64 0
   %2107 = shufflevector <16 x i32> %2106, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i610.us.us.i = bitcast <16 x i32> %2107 to <32 x bfloat>
-  %r.i611.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.us.i, <32 x bfloat> %2100, <32 x bfloat> %y.i610.us.us.i)
-  %2108 = getelementptr i8, ptr %2104, i64 4
+  %y.i888.us.us.i = bitcast <16 x i32> %2107 to <32 x bfloat>
+  %r.i889.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i865.us.us.i, <32 x bfloat> %2077, <32 x bfloat> %y.i888.us.us.i)
+  %2108 = getelementptr i8, ptr %2080, i64 28
   %2109 = load i32, ptr %2108, align 4, !tbaa !4
   %2110 = insertelement <16 x i32> poison, i32 %2109, i64 0
   %2111 = shufflevector <16 x i32> %2110, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i613.us.us.i = bitcast <16 x i32> %2111 to <32 x bfloat>
-  %r.i614.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i590.us.us.i, <32 x bfloat> %2100, <32 x bfloat> %y.i613.us.us.i)
-  %2112 = getelementptr i8, ptr %2104, i64 8
-  %2113 = load i32, ptr %2112, align 4, !tbaa !4
-  %2114 = insertelement <16 x i32> poison, i32 %2113, i64 0
-  %2115 = shufflevector <16 x i32> %2114, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i616.us.us.i = bitcast <16 x i32> %2115 to <32 x bfloat>
-  %r.i617.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i593.us.us.i, <32 x bfloat> %2100, <32 x bfloat> %y.i616.us.us.i)
-  %2116 = getelementptr i8, ptr %2104, i64 12
+  %y.i891.us.us.i = bitcast <16 x i32> %2111 to <32 x bfloat>
+  %r.i892.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i868.us.us.i, <32 x bfloat> %2077, <32 x bfloat> %y.i891.us.us.i)
+  %2112 = getelementptr i8, ptr %gep1763.i, i64 896
+  %2113 = load <32 x bfloat>, ptr %2112, align 4, !tbaa !4
+  %2114 = or disjoint i64 %1645, 14
+  %2115 = mul nsw i64 %2114, %k_row
+  %2116 = getelementptr i32, ptr %1600, i64 %2115
   %2117 = load i32, ptr %2116, align 4, !tbaa !4
   %2118 = insertelement <16 x i32> poison, i32 %2117, i64 0
   %2119 = shufflevector <16 x i32> %2118, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i619.us.us.i = bitcast <16 x i32> %2119 to <32 x bfloat>
-  %r.i620.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i596.us.us.i, <32 x bfloat> %2100, <32 x bfloat> %y.i619.us.us.i)
-  %2120 = getelementptr i8, ptr %2104, i64 16
+  %y.i894.us.us.i = bitcast <16 x i32> %2119 to <32 x bfloat>
+  %r.i895.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i871.us.us.i, <32 x bfloat> %2113, <32 x bfloat> %y.i894.us.us.i)
+  %2120 = getelementptr i8, ptr %2116, i64 4
   %2121 = load i32, ptr %2120, align 4, !tbaa !4
   %2122 = insertelement <16 x i32> poison, i32 %2121, i64 0
   %2123 = shufflevector <16 x i32> %2122, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i622.us.us.i = bitcast <16 x i32> %2123 to <32 x bfloat>
-  %r.i623.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i599.us.us.i, <32 x bfloat> %2100, <32 x bfloat> %y.i622.us.us.i)
-  %2124 = getelementptr i8, ptr %2104, i64 20
+  %y.i897.us.us.i = bitcast <16 x i32> %2123 to <32 x bfloat>
+  %r.i898.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i874.us.us.i, <32 x bfloat> %2113, <32 x bfloat> %y.i897.us.us.i)
+  %2124 = getelementptr i8, ptr %2116, i64 8
   %2125 = load i32, ptr %2124, align 4, !tbaa !4
   %2126 = insertelement <16 x i32> poison, i32 %2125, i64 0
   %2127 = shufflevector <16 x i32> %2126, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i625.us.us.i = bitcast <16 x i32> %2127 to <32 x bfloat>
-  %r.i626.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i602.us.us.i, <32 x bfloat> %2100, <32 x bfloat> %y.i625.us.us.i)
-  %2128 = getelementptr i8, ptr %2104, i64 24
+  %y.i900.us.us.i = bitcast <16 x i32> %2127 to <32 x bfloat>
+  %r.i901.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i877.us.us.i, <32 x bfloat> %2113, <32 x bfloat> %y.i900.us.us.i)
+  %2128 = getelementptr i8, ptr %2116, i64 12
   %2129 = load i32, ptr %2128, align 4, !tbaa !4
   %2130 = insertelement <16 x i32> poison, i32 %2129, i64 0
   %2131 = shufflevector <16 x i32> %2130, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i628.us.us.i = bitcast <16 x i32> %2131 to <32 x bfloat>
-  %r.i629.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i605.us.us.i, <32 x bfloat> %2100, <32 x bfloat> %y.i628.us.us.i)
-  %2132 = getelementptr i8, ptr %2104, i64 28
+  %y.i903.us.us.i = bitcast <16 x i32> %2131 to <32 x bfloat>
+  %r.i904.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i880.us.us.i, <32 x bfloat> %2113, <32 x bfloat> %y.i903.us.us.i)
+  %2132 = getelementptr i8, ptr %2116, i64 16
   %2133 = load i32, ptr %2132, align 4, !tbaa !4
   %2134 = insertelement <16 x i32> poison, i32 %2133, i64 0
   %2135 = shufflevector <16 x i32> %2134, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i631.us.us.i = bitcast <16 x i32> %2135 to <32 x bfloat>
-  %r.i632.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i608.us.us.i, <32 x bfloat> %2100, <32 x bfloat> %y.i631.us.us.i)
-  %2136 = getelementptr i8, ptr %gep1775.i, i64 128
-  %2137 = load <32 x bfloat>, ptr %2136, align 4, !tbaa !4
-  %2138 = or disjoint i64 %2101, 2
-  %2139 = mul nsw i64 %2138, %k_row
-  %2140 = getelementptr i32, ptr %2646, i64 %2139
+  %y.i906.us.us.i = bitcast <16 x i32> %2135 to <32 x bfloat>
+  %r.i907.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i883.us.us.i, <32 x bfloat> %2113, <32 x bfloat> %y.i906.us.us.i)
+  %2136 = getelementptr i8, ptr %2116, i64 20
+  %2137 = load i32, ptr %2136, align 4, !tbaa !4
+  %2138 = insertelement <16 x i32> poison, i32 %2137, i64 0
+  %2139 = shufflevector <16 x i32> %2138, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i909.us.us.i = bitcast <16 x i32> %2139 to <32 x bfloat>
+  %r.i910.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i886.us.us.i, <32 x bfloat> %2113, <32 x bfloat> %y.i909.us.us.i)
+  %2140 = getelementptr i8, ptr %2116, i64 24
   %2141 = load i32, ptr %2140, align 4, !tbaa !4
   %2142 = insertelement <16 x i32> poison, i32 %2141, i64 0
   %2143 = shufflevector <16 x i32> %2142, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i634.us.us.i = bitcast <16 x i32> %2143 to <32 x bfloat>
-  %r.i635.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i611.us.us.i, <32 x bfloat> %2137, <32 x bfloat> %y.i634.us.us.i)
-  %2144 = getelementptr i8, ptr %2140, i64 4
+  %y.i912.us.us.i = bitcast <16 x i32> %2143 to <32 x bfloat>
+  %r.i913.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i889.us.us.i, <32 x bfloat> %2113, <32 x bfloat> %y.i912.us.us.i)
+  %2144 = getelementptr i8, ptr %2116, i64 28
   %2145 = load i32, ptr %2144, align 4, !tbaa !4
   %2146 = insertelement <16 x i32> poison, i32 %2145, i64 0
   %2147 = shufflevector <16 x i32> %2146, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i637.us.us.i = bitcast <16 x i32> %2147 to <32 x bfloat>
-  %r.i638.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i614.us.us.i, <32 x bfloat> %2137, <32 x bfloat> %y.i637.us.us.i)
-  %2148 = getelementptr i8, ptr %2140, i64 8
-  %2149 = load i32, ptr %2148, align 4, !tbaa !4
-  %2150 = insertelement <16 x i32> poison, i32 %2149, i64 0
-  %2151 = shufflevector <16 x i32> %2150, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i640.us.us.i = bitcast <16 x i32> %2151 to <32 x bfloat>
-  %r.i641.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i617.us.us.i, <32 x bfloat> %2137, <32 x bfloat> %y.i640.us.us.i)
-  %2152 = getelementptr i8, ptr %2140, i64 12
+  %y.i915.us.us.i = bitcast <16 x i32> %2147 to <32 x bfloat>
+  %r.i916.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i892.us.us.i, <32 x bfloat> %2113, <32 x bfloat> %y.i915.us.us.i)
+  %2148 = getelementptr i8, ptr %gep1763.i, i64 960
+  %2149 = load <32 x bfloat>, ptr %2148, align 4, !tbaa !4
+  %2150 = or disjoint i64 %1645, 15
+  %2151 = mul nsw i64 %2150, %k_row
+  %2152 = getelementptr i32, ptr %1600, i64 %2151
   %2153 = load i32, ptr %2152, align 4, !tbaa !4
   %2154 = insertelement <16 x i32> poison, i32 %2153, i64 0
   %2155 = shufflevector <16 x i32> %2154, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i643.us.us.i = bitcast <16 x i32> %2155 to <32 x bfloat>
-  %r.i644.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i620.us.us.i, <32 x bfloat> %2137, <32 x bfloat> %y.i643.us.us.i)
-  %2156 = getelementptr i8, ptr %2140, i64 16
+  %y.i918.us.us.i = bitcast <16 x i32> %2155 to <32 x bfloat>
+  %r.i919.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i895.us.us.i, <32 x bfloat> %2149, <32 x bfloat> %y.i918.us.us.i)
+  %2156 = getelementptr i8, ptr %2152, i64 4
   %2157 = load i32, ptr %2156, align 4, !tbaa !4
   %2158 = insertelement <16 x i32> poison, i32 %2157, i64 0
   %2159 = shufflevector <16 x i32> %2158, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i646.us.us.i = bitcast <16 x i32> %2159 to <32 x bfloat>
-  %r.i647.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i623.us.us.i, <32 x bfloat> %2137, <32 x bfloat> %y.i646.us.us.i)
-  %2160 = getelementptr i8, ptr %2140, i64 20
+  %y.i921.us.us.i = bitcast <16 x i32> %2159 to <32 x bfloat>
+  %r.i922.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i898.us.us.i, <32 x bfloat> %2149, <32 x bfloat> %y.i921.us.us.i)
+  %2160 = getelementptr i8, ptr %2152, i64 8
   %2161 = load i32, ptr %2160, align 4, !tbaa !4
   %2162 = insertelement <16 x i32> poison, i32 %2161, i64 0
   %2163 = shufflevector <16 x i32> %2162, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i649.us.us.i = bitcast <16 x i32> %2163 to <32 x bfloat>
-  %r.i650.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i626.us.us.i, <32 x bfloat> %2137, <32 x bfloat> %y.i649.us.us.i)
-  %2164 = getelementptr i8, ptr %2140, i64 24
+  %y.i924.us.us.i = bitcast <16 x i32> %2163 to <32 x bfloat>
+  %r.i925.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i901.us.us.i, <32 x bfloat> %2149, <32 x bfloat> %y.i924.us.us.i)
+  %2164 = getelementptr i8, ptr %2152, i64 12
   %2165 = load i32, ptr %2164, align 4, !tbaa !4
   %2166 = insertelement <16 x i32> poison, i32 %2165, i64 0
   %2167 = shufflevector <16 x i32> %2166, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i652.us.us.i = bitcast <16 x i32> %2167 to <32 x bfloat>
-  %r.i653.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i629.us.us.i, <32 x bfloat> %2137, <32 x bfloat> %y.i652.us.us.i)
-  %2168 = getelementptr i8, ptr %2140, i64 28
+  %y.i927.us.us.i = bitcast <16 x i32> %2167 to <32 x bfloat>
+  %r.i928.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i904.us.us.i, <32 x bfloat> %2149, <32 x bfloat> %y.i927.us.us.i)
+  %2168 = getelementptr i8, ptr %2152, i64 16
   %2169 = load i32, ptr %2168, align 4, !tbaa !4
   %2170 = insertelement <16 x i32> poison, i32 %2169, i64 0
   %2171 = shufflevector <16 x i32> %2170, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i655.us.us.i = bitcast <16 x i32> %2171 to <32 x bfloat>
-  %r.i656.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i632.us.us.i, <32 x bfloat> %2137, <32 x bfloat> %y.i655.us.us.i)
-  %2172 = getelementptr i8, ptr %gep1775.i, i64 192
-  %2173 = load <32 x bfloat>, ptr %2172, align 4, !tbaa !4
-  %2174 = or disjoint i64 %2101, 3
-  %2175 = mul nsw i64 %2174, %k_row
-  %2176 = getelementptr i32, ptr %2646, i64 %2175
+  %y.i930.us.us.i = bitcast <16 x i32> %2171 to <32 x bfloat>
+  %r.i931.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i907.us.us.i, <32 x bfloat> %2149, <32 x bfloat> %y.i930.us.us.i)
+  %2172 = getelementptr i8, ptr %2152, i64 20
+  %2173 = load i32, ptr %2172, align 4, !tbaa !4
+  %2174 = insertelement <16 x i32> poison, i32 %2173, i64 0
+  %2175 = shufflevector <16 x i32> %2174, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i933.us.us.i = bitcast <16 x i32> %2175 to <32 x bfloat>
+  %r.i934.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i910.us.us.i, <32 x bfloat> %2149, <32 x bfloat> %y.i933.us.us.i)
+  %2176 = getelementptr i8, ptr %2152, i64 24
   %2177 = load i32, ptr %2176, align 4, !tbaa !4
   %2178 = insertelement <16 x i32> poison, i32 %2177, i64 0
   %2179 = shufflevector <16 x i32> %2178, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i658.us.us.i = bitcast <16 x i32> %2179 to <32 x bfloat>
-  %r.i659.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i635.us.us.i, <32 x bfloat> %2173, <32 x bfloat> %y.i658.us.us.i)
-  %2180 = getelementptr i8, ptr %2176, i64 4
+  %y.i936.us.us.i = bitcast <16 x i32> %2179 to <32 x bfloat>
+  %r.i937.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i913.us.us.i, <32 x bfloat> %2149, <32 x bfloat> %y.i936.us.us.i)
+  %2180 = getelementptr i8, ptr %2152, i64 28
   %2181 = load i32, ptr %2180, align 4, !tbaa !4
   %2182 = insertelement <16 x i32> poison, i32 %2181, i64 0
   %2183 = shufflevector <16 x i32> %2182, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i661.us.us.i = bitcast <16 x i32> %2183 to <32 x bfloat>
-  %r.i662.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i638.us.us.i, <32 x bfloat> %2173, <32 x bfloat> %y.i661.us.us.i)
-  %2184 = getelementptr i8, ptr %2176, i64 8
-  %2185 = load i32, ptr %2184, align 4, !tbaa !4
-  %2186 = insertelement <16 x i32> poison, i32 %2185, i64 0
-  %2187 = shufflevector <16 x i32> %2186, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i664.us.us.i = bitcast <16 x i32> %2187 to <32 x bfloat>
-  %r.i665.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i641.us.us.i, <32 x bfloat> %2173, <32 x bfloat> %y.i664.us.us.i)
-  %2188 = getelementptr i8, ptr %2176, i64 12
-  %2189 = load i32, ptr %2188, align 4, !tbaa !4
-  %2190 = insertelement <16 x i32> poison, i32 %2189, i64 0
-  %2191 = shufflevector <16 x i32> %2190, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i667.us.us.i = bitcast <16 x i32> %2191 to <32 x bfloat>
-  %r.i668.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i644.us.us.i, <32 x bfloat> %2173, <32 x bfloat> %y.i667.us.us.i)
-  %2192 = getelementptr i8, ptr %2176, i64 16
-  %2193 = load i32, ptr %2192, align 4, !tbaa !4
-  %2194 = insertelement <16 x i32> poison, i32 %2193, i64 0
-  %2195 = shufflevector <16 x i32> %2194, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i670.us.us.i = bitcast <16 x i32> %2195 to <32 x bfloat>
-  %r.i671.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i647.us.us.i, <32 x bfloat> %2173, <32 x bfloat> %y.i670.us.us.i)
-  %2196 = getelementptr i8, ptr %2176, i64 20
-  %2197 = load i32, ptr %2196, align 4, !tbaa !4
-  %2198 = insertelement <16 x i32> poison, i32 %2197, i64 0
-  %2199 = shufflevector <16 x i32> %2198, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i673.us.us.i = bitcast <16 x i32> %2199 to <32 x bfloat>
-  %r.i674.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i650.us.us.i, <32 x bfloat> %2173, <32 x bfloat> %y.i673.us.us.i)
-  %2200 = getelementptr i8, ptr %2176, i64 24
-  %2201 = load i32, ptr %2200, align 4, !tbaa !4
-  %2202 = insertelement <16 x i32> poison, i32 %2201, i64 0
-  %2203 = shufflevector <16 x i32> %2202, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i676.us.us.i = bitcast <16 x i32> %2203 to <32 x bfloat>
-  %r.i677.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i653.us.us.i, <32 x bfloat> %2173, <32 x bfloat> %y.i676.us.us.i)
-  %2204 = getelementptr i8, ptr %2176, i64 28
-  %2205 = load i32, ptr %2204, align 4, !tbaa !4
-  %2206 = insertelement <16 x i32> poison, i32 %2205, i64 0
-  %2207 = shufflevector <16 x i32> %2206, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i679.us.us.i = bitcast <16 x i32> %2207 to <32 x bfloat>
-  %r.i680.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i656.us.us.i, <32 x bfloat> %2173, <32 x bfloat> %y.i679.us.us.i)
-  %2208 = getelementptr i8, ptr %gep1775.i, i64 256
-  %2209 = load <32 x bfloat>, ptr %2208, align 4, !tbaa !4
-  %2210 = or disjoint i64 %2101, 4
+  %y.i939.us.us.i = bitcast <16 x i32> %2183 to <32 x bfloat>
+  %r.i940.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i916.us.us.i, <32 x bfloat> %2149, <32 x bfloat> %y.i939.us.us.i)
+  %indvars.iv.next1511.i = add nuw nsw i64 %indvars.iv1510.i, 1
+  %exitcond1513.not.i = icmp eq i64 %indvars.iv.next1511.i, 4
+  br i1 %exitcond1513.not.i, label %for_end_d_0.us.us.i, label %for_body_d_0.us.us.i, !prof !30
+
+for_begin_line.preheader.us.us.i:                 ; preds = %for_body_to.us.us.i
+  %2184 = shl i64 %indvars.iv1514.i, 5
+  %2185 = and i64 %2184, 32
+  %2186 = shl nuw nsw i64 %indvars.iv1514.i, 3
+  %2187 = trunc nuw nsw i64 %2186 to i32
+  %2188 = and i32 %2187, 2147483632
+  %2189 = add nuw nsw i32 %2188, %1006
+  %2190 = zext nneg i32 %2189 to i64
+  %2191 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %2190
+  %2192 = load i64, ptr %2191, align 8, !tbaa !4
+  %gep1208.us.us.i = getelementptr i32, ptr %invariant.gep1207.us.i, i64 %2192
+  %2193 = mul nsw i64 %2185, %k_row
+  %2194 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2193
+  tail call void @llvm.prefetch.p0(ptr readonly %2194, i32 0, i32 2, i32 1)
+  %2195 = or disjoint i64 %2185, 1
+  %2196 = mul nsw i64 %2195, %k_row
+  %2197 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2196
+  tail call void @llvm.prefetch.p0(ptr readonly %2197, i32 0, i32 2, i32 1)
+  %2198 = or disjoint i64 %2185, 2
+  %2199 = mul nsw i64 %2198, %k_row
+  %2200 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2199
+  tail call void @llvm.prefetch.p0(ptr readonly %2200, i32 0, i32 2, i32 1)
+  %2201 = or disjoint i64 %2185, 3
+  %2202 = mul nsw i64 %2201, %k_row
+  %2203 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2202
+  tail call void @llvm.prefetch.p0(ptr readonly %2203, i32 0, i32 2, i32 1)
+  %2204 = or disjoint i64 %2185, 4
+  %2205 = mul nsw i64 %2204, %k_row
+  %2206 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2205
+  tail call void @llvm.prefetch.p0(ptr readonly %2206, i32 0, i32 2, i32 1)
+  %2207 = or disjoint i64 %2185, 5
+  %2208 = mul nsw i64 %2207, %k_row
+  %2209 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2208
+  tail call void @llvm.prefetch.p0(ptr readonly %2209, i32 0, i32 2, i32 1)
+  %2210 = or disjoint i64 %2185, 6
   %2211 = mul nsw i64 %2210, %k_row
-  %2212 = getelementptr i32, ptr %2646, i64 %2211
-  %2213 = load i32, ptr %2212, align 4, !tbaa !4
-  %2214 = insertelement <16 x i32> poison, i32 %2213, i64 0
-  %2215 = shufflevector <16 x i32> %2214, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i682.us.us.i = bitcast <16 x i32> %2215 to <32 x bfloat>
-  %r.i683.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i659.us.us.i, <32 x bfloat> %2209, <32 x bfloat> %y.i682.us.us.i)
-  %2216 = getelementptr i8, ptr %2212, i64 4
-  %2217 = load i32, ptr %2216, align 4, !tbaa !4
-  %2218 = insertelement <16 x i32> poison, i32 %2217, i64 0
-  %2219 = shufflevector <16 x i32> %2218, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i685.us.us.i = bitcast <16 x i32> %2219 to <32 x bfloat>
-  %r.i686.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i662.us.us.i, <32 x bfloat> %2209, <32 x bfloat> %y.i685.us.us.i)
-  %2220 = getelementptr i8, ptr %2212, i64 8
-  %2221 = load i32, ptr %2220, align 4, !tbaa !4
-  %2222 = insertelement <16 x i32> poison, i32 %2221, i64 0
-  %2223 = shufflevector <16 x i32> %2222, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i688.us.us.i = bitcast <16 x i32> %2223 to <32 x bfloat>
-  %r.i689.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i665.us.us.i, <32 x bfloat> %2209, <32 x bfloat> %y.i688.us.us.i)
-  %2224 = getelementptr i8, ptr %2212, i64 12
-  %2225 = load i32, ptr %2224, align 4, !tbaa !4
-  %2226 = insertelement <16 x i32> poison, i32 %2225, i64 0
-  %2227 = shufflevector <16 x i32> %2226, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i691.us.us.i = bitcast <16 x i32> %2227 to <32 x bfloat>
-  %r.i692.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i668.us.us.i, <32 x bfloat> %2209, <32 x bfloat> %y.i691.us.us.i)
-  %2228 = getelementptr i8, ptr %2212, i64 16
-  %2229 = load i32, ptr %2228, align 4, !tbaa !4
-  %2230 = insertelement <16 x i32> poison, i32 %2229, i64 0
-  %2231 = shufflevector <16 x i32> %2230, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i694.us.us.i = bitcast <16 x i32> %2231 to <32 x bfloat>
-  %r.i695.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.us.us.i, <32 x bfloat> %2209, <32 x bfloat> %y.i694.us.us.i)
-  %2232 = getelementptr i8, ptr %2212, i64 20
-  %2233 = load i32, ptr %2232, align 4, !tbaa !4
-  %2234 = insertelement <16 x i32> poison, i32 %2233, i64 0
-  %2235 = shufflevector <16 x i32> %2234, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i697.us.us.i = bitcast <16 x i32> %2235 to <32 x bfloat>
-  %r.i698.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i674.us.us.i, <32 x bfloat> %2209, <32 x bfloat> %y.i697.us.us.i)
-  %2236 = getelementptr i8, ptr %2212, i64 24
-  %2237 = load i32, ptr %2236, align 4, !tbaa !4
-  %2238 = insertelement <16 x i32> poison, i32 %2237, i64 0
-  %2239 = shufflevector <16 x i32> %2238, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i700.us.us.i = bitcast <16 x i32> %2239 to <32 x bfloat>
-  %r.i701.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i677.us.us.i, <32 x bfloat> %2209, <32 x bfloat> %y.i700.us.us.i)
-  %2240 = getelementptr i8, ptr %2212, i64 28
-  %2241 = load i32, ptr %2240, align 4, !tbaa !4
-  %2242 = insertelement <16 x i32> poison, i32 %2241, i64 0
-  %2243 = shufflevector <16 x i32> %2242, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i703.us.us.i = bitcast <16 x i32> %2243 to <32 x bfloat>
-  %r.i704.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i680.us.us.i, <32 x bfloat> %2209, <32 x bfloat> %y.i703.us.us.i)
-  %2244 = getelementptr i8, ptr %gep1775.i, i64 320
-  %2245 = load <32 x bfloat>, ptr %2244, align 4, !tbaa !4
-  %2246 = or disjoint i64 %2101, 5
+  %2212 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2211
+  tail call void @llvm.prefetch.p0(ptr readonly %2212, i32 0, i32 2, i32 1)
+  %2213 = or disjoint i64 %2185, 7
+  %2214 = mul nsw i64 %2213, %k_row
+  %2215 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2214
+  tail call void @llvm.prefetch.p0(ptr readonly %2215, i32 0, i32 2, i32 1)
+  %2216 = or disjoint i64 %2185, 8
+  %2217 = mul nsw i64 %2216, %k_row
+  %2218 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2217
+  tail call void @llvm.prefetch.p0(ptr readonly %2218, i32 0, i32 2, i32 1)
+  %2219 = or disjoint i64 %2185, 9
+  %2220 = mul nsw i64 %2219, %k_row
+  %2221 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2220
+  tail call void @llvm.prefetch.p0(ptr readonly %2221, i32 0, i32 2, i32 1)
+  %2222 = or disjoint i64 %2185, 10
+  %2223 = mul nsw i64 %2222, %k_row
+  %2224 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2223
+  tail call void @llvm.prefetch.p0(ptr readonly %2224, i32 0, i32 2, i32 1)
+  %2225 = or disjoint i64 %2185, 11
+  %2226 = mul nsw i64 %2225, %k_row
+  %2227 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2226
+  tail call void @llvm.prefetch.p0(ptr readonly %2227, i32 0, i32 2, i32 1)
+  %2228 = or disjoint i64 %2185, 12
+  %2229 = mul nsw i64 %2228, %k_row
+  %2230 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2229
+  tail call void @llvm.prefetch.p0(ptr readonly %2230, i32 0, i32 2, i32 1)
+  %2231 = or disjoint i64 %2185, 13
+  %2232 = mul nsw i64 %2231, %k_row
+  %2233 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2232
+  tail call void @llvm.prefetch.p0(ptr readonly %2233, i32 0, i32 2, i32 1)
+  %2234 = or disjoint i64 %2185, 14
+  %2235 = mul nsw i64 %2234, %k_row
+  %2236 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2235
+  tail call void @llvm.prefetch.p0(ptr readonly %2236, i32 0, i32 2, i32 1)
+  %2237 = or disjoint i64 %2185, 15
+  %2238 = mul nsw i64 %2237, %k_row
+  %2239 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2238
+  tail call void @llvm.prefetch.p0(ptr readonly %2239, i32 0, i32 2, i32 1)
+  %2240 = or disjoint i64 %2185, 16
+  %2241 = mul nsw i64 %2240, %k_row
+  %2242 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2241
+  tail call void @llvm.prefetch.p0(ptr readonly %2242, i32 0, i32 2, i32 1)
+  %2243 = or disjoint i64 %2185, 17
+  %2244 = mul nsw i64 %2243, %k_row
+  %2245 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2244
+  tail call void @llvm.prefetch.p0(ptr readonly %2245, i32 0, i32 2, i32 1)
+  %2246 = or disjoint i64 %2185, 18
   %2247 = mul nsw i64 %2246, %k_row
-  %2248 = getelementptr i32, ptr %2646, i64 %2247
-  %2249 = load i32, ptr %2248, align 4, !tbaa !4
-  %2250 = insertelement <16 x i32> poison, i32 %2249, i64 0
-  %2251 = shufflevector <16 x i32> %2250, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i706.us.us.i = bitcast <16 x i32> %2251 to <32 x bfloat>
-  %r.i707.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i683.us.us.i, <32 x bfloat> %2245, <32 x bfloat> %y.i706.us.us.i)
-  %2252 = getelementptr i8, ptr %2248, i64 4
-  %2253 = load i32, ptr %2252, align 4, !tbaa !4
-  %2254 = insertelement <16 x i32> poison, i32 %2253, i64 0
-  %2255 = shufflevector <16 x i32> %2254, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i709.us.us.i = bitcast <16 x i32> %2255 to <32 x bfloat>
-  %r.i710.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i686.us.us.i, <32 x bfloat> %2245, <32 x bfloat> %y.i709.us.us.i)
-  %2256 = getelementptr i8, ptr %2248, i64 8
-  %2257 = load i32, ptr %2256, align 4, !tbaa !4
-  %2258 = insertelement <16 x i32> poison, i32 %2257, i64 0
-  %2259 = shufflevector <16 x i32> %2258, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i712.us.us.i = bitcast <16 x i32> %2259 to <32 x bfloat>
-  %r.i713.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i689.us.us.i, <32 x bfloat> %2245, <32 x bfloat> %y.i712.us.us.i)
-  %2260 = getelementptr i8, ptr %2248, i64 12
-  %2261 = load i32, ptr %2260, align 4, !tbaa !4
-  %2262 = insertelement <16 x i32> poison, i32 %2261, i64 0
-  %2263 = shufflevector <16 x i32> %2262, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i715.us.us.i = bitcast <16 x i32> %2263 to <32 x bfloat>
-  %r.i716.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i692.us.us.i, <32 x bfloat> %2245, <32 x bfloat> %y.i715.us.us.i)
-  %2264 = getelementptr i8, ptr %2248, i64 16
-  %2265 = load i32, ptr %2264, align 4, !tbaa !4
-  %2266 = insertelement <16 x i32> poison, i32 %2265, i64 0
-  %2267 = shufflevector <16 x i32> %2266, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i718.us.us.i = bitcast <16 x i32> %2267 to <32 x bfloat>
-  %r.i719.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i695.us.us.i, <32 x bfloat> %2245, <32 x bfloat> %y.i718.us.us.i)
-  %2268 = getelementptr i8, ptr %2248, i64 20
-  %2269 = load i32, ptr %2268, align 4, !tbaa !4
-  %2270 = insertelement <16 x i32> poison, i32 %2269, i64 0
-  %2271 = shufflevector <16 x i32> %2270, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i721.us.us.i = bitcast <16 x i32> %2271 to <32 x bfloat>
-  %r.i722.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i698.us.us.i, <32 x bfloat> %2245, <32 x bfloat> %y.i721.us.us.i)
-  %2272 = getelementptr i8, ptr %2248, i64 24
-  %2273 = load i32, ptr %2272, align 4, !tbaa !4
-  %2274 = insertelement <16 x i32> poison, i32 %2273, i64 0
-  %2275 = shufflevector <16 x i32> %2274, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i724.us.us.i = bitcast <16 x i32> %2275 to <32 x bfloat>
-  %r.i725.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i701.us.us.i, <32 x bfloat> %2245, <32 x bfloat> %y.i724.us.us.i)
-  %2276 = getelementptr i8, ptr %2248, i64 28
-  %2277 = load i32, ptr %2276, align 4, !tbaa !4
-  %2278 = insertelement <16 x i32> poison, i32 %2277, i64 0
-  %2279 = shufflevector <16 x i32> %2278, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i727.us.us.i = bitcast <16 x i32> %2279 to <32 x bfloat>
-  %r.i728.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i704.us.us.i, <32 x bfloat> %2245, <32 x bfloat> %y.i727.us.us.i)
-  %2280 = getelementptr i8, ptr %gep1775.i, i64 384
-  %2281 = load <32 x bfloat>, ptr %2280, align 4, !tbaa !4
-  %2282 = or disjoint i64 %2101, 6
+  %2248 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2247
+  tail call void @llvm.prefetch.p0(ptr readonly %2248, i32 0, i32 2, i32 1)
+  %2249 = or disjoint i64 %2185, 19
+  %2250 = mul nsw i64 %2249, %k_row
+  %2251 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2250
+  tail call void @llvm.prefetch.p0(ptr readonly %2251, i32 0, i32 2, i32 1)
+  %2252 = or disjoint i64 %2185, 20
+  %2253 = mul nsw i64 %2252, %k_row
+  %2254 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2253
+  tail call void @llvm.prefetch.p0(ptr readonly %2254, i32 0, i32 2, i32 1)
+  %2255 = or disjoint i64 %2185, 21
+  %2256 = mul nsw i64 %2255, %k_row
+  %2257 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2256
+  tail call void @llvm.prefetch.p0(ptr readonly %2257, i32 0, i32 2, i32 1)
+  %2258 = or disjoint i64 %2185, 22
+  %2259 = mul nsw i64 %2258, %k_row
+  %2260 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2259
+  tail call void @llvm.prefetch.p0(ptr readonly %2260, i32 0, i32 2, i32 1)
+  %2261 = or disjoint i64 %2185, 23
+  %2262 = mul nsw i64 %2261, %k_row
+  %2263 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2262
+  tail call void @llvm.prefetch.p0(ptr readonly %2263, i32 0, i32 2, i32 1)
+  %2264 = or disjoint i64 %2185, 24
+  %2265 = mul nsw i64 %2264, %k_row
+  %2266 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2265
+  tail call void @llvm.prefetch.p0(ptr readonly %2266, i32 0, i32 2, i32 1)
+  %2267 = or disjoint i64 %2185, 25
+  %2268 = mul nsw i64 %2267, %k_row
+  %2269 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2268
+  tail call void @llvm.prefetch.p0(ptr readonly %2269, i32 0, i32 2, i32 1)
+  %2270 = or disjoint i64 %2185, 26
+  %2271 = mul nsw i64 %2270, %k_row
+  %2272 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2271
+  tail call void @llvm.prefetch.p0(ptr readonly %2272, i32 0, i32 2, i32 1)
+  %2273 = or disjoint i64 %2185, 27
+  %2274 = mul nsw i64 %2273, %k_row
+  %2275 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2274
+  tail call void @llvm.prefetch.p0(ptr readonly %2275, i32 0, i32 2, i32 1)
+  %2276 = or disjoint i64 %2185, 28
+  %2277 = mul nsw i64 %2276, %k_row
+  %2278 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2277
+  tail call void @llvm.prefetch.p0(ptr readonly %2278, i32 0, i32 2, i32 1)
+  %2279 = or disjoint i64 %2185, 29
+  %2280 = mul nsw i64 %2279, %k_row
+  %2281 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2280
+  tail call void @llvm.prefetch.p0(ptr readonly %2281, i32 0, i32 2, i32 1)
+  %2282 = or disjoint i64 %2185, 30
   %2283 = mul nsw i64 %2282, %k_row
-  %2284 = getelementptr i32, ptr %2646, i64 %2283
-  %2285 = load i32, ptr %2284, align 4, !tbaa !4
-  %2286 = insertelement <16 x i32> poison, i32 %2285, i64 0
-  %2287 = shufflevector <16 x i32> %2286, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i730.us.us.i = bitcast <16 x i32> %2287 to <32 x bfloat>
-  %r.i731.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i707.us.us.i, <32 x bfloat> %2281, <32 x bfloat> %y.i730.us.us.i)
-  %2288 = getelementptr i8, ptr %2284, i64 4
-  %2289 = load i32, ptr %2288, align 4, !tbaa !4
-  %2290 = insertelement <16 x i32> poison, i32 %2289, i64 0
-  %2291 = shufflevector <16 x i32> %2290, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i733.us.us.i = bitcast <16 x i32> %2291 to <32 x bfloat>
-  %r.i734.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i710.us.us.i, <32 x bfloat> %2281, <32 x bfloat> %y.i733.us.us.i)
-  %2292 = getelementptr i8, ptr %2284, i64 8
-  %2293 = load i32, ptr %2292, align 4, !tbaa !4
-  %2294 = insertelement <16 x i32> poison, i32 %2293, i64 0
-  %2295 = shufflevector <16 x i32> %2294, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i736.us.us.i = bitcast <16 x i32> %2295 to <32 x bfloat>
-  %r.i737.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i713.us.us.i, <32 x bfloat> %2281, <32 x bfloat> %y.i736.us.us.i)
-  %2296 = getelementptr i8, ptr %2284, i64 12
-  %2297 = load i32, ptr %2296, align 4, !tbaa !4
-  %2298 = insertelement <16 x i32> poison, i32 %2297, i64 0
-  %2299 = shufflevector <16 x i32> %2298, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i739.us.us.i = bitcast <16 x i32> %2299 to <32 x bfloat>
-  %r.i740.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i716.us.us.i, <32 x bfloat> %2281, <32 x bfloat> %y.i739.us.us.i)
-  %2300 = getelementptr i8, ptr %2284, i64 16
-  %2301 = load i32, ptr %2300, align 4, !tbaa !4
-  %2302 = insertelement <16 x i32> poison, i32 %2301, i64 0
-  %2303 = shufflevector <16 x i32> %2302, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i742.us.us.i = bitcast <16 x i32> %2303 to <32 x bfloat>
-  %r.i743.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i719.us.us.i, <32 x bfloat> %2281, <32 x bfloat> %y.i742.us.us.i)
-  %2304 = getelementptr i8, ptr %2284, i64 20
-  %2305 = load i32, ptr %2304, align 4, !tbaa !4
-  %2306 = insertelement <16 x i32> poison, i32 %2305, i64 0
-  %2307 = shufflevector <16 x i32> %2306, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i745.us.us.i = bitcast <16 x i32> %2307 to <32 x bfloat>
-  %r.i746.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i722.us.us.i, <32 x bfloat> %2281, <32 x bfloat> %y.i745.us.us.i)
-  %2308 = getelementptr i8, ptr %2284, i64 24
-  %2309 = load i32, ptr %2308, align 4, !tbaa !4
-  %2310 = insertelement <16 x i32> poison, i32 %2309, i64 0
-  %2311 = shufflevector <16 x i32> %2310, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i748.us.us.i = bitcast <16 x i32> %2311 to <32 x bfloat>
-  %r.i749.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i725.us.us.i, <32 x bfloat> %2281, <32 x bfloat> %y.i748.us.us.i)
-  %2312 = getelementptr i8, ptr %2284, i64 28
-  %2313 = load i32, ptr %2312, align 4, !tbaa !4
-  %2314 = insertelement <16 x i32> poison, i32 %2313, i64 0
-  %2315 = shufflevector <16 x i32> %2314, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i751.us.us.i = bitcast <16 x i32> %2315 to <32 x bfloat>
-  %r.i752.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i728.us.us.i, <32 x bfloat> %2281, <32 x bfloat> %y.i751.us.us.i)
-  %2316 = getelementptr i8, ptr %gep1775.i, i64 448
-  %2317 = load <32 x bfloat>, ptr %2316, align 4, !tbaa !4
-  %2318 = or disjoint i64 %2101, 7
-  %2319 = mul nsw i64 %2318, %k_row
-  %2320 = getelementptr i32, ptr %2646, i64 %2319
-  %2321 = load i32, ptr %2320, align 4, !tbaa !4
-  %2322 = insertelement <16 x i32> poison, i32 %2321, i64 0
-  %2323 = shufflevector <16 x i32> %2322, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i754.us.us.i = bitcast <16 x i32> %2323 to <32 x bfloat>
-  %r.i755.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i731.us.us.i, <32 x bfloat> %2317, <32 x bfloat> %y.i754.us.us.i)
-  %2324 = getelementptr i8, ptr %2320, i64 4
-  %2325 = load i32, ptr %2324, align 4, !tbaa !4
-  %2326 = insertelement <16 x i32> poison, i32 %2325, i64 0
-  %2327 = shufflevector <16 x i32> %2326, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i757.us.us.i = bitcast <16 x i32> %2327 to <32 x bfloat>
-  %r.i758.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i734.us.us.i, <32 x bfloat> %2317, <32 x bfloat> %y.i757.us.us.i)
-  %2328 = getelementptr i8, ptr %2320, i64 8
-  %2329 = load i32, ptr %2328, align 4, !tbaa !4
-  %2330 = insertelement <16 x i32> poison, i32 %2329, i64 0
-  %2331 = shufflevector <16 x i32> %2330, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i760.us.us.i = bitcast <16 x i32> %2331 to <32 x bfloat>
-  %r.i761.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i737.us.us.i, <32 x bfloat> %2317, <32 x bfloat> %y.i760.us.us.i)
-  %2332 = getelementptr i8, ptr %2320, i64 12
-  %2333 = load i32, ptr %2332, align 4, !tbaa !4
-  %2334 = insertelement <16 x i32> poison, i32 %2333, i64 0
-  %2335 = shufflevector <16 x i32> %2334, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i763.us.us.i = bitcast <16 x i32> %2335 to <32 x bfloat>
-  %r.i764.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i740.us.us.i, <32 x bfloat> %2317, <32 x bfloat> %y.i763.us.us.i)
-  %2336 = getelementptr i8, ptr %2320, i64 16
-  %2337 = load i32, ptr %2336, align 4, !tbaa !4
-  %2338 = insertelement <16 x i32> poison, i32 %2337, i64 0
-  %2339 = shufflevector <16 x i32> %2338, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i766.us.us.i = bitcast <16 x i32> %2339 to <32 x bfloat>
-  %r.i767.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i743.us.us.i, <32 x bfloat> %2317, <32 x bfloat> %y.i766.us.us.i)
-  %2340 = getelementptr i8, ptr %2320, i64 20
-  %2341 = load i32, ptr %2340, align 4, !tbaa !4
-  %2342 = insertelement <16 x i32> poison, i32 %2341, i64 0
-  %2343 = shufflevector <16 x i32> %2342, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i769.us.us.i = bitcast <16 x i32> %2343 to <32 x bfloat>
-  %r.i770.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i746.us.us.i, <32 x bfloat> %2317, <32 x bfloat> %y.i769.us.us.i)
-  %2344 = getelementptr i8, ptr %2320, i64 24
-  %2345 = load i32, ptr %2344, align 4, !tbaa !4
-  %2346 = insertelement <16 x i32> poison, i32 %2345, i64 0
-  %2347 = shufflevector <16 x i32> %2346, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i772.us.us.i = bitcast <16 x i32> %2347 to <32 x bfloat>
-  %r.i773.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i749.us.us.i, <32 x bfloat> %2317, <32 x bfloat> %y.i772.us.us.i)
-  %2348 = getelementptr i8, ptr %2320, i64 28
-  %2349 = load i32, ptr %2348, align 4, !tbaa !4
-  %2350 = insertelement <16 x i32> poison, i32 %2349, i64 0
-  %2351 = shufflevector <16 x i32> %2350, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i775.us.us.i = bitcast <16 x i32> %2351 to <32 x bfloat>
-  %r.i776.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i752.us.us.i, <32 x bfloat> %2317, <32 x bfloat> %y.i775.us.us.i)
-  %2352 = getelementptr i8, ptr %gep1775.i, i64 512
-  %2353 = load <32 x bfloat>, ptr %2352, align 4, !tbaa !4
-  %2354 = or disjoint i64 %2101, 8
-  %2355 = mul nsw i64 %2354, %k_row
-  %2356 = getelementptr i32, ptr %2646, i64 %2355
-  %2357 = load i32, ptr %2356, align 4, !tbaa !4
-  %2358 = insertelement <16 x i32> poison, i32 %2357, i64 0
-  %2359 = shufflevector <16 x i32> %2358, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i778.us.us.i = bitcast <16 x i32> %2359 to <32 x bfloat>
-  %r.i779.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i755.us.us.i, <32 x bfloat> %2353, <32 x bfloat> %y.i778.us.us.i)
-  %2360 = getelementptr i8, ptr %2356, i64 4
-  %2361 = load i32, ptr %2360, align 4, !tbaa !4
-  %2362 = insertelement <16 x i32> poison, i32 %2361, i64 0
-  %2363 = shufflevector <16 x i32> %2362, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i781.us.us.i = bitcast <16 x i32> %2363 to <32 x bfloat>
-  %r.i782.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i758.us.us.i, <32 x bfloat> %2353, <32 x bfloat> %y.i781.us.us.i)
-  %2364 = getelementptr i8, ptr %2356, i64 8
-  %2365 = load i32, ptr %2364, align 4, !tbaa !4
-  %2366 = insertelement <16 x i32> poison, i32 %2365, i64 0
-  %2367 = shufflevector <16 x i32> %2366, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i784.us.us.i = bitcast <16 x i32> %2367 to <32 x bfloat>
-  %r.i785.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i761.us.us.i, <32 x bfloat> %2353, <32 x bfloat> %y.i784.us.us.i)
-  %2368 = getelementptr i8, ptr %2356, i64 12
-  %2369 = load i32, ptr %2368, align 4, !tbaa !4
-  %2370 = insertelement <16 x i32> poison, i32 %2369, i64 0
-  %2371 = shufflevector <16 x i32> %2370, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i787.us.us.i = bitcast <16 x i32> %2371 to <32 x bfloat>
-  %r.i788.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i764.us.us.i, <32 x bfloat> %2353, <32 x bfloat> %y.i787.us.us.i)
-  %2372 = getelementptr i8, ptr %2356, i64 16
-  %2373 = load i32, ptr %2372, align 4, !tbaa !4
-  %2374 = insertelement <16 x i32> poison, i32 %2373, i64 0
-  %2375 = shufflevector <16 x i32> %2374, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i790.us.us.i = bitcast <16 x i32> %2375 to <32 x bfloat>
-  %r.i791.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i767.us.us.i, <32 x bfloat> %2353, <32 x bfloat> %y.i790.us.us.i)
-  %2376 = getelementptr i8, ptr %2356, i64 20
-  %2377 = load i32, ptr %2376, align 4, !tbaa !4
-  %2378 = insertelement <16 x i32> poison, i32 %2377, i64 0
-  %2379 = shufflevector <16 x i32> %2378, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i793.us.us.i = bitcast <16 x i32> %2379 to <32 x bfloat>
-  %r.i794.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i770.us.us.i, <32 x bfloat> %2353, <32 x bfloat> %y.i793.us.us.i)
-  %2380 = getelementptr i8, ptr %2356, i64 24
-  %2381 = load i32, ptr %2380, align 4, !tbaa !4
-  %2382 = insertelement <16 x i32> poison, i32 %2381, i64 0
-  %2383 = shufflevector <16 x i32> %2382, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i796.us.us.i = bitcast <16 x i32> %2383 to <32 x bfloat>
-  %r.i797.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i773.us.us.i, <32 x bfloat> %2353, <32 x bfloat> %y.i796.us.us.i)
-  %2384 = getelementptr i8, ptr %2356, i64 28
-  %2385 = load i32, ptr %2384, align 4, !tbaa !4
-  %2386 = insertelement <16 x i32> poison, i32 %2385, i64 0
-  %2387 = shufflevector <16 x i32> %2386, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i799.us.us.i = bitcast <16 x i32> %2387 to <32 x bfloat>
-  %r.i800.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i776.us.us.i, <32 x bfloat> %2353, <32 x bfloat> %y.i799.us.us.i)
-  %2388 = getelementptr i8, ptr %gep1775.i, i64 576
-  %2389 = load <32 x bfloat>, ptr %2388, align 4, !tbaa !4
-  %2390 = or disjoint i64 %2101, 9
-  %2391 = mul nsw i64 %2390, %k_row
-  %2392 = getelementptr i32, ptr %2646, i64 %2391
-  %2393 = load i32, ptr %2392, align 4, !tbaa !4
-  %2394 = insertelement <16 x i32> poison, i32 %2393, i64 0
-  %2395 = shufflevector <16 x i32> %2394, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i802.us.us.i = bitcast <16 x i32> %2395 to <32 x bfloat>
-  %r.i803.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i779.us.us.i, <32 x bfloat> %2389, <32 x bfloat> %y.i802.us.us.i)
-  %2396 = getelementptr i8, ptr %2392, i64 4
-  %2397 = load i32, ptr %2396, align 4, !tbaa !4
-  %2398 = insertelement <16 x i32> poison, i32 %2397, i64 0
-  %2399 = shufflevector <16 x i32> %2398, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i805.us.us.i = bitcast <16 x i32> %2399 to <32 x bfloat>
-  %r.i806.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i782.us.us.i, <32 x bfloat> %2389, <32 x bfloat> %y.i805.us.us.i)
-  %2400 = getelementptr i8, ptr %2392, i64 8
-  %2401 = load i32, ptr %2400, align 4, !tbaa !4
-  %2402 = insertelement <16 x i32> poison, i32 %2401, i64 0
-  %2403 = shufflevector <16 x i32> %2402, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i808.us.us.i = bitcast <16 x i32> %2403 to <32 x bfloat>
-  %r.i809.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i785.us.us.i, <32 x bfloat> %2389, <32 x bfloat> %y.i808.us.us.i)
-  %2404 = getelementptr i8, ptr %2392, i64 12
-  %2405 = load i32, ptr %2404, align 4, !tbaa !4
-  %2406 = insertelement <16 x i32> poison, i32 %2405, i64 0
-  %2407 = shufflevector <16 x i32> %2406, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i811.us.us.i = bitcast <16 x i32> %2407 to <32 x bfloat>
-  %r.i812.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i788.us.us.i, <32 x bfloat> %2389, <32 x bfloat> %y.i811.us.us.i)
-  %2408 = getelementptr i8, ptr %2392, i64 16
-  %2409 = load i32, ptr %2408, align 4, !tbaa !4
-  %2410 = insertelement <16 x i32> poison, i32 %2409, i64 0
-  %2411 = shufflevector <16 x i32> %2410, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i814.us.us.i = bitcast <16 x i32> %2411 to <32 x bfloat>
-  %r.i815.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i791.us.us.i, <32 x bfloat> %2389, <32 x bfloat> %y.i814.us.us.i)
-  %2412 = getelementptr i8, ptr %2392, i64 20
-  %2413 = load i32, ptr %2412, align 4, !tbaa !4
-  %2414 = insertelement <16 x i32> poison, i32 %2413, i64 0
-  %2415 = shufflevector <16 x i32> %2414, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i817.us.us.i = bitcast <16 x i32> %2415 to <32 x bfloat>
-  %r.i818.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i794.us.us.i, <32 x bfloat> %2389, <32 x bfloat> %y.i817.us.us.i)
-  %2416 = getelementptr i8, ptr %2392, i64 24
-  %2417 = load i32, ptr %2416, align 4, !tbaa !4
-  %2418 = insertelement <16 x i32> poison, i32 %2417, i64 0
-  %2419 = shufflevector <16 x i32> %2418, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i820.us.us.i = bitcast <16 x i32> %2419 to <32 x bfloat>
-  %r.i821.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i797.us.us.i, <32 x bfloat> %2389, <32 x bfloat> %y.i820.us.us.i)
-  %2420 = getelementptr i8, ptr %2392, i64 28
-  %2421 = load i32, ptr %2420, align 4, !tbaa !4
-  %2422 = insertelement <16 x i32> poison, i32 %2421, i64 0
-  %2423 = shufflevector <16 x i32> %2422, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i823.us.us.i = bitcast <16 x i32> %2423 to <32 x bfloat>
-  %r.i824.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i800.us.us.i, <32 x bfloat> %2389, <32 x bfloat> %y.i823.us.us.i)
-  %2424 = getelementptr i8, ptr %gep1775.i, i64 640
-  %2425 = load <32 x bfloat>, ptr %2424, align 4, !tbaa !4
-  %2426 = or disjoint i64 %2101, 10
-  %2427 = mul nsw i64 %2426, %k_row
-  %2428 = getelementptr i32, ptr %2646, i64 %2427
-  %2429 = load i32, ptr %2428, align 4, !tbaa !4
-  %2430 = insertelement <16 x i32> poison, i32 %2429, i64 0
-  %2431 = shufflevector <16 x i32> %2430, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i826.us.us.i = bitcast <16 x i32> %2431 to <32 x bfloat>
-  %r.i827.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i803.us.us.i, <32 x bfloat> %2425, <32 x bfloat> %y.i826.us.us.i)
-  %2432 = getelementptr i8, ptr %2428, i64 4
-  %2433 = load i32, ptr %2432, align 4, !tbaa !4
-  %2434 = insertelement <16 x i32> poison, i32 %2433, i64 0
-  %2435 = shufflevector <16 x i32> %2434, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i829.us.us.i = bitcast <16 x i32> %2435 to <32 x bfloat>
-  %r.i830.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i806.us.us.i, <32 x bfloat> %2425, <32 x bfloat> %y.i829.us.us.i)
-  %2436 = getelementptr i8, ptr %2428, i64 8
-  %2437 = load i32, ptr %2436, align 4, !tbaa !4
-  %2438 = insertelement <16 x i32> poison, i32 %2437, i64 0
-  %2439 = shufflevector <16 x i32> %2438, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i832.us.us.i = bitcast <16 x i32> %2439 to <32 x bfloat>
-  %r.i833.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i809.us.us.i, <32 x bfloat> %2425, <32 x bfloat> %y.i832.us.us.i)
-  %2440 = getelementptr i8, ptr %2428, i64 12
-  %2441 = load i32, ptr %2440, align 4, !tbaa !4
-  %2442 = insertelement <16 x i32> poison, i32 %2441, i64 0
-  %2443 = shufflevector <16 x i32> %2442, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i835.us.us.i = bitcast <16 x i32> %2443 to <32 x bfloat>
-  %r.i836.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i812.us.us.i, <32 x bfloat> %2425, <32 x bfloat> %y.i835.us.us.i)
-  %2444 = getelementptr i8, ptr %2428, i64 16
-  %2445 = load i32, ptr %2444, align 4, !tbaa !4
-  %2446 = insertelement <16 x i32> poison, i32 %2445, i64 0
-  %2447 = shufflevector <16 x i32> %2446, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i838.us.us.i = bitcast <16 x i32> %2447 to <32 x bfloat>
-  %r.i839.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i815.us.us.i, <32 x bfloat> %2425, <32 x bfloat> %y.i838.us.us.i)
-  %2448 = getelementptr i8, ptr %2428, i64 20
-  %2449 = load i32, ptr %2448, align 4, !tbaa !4
-  %2450 = insertelement <16 x i32> poison, i32 %2449, i64 0
-  %2451 = shufflevector <16 x i32> %2450, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i841.us.us.i = bitcast <16 x i32> %2451 to <32 x bfloat>
-  %r.i842.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i818.us.us.i, <32 x bfloat> %2425, <32 x bfloat> %y.i841.us.us.i)
-  %2452 = getelementptr i8, ptr %2428, i64 24
-  %2453 = load i32, ptr %2452, align 4, !tbaa !4
-  %2454 = insertelement <16 x i32> poison, i32 %2453, i64 0
-  %2455 = shufflevector <16 x i32> %2454, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i844.us.us.i = bitcast <16 x i32> %2455 to <32 x bfloat>
-  %r.i845.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i821.us.us.i, <32 x bfloat> %2425, <32 x bfloat> %y.i844.us.us.i)
-  %2456 = getelementptr i8, ptr %2428, i64 28
-  %2457 = load i32, ptr %2456, align 4, !tbaa !4
-  %2458 = insertelement <16 x i32> poison, i32 %2457, i64 0
-  %2459 = shufflevector <16 x i32> %2458, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i847.us.us.i = bitcast <16 x i32> %2459 to <32 x bfloat>
-  %r.i848.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i824.us.us.i, <32 x bfloat> %2425, <32 x bfloat> %y.i847.us.us.i)
-  %2460 = getelementptr i8, ptr %gep1775.i, i64 704
-  %2461 = load <32 x bfloat>, ptr %2460, align 4, !tbaa !4
-  %2462 = or disjoint i64 %2101, 11
-  %2463 = mul nsw i64 %2462, %k_row
-  %2464 = getelementptr i32, ptr %2646, i64 %2463
-  %2465 = load i32, ptr %2464, align 4, !tbaa !4
-  %2466 = insertelement <16 x i32> poison, i32 %2465, i64 0
-  %2467 = shufflevector <16 x i32> %2466, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i850.us.us.i = bitcast <16 x i32> %2467 to <32 x bfloat>
-  %r.i851.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i827.us.us.i, <32 x bfloat> %2461, <32 x bfloat> %y.i850.us.us.i)
-  %2468 = getelementptr i8, ptr %2464, i64 4
-  %2469 = load i32, ptr %2468, align 4, !tbaa !4
-  %2470 = insertelement <16 x i32> poison, i32 %2469, i64 0
-  %2471 = shufflevector <16 x i32> %2470, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i853.us.us.i = bitcast <16 x i32> %2471 to <32 x bfloat>
-  %r.i854.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i830.us.us.i, <32 x bfloat> %2461, <32 x bfloat> %y.i853.us.us.i)
-  %2472 = getelementptr i8, ptr %2464, i64 8
-  %2473 = load i32, ptr %2472, align 4, !tbaa !4
-  %2474 = insertelement <16 x i32> poison, i32 %2473, i64 0
-  %2475 = shufflevector <16 x i32> %2474, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i856.us.us.i = bitcast <16 x i32> %2475 to <32 x bfloat>
-  %r.i857.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i833.us.us.i, <32 x bfloat> %2461, <32 x bfloat> %y.i856.us.us.i)
-  %2476 = getelementptr i8, ptr %2464, i64 12
-  %2477 = load i32, ptr %2476, align 4, !tbaa !4
-  %2478 = insertelement <16 x i32> poison, i32 %2477, i64 0
-  %2479 = shufflevector <16 x i32> %2478, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i859.us.us.i = bitcast <16 x i32> %2479 to <32 x bfloat>
-  %r.i860.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i836.us.us.i, <32 x bfloat> %2461, <32 x bfloat> %y.i859.us.us.i)
-  %2480 = getelementptr i8, ptr %2464, i64 16
-  %2481 = load i32, ptr %2480, align 4, !tbaa !4
-  %2482 = insertelement <16 x i32> poison, i32 %2481, i64 0
-  %2483 = shufflevector <16 x i32> %2482, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i862.us.us.i = bitcast <16 x i32> %2483 to <32 x bfloat>
-  %r.i863.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i839.us.us.i, <32 x bfloat> %2461, <32 x bfloat> %y.i862.us.us.i)
-  %2484 = getelementptr i8, ptr %2464, i64 20
-  %2485 = load i32, ptr %2484, align 4, !tbaa !4
-  %2486 = insertelement <16 x i32> poison, i32 %2485, i64 0
-  %2487 = shufflevector <16 x i32> %2486, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i865.us.us.i = bitcast <16 x i32> %2487 to <32 x bfloat>
-  %r.i866.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i842.us.us.i, <32 x bfloat> %2461, <32 x bfloat> %y.i865.us.us.i)
-  %2488 = getelementptr i8, ptr %2464, i64 24
-  %2489 = load i32, ptr %2488, align 4, !tbaa !4
-  %2490 = insertelement <16 x i32> poison, i32 %2489, i64 0
-  %2491 = shufflevector <16 x i32> %2490, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i868.us.us.i = bitcast <16 x i32> %2491 to <32 x bfloat>
-  %r.i869.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i845.us.us.i, <32 x bfloat> %2461, <32 x bfloat> %y.i868.us.us.i)
-  %2492 = getelementptr i8, ptr %2464, i64 28
-  %2493 = load i32, ptr %2492, align 4, !tbaa !4
-  %2494 = insertelement <16 x i32> poison, i32 %2493, i64 0
-  %2495 = shufflevector <16 x i32> %2494, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i871.us.us.i = bitcast <16 x i32> %2495 to <32 x bfloat>
-  %r.i872.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i848.us.us.i, <32 x bfloat> %2461, <32 x bfloat> %y.i871.us.us.i)
-  %2496 = getelementptr i8, ptr %gep1775.i, i64 768
-  %2497 = load <32 x bfloat>, ptr %2496, align 4, !tbaa !4
-  %2498 = or disjoint i64 %2101, 12
-  %2499 = mul nsw i64 %2498, %k_row
-  %2500 = getelementptr i32, ptr %2646, i64 %2499
-  %2501 = load i32, ptr %2500, align 4, !tbaa !4
-  %2502 = insertelement <16 x i32> poison, i32 %2501, i64 0
-  %2503 = shufflevector <16 x i32> %2502, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i874.us.us.i = bitcast <16 x i32> %2503 to <32 x bfloat>
-  %r.i875.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i851.us.us.i, <32 x bfloat> %2497, <32 x bfloat> %y.i874.us.us.i)
-  %2504 = getelementptr i8, ptr %2500, i64 4
-  %2505 = load i32, ptr %2504, align 4, !tbaa !4
-  %2506 = insertelement <16 x i32> poison, i32 %2505, i64 0
-  %2507 = shufflevector <16 x i32> %2506, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i877.us.us.i = bitcast <16 x i32> %2507 to <32 x bfloat>
-  %r.i878.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i854.us.us.i, <32 x bfloat> %2497, <32 x bfloat> %y.i877.us.us.i)
-  %2508 = getelementptr i8, ptr %2500, i64 8
-  %2509 = load i32, ptr %2508, align 4, !tbaa !4
-  %2510 = insertelement <16 x i32> poison, i32 %2509, i64 0
-  %2511 = shufflevector <16 x i32> %2510, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i880.us.us.i = bitcast <16 x i32> %2511 to <32 x bfloat>
-  %r.i881.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i857.us.us.i, <32 x bfloat> %2497, <32 x bfloat> %y.i880.us.us.i)
-  %2512 = getelementptr i8, ptr %2500, i64 12
-  %2513 = load i32, ptr %2512, align 4, !tbaa !4
-  %2514 = insertelement <16 x i32> poison, i32 %2513, i64 0
-  %2515 = shufflevector <16 x i32> %2514, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i883.us.us.i = bitcast <16 x i32> %2515 to <32 x bfloat>
-  %r.i884.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i860.us.us.i, <32 x bfloat> %2497, <32 x bfloat> %y.i883.us.us.i)
-  %2516 = getelementptr i8, ptr %2500, i64 16
-  %2517 = load i32, ptr %2516, align 4, !tbaa !4
-  %2518 = insertelement <16 x i32> poison, i32 %2517, i64 0
-  %2519 = shufflevector <16 x i32> %2518, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i886.us.us.i = bitcast <16 x i32> %2519 to <32 x bfloat>
-  %r.i887.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i863.us.us.i, <32 x bfloat> %2497, <32 x bfloat> %y.i886.us.us.i)
-  %2520 = getelementptr i8, ptr %2500, i64 20
-  %2521 = load i32, ptr %2520, align 4, !tbaa !4
-  %2522 = insertelement <16 x i32> poison, i32 %2521, i64 0
-  %2523 = shufflevector <16 x i32> %2522, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i889.us.us.i = bitcast <16 x i32> %2523 to <32 x bfloat>
-  %r.i890.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i866.us.us.i, <32 x bfloat> %2497, <32 x bfloat> %y.i889.us.us.i)
-  %2524 = getelementptr i8, ptr %2500, i64 24
-  %2525 = load i32, ptr %2524, align 4, !tbaa !4
-  %2526 = insertelement <16 x i32> poison, i32 %2525, i64 0
-  %2527 = shufflevector <16 x i32> %2526, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i892.us.us.i = bitcast <16 x i32> %2527 to <32 x bfloat>
-  %r.i893.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i869.us.us.i, <32 x bfloat> %2497, <32 x bfloat> %y.i892.us.us.i)
-  %2528 = getelementptr i8, ptr %2500, i64 28
-  %2529 = load i32, ptr %2528, align 4, !tbaa !4
-  %2530 = insertelement <16 x i32> poison, i32 %2529, i64 0
-  %2531 = shufflevector <16 x i32> %2530, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i895.us.us.i = bitcast <16 x i32> %2531 to <32 x bfloat>
-  %r.i896.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i872.us.us.i, <32 x bfloat> %2497, <32 x bfloat> %y.i895.us.us.i)
-  %2532 = getelementptr i8, ptr %gep1775.i, i64 832
-  %2533 = load <32 x bfloat>, ptr %2532, align 4, !tbaa !4
-  %2534 = or disjoint i64 %2101, 13
-  %2535 = mul nsw i64 %2534, %k_row
-  %2536 = getelementptr i32, ptr %2646, i64 %2535
-  %2537 = load i32, ptr %2536, align 4, !tbaa !4
-  %2538 = insertelement <16 x i32> poison, i32 %2537, i64 0
-  %2539 = shufflevector <16 x i32> %2538, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i898.us.us.i = bitcast <16 x i32> %2539 to <32 x bfloat>
-  %r.i899.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i875.us.us.i, <32 x bfloat> %2533, <32 x bfloat> %y.i898.us.us.i)
-  %2540 = getelementptr i8, ptr %2536, i64 4
-  %2541 = load i32, ptr %2540, align 4, !tbaa !4
-  %2542 = insertelement <16 x i32> poison, i32 %2541, i64 0
-  %2543 = shufflevector <16 x i32> %2542, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i901.us.us.i = bitcast <16 x i32> %2543 to <32 x bfloat>
-  %r.i902.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i878.us.us.i, <32 x bfloat> %2533, <32 x bfloat> %y.i901.us.us.i)
-  %2544 = getelementptr i8, ptr %2536, i64 8
-  %2545 = load i32, ptr %2544, align 4, !tbaa !4
-  %2546 = insertelement <16 x i32> poison, i32 %2545, i64 0
-  %2547 = shufflevector <16 x i32> %2546, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i904.us.us.i = bitcast <16 x i32> %2547 to <32 x bfloat>
-  %r.i905.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i881.us.us.i, <32 x bfloat> %2533, <32 x bfloat> %y.i904.us.us.i)
-  %2548 = getelementptr i8, ptr %2536, i64 12
-  %2549 = load i32, ptr %2548, align 4, !tbaa !4
-  %2550 = insertelement <16 x i32> poison, i32 %2549, i64 0
-  %2551 = shufflevector <16 x i32> %2550, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i907.us.us.i = bitcast <16 x i32> %2551 to <32 x bfloat>
-  %r.i908.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i884.us.us.i, <32 x bfloat> %2533, <32 x bfloat> %y.i907.us.us.i)
-  %2552 = getelementptr i8, ptr %2536, i64 16
-  %2553 = load i32, ptr %2552, align 4, !tbaa !4
-  %2554 = insertelement <16 x i32> poison, i32 %2553, i64 0
-  %2555 = shufflevector <16 x i32> %2554, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i910.us.us.i = bitcast <16 x i32> %2555 to <32 x bfloat>
-  %r.i911.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i887.us.us.i, <32 x bfloat> %2533, <32 x bfloat> %y.i910.us.us.i)
-  %2556 = getelementptr i8, ptr %2536, i64 20
-  %2557 = load i32, ptr %2556, align 4, !tbaa !4
-  %2558 = insertelement <16 x i32> poison, i32 %2557, i64 0
-  %2559 = shufflevector <16 x i32> %2558, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i913.us.us.i = bitcast <16 x i32> %2559 to <32 x bfloat>
-  %r.i914.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i890.us.us.i, <32 x bfloat> %2533, <32 x bfloat> %y.i913.us.us.i)
-  %2560 = getelementptr i8, ptr %2536, i64 24
-  %2561 = load i32, ptr %2560, align 4, !tbaa !4
-  %2562 = insertelement <16 x i32> poison, i32 %2561, i64 0
-  %2563 = shufflevector <16 x i32> %2562, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i916.us.us.i = bitcast <16 x i32> %2563 to <32 x bfloat>
-  %r.i917.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i893.us.us.i, <32 x bfloat> %2533, <32 x bfloat> %y.i916.us.us.i)
-  %2564 = getelementptr i8, ptr %2536, i64 28
-  %2565 = load i32, ptr %2564, align 4, !tbaa !4
-  %2566 = insertelement <16 x i32> poison, i32 %2565, i64 0
-  %2567 = shufflevector <16 x i32> %2566, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i919.us.us.i = bitcast <16 x i32> %2567 to <32 x bfloat>
-  %r.i920.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i896.us.us.i, <32 x bfloat> %2533, <32 x bfloat> %y.i919.us.us.i)
-  %2568 = getelementptr i8, ptr %gep1775.i, i64 896
-  %2569 = load <32 x bfloat>, ptr %2568, align 4, !tbaa !4
-  %2570 = or disjoint i64 %2101, 14
-  %2571 = mul nsw i64 %2570, %k_row
-  %2572 = getelementptr i32, ptr %2646, i64 %2571
-  %2573 = load i32, ptr %2572, align 4, !tbaa !4
-  %2574 = insertelement <16 x i32> poison, i32 %2573, i64 0
-  %2575 = shufflevector <16 x i32> %2574, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i922.us.us.i = bitcast <16 x i32> %2575 to <32 x bfloat>
-  %r.i923.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i899.us.us.i, <32 x bfloat> %2569, <32 x bfloat> %y.i922.us.us.i)
-  %2576 = getelementptr i8, ptr %2572, i64 4
-  %2577 = load i32, ptr %2576, align 4, !tbaa !4
-  %2578 = insertelement <16 x i32> poison, i32 %2577, i64 0
-  %2579 = shufflevector <16 x i32> %2578, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i925.us.us.i = bitcast <16 x i32> %2579 to <32 x bfloat>
-  %r.i926.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i902.us.us.i, <32 x bfloat> %2569, <32 x bfloat> %y.i925.us.us.i)
-  %2580 = getelementptr i8, ptr %2572, i64 8
-  %2581 = load i32, ptr %2580, align 4, !tbaa !4
-  %2582 = insertelement <16 x i32> poison, i32 %2581, i64 0
-  %2583 = shufflevector <16 x i32> %2582, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i928.us.us.i = bitcast <16 x i32> %2583 to <32 x bfloat>
-  %r.i929.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i905.us.us.i, <32 x bfloat> %2569, <32 x bfloat> %y.i928.us.us.i)
-  %2584 = getelementptr i8, ptr %2572, i64 12
-  %2585 = load i32, ptr %2584, align 4, !tbaa !4
-  %2586 = insertelement <16 x i32> poison, i32 %2585, i64 0
-  %2587 = shufflevector <16 x i32> %2586, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i931.us.us.i = bitcast <16 x i32> %2587 to <32 x bfloat>
-  %r.i932.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i908.us.us.i, <32 x bfloat> %2569, <32 x bfloat> %y.i931.us.us.i)
-  %2588 = getelementptr i8, ptr %2572, i64 16
-  %2589 = load i32, ptr %2588, align 4, !tbaa !4
-  %2590 = insertelement <16 x i32> poison, i32 %2589, i64 0
-  %2591 = shufflevector <16 x i32> %2590, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i934.us.us.i = bitcast <16 x i32> %2591 to <32 x bfloat>
-  %r.i935.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i911.us.us.i, <32 x bfloat> %2569, <32 x bfloat> %y.i934.us.us.i)
-  %2592 = getelementptr i8, ptr %2572, i64 20
-  %2593 = load i32, ptr %2592, align 4, !tbaa !4
-  %2594 = insertelement <16 x i32> poison, i32 %2593, i64 0
-  %2595 = shufflevector <16 x i32> %2594, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i937.us.us.i = bitcast <16 x i32> %2595 to <32 x bfloat>
-  %r.i938.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i914.us.us.i, <32 x bfloat> %2569, <32 x bfloat> %y.i937.us.us.i)
-  %2596 = getelementptr i8, ptr %2572, i64 24
-  %2597 = load i32, ptr %2596, align 4, !tbaa !4
-  %2598 = insertelement <16 x i32> poison, i32 %2597, i64 0
-  %2599 = shufflevector <16 x i32> %2598, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i940.us.us.i = bitcast <16 x i32> %2599 to <32 x bfloat>
-  %r.i941.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i917.us.us.i, <32 x bfloat> %2569, <32 x bfloat> %y.i940.us.us.i)
-  %2600 = getelementptr i8, ptr %2572, i64 28
-  %2601 = load i32, ptr %2600, align 4, !tbaa !4
-  %2602 = insertelement <16 x i32> poison, i32 %2601, i64 0
-  %2603 = shufflevector <16 x i32> %2602, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i943.us.us.i = bitcast <16 x i32> %2603 to <32 x bfloat>
-  %r.i944.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i920.us.us.i, <32 x bfloat> %2569, <32 x bfloat> %y.i943.us.us.i)
-  %2604 = getelementptr i8, ptr %gep1775.i, i64 960
-  %2605 = load <32 x bfloat>, ptr %2604, align 4, !tbaa !4
-  %2606 = or disjoint i64 %2101, 15
-  %2607 = mul nsw i64 %2606, %k_row
-  %2608 = getelementptr i32, ptr %2646, i64 %2607
-  %2609 = load i32, ptr %2608, align 4, !tbaa !4
-  %2610 = insertelement <16 x i32> poison, i32 %2609, i64 0
-  %2611 = shufflevector <16 x i32> %2610, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i946.us.us.i = bitcast <16 x i32> %2611 to <32 x bfloat>
-  %r.i947.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i923.us.us.i, <32 x bfloat> %2605, <32 x bfloat> %y.i946.us.us.i)
-  %2612 = getelementptr i8, ptr %2608, i64 4
-  %2613 = load i32, ptr %2612, align 4, !tbaa !4
-  %2614 = insertelement <16 x i32> poison, i32 %2613, i64 0
-  %2615 = shufflevector <16 x i32> %2614, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i949.us.us.i = bitcast <16 x i32> %2615 to <32 x bfloat>
-  %r.i950.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i926.us.us.i, <32 x bfloat> %2605, <32 x bfloat> %y.i949.us.us.i)
-  %2616 = getelementptr i8, ptr %2608, i64 8
-  %2617 = load i32, ptr %2616, align 4, !tbaa !4
-  %2618 = insertelement <16 x i32> poison, i32 %2617, i64 0
-  %2619 = shufflevector <16 x i32> %2618, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i952.us.us.i = bitcast <16 x i32> %2619 to <32 x bfloat>
-  %r.i953.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i929.us.us.i, <32 x bfloat> %2605, <32 x bfloat> %y.i952.us.us.i)
-  %2620 = getelementptr i8, ptr %2608, i64 12
-  %2621 = load i32, ptr %2620, align 4, !tbaa !4
-  %2622 = insertelement <16 x i32> poison, i32 %2621, i64 0
-  %2623 = shufflevector <16 x i32> %2622, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i955.us.us.i = bitcast <16 x i32> %2623 to <32 x bfloat>
-  %r.i956.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i932.us.us.i, <32 x bfloat> %2605, <32 x bfloat> %y.i955.us.us.i)
-  %2624 = getelementptr i8, ptr %2608, i64 16
-  %2625 = load i32, ptr %2624, align 4, !tbaa !4
-  %2626 = insertelement <16 x i32> poison, i32 %2625, i64 0
-  %2627 = shufflevector <16 x i32> %2626, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i958.us.us.i = bitcast <16 x i32> %2627 to <32 x bfloat>
-  %r.i959.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i935.us.us.i, <32 x bfloat> %2605, <32 x bfloat> %y.i958.us.us.i)
-  %2628 = getelementptr i8, ptr %2608, i64 20
-  %2629 = load i32, ptr %2628, align 4, !tbaa !4
-  %2630 = insertelement <16 x i32> poison, i32 %2629, i64 0
-  %2631 = shufflevector <16 x i32> %2630, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i961.us.us.i = bitcast <16 x i32> %2631 to <32 x bfloat>
-  %r.i962.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i938.us.us.i, <32 x bfloat> %2605, <32 x bfloat> %y.i961.us.us.i)
-  %2632 = getelementptr i8, ptr %2608, i64 24
-  %2633 = load i32, ptr %2632, align 4, !tbaa !4
-  %2634 = insertelement <16 x i32> poison, i32 %2633, i64 0
-  %2635 = shufflevector <16 x i32> %2634, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i964.us.us.i = bitcast <16 x i32> %2635 to <32 x bfloat>
-  %r.i965.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i941.us.us.i, <32 x bfloat> %2605, <32 x bfloat> %y.i964.us.us.i)
-  %2636 = getelementptr i8, ptr %2608, i64 28
-  %2637 = load i32, ptr %2636, align 4, !tbaa !4
-  %2638 = insertelement <16 x i32> poison, i32 %2637, i64 0
-  %2639 = shufflevector <16 x i32> %2638, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i967.us.us.i = bitcast <16 x i32> %2639 to <32 x bfloat>
-  %r.i968.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i944.us.us.i, <32 x bfloat> %2605, <32 x bfloat> %y.i967.us.us.i)
-  %indvars.iv.next1534.i = add nuw nsw i64 %indvars.iv1533.i, 1
-  %exitcond1536.not.i = icmp eq i64 %indvars.iv.next1534.i, 4
-  br i1 %exitcond1536.not.i, label %for_end_d_0.us.us.i, label %for_body_d_0.us.us.i, !prof !30
+  %2284 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2283
+  tail call void @llvm.prefetch.p0(ptr readonly %2284, i32 0, i32 2, i32 1)
+  %2285 = or disjoint i64 %2185, 31
+  %2286 = mul nsw i64 %2285, %k_row
+  %2287 = getelementptr i32, ptr %gep1208.us.us.i, i64 %2286
+  tail call void @llvm.prefetch.p0(ptr readonly %2287, i32 0, i32 2, i32 1)
+  br label %if_end157.us.us.i
 
-for_begin_d_0.preheader.us.us.i:                  ; preds = %for_end_d_0.us.us.i, %for_begin_d_0.preheader.us.us.preheader.i
-  %indvars.iv1537.i = phi i64 [ 0, %for_begin_d_0.preheader.us.us.preheader.i ], [ %indvars.iv.next1538.i, %for_end_d_0.us.us.i ]
-  %2640 = shl nuw nsw i64 %indvars.iv1537.i, 3
-  %2641 = and i64 %2640, 17179869168
-  %2642 = and i64 %2640, 2147483632
-  %2643 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %2642
-  %2644 = load i64, ptr %2643, align 8, !tbaa !4
-  %2645 = add i64 %2640, %1040
-  %invariant.op1232.us.us.i = add i64 %2645, %2644
-  %.reass1233.us.us.i = sub i64 %invariant.op1232.us.us.i, %2641
-  %2646 = getelementptr i32, ptr %key_cache, i64 %.reass1233.us.us.i
-  br label %for_body_d_0.us.us.i
+for_body_r166.lr.ph.us.i:                         ; preds = %if_then163.us.i
+  %2288 = icmp sgt i32 %valid_len155.us.i, %985
+  %2289 = zext nneg i32 %1035 to i64
+  %2290 = shl nuw nsw i64 %2289, 2
+  br i1 %2288, label %for_body_r166.us.us.preheader.i, label %if_end164.us.i, !prof !3
 
-for_body_r188.lr.ph.us.i:                         ; preds = %if_then185.us.i
-  %2647 = icmp sgt i32 %valid_len179.us.i, %1025
-  %2648 = zext nneg i32 %1187 to i64
-  %2649 = shl nuw nsw i64 %2648, 2
-  br i1 %2647, label %for_body_r188.us.us.preheader.i, label %if_end186.us.i, !prof !3
+for_body_r166.us.us.preheader.i:                  ; preds = %for_body_r166.lr.ph.us.i
+  %2291 = add i32 %indvars.iv108, %1024
+  %smin110 = tail call i32 @llvm.smin.i32(i32 %indvars.iv106, i32 %2291)
+  %smin111 = tail call i32 @llvm.smin.i32(i32 %smin110, i32 128)
+  %2292 = sub i32 %smin111, %smax112
+  %2293 = zext i32 %2292 to i64
+  %2294 = add i32 %928, %1024
+  %smin211 = tail call i32 @llvm.smin.i32(i32 %926, i32 %2294)
+  %smin212 = tail call i32 @llvm.smin.i32(i32 %smin211, i32 128)
+  %2295 = sub i32 %smin212, %smax
+  %2296 = zext i32 %2295 to i64
+  %2297 = add nsw i64 %2296, -1
+  %smin230 = tail call i32 @llvm.smin.i32(i32 %920, i32 %2291)
+  %smin231 = tail call i32 @llvm.smin.i32(i32 %smin230, i32 128)
+  %2298 = sub i32 %smin231, %smax226
+  %2299 = zext i32 %2298 to i64
+  %scevgep232 = getelementptr i8, ptr %scevgep225, i64 %2299
+  %scevgep234 = getelementptr i8, ptr %scaled.us.i, i64 %923
+  %scevgep235 = getelementptr i8, ptr %scaled.us.i, i64 -60
+  %scevgep236 = getelementptr i8, ptr %scevgep235, i64 %923
+  %2300 = shl nuw nsw i64 %2299, 6
+  %smin246 = tail call i32 @llvm.smin.i32(i32 %913, i32 %2291)
+  %smin247 = tail call i32 @llvm.smin.i32(i32 %smin246, i32 128)
+  %2301 = sub i32 %smin247, %smax242
+  %2302 = zext i32 %2301 to i64
+  %min.iters.check249 = icmp ult i32 %2301, 24
+  %2303 = trunc i64 %2297 to i32
+  %mul.result = shl i32 %2303, 4
+  %2304 = icmp ugt i64 %2297, 268435455
+  %mul.result217 = shl nsw i64 %2297, 6
+  %smax237 = tail call i32 @llvm.smax.i32(i32 %1038, i32 1)
+  %2305 = add nsw i32 %smax237, -1
+  %2306 = zext nneg i32 %2305 to i64
+  %2307 = shl nuw nsw i64 %2306, 2
+  %2308 = getelementptr i8, ptr %scevgep236, i64 %2300
+  %scevgep238 = getelementptr i8, ptr %2308, i64 %2307
+  %n.vec252 = and i64 %2302, 4294967288
+  %cmp.n = icmp eq i64 %n.vec252, %2302
+  %xtraiter = and i64 %2302, 3
+  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
+  br label %for_body_r166.us.us.i
 
-for_body_r188.us.us.preheader.i:                  ; preds = %for_body_r188.lr.ph.us.i
-  %2650 = add i32 %indvars.iv115, %1178
-  %smin117 = tail call i32 @llvm.smin.i32(i32 %indvars.iv103, i32 %2650)
-  %smin118 = tail call i32 @llvm.smin.i32(i32 %smin117, i32 256)
-  %2651 = sub i32 %smin118, %smax120
-  %2652 = zext i32 %2651 to i64
-  %smin221 = tail call i32 @llvm.smin.i32(i32 %939, i32 %2650)
-  %smin222 = tail call i32 @llvm.smin.i32(i32 %smin221, i32 256)
-  %2653 = sub i32 %smin222, %smax
-  %2654 = zext i32 %2653 to i64
-  %2655 = add nsw i64 %2654, -1
-  %smin238 = tail call i32 @llvm.smin.i32(i32 %933, i32 %2650)
-  %smin239 = tail call i32 @llvm.smin.i32(i32 %smin238, i32 256)
-  %2656 = sub i32 %smin239, %smax234
-  %2657 = zext i32 %2656 to i64
-  %scevgep240 = getelementptr i8, ptr %scevgep233, i64 %2657
-  %scevgep242 = getelementptr i8, ptr %scaled.us.i, i64 %936
-  %scevgep243 = getelementptr i8, ptr %scaled.us.i, i64 -60
-  %scevgep244 = getelementptr i8, ptr %scevgep243, i64 %936
-  %2658 = shl nuw nsw i64 %2657, 6
-  %smin254 = tail call i32 @llvm.smin.i32(i32 %926, i32 %2650)
-  %smin255 = tail call i32 @llvm.smin.i32(i32 %smin254, i32 256)
-  %2659 = sub i32 %smin255, %smax250
-  %2660 = zext i32 %2659 to i64
-  %min.iters.check257 = icmp ult i32 %2659, 24
-  %2661 = trunc i64 %2655 to i32
-  %mul.result = shl i32 %2661, 4
-  %2662 = icmp ugt i64 %2655, 268435455
-  %mul.result227 = shl nsw i64 %2655, 6
-  %smax245 = tail call i32 @llvm.smax.i32(i32 %1190, i32 1)
-  %2663 = add nsw i32 %smax245, -1
-  %2664 = zext nneg i32 %2663 to i64
-  %2665 = shl nuw nsw i64 %2664, 2
-  %2666 = getelementptr i8, ptr %scevgep244, i64 %2658
-  %scevgep246 = getelementptr i8, ptr %2666, i64 %2665
-  %n.vec260 = and i64 %2660, 4294967288
-  %cmp.n = icmp eq i64 %n.vec260, %2660
-  %xtraiter344 = and i64 %2660, 3
-  %lcmp.mod345.not = icmp eq i64 %xtraiter344, 0
-  br label %for_body_r188.us.us.i
+for_body_r166.us.us.i:                            ; preds = %for_begin_c.for_end_c_crit_edge.us.us.i, %for_body_r166.us.us.preheader.i
+  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.us.i ], [ 0, %for_body_r166.us.us.preheader.i ]
+  %r1691212.us.us.i = phi i32 [ %2373, %for_begin_c.for_end_c_crit_edge.us.us.i ], [ 0, %for_body_r166.us.us.preheader.i ]
+  %2309 = lshr i32 %r1691212.us.us.i, 2
+  %2310 = zext nneg i32 %2309 to i64
+  %2311 = add nuw nsw i64 %2290, %2310
+  %2312 = mul nsw i64 %2311, %614
+  %2313 = getelementptr i8, ptr %991, i64 %2312
+  br i1 %min.iters.check249, label %for_body_c.us.us.i.preheader, label %vector.scevcheck, !prof !11
 
-for_body_r188.us.us.i:                            ; preds = %for_begin_c.for_end_c_crit_edge.us.us.i, %for_body_r188.us.us.preheader.i
-  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.us.i ], [ 0, %for_body_r188.us.us.preheader.i ]
-  %r1911247.us.us.i = phi i32 [ %2731, %for_begin_c.for_end_c_crit_edge.us.us.i ], [ 0, %for_body_r188.us.us.preheader.i ]
-  %2667 = lshr i32 %r1911247.us.us.i, 2
-  %2668 = zext nneg i32 %2667 to i64
-  %2669 = add nuw nsw i64 %2649, %2668
-  %2670 = mul nsw i64 %2669, %612
-  %2671 = getelementptr i8, ptr %1031, i64 %2670
-  br i1 %min.iters.check257, label %for_body_c.us.us.i.preheader, label %vector.scevcheck, !prof !11
+vector.scevcheck:                                 ; preds = %for_body_r166.us.us.i
+  %2314 = add i64 %indvar, %932
+  %2315 = shl i64 %2314, 2
+  %scevgep215 = getelementptr i8, ptr %scaled.us.i, i64 %2315
+  %2316 = add i32 %931, %r1691212.us.us.i
+  %2317 = add i32 %2316, %mul.result
+  %2318 = icmp slt i32 %2317, %2316
+  %2319 = or i1 %2318, %2304
+  %2320 = getelementptr i8, ptr %scevgep215, i64 %mul.result217
+  %2321 = icmp ult ptr %2320, %scevgep215
+  %2322 = or i1 %2321, %2319
+  br i1 %2322, label %for_body_c.us.us.i.preheader, label %vector.memcheck219, !prof !11
 
-vector.scevcheck:                                 ; preds = %for_body_r188.us.us.i
-  %2672 = add i64 %indvar, %943
-  %2673 = shl i64 %2672, 2
-  %scevgep225 = getelementptr i8, ptr %scaled.us.i, i64 %2673
-  %2674 = add i32 %942, %r1911247.us.us.i
-  %2675 = add i32 %2674, %mul.result
-  %2676 = icmp slt i32 %2675, %2674
-  %2677 = or i1 %2676, %2662
-  %2678 = getelementptr i8, ptr %scevgep225, i64 %mul.result227
-  %2679 = icmp ult ptr %2678, %scevgep225
-  %2680 = or i1 %2679, %2677
-  br i1 %2680, label %for_body_c.us.us.i.preheader, label %vector.memcheck229, !prof !11
+vector.memcheck219:                               ; preds = %vector.scevcheck
+  %scevgep224 = getelementptr i8, ptr %scevgep223, i64 %2312
+  %scevgep233 = getelementptr i8, ptr %scevgep232, i64 %2312
+  %bound0239 = icmp ult ptr %scevgep224, %scevgep238
+  %bound1240 = icmp ult ptr %scevgep234, %scevgep233
+  %found.conflict241 = and i1 %bound0239, %bound1240
+  br i1 %found.conflict241, label %for_body_c.us.us.i.preheader, label %vector.ph250, !prof !11
 
-vector.memcheck229:                               ; preds = %vector.scevcheck
-  %scevgep241 = getelementptr i8, ptr %scevgep240, i64 %2670
-  %bound0247 = icmp ult ptr %2671, %scevgep246
-  %bound1248 = icmp ult ptr %scevgep242, %scevgep241
-  %found.conflict249 = and i1 %bound0247, %bound1248
-  br i1 %found.conflict249, label %for_body_c.us.us.i.preheader, label %vector.ph258, !prof !11
+vector.ph250:                                     ; preds = %vector.memcheck219
+  %broadcast.splatinsert253 = insertelement <8 x i32> poison, i32 %r1691212.us.us.i, i64 0
+  %broadcast.splat254 = shufflevector <8 x i32> %broadcast.splatinsert253, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body257
 
-vector.ph258:                                     ; preds = %vector.memcheck229
-  %broadcast.splatinsert261 = insertelement <8 x i32> poison, i32 %r1911247.us.us.i, i64 0
-  %broadcast.splat262 = shufflevector <8 x i32> %broadcast.splatinsert261, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body265
-
-vector.body265:                                   ; preds = %vector.body265, %vector.ph258
-  %index266 = phi i64 [ 0, %vector.ph258 ], [ %index.next267, %vector.body265 ]
-  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph258 ], [ %vec.ind.next, %vector.body265 ]
-  %2681 = getelementptr i8, ptr %2671, i64 %index266
-  %wide.load = load <8 x i8>, ptr %2681, align 1, !tbaa !4, !alias.scope !67, !noalias !70
-  %2682 = icmp ne <8 x i8> %wide.load, zeroinitializer
-  %2683 = add <8 x i32> %broadcast.splat264, %vec.ind
-  %2684 = shl <8 x i32> %2683, splat (i32 4)
-  %2685 = add nsw <8 x i32> %2684, %broadcast.splat262
-  %2686 = sext <8 x i32> %2685 to <8 x i64>
-  %2687 = getelementptr inbounds float, ptr %scaled.us.i, <8 x i64> %2686
-  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2687, <8 x i1> %2682, <8 x float> poison), !tbaa !4, !alias.scope !70
-  %predphi = select <8 x i1> %2682, <8 x float> %wide.masked.gather, <8 x float> splat (float 0xFFF0000000000000)
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2687, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !70
-  %index.next267 = add nuw i64 %index266, 8
+vector.body257:                                   ; preds = %vector.body257, %vector.ph250
+  %index258 = phi i64 [ 0, %vector.ph250 ], [ %index.next259, %vector.body257 ]
+  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph250 ], [ %vec.ind.next, %vector.body257 ]
+  %2323 = getelementptr i8, ptr %2313, i64 %index258
+  %wide.load = load <8 x i8>, ptr %2323, align 1, !tbaa !4, !alias.scope !55, !noalias !58
+  %2324 = icmp ne <8 x i8> %wide.load, zeroinitializer
+  %2325 = add <8 x i32> %broadcast.splat256, %vec.ind
+  %2326 = shl <8 x i32> %2325, splat (i32 4)
+  %2327 = add nsw <8 x i32> %2326, %broadcast.splat254
+  %2328 = sext <8 x i32> %2327 to <8 x i64>
+  %2329 = getelementptr inbounds float, ptr %scaled.us.i, <8 x i64> %2328
+  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2329, <8 x i1> %2324, <8 x float> poison), !tbaa !4, !alias.scope !58
+  %predphi = select <8 x i1> %2324, <8 x float> %wide.masked.gather, <8 x float> splat (float 0xFFF0000000000000)
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2329, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !58
+  %index.next259 = add nuw i64 %index258, 8
   %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
-  %2688 = icmp eq i64 %index.next267, %n.vec260
-  br i1 %2688, label %middle.block268, label %vector.body265, !prof !72, !llvm.loop !73
+  %2330 = icmp eq i64 %index.next259, %n.vec252
+  br i1 %2330, label %middle.block260, label %vector.body257, !prof !60, !llvm.loop !61
 
-middle.block268:                                  ; preds = %vector.body265
-  br i1 %cmp.n, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i.preheader, !prof !75
+middle.block260:                                  ; preds = %vector.body257
+  br i1 %cmp.n, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i.preheader, !prof !63
 
-for_body_c.us.us.i.preheader:                     ; preds = %middle.block268, %vector.memcheck229, %vector.scevcheck, %for_body_r188.us.us.i
-  %indvars.iv1551.i.ph = phi i64 [ 0, %vector.memcheck229 ], [ 0, %vector.scevcheck ], [ 0, %for_body_r188.us.us.i ], [ %n.vec260, %middle.block268 ]
-  br i1 %lcmp.mod345.not, label %for_body_c.us.us.i.prol.loopexit, label %for_body_c.us.us.i.prol, !prof !3
+for_body_c.us.us.i.preheader:                     ; preds = %middle.block260, %vector.memcheck219, %vector.scevcheck, %for_body_r166.us.us.i
+  %indvars.iv1528.i.ph = phi i64 [ 0, %vector.memcheck219 ], [ 0, %vector.scevcheck ], [ 0, %for_body_r166.us.us.i ], [ %n.vec252, %middle.block260 ]
+  br i1 %lcmp.mod.not, label %for_body_c.us.us.i.prol.loopexit, label %for_body_c.us.us.i.prol, !prof !3
 
-for_body_c.us.us.i.prol:                          ; preds = %if_end194.us.us.i.prol, %for_body_c.us.us.i.preheader
-  %indvars.iv1551.i.prol = phi i64 [ %indvars.iv.next1552.i.prol, %if_end194.us.us.i.prol ], [ %indvars.iv1551.i.ph, %for_body_c.us.us.i.preheader ]
-  %prol.iter = phi i64 [ %prol.iter.next, %if_end194.us.us.i.prol ], [ 0, %for_body_c.us.us.i.preheader ]
-  %2689 = getelementptr i8, ptr %2671, i64 %indvars.iv1551.i.prol
-  %2690 = load i8, ptr %2689, align 1, !tbaa !4
-  %2691 = icmp eq i8 %2690, 0
-  %2692 = trunc i64 %indvars.iv1551.i.prol to i32
-  %.pre1702.i.prol = add i32 %1025, %2692
-  %.pre1704.i.prol = shl i32 %.pre1702.i.prol, 4
-  %.pre1706.i.prol = add nsw i32 %.pre1704.i.prol, %r1911247.us.us.i
-  %.pre1708.i.prol = sext i32 %.pre1706.i.prol to i64
-  br i1 %2691, label %if_end194.us.us.i.prol, label %if_else193.us.us.i.prol
+for_body_c.us.us.i.prol:                          ; preds = %if_end172.us.us.i.prol, %for_body_c.us.us.i.preheader
+  %indvars.iv1528.i.prol = phi i64 [ %indvars.iv.next1529.i.prol, %if_end172.us.us.i.prol ], [ %indvars.iv1528.i.ph, %for_body_c.us.us.i.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %if_end172.us.us.i.prol ], [ 0, %for_body_c.us.us.i.preheader ]
+  %2331 = getelementptr i8, ptr %2313, i64 %indvars.iv1528.i.prol
+  %2332 = load i8, ptr %2331, align 1, !tbaa !4
+  %2333 = icmp eq i8 %2332, 0
+  %2334 = trunc i64 %indvars.iv1528.i.prol to i32
+  %.pre1691.i.prol = add i32 %985, %2334
+  %.pre1693.i.prol = shl i32 %.pre1691.i.prol, 4
+  %.pre1695.i.prol = add nsw i32 %.pre1693.i.prol, %r1691212.us.us.i
+  %.pre1697.i.prol = sext i32 %.pre1695.i.prol to i64
+  br i1 %2333, label %if_end172.us.us.i.prol, label %if_else171.us.us.i.prol
 
-if_else193.us.us.i.prol:                          ; preds = %for_body_c.us.us.i.prol
-  %2693 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i.prol
-  %2694 = load float, ptr %2693, align 4, !tbaa !4
-  br label %if_end194.us.us.i.prol
+if_else171.us.us.i.prol:                          ; preds = %for_body_c.us.us.i.prol
+  %2335 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1697.i.prol
+  %2336 = load float, ptr %2335, align 4, !tbaa !4
+  br label %if_end172.us.us.i.prol
 
-if_end194.us.us.i.prol:                           ; preds = %if_else193.us.us.i.prol, %for_body_c.us.us.i.prol
-  %2695 = phi float [ %2694, %if_else193.us.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.us.i.prol ]
-  %2696 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i.prol
-  store float %2695, ptr %2696, align 4, !tbaa !4
-  %indvars.iv.next1552.i.prol = add nuw nsw i64 %indvars.iv1551.i.prol, 1
+if_end172.us.us.i.prol:                           ; preds = %if_else171.us.us.i.prol, %for_body_c.us.us.i.prol
+  %2337 = phi float [ %2336, %if_else171.us.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.us.i.prol ]
+  %2338 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1697.i.prol
+  store float %2337, ptr %2338, align 4, !tbaa !4
+  %indvars.iv.next1529.i.prol = add nuw nsw i64 %indvars.iv1528.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
-  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter344
-  br i1 %prol.iter.cmp.not, label %for_body_c.us.us.i.prol.loopexit, label %for_body_c.us.us.i.prol, !prof !76, !llvm.loop !77
+  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
+  br i1 %prol.iter.cmp.not, label %for_body_c.us.us.i.prol.loopexit, label %for_body_c.us.us.i.prol, !prof !64, !llvm.loop !65
 
-for_body_c.us.us.i.prol.loopexit:                 ; preds = %if_end194.us.us.i.prol, %for_body_c.us.us.i.preheader
-  %indvars.iv1551.i.unr = phi i64 [ %indvars.iv1551.i.ph, %for_body_c.us.us.i.preheader ], [ %indvars.iv.next1552.i.prol, %if_end194.us.us.i.prol ]
-  %2697 = sub nsw i64 %indvars.iv1551.i.ph, %2660
-  %2698 = icmp ugt i64 %2697, -4
-  br i1 %2698, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i, !prof !11
+for_body_c.us.us.i.prol.loopexit:                 ; preds = %if_end172.us.us.i.prol, %for_body_c.us.us.i.preheader
+  %indvars.iv1528.i.unr = phi i64 [ %indvars.iv1528.i.ph, %for_body_c.us.us.i.preheader ], [ %indvars.iv.next1529.i.prol, %if_end172.us.us.i.prol ]
+  %2339 = sub nsw i64 %indvars.iv1528.i.ph, %2302
+  %2340 = icmp ugt i64 %2339, -4
+  br i1 %2340, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i, !prof !11
 
-for_body_c.us.us.i:                               ; preds = %if_end194.us.us.i.3, %for_body_c.us.us.i.prol.loopexit
-  %indvars.iv1551.i = phi i64 [ %indvars.iv.next1552.i.3, %if_end194.us.us.i.3 ], [ %indvars.iv1551.i.unr, %for_body_c.us.us.i.prol.loopexit ]
-  %2699 = getelementptr i8, ptr %2671, i64 %indvars.iv1551.i
-  %2700 = load i8, ptr %2699, align 1, !tbaa !4
-  %2701 = icmp eq i8 %2700, 0
-  %2702 = trunc i64 %indvars.iv1551.i to i32
-  %.pre1702.i = add i32 %1025, %2702
-  %.pre1704.i = shl i32 %.pre1702.i, 4
-  %.pre1706.i = add nsw i32 %.pre1704.i, %r1911247.us.us.i
-  %.pre1708.i = sext i32 %.pre1706.i to i64
-  br i1 %2701, label %if_end194.us.us.i, label %if_else193.us.us.i
+for_body_c.us.us.i:                               ; preds = %if_end172.us.us.i.3, %for_body_c.us.us.i.prol.loopexit
+  %indvars.iv1528.i = phi i64 [ %indvars.iv.next1529.i.3, %if_end172.us.us.i.3 ], [ %indvars.iv1528.i.unr, %for_body_c.us.us.i.prol.loopexit ]
+  %2341 = getelementptr i8, ptr %2313, i64 %indvars.iv1528.i
+  %2342 = load i8, ptr %2341, align 1, !tbaa !4
+  %2343 = icmp eq i8 %2342, 0
+  %2344 = trunc i64 %indvars.iv1528.i to i32
+  %.pre1691.i = add i32 %985, %2344
+  %.pre1693.i = shl i32 %.pre1691.i, 4
+  %.pre1695.i = add nsw i32 %.pre1693.i, %r1691212.us.us.i
+  %.pre1697.i = sext i32 %.pre1695.i to i64
+  br i1 %2343, label %if_end172.us.us.i, label %if_else171.us.us.i
 
-if_else193.us.us.i:                               ; preds = %for_body_c.us.us.i
-  %2703 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i
-  %2704 = load float, ptr %2703, align 4, !tbaa !4
-  br label %if_end194.us.us.i
+if_else171.us.us.i:                               ; preds = %for_body_c.us.us.i
+  %2345 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1697.i
+  %2346 = load float, ptr %2345, align 4, !tbaa !4
+  br label %if_end172.us.us.i
 
-if_end194.us.us.i:                                ; preds = %if_else193.us.us.i, %for_body_c.us.us.i
-  %2705 = phi float [ %2704, %if_else193.us.us.i ], [ 0xFFF0000000000000, %for_body_c.us.us.i ]
-  %2706 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i
-  store float %2705, ptr %2706, align 4, !tbaa !4
-  %indvars.iv.next1552.i = add nuw nsw i64 %indvars.iv1551.i, 1
-  %2707 = getelementptr i8, ptr %2671, i64 %indvars.iv.next1552.i
-  %2708 = load i8, ptr %2707, align 1, !tbaa !4
-  %2709 = icmp eq i8 %2708, 0
-  %2710 = trunc i64 %indvars.iv.next1552.i to i32
-  %.pre1702.i.1 = add i32 %1025, %2710
-  %.pre1704.i.1 = shl i32 %.pre1702.i.1, 4
-  %.pre1706.i.1 = add nsw i32 %.pre1704.i.1, %r1911247.us.us.i
-  %.pre1708.i.1 = sext i32 %.pre1706.i.1 to i64
-  br i1 %2709, label %if_end194.us.us.i.1, label %if_else193.us.us.i.1
+if_end172.us.us.i:                                ; preds = %if_else171.us.us.i, %for_body_c.us.us.i
+  %2347 = phi float [ %2346, %if_else171.us.us.i ], [ 0xFFF0000000000000, %for_body_c.us.us.i ]
+  %2348 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1697.i
+  store float %2347, ptr %2348, align 4, !tbaa !4
+  %indvars.iv.next1529.i = add nuw nsw i64 %indvars.iv1528.i, 1
+  %2349 = getelementptr i8, ptr %2313, i64 %indvars.iv.next1529.i
+  %2350 = load i8, ptr %2349, align 1, !tbaa !4
+  %2351 = icmp eq i8 %2350, 0
+  %2352 = trunc i64 %indvars.iv.next1529.i to i32
+  %.pre1691.i.1 = add i32 %985, %2352
+  %.pre1693.i.1 = shl i32 %.pre1691.i.1, 4
+  %.pre1695.i.1 = add nsw i32 %.pre1693.i.1, %r1691212.us.us.i
+  %.pre1697.i.1 = sext i32 %.pre1695.i.1 to i64
+  br i1 %2351, label %if_end172.us.us.i.1, label %if_else171.us.us.i.1
 
-if_else193.us.us.i.1:                             ; preds = %if_end194.us.us.i
-  %2711 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i.1
-  %2712 = load float, ptr %2711, align 4, !tbaa !4
-  br label %if_end194.us.us.i.1
+if_else171.us.us.i.1:                             ; preds = %if_end172.us.us.i
+  %2353 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1697.i.1
+  %2354 = load float, ptr %2353, align 4, !tbaa !4
+  br label %if_end172.us.us.i.1
 
-if_end194.us.us.i.1:                              ; preds = %if_else193.us.us.i.1, %if_end194.us.us.i
-  %2713 = phi float [ %2712, %if_else193.us.us.i.1 ], [ 0xFFF0000000000000, %if_end194.us.us.i ]
-  %2714 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i.1
-  store float %2713, ptr %2714, align 4, !tbaa !4
-  %indvars.iv.next1552.i.1 = add nuw nsw i64 %indvars.iv1551.i, 2
-  %2715 = getelementptr i8, ptr %2671, i64 %indvars.iv.next1552.i.1
-  %2716 = load i8, ptr %2715, align 1, !tbaa !4
-  %2717 = icmp eq i8 %2716, 0
-  %2718 = trunc i64 %indvars.iv.next1552.i.1 to i32
-  %.pre1702.i.2 = add i32 %1025, %2718
-  %.pre1704.i.2 = shl i32 %.pre1702.i.2, 4
-  %.pre1706.i.2 = add nsw i32 %.pre1704.i.2, %r1911247.us.us.i
-  %.pre1708.i.2 = sext i32 %.pre1706.i.2 to i64
-  br i1 %2717, label %if_end194.us.us.i.2, label %if_else193.us.us.i.2
+if_end172.us.us.i.1:                              ; preds = %if_else171.us.us.i.1, %if_end172.us.us.i
+  %2355 = phi float [ %2354, %if_else171.us.us.i.1 ], [ 0xFFF0000000000000, %if_end172.us.us.i ]
+  %2356 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1697.i.1
+  store float %2355, ptr %2356, align 4, !tbaa !4
+  %indvars.iv.next1529.i.1 = add nuw nsw i64 %indvars.iv1528.i, 2
+  %2357 = getelementptr i8, ptr %2313, i64 %indvars.iv.next1529.i.1
+  %2358 = load i8, ptr %2357, align 1, !tbaa !4
+  %2359 = icmp eq i8 %2358, 0
+  %2360 = trunc i64 %indvars.iv.next1529.i.1 to i32
+  %.pre1691.i.2 = add i32 %985, %2360
+  %.pre1693.i.2 = shl i32 %.pre1691.i.2, 4
+  %.pre1695.i.2 = add nsw i32 %.pre1693.i.2, %r1691212.us.us.i
+  %.pre1697.i.2 = sext i32 %.pre1695.i.2 to i64
+  br i1 %2359, label %if_end172.us.us.i.2, label %if_else171.us.us.i.2
 
-if_else193.us.us.i.2:                             ; preds = %if_end194.us.us.i.1
-  %2719 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i.2
-  %2720 = load float, ptr %2719, align 4, !tbaa !4
-  br label %if_end194.us.us.i.2
+if_else171.us.us.i.2:                             ; preds = %if_end172.us.us.i.1
+  %2361 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1697.i.2
+  %2362 = load float, ptr %2361, align 4, !tbaa !4
+  br label %if_end172.us.us.i.2
 
-if_end194.us.us.i.2:                              ; preds = %if_else193.us.us.i.2, %if_end194.us.us.i.1
-  %2721 = phi float [ %2720, %if_else193.us.us.i.2 ], [ 0xFFF0000000000000, %if_end194.us.us.i.1 ]
-  %2722 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i.2
-  store float %2721, ptr %2722, align 4, !tbaa !4
-  %indvars.iv.next1552.i.2 = add nuw nsw i64 %indvars.iv1551.i, 3
-  %2723 = getelementptr i8, ptr %2671, i64 %indvars.iv.next1552.i.2
-  %2724 = load i8, ptr %2723, align 1, !tbaa !4
-  %2725 = icmp eq i8 %2724, 0
-  %2726 = trunc i64 %indvars.iv.next1552.i.2 to i32
-  %.pre1702.i.3 = add i32 %1025, %2726
-  %.pre1704.i.3 = shl i32 %.pre1702.i.3, 4
-  %.pre1706.i.3 = add nsw i32 %.pre1704.i.3, %r1911247.us.us.i
-  %.pre1708.i.3 = sext i32 %.pre1706.i.3 to i64
-  br i1 %2725, label %if_end194.us.us.i.3, label %if_else193.us.us.i.3
+if_end172.us.us.i.2:                              ; preds = %if_else171.us.us.i.2, %if_end172.us.us.i.1
+  %2363 = phi float [ %2362, %if_else171.us.us.i.2 ], [ 0xFFF0000000000000, %if_end172.us.us.i.1 ]
+  %2364 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1697.i.2
+  store float %2363, ptr %2364, align 4, !tbaa !4
+  %indvars.iv.next1529.i.2 = add nuw nsw i64 %indvars.iv1528.i, 3
+  %2365 = getelementptr i8, ptr %2313, i64 %indvars.iv.next1529.i.2
+  %2366 = load i8, ptr %2365, align 1, !tbaa !4
+  %2367 = icmp eq i8 %2366, 0
+  %2368 = trunc i64 %indvars.iv.next1529.i.2 to i32
+  %.pre1691.i.3 = add i32 %985, %2368
+  %.pre1693.i.3 = shl i32 %.pre1691.i.3, 4
+  %.pre1695.i.3 = add nsw i32 %.pre1693.i.3, %r1691212.us.us.i
+  %.pre1697.i.3 = sext i32 %.pre1695.i.3 to i64
+  br i1 %2367, label %if_end172.us.us.i.3, label %if_else171.us.us.i.3
 
-if_else193.us.us.i.3:                             ; preds = %if_end194.us.us.i.2
-  %2727 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i.3
-  %2728 = load float, ptr %2727, align 4, !tbaa !4
-  br label %if_end194.us.us.i.3
+if_else171.us.us.i.3:                             ; preds = %if_end172.us.us.i.2
+  %2369 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1697.i.3
+  %2370 = load float, ptr %2369, align 4, !tbaa !4
+  br label %if_end172.us.us.i.3
 
-if_end194.us.us.i.3:                              ; preds = %if_else193.us.us.i.3, %if_end194.us.us.i.2
-  %2729 = phi float [ %2728, %if_else193.us.us.i.3 ], [ 0xFFF0000000000000, %if_end194.us.us.i.2 ]
-  %2730 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1708.i.3
-  store float %2729, ptr %2730, align 4, !tbaa !4
-  %indvars.iv.next1552.i.3 = add nuw nsw i64 %indvars.iv1551.i, 4
-  %exitcond119.not.3 = icmp eq i64 %indvars.iv.next1552.i.3, %2652
-  br i1 %exitcond119.not.3, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i, !prof !78, !llvm.loop !79
+if_end172.us.us.i.3:                              ; preds = %if_else171.us.us.i.3, %if_end172.us.us.i.2
+  %2371 = phi float [ %2370, %if_else171.us.us.i.3 ], [ 0xFFF0000000000000, %if_end172.us.us.i.2 ]
+  %2372 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1697.i.3
+  store float %2371, ptr %2372, align 4, !tbaa !4
+  %indvars.iv.next1529.i.3 = add nuw nsw i64 %indvars.iv1528.i, 4
+  %exitcond.not.3 = icmp eq i64 %indvars.iv.next1529.i.3, %2293
+  br i1 %exitcond.not.3, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i, !prof !67, !llvm.loop !68
 
-for_begin_c.for_end_c_crit_edge.us.us.i:          ; preds = %if_end194.us.us.i.3, %for_body_c.us.us.i.prol.loopexit, %middle.block268
-  %2731 = add nuw nsw i32 %r1911247.us.us.i, 1
-  %2732 = icmp slt i32 %2731, %1190
+for_begin_c.for_end_c_crit_edge.us.us.i:          ; preds = %if_end172.us.us.i.3, %for_body_c.us.us.i.prol.loopexit, %middle.block260
+  %2373 = add nuw nsw i32 %r1691212.us.us.i, 1
+  %2374 = icmp slt i32 %2373, %1038
   %indvar.next = add i64 %indvar, 1
-  br i1 %2732, label %for_body_r188.us.us.i, label %if_end186.us.i, !prof !80
+  br i1 %2374, label %for_body_r166.us.us.i, label %if_end164.us.i, !prof !69
 
-for_end_ax0.us.i:                                 ; preds = %for_begin_ti210.preheader.us.i, %for_body_ax0.us.us.preheader.i
-  %.us-phi.us.i = phi <16 x float> [ %1677, %for_body_ax0.us.us.preheader.i ], [ %tile_sum547.sroa.0.01256.us.i, %for_begin_ti210.preheader.us.i ]
-  %indvars.iv.next1572.i = add nuw nsw i64 %indvars.iv1571.i, 1
-  %exitcond1575.not.i = icmp eq i64 %indvars.iv.next1572.i, %wide.trip.count1561.i
-  br i1 %exitcond1575.not.i, label %for_begin_ti222.preheader.us.i.preheader, label %for_begin_ti210.preheader.us.i, !prof !8
+for_body_ax0196.us.us.preheader.i:                ; preds = %for_begin_ti188.preheader.us.i
+  %.idx69 = shl nuw nsw i64 %indvars.iv1552.i, 9
+  %2375 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx69
+  %2376 = getelementptr inbounds nuw i8, ptr %2375, i64 448
+  %2377 = load <16 x float>, ptr %2376, align 4, !tbaa !4
+  %arg.us.7.i = fsub <16 x float> %2377, %2558
+  %2378 = fcmp olt <16 x float> %arg.us.7.i, %2565
+  %2379 = fmul <16 x float> %arg.us.7.i, splat (float 0x3FF7154760000000)
+  %2380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2564)
+  %2381 = fsub <16 x float> %2380, %2564
+  %f.us.7.i = fsub <16 x float> %2379, %2381
+  %2382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.7.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %2383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2382, <16 x float> %f.us.7.i, <16 x float> splat (float 0x3FCEC03780000000))
+  %2384 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2383, <16 x float> %f.us.7.i, <16 x float> splat (float 0x3FE62E12C0000000))
+  %2385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2384, <16 x float> %f.us.7.i, <16 x float> splat (float 1.000000e+00))
+  %bits.us.7.i = bitcast <16 x float> %2380 to <16 x i32>
+  %2386 = shl <16 x i32> %bits.us.7.i, splat (i32 23)
+  %2387 = bitcast <16 x i32> %2386 to <16 x float>
+  %2388 = fmul <16 x float> %2385, %2387
+  %2389 = select <16 x i1> %2378, <16 x float> zeroinitializer, <16 x float> %2388
+  %2390 = bitcast <16 x float> %2389 to <16 x i32>
+  %2391 = getelementptr inbounds nuw i8, ptr %2375, i64 384
+  %2392 = load <16 x float>, ptr %2391, align 4, !tbaa !4
+  %arg.us.6.i = fsub <16 x float> %2392, %2558
+  %2393 = fcmp olt <16 x float> %arg.us.6.i, %2565
+  %2394 = fmul <16 x float> %arg.us.6.i, splat (float 0x3FF7154760000000)
+  %2395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2564)
+  %2396 = fsub <16 x float> %2395, %2564
+  %f.us.6.i = fsub <16 x float> %2394, %2396
+  %2397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.6.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %2398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2397, <16 x float> %f.us.6.i, <16 x float> splat (float 0x3FCEC03780000000))
+  %2399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2398, <16 x float> %f.us.6.i, <16 x float> splat (float 0x3FE62E12C0000000))
+  %2400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2399, <16 x float> %f.us.6.i, <16 x float> splat (float 1.000000e+00))
+  %bits.us.6.i = bitcast <16 x float> %2395 to <16 x i32>
+  %2401 = shl <16 x i32> %bits.us.6.i, splat (i32 23)
+  %2402 = bitcast <16 x i32> %2401 to <16 x float>
+  %2403 = fmul <16 x float> %2400, %2402
+  %2404 = select <16 x i1> %2393, <16 x float> zeroinitializer, <16 x float> %2403
+  %2405 = bitcast <16 x float> %2404 to <16 x i32>
+  %2406 = getelementptr inbounds nuw i8, ptr %2375, i64 320
+  %2407 = load <16 x float>, ptr %2406, align 4, !tbaa !4
+  %arg.us.5.i = fsub <16 x float> %2407, %2558
+  %2408 = fcmp olt <16 x float> %arg.us.5.i, %2565
+  %2409 = fmul <16 x float> %arg.us.5.i, splat (float 0x3FF7154760000000)
+  %2410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2564)
+  %2411 = fsub <16 x float> %2410, %2564
+  %f.us.5.i = fsub <16 x float> %2409, %2411
+  %2412 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.5.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %2413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2412, <16 x float> %f.us.5.i, <16 x float> splat (float 0x3FCEC03780000000))
+  %2414 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2413, <16 x float> %f.us.5.i, <16 x float> splat (float 0x3FE62E12C0000000))
+  %2415 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2414, <16 x float> %f.us.5.i, <16 x float> splat (float 1.000000e+00))
+  %bits.us.5.i = bitcast <16 x float> %2410 to <16 x i32>
+  %2416 = shl <16 x i32> %bits.us.5.i, splat (i32 23)
+  %2417 = bitcast <16 x i32> %2416 to <16 x float>
+  %2418 = fmul <16 x float> %2415, %2417
+  %2419 = select <16 x i1> %2408, <16 x float> zeroinitializer, <16 x float> %2418
+  %2420 = bitcast <16 x float> %2419 to <16 x i32>
+  %2421 = getelementptr inbounds nuw i8, ptr %2375, i64 256
+  %2422 = load <16 x float>, ptr %2421, align 4, !tbaa !4
+  %arg.us.4.i = fsub <16 x float> %2422, %2558
+  %2423 = fcmp olt <16 x float> %arg.us.4.i, %2565
+  %2424 = fmul <16 x float> %arg.us.4.i, splat (float 0x3FF7154760000000)
+  %2425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2564)
+  %2426 = fsub <16 x float> %2425, %2564
+  %f.us.4.i = fsub <16 x float> %2424, %2426
+  %2427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.4.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %2428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2427, <16 x float> %f.us.4.i, <16 x float> splat (float 0x3FCEC03780000000))
+  %2429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %f.us.4.i, <16 x float> splat (float 0x3FE62E12C0000000))
+  %2430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2429, <16 x float> %f.us.4.i, <16 x float> splat (float 1.000000e+00))
+  %bits.us.4.i = bitcast <16 x float> %2425 to <16 x i32>
+  %2431 = shl <16 x i32> %bits.us.4.i, splat (i32 23)
+  %2432 = bitcast <16 x i32> %2431 to <16 x float>
+  %2433 = fmul <16 x float> %2430, %2432
+  %2434 = select <16 x i1> %2423, <16 x float> zeroinitializer, <16 x float> %2433
+  %2435 = bitcast <16 x float> %2434 to <16 x i32>
+  %2436 = getelementptr inbounds nuw i8, ptr %2375, i64 192
+  %2437 = load <16 x float>, ptr %2436, align 4, !tbaa !4
+  %arg.us.3.i = fsub <16 x float> %2437, %2558
+  %2438 = fcmp olt <16 x float> %arg.us.3.i, %2565
+  %2439 = fmul <16 x float> %arg.us.3.i, splat (float 0x3FF7154760000000)
+  %2440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2564)
+  %2441 = fsub <16 x float> %2440, %2564
+  %f.us.3.i = fsub <16 x float> %2439, %2441
+  %2442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.3.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %2443 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2442, <16 x float> %f.us.3.i, <16 x float> splat (float 0x3FCEC03780000000))
+  %2444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2443, <16 x float> %f.us.3.i, <16 x float> splat (float 0x3FE62E12C0000000))
+  %2445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2444, <16 x float> %f.us.3.i, <16 x float> splat (float 1.000000e+00))
+  %bits.us.3.i = bitcast <16 x float> %2440 to <16 x i32>
+  %2446 = shl <16 x i32> %bits.us.3.i, splat (i32 23)
+  %2447 = bitcast <16 x i32> %2446 to <16 x float>
+  %2448 = fmul <16 x float> %2445, %2447
+  %2449 = select <16 x i1> %2438, <16 x float> zeroinitializer, <16 x float> %2448
+  %2450 = bitcast <16 x float> %2449 to <16 x i32>
+  %2451 = getelementptr inbounds nuw i8, ptr %2375, i64 128
+  %2452 = load <16 x float>, ptr %2451, align 4, !tbaa !4
+  %arg.us.2.i = fsub <16 x float> %2452, %2558
+  %2453 = fcmp olt <16 x float> %arg.us.2.i, %2565
+  %2454 = fmul <16 x float> %arg.us.2.i, splat (float 0x3FF7154760000000)
+  %2455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2564)
+  %2456 = fsub <16 x float> %2455, %2564
+  %f.us.2.i = fsub <16 x float> %2454, %2456
+  %2457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.2.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %2458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2457, <16 x float> %f.us.2.i, <16 x float> splat (float 0x3FCEC03780000000))
+  %2459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2458, <16 x float> %f.us.2.i, <16 x float> splat (float 0x3FE62E12C0000000))
+  %2460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2459, <16 x float> %f.us.2.i, <16 x float> splat (float 1.000000e+00))
+  %bits.us.2.i = bitcast <16 x float> %2455 to <16 x i32>
+  %2461 = shl <16 x i32> %bits.us.2.i, splat (i32 23)
+  %2462 = bitcast <16 x i32> %2461 to <16 x float>
+  %2463 = fmul <16 x float> %2460, %2462
+  %2464 = select <16 x i1> %2453, <16 x float> zeroinitializer, <16 x float> %2463
+  %2465 = bitcast <16 x float> %2464 to <16 x i32>
+  %2466 = getelementptr inbounds nuw i8, ptr %2375, i64 64
+  %2467 = load <16 x float>, ptr %2466, align 4, !tbaa !4
+  %arg.us.1.i = fsub <16 x float> %2467, %2558
+  %2468 = fcmp olt <16 x float> %arg.us.1.i, %2565
+  %2469 = fmul <16 x float> %arg.us.1.i, splat (float 0x3FF7154760000000)
+  %2470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2564)
+  %2471 = fsub <16 x float> %2470, %2564
+  %f.us.1.i = fsub <16 x float> %2469, %2471
+  %2472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.1.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %2473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2472, <16 x float> %f.us.1.i, <16 x float> splat (float 0x3FCEC03780000000))
+  %2474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2473, <16 x float> %f.us.1.i, <16 x float> splat (float 0x3FE62E12C0000000))
+  %2475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2474, <16 x float> %f.us.1.i, <16 x float> splat (float 1.000000e+00))
+  %bits.us.1.i = bitcast <16 x float> %2470 to <16 x i32>
+  %2476 = shl <16 x i32> %bits.us.1.i, splat (i32 23)
+  %2477 = bitcast <16 x i32> %2476 to <16 x float>
+  %2478 = fmul <16 x float> %2475, %2477
+  %2479 = select <16 x i1> %2468, <16 x float> zeroinitializer, <16 x float> %2478
+  %2480 = bitcast <16 x float> %2479 to <16 x i32>
+  %2481 = load <16 x float>, ptr %2375, align 4, !tbaa !4
+  %arg.us.i = fsub <16 x float> %2481, %2558
+  %2482 = fcmp olt <16 x float> %arg.us.i, %2565
+  %2483 = fmul <16 x float> %arg.us.i, splat (float 0x3FF7154760000000)
+  %2484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2564)
+  %2485 = fsub <16 x float> %2484, %2564
+  %f.us.i = fsub <16 x float> %2483, %2485
+  %2486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %2487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2486, <16 x float> %f.us.i, <16 x float> splat (float 0x3FCEC03780000000))
+  %2488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2487, <16 x float> %f.us.i, <16 x float> splat (float 0x3FE62E12C0000000))
+  %2489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2488, <16 x float> %f.us.i, <16 x float> splat (float 1.000000e+00))
+  %bits.us.i = bitcast <16 x float> %2484 to <16 x i32>
+  %2490 = shl <16 x i32> %bits.us.i, splat (i32 23)
+  %2491 = bitcast <16 x i32> %2490 to <16 x float>
+  %2492 = fmul <16 x float> %2489, %2491
+  %2493 = select <16 x i1> %2482, <16 x float> zeroinitializer, <16 x float> %2492
+  %2494 = bitcast <16 x float> %2493 to <16 x i32>
+  %2495 = add nsw <16 x i32> %2480, splat (i32 32768)
+  %2496 = and <16 x i32> %2495, splat (i32 -65536)
+  %2497 = add nsw <16 x i32> %2494, splat (i32 32768)
+  %2498 = lshr <16 x i32> %2497, splat (i32 16)
+  %2499 = or disjoint <16 x i32> %2498, %2496
+  %.idx70 = shl nuw nsw i64 %indvars.iv1552.i, 8
+  %2500 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx70
+  store <16 x i32> %2499, ptr %2500, align 4, !tbaa !4
+  %2501 = add nsw <16 x i32> %2450, splat (i32 32768)
+  %2502 = and <16 x i32> %2501, splat (i32 -65536)
+  %2503 = add nsw <16 x i32> %2465, splat (i32 32768)
+  %2504 = lshr <16 x i32> %2503, splat (i32 16)
+  %2505 = or disjoint <16 x i32> %2504, %2502
+  %2506 = getelementptr inbounds nuw i8, ptr %2500, i64 64
+  store <16 x i32> %2505, ptr %2506, align 4, !tbaa !4
+  %2507 = add nsw <16 x i32> %2420, splat (i32 32768)
+  %2508 = and <16 x i32> %2507, splat (i32 -65536)
+  %2509 = add nsw <16 x i32> %2435, splat (i32 32768)
+  %2510 = lshr <16 x i32> %2509, splat (i32 16)
+  %2511 = or disjoint <16 x i32> %2510, %2508
+  %2512 = getelementptr inbounds nuw i8, ptr %2500, i64 128
+  store <16 x i32> %2511, ptr %2512, align 4, !tbaa !4
+  %2513 = add nsw <16 x i32> %2390, splat (i32 32768)
+  %2514 = and <16 x i32> %2513, splat (i32 -65536)
+  %2515 = add nsw <16 x i32> %2405, splat (i32 32768)
+  %2516 = lshr <16 x i32> %2515, splat (i32 16)
+  %2517 = or disjoint <16 x i32> %2516, %2514
+  %2518 = getelementptr inbounds nuw i8, ptr %2500, i64 192
+  store <16 x i32> %2517, ptr %2518, align 4, !tbaa !4
+  %2519 = bitcast <16 x i32> %2499 to <32 x bfloat>
+  %r.i942.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_sum522.sroa.0.01223.us.i, <32 x bfloat> %2519, <32 x bfloat> splat (bfloat 0xR3F80))
+  %2520 = bitcast <16 x i32> %2505 to <32 x bfloat>
+  %r.i942.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i942.us.us.i, <32 x bfloat> %2520, <32 x bfloat> splat (bfloat 0xR3F80))
+  %2521 = bitcast <16 x i32> %2511 to <32 x bfloat>
+  %r.i942.us.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i942.us.us.1.i, <32 x bfloat> %2521, <32 x bfloat> splat (bfloat 0xR3F80))
+  %2522 = bitcast <16 x i32> %2517 to <32 x bfloat>
+  %r.i942.us.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i942.us.us.2.i, <32 x bfloat> %2522, <32 x bfloat> splat (bfloat 0xR3F80))
+  br label %for_end_ax0197.us.i
 
-for_begin_ti222.preheader.us.i.preheader:         ; preds = %for_end_ax0.us.i
-  %xtraiter353 = and i64 %wide.trip.count1561.i, 1
-  %2733 = icmp eq i64 %1192, 0
-  br i1 %2733, label %for_begin_ti222.preheader.us.i.epil.preheader, label %for_begin_ti222.preheader.us.i.preheader.new, !prof !64
+for_end_ax0197.us.i:                              ; preds = %for_body_ax0196.us.us.preheader.i, %for_begin_ti188.preheader.us.i
+  %.us-phi.us.i = phi <16 x float> [ %r.i942.us.us.3.i, %for_body_ax0196.us.us.preheader.i ], [ %tile_sum522.sroa.0.01223.us.i, %for_begin_ti188.preheader.us.i ]
+  %indvars.iv.next1553.i = add nuw nsw i64 %indvars.iv1552.i, 1
+  %exitcond1556.not.i = icmp eq i64 %indvars.iv.next1553.i, %wide.trip.count1538.i
+  br i1 %exitcond1556.not.i, label %for_end_to185.us.i, label %for_begin_ti188.preheader.us.i, !prof !8
 
-for_begin_ti222.preheader.us.i.preheader.new:     ; preds = %for_begin_ti222.preheader.us.i.preheader
-  %unroll_iter357 = and i64 %wide.trip.count1561.i, 2147483646
-  br label %for_begin_ti222.preheader.us.i
+for_begin_ti188.preheader.lr.ph.us.i.unr-lcssa:   ; preds = %for_begin_ti178.preheader.us.i
+  %lcmp.mod307.not = icmp eq i64 %xtraiter306, 0
+  br i1 %lcmp.mod307.not, label %for_begin_ti188.preheader.lr.ph.us.i, label %for_begin_ti178.preheader.us.i.epil.preheader, !prof !70
 
-for_begin_ti210.preheader.lr.ph.us.i.unr-lcssa:   ; preds = %for_begin_ti200.preheader.us.i
-  %lcmp.mod348.not = icmp eq i64 %xtraiter346, 0
-  br i1 %lcmp.mod348.not, label %for_begin_ti210.preheader.lr.ph.us.i, label %for_begin_ti200.preheader.us.i.epil.preheader, !prof !54
+for_begin_ti178.preheader.us.i.epil.preheader:    ; preds = %for_begin_ti188.preheader.lr.ph.us.i.unr-lcssa, %for_begin_ti178.preheader.us.preheader.i
+  %indvars.iv1535.i.epil.init = phi i64 [ 0, %for_begin_ti178.preheader.us.preheader.i ], [ %indvars.iv.next1536.i.1, %for_begin_ti188.preheader.lr.ph.us.i.unr-lcssa ]
+  %peak518.sroa.0.01215.us.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti178.preheader.us.preheader.i ], [ %1501, %for_begin_ti188.preheader.lr.ph.us.i.unr-lcssa ]
+  %lcmp.mod309 = icmp ne i64 %xtraiter306, 0
+  tail call void @llvm.assume(i1 %lcmp.mod309)
+  %.idx.epil = shl nsw i64 %indvars.iv1535.i.epil.init, 9
+  %2523 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx.epil
+  %2524 = load <16 x float>, ptr %2523, align 4, !tbaa !4
+  %2525 = fcmp ogt <16 x float> %peak518.sroa.0.01215.us.i.epil.init, %2524
+  %2526 = select <16 x i1> %2525, <16 x float> %peak518.sroa.0.01215.us.i.epil.init, <16 x float> %2524
+  %2527 = getelementptr inbounds nuw i8, ptr %2523, i64 64
+  %2528 = load <16 x float>, ptr %2527, align 4, !tbaa !4
+  %2529 = fcmp ogt <16 x float> %2526, %2528
+  %2530 = select <16 x i1> %2529, <16 x float> %2526, <16 x float> %2528
+  %2531 = getelementptr inbounds nuw i8, ptr %2523, i64 128
+  %2532 = load <16 x float>, ptr %2531, align 4, !tbaa !4
+  %2533 = fcmp ogt <16 x float> %2530, %2532
+  %2534 = select <16 x i1> %2533, <16 x float> %2530, <16 x float> %2532
+  %2535 = getelementptr inbounds nuw i8, ptr %2523, i64 192
+  %2536 = load <16 x float>, ptr %2535, align 4, !tbaa !4
+  %2537 = fcmp ogt <16 x float> %2534, %2536
+  %2538 = select <16 x i1> %2537, <16 x float> %2534, <16 x float> %2536
+  %2539 = getelementptr inbounds nuw i8, ptr %2523, i64 256
+  %2540 = load <16 x float>, ptr %2539, align 4, !tbaa !4
+  %2541 = fcmp ogt <16 x float> %2538, %2540
+  %2542 = select <16 x i1> %2541, <16 x float> %2538, <16 x float> %2540
+  %2543 = getelementptr inbounds nuw i8, ptr %2523, i64 320
+  %2544 = load <16 x float>, ptr %2543, align 4, !tbaa !4
+  %2545 = fcmp ogt <16 x float> %2542, %2544
+  %2546 = select <16 x i1> %2545, <16 x float> %2542, <16 x float> %2544
+  %2547 = getelementptr inbounds nuw i8, ptr %2523, i64 384
+  %2548 = load <16 x float>, ptr %2547, align 4, !tbaa !4
+  %2549 = fcmp ogt <16 x float> %2546, %2548
+  %2550 = select <16 x i1> %2549, <16 x float> %2546, <16 x float> %2548
+  %2551 = getelementptr inbounds nuw i8, ptr %2523, i64 448
+  %2552 = load <16 x float>, ptr %2551, align 4, !tbaa !4
+  %2553 = fcmp ogt <16 x float> %2550, %2552
+  %2554 = select <16 x i1> %2553, <16 x float> %2550, <16 x float> %2552
+  br label %for_begin_ti188.preheader.lr.ph.us.i
 
-for_begin_ti200.preheader.us.i.epil.preheader:    ; preds = %for_begin_ti210.preheader.lr.ph.us.i.unr-lcssa, %for_begin_ti200.preheader.us.preheader.i
-  %indvars.iv1558.i.epil.init = phi i64 [ 0, %for_begin_ti200.preheader.us.preheader.i ], [ %indvars.iv.next1559.i.1, %for_begin_ti210.preheader.lr.ph.us.i.unr-lcssa ]
-  %peak543.sroa.0.01250.us.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti200.preheader.us.preheader.i ], [ %1959, %for_begin_ti210.preheader.lr.ph.us.i.unr-lcssa ]
-  %lcmp.mod350 = icmp ne i64 %xtraiter346, 0
-  tail call void @llvm.assume(i1 %lcmp.mod350)
-  %.idx.epil = shl nsw i64 %indvars.iv1558.i.epil.init, 9
-  %2734 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx.epil
-  %2735 = load <16 x float>, ptr %2734, align 4, !tbaa !4
-  %2736 = fcmp ogt <16 x float> %peak543.sroa.0.01250.us.i.epil.init, %2735
-  %2737 = select <16 x i1> %2736, <16 x float> %peak543.sroa.0.01250.us.i.epil.init, <16 x float> %2735
-  %2738 = getelementptr inbounds nuw i8, ptr %2734, i64 64
-  %2739 = load <16 x float>, ptr %2738, align 4, !tbaa !4
-  %2740 = fcmp ogt <16 x float> %2737, %2739
-  %2741 = select <16 x i1> %2740, <16 x float> %2737, <16 x float> %2739
-  %2742 = getelementptr inbounds nuw i8, ptr %2734, i64 128
-  %2743 = load <16 x float>, ptr %2742, align 4, !tbaa !4
-  %2744 = fcmp ogt <16 x float> %2741, %2743
-  %2745 = select <16 x i1> %2744, <16 x float> %2741, <16 x float> %2743
-  %2746 = getelementptr inbounds nuw i8, ptr %2734, i64 192
-  %2747 = load <16 x float>, ptr %2746, align 4, !tbaa !4
-  %2748 = fcmp ogt <16 x float> %2745, %2747
-  %2749 = select <16 x i1> %2748, <16 x float> %2745, <16 x float> %2747
-  %2750 = getelementptr inbounds nuw i8, ptr %2734, i64 256
-  %2751 = load <16 x float>, ptr %2750, align 4, !tbaa !4
-  %2752 = fcmp ogt <16 x float> %2749, %2751
-  %2753 = select <16 x i1> %2752, <16 x float> %2749, <16 x float> %2751
-  %2754 = getelementptr inbounds nuw i8, ptr %2734, i64 320
-  %2755 = load <16 x float>, ptr %2754, align 4, !tbaa !4
-  %2756 = fcmp ogt <16 x float> %2753, %2755
-  %2757 = select <16 x i1> %2756, <16 x float> %2753, <16 x float> %2755
-  %2758 = getelementptr inbounds nuw i8, ptr %2734, i64 384
-  %2759 = load <16 x float>, ptr %2758, align 4, !tbaa !4
-  %2760 = fcmp ogt <16 x float> %2757, %2759
-  %2761 = select <16 x i1> %2760, <16 x float> %2757, <16 x float> %2759
-  %2762 = getelementptr inbounds nuw i8, ptr %2734, i64 448
-  %2763 = load <16 x float>, ptr %2762, align 4, !tbaa !4
-  %2764 = fcmp ogt <16 x float> %2761, %2763
-  %2765 = select <16 x i1> %2764, <16 x float> %2761, <16 x float> %2763
-  br label %for_begin_ti210.preheader.lr.ph.us.i
+for_begin_ti188.preheader.lr.ph.us.i:             ; preds = %for_begin_ti178.preheader.us.i.epil.preheader, %for_begin_ti188.preheader.lr.ph.us.i.unr-lcssa
+  %.lcssa = phi <16 x float> [ %1501, %for_begin_ti188.preheader.lr.ph.us.i.unr-lcssa ], [ %2554, %for_begin_ti178.preheader.us.i.epil.preheader ]
+  %2555 = icmp sgt i32 %valid_len155.us.i, 0
+  %2556 = insertelement <16 x i1> poison, i1 %2555, i64 0
+  %2557 = shufflevector <16 x i1> %2556, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2558 = select <16 x i1> %2557, <16 x float> %.lcssa, <16 x float> splat (float 0xC6293E5940000000)
+  %2559 = shl i64 %1018, 4
+  %2560 = and i64 %2559, 4294967280
+  %2561 = getelementptr inbounds nuw i32, ptr %places.i, i64 %2560
+  %2562 = load <16 x i32>, ptr %2561, align 4, !tbaa !4
+  %2563 = sitofp <16 x i32> %2562 to <16 x float>
+  %2564 = fsub <16 x float> splat (float 0x4168000FE0000000), %2563
+  %2565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  br label %for_begin_ti188.preheader.us.i
 
-for_begin_ti210.preheader.lr.ph.us.i:             ; preds = %for_begin_ti200.preheader.us.i.epil.preheader, %for_begin_ti210.preheader.lr.ph.us.i.unr-lcssa
-  %.lcssa = phi <16 x float> [ %1959, %for_begin_ti210.preheader.lr.ph.us.i.unr-lcssa ], [ %2765, %for_begin_ti200.preheader.us.i.epil.preheader ]
-  %2766 = icmp sgt i32 %valid_len179.us.i, 0
-  %2767 = insertelement <16 x i1> poison, i1 %2766, i64 0
-  %2768 = shufflevector <16 x i1> %2767, <16 x i1> poison, <16 x i32> zeroinitializer
-  %2769 = select <16 x i1> %2768, <16 x float> %.lcssa, <16 x float> splat (float 0xC6293E5940000000)
-  %2770 = shl i64 %1172, 4
-  %2771 = and i64 %2770, 4294967280
-  %2772 = getelementptr inbounds nuw i32, ptr %places.i, i64 %2771
-  %2773 = load <16 x i32>, ptr %2772, align 4, !tbaa !4
-  %2774 = sitofp <16 x i32> %2773 to <16 x float>
-  %2775 = fsub <16 x float> splat (float 0x4168000FE0000000), %2774
-  %2776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2774, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  br label %for_begin_ti210.preheader.us.i
+for_begin_ti238.preheader.lr.ph.us.i:             ; preds = %for_end_to185.us.i
+  %2566 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %1047
+  %2567 = and i32 %1107, 2147483640
+  %2568 = add i32 %2567, %939
+  %wide.trip.count1564.i = zext nneg i32 %1108 to i64
+  br label %for_begin_ti238.preheader.us.i
 
-for_begin_ti267.preheader.lr.ph.us.i:             ; preds = %for_end_to219.us.i
-  %2777 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %1229
-  %2778 = and i32 %1288, 2147483640
-  %2779 = add i32 %2778, %951
-  %wide.trip.count1592.i = zext nneg i32 %1289 to i64
-  br label %for_begin_ti267.preheader.us.i
+for_body_r246.lr.ph.us.i:                         ; preds = %if_then243.us.i
+  %2569 = icmp sgt i32 %valid_len155.us.i, %985
+  %2570 = zext nneg i32 %1110 to i64
+  %2571 = shl nuw nsw i64 %2570, 2
+  br i1 %2569, label %for_body_r246.us.us.preheader.i, label %if_end244.us.i, !prof !3
 
-for_body_r275.lr.ph.us.i:                         ; preds = %if_then272.us.i
-  %2780 = icmp sgt i32 %valid_len179.us.i, %1025
-  %2781 = zext nneg i32 %1291 to i64
-  %2782 = shl nuw nsw i64 %2781, 2
-  br i1 %2780, label %for_body_r275.us.i.us.preheader, label %if_end273.us.i, !prof !3
+for_body_r246.us.us.preheader.i:                  ; preds = %for_body_r246.lr.ph.us.i
+  %2572 = add i32 %indvars.iv108, %1024
+  %smin113 = tail call i32 @llvm.smin.i32(i32 %indvars.iv106, i32 %2572)
+  %smin114 = tail call i32 @llvm.smin.i32(i32 %smin113, i32 128)
+  %2573 = sub i32 %smin114, %smax112
+  %2574 = zext i32 %2573 to i64
+  %xtraiter310 = and i64 %2574, 3
+  %2575 = add i32 %2573, -1
+  %2576 = icmp ult i32 %2575, 3
+  %unroll_iter313 = and i64 %2574, 4294967292
+  %lcmp.mod311.not = icmp eq i64 %xtraiter310, 0
+  %lcmp.mod312 = icmp ne i64 %xtraiter310, 0
+  br label %for_body_r246.us.us.i
 
-for_body_r275.us.i.us.preheader:                  ; preds = %for_body_r275.lr.ph.us.i
-  %2783 = add i32 %indvars.iv115, %1178
-  %2784 = tail call i32 @llvm.smin.i32(i32 %indvars.iv103, i32 %2783)
-  %2785 = tail call i32 @llvm.smin.i32(i32 %2784, i32 256)
-  %smin122 = sext i32 %2785 to i64
-  %2786 = sub nsw i64 %smin122, %944
-  %smax123 = tail call i64 @llvm.smax.i64(i64 %2786, i64 1)
-  %xtraiter359 = and i64 %smax123, 3
-  %2787 = icmp slt i64 %2786, 4
-  %unroll_iter363 = and i64 %smax123, 9223372036854775804
-  %lcmp.mod361.not = icmp eq i64 %xtraiter359, 0
-  %lcmp.mod362 = icmp ne i64 %xtraiter359, 0
-  br label %for_body_r275.us.i.us
+for_body_r246.us.us.i:                            ; preds = %for_begin_c250.for_end_c252_crit_edge.us.us.i, %for_body_r246.us.us.preheader.i
+  %r2491229.us.us.i = phi i32 [ %2645, %for_begin_c250.for_end_c252_crit_edge.us.us.i ], [ 0, %for_body_r246.us.us.preheader.i ]
+  %2577 = lshr i32 %r2491229.us.us.i, 2
+  %2578 = zext nneg i32 %2577 to i64
+  %2579 = add nuw nsw i64 %2571, %2578
+  %2580 = mul nsw i64 %2579, %614
+  %2581 = getelementptr i8, ptr %991, i64 %2580
+  br i1 %2576, label %for_body_c251.us.us.i.epil.preheader, label %for_body_c251.us.us.i, !prof !71
 
-for_body_r275.us.i.us:                            ; preds = %for_end_c281.us.i.loopexit.us, %for_body_r275.us.i.us.preheader
-  %r2781264.us.i.us = phi i32 [ %2856, %for_end_c281.us.i.loopexit.us ], [ 0, %for_body_r275.us.i.us.preheader ]
-  %2788 = lshr i32 %r2781264.us.i.us, 2
-  %2789 = zext nneg i32 %2788 to i64
-  %2790 = add nuw nsw i64 %2782, %2789
-  %2791 = mul nsw i64 %2790, %612
-  %2792 = getelementptr i8, ptr %1031, i64 %2791
-  br i1 %2787, label %for_body_c280.us.i.us.epil.preheader, label %for_body_c280.us.i.us, !prof !49
+for_body_c251.us.us.i:                            ; preds = %for_body_c251.us.us.i, %for_body_r246.us.us.i
+  %indvars.iv1566.i = phi i64 [ %indvars.iv.next1567.i.3, %for_body_c251.us.us.i ], [ 0, %for_body_r246.us.us.i ]
+  %niter314 = phi i64 [ %niter314.next.3, %for_body_c251.us.us.i ], [ 0, %for_body_r246.us.us.i ]
+  %2582 = getelementptr i8, ptr %2581, i64 %indvars.iv1566.i
+  %2583 = load i8, ptr %2582, align 1, !tbaa !4
+  %2584 = icmp eq i8 %2583, 0
+  %2585 = select i1 %2584, i32 %993, i32 -1
+  %2586 = trunc i64 %indvars.iv1566.i to i32
+  %.tr.i = add i32 %985, %2586
+  %2587 = shl i32 %.tr.i, 3
+  %2588 = and i32 %2587, 2147483632
+  %2589 = add nuw nsw i32 %2588, %r2491229.us.us.i
+  %2590 = zext nneg i32 %2589 to i64
+  %2591 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2590
+  %2592 = load i32, ptr %2591, align 4, !tbaa !4
+  %2593 = and i32 %2585, %2592
+  store i32 %2593, ptr %2591, align 4, !tbaa !4
+  %indvars.iv.next1567.i = or disjoint i64 %indvars.iv1566.i, 1
+  %2594 = getelementptr i8, ptr %2581, i64 %indvars.iv.next1567.i
+  %2595 = load i8, ptr %2594, align 1, !tbaa !4
+  %2596 = icmp eq i8 %2595, 0
+  %2597 = select i1 %2596, i32 %994, i32 -1
+  %2598 = trunc i64 %indvars.iv.next1567.i to i32
+  %.tr.i.1 = add i32 %985, %2598
+  %2599 = shl i32 %.tr.i.1, 3
+  %2600 = and i32 %2599, 2147483632
+  %2601 = add nuw nsw i32 %2600, %r2491229.us.us.i
+  %2602 = zext nneg i32 %2601 to i64
+  %2603 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2602
+  %2604 = load i32, ptr %2603, align 4, !tbaa !4
+  %2605 = and i32 %2597, %2604
+  store i32 %2605, ptr %2603, align 4, !tbaa !4
+  %indvars.iv.next1567.i.1 = or disjoint i64 %indvars.iv1566.i, 2
+  %2606 = getelementptr i8, ptr %2581, i64 %indvars.iv.next1567.i.1
+  %2607 = load i8, ptr %2606, align 1, !tbaa !4
+  %2608 = icmp eq i8 %2607, 0
+  %2609 = select i1 %2608, i32 %996, i32 -1
+  %2610 = trunc i64 %indvars.iv.next1567.i.1 to i32
+  %.tr.i.2 = add i32 %985, %2610
+  %2611 = shl i32 %.tr.i.2, 3
+  %2612 = and i32 %2611, 2147483632
+  %2613 = add nuw nsw i32 %2612, %r2491229.us.us.i
+  %2614 = zext nneg i32 %2613 to i64
+  %2615 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2614
+  %2616 = load i32, ptr %2615, align 4, !tbaa !4
+  %2617 = and i32 %2609, %2616
+  store i32 %2617, ptr %2615, align 4, !tbaa !4
+  %indvars.iv.next1567.i.2 = or disjoint i64 %indvars.iv1566.i, 3
+  %2618 = getelementptr i8, ptr %2581, i64 %indvars.iv.next1567.i.2
+  %2619 = load i8, ptr %2618, align 1, !tbaa !4
+  %2620 = icmp eq i8 %2619, 0
+  %2621 = select i1 %2620, i32 %997, i32 -1
+  %2622 = trunc i64 %indvars.iv.next1567.i.2 to i32
+  %.tr.i.3 = add i32 %985, %2622
+  %2623 = shl i32 %.tr.i.3, 3
+  %2624 = and i32 %2623, 2147483632
+  %2625 = add nuw nsw i32 %2624, %r2491229.us.us.i
+  %2626 = zext nneg i32 %2625 to i64
+  %2627 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2626
+  %2628 = load i32, ptr %2627, align 4, !tbaa !4
+  %2629 = and i32 %2621, %2628
+  store i32 %2629, ptr %2627, align 4, !tbaa !4
+  %indvars.iv.next1567.i.3 = add nuw nsw i64 %indvars.iv1566.i, 4
+  %niter314.next.3 = add i64 %niter314, 4
+  %niter314.ncmp.3 = icmp eq i64 %niter314.next.3, %unroll_iter313
+  br i1 %niter314.ncmp.3, label %for_begin_c250.for_end_c252_crit_edge.us.us.i.unr-lcssa, label %for_body_c251.us.us.i, !prof !72, !llvm.loop !73
 
-for_body_c280.us.i.us:                            ; preds = %for_body_c280.us.i.us, %for_body_r275.us.i.us
-  %indvars.iv1594.i.us = phi i64 [ %indvars.iv.next1595.i.us.3, %for_body_c280.us.i.us ], [ 0, %for_body_r275.us.i.us ]
-  %niter364 = phi i64 [ %niter364.next.3, %for_body_c280.us.i.us ], [ 0, %for_body_r275.us.i.us ]
-  %2793 = getelementptr i8, ptr %2792, i64 %indvars.iv1594.i.us
-  %2794 = load i8, ptr %2793, align 1, !tbaa !4
-  %2795 = icmp eq i8 %2794, 0
-  %2796 = select i1 %2795, i32 %1033, i32 -1
-  %2797 = trunc i64 %indvars.iv1594.i.us to i32
-  %.tr.i.us = add i32 %1025, %2797
-  %2798 = shl i32 %.tr.i.us, 3
-  %2799 = and i32 %2798, 2147483632
-  %2800 = add nuw nsw i32 %2799, %r2781264.us.i.us
-  %2801 = zext nneg i32 %2800 to i64
-  %2802 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2801
-  %2803 = load i32, ptr %2802, align 4, !tbaa !4
-  %2804 = and i32 %2796, %2803
-  store i32 %2804, ptr %2802, align 4, !tbaa !4
-  %indvars.iv.next1595.i.us = or disjoint i64 %indvars.iv1594.i.us, 1
-  %2805 = getelementptr i8, ptr %2792, i64 %indvars.iv.next1595.i.us
-  %2806 = load i8, ptr %2805, align 1, !tbaa !4
-  %2807 = icmp eq i8 %2806, 0
-  %2808 = select i1 %2807, i32 %1034, i32 -1
-  %2809 = trunc i64 %indvars.iv.next1595.i.us to i32
-  %.tr.i.us.1 = add i32 %1025, %2809
-  %2810 = shl i32 %.tr.i.us.1, 3
-  %2811 = and i32 %2810, 2147483632
-  %2812 = add nuw nsw i32 %2811, %r2781264.us.i.us
-  %2813 = zext nneg i32 %2812 to i64
-  %2814 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2813
-  %2815 = load i32, ptr %2814, align 4, !tbaa !4
-  %2816 = and i32 %2808, %2815
-  store i32 %2816, ptr %2814, align 4, !tbaa !4
-  %indvars.iv.next1595.i.us.1 = or disjoint i64 %indvars.iv1594.i.us, 2
-  %2817 = getelementptr i8, ptr %2792, i64 %indvars.iv.next1595.i.us.1
-  %2818 = load i8, ptr %2817, align 1, !tbaa !4
-  %2819 = icmp eq i8 %2818, 0
-  %2820 = select i1 %2819, i32 %1036, i32 -1
-  %2821 = trunc i64 %indvars.iv.next1595.i.us.1 to i32
-  %.tr.i.us.2 = add i32 %1025, %2821
-  %2822 = shl i32 %.tr.i.us.2, 3
-  %2823 = and i32 %2822, 2147483632
-  %2824 = add nuw nsw i32 %2823, %r2781264.us.i.us
-  %2825 = zext nneg i32 %2824 to i64
-  %2826 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2825
-  %2827 = load i32, ptr %2826, align 4, !tbaa !4
-  %2828 = and i32 %2820, %2827
-  store i32 %2828, ptr %2826, align 4, !tbaa !4
-  %indvars.iv.next1595.i.us.2 = or disjoint i64 %indvars.iv1594.i.us, 3
-  %2829 = getelementptr i8, ptr %2792, i64 %indvars.iv.next1595.i.us.2
-  %2830 = load i8, ptr %2829, align 1, !tbaa !4
-  %2831 = icmp eq i8 %2830, 0
-  %2832 = select i1 %2831, i32 %1037, i32 -1
-  %2833 = trunc i64 %indvars.iv.next1595.i.us.2 to i32
-  %.tr.i.us.3 = add i32 %1025, %2833
-  %2834 = shl i32 %.tr.i.us.3, 3
-  %2835 = and i32 %2834, 2147483632
-  %2836 = add nuw nsw i32 %2835, %r2781264.us.i.us
-  %2837 = zext nneg i32 %2836 to i64
-  %2838 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2837
-  %2839 = load i32, ptr %2838, align 4, !tbaa !4
-  %2840 = and i32 %2832, %2839
-  store i32 %2840, ptr %2838, align 4, !tbaa !4
-  %indvars.iv.next1595.i.us.3 = add nuw nsw i64 %indvars.iv1594.i.us, 4
-  %niter364.next.3 = add i64 %niter364, 4
-  %niter364.ncmp.3 = icmp eq i64 %niter364.next.3, %unroll_iter363
-  br i1 %niter364.ncmp.3, label %for_end_c281.us.i.loopexit.us.unr-lcssa, label %for_body_c280.us.i.us, !prof !50, !llvm.loop !81
+for_begin_c250.for_end_c252_crit_edge.us.us.i.unr-lcssa: ; preds = %for_body_c251.us.us.i
+  br i1 %lcmp.mod311.not, label %for_begin_c250.for_end_c252_crit_edge.us.us.i, label %for_body_c251.us.us.i.epil.preheader, !prof !75
 
-for_end_c281.us.i.loopexit.us.unr-lcssa:          ; preds = %for_body_c280.us.i.us
-  br i1 %lcmp.mod361.not, label %for_end_c281.us.i.loopexit.us, label %for_body_c280.us.i.us.epil.preheader, !prof !53
+for_body_c251.us.us.i.epil.preheader:             ; preds = %for_begin_c250.for_end_c252_crit_edge.us.us.i.unr-lcssa, %for_body_r246.us.us.i
+  %indvars.iv1566.i.epil.init = phi i64 [ 0, %for_body_r246.us.us.i ], [ %indvars.iv.next1567.i.3, %for_begin_c250.for_end_c252_crit_edge.us.us.i.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod312)
+  br label %for_body_c251.us.us.i.epil
 
-for_body_c280.us.i.us.epil.preheader:             ; preds = %for_end_c281.us.i.loopexit.us.unr-lcssa, %for_body_r275.us.i.us
-  %indvars.iv1594.i.us.epil.init = phi i64 [ 0, %for_body_r275.us.i.us ], [ %indvars.iv.next1595.i.us.3, %for_end_c281.us.i.loopexit.us.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod362)
-  br label %for_body_c280.us.i.us.epil
+for_body_c251.us.us.i.epil:                       ; preds = %for_body_c251.us.us.i.epil, %for_body_c251.us.us.i.epil.preheader
+  %indvars.iv1566.i.epil = phi i64 [ %indvars.iv.next1567.i.epil, %for_body_c251.us.us.i.epil ], [ %indvars.iv1566.i.epil.init, %for_body_c251.us.us.i.epil.preheader ]
+  %epil.iter = phi i64 [ %epil.iter.next, %for_body_c251.us.us.i.epil ], [ 0, %for_body_c251.us.us.i.epil.preheader ]
+  %2630 = add nuw nsw i64 %indvars.iv1566.i.epil, %986
+  %2631 = and i64 %2630, 1
+  %2632 = icmp eq i64 %2631, 0
+  %2633 = select i1 %2632, i32 -65536, i32 65535
+  %2634 = getelementptr i8, ptr %2581, i64 %indvars.iv1566.i.epil
+  %2635 = load i8, ptr %2634, align 1, !tbaa !4
+  %2636 = icmp eq i8 %2635, 0
+  %2637 = select i1 %2636, i32 %2633, i32 -1
+  %.tr.i.epil = trunc i64 %2630 to i32
+  %2638 = shl i32 %.tr.i.epil, 3
+  %2639 = and i32 %2638, 2147483632
+  %2640 = add nuw nsw i32 %2639, %r2491229.us.us.i
+  %2641 = zext nneg i32 %2640 to i64
+  %2642 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2641
+  %2643 = load i32, ptr %2642, align 4, !tbaa !4
+  %2644 = and i32 %2637, %2643
+  store i32 %2644, ptr %2642, align 4, !tbaa !4
+  %indvars.iv.next1567.i.epil = add nuw nsw i64 %indvars.iv1566.i.epil, 1
+  %epil.iter.next = add i64 %epil.iter, 1
+  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter310
+  br i1 %epil.iter.cmp.not, label %for_begin_c250.for_end_c252_crit_edge.us.us.i, label %for_body_c251.us.us.i.epil, !prof !70, !llvm.loop !76
 
-for_body_c280.us.i.us.epil:                       ; preds = %for_body_c280.us.i.us.epil, %for_body_c280.us.i.us.epil.preheader
-  %indvars.iv1594.i.us.epil = phi i64 [ %indvars.iv1594.i.us.epil.init, %for_body_c280.us.i.us.epil.preheader ], [ %indvars.iv.next1595.i.us.epil, %for_body_c280.us.i.us.epil ]
-  %epil.iter360 = phi i64 [ 0, %for_body_c280.us.i.us.epil.preheader ], [ %epil.iter360.next, %for_body_c280.us.i.us.epil ]
-  %2841 = add nuw nsw i64 %indvars.iv1594.i.us.epil, %1026
-  %2842 = and i64 %2841, 1
-  %2843 = icmp eq i64 %2842, 0
-  %2844 = select i1 %2843, i32 -65536, i32 65535
-  %2845 = getelementptr i8, ptr %2792, i64 %indvars.iv1594.i.us.epil
-  %2846 = load i8, ptr %2845, align 1, !tbaa !4
-  %2847 = icmp eq i8 %2846, 0
-  %2848 = select i1 %2847, i32 %2844, i32 -1
-  %.tr.i.us.epil = trunc i64 %2841 to i32
-  %2849 = shl i32 %.tr.i.us.epil, 3
-  %2850 = and i32 %2849, 2147483632
-  %2851 = add nuw nsw i32 %2850, %r2781264.us.i.us
-  %2852 = zext nneg i32 %2851 to i64
-  %2853 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2852
-  %2854 = load i32, ptr %2853, align 4, !tbaa !4
-  %2855 = and i32 %2848, %2854
-  store i32 %2855, ptr %2853, align 4, !tbaa !4
-  %indvars.iv.next1595.i.us.epil = add nuw nsw i64 %indvars.iv1594.i.us.epil, 1
-  %epil.iter360.next = add i64 %epil.iter360, 1
-  %epil.iter360.cmp.not = icmp eq i64 %epil.iter360.next, %xtraiter359
-  br i1 %epil.iter360.cmp.not, label %for_end_c281.us.i.loopexit.us, label %for_body_c280.us.i.us.epil, !prof !54, !llvm.loop !82
+for_begin_c250.for_end_c252_crit_edge.us.us.i:    ; preds = %for_body_c251.us.us.i.epil, %for_begin_c250.for_end_c252_crit_edge.us.us.i.unr-lcssa
+  %2645 = add nuw nsw i32 %r2491229.us.us.i, 1
+  %2646 = icmp slt i32 %2645, %1113
+  br i1 %2646, label %for_body_r246.us.us.i, label %if_end244.us.i, !prof !69
 
-for_end_c281.us.i.loopexit.us:                    ; preds = %for_body_c280.us.i.us.epil, %for_end_c281.us.i.loopexit.us.unr-lcssa
-  %2856 = add nuw nsw i32 %r2781264.us.i.us, 1
-  %2857 = icmp slt i32 %2856, %1294
-  br i1 %2857, label %for_body_r275.us.i.us, label %if_end273.us.i, !prof !80
+for_body_to256.lr.ph.us.i:                        ; preds = %for_begin_to255.preheader.us.i
+  %2647 = mul nuw nsw i64 %indvars.iv1586.i, %1127
+  %gep1288.us.idx.i = shl i64 %indvars.iv1586.i, 5
+  %gep1288.us.i = getelementptr i8, ptr %invariant.gep1287.us.i, i64 %gep1288.us.idx.i
+  br label %for_body_to256.us.i
 
-for_begin_ti289.preheader.lr.ph.us.i:             ; preds = %for_begin_to284.preheader.us.i
-  %gep1318.us.idx.i = shl i64 %indvars.iv1611.i, 5
-  %gep1318.us.i = getelementptr i8, ptr %invariant.gep1230.us.i, i64 %gep1318.us.idx.i
-  br label %for_begin_ti289.preheader.us.i
+for_body_ti273.lr.ph.us.i:                        ; preds = %for_end_to257.us.i
+  %gep1290.us.idx.i = shl i64 %indvars.iv1586.i, 5
+  %gep1290.us.i = getelementptr i8, ptr %invariant.gep1287.us.i, i64 %gep1290.us.idx.i
+  br label %for_body_ti273.us.i
 
-for_body_ti295.lr.ph.us.i:                        ; preds = %for_end_to286.us.i
-  %gep1320.us.idx.i = shl i64 %indvars.iv1611.i, 5
-  %gep1320.us.i = getelementptr i8, ptr %invariant.gep1230.us.i, i64 %gep1320.us.idx.i
-  br label %for_body_ti295.us.i
+for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i: ; preds = %for_begin_row_tile.us.i
+  %exitcond1599.not.i = icmp eq i64 %indvars.iv.next1596.i, %wide.trip.count1598.i
+  br i1 %exitcond1599.not.i, label %for_end_kv_head.i, label %for_body_kv_head.us.i, !prof !8
 
-for_begin_row_tile.for_end_row_tile_crit_edge.us.i: ; preds = %for_begin_row_tile.us.i
-  %indvars.iv.next1621.i = add nuw nsw i64 %indvars.iv1620.i, 1
-  %exitcond1624.not.i = icmp eq i64 %indvars.iv.next1621.i, %wide.trip.count1623.i
-  br i1 %exitcond1624.not.i, label %for_end_kv_head.i, label %for_body_kv_head.us.i, !prof !8
+for_body_t130.i:                                  ; preds = %for_body_t130.i, %for_body_t.i
+  %indvars.iv1501.i = phi i64 [ %indvars.iv.next1502.i.3, %for_body_t130.i ], [ 0, %for_body_t.i ]
+  %2648 = add nsw i64 %indvars.iv1501.i, %938
+  %2649 = trunc nsw i64 %2648 to i32
+  %2650 = tail call i32 @llvm.smin.i32(i32 %2649, i32 %903)
+  %2651 = sext i32 %2650 to i64
+  %2652 = ashr i64 %2651, 4
+  %gep1193.i = getelementptr i32, ptr %604, i64 %2652
+  %2653 = load i32, ptr %gep1193.i, align 4, !tbaa !4
+  %block137.i = sext i32 %2653 to i64
+  %2654 = lshr i64 %2651, 1
+  %2655 = and i64 %2654, 7
+  %2656 = mul nsw i64 %2655, %v_row
+  %2657 = mul nsw i64 %v_block, %block137.i
+  %2658 = add nsw i64 %2656, %2657
+  %2659 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1501.i
+  store i64 %2658, ptr %2659, align 8, !tbaa !4
+  %indvars.iv.next1502.i = or disjoint i64 %indvars.iv1501.i, 1
+  %2660 = add nsw i64 %indvars.iv.next1502.i, %938
+  %2661 = trunc nsw i64 %2660 to i32
+  %2662 = tail call i32 @llvm.smin.i32(i32 %2661, i32 %903)
+  %2663 = sext i32 %2662 to i64
+  %2664 = ashr i64 %2663, 4
+  %gep1193.i.1 = getelementptr i32, ptr %604, i64 %2664
+  %2665 = load i32, ptr %gep1193.i.1, align 4, !tbaa !4
+  %block137.i.1 = sext i32 %2665 to i64
+  %2666 = lshr i64 %2663, 1
+  %2667 = and i64 %2666, 7
+  %2668 = mul nsw i64 %2667, %v_row
+  %2669 = mul nsw i64 %v_block, %block137.i.1
+  %2670 = add nsw i64 %2668, %2669
+  %2671 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1502.i
+  store i64 %2670, ptr %2671, align 8, !tbaa !4
+  %indvars.iv.next1502.i.1 = or disjoint i64 %indvars.iv1501.i, 2
+  %2672 = add nsw i64 %indvars.iv.next1502.i.1, %938
+  %2673 = trunc nsw i64 %2672 to i32
+  %2674 = tail call i32 @llvm.smin.i32(i32 %2673, i32 %903)
+  %2675 = sext i32 %2674 to i64
+  %2676 = ashr i64 %2675, 4
+  %gep1193.i.2 = getelementptr i32, ptr %604, i64 %2676
+  %2677 = load i32, ptr %gep1193.i.2, align 4, !tbaa !4
+  %block137.i.2 = sext i32 %2677 to i64
+  %2678 = lshr i64 %2675, 1
+  %2679 = and i64 %2678, 7
+  %2680 = mul nsw i64 %2679, %v_row
+  %2681 = mul nsw i64 %v_block, %block137.i.2
+  %2682 = add nsw i64 %2680, %2681
+  %2683 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1502.i.1
+  store i64 %2682, ptr %2683, align 8, !tbaa !4
+  %indvars.iv.next1502.i.2 = or disjoint i64 %indvars.iv1501.i, 3
+  %2684 = add nsw i64 %indvars.iv.next1502.i.2, %938
+  %2685 = trunc nsw i64 %2684 to i32
+  %2686 = tail call i32 @llvm.smin.i32(i32 %2685, i32 %903)
+  %2687 = sext i32 %2686 to i64
+  %2688 = ashr i64 %2687, 4
+  %gep1193.i.3 = getelementptr i32, ptr %604, i64 %2688
+  %2689 = load i32, ptr %gep1193.i.3, align 4, !tbaa !4
+  %block137.i.3 = sext i32 %2689 to i64
+  %2690 = lshr i64 %2687, 1
+  %2691 = and i64 %2690, 7
+  %2692 = mul nsw i64 %2691, %v_row
+  %2693 = mul nsw i64 %v_block, %block137.i.3
+  %2694 = add nsw i64 %2692, %2693
+  %2695 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1502.i.2
+  store i64 %2694, ptr %2695, align 8, !tbaa !4
+  %indvars.iv.next1502.i.3 = add nuw nsw i64 %indvars.iv1501.i, 4
+  %exitcond1505.not.i.3 = icmp eq i64 %indvars.iv.next1502.i.3, %wide.trip.count1499.i
+  br i1 %exitcond1505.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t130.i, !prof !8, !llvm.loop !78
 
-for_body_t130.i:                                  ; preds = %for_body_t130.i, %for_body_t130.i.preheader.new
-  %indvars.iv1520.i = phi i64 [ 0, %for_body_t130.i.preheader.new ], [ %indvars.iv.next1521.i.3, %for_body_t130.i ]
-  %niter331 = phi i64 [ 0, %for_body_t130.i.preheader.new ], [ %niter331.next.3, %for_body_t130.i ]
-  %2858 = add nsw i64 %indvars.iv1520.i, %950
-  %2859 = trunc nsw i64 %2858 to i32
-  %2860 = tail call i32 @llvm.smin.i32(i32 %2859, i32 %901)
-  %2861 = sext i32 %2860 to i64
-  %2862 = ashr i64 %2861, 4
-  %gep1219.i = getelementptr i32, ptr %604, i64 %2862
-  %2863 = load i32, ptr %gep1219.i, align 4, !tbaa !4
-  %block137.i = sext i32 %2863 to i64
-  %2864 = lshr i64 %2861, 1
-  %2865 = and i64 %2864, 7
-  %2866 = mul nsw i64 %2865, %v_row
-  %2867 = mul nsw i64 %v_block, %block137.i
-  %2868 = add nsw i64 %2866, %2867
-  %2869 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1520.i
-  store i64 %2868, ptr %2869, align 8, !tbaa !4
-  %indvars.iv.next1521.i = or disjoint i64 %indvars.iv1520.i, 1
-  %2870 = add nsw i64 %indvars.iv.next1521.i, %950
-  %2871 = trunc nsw i64 %2870 to i32
-  %2872 = tail call i32 @llvm.smin.i32(i32 %2871, i32 %901)
-  %2873 = sext i32 %2872 to i64
-  %2874 = ashr i64 %2873, 4
-  %gep1219.i.1 = getelementptr i32, ptr %604, i64 %2874
-  %2875 = load i32, ptr %gep1219.i.1, align 4, !tbaa !4
-  %block137.i.1 = sext i32 %2875 to i64
-  %2876 = lshr i64 %2873, 1
-  %2877 = and i64 %2876, 7
-  %2878 = mul nsw i64 %2877, %v_row
-  %2879 = mul nsw i64 %v_block, %block137.i.1
-  %2880 = add nsw i64 %2878, %2879
-  %2881 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1521.i
-  store i64 %2880, ptr %2881, align 8, !tbaa !4
-  %indvars.iv.next1521.i.1 = or disjoint i64 %indvars.iv1520.i, 2
-  %2882 = add nsw i64 %indvars.iv.next1521.i.1, %950
-  %2883 = trunc nsw i64 %2882 to i32
-  %2884 = tail call i32 @llvm.smin.i32(i32 %2883, i32 %901)
-  %2885 = sext i32 %2884 to i64
-  %2886 = ashr i64 %2885, 4
-  %gep1219.i.2 = getelementptr i32, ptr %604, i64 %2886
-  %2887 = load i32, ptr %gep1219.i.2, align 4, !tbaa !4
-  %block137.i.2 = sext i32 %2887 to i64
-  %2888 = lshr i64 %2885, 1
-  %2889 = and i64 %2888, 7
-  %2890 = mul nsw i64 %2889, %v_row
-  %2891 = mul nsw i64 %v_block, %block137.i.2
-  %2892 = add nsw i64 %2890, %2891
-  %2893 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1521.i.1
-  store i64 %2892, ptr %2893, align 8, !tbaa !4
-  %indvars.iv.next1521.i.2 = or disjoint i64 %indvars.iv1520.i, 3
-  %2894 = add nsw i64 %indvars.iv.next1521.i.2, %950
-  %2895 = trunc nsw i64 %2894 to i32
-  %2896 = tail call i32 @llvm.smin.i32(i32 %2895, i32 %901)
-  %2897 = sext i32 %2896 to i64
-  %2898 = ashr i64 %2897, 4
-  %gep1219.i.3 = getelementptr i32, ptr %604, i64 %2898
-  %2899 = load i32, ptr %gep1219.i.3, align 4, !tbaa !4
-  %block137.i.3 = sext i32 %2899 to i64
-  %2900 = lshr i64 %2897, 1
-  %2901 = and i64 %2900, 7
-  %2902 = mul nsw i64 %2901, %v_row
-  %2903 = mul nsw i64 %v_block, %block137.i.3
-  %2904 = add nsw i64 %2902, %2903
-  %2905 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1521.i.2
-  store i64 %2904, ptr %2905, align 8, !tbaa !4
-  %indvars.iv.next1521.i.3 = add nuw nsw i64 %indvars.iv1520.i, 4
-  %niter331.next.3 = add i64 %niter331, 4
-  %niter331.ncmp.3 = icmp eq i64 %niter331.next.3, %unroll_iter330
-  br i1 %niter331.ncmp.3, label %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, label %for_body_t130.i, !prof !50, !llvm.loop !83
+for_end_kv_head.i:                                ; preds = %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i, %for_body_kv_head.lr.ph.i, %for_begin_kv_head.preheader.i
+  %2696 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2697 = tail call i32 %2696(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not544.i = icmp eq i32 %2697, 0
+  br i1 %.not544.i, label %if_end306.i, label %fused_attend_compute_.exit, !prof !36
 
-for_end_kv_head.i:                                ; preds = %for_begin_row_tile.for_end_row_tile_crit_edge.us.i, %for_body_kv_head.lr.ph.i, %for_begin_kv_head.preheader.i
-  %2906 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2907 = tail call i32 %2906(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not569.i = icmp eq i32 %2907, 0
-  br i1 %.not569.i, label %if_end331.i, label %fused_attend_compute_.exit, !prof !36
+if_end306.i:                                      ; preds = %for_end_kv_head.i
+  %2698 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2699 = tail call i32 %2698(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not545.i = icmp eq i32 %2699, 0
+  br i1 %.not545.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end331.i:                                      ; preds = %for_end_kv_head.i
-  %2908 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2909 = tail call i32 %2908(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not570.i = icmp eq i32 %2909, 0
-  br i1 %.not570.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !36
+for_body_tile312.i:                               ; preds = %if_end317.i, %for_begin_tile311.preheader.i
+  %indvars.iv1609.i = phi i64 [ %indvars.iv.next1610.i, %if_end317.i ], [ 0, %for_begin_tile311.preheader.i ]
+  %.idx1735.i = shl nsw i64 %indvars.iv1609.i, 4
+  %2700 = getelementptr inbounds nuw i8, ptr %reach525.i, i64 %.idx1735.i
+  %2701 = getelementptr inbounds nuw i8, ptr %2700, i64 4
+  %2702 = load i32, ptr %2701, align 4, !tbaa !12
+  %2703 = icmp slt i32 %read_begin.i, %2702
+  br i1 %2703, label %if_then316.i, label %if_end317.i, !prof !7
 
-for_body_tile337.i:                               ; preds = %if_end342.i, %for_begin_tile336.preheader.i
-  %indvars.iv1634.i = phi i64 [ %indvars.iv.next1635.i, %if_end342.i ], [ 0, %for_begin_tile336.preheader.i ]
-  %.idx1745.i = shl nsw i64 %indvars.iv1634.i, 4
-  %2910 = getelementptr inbounds nuw i8, ptr %reach550.i, i64 %.idx1745.i
-  %2911 = getelementptr inbounds nuw i8, ptr %2910, i64 4
-  %2912 = load i32, ptr %2911, align 4, !tbaa !12
-  %2913 = icmp slt i32 %read_begin.i, %2912
-  br i1 %2913, label %if_then341.i, label %if_end342.i, !prof !7
+for_end_tile313.i:                                ; preds = %if_end317.i, %for_begin_tile311.preheader.i
+  %2704 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2705 = tail call i32 %2704(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not541.i = icmp eq i32 %2705, 0
+  br i1 %.not541.i, label %if_end372.i, label %fused_attend_compute_.exit, !prof !36
 
-for_end_tile338.i:                                ; preds = %if_end342.i, %for_begin_tile336.preheader.i
-  %2914 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2915 = tail call i32 %2914(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not566.i = icmp eq i32 %2915, 0
-  br i1 %.not566.i, label %if_end397.i, label %fused_attend_compute_.exit, !prof !36
+if_then316.i:                                     ; preds = %for_body_tile312.i
+  %2706 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1735.i
+  %old_max323.i = load <16 x float>, ptr %2706, align 4, !tbaa !4
+  %2707 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1735.i
+  %old_sum325.i = load <16 x float>, ptr %2707, align 4, !tbaa !4
+  %2708 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1735.i
+  %2709 = load <16 x float>, ptr %2708, align 4, !tbaa !4
+  %2710 = fcmp ogt <16 x float> %old_max323.i, %2709
+  %2711 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1735.i
+  %2712 = load <16 x float>, ptr %2711, align 4, !tbaa !4
+  %2713 = fcmp oeq <16 x float> %2712, zeroinitializer
+  %2714 = select <16 x i1> %2713, <16 x i1> splat (i1 true), <16 x i1> %2710
+  %old_or_both329.i = select <16 x i1> %2714, <16 x float> %old_max323.i, <16 x float> %2709
+  %2715 = fcmp oeq <16 x float> %old_sum325.i, zeroinitializer
+  %m331.i = select <16 x i1> %2715, <16 x float> %2709, <16 x float> %old_or_both329.i
+  %2716 = fsub <16 x float> %old_max323.i, %m331.i
+  %2717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2716, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2718 = bitcast <16 x float> %2717 to <16 x i32>
+  %2719 = fadd <16 x float> %2717, splat (float 0xC168000FE0000000)
+  %2720 = fmul <16 x float> %2719, splat (float 0x3F2BD01060000000)
+  %2721 = fmul <16 x float> %2719, splat (float 0x3FE6300000000000)
+  %2722 = fsub <16 x float> %2716, %2721
+  %2723 = fadd <16 x float> %2720, %2722
+  %2724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2723, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2724, <16 x float> %2723, <16 x float> splat (float 0x3FA5558F20000000))
+  %2726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2725, <16 x float> %2723, <16 x float> splat (float 0x3FC5554920000000))
+  %2727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2726, <16 x float> %2723, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2728 = fmul <16 x float> %2723, %2723
+  %2729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2727, <16 x float> %2728, <16 x float> %2723)
+  %2730 = shl <16 x i32> %2718, splat (i32 23)
+  %2731 = bitcast <16 x i32> %2730 to <16 x float>
+  %2732 = fadd <16 x float> %2729, splat (float 1.000000e+00)
+  %2733 = fmul <16 x float> %2732, %2731
+  %2734 = fcmp olt <16 x float> %2716, splat (float -8.700000e+01)
+  %2735 = select <16 x i1> %2734, <16 x float> zeroinitializer, <16 x float> %2733
+  %2736 = fcmp one <16 x float> %old_sum325.i, zeroinitializer
+  %2737 = select <16 x i1> %2736, <16 x float> %2735, <16 x float> zeroinitializer
+  %arg349.i = fsub <16 x float> %2709, %m331.i
+  %2738 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg349.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2739 = bitcast <16 x float> %2738 to <16 x i32>
+  %2740 = fadd <16 x float> %2738, splat (float 0xC168000FE0000000)
+  %2741 = fmul <16 x float> %2740, splat (float 0x3F2BD01060000000)
+  %2742 = fmul <16 x float> %2740, splat (float 0x3FE6300000000000)
+  %2743 = fsub <16 x float> %arg349.i, %2742
+  %2744 = fadd <16 x float> %2741, %2743
+  %2745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2744, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2745, <16 x float> %2744, <16 x float> splat (float 0x3FA5558F20000000))
+  %2747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2746, <16 x float> %2744, <16 x float> splat (float 0x3FC5554920000000))
+  %2748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2747, <16 x float> %2744, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2749 = fmul <16 x float> %2744, %2744
+  %2750 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2748, <16 x float> %2749, <16 x float> %2744)
+  %2751 = shl <16 x i32> %2739, splat (i32 23)
+  %2752 = bitcast <16 x i32> %2751 to <16 x float>
+  %2753 = fadd <16 x float> %2750, splat (float 1.000000e+00)
+  %2754 = fmul <16 x float> %2753, %2752
+  %2755 = fcmp olt <16 x float> %arg349.i, splat (float -8.700000e+01)
+  %2756 = select <16 x i1> %2755, <16 x float> zeroinitializer, <16 x float> %2754
+  %2757 = fcmp one <16 x float> %2712, zeroinitializer
+  %2758 = select <16 x i1> %2757, <16 x float> %2756, <16 x float> zeroinitializer
+  %2759 = fmul <16 x float> %old_sum325.i, %2737
+  %2760 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2758, <16 x float> %2712, <16 x float> %2759)
+  store <16 x float> %m331.i, ptr %2706, align 4, !tbaa !4
+  store <16 x float> %2760, ptr %2707, align 4, !tbaa !4
+  %2761 = shl i64 %indvars.iv1609.i, 11
+  %2762 = and i64 %2761, 4294965248
+  br label %for_body_d367.i
 
-if_then341.i:                                     ; preds = %for_body_tile337.i
-  %2916 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1745.i
-  %old_max348.i = load <16 x float>, ptr %2916, align 4, !tbaa !4
-  %2917 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1745.i
-  %old_sum350.i = load <16 x float>, ptr %2917, align 4, !tbaa !4
-  %2918 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1745.i
-  %2919 = load <16 x float>, ptr %2918, align 4, !tbaa !4
-  %2920 = fcmp ogt <16 x float> %old_max348.i, %2919
-  %2921 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1745.i
-  %2922 = load <16 x float>, ptr %2921, align 4, !tbaa !4
-  %2923 = fcmp oeq <16 x float> %2922, zeroinitializer
-  %2924 = select <16 x i1> %2923, <16 x i1> splat (i1 true), <16 x i1> %2920
-  %old_or_both354.i = select <16 x i1> %2924, <16 x float> %old_max348.i, <16 x float> %2919
-  %2925 = fcmp oeq <16 x float> %old_sum350.i, zeroinitializer
-  %m356.i = select <16 x i1> %2925, <16 x float> %2919, <16 x float> %old_or_both354.i
-  %2926 = fsub <16 x float> %old_max348.i, %m356.i
-  %2927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2926, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2928 = bitcast <16 x float> %2927 to <16 x i32>
-  %2929 = fadd <16 x float> %2927, splat (float 0xC168000FE0000000)
-  %2930 = fmul <16 x float> %2929, splat (float 0x3F2BD01060000000)
-  %2931 = fmul <16 x float> %2929, splat (float 0x3FE6300000000000)
-  %2932 = fsub <16 x float> %2926, %2931
-  %2933 = fadd <16 x float> %2930, %2932
-  %2934 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2933, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2934, <16 x float> %2933, <16 x float> splat (float 0x3FA5558F20000000))
-  %2936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2935, <16 x float> %2933, <16 x float> splat (float 0x3FC5554920000000))
-  %2937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2936, <16 x float> %2933, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2938 = fmul <16 x float> %2933, %2933
-  %2939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2937, <16 x float> %2938, <16 x float> %2933)
-  %2940 = shl <16 x i32> %2928, splat (i32 23)
-  %2941 = bitcast <16 x i32> %2940 to <16 x float>
-  %2942 = fadd <16 x float> %2939, splat (float 1.000000e+00)
-  %2943 = fmul <16 x float> %2942, %2941
-  %2944 = fcmp olt <16 x float> %2926, splat (float -8.700000e+01)
-  %2945 = select <16 x i1> %2944, <16 x float> zeroinitializer, <16 x float> %2943
-  %2946 = fcmp one <16 x float> %old_sum350.i, zeroinitializer
-  %2947 = select <16 x i1> %2946, <16 x float> %2945, <16 x float> zeroinitializer
-  %arg374.i = fsub <16 x float> %2919, %m356.i
-  %2948 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg374.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2949 = bitcast <16 x float> %2948 to <16 x i32>
-  %2950 = fadd <16 x float> %2948, splat (float 0xC168000FE0000000)
-  %2951 = fmul <16 x float> %2950, splat (float 0x3F2BD01060000000)
-  %2952 = fmul <16 x float> %2950, splat (float 0x3FE6300000000000)
-  %2953 = fsub <16 x float> %arg374.i, %2952
-  %2954 = fadd <16 x float> %2951, %2953
-  %2955 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2954, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2956 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2955, <16 x float> %2954, <16 x float> splat (float 0x3FA5558F20000000))
-  %2957 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2956, <16 x float> %2954, <16 x float> splat (float 0x3FC5554920000000))
-  %2958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2957, <16 x float> %2954, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2959 = fmul <16 x float> %2954, %2954
-  %2960 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2958, <16 x float> %2959, <16 x float> %2954)
-  %2961 = shl <16 x i32> %2949, splat (i32 23)
-  %2962 = bitcast <16 x i32> %2961 to <16 x float>
-  %2963 = fadd <16 x float> %2960, splat (float 1.000000e+00)
-  %2964 = fmul <16 x float> %2963, %2962
-  %2965 = fcmp olt <16 x float> %arg374.i, splat (float -8.700000e+01)
-  %2966 = select <16 x i1> %2965, <16 x float> zeroinitializer, <16 x float> %2964
-  %2967 = fcmp one <16 x float> %2922, zeroinitializer
-  %2968 = select <16 x i1> %2967, <16 x float> %2966, <16 x float> zeroinitializer
-  %2969 = fmul <16 x float> %old_sum350.i, %2947
-  %2970 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2968, <16 x float> %2922, <16 x float> %2969)
-  store <16 x float> %m356.i, ptr %2916, align 4, !tbaa !4
-  store <16 x float> %2970, ptr %2917, align 4, !tbaa !4
-  %2971 = shl i64 %indvars.iv1634.i, 11
-  %2972 = and i64 %2971, 4294965248
-  br label %for_body_d392.i
+if_end317.i:                                      ; preds = %for_body_d367.i, %for_body_tile312.i
+  %indvars.iv.next1610.i = add nuw nsw i64 %indvars.iv1609.i, 1
+  %exitcond1613.not.i = icmp eq i64 %indvars.iv.next1610.i, %wide.trip.count1612.i
+  br i1 %exitcond1613.not.i, label %for_end_tile313.i, label %for_body_tile312.i, !prof !8
 
-if_end342.i:                                      ; preds = %for_body_d392.i, %for_body_tile337.i
-  %indvars.iv.next1635.i = add nuw nsw i64 %indvars.iv1634.i, 1
-  %exitcond1638.not.i = icmp eq i64 %indvars.iv.next1635.i, %wide.trip.count1637.i
-  br i1 %exitcond1638.not.i, label %for_end_tile338.i, label %for_body_tile337.i, !prof !8
+for_body_d367.i:                                  ; preds = %for_body_d367.i, %if_then316.i
+  %indvars.iv1605.i = phi i64 [ 0, %if_then316.i ], [ %indvars.iv.next1606.i.3, %for_body_d367.i ]
+  %2763 = shl nuw nsw i64 %indvars.iv1605.i, 4
+  %2764 = add nuw nsw i64 %2763, %2762
+  %2765 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2764
+  %2766 = load <16 x float>, ptr %2765, align 4, !tbaa !4
+  %2767 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2764
+  %2768 = load <16 x float>, ptr %2767, align 4, !tbaa !4
+  %2769 = fmul <16 x float> %2737, %2768
+  %2770 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2758, <16 x float> %2766, <16 x float> %2769)
+  store <16 x float> %2770, ptr %2767, align 4, !tbaa !4
+  %indvars.iv.next1606.i = shl i64 %indvars.iv1605.i, 4
+  %2771 = or disjoint i64 %indvars.iv.next1606.i, 16
+  %2772 = add nuw nsw i64 %2771, %2762
+  %2773 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2772
+  %2774 = load <16 x float>, ptr %2773, align 4, !tbaa !4
+  %2775 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2772
+  %2776 = load <16 x float>, ptr %2775, align 4, !tbaa !4
+  %2777 = fmul <16 x float> %2737, %2776
+  %2778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2758, <16 x float> %2774, <16 x float> %2777)
+  store <16 x float> %2778, ptr %2775, align 4, !tbaa !4
+  %indvars.iv.next1606.i.1 = shl i64 %indvars.iv1605.i, 4
+  %2779 = or disjoint i64 %indvars.iv.next1606.i.1, 32
+  %2780 = add nuw nsw i64 %2779, %2762
+  %2781 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2780
+  %2782 = load <16 x float>, ptr %2781, align 4, !tbaa !4
+  %2783 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2780
+  %2784 = load <16 x float>, ptr %2783, align 4, !tbaa !4
+  %2785 = fmul <16 x float> %2737, %2784
+  %2786 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2758, <16 x float> %2782, <16 x float> %2785)
+  store <16 x float> %2786, ptr %2783, align 4, !tbaa !4
+  %indvars.iv.next1606.i.2 = shl i64 %indvars.iv1605.i, 4
+  %2787 = or disjoint i64 %indvars.iv.next1606.i.2, 48
+  %2788 = add nuw nsw i64 %2787, %2762
+  %2789 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2788
+  %2790 = load <16 x float>, ptr %2789, align 4, !tbaa !4
+  %2791 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2788
+  %2792 = load <16 x float>, ptr %2791, align 4, !tbaa !4
+  %2793 = fmul <16 x float> %2737, %2792
+  %2794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2758, <16 x float> %2790, <16 x float> %2793)
+  store <16 x float> %2794, ptr %2791, align 4, !tbaa !4
+  %indvars.iv.next1606.i.3 = add nuw nsw i64 %indvars.iv1605.i, 4
+  %exitcond1608.not.i.3 = icmp eq i64 %indvars.iv.next1606.i.3, 128
+  br i1 %exitcond1608.not.i.3, label %if_end317.i, label %for_body_d367.i, !prof !30, !llvm.loop !79
 
-for_body_d392.i:                                  ; preds = %for_body_d392.i, %if_then341.i
-  %indvars.iv1630.i = phi i64 [ 0, %if_then341.i ], [ %indvars.iv.next1631.i.3, %for_body_d392.i ]
-  %2973 = shl nuw nsw i64 %indvars.iv1630.i, 4
-  %2974 = add nuw nsw i64 %2973, %2972
-  %2975 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2974
-  %2976 = load <16 x float>, ptr %2975, align 4, !tbaa !4
-  %2977 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2974
-  %2978 = load <16 x float>, ptr %2977, align 4, !tbaa !4
-  %2979 = fmul <16 x float> %2947, %2978
-  %2980 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2968, <16 x float> %2976, <16 x float> %2979)
-  store <16 x float> %2980, ptr %2977, align 4, !tbaa !4
-  %indvars.iv.next1631.i = shl i64 %indvars.iv1630.i, 4
-  %2981 = or disjoint i64 %indvars.iv.next1631.i, 16
-  %2982 = add nuw nsw i64 %2981, %2972
-  %2983 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2982
-  %2984 = load <16 x float>, ptr %2983, align 4, !tbaa !4
-  %2985 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2982
-  %2986 = load <16 x float>, ptr %2985, align 4, !tbaa !4
-  %2987 = fmul <16 x float> %2947, %2986
-  %2988 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2968, <16 x float> %2984, <16 x float> %2987)
-  store <16 x float> %2988, ptr %2985, align 4, !tbaa !4
-  %indvars.iv.next1631.i.1 = shl i64 %indvars.iv1630.i, 4
-  %2989 = or disjoint i64 %indvars.iv.next1631.i.1, 32
-  %2990 = add nuw nsw i64 %2989, %2972
-  %2991 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2990
-  %2992 = load <16 x float>, ptr %2991, align 4, !tbaa !4
-  %2993 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2990
-  %2994 = load <16 x float>, ptr %2993, align 4, !tbaa !4
-  %2995 = fmul <16 x float> %2947, %2994
-  %2996 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2968, <16 x float> %2992, <16 x float> %2995)
-  store <16 x float> %2996, ptr %2993, align 4, !tbaa !4
-  %indvars.iv.next1631.i.2 = shl i64 %indvars.iv1630.i, 4
-  %2997 = or disjoint i64 %indvars.iv.next1631.i.2, 48
-  %2998 = add nuw nsw i64 %2997, %2972
-  %2999 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2998
-  %3000 = load <16 x float>, ptr %2999, align 4, !tbaa !4
-  %3001 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2998
-  %3002 = load <16 x float>, ptr %3001, align 4, !tbaa !4
-  %3003 = fmul <16 x float> %2947, %3002
-  %3004 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2968, <16 x float> %3000, <16 x float> %3003)
-  store <16 x float> %3004, ptr %3001, align 4, !tbaa !4
-  %indvars.iv.next1631.i.3 = add nuw nsw i64 %indvars.iv1630.i, 4
-  %exitcond1633.not.i.3 = icmp eq i64 %indvars.iv.next1631.i.3, 128
-  br i1 %exitcond1633.not.i.3, label %if_end342.i, label %for_body_d392.i, !prof !30, !llvm.loop !84
+if_end372.i:                                      ; preds = %for_end_tile313.i
+  %2795 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2796 = tail call i32 %2795(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not542.i = icmp eq i32 %2796, 0
+  br i1 %.not542.i, label %if_end375.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end397.i:                                      ; preds = %for_end_tile338.i
-  %3005 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3006 = tail call i32 %3005(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
-  %.not567.i = icmp eq i32 %3006, 0
-  br i1 %.not567.i, label %if_end400.i, label %fused_attend_compute_.exit, !prof !36
+if_end375.i:                                      ; preds = %if_end372.i
+  %2797 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2798 = tail call i32 %2797(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not543.i = icmp eq i32 %2798, 0
+  br i1 %.not543.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end400.i:                                      ; preds = %if_end397.i
-  %3007 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3008 = tail call i32 %3007(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
-  %.not568.i = icmp eq i32 %3008, 0
-  br i1 %.not568.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !36
+for_body_tile381.i:                               ; preds = %if_end386.loopexit.i, %for_body_tile381.i.preheader
+  %indvars.iv1630.i = phi i64 [ %indvars.iv.next1631.i, %if_end386.loopexit.i ], [ 0, %for_body_tile381.i.preheader ]
+  %2799 = shl i64 %indvars.iv1630.i, 13
+  %2800 = and i64 %2799, 17179860992
+  %scevgep269 = getelementptr i8, ptr %total_acc.i, i64 %2800
+  %2801 = trunc nuw nsw i64 %indvars.iv1630.i to i32
+  %rmod454.i = srem i32 %2801, %113
+  %rdiv461.i = sdiv i32 %2801, %113
+  %2802 = icmp ne i32 %rmod454.i, 0
+  %.not533.i = and i1 %635, %2802
+  %2803 = select i1 %.not533.i, i32 %113, i32 0
+  %2804 = add nsw i32 %2803, %rmod454.i
+  %2805 = shl nsw i32 %2804, 4
+  %2806 = sub nsw i32 %111, %2805
+  %2807 = icmp sgt i32 %2806, 0
+  br i1 %2807, label %for_body_r456.lr.ph.i, label %if_end386.loopexit.i, !prof !3
 
-for_body_tile406.i:                               ; preds = %if_end411.loopexit.i, %for_body_tile406.i.preheader
-  %indvars.iv1655.i = phi i64 [ %indvars.iv.next1656.i, %if_end411.loopexit.i ], [ 0, %for_body_tile406.i.preheader ]
-  %3009 = shl i64 %indvars.iv1655.i, 13
-  %3010 = and i64 %3009, 17179860992
-  %scevgep277 = getelementptr i8, ptr %total_acc.i, i64 %3010
-  %3011 = trunc nuw nsw i64 %indvars.iv1655.i to i32
-  %rmod479.i = srem i32 %3011, %113
-  %rdiv486.i = sdiv i32 %3011, %113
-  %3012 = icmp ne i32 %rmod479.i, 0
-  %.not558.i = and i1 %630, %3012
-  %3013 = select i1 %.not558.i, i32 %113, i32 0
-  %3014 = add nsw i32 %3013, %rmod479.i
-  %3015 = shl nsw i32 %3014, 4
-  %3016 = sub nsw i32 %111, %3015
-  %3017 = icmp sgt i32 %3016, 0
-  br i1 %3017, label %for_body_r481.lr.ph.i, label %if_end411.loopexit.i, !prof !3
+for_end_tile382.i:                                ; preds = %if_end386.loopexit.i, %if_end386.us.i, %for_begin_tile380.preheader.i
+  %2808 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2809 = tail call i32 %2808(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not.i = icmp eq i32 %2809, 0
+  br i1 %.not.i, label %if_end481.i, label %fused_attend_compute_.exit, !prof !36
 
-for_end_tile407.i:                                ; preds = %if_end411.loopexit.i, %if_end411.us.i, %for_begin_tile405.preheader.i
-  %3018 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3019 = tail call i32 %3018(i32 1, i32 %dev_id, ptr nonnull %places.i)
-  %.not.i = icmp eq i32 %3019, 0
-  br i1 %.not.i, label %if_end506.i, label %fused_attend_compute_.exit, !prof !36
+if_end386.loopexit.i:                             ; preds = %for_end_d474.i, %for_body_tile381.i
+  %indvars.iv.next1631.i = add nuw nsw i64 %indvars.iv1630.i, 1
+  %exitcond1634.not.i = icmp eq i64 %indvars.iv.next1631.i, %wide.trip.count1669.i
+  br i1 %exitcond1634.not.i, label %for_end_tile382.i, label %for_body_tile381.i, !prof !8
 
-if_end411.loopexit.i:                             ; preds = %for_end_d499.i, %for_body_tile406.i
-  %indvars.iv.next1656.i = add nuw nsw i64 %indvars.iv1655.i, 1
-  %exitcond1659.not.i = icmp eq i64 %indvars.iv.next1656.i, %wide.trip.count1694.i
-  br i1 %exitcond1659.not.i, label %for_end_tile407.i, label %for_body_tile406.i, !prof !8
+for_body_r456.lr.ph.i:                            ; preds = %for_body_tile381.i
+  %2810 = sext i1 %.not533.i to i32
+  %2811 = add nsw i32 %rdiv461.i, %2810
+  %2812 = sext i32 %2811 to i64
+  %2813 = sext i32 %2804 to i64
+  %2814 = shl nsw i64 %2813, 7
+  %2815 = add nsw i64 %636, %2812
+  %2816 = shl nsw i64 %2815, 2
+  %2817 = add nsw i64 %2814, %638
+  %2818 = shl i64 %indvars.iv1630.i, 4
+  %2819 = and i64 %2818, 4294967280
+  %2820 = tail call i32 @llvm.umin.i32(i32 %2806, i32 16)
+  %wide.trip.count1618.i = zext nneg i32 %2820 to i64
+  %2821 = add nsw i64 %2817, %2816
+  %2822 = or disjoint i64 %2821, 1
+  %2823 = or disjoint i64 %2821, 2
+  %2824 = or disjoint i64 %2821, 3
+  br label %for_body_r456.i
 
-for_body_r481.lr.ph.i:                            ; preds = %for_body_tile406.i
-  %3020 = sext i1 %.not558.i to i32
-  %3021 = add nsw i32 %rdiv486.i, %3020
-  %3022 = sext i32 %3021 to i64
-  %3023 = sext i32 %3014 to i64
-  %3024 = shl nsw i64 %3023, 7
-  %3025 = add nsw i64 %631, %3022
-  %3026 = shl nsw i64 %3025, 2
-  %3027 = add nsw i64 %3024, %633
-  %3028 = shl i64 %indvars.iv1655.i, 4
-  %3029 = and i64 %3028, 4294967280
-  %3030 = tail call i32 @llvm.umin.i32(i32 %3016, i32 16)
-  %wide.trip.count1643.i = zext nneg i32 %3030 to i64
-  %3031 = add nsw i64 %3027, %3026
-  %3032 = or disjoint i64 %3031, 1
-  %3033 = or disjoint i64 %3031, 2
-  %3034 = or disjoint i64 %3031, 3
-  br label %for_body_r481.i
+for_begin_d472.preheader.lr.ph.i:                 ; preds = %for_body_r456.i
+  %.idx.i = shl nsw i64 %2815, 11
+  %2825 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %.idx534.i = shl nsw i64 %2813, 16
+  %2826 = getelementptr i8, ptr %2825, i64 %.idx534.i
+  %invariant.gep1319.i = getelementptr i8, ptr %2826, i64 %.idx535.i
+  %2827 = shl i64 %indvars.iv1630.i, 11
+  %2828 = and i64 %2827, 4294965248
+  %invariant.gep1767.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2828
+  %2829 = add nsw i64 %.idx534.i, %.idx.i
+  %scevgep264 = getelementptr i8, ptr %scevgep263, i64 %2829
+  %scevgep267 = getelementptr i8, ptr %scevgep266, i64 %2829
+  %2830 = shl nuw nsw i64 %wide.trip.count1618.i, 2
+  %2831 = getelementptr i8, ptr %scevgep270, i64 %2800
+  %scevgep271 = getelementptr i8, ptr %2831, i64 %2830
+  br label %for_begin_d472.preheader.i
 
-for_begin_d497.preheader.lr.ph.i:                 ; preds = %for_body_r481.i
-  %.idx.i = shl nsw i64 %3025, 11
-  %3035 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %.idx559.i = shl nsw i64 %3023, 16
-  %3036 = getelementptr i8, ptr %3035, i64 %.idx559.i
-  %invariant.gep1341.i = getelementptr i8, ptr %3036, i64 %.idx560.i
-  %3037 = shl i64 %indvars.iv1655.i, 11
-  %3038 = and i64 %3037, 4294965248
-  %invariant.gep1778.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3038
-  %3039 = add nsw i64 %.idx559.i, %.idx.i
-  %scevgep272 = getelementptr i8, ptr %scevgep271, i64 %3039
-  %scevgep275 = getelementptr i8, ptr %scevgep274, i64 %3039
-  %3040 = shl nuw nsw i64 %wide.trip.count1643.i, 2
-  %3041 = getelementptr i8, ptr %scevgep278, i64 %3010
-  %scevgep279 = getelementptr i8, ptr %3041, i64 %3040
-  br label %for_begin_d497.preheader.i
+for_body_r456.i:                                  ; preds = %for_body_r456.i, %for_body_r456.lr.ph.i
+  %indvars.iv1615.i = phi i64 [ 0, %for_body_r456.lr.ph.i ], [ %indvars.iv.next1616.i.3, %for_body_r456.i ]
+  %2832 = add nuw nsw i64 %indvars.iv1615.i, %2819
+  %2833 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2832
+  %2834 = load float, ptr %2833, align 4, !tbaa !4
+  %2835 = shl nuw nsw i64 %indvars.iv1615.i, 3
+  %2836 = and i64 %2835, 17179869152
+  %2837 = add nsw i64 %2821, %2836
+  %2838 = getelementptr inbounds float, ptr %partial_max, i64 %2837
+  store float %2834, ptr %2838, align 4, !tbaa !4
+  %2839 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2832
+  %2840 = load float, ptr %2839, align 4, !tbaa !4
+  %2841 = getelementptr inbounds float, ptr %partial_sum, i64 %2837
+  store float %2840, ptr %2841, align 4, !tbaa !4
+  %indvars.iv.next1616.i = or disjoint i64 %indvars.iv1615.i, 1
+  %2842 = add nuw nsw i64 %indvars.iv.next1616.i, %2819
+  %2843 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2842
+  %2844 = load float, ptr %2843, align 4, !tbaa !4
+  %2845 = shl nuw nsw i64 %indvars.iv1615.i, 3
+  %2846 = and i64 %2845, 17179869152
+  %2847 = add nsw i64 %2822, %2846
+  %2848 = getelementptr inbounds float, ptr %partial_max, i64 %2847
+  store float %2844, ptr %2848, align 4, !tbaa !4
+  %2849 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2842
+  %2850 = load float, ptr %2849, align 4, !tbaa !4
+  %2851 = getelementptr inbounds float, ptr %partial_sum, i64 %2847
+  store float %2850, ptr %2851, align 4, !tbaa !4
+  %indvars.iv.next1616.i.1 = or disjoint i64 %indvars.iv1615.i, 2
+  %2852 = add nuw nsw i64 %indvars.iv.next1616.i.1, %2819
+  %2853 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2852
+  %2854 = load float, ptr %2853, align 4, !tbaa !4
+  %2855 = shl nuw nsw i64 %indvars.iv1615.i, 3
+  %2856 = and i64 %2855, 17179869152
+  %2857 = add nsw i64 %2823, %2856
+  %2858 = getelementptr inbounds float, ptr %partial_max, i64 %2857
+  store float %2854, ptr %2858, align 4, !tbaa !4
+  %2859 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2852
+  %2860 = load float, ptr %2859, align 4, !tbaa !4
+  %2861 = getelementptr inbounds float, ptr %partial_sum, i64 %2857
+  store float %2860, ptr %2861, align 4, !tbaa !4
+  %indvars.iv.next1616.i.2 = or disjoint i64 %indvars.iv1615.i, 3
+  %2862 = add nuw nsw i64 %indvars.iv.next1616.i.2, %2819
+  %2863 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2862
+  %2864 = load float, ptr %2863, align 4, !tbaa !4
+  %2865 = shl nuw nsw i64 %indvars.iv1615.i, 3
+  %2866 = and i64 %2865, 17179869152
+  %2867 = add nsw i64 %2824, %2866
+  %2868 = getelementptr inbounds float, ptr %partial_max, i64 %2867
+  store float %2864, ptr %2868, align 4, !tbaa !4
+  %2869 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2862
+  %2870 = load float, ptr %2869, align 4, !tbaa !4
+  %2871 = getelementptr inbounds float, ptr %partial_sum, i64 %2867
+  store float %2870, ptr %2871, align 4, !tbaa !4
+  %indvars.iv.next1616.i.3 = add nuw nsw i64 %indvars.iv1615.i, 4
+  %exitcond1619.not.i.3 = icmp eq i64 %indvars.iv.next1616.i.3, %wide.trip.count1618.i
+  br i1 %exitcond1619.not.i.3, label %for_begin_d472.preheader.lr.ph.i, label %for_body_r456.i, !prof !8, !llvm.loop !81
 
-for_body_r481.i:                                  ; preds = %for_body_r481.i, %for_body_r481.lr.ph.i
-  %indvars.iv1640.i = phi i64 [ 0, %for_body_r481.lr.ph.i ], [ %indvars.iv.next1641.i.3, %for_body_r481.i ]
-  %3042 = add nuw nsw i64 %indvars.iv1640.i, %3029
-  %3043 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3042
-  %3044 = load float, ptr %3043, align 4, !tbaa !4
-  %3045 = shl nuw nsw i64 %indvars.iv1640.i, 3
-  %3046 = and i64 %3045, 17179869152
-  %3047 = add nsw i64 %3031, %3046
-  %3048 = getelementptr inbounds float, ptr %partial_max, i64 %3047
-  store float %3044, ptr %3048, align 4, !tbaa !4
-  %3049 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3042
-  %3050 = load float, ptr %3049, align 4, !tbaa !4
-  %3051 = getelementptr inbounds float, ptr %partial_sum, i64 %3047
-  store float %3050, ptr %3051, align 4, !tbaa !4
-  %indvars.iv.next1641.i = or disjoint i64 %indvars.iv1640.i, 1
-  %3052 = add nuw nsw i64 %indvars.iv.next1641.i, %3029
-  %3053 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3052
-  %3054 = load float, ptr %3053, align 4, !tbaa !4
-  %3055 = shl nuw nsw i64 %indvars.iv1640.i, 3
-  %3056 = and i64 %3055, 17179869152
-  %3057 = add nsw i64 %3032, %3056
-  %3058 = getelementptr inbounds float, ptr %partial_max, i64 %3057
-  store float %3054, ptr %3058, align 4, !tbaa !4
-  %3059 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3052
-  %3060 = load float, ptr %3059, align 4, !tbaa !4
-  %3061 = getelementptr inbounds float, ptr %partial_sum, i64 %3057
-  store float %3060, ptr %3061, align 4, !tbaa !4
-  %indvars.iv.next1641.i.1 = or disjoint i64 %indvars.iv1640.i, 2
-  %3062 = add nuw nsw i64 %indvars.iv.next1641.i.1, %3029
-  %3063 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3062
-  %3064 = load float, ptr %3063, align 4, !tbaa !4
-  %3065 = shl nuw nsw i64 %indvars.iv1640.i, 3
-  %3066 = and i64 %3065, 17179869152
-  %3067 = add nsw i64 %3033, %3066
-  %3068 = getelementptr inbounds float, ptr %partial_max, i64 %3067
-  store float %3064, ptr %3068, align 4, !tbaa !4
-  %3069 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3062
-  %3070 = load float, ptr %3069, align 4, !tbaa !4
-  %3071 = getelementptr inbounds float, ptr %partial_sum, i64 %3067
-  store float %3070, ptr %3071, align 4, !tbaa !4
-  %indvars.iv.next1641.i.2 = or disjoint i64 %indvars.iv1640.i, 3
-  %3072 = add nuw nsw i64 %indvars.iv.next1641.i.2, %3029
-  %3073 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3072
-  %3074 = load float, ptr %3073, align 4, !tbaa !4
-  %3075 = shl nuw nsw i64 %indvars.iv1640.i, 3
-  %3076 = and i64 %3075, 17179869152
-  %3077 = add nsw i64 %3034, %3076
-  %3078 = getelementptr inbounds float, ptr %partial_max, i64 %3077
-  store float %3074, ptr %3078, align 4, !tbaa !4
-  %3079 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3072
-  %3080 = load float, ptr %3079, align 4, !tbaa !4
-  %3081 = getelementptr inbounds float, ptr %partial_sum, i64 %3077
-  store float %3080, ptr %3081, align 4, !tbaa !4
-  %indvars.iv.next1641.i.3 = add nuw nsw i64 %indvars.iv1640.i, 4
-  %exitcond1644.not.i.3 = icmp eq i64 %indvars.iv.next1641.i.3, %wide.trip.count1643.i
-  br i1 %exitcond1644.not.i.3, label %for_begin_d497.preheader.lr.ph.i, label %for_body_r481.i, !prof !8, !llvm.loop !86
+for_begin_d472.preheader.i:                       ; preds = %for_end_d474.i, %for_begin_d472.preheader.lr.ph.i
+  %indvars.iv1624.i = phi i64 [ 0, %for_begin_d472.preheader.lr.ph.i ], [ %indvars.iv.next1625.i, %for_end_d474.i ]
+  %2872 = shl nuw nsw i64 %indvars.iv1624.i, 7
+  %2873 = and i64 %2872, 384
+  %2874 = shl nuw nsw i64 %indvars.iv1624.i, 10
+  %2875 = and i64 %2874, 2199023251456
+  %gep1320.i = getelementptr float, ptr %invariant.gep1319.i, i64 %2875
+  %2876 = getelementptr float, ptr %gep1320.i, i64 %2873
+  %gep1768.i = getelementptr inbounds nuw float, ptr %invariant.gep1767.i, i64 %indvars.iv1624.i
+  %2877 = shl i64 %indvars.iv1624.i, 12
+  %2878 = and i64 %2877, 8796093005824
+  %2879 = shl i64 %indvars.iv1624.i, 9
+  %2880 = and i64 %2879, 1536
+  %2881 = or disjoint i64 %2878, %2880
+  %scevgep268 = getelementptr i8, ptr %scevgep267, i64 %2881
+  %scevgep265 = getelementptr i8, ptr %scevgep264, i64 %2881
+  %bound0272 = icmp ult ptr %scevgep265, %scevgep271
+  %bound1273 = icmp ult ptr %scevgep269, %scevgep268
+  %found.conflict274 = and i1 %bound0272, %bound1273
+  br i1 %found.conflict274, label %for_body_d473.i, label %vector.body277, !prof !11
 
-for_begin_d497.preheader.i:                       ; preds = %for_end_d499.i, %for_begin_d497.preheader.lr.ph.i
-  %indvars.iv1649.i = phi i64 [ 0, %for_begin_d497.preheader.lr.ph.i ], [ %indvars.iv.next1650.i, %for_end_d499.i ]
-  %3082 = shl nuw nsw i64 %indvars.iv1649.i, 7
-  %3083 = and i64 %3082, 384
-  %3084 = shl nuw nsw i64 %indvars.iv1649.i, 10
-  %3085 = and i64 %3084, 2199023251456
-  %gep1342.i = getelementptr float, ptr %invariant.gep1341.i, i64 %3085
-  %3086 = getelementptr float, ptr %gep1342.i, i64 %3083
-  %gep1779.i = getelementptr inbounds nuw float, ptr %invariant.gep1778.i, i64 %indvars.iv1649.i
-  %3087 = shl i64 %indvars.iv1649.i, 12
-  %3088 = and i64 %3087, 8796093005824
-  %3089 = shl i64 %indvars.iv1649.i, 9
-  %3090 = and i64 %3089, 1536
-  %3091 = or disjoint i64 %3088, %3090
-  %scevgep276 = getelementptr i8, ptr %scevgep275, i64 %3091
-  %scevgep273 = getelementptr i8, ptr %scevgep272, i64 %3091
-  %bound0280 = icmp ult ptr %scevgep273, %scevgep279
-  %bound1281 = icmp ult ptr %scevgep277, %scevgep276
-  %found.conflict282 = and i1 %bound0280, %bound1281
-  br i1 %found.conflict282, label %for_body_d498.i, label %vector.body285, !prof !11
+vector.body277:                                   ; preds = %for_begin_d472.preheader.i
+  %2882 = getelementptr inbounds nuw i8, ptr %gep1768.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %2883 = getelementptr inbounds nuw i8, ptr %gep1768.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %2884 = getelementptr inbounds nuw i8, ptr %gep1768.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %2885 = getelementptr inbounds nuw i8, ptr %gep1768.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather280 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2882, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather281 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2883, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather282 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2884, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather283 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2885, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %2886 = getelementptr i8, ptr %2876, i64 32
+  %2887 = getelementptr i8, ptr %2876, i64 64
+  %2888 = getelementptr i8, ptr %2876, i64 96
+  store <8 x float> %wide.masked.gather280, ptr %2876, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather281, ptr %2886, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather282, ptr %2887, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather283, ptr %2888, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  %2889 = getelementptr inbounds nuw i8, ptr %gep1768.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %2890 = getelementptr inbounds nuw i8, ptr %gep1768.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %2891 = getelementptr inbounds nuw i8, ptr %gep1768.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %2892 = getelementptr inbounds nuw i8, ptr %gep1768.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather280.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2889, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather281.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2890, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather282.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2891, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather283.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2892, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %2893 = getelementptr i8, ptr %2876, i64 128
+  %2894 = getelementptr i8, ptr %2876, i64 160
+  %2895 = getelementptr i8, ptr %2876, i64 192
+  %2896 = getelementptr i8, ptr %2876, i64 224
+  store <8 x float> %wide.masked.gather280.1, ptr %2893, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather281.1, ptr %2894, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather282.1, ptr %2895, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather283.1, ptr %2896, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  %2897 = getelementptr inbounds nuw i8, ptr %gep1768.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %2898 = getelementptr inbounds nuw i8, ptr %gep1768.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %2899 = getelementptr inbounds nuw i8, ptr %gep1768.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %2900 = getelementptr inbounds nuw i8, ptr %gep1768.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather280.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2897, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather281.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2898, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather282.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2899, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather283.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2900, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %2901 = getelementptr i8, ptr %2876, i64 256
+  %2902 = getelementptr i8, ptr %2876, i64 288
+  %2903 = getelementptr i8, ptr %2876, i64 320
+  %2904 = getelementptr i8, ptr %2876, i64 352
+  store <8 x float> %wide.masked.gather280.2, ptr %2901, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather281.2, ptr %2902, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather282.2, ptr %2903, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather283.2, ptr %2904, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  %2905 = getelementptr inbounds nuw i8, ptr %gep1768.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %2906 = getelementptr inbounds nuw i8, ptr %gep1768.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %2907 = getelementptr inbounds nuw i8, ptr %gep1768.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %2908 = getelementptr inbounds nuw i8, ptr %gep1768.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather280.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2905, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather281.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2906, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather282.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2907, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %wide.masked.gather283.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2908, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
+  %2909 = getelementptr i8, ptr %2876, i64 384
+  %2910 = getelementptr i8, ptr %2876, i64 416
+  %2911 = getelementptr i8, ptr %2876, i64 448
+  %2912 = getelementptr i8, ptr %2876, i64 480
+  store <8 x float> %wide.masked.gather280.3, ptr %2909, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather281.3, ptr %2910, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather282.3, ptr %2911, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather283.3, ptr %2912, align 4, !tbaa !4, !alias.scope !85, !noalias !82
+  br label %for_end_d474.i
 
-vector.body285:                                   ; preds = %for_begin_d497.preheader.i
-  %3092 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3093 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3094 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3095 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather288 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3092, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather289 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3093, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather290 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3094, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather291 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3095, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %3096 = getelementptr i8, ptr %3086, i64 32
-  %3097 = getelementptr i8, ptr %3086, i64 64
-  %3098 = getelementptr i8, ptr %3086, i64 96
-  store <8 x float> %wide.masked.gather288, ptr %3086, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather289, ptr %3096, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather290, ptr %3097, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather291, ptr %3098, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  %3099 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3100 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3101 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3102 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather288.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather289.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3100, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather290.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3101, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather291.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3102, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %3103 = getelementptr i8, ptr %3086, i64 128
-  %3104 = getelementptr i8, ptr %3086, i64 160
-  %3105 = getelementptr i8, ptr %3086, i64 192
-  %3106 = getelementptr i8, ptr %3086, i64 224
-  store <8 x float> %wide.masked.gather288.1, ptr %3103, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather289.1, ptr %3104, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather290.1, ptr %3105, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather291.1, ptr %3106, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  %3107 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3108 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3109 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3110 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather288.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3107, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather289.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3108, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather290.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3109, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather291.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3110, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %3111 = getelementptr i8, ptr %3086, i64 256
-  %3112 = getelementptr i8, ptr %3086, i64 288
-  %3113 = getelementptr i8, ptr %3086, i64 320
-  %3114 = getelementptr i8, ptr %3086, i64 352
-  store <8 x float> %wide.masked.gather288.2, ptr %3111, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather289.2, ptr %3112, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather290.2, ptr %3113, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather291.2, ptr %3114, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  %3115 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3116 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3117 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3118 = getelementptr inbounds nuw i8, ptr %gep1779.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather288.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3115, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather289.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3116, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather290.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3117, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %wide.masked.gather291.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3118, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !88
-  %3119 = getelementptr i8, ptr %3086, i64 384
-  %3120 = getelementptr i8, ptr %3086, i64 416
-  %3121 = getelementptr i8, ptr %3086, i64 448
-  %3122 = getelementptr i8, ptr %3086, i64 480
-  store <8 x float> %wide.masked.gather288.3, ptr %3119, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather289.3, ptr %3120, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather290.3, ptr %3121, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather291.3, ptr %3122, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  br label %for_end_d499.i
+for_body_d473.i:                                  ; preds = %for_body_d473.i, %for_begin_d472.preheader.i
+  %indvars.iv1620.i = phi i64 [ %indvars.iv.next1621.i.7, %for_body_d473.i ], [ 0, %for_begin_d472.preheader.i ]
+  %.idx1736.i = shl nuw nsw i64 %indvars.iv1620.i, 6
+  %2913 = getelementptr inbounds nuw i8, ptr %gep1768.i, i64 %.idx1736.i
+  %2914 = load float, ptr %2913, align 4, !tbaa !4
+  %2915 = getelementptr float, ptr %2876, i64 %indvars.iv1620.i
+  store float %2914, ptr %2915, align 4, !tbaa !4
+  %indvars.iv.next1621.i = or disjoint i64 %indvars.iv1620.i, 1
+  %.idx1736.i.1 = shl nuw nsw i64 %indvars.iv.next1621.i, 6
+  %2916 = getelementptr inbounds nuw i8, ptr %gep1768.i, i64 %.idx1736.i.1
+  %2917 = load float, ptr %2916, align 4, !tbaa !4
+  %2918 = getelementptr float, ptr %2876, i64 %indvars.iv.next1621.i
+  store float %2917, ptr %2918, align 4, !tbaa !4
+  %indvars.iv.next1621.i.1 = or disjoint i64 %indvars.iv1620.i, 2
+  %.idx1736.i.2 = shl nuw nsw i64 %indvars.iv.next1621.i.1, 6
+  %2919 = getelementptr inbounds nuw i8, ptr %gep1768.i, i64 %.idx1736.i.2
+  %2920 = load float, ptr %2919, align 4, !tbaa !4
+  %2921 = getelementptr float, ptr %2876, i64 %indvars.iv.next1621.i.1
+  store float %2920, ptr %2921, align 4, !tbaa !4
+  %indvars.iv.next1621.i.2 = or disjoint i64 %indvars.iv1620.i, 3
+  %.idx1736.i.3 = shl nuw nsw i64 %indvars.iv.next1621.i.2, 6
+  %2922 = getelementptr inbounds nuw i8, ptr %gep1768.i, i64 %.idx1736.i.3
+  %2923 = load float, ptr %2922, align 4, !tbaa !4
+  %2924 = getelementptr float, ptr %2876, i64 %indvars.iv.next1621.i.2
+  store float %2923, ptr %2924, align 4, !tbaa !4
+  %indvars.iv.next1621.i.3 = or disjoint i64 %indvars.iv1620.i, 4
+  %.idx1736.i.4 = shl nuw nsw i64 %indvars.iv.next1621.i.3, 6
+  %2925 = getelementptr inbounds nuw i8, ptr %gep1768.i, i64 %.idx1736.i.4
+  %2926 = load float, ptr %2925, align 4, !tbaa !4
+  %2927 = getelementptr float, ptr %2876, i64 %indvars.iv.next1621.i.3
+  store float %2926, ptr %2927, align 4, !tbaa !4
+  %indvars.iv.next1621.i.4 = or disjoint i64 %indvars.iv1620.i, 5
+  %.idx1736.i.5 = shl nuw nsw i64 %indvars.iv.next1621.i.4, 6
+  %2928 = getelementptr inbounds nuw i8, ptr %gep1768.i, i64 %.idx1736.i.5
+  %2929 = load float, ptr %2928, align 4, !tbaa !4
+  %2930 = getelementptr float, ptr %2876, i64 %indvars.iv.next1621.i.4
+  store float %2929, ptr %2930, align 4, !tbaa !4
+  %indvars.iv.next1621.i.5 = or disjoint i64 %indvars.iv1620.i, 6
+  %.idx1736.i.6 = shl nuw nsw i64 %indvars.iv.next1621.i.5, 6
+  %2931 = getelementptr inbounds nuw i8, ptr %gep1768.i, i64 %.idx1736.i.6
+  %2932 = load float, ptr %2931, align 4, !tbaa !4
+  %2933 = getelementptr float, ptr %2876, i64 %indvars.iv.next1621.i.5
+  store float %2932, ptr %2933, align 4, !tbaa !4
+  %indvars.iv.next1621.i.6 = or disjoint i64 %indvars.iv1620.i, 7
+  %.idx1736.i.7 = shl nuw nsw i64 %indvars.iv.next1621.i.6, 6
+  %2934 = getelementptr inbounds nuw i8, ptr %gep1768.i, i64 %.idx1736.i.7
+  %2935 = load float, ptr %2934, align 4, !tbaa !4
+  %2936 = getelementptr float, ptr %2876, i64 %indvars.iv.next1621.i.6
+  store float %2935, ptr %2936, align 4, !tbaa !4
+  %indvars.iv.next1621.i.7 = add nuw nsw i64 %indvars.iv1620.i, 8
+  %exitcond1623.not.i.7 = icmp eq i64 %indvars.iv.next1621.i.7, 128
+  br i1 %exitcond1623.not.i.7, label %for_end_d474.i, label %for_body_d473.i, !prof !28, !llvm.loop !87
 
-for_body_d498.i:                                  ; preds = %for_body_d498.i, %for_begin_d497.preheader.i
-  %indvars.iv1645.i = phi i64 [ %indvars.iv.next1646.i.7, %for_body_d498.i ], [ 0, %for_begin_d497.preheader.i ]
-  %.idx1746.i = shl nuw nsw i64 %indvars.iv1645.i, 6
-  %3123 = getelementptr inbounds nuw i8, ptr %gep1779.i, i64 %.idx1746.i
-  %3124 = load float, ptr %3123, align 4, !tbaa !4
-  %3125 = getelementptr float, ptr %3086, i64 %indvars.iv1645.i
-  store float %3124, ptr %3125, align 4, !tbaa !4
-  %indvars.iv.next1646.i = or disjoint i64 %indvars.iv1645.i, 1
-  %.idx1746.i.1 = shl nuw nsw i64 %indvars.iv.next1646.i, 6
-  %3126 = getelementptr inbounds nuw i8, ptr %gep1779.i, i64 %.idx1746.i.1
-  %3127 = load float, ptr %3126, align 4, !tbaa !4
-  %3128 = getelementptr float, ptr %3086, i64 %indvars.iv.next1646.i
-  store float %3127, ptr %3128, align 4, !tbaa !4
-  %indvars.iv.next1646.i.1 = or disjoint i64 %indvars.iv1645.i, 2
-  %.idx1746.i.2 = shl nuw nsw i64 %indvars.iv.next1646.i.1, 6
-  %3129 = getelementptr inbounds nuw i8, ptr %gep1779.i, i64 %.idx1746.i.2
-  %3130 = load float, ptr %3129, align 4, !tbaa !4
-  %3131 = getelementptr float, ptr %3086, i64 %indvars.iv.next1646.i.1
-  store float %3130, ptr %3131, align 4, !tbaa !4
-  %indvars.iv.next1646.i.2 = or disjoint i64 %indvars.iv1645.i, 3
-  %.idx1746.i.3 = shl nuw nsw i64 %indvars.iv.next1646.i.2, 6
-  %3132 = getelementptr inbounds nuw i8, ptr %gep1779.i, i64 %.idx1746.i.3
-  %3133 = load float, ptr %3132, align 4, !tbaa !4
-  %3134 = getelementptr float, ptr %3086, i64 %indvars.iv.next1646.i.2
-  store float %3133, ptr %3134, align 4, !tbaa !4
-  %indvars.iv.next1646.i.3 = or disjoint i64 %indvars.iv1645.i, 4
-  %.idx1746.i.4 = shl nuw nsw i64 %indvars.iv.next1646.i.3, 6
-  %3135 = getelementptr inbounds nuw i8, ptr %gep1779.i, i64 %.idx1746.i.4
-  %3136 = load float, ptr %3135, align 4, !tbaa !4
-  %3137 = getelementptr float, ptr %3086, i64 %indvars.iv.next1646.i.3
-  store float %3136, ptr %3137, align 4, !tbaa !4
-  %indvars.iv.next1646.i.4 = or disjoint i64 %indvars.iv1645.i, 5
-  %.idx1746.i.5 = shl nuw nsw i64 %indvars.iv.next1646.i.4, 6
-  %3138 = getelementptr inbounds nuw i8, ptr %gep1779.i, i64 %.idx1746.i.5
-  %3139 = load float, ptr %3138, align 4, !tbaa !4
-  %3140 = getelementptr float, ptr %3086, i64 %indvars.iv.next1646.i.4
-  store float %3139, ptr %3140, align 4, !tbaa !4
-  %indvars.iv.next1646.i.5 = or disjoint i64 %indvars.iv1645.i, 6
-  %.idx1746.i.6 = shl nuw nsw i64 %indvars.iv.next1646.i.5, 6
-  %3141 = getelementptr inbounds nuw i8, ptr %gep1779.i, i64 %.idx1746.i.6
-  %3142 = load float, ptr %3141, align 4, !tbaa !4
-  %3143 = getelementptr float, ptr %3086, i64 %indvars.iv.next1646.i.5
-  store float %3142, ptr %3143, align 4, !tbaa !4
-  %indvars.iv.next1646.i.6 = or disjoint i64 %indvars.iv1645.i, 7
-  %.idx1746.i.7 = shl nuw nsw i64 %indvars.iv.next1646.i.6, 6
-  %3144 = getelementptr inbounds nuw i8, ptr %gep1779.i, i64 %.idx1746.i.7
-  %3145 = load float, ptr %3144, align 4, !tbaa !4
-  %3146 = getelementptr float, ptr %3086, i64 %indvars.iv.next1646.i.6
-  store float %3145, ptr %3146, align 4, !tbaa !4
-  %indvars.iv.next1646.i.7 = add nuw nsw i64 %indvars.iv1645.i, 8
-  %exitcond1648.not.i.7 = icmp eq i64 %indvars.iv.next1646.i.7, 128
-  br i1 %exitcond1648.not.i.7, label %for_end_d499.i, label %for_body_d498.i, !prof !28, !llvm.loop !93
+for_end_d474.i:                                   ; preds = %for_body_d473.i, %vector.body277
+  %indvars.iv.next1625.i = add nuw nsw i64 %indvars.iv1624.i, 1
+  %exitcond1629.not.i = icmp eq i64 %indvars.iv.next1625.i, %wide.trip.count1618.i
+  br i1 %exitcond1629.not.i, label %if_end386.loopexit.i, label %for_begin_d472.preheader.i, !prof !8
 
-for_end_d499.i:                                   ; preds = %for_body_d498.i, %vector.body285
-  %indvars.iv.next1650.i = add nuw nsw i64 %indvars.iv1649.i, 1
-  %exitcond1654.not.i = icmp eq i64 %indvars.iv.next1650.i, %wide.trip.count1643.i
-  br i1 %exitcond1654.not.i, label %if_end411.loopexit.i, label %for_begin_d497.preheader.i, !prof !8
+if_end481.i:                                      ; preds = %for_end_tile382.i
+  %2937 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2938 = tail call i32 %2937(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not526.i = icmp eq i32 %2938, 0
+  br i1 %.not526.i, label %if_end484.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end506.i:                                      ; preds = %for_end_tile407.i
-  %3147 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3148 = tail call i32 %3147(i32 1, i32 %dev_id, ptr nonnull %limits.i)
-  %.not551.i = icmp eq i32 %3148, 0
-  br i1 %.not551.i, label %if_end509.i, label %fused_attend_compute_.exit, !prof !36
+if_end484.i:                                      ; preds = %if_end481.i
+  %2939 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2940 = tail call i32 %2939(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not527.i = icmp eq i32 %2940, 0
+  br i1 %.not527.i, label %if_end487.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end509.i:                                      ; preds = %if_end506.i
-  %3149 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3150 = tail call i32 %3149(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
-  %.not552.i = icmp eq i32 %3150, 0
-  br i1 %.not552.i, label %if_end512.i, label %fused_attend_compute_.exit, !prof !36
+if_end487.i:                                      ; preds = %if_end484.i
+  %2941 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2942 = tail call i32 %2941(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not528.i = icmp eq i32 %2942, 0
+  br i1 %.not528.i, label %if_end490.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end512.i:                                      ; preds = %if_end509.i
-  %3151 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3152 = tail call i32 %3151(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
-  %.not553.i = icmp eq i32 %3152, 0
-  br i1 %.not553.i, label %if_end515.i, label %fused_attend_compute_.exit, !prof !36
+if_end490.i:                                      ; preds = %if_end487.i
+  %2943 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2944 = tail call i32 %2943(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not529.i = icmp eq i32 %2944, 0
+  br i1 %.not529.i, label %if_end493.i, label %fused_attend_compute_.exit, !prof !36
 
-if_end515.i:                                      ; preds = %if_end512.i
-  %3153 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3154 = tail call i32 %3153(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
-  %.not554.i = icmp eq i32 %3154, 0
-  br i1 %.not554.i, label %if_end518.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end518.i:                                      ; preds = %if_end515.i
-  %3155 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3156 = tail call i32 %3155(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not555.i = icmp ne i32 %3156, 0
-  %..i = sext i1 %.not555.i to i32
+if_end493.i:                                      ; preds = %if_end490.i
+  %2945 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2946 = tail call i32 %2945(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not530.i = icmp ne i32 %2946, 0
+  %..i = sext i1 %.not530.i to i32
   br label %fused_attend_compute_.exit
 
-fused_attend_compute_.exit:                       ; preds = %if_end518.i, %if_end515.i, %if_end512.i, %if_end509.i, %if_end506.i, %for_end_tile407.i, %if_end400.i, %if_end397.i, %for_end_tile338.i, %if_end331.i, %for_end_kv_head.i, %if_end325.us.i, %if_end322.us.i, %if_end319.us.i, %if_end316.us.i, %if_end177.us.i, %if_end150.us.i, %if_end147.us.i, %if_end144.us.i, %if_end141.us.i, %for_body_row_tile.us.i, %if_end124.i, %for_body_step.i, %if_end118.i, %if_end115.i, %for_body_number.i, %for_end_r467.us.i, %for_body_tile406.us.i, %for_body_r79.peel.next.i, %for_body_tile.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
-  %common.ret.op.i = phi i32 [ -1, %if_end515.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end506.i ], [ -1, %for_body_tile406.us.i ], [ -1, %for_body_row_tile.us.i ], [ -1, %if_end512.i ], [ %..i, %if_end518.i ], [ -1, %if_end509.i ], [ -1, %for_body_step.i ], [ -1, %for_body_number.i ], [ -1, %for_end_tile407.i ], [ -1, %for_end_r467.us.i ], [ -1, %if_end325.us.i ], [ -1, %if_end322.us.i ], [ -1, %if_end319.us.i ], [ -1, %if_end316.us.i ], [ -1, %if_end177.us.i ], [ -1, %if_end150.us.i ], [ -1, %if_end147.us.i ], [ -1, %if_end144.us.i ], [ -1, %if_end141.us.i ], [ -1, %if_end331.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end124.i ], [ -1, %if_end400.i ], [ -1, %if_end397.i ], [ -1, %for_end_tile338.i ], [ -1, %if_end118.i ], [ -1, %if_end115.i ], [ -1, %for_body_r79.peel.next.i ], [ -1, %for_body_tile.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor533.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %reach550.i)
+fused_attend_compute_.exit:                       ; preds = %if_end493.i, %if_end490.i, %if_end487.i, %if_end484.i, %if_end481.i, %for_end_tile382.i, %if_end375.i, %if_end372.i, %for_end_tile313.i, %if_end306.i, %for_end_kv_head.i, %if_end300.us.i, %if_end297.us.i, %if_end294.us.i, %if_end153.us.i, %if_end147.us.i, %if_end144.us.i, %if_end141.us.i, %for_body_row_tile.us.i, %if_end124.i, %for_body_step.i, %if_end118.i, %if_end115.i, %for_body_number.i, %for_end_r442.us.i, %for_body_tile381.us.i, %for_body_r79.peel.next.i, %for_body_tile.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
+  %common.ret.op.i = phi i32 [ -1, %if_end490.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end487.i ], [ -1, %for_body_step.i ], [ %..i, %if_end493.i ], [ -1, %for_end_tile382.i ], [ -1, %if_end481.i ], [ -1, %if_end484.i ], [ -1, %for_body_tile381.us.i ], [ -1, %for_body_row_tile.us.i ], [ -1, %for_body_number.i ], [ -1, %for_end_r442.us.i ], [ -1, %if_end300.us.i ], [ -1, %if_end297.us.i ], [ -1, %if_end294.us.i ], [ -1, %if_end153.us.i ], [ -1, %if_end147.us.i ], [ -1, %if_end144.us.i ], [ -1, %if_end141.us.i ], [ -1, %if_end306.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end124.i ], [ -1, %if_end375.i ], [ -1, %if_end372.i ], [ -1, %for_end_tile313.i ], [ -1, %if_end118.i ], [ -1, %if_end115.i ], [ -1, %for_body_r79.peel.next.i ], [ -1, %for_body_tile.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor507.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %reach525.i)
   ret i32 %common.ret.op.i
 }
 
@@ -6818,16 +6426,16 @@ vector.body166:                                   ; preds = %for_begin_r.prehead
   %165 = getelementptr i8, ptr %invariant.gep.i, i64 32
   %166 = getelementptr i8, ptr %invariant.gep.i, i64 64
   %167 = getelementptr i8, ptr %invariant.gep.i, i64 96
-  %wide.vec168 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec168 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !88
   %strided.vec169 = shufflevector <16 x i16> %wide.vec168, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec170 = shufflevector <16 x i16> %wide.vec168, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec171 = load <16 x i16>, ptr %165, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec171 = load <16 x i16>, ptr %165, align 2, !tbaa !4, !alias.scope !88
   %strided.vec172 = shufflevector <16 x i16> %wide.vec171, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec173 = shufflevector <16 x i16> %wide.vec171, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec174 = load <16 x i16>, ptr %166, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec174 = load <16 x i16>, ptr %166, align 2, !tbaa !4, !alias.scope !88
   %strided.vec175 = shufflevector <16 x i16> %wide.vec174, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec176 = shufflevector <16 x i16> %wide.vec174, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec177 = load <16 x i16>, ptr %167, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec177 = load <16 x i16>, ptr %167, align 2, !tbaa !4, !alias.scope !88
   %strided.vec178 = shufflevector <16 x i16> %wide.vec177, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec179 = shufflevector <16 x i16> %wide.vec177, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %168 = zext <8 x i16> %strided.vec170 to <8 x i32>
@@ -6881,24 +6489,24 @@ vector.body166:                                   ; preds = %for_begin_r.prehead
   %216 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 32
   %217 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 64
   %218 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 96
-  store <8 x i32> %212, ptr %invariant.gep1307.i, align 4, !tbaa !4, !alias.scope !97, !noalias !94
-  store <8 x i32> %213, ptr %216, align 4, !tbaa !4, !alias.scope !97, !noalias !94
-  store <8 x i32> %214, ptr %217, align 4, !tbaa !4, !alias.scope !97, !noalias !94
-  store <8 x i32> %215, ptr %218, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %212, ptr %invariant.gep1307.i, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x i32> %213, ptr %216, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x i32> %214, ptr %217, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x i32> %215, ptr %218, align 4, !tbaa !4, !alias.scope !91, !noalias !88
   %219 = getelementptr i8, ptr %invariant.gep.i, i64 128
   %220 = getelementptr i8, ptr %invariant.gep.i, i64 160
   %221 = getelementptr i8, ptr %invariant.gep.i, i64 192
   %222 = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %wide.vec168.1 = load <16 x i16>, ptr %219, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec168.1 = load <16 x i16>, ptr %219, align 2, !tbaa !4, !alias.scope !88
   %strided.vec169.1 = shufflevector <16 x i16> %wide.vec168.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec170.1 = shufflevector <16 x i16> %wide.vec168.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec171.1 = load <16 x i16>, ptr %220, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec171.1 = load <16 x i16>, ptr %220, align 2, !tbaa !4, !alias.scope !88
   %strided.vec172.1 = shufflevector <16 x i16> %wide.vec171.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec173.1 = shufflevector <16 x i16> %wide.vec171.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec174.1 = load <16 x i16>, ptr %221, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec174.1 = load <16 x i16>, ptr %221, align 2, !tbaa !4, !alias.scope !88
   %strided.vec175.1 = shufflevector <16 x i16> %wide.vec174.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec176.1 = shufflevector <16 x i16> %wide.vec174.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec177.1 = load <16 x i16>, ptr %222, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec177.1 = load <16 x i16>, ptr %222, align 2, !tbaa !4, !alias.scope !88
   %strided.vec178.1 = shufflevector <16 x i16> %wide.vec177.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec179.1 = shufflevector <16 x i16> %wide.vec177.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %223 = zext <8 x i16> %strided.vec170.1 to <8 x i32>
@@ -6953,10 +6561,10 @@ vector.body166:                                   ; preds = %for_begin_r.prehead
   %272 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 160
   %273 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 192
   %274 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 224
-  store <8 x i32> %267, ptr %271, align 4, !tbaa !4, !alias.scope !97, !noalias !94
-  store <8 x i32> %268, ptr %272, align 4, !tbaa !4, !alias.scope !97, !noalias !94
-  store <8 x i32> %269, ptr %273, align 4, !tbaa !4, !alias.scope !97, !noalias !94
-  store <8 x i32> %270, ptr %274, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %267, ptr %271, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x i32> %268, ptr %272, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x i32> %269, ptr %273, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x i32> %270, ptr %274, align 4, !tbaa !4, !alias.scope !91, !noalias !88
   br label %for_end_d.i
 
 for_end_tile.i:                                   ; preds = %for_end_d.3.i
@@ -7070,7 +6678,7 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   store i32 %355, ptr %gep1308.i.3, align 4, !tbaa !4
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 64
-  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !28, !llvm.loop !99
+  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !28, !llvm.loop !93
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body166
   %356 = or disjoint i64 %163, 1
@@ -7082,16 +6690,16 @@ vector.body138:                                   ; preds = %for_end_d.i
   %358 = getelementptr i8, ptr %invariant.gep.1.i, i64 32
   %359 = getelementptr i8, ptr %invariant.gep.1.i, i64 64
   %360 = getelementptr i8, ptr %invariant.gep.1.i, i64 96
-  %wide.vec140 = load <16 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec140 = load <16 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !4, !alias.scope !94
   %strided.vec141 = shufflevector <16 x i16> %wide.vec140, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec142 = shufflevector <16 x i16> %wide.vec140, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec143 = load <16 x i16>, ptr %358, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec143 = load <16 x i16>, ptr %358, align 2, !tbaa !4, !alias.scope !94
   %strided.vec144 = shufflevector <16 x i16> %wide.vec143, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec145 = shufflevector <16 x i16> %wide.vec143, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec146 = load <16 x i16>, ptr %359, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec146 = load <16 x i16>, ptr %359, align 2, !tbaa !4, !alias.scope !94
   %strided.vec147 = shufflevector <16 x i16> %wide.vec146, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec148 = shufflevector <16 x i16> %wide.vec146, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec149 = load <16 x i16>, ptr %360, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec149 = load <16 x i16>, ptr %360, align 2, !tbaa !4, !alias.scope !94
   %strided.vec150 = shufflevector <16 x i16> %wide.vec149, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec151 = shufflevector <16 x i16> %wide.vec149, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %361 = zext <8 x i16> %strided.vec142 to <8 x i32>
@@ -7146,24 +6754,24 @@ vector.body138:                                   ; preds = %for_end_d.i
   %410 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 288
   %411 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 320
   %412 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 352
-  store <8 x i32> %405, ptr %409, align 4, !tbaa !4, !alias.scope !103, !noalias !100
-  store <8 x i32> %406, ptr %410, align 4, !tbaa !4, !alias.scope !103, !noalias !100
-  store <8 x i32> %407, ptr %411, align 4, !tbaa !4, !alias.scope !103, !noalias !100
-  store <8 x i32> %408, ptr %412, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %405, ptr %409, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %406, ptr %410, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %407, ptr %411, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %408, ptr %412, align 4, !tbaa !4, !alias.scope !97, !noalias !94
   %413 = getelementptr i8, ptr %invariant.gep.1.i, i64 128
   %414 = getelementptr i8, ptr %invariant.gep.1.i, i64 160
   %415 = getelementptr i8, ptr %invariant.gep.1.i, i64 192
   %416 = getelementptr i8, ptr %invariant.gep.1.i, i64 224
-  %wide.vec140.1 = load <16 x i16>, ptr %413, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec140.1 = load <16 x i16>, ptr %413, align 2, !tbaa !4, !alias.scope !94
   %strided.vec141.1 = shufflevector <16 x i16> %wide.vec140.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec142.1 = shufflevector <16 x i16> %wide.vec140.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec143.1 = load <16 x i16>, ptr %414, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec143.1 = load <16 x i16>, ptr %414, align 2, !tbaa !4, !alias.scope !94
   %strided.vec144.1 = shufflevector <16 x i16> %wide.vec143.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec145.1 = shufflevector <16 x i16> %wide.vec143.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec146.1 = load <16 x i16>, ptr %415, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec146.1 = load <16 x i16>, ptr %415, align 2, !tbaa !4, !alias.scope !94
   %strided.vec147.1 = shufflevector <16 x i16> %wide.vec146.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec148.1 = shufflevector <16 x i16> %wide.vec146.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec149.1 = load <16 x i16>, ptr %416, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec149.1 = load <16 x i16>, ptr %416, align 2, !tbaa !4, !alias.scope !94
   %strided.vec150.1 = shufflevector <16 x i16> %wide.vec149.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec151.1 = shufflevector <16 x i16> %wide.vec149.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %417 = zext <8 x i16> %strided.vec142.1 to <8 x i32>
@@ -7218,10 +6826,10 @@ vector.body138:                                   ; preds = %for_end_d.i
   %466 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 416
   %467 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 448
   %468 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 480
-  store <8 x i32> %461, ptr %465, align 4, !tbaa !4, !alias.scope !103, !noalias !100
-  store <8 x i32> %462, ptr %466, align 4, !tbaa !4, !alias.scope !103, !noalias !100
-  store <8 x i32> %463, ptr %467, align 4, !tbaa !4, !alias.scope !103, !noalias !100
-  store <8 x i32> %464, ptr %468, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %461, ptr %465, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %462, ptr %466, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %463, ptr %467, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %464, ptr %468, align 4, !tbaa !4, !alias.scope !97, !noalias !94
   br label %for_end_d.1.i
 
 for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
@@ -7311,7 +6919,7 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   store i32 %531, ptr %532, align 4, !tbaa !4
   %indvars.iv.next.1.i.3 = add nuw nsw i64 %indvars.iv.1.i, 4
   %exitcond.1.not.i.3 = icmp eq i64 %indvars.iv.next.1.i.3, 64
-  br i1 %exitcond.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !28, !llvm.loop !105
+  br i1 %exitcond.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !28, !llvm.loop !99
 
 for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body138
   %533 = or disjoint i64 %163, 2
@@ -7323,16 +6931,16 @@ vector.body109:                                   ; preds = %for_end_d.1.i
   %535 = getelementptr i8, ptr %invariant.gep.2.i, i64 32
   %536 = getelementptr i8, ptr %invariant.gep.2.i, i64 64
   %537 = getelementptr i8, ptr %invariant.gep.2.i, i64 96
-  %wide.vec111 = load <16 x i16>, ptr %invariant.gep.2.i, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec111 = load <16 x i16>, ptr %invariant.gep.2.i, align 2, !tbaa !4, !alias.scope !100
   %strided.vec112 = shufflevector <16 x i16> %wide.vec111, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec113 = shufflevector <16 x i16> %wide.vec111, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec114 = load <16 x i16>, ptr %535, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec114 = load <16 x i16>, ptr %535, align 2, !tbaa !4, !alias.scope !100
   %strided.vec115 = shufflevector <16 x i16> %wide.vec114, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec116 = shufflevector <16 x i16> %wide.vec114, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec117 = load <16 x i16>, ptr %536, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec117 = load <16 x i16>, ptr %536, align 2, !tbaa !4, !alias.scope !100
   %strided.vec118 = shufflevector <16 x i16> %wide.vec117, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec119 = shufflevector <16 x i16> %wide.vec117, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec120 = load <16 x i16>, ptr %537, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec120 = load <16 x i16>, ptr %537, align 2, !tbaa !4, !alias.scope !100
   %strided.vec121 = shufflevector <16 x i16> %wide.vec120, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec122 = shufflevector <16 x i16> %wide.vec120, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %538 = zext <8 x i16> %strided.vec113 to <8 x i32>
@@ -7387,24 +6995,24 @@ vector.body109:                                   ; preds = %for_end_d.1.i
   %587 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 544
   %588 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 576
   %589 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 608
-  store <8 x i32> %582, ptr %586, align 4, !tbaa !4, !alias.scope !109, !noalias !106
-  store <8 x i32> %583, ptr %587, align 4, !tbaa !4, !alias.scope !109, !noalias !106
-  store <8 x i32> %584, ptr %588, align 4, !tbaa !4, !alias.scope !109, !noalias !106
-  store <8 x i32> %585, ptr %589, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %582, ptr %586, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %583, ptr %587, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %584, ptr %588, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %585, ptr %589, align 4, !tbaa !4, !alias.scope !103, !noalias !100
   %590 = getelementptr i8, ptr %invariant.gep.2.i, i64 128
   %591 = getelementptr i8, ptr %invariant.gep.2.i, i64 160
   %592 = getelementptr i8, ptr %invariant.gep.2.i, i64 192
   %593 = getelementptr i8, ptr %invariant.gep.2.i, i64 224
-  %wide.vec111.1 = load <16 x i16>, ptr %590, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec111.1 = load <16 x i16>, ptr %590, align 2, !tbaa !4, !alias.scope !100
   %strided.vec112.1 = shufflevector <16 x i16> %wide.vec111.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec113.1 = shufflevector <16 x i16> %wide.vec111.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec114.1 = load <16 x i16>, ptr %591, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec114.1 = load <16 x i16>, ptr %591, align 2, !tbaa !4, !alias.scope !100
   %strided.vec115.1 = shufflevector <16 x i16> %wide.vec114.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec116.1 = shufflevector <16 x i16> %wide.vec114.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec117.1 = load <16 x i16>, ptr %592, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec117.1 = load <16 x i16>, ptr %592, align 2, !tbaa !4, !alias.scope !100
   %strided.vec118.1 = shufflevector <16 x i16> %wide.vec117.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec119.1 = shufflevector <16 x i16> %wide.vec117.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec120.1 = load <16 x i16>, ptr %593, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec120.1 = load <16 x i16>, ptr %593, align 2, !tbaa !4, !alias.scope !100
   %strided.vec121.1 = shufflevector <16 x i16> %wide.vec120.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec122.1 = shufflevector <16 x i16> %wide.vec120.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %594 = zext <8 x i16> %strided.vec113.1 to <8 x i32>
@@ -7459,10 +7067,10 @@ vector.body109:                                   ; preds = %for_end_d.1.i
   %643 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 672
   %644 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 704
   %645 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 736
-  store <8 x i32> %638, ptr %642, align 4, !tbaa !4, !alias.scope !109, !noalias !106
-  store <8 x i32> %639, ptr %643, align 4, !tbaa !4, !alias.scope !109, !noalias !106
-  store <8 x i32> %640, ptr %644, align 4, !tbaa !4, !alias.scope !109, !noalias !106
-  store <8 x i32> %641, ptr %645, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %638, ptr %642, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %639, ptr %643, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %640, ptr %644, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %641, ptr %645, align 4, !tbaa !4, !alias.scope !103, !noalias !100
   br label %for_end_d.2.i
 
 for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
@@ -7552,7 +7160,7 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   store i32 %708, ptr %709, align 4, !tbaa !4
   %indvars.iv.next.2.i.3 = add nuw nsw i64 %indvars.iv.2.i, 4
   %exitcond.2.not.i.3 = icmp eq i64 %indvars.iv.next.2.i.3, 64
-  br i1 %exitcond.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !28, !llvm.loop !111
+  br i1 %exitcond.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !28, !llvm.loop !105
 
 for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body109
   %710 = or disjoint i64 %163, 3
@@ -7564,16 +7172,16 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %712 = getelementptr i8, ptr %invariant.gep.3.i, i64 32
   %713 = getelementptr i8, ptr %invariant.gep.3.i, i64 64
   %714 = getelementptr i8, ptr %invariant.gep.3.i, i64 96
-  %wide.vec = load <16 x i16>, ptr %invariant.gep.3.i, align 2, !tbaa !4, !alias.scope !112
+  %wide.vec = load <16 x i16>, ptr %invariant.gep.3.i, align 2, !tbaa !4, !alias.scope !106
   %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec86 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec87 = load <16 x i16>, ptr %712, align 2, !tbaa !4, !alias.scope !112
+  %wide.vec87 = load <16 x i16>, ptr %712, align 2, !tbaa !4, !alias.scope !106
   %strided.vec88 = shufflevector <16 x i16> %wide.vec87, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec89 = shufflevector <16 x i16> %wide.vec87, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec90 = load <16 x i16>, ptr %713, align 2, !tbaa !4, !alias.scope !112
+  %wide.vec90 = load <16 x i16>, ptr %713, align 2, !tbaa !4, !alias.scope !106
   %strided.vec91 = shufflevector <16 x i16> %wide.vec90, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec92 = shufflevector <16 x i16> %wide.vec90, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec93 = load <16 x i16>, ptr %714, align 2, !tbaa !4, !alias.scope !112
+  %wide.vec93 = load <16 x i16>, ptr %714, align 2, !tbaa !4, !alias.scope !106
   %strided.vec94 = shufflevector <16 x i16> %wide.vec93, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec95 = shufflevector <16 x i16> %wide.vec93, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %715 = zext <8 x i16> %strided.vec86 to <8 x i32>
@@ -7628,24 +7236,24 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %764 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 800
   %765 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 832
   %766 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 864
-  store <8 x i32> %759, ptr %763, align 4, !tbaa !4, !alias.scope !115, !noalias !112
-  store <8 x i32> %760, ptr %764, align 4, !tbaa !4, !alias.scope !115, !noalias !112
-  store <8 x i32> %761, ptr %765, align 4, !tbaa !4, !alias.scope !115, !noalias !112
-  store <8 x i32> %762, ptr %766, align 4, !tbaa !4, !alias.scope !115, !noalias !112
+  store <8 x i32> %759, ptr %763, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %760, ptr %764, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %761, ptr %765, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %762, ptr %766, align 4, !tbaa !4, !alias.scope !109, !noalias !106
   %767 = getelementptr i8, ptr %invariant.gep.3.i, i64 128
   %768 = getelementptr i8, ptr %invariant.gep.3.i, i64 160
   %769 = getelementptr i8, ptr %invariant.gep.3.i, i64 192
   %770 = getelementptr i8, ptr %invariant.gep.3.i, i64 224
-  %wide.vec.1 = load <16 x i16>, ptr %767, align 2, !tbaa !4, !alias.scope !112
+  %wide.vec.1 = load <16 x i16>, ptr %767, align 2, !tbaa !4, !alias.scope !106
   %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec86.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec87.1 = load <16 x i16>, ptr %768, align 2, !tbaa !4, !alias.scope !112
+  %wide.vec87.1 = load <16 x i16>, ptr %768, align 2, !tbaa !4, !alias.scope !106
   %strided.vec88.1 = shufflevector <16 x i16> %wide.vec87.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec89.1 = shufflevector <16 x i16> %wide.vec87.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec90.1 = load <16 x i16>, ptr %769, align 2, !tbaa !4, !alias.scope !112
+  %wide.vec90.1 = load <16 x i16>, ptr %769, align 2, !tbaa !4, !alias.scope !106
   %strided.vec91.1 = shufflevector <16 x i16> %wide.vec90.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec92.1 = shufflevector <16 x i16> %wide.vec90.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec93.1 = load <16 x i16>, ptr %770, align 2, !tbaa !4, !alias.scope !112
+  %wide.vec93.1 = load <16 x i16>, ptr %770, align 2, !tbaa !4, !alias.scope !106
   %strided.vec94.1 = shufflevector <16 x i16> %wide.vec93.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec95.1 = shufflevector <16 x i16> %wide.vec93.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %771 = zext <8 x i16> %strided.vec86.1 to <8 x i32>
@@ -7700,10 +7308,10 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %820 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 928
   %821 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 960
   %822 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 992
-  store <8 x i32> %815, ptr %819, align 4, !tbaa !4, !alias.scope !115, !noalias !112
-  store <8 x i32> %816, ptr %820, align 4, !tbaa !4, !alias.scope !115, !noalias !112
-  store <8 x i32> %817, ptr %821, align 4, !tbaa !4, !alias.scope !115, !noalias !112
-  store <8 x i32> %818, ptr %822, align 4, !tbaa !4, !alias.scope !115, !noalias !112
+  store <8 x i32> %815, ptr %819, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %816, ptr %820, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %817, ptr %821, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %818, ptr %822, align 4, !tbaa !4, !alias.scope !109, !noalias !106
   br label %for_end_d.3.i
 
 for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
@@ -7793,7 +7401,7 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   store i32 %885, ptr %886, align 4, !tbaa !4
   %indvars.iv.next.3.i.3 = add nuw nsw i64 %indvars.iv.3.i, 4
   %exitcond.3.not.i.3 = icmp eq i64 %indvars.iv.next.3.i.3, 64
-  br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !28, !llvm.loop !117
+  br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !28, !llvm.loop !111
 
 for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body
   %indvars.iv.next1096.i = add nuw nsw i64 %indvars.iv1095.i, 1
@@ -7829,7 +7437,7 @@ for_body_tile178.us.i:                            ; preds = %if_end202.us.3.i, %
   %indvars.iv1238.i = phi i64 [ %indvars.iv.next1239.i, %if_end202.us.3.i ], [ 0, %for_begin_tile177.preheader.i ]
   %900 = shl nuw nsw i64 %indvars.iv1238.i, 2
   %901 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %900
-  %total.us.i = load <4 x float>, ptr %901, align 16, !tbaa !118
+  %total.us.i = load <4 x float>, ptr %901, align 16, !tbaa !112
   %902 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %903 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %904 = select <4 x i1> %903, <4 x float> zeroinitializer, <4 x float> %902
@@ -8230,7 +7838,7 @@ for_body_tile178.us.i:                            ; preds = %if_end202.us.3.i, %
   %gep1071.us.7.i.3 = getelementptr i8, ptr %invariant.gep1070.us.i.3, i64 224
   store <16 x i16> %1231, ptr %gep1071.us.7.i.3, align 2, !tbaa !4
   %1232 = getelementptr float, ptr %896, i64 %900
-  %1233 = load float, ptr %901, align 16, !tbaa !118
+  %1233 = load float, ptr %901, align 16, !tbaa !112
   %1234 = fcmp oeq float %1233, 0.000000e+00
   br i1 %1234, label %if_end202.us.i, label %if_else201.us.i
 
@@ -8238,7 +7846,7 @@ if_else201.us.i:                                  ; preds = %for_body_tile178.us
   %1235 = fmul float %1233, %899
   %1236 = tail call float @llvm.log.f32(float %1235)
   %1237 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %900
-  %1238 = load float, ptr %1237, align 16, !tbaa !120
+  %1238 = load float, ptr %1237, align 16, !tbaa !114
   %1239 = fadd float %1236, %1238
   br label %if_end202.us.i
 
@@ -8247,7 +7855,7 @@ if_end202.us.i:                                   ; preds = %if_else201.us.i, %f
   store float %1240, ptr %1232, align 4, !tbaa !4
   %1241 = or disjoint i64 %900, 1
   %1242 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %1241
-  %1243 = load float, ptr %1242, align 4, !tbaa !118
+  %1243 = load float, ptr %1242, align 4, !tbaa !112
   %1244 = fcmp oeq float %1243, 0.000000e+00
   br i1 %1244, label %if_end202.us.1.i, label %if_else201.us.1.i
 
@@ -8255,7 +7863,7 @@ if_else201.us.1.i:                                ; preds = %if_end202.us.i
   %1245 = fmul float %1243, %899
   %1246 = tail call float @llvm.log.f32(float %1245)
   %1247 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %1241
-  %1248 = load float, ptr %1247, align 4, !tbaa !120
+  %1248 = load float, ptr %1247, align 4, !tbaa !114
   %1249 = fadd float %1246, %1248
   br label %if_end202.us.1.i
 
@@ -8265,7 +7873,7 @@ if_end202.us.1.i:                                 ; preds = %if_else201.us.1.i, 
   store float %1250, ptr %1251, align 4, !tbaa !4
   %1252 = or disjoint i64 %900, 2
   %1253 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %1252
-  %1254 = load float, ptr %1253, align 8, !tbaa !118
+  %1254 = load float, ptr %1253, align 8, !tbaa !112
   %1255 = fcmp oeq float %1254, 0.000000e+00
   br i1 %1255, label %if_end202.us.2.i, label %if_else201.us.2.i
 
@@ -8273,7 +7881,7 @@ if_else201.us.2.i:                                ; preds = %if_end202.us.1.i
   %1256 = fmul float %1254, %899
   %1257 = tail call float @llvm.log.f32(float %1256)
   %1258 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %1252
-  %1259 = load float, ptr %1258, align 8, !tbaa !120
+  %1259 = load float, ptr %1258, align 8, !tbaa !114
   %1260 = fadd float %1257, %1259
   br label %if_end202.us.2.i
 
@@ -8283,7 +7891,7 @@ if_end202.us.2.i:                                 ; preds = %if_else201.us.2.i, 
   store float %1261, ptr %1262, align 4, !tbaa !4
   %1263 = or disjoint i64 %900, 3
   %1264 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %1263
-  %1265 = load float, ptr %1264, align 4, !tbaa !118
+  %1265 = load float, ptr %1264, align 4, !tbaa !112
   %1266 = fcmp oeq float %1265, 0.000000e+00
   br i1 %1266, label %if_end202.us.3.i, label %if_else201.us.3.i
 
@@ -8291,7 +7899,7 @@ if_else201.us.3.i:                                ; preds = %if_end202.us.2.i
   %1267 = fmul float %1265, %899
   %1268 = tail call float @llvm.log.f32(float %1267)
   %1269 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %1263
-  %1270 = load float, ptr %1269, align 4, !tbaa !120
+  %1270 = load float, ptr %1269, align 4, !tbaa !114
   %1271 = fadd float %1268, %1270
   br label %if_end202.us.3.i
 
@@ -8385,7 +7993,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %1323, ptr %1324, align 8, !tbaa !4
   %indvars.iv.next1100.i.3 = add nuw nsw i64 %indvars.iv1099.i, 4
   %exitcond1102.not.i.3 = icmp eq i64 %indvars.iv.next1100.i.3, %wide.trip.count.i
-  br i1 %exitcond1102.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !122
+  br i1 %exitcond1102.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !116
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
   %1325 = icmp sgt i32 %1283, 0
@@ -8547,7 +8155,7 @@ for_body_t11.i:                                   ; preds = %for_body_t11.i, %fo
   store i64 %1399, ptr %1400, align 8, !tbaa !4
   %indvars.iv.next1104.i.3 = add nuw nsw i64 %indvars.iv1103.i, 4
   %exitcond1107.not.i.3 = icmp eq i64 %indvars.iv.next1104.i.3, %wide.trip.count.i
-  br i1 %exitcond1107.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !123
+  br i1 %exitcond1107.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !117
 
 for_begin_kv_head.i:                              ; preds = %if_end166.i, %for_begin_kv_head.preheader.i
   %indvars.iv1198.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1199.i, %if_end166.i ]
@@ -8836,7 +8444,7 @@ for_begin_r36.preheader.i:                        ; preds = %if_end31.i
   br i1 %1325, label %for_body_to42.us.i.preheader, label %for_begin_ax1.preheader.i.preheader, !prof !3
 
 for_body_to42.us.i.preheader:                     ; preds = %for_begin_r36.preheader.i
-  br i1 %1338, label %for_body_to42.us.i.epil.preheader, label %for_body_to42.us.i, !prof !49
+  br i1 %1338, label %for_body_to42.us.i.epil.preheader, label %for_body_to42.us.i, !prof !71
 
 for_body_to42.us.i:                               ; preds = %for_body_to42.us.i, %for_body_to42.us.i.preheader
   %indvars.iv1124.i = phi i64 [ %indvars.iv.next1125.i.3, %for_body_to42.us.i ], [ 0, %for_body_to42.us.i.preheader ]
@@ -8895,10 +8503,10 @@ for_body_to42.us.i:                               ; preds = %for_body_to42.us.i,
   %indvars.iv.next1125.i.3 = add nuw nsw i64 %indvars.iv1124.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to42.us.1.i.preheader.unr-lcssa, label %for_body_to42.us.i, !prof !50, !llvm.loop !124
+  br i1 %niter.ncmp.3, label %for_body_to42.us.1.i.preheader.unr-lcssa, label %for_body_to42.us.i, !prof !72, !llvm.loop !118
 
 for_body_to42.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to42.us.i
-  br i1 %lcmp.mod.not, label %for_body_to42.us.1.i.preheader, label %for_body_to42.us.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod.not, label %for_body_to42.us.1.i.preheader, label %for_body_to42.us.i.epil.preheader, !prof !75
 
 for_body_to42.us.i.epil.preheader:                ; preds = %for_body_to42.us.1.i.preheader.unr-lcssa, %for_body_to42.us.i.preheader
   %indvars.iv1124.i.epil.init = phi i64 [ 0, %for_body_to42.us.i.preheader ], [ %indvars.iv.next1125.i.3, %for_body_to42.us.1.i.preheader.unr-lcssa ]
@@ -8923,10 +8531,10 @@ for_body_to42.us.i.epil:                          ; preds = %for_body_to42.us.i.
   %indvars.iv.next1125.i.epil = add nuw nsw i64 %indvars.iv1124.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to42.us.1.i.preheader, label %for_body_to42.us.i.epil, !prof !54, !llvm.loop !125
+  br i1 %epil.iter.cmp.not, label %for_body_to42.us.1.i.preheader, label %for_body_to42.us.i.epil, !prof !70, !llvm.loop !119
 
 for_body_to42.us.1.i.preheader:                   ; preds = %for_body_to42.us.i.epil, %for_body_to42.us.1.i.preheader.unr-lcssa
-  br i1 %1339, label %for_body_to42.us.1.i.epil.preheader, label %for_body_to42.us.1.i, !prof !49
+  br i1 %1339, label %for_body_to42.us.1.i.epil.preheader, label %for_body_to42.us.1.i, !prof !71
 
 for_body_to42.us.1.i:                             ; preds = %for_body_to42.us.1.i, %for_body_to42.us.1.i.preheader
   %indvars.iv1124.1.i = phi i64 [ %indvars.iv.next1125.1.i.3, %for_body_to42.us.1.i ], [ 0, %for_body_to42.us.1.i.preheader ]
@@ -8989,10 +8597,10 @@ for_body_to42.us.1.i:                             ; preds = %for_body_to42.us.1.
   %indvars.iv.next1125.1.i.3 = add nuw nsw i64 %indvars.iv1124.1.i, 4
   %niter199.next.3 = add i64 %niter199, 4
   %niter199.ncmp.3 = icmp eq i64 %niter199.next.3, %unroll_iter198
-  br i1 %niter199.ncmp.3, label %for_body_to42.us.2.i.preheader.unr-lcssa, label %for_body_to42.us.1.i, !prof !50, !llvm.loop !126
+  br i1 %niter199.ncmp.3, label %for_body_to42.us.2.i.preheader.unr-lcssa, label %for_body_to42.us.1.i, !prof !72, !llvm.loop !120
 
 for_body_to42.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to42.us.1.i
-  br i1 %lcmp.mod196.not, label %for_body_to42.us.2.i.preheader, label %for_body_to42.us.1.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod196.not, label %for_body_to42.us.2.i.preheader, label %for_body_to42.us.1.i.epil.preheader, !prof !75
 
 for_body_to42.us.1.i.epil.preheader:              ; preds = %for_body_to42.us.2.i.preheader.unr-lcssa, %for_body_to42.us.1.i.preheader
   %indvars.iv1124.1.i.epil.init = phi i64 [ 0, %for_body_to42.us.1.i.preheader ], [ %indvars.iv.next1125.1.i.3, %for_body_to42.us.2.i.preheader.unr-lcssa ]
@@ -9018,10 +8626,10 @@ for_body_to42.us.1.i.epil:                        ; preds = %for_body_to42.us.1.
   %indvars.iv.next1125.1.i.epil = add nuw nsw i64 %indvars.iv1124.1.i.epil, 1
   %epil.iter195.next = add i64 %epil.iter195, 1
   %epil.iter195.cmp.not = icmp eq i64 %epil.iter195.next, %xtraiter194
-  br i1 %epil.iter195.cmp.not, label %for_body_to42.us.2.i.preheader, label %for_body_to42.us.1.i.epil, !prof !54, !llvm.loop !127
+  br i1 %epil.iter195.cmp.not, label %for_body_to42.us.2.i.preheader, label %for_body_to42.us.1.i.epil, !prof !70, !llvm.loop !121
 
 for_body_to42.us.2.i.preheader:                   ; preds = %for_body_to42.us.1.i.epil, %for_body_to42.us.2.i.preheader.unr-lcssa
-  br i1 %1340, label %for_body_to42.us.2.i.epil.preheader, label %for_body_to42.us.2.i, !prof !49
+  br i1 %1340, label %for_body_to42.us.2.i.epil.preheader, label %for_body_to42.us.2.i, !prof !71
 
 for_body_to42.us.2.i:                             ; preds = %for_body_to42.us.2.i, %for_body_to42.us.2.i.preheader
   %indvars.iv1124.2.i = phi i64 [ %indvars.iv.next1125.2.i.3, %for_body_to42.us.2.i ], [ 0, %for_body_to42.us.2.i.preheader ]
@@ -9084,10 +8692,10 @@ for_body_to42.us.2.i:                             ; preds = %for_body_to42.us.2.
   %indvars.iv.next1125.2.i.3 = add nuw nsw i64 %indvars.iv1124.2.i, 4
   %niter205.next.3 = add i64 %niter205, 4
   %niter205.ncmp.3 = icmp eq i64 %niter205.next.3, %unroll_iter204
-  br i1 %niter205.ncmp.3, label %for_body_to42.us.3.i.preheader.unr-lcssa, label %for_body_to42.us.2.i, !prof !50, !llvm.loop !128
+  br i1 %niter205.ncmp.3, label %for_body_to42.us.3.i.preheader.unr-lcssa, label %for_body_to42.us.2.i, !prof !72, !llvm.loop !122
 
 for_body_to42.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to42.us.2.i
-  br i1 %lcmp.mod202.not, label %for_body_to42.us.3.i.preheader, label %for_body_to42.us.2.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod202.not, label %for_body_to42.us.3.i.preheader, label %for_body_to42.us.2.i.epil.preheader, !prof !75
 
 for_body_to42.us.2.i.epil.preheader:              ; preds = %for_body_to42.us.3.i.preheader.unr-lcssa, %for_body_to42.us.2.i.preheader
   %indvars.iv1124.2.i.epil.init = phi i64 [ 0, %for_body_to42.us.2.i.preheader ], [ %indvars.iv.next1125.2.i.3, %for_body_to42.us.3.i.preheader.unr-lcssa ]
@@ -9113,10 +8721,10 @@ for_body_to42.us.2.i.epil:                        ; preds = %for_body_to42.us.2.
   %indvars.iv.next1125.2.i.epil = add nuw nsw i64 %indvars.iv1124.2.i.epil, 1
   %epil.iter201.next = add i64 %epil.iter201, 1
   %epil.iter201.cmp.not = icmp eq i64 %epil.iter201.next, %xtraiter200
-  br i1 %epil.iter201.cmp.not, label %for_body_to42.us.3.i.preheader, label %for_body_to42.us.2.i.epil, !prof !54, !llvm.loop !129
+  br i1 %epil.iter201.cmp.not, label %for_body_to42.us.3.i.preheader, label %for_body_to42.us.2.i.epil, !prof !70, !llvm.loop !123
 
 for_body_to42.us.3.i.preheader:                   ; preds = %for_body_to42.us.2.i.epil, %for_body_to42.us.3.i.preheader.unr-lcssa
-  br i1 %1341, label %for_body_to42.us.3.i.epil.preheader, label %for_body_to42.us.3.i, !prof !49
+  br i1 %1341, label %for_body_to42.us.3.i.epil.preheader, label %for_body_to42.us.3.i, !prof !71
 
 for_body_to42.us.3.i:                             ; preds = %for_body_to42.us.3.i, %for_body_to42.us.3.i.preheader
   %indvars.iv1124.3.i = phi i64 [ %indvars.iv.next1125.3.i.3, %for_body_to42.us.3.i ], [ 0, %for_body_to42.us.3.i.preheader ]
@@ -9179,10 +8787,10 @@ for_body_to42.us.3.i:                             ; preds = %for_body_to42.us.3.
   %indvars.iv.next1125.3.i.3 = add nuw nsw i64 %indvars.iv1124.3.i, 4
   %niter211.next.3 = add i64 %niter211, 4
   %niter211.ncmp.3 = icmp eq i64 %niter211.next.3, %unroll_iter210
-  br i1 %niter211.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to42.us.3.i, !prof !50, !llvm.loop !130
+  br i1 %niter211.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to42.us.3.i, !prof !72, !llvm.loop !124
 
 for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to42.us.3.i
-  br i1 %lcmp.mod208.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to42.us.3.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod208.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to42.us.3.i.epil.preheader, !prof !75
 
 for_body_to42.us.3.i.epil.preheader:              ; preds = %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to42.us.3.i.preheader
   %indvars.iv1124.3.i.epil.init = phi i64 [ 0, %for_body_to42.us.3.i.preheader ], [ %indvars.iv.next1125.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
@@ -9208,7 +8816,7 @@ for_body_to42.us.3.i.epil:                        ; preds = %for_body_to42.us.3.
   %indvars.iv.next1125.3.i.epil = add nuw nsw i64 %indvars.iv1124.3.i.epil, 1
   %epil.iter207.next = add i64 %epil.iter207, 1
   %epil.iter207.cmp.not = icmp eq i64 %epil.iter207.next, %xtraiter206
-  br i1 %epil.iter207.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to42.us.3.i.epil, !prof !54, !llvm.loop !131
+  br i1 %epil.iter207.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to42.us.3.i.epil, !prof !70, !llvm.loop !125
 
 for_begin_ax1.preheader.i.preheader:              ; preds = %for_body_to42.us.3.i.epil, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_begin_r36.preheader.i
   br label %for_begin_ax1.preheader.i
@@ -9220,7 +8828,7 @@ for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %for
 for_body_ax1.lr.ph.i:                             ; preds = %for_begin_ax1.preheader.i
   %.idx1276.i = shl nuw nsw i64 %indvars.iv1138.i, 9
   %invariant.gep1315.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1276.i
-  br i1 %1342, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !132
+  br i1 %1342, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !126
 
 for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.lr.ph.i
   %indvars.iv1133.i = phi i64 [ %indvars.iv.next1134.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
@@ -9276,10 +8884,10 @@ for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %fo
   %indvars.iv.next1134.i.7 = add nuw nsw i64 %indvars.iv1133.i, 8
   %niter218.next.7 = add i64 %niter218, 8
   %niter218.ncmp.7 = icmp eq i64 %niter218.next.7, %unroll_iter217
-  br i1 %niter218.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !133, !llvm.loop !134
+  br i1 %niter218.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !127, !llvm.loop !128
 
 for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
-  br i1 %lcmp.mod214.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !135
+  br i1 %lcmp.mod214.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !129
 
 for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.lr.ph.i
   %indvars.iv1133.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1134.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
@@ -9299,7 +8907,7 @@ for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil
   %indvars.iv.next1134.i.epil = add nuw nsw i64 %indvars.iv1133.i.epil, 1
   %epil.iter213.next = add i64 %epil.iter213, 1
   %epil.iter213.cmp.not = icmp eq i64 %epil.iter213.next, %xtraiter212
-  br i1 %epil.iter213.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !53, !llvm.loop !136
+  br i1 %epil.iter213.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !75, !llvm.loop !130
 
 for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_begin_ax1.preheader.i
   %peak.rf_global233.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1817, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1820, %for_body_ax1.i.epil ]
@@ -9400,7 +9008,7 @@ for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil
   %peak.rf234.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 31
   %1884 = fcmp ogt float %1883, %peak.rf234.sroa.0.124.vec.extract.i
   %1885 = select i1 %1884, float %1883, float %peak.rf234.sroa.0.124.vec.extract.i
-  store float %1885, ptr %1821, align 4, !tbaa !137
+  store float %1885, ptr %1821, align 4, !tbaa !131
   %indvars.iv.next1139.i = add nuw nsw i64 %indvars.iv1138.i, 1
   %exitcond1141.not.i = icmp eq i64 %indvars.iv.next1139.i, 4
   br i1 %exitcond1141.not.i, label %for_body_r52.preheader.i, label %for_begin_ax1.preheader.i, !prof !30
@@ -9556,7 +9164,7 @@ for_body_to64.us.3.i:                             ; preds = %for_body_to64.us.3.
   br i1 %exitcond1150.3.not.i, label %for_body_to74.us.i.preheader, label %for_body_to64.us.3.i, !prof !8
 
 for_body_to74.us.i.preheader:                     ; preds = %for_body_to64.us.3.i
-  br i1 %1343, label %for_body_to74.us.i.epil.preheader, label %for_body_to74.us.i, !prof !49
+  br i1 %1343, label %for_body_to74.us.i.epil.preheader, label %for_body_to74.us.i, !prof !71
 
 for_body_to74.us.i:                               ; preds = %for_body_to74.us.i, %for_body_to74.us.i.preheader
   %indvars.iv1155.i = phi i64 [ %indvars.iv.next1156.i.3, %for_body_to74.us.i ], [ 0, %for_body_to74.us.i.preheader ]
@@ -9607,10 +9215,10 @@ for_body_to74.us.i:                               ; preds = %for_body_to74.us.i,
   %indvars.iv.next1156.i.3 = add nuw nsw i64 %indvars.iv1155.i, 4
   %niter224.next.3 = add i64 %niter224, 4
   %niter224.ncmp.3 = icmp eq i64 %niter224.next.3, %unroll_iter223
-  br i1 %niter224.ncmp.3, label %for_body_to74.us.1.i.preheader.unr-lcssa, label %for_body_to74.us.i, !prof !50, !llvm.loop !139
+  br i1 %niter224.ncmp.3, label %for_body_to74.us.1.i.preheader.unr-lcssa, label %for_body_to74.us.i, !prof !72, !llvm.loop !133
 
 for_body_to74.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to74.us.i
-  br i1 %lcmp.mod221.not, label %for_body_to74.us.1.i.preheader, label %for_body_to74.us.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod221.not, label %for_body_to74.us.1.i.preheader, label %for_body_to74.us.i.epil.preheader, !prof !75
 
 for_body_to74.us.i.epil.preheader:                ; preds = %for_body_to74.us.1.i.preheader.unr-lcssa, %for_body_to74.us.i.preheader
   %indvars.iv1155.i.epil.init = phi i64 [ 0, %for_body_to74.us.i.preheader ], [ %indvars.iv.next1156.i.3, %for_body_to74.us.1.i.preheader.unr-lcssa ]
@@ -9633,10 +9241,10 @@ for_body_to74.us.i.epil:                          ; preds = %for_body_to74.us.i.
   %indvars.iv.next1156.i.epil = add nuw nsw i64 %indvars.iv1155.i.epil, 1
   %epil.iter220.next = add i64 %epil.iter220, 1
   %epil.iter220.cmp.not = icmp eq i64 %epil.iter220.next, %xtraiter219
-  br i1 %epil.iter220.cmp.not, label %for_body_to74.us.1.i.preheader, label %for_body_to74.us.i.epil, !prof !54, !llvm.loop !140
+  br i1 %epil.iter220.cmp.not, label %for_body_to74.us.1.i.preheader, label %for_body_to74.us.i.epil, !prof !70, !llvm.loop !134
 
 for_body_to74.us.1.i.preheader:                   ; preds = %for_body_to74.us.i.epil, %for_body_to74.us.1.i.preheader.unr-lcssa
-  br i1 %1344, label %for_body_to74.us.1.i.epil.preheader, label %for_body_to74.us.1.i, !prof !49
+  br i1 %1344, label %for_body_to74.us.1.i.epil.preheader, label %for_body_to74.us.1.i, !prof !71
 
 for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.i, %for_body_to74.us.1.i.preheader
   %indvars.iv1155.1.i = phi i64 [ %indvars.iv.next1156.1.i.3, %for_body_to74.us.1.i ], [ 0, %for_body_to74.us.1.i.preheader ]
@@ -9688,10 +9296,10 @@ for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.
   %indvars.iv.next1156.1.i.3 = add nuw nsw i64 %indvars.iv1155.1.i, 4
   %niter230.next.3 = add i64 %niter230, 4
   %niter230.ncmp.3 = icmp eq i64 %niter230.next.3, %unroll_iter229
-  br i1 %niter230.ncmp.3, label %for_body_to74.us.2.i.preheader.unr-lcssa, label %for_body_to74.us.1.i, !prof !50, !llvm.loop !141
+  br i1 %niter230.ncmp.3, label %for_body_to74.us.2.i.preheader.unr-lcssa, label %for_body_to74.us.1.i, !prof !72, !llvm.loop !135
 
 for_body_to74.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to74.us.1.i
-  br i1 %lcmp.mod227.not, label %for_body_to74.us.2.i.preheader, label %for_body_to74.us.1.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod227.not, label %for_body_to74.us.2.i.preheader, label %for_body_to74.us.1.i.epil.preheader, !prof !75
 
 for_body_to74.us.1.i.epil.preheader:              ; preds = %for_body_to74.us.2.i.preheader.unr-lcssa, %for_body_to74.us.1.i.preheader
   %indvars.iv1155.1.i.epil.init = phi i64 [ 0, %for_body_to74.us.1.i.preheader ], [ %indvars.iv.next1156.1.i.3, %for_body_to74.us.2.i.preheader.unr-lcssa ]
@@ -9715,10 +9323,10 @@ for_body_to74.us.1.i.epil:                        ; preds = %for_body_to74.us.1.
   %indvars.iv.next1156.1.i.epil = add nuw nsw i64 %indvars.iv1155.1.i.epil, 1
   %epil.iter226.next = add i64 %epil.iter226, 1
   %epil.iter226.cmp.not = icmp eq i64 %epil.iter226.next, %xtraiter225
-  br i1 %epil.iter226.cmp.not, label %for_body_to74.us.2.i.preheader, label %for_body_to74.us.1.i.epil, !prof !54, !llvm.loop !142
+  br i1 %epil.iter226.cmp.not, label %for_body_to74.us.2.i.preheader, label %for_body_to74.us.1.i.epil, !prof !70, !llvm.loop !136
 
 for_body_to74.us.2.i.preheader:                   ; preds = %for_body_to74.us.1.i.epil, %for_body_to74.us.2.i.preheader.unr-lcssa
-  br i1 %1345, label %for_body_to74.us.2.i.epil.preheader, label %for_body_to74.us.2.i, !prof !49
+  br i1 %1345, label %for_body_to74.us.2.i.epil.preheader, label %for_body_to74.us.2.i, !prof !71
 
 for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.i, %for_body_to74.us.2.i.preheader
   %indvars.iv1155.2.i = phi i64 [ %indvars.iv.next1156.2.i.3, %for_body_to74.us.2.i ], [ 0, %for_body_to74.us.2.i.preheader ]
@@ -9770,10 +9378,10 @@ for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.
   %indvars.iv.next1156.2.i.3 = add nuw nsw i64 %indvars.iv1155.2.i, 4
   %niter236.next.3 = add i64 %niter236, 4
   %niter236.ncmp.3 = icmp eq i64 %niter236.next.3, %unroll_iter235
-  br i1 %niter236.ncmp.3, label %for_body_to74.us.3.i.preheader.unr-lcssa, label %for_body_to74.us.2.i, !prof !50, !llvm.loop !143
+  br i1 %niter236.ncmp.3, label %for_body_to74.us.3.i.preheader.unr-lcssa, label %for_body_to74.us.2.i, !prof !72, !llvm.loop !137
 
 for_body_to74.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to74.us.2.i
-  br i1 %lcmp.mod233.not, label %for_body_to74.us.3.i.preheader, label %for_body_to74.us.2.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod233.not, label %for_body_to74.us.3.i.preheader, label %for_body_to74.us.2.i.epil.preheader, !prof !75
 
 for_body_to74.us.2.i.epil.preheader:              ; preds = %for_body_to74.us.3.i.preheader.unr-lcssa, %for_body_to74.us.2.i.preheader
   %indvars.iv1155.2.i.epil.init = phi i64 [ 0, %for_body_to74.us.2.i.preheader ], [ %indvars.iv.next1156.2.i.3, %for_body_to74.us.3.i.preheader.unr-lcssa ]
@@ -9797,10 +9405,10 @@ for_body_to74.us.2.i.epil:                        ; preds = %for_body_to74.us.2.
   %indvars.iv.next1156.2.i.epil = add nuw nsw i64 %indvars.iv1155.2.i.epil, 1
   %epil.iter232.next = add i64 %epil.iter232, 1
   %epil.iter232.cmp.not = icmp eq i64 %epil.iter232.next, %xtraiter231
-  br i1 %epil.iter232.cmp.not, label %for_body_to74.us.3.i.preheader, label %for_body_to74.us.2.i.epil, !prof !54, !llvm.loop !144
+  br i1 %epil.iter232.cmp.not, label %for_body_to74.us.3.i.preheader, label %for_body_to74.us.2.i.epil, !prof !70, !llvm.loop !138
 
 for_body_to74.us.3.i.preheader:                   ; preds = %for_body_to74.us.2.i.epil, %for_body_to74.us.3.i.preheader.unr-lcssa
-  br i1 %1346, label %for_body_to74.us.3.i.epil.preheader, label %for_body_to74.us.3.i, !prof !49
+  br i1 %1346, label %for_body_to74.us.3.i.epil.preheader, label %for_body_to74.us.3.i, !prof !71
 
 for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.i, %for_body_to74.us.3.i.preheader
   %indvars.iv1155.3.i = phi i64 [ %indvars.iv.next1156.3.i.3, %for_body_to74.us.3.i ], [ 0, %for_body_to74.us.3.i.preheader ]
@@ -9852,10 +9460,10 @@ for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.
   %indvars.iv.next1156.3.i.3 = add nuw nsw i64 %indvars.iv1155.3.i, 4
   %niter242.next.3 = add i64 %niter242, 4
   %niter242.ncmp.3 = icmp eq i64 %niter242.next.3, %unroll_iter241
-  br i1 %niter242.ncmp.3, label %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to74.us.3.i, !prof !50, !llvm.loop !145
+  br i1 %niter242.ncmp.3, label %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to74.us.3.i, !prof !72, !llvm.loop !139
 
 for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to74.us.3.i
-  br i1 %lcmp.mod239.not, label %for_begin_ax183.preheader.i.preheader, label %for_body_to74.us.3.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod239.not, label %for_begin_ax183.preheader.i.preheader, label %for_body_to74.us.3.i.epil.preheader, !prof !75
 
 for_body_to74.us.3.i.epil.preheader:              ; preds = %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to74.us.3.i.preheader
   %indvars.iv1155.3.i.epil.init = phi i64 [ 0, %for_body_to74.us.3.i.preheader ], [ %indvars.iv.next1156.3.i.3, %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa ]
@@ -9879,7 +9487,7 @@ for_body_to74.us.3.i.epil:                        ; preds = %for_body_to74.us.3.
   %indvars.iv.next1156.3.i.epil = add nuw nsw i64 %indvars.iv1155.3.i.epil, 1
   %epil.iter238.next = add i64 %epil.iter238, 1
   %epil.iter238.cmp.not = icmp eq i64 %epil.iter238.next, %xtraiter237
-  br i1 %epil.iter238.cmp.not, label %for_begin_ax183.preheader.i.preheader, label %for_body_to74.us.3.i.epil, !prof !54, !llvm.loop !146
+  br i1 %epil.iter238.cmp.not, label %for_begin_ax183.preheader.i.preheader, label %for_body_to74.us.3.i.epil, !prof !70, !llvm.loop !140
 
 for_begin_ax183.preheader.i.preheader:            ; preds = %for_body_to74.us.3.i.epil, %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, %for_body_r52.preheader.i
   br label %for_begin_ax183.preheader.i
@@ -9891,7 +9499,7 @@ for_begin_ax183.preheader.i:                      ; preds = %for_end_ax185.i, %f
 for_body_ax184.lr.ph.i:                           ; preds = %for_begin_ax183.preheader.i
   %.idx1278.i = shl nuw nsw i64 %indvars.iv1169.i, 9
   %invariant.gep1317.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1278.i
-  br i1 %1347, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !132
+  br i1 %1347, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !126
 
 for_body_ax184.i:                                 ; preds = %for_body_ax184.i, %for_body_ax184.lr.ph.i
   %indvars.iv1164.i = phi i64 [ %indvars.iv.next1165.i.7, %for_body_ax184.i ], [ 0, %for_body_ax184.lr.ph.i ]
@@ -9939,10 +9547,10 @@ for_body_ax184.i:                                 ; preds = %for_body_ax184.i, %
   %indvars.iv.next1165.i.7 = add nuw nsw i64 %indvars.iv1164.i, 8
   %niter249.next.7 = add i64 %niter249, 8
   %niter249.ncmp.7 = icmp eq i64 %niter249.next.7, %unroll_iter248
-  br i1 %niter249.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !133, !llvm.loop !147
+  br i1 %niter249.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !127, !llvm.loop !141
 
 for_end_ax185.i.loopexit.unr-lcssa:               ; preds = %for_body_ax184.i
-  br i1 %lcmp.mod245.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !135
+  br i1 %lcmp.mod245.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !129
 
 for_body_ax184.i.epil.preheader:                  ; preds = %for_end_ax185.i.loopexit.unr-lcssa, %for_body_ax184.lr.ph.i
   %indvars.iv1164.i.epil.init = phi i64 [ 0, %for_body_ax184.lr.ph.i ], [ %indvars.iv.next1165.i.7, %for_end_ax185.i.loopexit.unr-lcssa ]
@@ -9961,7 +9569,7 @@ for_body_ax184.i.epil:                            ; preds = %for_body_ax184.i.ep
   %indvars.iv.next1165.i.epil = add nuw nsw i64 %indvars.iv1164.i.epil, 1
   %epil.iter244.next = add i64 %epil.iter244, 1
   %epil.iter244.cmp.not = icmp eq i64 %epil.iter244.next, %xtraiter243
-  br i1 %epil.iter244.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !53, !llvm.loop !148
+  br i1 %epil.iter244.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !75, !llvm.loop !142
 
 for_end_ax185.i:                                  ; preds = %for_body_ax184.i.epil, %for_end_ax185.i.loopexit.unr-lcssa, %for_begin_ax183.preheader.i
   %tile_sum.rf_global231.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax183.preheader.i ], [ %2195, %for_end_ax185.i.loopexit.unr-lcssa ], [ %2197, %for_body_ax184.i.epil ]
@@ -10030,7 +9638,7 @@ for_end_ax185.i:                                  ; preds = %for_body_ax184.i.ep
   %2229 = fadd float %tile_sum.rf232.sroa.0.120.vec.extract.i, %2228
   %tile_sum.rf232.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 31
   %2230 = fadd float %tile_sum.rf232.sroa.0.124.vec.extract.i, %2229
-  store float %2230, ptr %2198, align 4, !tbaa !149
+  store float %2230, ptr %2198, align 4, !tbaa !143
   %indvars.iv.next1170.i = add nuw nsw i64 %indvars.iv1169.i, 1
   %exitcond1172.not.i = icmp eq i64 %indvars.iv.next1170.i, 4
   br i1 %exitcond1172.not.i, label %for_begin_to93.preheader.preheader.i, label %for_begin_ax183.preheader.i, !prof !30
@@ -10039,7 +9647,7 @@ for_begin_to93.preheader.preheader.i:             ; preds = %for_end_ax185.i
   br i1 %1325, label %for_body_to94.i.preheader, label %for_end_to95.3.i, !prof !3
 
 for_body_to94.i.preheader:                        ; preds = %for_begin_to93.preheader.preheader.i
-  br i1 %1348, label %for_body_to94.i.epil.preheader, label %for_body_to94.i, !prof !49
+  br i1 %1348, label %for_body_to94.i.epil.preheader, label %for_body_to94.i, !prof !71
 
 for_body_to94.i:                                  ; preds = %for_body_to94.i, %for_body_to94.i.preheader
   %indvars.iv1173.i = phi i64 [ %indvars.iv.next1174.i.3, %for_body_to94.i ], [ 0, %for_body_to94.i.preheader ]
@@ -10098,10 +9706,10 @@ for_body_to94.i:                                  ; preds = %for_body_to94.i, %f
   %indvars.iv.next1174.i.3 = add nuw nsw i64 %indvars.iv1173.i, 4
   %niter255.next.3 = add i64 %niter255, 4
   %niter255.ncmp.3 = icmp eq i64 %niter255.next.3, %unroll_iter254
-  br i1 %niter255.ncmp.3, label %for_body_to94.1.i.preheader.unr-lcssa, label %for_body_to94.i, !prof !50, !llvm.loop !151
+  br i1 %niter255.ncmp.3, label %for_body_to94.1.i.preheader.unr-lcssa, label %for_body_to94.i, !prof !72, !llvm.loop !145
 
 for_body_to94.1.i.preheader.unr-lcssa:            ; preds = %for_body_to94.i
-  br i1 %lcmp.mod252.not, label %for_body_to94.1.i.preheader, label %for_body_to94.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod252.not, label %for_body_to94.1.i.preheader, label %for_body_to94.i.epil.preheader, !prof !75
 
 for_body_to94.i.epil.preheader:                   ; preds = %for_body_to94.1.i.preheader.unr-lcssa, %for_body_to94.i.preheader
   %indvars.iv1173.i.epil.init = phi i64 [ 0, %for_body_to94.i.preheader ], [ %indvars.iv.next1174.i.3, %for_body_to94.1.i.preheader.unr-lcssa ]
@@ -10126,10 +9734,10 @@ for_body_to94.i.epil:                             ; preds = %for_body_to94.i.epi
   %indvars.iv.next1174.i.epil = add nuw nsw i64 %indvars.iv1173.i.epil, 1
   %epil.iter251.next = add i64 %epil.iter251, 1
   %epil.iter251.cmp.not = icmp eq i64 %epil.iter251.next, %xtraiter250
-  br i1 %epil.iter251.cmp.not, label %for_body_to94.1.i.preheader, label %for_body_to94.i.epil, !prof !54, !llvm.loop !152
+  br i1 %epil.iter251.cmp.not, label %for_body_to94.1.i.preheader, label %for_body_to94.i.epil, !prof !70, !llvm.loop !146
 
 for_body_to94.1.i.preheader:                      ; preds = %for_body_to94.i.epil, %for_body_to94.1.i.preheader.unr-lcssa
-  br i1 %1349, label %for_body_to94.1.i.epil.preheader, label %for_body_to94.1.i, !prof !49
+  br i1 %1349, label %for_body_to94.1.i.epil.preheader, label %for_body_to94.1.i, !prof !71
 
 for_body_to94.1.i:                                ; preds = %for_body_to94.1.i, %for_body_to94.1.i.preheader
   %indvars.iv1173.1.i = phi i64 [ %indvars.iv.next1174.1.i.3, %for_body_to94.1.i ], [ 0, %for_body_to94.1.i.preheader ]
@@ -10196,10 +9804,10 @@ for_body_to94.1.i:                                ; preds = %for_body_to94.1.i, 
   %indvars.iv.next1174.1.i.3 = add nuw nsw i64 %indvars.iv1173.1.i, 4
   %niter261.next.3 = add i64 %niter261, 4
   %niter261.ncmp.3 = icmp eq i64 %niter261.next.3, %unroll_iter260
-  br i1 %niter261.ncmp.3, label %for_body_to94.2.i.preheader.unr-lcssa, label %for_body_to94.1.i, !prof !50, !llvm.loop !153
+  br i1 %niter261.ncmp.3, label %for_body_to94.2.i.preheader.unr-lcssa, label %for_body_to94.1.i, !prof !72, !llvm.loop !147
 
 for_body_to94.2.i.preheader.unr-lcssa:            ; preds = %for_body_to94.1.i
-  br i1 %lcmp.mod258.not, label %for_body_to94.2.i.preheader, label %for_body_to94.1.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod258.not, label %for_body_to94.2.i.preheader, label %for_body_to94.1.i.epil.preheader, !prof !75
 
 for_body_to94.1.i.epil.preheader:                 ; preds = %for_body_to94.2.i.preheader.unr-lcssa, %for_body_to94.1.i.preheader
   %indvars.iv1173.1.i.epil.init = phi i64 [ 0, %for_body_to94.1.i.preheader ], [ %indvars.iv.next1174.1.i.3, %for_body_to94.2.i.preheader.unr-lcssa ]
@@ -10226,10 +9834,10 @@ for_body_to94.1.i.epil:                           ; preds = %for_body_to94.1.i.e
   %indvars.iv.next1174.1.i.epil = add nuw nsw i64 %indvars.iv1173.1.i.epil, 1
   %epil.iter257.next = add i64 %epil.iter257, 1
   %epil.iter257.cmp.not = icmp eq i64 %epil.iter257.next, %xtraiter256
-  br i1 %epil.iter257.cmp.not, label %for_body_to94.2.i.preheader, label %for_body_to94.1.i.epil, !prof !54, !llvm.loop !154
+  br i1 %epil.iter257.cmp.not, label %for_body_to94.2.i.preheader, label %for_body_to94.1.i.epil, !prof !70, !llvm.loop !148
 
 for_body_to94.2.i.preheader:                      ; preds = %for_body_to94.1.i.epil, %for_body_to94.2.i.preheader.unr-lcssa
-  br i1 %1350, label %for_body_to94.2.i.epil.preheader, label %for_body_to94.2.i, !prof !49
+  br i1 %1350, label %for_body_to94.2.i.epil.preheader, label %for_body_to94.2.i, !prof !71
 
 for_body_to94.2.i:                                ; preds = %for_body_to94.2.i, %for_body_to94.2.i.preheader
   %indvars.iv1173.2.i = phi i64 [ %indvars.iv.next1174.2.i.3, %for_body_to94.2.i ], [ 0, %for_body_to94.2.i.preheader ]
@@ -10296,10 +9904,10 @@ for_body_to94.2.i:                                ; preds = %for_body_to94.2.i, 
   %indvars.iv.next1174.2.i.3 = add nuw nsw i64 %indvars.iv1173.2.i, 4
   %niter267.next.3 = add i64 %niter267, 4
   %niter267.ncmp.3 = icmp eq i64 %niter267.next.3, %unroll_iter266
-  br i1 %niter267.ncmp.3, label %for_body_to94.3.i.preheader.unr-lcssa, label %for_body_to94.2.i, !prof !50, !llvm.loop !155
+  br i1 %niter267.ncmp.3, label %for_body_to94.3.i.preheader.unr-lcssa, label %for_body_to94.2.i, !prof !72, !llvm.loop !149
 
 for_body_to94.3.i.preheader.unr-lcssa:            ; preds = %for_body_to94.2.i
-  br i1 %lcmp.mod264.not, label %for_body_to94.3.i.preheader, label %for_body_to94.2.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod264.not, label %for_body_to94.3.i.preheader, label %for_body_to94.2.i.epil.preheader, !prof !75
 
 for_body_to94.2.i.epil.preheader:                 ; preds = %for_body_to94.3.i.preheader.unr-lcssa, %for_body_to94.2.i.preheader
   %indvars.iv1173.2.i.epil.init = phi i64 [ 0, %for_body_to94.2.i.preheader ], [ %indvars.iv.next1174.2.i.3, %for_body_to94.3.i.preheader.unr-lcssa ]
@@ -10326,10 +9934,10 @@ for_body_to94.2.i.epil:                           ; preds = %for_body_to94.2.i.e
   %indvars.iv.next1174.2.i.epil = add nuw nsw i64 %indvars.iv1173.2.i.epil, 1
   %epil.iter263.next = add i64 %epil.iter263, 1
   %epil.iter263.cmp.not = icmp eq i64 %epil.iter263.next, %xtraiter262
-  br i1 %epil.iter263.cmp.not, label %for_body_to94.3.i.preheader, label %for_body_to94.2.i.epil, !prof !54, !llvm.loop !156
+  br i1 %epil.iter263.cmp.not, label %for_body_to94.3.i.preheader, label %for_body_to94.2.i.epil, !prof !70, !llvm.loop !150
 
 for_body_to94.3.i.preheader:                      ; preds = %for_body_to94.2.i.epil, %for_body_to94.3.i.preheader.unr-lcssa
-  br i1 %1351, label %for_body_to94.3.i.epil.preheader, label %for_body_to94.3.i, !prof !49
+  br i1 %1351, label %for_body_to94.3.i.epil.preheader, label %for_body_to94.3.i, !prof !71
 
 for_body_to94.3.i:                                ; preds = %for_body_to94.3.i, %for_body_to94.3.i.preheader
   %indvars.iv1173.3.i = phi i64 [ %indvars.iv.next1174.3.i.3, %for_body_to94.3.i ], [ 0, %for_body_to94.3.i.preheader ]
@@ -10396,10 +10004,10 @@ for_body_to94.3.i:                                ; preds = %for_body_to94.3.i, 
   %indvars.iv.next1174.3.i.3 = add nuw nsw i64 %indvars.iv1173.3.i, 4
   %niter273.next.3 = add i64 %niter273, 4
   %niter273.ncmp.3 = icmp eq i64 %niter273.next.3, %unroll_iter272
-  br i1 %niter273.ncmp.3, label %for_end_to95.3.i.loopexit.unr-lcssa, label %for_body_to94.3.i, !prof !50, !llvm.loop !157
+  br i1 %niter273.ncmp.3, label %for_end_to95.3.i.loopexit.unr-lcssa, label %for_body_to94.3.i, !prof !72, !llvm.loop !151
 
 for_end_to95.3.i.loopexit.unr-lcssa:              ; preds = %for_body_to94.3.i
-  br i1 %lcmp.mod270.not, label %for_end_to95.3.i, label %for_body_to94.3.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod270.not, label %for_end_to95.3.i, label %for_body_to94.3.i.epil.preheader, !prof !75
 
 for_body_to94.3.i.epil.preheader:                 ; preds = %for_end_to95.3.i.loopexit.unr-lcssa, %for_body_to94.3.i.preheader
   %indvars.iv1173.3.i.epil.init = phi i64 [ 0, %for_body_to94.3.i.preheader ], [ %indvars.iv.next1174.3.i.3, %for_end_to95.3.i.loopexit.unr-lcssa ]
@@ -10426,18 +10034,18 @@ for_body_to94.3.i.epil:                           ; preds = %for_body_to94.3.i.e
   %indvars.iv.next1174.3.i.epil = add nuw nsw i64 %indvars.iv1173.3.i.epil, 1
   %epil.iter269.next = add i64 %epil.iter269, 1
   %epil.iter269.cmp.not = icmp eq i64 %epil.iter269.next, %xtraiter268
-  br i1 %epil.iter269.cmp.not, label %for_end_to95.3.i, label %for_body_to94.3.i.epil, !prof !54, !llvm.loop !158
+  br i1 %epil.iter269.cmp.not, label %for_end_to95.3.i, label %for_body_to94.3.i.epil, !prof !70, !llvm.loop !152
 
 for_end_to95.3.i:                                 ; preds = %for_body_to94.3.i.epil, %for_end_to95.3.i.loopexit.unr-lcssa, %for_begin_to93.preheader.preheader.i
   %2441 = shl nuw nsw i64 %indvars.iv1198.i, 2
   %2442 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %2441
-  %2443 = load <4 x float>, ptr %2442, align 16, !tbaa !120
+  %2443 = load <4 x float>, ptr %2442, align 16, !tbaa !114
   %old_max.i = select <4 x i1> %1329, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2443
   %2444 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %2441
-  %2445 = load <4 x float>, ptr %2444, align 16, !tbaa !118
+  %2445 = load <4 x float>, ptr %2444, align 16, !tbaa !112
   %old_sum.i = select <4 x i1> %1329, <4 x float> zeroinitializer, <4 x float> %2445
   %2446 = fcmp ogt <4 x float> %old_max.i, %1887
-  %2447 = load <4 x float>, ptr %tile_sum236.i, align 16, !tbaa !159
+  %2447 = load <4 x float>, ptr %tile_sum236.i, align 16, !tbaa !153
   %2448 = fcmp oeq <4 x float> %2447, zeroinitializer
   %2449 = select <4 x i1> %2448, <4 x i1> splat (i1 true), <4 x i1> %2446
   %old_or_both.i = select <4 x i1> %2449, <4 x float> %old_max.i, <4 x float> %1887
@@ -10489,8 +10097,8 @@ for_end_to95.3.i:                                 ; preds = %for_body_to94.3.i.e
   %2493 = select <4 x i1> %2492, <4 x float> %2491, <4 x float> zeroinitializer
   %2494 = fmul <4 x float> %old_sum.i, %2472
   %2495 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2493, <4 x float> %2447, <4 x float> %2494)
-  store <4 x float> %m.i, ptr %2442, align 16, !tbaa !120
-  store <4 x float> %2495, ptr %2444, align 16, !tbaa !118
+  store <4 x float> %m.i, ptr %2442, align 16, !tbaa !114
+  store <4 x float> %2495, ptr %2444, align 16, !tbaa !112
   %2496 = shufflevector <4 x float> %2493, <4 x float> poison, <16 x i32> zeroinitializer
   %2497 = shl nuw nsw i64 %indvars.iv1198.i, 9
   %2498 = shufflevector <4 x float> %2472, <4 x float> poison, <16 x i32> zeroinitializer
@@ -11193,7 +10801,7 @@ for_end_to132.i:                                  ; preds = %for_begin_line135.p
 for_body_ti.lr.ph.i:                              ; preds = %for_end_to132.i
   %gep1066.idx.i = shl i64 %indvars.iv1194.i, 7
   %gep1066.i = getelementptr i8, ptr %invariant.gep1033.i, i64 %gep1066.idx.i
-  br i1 %1352, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !64
+  br i1 %1352, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !51
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
   %indvars.iv1191.i = phi i64 [ %indvars.iv.next1192.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
@@ -11304,10 +10912,10 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %indvars.iv.next1192.i.1 = add nuw nsw i64 %indvars.iv1191.i, 2
   %niter288.next.1 = add nuw i64 %niter288, 2
   %niter288.ncmp.1 = icmp eq i64 %niter288.next.1, %unroll_iter287
-  br i1 %niter288.ncmp.1, label %for_end_ti.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !59, !llvm.loop !167
+  br i1 %niter288.ncmp.1, label %for_end_ti.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !52, !llvm.loop !161
 
 for_end_ti.i.loopexit.unr-lcssa:                  ; preds = %for_body_ti.i
-  br i1 %lcmp.mod277.not, label %for_end_ti.i, label %for_body_ti.i.epil.preheader, !prof !54
+  br i1 %lcmp.mod277.not, label %for_end_ti.i, label %for_body_ti.i.epil.preheader, !prof !70
 
 for_body_ti.i.epil.preheader:                     ; preds = %for_end_ti.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
   %indvars.iv1191.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next1192.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
@@ -11492,41 +11100,41 @@ for_body_tile178.i:                               ; preds = %for_body_tile178.i,
   %3012 = shl nuw nsw i64 %indvars.iv1222.i, 2
   %3013 = add nuw nsw i64 %3012, %891
   %3014 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3012
-  %3015 = load float, ptr %3014, align 16, !tbaa !120
+  %3015 = load float, ptr %3014, align 16, !tbaa !114
   %3016 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3013
   store float %3015, ptr %3016, align 4, !tbaa !4
   %3017 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3012
-  %3018 = load float, ptr %3017, align 16, !tbaa !118
+  %3018 = load float, ptr %3017, align 16, !tbaa !112
   %3019 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3013
   store float %3018, ptr %3019, align 4, !tbaa !4
   %3020 = or disjoint i64 %3012, 1
   %3021 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3020
-  %3022 = load float, ptr %3021, align 4, !tbaa !120
+  %3022 = load float, ptr %3021, align 4, !tbaa !114
   %3023 = or disjoint i64 %3013, 1
   %3024 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3023
   store float %3022, ptr %3024, align 4, !tbaa !4
   %3025 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3020
-  %3026 = load float, ptr %3025, align 4, !tbaa !118
+  %3026 = load float, ptr %3025, align 4, !tbaa !112
   %3027 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3023
   store float %3026, ptr %3027, align 4, !tbaa !4
   %3028 = or disjoint i64 %3012, 2
   %3029 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3028
-  %3030 = load float, ptr %3029, align 8, !tbaa !120
+  %3030 = load float, ptr %3029, align 8, !tbaa !114
   %3031 = or disjoint i64 %3013, 2
   %3032 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3031
   store float %3030, ptr %3032, align 4, !tbaa !4
   %3033 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3028
-  %3034 = load float, ptr %3033, align 8, !tbaa !118
+  %3034 = load float, ptr %3033, align 8, !tbaa !112
   %3035 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3031
   store float %3034, ptr %3035, align 4, !tbaa !4
   %3036 = or disjoint i64 %3012, 3
   %3037 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3036
-  %3038 = load float, ptr %3037, align 4, !tbaa !120
+  %3038 = load float, ptr %3037, align 4, !tbaa !114
   %3039 = or disjoint i64 %3013, 3
   %3040 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3039
   store float %3038, ptr %3040, align 4, !tbaa !4
   %3041 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3036
-  %3042 = load float, ptr %3041, align 4, !tbaa !118
+  %3042 = load float, ptr %3041, align 4, !tbaa !112
   %3043 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3039
   store float %3042, ptr %3043, align 4, !tbaa !4
   %3044 = shl nuw nsw i64 %indvars.iv1222.i, 9
@@ -11857,7 +11465,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %83 = select <32 x i1> %82, <32 x float> zeroinitializer, <32 x float> %81
   %84 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %85 = select <32 x i1> %84, <32 x float> %83, <32 x float> zeroinitializer
-  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !168
+  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !162
   %arg2.i = fsub <32 x float> %57, %m.i
   %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %87 = bitcast <32 x float> %86 to <32 x i32>
@@ -11880,7 +11488,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
   %105 = fcmp one <32 x float> %60, zeroinitializer
   %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
-  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !174
+  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !168
   %107 = fmul <32 x float> %old_sum.i, %85
   %108 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %60, <32 x float> %107)
   %.idx.i = shl nsw i64 %54, 14
@@ -11890,13 +11498,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %111 = load float, ptr %110, align 4, !tbaa !180
+  %111 = load float, ptr %110, align 4, !tbaa !174
   %112 = insertelement <16 x float> poison, float %111, i64 0
   %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
   %114 = shl nuw nsw i64 %indvars.iv60.i, 7
   %115 = getelementptr float, ptr %109, i64 %114
   %116 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %117 = load float, ptr %116, align 4, !tbaa !181
+  %117 = load float, ptr %116, align 4, !tbaa !175
   %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
   store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !4
   %119 = load <16 x float>, ptr %115, align 4, !tbaa !4
@@ -11959,7 +11567,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %151 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %152 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %153 = select <32 x i1> %152, <32 x float> zeroinitializer, <32 x float> %151
-  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !182
+  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !176
   %sext29 = shl i64 %20, 32
   %154 = ashr exact i64 %sext29, 32
   %155 = mul nsw i64 %out_batch, %154
@@ -11969,13 +11577,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !180
+  %158 = load float, ptr %157, align 4, !tbaa !174
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %109, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !181
+  %164 = load float, ptr %163, align 4, !tbaa !175
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !4
@@ -12045,7 +11653,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !188
+  %215 = load float, ptr %214, align 4, !tbaa !182
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -12166,7 +11774,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !189
+  %310 = load float, ptr %309, align 16, !tbaa !183
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -12181,7 +11789,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !191
+  %317 = load float, ptr %316, align 16, !tbaa !185
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -12191,7 +11799,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !4
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !189
+  %322 = load float, ptr %321, align 4, !tbaa !183
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -12199,7 +11807,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !191
+  %327 = load float, ptr %326, align 4, !tbaa !185
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -12209,7 +11817,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !4
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !189
+  %332 = load float, ptr %331, align 8, !tbaa !183
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -12217,7 +11825,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !191
+  %337 = load float, ptr %336, align 8, !tbaa !185
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -12227,7 +11835,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !4
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !189
+  %342 = load float, ptr %341, align 4, !tbaa !183
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -12235,7 +11843,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !191
+  %347 = load float, ptr %346, align 4, !tbaa !185
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -12245,7 +11853,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !4
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !30, !llvm.loop !193
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !30, !llvm.loop !187
 
 merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
@@ -12433,7 +12041,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <32 x i1> %80, <32 x float> zeroinitializer, <32 x float> %79
   %82 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %83 = select <32 x i1> %82, <32 x float> %81, <32 x float> zeroinitializer
-  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !194
+  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !188
   %arg2.i = fsub <32 x float> %55, %m.i
   %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <32 x float> %84 to <32 x i32>
@@ -12456,7 +12064,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <32 x i1> %101, <32 x float> zeroinitializer, <32 x float> %100
   %103 = fcmp one <32 x float> %58, zeroinitializer
   %104 = select <32 x i1> %103, <32 x float> %102, <32 x float> zeroinitializer
-  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !200
+  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !194
   %105 = fmul <32 x float> %old_sum.i, %83
   %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %58, <32 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
@@ -12466,13 +12074,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !206
+  %109 = load float, ptr %108, align 4, !tbaa !200
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 7
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !207
+  %115 = load float, ptr %114, align 4, !tbaa !201
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
   store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !4
   %117 = load <16 x float>, ptr %113, align 4, !tbaa !4
@@ -12539,7 +12147,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %152 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %153 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %154 = select <32 x i1> %153, <32 x float> zeroinitializer, <32 x float> %152
-  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !208
+  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !202
   %155 = mul nsw i64 %out_batch, %149
   %156 = getelementptr i16, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
@@ -12547,13 +12155,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !206
+  %158 = load float, ptr %157, align 4, !tbaa !200
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %107, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !207
+  %164 = load float, ptr %163, align 4, !tbaa !201
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !4
@@ -12623,7 +12231,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !214
+  %215 = load float, ptr %214, align 4, !tbaa !208
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -12744,7 +12352,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !215
+  %310 = load float, ptr %309, align 16, !tbaa !209
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -12759,7 +12367,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !217
+  %317 = load float, ptr %316, align 16, !tbaa !211
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -12769,7 +12377,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !4
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !215
+  %322 = load float, ptr %321, align 4, !tbaa !209
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -12777,7 +12385,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !217
+  %327 = load float, ptr %326, align 4, !tbaa !211
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -12787,7 +12395,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !4
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !215
+  %332 = load float, ptr %331, align 8, !tbaa !209
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -12795,7 +12403,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !217
+  %337 = load float, ptr %336, align 8, !tbaa !211
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -12805,7 +12413,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !4
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !215
+  %342 = load float, ptr %341, align 4, !tbaa !209
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -12813,7 +12421,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !217
+  %347 = load float, ptr %346, align 4, !tbaa !211
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -12823,7 +12431,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !4
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !30, !llvm.loop !219
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !30, !llvm.loop !213
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
@@ -13034,9 +12642,6 @@ declare float @llvm.fabs.f32(float) #4
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare half @llvm.fabs.f16(half) #4
 
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umin.i32(i32, i32) #4
-
 ; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
 declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #7
 
@@ -13047,7 +12652,7 @@ declare void @llvm.lifetime.start.p0(ptr captures(none)) #8
 declare void @llvm.lifetime.end.p0(ptr captures(none)) #8
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i64 @llvm.smax.i64(i64, i64) #4
+declare i32 @llvm.umin.i32(i32, i32) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #4
@@ -13147,45 +12752,45 @@ attributes #12 = { nocallback nofree nosync nounwind willreturn memory(argmem: r
 !46 = !{!"llvm.loop.estimated_trip_count", i32 528417}
 !47 = !{!44, !44, i64 0}
 !48 = !{!"branch_weights", i32 1048704, i32 133169152}
-!49 = !{!"branch_weights", i32 6096, i32 2147477552}
-!50 = !{!"branch_weights", i32 8128, i32 2147475520}
-!51 = distinct !{!51, !52}
-!52 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!53 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!54 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!55 = distinct !{!55, !56, !57}
-!56 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!57 = !{!"llvm.loop.unroll.disable"}
-!58 = distinct !{!58, !56, !57}
-!59 = !{!"branch_weights", i32 4064, i32 2147479584}
-!60 = distinct !{!60, !61}
-!61 = !{!"llvm.loop.estimated_trip_count", i32 528416}
-!62 = distinct !{!62, !52}
-!63 = distinct !{!63, !56, !57}
-!64 = !{!"branch_weights", i32 2032, i32 2147481616}
-!65 = distinct !{!65, !61}
-!66 = distinct !{!66, !61}
-!67 = !{!68}
-!68 = distinct !{!68, !69}
-!69 = distinct !{!69, !"LVerDomain"}
-!70 = !{!71}
-!71 = distinct !{!71, !69}
-!72 = !{!"branch_weights", i32 127, i32 16777081}
-!73 = distinct !{!73, !17, !18, !74}
-!74 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!75 = !{!"branch_weights", i32 1, i32 7}
-!76 = !{!"branch_weights", i32 1, i32 1}
-!77 = distinct !{!77, !57}
-!78 = !{!"branch_weights", i32 127, i32 0}
-!79 = distinct !{!79, !17, !22}
-!80 = !{!"branch_weights", i32 134217601, i32 127}
-!81 = distinct !{!81, !52}
-!82 = distinct !{!82, !56, !57}
-!83 = distinct !{!83, !52}
-!84 = distinct !{!84, !85}
-!85 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!86 = distinct !{!86, !87}
-!87 = !{!"llvm.loop.estimated_trip_count", i32 264209}
+!49 = distinct !{!49, !50}
+!50 = !{!"llvm.loop.estimated_trip_count", i32 264209}
+!51 = !{!"branch_weights", i32 2032, i32 2147481616}
+!52 = !{!"branch_weights", i32 4064, i32 2147479584}
+!53 = distinct !{!53, !54}
+!54 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!55 = !{!56}
+!56 = distinct !{!56, !57}
+!57 = distinct !{!57, !"LVerDomain"}
+!58 = !{!59}
+!59 = distinct !{!59, !57}
+!60 = !{!"branch_weights", i32 127, i32 16777081}
+!61 = distinct !{!61, !17, !18, !62}
+!62 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!63 = !{!"branch_weights", i32 1, i32 7}
+!64 = !{!"branch_weights", i32 1, i32 1}
+!65 = distinct !{!65, !66}
+!66 = !{!"llvm.loop.unroll.disable"}
+!67 = !{!"branch_weights", i32 127, i32 0}
+!68 = distinct !{!68, !17, !22}
+!69 = !{!"branch_weights", i32 134217601, i32 127}
+!70 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!71 = !{!"branch_weights", i32 6096, i32 2147477552}
+!72 = !{!"branch_weights", i32 8128, i32 2147475520}
+!73 = distinct !{!73, !74}
+!74 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!75 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!76 = distinct !{!76, !77, !66}
+!77 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!78 = distinct !{!78, !50}
+!79 = distinct !{!79, !80}
+!80 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!81 = distinct !{!81, !50}
+!82 = !{!83}
+!83 = distinct !{!83, !84}
+!84 = distinct !{!84, !"LVerDomain"}
+!85 = !{!86}
+!86 = distinct !{!86, !84}
+!87 = distinct !{!87, !17, !22}
 !88 = !{!89}
 !89 = distinct !{!89, !90}
 !90 = distinct !{!90, !"LVerDomain"}
@@ -13210,111 +12815,105 @@ attributes #12 = { nocallback nofree nosync nounwind willreturn memory(argmem: r
 !109 = !{!110}
 !110 = distinct !{!110, !108}
 !111 = distinct !{!111, !17, !22}
-!112 = !{!113}
-!113 = distinct !{!113, !114}
-!114 = distinct !{!114, !"LVerDomain"}
-!115 = !{!116}
-!116 = distinct !{!116, !114}
-!117 = distinct !{!117, !17, !22}
-!118 = !{!119, !119, i64 0}
-!119 = !{!"buffer2", !6, i64 0}
-!120 = !{!121, !121, i64 0}
-!121 = !{!"buffer3", !6, i64 0}
-!122 = distinct !{!122, !87}
-!123 = distinct !{!123, !87}
-!124 = distinct !{!124, !52}
-!125 = distinct !{!125, !56, !57}
-!126 = distinct !{!126, !52}
-!127 = distinct !{!127, !56, !57}
-!128 = distinct !{!128, !52}
-!129 = distinct !{!129, !56, !57}
-!130 = distinct !{!130, !52}
-!131 = distinct !{!131, !56, !57}
-!132 = !{!"branch_weights", i32 14224, i32 2147469424}
-!133 = !{!"branch_weights", i32 16256, i32 2147467392}
-!134 = distinct !{!134, !74}
-!135 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!136 = distinct !{!136, !56, !57}
-!137 = !{!138, !138, i64 0}
-!138 = !{!"buffer4", !6, i64 0}
-!139 = distinct !{!139, !52}
-!140 = distinct !{!140, !56, !57}
-!141 = distinct !{!141, !52}
-!142 = distinct !{!142, !56, !57}
-!143 = distinct !{!143, !52}
-!144 = distinct !{!144, !56, !57}
-!145 = distinct !{!145, !52}
-!146 = distinct !{!146, !56, !57}
+!112 = !{!113, !113, i64 0}
+!113 = !{!"buffer2", !6, i64 0}
+!114 = !{!115, !115, i64 0}
+!115 = !{!"buffer3", !6, i64 0}
+!116 = distinct !{!116, !50}
+!117 = distinct !{!117, !50}
+!118 = distinct !{!118, !74}
+!119 = distinct !{!119, !77, !66}
+!120 = distinct !{!120, !74}
+!121 = distinct !{!121, !77, !66}
+!122 = distinct !{!122, !74}
+!123 = distinct !{!123, !77, !66}
+!124 = distinct !{!124, !74}
+!125 = distinct !{!125, !77, !66}
+!126 = !{!"branch_weights", i32 14224, i32 2147469424}
+!127 = !{!"branch_weights", i32 16256, i32 2147467392}
+!128 = distinct !{!128, !62}
+!129 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!130 = distinct !{!130, !77, !66}
+!131 = !{!132, !132, i64 0}
+!132 = !{!"buffer4", !6, i64 0}
+!133 = distinct !{!133, !74}
+!134 = distinct !{!134, !77, !66}
+!135 = distinct !{!135, !74}
+!136 = distinct !{!136, !77, !66}
+!137 = distinct !{!137, !74}
+!138 = distinct !{!138, !77, !66}
+!139 = distinct !{!139, !74}
+!140 = distinct !{!140, !77, !66}
+!141 = distinct !{!141, !62}
+!142 = distinct !{!142, !77, !66}
+!143 = !{!144, !144, i64 0}
+!144 = !{!"buffer5", !6, i64 0}
+!145 = distinct !{!145, !74}
+!146 = distinct !{!146, !77, !66}
 !147 = distinct !{!147, !74}
-!148 = distinct !{!148, !56, !57}
-!149 = !{!150, !150, i64 0}
-!150 = !{!"buffer5", !6, i64 0}
-!151 = distinct !{!151, !52}
-!152 = distinct !{!152, !56, !57}
-!153 = distinct !{!153, !52}
-!154 = distinct !{!154, !56, !57}
-!155 = distinct !{!155, !52}
-!156 = distinct !{!156, !56, !57}
-!157 = distinct !{!157, !52}
-!158 = distinct !{!158, !56, !57}
-!159 = !{!160, !160, i64 0}
-!160 = !{!"buffer5.w16.b0", !161, i64 0}
-!161 = !{!"buffer5.w32.b0", !162, i64 0}
-!162 = !{!"buffer5.w64.b0", !163, i64 0}
-!163 = !{!"buffer5.w128.b0", !164, i64 0}
-!164 = !{!"buffer5.w256.b0", !165, i64 0}
-!165 = !{!"buffer5.w512.b0", !166, i64 0}
-!166 = !{!"buffer5.w1024.b0", !150, i64 0}
-!167 = distinct !{!167, !61}
+!148 = distinct !{!148, !77, !66}
+!149 = distinct !{!149, !74}
+!150 = distinct !{!150, !77, !66}
+!151 = distinct !{!151, !74}
+!152 = distinct !{!152, !77, !66}
+!153 = !{!154, !154, i64 0}
+!154 = !{!"buffer5.w16.b0", !155, i64 0}
+!155 = !{!"buffer5.w32.b0", !156, i64 0}
+!156 = !{!"buffer5.w64.b0", !157, i64 0}
+!157 = !{!"buffer5.w128.b0", !158, i64 0}
+!158 = !{!"buffer5.w256.b0", !159, i64 0}
+!159 = !{!"buffer5.w512.b0", !160, i64 0}
+!160 = !{!"buffer5.w1024.b0", !144, i64 0}
+!161 = distinct !{!161, !54}
+!162 = !{!163, !163, i64 0}
+!163 = !{!"buffer6.w128.b0", !164, i64 0}
+!164 = !{!"buffer6.w256.b0", !165, i64 0}
+!165 = !{!"buffer6.w512.b0", !166, i64 0}
+!166 = !{!"buffer6.w1024.b0", !167, i64 0}
+!167 = !{!"buffer6", !6, i64 0}
 !168 = !{!169, !169, i64 0}
-!169 = !{!"buffer6.w128.b0", !170, i64 0}
-!170 = !{!"buffer6.w256.b0", !171, i64 0}
-!171 = !{!"buffer6.w512.b0", !172, i64 0}
-!172 = !{!"buffer6.w1024.b0", !173, i64 0}
-!173 = !{!"buffer6", !6, i64 0}
-!174 = !{!175, !175, i64 0}
-!175 = !{!"buffer7.w128.b0", !176, i64 0}
-!176 = !{!"buffer7.w256.b0", !177, i64 0}
-!177 = !{!"buffer7.w512.b0", !178, i64 0}
-!178 = !{!"buffer7.w1024.b0", !179, i64 0}
-!179 = !{!"buffer7", !6, i64 0}
-!180 = !{!179, !179, i64 0}
-!181 = !{!173, !173, i64 0}
-!182 = !{!183, !183, i64 0}
-!183 = !{!"buffer8.w128.b0", !184, i64 0}
-!184 = !{!"buffer8.w256.b0", !185, i64 0}
-!185 = !{!"buffer8.w512.b0", !186, i64 0}
-!186 = !{!"buffer8.w1024.b0", !187, i64 0}
-!187 = !{!"buffer8", !6, i64 0}
-!188 = !{!187, !187, i64 0}
-!189 = !{!190, !190, i64 0}
-!190 = !{!"buffer9", !6, i64 0}
-!191 = !{!192, !192, i64 0}
-!192 = !{!"buffer10", !6, i64 0}
-!193 = distinct !{!193, !85}
+!169 = !{!"buffer7.w128.b0", !170, i64 0}
+!170 = !{!"buffer7.w256.b0", !171, i64 0}
+!171 = !{!"buffer7.w512.b0", !172, i64 0}
+!172 = !{!"buffer7.w1024.b0", !173, i64 0}
+!173 = !{!"buffer7", !6, i64 0}
+!174 = !{!173, !173, i64 0}
+!175 = !{!167, !167, i64 0}
+!176 = !{!177, !177, i64 0}
+!177 = !{!"buffer8.w128.b0", !178, i64 0}
+!178 = !{!"buffer8.w256.b0", !179, i64 0}
+!179 = !{!"buffer8.w512.b0", !180, i64 0}
+!180 = !{!"buffer8.w1024.b0", !181, i64 0}
+!181 = !{!"buffer8", !6, i64 0}
+!182 = !{!181, !181, i64 0}
+!183 = !{!184, !184, i64 0}
+!184 = !{!"buffer9", !6, i64 0}
+!185 = !{!186, !186, i64 0}
+!186 = !{!"buffer10", !6, i64 0}
+!187 = distinct !{!187, !80}
+!188 = !{!189, !189, i64 0}
+!189 = !{!"buffer11.w128.b0", !190, i64 0}
+!190 = !{!"buffer11.w256.b0", !191, i64 0}
+!191 = !{!"buffer11.w512.b0", !192, i64 0}
+!192 = !{!"buffer11.w1024.b0", !193, i64 0}
+!193 = !{!"buffer11", !6, i64 0}
 !194 = !{!195, !195, i64 0}
-!195 = !{!"buffer11.w128.b0", !196, i64 0}
-!196 = !{!"buffer11.w256.b0", !197, i64 0}
-!197 = !{!"buffer11.w512.b0", !198, i64 0}
-!198 = !{!"buffer11.w1024.b0", !199, i64 0}
-!199 = !{!"buffer11", !6, i64 0}
-!200 = !{!201, !201, i64 0}
-!201 = !{!"buffer12.w128.b0", !202, i64 0}
-!202 = !{!"buffer12.w256.b0", !203, i64 0}
-!203 = !{!"buffer12.w512.b0", !204, i64 0}
-!204 = !{!"buffer12.w1024.b0", !205, i64 0}
-!205 = !{!"buffer12", !6, i64 0}
-!206 = !{!205, !205, i64 0}
-!207 = !{!199, !199, i64 0}
-!208 = !{!209, !209, i64 0}
-!209 = !{!"buffer13.w128.b0", !210, i64 0}
-!210 = !{!"buffer13.w256.b0", !211, i64 0}
-!211 = !{!"buffer13.w512.b0", !212, i64 0}
-!212 = !{!"buffer13.w1024.b0", !213, i64 0}
-!213 = !{!"buffer13", !6, i64 0}
-!214 = !{!213, !213, i64 0}
-!215 = !{!216, !216, i64 0}
-!216 = !{!"buffer14", !6, i64 0}
-!217 = !{!218, !218, i64 0}
-!218 = !{!"buffer15", !6, i64 0}
-!219 = distinct !{!219, !85}
+!195 = !{!"buffer12.w128.b0", !196, i64 0}
+!196 = !{!"buffer12.w256.b0", !197, i64 0}
+!197 = !{!"buffer12.w512.b0", !198, i64 0}
+!198 = !{!"buffer12.w1024.b0", !199, i64 0}
+!199 = !{!"buffer12", !6, i64 0}
+!200 = !{!199, !199, i64 0}
+!201 = !{!193, !193, i64 0}
+!202 = !{!203, !203, i64 0}
+!203 = !{!"buffer13.w128.b0", !204, i64 0}
+!204 = !{!"buffer13.w256.b0", !205, i64 0}
+!205 = !{!"buffer13.w512.b0", !206, i64 0}
+!206 = !{!"buffer13.w1024.b0", !207, i64 0}
+!207 = !{!"buffer13", !6, i64 0}
+!208 = !{!207, !207, i64 0}
+!209 = !{!210, !210, i64 0}
+!210 = !{!"buffer14", !6, i64 0}
+!211 = !{!212, !212, i64 0}
+!212 = !{!"buffer15", !6, i64 0}
+!213 = distinct !{!213, !80}

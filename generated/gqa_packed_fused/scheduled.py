@@ -185,26 +185,26 @@ class Module:
                 T.writes()
                 range_begin: T.let[T.int32] = first_key + vrange * 4096
                 range_end: T.let[T.int32] = T.reinterpret("int32", T.min(range_begin + 4096, key_end))
-                read_begin: T.let[T.int32] = T.reinterpret("int32", T.max(range_begin, span[0] - span[0] % 256))
-                num_steps: T.let[T.int32] = (T.max(range_end - read_begin, 0) + 256 - 1) // 256
+                read_begin: T.let[T.int32] = T.reinterpret("int32", T.max(range_begin, span[0] - span[0] % 128))
+                num_steps: T.let[T.int32] = (T.max(range_end - read_begin, 0) + 128 - 1) // 128
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
                         T.reads()
                         T.writes()
-                        key_offsets = T.sblock_alloc_buffer((512,), "int64")
-                        value_offsets = T.sblock_alloc_buffer((512,), "int64")
-                        tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 256)
-                        valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 256))
-                        next_len: T.let[T.int32] = T.reinterpret("int32", T.max(T.min(range_end - tile_start - 256, 256), 0))
-                        num_offsets: T.let[T.int32] = (valid_len + 8 - 1) // 8 * 8 + next_len
+                        key_offsets = T.sblock_alloc_buffer((256,), "int64")
+                        value_offsets = T.sblock_alloc_buffer((256,), "int64")
+                        tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 128)
+                        valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 128))
+                        has_next: T.let[T.bool] = tile_start + 128 < range_end
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 8 - 1) // 8 * 8)
                         last: T.let[T.int32] = range_end - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
-                            T.writes(key_offsets[0:512])
+                            T.writes(key_offsets[0:256])
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(512, t)
+                                    vt = T.axis.spatial(256, t)
                                     T.reads(block_table[seq, T.min(tile_start + vt, last) // 16])
                                     T.writes(key_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
@@ -213,10 +213,10 @@ class Module:
                                     key_offsets[vt] = block * k_block + T.Cast("int64", slot - slot % 16)
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
-                            T.writes(value_offsets[0:512])
+                            T.writes(value_offsets[0:256])
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(512, t)
+                                    vt = T.axis.spatial(256, t)
                                     T.reads(block_table[seq, T.min(tile_start + vt, last) // 16])
                                     T.writes(value_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
@@ -228,6 +228,9 @@ class Module:
                                 vkv = T.axis.spatial(num_kv_heads, kv_head)
                                 T.reads()
                                 T.writes()
+                                is_last: T.let[T.bool] = vkv == num_kv_heads - 1
+                                next_tile: T.let[T.int32] = T.Select(is_last, 128, 0)
+                                next_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + T.Select(is_last, 0, vkv + 1))
                                 key_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * v_head
                                 for row_tile in range(head_tiles):
@@ -235,79 +238,64 @@ class Module:
                                         vrt = T.axis.spatial(head_tiles, row_tile)
                                         T.reads()
                                         T.writes()
-                                        scores = T.sblock_alloc_buffer((1, 256, 16))
-                                        probs = T.sblock_alloc_buffer((1, 256, 16))
+                                        scores = T.sblock_alloc_buffer((1, 128, 16))
+                                        probs = T.sblock_alloc_buffer((1, 128, 16))
                                         tile_max = T.sblock_alloc_buffer((1, 16))
                                         tile_sum = T.sblock_alloc_buffer((1, 16))
                                         alpha = T.sblock_alloc_buffer((1, 16))
                                         beta = T.sblock_alloc_buffer((1, 16))
-                                        edges = T.sblock_alloc_buffer((128, 16), "int32")
-                                        prob_pairs = T.sblock_alloc_buffer((1, 128, 16), "int32")
-                                        scaled = T.sblock_alloc_buffer((256, 16))
+                                        edges = T.sblock_alloc_buffer((64, 16), "int32")
+                                        prob_pairs = T.sblock_alloc_buffer((1, 64, 16), "int32")
+                                        scaled = T.sblock_alloc_buffer((128, 16))
                                         first: T.let[T.int32] = T.reinterpret("int32", vkv * head_tiles + vrt)
-                                        each: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
-                                        for t in range(each):
-                                            with T.sblock("fetch"):
-                                                vt = T.axis.opaque(256, t)
-                                                T.reads()
-                                                T.writes()
-                                                token: T.let[T.int32] = T.min(vrt * each + vt, next_len - 1)
-                                                for line in range(4):
-                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[256 + (token * 4 + line) // 64 * 16] + key_head + T.Cast("int64", T.min((token * 4 + line) % 64, 63)) * k_row]), 0, 2, 1)
-                                        each_1: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
-                                        for t in range(each_1):
-                                            with T.sblock("fetch"):
-                                                vt = T.axis.opaque(256, t)
-                                                T.reads()
-                                                T.writes()
-                                                token: T.let[T.int32] = T.min(vrt * each_1 + vt, next_len - 1)
-                                                for line in range(4):
-                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[256 + (token * 4 + line) // 4] + value_head + T.Cast("int64", ((256 + (token * 4 + line) // 4) % 2 * 4 + (token * 4 + line) % 4) * 16)]), 0, 2, 1)
+                                        wanted: T.let[T.bool] = vrt == head_tiles - 1 and (has_next or not is_last)
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.reinterpret("int32", T.min(valid_len, reach[first, 1] - tile_start))
                                             with T.sblock("qk_matmul"):
-                                                T.reads(q_tile[first, 0:64, 0:16], key_cache[0:k_span], key_offsets[0:512])
+                                                T.reads(q_tile[first, 0:64, 0:16], key_cache[0:k_span], key_offsets[0:256])
                                                 T.writes(scores[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16])
                                                 scores_global = T.sblock_alloc_buffer((1, (valid_len_1 + 7) // 8 * 8, 16))
-                                                for i in range(1):
-                                                    for to in T.serial((valid_len_1 + 8 - 1) // 8, annotations={"pa.fetch.group": "next_keys", "pa.fetch.here": "next_keys"}):
-                                                        for ti_init in T.unroll(8):
-                                                            for r_init in T.vectorized(16):
-                                                                with T.sblock("scores_init"):
-                                                                    vt = T.axis.spatial(256, to * 8 + ti_init)
-                                                                    vi, vr = T.axis.remap("SS", [i, r_init])
-                                                                    T.reads()
-                                                                    T.writes(scores_global[0, vt, vr])
-                                                                    scores_global[0, vt, vr] = T.float32(0.0)
-                                                        for d_0 in range(4):
-                                                            for d_1 in T.unroll(16):
-                                                                for d_2 in range(1):
-                                                                    for ti in T.unroll(8):
-                                                                        for r in T.vectorized(16):
-                                                                            with T.sblock("scores_update"):
-                                                                                vt = T.axis.spatial(256, to * 8 + ti)
-                                                                                vi, vr = T.axis.remap("SS", [i, r])
-                                                                                vd = T.axis.reduce(64, d_0 * 16 + d_1 + d_2)
-                                                                                T.reads(scores_global[0, vt, vr], q_tile[first, vd, vr], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
-                                                                                T.writes(scores_global[0, vt, vr])
-                                                                                scores_global[0, vt, vr] = scores_global[0, vt, vr] + (T.reinterpret("float32", q_tile[first, vd, vr] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first, vd, vr] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
-                                                        for ax0 in range(1):
-                                                            for ax1 in T.unroll(8):
-                                                                for ax2 in T.vectorized(16):
-                                                                    with T.sblock("scores_global"):
-                                                                        v0 = T.axis.spatial(1, ax0)
-                                                                        v1 = T.axis.spatial((valid_len_1 + 7) // 8 * 8, to * 8 + ax1)
-                                                                        v2 = T.axis.spatial(16, ax2)
-                                                                        T.reads(scores_global[v0, v1, v2])
-                                                                        T.writes(scores[v0, v1, v2])
-                                                                        scores[v0, v1, v2] = scores_global[v0, v1, v2]
+                                                for i, to in T.grid(1, (valid_len_1 + 8 - 1) // 8):
+                                                    if wanted:
+                                                        for line in range(32):
+                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + (to * 32 + line) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min((to * 32 + line) % 64, 63)) * k_row]), 0, 2, 1)
+                                                    for ti_init in T.unroll(8):
+                                                        for r_init in T.vectorized(16):
+                                                            with T.sblock("scores_init"):
+                                                                vt = T.axis.spatial(128, to * 8 + ti_init)
+                                                                vi, vr = T.axis.remap("SS", [i, r_init])
+                                                                T.reads()
+                                                                T.writes(scores_global[0, vt, vr])
+                                                                scores_global[0, vt, vr] = T.float32(0.0)
+                                                    for d_0 in range(4):
+                                                        for d_1 in T.unroll(16):
+                                                            for d_2 in range(1):
+                                                                for ti in T.unroll(8):
+                                                                    for r in T.vectorized(16):
+                                                                        with T.sblock("scores_update"):
+                                                                            vt = T.axis.spatial(128, to * 8 + ti)
+                                                                            vi, vr = T.axis.remap("SS", [i, r])
+                                                                            vd = T.axis.reduce(64, d_0 * 16 + d_1 + d_2)
+                                                                            T.reads(scores_global[0, vt, vr], q_tile[first, vd, vr], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
+                                                                            T.writes(scores_global[0, vt, vr])
+                                                                            scores_global[0, vt, vr] = scores_global[0, vt, vr] + (T.reinterpret("float32", q_tile[first, vd, vr] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first, vd, vr] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
+                                                    for ax0 in range(1):
+                                                        for ax1 in T.unroll(8):
+                                                            for ax2 in T.vectorized(16):
+                                                                with T.sblock("scores_global"):
+                                                                    v0 = T.axis.spatial(1, ax0)
+                                                                    v1 = T.axis.spatial((valid_len_1 + 7) // 8 * 8, to * 8 + ax1)
+                                                                    v2 = T.axis.spatial(16, ax2)
+                                                                    T.reads(scores_global[v0, v1, v2])
+                                                                    T.writes(scores[v0, v1, v2])
+                                                                    scores[v0, v1, v2] = scores_global[v0, v1, v2]
                                             with T.sblock("seen_scores"):
                                                 T.reads(scores[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16])
                                                 T.writes(scaled[0:T.max((valid_len_1 + 7) // 8 * 8, T.max(valid_len_1, T.max(context_len - tree_size - tile_start, 0))), 0:16])
                                                 for to, ti in T.grid((valid_len_1 + 8 - 1) // 8, 8):
                                                     for r in T.vectorized(16):
                                                         with T.sblock("scaled"):
-                                                            vo = T.axis.spatial(32, to)
+                                                            vo = T.axis.spatial(16, to)
                                                             vi, vr = T.axis.remap("SS", [ti, r])
                                                             T.reads(limits[first, vr], scores[0, vo * 8 + vi, vr])
                                                             T.writes(scaled[vo * 8 + vi, vr])
@@ -316,13 +304,13 @@ class Module:
                                                     for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
                                                         with T.sblock("hidden_scores"):
                                                             vr = T.axis.opaque(16, r)
-                                                            vc = T.axis.opaque(256, T.max(context_len - tree_size - tile_start, 0) + c)
+                                                            vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
                                                             T.reads(scaled[vc, vr], tree_mask[0:tree_cells])
                                                             T.writes(scaled[vc, vr])
                                                             scaled[vc, vr] = T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.float32("-inf"), scaled[vc, vr])
                                             with T.sblock("softmax_prepare"):
                                                 T.reads(scaled[0:(valid_len_1 + 7) // 8 * 8, 0:16])
-                                                T.writes(probs[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16], tile_max[0, 0:16], tile_sum[0, 0:16])
+                                                T.writes(probs[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16], tile_max[0, 0:16], tile_sum[0, 0:16], prob_pairs[0, 0:(valid_len_1 + 7) // 8 * 4, 0:16])
                                                 peak = T.sblock_alloc_buffer((16,))
                                                 room = T.sblock_alloc_buffer((1, 16), "int32")
                                                 for r_init in T.vectorized(16):
@@ -334,7 +322,7 @@ class Module:
                                                 for to, ti in T.grid((valid_len_1 + 8 - 1) // 8, 8):
                                                     for r in T.vectorized(16):
                                                         with T.sblock("peak_update"):
-                                                            vt = T.axis.reduce(256, to * 8 + ti)
+                                                            vt = T.axis.reduce(128, to * 8 + ti)
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(peak[vr], scaled[vt, vr])
                                                             T.writes(peak[vr])
@@ -361,39 +349,35 @@ class Module:
                                                     for ti in range(8):
                                                         for r in T.vectorized(16):
                                                             with T.sblock("probs"):
-                                                                vt = T.axis.spatial(256, to * 8 + ti)
+                                                                vt = T.axis.spatial(128, to * 8 + ti)
                                                                 vr = T.axis.spatial(16, r)
                                                                 T.reads(scaled[vt, vr], tile_max[0, vr], room[0, vr])
                                                                 T.writes(probs[0, vt, vr])
                                                                 arg: T.let[T.float32] = scaled[vt, vr] - tile_max[0, vr]
                                                                 bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
-                                                                n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room[0, vr]))
-                                                                f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                                high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
-                                                                p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
-                                                                series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                                                f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
+                                                                high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
+                                                                series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
                                                                 power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                                probs[0, vt, vr] = T.reinterpret("float32", T.reinterpret("int32", T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)) + 32767 + (T.reinterpret("int32", T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)) >> 16 & 1) & -65536)
-                                                    for ax0 in range(8):
+                                                                probs[0, vt, vr] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
+                                                    for ax0 in range(4):
+                                                        for ax1 in T.vectorized(16):
+                                                            with T.sblock("pairs"):
+                                                                vt = T.axis.spatial(64, to * 4 + ax0)
+                                                                vr = T.axis.spatial(16, ax1)
+                                                                T.where(to < 16)
+                                                                T.reads(probs[0, vt * 2:vt * 2 + 2, vr])
+                                                                T.writes(prob_pairs[0, vt, vr])
+                                                                prob_pairs[0, vt, vr] = T.reinterpret("int32", probs[0, vt * 2, vr]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[0, vt * 2 + 1, vr]) + 32768 & -65536
+                                                    for ax0 in range(4):
                                                         for ax1 in T.vectorized(16):
                                                             with T.sblock("tile_sum_update"):
-                                                                vt = T.axis.reduce(256, to * 8 + ax0)
+                                                                vt = T.axis.reduce(64, to * 4 + ax0)
                                                                 vr = T.axis.spatial(16, ax1)
-                                                                T.where(to < 32)
-                                                                T.reads(tile_sum[0, vr], probs[0, vt, vr])
+                                                                T.where(to < 16)
+                                                                T.reads(tile_sum[0, vr], prob_pairs[0, vt, vr])
                                                                 T.writes(tile_sum[0, vr])
-                                                                tile_sum[0, vr] = tile_sum[0, vr] + probs[0, vt, vr]
-                                            with T.sblock("pair_probs"):
-                                                T.reads(probs[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16])
-                                                T.writes(prob_pairs[0, 0:(valid_len_1 + 7) // 8 * 4, 0:16])
-                                                for to, ti in T.grid((valid_len_1 + 8 - 1) // 8, 4):
-                                                    for r in T.vectorized(16):
-                                                        with T.sblock("pairs"):
-                                                            vt = T.axis.spatial(128, to * 4 + ti)
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(probs[0, vt * 2:vt * 2 + 2, vr])
-                                                            T.writes(prob_pairs[0, vt, vr])
-                                                            prob_pairs[0, vt, vr] = T.reinterpret("int32", probs[0, vt * 2, vr]) >> 16 & 65535 | T.reinterpret("int32", probs[0, vt * 2 + 1, vr])
+                                                                tile_sum[0, vr] = tile_sum[0, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
                                             with T.sblock("rescale"):
                                                 T.reads(tile_max[0, 0:16], tile_sum[0, 0:16], row_max[first, 0:16], row_sum[first, 0:16])
                                                 T.writes(row_max[first, 0:16], row_sum[first, 0:16], alpha[0, 0:16], beta[0, 0:16])
@@ -449,7 +433,7 @@ class Module:
                                                 for to, ti in T.grid((valid_len_1 + 8 - 1) // 8 - num_full, 4):
                                                     for r in T.vectorized(16):
                                                         with T.sblock("edge"):
-                                                            vt = T.axis.spatial(128, (num_full + to) * 4 + ti)
+                                                            vt = T.axis.spatial(64, (num_full + to) * 4 + ti)
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(limits[first, vr])
                                                             T.writes(edges[vt, vr])
@@ -458,7 +442,7 @@ class Module:
                                                     for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
                                                         with T.sblock("hidden_words"):
                                                             vr = T.axis.opaque(16, r)
-                                                            vc = T.axis.opaque(256, T.max(context_len - tree_size - tile_start, 0) + c)
+                                                            vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
                                                             T.reads(edges[vc // 2, vr], tree_mask[0:tree_cells])
                                                             T.writes(edges[vc // 2, vr])
                                                             edges[vc // 2, vr] = edges[vc // 2, vr] & T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.Select(vc % 2 == 0, -65536, 65535), -1)
@@ -467,56 +451,58 @@ class Module:
                                                 T.writes()
                                                 tile_acc = T.sblock_alloc_buffer((1, 128, 16))
                                                 full_acc = T.sblock_alloc_buffer((1, 128, 16))
-                                                for i_m in range(1):
-                                                    for d_0_m in T.serial(16, annotations={"pa.fetch.pass": "next_values"}):
-                                                        for d_1_init in T.unroll(8):
-                                                            for r_init in T.vectorized(16):
-                                                                with T.sblock("full_groups_init"):
-                                                                    vi, vr = T.axis.remap("SS", [i_m, r_init])
-                                                                    vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
-                                                                    T.reads()
-                                                                    T.writes(full_acc[vi, vd, vr])
-                                                                    full_acc[vi, vd, vr] = T.float32(0.0)
-                                                        for to in T.serial(num_full, annotations={"pa.fetch.group": "next_values", "pa.fetch.here": "next_values"}):
-                                                            for ti in range(4):
-                                                                for d_1 in T.unroll(8):
-                                                                    for r in T.vectorized(16):
-                                                                        with T.sblock("full_groups_update"):
-                                                                            vt = T.axis.reduce(128, to * 4 + ti)
-                                                                            vi, vr = T.axis.remap("SS", [i_m, r])
-                                                                            vd = T.axis.spatial(128, d_0_m * 8 + d_1)
-                                                                            T.reads(full_acc[vi, vd, vr], prob_pairs[0, vt, vr], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
-                                                                            T.writes(full_acc[vi, vd, vr])
-                                                                            full_acc[vi, vd, vr] = full_acc[vi, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
-                                                        for d_1_init in T.unroll(8):
-                                                            for r_init in T.vectorized(16):
-                                                                with T.sblock("tile_acc_init"):
-                                                                    vi, vr = T.axis.remap("SS", [i_m, r_init])
-                                                                    vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
-                                                                    T.reads()
-                                                                    T.writes(tile_acc[0, vd, vr])
-                                                                    tile_acc[0, vd, vr] = full_acc[vi, vd, vr]
-                                                        for ti in range((valid_len_1 - num_full * 8 + 2 - 1) // 2):
+                                                for i_m, d_0_m in T.grid(1, 16):
+                                                    for d_1_init in T.unroll(8):
+                                                        for r_init in T.vectorized(16):
+                                                            with T.sblock("full_groups_init"):
+                                                                vi, vr = T.axis.remap("SS", [i_m, r_init])
+                                                                vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
+                                                                T.reads()
+                                                                T.writes(full_acc[vi, vd, vr])
+                                                                full_acc[vi, vd, vr] = T.float32(0.0)
+                                                    for to in range(num_full):
+                                                        if wanted:
+                                                            for line in range(2):
+                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + ((d_0_m * num_full + to) * 2 + line) // 4] + next_head * v_head + T.Cast("int64", ((next_tile + ((d_0_m * num_full + to) * 2 + line) // 4) % 2 * 4 + ((d_0_m * num_full + to) * 2 + line) % 4) * 16)]), 0, 2, 1)
+                                                        for ti in range(4):
                                                             for d_1 in T.unroll(8):
                                                                 for r in T.vectorized(16):
-                                                                    with T.sblock("tile_acc_update"):
-                                                                        vt = T.axis.reduce(128, ti + num_full * 4)
+                                                                    with T.sblock("full_groups_update"):
+                                                                        vt = T.axis.reduce(64, to * 4 + ti)
                                                                         vi, vr = T.axis.remap("SS", [i_m, r])
                                                                         vd = T.axis.spatial(128, d_0_m * 8 + d_1)
-                                                                        T.reads(tile_acc[0, vd, vr], full_acc[vi, vd, vr], prob_pairs[0, vt, vr], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], edges[vt, vr])
-                                                                        T.writes(tile_acc[0, vd, vr])
-                                                                        tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vt, vr]) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vt, vr] & -65536))
+                                                                        T.reads(full_acc[vi, vd, vr], prob_pairs[0, vt, vr], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
+                                                                        T.writes(full_acc[vi, vd, vr])
+                                                                        full_acc[vi, vd, vr] = full_acc[vi, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
+                                                    for d_1_init in T.unroll(8):
+                                                        for r_init in T.vectorized(16):
+                                                            with T.sblock("tile_acc_init"):
+                                                                vi, vr = T.axis.remap("SS", [i_m, r_init])
+                                                                vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
+                                                                T.reads()
+                                                                T.writes(tile_acc[0, vd, vr])
+                                                                tile_acc[0, vd, vr] = full_acc[vi, vd, vr]
+                                                    for ti in range((valid_len_1 - num_full * 8 + 2 - 1) // 2):
                                                         for d_1 in T.unroll(8):
                                                             for r in T.vectorized(16):
-                                                                with T.sblock("acc"):
+                                                                with T.sblock("tile_acc_update"):
+                                                                    vt = T.axis.reduce(64, ti + num_full * 4)
                                                                     vi, vr = T.axis.remap("SS", [i_m, r])
                                                                     vd = T.axis.spatial(128, d_0_m * 8 + d_1)
-                                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                    T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vd, vr])
-                                                                    T.writes(acc[first, vd, vr])
-                                                                    with T.init():
-                                                                        acc[first, vd, vr] = T.float32(0.0)
-                                                                    acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc[vi, vd, vr]
+                                                                    T.reads(tile_acc[0, vd, vr], full_acc[vi, vd, vr], prob_pairs[0, vt, vr], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], edges[vt, vr])
+                                                                    T.writes(tile_acc[0, vd, vr])
+                                                                    tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vt, vr]) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vt, vr] & -65536))
+                                                    for d_1 in T.unroll(8):
+                                                        for r in T.vectorized(16):
+                                                            with T.sblock("acc"):
+                                                                vi, vr = T.axis.remap("SS", [i_m, r])
+                                                                vd = T.axis.spatial(128, d_0_m * 8 + d_1)
+                                                                vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                                T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vd, vr])
+                                                                T.writes(acc[first, vd, vr])
+                                                                with T.init():
+                                                                    acc[first, vd, vr] = T.float32(0.0)
+                                                                acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc[vi, vd, vr]
                 for tile in range(num_tiles):
                     with T.sblock("range_state"):
                         vtile = T.axis.spatial(num_tiles, tile)

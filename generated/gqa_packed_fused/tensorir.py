@@ -156,26 +156,26 @@ class Module:
                 T.writes()
                 range_begin: T.let[T.int32] = first_key + vrange * 4096
                 range_end: T.let[T.int32] = T.reinterpret("int32", T.min(range_begin + 4096, key_end))
-                read_begin: T.let[T.int32] = T.reinterpret("int32", T.max(range_begin, span[0] - span[0] % 256))
-                num_steps: T.let[T.int32] = (T.max(range_end - read_begin, 0) + 256 - 1) // 256
+                read_begin: T.let[T.int32] = T.reinterpret("int32", T.max(range_begin, span[0] - span[0] % 128))
+                num_steps: T.let[T.int32] = (T.max(range_end - read_begin, 0) + 128 - 1) // 128
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
                         T.reads()
                         T.writes()
-                        key_offsets = T.sblock_alloc_buffer((512,), "int64")
-                        value_offsets = T.sblock_alloc_buffer((512,), "int64")
-                        tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 256)
-                        valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 256))
-                        next_len: T.let[T.int32] = T.reinterpret("int32", T.max(T.min(range_end - tile_start - 256, 256), 0))
-                        num_offsets: T.let[T.int32] = (valid_len + 8 - 1) // 8 * 8 + next_len
+                        key_offsets = T.sblock_alloc_buffer((256,), "int64")
+                        value_offsets = T.sblock_alloc_buffer((256,), "int64")
+                        tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 128)
+                        valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 128))
+                        has_next: T.let[T.bool] = tile_start + 128 < range_end
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 8 - 1) // 8 * 8)
                         last: T.let[T.int32] = range_end - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
-                            T.writes(key_offsets[0:512])
+                            T.writes(key_offsets[0:256])
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(512, t)
+                                    vt = T.axis.spatial(256, t)
                                     T.reads(block_table[seq, T.min(tile_start + vt, last) // 16])
                                     T.writes(key_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
@@ -184,10 +184,10 @@ class Module:
                                     key_offsets[vt] = block * k_block + T.Cast("int64", slot - slot % 16)
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
-                            T.writes(value_offsets[0:512])
+                            T.writes(value_offsets[0:256])
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(512, t)
+                                    vt = T.axis.spatial(256, t)
                                     T.reads(block_table[seq, T.min(tile_start + vt, last) // 16])
                                     T.writes(value_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
@@ -199,6 +199,9 @@ class Module:
                                 vkv = T.axis.spatial(num_kv_heads, kv_head)
                                 T.reads()
                                 T.writes()
+                                is_last: T.let[T.bool] = vkv == num_kv_heads - 1
+                                next_tile: T.let[T.int32] = T.Select(is_last, 128, 0)
+                                next_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + T.Select(is_last, 0, vkv + 1))
                                 key_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * v_head
                                 for row_tile in range(head_tiles):
@@ -206,42 +209,33 @@ class Module:
                                         vrt = T.axis.spatial(head_tiles, row_tile)
                                         T.reads()
                                         T.writes()
-                                        scores = T.sblock_alloc_buffer((1, 16, 256))
-                                        probs = T.sblock_alloc_buffer((1, 16, 256))
+                                        scores = T.sblock_alloc_buffer((1, 16, 128))
+                                        probs = T.sblock_alloc_buffer((1, 16, 128))
                                         tile_max = T.sblock_alloc_buffer((1, 16))
                                         tile_sum = T.sblock_alloc_buffer((1, 16))
                                         alpha = T.sblock_alloc_buffer((1, 16))
                                         beta = T.sblock_alloc_buffer((1, 16))
-                                        edges = T.sblock_alloc_buffer((16, 128), "int32")
-                                        prob_pairs = T.sblock_alloc_buffer((1, 16, 128), "int32")
-                                        scaled = T.sblock_alloc_buffer((16, 256))
+                                        edges = T.sblock_alloc_buffer((16, 64), "int32")
+                                        prob_pairs = T.sblock_alloc_buffer((1, 16, 64), "int32")
+                                        scaled = T.sblock_alloc_buffer((16, 128))
                                         first: T.let[T.int32] = T.reinterpret("int32", vkv * head_tiles + vrt)
-                                        each: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
-                                        for t in range(each):
-                                            with T.sblock("fetch"):
-                                                vt = T.axis.opaque(256, t)
-                                                T.reads()
-                                                T.writes()
-                                                token: T.let[T.int32] = T.min(vrt * each + vt, next_len - 1)
-                                                for line in range(4):
-                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[256 + (token * 4 + line) // 64 * 16] + key_head + T.Cast("int64", T.min((token * 4 + line) % 64, 63)) * k_row]), 0, 2, 1)
-                                        each_1: T.let[T.int32] = (next_len + head_tiles - 1) // head_tiles
-                                        for t in range(each_1):
-                                            with T.sblock("fetch"):
-                                                vt = T.axis.opaque(256, t)
-                                                T.reads()
-                                                T.writes()
-                                                token: T.let[T.int32] = T.min(vrt * each_1 + vt, next_len - 1)
-                                                for line in range(4):
-                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[256 + (token * 4 + line) // 4] + value_head + T.Cast("int64", ((256 + (token * 4 + line) // 4) % 2 * 4 + (token * 4 + line) % 4) * 16)]), 0, 2, 1)
+                                        wanted: T.let[T.bool] = vrt == head_tiles - 1 and (has_next or not is_last)
+                                        with T.sblock("next_keys"):
+                                            T.reads()
+                                            T.writes()
+                                            T.call_extern("int32", "next_tile", key_cache[0], key_offsets[0], k_block, k_row, k_head, next_tile, next_head * k_head, wanted)
+                                        with T.sblock("next_values"):
+                                            T.reads()
+                                            T.writes()
+                                            T.call_extern("int32", "next_tile", value_cache[0], value_offsets[0], v_block, v_row, v_head, next_tile, next_head * v_head, wanted)
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.reinterpret("int32", T.min(valid_len, reach[first, 1] - tile_start))
                                             with T.sblock("qk_matmul"):
-                                                T.reads(q_tile[first, 0:16, 0:64], key_cache[0:k_span], key_offsets[0:512])
-                                                T.writes(scores[0, 0:16, 0:256])
+                                                T.reads(q_tile[first, 0:16, 0:64], key_cache[0:k_span], key_offsets[0:256])
+                                                T.writes(scores[0, 0:16, 0:128])
                                                 for i, to, ti, r, d in T.grid(1, (valid_len_1 + 8 - 1) // 8, 8, 16, 64):
                                                     with T.sblock("scores"):
-                                                        vt = T.axis.spatial(256, to * 8 + ti)
+                                                        vt = T.axis.spatial(128, to * 8 + ti)
                                                         vi, vr, vd = T.axis.remap("SSR", [i, r, d])
                                                         T.reads(q_tile[first + vi, vr, vd], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
                                                         T.writes(scores[0, vr, vt])
@@ -249,11 +243,11 @@ class Module:
                                                             scores[0, vr, vt] = T.float32(0.0)
                                                         scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
                                             with T.sblock("seen_scores"):
-                                                T.reads(scores[0, 0:16, 0:256])
-                                                T.writes(scaled[0:16, 0:256])
+                                                T.reads(scores[0, 0:16, 0:128])
+                                                T.writes(scaled[0:16, 0:128])
                                                 for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
                                                     with T.sblock("scaled"):
-                                                        vo = T.axis.spatial(32, to)
+                                                        vo = T.axis.spatial(16, to)
                                                         vi, vr = T.axis.remap("SS", [ti, r])
                                                         T.reads(limits[first, vr], scores[0, vr, vo * 8 + vi])
                                                         T.writes(scaled[vr, vo * 8 + vi])
@@ -262,18 +256,18 @@ class Module:
                                                     for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
                                                         with T.sblock("hidden_scores"):
                                                             vr = T.axis.opaque(16, r)
-                                                            vc = T.axis.opaque(256, T.max(context_len - tree_size - tile_start, 0) + c)
+                                                            vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
                                                             T.reads(scaled[vr, vc], tree_mask[0:tree_cells])
                                                             T.writes(scaled[vr, vc])
                                                             scaled[vr, vc] = T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.float32("-inf"), scaled[vr, vc])
                                             with T.sblock("softmax_prepare"):
-                                                T.reads(scaled[0:16, 0:256])
-                                                T.writes(probs[0, 0:16, 0:256], tile_max[0, 0:16], tile_sum[0, 0:16])
+                                                T.reads(scaled[0:16, 0:128])
+                                                T.writes(probs[0, 0:16, 0:128], tile_max[0, 0:16], tile_sum[0, 0:16], prob_pairs[0, 0:16, 0:64])
                                                 peak = T.sblock_alloc_buffer((16,))
                                                 room = T.sblock_alloc_buffer((1, 16), "int32")
                                                 for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
                                                     with T.sblock("peak"):
-                                                        vt = T.axis.reduce(256, to * 8 + ti)
+                                                        vt = T.axis.reduce(128, to * 8 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(scaled[vr, vt])
                                                         T.writes(peak[vr])
@@ -294,38 +288,33 @@ class Module:
                                                         room[0, vr] = places[first, vr]
                                                 for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
                                                     with T.sblock("probs"):
-                                                        vt = T.axis.spatial(256, to * 8 + ti)
+                                                        vt = T.axis.spatial(128, to * 8 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(scaled[vr, vt], tile_max[0, vr], room[0, vr])
                                                         T.writes(probs[0, vr, vt])
                                                         arg: T.let[T.float32] = scaled[vr, vt] - tile_max[0, vr]
                                                         bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
-                                                        n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room[0, vr]))
-                                                        f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                        high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
-                                                        p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
-                                                        series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                                        f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
+                                                        high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
+                                                        series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
                                                         power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                        probs[0, vr, vt] = T.reinterpret("float32", T.reinterpret("int32", T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))) + 32767 + (T.reinterpret("int32", T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))) >> 16 & 1) & -65536)
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
-                                                    with T.sblock("tile_sum"):
-                                                        vt = T.axis.reduce(256, to * 8 + ti)
-                                                        vr = T.axis.spatial(16, r)
-                                                        T.reads(probs[0, vr, vt])
-                                                        T.writes(tile_sum[0, vr])
-                                                        with T.init():
-                                                            tile_sum[0, vr] = T.float32(0.0)
-                                                        tile_sum[0, vr] = tile_sum[0, vr] + probs[0, vr, vt]
-                                            with T.sblock("pair_probs"):
-                                                T.reads(probs[0, 0:16, 0:256])
-                                                T.writes(prob_pairs[0, 0:16, 0:128])
+                                                        probs[0, vr, vt] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
                                                 for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 4):
                                                     with T.sblock("pairs"):
-                                                        vt = T.axis.spatial(128, to * 4 + ti)
+                                                        vt = T.axis.spatial(64, to * 4 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(probs[0, vr, vt * 2:vt * 2 + 2])
                                                         T.writes(prob_pairs[0, vr, vt])
-                                                        prob_pairs[0, vr, vt] = T.reinterpret("int32", probs[0, vr, 2 * vt]) >> 16 & 65535 | T.reinterpret("int32", probs[0, vr, 2 * vt + 1])
+                                                        prob_pairs[0, vr, vt] = T.reinterpret("int32", probs[0, vr, 2 * vt]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[0, vr, 2 * vt + 1]) + 32768 & -65536
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 4):
+                                                    with T.sblock("tile_sum"):
+                                                        vt = T.axis.reduce(64, to * 4 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(prob_pairs[0, vr, vt])
+                                                        T.writes(tile_sum[0, vr])
+                                                        with T.init():
+                                                            tile_sum[0, vr] = T.float32(0.0)
+                                                        tile_sum[0, vr] = tile_sum[0, vr] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
                                             with T.sblock("rescale"):
                                                 T.reads(tile_max[0, 0:16], tile_sum[0, 0:16], row_max[first, 0:16], row_sum[first, 0:16])
                                                 T.writes(row_max[first, 0:16], row_sum[first, 0:16], alpha[0, 0:16], beta[0, 0:16])
@@ -377,10 +366,10 @@ class Module:
                                             num_full: T.let[T.int32] = T.reinterpret("int32", T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 8)
                                             with T.sblock("edges"):
                                                 T.reads()
-                                                T.writes(edges[0:16, 0:128])
+                                                T.writes(edges[0:16, 0:64])
                                                 for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8 - num_full, 4):
                                                     with T.sblock("edge"):
-                                                        vt = T.axis.spatial(128, (num_full + to) * 4 + ti)
+                                                        vt = T.axis.spatial(64, (num_full + to) * 4 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(limits[first, vr])
                                                         T.writes(edges[vr, vt])
@@ -389,7 +378,7 @@ class Module:
                                                     for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
                                                         with T.sblock("hidden_words"):
                                                             vr = T.axis.opaque(16, r)
-                                                            vc = T.axis.opaque(256, T.max(context_len - tree_size - tile_start, 0) + c)
+                                                            vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
                                                             T.reads(edges[vr, vc // 2], tree_mask[0:tree_cells])
                                                             T.writes(edges[vr, vc // 2])
                                                             edges[vr, vc // 2] = edges[vr, vc // 2] & T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.Select(vc % 2 == 0, -65536, 65535), -1)
@@ -400,7 +389,7 @@ class Module:
                                                 full_acc = T.sblock_alloc_buffer((1, 16, 128))
                                                 for i, to, ti, r, d in T.grid(1, num_full, 4, 16, 128):
                                                     with T.sblock("full_groups"):
-                                                        vt = T.axis.reduce(128, to * 4 + ti)
+                                                        vt = T.axis.reduce(64, to * 4 + ti)
                                                         vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                                                         T.reads(prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
                                                         T.writes(full_acc[vi, vr, vd])
@@ -409,7 +398,7 @@ class Module:
                                                         full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
                                                 for i, ti, r, d in T.grid(1, (valid_len_1 - num_full * 8 + 2 - 1) // 2, 16, 128):
                                                     with T.sblock("tile_acc"):
-                                                        vt = T.axis.reduce(128, num_full * 4 + ti)
+                                                        vt = T.axis.reduce(64, num_full * 4 + ti)
                                                         vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                                                         T.reads(full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], edges[vr, vt])
                                                         T.writes(tile_acc[0, vr, vd])

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from pa_compiler.kernels.caches import Cache, CacheAccess
 
 
-def insert(sch: Schedule, spec: PagedAttentionSpec, tiling: Tiling) -> None:
-    """Put prefetch instructions into scheduled kernels, and take out what these and schedules have said for them."""
+def insert(sch: Schedule, spec: PagedAttentionSpec, tiling: Tiling, function: str) -> None:
+    """Put prefetch instructions into a scheduled kernel, and take out what these and schedules have said for them."""
     if not tiling.prefetches:
         return
     from pa_compiler.kernels import ahead
     from pa_compiler.kernels.caches import key_access, value_access
 
-    sch.work_on("fused_decode")
+    sch.work_on(function)
     accesses = {ahead.KEYS: key_access(spec, tiling), ahead.VALUES: value_access(spec, tiling)}
     said = [sblock for sblock in sblocks(sch) if sch.get(sblock).name_hint in accesses]
     for sblock in said:
@@ -84,10 +84,12 @@ def _instructions(
     from tvm.script import tirx as T
     from tvm.tirx import Evaluate, For, ForKind, IfThenElse, IntImm, Var
 
-    (group,), cache = groups, announced.cache
+    (group,) = groups
     of_group = token_group * access.num_lines
     each_share = -(-of_group // _count(shares))
-    first, number, condition = announced.first + group.loop_var * token_group, 0, None
+    first, number, condition = announced.first + group.loop_var * token_group, 0, announced.wanted
+    if announced.wanted is not None:
+        first, number = announced.first, group.loop_var * of_group
     if passes:
         count = _count(passes)
         fetching = fetching_passes(count, token_group, access.num_lines)
@@ -95,15 +97,32 @@ def _instructions(
         first = announced.first
         number = (T.floordiv(_index(passes), every) * group.extent + group.loop_var) * each_share
         if every > 1 or fetching < count:
-            condition = T.And(T.floormod(_index(passes), every) == 0, _index(passes) < every * fetching)
+            chosen = T.And(T.floormod(_index(passes), every) == 0, _index(passes) < every * fetching)
+            condition = chosen if condition is None else T.And(condition, chosen)
     line = Var("line", "int32")
     in_share = _index(shares) * each_share + line
-    offset = access.line(cache, first, number + in_share, announced.head_offset)
-    body = Evaluate(_prefetch(cache, offset))
+    offset = _offset(announced, access, first, number + in_share, group.extent * of_group)
+    body = Evaluate(_prefetch(announced.cache, offset))
     if of_group % each_share:
         body = IfThenElse(in_share < of_group, body, None)
     loop = For(line, IntImm("int32", 0), IntImm("int32", each_share), ForKind.SERIAL, body)
     return loop if condition is None else IfThenElse(condition, loop, None)
+
+
+def _offset(announced: Announced, access: CacheAccess, first: Expr, number: Expr, of_tile: Expr) -> Expr:
+    """Where line `number` is of those that are fetched, of_tile of them in one head, from the token in column first on.
+
+    With all heads of a token before the next token, each head's turn fetches an equal share of the tokens.
+    """
+    from tvm.script import tirx as T
+
+    if announced.heads is None:
+        return access.line(announced.cache, first, number, announced.head_offset)
+    number = announced.share * of_tile + number
+    of_head, line = T.floordiv(number, access.num_lines), T.floormod(number, access.num_lines)
+    head = T.Cast("int64", T.truncmod(of_head, announced.heads)) * announced.cache.head
+    nth = T.truncdiv(of_head, announced.heads) * access.num_lines + line
+    return access.line(announced.cache, first, nth, announced.head_offset + head)
 
 
 def _prefetch(cache: Cache, offset: Expr) -> Expr:

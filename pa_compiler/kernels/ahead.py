@@ -13,8 +13,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Evaluate
 
-from pa_compiler.kernels.caches import Cache, CacheAccess
-from pa_compiler.tiles import Tiling
+from pa_compiler.kernels.caches import Cache
 from pa_compiler.tvmscript import inline
 
 KEYS, VALUES = "next_keys", "next_values"
@@ -24,50 +23,25 @@ _OP = "next_tile"
 
 
 def announce(name: str) -> Callable[..., None]:
-    """An sblock that says: the tile read next is in the columns from `first` on of cache.offsets, in the head there."""
+    """An sblock that says: the tile read next is in the columns from `first` on of cache.offsets, in the head there.
+
+    Attend says more: whether it is wanted at all, and, where tokens are to be fetched with all of their heads, how many
+    heads from head_offset on, and which of as many equal shares of the tile's tokens.
+    """
 
     @inline
-    def stage(cache, first, head_offset):
+    def stage(cache, first, head_offset, *more):
         with T.sblock(name):
             T.reads()
             T.writes()
             T.evaluate(
                 T.call_extern(
                     "int32", _OP, cache.memory[0], cache.offsets[0], cache.block, cache.row, cache.head, first,
-                    head_offset,
+                    head_offset, *more,
                 )
             )  # fmt: skip
 
     return stage
-
-
-def fetch(tiling: Tiling, access: CacheAccess) -> Callable[..., None]:
-    """The sblock fetch: ask for share `share` of `shares` equal ones of the next next_len tokens, in one head.
-
-    Their places follow those of the kv_tile tokens that are read now. Where a tile of tokens is read once for many
-    tiles of rows, each of these asks for a share, outside of all loops of matmuls; no pass has to find a place for it.
-    """
-    lines = access.num_lines
-
-    @inline
-    def stage(cache, head_offset, share, shares, next_len):
-        each: T.let = T.ceildiv(next_len, shares)
-        for t in range(each):
-            with T.sblock("fetch"):
-                vt = T.axis.opaque(tiling.kv_tile, t)
-                T.reads()
-                T.writes()
-                token: T.let = T.min(share * each + vt, next_len - 1)
-                for line in range(lines):
-                    T.evaluate(_prefetch(cache, access.line(cache, tiling.kv_tile, token * lines + line, head_offset)))
-
-    return stage
-
-
-def _prefetch(cache: Cache, offset: Expr) -> Expr:
-    """Ask for the line of a word, to be read soon: into the second-level cache."""
-    read, second_level, data = 0, 2, 1
-    return T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(cache.memory[offset]), read, second_level, data)
 
 
 class Announced(NamedTuple):
@@ -76,9 +50,12 @@ class Announced(NamedTuple):
     cache: Cache
     first: Expr
     head_offset: Expr
+    wanted: Expr | None = None
+    heads: Expr | None = None
+    share: Expr | None = None
 
 
 def announced(statement: Evaluate) -> Announced:
     """What the statement of announce's sblock says."""
-    _, memory, offsets, block, row, head, first, head_offset = statement.value.args
-    return Announced(Cache(memory.source, block, row, head, offsets.source), first, head_offset)
+    _, memory, offsets, block, row, head, *said = statement.value.args
+    return Announced(Cache(memory.source, block, row, head, offsets.source), *said)

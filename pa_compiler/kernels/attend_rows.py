@@ -18,7 +18,7 @@ from pa_compiler.kernels.rows import OfRows, TokenRows
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.scores import Scoring
 from pa_compiler.kernels.sight import LAST_BEGIN, LEAST_LIMIT, LIMIT, Bounds, Sight, Tree, find_edges
-from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
+from pa_compiler.kernels.softmax import softmax_prepare
 from pa_compiler.kernels.state import Factors, State
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -57,7 +57,7 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
     rows, tokens, dim, terms = tiling.row_tile, tiling.padded_kv_tile, spec.result_dim, tiling.values.terms
     in_pairs, rows_of = terms == 2, rows_of_item(spec, tiling)
     qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax_prepare(spec, tiling), pv_matmul(spec, tiling)
-    pairs_stage, rescale_stage, fold_stage = pair_probs(tiling), state.rescale(rows), state.fold(1, rows, dim)
+    rescale_stage, fold_stage = state.rescale(rows), state.fold(1, rows, dim)
     functions = ScoreFunctions(spec, many_tokens=True)
     visible_stage, edges_stage = compute_visible(functions, tiling), find_edges(tiling)
 
@@ -93,9 +93,10 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         added = T.meta_var(State(tile_max, tile_sum, None, 0))
         scoring = T.meta_var(Scoring(of, query_pos, item.slopes, computed))
         visible_stage(computed, of, 0, tile.num_groups)
-        softmax_stage(scores, probs, added, item.scale, item.bounds.headroom(first), tile, tile.num_groups, scoring)
-        if in_pairs:
-            pairs_stage(probs, weights, 0, tile.num_groups)
+        softmax_stage(
+            scores, probs, added, item.scale, item.bounds.headroom(first), tile, tile.num_groups, scoring,
+            weights if in_pairs else None,
+        )  # fmt: skip
         rescale_stage(added, running, Factors(alpha, beta, 0), step)
         num_full: T.let = script.opaque(full_groups(tile))
         edges_stage(edges, tile, num_full)

@@ -16,6 +16,8 @@ HIGH = -65536
 """The mask of a word's high half."""
 LOW = 65535
 """The mask of a word's low half."""
+PAIR_OF_ONES = 0x3F803F80
+"""The word of 1 and 1."""
 
 
 def number(element: Element, word: Expr, index: Expr) -> Expr:
@@ -52,6 +54,16 @@ def pair_floats(first: Expr, second: Expr) -> Expr:
     """The word of two float32 numbers that bfloat16 has."""
     low = T.bitwise_and(T.shift_right(T.reinterpret("int32", first), 16), LOW)
     return T.bitwise_or(low, T.reinterpret("int32", second))
+
+
+def pair_rounded(first: Expr, second: Expr) -> Expr:
+    """The word of the numbers of bfloat16 that are nearest to two float32 numbers, of two such the larger.
+
+    They are positive, or as in round_to_bfloat16.
+    """
+    half = T.int32(1 << 15)
+    low = T.bitwise_and(T.shift_right(T.reinterpret("int32", first) + half, 16), LOW)
+    return T.bitwise_or(low, T.bitwise_and(T.reinterpret("int32", second) + half, HIGH))
 
 
 def round_to_bfloat16(x: Expr) -> Expr:

@@ -20,16 +20,34 @@ _SMALLEST = -87.0  # below it exp leaves the normal float32 numbers: the result 
 _ROUND = 12583039.0  # 1.5 * 2**23 + 127: adding it leaves round(t) + 127 in the low bits of the significand
 
 
-def _as_it_is(x):
-    return x
+_T1, _T2, _T3, _T4 = (0.6931241750717163, 0.24024099111557007, 0.0559065118432045, 0.009582841768860817)
 
 
 @inline
-def store_exp(buffer, indices, x, valid, headroom=None, rounded=_as_it_is):
+def store_weight(buffer, indices, x, headroom):
+    """buffer[indices] = exp(x) / 2**headroom for float32 x <= 0, with a relative error below 1e-5.
+
+    For what is then rounded to bfloat16, which loses up to 4e-3: two thirds of store_exp's operations. 2**f is the
+    polynomial of degree 4 with the least relative error, 3e-6, of those that are 1 at 0. Its ends are store_exp's.
+    """
+    arg: T.let = x
+    places = T.meta_var(T.Cast("float32", headroom))
+    rounding = T.meta_var(T.float32(_ROUND) - places)
+    smallest = T.meta_var(T.float32(_SMALLEST) + places * T.float32(_LN2))
+    bits: T.let = T.reinterpret("int32", arg * T.float32(LOG2_E) + rounding)  # anything below the smallest
+    f: T.let = arg * T.float32(LOG2_E) - (T.reinterpret("float32", bits) - rounding)
+    high: T.let = (T.float32(_T4) * f + T.float32(_T3)) * f + T.float32(_T2)
+    series: T.let = (high * f + T.float32(_T1)) * f + T.float32(1)
+    power: T.let = T.reinterpret("float32", T.shift_left(bits, 23))
+    buffer[indices] = T.Select(arg < smallest, T.float32(0), series * power)
+
+
+@inline
+def store_exp(buffer, indices, x, valid, headroom=None):
     """buffer[indices] = exp(x) / 2**headroom where valid, else 0; for float32 x <= 0, with a relative error below 2e-7.
 
     Exactly 2**-headroom at 0, exactly 0 below -87 + headroom * ln 2, NaN for NaN. headroom is 0 unless given, and up to
-    32. It takes no operation: it goes into the exponent that the power of two gets. rounded is what is stored of it.
+    32. It takes no operation: it goes into the exponent that the power of two gets.
     """
     arg: T.let = x
     places = T.meta_var(T.float32(0) if headroom is None else T.Cast("float32", headroom))
@@ -42,5 +60,4 @@ def store_exp(buffer, indices, x, valid, headroom=None, rounded=_as_it_is):
     p: T.let = (high * f + T.float32(_P1)) * f + T.float32(_P0)
     series: T.let = p * (f * f) + f + T.float32(1)
     power: T.let = T.reinterpret("float32", T.shift_left(bits, 23))
-    result = T.meta_var(T.Select(valid, T.Select(arg < smallest, T.float32(0), series * power), T.float32(0)))
-    buffer[indices] = rounded(result)
+    buffer[indices] = T.Select(valid, T.Select(arg < smallest, T.float32(0), series * power), T.float32(0))

@@ -23,6 +23,7 @@ from pa_compiler.kernels.sight import (
     Bounds,
     Tree,
     find_bounds,
+    find_runs,
 )
 from pa_compiler.kernels.state import EMPTY_ROW_MAX, State
 from pa_compiler.kernels.tokens import Tile, token_offsets
@@ -49,8 +50,9 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """
     arrays, kv_tile, rows = Arrays(spec, tiling), tiling.kv_tile, tiling.row_tile
     tiles, depth, dim = attend_tiles(spec), spec.head_dim // tiling.keys.terms, spec.result_dim
-    range_tokens, late = attend_range_blocks(spec) * spec.block_size, begins_late(spec)
+    range_tokens, late = attend_range_blocks(spec) * spec.block_size, begins_late(spec, many_tokens=True)
     start, attend, finish = _start(spec, tiling), _attend_range(spec, tiling), finish_item(spec, tiling)
+    runs_stage = find_runs(spec)
     merge_stage = state.merge(rows, dim, "range_")
     functions = ScoreFunctions(spec, many_tokens=True)
 
@@ -137,6 +139,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             total = T.meta_var(State(total_max, total_sum, total_acc, 0))
             running = T.meta_var(State(row_max, row_sum, acc, 0))
             start(query, q_tile, item, num_tiles, first_pos, context_len, sees_all, query_scale, total, span)
+            runs = T.meta_var(runs_stage(num_query, first_pos, context_len, sees_all))
             first_key: T.let = block_begin * spec.block_size
             key_end: T.let = T.min(block_end * spec.block_size, span[1])
             num_ranges: T.let = T.ceildiv(T.max(key_end - first_key, 0), range_tokens)
@@ -163,7 +166,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                             )
                             attend(
                                 q_tile, keys, values, block_table, of_functions, item, running, vstep, num_steps,
-                                read_begin + vstep * kv_tile, range_end, span[0] if late else None, context_len,
+                                read_begin + vstep * kv_tile, range_end, span[0] if late else None, runs, context_len,
                             )  # fmt: skip
                     for tile in range(num_tiles):
                         with T.sblock("range_state"):
@@ -230,28 +233,34 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     load_values = load_tile(tiling, value_access(spec, tiling), tiling.values, value_copy, "load_values")
     attend, k_dtype, v_dtype = attend_rows(spec, tiling), tiling.keys.factor_dtype, tiling.values.factor_dtype
     columns_stage = compute_columns(ScoreFunctions(spec, many_tokens=True), tiling)
-    fetch_keys, fetch_values = (ahead.fetch(tiling, access(spec, tiling)) for access in (key_access, value_access))
+    by_token = spec.kv_layout == "NHD"
+    announce_keys, announce_values = ahead.announce(ahead.KEYS), ahead.announce(ahead.VALUES)
 
     @script.inline
     def stage(
         q_tile, key_cache, value_cache, block_table, of_functions, item, running, step, num_steps, start, range_end,
-        first_token, context_len,
+        first_token, runs, context_len,
     ):  # fmt: skip
         tile_start: T.let = script.opaque(start)
         valid_len: T.let = script.opaque(T.min(range_end - tile_start, tiling.kv_tile))
         tile = T.meta_var(Tile(tiling, tile_start, valid_len))
-        next_len: T.let = script.opaque(T.max(T.min(range_end - tile_start - tiling.kv_tile, tiling.kv_tile), 0))
-        num_offsets: T.let = tile.num_groups * tiling.token_group + (next_len if tiling.prefetches else 0)
+        has_next: T.let = tile_start + tiling.kv_tile < range_end
+        num_offsets: T.let = T.Select(has_next, tiling.num_offsets, tile.num_groups * tiling.token_group)
         last: T.let = range_end - 1
-        key_offsets_stage(block_table, key_cache, tile, item.seq, last, num_offsets, first_token)
+        key_offsets_stage(block_table, key_cache, tile, item.seq, last, num_offsets, first_token, runs)
         if not spec.shared_kv:
-            value_offsets_stage(block_table, value_cache, tile, item.seq, last, num_offsets, first_token)
+            value_offsets_stage(block_table, value_cache, tile, item.seq, last, num_offsets, first_token, runs)
         computed = T.meta_var(columns_stage(of_functions, item.seq, context_len, tile, tile.num_groups))
         for kv_head in range(item.num_kv_heads):
             with T.sblock("kv_head"):
                 vkv = T.axis.spatial(item.num_kv_heads, kv_head)
                 T.reads()
                 T.writes()
+                # next: these tokens in the next kv head; after the last one, the next tokens in the first
+                is_last: T.let = by_token or vkv == item.num_kv_heads - 1
+                next_tile: T.let = T.Select(is_last, tiling.kv_tile, 0)
+                next_head: T.let = T.Cast("int64", item.kv_head_begin + T.Select(is_last, 0, vkv + 1))
+                shares = T.meta_var((item.num_kv_heads, vkv) if by_token else ())
                 key_head: T.let = T.Cast("int64", item.kv_head_begin + vkv) * key_cache.head
                 value_head: T.let = T.Cast("int64", item.kv_head_begin + vkv) * value_cache.head
                 if tiling.copy_keys:
@@ -269,9 +278,10 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                         T.writes()
                         first: T.let = script.opaque(vkv * item.head_tiles + vrt)
                         if tiling.prefetches:
-                            fetch_keys(key_cache, key_head, vrt, item.head_tiles, next_len)
+                            wanted: T.let = T.And(vrt == item.head_tiles - 1, T.Or(has_next, T.Not(is_last)))
+                            announce_keys(key_cache, next_tile, next_head * key_cache.head, wanted, *shares)
                             if not spec.shared_kv:
-                                fetch_values(value_cache, value_head, vrt, item.head_tiles, next_len)
+                                announce_values(value_cache, next_tile, next_head * value_cache.head, wanted, *shares)
                         if tile_start < item.bounds.reach[first, LIMIT]:
                             attend(
                                 q_tile, first, keys, key_head, values, value_head, tile,

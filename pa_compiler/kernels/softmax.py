@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
-from pa_compiler.kernels.elements import pair_floats, round_to_bfloat16
-from pa_compiler.kernels.exp import store_exp
+from pa_compiler.kernels.elements import PAIR_OF_ONES, dot_pairs, pair_floats, pair_rounded, round_to_bfloat16
+from pa_compiler.kernels.exp import store_exp, store_weight
 from pa_compiler.kernels.kept import Value
 from pa_compiler.kernels.rows import OfRows, of_row
 from pa_compiler.kernels.scores import Scores, sees, slope_of
@@ -13,7 +13,7 @@ from pa_compiler.kernels.sight import hide_scores
 from pa_compiler.kernels.state import EMPTY_ROW_MAX
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
-from pa_compiler.tvmscript import inline
+from pa_compiler.tvmscript import inline, opaque
 
 
 def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
@@ -33,12 +33,11 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     scale_stage, hide_stage = _scale(spec, tiling), hide_scores()
 
     of_rows = tiling.many_tokens and spec.wide_range
-
-    def rounded(x):
-        return round_to_bfloat16(x) if tiling.values.terms == 2 else x
+    in_pairs = tiling.many_tokens and tiling.values.terms == 2
+    pairs_stage = pair_weights(tiling)
 
     @inline
-    def stage(scores, probs, state, scale, headroom, tile, num_groups, scoring):
+    def stage(scores, probs, state, scale, headroom, tile, num_groups, scoring, pairs=None):
         slot = T.meta_var(state.slot)
         tile_max = T.meta_var(state.row_max)
         tile_sum = T.meta_var(state.row_sum)
@@ -54,7 +53,12 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
         )
         with T.sblock("softmax_prepare"):
             T.reads(*read)
-            T.writes(probs[slot, 0:rows, 0:tokens], tile_max[slot, 0:rows], tile_sum[slot, 0:rows])
+            T.writes(
+                probs[slot, 0:rows, 0:tokens],
+                tile_max[slot, 0:rows],
+                tile_sum[slot, 0:rows],
+                *([pairs[slot, 0:rows, 0 : tokens // 2]] if in_pairs else []),
+            )
             if not tiling.many_tokens:
                 scaled = T.sblock_alloc_buffer((rows, tokens), "float32")
             peak = T.sblock_alloc_buffer((rows,), "float32")
@@ -83,14 +87,11 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     with T.sblock("probs"):
                         vt = T.axis.spatial(tokens, to * group + ti)
                         vr = T.axis.spatial(rows, r)
-                        store_exp(
-                            probs,
-                            (slot, vr, vt),
-                            scaled[vr, vt] - tile_max[slot, vr],
-                            True,
-                            of_row(places, vr),
-                            rounded,
-                        )
+                        shifted = T.meta_var(scaled[vr, vt] - tile_max[slot, vr])
+                        if in_pairs:
+                            store_weight(probs, (slot, vr, vt), shifted, of_row(places, vr))
+                        else:
+                            store_exp(probs, (slot, vr, vt), shifted, True, of_row(places, vr))
             elif tiling.values.terms == 2:
                 exact = T.sblock_alloc_buffer((rows, tokens), "float32")
                 for r, to, ti in T.grid(rows, num_groups, group):
@@ -111,13 +112,16 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                         store_exp(
                             probs, (slot, vr, vt), scaled[vr, vt] - tile_max[slot, vr], True, of_row(headroom, vr)
                         )
-            for r, to, ti in T.grid(rows, num_groups, group):
-                with T.sblock("tile_sum"):
-                    vt = T.axis.reduce(tokens, to * group + ti)
-                    vr = T.axis.spatial(rows, r)
-                    with T.init():
-                        tile_sum[slot, vr] = T.float32(0)
-                    tile_sum[slot, vr] = tile_sum[slot, vr] + probs[slot, vr, vt]
+            if in_pairs:
+                pairs_stage(probs, pairs, tile_sum, slot, num_groups)
+            else:
+                for r, to, ti in T.grid(rows, num_groups, group):
+                    with T.sblock("tile_sum"):
+                        vt = T.axis.reduce(tokens, to * group + ti)
+                        vr = T.axis.spatial(rows, r)
+                        with T.init():
+                            tile_sum[slot, vr] = T.float32(0)
+                        tile_sum[slot, vr] = tile_sum[slot, vr] + probs[slot, vr, vt]
 
     return stage
 
@@ -150,6 +154,31 @@ def _scale(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     T.reads(*seen.reads, *biased.reads)
                     T.writes(scaled[vr, column])
                 scaled[vr, column] = T.Select(seen.expression, biased.expression, T.float32("-inf"))
+
+    return stage
+
+
+def pair_weights(tiling: Tiling) -> Callable[..., None]:
+    """pairs[slot, r, t] = the word of probs[slot, r, 2t] and probs[slot, r, 2t + 1], rounded to bfloat16; and tile_sum.
+
+    In the caller's sblock, for num_groups token groups. tile_sum is the sum of what is in the words.
+    """
+    rows, half, tokens = tiling.row_tile, tiling.token_group // 2, tiling.padded_kv_tile // 2
+
+    @inline
+    def stage(probs, pairs, tile_sum, slot, num_groups):
+        for r, to, ti in T.grid(rows, num_groups, half):
+            with T.sblock("pairs"):
+                vt = T.axis.spatial(tokens, to * half + ti)
+                vr = T.axis.spatial(rows, r)
+                pairs[slot, vr, vt] = pair_rounded(probs[slot, vr, 2 * vt], probs[slot, vr, 2 * vt + 1])
+        for r, to, ti in T.grid(rows, num_groups, half):
+            with T.sblock("tile_sum"):
+                vt = T.axis.reduce(tokens, to * half + ti)
+                vr = T.axis.spatial(rows, r)
+                with T.init():
+                    tile_sum[slot, vr] = T.float32(0)
+                tile_sum[slot, vr] += dot_pairs(pairs[slot, vr, vt], opaque(T.int32(PAIR_OF_ONES)))
 
     return stage
 

@@ -77,11 +77,12 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     """Vertical in every step."""
     exact = ("exact",) if tiling.values.terms == 2 and not tiling.many_tokens else ()
     steps = functions.score_steps(sch, tiling)
-    _rows_last(sch, *steps, "scaled", *exact, "probs")
-    for name in (*steps, "scaled", "peak", *exact, "probs", "tile_sum"):
+    pairs = ("pairs",) if tiling.values.terms == 2 and tiling.many_tokens else ()
+    _rows_last(sch, *steps, "scaled", *exact, "probs", *pairs)
+    for name in (*steps, "scaled", "peak", *exact, "probs", *pairs, "tile_sum"):
         row, group, token = sch.get_loops(sch.get_sblock(name))[-3:]
         sch.reorder(group, token, row)
-        if name == "tile_sum" and tiling.many_tokens:  # a chain of sums beside the exponentials of the next group
+        if name in (*pairs, "tile_sum") and tiling.many_tokens:  # beside the exponentials of the next group
             group = sch.get_loops("probs")[-3]
             sch.reverse_compute_at(name, group, preserve_unit_loops=True)
             row = sch.get_loops(name)[-1]

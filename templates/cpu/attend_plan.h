@@ -1,7 +1,8 @@
 // The plan of a call of attend: its work items, by the work that they are. For Spec see plan.h, and
 //   kRangeBlocks   blocks of one range: where the keys of several query tokens are cut, whatever the query tokens,
 //   kAttendRows    rows of a row tile: query tokens with one head each, of one kv head,
-//   kAttendTiles   row tiles of a work item.
+//   kAttendTiles   row tiles of a work item,
+//   kAttendHeads   kv heads of a work item.
 #pragma once
 
 #include <algorithm>
@@ -51,7 +52,7 @@ struct Shares {
     constexpr int64_t kMost = kFit < kWhole ? kFit : kFit / kWhole * kWhole;
     tokens = std::min(kMost, (EvenShare(num_query, kMost) - 1) / kWhole * kWhole + kWhole);
     const int64_t tiles = (std::min(tokens, num_query) * Spec::kGroup - 1) / Spec::kAttendRows + 1;
-    heads = EvenShare(Spec::kNumKVHeads, std::clamp<int64_t>(Spec::kAttendTiles / tiles, 1, Spec::kNumKVHeads));
+    heads = EvenShare(Spec::kNumKVHeads, std::clamp<int64_t>(Spec::kAttendTiles / tiles, 1, Spec::kAttendHeads));
   }
 };
 
@@ -165,8 +166,9 @@ class AttendPlan {
   template <typename Visit>
   void VisitTokens(AttendItem item, const Visit& visit) {
     constexpr int64_t kFloats = Spec::kNumHeads * (Spec::kValueDim + 2);
-    const Interval keys = KeysSeen<Spec>(item.first_pos, item.first_pos + item.num_query,
-                                         queries_.context_lens[item.seq], queries_.SeesAhead());
+    const Interval keys = SeenTogether<Spec>(item.first_pos, item.first_pos + item.num_query,
+                                             queries_.context_lens[item.seq], queries_.SeesAhead())
+                              .keys;
     const Interval blocks = BlocksOf<Spec>(keys);
     const int64_t work = WorkOf<Spec>(item, keys, queries_.SeesAhead()), first = blocks.begin / Spec::kRangeBlocks;
     const int64_t ranges = std::max<int64_t>((blocks.end - 1) / Spec::kRangeBlocks + 1 - first, 1);

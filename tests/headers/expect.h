@@ -86,7 +86,7 @@ struct SpecOf {
   static constexpr pa::Extents kKeyCache = {-1, 4, 2, 6}, kValueCache = {-1, 4, 2, value_dim};
   static constexpr int kRowAxis = 1, kHeadAxis = 2, kWordElements = 1;
   static constexpr int64_t kCacheAlignment = 0, kBatchChunk = 4, kSplitBlocks = 3, kItemTokens = 10;
-  static constexpr int64_t kGroup = 2, kRangeBlocks = 3, kAttendRows = 4, kAttendTiles = 4;
+  static constexpr int64_t kGroup = 2, kRangeBlocks = 3, kAttendRows = 4, kAttendTiles = 4, kAttendHeads = kNumKVHeads;
   static constexpr int64_t kThreadTokens = 7, kRowTile = 2, kTileTokens = 8;
   static constexpr pa::DeviceKind kDevice = pa::kCpu;
 };
@@ -96,8 +96,12 @@ struct Union : SpecOf<3, false, -1> {
   static constexpr pa::Intervals<3> SeenKeys(int64_t context_len) {
     return {{{context_len - 4, context_len}, {0, 3}, {40, 45}}};
   }
+  static constexpr pa::Intervals<3> SeenKeys(int64_t context_len, int64_t query_end) {
+    return {{{query_end - 4, context_len}, {0, 3}, {40, 45}}};
+  }
 };
 
 struct NoKeys : SpecOf<3, false, -1> {
   static constexpr pa::Intervals<1> SeenKeys(int64_t context_len) { return {{{1 << 30, context_len}}}; }
+  static constexpr pa::Intervals<1> SeenKeys(int64_t context_len, int64_t) { return SeenKeys(context_len); }
 };

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 
 import numpy as np
 import tvm
@@ -12,12 +11,10 @@ from attend_calls import Call
 from inputs import DTYPES
 
 from pa_compiler import backends, schedules
-from pa_compiler.cpu import instructions, target
+from pa_compiler.cpu import build, instructions, prefetch, target
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.interface import ATTEND_ROWS, attend_range_blocks, attend_tiles
 from pa_compiler.kernels import build_attend
-
-_CONFIG = {"tirx.disable_assert": True, "tirx.disable_storage_rewrite": True}
 
 
 @functools.cache
@@ -35,11 +32,9 @@ class Kernels:
         module = build_attend(spec, self.tiles)
         names = [variable.name_hint for variable in module.get_global_vars()]
         self.params = {name: [param.name for param in module[name].params] for name in names}
-        scheduled = schedules.schedule(module, self.tiles)
-        with tvm.transform.PassContext(config=_CONFIG):
-            self.executable = tvm.compile(
-                instructions.select(scheduled, cpu), target=tvm.target.Target(json.loads(cpu.config))
-            )
+        sch = schedules.scheduled(module, self.tiles)
+        prefetch.insert(sch, spec, self.tiles, "fused_attend")
+        self.executable = build.translate(instructions.select(sch.mod, cpu, self.tiles), cpu)
 
     def _call(self, kernel, arrays, numbers):
         given = arrays | numbers
