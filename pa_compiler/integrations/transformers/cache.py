@@ -35,6 +35,7 @@ class PagedLayer(CacheLayerMixin):
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.is_initialized: bool = False
+        self._module: Any = None  # which the caches are of
         self._cache, self._batch, self._blocks, self.columns = cache, 0, 0, 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -70,15 +71,17 @@ class PagedLayer(CacheLayerMixin):
             for new, old in zip(caches, (self.keys, self.values), strict=True):
                 _by_sequence(new, batch)[:, : self._blocks] = _by_sequence(old, batch)
         self.keys, self.values = caches
-        self._batch, self._blocks, self.is_initialized = batch, blocks, True
+        self._module, self._batch, self._blocks, self.is_initialized = module, batch, blocks, True
 
     def _choose(self, chosen: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Sequences anew from those that there are."""
         if self.is_initialized:
-            batch = self._batch
-            keys, values = (chosen(_by_sequence(each, batch)).contiguous() for each in (self.keys, self.values))
-            self._batch = len(keys)
-            self.keys, self.values = keys.flatten(0, 1), values.flatten(0, 1)
+            before, batch = (self.keys, self.values), self._batch
+            index = chosen(torch.arange(batch))
+            self._batch = len(index)
+            self.keys, self.values = self._module.empty_cache(self._batch * self._blocks, like="torch")
+            for new, old in zip((self.keys, self.values), before, strict=True):
+                torch.index_select(_by_sequence(old, batch), 0, index, out=_by_sequence(new, self._batch))
 
     def get_seq_length(self) -> int:
         """Columns so far."""
