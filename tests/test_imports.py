@@ -72,6 +72,7 @@ ARROWS = {
         *("backend", "backends", "compiler", "generate", "store"),
         "cuda",  # the names of GPUs
     },
+    "integrations": {"__init__", "spec", "runtime"},  # compile() is the package's own
     "__init__": {"spec", "interface", "reference", "layout", "runtime", "compiler"},
     "__main__": {"runtime", "cli"},
 }

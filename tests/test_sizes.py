@@ -14,7 +14,7 @@ FILE, FUNCTION, TENSORIR = 300, 50, 90
 REASON = f"more than {FILE} lines"
 """What the docstring or the first comment of a longer file has in the sentence that says why."""
 
-FOLDERS = ("pa_compiler", "schedules", "templates", "benchmarks", "tests")
+FOLDERS = ("pa_compiler", "schedules", "templates", "benchmarks", "examples", "tests")
 SUFFIXES = (".py", ".cc", ".h", ".cu", ".j2")
 
 

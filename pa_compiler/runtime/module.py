@@ -32,6 +32,7 @@ class Module(Calls):
         spec: The PagedAttentionSpec that it was compiled for.
         pipeline: "fused" or "staged".
         target: The TVM target dict that it was compiled for.
+        checksum: The SHA-256 of the library, in hexadecimal.
         sources: The text of each stage, in order: tensorir, scheduled, host, llvm, asm; for a GPU tensorir, cuda, host,
             ptx, and sass where there was a disassembler (staged, scheduled too). Empty for a loaded module.
         num_threads: Threads that a call uses at most. Results are bitwise the same for every value.
@@ -129,6 +130,11 @@ class Module(Calls):
             text = self._functions["attend_plan"](lens, starts, self.num_threads)
         rows = (tuple(map(int, line.split())) for line in text.splitlines())
         return [WorkItem(*row) if len(row) == len(WorkItem._fields) else AttendItem(*row) for row in rows]
+
+    @property
+    def checksum(self) -> str:
+        """The SHA-256 that the library carries, in hexadecimal: that of its contents."""
+        return manifest.checksum(self._library)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the shared library to a file. It needs tvm-ffi (and GCC's run-time libraries) to run, not TVM.

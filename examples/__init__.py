@@ -1,0 +1,1 @@
+"""Programs that use pa_compiler, as anybody might write them."""

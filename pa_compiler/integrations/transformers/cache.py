@@ -1,0 +1,155 @@
+"""PagedCache: the Cache that generate() hands to a model. Its layers have blocks of the kernels' layout.
+
+A layer takes new keys and values in update(), as transformers asks, and leaves itself in the attention's arguments.
+The attention, which alone knows the padding, has them written and attends. So update() returns what it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from pa_compiler.integrations.transformers.steps import Step, make_step
+from pa_compiler.runtime.module import Module
+
+BLOCK_SIZE = 16
+"""Tokens of a block."""
+
+
+class PagedLayer(CacheLayerMixin):
+    """Keys and values of one layer, in blocks: sequence b has those from b * blocks on.
+
+    Args:
+        cache: The PagedCache that it belongs to.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, cache: PagedCache) -> None:
+        super().__init__()
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+        self.is_initialized: bool = False
+        self._module: Any = None  # which the caches are of
+        self._cache, self._batch, self._blocks, self.columns = cache, 0, 0, 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: memory is taken when the attention's module is known."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **options: Any) -> Any:
+        """Take new keys and values [batch, num_kv_heads, columns, head_dim], which the attention is to append."""
+        arguments = options.get("kwargs")
+        if arguments is None:
+            raise ValueError("cache: expected a model that hands its attention's arguments to update(), got none")
+        arguments["paged_layer"] = self
+        self.columns += key_states.shape[-2]
+        return key_states, value_states
+
+    def append(self, module: Module, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> Step:
+        """Write the keys and values that update() took last, [batch, num_kv_heads, columns, dim], into the blocks."""
+        batch, appended = key.shape[0], key.shape[2]
+        self._make_room(module, batch, self.columns)
+        step = self._cache.step(batch, self._blocks, self.columns, appended, mask)
+        append(module, key, value, self.keys, self.values, step)
+        return step
+
+    def _make_room(self, module: Module, batch: int, columns: int) -> None:
+        """Have blocks for so many columns of each sequence; what is there is copied."""
+        if self.is_initialized and batch != self._batch:
+            raise ValueError(f"cache: expected the {self._batch} sequences that it has, got {batch}")
+        needed = -(-columns // BLOCK_SIZE)
+        if needed <= self._blocks:
+            return
+        blocks = max(needed, -(-self._cache.capacity // BLOCK_SIZE), 2 * self._blocks)
+        caches = module.empty_cache(batch * blocks, like="torch")
+        if self.is_initialized:
+            for new, old in zip(caches, (self.keys, self.values), strict=True):
+                _by_sequence(new, batch)[:, : self._blocks] = _by_sequence(old, batch)
+        self.keys, self.values = caches
+        self._module, self._batch, self._blocks, self.is_initialized = module, batch, blocks, True
+
+    def _choose(self, chosen: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Sequences anew from those that there are."""
+        if self.is_initialized:
+            before, batch = (self.keys, self.values), self._batch
+            index = chosen(torch.arange(batch))
+            self._batch = len(index)
+            self.keys, self.values = self._module.empty_cache(self._batch * self._blocks, like="torch")
+            for new, old in zip((self.keys, self.values), before, strict=True):
+                torch.index_select(_by_sequence(old, batch), 0, index, out=_by_sequence(new, self._batch))
+
+    def get_seq_length(self) -> int:
+        """Columns so far."""
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns that a mask has, and the first of them."""
+        return self.columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: it grows."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget all tokens, and keep the memory."""
+        self.columns = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: a number from 0 down, as transformers has it."""
+        if not -self.columns <= tokens_to_remove <= 0:
+            raise ValueError(f"tokens_to_remove: expected {-self.columns} to 0, got {tokens_to_remove}")
+        self.columns += tokens_to_remove
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Sequences by index, for beam search."""
+        self._choose(lambda each: each[beam_idx])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Sequences by index."""
+        self._choose(lambda each: each[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence so many times."""
+        self._choose(lambda each: each.repeat_interleave(repeats, dim=0))
+
+
+class PagedCache(Cache):
+    """The cache of generate() after enable(model); to be given to it only to keep it from one call to the next.
+
+    Args:
+        num_layers: Of the model.
+        capacity: Columns (prompt and new tokens) that there is room for at first. It grows, by copying.
+    """
+
+    def __init__(self, num_layers: int, capacity: int = 256) -> None:
+        super().__init__(layers=[PagedLayer(self) for _ in range(num_layers)])
+        self.capacity = capacity
+        self._sizes: tuple[int, ...] = ()
+        self._steps: list[tuple[torch.Tensor | None, Step]] = []
+
+    def step(self, batch: int, blocks: int, total: int, appended: int, mask: torch.Tensor | None) -> Step:
+        """The Step of a forward pass, made once for each mask: layers of a kind have one."""
+        if self._sizes != (batch, blocks, total, appended):
+            self._sizes, self._steps = (batch, blocks, total, appended), []
+        for known, step in self._steps:
+            if known is mask:
+                return step
+        step = make_step(batch, blocks, BLOCK_SIZE, total, appended, appended, mask)
+        self._steps.append((mask, step))
+        return step
+
+
+def append(module: Module, key: torch.Tensor, value: torch.Tensor, keys: Any, values: Any, step: Step) -> None:
+    """append_kv of [batch, num_kv_heads, columns, dim]."""
+    key, value = (each.transpose(1, 2).flatten(0, 1) for each in (key, value))
+    module.append_kv(key, value, keys, values, step.slots)
+
+
+def _by_sequence(cache: torch.Tensor, batch: int) -> torch.Tensor:
+    """[batch, blocks, ...] of [batch * blocks, ...]."""
+    return cache.view(batch, len(cache) // batch, *cache.shape[1:])

@@ -1,0 +1,216 @@
+"""Models of transformers, of random small configurations, on these kernels and on stock attention in float32."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch = pytest.importorskip("torch", reason="torch is not installed: transformers' models are not run")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: its models are not run")
+
+from pa_compiler.integrations.transformers import PagedCache, disable, enable  # noqa: E402  (need transformers)
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+WINDOWED = {"sliding_window": 20, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+SCALED = {"query_pre_attn_scalar": 16}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,  # of the rotary part
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+}
+FAMILIES = {  # by the name of the model's class and of its configuration's
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": 20}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**WINDOWED, **SCALED, "attn_logit_softcapping": 5.0}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**WINDOWED, **SCALED}),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", LATENT),
+}  # fmt: skip
+PADDING = [0, 7, 33, 59]
+CLOSE = 1e-4
+"""Of the largest logit: what float32 leaves after three layers of sums in another order."""
+
+
+def make_model(family):
+    """A model with weights as large as make its softmaxes sharp."""
+    name, config, fields = FAMILIES[family]
+    config = getattr(transformers, config)(**SHAPE | fields)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 1.0))
+    return model
+
+
+@pytest.fixture
+def model(family):
+    """It is disabled in the end."""
+    made = make_model(family)
+    yield made
+    if made.config._attn_implementation == "pa_compiler_flash":
+        disable(made)
+
+
+llama = pytest.mark.parametrize("family", ["llama"])
+
+
+def prompts():
+    """Of 60 tokens at most, padded on the left."""
+    ids = torch.randint(2, 97, (len(PADDING), 60), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(60) >= torch.tensor(PADDING)[:, None]).long()
+    return ids * mask, mask
+
+
+def generated(model, ids, mask, **options):
+    """(tokens, logits of each step)."""
+    given = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, **options}
+    found = model.generate(ids, attention_mask=mask, **given)
+    return found.sequences, torch.stack(found.logits)
+
+
+def assert_close(found, expected):
+    assert (found - expected).abs().max() <= CLOSE * expected.abs().max()
+
+
+@pytest.mark.parametrize(("family", "new"), [(name, 300 if name == "gemma2" else 40) for name in FAMILIES])
+def test_generate(model, new):
+    """Windows of 20 are shorter than the prompts; one family decodes 300 tokens."""
+    ids, mask = prompts()
+    expected, expected_logits = generated(model, ids, mask, max_new_tokens=new)
+    enable(model)
+    found, logits = generated(model, ids, mask, max_new_tokens=new)
+    assert torch.equal(found, expected)
+    assert_close(logits, expected_logits)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_calls_of_the_model(model):
+    """Without a cache, with transformers' own, and with ours in chunks; padding's logits mean nothing."""
+    ids, mask = prompts()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        enable(model)
+        assert_close(model(ids, attention_mask=mask, use_cache=False).logits[mask > 0], expected[mask > 0])
+        for cache in (transformers.DynamicCache(config=model.config), PagedCache(3, capacity=16)):
+            parts = []
+            for begin, end in ((0, 10), (10, 45), (45, 46), (46, 60)):
+                given = {"attention_mask": mask[:, :end], "cache": cache}
+                parts.append(model(ids[:, begin:end], **given).logits)
+            assert_close(torch.cat(parts, 1)[mask > 0], expected[mask > 0])
+
+
+@llama
+def test_beams_and_more_than_one_turn(model):
+    ids, mask = prompts()
+    expected, _ = generated(model, ids, mask, max_new_tokens=20, num_beams=3)
+    enable(model)
+    assert torch.equal(generated(model, ids, mask, max_new_tokens=20, num_beams=3)[0], expected)
+    cache = PagedCache(3, capacity=16)
+    given = {"do_sample": False, "past_key_values": cache}
+    first = model.generate(ids[:1], attention_mask=mask[:1], max_new_tokens=9, **given)
+    assert cache.get_seq_length() == first.shape[1] - 1
+    second = model.generate(first, attention_mask=torch.ones_like(first), max_new_tokens=9, **given)
+    assert torch.equal(second, generated(model, ids[:1], mask[:1], max_new_tokens=18)[0])
+
+
+@llama
+def test_disabled_it_is_as_it_was(model):
+    ids, mask = prompts()
+    before, config = dict(vars(model)), copy.deepcopy(model.config)
+    expected = generated(model, ids, mask, max_new_tokens=5)
+    enable(model)
+    with pytest.raises(ValueError, match=r"^model: expected one that is not enabled, got an enabled LlamaForCausalLM"):
+        enable(model)
+    disable(model)
+    assert vars(model) == before
+    assert model.config.to_dict() == config.to_dict()
+    assert model.config._attn_implementation == "eager"
+    assert all(torch.equal(*each) for each in zip(generated(model, ids, mask, max_new_tokens=5), expected, strict=True))
+    with pytest.raises(ValueError, match=r"^model: expected one that enable"):
+        disable(model)
+
+
+def not_causal(model):
+    model.model.layers[1].self_attn.is_causal = False
+
+
+REFUSED = [  # id, what is done to a model before it is enabled, what the message begins with
+    ("not_causal", not_causal, "model: expected attention that is causal, got .* model.layers.1.self_attn"),
+    ("config", lambda m: setattr(m.config, "is_causal", False), "model: expected attention that is causal, .* config"),
+    ("double", lambda m: m.double(), "model: expected parameters of float32, float16, bfloat16, got .* of float64"),
+    ("layers", lambda m: setattr(m.config, "layer_types", ["chunked_attention"] * 3), "model: expected layers of full"),
+]  # fmt: skip
+
+
+@llama
+@pytest.mark.parametrize(("change", "begins"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_models_that_are_refused(model, change, begins):
+    change(model)
+    before = dict(vars(model))
+    with pytest.raises(ValueError, match=rf"^{begins}"):
+        enable(model)
+    assert vars(model) == before
+    assert model.config._attn_implementation == "eager"
+
+
+def test_families_that_are_refused():
+    mpt = transformers.MptForCausalLM(transformers.MptConfig(d_model=32, n_heads=4, n_layers=1, vocab_size=16))
+    with pytest.raises(ValueError, match=r"^model: expected one that calls transformers' AttentionInterface, got Mpt"):
+        enable(mpt)
+    with pytest.raises(TypeError, match=r"^model: expected a PreTrainedModel, got Linear"):
+        enable(torch.nn.Linear(2, 2))
+
+
+@llama
+def test_calls_that_are_refused(model):
+    ids, mask = prompts()
+    enable(model)
+    gap = mask.clone()
+    gap[0, 5] = 0
+    square = torch.zeros(len(ids), 1, 60, 60)
+    with torch.no_grad():
+        for name, given in (("attention_mask", gap), ("attention_mask", square)):
+            with pytest.raises(ValueError, match=rf"^{name}: expected "):
+                model(ids, **{name: given})
+    with pytest.raises(ValueError, match=r"^key: expected a tensor that needs no gradient"):
+        model(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match=r"^cache_implementation: expected None"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=3, cache_implementation="static")
+
+
+@llama
+def test_an_unknown_version_is_refused(model, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    with pytest.raises(RuntimeError, match=r"^transformers: expected version 5\.24, of which .* got 5\.99\.0"):
+        enable(model)
+    assert model.config._attn_implementation == "eager"
