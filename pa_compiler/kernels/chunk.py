@@ -98,8 +98,8 @@ def tile_of(spec: PagedAttentionSpec, tiling: Tiling, place: Place, block_idx: E
     if begins_late(spec, many_tokens):
         seen = _bound("first_seen", first_seen(spec, place.length, place.query_end))
         first = first_read(spec, seen, many_tokens)
-        start = _bound("start", T.if_then_else(start < first, first, start))  # of a maximum TVM would make sizes of
-        # buffers, on CUDA
+        # a choice: of a maximum TVM would make sizes of buffers, on CUDA
+        start = _bound("start", T.if_then_else(start < first, first, start))
         tokens = T.max(T.min(end, (block_idx + 1) * size) - start, 0)
     else:
         tokens = T.max(T.min(end - start, size), 0)
