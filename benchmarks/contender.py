@@ -39,8 +39,16 @@ class Contender:
     def __exit__(self, *exception: object) -> None:
         self._stop()
 
+    def forget(self) -> None:
+        """Free the memory of all cases that were prepared."""
+        if self._process is not None:
+            self._ask({"forget": True})
+
     def prepare(self, case: str, batch: int) -> None:
-        """Make the inputs of a case with so many sequences and call it once. Raises Unsupported where that fails."""
+        """Make the inputs of a case with so many sequences and call it once, beside those prepared before.
+
+        Raises Unsupported where that fails.
+        """
         if self._process is None:
             self._start()
         answer = self._ask(
@@ -49,13 +57,13 @@ class Contender:
         if "unsupported" in answer:
             raise Unsupported(answer["unsupported"])
 
-    def time(self, seconds: float) -> list[float]:
+    def time(self, case: str, seconds: float) -> list[float]:
         """The seconds of each of the calls that were made in about so long."""
-        return self._ask({"seconds": seconds})["times"]
+        return self._ask({"time": case, "seconds": seconds})["times"]
 
-    def result(self, path: Path) -> np.ndarray:
-        """What the last call returned: float32 [batch, num_heads, value_dim]."""
-        self._ask({"save": str(path)})
+    def result(self, case: str, path: Path) -> np.ndarray:
+        """What the case's last call returned: float32 [query tokens, num_heads, value_dim]."""
+        self._ask({"save": case, "path": str(path)})
         return np.load(path)
 
     def _start(self) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import mmap
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,21 +14,37 @@ from pa_compiler.runtime import memory
 from pa_compiler.verification import cases
 from pa_compiler.verification.cases import Case
 
+_CHECKED = 64  # query tokens of a call, about: float64 takes 0.1 s for one with 8192 keys
+
 
 def empty(shape: Sequence[int], dtype: np.dtype, huge_pages: bool) -> np.ndarray:
     """An array in memory of its own, on transparent huge pages where they are asked for and the system has them."""
     return memory.huge_zeros(shape, dtype, mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
 
 
+class Rows(NamedTuple):
+    """Some of the query tokens of a call, as arrays [rows].
+
+    Attributes:
+        row: Its number in query.
+        sequence: Its sequence.
+        length: Keys that it sees, itself among them: a call of decode with such a context has the same result.
+    """
+
+    row: np.ndarray
+    sequence: np.ndarray
+    length: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of decode.
+    """One call of decode, or of attend where the case has query_lens.
 
     Attributes:
         case: What is called.
         num_threads: Threads to use.
         huge_pages: Whether keys and values lie on huge pages; whoever copies them keeps to it.
-        query: [batch, num_heads, head_dim], dtype.
+        query: [query tokens, num_heads, head_dim], dtype; decode has one token of each sequence.
         key_cache: NHD [num_blocks, block_size, num_kv_heads, head_dim], dtype.
         value_cache: NHD [num_blocks, block_size, num_kv_heads, value_dim], dtype; None for shared_kv.
         block_table: int32 [batch, max_blocks]; blocks in random order, each used once.
@@ -49,13 +66,18 @@ class Call:
         return self.query, self.key_cache, self.value_cache, self.block_table, self.context_lens
 
     @property
+    def starts(self) -> np.ndarray:
+        """int32 [batch + 1]: where the query tokens of each sequence begin, as attend's query_start_loc."""
+        return np.concatenate([[0], np.cumsum(self.case.query_counts)]).astype(np.int32)
+
+    @property
     def values(self) -> np.ndarray:
         """value_cache, or the view of key_cache that the values are."""
         return self.key_cache[..., : self.case.spec.result_dim] if self.value_cache is None else self.value_cache
 
     @property
     def out_shape(self) -> tuple[int, int, int]:
-        """[batch, num_heads, value_dim]."""
+        """[query tokens, num_heads, value_dim]."""
         return (*self.query.shape[:2], self.case.spec.result_dim)
 
     @property
@@ -77,6 +99,25 @@ class Call:
             tokens = cache[blocks].reshape(-1, *cache.shape[2:])[:length]
             array[sequence, :, :length] = tokens.swapaxes(0, 1)
         return array
+
+    def checked(self, seed: int = 0) -> Rows:
+        """The query tokens whose results are compared: the first and the last of each sequence, and some at random."""
+        starts, counts = self.starts[:-1], self.case.query_counts
+        ends = np.concatenate([starts, starts + counts - 1])
+        others = np.random.default_rng(seed).permutation(len(self.query))[: max(0, _CHECKED - len(self.context_lens))]
+        row = np.unique(np.concatenate([ends, others]))
+        sequence = np.searchsorted(starts, row, side="right") - 1
+        length = self.context_lens[sequence] - counts[sequence] + (row - starts[sequence]) + 1
+        return Rows(row, sequence, length.astype(np.int32))
+
+    def newest(self, cache: np.ndarray) -> np.ndarray:
+        """What a cache has of the query tokens: [query tokens, num_kv_heads, its last axis]."""
+        firsts = np.concatenate([[0], np.cumsum(self.context_lens)[:-1]])
+        pieces = [
+            np.arange(first + length - count, first + length)
+            for first, length, count in zip(firsts, self.context_lens, self.case.query_counts, strict=True)
+        ]
+        return cache.reshape(-1, *cache.shape[2:])[self.slots()[np.concatenate(pieces)]]
 
     def slots(self) -> np.ndarray:
         """Of each cache slot that holds a token, its number block * block_size + offset: int64 [num_tokens]."""

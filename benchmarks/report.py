@@ -35,22 +35,30 @@ def print_case(console: Console, result: CaseResult) -> None:
 
     GB/s are of the case's keys and values, whatever type a contender keeps them in; error is a fraction of its bound.
     """
-    case, limit = result.case, result.roofline.limit(result.case)
+    case = result.case
+    size = f"{case.num_tokens:,} tokens of {case.batch} sequences, {case.kv_bytes / 1e6:.0f} MB of KV"
+    if case.query_lens is not None:
+        size = f"{int(case.query_counts.sum()):,} query tokens, {size}"
+    limit = peak(result) if case.query_lens is not None else result.roofline.limit(case)
     console.print(
-        f"\n[bold]{result.name}, {_threads(result.num_threads)}[/bold]: {case.num_tokens:,} tokens of {case.batch} "
-        f"sequences, {case.kv_bytes / 1e6:.0f} MB of KV, at most {limit / 1e9:.1f} GFLOP/s"
+        f"\n[bold]{result.name}, {_threads(result.num_threads)}[/bold]: {size}, at most {limit / 1e9:.1f} GFLOP/s"
     )
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("", no_wrap=True, min_width=max(len(_title(row, result)) for row in result.results))
-    for column in ("ms", "GFLOP/s", "GB/s", "of roofline", "to best peer (*)", "error"):
+    shown = [row for row in result.results if row.seconds is not None]
+    for column in _cells(shown[0], result) if shown else ():
         table.add_column(column, justify="right", no_wrap=True)
-    for row in result.results:
-        if row.seconds is not None:
-            table.add_row(*_cells(row, result))
+    for row in shown:
+        table.add_row(_title(row, result), *_cells(row, result).values())
     console.print(table)
     for row in result.results:
         if row.reason:
             console.print(f"{_title(row, result)}: {row.reason}", style="dim", markup=False)
+
+
+def peak(result: CaseResult) -> float:
+    """Operations per second of the instruction that multiplies a case's elements."""
+    return result.roofline.peak(result.case.spec.dtype)
 
 
 def as_json(results: list[CaseResult], huge_pages: bool, rounds: int) -> dict[str, Any]:
@@ -78,6 +86,7 @@ def _case_json(result: CaseResult) -> dict[str, Any]:
         "block_size": spec.block_size,
         "dtype": spec.dtype,
         "context_lens": case.context_lens.tolist(),
+        "query_lens": case.query_counts.tolist(),
         "flops": case.flops,
         "kv_bytes": case.kv_bytes,
         "roofline": vars(result.roofline) | {"limit": result.roofline.limit(case)},
@@ -91,13 +100,20 @@ def _title(row: Result, result: CaseResult) -> str:
     return PEERS[row.contender].title + mark
 
 
-def _cells(row: Result, result: CaseResult) -> list[str]:
+def _cells(row: Result, result: CaseResult) -> dict[str, str]:
+    """A row's cells by their columns. Several query tokens are judged by arithmetic alone, one by the roofline."""
     assert row.seconds is not None
     assert row.of_limit is not None
-    seconds = row.seconds.median
-    rates = [f"{result.case.flops / seconds / 1e9:.1f}", f"{result.case.kv_bytes / seconds / 1e9:.2f}"]
-    limit, error = f"{100 * row.of_limit.median:.0f} %", f"{row.error:.2f}"
-    return [_title(row, result), f"{1e3 * seconds:.2f}", *rates, limit, _ratio(row.to_best_peer), error]
+    case, seconds = result.case, row.seconds.median
+    cells = {"ms": f"{1e3 * seconds:.2f}", "GFLOP/s": f"{case.flops / seconds / 1e9:.1f}"}
+    if case.query_lens is None:
+        cells |= {"GB/s": f"{case.kv_bytes / seconds / 1e9:.2f}", "of roofline": f"{100 * row.of_limit.median:.0f} %"}
+    else:
+        cells["of peak"] = f"{100 * case.flops / seconds / peak(result):.0f} %"
+    cells["to best peer (*)"] = _ratio(row.to_best_peer)
+    if any(other.to_parts for other in result.results):
+        cells["to its parts"] = _ratio(row.to_parts)
+    return cells | {"error": f"{row.error:.2f}"}
 
 
 def _ratio(ratio: Spread | None) -> str:

@@ -87,8 +87,11 @@ class Roofline:
 
     def limit(self, case: Case) -> float:
         """Operations per second that a case can reach at most; its intensity is per byte of keys and values."""
-        arithmetic = self.bf16_arithmetic if case.spec.dtype == "bfloat16" else self.arithmetic
-        return min(arithmetic, self.bandwidth * case.flops / case.kv_bytes)
+        return min(self.peak(case.spec.dtype), self.bandwidth * case.flops / case.kv_bytes)
+
+    def peak(self, dtype: str) -> float:
+        """Operations per second of the instruction that multiplies such elements."""
+        return self.bf16_arithmetic if dtype == "bfloat16" else self.arithmetic
 
 
 def summarise(rounds: Sequence[dict[str, float]]) -> tuple[Roofline, list[Roofline]]:

@@ -80,11 +80,11 @@ def main(
             workers = [stack.enter_context(Contender(name, cpus, pages == "huge", logs / name)) for name in contenders]
             status = stack.enter_context(console.status(""))
             for name, case in cases.items():
-                results.append(measure(name, case, workers, probe, cpus, rounds=rounds, tell=status.update))
+                results += measure({name: case}, workers, probe, cpus, rounds=rounds, tell=status.update)
                 report.print_case(console, results[-1])
         report.print_roofline(console, results[-1].roofline, num_threads)
     _write(report.as_json(results, pages == "huge", rounds), json_path, plot_path)
-    wrong = [f"{result.name}: {row.reason}" for result in results for row in result.results if _is_wrong(row)]
+    wrong = [f"{result.name}: {row.reason}" for result in results for row in result.results if is_wrong(row)]
     if wrong:
         raise click.ClickException("; ".join(wrong))
 
@@ -98,6 +98,6 @@ def _write(measured: dict[str, Any], json_path: Path | None, plot_path: Path | N
         plot(measured, plot_path)
 
 
-def _is_wrong(row: report.Result) -> bool:
+def is_wrong(row: report.Result) -> bool:
     """Whether our own result is outside its bound: that fails the run, a peer's is only reported."""
     return PEERS[row.contender].ours and row.error is not None and not row.error <= 1

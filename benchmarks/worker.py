@@ -2,8 +2,9 @@
 
     python -m benchmarks.worker NAME
 
-Requests: {"case", "batch", "num_threads", "huge_pages"} prepares a call and makes it once, {"seconds"} times calls for
-about so long, {"save"} writes what the last call returned to a file.
+Requests: {"case", "batch", "num_threads", "huge_pages"} prepares a call and makes it once, beside those of other cases;
+{"time", "seconds"} times a case's calls for about so long; {"save", "path"} writes what a case's last call returned
+to a file; {"forget"} frees all cases.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.attend_cases import ATTEND_CASES
 from benchmarks.cases import ALL_CASES
 from benchmarks.inputs import make_call
 from benchmarks.peers import PEERS, Unsupported
@@ -26,26 +28,35 @@ from benchmarks.peers import PEERS, Unsupported
 
 def serve(name: str, answer: Callable[[dict[str, Any]], None]) -> None:
     """Answer requests until the standard input ends."""
-    timer: Any = None
+    timers: dict[str, Timer] = {}
     for line in sys.stdin:
         request = json.loads(line)
         if "case" in request:
-            timer = None  # frees the last case's memory
-            case = dataclasses.replace(ALL_CASES[request["case"]], batch=request["batch"])
             try:
-                peer = importlib.import_module(f"benchmarks.peers.{PEERS[name].module}")
-                if not PEERS[name].any_values and case.spec.result_dim != case.spec.head_dim:
-                    raise Unsupported("keys and values of one size alone")
-                call = make_call(case, request["num_threads"], request["huge_pages"])
-                timer = Timer(getattr(peer, PEERS[name].prepare)(call))
+                timers[request["case"]] = prepared(name, request)
                 answer({"ready": True})
             except (Unsupported, ImportError) as error:
                 answer({"unsupported": str(error)})
-        elif "seconds" in request:
-            answer({"times": timer.time(request["seconds"])})
-        else:
-            np.save(request["save"], as_float32(timer.out))
+        elif "time" in request:
+            answer({"times": timers[request["time"]].time(request["seconds"])})
+        elif "save" in request:
+            np.save(request["path"], as_float32(timers[request["save"]].out))
             answer({"saved": True})
+        else:
+            timers.clear()
+            answer({"forgotten": True})
+
+
+def prepared(name: str, request: dict[str, Any]) -> Timer:
+    """The contender's call of a case, made once. Raises Unsupported, or ImportError."""
+    case = dataclasses.replace((ALL_CASES | ATTEND_CASES)[request["case"]], batch=request["batch"])
+    peer = PEERS[name]
+    module = importlib.import_module(f"benchmarks.peers.{peer.module}")
+    if not peer.any_values and case.spec.result_dim != case.spec.head_dim:
+        raise Unsupported("keys and values of one size alone")
+    if not peer.ragged and case.query_lens is not None:
+        raise Unsupported("one query token of each sequence alone")
+    return Timer(getattr(module, peer.prepare)(make_call(case, request["num_threads"], request["huge_pages"])))
 
 
 class Timer:

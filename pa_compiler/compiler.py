@@ -41,8 +41,7 @@ def compile(  # noqa: A001  (the public name)
             "cuda" for GPUs from sm_90 on, or {"kind": "cuda", "arch": "sm_80"}.
         pipeline: "fused", one kernel for all stages, or "staged", a kernel for each stage, driven block by block as
             in the seed: slower, easier to follow, and a second opinion.
-        attend: Whether the module has attend(), where its target and pipeline can: a CPU's fused one. Without it less
-            is compiled.
+        attend: Whether the module has attend(), where its target can: a CPU. Without it less is compiled.
         cache: Whether to look in the cache on disk, and to leave the result there.
         dump_dir: A directory that gets what each stage produced, numbered in order, and in include/ the headers of the
             host.

@@ -278,9 +278,9 @@ def _extents(shape: Sequence[str | int]) -> str:
     return "{" + ", ".join("-1" if isinstance(extent, str) else str(extent) for extent in shape) + "}"
 
 
-def _intervals(spec: PagedAttentionSpec) -> list[str]:
+def _intervals(spec: PagedAttentionSpec, many_tokens: bool = False) -> list[str]:
     """The intervals of keys that a query sees, as C++'s initializers."""
-    texts = ([affine.text(end, affine.CPP) for end in interval] for interval in bounds(spec).intervals)
+    texts = ([affine.text(end, affine.CPP) for end in interval] for interval in bounds(spec, many_tokens).intervals)
     return [f"{{{begin}, {end}}}" for begin, end in texts]
 
 

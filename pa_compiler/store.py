@@ -100,11 +100,11 @@ def get_or_build(name: str, build: Callable[[Path], None]) -> dict[str, bytes]:
     Raises:
         OSError: the file system refuses something; with the path.
     """
-    import filelock
-
     entry = directory() / name
     if files := _checked(entry):
         return files
+    import filelock  # 8 ms, which an entry that is there does without
+
     with _saying_where(entry.parent):
         try:
             with filelock.FileLock(entry.with_name(f"{name}.lock")):

@@ -68,7 +68,9 @@ class Tiling:
             ahead in each of them; 1 where they are read one after another.
         prefetches: Whether instructions fetch the tile of tokens that is read next.
         split_blocks: Blocks of one range of a long sequence.
-        many_tokens: Whether the rows of a tile are those of several query tokens, row_tile pairs of a token and a head.
+        attends: Whether the tiles are for attend, where a query token need not be the last token of its sequence.
+        many_tokens: Whether the rows of a tile are those of several query tokens, row_tile pairs of a token and a head:
+            in the fused attend.
     """
 
     strategy: ClassVar[str]
@@ -84,6 +86,7 @@ class Tiling:
     streams: int
     prefetches: bool
     split_blocks: int
+    attends: bool = dataclasses.field(default=False, kw_only=True)
     many_tokens: bool = dataclasses.field(default=False, kw_only=True)
 
     @property

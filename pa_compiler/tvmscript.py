@@ -59,10 +59,13 @@ def inline(body: Callable[..., None]) -> Callable[..., None]:
     Raises:
         RuntimeError: by the call, outside of a PrimFunc's script.
     """
-    expansion = _Inline(_source(body), inspect_function_capture(body), body)
+
+    @functools.cache
+    def expansion() -> _Inline:  # when it is used: a spec uses some of all that there are
+        return _Inline(_source(body), inspect_function_capture(body), body)
 
     def expand(*args: object, **kwargs: object) -> None:
-        expansion(*args, **kwargs)
+        expansion()(*args, **kwargs)
 
     return expand
 
@@ -102,11 +105,8 @@ class _Source(Source):
             return node
         before = self._comparisons
         self._comparisons += isinstance(node, ast.Compare)
-        kind, fields = getattr(doc, type(node).__name__), {}
-        for name in kind._FIELDS:
-            field = getattr(node, name, None)
-            fields[name] = self._translate(field) if isinstance(field, ast.AST | list) else field
-        translated = kind(**fields)
+        kind = getattr(doc, type(node).__name__)
+        translated = kind(**{name: self._translate(getattr(node, name, None)) for name in kind._FIELDS})
         if isinstance(node, ast.expr):
             self._expressions[translated] = node
             if self._comparisons > before:

@@ -89,18 +89,6 @@ BAD = [
 
 
 @pytest.mark.parametrize(
-    ("argument", "shows", "given"),
-    [("causal", "True mask_mod False", {"causal": False, "tree_mask": None}), ("tree_mask", "None mask_mod", {})],
-)
-def test_a_mask_is_of_keys_up_to_the_query_token(compiled, argument, shows, given):
-    """What of a mask is a bound takes for granted that no key after it is seen."""
-    spec = dataclasses.replace(SPEC, mask_mod=lambda batch, head, query_pos, key_pos: key_pos % 2 == 0)
-    module, call = compiled(spec, attend=True), good_call()
-    arguments = vars(call) | given
-    assert_refused(lambda: module.attend(**arguments), ValueError, argument, shows, [call.out, call.lse])
-
-
-@pytest.mark.parametrize(
     ("error", "argument", "shows", "change"), [each[1:] for each in BAD], ids=[each[0] for each in BAD]
 )
 def test_bad_arguments(compiled, error, argument, shows, change):

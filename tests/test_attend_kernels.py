@@ -18,9 +18,9 @@ LENS = [(1, 1), (2, 2), (7, 30), (0, 5), (33, 33), (40, 200), (3, 300)]
 """(query tokens, context) of sequences around the ends of blocks, of tiles of rows and of steps."""
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def kernels(spec):
-    """The kernels of a spec, compiled once for the tests that follow each other."""
+    """The kernels of a spec, compiled once."""
     return Kernels(spec)
 
 

@@ -103,14 +103,17 @@ class InProcess:
     def __init__(self, name, factor):
         self.name, self._factor = name, factor
 
-    def prepare(self, name, batch):
+    def forget(self):
+        pass
+
+    def prepare(self, case, batch):
         if self._factor is None:
             raise Unsupported("not on this CPU")
 
-    def time(self, seconds):
+    def time(self, case, seconds):
         return [{"ours": 1.0, "vllm": 3.0, "torch": 2.0}[self.name]]
 
-    def result(self, path):
+    def result(self, case, path):
         call = make_call(SMALL, 1, huge_pages=False)
         return self._factor * reference.decode(*[getattr(call, name) for name in
             ("query", "key_cache", "value_cache", "block_table", "context_lens")])  # fmt: skip
@@ -122,7 +125,7 @@ class FixedProbe:
 
 
 def measured(*contenders):
-    found = measure.measure("small", SMALL, contenders, FixedProbe(), [0], rounds=3, tell=lambda text: None)
+    (found,) = measure.measure({"small": SMALL}, contenders, FixedProbe(), [0], rounds=3, tell=lambda text: None)
     return found, {row.contender: row for row in found.results}
 
 

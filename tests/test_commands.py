@@ -100,8 +100,13 @@ def test_a_compiler_that_does_not_work_is_named_with_its_words(program, tmp_path
     figure("compilers", 1)
 
 
-def test_a_compiler_that_ctrl_c_has_ended_is_an_interrupt(program, tmp_path, monkeypatch):
-    """The terminal gives it to all of its programs; this process may come to it last."""
+def test_a_compiler_that_ctrl_c_has_ended_is_an_interrupt(program, tmp_path, monkeypatch, request):
+    """The terminal gives it to all of its programs; this process may come to it last.
+
+    What a process ignores, its programs ignore too, and a shell's background processes ignore Ctrl-C: so not here.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setenv("CXX", str(program("interrupted", f"kill -{signal.SIGINT:d} $$")))
     with pytest.raises(KeyboardInterrupt):
         compile_host(tmp_path / "built")

@@ -76,35 +76,44 @@ def evaluated(term, arguments):
     return OPERATIONS[term.op](*(evaluated(each, arguments) for each in term.args))
 
 
-def asked(term):
+def asked(term, lengths, query_ends):
     """A mask for every head, length and key: bool [3, lengths, keys], False beyond the lengths."""
-    keys, lengths = np.arange(LENGTHS.max()), LENGTHS[:, None]
-    arguments = {"head": np.array([0, 1, 3])[:, None, None], "query_pos": lengths - 1, "key_pos": keys}
-    return np.broadcast_to(evaluated(term, arguments), (3, len(LENGTHS), len(keys))) & (keys < lengths)
+    keys, lengths = np.arange(LENGTHS.max()), lengths[:, None]
+    arguments = {"head": np.array([0, 1, 3])[:, None, None], "query_pos": query_ends[:, None] - 1, "key_pos": keys}
+    return np.broadcast_to(evaluated(term, arguments), (3, len(lengths), len(keys))) & (keys < lengths)
 
 
-def between(intervals):
+def between(intervals, lengths, query_ends):
     """Which keys are in a union of intervals, and which are from the first to the last of these: [lengths, keys]."""
-    keys, inside = np.arange(LENGTHS.max()), np.zeros((len(LENGTHS), LENGTHS.max()), bool)
+    keys, inside = np.arange(LENGTHS.max()), np.zeros((len(lengths), LENGTHS.max()), bool)
     operations = affine.Operations(minimum=np.minimum, maximum=np.maximum)
     for interval in intervals:
-        begin, end = (affine.value(each, LENGTHS[:, None], operations) for each in interval)
-        inside |= (keys >= begin) & (keys < np.minimum(end, LENGTHS[:, None]))
+        begin, end = (affine.value(each, lengths[:, None], operations, query_ends[:, None]) for each in interval)
+        inside |= (keys >= begin) & (keys < np.minimum(end, lengths[:, None]))
     hull = np.maximum.accumulate(inside, axis=1) & np.maximum.accumulate(inside[:, ::-1], axis=1)[:, ::-1]
     return inside, hull
 
 
 def check_bounds(spec):
-    """The bounds of a mask have all keys that it leaves, and what is left to be asked makes up for the others."""
-    found, residual, mask = bounds(spec), residual_mask(spec), spec.mask_mod.result
+    """The bounds of a mask have all keys that it leaves, and what is left to be asked makes up for the others.
+
+    For query tokens that are the last of their sequence, and for any.
+    """
+    check_places(spec, False, LENGTHS, LENGTHS)
+    lengths, query_ends = np.array([(length, end) for length in LENGTHS[::3] for end in LENGTHS if end <= length]).T
+    check_places(spec, True, lengths, query_ends)
+
+
+def check_places(spec, many_tokens, *places):
+    found, residual, mask = bounds(spec, many_tokens), residual_mask(spec, many_tokens), spec.mask_mod.result
     assert 1 <= len(found.intervals) <= MOST_INTERVALS
     assert all(affine.fits(end) for interval in found.intervals for end in interval)
-    inside, hull = between(found.intervals)
-    seen = asked(mask) & (np.arange(LENGTHS.max()) >= LENGTHS[:, None] - (spec.window or LENGTHS.max()))
+    inside, hull = between(found.intervals, *places)
+    seen = asked(mask, *places) & (np.arange(LENGTHS.max()) >= places[1][:, None] - (spec.window or LENGTHS.max()))
     assert not (seen & ~inside).any()
     if found.exact:
         np.testing.assert_array_equal(seen, np.broadcast_to(inside, seen.shape))
-    left = hull if residual is None else hull & asked(residual)
+    left = hull if residual is None else hull & asked(residual, *places)
     np.testing.assert_array_equal(seen, np.broadcast_to(left, seen.shape))
 
 

@@ -7,6 +7,9 @@ read it as one of `inputs`. A row that sees nothing is 0 there and here, whether
 causality; lse is -inf then. Keys and values go into the paged cache by append_kv, which has to make of it what ONNX
 calls present_key and present_value. Decode has no output for qk_matmul_output, but returns the logarithm of the sum of
 its exponentials as lse, and its softmax as out where values are those of a unit matrix.
+
+Where the queries of a batch are the last tokens of its keys, or nothing goes by their positions, attend takes the case
+in one call: is_causal is its causal, and the right side of a window a mask_mod of a call that is not causal.
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ from pa_compiler.verification.tolerances import lse_bound, out_bound
 pytest.importorskip("onnx", reason="onnx is not installed: its backend suite's cases of Attention are not run")
 
 from onnx_cases import Rows, collect, rows
+from onnx_sequences import Sequences
 
 CASES, EXPANDED = collect()
+BY_ATTEND = {name: Sequences(case) for name, case in CASES.items()}
 LEFT_OUT = {"_expanded": "the case of the name before it, with the operator written as a graph of primitive ones"}
 """Why cases are not run, by the end of their names."""
 
@@ -89,3 +94,27 @@ def test_case(compiled, name):
     assert ((expected == 0).all(axis=2) == np.isneginf(lse)).all()
     if "qk_matmul_output" in case.outputs:
         check_scores(compiled, case, made, decode)
+
+
+def test_what_attend_cannot_express_has_a_reason():
+    reasons = [each.reason for each in BY_ATTEND.values()]
+    assert reasons.count("") == 70
+    assert reasons.count("its query tokens are not the last tokens of their sequence") == 19
+    assert reasons.count("more query tokens than the sequence has tokens") == 4
+
+
+def cases_of_attend():
+    """The others; those of three axes, which differ in their layout alone, with `-m slow`."""
+    for name, made in BY_ATTEND.items():
+        if not made.reason:
+            yield pytest.param(name, marks=pytest.mark.slow if made.spec.kv_layout == "NHD" else ())
+
+
+@pytest.mark.parametrize("name", cases_of_attend())
+def test_case_by_attend(compiled, name):
+    case, made = CASES[name], BY_ATTEND[name]
+    out, lse = made.attend(case, compiled(made.spec, attend=True))
+    expected = rows(case.by_head("Y")).astype(np.float64)
+    _, wrong = compare("out", out, expected, out_bound(made.spec, made.row_lens, expected, expected), made.row_lens)
+    assert not wrong, wrong
+    assert ((expected == 0).all(axis=2) == np.isneginf(lse)).all()

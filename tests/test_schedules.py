@@ -28,6 +28,7 @@ WITH_MASKS = [
     dataclasses.replace(spec, **MASKED)
     for spec in (HEADS_IN_LANES, BASE, PagedAttentionSpec(8, 2, 32, 16, "bfloat16", kv_layout="packed"))
 ]
+WITH_MASKS.append(dataclasses.replace(BASE, mask_mod=lambda b, h, q, k: (k < 4) | (q - k < 40)))  # in two intervals
 ALL_SPECS = [*SPECS.values(), HEADS_IN_LANES, *WITH_MASKS]
 
 ON_CUDA = PagedAttentionSpec(8, 2, 64, 16, "bfloat16")
@@ -43,9 +44,9 @@ def worked_on():
     for spec, cpu, pipeline in itertools.product(ALL_SPECS, CPUS.values(), PIPELINES):
         tiles = tiling.choose(spec, cpu, pipeline)
         modules.append((kernels.build(spec, tiles, pipeline), tiles))
-        if pipeline == "fused":
-            of_attend = tiling.choose_attend(spec, cpu)
-            modules.append((kernels.build_attend(spec, of_attend), of_attend))
+        if pipeline == "fused" or spec in (BASE, HEADS_IN_LANES):  # staged, the stages are those of decode
+            of_attend = tiling.choose_attend(spec, cpu, pipeline)
+            modules.append((kernels.build_attend(spec, of_attend, pipeline), of_attend))
     for spec in (ON_CUDA, dataclasses.replace(ON_CUDA, **MASKED)):
         tiles = cuda_tiling.staged(spec)
         modules.append((cuda.build_staged(spec, tiles)[0], tiles))

@@ -65,6 +65,6 @@ def test_a_mistake_is_reported_with_its_statement():
             buffer = T.match_buffer(handle, (1,), "float32")
             body(buffer)
 
-    line = body.__closure__[0].cell_contents.func.__code__.co_firstlineno + 2
+    line = body.__closure__[0].cell_contents().func.__code__.co_firstlineno + 2
     assert f"{__file__}:{line}:9" in str(caught.value)
     assert "buffer[0] = nowhere + 1" in str(caught.value)

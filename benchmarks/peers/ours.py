@@ -38,7 +38,12 @@ def _prepare(
     module.num_threads = call.num_threads
     out = np.empty(call.out_shape, call.query.dtype)
 
+    arrays = (call.query, key_cache, value_cache, call.block_table, call.context_lens)
+    starts = call.case.query_start_loc
+
     def run() -> np.ndarray:
-        return module.decode(call.query, key_cache, value_cache, call.block_table, call.context_lens, out=out)
+        if starts is None:
+            return module.decode(*arrays, out=out)
+        return module.attend(*arrays, starts, out=out)
 
     return run

@@ -39,7 +39,7 @@ def prepare(call: Call) -> Callable[[], np.ndarray]:
     zeros = np.zeros(len(counts), np.int32)
     integers = (indptr, indices, last_page_len.astype(np.int32), zeros, zeros)
     out = tvm.runtime.empty(call.query.shape, spec.dtype)
-    tensors = [tvm.runtime.from_dlpack(array) for array in (call.query, pages)]  # page-aligned: taken as they are
+    tensors = [tvm.runtime.tensor(call.query), tvm.runtime.from_dlpack(pages)]  # pages are aligned: taken as they are
     tensors += [tvm.runtime.tensor(array) for array in integers]
     tensors += [out, tvm.runtime.empty(call.query.shape[:2], "float32")]
     scalars = (0, 1.0, 1e4, 1 / math.sqrt(spec.head_dim))  # no rotary embedding

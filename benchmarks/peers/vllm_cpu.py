@@ -35,18 +35,18 @@ def prepare(call: Call) -> Callable[[], torch.Tensor]:
     ops.cpu_attn_reshape_and_cache(*tokens, key_cache, value_cache, torch.arange(shape[0] * shape[2]), isa)
 
     seq_lens = torch.from_numpy(call.context_lens)
-    starts = torch.arange(len(query) + 1, dtype=torch.int32)
+    starts = torch.from_numpy(call.starts)
     heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
-    causal, window, splits = True, -1, True
+    scale, causal, window, splits = call.scale, True, -1, True
     metadata = ops.get_scheduler_metadata(
-        *(len(query), *heads, seq_lens, query.dtype, starts, causal, window, isa, splits, None)
+        *(len(seq_lens), *heads, seq_lens, query.dtype, starts, causal, window, isa, splits, None)
     )
     table = torch.from_numpy(call.block_table).clamp(min=0)
     out = torch.empty_like(query)
 
     def run() -> torch.Tensor:
         ops.cpu_attention_with_kv_cache(
-            *(query, key_cache, value_cache, out, starts, seq_lens, call.scale, causal, None, window),
+            *(query, key_cache, value_cache, out, starts, seq_lens, scale, causal, None, window),
             *(table, 0.0, metadata, None, None),
         )
         return out
@@ -64,11 +64,11 @@ def _prepare_mla(call: Call) -> Callable[[], torch.Tensor]:
         as_torch(call.key_cache).squeeze(2),
     )  # read by aligned vectors of 64 bytes
     table, seq_lens = torch.from_numpy(call.block_table).clamp(min=0), torch.from_numpy(call.context_lens)
-    out = query.new_empty(call.out_shape)
+    out, scale = query.new_empty(call.out_shape), call.scale
     attend = torch.ops._C.mla_decode_kvcache
 
     def run() -> torch.Tensor:
-        attend(out, query, cache, call.scale, table, seq_lens)
+        attend(out, query, cache, scale, table, seq_lens)
         return out
 
     return run

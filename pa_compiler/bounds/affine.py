@@ -1,6 +1,7 @@
 """Integer expressions of the length of a sequence: where the keys begin and end that its query token sees.
 
-Sums of multiples of parts: of the length, of quotients, minima and maxima. They are what bounds.py makes of masks, what
+With several query tokens also of where the query token is. Sums of multiples of parts: of the length, of the query
+token's place, of quotients, minima and maxima. They are what bounds.py makes of masks, what
 kernels and hosts compute, and what explain prints. Imports no TVM.
 """
 
@@ -14,6 +15,7 @@ MAX_LENGTH = 1 << 30
 """Tokens of a sequence, at most: every length is from 0 to this."""
 
 _INT32 = (1 << 31) - 1
+_NUMBERS = ("length", "query")  # parts that are given, each from 0 to MAX_LENGTH
 _MOST_CHOICES = 6
 """Minima and maxima in an expression that low() takes apart, each of which doubles its work."""
 
@@ -22,7 +24,8 @@ class Part(NamedTuple):
     """What a sum has a multiple of.
 
     Attributes:
-        op: "length"; "floor_divide", of args[0] by `divisor`, rounded down; "minimum" and "maximum" of both args.
+        op: "length"; "query", one more than the position of the query token; "floor_divide", of args[0] by `divisor`,
+            rounded down; "minimum" and "maximum" of both args.
         args: Expressions that it takes.
         divisor: A positive number.
     """
@@ -45,7 +48,10 @@ def constant(number: int) -> Affine:
 
 
 LENGTH = Affine(0, ((1, Part("length")),))
-"""context_lens[seq]; the query token's position is one less."""
+"""context_lens[seq]; where a sequence has one query token, its last, that token's position is one less."""
+
+QUERY_END = Affine(0, ((1, Part("query")),))
+"""One more than the position of a query token that need not be the last token of its sequence."""
 
 
 def add(first: Affine, second: Affine, factor: int = 1) -> Affine:
@@ -53,7 +59,9 @@ def add(first: Affine, second: Affine, factor: int = 1) -> Affine:
     factors = {part: of for of, part in first.parts}
     for of, part in second.parts:
         factors[part] = factors.get(part, 0) + factor * of
-    parts = sorted(((of, part) for part, of in factors.items() if of), key=lambda each: (each[1].op != "length", each))
+    parts = sorted(
+        ((of, part) for part, of in factors.items() if of), key=lambda each: (each[1].op not in _NUMBERS, each)
+    )
     return Affine(first.constant + factor * second.constant, tuple(parts))
 
 
@@ -105,7 +113,7 @@ def low(expression: Affine) -> int:
         least, most = _ends(part)
         plain += factor * (least if factor > 0 else most)
     for factor, part in expression.parts:
-        if part.op == "length" or _choices(expression) > _MOST_CHOICES:
+        if part.op in _NUMBERS or _choices(expression) > _MOST_CHOICES:
             continue
         others = add(expression, Affine(0, ((factor, part),)), -1)
         if part.op == "floor_divide":
@@ -125,7 +133,7 @@ def high(expression: Affine) -> int:
 
 
 def _ends(part: Part) -> tuple[int, int]:
-    if part.op == "length":
+    if part.op in _NUMBERS:
         return 0, MAX_LENGTH
     lows, highs = [low(each) for each in part.args], [high(each) for each in part.args]
     if part.op == "floor_divide":
@@ -159,14 +167,22 @@ class Operations(NamedTuple):
     maximum: Callable[[Any, Any], Any] = max
 
 
-def value(expression: Affine, length: Any, operations: Operations = Operations()) -> Any:  # noqa: B008  (immutable)
-    """Its value for a length, or for several as operations take them; an int where it depends on none."""
+def value(
+    expression: Affine,
+    length: Any,
+    operations: Operations = Operations(),  # noqa: B008  (immutable)
+    query_end: Any = None,
+) -> Any:
+    """Its value for a length, or for several as operations take them; an int where it depends on none.
+
+    query_end is the value of QUERY_END, where the expression may have that.
+    """
     total: Any = None
     for factor, part in expression.parts:
-        if part.op == "length":
-            of = length
+        if part.op in _NUMBERS:
+            of = length if part.op == "length" else query_end
         else:
-            arguments = [value(argument, length, operations) for argument in part.args]
+            arguments = [value(argument, length, operations, query_end) for argument in part.args]
             further = [part.divisor] if part.op == "floor_divide" else []
             of = getattr(operations, part.op)(*arguments, *further)
         term = of if factor == 1 else of * factor
@@ -182,15 +198,16 @@ class Words(NamedTuple):
     """How text() writes what is not + and - and *, as formats."""
 
     length: str
+    query: str
     floor_divide: str
     minimum: str
     maximum: str
 
 
-CPP = Words("context_len", "FloorDivide({}, {})", "std::min<int64_t>({}, {})", "std::max<int64_t>({}, {})")
-"""In C++, where context_len is an int64_t; for FloorDivide see templates/shared/window.h."""
+CPP = Words("context_len", "query_end", "FloorDivide({}, {})", "std::min<int64_t>({}, {})", "std::max<int64_t>({}, {})")
+"""In C++, where context_len and query_end are int64_t; for FloorDivide see templates/shared/window.h."""
 
-PLAIN = Words("query_pos", "({} // {})", "min({}, {})", "max({}, {})")
+PLAIN = Words("query_pos", "query_end", "({} // {})", "min({}, {})", "max({}, {})")
 """For readers, of an expression by_query_pos."""
 
 
@@ -217,8 +234,8 @@ def text(expression: Affine, words: Words) -> str:
 
 
 def _term(factor: int, part: Part, words: Words) -> str:
-    if part.op == "length":
-        said = words.length
+    if part.op in _NUMBERS:
+        said = getattr(words, part.op)
     else:
         arguments = [text(argument, words) for argument in part.args]
         if part.op == "floor_divide":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pa_compiler.bounds import affine
-from pa_compiler.bounds.affine import LENGTH, MAX_LENGTH, Affine, add, constant, floor_divide, multiply
+from pa_compiler.bounds.affine import MAX_LENGTH, Affine, add, constant, floor_divide, multiply
 from pa_compiler.bounds.intervals import ALL, ANY, HIGHEST, LOWEST, NONE, Bounds, Interval, both, either, simplified
 from pa_compiler.score import Term
 
@@ -22,9 +22,13 @@ class _Sum(NamedTuple):
 
 
 class Conditions:
-    """The bounds of the conditions of one mask. Terms that are shared are looked at once."""
+    """The bounds of the conditions of one mask. Terms that are shared are looked at once.
 
-    def __init__(self) -> None:
+    query_end is one more than the position of the query token.
+    """
+
+    def __init__(self, query_end: Affine) -> None:
+        self._query_pos = add(query_end, constant(-1))
         self._numbers: dict[object, int] = {}
         self._terms: list[Term] = []  # by their numbers
         self._of: dict[tuple[int, bool], tuple[Term, Bounds]] = {}
@@ -123,7 +127,7 @@ class Conditions:
         if op == "number" and term.dtype == "int32":
             return _Sum(constant(int(term.value or 0)), {})
         if op == "query_pos":
-            return _Sum(add(LENGTH, constant(-1)), {})
+            return _Sum(self._query_pos, {})
         if op in ("add", "subtract"):
             return _plus(args[0], args[1], 1 if op == "add" else -1)
         if op == "negative":

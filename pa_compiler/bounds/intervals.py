@@ -91,17 +91,18 @@ def simplified(intervals: Sequence[Interval], exact: bool) -> Bounds:
         if _is_empty(clipped) or any(_is_within(clipped, other) for other in kept):
             continue
         kept = [other for other in kept if not _is_within(other, clipped)] + [clipped]
-    kept.sort(key=lambda each: (affine.value(each.begin, _SAMPLE), affine.value(each.end, _SAMPLE)))
+    kept.sort(key=lambda each: (_sampled(each.begin), _sampled(each.end)))
     while len(kept) > MOST_INTERVALS:
-        gaps = [
-            affine.value(after.begin, _SAMPLE) - affine.value(before.end, _SAMPLE)
-            for before, after in itertools.pairwise(kept)
-        ]
+        gaps = [_sampled(after.begin) - _sampled(before.end) for before, after in itertools.pairwise(kept)]
         at = gaps.index(min(gaps))
         before, after = kept[at : at + 2]
         joined = Interval(affine.minimum(before.begin, after.begin), affine.maximum(before.end, after.end))
         kept[at : at + 2], exact = [joined], False
     return Bounds(tuple(kept), exact or not kept)
+
+
+def _sampled(end: Affine) -> int:
+    return int(affine.value(end, _SAMPLE, query_end=_SAMPLE))
 
 
 def _is_empty(interval: Interval) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pa_compiler import host, interrupts, native
 from pa_compiler.backend import Built
 from pa_compiler.cpu import build as _build
-from pa_compiler.cpu import prefetch
+from pa_compiler.cpu import instructions, prefetch
 from pa_compiler.cpu import target as _target
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.build import Kernels
@@ -47,7 +47,7 @@ def build_kernels(spec: PagedAttentionSpec, tiles: Tiling, pipeline: str, of_att
 
     built = kernels.build(spec, tiles, pipeline)
     if of_attend is not None:
-        built.update(kernels.build_attend(spec, of_attend))
+        built.update(kernels.build_attend(spec, of_attend, pipeline))
     return built
 
 
@@ -79,8 +79,8 @@ def host_text(
 
 
 def attends(pipeline: str) -> bool:
-    """Whether libraries of a pipeline can have attend: the staged one has no kernels of it."""
-    return pipeline == "fused"
+    """Whether libraries of a pipeline can have attend: all can."""
+    return True
 
 
 def emit(
@@ -88,18 +88,18 @@ def emit(
 ) -> dict[str, str]:
     """The text of every stage; directory is for intermediate files."""
     cpu = _target.resolve(config)
-    tiles, of_attend = tiling.choose(spec, cpu, pipeline), tiling.choose_attend(spec, cpu) if attend else None
+    tiles, of_attend = tiling.choose(spec, cpu, pipeline), tiling.choose_attend(spec, cpu, pipeline) if attend else None
     unscheduled = build_kernels(spec, tiles, pipeline, of_attend)
     text = host_text(spec, cpu, tiles, pipeline, unscheduled)
     lowered = lower(unscheduled, spec, tiles, of_attend)
-    compiled = _build.compile_kernels(lowered.mod, cpu, directory)
+    compiled = _build.compile_kernels(instructions.select(lowered.mod, cpu, tiles), cpu, directory)
     return _texts(lowered, text, compiled)
 
 
 def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, attend: bool, directory: Path) -> Built:
     """Lower, compile and link, with the tiles that the policy chooses."""
     cpu = _target.resolve(config)
-    of_attend = tiling.choose_attend(spec, cpu) if attend else None
+    of_attend = tiling.choose_attend(spec, cpu, pipeline) if attend else None
     return build_with_tiles(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory, of_attend)
 
 
@@ -117,7 +117,7 @@ def build_with_tiles(
     interrupts.check()
     with native.compiling_host(text, directory, host.headers(text)) as compiling:  # while TVM works
         lowered = lower(unscheduled, spec, tiles, of_attend)
-        compiled = _build.compile_kernels(lowered.mod, cpu, directory)
+        compiled = _build.compile_kernels(instructions.select(lowered.mod, cpu, tiles), cpu, directory)
         tables = {constant.name: constant.data for constant in spec.constants}
         library = native.link(compiling, compiled.asm, directory, tuple(CPU_ENTRY_POINTS), tables)
     config, features = json.loads(cpu.config), _target.instruction_sets(cpu)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pa_compiler.cpu.sblocks import replace_body, sblocks
 from pa_compiler.cpu.target import CpuTarget
+from pa_compiler.tiles import Tiling
 
 if TYPE_CHECKING:
     from tvm import IRModule
@@ -25,13 +26,15 @@ _BITS = {4: 128, 8: 256, 16: 512}
 """Lanes of float32 -> bits of the vectors that there is an instruction for."""
 
 
-def select(mod: IRModule, target: CpuTarget) -> IRModule:
+def select(mod: IRModule, target: CpuTarget, tiling: Tiling) -> IRModule:
     """The scheduled module with vdpbf16ps wherever a dot product of pairs is added to a sum, if the target has it.
+
+    The tiling is decode's or attend's: both multiply pairs, or none does.
 
     The module given may be changed: use it no more. The instruction adds the two products one after the other, each
     with one rounding, and takes subnormal numbers for 0.
     """
-    if not target.dot_pairs:
+    if not target.dot_pairs or tiling.keys.terms == 1:
         return mod
     from tvm.s_tir import Schedule
 

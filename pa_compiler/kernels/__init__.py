@@ -30,8 +30,12 @@ PIPELINES = {
 }
 """The PrimFuncs of each pipeline's decode, in the order in which the host calls them."""
 
-ATTEND = (fused_attend, merge_attend)
-"""The PrimFuncs of attend, for sequences of several query tokens; with tiles of their own, cpu.tiles.choose_attend."""
+ATTEND = {
+    "fused": {kernel.__name__: kernel for kernel in (fused_attend, merge_attend)},
+    "staged": {f"attend_{kernel.__name__}": kernel for kernel in PIPELINES["staged"] if kernel != staged.online_update},
+}
+"""The PrimFuncs of each pipeline's attend, for sequences of several query tokens, by their names; with tiles of their
+own, cpu.tiles.choose_attend. Those of the staged one are decode's with other tiles."""
 
 
 def build(spec: PagedAttentionSpec, tiling: Tiling, pipeline: str) -> IRModule:
@@ -40,14 +44,15 @@ def build(spec: PagedAttentionSpec, tiling: Tiling, pipeline: str) -> IRModule:
     return IRModule(decode | {kernel.__name__: kernel(spec) for kernel in append(spec)})
 
 
-def build_attend(spec: PagedAttentionSpec, tiling: Tiling) -> IRModule:
-    """The PrimFuncs of attend, unscheduled, under their own names."""
-    return IRModule({kernel.__name__: kernel(spec, tiling) for kernel in ATTEND})
+def build_attend(spec: PagedAttentionSpec, tiling: Tiling, pipeline: str = "fused") -> IRModule:
+    """The PrimFuncs of a pipeline's attend, unscheduled, under the names that ATTEND has for them."""
+    built = ((name, kernel(spec, tiling)) for name, kernel in ATTEND[pipeline].items())
+    return IRModule({name: function.with_attr("global_symbol", name) for name, function in built})
 
 
 def apart(mod: IRModule) -> tuple[IRModule, IRModule]:
     """The PrimFuncs of attend, and the others: their tiles are not the same."""
-    of_attend = {kernel.__name__ for kernel in ATTEND}
+    of_attend = ATTEND["fused"].keys() | ATTEND["staged"].keys()
     functions = {variable.name_hint: function for variable, function in mod.functions.items()}
     return (
         IRModule({name: function for name, function in functions.items() if name in of_attend}),

@@ -22,7 +22,7 @@ class Arrays:
 
     def __init__(self, spec: PagedAttentionSpec, tiling: Tiling) -> None:
         self._spec, self._tiling = spec, tiling
-        self._tokens = "num_tokens" if tiling.many_tokens else "batch"
+        self._tokens = "num_tokens" if tiling.attends else "batch"
         self._vars: dict[str, Var] = {}
 
     def _var(self, name: str) -> Var:

@@ -100,11 +100,17 @@ def compute_columns(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., 
     tokens = tiling.padded_kv_tile
 
     def stage(
-        arrays: Mapping[str, Buffer], seq: Expr, context_len: Expr, tile: Tile, num_groups: Expr
+        arrays: Mapping[str, Buffer],
+        seq: Expr,
+        context_len: Expr,
+        tile: Tile,
+        num_groups: Expr,
+        query_pos: Expr | None = None,
     ) -> Computed | None:
         if not functions.present:
             return None
-        computed = Computed(arrays, seq, T.bind(T.max(context_len - 1, 0)), tiling.fence)
+        last = T.bind(T.max(context_len - 1, 0))
+        computed = Computed(arrays, seq, last if query_pos is None else query_pos, tiling.fence)
         if not functions.any_columns:
             return computed
         kept = [allocate("column_term", (tokens,), kept_dtype(term)) for term in functions.columns]
@@ -118,7 +124,7 @@ def compute_columns(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., 
                 before = Kept(functions.columns[:number], kept[:number])
 
                 def value(column: Expr, term: Term = term, before: Kept = before) -> Value:
-                    key_pos = T.max(T.min(tile.position(column), computed.query_pos), T.int32(0))
+                    key_pos = T.max(T.min(tile.position(column), last), T.int32(0))
                     return written(term, computed.value(term, before(column), key_pos=key_pos))
 
                 fill(name, buffer, value, num_groups, tiling.token_group)

@@ -23,6 +23,7 @@ from pa_compiler.kernels.sight import (
     Bounds,
     Tree,
     find_bounds,
+    find_runs,
 )
 from pa_compiler.kernels.state import EMPTY_ROW_MAX, State
 from pa_compiler.kernels.tokens import Tile, token_offsets
@@ -49,8 +50,9 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """
     arrays, kv_tile, rows = Arrays(spec, tiling), tiling.kv_tile, tiling.row_tile
     tiles, depth, dim = attend_tiles(spec), spec.head_dim // tiling.keys.terms, spec.result_dim
-    range_tokens, late = attend_range_blocks(spec) * spec.block_size, begins_late(spec)
+    range_tokens, late = attend_range_blocks(spec) * spec.block_size, begins_late(spec, many_tokens=True)
     start, attend, finish = _start(spec, tiling), _attend_range(spec, tiling), finish_item(spec, tiling)
+    runs_stage = find_runs(spec)
     merge_stage = state.merge(rows, dim, "range_")
     functions = ScoreFunctions(spec, many_tokens=True)
 
@@ -137,6 +139,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             total = T.meta_var(State(total_max, total_sum, total_acc, 0))
             running = T.meta_var(State(row_max, row_sum, acc, 0))
             start(query, q_tile, item, num_tiles, first_pos, context_len, sees_all, query_scale, total, span)
+            runs = T.meta_var(runs_stage(num_query, first_pos, context_len, sees_all))
             first_key: T.let = block_begin * spec.block_size
             key_end: T.let = T.min(block_end * spec.block_size, span[1])
             num_ranges: T.let = T.ceildiv(T.max(key_end - first_key, 0), range_tokens)
@@ -163,7 +166,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                             )
                             attend(
                                 q_tile, keys, values, block_table, of_functions, item, running, vstep, num_steps,
-                                read_begin + vstep * kv_tile, range_end, span[0] if late else None, context_len,
+                                read_begin + vstep * kv_tile, range_end, span[0] if late else None, runs, context_len,
                             )  # fmt: skip
                     for tile in range(num_tiles):
                         with T.sblock("range_state"):
@@ -236,7 +239,7 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     @script.inline
     def stage(
         q_tile, key_cache, value_cache, block_table, of_functions, item, running, step, num_steps, start, range_end,
-        first_token, context_len,
+        first_token, runs, context_len,
     ):  # fmt: skip
         tile_start: T.let = script.opaque(start)
         valid_len: T.let = script.opaque(T.min(range_end - tile_start, tiling.kv_tile))
@@ -244,9 +247,9 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
         has_next: T.let = tile_start + tiling.kv_tile < range_end
         num_offsets: T.let = T.Select(has_next, tiling.num_offsets, tile.num_groups * tiling.token_group)
         last: T.let = range_end - 1
-        key_offsets_stage(block_table, key_cache, tile, item.seq, last, num_offsets, first_token)
+        key_offsets_stage(block_table, key_cache, tile, item.seq, last, num_offsets, first_token, runs)
         if not spec.shared_kv:
-            value_offsets_stage(block_table, value_cache, tile, item.seq, last, num_offsets, first_token)
+            value_offsets_stage(block_table, value_cache, tile, item.seq, last, num_offsets, first_token, runs)
         computed = T.meta_var(columns_stage(of_functions, item.seq, context_len, tile, tile.num_groups))
         for kv_head in range(item.num_kv_heads):
             with T.sblock("kv_head"):

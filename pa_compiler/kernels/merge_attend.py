@@ -7,7 +7,7 @@ from pa_compiler import tvmscript as script
 from pa_compiler.kernels import state
 from pa_compiler.kernels.arrays import Arrays, without
 from pa_compiler.kernels.headroom import headroom
-from pa_compiler.kernels.rows import Rows, limit
+from pa_compiler.kernels.rows import Rows
 from pa_compiler.kernels.state import State
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -56,7 +56,7 @@ def merge_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     T.writes()
                     slot: T.let = partial_start + vstep * partial_step
                     merge_stage(State(partial_max, partial_sum, partial_acc, slot), running, vstep, num_partials)
-            places: T.let = headroom(spec, limit(spec, num_keys))
+            places: T.let = headroom(spec, num_keys)
             normalize_stage(running, out, lse, Rows(token, 0, heads), places, sinks if spec.sinks else None)
 
     return without(merge_attend)

@@ -10,7 +10,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
-from pa_compiler.bounds import Interval, affine, bounds
+from pa_compiler.bounds import affine, bounds
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
@@ -86,6 +86,9 @@ class TokenRows(NamedTuple):
 
 AnyRows = Rows | TokenRows
 
+BEYOND = affine.MAX_LENGTH
+"""A position that is beyond every sequence."""
+
 
 class OfRows(NamedTuple):
     """A number for each row, where rows have several query tokens: [tiles, rows], int32, of one tile."""
@@ -115,43 +118,48 @@ def rows_of_tiles(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Row
     return rows_of
 
 
-def limit(spec: PagedAttentionSpec, context_len: Expr) -> Expr:
+def limit(spec: PagedAttentionSpec, context_len: Expr, query_end: Expr | None = None) -> Expr:
     """The first key position that the rows of a sequence's query token must not see.
 
     A query token sees itself and what comes before it, as far as the mask has it. In decode it is the last of its
-    sequence, of context_len tokens.
+    sequence, of context_len tokens. Otherwise query_end is one more than its position, and context_len the tokens that
+    it may see but for the mask: up to itself, or more of its sequence.
     """
-    ends = _ends(spec, context_len)
+    ends = intervals(spec, context_len, query_end)
     if len(ends) == 1:
         return ends[0][1]
     return functools.reduce(T.max, (T.Select(begin < end, end, T.int32(0)) for begin, end in ends))
 
 
-def first_seen(spec: PagedAttentionSpec, context_len: Expr) -> Expr:
+def first_seen(spec: PagedAttentionSpec, context_len: Expr, query_end: Expr | None = None) -> Expr:
     """The first key position that they see; one beyond every sequence where they see none."""
-    ends, beyond = _ends(spec, context_len), T.int32(affine.MAX_LENGTH)
-    if len(ends) == 1 and (not begins_late(spec) or _sees_the_last(bounds(spec).intervals[0])):
+    ends, beyond, many_tokens = intervals(spec, context_len, query_end), T.int32(BEYOND), query_end is not None
+    if len(ends) == 1 and (not begins_late(spec, many_tokens) or _sees_itself(spec, many_tokens)):
         return ends[0][0]
     return functools.reduce(T.min, (T.Select(begin < end, begin, beyond) for begin, end in ends))
 
 
-def sees_block(spec: PagedAttentionSpec, context_len: Expr, block_idx: Expr) -> Expr | None:
+def sees_block(
+    spec: PagedAttentionSpec, context_len: Expr, block_idx: Expr, query_end: Expr | None = None
+) -> Expr | None:
     """Whether they see any key of a block; None where they see all blocks between the first and the last that they see.
 
     With intervals of keys that have blocks between them, which are neither looked up nor read.
     """
-    return sees_any(spec, context_len, block_idx * spec.block_size, (block_idx + 1) * spec.block_size)
+    return sees_any(spec, context_len, block_idx * spec.block_size, (block_idx + 1) * spec.block_size, query_end)
 
 
-def sees_any(spec: PagedAttentionSpec, context_len: Expr, first: Expr, after: Expr) -> Expr | None:
+def sees_any(
+    spec: PagedAttentionSpec, context_len: Expr, first: Expr, after: Expr, query_end: Expr | None = None
+) -> Expr | None:
     """The same of the keys from position first to after - 1."""
-    ends = _ends(spec, context_len)
+    ends = intervals(spec, context_len, query_end)
     if len(ends) == 1:
         return None
     return functools.reduce(T.Or, (T.max(begin, first) < T.min(end, after) for begin, end in ends))
 
 
-def _ends(spec: PagedAttentionSpec, context_len: Expr) -> list[tuple[Expr, Expr]]:
+def intervals(spec: PagedAttentionSpec, context_len: Expr, query_end: Expr | None = None) -> list[tuple[Expr, Expr]]:
     """The intervals of key positions that are seen, from 0 to context_len at most, and empty where end <= begin.
 
     Ends that are numbers go by context_len too: by a number alone TVM would say how many tokens a block has, block by
@@ -159,8 +167,8 @@ def _ends(spec: PagedAttentionSpec, context_len: Expr) -> list[tuple[Expr, Expr]
     """
     operations = affine.Operations(T.floordiv, T.min, T.max)
     ends = []
-    for interval in bounds(spec).intervals:
-        begin, end = (affine.value(each, context_len, operations) for each in interval)
+    for interval in bounds(spec, query_end is not None).intervals:
+        begin, end = (affine.value(each, context_len, operations, query_end) for each in interval)
         if isinstance(begin, int):
             begin = T.min(T.int32(begin), context_len) if begin > 0 else T.int32(0)
         else:
@@ -173,25 +181,26 @@ def _ends(spec: PagedAttentionSpec, context_len: Expr) -> list[tuple[Expr, Expr]
     return ends
 
 
-def _sees_the_last(interval: Interval) -> bool:
+def _sees_itself(spec: PagedAttentionSpec, many_tokens: bool) -> bool:
     """Whether the query token sees its own key, whatever the length."""
-    query_pos = affine.add(affine.LENGTH, affine.constant(-1))
-    return interval.end == affine.LENGTH and affine.at_least(query_pos, interval.begin)
+    begin, end = bounds(spec, many_tokens).intervals[0]
+    query_pos = affine.add(affine.QUERY_END if many_tokens else affine.LENGTH, affine.constant(-1))
+    return end == affine.LENGTH and affine.at_least(query_pos, begin)
 
 
-def begins_late(spec: PagedAttentionSpec) -> bool:
+def begins_late(spec: PagedAttentionSpec, many_tokens: bool = False) -> bool:
     """Whether the first key that is seen may be another than the first of the sequence."""
-    return all(interval.begin != affine.constant(0) for interval in bounds(spec).intervals)
+    return all(interval.begin != affine.constant(0) for interval in bounds(spec, many_tokens).intervals)
 
 
-def first_read(spec: PagedAttentionSpec, seen: Expr) -> Expr:
+def first_read(spec: PagedAttentionSpec, seen: Expr, many_tokens: bool = False) -> Expr:
     """The position from which on keys are read, to see those from `seen` on.
 
     Packed keys are read PACKED_TOKENS at a time, from a multiple of it.
     """
-    return seen - T.floormod(seen, PACKED_TOKENS) if masks_first_tile(spec) else seen
+    return seen - T.floormod(seen, PACKED_TOKENS) if masks_first_tile(spec, many_tokens) else seen
 
 
-def masks_first_tile(spec: PagedAttentionSpec) -> bool:
+def masks_first_tile(spec: PagedAttentionSpec, many_tokens: bool = False) -> bool:
     """Whether tiles may begin before the first key that is seen."""
-    return begins_late(spec) and spec.kv_layout == "packed"
+    return begins_late(spec, many_tokens) and spec.kv_layout == "packed"

@@ -17,7 +17,8 @@ from pa_compiler.spec import PagedAttentionSpec
 class ScoreFunctions:
     """The functions of a spec. All of it is empty where a spec has none.
 
-    Two of the same spec have the same terms in the same order, so each stage makes its own.
+    Two of the same spec have the same terms in the same order, so each stage makes its own. many_tokens and attends are
+    a Tiling's.
 
     Attributes:
         score: score_mod's term; NaN where an index of it or of the mask is outside of an array. None where scores stay
@@ -32,9 +33,11 @@ class ScoreFunctions:
         num_heads: Query heads.
     """
 
-    def __init__(self, spec: PagedAttentionSpec, *, only_mask: bool = False, many_tokens: bool = False) -> None:
+    def __init__(
+        self, spec: PagedAttentionSpec, *, only_mask: bool = False, many_tokens: bool = False, attends: bool = False
+    ) -> None:
         shapes = {each.name: each.shape for each in (*spec.inputs, *spec.constants)}
-        mask, outside_of_mask = _held(residual_mask(spec), shapes, spec.num_heads)
+        mask, outside_of_mask = _held(residual_mask(spec, many_tokens or attends), shapes, spec.num_heads)
         score, outside = _held(spec.score_mod and spec.score_mod.result, shapes, spec.num_heads)
         self.score = None if only_mask else nan_where(any_of(outside, outside_of_mask), score)
         self.mask = mask

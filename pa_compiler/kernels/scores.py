@@ -13,11 +13,8 @@ from pa_compiler.kernels import functions
 from pa_compiler.kernels.caches import whole
 from pa_compiler.kernels.computed import (
     Computed,
-    allocate_visible,
-    compute_columns,
     compute_rows,
     compute_steps,
-    compute_visible,
     head_of,
 )
 from pa_compiler.kernels.kept import Kept, Value
@@ -95,7 +92,7 @@ class Scores:
 
     def __init__(self, spec: PagedAttentionSpec, tiling: Tiling) -> None:
         self._spec, self._tiling = spec, tiling
-        self._functions = ScoreFunctions(spec, many_tokens=tiling.many_tokens)
+        self._functions = ScoreFunctions(spec, many_tokens=tiling.many_tokens, attends=tiling.attends)
 
     def keep(self, score: Callable[..., Value], scoring: Scoring, groups: Expr) -> KeptScores | None:
         """Emit what is kept of score_mod, over some token groups.
@@ -161,18 +158,3 @@ def sees(scoring: Scoring, tile: Tile, group: Expr, lane: Expr, place: tuple[Exp
         return holds
     visible = scoring.computed.visible.sees(*place)
     return Value(T.And(holds.expression, visible.expression), [*holds.reads, *visible.reads])
-
-
-def compute_block(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., Computed | None]:
-    """What of the functions of scores does not go by the score, for a block of one sequence."""
-    columns_stage, visible_stage = compute_columns(functions, tiling), compute_visible(functions, tiling)
-
-    def stage(
-        arrays: dict[str, Buffer], rows: AnyRows, context_len: Expr, tile: Tile, num_groups: Expr
-    ) -> Computed | None:
-        columns = columns_stage(arrays, rows.token, context_len, tile, num_groups)
-        computed = allocate_visible(functions, tiling, columns, 1)
-        visible_stage(computed, rows, 0, num_groups)
-        return computed
-
-    return stage

@@ -14,10 +14,12 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
+from pa_compiler.bounds import bounds as bounds_of
 from pa_compiler.kernels.caches import whole
 from pa_compiler.kernels.elements import HIGH, LOW
 from pa_compiler.kernels.headroom import headroom
-from pa_compiler.kernels.rows import OfRows, TokenRows, begins_late, first_seen, limit
+from pa_compiler.kernels.kept import allocate
+from pa_compiler.kernels.rows import BEYOND, OfRows, TokenRows, begins_late, first_seen, intervals, limit
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
@@ -110,7 +112,7 @@ def find_bounds(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
     A token sees what comes before it and itself, as far as the mask has it; with sees_all, up to the last of the
     sequence's context_len tokens. Rows that pad the tile are as the last one.
     """
-    rows, late, wide = tiling.row_tile, begins_late(spec), spec.wide_range
+    rows, late, wide = tiling.row_tile, begins_late(spec, many_tokens=True), spec.wide_range
 
     @inline
     def stage(bounds, tile, of, first_pos, context_len, sees_all):
@@ -121,11 +123,11 @@ def find_bounds(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
                 with T.sblock("row_bounds"):
                     vr = T.axis.spatial(rows, r)
                     position: T.let = first_pos + of.nth_token(T.min(vr, of.num - 1))
-                    seen: T.let = T.Select(sees_all, context_len, limit(spec, position + 1))
+                    seen: T.let = T.Select(sees_all, context_len, position + 1)
                     bounds.positions[tile, vr] = position
-                    bounds.limits[tile, vr] = seen
+                    bounds.limits[tile, vr] = limit(spec, seen, position + 1)
                     if late:
-                        bounds.begins[tile, vr] = first_seen(spec, position + 1)
+                        bounds.begins[tile, vr] = first_seen(spec, seen, position + 1)
                     if wide:
                         bounds.places[tile, vr] = headroom(spec, seen)
             for r in range(rows):
@@ -137,6 +139,41 @@ def find_bounds(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
                     bounds.reach[tile, 1] = T.Select(vr == 0, own, T.max(bounds.reach[tile, 1], own))
                     bounds.reach[tile, 2] = T.Select(vr == 0, begin, T.min(bounds.reach[tile, 2], begin))
                     bounds.reach[tile, 3] = T.Select(vr == 0, begin, T.max(bounds.reach[tile, 3], begin))
+
+    return stage
+
+
+def find_runs(spec: PagedAttentionSpec) -> Callable[..., Buffer | None]:
+    """runs[i] = from which block up to which one the query tokens of an item see keys, of interval i of the bounds.
+
+    Blocks that are in no run are seen by none of the tokens. None where there is one interval, with no blocks between.
+    """
+    num_intervals = len(bounds_of(spec, many_tokens=True).intervals)
+
+    def widen(runs: Buffer, nth: Expr, ends: list[tuple[Expr, Expr]]) -> None:
+        for i, (begin, end) in enumerate(ends):
+            is_empty, first, after = end <= begin, *(T.floordiv(each, spec.block_size) for each in (begin, end - 1))
+            first, after = T.Select(is_empty, T.int32(BEYOND), first), T.Select(is_empty, T.int32(0), after + 1)
+            T.buffer_store(runs, T.Select(nth == 0, first, T.min(runs[i, 0], first)), [i, 0])
+            T.buffer_store(runs, T.Select(nth == 0, after, T.max(runs[i, 1], after)), [i, 1])
+
+    @inline
+    def fill(runs, num_query, first_pos, context_len, sees_all):
+        for token in range(num_query):
+            with T.sblock("runs"):
+                vtoken = T.axis.opaque(num_query, token)
+                T.reads(whole(runs))
+                T.writes(whole(runs))
+                query_end: T.let = first_pos + vtoken + 1
+                seen: T.let = T.Select(sees_all, context_len, query_end)
+                widen(runs, vtoken, intervals(spec, seen, query_end))
+
+    def stage(*item: Expr) -> Buffer | None:
+        if num_intervals == 1:
+            return None
+        runs = allocate("runs", (num_intervals, 2), "int32")
+        fill(runs, *item)
+        return runs
 
     return stage
 

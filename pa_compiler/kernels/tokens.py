@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from pa_compiler.kernels.caches import CacheAccess
+from pa_compiler.kernels.caches import CacheAccess, whole
 from pa_compiler.kernels.sight import Sight
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -79,8 +80,9 @@ def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess)
 
     For t < num_offsets, which may reach into the tile that is read next. Past last_token the last valid token is named
     again, and before first_token that: an offset is always that of a token within the sequence's length, so that what
-    is read through the table may be read. Products with a stride are int64: caches of more than 2**31 elements are
-    ordinary.
+    is read through the table may be read. With runs, [count, 2] from a block of the sequence up to another one, blocks
+    in none of them are not looked up: the first that is stands for them. Products with a stride are int64: caches of
+    more than 2**31 elements are ordinary.
     """
     block_size, size = spec.block_size, tiling.num_offsets
 
@@ -88,16 +90,24 @@ def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess)
         position = T.min(position, last_token)
         return position if first_token is None else T.max(position, first_token)
 
+    def entry(token, runs):
+        block = T.floordiv(token, block_size)
+        if runs is None:
+            return block
+        numbers = range(int(runs.shape[0]))
+        is_seen = functools.reduce(T.Or, (T.And(runs[i, 0] <= block, block < runs[i, 1]) for i in numbers))
+        return T.Select(is_seen, block, functools.reduce(T.min, (runs[i, 0] for i in numbers)))
+
     @inline
-    def stage(block_table, cache, tile, seq, last_token, num_offsets, first_token=None):
+    def stage(block_table, cache, tile, seq, last_token, num_offsets, first_token=None, runs=None):
         with T.sblock("token_offsets"):
-            T.reads(block_table[seq, 0 : block_table.shape[1]])
+            T.reads(block_table[seq, 0 : block_table.shape[1]], *([] if runs is None else [whole(runs)]))
             T.writes(cache.offsets[0:size])
             for t in range(num_offsets):
                 with T.sblock("offset"):
                     vt = T.axis.spatial(size, t)
                     token: T.let = held(tile.position(vt), first_token, last_token)
-                    block: T.let = T.Cast("int64", block_table[seq, T.floordiv(token, block_size)])
+                    block: T.let = T.Cast("int64", block_table[seq, entry(token, runs)])
                     slot: T.let = T.floormod(token, block_size)
                     cache.offsets[vt] = block * cache.block + access.slot_offset(slot, cache.row)
 

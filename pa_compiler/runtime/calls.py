@@ -144,7 +144,8 @@ class Calls(ThreadSettings):
             key_cache: As for decode.
             value_cache: As for decode.
             block_table: As for decode. Of a sequence with several query tokens all entries are used from the first to
-                the last with a token that one of these sees; of one without, none.
+                the last with a token that one of these sees; where the spec's mask_mod leaves keys in several places,
+                for each of these. Of a sequence without query tokens, none.
             context_lens: [batch], int32 or int64: tokens of each sequence, its query tokens among them.
             query_start_loc: [batch + 1], int32 or int64, from 0 to num_tokens: where the query tokens of each sequence
                 begin, and those of the last one end.
@@ -153,10 +154,10 @@ class Calls(ThreadSettings):
             lse: [num_tokens, num_heads], float32, else as for decode.
             return_lse: Whether to return lse as well.
             causal: Whether a query token sees nothing after its own position. Otherwise it sees all of its sequence, as
-                far as the spec's window leaves it. True where the spec has mask_mod.
+                far as the spec's window and mask_mod leave it.
             tree_mask: [sum of n * n], bool or uint8: for each sequence a matrix [n, n], row after row, of which of its
-                query tokens (columns) each of them (rows) sees, be it itself. All see the context before them. Only
-                with causal, and where the spec has no mask_mod.
+                query tokens (columns) each of them (rows) sees, be it itself. All see the context before them, and of
+                both what the spec's window and mask_mod leave. Only with causal.
             alibi_slopes: As for decode.
             sinks: As for decode.
             inputs: As for decode, where "batch" is that of context_lens.
@@ -167,12 +168,10 @@ class Calls(ThreadSettings):
             lse -inf, or with sinks the sink.
 
         Raises:
-            NotImplementedError: the library has no attend: one for a GPU, of the staged pipeline, or compiled
-                with attend=False.
+            NotImplementedError: the library has no attend: one for a GPU, or compiled with attend=False.
             TypeError: as decode.
             ValueError: as decode; or query_start_loc falls, does not begin at 0 or end at num_tokens, or gives a
-                sequence more query tokens than it has tokens; or tree_mask has another size, or causal is not set;
-                or either where the spec has mask_mod.
+                sequence more query tokens than it has tokens; or tree_mask has another size, or causal is not set.
             IndexError, RuntimeError: as decode.
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
         """
@@ -192,15 +191,12 @@ class Calls(ThreadSettings):
 
     @property
     def has_attend(self) -> bool:
-        """Whether the library has attend: those for a CPU, of the fused pipeline, that are compiled with it."""
+        """Whether the library has attend: those for a CPU that are compiled with it."""
         return self._attend is not None
 
     def _lacks_attend(self) -> str:
-        if self._on_gpu or self.pipeline != "fused":
-            which = "for a GPU" if self._on_gpu else f"of the {self.pipeline} pipeline"
-        else:
-            which = "compiled with attend=False"
-        return f"attend: expected a module for a CPU, of the fused pipeline, compiled with attend=True, got one {which}"
+        which = "for a GPU" if self._on_gpu else "compiled with attend=False"
+        return f"attend: expected a module for a CPU, compiled with attend=True, got one {which}"
 
     def append_kv(
         self,

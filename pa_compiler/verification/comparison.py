@@ -85,12 +85,13 @@ def oracle(
         of = (query[row], key_cache, value_cache, block_table[sequence], seen, scale)
         found = weigh(*of, **fields, batch=sequence)
         out[row], lse[row], num_keys[row] = found.out(), found.lse, len(found.position)
-        magnitude[row] = (found.weights @ np.abs(found.values)).reshape(out[row].shape)
+        values = np.where(np.isfinite(found.values), found.values, 0)  # others come out, or this head does not see them
+        magnitude[row] = (found.weights @ np.abs(values)).reshape(out[row].shape)
         bias = _bias(alibi_slopes, found, seen.query_pos)
         of_scores = score_bound(spec, found.scores, bias)
         if spec.score_mod is not None:
             of_scores += _of_function(spec, found, bias, {"batch": sequence, "query_pos": seen.query_pos}, arrays)
-        of_out[row], of_lse[row] = of_weights(spec, found.weights, found.values, of_scores)
+        of_out[row], of_lse[row] = of_weights(spec, found.weights, values, of_scores)
         advance(sequence - done)
         done = sequence
     advance(len(context_lens) - done)

@@ -47,12 +47,22 @@ def noise(rng: np.random.Generator, shape: Sequence[int], half: float, dtype: st
     return fill(rng, np.empty(shape, dtype), half)
 
 
-def seen_keys(spec: PagedAttentionSpec, context_lens: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Between which positions keys may be seen: for each of the spec's bounds the first and the end, [batch, 1]."""
+def seen_keys(
+    spec: PagedAttentionSpec, context_lens: np.ndarray, query_ends: np.ndarray | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Between which positions keys may be seen: for each of the spec's bounds the first and the end, [batch, 1].
+
+    Args:
+        spec: With the window and the mask_mod.
+        context_lens: [batch], of which the query token is the last; or up to where it may see keys.
+        query_ends: [batch], one more than the position of the query token, where that may be another one.
+    """
     lengths = context_lens[:, None].astype(np.int64)
+    ends = None if query_ends is None else query_ends[:, None].astype(np.int64)
     operations = affine.Operations(minimum=np.minimum, maximum=np.maximum)
-    ends = [[affine.value(end, lengths, operations) for end in interval] for interval in bounds(spec).intervals]
-    return [(np.maximum(begin, 0), np.minimum(end, lengths)) for begin, end in ends]
+    intervals = bounds(spec, query_ends is not None).intervals
+    found = [[affine.value(end, lengths, operations, ends) for end in interval] for interval in intervals]
+    return [(np.maximum(begin, 0), np.minimum(end, lengths)) for begin, end in found]
 
 
 def needed_entries(spec: PagedAttentionSpec, context_lens: np.ndarray, max_blocks: int) -> np.ndarray:

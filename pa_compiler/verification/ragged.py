@@ -59,8 +59,8 @@ def draw_queries(
         if products < 0:
             lens[sequence] = counts[sequence] = 0
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    causal = bool(rng.random() < 0.75) or spec.mask_mod is not None
-    tree = _tree(rng, counts) if causal and rng.random() < 0.4 and spec.mask_mod is None else None
+    causal = bool(rng.random() < 0.75)
+    tree = _tree(rng, counts) if causal and rng.random() < 0.4 else None
     return lens, Queries(starts, causal, tree)
 
 
@@ -81,7 +81,8 @@ def _tree(rng: np.random.Generator, counts: np.ndarray) -> np.ndarray:
 def needed_entries(spec: PagedAttentionSpec, context_lens: np.ndarray, queries: Queries, max_blocks: int) -> np.ndarray:
     """Which entries of a block_table have to name blocks: bool [batch, max_blocks].
 
-    Of several query tokens those from the first to the last block that one of them may see, whatever is between.
+    Of several query tokens, for each of the spec's bounds, those from the first to the last block that one of them may
+    see.
     """
     is_needed = needed_by_decode(spec, context_lens, max_blocks)
     block, tree_end = np.arange(max_blocks), 0
@@ -90,20 +91,16 @@ def needed_entries(spec: PagedAttentionSpec, context_lens: np.ndarray, queries: 
         tree_end += count * count
         if count == 1 and not hides_itself:
             continue
-        begin, end = _span(spec, length, count, queries) if count else (0, 0)
-        is_needed[sequence] = (block * spec.block_size < end) & ((block + 1) * spec.block_size > begin) & (begin < end)
+        is_needed[sequence] = False
+        query_ends = np.arange(length - count + 1, length + 1)
+        sees_ahead = not queries.causal or queries.tree_mask is not None
+        for ends in seen_keys(spec, np.full(count, length) if sees_ahead else query_ends, query_ends):
+            begins, after = (np.broadcast_to(each, (count, 1)) for each in ends)
+            some = begins < after
+            if some.any():
+                begin, end = begins[some].min(), after[some].max()
+                is_needed[sequence] |= (block * spec.block_size < end) & ((block + 1) * spec.block_size > begin)
     return is_needed
-
-
-def _span(spec: PagedAttentionSpec, length: int, count: int, queries: Queries) -> tuple[int, int]:
-    """From which position up to which one of a sequence's query tokens may see keys, as far as bounds say."""
-    sees_ahead = not queries.causal or queries.tree_mask is not None
-    per_token = seen_keys(spec, np.arange(length - count + 1, length + 1))
-    begins, ends = (
-        np.stack([np.broadcast_to(one, (count, 1)) for one in each]) for each in zip(*per_token, strict=True)
-    )
-    some = begins < ends
-    return (int(begins[some].min()), length if sees_ahead else int(ends[some].max())) if some.any() else (0, 0)
 
 
 def used_slots(

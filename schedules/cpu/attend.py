@@ -49,6 +49,7 @@ SCALAR = {
     "row_tile": _AROUND,
     "seen_scores": "scheduled with softmax_prepare",
     "range_state": _AROUND,
+    "runs": "two numbers for each interval of a mask and each query token, once for a work item",
     "span": "two numbers for each tile of rows, once for a work item",
 }
 """The sblocks that run as they are written, and why."""

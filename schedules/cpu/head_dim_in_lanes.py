@@ -240,6 +240,8 @@ SCALAR = {
     "online_update": _AROUND,
     KEYS: "no computation: it says what is read next",
     VALUES: "no computation: it says what is read next",
+    "every_key": "a word for each token of a block",
+    "tree": "a look-up of tree_mask for each query token of a sequence",
     "token_offsets": "a look-up of block_table for each token, once for all heads",
 }
 """The sblocks that run as they are written, and why."""

@@ -74,6 +74,12 @@ inline void CheckBlocks(const Array& block_table, int64_t seq, const Interval& b
   }
 }
 
+// The same of all runs of Runs.
+template <typename Seen>
+void CheckRuns(const Array& block_table, int64_t seq, const Seen& seen, int64_t num_blocks, int32_t* to) {
+  for (int i = 0; i < seen.count; ++i) CheckBlocks(block_table, seq, seen.blocks[i], num_blocks, to);
+}
+
 // Lengths within the block table, and every used block id within the cache. Unused entries are not looked at: those
 // past a sequence's length, and those of blocks that its query does not see. Lengths that are int64 go to lens_to.
 template <typename Spec>
@@ -83,8 +89,7 @@ void CheckIndices(const Array& block_table, const Array& context_lens, int64_t n
   for (int64_t seq = 0; seq < context_lens.shape[0]; ++seq) {
     const int64_t context_len = CheckContextLen(seq, IndexAt(context_lens, seq), capacity);
     if (lens_to != nullptr) lens_to[seq] = static_cast<int32_t>(context_len);
-    const Seen<Spec> seen(context_len);
-    for (int i = 0; i < seen.count; ++i) CheckBlocks(block_table, seq, seen.blocks[i], num_blocks, table_to);
+    CheckRuns(block_table, seq, Seen<Spec>(context_len), num_blocks, table_to);
   }
 }
 

@@ -33,27 +33,21 @@ constexpr auto SeenKeys(int64_t context_len) {
   }
 }
 
-// The logical blocks that hold these keys. Those between and before them may have been freed: their ids are neither
-// read nor checked.
-template <typename Spec>
-struct Seen {
-  static constexpr int kMost = sizeof(SeenKeys<Spec>(0)) / sizeof(Interval);
+// The logical blocks that hold the keys of up to kIntervals intervals. Those between and before them may have been
+// freed: their ids are neither read nor checked.
+template <int64_t kBlockSize, int kIntervals>
+struct Runs {
+  static constexpr int kMost = kIntervals;
 
-  Interval keys = {0, 0};       // from the first key that is seen to the last
+  Interval keys = {0, 0};       // from the first key to the last
   Interval blocks[kMost] = {};  // ascending, with blocks between them
   int count = 0;
 
-  explicit constexpr Seen(int64_t context_len) {
-    const auto seen = SeenKeys<Spec>(context_len);
-    for (const Interval& each : seen.at) Add({std::max<int64_t>(each.begin, 0), std::min(each.end, context_len)});
-  }
-
- private:
   // One interval more: with those that it meets it becomes one.
   constexpr void Add(Interval added) {
     if (added.end <= added.begin) return;
     keys = count == 0 ? added : Interval{std::min(keys.begin, added.begin), std::max(keys.end, added.end)};
-    added = {added.begin / Spec::kBlockSize, (added.end - 1) / Spec::kBlockSize + 1};
+    added = {added.begin / kBlockSize, (added.end - 1) / kBlockSize + 1};
     int kept = 0;
     for (int i = 0; i < count; ++i) {
       if (blocks[i].end < added.begin || added.end < blocks[i].begin) {
@@ -66,6 +60,15 @@ struct Seen {
     for (; at > 0 && added.begin < blocks[at - 1].begin; --at) blocks[at] = blocks[at - 1];
     blocks[at] = added;
     count = kept + 1;
+  }
+};
+
+// Those that the query token of a sequence sees.
+template <typename Spec>
+struct Seen : Runs<Spec::kBlockSize, sizeof(SeenKeys<Spec>(0)) / sizeof(Interval)> {
+  explicit constexpr Seen(int64_t context_len) {
+    const auto seen = SeenKeys<Spec>(context_len);
+    for (const Interval& each : seen.at) this->Add({std::max<int64_t>(each.begin, 0), std::min(each.end, context_len)});
   }
 };
 

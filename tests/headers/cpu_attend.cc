@@ -75,7 +75,7 @@ void ExpectCoverage(const Queries& queries, const AttendPlan<Spec>& plan) {
     for (int64_t token = queries.Begin(seq); token < queries.Begin(seq + 1); ++token) {
       const int64_t pos = queries.FirstPos(seq) + token - queries.Begin(seq);
       const Interval blocks =
-          BlocksOf<Spec>(KeysSeen<Spec>(pos, pos + 1, queries.context_lens[seq], queries.SeesAhead()));
+          BlocksOf<Spec>(SeenTogether<Spec>(pos, pos + 1, queries.context_lens[seq], queries.SeesAhead()).keys);
       for (int64_t head = 0; head < 2; ++head) {
         EXPECT((rows[{token, head}] > 0));
         for (int64_t block = blocks.begin; block < blocks.end; ++block) EXPECT((visits[{token, head, block}] >= 1));
@@ -168,7 +168,8 @@ void TestSplits() {
 }
 
 void TestWindows() {
-  EXPECT((KeysSeen<Windowed>(20, 24, 24, false).begin == 12 && KeysSeen<Windowed>(20, 24, 24, false).end == 24));
+  const Interval together = SeenTogether<Windowed>(20, 24, 24, false).keys;
+  EXPECT(together.begin == 12 && together.end == 24);
   EXPECT((KeysSeen<Windowed>(3, 4, 30, true).begin == 0 && KeysSeen<Windowed>(3, 4, 30, true).end == 30));
   EXPECT((KeysSeen<Union>(99, 101, 101, false).begin == 0 && KeysSeen<Union>(99, 101, 101, false).end == 101));
   EXPECT((KeysSeen<NoKeys>(5, 7, 9, false).end == 0));

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 
 import numpy as np
 import tvm
@@ -12,12 +11,10 @@ from attend_calls import Call
 from inputs import DTYPES
 
 from pa_compiler import backends, schedules
-from pa_compiler.cpu import instructions, prefetch, target
+from pa_compiler.cpu import build, instructions, prefetch, target
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.interface import ATTEND_ROWS, attend_range_blocks, attend_tiles
 from pa_compiler.kernels import build_attend
-
-_CONFIG = {"tirx.disable_assert": True, "tirx.disable_storage_rewrite": True}
 
 
 @functools.cache
@@ -37,10 +34,7 @@ class Kernels:
         self.params = {name: [param.name for param in module[name].params] for name in names}
         sch = schedules.scheduled(module, self.tiles)
         prefetch.insert(sch, spec, self.tiles, "fused_attend")
-        with tvm.transform.PassContext(config=_CONFIG):
-            self.executable = tvm.compile(
-                instructions.select(sch.mod, cpu), target=tvm.target.Target(json.loads(cpu.config))
-            )
+        self.executable = build.translate(instructions.select(sch.mod, cpu, self.tiles), cpu)
 
     def _call(self, kernel, arrays, numbers):
         given = arrays | numbers

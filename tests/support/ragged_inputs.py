@@ -43,7 +43,7 @@ class Ragged:
     def take(self, sequences) -> Ragged:
         """Sequences picked or reordered by index, with all of their query tokens."""
         rows = [np.arange(*self.query_start_loc[each : each + 2]) for each in sequences]
-        starts = np.concatenate([[0], np.cumsum([len(each) for each in rows])])
+        starts = np.cumsum([0, *(len(each) for each in rows)], dtype=self.query_start_loc.dtype)
         query = self.query[np.concatenate([np.zeros(0, int), *rows])]
         return dataclasses.replace(self, query=query, inputs=self.inputs.take(sequences), query_start_loc=starts)
 
@@ -88,3 +88,14 @@ def assert_near_float64(spec, ragged: Ragged, out, lse) -> None:
     for name, result in (("out", out), ("lse", lse)):
         _, wrong = compare(name, result, *expected[name], row_lens)
         assert not wrong, f"{wrong}; query tokens {ragged.counts}, context {ragged.inputs.context_lens.tolist()}"
+
+
+def drawn_trees(counts, rng):
+    """For each sequence which of its query tokens each of them sees: those on its path, or any at all."""
+    masks = [np.zeros(0, bool)]
+    for number, count in enumerate(counts):
+        mask = rng.random((count, count)) < 0.5 if number % 3 == 2 else np.tril(rng.random((count, count)) < 0.4)
+        if number % 3 == 0:
+            np.fill_diagonal(mask, True)
+        masks.append(mask.reshape(-1))
+    return np.concatenate(masks)

@@ -55,7 +55,7 @@ def build_library(spec, pipeline: str, target_like, directory: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXX", str(gxx))
         patch.setattr(build, "compile_kernels", instrumented)
-        of_attend = tiling.choose_attend(spec, cpu) if pipeline == "fused" else None
+        of_attend = tiling.choose_attend(spec, cpu, pipeline)
         builds.build_library(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory, of_attend)
     return directory / "pa.so"
 

@@ -102,7 +102,7 @@ FAULTS = {
         "pa_compiler/bounds/__init__.py", "constant(-spec.window)", "constant(1 - spec.window)", _SCORES
     ),
     "bounds of the key before the query's": Fault(
-        "pa_compiler/bounds/conditions.py", "add(LENGTH, constant(-1))", "add(LENGTH, constant(-2))", _MASKS
+        "pa_compiler/bounds/conditions.py", "add(query_end, constant(-1))", "add(query_end, constant(-2))", _MASKS
     ),
     "less taken for less or equal": Fault(
         "pa_compiler/bounds/conditions.py", 'constant(0 if op == "less" else 1)', "constant(1)", _MASKS
@@ -200,10 +200,7 @@ FAULTS = {
         "test_append.py",
     ),
     "staged results of another sequence": Fault(
-        f"{_KERNELS}staged.py",
-        "seq: T.let = batch_start + vs\n                places",
-        "seq: T.let = batch_start\n                places",
-        _DECODE,
+        f"{_KERNELS}chunk.py", '_bound("seq", batch_start + nth)', '_bound("seq", batch_start)', _DECODE
     ),
     "sums across lanes of the wrong elements": Fault(
         "schedules/intrinsics/sum_lanes.py",
@@ -339,6 +336,12 @@ FAULTS = {
         "MovedBy(*array, queries.Begin(seq) - seq)",
         "MovedBy(*array, 0)",
         "test_attend.py::test_single_query_tokens_between_others_are_decode",
+    ),
+    "query tokens of the staged pipeline all at one position": Fault(
+        f"{_KERNELS}chunk.py", "self.first_pos + nth + 1", "self.first_pos + 1", "test_attend_staged.py"
+    ),
+    "blocks between what a mask leaves looked up": Fault(
+        f"{_KERNELS}tokens.py", "T.Select(is_seen, block, ", "T.Select(0 <= block, block, ", "test_attend_masks.py"
     ),
     "work items across chunks": Fault("templates/cpu/plan.h", "seq % Spec::kBatchChunk != 0 && ", "", "test_plan.py"),
     "attend missing from the cache key": Fault(

@@ -170,8 +170,9 @@ class AttendPlan {
   template <typename Visit>
   void VisitTokens(AttendItem item, const Visit& visit) {
     constexpr int64_t kFloats = Spec::kNumHeads * (Spec::kValueDim + 2);
-    const Interval keys = KeysSeen<Spec>(item.first_pos, item.first_pos + item.num_query,
-                                         queries_.context_lens[item.seq], queries_.SeesAhead());
+    const Interval keys = SeenTogether<Spec>(item.first_pos, item.first_pos + item.num_query,
+                                             queries_.context_lens[item.seq], queries_.SeesAhead())
+                              .keys;
     const Interval blocks = BlocksOf<Spec>(keys);
     const int64_t work = WorkOf<Spec>(item, keys, queries_.SeesAhead()), first = blocks.begin / Spec::kRangeBlocks;
     const int64_t ranges = std::max<int64_t>((blocks.end - 1) / Spec::kRangeBlocks + 1 - first, 1);

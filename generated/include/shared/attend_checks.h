@@ -37,10 +37,6 @@ AttendArguments CheckAttend(const Inputs& in) {
   args.query_start_loc = check.Indices(Given::kQueryStartLoc, kInt32, {args.batch + 1});
   CheckNotWritten(args, {"query_start_loc", &args.query_start_loc});
   args.causal = in.Int(Given::kCausal) != 0;
-  if constexpr (Spec::kWindow < 0) {  // kernels ask of a mask what its bounds leave, which are of keys up to the query
-    if (!args.causal) Raise("ValueError", "causal: expected True for a spec with mask_mod, got False");
-    if (!in.IsNone(Given::kTreeMask)) Raise("ValueError", "tree_mask: expected None for a spec with mask_mod, got one");
-  }
   if (in.IsNone(Given::kTreeMask)) return args;
   const DLDataType given = in.Tensor(Given::kTreeMask).dtype;
   if (!Same(given, kBool) && !Same(given, kUint8)) {
@@ -84,8 +80,8 @@ inline void CheckLengths(const Array& context_lens, const Array& query_start_loc
   }
 }
 
-// A mask of [n, n] for each sequence of n query tokens, and ids within the cache of all blocks from the first to the
-// last that one of a sequence's query tokens sees. Those of sequences without query tokens are not looked at.
+// A mask of [n, n] for each sequence of n query tokens, and ids within the cache of all blocks that its query tokens see
+// together. Those of sequences without query tokens are not looked at.
 template <typename Spec>
 void CheckQueries(const AttendArguments& args, const Queries& queries, int32_t* table_to) {
   int64_t tree_end = 0;
@@ -99,13 +95,10 @@ void CheckQueries(const AttendArguments& args, const Queries& queries, int32_t* 
   for (int64_t seq = 0; seq < queries.batch; ++seq) {
     const int64_t count = queries.Count(seq), context_len = queries.context_lens[seq];
     if (count > 0 && queries.IsDecode(seq, tree_start)) {
-      const Seen<Spec> seen(context_len);
-      for (int i = 0; i < seen.count; ++i) {
-        CheckBlocks(args.block_table, seq, seen.blocks[i], args.num_blocks, table_to);
-      }
+      CheckRuns(args.block_table, seq, Seen<Spec>(context_len), args.num_blocks, table_to);
     } else if (count > 0) {
-      const Interval keys = KeysSeen<Spec>(queries.FirstPos(seq), context_len, context_len, queries.SeesAhead());
-      CheckBlocks(args.block_table, seq, BlocksOf<Spec>(keys), args.num_blocks, table_to);
+      const SeenTogether<Spec> seen(queries.FirstPos(seq), context_len, context_len, queries.SeesAhead());
+      CheckRuns(args.block_table, seq, seen, args.num_blocks, table_to);
     }
     tree_start += count * count;
   }

@@ -2,7 +2,9 @@
 // Template: templates/shared/queries.h
 // Regenerate: pa-compiler generate
 
-// The query tokens of ragged calls: which of them are a sequence's, and which keys they see. For Spec see caches.h.
+// The query tokens of ragged calls: which of them are a sequence's, and which keys they see. For Spec see caches.h, and
+//   SeenKeys(length, query_end)   where Spec::kWindow is negative: the union of intervals that has the keys which a query
+//                                 token at position query_end - 1 sees of the first `length` ones of its sequence.
 #pragma once
 
 #include <algorithm>
@@ -34,22 +36,38 @@ struct Queries {
   }
 };
 
-// The keys from the first that is seen by one of a sequence's query tokens, those at the positions begin to end - 1, to
-// the last. Those between may be seen by none of them. A query token with a mask sees no key after itself.
+// The intervals of keys that a query token sees of the first `length` ones of its sequence.
 template <typename Spec>
-Interval KeysSeen(int64_t begin, int64_t end, [[maybe_unused]] int64_t context_len, [[maybe_unused]] bool sees_ahead) {
-  if constexpr (Spec::kWindow >= 0) {
-    return {SeenKeys<Spec>(begin + 1).at[0].begin, sees_ahead ? context_len : end};
+constexpr auto SeenKeys(int64_t length, int64_t query_end) {
+  if constexpr (Spec::kWindow < 0) {
+    return Spec::SeenKeys(length, query_end);
   } else {
-    Interval keys = {0, 0};
-    for (int64_t pos = begin; pos < end; ++pos) {
-      const Interval seen = Seen<Spec>(pos + 1).keys;
-      if (seen.end == 0) continue;
-      keys = keys.end == 0 ? seen : Interval{std::min(keys.begin, seen.begin), std::max(keys.end, seen.end)};
-    }
-    return keys;
+    return Intervals<1>{{{SeenKeys<Spec>(query_end).at[0].begin, length}}};
   }
 }
+
+// What some of a sequence's query tokens see together, those at the positions begin to end - 1: of each interval from
+// where the first of them begins to where the last one ends. Keys between may be seen by none of them.
+template <typename Spec>
+struct SeenTogether : Runs<Spec::kBlockSize, sizeof(SeenKeys<Spec>(0, 0)) / sizeof(Interval)> {
+  SeenTogether(int64_t begin, int64_t end, int64_t context_len, bool sees_ahead) {
+    constexpr int kCount = SeenTogether::kMost;
+    Interval hulls[kCount] = {};
+    // Without a mask the first one begins first, and the last one ends last.
+    const int64_t step = Spec::kWindow < 0 ? 1 : std::max<int64_t>(end - begin - 1, 1);
+    for (int64_t pos = begin; pos < end; pos += step) {
+      const int64_t length = sees_ahead ? context_len : pos + 1;
+      const auto seen = SeenKeys<Spec>(length, pos + 1);
+      for (int i = 0; i < kCount; ++i) {
+        const Interval keys = {std::max<int64_t>(seen.at[i].begin, 0), std::min(seen.at[i].end, length)};
+        if (keys.end <= keys.begin) continue;
+        const bool is_first = hulls[i].end == 0;
+        hulls[i] = is_first ? keys : Interval{std::min(hulls[i].begin, keys.begin), std::max(hulls[i].end, keys.end)};
+      }
+    }
+    for (const Interval& hull : hulls) this->Add(hull);
+  }
+};
 
 // The logical blocks that hold these keys.
 template <typename Spec>

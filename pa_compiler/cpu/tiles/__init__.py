@@ -44,13 +44,15 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> CpuTil
     return _strategy(known)[0].choose(known)
 
 
-def choose_attend(spec: PagedAttentionSpec, target: CpuTarget) -> CpuTiling:
-    """The tiles of attend: ATTEND_ROWS rows whatever the group is, which lie in lanes.
+def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "fused") -> CpuTiling:
+    """The tiles of attend: ATTEND_ROWS rows whatever the group is, which lie in lanes; staged, the tiles of decode.
 
     Values are copied once for many tiles of rows, so that strides of a cache cost nothing in the matmul, and keys where
     they are converted; not where they are packed, and so lie as they are read. Packed elements that have to be
     converted first are left to the strategy that has tokens in lanes.
     """
+    if pipeline == "staged":
+        return dataclasses.replace(choose(spec, target, pipeline), attends=True)
     known = basis(spec, target, "fused")._replace(rows=ATTEND_ROWS)
     packed, as_they_lie = spec.kv_layout == "packed", known.dot_pairs or spec.dtype == "float32"
     strategy = TokensInLanes if packed and not as_they_lie else HeadsInLanes
@@ -63,6 +65,7 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget) -> CpuTiling:
         copy_keys=not packed and not as_they_lie,
         copy_values=not packed,
         prefetches=True,
+        attends=True,
         many_tokens=True,
     )
 
