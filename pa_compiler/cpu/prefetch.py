@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tvm.ir import Expr
     from tvm.s_tir import Schedule
     from tvm.s_tir.schedule import LoopRV, SBlockRV
-    from tvm.tirx import For, Stmt
+    from tvm.tirx import For, Stmt, Var
 
     from pa_compiler.kernels.ahead import Announced
     from pa_compiler.kernels.caches import Cache, CacheAccess
@@ -156,7 +156,7 @@ def _marked(sch: Schedule, name: str) -> list[list[LoopRV]]:
     """The loops that a schedule has marked for a cache, nest by nest, from the outermost to the innermost."""
     from pa_compiler.schedules.fetch import HERE
 
-    nests = {}
+    nests: dict[Var, list[LoopRV]] = {}
     for sblock in sblocks(sch):
         loops = sch.get_loops(sblock)
         marked = [loop for loop in loops if name in [*sch.get(loop).annotations.values()]]

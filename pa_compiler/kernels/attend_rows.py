@@ -112,7 +112,8 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
 
 def _by_rows(tiling: Tiling, made: Callable[[bool], Callable[..., None]]) -> Callable[..., None]:
     """made(few=False), or made(few=True) where a tile has few_rows rows at most: the bits of the rows are the same."""
-    stage, few_stage, few = made(False), made(True) if tiling.few_rows else None, tiling.few_rows
+    few = tiling.few_rows
+    stage, few_stage = made(False), made(few > 0)
 
     @script.inline
     def either(num_rows, *arguments):

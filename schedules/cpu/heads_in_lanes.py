@@ -12,7 +12,7 @@ Every intermediate is laid out with its rows last. The query is turned once, and
 from collections.abc import Callable
 
 from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import SBlockRV
+from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import IntImm
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
@@ -51,16 +51,18 @@ def load_values(sch: Schedule, tiling: VectorTiling) -> None:
 def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     """Scores of a token group in registers."""
     _rows_last(sch, "scores")
-    _sum_scores(sch, tiling, "scores", 1)
+    group, _ = _sum_scores(sch, tiling, "scores")
+    fetch(sch, KEYS, group)
 
 
 def few_qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     """The same of a part of a vector of rows; qk_matmul has laid out what is written."""
-    _sum_scores(sch, tiling, "few_scores", tiling.few_groups)
+    group, dim = _sum_scores(sch, tiling, "few_scores")
+    fetch(sch, KEYS, group, shares=[dim], at_once=tiling.few_groups)
 
 
-def _sum_scores(sch: Schedule, tiling: VectorTiling, name: str, groups: int) -> None:
-    """For a number of token groups at a time."""
+def _sum_scores(sch: Schedule, tiling: VectorTiling, name: str) -> tuple[LoopRV, LoopRV]:
+    """Some token groups at a time; the loops over these and over the steps of a register tile."""
     scores = sch.get_sblock(name)
     sums = sch.cache_write(scores, 0, "global")
     group, token, row, dim = sch.get_loops(scores)[-4:]
@@ -71,7 +73,7 @@ def _sum_scores(sch: Schedule, tiling: VectorTiling, name: str, groups: int) -> 
         sch.unroll(step)  # for every token its address is read once for all of them
     in_registers(sch, sums, group, token, row)
     sch.decompose_reduction(scores, dim)
-    fetch(sch, KEYS, group, shares=[dim] if tiling.many_tokens else [], at_once=groups)
+    return group, dim
 
 
 def visible_rows(sch: Schedule, tiling: VectorTiling) -> None:
